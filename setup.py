@@ -7,6 +7,8 @@ missing and what to install.
 
 from __future__ import annotations
 
+import re
+import subprocess
 import tempfile
 from pathlib import Path
 
@@ -14,46 +16,71 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, LinkError
+from setuptools.modified import newer_group
+
+# The first line of a source that needs instructions of its own: "// build: x86_64 -mavx2", the processor and the flags.
+BUILD_LINE = re.compile(r"// build: (\w+)(.*)")
 
 
-class BuildKernel(build_ext):
-    """build_ext that adds OpenMP if the compiler has it."""
+class BuildKernels(build_ext):
+    """build_ext that compiles each source with the flags of its first line, and adds OpenMP if the compiler has it."""
 
     def build_extension(self, ext: Extension) -> None:
-        """Build with the flags that this compiler accepts."""
-        if self._compiles("-fopenmp"):
-            ext.extra_compile_args.append("-fopenmp")
-            ext.extra_link_args.append("-fopenmp")
-        else:
+        """Compile the sources that this compiler builds for its processor, and link them."""
+        path = self.get_ext_fullpath(ext.name)
+        if not (self.force or newer_group([*ext.sources, *ext.depends, __file__], path, "newer")):
+            return
+        threads = "#include <omp.h>\nint threads() { return omp_get_max_threads(); }\n"
+        openmp = self._accepts(threads, ["-fopenmp"])
+        if not openmp:
             self.warn("no OpenMP: the sparse kernel will run on one thread")
+        flags = [*ext.extra_compile_args, *(["-fopenmp"] if openmp else [])]
         try:
-            super().build_extension(ext)
+            objects = []
+            for source in ext.sources:
+                own_flags = self._flags_of(source)
+                if own_flags is not None:
+                    objects += self.compiler.compile(
+                        [source],
+                        output_dir=self.build_temp,
+                        include_dirs=ext.include_dirs,
+                        extra_postargs=[*flags, *own_flags],
+                    )
+            self.compiler.link_shared_object(
+                objects, path, extra_postargs=flags, build_temp=self.build_temp, target_lang="c++"
+            )
         except (CompileError, LinkError):
             self.warn(
                 "the CPU kernels are left out: no C++ compiler works here. Serving will run sparse layers dense"
             )
             raise  # setuptools goes on, because the extension is optional
 
-    def get_export_symbols(self, ext: Extension) -> list[str]:
-        """No symbols: it is not a Python module."""
-        return []
+    def _flags_of(self, source: str) -> list[str] | None:
+        """Flags of a source; None if this compiler builds for another processor, or does not know them."""
+        found = BUILD_LINE.match(Path(source).read_text())
+        if found is None or found[1] == "any":
+            return []
+        processor, flags = found[1], found[2].split()
+        other = f"#if !defined(__{processor}__)\n#error another processor\n#endif\n"
+        return flags if self._accepts(other, flags) else None
 
-    def _compiles(self, flag: str) -> bool:
+    def _accepts(self, code: str, flags: list[str]) -> bool:
+        """Whether the compiler makes a library of these lines with these flags; it prints nothing."""
         with tempfile.TemporaryDirectory() as folder:
-            source = Path(folder) / "probe.cpp"
-            source.write_text(
-                "#include <omp.h>\nint main() { return omp_get_max_threads() == 0; }\n"
-            )
+            source, library = Path(folder) / "probe.cpp", Path(folder) / "probe.so"
+            source.write_text(code)
+            command = [
+                *self.compiler.compiler_so,
+                "-shared",
+                *flags,
+                str(source),
+                "-o",
+                str(library),
+            ]
             try:
-                objects = self.compiler.compile(
-                    [str(source)], output_dir=folder, extra_postargs=[flag]
-                )
-                self.compiler.link_executable(
-                    objects, "probe", output_dir=folder, extra_postargs=[flag]
-                )
-            except (CompileError, LinkError):
+                return subprocess.run(command, capture_output=True).returncode == 0
+            except OSError:
                 return False
-        return True
 
 
 class BuildWheel(bdist_wheel):
@@ -61,7 +88,7 @@ class BuildWheel(bdist_wheel):
 
     def get_tag(self) -> tuple[str, str, str]:
         """The tag of a pure wheel if the library is missing."""
-        if not list(Path(self.bdist_dir).rglob("_native*")):
+        if not list(Path(self.bdist_dir).rglob("_native_kernels*")):
             return ("py3", "none", "any")
         return super().get_tag()
 
@@ -69,15 +96,16 @@ class BuildWheel(bdist_wheel):
 setup(
     ext_modules=[
         Extension(
-            "rac_modifier.kernels.cpu._native",
-            sources=sorted(str(path) for path in Path("csrc").glob("*.cpp")),
-            depends=sorted(str(path) for path in Path("csrc").glob("*.h")),
+            "rac_modifier.kernels.cpu._native_kernels",
+            sources=sorted(str(path) for path in Path("csrc").rglob("*.cpp")),
+            depends=sorted(str(path) for path in Path("csrc").rglob("*.h")),
+            include_dirs=["csrc"],
             language="c++",
             extra_compile_args=["-std=c++17", "-O3", "-fvisibility=hidden"],
             py_limited_api=True,
             optional=True,
         )
     ],
-    cmdclass={"build_ext": BuildKernel, "bdist_wheel": BuildWheel},
+    cmdclass={"build_ext": BuildKernels, "bdist_wheel": BuildWheel},
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

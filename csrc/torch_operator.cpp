@@ -7,8 +7,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "layout.h"
-#include "status.h"
+#include "format/layout.h"
 
 #define RAC_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -81,7 +80,7 @@ struct Plain {
     }
     // BF16, FP32 or -1.
     int32_t type() const { return dtype == torch.bfloat16() ? BF16 : dtype == torch.float32() ? FP32 : -1; }
-    int64_t bytes() const { return count * size_of(static_cast<Type>(type())); }
+    int64_t bytes() const { return count * size_of(type()); }
 };
 
 Tensor tensor_of(Value value) { return reinterpret_cast<Tensor>(value); }
@@ -130,7 +129,7 @@ Tensor product(const Value* stack) {
         rac_sparse_linear(data.data, data.count, rows, columns, x.data, x.bytes(), x.type(), m, scale.data,
                           has_scale ? scale.bytes() : 0, has_scale ? scale.type() : FP32, has_scale ? scale.sizes[1] : 1,
                           bias.data, has_bias ? bias.bytes() : 0, has_bias ? bias.type() : BF16, address,
-                          m * rows * size_of(static_cast<Type>(x.type())), isa_in_use, static_cast<int32_t>(threads))) {
+                          m * rows * size_of(x.type()), isa_in_use, static_cast<int32_t>(threads))) {
         torch.delete_tensor(out);
         return nullptr;
     }

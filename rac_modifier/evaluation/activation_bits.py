@@ -25,7 +25,7 @@ from rac_modifier.kernels.cpu.packed import block_of
 from rac_modifier.kernels.interface import EXPERT
 from rac_modifier.model_tools import evaluating
 
-LEVELS = {8: 127, 16: 127 * 256 + 127}  # the largest integer of x (csrc/int8.h)
+LEVELS = {8: 127, 16: 127 * 256 + 127}  # the largest integer of x (csrc/gemm/kernel.h)
 LIMIT = 0.01  # of the layer's own error
 
 

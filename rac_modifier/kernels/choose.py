@@ -9,7 +9,7 @@ from typing import cast
 import torch
 
 from rac_modifier.kernels import cpu
-from rac_modifier.kernels.cpu.examine import Found, examine_library
+from rac_modifier.kernels.cpu.support import Found, examine_library
 from rac_modifier.kernels.interface import Backend, Decision, Layer, stay_dense
 
 GROUP = "rac_modifier.kernel_backends"

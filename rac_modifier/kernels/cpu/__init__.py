@@ -1,4 +1,4 @@
-"""The CPU backend: kernels in C++ (csrc/) for AVX2, AVX-VNNI, AVX512, AMX, on ARM for NEON, SDOT, SMMLA, SVE, and portable ones.
+"""The CPU backend: kernels in C++ (csrc/), a set per instruction set.
 
 The compiled library is searched for at the first use, not at import.
 """

@@ -1,10 +1,8 @@
-"""Up to how many rows of x the kernel itself is the faster way, timed on this machine.
+"""Measure the number of tokens above which a dense matmul beats the kernel.
 
-Above that number, panels are expanded for a dense product of torch (operator.py). Each kind of weight is timed as it is run: with
-activations of 16 bits, and, where layers have them, with those of 8, which another kernel multiplies. Timed on one thread, so
-that the result is that of a core and not of how many there are: both ways are divided among threads alike. The least of several
-processor times of this thread counts: other work on the machine changes these little. A dense product must be clearly faster to
-be chosen.
+Above that number, panels are expanded for a dense matmul of torch (operator.py). Each kind of weight is timed
+with its activations of 16 or 8 bits. Timed on one thread: both ways are divided among threads alike. The least
+of several CPU times of this thread counts: other work on the machine changes these little.
 """
 
 from __future__ import annotations
@@ -23,18 +21,18 @@ from rac_modifier.kernels.cpu.operator import EIGHT_BITS, expand_and_multiply
 from rac_modifier.kernels.cpu.packed import pack_scale, pack_values, set_activation_bits
 from rac_modifier.kernels.cpu.support import library_and_isa
 
-ROWS = (64, 256, 1024, 2048)  # of x
-# Of the weight: about as large as layers are. Of a smaller one, what is expanded stays in the cache nearest to the core.
+ROWS = (64, 256, 1024, 2048)  # tokens
+# Of the weight: about as large as layers are. A smaller expanded weight stays in the nearest cache.
 _SHAPE = (2048, 1536)
 _REPEATS = 4
-MARGIN = 1.15
+MARGIN = 1.15  # by which a dense matmul must be faster
 
 
 @dataclass(frozen=True)
 class Crossover:
-    """The largest number of rows of x that the kernel multiplies itself, inf for any; `kind` is one of `operator.KINDS`.
+    """The largest number of tokens that the kernel multiplies, inf for any; `kind` is of `operator.KINDS`.
 
-    seconds: of processor time, of the kernel and of the dense product, by rows of x, as far as they were timed.
+    seconds: CPU time of the kernel and of the dense matmul, by tokens, as far as they were timed.
     """
 
     kind: str
@@ -47,16 +45,14 @@ class Crossover:
             f"{m} rows {1e3 * own:.1f} / {1e3 * dense:.1f}"
             for m, (own, dense) in self.seconds.items()
         )
-        limit = (
-            "any number of rows"
-            if math.isinf(self.rows)
-            else f"up to {self.rows:.0f} rows, more by dense products"
-        )
+        limit = f"up to {self.rows:.0f} rows, more by dense products"
+        if math.isinf(self.rows):
+            limit = "any number of rows"
         return f"{self.kind}: the kernel multiplies {limit} (ms of the kernel / of a dense product: {times})"
 
 
 def measure_crossovers(kinds: Sequence[str]) -> list[Crossover]:
-    """Time the kernel in use and the dense product on a 50 % sparse weight of each kind, with bfloat16 activations.
+    """Time the kernel in use and the dense matmul on a 50 % sparse weight of each kind, x in bfloat16.
 
     Takes about a second of one core per kind.
 
@@ -73,33 +69,31 @@ def measure_crossovers(kinds: Sequence[str]) -> list[Crossover]:
 
 
 def rows_up_to(seconds: Mapping[int, tuple[float, float]]) -> float:
-    """Rows up to which the kernel stays, from times of the kernel and of the dense product by rows, in ascending order.
+    """Tokens up to which the kernel multiplies, from times by tokens in ascending order.
 
-    That is one less than the first number with which the dense product was clearly faster: between two numbers that were timed
-    it may be slower, because expanding the weight takes as long for few rows as for many.
+    That is less than the first number with which the dense matmul was faster: between two timed numbers it
+    may be slower, because expanding the weight takes as long for few tokens as for many.
     """
-    faster = (rows - 1 for rows, (own, dense) in seconds.items() if own > MARGIN * dense)
+    faster = (m - 1 for m, (own, dense) in seconds.items() if own > MARGIN * dense)
     return next(faster, math.inf)
 
 
 @torch.inference_mode()
 def _measure(kind: str, library: Library, isa: str) -> Crossover:
     data, scale = _weight(kind)
-    if kind.endswith(EIGHT_BITS):
-        set_activation_bits(data, 8)
     rows, columns = _SHAPE
     seconds: dict[int, tuple[float, float]] = {}
     for m in ROWS:
         x = torch.randn(m, columns, generator=torch.Generator().manual_seed(0)).bfloat16()
         out = torch.empty(m, rows, dtype=x.dtype)
-        own, dense = [], []
+        times = []
         for _ in range(_REPEATS):
             start = time.thread_time()
             library.linear(data, rows, columns, x, scale, None, out, isa)
             between = time.thread_time()
             expand_and_multiply(library, isa, data, x, scale, None, out)
-            dense.append(time.thread_time() - between)
-            own.append(between - start)
+            times.append((between - start, time.thread_time() - between))
+        own, dense = zip(*times, strict=True)
         seconds[m] = (min(own), min(dense))
         if not math.isinf(rows_up_to(seconds)):
             break
@@ -109,18 +103,15 @@ def _measure(kind: str, library: Library, isa: str) -> Crossover:
 def _weight(kind: str) -> tuple[Tensor, Tensor | None]:
     """A 50 % sparse weight, packed, and its scales."""
     generator = torch.Generator().manual_seed(0)
-    mask = torch.rand(_SHAPE, generator=generator) < 0.5
+    pruned = torch.rand(_SHAPE, generator=generator) >= 0.5
     if kind == "floats":
-        stored = from_dense(
-            torch.randn(_SHAPE, generator=generator).bfloat16().masked_fill(~mask, 0), kind
-        )
+        dense = torch.randn(_SHAPE, generator=generator).bfloat16().masked_fill(pruned, 0)
+        stored = from_dense(dense, kind)
         return pack_values(stored.values, stored.bitmask, stored.columns), None
-    values = torch.randint(1, 8, _SHAPE, dtype=torch.int8, generator=generator).masked_fill(
-        ~mask, 0
-    )
-    stored = from_dense(values, kind)
+    values = torch.randint(1, 8, _SHAPE, dtype=torch.int8, generator=generator)
+    stored = from_dense(values.masked_fill(pruned, 0), kind)
     bits, groups = (8, 1) if kind.startswith("int8") else (4, _SHAPE[1] // 128)
-    scale = pack_scale(torch.full((_SHAPE[0], groups), 0.01), _SHAPE[1] // groups)
-    return pack_values(
-        stored.values, stored.bitmask, stored.columns, bits, group=_SHAPE[1] // groups
-    ), scale
+    data = pack_values(stored.values, stored.bitmask, stored.columns, bits)
+    if kind.endswith(EIGHT_BITS):
+        set_activation_bits(data, 8)
+    return data, pack_scale(torch.full((_SHAPE[0], groups), 0.01), _SHAPE[1] // groups)

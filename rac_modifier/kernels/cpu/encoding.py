@@ -8,7 +8,7 @@ import torch
 
 from rac_modifier.checkpoint.stored_weight import FLOATS
 
-# By bits of values: columns that a group has a multiple of, as those of types without masks (scale_unit of csrc/layout.h).
+# By bits of values: columns that a group has a multiple of, as those of types without masks (scale_unit of csrc/format/layout.h).
 UNIT = {8: 4, 4: 8, 3: 32, 2: 32}
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 

@@ -1,7 +1,7 @@
-"""Rows of a packed weight, as an embedding needs them: one opaque torch operator, `torch.ops.rac_modifier.packed_rows`.
+"""Rows of a packed weight, as an embedding needs them: an opaque torch operator, `torch.ops.rac_modifier.packed_rows`.
 
-The kernels' layout has panels of 16 rows, so that a lookup expands 16 rows to take one. That is little beside one layer of a
-model, and no second copy of the weight is needed where the embedding is the output head, too.
+A lookup expands a panel of 16 rows to take one row. That is little next to a layer of a model, and an embedding
+that is the output head, too, needs no second copy of the weight.
 """
 
 from __future__ import annotations
@@ -27,33 +27,31 @@ def lookup(
     Raises:
         RacError: an id that is no row of the weight.
     """
-    return torch.ops.rac_modifier.packed_rows(
-        ids, packed[DATA], rows, columns, packed.get(SCALE), dtype
-    )
+    data, scale = packed[DATA], packed.get(SCALE)
+    return torch.ops.rac_modifier.packed_rows(ids, data, rows, columns, scale, dtype)
 
 
 def _packed_rows(
     ids: Tensor, data: Tensor, rows: int, columns: int, scale: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     library, isa = library_and_isa()
-    wanted, order = ids.flatten().sort()
-    out = torch.empty(len(wanted), columns, dtype=dtype)
-    if not len(wanted):
+    ordered, order = ids.flatten().sort()
+    out = torch.empty(len(ordered), columns, dtype=dtype)
+    if not len(ordered):
         return out.view(*ids.shape, columns)
-    if int(wanted[0]) < 0 or int(wanted[-1]) >= rows:
+    if int(ordered[0]) < 0 or int(ordered[-1]) >= rows:
         raise RacError(
-            f"ids {int(wanted[0])} to {int(wanted[-1])}: the weight has rows 0 to {rows - 1}"
+            f"ids {int(ordered[0])} to {int(ordered[-1])}: the weight has rows 0 to {rows - 1}"
         )
-    panels, counts = (wanted // PANEL).unique_consecutive(return_counts=True)
-    lanes, first = wanted % PANEL, 0
+    panels, counts = (ordered // PANEL).unique_consecutive(return_counts=True)
     expanded = torch.empty(columns, PANEL)
-    for panel, count in zip(panels.tolist(), counts.tolist(), strict=True):
+    starts = (counts.cumsum(0) - counts).tolist()
+    for panel, start, count in zip(panels.tolist(), starts, counts.tolist(), strict=True):
         library.expand(data, rows, columns, panel, panel + 1, expanded, isa)
         if scale is not None:  # [groups, columns of a group, 16] times [groups, 1, 16]
             expanded.view(scale.shape[1], -1, PANEL).mul_(scale[panel].float()[:, None])
-        these = slice(first, first + count)
-        out[order[these]] = expanded[:, lanes[these]].t().to(dtype)
-        first += count
+        taken = slice(start, start + count)
+        out[order[taken]] = expanded[:, ordered[taken] % PANEL].t().to(dtype)
     return out.view(*ids.shape, columns)
 
 
@@ -63,12 +61,9 @@ def _fake(
     return data.new_empty(*ids.shape, columns, dtype=dtype)
 
 
-if not hasattr(
-    torch.ops.rac_modifier, "packed_rows"
-):  # once per process, also if this module is loaded again
-    torch.library.define(
-        "rac_modifier::packed_rows",
-        "(Tensor ids, Tensor data, int rows, int columns, Tensor? scale, ScalarType dtype) -> Tensor",
-    )
+# Once per process, also if this module is loaded again.
+if not hasattr(torch.ops.rac_modifier, "packed_rows"):
+    _ARGUMENTS = "Tensor ids, Tensor data, int rows, int columns, Tensor? scale, ScalarType dtype"
+    torch.library.define("rac_modifier::packed_rows", f"({_ARGUMENTS}) -> Tensor")
     torch.library.impl("rac_modifier::packed_rows", "cpu", _packed_rows)
     torch.library.register_fake("rac_modifier::packed_rows", _fake)

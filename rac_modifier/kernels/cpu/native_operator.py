@@ -1,7 +1,7 @@
-"""Products with few rows of x as an operator in C++, `torch.ops.rac_modifier.native_linear`: a call enters C++ once.
+"""Matmuls with few tokens as an operator in C++, `torch.ops.rac_modifier.native_linear`: a call enters C++ once.
 
-csrc/torch_operator.cpp is built without torch. It is given the functions of torch's stable C interface that are listed here,
-from the torch that is loaded. A torch without them leaves the operator in Python in use.
+csrc/torch_operator.cpp is built without torch. It is given the functions of torch's stable C interface
+that are listed here. A torch without them leaves the operator in Python in use.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ FUNCTIONS = (
     "aoti_torch_dtype_uint8",
 )
 SINCE_2_13 = ("torch_delete_stable_ivalue", "torch_exception_get_what_without_backtrace")
-LINES = 8  # rows of x up to which the operator multiplies itself
+TOKENS = 8  # up to which the operator multiplies itself
 
 
 class _State:
-    """The library whose operator torch has, or why there is none; and whether it is the one in use."""
+    """The library whose operator torch has, or the reason why torch has none; and whether it is in use."""
 
     registered: Library | None = None
     refused: str | None = None
@@ -56,7 +56,7 @@ def activate(library: Library, isa: str) -> None:
         state.refused = _register(library)
         state.registered = library if state.refused is None else None
     if state.registered is not None and state.registered.handle == library.handle:
-        library.use_operator(isa, LINES)
+        library.use_operator(isa, TOKENS)
         state.active = True
 
 
@@ -69,9 +69,9 @@ def deactivate() -> None:
 
 def _register(library: Library) -> str | None:
     """Give torch the operator; the reason where that is not possible."""
-    found = sorted((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"))
+    paths = sorted((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"))
     try:
-        loaded = ctypes.CDLL(str(found[0]))
+        loaded = ctypes.CDLL(str(paths[0]))
         addresses = [_address(loaded, name) for name in FUNCTIONS]
     except (IndexError, OSError, AttributeError) as error:
         return f"torch {torch.__version__} has no stable C interface ({error})"

@@ -1,7 +1,7 @@
-"""The linear layer with a sparse weight, as one opaque torch operator, `torch.ops.rac_modifier.sparse_linear`.
+"""The linear layer with a sparse weight, as an opaque torch operator, `torch.ops.rac_modifier.sparse_linear`.
 
-For few rows of x (decoding, limited by the bytes that are read) the kernel multiplies packed panels itself. For many rows
-(prefill) panels are expanded, one chunk at a time, into a small dense buffer that torch's own matrix product reads.
+For few tokens (decoding, limited by the bytes that are read) the kernel multiplies packed panels. For many
+tokens (prefill) panels are expanded, a chunk at a time, into a small dense buffer that torch multiplies.
 """
 
 from __future__ import annotations
@@ -15,30 +15,15 @@ from torch import Tensor
 
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.cpu import native_operator
-from rac_modifier.kernels.cpu.library import (
-    ARM_ISAS,
-    DENSE8,
-    INT8,
-    TYPES,
-    VALUE_TYPES,
-    X86_ISAS,
-    Library,
-)
+from rac_modifier.kernels.cpu.library import BITS, INT8, TYPES, VALUE_TYPES, Library
 from rac_modifier.kernels.cpu.packed import PANEL
-from rac_modifier.kernels.cpu.support import dense_products_in_bf16, library_and_isa
+from rac_modifier.kernels.cpu.support import library_and_isa
 
-# The largest number of rows of x for which the kernel itself is the faster way: measured on shapes of a 1.5B model, on AVX512
-# (beside dense products in float32) up to 512 and on AMX up to 1024. Those of ARM and AVX-VNNI are assumed to be as AVX2. A
-# server measures (crossover.py).
-CROSSOVER = {"portable": 8, **dict.fromkeys((*X86_ISAS, *ARM_ISAS), math.inf)}
-# The same for weights of 8 and of 4 bits, which are multiplied as integers. Portable: assumed.
-CROSSOVER8 = {**CROSSOVER, **dict.fromkeys(("avx2", "avxvnni", *ARM_ISAS), 512)}
-CROSSOVER4 = {**CROSSOVER8, "amx": 512}
-_chosen: dict[str, float] = {}  # by kind of weight, where `use_crossovers` was called
+_crossovers: dict[str, float] = {}  # by kind of weight; else that of the kernel (Library.kernels)
 FEW = (
-    native_operator.LINES
-)  # rows that every kernel multiplies itself: no call to learn the type of the values
-EIGHT_BITS = " with 8-bit activations"  # behind a kind of weights of integers: another kernel multiplies these
+    native_operator.TOKENS
+)  # tokens that every kernel multiplies, without asking for the value type
+EIGHT_BITS = " with 8-bit activations"  # kinds of integers that another kernel multiplies
 KINDS = ("floats", "int8", "int4", f"int8{EIGHT_BITS}", f"int4{EIGHT_BITS}")
 SCRATCH_BYTES = 8 << 20  # of expanded panels at a time: they about fit into the last-level cache
 
@@ -55,10 +40,11 @@ def sparse_linear(
 ) -> Tensor:
     """X [..., columns] times the transposed weight, plus bias [rows]: [..., rows] in x's dtype, summed in fp32.
 
-    `data`: the packed weight [rows, columns], from `pack_values` or `pack_dense`. x and bias are bfloat16 or float32, in any
-    combination with the weight. `scale`, from `pack_scale`, multiplies the weight: integers need one, floats may have one of a
-    single group. For weights of integers x is rounded to 16-bit integers, with a scale per row and 512 columns or group, which is
-    more accurate than bfloat16. (Many rows of bfloat16 are not rounded where the processor multiplies bfloat16.)
+    `data`: the packed weight [rows, columns], from `pack_values` or `pack_dense`. x and bias are bfloat16
+    or float32, in any combination with the weight. `scale`, from `pack_scale`, multiplies the weight:
+    integers need a scale, floats may have a scale of one group. For integers x is rounded to 16-bit
+    integers, with a scale per token and 512 columns or group, which is more accurate than bfloat16. (Many
+    tokens of bfloat16 are not rounded where the processor multiplies bfloat16.)
 
     Raises:
         RacError: other dtypes, or shapes that do not fit.
@@ -67,10 +53,8 @@ def sparse_linear(
         return torch.ops.rac_modifier.sparse_linear(x, data, rows, columns, bias, scale)
     try:
         return torch.ops.rac_modifier.native_linear(x, data, rows, columns, bias, scale)
-    except RuntimeError:
-        _forward(
-            x, data, rows, columns, bias, scale
-        )  # raises what the operator in C++ can only print
+    except RuntimeError:  # Python raises what the operator in C++ can only print
+        _forward(x, data, rows, columns, bias, scale)
         raise
 
 
@@ -82,44 +66,44 @@ def _forward(
     bias: Tensor | None,
     scale: Tensor | None = None,
 ) -> Tensor:
-    """The operator. `data` was checked when it was packed; only its header is checked again here."""
+    """The operator. `data` was checked when it was packed; only its header is checked again."""
     library, isa = library_and_isa()
     _check(x, data, rows, columns, bias, scale)
     shape = x.shape
-    if len(shape) != 2:
-        x = x.reshape(-1, columns)
-    x = x.contiguous()
-    if bias is not None:
-        bias = bias.contiguous()
+    x = x.reshape(-1, columns).contiguous()
+    bias = None if bias is None else bias.contiguous()
     out = torch.empty((x.shape[0], rows), dtype=x.dtype)
     if x.shape[0] <= FEW or x.shape[0] <= _crossover(library, data, isa):
         library.linear(data, rows, columns, x, scale, bias, out, isa)
     else:
         expand_and_multiply(library, isa, data, x, scale, bias, out)
-    return out if len(shape) == 2 else out.view(*shape[:-1], rows)
+    return out.view(*shape[:-1], rows)
 
 
-def use_crossovers(rows: Mapping[str, float]) -> None:
-    """From now on the kernels multiply so many rows of x themselves, by kind of weight (`KINDS`).
+def use_crossovers(tokens: Mapping[str, float]) -> None:
+    """Set up to how many tokens the kernels multiply packed panels, by kind of weight (`KINDS`).
 
-    Other kinds keep what an earlier call gave, for another model of this process, or the number of the tables. `rows` below 8
-    act as 8.
+    Kinds that `tokens` lacks keep their number: another model of this process may have set it.
     """
-    _chosen.update(rows)
+    _crossovers.update(tokens)
 
 
 def forget_crossovers() -> None:
-    """Take the numbers of the tables again. For tests."""
-    _chosen.clear()
+    """Take the numbers of the kernel again. For tests."""
+    _crossovers.clear()
 
 
 def _crossover(library: Library, data: Tensor, isa: str) -> float:
-    value_type = library.value_type(data)
-    kind = "floats" if value_type < INT8 else "int8" if value_type in (INT8, DENSE8) else "int4"
-    table = {"floats": CROSSOVER, "int8": CROSSOVER8, "int4": CROSSOVER4}[kind]
+    value_type, kernel = library.value_type(data), library.kernels[isa]
+    if value_type < INT8:
+        kind, tokens = "floats", kernel.floats
+    elif value_type in BITS:
+        kind, tokens = "int4", kernel.int4
+    else:
+        kind, tokens = "int8", kernel.int8
     if library.activation_bits(data, isa) == 8:
         kind += EIGHT_BITS
-    return _chosen.get(kind, table[isa])
+    return _crossovers.get(kind, math.inf if tokens < 0 else tokens)
 
 
 def expand_and_multiply(
@@ -131,15 +115,16 @@ def expand_and_multiply(
     bias: Tensor | None,
     out: Tensor,
 ) -> None:
-    """Fill `out` by dense products with chunks of the weight.
+    """Fill `out` by dense matmuls with chunks of the weight.
 
-    In bf16 where x is in bf16, torch multiplies that faster than fp32 on this processor (`dense_products_in_bf16`), and the
-    weight's values are exact in it: integers, or bf16 without a scale. Else in fp32. Scales of integers, what they are multiplied
-    to, and the bias are rounded to bf16 then, as a dense bf16 model's weights are; sums are in fp32.
+    In bf16 where x is bf16, torch multiplies bf16 faster than fp32 on this processor, and the weight's
+    values are exact in bf16: integers, or bf16 without a scale. Otherwise in fp32. In bf16, scales of
+    integers, the scaled values and the bias are rounded, as the weights of a dense bf16 model are; sums
+    are in fp32.
     """
     rows, columns, value_type = out.shape[1], x.shape[1], library.value_type(data)
     in_bf16 = value_type >= INT8 or (value_type == VALUE_TYPES[torch.bfloat16] and scale is None)
-    fast = x.dtype == torch.bfloat16 and in_bf16 and dense_products_in_bf16(isa)
+    fast = x.dtype == torch.bfloat16 and in_bf16 and library.kernels[isa].dense_bf16
     dtype = torch.bfloat16 if fast else torch.float32
     x, bias = x.to(dtype), bias if bias is None else bias.to(dtype)
     panels = -(-rows // PANEL)
@@ -150,26 +135,24 @@ def expand_and_multiply(
         width = PANEL * (last - first)
         transposed = buffer[: columns * width].view(columns, width)
         library.expand(data, rows, columns, first, last, transposed, isa)
-        if (
-            scale is not None
-        ):  # [groups, columns of a group, panels, 16] times [groups, 1, panels, 16]
-            groups = scale.shape[1]
+        if scale is not None:
+            # [groups, columns of a group, panels, 16] times [groups, 1, panels, 16]
             factors = scale[first:last].transpose(0, 1).to(dtype).contiguous()
-            transposed.view(groups, -1, last - first, PANEL).mul_(factors[:, None])
+            transposed.view(scale.shape[1], -1, last - first, PANEL).mul_(factors[:, None])
         low, high = first * PANEL, min(last * PANEL, rows)
         transposed = transposed[:, : high - low]
-        # addmm, because adding the bias to the product's result would round a second time.
-        out[:, low:high] = (
-            torch.mm(x, transposed) if bias is None else torch.addmm(bias[low:high], x, transposed)
-        )
+        if bias is None:
+            out[:, low:high] = torch.mm(x, transposed)
+        else:  # adding the bias to a result of mm would round a second time
+            out[:, low:high] = torch.addmm(bias[low:high], x, transposed)
 
 
 def _buffer(size: int) -> Tensor:
     """`size` bytes, reused by the thread: a new buffer would cost a page fault per 4 KiB at every call."""
-    kept = getattr(_scratch, "buffer", None)
-    if kept is None or kept.numel() < size:
-        kept = _scratch.buffer = torch.empty(size, dtype=torch.uint8)
-    return kept[:size]
+    buffer = getattr(_scratch, "buffer", None)
+    if buffer is None or buffer.numel() < size:
+        buffer = _scratch.buffer = torch.empty(size, dtype=torch.uint8)
+    return buffer[:size]
 
 
 def _check(
@@ -185,21 +168,21 @@ def _check(
         raise RacError(f"data: {data.dtype} on {data.device}; pass what `pack_values` returned")
     if bias is not None and (bias.shape != (rows,) or bias.dtype not in TYPES or not bias.is_cpu):
         raise RacError(
-            f"bias: {bias.dtype} {list(bias.shape)} on {bias.device}; the weight's {rows} rows need bfloat16 or float32 "
-            f"[{rows}] on the CPU"
+            f"bias: {bias.dtype} {list(bias.shape)} on {bias.device}; the weight's {rows} rows need "
+            f"bfloat16 or float32 [{rows}] on the CPU"
         )
-    if scale is not None and (
-        scale.dtype not in TYPES
-        or not scale.is_cpu
-        or not scale.is_contiguous()
-        or scale.dim() != 3
+    if scale is None:
+        return
+    plain = scale.dtype in TYPES and scale.is_cpu and scale.is_contiguous() and scale.dim() == 3
+    if (
+        not plain
         or (scale.shape[0], scale.shape[2]) != (-(-rows // PANEL), PANEL)
         or scale.shape[1] < 1
         or columns % scale.shape[1]
     ):
         raise RacError(
-            f"scale: {scale.dtype} {list(scale.shape)} on {scale.device} does not fit a weight [{rows}, {columns}]; pass "
-            "what `pack_scale` returned"
+            f"scale: {scale.dtype} {list(scale.shape)} on {scale.device} does not fit a weight "
+            f"[{rows}, {columns}]; pass what `pack_scale` returned"
         )
 
 
@@ -214,12 +197,10 @@ def _fake(
     return x.new_empty(*x.shape[:-1], rows)
 
 
-# Once per process, also if this module is loaded again. `native_linear` is this one where its own in C++ is not registered.
+# Once per process, also if this module is loaded again. Python serves `native_linear` until C++ does.
+_ARGUMENTS = "(Tensor x, Tensor data, int rows, int columns, Tensor? bias, Tensor? scale=None)"
 for _name, _key in (("sparse_linear", "cpu"), ("native_linear", "CompositeExplicitAutograd")):
     if not hasattr(torch.ops.rac_modifier, _name):
-        torch.library.define(
-            f"rac_modifier::{_name}",
-            "(Tensor x, Tensor data, int rows, int columns, Tensor? bias, Tensor? scale=None) -> Tensor",
-        )
+        torch.library.define(f"rac_modifier::{_name}", f"{_ARGUMENTS} -> Tensor")
         torch.library.impl(f"rac_modifier::{_name}", _key, _forward)
         torch.library.register_fake(f"rac_modifier::{_name}", _fake)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from rac_modifier.kernels.cpu import library, support
-from tests.kernels.cpu.kernel_helpers import CSRC, FLAGS, HERE, SHARED, compiled_library, run
+from tests.kernels.cpu.kernel_helpers import CSRC, FLAGS, HERE, run, setup_library
 
 COMPILER, EMULATOR, X86_EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64", "qemu-x86_64"
 TOOLS = CSRC.parent / "build" / "arm-tools"  # where scripts/arm_tools.sh unpacks them without root
@@ -29,12 +29,7 @@ _WRITE = (
     "rac_sparse_linear",
 )  # to their last buffer
 # A processor for each instruction set that has it and none above it: an instruction of those would stop the test.
-PROCESSORS = {"neon": "cortex-a72", "dotprod": "neoverse-n1", "i8mm": "max,sve=off", "sve": "a64fx"}
-# Processors whose SVE has vectors of so many bits.
-VECTORS = {
-    bits: f"max,sve-max-vq={bits // 128},sve-default-vector-length=-1"
-    for bits in (128, 256, 512, 1024, 2048)
-}
+PROCESSORS = {"neon": "cortex-a72", "i8mm": "max,sve=off"}
 
 
 def need_tool(tool: str) -> None:
@@ -47,7 +42,8 @@ def arm_library(folder: Path) -> Path:
     """The library for ARM; skips the test without the cross compiler and the emulator that it needs."""
     for tool in (COMPILER, EMULATOR):
         need_tool(tool)
-    return compiled_library(folder, "-O2", *SHARED, compiler=COMPILER)
+    link = f"{COMPILER} -shared"
+    return setup_library(folder, CC=COMPILER, CXX=COMPILER, LDSHARED=link, LDCXXSHARED=link)
 
 
 def arm_program(folder: Path, source: str, shared: Path, compiler: str = COMPILER) -> Path:
@@ -78,8 +74,7 @@ class ArmLibrary(library.Library):
     def __init__(self, server: Path, processor: str) -> None:
         self._calls: Any = Calls(server, processor)
         assert self._calls.rac_abi() == library.ABI
-        self.best = library.ISAS[self._calls.rac_best_isa()]
-        self.compiler = self._calls.rac_compiler().decode()
+        self._ask()
 
     def close(self) -> None:
         self._calls.process.communicate()
@@ -97,7 +92,7 @@ class Calls:
         return partial(self._call, name)
 
     def _call(self, name: str, *values: Any) -> Any:
-        result, types = library._SIGNATURES.get(name, (ctypes.c_int32, []))
+        result, types = (ctypes.c_int32, []) if name == "rac_abi" else library.signature(name)
         message, out = [_counted(name.encode())], (None, 0)
         for i, (kind, value) in enumerate(zip(types, values, strict=True)):
             if kind is not ctypes.c_void_p:
@@ -132,6 +127,6 @@ def _counted(data: bytes) -> bytes:
 
 def take_arm(arm: ArmLibrary, isa: str, patch: pytest.MonkeyPatch) -> None:
     """Make the package use this library and this RAC_KERNEL."""
-    patch.setattr(support, "load", lru_cache(lambda: (arm, "")))
+    patch.setattr(library, "load", lru_cache(lambda: (arm, "")))
     patch.setenv("RAC_KERNEL", isa)
     support.forget()

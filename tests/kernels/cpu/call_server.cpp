@@ -76,11 +76,9 @@ int main() {
 #define RAC_CALL(function) \
     if (name == #function) call(function)
         RAC_CALL(rac_abi);
-        RAC_CALL(rac_best_isa);
-        RAC_CALL(rac_runs);
+        RAC_CALL(rac_kernels);
         RAC_CALL(rac_compiler);
         RAC_CALL(rac_last_error);
-        RAC_CALL(rac_sparse_int4_type);
         RAC_CALL(rac_packed_bytes);
         RAC_CALL(rac_pack_weight);
         RAC_CALL(rac_check_weight);

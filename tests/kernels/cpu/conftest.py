@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from rac_modifier.kernels.cpu.library import Library
+from rac_modifier.kernels.cpu.operator import forget_crossovers
 from rac_modifier.kernels.cpu.support import forget
 from tests.kernels.cpu.arm import PROCESSORS, ArmLibrary, arm_library, arm_program, take_arm
-from tests.kernels.cpu.kernel_helpers import SHARED, compiled_library, take
+from tests.kernels.cpu.kernel_helpers import emulated_library, setup_library, take
 
 KERNELS = [
     "portable",
@@ -27,26 +28,27 @@ KERNELS = [
     "emulated amx",
     *(f"arm {isa}" for isa in PROCESSORS),
 ]
-OTHERS_FLOATS = ["avxvnni", "arm dotprod"]  # their products of floats are those of AVX2 and of NEON
+OTHERS_FLOATS = ["avxvnni", "arm i8mm"]  # their products of floats are those of AVX2 and of NEON
 
 
 @pytest.fixture(autouse=True)
 def _decided_anew_afterwards():
     """What was decided for a test here does not hold for later tests of the same process, which might skip theirs."""
     yield
+    forget_crossovers()
     forget()
 
 
 @pytest.fixture(scope="session")
 def native_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The library as it is installed."""
-    return compiled_library(tmp_path_factory.mktemp("native"), "-O3", *SHARED)
+    return setup_library(tmp_path_factory.mktemp("native"))
 
 
 @pytest.fixture(scope="session")
 def emulated_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The library on emulated_intrinsics.h."""
-    return compiled_library(tmp_path_factory.mktemp("emulated"), "-O1", "-DRAC_EMULATE", *SHARED)
+    return emulated_library(tmp_path_factory.mktemp("emulated"))
 
 
 @pytest.fixture(scope="session")
@@ -96,7 +98,7 @@ def use_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     path = request.getfixturevalue("emulated_path" if emulated else "native_path")
     found = Library(path)
     if isa not in found.runs:
-        pytest.skip(f"this machine runs {found.best} at best")
+        pytest.skip(f"this machine runs {found.runs[-1]} at best")
     take(path, isa, monkeypatch)
     return request.param
 

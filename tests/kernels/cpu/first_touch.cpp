@@ -53,7 +53,7 @@ int main(int, char** arguments) {
     sigaction(SIGSEGV, &action, nullptr);
     const int64_t rows = 3000, columns = 2048, panels = (rows + 15) / 16;
     std::mt19937 random(0);
-    for (int32_t type : {0, 2, 3, 4, 5}) {  // of csrc/layout.h
+    for (int32_t type : {0, 2, 3, 4, 5}) {  // of csrc/format/layout.h
         const bool masked = type != 3 && type != 5;
         std::vector<uint8_t> bitmask(masked ? rows * columns / 8 : 0);
         int64_t count = masked ? 0 : rows * columns;
@@ -72,7 +72,7 @@ int main(int, char** arguments) {
         });
         const auto readers = first_threads([&] {
             require(rac_sparse_linear(data, bytes, rows, columns, x.data(), x.size(), 1, 1, type ? scale.data() : nullptr,
-                                      type ? scale_bytes : 0, 1, 1, nullptr, 0, 1, out.data(), out.size(), rac_best_isa(),
+                                      type ? scale_bytes : 0, 1, 1, nullptr, 0, 1, out.data(), out.size(), running_kernels().back().number,
                                       threads) == 0, "multiply");
         });
         int64_t written = 0, same = 0;

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
+import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,13 +19,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from rac_modifier.kernels.cpu import library, operator, support
+from rac_modifier.kernels.cpu import library, support
 from rac_modifier.kernels.cpu.operator import sparse_linear
-from rac_modifier.kernels.cpu.packed import pack_dense, pack_scale, pack_values, unpack
+from rac_modifier.kernels.cpu.packed import pack_dense, pack_values, unpack
 from tests.kept_builds import kept_build
 
 HERE = Path(__file__).parent
-CSRC = HERE.parents[2] / "csrc"
+ROOT = HERE.parents[2]
+CSRC = ROOT / "csrc"
 SHARED = ["-fPIC", "-shared", "-fvisibility=hidden", "-fopenmp"]
 FLAGS = ["-std=c++17", "-Wall", "-Wextra", "-Werror", f"-I{HERE}", f"-I{CSRC}"]
 
@@ -35,35 +39,78 @@ class Packed(NamedTuple):
     columns: int
 
 
-def compile_sources(
-    out: Path, *flags: str, sources: list[Path] | None = None, compiler: str = "g++"
-) -> Path:
-    """All of csrc/; skips the test where there is no compiler."""
-    if shutil.which(compiler) is None:
-        pytest.skip(f"no {compiler} on this machine")
+def compile_sources(out: Path, *flags: str, sources: tuple[Path, ...] = ()) -> Path:
+    """All of csrc/ for this x86-64 machine, on emulated_intrinsics.h where a source is for AVX512 or AMX.
 
-    def compile_one(source: Path) -> Path:
+    Skips the test elsewhere, and without a compiler.
+    """
+    if shutil.which("g++") is None or platform.machine() != "x86_64":
+        pytest.skip("needs g++ on x86-64")
+
+    def compile_one(source: Path) -> Path | None:
+        build_line = re.match(r"// build: (\w+)(.*)", source.read_text())
+        processor, own_flags = build_line.groups() if build_line else ("any", "")
+        if processor not in ("any", "x86_64"):
+            return None
+        if "avx512" in own_flags:
+            own_flags = ""
         to = out.with_name(f"{out.name}.{source.stem}.o")
-        run(compiler, *FLAGS, *flags, "-c", str(source), "-o", str(to))
+        run(
+            "g++",
+            *FLAGS,
+            *flags,
+            "-DRAC_EMULATE",
+            *own_flags.split(),
+            "-c",
+            str(source),
+            "-o",
+            str(to),
+        )
         return to
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile_one, [*sorted(CSRC.glob("*.cpp")), *(sources or [])]))
-    run(compiler, *flags, *map(str, objects), "-o", str(out))
+        objects = list(pool.map(compile_one, [*sorted(CSRC.rglob("*.cpp")), *sources]))
+    run("g++", *flags, *(str(path) for path in objects if path), "-o", str(out))
     return out
 
 
-def compiled_library(folder: Path, *flags: str, compiler: str = "g++") -> Path:
-    """The library of these sources and flags. Compiled once: build/ keeps it for the next run of the tests."""
-    text = "".join(
-        path.read_text() for folder in (CSRC, HERE) for path in sorted(folder.glob("*.[hc]*"))
-    )
-    digest = hashlib.sha256(f"{text}{flags}{compiler}".encode()).hexdigest()[:16]
+def sources_digest(*more: str) -> str:
+    """Of all that a library is built from."""
+    paths = [*sorted(CSRC.rglob("*.[hc]*")), *sorted(HERE.glob("*.[hc]*")), ROOT / "setup.py"]
+    text = "".join(path.read_text() for path in paths if path.is_file())
+    return hashlib.sha256(f"{text}{more}".encode()).hexdigest()[:16]
+
+
+def emulated_library(folder: Path) -> Path:
+    """The library on emulated_intrinsics.h. Compiled once: build/ keeps it for the next run of the tests."""
 
     def build(out: Path) -> None:
-        shutil.copy(compile_sources(folder / "_native.so", *flags, compiler=compiler), out)
+        shutil.copy(compile_sources(folder / "emulated.so", "-O1", *SHARED), out)
 
-    return kept_build(f"_native_{digest}.so", build)
+    return kept_build(f"emulated_{sources_digest()}.so", build)
+
+
+def setup_library(folder: Path, **environment: str) -> Path:
+    """The library as setup.py builds it, compiled once; skips the test without a compiler."""
+    if shutil.which(environment.get("CXX", "g++")) is None:
+        pytest.skip("no compiler on this machine")
+
+    def build(out: Path) -> None:
+        done = run_setup(folder, **environment)
+        assert done.returncode == 0, done.stderr
+        (built,) = (folder / "lib").rglob("_native_kernels*.so")
+        shutil.copy(built, out)
+
+    return kept_build(f"_native_kernels_{sources_digest(str(environment))}.so", build)
+
+
+def run_setup(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Build by setup.py, into lib/ of a folder."""
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(folder / "lib")]
+    command += ["--build-temp", str(folder / "temp")]
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **environment}
+    )
 
 
 def run(*command: str) -> None:
@@ -112,11 +159,6 @@ def pack(values: Tensor, bitmask: Tensor, columns: int) -> Packed:
     return Packed(pack_values(values, bitmask, columns), len(bitmask), columns)
 
 
-def pack_whole(weight: Tensor) -> Packed:
-    """A packed int8 weight without masks."""
-    return Packed(pack_dense(weight), *weight.shape)
-
-
 def multiply(
     x: Tensor, weight: Packed, bias: Tensor | None = None, scale: Tensor | None = None
 ) -> Tensor:
@@ -149,8 +191,49 @@ def assert_product(y: Tensor, x: Tensor, dense: Tensor, bias: Tensor | None = No
     )
 
 
-LEVELS = 127 * 256 + 127  # the largest integer of x
-BLOCK = 512  # columns of x that share a scale, where the weight has one scale per row
+LEVELS = {16: 127 * 256 + 127, 8: 127}  # the largest integer of x, by activation bits
+BLOCK = 512  # columns of x that share a scale, where the weight has a scale per row
+# Forms of integers by name: bits of a value, and whether the weight has masks.
+FORMS = {
+    "int8": (8, True),
+    "dense8": (8, False),
+    "int4": (4, True),
+    "dense4": (4, False),
+    "dense3": (3, False),
+    "dense2": (2, False),
+}
+
+
+def integers(
+    form: str,
+    rows: int,
+    columns: int,
+    groups: int = 1,
+    zeros: bool = False,
+    seed: int = 0,
+    density: float = 0.5,
+) -> tuple[Tensor, Packed]:
+    """A random weight of a form, with zeros and the least value among the stored ones: dense int8, and packed.
+
+    `zeros`: of codes, with a random code of zero per row and group.
+    """
+    bits, masked = FORMS[form]
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.ones(rows, columns, dtype=torch.bool)
+    if masked:
+        mask = torch.rand(rows, columns, generator=generator) < density
+    codes = torch.randint(0, 1 << bits, (rows, columns), dtype=torch.int16, generator=generator)
+    zero, given = torch.full((rows, groups), 1 << (bits - 1), dtype=torch.int16), None
+    if zeros and bits < 8:
+        zero = torch.randint(0, 1 << bits, (rows, groups), dtype=torch.int16, generator=generator)
+        given = zero.to(torch.uint8)
+    dense = (codes - zero.repeat_interleave(columns // groups, dim=1)).to(torch.int8)
+    data = (
+        pack_values(dense[mask], bitmask_of(mask), columns, bits, given)
+        if masked
+        else pack_dense(dense, bits, given)
+    )
+    return dense.masked_fill(~mask, 0), Packed(data, rows, columns)
 
 
 def scaled(dense: Tensor, scale: Tensor) -> Tensor:
@@ -160,29 +243,13 @@ def scaled(dense: Tensor, scale: Tensor) -> Tensor:
     )
 
 
-def expanded(
-    kernel: str, dtype: torch.dtype, dense: Tensor, scale: Tensor, bias: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Scaled weight and bias of the path of many rows. Where that multiplies bfloat16, they and the scale are rounded to it."""
-    if dtype != torch.bfloat16 or not multiplies_bf16(kernel):
-        return scaled(dense, scale), bias
-    return scaled(dense, scale.bfloat16()).bfloat16().double(), bias.bfloat16().float()
-
-
-def multiplies_bf16(kernel: str) -> bool:
-    """Whether dense products are in bfloat16 beside this kernel: by AMX, or by AVX512-BF16 as Linux names it."""
-    flags = Path("/proc/cpuinfo")
-    has = flags.exists() and "avx512_bf16" in flags.read_text().split()
-    return kernel.endswith("amx") or (kernel.endswith("avx512") and has)
-
-
 def assert_integer_product(
     y: Tensor,
     x: Tensor,
     weight: Tensor,
     groups: int = 1,
     bias: Tensor | None = None,
-    levels: int = LEVELS,
+    levels: int = LEVELS[16],
 ) -> None:
     """Y is x W^T + bias, x within half a step of its blocks' integers, at most `levels`; `weight` is the scaled one."""
     exact, terms = x.double() @ weight.T, x.double().abs() @ weight.abs().T
@@ -197,44 +264,4 @@ def assert_integer_product(
     assert y.shape == exact.shape
     assert bool(((y.double() - exact).abs() <= bound).all()), float(
         (y.double() - exact).abs().max()
-    )
-
-
-def assert_threads_change_nothing(weight: Packed, scale: Tensor) -> None:
-    """For each way of the kernels by the number of rows of x."""
-    for m in (1, 7, 20, 70):
-        x = torch.randn(m, weight.columns)
-        with threads(1):
-            one = multiply(x, weight, None, scale)
-        for number in (2, 3):
-            with threads(number):
-                assert torch.equal(multiply(x, weight, None, scale), one)
-
-
-def assert_expanded_panels(
-    kernel: str, monkeypatch: pytest.MonkeyPatch, dense: Tensor, weight: Packed, groups: int
-) -> None:
-    """The path of many rows, in several chunks with a tail: x is not rounded. `dense` is int8, with `groups` of columns."""
-    monkeypatch.setattr(operator, "CROSSOVER4", dict.fromkeys(operator.CROSSOVER4, 0))
-    monkeypatch.setattr(operator, "SCRATCH_BYTES", 2 * 16 * 70 * 4)
-    rows, columns = dense.shape
-    scale = (torch.rand(rows, groups) + 0.01).bfloat16().float()
-    for dtype in (torch.bfloat16, torch.float32):
-        x, bias = torch.randn(130, columns).to(dtype), torch.randn(rows)
-        y = multiply(x, weight, bias, pack_scale(scale, narrow=True))
-        times, plus = expanded(kernel, dtype, dense, scale, bias)
-        assert_integer_product(y, x, times, groups, plus)
-
-
-def assert_many_lines_and_panels(dense: Tensor, weight: Packed, groups: int) -> None:
-    """More lines than AMX uses at a time, with a tail."""
-    rows, columns = dense.shape
-    scale = (torch.rand(rows, groups) + 0.01).bfloat16().float()
-    x, bias = torch.randn(401, columns), torch.randn(rows)
-    assert_integer_product(
-        multiply(x, weight, bias, pack_scale(scale, narrow=True)),
-        x,
-        scaled(dense, scale),
-        groups,
-        bias,
     )

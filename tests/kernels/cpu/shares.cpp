@@ -1,5 +1,5 @@
 // in_shares of csrc/shares.h on cores that are alike, or not (-DDIFFER=1): which panels each thread gets. Exits 0 if all is as it must be.
-#include "shares.h"
+#include "gemm/shares.h"
 
 #include <omp.h>
 #include <unistd.h>

@@ -11,7 +11,6 @@ from rac_modifier.checkpoint.stored_weight import StoredWeight, all_stored, from
 from rac_modifier.errors import RacError
 from rac_modifier.kernels import cpu
 from rac_modifier.kernels.cpu import backend
-from rac_modifier.kernels.cpu.library import BYTE_ISAS, PLANES4
 from rac_modifier.kernels.cpu.support import Support, library_and_isa
 from rac_modifier.kernels.interface import Decision, Layer
 from tests.kernels.cpu.kernel_helpers import random_mask, take
@@ -58,7 +57,7 @@ def test_the_kernel_of_integers_is_named(avx2):
     ("isa", "stored", "kernel"),
     [
         ("avx512", torch.int8, "sparse int8 kernel avx512 (activations in 8 bits)"),
-        ("dotprod", torch.int32, "sparse int4 kernel dotprod (activations in 8 bits)"),
+        ("i8mm", torch.int32, "sparse int4 kernel i8mm (activations in 8 bits)"),
         (
             "avx2",
             torch.int8,
@@ -68,7 +67,7 @@ def test_the_kernel_of_integers_is_named(avx2):
     ],
 )
 def test_activations_of_8_bits_are_named(isa, stored, kernel, monkeypatch):
-    monkeypatch.setattr(backend, "support", lambda: Support(isa, "a test's"))
+    monkeypatch.setattr(backend, "support", lambda: Support(isa, "a test's", isa != "avx2"))
     assert cpu.can_run(Layer(64, 64, 0.5, stored, BF16, 64, activation_bits=8)).kernel == kernel
 
 
@@ -81,7 +80,11 @@ def test_packed_with_the_activation_bits_of_the_weight(best, name):
     for bits in (8, 16):
         data = cpu.pack(replace(WEIGHTS[name], activation_bits=bits), BF16)["weight_packed"]
         expected = (
-            0 if name in ("bf16", "int8 in groups of 6") else bits if isa in BYTE_ISAS else 16
+            0
+            if name in ("bf16", "int8 in groups of 6")
+            else bits
+            if library.kernels[isa].multiplies_bytes
+            else 16
         )
         assert library.activation_bits(data, isa) == expected
 
@@ -234,21 +237,6 @@ def test_the_bytes_that_are_announced_are_those_that_are_packed(best):
         assert announced * four.rows * four.columns == pytest.approx(nbytes, abs=512)
         bits = four.bits * four.density + (four.density < 1) + group_bits
         assert announced == pytest.approx(bits / 8, rel=0.015)
-
-
-def test_the_bytes_that_are_announced_of_planes(native_path, monkeypatch):
-    take(native_path, "avx2", monkeypatch)
-    library, isa = library_and_isa()
-    if library.sparse_int4_type(isa) != PLANES4:
-        pytest.skip("this processor has no fast pdep")
-    for group, planes in ((64, True), (1024, True), (8, False)):
-        four = four_bit(160, 1024, 0.5, 1024 // group)
-        packed = cpu.pack(four, BF16)
-        assert (library.value_type(packed["weight_packed"]) == PLANES4) == planes
-        announced = cpu.can_run(Layer.of(four, BF16)).bytes_per_weight * four.rows * four.columns
-        assert announced == pytest.approx(
-            sum(tensor.nbytes for tensor in packed.values()), rel=0.01
-        )
 
 
 def test_integers_that_are_all_stored_need_no_masks(best):

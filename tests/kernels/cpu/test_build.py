@@ -5,14 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-from tests.kernels.cpu.kernel_helpers import CSRC, HERE, compile_sources
+from tests.kernels.cpu.kernel_helpers import CSRC, HERE, ROOT, compile_sources, run_setup
 
-ROOT = CSRC.parent
 SANITIZE = ["-O1", "-g", "-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
@@ -24,9 +21,7 @@ def test_random_and_hostile_calls_are_clean_under_sanitizers(tmp_path):
     command = ["g++", *SANITIZE, str(probe), "-o", str(tmp_path / "probe")]
     if shutil.which("g++") is None or subprocess.run(command, capture_output=True).returncode:
         pytest.skip("g++ or its sanitizer runtime is missing")
-    driver = compile_sources(
-        tmp_path / "drive", *SANITIZE, "-DRAC_EMULATE", sources=[HERE / "drive.cpp"]
-    )
+    driver = compile_sources(tmp_path / "drive", *SANITIZE, sources=(HERE / "drive.cpp",))
     # libgomp's thread pool is never freed.
     environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "OMP_WAIT_POLICY": "PASSIVE"}
     done = subprocess.run(
@@ -36,18 +31,10 @@ def test_random_and_hostile_calls_are_clean_under_sanitizers(tmp_path):
     assert "100 weights" in done.stdout
 
 
-def build(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(folder / "lib")]
-    command += ["--build-temp", str(folder / "temp")]
-    return subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **environment}
-    )
-
-
 def test_without_a_compiler_the_build_succeeds_and_says_so(tmp_path):
-    done = build(tmp_path, CC="no-such-compiler", CXX="no-such-compiler")
+    done = run_setup(tmp_path, CC="no-such-compiler", CXX="no-such-compiler")
     assert done.returncode == 0, done.stderr
-    assert not list(tmp_path.rglob("_native*.so"))
+    assert not list(tmp_path.rglob("_native_kernels*.so"))
     assert "no-such-compiler" in done.stdout + done.stderr
 
 

@@ -9,21 +9,13 @@ import torch
 
 from rac_modifier.kernels.cpu import crossover
 from rac_modifier.kernels.cpu.crossover import ROWS, Crossover, measure_crossovers, rows_up_to
-from rac_modifier.kernels.cpu.library import BYTE_ISAS
 from rac_modifier.kernels.cpu.operator import forget_crossovers, use_crossovers
 from rac_modifier.kernels.cpu.packed import pack_scale, set_activation_bits
-from rac_modifier.kernels.cpu.support import library_and_isa
-from tests.kernels.cpu.kernel_helpers import multiply, scaled, threads
-from tests.kernels.cpu.test_int8_product import integers
+from rac_modifier.kernels.cpu.support import support
+from tests.kernels.cpu.kernel_helpers import integers, multiply, scaled, threads
 
 SIXTEEN = ["floats", "int8", "int4"]
 EIGHT = ["int8 with 8-bit activations", "int4 with 8-bit activations"]
-
-
-@pytest.fixture(autouse=True)
-def _tables_afterwards():
-    yield
-    forget_crossovers()
 
 
 @pytest.mark.parametrize(
@@ -66,7 +58,7 @@ def test_each_kind_is_timed_with_its_activations(best, monkeypatch):
     monkeypatch.setattr(crossover, "ROWS", (9,))
     for kind in (*SIXTEEN, *EIGHT):
         measure_crossovers([kind])
-    eight = 8 if real[1] in BYTE_ISAS else 16
+    eight = 8 if support().multiplies_bytes else 16
     assert bits == {"floats": 0, "int8": 16, "int4": 16, EIGHT[0]: eight, EIGHT[1]: eight}
 
 
@@ -108,7 +100,7 @@ def runs_dense(weight, scale, rows: int) -> bool:
 
 
 def test_a_second_model_leaves_the_kinds_that_it_does_not_have(best):
-    weight, scale = integers(40, 300, 0.5), torch.rand(40, 1) + 0.01
+    weight, scale = integers("int8", 40, 300), torch.rand(40, 1) + 0.01
     use_crossovers({"int8": 20})
     for second in ({"int4": 64}, {}, {"floats": 9, EIGHT[0]: 64}):
         use_crossovers(second)
@@ -120,22 +112,22 @@ def test_a_second_model_leaves_the_kinds_that_it_does_not_have(best):
 
 
 def test_activations_of_8_bits_have_a_number_of_their_own(best):
-    weight, scale = integers(40, 300, 0.5), torch.rand(40, 1) + 0.01
+    weight, scale = integers("int8", 40, 300), torch.rand(40, 1) + 0.01
     set_activation_bits(weight[1].data, 8)
     use_crossovers({"int8": 20, EIGHT[0]: 30})
-    last = 30 if library_and_isa()[1] in BYTE_ISAS else 20
+    last = 30 if support().multiplies_bytes else 20
     assert [runs_dense(weight, scale, rows) for rows in (last, last + 1)] == [False, True]
 
 
 def test_up_to_8_rows_are_never_dense(best):
-    weight, scale = integers(40, 300, 0.5), torch.rand(40, 1) + 0.01
+    weight, scale = integers("int8", 40, 300), torch.rand(40, 1) + 0.01
     use_crossovers({"int8": 0})
     assert [runs_dense(weight, scale, rows) for rows in (8, 9)] == [False, True]
 
 
 def test_what_is_chosen_decides_how_rows_are_multiplied(best):
     """A dense product does not round x in float32, and the kernel of integers does."""
-    dense, weight = integers(40, 300, 0.5)
+    dense, weight = integers("int8", 40, 300)
     scale = torch.rand(40, 1) + 0.01
     x = torch.randn(40, 300, generator=torch.Generator().manual_seed(0))
     exact = x.double() @ scaled(dense, scale).T

@@ -17,9 +17,9 @@ from rac_modifier.kernels.cpu.library import ABI, Library, load
 from rac_modifier.kernels.cpu.support import support
 from tests.kernels.cpu.kernel_helpers import Packed, random_mask, run, sparse, take
 
-OK, DAMAGED, BAD_ARGUMENT, NO_SUCH_ISA = range(4)  # of csrc/status.h
-BF16, FP32, INT4 = 0, 1, 4  # of csrc/layout.h
-PORTABLE = 0  # of csrc/kernel.h
+OK, DAMAGED, BAD_ARGUMENT, NO_SUCH_ISA = range(4)  # of csrc/format/status.h
+BF16, FP32, INT4 = 0, 1, 4  # of csrc/format/layout.h
+PORTABLE = 0  # of csrc/registry.cpp
 
 
 def test_importing_the_backend_is_light_and_loads_no_library():
@@ -84,7 +84,7 @@ def test_a_library_of_another_version_is_refused_by_one_line(
 def test_a_library_that_lacks_a_function_is_a_reason(tmp_path, monkeypatch, best):
     path = shared_object(tmp_path, f'extern "C" int rac_abi() {{ return {ABI}; }}')
     take(path, None, monkeypatch)
-    assert "rac_best_isa" in support().reason
+    assert "rac_kernels" in support().reason
     assert "reinstall rac-modifier" in support().reason
 
 
@@ -196,7 +196,7 @@ def test_scale_and_bias_may_be_left_out(native, weight):
 
 def test_an_instruction_set_that_is_none(native, weight):
     out = torch.zeros(40, 16)
-    for isa in (-1, 8):
+    for isa in (-1, 9):
         status = native.calls.rac_expand_panels(
             *(*buffer(weight.data), *numbers(20, 40, 0, 1)), *(*buffer(out), FP32, isa, 1)
         )

@@ -1,4 +1,4 @@
-"""Which thread packs and multiplies which panels (csrc/shares.h): where cores are alike, and where they are not."""
+"""Which thread packs and multiplies which panels (csrc/gemm/shares.h): where cores are alike, and where they are not."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def test_every_panel_is_in_one_share_and_a_slow_core_gets_fewer(tmp_path, differ
 def test_a_thread_reads_the_pages_that_it_was_the_first_to_write(native_path, tmp_path, threads):
     """So they are in the memory of its NUMA node. Pages with the end of one share and the start of the next may differ."""
     source = tmp_path / "differ.cpp"
-    source.write_text('#include "cores.h"\nint main() { return rac::cores_differ(); }\n')
-    run("g++", *FLAGS, str(source), str(CSRC / "cores.cpp"), "-o", str(tmp_path / "differ"))
+    source.write_text('#include "processor.h"\nint main() { return rac::cores_differ(); }\n')
+    run("g++", *FLAGS, str(source), str(CSRC / "processor.cpp"), "-o", str(tmp_path / "differ"))
     if subprocess.run([str(tmp_path / "differ")]).returncode:
         pytest.skip("the cores of this machine differ, so threads take shares by turns")
     program = arm_program(tmp_path, "first_touch.cpp", native_path, "g++")

@@ -1,0 +1,40 @@
+// The matmuls of the C interface, for every kernel.
+#pragma once
+#include "gemm/kernel.h"
+
+namespace rac {
+
+// The scale of a weight: [panels][groups][16], or null for floats.
+struct Scale {
+    const void* data;
+    Type type;
+    int64_t groups;
+};
+
+constexpr int64_t FEW_TOKENS = 32;        // so few tokens stay in the cache anyway: panels are read one by one
+constexpr int64_t PANELS_PER_CHUNK = 8;   // panels that the same tokens multiply in turn, while these are in the cache
+
+// out[m][rows] = x[m][columns] W^T + bias: `out` holds all but x, the scale and `store`. x is contiguous and has the type of out.
+// Integers need a scale, floats may have one of one group. The scale is fp32; that of codes may be bf16.
+Status linear(const Matmul& out, const void* x, const Scale& scale, const Kernel& kernel, int threads);
+Status int_linear(const Matmul& out, const void* x, const Scale& scale, const Kernel& kernel, int threads);
+
+// Panels [first, last) as dense columns without scale: out[columns][16 * (last - first)].
+Status expand(const Weight& weight, int64_t first, int64_t last, void* out, Type out_type, const Kernel& kernel, int threads);
+void int_expand(const Weight& weight, int64_t panel, const Kernel& kernel, void* out, Type out_type, int64_t stride);
+
+// Panels [first, last) by the kernel's vector instructions. False if there is not enough memory.
+bool int_panels(const IntMatmul& matmul, const Integers& kernel, int64_t first, int64_t last);
+
+// Whether codes are spread for each group of tokens anew, and not written.
+bool multiplies_codes(const IntMatmul& matmul, const Integers& kernel);
+
+// The offset in bytes of a column of the slots from `slot` on; in QUADS, `slots` of them are interleaved.
+inline int64_t offset_of(XFormat format, int64_t slot, int64_t slots, int64_t stride, int64_t column) {
+    return 2 * slot * stride + column * (format == INTEGERS ? 2 : 2 * slots);
+}
+
+// Whether a kernel multiplies bytes of x, so that x of bytes takes half of the instructions.
+inline bool multiplies_bytes(const Kernel& kernel) { return kernel.integers->format == QUADS; }
+
+}  // namespace rac

@@ -1,0 +1,333 @@
+"""Integer weights of every form, on every kernel: exact sums, scales and zeros in groups, activations in 16 and 8 bits."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from rac_modifier.errors import RacError
+from rac_modifier.kernels.cpu import operator
+from rac_modifier.kernels.cpu.operator import KINDS, use_crossovers
+from rac_modifier.kernels.cpu.packed import (
+    block_of,
+    check_packed,
+    pack_dense,
+    pack_scale,
+    pack_values,
+    set_activation_bits,
+    split_groups,
+)
+from rac_modifier.kernels.cpu.support import library_and_isa, support
+from tests.kernels.cpu.kernel_helpers import (
+    BLOCK,
+    FORMS,
+    LEVELS,
+    Packed,
+    assert_integer_product,
+    bitmask_of,
+    integers,
+    multiply,
+    random_mask,
+    scaled,
+    sparse,
+    threads,
+    unpacked,
+)
+
+DTYPES = [torch.bfloat16, torch.float32]
+FORM = pytest.mark.parametrize("form", FORMS)
+BITS = pytest.mark.parametrize("bits", [16, 8])
+MANY = (1, 2, 3, 4, 5, 8, 9, 15, 16, 17, 31, 32, 33, 49)  # tokens: each way of the kernels
+FEW = (1, 2, 3, 9, 17, 33)  # where the processor is emulated
+
+
+def tokens_on(kernel: str) -> tuple[int, ...]:
+    return FEW if kernel.startswith(("emulated", "arm")) else MANY
+
+
+def levels_of(weight: Packed) -> int:
+    """The largest integer of x on the kernel in use."""
+    library, isa = library_and_isa()
+    return LEVELS[library.activation_bits(weight.data, isa)]
+
+
+def exact_product(x: Tensor, dense: Tensor) -> Tensor:
+    """Integers times integers; only the sums of blocks are rounded, to float32."""
+    blocks = zip(x.split(BLOCK, 1), dense.split(BLOCK, 1), strict=True)
+    return sum((block.long() @ part.long().T).float() for block, part in blocks)
+
+
+@FORM
+@settings(
+    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    rows=st.integers(1, 50),
+    columns=st.integers(1, 700),
+    m=st.integers(1, 70),
+    density=st.sampled_from([0.0, 0.1, 0.5, 0.97]),
+    zeros=st.booleans(),
+    bits=st.sampled_from([16, 8]),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 1000),
+)
+def test_any_shape_and_density(kernel, form, rows, columns, m, density, zeros, bits, dtype, seed):
+    dense, weight = integers(form, rows, columns, 1, zeros, seed, density)
+    set_activation_bits(weight.data, bits)
+    assert torch.equal(unpacked(weight), dense)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(m, columns, generator=generator).to(dtype)
+    bias, scale = torch.randn(rows, generator=generator), torch.rand(rows, 1) + 0.01
+    y = multiply(x, weight, bias, pack_scale(scale))
+    assert_integer_product(y, x, scaled(dense, scale), 1, bias, levels_of(weight))
+
+
+@FORM
+@BITS
+@pytest.mark.parametrize("columns", [37, 512, 600])
+def test_sums_are_exact(kernel, form, bits, columns):
+    """x of integers, the largest of each block the highest level, has a scale of 1."""
+    dense, weight = integers(form, 20, columns, zeros=True)
+    set_activation_bits(weight.data, bits)
+    most = levels_of(weight)
+    for m in tokens_on(kernel):
+        x = torch.randint(-most, most + 1, (m, columns)).float()
+        x[:, 0] = x[:, -1] = most
+        y = multiply(x, weight, None, pack_scale(torch.ones(20, 1)))
+        assert torch.equal(y, exact_product(x, dense)), m
+
+
+@FORM
+@BITS
+def test_many_tokens_times_an_odd_number_of_panels_are_exact(kernel, form, bits):
+    """Panels are multiplied in twos, with every tail; the fifth panel of 16 rows is alone, and not whole."""
+    use_crossovers(dict.fromkeys(KINDS, math.inf))
+    dense, weight = integers(form, 16 * 4 + 5, 600)
+    set_activation_bits(weight.data, bits)
+    most = levels_of(weight)
+    for m in (65, 72, 81) if kernel.startswith(("emulated", "arm")) else (*range(65, 82), 500):
+        x = torch.randint(-most, most + 1, (m, 600)).float()
+        x[:, 0] = x[:, -1] = most
+        y = multiply(x, weight, None, pack_scale(torch.ones(16 * 4 + 5, 1)))
+        assert torch.equal(y, exact_product(x, dense)), m
+
+
+@FORM
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize(
+    ("columns", "groups"), [(1024, 8), (768, 12), (256, 8), (1024, 2), (96, 3)]
+)
+def test_scales_and_zeros_in_groups(kernel, form, columns, groups, zeros):
+    """Groups of 128, 64, 32, 512 and 32 columns; scales of codes in float32 and in bfloat16."""
+    dense, weight = integers(form, 37, columns, groups, zeros)
+    assert torch.equal(unpacked(weight), dense)
+    for m, narrow in ((1, False), (2, True), (3, False), (5, True), (17, False), (35, True)):
+        narrow = narrow and FORMS[form][0] < 8
+        scale = torch.rand(37, groups) + 0.01
+        scale = scale.bfloat16().float() if narrow else scale
+        packed = pack_scale(scale, narrow=narrow)
+        assert packed.dtype == (torch.bfloat16 if narrow else torch.float32)
+        x, bias = torch.randn(m, columns).to(DTYPES[m % 2]), torch.randn(37)
+        y = multiply(x, weight, bias, packed)
+        assert_integer_product(y, x, scaled(dense, scale), groups, bias)
+
+
+def test_groups_of_few_columns_and_wider_than_a_block(kernel):
+    dense, weight = integers("int8", 20, 96)
+    scale, x = torch.rand(20, 24) + 0.01, torch.randn(3, 96)
+    y = multiply(x, weight, None, pack_scale(scale))
+    assert_integer_product(y, x, scaled(dense, scale), 24)
+    dense, weight = integers("int8", 20, 2 * 1028)
+    scale, x = torch.rand(20, 2) + 0.01, torch.randn(3, 2 * 1028)
+    packed = pack_scale(scale, 1028)  # of divisors only 4 is a multiple of 4 and at most 512
+    assert packed.shape == (2, 514, 16)
+    assert_integer_product(multiply(x, weight, None, packed), x, scaled(dense, scale), 514)
+
+
+@pytest.mark.parametrize("form", ["int8", "dense8"])
+@pytest.mark.parametrize(("m", "columns"), [(9, 70), (40, 1031), (481, 515)])
+def test_many_tokens_of_bfloat16(kernel, m, columns, form):
+    """Where the processor multiplies bfloat16, x is not rounded: the bound of floats holds too."""
+    dense, weight = integers(form, 37, columns)
+    x, bias, scale = torch.randn(m, columns).bfloat16(), torch.randn(37), torch.rand(37, 1) + 0.01
+    y = multiply(x, weight, bias, pack_scale(scale))
+    assert_integer_product(y, x, scaled(dense, scale), bias=bias)
+
+
+@FORM
+@pytest.mark.parametrize("value", [1.0, -1.0])
+def test_the_largest_sums_fit(kernel, value, form):
+    """512 products of the largest weight and the largest integer in a block, of both signs."""
+    bits, masked = FORMS[form]
+    most = (1 << bits) - 1
+    for weight_value, zero in ((-128, None),) if bits == 8 else ((most, 0), (-most, most)):
+        dense = torch.full((16, 1024), weight_value, dtype=torch.int8)
+        zeros = None if zero is None else torch.full((16, 1), zero, dtype=torch.uint8)
+        mask = torch.ones(16, 1024, dtype=torch.bool)
+        data = pack_dense(dense, bits, zeros)
+        if masked:
+            data = pack_values(dense[mask], bitmask_of(mask), 1024, bits, zeros)
+        for m in (1, 3, 12):
+            x = torch.full((m, 1024), value)
+            y = multiply(x, Packed(data, 16, 1024), None, pack_scale(torch.ones(16, 1)))
+            torch.testing.assert_close(y, torch.full((m, 16), weight_value * 1024 * value))
+
+
+@pytest.mark.parametrize("columns", [1536, 8960])
+def test_an_outlier_channel_costs_at_most_what_bfloat16_activations_cost(kernel, columns):
+    """A channel x1000: the error of our integers is at most twice that of rounding x to bfloat16."""
+    if "emulated" in kernel and columns > 2000:
+        pytest.skip("slow where instructions are emulated; the integers are the same")
+    dense, weight = integers("int8", 64, columns)
+    scale = torch.full((64, 1), 0.01)
+    x = torch.randn(4, columns, generator=torch.Generator().manual_seed(3))
+    x[:, columns // 3] *= 1000
+    exact = x.double() @ scaled(dense, scale).T
+    error = (multiply(x, weight, None, pack_scale(scale)).double() - exact).norm()
+    bf16 = (x.bfloat16().double() @ scaled(dense, scale).T - exact).norm()
+    assert error <= 2 * bf16, (float(error), float(bf16))
+    step = x.abs().amax(1, keepdim=True) / 127
+    w8a8 = (x / step).round() * step
+    assert (w8a8.double() @ scaled(dense, scale).T - exact).norm() > 4 * bf16
+
+
+@FORM
+@BITS
+@pytest.mark.parametrize("m", [1, 2, 5, 20, 33])
+def test_a_value_that_is_not_finite_makes_its_token_nan_and_no_other(kernel, m, form, bits):
+    _, weight = integers(form, 20, 640)
+    set_activation_bits(weight.data, bits)
+    scale = pack_scale(torch.ones(20, 5))
+    x = torch.randn(m + 1, 640)
+    clean = multiply(x, weight, None, scale)
+    for token, value in ((0, math.nan), (0, math.inf), (m, -math.inf)):
+        damaged = x.clone()
+        damaged[token, 571] = value
+        y = multiply(damaged, weight, None, scale)
+        assert not y[token].isfinite().any()
+        others = torch.arange(m + 1) != token
+        assert torch.equal(y[others], clean[others])
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-45, 1e-38, 1e-30, 1e30])
+def test_tiny_and_huge_activations(kernel, size):
+    dense, weight = integers("int8", 20, 100)
+    x = torch.randn(3, 100) * size
+    y = multiply(x, weight, None, pack_scale(torch.ones(20, 1)))
+    torch.testing.assert_close(y, x @ dense.float().T, rtol=1e-3, atol=max(1e-25, size / 10))
+
+
+def test_empty_rows_give_the_bias(kernel):
+    mask = random_mask(40, 256, 0.5)
+    mask[3:21] = False
+    dense = torch.randint(-8, 8, (40, 256), dtype=torch.int8).masked_fill(~mask, 0)
+    weight = Packed(pack_values(dense[mask], bitmask_of(mask), 256, 4), 40, 256)
+    bias = torch.randn(40)
+    for m in (1, 4, 11):
+        y = multiply(torch.randn(m, 256), weight, bias, pack_scale(torch.rand(40, 2)))
+        assert torch.equal(y[:, 3:21], bias[3:21].expand(m, -1))
+
+
+@FORM
+def test_threads_change_nothing(kernel, form):
+    _, weight = integers(form, 200, 640, 5, True)
+    for bits, m in ((16, 1), (16, 7), (8, 20), (16, 70), (8, 301)):
+        set_activation_bits(weight.data, bits)
+        x, results = torch.randn(m, 640), []
+        for number in (1, 2, 3):
+            with threads(number):
+                results.append(multiply(x, weight, None, pack_scale(torch.ones(200, 5) / 3)))
+        assert all(torch.equal(y, results[0]) for y in results)
+
+
+@FORM
+def test_chunks_of_tokens_and_groups_of_panels(kernel, form):
+    """More tokens than AMX uses at a time, with a tail, and more panels than share them."""
+    dense, weight = integers(form, 16 * 17 + 3, 192, 3, True)
+    scale = torch.rand(16 * 17 + 3, 3) + 0.01
+    x, bias = torch.randn(401, 192), torch.randn(16 * 17 + 3)
+    y = multiply(x, weight, bias, pack_scale(scale))
+    assert_integer_product(y, x, scaled(dense, scale), 3, bias)
+
+
+@FORM
+@pytest.mark.parametrize("groups", [1, 3])
+def test_expanded_panels(kernel, form, groups, monkeypatch):
+    """The path of many tokens, in several chunks with a tail: x is not rounded."""
+    use_crossovers(dict.fromkeys(KINDS, 0))
+    monkeypatch.setattr(operator, "SCRATCH_BYTES", 2 * 16 * 70 * 4)
+    dense, weight = integers(form, 90, 96, groups, True)
+    scale = (torch.rand(90, groups) + 0.01).bfloat16().float()
+    library, isa = library_and_isa()
+    for dtype in DTYPES:
+        x, bias = torch.randn(130, 96).to(dtype), torch.randn(90)
+        y = multiply(x, weight, bias, pack_scale(scale, narrow=FORMS[form][0] < 8))
+        times = scaled(dense, scale)
+        if dtype == torch.bfloat16 and library.kernels[isa].dense_bf16:
+            times, bias = times.bfloat16().double(), bias.bfloat16().float()
+        assert_integer_product(y, x, times, groups, bias)
+
+
+def test_which_kernels_multiply_bytes(kernel):
+    _, weight = integers("int8", 20, 64)
+    library, isa = library_and_isa()
+    takes_bytes = kernel.split()[-1] in ("avxvnni", "avx512", "amx", "i8mm")
+    assert support().multiplies_bytes == takes_bytes
+    for bits, rounded_to in ((16, 16), (8, 8 if takes_bytes else 16), (16, 16)):
+        set_activation_bits(weight.data, bits)
+        assert library.activation_bits(weight.data, isa) == rounded_to
+        check_packed(weight.data, 20, 64, torch.int8)
+
+
+def test_columns_that_share_a_scale_of_x():
+    assert [block_of(columns, columns) for columns in (100, 512, 513, 8960)] == [100, 512, 512, 512]
+    for columns, group, unit in ((1024, 128, 8), (2080, 1040, 4), (2080, 1040, 8)):
+        groups = split_groups(torch.ones(1, columns // group), group, unit).shape[1]
+        assert columns // block_of(columns, group, unit) == groups
+
+
+@pytest.mark.parametrize("weights", DTYPES, ids=str)
+@pytest.mark.parametrize("m", [1, 7, 40, 200])
+def test_floats_take_a_scale_of_each_row(kernel, weights, m):
+    dense, weight = sparse(random_mask(37, 100, 0.5), weights)
+    scale, x, bias = torch.rand(37, 1) + 0.01, torch.randn(m, 100), torch.randn(37)
+    y = multiply(x, weight, bias, pack_scale(scale))
+    expected = torch.nn.functional.linear(x, dense.float() * scale, bias)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(RacError, match="only weights of integers have scales in groups"):
+        multiply(x[:1], weight, bias, pack_scale(torch.ones(37, 2)))
+
+
+@pytest.mark.parametrize(
+    ("form", "scale", "message"),
+    [
+        ("int8", None, "scale: missing"),
+        ("int8", torch.ones(40, 32), "groups of 3 columns; they must have a multiple of 4"),
+        ("dense4", torch.ones(40, 24), "groups of 4 columns; they must have a multiple of 8"),
+        ("dense3", torch.ones(40, 6), "groups of 16 columns; they must have a multiple of 32"),
+        ("int4", torch.ones(40, 1), "1 groups, where the weight's zeros have 3"),
+        ("dense8", torch.ones(40, 1).bfloat16(), "an 8-bit weight needs one in fp32"),
+        *(
+            ("int8", scale, r"scale: .* does not fit a weight \[40, 96\]")
+            for scale in (torch.ones(40, 5), torch.ones(24, 1), torch.ones(40, 192))
+        ),
+    ],
+)
+def test_scales_that_do_not_fit_are_refused(best, form, scale, message):
+    _, weight = integers(form, 40, 96, 3, zeros=form == "int4")
+    packed = None if scale is None else pack_scale(scale.float()).to(scale.dtype)
+    with pytest.raises(RacError, match=message):
+        multiply(torch.randn(2, 96), weight, None, packed)
+
+
+@pytest.mark.parametrize("form", ["int8", "dense4"])
+def test_torch_checks_the_operator(best, form):
+    _, weight = integers(form, 16, 32)
+    scale = pack_scale(torch.ones(16, 1), narrow=form == "dense4")
+    arguments = (torch.randn(2, 32), weight.data, 16, 32, torch.randn(16), scale)
+    torch.library.opcheck(torch.ops.rac_modifier.sparse_linear, arguments)
