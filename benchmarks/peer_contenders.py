@@ -112,7 +112,7 @@ def packed_integers(
     )
     kept = values[mask]
     return [
-        (pack_values(kept, bitmask, columns, bits, group=group), scales.clone())
+        (pack_values(kept, bitmask, columns, bits), scales.clone())
         for _ in range(copies)
     ]
 

@@ -5,7 +5,6 @@
 
 #include "gemm/matmul.h"
 #include "processor.h"
-#include "registry.h"
 
 // Raised by one with every change of the functions below. Python refuses a library with another number.
 #ifndef RAC_ABI

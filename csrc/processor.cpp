@@ -64,12 +64,12 @@ namespace {
 // The capacity of a core over that of the fastest, in 1/1024; 0 if there is none.
 int capacity_of(int core) {
     char path[80];
-    std::snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/cpu_capacity", core);
-    std::FILE* file = std::fopen(path, "r");
-    if (!file) return 0;
     int capacity = 0;
-    if (std::fscanf(file, "%d", &capacity) != 1) capacity = 0;
-    std::fclose(file);
+    std::snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/cpu_capacity", core);
+    if (std::FILE* file = std::fopen(path, "r")) {
+        if (std::fscanf(file, "%d", &capacity) != 1) capacity = 0;
+        std::fclose(file);
+    }
     return capacity;
 }
 
@@ -97,19 +97,15 @@ bool has_avx_vnni() {
     RAC_ONCE(__get_cpuid_count(7, 1, &a, &b, &c, &d) && a >> 4 & 1 && has_avx2());
 }
 
-#elif defined(__aarch64__) && !defined(__AARCH64EB__)
+#elif defined(__aarch64__)
 
 #if defined(__linux__)
 // The numbers of the bits are part of Linux's interface; old headers lack their names.
-bool has_neon() { return getauxval(AT_HWCAP) >> 1 & 1; }  // HWCAP_ASIMD
 bool has_i8mm() { return getauxval(AT_HWCAP) >> 20 & getauxval(AT_HWCAP2) >> 13 & 1; }  // HWCAP_ASIMDDP, HWCAP2_I8MM
-#else
-bool has_neon() { return true; }
-#if defined(__ARM_FEATURE_MATMUL_INT8)
+#elif defined(__ARM_FEATURE_MATMUL_INT8)
 bool has_i8mm() { return true; }
 #else
 bool has_i8mm() { return false; }
-#endif
 #endif
 
 #endif

@@ -1,41 +1,39 @@
-#include "registry.h"
-
+#include "gemm/matmul.h"
 #include "processor.h"
 
 namespace rac {
 
-// Weak: the build leaves out a file whose flags the compiler does not know, and then the address is null.
-#define RAC_WEAK __attribute__((weak))
-extern const Kernel portable_kernel, avx2_kernel RAC_WEAK, avxvnni_kernel RAC_WEAK, avx512_kernel RAC_WEAK, amx_kernel RAC_WEAK,
-    neon_kernel RAC_WEAK, i8mm_kernel RAC_WEAK;
-
-namespace {
-
 struct Entry {
-    const Kernel* kernel;
+    const Kernel* (*kernel)();
     bool (*runs)();
 };
 
+// Weak: the build leaves out a file whose flags the compiler does not know, and then the address is null.
+#define RAC_KERNEL(name)                                           \
+    [] {                                                           \
+        extern const Kernel name##_kernel __attribute__((weak)); \
+        return &name##_kernel;                                     \
+    }
+
 // A line per instruction set, which includes the lower ones; but AVX512 does not include AVX-VNNI.
-const Entry ENTRIES[] = {
-    {&portable_kernel, [] { return true; }},
+static const Entry ENTRIES[] = {
+    {RAC_KERNEL(portable), [] { return true; }},
 #if defined(__x86_64__)
-    {&avx2_kernel, has_avx2},
-    {&avxvnni_kernel, has_avx_vnni},
-    {&avx512_kernel, has_avx512},
-    {&amx_kernel, has_amx},
+    {RAC_KERNEL(avx2), has_avx2},
+    {RAC_KERNEL(avxvnni), has_avx_vnni},
+    {RAC_KERNEL(avx512), has_avx512},
+    {RAC_KERNEL(amx), has_amx},
 #elif defined(__aarch64__)
-    {&neon_kernel, has_neon},
-    {&i8mm_kernel, has_i8mm},
+    {RAC_KERNEL(neon), [] { return true; }},
+    {RAC_KERNEL(i8mm), has_i8mm},
 #endif
 };
-constexpr int32_t COUNT = sizeof ENTRIES / sizeof *ENTRIES;
 
-}  // namespace
+int32_t kernel_count() { return sizeof ENTRIES / sizeof *ENTRIES; }
 
-int32_t kernel_count() { return COUNT; }
-
-const Kernel* kernel_at(int32_t number) { return number >= 0 && number < COUNT ? ENTRIES[number].kernel : nullptr; }
+const Kernel* kernel_at(int32_t number) {
+    return number >= 0 && number < kernel_count() ? ENTRIES[number].kernel() : nullptr;
+}
 
 bool runs(int32_t number) { return kernel_at(number) && ENTRIES[number].runs(); }
 

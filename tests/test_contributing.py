@@ -37,7 +37,7 @@ def examples() -> list[Example]:
                 changes += changes_of(body)
             else:
                 head, _, code = body.partition("\n")
-                files[head.removeprefix("# new file: ")] = code
+                files[head.partition("new file: ")[2]] = code
         found.append(Example(section.partition("\n")[0], files, changes))
     return found
 
@@ -66,7 +66,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The outcome of each test, by `path::name`, of the copy with all examples; and what pytest and ruff printed."""
     tree = tmp_path_factory.mktemp("tree")
     ignore = shutil.ignore_patterns("__pycache__", "assets")
-    for name in ("rac_modifier", "tests"):
+    for name in ("rac_modifier", "tests", "csrc"):
         shutil.copytree(ROOT / name, tree / name, ignore=ignore)
     shutil.copy(ROOT / "pyproject.toml", tree)
     for example in EXAMPLES:
@@ -98,8 +98,9 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         order,
     ]
     done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
+    python = [path for path in new if path.endswith(".py")]
     lint = subprocess.run(
-        [sys.executable, "-m", "ruff", "check", *new], cwd=tree, capture_output=True, text=True
+        [sys.executable, "-m", "ruff", "check", *python], cwd=tree, capture_output=True, text=True
     )
     outcomes = {
         test: outcome
@@ -113,6 +114,7 @@ def test_there_is_an_example_of_each_kind_that_is_added():
         "A solver",
         "A format",
         "A kernel backend",
+        "An instruction set",
         "A problem source",
     ]
     for example in EXAMPLES:

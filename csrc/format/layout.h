@@ -26,7 +26,7 @@
 //     Header | offsets: u64[panels + 1], in values, of INT4 in bytes | pad to 64 | masks: u32[panels][words]
 //     | zeros: u8[panels][zero_groups][16] | pad to 64 | values | pad, >= 64 bytes
 //
-// Because of the last pad, a kernel can load a whole vector at the last value.
+// The last pad lets a kernel load a whole vector at the last value.
 #pragma once
 #include <cstdint>
 

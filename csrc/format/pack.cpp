@@ -91,17 +91,6 @@ void pack_all(const Weight& weight, const void* values, const uint8_t* bitmask, 
     });
 }
 
-void pack_dense8(const Weight& weight, const int8_t* values, int threads) {
-    for_each_panel(weight, threads, [&](int64_t panel) {
-        int8_t* to = reinterpret_cast<int8_t*>(const_cast<char*>(weight.values_of(panel)));
-        std::memset(to, 0, dense_panel(DENSE8, weight.columns));
-        for (int64_t n = 0; n < rows_of(weight, panel); n++)
-            for (int64_t column = 0; column < weight.columns; column++)
-                to[column / 4 * QUAD + 4 * n + column % 4] = values[(panel * PANEL + n) * weight.columns + column];
-        return true;
-    });
-}
-
 // The code of a value in a row of a panel and a column; -1 if the value has none.
 int code_of(const Weight& weight, int64_t panel, int64_t row, int64_t column, int value) {
     const uint8_t* zeros = weight.zeros_of(panel, weight.zero_groups ? column / (weight.columns / weight.zero_groups) : 0);
@@ -113,6 +102,7 @@ int code_of(const Weight& weight, int64_t panel, int64_t row, int64_t column, in
 void put_code(Type type, uint8_t* to, int64_t column, int code) {
     const auto add = [](uint8_t& byte, int bits) { byte = static_cast<uint8_t>(byte | bits); };
     const int64_t quad = column / 4;
+    if (type == DENSE8) return add(to[quad * QUAD], code);
     if (type == DENSE4) return add(to[quad / 2 * QUAD], code << 4 * (quad % 2));
     if (type == DENSE2) return add(to[quad / 4 * QUAD], code << (quad % 2 * 4 + quad % 4 / 2 * 2));
     to += quad / 8 * 3 * QUAD;
@@ -120,13 +110,13 @@ void put_code(Type type, uint8_t* to, int64_t column, int code) {
     for (int bit = 0; bit < 3; bit++) add(to[bit * QUAD], (code >> bit & 1) << (quad % 2 ? 7 : 3));
 }
 
-void pack_dense_codes(const Weight& weight, int64_t panel, const int8_t* values, bool* fits) {
+void pack_dense(const Weight& weight, int64_t panel, const int8_t* values, bool* fits) {
     uint8_t* to = reinterpret_cast<uint8_t*>(const_cast<char*>(weight.values_of(panel)));
     std::memset(to, 0, dense_panel(weight.type, weight.columns));
     for (int64_t n = 0; n < rows_of(weight, panel); n++)
         for (int64_t column = 0; column < weight.columns; column++) {
             const int value = values[(panel * PANEL + n) * weight.columns + column];
-            const int code = code_of(weight, panel, n, column, value);
+            const int code = weight.type == DENSE8 ? value & 255 : code_of(weight, panel, n, column, value);
             if (code < 0)
                 *fits = false;
             else
@@ -163,14 +153,14 @@ bool pack_int4(const Weight& weight, int64_t panel, const int8_t* values, const 
     return true;
 }
 
-// Weights of codes from int8 values.
-Status pack_all_codes(const Weight& weight, const int8_t* values, const uint8_t* bitmask, const int64_t* starts,
+// DENSE8 and codes from int8 values.
+Status pack_integers(const Weight& weight, const int8_t* values, const uint8_t* bitmask, const int64_t* starts,
                       int threads) {
     std::atomic<bool> memory = true;
     const bool fit = for_each_panel(weight, threads, [&](int64_t panel) {
         bool fits = true;
         if (is_dense(weight.type))
-            pack_dense_codes(weight, panel, values, &fits);
+            pack_dense(weight, panel, values, &fits);
         else if (!pack_int4(weight, panel, values, bitmask, starts, &fits))
             memory = false;
         return fits;
@@ -265,8 +255,7 @@ Status pack(const Unpacked& from, int64_t rows, int64_t columns, int32_t type, v
         if (status == OK && type == BF16) pack_all<uint16_t, BF16>(weight, from.values, from.bitmask, starts, threads);
         if (status == OK && type == FP32) pack_all<uint32_t, FP32>(weight, from.values, from.bitmask, starts, threads);
         if (status == OK && type == INT8) pack_all<int8_t, INT8>(weight, from.values, from.bitmask, starts, threads);
-        if (status == OK && type == DENSE8) pack_dense8(weight, integers, threads);
-        if (status == OK && has_codes(type)) status = pack_all_codes(weight, integers, from.bitmask, starts, threads);
+        if (status == OK && type > INT8) status = pack_integers(weight, integers, from.bitmask, starts, threads);
         advise_huge_pages(data, bytes, ADVICE_COLLAPSE);
     }
     std::free(starts);

@@ -61,15 +61,10 @@ constexpr void put_dots(Dots<float>& dots) {
 
 template <class Isa>
 constexpr Floats floats_of() {
-    Floats floats = {};
-    floats.dots.tokens = floats.dots.block_tokens = Isa::TOKENS;
+    Floats floats = {
+        {Isa::TOKENS, Isa::TOKENS, {}, {expand_and_multiply<Isa, BF16>, expand_and_multiply<Isa, FP32>}, {}},
+        {expand<Isa, BF16, float>, expand<Isa, FP32, float>}, expand<Isa, BF16, uint16_t>, store};
     put_dots<Isa, Isa::TOKENS>(floats.dots);
-    floats.dots.expand_and_multiply[BF16] = expand_and_multiply<Isa, BF16>;
-    floats.dots.expand_and_multiply[FP32] = expand_and_multiply<Isa, FP32>;
-    floats.to_fp32[BF16] = expand<Isa, BF16, float>;
-    floats.to_fp32[FP32] = expand<Isa, FP32, float>;
-    floats.bf16_to_bf16 = expand<Isa, BF16, uint16_t>;
-    floats.store = store;
     return floats;
 }
 

@@ -147,7 +147,7 @@ void few_tokens(const IntMatmul& matmul, int64_t panel, float* acc) {
             for (int n = 0; n < PANEL; n++)
                 sums[m * PANEL + n] -= (zeros ? zeros[n] : ZERO_CODE) * x.sums[m * x.sums_stride];
         float scale[PANEL];
-        for (int n = 0; n < PANEL; n++) scale[n] = read(matmul.scale, matmul.scale_type, matmul.scale_at(panel, block) + n);
+        matmul.read_scale(panel, block, scale);
         add_scaled(sums, matmul.x_scale + block, matmul.blocks, scale, tokens, acc);
     }
 }
@@ -167,23 +167,15 @@ constexpr void put_few_tokens(Integers& integers) {
 
 template <class Isa>
 constexpr Integers integers_of() {
-    Integers integers = {};
     constexpr int EXPANDED_SLOTS = Isa::FORMAT == QUADS ? MOST_SLOTS : Isa::SLOTS;
-    integers.format = Isa::FORMAT;
-    integers.quantize = quantize;
-    integers.add_scaled = add_scaled;
-    integers.slots = Isa::SLOTS;
-    integers.expanded_slots = EXPANDED_SLOTS;
+    constexpr ExpandQuads dense4 = expand_dense4<Isa>;
+    Integers integers = {
+        Isa::FORMAT, quantize, add_scaled, Isa::SLOTS, EXPANDED_SLOTS, {}, {},
+        {expand8<Isa, INT8>, expand8<Isa, DENSE8>, expand_int4<Isa>, dense4, expand_narrow<DENSE3, dense4>, expand_narrow<DENSE2, dense4>},
+        Isa::SIGNED_BYTES, {}, {}, {}};
     put_dots<Isa, INT8, Isa::SLOTS>(integers.dot[0]);
     put_dots<Isa, DENSE8, Isa::SLOTS>(integers.dot[1]);
     put_dots<Isa, EXPANDED, EXPANDED_SLOTS>(integers.dot_expanded);
-    integers.expand[0] = expand8<Isa, INT8>;
-    integers.expand[DENSE8 - INT8] = expand8<Isa, DENSE8>;
-    integers.expand[INT4 - INT8] = expand_int4<Isa>;
-    integers.expand[DENSE4 - INT8] = expand_dense4<Isa>;
-    integers.expand[DENSE3 - INT8] = expand_narrow<DENSE3, expand_dense4<Isa>>;
-    integers.expand[DENSE2 - INT8] = expand_narrow<DENSE2, expand_dense4<Isa>>;
-    integers.signed_bytes = Isa::SIGNED_BYTES;
     put_few_tokens<Isa, INT4>(integers);
     if constexpr (Isa::MULTIPLIES_LINES) {
         put_few_tokens<Isa, DENSE4>(integers);

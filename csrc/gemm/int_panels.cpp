@@ -34,10 +34,6 @@ Slots slots_of(const IntMatmul& matmul, const Integers& kernel, int64_t block, i
             matmul.x_sums + token * matmul.blocks + block, matmul.blocks, matmul.bytes};
 }
 
-void read_scale(const IntMatmul& matmul, int64_t panel, int64_t block, float* to) {
-    for (int64_t n = 0; n < PANEL; n++) to[n] = read(matmul.scale, matmul.scale_type, matmul.scale_at(panel, block) + n);
-}
-
 // A block of a panel in the kernel's dense form. Returns the address of the next block's values.
 const char* expand_block(const IntMatmul& matmul, const Integers& kernel, int64_t panel, int64_t block, const char* values, char* out) {
     const Weight& weight = matmul.out.weight;
@@ -57,7 +53,7 @@ const char* multiply_block(const IntMatmul& matmul, const Integers& kernel, int6
     alignas(64) char expanded[2 * PANEL * BLOCK_MOST];
     const char* end = values;
     if (!stored) end = expand_block(matmul, kernel, panel, block, values, expanded);
-    read_scale(matmul, panel, block, scale);
+    matmul.read_scale(panel, block, scale);
     for (int64_t at = 0; at < slots; at += together) {
         const int64_t some = std::min<int64_t>(slots - at, together), done = at * per_slot;
         const Slots x = slots_of(matmul, kernel, block, token + done, some);
@@ -78,7 +74,7 @@ void multiply_pair(const IntMatmul& matmul, const Integers& kernel, int64_t pane
     float scale[2 * PANEL];
     for (int64_t p = 0; p < 2; p++) {
         values[p] = expand_block(matmul, kernel, panel + p, block, values[p], expanded + p * PANEL * BLOCK_MOST);
-        read_scale(matmul, panel + p, block, scale + p * PANEL);
+        matmul.read_scale(panel + p, block, scale + p * PANEL);
     }
     const int64_t slots = matmul.slots(tokens);
     for (int64_t at = 0; at < slots; at += MOST_SLOTS) {

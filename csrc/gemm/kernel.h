@@ -7,6 +7,32 @@
 
 namespace rac {
 
+// GCC keeps the sums of a short loop in registers only if it unrolls the loop early.
+#if defined(__clang__)
+#define RAC_UNROLL _Pragma("unroll")
+#else
+#define RAC_UNROLL _Pragma("GCC unroll 16")
+#endif
+
+// The number of bits set. Unsigned, so that adding it to an address needs no sign extension.
+#define RAC_COUNT(mask) static_cast<uint64_t>(static_cast<unsigned>(__builtin_popcount(mask)))
+
+RAC_INLINE float from_bits(uint32_t bits) {
+    float value;
+    __builtin_memcpy(&value, &bits, sizeof value);
+    return value;
+}
+RAC_INLINE uint32_t bits_of(float value) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+RAC_INLINE float from_bf16(uint16_t bits) { return from_bits(static_cast<uint32_t>(bits) << 16); }
+
+RAC_INLINE float read(const void* from, Type type, int64_t index) {
+    return type == BF16 ? from_bf16(static_cast<const uint16_t*>(from)[index]) : static_cast<const float*>(from)[index];
+}
+
 // ---- Floats: weights of BF16 and FP32 ----
 
 // BLOCK is the form of columns that ExpandAndMultiply expanded.
@@ -41,8 +67,8 @@ struct Dots {
     DotTwoPanels<X> dot_two_panels[MOST_TOKENS];  // by the number of tokens minus one; null where the ISA has none
 };
 
-// Where the sums of some panels are: pairs of panels are `pair` numbers apart, the second panel of a pair is `second` after the
-// first, and tokens are `token` apart.
+// The sums of some panels: pairs of panels are `pair` numbers apart, the second of a pair is `second` after the first, tokens are
+// `token` apart.
 struct Sums {
     const float* data;
     int64_t pair, second, token;
@@ -134,6 +160,9 @@ struct IntMatmul {
         const int64_t left = out.weight.columns - number * block;
         return left < block ? left : block;
     }
+    RAC_INLINE void read_scale(int64_t panel, int64_t number, float* to) const {
+        for (int64_t n = 0; n < PANEL; n++) to[n] = read(scale, scale_type, scale_at(panel, number) + n);
+    }
     RAC_INLINE int64_t quads_of(int64_t number) const { return (columns_of(number) + 3) / 4; }
 };
 
@@ -210,33 +239,5 @@ extern const Floats portable_floats, avx2_floats, avx512_floats, neon_floats;
 extern const Dots<uint16_t> avx512_bf16;
 extern const Integers portable_integers, avx2_integers, avx512_integers;
 bool amx_int_panels(const IntMatmul& matmul, int64_t first, int64_t last);
-
-// ---- For the sources of all kernels ----
-
-// GCC keeps the sums of a short loop in registers only if it unrolls the loop early.
-#if defined(__clang__)
-#define RAC_UNROLL _Pragma("unroll")
-#else
-#define RAC_UNROLL _Pragma("GCC unroll 16")
-#endif
-
-// The number of bits set. Unsigned, so that adding it to an address needs no sign extension.
-#define RAC_COUNT(mask) static_cast<uint64_t>(static_cast<unsigned>(__builtin_popcount(mask)))
-
-RAC_INLINE float from_bits(uint32_t bits) {
-    float value;
-    __builtin_memcpy(&value, &bits, sizeof value);
-    return value;
-}
-RAC_INLINE uint32_t bits_of(float value) {
-    uint32_t bits;
-    __builtin_memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
-RAC_INLINE float from_bf16(uint16_t bits) { return from_bits(static_cast<uint32_t>(bits) << 16); }
-
-RAC_INLINE float read(const void* from, Type type, int64_t index) {
-    return type == BF16 ? from_bf16(static_cast<const uint16_t*>(from)[index]) : static_cast<const float*>(from)[index];
-}
 
 }  // namespace rac

@@ -34,6 +34,11 @@ inline int64_t offset_of(XFormat format, int64_t slot, int64_t slots, int64_t st
     return 2 * slot * stride + column * (format == INTEGERS ? 2 : 2 * slots);
 }
 
+// The kernels of this library (registry.cpp), in order of preference: the last kernel that runs is the best.
+int32_t kernel_count();
+const Kernel* kernel_at(int32_t number);  // null where there is none, or the compiler could not build it
+bool runs(int32_t number);                // on this processor and operating system
+
 // Whether a kernel multiplies bytes of x, so that x of bytes takes half of the instructions.
 inline bool multiplies_bytes(const Kernel& kernel) { return kernel.integers->format == QUADS; }
 

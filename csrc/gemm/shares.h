@@ -1,9 +1,8 @@
 // Which thread packs, and which multiplies, which panels.
 //
-// A row of the result belongs to one share, so no sum depends on the shares. Where all cores are alike, each thread has one share, the
-// same one in every call: it reads the panels that it packed, which are in the memory of its own NUMA node if threads are bound to
-// cores, since a page is placed where the thread runs that first writes it. Where cores differ, shares are smaller, and a thread takes
-// the next one when it is done, so that a slow core does not keep the others waiting. Such processors have one node.
+// A row of the result belongs to one share, so no sum depends on the shares. Where all cores are alike, each thread has a share, the
+// same in every call: it reads the panels that it packed, whose pages are in the memory of its NUMA node, since a page is placed where
+// the thread runs that first writes it. Where cores differ, shares are smaller, and a thread takes the next share when it is done.
 #pragma once
 #include <algorithm>
 #include <cstdint>

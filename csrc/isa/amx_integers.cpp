@@ -34,11 +34,9 @@ const char* expand_tile(const uint32_t* masks, const char* values, int64_t quads
 template <bool two_panels>
 void multiply(const int8_t* x, const int8_t* const* weights, int64_t tiles, int32_t* sums) {
     _tile_zero(0);
+    if (two_panels) _tile_zero(1);
     _tile_zero(2);
-    if (two_panels) {
-        _tile_zero(1);
-        _tile_zero(3);
-    }
+    if (two_panels) _tile_zero(3);
     finish_stores(weights[0]);
     for (int64_t tile = 0; tile < tiles; tile++) {
         _tile_loadd(6, weights[0] + TILE * tile, 64);
@@ -52,10 +50,8 @@ void multiply(const int8_t* x, const int8_t* const* weights, int64_t tiles, int3
     }
     _tile_stored(0, sums, 64);
     _tile_stored(2, sums + 256, 64);
-    if (two_panels) {
-        _tile_stored(1, sums + 512, 64);
-        _tile_stored(3, sums + 768, 64);
-    }
+    if (two_panels) _tile_stored(1, sums + 512, 64);
+    if (two_panels) _tile_stored(3, sums + 768, 64);
     finish_stores(sums);
 }
 
@@ -104,8 +100,7 @@ void multiply_tokens(const IntMatmul& matmul, int64_t first, int64_t count, int6
     for (int64_t p = 0; p < count; p++) values[p] = weight.values_of(first + p);
     std::memset(to.acc, 0, count * m * PANEL * sizeof(float));
     for (int64_t block = 0; block < matmul.blocks; block++) {
-        const int64_t column = block * matmul.block;
-        const int64_t columns = smaller(matmul.block, weight.columns - column), tiles = (columns + 63) / 64;
+        const int64_t column = block * matmul.block, columns = matmul.columns_of(block), tiles = (columns + 63) / 64;
         for (int64_t panel = 0; panel < count; panel += 2) {
             const int panels = panel + 1 < count ? 2 : 1;
             const int8_t* weights[2] = {};
@@ -150,6 +145,5 @@ bool amx_int_panels(const IntMatmul& matmul, int64_t first, int64_t last) {
     std::free(buffers.expanded);
     return memory;
 }
-
 
 }  // namespace rac

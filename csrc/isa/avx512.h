@@ -12,53 +12,35 @@
 namespace rac {
 namespace {
 
+#if !defined(RAC_EMULATE)
 // The bytes from `values` on, spread to where the mask has ones, with zeros elsewhere. Written as assembly on a zeroed register:
 // on a Zen 5 the instruction depends on its destination although it keeps nothing of it, and compilers choose a register that
 // was used shortly before.
 RAC_INLINE __m512i expand_bytes(uint64_t mask, const char* values) {
-#if defined(RAC_EMULATE)
-    return _mm512_maskz_expand_epi8(mask, _mm512_loadu_si512(values));
-#else
     __m512i bytes = _mm512_setzero_si512();
     asm("vpexpandb %2, %0%{%1%}%{z%}"
         : "+v"(bytes)
         : "Yk"(static_cast<__mmask64>(mask)), "m"(*reinterpret_cast<const char(*)[64]>(values)));
     return bytes;
-#endif
 }
 
 // Add four products, of unsigned bytes of w and signed bytes of x, to each sum. As assembly: with the intrinsic, GCC uses two
 // registers per sum and copies or spills them at every step.
 RAC_INLINE void add_products(__m512i& sums, __m512i w, const char* x) {
-#if defined(RAC_EMULATE)
-    int32_t bytes;
-    std::memcpy(&bytes, x, sizeof bytes);
-    sums = _mm512_dpbusd_epi32(sums, w, _mm512_set1_epi32(bytes));
-#else
     asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sums) : "v"(w), "m"(*reinterpret_cast<const char(*)[4]>(x)));
-#endif
 }
 
 // Four bytes in every lane. As assembly: compilers would load them again for each use.
 RAC_INLINE __m512i four_bytes(const char* x) {
-#if defined(RAC_EMULATE)
-    int32_t bytes;
-    std::memcpy(&bytes, x, sizeof bytes);
-    return _mm512_set1_epi32(bytes);
-#else
     __m512i all;
     asm("vpbroadcastd %1, %0" : "=v"(all) : "m"(*reinterpret_cast<const char(*)[4]>(x)));
     return all;
-#endif
 }
 
 RAC_INLINE void add_products(__m512i& sums, __m512i w, __m512i x) {
-#if defined(RAC_EMULATE)
-    sums = _mm512_dpbusd_epi32(sums, w, x);
-#else
     asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(w), "v"(x));
-#endif
 }
+#endif
 
 // The scales of the 16 rows of a panel in one block of columns.
 RAC_INLINE __m512 scale_of_rows(const IntMatmul& matmul, int64_t panel, int64_t block) {

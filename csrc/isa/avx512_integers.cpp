@@ -66,10 +66,7 @@ const char* dot(const uint32_t* masks, const char* values, int64_t quads, const 
     if (q < quads) multiply(next(q), 0, numbers);
     RAC_UNROLL for (int m = 0; m < M; m++) {
         __m512i high = acc[0][m][0], low = acc[0][m][1];
-        if (SETS == 2) {
-            high = _mm512_add_epi32(high, acc[SETS - 1][m][0]);
-            low = _mm512_add_epi32(low, acc[SETS - 1][m][1]);
-        }
+        if (SETS == 2) high = _mm512_add_epi32(high, acc[SETS - 1][m][0]), low = _mm512_add_epi32(low, acc[SETS - 1][m][1]);
         if (x.bytes) {
             _mm512_storeu_si512(sums + PANEL * 2 * m, high);
             _mm512_storeu_si512(sums + PANEL * (2 * m + 1), low);
@@ -317,28 +314,17 @@ constexpr void put_slots(Integers& integers) {
     integers.dot[1][M - 1] = dot<DENSE8, M>;
     integers.dot_expanded[M - 1] = dot<EXPANDED, M>;
     integers.pair[M - 1] = pair<M>;
-    integers.few_tokens[INT4 - INT4][M - 1] = few_tokens<INT4, M>;
-    integers.few_tokens[DENSE4 - INT4][M - 1] = few_tokens<DENSE4, M>;
-    integers.few_tokens[DENSE3 - INT4][M - 1] = few_tokens<DENSE3, M>;
-    integers.few_tokens[DENSE2 - INT4][M - 1] = few_tokens<DENSE2, M>;
+    const FewTokens of_codes[] = {few_tokens<INT4, M>, few_tokens<DENSE4, M>, few_tokens<DENSE3, M>, few_tokens<DENSE2, M>};
+    for (int type = 0; type < CODE_TYPES; type++) integers.few_tokens[type][M - 1] = of_codes[type];
     if constexpr (M > 1) put_slots<M - 1>(integers);
 }
 
 constexpr Integers integers() {
-    Integers integers = {};
-    integers.format = QUADS;
-    integers.quantize = quantize;
-    integers.add_scaled = add_scaled_vectors;
-    integers.slots = integers.expanded_slots = MOST_SLOTS;
-    integers.signed_bytes = true;
-    integers.expand[INT8 - INT8] = expand8<INT8>;
-    integers.expand[DENSE8 - INT8] = expand8<DENSE8>;
-    integers.expand[INT4 - INT8] = expand_codes<INT4>;
-    integers.expand[DENSE4 - INT8] = expand_codes<DENSE4>;
-    integers.expand[DENSE3 - INT8] = expand_codes<DENSE3>;
-    integers.expand[DENSE2 - INT8] = expand_codes<DENSE2>;
+    Integers integers = {
+        QUADS, quantize, add_scaled_vectors, MOST_SLOTS, MOST_SLOTS, {}, {},
+        {expand8<INT8>, expand8<DENSE8>, expand_codes<INT4>, expand_codes<DENSE4>, expand_codes<DENSE3>, expand_codes<DENSE2>},
+        true, {}, {}, {QUADS, QUADS, QUADS, QUADS}};
     put_slots<MOST_SLOTS>(integers);
-    for (XFormat& format : integers.few_format) format = QUADS;
     return integers;
 }
 

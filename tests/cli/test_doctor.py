@@ -129,7 +129,7 @@ def test_no_compiled_library_is_no_fault(kernels: pytest.MonkeyPatch, rac: Rac) 
 def test_a_compiled_library_that_does_not_load(
     kernels: pytest.MonkeyPatch, tmp_path, rac: Rac
 ) -> None:
-    broken = tmp_path / "_native.abi3.so"
+    broken = tmp_path / "_native_kernels.abi3.so"
     broken.write_bytes(b"no library")
     kernels.setattr(library, "built_libraries", lambda: [broken])
     finding = found("compiled library")

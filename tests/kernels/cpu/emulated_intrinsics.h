@@ -304,3 +304,17 @@ inline void _tile_dpbssd(int acc, int a, int b) {
             std::memcpy(tiles.data[acc][m] + 4 * n, &sum, 4);
         }
 }
+
+// The functions of csrc/isa/avx512.h that are assembly.
+namespace rac {
+static inline __m512i four_bytes(const char* x) {
+    int32_t bytes;
+    std::memcpy(&bytes, x, sizeof bytes);
+    return _mm512_set1_epi32(bytes);
+}
+static inline void add_products(__m512i& sums, __m512i w, __m512i x) { sums = _mm512_dpbusd_epi32(sums, w, x); }
+static inline void add_products(__m512i& sums, __m512i w, const char* x) { add_products(sums, w, four_bytes(x)); }
+static inline __m512i expand_bytes(uint64_t mask, const char* values) {
+    return _mm512_maskz_expand_epi8(mask, _mm512_loadu_si512(values));
+}
+}  // namespace rac

@@ -92,6 +92,7 @@ def test_any_shape_and_density(kernel, form, rows, columns, m, density, zeros, b
 @pytest.mark.parametrize("columns", [37, 512, 600])
 def test_sums_are_exact(kernel, form, bits, columns):
     """x of integers, the largest of each block the highest level, has a scale of 1."""
+    use_crossovers(dict.fromkeys(KINDS, math.inf))
     dense, weight = integers(form, 20, columns, zeros=True)
     set_activation_bits(weight.data, bits)
     most = levels_of(weight)
