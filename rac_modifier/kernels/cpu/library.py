@@ -80,8 +80,8 @@ class Kernel:
 
 def signature(name: str) -> tuple[type, list[type]]:
     """The C types of the result and of the arguments of a function."""
-    result, *arguments = _SIGNATURES[name].replace(" ", "")
-    return _C_TYPES[result][0], [kind for letter in arguments for kind in _C_TYPES[letter]]
+    letters = _SIGNATURES[name].replace(" ", "")
+    return _C_TYPES[letters[0]][0], [kind for letter in letters[1:] for kind in _C_TYPES[letter]]
 
 
 class Library:
