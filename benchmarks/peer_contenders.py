@@ -111,10 +111,7 @@ def packed_integers(
         -1, dtype=torch.uint8
     )
     kept = values[mask]
-    return [
-        (pack_values(kept, bitmask, columns, bits), scales.clone())
-        for _ in range(copies)
-    ]
+    return [(pack_values(kept, bitmask, columns, bits), scales.clone()) for _ in range(copies)]
 
 
 def linears(name: str, args: argparse.Namespace) -> Figures:
