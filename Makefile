@@ -67,10 +67,8 @@ schema: $(VENV)/.installed ## write the JSON Schemas of the recipe entries to do
 docs: $(VENV)/.installed ## build the documentation site in build/site; stops at any warning
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-results: $(VENV)/.installed ## measure the figures of docs/results; hours on 2 cores (smollm2.py says what it needs)
-	$(BIN)/python benchmarks/pruning_time.py
-	$(BIN)/python benchmarks/reasoner_table.py
-	$(BIN)/python benchmarks/smollm2.py
+results: $(VENV)/.installed ## write the tables of results/*.json into docs/; `python -m bench --list` measures them anew
+	$(BIN)/python -m bench.render
 
 dist: $(DIST_VENV)/.installed ## wheel (with compiled kernels where there is a compiler) and sdist in dist/
 	$(DIST_BIN)/python scripts/dist.py

@@ -1,7 +1,7 @@
 """float32 products on a CPU where oneDNN computes them faster than the library that torch calls.
 
 torch gives float32 products to Intel's MKL, which does not use all that processors of AMD have. oneDNN, which is in torch too and
-computes its bfloat16 products, does: `benchmarks/float32_rates.py` compares them. Results differ in the last bits, as between any
+computes its bfloat16 products, does. Results differ in the last bits, as between any
 two libraries. The same product of the same shape goes the same way in every process of a machine.
 
 oneDNN makes code for each shape of a product and keeps it, 0.57 MiB each, half of that to the end of the process. So where the

@@ -5,6 +5,7 @@ A page contains one of the comments below, and gets the rendered text in its pla
     <!-- settings: NAME -->    every setting of the recipe entry NAME, from its pydantic model
     <!-- left-out: NAME -->    the settings of the pruning entry that the entry NAME does not have
     <!-- recipes -->           every shipped recipe: its comment, and its text
+    <!-- commands -->          every command of `rac`: its help, its arguments and options
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import typer
 from mkdocs.config.defaults import MkDocsConfig
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from rac_modifier.cli import app
 from rac_modifier.settings.entries import ENTRIES
 
 Place = tuple[str, ...]
@@ -31,7 +34,7 @@ ROOT = Path(__file__).parents[1]
 RECIPES = next(
     folder for folder in (ROOT / "rac_modifier" / "recipes", ROOT / "recipes") if folder.is_dir()
 )
-_COMMENT = re.compile(r"^<!-- (settings|left-out|recipes)(?:: (\w+))? -->$", re.MULTILINE)
+_COMMENT = re.compile(r"^<!-- (settings|left-out|recipes|commands)(?:: (\w+))? -->$", re.MULTILINE)
 _BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 _NAMES = {
     "str": "text",
@@ -64,6 +67,8 @@ def render(what: str, name: str | None) -> str:
     """The text for one comment of a page."""
     if what == "recipes":
         return "\n\n".join(render_recipe(path) for path in sorted(RECIPES.glob("*.yaml")))
+    if what == "commands":
+        return "\n".join(render_command(typer.main.get_command(app), "rac"))
     entry = ENTRIES[str(name)]
     if what == "left-out":
         return ", ".join(f"`{'.'.join(path)}`" for path in left_out(ENTRIES[PRUNING], entry))
@@ -76,6 +81,22 @@ def render_recipe(path: Path) -> str:
     first = next(i for i, line in enumerate(lines) if not line.startswith("#"))
     about = " ".join(line.removeprefix("#").strip() for line in lines[:first])
     return "\n".join([f"## {path.stem}", "", _escaped(about), "", "```yaml", *lines[first:], "```"])
+
+
+def render_command(command: Any, name: str) -> Iterator[str]:
+    """Yield a heading with the name of a command, its help, its parameters as definitions; groups yield their commands."""
+    if hasattr(command, "commands"):
+        for child, inner in command.commands.items():
+            yield from render_command(inner, f"{name} {child}")
+        return
+    anchor = name.replace(" ", "-")
+    yield from [f"## {name} {{ #help-{anchor} }}", "", _escaped(command.help or ""), ""]
+    for parameter in command.params:
+        option = parameter.param_type_name == "option"
+        names = parameter.opts if option else [str(parameter.metavar or parameter.name).upper()]
+        yield f"`{', '.join(names)}`"
+        yield f":   {_escaped(getattr(parameter, 'help', None) or 'see above')}"
+        yield ""
 
 
 def left_out(whole: type[BaseModel], part: type[BaseModel], path: Place = ()) -> list[Place]:

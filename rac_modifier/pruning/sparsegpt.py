@@ -30,7 +30,7 @@ from rac_modifier.settings.pattern import Pattern
 
 _SUB_BLOCK = 32
 # Most weights of the problems that are solved at once: on a CPU as many as stay in its caches, on a GPU, where calls take longer,
-# 256 MB per buffer (docs/results/experts.md).
+# 256 MB per buffer (results/log.md).
 _AT_ONCE_ON_CPU, _AT_ONCE_ON_GPU = 1 << 21, 1 << 26
 
 

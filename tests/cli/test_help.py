@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 import typer
@@ -73,15 +72,3 @@ def test_help_has_an_example_with_options_that_exist(path: tuple[str, ...]) -> N
         whole = "\n".join(help_of(named))
         for option in (word.partition("=")[0] for word in words if word.startswith("--")):
             assert option in whole
-
-
-def test_the_page_of_the_commands_has_each_with_an_example_and_exit_codes() -> None:
-    """docs/cli.md; a group of commands has one section."""
-    page = (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
-    for name in {path[0] for path in ALL if path}:
-        section = page.partition(f"## rac {name}\n")[2].partition("\n## ")[0]
-        assert f"```bash\nrac {name}" in section, name
-        assert "Exit code 1: " in section, name
-        for path in ALL:
-            if path[:1] == (name,) and len(path) > 1:
-                assert f"rac {' '.join(path)}" in section, path

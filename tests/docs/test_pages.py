@@ -139,18 +139,13 @@ def test_linked_files_exist(page):
 
 @each_page
 def test_programs_that_a_page_names_exist(page):
-    """Files of benchmarks/, examples/, tests/, scripts/ and training/."""
-    named = re.findall(
-        r"\b(?:benchmarks|examples|scripts|tests|training)/[\w/.-]*\w", page.read_text()
-    )
+    """Files of bench/, examples/, tests/, scripts/ and training/."""
+    named = re.findall(r"\b(?:bench|examples|scripts|tests|training)/[\w/.-]*\w", page.read_text())
     assert {name for name in named if not (ROOT / name).exists()} == set()
 
 
 # Counted or rounded here, not measured: bytes per weight, and sizes.
-COUNTED = {
-    "README.md": {"3.4", "0.39"},
-    "choosing.md": {"3.4", "1.13", "0.93", "0.73", "0.63", "0.39"},
-}
+COUNTED = {"README.md": {"3.4"}, "choosing.md": {"3.4"}}
 
 
 @pytest.mark.parametrize("name", COUNTED)

@@ -11,6 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import typer
+
+from rac_modifier.cli import app
 
 ROOT = Path(__file__).parents[2]
 RECIPES = next(
@@ -106,6 +109,13 @@ def test_every_recipe_is_shown_whole(site):
     for recipe in recipes:
         for line in recipe.read_text().splitlines():
             assert " ".join(line.removeprefix("#").split()) in page, f"{recipe.name}: {line}"
+
+
+def test_every_command_is_on_the_page_of_commands(site):
+    page = text_of(site / "cli" / "index.html")
+    for name, command in typer.main.get_command(app).commands.items():
+        for child in getattr(command, "commands", {"": command}).values():
+            assert " ".join((child.help or "").split())[:60] in page, name
 
 
 @pytest.mark.parametrize(

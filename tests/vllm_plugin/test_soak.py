@@ -1,6 +1,6 @@
 """A short soak of `vllm serve` on packed layers: clients leave, nothing fails, and the memory of its processes stays flat.
 
-benchmarks/serving_soak.py has the long one: 5,000 requests.
+`python -m bench serving --soak FOLDER` is the long one: 5,000 requests.
 """
 
 from __future__ import annotations
@@ -26,32 +26,18 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.skipif(support().isa is None, reason=support().reason)
 def test_memory_is_flat_while_clients_come_and_leave(tmp_path):
     folder = save_model(tmp_path / "model", "qwen3", "unstructured", max_position_embeddings=512)
-    command = [sys.executable, str(ROOT / "benchmarks" / "serving_soak.py"), str(folder)]
-    command += [
-        "--requests",
-        "600",
-        "--settle",
-        "300",
-        "--leave",
-        "0.3",
-        "--json",
-        str(tmp_path / "soak.json"),
-    ]
-    command += [
-        "--log",
-        str(tmp_path / "server.log"),
-        "--skip-tokenizer-init",
-        "--num-gpu-blocks-override",
-        "64",
-    ]
-    of_this_process = (
-        "VLLM_ENABLE_V1_MULTIPROCESSING",
-        "VLLM_CPU_OMP_THREADS_BIND",
-    )  # a server has its own
+    command = [sys.executable, "-m", "bench", "serving", "--soak", str(folder)]
+    command += ["--requests", "600", "--settle", "300", "--leave", "0.3"]
+    command += ["--work", str(tmp_path), "--out", str(tmp_path)]
+    command += ["--serve-options", "--skip-tokenizer-init --num-gpu-blocks-override 64"]
+    # a server has its own
+    of_this_process = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_CPU_OMP_THREADS_BIND")
     environment = {name: value for name, value in os.environ.items() if name not in of_this_process}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    assert "of 7 pruned layers run on a sparse kernel" in done.stdout
-    found = json.loads((tmp_path / "soak.json").read_text())
-    assert found["ended"] == 600
-    assert found["left"] > 100
+    assert "of 7 compressed layers run on a kernel" in (tmp_path / "soak.log").read_text()
+    ((requests, left, failed, *_),) = json.loads((tmp_path / "serving_soak.json").read_text())[
+        "rows"
+    ]
+    assert (requests, failed) == (600, 0)
+    assert left > 100

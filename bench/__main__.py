@@ -1,0 +1,41 @@
+"""`python -m bench SUITE [...]`: runs a suite of benchmarks. `python -m bench --list` names them."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+from bench.common import add_common
+
+SUITES = ("accuracy", "time", "kernels", "serving", "peers", "recovery", "traces", "scale")
+
+
+def main(arguments: list[str]) -> int:
+    """Run a suite; return the exit status."""
+    if arguments[:1] == ["--list"]:
+        for name in SUITES:
+            summary = (importlib.import_module(f"bench.{name}").__doc__ or "").partition("\n")[0]
+            print(f"{name:10} {summary}")
+        return 0
+    if not arguments or arguments[0] not in SUITES:
+        print(
+            f"usage: python -m bench SUITE [options]; suites: {', '.join(SUITES)}; --list explains"
+        )
+        return 2
+    suite = importlib.import_module(f"bench.{arguments[0]}")
+    parser = argparse.ArgumentParser(
+        prog=f"python -m bench {arguments[0]}",
+        description=suite.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_common(parser)
+    suite.add_options(parser)
+    if "--tiny" in arguments:  # explicit options win over those of the tiny mode
+        parser.set_defaults(**suite.TINY)
+    suite.run(parser.parse_args(arguments[1:]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,71 @@
+"""Accuracy, divergence and bytes of recipes on one model: patterns by preset and calibration, or the rows of a grid.
+
+python -m bench accuracy --variants paper quality --patterns 0.5 0.7 2:4
+python -m bench accuracy --model smollm2 --grid bench/formats.yaml
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bench.common import save
+from bench.grid import COLUMNS, MIXTURES, OURS, VARIANTS, calibrated_on, cells, pattern, run_grid
+from bench.models import SUBJECTS
+
+TINY: dict[str, Any] = {
+    "variants": ["paper"],
+    "calibrations": ["traces"],
+    "patterns": ["2:4"],
+    "seeds": [0],
+    "tokens": 512,
+    "problems": 2,
+    "cap": 24,
+}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this suite."""
+    parser.add_argument("--model", choices=SUBJECTS, default="reasoner")
+    parser.add_argument(
+        "--grid", type=Path, help="a file with `rows:`; the options below have no effect"
+    )
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["paper", "quality"])
+    parser.add_argument("--calibrations", nargs="+", choices=MIXTURES, default=["traces"])
+    parser.add_argument("--patterns", nargs="+", default=["0.5", "0.7", "2:4"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--tokens", type=int, default=32768, help="of calibration")
+    parser.add_argument("--problems", type=int, help="held-out problems")
+    parser.add_argument("--cap", type=int, help="most new tokens of an answer")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run the rows and write the table."""
+    subject = SUBJECTS[options.model](options.work)
+    rows = [
+        {
+            "label": f"{share}, {variant}, {kind}",
+            "recipe": {OURS: {**pattern(share), **VARIANTS[variant]}},
+            "set": calibrated_on(kind),
+            "seeds": options.seeds,
+        }
+        for share, variant, kind in itertools.product(
+            options.patterns, options.variants, options.calibrations
+        )
+    ]
+    if options.grid:
+        rows = yaml.safe_load(options.grid.read_text())["rows"]
+    finished = run_grid(
+        subject,
+        rows,
+        options.work / f"accuracy-{options.model}",
+        tokens=options.tokens,
+        problems=options.problems,
+        cap=options.cap,
+    )
+    name = f"accuracy_{options.model}" + ("_formats" if options.grid else "")
+    save(options.out, name, subject.name, COLUMNS, [cells(row) for row in finished])

@@ -1,0 +1,136 @@
+"""Helpers that several suites share: the result file, the machine, runs in turn, and processes of their own."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "results"
+RAC = [sys.executable, "-c", "from rac_modifier.cli import main; main()"]
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "WARNING")
+
+
+def machine() -> str:
+    """Return the processor's name, its vector extensions, and the number of cores."""
+    name, flags = platform.processor() or platform.machine(), ""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = [line.partition(":") for line in info.read_text().splitlines()]
+        values = {key.strip(): value.strip() for key, _, value in lines}
+        name = values.get("model name", name)
+        present = set(values.get("flags", "").split())
+        flags = ", ".join(
+            flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in present
+        )
+    return f"{name} ({flags}), {len(os.sched_getaffinity(0))} cores"
+
+
+def commit() -> str:
+    """Return the short hash of the commit that runs, with "+" for changed files; "unknown" outside of git."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--exclude", "*", "--dirty=+"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
+
+
+def save(
+    folder: Path,
+    name: str,
+    model: str,
+    columns: Mapping[str, str],
+    rows: Sequence[Sequence[Any]],
+) -> Path:
+    """Write `folder/name.json`, which `bench.render` turns into a table.
+
+    Args:
+        folder: `results` for figures that the docs show.
+        name: of the table, as a page's marker has it.
+        model: what the figures were measured on.
+        columns: name and format of each column; the format is that of `format()`, such as ".2f".
+        rows: cells: text, a number, None, [value, error], or [value, lowest, highest].
+    """
+    about = {
+        "model": model,
+        "machine": machine(),
+        "date": date.today().isoformat(),
+        "commit": commit(),
+        "command": "python -m bench " + shlex.join(sys.argv[1:]),
+        "columns": dict(columns),
+        "rows": "ROWS",
+    }
+    lines = ",\n".join("  " + json.dumps(row, ensure_ascii=False) for row in rows)
+    text = json.dumps(about, indent=1, ensure_ascii=False).replace('"ROWS"', f"[\n{lines}\n ]")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    path.write_text(text + "\n", encoding="utf-8")
+    print(f"wrote {path}", flush=True)
+    return path
+
+
+def spread(values: Sequence[float]) -> list[float] | float:
+    """Return the median with the lowest and highest value; a single value as it is."""
+    if len(values) == 1:
+        return values[0]
+    return [statistics.median(values), min(values), max(values)]
+
+
+def in_turn(runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[Any]]:
+    """Run each contender once per round, in reverse order every second round; return its results by name.
+
+    A contender that fails is reported and not run again; it has the results of the rounds before.
+    """
+    results: dict[str, list[Any]] = {name: [] for name in runs}
+    failed: set[str] = set()
+    for turn in range(rounds):
+        for name in list(runs)[:: 1 if turn % 2 == 0 else -1]:
+            if name in failed:
+                continue
+            started = time.monotonic()
+            try:
+                results[name].append(runs[name]())
+            except Exception as error:  # one contender must not end hours of work
+                failed.add(name)
+                print(
+                    f"{name} failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True
+                )
+                continue
+            print(f"round {turn + 1}: {name}, {time.monotonic() - started:.0f} s", flush=True)
+    return {name: values for name, values in results.items() if values}
+
+
+def child(command: Sequence[str], **environment: str) -> tuple[str, float, float]:
+    """Run a command in a process of its own; return its stdout, its peak memory in bytes, its CPU seconds.
+
+    Raises:
+        RuntimeError: it ended with another status than 0.
+    """
+    process = subprocess.Popen(
+        list(command), stdout=subprocess.PIPE, text=True, env={**os.environ, **environment}
+    )
+    assert process.stdout is not None
+    text = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise RuntimeError(f"{shlex.join(command)[:200]} ended with {process.returncode}")
+    return text, usage.ru_maxrss * 1024.0, usage.ru_utime + usage.ru_stime
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """Add the options that every suite has."""
+    parser.add_argument("--work", type=Path, default=Path("build/bench"), help="models and logs")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON files")
+    parser.add_argument("--tiny", action="store_true", help="a check of the suite, no measurement")

@@ -1,0 +1,104 @@
+"""The models that suites measure, with their problems: the embedded reasoner and SmolLM2."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bench.offgrid import build
+from rac_modifier.problems.held_out import held_out_problems
+
+PROMPTS = Path(__file__).with_name("prompts.yaml")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that answers, and the parts of a grid that belong to it.
+
+    Attributes:
+        name: as tables have it.
+        model: hub id, folder, or "reasoner", as `rac` takes it.
+        shared: `shared` of a grid: traces and calibration.
+        evaluation: `evaluation` of a grid.
+    """
+
+    name: str
+    model: str
+    shared: dict[str, Any]
+    evaluation: dict[str, Any]
+
+
+def reasoner(work: Path) -> Subject:
+    """Return the embedded reasoner on its arithmetic problems."""
+    traces = {"problems": {"source": "arithmetic"}, "sampling": {"max_new_tokens": 512}}
+    evaluation = {"source": "arithmetic", "problems": 300, "cap": 512}
+    return Subject(
+        "embedded reasoner (3.4 M parameters)", "reasoner", {"traces": traces}, evaluation
+    )
+
+
+def smollm2(work: Path) -> Subject:
+    """Return SmolLM2-135M-Instruct, rotated off the 4-bit grid that its package stores."""
+    folder = work / "smollm2"
+    if not (folder / "config.json").exists():
+        build(folder)
+    return chat_subject("SmolLM2-135M off its grid", folder, work)
+
+
+SUBJECTS: dict[str, Callable[[Path], Subject]] = {"reasoner": reasoner, "smollm2": smollm2}
+
+
+def chat_subject(name: str, folder: Path, work: Path) -> Subject:
+    """Return a chat model on instructions and arithmetic in equal parts of tokens; its prompts are written to `work`."""
+    train, held_out = work.resolve() / "train.jsonl", work.resolve() / "held_out.jsonl"
+    write_prompts(train, list(islice(prompts(held_out=False), 6000)))
+    asked = [
+        *islice(prompts(held_out=True), 32),
+        *(problem.question for problem in held_out_problems("arithmetic", 32, seed=1)),
+    ]
+    write_prompts(held_out, asked)
+    sampling = {"max_new_tokens": 1024, "batch_size": 64, "seed": 0}
+    sources = {
+        source: {
+            "problems": {"source": problems},
+            "store": str(work.resolve() / f"{source}.jsonl"),
+            "sampling": sampling,
+        }
+        for source, problems in (("instructions", str(train)), ("arithmetic", "arithmetic"))
+    }
+    mixture = {"traces:instructions": 0.5, "traces:arithmetic": 0.5}
+    shared = {"traces": {"sources": sources}, "calibration": {"mixture": mixture}}
+    evaluation = {"source": str(held_out), "problems": 64, "cap": 1024}
+    return Subject(name, str(folder), shared, evaluation)
+
+
+def write_prompts(path: Path, texts: list[str]) -> None:
+    """Write prompts as a JSONL file with the column "problem"."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"problem": text}) + "\n" for text in texts))
+
+
+def prompts(held_out: bool) -> Iterator[str]:
+    """Yield distinct prompts; training and held-out ones share neither templates nor fillers."""
+    content = yaml.safe_load(PROMPTS.read_text())
+    templates = [text for at, text in enumerate(content["templates"]) if (at % 4 == 3) == held_out]
+    fillers: dict[str, list[Any]] = {}
+    for kind, values in content["fillers"].items():
+        cut = len(values) - len(values) // 4
+        fillers[kind] = values[cut:] if held_out else values[:cut]
+    draw, seen, repeats = random.Random(f"0/{held_out}"), set(), 0
+    while repeats < 1000:
+        for template in draw.sample(templates, len(templates)):
+            text = re.sub(r"\{(\w+)\}", lambda slot: str(draw.choice(fillers[slot[1]])), template)
+            repeats = repeats + 1 if text in seen else 0
+            if text not in seen:
+                seen.add(text)
+                yield text

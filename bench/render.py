@@ -1,0 +1,71 @@
+"""`python -m bench.render`: writes the tables of results/*.json into the pages of docs/ (`make results`).
+
+A page has `<!-- table NAME -->` and `<!-- end -->`; between them stands the table of results/NAME.json.
+With --check nothing is written, and the exit status is 1 if a page would change.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from bench.common import RESULTS, ROOT
+
+_MARKED = re.compile(r"<!-- table (\w+) -->\n.*?<!-- end -->", re.DOTALL)
+
+
+def cell(value: Any, form: str) -> str:
+    """Format a cell: text, a number, None, [value, error], or [value, lowest, highest]."""
+    if value is None:
+        return "-"
+    if isinstance(value, str):
+        return value
+    numbers = [format(number, form) for number in (value if isinstance(value, list) else [value])]
+    if len(numbers) == 2:
+        return f"{numbers[0]} ± {numbers[1]}"
+    if len(numbers) == 3:
+        return f"{numbers[0]} ({numbers[1]}-{numbers[2]})"
+    return numbers[0]
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return a result as a Markdown table with a line on how it was measured."""
+    columns: dict[str, str] = result["columns"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for row in result["rows"]:
+        cells = [cell(value, form) for value, form in zip(row, columns.values(), strict=True)]
+        lines.append(f"| {' | '.join(cells)} |")
+    keys = ("model", "machine", "date", "commit")
+    about = f"*{', '.join(result[key] for key in keys)}:* `{result['command']}`"
+    return "\n".join([*lines, "", about])
+
+
+def render(text: str, folder: Path = RESULTS) -> str:
+    """Return a page with every marked table written anew from `folder`."""
+
+    def replace(match: re.Match[str]) -> str:
+        result = json.loads((folder / f"{match[1]}.json").read_text(encoding="utf-8"))
+        return f"<!-- table {match[1]} -->\n\n{table(result)}\n\n<!-- end -->"
+
+    return _MARKED.sub(replace, text)
+
+
+def main(arguments: list[str]) -> int:
+    """Render all pages; return the exit status."""
+    stale = []
+    for page in sorted((ROOT / "docs").rglob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        rendered = render(text)
+        if rendered != text:
+            stale.append(str(page.relative_to(ROOT)))
+            if "--check" not in arguments:
+                page.write_text(rendered, encoding="utf-8")
+    print("\n".join(stale) or "all tables are those of results/")
+    return int(bool(stale) and "--check" in arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,194 @@
+"""`vllm serve` on the loopback interface while it is measured, and a client that streams token ids."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import aiohttp
+import psutil
+
+NAME = "model"
+# vLLM's "auto" binding leaves a core out.
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0)))),
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server."""
+
+    url: str
+    pid: int
+
+    def resident(self) -> int:
+        """Return the bytes of memory of its processes; shared pages count once (PSS)."""
+        return sum(process.memory_full_info().pss for process in self.processes())
+
+    def allocated(self) -> int:
+        """Return the bytes that its processes have allocated, without the pages of files."""
+        total = 0
+        for process in self.processes():
+            for line in Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines():
+                if line.startswith(("Pss_Anon:", "Pss_Shmem:")):
+                    total += 1024 * int(line.split()[1])
+        return total
+
+    def processes(self) -> list[psutil.Process]:
+        """Return the server's process and those that it started."""
+        server = psutil.Process(self.pid)
+        return [server, *server.children(recursive=True)]
+
+
+@contextmanager
+def serving(
+    checkpoint: Path,
+    options: Sequence[str],
+    log: Path,
+    *,
+    environment: dict[str, str] | None = None,
+    vllm: Path | None = None,
+) -> Iterator[Server]:
+    """Run `vllm serve` inside the context.
+
+    Args:
+        checkpoint: folder of the model.
+        options: of `vllm serve`.
+        log: file of its output.
+        environment: variables that are added.
+        vllm: the command of another Python environment; it runs without this one's PYTHONPATH.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    executable = vllm.absolute() if vllm else Path(sys.executable).with_name("vllm")
+    command = [str(executable), "serve", str(checkpoint), "--host", "127.0.0.1"]
+    command += ["--port", str(port), "--served-model-name", NAME, *options]
+    inherited = {
+        key: value for key, value in os.environ.items() if not (vllm and key == "PYTHONPATH")
+    }
+    with open(log, "wb") as output:
+        process = subprocess.Popen(
+            command,
+            env=ENVIRONMENT | inherited | (environment or {}),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        while not is_ready(url):
+            if process.poll() is not None:
+                raise SystemExit(f"the server ended; {log} ends with\n{log.read_text()[-3000:]}")
+            time.sleep(0.2)
+        yield Server(url, process.pid)
+    finally:
+        stop(process)
+
+
+def is_ready(url: str) -> bool:
+    """Return whether the server's health check succeeds."""
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=5) as reply:
+            return reply.status == 200
+    except OSError:
+        return False
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End the server and every process of its group: the next server needs the cores and the memory."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(30)
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait(30)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Output tokens per second over all requests; medians of milliseconds to the first and to each further token."""
+
+    tokens_per_second: float
+    first_ms: float
+    further_ms: float
+
+
+def measure(
+    url: str, vocab: int, prompt_tokens: int, output_tokens: int, concurrency: int, requests: int
+) -> Speed:
+    """Send requests of random token ids, `concurrency` at a time; the same prompts for the same arguments.
+
+    `vllm bench serve` needs a tokenizer for its random prompts, which a model with random weights does not have.
+    """
+    draw = random.Random(f"{concurrency} {requests}")
+    prompts = [[draw.randrange(vocab) for _ in range(prompt_tokens)] for _ in range(requests)]
+    times: list[tuple[float, float]] = []
+
+    async def worker(session: aiohttp.ClientSession) -> None:
+        while prompts:
+            times.append(await stream(session, url, prompts.pop(), output_tokens))
+
+    async def load() -> float:
+        timeout = aiohttp.ClientTimeout(total=None)
+        async with aiohttp.ClientSession(timeout=timeout) as session:
+            started = time.perf_counter()
+            await asyncio.gather(*(worker(session) for _ in range(concurrency)))
+            return time.perf_counter() - started
+
+    seconds = asyncio.run(load())
+    further = [(last - first) / max(1, output_tokens - 1) for first, last in times]
+    return Speed(
+        requests * output_tokens / seconds,
+        1e3 * statistics.median(first for first, _ in times),
+        1e3 * statistics.median(further),
+    )
+
+
+async def stream(
+    session: aiohttp.ClientSession, url: str, prompt: list[int], tokens: int
+) -> tuple[float, float]:
+    """Return the seconds to the first token and to the last."""
+    body = {
+        "model": NAME,
+        "prompt": prompt,
+        "max_tokens": tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+        "return_token_ids": True,  # without a tokenizer there is no text, and empty chunks are not sent
+    }
+    started, first, last, count = time.perf_counter(), 0.0, 0.0, 0
+    async with session.post(f"{url}/v1/completions", json=body) as reply:
+        reply.raise_for_status()
+        async for line in reply.content:
+            if not line.startswith(b"data: {"):
+                continue
+            ids = [
+                token
+                for choice in json.loads(line[6:])["choices"]
+                for token in choice.get("token_ids") or ()
+            ]
+            if ids:
+                count += len(ids)
+                last = time.perf_counter() - started
+                first = first or last
+    if count != tokens:
+        raise RuntimeError(f"asked for {tokens} tokens, got {count}")
+    return first, last

@@ -1,0 +1,171 @@
+"""`vllm serve` with random weights in the shape of Qwen2-1.5B: tokens per second, time to the first token, memory.
+
+    .venv-serve/bin/python -m bench serving --forms bf16 w8a8 int4 50%-int8
+    .venv-serve/bin/python -m bench serving --forms bf16 int4-8 --prompts 512 2048
+    .venv-serve/bin/python -m bench serving --soak demo/served
+
+bf16 and w8a8 run on vLLM's own kernels, all other forms on ours; int4-8 has 8-bit activations. Each round starts a server
+per form, in reverse order every second round. The ratio is to the first form. --soak sends thousands of requests, of which
+some clients leave, to a checkpoint, and exits with 1 where memory is not flat or a request fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import statistics
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from bench.common import in_turn, save, spread
+from bench.server import Speed, measure, serving
+from bench.shapes import Form, random_model
+from bench.soak import soak
+
+FEWEST = 4  # requests, so that the median time to the first token means something
+TINY: dict[str, Any] = {
+    "forms": ["50%-int4"],
+    "layers": 2,
+    "vocab": 4096,
+    "rounds": 1,
+    "concurrency": [1],
+    "output_tokens": 4,
+    "prompt_tokens": 8,
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """The figures of one server: memory in bytes, speed by concurrency, time to the first token in ms by prompt length."""
+
+    resident: int
+    speeds: dict[int, Speed]
+    first_ms: dict[int, float]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this suite."""
+    parser.add_argument(
+        "--forms", nargs="+", default=["bf16", "w8a8", "int4", "50%-bf16", "50%-int8"]
+    )
+    parser.add_argument("--layers", type=int, default=28)
+    parser.add_argument("--vocab", type=int, default=151936)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--prompt-tokens", type=int, default=128)
+    parser.add_argument("--output-tokens", type=int, default=64)
+    parser.add_argument(
+        "--prompts", type=int, nargs="+", default=[], help="lengths of single prompts"
+    )
+    parser.add_argument(
+        "--serve-options", default="", help="more options of `vllm serve`, in one text"
+    )
+    parser.add_argument(
+        "--soak", type=Path, metavar="FOLDER", help="a checkpoint to send requests to"
+    )
+    parser.add_argument("--requests", type=int, default=5000, help="of the soak")
+    parser.add_argument(
+        "--settle", type=int, default=500, help="requests before memory must be flat"
+    )
+    parser.add_argument("--leave", type=float, default=0.2, help="share of clients that leave")
+
+
+def serve_options(form: Form, length: int) -> list[str]:
+    """Return the options of `vllm serve` for a form."""
+    options = ["--dtype", "bfloat16", "--skip-tokenizer-init", "--max-model-len", str(length)]
+    options += ["--no-enable-prefix-caching", "--gpu-memory-utilization", "0.3"]
+    dense_on_ours = not form.vllm and not form.pruned
+    return options + (["--quantization", "rac"] if dense_on_ours else [])
+
+
+def run_form(form: Form, options: argparse.Namespace) -> Run:
+    """Start a server of one form, measure it, and end it."""
+    folder = random_model(options.work, form, options.layers, options.vocab)
+    length = max(
+        options.prompt_tokens + options.output_tokens, *(n + 2 for n in options.prompts), 0
+    )
+    arguments = [*serve_options(form, length), *shlex.split(options.serve_options)]
+    with serving(folder, arguments, folder.with_suffix(".log")) as server:
+        resident = server.resident()
+        ask = partial(measure, server.url, options.vocab)
+        ask(
+            options.prompt_tokens,
+            min(8, options.output_tokens),
+            max(options.concurrency),
+            max(options.concurrency),
+        )
+        speeds = {
+            count: ask(options.prompt_tokens, options.output_tokens, count, max(2 * count, FEWEST))
+            for count in options.concurrency
+        }
+        first = {length: ask(length, 2, 1, FEWEST).first_ms for length in options.prompts}
+    return Run(resident, speeds, first)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure the forms in turn and write the tables; or soak a checkpoint."""
+    options.work.mkdir(parents=True, exist_ok=True)
+    if options.soak:
+        sys.exit(soak(options))
+    forms = [Form.parse(text) for text in options.forms]
+    runs = in_turn({form.text: partial(run_form, form, options) for form in forms}, options.rounds)
+    first = next(iter(runs.values()))
+    model = f"shape of Qwen2-1.5B with {options.layers} layers, random weights"
+    rows, prompts, memory = [], [], []
+    for name, values in runs.items():
+        for count in options.concurrency:
+            speeds = [run.speeds[count] for run in values]
+            ratios = [
+                speed.tokens_per_second / base.speeds[count].tokens_per_second
+                for speed, base in zip(speeds, first, strict=False)
+            ]
+            times = [
+                statistics.median(getattr(speed, key) for speed in speeds)
+                for key in ("first_ms", "further_ms")
+            ]
+            per_second = statistics.median(speed.tokens_per_second for speed in speeds)
+            rows.append([count, name, per_second, spread(ratios), *times])
+        for length in options.prompts:
+            ratios = [
+                run.first_ms[length] / base.first_ms[length]
+                for run, base in zip(values, first, strict=False)
+            ]
+            prompts.append(
+                [
+                    length,
+                    name,
+                    statistics.median(run.first_ms[length] for run in values),
+                    spread(ratios),
+                ]
+            )
+        disk = sum(
+            file.stat().st_size
+            for file in random_model(
+                options.work, Form.parse(name), options.layers, options.vocab
+            ).glob("*.safetensors")
+        )
+        memory.append([name, disk / 1e9, statistics.median(run.resident for run in values) / 1e9])
+    columns = {
+        "requests at a time": ".0f",
+        "form": "",
+        "output tokens/s": ".2f",
+        "ratio": ".2f",
+        "first token, ms": ",.0f",
+        "each further token, ms": ".1f",
+    }
+    save(options.out, "serving", model, columns, sorted(rows, key=lambda row: row[0]))
+    save(
+        options.out,
+        "serving_memory",
+        model,
+        {"form": "", "on disk, GB": ".2f", "resident, GB": ".2f"},
+        memory,
+    )
+    if prompts:
+        columns = {"prompt tokens": ",.0f", "form": "", "first token, ms": ",.0f", "ratio": ".2f"}
+        save(
+            options.out, "serving_prompts", model, columns, sorted(prompts, key=lambda row: row[0])
+        )

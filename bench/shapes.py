@@ -1,0 +1,209 @@
+"""Models in the shape of Qwen2 with random weights, stored in any form that we serve. Speed does not depend on weights."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from bench.common import RAC
+
+SHAPES = {  # rows and columns of qkv, o, gate_up and down, as vLLM fuses them
+    "1.5B": [(2048, 1536), (1536, 1536), (17920, 1536), (1536, 8960)],
+    "7B": [(4608, 3584), (3584, 3584), (37888, 3584), (3584, 18944)],
+}
+QWEN2: dict[str, dict[str, int]] = {
+    "1.5B": {
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+    },
+    "7B": {
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+    },
+}
+GROUP = {4: 128, 3: 64}  # columns that share a scale, by bits
+CHUNK = 1 << 13  # rows that are packed at a time
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a linear layer's weights are stored: `pruned` share or "2:4" (0.0: dense), and bits.
+
+    `vllm`: vLLM's own kernels run it. `activations`: bits of the activations that integer kernels multiply.
+    """
+
+    text: str
+    pruned: float | str = 0.0
+    bits: int = 16
+    activations: int = 16
+    vllm: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> Form:
+        """Read "bf16" and "w8a8" (vLLM's own), "int4", "50%-bf16", "2:4-int8", "50%-int8-8" (8-bit activations)."""
+        if text in ("bf16", "w8a8"):
+            return cls(text, bits=16 if text == "bf16" else 8, vllm=True)
+        match = re.fullmatch(r"(?:(\d+%|\d+:\d+)-)?(bf16|int8|int4|int3)(-8)?", text)
+        if match is None or (match[1] is None and match[2] in ("bf16", "int8")):
+            raise SystemExit(
+                f'form "{text}": write bf16, w8a8, int4, int3, 50%-bf16, 2:4-int8 or 50%-int4-8'
+            )
+        pruned: float | str = 0.0
+        if match[1]:
+            pruned = match[1] if ":" in match[1] else int(match[1][:-1]) / 100
+        bits = {"bf16": 16, "int8": 8, "int4": 4, "int3": 3}[match[2]]
+        return cls(text, pruned, bits, 8 if match[3] else 16)
+
+    @property
+    def group(self) -> int | None:
+        """Columns that share a scale; None: one scale per row."""
+        return GROUP.get(self.bits)
+
+
+def random_mask(rows: int, columns: int, pruned: float | str) -> Tensor:
+    """Return a bool mask [rows, columns], True where a weight is kept."""
+    if isinstance(pruned, str):
+        kept, width = (int(number) for number in pruned.split(":"))
+        order = torch.rand(rows, columns // width, width).argsort(-1)
+        return (order < width - kept).view(rows, columns)
+    return torch.rand(rows, columns) >= pruned
+
+
+def rounded(weight: Tensor, bits: int, group: int | None) -> tuple[Tensor, Tensor]:
+    """Round a float weight [N, K] to a symmetric grid: int8 values [N, K], bfloat16 scales [N, groups].
+
+    Zeros stay zero, and other weights never become zero, so that the density stays.
+    """
+    groups, most = (
+        weight.float().view(len(weight), -1, group or weight.shape[1]),
+        2 ** (bits - 1) - 1,
+    )
+    scale = (groups.abs().amax(-1) / most).clamp_min(1e-30).bfloat16()
+    values = (groups / scale.float()[:, :, None]).round().clamp(-most, most).to(torch.int8)
+    values = torch.where((values == 0) & (groups != 0), groups.sign().to(torch.int8), values)
+    return values.view(weight.shape), scale
+
+
+def packed_words(values: Tensor, bits: int) -> Tensor:
+    """Pack int8 values [N, K] as compressed-tensors does: int32 [N, K bits / 32], lowest bit first."""
+    words = []
+    for rows in values.split(CHUNK):
+        codes = (rows.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8).numpy()
+        stream = (codes[:, :, None] >> np.arange(bits, dtype=np.uint8)) & 1
+        packed = np.packbits(stream.reshape(len(rows), -1), axis=1, bitorder="little")
+        words.append(torch.from_numpy(packed.view(np.int32)))
+    return torch.cat(words)
+
+
+def random_model(folder: Path, form: Form, layers: int, vocab: int) -> Path:
+    """Save a model of Qwen2-1.5B's shape with random weights, stored in a form; return its folder.
+
+    Integer forms have a head of the same bits (int3: 4). Nothing is done if the folder exists.
+    """
+    out = folder / f"{re.sub('[^a-z0-9]', '-', form.text)}-{layers}-layers-{vocab}"
+    if out.exists():
+        return out
+    torch.manual_seed(0)
+    integers = form.bits < 16
+    own_head = integers and not form.vllm
+    config = Qwen2Config(
+        vocab_size=vocab,
+        num_hidden_layers=layers,
+        max_position_embeddings=4096,
+        tie_word_embeddings=not own_head,
+        architectures=["Qwen2ForCausalLM"],
+        **QWEN2["1.5B"],
+    )
+    model = Qwen2ForCausalLM._from_config(config, dtype=torch.bfloat16)
+    state = dict(model.state_dict())
+    linears = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and name != "lm_head"
+    ]
+    for name in linears:
+        weight = state[f"{name}.weight"]
+        state[f"{name}.weight"] = weight * random_mask(*weight.shape, form.pruned)
+        if integers:
+            state |= stored(name, state.pop(f"{name}.weight"), form.bits, form.group)
+    if own_head:
+        state |= stored(
+            "lm_head", state.pop("lm_head.weight"), max(form.bits, 4), GROUP.get(max(form.bits, 4))
+        )
+    if integers:
+        model.config.quantization_config = quantization(form)
+    unfinished = out.with_name(out.name + ".unfinished")
+    model.save_pretrained(unfinished, state_dict=state, max_shard_size="1GB")
+    if form.pruned:
+        subprocess.run(
+            [*RAC, "pack", str(unfinished), str(out)], check=True, stdout=subprocess.DEVNULL
+        )
+        shutil.rmtree(unfinished)
+    else:
+        unfinished.rename(out)
+    if form.activations == 8:
+        path = out / "config.json"
+        content = json.loads(path.read_text())
+        record = content.get("rac_sparsity") or {"storage": "dense", "modules": {}}
+        content["rac_sparsity"] = {**record, "int8_activations": sorted(linears)}
+        path.write_text(json.dumps(content))
+    return out
+
+
+def stored(name: str, weight: Tensor, bits: int, group: int | None) -> dict[str, Tensor]:
+    """Return the tensors of a quantized weight as compressed-tensors stores it: int8 values or words, and scales."""
+    values, scale = rounded(weight, bits, group)
+    if bits == 8:
+        return {f"{name}.weight": values, f"{name}.weight_scale": scale}
+    shape = torch.tensor(weight.shape)
+    words = packed_words(values, bits)
+    return {
+        f"{name}.weight_packed": words,
+        f"{name}.weight_scale": scale,
+        f"{name}.weight_shape": shape,
+    }
+
+
+def quantization(form: Form) -> dict[str, Any]:
+    """Return the `quantization_config` of a form."""
+
+    def scheme(bits: int) -> dict[str, Any]:
+        group = (
+            {"strategy": "group", "group_size": GROUP[bits]}
+            if bits in GROUP
+            else {"strategy": "channel"}
+        )
+        weights = {"num_bits": bits, "type": "int", "symmetric": True, **group}
+        inputs = {
+            "num_bits": 8,
+            "type": "int",
+            "symmetric": True,
+            "strategy": "token",
+            "dynamic": True,
+        }
+        return {"weights": weights, "input_activations": inputs if form.vllm else None}
+
+    groups = {"layers": {"targets": ["Linear"], **scheme(form.bits)}}
+    if not form.vllm:
+        groups["head"] = {"targets": ["re:.*lm_head"], **scheme(max(form.bits, 4))}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized" if form.bits == 8 else "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": ["lm_head"] if form.vllm else [],
+    }

@@ -1,0 +1,150 @@
+"""Thousands of requests to a served checkpoint, of which some clients leave: is the server's memory flat?
+
+Memory is what the server's processes have allocated, sampled every 100 requests. The cache for keys and values has few
+blocks, so that the first requests touch all of its pages; a larger one looks like a leak.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import shlex
+from pathlib import Path
+
+import aiohttp
+
+from bench.common import save
+from bench.server import NAME, Server, serving
+
+OPTIONS = ["--max-model-len", "512", "--gpu-memory-utilization", "0.2", "--enforce-eager"]
+OPTIONS += ["--num-gpu-blocks-override", "256", "--dtype", "float32"]
+EVERY = 100  # requests from one sample of memory to the next
+LONG = 200  # tokens that a client that leaves asks for
+PROBE = list(range(10, 40))  # the prompt that is asked before and after
+CONCURRENCY = 32
+TOLERANCE = 0.03  # of memory, relative
+
+
+async def answer(
+    session: aiohttp.ClientSession, url: str, prompt: list[int], tokens: int
+) -> list[int]:
+    """Return the greedy tokens of a complete answer."""
+    body = {
+        "model": NAME,
+        "prompt": prompt,
+        "max_tokens": tokens,
+        "ignore_eos": True,
+        "temperature": 0,
+    }
+    async with session.post(
+        f"{url}/v1/completions", json={**body, "return_token_ids": True}
+    ) as reply:
+        reply.raise_for_status()
+        ids: list[int] = (await reply.json())["choices"][0]["token_ids"]
+    return ids
+
+
+async def leave_in_stream(
+    session: aiohttp.ClientSession, url: str, prompt: list[int], chunks: int
+) -> None:
+    """Read some chunks of a stream and close the connection."""
+    body = {"model": NAME, "prompt": prompt, "max_tokens": LONG, "ignore_eos": True, "stream": True}
+    async with session.post(
+        f"{url}/v1/completions", json={**body, "return_token_ids": True}
+    ) as reply:
+        reply.raise_for_status()
+        async for line in reply.content:
+            chunks -= line.startswith(b"data: {")
+            if chunks <= 0:
+                reply.close()
+                return
+
+
+async def in_the_engine(session: aiohttp.ClientSession, url: str) -> float:
+    """Return the number of requests that run or wait, as vLLM's metrics say."""
+    async with session.get(f"{url}/metrics") as reply:
+        lines = (await reply.text()).splitlines()
+    counts = ("vllm:num_requests_running{", "vllm:num_requests_waiting{")
+    return sum(float(line.split()[-1]) for line in lines if line.startswith(counts))
+
+
+async def load(
+    server: Server, vocab: int, options: argparse.Namespace
+) -> tuple[list[str], list[int], int]:
+    """Send the requests; return what went wrong, the samples of memory in bytes, and how many clients left."""
+    draw, wrong, samples = random.Random(0), [], []
+    ended, left, waiting = 0, 0, options.requests
+
+    async def request(session: aiohttp.ClientSession) -> None:
+        nonlocal left
+        prompt = [draw.randrange(vocab) for _ in range(draw.randint(1, 256))]
+        kind = draw.random() / options.leave
+        if kind < 0.5:
+            await leave_in_stream(session, server.url, prompt, draw.randint(1, 20))
+        elif kind < 1:
+            call = answer(session, server.url, prompt, LONG)
+            try:
+                await asyncio.wait_for(call, draw.uniform(0.001, 0.05))
+                return
+            except TimeoutError:
+                pass
+        else:
+            await answer(session, server.url, prompt, draw.randint(1, 32))
+            return
+        left += 1
+
+    async def worker(session: aiohttp.ClientSession) -> None:
+        nonlocal ended, waiting
+        while waiting:
+            waiting -= 1
+            try:
+                await request(session)
+            except aiohttp.ClientError as error:
+                wrong.append(f"a request failed: {type(error).__name__}: {error}")
+            ended += 1
+            if ended % EVERY == 0:
+                samples.append(await asyncio.to_thread(server.allocated))
+
+    timeout = aiohttp.ClientTimeout(total=3600)
+    async with aiohttp.ClientSession(timeout=timeout) as session:
+        before = await answer(session, server.url, PROBE, 16)
+        await asyncio.gather(*(worker(session) for _ in range(CONCURRENCY)))
+        for _ in range(300):
+            if not (running := await in_the_engine(session, server.url)):
+                break
+            await asyncio.sleep(0.1)
+        else:
+            wrong.append(f"{running:.0f} requests of clients that left are in the engine")
+        if await answer(session, server.url, PROBE, 16) != before:
+            wrong.append("one prompt was answered differently before and after")
+    return wrong, samples, left
+
+
+def soak(options: argparse.Namespace) -> int:
+    """Soak `options.soak`, write the table, and return the exit status."""
+    if options.settle % EVERY or not 0 < options.settle < options.requests:
+        raise SystemExit(f"--settle must be a multiple of {EVERY} and less than --requests")
+    folder: Path = options.soak
+    vocab = json.loads((folder / "config.json").read_text())["vocab_size"]
+    log = options.work / "soak.log"
+    with serving(folder, [*OPTIONS, *shlex.split(options.serve_options)], log) as server:
+        wrong, samples, left = asyncio.run(load(server, vocab, options))
+    settled = samples[options.settle // EVERY - 1 :]
+    furthest = max((sample / settled[0] for sample in settled), key=lambda ratio: abs(ratio - 1))
+    if abs(furthest - 1) > TOLERANCE:
+        wrong.append(f"memory is not flat: {furthest:.3f} of that after {options.settle} requests")
+    columns = {
+        "requests": ",.0f",
+        "clients that left": ",.0f",
+        "failed": ".0f",
+        "MB, settled": ",.1f",
+        "MB at the end": ",.1f",
+        "furthest over settled": ".4f",
+    }
+    failed = sum(text.startswith("a request failed") for text in wrong)
+    row = [options.requests, left, failed, settled[0] / 1e6, settled[-1] / 1e6, furthest]
+    save(options.out, "serving_soak", folder.name, columns, [row])
+    print("\n".join(wrong) or "memory is flat and no request failed")
+    return int(bool(wrong))

@@ -1,0 +1,172 @@
+"""Pruning time, error and peak memory: our presets and llm-compressor's SparseGPTModifier on the same batches.
+
+    python -m bench time --who upstream paper quality
+    python -m bench time --cases 7B --layers 1 --tokens 131072 --rounds 1
+
+Contenders run in turn, each in a process of its own, on the same float32 model and the same rows of tokens without padding.
+Time is that of the whole `oneshot` call. The error compares the last hidden state with the dense model's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.common import ROOT, child, in_turn, save, spread
+from bench.grid import VARIANTS
+from bench.shapes import QWEN2
+
+UPSTREAM = "upstream"
+ROW = 256  # tokens of a calibration sequence
+TINY: dict[str, Any] = {
+    "cases": ["reasoner"],
+    "who": [UPSTREAM, "paper"],
+    "tokens": 512,
+    "rounds": 1,
+    "patterns": ["2:4"],
+}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this suite."""
+    who = [UPSTREAM, *VARIANTS]
+    parser.add_argument(
+        "--cases", nargs="+", choices=["reasoner", *QWEN2], default=["reasoner", "1.5B"]
+    )
+    parser.add_argument("--layers", type=int, default=2, help="of the shapes 1.5B and 7B")
+    parser.add_argument(
+        "--patterns", nargs="+", choices=["2:4", "0:0"], default=["0:0"], help="0:0 is 50 %%"
+    )
+    parser.add_argument("--who", nargs="+", choices=who, default=[UPSTREAM, "paper", "quality"])
+    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--rounds", type=int, default=3)
+
+
+def model_and_rows(case: str, layers: int, tokens: int) -> tuple[Any, list[list[int]]]:
+    """Return a float32 model and rows of token ids: random ones, and for the reasoner those of its problems' solutions."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+    import rac_modifier
+    from rac_modifier.problems import arithmetic
+
+    torch.manual_seed(0)
+    if case != "reasoner":
+        config = Qwen2Config(vocab_size=4096, num_hidden_layers=layers, **QWEN2[case])
+        ids = torch.randint(0, 4096, (tokens // ROW, ROW)).tolist()
+        return Qwen2ForCausalLM(config), ids
+    path = rac_modifier.reasoner_path()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    stream: list[int] = []
+    for problem in arithmetic.generate("bench", "calibration"):
+        stream += tokenizer(f"{problem.question}\n{problem.thinking}", add_special_tokens=False)[
+            "input_ids"
+        ]
+        if len(stream) >= tokens:
+            break
+    ids = [stream[at : at + ROW] for at in range(0, tokens - ROW + 1, ROW)]
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), ids
+
+
+def prune(case: str, layers: int, pattern: str, who: str, tokens: int) -> dict[str, float]:
+    """Prune in this process; return seconds, CPU seconds, the error, and the memory that the call adds to the peak."""
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.pruning import SparseGPTModifier
+
+    import rac_modifier
+    from rac_modifier.calibration.calibration_set import CalibrationSet
+    from rac_modifier.calibration.loader import CalibrationLoader
+    from rac_modifier.calibration.mixture import CalibrationSequence, compose
+    from rac_modifier.settings.calibration import CalibrationSettings
+
+    model, ids = model_and_rows(case, layers, tokens)
+    dense = copy.deepcopy(model)
+    sequences = [CalibrationSequence(tuple(row), 0, "traces") for row in ids]
+    settings = CalibrationSettings(batch_tokens=4096)
+    loader = CalibrationLoader(sequences, compose(sequences), settings, 0)
+    if who == UPSTREAM:
+        recipe = SparseGPTModifier(sparsity=0.5, mask_structure=pattern, ignore=["re:.*lm_head"])
+        batches = [dict(batch) for batch in loader]
+        call = partial(oneshot, dataset=torch.utils.data.DataLoader(batches, batch_size=None))
+    else:
+        share: dict[str, Any] = (
+            {"sparsity": 0.5} if pattern == "0:0" else {"mask_structure": pattern}
+        )
+        recipe = rac_modifier.ReasoningAwareSparseGPTModifier(**share, **VARIANTS[who])
+        recipe.use_calibration_set(CalibrationSet(loader))
+        call = partial(oneshot)
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew
+    before = resident("VmRSS")
+    started, cpu = time.perf_counter(), time.process_time()
+    call(model=model, recipe=recipe)
+    seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
+    peak = resident("VmHWM") - before
+    with torch.no_grad():
+        batch = torch.tensor(ids[:16])
+        exact, pruned = (net.model(batch).last_hidden_state for net in (dense, model))
+    error = float((pruned - exact).square().sum() / exact.square().sum())
+    return {"seconds": seconds, "cpu": cpu, "error": error, "mib": peak}
+
+
+def resident(field: str) -> float:
+    """Return this process's memory in MiB: VmRSS is that of now, VmHWM the peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1]) / 1024
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run the contenders of each case in turn and write the table."""
+    rows = []
+    for case in options.cases:
+        for pattern in options.patterns:
+            arguments = [case, str(options.layers), pattern]
+            results = in_turn(
+                {
+                    who: partial(in_child, [*arguments, who, str(options.tokens)])
+                    for who in options.who
+                },
+                options.rounds,
+            )
+            first = next(iter(results.values()))
+            for who, runs in results.items():
+                ratios = [
+                    run["seconds"] / base["seconds"] for run, base in zip(runs, first, strict=False)
+                ]
+                seconds, cpu = (spread([run[key] for run in runs]) for key in ("seconds", "cpu"))
+                label = (
+                    f"{case}, {'50 %' if pattern == '0:0' else pattern}, {options.tokens:,} tokens"
+                )
+                rows.append(
+                    [label, who, seconds, spread(ratios), cpu, runs[-1]["error"], runs[-1]["mib"]]
+                )
+    columns = {
+        "case": "",
+        "who": "",
+        "seconds": ".1f",
+        "ratio": ".2f",
+        "CPU seconds": ".0f",
+        "relative error": ".5f",
+        "peak memory over the start, MiB": ",.0f",
+    }
+    save(options.out, "time", "reasoner; Qwen2 shapes with random weights", columns, rows)
+
+
+def in_child(arguments: list[str]) -> dict[str, float]:
+    """Run `prune` in a process of its own."""
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from bench.time import main; main(sys.argv[1:])"
+    text, _, _ = child([sys.executable, "-c", code, *arguments])
+    result: dict[str, float] = json.loads(text.splitlines()[-1])
+    return result
+
+
+def main(arguments: list[str]) -> None:
+    """Print the figures of one contender as JSON."""
+    case, layers, pattern, who, tokens = arguments
+    print(json.dumps(prune(case, int(layers), pattern, who, int(tokens))))

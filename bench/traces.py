@@ -1,0 +1,240 @@
+"""Traces: how fast a collection is, and which changes of the calibration set matter.
+
+    python -m bench traces rates --vllm .venv-serve/bin/vllm     # a server against transformers' `generate`
+    python -m bench traces client --vllm .venv-serve/bin/vllm    # our client against a bare load generator
+    python -m bench traces changes --patterns 2:4 0.6            # one change of the set at a time
+
+The model is the embedded reasoner in float32. Each round completes other problems, in the same order for both contenders.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import time
+from contextlib import suppress
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.common import in_turn, save, spread
+from bench.grid import COLUMNS, OURS, cells, pattern, run_grid
+from bench.models import SUBJECTS
+from bench.server import NAME, Server, serving
+
+OPTIONS = ["--dtype", "float32", "--max-model-len", "1024", "--gpu-memory-utilization", "0.3"]
+BATCH = 8  # of transformers' generate
+CAP = 512  # most new tokens
+CHANGES: dict[str, dict[str, Any]] = {  # changed settings of the pruning entry
+    "baseline: whole traces": {},
+    "prompt tokens weigh 0": {"calibration.prompt_weight": 0.0},
+    "a quarter in bare prompts": {"calibration.mixture": {"traces": 0.75, "prompts": 0.25}},
+    "half in bare prompts": {"calibration.mixture": {"traces": 0.5, "prompts": 0.5}},
+    "a quarter in generic text": {"calibration.mixture": {"traces": 0.75, "generic": 0.25}},
+    "right answers only": {"traces.select.answers": "correct"},
+    "an eighth of the tokens": {"calibration.tokens": 4096},
+    "four times the tokens": {"calibration.tokens": 131072},
+}
+TINY: dict[str, Any] = {
+    "what": "changes",
+    "patterns": ["2:4"],
+    "seeds": [0],
+    "changes": ["baseline: whole traces"],
+    "tokens": 512,
+    "problems": 2,
+    "cap": 24,
+}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this suite."""
+    parser.add_argument(
+        "what", nargs="?", choices=["rates", "client", "changes"], default="changes"
+    )
+    parser.add_argument("--vllm", type=Path, help="the `vllm` of a serving environment")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--concurrency", type=int, default=128, help="requests in progress")
+    parser.add_argument(
+        "--problems", type=int, default=200, help="per round; of the evaluation of changes"
+    )
+    parser.add_argument("--patterns", nargs="+", default=["2:4", "0.6"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--changes", nargs="+", choices=CHANGES, default=list(CHANGES))
+    parser.add_argument("--tokens", type=int, default=32768, help="of calibration")
+    parser.add_argument("--cap", type=int, default=CAP, help="most new tokens of an answer")
+
+
+def changes(options: argparse.Namespace) -> None:
+    """Prune with each change and write the table; preset `paper` loses enough to show differences."""
+    subject = SUBJECTS["reasoner"](options.work)
+    rows = [
+        {
+            "label": f"{share}, {name}",
+            "recipe": {OURS: {**pattern(share), "preset": "paper"}},
+            "set": CHANGES[name],
+            "seeds": options.seeds,
+        }
+        for share in options.patterns
+        for name in options.changes
+    ]
+    finished = run_grid(
+        subject,
+        rows,
+        options.work / "traces-changes",
+        tokens=options.tokens,
+        problems=options.problems,
+        cap=options.cap,
+    )
+    save(options.out, "traces_changes", subject.name, COLUMNS, [cells(row) for row in finished])
+
+
+def collection(server: Server, options: argparse.Namespace) -> tuple[float, float]:
+    """Complete all problems of a round through `rac`'s collection; return tokens per second, CPU ms per 1,000 tokens."""
+    from transformers import AutoTokenizer
+
+    from rac_modifier.errors import RacError
+    from rac_modifier.reasoner import reasoner_path
+    from rac_modifier.sampling.model_identity import ModelIdentity
+    from rac_modifier.settings.problems import ProblemSource
+    from rac_modifier.settings.sampling import EngineSettings
+    from rac_modifier.traces.collect import collect_traces
+    from rac_modifier.traces.store import TraceStore
+
+    path = options.work / f"rate-{time.time_ns()}.jsonl"
+    model = reasoner_path()
+    url = f"{server.url}/v1"
+    engine = EngineSettings(base_urls=(url,), concurrency=options.concurrency)
+    started, cpu = time.perf_counter(), time.process_time()
+    with suppress(RacError):  # the problems are used up before the budget is reached
+        collect_traces(
+            ModelIdentity.of_files(str(model)),
+            AutoTokenizer.from_pretrained(model),
+            path,
+            problems=ProblemSource(limit=options.problems),
+            sampling=sampling(options.round),
+            tokens=10**9,
+            engine=engine,
+            progress=False,
+        )
+    seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
+    tokens = TraceStore.read(path).counts.completion_tokens
+    return tokens / seconds, 1e6 * cpu / tokens
+
+
+def sampling(seed: int) -> Any:
+    """Return the settings of all contenders."""
+    from rac_modifier.settings.sampling import SamplingSettings
+
+    return SamplingSettings(temperature=0.6, top_p=0.95, top_k=0, max_new_tokens=CAP, seed=seed)
+
+
+def round_prompts(options: argparse.Namespace) -> list[list[int]]:
+    """Return the prompts of a round as token ids."""
+    from transformers import AutoTokenizer
+
+    from rac_modifier.problems.source import load_problems
+    from rac_modifier.reasoner import reasoner_path
+    from rac_modifier.sampling.prompts import render_prompt
+    from rac_modifier.settings.problems import ProblemSource
+
+    tokenizer = AutoTokenizer.from_pretrained(reasoner_path())
+    problems = islice(load_problems(ProblemSource(), options.round), options.problems)
+    return [render_prompt(tokenizer, problem.question) for problem in problems]
+
+
+def bare_load(server: Server, options: argparse.Namespace) -> tuple[float, float]:
+    """Send the same prompts with nothing but a counter of tokens."""
+    import aiohttp
+
+    body = {"model": NAME, "temperature": 0.6, "top_p": 0.95, "max_tokens": CAP}
+    bodies = [
+        json.dumps({**body, "prompt": ids, "seed": at})
+        for at, ids in enumerate(round_prompts(options))
+    ]
+
+    async def load() -> int:
+        tokens = 0
+
+        async def worker(session: aiohttp.ClientSession) -> None:
+            nonlocal tokens
+            while bodies:
+                headers = {"Content-Type": "application/json"}
+                url = f"{server.url}/v1/completions"
+                async with session.post(url, data=bodies.pop(), headers=headers) as reply:
+                    tokens += json.loads(await reply.read())["usage"]["completion_tokens"]
+
+        timeout = aiohttp.ClientTimeout(total=None)
+        async with aiohttp.ClientSession(timeout=timeout) as session:
+            await asyncio.gather(*(worker(session) for _ in range(options.concurrency)))
+        return tokens
+
+    started, cpu = time.perf_counter(), time.process_time()
+    tokens = asyncio.run(load())
+    return tokens / (time.perf_counter() - started), 1e6 * (time.process_time() - cpu) / tokens
+
+
+@torch.no_grad()
+def generate(options: argparse.Namespace) -> tuple[float, float]:
+    """Sample with transformers in batches; only the first 48 prompts of a round."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from rac_modifier.reasoner import reasoner_path
+
+    tokenizer = AutoTokenizer.from_pretrained(reasoner_path(), padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(reasoner_path(), dtype=torch.float32)
+    prompts, eos, tokens = round_prompts(options)[:48], model.generation_config.eos_token_id, 0
+    torch.manual_seed(options.round)
+    started, cpu = time.perf_counter(), time.process_time()
+    for start in range(0, len(prompts), BATCH):
+        batch = tokenizer.pad({"input_ids": prompts[start : start + BATCH]}, return_tensors="pt")
+        sampled = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "top_k": 0}
+        output = model.generate(**batch, **sampled, max_new_tokens=CAP)
+        for row in output[:, batch["input_ids"].shape[1] :].tolist():
+            tokens += row.index(eos) + 1 if eos in row else len(row)
+    return tokens / (time.perf_counter() - started), 1e6 * (time.process_time() - cpu) / tokens
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure and write the table."""
+    from rac_modifier.reasoner import reasoner_path
+
+    options.work.mkdir(parents=True, exist_ok=True)
+    if options.what == "changes":
+        changes(options)
+        return
+    with serving(
+        reasoner_path(), OPTIONS, options.work / "traces.log", vllm=options.vllm
+    ) as server:
+        results: dict[str, list[tuple[float, float]]] = {}
+        for number in range(options.rounds):
+            options.round = number
+            runs: dict[str, Any] = {"collection": partial(collection, server, options)}
+            if options.what == "rates":
+                runs[f"transformers generate, batch {BATCH}"] = partial(generate, options)
+            else:
+                runs["bare load generator"] = partial(bare_load, server, options)
+            for name, values in in_turn(runs, 1).items():
+                results.setdefault(name, []).extend(values)
+    base = list(results.values())[-1]
+    rows = [
+        [
+            name,
+            spread([rate for rate, _ in values]),
+            spread([rate / other for (rate, _), (other, _) in zip(values, base, strict=False)]),
+            spread([cpu for _, cpu in values]),
+        ]
+        for name, values in results.items()
+    ]
+    columns = {
+        "client": "",
+        "completion tokens/s": ",.0f",
+        "ratio to the last row": ".3f",
+        "CPU ms per 1,000 tokens": ".1f",
+    }
+    save(
+        options.out, f"traces_{options.what}", "embedded reasoner (3.4 M parameters)", columns, rows
+    )

@@ -1,0 +1,103 @@
+"""Smoke tests of bench/: the suites import, the tables of docs/ are those of results/, random models are what their forms say."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bench.__main__ import SUITES, main
+from bench.grid import MIXTURES, OURS, VARIANTS, calibrated_on, pattern
+from bench.models import reasoner
+from bench.render import cell, render
+from bench.shapes import Form, random_mask, random_model
+from rac_modifier.settings.grid import Grid, plan_rows
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_list_names_every_suite(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--list"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(SUITES)
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_a_suite_has_options_and_a_tiny_mode(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    suite = importlib.import_module(f"bench.{name}")
+    with pytest.raises(SystemExit) as stop:
+        main([name, "--help"])
+    assert stop.value.code == 0
+    options = capsys.readouterr().out
+    missing = [key for key in suite.TINY if key.replace("_", "-") not in options and key != "what"]
+    assert missing == []
+
+
+def test_an_unknown_suite_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sleeping"]) == 2
+    assert "usage: python -m bench SUITE" in capsys.readouterr().out
+
+
+def test_the_tables_of_the_docs_are_those_of_results() -> None:
+    """If this fails: make results."""
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.render", "--check"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout
+
+
+def test_every_result_names_its_measurement_and_is_shown() -> None:
+    pages = "".join(page.read_text() for page in (ROOT / "docs").rglob("*.md"))
+    for path in (ROOT / "results").glob("*.json"):
+        result = json.loads(path.read_text())
+        if "columns" not in result:  # offgrid.json is a report
+            continue
+        assert {"model", "machine", "date", "commit", "command"} <= result.keys(), path.name
+        assert all(len(row) == len(result["columns"]) for row in result["rows"]), path.name
+        assert f"<!-- table {path.stem} -->" in pages, path.name
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, "-"), ("50 %", "50 %"), (1234.5, "1,234.50"), ([1, 0.25], "1.00 ± 0.25")],
+)
+def test_cells(value: object, text: str) -> None:
+    assert cell(value, ",.2f") == text
+
+
+def test_a_table_is_written_between_its_marks(tmp_path: Path) -> None:
+    about = dict.fromkeys(("model", "machine", "date", "commit", "command"), "x")
+    result = {**about, "columns": {"a": ".1f"}, "rows": [[[2, 1, 3]]]}
+    (tmp_path / "t.json").write_text(json.dumps(result))
+    page = render("<!-- table t -->\nold\n<!-- end -->", tmp_path)
+    assert "| 2.0 (1.0-3.0) |" in page
+    assert "old" not in page
+
+
+def test_rows_of_the_grids_are_settings_that_exist(tmp_path: Path) -> None:
+    subject = reasoner(tmp_path)
+    rows = [
+        {
+            "label": f"{name}, {kind}",
+            "recipe": {OURS: {**pattern("2:4"), **entry}},
+            "set": calibrated_on(kind),
+        }
+        for name, entry in VARIANTS.items()
+        for kind in MIXTURES
+    ]
+    shared = {**subject.shared, "calibration": {"tokens": 512}}
+    grid = {"shared": shared, "evaluation": subject.evaluation, "rows": rows}
+    assert len(plan_rows(Grid.model_validate(grid), "bench")) == len(rows)
+
+
+def test_a_random_model_has_the_form_that_was_asked_for(tmp_path: Path) -> None:
+    mask = random_mask(8, 64, "2:4").view(8, 16, 4)
+    assert torch.equal(mask.sum(-1), torch.full((8, 16), 2))
+    folder = random_model(tmp_path, Form.parse("int4"), 1, 64)
+    words = load_file(folder / "model.safetensors")["model.layers.0.mlp.up_proj.weight_packed"]
+    assert words.shape == (8960, 1536 * 4 // 32)
+    codes = torch.stack([words >> 4 * at & 15 for at in range(8)], dim=-1)
+    assert set(codes.unique().tolist()) == {*range(1, 16)}  # symmetric: -7 to 7, plus 8
