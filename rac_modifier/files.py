@@ -58,7 +58,7 @@ def write_text_atomic(path: str | Path, text: str) -> None:
 
 
 def read_json(path: str | Path, next_step: str = "is this a saved model folder?") -> dict[str, Any]:
-    """A JSON object from a file; `next_step` ends the message where there is none.
+    """Return a JSON object from a file; `next_step` ends the message where there is none.
 
     Raises:
         RacError: no such file, not JSON, or not an object.
@@ -97,7 +97,7 @@ def regular_file(path: str | Path, what: str) -> Path:
 
 
 def _special_kind(path: Path) -> str | None:
-    """What is at `path`, links followed: None for a regular file."""
+    """Return what is at `path`, links followed; None for a regular file."""
     mode = path.stat().st_mode
     if stat.S_ISREG(mode):
         return None

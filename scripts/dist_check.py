@@ -43,8 +43,7 @@ KERNEL = """
 import re, sys
 from pathlib import Path
 import torch
-from rac_modifier.checkpoint.formats import pack
-from rac_modifier.checkpoint.stored_weight import check
+from rac_modifier.checkpoint.formats import check, pack
 from rac_modifier.kernels.cpu import backend
 from rac_modifier.kernels.cpu.support import support
 

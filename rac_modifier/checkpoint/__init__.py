@@ -1,4 +1,5 @@
-"""Saved models: packed sparse weights, loading them, looking into them, and the records beside them.
+"""Saved models: packed sparse weights, loading and inspecting them, and their records.
 
-Nothing is re-exported here, so that serving can import a module of this room without importing transformers.
+Nothing is re-exported here, so that serving can import a module of this package without importing
+transformers.
 """

@@ -1,39 +1,39 @@
-"""A checkpoint rewritten into a new folder: packed, or unpacked to what stock loaders read. The source is only read.
+"""A checkpoint rewritten into a new folder: packed, or unpacked for stock loaders.
 
-Nothing in the new folder looks like a checkpoint until all of it is written (new_files.py). It is read tensor by tensor and
-written file by file: memory is needed for the new tensors of one file, and for one tensor that is read.
+The source is only read. Nothing in the new folder looks like a checkpoint until all of it is written (new_files.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from rac_modifier.checkpoint import detect
-from rac_modifier.checkpoint.files import INDEX_FILE, JOURNAL_FILE, TensorFiles
-from rac_modifier.checkpoint.formats import PARTS, packed_modules, unpack
+from rac_modifier.checkpoint.card import packed_card, unpacked_card
+from rac_modifier.checkpoint.files import CONFIG_FILE, INDEX_FILE, JOURNAL_FILE, TensorFiles
+from rac_modifier.checkpoint.formats import FORMAT_24, PARTS, packed_modules
 from rac_modifier.checkpoint.license import CARD_NAME
 from rac_modifier.checkpoint.new_files import NewFiles
 from rac_modifier.checkpoint.output_folder import check_output_folder
 from rac_modifier.checkpoint.pack_plan import PackPlan
-from rac_modifier.checkpoint.packed_card import packed_card, unpacked_card
-from rac_modifier.checkpoint.packed_names import check_packed
-from rac_modifier.checkpoint.packing import PackSummary, summary_from, write_packed
+from rac_modifier.checkpoint.packed_names import check_packed, packed_weight
+from rac_modifier.checkpoint.packing import PackSummary, rewrite, summary_from, write_packed
 from rac_modifier.checkpoint.quantization_config import to_words, weight_schemes
 from rac_modifier.checkpoint.record import RUN_RECORD_NAME, environment
 from rac_modifier.checkpoint.sparsity_config import (
-    CONFIG_FILE,
     QUANTIZATION_KEY,
     packed_format,
     recorded_structures,
     with_dense_mark,
 )
+from rac_modifier.checkpoint.stored_weight import UNSTRUCTURED, count_zeros
 from rac_modifier.errors import RacError
 from rac_modifier.files import read_json, write_text_atomic
 from rac_modifier.machine_paths import without_paths
@@ -41,19 +41,12 @@ from rac_modifier.machine_paths import without_paths
 # Weights in other files than those that are packed: they would stay dense, or twice in the folder.
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 _ROOM = 1 << 20  # bytes for small files
-
-
-@dataclass(frozen=True)
-class UnpackSummary:
-    """What was unpacked: the modules, and the bytes of their weights before and after."""
-
-    modules: tuple[str, ...]
-    packed_bytes: int
-    dense_bytes: int
+# Writes the new files of a checkpoint; returns the summary and the names of the changed files.
+_Write = Callable[[TensorFiles, NewFiles], tuple[PackSummary, list[str]]]
 
 
 def pack_model(plan: PackPlan, out: str | Path, base_model: str) -> PackSummary:
-    """Write a packed checkpoint as planned. If an earlier call was cut off while it renamed files, finish that one.
+    """Write a packed checkpoint as planned, or finish the renames of an earlier call.
 
     Args:
         plan: of the source.
@@ -61,17 +54,14 @@ def pack_model(plan: PackPlan, out: str | Path, base_model: str) -> PackSummary:
         base_model: hub id or folder that the card names.
 
     Raises:
-        RacError: nothing gains from packing, `out` cannot be used, another process writes to it, or the disk is full; then
-            `out` is as before.
+        RacError: nothing gains from packing, `out` cannot be used, another process writes to
+            it, or the disk is full; then `out` is as before.
     """
-    out = Path(out)
     plan.check_gain()
     config = read_json(plan.folder / CONFIG_FILE)
 
-    def write(files: TensorFiles, new: NewFiles) -> tuple[dict[str, Any], list[str]]:
-        convert: Callable[[Tensor], Tensor] = (
-            detect.without_negative_zeros if plan.drop_negative_zeros else _same
-        )
+    def write(files: TensorFiles, new: NewFiles) -> tuple[PackSummary, list[str]]:
+        convert = detect.without_negative_zeros if plan.drop_negative_zeros else None
         summary, changed = write_packed(
             files, config, plan.structures, plan.ignore, plan.format or "", new, convert
         )
@@ -83,94 +73,105 @@ def pack_model(plan: PackPlan, out: str | Path, base_model: str) -> PackSummary:
         record = without_paths(record)
         new.write_json(RUN_RECORD_NAME, record)
         write_text_atomic(new.path(CARD_NAME), packed_card(record, plan.folder))
-        return asdict(summary), [*changed, RUN_RECORD_NAME, CARD_NAME]
+        return summary, [*changed, RUN_RECORD_NAME, CARD_NAME]
 
-    return _rewrite("pack", plan.folder, out, write, summary_from)
+    need = sum(file.stat().st_size for file in plan.folder.glob("*.safetensors"))
+    return _rewrite("pack", plan.folder, Path(out), write, need)
 
 
-def unpack_model(source: str | Path, out: str | Path) -> UnpackSummary:
-    """Write a packed checkpoint with dense weights, quantized ones in upstream's layout, and without a `sparsity_config`.
+def unpack_model(source: str | Path, out: str | Path) -> PackSummary:
+    """Write a packed checkpoint dense, quantized weights in upstream's layout.
 
-    Stock transformers and vLLM load it. `rac_sparsity` in its config.json, which they ignore, still lists the pruned modules.
+    Stock transformers and vLLM load it. `rac_sparsity` in its config.json, which they ignore,
+    still lists the pruned modules.
 
     Raises:
         RacError: the source is not packed or damaged, and as `pack_model`.
     """
-    source, out = Path(source), Path(out)
+    source = Path(source)
     config = read_json(source / CONFIG_FILE)
     format = packed_format(config)
-    schemes = weight_schemes(config.get(QUANTIZATION_KEY))
-
-    def write(files: TensorFiles, new: NewFiles) -> tuple[dict[str, Any], list[str]]:
-        in_words = set(check_packed(files, format, schemes))
-        assert format is not None
-        summary, changed = _write_unpacked(files, format, in_words, new)
-        new.write_json(CONFIG_FILE, with_dense_mark(config, recorded_structures(config)))
-        if (record := _record(source)) is not None:
-            new.write_json(
-                RUN_RECORD_NAME, {key: value for key, value in record.items() if key != "packing"}
-            )
-            write_text_atomic(new.path(CARD_NAME), unpacked_card(record, source))
-            changed += [RUN_RECORD_NAME, CARD_NAME]
-        return asdict(summary), changed
-
     if format is None:
         with TensorFiles(source) as files:
             check_packed(files, None)  # weights that are packed although config.json lost its entry
         raise RacError(
             f"{source}: is not packed, so stock loaders read it as it is; nothing to unpack"
         )
-    return _rewrite("unpack", source, out, write, _unpack_summary_from)
+
+    def write(files: TensorFiles, new: NewFiles) -> tuple[PackSummary, list[str]]:
+        summary, changed = _write_unpacked(files, format, config, new)
+        new.write_json(CONFIG_FILE, with_dense_mark(config, recorded_structures(config)))
+        if (record := _record(source)) is not None:
+            unpacked = {key: value for key, value in record.items() if key != "packing"}
+            new.write_json(RUN_RECORD_NAME, unpacked)
+            write_text_atomic(new.path(CARD_NAME), unpacked_card(record, source))
+            changed += [RUN_RECORD_NAME, CARD_NAME]
+        return summary, changed
+
+    return _rewrite("unpack", source, Path(out), write, 0)
 
 
 def left_out(source: Path) -> list[str]:
-    """What of a folder is not part of the new one: folders, hidden files and weights in other files."""
+    """List what of a folder is not part of the new one: folders, and weights in other files."""
     with TensorFiles(source) as files:
         used = set(files.where.values())
-    copied = {path.name for path in _others(source)}
-    known = {*used, *copied, INDEX_FILE, CONFIG_FILE, RUN_RECORD_NAME, CARD_NAME}
+    used |= {path.name for path in _others(source)}
+    used |= {INDEX_FILE, CONFIG_FILE, RUN_RECORD_NAME, CARD_NAME}
     return sorted(
-        path.name for path in source.iterdir() if path.name not in known and path.name[0] != "."
+        path.name for path in source.iterdir() if path.name not in used and path.name[0] != "."
     )
 
 
-def _rewrite(
-    kind: str,
-    source: Path,
-    out: Path,
-    write: Callable[[TensorFiles, NewFiles], tuple[dict[str, Any], list[str]]],
-    parse: Callable[[Any], Any],
-) -> Any:
+def _rewrite(kind: str, source: Path, out: Path, write: _Write, need: int) -> PackSummary:
+    """Write the new folder in one step, and copy what `write` did not change."""
     job = f"{kind} {source.resolve()}"
     _check_links(source)
     with TensorFiles(source) as files:
-        need = (
-            sum((source / file).stat().st_size for file in set(files.where.values()))
-            if kind == "pack"
-            else 0
-        )
         if not (out / JOURNAL_FILE).exists():
             check_output_folder(out, source, need + _ROOM)
         with NewFiles(out, create=True) as new:
-            if (finished := new.finish(job, parse)) is not None:
+            if (finished := new.finish(job, summary_from)) is not None:
                 return finished
-            check_output_folder(
-                out, source, need + _ROOM
-            )  # once more: another process may have filled it meanwhile
+            # once more: another process may have filled it meanwhile
+            check_output_folder(out, source, need + _ROOM)
             try:
                 summary, changed = write(files, new)
                 names = _copy_others(files, new, changed)
             except (OSError, SafetensorError) as error:
                 raise RacError(
-                    f"{out}: cannot be written ({error}); nothing is left of it, make room and try again"
+                    f"{out}: cannot be written ({error}); nothing is left of it, "
+                    "make room and try again"
                 ) from error
             # config.json last: before it is there, no loader takes the folder for a model.
-            new.commit(job, [*names, CONFIG_FILE], summary)
-    return parse(summary)
+            new.commit(job, [*names, CONFIG_FILE], asdict(summary))
+    return summary
+
+
+def _write_unpacked(
+    files: TensorFiles, format: str, config: dict[str, Any], new: NewFiles
+) -> tuple[PackSummary, list[str]]:
+    schemes = weight_schemes(config.get(QUANTIZATION_KEY))
+    in_words = set(check_packed(files, format, schemes))
+    zeros = weights = 0
+
+    def dense(module: str) -> dict[str, Tensor]:
+        nonlocal zeros, weights
+        stored = packed_weight(files, format, module, schemes)
+        zeros, weights = zeros + count_zeros(stored), weights + stored.rows * stored.columns
+        weight = stored.dense()
+        return to_words(weight, stored.bits) if module in in_words else {"weight": weight}
+
+    modules = packed_modules(files.where)
+    removed = {f"{module}.{part}" for module in modules for part in PARTS[format]}
+    new_weights = {f"{module}.compressed": partial(dense, module) for module in modules}
+    before, after, changed = rewrite(files, new, removed, new_weights)
+    default = "2:4" if format == FORMAT_24 else UNSTRUCTURED
+    structures = {**dict.fromkeys(modules, default), **recorded_structures(config)}
+    return PackSummary(format, structures, zeros / weights, after, before), changed
 
 
 def _copy_others(files: TensorFiles, new: NewFiles, changed: list[str]) -> list[str]:
-    """Copy what `changed` does not have, the files of weights too; all names."""
+    """Copy what `changed` does not have, the files of weights too; return all names."""
     copies = {files.folder / file for file in files.where.values()} | set(_others(files.folder))
     if files.index is not None:
         copies.add(files.folder / INDEX_FILE)
@@ -181,21 +182,19 @@ def _copy_others(files: TensorFiles, new: NewFiles, changed: list[str]) -> list[
 
 
 def _others(folder: Path) -> list[Path]:
-    """The files beside the weights: tokenizer, generation settings, licence, ..."""
-    made = {CONFIG_FILE, INDEX_FILE}
+    """List the files next to the weights: tokenizer, generation settings, licence, ..."""
     return [
         path
         for path in sorted(folder.iterdir())
         if path.is_file()
-        and path.name not in made
+        and path.name not in (CONFIG_FILE, INDEX_FILE)
         and path.name[0] != "."
-        and not path.name.endswith(_WEIGHTS)
-        and not path.name.endswith(".index.json")
+        and not path.name.endswith((*_WEIGHTS, ".index.json"))
     ]
 
 
 def _check_links(folder: Path) -> None:
-    """Refuse links that would copy a file from elsewhere into the new folder; the hub's cache is made of links.
+    """Refuse links to files outside of the model; the hub's cache is made of links.
 
     Raises:
         RacError: naming the link and what it leads to.
@@ -206,50 +205,9 @@ def _check_links(folder: Path) -> None:
         target = path.resolve()
         if path.is_symlink() and not any(target.is_relative_to(place) for place in homes):
             raise RacError(
-                f"{path}: is a link to {target}, outside of the model; copy that file here, or remove the link"
+                f"{path}: is a link to {target}, outside of the model; copy that file to {folder}, "
+                "or remove the link"
             )
-
-
-def _write_unpacked(
-    files: TensorFiles, format: str, in_words: set[str], new: NewFiles
-) -> tuple[UnpackSummary, list[str]]:
-    changed: list[str] = []
-    where: dict[str, str] = {}
-    modules: list[str] = []
-    packed_bytes = dense_bytes = 0
-    packed = {
-        f"{module}.{part}" for module in packed_modules(files.where) for part in PARTS[format]
-    }
-    for file in sorted(set(files.where.values())):
-        names = sorted(name for name, holder in files.where.items() if holder == file)
-        tensors = {name: files.tensor(name) for name in names if name not in packed}
-        for module in (
-            name.removesuffix(".compressed") for name in names if name.endswith(".compressed")
-        ):
-            parts = {part: files.tensor(f"{module}.{part}") for part in PARTS[format]}
-            dense = _dense(parts, format, module, module in in_words)
-            packed_bytes += sum(files.nbytes(f"{module}.{part}") for part in PARTS[format])
-            dense_bytes += sum(tensor.nbytes for tensor in dense.values())
-            tensors.update(dense)
-            modules.append(module)
-        where.update(dict.fromkeys(tensors, file))
-        if packed & set(names):
-            new.write_tensors(file, tensors, files.metadata(file))
-            changed.append(file)
-    if files.index is not None:
-        new.write_json(INDEX_FILE, files.new_index(where, dense_bytes - packed_bytes))
-        changed.append(INDEX_FILE)
-    return UnpackSummary(tuple(sorted(modules)), packed_bytes, dense_bytes), changed
-
-
-def _dense(
-    parts: Mapping[str, Tensor], format: str, module: str, in_words: bool
-) -> dict[str, Tensor]:
-    weight = unpack(parts, format, module)
-    if not in_words:
-        return {f"{module}.weight": weight}
-    bits = 4 if parts["compressed"].dtype == torch.int32 else 8
-    return {f"{module}.{part}": tensor for part, tensor in to_words(weight, bits).items()}
 
 
 def _record(folder: Path) -> dict[str, Any] | None:
@@ -258,23 +216,12 @@ def _record(folder: Path) -> dict[str, Any] | None:
 
 
 def _figures(summary: PackSummary, plan: PackPlan) -> dict[str, Any]:
-    """What the record of a packed model has of its packing."""
-    structures = [module.structure for module in summary.modules]
+    """Return what the record of a packed model has of its packing."""
     return {
         "format": summary.format,
-        "modules": {
-            structure: structures.count(structure) for structure in sorted(set(structures))
-        },
+        "modules": dict(sorted(Counter(summary.modules.values()).items())),
         "sparsity": summary.global_sparsity,
         "dense_bytes": summary.dense_bytes,
         "packed_bytes": summary.packed_bytes,
         "negative_zeros": "dropped" if plan.drop_negative_zeros else "kept",
     }
-
-
-def _unpack_summary_from(recorded: dict[str, Any]) -> UnpackSummary:
-    return UnpackSummary(**{**recorded, "modules": tuple(recorded["modules"])})
-
-
-def _same(weight: Tensor) -> Tensor:
-    return weight

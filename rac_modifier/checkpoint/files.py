@@ -46,7 +46,7 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a tensor is in its file: dtype in safetensors' spelling, shape, its first byte and how many there are."""
+    """Where a tensor is in its file; `dtype` is in safetensors' spelling, `count` in bytes."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -57,25 +57,26 @@ class _Place:
 class TensorFiles:
     """All tensors of a folder by name; opening reads only the headers. A context manager.
 
-    A tensor is read into memory of its own, which is freed with it. A memory-mapped one would keep every page that was read of
-    its file in the memory of the process for as long as the file is open: at the end, the whole checkpoint.
-
-    `where` maps each tensor name to its file's name, and `index` is the parsed index file, None for a single file.
+    A tensor is read into memory that is freed with it: the pages of a mapped file stay in the
+    memory of the process. `where` maps tensor names to names of files; `index` is the parsed
+    index file, None for a single file.
 
     Raises:
-        RacError: no safetensors, a packing that was cut off, a malformed index or file, or a tensor that is in the index
-            and not in its file.
+        RacError: no safetensors, a packing that was cut off, a malformed index or file, or a
+            tensor that is in the index and not in its file.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise RacError(
-                f"{self.folder}: no such folder; give the folder of a saved model (download it first)"
+                f"{self.folder}: no such folder; give the folder of a saved model (download "
+                "it first)"
             )
         if (self.folder / JOURNAL_FILE).exists():
             raise RacError(
-                f"{self.folder}: packing was cut off half way; run the packing of this folder again to finish it"
+                f"{self.folder}: packing was cut off half way; run the packing of this folder "
+                "again to finish it"
             )
         self.index: dict[str, Any] | None = None
         self._stack = ExitStack()
@@ -107,7 +108,8 @@ class TensorFiles:
         for name, file in where.items():
             if name not in held[file]:
                 raise RacError(
-                    f"{name}: missing from {self.folder / file}, where the index says it is; copy the model again"
+                    f"{name}: missing from {self.folder / file}, where the index says it is; "
+                    "copy the model again"
                 )
         return where
 
@@ -149,7 +151,7 @@ class TensorFiles:
         self._stack.close()
 
     def by_file(self) -> list[str]:
-        """All names, those of a file together."""
+        """List all names, sorted by file."""
         return sorted(self.where, key=lambda name: (self.where[name], name))
 
     def __contains__(self, name: str) -> bool:
@@ -168,7 +170,9 @@ class TensorFiles:
                 raise ValueError(
                     f"{place.count} bytes do not hold {list(place.shape)} of {place.dtype}"
                 )
-            data = torch.empty(place.count, dtype=torch.uint8)
+            data = torch.empty(
+                place.count, dtype=torch.uint8, device="cpu"
+            )  # within transformers too
             _read_into(data, path, place.first)
         except (OSError, ValueError) as error:
             raise RacError(
@@ -177,15 +181,15 @@ class TensorFiles:
         return data.view(dtype).view(place.shape)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape in the file's header."""
+        """Return the shape in the file's header."""
         return self._place(name).shape
 
     def dtype_name(self, name: str) -> str:
-        """The dtype in safetensors' spelling, such as "BF16"."""
+        """Return the dtype in safetensors' spelling, such as "BF16"."""
         return self._place(name).dtype
 
     def dtype(self, name: str) -> torch.dtype:
-        """The dtype as torch has it.
+        """Return the dtype as torch has it.
 
         Raises:
             RacError: a dtype that is not supported.
@@ -193,20 +197,21 @@ class TensorFiles:
         spelt = self.dtype_name(name)
         if spelt not in _DTYPES:
             raise RacError(
-                f"{name}: stored as {spelt}, which is not supported; save the model in one of {', '.join(_DTYPES)}"
+                f"{name}: stored as {spelt}, which is not supported; save the model in one of "
+                f"{', '.join(_DTYPES)}"
             )
         return _DTYPES[spelt]
 
     def nbytes(self, name: str) -> int:
-        """Bytes that the tensor takes in the file."""
+        """Return the bytes that the tensor takes in the file."""
         return self._place(name).count
 
     def metadata(self, file: str) -> dict[str, str]:
-        """The free text in a file's header, `{"format": "pt"}` where there is none."""
+        """Return the free text in a file's header, `{"format": "pt"}` where there is none."""
         return self._open[file].metadata() or {"format": "pt"}
 
     def new_index(self, where: dict[str, str], grown: int) -> dict[str, Any]:
-        """The index for other tensors: `where` has the file of each, `grown` is how many bytes larger they are in all."""
+        """Return the index of tensors in the files `where`; `grown`: bytes that were added."""
         assert self.index is not None
         metadata = self.index.get("metadata")
         metadata = dict(metadata) if isinstance(metadata, dict) else {}
@@ -227,7 +232,7 @@ class TensorFiles:
 
 
 def _read_places(path: Path) -> dict[str, _Place]:
-    """Where each tensor of a file is, by its header; the format is eight bytes of length, JSON, and the data."""
+    """Return where each tensor of a file is; its header is eight bytes of length, then JSON."""
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
@@ -243,13 +248,13 @@ def _read_places(path: Path) -> dict[str, _Place]:
 
 def _read_into(data: Tensor, path: Path, first: int) -> None:
     """Fill a tensor of bytes from a file."""
-    view, done = memoryview(data.numpy().data), 0
+    view, read = memoryview(data.numpy().data), 0
     with open(path, "rb", buffering=0) as file:
-        while done < len(view):  # one call of the system reads at most 2 GiB
-            count = os.preadv(file.fileno(), [view[done:]], first + done)
+        while read < len(view):  # one call of the system reads at most 2 GiB
+            count = os.preadv(file.fileno(), [view[read:]], first + read)
             if not count:
-                raise OSError(f"the file ends {len(view) - done} bytes too early")
-            done += count
+                raise OSError(f"the file ends {len(view) - read} bytes too early")
+            read += count
 
 
 def _check_weight_map(index: dict[str, Any], path: Path) -> dict[str, str]:
@@ -266,7 +271,7 @@ def _check_weight_map(index: dict[str, Any], path: Path) -> dict[str, str]:
 
 
 def is_file_name(value: object) -> bool:
-    """Whether a value names a file of a folder, without a path that leads elsewhere."""
+    """Tell whether a value names a file of a folder, without a path that leads elsewhere."""
     return (
         isinstance(value, str)
         and value not in ("", ".", "..")
@@ -276,7 +281,7 @@ def is_file_name(value: object) -> bool:
 
 
 def check_index(folder: str | Path) -> None:
-    """Compare a folder's index of tensors with its files, where it has one; also for a name that is no folder.
+    """Compare a folder's index of tensors with its files, where it has an index.
 
     Raises:
         RacError: a file or a tensor of the index is missing.

@@ -1,32 +1,218 @@
-"""The names of the packed formats, and the one place that chooses between them."""
+"""The formats of a weight in a checkpoint: a class per format with names, check and pack.
+
+`PACKED` are the sparse formats by name; a new one is a class here and an entry there. They are
+the layouts that compressed-tensors up to 0.14 called sparse-24-bitmask and sparse-bitmask.
+transformers, vLLM and `rac inspect` all read them through `PackedFormat.check`, which takes the
+tensors for untrusted input: nothing is indexed by a number from a file before it was compared
+with the bitmask.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from rac_modifier.checkpoint import bitmask
+from rac_modifier.checkpoint import bitmask as layout
+from rac_modifier.checkpoint.bitmask import part_of
 from rac_modifier.checkpoint.int32_words import pack_words, unpack_words
+from rac_modifier.checkpoint.stored_weight import (
+    UNSTRUCTURED,
+    StoredWeight,
+    check_finite,
+    check_scale,
+    compress_nonzero,
+    row_starts,
+)
 from rac_modifier.errors import RacError
 from rac_modifier.settings.pattern import Pattern
 
 FORMAT_24 = "sparse-24-bitmask"
 FORMAT_BITMASK = "sparse-bitmask"
-UNSTRUCTURED = "unstructured"
-
-# The tensors that replace `<module>.weight`.
-PARTS = {
-    FORMAT_24: ("compressed", "bitmask", "shape"),
-    FORMAT_BITMASK: ("compressed", "bitmask", "row_offsets", "shape"),
-}
 # A tensor with such a name shows that its module is packed, even where the other parts are missing.
 _MARKERS = ("compressed", "bitmask", "row_offsets")
 
 
-def structure_of(value: str, name: str) -> str:
-    """The mask structure of a module in the one spelling that is recorded: "N:M" (N pruned), or "unstructured".
+class PackedFormat(ABC):
+    """A sparse format: the tensors `<module>.<part>` that replace `<module>.weight`.
+
+    All formats have `compressed` (the stored values, or int32 words of 4-bit values), `bitmask`
+    and `shape`.
+    """
+
+    name: ClassVar[str]
+    parts: ClassVar[tuple[str, ...]]
+
+    @abstractmethod
+    def pack(self, weight: Tensor, module: str, bits: int | None = None) -> dict[str, Tensor]:
+        """Return the tensors of a dense weight [N, K] by part.
+
+        `bits` 4: the weight is int8, its values have four bits, and are stored in int32 words.
+
+        Raises:
+            RacError: the weight does not fit the format.
+        """
+
+    @abstractmethod
+    def size(self, rows: int, columns: int, stored: int, bits: int) -> int:
+        """Return the bytes of all parts of a weight with `stored` values of `bits` bits."""
+
+    @abstractmethod
+    def _check_values(
+        self, tensors: Mapping[str, Tensor], bitmask: Tensor, columns: int, module: str
+    ) -> tuple[Tensor, Tensor]:
+        """Return the values, 1-D, and row starts, int64 [N + 1]; refuse contradictions."""
+
+    def check(
+        self, tensors: Mapping[str, Tensor], module: str, scaled: bool = True
+    ) -> StoredWeight:
+        """Check the tensors of a module as untrusted input and return its weight.
+
+        Args:
+            tensors: by part, and `weight_scale` where the values are quantized.
+            module: its name, for messages.
+            scaled: False where another reader checks the scales; the result then has none.
+
+        Raises:
+            RacError: naming `{module}.{part}`, where parts are missing, malformed or contradict
+                each other.
+        """
+        compressed = part_of(tensors, module, "compressed")
+        bitmask, rows, columns = _check_mask(tensors, module)
+        if compressed.dtype not in (torch.int32, *layout.DTYPES):
+            raise RacError(
+                f"{module}.compressed: no weight is packed in dtype {compressed.dtype}; "
+                "the checkpoint is damaged"
+            )
+        values, starts = self._check_values(tensors, bitmask, columns, module)
+        check_finite(values, f"{module}.compressed")
+        scale = check_scale(tensors, values.dtype, rows, columns, module) if scaled else None
+        bits = 4 if compressed.dtype == torch.int32 else 8
+        return StoredWeight(values, bitmask, columns, starts, module, scale, bits)
+
+
+class Bitmask24(PackedFormat):
+    """2:4: `compressed` [N, K/2], two values of each four columns; `shape` int64 [2, 1].
+
+    A group with fewer than two nonzeros stores zeros, first -0.0, then +0.0 from the left. -0.0
+    that finds no place comes back as +0.0. `shape` is a column because vLLM up to 0.18 loads it
+    into a [2, 1] parameter.
+    """
+
+    name = FORMAT_24
+    parts = ("compressed", "bitmask", "shape")
+
+    def pack(self, weight: Tensor, module: str, bits: int | None = None) -> dict[str, Tensor]:  # noqa: D102
+        rows, columns = _check_weight(weight, module)
+        if columns % 4:
+            raise RacError(
+                f"{module}: {columns} columns are no multiple of 4, so it cannot be packed as 2:4; "
+                "pack as unstructured"
+            )
+
+        def keep(part: Tensor, first_row: int) -> Tensor:
+            return _two_of_four(part, module, first_row)
+
+        values, bitmask = layout.compress(weight, rows * columns // 2, keep)
+        values = values.view(rows, columns // 2)
+        return {
+            "compressed": pack_words(values, 4) if bits == 4 else values,
+            "bitmask": bitmask,
+            "shape": torch.tensor([[rows], [columns]], dtype=torch.int64),
+        }
+
+    def size(self, rows: int, columns: int, stored: int, bits: int) -> int:  # noqa: D102
+        half = columns // 2
+        per_row = 4 * -(-half // 8) if bits == 4 else half * bits // 8
+        return rows * (per_row + -(-columns // 8)) + 16
+
+    def _check_values(
+        self, tensors: Mapping[str, Tensor], bitmask: Tensor, columns: int, module: str
+    ) -> tuple[Tensor, Tensor]:
+        compressed, rows, half = tensors["compressed"], len(bitmask), columns // 2
+        in_words = compressed.dtype == torch.int32
+        width = -(-half // 8) if in_words else half
+        if columns % 4 or tuple(compressed.shape) != (rows, width):
+            raise RacError(
+                f"{module}.compressed: shape {list(compressed.shape)} does not fit a 2:4 weight "
+                f"[{rows}, {columns}], which stores [{rows}, {width}]; the checkpoint is "
+                "damaged or not 2:4"
+            )
+        if not layout.keeps_two_of_four(bitmask, columns):
+            raise RacError(
+                f"{module}.bitmask: a group of four columns does not keep exactly two; "
+                "the checkpoint is damaged"
+            )
+        values = unpack_words(compressed, 4, half) if in_words else compressed
+        return values.reshape(-1), torch.arange(rows + 1) * half
+
+
+class Bitmask(PackedFormat):
+    """Unstructured: `compressed` 1-D, its row starts `row_offsets` int64 [N], `shape` int64 [2]."""
+
+    name = FORMAT_BITMASK
+    parts = ("compressed", "bitmask", "row_offsets", "shape")
+
+    def pack(self, weight: Tensor, module: str, bits: int | None = None) -> dict[str, Tensor]:  # noqa: D102
+        rows, columns = _check_weight(weight, module)
+        values, bitmask, starts = compress_nonzero(weight)
+        return {
+            "compressed": pack_words(values, 4) if bits == 4 else values,
+            "bitmask": bitmask,
+            "row_offsets": starts[:-1],
+            "shape": torch.tensor([rows, columns], dtype=torch.int64),
+        }
+
+    def size(self, rows: int, columns: int, stored: int, bits: int) -> int:  # noqa: D102
+        values = 4 * -(-stored // 8) if bits == 4 else stored * bits // 8
+        return values + rows * (-(-columns // 8) + 8) + 16
+
+    def _check_values(
+        self, tensors: Mapping[str, Tensor], bitmask: Tensor, columns: int, module: str
+    ) -> tuple[Tensor, Tensor]:
+        starts, compressed = row_starts(layout.row_counts(bitmask)), tensors["compressed"]
+        count = int(starts[-1])
+        in_words = compressed.dtype == torch.int32
+        if tuple(compressed.shape) != ((-(-count // 8) if in_words else count),):
+            raise RacError(
+                f"{module}.compressed: shape {list(compressed.shape)} does not fit the "
+                f"{count} values that the bitmask keeps; the checkpoint is damaged"
+            )
+        offsets = part_of(tensors, module, "row_offsets")
+        if offsets.dtype != torch.int64 or not torch.equal(offsets, starts[:-1]):
+            raise RacError(
+                f"{module}.row_offsets: not the row starts that the bitmask has; "
+                "the checkpoint is damaged"
+            )
+        return (unpack_words(compressed, 4, count) if in_words else compressed), starts
+
+
+PACKED: dict[str, PackedFormat] = {form.name: form for form in (Bitmask24(), Bitmask())}
+PARTS = {name: form.parts for name, form in PACKED.items()}
+
+
+def pack(weight: Tensor, format: str, module: str, bits: int | None = None) -> dict[str, Tensor]:
+    """Return the tensors of a dense weight [N, K] in a format (`PackedFormat.pack`)."""
+    return PACKED[format].pack(weight, module, bits)
+
+
+def check(
+    tensors: Mapping[str, Tensor], format: str, module: str, scaled: bool = True
+) -> StoredWeight:
+    """Check the tensors of a module in the packed format of this name (`PackedFormat.check`)."""
+    return PACKED[format].check(tensors, module, scaled)
+
+
+def choose_format(structures: Iterable[str]) -> str:
+    """Choose one format for a whole checkpoint: 2:4 only where every module is 2:4."""
+    return FORMAT_24 if all(structure == "2:4" for structure in structures) else FORMAT_BITMASK
+
+
+def structure_of(value: str, module: str) -> str:
+    """Return a mask structure as it is recorded: "N:M" (N pruned), or "unstructured".
 
     Raises:
         RacError: `value` is neither of them (nor "0:0", which means unstructured).
@@ -36,63 +222,70 @@ def structure_of(value: str, name: str) -> str:
     try:
         return Pattern.parse(value, None).mask_structure
     except RacError as error:
-        raise RacError(f"{name}: {error}") from error
-
-
-def choose_format(structures: Iterable[str]) -> str:
-    """One format for a whole checkpoint: 2:4 only where every module is 2:4."""
-    return FORMAT_24 if all(structure == "2:4" for structure in structures) else FORMAT_BITMASK
-
-
-def pack(weight: Tensor, format: str, name: str, bits: int | None = None) -> dict[str, Tensor]:
-    """The tensors of `PARTS[format]` for a dense weight [N, K].
-
-    `bits` is 4 for an int8 weight whose values have four bits: `compressed` then holds them in int32 words
-    (int32_words.py), [N, ceil(K/2/8)] for 2:4 and [ceil(nnz/8)] for unstructured; `row_offsets` still counts values.
-    """
-    parts = (bitmask.pack_24 if format == FORMAT_24 else bitmask.pack_unstructured)(weight, name)
-    if bits == 4:
-        parts["compressed"] = pack_words(parts["compressed"], 4)
-    return parts
-
-
-def unpack(tensors: Mapping[str, Tensor], format: str, name: str) -> Tensor:
-    """The dense weight [N, K] from the tensors of `PARTS[format]`; 4-bit values are returned as int8."""
-    tensors = with_values(tensors, format, name)
-    return (bitmask.unpack_24 if format == FORMAT_24 else bitmask.unpack_unstructured)(
-        tensors, name
-    )
-
-
-def with_values(tensors: Mapping[str, Tensor], format: str, name: str) -> Mapping[str, Tensor]:
-    """The tensors of `PARTS[format]` with one value per element: int32 words of 4-bit values become int8, others stay.
-
-    Raises:
-        RacError: naming `{name}.compressed`, if the number of words contradicts bitmask and shape.
-    """
-    compressed = bitmask.part_of(tensors, name, "compressed")
-    if compressed.dtype != torch.int32:
-        return tensors
-    mask, rows, columns = bitmask.check_mask(tensors, name)
-    count, wanted = columns // 2, 2
-    if format != FORMAT_24:
-        count, wanted = int(bitmask.row_counts(mask).sum()), 1
-    if compressed.dim() != wanted or (wanted == 2 and compressed.shape[0] != rows):
-        raise RacError(
-            f"{name}.compressed: shape {list(compressed.shape)} does not fit a {format} weight [{rows}, {columns}]; the "
-            "checkpoint is damaged"
-        )
-    try:
-        return {**tensors, "compressed": unpack_words(compressed, 4, count)}
-    except RacError as error:
-        raise RacError(f"{name}.compressed: {error}") from error
+        raise RacError(f"{module}: {error}") from error
 
 
 def packed_modules(tensor_names: Iterable[str]) -> list[str]:
-    """The modules that are packed according to these tensor names, sorted."""
-    found = set()
-    for tensor_name in tensor_names:
-        module, _, part = tensor_name.rpartition(".")
-        if module and part in _MARKERS:
-            found.add(module)
-    return sorted(found)
+    """List the modules that are packed according to these tensor names, sorted."""
+    split = (name.rpartition(".") for name in tensor_names)
+    return sorted({module for module, _, part in split if module and part in _MARKERS})
+
+
+def _check_weight(weight: Tensor, module: str) -> tuple[int, int]:
+    """Return N and K of a weight that can be packed; refuse others."""
+    if weight.dim() != 2 or not weight.numel():
+        raise RacError(
+            f"{module}: shape {list(weight.shape)}; only non-empty matrices [N, K] can be packed, "
+            "so leave it dense"
+        )
+    if weight.dtype not in layout.DTYPES:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in layout.DTYPES)
+        raise RacError(
+            f"{module}: dtype {weight.dtype} cannot be packed; convert it to one of {known}, "
+            "or leave it dense"
+        )
+    return weight.shape[0], weight.shape[1]
+
+
+def _check_mask(tensors: Mapping[str, Tensor], module: str) -> tuple[Tensor, int, int]:
+    """Return the bitmask, N and K, which fit each other; refuse others."""
+    bitmask, shape = part_of(tensors, module, "bitmask"), part_of(tensors, module, "shape")
+    if shape.dtype != torch.int64 or shape.numel() != 2:
+        raise RacError(
+            f"{module}.shape: {shape.dtype} {list(shape.shape)} instead of two int64; "
+            "the checkpoint is damaged"
+        )
+    rows, columns = shape.flatten().tolist()
+    expected = (rows, -(-columns // 8))
+    if bitmask.dtype != torch.uint8 or min(rows, columns) < 1 or bitmask.shape != expected:
+        raise RacError(
+            f"{module}.bitmask: {bitmask.dtype} {list(bitmask.shape)} is no uint8 bitmask of "
+            f"a weight [{rows}, {columns}], the size in {module}.shape; the checkpoint is "
+            "damaged"
+        )
+    if columns % 8 and bool((bitmask[:, -1] >> (columns % 8)).any()):
+        raise RacError(
+            f"{module}.bitmask: bits are set beyond column {columns}; the checkpoint is damaged"
+        )
+    return bitmask, rows, columns
+
+
+def _two_of_four(weight: Tensor, module: str, first_row: int) -> Tensor:
+    """Choose two of every four columns: first nonzeros, then -0.0, then +0.0, from the left."""
+    keep = layout.nonzero(weight)
+    counts = layout.group_counts(keep)
+    if bool((counts == 2).all()):  # the usual case, and much cheaper than choosing
+        return keep
+    crowded = (counts > 2).nonzero()
+    if len(crowded):
+        row, group = divmod(int(crowded[0]), weight.shape[1] // 4)
+        raise RacError(
+            f"{module}: {len(crowded)} or more groups hold more than 2 nonzeros, the first in row "
+            f"{first_row + row}, columns {4 * group}-{4 * group + 3}; the weight is not 2:4: "
+            "pack it as unstructured, or prune it again"
+        )
+    groups, keep = layout.as_integers(weight).reshape(-1, 4), keep.view(-1, 4)
+    for candidates in (groups != 0, torch.ones_like(keep)):
+        free = candidates & ~keep
+        keep = keep | (free & (free.cumsum(dim=1) <= 2 - keep.sum(dim=1, keepdim=True)))
+    return keep.view(weight.shape)

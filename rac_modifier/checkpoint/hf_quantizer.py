@@ -1,10 +1,12 @@
-"""Packed checkpoints in transformers' own `from_pretrained`: a quantizer that unpacks each weight while it is loaded.
+"""Packed checkpoints in transformers' `from_pretrained`: a quantizer that unpacks weights.
 
-The packed parts of a module are freed before the next module is unpacked, so a load takes the memory of the dense model
-and of one module. Importing this module replaces transformers' entry for "compressed-tensors" by a subclass of it, which
-loads a checkpoint without a `sparsity_config` as before.
+The packed parts of a module are freed before the next module is unpacked, so a load takes the
+memory of the dense model and of one module. Importing this module replaces transformers' entry
+for "compressed-tensors" by a subclass of it, which loads a checkpoint without a
+`sparsity_config` as before.
 
-Nothing of `transformers.modeling_utils` may be imported here: this module is imported while that one is.
+Nothing of `transformers.modeling_utils` may be imported here: this module is imported while
+that one is.
 """
 
 from __future__ import annotations
@@ -26,9 +28,10 @@ from transformers.quantizers.quantizer_compressed_tensors import CompressedTenso
 from transformers.utils import quantization_config as upstream
 
 from rac_modifier.checkpoint.files import TensorFiles
-from rac_modifier.checkpoint.packed_names import check_packed
+from rac_modifier.checkpoint.formats import packed_modules
+from rac_modifier.checkpoint.packed_names import check_packed, check_packed_scales
 from rac_modifier.checkpoint.quantization_config import weight_schemes
-from rac_modifier.checkpoint.sparsity_config import METHOD, RAC_KEY, SparsityConfig
+from rac_modifier.checkpoint.sparsity_config import METHOD, RAC_KEY, RAC_METHOD, SparsityConfig
 from rac_modifier.checkpoint.weight_conversion import (
     Unpack,
     conversions_for_saving,
@@ -51,17 +54,26 @@ _MISMATCHES = (
 class CompressedTensorsConfig(upstream.CompressedTensorsConfig):
     """Upstream's config and, of a packed checkpoint, its `sparsity`.
 
-    The name is upstream's: transformers compares it with the class name of a `quantization_config` that the user gives.
+    The name is upstream's: transformers compares it with the class name of a
+    `quantization_config` that the user gives.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.sparsity = SparsityConfig.of(kwargs)
         if self.sparsity is not None:
+            weight_schemes(kwargs)  # before upstream matches the patterns in it
             del kwargs["sparsity_config"]
+        elif kwargs.get("quant_method") == RAC_METHOD:
+            raise RacError(
+                "config.json: quantization_config has no sparsity_config; restore the "
+                "config.json that was saved with the weights"
+            )
+        if kwargs.get("quant_method") == RAC_METHOD:  # to upstream it is a model of its own
+            kwargs["quant_method"] = METHOD
         super().__init__(*args, **kwargs)
 
     def post_init(self) -> None:
-        """As upstream; a model that is packed but not quantized is an ordinary dense model once it is loaded."""
+        """Treat a packed model that is not quantized as an ordinary one once it is loaded."""
         if self.sparsity is not None and not self.is_quantized:
             self.dequantize = True
         super().post_init()
@@ -70,7 +82,8 @@ class CompressedTensorsConfig(upstream.CompressedTensorsConfig):
 class SparseHfQuantizer(CompressedTensorsHfQuantizer):
     """Loads packed sparse checkpoints, also quantized ones, and all others as upstream does.
 
-    The loaded model has no trace of the packing: `save_pretrained` writes it dense, marked so in `rac_sparsity`.
+    The loaded model has no trace of the packing: `save_pretrained` writes it dense, marked so
+    in `rac_sparsity`.
     """
 
     def __init__(self, quantization_config: CompressedTensorsConfig, **kwargs: Any) -> None:
@@ -92,27 +105,31 @@ class SparseHfQuantizer(CompressedTensorsHfQuantizer):
             return
         if not kwargs.get("checkpoint_files"):
             raise RacError(
-                "packed weights are read from files: give from_pretrained a folder or a hub id, not a state_dict"
+                "packed weights are read from files: give from_pretrained a folder or a hub "
+                "id, not a state_dict"
             )
         if getattr(model.config, "distributed_config", None) is not None:
             raise RacError(
-                "packed weights cannot be sharded while they are loaded; save the model with storage: dense"
+                "packed weights cannot be sharded while they are loaded; save the model with "
+                "storage: dense"
             )
         self._unpack = Unpack(self._sparsity.format, dtypes_to_load(model))
         groups = self.quantization_config.quantization_config
         schemes = weight_schemes(groups.model_dump(mode="json")) if groups is not None else ()
         with TensorFiles(Path(kwargs["checkpoint_files"][0]).parent) as files:
             self._int32_modules = check_packed(files, self._sparsity.format, schemes)
+            check_packed_scales(files, packed_modules(files.where), schemes)
             self._misfits = _misfits(files, model)
         _check_before_init(model, self._unpack, files.folder)
 
     def update_weight_conversions(
         self, weight_conversions: list[WeightTransform]
     ) -> list[WeightTransform]:
-        """The model's conversions and those for packed weights.
+        """Return the model's conversions and ours for packed weights.
 
         Raises:
-            RacError: a tensor has another shape than in the model, and no converter that may change that.
+            RacError: a tensor has another shape than in the model, and no converter that may
+                change that.
         """
         if self._unpack is None or self.quantization_config.is_quantized:
             weight_conversions = super().update_weight_conversions(weight_conversions)
@@ -185,41 +202,36 @@ def check_complete(info: Mapping[str, Iterable[Any]], folder: str | Path) -> Non
 
 
 def dtypes_to_load(model: PreTrainedModel) -> dict[str, torch.dtype]:
-    """The dtype that each tensor of an empty model is to be loaded in; some modules stay in float32."""
+    """Return the dtype to load each tensor of an empty model in; modules may stay in float32."""
     dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
     loaded_in = model.config.dtype
     assert isinstance(loaded_in, torch.dtype)
     if plan := model._get_dtype_plan(loaded_in):
         pattern, names, _ = build_glob_alternation(list(plan))
-        found = {
-            name: pattern.search(name) for name, kept in dtypes.items() if kept.is_floating_point
-        }
-        dtypes |= {
-            name: plan[names[match.lastgroup or ""]]
-            for name, match in found.items()
-            if match is not None
-        }
+        for name, dtype in dtypes.items():
+            if dtype.is_floating_point and (match := pattern.search(name)) is not None:
+                dtypes[name] = plan[names[match.lastgroup or ""]]
     return dtypes
 
 
 def _misfits(files: TensorFiles, model: PreTrainedModel) -> dict[str, RacError]:
-    """An error for each weight and bias of another shape than the model's: with a quantizer, transformers compares none."""
+    """Return an error per weight and bias of another shape: transformers compares none here."""
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items() if name in files}
     return {
-        name: misfit(name, files.shape(name), tensor.shape)
-        for name, tensor in model.state_dict().items()
-        if name in files
-        and name.endswith((".weight", ".bias"))
-        and files.shape(name) != tuple(tensor.shape)
+        name: misfit(name, files.shape(name), shape)
+        for name, shape in shapes.items()
+        if name.endswith((".weight", ".bias")) and files.shape(name) != tuple(shape)
     }
 
 
 @torch.no_grad()
 def _cast_renamed(model: PreTrainedModel, dtypes: Mapping[str, torch.dtype]) -> None:
-    """Cast the tensors that transformers renamed: with a quantizer, it leaves those in the dtype of the file."""
+    """Cast the tensors that transformers renamed and left in the dtype of the file."""
     for name, parameter in model.named_parameters():
         if name in dtypes and not parameter.is_meta and parameter.dtype != dtypes[name]:
             parameter.data = parameter.data.to(dtypes[name])
 
 
 auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = CompressedTensorsConfig
+auto.AUTO_QUANTIZATION_CONFIG_MAPPING[RAC_METHOD] = CompressedTensorsConfig
 auto.AUTO_QUANTIZER_MAPPING[METHOD] = SparseHfQuantizer

@@ -1,25 +1,24 @@
-"""What a checkpoint folder holds: how each matrix is stored, how many zeros it has, and whether they keep the pattern."""
+"""What a checkpoint folder holds: how each matrix is stored, its zeros and their pattern."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from rac_modifier.checkpoint.bitmask import DTYPES, count_zeros
+from rac_modifier.checkpoint.bitmask import DTYPES
 from rac_modifier.checkpoint.files import TensorFiles
 from rac_modifier.checkpoint.formats import (
     FORMAT_24,
     FORMAT_BITMASK,
     PARTS,
-    UNSTRUCTURED,
     packed_modules,
     structure_of,
-    unpack,
 )
+from rac_modifier.checkpoint.packed_names import packed_weight
 from rac_modifier.checkpoint.quantization_config import (
     WORDS,
     WORDS_SHAPE,
@@ -34,11 +33,19 @@ from rac_modifier.checkpoint.sparsity_config import (
     SparsityConfig,
     SparsityRecord,
 )
-from rac_modifier.checkpoint.stored_weight import count_broken_groups
+from rac_modifier.checkpoint.stored_weight import (
+    SCALE,
+    UNSTRUCTURED,
+    StoredWeight,
+    check_finite,
+    check_scale_values,
+    count_broken_groups,
+    count_zeros,
+)
 from rac_modifier.errors import RacError
 from rac_modifier.files import read_json
 
-_SCALES = ("weight_scale", "weight_zero_point")
+_SCALES = (SCALE, "weight_zero_point")
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|wpe)$")
 
 
@@ -46,11 +53,15 @@ _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|wpe)$
 class ModuleRow:
     """One weight matrix.
 
-    `stored` is a packed format, "dense", "words" (int32 that hold several values each; `dtype` is then that of the values),
-    or "quantized" (a layout whose zeros are not counted here). `stored_bytes` includes masks, offsets and scales.
-    `structure` is the recorded mask structure, and `pattern_ok` is whether the zeros still keep it (None: unstructured, or
-    not checked). `problem` is what is damaged, `reason` why a matrix is not packed. `read_per_token` is False for a matrix
-    of which decoding reads one row per token.
+    stored: a packed format, "dense", "words" (int32 that hold several values each; `dtype` is
+    then that of the
+        values), or "quantized" (a layout whose zeros are not counted).
+    stored_bytes: bytes with masks, offsets and scales.
+    structure: the recorded mask structure, None without a record.
+    pattern_ok: whether the zeros keep it; None: unstructured, or not checked.
+    reason: why a matrix is not packed.
+    problem: what is damaged.
+    read_per_token: False for a matrix of which decoding reads one row per token.
     """
 
     name: str
@@ -75,9 +86,11 @@ class ModuleRow:
 
 @dataclass(frozen=True)
 class CheckpointReport:
-    """What a folder holds; `format` is a packed format or "dense", `run_record` the parsed run record or None.
+    """What a folder holds.
 
-    `quantization` has the schemes of its quantized weights.
+    format: a packed format, or "dense".
+    run_record: the parsed run record, or None.
+    quantization: the schemes of its quantized weights.
     """
 
     folder: Path
@@ -108,12 +121,8 @@ class CheckpointReport:
     def sparsity(self) -> float | None:
         """Share of zeros in the sparse matrices, None without any."""
         counted = [row for row in self.sparse if row.sparsity is not None]
-        weights = sum(row.rows * row.columns for row in counted)
-        return (
-            sum((row.sparsity or 0.0) * row.rows * row.columns for row in counted) / weights
-            if weights
-            else None
-        )
+        zeros = sum((row.sparsity or 0.0) * row.rows * row.columns for row in counted)
+        return zeros / sum(row.rows * row.columns for row in counted) if counted else None
 
     @property
     def sound(self) -> bool:
@@ -121,56 +130,34 @@ class CheckpointReport:
         return all(row.problem is None and row.pattern_ok is not False for row in self.modules)
 
 
-@dataclass(frozen=True)
-class _Config:
-    """What the rows need of config.json."""
-
-    sparsity: SparsityConfig | None
-    record: SparsityRecord
-    schemes: tuple[WeightScheme, ...]
-
-
 def is_embedding(module: str) -> bool:
-    """Whether a module is an embedding, by its name."""
+    """Tell whether a module is an embedding, by its name."""
     return bool(_EMBEDDING.search(module))
 
 
 def inspect_checkpoint(folder: str | Path) -> CheckpointReport:
     """Read a packed, a dense-stored sparse or an ordinary checkpoint, one matrix at a time.
 
-    A damaged packed module becomes a row with a `problem`; what makes the whole folder unreadable raises.
+    A damaged matrix becomes a row with a `problem`; what makes the whole folder unreadable raises.
 
     Raises:
-        RacError: no checkpoint, a malformed config.json, index or file, or a packing that was cut off.
+        RacError: no checkpoint, a malformed config.json, index or file, or a packing that was
+            cut off.
     """
     folder = Path(folder)
-    parsed = read_json(folder / CONFIG_FILE)
-    quantization = parsed.get(QUANTIZATION_KEY)
-    config = _Config(
-        SparsityConfig.of(quantization), SparsityRecord.of(parsed), weight_schemes(quantization)
-    )
-    run_record = (
-        read_json(folder / RUN_RECORD_NAME) if (folder / RUN_RECORD_NAME).exists() else None
-    )
+    config = read_json(folder / CONFIG_FILE)
+    record = folder / RUN_RECORD_NAME
+    run_record = read_json(record) if record.exists() else None
     with TensorFiles(folder) as files:
-        packed = packed_modules(files.where)
-        # Where config.json lost its sparsity_config, row_offsets still tell the two layouts apart.
-        offsets = any(f"{name}.row_offsets" in files for name in packed)
-        layout = (
-            config.sparsity.format if config.sparsity else FORMAT_BITMASK if offsets else FORMAT_24
-        )
-        rows = [_packed_row(files, name, layout, config) for name in packed]
-        rows += [
-            _dense_row(files, name, config)
-            for name in files.by_file()
-            if _is_matrix(files, name, packed)
-        ]
+        look = _Look(files, config)
+        rows = [look.packed_row(name) for name in look.packed]
+        rows += [look.dense_row(name) for name in files.by_file() if look.is_matrix(name)]
         parts = (*PARTS[FORMAT_BITMASK], "weight", WORDS, WORDS_SHAPE, *_SCALES)
         of_rows = {f"{row.name}.{part}" for row in rows for part in parts}
         other = sum(files.nbytes(name) for name in files.where if name not in of_rows)
     rows.sort(key=_natural_order)
-    format = config.sparsity.format if config.sparsity else "dense"
-    return CheckpointReport(folder, format, tuple(rows), other, run_record, config.schemes)
+    format = look.sparsity.format if look.sparsity else "dense"
+    return CheckpointReport(folder, format, tuple(rows), other, run_record, look.schemes)
 
 
 def _natural_order(row: ModuleRow) -> list[tuple[int, str]]:
@@ -179,130 +166,144 @@ def _natural_order(row: ModuleRow) -> list[tuple[int, str]]:
     return [(len(part) if part.isdecimal() else 0, part) for part in parts]
 
 
-def _is_matrix(files: TensorFiles, name: str, packed: list[str]) -> bool:
-    module, _, part = name.rpartition(".")
-    return part in ("weight", WORDS) and module not in packed and len(files.shape(name)) == 2
+@dataclass
+class _Look:
+    """The files of a checkpoint and what its config.json says of them."""
 
+    files: TensorFiles
+    config: dict[str, Any]
+    packed: list[str] = field(init=False)
+    layout: str = field(init=False)
 
-def _bytes_of(files: TensorFiles, name: str, *parts: str) -> int:
-    return sum(files.nbytes(f"{name}.{part}") for part in parts if f"{name}.{part}" in files)
+    def __post_init__(self) -> None:
+        quantization = self.config.get(QUANTIZATION_KEY)
+        self.sparsity = SparsityConfig.of(quantization)
+        self.record = SparsityRecord.of(self.config)
+        self.schemes = weight_schemes(quantization)
+        self.packed = packed_modules(self.files.where)
+        # Where config.json lost its sparsity_config, row_offsets still tell the two layouts apart.
+        offsets = any(f"{name}.row_offsets" in self.files for name in self.packed)
+        self.layout = FORMAT_BITMASK if offsets else FORMAT_24
+        if self.sparsity is not None:
+            self.layout = self.sparsity.format
 
+    def is_matrix(self, name: str) -> bool:
+        """Tell whether a tensor is a matrix that is not packed."""
+        module, _, part = name.rpartition(".")
+        matrix = part in ("weight", WORDS) and len(self.files.shape(name)) == 2
+        return matrix and module not in self.packed
 
-def _packed_row(files: TensorFiles, name: str, layout: str, config: _Config) -> ModuleRow:
-    present = [part for part in PARTS[layout] if f"{name}.{part}" in files]
-    stored_bytes, scales = (
-        _bytes_of(files, name, *present, *_SCALES),
-        _bytes_of(files, name, *_SCALES),
-    )
-    structure = config.record.modules.get(name, "2:4" if layout == FORMAT_24 else UNSTRUCTURED)
-    try:
-        weight = unpack({part: files.tensor(f"{name}.{part}") for part in present}, layout, name)
-        ok, problem = _keeps(weight, structure, name)
-    except RacError as error:
-        return ModuleRow(
-            name, 0, 0, "?", layout, None, stored_bytes, 0, structure, None, None, str(error)
+    def packed_row(self, name: str) -> ModuleRow:
+        """Check a packed module."""
+        scales = self._bytes_of(name, *_SCALES)
+        stored_bytes = self._bytes_of(name, *PARTS[self.layout]) + scales
+        default = "2:4" if self.layout == FORMAT_24 else UNSTRUCTURED
+        row = ModuleRow(name, 0, 0, "?", self.layout, None, stored_bytes, 0)
+        row = replace(row, structure=self.record.modules.get(name, default))
+        try:
+            weight = packed_weight(self.files, self.layout, name, self.schemes)
+        except RacError as error:
+            return replace(row, problem=str(error))
+        row = _counted(row, weight)
+        if self.sparsity is None:
+            row = replace(row, problem="packed, but config.json has no sparsity_config")
+        dtype = self.files.dtype_name(f"{name}.compressed")
+        dense_bytes = weight.rows * weight.columns * weight.values.itemsize
+        if dtype == "I32":
+            dtype, dense_bytes = "I4", dense_bytes // 2
+        return replace(
+            row,
+            rows=weight.rows,
+            columns=weight.columns,
+            dtype=dtype,
+            dense_bytes=dense_bytes + scales,
         )
-    if config.sparsity is None:
-        problem = "packed, but config.json has no sparsity_config"
-    rows, columns = weight.shape
-    sparsity = count_zeros(weight) / weight.numel()
-    dtype, dense_bytes = files.dtype_name(f"{name}.compressed"), weight.nbytes
-    if dtype == "I32":
-        dtype, dense_bytes = "I4", weight.nbytes // 2
-    return ModuleRow(
-        name,
-        rows,
-        columns,
-        dtype,
-        layout,
-        sparsity,
-        stored_bytes,
-        dense_bytes + scales,
-        structure,
-        ok,
-        None,
-        problem,
-    )
 
-
-def _dense_row(files: TensorFiles, tensor_name: str, config: _Config) -> ModuleRow:
-    name, _, part = tensor_name.rpartition(".")
-    rows, columns = files.shape(tensor_name)
-    dtype = files.dtype_name(tensor_name)
-    structure = config.record.modules.get(name)
-    weight: Tensor | None = None
-    sparsity, ok, problem = None, None, None
-    # a zero weight of an asymmetric scheme is stored as its zero point, so zeros are not counted
-    asymmetric = f"{name}.weight_zero_point" in files
-    if part == WORDS and rows * columns:
-        if (unpacked := words_weight(files, name, config.schemes)) is not None:
-            weight, bits = unpacked
-            (rows, columns), dtype = weight.shape, f"I{bits}"
-    elif rows * columns and not asymmetric and files.dtype(tensor_name) in DTYPES:
-        weight = files.tensor(tensor_name)
-    if asymmetric:
-        weight = None
-    if weight is not None:
-        sparsity = count_zeros(weight) / weight.numel()
-        if structure is not None:
-            ok, problem = _keeps(weight, structure, name)
-    embedding = is_embedding(name)
-    stored_bytes = _bytes_of(files, name, part, WORDS_SHAPE, *_SCALES)
-    return ModuleRow(
-        name=name,
-        rows=rows,
-        columns=columns,
-        dtype=dtype,
-        stored="dense" if part == "weight" else "words" if weight is not None else "quantized",
-        sparsity=sparsity,
-        stored_bytes=stored_bytes,
-        dense_bytes=stored_bytes,
-        structure=structure,
-        pattern_ok=ok,
-        reason=_why_dense(name, structure, sparsity, embedding, part, weight is not None, config),
-        problem=problem,
-        # A tied embedding is also the output matrix, which every step reads whole.
-        read_per_token=not embedding
-        or not {"lm_head.weight", "lm_head.compressed"} & files.where.keys(),
-    )
-
-
-def _why_dense(
-    name: str,
-    structure: str | None,
-    sparsity: float | None,
-    embedding: bool,
-    part: str,
-    countable: bool,
-    config: _Config,
-) -> str:
-    if structure is not None:
-        stored_dense = config.record.storage == "dense"
-        return (
-            "pruned, stored dense so that stock loaders read it"
-            if stored_dense
-            else "pruned, but not packed"
+    def dense_row(self, tensor_name: str) -> ModuleRow:
+        """Check a matrix that is stored dense, or as int32 words."""
+        name, _, part = tensor_name.rpartition(".")
+        stored_bytes = self._bytes_of(name, part, WORDS_SHAPE, *_SCALES)
+        embedding = is_embedding(name)
+        # A tied embedding is also the output matrix, which each step reads whole.
+        untied = {"lm_head.weight", "lm_head.compressed", f"lm_head.{WORDS}"}
+        rows, columns = self.files.shape(tensor_name)
+        row = ModuleRow(
+            name,
+            rows,
+            columns,
+            dtype=self.files.dtype_name(tensor_name),
+            stored="dense",
+            sparsity=None,
+            stored_bytes=stored_bytes,
+            dense_bytes=stored_bytes,
+            structure=self.record.modules.get(name),
+            read_per_token=not embedding or not untied & self.files.where.keys(),
         )
-    if embedding:
-        return "an embedding, never pruned"
-    if not countable:
-        return "quantized to a layout whose zeros are not counted"
-    if config.sparsity is not None and name in config.sparsity.ignore:
-        return "left dense when the model was packed (in ignore)"
-    # Rounding to 4 bits makes a sixth of a dense weight zero, to 3 bits a third.
-    rounded = part != "weight"
-    if sparsity and sparsity >= (0.45 if rounded else 0.05):
-        return "has zeros, but no record of pruning"
-    return "quantized, not pruned" if rounded else "not pruned"
+        try:
+            row, weight = self._values(row, part)
+        except RacError as error:
+            return replace(row, problem=str(error))
+        if weight is not None:
+            row = _counted(row, weight)
+        elif part == WORDS:
+            row = replace(row, stored="quantized")
+        return replace(row, reason=self._why_dense(row, part, weight is not None))
+
+    def _values(self, row: ModuleRow, part: str) -> tuple[ModuleRow, Tensor | None]:
+        """Return the row with its shape, and the weight; None where zeros are not counted."""
+        files, name, weight = self.files, row.name, None
+        if not row.rows * row.columns:
+            return row, None
+        if part == WORDS:
+            stored = words_weight(files, name, self.schemes)
+            if stored is None:
+                return row, None
+            weight, bits = stored
+            rows, columns = weight.shape
+            row = replace(row, rows=rows, columns=columns, dtype=f"I{bits}", stored="words")
+        elif files.dtype(f"{name}.weight") in DTYPES:
+            weight = files.tensor(f"{name}.weight")
+            check_finite(weight, f"{name}.weight")
+        scale = f"{name}.{SCALE}"
+        if self.schemes and weight is not None and scale in files:
+            check_scale_values(files.tensor(scale), scale)
+        # a zero weight of an asymmetric scheme is stored as its zero point
+        return row, None if f"{name}.weight_zero_point" in files else weight
+
+    def _why_dense(self, row: ModuleRow, part: str, countable: bool) -> str:
+        if row.structure is not None:
+            if self.record.storage == "dense":
+                return "pruned, stored dense so that stock loaders read it"
+            return "pruned, but not packed"
+        if is_embedding(row.name):
+            return "an embedding, never pruned"
+        if not countable:
+            return "quantized to a layout whose zeros are not counted"
+        if self.sparsity is not None and row.name in self.sparsity.ignore:
+            return "left dense when the model was packed (in ignore)"
+        # Rounding to 4 bits makes a sixth of a dense weight zero, to 3 bits a third.
+        rounded = part == WORDS
+        if row.sparsity and row.sparsity >= (0.45 if rounded else 0.05):
+            return "has zeros, but no record of pruning"
+        return "quantized, not pruned" if rounded else "not pruned"
+
+    def _bytes_of(self, name: str, *parts: str) -> int:
+        names = (f"{name}.{part}" for part in parts)
+        return sum(self.files.nbytes(name) for name in names if name in self.files)
 
 
-def _keeps(weight: Tensor, structure: str, name: str) -> tuple[bool | None, str | None]:
-    """Whether the zeros keep the recorded structure, and what is wrong if not."""
+def _counted(row: ModuleRow, weight: Tensor | StoredWeight) -> ModuleRow:
+    """Return the row with its sparsity, and whether its zeros keep the recorded structure."""
+    rows, columns = weight.shape if isinstance(weight, Tensor) else (weight.rows, weight.columns)
+    row = replace(row, sparsity=count_zeros(weight) / (rows * columns))
+    if row.structure is None:
+        return row
     try:
-        structure = structure_of(structure, name)
+        structure = structure_of(row.structure, row.name)
         if structure == UNSTRUCTURED:
-            return None, None
-        broken = count_broken_groups(weight, structure, name)
+            return row
+        broken = count_broken_groups(weight, structure, row.name)
     except RacError as error:
-        return False, str(error)
-    return broken == 0, f"{broken} groups break {structure}" if broken else None
+        return replace(row, pattern_ok=False, problem=str(error))
+    problem = f"{broken} groups break {structure}" if broken else None
+    return replace(row, pattern_ok=broken == 0, problem=problem)

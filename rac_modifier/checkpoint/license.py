@@ -19,7 +19,7 @@ UNKNOWN = "unknown"
 
 @dataclass(frozen=True)
 class License:
-    """As in the front matter of a card: `id` is the hub's, such as "apache-2.0"; "other" has a `name` and a `link`."""
+    """A license as in a card: `id` is the hub's ("apache-2.0"); "other" has `name` and `link`."""
 
     id: str = UNKNOWN
     name: str | None = None
@@ -34,7 +34,7 @@ class License:
 
 
 def license_of(model: str | Path) -> License:
-    """What the card of a model says, or its config.json; read from its folder or the hub's cache, never from the network."""
+    """Return the license in a model's card, or in its config.json; no network is used."""
     card = front_matter(_text(model, CARD_NAME))
     if isinstance(card.get("license"), str):
         return License(
@@ -44,12 +44,12 @@ def license_of(model: str | Path) -> License:
         config = json.loads(_text(model, CONFIG_FILE) or "{}")
     except ValueError:  # another reader reports that
         config = {}
-    found = config.get("license") if isinstance(config, dict) else None
-    return License(found) if isinstance(found, str) and found else License()
+    license = config.get("license") if isinstance(config, dict) else None
+    return License(license) if isinstance(license, str) and license else License()
 
 
 def front_matter(text: str) -> dict[str, Any]:
-    """The metadata of a card; empty where it has none, or none that can be read."""
+    """Return the metadata of a card; empty where it has none, or none that can be read."""
     if not text.startswith("---"):  # where huggingface_hub would log a warning
         return {}
     try:

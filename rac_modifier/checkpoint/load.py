@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rac_modifier.checkpoint.files import TensorFiles
@@ -18,7 +19,7 @@ from rac_modifier.files import read_json
 def load_model(
     model: str | Path, *, trust_remote_code: bool = False, **from_pretrained_kwargs: Any
 ) -> PreTrainedModel:
-    """`AutoModelForCausalLM.from_pretrained`, strict: packed weights (if any) are unpacked to the very bits that were saved.
+    """Load a model as `AutoModelForCausalLM.from_pretrained` does, packed or not, but strictly.
 
     Args:
         model: a local folder, or a model id of the Hugging Face hub.
@@ -26,8 +27,8 @@ def load_model(
         from_pretrained_kwargs: passed on: dtype, device_map, attn_implementation, revision, ...
 
     Raises:
-        RacError: a missing or damaged file or tensor, or tensors that are not the model's. transformers starts a missing
-            weight at random with a warning; here it is an error.
+        RacError: a missing or damaged file or tensor, or tensors that are not the model's.
+            transformers starts a missing weight at random with a warning; here it is an error.
 
     Example:
         model = load_model("Qwen3-8B-rac-2of4", dtype="auto", device_map="auto")
@@ -50,16 +51,19 @@ def load_model(
         "ignore_mismatched_sizes": True,
     }
     try:
-        found: Any = AutoModelForCausalLM.from_pretrained(
+        loading: Any = AutoModelForCausalLM.from_pretrained(
             str(model), output_loading_info=True, **kwargs
         )
-    except OSError as error:
-        what = (
-            "cannot be loaded"
-            if local
-            else "neither a folder nor a model that can be had from the hub"
-        )
-        raise RacError(f"{model}: {what} ({error})") from error
-    loaded, info = found
+    except (RacError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # transformers has many for config.json alone
+        what, text = "cannot be loaded", " ".join(str(error).split())
+        if isinstance(error, OSError) and not local:
+            what = "neither a folder nor a model that can be had from the hub"
+        raise RacError(
+            f"{model}: {what} ({type(error).__name__}: {text}); compare its config.json and "
+            "index with those that were saved with the weights"
+        ) from error
+    loaded, info = loading
     check_complete(info, model)
     return cast(PreTrainedModel, loaded)

@@ -1,4 +1,4 @@
-"""What was measured of a compressed model after it was saved: kept in its run record, and shown in its model card."""
+"""What was measured of a saved model: kept in its run record, and shown in its card."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _DIVERGENCE = ("label", "sequences", "tokens", "kl", "kl_stderr", "agreement", "
 
 
 def own_folder(model: str) -> Path:
-    """The folder of a model that has a run record, which figures can be added to.
+    """Return the folder of a model that has a run record, which figures can be added to.
 
     Raises:
         RacError: a hub id, a folder without a run record, or one that cannot be written to.
@@ -34,8 +34,9 @@ def own_folder(model: str) -> Path:
     folder = Path(model)
     if not (folder / RUN_RECORD_NAME).is_file():
         raise RacError(
-            f"--card: {model} is not the folder of a model that rac wrote (it has no {RUN_RECORD_NAME}), so there is no card to "
-            "write to; name such a folder, alone or after the dense model, or leave --card out"
+            f"--card: {model} is not the folder of a model that rac wrote (it has no "
+            f"{RUN_RECORD_NAME}), so there is no card to write to; name such a folder, alone "
+            "or after the dense model, or leave --card out"
         )
     if not os.access(folder, os.W_OK):
         raise RacError(
@@ -59,25 +60,25 @@ def add_measured(
         folder: of the model (`own_folder`).
         kind: what was measured.
         result: `as_dict()` of an EvalResult or a DivergenceResult.
-        conditions: `source` (of the problems) and `prompt` in words; `protocol`: further lines, such as of a published one.
-        reference: the same of the model that it is compared with; for a divergence, only its `label`.
+        conditions: `source` (of the problems) and `prompt` in words; `protocol`: further lines.
+        reference: the same of the model that it is compared with; for a divergence, only its
+            `label`.
         paired: the comparison of both, problem by problem, in words, without paths.
 
     Raises:
         RacError: record or card cannot be read or written.
     """
     fields = _ACCURACY if kind == "accuracy" else _DIVERGENCE
-    entry = {
-        **{name: result[name] for name in fields if name in result},
-        **conditions,
-        "reference": None
-        if reference is None
-        else {name: reference[name] for name in fields if name in reference},
-        "paired": paired,
-    }
+
+    def figures(of: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: of[name] for name in fields if name in of}
+
+    entry = {**figures(result), **conditions, "paired": paired}
+    entry["reference"] = None if reference is None else figures(reference)
     record = read_json(folder / RUN_RECORD_NAME)
-    kept = record.get(KEY)
-    record[KEY] = without_paths({**(kept if isinstance(kept, Mapping) else {}), kind: entry})
+    before = record.get(KEY)
+    before = before if isinstance(before, Mapping) else {}
+    record[KEY] = without_paths({**before, kind: entry})
     card = folder / CARD_NAME
     try:
         text = card.read_text(encoding="utf-8") if card.exists() else ""
@@ -88,27 +89,25 @@ def add_measured(
 
 
 def record_activations(folder: Path, modules: Sequence[str], entry: Mapping[str, Any]) -> None:
-    """Write the modules with activations in 8 bits into config.json of a model, and what was measured into its run record.
+    """Write the modules with activations in 8 bits into config.json and the run record.
 
     A model of another tool has no run record, and gets none.
     """
     if (folder / RUN_RECORD_NAME).is_file():
         record = read_json(folder / RUN_RECORD_NAME)
-        write_json_atomic(
-            folder / RUN_RECORD_NAME, {**record, "activations": without_paths(dict(entry))}
-        )
+        record["activations"] = without_paths(dict(entry))
+        write_json_atomic(folder / RUN_RECORD_NAME, record)
     write_int8_activations(folder, modules)
 
 
 def write_int8_activations(folder: Path, modules: Sequence[str]) -> None:
     """Write the modules with activations in 8 bits into config.json of a model."""
-    write_json_atomic(
-        folder / CONFIG_FILE, with_int8_activations(read_json(folder / CONFIG_FILE), modules)
-    )
+    config = with_int8_activations(read_json(folder / CONFIG_FILE), modules)
+    write_json_atomic(folder / CONFIG_FILE, config)
 
 
 def with_measured(card: str, record: Mapping[str, Any]) -> str:
-    """A card with the section of what the record says was measured; the rest of the card is as it was."""
+    """Return a card with the section of measured figures; its other text is unchanged."""
     section = _section(record.get(KEY))
     if not section:
         return card
@@ -122,27 +121,31 @@ def with_measured(card: str, record: Mapping[str, Any]) -> str:
     return f"{card.rstrip()}\n\n{block}\n".lstrip()
 
 
-def divergence_sentence(found: Any, tokens_of: str) -> str:
-    """KL and agreement with their 95 % intervals, "" where they were not measured. `tokens_of`: behind "On N tokens "."""
-    if not isinstance(found, Mapping) or not (
-        is_number(found.get("kl")) and is_number(found.get("agreement"))
+def divergence_sentence(measured: Any, tokens_of: str) -> str:
+    """Return KL and agreement with their 95 % intervals, "" where they were not measured.
+
+    `tokens_of`: the text behind "On N tokens ".
+    """
+    if not isinstance(measured, Mapping) or not (
+        is_number(measured.get("kl")) and is_number(measured.get("agreement"))
     ):
         return ""
-    kl = f"{found['kl']:.4f} nats per token (KL divergence{_interval(found, 'kl', '.4f')})"
-    agreement = f"{found['agreement']:.1%} of the tokens{_interval(found, 'agreement', '.1%')}"
+    kl, agreement = _interval(measured, "kl", ".4f"), _interval(measured, "agreement", ".1%")
     return (
-        f"On {number(found.get('tokens', '?'))} tokens {tokens_of}: the predictions differ from those of the base model by {kl}, "
-        f"and the most likely token is the same for {agreement}."
+        f"On {number(measured.get('tokens', '?'))} tokens {tokens_of}: the predictions "
+        f"differ from those of the base model by {measured['kl']:.4f} nats per token (KL "
+        f"divergence{f', {kl}' if kl else ''}), and the most likely token is the same for "
+        f"{measured['agreement']:.1%} of the tokens{f' ({agreement})' if agreement else ''}."
     )
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value of a record is a number."""
+    """Tell whether a value of a record is a number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def number(value: Any) -> str:
-    """With thousands separated."""
+    """Return a number with its thousands separated, any other value as text."""
     return f"{value:,}" if is_number(value) else str(value)
 
 
@@ -154,61 +157,54 @@ def _section(measured: Any) -> str:
     return f"## Measured after compression\n\n{text}" if text else ""
 
 
-def _accuracy(found: Any) -> str:
-    if not isinstance(found, Mapping) or not is_number(found.get("accuracy")):
+def _accuracy(measured: Any) -> str:
+    if not isinstance(measured, Mapping) or not is_number(measured.get("accuracy")):
         return ""
-    reference = found.get("reference")
-    rows = [("this model", found)]
+    reference, rows = measured.get("reference"), [("this model", measured)]
     if isinstance(reference, Mapping):
         rows.insert(0, (str(reference.get("label")).replace("|", "\\|"), reference))
-    lines = [
-        "| | correct answers | 95 % interval | thinking tokens | unfinished |",
-        "|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {name} | {row['accuracy']:.1%} | {row['ci_low']:.1%} to {row['ci_high']:.1%} | {row['mean_thinking_tokens']:.0f} | "
-        f"{row['unfinished_share']:.1%} |"
-        for name, row in rows
-    ]
-    each = "one answer" if found["samples"] == 1 else f"{found['samples']} answers"
-    how = "greedy" if found["temperature"] == 0 else f"temperature {found['temperature']}"
+    lines = ["| | correct answers | 95 % interval | thinking tokens | unfinished |"]
+    lines.append("|---|---|---|---|---|")
+    for name, row in rows:
+        interval = f"{row['ci_low']:.1%} to {row['ci_high']:.1%}"
+        tokens, unfinished = f"{row['mean_thinking_tokens']:.0f}", f"{row['unfinished_share']:.1%}"
+        lines.append(f"| {name} | {row['accuracy']:.1%} | {interval} | {tokens} | {unfinished} |")
+    samples, temperature = measured["samples"], measured["temperature"]
+    answers = "one answer" if samples == 1 else f"{samples} answers"
+    how = "greedy" if temperature == 0 else f"temperature {temperature}"
     lines += [
         "",
-        f"{number(found['problems'])} problems ({found.get('source')}, seed {found['seed']}), {each} to each, at most "
-        f"{number(found['cap'])} new tokens, {how}; prompt: {found.get('prompt')}. Measured with `rac eval`.",
+        f"{number(measured['problems'])} problems ({measured.get('source')}, seed "
+        f"{measured['seed']}), {answers} to each, at most {number(measured['cap'])} new "
+        f"tokens, {how}; prompt: {measured.get('prompt')}. Measured with `rac eval`.",
     ]
-    best = max(found["pass_at"], key=int, default="1")
-    if best != "1":
-        lines.append(
-            f"At least one of {best} answers is correct for {found['pass_at'][best]:.1%} of the problems."
-        )
-    if isinstance(found.get("protocol"), list):
-        lines += map(str, found["protocol"])
-    if found.get("paired"):
-        lines += ["", f"{found['paired']}."]
+    most = max(measured["pass_at"], key=int, default="1")
+    if most != "1":
+        share = f"{measured['pass_at'][most]:.1%}"
+        lines.append(f"At least one of {most} answers is correct for {share} of the problems.")
+    if isinstance(measured.get("protocol"), list):
+        lines += map(str, measured["protocol"])
+    if measured.get("paired"):
+        lines += ["", f"{measured['paired']}."]
     return "\n".join(lines)
 
 
-def _divergence(found: Any) -> str:
-    if not isinstance(found, Mapping):
+def _divergence(measured: Any) -> str:
+    if not isinstance(measured, Mapping):
         return ""
-    reference = found.get("reference")
+    reference, source = measured.get("reference"), measured.get("source")
     label = reference.get("label") if isinstance(reference, Mapping) else "the base model"
-    text = divergence_sentence(found, f"that {label} generated ({found.get('source')})")
-    return (
-        f"{text} Prompt: {found.get('prompt')}. Measured with `rac eval --divergence`."
-        if text
-        else ""
-    )
+    text = divergence_sentence(measured, f"that {label} generated ({source})")
+    prompt = f"Prompt: {measured.get('prompt')}. Measured with `rac eval --divergence`."
+    return f"{text} {prompt}" if text else ""
 
 
-def _interval(found: Mapping[str, Any], key: str, style: str) -> str:
-    """The 95 % interval of a figure with a standard error; both figures are at least 0, and a share at most 1."""
-    error = found.get(f"{key}_stderr")
+def _interval(measured: Mapping[str, Any], key: str, style: str) -> str:
+    """Return the 95 % interval of a figure that has a standard error, "" for others."""
+    error = measured.get(f"{key}_stderr")
     if not isinstance(error, (int, float)):
         return ""
-    low, high = max(0.0, found[key] - 1.96 * error), found[key] + 1.96 * error
-    text = (
-        f"95 % interval {low:{style}} to {min(high, 1.0) if key == 'agreement' else high:{style}}"
-    )
-    return f", {text}" if key == "kl" else f" ({text})"
+    low, high = max(0.0, measured[key] - 1.96 * error), measured[key] + 1.96 * error
+    if key == "agreement":
+        high = min(high, 1.0)
+    return f"95 % interval {low:{style}} to {high:{style}}"

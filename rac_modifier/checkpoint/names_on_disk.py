@@ -1,7 +1,8 @@
-"""How `save_pretrained` names modules in its files: transformers renames them when it saves, and back when it loads.
+"""The names of modules in files: transformers renames them when it saves, and back.
 
-llm-compressor cuts merged experts into linear layers. Transformers' conversions know the merged ones alone, so where the files
-have other names for the parts of an expert (Mixtral: w1, w2, w3), they would be written under names that nothing can load.
+llm-compressor cuts merged experts into linear layers. Transformers' conversions know the merged
+ones alone, so where the files have other names for the parts of an expert (Mixtral: w1, w2,
+w3), they would be written under names that nothing can load.
 """
 
 from __future__ import annotations
@@ -29,35 +30,37 @@ _SOURCE = re.compile(r"\.experts\.\*\.(?P<part>\w+)\.weight$")
 
 
 def keep_expert_names(model: torch.nn.Module) -> None:
-    """Have the linear layers of separate experts saved under the names that merged experts have in files."""
+    """Save the linear layers of separate experts under the names of merged experts."""
     if not any(
         isinstance(m, torch.nn.Linear) and _SEPARATE.search(name)
         for name, m in model.named_modules()
     ):
         return
-    kept: list[WeightTransform] = []
+    conversions: list[WeightTransform] = []
     for conversion in _conversions(model):
-        kept += _renamings(conversion) or [conversion]
-    model._weight_conversions = kept  # type: ignore[assignment] # what transformers saves by
+        conversions += _renamings(conversion) or [conversion]
+    model._weight_conversions = conversions  # type: ignore[assignment] # what transformers saves by
 
 
 def names_on_disk(model: torch.nn.Module, names: Iterable[str]) -> dict[str, str]:
-    """The names of modules in the files of a saved model, by their names in the model."""
+    """Return the names of modules in the files of a saved model, by their names in the model."""
     back = [conversion.reverse_transform() for conversion in reversed(_conversions(model))]
     renamings = [conversion for conversion in back if isinstance(conversion, WeightRenaming)]
-    found = {
+    saved = {
         name: rename_source_key(f"{name}.weight", renamings, [], reverse=True)[0] for name in names
     }
-    return {name: saved.removesuffix(".weight") for name, saved in found.items()}
+    return {name: on_disk.removesuffix(".weight") for name, on_disk in saved.items()}
 
 
 def _conversions(model: Any) -> list[WeightTransform]:
-    own: list[WeightTransform] | None = getattr(model, "_weight_conversions", None)
-    return list(get_model_conversion_mapping(model, add_legacy=False) if own is None else own)
+    attached: list[WeightTransform] | None = getattr(model, "_weight_conversions", None)
+    return list(
+        get_model_conversion_mapping(model, add_legacy=False) if attached is None else attached
+    )
 
 
 def _renamings(conversion: WeightTransform) -> list[WeightRenaming]:
-    """What takes the place of a conversion that merges experts: a renaming per part; nothing for other conversions."""
+    """Return a renaming per part for a conversion that merges experts, [] for others."""
     if not isinstance(conversion, WeightConverter) or len(conversion.target_patterns) != 1:
         return []
     merged = conversion.target_patterns[0].rpartition(".experts.")[2]

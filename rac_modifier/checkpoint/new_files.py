@@ -1,9 +1,11 @@
 """New files of a folder that are put in place together, and never half of them.
 
-All new files are first written under temporary names: after a full disk or a crash up to there, what the folder held is
-unchanged. Then a journal that lists the renames is written, the renames are made, and the journal is removed. After a
-crash between two renames the journal is still there: `TensorFiles` refuses the folder, and the next call for the same job
-makes the remaining renames. A lock file keeps a second process out; it holds only as long as the process that took it.
+All new files are first written under temporary names: after a full disk or a crash up to there,
+what the folder held is unchanged. Then a journal that lists the renames is written, the renames
+are made, and the journal is removed. After a
+crash between two renames the journal is still there: `TensorFiles` refuses the folder, and the
+next call for the same job makes the remaining renames. A lock file keeps a second process out;
+it holds only as long as the process that took it.
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 
 from safetensors.torch import save_file
@@ -31,19 +32,20 @@ Summary = TypeVar("Summary")
 
 
 def is_leftover(name: str) -> bool:
-    """Whether a file of this name is what a job that was cut off leaves, and no part of a checkpoint."""
+    """Tell whether a file of this name is left by a job that was cut off."""
     return name in (JOURNAL_FILE, LOCK_FILE, STAGING) or _is_temporary(name)
 
 
 def _is_temporary(name: str) -> bool:
-    """Also the file that writing a temporary JSON file or the journal itself started with (files.py)."""
+    """Tell whether a file is temporary: a new file, or one that writing JSON starts with."""
     return name.startswith((TEMPORARY, f".{TEMPORARY}", f".{JOURNAL_FILE}."))
 
 
 def move_into_place(staging: Path, folder: Path) -> None:
     """Move what was saved in `staging` up into its folder, config.json last.
 
-    Without config.json no loader takes the folder for a model, so a kill leaves a whole model or none.
+    Without config.json no loader takes the folder for a model, so a kill leaves a whole model
+    or none.
     """
     (folder / CONFIG_FILE).unlink(missing_ok=True)
     _sync_folder(staging)
@@ -57,19 +59,16 @@ class NewFiles:
     """The new files of one folder. A context manager that holds the folder's lock.
 
     Leaving it without `commit` removes what was written, and the folder where it was made here.
-
-    Args:
-        folder: of a checkpoint.
-        create: make the folder.
+    `create`: make the folder.
 
     Raises:
         RacError: another process writes to the folder, or it cannot be made or locked.
     """
 
     def __init__(self, folder: Path, create: bool = False) -> None:
-        self.folder = folder
-        self._create, self._made = create, False
-        self._lock = -1
+        self.folder, self._create = folder, create
+        self._made, self._lock = False, -1
+        self._journal = folder / JOURNAL_FILE
 
     def __enter__(self) -> NewFiles:
         try:
@@ -81,61 +80,45 @@ class NewFiles:
             raise RacError(
                 f"{self.folder}: cannot be written to ({error}); name another folder"
             ) from error
-        if not self._journal.exists():
-            self._remove_temporaries()
+        self._remove_temporaries()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if (
-            not self._journal.exists()
-        ):  # else the temporary files are finished, and the next call renames them
-            self._remove_temporaries()
+    def __exit__(self, *_: object) -> None:
+        self._remove_temporaries()
         (self.folder / LOCK_FILE).unlink(missing_ok=True)
         os.close(self._lock)
         if self._made and not any(self.folder.iterdir()):
             self.folder.rmdir()
 
-    @property
-    def _journal(self) -> Path:
-        return self.folder / JOURNAL_FILE
-
     def path(self, name: str) -> Path:
-        """Where the new file `name` is written."""
+        """Return where the new file `name` is written."""
         return self.folder / (TEMPORARY + name)
 
     def write_json(self, name: str, obj: Any) -> None:
-        """A new JSON file."""
+        """Write a new JSON file."""
         write_json_atomic(self.path(name), obj)
 
     def write_tensors(
         self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str]
     ) -> None:
-        """A new safetensors file, mode 644."""
-        path = self.path(name)
-        save_file(
-            {key: tensor.contiguous() for key, tensor in tensors.items()}, path, metadata=metadata
-        )
-        _sync(path)
+        """Write a new safetensors file, mode 644."""
+        contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
+        save_file(contiguous, self.path(name), metadata=metadata)
+        _sync(self.path(name))
 
     def copy(self, source: Path) -> None:
-        """A new file of the same name, a copy of `source`."""
-        path = self.path(source.name)
-        shutil.copyfile(source, path)
-        _sync(path)
+        """Write a new file of the same name with the content of `source`."""
+        shutil.copyfile(source, self.path(source.name))
+        _sync(self.path(source.name))
 
     def commit(self, job: str, names: list[str], summary: dict[str, Any]) -> None:
-        """Put the new files in place, in this order. `job` and `summary` are for a call that has to finish this one."""
+        """Put the new files in place, in this order. `job`, `summary`: for a call of `finish`."""
         _sync_folder(self.folder)
         write_json_atomic(self._journal, {"job": job, "files": names, "summary": summary})
         self._rename(names)
 
     def finish(self, job: str, parse: Callable[[Any], Summary]) -> Summary | None:
-        """Make the renames that an earlier call for this job left; its summary, None where nothing was left.
+        """Make the renames that an earlier call left; return its summary, None for no renames.
 
         Raises:
             RacError: the journal is damaged, or is that of another job.
@@ -152,8 +135,8 @@ class NewFiles:
             ) from error
         if journal.get("job", job) != job:
             raise RacError(
-                f"{self.folder}: another job was cut off here ({journal['job']!r}); run that one again to finish it, or name "
-                "another folder"
+                f"{self.folder}: another job was cut off here ({journal['job']!r}); "
+                "run that one again to finish it, or name another folder"
             )
         self._rename(names)
         return summary
@@ -164,46 +147,47 @@ class NewFiles:
             raise ValueError(f"{names!r} is no list of file names of this folder")
         if CONFIG_FILE not in names:
             raise ValueError(f"{CONFIG_FILE} is not among its files")
-        lost = [
-            name
-            for name in names
-            if not (self.path(name).exists() or (self.folder / name).exists())
-        ]
-        if lost:
-            raise ValueError(f"{lost[0]} is lost")
+        for name in names:
+            if not (self.path(name).exists() or (self.folder / name).exists()):
+                raise ValueError(f"{name} is lost")
 
     def _rename(self, names: list[str]) -> None:
         for name in names:
-            # A missing file has been renamed before. Any other error stops here, and the journal stays.
+            # A missing file has been renamed before. Any other error stops here, and the
+            # journal stays.
             with contextlib.suppress(FileNotFoundError):
                 os.replace(self.path(name), self.folder / name)
         _sync_folder(self.folder)
         self._journal.unlink()
 
     def _remove_temporaries(self) -> None:
-        for path in [path for path in self.folder.iterdir() if _is_temporary(path.name)]:
-            path.unlink()
+        """Remove temporary files unless a journal says that the next call renames them."""
+        if not self._journal.exists():
+            for path in [path for path in self.folder.iterdir() if _is_temporary(path.name)]:
+                path.unlink()
 
 
 def _locked(folder: Path) -> int:
-    """A descriptor of the folder's lock file, locked. The kernel releases it when the process ends in any way."""
+    """Return a locked descriptor of the folder's lock file; it is free when the process ends."""
     path = folder / LOCK_FILE
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The process that held the lock may have removed its file since it was opened here:
+            # then lock the new one.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                    return descriptor
         except BlockingIOError as error:
             os.close(descriptor)
             raise RacError(
-                f"{folder}: another process is writing to it; wait for that one to end, or name another folder"
+                f"{folder}: another process is writing to it; wait for that one to end, "
+                "or name another folder"
             ) from error
         except BaseException:
             os.close(descriptor)
             raise
-        # The process that held the lock may have removed its file since it was opened here: then lock the new one.
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
-                return descriptor
         os.close(descriptor)
 
 

@@ -1,4 +1,4 @@
-"""The folders that a command reads a model from and writes one to, checked before the work starts."""
+"""The folders that a command reads a model from and writes to, checked before the work."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _WANTED = [
 
 
 def folder_problem(folder: Path) -> str | None:
-    """Why this is no folder of a saved model, in words; None where it is one, or was being packed when the job was cut off."""
+    """Say why this is no folder of a saved model; None where it is one, or was being packed."""
     files = [folder] if folder.is_file() else sorted(folder.glob("*"))
     if any((folder / name).is_file() for name in (CONFIG_FILE, JOURNAL_FILE)):
         return None
@@ -38,7 +38,7 @@ def folder_problem(folder: Path) -> str | None:
 
 
 def check_is_id(model: str | Path) -> None:
-    """Refuse what can be no hub id, where there is no folder of this name, without asking the network (RacError)."""
+    """Refuse what can be no hub id without asking the network (RacError)."""
     if str(model).count("/") != 1 or str(model)[0] in "./~":
         raise RacError(
             f"{model}: no such folder; give the folder of a saved model, or a hub id as owner/name"
@@ -46,7 +46,7 @@ def check_is_id(model: str | Path) -> None:
 
 
 def local_folder(model: str | Path, revision: str | None = None) -> Path:
-    """The folder of a model: the one that is given, or that of a hub id in the hub's cache, downloaded first if needed.
+    """Return the folder itself, or that of a hub id in the hub's cache, downloaded first if needed.
 
     Raises:
         RacError: no such folder or model.
@@ -62,14 +62,15 @@ def local_folder(model: str | Path, revision: str | None = None) -> Path:
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise RacError(
-            f"{model}: no such folder, and a hub id needs huggingface_hub; pip install huggingface_hub, or give a folder"
+            f"{model}: no such folder, and a hub id needs huggingface_hub; pip install "
+            "huggingface_hub, or give a folder"
         ) from error
     try:
         return Path(snapshot_download(str(model), revision=revision, allow_patterns=_WANTED))
     except (OSError, ValueError) as error:
         raise RacError(
-            f"{model}: neither a folder nor a model that can be had from the hub ({str(error).strip().splitlines()[0]}); check "
-            "the name, and the network"
+            f"{model}: neither a folder nor a model that can be had from the hub "
+            f"({str(error).strip().splitlines()[0]}); check the name, and the network"
         ) from error
 
 
@@ -82,20 +83,23 @@ def check_output_folder(folder: Path, source: Path | None, need: int) -> None:
         need: bytes that must be free.
 
     Raises:
-        RacError: a file, or a folder in a file, the source itself, a folder that is not empty, or too little room.
+        RacError: a file, or a folder in a file, the source itself, a folder that is not empty,
+            or too little room.
     """
     if folder.exists() and not folder.is_dir():
         raise RacError(f"output {folder} is a file; name a folder")
     if source is not None and folder.resolve() == source.resolve():
         raise RacError(
-            f"output folder {folder} is the model itself, which is left as it is; name another folder"
+            f"output folder {folder} is the model itself, which is left as it is; name "
+            "another folder"
         )
     if folder.is_dir() and any(not is_leftover(path.name) for path in folder.iterdir()):
         raise in_use(folder)
     parent = _existing(folder)
     if not parent.is_dir():
         raise RacError(
-            f"output {folder}: {parent} is a file, so no folder can be made in it; name another folder"
+            f"output {folder}: {parent} is a file, so no folder can be made in it; name "
+            "another folder"
         )
     check_room(folder, need)
 
@@ -106,7 +110,8 @@ def check_room(folder: Path, need: int, groups: int = 0) -> None:
     Args:
         folder: need not exist.
         need: bytes that the checkpoint takes at most while it is packed.
-        groups: bytes that a pruning run keeps beside it of what is pruned; those that are there already count as written.
+        groups: bytes that a pruning run keeps beside it of what is pruned; those that are there
+            already count as written.
 
     Raises:
         RacError: with the bytes that are free and needed.
@@ -122,18 +127,19 @@ def check_room(folder: Path, need: int, groups: int = 0) -> None:
             else ""
         )
         raise RacError(
-            f"{folder}: {free / 2**30:.1f} GiB are free, the checkpoint needs up to {need / 2**30:.1f} GiB while it is "
-            f"packed{beside}; free some or name a folder on another disk"
+            f"{folder}: {free / 2**30:.1f} GiB are free, the checkpoint needs up to "
+            f"{need / 2**30:.1f} GiB while it is packed{beside}; free some or name a folder "
+            "on another disk"
         )
 
 
 def _existing(folder: Path) -> Path:
-    """The folder, or what exists of the path to it."""
+    """Return the folder, or what exists of the path to it."""
     return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
 
 
 def bytes_of_weights(model: str) -> int | None:
-    """Bytes of the weights of a model folder, or of a hub id as far as it is in the hub's cache; None where it is not there.
+    """Return the bytes of the weights of a folder, or of a hub id in the cache; else None.
 
     No network is used.
     """
@@ -150,7 +156,7 @@ def bytes_of_weights(model: str) -> int | None:
 
 
 def cached_folder(model: str) -> Path | None:
-    """The folder itself, or that of a hub id in the hub's cache; None where it is not there. No network is used."""
+    """Return the folder itself, or that of a hub id in the cache; None without network."""
     if Path(model).is_dir():
         return Path(model)
     config = _cached(model, CONFIG_FILE)
@@ -158,31 +164,32 @@ def cached_folder(model: str) -> Path | None:
 
 
 def _cached(model: str, name: str) -> Path | None:
-    """A file of a hub id, where it is in the hub's cache."""
+    """Return a file of a hub id, where it is in the hub's cache."""
     try:
         from huggingface_hub import try_to_load_from_cache
         from huggingface_hub.errors import HFValidationError
     except ImportError:
         return None
     try:
-        found = try_to_load_from_cache(model, name)
+        path = try_to_load_from_cache(model, name)
     except HFValidationError:
         return None
-    return Path(found) if isinstance(found, str) else None
+    return Path(path) if isinstance(path, str) else None
 
 
 def unfinished(output: str | Path) -> Path:
-    """Where a pruning run with this output folder keeps what it has pruned so far, until its result is saved."""
+    """Return where a pruning run keeps what it has pruned until its result is saved."""
     folder = Path(output)
     return folder.with_name(f"{folder.name}.unfinished")
 
 
 def in_use(folder: Path) -> RacError:
-    """The error for an output folder that is not empty: it says how to go on where a run was stopped while it saved."""
+    """Return the error for an output folder that is not empty, with the next step."""
     if unfinished(folder).is_dir():
         return RacError(
-            f"output folder {folder} is in use: the run that keeps what is pruned so far in {unfinished(folder)} was stopped "
-            f"while it saved, or another process is at it now. If it was stopped, remove {folder} and start the same run again: "
-            "what is pruned is not pruned again"
+            f"output folder {folder} is in use: the run that keeps what is pruned so far in "
+            f"{unfinished(folder)} was stopped while it saved, or another process is at it "
+            f"now. If it was stopped, remove {folder} and start the same run again: what is "
+            "pruned is not pruned again"
         )
     return RacError(f"output folder {folder} is in use; name an empty or a new one")

@@ -1,4 +1,4 @@
-"""What packing a model would do: the pattern of each matrix, whether packing it gains, and if not, why. Writes nothing."""
+"""What packing a model would do: the pattern of each matrix, and why it stays dense."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any
 from torch import Tensor
 
 from rac_modifier.checkpoint import detect
-from rac_modifier.checkpoint.bitmask import DTYPES, count_zeros
+from rac_modifier.checkpoint.bitmask import DTYPES
 from rac_modifier.checkpoint.files import TensorFiles
-from rac_modifier.checkpoint.formats import FORMAT_24, FORMAT_BITMASK, structure_of
+from rac_modifier.checkpoint.formats import FORMAT_24, FORMAT_BITMASK, PACKED, structure_of
 from rac_modifier.checkpoint.inspect import is_embedding
+from rac_modifier.checkpoint.int32_words import BITS
 from rac_modifier.checkpoint.packing import check_unpacked
 from rac_modifier.checkpoint.quantization_config import (
     ASYMMETRIC,
     WORDS,
     WORDS_SHAPE,
-    WeightScheme,
     to_words,
     weight_schemes,
     words_weight,
@@ -30,7 +30,12 @@ from rac_modifier.checkpoint.sparsity_config import (
     check_method,
     recorded_structures,
 )
-from rac_modifier.checkpoint.stored_weight import count_broken_groups
+from rac_modifier.checkpoint.stored_weight import (
+    check_finite,
+    count_broken_groups,
+    count_stored,
+    count_zeros,
+)
 from rac_modifier.errors import RacError
 from rac_modifier.files import read_json
 
@@ -44,9 +49,10 @@ _TRANSPOSED = ("gpt2", "openai-gpt")  # models whose linear layers are stored [i
 class MatrixPlan:
     """One weight matrix [rows, columns].
 
-    `structure` is "N:M", "unstructured", or None where zeros are not counted; `sparsity` the share of zeros, -0.0 among
-    them. `stored` is how many values are kept when it is packed, and `fits_24` whether the 2:4 layout keeps all of them.
-    `packed_bytes` is None where it cannot be packed. `reason`: why it stays dense; None: it is packed. `linear`: a linear layer.
+    `structure` is "N:M", "unstructured", or None where zeros are not counted; `sparsity` the
+    share of zeros, -0.0 among them. `stored` is how many values are kept when it is packed, and
+    `fits_24` whether the 2:4 layout keeps all of them. `packed_bytes` is None where it cannot
+    be packed. `reason`: why it stays dense; None: it is packed. `linear`: a linear layer.
     """
 
     name: str
@@ -66,7 +72,7 @@ class MatrixPlan:
 
 @dataclass(frozen=True)
 class PackPlan:
-    """What packing a folder does; `format` is that of all packed modules, None where none is packed."""
+    """What packing a folder does; `format` of all packed modules, None if none is packed."""
 
     folder: Path
     format: str | None
@@ -99,12 +105,14 @@ class PackPlan:
         counted = [row for row in self.matrices if row.sparsity is not None]
         if not counted:
             raise RacError(
-                f"{self.folder}: has no weight matrix that can be packed; give a model with linear layers"
+                f"{self.folder}: has no weight matrix that can be packed; give a model with "
+                "linear layers"
             )
         most = max(counted, key=lambda row: row.sparsity or 0.0)
         raise RacError(
-            f"{self.folder}: nothing to pack: no module would get smaller. The most zeros are in {most.name}, "
-            f"{most.sparsity:.1%} ({most.reason}); prune the model first (rac prune), or use it as it is"
+            f"{self.folder}: nothing to pack: no module would get smaller. The most zeros "
+            f"are in {most.name}, {most.sparsity:.1%} ({most.reason}); prune the model first "
+            "(rac prune), or use it as it is"
         )
 
 
@@ -116,7 +124,8 @@ def plan_packing(folder: str | Path, drop_negative_zeros: bool = False) -> PackP
         drop_negative_zeros: -0.0 will be stored as +0.0.
 
     Raises:
-        RacError: no readable checkpoint, one that is packed already, another quantization than compressed-tensors, or NaN.
+        RacError: no readable checkpoint, one that is packed already, another quantization than
+            compressed-tensors, or NaN.
     """
     folder = Path(folder)
     config = read_json(folder / CONFIG_FILE)
@@ -129,78 +138,54 @@ def plan_packing(folder: str | Path, drop_negative_zeros: bool = False) -> PackP
     return PackPlan(folder, format, tuple(rows), drop_negative_zeros)
 
 
-def packed_size(format: str, rows: int, columns: int, stored: int, bits: int) -> int:
-    """Bytes of a packed weight of which `stored` values of so many bits are kept; masks, offsets and shape included."""
-    values = rows * columns // 2 if format == FORMAT_24 else stored
-    if bits == 4:
-        words = rows * -(-columns // 2 // 8) if format == FORMAT_24 else -(-values // 8)
-        size = 4 * words
-    else:
-        size = values * bits // 8
-    offsets = 0 if format == FORMAT_24 else 8 * rows
-    return size + rows * -(-columns // 8) + offsets + 16
-
-
-def _is_matrix(files: TensorFiles, tensor_name: str) -> bool:
-    _, _, part = tensor_name.rpartition(".")
-    shape = files.shape(tensor_name)
-    return part in ("weight", WORDS) and len(shape) == 2 and min(shape) > 0
-
-
-@dataclass(frozen=True)
 class _Look:
-    files: TensorFiles
-    config: dict[str, Any]
-    drop: bool
+    """The files of a checkpoint and what its config.json says of them."""
 
-    def tensor(self, name: str) -> MatrixPlan | None:
-        """Read a tensor once: refuse NaN, and the row of a matrix."""
-        values = self.files.tensor(name) if self.files.dtype(name).is_floating_point else None
-        if values is not None and detect.has_nan(values):
-            raise RacError(
-                f"{name}: holds NaN in {self.files.folder / self.files.where[name]}; the model is damaged: save or copy it again"
-            )
-        return self._row(name, values) if _is_matrix(self.files, name) else None
+    def __init__(self, files: TensorFiles, config: dict[str, Any], drop: bool) -> None:
+        self.files, self.drop = files, drop
+        self.schemes = weight_schemes(config.get(QUANTIZATION_KEY))
+        self.recorded = recorded_structures(config)
+        self.transposed = config.get("model_type") in _TRANSPOSED
 
-    def _row(self, tensor_name: str, values: Tensor | None) -> MatrixPlan:
-        """What is known of one matrix by itself, with its size in the layout of its own pattern."""
+    def tensor(self, tensor_name: str) -> MatrixPlan | None:
+        """Read a tensor, refuse NaN, and return the row of a matrix; None for other tensors."""
+        files = self.files
+        floats = files.dtype(tensor_name).is_floating_point
+        values = files.tensor(tensor_name) if floats else None
+        if values is not None:
+            check_finite(values, tensor_name)
         name, _, part = tensor_name.rpartition(".")
-        rows, columns = self.files.shape(tensor_name)
-        row = MatrixPlan(
-            name, rows, columns, self.files.dtype_name(tensor_name), self.files.nbytes(tensor_name)
-        )
-        schemes = weight_schemes(self.config.get(QUANTIZATION_KEY))
-        if found := [part for part in ASYMMETRIC if f"{name}.{part}" in self.files]:
-            return replace(
-                row, reason=f"quantized with a {found[0]}: its zeros are not stored as zeros"
-            )
+        shape = files.shape(tensor_name)
+        if part not in ("weight", WORDS) or len(shape) != 2 or min(shape) < 1:
+            return None
+        row = MatrixPlan(name, *shape, files.dtype_name(tensor_name), files.nbytes(tensor_name))
+        if asymmetric := [part for part in ASYMMETRIC if f"{name}.{part}" in files]:
+            reason = f"quantized with a {asymmetric[0]}: its zeros are not stored as zeros"
+            return replace(row, reason=reason)
         if part == WORDS:
-            weight, bits = self._words(name, schemes)
-            if weight is None:
-                return replace(row, reason="quantized to a layout that cannot be stored sparse")
-            dense_bytes = row.dense_bytes + self.files.nbytes(f"{name}.{WORDS_SHAPE}")
-            row = replace(row, columns=weight.shape[1], dtype=f"I{bits}", dense_bytes=dense_bytes)
-        elif self.files.dtype(tensor_name) not in DTYPES:
+            return self._words(row)
+        if files.dtype(tensor_name) not in DTYPES:
             return replace(row, reason=f"stored as {row.dtype}, which cannot be packed")
-        else:
-            weight = self.files.tensor(tensor_name) if values is None else values
+        return self._measured(row, files.tensor(tensor_name) if values is None else values)
+
+    def _words(self, row: MatrixPlan) -> MatrixPlan:
+        """Return the row of a matrix in int32 words; dense if the words would not come back."""
+        stored = words_weight(self.files, row.name, self.schemes)
+        unreadable = replace(row, reason="quantized to a layout that cannot be stored sparse")
+        if stored is None or stored[1] not in BITS:
+            return unreadable
+        weight, bits = stored
+        for part, tensor in to_words(weight, bits).items():
+            name = f"{row.name}.{part}"
+            if self.files.dtype(name) != tensor.dtype or not self.files.tensor(name).equal(tensor):
+                return unreadable
+        dense_bytes = row.dense_bytes + self.files.nbytes(f"{row.name}.{WORDS_SHAPE}")
+        columns = weight.shape[1]
+        row = replace(row, columns=columns, dtype=f"I{bits}", dense_bytes=dense_bytes)
         return self._measured(row, weight)
 
-    def _words(self, name: str, schemes: tuple[WeightScheme, ...]) -> tuple[Tensor | None, int]:
-        """Int8 values of int32 words; None where packing would not give back the very words."""
-        found = words_weight(self.files, name, schemes)
-        if found is None:
-            return None, 0
-        again = to_words(*found)
-        same = all(
-            self.files.dtype(f"{name}.{part}") == tensor.dtype
-            and self.files.tensor(f"{name}.{part}").equal(tensor)
-            for part, tensor in again.items()
-        )
-        return (found[0], found[1]) if same else (None, 0)
-
     def _measured(self, row: MatrixPlan, weight: Tensor) -> MatrixPlan:
-        zeros, stored = count_zeros(weight), detect.count_stored(weight)
+        zeros, stored = count_zeros(weight), count_stored(weight)
         negative = zeros + stored - weight.numel()
         if self.drop and negative:
             weight, stored = detect.without_negative_zeros(weight), stored - negative
@@ -218,67 +203,63 @@ class _Look:
             return replace(row, reason="the output matrix, which is served dense")
         if _ROUTER.search(row.name):
             return replace(row, reason="a router of experts, which is served dense")
-        if self.config.get("model_type") in _TRANSPOSED:
+        if self.transposed:
             return replace(row, reason="stored as [inputs, outputs], which is served dense")
         return row
 
     def _structure(self, name: str, weight: Tensor) -> str:
-        """The recorded structure where the weight keeps it, else the one that is found."""
-        if (recorded := recorded_structures(self.config).get(name)) is not None:
+        """Return the recorded structure if the weight keeps it, else the detected one."""
+        if (recorded := self.recorded.get(name)) is not None:
             try:
-                if count_broken_groups(weight, structure_of(recorded, name), name) == 0:
-                    return structure_of(recorded, name)
+                structure = structure_of(recorded, name)
+                if count_broken_groups(weight, structure, name) == 0:
+                    return structure
             except RacError:
-                pass  # a record that does not fit the weight; what the weight itself shows is stated
+                pass  # a record that does not fit the weight
         return detect.find_structure(weight)
 
 
 def _choose(rows: list[MatrixPlan]) -> tuple[str | None, list[MatrixPlan]]:
-    """The one format of all packed matrices, and the rows with their sizes in it and the reasons of those that stay dense."""
+    """Return the format of all packed matrices, None for none, and the rows with their sizes."""
     while True:
         packed = [row for row in rows if row.reason is None]
         if not packed:
             return None, rows
-        format = (
-            FORMAT_24
-            if all(row.structure == "2:4" and row.fits_24 for row in packed)
-            else FORMAT_BITMASK
-        )
-        sized = _keep_experts_alike(
-            [_sized(row, format) if row.reason is None else row for row in rows]
-        )
+        all_24 = all(row.structure == "2:4" and row.fits_24 for row in packed)
+        format = FORMAT_24 if all_24 else FORMAT_BITMASK
+        sized = [_sized(row, format) if row.reason is None else row for row in rows]
+        sized = _keep_experts_alike(sized)
         if [row.reason for row in sized] == [row.reason for row in rows]:
             return format, sized
         rows = sized
 
 
 def _sized(row: MatrixPlan, format: str) -> MatrixPlan:
-    bits = (
-        int(row.dtype[1:])
-        if row.dtype in ("I4", "I8")
-        else 8 * row.dense_bytes // (row.rows * row.columns)
-    )
-    size = packed_size(format, row.rows, row.columns, row.stored, bits)
+    in_words = row.dtype in ("I4", "I8")
+    bits = int(row.dtype[1:]) if in_words else 8 * row.dense_bytes // (row.rows * row.columns)
+    size = PACKED[format].size(row.rows, row.columns, row.stored, bits)
     if size < row.dense_bytes:
         return replace(row, packed_bytes=size)
     why = f"would take {size:,} bytes packed, and takes {row.dense_bytes:,} dense"
     if row.negative_zeros:
-        why += f", as its {row.negative_zeros:,} zeros that are -0.0 are kept (see --drop-negative-zeros)"
+        why += (
+            f", as its {row.negative_zeros:,} zeros that are -0.0 are kept "
+            "(see --drop-negative-zeros)"
+        )
     return replace(row, packed_bytes=size, reason=why)
 
 
 def _keep_experts_alike(rows: list[MatrixPlan]) -> list[MatrixPlan]:
-    """Transformers merges the experts of a layer, so that all of them are packed or none."""
+    """Pack all experts of a layer or none, since transformers merges them."""
     dense: dict[str, str] = {}
     for row in rows:
-        if row.reason is not None and (found := _EXPERT.match(row.name)):
-            dense.setdefault(found["experts"], row.name)
-    return [
-        replace(
-            row,
-            reason=f"experts of a layer are stored alike, and {dense[found['experts']]} stays dense",
-        )
-        if row.reason is None and (found := _EXPERT.match(row.name)) and found["experts"] in dense
-        else row
-        for row in rows
-    ]
+        if row.reason is not None and (expert := _EXPERT.match(row.name)):
+            dense.setdefault(expert["experts"], row.name)
+    alike = []
+    for row in rows:
+        expert = _EXPERT.match(row.name)
+        if row.reason is None and expert and (other := dense.get(expert["experts"])):
+            why = f"experts of a layer are stored alike, and {other} stays dense"
+            row = replace(row, reason=why)
+        alike.append(row)
+    return alike

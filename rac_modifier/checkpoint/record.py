@@ -18,7 +18,7 @@ _PACKAGES = (
 
 
 def environment() -> dict[str, str | int | None]:
-    """Versions by package (None if not installed), Python, platform and the number of CPUs. Imports none of the packages."""
+    """Return versions by package (None: not installed), Python, platform and number of CPUs."""
     versions: dict[str, str | int | None] = {}
     for key, distribution in _PACKAGES:
         try:

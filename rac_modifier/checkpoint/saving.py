@@ -1,8 +1,9 @@
-"""Make a model's `save_pretrained` write a checked, packed sparse checkpoint with its record and its card."""
+"""Make `save_pretrained` write a checked, packed sparse checkpoint with record and card."""
 
 from __future__ import annotations
 
 import functools
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +23,12 @@ from rac_modifier.checkpoint.measured import write_int8_activations
 from rac_modifier.checkpoint.names_on_disk import keep_expert_names, names_on_disk
 from rac_modifier.checkpoint.new_files import STAGING, move_into_place
 from rac_modifier.checkpoint.packing import mark_dense, pack_checkpoint
-from rac_modifier.checkpoint.quantization_config import quantized_weight, weight_schemes
+from rac_modifier.checkpoint.quantization_config import (
+    WORDS,
+    WORDS_SHAPE,
+    quantized_weight,
+    weight_schemes,
+)
 from rac_modifier.checkpoint.record import RUN_RECORD_NAME, environment
 from rac_modifier.checkpoint.sparsity_config import CONFIG_FILE, QUANTIZATION_KEY, SparsityRecord
 from rac_modifier.errors import RacError
@@ -42,13 +48,15 @@ def _nothing(model: PreTrainedModel, save_compressed: bool) -> None: ...
 
 @dataclass(frozen=True)
 class SavePlan:
-    """What a compressed model must look like on disk; without `modules` nothing is pruned, checked or packed.
+    """What a compressed model must look like on disk; without `modules` nothing is packed.
 
-    `patterns` has one pattern per module of `modules`; the activations of `int8_activations`, some of these, may have 8 bits.
-    `record` is the run's part of the record beside the weights; versions and the base model are added when it is written.
-    `tokenizer` is a path or id, None for that of the base model.
-    `prepare(model, save_compressed)` is called before saving, those of `after` when everything is written. Of several `processes`
-    all save, and the first one writes.
+    record: the run's part of the record; versions and the base model are added when it is written.
+    patterns: one per module of `modules`.
+    int8_activations: the modules among these whose activations may have 8 bits.
+    tokenizer: a path or id, None for that of the base model.
+    prepare: called with the model and `save_compressed` before saving.
+    after: called when everything is written.
+    processes: all save, and the first one writes.
     """
 
     record: dict[str, Any]
@@ -63,10 +71,11 @@ class SavePlan:
 
 
 def save_with_record(model: PreTrainedModel, plan: Callable[[], SavePlan]) -> None:
-    """Replace `model.save_pretrained` by one that checks the pattern, saves as before, and packs the result.
+    """Replace `model.save_pretrained` by one that also checks the pattern and packs.
 
-    `plan` is called when the model is saved, after all modifiers of a recipe. The present `save_pretrained` is wrapped, so
-    that of upstream for quantized models is still used. A second call only replaces the plan.
+    `plan` is called when the model is saved, after all modifiers of a recipe. The present
+    `save_pretrained` is wrapped, so that of upstream for quantized models is still used. A
+    second call only replaces the plan.
 
     No file that is written holds an absolute path: models, records and cards are passed on.
     """
@@ -81,40 +90,30 @@ def save_with_record(model: PreTrainedModel, plan: Callable[[], SavePlan]) -> No
         **kwargs: Any,
     ) -> None:
         # upstream would upload the weights before they are packed
-        options = (
-            {key: kwargs.pop(key) for key in hub.OPTIONS if key in kwargs} if push_to_hub else {}
-        )
+        options = {key: kwargs.pop(key) for key in hub.OPTIONS if push_to_hub and key in kwargs}
         current = plan()
         check_pattern(current)
         folder = _free_folder(Path(save_directory))
         staging = folder / STAGING  # the folder is no model before all of it is written
         if current.processes.is_first:
             shutil.rmtree(staging, ignore_errors=True)
-        dense_linears = [
-            name
-            for name, module in model.named_modules()
-            if isinstance(module, torch.nn.Linear) and name not in current.modules
-        ]
+        linears = (name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear))
+        dense = [name for name in linears if name not in current.modules]
         current.prepare(model, save_compressed)
         kwargs.setdefault("max_shard_size", _LARGEST_FILE)
         keep_expert_names(model)
         inner(str(staging), *args, save_compressed=save_compressed, **kwargs)
         if current.processes.is_first:
             packed = bool(current.modules) and current.storage == "packed" and save_compressed
-            _write_rest(model, staging, current, dense_linears, packed)
-            if folder != Path(
-                save_directory
-            ):  # oneshot saves its tokenizer to the folder that it was given
+            _record_sparsity(model, staging, current, dense, packed)
+            _write_record(model, staging, current, packed)
+            if folder != Path(save_directory):  # oneshot saves its tokenizer to save_directory
                 source = current.tokenizer or model.config._name_or_path
-                AutoTokenizer.from_pretrained(source, trust_remote_code=False).save_pretrained(
-                    staging
-                )
+                tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+                tokenizer.save_pretrained(staging)
             move_into_place(staging, folder)
-            what = (
-                f"{len(current.modules)} pruned modules ({current.storage})"
-                if current.modules
-                else "the model"
-            )
+            count = len(current.modules)
+            what = f"{count} pruned modules ({current.storage})" if count else "the model"
             logger.info(f"saved {what} to {folder}")
             for step in current.after:
                 step()
@@ -129,34 +128,59 @@ def save_with_record(model: PreTrainedModel, plan: Callable[[], SavePlan]) -> No
     model.push_to_hub = functools.partial(hub.push_to_hub, model)  # type: ignore[assignment]
 
 
-def _write_rest(
-    model: PreTrainedModel, folder: Path, plan: SavePlan, dense_linears: Sequence[str], packed: bool
+def _record_sparsity(
+    model: PreTrainedModel, folder: Path, plan: SavePlan, dense: Sequence[str], packed: bool
 ) -> None:
-    """Pack the weights that upstream has written, and write the record and the card beside them."""
-    if plan.modules:
-        saved = names_on_disk(model, [*plan.modules, *dense_linears])
-        modules = {saved[name]: plan.patterns[name].mask_structure for name in plan.modules}
-        if packed:
-            pack_checkpoint(folder, modules, dense_linears=[saved[name] for name in dense_linears])
-            if plan.int8_activations:
-                write_int8_activations(folder, [saved[name] for name in plan.int8_activations])
-        else:
-            mark_dense(folder, modules)
-            if plan.int8_activations:
-                logger.warning(
-                    f"{len(plan.int8_activations)} modules lose nothing with activations in 8 bits, which only a packed "
-                    "checkpoint can record; save it with save_compressed=True"
-                )
-    elif SparsityRecord.of(read_json(folder / CONFIG_FILE)).int8_activations:
-        write_int8_activations(folder, [])  # measured with the weights that the model had before
+    """Pack the weights that upstream has written, or mark them as pruned and dense."""
+    recorded = SparsityRecord.of(read_json(folder / CONFIG_FILE)).int8_activations
+    if not plan.modules:
+        if recorded:  # measured with the weights that the model had before
+            write_int8_activations(folder, [])
+        return
+    saved = names_on_disk(model, [*plan.modules, *dense])
+    modules = {saved[name]: plan.patterns[name].mask_structure for name in plan.modules}
+    if packed:
+        pack_checkpoint(folder, modules, dense_linears=[saved[name] for name in dense])
+        if plan.int8_activations:
+            write_int8_activations(folder, [saved[name] for name in plan.int8_activations])
+        return
+    mark_dense(folder, modules)
+    if plan.int8_activations:
+        logger.warning(
+            f"{len(plan.int8_activations)} modules lose nothing with activations in 8 bits, "
+            "which only a packed checkpoint can record; save it with save_compressed=True"
+        )
+
+
+def _write_record(model: PreTrainedModel, folder: Path, plan: SavePlan, packed: bool) -> None:
+    """Write the record, the card and a recipe without absolute paths next to the weights.
+
+    An error is logged: hours of work are not lost for a record.
+    """
     source = model.config._name_or_path
-    record = {"base_model": source, **plan.record, "versions": environment()}
-    if schemes := weight_schemes(read_json(folder / CONFIG_FILE).get(QUANTIZATION_KEY)):
-        record["quantization"] = [scheme.describe() for scheme in schemes]
-    record = without_paths(record)
-    write_json_atomic(folder / RUN_RECORD_NAME, record)
-    write_text_atomic(folder / CARD_NAME, model_card(record, license_of(source), packed))
-    _clean_recipe(folder)
+    try:
+        record = {"base_model": source, **plan.record, "versions": environment()}
+        if schemes := weight_schemes(read_json(folder / CONFIG_FILE).get(QUANTIZATION_KEY)):
+            record["quantization"] = [scheme.describe() for scheme in schemes]
+        record = without_paths(plain(record))
+        write_json_atomic(folder / RUN_RECORD_NAME, record)
+        write_text_atomic(folder / CARD_NAME, model_card(record, license_of(source), packed))
+        _clean_recipe(folder)
+    except Exception as error:
+        logger.opt(exception=error).error(
+            f"the record of the run and the card are incomplete ({error}); the weights are saved"
+        )
+
+
+def plain(value: Any) -> Any:
+    """Return a value as JSON takes it; other objects, NaN and infinities become text."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if value is None or isinstance(value, (str, int, float)) else str(value)
 
 
 def _clean_recipe(folder: Path) -> None:
@@ -170,38 +194,36 @@ def _clean_recipe(folder: Path) -> None:
 
 
 def check_pattern(plan: SavePlan) -> None:
-    """Check every pruned module against its pattern, also one that is quantized or was saved before.
+    """Check every pruned module against its pattern, also if it is quantized.
 
     Raises:
-        RacError: naming the first module whose zeros are gone, as after a GPTQModifier, which does not keep them.
+        RacError: naming the first module whose zeros are gone, as after a GPTQModifier, which
+            does not keep them.
     """
-    broken = [
-        name
-        for name, module in plan.modules.items()
-        if not _holds(name, module, plan.patterns[name])
-    ]
+    modules = plan.modules.items()
+    broken = [name for name, module in modules if not _holds(name, module, plan.patterns[name])]
     if broken:
         raise RacError(
             f"{broken[0]} ({len(broken)} modules in all) no longer holds its pattern: "
-            f"{plan.patterns[broken[0]].describe()}. "
-            "A modifier after pruning filled the zeros, as llm-compressor's GPTQModifier does. QuantizationModifier keeps them, "
-            "and so does quantization: {scheme: ...} in ReasoningAwareSparseGPTModifier, which compensates errors as GPTQ does. "
-            "Nothing was written"
+            f"{plan.patterns[broken[0]].describe()}. A modifier after pruning filled the zeros, as "
+            "llm-compressor's GPTQModifier does. QuantizationModifier keeps them, and so does "
+            "quantization: {scheme: ...} in ReasoningAwareSparseGPTModifier, which "
+            "compensates errors as "
+            "GPTQ does. Nothing was written"
         )
 
 
 def _holds(name: str, module: torch.nn.Linear, pattern: Pattern) -> bool:
-    if hasattr(module, "weight_packed"):  # by an earlier save
-        weight = quantized_weight(
-            {part: getattr(module, part) for part in ("weight_packed", "weight_shape")}, name
-        )[0]
+    if hasattr(module, WORDS):  # by an earlier save
+        parts = {part: getattr(module, part) for part in (WORDS, WORDS_SHAPE)}
+        weight = quantized_weight(parts, name)[0]
     else:
         weight = module.weight.detach()
     return holds(nonzero(weight), pattern)
 
 
 def _free_folder(folder: Path) -> Path:
-    """The folder, or, if it holds weights already, a new one beside it: hours of work are neither lost nor overwritten."""
+    """Return the folder, or a new one next to it if it holds weights already."""
     if not any(folder.glob("*.safetensors")):
         return folder
     for number in range(1, 1000):

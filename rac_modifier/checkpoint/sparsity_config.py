@@ -1,20 +1,24 @@
-"""What config.json says about sparsity: the one reader of its two entries, and pure functions that write them.
+"""What config.json says about sparsity: reader and writers of its two entries.
 
-`quantization_config.sparsity_config` is compressed-tensors' entry and means packed weights; stock vLLM from 0.19 on
-refuses it with a clear error. `rac_sparsity` is our own entry, which nothing else reads: it names every pruned module and
-its mask structure, for packed weights and for weights that are stored dense, and the modules with activations in 8 bits.
+`quantization_config.sparsity_config` means packed weights. `quant_method` next to it is
+"compressed-tensors", with which transformers and vLLM without this package refuse it. "rac" is
+read too, and not written: transformers only warns of a method that it does not know, and then
+starts the weights at random. `rac_sparsity` is our own entry, which nothing else
+reads: the mask structure of each pruned module, packed or stored dense, and the modules with
+activations in 8 bits.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
-from rac_modifier.checkpoint.formats import FORMAT_24, UNSTRUCTURED
+from rac_modifier.checkpoint.formats import FORMAT_24
+from rac_modifier.checkpoint.stored_weight import UNSTRUCTURED
 from rac_modifier.errors import RacError
+from rac_modifier.settings.name_patterns import check_names
 
 CONFIG_FILE = "config.json"
 QUANTIZATION_KEY = "quantization_config"
@@ -57,8 +61,9 @@ class _Entry(BaseModel):
 class SparsityConfig(_Entry):
     """`sparsity_config`: the weights are packed, in which format, and which linear modules are.
 
-    `targets` and `ignore` hold module names, patterns ("re:...") or, as compressed-tensors has it, "Linear" for all.
-    Entries of older compressed-tensors versions that mean nothing here are skipped.
+    `targets` and `ignore` hold module names, patterns ("re:...") or, as compressed-tensors has
+    it, "Linear" for all. Entries of older compressed-tensors versions that mean nothing here
+    are skipped.
     """
 
     version: int = VERSION  # not written while it is 1
@@ -70,7 +75,7 @@ class SparsityConfig(_Entry):
 
     @classmethod
     def of(cls, quantization: object) -> Self | None:
-        """The sparsity of a `quantization_config` (any value, as it is in the file); None where no weight is packed.
+        """Return the sparsity of a `quantization_config` (any value); None: nothing is packed.
 
         Raises:
             RacError: a malformed sparsity_config, or a format that cannot be read here.
@@ -89,7 +94,8 @@ class SparsityConfig(_Entry):
     def _not_newer(cls, version: int) -> int:
         if not 1 <= version <= VERSION:
             raise ValueError(
-                f"is {version}, and this rac-modifier reads versions up to {VERSION}: a newer one wrote it"
+                f"is {version}, and this rac-modifier reads versions up to {VERSION}: a newer "
+                "one wrote it"
             )
         return version
 
@@ -100,20 +106,16 @@ class SparsityConfig(_Entry):
 
     @field_validator("targets", "ignore")
     @classmethod
-    def _patterns_compile(cls, entries: tuple[str, ...]) -> tuple[str, ...]:
-        for entry in entries:
-            if entry.startswith("re:"):
-                try:
-                    re.compile(entry[3:])
-                except re.error as error:
-                    raise ValueError(f"has {entry!r}, which is no pattern ({error})") from error
+    def _patterns_end(cls, entries: tuple[str, ...]) -> tuple[str, ...]:
+        check_names(entries, "has a name")
         return entries
 
 
 class SparsityRecord(_Entry):
-    """`rac_sparsity`: how the pruned weights are stored, and the mask structure of each pruned module.
+    """`rac_sparsity`: how pruned weights are stored, and the mask structure of each module.
 
-    `int8_activations`: quantized modules whose inputs may be rounded to 8 bits, as `rac activations` found.
+    `int8_activations`: quantized modules whose inputs may be rounded to 8 bits, as `rac
+    activations` found.
     """
 
     storage: Literal["packed", "dense"] = "packed"
@@ -122,7 +124,7 @@ class SparsityRecord(_Entry):
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Self:
-        """The record of a parsed config.json; without modules for a model that this package did not prune.
+        """Return the record of a parsed config.json; without modules for a foreign model.
 
         Raises:
             RacError: a malformed entry.
@@ -141,13 +143,13 @@ def packed_format(config: Mapping[str, Any]) -> str | None:
 
 
 def ignored_modules(config: Mapping[str, Any]) -> set[str]:
-    """The modules that sparsity_config lists as left dense."""
+    """Return the modules that sparsity_config lists as left dense."""
     sparsity = SparsityConfig.of(config.get(QUANTIZATION_KEY))
     return set() if sparsity is None else set(sparsity.ignore)
 
 
 def recorded_structures(config: Mapping[str, Any]) -> dict[str, str]:
-    """Mask structure by module, as `rac_sparsity` has it; empty for a model that this package did not prune."""
+    """Return the mask structure by module in `rac_sparsity`; {} for a foreign model."""
     return SparsityRecord.of(config).modules
 
 
@@ -161,7 +163,8 @@ def check_method(config: Mapping[str, Any]) -> None:
     if not isinstance(found, dict) or found.get("quant_method", METHOD) != METHOD:
         method = found.get("quant_method") if isinstance(found, dict) else found
         raise RacError(
-            f"{CONFIG_FILE}: quantized by {method!r}; only compressed-tensors checkpoints can be packed"
+            f"{CONFIG_FILE}: quantized by {method!r}; only compressed-tensors checkpoints can "
+            "be packed"
         )
 
 
@@ -172,7 +175,7 @@ def with_packed(
     global_sparsity: float,
     ignore: list[str],
 ) -> dict[str, Any]:
-    """A copy of the config for packed weights; what quantization wrote there is kept.
+    """Return a copy of the config for packed weights; what quantization wrote there is kept.
 
     `global_sparsity` is the share of zeros in the packed modules.
 
@@ -198,7 +201,7 @@ def with_packed(
 
 
 def with_dense_mark(config: dict[str, Any], structures: dict[str, str]) -> dict[str, Any]:
-    """A copy of the config for sparse weights that are stored dense, which stock transformers and vLLM load."""
+    """Return a copy of the config for sparse weights that are stored dense."""
     marked = {**config, **_record("dense", structures)}
     if isinstance(config.get(QUANTIZATION_KEY), dict):
         kept = without_sparsity(config[QUANTIZATION_KEY])
@@ -209,9 +212,10 @@ def with_dense_mark(config: dict[str, Any], structures: dict[str, str]) -> dict[
 
 
 def with_int8_activations(config: dict[str, Any], modules: Iterable[str]) -> dict[str, Any]:
-    """A copy of a config in which these modules have inputs of 8 bits, and no other one.
+    """Return a copy of a config in which these modules have inputs of 8 bits, and no other one.
 
-    A config without `rac_sparsity` (dense weights of few bits, not pruned) gets one, which goes again with the last name.
+    A config without `rac_sparsity` (dense weights of few bits, not pruned) gets one, which goes
+    again with the last name.
     """
     names = sorted(modules)
     before = config.get(RAC_KEY) or {"storage": "dense", "modules": {}}
@@ -228,9 +232,11 @@ def _record(storage: Literal["packed", "dense"], structures: dict[str, str]) -> 
 
 
 def without_sparsity(quantization: dict[str, Any]) -> dict[str, Any] | None:
-    """A quantization_config as it is for dense weights; None where only sparsity was in it."""
+    """Return a quantization_config for dense weights; None if it held only sparsity."""
+    method = quantization.get("quant_method")
+    if method not in (METHOD, RAC_METHOD):
+        return quantization
     kept = {key: value for key, value in quantization.items() if key != "sparsity_config"}
-    sparse_only = kept.get("quant_method") == METHOD and not (
-        kept.get("config_groups") or kept.get("kv_cache_scheme") or kept.get("transform_config")
-    )
-    return None if sparse_only else kept
+    if not any(kept.get(key) for key in ("config_groups", "kv_cache_scheme", "transform_config")):
+        return None
+    return {**kept, "quant_method": METHOD}

@@ -1,35 +1,38 @@
-"""A sparse weight as a checkpoint stores it: checked once, cut to what a rank needs. Pure functions of tensors.
-
-Nothing is indexed by a number from a file before `check` has compared it with what the bitmask says.
-"""
+"""A weight as a checkpoint stores it: its scales checked, cut to what a rank needs."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from rac_modifier.checkpoint import bitmask as layout
-from rac_modifier.checkpoint.formats import FORMAT_24, UNSTRUCTURED, with_values
 from rac_modifier.errors import RacError
 from rac_modifier.settings.pattern import Pattern
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 SCALE = "weight_scale"
+UNSTRUCTURED = "unstructured"
+_CHUNK = 1 << 22  # values
 
 
 @dataclass(frozen=True, eq=False)
 class StoredWeight:
-    """A weight [N, columns]: its stored `values` in row-major order, 1-D, and the `bitmask` uint8 [N, ceil(columns/8)].
+    """A weight [N, columns]: stored `values` 1-D in row-major order, and `bitmask`.
 
-    `starts` int64 [N + 1] is where each row begins in `values`. `name` is for messages. Quantized values (int8, fp8; 4-bit
-    values are int8 too) have a `scale` float32 [N, groups], one per row and group of equally many columns. `bits` is 4 for
-    4-bit values, -8 to 7, or a code of 0 to 15 minus its code of zero, `zeros` uint8 [N, groups]; where all are stored it may
-    be 3 or 2, too.
-    activation_bits: what a kernel of integers may round the inputs of this layer to, 16 or 8.
+    bitmask: uint8 [N, ceil(columns/8)], which weights are stored.
+    starts: int64 [N + 1], where each row begins in `values`.
+    name: the module, for messages.
+    scale: float32 [N, groups] of quantized values (int8, fp8), one per row and group of equally
+    many columns.
+    bits: 4 for 4-bit values, which are int8 too: -8 to 7, or a code of 0 to 15 minus its code
+    of zero. Where
+        all values are stored it may be 3 or 2, too.
+    zeros: codes of zero, uint8 [N, groups].
+    activation_bits: bits that a kernel of integers may round the inputs of this layer to, 16 or 8.
     """
 
     values: Tensor
@@ -49,7 +52,7 @@ class StoredWeight:
 
     @property
     def density(self) -> float:
-        """Share of the weights that is stored."""
+        """Share of the weights that are stored."""
         return self.values.numel() / (self.rows * self.columns)
 
     @property
@@ -60,37 +63,33 @@ class StoredWeight:
     @property
     def two_of_four(self) -> bool:
         """Whether at most two of each four neighbouring columns are stored."""
-        if self.columns % 4:
-            return False
-        counts = _stored_of_four(self.bitmask)
-        return bool((counts & 0x0F <= 2).all()) and bool((counts >> 4 <= 2).all())
+        return self.columns % 4 == 0 and layout.most_of_four(self.bitmask) <= 2
 
     @property
     def group_bytes(self) -> int:
-        """The fewest bytes that hold the scale of a group exactly, 2 (bfloat16) or 4, and its code of zero."""
+        """Bytes that hold the scale of a group, 2 (bfloat16, if exact) or 4, and its code of zero."""
         narrow = self.scale is not None and torch.equal(self.scale.bfloat16().float(), self.scale)
         return (2 if narrow else 4) + (self.zeros is not None)
 
+    def zero_masks(self, multiple: int = 1) -> Iterator[Tensor]:
+        """Yield bool masks of the weights that are 0.0 or -0.0, block by block (`dense_blocks`)."""
+        blocks = layout.dense_blocks(self.values, self.bitmask, self.columns, multiple)
+        return (~layout.nonzero(block) for _, _, block in blocks)
+
     def dequantized(self, dtype: torch.dtype) -> Tensor:
-        """[N, columns], dense, multiplied by the scales in float32 and rounded once to `dtype`."""
+        """Return the dense weight times its scales, in float32, rounded once to `dtype`."""
         return dequantize(self.dense(), self.scale, dtype)
 
     def floats(self, dtype: torch.dtype) -> StoredWeight:
-        """The same weight with values of `dtype` and no scale."""
+        """Return the same weight with values of `dtype` and no scale."""
         return from_dense(self.dequantized(dtype), self.name)
 
     def dense(self) -> Tensor:
-        """[N, columns], dense; quantized values as they are stored, without their scales."""
-        parts = {
-            "compressed": self.values,
-            "bitmask": self.bitmask,
-            "row_offsets": self.starts[:-1],
-            "shape": torch.tensor([self.rows, self.columns]),
-        }
-        return layout.unpack_unstructured(parts, self.name)
+        """Return the dense weight [N, columns]; quantized values without their scales."""
+        return layout.expand(self.values, self.bitmask, self.columns)
 
     def select_rows(self, rows: Tensor) -> StoredWeight:
-        """The rows of these numbers (int64, within N) in this order; consecutive ones are copied together."""
+        """Return the rows of these numbers (int64) in this order; runs are copied together."""
         breaks = (torch.nonzero(rows[1:] != rows[:-1] + 1).flatten() + 1).tolist()
         runs = [
             (int(rows[a]), int(rows[b - 1]) + 1)
@@ -104,7 +103,7 @@ class StoredWeight:
                 [self.values[int(self.starts[a]) : int(self.starts[b])] for a, b in runs]
             ),
             bitmask=torch.cat([self.bitmask[a:b] for a, b in runs]),
-            starts=_starts(
+            starts=row_starts(
                 torch.cat([self.starts[a + 1 : b + 1] - self.starts[a:b] for a, b in runs])
             ),
             scale=None if self.scale is None else torch.cat([self.scale[a:b] for a, b in runs]),
@@ -112,7 +111,7 @@ class StoredWeight:
         )
 
     def select_columns(self, first: int, count: int) -> StoredWeight:
-        """Columns `first` to `first + count`; zeros that were stored as values are left out."""
+        """Return columns `first` to `first + count`; zeros that were stored are left out."""
         if (first, count) == (0, self.columns):
             return self
         dense = self.dense()[:, first : first + count].contiguous()
@@ -131,95 +130,88 @@ class StoredWeight:
         )
 
 
-def check(
-    tensors: Mapping[str, Tensor], format: str, name: str, scaled: bool = True
-) -> StoredWeight:
-    """Check the tensors of `PARTS[format]`, and the `weight_scale` of quantized values, as untrusted input.
-
-    `scaled` False: another loader reads the scales, and the result has none.
-
-    Raises:
-        RacError: naming `{name}.{part}`, where parts are missing, malformed or contradict each other.
-    """
-    bits = 4 if layout.part_of(tensors, name, "compressed").dtype == torch.int32 else 8
-    tensors = with_values(tensors, format, name)
-    compressed, bitmask, rows, columns = layout.check_parts(tensors, name)
-    scale = check_scale(tensors, compressed.dtype, rows, columns, name) if scaled else None
-    counts = layout.row_counts(bitmask)
-    if format == FORMAT_24:
-        if columns % 4 or tuple(compressed.shape) != (rows, columns // 2):
-            raise RacError(
-                f"{name}.compressed: shape {list(compressed.shape)} does not fit a 2:4 weight [{rows}, {columns}]; "
-                "the checkpoint is damaged or not 2:4"
-            )
-        if not _two_of_four(bitmask, columns):
-            raise RacError(
-                f"{name}.bitmask: four columns do not keep exactly two; the checkpoint is damaged"
-            )
-        return StoredWeight(
-            compressed.reshape(-1), bitmask, columns, _starts(counts), name, scale, bits
-        )
-    starts = _starts(counts)
-    if compressed.dim() != 1 or compressed.numel() != int(starts[-1]):
-        raise RacError(
-            f"{name}.compressed: shape {list(compressed.shape)}, but the bitmask keeps {int(starts[-1])} values; "
-            "the checkpoint is damaged"
-        )
-    offsets = layout.part_of(tensors, name, "row_offsets")
-    if offsets.dtype != torch.int64 or not torch.equal(offsets, starts[:-1]):
-        raise RacError(
-            f"{name}.row_offsets: not the row starts that the bitmask has; the checkpoint is damaged"
-        )
-    return StoredWeight(compressed, bitmask, columns, starts, name, scale, bits)
-
-
 def check_scale(
-    tensors: Mapping[str, Tensor], dtype: torch.dtype, rows: int, columns: int, name: str
+    tensors: Mapping[str, Tensor], dtype: torch.dtype, rows: int, columns: int, module: str
 ) -> Tensor | None:
-    """The scales of a weight [rows, columns] of `dtype`, float32 [rows, groups]; None where it needs none.
+    """Return the scales float32 [rows, groups] of a weight [rows, columns]; None of floats.
 
     Raises:
         RacError: quantized values without scales, floats with them, or scales that do not fit.
     """
-    scale = tensors.get(SCALE)
+    name, scale = f"{module}.{SCALE}", tensors.get(SCALE)
     if dtype in FLOATS:
         if scale is not None:
             raise RacError(
-                f"{name}.{SCALE}: must not be there, since the values are {dtype}; save the model again"
+                f"{name}: must not be there, since the values are {dtype}; save the model again"
             )
         return None
     if scale is None:
         raise RacError(
-            f"{name}.{SCALE}: missing, but its values are {dtype}; copy the checkpoint again, or restore the config.json "
-            "that was saved with it, whose config_groups describe the quantization"
+            f"{name}: missing, but its values are {dtype}; copy the checkpoint again, or "
+            "restore the config.json that was saved with it, whose config_groups describe "
+            "the quantization"
         )
-    if scale.dtype not in FLOATS or not bool(scale.isfinite().all()):
-        raise RacError(f"{name}.{SCALE}: {scale.dtype}, or not finite; the checkpoint is damaged")
+    check_scale_values(scale, name)
     if scale.numel() == 1:
         return scale.float().reshape(1, 1).expand(rows, 1).contiguous()
     scale = scale[:, None] if scale.dim() == 1 else scale
     if scale.dim() != 2 or scale.shape[0] != rows or not scale.shape[1] or columns % scale.shape[1]:
         raise RacError(
-            f"{name}.{SCALE}: shape {list(scale.shape)} does not fit a weight [{rows}, {columns}], which has one scale, one "
-            "per row, or one per row and group of columns; the checkpoint is damaged"
+            f"{name}: shape {list(scale.shape)} does not fit a weight [{rows}, {columns}], "
+            "which has one scale, one per row, or one per row and group of columns; the "
+            "checkpoint is damaged"
         )
     return scale.float().contiguous()
 
 
+def check_scale_values(scale: Tensor, name: str) -> None:
+    """Refuse scales that are zero or not finite (RacError). AutoRound writes negative ones."""
+    if scale.dtype not in FLOATS:
+        raise RacError(f"{name}: {scale.dtype}, not floats; the checkpoint is damaged")
+    check_finite(scale, name)
+    if bool((scale == 0).any()):
+        raise RacError(f"{name}: a scale is zero; the checkpoint is damaged")
+
+
+def check_finite(values: Tensor, name: str) -> None:
+    """Refuse floats that are NaN or infinite (RacError)."""
+    if not all(map(_finite, values.reshape(-1).split(_CHUNK))):
+        raise RacError(
+            f"{name}: holds values that are not finite (NaN or infinite); the checkpoint is damaged"
+        )
+
+
+def _finite(values: Tensor) -> bool:
+    if not values.is_floating_point():
+        return True
+    if values.dtype == torch.float8_e4m3fn:  # no infinity: all bits but the sign are set in NaN
+        return not bool((values.view(torch.uint8) & 0x7F == 0x7F).any())
+    if values.dtype == torch.float8_e5m2:
+        return not bool((values.view(torch.uint8) & 0x7C == 0x7C).any())
+    return bool(values.isfinite().all())
+
+
 def dequantize(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """[N, K] times `scale` [N, groups], in float32, then `dtype`."""
+    """Return [N, K] times `scale` [N, groups], in float32, as `dtype`."""
     if scale is None:
         return weight.to(dtype)
-    groups = scale.shape[1]
-    return (
-        (weight.float().view(len(weight), groups, -1) * scale[:, :, None])
-        .view(weight.shape)
-        .to(dtype)
-    )
+    grouped = weight.float().view(len(weight), scale.shape[1], -1)
+    return (grouped * scale[:, :, None]).view(weight.shape).to(dtype)
 
 
-def count_broken_groups(weight: Tensor, structure: str, name: str) -> int:
-    """Groups of M columns of `weight` [rows, columns] with fewer than N zeros; an unstructured weight has none.
+def dense_zero_masks(weight: Tensor) -> Iterator[Tensor]:
+    """Yield bool masks of the weights that are 0.0 or -0.0, by chunks of rows."""
+    return (~layout.nonzero(weight[part]) for part in layout.row_chunks(*weight.shape))
+
+
+def count_zeros(weight: Tensor | StoredWeight) -> int:
+    """Count the weights that are 0.0 or -0.0."""
+    masks = dense_zero_masks(weight) if isinstance(weight, Tensor) else weight.zero_masks()
+    return sum(int(mask.sum()) for mask in masks)
+
+
+def count_broken_groups(weight: Tensor | StoredWeight, structure: str, module: str) -> int:
+    """Count the groups of M columns with fewer than N zeros; an unstructured weight has none.
 
     Raises:
         RacError: columns that are no multiple of M.
@@ -227,24 +219,39 @@ def count_broken_groups(weight: Tensor, structure: str, name: str) -> int:
     if structure == UNSTRUCTURED:
         return 0
     pattern = Pattern.parse(structure, None)
-    rows, columns = weight.shape
-    pattern.check_shape(name, rows, columns)
-    zeros = (
-        (~layout.nonzero(weight[part])).view(-1, pattern.m).sum(dim=1)
-        for part in layout.row_chunks(rows, columns)
-    )
-    return sum(int((count < pattern.n).sum()) for count in zeros)
+    if isinstance(weight, Tensor):
+        pattern.check_shape(module, *weight.shape)
+        masks = dense_zero_masks(weight)
+    else:
+        pattern.check_shape(module, weight.rows, weight.columns)
+        masks = weight.zero_masks(pattern.m)
+    counts = (mask.view(-1, pattern.m).sum(dim=1) for mask in masks)
+    return sum(int((count < pattern.n).sum()) for count in counts)
+
+
+def compress_nonzero(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the values other than +0.0 of a weight, its bitmask, and its row starts."""
+    values, bitmask = layout.compress(weight, count_stored(weight), _stored)
+    return values, bitmask, row_starts(layout.row_counts(bitmask))
+
+
+def count_stored(weight: Tensor) -> int:
+    """Count the values of a weight that are not +0.0, which are stored to keep all bits."""
+    return sum(int(_stored(weight[part]).sum()) for part in layout.row_chunks(*weight.shape))
+
+
+def _stored(weight: Tensor, first_row: int = 0) -> Tensor:
+    return layout.as_integers(weight) != 0
 
 
 def from_dense(weight: Tensor, name: str) -> StoredWeight:
-    """The sparse form of a dense weight [N, columns]."""
-    parts = layout.pack_unstructured(weight, name)
-    starts = torch.cat([parts["row_offsets"], torch.tensor([parts["compressed"].numel()])])
-    return StoredWeight(parts["compressed"], parts["bitmask"], weight.shape[1], starts, name)
+    """Return the sparse form of a dense weight [N, columns]."""
+    values, bitmask, starts = compress_nonzero(weight)
+    return StoredWeight(values, bitmask, weight.shape[1], starts, name)
 
 
 def all_stored(weight: Tensor, name: str) -> StoredWeight:
-    """A dense weight [N, columns] with every value stored, zeros too."""
+    """Return a dense weight [N, columns] with every value stored, zeros too."""
     rows, columns = weight.shape
     bitmask = torch.full((rows, -(-columns // 8)), 255, dtype=torch.uint8)
     if columns % 8:
@@ -253,7 +260,7 @@ def all_stored(weight: Tensor, name: str) -> StoredWeight:
 
 
 def stack(weights: Sequence[StoredWeight], name: str) -> StoredWeight:
-    """One weight with the rows of all of these, in order.
+    """Stack the rows of these weights, in order.
 
     Raises:
         RacError: they differ in columns or dtype.
@@ -264,8 +271,9 @@ def stack(weights: Sequence[StoredWeight], name: str) -> StoredWeight:
     for other in weights[1:]:
         if _kind(other) != _kind(first):
             raise RacError(
-                f"{other.name}: {other.columns} columns of {other.values.dtype}, which cannot be fused with {first.name}, "
-                f"{first.columns} columns of {first.values.dtype}; the checkpoint does not fit this model"
+                f"{other.name}: {other.columns} columns of {other.values.dtype}, which "
+                f"cannot be fused with {first.name}, {first.columns} columns of "
+                f"{first.values.dtype}; the checkpoint does not fit this model"
             )
     scales = [weight.scale for weight in weights if weight.scale is not None]
     zeros = [weight.zeros for weight in weights if weight.zeros is not None]
@@ -274,7 +282,7 @@ def stack(weights: Sequence[StoredWeight], name: str) -> StoredWeight:
         torch.cat([weight.values for weight in weights]),
         torch.cat([weight.bitmask for weight in weights]),
         first.columns,
-        _starts(counts),
+        row_starts(counts),
         name,
         torch.cat(scales) if scales else None,
         first.bits,
@@ -286,19 +294,6 @@ def _kind(weight: StoredWeight) -> tuple[int, torch.dtype, int, int, bool]:
     return weight.columns, weight.values.dtype, weight.group, weight.bits, weight.zeros is None
 
 
-def _starts(counts: Tensor) -> Tensor:
+def row_starts(counts: Tensor) -> Tensor:
+    """Return where each row starts, int64 [N + 1], from the number of values in each, int64 [N]."""
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-
-
-def _two_of_four(bitmask: Tensor, columns: int) -> bool:
-    """Whether two bits are set in every half byte (four columns); `columns` is a multiple of four."""
-    counts = _stored_of_four(bitmask)
-    if columns % 8:
-        return bool((counts[:, :-1] == 0x22).all()) and bool((counts[:, -1] == 0x02).all())
-    return bool((counts == 0x22).all())
-
-
-def _stored_of_four(bitmask: Tensor) -> Tensor:
-    """How many bits are set in each half of each byte, in that half."""
-    pairs = bitmask - ((bitmask >> 1) & 0x55)
-    return (pairs & 0x33) + ((pairs >> 2) & 0x33)

@@ -1,4 +1,4 @@
-"""Send a checkpoint folder to the Hugging Face hub as it is: packed weights, run record and card."""
+"""Send a checkpoint folder to the Hugging Face hub as it is."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def upload(
     tags: Sequence[str] | None = None,
     **commit: Any,
 ) -> CommitInfo:
-    """Make the repository if it is not there, and commit all files of the folder. The endpoint is that of HF_ENDPOINT.
+    """Make the repository if it is not there, and commit all files of the folder.
 
     Args:
         folder: of a checkpoint.
@@ -50,16 +50,16 @@ def upload(
         changed.data.tags = list(dict.fromkeys([*(changed.data.tags or []), *tags]))
         changed.save(card)
     api = HfApi(token=token)
-    made = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    created = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     return api.upload_folder(
-        repo_id=made, folder_path=folder, **{k: v for k, v in commit.items() if v is not None}
+        repo_id=created, folder_path=folder, **{k: v for k, v in commit.items() if v is not None}
     )
 
 
 def push_to_hub(
     model: PreTrainedModel, repo_id: str, max_shard_size: int | str | None = None, **options: Any
 ) -> CommitInfo:
-    """As transformers' `push_to_hub`, which would replace our card by one of its own: save the model, and upload that.
+    """Save the model and upload it; transformers' `push_to_hub` would replace our card.
 
     `options` are those of `upload`.
     """

@@ -1,6 +1,7 @@
-"""transformers' weight converters for packed weights: the parts of a module in, its dense tensors out, while it is loaded.
+"""transformers' weight converters for packed weights: parts in, dense tensors out.
 
-Nothing of `transformers.modeling_utils` may be imported here: this module is imported while that one is.
+Nothing of `transformers.modeling_utils` may be imported here: this module is imported while
+that one is.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightTransform
 
-from rac_modifier.checkpoint.formats import PARTS, unpack
+from rac_modifier.checkpoint.formats import PARTS, check
 from rac_modifier.checkpoint.quantization_config import WORDS, to_words
 from rac_modifier.checkpoint.stored_weight import FLOATS
 from rac_modifier.errors import RacError
@@ -26,8 +27,9 @@ if TYPE_CHECKING:
 class Unpack(ConversionOps):
     """Makes the dense tensors of one packed weight; one instance serves a whole load.
 
-    transformers turns an error of an operation into a RuntimeError of its own, so `errors` keeps them for the quantizer,
-    which raises the first of them when everything is loaded. `dtypes` has the dtype to load each weight in, by full name.
+    transformers turns an error of an operation into a RuntimeError of its own, so `errors`
+    keeps them for the quantizer, which raises the first of them when everything is loaded.
+    `dtypes` has the dtype to load each weight in, by full name.
     """
 
     def __init__(self, format: str, dtypes: Mapping[str, torch.dtype]) -> None:
@@ -48,7 +50,7 @@ class Unpack(ConversionOps):
         model: PreTrainedModel | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """`<module>.weight`, or `weight_packed` and `weight_shape`, by full name; nothing if the parts are damaged."""
+        """Return `weight`, or `weight_packed` and `weight_shape`, by full name; {} if damaged."""
         assert model is not None
         module, _, target = full_layer_name.rpartition(".")
         try:
@@ -67,7 +69,7 @@ class Unpack(ConversionOps):
             return {}
 
     def dense(self, parts: Mapping[str, Tensor], module: str) -> tuple[Tensor, bool]:
-        """The dense weight, values as they are stored, of parts by source pattern; and whether they were int32 words.
+        """Return the dense weight of parts by source pattern, and whether they were words.
 
         Raises:
             RacError: naming the damaged part of `module`.
@@ -75,7 +77,8 @@ class Unpack(ConversionOps):
         named = {
             pattern.removesuffix("$").rpartition(".")[2]: part for pattern, part in parts.items()
         }
-        return unpack(named, self.format, module), named["compressed"].dtype == torch.int32
+        dense = check(named, self.format, module, scaled=False).dense()
+        return dense, named["compressed"].dtype == torch.int32
 
     def cast(self, weight: Tensor, name: str) -> Tensor:
         """`weight` in the dtype that the model's weight `name` is loaded in.
@@ -86,14 +89,15 @@ class Unpack(ConversionOps):
         dtype = self.dtypes[name]
         if weight.dtype not in FLOATS and weight.dtype != dtype:
             raise RacError(
-                f"{name}: its values are {weight.dtype}, but no config group of config.json's quantization_config quantizes "
-                "this module; restore the config.json that was saved with the weights"
+                f"{name}: its values are {weight.dtype}, but no config group of "
+                "config.json's quantization_config quantizes this module; restore the "
+                "config.json that was saved with the weights"
             )
         return weight.to(dtype)
 
 
 class UnpackExperts(WeightConverter):
-    """A model's converter for the weights of its experts, with packed experts unpacked before they are merged."""
+    """A model's converter for experts, with packed experts unpacked before they are merged."""
 
     __slots__ = ("original", "unpack", "unpacked")
 
@@ -116,7 +120,7 @@ class UnpackExperts(WeightConverter):
         self.original, self.unpack, self.unpacked = original, unpack, unpacked
 
     def convert(self, layer_name: str, model: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As the original converter; nothing if an expert is damaged, whose error `unpack` keeps."""
+        """Convert as the original; {} if an expert is damaged, whose error `unpack` keeps."""
         collected = self.materialize_tensors()
         try:
             for pattern, parts in self.unpacked.items():
@@ -133,13 +137,14 @@ class UnpackExperts(WeightConverter):
     def _dense_experts(
         self, pattern: str, collected: dict[str, list[Tensor]], layer_name: str
     ) -> dict[str, list[Tensor]]:
-        """The dense weights of all experts under the patterns that the original's operations expect."""
+        """Return the dense weights of all experts under the original's patterns."""
         stem, ending = _split(pattern)
         anchored = f"{stem}{ending}$"
         if anchored in collected:
             raise RacError(
-                f"{layer_name}: some of its experts are packed and some are stored dense, which cannot be merged; prune all "
-                "experts of a layer, or save the model with storage: dense"
+                f"{layer_name}: some of its experts are packed and some are stored dense, "
+                "which cannot be merged; prune all experts of a layer, or save the model "
+                "with storage: dense"
             )
         parts = {part: collected.pop(part) for part in self.unpacked[pattern]}
         scaled = any("weight_scale" in source for source in self.source_patterns)
@@ -164,7 +169,7 @@ class UnpackExperts(WeightConverter):
 def updated_conversions(
     conversions: Iterable[WeightTransform], unpack: Unpack, int32_modules: Iterable[str]
 ) -> list[WeightTransform]:
-    """A model's conversions with those for packed weights; `int32_modules` are those that upstream stores in int32 words."""
+    """Return a model's conversions and ours; `int32_modules`: in int32 words upstream."""
     updated = [
         UnpackExperts(c, unpack)
         if isinstance(c, WeightConverter) and "experts" in c.source_patterns[0]
@@ -179,7 +184,7 @@ def updated_conversions(
 
 
 def conversions_for_saving(conversions: Iterable[WeightTransform]) -> list[WeightTransform]:
-    """The conversions that a loaded model needs to be saved dense: the model's own."""
+    """Return the conversions that a loaded model needs to be saved dense: the model's own."""
     return [
         c.original if isinstance(c, UnpackExperts) else c
         for c in conversions
@@ -188,14 +193,14 @@ def conversions_for_saving(conversions: Iterable[WeightTransform]) -> list[Weigh
 
 
 def misfit(name: str, found: Iterable[int], expected: Iterable[int]) -> RacError:
-    """The error that a tensor has another shape than the model."""
+    """Return the error that a tensor has another shape than the model."""
     return RacError(
-        f"{name}: its shape {list(found)} does not fit the model's config.json, which says {list(expected)}; restore the "
-        "config.json that was saved with the weights"
+        f"{name}: its shape {list(found)} does not fit the model's config.json, which says "
+        f"{list(expected)}; restore the config.json that was saved with the weights"
     )
 
 
 def _split(pattern: str) -> tuple[str, str]:
-    """A source pattern before and behind its last dot."""
+    """Return a source pattern before and behind its last dot."""
     stem, dot, ending = pattern.removesuffix("$").rpartition(".")
     return stem + dot, ending

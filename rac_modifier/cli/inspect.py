@@ -47,13 +47,13 @@ def inspect(
     checkpoint = Path(resolve(str(checkpoint)))
     if problem := folder_problem(checkpoint):
         raise RacError(
-            f"{checkpoint}: {problem}; give the folder of a saved model (hf download ID --local-dir FOLDER makes one)"
+            f"{checkpoint}: {problem}; give the folder of a saved model (hf download ID "
+            "--local-dir FOLDER makes one)"
         )
     report = inspect_checkpoint(checkpoint)
     if as_json:
         rows = plan_checkpoint(checkpoint) if report.sound else []
-        found = figures(report, rows)
-        print_json(found)
+        print_json(figures(report, rows))
         if not report.sound:
             raise typer.Exit(1)
         return
@@ -66,23 +66,19 @@ def inspect(
             f"\nServed with vLLM on this machine's CPU:\n{render_plan(rows)}\n{speed_line(report, rows)}"
         )
     elif dense := plan_dense_codes(checkpoint):
-        few = sorted(
-            {
-                row.layer.word_bits
-                for row in dense
-                if row.layer is not None and row.layer.word_bits < 4
-            }
-        )
-        own = "runs the int4 weights on kernels of its own"
+        few = {row.layer.word_bits for row in dense if row.layer and row.layer.word_bits < 4}
+        support = "runs the int4 weights on kernels of its own"
         if few:
-            own = f"has no kernel for int{' and int'.join(map(str, few))} weights on a CPU"
+            support = (
+                f"has no kernel for int{' and int'.join(map(str, sorted(few)))} weights on a CPU"
+            )
         typer.echo(
-            f"\nvLLM {own}. With --quantization rac, on this machine's CPU:\n{render_plan(dense)}"
+            f"\nvLLM {support}. With --quantization rac, on this machine's CPU:\n{render_plan(dense)}"
         )
 
 
 def render_report(report: CheckpointReport) -> str:
-    """A table with one row per matrix, and the totals. Lines are not broken, so that a file or a pipe gets whole rows."""
+    """Return a table with a row per matrix, and the totals; lines are not broken."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
@@ -106,7 +102,7 @@ def printable(text: str) -> str:
 
 
 def figures(report: CheckpointReport, rows: Sequence[PlanRow]) -> dict[str, Any]:
-    """What is printed, as values for JSON; `served` has the plan of each linear module, empty for a damaged checkpoint."""
+    """Return what is printed as values for JSON; `served`: the plan of each linear module."""
     from dataclasses import asdict
 
     computed = ("stored_bytes", "dense_bytes", "sparsity", "sound")
@@ -136,7 +132,7 @@ def _cells(row: ModuleRow) -> tuple[str, ...]:
 
 
 def totals(report: CheckpointReport) -> list[str]:
-    """The lines below the table."""
+    """Return the lines below the table."""
     dense = (
         f" stored, {report.dense_bytes:,} with every matrix dense"
         if report.dense_bytes != report.stored_bytes
@@ -158,32 +154,26 @@ def totals(report: CheckpointReport) -> list[str]:
 
 
 def speed_line(report: CheckpointReport, rows: Sequence[PlanRow]) -> str:
-    """The most that decoding can gain on this machine: bytes read per token with the planned kernels, and dense.
+    """Return the most that decoding can gain: bytes per token with the kernels, and dense.
 
-    The baseline is every matrix dense in the dtype that it would be served in. Matrices without a plan (the output matrix,
-    say) are read in both cases as they are stored.
+    The baseline is every matrix dense in the dtype that it would be served in. Matrices without
+    a plan (the output matrix, say) are read in both cases as they are stored.
     """
-    planned = {row.module: row for row in rows}
     sparse = [row for row in rows if row.decision.sparse]
     if not sparse:
         return "No module runs on a sparse kernel here, so decoding is as fast as that of the dense model."
-    others = sum(
-        r.stored_bytes for r in report.modules if r.read_per_token and r.name not in planned
-    )
-    dense = others + sum(
-        r.rows * r.columns * r.decision.bytes_per_weight * r.decision.ceiling for r in rows
-    )
-    here = others + sum(
-        r.rows
-        * r.columns
-        * r.decision.bytes_per_weight
-        * (1 if r.decision.sparse else r.decision.ceiling)
-        for r in rows
-    )
+    planned = {row.module for row in rows}
+    unplanned = [r for r in report.modules if r.read_per_token and r.name not in planned]
+    dense = read = float(sum(row.stored_bytes for row in unplanned))
+    for row in rows:
+        stored = row.rows * row.columns * row.decision.bytes_per_weight
+        dense += stored * row.decision.ceiling
+        read += stored * (1 if row.decision.sparse else row.decision.ceiling)
     kernels = ", ".join(dict.fromkeys(row.decision.kernel for row in sparse))
     return (
-        f"Decoding reads {here / 1e6:,.1f} MB of weights per token with the {kernels}, and {dense / 1e6:,.1f} MB with every "
-        f"matrix dense in the dtype that is served: at most {dense / here:.2f}x as fast as the dense model, at batch size 1."
+        f"Decoding reads {read / 1e6:,.1f} MB of weights per token with the {kernels}, and "
+        f"{dense / 1e6:,.1f} MB with every matrix dense in the dtype that is served: at most "
+        f"{dense / read:.2f}x as fast as the dense model, at batch size 1."
     )
 
 

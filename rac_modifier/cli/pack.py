@@ -45,8 +45,8 @@ def pack(
 ) -> None:
     """Pack the zeros of a pruned model away, whoever pruned it.
 
-    The pattern of each module is found from its weights. A module that would not get smaller stays dense. The model is only
-    read; loaded again, the result is the same to the bit.
+    The pattern of each module is found from its weights. A module that would not get smaller
+    stays dense. The model is only read; loaded again, the result is the same to the bit.
 
     Example: rac pack path/to/pruned-model packed-model
 
@@ -118,13 +118,13 @@ def unpack(
         print_json({"out": str(out), **asdict(summary)})
         return
     typer.echo(
-        f"{len(summary.modules)} modules unpacked, {summary.packed_bytes:,} -> {summary.dense_bytes:,} bytes; {out} loads "
-        "without rac_modifier"
+        f"{len(summary.modules)} modules unpacked, {summary.packed_bytes:,} -> "
+        f"{summary.dense_bytes:,} bytes; {out} loads without rac_modifier"
     )
 
 
 def render_plan(plan: PackPlan) -> str:
-    """A row per matrix and the totals."""
+    """Return a row per matrix and the totals."""
     from rac_modifier.cli.tables import render_table
 
     lines = [render_table(_HEAD, [_cells(row) for row in plan.matrices], left=4)]
@@ -135,7 +135,8 @@ def render_plan(plan: PackPlan) -> str:
     before = sum(row.dense_bytes for row in plan.matrices)
     after = before - sum(row.dense_bytes - (row.packed_bytes or 0) for row in plan.packed)
     lines.append(
-        f"to be packed: {len(plan.packed)} of {len(plan.matrices)} matrices ({patterns or 'none'}), as {plan.format}"
+        f"to be packed: {len(plan.packed)} of {len(plan.matrices)} matrices "
+        f"({patterns or 'none'}), as {plan.format}"
     )
     lines.append(f"all matrices: {before:,} bytes dense, {after:,} packed")
     if negative := sum(row.negative_zeros for row in plan.matrices):

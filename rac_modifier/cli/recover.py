@@ -312,14 +312,19 @@ def _quantized_modules(sparse: Path) -> set[str]:
     """The modules that are quantized, of the names of the tensors; RacError for those that cannot be trained."""
     from rac_modifier.checkpoint.files import TensorFiles
     from rac_modifier.checkpoint.quantization_config import weight_schemes
-    from rac_modifier.checkpoint.sparsity_config import CONFIG_FILE, METHOD, QUANTIZATION_KEY
+    from rac_modifier.checkpoint.sparsity_config import (
+        CONFIG_FILE,
+        METHOD,
+        QUANTIZATION_KEY,
+        RAC_METHOD,
+    )
     from rac_modifier.files import read_json
     from rac_modifier.llmcompressor.quantized_checkpoint import check_trainable, quantized_names
 
     if not sparse.is_dir():
         return set()
     quantization = read_json(sparse / CONFIG_FILE).get(QUANTIZATION_KEY) or {}
-    if (method := quantization.get("quant_method", METHOD)) != METHOD:
+    if (method := quantization.get("quant_method", METHOD)) not in (METHOD, RAC_METHOD):
         raise RacError(
             f"{sparse}: quantized by {method!r}; recovery reads and writes {METHOD} alone: quantize with llm-compressor"
         )

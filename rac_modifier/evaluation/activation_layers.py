@@ -20,6 +20,7 @@ from rac_modifier.checkpoint.sparsity_config import (
     CONFIG_FILE,
     METHOD,
     QUANTIZATION_KEY,
+    RAC_METHOD,
     packed_format,
 )
 from rac_modifier.errors import RacError
@@ -134,7 +135,7 @@ def _dense(folder: Path, config: Mapping[str, Any]) -> tuple[list[PlanRow], dict
     quantization = config.get(QUANTIZATION_KEY)
     if not isinstance(quantization, Mapping):
         raise RacError(f"{folder}: its weights are neither quantized nor packed; {_STEP}")
-    if (method := quantization.get("quant_method", METHOD)) != METHOD:
+    if (method := quantization.get("quant_method", METHOD)) not in (METHOD, RAC_METHOD):
         raise RacError(f"{folder}: quantized by {method!r}, of which no layer is measured; {_STEP}")
     reasons = {scheme: _why_not(scheme) for scheme in weight_schemes(quantization)}
     with_activations = [s for s in reasons if s.activations and s.kind == "int" and s.bits in BITS]

@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 
 from rac_modifier.checkpoint import dense_codes, gptq_awq
-from rac_modifier.checkpoint.formats import FORMAT_BITMASK, PARTS
+from rac_modifier.checkpoint.formats import FORMAT_BITMASK, PARTS, check
 from rac_modifier.checkpoint.quantization_config import PACK_QUANTIZED
 from rac_modifier.checkpoint.stored_weight import (
     FLOATS,
     SCALE,
     StoredWeight,
-    check,
     check_scale,
     dequantize,
     from_dense,

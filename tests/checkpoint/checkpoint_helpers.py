@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rac_modifier.checkpoint.files import TensorFiles
-from rac_modifier.checkpoint.formats import PARTS, packed_modules, unpack
-from rac_modifier.checkpoint.packed_names import check_packed
+from rac_modifier.checkpoint.formats import packed_modules
+from rac_modifier.checkpoint.packed_names import check_packed, packed_weight
 from rac_modifier.checkpoint.sparsity_config import packed_format
 from tests import tiny
 from tests.tiny import linears
@@ -112,11 +114,11 @@ def dense_tensors(folder: Path) -> dict[str, torch.Tensor]:
     format = packed_format(config_of(folder))
     with TensorFiles(folder) as files:
         check_packed(files, format)
-        tensors = {name: files.tensor(name) for name in files.where}
-    for module in packed_modules(tensors):
-        parts = {part: tensors.pop(f"{module}.{part}") for part in PARTS[format]}
-        tensors[f"{module}.weight"] = unpack(parts, format, module)
-    return tensors
+        packed = packed_modules(files.where)
+        tensors = {f"{name}.weight": packed_weight(files, format, name).dense() for name in packed}
+        others = (name for name in files.where if name.rpartition(".")[0] not in packed)
+        scales = (f"{name}.weight_scale" for name in packed if f"{name}.weight_scale" in files)
+        return tensors | {name: files.tensor(name) for name in [*others, *scales]}
 
 
 def assert_restores(folder: Path, expected: dict[str, torch.Tensor]) -> None:
@@ -128,6 +130,24 @@ def assert_restores(folder: Path, expected: dict[str, torch.Tensor]) -> None:
 
 def config_of(folder: Path) -> dict:
     return json.loads((folder / "config.json").read_text())
+
+
+@contextmanager
+def edited(folder: Path) -> Iterator[dict[str, torch.Tensor]]:
+    """Let the tensors of a single-file checkpoint be changed."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    yield tensors
+    path.unlink()  # the tensors are still mapped from it
+    save_file({n: t.contiguous() for n, t in tensors.items()}, path, metadata={"format": "pt"})
+
+
+@contextmanager
+def edited_config(folder: Path) -> Iterator[dict]:
+    """Let config.json be changed."""
+    config = config_of(folder)
+    yield config
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -5,13 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rac_modifier.checkpoint.detect import (
-    count_stored,
-    find_structure,
-    fits_24,
-    has_nan,
-    without_negative_zeros,
-)
+from rac_modifier.checkpoint.detect import find_structure, fits_24, without_negative_zeros
+from rac_modifier.checkpoint.stored_weight import count_stored
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.int8, torch.float8_e4m3fn]
 
@@ -77,7 +72,7 @@ def test_columns_that_are_no_multiple() -> None:
 def test_many_chunks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     from rac_modifier.checkpoint import bitmask
 
-    monkeypatch.setattr(bitmask, "_CHUNK", 64)
+    monkeypatch.setattr(bitmask, "_BLOCK", 64)
     weight = masked(values(100, 64), zeros_of(100, 64, 2, 4))
     assert find_structure(weight) == "2:4"
     assert fits_24(weight)
@@ -105,15 +100,3 @@ def test_negative_zeros_are_zeros_to_the_pattern_and_values_to_the_layout(
     assert fits_24(positive)
     assert count_stored(positive) == int((~zero).sum())
     assert count_stored(multiplied) == 64 * 64, "the argument is left as it is"
-
-
-@pytest.mark.parametrize(
-    "dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.float8_e5m2]
-)
-def test_nan(dtype: torch.dtype) -> None:
-    tensor = torch.ones(3, 5, 7)
-    assert not has_nan(tensor.to(dtype))
-    tensor[2, 4, 6] = float("nan")
-    assert has_nan(tensor.to(dtype))
-    assert not has_nan(torch.ones(3, dtype=torch.int32))
-    assert not has_nan(torch.full((3,), float("inf")))

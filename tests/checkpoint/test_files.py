@@ -83,10 +83,7 @@ def test_after_closing_tensors_stay_and_files_are_named(tmp_path: Path) -> None:
         ({"weight_map": {"a": ".."}}, "is no file of this folder"),
         ({"weight_map": {"a": 3}}, "is no file of this folder"),
         ({"weight_map": {"nowhere": "model-0.safetensors"}}, "nowhere: missing from"),
-        (
-            {"weight_map": {"a.weight": "lost.safetensors"}},
-            r"lost\.safetensors: No such file",
-        ),
+        ({"weight_map": {"a.weight": "lost.safetensors"}}, r"lost\.safetensors: No such file"),
     ],
 )
 def test_a_malformed_index(tmp_path: Path, index: dict, message: str) -> None:

@@ -1,73 +1,111 @@
-"""Random damage to packed files: an error that says so or other numbers, never a crash, a hang or another exception."""
+"""Random damage to a packed checkpoint: a RacError that says what is wrong, or other numbers; no other exception.
+
+The header, the index, config.json and the bytes of the weights, with a fixed seed, over what reads checkpoints.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import random
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import save
 
-from rac_modifier.checkpoint.bitmask import pack_24, pack_unstructured
+from rac_modifier.checkpoint.convert import pack_model, unpack_model
 from rac_modifier.checkpoint.inspect import inspect_checkpoint
+from rac_modifier.checkpoint.load import load_model
+from rac_modifier.checkpoint.pack_plan import plan_packing
+from rac_modifier.checkpoint.packing import pack_checkpoint
 from rac_modifier.errors import RacError
-from tests.checkpoint.checkpoint_helpers import dense_tensors
+from rac_modifier.kernels.plan import plan_checkpoint, plan_dense_codes
+from tests.checkpoint.checkpoint_helpers import PRUNERS, save_quantized, tiny_model
+from tests.tiny import linears
 
-CASES = 400
-
-
-def packed_file(structure: str) -> bytes:
-    torch.manual_seed(0)
-    weight = torch.randn(6, 20).bfloat16()
-    weight.view(-1, 4)[:, ::2] = 0
-    parts = (pack_24 if structure == "2:4" else pack_unstructured)(weight)
-    tensors = {f"layer.{part}": tensor for part, tensor in parts.items()} | {
-        "norm.weight": torch.ones(4)
-    }
-    return save(tensors, metadata={"format": "pt"})
+MUTATIONS = 75  # of each of the four checkpoints
+VALUES = [None, True, -1, 0, 2**62, 1e400, "", "x", "re:(", [], [1], {}, {"a": 1}]
 
 
-def damage(data: bytes, rng: random.Random) -> bytes:
-    mutable = bytearray(data)
-    header = 8 + int.from_bytes(data[:8], "little")
-    kind = rng.randrange(6)
-    if kind == 0:
-        return bytes(mutable[: rng.randrange(len(mutable))])
-    if kind == 1:
-        return bytes(mutable) + rng.randbytes(rng.randrange(1, 40))
-    if kind == 2:  # a digit of the header: shapes and offsets
-        digits = [i for i in range(8, header) if chr(mutable[i]).isdigit()]
-        for position in rng.choices(digits, k=rng.randrange(1, 3)):
-            mutable[position] = ord(rng.choice("0123456789"))
+def checkpoint(folder: Path, kind: str) -> Path:
+    """Save a tiny model: packed floats, packed int4, packed int8, or dense int4."""
+    if kind == "floats":
+        model = tiny_model()
+        modules = dict.fromkeys(linears(model), "unstructured")
+        for linear in linears(model).values():
+            PRUNERS["unstructured"](linear.weight.data)
+        model.save_pretrained(folder, max_shard_size="60KB")
     else:
-        start, stop = {3: (0, header), 4: (header, len(mutable)), 5: (0, len(mutable))}[kind]
-        for _ in range(rng.randrange(1, 6)):
-            mutable[rng.randrange(start, stop)] = rng.randrange(256)
-    return bytes(mutable)
+        modules = save_quantized(folder, "2:4", kind.removesuffix(" dense"))
+    if not kind.endswith("dense"):
+        pack_checkpoint(folder, modules, ["lm_head"])
+    return folder
 
 
-@pytest.mark.parametrize("structure", ["2:4", "unstructured"])
-def test_damaged_files(tmp_path: Path, structure: str) -> None:
-    format = "sparse-24-bitmask" if structure == "2:4" else "sparse-bitmask"
-    (tmp_path / "config.json").write_text(
-        f'{{"quantization_config": {{"sparsity_config": {{"format": "{format}"}}}}}}'
-    )
-    data = packed_file(structure)
-    path = tmp_path / "model.safetensors"
+def mutated_json(value: Any, rng: random.Random) -> Any:
+    """Change one value of a tree: another value, or none."""
+    if isinstance(value, dict) and value and rng.random() < 0.9:
+        key = rng.choice(sorted(value))
+        changed = {name: item for name, item in value.items() if name != key}
+        return changed if rng.random() < 0.1 else {**changed, key: mutated_json(value[key], rng)}
+    return rng.choice(VALUES)
+
+
+def damage(folder: Path, rng: random.Random) -> None:
+    """Damage one file: a tree of JSON by value, or bytes of its text; of weights the header or the data."""
+    path = rng.choice(sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")]))
+    data = bytearray(path.read_bytes())
+    if path.suffix == ".json" and rng.random() < 0.8:
+        path.write_text(json.dumps(mutated_json(json.loads(data), rng)))
+        return
+    header = 8 + int.from_bytes(data[:8], "little") if path.suffix == ".safetensors" else len(data)
+    kind = rng.randrange(4)
+    if kind == 0:
+        data = data[: rng.randrange(len(data))]
+    elif kind == 1:
+        digits = [place for place in range(8, header) if chr(data[place]).isdigit()]
+        for place in rng.sample(digits, 2):
+            data[place] = ord(rng.choice("0123456789"))
+    else:
+        first, last = (0, header) if kind == 2 else (header % len(data), len(data))
+        for _ in range(rng.randrange(1, 200)):
+            data[rng.randrange(first, last)] = rng.randrange(256)
+    path.unlink()  # a new file: the old one may still be mapped
     path.write_bytes(data)
-    assert dense_tensors(tmp_path).keys() == {"layer.weight", "norm.weight"}
-    rng = random.Random(structure)
+
+
+def inspected(folder: Path) -> None:
+    if inspect_checkpoint(folder).sound:
+        plan_checkpoint(folder)
+        plan_dense_codes(folder)
+
+
+def packed(folder: Path) -> None:
+    pack_model(plan_packing(folder), folder.with_name("packed"), "owner/base")
+
+
+def unpacked(folder: Path) -> None:
+    unpack_model(folder, folder.with_name("unpacked"))
+
+
+READERS: list[Callable[[Path], Any]] = [inspected, packed, unpacked, load_model]
+
+
+@pytest.mark.parametrize("kind", ["floats", "w4", "w8a8", "w4 dense"])
+def test_no_error_but_ours(tmp_path: Path, kind: str) -> None:
+    clean = checkpoint(tmp_path / "clean", kind)
+    rng = random.Random(kind)
     refused = 0
-    for _ in range(CASES):
-        path.unlink()  # a new file each time: the old one may still be mapped
-        path.write_bytes(damage(data, rng))
-        try:
-            for tensor in dense_tensors(tmp_path).values():
-                assert tensor.numel() <= 8 * len(data)
-        except RacError:
-            refused += 1
+    for _ in range(MUTATIONS):
+        folder = tmp_path / "damaged"
+        for name in "damaged", "packed", "unpacked":
+            shutil.rmtree(tmp_path / name, ignore_errors=True)
+        shutil.copytree(clean, folder)
+        damage(folder, rng)
         with contextlib.suppress(RacError):
-            inspect_checkpoint(tmp_path)
-    assert CASES // 2 < refused < CASES
+            rng.choice(READERS)(folder)
+            refused -= 1
+        refused += 1
+    assert MUTATIONS // 4 < refused < MUTATIONS

@@ -7,8 +7,7 @@ import random
 import pytest
 import torch
 
-from rac_modifier.checkpoint.formats import pack
-from rac_modifier.checkpoint.stored_weight import check
+from rac_modifier.checkpoint.formats import check, pack
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.cpu.operator import sparse_linear
 from rac_modifier.kernels.cpu.packed import pack_scale, pack_values, unpack

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
-from rac_modifier.checkpoint.bitmask import pack_unstructured
+from rac_modifier.checkpoint.formats import FORMAT_BITMASK, pack
 from rac_modifier.checkpoint.load import load_model
 from rac_modifier.checkpoint.packing import pack_checkpoint
 from rac_modifier.errors import RacError
@@ -23,7 +22,8 @@ from tests.checkpoint.checkpoint_helpers import (
     SCHEMES,
     Q,
     Saved,
-    config_of,
+    edited,
+    edited_config,
     save_quantized,
     stock,
     tiny_model,
@@ -34,11 +34,10 @@ from tests.tiny import linears
 @pytest.mark.parametrize("part", ["compressed", "bitmask", "row_offsets"])
 def test_damage_is_named(saved: Saved, part: str) -> None:
     folder, _, _ = saved("unstructured")
-    tensors = load_file(folder / "model.safetensors")
-    tensors[f"{Q}.{part}"] = torch.zeros_like(tensors[f"{Q}.{part}"])[
-        : -1 if part == "compressed" else None
-    ]
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with edited(folder) as tensors:
+        tensors[f"{Q}.{part}"] = torch.zeros_like(tensors[f"{Q}.{part}"])[
+            : -1 if part == "compressed" else None
+        ]
     with pytest.raises(RacError, match=rf"^{Q}\."):
         AutoModelForCausalLM.from_pretrained(folder)
 
@@ -47,21 +46,14 @@ def test_damage_is_named(saved: Saved, part: str) -> None:
 def test_another_shape_than_the_models_is_an_error(saved: Saved, name: str) -> None:
     """With a quantizer, transformers would put it into the model."""
     folder, _, _ = saved("unstructured")
-    tensors = load_file(folder / "model.safetensors")
-    if name.endswith(".weight"):
-        tensors[name] = tensors[name][:3]
-    else:
-        module = name.removesuffix(".shape")
-        tensors = {n: t for n, t in tensors.items() if not n.startswith(f"{module}.")}
-        narrow = torch.ones(8, 16, dtype=torch.bfloat16)
-        tensors |= {
-            f"{module}.{part}": tensor for part, tensor in pack_unstructured(narrow).items()
-        }
-    save_file(
-        {n: t.contiguous() for n, t in tensors.items()},
-        folder / "model.safetensors",
-        metadata={"format": "pt"},
-    )
+    with edited(folder) as tensors:
+        if name.endswith(".weight"):
+            tensors[name] = tensors[name][:3]
+        else:
+            module = name.removesuffix(".shape")
+            narrow = torch.ones(8, 16, dtype=torch.bfloat16)
+            for part, tensor in pack(narrow, FORMAT_BITMASK, module).items():
+                tensors[f"{module}.{part}"] = tensor
     with pytest.raises(
         RacError,
         match=rf"^{name.rpartition('.')[0]}\.weight: its shape .* does not fit the model's config",
@@ -72,10 +64,9 @@ def test_another_shape_than_the_models_is_an_error(saved: Saved, name: str) -> N
 def test_codes_without_their_config_group_are_not_taken_for_weights(tmp_path: Path) -> None:
     modules = save_quantized(tmp_path, "2:4", "w8a8")
     pack_checkpoint(tmp_path, modules, ["lm_head"])
-    config = config_of(tmp_path)
-    for key in ("config_groups", "quantization_status"):
-        del config["quantization_config"][key]
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    with edited_config(tmp_path) as config:
+        for key in ("config_groups", "quantization_status"):
+            del config["quantization_config"][key]
     with pytest.raises(
         RacError, match=r"values are torch\.int8, but no config group .* restore the config\.json"
     ):
@@ -132,6 +123,8 @@ def test_transformers_and_load_model_give_the_same_error(
         pytest.skip("floats have no scale")
     if name.endswith(("compressed", "bitmask")):
         tensors[name] = tensors[name][:-1].contiguous()
+    elif name.endswith("scale"):
+        tensors[name][0] = 0.0
     else:
         del tensors[name]
     save_file(tensors, file, metadata={"format": "pt"})

@@ -13,7 +13,7 @@ from rac_modifier.checkpoint.packing import mark_dense, pack_checkpoint
 from rac_modifier.checkpoint.record import RUN_RECORD_NAME
 from rac_modifier.errors import RacError
 from rac_modifier.files import write_json_atomic
-from tests.checkpoint.checkpoint_helpers import save_quantized
+from tests.checkpoint.checkpoint_helpers import edited, save_quantized
 
 Saved = Callable[..., tuple[Path, dict[str, torch.Tensor], dict[str, str]]]
 Q = "model.layers.0.self_attn.q_proj"
@@ -87,9 +87,8 @@ def test_ordinary(saved: Saved) -> None:
 def test_a_pattern_that_broke_after_it_was_recorded(saved: Saved) -> None:
     folder, _, modules = saved(packed=False)
     mark_dense(folder, modules)
-    tensors = load_file(folder / "model.safetensors")
-    tensors[f"{Q}.weight"][0, :4] = 1
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with edited(folder) as tensors:
+        tensors[f"{Q}.weight"][0, :4] = 1
     report = inspect_checkpoint(folder)
     assert [row.name for row in report.modules if row.pattern_ok is False] == [Q]
     assert not report.sound
@@ -98,9 +97,8 @@ def test_a_pattern_that_broke_after_it_was_recorded(saved: Saved) -> None:
 
 def test_a_damaged_module_is_one_bad_row(saved: Saved) -> None:
     folder, _, modules = saved()
-    tensors = load_file(folder / "model.safetensors")
-    del tensors[f"{Q}.bitmask"]
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with edited(folder) as tensors:
+        del tensors[f"{Q}.bitmask"]
     report = inspect_checkpoint(folder)
     assert [row.name for row in report.modules if row.problem] == [Q]
     assert len(report.sparse) == len(modules)

@@ -3,10 +3,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rac_modifier.checkpoint.formats import FORMAT_24, FORMAT_BITMASK, pack, unpack, with_values
 from rac_modifier.checkpoint.int32_words import pack_words, unpack_words
 from rac_modifier.errors import RacError
-from tests.checkpoint.checkpoint_helpers import same_bits
 
 
 def random_values(rows: int, columns: int, bits: int, seed: int) -> torch.Tensor:
@@ -60,49 +58,6 @@ def test_known_nibbles():
         0xCBA798F0,
         0x8888888D,
     ]
-
-
-def sparse_int4(rows: int, columns: int, format: str, seed: int) -> torch.Tensor:
-    weight = random_values(rows, columns, 4, seed)
-    generator = torch.Generator().manual_seed(seed + 1)
-    if format == FORMAT_24:
-        pruned = torch.rand(rows, columns // 4, 4, generator=generator).argsort(dim=2) < 2
-        return weight.masked_fill(pruned.view(rows, columns), 0)
-    return weight.masked_fill(torch.rand(rows, columns, generator=generator) < 0.6, 0)
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    st.integers(1, 6),
-    st.integers(1, 12),
-    st.sampled_from([FORMAT_24, FORMAT_BITMASK]),
-    st.integers(0, 100),
-)
-def test_sparse_four_bit_weights_come_back(rows, groups, format, seed):
-    weight = sparse_int4(rows, 4 * groups, format, seed)
-    parts = pack(weight, format, "w", bits=4)
-    plain = pack(weight, format, "w")
-    kept = plain["compressed"].shape[-1]
-    assert parts["compressed"].dtype == torch.int32
-    assert parts["compressed"].shape == (*plain["compressed"].shape[:-1], -(-kept // 8))
-    assert all(torch.equal(parts[part], plain[part]) for part in plain if part != "compressed")
-    assert same_bits(unpack(parts, format, "w"), weight)
-    assert torch.equal(with_values(parts, format, "w")["compressed"], plain["compressed"])
-
-
-@pytest.mark.parametrize("format", [FORMAT_24, FORMAT_BITMASK])
-@pytest.mark.parametrize("damage", ["cut", "flat", "rows", "long"])
-def test_words_that_do_not_fit_the_bitmask_are_refused(format, damage):
-    parts = pack(sparse_int4(4, 48, format, 0), format, "w", bits=4)
-    words = parts["compressed"]
-    damaged = {
-        "cut": words[..., :-1],
-        "flat": words.reshape(-1, 1, 1),
-        "rows": words[:-1],
-        "long": torch.cat([words, words], dim=-1),
-    }[damage]
-    with pytest.raises(RacError, match=r"w\.compressed"):
-        unpack({**parts, "compressed": damaged}, format, "w")
 
 
 @pytest.mark.parametrize(

@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from rac_modifier.checkpoint.card import model_card
+from rac_modifier.checkpoint.card import model_card, packed_card, unpacked_card
 from rac_modifier.checkpoint.measured import (
     add_measured,
     own_folder,
     record_activations,
     with_measured,
 )
-from rac_modifier.checkpoint.packed_card import packed_card, unpacked_card
 from rac_modifier.errors import RacError
 
 DENSE = {

@@ -19,38 +19,30 @@ from rac_modifier.checkpoint.output_folder import (
 from rac_modifier.errors import RacError
 
 
-def test_a_folder_is_itself(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    assert local_folder(tmp_path) == tmp_path
-
-
-def test_a_folder_whose_packing_was_cut_off_is_one(tmp_path: Path) -> None:
-    """What reads it has a better message."""
-    (tmp_path / JOURNAL_FILE).write_text("{}")
+@pytest.mark.parametrize("name", ["config.json", JOURNAL_FILE])
+def test_a_folder_is_itself(tmp_path: Path, name: str) -> None:
+    """Also where packing was cut off: what reads it has a better message."""
+    (tmp_path / name).write_text("{}")
     assert local_folder(tmp_path) == tmp_path
 
 
 @pytest.fixture
-def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache of the hub, and no network."""
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-def test_a_hub_id_is_its_snapshot_in_the_cache(hub_cache: Path) -> None:
-    folder = hub_cache / "models--owner--name"
-    snapshot = folder / "snapshots" / ("a" * 40)
+def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of owner/model in an empty cache of the hub, which cannot be reached."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    snapshot = tmp_path / "models--owner--model" / "snapshots" / ("a" * 40)
     snapshot.mkdir(parents=True)
-    (snapshot / "config.json").write_text("{}")
-    (folder / "refs").mkdir()
-    (folder / "refs" / "main").write_text("a" * 40)
-    assert local_folder("owner/name") == snapshot
+    (tmp_path / "models--owner--model" / "refs").mkdir()
+    (tmp_path / "models--owner--model" / "refs" / "main").write_text("a" * 40)
+    return snapshot
 
 
-def test_a_hub_id_that_cannot_be_had(hub_cache: Path) -> None:
+def test_a_hub_id_is_its_snapshot_in_the_cache(cached: Path, tmp_path: Path) -> None:
+    assert cached_folder("owner/model") is None
+    (cached / "config.json").write_text("{}")
+    assert local_folder("owner/model") == cached_folder("owner/model") == cached
+    assert cached_folder(str(tmp_path)) == tmp_path
     with pytest.raises(
         RacError,
         match=r"owner/name: neither a folder nor a model that can be had from the hub \(.+\); check",
@@ -128,18 +120,6 @@ def test_the_bytes_of_weights_in_a_folder(tmp_path: Path) -> None:
     assert bytes_of_weights(str(tmp_path)) == 42  # the same weights in another format are not read
 
 
-@pytest.fixture
-def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of owner/model in an empty cache of the hub, which cannot be reached."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    snapshot = tmp_path / "models--owner--model" / "snapshots" / ("a" * 40)
-    snapshot.mkdir(parents=True)
-    (tmp_path / "models--owner--model" / "refs").mkdir()
-    (tmp_path / "models--owner--model" / "refs" / "main").write_text("a" * 40)
-    return snapshot
-
-
 def test_the_bytes_of_weights_of_a_hub_id_are_those_in_the_cache(cached: Path) -> None:
     assert bytes_of_weights("owner/model") is None  # not there yet
     assert bytes_of_weights("owner/other") is None
@@ -152,10 +132,3 @@ def test_the_bytes_of_weights_of_a_hub_id_are_those_in_the_cache(cached: Path) -
     assert bytes_of_weights("owner/model") == 99
     (cached / "model.safetensors.index.json").write_text('{"weight_map": {}}')
     assert bytes_of_weights("owner/model") is None
-
-
-def test_the_folder_of_a_hub_id_is_that_in_the_cache(cached: Path, tmp_path: Path) -> None:
-    assert cached_folder("owner/model") is None
-    (cached / "config.json").write_text("{}")
-    assert cached_folder("owner/model") == cached
-    assert cached_folder(str(tmp_path)) == tmp_path

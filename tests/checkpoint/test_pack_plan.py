@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from rac_modifier.checkpoint.pack_plan import MatrixPlan, PackPlan, plan_packing
 from rac_modifier.checkpoint.packing import pack_checkpoint
@@ -18,6 +18,7 @@ from tests.checkpoint.checkpoint_helpers import (
     Saved,
     config_of,
     contents,
+    edited,
     prune_24,
     prune_half,
     save_quantized,
@@ -61,19 +62,11 @@ def test_patterns_and_sizes_are_those_that_packing_makes(
     assert plan.structures == modules
     made = pack_checkpoint(folder, modules)
     assert plan.format == made.format
-    assert [(m.name, m.dense_bytes) for m in made.modules] == [
-        (
-            name,
-            row.dense_bytes - (16 if row.dtype in ("I4", "I8") and scheme in ("w4", "w8") else 0),
-        )
-        for name, row in sorted((row.name, row) for row in plan.packed)
-    ]
-    assert {m.name: m.packed_bytes for m in made.modules} == {
-        row.name: row.packed_bytes for row in plan.packed
-    }
-    assert {m.name: m.sparsity for m in made.modules} == {
-        row.name: row.sparsity for row in plan.packed
-    }
+    assert made.dense_bytes == sum(row.dense_bytes for row in plan.packed)
+    assert made.packed_bytes == sum(row.packed_bytes or 0 for row in plan.packed)
+    zeros = sum((row.sparsity or 0) * row.rows * row.columns for row in plan.packed)
+    weights = sum(row.rows * row.columns for row in plan.packed)
+    assert made.global_sparsity == pytest.approx(zeros / weights)
 
 
 def test_each_module_has_a_pattern_of_its_own(tmp_path: Path) -> None:
@@ -145,18 +138,16 @@ def test_experts_of_a_layer_are_packed_together_or_not_at_all(tmp_path: Path) ->
 
 def test_zeros_of_an_asymmetric_scheme_are_not_zeros(tmp_path: Path) -> None:
     save_quantized(tmp_path, "2:4", "w8a8")
-    tensors = load_file(tmp_path / "model.safetensors")
-    tensors[f"{Q}.weight_zero_point"] = torch.ones(64, 1, dtype=torch.int8)
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with edited(tmp_path) as tensors:
+        tensors[f"{Q}.weight_zero_point"] = torch.ones(64, 1, dtype=torch.int8)
     assert "weight_zero_point" in (by_name(plan_packing(tmp_path))[Q].reason or "")
 
 
 def test_words_that_would_not_come_back_the_same(tmp_path: Path) -> None:
     """Another tool may fill the last word of a row, or store the shape, otherwise."""
     save_quantized(tmp_path, "2:4", "w4")
-    tensors = load_file(tmp_path / "model.safetensors")
-    tensors[f"{Q}.weight_shape"] = tensors[f"{Q}.weight_shape"].int()
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with edited(tmp_path) as tensors:
+        tensors[f"{Q}.weight_shape"] = tensors[f"{Q}.weight_shape"].int()
     assert (
         by_name(plan_packing(tmp_path))[Q].reason
         == "quantized to a layout that cannot be stored sparse"
@@ -217,9 +208,7 @@ def test_nan_is_refused(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
     weights = {"up": two_of_four(), "norm": torch.ones(8), "embed_tokens": torch.randn(8, 8)}
     weights[name].view(-1)[-1] = float("nan")
     folder = saved_with(tmp_path, {n: weight.to(dtype) for n, weight in weights.items()})
-    with pytest.raises(
-        RacError, match=rf"^{name}\.weight: holds NaN in .*model\.safetensors; the model is damaged"
-    ):
+    with pytest.raises(RacError, match=rf"^{name}\.weight: holds values that are not finite"):
         plan_packing(folder)
 
 
@@ -228,11 +217,6 @@ def test_folders_that_are_no_whole_model(saved: Saved, tmp_path: Path) -> None:
     shard = sorted(folder.glob("*.safetensors"))[1]
     content, config = shard.read_bytes(), config_of(folder)
     shard.write_bytes(content[:-100])
-    with pytest.raises(
-        RacError, match=rf"{shard.name}: cannot be read as safetensors .*; copy the model again"
-    ):
-        plan_packing(folder)
-    shard.unlink()
     with pytest.raises(
         RacError, match=rf"{shard.name}: cannot be read as safetensors .*; copy the model again"
     ):
@@ -251,16 +235,4 @@ def test_folders_that_are_no_whole_model(saved: Saved, tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     pack_checkpoint(folder, modules)
     with pytest.raises(RacError, match="is packed already"):
-        plan_packing(folder)
-
-
-def test_a_checkpoint_of_a_newer_version(saved: Saved) -> None:
-    folder, _, _ = saved()
-    config = config_of(folder)
-    config["quantization_config"]["sparsity_config"]["version"] = 2
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(
-        RacError,
-        match=r"sparsity_config\.version is 2, and this rac-modifier reads versions up to 1.*-U",
-    ):
         plan_packing(folder)

@@ -8,10 +8,12 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from rac_modifier.checkpoint.files import INDEX_FILE, TensorFiles
 from rac_modifier.checkpoint.inspect import inspect_checkpoint
-from rac_modifier.checkpoint.packing import pack_checkpoint
+from rac_modifier.checkpoint.load import load_model
+from rac_modifier.checkpoint.packing import mark_dense, pack_checkpoint
 from rac_modifier.checkpoint.quantization_config import to_words
 from rac_modifier.errors import RacError
 from tests.checkpoint.checkpoint_helpers import (
@@ -19,17 +21,21 @@ from tests.checkpoint.checkpoint_helpers import (
     Saved,
     assert_restores,
     config_of,
+    contents,
     dense_tensors,
+    edited_config,
     prune_24,
     prune_half,
+    same_bits,
     tiny_model,
 )
 from tests.tiny import linears
 
 
-@pytest.mark.parametrize("shard", [None, "60KB"])
-@pytest.mark.parametrize("structure", ["2:4", "unstructured"])
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    ("structure", "shard", "tied"),
+    [("2:4", None, True), ("2:4", "60KB", False), ("unstructured", "60KB", True)],
+)
 def test_packed_folder(saved: Saved, structure: str, shard: str | None, tied: bool) -> None:
     folder, expected, modules = saved(structure, tied=tied, shard=shard)
     files = sorted(path.name for path in folder.glob("*.safetensors"))
@@ -109,12 +115,9 @@ def test_summary(saved: Saved) -> None:
     folder, expected, modules = saved(packed=False)
     summary = pack_checkpoint(folder, modules)
     assert summary.format == "sparse-24-bitmask"
-    assert [module.name for module in summary.modules] == sorted(modules)
-    for module in summary.modules:
-        weight = expected[f"{module.name}.weight"]
-        assert (module.rows, module.columns) == tuple(weight.shape)
-        assert module.sparsity == float((weight == 0).double().mean())
-        assert module.packed_bytes == weight.numel() * 9 // 8 + 16
+    assert summary.modules == modules
+    weights = [expected[f"{name}.weight"] for name in modules]
+    assert summary.packed_bytes == sum(weight.numel() * 9 // 8 + 16 for weight in weights)
     assert summary.global_sparsity == pytest.approx(0.5)
     assert summary.dense_bytes == sum(expected[f"{name}.weight"].nbytes for name in modules)
 
@@ -204,8 +207,8 @@ def test_words_of_a_quantized_weight_are_packed_and_come_back(
         "words",
         0.5,
     )
-    (row,) = pack_checkpoint(tmp_path, {Q: "2:4"}).modules
-    assert (row.columns, row.dense_bytes) == (columns, tensors[f"{Q}.weight_packed"].nbytes)
+    dense_bytes = sum(tensors[f"{Q}.{part}"].nbytes for part in ("weight_packed", "weight_shape"))
+    assert pack_checkpoint(tmp_path, {Q: "2:4"}).dense_bytes == dense_bytes
     with TensorFiles(tmp_path) as files:
         assert files.dtype(f"{Q}.compressed") == (torch.int32 if bits == 4 else torch.int8)
         assert f"{Q}.weight_shape" not in files
@@ -215,3 +218,33 @@ def test_words_of_a_quantized_weight_are_packed_and_come_back(
     assert torch.equal(found[f"{Q}.weight_scale"], tensors[f"{Q}.weight_scale"])
     (after,) = inspect_checkpoint(tmp_path).modules
     assert (after.columns, after.dtype, after.pattern_ok) == (columns, f"I{bits}", True)
+
+
+def test_mark_dense_stays_loadable_by_stock_transformers(saved: Saved) -> None:
+    folder, expected, modules = saved(packed=False)
+    with edited_config(folder) as config:
+        config["quantization_config"] = {
+            "quant_method": "compressed-tensors",
+            "format": "dense",
+            "sparsity_config": {"format": "dense", "targets": ["Linear"]},
+        }
+    weights = (folder / "model.safetensors").read_bytes()
+    mark_dense(folder, modules)
+    marked = config_of(folder)
+    assert "quantization_config" not in marked
+    assert marked["rac_sparsity"] == {"storage": "dense", "modules": modules}
+    assert (folder / "model.safetensors").read_bytes() == weights
+    for model in (AutoModelForCausalLM.from_pretrained(folder), load_model(folder)):
+        assert all(same_bits(tensor, expected[name]) for name, tensor in model.state_dict().items())
+
+
+def test_mark_dense_checks_the_pattern(saved: Saved) -> None:
+    folder, _, modules = saved("unstructured", packed=False)
+    before = contents(folder)
+    with pytest.raises(RacError, match="break 2:4"):
+        mark_dense(folder, dict.fromkeys(modules, "2:4"))
+    with pytest.raises(RacError, match="cannot hold 3:5"):
+        mark_dense(folder, {Q: "3:5"})
+    with pytest.raises(RacError, match=r"nowhere\.weight"):
+        mark_dense(folder, {"nowhere": "2:4"})
+    assert contents(folder) == before

@@ -77,6 +77,22 @@ def test_malformed_groups(groups: object) -> None:
 
 
 @pytest.mark.parametrize(
+    "change", [{"num_bits": 1e30}, {"num_bits": "4"}, {"group_size": 2**62}, {"group_size": [1]}]
+)
+def test_numbers_that_cannot_be(change: dict) -> None:
+    with pytest.raises(RacError, match="are malformed"):
+        weight_schemes(quantization({"weights": {**INT4["weights"], **change}}))
+
+
+def test_patterns_that_match_without_end() -> None:
+    """vLLM and transformers would match them against each module."""
+    with pytest.raises(RacError, match=r"targets of config group 'group_0': .*too long to match"):
+        weight_schemes(quantization({**INT4, "targets": ["re:(a+)+$"]}))
+    with pytest.raises(RacError, match=r"ignore of quantization_config: .*too long to match"):
+        weight_schemes({**quantization(INT4), "ignore": ["re:(a|a)*$"]})
+
+
+@pytest.mark.parametrize(
     ("scheme", "text"),
     [
         (
@@ -112,7 +128,7 @@ def test_without_schemes_the_width_follows_from_the_number_of_words() -> None:
     assert quantized_weight(to_words(weight, 4), "a")[1] == 4
     assert quantized_weight(to_words(weight, 8), "a")[1] == 8
     with pytest.raises(
-        RacError, match=r"^a: 1 int32 words per row do not hold 3 values"
+        RacError, match=r"^a\.weight_packed: 1 int32 words per row do not hold 3 values"
     ):  # one word for both widths
         quantized_weight(to_words(torch.zeros(2, 3, dtype=torch.int8), 4), "a")
 
@@ -129,7 +145,7 @@ def test_without_schemes_the_width_follows_from_the_number_of_words() -> None:
             "1 int32 words per row do not hold 800 values of 4 or 8 bits",
         ),
         ({"weight_packed": torch.zeros(2, dtype=torch.int32)}, r"\[2\] does not fit"),
-        ({"weight_shape": torch.tensor([2])}, "does not fit"),
+        ({"weight_shape": torch.tensor([2])}, "is not the shape of a matrix"),
     ],
 )
 def test_parts_that_contradict_each_other(parts: dict, message: str) -> None:

@@ -171,3 +171,17 @@ def test_no_file_holds_an_absolute_path(tmp_path: Path) -> None:
         str(private / "t.jsonl"), "t.jsonl"
     )
     assert "# Base-1B compressed" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_record_that_is_no_json_never_costs_the_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loss of NaN after hours of training; and a card that cannot be made."""
+    record = {"loss": float("nan"), "losses": (1.5, float("inf")), "device": torch.device("cpu")}
+    pruned(record=record).save_pretrained(tmp_path / "a")
+    written = json.loads((tmp_path / "a" / "rac_run.json").read_text())
+    assert (written["loss"], written["losses"], written["device"]) == ("nan", [1.5, "inf"], "cpu")
+    monkeypatch.setattr("rac_modifier.checkpoint.saving.model_card", lambda *_: 1 / 0)
+    model = pruned()
+    model.save_pretrained(tmp_path / "b")
+    assert_same_state(load_model(tmp_path / "b"), model.state_dict())

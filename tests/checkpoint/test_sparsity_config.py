@@ -165,7 +165,11 @@ def test_defaults_and_entries_of_older_versions() -> None:
         ),
         (
             {"format": "sparse-bitmask", "ignore": ["re:("]},
-            r"ignore has 're:\(', which is no pattern",
+            r"ignore has a name: 're:\(' is no regular expression",
+        ),
+        (
+            {"format": "sparse-bitmask", "targets": ["re:(a+)+$"]},
+            r"targets has a name: .* could take too long to match",
         ),
     ],
 )

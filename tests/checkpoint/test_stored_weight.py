@@ -9,8 +9,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rac_modifier.checkpoint.formats import pack
-from rac_modifier.checkpoint.stored_weight import StoredWeight, all_stored, check, from_dense, stack
+from rac_modifier.checkpoint.formats import check, pack
+from rac_modifier.checkpoint.stored_weight import (
+    StoredWeight,
+    all_stored,
+    check_scale,
+    count_broken_groups,
+    count_zeros,
+    from_dense,
+    stack,
+)
 from rac_modifier.errors import RacError
 
 FORMATS = ["sparse-24-bitmask", "sparse-bitmask"]
@@ -95,56 +103,6 @@ def test_stacking_what_does_not_fit():
     for right in (random_weight(2, 12, 0, False), random_weight(2, 8, 0, False, torch.float32)):
         with pytest.raises(RacError, match=r"a\.k_proj.*cannot be fused with a\.q_proj"):
             stack([left, stored(right, "sparse-bitmask", "a.k_proj")], "a")
-
-
-def parts(format: str) -> dict[str, torch.Tensor]:
-    return pack(random_weight(6, 20, 3, format == FORMATS[0]), format, "x")
-
-
-@pytest.mark.parametrize(
-    ("format", "part", "damaged"),
-    [
-        ("sparse-24-bitmask", "compressed", torch.zeros(6, 9, dtype=torch.bfloat16)),
-        ("sparse-24-bitmask", "compressed", torch.zeros(60, dtype=torch.bfloat16)),
-        ("sparse-24-bitmask", "bitmask", torch.zeros(6, 3, dtype=torch.uint8)),
-        ("sparse-24-bitmask", "bitmask", torch.full((6, 3), 255, dtype=torch.uint8)),
-        ("sparse-24-bitmask", "bitmask", torch.tensor([[0x33, 0x35, 0x0E]] * 6, dtype=torch.uint8)),
-        ("sparse-24-bitmask", "bitmask", torch.tensor([[0x33, 0x37, 0x0C]] * 6, dtype=torch.uint8)),
-        ("sparse-24-bitmask", "shape", torch.tensor([[6], [24]])),
-        ("sparse-bitmask", "compressed", torch.zeros(3, dtype=torch.bfloat16)),
-        ("sparse-bitmask", "compressed", torch.zeros(0, dtype=torch.bfloat16)),
-        ("sparse-bitmask", "compressed", torch.zeros(2, 30, dtype=torch.bfloat16)),
-        ("sparse-bitmask", "compressed", torch.zeros(60, dtype=torch.complex64)),
-        ("sparse-bitmask", "bitmask", torch.zeros(6, 3, dtype=torch.int8)),
-        ("sparse-bitmask", "bitmask", torch.zeros(7, 3, dtype=torch.uint8)),
-        ("sparse-bitmask", "row_offsets", torch.zeros(6, dtype=torch.int64)),
-        ("sparse-bitmask", "row_offsets", torch.zeros(0, dtype=torch.int64)),
-        ("sparse-bitmask", "row_offsets", torch.zeros(6, dtype=torch.float64)),
-        ("sparse-bitmask", "shape", torch.tensor([-6, 20])),
-        ("sparse-bitmask", "shape", torch.tensor([6, 2**62])),
-        ("sparse-bitmask", "shape", torch.tensor([6.0, 20.0])),
-        ("sparse-bitmask", "shape", torch.tensor([6, 20, 1])),
-    ],
-)
-def test_damage_names_the_tensor(format, part, damaged):
-    # What contradicts the other parts may be found in one of those.
-    named = {"shape": "compressed|bitmask|shape", "bitmask": "bitmask|compressed"}.get(part, part)
-    with pytest.raises(RacError, match=rf"x\.({named}): "):
-        check({**parts(format), part: damaged}, format, "x")
-
-
-@pytest.mark.parametrize("format", FORMATS)
-def test_a_missing_part(format):
-    for part in parts(format):
-        with pytest.raises(RacError, match=rf"x\.{part}: missing"):
-            check({k: v for k, v in parts(format).items() if k != part}, format, "x")
-
-
-def test_bits_beyond_the_last_column():
-    tensors = parts("sparse-bitmask")
-    tensors["bitmask"][2, 2] |= 0x80
-    with pytest.raises(RacError, match=r"x\.bitmask: bits are set beyond column 20"):
-        check(tensors, "sparse-bitmask", "x")
 
 
 def test_quantized_values_come_with_their_scales_unless_another_loader_reads_them():
@@ -232,3 +190,47 @@ def test_codes_of_zero_are_cut_with_their_rows_and_groups():
     assert torch.equal(cut.scale, torch.stack([weight.scale[1], weight.scale[2]]))
     with pytest.raises(RacError, match="cannot be fused"):
         stack([weight, replace(weight, zeros=None)], "both")
+
+
+@pytest.mark.parametrize(
+    ("scale", "message"),
+    [
+        (torch.ones(6, dtype=torch.int16), "torch.int16, not floats"),
+        (torch.tensor([1.0, float("nan"), 1, 1, 1, 1]), "NaN or infinite"),
+        (torch.tensor([1.0, float("inf"), 1, 1, 1, 1]), "NaN or infinite"),
+        (torch.tensor([1.0, 0.0, 1, 1, 1, 1]), "a scale is zero"),
+        (torch.ones(5), "does not fit"),
+        (torch.ones(6, 3), "does not fit"),
+        (torch.ones(6, 0), "does not fit"),
+        (torch.ones(6, 2, 1), "does not fit"),
+        (None, "missing, but its values are torch.int8"),
+    ],
+)
+def test_scales_that_are_refused(scale: torch.Tensor | None, message: str) -> None:
+    with pytest.raises(RacError, match=rf"^a\.weight_scale: .*{message}"):
+        check_scale({} if scale is None else {"weight_scale": scale}, torch.int8, 6, 8, "a")
+
+
+@pytest.mark.parametrize("scale", [-torch.ones(6), torch.ones(1), torch.ones(6, 4)])
+def test_scales_that_are_taken(scale: torch.Tensor) -> None:
+    """Negative ones too, which AutoRound writes."""
+    found = check_scale({"weight_scale": scale}, torch.int8, 6, 8, "a")
+    assert found is not None
+    assert torch.equal(found.mean(dim=1), scale.flatten()[:1].expand(6))
+    with pytest.raises(RacError, match="must not be there, since the values are"):
+        check_scale({"weight_scale": scale}, torch.float32, 6, 8, "a")
+
+
+@pytest.mark.parametrize("structure", ["2:4", "1:3", "4:8", "unstructured"])
+def test_zeros_and_broken_groups_are_those_of_the_dense_weight(structure: str) -> None:
+    weight = random_weight(5, 48, 1, False)
+    weight[0, ::5] = -0.0
+    form = from_dense(weight, "a")
+    assert count_zeros(form) == count_zeros(weight) == int((weight == 0).sum())
+    broken = count_broken_groups(form, structure, "a")
+    assert broken == count_broken_groups(weight, structure, "a")
+    if structure == "unstructured":
+        assert broken == 0
+    else:
+        n, m = map(int, structure.split(":"))
+        assert broken == int(((weight == 0).view(-1, m).sum(dim=1) < n).sum())

@@ -10,8 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from rac_modifier.checkpoint.formats import pack
-from rac_modifier.checkpoint.stored_weight import check
+from rac_modifier.checkpoint.formats import check, pack
 from rac_modifier.kernels.choose import BACKENDS, choose
 from rac_modifier.kernels.interface import Backend, Layer
 from rac_modifier.kernels.plan import plan_checkpoint, render_plan
