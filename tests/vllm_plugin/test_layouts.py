@@ -121,7 +121,7 @@ def test_names_patterns_and_classes():
     [
         ({"targets": "Linear"}, r"targets is .*not a list of module names"),
         ({"ignore": [1]}, r"ignore is .*not a list of module names"),
-        ({"ignore": ["re:("]}, r"ignore has 're:\(', which is no pattern"),
+        ({"ignore": ["re:("]}, r"ignore has a name: 're:\(' is no regular expression"),
         (None, r"no sparsity_config; restore"),
     ],
 )
