@@ -177,7 +177,7 @@ def _(b: Bench) -> None:
 
 @CASES.case(
     "a dense int4 weight with a scale that is not finite",
-    "up_proj.weight_scale: torch.float32, or not finite",
+    "up_proj.weight_scale: holds values that are not finite",
 )
 def _(b: Bench) -> None:
     check(weight_scale=torch.full((16, 2), torch.nan))

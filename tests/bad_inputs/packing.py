@@ -29,7 +29,7 @@ def _(b: Bench) -> None:
     b.rac("pack", b.folder, b.tmp / "out")
 
 
-@CASES.case("`rac pack` of a model with NaN", "model.norm.weight: holds NaN in")
+@CASES.case("`rac pack` of a model with NaN", "model.norm.weight: holds values that are not finite")
 def _(b: Bench) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -49,7 +49,9 @@ def _(b: Bench) -> None:
     b.rac("pack", b.tmp / "sparse", b.tmp / "out")
 
 
-@CASES.case("`rac pack` of a download that lacks a file", "cannot be read as safetensors")
+@CASES.case(
+    "`rac pack` of a download that lacks a file", "No such file or directory; name an existing file"
+)
 def _(b: Bench) -> None:
     sorted(sparse(b, "60KB").glob("*.safetensors"))[-1].unlink()
     b.rac("pack", b.tmp / "sparse", b.tmp / "out")
