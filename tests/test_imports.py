@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "rac_modifier"
 FLOORS = [
     ["errors", "float32_products", "freed_memory", "on_import", "machine_paths"],
     ["files"],
-    ["settings", "reasoner", "model_tools", "processes"],
+    ["settings", "reasoner", "model_tools", "processes", "progress"],
     ["problems"],
     ["sampling"],
     ["traces"],

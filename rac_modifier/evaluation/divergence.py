@@ -31,6 +31,7 @@ from rac_modifier.model_tools import evaluating
 # Elements of the logits in one window and in one step of the comparison: 256 MiB and 64 MiB in float32.
 WINDOW_ELEMENTS = 1 << 26
 _STEP_ELEMENTS = 1 << 24
+LEAST_ROWS = 16  # completions from which a standard error is reported
 
 # For each window of positions: the first position, the dense model's logits and the pruned model's.
 Windows = Iterator[tuple[int, torch.Tensor, torch.Tensor]]
@@ -53,7 +54,7 @@ class PositionBin:
     sequences: int  # completions that are long enough to have tokens here
     tokens: int
     kl: float
-    kl_stderr: float | None  # None with fewer than two such completions
+    kl_stderr: float | None  # None with fewer than 16 such completions
     agreement: float
     agreement_stderr: float | None
 
@@ -69,7 +70,7 @@ class DivergenceResult:
     sequences: int
     tokens: int  # of completions
     kl: float  # mean KL(dense || pruned) per completion token, in nats
-    kl_stderr: float | None  # None for a single sequence
+    kl_stderr: float | None  # None with fewer than 16 sequences
     agreement: float  # share of tokens where both models rank the same token first
     agreement_stderr: float | None
     bins: tuple[
@@ -285,14 +286,15 @@ def summarise_divergence(
 
 
 def mean_over_tokens(rows: Sequence[Sequence[float]]) -> tuple[float, float | None]:
-    """Mean over all tokens of all rows, and its standard error with rows as the independent units.
+    """Return the mean over all tokens of all rows, and its standard error over rows.
 
+    The error is None below 16 rows: an interval of 4 rows covers 74 % instead of 95 %, of 16 rows 86 %.
     The mean is a ratio, total over token count, both random. With residuals r_i = sum_i - mean * n_i of m rows the error
     is sqrt(m / (m - 1) * sum r_i^2) / sum n_i (Cochran, Sampling Techniques, 1977, section 6.3, for whole clusters).
     """
     mean = fmean(chain.from_iterable(rows))
     m, count = len(rows), sum(map(len, rows))
-    if m < 2:
+    if m < LEAST_ROWS:
         return mean, None
     squares = math.fsum((math.fsum(row) - mean * len(row)) ** 2 for row in rows)
     return mean, math.sqrt(m / (m - 1) * squares) / count

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from rac_modifier.errors import RacError
-from rac_modifier.evaluation.results import EvalResult, bootstrap_interval
+from rac_modifier.evaluation.intervals import difference_interval, mcnemar
+from rac_modifier.evaluation.results import EvalResult
 from rac_modifier.files import read_json
 
 
@@ -18,7 +18,7 @@ class PairedDifference:
 
     Attributes:
         difference: accuracy of the second minus that of the first.
-        ci_low, ci_high: 95 %, a bootstrap over problems.
+        ci_low, ci_high: 95 %, of `intervals.difference_interval`.
         only_first, only_second: problems that only one of them solves; None with several answers per problem.
         p_value: McNemar's exact test (two-sided) of both being equally accurate; None likewise.
     """
@@ -72,7 +72,7 @@ def paired_difference(first: EvalResult, second: EvalResult) -> PairedDifference
         (first.correct_answers[name] / samples, count / samples)
         for name, count in second.correct_answers.items()
     ]
-    low, high = bootstrap_interval([b - a for a, b in pairs])
+    low, high = difference_interval([b - a for a, b in pairs])
     lost = gained = p_value = None
     if samples == 1:
         lost, gained = sum(a > b for a, b in pairs), sum(b > a for a, b in pairs)
@@ -103,10 +103,3 @@ def read_results(path: Path) -> list[EvalResult]:
         return [EvalResult.from_dict(values) for values in results]
     except (RacError, AttributeError) as error:
         raise RacError(f"{path}: {error}") from error
-
-
-def mcnemar(lost: int, gained: int) -> float:
-    """The two-sided exact p value of McNemar's test: a binomial test of `lost` against `gained` with chance 1/2."""
-    discordant, fewer = lost + gained, min(lost, gained)
-    tail = sum(math.comb(discordant, i) for i in range(fewer + 1)) / 2**discordant
-    return min(1.0, 2 * tail)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from rac_modifier.errors import RacError
+from rac_modifier.evaluation.intervals import mean_pass_at, share_interval
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class EvalResult:
     samples: int  # answers per problem
     correct: int  # answers
     accuracy: float  # pass@1: the mean over problems of the share of correct answers
-    ci_low: float  # 95 %: Wilson's score interval; with several answers per problem, a bootstrap over problems
+    ci_low: float  # 95 %, of `intervals.share_interval`
     ci_high: float
     pass_at: dict[str, float]  # pass@k for k = 1, 2, 4 ... up to `samples`
     mean_thinking_tokens: float
@@ -78,34 +78,6 @@ class EvalResult:
         return cls(**values)
 
 
-def wilson_interval(correct: int, total: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval for a proportion (95 % by default), which unlike the normal one is valid near 0 and 1 too."""
-    share, spread = correct / total, z * z / total
-    centre = (share + spread / 2) / (1 + spread)
-    half = math.sqrt(spread * (share * (1 - share) + spread / 4)) / (1 + spread)
-    # Without this, rounding could put a perfect score outside its own interval.
-    return min(max(0.0, centre - half), share), max(min(1.0, centre + half), share)
-
-
-def pass_at_k(correct: int, samples: int, k: int) -> float:
-    """The chance that one of k answers is right, estimated without bias from `correct` of `samples` (arXiv 2107.03374, eq. 1)."""
-    return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
-
-
-def bootstrap_interval(values: Sequence[float]) -> tuple[float, float]:
-    """The 95 % percentile interval of the mean of `values`, one per problem; resampled 10,000 times with a fixed seed."""
-    numbers = np.asarray(values, dtype=np.float64)
-    chance = np.random.default_rng(0)
-    means = np.concatenate(
-        [
-            numbers[chance.integers(len(numbers), size=(500, len(numbers)))].mean(axis=1)
-            for _ in range(20)
-        ]
-    )
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
-
-
 def summarise(
     rows: Sequence[Row],
     *,
@@ -127,11 +99,7 @@ def summarise(
     correct = {name: sum(row.correct for row in answers) for name, answers in by_problem.items()}
     (samples,) = {len(answers) for answers in by_problem.values()}
     shares = [count / samples for count in correct.values()]
-    if samples == 1:
-        low, high = wilson_interval(sum(correct.values()), len(correct))
-    else:
-        low, high = bootstrap_interval(shares)
-    ks = sorted({min(2**power, samples) for power in range(samples.bit_length() + 1)})
+    low, high = share_interval(shares)
     thinking = [row.thinking_tokens for row in rows]
     tasks = sorted({row.task for row in rows if row.task is not None})
     tokens = sum(row.tokens for row in rows) if generated is None else generated
@@ -143,9 +111,7 @@ def summarise(
         accuracy=fmean(shares),
         ci_low=low,
         ci_high=high,
-        pass_at={
-            str(k): fmean(pass_at_k(count, samples, k) for count in correct.values()) for k in ks
-        },
+        pass_at=mean_pass_at(list(correct.values()), samples),
         mean_thinking_tokens=fmean(thinking),
         thinking_percentiles={
             str(share): float(np.percentile(thinking, share)) for share in (50, 90, 99)

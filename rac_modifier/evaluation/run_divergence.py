@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from typing import Any
 
@@ -73,7 +74,8 @@ class RunDivergence:
                 "kl_stderr": calibrated.kl_stderr,
                 "tokens": calibrated.tokens,
             }
-            logger.info(_outlook(result, calibrated))
+            if (line := outlook(result, calibrated)) is not None:
+                logger.info(line)
         return record
 
 
@@ -91,11 +93,12 @@ def _calibrated(calibration: CalibrationSet, tokens: int) -> list[TokenSequence]
     return chosen
 
 
-def _outlook(held_out: DivergenceResult, calibrated: DivergenceResult) -> str:
-    """What the two figures say about more calibration tokens."""
+def outlook(held_out: DivergenceResult, calibrated: DivergenceResult) -> str | None:
+    """Say what more calibration tokens can win; None where a figure has too few answers for an error."""
+    if held_out.kl_stderr is None or calibrated.kl_stderr is None:
+        return None
     gap = held_out.kl - calibrated.kl
-    said = f"on {calibrated.tokens:,} tokens that were calibrated on, KL is {calibrated.kl:.4f}"
-    error = ((held_out.kl_stderr or 0.0) ** 2 + (calibrated.kl_stderr or 0.0) ** 2) ** 0.5
-    if gap <= 2 * error:
-        return f"{said}: no gap beyond chance, so more calibration tokens would change little"
-    return f"{said}: more calibration tokens (calibration.tokens) can win a part of the gap of {gap:.4f}"
+    figure = f"on {calibrated.tokens:,} calibrated tokens, KL is {calibrated.kl:.4f}"
+    if gap <= 2 * math.hypot(held_out.kl_stderr, calibrated.kl_stderr):
+        return f"{figure}: no gap beyond chance, so more calibration tokens would change little"
+    return f"{figure}: more calibration tokens (calibration.tokens) can win a part of the gap of {gap:.4f}"

@@ -56,7 +56,7 @@ class QuantizedCheckpoint:
         recorded: modules that config.json says are pruned.
 
     Raises:
-        RacError: scales that are not positive, or too small for their dtype, or another number of zero points.
+        RacError: scales that are too small for their dtype, or another number of zero points.
     """
 
     def __init__(self, model: Any, dense: Any, recorded: Collection[str]):
@@ -162,7 +162,7 @@ def checked_scale(scale: torch.Tensor, weight: torch.Tensor, grid: Grid, name: s
     """Scales [rows, groups] that can be trained; a group of zeros may have any, and gets 1 where its own cannot be.
 
     Raises:
-        RacError: another number of scales than the grid has groups, or a scale that is not positive and normal.
+        RacError: another number of scales than the grid has groups, or a scale that is zero, subnormal or not finite.
     """
     groups = grid.groups(weight.shape[1])
     if scale.numel() != weight.shape[0] * groups:
@@ -175,12 +175,12 @@ def checked_scale(scale: torch.Tensor, weight: torch.Tensor, grid: Grid, name: s
         [part.ne(0).any(1) for part in weight.split(grid.group_size or weight.shape[1], dim=1)],
         dim=1,
     )
-    right = scale.isfinite() & (scale >= least)
+    right = scale.isfinite() & (scale.abs() >= least)
     wrong = used & ~right
     if bool(wrong.any()):
         raise RacError(
-            f"{name}.{SCALE}: {int(wrong.sum())} scales are negative, or not finite, or smaller than {least:.2g}, such as "
-            f"{float(scale[wrong][0]):.3g}; trained scales are positive and normal {str(scale.dtype).removeprefix('torch.')}: "
+            f"{name}.{SCALE}: {int(wrong.sum())} scales are not finite, or smaller than {least:.2g}, such as "
+            f"{float(scale[wrong][0]):.3g}; trained scales are normal {str(scale.dtype).removeprefix('torch.')}: "
             "quantize the model again with such scales"
         )
     return torch.where(right, scale, torch.ones_like(scale))

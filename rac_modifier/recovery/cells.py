@@ -45,7 +45,7 @@ def pruned_share(
     codes: torch.Tensor, scale: torch.Tensor, grid: Grid, dense: torch.Tensor
 ) -> float:
     """The share of weights that are zero and were not rounded to it: their dense weight is above 3/4 of a step of the grid."""
-    least = 0.75 * spread_scales(scale.float(), grid, codes.shape[1]) * _step(codes, grid)
+    least = 0.75 * spread_scales(scale.float().abs(), grid, codes.shape[1]) * _step(codes, grid)
     return float(((codes == 0) & (dense.float().abs() > least)).float().mean())
 
 

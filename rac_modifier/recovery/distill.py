@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -64,8 +65,9 @@ class Recovery:
     cpu_seconds: float
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
+        """Return plain values for JSON; a KL that is not finite is None."""
+        curve = [(step, kl if math.isfinite(kl) else None) for step, kl in self.curve]
+        return {**asdict(self), "curve": curve}
 
     def describe(self) -> str:
         """The result in one line."""
@@ -137,7 +139,7 @@ def recover(
         evaluating(model),
     ):
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        key = _key(training, held_out, settings, parameters)
+        key = _key(training, held_out, settings, parameters, f"{autocast} {teacher.key}")
         masters = {}
         for name, weight in quantized.items():
             if weight.master is not None:
@@ -189,14 +191,17 @@ def _key(
     held_out: Sequence[TokenSequence],
     settings: RecoverySettings,
     parameters: Mapping[str, torch.nn.Parameter],
+    others: str,
 ) -> str:
-    """Changes with anything that the run's result depends on, the weights that it starts from included."""
-    digest = hashlib.blake2b(digest_size=16)
+    """Hash everything that the result depends on: sequences, settings, weights, dtype and teacher.
+
+    Settings that change no result (folder, activation_checkpointing) are left out.
+    """
+    digest = hashlib.blake2b(others.encode(), digest_size=16)
     for sequence in (*training, *held_out):
         digest.update(name_of(sequence).encode())
-    digest.update(
-        settings.model_dump_json(exclude={"folder", "activation_checkpointing"}).encode()
-    )  # the same result
+    changing = settings.model_dump_json(exclude={"folder", "activation_checkpointing"})
+    digest.update(changing.encode())
     for name, parameter in parameters.items():
         digest.update(name.encode())
         digest.update(parameter.detach().cpu().numpy().tobytes())

@@ -60,13 +60,22 @@ def input_of_head(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def check_head(model: Any, sequence: TokenSequence) -> None:
-    """Raise a RacError where the model changes its logits after the head (a soft cap, a scale): the KL would be wrong."""
+    """Check that the model's logits are finite, and those of its output head.
+
+    Raises:
+        RacError: logits that are not finite, or changed after the head (a soft cap, a scale).
+    """
     head, (ids, _) = output_head(model), sequence
     states = predicting_states(model, [sequence])
     logits = model(
         input_ids=torch.tensor([list(ids[:-1])], device=model.device), use_cache=False
     ).logits
     own, expected = head(states[-1:]).float(), logits[:, -1].float()
+    if not bool(expected.isfinite().all()):
+        raise RacError(
+            f"{type(model).__name__} computes logits that are not finite, so recovery cannot measure "
+            "it; load it with --precision float32, or leave recover out"
+        )
     if not torch.allclose(own, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
         raise RacError(
             f"{type(model).__name__} changes its logits after the output head (a soft cap or a scale), which recovery does not "

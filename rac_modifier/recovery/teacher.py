@@ -23,11 +23,16 @@ from rac_modifier.model_tools import evaluating
 from rac_modifier.recovery.hidden_states import predicting_states
 
 _BATCH_TOKENS = 4096
+_INDEX = "index.json"
 _FILE_TOKENS = 65_536  # completion tokens per file
 
 
 class Teacher(Protocol):
-    """Where the dense model's hidden states come from."""
+    """Where the dense model's hidden states come from; `key` differs between dense models."""
+
+    @property
+    def key(self) -> str:
+        """Name the dense model."""
 
     def states(self, batch: Sequence[TokenSequence]) -> torch.Tensor:
         """[completion tokens, d] of a batch, row by row."""
@@ -38,6 +43,15 @@ class LiveTeacher:
 
     def __init__(self, dense: Any):
         self._dense = dense
+
+    @property
+    def key(self) -> str:
+        """Hash the dense model's weights."""
+        digest = hashlib.blake2b(digest_size=16)
+        for name, parameter in self._dense.named_parameters():
+            digest.update(name.encode())
+            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     @torch.no_grad()
     def states(self, batch: Sequence[TokenSequence]) -> torch.Tensor:
@@ -53,10 +67,11 @@ class StoredTeacher:
         self._folder = folder
         self._place: dict[str, str] = {}
         try:
+            self.key = str(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["model"])
             for file in sorted(folder.glob("states-*.safetensors")):
                 with safe_open(file, framework="pt") as states:
                     self._place |= dict.fromkeys(states.keys(), file.name)
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, ValueError, KeyError) as error:
             raise RacError(
                 f"{folder}: the dense model's states cannot be read ({error}); remove the folder"
             ) from error
@@ -79,7 +94,7 @@ class StoredTeacher:
             raise RacError(
                 f"{folder}: the dense model's states cannot be kept there ({error}); name another folder (recover.folder)"
             ) from error
-        index = folder / "index.json"
+        index = folder / _INDEX
         wanted = {"model": key, "sequences": [name_of(s) for s in sequences]}
         if index.exists() and json.loads(index.read_text(encoding="utf-8")) == wanted:
             return cls(folder)

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from loguru import logger
-from tqdm import tqdm
 
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.teacher_forcing import TokenSequence, batches_of_like_length
+from rac_modifier.progress import StepProgress
 from rac_modifier.recovery.hidden_states import output_head, predicting_states
 from rac_modifier.recovery.loss import head_kl
 from rac_modifier.recovery.schedule import Step, rate_at
@@ -72,7 +72,13 @@ class TrainingLoop:
             else load_state(self.state, key, self.shards, self.optimizer)
         )
         if not done.curve:
-            self.check(done)
+            kl = self.check(done)
+            if not math.isfinite(kl):
+                raise RacError(
+                    f"the held-out KL before training is {kl}: the {type(self.model).__name__} or its "
+                    "dense model computes values that are not finite; load them with --precision "
+                    "float32, or leave recover out"
+                )
             self._start_from_masters()
         while True:
             self._train_at(self.rates[done.tries], done)
@@ -100,11 +106,9 @@ class TrainingLoop:
         """Take the steps that are left, check the held-out KL, and write the state now and then."""
         before, every = done.curve[0][1], max(1, math.ceil(len(self.steps) / self._checks()))
         saved = time.monotonic()
-        # None: silent where the output is no terminal
-        silent = None if self.progress and self.shards.processes.is_first else True
-        with tqdm(
-            total=len(self.steps), initial=done.step, desc="recovery", unit="step", disable=silent
-        ) as bar:
+        shown = self.progress and self.shards.processes.is_first
+        progress = StepProgress("recovery", len(self.steps), done.step, shown=shown)
+        with contextlib.closing(progress):
             while done.step < len(self.steps) and not done.stopped:
                 for group in self.optimizer.param_groups:
                     group["lr"] = rate * rate_at(done.step, len(self.steps))
@@ -117,10 +121,12 @@ class TrainingLoop:
                 elif done.step % every == 0 or done.step == len(self.steps):
                     kl = self.check(done)
                     if not kl <= _TOO_HIGH * before:
-                        done.stopped = f"held-out KL {kl:.4f} (before: {before:.4f}) at learning rate {rate:.2g}"
-                bar.update()
-                bar.set_postfix_str(
-                    f"KL {done.curve[-1][1]:.4f}, at the start {before:.4f}", refresh=False
+                        done.stopped = (
+                            f"held-out KL {kl:.4f} (before: {before:.4f}) at learning rate "
+                            f"{rate:.2g}"
+                        )
+                progress.step(
+                    f"loss {loss:.4f}, held-out KL {done.curve[-1][1]:.4f} (before: {before:.4f})"
                 )
                 if self._is_time(saved):
                     self._save(done)

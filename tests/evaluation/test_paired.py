@@ -1,9 +1,7 @@
-from itertools import product
-
 import pytest
 
 from rac_modifier.errors import RacError
-from rac_modifier.evaluation.paired import mcnemar, paired_difference
+from rac_modifier.evaluation.paired import paired_difference
 from tests.evaluation.test_results import result, row
 
 
@@ -13,20 +11,6 @@ def answers(outcomes, label, **changes):
         label=label,
         **changes,
     )
-
-
-@pytest.mark.parametrize(("lost", "gained"), [(1, 0), (3, 9), (9, 3), (5, 5), (0, 7), (2, 3)])
-def test_mcnemar_is_the_share_of_all_coin_tosses_that_are_as_uneven(lost, gained):
-    tosses = list(product((0, 1), repeat=lost + gained))
-    as_uneven = [abs(2 * sum(t) - len(t)) >= abs(lost - gained) for t in tosses]
-    assert mcnemar(lost, gained) == pytest.approx(sum(as_uneven) / len(tosses))
-
-
-def test_mcnemar_of_equal_models_and_of_many_problems():
-    assert mcnemar(0, 0) == 1.0
-    assert mcnemar(40, 61) == pytest.approx(
-        0.0466, abs=0.001
-    )  # the chi-square with continuity: (61 - 40 - 1)^2 / 101
 
 
 def test_a_difference_is_paired():

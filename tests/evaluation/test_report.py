@@ -42,12 +42,12 @@ def test_different_caps_are_refused_unless_asked_for():
 
 
 def test_divergence_with_its_standard_error():
-    table = divergence_table([divergence_result()])
+    table = divergence_table([divergence_result(((0.1, 0.2), (0.5, 0.3)) * 8)])
     ((label, kl, agreement),) = table.rows
     assert label == "2:4, RAC"
     assert kl.startswith("0.275 ± 0.0")
     assert agreement.startswith("50.0% ± ")
-    assert table.note.startswith("KL(dense || model) on 4 completion tokens of 2 sequences")
+    assert table.note.startswith("KL(dense || model) on 32 completion tokens of 16 sequences")
     assert "±" not in "".join(
         divergence_table([divergence_result(((0.5,),))]).rows[0]
     )  # no error of one sequence

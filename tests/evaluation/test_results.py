@@ -1,20 +1,11 @@
 import itertools
 import json
-import math
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from rac_modifier.errors import RacError
-from rac_modifier.evaluation.results import (
-    EvalResult,
-    Row,
-    bootstrap_interval,
-    pass_at_k,
-    summarise,
-    wilson_interval,
-)
+from rac_modifier.evaluation.intervals import bootstrap_interval, wilson_interval
+from rac_modifier.evaluation.results import EvalResult, Row, summarise
 
 NUMBERS = itertools.count()
 
@@ -39,33 +30,6 @@ def result(rows, **changes):
         rows,
         **{"label": "dense", "seconds": 2.0, "cap": 64, "temperature": 0.0, "seed": 0} | changes,
     )
-
-
-@pytest.mark.parametrize(
-    ("correct", "total", "low", "high"),
-    # Newcombe (1998), Statistics in Medicine 17, table I, method 3
-    [
-        (81, 263, 0.2553, 0.3662),
-        (15, 148, 0.0624, 0.1605),
-        (0, 20, 0.0, 0.1611),
-        (1, 29, 0.0061, 0.1718),
-    ],
-)
-def test_wilson_interval_against_published_values(correct, total, low, high):
-    assert wilson_interval(correct, total) == pytest.approx((low, high), abs=6e-5)
-
-
-@given(st.integers(1, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
-def test_wilson_bounds_solve_the_score_equation(counts):
-    correct, total = counts
-    low, high = wilson_interval(correct, total)
-    share = correct / total
-    assert 0 <= low <= share <= high <= 1
-    for bound in (low, high):
-        if 0 < bound < 1 and bound != share:
-            assert abs(share - bound) == pytest.approx(
-                1.959964 * math.sqrt(bound * (1 - bound) / total), rel=1e-6
-            )
 
 
 def test_summary():
@@ -95,16 +59,6 @@ def test_fields_of_another_version_are_named():
         EvalResult.from_dict(values | {"limit": 3})
 
 
-@given(
-    st.integers(1, 8).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n), st.integers(1, n)))
-)
-def test_pass_at_k_is_the_share_of_all_choices_of_k_answers_that_hold_a_right_one(counts):
-    correct, samples, k = counts
-    answers = [True] * correct + [False] * (samples - correct)
-    choices = list(itertools.combinations(answers, k))
-    assert pass_at_k(correct, samples, k) == pytest.approx(sum(map(any, choices)) / len(choices))
-
-
 def test_several_answers_per_problem():
     outcomes = {"a": [1, 1, 0, 0], "b": [0, 0, 0, 0], "c": [1, 1, 1, 1]}
     rows = [
@@ -118,15 +72,6 @@ def test_several_answers_per_problem():
     assert found.correct_answers == {"a": 2, "b": 0, "c": 4}
     assert found.thinking_percentiles == pytest.approx({"50": 25.0, "90": 40.0, "99": 40.0})
     assert (found.ci_low, found.ci_high) == bootstrap_interval([0.5, 0.0, 1.0])
-
-
-def test_the_bootstrap_covers_what_the_normal_interval_covers():
-    """With many problems both agree: mean +- 1.96 standard errors."""
-    values = [0.0, 0.25, 0.5, 1.0] * 100
-    error = math.sqrt(sum((v - 0.4375) ** 2 for v in values)) / len(values)
-    assert bootstrap_interval(values) == pytest.approx(
-        (0.4375 - 1.96 * error, 0.4375 + 1.96 * error), abs=0.003
-    )
 
 
 def test_speed_is_that_of_what_this_run_generated():

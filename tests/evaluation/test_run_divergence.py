@@ -110,16 +110,14 @@ def test_the_gap_says_whether_more_tokens_would_help(kl, calibrated, says):
     def result(kl, stderr):
         return SimpleNamespace(kl=kl, kl_stderr=stderr, tokens=2048)
 
-    said = run_divergence._outlook(result(*kl), result(*calibrated))
-    assert said.startswith(f"on 2,048 tokens that were calibrated on, KL is {calibrated[0]:.4f}")
-    assert says in said
+    line = run_divergence.outlook(result(*kl), result(*calibrated))
+    assert line.startswith(f"on 2,048 calibrated tokens, KL is {calibrated[0]:.4f}")
+    assert says in line
 
 
-def test_one_sequence_has_no_standard_error():
-    one = SimpleNamespace(kl=0.5, kl_stderr=None, tokens=9)
-    assert "gap of 0.1000" in run_divergence._outlook(
-        one, SimpleNamespace(kl=0.4, kl_stderr=None, tokens=9)
-    )
+def test_there_is_no_outlook_on_figures_without_an_error():
+    few = SimpleNamespace(kl=0.5, kl_stderr=None, tokens=9)
+    assert run_divergence.outlook(few, SimpleNamespace(kl=0.4, kl_stderr=0.1, tokens=9)) is None
 
 
 def test_no_more_tokens_than_asked_for_where_whole_traces_make_them_up():

@@ -20,6 +20,7 @@ from rac_modifier.llmcompressor.quantized_checkpoint import (
 )
 from rac_modifier.llmcompressor.recovery_stage import _mask
 from rac_modifier.recovery.distill import recover
+from rac_modifier.recovery.on_grid import on_grid
 from rac_modifier.recovery.teacher import LiveTeacher
 from rac_modifier.recovery.training_loop import TrainingLoop
 from rac_modifier.settings.recovery import RecoverySettings
@@ -140,13 +141,30 @@ def test_codes_that_are_not_trained_are_written_back_bit_for_bit(tmp_path):
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
-def test_a_scale_that_training_cannot_keep_is_refused(tmp_path):
+@pytest.mark.parametrize("wrong", [0.0, float("nan"), float("inf")])
+def test_a_scale_that_training_cannot_keep_is_refused(tmp_path, wrong):
     model = load_model(saved(tmp_path / "in", SCHEMES["int4"], pruned=False), dtype="auto")
-    model.model.layers[0].mlp.up_proj.weight_scale.data[3, 1] *= -1
+    model.model.layers[0].mlp.up_proj.weight_scale.data[3, 1] = wrong
     with pytest.raises(
-        RacError, match=r"up_proj\.weight_scale: 1 scales are negative, .*such as -0\.0"
+        RacError, match=r"up_proj\.weight_scale: 1 scales are not finite, or smaller than 1\.2e-38"
     ):
         QuantizedCheckpoint(model, tiny_model().to(torch.bfloat16), ())
+
+
+def test_negative_scales_are_trained_and_stay_negative(tmp_path):
+    """As AutoRound writes them: half of the groups, with the codes negated, so that weights stay."""
+    model = load_model(saved(tmp_path / "in", SCHEMES["int4"], pruned=False), dtype="auto")
+    scales = model.model.layers[0].mlp.up_proj.weight_scale.data
+    scales[::2] *= -1
+    checkpoint = QuantizedCheckpoint(model, tiny_model().to(torch.bfloat16), ())
+    quantized = checkpoint.quantized["model.layers.0.mlp.up_proj"]
+    assert torch.equal(quantized.scale, scales)
+    with on_grid(model, {"model.layers.0.mlp.up_proj": quantized}):
+        form = model.model.layers[0].mlp.up_proj.parametrizations.weight[0]
+        form.log_change.data.fill_(0.1)
+        changed = form.scale()
+    assert torch.equal(changed < 0, scales.float() < 0)
+    torch.testing.assert_close(changed, scales.float() * 1.10517, rtol=1e-2, atol=0.0)
 
 
 def test_a_group_of_zeros_may_have_any_scale(tmp_path):

@@ -10,8 +10,9 @@ GRIDS = [Grid("int", 4, 32), Grid("int", 3, 32), Grid("int", 8, None), Grid("flo
 
 
 def drawn(grid: Grid, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes [12, 64] that occur in the grid, and scales [12, groups]."""
-    scale = (torch.rand(12, 64 // (grid.group_size or 64)) * 0.02 + 1e-3).to(dtype)
+    """Codes [12, 64] that occur in the grid, and scales [12, groups] of both signs."""
+    shape = 12, 64 // (grid.group_size or 64)
+    scale = ((torch.rand(shape) * 0.02 + 1e-3) * (1 - 2 * torch.randint(2, shape))).to(dtype)
     if grid.kind == "float":
         return (torch.randn(12, 64) * torch.logspace(-4, 2, 64)).to(
             torch.float8_e4m3fn
@@ -79,7 +80,7 @@ def test_codes_come_back_from_weights_rounded_to_16_bits(grid, dtype):
 def test_rounding_explains_the_zeros_of_a_dense_model_and_not_those_of_pruning():
     dense = torch.randn(64, 128)
     grid = Grid("int", 4, 32)
-    scale = dense.view(64, 4, 32).abs().amax(-1) / 7.5
+    scale = dense.view(64, 4, 32).abs().amax(-1) / 7.5 * (1 - 2 * torch.randint(2, (64, 4)))
     codes = codes_of(dense, scale, grid)
     assert float((codes == 0).float().mean()) > 0.1
     assert pruned_share(codes, scale, grid, dense) == 0.0
@@ -87,7 +88,7 @@ def test_rounding_explains_the_zeros_of_a_dense_model_and_not_those_of_pruning()
     pruned = pruned_share(codes * kept, scale, grid, dense)
     assert 0.05 < pruned < 0.3
     assert pruned == float(
-        (~kept & (dense.abs() > 0.75 * spread_scales(scale, grid, 128))).float().mean()
+        (~kept & (dense.abs() > 0.75 * spread_scales(scale.abs(), grid, 128))).float().mean()
     )
 
 

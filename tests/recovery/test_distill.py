@@ -76,14 +76,33 @@ def test_bfloat16_weights_are_trained_in_float32_and_come_back():
     assert result.kl_after < 0.9 * result.kl_before
 
 
-def test_a_learning_rate_that_diverges_keeps_what_was_before():
+@pytest.mark.parametrize(
+    ("changes", "stopped"),
+    [
+        ({"learning_rate": 30.0}, "held-out KL "),
+        ({"learning_rate": 1e308}, "the loss of step 2 is nan at learning rate 1e+308"),
+        ({"learning_rate": 1e308, "step_tokens": 10_000}, "held-out KL nan"),
+    ],
+)
+def test_training_that_diverges_ends_with_a_record_and_the_weights_of_before(changes, stopped):
     dense, sparse = dense_and_sparse()
     before = copy.deepcopy(sparse.state_dict())
-    result = run(sparse, dense, SETTINGS.model_copy(update={"learning_rate": 30.0}))
-    assert "at learning rate 30" in result.stopped
+    result = run(sparse, dense, SETTINGS.model_copy(update=changes))
+    assert result.stopped.startswith(stopped)
     assert result.kept == "before"
     assert result.kl_after == result.kl_before
     assert all(torch.equal(sparse.state_dict()[name], weight) for name, weight in before.items())
+    json.dumps(result.as_dict(), allow_nan=False)
+
+
+def test_a_model_that_computes_nan_is_refused_before_training():
+    dense, sparse = dense_and_sparse()
+    broken = copy.deepcopy(dense)
+    broken.model.norm.weight.data[3] = torch.nan
+    with pytest.raises(RacError, match="computes logits that are not finite"):
+        run(broken, dense)
+    with pytest.raises(RacError, match="the held-out KL before training is nan"):
+        run(sparse, broken)
 
 
 def test_a_default_learning_rate_that_diverges_is_lowered(monkeypatch):
@@ -165,35 +184,40 @@ def test_killed_runs_end_as_an_undisturbed_one(undisturbed, tmp_path, monkeypatc
     )
 
 
-def test_a_state_of_other_settings_is_not_used(tmp_path):
+@pytest.mark.parametrize(
+    "changed", ["settings", "training", "held out", "weights", "dtype", "dense model"]
+)
+def test_a_state_of_another_run_is_not_used(tmp_path, changed):
     dense, sparse = dense_and_sparse()
     run(sparse, dense, state=tmp_path, save_seconds=0.0)
     _, other = dense_and_sparse()
-    result = run(
-        other, dense, SETTINGS.model_copy(update={"seed": 5}), state=tmp_path, save_seconds=0.0
-    )
-    _, alone = dense_and_sparse()
-    assert result.curve == run(alone, dense, SETTINGS.model_copy(update={"seed": 5})).curve
-
-
-@pytest.mark.parametrize("changed", ["training", "held out", "weights"])
-def test_a_state_of_other_traces_or_weights_is_not_used(tmp_path, changed):
-    dense, sparse = dense_and_sparse()
-    run(sparse, dense, state=tmp_path, save_seconds=0.0)
-    _, other = dense_and_sparse()
-    training, held_out = TRAINING, HELD_OUT
-    if changed == "training":
+    teacher, training, held_out, settings, autocast = dense, TRAINING, HELD_OUT, SETTINGS, None
+    if changed == "settings":
+        settings = SETTINGS.model_copy(update={"seed": 5})
+    elif changed == "training":
         training = [*TRAINING[1:], *sequences(1, seed=9)]
     elif changed == "held out":
         held_out = sequences(20, seed=8)
-    else:
+    elif changed == "weights":
         other.model.norm.weight.data.mul_(1.5)
-    result = recover(
-        other, LiveTeacher(dense), training, held_out, SETTINGS, progress=False, state=tmp_path
-    )
-    assert len(result.curve) > 2  # of steps of its own, from the start
-    assert next(step for step, _ in result.curve) == 0
-    assert result.curve != run(dense_and_sparse()[1], dense, state=tmp_path).curve
+    elif changed == "dtype":
+        autocast = torch.bfloat16
+    else:
+        teacher = dense_and_sparse(seed=1)[0]
+    steps, step = [], TrainingLoop.step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainingLoop, "step", lambda *args: (steps.append(1), step(*args))[1])
+        result = recover(
+            other,
+            LiveTeacher(teacher),
+            training,
+            held_out,
+            settings,
+            progress=False,
+            state=tmp_path,
+            autocast=autocast,
+        )
+    assert len(steps) == result.steps > 0
 
 
 def test_a_damaged_state_is_an_error_that_names_the_file(tmp_path):

@@ -1,5 +1,7 @@
 """The loop's state: what a full disk costs, what is left when a run has ended; how often it checks. The rest: test_distill.py."""
 
+import re
+
 import pytest
 import torch
 from loguru import logger
@@ -23,14 +25,24 @@ def run(model, dense, settings=SETTINGS, **options):
 
 
 @pytest.fixture
-def warnings():
+def lines():
     texts: list[str] = []
-    handler = logger.add(lambda message: texts.append(str(message)), level="WARNING")
+    handler = logger.add(lambda message: texts.append(message.record["message"]), level="INFO")
     yield texts
     logger.remove(handler)
 
 
-def test_a_disk_that_is_full_for_a_while_does_not_end_the_training(tmp_path, monkeypatch, warnings):
+def test_a_log_file_shows_step_loss_and_time_left(lines):
+    dense, model = dense_and_sparse()
+    training, held_out = sequences(40, seed=1), sequences(10, seed=2)
+    result = recover(model, LiveTeacher(dense), training, held_out, SETTINGS)
+    steps = [line for line in lines if line.startswith("recovery: step ")]
+    assert len(steps) == min(result.steps, 10) > 1
+    form = r"recovery: step \d+ of \d+, loss 0\.\d{4}, held-out KL 0\.\d{4} \(before: 0\.\d{4}\), "
+    assert all(re.fullmatch(form + r"about \d+ s left", line) for line in steps)
+
+
+def test_a_disk_that_is_full_for_a_while_does_not_end_the_training(tmp_path, monkeypatch, lines):
     dense, undisturbed = dense_and_sparse()
     expected = run(undisturbed, dense)
     calls = 0
@@ -47,7 +59,7 @@ def test_a_disk_that_is_full_for_a_while_does_not_end_the_training(tmp_path, mon
     _, model = dense_and_sparse()
     result = run(model, dense, state=tmp_path, save_seconds=0.0)
     assert calls > 3
-    assert sum("training goes on without a new state: no room" in text for text in warnings) == 2
+    assert sum("training goes on without a new state: no room" in text for text in lines) == 2
     assert result.curve == expected.curve
     assert all(
         torch.equal(a, b) for a, b in zip(model.parameters(), undisturbed.parameters(), strict=True)

@@ -1,0 +1,113 @@
+"""95 % intervals of accuracies and of their differences. None is a point, also where all values are equal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from statistics import fmean
+
+import numpy as np
+
+Z = 1.959964  # 97.5th percentile of the normal distribution
+Interval = tuple[float, float]
+
+
+def share_interval(shares: Sequence[float]) -> Interval:
+    """Return the interval of the mean of `shares`, the share of right answers of each problem.
+
+    A bootstrap over problems; Wilson's interval where each problem has one answer, or all shares are
+    equal, since a bootstrap of equal values is a point.
+    """
+    if set(shares) <= {0.0, 1.0} or len(set(shares)) == 1:
+        return wilson_interval(math.fsum(shares), len(shares))
+    return bootstrap_interval(shares)
+
+
+def difference_interval(differences: Sequence[float]) -> Interval:
+    """Return the interval of the mean of paired differences, one per problem, each in -1 to 1.
+
+    A bootstrap over problems; Tango's interval where each problem has one answer, or all differences
+    are equal.
+    """
+    if set(differences) <= {-1.0, 0.0, 1.0} or len(set(differences)) == 1:
+        lost = -math.fsum(min(value, 0.0) for value in differences)
+        gained = math.fsum(max(value, 0.0) for value in differences)
+        return tango_interval(lost, gained, len(differences))
+    return bootstrap_interval(differences)
+
+
+def wilson_interval(correct: float, total: int, z: float = Z) -> Interval:
+    """Return Wilson's score interval of a proportion, which is valid near 0 and 1 too."""
+    share, spread = correct / total, z * z / total
+    centre = (share + spread / 2) / (1 + spread)
+    half = math.sqrt(spread * (share * (1 - share) + spread / 4)) / (1 + spread)
+    # without this, rounding could put a perfect score outside its own interval
+    return min(max(0.0, centre - half), share), max(min(1.0, centre + half), share)
+
+
+def tango_interval(lost: float, gained: float, total: int) -> Interval:
+    """Return Tango's score interval of (gained - lost) / total (Statistics in Medicine 17, 1998).
+
+    Its bounds are the differences d whose score statistic is Z:
+
+        |gained - lost - total d| = Z sqrt(total (2 p + d (1 - d)))
+
+    where p is the likeliest probability of `lost` under the difference d.
+    """
+    difference = (gained - lost) / total
+
+    def score(d: float) -> float:
+        b = gained + lost - d * (2 * total - gained + lost)
+        root = math.sqrt(max(b * b + 8 * total * lost * d * (1 - d), 0.0))
+        p = max((b + root) / (4 * total), -d, 0.0)
+        error = gained - lost - total * d
+        variance = total * (2 * p + d * (1 - d))
+        return error / math.sqrt(variance) if variance > 0 else math.copysign(math.inf, error)
+
+    return (
+        _bisect(lambda d: score(d) > Z, -1.0, difference),
+        _bisect(lambda d: score(d) > -Z, difference, 1.0),
+    )
+
+
+def bootstrap_interval(values: Sequence[float]) -> Interval:
+    """Return the percentile interval of the mean of `values`, one per problem.
+
+    Resampled 10,000 times with a fixed seed.
+    """
+    numbers = np.asarray(values, dtype=np.float64)
+    chance = np.random.default_rng(0)
+    means = np.concatenate(
+        [
+            numbers[chance.integers(len(numbers), size=(500, len(numbers)))].mean(axis=1)
+            for _ in range(20)
+        ]
+    )
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def mcnemar(lost: int, gained: int) -> float:
+    """Return the two-sided exact p value of McNemar's test, a binomial test with chance 1/2."""
+    discordant, fewer = lost + gained, min(lost, gained)
+    tail = math.fsum(math.comb(discordant, i) for i in range(fewer + 1)) / 2**discordant
+    return min(1.0, 2 * tail)
+
+
+def pass_at_k(correct: int, samples: int, k: int) -> float:
+    """Estimate the chance that one of k answers is right, without bias (arXiv 2107.03374, eq. 1)."""
+    return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
+
+
+def mean_pass_at(counts: Sequence[int], samples: int) -> dict[str, float]:
+    """Return pass@k over problems for k = 1, 2, 4 ... up to `samples`; `counts` are right answers."""
+    ks = sorted({min(2**power, samples) for power in range(samples.bit_length() + 1)})
+    return {str(k): fmean(pass_at_k(count, samples, k) for count in counts) for k in ks}
+
+
+def _bisect(true_below: Callable[[float], bool], low: float, high: float) -> float:
+    """Return where a condition that holds below a point of [low, high] ends."""
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if true_below(middle) else (low, middle)
+    return (low + high) / 2

@@ -1,0 +1,76 @@
+"""Progress of a long run: a bar on a terminal, some ten log lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from loguru import logger
+from tqdm import tqdm
+
+_LINES = 10  # log lines of a run without a terminal
+_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {unit}s [{elapsed}{postfix}]"
+
+
+class StepProgress:
+    """Count the steps of a run, and estimate the time left from the mean time of its steps.
+
+    Args:
+        what: the run's name, such as "recovery".
+        total: its steps; `done` of them were done by an earlier run.
+        shown: False logs nothing and draws no bar.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        total: int,
+        done: int = 0,
+        *,
+        shown: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._what, self._total, self._first, self._done = what, total, done, done
+        self._shown, self._clock, self._start = shown, clock, clock()
+        self._next_line = done * _LINES // max(total, 1) + 1
+        self._bar = tqdm(
+            total=total,
+            initial=done,
+            desc=what,
+            unit="step",
+            bar_format=_BAR,
+            disable=None if shown else True,  # None: no bar without a terminal
+        )
+
+    @property
+    def seconds_left(self) -> float:
+        """The estimate for the steps that are left."""
+        taken = self._clock() - self._start
+        return taken / max(self._done - self._first, 1) * (self._total - self._done)
+
+    def step(self, text: str) -> None:
+        """Count a step; `text` says how the run goes, such as "loss 0.0312"."""
+        self._done += 1
+        left = f"about {readable_time(self.seconds_left)} left"
+        self._bar.set_postfix_str(f"{text}, {left}", refresh=False)
+        self._bar.update()
+        if (
+            self._shown
+            and self._bar.disable
+            and self._done * _LINES >= self._next_line * self._total
+        ):
+            self._next_line = self._done * _LINES // self._total + 1
+            logger.info(f"{self._what}: step {self._done} of {self._total}, {text}, {left}")
+
+    def close(self) -> None:
+        """End the bar."""
+        self._bar.close()
+
+
+def readable_time(seconds: float) -> str:
+    """Return a time such as "2 h 05 min", "3 min 07 s" or "12 s"."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"

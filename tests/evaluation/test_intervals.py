@@ -1,0 +1,135 @@
+"""Intervals against published values, brute force and counting."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rac_modifier.evaluation.intervals import (
+    bootstrap_interval,
+    difference_interval,
+    mcnemar,
+    mean_pass_at,
+    pass_at_k,
+    share_interval,
+    tango_interval,
+    wilson_interval,
+)
+
+
+@pytest.mark.parametrize(
+    ("correct", "total", "low", "high"),
+    # Newcombe (1998), Statistics in Medicine 17, table I, method 3
+    [
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
+def test_wilson_interval_against_published_values(correct, total, low, high):
+    assert wilson_interval(correct, total) == pytest.approx((low, high), abs=6e-5)
+
+
+@given(st.integers(1, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_wilson_bounds_solve_the_score_equation(counts):
+    correct, total = counts
+    low, high = wilson_interval(correct, total)
+    share = correct / total
+    assert 0 <= low <= share <= high <= 1
+    for bound in (low, high):
+        if 0 < bound < 1 and bound != share:
+            error = 1.959964 * math.sqrt(bound * (1 - bound) / total)
+            assert abs(share - bound) == pytest.approx(error, rel=1e-6)
+
+
+def searched_score(lost: int, gained: int, total: int, d: float) -> float:
+    """The score statistic of a difference d; its nuisance probability by a search of the likelihood."""
+
+    def likelihood(p: float) -> float:
+        outcomes = ((gained, p + d), (lost, p), (total - gained - lost, 1 - 2 * p - d))
+        return sum(n * math.log(chance) for n, chance in outcomes if n)
+
+    low, high = max(0.0, -d), (1 - d) / 2
+    for _ in range(6):  # each time a grid around the best of the last
+        step = (high - low) / 1000
+        grid = [low + step * (i + 0.5) for i in range(1000)]
+        best = max(grid, key=likelihood)
+        low, high = max(low, best - step), min(high, best + step)
+    return (gained - lost - total * d) / math.sqrt(total * (2 * best + d - d * d))
+
+
+@pytest.mark.parametrize(
+    ("lost", "gained", "total"), [(8, 0, 200), (2, 12, 50), (5, 5, 30), (1, 0, 10)]
+)
+def test_tango_bounds_solve_the_score_equation_with_a_searched_likelihood(lost, gained, total):
+    low, high = tango_interval(lost, gained, total)
+    assert low < (gained - lost) / total < high
+    assert searched_score(lost, gained, total, low) == pytest.approx(1.959964, abs=1e-3)
+    assert searched_score(lost, gained, total, high) == pytest.approx(-1.959964, abs=1e-3)
+
+
+def test_without_a_discordant_pair_tango_is_the_rule_of_four():
+    """The score is n d / sqrt(n |d| (1 - |d|)) there, so |d| = z^2 / (n + z^2)."""
+    bound = 1.959964**2 / (60 + 1.959964**2)
+    assert tango_interval(0, 0, 60) == pytest.approx((-bound, bound), abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("values", "interval"),
+    [
+        ([1.0] * 60, share_interval),
+        ([0.0] * 60, share_interval),
+        ([0.75] * 60, share_interval),
+        ([0.5], share_interval),
+        ([0.0] * 60, difference_interval),
+        ([-0.25] * 60, difference_interval),
+        ([1.0] * 60, difference_interval),
+        ([0.5], difference_interval),
+    ],
+)
+def test_an_interval_of_equal_values_is_no_point(values, interval):
+    low, high = interval(values)
+    assert low <= values[0] <= high
+    assert high - low > 0.02
+
+
+def test_several_answers_are_bootstrapped_over_problems():
+    """With many problems it is mean +- 1.96 standard errors."""
+    values = [0.0, 0.25, 0.5, 1.0] * 100
+    error = math.sqrt(sum((v - 0.4375) ** 2 for v in values)) / len(values)
+    expected = 0.4375 - 1.96 * error, 0.4375 + 1.96 * error
+    assert bootstrap_interval(values) == pytest.approx(expected, abs=0.003)
+    assert share_interval(values) == difference_interval(values) == bootstrap_interval(values)
+
+
+@pytest.mark.parametrize(("lost", "gained"), [(1, 0), (3, 9), (9, 3), (5, 5), (0, 7), (2, 3)])
+def test_mcnemar_is_the_share_of_all_coin_tosses_that_are_as_uneven(lost, gained):
+    tosses = list(itertools.product((0, 1), repeat=lost + gained))
+    as_uneven = [abs(2 * sum(t) - len(t)) >= abs(lost - gained) for t in tosses]
+    assert mcnemar(lost, gained) == pytest.approx(sum(as_uneven) / len(tosses))
+
+
+def test_mcnemar_of_equal_models_and_of_many_problems():
+    assert mcnemar(0, 0) == 1.0
+    # the chi-square with continuity: (61 - 40 - 1)^2 / 101
+    assert mcnemar(40, 61) == pytest.approx(0.0466, abs=0.001)
+
+
+@given(
+    st.integers(1, 8).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n), st.integers(1, n)))
+)
+def test_pass_at_k_is_the_share_of_all_choices_of_k_answers_that_hold_a_right_one(counts):
+    correct, samples, k = counts
+    answers = [True] * correct + [False] * (samples - correct)
+    choices = list(itertools.combinations(answers, k))
+    assert pass_at_k(correct, samples, k) == pytest.approx(sum(map(any, choices)) / len(choices))
+
+
+def test_pass_at_is_reported_for_powers_of_two_and_all():
+    assert list(mean_pass_at([0, 6], 6)) == ["1", "2", "4", "6"]
+    assert list(mean_pass_at([1], 1)) == ["1"]

@@ -1,0 +1,48 @@
+"""Log lines of a long run without a terminal."""
+
+from __future__ import annotations
+
+import pytest
+from loguru import logger
+
+from rac_modifier.progress import StepProgress, readable_time
+
+
+@pytest.fixture
+def lines():
+    texts: list[str] = []
+    handler = logger.add(lambda message: texts.append(message.record["message"]), level="INFO")
+    yield texts
+    logger.remove(handler)
+
+
+def test_a_run_logs_ten_lines_with_the_time_left(lines):
+    now = [0.0]
+    progress = StepProgress("recovery", 40, clock=lambda: now[0])
+    for number in range(40):
+        now[0] += 3.0
+        progress.step(f"loss {number}")
+    assert len(lines) == 10
+    assert lines[0] == "recovery: step 4 of 40, loss 3, about 1 min 48 s left"
+    assert lines[-1] == "recovery: step 40 of 40, loss 39, about 0 s left"
+
+
+def test_steps_of_an_earlier_run_say_nothing_about_the_time(lines):
+    now = [0.0]
+    progress = StepProgress("recovery", 10, done=8, clock=lambda: now[0])
+    now[0] = 5.0
+    progress.step("loss 1")
+    assert lines == ["recovery: step 9 of 10, loss 1, about 5 s left"]
+
+
+def test_a_silent_run_logs_nothing(lines):
+    progress = StepProgress("recovery", 1, shown=False)
+    progress.step("loss 1")
+    assert lines == []
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0 s"), (187, "3 min 07 s"), (7500, "2 h 05 min")]
+)
+def test_times_are_readable(seconds, text):
+    assert readable_time(seconds) == text
