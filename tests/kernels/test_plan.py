@@ -15,6 +15,7 @@ from rac_modifier.checkpoint.packing import mark_dense, pack_checkpoint
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.cpu import backend
 from rac_modifier.kernels.cpu.support import Support
+from rac_modifier.kernels.interface import Layer
 from rac_modifier.kernels.plan import plan_checkpoint, plan_dense_codes, plan_row, render_plan
 from tests.checkpoint.test_stored_weight import random_weight
 
@@ -61,7 +62,8 @@ def support(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     ],
 )
 def test_plan_row(stored, dtype, machine, reason):
-    row = plan_row("a", 64, 128, stored, dtype, torch.bfloat16)
+    layer = Layer(64, 128, stored / (64 * 128), dtype, torch.bfloat16, 128)
+    row = plan_row("a", layer)
     assert row.decision.sparse == reason.startswith("sparse")
     assert row.density == stored / (64 * 128)
     assert re.match(reason, row.decision.reason)
