@@ -28,9 +28,11 @@ from rac_modifier.evaluation.teacher_forcing import (
     TokenSequence,
     batches_of_like_length,
     check_sequences,
+    input_of_head,
+    output_head,
     padded,
 )
-from rac_modifier.model_tools import StopForward, evaluating
+from rac_modifier.model_tools import evaluating
 
 
 class DenseReference:
@@ -45,29 +47,12 @@ class DenseReference:
         """
         check_sequences(sequences)
         check_ids("dense", model, sequences)
-        head = output_head(model)
         self._batches = list(batches_of_like_length(sequences, batch_tokens))
-        self._entering: list[torch.Tensor] = []
-        self._head = _probe(head)
-
-        def keep(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            self._entering.append(args[0].cpu())
-            raise StopForward
-
-        hook = head.register_forward_pre_hook(keep)
-        try:
-            with evaluating(model):
-                for batch in self._batches:
-                    ids = padded(batch)[0][:, :-1]
-                    try:
-                        model(input_ids=ids.to(model.device), use_cache=False)
-                    except StopForward:
-                        continue
-                    raise RacError(
-                        f"{type(model).__name__} does not call its output embeddings; nothing can be compared"
-                    )
-        finally:
-            hook.remove()
+        self._head = _probe(output_head(model))
+        with evaluating(model):
+            self._entering = [
+                input_of_head(model, padded(batch)[0][:, :-1]).cpu() for batch in self._batches
+            ]
 
     @property
     def tokens(self) -> int:
@@ -119,16 +104,6 @@ class DenseReference:
                 yield start, dense, own
         finally:
             hook.remove()
-
-
-def output_head(model: Any) -> Any:
-    """The output head of a causal LM, or a RacError where there is none."""
-    head = model.get_output_embeddings()
-    if head is None:
-        raise RacError(
-            f"{type(model).__name__} has no output embeddings, so its predictions cannot be compared"
-        )
-    return head
 
 
 def _probe(head: Any) -> torch.Tensor:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
 from rac_modifier.errors import RacError
+from rac_modifier.model_tools import StopForward
 from rac_modifier.traces.records import Trace
 
 # Token ids, and how many of the first ones are the prompt.
@@ -55,3 +57,44 @@ def padded(batch: Sequence[TokenSequence]) -> tuple[torch.Tensor, torch.Tensor]:
         ids[row, : len(sequence)] = torch.tensor(sequence)
         completion[row, prompt_length : len(sequence)] = True
     return ids, completion
+
+
+def output_head(model: Any) -> Any:
+    """Return the output embeddings of a causal LM.
+
+    Raises:
+        RacError: the model has none.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        raise RacError(
+            f"{type(model).__name__} has no output embeddings, so its predictions cannot be compared"
+        )
+    return head
+
+
+def input_of_head(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Return what enters the output head, [rows, tokens, d], of `ids` [rows, tokens].
+
+    The forward pass ends there.
+
+    Raises:
+        RacError: the model has no output embeddings, or does not call them.
+    """
+    inputs: list[torch.Tensor] = []
+
+    def keep(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        inputs.append(args[0])
+        raise StopForward
+
+    hook = output_head(model).register_forward_pre_hook(keep)
+    try:
+        model(input_ids=ids.to(model.device), use_cache=False)
+    except StopForward:
+        return inputs[0]
+    finally:
+        hook.remove()
+    raise RacError(
+        f"{type(model).__name__} does not call its output embeddings, so its predictions cannot be "
+        "read from what enters them"
+    )

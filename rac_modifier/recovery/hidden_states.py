@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from rac_modifier.errors import RacError
-from rac_modifier.evaluation.teacher_forcing import TokenSequence, padded
-from rac_modifier.model_tools import StopForward
+from rac_modifier.evaluation.teacher_forcing import TokenSequence, input_of_head, padded
+from rac_modifier.evaluation.teacher_forcing import output_head as any_head
 
 
 def output_head(model: Any) -> torch.nn.Module:
@@ -18,7 +18,7 @@ def output_head(model: Any) -> torch.nn.Module:
     Raises:
         RacError: it has none, or it is not a plain linear layer without a bias.
     """
-    head = model.get_output_embeddings()
+    head = any_head(model)
     if not isinstance(head, torch.nn.Linear) or head.bias is not None:
         raise RacError(
             f"{type(model).__name__} has no plain linear output head, so its predictions cannot be recovered from hidden states"
@@ -33,29 +33,8 @@ def predicting_states(model: Any, batch: Sequence[TokenSequence]) -> torch.Tenso
         RacError: the model does not call its output embeddings.
     """
     ids, completion = padded(batch)
-    wanted = completion[:, 1:].to(model.device)  # the state at a position predicts the next token
-    states = input_of_head(model, ids[:, :-1].to(model.device))
-    return states[wanted.to(states.device)]
-
-
-def input_of_head(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """Hidden states [rows, tokens, d] at all positions of `ids` [rows, tokens]; see `predicting_states`."""
-    found: list[torch.Tensor] = []
-
-    def keep(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        found.append(args[0])
-        raise StopForward
-
-    hook = output_head(model).register_forward_pre_hook(keep)
-    try:
-        model(input_ids=ids, use_cache=False)
-    except StopForward:
-        return found[0]
-    finally:
-        hook.remove()
-    raise RacError(
-        f"{type(model).__name__} does not call its output embeddings, so there is no state to train on"
-    )
+    states = input_of_head(model, ids[:, :-1])
+    return states[completion[:, 1:].to(states.device)]  # a position predicts the next token
 
 
 @torch.no_grad()
