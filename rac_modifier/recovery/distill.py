@@ -1,4 +1,4 @@
-"""Recovery: KL to the dense model on its own traces, all kept weights trained, the mask fixed, the best weights kept."""
+"""Recovery: train all kept weights on KL to the dense model, with the mask fixed, and keep the best."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from rac_modifier.recovery.trained_parameters import in_float32, trained_name
 from rac_modifier.recovery.training_loop import TrainingLoop
 from rac_modifier.settings.recovery import RecoverySettings
 
-_LOWER, _TRIES = 3.0, 3  # the default learning rate is lowered by this factor, up to so many tries
+_LOWER, _TRIES = 3.0, 3  # factor by which the default learning rate is lowered; most tries
 _SAVE_SECONDS = 300.0
 
 
@@ -37,11 +37,11 @@ class Recovery:
     """What a recovery run did; for the run record.
 
     Attributes:
-        kl_before, kl_after: held-out KL(dense || model), nats per completion token, of the weights given and of those kept.
-        kept: "after step N", or "before": training did not help, so the weights given are kept.
+        kl_before, kl_after: held-out KL(dense || model), nats per completion token.
+        kept: "after step N", or "before" where training did not help.
         stopped: why the last try ended early, or "".
-        tries: how often the learning rate was lowered and training started again.
-        tokens: prompt and completion tokens of all steps that were done; `completion_tokens` of them in the loss.
+        tries: how often training started again at a lower learning rate.
+        tokens: prompt and completion tokens of the steps; `completion_tokens` count in the loss.
         sequences: distinct training traces.
         curve: (step, held-out KL) of every check.
         seconds, cpu_seconds: of training and checks, of this process.
@@ -70,10 +70,11 @@ class Recovery:
         return {**asdict(self), "curve": curve}
 
     def describe(self) -> str:
-        """The result in one line."""
+        """Return the result in one line."""
         return (
-            f"recovery: KL {self.kl_before:.4f} -> {self.kl_after:.4f} nats per held-out token ({self.kept}; {self.steps} steps, "
-            f"{self.tokens:,} tokens, learning rate {self.learning_rate:.2g}, {self.seconds:.0f} s)"
+            f"recovery: KL {self.kl_before:.4f} -> {self.kl_after:.4f} nats per held-out token "
+            f"({self.kept}; {self.steps} steps, {self.tokens:,} tokens, learning rate "
+            f"{self.learning_rate:.2g}, {self.seconds:.0f} s)"
         )
 
 
@@ -92,34 +93,34 @@ def recover(
     processes: Processes = ALONE,
     save_seconds: float = _SAVE_SECONDS,
 ) -> Recovery:
-    """Train `model` in place towards the dense model; it ends with the weights of the lowest held-out KL, perhaps its own.
+    """Train `model` in place towards the dense model; it ends with the weights of the lowest held-out KL.
 
-    Minimises the mean over completion tokens of KL(dense || model) with AdamW; everything is trained but embeddings and head.
-    Zeros stay zero. Weights are float32 while they are trained and end in the dtype they came in.
+    Minimise the mean over completion tokens of KL(dense || model) with AdamW. All parameters but
+    embeddings and head are trained, in float32. Zeros stay zero; dtypes come back at the end.
 
     Args:
         model: a sparse causal LM.
         teacher: the dense model's hidden states on `training` and `held_out`.
         training: traces that calibration did not use.
-        held_out: traces of other problems, on which it is decided what is kept.
+        held_out: traces of other problems, which decide what is kept.
         settings: steps, learning rate, batches.
-        masks: bool by parameter name, True = kept; default: where the model's linear layers are not zero.
-        quantized: grid and scales of the modules whose weights are quantized, by module name: they are trained through their
-            codes, from their master weights, and end as code times scale.
+        masks: bool by parameter name, True = kept; default: the nonzero weights of linear layers.
+        quantized: grid and scales of quantized weights, by module name. These are trained through
+            their codes, and end as code times scale.
         state: folder that a killed run goes on from; None keeps no state.
-        autocast: dtype of matrix products in forward and backward passes; None: as the weights are.
-        processes: that train together, each with the same arguments; the result is in all of them.
+        autocast: dtype of matmuls in forward and backward passes; None: that of the weights.
+        processes: train together, each with the same arguments; all get the result.
         save_seconds: how often the state is written.
 
     Raises:
-        RacError: sequences in both sets, none at all, a model whose head is not supported, or a state that cannot be read.
+        RacError: no sequences, or sequences in both sets; a head that is not supported; logits that
+            are not finite; a state that cannot be read.
     """
     check_sequences(training)
     check_sequences(held_out)
-    both = {name_of(s) for s in training} & {name_of(s) for s in held_out}
-    if both:
+    if shared := {name_of(s) for s in training} & {name_of(s) for s in held_out}:
         raise RacError(
-            f"{len(both)} held-out traces are among the training traces; give traces of other problems"
+            f"{len(shared)} held-out traces are among the training traces; give traces of other problems"
         )
     check_head(model, min(held_out, key=lambda s: len(s[0])))
     steps = steps_of_run(training, settings, model.device, processes.count)
@@ -140,26 +141,18 @@ def recover(
     ):
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         key = _key(training, held_out, settings, parameters, f"{autocast} {teacher.key}")
-        masters = {}
-        for name, weight in quantized.items():
-            if weight.master is not None:
-                trained = trained_name(f"{name}.weight", quantized)
-                kept = mask.masks.get(trained)
-                masters[trained] = (
-                    weight.master if kept is None else weight.master * kept.to(weight.master.device)
-                )
         shards = spread(model, parameters, mask, processes)
         run = TrainingLoop(
-            shards,
-            teacher,
-            held_out,
-            masters,
-            autocast,
-            steps,
-            rates,
-            state,
-            save_seconds,
-            progress,
+            shards=shards,
+            teacher=teacher,
+            held_out=held_out,
+            masters=_masters(quantized, mask.masks),
+            autocast=autocast,
+            steps=steps,
+            rates=rates,
+            state=state,
+            save_seconds=save_seconds,
+            progress=progress,
         )
         with recomputing(shards.model, settings.activation_checkpointing):
             done = run.train(key)
@@ -184,6 +177,21 @@ def recover(
     )
     logger.info(result.describe())
     return result
+
+
+def _masters(
+    quantized: Mapping[str, QuantizedWeight], masks: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Return the masked master weights by trained parameter name."""
+    masters = {}
+    for module, weight in quantized.items():
+        name = trained_name(f"{module}.weight", quantized)
+        if weight.master is not None:
+            mask = masks.get(name)
+            masters[name] = (
+                weight.master if mask is None else weight.master * mask.to(weight.master.device)
+            )
+    return masters
 
 
 def _key(

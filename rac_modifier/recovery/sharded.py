@@ -1,9 +1,9 @@
-"""Where the trained parameters are: in one process as they are, or a shard in each of several (FSDP2).
+"""Where the trained parameters are: whole in one process, or a shard in each of several (FSDP2).
 
-With several processes a copy of the model is trained, so that the model itself stays an ordinary one: weights, gradients and
-moments of each decoder layer are spread over the processes, and its weights are gathered while it runs. Embeddings and head,
-which are not trained, are whole everywhere. Each process takes its part of the sequences of every batch, and gradients are
-summed, so that the result is that of one process but for the order of sums.
+With several processes a copy of the model is trained. Weights, gradients and moments of each decoder
+layer are sharded, and its weights are gathered while it runs; embeddings and head are whole in every
+process. Each process takes its share of every batch, and gradients are summed, so the result is that of
+one process but for the order of sums.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Batch = Sequence[TokenSequence]
 
 
 class Whole:
-    """The model in one process. `parameters` are the trained ones by name; hooks of `fixed_mask` keep the zeros."""
+    """The model in one process: `parameters` are trained, and hooks of `fixed_mask` hold the zeros."""
 
     def __init__(self, model: Any, parameters: Mapping[str, torch.nn.Parameter]):
         self.model = model
@@ -35,46 +35,46 @@ class Whole:
         self.processes = Processes()
 
     def own(self, batches: Sequence[Batch]) -> list[tuple[Batch, float]]:
-        """The batches of this process, and what their loss counts."""
+        """Return the batches of this process, each with the weight of its loss."""
         return [(batch, 1.0) for batch in batches]
 
     def local(self, tensor: torch.Tensor) -> torch.Tensor:
-        """What this process holds of a parameter, its gradient or its moments; shares memory with it."""
+        """Return this process's shard of a parameter, gradient or moment; memory is shared."""
         return tensor.detach()
 
     def part(self, name: str, whole: torch.Tensor) -> torch.Tensor:
-        """Of a tensor like the parameter `name`, what this process holds."""
+        """Return this process's shard of a tensor like the parameter `name`."""
         return whole
 
     def like(self, name: str, part: torch.Tensor) -> torch.Tensor:
-        """A tensor that belongs to the parameter `name`, of the parts in all processes."""
+        """Return a tensor like the parameter `name` from the shards of all processes."""
         return part.to(self.parameters[name].device)
 
     def whole(self, name: str, part: torch.Tensor) -> torch.Tensor:
-        """The reverse of `part`, on the CPU; all processes have to call it."""
+        """Gather the shards on the CPU; all processes call it."""
         return part.cpu()
 
     def mask_gradients(self) -> None:
-        """Before they are clipped."""
+        """Mask gradients before they are clipped."""
 
     def mask_weights(self) -> None:
-        """After an optimizer step."""
+        """Mask weights after an optimizer step."""
 
     def put_back(self) -> None:
         """Give the model the weights of the trained copy."""
 
 
 class Sharded(Whole):
-    """A copy of the model, spread over several processes.
+    """A copy of the model, sharded over several processes.
 
     Args:
         model: with the parameters to train, in float32.
-        parameters: those of `model`, by name; `put_back` writes to them.
-        mask: that of `model`; its hooks are released, since the copy is trained.
+        parameters: of `model`, by name; `put_back` writes to them.
+        mask: of `model`; its hooks are released, since the copy is trained.
         processes: more than one.
 
     Raises:
-        RacError: a model whose layers cannot be told apart, or a trained parameter outside of its decoder.
+        RacError: a model without marked layers, or a trained parameter outside of its decoder.
     """
 
     def __init__(
@@ -102,15 +102,18 @@ class Sharded(Whole):
         self.processes = processes
         if outside := [name for name, p in self.parameters.items() if not isinstance(p, DTensor)]:
             raise RacError(
-                f"{outside[0]} is trained and not part of the decoder of {type(model).__name__}, which is what processes share; "
-                "start rac recover without torchrun"
+                f"{outside[0]} is trained and not part of the decoder of {type(model).__name__}, which "
+                "processes shard; start rac recover without torchrun"
             )
         self._masks = {
             name: self.part(name, keep).to(processes.device) for name, keep in mask.masks.items()
         }
 
     def own(self, batches: Sequence[Batch]) -> list[tuple[Batch, float]]:
-        """Every `count`-th sequence of each batch. All processes run as many batches; one that has no sequence counts nothing."""
+        """Take every `count`-th sequence of each batch.
+
+        All processes run the same number of batches; one without a sequence has weight 0.
+        """
         parts = [batch[self.processes.rank :: self.processes.count] for batch in batches]
         return [
             (part, 1.0) if part else (batch[:1], 0.0)
@@ -122,7 +125,7 @@ class Sharded(Whole):
         return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
 
     def part(self, name: str, whole: torch.Tensor) -> torch.Tensor:
-        """See `Whole`: rows are spread in equal chunks, of which the last ones may be smaller or empty."""
+        """See `Whole`: equal chunks of rows; the last ones may be smaller or empty."""
         chunks = whole.chunk(self.processes.count)
         return chunks[self.processes.rank] if self.processes.rank < len(chunks) else whole[:0]
 
@@ -144,7 +147,7 @@ class Sharded(Whole):
 
     @torch.no_grad()
     def mask_gradients(self) -> None:
-        """FSDP sets the gradients of shards itself, so that no hook of a parameter sees them."""
+        """See `Whole`: FSDP sets gradients of shards itself, so no hook of a parameter runs."""
         for name, keep in self._masks.items():
             if (gradient := self.parameters[name].grad) is not None:
                 self.local(gradient).mul_(keep)
@@ -165,9 +168,7 @@ class Sharded(Whole):
 def spread(
     model: Any, parameters: Mapping[str, torch.nn.Parameter], mask: FixedMask, processes: Processes
 ) -> Whole:
-    """The parameters as they are, or spread over the processes where there are several."""
-    return (
-        Whole(model, parameters)
-        if processes.count == 1
-        else Sharded(model, parameters, mask, processes)
-    )
+    """Return `Whole` for a single process, else `Sharded`."""
+    if processes.count == 1:
+        return Whole(model, parameters)
+    return Sharded(model, parameters, mask, processes)

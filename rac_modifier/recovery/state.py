@@ -1,6 +1,6 @@
-"""The state of a recovery run: weights, Adam's moments and the best weights so far, in one file that is replaced whole.
+"""The state of a recovery run: weights, Adam's moments and the best weights, in a file that is replaced whole.
 
-Several processes gather it, and the first one writes it; so a run may go on in another number of processes.
+All processes gather it and the first one writes it, so a run may go on with another number of processes.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ class Progress:
     """Where a run is.
 
     Attributes:
-        key: what the run is of (model, sequences, settings); a state of another run is not used.
-        step: steps done in the present try.
-        best: weights with the lowest held-out KL so far, by parameter name; empty: the weights before the first step.
-        best_step, best_kl: when that was, and its KL in nats per token.
+        key: hash of model, sequences and settings; a state with another key is not used.
+        step: steps of the present try.
+        best: weights with the lowest held-out KL by parameter name; empty before the first check.
+        best_step, best_kl: their step, and their KL in nats per token.
         curve: (step, held-out KL) of every check.
         stopped: why the present try ended early, or "".
         tries: how often the learning rate was lowered.
@@ -48,7 +48,7 @@ class Progress:
 
 
 def hold(folder: Path) -> IO[str]:
-    """Keep other processes out of a folder of recovery until the file that is returned is closed, or this process ends.
+    """Lock a folder of recovery until the returned file is closed, or this process ends.
 
     Raises:
         RacError: another process is there, or the folder cannot be written.
@@ -58,7 +58,8 @@ def hold(folder: Path) -> IO[str]:
         lock = (folder / _LOCK).open("a+")
     except OSError as error:
         raise RacError(
-            f"{folder}: the dense model's states cannot be kept there ({error}); name another folder (recover.folder)"
+            f"{folder}: the dense model's states cannot be kept there ({error}); name another folder "
+            "(recover.folder)"
         ) from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -69,8 +70,8 @@ def hold(folder: Path) -> IO[str]:
             return lock
         lock.close()
         raise RacError(
-            f"{folder} is in use by another process (pid {holder}), which recovers the same model; wait for it to end, or name "
-            "another folder (recover.folder)"
+            f"{folder} is in use by another process (pid {holder}), which recovers the same model; "
+            "wait for it to end, or name another folder (recover.folder)"
         ) from error
     lock.truncate(0)
     lock.write(str(os.getpid()))
@@ -81,10 +82,10 @@ def hold(folder: Path) -> IO[str]:
 def save_state(
     folder: Path, progress: Progress, shards: Whole, optimizer: torch.optim.Optimizer
 ) -> None:
-    """Write everything to a new file and put it in the place of the old one.
+    """Write a new file, and replace the old one.
 
     Raises:
-        RacError: the disk is full or the folder cannot be written; the old file then stands.
+        RacError: the disk is full or the folder cannot be written; the old file remains.
     """
     tensors: dict[str, torch.Tensor] = {}
 
@@ -101,15 +102,7 @@ def save_state(
             keep(part, name, value)
     if not shards.processes.is_first:
         return
-    about = {
-        "key": progress.key,
-        "step": progress.step,
-        "best_step": progress.best_step,
-        "best_kl": progress.best_kl,
-        "curve": progress.curve,
-        "stopped": progress.stopped,
-        "tries": progress.tries,
-    }
+    about = {name: value for name, value in vars(progress).items() if name != "best"}
     new = folder / f"{_FILE}.new"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -120,14 +113,14 @@ def save_state(
     except (OSError, SafetensorError) as error:
         new.unlink(missing_ok=True)
         raise RacError(
-            f"{folder}: the state of the recovery run cannot be written ({error}); make room, then start the same command again: "
-            "it goes on after the last state"
+            f"{folder}: the state of the recovery run cannot be written ({error}); make room, then "
+            "start the same command again: it goes on after the last state"
         ) from error
 
 
 @torch.no_grad()
 def load_state(folder: Path, key: str, shards: Whole, optimizer: torch.optim.Optimizer) -> Progress:
-    """Put weights and moments back; a new `Progress` where there is no state of this run.
+    """Restore weights and moments; return a new `Progress` where there is no state of this run.
 
     Raises:
         RacError: a state that cannot be read.

@@ -1,6 +1,6 @@
-"""The dense model's hidden states on the traces to be trained on: kept on disk, or computed beside the student.
+"""The dense model's hidden states on the training traces: stored on disk, or computed next to the student.
 
-2 bytes x hidden size per completion token (7 kB at 7B), where its logits would be a hundred times as much. The student's head is
+2 bytes x hidden size per completion token (7 kB at 7B), a hundredth of its logits. The student's head is
 the dense model's, so nothing is lost.
 """
 
@@ -39,7 +39,7 @@ class Teacher(Protocol):
 
 
 class LiveTeacher:
-    """The dense model itself, beside the student: one more forward pass per batch, and its weights in memory."""
+    """The dense model in memory: another forward pass per batch."""
 
     def __init__(self, dense: Any):
         self._dense = dense
@@ -81,9 +81,9 @@ class StoredTeacher:
     def write(
         cls, dense: Any, sequences: Sequence[TokenSequence], folder: Path, *, key: str
     ) -> StoredTeacher:
-        """One forward pass of the dense model over `sequences`; nothing is computed where `folder` holds them already.
+        """Run the dense model over `sequences`, unless `folder` holds their states already.
 
-        `key` says which dense model it is; states of another model or of other sequences are computed again.
+        States of another model (`key`) or of other sequences are computed again.
 
         Raises:
             RacError: a full disk, or a folder that cannot be written.
@@ -92,7 +92,8 @@ class StoredTeacher:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RacError(
-                f"{folder}: the dense model's states cannot be kept there ({error}); name another folder (recover.folder)"
+                f"{folder}: the dense model's states cannot be kept there ({error}); name another "
+                "folder (recover.folder)"
             ) from error
         index = folder / _INDEX
         wanted = {"model": key, "sequences": [name_of(s) for s in sequences]}
@@ -109,7 +110,8 @@ class StoredTeacher:
         if shutil.disk_usage(folder).free < needed:
             raise RacError(
                 f"{folder}: the dense model's states need {needed / 2**30:.1f} GiB, and "
-                f"{shutil.disk_usage(folder).free / 2**30:.1f} GiB are free; lower recover.tokens or make room"
+                f"{shutil.disk_usage(folder).free / 2**30:.1f} GiB are free; lower recover.tokens or "
+                "make room"
             )
         try:
             _write_states(dense, sequences, folder)
@@ -120,8 +122,8 @@ class StoredTeacher:
             for part in (index, *folder.glob("states-*.safetensors")):
                 part.unlink(missing_ok=True)
             raise RacError(
-                f"{folder}: the dense model's states cannot be written ({error}); nothing is left of them: make room, or "
-                "name another folder (recover.folder)"
+                f"{folder}: the dense model's states cannot be written ({error}); nothing is left of "
+                "them: make room, or name another folder (recover.folder)"
             ) from error
         return cls(folder)
 
@@ -136,7 +138,8 @@ class StoredTeacher:
             name = name_of(sequence)
             if name not in self._place:
                 raise RacError(
-                    f"{self._folder}: no states of a sequence of {len(sequence[0])} tokens; remove the folder"
+                    f"{self._folder}: no states of a sequence of {len(sequence[0])} tokens; remove "
+                    "the folder"
                 )
             with safe_open(self._folder / self._place[name], framework="pt") as states:
                 found.append(states.get_tensor(name))
@@ -167,7 +170,7 @@ def _write_states(dense: Any, sequences: Sequence[TokenSequence], folder: Path) 
 
 
 def name_of(sequence: TokenSequence) -> str:
-    """A name for a sequence that depends on its ids and its prompt's length alone."""
+    """Hash a sequence's ids and its prompt's length."""
     ids, prompt = sequence
     return hashlib.blake2b(
         f"{prompt}:{','.join(map(str, ids))}".encode(), digest_size=16

@@ -1,4 +1,4 @@
-"""The steps of a recovery run, its checks on held-out traces, and the state that a killed run goes on from."""
+"""The steps of a recovery run, its checks on held-out traces, and its state on disk."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from rac_modifier.recovery.teacher import Teacher
 
 _BETAS = (0.9, 0.95)
 _CLIP = 1.0
-_FEWEST_CHECKS, _MOST_CHECKS = 2, 8  # of the held-out KL in a run, after the one before it
-_CHECK_SHARE = 0.1  # of the time of training that they may take
+_FEWEST_CHECKS, _MOST_CHECKS = 2, 8  # of the held-out KL after the first step
+_CHECK_SHARE = 0.1  # of the training time
 _EVALUATION_TOKENS = 4096
 _TOO_HIGH = 1.5  # times the KL before: the learning rate is too high
 
@@ -36,10 +36,10 @@ class TrainingLoop:
     """One run over `steps`: `train` ends with the weights of the lowest held-out KL.
 
     Attributes:
-        shards: the student, in evaluation mode, and what this process holds of the parameters that are trained.
-        masters: where training starts, for parameters that start elsewhere than they are; measured first as they are.
+        shards: the student, in evaluation mode, and this process's shards of its parameters.
+        masters: weights that training starts from; the first check measures the model's own.
         rates: learning rates, tried one after another.
-        state: folder of the state that a killed run goes on from; `save_seconds` how often it is written.
+        state: folder of the state, which is written every `save_seconds`.
     """
 
     shards: Whole
@@ -64,7 +64,10 @@ class TrainingLoop:
         return self.shards.parameters
 
     def train(self, key: str) -> Progress:
-        """Train at the first rate; where the held-out KL rises too high, again from the start at the next. Ends with the best."""
+        """Train at the first rate; start again at the next one where the held-out KL rises too high.
+
+        The model ends with the best weights.
+        """
         self.optimizer = self._new_optimizer()
         done = (
             Progress(key)
@@ -97,7 +100,7 @@ class TrainingLoop:
             self.shards.local(self.parameters[name]).copy_(self.shards.part(name, master))
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
-        # fused: one pass over weights and moments, where torch's default on a CPU takes twelve and ten times as long
+        # fused: a tenth of the time of torch's default on a CPU
         return torch.optim.AdamW(
             self.parameters.values(), lr=self.rates[0], betas=_BETAS, weight_decay=0.0, fused=True
         )
@@ -133,19 +136,22 @@ class TrainingLoop:
                     saved = time.monotonic()
 
     def _checks(self) -> int:
-        """How often the held-out KL is measured: a step takes the time of three forward passes, a check that of one."""
+        """Return how many checks take about a tenth of the training time.
+
+        A step costs three forward passes, a check one.
+        """
         trained = sum(step.tokens for step in self.steps)
         measured = sum(len(ids) for ids, _ in self.held_out)
         return min(max(round(3 * _CHECK_SHARE * trained / measured), _FEWEST_CHECKS), _MOST_CHECKS)
 
     def _is_time(self, saved: float) -> bool:
-        """Whether to write a state, which the first process decides, since all have to take part."""
+        """Return whether to write a state; the first process decides for all."""
         processes = self.shards.processes
         late = time.monotonic() - saved >= self.save_seconds
         return self.state is not None and processes.sums(float(late and processes.is_first))[0] > 0
 
     def _save(self, done: Progress) -> None:
-        """Write the state. A full disk does not end the training: the state before stands, and the next one may fit."""
+        """Write the state; a full disk is a warning, and the state before remains."""
         if self.state is None:
             return
         try:
@@ -154,7 +160,7 @@ class TrainingLoop:
             logger.warning(f"training goes on without a new state: {error}")
 
     def step(self, step: Step) -> float:
-        """One optimizer step; returns the mean KL per completion token of its sequences."""
+        """Take an optimizer step; return the mean KL per completion token."""
         total, processes = 0.0, self.shards.processes
         for batch, counts in self.shards.own(step.batches):
             with self._autocast():
@@ -176,7 +182,7 @@ class TrainingLoop:
 
     @torch.no_grad()
     def check(self, done: Progress) -> float:
-        """Measure the held-out KL in nats per completion token; keeps the weights if it is the lowest so far."""
+        """Measure the held-out KL in nats per completion token; keep the weights of the lowest."""
         total = tokens = 0.0
         for batch, counts in self.shards.own(
             list(batches_of_like_length(self.held_out, _EVALUATION_TOKENS))
