@@ -1,11 +1,11 @@
-"""LoRA adapters of PEFT on a sparse model: what they add to a pruned weight is left out, in training and at the merge.
+"""LoRA adapters of PEFT on a sparse model add nothing to a pruned weight, in training and at the merge.
 
-A LoRA layer computes W x + s B A x. With the mask M of W (1 = kept) the product is
+A LoRA layer computes W x + s B A x. With the mask M of W (1 = kept) it has to compute
 
     (W + M o s B A) x  =  W x + s B A x - (not M o s B A) x
 
-so the last term is taken off the layer's output, and M o s B A is what PEFT merges. It costs one more product with a matrix
-of the size of W per layer.
+so a hook subtracts the last term from the layer's output, and PEFT merges M o s B A. It costs another
+matmul of the size of W per layer.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ _MASKED = "_rac_masked"
 
 
 def inside_adapters(model: torch.nn.Module) -> set[torch.nn.Module]:
-    """The modules that PEFT has added: their weights start at zero, and are no pruned ones."""
-    own: set[torch.nn.Module] = set()
+    """Return the modules that PEFT added: their zeros are initial values, not pruned weights."""
+    added: set[torch.nn.Module] = set()
     for layer in _tuner_layers(model).values():
         base = set(layer.get_base_layer().modules())
-        own.update(
+        added.update(
             module for module in layer.modules() if module is not layer and module not in base
         )
-    return own
+    return added
 
 
 def mask_adapters(model: torch.nn.Module, masks: Mapping[torch.nn.Parameter, torch.Tensor]) -> None:
-    """Mask the adapters of `model` that are not masked yet; it lasts as long as they do, so that a later merge is masked too.
+    """Mask the adapters of `model` for as long as they exist; a later merge is masked too.
 
     Args:
         model: with or without adapters.
-        masks: of the pruned weights, by parameter; True = kept.
+        masks: bool by pruned parameter, True = kept.
 
     Raises:
-        RacError: an adapter of a pruned weight that is no plain LoRA of a linear layer, or that has dropout.
+        RacError: an adapter of a pruned weight that is no plain LoRA of a linear layer, or has dropout.
     """
     for name, layer in _tuner_layers(model).items():
         weight: Any = getattr(layer.get_base_layer(), "weight", None)
@@ -61,14 +61,14 @@ class _MaskedLora:
         layer.register_forward_hook(self.hook)
 
     def delta(self, adapter: str) -> torch.Tensor:
-        """What an adapter adds to the weight [rows, columns], zero where it is pruned."""
+        """Return what an adapter adds to the weight [rows, columns], zero where it is pruned."""
         whole: torch.Tensor = self._whole(adapter)
         return whole * self.mask.to(whole.device)
 
     def hook(
         self, layer: Any, args: tuple[torch.Tensor, ...], output: torch.Tensor
     ) -> torch.Tensor:
-        """The output without the part of pruned weights; a merged or disabled adapter adds nothing."""
+        """Subtract the part of pruned weights from the output of an active adapter."""
         if layer.merged or layer.disable_adapters:
             return output
         for adapter in layer.active_adapters:
@@ -80,7 +80,7 @@ class _MaskedLora:
 
 
 def _tuner_layers(model: torch.nn.Module) -> dict[str, Any]:
-    """The layers of adapters by name. Where PEFT was not imported, there are none."""
+    """Return the layers with adapters by name; none where PEFT was not imported."""
     peft: Any = sys.modules.get("peft.tuners.tuners_utils")
     if peft is None:
         return {}
@@ -99,11 +99,13 @@ def _check(name: str, layer: Any) -> None:
         or layer.fan_in_fan_out
     ):
         raise RacError(
-            f"{name}: a {type(layer).__name__} adapter of a pruned weight would fill its zeros; {what}"
+            f"{name}: a {type(layer).__name__} adapter of a pruned weight would fill its zeros; "
+            f"{what}"
         )
     if layer.lora_variant:
         raise RacError(
-            f"{name}: {', '.join(layer.lora_variant)} is a variant of LoRA, which would fill zeros; {what}"
+            f"{name}: {', '.join(layer.lora_variant)} is a variant of LoRA, which would fill zeros; "
+            f"{what}"
         )
     if any(getattr(dropout, "p", 0.0) for dropout in layer.lora_dropout.values()):
         raise RacError(f"{name}: lora_dropout cannot be masked; set lora_dropout=0.0")

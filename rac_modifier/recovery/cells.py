@@ -1,8 +1,8 @@
-"""Where training of a quantized weight starts: inside the cell of its code, on the side of the dense weight.
+"""Master weights of a quantized weight: inside the cell of their code, on the side of the dense weight.
 
-The cell of a code c is everything that rounds to it: (c - 1/2) s to (c + 1/2) s on an integer grid. A float32 master weight in
-its middle has to move half a step of the grid before its code changes, which is many steps of training. Here weights whose code
-is far from the dense weight start near the border that faces it, and all codes start as they are stored.
+The cell of a code c holds all values that round to it: (c - 1/2) s to (c + 1/2) s on an integer grid. A
+master weight in the middle moves half a step of the grid before its code changes, which takes many steps
+of training. So a weight whose code is far from the dense weight starts near the border that faces it.
 """
 
 from __future__ import annotations
@@ -16,17 +16,21 @@ _MANTISSA, _LEAST_EXPONENT = 3, -6  # of e4m3
 
 
 def spread_scales(scale: torch.Tensor, grid: Grid, columns: int) -> torch.Tensor:
-    """[rows, groups] to [rows, columns]: the scale of every weight."""
+    """Repeat scales [rows, groups] to [rows, columns]."""
     return grid.column_scales(scale.T, columns).T
 
 
 def codes_of(
     weight: torch.Tensor, scale: torch.Tensor, grid: Grid, zero: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The codes [rows, columns], float32, of code times scale; `scale` and `zero` are [rows, groups].
+    """Return the codes [rows, columns], float32, of code times scale.
 
-    On an asymmetric grid they are counted from the zero points `zero`, so that 0 means zero and code times scale the weight.
-    Exact for weights that were rounded to bfloat16 or float16 too: half a step of the grid is larger than that.
+    Exact also for weights that were rounded to bfloat16 or float16, by less than half a step of the grid.
+
+    Args:
+        weight: code times scale, [rows, columns].
+        scale: of either sign, [rows, groups].
+        zero: zero points [rows, groups] of an asymmetric grid; codes are counted from them.
     """
     spread = None if zero is None else spread_scales(zero.float(), grid, weight.shape[1])
     return grid.codes_(weight.float() / spread_scales(scale.float(), grid, weight.shape[1]), spread)
@@ -35,7 +39,10 @@ def codes_of(
 def master_in_cell(
     codes: torch.Tensor, scale: torch.Tensor, grid: Grid, target: torch.Tensor
 ) -> torch.Tensor:
-    """The float32 weight nearest to `target` [rows, columns] that still rounds to `codes`; `scale` is [rows, groups]."""
+    """Return the float32 weight nearest to `target` [rows, columns] that rounds to `codes`.
+
+    `scale` is [rows, groups].
+    """
     spread = spread_scales(scale.float(), grid, codes.shape[1])
     reach = _WIDTH * _step(codes, grid)
     return torch.clamp(target.float() / spread, codes - reach, codes + reach) * spread
@@ -44,13 +51,13 @@ def master_in_cell(
 def pruned_share(
     codes: torch.Tensor, scale: torch.Tensor, grid: Grid, dense: torch.Tensor
 ) -> float:
-    """The share of weights that are zero and were not rounded to it: their dense weight is above 3/4 of a step of the grid."""
+    """Return the share of zeros whose dense weight is above 3/4 of a step: pruned, not rounded."""
     least = 0.75 * spread_scales(scale.float().abs(), grid, codes.shape[1]) * _step(codes, grid)
     return float(((codes == 0) & (dense.float().abs() > least)).float().mean())
 
 
 def _step(codes: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """From each code to its nearest neighbour."""
+    """Return the distance from each code to its nearest neighbour."""
     if grid.kind == "int":
         return torch.ones_like(codes)
     mantissa, exponent = torch.frexp(codes.abs())  # 0.5 <= mantissa < 1

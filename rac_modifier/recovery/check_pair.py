@@ -1,4 +1,4 @@
-"""Whether two models are a dense one and one that was made from it."""
+"""Check that two models are a dense one and a compressed one that was made from it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from rac_modifier.recovery.fixed_mask import masks_of_zeros
 
 
 def check_dense(model: Any, name: str) -> None:
-    """Refuse a teacher that is itself compressed: the two models may be swapped (RacError)."""
+    """Check that the teacher is not compressed; the two models may be swapped.
+
+    Raises:
+        RacError: it is.
+    """
     how = ""
     if getattr(model.config, "quantization_config", None) is not None and any(
         getattr(module, "quantization_scheme", None) is not None for module in model.modules()
@@ -26,13 +30,17 @@ def check_dense(model: Any, name: str) -> None:
         )
     if how:
         raise RacError(
-            f"{name} is {how}, and the first model has to be the dense one, which the other is trained towards: rac recover "
-            "DENSE SPARSE OUT (base_model in rac_run.json names the dense one)"
+            f"{name} is {how}, and the first model has to be the dense one, which the other is trained "
+            "towards: rac recover DENSE SPARSE OUT (base_model in rac_run.json names the dense one)"
         )
 
 
 def check_made_from(pruned: Any, dense: Any) -> None:
-    """Refuse a dense model that is another than the one that was compressed: their embeddings or heads differ (RacError)."""
+    """Check that a compressed model has the embeddings and head of its dense model.
+
+    Raises:
+        RacError: they differ.
+    """
     same = type(pruned) is type(dense)
     for part in ("get_input_embeddings", "get_output_embeddings"):
         modules = [getattr(m, part)() for m in (pruned, dense)]
@@ -42,6 +50,7 @@ def check_made_from(pruned: Any, dense: Any) -> None:
         same = same and ours.shape == theirs.shape and torch.equal(ours.float(), theirs.float())
     if not same:
         raise RacError(
-            f"the {type(pruned).__name__} to recover was not made from this {type(dense).__name__}: their embeddings or heads "
-            "differ; name the dense model that was compressed (base_model in rac_run.json)"
+            f"the {type(pruned).__name__} to recover was not made from this {type(dense).__name__}: "
+            "their embeddings or heads differ; name the dense model that was compressed (base_model in "
+            "rac_run.json)"
         )

@@ -1,7 +1,7 @@
-"""Zeros that stay zero in training, whoever trains: gradients are masked as they arrive, weights after each optimizer step.
+"""Zeros that stay zero with any trainer: hooks mask gradients, and weights after each optimizer step.
 
-A gradient has to be masked before it is clipped (a pruned weight's gradient would take part in the norm) and before the optimizer
-sees it (Adam would keep moments for it). Both follow from masking it when autograd has computed it.
+A gradient is masked as autograd computes it: before it is clipped (a pruned weight would count in the
+norm) and before the optimizer reads it (Adam would keep moments for it).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from rac_modifier.recovery.adapters import inside_adapters, mask_adapters
 
 
 def sparse_masks(model: torch.nn.Module, least_sparsity: float = 0.05) -> dict[str, torch.Tensor]:
-    """The masks of a model that is sparse already: bool like the weight, True = kept, by the weight's parameter name.
+    """Return the masks of a sparse model: bool like the weight, True = kept, by parameter name.
 
     Only matrices of linear layers with at least `least_sparsity` zeros count as pruned.
 
@@ -30,19 +30,20 @@ def sparse_masks(model: torch.nn.Module, least_sparsity: float = 0.05) -> dict[s
         getattr(module, "quantization_scheme", None) is not None for module in model.modules()
     ):
         raise RacError(
-            f"the linear layers of this {type(model).__name__} hold codes, which no trainer of weights can train; recover it "
-            "with rac recover, which trains through the codes, or train it before it is quantized"
+            f"the linear layers of this {type(model).__name__} hold codes, which no trainer of weights "
+            "can train; recover it with rac recover, which trains through the codes, or train it before "
+            "it is quantized"
         )
     if not masks:
         raise RacError(
-            f"no linear layer of this {type(model).__name__} has {least_sparsity:.0%} of zeros or more, so there is no mask to "
-            "hold; prune the model first, or load the pruned checkpoint"
+            f"no linear layer of this {type(model).__name__} has {least_sparsity:.0%} of zeros or more, "
+            "so there is no mask to hold; prune the model first, or load the pruned checkpoint"
         )
     return masks
 
 
 def masks_of_zeros(model: torch.nn.Module, least_sparsity: float) -> dict[str, torch.Tensor]:
-    """As `sparse_masks`; empty where no matrix is sparse."""
+    """Return what `sparse_masks` does, or nothing where no matrix is sparse."""
     masks, adapters = {}, inside_adapters(model)
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
@@ -59,7 +60,7 @@ def masks_of_zeros(model: torch.nn.Module, least_sparsity: float) -> dict[str, t
 
 
 class FixedMask:
-    """Holds the zeros of a model's parameters while any optimizer trains them; `release` ends it.
+    """Hold the zeros of a model's parameters while an optimizer trains them, until `release`.
 
     Args:
         model: the sparse model; its parameters are watched, not copied.
@@ -75,13 +76,11 @@ class FixedMask:
         for name, mask in self.masks.items():
             parameter = self._parameters.get(name)
             if parameter is None or parameter.shape != mask.shape:
-                found = (
-                    "no such parameter"
-                    if parameter is None
-                    else f"its shape is {list(parameter.shape)}"
-                )
+                problem = "no such parameter"
+                if parameter is not None:
+                    problem = f"its shape is {list(parameter.shape)}"
                 raise RacError(
-                    f"mask of {name} {list(mask.shape)}: {found}; use the masks of this very model"
+                    f"mask of {name} {list(mask.shape)}: {problem}; use the masks of this very model"
                 )
             self.masks[name] = mask.to(parameter.device)
         self.check()
@@ -92,7 +91,8 @@ class FixedMask:
         ]
         self._hooks.append(register_optimizer_step_post_hook(lambda *_: self.apply()))
         self._mask_adapters(model)
-        # Those that a trainer adds inside the context are found when the model is called. PEFT calls its forward without hooks.
+        # Adapters that a trainer adds later are masked when the model is called. PEFT calls its
+        # forward without hooks, so the embeddings have the hook too.
         embeddings: Any = getattr(model, "get_input_embeddings", lambda: None)()
         called: list[torch.nn.Module] = [model] if embeddings is None else [model, embeddings]
         self._hooks += [
@@ -104,20 +104,24 @@ class FixedMask:
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Set to zero what has to be zero: against an optimizer that moves weights without a gradient (noise, momentum)."""
+        """Zero pruned weights, which an optimizer may move without a gradient (noise, momentum)."""
         for name, mask in self.masks.items():
-            self._parameters[name].mul_(
-                mask.view(torch.uint8)
-            )  # bool itself is multiplied half as fast on a CPU
+            # as uint8: a CPU multiplies bool half as fast
+            self._parameters[name].mul_(mask.view(torch.uint8))
 
     @torch.no_grad()
     def check(self) -> None:
-        """Raise a RacError that names the first parameter with a nonzero value outside its mask."""
+        """Check that weights outside the mask are zero.
+
+        Raises:
+            RacError: naming the first parameter with another value there.
+        """
         for name, mask in self.masks.items():
             moved = int((self._parameters[name].ne(0) & ~mask).sum())
             if moved:
                 raise RacError(
-                    f"{name}: {moved} weights outside the mask are not zero; train with the mask of this model"
+                    f"{name}: {moved} weights outside the mask are not zero; train with the mask of "
+                    "this model"
                 )
 
     def release(self) -> None:
@@ -131,18 +135,18 @@ class FixedMask:
 def fixed_mask(
     model: torch.nn.Module, masks: Mapping[str, torch.Tensor] | None = None
 ) -> Iterator[FixedMask]:
-    """Inside this context the zeros of a sparse model stay zero, with any optimizer and any trainer (TRL, PEFT, your own).
+    """Hold the zeros of a sparse model inside this context, with any optimizer and trainer.
 
         model = rac_modifier.load_model("out")
         with rac_modifier.fixed_mask(model):
             SFTTrainer(model=model, ...).train()
 
-    LoRA adapters of PEFT are masked, too (adapters.py), also those that a trainer adds inside the context: what they add to a
-    pruned weight is zero in training and when they are merged into this model. An adapter that is saved alone and loaded
-    elsewhere is not: merge it, and save the model.
+    LoRA adapters of PEFT are masked too, also those that a trainer adds inside the context: they add
+    nothing to a pruned weight, in training and when they are merged into this model. An adapter that is
+    saved alone is not masked where it is loaded: merge it, and save the model.
 
     Raises:
-        RacError: see `FixedMask`; at the end, weights that were moved in a way that no hook sees.
+        RacError: see `FixedMask`; at the end, a pruned weight that was moved without the hooks.
     """
     held = FixedMask(model, masks)
     try:

@@ -1,4 +1,4 @@
-"""What a causal LM gives to its output head at the positions that predict completion tokens, with or without a gradient."""
+"""Inputs of a causal LM's output head at the positions that predict completion tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rac_modifier.evaluation.teacher_forcing import output_head as any_head
 
 
 def output_head(model: Any) -> torch.nn.Module:
-    """The output embeddings of a causal LM.
+    """Return the output embeddings of a causal LM.
 
     Raises:
         RacError: it has none, or it is not a plain linear layer without a bias.
@@ -21,13 +21,14 @@ def output_head(model: Any) -> torch.nn.Module:
     head = any_head(model)
     if not isinstance(head, torch.nn.Linear) or head.bias is not None:
         raise RacError(
-            f"{type(model).__name__} has no plain linear output head, so its predictions cannot be recovered from hidden states"
+            f"{type(model).__name__} has no plain linear output head, so its predictions cannot be "
+            "recovered from hidden states"
         )
     return head
 
 
 def predicting_states(model: Any, batch: Sequence[TokenSequence]) -> torch.Tensor:
-    """Hidden states [completion tokens, d] of a batch, row by row; the forward pass ends before the head.
+    """Return hidden states [completion tokens, d] of a batch, row by row, with their gradient.
 
     Raises:
         RacError: the model does not call its output embeddings.
@@ -39,7 +40,7 @@ def predicting_states(model: Any, batch: Sequence[TokenSequence]) -> torch.Tenso
 
 @torch.no_grad()
 def check_head(model: Any, sequence: TokenSequence) -> None:
-    """Check that the model's logits are finite, and those of its output head.
+    """Check that the model's logits are finite, and equal to the output of its head.
 
     Raises:
         RacError: logits that are not finite, or changed after the head (a soft cap, a scale).
@@ -57,6 +58,6 @@ def check_head(model: Any, sequence: TokenSequence) -> None:
         )
     if not torch.allclose(own, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
         raise RacError(
-            f"{type(model).__name__} changes its logits after the output head (a soft cap or a scale), which recovery does not "
-            "support; leave recover out"
+            f"{type(model).__name__} changes its logits after the output head (a soft cap or a scale), "
+            "which recovery does not support; leave recover out"
         )

@@ -4,9 +4,9 @@ For one completion token with dense logits t and student logits s, p = softmax(t
 
     KL = sum_v p_v (log p_v - log q_v)        dKL/ds = q - p        dKL/dh = (q - p) W_head
 
-The head is frozen and the same for both, so that the gradient with respect to the student's hidden state h is all that is needed.
-It is computed together with the loss, in chunks of tokens: logits of 2,048 tokens would be 1.2 GB at a vocabulary of 150,000.
-On a CPU what follows the product with the head is done for a few tokens at once, so that their logits stay in its cache.
+Both models have the same frozen head, so only the gradient of the student's hidden state h is needed. It
+is computed with the loss, in chunks of tokens: logits of 2,048 tokens would be 1.2 GB at a vocabulary of
+150,000. A CPU takes fewer tokens per softmax, so that their logits stay in its cache.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ _CACHED_ELEMENTS = 1 << 19
 def head_kl(
     hidden: torch.Tensor, dense_hidden: torch.Tensor, head: torch.nn.Module
 ) -> torch.Tensor:
-    """The sum over tokens of KL(dense || student), in nats; differentiable with respect to `hidden` alone.
+    """Return the sum over tokens of KL(dense || student), in nats, with a gradient for `hidden` alone.
 
     Args:
-        hidden: what the student gives to its head, [tokens, d].
-        dense_hidden: the same of the dense model, [tokens, d], on any device.
+        hidden: input of the student's head, [tokens, d].
+        dense_hidden: input of the dense model's head, [tokens, d], on any device.
         head: the output head of both, applied without gradient for its own weights.
     """
     return _HeadKL.apply(hidden, dense_hidden, head)
@@ -65,9 +65,10 @@ class _HeadKL(torch.autograd.Function):
 
 
 def _kl_(own: torch.Tensor, dense: torch.Tensor, trained: bool) -> torch.Tensor:
-    """The sum of the KL of logits [tokens, vocabulary], float64; with `trained`, `own` becomes its gradient q - p. Changes both.
+    """Return the sum over tokens of the KL of logits [tokens, vocabulary], float64; both are overwritten.
 
-    With s and t the logits, and lse the logarithm of the sum of their exponentials: KL = sum_v p_v (t_v - s_v) - lse(t) + lse(s).
+    KL = sum_v p_v (t_v - s_v) - lse(t) + lse(s), with lse the logarithm of the sum of exponentials. With
+    `trained`, `own` becomes the gradient q - p.
     """
     rows = max(1, _CACHED_ELEMENTS // own.shape[1]) if own.device.type == "cpu" else len(own)
     total = torch.zeros((), dtype=torch.float64, device=own.device)
@@ -82,5 +83,5 @@ def _kl_(own: torch.Tensor, dense: torch.Tensor, trained: bool) -> torch.Tensor:
 
 
 def _log_sum_exp(logits: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
-    """Of the softmax's own sum: the largest logit less the logarithm of its probability."""
+    """Return the largest logit less the logarithm of its probability."""
     return logits.amax(-1) - probabilities.amax(-1).log()

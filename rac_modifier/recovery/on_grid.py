@@ -1,9 +1,12 @@
-"""Training through the codes of a quantized weight: forward passes see what will be stored, gradients pass straight through.
+"""Training through the codes of a quantized weight: the forward pass uses the weight that will be stored.
 
-With a float32 master weight w, a scale s per row or group and codes c = round(clamp(w / s)), the forward pass uses c s and
+With a float32 master weight w, a scale s of either sign per row or group, and codes
+c = round(clamp(w / s)), the forward pass uses c s, and gradients pass straight through:
 
     dL/dw = dL/d(c s)                  where w / s is not clamped, else 0
-    dL/ds = sum dL/d(c s) (c - w / s)  where it is not clamped, else dL/d(c s) c     (LSQ, arXiv 1902.08153)
+    dL/ds = sum dL/d(c s) (c - w / s)  where it is not clamped, else dL/d(c s) c
+
+(LSQ, arXiv 1902.08153)
 
 A pruned weight is 0, so its code is 0 whatever its scale is.
 """
@@ -23,12 +26,13 @@ from rac_modifier.quantization.grid import Grid, stored
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """How a module's weight is quantized: its grid, and its scales [rows, groups] in the dtype that they are stored in.
+    """How a module's weight is quantized.
 
-    `zero`: the zero points [rows, groups] of an asymmetric grid, which stay as they are. Codes are counted from them.
-
-    `master` rounds to the same codes and has the same zeros (cells.py); None: the rounded weight itself. Training starts from it:
-    a step of training is far smaller than one of a 4-bit grid, so that a weight in the middle of a grid step would hardly move.
+    Attributes:
+        scale: [rows, groups], in the dtype that is stored.
+        master: the weight that training starts from, with the same codes and zeros (cells.py); None:
+            code times scale.
+        zero: zero points [rows, groups] of an asymmetric grid, which are not trained.
     """
 
     grid: Grid
@@ -38,7 +42,7 @@ class QuantizedWeight:
 
 
 class OnGrid(torch.nn.Module):
-    """The parametrization of a weight [rows, columns] by its master weight and a relative change of its scales."""
+    """Parametrize a weight [rows, columns] by a master weight and a relative change of its scales."""
 
     def __init__(self, quantized: QuantizedWeight):
         super().__init__()
@@ -52,12 +56,12 @@ class OnGrid(torch.nn.Module):
         self.log_change = torch.nn.Parameter(torch.zeros_like(self.start))
 
     def scale(self) -> torch.Tensor:
-        """Scales [rows, groups] in float32, exactly as they would be stored; the gradient passes through the rounding."""
+        """Return the scales [rows, groups] as they would be stored; gradients pass the rounding."""
         exact = self.start * self.log_change.exp()
         return exact + (stored(exact.detach(), self.dtype) - exact).detach()
 
     def forward(self, master: torch.Tensor) -> torch.Tensor:
-        """Code times scale."""
+        """Return code times scale."""
         zero = None if self.zero is None else self._spread(self.zero, master)
         return _CodeTimesScale.apply(master, self._spread(self.scale(), master), zero, self.grid)
 
@@ -90,10 +94,10 @@ class _CodeTimesScale(torch.autograd.Function):
 
 @contextlib.contextmanager
 def on_grid(model: torch.nn.Module, quantized: Mapping[str, QuantizedWeight]) -> Iterator[None]:
-    """Inside this context the weights of these modules are their codes times their scales, and both can be trained.
+    """Train the weights of these modules through their codes and scales inside this context.
 
-    Fake quantization of a forward pass (compressed-tensors) is off meanwhile. Afterwards the weights hold code times scale, and
-    `weight_scale` of a module that has one holds the scales.
+    Fake quantization of compressed-tensors is off meanwhile. Afterwards `weight` holds code times scale,
+    and `weight_scale`, if the module has one, the scales.
     """
     modules: dict[str, Any] = {name: model.get_submodule(name) for name in quantized}
     enabled: dict[Any, Any] = {

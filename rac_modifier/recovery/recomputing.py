@@ -1,4 +1,4 @@
-"""Activations that are computed again in the backward pass: of each decoder layer only its inputs are kept."""
+"""Recompute activations in the backward pass; only the inputs of each decoder layer are kept."""
 
 from __future__ import annotations
 
@@ -14,24 +14,25 @@ from rac_modifier.errors import RacError
 
 
 def decoder_layers(model: torch.nn.Module, setting: str) -> list[torch.nn.Module]:
-    """The layers of a transformers model that are called one after another.
+    """Return the decoder layers of a transformers model.
 
     Raises:
-        RacError: it has none that transformers marks as such; `setting` is what needs them.
+        RacError: transformers marks none; `setting` needs them.
     """
     layers: list[torch.nn.Module] = [
         m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)
     ]
     if not layers:
         raise RacError(
-            f"{type(model).__name__} has no layers that transformers can run one by one; leave {setting} out"
+            f"{type(model).__name__} has no layers that transformers can run one by one; leave "
+            f"{setting} out"
         )
     return layers
 
 
 @contextlib.contextmanager
 def recomputing(model: torch.nn.Module, enabled: bool = True) -> Iterator[None]:
-    """Inside this context each layer's forward pass runs once more in the backward pass; nothing else changes, to the bit.
+    """Run each layer's forward pass again in the backward pass inside this context, with the same bits.
 
     transformers' own switch works in training mode alone, in which dropout is on.
 

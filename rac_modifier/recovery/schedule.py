@@ -1,4 +1,4 @@
-"""How a recovery run is laid out: the learning rate by model size, its schedule, and the sequences of each step."""
+"""The learning rate of a recovery run by model size, its schedule, and the sequences of each step."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import torch
 from rac_modifier.evaluation.teacher_forcing import TokenSequence
 from rac_modifier.settings.recovery import RecoverySettings
 
-# The best of three rates in trials at two sizes: 1e-3 at 3.4 M parameters, 2e-4 at 135 M; a power law through both.
+# The best of three rates at two sizes, 1e-3 at 3.4 M parameters and 2e-4 at 135 M; a power law.
 _RATE, _PARAMETERS, _EXPONENT = 2e-4, 135e6, -0.437
 WARM_UP = 0.1  # share of the steps
 LAST = 0.1  # of the highest learning rate, at the last step
-# On a CPU a batch costs about as much as so many tokens, whatever it holds: passes over weights and gradients.
+# Tokens whose cost equals the fixed cost of a batch on a CPU: passes over weights and gradients.
 _BATCH_COST = 64
 
 
 def default_learning_rate(parameters: int) -> float:
-    """The highest learning rate for a model of so many parameters: 1e-3 at 3.4 M, 2e-4 at 135 M, 7e-5 at 1.5 B, 3.6e-5 at 7 B.
+    """Return the highest learning rate: 1e-3 at 3.4 M parameters, 2e-4 at 135 M, 3.6e-5 at 7 B.
 
     Only the first two were tried; the others lie on the power law through them.
     """
@@ -28,7 +28,7 @@ def default_learning_rate(parameters: int) -> float:
 
 
 def rate_at(step: int, steps: int) -> float:
-    """The share of the highest learning rate at `step` of `steps`, counted from 0: linear up, then linear down to `LAST`."""
+    """Return the share of the highest rate at `step` of `steps`: linear up, then down to `LAST`."""
     rising = max(1, round(WARM_UP * steps))
     if step < rising:
         return (step + 1) / rising
@@ -37,25 +37,25 @@ def rate_at(step: int, steps: int) -> float:
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step: its sequences in micro-batches of like length, and the completion tokens of all of them."""
+    """The sequences of an optimizer step, in micro-batches of like length."""
 
     batches: tuple[tuple[TokenSequence, ...], ...]
 
     @property
     def completion_tokens(self) -> int:
-        """Tokens that the loss is taken on."""
+        """Count the tokens in the loss."""
         return sum(len(ids) - prompt for batch in self.batches for ids, prompt in batch)
 
     @property
     def tokens(self) -> int:
-        """Prompt and completion tokens."""
+        """Count prompt and completion tokens."""
         return sum(len(ids) for batch in self.batches for ids, _ in batch)
 
 
 def most_padding(device: torch.device, processes: int) -> int | None:
-    """Tokens of padding for which a batch is split on this device; None: it is not.
+    """Return the tokens of padding above which a batch is split; None: it is never split.
 
-    On a GPU a batch costs as much as a thousand tokens and more, and of several processes each takes its part of every batch.
+    A batch on a GPU costs as much as a thousand tokens, and several processes share every batch.
     """
     return _BATCH_COST if device.type == "cpu" and processes == 1 else None
 
@@ -66,7 +66,7 @@ def steps_of_run(
     device: torch.device,
     processes: int,
 ) -> list[Step]:
-    """The steps of a run of so many processes that trains on this device."""
+    """Plan the steps of a run on this device."""
     return plan_steps(
         training,
         step_tokens=settings.step_tokens,
@@ -86,11 +86,10 @@ def plan_steps(
     seed: int,
     most_padding: int | None = None,
 ) -> list[Step]:
-    """Each pass over `sequences` in a new random order, about `step_tokens` tokens per step.
+    """Plan passes over `sequences`, each in a new random order, of about `step_tokens` per step.
 
-    Within a step sequences of like length share a micro-batch of at most `batch_tokens` padded tokens, and one for which the
-    others would be padded by more than `most_padding` tokens begins a new one. Steps are not sorted by length: that would
-    separate the kinds of problems.
+    A micro-batch has at most `batch_tokens` padded tokens and `most_padding` tokens of padding. Steps are
+    not sorted by length: that would separate the kinds of problems.
     """
     steps: list[Step] = []
     for number in range(passes):

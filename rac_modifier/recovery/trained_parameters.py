@@ -11,9 +11,10 @@ from rac_modifier.recovery.on_grid import QuantizedWeight
 
 @contextlib.contextmanager
 def in_float32(model: Any) -> Iterator[None]:
-    """All parameters in float32; all but embeddings, head and scales need a gradient. Dtypes and flags come back at the end.
+    """Train all weights but embeddings and head, in float32, inside this context.
 
-    Buffers stay as they are: rotary frequencies would lose precision on their way through bfloat16.
+    Dtypes and `requires_grad` come back at the end. Buffers are not changed: rotary frequencies would
+    lose precision on their way through bfloat16.
     """
     frozen = frozen_parameters(model)
     before = {name: (p.dtype, p.requires_grad) for name, p in model.named_parameters()}
@@ -36,7 +37,7 @@ def in_float32(model: Any) -> Iterator[None]:
 
 
 def frozen_parameters(model: Any) -> set[int]:
-    """The ids of the parameters of embeddings and head, which are not trained."""
+    """Return the ids of the parameters of embeddings and head."""
     return {
         id(p)
         for part in (model.get_input_embeddings(), model.get_output_embeddings())
@@ -45,7 +46,7 @@ def frozen_parameters(model: Any) -> set[int]:
 
 
 def trained_name(name: str, quantized: Mapping[str, QuantizedWeight]) -> str:
-    """A parameter's name while it is trained: a quantized weight is parametrized by its master weight."""
+    """Return a parameter's name in training; a quantized weight is parametrized by its master."""
     module, _, leaf = name.rpartition(".")
     return (
         f"{module}.parametrizations.{leaf}.original"
