@@ -23,7 +23,7 @@ from rac_modifier.recovery.on_grid import QuantizedWeight, on_grid
 from rac_modifier.recovery.recomputing import recomputing
 from rac_modifier.recovery.schedule import default_learning_rate, steps_of_run
 from rac_modifier.recovery.sharded import spread
-from rac_modifier.recovery.teacher import Teacher, name_of
+from rac_modifier.recovery.teacher import StoredTeacher, name_of
 from rac_modifier.recovery.trained_parameters import in_float32, trained_name
 from rac_modifier.recovery.training_loop import TrainingLoop
 from rac_modifier.settings.recovery import RecoverySettings
@@ -80,7 +80,7 @@ class Recovery:
 
 def recover(
     model: Any,
-    teacher: Teacher,
+    teacher: StoredTeacher,
     training: Sequence[TokenSequence],
     held_out: Sequence[TokenSequence],
     settings: RecoverySettings,

@@ -1,4 +1,4 @@
-"""The dense model's hidden states on the training traces: stored on disk, or computed next to the student.
+"""The dense model's hidden states on the training traces: stored on disk.
 
 2 bytes x hidden size per completion token (7 kB at 7B), a hundredth of its logits. The student's head is
 the dense model's, so nothing is lost.
@@ -11,7 +11,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,41 +27,8 @@ _INDEX = "index.json"
 _FILE_TOKENS = 65_536  # completion tokens per file
 
 
-class Teacher(Protocol):
-    """Where the dense model's hidden states come from; `key` differs between dense models."""
-
-    @property
-    def key(self) -> str:
-        """Name the dense model."""
-
-    def states(self, batch: Sequence[TokenSequence]) -> torch.Tensor:
-        """[completion tokens, d] of a batch, row by row."""
-
-
-class LiveTeacher:
-    """The dense model in memory: another forward pass per batch."""
-
-    def __init__(self, dense: Any):
-        self._dense = dense
-
-    @property
-    def key(self) -> str:
-        """Hash the dense model's weights."""
-        digest = hashlib.blake2b(digest_size=16)
-        for name, parameter in self._dense.named_parameters():
-            digest.update(name.encode())
-            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
-
-    @torch.no_grad()
-    def states(self, batch: Sequence[TokenSequence]) -> torch.Tensor:
-        """See `Teacher`."""
-        with evaluating(self._dense):
-            return predicting_states(self._dense, batch)
-
-
 class StoredTeacher:
-    """Hidden states written once by `write`, read per batch."""
+    """Hidden states that `write` stored once, read per batch. `key` names the dense model."""
 
     def __init__(self, folder: Path):
         self._folder = folder
@@ -128,12 +95,12 @@ class StoredTeacher:
         return cls(folder)
 
     def states(self, batch: Sequence[TokenSequence]) -> torch.Tensor:
-        """See `Teacher`.
+        """Return hidden states [completion tokens, d] of a batch, row by row.
 
         Raises:
             RacError: a sequence that was not written.
         """
-        found = []
+        states = []
         for sequence in batch:
             name = name_of(sequence)
             if name not in self._place:
@@ -141,9 +108,9 @@ class StoredTeacher:
                     f"{self._folder}: no states of a sequence of {len(sequence[0])} tokens; remove "
                     "the folder"
                 )
-            with safe_open(self._folder / self._place[name], framework="pt") as states:
-                found.append(states.get_tensor(name))
-        return torch.cat(found)
+            with safe_open(self._folder / self._place[name], framework="pt") as file:
+                states.append(file.get_tensor(name))
+        return torch.cat(states)
 
 
 def _write_states(dense: Any, sequences: Sequence[TokenSequence], folder: Path) -> None:

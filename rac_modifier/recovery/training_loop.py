@@ -21,7 +21,7 @@ from rac_modifier.recovery.loss import head_kl
 from rac_modifier.recovery.schedule import Step, rate_at
 from rac_modifier.recovery.sharded import Whole
 from rac_modifier.recovery.state import Progress, load_state, save_state
-from rac_modifier.recovery.teacher import Teacher
+from rac_modifier.recovery.teacher import StoredTeacher
 
 _BETAS = (0.9, 0.95)
 _CLIP = 1.0
@@ -43,7 +43,7 @@ class TrainingLoop:
     """
 
     shards: Whole
-    teacher: Teacher
+    teacher: StoredTeacher
     held_out: Sequence[TokenSequence]
     masters: Mapping[str, torch.Tensor]
     autocast: torch.dtype | None

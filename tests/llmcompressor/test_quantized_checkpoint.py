@@ -21,11 +21,10 @@ from rac_modifier.llmcompressor.quantized_checkpoint import (
 from rac_modifier.llmcompressor.recovery_stage import _mask
 from rac_modifier.recovery.distill import recover
 from rac_modifier.recovery.on_grid import on_grid
-from rac_modifier.recovery.teacher import LiveTeacher
 from rac_modifier.recovery.training_loop import TrainingLoop
 from rac_modifier.settings.recovery import RecoverySettings
 from tests.llmcompressor.quantized_helpers import CHANNEL, SCHEMES, TOKEN, decoded, saved
-from tests.recovery.recovery_helpers import kl_of, sequences
+from tests.recovery.recovery_helpers import LiveTeacher, kl_of, sequences
 from tests.tiny import linears, tiny_model
 
 HELD_OUT = sequences(20, seed=2)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from typing import Any
 
 import torch
 
+from rac_modifier.recovery.hidden_states import predicting_states
 from tests.tiny import linears, tiny_model
 
 Sequences = list[tuple[list[int], int]]
@@ -47,3 +49,22 @@ def kl_of(dense: Any, model: Any, data: Sequences) -> float:
             total += float((p.exp() * (p - q)).sum())
             tokens += len(ids) - prompt
     return total / tokens
+
+
+class LiveTeacher:
+    """The dense model in memory, with the methods of `StoredTeacher`."""
+
+    def __init__(self, dense: Any):
+        self._dense = dense
+
+    @property
+    def key(self) -> str:
+        """A hash of the weights."""
+        digest = hashlib.blake2b(digest_size=16)
+        for parameter in self._dense.parameters():
+            digest.update(parameter.detach().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    @torch.no_grad()
+    def states(self, batch: Sequences) -> torch.Tensor:
+        return predicting_states(self._dense, batch)

@@ -13,10 +13,9 @@ from rac_modifier.processes import Processes, joined_processes
 from rac_modifier.quantization.grid import Grid
 from rac_modifier.recovery.distill import recover
 from rac_modifier.recovery.on_grid import QuantizedWeight
-from rac_modifier.recovery.teacher import LiveTeacher
 from rac_modifier.recovery.training_loop import TrainingLoop
 from rac_modifier.settings.recovery import RecoverySettings
-from tests.recovery.recovery_helpers import dense_and_sparse, sequences
+from tests.recovery.recovery_helpers import LiveTeacher, dense_and_sparse, sequences
 from tests.tiny import linears
 
 # Batches of 1 to 3 sequences: in some, a process has none.

@@ -10,10 +10,9 @@ import torch
 from rac_modifier.errors import RacError
 from rac_modifier.recovery import distill
 from rac_modifier.recovery.distill import recover
-from rac_modifier.recovery.teacher import LiveTeacher
 from rac_modifier.recovery.training_loop import TrainingLoop
 from rac_modifier.settings.recovery import RecoverySettings
-from tests.recovery.recovery_helpers import dense_and_sparse, kl_of, sequences
+from tests.recovery.recovery_helpers import LiveTeacher, dense_and_sparse, kl_of, sequences
 
 SETTINGS = RecoverySettings(learning_rate=3e-3, step_tokens=300, batch_tokens=400, tokens=4000)
 TRAINING, HELD_OUT = sequences(120, seed=1), sequences(20, seed=2)

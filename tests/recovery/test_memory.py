@@ -16,10 +16,9 @@ from rac_modifier.recovery.memory import (
     check_recovery_memory,
     largest_batches,
 )
-from rac_modifier.recovery.teacher import LiveTeacher
 from rac_modifier.settings.recovery import RecoverySettings
 from tests.llmcompressor.live_bytes import LiveBytes
-from tests.recovery.recovery_helpers import dense_and_sparse, sequences
+from tests.recovery.recovery_helpers import LiveTeacher, dense_and_sparse, sequences
 
 CPU = torch.device("cpu")
 SETTINGS = RecoverySettings(step_tokens=300, batch_tokens=400)

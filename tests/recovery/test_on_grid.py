@@ -4,9 +4,8 @@ import torch
 from rac_modifier.quantization.grid import Grid
 from rac_modifier.recovery.distill import recover
 from rac_modifier.recovery.on_grid import OnGrid, QuantizedWeight, on_grid
-from rac_modifier.recovery.teacher import LiveTeacher
 from rac_modifier.settings.recovery import RecoverySettings
-from tests.recovery.recovery_helpers import dense_and_sparse, kl_of, sequences
+from tests.recovery.recovery_helpers import LiveTeacher, dense_and_sparse, kl_of, sequences
 from tests.tiny import linears
 
 

@@ -6,9 +6,8 @@ import torch
 from rac_modifier.errors import RacError
 from rac_modifier.recovery.distill import recover
 from rac_modifier.recovery.recomputing import decoder_layers, recomputing
-from rac_modifier.recovery.teacher import LiveTeacher
 from rac_modifier.settings.recovery import RecoverySettings
-from tests.recovery.recovery_helpers import dense_and_sparse, sequences
+from tests.recovery.recovery_helpers import LiveTeacher, dense_and_sparse, sequences
 from tests.tiny import tiny_model
 
 IDS = torch.arange(5, 37).view(2, 16)

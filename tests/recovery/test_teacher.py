@@ -7,8 +7,8 @@ import torch
 from rac_modifier.errors import RacError
 from rac_modifier.recovery import teacher as module
 from rac_modifier.recovery.hidden_states import predicting_states
-from rac_modifier.recovery.teacher import LiveTeacher, StoredTeacher, name_of
-from tests.recovery.recovery_helpers import dense_and_sparse, sequences
+from rac_modifier.recovery.teacher import StoredTeacher, name_of
+from tests.recovery.recovery_helpers import LiveTeacher, dense_and_sparse, sequences
 
 
 def test_stored_states_equal_the_models_own(tmp_path, monkeypatch):
@@ -33,7 +33,9 @@ def test_they_are_computed_again_for_another_model_only(tmp_path):
     assert torch.equal(
         StoredTeacher.write(other, data, tmp_path, key="a").states(data), first
     )  # the key says it is the same
-    assert not torch.equal(StoredTeacher.write(other, data, tmp_path, key="b").states(data), first)
+    again = StoredTeacher.write(other, data, tmp_path, key="b")
+    assert again.key == StoredTeacher(tmp_path).key == "b"
+    assert not torch.equal(again.states(data), first)
 
 
 def test_a_run_that_was_killed_while_writing_starts_again(tmp_path):

@@ -9,10 +9,9 @@ from loguru import logger
 from rac_modifier.errors import RacError
 from rac_modifier.recovery import training_loop
 from rac_modifier.recovery.distill import recover
-from rac_modifier.recovery.teacher import LiveTeacher
 from rac_modifier.recovery.training_loop import TrainingLoop
 from rac_modifier.settings.recovery import RecoverySettings
-from tests.recovery.recovery_helpers import dense_and_sparse, sequences
+from tests.recovery.recovery_helpers import LiveTeacher, dense_and_sparse, sequences
 
 SETTINGS = RecoverySettings(learning_rate=3e-3, step_tokens=300, batch_tokens=400)
 
