@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
-from pydantic import ValidationError
 from tqdm import tqdm
 
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.results import EvalResult, Row, summarise
-from rac_modifier.files import write_text_atomic
 from rac_modifier.problems.answer_checker import check_installed
 from rac_modifier.problems.answers import Verifier, is_correct
 from rac_modifier.problems.source import Problem
@@ -23,15 +17,16 @@ from rac_modifier.sampling.generate import Generation
 from rac_modifier.sampling.generate import generate as generate_in_process
 from rac_modifier.sampling.prompts import render_prompt
 from rac_modifier.sampling.thinking import thinking_length
+from rac_modifier.settings.check import check_settings
 from rac_modifier.settings.sampling import SamplingSettings
 from rac_modifier.traces.selection import repeated_tail
 
-# Used at a temperature above 0 only; the reference evaluation samples at 0.6 with top_p 0.95 (arXiv 2509.12464).
+# At a temperature above 0; the reference evaluation has 0.6 and 0.95 (arXiv 2509.12464).
 TOP_P = 0.95
 
 
 class Generate(Protocol):
-    """Completes prompts, as `sampling.generate.generate` does; `keys` name the prompts for seeding."""
+    """Complete prompts as `sampling.generate.generate` does; `keys` name them for seeding."""
 
     def __call__(
         self,
@@ -41,7 +36,7 @@ class Generate(Protocol):
         settings: SamplingSettings,
         keys: list[str],
     ) -> list[Generation]:
-        """One generation per prompt, in order."""
+        """Return a generation per prompt, in order."""
         ...
 
 
@@ -57,37 +52,39 @@ def evaluate(
     batch_size: int = 128,
     seed: int = 0,
     progress: bool = True,
-    rows_path: str | os.PathLike[str] | None = None,
     verifiers: Mapping[str, Verifier] | None = None,
     render: Callable[[Any, str], list[int]] = render_prompt,
     generate: Generate = generate_in_process,
 ) -> EvalResult:
-    """Zero-shot accuracy, thinking length, unfinished share and speed over `problems`.
+    """Measure zero-shot accuracy, thinking length, unfinished share and speed over `problems`.
 
     Args:
-        model: a transformers causal LM, or whatever `generate` accepts.
+        model: a transformers causal LM, or what `generate` accepts.
         tokenizer: the model's tokenizer.
         problems: each with an answer; ids distinct.
         label: the result's name in tables.
-        max_new_tokens: the cap. A completion cut off there is unfinished, and wrong unless it already holds the answer.
-        temperature: 0 is greedy.
-        top_p: sample among the most likely tokens that hold this share; greedy ignores it.
-        batch_size: prompts generated at once.
-        seed: of the sampling; greedy ignores it.
+        max_new_tokens: the cap. An answer cut off there is unfinished, and right only if it already
+            holds the answer.
+        temperature: 0 is greedy, which ignores `top_p` and `seed`.
+        top_p: sample among the most likely tokens that hold this share.
+        batch_size: prompts per call of `generate`.
+        seed: of the sampling.
         progress: show a progress bar.
-        rows_path: a file for one JSON line per problem (`results.Row`), in the order of `problems`.
-        verifiers: by task name, a function that replaces the mathematical comparison of answers.
-        render: from tokenizer and question to prompt ids; default: the chat template with its generation prompt.
+        verifiers: by task name, a function that compares answers instead of math-verify.
+        render: from tokenizer and question to prompt ids; default: the chat template.
         generate: completes one batch per call; default: the model in this process.
 
     Raises:
-        RacError: no problems, a problem without an answer, an id twice, a setting out of range, math-verify
-            not installed, `rows_path` not writable.
+        RacError: no problems, a problem without an answer, an id twice, a setting out of range, or
+            math-verify is not installed.
     """
     check_problems(problems, verifiers or {})
-    settings = _settings(max_new_tokens, temperature, top_p, batch_size, seed)
+    # nothing comes from a model's generation_config: all models sample alike
+    values = {"temperature": temperature, "top_p": top_p, "top_k": 0, "seed": seed}
+    values |= {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    settings = check_settings(SamplingSettings, values, "the evaluation")
     prompts = [render(tokenizer, problem.question) for problem in problems]
-    # Longest first: prompts of similar length share a batch, and a batch too large for memory fails at once.
+    # longest first: prompts of like length share a batch, and one too large for memory fails early
     order = sorted(range(len(problems)), key=lambda i: len(prompts[i]), reverse=True)
     generations: dict[int, Generation] = {}
     started = time.monotonic()
@@ -107,17 +104,16 @@ def evaluate(
         )
         for i, problem in enumerate(problems)
     ]
-    if rows_path is not None:
-        save_rows(rows, rows_path)
     return summarise(
         rows, label=label, seconds=seconds, cap=max_new_tokens, temperature=temperature, seed=seed
     )
 
 
 def check_problems(problems: Sequence[Problem], verifiers: Mapping[str, Verifier]) -> None:
-    """Refuse problems that cannot be graded (RacError): none at all, one without an answer, an id twice, no math-verify.
+    """Check that problems can be graded; `verifiers` replace math-verify for their tasks.
 
-    `verifiers` replace math-verify for the tasks that they are named by.
+    Raises:
+        RacError: no problems, one without an answer, an id twice, or math-verify is not installed.
     """
     if not problems:
         raise RacError(
@@ -126,8 +122,9 @@ def check_problems(problems: Sequence[Problem], verifiers: Mapping[str, Verifier
     without = [p.id for p in problems if p.answer is None or not p.answer.strip()]
     if without:
         raise RacError(
-            f"{len(without)} of {len(problems)} problems have no answer to check against (first: {without[0]!r}); "
-            "name the column that holds the answers (answer_column), or leave these problems out"
+            f"{len(without)} of {len(problems)} problems have no answer to check against (first: "
+            f"{without[0]!r}); name the column that holds the answers (answer_column), or leave these "
+            "problems out"
         )
     seen: set[str] = set()
     for p in problems:
@@ -138,28 +135,8 @@ def check_problems(problems: Sequence[Problem], verifiers: Mapping[str, Verifier
         check_installed("mathematics")
 
 
-def _settings(
-    max_new_tokens: int, temperature: float, top_p: float, batch_size: int, seed: int
-) -> SamplingSettings:
-    """Every setting is fixed here, and none comes from a model's generation_config: all models must sample alike."""
-    try:
-        return SamplingSettings(
-            temperature=temperature,
-            top_p=top_p,
-            top_k=0,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            seed=seed,
-        )
-    except ValidationError as error:
-        wrong = "; ".join(
-            f"{'.'.join(map(str, e['loc']))}={e['input']!r}: {e['msg']}" for e in error.errors()
-        )
-        raise RacError(f"the evaluation cannot run with {wrong}") from error
-
-
 def _chunks(order: list[int], size: int, label: str | None) -> Iterator[list[int]]:
-    """Cut `order` into batches; with a progress bar if there is a label."""
+    """Cut `order` into batches, with a progress bar if there is a label."""
     with tqdm(
         total=len(order), desc=label, unit="problem", disable=True if label is None else None
     ) as bar:
@@ -176,7 +153,7 @@ def row_of(
     verifier: Verifier | None,
     sample: int = 0,
 ) -> Row:
-    """One checked answer."""
+    """Check an answer."""
     assert problem.answer is not None
     # The thinking tags of R1 and Qwen3 are ordinary tokens, so they stay in the text.
     text = tokenizer.decode(list(generation.ids), skip_special_tokens=True)
@@ -192,11 +169,3 @@ def row_of(
         sample=sample,
         repeats=repeated_tail(generation.ids, generation.finish_reason) > 0,
     )
-
-
-def save_rows(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
-    """Write one JSON line per row, all of them or none; the folder is created."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n" for row in rows)
-    write_text_atomic(path, "".join(lines))

@@ -1,7 +1,7 @@
-"""Evaluation with answers kept in a file: of the model in this process or of servers, several answers per problem if asked for.
+"""Evaluation with answers kept in a file, of the model in this process or of servers.
 
-The file is a trace store (traces/store.py): answers are appended as they are finished, a kill loses none, and the same command
-goes on. Its header says which model answered under which settings; another model's file is refused.
+The file is a trace store (traces/store.py): answers are appended as they finish, a kill loses none, and the
+same command goes on. Its header names model and settings; another model's file is refused.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def evaluate_into_file(
     render: Callable[[Problem], list[int]] | None = None,
     progress: bool = True,
 ) -> EvalResult:
-    """Accuracy, thinking length, unfinished share and speed, from answers that are kept in `path`.
+    """Measure accuracy, thinking length, unfinished share and speed; answers are kept in `path`.
 
     Args:
         model: in memory, or its `ModelIdentity` where servers answer.
@@ -56,17 +56,18 @@ def evaluate_into_file(
         problems: each with an answer; ids distinct.
         label: the result's name in tables.
         source: where the problems come from, for the header of the file.
-        sampling: temperature, cap, seed, answers per problem (`samples_per_problem`); all of it set, nothing is taken from
-            the model's generation_config.
+        sampling: temperature, cap, seed, answers per problem (`samples_per_problem`). Nothing comes
+            from the model's generation_config.
         path: a .jsonl file; default: `default_path`.
         engine: servers; None is the model in this process.
-        verifiers: by task name, a function that replaces the mathematical comparison of answers.
+        verifiers: by task name, a function that compares answers instead of math-verify.
         render: from problem to prompt ids; default: by `sampling`.
         progress: show a bar.
 
     Raises:
-        RacError: problems that cannot be graded; a file of another model or other settings, or in use; servers that cannot be
-            reached, hold another model, or did not answer some problems. Answers so far are kept.
+        RacError: problems that cannot be graded; a file of another model or other settings, or in use;
+            servers that cannot be reached, hold another model, or left problems without an answer.
+            Answers so far are kept.
     """
     check_problems(problems, verifiers or {})
     identity = model if isinstance(model, ModelIdentity) else ModelIdentity.of_model(model)
@@ -106,7 +107,7 @@ def evaluate_into_file(
 def default_path(
     identity: ModelIdentity, sampling: SamplingSettings, source: ProblemSource
 ) -> Path:
-    """rac_answers/<fingerprint>-<hash of what decides the answers>.jsonl, under the current directory."""
+    """Return rac_answers/<fingerprint>-<hash of the settings>.jsonl, under the current directory."""
     settings = json.dumps(settings_of_record(sampling, source), sort_keys=True)
     return (
         Path("rac_answers")
@@ -121,14 +122,15 @@ def _rows(
     samples: int,
     verifiers: Mapping[str, Verifier],
 ) -> list[Row]:
-    """The checked answers of these problems, in their order; the file may hold others."""
+    """Check the answers of these problems, in their order; the file may hold more."""
     wanted = {f"{problem.id}#{i}": (problem, i) for problem in problems for i in range(samples)}
     missing = [name for name in wanted if name not in store]
     if missing:
         reasons = {failed.id: failed.reason for failed in read_failures(store.path)}
         raise RacError(
             f"{len(missing)} of {len(wanted)} answers are missing (the first: {missing[0]!r}, "
-            f"{reasons.get(missing[0], 'not asked')}); what was answered is kept in {store.path}: run again to ask for the others"
+            f"{reasons.get(missing[0], 'not asked')}); answers so far are kept in {store.path}: run "
+            "again to ask for the others"
         )
 
     def checked(trace: Trace) -> Row:

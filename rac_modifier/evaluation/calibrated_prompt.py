@@ -1,4 +1,4 @@
-"""The prompt settings that compressed models were calibrated with, and those that an evaluation asks all models with."""
+"""Prompt settings of an evaluation: those that the compressed models were calibrated with."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class PromptChoice:
 
 
 def recorded_prompts(source: str) -> Prompts | None:
-    """What the run record beside a model's weights says; None where there is no record, as for a dense model.
+    """Read a model's run record; None where there is none, as for a dense model.
 
     Args:
         source: a model folder or a Hugging Face id.
@@ -59,7 +59,8 @@ def recorded_prompts(source: str) -> Prompts | None:
         return {part: PromptSettings(**settings) for part, settings in recorded.items()}
     except (AttributeError, TypeError, ValidationError) as error:
         raise RacError(
-            f"{path}: its prompt settings cannot be read ({recorded!r}); restore the file, or remove it to evaluate without it"
+            f"{path}: its prompt settings cannot be read ({recorded!r}); restore the file, or remove "
+            "it to evaluate without it"
         ) from error
 
 
@@ -70,7 +71,7 @@ def choose_prompt(
     system_prompt: str | None = None,
     thinking: bool | None = None,
 ) -> PromptChoice:
-    """The settings that the compressed models were calibrated with, for all models; what is given here replaces them.
+    """Choose the prompt settings for all models: the recorded ones, unless the caller names others.
 
     Args:
         recorded: `recorded_prompts` by the name of each model.
@@ -79,7 +80,8 @@ def choose_prompt(
         thinking: None takes the recorded one.
 
     Raises:
-        RacError: several recorded values where none is given here; a system prompt or `thinking` without a template.
+        RacError: several recorded values and none from the caller; a system prompt or `thinking`
+            without a template.
     """
     known = {
         f"{model} ({part})" if len(prompts) > 1 else model: prompt
@@ -90,13 +92,13 @@ def choose_prompt(
     if (template or _only("template", known)) == "none":
         if system_prompt:
             raise RacError(
-                f"system prompt {system_prompt!r} has no place without a chat template; leave --system-prompt out, or use "
-                "--template chat"
+                f"system prompt {system_prompt!r} has no place without a chat template; leave "
+                "--system-prompt out, or use --template chat"
             )
         if thinking is not None:
             raise RacError(
-                "--thinking and --no-thinking are for a chat template, and the questions are asked without one; leave them out, "
-                "or use --template chat"
+                "--thinking and --no-thinking are for a chat template, and the questions are asked "
+                "without one; leave them out, or use --template chat"
             )
         chosen = PromptSettings(template="none")
     else:
@@ -126,6 +128,7 @@ def _only(field: str, known: Prompts) -> Any:
         )
         found = "; ".join(f"{name}: {known[name].describe()}" for name in values.values())
         raise RacError(
-            f"calibrated with different prompts, and all models must be asked with one ({found}); choose it with {option}"
+            f"calibrated with different prompts, and all models must be asked with one ({found}); "
+            f"choose it with {option}"
         )
     return next(iter(values), PromptSettings.model_fields[field].default)

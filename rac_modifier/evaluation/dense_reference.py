@@ -1,8 +1,8 @@
 """The dense model's predictions, kept small while it is pruned in place.
 
-The logits of 2,048 tokens take over a gigabyte with a vocabulary of 150,000. The input of the output head is `hidden` numbers
-per token, and the head is not pruned. So this input is kept. After pruning it passes through the head beside the pruned
-model's own, so that whatever the model does to logits (scaling, soft caps) is done to both.
+The logits of 2,048 tokens take over a gigabyte with a vocabulary of 150,000, so the input of the output
+head is kept, which is not pruned. After pruning it passes through the head in a batch with the pruned
+model's, so that scales and soft caps of logits apply to both.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from rac_modifier.model_tools import evaluating
 
 
 class DenseReference:
-    """What a dense model's output head reads on samples of that model: tokens x hidden numbers, on the CPU."""
+    """Inputs of a dense model's output head on its own samples: tokens x hidden numbers, on the CPU."""
 
     @torch.no_grad()
     def __init__(self, model: Any, sequences: Sequence[TokenSequence], *, batch_tokens: int = 4096):
-        """One forward pass without the head.
+        """Run the dense model without its head.
 
         Raises:
             RacError: sequences that `divergence` refuses, or a model without an output head.
@@ -56,15 +56,15 @@ class DenseReference:
 
     @property
     def tokens(self) -> int:
-        """Completion tokens that will be compared."""
+        """Count the completion tokens."""
         return sum(len(ids) - prompt for batch in self._batches for ids, prompt in batch)
 
     @torch.no_grad()
     def divergence(self, pruned: Any, *, label: str, bins: int = 8) -> DivergenceResult:
-        """As `evaluation.divergence`: one forward pass of the pruned model, which is the same model with other layers.
+        """Measure what `evaluation.divergence` does, in a forward pass of the pruned model.
 
         Raises:
-            RacError: its output head has changed since, or logits are not finite.
+            RacError: the output head has changed, or logits are not finite.
         """
         head = output_head(pruned)
         if (

@@ -1,7 +1,9 @@
-"""Divergence of a pruned model from the dense one on the dense model's own samples: a measure that needs no labels.
+"""Divergence of a pruned model from the dense one on the dense model's own samples; it needs no labels.
 
-Both models read the same sequence (teacher forcing). At each completion token the dense model's distribution over the
-vocabulary, p, is compared with the pruned model's, q: KL(p || q) = sum_v p_v (log p_v - log q_v).
+Both models read the same sequence (teacher forcing). At each completion token the dense model's
+distribution p over the vocabulary is compared with the pruned model's, q:
+
+    KL(p || q) = sum_v p_v (log p_v - log q_v)
 """
 
 from __future__ import annotations
@@ -28,18 +30,18 @@ from rac_modifier.evaluation.teacher_forcing import (
 )
 from rac_modifier.model_tools import evaluating
 
-# Elements of the logits in one window and in one step of the comparison: 256 MiB and 64 MiB in float32.
+# Elements of the logits in a window and in a step of the comparison: 256 and 64 MiB in float32.
 WINDOW_ELEMENTS = 1 << 26
 _STEP_ELEMENTS = 1 << 24
 LEAST_ROWS = 16  # completions from which a standard error is reported
 
-# For each window of positions: the first position, the dense model's logits and the pruned model's.
+# Per window of positions: the first position, the dense model's logits, the pruned model's.
 Windows = Iterator[tuple[int, torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
 class TokenDivergence:
-    """One completion: a value for each of its tokens, predicted by both models from the same tokens before it."""
+    """A completion: a value for each token."""
 
     kl: Sequence[float]  # KL(dense || pruned) in nats
     agrees: Sequence[bool]  # whether both models rank the same token first
@@ -47,7 +49,7 @@ class TokenDivergence:
 
 @dataclass(frozen=True)
 class PositionBin:
-    """The completion tokens from position `start` (the first token has position 0) to before `end`."""
+    """The completion tokens from position `start`, counted from 0, to before `end`."""
 
     start: int
     end: int
@@ -61,9 +63,10 @@ class PositionBin:
 
 @dataclass(frozen=True)
 class DivergenceResult:
-    """Divergence of one pruned model on a set of sequences; compare it only with results on the same sequences.
+    """Divergence of a pruned model; compare it only with results on the same sequences.
 
-    Standard errors treat completions, not tokens, as independent: the errors of one completion's tokens are correlated.
+    Standard errors treat completions, not tokens, as independent: the errors of a completion's tokens are
+    correlated.
     """
 
     label: str
@@ -79,12 +82,12 @@ class DivergenceResult:
     seconds: float
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; `from_dict` is the inverse."""
+        """Return plain values for JSON; `from_dict` is the inverse."""
         return {**dataclasses.asdict(self), "bins": [dataclasses.asdict(b) for b in self.bins]}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> DivergenceResult:
-        """A result from `as_dict`'s output.
+        """Return the result of `as_dict`'s values.
 
         Raises:
             RacError: a field is missing or unknown.
@@ -109,23 +112,23 @@ def divergence(
     window_elements: int = WINDOW_ELEMENTS,
     progress: bool = True,
 ) -> DivergenceResult:
-    """Mean KL(dense || pruned) in nats per completion token, and top-1 agreement; in total and by position.
+    """Measure KL(dense || pruned) per completion token and top-1 agreement, in total and by position.
 
-    Memory beside the two models: one window of logits per model (`window_elements`; more only where a single position of
-    the batch has more), the key-value caches of a batch that needs more than one window, and about 256 MiB.
+    Memory next to the two models: a window of logits per model (`window_elements`), the key-value caches
+    of a batch of several windows, and about 256 MiB.
 
     Args:
         dense: a transformers causal LM.
         pruned: another one with the same vocabulary, on any device.
-        sequences: samples of the dense model, as token ids and the length of the prompt (see `own_samples`).
+        sequences: samples of the dense model (see `own_samples`).
         label: the result's name in tables.
         bins: the number of equally wide bins of positions.
-        batch_tokens: most padded tokens of a batch; a longer sequence gets its own batch.
+        batch_tokens: most padded tokens of a batch; a longer sequence is a batch.
         window_elements: most elements of a model's logits in memory (rows x positions x vocabulary).
         progress: show a progress bar.
 
     Raises:
-        RacError: no sequences, a sequence without prompt or completion, a token id beyond a model's vocabulary,
+        RacError: no sequences, a sequence without prompt or completion, a token id beyond a vocabulary,
             vocabularies of different sizes, logits that are not finite, a setting below 1.
     """
     if bins < 1:
@@ -154,7 +157,7 @@ def divergence_per_token(
     window_elements: int = WINDOW_ELEMENTS,
     progress: bool = True,
 ) -> list[TokenDivergence]:
-    """What `divergence` summarises: the values of each completion, in the order of `sequences`. Arguments and errors as there."""
+    """Return the values of each completion, in the order of `sequences`; see `divergence`."""
     for name, value in (("batch_tokens", batch_tokens), ("window_elements", window_elements)):
         if value < 1:
             raise RacError(f"{name}={value}: must be at least 1; leave it out for the usual {name}")
@@ -176,7 +179,7 @@ def divergence_per_token(
 
 
 def token_divergence(p: torch.Tensor, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """KL(p || q) float64 [n] in nats and top-1 agreement bool [n] of two sets of logits [n, vocabulary]."""
+    """Return KL(p || q), float64 [n] in nats, and top-1 agreement, bool [n], of logits [n, vocabulary]."""
     step = max(1, _STEP_ELEMENTS // p.shape[-1])
     kl, agrees = [], []
     for i in range(0, len(p), step):
@@ -199,7 +202,7 @@ def _both(dense: Any, pruned: Any, batch: list[TokenSequence], window_elements: 
 
 
 def compare(batch: list[TokenSequence], logits: Windows, label: str) -> list[TokenDivergence]:
-    """The divergence at every completion token of a batch, one value per token and one row per sequence.
+    """Return the divergence at every completion token of a batch, a row per sequence.
 
     Raises:
         RacError: vocabularies of different sizes, or logits that are not finite.
@@ -210,8 +213,8 @@ def compare(batch: list[TokenSequence], logits: Windows, label: str) -> list[Tok
     for start, p, q in logits:
         if p.shape[-1] != q.shape[-1]:
             raise RacError(
-                f"{label}: a vocabulary of {q.shape[-1]} tokens, the dense model has {p.shape[-1]}; compare a pruned "
-                "model with the model that it was made from"
+                f"{label}: a vocabulary of {q.shape[-1]} tokens, the dense model has {p.shape[-1]}; "
+                "compare a pruned model with the model that it was made from"
             )
         window = slice(start, start + p.shape[1])
         wanted = predicts[:, window]
@@ -221,8 +224,8 @@ def compare(batch: list[TokenSequence], logits: Windows, label: str) -> list[Tok
         kl[:, window][wanted], agrees[:, window][wanted] = (values.cpu() for values in found)
     if not kl.isfinite().all():
         raise RacError(
-            f"{label}: the logits of the dense model or of this model are not finite on the given sequences; load both "
-            "in float32, and check the checkpoint"
+            f"{label}: the logits of the dense model or of this model are not finite on the given "
+            "sequences; load both in float32, and check the checkpoint"
         )
     return [
         TokenDivergence(k[mask].tolist(), a[mask].tolist())
@@ -231,10 +234,10 @@ def compare(batch: list[TokenSequence], logits: Windows, label: str) -> list[Tok
 
 
 def windows(model: Any, ids: torch.Tensor, width: int) -> Iterator[tuple[int, torch.Tensor]]:
-    """Logits [rows, up to width, vocabulary] of successive windows of positions, each with its first position.
+    """Yield windows of positions: the first position, and logits [rows, up to width, vocabulary].
 
-    Windows bound the memory for logits, which with a vocabulary of 152k tokens is larger than that of all other activations.
-    The key-value cache passes the context on to the next window; a batch that fits one window takes an ordinary forward pass.
+    Windows bound the memory of logits, the largest activations. The key-value cache carries the context
+    from window to window; a batch of a single window is an ordinary forward pass.
     """
     cache = None
     several = ids.shape[1] > width
@@ -249,24 +252,28 @@ def windows(model: Any, ids: torch.Tensor, width: int) -> Iterator[tuple[int, to
 
 
 def vocabulary(model: Any) -> int:
-    """The number of tokens in the model's input embedding."""
+    """Count the tokens of the model's input embedding."""
     return model.get_input_embeddings().num_embeddings
 
 
 def check_ids(role: str, model: Any, sequences: Sequence[TokenSequence]) -> None:
-    """Refuse sequences with ids beyond the model's vocabulary (RacError)."""
+    """Check that token ids are within the model's vocabulary.
+
+    Raises:
+        RacError: one is not.
+    """
     largest, size = max(max(ids) for ids, _ in sequences), vocabulary(model)
     if largest >= size:
         raise RacError(
-            f"the sequences hold token id {largest}, beyond the vocabulary of the {role} model ({size} tokens); give "
-            "sequences that the dense model wrote, and a model pruned from it"
+            f"the sequences hold token id {largest}, beyond the vocabulary of the {role} model ({size} "
+            "tokens); give sequences that the dense model wrote, and a model pruned from it"
         )
 
 
 def summarise_divergence(
     rows: Sequence[TokenDivergence], *, label: str, bins: int = 16, seconds: float
 ) -> DivergenceResult:
-    """The result of completions, none of them empty, measured in `seconds`."""
+    """Summarise completions, none of them empty, measured in `seconds`."""
     assert rows, "a measurement without sequences is refused earlier"
     kl, kl_stderr = mean_over_tokens([row.kl for row in rows])
     agreement, agreement_stderr = mean_over_tokens([row.agrees for row in rows])
@@ -289,8 +296,9 @@ def mean_over_tokens(rows: Sequence[Sequence[float]]) -> tuple[float, float | No
     """Return the mean over all tokens of all rows, and its standard error over rows.
 
     The error is None below 16 rows: an interval of 4 rows covers 74 % instead of 95 %, of 16 rows 86 %.
-    The mean is a ratio, total over token count, both random. With residuals r_i = sum_i - mean * n_i of m rows the error
-    is sqrt(m / (m - 1) * sum r_i^2) / sum n_i (Cochran, Sampling Techniques, 1977, section 6.3, for whole clusters).
+
+    The mean is a ratio of two random sums. With residuals r_i = sum_i - mean * n_i of m rows the error is
+    sqrt(m / (m - 1) * sum r_i^2) / sum n_i (Cochran, Sampling Techniques, 1977, section 6.3).
     """
     mean = fmean(chain.from_iterable(rows))
     m, count = len(rows), sum(map(len, rows))

@@ -19,8 +19,8 @@ class PairedDifference:
     Attributes:
         difference: accuracy of the second minus that of the first.
         ci_low, ci_high: 95 %, of `intervals.difference_interval`.
-        only_first, only_second: problems that only one of them solves; None with several answers per problem.
-        p_value: McNemar's exact test (two-sided) of both being equally accurate; None likewise.
+        only_first, only_second: problems that a single model solves; None with several answers.
+        p_value: McNemar's exact two-sided test; None with several answers per problem.
     """
 
     first: str
@@ -40,17 +40,18 @@ class PairedDifference:
     def describe(self) -> str:
         """In one line."""
         low, high = 100 * self.ci_low, 100 * self.ci_high
-        text = f"{self.second} against {self.first}: {100 * self.difference:+.1f} points ({low:+.1f} to {high:+.1f})"
+        text = f"{self.second} against {self.first}: {100 * self.difference:+.1f} points "
+        text += f"({low:+.1f} to {high:+.1f})"
         if self.p_value is None:
             return f"{text}, paired over {self.problems} problems"
         return (
-            f"{text}; of {self.problems} problems {self.only_first} are solved by {self.first} alone, {self.only_second} by "
-            f"{self.second} alone (McNemar p = {self.p_value:.2g})"
+            f"{text}; of {self.problems} problems {self.only_first} are solved by {self.first} alone, "
+            f"{self.only_second} by {self.second} alone (McNemar p = {self.p_value:.2g})"
         )
 
 
 def paired_difference(first: EvalResult, second: EvalResult) -> PairedDifference:
-    """Compare two results on the same problems, with as many answers for each and the same cap.
+    """Compare two results on the same problems, with the same answers per problem and cap.
 
     Raises:
         RacError: other problems, numbers of answers, or caps.
@@ -58,14 +59,14 @@ def paired_difference(first: EvalResult, second: EvalResult) -> PairedDifference
     for name in ("cap", "samples"):
         if getattr(first, name) != getattr(second, name):
             raise RacError(
-                f"{first.label} and {second.label} cannot be paired: {name} {getattr(first, name)} and {getattr(second, name)}; "
-                "evaluate both alike"
+                f"{first.label} and {second.label} cannot be paired: {name} {getattr(first, name)} and "
+                f"{getattr(second, name)}; evaluate both alike"
             )
     if first.correct_answers.keys() != second.correct_answers.keys():
         other = sorted(first.correct_answers.keys() ^ second.correct_answers.keys())
         raise RacError(
-            f"{first.label} and {second.label} were asked other problems ({len(other)} differ, the first is {other[0]!r}); "
-            "evaluate both on the same"
+            f"{first.label} and {second.label} were asked other problems ({len(other)} differ, the "
+            f"first is {other[0]!r}); evaluate both on the same"
         )
     samples = first.samples
     pairs = [

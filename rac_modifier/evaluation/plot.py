@@ -1,4 +1,4 @@
-"""What `rac eval --plot` draws: accuracy of a few models as bars, or divergence from the dense model by position."""
+"""Plots of `rac eval --plot`: accuracy as bars, or divergence from the dense model by position."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rac_modifier.evaluation.divergence import DivergenceResult
     from rac_modifier.evaluation.results import EvalResult
 
-# The palette of Okabe and Ito, whose colours differ for every common colour blindness; markers differ too.
+# The palette of Okabe and Ito, which differs for every common colour blindness.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 INK, MUTED = "#222222", "#666666"
@@ -26,15 +26,17 @@ _FORMATS = (".png", ".svg", ".pdf")
 
 
 def plot_bars(results: Sequence[EvalResult], path: str | os.PathLike[str]) -> Path:
-    """Draw accuracy with its 95 % interval and the unfinished share of a few models, the first as the reference.
+    """Draw accuracy with its 95 % interval, and the unfinished share, of a few models.
 
     Raises:
-        RacError: no results, results at different caps, another file type than .png, .svg or .pdf, matplotlib missing.
+        RacError: no results, results at different caps, another file type than .png, .svg or .pdf,
+            matplotlib missing.
     """
     path = plot_file(path)
     if not results or len({r.cap for r in results}) > 1:
         raise RacError(
-            f"bars need results at one cap, these have {sorted({r.cap for r in results}) or 'none'}; evaluate all at one cap"
+            f"bars need results at one cap, these have {sorted({r.cap for r in results}) or 'none'}; "
+            "evaluate all at one cap"
         )
     figure = new_figure(9.6, 0.8 + 0.45 * len(results))
     left, right = figure.subplots(1, 2, sharey=True)
@@ -67,17 +69,15 @@ def plot_bars(results: Sequence[EvalResult], path: str | os.PathLike[str]) -> Pa
     return path
 
 
-def plot_divergence(
-    results: Sequence[DivergenceResult], path: str | os.PathLike[str], *, title: str | None = None
-) -> Path:
-    """Draw KL to the dense model (left) and top-1 agreement with it (right) by position in the completion, a line per model.
+def plot_divergence(results: Sequence[DivergenceResult], path: str | os.PathLike[str]) -> Path:
+    """Draw KL to the dense model (left) and top-1 agreement (right) by position, a line per model.
 
-    Shaded areas are one standard error. Errors that accumulate while a model thinks are visible here: with calibration on
-    prompts only, the error of layers grows with the position (arXiv 2509.12464, figure 2).
+    Shaded areas are one standard error. They show errors that accumulate while a model thinks: with
+    calibration on prompts only, errors grow with the position (arXiv 2509.12464, figure 2).
 
     Raises:
-        RacError: no results, results on different sequences, more of them than colours, another file type than .png, .svg or
-            .pdf, matplotlib missing.
+        RacError: no results, results on different sequences, more results than colours, another file
+            type than .png, .svg or .pdf, matplotlib missing.
     """
     path = plot_file(path)
     check_same_sequences(results)
@@ -120,14 +120,12 @@ def plot_divergence(
         frameon=False,
         fontsize=9,
     )
-    if title:
-        figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=INK)
     figure.savefig(path)
     return path
 
 
 def plain_axes(axes: Axes) -> None:
-    """Horizontal grid lines, and of the frame only the bottom line."""
+    """Draw horizontal grid lines, and only the bottom line of the frame."""
     axes.grid(axis="y", color="#E5E5E5", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(labelsize=9, colors=INK, length=0)
@@ -135,7 +133,7 @@ def plain_axes(axes: Axes) -> None:
 
 
 def plot_file(path: str | os.PathLike[str]) -> Path:
-    """The path of a plot that can be written; its folder is created.
+    """Check the path of a plot, and create its folder.
 
     Raises:
         RacError: another file type than .png, .svg or .pdf, matplotlib missing.
@@ -152,14 +150,14 @@ def plot_file(path: str | os.PathLike[str]) -> Path:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure, in inches; without pyplot, which would keep it and choose a backend for the whole process."""
+    """Return an empty figure, in inches, without pyplot, which would choose a backend."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=160, layout="constrained")
 
 
 def _bars(axes: Axes, shares: list[float], colours: list[str], ends: list[float]) -> None:
-    """Horizontal bars, each with its value written to the right of `ends`."""
+    """Draw horizontal bars with their values to the right of `ends`."""
     axes.barh(range(len(shares)), [100 * s for s in shares], color=colours, height=0.6)
     for y, (share, end) in enumerate(zip(shares, ends, strict=True)):
         axes.text(end + 2, y, f"{share:.1%}", va="center", fontsize=9, color=INK)

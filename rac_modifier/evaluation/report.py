@@ -1,4 +1,4 @@
-"""Results of several models as the text of a table's cells, after a check that they may stand side by side."""
+"""Tables of results of several models, after a check that they can be compared."""
 
 from __future__ import annotations
 
@@ -15,92 +15,63 @@ if TYPE_CHECKING:  # a table of results needs no torch
 
 @dataclass(frozen=True)
 class ResultTable:
-    """A head, one row per model, and a line that states what all rows share."""
+    """A head, a row per model, and a line on what all rows share."""
 
     head: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     note: str
 
 
-def accuracy_table(results: Sequence[EvalResult], *, allow_mixed_caps: bool = False) -> ResultTable:
-    """Results in the order given; the note states the cap and the sampling.
+def accuracy_table(results: Sequence[EvalResult]) -> ResultTable:
+    """Return the results in the order given; the note states the cap and the sampling.
 
-    `thinking` and `tokens` are means per answer; `unfinished` is the share of answers cut off at the cap. Where some of them
-    repeated themselves at their end, `repeating` is the share of these among all answers. With several answers per problem,
-    accuracy is pass@1, and pass@k for the largest k stands beside it.
+    `thinking` and `tokens` are means per answer; `unfinished` is the share of answers cut off at the cap,
+    and `repeating`, where there are any, the share cut off while they repeated themselves. With several
+    answers per problem, accuracy is pass@1, and a column has pass@k for the largest k.
 
     Raises:
-        RacError: no results, or results of different caps (a longer cap finishes more answers, so accuracy and length
-            cannot be compared) without `allow_mixed_caps`, which shows the cap as a column.
+        RacError: no results, or results of different caps or numbers of answers: a longer cap finishes
+            more answers, so accuracy and length cannot be compared.
     """
     if not results:
         raise RacError("no results to put in a table; give at least one")
-    caps = sorted({r.cap for r in results})
-    mixed = len(caps) > 1
-    if mixed and not allow_mixed_caps:
+    caps, samples = sorted({r.cap for r in results}), sorted({r.samples for r in results})
+    if len(caps) > 1:
         raise RacError(
-            f"results at different caps ({', '.join(map(str, caps))} new tokens) cannot be compared; evaluate all at "
-            "one cap, or pass allow_mixed_caps=True to see them side by side"
+            f"results at different caps ({', '.join(map(str, caps))} new tokens) cannot be compared; "
+            "evaluate all at one cap"
         )
-    samples = sorted({r.samples for r in results})
     if len(samples) > 1:
         raise RacError(
-            f"results of {' and '.join(map(str, samples))} answers per problem cannot be compared; evaluate alike"
+            f"results of {' and '.join(map(str, samples))} answers per problem cannot be compared; "
+            "evaluate alike"
         )
-    (several,) = samples
-    head = [
-        "model",
-        "accuracy",
-        "95 % CI",
-        "thinking",
-        "tokens",
-        "unfinished",
-        "tokens/s",
-        "minutes",
-        "problems",
-    ]
-    if several > 1:
-        head.append(f"pass@{several}")
-    loops = any(r.repeating_share for r in results)
-    if loops:
-        head.append("repeating")
+    columns = {
+        "model": [r.label for r in results],
+        "accuracy": [f"{r.accuracy:.1%}" for r in results],
+        "95 % CI": [f"{100 * r.ci_low:.1f}-{100 * r.ci_high:.1f}" for r in results],
+        "thinking": [f"{r.mean_thinking_tokens:.0f}" for r in results],
+        "tokens": [f"{r.mean_completion_tokens:.0f}" for r in results],
+        "unfinished": [f"{r.unfinished_share:.1%}" for r in results],
+        "tokens/s": [f"{r.tokens_per_second:.0f}" if r.tokens_per_second else "-" for r in results],
+        "minutes": [f"{r.seconds / 60:.1f}" for r in results],
+        "problems": [str(r.problems) for r in results],
+    }
     temperatures = sorted({r.temperature for r in results})
-    sampling = ", ".join("greedy" if t == 0 else f"temperature {t:g}" for t in temperatures)
-    answers = f"; {several} answers per problem" if several > 1 else ""
-    answers += (
-        "; repeating: answers that were cut off while their end repeated itself" if loops else ""
-    )
-    return ResultTable(
-        head=(*head, "cap") if mixed else tuple(head),
-        rows=tuple((*_cells(r, loops), str(r.cap)) if mixed else _cells(r, loops) for r in results),
-        note=f"{sampling}{answers}"
-        if mixed
-        else f"At most {caps[0]} new tokens per answer; {sampling}{answers}.",
-    )
-
-
-def _cells(result: EvalResult, loops: bool) -> tuple[str, ...]:
-    return (
-        result.label,
-        f"{result.accuracy:.1%}",
-        f"{100 * result.ci_low:.1f}-{100 * result.ci_high:.1f}",
-        f"{result.mean_thinking_tokens:.0f}",
-        f"{result.mean_completion_tokens:.0f}",
-        f"{result.unfinished_share:.1%}",
-        f"{result.tokens_per_second:.0f}" if result.tokens_per_second else "-",
-        f"{result.seconds / 60:.1f}",
-        str(result.problems),
-        *((f"{result.pass_at[str(result.samples)]:.1%}",) if result.samples > 1 else ()),
-        *(
-            ("-" if result.repeating_share is None else f"{result.repeating_share:.1%}",)
-            if loops
-            else ()
-        ),
-    )
+    note = f"At most {caps[0]} new tokens per answer; "
+    note += ", ".join("greedy" if t == 0 else f"temperature {t:g}" for t in temperatures)
+    if samples[0] > 1:
+        columns[f"pass@{samples[0]}"] = [f"{r.pass_at[str(r.samples)]:.1%}" for r in results]
+        note += f"; {samples[0]} answers per problem"
+    if any(r.repeating_share for r in results):
+        shares = [r.repeating_share for r in results]
+        columns["repeating"] = ["-" if share is None else f"{share:.1%}" for share in shares]
+        note += "; repeating: answers that were cut off while their end repeated itself"
+    return ResultTable(tuple(columns), tuple(zip(*columns.values(), strict=True)), f"{note}.")
 
 
 def divergence_table(results: Sequence[DivergenceResult]) -> ResultTable:
-    """Divergence from the dense model in the order given, each mean with its standard error.
+    """Return divergences from the dense model in the order given, with standard errors.
 
     Raises:
         RacError: no results, or results on different sequences.
@@ -117,13 +88,17 @@ def divergence_table(results: Sequence[DivergenceResult]) -> ResultTable:
             )
             for r in results
         ),
-        note=f"KL(dense || model) on {first.tokens:,} completion tokens of {first.sequences:,} sequences; ± one standard "
-        "error over sequences.",
+        note=f"KL(dense || model) on {first.tokens:,} completion tokens of {first.sequences:,} "
+        "sequences; ± one standard error over sequences, from 16 sequences on.",
     )
 
 
 def check_same_sequences(results: Sequence[DivergenceResult]) -> None:
-    """Raise a RacError unless there are results that can stand side by side."""
+    """Check that results can be compared.
+
+    Raises:
+        RacError: no results, or results on different sequences.
+    """
     if not results:
         raise RacError("no divergence results to show; give at least one")
     shapes = {(r.tokens, r.sequences, tuple(b.start for b in r.bins)) for r in results}
@@ -132,7 +107,8 @@ def check_same_sequences(results: Sequence[DivergenceResult]) -> None:
             f"{r.label}: {r.tokens:,} tokens of {r.sequences:,} sequences" for r in results
         )
         raise RacError(
-            f"results on different sequences or bins cannot be compared ({counts}); measure all on one set"
+            f"results on different sequences or bins cannot be compared ({counts}); measure all on "
+            "one set"
         )
 
 

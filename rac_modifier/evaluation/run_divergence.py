@@ -1,4 +1,4 @@
-"""The divergence from the dense model that a run records, and what more calibration tokens could change about it."""
+"""The divergence from the dense model that a run records, and what more calibration tokens can win."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from rac_modifier.evaluation.teacher_forcing import TokenSequence, sequence_of
 
 
 class RunDivergence:
-    """KL and top-1 agreement on the traces that a calibration set holds out, or the reason why they are not measured.
+    """KL and top-1 agreement on held-out traces, or the reason why they are not measured.
 
-    KL is measured on as many tokens of calibrated traces too. It is lower there, and the gap closes as the calibration set
-    grows: pruning then fits the model and no longer the sample. So the gap bounds what more tokens can win.
+    KL is measured on the same number of calibrated tokens too. It is lower there, and the gap closes as
+    the calibration set grows. So the gap bounds what more tokens can win.
     """
 
     def __init__(self, model: Any, calibration: CalibrationSet, *, off_policy: bool):
-        """A forward pass of the dense model over these traces; `off_policy`: another model may have written them."""
+        """Run the dense model over these traces, unless another model wrote them (`off_policy`)."""
         self._held_out: DenseReference | None = None
         self._calibrated: DenseReference | None = None
         self._why = ""
@@ -46,12 +46,13 @@ class RunDivergence:
             logger.info(f"divergence from the dense model will not be measured: {self._why}")
         else:
             logger.info(
-                f"{len(calibration.held_out)} traces are held out ({self._held_out.tokens:,} completion tokens): divergence "
-                "from the dense model will be measured on them and on as many calibrated tokens, with two forward passes each"
+                f"{len(calibration.held_out)} traces are held out ({self._held_out.tokens:,} completion "
+                "tokens): divergence from the dense model will be measured on them and on as many "
+                "calibrated tokens, with two forward passes each"
             )
 
     def measure(self, model: Any) -> dict[str, Any]:
-        """The entry of the run record. A failure here is recorded and does not stop the run."""
+        """Return the entry of the run record; a failure is recorded and does not stop the run."""
         if self._held_out is None:
             return {"not_measured": self._why}
         try:
@@ -80,7 +81,7 @@ class RunDivergence:
 
 
 def _calibrated(calibration: CalibrationSet, tokens: int) -> list[TokenSequence]:
-    """Traces of the calibration set with `tokens` completion tokens in all, or a few more, chosen at random."""
+    """Choose random traces of the calibration set with at least `tokens` completion tokens in all."""
     loader = calibration.loader
     traces = [s for s in loader.sequences if s.kind == "traces" and s.prompt_tokens < len(s.ids)]
     random.Random(loader.settings.seed).shuffle(traces)

@@ -1,9 +1,9 @@
-import json
-
 import pytest
 
 from rac_modifier.errors import RacError
+from rac_modifier.evaluation import accuracy
 from rac_modifier.evaluation.accuracy import evaluate
+from rac_modifier.evaluation.results import Row, summarise
 from rac_modifier.problems.source import Problem
 from tests.evaluation.scripted import Scripted
 from tests.tiny import byte_tokenizer, tiny_model
@@ -37,19 +37,30 @@ def run(tokenizer, problems=PROBLEMS, **changes):
     return evaluate(None, tokenizer, problems, **arguments)
 
 
-def test_each_answer_is_matched_to_its_problem(tokenizer, tmp_path):
-    result = run(tokenizer, batch_size=3, rows_path=tmp_path / "new" / "rows.jsonl")
-    rows = [json.loads(line) for line in (tmp_path / "new" / "rows.jsonl").read_text().splitlines()]
-    assert [(r["id"], r["correct"], r["finish"]) for r in rows] == [
+@pytest.fixture
+def rows(monkeypatch):
+    """The rows of the last evaluation."""
+    checked: list[Row] = []
+
+    def summarised(given, **options):
+        checked[:] = given
+        return summarise(given, **options)
+
+    monkeypatch.setattr(accuracy, "summarise", summarised)
+    return checked
+
+
+def test_each_answer_is_matched_to_its_problem(tokenizer, rows):
+    result = run(tokenizer, batch_size=3)
+    assert [(r.id, r.correct, r.finish) for r in rows] == [
         ("short", True, "stop"),
         ("longest", False, "stop"),
         ("longer", False, "length"),
         ("half", True, "stop"),
     ]
-    assert [r["text"] for r in rows] == [SCRIPT[p.id].removesuffix("...") for p in PROBLEMS]
+    assert [r.text for r in rows] == [SCRIPT[p.id].removesuffix("...") for p in PROBLEMS]
     assert (result.correct, result.unfinished_share) == (2, 0.25)
     assert result.per_task == {"a": 0.5, "b": 0.0}
-    assert [p.name for p in (tmp_path / "new").iterdir()] == ["rows.jsonl"]
 
 
 def test_lengths_count_tokens_with_eos_and_closing_tag(tokenizer):
@@ -59,17 +70,14 @@ def test_lengths_count_tokens_with_eos_and_closing_tag(tokenizer):
     assert run(tokenizer, PROBLEMS[2:3]).mean_thinking_tokens == len("on and on")
 
 
-def test_an_answer_that_was_cut_while_it_repeated_itself_is_counted(tokenizer, tmp_path):
+def test_an_answer_that_was_cut_while_it_repeated_itself_is_counted(tokenizer, rows):
     script = SCRIPT | {
         "short": "and on " * 20 + "...",
         "longer": "and on " * 20,
         "half": "a" * 70 + "b...",
     }
-    result = run(
-        tokenizer, generate=Scripted(script), max_new_tokens=200, rows_path=tmp_path / "rows.jsonl"
-    )
-    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    assert [(r["finish"], r["repeats"]) for r in rows] == [
+    result = run(tokenizer, generate=Scripted(script), max_new_tokens=200)
+    assert [(r.finish, r.repeats) for r in rows] == [
         ("length", True),
         ("stop", False),
         ("stop", False),
@@ -121,9 +129,9 @@ def test_another_prompt(tokenizer):
         ),
         ([Problem("q", "1?", " ", None)], {}, "no answer"),
         (PROBLEMS[:1] * 2, {}, "'short' appears twice"),
-        (PROBLEMS, {"batch_size": 0}, "batch_size=0"),
-        (PROBLEMS, {"max_new_tokens": 0}, "max_new_tokens=0"),
-        (PROBLEMS, {"temperature": -1.0}, "temperature=-1.0"),
+        (PROBLEMS, {"batch_size": 0}, r"the evaluation: batch_size: .*value 0"),
+        (PROBLEMS, {"max_new_tokens": 0}, r"max_new_tokens: .*value 0"),
+        (PROBLEMS, {"temperature": -1.0}, r"temperature: .*value -1\.0"),
     ],
 )
 def test_bad_input(tokenizer, problems, changes, message):

@@ -30,15 +30,21 @@ def test_a_column_for_answers_that_repeat_themselves_where_there_are_any():
     )
 
 
-def test_different_caps_are_refused_unless_asked_for():
-    results = [result([row()]), result([row()], cap=128, temperature=0.6)]
-    with pytest.raises(RacError, match=r"different caps \(64, 128 new tokens\).*allow_mixed_caps"):
-        accuracy_table(results)
-    table = accuracy_table(results, allow_mixed_caps=True)
-    assert [line[-1] for line in (table.head, *table.rows)] == ["cap", "64", "128"]
-    assert table.note == "greedy, temperature 0.6"
+def test_what_cannot_be_compared_is_refused():
+    with pytest.raises(RacError, match=r"different caps \(64, 128 new tokens\)"):
+        accuracy_table([result([row()]), result([row()], cap=128)])
+    several = result([row(name="q", sample=i) for i in range(2)])
+    with pytest.raises(RacError, match="results of 1 and 2 answers per problem"):
+        accuracy_table([result([row()]), several])
     with pytest.raises(RacError, match="no results"):
         accuracy_table([])
+
+
+def test_several_answers_have_a_column_for_the_largest_k():
+    answers = [row(correct=i == 0, name="q", sample=i) for i in range(4)]
+    table = accuracy_table([result(answers, temperature=0.6)])
+    assert (table.head[-1], table.rows[0][1], table.rows[0][-1]) == ("pass@4", "25.0%", "100.0%")
+    assert table.note.endswith("; temperature 0.6; 4 answers per problem.")
 
 
 def test_divergence_with_its_standard_error():
