@@ -1,6 +1,5 @@
 """What the embedded reasoner promises: it solves held-out problems, and only by thinking."""
 
-import json
 import os
 import subprocess
 import sys
@@ -14,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 import rac_modifier.reasoner
 from rac_modifier.errors import RacError
-from rac_modifier.evaluation.accuracy import evaluate
+from rac_modifier.evaluation import accuracy
+from rac_modifier.evaluation.results import Row, summarise
 from rac_modifier.problems.held_out import held_out_problems
 from rac_modifier.reasoner import direct_answer_prompt, reasoner_path
 from rac_modifier.sampling.prompts import render_prompt
@@ -34,17 +34,19 @@ def reasoner():
 
 
 @pytest.fixture(scope="module")
-def answered(reasoner, tmp_path_factory):
+def answered(reasoner):
     """Greedy answers to held-out problems: the result and its rows."""
-    path = tmp_path_factory.mktemp("reasoner") / "rows.jsonl"
-    result = evaluate(
-        *reasoner,
-        held_out_problems("arithmetic", 600),
-        label="dense",
-        max_new_tokens=512,
-        rows_path=path,
-    )
-    return result, [json.loads(line) for line in path.read_text().splitlines()]
+    rows: list[Row] = []
+
+    def summarised(given, **options):
+        rows.extend(given)
+        return summarise(given, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(accuracy, "summarise", summarised)
+        problems = held_out_problems("arithmetic", 600)
+        result = accuracy.evaluate(*reasoner, problems, label="dense", max_new_tokens=512)
+    return result, rows
 
 
 @pytest.mark.slow
@@ -59,14 +61,15 @@ def test_it_solves_held_out_problems_of_every_task(answered):
 @pytest.mark.slow
 def test_its_completions_are_long_next_to_its_prompts(answered):
     _, rows = answered
-    assert sum(r["tokens"] for r in rows) >= 5 * sum(r["prompt_tokens"] for r in rows)
-    assert sum(r["thinking_tokens"] for r in rows) >= 0.8 * sum(r["tokens"] for r in rows)
+    tokens = sum(r.tokens for r in rows)
+    assert tokens >= 5 * sum(r.prompt_tokens for r in rows)
+    assert sum(r.thinking_tokens for r in rows) >= 0.8 * tokens
 
 
 @pytest.mark.slow
 def test_it_fails_without_thinking(reasoner):
     problems = held_out_problems("arithmetic", 240)
-    result = evaluate(
+    result = accuracy.evaluate(
         *reasoner, problems, label="direct", max_new_tokens=64, render=direct_answer_prompt
     )
     assert result.accuracy < 0.2
