@@ -6,6 +6,7 @@ the dense model's, so nothing is lost.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -20,6 +21,7 @@ from safetensors.torch import save_file
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.teacher_forcing import TokenSequence, batches_of_like_length
 from rac_modifier.model_tools import evaluating
+from rac_modifier.progress import StepProgress
 from rac_modifier.recovery.hidden_states import predicting_states
 
 _BATCH_TOKENS = 4096
@@ -124,15 +126,18 @@ def _write_states(dense: Any, sequences: Sequence[TokenSequence], folder: Path) 
             number += 1
             pending.clear()
 
-    with evaluating(dense):
-        for batch in batches_of_like_length(sequences, _BATCH_TOKENS):
+    batches = list(batches_of_like_length(sequences, _BATCH_TOKENS))
+    progress, tokens = StepProgress("the dense model's states", len(batches)), 0
+    with evaluating(dense), contextlib.closing(progress):
+        for batch in batches:
             states = predicting_states(dense, batch).cpu()
-            for sequence, part in zip(
-                batch, states.split([len(ids) - p for ids, p in batch]), strict=True
-            ):
+            lengths = [len(ids) - prompt for ids, prompt in batch]
+            for sequence, part in zip(batch, states.split(lengths), strict=True):
                 pending[name_of(sequence)] = part.clone()  # not a view: a file holds each once
                 if sum(map(len, pending.values())) >= _FILE_TOKENS:
                     flush()
+            tokens += len(states)
+            progress.step(f"{tokens:,} tokens")
     flush()
 
 

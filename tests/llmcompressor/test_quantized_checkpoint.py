@@ -21,6 +21,7 @@ from rac_modifier.llmcompressor.quantized_checkpoint import (
 from rac_modifier.llmcompressor.recovery_stage import _mask
 from rac_modifier.recovery.distill import recover
 from rac_modifier.recovery.on_grid import on_grid
+from rac_modifier.recovery.trained_parameters import in_float32
 from rac_modifier.recovery.training_loop import TrainingLoop
 from rac_modifier.settings.recovery import RecoverySettings
 from tests.llmcompressor.quantized_helpers import CHANNEL, SCHEMES, TOKEN, decoded, saved
@@ -140,7 +141,7 @@ def test_codes_that_are_not_trained_are_written_back_bit_for_bit(tmp_path):
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
-@pytest.mark.parametrize("wrong", [0.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), float("-inf")])
 def test_a_scale_that_training_cannot_keep_is_refused(tmp_path, wrong):
     model = load_model(saved(tmp_path / "in", SCHEMES["int4"], pruned=False), dtype="auto")
     model.model.layers[0].mlp.up_proj.weight_scale.data[3, 1] = wrong
@@ -158,7 +159,7 @@ def test_negative_scales_are_trained_and_stay_negative(tmp_path):
     checkpoint = QuantizedCheckpoint(model, tiny_model().to(torch.bfloat16), ())
     quantized = checkpoint.quantized["model.layers.0.mlp.up_proj"]
     assert torch.equal(quantized.scale, scales)
-    with on_grid(model, {"model.layers.0.mlp.up_proj": quantized}):
+    with in_float32(model), on_grid(model, {"model.layers.0.mlp.up_proj": quantized}):
         form = model.model.layers[0].mlp.up_proj.parametrizations.weight[0]
         form.log_change.data.fill_(0.1)
         changed = form.scale()
