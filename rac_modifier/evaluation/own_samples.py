@@ -1,22 +1,18 @@
-"""The dense model's own completions, on which divergence is measured: sampled on held-out problems, or read from a store."""
+"""The dense model's own completions of held-out problems, on which divergence is measured."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from itertools import islice
 from typing import Any
 
 from tqdm import tqdm
 
 from rac_modifier.errors import RacError
-from rac_modifier.evaluation.teacher_forcing import TokenSequence, sequence_of
+from rac_modifier.evaluation.teacher_forcing import TokenSequence
 from rac_modifier.problems.source import Problem
 from rac_modifier.sampling.generate import generate
-from rac_modifier.sampling.model_identity import model_fingerprint
 from rac_modifier.sampling.prompts import render_question
 from rac_modifier.settings.sampling import SamplingSettings
-from rac_modifier.traces.store import TraceStore
 
 
 def sample_sequences(
@@ -53,28 +49,4 @@ def sample_sequences(
                 ((*p, *g.ids), len(p)) for p, g in zip(prompts, generations, strict=True)
             )
             bar.update(len(batch))
-    return sequences
-
-
-def sequences_from_store(
-    path: str | os.PathLike[str], dense: Any, *, limit: int | None = None
-) -> list[TokenSequence]:
-    """The first `limit` traces of a store (None: all) that this dense model wrote.
-
-    Use a store that was not calibrated on: on its calibration set a pruned model looks better than it is.
-
-    Raises:
-        RacError: no such store, an empty one, one of another model, a limit below 1.
-    """
-    if limit is not None and limit < 1:
-        raise RacError(f"limit={limit}: ask for at least one trace")
-    store = TraceStore.read(path)
-    if store.header.fingerprint != model_fingerprint(dense):
-        raise RacError(
-            f"trace store {str(store.path)!r} holds traces of another model ({store.header.model!r}), and divergence is "
-            "measured on samples of the dense model itself; name its store, or sample anew"
-        )
-    sequences = [sequence_of(trace) for trace in islice(store, limit)]
-    if not sequences:
-        raise RacError(f"trace store {str(store.path)!r} holds no traces; collect some first")
     return sequences

@@ -1,14 +1,12 @@
 import pytest
-from transformers import AutoModelForCausalLM
 
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.divergence import divergence
-from rac_modifier.evaluation.own_samples import sample_sequences, sequences_from_store
+from rac_modifier.evaluation.own_samples import sample_sequences
 from rac_modifier.problems.held_out import held_out_problems
 from rac_modifier.sampling.generate import generate
 from rac_modifier.sampling.prompts import render_prompt
 from rac_modifier.settings.sampling import SamplingSettings
-from rac_modifier.traces.store import TraceStore
 from tests.tiny import tiny_model, tiny_tokenizer
 
 SAMPLING = SamplingSettings(temperature=1.0, top_p=1.0, max_new_tokens=12, batch_size=2, seed=3)
@@ -43,25 +41,3 @@ def test_several_samples_of_a_problem_differ(model, problems):
 def test_no_problems(model):
     with pytest.raises(RacError, match="no problems to sample on"):
         sample_sequences(model, tiny_tokenizer(), [], SAMPLING)
-
-
-def test_a_store_gives_its_traces_in_order(tiny_folder, trace_store):
-    dense = AutoModelForCausalLM.from_pretrained(tiny_folder)
-    traces = list(TraceStore.read(trace_store))
-    found = sequences_from_store(trace_store, dense)
-    assert found == [((*t.prompt_ids, *t.completion_ids), len(t.prompt_ids)) for t in traces]
-    assert sequences_from_store(trace_store, dense, limit=2) == found[:2]
-
-
-def test_a_store_that_does_not_serve(tiny_folder, trace_store, tmp_path):
-    dense = AutoModelForCausalLM.from_pretrained(tiny_folder)
-    with pytest.raises(RacError, match="traces of another model"):
-        sequences_from_store(trace_store, tiny_model(seed=1))
-    with pytest.raises(RacError, match="limit=0"):
-        sequences_from_store(trace_store, dense, limit=0)
-    empty = tmp_path / "empty.jsonl"
-    empty.write_bytes(trace_store.read_bytes().split(b"\n")[0] + b"\n")
-    with pytest.raises(RacError, match="holds no traces"):
-        sequences_from_store(empty, dense)
-    with pytest.raises(RacError, match="does not exist"):
-        sequences_from_store(tmp_path / "nowhere.jsonl", dense)
