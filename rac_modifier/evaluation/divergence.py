@@ -13,8 +13,6 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -22,6 +20,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from rac_modifier.errors import RacError
+from rac_modifier.evaluation.intervals import mean_over_tokens
 from rac_modifier.evaluation.teacher_forcing import (
     TokenSequence,
     batches_of_like_length,
@@ -33,7 +32,6 @@ from rac_modifier.model_tools import evaluating
 # Elements of the logits in a window and in a step of the comparison: 256 and 64 MiB in float32.
 WINDOW_ELEMENTS = 1 << 26
 _STEP_ELEMENTS = 1 << 24
-LEAST_ROWS = 16  # completions from which a standard error is reported
 
 # Per window of positions: the first position, the dense model's logits, the pruned model's.
 Windows = Iterator[tuple[int, torch.Tensor, torch.Tensor]]
@@ -290,22 +288,6 @@ def summarise_divergence(
         bins=tuple(_bin(rows, start, start + width) for start in range(0, longest, width)),
         seconds=seconds,
     )
-
-
-def mean_over_tokens(rows: Sequence[Sequence[float]]) -> tuple[float, float | None]:
-    """Return the mean over all tokens of all rows, and its standard error over rows.
-
-    The error is None below 16 rows: an interval of 4 rows covers 74 % instead of 95 %, of 16 rows 86 %.
-
-    The mean is a ratio of two random sums. With residuals r_i = sum_i - mean * n_i of m rows the error is
-    sqrt(m / (m - 1) * sum r_i^2) / sum n_i (Cochran, Sampling Techniques, 1977, section 6.3).
-    """
-    mean = fmean(chain.from_iterable(rows))
-    m, count = len(rows), sum(map(len, rows))
-    if m < LEAST_ROWS:
-        return mean, None
-    squares = math.fsum((math.fsum(row) - mean * len(row)) ** 2 for row in rows)
-    return mean, math.sqrt(m / (m - 1) * squares) / count
 
 
 def _bin(rows: Sequence[TokenDivergence], start: int, end: int) -> PositionBin:

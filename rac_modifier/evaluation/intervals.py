@@ -1,14 +1,16 @@
-"""95 % intervals of accuracies and of their differences. None is a point, also where all values are equal."""
+"""Errors of measured figures: 95 % intervals, which are never a point, tests and standard errors."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import chain
 from statistics import fmean
 
 import numpy as np
 
 Z = 1.959964  # 97.5th percentile of the normal distribution
+LEAST_ROWS = 16  # completions from which a standard error is reported
 Interval = tuple[float, float]
 
 
@@ -103,6 +105,22 @@ def mean_pass_at(counts: Sequence[int], samples: int) -> dict[str, float]:
     """Return pass@k over problems for k = 1, 2, 4 ... up to `samples`; `counts` are right answers."""
     ks = sorted({min(2**power, samples) for power in range(samples.bit_length() + 1)})
     return {str(k): fmean(pass_at_k(count, samples, k) for count in counts) for k in ks}
+
+
+def mean_over_tokens(rows: Sequence[Sequence[float]]) -> tuple[float, float | None]:
+    """Return the mean over all tokens of all rows, and its standard error over rows.
+
+    The error is None below 16 rows: an interval of 4 rows covers 74 % instead of 95 %, of 16 rows 86 %.
+
+    The mean is a ratio of two random sums. With residuals r_i = sum_i - mean * n_i of m rows the error is
+    sqrt(m / (m - 1) * sum r_i^2) / sum n_i (Cochran, Sampling Techniques, 1977, section 6.3).
+    """
+    mean = fmean(chain.from_iterable(rows))
+    m, count = len(rows), sum(map(len, rows))
+    if m < LEAST_ROWS:
+        return mean, None
+    squares = math.fsum((math.fsum(row) - mean * len(row)) ** 2 for row in rows)
+    return mean, math.sqrt(m / (m - 1) * squares) / count
 
 
 def _bisect(true_below: Callable[[float], bool], low: float, high: float) -> float:

@@ -1,7 +1,6 @@
 import copy
 import json
 import math
-import statistics
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ from rac_modifier.evaluation.divergence import (
     DivergenceResult,
     TokenDivergence,
     divergence,
-    mean_over_tokens,
     summarise_divergence,
     token_divergence,
 )
@@ -198,26 +196,6 @@ def test_bins_partition_the_tokens(rows, bins):
     for name in ("kl", "agreement"):
         total = math.fsum(b.tokens * getattr(b, name) for b in found.bins)
         assert total / found.tokens == pytest.approx(getattr(found, name))
-
-
-@given(st.lists(st.tuples(values, values, values), min_size=16, max_size=20))
-def test_the_error_of_rows_of_one_length_is_that_of_their_means(rows):
-    mean, error = mean_over_tokens(rows)
-    means = [statistics.fmean(row) for row in rows]
-    assert mean == pytest.approx(statistics.fmean(means))
-    assert error == pytest.approx(statistics.stdev(means) / math.sqrt(len(means)), abs=1e-9)
-
-
-def test_tokens_of_a_row_that_err_together_count_as_one():
-    """A naive error over tokens would be ten times smaller."""
-    _, error = mean_over_tokens([[0.0] * 100, [1.0] * 100] * 8)
-    assert error == pytest.approx(statistics.stdev([0, 1] * 8) / 4)
-
-
-def test_there_is_no_error_below_sixteen_rows():
-    rows = [[0.0, 1.0]] * 15
-    assert mean_over_tokens(rows) == (0.5, None)
-    assert mean_over_tokens([*rows, [1.0, 0.0]]) == (0.5, 0.0)
 
 
 def test_results_survive_json():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 
 import pytest
 from hypothesis import given
@@ -13,6 +14,7 @@ from rac_modifier.evaluation.intervals import (
     bootstrap_interval,
     difference_interval,
     mcnemar,
+    mean_over_tokens,
     mean_pass_at,
     pass_at_k,
     share_interval,
@@ -45,6 +47,9 @@ def test_wilson_bounds_solve_the_score_equation(counts):
         if 0 < bound < 1 and bound != share:
             error = 1.959964 * math.sqrt(bound * (1 - bound) / total)
             assert abs(share - bound) == pytest.approx(error, rel=1e-6)
+
+
+KL = st.floats(0, 50)
 
 
 def searched_score(lost: int, gained: int, total: int, d: float) -> float:
@@ -133,3 +138,23 @@ def test_pass_at_k_is_the_share_of_all_choices_of_k_answers_that_hold_a_right_on
 def test_pass_at_is_reported_for_powers_of_two_and_all():
     assert list(mean_pass_at([0, 6], 6)) == ["1", "2", "4", "6"]
     assert list(mean_pass_at([1], 1)) == ["1"]
+
+
+@given(st.lists(st.tuples(KL, KL, KL), min_size=16, max_size=20))
+def test_the_error_of_rows_of_one_length_is_that_of_their_means(rows):
+    mean, error = mean_over_tokens(rows)
+    means = [statistics.fmean(row) for row in rows]
+    assert mean == pytest.approx(statistics.fmean(means))
+    assert error == pytest.approx(statistics.stdev(means) / math.sqrt(len(means)), abs=1e-9)
+
+
+def test_tokens_of_a_row_that_err_together_count_as_one():
+    """A naive error over tokens would be ten times smaller."""
+    _, error = mean_over_tokens([[0.0] * 100, [1.0] * 100] * 8)
+    assert error == pytest.approx(statistics.stdev([0, 1] * 8) / 4)
+
+
+def test_there_is_no_error_below_sixteen_rows():
+    rows = [[0.0, 1.0]] * 15
+    assert mean_over_tokens(rows) == (0.5, None)
+    assert mean_over_tokens([*rows, [1.0, 0.0]]) == (0.5, 0.0)

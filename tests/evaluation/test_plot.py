@@ -52,7 +52,7 @@ def test_the_last_bin_ends_the_axis_where_its_width_is_no_divisor(drawn):
 
 
 def test_the_shade_is_one_standard_error_and_nothing_for_few_completions(drawn, monkeypatch):
-    monkeypatch.setattr("rac_modifier.evaluation.divergence.LEAST_ROWS", 2)
+    monkeypatch.setattr("rac_modifier.evaluation.intervals.LEAST_ROWS", 2)
     shown = divergence_result(LONG, bins=3)
     plot_divergence([shown], "plot.png")
     for axes, scale, name in zip(drawn.figure.axes, (1, 100), ("kl", "agreement"), strict=True):

@@ -90,7 +90,7 @@ def test_kl_outside_of_repetitions_leaves_tails_of_cut_answers_out(models, monke
     ends = [((5, 6) * 40, "length"), ((5, 6) * 40, "stop"), ((9, 8, 7), "stop")]
     answers = [Generation(ids, reason) for ids, reason in ends]
     monkeypatch.setattr("rac_modifier.frontier.measure.ask", lambda *_: answers)
-    monkeypatch.setattr("rac_modifier.evaluation.divergence.LEAST_ROWS", 2)
+    monkeypatch.setattr("rac_modifier.evaluation.intervals.LEAST_ROWS", 2)
     reference = measure_dense(dense, tokenizer, held_out)
     found = measure("other", other, dense, tokenizer, held_out, reference).figures[
         "outside_repetitions"
