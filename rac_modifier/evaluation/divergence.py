@@ -74,14 +74,12 @@ class DivergenceResult:
     kl_stderr: float | None  # None with fewer than 16 sequences
     agreement: float  # share of tokens where both models rank the same token first
     agreement_stderr: float | None
-    bins: tuple[
-        PositionBin, ...
-    ]  # of equal width, from the first to the last position of the longest completion
+    bins: tuple[PositionBin, ...]  # of equal width, up to the end of the longest completion
     seconds: float
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values for JSON; `from_dict` is the inverse."""
-        return {**dataclasses.asdict(self), "bins": [dataclasses.asdict(b) for b in self.bins]}
+        return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> DivergenceResult:
