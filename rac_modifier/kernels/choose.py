@@ -6,8 +6,6 @@ from functools import lru_cache
 from importlib.metadata import entry_points
 from typing import cast
 
-import torch
-
 from rac_modifier.kernels import cpu
 from rac_modifier.kernels.cpu.support import Found, examine_library
 from rac_modifier.kernels.interface import Backend, Decision, Layer, stay_dense
@@ -34,13 +32,6 @@ def backend_of(device: str) -> Backend | str:
 def has_backend(device: str) -> bool:
     """Return whether layers may run sparse on a device type."""
     return not isinstance(backend_of(device), str)
-
-
-def no_backend(device: str, served: torch.dtype) -> Decision:
-    """Return the decision for a device type without a backend."""
-    backend = backend_of(device)
-    reason = backend if isinstance(backend, str) else f"the backend of {device} is not used"
-    return stay_dense(reason, served)
 
 
 def examine_backends() -> list[Found]:
