@@ -1,8 +1,8 @@
-// The product with few lines as an operator of torch, so that a call from Python enters C++ once.
+// The matmul with few tokens as an operator of torch, so that a call from Python enters C++ once.
 //
 // It uses torch's stable C interface (torch/csrc/inductor/aoti_torch/c/shim.h and torch/csrc/stable/c/shim.h), whose functions
 // Python looks up in the torch that is loaded (kernels/cpu/native_operator.py). So no header or library of torch is needed to
-// build this file. What is not plain, such as many lines, goes to the operator in Python, which also says what is wrong.
+// build this file. What is not plain, such as many tokens, goes to the operator in Python, which also says what is wrong.
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -52,8 +52,8 @@ constexpr int32_t FUNCTIONS = sizeof(Torch) / sizeof(void*), NEEDED = FUNCTIONS 
 constexpr uint64_t VERSION = (uint64_t{2} << 56) | (uint64_t{10} << 48);  // of the interface: torch 2.10
 
 Torch torch;
-int32_t isa_in_use = -1;  // none: every call goes to Python
-int64_t most_lines = 0;
+int32_t kernel_in_use = -1;  // none: every call goes to Python
+int64_t most_tokens = 0;
 
 constexpr int64_t MOST_DIMS = 8;
 
@@ -67,13 +67,13 @@ struct Plain {
     bool read(Tensor tensor) {
         int32_t device;
         bool contiguous;
-        int64_t* found;
+        int64_t* lengths;
         void* address;
         if (torch.device_type(tensor, &device) || device != torch.cpu() || torch.is_contiguous(tensor, &contiguous) ||
-            !contiguous || torch.dim(tensor, &dim) || dim > MOST_DIMS || torch.sizes(tensor, &found) ||
+            !contiguous || torch.dim(tensor, &dim) || dim > MOST_DIMS || torch.sizes(tensor, &lengths) ||
             torch.dtype(tensor, &dtype) || torch.data_ptr(tensor, &address))
             return false;
-        sizes = found;
+        sizes = lengths;
         data = static_cast<char*>(address);
         for (int64_t i = 0; i < dim; i++) count *= sizes[i];
         return true;
@@ -98,13 +98,13 @@ void delete_optional(Value value) {
     }
 }
 
-// The product, in a new tensor; null where the operator in Python is to compute it.
-Tensor product(const Value* stack) {
+// The result, in a new tensor; null where the operator in Python is to compute it.
+Tensor multiply(const Value* stack) {
     Plain x, data, bias, scale;
     const int64_t rows = static_cast<int64_t>(stack[2]), columns = static_cast<int64_t>(stack[3]);
-    if (isa_in_use < 0 || !x.read(tensor_of(stack[0])) || x.type() < 0 || x.dim < 1 || x.sizes[x.dim - 1] != columns)
+    if (kernel_in_use < 0 || !x.read(tensor_of(stack[0])) || x.type() < 0 || x.dim < 1 || x.sizes[x.dim - 1] != columns)
         return nullptr;
-    if (columns < 1 || rows < 1 || !x.count || x.count / columns > most_lines) return nullptr;
+    if (columns < 1 || rows < 1 || !x.count || x.count / columns > most_tokens) return nullptr;
     if (!data.read(tensor_of(stack[1])) || data.dtype != torch.uint8()) return nullptr;
     const bool has_bias = stack[4] != 0, has_scale = stack[5] != 0;
     if (has_bias && (!bias.read(optional(stack[4])) || bias.type() < 0 || bias.dim != 1 || bias.count != rows))
@@ -129,7 +129,7 @@ Tensor product(const Value* stack) {
         rac_sparse_linear(data.data, data.count, rows, columns, x.data, x.bytes(), x.type(), m, scale.data,
                           has_scale ? scale.bytes() : 0, has_scale ? scale.type() : FP32, has_scale ? scale.sizes[1] : 1,
                           bias.data, has_bias ? bias.bytes() : 0, has_bias ? bias.type() : BF16, address,
-                          m * rows * size_of(x.type()), isa_in_use, static_cast<int32_t>(threads))) {
+                          m * rows * size_of(x.type()), kernel_in_use, static_cast<int32_t>(threads))) {
         torch.delete_tensor(out);
         return nullptr;
     }
@@ -138,7 +138,7 @@ Tensor product(const Value* stack) {
 
 // (Tensor x, Tensor data, int rows, int columns, Tensor? bias, Tensor? scale) -> Tensor. What is on the stack is ours.
 void native_linear(Value* stack, uint64_t, uint64_t) {
-    if (Tensor out = product(stack)) {
+    if (Tensor out = multiply(stack)) {
         torch.delete_tensor(tensor_of(stack[0]));
         torch.delete_tensor(tensor_of(stack[1]));
         delete_optional(stack[4]);
@@ -168,9 +168,9 @@ RAC_EXPORT int32_t rac_register_operator(const void* const* functions, int32_t c
     return OK;
 }
 
-// With which instruction set the operator multiplies up to `lines` lines; -1: not at all.
-RAC_EXPORT int32_t rac_use_operator(int32_t isa, int64_t lines) {
-    isa_in_use = isa;
-    most_lines = lines;
+// Let the operator multiply up to `tokens` tokens with the kernel of a number; -1: with none.
+RAC_EXPORT int32_t rac_use_operator(int32_t number, int64_t tokens) {
+    kernel_in_use = number;
+    most_tokens = tokens;
     return OK;
 }

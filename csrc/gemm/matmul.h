@@ -15,7 +15,7 @@ constexpr int64_t FEW_TOKENS = 32;        // so few tokens stay in the cache any
 constexpr int64_t PANELS_PER_CHUNK = 8;   // panels that the same tokens multiply in turn, while these are in the cache
 
 // out[m][rows] = x[m][columns] W^T + bias: `out` holds all but x, the scale and `store`. x is contiguous and has the type of out.
-// Integers need a scale, floats may have one of one group. The scale is fp32; that of codes may be bf16.
+// Integers need a scale, floats may have a scale of a single group. The scale is fp32, of codes also bf16.
 Status linear(const Matmul& out, const void* x, const Scale& scale, const Kernel& kernel, int threads);
 Status int_linear(const Matmul& out, const void* x, const Scale& scale, const Kernel& kernel, int threads);
 

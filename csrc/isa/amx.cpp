@@ -13,7 +13,7 @@ namespace {
 
 constexpr int64_t AHEAD = 16;                 // tiles expanded before they are multiplied, at most
 constexpr int64_t TILE = TILE_WORDS * 32;     // bf16 values of a weight tile
-constexpr int64_t BLOCK_TOKENS = 32;                 // tokens, and rows of the weight, in one set of sums
+constexpr int64_t BLOCK_TOKENS = 32;                 // tokens, and rows of the weight, in a set of sums
 
 // The tiles of x and of the sums have as many rows as there are tokens.
 void configure(int64_t m) {
@@ -126,7 +126,7 @@ private:
 };
 
 // Tokens [token, token + m) times `count` panels from `first` on. `acc` holds m tokens, rounded up to blocks, of these panels.
-// While a slice is multiplied, which takes the tile unit, the next one is expanded, which takes the vector units.
+// While a slice is multiplied, which takes the tile unit, the next slice is expanded, which takes the vector units.
 void multiply_tokens(const Matmul& matmul, int64_t first, int64_t count, int64_t token, int64_t m, float* acc) {
     const uint16_t* x = static_cast<const uint16_t*>(matmul.x) + token * matmul.stride;
     const int64_t tiles = matmul.weight.words / TILE_WORDS, blocks = (m + BLOCK_TOKENS - 1) / BLOCK_TOKENS;

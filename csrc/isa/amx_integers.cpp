@@ -55,8 +55,8 @@ void multiply(const int8_t* x, const int8_t* const* weights, int64_t tiles, int3
     finish_stores(sums);
 }
 
-// acc[token][16] += sum * x_scale * scale: the integer sums of one panel and some tokens, [byte][16][16]. `bytes`: those of both bytes are
-// of two tokens, otherwise of one.
+// acc[token][16] += sum * x_scale * scale: the integer sums of a panel and some tokens, [byte][16][16]. `bytes`: both bytes
+// belong to two tokens, otherwise to a single token.
 inline void add_scaled(const int32_t* sums, bool bytes, const float* x_scale, int64_t stride, __m512 scale, int64_t tokens,
                        float* acc) {
     for (int64_t i = 0; i < tokens; i++, sums += PANEL, acc += PANEL) {
@@ -70,10 +70,10 @@ inline void add_scaled(const int32_t* sums, bool bytes, const float* x_scale, in
 
 struct Buffers {
     float* acc;        // [panels][tokens][16]
-    int8_t* expanded;  // two panels of one block
+    int8_t* expanded;  // two panels of a block
 };
 
-// Columns of one block of a panel as tiles; `values` moves on to the next block's.
+// Columns of a block of a panel as tiles; `values` moves on to the next block's.
 const int8_t* tiles_of(const IntMatmul& matmul, int64_t panel, int64_t block, int64_t columns, int8_t* to, const char*& values) {
     const Weight& weight = matmul.out.weight;
     const int64_t column = block * matmul.block, tiles = (columns + 63) / 64;

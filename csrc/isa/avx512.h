@@ -42,7 +42,7 @@ RAC_INLINE void add_products(__m512i& sums, __m512i w, __m512i x) {
 }
 #endif
 
-// The scales of the 16 rows of a panel in one block of columns.
+// The scales of the 16 rows of a panel in a block of columns.
 RAC_INLINE __m512 scale_of_rows(const IntMatmul& matmul, int64_t panel, int64_t block) {
     const int64_t at = matmul.scale_at(panel, block);
     if (matmul.scale_type == FP32) return _mm512_loadu_ps(static_cast<const float*>(matmul.scale) + at);

@@ -23,7 +23,6 @@ from rac_modifier.checkpoint.sparsity_config import METHOD as COMPRESSED_TENSORS
 from rac_modifier.checkpoint.sparsity_config import RAC_KEY, SparsityRecord
 from rac_modifier.kernels.choose import has_backend
 from rac_modifier.kernels.cpu.crossover import measure_crossovers
-from rac_modifier.kernels.cpu.library import BYTE_ISAS
 from rac_modifier.kernels.cpu.operator import EIGHT_BITS, KINDS, use_crossovers
 from rac_modifier.kernels.cpu.support import support
 from rac_modifier.vllm_plugin import METHOD, OLD_METHOD
@@ -252,11 +251,11 @@ def crossovers(kinds: Iterable[str], eight_bits: bool) -> dict[str, float]:
     if os.environ.get("VLLM_BATCH_INVARIANT", "0") not in ("", "0"):
         # The kernel and the dense matmul round differently; one of them has to do it all.
         return dict.fromkeys(KINDS, math.inf)
-    isa = support().isa
-    if isa in (None, "portable"):
+    available = support()
+    if available.isa in (None, "portable"):
         return {}
     kinds = list(kinds)
-    if eight_bits and isa in BYTE_ISAS:
+    if eight_bits and available.multiplies_bytes:
         kinds += [f"{kind}{EIGHT_BITS}" for kind in kinds if kind != "floats"]
     measured = measure_crossovers(kinds)
     lines = ["rac: measured on a core of this machine", *(each.describe() for each in measured)]

@@ -32,6 +32,7 @@ from vllm.model_executor.models.utils import WeightsMapper  # noqa: E402
 from rac_modifier.checkpoint.sparsity_config import with_int8_activations, with_packed  # noqa: E402
 from rac_modifier.errors import RacError  # noqa: E402
 from rac_modifier.kernels.cpu.crossover import Crossover  # noqa: E402
+from rac_modifier.kernels.cpu.support import Support  # noqa: E402
 from rac_modifier.vllm_plugin import config as plugin_config  # noqa: E402
 from rac_modifier.vllm_plugin.config import RacConfig, crossovers, fused_modules  # noqa: E402
 from rac_modifier.vllm_plugin.layouts import CodesLayout, PackedLayout, WordsLayout  # noqa: E402
@@ -242,7 +243,9 @@ class TestCrossovers:
         ],
     )
     def test_what_is_measured(self, monkeypatch, isa, kinds):
-        monkeypatch.setattr(plugin_config, "support", lambda: SimpleNamespace(isa=isa))
+        monkeypatch.setattr(
+            plugin_config, "support", lambda: Support(isa, "a test's", isa == "avx512")
+        )
         assert crossovers(("floats", "int8"), True) == dict.fromkeys(kinds, 512.0)
         assert self.asked == ([kinds] if kinds else [])
 

@@ -18,7 +18,6 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from rac_modifier.checkpoint.formats import FORMAT_24, FORMAT_BITMASK, pack  # noqa: E402
 from rac_modifier.errors import RacError  # noqa: E402
 from rac_modifier.kernels.choose import BACKENDS  # noqa: E402
-from rac_modifier.kernels.cpu.library import BYTE_ISAS  # noqa: E402
 from rac_modifier.kernels.cpu.support import library_and_isa, support  # noqa: E402
 from rac_modifier.vllm_plugin.config import RacConfig  # noqa: E402
 from rac_modifier.vllm_plugin.linear import RacLinearMethod  # noqa: E402
@@ -221,7 +220,7 @@ def test_a_fused_layer_takes_8_bits_where_all_parts_are_recorded(monkeypatch, fo
         load(layer, shard, parts)
     finish(layer)
     library, isa = library_and_isa()
-    bits = bits if isa in BYTE_ISAS else 16
+    bits = bits if library.kernels[isa].multiplies_bytes else 16
     assert library.activation_bits(layer.weight_packed.data, isa) == bits
     x = torch.randn(5, K)
     exact = x @ dense.weight.T

@@ -19,7 +19,6 @@ TYPES = {torch.bfloat16: 0, torch.float32: 1}  # of x, bias and results
 VALUE_TYPES = {**TYPES, torch.int8: 2}  # of stored values with masks
 INT8, INT4 = 2, 4
 DENSE_TYPES = {8: 3, 4: 5, 3: 6, 2: 7}  # of int8 without masks, by the bits that a value takes
-BYTE_ISAS = ("avxvnni", "avx512", "amx", "i8mm")  # whose Kernel.multiplies_bytes holds
 BITS = {4: 4, 5: 4, 6: 3, 7: 2}  # of types whose values are codes
 _REINSTALL = (
     "install a C++ compiler and reinstall rac-modifier "

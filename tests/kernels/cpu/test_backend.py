@@ -148,22 +148,16 @@ def four_bit(
 ) -> StoredWeight:
     """A random weight of values of `bits`, of a sparse one no zeros among those that are stored."""
     generator = torch.Generator().manual_seed(3)
-    zeros = (
-        torch.randint(0, 1 << bits, (rows, groups), dtype=torch.uint8, generator=generator)
-        if asymmetric
-        else None
-    )
     dense = torch.randint(0, 1 << bits, (rows, columns), dtype=torch.int8, generator=generator)
-    dense -= (
-        1 << (bits - 1)
-        if zeros is None
-        else zeros.to(torch.int8).repeat_interleave(columns // groups, dim=1)
-    )
+    zeros = torch.full((rows, groups), 1 << (bits - 1), dtype=torch.uint8)
+    if asymmetric:
+        zeros.random_(1 << bits, generator=generator)
+    dense -= zeros.to(torch.int8).repeat_interleave(columns // groups, dim=1)
     scale = (torch.rand(rows, groups, generator=generator) + 0.1).bfloat16().float()
     if density < 1.0:
         dense = dense.masked_fill(~random_mask(rows, columns, density), 0)
     weight = all_stored(dense, "layer") if density == 1.0 else from_dense(dense, "layer")
-    return replace(weight, scale=scale, bits=bits, zeros=zeros)
+    return replace(weight, scale=scale, bits=bits, zeros=zeros if asymmetric else None)
 
 
 WEIGHTS = {

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 
 import pytest
 
-from tests.kernels.cpu.kernel_helpers import CSRC, HERE, ROOT, compile_sources, run_setup
+from tests.kernels.cpu.kernel_helpers import (
+    CSRC,
+    FLAGS,
+    HERE,
+    ROOT,
+    compile_sources,
+    run,
+    run_setup,
+)
 
 SANITIZE = ["-O1", "-g", "-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
@@ -29,6 +38,19 @@ def test_random_and_hostile_calls_are_clean_under_sanitizers(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert "100 weights" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["avx2", "avx512"])
+def test_no_function_of_an_instruction_set_is_shared(tmp_path, name):
+    """The linker keeps a single copy of a shared inline function: it must not be one of AVX512, which others would call."""
+    if shutil.which("g++") is None or platform.machine() != "x86_64":
+        pytest.skip("needs g++ on x86-64")
+    source, out = CSRC / "isa" / f"{name}.cpp", str(tmp_path / "object.o")
+    flags = source.read_text().partition("\n")[0].split()[3:]
+    run("g++", *FLAGS, *flags, "-O0", "-fPIC", "-fopenmp", "-c", str(source), "-o", out)
+    symbols = subprocess.run(["nm", "-C", out], capture_output=True, text=True).stdout
+    assert f"{name}_kernel" in symbols
+    assert [line for line in symbols.splitlines() if " W " in line] == []
 
 
 def test_without_a_compiler_the_build_succeeds_and_says_so(tmp_path):

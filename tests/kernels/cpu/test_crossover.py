@@ -11,7 +11,7 @@ from rac_modifier.kernels.cpu import crossover
 from rac_modifier.kernels.cpu.crossover import ROWS, Crossover, measure_crossovers, rows_up_to
 from rac_modifier.kernels.cpu.operator import forget_crossovers, use_crossovers
 from rac_modifier.kernels.cpu.packed import pack_scale, set_activation_bits
-from rac_modifier.kernels.cpu.support import support
+from rac_modifier.kernels.cpu.support import library_and_isa, support
 from tests.kernels.cpu.kernel_helpers import integers, multiply, scaled, threads
 
 SIXTEEN = ["floats", "int8", "int4"]
@@ -43,43 +43,32 @@ def test_timed_on_the_kernel_in_use(best):
         assert (len(each.seconds) == len(ROWS)) or not math.isinf(each.rows)
 
 
-def test_each_kind_is_timed_with_its_activations(best, monkeypatch):
-    real, bits = crossover.library_and_isa(), {}
+class Seen:
+    """A library that records the tokens and the activation bits of what is timed."""
 
-    class Seen:
-        def linear(self, data, *arguments):
-            bits[kind] = real[0].activation_bits(data, real[1])
-            real[0].linear(data, *arguments)
+    def __init__(self, library, isa):
+        self.library, self.isa, self.calls = library, isa, []
 
-        def __getattr__(self, name):
-            return getattr(real[0], name)
+    def linear(self, data, *arguments):
+        bits = self.library.activation_bits(data, self.isa)
+        self.calls.append((arguments[2].shape[0], bits))
+        self.library.linear(data, *arguments)
 
-    monkeypatch.setattr(crossover, "library_and_isa", lambda: (Seen(), real[1]))
-    monkeypatch.setattr(crossover, "ROWS", (9,))
-    for kind in (*SIXTEEN, *EIGHT):
-        measure_crossovers([kind])
+    def __getattr__(self, name):
+        return getattr(self.library, name)
+
+
+def test_each_kind_is_timed_with_its_activations_until_a_dense_matmul_is_faster(best, monkeypatch):
+    library, isa = library_and_isa()
     eight = 8 if support().multiplies_bytes else 16
-    assert bits == {"floats": 0, "int8": 16, "int4": 16, EIGHT[0]: eight, EIGHT[1]: eight}
-
-
-def test_a_slow_kernel_stops_at_the_first_number_of_rows(best, monkeypatch):
-    """The larger numbers are not timed where a smaller one has decided."""
-    real, calls = crossover.library_and_isa(), []
-
-    class Slow:
-        def linear(self, *arguments):
-            calls.append(arguments[3].shape[0])
-            for _ in range(20):
-                real[0].linear(*arguments)
-
-        def __getattr__(self, name):
-            return getattr(real[0], name)
-
-    monkeypatch.setattr(crossover, "library_and_isa", lambda: (Slow(), real[1]))
-    monkeypatch.setattr(crossover, "MARGIN", 1e-9)
-    (found,) = measure_crossovers(["int8"])
-    assert found.rows == 63
-    assert set(calls) == {64}
+    kinds = dict(zip([*SIXTEEN, *EIGHT], (0, 16, 16, eight, eight), strict=True))
+    monkeypatch.setattr(crossover, "MARGIN", 0.0)  # any dense matmul is faster
+    for kind, bits in kinds.items():
+        seen = Seen(library, isa)
+        monkeypatch.setattr(crossover, "library_and_isa", lambda seen=seen: (seen, isa))
+        (measured,) = measure_crossovers([kind])
+        assert measured.rows == ROWS[0] - 1
+        assert set(seen.calls) == {(ROWS[0], bits)}
 
 
 def test_described_with_its_figures():
@@ -119,22 +108,7 @@ def test_activations_of_8_bits_have_a_number_of_their_own(best):
     assert [runs_dense(weight, scale, rows) for rows in (last, last + 1)] == [False, True]
 
 
-def test_up_to_8_rows_are_never_dense(best):
+def test_up_to_8_tokens_are_never_dense(best):
     weight, scale = integers("int8", 40, 300), torch.rand(40, 1) + 0.01
     use_crossovers({"int8": 0})
     assert [runs_dense(weight, scale, rows) for rows in (8, 9)] == [False, True]
-
-
-def test_what_is_chosen_decides_how_rows_are_multiplied(best):
-    """A dense product does not round x in float32, and the kernel of integers does."""
-    dense, weight = integers("int8", 40, 300)
-    scale = torch.rand(40, 1) + 0.01
-    x = torch.randn(40, 300, generator=torch.Generator().manual_seed(0))
-    exact = x.double() @ scaled(dense, scale).T
-    errors = {}
-    for rows in (39, 40):
-        use_crossovers({"int8": rows, "floats": 8})
-        errors[rows] = float(
-            (multiply(x, weight, None, pack_scale(scale)) - exact).norm() / exact.norm()
-        )
-    assert errors[39] < 1e-6 < 5e-6 < errors[40] < 1e-3

@@ -55,14 +55,10 @@ def shared_object(folder: Path, source: str) -> Path:
 @pytest.mark.parametrize(
     ("source", "found"),
     [
-        (
-            'extern "C" const char* rac_pack() { return 0; }',
-            "1 or none",
-        ),  # as before there was a number
-        (f'extern "C" int rac_abi() {{ return {ABI - 1}; }}', str(ABI - 1)),
+        ('extern "C" const char* rac_pack() { return 0; }', "1 or none"),
         (f'extern "C" int rac_abi() {{ return {ABI + 1}; }}', str(ABI + 1)),
     ],
-    ids=["no number", "older", "newer"],
+    ids=["no number", "newer"],
 )
 def test_a_library_of_another_version_is_refused_by_one_line(
     tmp_path, monkeypatch, best, source, found
@@ -86,13 +82,6 @@ def test_a_library_that_lacks_a_function_is_a_reason(tmp_path, monkeypatch, best
     take(path, None, monkeypatch)
     assert "rac_kernels" in support().reason
     assert "reinstall rac-modifier" in support().reason
-
-
-def test_functions_of_the_first_interface_are_gone(native_path):
-    """Otherwise a rac-modifier from before there was a number would call them with other arguments."""
-    library = ctypes.CDLL(str(native_path))
-    for name in ("rac_bytes", "rac_pack", "rac_check", "rac_type", "rac_expand", "rac_linear"):
-        assert not hasattr(library, name)
 
 
 # Of the functions below, each buffer is (address, bytes).
@@ -154,8 +143,10 @@ def linear_call(weight: Packed) -> tuple[dict[str, list[Any]], Callable[[Native]
     return buffers, call
 
 
-def test_a_product_that_fits(native, weight):
-    _, call = linear_call(weight)
+def test_a_matmul_that_fits_and_scale_and_bias_may_be_left_out(native, weight):
+    buffers, call = linear_call(weight)
+    assert call(native) == OK
+    buffers["bias"] = buffers["scale"] = NONE
     assert call(native) == OK
 
 
@@ -180,18 +171,12 @@ def test_a_buffer_without_an_address_or_not_aligned_is_refused(native, weight, n
     assert native.error() == f"{name}: its address is no multiple of 4"
 
 
-@pytest.mark.parametrize("bytes_", [-1, 0, 63, 64, 128])
-def test_packed_data_of_a_wrong_size_is_damaged(native, weight, bytes_):
+def test_packed_data_of_a_wrong_size_is_damaged(native, weight):
     buffers, call = linear_call(weight)
-    buffers["data"][1].value = bytes_
-    assert call(native) == DAMAGED
-    assert "bytes" in native.error()
-
-
-def test_scale_and_bias_may_be_left_out(native, weight):
-    buffers, call = linear_call(weight)
-    buffers["bias"] = buffers["scale"] = NONE
-    assert call(native) == OK
+    for size in (-1, 0, 63, 64, 128):
+        buffers["data"][1].value = size
+        assert call(native) == DAMAGED
+        assert "bytes" in native.error()
 
 
 def test_an_instruction_set_that_is_none(native, weight):
@@ -214,17 +199,11 @@ def test_panels_need_their_buffer_and_their_shape(native, weight):
         )
 
     assert expand(20, 40, 0, 2, torch.zeros(40, 32)) == OK
-    for wrong in (
-        torch.zeros(40, 31),
-        torch.zeros(39, 32),
-        torch.zeros(41, 32),
-        torch.zeros(40, 16),
-    ):
-        assert expand(20, 40, 0, 2, wrong) == BAD_ARGUMENT
+    for shape in ((40, 31), (39, 32), (41, 32), (40, 16)):
+        assert expand(20, 40, 0, 2, torch.zeros(shape)) == BAD_ARGUMENT
         assert native.error().startswith("out: ")
-    assert (
-        expand(20, 40, 0, 2, torch.zeros(40, 32), BF16) == BAD_ARGUMENT
-    )  # twice the bytes that bf16 needs
+    # twice the bytes that bf16 needs
+    assert expand(20, 40, 0, 2, torch.zeros(40, 32), BF16) == BAD_ARGUMENT
     for first, last in ((0, 3), (-1, 1), (1, 0), (2**62, 2**62)):
         assert expand(20, 40, first, last, torch.zeros(40, 32)) == BAD_ARGUMENT
     for rows, columns in ((21, 40), (20, 39), (-20, 40)):
@@ -269,9 +248,7 @@ def test_four_bit_values_need_their_bitmask_and_zeros(native):
     values, bitmask = torch.ones(48, dtype=torch.int8), torch.full((3, 2), 255, dtype=torch.uint8)
     zeros = torch.full((1, 2, 16), 8, dtype=torch.uint8)
     nbytes = packed_bytes(48, buffer(bitmask), 2)
-    assert (
-        nbytes == 64 + 64 + 64 + 64 + 64 + 64
-    )  # header, offsets, masks, zeros, 24 bytes of codes, padding
+    assert nbytes == 6 * 64  # header, offsets, masks, zeros, 24 bytes of codes, padding
     assert packed_bytes(48, NONE, 2) == packed_bytes(48, buffer(bitmask[:2]), 2) == -1
     for groups in (-1, 3, 4, 17, 2**62):  # 4 have no multiple of 8 columns
         assert packed_bytes(48, buffer(bitmask), groups) == -1

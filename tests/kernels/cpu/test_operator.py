@@ -73,13 +73,6 @@ def test_empty_and_full_rows(float_kernel):
     assert not y[:, 16:32].any()
 
 
-def test_two_of_four(float_kernel):
-    mask = torch.tensor([True, False, False, True]).repeat(24, 16)
-    dense, weight = sparse(mask, torch.bfloat16)
-    x = torch.randn(2, 64).bfloat16()
-    assert_product(multiply(x, weight), x, dense)
-
-
 def test_more_of_each_than_a_block_of_the_cache(float_kernel, monkeypatch):
     use_crossovers(dict.fromkeys(KINDS, 1000))
     dense, weight = sparse(
