@@ -38,13 +38,13 @@ class BuildKernels(build_ext):
         try:
             objects = []
             for source in ext.sources:
-                own_flags = self._flags_of(source)
-                if own_flags is not None:
+                isa_flags = self._flags_of(source)
+                if isa_flags is not None:
                     objects += self.compiler.compile(
                         [source],
                         output_dir=self.build_temp,
                         include_dirs=ext.include_dirs,
-                        extra_postargs=[*flags, *own_flags],
+                        extra_postargs=[*flags, *isa_flags],
                     )
             self.compiler.link_shared_object(
                 objects, path, extra_postargs=flags, build_temp=self.build_temp, target_lang="c++"
@@ -57,10 +57,10 @@ class BuildKernels(build_ext):
 
     def _flags_of(self, source: str) -> list[str] | None:
         """Flags of a source; None if this compiler builds for another processor, or does not know them."""
-        found = BUILD_LINE.match(Path(source).read_text())
-        if found is None or found[1] == "any":
+        line = BUILD_LINE.match(Path(source).read_text())
+        if line is None or line[1] == "any":
             return []
-        processor, flags = found[1], found[2].split()
+        processor, flags = line[1], line[2].split()
         other = f"#if !defined(__{processor}__)\n#error another processor\n#endif\n"
         return flags if self._accepts(other, flags) else None
 

@@ -2,7 +2,7 @@
 
 Above that number, panels are expanded for a dense matmul of torch (operator.py). Each kind of weight is timed
 with its activations of 16 or 8 bits. Timed on one thread: both ways are divided among threads alike. The least
-of several CPU times of this thread counts: other work on the machine changes these little.
+of several CPU times of this thread counts: other work on the machine changes it little.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class Crossover:
     def describe(self) -> str:
         """One line."""
         times = ", ".join(
-            f"{m} rows {1e3 * own:.1f} / {1e3 * dense:.1f}"
-            for m, (own, dense) in self.seconds.items()
+            f"{m} rows {1e3 * packed:.1f} / {1e3 * dense:.1f}"
+            for m, (packed, dense) in self.seconds.items()
         )
         limit = f"up to {self.rows:.0f} rows, more by dense products"
         if math.isinf(self.rows):
@@ -74,7 +74,7 @@ def rows_up_to(seconds: Mapping[int, tuple[float, float]]) -> float:
     That is less than the first number with which the dense matmul was faster: between two timed numbers it
     may be slower, because expanding the weight takes as long for few tokens as for many.
     """
-    faster = (m - 1 for m, (own, dense) in seconds.items() if own > MARGIN * dense)
+    faster = (m - 1 for m, (packed, dense) in seconds.items() if packed > MARGIN * dense)
     return next(faster, math.inf)
 
 
@@ -93,8 +93,8 @@ def _measure(kind: str, library: Library, isa: str) -> Crossover:
             between = time.thread_time()
             expand_and_multiply(library, isa, data, x, scale, None, out)
             times.append((between - start, time.thread_time() - between))
-        own, dense = zip(*times, strict=True)
-        seconds[m] = (min(own), min(dense))
+        packed, dense = zip(*times, strict=True)
+        seconds[m] = (min(packed), min(dense))
         if not math.isinf(rows_up_to(seconds)):
             break
     return Crossover(kind, rows_up_to(seconds), seconds)

@@ -157,8 +157,8 @@ def unpack(data: Tensor, rows: int, columns: int) -> Tensor:
         last = min(first + step, panels)
         transposed = torch.empty(columns, PANEL * (last - first), dtype=expanded)
         library.expand(data, rows, columns, first, last, transposed, isa)
-        part = dense[first * PANEL : last * PANEL]
-        part.copy_(transposed.t()[: len(part)])
+        chunk = dense[first * PANEL : last * PANEL]
+        chunk.copy_(transposed.t()[: len(chunk)])
     return dense
 
 

@@ -28,7 +28,10 @@ KERNELS = [
     "emulated amx",
     *(f"arm {isa}" for isa in PROCESSORS),
 ]
-OTHERS_FLOATS = ["avxvnni", "arm i8mm"]  # their products of floats are those of AVX2 and of NEON
+OTHERS_FLOATS = [
+    "avxvnni",
+    "arm i8mm",
+]  # they multiply floats with the functions of AVX2 and of NEON
 
 
 @pytest.fixture(autouse=True)

@@ -181,7 +181,7 @@ def test_the_largest_sums_fit(kernel, value, form):
 
 @pytest.mark.parametrize("columns", [1536, 8960])
 def test_an_outlier_channel_costs_at_most_what_bfloat16_activations_cost(kernel, columns):
-    """A channel x1000: the error of our integers is at most twice that of rounding x to bfloat16."""
+    """A channel x1000: the integers of x cost at most twice the error of bfloat16 x."""
     if "emulated" in kernel and columns > 2000:
         pytest.skip("slow where instructions are emulated; the integers are the same")
     dense, weight = integers("int8", 64, columns)
