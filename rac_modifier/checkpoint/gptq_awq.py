@@ -1,4 +1,6 @@
-"""Dense weights of GPTQ (2, 3, 4 and 8 bits) and AWQ checkpoints (4 bits): checked, a value per element.
+"""Dense weights of GPTQ (2, 3, 4 and 8 bits) and AWQ checkpoints (4 bits).
+
+Checked, a value per element.
 
 Both hold the transposed weight: K input columns by N output rows. A weight is (code - code of zero)
 * scale. GPTQ packs codes along K, bit after bit; AWQ packs eight 4-bit codes of a column along N, in
@@ -100,7 +102,10 @@ class GptqEntries(_Entries):
         return rules
 
     def of_module(self, module: str) -> GptqEntries:
-        """Return the entries of one module: the first matching rule counts. Rules with "-:" name floats."""
+        """Return the entries of one module: the first matching rule counts.
+
+        Rules with "-:" name floats.
+        """
         for pattern, rule in (self.dynamic or {}).items():
             if not pattern.startswith("-:") and re.match(pattern.removeprefix("+:"), module):
                 return self.model_copy(update=rule.model_dump(exclude_none=True))
@@ -118,19 +123,13 @@ class AwqEntries(_Entries):
         "gemm", validation_alias=AliasChoices("version", "checkpoint_format", "format")
     )
 
-    @field_validator("version")
+    @field_validator("version", "backend")
     @classmethod
-    def _gemm(cls, version: str) -> str:
-        if version.lower() != "gemm":
+    def _gemm(cls, value: str | None, info: Any) -> str | None:
+        version = str(value).lower()
+        if version == "llm-awq" or (info.field_name == "version" and version != "gemm"):
             raise ValueError("only words of version gemm are read")
-        return version
-
-    @field_validator("backend")
-    @classmethod
-    def _not_llm_awq(cls, backend: str | None) -> str | None:
-        if backend == "llm-awq":
-            raise ValueError("only words of version gemm are read")
-        return backend
+        return value
 
 
 def check_gptq(
@@ -187,7 +186,7 @@ def check_gptq(
 
 
 def check_awq(tensors: Mapping[str, Tensor], name: str, entries: AwqEntries) -> StoredWeight:
-    """Check the tensors of an AWQ weight of version gemm as untrusted input, and return it with every value stored.
+    """Check the tensors of an AWQ weight as untrusted input, and return it with every value stored.
 
     `tensors`: `qweight` int32 [K, N / 8], `qzeros` int32 [K / group, N / 8], `scales` [K / group, N].
 
@@ -226,14 +225,14 @@ def _words(
     tensors: Mapping[str, Tensor], name: str, part: str, shape: list[int] | None = None
 ) -> Tensor:
     words = part_of(tensors, name, part)
-    found = list(words.shape)
+    size = list(words.shape)
     if words.dtype != torch.int32 or words.dim() != 2 or not words.numel():
         raise RacError(
-            f"{name}.{part}: {words.dtype} {found} is no matrix of int32 words; copy the checkpoint "
+            f"{name}.{part}: {words.dtype} {size} is no matrix of int32 words; copy the checkpoint "
             "again"
         )
-    if shape is not None and found != shape:
-        raise RacError(_misfit(f"{name}.{part}", found, shape))
+    if shape is not None and size != shape:
+        raise RacError(_misfit(f"{name}.{part}", size, shape))
     return words
 
 
@@ -265,7 +264,10 @@ def _misfit(name: str, shape: list[int], expected: list[int]) -> str:
 
 
 def _added(zeros: Tensor, bits: int) -> Tensor:
-    """Convert words of format 1 to format 2 as GPTQModel does: whole words are added, modulo 2^32."""
+    """Convert words of format 1 to format 2 as GPTQModel does.
+
+    Whole words are added, modulo 2^32.
+    """
     added = torch.tensor(
         [number - (number >> 31 << 32) for number in _ADDED[bits]], dtype=torch.int32
     )
@@ -290,7 +292,10 @@ def _check_symmetric(zeros: Tensor, bits: int, rows: int, name: str) -> None:
 
 
 def _order(tensors: Mapping[str, Tensor], name: str, columns: int, groups: int) -> Tensor | None:
-    """Return the columns sorted by group, int64 [K]; None where each group has neighbouring columns, in order."""
+    """Return the columns sorted by group, int64 [K].
+
+    None where each group has neighbouring columns, in order.
+    """
     if ORDER not in tensors:
         return None
     index = tensors[ORDER]

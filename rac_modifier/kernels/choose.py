@@ -29,11 +29,6 @@ def backend_of(device: str) -> Backend | str:
     return BACKENDS.get(device) or _from_entry_point(device)
 
 
-def has_backend(device: str) -> bool:
-    """Return whether layers may run sparse on a device type."""
-    return not isinstance(backend_of(device), str)
-
-
 def examine_backends() -> list[Found]:
     """Report what is compiled, loads and runs on this machine."""
     return examine_library()

@@ -10,7 +10,7 @@ from llmcompressor.entrypoints.oneshot import Oneshot
 from loguru import logger
 
 from rac_modifier.errors import RacError
-from rac_modifier.evaluation.activation_bits import ActivationChoice, choose_activations
+from rac_modifier.evaluation.activations import ActivationChoice, choose_activations
 from rac_modifier.evaluation.teacher_forcing import sequence_of
 from rac_modifier.llmcompressor.quantizer import GroupQuantizer
 from rac_modifier.settings.quantization import QuantizationSettings
@@ -21,7 +21,10 @@ _SETTING = "quantization.int8_activation_limit"
 
 
 class ActivationStage:
-    """What `rac activations` measures on samples, measured on held-out traces. A failure is recorded and ends no run."""
+    """Measure on held-out traces what `rac activations` measures on samples.
+
+    A failure is recorded and ends no run.
+    """
 
     def __init__(self, limit: float, quantizer: GroupQuantizer):
         self._limit, self._quantizer = limit, quantizer
@@ -36,22 +39,23 @@ class ActivationStage:
         names: Mapping[torch.nn.Module, str],
         oneshot: Oneshot | None,
     ) -> Self | None:
-        """None where the recipe sets no limit; `names`: of the pruned modules.
+        """Return None where the recipe sets no limit; `names`: of the pruned modules.
 
         Raises:
-            RacError: there is nothing to choose, or `oneshot` is told to save a checkpoint that cannot record the choice.
+            RacError: there is nothing to choose, or `oneshot` saves a checkpoint without a record.
         """
         if (limit := settings.int8_activation_limit) is None:
             return None
         if oneshot is not None and not oneshot.model_args.save_compressed:
             raise RacError(
-                f"{_SETTING}: {limit} has no effect beside oneshot's save_compressed=False: only packed checkpoints record it; "
-                "leave one of them out"
+                f"{_SETTING}: {limit} has no effect beside oneshot's save_compressed=False: only "
+                "packed checkpoints record it; leave one of them out"
             )
         if not quantizer.integer_layers(names, lambda name: 0.0):
             raise RacError(
-                f"{_SETTING}: {limit} has no effect here: no pruned module is int8 or int4 as the CPU kernels multiply it "
-                "(routed experts aside); leave it out, or set scheme: W8A16 for other modules"
+                f"{_SETTING}: {limit} has no effect here: no pruned module is int8 or int4 as the "
+                "CPU kernels multiply it (routed experts aside); leave it out, or set scheme: W8A16 "
+                "for other modules"
             )
         return cls(limit, quantizer)
 
@@ -62,24 +66,23 @@ class ActivationStage:
         results: Mapping[str, Mapping[str, Any]],
         held_out: Sequence[Trace],
     ) -> None:
-        """Choose among the modules `names` of a model whose weights are rounded; `results`: what the run recorded of each."""
+        """Choose among the modules `names`, whose weights are rounded.
+
+        `results`: what the run recorded of each.
+        """
         try:
             layers = self._quantizer.integer_layers(
                 names, lambda name: results[name]["relative_error"]
             )
             if not held_out:
                 raise RacError("no traces were held out; raise calibration.held_out_tokens")
+            sequences = [sequence_of(trace) for trace in held_out]
             with self._quantizer.as_served():
-                self._choice = choose_activations(
-                    model, layers, [*map(sequence_of, held_out)], self._limit
-                )
+                self._choice = choose_activations(model, layers, sequences, self._limit)
+            logger.info(f"activations, on held-out traces: {self._choice.describe()}")
         except (RacError, RuntimeError) as error:
             self._why = str(error)
-            logger.warning(
-                f"{_SETTING}: not measured, so that all activations keep 16 bits: {error}"
-            )
-        else:
-            logger.info(f"activations, on held-out traces: {self._choice.describe()}")
+            logger.warning(f"{_SETTING}: not measured, so all activations keep 16 bits: {error}")
 
     @property
     def modules(self) -> Sequence[str]:
@@ -87,9 +90,6 @@ class ActivationStage:
         return [] if self._choice is None else self._choice.modules
 
     def record(self) -> Mapping[str, Any]:
-        """What the run record says, as `rac activations` writes it."""
-        return {
-            "activations": self._choice.as_dict(SOURCE)
-            if self._choice
-            else {"not_measured": self._why}
-        }
+        """Return the entry of the run record, as `rac activations` writes it."""
+        choice = self._choice
+        return {"activations": choice.as_dict(SOURCE) if choice else {"not_measured": self._why}}

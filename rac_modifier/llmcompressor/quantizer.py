@@ -26,7 +26,7 @@ from pydantic import ValidationError
 from transformers import PreTrainedModel
 
 from rac_modifier.errors import RacError
-from rac_modifier.evaluation.activation_bits import QuantizedLayer
+from rac_modifier.evaluation.integer_layers import IntegerLayer
 from rac_modifier.quantization.grid import Grid
 from rac_modifier.quantization.schemes import describe_scheme, grid_of
 from rac_modifier.recovery.on_grid import QuantizedWeight
@@ -122,7 +122,7 @@ class GroupQuantizer:
 
     def integer_layers(
         self, names: Mapping[torch.nn.Module, str], own_error: Callable[[str], float]
-    ) -> list[QuantizedLayer]:
+    ) -> list[IntegerLayer]:
         """The modules that the CPU kernels multiply as integers; `own_error`: of a module, by its name."""
         layers = []
         for module, grid in self.grids.items():
@@ -130,7 +130,7 @@ class GroupQuantizer:
                 stored = torch.int32 if grid.bits == 4 else torch.int8
                 columns, name = module.get_parameter("weight").shape[1], names[module]
                 layers.append(
-                    QuantizedLayer.of(
+                    IntegerLayer.of(
                         name, stored, grid.group_size or columns, columns, own_error(name)
                     )
                 )

@@ -21,7 +21,7 @@ from vllm.model_executor.layers.quantization.base_config import (
 from rac_modifier.checkpoint.files import check_index
 from rac_modifier.checkpoint.sparsity_config import METHOD as COMPRESSED_TENSORS
 from rac_modifier.checkpoint.sparsity_config import RAC_KEY, SparsityRecord
-from rac_modifier.kernels.choose import has_backend
+from rac_modifier.kernels.choose import backend_of
 from rac_modifier.kernels.cpu.crossover import measure_crossovers
 from rac_modifier.kernels.cpu.operator import EIGHT_BITS, KINDS, use_crossovers
 from rac_modifier.kernels.cpu.support import support
@@ -46,7 +46,9 @@ DRAFT = "draft_model"  # vLLM's prefix of all layers of a draft (vllm.v1.spec_de
 
 
 class RacConfig(QuantizationConfig):
-    """Packed sparse checkpoints; and on request (`--quantization rac`) dense weights that a kernel reads.
+    """Packed sparse checkpoints.
+
+    And on request (`--quantization rac`) dense weights that a kernel reads.
 
     `layout` None: `maybe_update_config` reads from config.json which dense weights are pruned.
     """
@@ -63,7 +65,10 @@ class RacConfig(QuantizationConfig):
     def override_quantization_method(
         cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
     ) -> str | None:
-        """Claim packed sparse checkpoints, and others on request. vLLM calls this for every quantized model."""
+        """Claim packed sparse checkpoints, and others on request.
+
+        VLLM calls this for every quantized model.
+        """
         if user_quant == OLD_METHOD:
             warn_of_old_name()
         return METHOD if is_packed(hf_quant_cfg) or user_quant in (METHOD, OLD_METHOD) else None
@@ -89,7 +94,9 @@ class RacConfig(QuantizationConfig):
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None
     ) -> None:
-        """Read what config.json records. vLLM calls this before it loads anything, with the folder or its name.
+        """Read what config.json records.
+
+        VLLM calls this before it loads anything, with the folder or its name.
 
         Raises:
             RacError: the folder lacks a tensor of its index. vLLM checks this for unquantized models
@@ -108,8 +115,9 @@ class RacConfig(QuantizationConfig):
             )
         self.int8_activations = record.int8_activations
         device = current_platform.device_type
-        if isinstance(self.layout, WordsLayout) and not has_backend(device):
-            raise no_effect(f"there is no kernel for {device}")
+        backend = backend_of(device)
+        if isinstance(self.layout, WordsLayout) and isinstance(backend, str):
+            raise no_effect(backend)
         if current_platform.is_cpu():
             self.crossovers = crossovers(self.layout.kinds, bool(self.int8_activations))
 
@@ -183,7 +191,10 @@ class RacConfig(QuantizationConfig):
     def _vllms(
         self, layer: torch.nn.Module, prefix: str, reason: str | None = None
     ) -> QuantizeMethodBase | None:
-        """Return vLLM's own method, if it has one; `reason` is why no kernel of ours runs the layer."""
+        """Return vLLM's own method, if it has one.
+
+        `reason` is why no kernel of ours runs the layer.
+        """
         inner = self._with_mapping().inner
         if reason is not None:
             self.report.leave(prefix, reason)
@@ -223,7 +234,10 @@ class RacConfig(QuantizationConfig):
 
 
 class OldNameConfig(RacConfig):
-    """`--quantization rac-sparse`, the name of `rac` before 0.2. vLLM creates it for weights that are stored dense."""
+    """`--quantization rac-sparse`, the name of `rac` before 0.2.
+
+    VLLM creates it for weights that are stored dense.
+    """
 
     def __init__(self) -> None:
         warn_of_old_name()
@@ -236,7 +250,10 @@ def warn_of_old_name() -> None:
 
 
 def fused_modules(prefix: str, fused: Mapping[str, list[str]]) -> list[str]:
-    """Return the modules on disk of a layer. `fused` maps a fused layer's last name to its shards' names."""
+    """Return the modules on disk of a layer.
+
+    `fused` maps a fused layer's last name to its shards' names.
+    """
     parent, _, name = prefix.rpartition(".")
     return [f"{parent}.{shard}" if parent else shard for shard in fused.get(name) or [name]]
 
@@ -258,6 +275,9 @@ def crossovers(kinds: Iterable[str], eight_bits: bool) -> dict[str, float]:
     if eight_bits and available.multiplies_bytes:
         kinds += [f"{kind}{EIGHT_BITS}" for kind in kinds if kind != "floats"]
     measured = measure_crossovers(kinds)
-    lines = ["rac: measured on a core of this machine", *(each.describe() for each in measured)]
+    lines = [
+        "rac: measured on a core of this machine",
+        *(crossover.describe() for crossover in measured),
+    ]
     logger.info("%s", "\n  ".join(lines))
-    return {each.kind: each.rows for each in measured}
+    return {crossover.kind: crossover.rows for crossover in measured}

@@ -53,15 +53,10 @@ class PackedExperts(torch.nn.Module):
         served: torch.dtype,
         local: Tensor | None = None,
     ) -> None:
-        """Pack each weight for its backend.
+        """Pack each weight for its backend. The operator finds the experts by the layer's `name`.
 
-        Args:
-            name: of the layer; the operator finds its experts by it.
-            experts: in the order of their numbers.
-            gate: the activation of the gate projection.
-            served: dtype of the activations.
-            local: number on this rank of each expert that a token may be routed to, int [experts],
-                -1 for experts of other ranks; None: the same number.
+        gate: the activation of the gate projection. served: dtype of the activations. local int
+        [experts]: number on this rank of each expert, -1 for experts of other ranks; None: the same.
         """
         super().__init__()
         self.gate, self.local = gate, local
@@ -113,7 +108,10 @@ def _matmuls(
     counts: list[int],
     packed: Sequence[tuple[PackedWeight, torch.nn.Module]],
 ) -> Tensor:
-    """Multiply each expert with its rows of `x`, which follow each other; zeros for number -1, experts of other ranks."""
+    """Multiply each expert with its rows of `x`, which follow each other.
+
+    Zeros for number -1, experts of other ranks.
+    """
     out = x.new_zeros(len(x), packed[0][0].rows)
     first = 0
     for number, count in zip(numbers, counts, strict=True):
@@ -143,7 +141,10 @@ if not hasattr(torch.ops.rac_modifier, "sparse_experts"):  # once per process
 
 
 class RacExpertsMethod(FusedMoEMethodBase):
-    """The method of the experts of one layer. Scales of activations are not used, as in linear layers."""
+    """The method of the experts of one layer.
+
+    Scales of activations are not used, as in linear layers.
+    """
 
     def __init__(self, layer: Any, prefix: str, reader: WeightReader, report: LoadReport) -> None:
         super().__init__(layer.moe_config)
@@ -201,11 +202,17 @@ class RacExpertsMethod(FusedMoEMethodBase):
         shared_experts: Any = None,
         shared_experts_input: Tensor | None = None,
     ) -> Tensor:
-        """Run x [T, hidden] through the experts of each token: [T, hidden]. vLLM runs shared experts."""
+        """Run x [T, hidden] through the experts of each token: [T, hidden].
+
+        VLLM runs shared experts.
+        """
         return layer.sparse_experts(x, topk_weights, topk_ids)
 
     def _collect(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[str]:
-        """Keep what is loaded, such as ("3.up_proj.bitmask", tensor), by module. vLLM calls it several times."""
+        """Keep what is loaded, such as ("3.up_proj.bitmask", tensor), by module.
+
+        VLLM calls it several times.
+        """
         if self._taken:
             raise loaded_again(self.prefix)
         for name, tensor in weights:
@@ -227,9 +234,8 @@ class RacExpertsMethod(FusedMoEMethodBase):
             return f"experts with the activation {layer.activation.value} have no sparse kernel"
         balanced = moe.moe_parallel_config.enable_eplb
         if moe.has_bias or moe.is_lora_enabled or layer.apply_router_weight_on_input or balanced:
-            return (
-                "experts with biases, LoRA, weighted inputs or load balancing have no sparse kernel"
-            )
+            what = "biases, LoRA, weighted inputs or load balancing"
+            return f"experts with {what} have no sparse kernel"
         return None
 
     def _pack(self, layer: Any, loaded: dict[str, LoadedWeight]) -> Decision:
@@ -262,11 +268,8 @@ class RacExpertsMethod(FusedMoEMethodBase):
         local = layer.expert_map_manager.expert_map
         if local is None:
             return list(range(layer.global_num_experts))
-        places = local.tolist()
-        return sorted(
-            (number for number, place in enumerate(places) if place >= 0),
-            key=lambda number: places[number],
-        )
+        numbers = torch.nonzero(local >= 0).flatten()
+        return numbers[local[numbers].argsort()].tolist()
 
     def _shares(
         self, layer: Any, loaded: dict[str, LoadedWeight], number: int
@@ -277,9 +280,13 @@ class RacExpertsMethod(FusedMoEMethodBase):
             [moe.intermediate_size, moe.hidden_dim],
             [moe.hidden_dim, moe.intermediate_size],
         )
-        names = (layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name, layer.ckpt_down_proj_name)
+        shapes = {
+            layer.ckpt_gate_proj_name: wide,
+            layer.ckpt_up_proj_name: wide,
+            layer.ckpt_down_proj_name: narrow,
+        }
         weights = []
-        for name, shape in zip(names, (wide, wide, narrow), strict=True):
+        for name, shape in shapes.items():
             item = loaded.get(f"{number}.{name}")
             if item is None or not isinstance(item.weight, StoredWeight):
                 raise RacError(
@@ -299,7 +306,10 @@ class RacExpertsMethod(FusedMoEMethodBase):
         return both, down.select_columns(first, self.width)
 
     def _expand(self, layer: Any, loaded: dict[str, LoadedWeight]) -> None:
-        """Have vLLM's own method run the experts, dense: created now, with the sizes that it needs."""
+        """Have vLLM's own method run the experts, dense.
+
+        Created now, with the sizes that it needs.
+        """
         method, moe = UnquantizedFusedMoEMethod(layer.moe_config), layer.moe_config
         sizes = method.maybe_roundup_sizes(
             layer.hidden_size,

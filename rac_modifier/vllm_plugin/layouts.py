@@ -1,4 +1,6 @@
-"""How a checkpoint stores its layers: a layout per origin, which gives the reader of each layer, or the reason why none.
+"""How a checkpoint stores its layers.
+
+A layout per origin, which gives the reader of each layer, or the reason why none.
 
 Modules that need vLLM's layers are imported in functions: at registration vLLM has not loaded its
 layers yet.
@@ -30,7 +32,9 @@ from rac_modifier.vllm_plugin.readers import (
 
 
 class Layout:
-    """How a checkpoint stores its layers. `inner`: vLLM's config for the layers that no reader reads.
+    """How a checkpoint stores its layers.
+
+    `inner`: vLLM's config for the layers that no reader reads.
 
     kinds: of weights, as `measure_crossovers` names them. targets, ignore: module names, "re:" patterns
     or "Linear" for all, of the modules that are compressed.
@@ -217,7 +221,10 @@ def _kinds(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _matches(module: str, entries: Iterable[str]) -> bool:
-    """Match the whole name, or a pattern from its start, as compressed-tensors does; "Linear" matches all."""
+    """Match the whole name, or a pattern from its start, as compressed-tensors does.
+
+    "Linear" matches all.
+    """
     return any(
         re.match(entry[3:], module) is not None
         if entry.startswith("re:")

@@ -57,7 +57,10 @@ class PackedWeight:
 
 @register_weight_loader_v2_supported_method
 class RacLinearMethod(LinearMethodBase):
-    """The method of one layer. A kernel of integers may round its inputs to `activation_bits`, 16 or 8."""
+    """The method of one layer.
+
+    A kernel of integers may round its inputs to `activation_bits`, 16 or 8.
+    """
 
     def __init__(self, shards: Shards, report: LoadReport, activation_bits: int = 16) -> None:
         self.shards, self.report = shards, report
@@ -138,7 +141,10 @@ class RacLinearMethod(LinearMethodBase):
     def _decide(
         self, layer: Any, loaded: list[LoadedWeight], rows: Tensor, order: Tensor | None
     ) -> tuple[Decision, Backend | None, StoredWeight | None]:
-        """Return the decision for this rank's share; with the backend and the share where a kernel runs it."""
+        """Return the decision for this rank's share.
+
+        With the backend and the share where a kernel runs it.
+        """
         compressed = [item.weight for item in loaded if isinstance(item.weight, StoredWeight)]
         kinds = {(w.values.dtype, w.bits, w.group, w.zeros is None) for w in compressed}
         reason = None

@@ -1,4 +1,7 @@
-"""The text that is logged once at load: how many layers run on which kernel, and why the others do not."""
+"""The text that is logged once at load.
+
+How many layers run on which kernel, and why the others do not.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,10 @@ class LoadReport:
         self.decisions[layer] = Decision(False, "vLLM", reason, 1.0, 1.0)
 
     def add(self, layer: str, decision: Decision | None) -> None:
-        """Record a layer's decision, and log all of them if it is the last one. None: the layer is not compressed."""
+        """Record a layer's decision, and log all of them if it is the last one.
+
+        None: the layer is not compressed.
+        """
         if decision is None:
             self.expected -= 1
         else:

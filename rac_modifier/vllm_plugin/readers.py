@@ -1,4 +1,6 @@
-"""What reads a module's tensors as a checkpoint stores them: a reader per format, each checks before anything is sized.
+"""What reads a module's tensors as a checkpoint stores them.
+
+A reader per format, each checks before anything is sized.
 
 bitmask (2:4 and unstructured, quantized too), pruned weights that are stored dense, pack-quantized
 codes of compressed-tensors, GPTQ and AWQ. Pure functions of tensors; only names are vLLM's.
@@ -60,7 +62,10 @@ class LoadedWeight(NamedTuple):
 
 
 class WeightReader(Protocol):
-    """Reads one module. `parts`: the names of its tensors and their dtypes on disk; None: the model's."""
+    """Reads one module.
+
+    `parts`: the names of its tensors and their dtypes on disk; None: the model's.
+    """
 
     parts: Mapping[str, torch.dtype | None]
 
@@ -70,7 +75,10 @@ class WeightReader(Protocol):
 
 
 class BitmaskReader:
-    """Packed sparse weights of `format`, a key of `checkpoint.formats.PARTS`; with scales where `quantized`."""
+    """Packed sparse weights of `format`, a key of `checkpoint.formats.PARTS`.
+
+    With scales where `quantized`.
+    """
 
     def __init__(self, format: str, quantized: bool) -> None:
         self.format, self.quantized = format, quantized
@@ -129,7 +137,10 @@ class CodesReader:
         self.weights = weights
 
     def read(self, tensors: Mapping[str, Tensor], module: str) -> LoadedWeight:
-        """Return the weight with every value stored; a tensor in floats where config.json quantizes nothing."""
+        """Return the weight with every value stored.
+
+        A tensor in floats where config.json quantizes nothing.
+        """
         # A layer that is fused on disk, too, has its own name, and the arguments of its parts.
         arguments = self.weights.get(module, next(iter(self.weights.values())))
         if arguments is None:
@@ -151,7 +162,9 @@ class CodesReader:
 def why_not_codes(
     scheme: Mapping[str, Any], format: str | None, vocabulary: bool = False
 ) -> str | None:
-    """Return why no kernel runs a weight of a `scheme` of vLLM's target_scheme_map; None where one does.
+    """Return why no kernel runs a weight of a `scheme` of vLLM's target_scheme_map.
+
+    None where one does.
 
     `format`: of the checkpoint, for a scheme without its own. `vocabulary`: of a head or embedding,
     which may have 8 or 4 bits; linear layers have 4, 3 or 2.
@@ -174,12 +187,18 @@ def why_not_codes(
 
 
 class GptqReader:
-    """GPTQ weights of 2, 3, 4 or 8 bits, of AutoGPTQ and GPTQModel; asymmetric and reordered ones too."""
+    """GPTQ weights of 2, 3, 4 or 8 bits, of AutoGPTQ and GPTQModel.
+
+    Asymmetric and reordered ones too.
+    """
 
     parts = _WORDS
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        """Read the checkpoint's `quantization_config` (RacError: a malformed entry, or words of another layout)."""
+        """Read the checkpoint's `quantization_config` (RacError.
+
+        A malformed entry, or words of another layout).
+        """
         self.entries = gptq_awq.GptqEntries.of(config)
         self.head = bool(self.entries.lm_head)
 
@@ -197,7 +216,10 @@ class AwqReader:
     head = False
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        """Read the checkpoint's `quantization_config` (RacError: a malformed entry, or words of another layout)."""
+        """Read the checkpoint's `quantization_config` (RacError.
+
+        A malformed entry, or words of another layout).
+        """
         self.entries = gptq_awq.AwqEntries.of(config)
 
     def read(self, tensors: Mapping[str, Tensor], module: str) -> LoadedWeight:

@@ -15,7 +15,10 @@ _logger = logging.getLogger(f"vllm.{__name__}")  # below "vllm", so that vLLM's 
 
 
 def register() -> None:
-    """Add the method for packed sparse checkpoints to vLLM. May be called several times, and never raises."""
+    """Add the method for packed sparse checkpoints to vLLM.
+
+    May be called several times, and never raises.
+    """
     try:
         _register()
     except Exception as error:

@@ -29,7 +29,10 @@ class Shards:
         self._taken = False
 
     def register(self, layer: Any, dtype: torch.dtype) -> None:
-        """Add an empty parameter for each tensor name. Its loader keeps the tensor itself, mapped from the file."""
+        """Add an empty parameter for each tensor name.
+
+        Its loader keeps the tensor itself, mapped from the file.
+        """
         for part, stored in self.reader.parts.items():
             empty = torch.empty(0, dtype=stored or dtype)
             layer.register_parameter(
@@ -101,7 +104,9 @@ class Shards:
         return numbers.data.flatten()
 
     def order(self, loaded: dict[ShardId, LoadedWeight]) -> Tensor | None:
-        """Return the column order that all shards share, int64 [K]; None where it is that of the inputs.
+        """Return the column order that all shards share, int64 [K].
+
+        None where it is that of the inputs.
 
         Raises:
             RacError: the shards have different orders.
@@ -131,7 +136,10 @@ class Shards:
 
 
 def loaded_again(prefix: str) -> RacError:
-    """Return the error for weights that come after a layer is packed: `reload_weights`, or sleep at level 2."""
+    """Return the error for weights that come after a layer is packed.
+
+    `reload_weights`, or sleep at level 2.
+    """
     return RacError(
         f"{prefix}: packed weights cannot be loaded into a running server again (reload_weights; "
         "sleep at level 2 drops them), so end this server and start another one. Sleep at level 1 "
@@ -151,7 +159,10 @@ def _equal(left: Tensor | None, right: Tensor | None) -> bool:
 
 
 def _expected_rows(layer: Any, shard: ShardId) -> int | None:
-    """Return the rows of a shard on disk by the model's config; None where the layer lacks the numbers."""
+    """Return the rows of a shard on disk by the model's config.
+
+    None where the layer lacks the numbers.
+    """
     if isinstance(shard, str):
         head = getattr(layer, "v_head_size" if shard == "v" else "head_size", None)
         heads = getattr(layer, "total_num_heads" if shard == "q" else "total_num_kv_heads", None)

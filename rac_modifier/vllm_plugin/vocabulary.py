@@ -55,7 +55,10 @@ class VocabularyMethod(QuantizeMethodBase):
         return layer
 
     def shares(self, layer: torch.nn.Module) -> bool:
-        """Take the packed weight of the embedding that this head is tied to; False where it has none."""
+        """Take the packed weight of the embedding that this head is tied to.
+
+        False where it has none.
+        """
         method = getattr(self.tied, "quant_method", None)
         if self.tied is None or not isinstance(method, VocabularyMethod) or method.packed is None:
             return False

@@ -74,7 +74,7 @@ def test_no_other_place_names_the_folder_of_a_backend():
     What only CPUs have is imported by name: looking rows up, the measured crossover, activations in 8 bits.
     """
     of_cpus = [f"vllm_plugin/{name}.py" for name in ("vocabulary", "config")]
-    of_cpus.append("evaluation/activation_bits.py")
+    of_cpus.append("evaluation/integer_layers.py")
     named_in = {PACKAGE / path for path in ("kernels/choose.py", *of_cpus)}
     for path in PACKAGE.rglob("*.py"):
         if path in named_in or path.parent.name in BACKENDS:

@@ -13,8 +13,8 @@ from rac_modifier.calibration.trace_pool import HoldOut
 from rac_modifier.checkpoint.load import load_model
 from rac_modifier.checkpoint.sparsity_config import SparsityRecord
 from rac_modifier.errors import RacError
-from rac_modifier.evaluation.activation_bits import choose_activations
-from rac_modifier.evaluation.activation_layers import quantized_layers
+from rac_modifier.evaluation.activations import choose_activations
+from rac_modifier.evaluation.integer_layers import layers_of
 from rac_modifier.evaluation.teacher_forcing import sequence_of
 from rac_modifier.traces.store import TraceStore
 from tests.llmcompressor.modifier_helpers import int4
@@ -54,7 +54,7 @@ def test_the_record_is_that_of_the_command_on_the_same_traces(prune, settings, t
 
     hold_out = HoldOut(300)
     list(hold_out.others(TraceStore.read(tmp_path / "own.jsonl")))
-    layers = quantized_layers(tmp_path / "out").layers
+    layers, _ = layers_of(tmp_path / "out")
     choice = choose_activations(
         load_model(tmp_path / "out"), layers, [*map(sequence_of, hold_out.held)], 0.01
     )
@@ -126,9 +126,9 @@ def test_routed_experts_keep_16_bits(prune, settings, tmp_path):
     record, int8 = written(tmp_path / "out")
     assert len(record["layers"]) == 8  # of attention
     assert int8
-    assert {layer.module for layer in quantized_layers(tmp_path / "out").layers} == record[
-        "layers"
-    ].keys()
+    layers, left_out = layers_of(tmp_path / "out")
+    assert {layer.module for layer in layers} == record["layers"].keys()
+    assert left_out.keys() == {"routed experts take 16 bits"}
 
 
 def test_groups_that_are_multiplied_as_floats_are_refused_before_the_run(prune, settings, tmp_path):

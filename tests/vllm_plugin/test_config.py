@@ -202,8 +202,8 @@ def test_pruned_weights_under_codes_are_said(monkeypatch, tmp_path):
 
 
 def test_gptq_on_a_device_without_a_kernel_is_refused(monkeypatch, tmp_path):
-    monkeypatch.setattr(plugin_config, "has_backend", lambda device: False)
-    with pytest.raises(RacError, match="since there is no kernel for cpu; leave it out"):
+    monkeypatch.setattr(plugin_config, "backend_of", lambda device: f"no kernel for {device}")
+    with pytest.raises(RacError, match="since no kernel for cpu; leave it out"):
         RacConfig.from_config(gptq_config()).maybe_update_config(str(tmp_path), SimpleNamespace())
 
 

@@ -8,25 +8,23 @@ import pytest
 import torch
 
 from rac_modifier.errors import RacError
-from rac_modifier.evaluation.activation_bits import (
+from rac_modifier.evaluation.activations import (
     LEVELS,
     ActivationChoice,
-    ActivationError,
-    QuantizedLayer,
-    activation_table,
     check_original,
     measure_activations,
     rounded,
     rounded_inputs,
 )
+from rac_modifier.evaluation.integer_layers import IntegerLayer
 from tests.evaluation.test_dense_reference import sequences
 from tests.tiny import linears, tiny_model
 
 DOWN = "model.layers.0.mlp.down_proj"
 
 
-def layer(module: str = DOWN, own_error: float = 0.1) -> QuantizedLayer:
-    return QuantizedLayer(module, 48, own_error)
+def layer(module: str = DOWN, own_error: float = 0.1) -> IntegerLayer:
+    return IntegerLayer(module, 48, own_error)
 
 
 @pytest.mark.parametrize("bits", [8, 16])
@@ -80,32 +78,26 @@ def test_an_outlier_channel_needs_16_bits():
         errors.append(measure_activations(model, [layer()], sequences())[0])
         up.weight.data[5] *= 1000
         down.weight.data[:, 5] *= 1e-4
-    assert errors[0].loses_nothing(0.01)
-    assert not errors[1].loses_nothing(0.01)
+    assert errors[0].share <= 0.01 < errors[1].share
     assert errors[1].error > 100 * errors[0].error
-    table = activation_table(errors, 0.01)
+    table = ActivationChoice(0.01, tuple(errors), {}).table()
     assert [row[-1] for row in table.rows] == ["8", "16"]
     assert "at most 0.01 of the layer's own error" in table.note
 
 
 def test_the_limit_is_a_share_of_the_layers_own_error():
-    assert ActivationError(layer(own_error=0.1), 1e-3).loses_nothing(0.01)
-    assert not ActivationError(layer(own_error=0.1), 1.1e-3).loses_nothing(0.01)
-    assert not ActivationError(layer(own_error=0.0), 1e-9).loses_nothing(0.01)
-
-
-def test_a_limit_that_no_layer_keeps_is_said_with_the_one_that_some_would():
-    errors = (
-        ActivationError(layer(own_error=0.1), 5e-3),
-        ActivationError(layer(own_error=0.4), 8e-3),
+    layers = tuple(
+        IntegerLayer(name, 48, own, error)
+        for name, own, error in (("a", 0.1, 5e-3), ("b", 0.4, 8e-3), ("c", 0.0, 1e-9))
     )
-    found = ActivationChoice(0.01, errors, {"kl": 0.0, "agreement": 1.0, "tokens": 9})
-    assert found.describe() == (
-        "0 of 2 layers in 8 bits: 8 bits add at least 0.02 of a layer's own error, and the limit is 0.01; a larger --limit takes "
-        "more layers"
+    divergence = {"kl": 1e-6, "agreement": 1.0, "tokens": 9}
+    assert ActivationChoice(0.01, layers, divergence).describe() == (
+        "0 of 3 layers in 8 bits: 8 bits add at least 0.02 of a layer's own error, and the limit is "
+        "0.01; a larger --limit takes more layers"
     )
-    some = ActivationChoice(0.03, errors, {"kl": 1e-6, "agreement": 1.0, "tokens": 9})
-    assert some.describe().startswith("1 of 2 layers in 8 bits: KL 1.00e-06 nats")
+    choice = ActivationChoice(0.03, layers, divergence)
+    assert choice.modules == ["b"]
+    assert choice.describe().startswith("1 of 3 layers in 8 bits: KL 1.00e-06 nats")
 
 
 def test_the_inputs_of_these_layers_are_rounded_and_of_no_others():
@@ -140,33 +132,6 @@ def test_a_layer_that_the_model_does_not_have_is_refused():
         measure_activations(tiny_model(), [layer("model.layers.7.x")], sequences())
 
 
-@pytest.mark.parametrize(
-    ("stored", "group", "columns", "bits", "block"),
-    [
-        (torch.int32, 64, 256, 4, 64),
-        (torch.int32, 1024, 4096, 4, 512),
-        (torch.int32, 4096, 4096, 4, 512),  # one scale per row
-        (torch.int32, 1056, 2112, 4, 352),
-        (torch.int32, 1280, 2560, 4, 320),  # thirds are no multiple of 8
-        (torch.int32, 1056, 2112, 3, 352),
-        (torch.int32, 640, 1280, 3, 320),
-        (torch.int32, 1040, 2080, 3, 208),  # no multiple of 32, so four bits each, in fifths
-        (torch.int8, 1020, 2040, 4, 340),
-    ],
-)
-def test_the_columns_that_share_a_scale_of_x(stored, group, columns, bits, block):
-    """The largest equal parts of a group that have at most 512 columns and a multiple of what the kernel takes at once."""
-    assert QuantizedLayer.of("a.b", stored, group, columns, None, word_bits=bits) == QuantizedLayer(
-        "a.b", block, None
-    )
-
-
-def test_values_that_are_multiplied_as_floats_and_experts_are_no_such_layers():
-    assert QuantizedLayer.of("a.b", torch.int32, 30, 120, None) is None
-    assert QuantizedLayer.of("a.b", torch.float8_e4m3fn, 120, 120, None) is None
-    assert QuantizedLayer.of("a.experts.3.up_proj", torch.int32, 32, 128, None) is None
-
-
 def original_and_rounded():
     """A model, and one whose `DOWN` is another: rounded to 15 steps per row."""
     dense, model = tiny_model(), tiny_model()
@@ -194,11 +159,11 @@ def test_an_own_error_that_is_not_known_is_measured():
     unknown = replace(layer(), own_error=None)
     check_original(model, dense, [unknown])
     (found,) = measure_activations(model, [unknown], [(ids, prompt)], dense)
-    assert found.layer.own_error == pytest.approx(expected, rel=1e-3)
+    assert found.own_error == pytest.approx(expected, rel=1e-3)
     assert 1e-4 < expected < 0.1
     assert found.error == measure_activations(model, [layer()], [(ids, prompt)])[0].error
     (kept,) = measure_activations(model, [layer(own_error=0.25)], [(ids, prompt)], dense)
-    assert kept.layer.own_error == 0.25
+    assert kept.own_error == 0.25
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,11 @@ from safetensors.torch import save_file
 
 from rac_modifier.checkpoint.packing import pack_checkpoint
 from rac_modifier.errors import RacError
-from rac_modifier.evaluation.activation_bits import QuantizedLayer
-from rac_modifier.evaluation.activation_layers import quantized_layers
+from rac_modifier.evaluation.integer_layers import IntegerLayer, layers_of
 from tests.tiny import linears, tiny_model
 
-UP, DOWN = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"
+DOWN = "model.layers.0.mlp.down_proj"
+UP = "model.layers.0.mlp.up_proj"
 FP8 = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}
 
 
@@ -89,24 +89,26 @@ def test_the_layers_of_a_dense_checkpoint(tmp_path: Path) -> None:
         "lm_head": words(8, 64, 32),
         "model.embed_tokens": words(8, 64, 32),
     }
-    found = quantized_layers(folder_of(tmp_path, modules), recorded=False)
-    gate = QuantizedLayer("model.layers.0.mlp.gate", 64, None)
-    assert found.layers == [QuantizedLayer(DOWN, 512, None), gate, QuantizedLayer(UP, 32, None)]
-    assert found.describe_left_out() == [
-        "left out: 2 modules, such as lm_head: heads and embeddings take 16 bits",
-        "left out: 2 modules, such as model.layers.1.mlp.experts.0.up_proj: dense experts of few bits have no kernel",
-        "left out: model.layers.2.mlp.down_proj: dense because its columns were reordered (actorder: group)",
-        "left out: model.layers.3.mlp.down_proj: its 100 columns are no multiple of its groups of 33",
-        "left out: model.layers.2.mlp.up_proj: dense weights of its bits have no kernel",
-        "left out: model.layers.3.mlp.up_proj: the kernels multiply its values as floats",
+    layers, left_out = layers_of(folder_of(tmp_path, modules), recorded=False)
+    gate = ("model.layers.0.mlp.gate", 64, None)
+    assert [(x.module, x.block, x.own_error) for x in layers] == [
+        (DOWN, 512, None),
+        gate,
+        (UP, 32, None),
     ]
-    assert found.count_left_out()["dense experts of few bits have no kernel"] == 2
+    assert left_out == {
+        "heads and embeddings take 16 bits": 2,
+        "routed experts take 16 bits": 2,
+        "dense because its columns were reordered (actorder: group)": 1,
+        "its 100 columns are no multiple of its groups of 33": 1,
+        "the kernels multiply its values as floats": 1,
+    }
 
 
 def test_own_errors_come_from_the_run_record(tmp_path: Path) -> None:
     modules = {UP: words(8, 64, 32), DOWN: words(8, 64, 32)}
     folder = folder_of(tmp_path, modules, own={UP: 0.25, DOWN: 0.5})
-    assert {layer.module: layer.own_error for layer in quantized_layers(folder).layers} == {
+    assert {layer.module: layer.own_error for layer in layers_of(folder)[0]} == {
         UP: 0.25,
         DOWN: 0.5,
     }
@@ -114,7 +116,7 @@ def test_own_errors_come_from_the_run_record(tmp_path: Path) -> None:
     with pytest.raises(
         RacError, match=rf"rac_run\.json has no error of {DOWN} \(1 layers in all\).*--dense MODEL"
     ):
-        quantized_layers(folder)
+        layers_of(folder)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +155,7 @@ def test_own_errors_come_from_the_run_record(tmp_path: Path) -> None:
 def test_a_checkpoint_that_is_refused(tmp_path: Path, config: dict[str, Any], message: str) -> None:
     folder = folder_of(tmp_path, {"lm_head": words(8, 64, 32)}, **config)
     with pytest.raises(RacError, match=message):
-        quantized_layers(folder)
+        layers_of(folder)
 
 
 def test_one_group_with_quantized_activations_is_refused_too(tmp_path: Path) -> None:
@@ -161,14 +163,14 @@ def test_one_group_with_quantized_activations_is_refused_too(tmp_path: Path) -> 
     both = quantization()
     both["config_groups"]["other"] = quantization(inputs=FP8)["config_groups"]["g"]
     with pytest.raises(RacError, match="its activations are quantized too"):
-        quantized_layers(folder_of(tmp_path, {UP: words(8, 64, 32)}, quantization_config=both))
+        layers_of(folder_of(tmp_path, {UP: words(8, 64, 32)}, quantization_config=both))
 
 
 def test_no_folder_and_packed_floats_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         RacError, match=r"owner/name: no folder of a checkpoint; give .*hf download ID"
     ):
-        quantized_layers(Path("owner/name"))
+        layers_of(Path("owner/name"))
     model = tiny_model()
     for linear in linears(model).values():
         linear.weight.data.view(-1, 4)[:, :2] = 0
@@ -182,4 +184,31 @@ def test_no_folder_and_packed_floats_are_refused(tmp_path: Path) -> None:
         RacError,
         match=r"none of its layers .* the kernels multiply its values as floats\); quantize",
     ):
-        quantized_layers(tmp_path)
+        layers_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("stored", "group", "columns", "bits", "block"),
+    [
+        (torch.int32, 64, 256, 4, 64),
+        (torch.int32, 1024, 4096, 4, 512),
+        (torch.int32, 4096, 4096, 4, 512),  # one scale per row
+        (torch.int32, 1056, 2112, 4, 352),
+        (torch.int32, 1280, 2560, 4, 320),  # thirds are no multiple of 8
+        (torch.int32, 1056, 2112, 3, 352),
+        (torch.int32, 640, 1280, 3, 320),
+        (torch.int32, 1040, 2080, 3, 208),  # no multiple of 32, so four bits each, in fifths
+        (torch.int8, 1020, 2040, 4, 340),
+    ],
+)
+def test_the_columns_that_share_a_scale_of_x(stored, group, columns, bits, block):
+    """The largest equal parts of a group that have at most 512 columns and a multiple of what the kernel takes at once."""
+    assert IntegerLayer.of("a.b", stored, group, columns, None, word_bits=bits) == IntegerLayer(
+        "a.b", block, None
+    )
+
+
+def test_values_that_are_multiplied_as_floats_and_experts_are_no_such_layers():
+    assert IntegerLayer.of("a.b", torch.int32, 30, 120, None) is None
+    assert IntegerLayer.of("a.b", torch.float8_e4m3fn, 120, 120, None) is None
+    assert IntegerLayer.of("a.experts.3.up_proj", torch.int32, 32, 128, None) is None
