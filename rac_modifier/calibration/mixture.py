@@ -35,7 +35,7 @@ class CalibrationSequence:
 
     def weights(self, settings: CalibrationSettings) -> list[float]:
         """Return the weight of each token in the Hessian; generic text weighs as much as traces."""
-        prompt, trace = settings.prompt_weight, settings.trace_weight
+        prompt, trace = settings.prompt_weight, 1.0
         if self.kind == "generic":
             return [trace] * len(self.ids)
         weights = [prompt] * self.prompt_tokens + [trace] * (len(self.ids) - self.prompt_tokens)

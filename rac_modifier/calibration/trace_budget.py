@@ -22,6 +22,7 @@ from rac_modifier.traces.collect import collect_traces, default_store_path
 from rac_modifier.traces.grading import Judge
 from rac_modifier.traces.store import TraceStore, read_header
 
+_LEAST_SHARE = 0.02  # of the sampled tokens; a selection that keeps less takes too long
 _ENOUGH_TO_JUDGE = 256  # traces after which the share that a selection keeps is known
 _GROWTH = 4.0  # largest growth of the judged traces between two checks
 _SERVE = (
@@ -113,7 +114,7 @@ def _fill_pool(
                     f"{part.key}: {pool.repeated_tokens:,} tokens of tails that repeat are left out"
                 )
             return pool
-        _check_hopeful(pool, part, settings.select.least_share)
+        _check_hopeful(pool, part)
         retry_failed = False  # once per run is enough
         goal = max(store.counts.tokens + 1, _store_tokens(pool, budget, held_out + reserved))
 
@@ -174,11 +175,10 @@ def _store_tokens(pool: TracePool, budget: int, kept_out: int) -> int:
     return math.ceil((max(pool.kept_out_tokens, kept_out) + others) * sampled / without_tails)
 
 
-def _check_hopeful(pool: TracePool, part: Part, least_share: float) -> None:
+def _check_hopeful(pool: TracePool, part: Part) -> None:
     share = sum(pool.lengths) / max(pool.store.counts.tokens - pool.kept_out_tokens, 1)
-    if pool.selection.total >= _ENOUGH_TO_JUDGE and share < least_share:
+    if pool.selection.total >= _ENOUGH_TO_JUDGE and share < _LEAST_SHARE:
         raise RacError(
             f"{part.key}: traces.select {pool.selection.describe()}, {share:.1%} of the tokens "
-            "sampled, so the budget takes too long: loosen the selection, choose other problems, or "
-            f"lower select.least_share ({least_share:g}) to continue"
+            "sampled, so the budget takes too long: loosen the selection, or choose other problems"
         )

@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from rac_modifier.evaluation.results import EvalResult
     from rac_modifier.frontier.benchmarks import Benchmark, Servers
     from rac_modifier.problems.source import Problem
-    from rac_modifier.settings.grid import GridEvaluation
-    from rac_modifier.settings.grid_benchmarks import GridBenchmark
+    from rac_modifier.settings.grid import GridBenchmark, GridEvaluation
     from rac_modifier.settings.prompt import PromptSettings
 
 

@@ -250,7 +250,7 @@ def _limits(evaluation: GridEvaluation) -> dict[str, Any]:
     return {
         "max_new_tokens": evaluation.cap,
         "temperature": evaluation.temperature,
-        "top_p": evaluation.top_p or TOP_P,
+        "top_p": TOP_P,
         "batch_size": evaluation.batch_size,
         "seed": evaluation.seed,
     }

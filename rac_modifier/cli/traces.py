@@ -89,7 +89,7 @@ def collect(
         loaded, tokenizer = subject_of(model) if traces.engine else load(model, precision)
         reserved = settings.recover.reserved_tokens if settings.recover else 0
         pools = collect_for_calibration(
-            loaded, tokenizer, traces, settings.calibration.weighed(), reserved_tokens=reserved
+            loaded, tokenizer, traces, settings.calibration, reserved_tokens=reserved
         )
     if as_json:
         print_json({"parts": {part: _pool_figures(pool) for part, pool in pools.items()}})

@@ -138,7 +138,7 @@ class CalibratingModifier(CalibrationEntry, Modifier):
                 state.model,
                 tokenizer,
                 self.traces,
-                self.calibration.weighed(),
+                self.calibration,
                 reserved_tokens=reserved_tokens,
                 processes=self._processes,
             )

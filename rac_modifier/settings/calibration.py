@@ -1,8 +1,7 @@
-"""What a user sets about calibration: the budget, the mixture that fills it, and what each token weighs."""
+"""What a user sets about calibration: the budget, the mixture that fills it, and token weights."""
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from pydantic import (
 )
 
 from rac_modifier.errors import RacError
-from rac_modifier.settings.base import Settings
+from rac_modifier.settings.base import Count, Seed, Settings, Weight
 
 Kind = Literal["traces", "prompts", "generic"]
 KINDS: tuple[Kind, ...] = ("traces", "prompts", "generic")
@@ -30,18 +29,19 @@ _EXAMPLE = '"traces:math@0.7, traces:code@0.2, text:c4@0.1"'
 
 NamedWeighting = Literal["uniform", "inverse_length", "correct"]
 TEXT_FILES = (".txt", ".jsonl", ".parquet")
+_Sequence = Annotated[int, Field(ge=16, le=10**9)]
 
 
 @dataclass(frozen=True)
 class Part:
-    """One part of the calibration set; without a name it is the recipe's own `traces`, or `calibration.generic`."""
+    """One part of the calibration set; without a name it is `traces` or `calibration.generic`."""
 
     kind: Kind
     name: str | None = None
 
     @classmethod
     def parse(cls, key: str) -> Part:
-        """ "traces", "traces:math", "text:c4", "prompts:open-r1/OpenR1-Math-220k".
+        """Read "traces", "traces:math", "text:c4" or "prompts:open-r1/OpenR1-Math-220k".
 
         Raises:
             RacError: another kind.
@@ -50,7 +50,8 @@ class Part:
         kind = _SYNONYMS.get(word, word)
         if kind not in KINDS or (colon and not name):
             raise RacError(
-                f"mixture names {key!r}; the kinds are {', '.join(KINDS)}, and kind:name for a source, as in {_EXAMPLE}"
+                f"mixture names {key!r}; the kinds are {', '.join(KINDS)}, and kind:name for a "
+                f"source, as in {_EXAMPLE}"
             )
         return cls(kind, name or None)
 
@@ -61,7 +62,7 @@ class Part:
 
 
 def read_mixture(value: Any) -> Any:
-    """A mixture as a mapping, from one line of text; anything else is left to the schema.
+    """Return a mixture as a mapping, from one line of text; the schema checks any other value.
 
     Raises:
         RacError: a part of the line without its share.
@@ -77,22 +78,23 @@ def read_mixture(value: Any) -> Any:
             at = ""
         if not at:
             raise RacError(
-                f"mixture: {part!r} has no share; write each part as kind@share or kind:name@share, as in {_EXAMPLE}"
+                f"mixture: {part!r} has no share; write each part as kind@share or "
+                f"kind:name@share, as in {_EXAMPLE}"
             )
     return mixture
 
 
 def check_mixture(mixture: Mapping[str, float]) -> dict[str, float]:
-    """The parts that have a share, in the order of their kinds.
+    """Return the parts that have a share, in the order of their kinds.
 
     Raises:
         RacError: an unknown kind, a share out of range, or shares that do not sum to 1.
     """
     parts: dict[Part, float] = {}
     for key, share in mixture.items():
-        part = Part.parse(key)
-        if not (math.isfinite(share) and share >= 0):
+        if not 0 <= share <= 1:
             raise RacError(f"mixture gives {key} the share {share}; use a number from 0 to 1")
+        part = Part.parse(key)
         parts[part] = parts.get(part, 0.0) + share
     total = sum(parts.values())
     if abs(total - 1) > 1e-6:
@@ -104,17 +106,15 @@ def check_mixture(mixture: Mapping[str, float]) -> dict[str, float]:
 
 
 def part_tokens(mixture: Mapping[str, float], tokens: int) -> dict[str, int]:
-    """The budget of each part, rounded so that all of them sum to `tokens`."""
-    budgets: dict[str, int] = {}
-    for key, share in mixture.items():
-        budgets[key] = round(tokens * share)
+    """Return the budget of each part, rounded so that all of them sum to `tokens`."""
+    budgets = {key: round(tokens * share) for key, share in mixture.items()}
     *_, last = mixture
     budgets[last] += tokens - sum(budgets.values())
     return budgets
 
 
 def check_weighting(value: Any) -> Any:
-    """The name of a weighting, or a function. Text never becomes a function, so that a recipe runs no code of its own.
+    """Return the name of a weighting, or a function. Text never becomes a function.
 
     Raises:
         RacError: neither of them.
@@ -122,13 +122,13 @@ def check_weighting(value: Any) -> Any:
     if value in get_args(NamedWeighting) or callable(value):
         return value
     raise RacError(
-        f"trace_weighting is {value!r}; use {', '.join(get_args(NamedWeighting))}. A function of your own can only be given "
-        "from Python, as an object: trace_weighting=my_function"
+        f"trace_weighting is {value!r}; use {', '.join(get_args(NamedWeighting))}. A function of "
+        "your own can only be given from Python, as an object: trace_weighting=my_function"
     )
 
 
 def name_of_weighting(weighting: str | Callable[..., float]) -> str:
-    """The name by which a weighting is recorded: for a function its module and qualified name."""
+    """Return the name that is recorded: for a function its module and qualified name."""
     if isinstance(weighting, str):
         return weighting
     named = weighting if hasattr(weighting, "__qualname__") else type(weighting)
@@ -152,19 +152,21 @@ TraceWeighting = Annotated[
 class GenericText(Settings):
     """Text that is not related to the problems, as usual calibration sets have it."""
 
-    source: str = Field(
-        "python-docs",
-        description='"python-docs" (the documentation topics that are part of Python, no download), '
-        "a path to .txt, .jsonl or .parquet, or a Hugging Face dataset",
-    )
-    column: str | None = Field(
-        None, description="the column with the text; not for python-docs or .txt"
-    )
-    split: str = Field("train", description="split of a Hugging Face dataset")
-    config: str | None = Field(None, description="configuration of a Hugging Face dataset")
-    sequence_tokens: int = Field(
-        512, ge=16, description="tokens per sequence into which the text is cut"
-    )
+    source: str = "python-docs"
+    """python-docs (documentation that is part of Python), a .txt, .jsonl or .parquet file, or a
+    Hugging Face dataset."""
+
+    column: str | None = None
+    """The column with the text; not for python-docs or .txt."""
+
+    split: str = "train"
+    """Split of a Hugging Face dataset."""
+
+    config: str | None = None
+    """Configuration of a Hugging Face dataset."""
+
+    sequence_tokens: _Sequence = 512
+    """Tokens per sequence into which the text is cut."""
 
     @property
     def has_columns(self) -> bool:
@@ -177,42 +179,45 @@ class GenericText(Settings):
         return self.source != "python-docs" and not self.source.endswith(TEXT_FILES)
 
 
-class CalibrationBudget(Settings):
-    """What is calibrated on, and how much of it."""
+class CalibrationSettings(Settings):
+    """What is calibrated on, how it is batched, and what each token weighs."""
 
-    tokens: int = Field(
-        262_144,
-        ge=1,
-        description="budget of real tokens (padding never counts); at 135 M parameters more than 65,536 gained nothing to be "
-        "measured, and the run says whether more could help",
-    )
-    mixture: Mixture = Field(
-        {"traces": 1.0},
-        description="share of the budget per part. A part is traces (each a prompt with its chain of thought), prompts or "
-        "generic (also written text), with or without the name of a source; as a mapping or in one line: "
-        '"traces:math@0.7, traces:code@0.2, text:c4@0.1"',
-    )
-    max_sequence_tokens: int | None = Field(
-        None,
-        ge=16,
-        description="longer sequences are cut to this many tokens (and counted as truncated); default: none is",
-    )
-    held_out_tokens: int = Field(
-        2048,
-        ge=0,
-        description="traces of about this many tokens, of four problems at least, are not calibrated on. The pruned model's "
-        "divergence from the dense one is measured on them, and on as many calibrated tokens, at the cost of two forward "
-        "passes each; the record has both; 0: not measured",
-    )
-    generic: GenericText = Field(GenericText(), description="the text of the part generic")
-    texts: dict[str, GenericText] = Field(
-        {}, description="further texts by name, for use in a mixture: text:c4"
-    )
-    seed: int = Field(
-        0,
-        ge=0,
-        description="decides which sequences of each part are taken, and the order of the batches",
-    )
+    tokens: Count = 262_144
+    """Budget of real tokens (padding never counts). The run says whether more could help."""
+
+    mixture: Mixture = {"traces": 1.0}
+    """Share of the budget per part: traces (prompts with their chains of thought), prompts or
+    generic (also written text), with or without the name of a source. A mapping or one line:
+    "traces:math@0.7, traces:code@0.2, text:c4@0.1"."""
+
+    max_sequence_tokens: _Sequence | None = None
+    """Longer sequences are cut to this many tokens, and counted as truncated; default: none is."""
+
+    held_out_tokens: int = Field(2048, ge=0, le=10**9)
+    """Traces of about this many tokens, of four problems at least, are not calibrated on: the
+    record has the pruned model's divergence on them; 0: not measured."""
+
+    generic: GenericText = GenericText()
+    """The text of the part generic."""
+
+    texts: dict[str, GenericText] = {}
+    """Further texts by name, for use in a mixture: text:c4."""
+
+    seed: Seed = 0
+    """Decides which sequences of each part are taken, and the order of the batches."""
+
+    batch_tokens: _Sequence = 16_384
+    """Sequences times length of a padded batch at most."""
+
+    prompt_weight: Weight = 1.0
+    """Weight of a prompt token in the Hessian; generated tokens and generic text weigh 1."""
+
+    answer_weight: Weight | None = None
+    """Weight of a generated token after the thinking (</think>); default: 1."""
+
+    trace_weighting: TraceWeighting = "uniform"
+    """Factor for the tokens of each trace. uniform: 1; inverse_length: each trace has the same
+    total weight; correct: 0 for traces with a wrong answer. From Python also a function."""
 
     @field_validator("mixture")
     @classmethod
@@ -220,21 +225,21 @@ class CalibrationBudget(Settings):
         return check_mixture(mixture)
 
     @model_validator(mode="after")
-    def _texts_are_known(self) -> CalibrationBudget:
+    def _texts_are_known(self) -> CalibrationSettings:
         for part in self.parts("generic"):
             self.text(part.name)
         return self
 
     def parts(self, *kinds: Kind) -> list[Part]:
-        """The parts of these kinds that have a share."""
+        """Return the parts of these kinds that have a share."""
         return [part for part in map(Part.parse, self.mixture) if part.kind in kinds]
 
     def share(self, kind: Kind) -> float:
-        """Of the budget, over all parts of one kind."""
+        """Return the share of the budget over all parts of one kind."""
         return sum(self.mixture[part.key] for part in self.parts(kind))
 
     def text(self, name: str | None) -> GenericText:
-        """The text of a part of the mixture: `generic`, a declared one, or a source by itself.
+        """Return the text of a part of the mixture: `generic`, a declared one, or a source.
 
         Raises:
             RacError: a name that is neither.
@@ -246,51 +251,7 @@ class CalibrationBudget(Settings):
         if name != "python-docs" and "/" not in name and not name.endswith(TEXT_FILES):
             declared = ", ".join(self.texts) or "none"
             raise RacError(
-                f"mixture names text:{name}, which is not among calibration.texts ({declared}) and is no text by itself "
-                "(python-docs, a file or a dataset id)"
+                f"mixture names text:{name}, which is not among calibration.texts ({declared}) and "
+                "is no text by itself (python-docs, a file or a dataset id)"
             )
         return GenericText(source=name)
-
-    def weighed(self) -> CalibrationSettings:
-        """These settings with the weights of tokens: where there are none to set, every token weighs 1."""
-        if isinstance(self, CalibrationSettings):
-            return self
-        return CalibrationSettings(**{name: getattr(self, name) for name in self.model_fields_set})
-
-
-class CalibrationSettings(CalibrationBudget):
-    """What is calibrated on, how it is batched, and what each token weighs."""
-
-    batch_tokens: int = Field(
-        16_384, ge=16, description="rows times length of a padded batch at most"
-    )
-    prompt_weight: float = Field(1.0, description="weight of a prompt token in the Hessian")
-    trace_weight: float = Field(
-        1.0, description="weight of a generated token, or one of generic text, in the Hessian"
-    )
-    answer_weight: float | None = Field(
-        None,
-        description="weight of a generated token after the thinking (</think>); default: trace_weight",
-    )
-    trace_weighting: TraceWeighting = Field(
-        "uniform",
-        description="factor for the tokens of each trace. uniform: 1; inverse_length: each trace has the same total weight, "
-        "whatever its length; correct: 0 for traces with a wrong answer. From Python also a function of a trace",
-    )
-
-    @model_validator(mode="after")
-    def _weights_make_sense(self) -> CalibrationSettings:
-        for name in ("prompt_weight", "trace_weight", "answer_weight"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value >= 0):
-                raise RacError(f"{name} is {value}; use a finite number of at least 0")
-        if self.prompt_weight == self.trace_weight == 0 and not self.answer_weight:
-            raise RacError(
-                "prompt_weight and trace_weight are both 0, so no token would count; set one above 0"
-            )
-        if self.trace_weight == 0 and not self.answer_weight and self.parts("traces"):
-            raise RacError(
-                "trace_weight is 0, so no chain-of-thought token would reach the Hessian; "
-                "for a prompts-only baseline set mixture: {prompts: 1.0} instead"
-            )
-        return self

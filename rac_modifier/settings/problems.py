@@ -7,21 +7,17 @@ from typing import Any, Self
 from pydantic import Field, ModelWrapValidatorHandler, field_validator, model_validator
 
 from rac_modifier.errors import RacError
-from rac_modifier.settings.base import Settings, keep_as_written
+from rac_modifier.settings.base import Count, Settings, keep_as_written
 
 ARITHMETIC = "arithmetic"
 GYM_PREFIX = "reasoning-gym:"
 FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
-_OTHER_TABLES = (
-    ".csv",
-    ".tsv",
-    ".xlsx",
-)  # whose values have no types: an answer 007 would become 7
+_OTHER_TABLES = (".csv", ".tsv", ".xlsx")  # without types: an answer 007 would become 7
 
 # What is set for the data sets of the paper where the user sets nothing.
 PRESETS: dict[str, dict[str, str]] = {
     "open-r1/OpenR1-Math-220k": {"column": "problem", "answer_column": "answer"},
-    # Its default configuration has no column with the whole question. It has tests and no answers.
+    # Its default configuration has no column with the whole question. It has no answers.
     "open-r1/codeforces": {"config": "verifiable-prompts", "column": "prompt"},
 }
 
@@ -29,33 +25,32 @@ PRESETS: dict[str, dict[str, str]] = {
 class ProblemSource(Settings):
     """Which problems the model is asked.
 
-    `source` is "arithmetic" (the calibration split of the built-in tasks, no download), "reasoning-gym:chain_sum" or
-    "reasoning-gym:chain_sum,gcd" (generated, one task after the other in turn), a path that ends in .jsonl, .json or
-    .parquet, or else the id of a Hugging Face dataset. Generated problems never end; the others are finite and shuffled
-    by the seed.
+    `source` is "arithmetic" (the calibration split of the built-in tasks), "reasoning-gym:gcd" or
+    "reasoning-gym:chain_sum,gcd" (one task after the other in turn), a path that ends in .jsonl,
+    .json or .parquet, or else the id of a Hugging Face dataset. Generated problems never end; the
+    others are finite and shuffled by the seed.
     """
 
-    source: str = Field(
-        ARITHMETIC,
-        min_length=1,
-        description="arithmetic, reasoning-gym:<task>, a file, or a dataset id",
-    )
-    column: str | None = Field(
-        None,
-        description="column of the question; needed unless exactly one is named problem, question or prompt",
-    )
-    answer_column: str | None = Field(
-        None,
-        description="column of the reference answer; stored with each trace, and used where answers are checked",
-    )
-    split: str = Field("train", description="split of a Hugging Face dataset")
-    config: str | None = Field(None, description="configuration of a Hugging Face dataset")
-    limit: int | None = Field(None, ge=1, description="use at most this many problems")
-    max_prompt_tokens: int | None = Field(
-        None,
-        ge=1,
-        description="skip problems with a longer prompt, and list them as failed; no prompt is cut",
-    )
+    source: str = Field(ARITHMETIC, min_length=1)
+    """arithmetic, reasoning-gym:<task>, a file, or a dataset id."""
+
+    column: str | None = None
+    """Column of the question; default: the only one named problem, question or prompt."""
+
+    answer_column: str | None = None
+    """Column of the reference answer; stored with each trace, and used to check answers."""
+
+    split: str = "train"
+    """Split of a Hugging Face dataset."""
+
+    config: str | None = None
+    """Configuration of a Hugging Face dataset."""
+
+    limit: Count | None = None
+    """Use at most this many problems."""
+
+    max_prompt_tokens: Count | None = None
+    """Skip problems with a longer prompt, and list them as failed; no prompt is cut."""
 
     @property
     def is_generator(self) -> bool:
@@ -69,9 +64,9 @@ class ProblemSource(Settings):
 
     @classmethod
     def looks_like(cls, name: str) -> bool:
-        """Whether a name by itself is a source of problems, rather than the name of a declared one."""
-        one = cls(source=name)
-        return one.is_generator or one.is_file or "/" in name
+        """Whether a name by itself is a source of problems, not the name of a declared one."""
+        source = cls(source=name)
+        return source.is_generator or source.is_file or "/" in name
 
     @model_validator(mode="wrap")
     @classmethod
@@ -79,11 +74,11 @@ class ProblemSource(Settings):
         preset = PRESETS.get(str(values.get("source"))) if isinstance(values, dict) else None
         if preset is None:
             return validate(values)
-        given = {name: value for name, value in values.items() if value is not None}
-        if "config" in preset and given.get("config", preset["config"]) != preset["config"]:
+        written = {name: value for name, value in values.items() if value is not None}
+        if "config" in preset and written.get("config", preset["config"]) != preset["config"]:
             return validate(values)  # another configuration has other columns
-        source = validate({**values, **preset, **given})
-        keep_as_written(source, given)
+        source = validate({**values, **preset, **written})
+        keep_as_written(source, written)
         return source
 
     @field_validator("source")
@@ -91,25 +86,21 @@ class ProblemSource(Settings):
     def _is_read(cls, source: str) -> str:
         if source.lower().endswith(_OTHER_TABLES):
             raise RacError(
-                f"{source!r} is a table of a kind that is not read; save it as one of {', '.join(FILE_SUFFIXES)}"
+                f"{source!r} is a table of a kind that is not read; save it as one of "
+                f"{', '.join(FILE_SUFFIXES)}"
             )
         return source
 
     @model_validator(mode="after")
     def _only_settings_that_apply(self) -> ProblemSource:
-        given = {"column": self.column, "answer_column": self.answer_column, "config": self.config}
-        given["split"] = self.split if self.split != "train" else None
-        applicable = (
-            ()
-            if self.is_generator
-            else ("column", "answer_column")
-            if self.is_file
-            else tuple(given)
-        )
-        for name, value in given.items():
-            if value is not None and name not in applicable:
+        set_for = {"config": self.config, "split": self.split if self.split != "train" else None}
+        if self.is_generator:
+            set_for |= {"column": self.column, "answer_column": self.answer_column}
+        for name, value in set_for.items():
+            if value is not None and (self.is_generator or self.is_file):
                 kind = "generates its problems" if self.is_generator else "is a file"
                 raise RacError(
-                    f"{name}={value!r} does not apply: source {self.source!r} {kind}; leave {name} out"
+                    f"{name}={value!r} does not apply: source {self.source!r} {kind}; leave {name} "
+                    "out"
                 )
         return self

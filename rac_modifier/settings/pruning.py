@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import (
     BaseModel,
+    ConfigDict,
     Field,
     ModelWrapValidatorHandler,
     PrivateAttr,
@@ -15,7 +16,7 @@ from pydantic import (
 )
 
 from rac_modifier.errors import RacError
-from rac_modifier.settings.base import keep_as_written
+from rac_modifier.settings.base import CONFIG, Batch, keep_as_written
 from rac_modifier.settings.name_patterns import check_names
 from rac_modifier.settings.pattern import Pattern, check_is_text
 from rac_modifier.settings.presets import Order, Preset, with_preset
@@ -25,100 +26,88 @@ Method = Literal["sparsegpt", "alps", "wanda", "magnitude", "keep", "none"]
 Allocation = dict[str, float]  # by module name or "re:" pattern
 UNSTRUCTURED = "0:0"
 
-# Of ALPS, in stages of at most 4, before the two with the final mask. On six groups of SmolLM2 at 60 % 11 leave 0.3 to 0.8 % more
-# of the error than 12, and 10 leave 0.9 to 1.3 % more; on random layers at 80 and 90 % 11 leave 2 % more. Without those two, 12
-# in two stages left 1 to 2 % more than in three.
+# Of ALPS, in stages of at most 4, before the two with the final mask. On six groups of SmolLM2 at
+# 60 % 11 leave 0.3 to 0.8 % more of the error than 12, and 10 leave 0.9 to 1.3 % more; on random
+# layers at 80 and 90 % 11 leave 2 % more. Without those two, 12 in two stages left 1 to 2 % more
+# than in three.
 ITERATIONS = 12
-REFIT_STEPS = 10
+REFIT_STEPS = 10  # conjugate-gradient steps of a refit at most; each costs an iteration of ALPS
 EXPERT_FLOOR = 512
 
 
 class PruningSettings(BaseModel):
     """The settings of ReasoningAwareSparseGPTModifier apart from calibration."""
 
-    sparsity: float | None = Field(
-        None,
-        description="share of the weights to prune, anywhere; not beside an N:M mask_structure, or solver: keep or none",
-    )
-    mask_structure: str | None = Field(
-        None,
-        description='"N:M" prunes N of every M consecutive inputs, as in SparseGPTModifier; "0:0" is unstructured. '
-        "Default: unstructured; with solver: keep, 2:4 if all pruned modules have it, else unstructured",
-    )
-    allocation: Allocation | None = Field(
-        None,
-        description="for an unstructured sparsity: shares of modules that differ from it, by module name or re: pattern (the "
-        "last match counts); the modules that none names get the one share that makes the average the sparsity asked for",
-    )
-    quantization: QuantizationSettings | None = Field(
-        None,
-        description="also quantize the pruned modules, in the same pass: kept weights are rounded to the scheme's values, and "
-        "the other kept ones compensate for it; zeros stay",
-    )
-    preset: Preset = Field(
-        "quality",
-        description="quality: alps towards the dense model's outputs; fast: sparsegpt with a refit towards them; "
-        "paper: sparsegpt as in the RAC paper. It sets solver, refit, reconstruct and order where the recipe does not",
-    )
-    solver: Method = Field(
-        "alps",
-        description="how the pruned weights are found (default: the preset's). keep: they are those that the model has pruned "
-        "already, for quantizing a sparse model; none: nothing is pruned, for quantizing a dense model",
-    )
-    refit: bool = Field(
-        False,
-        description="fit the kept weights again once the mask is chosen (default: the preset's); alps and keep always do so",
-    )
-    reconstruct: Literal["dense", "pruned"] = Field(
-        "dense",
-        description="the output that a pruned module aims at (default: the preset's). dense: the dense model's, which makes up "
-        "for what was lost in earlier modules and needs the activations of both models; pruned: its dense weights on the "
-        "pruned model's activations, as in the paper",
-    )
-    block_size: int = Field(
-        128, ge=1, description="columns that sparsegpt prunes before it updates the rest"
-    )
-    iterations: int = Field(
-        ITERATIONS, ge=1, description="iterations of alps; its time grows with them"
-    )
-    refit_steps: int = Field(
-        REFIT_STEPS,
-        ge=1,
-        description="conjugate-gradient steps of a refit at most; one costs as much as an iteration of alps",
-    )
-    dampening_frac: float = Field(
-        0.01, gt=0, description="dampening added to the Hessian, as a share of its mean diagonal"
-    )
-    order: Order = Field(
-        "auto",
-        description="group: each group of modules that read the same input is pruned on the activations of the model as pruned "
-        "so far, in one pass; layer: all Hessians of a decoder layer are from one pass, then it runs again, as in the paper's "
-        "code; auto: group where the model's code can be traced inside its layers, else layer; the log and the run record say "
-        "which (default: the preset's)",
-    )
-    experts: Literal["routed", "all"] = Field(
-        "routed",
-        description="the tokens that a routed expert (of a mixture of experts) is calibrated on. routed: those that the router "
-        "sends to it, in group order; all: every token, whatever the router says. The log and the run record say how many are "
-        "routed to each",
-    )
-    expert_floor: int = Field(
-        EXPERT_FLOOR,
-        ge=1,
-        description="least tokens of a routed expert: where the router sends fewer to it, those are added that it all "
-        "but sends there, by its logits; the log and the run record name these experts",
-    )
-    targets: list[str] = Field(
-        ["Linear"], description="modules to prune: class names, names, or re: patterns"
-    )
-    ignore: list[str] = Field(
-        [],
-        description="modules to leave dense, beside lm_head and router gates, which are pruned only if targets name them",
-    )
-    storage: Literal["packed", "dense"] = Field(
-        "packed",
-        description="packed: sparse-24-bitmask for 2:4, else sparse-bitmask; dense: ordinary weights with zeros",
-    )
+    model_config = ConfigDict(**CONFIG)
+    refit_steps: ClassVar[int] = REFIT_STEPS
+
+    sparsity: float | None = None
+    """Share of the weights to prune, anywhere; not beside an N:M mask_structure, or solver: keep
+    or none."""
+
+    mask_structure: str | None = None
+    """N:M prunes N of every M consecutive inputs, as in SparseGPTModifier; "0:0" is
+    unstructured, the default. With solver: keep, 2:4 if all pruned modules have it."""
+
+    allocation: Allocation | None = None
+    """For an unstructured sparsity: shares of modules that differ from it, by module name or re:
+    pattern (the last match counts); the others get the share that makes the average the sparsity
+    asked for."""
+
+    quantization: QuantizationSettings | None = None
+    """Also quantize the pruned modules, in the same pass: kept weights are rounded to the scheme's
+    values, the others compensate for it, and zeros stay."""
+
+    preset: Preset = "quality"
+    """quality: alps towards the dense model's outputs; fast: sparsegpt with a refit towards them;
+    paper: sparsegpt as in the RAC paper. It sets solver, refit, reconstruct and order where the
+    recipe does not."""
+
+    solver: Method = "alps"
+    """How the pruned weights are chosen (default: the preset's). keep: the model's zeros, to
+    quantize a sparse model; none: nothing is pruned, to quantize a dense model."""
+
+    refit: bool = False
+    """Fit the kept weights again once the mask is chosen (default: the preset's)."""
+
+    reconstruct: Literal["dense", "pruned"] = "dense"
+    """The output that a pruned module aims at (default: the preset's). dense: the dense model's,
+    which makes up for what earlier modules lost, at the cost of both models' activations; pruned:
+    its dense weights on the pruned model's activations, as in the paper."""
+
+    block_size: Batch = 128
+    """Columns that sparsegpt prunes before it updates the others."""
+
+    iterations: int = Field(ITERATIONS, ge=1, le=10_000)
+    """Iterations of alps; its time grows with them."""
+
+    dampening_frac: float = Field(0.01, gt=0, le=100)
+    """Dampening added to the Hessian, as a share of its mean diagonal."""
+
+    order: Order = "auto"
+    """group: each group of modules that read the same input is pruned on the activations of the
+    model as pruned so far; layer: all Hessians of a decoder layer are from one pass, as in the
+    paper's code; auto: group where the model's code can be traced inside its layers, else layer
+    (default: the preset's)."""
+
+    experts: Literal["routed", "all"] = "routed"
+    """Tokens that an expert of a mixture is calibrated on. routed: those that the router sends to
+    it, in group order; all: every token."""
+
+    expert_floor: int = Field(EXPERT_FLOOR, ge=1, le=10**9)
+    """Least tokens of a routed expert: where the router sends fewer to it, those are added that it
+    all but sends there, by its logits; the log and the run record name these experts."""
+
+    targets: list[str] = ["Linear"]
+    """Modules to prune: class names, names, or re: patterns."""
+
+    ignore: list[str] = []
+    """Modules to leave dense, besides lm_head and router gates, which are pruned only if targets
+    name them."""
+
+    storage: Literal["packed", "dense"] = "packed"
+    """packed: sparse-24-bitmask for 2:4, else sparse-bitmask; dense: ordinary weights with
+    zeros."""
 
     _pattern: Pattern | None = PrivateAttr(default=None)
 
@@ -136,11 +125,11 @@ class PruningSettings(BaseModel):
 
     @field_validator("allocation", mode="before")
     @classmethod
-    def _names_modules(cls, allocation: Any) -> Any:
+    def _is_by_module(cls, allocation: Any) -> Any:
         if allocation is not None and (not isinstance(allocation, dict) or not allocation):
             raise RacError(
-                f"allocation is {allocation!r}, and must be shares by module, such as {{'re:.*down_proj': 0.4}}; leave it out to "
-                "prune the same share of each"
+                f"allocation is {str(allocation)[:80]}, and must be shares by module, such as "
+                "{'re:.*down_proj': 0.4}; leave it out to prune the same share of each"
             )
         check_names(allocation or (), "allocation")
         return allocation
@@ -151,8 +140,8 @@ class PruningSettings(BaseModel):
         for target, share in (allocation or {}).items():
             if not 0.0 < share < 1.0:
                 raise RacError(
-                    f"allocation gives {target!r} the share {share}: must lie strictly between 0 and 1; name a module that "
-                    "is to stay dense in ignore"
+                    f"allocation gives {target!r} the share {share}: must lie strictly between 0 "
+                    "and 1; name a module that is to stay dense in ignore"
                 )
         return allocation
 
@@ -161,11 +150,6 @@ class PruningSettings(BaseModel):
     def _preset_fills_in(cls, values: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
         if not isinstance(values, dict):
             return validate(values)
-        if "experimental" in values:
-            raise RacError(
-                f"experimental: {values['experimental']!r}: this group is gone; write allocation: {{module: share}} beside "
-                "sparsity, and leave allocation: kl out, which gained nothing"
-            )
         settings = validate(with_preset(values))
         keep_as_written(settings, values)
         return settings
@@ -175,8 +159,9 @@ class PruningSettings(BaseModel):
         if self.solver == "none":
             if self.quantization is None:
                 raise RacError(
-                    "solver: none prunes nothing, and without quantization nothing is left to do; set quantization, such as "
-                    "{scheme: W4A16}, or leave solver out and set a sparsity"
+                    "solver: none prunes nothing, and without quantization nothing is left to do; "
+                    "set quantization, such as {scheme: W4A16}, or leave solver out and set a "
+                    "sparsity"
                 )
             self._pattern = Pattern.nothing()
         elif self.solver != "keep":
@@ -185,13 +170,14 @@ class PruningSettings(BaseModel):
             self._pattern = Pattern.parse(self.mask_structure, None)
         if self.order == "layer" and self.reconstruct == "dense":
             raise RacError(
-                "order: layer has no dense activations to aim at; set reconstruct: pruned, or order: auto"
+                "order: layer has no dense activations to aim at; set reconstruct: pruned, or "
+                "order: auto"
             )
         return self
 
     @property
     def pattern(self) -> Pattern | None:
-        """What is pruned of all modules together; None where `solver: keep` reads it off the model's zeros."""
+        """What is pruned; None where `solver: keep` reads it off the model's zeros."""
         return self._pattern
 
     @property
@@ -206,10 +192,7 @@ class PruningSettings(BaseModel):
 
     @property
     def fits_weights(self) -> bool:
-        """Whether any weight is computed with an inverse of the Hessian, or with products with it.
-
-        Not so where weights are only selected, and those that are kept stay as they are.
-        """
+        """Whether any weight is computed with the Hessian, rather than only selected."""
         return (
             self.refits
             or self.solver == "sparsegpt"

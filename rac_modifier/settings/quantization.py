@@ -1,7 +1,8 @@
 """What a user sets about quantization: llm-compressor's own schemes, checked here by name.
 
-compressed-tensors is not imported, so that a recipe is checked at once. What its schemes mean, and which of them can be
-rounded here, is checked where the modifier starts and before anything is sampled (llmcompressor/quantizer.py).
+compressed-tensors is not imported, so that a recipe is checked at once. What its schemes mean, and
+which of them can be rounded here, is checked where the modifier starts and before anything is
+sampled (llmcompressor/quantizer.py).
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from pydantic import Field, model_validator
 
 from rac_modifier.errors import RacError
 from rac_modifier.settings.base import Settings
+from rac_modifier.settings.name_patterns import check_names
 
-# On the reasoner's layers at 2:4 + int4, six sweeps lower the held-out error by another 0.2 % (one to three: 1.3 %).
+# On the reasoner's layers at 2:4 + int4, six sweeps lower the held-out error by another 0.2 % (one
+# to three: 1.3 %).
 SWEEPS = 3
 
 # The names of compressed-tensors; tests/contracts/test_compressed_tensors.py compares them with its own.
@@ -30,11 +33,13 @@ _FLOATS = ("FP8", "NVFP4", "MXFP", "UNQUANTIZED")
 GROUP_NAMES = ("targets", "weights", "input_activations", "output_activations", "format")
 QUANTIZED_PARTS = ("weights", "input_activations", "output_activations")
 ARGUMENT_NAMES = (
-    "num_bits", "type", "symmetric", "group_size", "strategy", "block_structure", "dynamic", "actorder", "scale_dtype",
-    "zp_dtype", "observer", "observer_kwargs",
+    "num_bits", "type", "symmetric", "group_size", "strategy", "block_structure", "dynamic",
+    "actorder", "scale_dtype", "zp_dtype", "observer", "observer_kwargs",
 )  # fmt: skip
-# An observer finds scales while it calibrates. Here the scales of weights are searched (quantization/grid.py), and only
-# dynamic activations are accepted, whose scales belong to the server. Zero points are stored as codes are.
+_RANGES = {"num_bits": (1, 16), "group_size": (-1, 1_000_000)}
+# An observer finds scales while it calibrates. Here the scales of weights are searched
+# (quantization/grid.py), and only dynamic activations are accepted, whose scales belong to the
+# server. Zero points are stored as codes are.
 _WITHOUT_EFFECT = {
     "observer": "scales are searched for, and no observer runs",
     "observer_kwargs": "scales are searched for, and no observer runs",
@@ -44,36 +49,34 @@ _WITHOUT_EFFECT = {
 
 
 class QuantizationSettings(Settings):
-    """How the pruned modules are quantized: a `scheme`, or `config_groups`, as in llm-compressor's QuantizationModifier."""
+    """How the pruned modules are quantized, as in llm-compressor's QuantizationModifier."""
 
-    scheme: str | dict[str, list[str]] | None = Field(
-        None,
-        description="a preset: W4A16, W8A16, W8A8, FP8_DYNAMIC; or a mapping from preset to targets, as in QuantizationModifier",
-    )
-    config_groups: dict[str, dict[str, Any]] | None = Field(
-        None,
-        description="in place of a preset: compressed-tensors' schemes by name, each with its targets",
-    )
-    sweeps: int = Field(
-        SWEEPS,
-        ge=0,
-        description="passes of coordinate descent over the rounded weights; 0: GPTQ alone",
-    )
-    int8_activation_limit: float | None = Field(
-        None,
-        ge=0,
-        allow_inf_nan=False,
-        description="record the pruned modules whose activations the CPU kernels may round to 8 bits in place of 16: those of "
-        "which 8 bits add at most this share of the module's own error, measured on the held-out traces at the end of the run; "
-        "0.01 is the default of `rac activations`. Default: not measured, and all have 16",
-    )
+    scheme: str | dict[str, list[str]] | None = None
+    """A preset: W4A16, W8A16, W8A8, FP8_DYNAMIC; or a mapping from preset to targets."""
+
+    config_groups: dict[str, dict[str, Any]] | None = None
+    """Instead of a preset: compressed-tensors' schemes by name, each with its targets."""
+
+    sweeps: int = Field(SWEEPS, ge=0, le=1000)
+    """Passes of coordinate descent over the rounded weights; 0: GPTQ alone."""
+
+    int8_activation_limit: float | None = Field(None, ge=0, le=1e6)
+    """Record the pruned modules whose activations the CPU kernels may round to 8 bits: those where
+    this adds at most this share of the module's own error, measured on the held-out traces at the
+    end of the run. Default: not measured, and all have 16 bits."""
 
     @property
     def has_integers(self) -> bool:
         """Whether weights of any scheme are integers."""
-        weights = [group.get("weights") or {} for group in (self.config_groups or {}).values()]
         return any(not name.upper().startswith(_FLOATS) for name in self._presets) or any(
-            each.get("type", "int") == "int" for each in weights
+            weights.get("type", "int") == "int" for weights in self._weights
+        )
+
+    @property
+    def has_zero_points(self) -> bool:
+        """Whether weights of any scheme have zero points."""
+        return any(name.upper().endswith("_ASYM") for name in self._presets) or any(
+            weights.get("symmetric") is False for weights in self._weights
         )
 
     @property
@@ -81,12 +84,8 @@ class QuantizationSettings(Settings):
         return [self.scheme] if isinstance(self.scheme, str) else list(self.scheme or ())
 
     @property
-    def has_zero_points(self) -> bool:
-        """Whether weights of any scheme have zero points."""
-        weights = [group.get("weights") or {} for group in (self.config_groups or {}).values()]
-        return any(name.upper().endswith("_ASYM") for name in self._presets) or any(
-            each.get("symmetric") is False for each in weights
-        )
+    def _weights(self) -> list[dict[str, Any]]:
+        return [group.get("weights") or {} for group in (self.config_groups or {}).values()]
 
     @model_validator(mode="after")
     def _names_are_known(self) -> QuantizationSettings:
@@ -97,23 +96,27 @@ class QuantizationSettings(Settings):
         for name in self._presets:
             if name.upper() not in PRESET_SCHEMES:
                 raise RacError(
-                    f"scheme {name!r}: no preset of llm-compressor; use W4A16, W8A8, FP8_DYNAMIC, or config_groups"
+                    f"scheme {name!r}: no preset of llm-compressor; use W4A16, W8A8, FP8_DYNAMIC, "
+                    "or config_groups"
                 )
+        for name, targets in (self.scheme if isinstance(self.scheme, dict) else {}).items():
+            check_names(targets, f"scheme.{name}")
         for name, group in (self.config_groups or {}).items():
             where = f"config_groups.{name}"
-            _check_names(group, GROUP_NAMES, where)
+            _check_known(group, GROUP_NAMES, where)
+            check_names(group.get("targets") or [], f"{where}.targets")
             for part in QUANTIZED_PARTS:
                 _check_arguments(group.get(part), f"{where}.{part}")
         return self
 
 
-def _check_names(values: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
+def _check_known(values: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
     for name, value in values.items():
         if name not in known:
             close = difflib.get_close_matches(str(name), known, n=1)
             raise RacError(
-                f"{where}.{name}: compressed-tensors has no such setting (value {value!r}); "
-                f"use {close[0] if close else 'one of ' + ', '.join(known)}"
+                f"{where}.{name}: compressed-tensors has no such setting (value {value!r}); use "
+                f"{close[0] if close else 'one of ' + ', '.join(known)}"
             )
 
 
@@ -122,9 +125,16 @@ def _check_arguments(arguments: Any, where: str) -> None:
         return
     if not isinstance(arguments, Mapping):
         raise RacError(
-            f"{where} is {arguments!r}; give its settings, such as {{num_bits: 8, strategy: channel}}"
+            f"{where} is {arguments!r}; give its settings, such as "
+            "{num_bits: 8, strategy: channel}"
         )
-    _check_names(arguments, ARGUMENT_NAMES, where)
+    _check_known(arguments, ARGUMENT_NAMES, where)
+    for name, (least, most) in _RANGES.items():
+        value = arguments.get(name)
+        if value is not None and (type(value) is not int or not least <= value <= most):
+            raise RacError(
+                f"{where}.{name} is {value!r}; use a whole number from {least} to {most}"
+            )
     for name, why in _WITHOUT_EFFECT.items():
         if arguments.get(name):
             raise RacError(

@@ -1,42 +1,58 @@
-"""Read, change and check a recipe before llm-compressor reads it: the entry of the one of our modifiers that it has."""
+"""Read, change and check a recipe before llm-compressor reads it, and our modifier's entry in it."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from rac_modifier.errors import RacError
+from rac_modifier.settings.base import Path as Setting
+from rac_modifier.settings.base import without_paths, written_value
 from rac_modifier.settings.check import check_settings
-from rac_modifier.settings.entries import ENTRIES, CalibrationEntry
+from rac_modifier.settings.entries import ENTRIES, KEEP_IDLE, CalibrationEntry
+from rac_modifier.settings.idle import Idle
 from rac_modifier.settings.shipped_recipes import find_recipe
 from rac_modifier.settings.strict_yaml import parse_yaml, read_yaml
 
 NAME = "ReasoningAwareSparseGPTModifier"
+_MIXTURE: Setting = ("calibration", "mixture")
 
 
-def load_recipe(named: str | Path, overrides: list[str] | None = None) -> dict[str, Any]:
-    """The recipe's content with `key.sub=value` overrides applied to our modifier's entry, checked.
+def load_recipe(
+    named: str | Path, overrides: list[str] | None = None, notes: list[str] | None = None
+) -> dict[str, Any]:
+    """Return a recipe's content with `key.sub=value` overrides of our entry applied, checked.
 
-    `named` is a path, or the name of a recipe that ships with the package.
+    Neither the recipe nor an override can name code: YAML is read with a safe loader, and no
+    setting imports anything.
 
-    Neither the recipe nor an override can name code: YAML is read with the safe loader, and no setting imports anything.
+    Args:
+        named: a path, or the name of a recipe that ships with the package.
+        overrides: of our modifier's entry.
+        notes: is extended by what an override of the mixture drops (`apply_overrides`).
 
     Raises:
-        RacError: no such recipe, not YAML, a layout in which llm-compressor finds no modifier, an entry with settings that
-            cannot work, or an override that is not `key=value`.
+        RacError: no such recipe, not YAML, a layout in which llm-compressor finds no modifier, an
+            entry with settings that cannot work, or an override that is not `key=value`.
     """
     recipe = read_recipe(named)
     name, entry = find_named_entry(recipe, str(named))
-    apply_overrides(entry, overrides or [])
+    check_layout(recipe, str(named))
+    dropped = apply_overrides(entry, overrides or [], name)
+    if notes is not None:
+        notes += dropped
     check_entry(entry, str(named), name)
-    return recipe
+    return dict(recipe)
 
 
 def read_recipe(named: str | Path) -> Any:
-    """What a recipe's file holds, unchecked; `named` is a path, or the name of a recipe that ships with the package.
+    """Return what a recipe's file holds, unchecked; `named` as in `load_recipe`.
 
     Raises:
         RacError: no such recipe, or not YAML.
@@ -44,54 +60,58 @@ def read_recipe(named: str | Path) -> Any:
     return read_yaml(find_recipe(named), "recipe", "name a YAML file")
 
 
-def find_named_entry(recipe: Any, where: str) -> tuple[str, dict[str, Any]]:
-    """Name and settings of our modifier inside a recipe, the settings to read or to change in place.
+def _groups_of(recipe: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield "stage: group" and the modifiers of each group, also where a suffix is missing."""
+    for stage, groups in recipe.items():
+        for group, modifiers in groups.items() if isinstance(groups, dict) else ():
+            if isinstance(modifiers, dict):
+                yield f"{stage}: {group}", modifiers
 
-    llm-compressor reads `<stage>_stage: <group>_modifiers: <Modifier>: {...}`. Where those suffixes are missing it runs
-    the recipe without any modifier and without a message; that is refused here.
+
+def _is_read(where: str) -> bool:
+    """Whether llm-compressor reads the group "stage: group"."""
+    return re.fullmatch(r".*_stage: .*_modifiers", where, re.DOTALL) is not None
+
+
+def find_named_entry(recipe: Any, where: str) -> tuple[str, dict[str, Any]]:
+    """Return name and settings of our modifier inside a recipe; the settings can be changed.
+
+    llm-compressor reads `<stage>_stage: <group>_modifiers: <Modifier>: {...}`. Where those suffixes
+    are missing it runs the recipe without the modifier and without a message.
 
     Raises:
         RacError: another layout, none of our modifiers, or more than one.
     """
-
-    def layout(name: str = NAME) -> str:
-        return f"write it as pruning_stage: pruning_modifiers: {name}: {{...}}"
-
+    layout = "write it as pruning_stage: pruning_modifiers: {}: {{...}}"
     if not isinstance(recipe, dict):
         what = "is empty" if recipe is None else f"holds no recipe but {type(recipe).__name__}"
-        raise RacError(f"{where} {what}; {layout()}")
-    found: list[tuple[str, dict[str, Any]]] = []
+        raise RacError(f"{where} {what}; {layout.format(NAME)}")
+    entries: list[tuple[str, dict[str, Any]]] = []
     others: list[str] = []
-    for stage, groups in recipe.items():
-        for group, modifiers in groups.items() if isinstance(groups, dict) else ():
-            others += map(str, modifiers) if isinstance(modifiers, dict) else []
-            for name in ENTRIES.keys() & modifiers.keys() if isinstance(modifiers, dict) else ():
-                if not (str(stage).endswith("_stage") and str(group).endswith("_modifiers")):
-                    raise RacError(
-                        f"{where}: llm-compressor would overlook {stage}: {group}: {name}; {layout(name)}"
-                    )
-                modifiers[name] = {} if modifiers[name] is None else modifiers[name]
-                if not isinstance(modifiers[name], dict):
-                    raise RacError(
-                        f"{where}: {name} holds {modifiers[name]!r}, not settings; {layout(name)}"
-                    )
-                found.append((name, modifiers[name]))
-    if not found:
-        misspelt = [
-            (other, ours)
-            for other in others
-            for ours in get_close_matches(other, ENTRIES, n=1, cutoff=0.9)
-        ]
-        next_step = (
-            "{} is no modifier; did you mean {}?".format(*misspelt[0]) if misspelt else layout()
-        )
-        raise RacError(f"{where} has no {' or '.join(ENTRIES)}; {next_step}")
-    if len(found) > 1:
-        names = " and ".join(sorted(name for name, _ in found))
+    for group, modifiers in _groups_of(recipe):
+        others += map(str, modifiers)
+        for name in ENTRIES.keys() & modifiers.keys():
+            if not _is_read(group):
+                raise RacError(
+                    f"{where}: llm-compressor would overlook {group}: {name}; {layout.format(name)}"
+                )
+            modifiers[name] = {} if modifiers[name] is None else modifiers[name]
+            if not isinstance(modifiers[name], dict):
+                raise RacError(
+                    f"{where}: {name} holds {modifiers[name]!r}, not settings; "
+                    f"{layout.format(name)}"
+                )
+            entries.append((name, modifiers[name]))
+    if len(entries) > 1:
+        names = " and ".join(sorted(name for name, _ in entries))
         raise RacError(
             f"{where} has {names}; leave one of them out: one calibrates the whole recipe"
         )
-    return found[0]
+    if not entries:
+        meant = next((m for o in others for m in get_close_matches(o, ENTRIES, 1, 0.9)), None)
+        next_step = f"did you mean {meant}?" if meant else layout.format(NAME)
+        raise RacError(f"{where} has no {' or '.join(ENTRIES)}; {next_step}")
+    return entries[0]
 
 
 def has_entry(recipe: Any) -> bool:
@@ -101,18 +121,31 @@ def has_entry(recipe: Any) -> bool:
     return bool(ENTRIES.keys() & recipe.keys()) or any(map(has_entry, recipe.values()))
 
 
+def overlooked(recipe: Any) -> list[str]:
+    """Return the stages, and groups of stages, that llm-compressor would not read."""
+    if not isinstance(recipe, dict):
+        return [repr(recipe)[:80]]
+    stages = {str(stage): groups for stage, groups in recipe.items() if stage != "args"}
+    return [
+        *(stage for stage, groups in stages.items() if not isinstance(groups, dict) or not groups),
+        *(where for where, _ in _groups_of(stages) if not _is_read(where)),
+        *(
+            f"{stage}: {group}"
+            for stage, groups in stages.items()
+            if isinstance(groups, dict)
+            for group, modifiers in groups.items()
+            if not isinstance(modifiers, dict)
+        ),
+    ]
+
+
 def check_layout(recipe: Any, where: str) -> None:
-    """Refuse a recipe, without an entry of ours, that llm-compressor would overlook (RacError)."""
-    stages = recipe.items() if isinstance(recipe, dict) else [("", None)]
-    for stage, groups in stages:
-        names = groups if isinstance(groups, dict) else {"": None}
-        if not str(stage).endswith("_stage") or not all(
-            str(name).endswith("_modifiers") for name in names
-        ):
-            raise RacError(
-                f"{where}: llm-compressor would overlook {stage or recipe!r}; write it as quantization_stage: "
-                "quantization_modifiers: QuantizationModifier: {...}"
-            )
+    """Refuse a recipe of which llm-compressor would overlook a part (RacError)."""
+    if unread := overlooked(recipe):
+        raise RacError(
+            f"{where}: llm-compressor would overlook {unread[0]}; write it as quantization_stage: "
+            "quantization_modifiers: QuantizationModifier: {...}"
+        )
 
 
 def check_entry(entry: dict[str, Any], where: str, name: str = NAME) -> CalibrationEntry:
@@ -125,7 +158,7 @@ def check_entry(entry: dict[str, Any], where: str, name: str = NAME) -> Calibrat
 
 
 def schema(name: str = NAME) -> str:
-    """The JSON Schema of a recipe entry of our modifier of this name.
+    """Return the JSON Schema of a recipe entry of our modifier of this name.
 
     Raises:
         RacError: a modifier that is not ours.
@@ -137,33 +170,75 @@ def schema(name: str = NAME) -> str:
     return json.dumps(ENTRIES[name].model_json_schema(), indent=2) + "\n"
 
 
-def apply_overrides(entry: dict[str, Any], overrides: list[str]) -> None:
-    """Change settings in place, each written as `key.sub=value`.
+def apply_overrides(entry: dict[str, Any], overrides: list[str], name: str = NAME) -> list[str]:
+    """Change settings in place as `change_entry` does, each written as `key.sub=value`.
 
     Raises:
-        RacError: an override that is not `key=value`.
+        RacError: an override that is not `key=value`, or names a group below a value.
     """
-    for override in overrides:
-        _apply(entry, override)
+    return change_entry(entry, dict(map(_read_override, overrides)), name)
 
 
-def _apply(entry: dict[str, Any], override: str) -> None:
-    """Set one value of an entry; `null` takes the setting out, whatever the recipe holds there."""
+def change_entry(entry: dict[str, Any], changes: dict[Setting, Any], name: str) -> list[str]:
+    """Set values of an entry in place; None takes a setting out.
+
+    A change of calibration.mixture drops the settings that only the mixture before used, unless
+    `changes` sets them.
+
+    Returns:
+        a line for each setting that was dropped.
+
+    Raises:
+        RacError: a setting below one that is no group.
+    """
+    is_mixed = _MIXTURE in changes
+    before = _idle_settings(entry, name) if is_mixed else {}
+    for path, value in changes.items():
+        _set(entry, path, value)
+    after = _idle_settings(entry, name) if is_mixed else {}
+    unused = {
+        path: why
+        for path, why in after.items()
+        if path not in before
+        and written_value(entry, path) is not None
+        and not any(changed[: len(path)] == path for changed in changes)
+    }
+    left = without_paths(entry, set(unused))
+    entry.clear()
+    entry.update(left)
+    return [f"{'.'.join(path)} is dropped: it has no effect {why}" for path, why in unused.items()]
+
+
+def _idle_settings(entry: dict[str, Any], name: str) -> Idle:
+    """Return the settings without an effect; none where the entry cannot be validated."""
+    try:
+        return ENTRIES[name].model_validate(entry, context=KEEP_IDLE).idle_settings()
+    except ValidationError:
+        return {}
+
+
+def _read_override(override: str) -> tuple[Setting, Any]:
+    """Return path and value of `key.sub=value`; None is for a setting that is to be taken out."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise RacError(
             f"--set {override!r} is not key=value, for example --set calibration.tokens=32768"
         )
-    # YAML would read 2:4 as the number 124
-    is_ratio = re.fullmatch(r"[0-9]+:[0-9]+", text)
-    value = text if is_ratio else parse_yaml(text, f"--set {override!r}: the value is not YAML")
-    *parents, last = key.split(".")
+    if re.fullmatch(r"[0-9]+:[0-9]+", text):  # YAML would read 2:4 as the number 124
+        return tuple(key.split(".")), text
+    value = parse_yaml(text, f"--set {override[:100]!r}: the value is not YAML")
+    return tuple(key.split(".")), value
+
+
+def _set(entry: dict[str, Any], path: Setting, value: Any) -> None:
+    """Set a value of an entry; None takes the setting out."""
+    *parents, last = path
     for parent in parents:
         if entry.get(parent) is None:
             entry[parent] = {}
         entry = entry[parent]
         if not isinstance(entry, dict):
-            raise RacError(f"--set {override!r}: {parent} is not a group of settings")
+            raise RacError(f"{'.'.join(path)} cannot be set: {parent} is not a group of settings")
     if value is None:
         entry.pop(last, None)
     else:

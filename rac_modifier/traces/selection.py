@@ -54,7 +54,7 @@ class Selection:
     """Filters traces by settings; counts the traces that pass, and those that do not by reason.
 
     The traces of a problem must be neighbours, as they are in a store. In memory are the samples of
-    one problem, and with `dedupe` a hash per trace.
+    one problem.
     """
 
     def __init__(self, settings: SelectSettings):
@@ -62,22 +62,16 @@ class Selection:
         self.total = 0
         self.kept = 0
         self.dropped: Counter[str] = Counter()
-        self._seen: set[int] = set()
 
     def keep(self, judged: Iterable[Judged]) -> Iterator[Trace]:
         """Yield the selected traces in order; each trace comes with its verdict (None: unchecked)."""
-        most = self.settings.per_problem
         for _, samples in groupby(judged, key=lambda pair: pair[0].problem_id):
-            count = 0  # selected samples of this problem
             for trace, reason in self._reasons(samples):
                 self.total += 1
-                if reason is None and most is not None and count >= most:
-                    reason = "beyond per_problem"
                 if reason is not None:
                     self.dropped[reason] += 1
                     continue
                 self.kept += 1
-                count += 1
                 yield trace
 
     def _reasons(self, samples: Iterable[Judged]) -> Iterator[tuple[Trace, str | None]]:
@@ -104,11 +98,6 @@ class Selection:
             return "wrong"
         if settings.answers == "wrong" and right:
             return "right"
-        if settings.dedupe:
-            identity = hash(trace.completion_ids)
-            if identity in self._seen:
-                return "duplicates"
-            self._seen.add(identity)
         return None
 
     def describe(self) -> str:

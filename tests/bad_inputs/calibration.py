@@ -18,16 +18,6 @@ CASES += [
         lambda b: b.check(calibration={"mixture": {"thoughts": 1.0}}),
     ),
     Case(
-        "a negative token weight",
-        "prompt_weight is -1.0; use a finite number of at least 0",
-        lambda b: b.check(calibration={"prompt_weight": -1}),
-    ),
-    Case(
-        "`trace_weight: 0` with traces in the mixture",
-        "no chain-of-thought token would reach the Hessian",
-        lambda b: b.check(calibration={"trace_weight": 0}),
-    ),
-    Case(
         "a part of a mixture in one line without its share",
         "mixture: 'traces:math' has no share; write each part as kind@share or kind:name@share",
         lambda b: b.check(calibration={"mixture": "traces:math, text:python-docs@0.1"}),
@@ -62,12 +52,6 @@ CASES += [
         lambda b: b.check(calibration={"mixture": {"prompts": 1.0}, "prompt_weight": 0.5}),
     ),
     Case(
-        "a weighting of traces beside a mixture without traces",
-        "calibration.trace_weighting: 'correct' has no effect beside a mixture without traces; leave it out, or give traces a "
-        "share of calibration.mixture",
-        lambda b: b.check(calibration={"mixture": {"generic": 1.0}, "trace_weighting": "correct"}),
-    ),
-    Case(
         "`traces` beside a mixture without traces and prompts",
         "traces: {'store': 's.jsonl'} has no effect beside a mixture without traces and prompts; leave it out",
         lambda b: b.check(traces={"store": "s.jsonl"}, calibration={"mixture": {"generic": 1.0}}),
@@ -77,26 +61,6 @@ CASES += [
         "traces.sampling.max_new_tokens: 512 has no effect beside a mixture without traces",
         lambda b: b.check(
             traces={"sampling": {"max_new_tokens": 512}}, calibration={"mixture": {"prompts": 1.0}}
-        ),
-    ),
-    Case(
-        "a batch size for sampling beside servers",
-        "traces.sampling.batch_size: 8 has no effect beside traces.engine; leave it out, or set traces.engine.concurrency",
-        lambda b: b.check(
-            traces={"engine": {"base_urls": ["http://127.0.0.1:1"]}, "sampling": {"batch_size": 8}}
-        ),
-    ),
-    Case(
-        "`retry_failed` without servers",
-        "traces.retry_failed: True has no effect without traces.engine, since only what a server failed to complete is tried "
-        "again; leave it out",
-        lambda b: b.check(traces={"retry_failed": True}),
-    ),
-    Case(
-        "a named source that the mixture does not use",
-        "has no effect unless the mixture names it; add traces:math to calibration.mixture",
-        lambda b: b.check(
-            traces={"sources": {"math": {"problems": {"source": "reasoning-gym:gcd"}}}}
         ),
     ),
     Case(

@@ -158,7 +158,7 @@ CASES += [
     Case(
         "a grid that does not fit the memory or the disk",
         "nothing was started, because this does not fit:",
-        lambda b: frontier(b, shared={"calibration": {"tokens": 10**15}}),
+        lambda b: frontier(b, shared={"calibration": {"tokens": 10**9}}),
     ),
     Case(
         "a grid whose models are served, without a vllm",

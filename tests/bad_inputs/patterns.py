@@ -52,31 +52,6 @@ CASES += [
         lambda b: b.check(sparsity=0.5),
     ),
     Case(
-        "`sparsity` beside `solver: keep`",
-        "sparsity: 0.5 has no effect beside solver: keep, since the zeros are the model's; leave it out",
-        lambda b: b.check(mask_structure=None, solver="keep", sparsity=0.5),
-    ),
-    Case(
-        "a setting of another solver",
-        "block_size: 64 has no effect beside solver: alps; leave it out, or set solver: sparsegpt",
-        lambda b: b.check(block_size=64),
-    ),
-    Case(
-        "`iterations` without alps",
-        "iterations: 4 has no effect beside solver: sparsegpt; leave it out, or set solver: alps",
-        lambda b: b.check(preset="fast", iterations=4),
-    ),
-    Case(
-        "`refit` of a solver that always refits",
-        "refit: True has no effect beside solver: alps, which always refits the kept weights; leave it out",
-        lambda b: b.check(refit=True),
-    ),
-    Case(
-        "`refit_steps` where nothing is refitted",
-        "refit_steps: 3 has no effect beside solver: sparsegpt without a refit; leave it out, or set refit: true",
-        lambda b: b.check(preset="paper", refit_steps=3),
-    ),
-    Case(
         "`dampening_frac` where no Hessian is inverted",
         "dampening_frac: 0.1 has no effect beside solver: wanda without refit, quantization or reconstruct: dense",
         lambda b: b.check(preset="paper", solver="wanda", dampening_frac=0.1),
@@ -102,19 +77,9 @@ CASES += [
         lambda b: b.prune_with(targets=["model.embed_tokens"]),
     ),
     Case(
-        "`allocation` beside an N:M pattern",
-        "N:M prunes the same share of every module",
-        lambda b: b.check(allocation={"re:.*q_proj": 0.6}),
-    ),
-    Case(
         "`allocation` that is no list of shares",
-        "allocation is 'kl', and must be shares by module, such as",
+        "allocation is kl, and must be shares by module, such as",
         lambda b: b.check(mask_structure="0:0", sparsity=0.5, allocation="kl"),
-    ),
-    Case(
-        "the group `experimental` of older recipes",
-        "this group is gone; write allocation: {module: share} beside sparsity",
-        lambda b: b.check(mask_structure="0:0", sparsity=0.5, experimental={"allocation": "kl"}),
     ),
     Case(
         "a share of 0 in `allocation`",

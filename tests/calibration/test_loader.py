@@ -164,7 +164,7 @@ def test_weights_of_prompt_thinking_answer_and_trace_reach_a_real_models_hessian
         replace(s, answer_start=s.prompt_tokens + 4, weight=w)
         for s, w in zip(sequences([20, 9, 33]), (1, 0.5, 3), strict=True)
     ]
-    made = loader(wanted, batch_tokens=128, prompt_weight=0.25, trace_weight=1.0, answer_weight=5.0)
+    made = loader(wanted, batch_tokens=128, prompt_weight=0.25, answer_weight=5.0)
     name, module = next((n, m) for n, m in linears(model).items() if "down_proj" in n)
     hessian, total, sums = (
         Hessian(module.in_features),
@@ -212,10 +212,10 @@ def test_a_batch_may_fill_its_limit_exactly():
     assert len(loader(sequences([32, 32]), batch_tokens=63)) == 2
 
 
-@pytest.mark.parametrize("weights", [(0.0, 1.0), (0.3, 3.0)])
-def test_prompt_and_trace_weights_reach_the_loader(weights):
-    made = loader(sequences([9]), prompt_weight=weights[0], trace_weight=weights[1])
-    assert made.token_weights[0].tolist() == [pytest.approx([weights[0]] * 3 + [weights[1]] * 6)]
+@pytest.mark.parametrize("weight", [0.0, 0.3])
+def test_the_prompt_weight_reaches_the_loader(weight):
+    made = loader(sequences([9]), prompt_weight=weight)
+    assert made.token_weights[0].tolist() == [pytest.approx([weight] * 3 + [1.0] * 6)]
 
 
 def test_the_hash_changes_with_tokens_weights_and_order():

@@ -174,10 +174,10 @@ def test_ids_and_eos_are_kept_as_generated():
 
 
 def test_weights_by_token():
-    weighted = settings(prompt_weight=0.25, trace_weight=2.0)
-    assert list(trace(0, 2, 3).weights(weighted)) == [0.25, 0.25, 2.0, 2.0, 2.0]
+    weighted = settings(prompt_weight=0.25)
+    assert list(trace(0, 2, 3).weights(weighted)) == [0.25, 0.25, 1.0, 1.0, 1.0]
     assert list(prompt_sequence([1, 2]).weights(weighted)) == [0.25, 0.25]
-    assert list(generic_sequence([1, 2]).weights(weighted)) == [2.0, 2.0]
+    assert list(generic_sequence([1, 2]).weights(weighted)) == [1.0, 1.0]
     assert set(trace(0).weights(settings())) == {1.0}
 
 

@@ -12,8 +12,7 @@ from rac_modifier.cli.frontier import _served
 from rac_modifier.cli.options import Dtype
 from rac_modifier.errors import RacError
 from rac_modifier.problems.source import Problem
-from rac_modifier.settings.grid import GridEvaluation
-from rac_modifier.settings.grid_benchmarks import GridBenchmark
+from rac_modifier.settings.grid import GridBenchmark, GridEvaluation
 from rac_modifier.settings.prompt import PromptSettings
 from tests.sampling import fake_vllm
 from tests.sampling.fake_server import shorten_pauses

@@ -99,7 +99,6 @@ def test_the_settings_that_only_pruning_has_are_listed(site):
         assert re.search(rf"\b{name}\b", listed), name
     for name in both[1]:
         assert not re.search(rf"(?<![.\w]){name}\b(?!\.)", listed), name
-    assert "calibration.prompt_weight" in listed
 
 
 def test_every_recipe_is_shown_whole(site):

@@ -36,19 +36,6 @@ def traces(**settings: Any) -> dict[str, Any]:
     return {"traces": settings}
 
 
-def sampling(**settings: Any) -> dict[str, Any]:
-    return traces(sampling=settings)
-
-
-def select(
-    *, answers: str | None = None, samples: int | None = None, **settings: Any
-) -> dict[str, Any]:
-    chosen = {**settings, **({"answers": answers} if answers else {})}
-    return traces(
-        select=chosen, **({"sampling": {"samples_per_problem": samples}} if samples else {})
-    )
-
-
 def mixture(line: str, **settings: Any) -> dict[str, Any]:
     return {"calibration": {"mixture": line, **settings}}
 
@@ -105,7 +92,6 @@ PRUNED = [
     Row("reconstruct", "pruned"),
     Row("block_size", 16, SPARSEGPT),
     Row("iterations", 2),
-    Row("refit_steps", 1),
     Row("dampening_frac", 0.5),
     Row("order", "layer", {"reconstruct": "pruned"}),
     Row("experts", "all", {"calibration": {"tokens": 2000}}),
@@ -122,11 +108,11 @@ PRUNED = [
             "generic_share": 0.3,
         }.items()
     ),
-    *(Row(f"recover.generic.{r.path}", r.value, recovered_text(r.base)) for r in NAMED_TEXT),
+    Row("recover.generic.source", "text.txt", recovered_text({})),
     Row("allocation", {"re:.*q_proj": 0.8}, PLAIN),
 ]  # fmt: skip
 
-# Of a source of traces; `traces.sources.*` has the same.
+# Of a source of traces.
 OF_SOURCES = [
     Row("store", "other.jsonl"),
     Row("problems.source", "problems.jsonl"),
@@ -150,29 +136,21 @@ OF_SOURCES = [
     Row("select.finished", True),
     Row("select.min_tokens", 12),
     Row("select.max_tokens", 11),
-    Row("select.dedupe", True, sampling(samples_per_problem=4, temperature=0.01)),
     Row("select.repeated_tails", "keep"),
-    Row("select.per_problem", 1, select(samples=2)),
     Row(
         "select.pass_rate",
         [0.5, 1.0],
         {"traces": {**CHECKED["traces"], "sampling": {"samples_per_problem": 2}}},
-    ),
-    Row(
-        "select.least_share",
-        1.0,
-        {"traces": {"select": {"finished": True}}, "calibration": {"tokens": 60}},
     ),
     Row("allow_off_policy", True, traces(store="foreign.jsonl")),
 ]
 CALIBRATED = [
     *(Row(f"traces.{row.path}", row.value, row.base) for row in OF_SOURCES),
     *(
-        Row(f"traces.sources.*.{row.path}", row.value, merged(row.base, {
-            "traces": {**dict.fromkeys(row.base.get("traces", {})), "sources": {"s": merged(SOURCE, row.base.get("traces", {}))}},
-            "calibration": {"mixture": "traces:s@1"},
-        }))
-        for row in OF_SOURCES
+        Row(f"traces.sources.*.{path}", value, {"traces": {"sources": {"s": SOURCE}}, **mixture("traces:s@1")})
+        for path, value in {
+            "store": "other.jsonl", "problems.source": "problems.jsonl", "sampling.seed": 1, "select.finished": True,
+        }.items()
     ),
     Row("calibration.tokens", 200),
     Row("calibration.mixture", "traces@0.5, prompts@0.5"),
@@ -180,24 +158,32 @@ CALIBRATED = [
     Row("calibration.batch_tokens", 64),
     Row("calibration.held_out_tokens", 50),
     Row("calibration.prompt_weight", 0.5),
-    Row("calibration.trace_weight", 0.5),
     Row("calibration.answer_weight", 3.0, {"calibration": {"tokens": LONG}}),
     Row("calibration.trace_weighting", "inverse_length"),
     Row("calibration.seed", 1),
     *(Row(f"calibration.generic.{r.path}", r.value, mixture("text@1", generic=r.base)) for r in NAMED_TEXT),
-    *(Row(f"calibration.texts.*.{r.path}", r.value, mixture("text:s@1", texts={"s": r.base})) for r in NAMED_TEXT),
+    Row("calibration.texts.*.source", "text.txt", mixture("text:s@1", texts={"s": {}})),
 ]  # fmt: skip
-# The addresses are those of two servers of the test; the rest is beside the first of them.
-SERVED = [
-    Row("traces.engine.base_urls", ["SECOND"]),
-    Row("traces.engine.model", "another"),
-    Row("traces.engine.concurrency", 1),
-    Row("traces.engine.timeout", 0.3),
-    Row("traces.engine.tries", 1),
-    Row("traces.engine.verify_model", True),
-    Row("traces.engine.api_key_env", "RAC_TEST_KEY"),
-    Row("traces.retry_failed", True),
-]
+# These are of servers; the tests of sampling/ and traces/ show what they change.
+SERVED = {
+    *(
+        f"traces.engine.{name}"
+        for name in ("base_urls", "model", "concurrency", "timeout", "tries", "verify_model", "api_key_env")
+    ),
+    "traces.retry_failed",
+}  # fmt: skip
+# Groups that are used in several places, of which a test looks at one.
+_SAME = {
+    "traces.sources.*.": "traces.", "calibration.texts.*.": "calibration.generic.", "recover.generic.": "calibration.generic.",
+}  # fmt: skip
+
+
+def group_once(path: str) -> str:
+    """The path of a setting in the first place where its group is used."""
+    for place, first in _SAME.items():
+        if path.startswith(place):
+            return first + path.removeprefix(place)
+    return path
 
 
 def leaves(model: type[BaseModel], prefix: str = "") -> Iterator[str]:

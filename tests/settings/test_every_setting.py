@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import itertools
 import json
-import re
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -22,11 +19,9 @@ from rac_modifier import ReasoningAwareSparseGPTModifier
 from rac_modifier.calibration import trace_budget
 from rac_modifier.calibration.calibration_set import build_calibration_set
 from rac_modifier.errors import RacError
-from rac_modifier.settings import entries
 from rac_modifier.settings.entries import ENTRIES, PruningEntry
 from rac_modifier.settings.recipe import check_entry
 from rac_modifier.traces import selection
-from tests.sampling.fake_server import FakeServer
 from tests.settings.every_setting import (
     BASE,
     CALIBRATED,
@@ -34,18 +29,16 @@ from tests.settings.every_setting import (
     PRUNED,
     SERVED,
     Row,
+    group_once,
     leaves,
     merged,
     nested,
 )
-from tests.settings.idle_settings import ENGINE, REFUSED
 from tests.tiny import (
     byte_tokenizer,
     linears,
     save_tiny,
     save_tiny_experts,
-    tiny_model,
-    tiny_tokenizer,
 )
 
 Outcome = Any  # what can be compared: lists and mappings of numbers and text
@@ -57,19 +50,9 @@ def name(row: Row) -> str:
 
 
 def test_every_setting_has_a_row():
-    rows = [row.path for row in (*PRUNED, *CALIBRATED, *SERVED)]
-    of_all_entries = {path for entry in ENTRIES.values() for path in leaves(entry)}
-    assert len(rows) == len(set(rows)) > 80
-    assert of_all_entries == set(rows)
-
-
-@pytest.mark.parametrize("row", REFUSED, ids=name)
-def test_what_has_no_effect_is_refused_by_name_and_value(row):
-    with pytest.raises(RacError) as caught:
-        check_entry(entry_of(row), "recipe.yaml")
-    assert "has no effect" in str(caught.value)
-    assert row.path.partition(".")[0] in str(caught.value)
-    assert str(row.value) in str(caught.value)
+    rows = {group_once(row.path) for row in (*PRUNED, *CALIBRATED)}
+    settings = {group_once(path) for entry in ENTRIES.values() for path in leaves(entry)}
+    assert settings == rows | SERVED
 
 
 @pytest.mark.parametrize("row", [*PRUNED, *CALIBRATED], ids=name)
@@ -187,7 +170,7 @@ def calibrated(models: Path, settings: dict[str, Any]) -> Outcome:
     torch.manual_seed(0)
     try:
         made = build_calibration_set(
-            model, tokenizer, entry.traces, entry.calibration.weighed(), progress=False
+            model, tokenizer, entry.traces, entry.calibration, progress=False
         )
     except RacError as error:
         return str(error)
@@ -266,91 +249,3 @@ def test_a_setting_of_calibration_changes_the_calibration_set(row, models, known
     before, after = both(row, known, lambda settings: calibrated(models, settings))
     assert isinstance(before, str) is row.path.endswith("allow_off_policy"), before
     assert before != after
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("row", REFUSED, ids=name)
-def test_what_is_refused_would_have_changed_nothing(row, models, known, place, monkeypatch):
-    """The refusals are no more than right: let through, the setting changes nothing."""
-    if row.path == "sparsity" and not row.base:
-        return  # refused where the pattern is read, which knows one of the two alone
-    monkeypatch.setattr(entries, "refuse_idle", lambda *args: None)
-    of_pruning = row.path.startswith(("quantization", "recover"))
-    prunes = "." not in row.path or of_pruning or "solver" in row.base
-    if prunes:
-        before, after = both_pruned(row, models, known, place)
-    else:
-        before, after = both(row, known, lambda settings: calibrated(models, settings))
-        assert isinstance(before, str) is (row.base == ENGINE), before
-    refused_later = (
-        isinstance(after, str) and "has no effect" in after
-    )  # by the run itself, which knows the model
-    assert refused_later or before == after
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("row", SERVED, ids=name)
-def test_a_setting_of_the_servers_changes_the_requests(row, place, monkeypatch):
-    monkeypatch.setenv("RAC_TEST_KEY", "k")
-    seen = [served(row, changed) for changed in (False, True)]
-    assert seen[0] != seen[1]
-
-
-def served(row: Row, changed: bool) -> Outcome:
-    """What two servers saw of a collection, or its error."""
-    first, second = FakeServer(), FakeServer()
-    leaf = row.path.rpartition(".")[2]
-    try:
-        first.delay = lambda body: 0.02
-        if leaf in ("tries", "retry_failed"):
-            first.fault = lambda number, body: "500" if number == 0 else None
-        if leaf == "timeout":
-            asked = itertools.count()
-            first.delay = lambda body: (
-                0.8 if next(asked) == 0 else 0.0
-            )  # requests come in threads, several at once
-        if leaf == "model":
-            first.cards = [
-                *first.cards,
-                {"id": "another", "root": "/models/other", "max_model_len": 512},
-            ]
-        engine = {
-            "base_urls": [first.url],
-            "model": "tiny",
-            "concurrency": 4,
-            "tries": 3,
-            "verify_model": False,
-        }
-        base = merged(BASE, {"traces": {"engine": engine, "store": f"{leaf}-{changed}.jsonl"}})
-        if leaf == "retry_failed":
-            run_served(
-                merged(base, {"traces": {"engine": {"tries": 1}}, "calibration": {"tokens": 100}})
-            )
-        value = [second.url] if row.value == ["SECOND"] else row.value
-        error = run_served(merged(base, nested(row.path, value)) if changed else base)
-        return SimpleNamespace(
-            error=error,
-            requests=(len(first.bodies), len(second.bodies)),
-            again=len(first.bodies)
-            - len({json.dumps(body, sort_keys=True) for body in first.bodies}),
-            names={body["model"] for body in first.bodies},
-            keys={headers.get("authorization") for headers in first.headers},
-            at_once=min(first.most_at_once, 2),
-            stored=re.findall(r'"id":"[^"]*"', Path(f"{leaf}-{changed}.jsonl").read_text())
-            if error is None
-            else [],
-        )
-    finally:
-        first.close()
-        second.close()
-
-
-def run_served(settings: dict[str, Any]) -> str | None:
-    entry = PruningEntry(**settings)
-    try:
-        build_calibration_set(
-            tiny_model(), tiny_tokenizer(), entry.traces, entry.calibration, progress=False
-        )
-    except RacError as error:
-        return str(error)
-    return None

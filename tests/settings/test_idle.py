@@ -1,155 +1,159 @@
+"""The combinations in which a setting has no effect, and is refused."""
+
 import pytest
-from pydantic import BaseModel
 
 from rac_modifier.errors import RacError
 from rac_modifier.settings.calibration import CalibrationSettings
-from rac_modifier.settings.idle import idle_calibration, idle_pruning, refuse_idle
-from rac_modifier.settings.pruning import PruningSettings
+from rac_modifier.settings.idle import idle_calibration
+from rac_modifier.settings.recipe import check_entry
 from rac_modifier.settings.traces import TraceSettings
+from tests.settings.every_setting import merged, mixture, nested, recovered_text, traces
+
+INT4 = {"quantization": {"scheme": "W4A16"}}
+ALONE = {"solver": "none", "mask_structure": None, **INT4}
+KEEP = {"solver": "keep", "mask_structure": None}
+PAPER = {"preset": "paper"}
+MAGNITUDE = {**PAPER, "solver": "magnitude"}
+FILE = {"source": "problems.jsonl", "column": "problem"}
+PROMPTS, TEXT, BOTH = mixture("prompts@1"), mixture("text@1"), mixture("prompts@0.5, text@0.5")
+SOURCE = {"problems": {}, "sampling": {"seed": 1}, "select": {}}
+NAMED = {"traces": {"sources": {"s": SOURCE}}, **mixture("traces:s@1")}
+NAMED_PROMPTS = {"traces": {"sources": {"s": {"problems": {}}}}, **mixture("prompts:s@1")}
+ENGINE = {"base_urls": ["http://127.0.0.1:9/v1"]}
+LIMIT = "quantization.int8_activation_limit"
 
 
-def idle(mixture, **traces):
-    calibration = CalibrationSettings(mixture=mixture, texts={"a": {}, "b": {}})
-    return {".".join(path) for path in idle_calibration(TraceSettings(**traces), calibration)}
+def sampling(**settings):
+    return traces(sampling=settings)
+
+
+# What is refused beside what: path, value, and the other settings of the entry.
+REFUSED = [
+    ("sparsity", 0.5, {}),
+    *((name, value, KEEP) for name, value in {"sparsity": 0.5, "allocation": {"a": 0.4}}.items()),
+    *(
+        (name, value, ALONE)
+        for name, value in {
+            "sparsity": 0.5, "mask_structure": "2:4", "refit": True, "storage": "dense", "block_size": 16, "iterations": 2,
+            "allocation": {"a": 0.4},
+        }.items()
+    ),
+    (LIMIT, 0.5, {**INT4, "calibration": {"held_out_tokens": 0}}),
+    (LIMIT, 0.5, {**INT4, **PROMPTS}),
+    (LIMIT, 0.5, {**INT4, "storage": "dense"}),
+    (LIMIT, 0.5, {"quantization": {"scheme": "FP8_DYNAMIC"}}),
+    (LIMIT, 0.5, ALONE),
+    *(("block_size", 16, {"solver": solver}) for solver in ("alps", "wanda", "magnitude")),
+    *(("iterations", 2, {"solver": solver}) for solver in ("sparsegpt", "wanda", "magnitude")),
+    ("refit", True, {}),
+    ("refit", False, {"solver": "alps"}),
+    *(("dampening_frac", 0.5, {**PAPER, "solver": solver}) for solver in ("wanda", "magnitude")),
+    ("experts", "all", PAPER),
+    ("experts", "all", {"order": "auto", **MAGNITUDE}),
+    ("expert_floor", 64, {"experts": "all"}),
+    ("calibration.prompt_weight", 0.5, MAGNITUDE),
+    ("preset", "fast", {"solver": "alps", "reconstruct": "dense", "order": "auto"}),
+    ("traces.store", "other.jsonl", PROMPTS),
+    ("traces.store", "other.jsonl", NAMED),
+    ("traces.sampling.seed", 1, TEXT),
+    ("traces.sampling.seed", 1, NAMED),
+    ("traces.problems.limit", 3, NAMED),
+    ("traces.problems.split", "train", traces(problems=FILE)),
+    ("traces.problems.answer_column", "answer", {**PROMPTS, "traces": {"problems": FILE}}),
+    *(
+        (f"traces.sampling.{name}", value, PROMPTS)
+        for name, value in {
+            "temperature": 0.2, "top_p": 0.3, "top_k": 2, "max_new_tokens": 8, "samples_per_problem": 2, "batch_size": 2,
+        }.items()
+    ),
+    ("traces.sampling.top_p", 0.3, sampling(temperature=0)),
+    ("traces.sampling.temperature", 0.2, sampling(top_k=1)),
+    ("traces.sampling.thinking", False, sampling(template="none")),
+    ("traces.sampling.batch_size", 2, traces(engine=ENGINE)),
+    ("traces.select.finished", True, PROMPTS),
+    ("traces.select.repeated_tails", "keep", traces(select={"finished": True})),
+    ("traces.select.max_tokens", 12, sampling(max_new_tokens=12)),
+    ("traces.engine", ENGINE, PROMPTS),
+    ("traces.retry_failed", True, {}),
+    ("traces.allow_off_policy", True, {}),
+    ("traces.sources.s.problems.limit", 3, {}),
+    ("traces.sources.s.store", "other.jsonl", NAMED_PROMPTS),
+    ("traces.sources.s.select.finished", True, NAMED_PROMPTS),
+    ("traces.sources.s.sampling.max_new_tokens", 8, NAMED_PROMPTS),
+    ("calibration.prompt_weight", 0.5, PROMPTS),
+    ("calibration.answer_weight", 3.0, BOTH),
+    ("calibration.trace_weighting", "correct", BOTH),
+    ("calibration.held_out_tokens", 50, PROMPTS),
+    ("recover.generic.sequence_tokens", 64, {"recover": {}}),
+    ("recover.generic.column", "text", recovered_text({"source": "text.txt"})),
+    ("calibration.generic.sequence_tokens", 64, {}),
+    ("calibration.generic.split", "test", TEXT),
+    ("calibration.texts.a.sequence_tokens", 64, {}),
+    ("calibration.texts.a.column", "text", mixture("text:a@1", texts={"a": {}})),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "value", "beside"), REFUSED)
+def test_what_has_no_effect_is_refused_by_name_and_value(path, value, beside):
+    base = merged({"mask_structure": "2:4"}, beside)
+    check_entry(base, "recipe.yaml")
+    with pytest.raises(RacError) as caught:
+        check_entry(merged(base, nested(path, value)), "recipe.yaml")
+    assert "has no effect" in str(caught.value)
+    assert path.partition(".")[0] in str(caught.value)
+    assert str(value) in str(caught.value)
 
 
 def test_all_of_them_are_in_one_message_with_their_values_and_why():
-    class Both(BaseModel):
-        pruning: PruningSettings
-
-    both = Both(
-        pruning=PruningSettings(sparsity=0.5, iterations=3, refit=True, solver="alps", block_size=5)
-    )
-    found = {("pruning", *path): why for path, why in idle_pruning(both.pruning).items()}
     with pytest.raises(RacError) as caught:
-        refuse_idle(both, found)
-    assert str(caught.value).splitlines() == [
-        "pruning.block_size: 5 has no effect beside solver: alps; leave it out, or set solver: sparsegpt",
-        "pruning.refit: True has no effect beside solver: alps, which always refits the kept weights; leave it out",
+        check_entry({"sparsity": 0.5, "refit": True, "block_size": 5}, "recipe.yaml")
+    assert str(caught.value).removeprefix("recipe.yaml: ").splitlines() == [
+        "block_size: 5 has no effect beside solver: alps; sparsegpt uses it; leave it out",
+        "refit: True has no effect beside solver: alps, which always refits; leave it out",
     ]
 
 
 def test_what_a_preset_sets_is_not_the_users():
-    settings = PruningSettings(
-        sparsity=0.5, preset="fast", solver="alps"
-    )  # the preset's refit: true
-    assert ("refit",) in idle_pruning(settings)
-    refuse_idle(settings, idle_pruning(settings))
+    check_entry({"sparsity": 0.5, "preset": "fast", "solver": "alps"}, "r")  # its refit: true
 
 
-def test_a_preset_of_which_nothing_is_left_is_refused():
-    settings = PruningSettings(
-        sparsity=0.5, preset="fast", solver="alps", reconstruct="pruned", order="auto"
-    )
-    with pytest.raises(
-        RacError, match="preset: 'fast' has no effect beside solver, refit, reconstruct, order"
-    ):
-        refuse_idle(settings, idle_pruning(settings))
+def idle(line, **settings):
+    calibration = CalibrationSettings(mixture=line, texts={"a": {}, "b": {}})
+    return {".".join(path) for path in idle_calibration(TraceSettings(**settings), calibration)}
 
 
-def test_traces_alone_leave_little_idle():
+def test_what_has_an_effect_is_not_refused():
     assert idle("traces@1") == {
         "traces.problems.split",
-        "traces.select.least_share",
         "traces.retry_failed",
         "traces.allow_off_policy",
         "calibration.generic",
         "calibration.texts.a",
         "calibration.texts.b",
     }
-
-
-def test_prompts_alone():
-    found = idle("prompts@1", store="s.jsonl")
-    assert {
-        "traces.store",
-        "traces.select",
-        "traces.engine",
-        "traces.retry_failed",
-        "traces.allow_off_policy",
-    } <= found
-    completions = {
-        "temperature",
-        "top_p",
-        "top_k",
-        "max_new_tokens",
-        "samples_per_problem",
-        "batch_size",
-    }
-    assert {
-        name.removeprefix("traces.sampling.") for name in found if "sampling" in name
-    } == completions
-    assert {
-        "calibration.held_out_tokens",
-        "calibration.prompt_weight",
-        "calibration.trace_weighting",
-    } <= found
-    assert "traces.problems" not in found
-
-
-def test_prompts_beside_text_have_weights_of_their_own():
-    found = idle("prompts@0.5, text:a@0.5")
-    assert (
-        not {"calibration.prompt_weight", "calibration.trace_weight", "calibration.texts.a"} & found
-    )
-    assert {"calibration.answer_weight", "calibration.texts.b", "calibration.generic"} <= found
-
-
-def test_text_alone_needs_no_traces():
-    assert {"traces", "calibration.trace_weight"} <= idle("text@1")
+    assert "traces.problems" not in idle("prompts@1")
+    weighed = {"calibration.prompt_weight", "calibration.texts.a"}
+    assert not weighed & idle("prompts@0.5, text:a@0.5")
     assert not any(name.startswith("traces.") for name in idle("text@1"))
 
 
 def test_named_sources():
     sources = {
-        "own": {
-            "problems": {},
-            "sampling": {"seed": 1},
-            "select": {},
-            "store": "a",
-            "allow_off_policy": True,
-        },
+        "own": {**SOURCE, "store": "a"},
         "less": {"problems": {}},
         "unused": {"problems": {}},
     }
-    found = idle("traces:own@1", sources=sources, store="s")
-    assert {
-        "traces.store",
-        "traces.problems",
-        "traces.sampling",
-        "traces.select",
-        "traces.sources.unused",
-    } <= found
-    assert "traces.sources.own.allow_off_policy" not in found
-    found = idle("traces:own@0.5, prompts:less@0.5", sources=sources)
-    assert "traces.sampling" not in found  # less has none of its own
-    assert {"traces.sampling.temperature", "traces.select", "traces.sources.less.store"} <= found
-    found = idle("traces:less@1", sources=sources, allow_off_policy=True)
-    assert {
-        "traces.allow_off_policy",
-        "traces.sources.less.allow_off_policy",
-    } <= found  # a default store is its own
+    groups = {"traces.store", "traces.problems", "traces.sampling", "traces.select"}
+    alone = idle("traces:own@1", sources=sources, store="s", allow_off_policy=True)
+    assert groups | {"traces.sources.unused"} <= alone
+    assert "traces.allow_off_policy" not in alone  # its store may be another model's
+    both = idle("traces:own@0.5, prompts:less@0.5", sources=sources)
+    assert "traces.sampling" not in both  # less has none of its own
+    assert {"traces.sampling.temperature", "traces.select", "traces.sources.less.store"} <= both
 
 
-@pytest.mark.parametrize(
-    ("traces", "expected"),
-    [
-        ({"sampling": {"temperature": 0}}, {"sampling.top_p", "sampling.top_k"}),
-        ({"sampling": {"template": "none"}}, {"sampling.thinking"}),
-        ({"engine": {"base_urls": ["http://a"]}}, {"sampling.batch_size"}),
-        ({"sampling": {"max_new_tokens": 10}, "select": {"max_tokens": 10}}, {"select.max_tokens"}),
-        ({"sampling": {"max_new_tokens": 10}, "select": {"max_tokens": 9}}, set()),
-        ({"select": {"per_problem": 1}}, {"select.per_problem"}),
-        ({"sampling": {"samples_per_problem": 2}, "select": {"per_problem": 1}}, set()),
-        # another model's store may hold more than these settings sample
-        ({"store": "s", "allow_off_policy": True, "select": {"per_problem": 1}}, set()),
-    ],
-)
-def test_within_sampling_and_selection(traces, expected):
-    always = {"problems.split", "select.least_share", "retry_failed", "allow_off_policy"}
-    found = {
-        name.removeprefix("traces.")
-        for name in idle("traces@1", **traces)
-        if name.startswith("traces")
-    }
-    assert found - always == expected
+def test_a_store_of_another_model_may_hold_longer_traces():
+    select = {"sampling": {"max_new_tokens": 10}, "select": {"max_tokens": 10}}
+    assert "traces.select.max_tokens" in idle("traces@1", **select)
+    foreign = {"store": "s", "allow_off_policy": True}
+    assert "traces.select.max_tokens" not in idle("traces@1", **select, **foreign)

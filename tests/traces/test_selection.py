@@ -77,27 +77,7 @@ def test_pass_rate_chooses_whole_problems():
     assert kept == [f"even#{i}" for i in range(4)]
     assert selection.dropped == {"too easy": 4, "too hard": 4}
     assert run(traces, wrong, pass_rate=(0.5, 0.5))[0] == kept
-    assert run(traces, wrong, pass_rate=(0.25, 1), answers="correct", per_problem=1)[0] == [
-        "easy#0",
-        "even#1",
-    ]
-
-
-def test_dedupe_and_the_cap_of_a_problem():
-    traces = [trace("a", i, tokens) for i, tokens in enumerate([(1,), (2,), (1,), (3,)])] + [
-        trace("b", 0, (1,))
-    ]
-    kept, selection = run(traces, dedupe=True)
-    assert kept == ["a#0", "a#1", "a#3"]
-    assert selection.dropped == {"duplicates": 2}
-    kept, selection = run(traces, per_problem=2)
-    assert kept == ["a#0", "a#1", "b#0"]
-    assert selection.dropped == {"beyond per_problem": 2}
-
-
-def test_what_is_dropped_for_another_reason_is_no_original_of_a_duplicate():
-    traces = [trace("a", 0, (1, 2), finish="length"), trace("a", 1, (1, 2))]
-    assert run(traces, dedupe=True, finished=True)[0] == ["a#1"]
+    assert run(traces, wrong, pass_rate=(0.25, 0.75), answers="correct")[0] == ["even#1", "even#3"]
 
 
 @pytest.mark.parametrize(
