@@ -8,7 +8,14 @@ from typing import Annotated
 import typer
 
 from rac_modifier.cli.interrupt import resumable, saving_step
-from rac_modifier.cli.models import check_loading, check_model, check_output, resolve, unpacked
+from rac_modifier.cli.models import (
+    check_loading,
+    check_model,
+    check_output,
+    read_with_overrides,
+    resolve,
+    unpacked,
+)
 from rac_modifier.cli.options import Dtype, Overrides, Precision, PresetName
 from rac_modifier.errors import RacError
 
@@ -96,14 +103,14 @@ def check_recipes(paths: list[Path], overrides: list[str]) -> None:
     Raises:
         RacError: what is wrong with the others, or that none is given.
     """
-    from rac_modifier.settings.recipe import find_named_entry, load_recipe
+    from rac_modifier.settings.recipe import find_named_entry
 
     if not paths:
         raise RacError("--check needs at least one recipe: rac prune --check rac_2of4")
     wrong = []
     for path in paths:
         try:
-            name, _ = find_named_entry(load_recipe(path, overrides), str(path))
+            name, _ = find_named_entry(read_with_overrides(path, overrides), str(path))
         except RacError as error:
             wrong.append(str(error))
         else:
@@ -116,9 +123,8 @@ def _prune(model: str, output: Path, recipe: Path, overrides: list[str], precisi
     import yaml
 
     import rac_modifier  # noqa: F401 - registers the modifier
-    from rac_modifier.settings.recipe import load_recipe
 
-    content = load_recipe(recipe, overrides)
+    content = read_with_overrides(recipe, overrides)
     source = resolve(model)
     check_model(source)
     check_output(output, source, keeps_groups=True)

@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rac_modifier.cli.interrupt import resumable
-from rac_modifier.cli.models import load, load_tokenizer, resolve, subject_of
+from rac_modifier.cli.models import (
+    load,
+    load_tokenizer,
+    read_with_overrides,
+    resolve,
+    subject_of,
+)
 from rac_modifier.cli.options import AsJson, Dtype, Model, Overrides, Precision, Recipe, print_json
 from rac_modifier.errors import RacError
 
@@ -65,9 +71,9 @@ def collect(
     Example: rac traces collect reasoner --recipe rac_2of4 --set calibration.tokens=32768
     """
     from rac_modifier.calibration.trace_budget import collect_for_calibration
-    from rac_modifier.settings.recipe import check_entry, find_named_entry, load_recipe
+    from rac_modifier.settings.recipe import check_entry, find_named_entry
 
-    name, entry = find_named_entry(load_recipe(recipe, set_), str(recipe))
+    name, entry = find_named_entry(read_with_overrides(recipe, set_ or []), str(recipe))
     settings = check_entry(entry, str(recipe), name)
     if serve and settings.traces.engine:
         raise RacError(

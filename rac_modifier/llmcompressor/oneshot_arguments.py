@@ -6,6 +6,7 @@ them all, so they are read from there: `find_oneshot` looks for that object amon
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import reprlib
@@ -14,9 +15,12 @@ from typing import Any
 
 from compressed_tensors.registry import standardize_lookup_name
 from llmcompressor.entrypoints.oneshot import Oneshot
+from loguru import logger
 
 from rac_modifier.checkpoint.output_folder import in_use
 from rac_modifier.errors import RacError
+from rac_modifier.settings.recipe import overlooked
+from rac_modifier.settings.strict_yaml import parse_yaml
 
 _DATA = "name the data in the recipe (traces.problems, calibration.generic)"
 _BATCHES = "set calibration.batch_tokens in the recipe, which is the size of a padded batch"
@@ -100,11 +104,26 @@ def check_arguments(oneshot: Oneshot, modifier: str, *, prunes: bool) -> None:
             )
     if problems:
         raise RacError("\n".join(problems))
+    warn_of_overlooked(oneshot.recipe)
     if oneshot.output_dir is not None:
         stage = (
             oneshot.recipe_args.stage if oneshot.recipe_args else None
         )  # upstream saves to a folder of this name in it
         check_output_folder(Path(oneshot.output_dir, stage or ""))
+
+
+def warn_of_overlooked(recipe: Any) -> None:
+    """Warn of the stages of a recipe's text or file that upstream does not read for their names."""
+    if not isinstance(recipe, (str, Path)):
+        return
+    is_file = len(str(recipe)) < 4096 and "\n" not in str(recipe) and Path(recipe).is_file()
+    text = Path(recipe).read_text(encoding="utf-8") if is_file else str(recipe)
+    with contextlib.suppress(RacError):  # upstream reads other layouts too
+        for part in overlooked(parse_yaml(text, "recipe")):
+            logger.warning(
+                f"llm-compressor does not read {part} of the recipe: a stage is named NAME_stage, "
+                "and its groups NAME_modifiers"
+            )
 
 
 def check_output_folder(folder: Path) -> None:

@@ -18,12 +18,12 @@ from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.prompt import PromptSettings
 from rac_modifier.settings.recipe import (
     NAME,
-    change_entry,
     check_entry,
     check_layout,
     find_named_entry,
     has_entry,
     read_recipe,
+    set_values,
 )
 from rac_modifier.settings.strict_yaml import read_yaml
 
@@ -280,7 +280,7 @@ def _run(row: GridRow, grid: Grid, label: str, seed: int | None) -> PlannedRow:
     for part, shared in grid.shared.items():
         entry[part] = _merged(entry.get(part) or {}, shared)
     values = {**row.set, **({} if seed is None else {"calibration.seed": seed})}
-    change_entry(entry, {tuple(key.split(".")): value for key, value in values.items()}, name)
+    set_values(entry, {tuple(key.split(".")): value for key, value in values.items()})
     checked = check_entry(entry, "its recipe", name)
     parts = [
         checked.traces.named(part.name) for part in checked.calibration.parts("traces", "prompts")

@@ -171,30 +171,21 @@ def schema(name: str = NAME) -> str:
 
 
 def apply_overrides(entry: dict[str, Any], overrides: list[str], name: str = NAME) -> list[str]:
-    """Change settings in place as `change_entry` does, each written as `key.sub=value`.
+    """Change settings in place, each written as `key.sub=value`; `null` takes a setting out.
 
-    Raises:
-        RacError: an override that is not `key=value`, or names a group below a value.
-    """
-    return change_entry(entry, dict(map(_read_override, overrides)), name)
-
-
-def change_entry(entry: dict[str, Any], changes: dict[Setting, Any], name: str) -> list[str]:
-    """Set values of an entry in place; None takes a setting out.
-
-    A change of calibration.mixture drops the settings that only the mixture before used, unless
-    `changes` sets them.
+    An override of calibration.mixture drops the settings that only the mixture before used, unless
+    an override sets them.
 
     Returns:
         a line for each setting that was dropped.
 
     Raises:
-        RacError: a setting below one that is no group.
+        RacError: an override that is not `key=value`, or names a setting below a value.
     """
+    changes = dict(map(_read_override, overrides))
     is_mixed = _MIXTURE in changes
     before = _idle_settings(entry, name) if is_mixed else {}
-    for path, value in changes.items():
-        _set(entry, path, value)
+    set_values(entry, changes)
     after = _idle_settings(entry, name) if is_mixed else {}
     unused = {
         path: why
@@ -207,6 +198,28 @@ def change_entry(entry: dict[str, Any], changes: dict[Setting, Any], name: str) 
     entry.clear()
     entry.update(left)
     return [f"{'.'.join(path)} is dropped: it has no effect {why}" for path, why in unused.items()]
+
+
+def set_values(entry: dict[str, Any], changes: dict[Setting, Any]) -> None:
+    """Set values of an entry in place; None takes a setting out.
+
+    Raises:
+        RacError: a setting below one that is no group.
+    """
+    for path, value in changes.items():
+        group: Any = entry
+        for parent in path[:-1]:
+            if group.get(parent) is None:
+                group[parent] = {}
+            group = group[parent]
+            if not isinstance(group, dict):
+                raise RacError(
+                    f"{'.'.join(path)} cannot be set: {parent} is not a group of settings"
+                )
+        if value is None:
+            group.pop(path[-1], None)
+        else:
+            group[path[-1]] = value
 
 
 def _idle_settings(entry: dict[str, Any], name: str) -> Idle:
@@ -228,18 +241,3 @@ def _read_override(override: str) -> tuple[Setting, Any]:
         return tuple(key.split(".")), text
     value = parse_yaml(text, f"--set {override[:100]!r}: the value is not YAML")
     return tuple(key.split(".")), value
-
-
-def _set(entry: dict[str, Any], path: Setting, value: Any) -> None:
-    """Set a value of an entry; None takes the setting out."""
-    *parents, last = path
-    for parent in parents:
-        if entry.get(parent) is None:
-            entry[parent] = {}
-        entry = entry[parent]
-        if not isinstance(entry, dict):
-            raise RacError(f"{'.'.join(path)} cannot be set: {parent} is not a group of settings")
-    if value is None:
-        entry.pop(last, None)
-    else:
-        entry[last] = value

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 from llmcompressor.args import DatasetArguments, RecipeArguments
 from llmcompressor.modifiers.quantization import GPTQModifier
+from loguru import logger
 from transformers import AutoTokenizer
 
 from rac_modifier import RacError
@@ -15,6 +16,7 @@ from rac_modifier.llmcompressor.oneshot_arguments import (
     check_output_folder,
     find_oneshot,
     given_tokenizer,
+    warn_of_overlooked,
 )
 from rac_modifier.traces.store import TraceStore
 from tests.llmcompressor.modifier_helpers import generic_loader, gptq_w4
@@ -289,3 +291,18 @@ def test_a_calibrated_gptq_takes_the_given_tokenizer_too(calibrate, used_tokeniz
     other = tiny_tokenizer()
     gptq = GPTQModifier(targets=["Linear"], ignore=["lm_head"], scheme="W8A8")
     assert used_tokenizer(calibrate, later=[gptq], oneshot_options={"tokenizer": other}) is other
+
+
+def test_a_stage_that_upstream_does_not_read_is_named(tmp_path):
+    warnings = []
+    sink = logger.add(warnings.append, format="{message}", level="WARNING")
+    modifiers = "pruning_modifiers: {ReasoningAwareSparseGPTModifier: {sparsity: 0.5}}"
+    (tmp_path / "r.yaml").write_text(
+        f"a_stage: {{{modifiers}}}\nquant_stag: {{q_modifiers: {{GPTQModifier: {{}}}}}}\n"
+    )
+    warn_of_overlooked(str(tmp_path / "r.yaml"))
+    warn_of_overlooked(f"a_stage: {{{modifiers}}}")
+    logger.remove(sink)
+    assert [line.partition(":")[0] for line in warnings] == [
+        "llm-compressor does not read quant_stag"
+    ]

@@ -207,3 +207,43 @@ def test_files_that_cannot_be_read(tmp_path):
         load_recipe(tmp_path / "bytes.yaml")
     with pytest.raises(RacError, match="is a folder; name a regular file"):
         load_recipe(tmp_path)
+
+
+SAMPLED = {
+    "sparsity": 0.5,
+    "traces": {"store": "a.jsonl", "sampling": {"temperature": 1.0, "seed": 3}},
+    "calibration": {"tokens": 100, "prompt_weight": 0.5},
+}
+
+
+def test_a_mixture_that_is_set_drops_what_it_does_not_use_and_says_so(tmp_path):
+    path, notes = tmp_path / "r.yaml", []
+    path.write_text(recipe(SAMPLED))
+    content = load_recipe(path, ["calibration.mixture=text@1"], notes)
+    assert find_named_entry(content, "r")[1] == {
+        "sparsity": 0.5,
+        "calibration": {"tokens": 100, "mixture": "text@1"},
+    }
+    assert [note.partition(" is dropped")[0] for note in notes] == [
+        "calibration.prompt_weight",
+        "traces",
+    ]
+
+
+def test_what_is_set_beside_a_new_mixture_is_not_dropped(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(recipe(SAMPLED))
+    with pytest.raises(RacError, match=r"traces\.sampling\.top_k: 5 has no effect"):
+        load_recipe(path, ["calibration.mixture=prompts@1", "traces.sampling.top_k=5"])
+    path.write_text(recipe({**SAMPLED, "calibration": {"mixture": "text@1"}}))
+    with pytest.raises(RacError, match="traces: .* has no effect"):
+        load_recipe(path)  # in a file it stays an error
+
+
+def test_a_stage_that_llm_compressor_overlooks_is_refused(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        recipe({"sparsity": 0.5}) + "\nquant_stag: {q_modifiers: {QuantizationModifier: {}}}\n"
+    )
+    with pytest.raises(RacError, match="would overlook quant_stag: q_modifiers; write it as"):
+        load_recipe(path)
