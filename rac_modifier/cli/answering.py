@@ -58,7 +58,6 @@ class Answering:
         models: Sequence[str],
         *,
         divergence: bool,
-        direct: bool,
         temperature: float | None,
         written: Collection[str] = (),
     ) -> None:
@@ -66,7 +65,7 @@ class Answering:
 
         Args:
             models: as the user wrote them.
-            divergence, direct, temperature: the options of these names.
+            divergence, temperature: the options of these names.
             written: names of the options that the user wrote.
         """
         if "concurrency" in written and not self.served:
@@ -85,10 +84,9 @@ class Answering:
             raise RacError(f"--served-as {self.served_as} is for --server; leave it out")
         if not self.wanted:
             return
-        if divergence or direct:
-            option = "--divergence" if divergence else "--direct"
+        if divergence:
             raise RacError(
-                f"{option} asks the model in this process once per problem; leave --server, --serve, --samples, --answers out"
+                "--divergence asks the model in this process once per problem; leave --server, --serve, --samples, --answers out"
             )
         if self.serve and self.servers:
             raise RacError(

@@ -70,7 +70,7 @@ class AskedBenchmarks:
             RacError: a preset that does not exist.
         """
         for protocol in self._protocols.values():
-            protocol.check(divergence=False, direct=False)
+            protocol.check(divergence=False)
 
     @cached_property
     def _protocols(self) -> dict[str, Protocol]:

@@ -101,9 +101,6 @@ def evaluate(
         Path | None, typer.Option(help="the dense model's --json FILE, to be paired with")
     ] = None,
     precision: Precision = Dtype.AUTO,
-    direct: Annotated[
-        bool, typer.Option("--direct", help="close the thinking before it begins")
-    ] = False,
     divergence: Annotated[
         bool,
         typer.Option("--divergence", help="instead: KL and top-1 agreement with the dense model"),
@@ -136,12 +133,10 @@ def evaluate(
     written = written_options(context)
     asked = Protocol(source, column, answer_column, problems, samples, cap, temperature, top_p)
     asked = asked.with_preset(preset, written)
-    asked.check(divergence=divergence, direct=direct)
+    asked.check(divergence=divergence)
     in_file = Answering(tuple(server or ()), concurrency, asked.samples, answers, serve, served_as)
-    in_file.check(
-        models, divergence=divergence, direct=direct, temperature=asked.temperature, written=written
-    )
-    _check_options(models, divergence, direct, baseline, card, json_out)
+    in_file.check(models, divergence=divergence, temperature=asked.temperature, written=written)
+    _check_options(models, divergence, baseline, json_out)
     paired_with = [] if baseline is None else read_results(baseline)
     if plot is not None:
         plot_file(plot)
@@ -155,16 +150,12 @@ def evaluate(
         system_prompt=system_prompt,
         thinking=thinking,
     )
-    if direct and choice.prompt.template == "none":
-        raise RacError(
-            "--direct closes the thinking that a chat template opens; use it with --template chat"
-        )
     run = _Run(models, asked.load(seed), asked, choice.prompt, precision, batch_size, seed)
     pairs: list[PairedDifference] = []
     if divergence:
         results, table = run.divergence(plot)
     else:
-        found = run.answers_in_file(in_file) if in_file.wanted else run.answers(direct)
+        found = run.answers_in_file(in_file) if in_file.wanted else run.answers()
         if plot is not None:
             plot_bars(found, plot)
         results, table = [result.as_dict() for result in found], accuracy_table(found)
@@ -204,9 +195,7 @@ def evaluate(
 def _check_options(
     models: list[str],
     divergence: bool,
-    direct: bool,
     baseline: Path | None,
-    card: bool,
     json_out: Path | None,
 ) -> None:
     """Refuse options that do not go together, and a file that cannot be written (RacError)."""
@@ -218,10 +207,6 @@ def _check_options(
         )
     if divergence and baseline is not None:
         raise RacError(f"--baseline {baseline} pairs accuracies; leave it out with --divergence")
-    if divergence and direct:
-        raise RacError("--divergence samples the model with its thinking; give it without --direct")
-    if card and direct:
-        raise RacError("--card is for accuracy with the thinking; leave out --card or --direct")
 
 
 @dataclass(frozen=True)
@@ -250,21 +235,15 @@ class _Run:
             for name in self.models
         ]
 
-    def answers(self, direct: bool) -> list[EvalResult]:
-        """The accuracy of each model in this process; `direct` closes the thinking before it begins."""
+    def answers(self) -> list[EvalResult]:
+        """Return the accuracy of each model, which answers in this process."""
         from rac_modifier.evaluation.accuracy import evaluate as run
-        from rac_modifier.reasoner import direct_answer_prompt
         from rac_modifier.sampling.prompts import render_prompt
 
         def render(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
-            if direct:
-                return direct_answer_prompt(tokenizer, question, self.prompt.system_prompt)
+            prompt = self.prompt
             return render_prompt(
-                tokenizer,
-                question,
-                self.prompt.system_prompt,
-                self.prompt.template,
-                self.prompt.thinking,
+                tokenizer, question, prompt.system_prompt, prompt.template, prompt.thinking
             )
 
         how = {**self._limits, "render": render, "verifiers": self.asked.verifiers()}

@@ -82,14 +82,13 @@ class Protocol:
             changed["problems"] = preset.problems
         return replace(self, **values, preset=preset, changed=changed)
 
-    def check(self, *, divergence: bool, direct: bool) -> None:
+    def check(self, *, divergence: bool) -> None:
         """Refuse what has no effect or cannot be, before anything is loaded (RacError)."""
         from rac_modifier.settings.problems import ProblemSource
 
-        if self.preset is not None and (divergence or direct):
-            option = "--divergence" if divergence else "--direct"
+        if self.preset is not None and divergence:
             raise RacError(
-                f"--preset {self.preset.name} compares whole answers by accuracy; leave it or {option} out "
+                f"--preset {self.preset.name} compares whole answers by accuracy; leave it or --divergence out "
                 f"(--source {self.preset.source} names its problems)"
             )
         if self.preset is not None and ProblemSource(source=self.source).is_generator:

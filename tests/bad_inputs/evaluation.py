@@ -35,16 +35,6 @@ CASES += [
         lambda b: b.rac("eval", b.folder, "--divergence"),
     ),
     Case(
-        "`rac eval --divergence --direct`",
-        "give it without --direct",
-        lambda b: b.rac("eval", b.folder, b.folder, "--divergence", "--direct"),
-    ),
-    Case(
-        "`rac eval --direct` without a template",
-        "use it with --template chat",
-        lambda b: b.rac("eval", b.folder, "--direct", "--template", "none"),
-    ),
-    Case(
         "`rac eval --thinking` without a template",
         "--thinking and --no-thinking are for a chat template",
         lambda b: b.rac("eval", b.folder, "--template", "none", "--thinking"),
@@ -78,11 +68,6 @@ CASES += [
         "`rac eval --card` of a model that is not ours",
         "is not the folder of a model that rac wrote",
         lambda b: b.rac("eval", b.folder, "--card"),
-    ),
-    Case(
-        "`rac eval --card --direct`",
-        "leave out --card or --direct",
-        lambda b: b.rac("eval", b.folder, "--card", "--direct"),
     ),
     Case(
         "`rac eval --baseline` of a file that is not there",

@@ -17,8 +17,8 @@ def answering(**changes) -> Answering:
     return Answering(**{"servers": (), "concurrency": 4, "samples": 1, "path": None, **changes})
 
 
-def check(one: Answering, models=("a",), divergence=False, direct=False, temperature=None) -> None:
-    one.check(models, divergence=divergence, direct=direct, temperature=temperature)
+def check(one: Answering, models=("a",), divergence=False, temperature=None) -> None:
+    one.check(models, divergence=divergence, temperature=temperature)
 
 
 def test_it_is_wanted_for_servers_files_and_several_answers_only() -> None:
@@ -40,11 +40,10 @@ def test_it_is_wanted_for_servers_files_and_several_answers_only() -> None:
         ({"samples": 4}, {"temperature": 0.0}, "--samples 4 at temperature 0"),
         (
             {"path": Path("a.jsonl")},
-            {"direct": True},
-            "--direct asks .* leave --server, --serve, --samples, --answers out",
+            {"divergence": True},
+            "--divergence asks .* leave --server, --serve, --samples, --answers out",
         ),
         ({"servers": ("http://a",)}, {"divergence": True}, "--divergence asks"),
-        ({"serve": True}, {"direct": True}, "--direct asks"),
         (
             {"serve": True, "servers": ("http://a",)},
             {},
@@ -94,9 +93,7 @@ def test_an_option_without_effect_and_a_wrong_address_are_refused(
     changes, written, message
 ) -> None:
     with pytest.raises(RacError, match=message):
-        answering(**changes).check(
-            ("a",), divergence=False, direct=False, temperature=None, written={written}
-        )
+        answering(**changes).check(("a",), divergence=False, temperature=None, written={written})
 
 
 def test_several_answers_of_several_models_have_files_of_their_own() -> None:

@@ -148,14 +148,6 @@ def test_models_that_were_calibrated_with_different_prompts_need_a_choice(
     )
 
 
-def test_direct_needs_a_template_that_opens_the_thinking(rac, brief_folder):
-    assert "so the thinking cannot be closed" in rac("eval", brief_folder, *FEW, "--direct")[2]
-    assert (
-        "use it with --template chat"
-        in rac("eval", brief_folder, "--direct", "--template", "none")[2]
-    )
-
-
 def test_a_plot_of_accuracies(rac, tiny_folder, sparse_folder, tmp_path):
     assert rac("eval", tiny_folder, sparse_folder, *FEW, "--plot", tmp_path / "a.png")[0] == 0
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
@@ -189,11 +181,8 @@ def test_eval_divergence(rac, tiny_folder, tmp_path):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
-def test_eval_divergence_needs_two_models_and_their_thinking(rac, tiny_folder):
+def test_eval_divergence_needs_two_models(rac, tiny_folder):
     assert "name at least two models" in rac("eval", tiny_folder, "--divergence")[2]
-    assert (
-        "without --direct" in rac("eval", tiny_folder, tiny_folder, "--divergence", "--direct")[2]
-    )
 
 
 def test_json_on_standard_output_is_alone_there(rac, tiny_folder):
@@ -237,7 +226,4 @@ def test_the_card_of_another_model_is_not_touched(rac, tiny_folder, sparse_folde
     for models in ((tiny_folder,), (sparse_folder, tiny_folder), ("reasoner",)):
         code, _, err = rac("eval", *models, *FEW, "--card")
         assert (code, "is not the folder of a model that rac wrote" in err) == (1, True)
-    assert (
-        "leave out --card or --direct" in rac("eval", sparse_folder, *FEW, "--card", "--direct")[2]
-    )
     assert not asked

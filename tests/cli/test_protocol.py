@@ -20,8 +20,8 @@ def asked(preset=None, **written) -> Protocol:
     return Protocol(**{**DEFAULTS, **written}).with_preset(preset, set(written))
 
 
-def check(protocol, divergence=False, direct=False):
-    protocol.check(divergence=divergence, direct=direct)
+def check(protocol, divergence=False):
+    protocol.check(divergence=divergence)
 
 
 @pytest.fixture
@@ -100,7 +100,6 @@ def test_a_copy_is_read_without_the_datasets_configuration(tmp_path):
     ("preset", "written", "options", "message"),
     [
         ("gsm8k", {}, {"divergence": True}, "--preset gsm8k .* leave it or --divergence out"),
-        ("gsm8k", {}, {"direct": True}, "--preset gsm8k .* leave it or --direct out"),
         (
             "gsm8k",
             {"source": "reasoning-gym:gcd"},

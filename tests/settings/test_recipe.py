@@ -236,7 +236,7 @@ def test_what_is_set_beside_a_new_mixture_is_not_dropped(tmp_path):
     with pytest.raises(RacError, match=r"traces\.sampling\.top_k: 5 has no effect"):
         load_recipe(path, ["calibration.mixture=prompts@1", "traces.sampling.top_k=5"])
     path.write_text(recipe({**SAMPLED, "calibration": {"mixture": "text@1"}}))
-    with pytest.raises(RacError, match="traces: .* has no effect"):
+    with pytest.raises(RacError, match=r"traces: .* has no effect"):
         load_recipe(path)  # in a file it stays an error
 
 
