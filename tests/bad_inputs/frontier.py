@@ -51,90 +51,11 @@ CASES += [
         ),
     ),
     Case(
-        "a grid with a recipe that cannot be run",
-        "Rows that could run: good",
-        lambda b: frontier(b, {"label": "bad", "recipe": {NAME: {"sparsity": 1.5}}}),
-    ),
-    Case(
-        "a grid with a pattern that does not fit the model",
-        "- 3:6: model.layers.0.self_attn.q_proj",
-        lambda b: frontier(b, {"label": "3:6", "recipe": {NAME: {"mask_structure": "3:6"}}}),
-    ),
-    Case(
-        "a grid with groups that do not divide a layer",
-        "has 64 inputs, no multiple of the group_size 128; set one that divides them",
-        lambda b: frontier(
-            b,
-            {
-                "label": "int4",
-                "recipe": {"ReasoningAwareCalibrationModifier": {}, "GPTQModifier": GPTQ},
-            },
-        ),
-    ),
-    Case(
-        "a grid with a modifier in front of the one that calibrates it",
-        "which changes the model before its traces are taken; write it first",
-        lambda b: frontier(
-            b,
-            {
-                "label": "int4",
-                "recipe": {"GPTQModifier": GPTQ, "ReasoningAwareCalibrationModifier": {}},
-            },
-        ),
-    ),
-    Case(
-        "a grid with a modifier that calibrates, and nothing that says on what",
-        "GPTQModifier calibrates, and nothing says on what; add ReasoningAwareCalibrationModifier: {} before it",
-        lambda b: frontier(
-            b,
-            {
-                "label": "int8",
-                "recipe": {"GPTQModifier": {"config_groups": {"w": BYTES}, "ignore": ["lm_head"]}},
-            },
-        ),
-    ),
-    Case(
-        "a grid with calibration seeds for a row that calibrates on nothing",
-        "seeds: [0, 1] changes an entry of ours, and its recipe has none",
-        lambda b: frontier(
-            b, {"label": "nearest", "recipe": {"QuantizationModifier": GPTQ}, "seeds": [0, 1]}
-        ),
-    ),
-    Case(
-        "a grid with one label twice",
-        "this label is used twice; give each row its own",
-        lambda b: frontier(b, GOOD),
-    ),
-    Case(
-        "a grid that is evaluated on the file that it is calibrated on",
-        "whose problems are those of the evaluation; name another file or dataset",
-        lambda b: frontier(
-            b,
-            shared={"traces": {"problems": {"source": "questions.jsonl"}}},
-            evaluation={"source": "questions.jsonl"},
-        ),
-    ),
-    Case(
         "a grid whose rows ask with different prompts",
         "set template, system_prompt and thinking under shared: traces: sampling",
         lambda b: frontier(
             b, {**GOOD, "label": "brief", "set": {"traces.sampling.system_prompt": "Be brief."}}
         ),
-    ),
-    Case(
-        "a grid with a setting that does not exist",
-        "evaluation.caps: there is no such setting",
-        lambda b: frontier(b, evaluation={"caps": 3}),
-    ),
-    Case(
-        "`rac frontier` with a grid that is not there",
-        "name a YAML file, or one of contenders, paper, quantization, r1_distill_1_5b, served, small",
-        lambda b: b.rac("frontier", b.folder, "--recipe-grid", "none.yaml", "--out", b.tmp / "out"),
-    ),
-    Case(
-        "a grid with a benchmark that does not exist",
-        "no preset 'math'; use one of aime24, aime25, gpqa-diamond, gsm8k",
-        lambda b: frontier(b, evaluation={"benchmarks": [{"preset": "math"}]}),
     ),
     Case(
         "a grid with a benchmark twice",
@@ -156,43 +77,9 @@ CASES += [
         lambda b: frontier(b, evaluation={"concurrency": 9}),
     ),
     Case(
-        "a grid that does not fit the memory or the disk",
-        "nothing was started, because this does not fit:",
-        lambda b: frontier(b, shared={"calibration": {"tokens": 10**9}}),
-    ),
-    Case(
-        "a grid whose models are served, without a vllm",
-        "is no command that can be run; name the vllm of the environment that has it",
-        lambda b: (
-            b.monkeypatch.setenv("RAC_VLLM", "/no/vllm"),
-            frontier(b, evaluation={"serve": True}),
-        ),
-    ),
-    Case(
-        "`rac traces collect --serve` with a recipe that names servers",
-        "--serve starts a server, and the recipe names http://127.0.0.1:9/v1; leave one out",
-        lambda b: collect(
-            b, "-s", 'traces.engine={"base_urls": ["http://127.0.0.1:9"]}', "--serve"
-        ),
-    ),
-    Case(
         "`rac traces collect --concurrency` without a server",
         "--concurrency 9 is for --serve",
         lambda b: collect(b, "--concurrency", "9"),
-    ),
-    Case(
-        "`rac frontier` into a folder of another model",
-        "was measured with another model",
-        lambda b: b.rac(
-            "frontier", b.folder, "--recipe-grid", "small", "--out", write_sample(b.tmp / "sample")
-        ),
-    ),
-    Case(
-        "`rac report` of results of another version",
-        "is of version 2, and this package reads and writes version 1",
-        lambda b: b.rac(
-            "report", changed(b, "rows.jsonl", '"version": 1', '"version": 2'), "-o", "report.html"
-        ),
     ),
     Case(
         "`rac report` of a damaged line",
@@ -200,15 +87,5 @@ CASES += [
         lambda b: b.rac(
             "report", changed(b, "rows.jsonl", '{"version"', '"version"'), "-o", "report.html"
         ),
-    ),
-    Case(
-        "`rac report` of a folder without results",
-        "holds no results of rac frontier",
-        lambda b: b.rac("report", b.tmp, "-o", "report.html"),
-    ),
-    Case(
-        "`rac report` into another kind of file",
-        "use a name that ends in .html",
-        lambda b: b.rac("report", write_sample(b.tmp / "sample"), "-o", "report.pdf"),
     ),
 ]
