@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-import time
+import signal
 from typing import Any
 
 from rac_modifier import cli
@@ -19,7 +19,7 @@ def main() -> None:
         if str(target).endswith(end):
             with open("stopped", "w") as file:
                 file.write("\n" * 3)
-            time.sleep(120)
+            signal.pause()
 
     os.replace = replace_and_wait  # type: ignore[assignment]
     if end == "recovery.safetensors":

@@ -133,10 +133,9 @@ def test_a_grid_that_was_killed_between_rows_goes_on(
         str(tmp_path / "out"),
     ]
     killed = start(cli.main, words, tmp_path, tmp_path / "errors.txt")
-    rows, deadline = tmp_path / "out" / "rows.jsonl", time.monotonic() + 300
+    rows = tmp_path / "out" / "rows.jsonl"
     while not (rows.exists() and rows.read_bytes().count(b"\n") >= 2):
         assert killed.is_alive(), "it ended before it was killed"
-        assert time.monotonic() < deadline
         time.sleep(0.02)
     killed.kill()
     killed.join()

@@ -35,11 +35,6 @@ def test_an_interruption_is_one_line_and_130(capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().err.strip() == "interrupted: run it again"
 
 
-def test_other_errors_pass() -> None:
-    with pytest.raises(ZeroDivisionError), resumable("run it again"):
-        raise ZeroDivisionError
-
-
 def test_what_is_said_of_a_folder_that_was_being_packed(tmp_path: Path) -> None:
     assert packing_step(None) == "nothing is written; run the same command again"
     assert packing_step(tmp_path) == f"{tmp_path} is not written; run the same command again"
@@ -112,10 +107,8 @@ main()
 
 def ctrl_c(pid: int, ready: Path, ended: Callable[[], bool]) -> None:
     """Press Ctrl-C as soon as the file `ready` holds several lines."""
-    deadline = time.monotonic() + 120
     while not ready.exists() or ready.read_bytes().count(b"\n") < 3:
         assert not ended()
-        assert time.monotonic() < deadline
         time.sleep(0.05)
     os.killpg(pid, signal.SIGINT)  # to the whole group, as a terminal does
 
@@ -132,7 +125,7 @@ def interrupted(
     assert process.pid is not None
     try:
         ctrl_c(process.pid, ready, lambda: not process.is_alive())
-        process.join(60)
+        process.join()
         assert process.exitcode is not None
         return process.exitcode, errors.read_text()
     finally:  # a test that fails leaves no process behind
@@ -148,7 +141,7 @@ def interrupted_in_new_python(command: list[str], folder: Path, ready: Path) -> 
     )  # fmt: skip
     try:
         ctrl_c(process.pid, ready, lambda: process.poll() is not None)
-        _, error = process.communicate(timeout=60)
+        _, error = process.communicate()
         return process.returncode, error
     finally:
         if process.poll() is None:

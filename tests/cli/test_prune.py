@@ -139,7 +139,7 @@ def test_torchrun_itself_saves_the_bytes_of_one_process(tiny_folder, trace_store
         ]
         variables = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
-            [*start, *map(str, words)], capture_output=True, text=True, env=variables, timeout=600
+            [*start, *map(str, words)], capture_output=True, text=True, env=variables
         )
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stdout.count(f"saved to {tmp_path / name}") == 1

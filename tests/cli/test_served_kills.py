@@ -78,9 +78,7 @@ def test_twenty_kills_end_as_an_undisturbed_run(tiny_folder, tmp_path):
         if number % 2:  # at any time, mostly while it or its server starts
             time.sleep(rng.uniform(0, 1))
         else:
-            deadline = time.monotonic() + 300  # a busy machine
             while written(killed) <= before and child.is_alive():
-                assert time.monotonic() < deadline
                 time.sleep(0.005)
             time.sleep(rng.uniform(0, 0.3))
         child.kill()
@@ -96,7 +94,7 @@ def test_twenty_kills_end_as_an_undisturbed_run(tiny_folder, tmp_path):
 
     for folder in (killed, undisturbed):
         child = start(folder, delay=0)
-        child.join(120)
+        child.join()
         assert child.exitcode == 0, (folder / "output.txt").read_text()[-2000:]
         assert fake_vllm.left_over(folder) == []
     assert (killed / "a.jsonl").read_bytes() == (undisturbed / "a.jsonl").read_bytes()

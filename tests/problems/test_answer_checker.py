@@ -103,7 +103,7 @@ def test_a_script_without_a_main_guard_is_not_run_again(tmp_path):
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, env=environment, timeout=100
+        [sys.executable, str(script)], capture_output=True, text=True, env=environment
     )
     assert done.stdout.splitlines() == ["runs", "True"]
     assert done.stderr == ""
