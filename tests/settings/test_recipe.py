@@ -1,8 +1,12 @@
+import contextlib
+import copy
 import json
+import random
 from pathlib import Path
 
 import jsonschema
 import pytest
+import yaml
 
 from rac_modifier.errors import RacError
 from rac_modifier.settings.entries import ENTRIES
@@ -247,3 +251,32 @@ def test_a_stage_that_llm_compressor_overlooks_is_refused(tmp_path):
     )
     with pytest.raises(RacError, match="would overlook quant_stag: q_modifiers; write it as"):
         load_recipe(path)
+
+
+VALUES = [
+    None, 0, -1, 2**62, 1e308, float("inf"), float("nan"), "", "re:(", "re:(a+)+$", "x" * 3000, "a\x1b[2J", "\r\n", [], [[]], {},
+    {1: 2}, {"a": {"b": [1]}}, True, "2:4", [None], 1e30, "prompts:x@nan", {"g": {"weights": {"num_bits": 10**18}}},
+    {"g": {"weights": {"group_size": "x"}}}, {"g": None}, {"W4A16": 3}, "http://a\r\nb", "/dev/zero", ".",
+]  # fmt: skip
+
+
+def places(node):
+    """Every mapping or list of a document with every key."""
+    keys = node if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else ()
+    for key in list(keys):
+        yield node, key
+        yield from places(node[key])
+
+
+def test_a_mutated_recipe_is_refused_with_an_error_of_ours(tmp_path):
+    path, rng, accepted = tmp_path / "r.yaml", random.Random(0), 0
+    for number in range(300):
+        content = yaml.safe_load(rng.choice(RECIPES).read_text())
+        for node, key in rng.sample(list(places(content)), rng.choice((1, 2))):
+            node[key] = copy.deepcopy(rng.choice(VALUES))
+        path.write_text(yaml.safe_dump(content, allow_unicode=True))
+        overrides = ["calibration.mixture=text@1"] if number % 2 else []
+        with contextlib.suppress(RacError):
+            load_recipe(path, overrides)
+            accepted += 1
+    assert 0 < accepted < 150
