@@ -8,10 +8,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-import yaml
-
 from rac_modifier.errors import RacError
 from rac_modifier.settings.check import check_settings
+from rac_modifier.settings.strict_yaml import parse_yaml
 from rac_modifier.settings.traces import SelectSettings
 from rac_modifier.traces.failures import read_failures
 from rac_modifier.traces.grading import Judge
@@ -128,14 +127,13 @@ def read_select(text: str | None) -> SelectSettings | None:
     """
     if text is None:
         return None
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError:
-        values = None
+    message = (
+        f"--select {text[:100]!r} is not a selection; write it like "
+        "'{answers: correct, finished: true}'"
+    )
+    values = parse_yaml(text, message)
     if not isinstance(values, dict):
-        raise RacError(
-            f"--select {text!r} is not a selection; write it like '{{answers: correct, finished: true}}'"
-        )
+        raise RacError(message)
     return check_settings(SelectSettings, values, f"--select {text!r}")
 
 
