@@ -64,7 +64,7 @@ class CalibrationEntry(BaseModel):
     """Train the weights after the modifiers of the recipe; default: no training."""
 
     def idle_settings(self) -> Idle:
-        """Return the settings that have no effect beside the others, and why."""
+        """Return the settings that have no effect with the others, and why."""
         why = "on the recipe's other modifiers, which weigh tokens alike, one sequence per batch"
         idle = idle_calibration(self.traces, self.calibration)
         idle |= idle_recovery(self.recover, ("recover",))
@@ -125,7 +125,7 @@ class PruningEntry(CalibrationEntry, PruningSettings):
         return self.solver == "sparsegpt" or self.quantization is not None
 
     def idle_settings(self) -> Idle:
-        """Return the settings that have no effect beside the others, and why."""
+        """Return the settings that have no effect with the others, and why."""
         idle = idle_calibration(self.traces, self.calibration) | idle_pruning(self)
         idle |= idle_activations(self, self.calibration)
         return idle | idle_recovery(self.recover, ("recover",))

@@ -1,4 +1,4 @@
-"""Which settings have no effect beside which others. A user's are refused; dumps omit them.
+"""Which settings have no effect with which others. A user's are refused; dumps omit them.
 
 A setting has an effect if it can change what is computed, written or refused. Each function
 returns all settings without an effect, written or not: {path: why}.
@@ -24,7 +24,7 @@ Idle = dict[Path, str]
 Rule = tuple[bool, str, str]
 """Where the first holds, the settings named in the second have no effect, because of the third."""
 
-_NO_TRACES = "beside a mixture without traces"
+_NO_TRACES = "with a mixture without traces"
 _OF_COMPLETIONS = "temperature top_p top_k max_new_tokens samples_per_problem batch_size"
 _OF_TRACES = "calibration.answer_weight calibration.trace_weighting"
 
@@ -62,39 +62,39 @@ def idle_pruning(settings: PruningSettings) -> Idle:
     structured = pattern is not None and pattern.is_structured
     preset = PRESETS[settings.preset]
     idle = _idle([
-        (structured, "sparsity allocation", "beside an N:M mask_structure"),
-        (solver == "keep", "sparsity allocation", "beside solver: keep: the zeros are the model's"),
+        (structured, "sparsity allocation", "with an N:M mask_structure"),
+        (solver == "keep", "sparsity allocation", "with solver: keep: the zeros are the model's"),
         (
             solver == "none",
             "sparsity mask_structure allocation refit storage",
-            "beside solver: none, which prunes nothing",
+            "with solver: none, which prunes nothing",
         ),
-        (solver != "sparsegpt", "block_size", f"beside solver: {solver}; sparsegpt uses it"),
-        (solver != "alps", "iterations", f"beside solver: {solver}; alps uses it"),
-        (solver in ("alps", "keep"), "refit", f"beside solver: {solver}, which always refits"),
+        (solver != "sparsegpt", "block_size", f"with solver: {solver}; sparsegpt uses it"),
+        (solver != "alps", "iterations", f"with solver: {solver}; alps uses it"),
+        (solver in ("alps", "keep"), "refit", f"with solver: {solver}, which always refits"),
         (
             not settings.fits_weights,
             "dampening_frac",
-            f"beside solver: {solver} without refit, quantization or reconstruct: dense",
+            f"with solver: {solver} without refit, quantization or reconstruct: dense",
         ),
         (
             not settings.fits_weights and solver == "magnitude",
             f"calibration.prompt_weight {_OF_TRACES} experts expert_floor",
-            "beside solver: magnitude, which reads no activations",
+            "with solver: magnitude, which reads no activations",
         ),
         (
             settings.experts == "all",
             "expert_floor",
-            "beside experts: all, which gives each expert every token",
+            "with experts: all, which gives each expert every token",
         ),
         (
             settings.order == "layer",
             "experts expert_floor",
-            "beside order: layer (or preset: paper), which calibrates experts on all tokens",
+            "with order: layer (or preset: paper), which calibrates experts on all tokens",
         ),
     ])  # fmt: skip
     if all(name in settings.model_fields_set or (name,) in idle for name in preset):
-        idle["preset",] = f"beside {', '.join(preset)}, which are all that it sets"
+        idle["preset",] = f"with {', '.join(preset)}, which are all that it sets"
     return idle
 
 
@@ -105,14 +105,14 @@ def idle_activations(settings: PruningSettings, calibration: CalibrationSettings
         return {}
     return _idle(
         [
-            (not calibration.held_out_tokens, name, "beside calibration.held_out_tokens: 0"),
+            (not calibration.held_out_tokens, name, "with calibration.held_out_tokens: 0"),
             (not calibration.parts("traces"), name, _NO_TRACES),
-            (not quantization.has_integers, name, "beside weights that are floats"),
-            (settings.storage == "dense", name, "beside storage: dense"),
+            (not quantization.has_integers, name, "with weights that are floats"),
+            (settings.storage == "dense", name, "with storage: dense"),
             (
                 not settings.prunes,
                 name,
-                "beside solver: none; run rac activations on the result",
+                "with solver: none; run rac activations on the result",
             ),
         ],
         ("quantization",),
@@ -124,7 +124,7 @@ def idle_recovery(settings: RecoverySettings | None, where: Path = ()) -> Idle:
     if settings is None:
         return {}
     if not settings.generic_share:
-        return {(*where, "generic"): "beside generic_share: 0"}
+        return {(*where, "generic"): "with generic_share: 0"}
     return _idle_in_text((*where, "generic"), settings.generic)
 
 
@@ -133,7 +133,7 @@ def idle_calibration(traces: TraceSettings, calibration: CalibrationSettings) ->
     idle = _idle_in_mixture(calibration)
     sampled, asked = calibration.parts("traces"), calibration.parts("traces", "prompts")
     if not asked:
-        return {**idle, ("traces",): "beside a mixture without traces and prompts"}
+        return {**idle, ("traces",): "with a mixture without traces and prompts"}
     stores = {part.name for part in sampled}
     unnamed = {part.name for part in asked}
     idle |= _idle(
@@ -195,30 +195,30 @@ def _rules_of(group: _Group, traces: TraceSettings, of_traces: list[TraceSetting
     if isinstance(group, ProblemSource):
         no_dataset = group.is_generator or group.is_file
         return [
-            (no_dataset, "split", f"beside source: {group.source}, which is no dataset"),
+            (no_dataset, "split", f"with source: {group.source}, which is no dataset"),
             (not of_traces, "answer_column max_prompt_tokens", _NO_TRACES),
         ]
     if isinstance(group, SamplingSettings):
         return [
-            (group.template == "none", "thinking", "beside template: none"),
-            (group.top_k == 1, "temperature top_p", "beside top_k: 1, which is greedy"),
-            (group.temperature == 0, "top_p top_k", "beside temperature: 0, which is greedy"),
+            (group.template == "none", "thinking", "with template: none"),
+            (group.top_k == 1, "temperature top_p", "with top_k: 1, which is greedy"),
+            (group.temperature == 0, "top_p top_k", "with temperature: 0, which is greedy"),
             (
                 traces.engine is not None,
                 "batch_size",
-                "beside traces.engine; traces.engine.concurrency is that of servers",
+                "with traces.engine; traces.engine.concurrency is that of servers",
             ),
             (not of_traces, _OF_COMPLETIONS, _NO_TRACES),
         ]
     longest = max((source.sampling.max_new_tokens for source in of_traces), default=1)
     is_longer = group.max_tokens is not None and group.max_tokens >= longest
     return [
-        (group.finished, "repeated_tails", "beside finished: true, which keeps no cut completion"),
+        (group.finished, "repeated_tails", "with finished: true, which keeps no cut completion"),
         (
             # a store of another model's may hold longer ones
             is_longer and not any(source.allow_off_policy for source in of_traces),
             "max_tokens",
-            f"beside sampling.max_new_tokens={longest}",
+            f"with sampling.max_new_tokens={longest}",
         ),
     ]
 
@@ -228,7 +228,7 @@ def _idle_in_mixture(calibration: CalibrationSettings) -> Idle:
     alike = not traces and not (calibration.parts("prompts") and generic)
     idle = _idle(
         [
-            (alike, "prompt_weight", "beside a mixture whose tokens all weigh the same"),
+            (alike, "prompt_weight", "with a mixture whose tokens all weigh the same"),
             (not traces, "answer_weight trace_weighting held_out_tokens", _NO_TRACES),
         ],
         ("calibration",),
@@ -247,8 +247,8 @@ def _idle_in_mixture(calibration: CalibrationSettings) -> Idle:
 def _idle_in_text(where: Path, text: GenericText) -> Idle:
     return _idle(
         [
-            (not text.has_columns, "column", f"beside source: {text.source}, without columns"),
-            (not text.is_dataset, "split config", f"beside source: {text.source}, no dataset"),
+            (not text.has_columns, "column", f"with source: {text.source}, without columns"),
+            (not text.is_dataset, "split config", f"with source: {text.source}, no dataset"),
         ],
         where,
     )

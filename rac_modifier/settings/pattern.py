@@ -67,7 +67,7 @@ class Pattern:
         """The pattern that a recipe describes: `mask_structure` "N:M" (N pruned), or "0:0" with a `sparsity`.
 
         Raises:
-            RacError: text that is not "N:M", an impossible N:M, a sparsity outside (0, 1), or a sparsity beside N:M
+            RacError: text that is not "N:M", an impossible N:M, a sparsity outside (0, 1), or a sparsity with N:M
                 (llm-compressor ignores it).
         """
         found = re.fullmatch(r"([0-9]{1,6}):([0-9]{1,6})", mask_structure)
@@ -85,7 +85,7 @@ class Pattern:
         pattern = cls.n_of_m(n, m)
         if sparsity is not None:
             raise RacError(
-                f'sparsity: {sparsity} has no effect beside mask_structure "{n}:{m}", which prunes {pattern.sparsity:.4g} of '
+                f'sparsity: {sparsity} has no effect with mask_structure "{n}:{m}", which prunes {pattern.sparsity:.4g} of '
                 'the weights; leave sparsity out, or set mask_structure "0:0" for that sparsity without a structure'
             )
         return pattern

@@ -42,7 +42,7 @@ class PruningSettings(BaseModel):
     refit_steps: ClassVar[int] = REFIT_STEPS
 
     sparsity: float | None = None
-    """Share of the weights to prune, anywhere; not beside an N:M mask_structure, or solver: keep
+    """Share of the weights to prune, anywhere; not with an N:M mask_structure, or solver: keep
     or none."""
 
     mask_structure: str | None = None

@@ -19,7 +19,7 @@ CASES += [
     ),
     Case(
         "`traces` beside a mixture without traces and prompts",
-        "traces: {'store': 's.jsonl'} has no effect beside a mixture without traces and prompts; leave it out",
+        "traces: {'store': 's.jsonl'} has no effect with a mixture without traces and prompts; leave it out",
         lambda b: b.check(traces={"store": "s.jsonl"}, calibration={"mixture": {"generic": 1.0}}),
     ),
 ]

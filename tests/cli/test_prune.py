@@ -68,7 +68,7 @@ def test_check_takes_overrides_and_the_recipe_option(rac, recipe_file):
         "prune", "--check", recipe_file, "--preset", "paper", "-s", "iterations=4"
     )
     assert code == 1
-    assert "iterations: 4 has no effect beside solver: sparsegpt" in stderr
+    assert "iterations: 4 has no effect with solver: sparsegpt" in stderr
 
 
 @pytest.mark.parametrize(

@@ -77,4 +77,4 @@ def test_a_setting_that_is_not_one_is_refused(rac, tiny_folder, sparse_folder, t
         "generic.sequence_tokens=64",
     )
     assert code == 1
-    assert "has no effect beside generic_share: 0; leave it out, or set a share" in stderr
+    assert "has no effect with generic_share: 0; leave it out" in stderr

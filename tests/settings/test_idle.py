@@ -27,7 +27,7 @@ def sampling(**settings):
     return traces(sampling=settings)
 
 
-# What is refused beside what: path, value, and the other settings of the entry.
+# What is refused with what: path, value, and the other settings of the entry.
 REFUSED = [
     ("sparsity", 0.5, {}),
     *((name, value, KEEP) for name, value in {"sparsity": 0.5, "allocation": {"a": 0.4}}.items()),
@@ -108,8 +108,8 @@ def test_all_of_them_are_in_one_message_with_their_values_and_why():
     with pytest.raises(RacError) as caught:
         check_entry({"sparsity": 0.5, "refit": True, "block_size": 5}, "recipe.yaml")
     assert str(caught.value).removeprefix("recipe.yaml: ").splitlines() == [
-        "block_size: 5 has no effect beside solver: alps; sparsegpt uses it; leave it out",
-        "refit: True has no effect beside solver: alps, which always refits; leave it out",
+        "block_size: 5 has no effect with solver: alps; sparsegpt uses it; leave it out",
+        "refit: True has no effect with solver: alps, which always refits; leave it out",
     ]
 
 

@@ -43,7 +43,7 @@ def test_unstructured_refuses_sparsities(sparsity):
 @pytest.mark.parametrize("sparsity", [0.5, 0.7, 0.0, math.nan])
 def test_a_sparsity_beside_n_of_m_is_refused_even_if_it_agrees(sparsity):
     with pytest.raises(
-        RacError, match=r'has no effect beside mask_structure "2:4".*leave sparsity out.*0:0'
+        RacError, match=r'has no effect with mask_structure "2:4".*leave sparsity out.*0:0'
     ):
         Pattern.parse("2:4", sparsity)
 
