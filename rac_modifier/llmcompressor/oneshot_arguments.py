@@ -104,7 +104,7 @@ def check_arguments(oneshot: Oneshot, modifier: str, *, prunes: bool) -> None:
             )
     if problems:
         raise RacError("\n".join(problems))
-    warn_of_overlooked(oneshot.recipe)
+    warn_of_overlooked(oneshot.recipe_args.recipe if oneshot.recipe_args else None)
     if oneshot.output_dir is not None:
         stage = (
             oneshot.recipe_args.stage if oneshot.recipe_args else None
