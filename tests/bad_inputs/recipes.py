@@ -15,7 +15,7 @@ CASES += [
     ),
     Case(
         "a misspelt name of the modifier",
-        f"ReasoningAwareSparseGptModifier is no modifier; did you mean {NAME}?",
+        f"did you mean {NAME}?",
         lambda b: b.rac_prune(
             "s_stage: {m_modifiers: {ReasoningAwareSparseGptModifier: {sparsity: 0.5}}}"
         ),
