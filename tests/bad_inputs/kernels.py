@@ -66,7 +66,7 @@ def _(b: Bench) -> None:
 
 @CASES.case(
     "codes of zero of another dtype",
-    "zeros: torch.int8, 2 groups; codes of a weight [16, 64] need uint8",
+    "zeros: torch.int8 [16, 2]; codes of a weight [16, 64]",
 )
 def _(b: Bench) -> None:
     pack(zeros=torch.full((16, 2), 8, dtype=torch.int8))
@@ -74,7 +74,7 @@ def _(b: Bench) -> None:
 
 @CASES.case(
     "codes of zero of an int8 weight",
-    "zeros: torch.uint8, 1 groups; codes of a weight [16, 64] need uint8",
+    "zeros: torch.uint8 [16, 1]; codes of a weight [16, 64]",
 )
 def _(b: Bench) -> None:
     pack(bits=8, zeros=torch.full((16, 1), 8, dtype=torch.uint8))
