@@ -3,7 +3,7 @@
     RAC_VLLM=.venv-serve/bin/vllm python examples/r1_distill_1_5b.py
     python examples/r1_distill_1_5b.py --dry-run
 
-1. The grid is checked: recipes, memory, disk, the serving environment; and the hours are estimated. --check stops here.
+1. The grid is checked: recipes, disk, the serving environment. --check stops here.
 2. The model's own traces are sampled through `vllm serve`.
 3. Each model is compressed, measured (KL, bytes, tokens per second), served, and asked MATH-500 and AIME 2024 as published.
 4. OUT/report.html shows all of it.
@@ -69,7 +69,7 @@ def main() -> None:
         "--out", type=Path, default=Path("r1-distill-1.5b"), help="folder of the results"
     )
     parser.add_argument("--grid", default=GRID, help="a changed copy of the shipped grid")
-    parser.add_argument("--check", action="store_true", help="estimate and check, and stop")
+    parser.add_argument("--check", action="store_true", help="only check, and stop")
     parser.add_argument(
         "--dry-run", action="store_true", help="all steps on the embedded reasoner, in this process"
     )

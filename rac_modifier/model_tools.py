@@ -21,7 +21,7 @@ class StopForward(Exception):  # noqa: N818 - control flow, not an error
 
 @contextlib.contextmanager
 def evaluating(*models: Any) -> Iterator[None]:
-    """Put models into evaluation mode, and afterwards back into the mode that each was in."""
+    """Put models into evaluation mode, and afterwards back into their own."""
     before = [model.training for model in models]
     for model in models:
         model.eval()
@@ -33,12 +33,12 @@ def evaluating(*models: Any) -> Iterator[None]:
 
 
 def accelerator() -> torch.device | None:
-    """The accelerator of this process; None where there is none."""
+    """Return the accelerator of this process; None without any."""
     return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
 
 
 def is_placed(model: PreTrainedModel) -> bool:
-    """Whether somebody has decided where the weights are: device_map, offloading, or a device other than the CPU."""
+    """Return whether the weights are placed already: by device_map, offloading, or on a device other than the CPU."""
     from compressed_tensors.offload.cache import OffloadCache  # takes a second
 
     return (
@@ -74,8 +74,8 @@ def on_accelerator(model: PreTrainedModel, next_step: str = _OTHER_DEVICE) -> It
 def streamed_to_accelerator(model: PreTrainedModel) -> Iterator[None]:
     """Compute on the accelerator with weights that stay on the CPU: each module's are copied there when it runs.
 
-    For a few forward passes of a model of any size, as pruning itself runs them. In several processes all of them have to come
-    here, since the weights are in shared memory from then on. A model that is placed already is left as it is.
+    A model of any size can run so. All ranks call it, since the weights are shared memory from then on. A model that is placed
+    already is left as it is.
     """
     device = accelerator()
     if device is None or is_placed(model):
@@ -95,8 +95,7 @@ def check_fits(
 ) -> None:
     """Refuse to move a model to a device that has no room for it.
 
-    Beside the weights, room is left for what a forward pass needs at least: 5 % of them, and not less than 1 GB, which is what
-    compressed-tensors leaves when it places a model.
+    A forward pass needs 5 % of the weights as well, and at least 1 GB: compressed-tensors leaves as much.
 
     Raises:
         RacError: with the bytes needed and free; its text ends in `next_step`.
@@ -112,7 +111,7 @@ def check_fits(
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Bytes that can still be allocated on a device; None where that cannot be found out."""
+    """Return the bytes that can still be allocated on a device; None where that is not known."""
     if device.type == "cpu":
         import psutil
 

@@ -1,8 +1,7 @@
 """The processes that one run shares: those that torchrun started, or this one alone.
 
-Small things, which are decided in one process or come from each, go as JSON through a gloo group of our own. Tensors go through
-the default group (NCCL on GPUs, else gloo). Tensors are not summed in it: the order of a sum is decided where it is taken
-(pruning/lane_sum.py), so that no result depends on which process was slow.
+Decisions go as JSON through a gloo group of our own, tensors through the default group (NCCL on GPUs, else gloo). Tensors are
+not summed in it: pruning/lane_sum.py decides the order of a sum, so that no result depends on which rank was slow.
 """
 
 from __future__ import annotations
@@ -22,19 +21,13 @@ from torch import distributed
 
 from rac_modifier.errors import RacError
 
-_PATIENCE = datetime.timedelta(
-    days=7
-)  # the first process may sample for hours while the others wait
-_ANSWER = datetime.timedelta(
-    hours=1
-)  # what all of them work on at the same time does not differ by more
-_FAILED = (
-    "rac_modifier/failed"  # key of the store, with the message of the process that failed first
-)
+_PATIENCE = datetime.timedelta(days=7)  # the first rank may sample for hours while others wait
+_ANSWER = datetime.timedelta(hours=1)  # ranks that work on the same end within this time
+_FAILED = "rac_modifier/failed"  # key of the store with the message of the rank that failed first
 
 
 class ProcessFailedError(RacError):
-    """Another process has failed; `said` is whether it can say so itself."""
+    """Another process has failed; `said` is whether that process reports it itself."""
 
     def __init__(self, message: str, said: bool = False):
         super().__init__(message)
@@ -43,7 +36,7 @@ class ProcessFailedError(RacError):
 
 @dataclass(frozen=True)
 class Processes:
-    """One of `count` processes; `rank` is its number and `device` where it computes (None: where the model is)."""
+    """This process as one of `count`: its `rank`, and the `device` that it computes on (None: the model's)."""
 
     rank: int = 0
     count: int = 1
@@ -53,12 +46,12 @@ class Processes:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the process that samples, logs and writes."""
+        """Return whether this process samples, logs and writes."""
         return self.rank == 0
 
     @contextlib.contextmanager
     def first_before_others(self) -> Iterator[None]:
-        """The first process runs the body, then the others, which find on disk what it has written."""
+        """Run the body on the first rank, then on the others, which read what it has written."""
         if not self.is_first:
             self.wait()
         yield
@@ -67,13 +60,13 @@ class Processes:
         self.wait()
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Wait for all ranks, for days if need be."""
         if self.count > 1:
             with self._answered():
                 distributed.barrier(group=self._group)
 
     def from_first(self, value: Any = None) -> Any:
-        """What the first process gives as `value`, which is JSON; in all of them."""
+        """Return on all ranks the `value`, which is JSON, of the first."""
         if self.count == 1:
             return value
         text = json.dumps(value).encode() if self.is_first else b""
@@ -85,7 +78,7 @@ class Processes:
         return json.loads(data.numpy().tobytes())
 
     def from_all(self, value: Any) -> list[Any]:
-        """What each process gives as `value`, which is JSON, by rank; in all of them."""
+        """Return on all ranks the `value`, which is JSON, of each, by rank."""
         if self.count == 1:
             return [value]
         text = json.dumps(value).encode()
@@ -101,13 +94,13 @@ class Processes:
         ]
 
     def meet(self) -> None:
-        """Until all processes are here, which have worked on the same until now: within an hour of each other."""
+        """Wait for all ranks, which have worked on the same: for an hour at most."""
         if self.count > 1:
             with self._answered():
                 distributed.barrier(group=self._meeting)
 
     def sums(self, *values: float) -> list[float]:
-        """Each value, summed over the processes; the same bits in all of them."""
+        """Return each value summed over the ranks; the same bits on all of them."""
         if self.count == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -116,7 +109,7 @@ class Processes:
         return [float(value) for value in total.cpu()]
 
     def exchanged(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """Of a tensor with as many equal parts as there are processes, the part of this one's number from each, by rank."""
+        """Cut `tensor` into `count` equal parts; return from each rank the part with this rank's number."""
         if self.count == 1:
             return [tensor]
         here = tensor.to(self.device).contiguous()
@@ -126,7 +119,7 @@ class Processes:
         return list(found.to(tensor.device).chunk(self.count))
 
     def joined(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensors of all processes, of one shape, behind each other by rank."""
+        """Return the tensors of all ranks, of one shape, concatenated by rank."""
         if self.count == 1:
             return tensor
         here = tensor.to(self.device).contiguous()
@@ -136,7 +129,7 @@ class Processes:
         return torch.cat(found).to(tensor.device)
 
     def send(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
-        """The tensor of the process `source`; in the others `tensor` only gives shape, dtype and device."""
+        """Return the tensor of the rank `source`; on others `tensor` gives shape, dtype and device alone."""
         if self.count == 1:
             return tensor
         here = (
@@ -156,7 +149,7 @@ class Processes:
             raise self.lost(error) from error
 
     def lost(self, error: Exception) -> ProcessFailedError:
-        """What to say where a process did not answer."""
+        """Return the error of a process that did not answer."""
         told = _told()
         if told is not None and told["rank"] != self.rank:
             return ProcessFailedError(
@@ -174,7 +167,7 @@ ALONE = Processes()  # a run in this process
 
 
 def _bytes(text: bytes, size: int) -> torch.Tensor:
-    """uint8 [size], with `text` at its beginning."""
+    """Return `text` as uint8 [size], padded with zeros."""
     data = torch.zeros(size, dtype=torch.uint8)
     if text:
         data[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
@@ -182,7 +175,7 @@ def _bytes(text: bytes, size: int) -> torch.Tensor:
 
 
 def started_processes() -> int:
-    """How many processes torchrun started; 1 without it."""
+    """Return how many processes torchrun started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE") or 1)
 
 
@@ -199,7 +192,7 @@ _joined: tuple[Any, Processes] | None = None  # with the default group that it b
 
 
 def present_processes() -> Processes:
-    """Those that this process has joined, by `joined_processes` or by torch.distributed itself; all of them call it.
+    """Return the processes that this one has joined, by `joined_processes` or torch.distributed; all ranks call it.
 
     Raises:
         RacError: torchrun started several, and torch.distributed was not told; or they are on several machines.
@@ -243,10 +236,10 @@ def _join() -> Processes:
 
 
 def _keep_sockets() -> None:
-    """Do not pass the sockets on to programs that are started from here.
+    """Let no child program inherit the sockets.
 
-    torch starts one for weights in shared memory. It outlives a process that is killed, and as long as it has the sockets, the
-    others wait for that process.
+    torch starts one for weights in shared memory. It outlives a rank that is killed, and while it holds the sockets, the other
+    ranks wait for that one.
     """
     for name in os.listdir("/dev/fd"):
         with contextlib.suppress(OSError):  # the descriptor of the folder itself, closed by now
@@ -256,10 +249,10 @@ def _keep_sockets() -> None:
 
 @contextlib.contextmanager
 def joined_processes() -> Iterator[Processes]:
-    """Join the processes that torchrun started (NCCL on GPUs, else gloo), and leave them at the end. Only the first one logs.
+    """Join the processes that torchrun started (NCCL on GPUs, else gloo); the first rank alone logs.
 
     Raises:
-        ProcessFailedError: in the others, where one of them has failed or did not answer for too long.
+        ProcessFailedError: another rank has failed, or did not answer in time.
     """
     global _joined
     if started_processes() == 1:
@@ -293,7 +286,7 @@ def _of_distributed(error: RuntimeError) -> bool:
 
 
 def _tell(rank: int, error: BaseException) -> None:
-    """Leave the others a message, before this process ends and they notice."""
+    """Leave the other ranks a message, before this process ends."""
     with contextlib.suppress(Exception):  # the store may be gone with the first process
         store = distributed.distributed_c10d._get_default_store()
         store.set(
@@ -302,7 +295,7 @@ def _tell(rank: int, error: BaseException) -> None:
 
 
 def _told() -> dict[str, Any] | None:
-    """The message of the process that failed, where there is one."""
+    """Return the message of the rank that failed; None where there is none."""
     try:
         store = distributed.distributed_c10d._get_default_store()
         store.set_timeout(datetime.timedelta(seconds=5))

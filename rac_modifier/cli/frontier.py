@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rac_modifier.cli.benchmarks import AskedBenchmarks, digest_of
-from rac_modifier.cli.forecast import check as check_room
-from rac_modifier.cli.forecast import forecast, plan_of
 from rac_modifier.cli.interrupt import resumable
 from rac_modifier.cli.models import check_model, resolve
 from rac_modifier.cli.options import Dtype, Model, Precision
@@ -49,16 +47,14 @@ def frontier(
     ] = False,
     check: Annotated[
         bool,
-        typer.Option(
-            "--check", help="only check the grid, say how long it takes (estimated), and exit"
-        ),
+        typer.Option("--check", help="only check the grid and the disk, list the rows, and exit"),
     ] = False,
 ) -> None:
     """Run a grid of recipes on a model, and measure each: divergence, accuracy, bytes, speed and benchmarks where asked.
 
-    All rows, memory and disk are checked before the first starts; --check says how long it takes, too. A row that is finished
-    is not run again. Models are compressed in the dtype that they are stored in; --precision is that of measuring. rac report
-    draws the results.
+    All rows and the disk are checked before the first starts. A row that is finished is not run
+    again. Models are compressed in the dtype that they are stored in; --precision is that of measuring. rac report draws the
+    results.
 
     Example: rac frontier reasoner --recipe-grid small --out reasoner-frontier
     """
@@ -71,18 +67,16 @@ def frontier(
     skeleton = _skeleton(source)
     planned = plan_rows(grid, recipe_grid, _check_on(skeleton))
     prompt = shared_prompt(planned, recipe_grid)
-    plan = plan_of(skeleton, planned, grid.evaluation)
     benchmarks = AskedBenchmarks(grid.evaluation, prompt, precision, out)
     benchmarks.check()
     if grid.evaluation.serve:
         check_serving()
     asked = _Asked(model, planned, grid.evaluation, prompt, out, precision)
+    _check_disk(skeleton, out, len(planned) if not remove_models else 1)
     if check:
         _check_folder(asked)
-        lines = [f"{run.label}: {run.group}" for run in planned]
-        typer.echo("\n".join([*lines, *forecast(plan, out, keep_models=not remove_models)]))
+        typer.echo("\n".join(f"{run.label}: {run.group}" for run in planned))
         return
-    check_room(plan, out, keep_models=not remove_models)
     with resumable(_KEPT):
         _run(asked, remove_models, benchmarks)
 
@@ -129,6 +123,28 @@ def _skeleton(source: str) -> Any:
     from rac_modifier.llmcompressor.check_recipe import skeleton_of
 
     return skeleton_of(source)
+
+
+def _check_disk(skeleton: Any, out: Path, checkpoints: int) -> None:
+    """Refuse a grid whose checkpoints do not fit on the disk of `out`; what `out` holds already counts as room.
+
+    Counted are dense checkpoints, and one more while a row is packed.
+
+    Raises:
+        RacError: with the bytes needed and free.
+    """
+    import shutil
+
+    model = sum(p.numel() * p.element_size() for p in skeleton.parameters())
+    need = (checkpoints + 1) * model
+    folder = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    written = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    free = shutil.disk_usage(folder).free + written
+    if need > free:
+        raise RacError(
+            f"{out}: {free / 2**30:.1f} GiB are free, and its checkpoints need up to {need / 2**30:.1f} GiB; "
+            "free some, name a folder on another disk, or use --remove-models"
+        )
 
 
 def _check_on(skeleton: Any) -> Any:

@@ -10,7 +10,6 @@ import typer
 
 from rac_modifier.cli.options import Dtype
 from rac_modifier.errors import RacError
-from rac_modifier.freed_memory import keep_freed_memory
 
 _NUMBERED_EXPERT = re.compile(r"\.experts\.\d+\.")
 
@@ -109,6 +108,7 @@ def _first_line(error: Exception) -> str:
 def load(model: str, precision: Dtype) -> tuple[Any, Any]:
     """A model, packed or not, with its tokenizer."""
     from rac_modifier.checkpoint.load import load_model
+    from rac_modifier.platform import keep_freed_memory
 
     keep_freed_memory()
     source = resolve(model)

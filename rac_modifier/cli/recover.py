@@ -156,9 +156,9 @@ def _recover(
 
     from rac_modifier.checkpoint.saving import SavePlan, save_with_record
     from rac_modifier.checkpoint.sparsity_config import recorded_structures
-    from rac_modifier.llmcompressor.quantized_checkpoint import QuantizedCheckpoint, check_layers
+    from rac_modifier.llmcompressor.patterns import sparse_modules
     from rac_modifier.llmcompressor.recovery_stage import RecoveryStage, before_sampling
-    from rac_modifier.llmcompressor.zeros import sparse_modules
+    from rac_modifier.llmcompressor.trained_codes import QuantizedCheckpoint, check_layers
     from rac_modifier.recovery.check_pair import check_dense, check_made_from
     from rac_modifier.traces.selection import fresh_traces, used_traces
 
@@ -319,7 +319,7 @@ def _quantized_modules(sparse: Path) -> set[str]:
         RAC_METHOD,
     )
     from rac_modifier.files import read_json
-    from rac_modifier.llmcompressor.quantized_checkpoint import check_trainable, quantized_names
+    from rac_modifier.llmcompressor.trained_codes import check_trainable, quantized_names
 
     if not sparse.is_dir():
         return set()

@@ -13,8 +13,7 @@ from pydantic import ValidationError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from rac_modifier.errors import RacError
-from rac_modifier.llmcompressor.calibrating_modifier import CalibratingModifier
-from rac_modifier.llmcompressor.calibration_modifier import check_stands_first
+from rac_modifier.llmcompressor.calibration_modifier import CalibratingModifier, check_stands_first
 from rac_modifier.llmcompressor.pruning_modifier import ReasoningAwareSparseGPTModifier
 from rac_modifier.llmcompressor.quantizer import GroupQuantizer
 from rac_modifier.llmcompressor.targets import check_autoround, check_later_modifiers, find_targets

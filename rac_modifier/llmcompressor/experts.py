@@ -18,9 +18,13 @@ _FIRST, _LAST = ("gate_proj", "up_proj"), "down_proj"
 
 @dataclass(frozen=True)
 class Expert:
-    """One expert of a layer: `first` reads the tokens (gate and up), `last` what the activation makes of them (down).
+    """One expert of a layer.
 
-    Both hold only what is pruned, so each may be empty.
+    Attributes:
+        name, number: of the expert.
+        module: the expert itself.
+        first: gate and up, as far as they are pruned; they read the tokens.
+        last: down, if it is pruned; it reads what the activation makes of them.
     """
 
     name: str
@@ -31,15 +35,15 @@ class Expert:
 
     @property
     def groups(self) -> list[list[torch.nn.Module]]:
-        """The modules that read the same input, in the order in which they are pruned."""
+        """Return the modules that read the same input, in the order in which they are pruned."""
         return [group for group in (self.first, self.last) if group]
 
     def read_by_last(self, x: torch.Tensor) -> torch.Tensor:
-        """The input of down [tokens, width] for tokens `x` [tokens, hidden]."""
-        found: list[torch.Tensor] = []
+        """Return the input of down [tokens, width] for tokens `x` [tokens, hidden]."""
+        inputs: list[torch.Tensor] = []
 
         def stop(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            found.append(args[0])
+            inputs.append(args[0])
             raise StopForward
 
         hook = getattr(self.module, _LAST).register_forward_pre_hook(stop)
@@ -48,34 +52,39 @@ class Expert:
                 self.module(x)
         finally:
             hook.remove()
-        return found[0]
+        return inputs[0]
 
 
 @dataclass(frozen=True)
 class RoutedExperts:
-    """The experts of a layer, as llm-compressor has them: called with all tokens and each token's expert numbers."""
+    """The experts of a layer, as llm-compressor calls them: with all tokens, and the numbers of each token's experts.
+
+    Attributes:
+        name, module: of the layer of experts.
+        experts: those with modules that are pruned.
+        router: has a weight [experts, hidden] whose matmul with a token gives the logits; None where no such module is known.
+    """
 
     name: str
     module: LinearExperts2D
     experts: list[Expert]
     router: torch.nn.Module | None
-    """Has a weight [experts, hidden], whose products with a token are the logits; None where there is no such module."""
 
     @property
     def modules(self) -> list[torch.nn.Module]:
-        """All that is pruned of them."""
+        """Return all modules that are pruned."""
         return [module for expert in self.experts for group in expert.groups for module in group]
 
 
 def find_experts(
     model: torch.nn.Module, names: Mapping[torch.nn.Module, str]
 ) -> list[RoutedExperts]:
-    """The layers of routed experts with modules among `names`.
+    """Return the layers of routed experts with modules among `names`.
 
-    Left out are those whose code is not llm-compressor's usual one: what their forward pass is given, or which linear layers
-    read what, is not known.
+    Layers with code of their own are left out: it is not known what their forward pass is given, or which linear layers read
+    what.
     """
-    found = []
+    layers = []
     for name, module in model.named_modules():
         if not (
             isinstance(module, LinearExperts2D) and type(module).forward is LinearExperts2D.forward
@@ -88,14 +97,13 @@ def find_experts(
             continue
         with_targets = [expert for expert in experts if expert is not None and expert.groups]
         if with_targets:
-            found.append(
-                RoutedExperts(name, module, with_targets, _router(model, name, module.num_experts))
-            )
-    return found
+            router = _router(model, name, module.num_experts)
+            layers.append(RoutedExperts(name, module, with_targets, router))
+    return layers
 
 
 def _router(model: torch.nn.Module, name: str, experts: int) -> torch.nn.Module | None:
-    """The module beside the experts with a row of weights per expert."""
+    """Return the module next to the experts with a row of weights per expert."""
     for module in model.get_submodule(name.rpartition(".")[0]).children():
         weight = getattr(module, "weight", None)
         if isinstance(weight, torch.Tensor) and weight.ndim == 2 and weight.shape[0] == experts:
@@ -106,19 +114,14 @@ def _router(model: torch.nn.Module, name: str, experts: int) -> torch.nn.Module 
 def _expert(
     name: str, number: int, module: torch.nn.Module, names: Mapping[torch.nn.Module, str]
 ) -> Expert | None:
-    parts: dict[str, torch.nn.Module] = {
-        child: part for child, part in module.named_modules() if isinstance(part, torch.nn.Linear)
+    linears: dict[str, torch.nn.Module] = {
+        child: m for child, m in module.named_modules() if isinstance(m, torch.nn.Linear)
     }
-    if not parts.keys() <= {*_FIRST, _LAST} or _LAST not in parts:
+    if not linears.keys() <= {*_FIRST, _LAST} or _LAST not in linears:
         return None
-    first = [part for child, part in parts.items() if child != _LAST and part in names]
-    return Expert(
-        f"{name}.{number}",
-        number,
-        module,
-        first,
-        [part for part in [parts[_LAST]] if part in names],
-    )
+    first = [m for child, m in linears.items() if child != _LAST and m in names]
+    last = [m for m in [linears[_LAST]] if m in names]
+    return Expert(f"{name}.{number}", number, module, first, last)
 
 
 @contextlib.contextmanager

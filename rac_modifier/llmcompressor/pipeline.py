@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from compressed_tensors.offload import set_onload_device
@@ -26,31 +27,41 @@ from llmcompressor.pipelines.registry import CalibrationPipeline
 from llmcompressor.pipelines.sequential.pipeline import SequentialPipeline
 from llmcompressor.utils.dev import get_main_device
 from loguru import logger
+from torch.fx import _symbolic_trace
 from transformers import PreTrainedModel
 
 from rac_modifier.calibration.loader import CalibrationLoader
-from rac_modifier.llmcompressor.by_group import calibrate_by_group
-from rac_modifier.llmcompressor.by_layer import calibrate_by_layer
-from rac_modifier.llmcompressor.pruner import Pruner
-from rac_modifier.llmcompressor.stages import Stage, UntraceableError, trace_stages
+from rac_modifier.llmcompressor.forecast import Forecast, check_memory, groups_of
+from rac_modifier.llmcompressor.loop import run_plan
+from rac_modifier.llmcompressor.plan import make_plan
+from rac_modifier.llmcompressor.run import Run
 from rac_modifier.llmcompressor.targets import is_autoround
 
 _NAME = "sequential"
 
 
 @dataclass(frozen=True)
-class Run:
-    """A run of ours in a session: what is calibrated on, and the modifier that prunes; None where none does."""
+class SessionRun:
+    """Our run in a session.
+
+    Attributes:
+        loader: what every modifier is calibrated on.
+        modifier: the one that prunes; None where none does.
+        run: of that modifier.
+        identity: of the calibration set, for a run that is resumed.
+    """
 
     loader: CalibrationLoader
-    pruner: Pruner | None
+    modifier: Modifier | None = None
+    run: Run | None = None
+    identity: Mapping[str, Any] = field(default_factory=dict)
 
 
-_runs: weakref.WeakKeyDictionary[CompressionSession, Run] = weakref.WeakKeyDictionary()
+_runs: weakref.WeakKeyDictionary[CompressionSession, SessionRun] = weakref.WeakKeyDictionary()
 
 
-def put_in_place(session: CompressionSession, run: Run) -> None:
-    """Calibrate this session on `run.loader` from now on."""
+def put_in_place(session: CompressionSession, run: SessionRun) -> None:
+    """Calibrate this session on `run.loader` from here on."""
     _runs[session] = run
     _REGISTRY[CalibrationPipeline][_NAME] = _pipeline_of_active_session
 
@@ -64,19 +75,19 @@ def take_away(session: CompressionSession) -> bool:
 
 
 def _pipeline_of_active_session() -> SequentialPipeline:
-    """What the registry calls to make a pipeline."""
+    """Make a pipeline, as the registry calls it."""
     run = _runs.get(active_session())
     return SequentialPipeline() if run is None else ReasoningAwareSequentialPipeline(run)
 
 
 class ReasoningAwareSequentialPipeline(SequentialPipeline):
-    """Upstream's sequential pipeline on our calibration set, in place of the dataloader that it is called with.
+    """Upstream's sequential pipeline on our calibration set, instead of the dataloader that it is called with.
 
-    It prunes group by group where the model can be traced that far and our pruning modifier is alone in this pass, else layer
-    by layer. Other modifiers, which do not read token weights, run in upstream's own loop over unpadded batches.
+    Our pruning modifier runs in our own loop where it is alone in this pass. Other modifiers, which do not read token weights,
+    run in upstream's loop over unpadded batches, and ours next to them prunes layer by layer there.
     """
 
-    def __init__(self, run: Run):
+    def __init__(self, run: SessionRun):
         self._run = run
 
     def __call__(  # type: ignore[override]
@@ -84,31 +95,64 @@ class ReasoningAwareSequentialPipeline(SequentialPipeline):
     ) -> None:
         """Calibrate; on an error upstream's pipeline is in place again at once."""
         try:
-            self._calibrate(model, dataset_args)
+            with _forgetting_wrapped_functions():
+                self._calibrate(model, dataset_args)
         except BaseException:
             take_away(active_session())
             raise
 
     def _calibrate(self, model: PreTrainedModel, dataset_args: DatasetArguments) -> None:
-        session, run = active_session(), self._run
+        session, ours = active_session(), self._run
         modifiers = session.lifecycle.recipe.modifiers
-        pruner = run.pruner if any(modifier is run.pruner for modifier in modifiers) else None
-        if pruner is not None and len(modifiers) == 1:
-            _prune(model, run.loader, dataset_args, session, pruner)
+        run = ours.run if any(modifier is ours.modifier for modifier in modifiers) else None
+        if run is not None and len(modifiers) == 1:
+            _prune(model, ours, run, dataset_args)
             return
-        if pruner is not None:
-            pruner.use_order(
+        if run is not None:
+            run.use_order(
                 "layer", "other modifiers calibrate in the same pass (pipeline='sequential')"
             )
+            run.by_hooks = True
         with (
-            _in_session(session, _without_padding(run.loader, modifiers)) as loader,
+            _in_session(session, _without_padding(ours.loader, modifiers)) as loader,
             _without_pinning(),
         ):
             SequentialPipeline.__call__(model, loader, dataset_args)
 
 
+def _prune(
+    model: PreTrainedModel, ours: SessionRun, run: Run, dataset_args: DatasetArguments
+) -> None:
+    """Plan the run, check its memory, and go through it in our own loop."""
+    onload, offload = get_main_device(), torch.device(dataset_args.sequential_offload_device)
+    set_onload_device(model, onload)
+    plan = make_plan(model, next(iter(ours.loader)), run.names, run.entry.order, dataset_args)
+    run.use_order(plan.order, plan.why)
+    by_layer = plan.order == "layer"
+    groups = groups_of(run.names, run.quantizer.grids, None if by_layer else plan.stages)
+    count = run.processes.count
+    forecast = Forecast.of(
+        run.entry, model, groups, ours.loader, by_layer=by_layer, processes=count
+    )
+    recomputed = check_memory(forecast, onload, offload, processes=count)
+    run.resume.begin({"order": plan.order, **ours.identity})
+    run_plan(model, ours.loader, plan, run, onload, offload, recomputed)
+
+
+@contextlib.contextmanager
+def _forgetting_wrapped_functions() -> Iterator[None]:
+    """Remove what upstream's tracer, and the code of its subgraphs, register with `torch.fx.wrap`: it holds the model for ever."""
+    wrapped = _symbolic_trace._wrapped_fns_to_patch
+    before = set(wrapped)
+    try:
+        yield
+    finally:
+        for key in wrapped.keys() - before:
+            del wrapped[key]
+
+
 def _without_padding(loader: CalibrationLoader, modifiers: Iterable[Modifier]) -> CalibrationLoader:
-    """One sequence per batch; for AutoRound, rows of equal length."""
+    """Return one sequence per batch; for AutoRound, rows of equal length."""
     if not any(is_autoround(modifier) for modifier in modifiers):
         return loader.unpadded()
     joined = loader.joined()
@@ -123,7 +167,7 @@ def _without_padding(loader: CalibrationLoader, modifiers: Iterable[Modifier]) -
 def _in_session(
     session: CompressionSession, loader: CalibrationLoader
 ) -> Iterator[CalibrationLoader]:
-    """The loader whose token weights belong to the batches that are being run."""
+    """Make `loader` the one whose token weights belong to the batches that run."""
     before, session.state.data.calib = session.state.data.calib, loader
     try:
         yield loader
@@ -133,7 +177,7 @@ def _in_session(
 
 @contextlib.contextmanager
 def _without_pinning() -> Iterator[None]:
-    """AWQModifier pins activations for copies to a device; without a device torch refuses that, and there is nothing to copy."""
+    """Let AWQModifier pin no activations where there is no device to copy them to: torch refuses that."""
     pin = IntermediatesCache.pin_memory
     if not torch.accelerator.is_available():
         IntermediatesCache.pin_memory = lambda *args, **options: None  # type: ignore[method-assign]
@@ -141,38 +185,3 @@ def _without_pinning() -> Iterator[None]:
         yield
     finally:
         IntermediatesCache.pin_memory = pin  # type: ignore[method-assign]
-
-
-def _prune(
-    model: PreTrainedModel,
-    loader: CalibrationLoader,
-    dataset_args: DatasetArguments,
-    session: CompressionSession,
-    pruner: Pruner,
-) -> None:
-    device, offload = get_main_device(), torch.device(dataset_args.sequential_offload_device)
-    set_onload_device(model, device)
-    stages: list[Stage] = []
-    why = f"order: {pruner.order}"
-    if dataset_args.sequential_targets:
-        why = f"oneshot was given sequential_targets={dataset_args.sequential_targets}"
-    elif dataset_args.sequential_targets_per_subgraph != 1:
-        why = f"oneshot was given sequential_targets_per_subgraph={dataset_args.sequential_targets_per_subgraph}"
-    elif pruner.order != "layer":
-        try:
-            stages = trace_stages(
-                model, next(iter(loader)), pruner.calibrated_modules(), dataset_args.tracing_ignore
-            )
-        except UntraceableError as error:
-            why = str(error)
-    pruner.use_order("group" if stages else "layer", why)
-    twice_before = pruner.check_memory(
-        model, [group for stage in stages for group in stage.groups], device, offload
-    )
-    pruner.resume()
-    if stages:
-        calibrate_by_group(
-            model, loader, stages, pruner, device, offload, twice_before=twice_before
-        )
-    else:
-        calibrate_by_layer(model, loader, pruner, dataset_args, session, device)

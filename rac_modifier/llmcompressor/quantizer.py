@@ -33,7 +33,59 @@ from rac_modifier.recovery.on_grid import QuantizedWeight
 from rac_modifier.settings.quantization import QuantizationSettings
 
 
-class GroupQuantizer:
+class NoQuantizer:
+    """The schemes of an entry that does not quantize.
+
+    Attributes:
+        grids: of the modules that are rounded.
+        described: their schemes in words, by name.
+    """
+
+    def __init__(self) -> None:
+        self.grids: dict[torch.nn.Module, Grid] = {}
+        self.described: dict[str, str] = {}
+
+    def attach(self, model: PreTrainedModel) -> None:
+        """Do nothing, as all methods of this class."""
+
+    def finish(self, model: PreTrainedModel) -> None:
+        """Do nothing."""
+
+    def store(
+        self,
+        module: torch.nn.Module,
+        weight: torch.Tensor,
+        scale: torch.Tensor,
+        zero_point: torch.Tensor | None = None,
+    ) -> None:
+        """Put a rounded weight, its scales and its zero points (None: all 0) into a module."""
+        update_offload_parameter(module, "weight", weight)
+        update_offload_parameter(module, "weight_scale", scale)
+        zeros = module.get_parameter("weight_zero_point").detach()
+        zeros = torch.zeros_like(zeros) if zero_point is None else zero_point.to(zeros.dtype)
+        update_offload_parameter(module, "weight_zero_point", zeros)
+
+    def take_masters(
+        self, names: Mapping[torch.nn.Module, str], masters: dict[str, torch.Tensor]
+    ) -> dict[str, QuantizedWeight]:
+        """Return what training through the codes starts from, by name; `masters`, the weights before rounding, are taken out."""
+        taken = {}
+        for module, grid in self.grids.items():
+            scale: torch.Tensor = module.weight_scale  # type: ignore[assignment]
+            zero = None
+            if not grid.symmetric:
+                zero = module.get_parameter("weight_zero_point").detach().clone()
+            name = names[module]
+            taken[name] = QuantizedWeight(grid, scale.detach().clone(), masters.pop(name), zero)
+        return taken
+
+    def compress(self) -> None:
+        """Compress as llm-compressor does when it saves, with the very codes that were measured."""
+        for module in self.grids:
+            compress_exactly(module)
+
+
+class GroupQuantizer(NoQuantizer):
     """The schemes of a recipe entry, for the modules that it names; `prunes`: they are pruned, too.
 
     A QuantizationModifier that is never run resolves the schemes and attaches them. Modules that it does not name are ignored,
@@ -59,8 +111,7 @@ class GroupQuantizer:
             config_groups=_checked_groups(settings),
             ignore=sorted(linears - set(names.values())),
         )
-        self.grids: dict[torch.nn.Module, Grid] = {}
-        self.described: dict[str, str] = {}
+        super().__init__()
         for scheme in self._upstream.resolved_config.config_groups.values():
             for name, module in match_named_modules(model, scheme.targets, self._upstream.ignore):
                 if module not in names:
@@ -79,51 +130,17 @@ class GroupQuantizer:
             )
 
     def attach(self, model: PreTrainedModel) -> None:
-        """Give the modules their schemes and empty scales; nothing is quantized in a forward pass yet."""
+        """Give the modules their schemes and empty scales; forward passes do not quantize yet."""
         self._upstream.initialize_quantization(model)
 
-    def store(
-        self,
-        module: torch.nn.Module,
-        weight: torch.Tensor,
-        scale: torch.Tensor,
-        zero_point: torch.Tensor | None = None,
-    ) -> None:
-        """Put a rounded weight, its scales and its zero points (None: all 0) into a module."""
-        update_offload_parameter(module, "weight", weight)
-        update_offload_parameter(module, "weight_scale", scale)
-        own = module.get_parameter("weight_zero_point")
-        update_offload_parameter(
-            module,
-            "weight_zero_point",
-            torch.zeros_like(own) if zero_point is None else zero_point.to(own.dtype),
-        )
-
     def finish(self, model: PreTrainedModel) -> None:
-        """From now on forward passes quantize, also activations where a scheme has them."""
+        """Let forward passes quantize, also activations where a scheme has them."""
         self._upstream.end_calibration(model)
-
-    def take_masters(
-        self, names: Mapping[torch.nn.Module, str], masters: dict[str, torch.Tensor]
-    ) -> dict[str, QuantizedWeight]:
-        """What training through the codes starts from, by name. `masters`, the weights before rounding, are taken out."""
-        taken = {}
-        for module, grid in self.grids.items():
-            scale: torch.Tensor = module.weight_scale  # type: ignore[assignment]
-            zero = (
-                None
-                if grid.symmetric
-                else module.get_parameter("weight_zero_point").detach().clone()
-            )
-            taken[names[module]] = QuantizedWeight(
-                grid, scale.detach().clone(), masters.pop(names[module]), zero
-            )
-        return taken
 
     def integer_layers(
         self, names: Mapping[torch.nn.Module, str], own_error: Callable[[str], float]
     ) -> list[IntegerLayer]:
-        """The modules that the CPU kernels multiply as integers; `own_error`: of a module, by its name."""
+        """Return the modules that the CPU kernels multiply as integers; `own_error` returns a module's error by its name."""
         layers = []
         for module, grid in self.grids.items():
             if grid.kind == "int":
@@ -138,9 +155,9 @@ class GroupQuantizer:
 
     @contextlib.contextmanager
     def as_served(self) -> Iterator[None]:
-        """Forward passes without the rounding of activations that a scheme asks for: our kernels have their own.
+        """Run forward passes without the rounding of activations that a scheme asks for: our kernels round their own way.
 
-        The weights are rounded ones already.
+        The weights are rounded already.
         """
         for module in self.grids:
             disable_quantization(module)
@@ -150,14 +167,9 @@ class GroupQuantizer:
             for module in self.grids:
                 enable_quantization(module)
 
-    def compress(self) -> None:
-        """Compress as llm-compressor does when it saves, with the very codes that were measured."""
-        for module in self.grids:
-            compress_exactly(module)
-
 
 def rounding_of(settings: QuantizationSettings) -> str:
-    """How weights are rounded, for the record of a run that prunes none."""
+    """Return how weights are rounded, for the record of a run that prunes none."""
     return "GPTQ, then coordinate descent" if settings.sweeps else "GPTQ"
 
 
@@ -181,7 +193,7 @@ def compress_exactly(module: Any) -> None:
 
 
 def _checked_groups(settings: QuantizationSettings) -> dict[str, dict[str, Any]] | None:
-    """The config groups, with targets, where compressed-tensors accepts each of them as a scheme."""
+    """Return the config groups with targets; RacError where compressed-tensors does not accept one as a scheme."""
     if settings.config_groups is None:
         return None
     groups = {

@@ -22,10 +22,10 @@ Four things reduce the cost.
 them bound by memory (on one core 131 ms for d = 768, where a Cholesky factor takes 6 ms and the inverse 13 ms more). With
 few stages one factor per stage is cheaper.
 *The inverse only where it pays.* It makes an iteration one product, where a factor takes products with its blocks
-(blocked.py), but takes three times as long to make. `multiply_adds` counts both.
+(platform.py), but takes three times as long to make. `multiply_adds` counts both.
 *bfloat16 products* with either, on devices with units for them (linalg.py). Scaled as above, H + diag(rho_j) has no
 eigenvalue below rho, so rounding changes little (0.1 % of the summed error on the reasoner's layers). A large factor is made
-with them too (blocked.py), unless a pivot shows that rounding spoilt it. States and inverses are float32.
+with them too (platform.py), unless a pivot shows that rounding spoilt it. States and inverses are float32.
 *Approximate thresholds, few passes over memory.* Within the iterations an unstructured threshold comes from a sample; the last
 one is exact. D is not kept: it is made of Z and the threshold, a few inputs at a time, which stay in the caches.
 """
@@ -37,7 +37,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from rac_modifier.pruning import blocked, linalg
+from rac_modifier import platform
+from rac_modifier.pruning import linalg
 from rac_modifier.pruning.linalg import Dampening
 from rac_modifier.pruning.topk import lowest, ranks_in_groups, sampled_places, sampled_threshold
 from rac_modifier.settings.pattern import Pattern
@@ -199,7 +200,7 @@ def multiply_adds(inputs: int, rows: int, iterations: int) -> tuple[float, float
 
 def _of_stage(d: int, r: int, n: int, *, inverse: bool) -> tuple[float, float]:
     """The same of n iterations; with a factor, its corners of b inputs are multiplied twice."""
-    b = min(blocked.BLOCK, d)
+    b = min(platform.BLOCK, d)
     return (d**3 / 2, n * d**2 * r) if inverse else (d**3 / 6, n * (d**2 + d * b) * r)
 
 
@@ -244,10 +245,10 @@ def _solver(
         found = linalg.cholesky_(shifted())
     if found is None:
         return None
-    found = found if inverts else blocked.invert_corners_(found)
+    found = found if inverts else platform.invert_corners_(found)
     ready = linalg.rounded_to_bf16_(found) if bf16 else found
     if not inverts:
-        return lambda x, y: x.add_(blocked.solve_(y, ready))
+        return lambda x, y: x.add_(platform.solve_with_corners_(y, ready))
     if not bf16:
         return lambda x, y: x.addmm_(ready, y)
 

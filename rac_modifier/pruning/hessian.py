@@ -7,16 +7,16 @@ from collections.abc import Sequence
 import torch
 
 from rac_modifier.errors import RacError
-from rac_modifier.float32_products import (
-    add_product,
-    one_of_few_sizes,
+from rac_modifier.platform import (
+    add_matmul_,
+    matmul,
+    mirror_lower_,
     onednn_is_faster,
-    product,
-    with_rows_of_zeros,
+    padded_size,
+    with_zero_rows,
 )
-from rac_modifier.processes import Processes
+from rac_modifier.processes import ALONE, Processes
 from rac_modifier.pruning import linalg
-from rac_modifier.pruning.blocked import mirror_lower_
 from rac_modifier.pruning.lane_sum import Block, LaneSum
 
 ROWS = 4096  # tokens whose inputs are converted to float32 at once
@@ -53,13 +53,18 @@ class Hessian:
     """
 
     def __init__(
-        self, columns: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+        self,
+        columns: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        processes: Processes = ALONE,
     ):
         self.columns = columns
         self.tokens = 0
         self.weight_sum = 0.0
         self._blocks = blocks_of_triangle(columns)
-        self._sums = LaneSum(columns, columns, device, dtype, self._blocks)
+        self._sums = LaneSum(columns, columns, device, dtype, self._blocks, processes)
+        self._processes = processes
         self._lane = (0, 0.0)  # tokens and weight of the present lane, and of those that have ended
         self._lanes: list[tuple[int, float]] = []
 
@@ -112,27 +117,27 @@ class Hessian:
                     )
                     laid = laid * scale
             for (first, last, columns), part in zip(self._blocks, self._sums.lane, strict=True):
-                add_product(part, laid[first:last], laid[:columns].T)
+                add_matmul_(part, laid[first:last], laid[:columns].T)
 
     def _input_by_input(self, x: torch.Tensor) -> torch.Tensor:
         """`x` [tokens, columns] transposed in a copy, with zeros up to one of a few numbers of tokens."""
         laid = torch.empty(
-            self.columns, one_of_few_sizes(len(x)), dtype=self._sums.dtype, device=self.device
+            self.columns, padded_size(len(x)), dtype=self._sums.dtype, device=self.device
         )
         laid[:, : len(x)] = x.T
         laid[:, len(x) :] = 0.0
         return laid
 
-    def end_lane(self, processes: Processes) -> None:
+    def end_lane(self) -> None:
         """A lane of the calibration set has ended, in all processes."""
-        self._sums.end_lane(processes)
+        self._sums.end_lane()
         self._lanes.append(self._lane)
         self._lane = (0, 0.0)
 
-    def finish(self, processes: Processes) -> None:
+    def finish(self) -> None:
         """After the last lane: the sum over all processes, with the same bits in each and with any number of them."""
-        self._sums.finish(processes)
-        by_rank = processes.from_all(self._lanes or [self._lane])
+        self._sums.finish()
+        by_rank = self._processes.from_all(self._lanes or [self._lane])
         self.tokens, self.weight_sum = 0, 0.0
         for lanes in zip(*by_rank, strict=True):
             for tokens, weight in lanes:
@@ -188,8 +193,9 @@ class Statistics:
         columns: int,
         device: torch.device | str,
         weights: Sequence[torch.Tensor] | None = None,
+        processes: Processes = ALONE,
     ):
-        self.hessian = Hessian(columns, device)
+        self.hessian = Hessian(columns, device, processes=processes)
         self._weights = weights
         self._rows = [w.shape[0] for w in weights or ()]
         self._before = (
@@ -197,7 +203,9 @@ class Statistics:
         )  # before W: 2 d d operations per token; after W: 4 rows d
         self._bf16 = linalg.bf16_is_fast(torch.device(device))
         rows = columns if self._before else sum(self._rows)
-        self._sums = None if weights is None else LaneSum(rows, columns, device)
+        self._sums = (
+            None if weights is None else LaneSum(rows, columns, device, processes=processes)
+        )
 
     @torch.no_grad()
     def add(
@@ -230,25 +238,25 @@ class Statistics:
         if self._bf16:
             difference = difference.bfloat16()
             if difference.device.type == "cpu":  # oneDNN's products
-                difference, x = with_rows_of_zeros(difference), with_rows_of_zeros(x.bfloat16())
+                difference, x = with_zero_rows(difference), with_zero_rows(x.bfloat16())
         if not self._before:
             difference = torch.cat(
                 [difference @ weight.to(difference).T for weight in self._weights], dim=1
             )
         linalg.bf16_addmm(self._sums.lane[0], difference.T, x, bf16=self._bf16)
 
-    def end_lanes(self, count: int, processes: Processes) -> None:
+    def end_lanes(self, count: int) -> None:
         """So many lanes of the calibration set have ended (one, or none yet), in all processes."""
         for _ in range(count):
-            self.hessian.end_lane(processes)
+            self.hessian.end_lane()
             if self._sums is not None:
-                self._sums.end_lane(processes)
+                self._sums.end_lane()
 
-    def finish(self, processes: Processes) -> None:
+    def finish(self) -> None:
         """After the last lane: the sums over all processes, with the same bits in each and with any number of them."""
-        self.hessian.finish(processes)
+        self.hessian.finish()
         if self._sums is not None:
-            self._sums.finish(processes)
+            self._sums.finish()
 
     def cross_moment(self, *, take: bool = False) -> list[torch.Tensor] | None:
         """C of each module, [rows, d] float32; None when no weights were given. `take` as for `Hessian.matrix`."""
@@ -258,5 +266,5 @@ class Statistics:
             2.0 / self.hessian.weight_sum
         )
         if self._before:
-            return [product(weight.to(scaled), scaled) for weight in self._weights]
+            return [matmul(weight.to(scaled), scaled) for weight in self._weights]
         return list(scaled.split(self._rows))

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from rac_modifier.processes import Processes
+from rac_modifier.processes import ALONE, Processes
 
 Block = tuple[int, int, int]
 _PIECE = 1 << 22  # elements that are exchanged at once
@@ -36,6 +36,7 @@ class LaneSum:
         device: torch.device | str,
         dtype: torch.dtype = torch.float32,
         blocks: Sequence[Block] | None = None,
+        processes: Processes = ALONE,
     ):
         self.rows, self.columns, self.dtype, self.device = (
             rows,
@@ -43,6 +44,7 @@ class LaneSum:
             dtype,
             torch.device(device),
         )
+        self._processes = processes
         self._blocks = list(blocks or [(0, rows, columns)])
         self._lane: list[torch.Tensor] | None = None
         self._open = False  # whether something was added since the last lane ended
@@ -72,10 +74,10 @@ class LaneSum:
         self._total = self._lane = None
         return total
 
-    def end_lane(self, processes: Processes) -> None:
+    def end_lane(self) -> None:
         """Add the lane to the sum, in all processes, each with a lane of its own (without a batch, where there are no more)."""
-        if processes.count > 1:
-            self._exchange(processes)
+        if self._processes.count > 1:
+            self._exchange()
         elif self._total is None:
             self._total, self._lane = self._whole(self._zeroed_lane()), None
         else:
@@ -84,10 +86,10 @@ class LaneSum:
                 part.zero_()
         self._open = False
 
-    def finish(self, processes: Processes) -> None:
+    def finish(self) -> None:
         """After the last lane: the whole sum in all processes, with the same bits. If none has ended, this ends one."""
         if self._total is None and not self._parts:
-            self.end_lane(processes)
+            self.end_lane()
         assert not self._open, "the last lane was not ended"
         self._lane = None
         if self._parts:
@@ -95,7 +97,7 @@ class LaneSum:
             for (block, start, stop), part in zip(self._pieces(), self._parts, strict=True):
                 first, _, columns = self._blocks[block]
                 piece = self._total[first + start : first + stop, :columns]
-                piece.copy_(processes.joined(part)[: piece.numel()].view_as(piece))
+                piece.copy_(self._processes.joined(part)[: piece.numel()].view_as(piece))
             self._parts = []
 
     def _zeroed_lane(self) -> list[torch.Tensor]:
@@ -116,7 +118,8 @@ class LaneSum:
             whole[first:last, :columns] = part
         return whole
 
-    def _exchange(self, processes: Processes) -> None:
+    def _exchange(self) -> None:
+        processes = self._processes
         lane = self._zeroed_lane()
         for number, (block, start, stop) in enumerate(self._pieces()):
             piece = lane[block][start:stop].flatten()

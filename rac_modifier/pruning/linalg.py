@@ -8,9 +8,9 @@ from typing import TypeVar
 
 import torch
 
+from rac_modifier import platform
 from rac_modifier.errors import RacError
-from rac_modifier.float32_products import add_product, onednn_is_faster, product
-from rac_modifier.pruning import blocked
+from rac_modifier.platform import add_matmul_, matmul, onednn_is_faster
 
 # Each retry multiplies the dampening by ten, up to the mean of the diagonal. With more, H would hardly matter, and the
 # result would be magnitude pruning under another name.
@@ -151,10 +151,10 @@ def factorise(
 def cholesky_(matrix: torch.Tensor, *, bf16: bool = False) -> torch.Tensor | None:
     """The lower Cholesky factor of a symmetric `matrix` [d, d], in its memory; None where it is not positive definite.
 
-    `bf16` rounds products where it is computed block by block (blocked.py).
+    `bf16` rounds products where it is computed block by block (platform.py).
     """
     if _in_blocks(matrix):
-        return blocked.cholesky_(matrix, bf16=bf16)
+        return platform.cholesky_(matrix, bf16=bf16)
     by_columns = (
         matrix.mT
     )  # as LAPACK has it: of a matrix that lies row by row, a second one would be made
@@ -167,7 +167,7 @@ def cholesky_(matrix: torch.Tensor, *, bf16: bool = False) -> torch.Tensor | Non
 def cholesky_solve(b: torch.Tensor, lower: torch.Tensor) -> torch.Tensor:
     """(`lower` `lower`^T)^-1 `b`, for b [d, rows]. torch.cholesky_solve copies `lower` first."""
     if _in_blocks(lower):
-        return blocked.solve(b, lower)
+        return platform.cholesky_solve(b, lower)
     solved = torch.linalg.solve_triangular(lower, b, upper=False)
     return torch.linalg.solve_triangular(lower.mT, solved, upper=True)
 
@@ -175,14 +175,14 @@ def cholesky_solve(b: torch.Tensor, lower: torch.Tensor) -> torch.Tensor:
 def inverse_(matrix: torch.Tensor) -> torch.Tensor | None:
     """The inverse of a symmetric `matrix` [d, d], in its memory; None where it is not positive definite."""
     if _in_blocks(matrix):
-        return blocked.inverse_(matrix)
+        return platform.inverse_(matrix)
     factor = cholesky_(matrix)
     return None if factor is None else torch.cholesky_inverse(factor, out=factor)
 
 
 def _in_blocks(matrix: torch.Tensor) -> bool:
     """Whether products of blocks are faster than LAPACK."""
-    large = matrix.shape[0] >= 2 * blocked.BLOCK
+    large = matrix.shape[0] >= 2 * platform.BLOCK
     return large and matrix.dtype == torch.float32 and onednn_is_faster(matrix.device)
 
 
@@ -241,7 +241,7 @@ def quadratic_form(
     """v^T H v for each column v of `vectors` [d, rows] and symmetric H [d, d]; float64 [rows].
 
     Uses the lower triangle and counts what is left of the diagonal blocks twice: half the work of a full product. Products have
-    one of a few shapes (float32_products.py). `bf16` rounds the factors of H v where there are 1024 inputs or more.
+    one of a few shapes (platform.py). `bf16` rounds the factors of H v where there are 1024 inputs or more.
     """
     result = torch.zeros(vectors.shape[1], dtype=torch.float64, device=vectors.device)
     bf16 = bf16 and len(hessian) >= 2 * BLOCK
@@ -255,10 +255,10 @@ def quadratic_form(
                 weight[:, :start] *= 2  # exact
                 moved = (rounded[:, left] @ weight.T).float()
             else:
-                moved = product(lying[:, block], hessian[block, block])
+                moved = matmul(lying[:, block], hessian[block, block])
                 for first in range(0, start, _SUMMED):
                     before = slice(first, min(first + _SUMMED, start))
-                    add_product(moved, lying[:, before], hessian[block, before].T, alpha=2)
+                    add_matmul_(moved, lying[:, before], hessian[block, before].T, alpha=2)
             found += moved.mul_(lying[:, block]).sum(1)
     return result
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rac_modifier.float32_products import add_product
+from rac_modifier.platform import add_matmul_
 from rac_modifier.pruning import linalg
 from rac_modifier.pruning.linalg import Dampening
 
@@ -80,7 +80,7 @@ def refit(
         for some in linalg.row_blocks(weight):
             residual[some].add_(rounded[some] @ factor)
     else:
-        add_product(residual, hessian, direction)
+        add_matmul_(residual, hessian, direction)
     for here in parts:
         error += (direction[here] * residual[here]).sum(0)
         residual[here].masked_fill_(pruned[here], 0.0)

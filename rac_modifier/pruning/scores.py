@@ -9,28 +9,15 @@ import torch
 from rac_modifier.pruning.topk import lowest, lowest_along
 from rac_modifier.settings.pattern import Pattern
 
-
-def prune(
-    weight: torch.Tensor,
-    rows: Sequence[int],
-    patterns: Sequence[Pattern],
-    mask_of: Callable[[torch.Tensor, Pattern], torch.Tensor],
-) -> torch.Tensor:
-    """Prune `weight` [d, sum(rows)] (transposed) in place, modules of `rows` rows each side by side.
-
-    `mask_of` gets each module by itself, [rows_i, d], and returns what to prune of it. Returns the mask of what was pruned.
-    """
-    parts = zip(weight.split(list(rows), dim=1), patterns, strict=True)
-    pruned = torch.cat([mask_of(part.T.contiguous(), pattern) for part, pattern in parts]).T
-    weight.masked_fill_(pruned, 0.0)
-    return pruned
+Mask = Callable[[torch.Tensor, torch.Tensor, Pattern], torch.Tensor]
+"""From a weight [rows, d] float32, its Hessian [d, d] and its pattern to what is pruned, bool [rows, d]."""
 
 
 def wanda_mask(weight: torch.Tensor, hessian: torch.Tensor, pattern: Pattern) -> torch.Tensor:
-    """Weights to prune by |W_ij| * ||X_j||_2, compared within an output row (arXiv 2306.11695, equation 1).
+    """Prune by |W_ij| * ||X_j||_2, compared within an output row (arXiv 2306.11695, equation 1).
 
-    `weight` is [rows, d] float32; ||X_j|| is sqrt(H_jj) up to a factor that changes no comparison. Unstructured: the
-    floor(d * sparsity) lowest of each row; N:M: the N lowest of each group.
+    ||X_j|| is sqrt(H_jj) up to a factor that changes no comparison. Unstructured: the floor(d * sparsity) lowest of each row;
+    N:M: the N lowest of each group.
     """
     scores = weight.abs() * hessian.diagonal().sqrt()
     if pattern.is_structured:
@@ -38,11 +25,33 @@ def wanda_mask(weight: torch.Tensor, hessian: torch.Tensor, pattern: Pattern) ->
     return lowest_along(scores, int(scores.shape[1] * pattern.sparsity), dim=1)
 
 
-def magnitude_mask(weight: torch.Tensor, pattern: Pattern) -> torch.Tensor:
-    """Weights to prune by |W_ij|: the floor(numel * sparsity) lowest of the module, or the N lowest of each group."""
+def magnitude_mask(weight: torch.Tensor, hessian: torch.Tensor, pattern: Pattern) -> torch.Tensor:
+    """Prune by |W_ij|: the floor(numel * sparsity) lowest of the module, or the N lowest of each group."""
     if pattern.is_structured:
         return _lowest_in_groups(weight.abs(), pattern)
     return lowest(weight.abs(), int(weight.numel() * pattern.sparsity))
+
+
+# The methods by the recipe's name for them.
+MASKS: dict[str, Mask] = {
+    "wanda": wanda_mask,
+    "magnitude": magnitude_mask,
+}
+
+
+def prune(
+    method: str,
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    rows: Sequence[int],
+    patterns: Sequence[Pattern],
+) -> torch.Tensor:
+    """Prune `weight` [d, sum(rows)] (transposed) in place, modules of `rows` rows each side by side; returns the mask of it."""
+    mask_of, modules = MASKS[method], zip(weight.split(list(rows), dim=1), patterns, strict=True)
+    masks = [mask_of(module.T.contiguous(), hessian, pattern) for module, pattern in modules]
+    pruned = torch.cat(masks).T
+    weight.masked_fill_(pruned, 0.0)
+    return pruned
 
 
 def _lowest_in_groups(scores: torch.Tensor, pattern: Pattern) -> torch.Tensor:

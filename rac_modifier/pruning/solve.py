@@ -40,8 +40,6 @@ from rac_modifier.pruning.refit import refit as refit_kept
 from rac_modifier.settings.pattern import Pattern
 from rac_modifier.settings.pruning import ITERATIONS, REFIT_STEPS, Method
 
-_SCORES = ("wanda", "magnitude")  # methods that change none of the weights that they keep
-
 
 @dataclass(frozen=True)
 class Solution:
@@ -220,7 +218,7 @@ def _aim(method: Method, given: Problem, dampening_frac: float) -> _Work:
     # The weights of dead inputs are pruned too, because they never matter; scores do not change what they keep.
     working, dead = stacked(targets, hessian), hessian.diagonal() == 0
     totals = quadratic_form(working, hessian, bf16=linalg.bf16_is_fast(hessian.device))
-    if method not in _SCORES:
+    if method not in scores.MASKS:
         working[dead] = 0.0
     return _Work(
         given,
@@ -261,12 +259,8 @@ def _choose(method: Method, work: _Work, iterations: int) -> None:
             iterations=iterations,
             label=given.label,
         )
-    elif method == "wanda":
-        work.pruned = scores.prune(
-            working, rows, patterns, lambda w, p: scores.wanda_mask(w, given.hessian, p)
-        )
-    elif method == "magnitude":
-        work.pruned = scores.prune(working, rows, patterns, scores.magnitude_mask)
+    elif method in scores.MASKS:
+        work.pruned = scores.prune(method, working, given.hessian, rows, patterns)
     elif method == "none":
         work.pruned = torch.zeros_like(working, dtype=torch.bool)
     else:
@@ -285,7 +279,7 @@ def _finish(
         work.given.hessian,
         work.targets,
     )
-    if method not in _SCORES:
+    if method not in scores.MASKS:
         pruned[work.dead] = True
 
     # 4. Refit: H'_SS w'_S = (H' w*)_S for each row w' with kept columns S.

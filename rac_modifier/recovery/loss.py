@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from rac_modifier.float32_products import product
+from rac_modifier.platform import matmul
 
 # Logits of one model held at once, in elements.
 _CHUNK_ELEMENTS = 1 << 25
@@ -48,13 +48,13 @@ class _HeadKL(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         for start in range(0, len(hidden), step):
             part = slice(start, start + step)
-            dense = product(
+            dense = matmul(
                 dense_hidden[part].to(device=hidden.device, dtype=weight.dtype), weight.T
             )
-            own = product(hidden[part].to(weight.dtype), weight.T)
+            own = matmul(hidden[part].to(weight.dtype), weight.T)
             total += _kl_(own, dense, trained)
             if gradient is not None:
-                gradient[part] = product(own, weight).to(gradient.dtype)
+                gradient[part] = matmul(own, weight).to(gradient.dtype)
         ctx.save_for_backward(gradient)
         return total.float()
 

@@ -11,13 +11,14 @@ CASES = Cases()
 
 def _killed(b: Bench, about: dict[str, object], calibrated: dict[str, object]) -> None:
     """A group of a run that was killed, in a folder; and the start of a run that would go on from there."""
-    from rac_modifier.llmcompressor import finished_groups
 
-    b.monkeypatch.setattr(finished_groups, "_SAVE_SECONDS", 0.0)
-    first = finished_groups.FinishedGroups(b.tmp / "out.unfinished", ABOUT)
+    from rac_modifier.llmcompressor import resume
+
+    b.monkeypatch.setattr(resume, "_SAVE_SECONDS", 0.0)
+    first = resume.FinishedGroups(b.tmp / "out.unfinished", ABOUT)
     first.begin(CALIBRATED)
     first.add({"m": torch.nn.Linear(2, 2)}, {"m": {}}, {})
-    finished_groups.FinishedGroups(b.tmp / "out.unfinished", {**ABOUT, **about}).begin(
+    resume.FinishedGroups(b.tmp / "out.unfinished", {**ABOUT, **about}).begin(
         {**CALIBRATED, **calibrated}
     )
 

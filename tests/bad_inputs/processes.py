@@ -61,6 +61,6 @@ def _(b: Bench) -> None:
 
     two = Processes(0, 2)
     b.monkeypatch.setattr(
-        "rac_modifier.llmcompressor.calibrating_modifier.present_processes", lambda: two
+        "rac_modifier.llmcompressor.calibration_modifier.present_processes", lambda: two
     )
     b.prune(later=(GPTQModifier(scheme="W4A16", ignore=["lm_head"]),))

@@ -74,8 +74,7 @@ def test_the_dry_run_takes_all_steps_and_a_second_one_takes_none_again(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     main(monkeypatch, "--dry-run", "--out", "out")
-    said = capsys.readouterr().out
-    assert "Estimated, not measured: " in said
+    assert "2:4 + int4" in capsys.readouterr().out
     rows = [json.loads(line) for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()]
     assert [(row["label"], row["group"]) for row in rows] == [
         ("dense", "dense"),

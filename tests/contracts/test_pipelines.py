@@ -12,7 +12,7 @@ from llmcompressor.pipelines.sequential.pipeline import SequentialPipeline
 from rac_modifier import ReasoningAwareSparseGPTModifier
 from rac_modifier.llmcompressor.pipeline import (
     ReasoningAwareSequentialPipeline,
-    Run,
+    SessionRun,
     put_in_place,
     take_away,
 )
@@ -24,7 +24,7 @@ def test_seam_calibration_pipeline_registry_is_what_from_modifiers_loads():
     """While a run of ours lasts, "sequential" is ours, both when it is inferred and when the user names it."""
     ours = ReasoningAwareSparseGPTModifier(**entry())
     with create_session() as session:
-        put_in_place(session, Run(None, ours))
+        put_in_place(session, SessionRun(None, ours))
         try:
             for user in (None, "sequential", "Sequential"):
                 made = CalibrationPipeline.from_modifiers([ours], user=user)

@@ -8,7 +8,7 @@ from llmcompressor import oneshot
 from transformers import AutoModelForCausalLM
 
 from rac_modifier import ReasoningAwareCalibrationModifier, ReasoningAwareSparseGPTModifier
-from rac_modifier.llmcompressor import finished_groups, solving
+from rac_modifier.llmcompressor import resume, solving
 from tests.llmcompressor.unfinished_runs import Killed
 from tests.tiny import calibration_entry, entry
 
@@ -82,7 +82,7 @@ def off_policy(trace_store):
 @pytest.fixture
 def at_once(monkeypatch):
     """Each group is written as soon as it is pruned."""
-    monkeypatch.setattr(finished_groups, "_SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(resume, "_SAVE_SECONDS", 0.0)
 
 
 @pytest.fixture
@@ -95,6 +95,8 @@ def solved(monkeypatch):
     groups, solve = Solved(), solving.solve_many
 
     def counted(method: Any, problems: Any, **kwargs: Any) -> Any:
+        if problems[0].names[0].startswith("rehearsal"):  # of the memory check
+            return solve(method, problems, **kwargs)
         if groups.lives == 0:
             raise Killed
         groups.lives -= 1

@@ -24,7 +24,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rac_modifier.llmcompressor import finished_groups, pruning_modifier
+from rac_modifier.llmcompressor import resume
+from rac_modifier.llmcompressor import run as run_module
 from rac_modifier.settings.traces import TraceSettings
 from rac_modifier.traces.collect import collect_traces
 from tests.llmcompressor.several_processes import ended, start
@@ -82,27 +83,27 @@ def drawn_out(output: str) -> None:
             time.sleep(_WRITING_TAKES)
             file.write(data[len(data) // 2 :])
 
-    finished_groups.save_file = halves  # type: ignore[attr-defined]
-    add = finished_groups.FinishedGroups.add
+    resume.save_file = halves  # type: ignore[attr-defined]
+    add = resume.FinishedGroups.add
 
     def noted(self: Any, *args: Any) -> None:
         with open(f"{output}.pruned", "a") as file:
             file.write(".")
         add(self, *args)
 
-    finished_groups.FinishedGroups.add = noted  # type: ignore[method-assign]
+    resume.FinishedGroups.add = noted  # type: ignore[method-assign]
 
 
 def began_to_prune(output: str) -> None:
     """In each process: note that a group is being pruned."""
-    solve = pruning_modifier.solve_groups
+    solve = run_module.solve_groups
 
     def noted(*args: Any, **kwargs: Any) -> Any:
         with open(f"{output}.began", "a") as file:
             file.write(".")
         return solve(*args, **kwargs)
 
-    pruning_modifier.solve_groups = noted
+    run_module.solve_groups = noted
 
 
 def begin(output: str, count: int) -> dict[int, int]:
@@ -209,7 +210,7 @@ def main() -> None:
     """See above."""
     count_of_kills, count = (int(word) for word in sys.argv[1:])
     torch.set_num_threads(1)
-    finished_groups._SAVE_SECONDS = 0.0  # here and not at import: tests import this module
+    resume._SAVE_SECONDS = 0.0  # here and not at import: tests import this module
     save_tiny(Path(_MODEL))
     settings = TraceSettings(**entry()["traces"])
     loaded = AutoModelForCausalLM.from_pretrained(_MODEL), AutoTokenizer.from_pretrained(_MODEL)

@@ -19,7 +19,7 @@ import torch
 from llmcompressor import oneshot
 
 import rac_modifier  # noqa: F401 - registers the modifier
-from rac_modifier.llmcompressor import finished_groups
+from rac_modifier.llmcompressor import resume
 
 GROUPS = 8  # four in each of the tiny model's two layers
 
@@ -56,7 +56,7 @@ def main() -> None:
     """See above."""
     model, recipe, kills = sys.argv[1], sys.argv[2], int(sys.argv[3])
     torch.set_num_threads(1)
-    finished_groups._SAVE_SECONDS = 0.0  # here and not at import: tests import this module
+    resume._SAVE_SECONDS = 0.0  # here and not at import: tests import this module
     begun = time.monotonic()
     _, status = os.waitpid(start(model, recipe, "undisturbed"), 0)
     assert status == 0

@@ -30,7 +30,8 @@ import rac_modifier  # noqa: F401 - registers the modifier
 from rac_modifier import cli, model_tools, processes
 from rac_modifier.calibration import trace_budget
 from rac_modifier.errors import RacError
-from rac_modifier.llmcompressor import finished_groups, pruning_modifier
+from rac_modifier.llmcompressor import resume
+from rac_modifier.llmcompressor import run as run_module
 from rac_modifier.processes import Processes
 
 Before = Callable[[], None]
@@ -127,14 +128,14 @@ def fails_at(group: int, how: Before) -> Before:
     """Do something in place of pruning the so-manieth group, with the others or beside the one that solves it."""
 
     def before() -> None:
-        together, groups = pruning_modifier.solve_together, iter(range(1, 10**6))
+        solve, groups = run_module.solve_on_all_ranks, iter(range(1, 10**6))
 
         def failing(*args: Any, **kwargs: Any) -> Any:
             if next(groups) == group:
                 how()
-            return together(*args, **kwargs)
+            return solve(*args, **kwargs)
 
-        pruning_modifier.solve_together = failing
+        run_module.solve_on_all_ranks = failing
 
     return before
 
@@ -180,7 +181,7 @@ def main() -> None:
     """See above."""
     model, recipes = sys.argv[1], Path(sys.argv[2])
     torch.set_num_threads(1)
-    finished_groups._SAVE_SECONDS = 0.0  # here and not at import: tests import this module
+    resume._SAVE_SECONDS = 0.0  # here and not at import: tests import this module
     codes: dict[str, list[int]] = {}
 
     def run(

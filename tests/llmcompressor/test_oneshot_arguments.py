@@ -146,7 +146,7 @@ def test_with_a_stage_its_own_folder_is_looked_at(tmp_path):
 @pytest.fixture
 def nothing_is_sampled(monkeypatch):
     monkeypatch.setattr(
-        "rac_modifier.llmcompressor.calibrating_modifier.build_calibration_set", None
+        "rac_modifier.llmcompressor.calibration_modifier.build_calibration_set", None
     )
 
 
@@ -204,7 +204,7 @@ def used_tokenizer(monkeypatch):
         raise TokenizerUsed(tokenizer)
 
     monkeypatch.setattr(
-        "rac_modifier.llmcompressor.calibrating_modifier.build_calibration_set", build
+        "rac_modifier.llmcompressor.calibration_modifier.build_calibration_set", build
     )
 
     def used(prune, **options):

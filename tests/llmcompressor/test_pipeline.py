@@ -9,14 +9,14 @@ from llmcompressor.pipelines.registry import CalibrationPipeline
 from llmcompressor.pipelines.sequential.pipeline import SequentialPipeline
 
 from rac_modifier import RacError
-from rac_modifier.llmcompressor import pipeline
+from rac_modifier.llmcompressor import plan
 from rac_modifier.llmcompressor.pipeline import (
     ReasoningAwareSequentialPipeline,
-    Run,
+    SessionRun,
     put_in_place,
     take_away,
 )
-from rac_modifier.llmcompressor.stages import UntraceableError
+from rac_modifier.llmcompressor.plan import UntraceableError
 from tests.llmcompressor.modifier_helpers import assert_same_weights, gptq_w4, weights
 from tests.tiny import TOKENS, linears
 
@@ -29,7 +29,7 @@ def loaded() -> type:
 def test_it_is_in_place_for_its_session_only():
     with create_session() as ours:
         assert loaded() is SequentialPipeline
-        put_in_place(ours, Run(None, None))
+        put_in_place(ours, SessionRun(None))
         assert loaded() is ReasoningAwareSequentialPipeline
         with create_session():
             assert loaded() is SequentialPipeline
@@ -47,8 +47,8 @@ def test_it_is_in_place_for_its_session_only():
 
 def test_the_end_of_one_run_leaves_another_in_place():
     with create_session() as first, create_session() as second:
-        put_in_place(first, Run(None, None))
-        put_in_place(second, Run(None, None))
+        put_in_place(first, SessionRun(None))
+        put_in_place(second, SessionRun(None))
         take_away(first)
         assert loaded() is ReasoningAwareSequentialPipeline
         take_away(second)
@@ -60,7 +60,7 @@ def test_an_error_in_the_pipeline_takes_it_away_at_once(prune, monkeypatch):
         assert loaded() is ReasoningAwareSequentialPipeline
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(pipeline, "trace_stages", fails)
+    monkeypatch.setattr(plan, "trace_groups", fails)
     with pytest.raises(RuntimeError, match="out of memory"):
         prune()
     assert loaded() is SequentialPipeline
@@ -75,7 +75,7 @@ def test_an_error_of_another_modifier_is_cleared_by_the_next_reset(prune, monkey
         prune(later=[QuantizationModifier(targets=["Linear"], scheme="FP8_DYNAMIC")])
     measured = []
     monkeypatch.setattr(
-        "rac_modifier.llmcompressor.calibrating_modifier.RunDivergence.measure", measured.append
+        "rac_modifier.llmcompressor.calibration_modifier.RunDivergence.measure", measured.append
     )
     active_session().reset()
     assert loaded() is SequentialPipeline
@@ -124,7 +124,7 @@ def untraceable(monkeypatch):
     def fails(*args, **kwargs):
         raise UntraceableError("tracing failed: a loop over experts")
 
-    monkeypatch.setattr(pipeline, "trace_stages", fails)
+    monkeypatch.setattr(plan, "trace_groups", fails)
 
 
 @pytest.mark.usefixtures("untraceable")

@@ -32,7 +32,7 @@ RECOVER = {
 def test_no_trace_is_trained_on_and_held_out_and_none_was_calibrated_on(
     prune, trace_store, tmp_path, monkeypatch
 ):
-    from rac_modifier.llmcompressor import pruning_modifier, recovery_stage
+    from rac_modifier.llmcompressor import calibration_modifier, recovery_stage
 
     seen = {}
     kept = recovery_stage.recover
@@ -42,15 +42,15 @@ def test_no_trace_is_trained_on_and_held_out_and_none_was_calibrated_on(
         return kept(model, teacher, training, held_out, settings, **options)
 
     loaders = []
-    build = pruning_modifier.CalibratingModifier.build_calibration
+    build = calibration_modifier.build_calibration_set
 
-    def built(self, state, reserved=0):
-        made = build(self, state, reserved)
+    def built(*args, **options):
+        made = build(*args, **options)
         loaders.append(made.loader)
         return made
 
     monkeypatch.setattr(recovery_stage, "recover", spy)
-    monkeypatch.setattr(pruning_modifier.CalibratingModifier, "build_calibration", built)
+    monkeypatch.setattr(calibration_modifier, "build_calibration_set", built)
     monkeypatch.chdir(tmp_path)
     prune(recover=RECOVER, output_dir=tmp_path / "out")
     training, held_out = (
@@ -191,7 +191,7 @@ def test_too_little_memory_is_refused_before_anything_is_sampled(
     later = (gptq_w4(),) if entry == "calibrate" else ()
     with pytest.raises(
         RacError,
-        match=r"recover: training needs about .* GiB on the CPU beside .*, and 0\.0 GiB are free",
+        match=r"recover: training needs about .* GiB on the CPU next to .*, and 0\.0 GiB are free",
     ):
         request.getfixturevalue(entry)(
             later=later, recover=RECOVER, traces={"store": str(tmp_path / "new.jsonl")}

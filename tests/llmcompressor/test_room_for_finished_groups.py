@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import save_file
 
 from rac_modifier import RacError
-from rac_modifier.llmcompressor import finished_groups
-from rac_modifier.llmcompressor.finished_groups import FinishedGroups
+from rac_modifier.llmcompressor import resume
+from rac_modifier.llmcompressor.resume import FinishedGroups
 from tests.llmcompressor.unfinished_runs import (
     GROUPS,
     RECOVERED,
@@ -124,7 +124,7 @@ def test_the_disk_is_checked_before_anything_is_sampled(prune, dense, tmp_path, 
         assert not (tmp_path / "new.jsonl").exists()
         free[0] = needed
         modules = linears(dense).values()
-        finished_groups.check_disk(tmp_path / "out", dense, modules, masters="recover" in settings)
+        resume.check_disk(tmp_path / "out", dense, modules, masters="recover" in settings)
 
 
 @pytest.mark.usefixtures("at_once")
@@ -140,7 +140,7 @@ def test_a_full_disk_loses_nothing(prune, solved, tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         save_file(tensors, path, metadata)
 
-    monkeypatch.setattr(finished_groups, "save_file", full)
+    monkeypatch.setattr(resume, "save_file", full)
     with pytest.raises(
         RacError,
         match=r"out\.unfinished: what is pruned so far cannot be kept .*No space left.*make room",

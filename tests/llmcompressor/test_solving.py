@@ -1,20 +1,20 @@
 """A group's modules pruned in several processes (here threads): what one process makes of all tokens, whoever is slow."""
 
 import random
-import time
 
 import pytest
 import torch
 
 from rac_modifier.errors import RacError
-from rac_modifier.llmcompressor.input_groups import InputGroup
+from rac_modifier.llmcompressor.quantizer import NoQuantizer
 from rac_modifier.llmcompressor.solving import (
     Pruned,
-    end_lanes,
     owners,
+    problems_per_call,
     solve_groups,
-    solve_together,
+    solve_on_all_ranks,
 )
+from rac_modifier.llmcompressor.statistics import InputGroup, end_lanes
 from rac_modifier.processes import Processes
 from rac_modifier.pruning import sparsegpt
 from rac_modifier.pruning.hessian import Statistics
@@ -41,37 +41,44 @@ def batches():
     return [(x, x + 0.1 * torch.randn(x.shape)) for x in inputs]
 
 
+def one_per_call(group):
+    return 1
+
+
 def groups_of(modules, batches, processes=ALONE):
     """q, k and v read one input, and down reads another. Each batch of a process is a lane."""
     groups = []
     for names, factor in ((("q", "k", "v"), 1.0), (("down",), 0.5)):
         members = [modules[name] for name in names]
-        statistics = Statistics(COLUMNS, "cpu", [module.weight.detach() for module in members])
+        statistics = Statistics(
+            COLUMNS, "cpu", [module.weight.detach() for module in members], processes
+        )
         for x, dense in batches:
             statistics.add(x * factor, torch.ones(len(x)), dense * factor)
-            statistics.end_lanes(1, processes)
+            statistics.end_lanes(1)
         groups.append(InputGroup(members, statistics))
     return groups
 
 
 def pruned(modules, batches, processes, slow=None):
-    """What becomes of each module, by name; `slow` sleeps now and then."""
+    """What becomes of each module, by name; `slow` is busy now and then."""
     names = {module: name for name, module in modules.items()}
     patterns = dict.fromkeys(modules, Pattern.n_of_m(2, 4))
     solved = []
 
     def solve(some):
         if slow is not None:
-            time.sleep(slow.uniform(0, 0.05))
+            for _ in range(slow.randrange(10**5)):  # others go on meanwhile
+                pass
         solved.extend(names[module] for group in some for module in group.modules)
-        return solve_groups(ENTRY, some, names, patterns, None)
+        return solve_groups(ENTRY, some, names, patterns, NoQuantizer())
 
     own = batches[processes.rank :: processes.count]
     if len(own) < -(-len(batches) // processes.count):  # a lane without tokens
         own = [*own, (batches[0][0][:0], batches[0][1][:0])]
     groups = groups_of(modules, own, processes)
     found = {}
-    for group, results in solve_together(groups, names, processes, solve, True):
+    for group, results in solve_on_all_ranks(groups, names, processes, solve, one_per_call):
         found |= zip((names[module] for module in group.modules), results, strict=True)
     return found, solved
 
@@ -111,7 +118,7 @@ def test_scales_masters_and_records_reach_all(modules, batches):
         scale = torch.full((len(weight), 1), 0.5) if rounded else None
         zeros = torch.full((len(weight), 1), -3, dtype=torch.int8) if names[module] == "v" else None
         return Pruned(
-            weight + 1, {"name": names[module]}, scale, weight * 2 if rounded else None, zeros
+            weight + 1, {"name": names[module]}, scale, zeros, weight * 2 if rounded else None
         )
 
     def solve(some):
@@ -121,7 +128,7 @@ def test_scales_masters_and_records_reach_all(modules, batches):
         groups = groups_of(modules, batches, processes)
         return {
             names[module]: one
-            for group, results in solve_together(groups, names, processes, solve, True)
+            for group, results in solve_on_all_ranks(groups, names, processes, solve, one_per_call)
             for module, one in zip(group.modules, results, strict=True)
         }
 
@@ -162,27 +169,31 @@ def test_small_groups_of_one_shape_that_follow_each_other_are_solved_at_once(
             )
             for x, dense in batches:
                 groups[-1].statistics.add(x * (1 + i), torch.ones(len(x)), dense)
-            groups[-1].statistics.finish(Processes())
+            groups[-1].statistics.finish()
         return groups
 
     entry = ENTRY.model_copy(update={"solver": solver})
+
+    def per_call(group):
+        return problems_per_call(group.modules, torch.device("cpu"), entry)
+
     patterns, calls = dict.fromkeys(modules, Pattern.n_of_m(2, 4)), []
 
     def solve(some):
         calls.append(len(some))
-        return solve_groups(entry, some, names, patterns, None)
+        return solve_groups(entry, some, names, patterns, NoQuantizer())
 
     found = {
         names[group.modules[0]]: one
-        for group, (one,) in solve_together(made(), names, Processes(), solve, entry.gains_at_once)
+        for group, (one,) in solve_on_all_ranks(made(), names, Processes(), solve, per_call)
     }
     assert calls == expected
     if solver == "sparsegpt":  # so many at a time where that is asked for
         calls.clear()
-        list(solve_together(made()[:3], names, Processes(), solve, entry.gains_at_once, together=1))
+        list(solve_on_all_ranks(made()[:3], names, Processes(), solve, one_per_call))
         assert calls == [1, 1, 1]
     for name, group in zip(modules, made(), strict=True):
-        ((alone,),) = solve_groups(entry, [group], names, patterns, None)
+        ((alone,),) = solve_groups(entry, [group], names, patterns, NoQuantizer())
         assert found[name].record["name"] == name
         assert torch.equal(found[name].weight != 0, alone.weight != 0)
         torch.testing.assert_close(found[name].weight, alone.weight)
@@ -200,7 +211,7 @@ def test_processes_that_calibrated_other_modules_are_refused(modules, batches, w
     def step(groups, processes):
         if when == "at the end of a lane":
             end_lanes(groups, names, processes, 1)
-        return list(solve_together(groups, names, processes, lambda some: [], gains_at_once=True))
+        return list(solve_on_all_ranks(groups, names, processes, lambda some: [], one_per_call))
 
     def run(processes):
         groups = groups_of(modules, [])[: 2 - processes.rank]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from rac_modifier.llmcompressor.finished_groups import FinishedGroups
+from rac_modifier.llmcompressor.resume import FinishedGroups
 
 GROUPS = 8  # four in each of the tiny model's two layers
 

@@ -3,8 +3,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from rac_modifier import platform
 from rac_modifier.errors import RacError
-from rac_modifier.pruning import Pattern, alps, blocked, broken_groups, linalg, solve
+from rac_modifier.pruning import Pattern, alps, broken_groups, linalg, solve
 from tests.pruning.pruning_reference import (
     assert_near,
     correlated_problem,
@@ -62,7 +63,7 @@ def test_is_the_papers_iteration(pattern):
 @pytest.mark.parametrize("spoilt", [False, True])
 def test_a_factor_that_rounding_spoils_is_made_of_float32_products(spoilt, monkeypatch):
     """Spoilt: 512 inputs share nearly all, and the first block of inputs has nothing of it."""
-    monkeypatch.setattr(blocked, "BLOCK", 16)
+    monkeypatch.setattr(platform, "BLOCK", 16)
     monkeypatch.setattr(linalg, "onednn_is_faster", lambda device: True)
     monkeypatch.setattr(alps, "_forms_inverse", lambda *sizes: False)
     hessian = torch.eye(528)
@@ -70,9 +71,9 @@ def test_a_factor_that_rounding_spoils_is_made_of_float32_products(spoilt, monke
     hessian[16:, 16:] = (
         torch.full((512, 512), 1.0 if spoilt else 1e-3).fill_diagonal_(1.0) * sizes * sizes[:, None]
     )
-    made, inner = [], blocked.cholesky_
+    made, inner = [], platform.cholesky_
     monkeypatch.setattr(
-        blocked, "cholesky_", lambda matrix, bf16: made.append(bf16) or inner(matrix, bf16=bf16)
+        platform, "cholesky_", lambda matrix, bf16: made.append(bf16) or inner(matrix, bf16=bf16)
     )
     dampening = linalg.Dampening.of(hessian, 0.01)
     add_solution = alps._solver(hessian, dampening, 0.02, 4, 3, bf16=True)
@@ -90,7 +91,7 @@ def test_a_factor_that_rounding_spoils_is_made_of_float32_products(spoilt, monke
 def test_the_factor_and_the_inverse_agree(pattern, bf16, monkeypatch):
     """Rounding to bfloat16 moves 3 to 6 % of a mask by itself, on layers of SmolLM2, and the error by 0.1 %."""
     weight, hessian = correlated_problem(20, 96, 400)
-    monkeypatch.setattr(blocked, "BLOCK", 32)
+    monkeypatch.setattr(platform, "BLOCK", 32)
     monkeypatch.setattr(linalg, "bf16_is_fast", lambda device: bf16)
     found = {}
     for inverts in (True, False):
@@ -106,7 +107,7 @@ def test_the_factor_and_the_inverse_agree(pattern, bf16, monkeypatch):
 @pytest.mark.parametrize("repeats", [1, 4])
 def test_the_inverse_is_formed_where_it_takes_fewer_multiply_adds(inputs, rows, repeats):
     """Counted step by step; of a factor without its corners, which have a share of BLOCK / inputs."""
-    b = min(blocked.BLOCK, inputs)
+    b = min(platform.BLOCK, inputs)
     corners, before = inputs * b, (inputs**2 - inputs * b) / 2
     factor = inputs**3 / 6 + repeats * rows * 2 * (corners + before)
     inverse = inputs**3 / 2 + repeats * rows * inputs**2

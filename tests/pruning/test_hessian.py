@@ -195,14 +195,14 @@ def test_bfloat16_products_change_the_cross_moment_less_than_other_tokens_would(
 def test_where_onednn_multiplies_it_is_given_few_numbers_of_tokens(weighted, monkeypatch):
     """Zeros are added up to one of a few sizes; the sums stay those of the tokens."""
     sizes = set()
-    inner = of_inputs.add_product
+    inner = of_inputs.add_matmul_
 
     def spy(out, a, b):
         sizes.add(a.shape[1])
         inner(out, a, b)
 
     monkeypatch.setattr(of_inputs, "onednn_is_faster", lambda device: True)
-    monkeypatch.setattr(of_inputs, "add_product", spy)
+    monkeypatch.setattr(of_inputs, "add_matmul_", spy)
     for tokens in (500, 505, 511, 513, 530):
         x, w = gaussian(tokens, 70), torch.rand(tokens) if weighted else torch.ones(tokens)
         found = Hessian(70)

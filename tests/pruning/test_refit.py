@@ -140,9 +140,9 @@ def test_the_first_gradient_of_many_inputs_is_rounded(monkeypatch):
         trace_error(weight - exact, dampened(hessian, 0.01)),
         importlib.import_module(refit.__module__),
     )
-    float32_products, inner = [], module.add_product
+    float32_products, inner = [], module.add_matmul_
     monkeypatch.setattr(
-        module, "add_product", lambda *args: float32_products.append(args) or inner(*args)
+        module, "add_matmul_", lambda *args: float32_products.append(args) or inner(*args)
     )
     for large in (257, 256):
         monkeypatch.setattr(module, "LARGE", large)

@@ -11,13 +11,13 @@ from rac_modifier.processes import Processes
 from rac_modifier.recovery.distill import recover
 from rac_modifier.recovery.memory import (
     Batch,
-    RecoveryNeed,
-    batch_as_asked,
     check_recovery_memory,
     largest_batches,
+    recovery_need,
+    step_bytes,
 )
 from rac_modifier.settings.recovery import RecoverySettings
-from tests.llmcompressor.live_bytes import LiveBytes
+from tests.live_bytes import LiveBytes
 from tests.recovery.recovery_helpers import LiveTeacher, dense_and_sparse, sequences
 
 CPU = torch.device("cpu")
@@ -42,7 +42,7 @@ def test_the_prediction_is_what_lives_in_a_run(checkpointing, autocast, monkeypa
     dense, sparse = dense_and_sparse()
     settings = SETTINGS.model_copy(update={"activation_checkpointing": checkpointing})
     training, held_out = sequences(60, seed=1), sequences(5, seed=2)
-    need = RecoveryNeed.of(dense, settings, largest_batches(training, settings, CPU, 1), CPU)
+    need = recovery_need(dense, settings, largest_batches(training, settings, CPU, 1), CPU)
     with LiveBytes() as live:
         live.reset()
         recover(
@@ -64,7 +64,7 @@ def test_what_a_gpu_holds_and_what_the_cpu_beside_it(monkeypatch):
     dense, _ = dense_and_sparse()
     count = trained(dense)
     other = sum(p.nbytes for p in dense.parameters()) - 4 * count
-    need = RecoveryNeed.of(dense, SETTINGS, [Batch(1, 40, 39)], torch.device("cuda"))
+    need = recovery_need(dense, SETTINGS, [Batch(1, 40, 39)], torch.device("cuda"))
     assert need.device == (4 + 8 + 1) * count + need.step + other
     assert need.host == (4 + 12) * count
 
@@ -73,7 +73,7 @@ def test_processes_share_weights_and_each_loads_the_model():
     dense, _ = dense_and_sparse()
     count = trained(dense)
     one, two, four = (
-        RecoveryNeed.of(dense, SETTINGS, [Batch(4, 40, 150)], CPU, processes=n) for n in (1, 2, 4)
+        recovery_need(dense, SETTINGS, [Batch(4, 40, 150)], CPU, processes=n) for n in (1, 2, 4)
     )
     assert four.host - two.host == 2 * 2 * 4 * count
     assert four.device < two.device
@@ -84,8 +84,7 @@ def test_codes_take_more_than_weights():
     dense, _ = dense_and_sparse()
     coded = sum(p.numel() for name, p in dense.named_parameters() if "proj" in name)
     plain, codes = (
-        RecoveryNeed.of(dense, SETTINGS, [Batch(1, 40, 39)], CPU, quantizes=n)
-        for n in (False, True)
+        recovery_need(dense, SETTINGS, [Batch(1, 40, 39)], CPU, quantizes=n) for n in (False, True)
     )
     assert codes.device - plain.device == (9 + 8) * coded
 
@@ -100,8 +99,6 @@ def test_the_largest_batches_are_some_that_are_trained_on():
     assert largest_batches(traces[:3], settings, torch.device("cuda"), 1) == [
         Batch(3, 100, 136, follows=False)
     ]
-    assert batch_as_asked(settings) == Batch(1, 400, 399)
-    assert batch_as_asked(RecoverySettings(step_tokens=512)) == Batch(1, 1024, 1023)
 
 
 def test_too_little_memory_is_refused_with_what_would_help(monkeypatch):
@@ -131,6 +128,29 @@ def test_shapes_that_depend_on_data_are_said_not_to_be_counted(monkeypatch):
 
     monkeypatch.setattr("rac_modifier.recovery.memory.step_bytes", routed)
     dense, _ = dense_and_sparse()
-    need = RecoveryNeed.of(dense, SETTINGS, [Batch(1, 40, 39)], CPU)
+    need = recovery_need(dense, SETTINGS, [Batch(1, 40, 39)], CPU)
     assert need.step is None
     assert need.device == (4 + 8 + 1 + 4 - 4) * trained(dense)
+
+
+def test_activations_grow_with_tokens_and_checkpointing_keeps_few_of_them():
+    dense, _ = dense_and_sparse()
+
+    def taken(length, recomputes):
+        batch = Batch(1, length, length - 1, follows=False)
+        return step_bytes(dense, batch, autocast=None, recomputes=recomputes, keeps_gradients=False)
+
+    assert 1.8 * taken(100, False) < taken(200, False) < 2.2 * taken(100, False)
+    assert taken(200, True) < 0.8 * taken(200, False)
+
+
+def test_a_rehearsal_leaves_the_model_as_it_is():
+    dense, _ = dense_and_sparse()
+    dense.to(torch.bfloat16)
+    before = {name: (p, p.clone()) for name, p in dense.named_parameters()}
+    step_bytes(dense, Batch(2, 50, 90), autocast=torch.bfloat16, recomputes=True)
+    for name, p in dense.named_parameters():
+        assert p is before[name][0]
+        assert torch.equal(p, before[name][1])
+        assert p.requires_grad
+        assert p.grad is None

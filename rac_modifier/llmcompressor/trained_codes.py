@@ -1,0 +1,251 @@
+"""Codes that recovery trains: of the weights that a recipe's other modifiers quantize, and of a loaded checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from compressed_tensors.compressors.base import decompress_module
+from compressed_tensors.quantization import QuantizationScheme, QuantizationStatus
+from compressed_tensors.utils import align_module_device, match_named_modules
+from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
+from transformers import PreTrainedModel
+
+from rac_modifier.checkpoint.dense_codes import ZEROS
+from rac_modifier.checkpoint.quantization_config import WORDS
+from rac_modifier.checkpoint.stored_weight import SCALE
+from rac_modifier.errors import RacError
+from rac_modifier.llmcompressor.quantizer import compress_exactly
+from rac_modifier.quantization.grid import Grid
+from rac_modifier.quantization.schemes import stored_grid
+from rac_modifier.recovery.cells import codes_of, master_in_cell, pruned_share
+from rac_modifier.recovery.on_grid import QuantizedWeight
+
+# Zeros that rounding does not explain, as a share of a module's weights: with so many of them it was pruned.
+_PRUNED = 0.05
+# What a tensor of a module means that cannot be trained.
+_REASONS = {
+    "weight_g_idx": "the columns of a group are not beside each other (activation order); quantize with actorder: weight or "
+    "none",
+    "weight_global_scale": "it has a second scale (NVFP4), which is not trained here; quantize to int or to float8",
+}
+
+
+def check_trainable(tensor_names: Collection[str], folder: str) -> None:
+    """Refuse, before a model is loaded, a layout whose codes cannot be trained.
+
+    Raises:
+        RacError: an order of columns by activations (g_idx), or global scales.
+    """
+    for name in sorted(tensor_names):
+        module, _, part = name.rpartition(".")
+        if part in _REASONS:
+            raise RacError(
+                f"{folder}: {module} has a {part}: {_REASONS[part]}, or recover it before it is quantized"
+            )
+
+
+class QuantizedCheckpoint:
+    """A loaded model whose quantized linear layers hold code times scale from now on, until `encode`.
+
+    Attributes:
+        quantized: grid, scales and master weights by module name, for `recover`.
+        pruned: those of these modules whose zeros have to stay.
+
+    Args:
+        model: as it was loaded, its weights compressed, after `check_layers`.
+        dense: the dense model that it was made from; master weights start on the side of its weights.
+        recorded: modules that config.json says are pruned.
+
+    Raises:
+        RacError: scales that are too small for their dtype, or another number of zero points.
+    """
+
+    def __init__(self, model: Any, dense: Any, recorded: Collection[str]):
+        self._modules = _modules_with_codes(model)
+        grids = {
+            name: stored_grid(module.quantization_scheme, name)
+            for name, module in self._modules.items()
+        }
+        originals = dict(dense.named_modules())
+        self.quantized: dict[str, QuantizedWeight] = {}
+        self.pruned: set[str] = set()
+        for name, module in self._modules.items():
+            dtype = originals[name].weight.dtype
+            decompress_module(module)
+            weight = module.get_parameter("weight").data
+            scale = checked_scale(module.get_parameter(SCALE).data, weight, grids[name], name)
+            zero = zero_points(module, grids[name], scale, name)
+            codes = codes_of(weight, scale, grids[name], zero)
+            original = originals[name].weight.detach().to(codes.device)
+            if name in recorded or pruned_share(codes, scale, grids[name], original) >= _PRUNED:
+                self.pruned.add(name)
+            master = master_in_cell(codes, scale, grids[name], original)
+            if name in self.pruned:
+                master.mul_(codes != 0)
+            module.weight = torch.nn.Parameter(weight.to(dtype), requires_grad=False)
+            self.quantized[name] = QuantizedWeight(grids[name], scale, master, zero)
+        if hasattr(model, "ct_decompress_hook"):
+            model.ct_decompress_hook.remove()
+            del model.ct_decompress_hook
+
+    def encode(self) -> None:
+        """Compress the modules again; their codes are those that code times scale was made of."""
+        for module in self._modules.values():
+            module.quantization_status = QuantizationStatus.FROZEN
+            compress_exactly(module)
+
+    @property
+    def packs(self) -> bool:
+        """Whether the codes of all pruned modules can be stored sparse."""
+        grids = [self.quantized[name].grid for name in self.pruned]
+        return all(grid.bits in (4, 8) and grid.symmetric for grid in grids)
+
+
+def check_layers(model: Any, stored: Collection[str]) -> None:
+    """Refuse a loaded model whose codes cannot be trained, or written back; `stored` are the quantized modules in its files.
+
+    Raises:
+        RacError: a quantized embedding or head, merged experts, or a grid that is not known.
+    """
+    modules = _modules_with_codes(model)
+    for part in (model.get_input_embeddings(), model.get_output_embeddings()):
+        for name, module in modules.items():
+            if module is part:
+                raise RacError(
+                    f"{name} is quantized; embeddings and head are not trained and have to be the dense model's: add {name} to "
+                    "ignore where the model is quantized"
+                )
+    if len(stored) > len(modules):  # names may differ: transformers renames modules of some models
+        missing = sorted(set(stored) - set(modules))
+        raise RacError(
+            f"{missing[0]} ({len(missing)} modules in all) is quantized and no linear layer once it is loaded (merged experts), "
+            "so its codes cannot be trained; recover the model before it is quantized"
+        )
+    for name, module in modules.items():
+        stored_grid(module.quantization_scheme, name)
+
+
+def quantized_names(tensors: Mapping[str, Any]) -> set[str]:
+    """The modules that have scales or int32 words, of the tensor names in the files."""
+    return {
+        name.rpartition(".")[0] for name in tensors if name.rpartition(".")[2] in (SCALE, WORDS)
+    }
+
+
+def _modules_with_codes(model: torch.nn.Module) -> dict[str, Any]:
+    schemes = {
+        name: getattr(module, "quantization_scheme", None) for name, module in model.named_modules()
+    }
+    return {
+        name: model.get_submodule(name)
+        for name, scheme in schemes.items()
+        if isinstance(scheme, QuantizationScheme) and scheme.weights is not None
+    }
+
+
+def zero_points(module: Any, grid: Grid, scale: torch.Tensor, name: str) -> torch.Tensor | None:
+    """The zero points of a decompressed module, in the shape [rows, groups] of its scales; None on a symmetric grid.
+
+    Raises:
+        RacError: another number of them than of scales.
+    """
+    if grid.symmetric:
+        return None
+    zero = module.get_parameter(ZEROS).data if hasattr(module, ZEROS) else torch.empty(0)
+    if zero.numel() != scale.numel():
+        raise RacError(
+            f"{name}.{ZEROS}: shape {list(zero.shape)} does not fit scales {list(scale.shape)}; restore it"
+        )
+    return zero.reshape(scale.shape).clone()
+
+
+def checked_scale(scale: torch.Tensor, weight: torch.Tensor, grid: Grid, name: str) -> torch.Tensor:
+    """Scales [rows, groups] that can be trained; a group of zeros may have any, and gets 1 where its own cannot be.
+
+    Raises:
+        RacError: another number of scales than the grid has groups, or a scale that is zero, subnormal or not finite.
+    """
+    groups = grid.groups(weight.shape[1])
+    if scale.numel() != weight.shape[0] * groups:
+        raise RacError(
+            f"{name}.{SCALE}: shape {list(scale.shape)} does not fit a weight {list(weight.shape)} of {groups} groups"
+        )
+    scale = scale.reshape(-1, groups)
+    least = torch.finfo(scale.dtype).tiny
+    used = torch.stack(
+        [part.ne(0).any(1) for part in weight.split(grid.group_size or weight.shape[1], dim=1)],
+        dim=1,
+    )
+    right = scale.isfinite() & (scale.abs() >= least)
+    wrong = used & ~right
+    if bool(wrong.any()):
+        raise RacError(
+            f"{name}.{SCALE}: {int(wrong.sum())} scales are not finite, or smaller than {least:.2g}, such as "
+            f"{float(scale[wrong][0]):.3g}; trained scales are normal {str(scale.dtype).removeprefix('torch.')}: "
+            "quantize the model again with such scales"
+        )
+    return torch.where(right, scale, torch.ones_like(scale))
+
+
+class LaterCodes:
+    """The modules that the other modifiers of a recipe will quantize, with a copy of their dense weights on the CPU.
+
+    Args:
+        modifiers: the recipe's others; GPTQModifier and QuantizationModifier leave a weight in the space of the dense one.
+        model: while it is still dense.
+
+    Raises:
+        RacError: another modifier, nothing that is quantized, an embedding or head that is, or a grid that cannot be trained.
+    """
+
+    def __init__(self, modifiers: Sequence[Modifier], model: PreTrainedModel):
+        self._model = model
+        self._grids: dict[str, Grid] = {}
+        self._dense: dict[str, torch.Tensor] = {}
+        fixed = (model.get_input_embeddings(), model.get_output_embeddings())
+        for modifier in modifiers:
+            if not isinstance(modifier, GPTQModifier | QuantizationModifier):
+                raise RacError(
+                    f"recover beside {type(modifier).__name__}: it trains what GPTQModifier or QuantizationModifier has rounded; "
+                    "leave recover out, and run `rac recover` on the saved checkpoint"
+                )
+            config = modifier.resolved_config
+            for scheme in config.config_groups.values():
+                for name, module in match_named_modules(model, scheme.targets, modifier.ignore):
+                    if scheme.weights is None:
+                        continue
+                    if any(module is part for part in fixed):
+                        raise RacError(
+                            f"recover: {name} is to be quantized; embeddings and head are not trained: add {name} to ignore of "
+                            f"{type(modifier).__name__}"
+                        )
+                    self._grids[name] = stored_grid(scheme, name)
+                    with align_module_device(module):
+                        self._dense[name] = (
+                            module.get_parameter("weight").detach().to("cpu", copy=True)
+                        )
+        if not self._grids:
+            raise RacError(
+                "recover: the recipe's other modifiers quantize no weight that could be trained; leave recover out"
+            )
+
+    def quantized(self) -> dict[str, QuantizedWeight]:
+        """Grid, scales and master weights by module name, once the modules are quantized; the dense copies are let go."""
+        found = {}
+        for name, grid in self._grids.items():
+            module: Any = self._model.get_submodule(name)
+            weight = module.get_parameter("weight").data
+            scale = checked_scale(module.get_parameter(SCALE).data, weight, grid, name).clone()
+            zero = zero_points(module, grid, scale, name)
+            codes = codes_of(weight, scale, grid, zero)
+            master = master_in_cell(codes, scale, grid, self._dense.pop(name).to(weight.device))
+            found[name] = QuantizedWeight(grid, scale, master, zero)
+        return found
+
+    def compress(self) -> None:
+        """Compress as llm-compressor does when it saves, with the very codes that were trained."""
+        for name in self._grids:
+            compress_exactly(self._model.get_submodule(name))

@@ -1,0 +1,99 @@
+"""Count the memory of work before it is done: rehearse it on tensors without data, or on a narrow problem.
+
+No algorithm is described a second time: the code of the run itself is rehearsed, so a new solver or a new architecture is
+counted without an edit here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import weakref
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+_WIDTH = 512  # inputs of the narrower of two rehearsed problems
+
+
+class LiveBytes(TorchDispatchMode):
+    """Count the bytes of all storages that operators create, while they live.
+
+    Attributes:
+        now: bytes that live.
+        peak: the most that lived at once.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._storages: dict[int, tuple[Any, int]] = {}
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        inputs = {
+            id(t.untyped_storage())
+            for t in tree_leaves((args, kwargs))
+            if isinstance(t, torch.Tensor)
+        }
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                key = id(storage)
+                if key not in inputs and key not in self._storages:
+                    reference = weakref.ref(storage, partial(self._forget, key))
+                    self._storages[key] = reference, storage.nbytes()
+                    self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def _forget(self, key: int, _: object) -> None:
+        self.now -= self._storages.pop(key)[1]
+
+
+def widened_peak(rehearse: Callable[[int], int], columns: int, multiple: int = 1) -> int:
+    """Return the peak of `rehearse(columns)`, which returns bytes for a problem of so many inputs.
+
+    A wide problem is not rehearsed as it is: a parabola a w^2 + b w passes through the peaks at two smaller widths. Matrices
+    [w, w] and [w, rows] grow with w^2 where `rehearse` scales rows with the width, blocks and batches of tokens with w.
+
+    Args:
+        rehearse: returns the peak in bytes for a width.
+        columns: width of the problem.
+        multiple: widths that are rehearsed are multiples of this number (groups of a grid, M of N:M).
+    """
+    narrow = max(_WIDTH // multiple, 1) * multiple
+    if columns <= 2 * narrow:
+        return rehearse(columns)
+    small, large = rehearse(narrow), rehearse(2 * narrow)
+    a = (large - 2 * small) / (2 * narrow**2)
+    b = (4 * small - large) / (2 * narrow)
+    return int(a * columns**2 + b * columns)
+
+
+@contextlib.contextmanager
+def without_data(model: Any, **options: Any) -> Iterator[Any]:
+    """Yield a copy of a transformers model in evaluation mode whose tensors are fake, like all that are made meanwhile.
+
+    `options` are those of transformers' `from_config`, such as `attn_implementation`.
+    """
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True  # it logs a traceback before the error is raised
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            config = copy.deepcopy(model.config)
+            yield type(model)._from_config(config, dtype=model.dtype, **options).eval()
+    finally:
+        log.disabled = before

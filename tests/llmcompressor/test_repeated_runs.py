@@ -1,0 +1,34 @@
+"""Several `oneshot` calls in one process: nothing of a run that has ended stays but the last session's."""
+
+import gc
+import warnings
+
+import torch
+from llmcompressor import oneshot
+from transformers import AutoModelForCausalLM
+
+from rac_modifier import ReasoningAwareSparseGPTModifier
+from tests.tiny import entry
+
+
+def live_bytes() -> int:
+    """The bytes of all tensors of this process, storages once."""
+    gc.collect()
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore"
+        )  # some modules warn when their lazy attributes are looked at
+        tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+def test_five_calls_hold_no_more_than_the_first(tiny_folder, trace_store):
+    before, held = live_bytes(), []
+    for _ in range(5):
+        model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+        oneshot(model=model, recipe=ReasoningAwareSparseGPTModifier(**entry(trace_store)))
+        del model
+        held.append(live_bytes() - before)
+    assert held[0] > 0
+    assert max(held) < 1.3 * held[0], held

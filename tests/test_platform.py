@@ -1,0 +1,455 @@
+"""What speeds up a run on a CPU: oneDNN's matmuls, matrices by blocks, and memory that is kept."""
+
+import ctypes
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from platform import libc_ver
+
+import pytest
+import torch
+
+from rac_modifier import platform
+from rac_modifier.platform import (
+    FasterLinears,
+    add_matmul_,
+    expect_growth,
+    keep_freed_memory,
+    matmul,
+    padded_size,
+    return_freed_memory,
+    with_zero_rows,
+)
+from rac_modifier.pruning import linalg
+from tests.pruning.pruning_reference import (
+    assert_near,
+    dampened,
+    gaussian,
+    random_problem,
+    solve_tolerance,
+)
+
+glibc = pytest.mark.skipif(libc_ver()[0] != "glibc", reason="glibc alone has these settings")
+choose = platform._is_amd_with_avx512.__wrapped__
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[tuple[int, ...]]:
+    """Gives all float32 products to oneDNN, whatever the processor; the shapes of those that it computed."""
+    found, inner = list[tuple[int, ...]](), platform._linear_by_onednn
+
+    def noting(x, weight, bias=None):
+        found.append((*x.shape, weight.shape[0]))
+        return inner(x, weight, bias)
+
+    monkeypatch.setattr(platform, "_is_amd_with_avx512", lambda: True)
+    monkeypatch.setattr(platform, "_LEAST_WORK", 100)
+    monkeypatch.setattr(platform, "_LEAST_ROWS", 50)
+    monkeypatch.setattr(platform, "_linear_by_onednn", noting)
+    return found
+
+
+def of_layout(kind: str, rows: int, columns: int, seed: int) -> torch.Tensor:
+    """A matrix that lies row by row, column by column, or as a part of a larger one."""
+    if kind == "columns":
+        return gaussian(columns, rows, seed=seed).T
+    if kind == "part":
+        return gaussian(rows + 3, columns + 5, seed=seed)[2 : rows + 2, 1 : columns + 1]
+    if kind == "part of columns":
+        return gaussian(columns + 3, rows + 5, seed=seed)[2 : columns + 2, 1 : rows + 1].T
+    return gaussian(rows, columns, seed=seed)
+
+
+LAYOUTS = ("rows", "columns", "part", "part of columns")
+
+
+@pytest.mark.parametrize("of_b", LAYOUTS)
+@pytest.mark.parametrize("of_a", LAYOUTS)
+def test_matmuls_are_those_of_torch_in_every_layout(of_a, of_b, calls, monkeypatch):
+    monkeypatch.setattr(platform, "_CHUNK", 20)
+    a, b, out = of_layout(of_a, 50, 40, 1), of_layout(of_b, 40, 30, 2), of_layout("part", 50, 30, 3)
+    terms, before = 40 * torch.finfo(torch.float32).eps, out.double()
+    exact = a.double() @ b.double()
+    assert_near(matmul(a, b), exact, terms)
+    assert add_matmul_(out, a, b, alpha=-2.0).data_ptr() == out.data_ptr()
+    assert_near(out, before - 2 * exact, terms)
+    assert calls == [(50, 40, 30), (20, 40, 30), (20, 40, 30), (10, 40, 30)]
+
+
+def test_what_is_small_or_not_float32_stays_with_torch(calls, monkeypatch):
+    a, b = gaussian(50, 40, dtype=torch.float64), gaussian(40, 30, seed=1, dtype=torch.float64)
+    assert torch.equal(matmul(a, b), a @ b)
+    ones = torch.ones(50, 30, dtype=torch.float64)
+    assert torch.equal(add_matmul_(ones.clone(), a, b), torch.addmm(ones, a, b))
+    monkeypatch.setattr(platform, "_LEAST_WORK", 50 * 40 * 30 + 1)
+    matmul(a.float(), b.float())
+    assert calls == []
+    monkeypatch.setattr(platform, "_LEAST_WORK", 50 * 40 * 30)
+    matmul(a[:49].float(), gaussian(40, 31))
+    assert calls == []
+    matmul(a.float(), b.float())
+    assert calls == [(50, 40, 30)]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_layers_are_computed_so_while_the_mode_is_in_place(bias, calls):
+    layer, x = torch.nn.Linear(40, 30, bias=bias), gaussian(2, 25, 40)
+    with torch.no_grad():
+        expected = layer.double()(x.double())
+        with FasterLinears():
+            found = layer.float()(x)
+        assert calls == [(52, 40, 30)], "50 tokens, and two of zeros"
+        layer(x)
+    with FasterLinears():
+        assert layer(x).requires_grad, "training keeps torch's own"
+        with torch.no_grad():
+            layer.bfloat16()(x.bfloat16())
+    assert len(calls) == 1
+    assert_near(found, expected, 40 * torch.finfo(torch.float32).eps)
+
+
+@pytest.mark.parametrize(
+    ("has", "chosen"),
+    [
+        ({"cpu_name": "AMD EPYC", "avx512_f": True}, True),
+        ({"cpu_name": "AMD Ryzen 7", "avx2": True}, False),
+        ({"cpu_name": "Intel(R) Xeon(R)", "avx512_f": True}, False),
+        ({}, False),
+    ],
+)
+def test_it_is_chosen_by_processor(has, chosen, monkeypatch):
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    assert choose() == chosen
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    assert not choose()
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # as in torch 2.10
+    assert not choose()
+
+
+def test_no_other_device_is_asked_about(monkeypatch):
+    monkeypatch.setattr(platform, "_is_amd_with_avx512", lambda: True)
+    assert platform.onednn_is_faster(torch.device("cpu"))
+    assert not platform.onednn_is_faster(torch.device("meta"))
+
+
+def test_torch_still_has_the_operator_and_names_the_processor():
+    """The operator that torch's compiler uses for linear layers; the name is in the table of capabilities."""
+    schema = str(torch.ops.mkldnn._linear_pointwise.default._schema)
+    assert schema.startswith("mkldnn::_linear_pointwise(Tensor X, Tensor W, Tensor? B, str attr, ")
+    capabilities = torch.cpu.get_capabilities()
+    assert capabilities["architecture"] != "x86_64" or isinstance(capabilities["cpu_name"], str)
+
+
+def test_numbers_of_tokens_become_a_few_sizes():
+    """Those that are a multiple of 512 up to 8,192 stay as they are."""
+    sizes = [padded_size(count) for count in range(1, 4097)]
+    assert all(count <= size <= 1.125 * count for count, size in enumerate(sizes, 1))
+    assert len(set(sizes[2047:])) == 9
+    assert all(padded_size(count) == count for count in (*range(1, 17), *range(512, 8193, 512)))
+    x = torch.randn(1000, 3)
+    assert with_zero_rows(x[:896]).data_ptr() == x.data_ptr()
+    longer = with_zero_rows(x)
+    assert torch.equal(longer[:1000], x)
+    assert longer.shape == (1024, 3)
+    assert not longer[1000:].any()
+
+
+def test_linear_layers_are_given_few_numbers_of_tokens(calls):
+    layer = torch.nn.Linear(40, 30)
+    with torch.no_grad(), FasterLinears():
+        for count in range(500, 520):
+            x = gaussian(1, count, 40)
+            assert layer(x).shape == (1, count, 30)
+            torch.testing.assert_close(
+                layer(x), x @ layer.weight.T + layer.bias, rtol=1e-4, atol=1e-4
+            )
+    assert set(calls) == {(512, 40, 30), (576, 40, 30)}
+
+
+SIZES = [1, 16, 17, 70, 130]
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(platform, "BLOCK", 16)
+    monkeypatch.setattr(platform, "_FACTOR_CHUNK", 40)
+    monkeypatch.setattr(platform, "_SMALL_TRIANGLE", 5)
+
+
+def problem(d: int) -> torch.Tensor:
+    return dampened(random_problem(3, d, 2 * d)[1], 0.01)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("d", SIZES)
+def test_the_factor_is_that_of_the_matrix_in_its_memory(d):
+    exact = problem(d)
+    matrix = exact.float()
+    lower = platform.cholesky_(matrix)
+    assert lower.data_ptr() == matrix.data_ptr()
+    assert torch.equal(lower, lower.tril())
+    assert_near(
+        lower.double() @ lower.double().T, exact, solve_tolerance(torch.eye(1), torch.float32) * d
+    )
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("d", SIZES)
+def test_a_factor_by_products_in_bfloat16_is_near(d):
+    exact = dampened(random_problem(3, d, 2 * d)[1], 0.2)
+    found = [platform.cholesky_(exact.float(), bf16=bf16).double() for bf16 in (False, True)]
+    assert torch.equal(*found) == (
+        d <= 32
+    )  # nothing but the first block is to the left of a second one
+    assert_near(
+        found[1] @ found[1].T, exact, solve_tolerance(torch.eye(1), torch.bfloat16) * d**0.5
+    )
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_what_all_inputs_share_is_not_rounded():
+    d = 512
+    sizes = torch.rand(d, generator=torch.Generator().manual_seed(0)) + 0.5
+    exact = sizes * sizes[:, None] + 0.05 * torch.diag(sizes**2)
+    lower = platform.cholesky_(exact.clone(), bf16=True)
+    assert_near(lower @ lower.T, exact, 1e-3)
+    apart = torch.eye(d + 16)
+    apart[16:, 16:] = exact  # now the first block has nothing of it
+    assert platform.cholesky_(apart, bf16=True) is None
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("d", SIZES)
+def test_the_inverse_is_symmetric_and_in_its_memory(d):
+    exact = problem(d)
+    matrix = exact.float()
+    inverse = platform.inverse_(matrix)
+    assert inverse.data_ptr() == matrix.data_ptr()
+    assert torch.equal(inverse, inverse.T)
+    assert_near(inverse, torch.linalg.inv(exact), solve_tolerance(exact, torch.float32))
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("d", SIZES)
+def test_only_the_lower_triangle_is_read(d):
+    exact = problem(d)
+    for of in (platform.cholesky_, platform.inverse_):
+        garbled = exact.float().tril() + torch.full((d, d), 7.0).triu(1)
+        assert torch.equal(of(garbled), of(exact.float()))
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("d", SIZES)
+def test_a_solve_leaves_the_right_sides_alone(d):
+    exact, right = problem(d), gaussian(5, d).T
+    before = right.clone()
+    found = platform.cholesky_solve(right, torch.linalg.cholesky(exact).float())
+    assert_near(
+        found, torch.linalg.solve(exact, right.double()), solve_tolerance(exact, torch.float32)
+    )
+    assert torch.equal(right, before)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("d", SIZES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_solve_in_place_takes_a_factor_with_inverted_corners(d, dtype):
+    exact, right = problem(d), gaussian(5, d).T.contiguous().to(dtype)
+    expected = torch.linalg.solve(exact, right.double())
+    lower = platform.invert_corners_(torch.linalg.cholesky(exact).float())
+    found = platform.solve_with_corners_(right, lower.to(dtype))
+    assert found.data_ptr() == right.data_ptr()
+    margin = (
+        50.0 if dtype == torch.float32 else 1.0
+    )  # rounding to bfloat16 happens to each number once
+    assert_near(found, expected, solve_tolerance(exact, dtype, margin))
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("at", [0, 20, 69])
+def test_a_matrix_that_is_not_positive_definite_has_none(at):
+    matrix = problem(70).float()
+    matrix[at, at] = -1.0
+    assert platform.cholesky_(matrix.clone()) is None
+    assert platform.inverse_(matrix.clone()) is None
+
+
+def test_the_lower_triangle_is_mirrored():
+    matrix = gaussian(50, 50)
+    expected = matrix.tril() + matrix.tril(-1).T
+    assert torch.equal(platform.mirror_lower_(matrix, 16), expected)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize(
+    ("faster", "dtype"), [(True, torch.float32), (True, torch.float64), (False, torch.float32)]
+)
+def test_large_float32_matrices_go_by_blocks_where_products_are_faster(faster, dtype, monkeypatch):
+    seen = []
+    for name in ("cholesky_", "inverse_", "cholesky_solve"):
+        inner = getattr(platform, name)
+        monkeypatch.setattr(
+            platform,
+            name,
+            lambda *args, name=name, inner=inner, **kw: seen.append(name) or inner(*args, **kw),
+        )
+    monkeypatch.setattr(linalg, "onednn_is_faster", lambda device: faster)
+    for d in (31, 32):
+        exact = problem(d)
+        lower, right = linalg.cholesky_(exact.to(dtype, copy=True)), gaussian(d, 3, dtype=dtype)
+        tolerance = solve_tolerance(exact, dtype)
+        assert_near(
+            linalg.cholesky_solve(right, lower),
+            torch.linalg.solve(exact, right.double()),
+            tolerance,
+        )
+        assert_near(linalg.inverse_(exact.to(dtype, copy=True)), torch.linalg.inv(exact), tolerance)
+    by_blocks = [
+        "cholesky_",
+        "cholesky_solve",
+        "inverse_",
+        "cholesky_",
+    ]  # an inverse begins with a factor
+    assert seen == (by_blocks if faster and dtype == torch.float32 else [])
+
+
+# 20 times 64 MiB, written and freed: so many bytes of pages each time where they are new.
+BYTES = 20 * (64 << 20)
+CODE = """
+import ctypes, resource, sys, threading
+import torch
+from rac_modifier.platform import keep_freed_memory
+print(keep_freed_memory() if sys.argv[1] == "keep" else None)
+assert ctypes.CDLL(None).prctl(41, 1, 0, 0, 0) == 0  # PR_SET_THP_DISABLE: huge pages would hide most faults
+def work():
+    for _ in range(20):
+        torch.ones(16 << 20)
+work()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+if sys.argv[2] == "thread":
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+else:
+    work()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def faults(how: str, where: str, **environment: str) -> tuple[str, int]:
+    done = subprocess.run(
+        [sys.executable, "-c", CODE, how, where],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    said, count = done.stdout.split()[-2:]
+    return said, int(count)
+
+
+@glibc
+@pytest.mark.parametrize("where", ["main", "thread"])
+def test_freed_blocks_are_used_again(where: str) -> None:
+    _, new = faults("leave", where)
+    said, kept = faults("keep", where)
+    assert said == "True"
+    assert new > BYTES / os.sysconf("SC_PAGE_SIZE") / 4, (
+        "the reason for this setting is gone: glibc keeps such blocks by itself"
+    )
+    assert kept < new / 10
+
+
+@glibc
+def test_what_the_user_has_set_stays() -> None:
+    assert faults("keep", "main", MALLOC_TRIM_THRESHOLD_="131072")[0] == "False"
+
+
+class Library:
+    """A C library that notes what it is told."""
+
+    def __init__(self, answers: dict[int, int] | None = None, glibc: bool = True):
+        self.told: list[tuple[int, int]] = []
+        self.answers = answers or {}
+        if glibc:
+            self.gnu_get_libc_version = None
+
+    def mallopt(self, option: int, value: int) -> int:
+        self.told.append((option, value))
+        return self.answers.get(option, 1)
+
+
+SET_BY_USERS = [
+    "MALLOC_MMAP_THRESHOLD_",
+    "MALLOC_TRIM_THRESHOLD_",
+    "MALLOC_ARENA_MAX",
+    "GLIBC_TUNABLES",
+]
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[Library], Library]:
+    """Puts a library in place of the C library of this process, which itself is left as it is."""
+    for name in SET_BY_USERS:
+        monkeypatch.delenv(name, raising=False)
+
+    def load(library: Library) -> Library:
+        monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
+        return library
+
+    return load
+
+
+def test_it_sets_the_thresholds_and_one_heap(load) -> None:
+    """M_MMAP_THRESHOLD, M_TRIM_THRESHOLD and M_ARENA_MAX of glibc's malloc.h."""
+    library = load(Library())
+    assert keep_freed_memory() is True
+    assert dict(library.told) == {-3: 256 * 1024 * 1024, -1: 1024 * 1024 * 1024, -8: 1}
+
+
+@pytest.mark.parametrize("name", SET_BY_USERS)
+def test_each_of_the_users_settings_counts(
+    load, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    library = load(Library())
+    monkeypatch.setenv(name, "")
+    assert keep_freed_memory() is False
+    assert library.told == []
+
+
+def test_another_c_library_is_left_alone(load) -> None:
+    library = load(Library(glibc=False))
+    assert keep_freed_memory() is False
+    assert library.told == []
+
+
+def test_memory_is_given_back_where_a_process_outgrows_its_forecast(load, monkeypatch) -> None:
+    library, resident = load(Library()), [1000]
+
+    def trim(pad: int) -> None:
+        library.told.append((0, resident[0]))
+        resident[0] = 1700
+
+    monkeypatch.setattr(library, "malloc_trim", trim, raising=False)
+    monkeypatch.setattr(platform, "_resident_limit", None)
+    monkeypatch.setattr(platform, "resident_bytes", lambda: resident[0])
+    resident[0] = 10**6
+    return_freed_memory()  # without a forecast
+    resident[0] = 1000
+    expect_growth(800)
+    for grown in (1800, 1801, 1850, 1851, 1900):
+        resident[0] = grown
+        return_freed_memory()
+    assert [grown for _, grown in library.told] == [1801, 1851], "the limit rises by 50"
+    load(Library(glibc=False))
+    resident[0] = 10**6
+    return_freed_memory()
+
+
+def test_resident_memory_is_read_from_the_system() -> None:
+    before = platform.resident_bytes()
+    block = torch.ones(16 << 20)
+    assert platform.resident_bytes() - before > 60 << 20
+    assert len(block)
