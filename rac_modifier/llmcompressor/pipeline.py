@@ -141,7 +141,7 @@ def _prune(
 
 @contextlib.contextmanager
 def _forgetting_wrapped_functions() -> Iterator[None]:
-    """Remove what upstream's tracer, and the code of its subgraphs, register with `torch.fx.wrap`: it holds the model for ever."""
+    """Remove what upstream's tracer and subgraphs register with `torch.fx.wrap`: it holds the model for ever."""
     wrapped = _symbolic_trace._wrapped_fns_to_patch
     before = set(wrapped)
     try:
