@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rac_modifier.checkpoint.round_to_nearest import quantize_groups, quantize_rows
 from rac_modifier.checkpoint.stored_weight import all_stored, from_dense
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.cpu.backend import pack
 from rac_modifier.kernels.cpu.lookup import lookup
+from tests.kernels.cpu.rounded import quantize_groups, quantize_rows
 
 ROWS, COLUMNS = 70, 96
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from rac_modifier.checkpoint.round_to_nearest import quantize_groups, quantize_rows
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.cpu import library, native_operator, operator
 from rac_modifier.kernels.cpu.packed import pack_dense, pack_scale
 from rac_modifier.kernels.cpu.support import forget, library_and_isa
 from tests.kernels.cpu.kernel_helpers import random_mask, sparse
+from tests.kernels.cpu.rounded import quantize_groups, quantize_rows
 
 FLOATS = [torch.bfloat16, torch.float32]
 
