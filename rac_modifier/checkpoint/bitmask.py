@@ -23,7 +23,7 @@ DTYPES = (
     torch.float8_e4m3fn,
     torch.float8_e5m2,
 )
-_INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32}
+_INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # Weights per block; a weight takes a byte in it, and for a moment an int64.
 _BLOCK = 1 << 20
 

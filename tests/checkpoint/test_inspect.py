@@ -10,9 +10,6 @@ from safetensors.torch import load_file, save_file
 
 from rac_modifier.checkpoint.inspect import inspect_checkpoint
 from rac_modifier.checkpoint.packing import mark_dense, pack_checkpoint
-from rac_modifier.checkpoint.record import RUN_RECORD_NAME
-from rac_modifier.errors import RacError
-from rac_modifier.files import write_json_atomic
 from tests.checkpoint.checkpoint_helpers import edited, save_quantized
 
 Saved = Callable[..., tuple[Path, dict[str, torch.Tensor], dict[str, str]]]
@@ -189,44 +186,6 @@ def test_words_of_codes_count_with_their_shape_and_scale(tmp_path: Path) -> None
     assert (row.stored, row.rows, row.columns, row.sparsity) == ("words", 4, 32, 0.0)
     assert row.reason == "quantized, not pruned"
     assert row.stored_bytes == row.dense_bytes == sum(tensor.nbytes for tensor in tensors.values())
-
-
-def test_the_run_record_is_read(saved: Saved) -> None:
-    folder, _, _ = saved()
-    assert inspect_checkpoint(folder).run_record is None
-    write_json_atomic(folder / RUN_RECORD_NAME, {"method": "sparsegpt"})
-    assert inspect_checkpoint(folder).run_record == {"method": "sparsegpt"}
-
-
-def test_an_entry_of_the_config_that_is_malformed_raises(saved: Saved) -> None:
-    folder, _, _ = saved()
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"rac_sparsity": {"modules": {Q: 5}}}))
-    with pytest.raises(
-        RacError, match=r"config\.json: rac_sparsity\.modules is .* save the model again"
-    ):
-        inspect_checkpoint(folder)
-
-
-def test_layers_are_in_their_natural_order(tmp_path: Path) -> None:
-    save_file(
-        {f"layers.{i}.weight": torch.ones(2, 2) for i in range(12)}, tmp_path / "model.safetensors"
-    )
-    (tmp_path / "config.json").write_text("{}")
-    assert [row.name for row in inspect_checkpoint(tmp_path).modules] == [
-        f"layers.{i}" for i in range(12)
-    ]
-
-
-def test_what_is_no_checkpoint_raises(tmp_path: Path) -> None:
-    with pytest.raises(RacError, match=r"config\.json: cannot be read as JSON"):
-        inspect_checkpoint(tmp_path)
-    (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(RacError, match="holds a list"):
-        inspect_checkpoint(tmp_path)
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(RacError, match="neither"):
-        inspect_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize(("scheme", "dtype", "per_weight"), [("w4", "I4", 0.5), ("w8", "I8", 1.0)])

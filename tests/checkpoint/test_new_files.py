@@ -42,17 +42,6 @@ def test_all_files_are_put_in_place(tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "c.safetensors").stat().st_mode) == 0o644
 
 
-def test_a_copy_has_the_content_of_the_file_behind_a_link(tmp_path: Path) -> None:
-    """The hub's cache consists of links."""
-    (tmp_path / "blob").write_text("content")
-    (tmp_path / "config.json").symlink_to(tmp_path / "blob")
-    with NewFiles(tmp_path / "out", create=True) as new:
-        new.copy(tmp_path / "config.json")
-        new.commit("job", ["config.json"], {})
-    copy = tmp_path / "out" / "config.json"
-    assert (copy.is_symlink(), copy.read_text()) == (False, "content")
-
-
 @pytest.mark.parametrize("made", [True, False])
 def test_without_commit_the_folder_is_as_before(tmp_path: Path, made: bool) -> None:
     folder = tmp_path / "out"
