@@ -234,3 +234,37 @@ def test_names_with_digits_that_are_no_numbers(tmp_path: Path) -> None:
         names[2],
         names[1],
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "index", "value"),
+    [
+        ("a.weight_packed", None, None),
+        ("a.weight_scale", 0, 0.0),
+        ("a.weight_scale", 1, float("nan")),
+        ("b.weight", 3, float("inf")),
+    ],
+)
+def test_a_damaged_dense_matrix_is_named(
+    tmp_path: Path, name: str, index: int | None, value: float | None
+) -> None:
+    """A shape of 2^62, scales of zero or NaN, and values that are not finite."""
+    tensors = {
+        "a.weight_packed": torch.zeros(4, 4, dtype=torch.int32),
+        "a.weight_shape": torch.tensor([4, 32]),
+        "a.weight_scale": torch.ones(4, 1),
+        "b.weight": torch.ones(2, 4, dtype=torch.bfloat16),
+    }
+    if index is None:
+        tensors["a.weight_shape"][0] = 2**62
+    else:
+        tensors[name].view(-1)[index] = value
+    save_file(tensors, tmp_path / "model.safetensors")
+    weights = {"num_bits": 4, "strategy": "channel"}
+    group = {"targets": ["Linear"], "weights": weights, "format": "pack-quantized"}
+    config = {"quantization_config": {"config_groups": {"g": group}}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    report = inspect_checkpoint(tmp_path)
+    assert not report.sound
+    (problem,) = (row.problem for row in report.modules if row.problem)
+    assert problem.startswith(f"{name}: ")
