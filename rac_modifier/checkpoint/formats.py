@@ -147,7 +147,7 @@ class Bitmask24(PackedFormat):
                 "the checkpoint is damaged"
             )
         values = unpack_words(compressed, 4, half) if in_words else compressed
-        return values.reshape(-1), torch.arange(rows + 1) * half
+        return values.reshape(-1), torch.arange(rows + 1, device=bitmask.device) * half
 
 
 class Bitmask(PackedFormat):
