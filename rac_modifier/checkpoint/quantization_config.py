@@ -197,6 +197,8 @@ def words_weight(
         words, columns = parts[WORDS], _shape_of(parts[WORDS_SHAPE], module)[1]
         if not bits or not set(bits) <= {2, 3, *BITS}:
             return None
-        if words.dim() == 2 and words.shape[1] in {-(-columns // (32 // b)) for b in bits}:
+        # upstream up to 0.17 kept values of 3 bits within words, ten in each
+        within = {-(-columns // (32 // width)) for width in bits if 32 % width}
+        if words.dim() == 2 and words.shape[1] in within:
             return None
         raise
