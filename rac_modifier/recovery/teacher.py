@@ -24,9 +24,8 @@ from rac_modifier.model_tools import evaluating
 from rac_modifier.progress import StepProgress
 from rac_modifier.recovery.hidden_states import predicting_states
 
-_BATCH_TOKENS = 4096
+_BATCH_TOKENS = 4096  # padded
 _INDEX = "index.json"
-_FILE_TOKENS = 65_536  # completion tokens per file
 
 
 class StoredTeacher:
@@ -65,28 +64,24 @@ class StoredTeacher:
                 "folder (recover.folder)"
             ) from error
         index = folder / _INDEX
-        wanted = {"model": key, "sequences": [name_of(s) for s in sequences]}
-        if index.exists() and json.loads(index.read_text(encoding="utf-8")) == wanted:
+        about = json.dumps({"model": key, "sequences": [name_of(s) for s in sequences]})
+        if index.exists() and index.read_bytes() == about.encode():
             return cls(folder)
         for old in folder.glob("states-*.safetensors"):
             old.unlink()
         index.unlink(missing_ok=True)
-        needed = (
-            sum(len(ids) - prompt for ids, prompt in sequences)
-            * dense.config.get_text_config().hidden_size
-        )
-        needed *= next(dense.parameters()).element_size()
-        if shutil.disk_usage(folder).free < needed:
+        tokens = sum(len(ids) - prompt for ids, prompt in sequences)
+        width = dense.config.get_text_config().hidden_size
+        needed = tokens * width * next(dense.parameters()).element_size()
+        free = shutil.disk_usage(folder).free
+        if free < needed:
             raise RacError(
                 f"{folder}: the dense model's states need {needed / 2**30:.1f} GiB, and "
-                f"{shutil.disk_usage(folder).free / 2**30:.1f} GiB are free; lower recover.tokens or "
-                "make room"
+                f"{free / 2**30:.1f} GiB are free; lower recover.tokens or make room"
             )
         try:
             _write_states(dense, sequences, folder)
-            index.write_text(
-                json.dumps(wanted), encoding="utf-8"
-            )  # last: without it the files do not count
+            index.write_bytes(about.encode())  # last: without it the files do not count
         except (OSError, SafetensorError) as error:
             for part in (index, *folder.glob("states-*.safetensors")):
                 part.unlink(missing_ok=True)
@@ -116,29 +111,20 @@ class StoredTeacher:
 
 
 def _write_states(dense: Any, sequences: Sequence[TokenSequence], folder: Path) -> None:
-    pending: dict[str, torch.Tensor] = {}
-    number = 0
-
-    def flush() -> None:
-        nonlocal number
-        if pending:
-            save_file(pending, folder / f"states-{number:05}.safetensors")
-            number += 1
-            pending.clear()
-
+    """Write a file per batch: the states [completion tokens, d] of each sequence by its name."""
     batches = list(batches_of_like_length(sequences, _BATCH_TOKENS))
     progress, tokens = StepProgress("the dense model's states", len(batches)), 0
     with evaluating(dense), contextlib.closing(progress):
-        for batch in batches:
+        for number, batch in enumerate(batches):
             states = predicting_states(dense, batch).cpu()
             lengths = [len(ids) - prompt for ids, prompt in batch]
-            for sequence, part in zip(batch, states.split(lengths), strict=True):
-                pending[name_of(sequence)] = part.clone()  # not a view: a file holds each once
-                if sum(map(len, pending.values())) >= _FILE_TOKENS:
-                    flush()
+            by_name = {
+                name_of(sequence): part.clone()  # a view would be written with its whole batch
+                for sequence, part in zip(batch, states.split(lengths), strict=True)
+            }
+            save_file(by_name, folder / f"states-{number:05}.safetensors")
             tokens += len(states)
             progress.step(f"{tokens:,} tokens")
-    flush()
 
 
 def name_of(sequence: TokenSequence) -> str:

@@ -12,7 +12,7 @@ from tests.recovery.recovery_helpers import LiveTeacher, dense_and_sparse, seque
 
 
 def test_stored_states_equal_the_models_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_FILE_TOKENS", 40)
+    monkeypatch.setattr(module, "_BATCH_TOKENS", 80)
     dense, _ = dense_and_sparse()
     data = sequences(6)
     StoredTeacher.write(dense, data, tmp_path, key="a")
@@ -42,7 +42,7 @@ def test_a_run_that_was_killed_while_writing_starts_again(tmp_path):
     dense, _ = dense_and_sparse()
     data = sequences(2)
     expected = StoredTeacher.write(dense, data, tmp_path, key="a").states(data)
-    (tmp_path / "index.json").unlink()
+    (tmp_path / "index.json").write_text('{"model": "a", "seq')
     (tmp_path / "states-00000.safetensors").write_bytes(b"cut")
     assert torch.equal(StoredTeacher.write(dense, data, tmp_path, key="a").states(data), expected)
 
@@ -64,7 +64,7 @@ def test_what_cannot_work_is_refused(tmp_path, monkeypatch):
 
 def test_a_disk_that_fills_up_leaves_nothing(tmp_path, monkeypatch):
     (model, _), data = dense_and_sparse(), sequences(6)
-    monkeypatch.setattr(module, "_FILE_TOKENS", 20)
+    monkeypatch.setattr(module, "_BATCH_TOKENS", 80)
     written = []
     save_file = module.save_file
 
