@@ -1,7 +1,7 @@
-"""lighteval's command, in a process that loads packed checkpoints: `python -m rac_modifier.evaluation.lighteval`.
+"""lighteval on packed checkpoints: `python -m rac_modifier.evaluation.lighteval`.
 
-lighteval itself does not import rac_modifier, and then transformers refuses a packed checkpoint. Arguments, output and exit codes
-are those of `lighteval`, which needs an environment of its own (docs/harnesses.md).
+lighteval does not import rac_modifier, and then transformers refuses a packed checkpoint. Arguments, output
+and exit codes are lighteval's, which needs an environment of its own (docs/harnesses.md).
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import sys
 
 
 def main() -> None:
-    """Run `lighteval` with the arguments of this process. Without lighteval: one line on standard error and exit code 1."""
+    """Run `lighteval` with this process's arguments; without lighteval, exit with status 1."""
     try:
         from lighteval.__main__ import app
     except ModuleNotFoundError as error:
         print(
-            f"error: {error.name} is not installed; lighteval needs an environment of its own (`make lighteval`, "
-            "docs/harnesses.md)",
+            f"error: {error.name} is not installed; lighteval needs an environment of its own "
+            "(`make lighteval`, docs/harnesses.md)",
             file=sys.stderr,
         )
         sys.exit(1)

@@ -1,7 +1,7 @@
-"""lm-eval's command, in a process in which transformers loads packed checkpoints: `python -m rac_modifier.evaluation.lm_eval`.
+"""lm-eval on packed checkpoints: `python -m rac_modifier.evaluation.lm_eval`.
 
-lm-eval itself does not import rac_modifier, and then transformers refuses a packed checkpoint. Arguments, output and exit codes
-are those of `lm_eval`. docs/harnesses.md has examples.
+lm-eval does not import rac_modifier, and then transformers refuses a packed checkpoint. Arguments, output
+and exit codes are lm_eval's. docs/harnesses.md has examples.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import sys
 
 
 def main() -> None:
-    """Run `lm_eval` with the arguments of this process. Without lm-eval: one line on standard error and exit code 1."""
+    """Run `lm_eval` with this process's arguments; without lm-eval, exit with status 1."""
     try:
         from lm_eval.__main__ import cli_evaluate
     except ModuleNotFoundError as error:

@@ -23,7 +23,7 @@ def sample_sequences(
     *,
     progress: bool = True,
 ) -> list[TokenSequence]:
-    """Complete each problem `samples_per_problem` times, as traces are sampled; answers are not needed.
+    """Complete each problem `samples_per_problem` times, as traces are sampled.
 
     Use problems that were not calibrated on (`held_out_problems`).
 

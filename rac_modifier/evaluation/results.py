@@ -1,4 +1,4 @@
-"""The results of one evaluation: one row per answer, and the summary of all rows."""
+"""Results of an evaluation: a row per answer, and the summary of all rows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rac_modifier.evaluation.intervals import mean_pass_at, share_interval
 
 @dataclass(frozen=True)
 class Row:
-    """One answer to a problem; token counts are the completion's, EOS included."""
+    """An answer to a problem; token counts include EOS."""
 
     id: str  # of the problem
     task: str | None
@@ -26,13 +26,13 @@ class Row:
     tokens: int
     thinking_tokens: int  # up to and including </think>; all of them where that is missing
     text: str
-    sample: int  # which of several answers
+    sample: int  # number of the answer, from 0
     repeats: bool = False  # cut off while its end repeated itself
 
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Accuracy and length of one model's answers at one cap; compare only with results at the same cap."""
+    """Accuracy and length of a model's answers; compare only results at the same cap."""
 
     label: str
     problems: int
@@ -46,24 +46,23 @@ class EvalResult:
     thinking_percentiles: dict[str, float]  # the 50th, 90th and 99th
     mean_completion_tokens: float
     unfinished_share: float  # of all answers, those cut off at the cap
-    tokens_per_second: float  # of what this run generated; 0.0 where all answers were there already
+    tokens_per_second: float  # of this run; 0.0 where it generated nothing
     seconds: float  # generation only, without loading the model and checking answers
     cap: int  # most new tokens per problem
     temperature: float
     seed: int
     per_task: dict[str, float]  # accuracy of each named task
     correct_answers: dict[str, int]  # by problem; what two results are paired by
-    repeating_share: float | None = (
-        None  # of all answers, those cut off while they repeated themselves; None: not counted
-    )
+    # of all answers, those cut off while they repeated themselves; None: not counted
+    repeating_share: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; `from_dict` is the inverse."""
+        """Return plain values for JSON; `from_dict` is the inverse."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> EvalResult:
-        """A result from `as_dict`'s output.
+        """Return the result of `as_dict`'s values.
 
         Raises:
             RacError: a field is missing or unknown.
@@ -73,7 +72,8 @@ class EvalResult:
         if not needed <= values.keys() <= names:
             missing, unknown = sorted(needed - values.keys()), sorted(values.keys() - names)
             raise RacError(
-                f"not an evaluation result: missing {missing}, unknown {unknown}; evaluate again with this version"
+                f"not an evaluation result: missing {missing}, unknown {unknown}; evaluate again with "
+                "this version"
             )
         return cls(**values)
 
@@ -88,7 +88,7 @@ def summarise(
     seed: int,
     generated: int | None = None,
 ) -> EvalResult:
-    """The result of a non-empty list of rows, with as many rows for each problem.
+    """Summarise a non-empty list of rows, with the same number for each problem.
 
     `generated` tokens took `seconds`; None: all tokens did.
     """

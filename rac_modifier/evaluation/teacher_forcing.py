@@ -1,4 +1,4 @@
-"""Given sequences as a model's input (teacher forcing): checked, batched, padded."""
+"""Sequences as a model's input (teacher forcing): checked, batched, padded."""
 
 from __future__ import annotations
 
@@ -11,31 +11,35 @@ from rac_modifier.errors import RacError
 from rac_modifier.model_tools import StopForward
 from rac_modifier.traces.records import Trace
 
-# Token ids, and how many of the first ones are the prompt.
+# Token ids, and the length of the prompt.
 TokenSequence = tuple[Sequence[int], int]
 
 
 def sequence_of(trace: Trace) -> TokenSequence:
-    """A stored trace: its prompt and its completion."""
+    """Return the prompt and completion of a stored trace."""
     return (*trace.prompt_ids, *trace.completion_ids), len(trace.prompt_ids)
 
 
 def check_sequences(sequences: Sequence[TokenSequence]) -> None:
-    """Raise a RacError unless there are sequences, each with a prompt and a completion."""
+    """Check that there are sequences, each with a prompt and a completion.
+
+    Raises:
+        RacError: there are none, or a sequence lacks a part.
+    """
     if not sequences:
         raise RacError("no sequences to measure on; give at least one")
     for ids, prompt_length in sequences:
         if not 1 <= prompt_length < len(ids):
             raise RacError(
-                f"prompt_length {prompt_length} of a sequence of {len(ids)} tokens leaves no prompt or no completion; "
-                "give sequences with at least one token of each"
+                f"prompt_length {prompt_length} of a sequence of {len(ids)} tokens leaves no prompt or "
+                "no completion; give sequences with at least one token of each"
             )
 
 
 def batches_of_like_length(
     sequences: Sequence[TokenSequence], batch_tokens: int
 ) -> Iterator[list[TokenSequence]]:
-    """Batches of at most `batch_tokens` padded tokens, shortest sequences first; a longer sequence gets its own batch."""
+    """Yield batches of at most `batch_tokens` padded tokens or a single sequence, shortest first."""
     batch: list[TokenSequence] = []
     for sequence in sorted(sequences, key=lambda s: len(s[0])):
         if batch and (len(batch) + 1) * len(sequence[0]) > batch_tokens:
@@ -46,9 +50,9 @@ def batches_of_like_length(
 
 
 def padded(batch: Sequence[TokenSequence]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids int64 [rows, length], padded with 0 on the right, and a bool mask of the same shape: True on completion tokens.
+    """Return ids, int64 [rows, length], padded with 0 on the right, and the mask of completion tokens.
 
-    In a causal model real positions cannot read the padding to their right, so no attention mask is needed.
+    A causal model does not read padding on the right, so no attention mask is needed.
     """
     length = max(len(ids) for ids, _ in batch)
     ids = torch.zeros(len(batch), length, dtype=torch.long)
