@@ -17,6 +17,7 @@ from rac_modifier.llmcompressor.statistics import InputGroup, check_same_groups
 from rac_modifier.platform import return_freed_memory
 from rac_modifier.processes import Processes
 from rac_modifier.pruning import sparsegpt
+from rac_modifier.pruning.hessian import Statistics
 from rac_modifier.pruning.solve import Problem, Solution, solve_many
 from rac_modifier.quantization.grid import Grid
 from rac_modifier.quantization.solve import PrunedProblem, Quantized, quantize_many
@@ -105,7 +106,7 @@ def solve_groups(
         solved = solve_problems(entry, problems, grids, dtype)
         return [
             [
-                _pruned(entry, solution, result, group.statistics.hessian.tokens, module, quantizer)
+                _pruned(entry, solution, result, group.statistics, module, quantizer)
                 for module, (solution, result) in zip(group.modules, solutions, strict=True)
             ]
             for group, solutions in zip(groups, solved, strict=True)
@@ -116,12 +117,14 @@ def _pruned(
     entry: PruningEntry,
     solution: Solution,
     result: Quantized | None,
-    tokens: int,
+    statistics: Statistics,
     module: torch.nn.Module,
     quantizer: NoQuantizer,
 ) -> Pruned:
     """Return a module's result with its record."""
-    record = solution.record() | {"tokens": tokens}
+    record = solution.record() | {"tokens": statistics.hessian.tokens}
+    if statistics.capped:
+        record["capped_tokens"] = statistics.capped
     if result is None:
         return Pruned(solution.weight.to(module.get_parameter("weight").dtype), record)
     record["relative_error_before_rounding"] = record["relative_error"]

@@ -19,6 +19,7 @@ from rac_modifier.processes import ALONE, Processes
 from rac_modifier.pruning import linalg
 from rac_modifier.pruning.lane_sum import Block, LaneSum
 
+CAP = 100.0  # times the median squared norm; `cap_weights`
 ROWS = 4096  # tokens whose inputs are converted to float32 at once
 
 
@@ -173,6 +174,27 @@ class Hessian:
         return mirror_lower_(full, block_columns(self.columns))
 
 
+def cap_weights(
+    weights: torch.Tensor, x: torch.Tensor, cap: float = CAP
+) -> tuple[torch.Tensor, int]:
+    """Cap the weights [...] of tokens whose input `x` [..., columns] is far larger than usual.
+
+    The first token of a sequence can have an input whose squared norm is 10^5 times the median
+    (massive activations, arXiv 2402.17762). It then owns the Hessian, and every other token counts
+    for nothing. w_t becomes w_t min(1, cap median(||x||^2) / ||x_t||^2), with the median over the
+    tokens of the batch whose weight is above zero.
+
+    Returns:
+        The weights, and how many of them are lower than before.
+    """
+    norms = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).square()
+    weights = weights.to(norms.device)
+    counted = norms[weights > 0]
+    limit = cap * counted.median() if counted.numel() else norms.new_zeros(())
+    over = (weights > 0) & (norms > limit) & norms.isfinite() & (limit > 0)
+    return torch.where(over, weights * (limit / norms), weights), int(over.sum())
+
+
 class Statistics:
     """Second moments for modules that read the same input: `hessian`, and the cross moment if their `weights` are given.
 
@@ -186,6 +208,9 @@ class Statistics:
     are bfloat16 where that is fast, which changes C by less than a hundredth of what other tokens would change. Those of the
     Hessian are float32: it must stay positive definite, which rounded inputs would not ensure. (Inputs that are bfloat16 already
     have exact products, and CUDA sums those in float32, so bfloat16 products would do there; that is not done.)
+
+    With `weights`, token weights are capped (`cap_weights`), in the Hessian too: `capped` counts such tokens. Without them (the
+    paper's way) every token counts as its weight says.
     """
 
     def __init__(
@@ -196,6 +221,8 @@ class Statistics:
         processes: Processes = ALONE,
     ):
         self.hessian = Hessian(columns, device, processes=processes)
+        self.capped = 0
+        self._processes = processes
         self._weights = weights
         self._rows = [w.shape[0] for w in weights or ()]
         self._before = (
@@ -216,6 +243,9 @@ class Statistics:
         Raises:
             RacError: see `Hessian.add`.
         """
+        if self._weights is not None:
+            token_weights, capped = cap_weights(token_weights, x)
+            self.capped += capped
         self.hessian.add(x, token_weights)
         if self._sums is None or self._weights is None:
             return
@@ -255,6 +285,7 @@ class Statistics:
     def finish(self) -> None:
         """After the last lane: the sums over all processes, with the same bits in each and with any number of them."""
         self.hessian.finish()
+        self.capped = sum(self._processes.from_all(self.capped))
         if self._sums is not None:
             self._sums.finish()
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rac_modifier.errors import RacError
-from rac_modifier.pruning import Hessian, Statistics, linalg
+from rac_modifier.pruning import Hessian, Pattern, Statistics, linalg, solve
 from rac_modifier.pruning import hessian as of_inputs
 from tests.pruning.pruning_reference import assert_near, gaussian
 
@@ -230,3 +230,52 @@ def test_so_are_bfloat16_products_of_the_cross_moment(rows, monkeypatch):
     expected = 2 / 500 * (weight @ (dense - x).T) @ x
     assert (moment - expected).norm() < 0.02 * expected.norm()
     assert seen == [512]
+
+
+def test_a_massive_token_counts_as_a_hundred_medians():
+    """Its weight is 100 median / ||x||^2, in Hessian and cross moment; padding is not looked at."""
+    x, dense, weight = gaussian(2, 20, 8), gaussian(2, 20, 8, seed=1), gaussian(5, 8, seed=2)
+    x[0, 0] *= 1000
+    w = gaussian(2, 20, seed=3).abs() + 0.1
+    w[1, 15:] = 0.0
+    x[1, 15:] = float("nan")
+    statistics = Statistics(8, "cpu", [weight])
+    statistics.add(x, w, dense)
+    squares = [float(row.double() @ row.double()) for row in x[w > 0]]
+    limit = 100 * sorted(squares)[(len(squares) - 1) // 2]
+    capped = w.clone()
+    capped[0, 0] *= limit / squares[0]
+    assert squares[0] > 100 * limit
+    assert statistics.capped == 1
+    plain = Hessian(8)
+    plain.add(x, capped)
+    assert_near(statistics.hessian.matrix().double(), plain.matrix().double(), 1e-5)
+    kept = capped > 0
+    a, b, share = x[kept].double(), dense[kept].double(), capped[kept].double()
+    expected = 2 / share.sum() * weight.double() @ ((b - a) * share[:, None]).T @ a
+    assert_near(statistics.cross_moment()[0].double(), expected, 1e-5)
+
+
+def test_the_cap_keeps_the_error_of_ordinary_tokens_small():
+    """One token of 10^6 times the square owns the Hessian: the solution then fits it alone."""
+    x, weight = gaussian(1, 400, 32), gaussian(16, 32, seed=1)
+    mixed = x @ gaussian(32, 32, seed=2)
+    mixed[0, 0] = 3000 * torch.nn.functional.one_hot(torch.tensor(3), 32)
+    errors = []
+    for of_target in ([weight], None):
+        statistics = Statistics(32, "cpu", of_target)
+        statistics.add(mixed, torch.ones(1, 400), mixed)
+        hessian = statistics.hessian.matrix()
+        (solution,) = solve("alps", [weight], hessian, Pattern(sparsity=0.5))
+        change = (solution.weight - weight).double() @ mixed[0, 1:].double().T
+        errors.append(float(change.square().sum()))
+    assert errors[0] < 0.7 * errors[1]
+
+
+def test_without_weights_of_modules_no_token_is_capped():
+    statistics = Statistics(4, "cpu")
+    x = gaussian(1, 30, 4)
+    x[0, 0] *= 1000
+    statistics.add(x, torch.ones(1, 30))
+    assert statistics.capped == 0
+    assert statistics.hessian.weight_sum == 30
