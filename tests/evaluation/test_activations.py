@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from rac_modifier.checkpoint.stored_weight import all_stored
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.activations import (
     LEVELS,
@@ -17,6 +18,8 @@ from rac_modifier.evaluation.activations import (
     rounded_inputs,
 )
 from rac_modifier.evaluation.integer_layers import IntegerLayer
+from rac_modifier.kernels import cpu
+from rac_modifier.kernels.cpu.support import support
 from tests.evaluation.test_dense_reference import sequences
 from tests.tiny import linears, tiny_model
 
@@ -196,3 +199,21 @@ def test_what_own_errors_cannot_be_measured_against(change, message):
         dense.get_submodule(DOWN).quantization_scheme = object()
     with pytest.raises(RacError, match=f"^{message}"):
         check_original(model, dense, [replace(layer(), own_error=None)])
+
+
+@pytest.mark.skipif(support().isa in (None, "portable"), reason=support().reason)
+@pytest.mark.parametrize("tokens", [1, 9, 33])
+@pytest.mark.parametrize(("columns", "groups"), [(1024, 8), (768, 12), (600, 1)])
+def test_the_kernels_round_so(columns, groups, tokens):
+    """The difference is a small part of what rounding to 8 bits costs."""
+    generator = torch.Generator().manual_seed(tokens)
+    values = torch.randint(-7, 8, (37, columns), dtype=torch.int8, generator=generator)
+    scale = torch.rand(37, groups, generator=generator) + 0.01
+    stored = replace(all_stored(values, "w"), scale=scale, bits=4, activation_bits=8)
+    x = torch.randn(tokens, columns, generator=generator)
+    result = cpu.linear(x, cpu.pack(stored, torch.float32), 37, columns).double()
+    layer = IntegerLayer.of("w", torch.int32, columns // groups, columns, None)
+    weight = stored.dequantized(torch.float32).double()
+    eight = rounded(x, layer.block, 8).double()
+    shown = eight if support().multiplies_bytes else rounded(x, layer.block, 16).double()
+    assert (result - shown @ weight.T).norm() <= 0.05 * ((eight - x) @ weight.T).norm()
