@@ -1,5 +1,4 @@
 import json
-from collections import Counter
 
 import pytest
 from loguru import logger
@@ -12,7 +11,7 @@ from rac_modifier.settings.calibration import CalibrationSettings
 from rac_modifier.settings.traces import TraceSettings
 from rac_modifier.traces.store import TraceStore
 from tests.meeting import together
-from tests.tiny import entry, tiny_tokenizer
+from tests.tiny import entry
 
 
 @pytest.fixture(scope="module")
@@ -60,22 +59,6 @@ def test_its_identity_is_that_of_the_sequences_and_names_the_stores(build, trace
     assert build(mixture={"prompts": 1.0}).identity()["trace stores"] == {}
 
 
-def test_the_choice_is_made_over_the_whole_store(build, trace_store):
-    """A large store is sampled by the seed, not read from its front."""
-    front = [(*t.prompt_ids, *t.completion_ids) for t in TraceStore.read(trace_store)][:9]
-    assert not {s.ids for s in build().loader.sequences} <= set(front)
-
-
-def test_prompts_and_generic_text_come_beside_traces(build):
-    made = build(
-        mixture={"traces": 0.5, "prompts": 0.25, "generic": 0.25}, generic={"sequence_tokens": 50}
-    )
-    by_kind = Counter()
-    for sequence in made.loader.sequences:
-        by_kind[sequence.kind] += len(sequence.ids)
-    assert by_kind == {"traces": 300, "prompts": 150, "generic": 150}
-
-
 def test_a_warning_says_that_most_traces_were_cut(build):
     said: list[str] = []
     handler = logger.add(lambda message: said.append(str(message)), level="WARNING")
@@ -89,13 +72,6 @@ def test_a_warning_says_that_most_traces_were_cut(build):
         text for text in said if "of the traces were cut at traces.sampling.max_new_tokens" in text
     ]
     assert f"{composition.unfinished_share:.0%} of the traces" in warning
-
-
-def test_without_traces_nothing_is_sampled(build, tmp_path):
-    store = tmp_path / "never.jsonl"
-    made = build(entry(store)["traces"], mixture={"prompts": 1.0})
-    assert made.as_dict()["trace_stores"] == {}
-    assert not store.exists()
 
 
 def test_prompts_are_rendered_as_those_of_traces(build, trace_store):
@@ -122,19 +98,6 @@ def test_rac_without_a_trace_token_is_refused(tmp_path, model, tokenizer, trace_
             CalibrationSettings(tokens=150, max_sequence_tokens=16, held_out_tokens=0),
             progress=False,
         )
-
-
-def test_a_tokenizer_without_a_pad_token_does(model, trace_store):
-    tokenizer = tiny_tokenizer()
-    tokenizer.pad_token = None
-    made = build_calibration_set(
-        model,
-        tokenizer,
-        TraceSettings(**entry(trace_store)["traces"]),
-        CalibrationSettings(tokens=600, held_out_tokens=0),
-        progress=False,
-    )
-    assert made.loader.composition.tokens == 600
 
 
 def test_the_parts_are_counted_in_real_tokens_and_recorded(build, tmp_path, monkeypatch):
@@ -183,22 +146,6 @@ def test_the_record_holds_how_the_prompts_of_each_part_were_made(build, tmp_path
         "prompts:bare": {"template": "none", "system_prompt": None, "thinking": True},
         "traces": {"template": "chat", "system_prompt": "Be brief.", "thinking": False},
     }
-
-
-def test_held_out_traces_are_not_calibrated_on(build, tmp_path):
-    made = build(entry(tmp_path / "own.jsonl")["traces"], held_out_tokens=300)
-    assert len(made.held_out) >= 4
-    taken = {s.ids for s in made.loader.sequences}
-    assert taken.isdisjoint((*t.prompt_ids, *t.completion_ids) for t in made.held_out)
-
-
-def test_the_tokenizer_turns_no_ids_into_text_unless_needed(model, trace_store):
-    tokenizer = tiny_tokenizer()
-    tokenizer.decode = None
-    settings = TraceSettings(**entry(trace_store)["traces"])
-    assert build_calibration_set(
-        model, tokenizer, settings, CalibrationSettings(tokens=300), progress=False
-    ).pools
 
 
 def test_several_processes_get_the_set_of_one(model, tokenizer, tmp_path):

@@ -56,15 +56,6 @@ def test_every_sequence_is_there_once_padded_on_the_right_with_weight_zero(lengt
     assert sorted(found) == sorted(s.ids for s in wanted)
 
 
-def test_a_pad_token_inside_a_sequence_counts():
-    inside = [
-        CalibrationSequence((5, PAD, 7, PAD), 1, "traces"),
-        CalibrationSequence((4,) * 6, 1, "traces"),
-    ]
-    made = loader(inside)
-    assert sum(int((w > 0).sum()) for w in made.token_weights) == 10
-
-
 def test_batches_come_in_the_order_of_the_seed_and_twice_the_same():
     wanted = sequences(list(range(10, 50)))
     first = [b["input_ids"].shape[1] for b in loader(wanted)]
@@ -135,28 +126,6 @@ def test_a_real_models_hessian_does_not_see_the_padding(lengths):
         torch.testing.assert_close(padded[name], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_counting_the_padding_would_be_noticed():
-    """The comparison above can fail: with padding counted, the Hessians differ."""
-    model = tiny_model()
-    made = loader(sequences([3, 60, 5, 40]), batch_tokens=256)
-    all_count = hessians(model, made, [torch.ones_like(w) for w in made.token_weights])
-    real = hessians(model, made, made.token_weights)
-    assert any(not torch.allclose(all_count[name], real[name], rtol=1e-2) for name in real)
-
-
-def test_padding_rows_may_hold_nan():
-    x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1))
-    weights = torch.ones(2, 5)
-    weights[1, 3:] = 0
-    clean = Hessian(8)
-    clean.add(x, weights)
-    x[1, 3:] = float("nan")
-    dirty = Hessian(8)
-    dirty.add(x, weights)
-    assert torch.equal(clean.matrix(), dirty.matrix())
-    assert dirty.tokens == 8
-
-
 def test_weights_of_prompt_thinking_answer_and_trace_reach_a_real_models_hessian():
     """Against a reference that sums weighted outer products token by token."""
     model = tiny_model()
@@ -202,20 +171,9 @@ def test_weights_of_prompt_thinking_answer_and_trace_reach_a_real_models_hessian
     assert not torch.allclose(unweighted.matrix(), hessian.matrix(), rtol=0.05)
 
 
-def test_a_long_sequence_gets_a_batch_of_its_own():
-    made = loader(sequences([500, 10, 10]), batch_tokens=64)
-    assert sorted(b["input_ids"].shape for b in made) == [(1, 500), (2, 10)]
-
-
 def test_a_batch_may_fill_its_limit_exactly():
     assert [b["input_ids"].shape for b in loader(sequences([32, 32]), batch_tokens=64)] == [(2, 32)]
     assert len(loader(sequences([32, 32]), batch_tokens=63)) == 2
-
-
-@pytest.mark.parametrize("weight", [0.0, 0.3])
-def test_the_prompt_weight_reaches_the_loader(weight):
-    made = loader(sequences([9]), prompt_weight=weight)
-    assert made.token_weights[0].tolist() == [pytest.approx([weight] * 3 + [1.0] * 6)]
 
 
 def test_the_hash_changes_with_tokens_weights_and_order():

@@ -58,16 +58,6 @@ def test_each_part_made_of_traces_gets_its_share_from_a_store_of_its_own(collect
     assert max(pool.usable_tokens() for pool in pools.values()) < 600
 
 
-def test_a_store_that_holds_enough_is_only_read(collect, trace_store, monkeypatch):
-    from rac_modifier.sampling import in_process
-
-    monkeypatch.setattr(in_process, "generate", None)
-    before = trace_store.read_bytes()
-    pools = collect(entry(trace_store)["traces"], tokens=300)
-    assert pools["traces"].usable_tokens() >= 300
-    assert trace_store.read_bytes() == before
-
-
 def test_a_store_that_holds_exactly_enough_is_only_read(collect, trace_store, tmp_path):
     (tmp_path / "exact.jsonl").write_bytes(trace_store.read_bytes())
     settings = {**entry(tmp_path / "exact.jsonl")["traces"]}
@@ -88,16 +78,6 @@ def small_accelerator(model, monkeypatch):
 @pytest.mark.usefixtures("small_accelerator")
 def test_a_model_is_not_moved_where_the_store_holds_enough(collect, trace_store):
     assert collect(entry(trace_store)["traces"], tokens=300)["traces"].usable_tokens() >= 300
-
-
-def test_the_default_store_is_looked_at_too(collect, request, tmp_path):
-    collect({}, tokens=300)
-    (tmp_path / "rac_traces").rename(tmp_path / "kept")
-    request.getfixturevalue("small_accelerator")
-    with pytest.raises(RacError, match="GiB are free on cuda"):
-        collect({}, tokens=300)
-    (tmp_path / "kept").rename(tmp_path / "rac_traces")
-    assert collect({}, tokens=300)["traces"].usable_tokens() >= 300
 
 
 @pytest.mark.usefixtures("small_accelerator")
@@ -127,11 +107,6 @@ def test_traces_are_held_out_of_each_part_beside_its_share(collect):
         assert pool.kept_out_tokens >= 200
         assert pool.usable_tokens() >= 300
         assert pool.selection.total == len(pool.store) - len(pool.held_out)
-
-
-def test_what_is_held_out_does_not_shrink_with_the_share_of_traces(collect):
-    (pool,) = collect({}, mixture="traces@0.25, prompts@0.75", held_out_tokens=400).values()
-    assert pool.kept_out_tokens >= 400
 
 
 def test_nothing_is_held_out_of_a_named_source_of_another_model(collect):

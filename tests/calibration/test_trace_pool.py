@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from rac_modifier.calibration import trace_pool
 from rac_modifier.calibration.trace_pool import HoldOut, TracePool
 from rac_modifier.errors import RacError
 from rac_modifier.settings.calibration import CalibrationSettings
@@ -58,11 +57,6 @@ def test_the_first_traces_up_to_the_tokens():
     assert ids(held) + ids(others) == ids(traces)
 
 
-def test_four_problems_at_least():
-    held, _ = split([trace(str(i), length=100) for i in range(10)], 50)
-    assert len(held) == 4
-
-
 def test_all_samples_of_a_held_out_problem_go_with_it():
     traces = [trace(str(i), sample, length=50) for i in range(6) for sample in range(2)]
     held, others = split([*traces, trace("0", 2)], 100)
@@ -85,11 +79,6 @@ def test_the_same_question_in_two_rows_lies_on_one_side():
 def test_a_growing_store_holds_out_the_same():
     traces = [trace(str(i)) for i in range(30)]
     assert split(traces, 80)[0] == split(traces[:12], 80)[0]
-
-
-def test_nothing_is_held_out_when_not_wanted():
-    traces = [trace(str(i)) for i in range(3)]
-    assert split(traces, 0) == ([], traces)
 
 
 @pytest.fixture(scope="module")
@@ -165,12 +154,6 @@ def test_a_draw_is_as_many_whole_traces_as_make_up_the_tokens(pool_of):
     assert pool.draw("traces", 0) == []
 
 
-def test_traces_count_as_they_will_be_cut(pool_of):
-    traces = [trace(str(i), length=40) for i in range(50)]
-    assert len(pool_of(traces, max_sequence_tokens=20).draw("traces", 95)) == 5
-    assert len(pool_of(traces).draw("traces", 95)) == 3
-
-
 def test_the_seed_and_the_part_decide_the_draw_and_a_longer_draw_begins_with_a_shorter_one(pool_of):
     traces = [trace(str(i)) for i in range(50)]
     drawn = pool_of(traces).draw("traces", 100)
@@ -181,16 +164,6 @@ def test_the_seed_and_the_part_decide_the_draw_and_a_longer_draw_begins_with_a_s
     for other in [drawn, *others]:
         assert {s.ids for s in other} != front
     assert len({tuple(s.ids for s in one) for one in [drawn, *others]}) == 3
-
-
-def test_only_what_is_drawn_is_made_into_sequences(pool_of, monkeypatch):
-    made = []
-    original = trace_pool.trace_sequence
-    monkeypatch.setattr(
-        trace_pool, "trace_sequence", lambda *args: made.append(1) or original(*args)
-    )
-    pool_of([trace(str(i)) for i in range(50)]).draw("traces", 50)
-    assert len(made) == 5
 
 
 def test_inverse_length_gives_each_trace_the_same_total_weight(pool_of):

@@ -54,6 +54,7 @@ class FakeServer:
         self._now = 0
         self._lock = threading.Lock()
         self.released = threading.Event()
+        self.arrived = threading.Semaphore(0)  # released for each completion request
         handler = type("Handler", (_Handler,), {"fake": self})
         self._http = ThreadingHTTPServer(("127.0.0.1", port), handler)
         self._http.daemon_threads = True
@@ -95,6 +96,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         self.fake.headers.append({name.lower(): value for name, value in self.headers.items()})
         with self.fake.counted(body) as number:
+            self.fake.arrived.release()
             time.sleep(self.fake.delay(body))
             fault = self.fake.fault(number, body)
             if fault is not None:

@@ -42,14 +42,14 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def left_over(folder: Path, seconds: float = 10.0) -> list[int]:
+def left_over(folder: Path, seconds: float = 120.0) -> list[int]:
     """The processes of all starts that still run after so many seconds."""
     pids = [pid for start in starts(folder) for pid in (start["pid"], start["worker"])]
     until(lambda: not any(map(is_running, pids)), seconds)
     return [pid for pid in pids if is_running(pid)]
 
 
-def until(condition: Callable[[], bool], seconds: float = 30.0) -> bool:
+def until(condition: Callable[[], bool], seconds: float = 120.0) -> bool:
     """Wait until a condition holds, or so many seconds have passed; whether it holds."""
     deadline = time.monotonic() + seconds
     while not condition():

@@ -57,24 +57,6 @@ def test_tokens_equal_those_of_a_full_sort(shape, temperature, top_k, top_p):
         assert torch.equal(draw.tokens(scores, ROWS, position), whole.argmax(-1))
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(
-    ("top_k", "top_p"), [(0, 0.95), (0, 0.2), (0, 0.0001), (50, 0.5), (7, 1.0)]
-)
-def test_candidates_are_those_that_warpers_leave(shape, top_k, top_p):
-    scores = logits(SHAPES[shape])
-    values, ids = Draw(1.0, top_k, top_p)._candidates(scores)
-    kept = torch.full_like(scores, -torch.inf).scatter(1, ids, values)
-    expected = warped(scores, 1.0, top_k, top_p)
-    assert torch.equal(kept.isfinite(), expected.isfinite())
-    assert torch.equal(kept, expected)
-
-
-def test_few_candidates_are_looked_at_where_few_are_likely():
-    _, ids = Draw(0.6, 0, 0.95)._candidates(logits(4.0))
-    assert ids.shape[1] < VOCABULARY / 4
-
-
 def test_temperature_zero_is_the_arg_max():
     scores = logits(1.0)
     assert torch.equal(Draw(0.0, 5, 0.5).tokens(scores, ROWS, 3), scores.argmax(-1))

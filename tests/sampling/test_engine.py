@@ -14,16 +14,6 @@ def test_a_record_is_read_back_from_json():
     assert EngineRecord(**json.loads(json.dumps(record.model_dump()))) == record
 
 
-def test_a_store_without_a_record_was_filled_in_process():
-    """Headers that were written before there were servers."""
-    assert EngineRecord().model_dump() == {
-        "kind": "transformers",
-        "served_model": None,
-        "root": None,
-        "probes": (),
-    }
-
-
 @pytest.mark.parametrize(
     "fields", [{"kind": "vllm"}, {"url": "http://a"}, {"probes": [{"prompt_ids": [1]}]}]
 )

@@ -53,15 +53,6 @@ def test_seed_and_key_both_matter(model, tokenizer):
     assert generate(model, tokenizer, same, reseeded, ["a#0", "a#1"])[0] != first
 
 
-def test_greedy_is_the_arg_max_of_a_plain_forward_pass(model, tokenizer):
-    ids = list(PROMPTS[2])
-    for _ in range(24):
-        ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
-        if ids[-1] == 1:
-            break
-    assert list(generate(model, tokenizer, PROMPTS, GREEDY, KEYS)[2].ids) == ids[len(PROMPTS[2]) :]
-
-
 def test_first_tokens_follow_the_models_distribution(model, tokenizer):
     how = SamplingSettings(temperature=0.5, top_p=0.7, top_k=5, max_new_tokens=1)
     rows = 4000
@@ -103,12 +94,6 @@ def test_pads_are_no_part_of_a_completion_even_where_pad_is_eos(model):
     assert all(sum(i == 1 or i >= 64 for i in g.ids) == (g.finish_reason == "stop") for g in done)
 
 
-def test_length_is_told_from_stop(model, tokenizer):
-    short = HOT.model_copy(update={"max_new_tokens": 2})
-    done = generate(model, tokenizer, PROMPTS, short, KEYS)
-    assert [(len(g.ids), g.finish_reason) for g in done] == [(2, "length")] * 4
-
-
 def test_the_context_caps_each_row_by_its_own_prompt_and_says_so(warnings):
     model, tokenizer = tiny_model(vocab_size=128, max_position_embeddings=16), tiny_tokenizer()
     model.generation_config.eos_token_id = 127
@@ -135,21 +120,6 @@ def test_the_models_own_generation_config_does_not_leak_in_and_comes_back(warnin
     assert model.generation_config is own
     assert model.training
     assert "repetition_penalty=5.0" in warnings[0]
-
-
-def test_mode_and_config_come_back_after_an_error(model, tokenizer, monkeypatch):
-    own = model.generation_config
-
-    def fail(**_kwargs):
-        raise RuntimeError("out of memory")
-
-    monkeypatch.setattr(model, "forward", fail)
-    model.train()
-    with pytest.raises(RuntimeError):
-        generate(model, tokenizer, PROMPTS, GREEDY, KEYS)
-    assert model.training
-    assert model.generation_config is own
-    model.eval()
 
 
 def test_bad_prompts(model, tokenizer):

@@ -11,7 +11,6 @@ from rac_modifier.sampling import model_identity
 from rac_modifier.sampling.model_identity import (
     ModelIdentity,
     model_fingerprint,
-    tokenizer_fingerprint,
 )
 from rac_modifier.settings.sampling import SamplingSettings
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -74,22 +73,6 @@ def test_offloading_with_compressed_tensors_keeps_it(model):
 def test_a_model_without_weights_is_refused(model):
     with pytest.raises(RacError, match="meta device"):
         model_fingerprint(model.to("meta"))
-
-
-def test_tokenizer_fingerprint_is_of_the_vocabulary():
-    before = tokenizer_fingerprint(tiny_tokenizer())
-    assert tokenizer_fingerprint(tiny_tokenizer(chat_template=None)) == before
-    grown = tiny_tokenizer()
-    grown.add_tokens(["<tool>"])
-    assert tokenizer_fingerprint(grown) != before
-
-
-def test_of_a_model_in_memory():
-    identity = ModelIdentity.of_model(tiny_model())
-    assert (identity.name, identity.source) == ("Qwen3ForCausalLM", "")
-    assert (identity.vocab_size, identity.context) == (300, 512)
-    assert identity.fingerprint == model_fingerprint(tiny_model())
-    assert identity.eos(tiny_tokenizer()) == (1,)
 
 
 def test_weights_of_another_shape_than_the_config_are_refused(tmp_path):

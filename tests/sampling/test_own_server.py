@@ -50,11 +50,6 @@ def test_it_serves_inside_the_context_and_is_gone_after_it(vllm, tmp_path, monke
     assert fake_vllm.left_over(tmp_path) == []
 
 
-def test_two_at_once_have_ports_of_their_own(vllm):
-    with vllm_server(vllm, "a") as first, vllm_server(vllm, "b") as second:
-        assert first != second
-
-
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3), ValueError("body")])
 def test_an_exception_stops_it_and_passes(vllm, tmp_path, error):
     with pytest.raises(type(error)), vllm_server(vllm, "m"):
@@ -193,21 +188,3 @@ def test_a_server_on_demand_that_died_is_named_and_started_again(vllm, tmp_path)
             assert urllib.request.urlopen(f"{url}/health").status == 200
     assert len(fake_vllm.starts(tmp_path)) == 2
     assert fake_vllm.left_over(tmp_path) == []
-
-
-def test_a_server_on_demand_that_cannot_start_is_tried_once(vllm, monkeypatch):
-    monkeypatch.setenv(fake_vllm.FAULT, "crash")
-    started: list[str] = []
-
-    def start():
-        started.append("m")
-        return vllm_server(vllm, "m")
-
-    with ServerOnDemand(start) as server:
-        for _ in range(2):
-            with (
-                pytest.raises(RacError, match="vllm serve stopped with exit code 1;"),
-                server.asked(),
-            ):
-                pass
-    assert started == ["m"]

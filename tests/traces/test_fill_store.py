@@ -111,16 +111,6 @@ def test_the_store_is_in_the_order_of_the_problems(fill, together):
     assert engine.connected >= 1
 
 
-def test_what_is_stored_is_not_asked_for_again(fill):
-    fill(Script(), 3 * TOKENS)
-    engine = Script()
-    assert fill(engine, 3 * TOKENS) == (3 * TOKENS, 0)
-    assert (engine.asked, engine.connected) == ([], 0)
-    fill(engine, 5 * TOKENS)
-    assert engine.keys == ids(3, 4)
-    assert stored(fill.path) == ids(*range(5))
-
-
 def test_many_stored_traces_are_passed_over(fill, monkeypatch):
     """More than are passed over at once."""
     monkeypatch.setattr(fill_store, "_STORED_TOGETHER", 4)
@@ -211,16 +201,6 @@ def test_prompts_that_are_refused_are_recorded_and_not_asked(fill):
     assert engine.asked == [ids(0, 2), ids(3, 4, 5)]
     assert stored(fill.path) == ids(0, 2, 3)
     assert [(one.id, one.reason) for one in read_failures(fill.path)] == [("p1#0", "too long")]
-
-
-def test_a_whole_batch_may_be_refused(fill):
-    engine = Script(batch_size=2)
-    fill(
-        engine,
-        TOKENS,
-        refuse=lambda length: "too long" if len(read_failures(fill.path)) < 4 else None,
-    )
-    assert engine.asked == [ids(4, 5)]
 
 
 def test_only_one_kind_of_engine_fills_a_store(fill):

@@ -2,7 +2,6 @@
 
 import json
 import zlib
-from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -131,8 +130,3 @@ def test_the_settings_of_a_record_are_those_that_decide_a_trace():
     assert "seed" in record["sampling"]
     assert "batch_size" not in record["sampling"]
     assert "limit" not in record["problems"]
-
-
-def test_tokens_are_counted_per_trace():
-    assert trace(4).tokens == 8
-    assert replace(trace(4), completion_ids=()).tokens == 3

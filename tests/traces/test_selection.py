@@ -1,11 +1,8 @@
 """Which traces are kept and why others are not; repeating tails; what a run has used."""
 
-import shutil
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from rac_modifier.settings.traces import SelectSettings
 from rac_modifier.traces.records import Trace
@@ -105,28 +102,6 @@ def test_how_many_tokens_repeat(ids, repeated):
     assert repeated_tokens(ids) == repeated
 
 
-@given(
-    st.lists(st.integers(0, 3), max_size=40),
-    st.lists(st.integers(0, 3), min_size=1, max_size=12),
-    st.integers(0, 20),
-)
-def test_what_is_left_and_its_stretch_give_the_whole_again(before, stretch, copies):
-    ids = before + stretch * copies
-    repeated = repeated_tokens(ids)
-    if len(stretch) * copies >= 64 and copies >= 3:
-        assert (
-            repeated >= len(stretch) * (copies - 1) or repeated >= 63
-        )  # a shorter stretch may explain the end
-    left = ids[: len(ids) - repeated]
-    if repeated:
-        assert any(
-            left + (left[-n:] * repeated)[:repeated] == ids
-            for n in range(1, 129)
-            if repeated >= 2 * n
-        )
-        assert repeated_tokens(left) == 0 or len(left) >= 64
-
-
 def test_only_a_completion_that_was_cut_loses_its_end():
     trace = Trace("a#0", "a", (5, 6), tuple(WHOLE + [1, 2, 3] * 30), "length", 0, "?", None)
     shorter = without_repeats(trace)
@@ -180,12 +155,3 @@ def test_fresh_traces_end_where_they_begin_to_repeat(trace_store, tmp_path):
         (0, 5, 6),
         (0, 1, 5, 6),
     ]  # 7 and 8 tokens with their prompts
-
-
-def test_a_line_that_is_being_written_does_not_count(trace_store, tmp_path):
-    path = tmp_path / "torn.jsonl"
-    shutil.copy(trace_store, path)
-    with path.open("ab") as file:
-        file.write(b'{"crc32":"')
-    store = TraceStore.read(path)
-    assert used_traces(store, [store.sha256()]) == len(store)

@@ -54,15 +54,6 @@ def test_what_is_appended_is_read_back_in_order(filled):
     assert store.tokens_of("p1#0") == 5
 
 
-def test_reopening_appends(filled):
-    with TraceStore.open_append(filled, HEADER) as store:
-        assert len(store) == 3
-        store.append_many([trace(3)])
-        assert len(store) == 4
-        assert list(store)[-1] == trace(3)
-    assert len(TraceStore.read(filled)) == 4
-
-
 def test_a_line_cut_anywhere_is_removed_and_only_that(filled):
     whole = filled.read_bytes()
     last = whole.rstrip(b"\n").rfind(b"\n") + 1
@@ -150,19 +141,6 @@ def test_no_room_on_the_disk_keeps_what_was_stored(filled):
         assert "p3#0" not in store
         store.append_many([trace(3)])
     assert list(TraceStore.read(filled))[-1] == trace(3)
-
-
-def test_a_failing_fsync_counts_as_not_stored(filled, monkeypatch):
-    before = filled.read_bytes()
-
-    def fail(_fd):
-        raise OSError(5, "Input/output error")
-
-    with TraceStore.open_append(filled, HEADER) as store:
-        monkeypatch.setattr(os, "fsync", fail)
-        with pytest.raises(RacError, match="Input/output error"):
-            store.append_many([trace(3)])
-    assert filled.read_bytes() == before
 
 
 @pytest.mark.parametrize(
