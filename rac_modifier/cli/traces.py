@@ -173,27 +173,24 @@ def inspect(
 
     opened = TraceStore.read(store)
     settings = read_select(select)
+    count = (0 if as_json else 1) if samples is None else samples
+    verified: dict[str, Any] = {}
+    shown: list[dict[str, Any]] = []
+    if count or verify or settings is not None:
+        tokenizer = _tokenizer_of(opened, model, "or give --samples 0 alone for the counts")
+        if verify or settings is not None:
+            verified = verified_figures(opened, tokenizer, verify, settings)
+        shown = [_sample(trace, tokenizer) for trace in islice(opened, count)]
     if as_json:
-        found = _store_figures(opened)
-        if verify or samples or settings is not None:
-            tokenizer = _tokenizer_of(
-                opened, model, "or leave --verify, --select and --samples out"
-            )
-            if verify or settings is not None:
-                found |= verified_figures(opened, tokenizer, verify, settings)
-            if samples:
-                found["samples"] = [_sample(trace, tokenizer) for trace in islice(opened, samples)]
-        print_json(found)
+        samples_shown = {"samples": shown} if shown else {}
+        print_json(_store_figures(opened) | verified | samples_shown)
         return
     typer.echo(describe_store(opened))
-    if samples == 0 and not verify and settings is None:
-        return
-    tokenizer = _tokenizer_of(opened, model, "or give --samples 0 alone for the counts")
-    if verify or settings is not None:
-        typer.echo(describe_verified(opened, tokenizer, verify, settings))
-    for trace in islice(opened, 1 if samples is None else samples):
-        typer.echo(f"\n--- {trace.id} ({trace.finish_reason}, answer: {trace.answer})")
-        typer.echo(tokenizer.decode([*trace.prompt_ids, *trace.completion_ids]))
+    if verified:
+        typer.echo(describe_verified(verified, len(opened)))
+    for sample in shown:
+        typer.echo(f"\n--- {sample['id']} ({sample['finish_reason']}, answer: {sample['answer']})")
+        typer.echo(sample["text"])
 
 
 def _sample(trace: Trace, tokenizer: Any) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""Experts that llm-compressor has cut into linear layers, read as the merged tensors that transformers has.
+"""Experts that llm-compressor has cut into linear layers, read as transformers' merged tensors.
 
-So a model has one fingerprint before and after, and traces that were collected from it are its own.
+So a model has the same fingerprint before and after, and traces collected from it are its own.
 """
 
 from __future__ import annotations
@@ -15,49 +15,49 @@ _PARTS = ("gate_proj", "up_proj", "down_proj")
 
 @dataclass(frozen=True)
 class MergedExperts:
-    """[experts, rows, columns] that is not made: for each expert its `parts`, [rows of the part, columns] each."""
+    """A tensor [experts, rows, columns] in pieces: `parts` of each expert, [rows of a part, columns]."""
 
     parts: list[list[torch.Tensor]]
 
     @property
     def shape(self) -> torch.Size:
-        """As if it was made."""
+        """The shape of the merged tensor."""
         first = self.parts[0]
         return torch.Size(
             [len(self.parts), sum(part.shape[0] for part in first), first[0].shape[1]]
         )
 
     def numel(self) -> int:
-        """Numbers in all."""
+        """Count its numbers."""
         return self.shape.numel()
 
     def every(self, stride: int) -> torch.Tensor:
-        """Every `stride`-th number of the flat tensor, float32 on the CPU."""
+        """Return every `stride`-th number of the flat tensor, float32 on the CPU."""
         _, rows, columns = self.shape
-        found = []
+        numbers = []
         for flat in range(0, self.numel(), stride):
             expert, row, column = flat // (rows * columns), flat // columns % rows, flat % columns
             for part in self.parts[expert]:
                 if row < part.shape[0]:
-                    found.append(float(part.detach()[row, column]))
+                    numbers.append(float(part.detach()[row, column]))
                     break
                 row -= part.shape[0]
-        return torch.tensor(found, dtype=torch.float32)
+        return torch.tensor(numbers, dtype=torch.float32)
 
 
 def with_merged_experts(
     model: torch.nn.Module, parameters: Iterable[tuple[str, torch.Tensor]]
 ) -> Iterator[tuple[str, torch.Tensor | MergedExperts]]:
-    """The parameters in their order, those of separate experts as gate_up_proj and down_proj of their layer.
+    """Yield parameters in their order, separate experts merged into gate_up_proj and down_proj.
 
     Experts with other parts, biases or transposed weights stay as they are.
     """
     layers = {name: module for name, module in model.named_modules() if _is_separate(module)}
     pending: dict[str, torch.Tensor] = {}
     for name, tensor in parameters:
-        layer, found, _ = name.rpartition(".experts.")
+        layer, is_expert, _ = name.rpartition(".experts.")
         layer = f"{layer}.experts"
-        if not found or layer not in layers:
+        if not is_expert or layer not in layers:
             yield name, tensor
             continue
         pending[name] = tensor
@@ -70,7 +70,7 @@ def with_merged_experts(
                 f"{layer}.gate_up_proj",
                 MergedExperts([list(pair) for pair in zip(gate, up, strict=True)]),
             )
-            yield f"{layer}.down_proj", MergedExperts([[one] for one in down])
+            yield f"{layer}.down_proj", MergedExperts([[weight] for weight in down])
             pending.clear()
 
 

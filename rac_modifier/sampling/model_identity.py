@@ -1,4 +1,4 @@
-"""Which model and which tokenizer: short hashes by which two runs are compared, from memory or from files."""
+"""Hashes by which two runs compare their models and tokenizers, from memory or from files."""
 
 from __future__ import annotations
 
@@ -48,29 +48,29 @@ _ARCHITECTURE_FIELDS = (
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """The model whose traces are collected, as far as collecting needs it; its weights may stay on disk."""
+    """The model whose traces are collected; its weights may stay on disk."""
 
     name: str
     """For records and messages."""
     source: str
-    """The folder or id that it was loaded from; empty for a model that was made in memory."""
+    """The folder or id that it was loaded from; empty for a model made in memory."""
     fingerprint: str
     generation_config: GenerationConfig | None
     vocab_size: int
     context: int | None
-    """Most tokens of a sequence, where the config says so."""
+    """Longest sequence in tokens; None if the config does not say."""
 
     @classmethod
     def of_model(cls, model: PreTrainedModel) -> ModelIdentity:
-        """The identity of a model in memory."""
+        """Return the identity of a model in memory."""
         return cls._of(model, model_fingerprint(model), model.generation_config)
 
     @classmethod
     def of_files(cls, source: str) -> ModelIdentity:
-        """The identity of a model folder or Hugging Face id: reads 64 numbers per parameter from its safetensors files.
+        """Return the identity of a model folder or Hugging Face id, equal to `of_model` of it loaded.
 
-        The result equals that of `of_model` for the same model loaded. Where the tensors in the files have other names than in
-        the model (fused experts), the weights are loaded after all, with a warning.
+        It reads 64 numbers per parameter from safetensors files. If the tensors have other names there
+        than in the model (fused experts), the weights are loaded, with a warning.
 
         Raises:
             RacError: no such model, or no safetensors files.
@@ -88,7 +88,8 @@ class ModelIdentity:
         fingerprint = _fingerprint_of_files(skeleton, files)
         if fingerprint is None:
             logger.warning(
-                f"{source!r}: tensors in its files have other names than in the model; loading the weights to identify it"
+                f"{source!r}: tensors in its files have other names than in the model; loading the "
+                "weights to identify it"
             )
             return cls.of_model(
                 AutoModelForCausalLM.from_pretrained(source, dtype="auto", trust_remote_code=False)
@@ -109,7 +110,7 @@ class ModelIdentity:
         )
 
     def eos(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-        """Every token id that ends a completion (see `eos_token_ids`)."""
+        """Return every token id that ends a completion (see `eos_token_ids`)."""
         return tuple(eos_token_ids(self, tokenizer))
 
 
@@ -131,7 +132,7 @@ def model_fingerprint(model: PreTrainedModel) -> str:
 def fingerprint_of(
     config: PreTrainedConfig, parameters: Iterable[tuple[str, torch.Tensor | MergedExperts]]
 ) -> str:
-    """`model_fingerprint` of a config and of the parameters in the order of `named_parameters`."""
+    """Return `model_fingerprint` of a config and of parameters in the order of `named_parameters`."""
     text = config.get_text_config()
     fields = {name: getattr(text, name, None) for name in _ARCHITECTURE_FIELDS}
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode())
@@ -148,15 +149,15 @@ def fingerprint_of(
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash (64 hex digits) of the vocabulary: equal means that token ids mean the same text."""
+    """Hash the vocabulary (64 hex digits): equal hashes give token ids the same text."""
     vocab = json.dumps(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))
     return hashlib.sha256(vocab.encode()).hexdigest()
 
 
 def named_parameters(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """Each module's own parameters under their full names.
+    """Yield the parameters of each module under their full names.
 
-    A parameter that two modules share is given twice, since offloading hides that it is shared.
+    A parameter that two modules share comes twice, since offloading hides that it is shared.
     """
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -165,12 +166,12 @@ def named_parameters(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor
 
 
 def _offloaded(model: PreTrainedModel, full: str) -> torch.Tensor:
-    """The values that accelerate keeps elsewhere while the parameter itself is on the meta device."""
+    """Return the values that accelerate keeps while the parameter is on the meta device."""
     prefix, _, name = full.rpartition(".")
     module = model.get_submodule(prefix)
     hook = getattr(module, "_hf_hook", None)
-    for one in getattr(hook, "hooks", [hook]):
-        weights = getattr(one, "weights_map", None)
+    for part in getattr(hook, "hooks", [hook]):
+        weights = getattr(part, "weights_map", None)
         if weights is not None:
             return weights[name]
     raise RacError(
@@ -194,7 +195,7 @@ def _weight_files(source: str) -> list[str]:
 
 
 def _fingerprint_of_files(skeleton: PreTrainedModel, files: list[str]) -> str | None:
-    """The fingerprint that the loaded model would have; None if a parameter is not in the files under its name."""
+    """Return the fingerprint of the model loaded; None if a parameter has another name in the files."""
     from safetensors import safe_open
 
     with ExitStack() as stack:
@@ -213,12 +214,11 @@ def _fingerprint_of_files(skeleton: PreTrainedModel, files: list[str]) -> str | 
         def values() -> Iterator[tuple[str, torch.Tensor]]:
             for name, parameter in parameters:
                 key = stored[id(parameter)]
-                tensor = holder[key].get_tensor(
-                    key
-                )  # mapped from the file: only the elements that are used are read
+                tensor = holder[key].get_tensor(key)  # mapped: only the sampled elements are read
                 if tensor.shape != parameter.shape:
                     raise RacError(
-                        f"{key!r} has the shape {tuple(tensor.shape)}, not {tuple(parameter.shape)} as config.json"
+                        f"{key!r} has the shape {tuple(tensor.shape)}, not "
+                        f"{tuple(parameter.shape)} as config.json"
                     )
                 yield name, tensor
 

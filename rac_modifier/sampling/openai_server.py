@@ -31,7 +31,7 @@ from rac_modifier.sampling.probes import (
     PROBE_QUESTIONS,
     PROBE_SAMPLING,
     PROBE_TOKENS,
-    check_card,
+    check_limit,
     check_name,
     check_probes,
     served_model,
@@ -54,6 +54,9 @@ _UnderWay = dict[Future[Generation | Failure], tuple[int, Prompt]]  # number of 
 class ServerEngine:
     """Completes prompts, sent as token ids, on one or several servers.
 
+    Without the weights in memory, the name of what a server loaded is compared with the model's name,
+    unless `settings.model` names it.
+
     Args:
         settings: which servers, and how many completions at the same time.
         identity: the model that the servers must serve.
@@ -61,9 +64,7 @@ class ServerEngine:
         sampling: resolved settings.
         model: the model itself if it is in memory; greedy tokens of the servers are compared with it.
         evaluates: answers are judged, and nothing is calibrated on them. Then servers that return no
-            token ids are accepted if `verify_model` is set, and `kind` becomes "openai text". The
-            name of what a server loaded is compared with that of the model, unless `settings.model`
-            names it or `model` is there.
+            token ids are accepted if `verify_model` is set, and `kind` becomes "openai text".
     """
 
     batch_size = 1
@@ -185,8 +186,8 @@ class ServerEngine:
         """Return the entry of the model in the server's list, once it has passed the checks."""
         url, identity = server.url, self._identity
         card = served_model(await server.list_models(), self._settings.model, url)
-        check_card(card, identity.source, identity.context, self._sampling.max_new_tokens, url)
-        if self._evaluates and self._model is None and self._settings.model is None:
+        check_limit(card, identity.context, self._sampling.max_new_tokens, url)
+        if self._model is None and self._settings.model is None:
             check_name(card, identity.source, url)
         self._served[url] = str(card["id"])
         if isinstance(limit := card.get("max_model_len"), int):

@@ -1,4 +1,4 @@
-"""A `vllm serve` of our own: started on loopback, waited for, and stopped at the end, also when this process is killed."""
+"""Start a `vllm serve` on loopback, wait for it, and stop it, also when this process is killed."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ _WATCHER = Path(__file__).with_name("server_watch.py")
 
 @contextmanager
 def vllm_server(command: VllmCommand, model: str, dtype: str = "auto") -> Iterator[str]:
-    """Run `vllm serve` inside the context, which gets its address.
+    """Run `vllm serve` inside the context, and yield its address.
 
-    It ends with the context, and with this process, whatever ends that (see `server_watch`).
+    It ends with the context, and with this process (see `server_watch`).
 
     Args:
         command: what is run.
@@ -43,7 +43,8 @@ def vllm_server(command: VllmCommand, model: str, dtype: str = "auto") -> Iterat
         dtype: as vLLM names it.
 
     Raises:
-        RacError: it stops, or is not ready in time; it has stopped when the body raises a RacError. Its last lines are shown.
+        RacError: with its last lines: it stops, is not ready in time, or has stopped when the body
+            raises a RacError.
     """
     port = _free_port()
     with tempfile.TemporaryFile() as log:
@@ -71,9 +72,9 @@ def vllm_server(command: VllmCommand, model: str, dtype: str = "auto") -> Iterat
 
 
 class ServerOnDemand:
-    """A server that is started when it is first asked, and stopped at the end of the context.
+    """A server that starts when it is first asked, and stops at the end of the context.
 
-    One that failed to start is not started again; one that an answer failed at is, since it may have stopped.
+    A start that failed is not repeated. After an error of the body the server starts again.
 
     Args:
         start: starts it, as `vllm_server` does.
@@ -92,10 +93,10 @@ class ServerOnDemand:
 
     @contextmanager
     def asked(self) -> Iterator[tuple[str]]:
-        """Its address, inside the context.
+        """Yield its address.
 
         Raises:
-            RacError: it cannot be started; where the body raises one and the server has stopped, its last lines are shown.
+            RacError: it cannot be started, or has stopped when the body raises a RacError.
         """
         if self._failed is not None:
             raise self._failed
@@ -146,13 +147,13 @@ def _is_healthy(port: int) -> bool:
 
 def _stopped(watcher: subprocess.Popen[bytes], log: BinaryIO) -> str:
     return (
-        f"vllm serve stopped with exit code {watcher.returncode}; its options (such as --max-model-len 8192) are set in "
-        f"RAC_VLLM_OPTIONS. {end_of(log)}"
+        f"vllm serve stopped with exit code {watcher.returncode}; its options (such as "
+        f"--max-model-len 8192) are set in RAC_VLLM_OPTIONS. {end_of(log)}"
     )
 
 
 def end_of(log: BinaryIO) -> str:
-    """The last lines that a server printed, after its first error where these lack it."""
+    """Describe the last lines that a server printed, and its first error if they lack it."""
     lines = last_lines(log, _LAST_LINES)
     if not lines:
         return "It printed nothing"
@@ -162,13 +163,13 @@ def end_of(log: BinaryIO) -> str:
 
 
 def first_error(log: BinaryIO) -> str | None:
-    """The first line that names an exception: vLLM's last lines may only say that a process of its own has failed."""
+    """Return the first line that names an exception: vLLM's last lines may not name the cause."""
     start = os.pread(log.fileno(), _FIRST_BYTES, 0).decode("utf-8", "replace")
     return next((line.rstrip() for line in start.splitlines() if _ERROR.search(line)), None)
 
 
 def last_lines(log: BinaryIO, count: int) -> list[str]:
-    """The last non-empty lines of what was written to a file so far; the position for writing stays."""
+    """Return the last non-empty lines of a file; the position for writing stays."""
     size = os.fstat(log.fileno()).st_size
     end = os.pread(log.fileno(), _LAST_BYTES, max(0, size - _LAST_BYTES))
     return [line.rstrip() for line in end.decode("utf-8", "replace").splitlines() if line.strip()][

@@ -1,4 +1,4 @@
-"""Which `vllm serve` is started: its command, its options, and what its environment has."""
+"""The command `vllm serve`: its options, and the packages of its environment."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HOST = "127.0.0.1"
 
 @dataclass(frozen=True)
 class VllmCommand:
-    """Which `vllm` is started, and how.
+    """A `vllm` command with its options.
 
     Attributes:
         path: of the command.
@@ -48,8 +48,9 @@ class VllmCommand:
             )
         if path is None:
             raise RacError(
-                "no vllm on the PATH; install it in an environment of its own (scripts/serve_cpu_env.sh does, for a CPU), and "
-                "name it with RAC_VLLM=/path/to/environment/bin/vllm"
+                "no vllm on the PATH; install it in an environment of its own "
+                "(scripts/serve_cpu_env.sh does, for a CPU), and name it with "
+                "RAC_VLLM=/path/to/environment/bin/vllm"
             )
         try:
             options = tuple(shlex.split(variables.get("RAC_VLLM_OPTIONS", "")))
@@ -60,47 +61,47 @@ class VllmCommand:
         return cls(path, options)
 
     def arguments(self, model: str, dtype: str, port: int) -> list[str]:
-        """The whole command line."""
+        """Return the whole command line."""
         where = ["--host", HOST, "--port", str(port)]
-        asked = self._says("quantization") or any(
+        asked = self._sets("quantization") or any(
             option.split("=")[0] == "-q" for option in self.options
         )
         ours = ["--quantization", "rac"] if _has_few_bits(model) and not asked else []
-        # vLLM 0.32 ends on a CPU where it reads the prompt of a request with a seed in parts, and ours have seeds
-        parted = self._says("enable-chunked-prefill") or not self.is_cpu_build()
+        # On a CPU, vLLM 0.32 fails if it reads the prompt of a request with a seed in chunks.
+        parted = self._sets("enable-chunked-prefill") or not self.is_cpu_build()
         whole = [] if parted else ["--no-enable-chunked-prefill"]
         return [self.path, "serve", model, *where, "--dtype", dtype, *ours, *whole, *self.options]
 
     def is_cpu_build(self) -> bool:
-        """Whether its vLLM computes on the CPU, by the end of its version; False where there is no python beside the command."""
+        """Tell by its version whether vLLM computes on the CPU; False without `python()`."""
         return (self.version_of("vllm") or "").endswith("+cpu")
 
     def python(self) -> Path | None:
-        """That of the command's environment, where it is beside it."""
+        """Return the python of the command's environment; None if it is not next to the command."""
         python = Path(self.path).parent / "python"
         return python if python.exists() else None
 
     def version_of(self, package: str) -> str | None:
-        """The version of a package in the command's environment; None where it lacks it, or there is no `python()`."""
+        """Return the version of a package in the command's environment; None if it lacks it."""
         if (python := self.python()) is None:
             return None
-        asked = [
+        question = [
             str(python),
             "-I",
             "-c",
             f"from importlib.metadata import version; print(version({package!r}))",
         ]
         answer = subprocess.run(
-            asked, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+            question, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
         )
         return answer.stdout.strip() if answer.returncode == 0 else None
 
-    def _says(self, name: str) -> bool:
-        """Whether an option is among the user's, or its negation."""
+    def _sets(self, name: str) -> bool:
+        """Tell whether an option or its negation is among the user's."""
         return any(option.split("=")[0] in (f"--{name}", f"--no-{name}") for option in self.options)
 
     def environment(self) -> dict[str, str]:
-        """This process's variables, without a PYTHONPATH that is meant for this environment and not for vLLM's."""
+        """Return this process's variables; PYTHONPATH is not for vLLM's environment."""
         own = Path(self.path).parent == Path(sys.executable).parent
         variables = {
             name: value for name, value in os.environ.items() if own or name != "PYTHONPATH"
@@ -109,35 +110,25 @@ class VllmCommand:
 
 
 def _has_few_bits(model: str) -> bool:
-    """Whether it is a folder with weights of 2 or 3 bits, for which vLLM has no CPU kernel of its own."""
+    """Tell whether a folder has weights of 2 or 3 bits, for which vLLM has no CPU kernel."""
     try:
         groups = json.loads((Path(model) / "config.json").read_text())["quantization_config"][
             "config_groups"
         ]
         return any(group["weights"]["num_bits"] in (2, 3) for group in groups.values())
-    except (
-        OSError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-    ):  # no folder, or vLLM says what is wrong with it
-        return False
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return False  # no folder, or vLLM says what is wrong with it
 
 
 def check_serving() -> None:
-    """Refuse early what every served model would fail at: no vLLM, or none with this package, whose plugin reads packed files.
-
-    Raises:
-        RacError: saying what is missing, and what to do.
-    """
+    """Refuse a missing vLLM, or an environment without this package, before hours of work (RacError)."""
     command = VllmCommand.from_environment()
     if command.python() is None:
         logger.info(
-            f"{command.path} has no python beside it, so it is not known whether it has this package"
+            f"{command.path} has no python next to it: whether it has rac-modifier is unknown"
         )
     elif command.version_of("rac-modifier") is None:
         raise RacError(
-            f"the environment of {command.path} lacks rac-modifier, whose plugin reads packed checkpoints; "
-            f"{command.python()} -m pip install 'rac-modifier[serve]'"
+            f"the environment of {command.path} lacks rac-modifier, whose plugin reads packed "
+            f"checkpoints; {command.python()} -m pip install 'rac-modifier[serve]'"
         )

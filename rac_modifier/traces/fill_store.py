@@ -1,8 +1,8 @@
 """Fill a store: which problems to ask next, and the order in which their traces are stored.
 
-The store holds the traces in the order of their problems, whatever the order in which an engine finishes them. So the file is the
-same for every number of servers, and however often the run was killed. A trace that is finished before one that precedes it is
-kept in a second store beside the first (`x.pending.jsonl`), so that a kill does not lose it.
+The store holds the traces in the order of their problems, whatever the order in which an engine
+finishes them. So the file is the same for any number of servers and kills. A trace that is finished
+before an earlier one goes to a second store (`x.pending.jsonl`), so that a kill does not lose it.
 """
 
 from __future__ import annotations
@@ -27,15 +27,14 @@ from rac_modifier.traces.failures import (
 )
 from rac_modifier.traces.store import Trace, TraceStore
 
-# So many failures without a success between them are an outage, not bad problems.
-_FAILURES_OF_AN_OUTAGE = 16
+_FAILURES_OF_AN_OUTAGE = 16  # without a success between them; fewer are bad problems
 _NO_LIMIT = 2**62
-_STORED_TOGETHER = 256  # stored traces that are passed over at once, so that the queue stays short
+_LONGEST_QUEUE = 256  # entries, while stored traces are passed over
 
 
 @dataclass
 class _Entry:
-    """One sample of one problem on its way into the store; `tokens` is 0 until they are known."""
+    """A sample of a problem on its way into the store; `tokens` is 0 until they are known."""
 
     id: str
     problem: Problem
@@ -49,19 +48,19 @@ class _Entry:
 
 
 def pending_path(store: Path) -> Path:
-    """traces.jsonl -> traces.pending.jsonl."""
+    """Return traces.pending.jsonl for traces.jsonl."""
     return store.with_name(f"{store.stem}.pending.jsonl")
 
 
 class FillStore:
-    """Fills one store from one engine.
+    """Fills a store from an engine.
 
     Args:
         store: open to append to.
-        engine: asked for what neither the store nor its side files hold; `connect` is called before the first time.
-        problems: in order; each is sampled as often as the settings of the store say.
-        render: the token ids of a problem's prompt.
-        refuse: why a prompt of that many tokens is not sampled, or None.
+        engine: completes what neither the store nor its side files hold; it is connected when needed.
+        problems: in order; the store's header has the samples per problem.
+        render: returns the token ids of a problem's prompt.
+        refuse: returns why a prompt of so many tokens is not sampled; None: it is.
     """
 
     def __init__(
@@ -80,10 +79,10 @@ class FillStore:
         self._queue: deque[_Entry] = deque()
         self._asked: dict[str, _Entry] = {}
         self._total = 0  # tokens of the entries that have left the queue
-        self._known = 0  # these, and those in the queue as far as they are known
+        self._known = 0  # the same, plus the known tokens of entries in the queue
         self._failed = {failed.id for failed in read_failures(store.path)}
-        # Failures since the last success are not written yet, and hold up the entries behind them: they may be an outage, which
-        # must not change the order.
+        # Failures since the last success are not written yet: they may be an outage, which must not
+        # change the order. They hold up later entries.
         self._doubtful: list[tuple[_Entry, FailedProblem]] = []
         self._pending: TraceStore | None = None
         self._early: dict[str, Trace] = {}
@@ -92,10 +91,13 @@ class FillStore:
             self._early = {trace.id: trace for trace in self._pending if trace.id not in store}
 
     def run(self, tokens: int | None, progress: bool) -> int:
-        """Store the shortest run of problems that holds `tokens` (None: all problems); returns its tokens, fewer if they end.
+        """Store the shortest run of problems that holds `tokens` (None: all problems).
+
+        Returns:
+            The tokens of that run; fewer than `tokens` if the problems end.
 
         Raises:
-            RacError: no room on the disk, or an engine that cannot go on; what was stored before stays.
+            RacError: no room on the disk, or an engine that cannot go on; stored traces stay.
         """
         goal, tokens = tokens, _NO_LIMIT if tokens is None else tokens
         batches = self._engine.iter_completions(self._batches(tokens))
@@ -119,11 +121,11 @@ class FillStore:
 
     @property
     def failed(self) -> int:
-        """How many problems failed, in this run and before."""
+        """Number of problems that failed, in this run and before."""
         return len(self._failed)
 
     def _batches(self, tokens: int) -> Iterator[list[Prompt]]:
-        """The prompts to complete, as long as the budget may need more; what is stored already is passed over."""
+        """Yield the prompts to complete while the budget may need more; stored ones are passed over."""
         while self._known < tokens:
             batch = [
                 self._entry(*sample) for sample in islice(self._samples, self._engine.batch_size)
@@ -135,7 +137,7 @@ class FillStore:
             self._known += sum(entry.tokens for entry in batch)
             if needed and (prompts := self._prompts(batch)):
                 yield prompts
-            elif len(self._queue) >= _STORED_TOGETHER:
+            elif len(self._queue) >= _LONGEST_QUEUE:
                 self._store_in_order(tokens)
 
     def _entry(self, trace_id: str, problem: Problem) -> _Entry:
@@ -156,9 +158,9 @@ class FillStore:
         return False
 
     def _prompts(self, batch: list[_Entry]) -> list[Prompt]:
-        """The prompts of a whole batch, also where part of it is stored.
+        """Return the prompts of a whole batch, also if part of it is stored.
 
-        Rounding depends on the shape of a batch, and a resumed run must give what an undisturbed one gives.
+        Rounding depends on the shape of a batch, and a resumed run must give the same traces.
         """
         self._connect()
         prompts: list[Prompt] = []
@@ -185,8 +187,9 @@ class FillStore:
                 else "leave traces.engine out"
             )
             raise RacError(
-                f"trace store {str(self._store.path)!r} holds too few tokens, and was filled by another engine ({filled}, "
-                f"not {self._engine.kind}), which draws other samples: {way_out}, or name another path"
+                f"trace store {str(self._store.path)!r} holds too few tokens, and was filled by "
+                f"another engine ({filled}, not {self._engine.kind}), which draws other samples: "
+                f"{way_out}, or name another path"
             )
 
     def _receive(self, completions: Sequence[Completion], tokens: int) -> None:
@@ -220,8 +223,9 @@ class FillStore:
 
     def _outage(self, last: Failure) -> RacError:
         return RacError(
-            f"{len(self._doubtful)} completions in a row failed, the last one: {last.reason}. What was finished before is kept "
-            f"in {str(self._store.path)!r}: see to the servers, then run again to go on from there"
+            f"{len(self._doubtful)} completions in a row failed, the last one: {last.reason}. What was "
+            f"finished before is kept in {str(self._store.path)!r}: see to the servers, then run again "
+            "to go on from there"
         )
 
     def _record_doubtful(self) -> None:
@@ -235,7 +239,8 @@ class FillStore:
             append_failures(self._store.path, failures)
             self._failed.update(failed.id for failed in failures)
             logger.warning(
-                f"{len(failures)} problems failed ({failures[-1].reason}); see {str(failures_path(self._store.path))!r}"
+                f"{len(failures)} problems failed ({failures[-1].reason}); see "
+                f"{str(failures_path(self._store.path))!r}"
             )
 
     def _store_in_order(self, tokens: int) -> None:
@@ -248,7 +253,7 @@ class FillStore:
         self._store.append_many(fresh)
 
     def _keep_early(self) -> None:
-        """Write traces that have to wait for an earlier one where a kill does not lose them."""
+        """Write traces that wait for an earlier one to the second store."""
         early = [entry.trace for entry in self._queue if entry.trace is not None]
         if self._pending is None and early and not self._queue[0].settled:
             self._pending = self._open_pending()
@@ -259,7 +264,7 @@ class FillStore:
         return TraceStore.open_append(pending_path(self._store.path), self._store.header)
 
     def _close_pending(self) -> None:
-        """Keep the second store only if it holds what the first one lacks."""
+        """Delete the second store if the first one holds all of it."""
         if self._pending is None:
             return
         if all(trace_id in self._store for trace_id in self._pending.ids()):

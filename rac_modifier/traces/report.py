@@ -1,4 +1,4 @@
-"""A trace store described as text, for `rac traces inspect`."""
+"""Describe a trace store, for `rac traces inspect`."""
 
 from __future__ import annotations
 
@@ -19,34 +19,35 @@ from rac_modifier.traces.selection import Selection, as_used, repeated_tail, sel
 from rac_modifier.traces.store import TraceStore
 
 _BAR = 40
+_PROMPT = {"template", "thinking", "system_prompt"}
 
 
 @dataclass
 class Endings:
-    """How long traces are, why they ended, and how many were cut while they repeated themselves."""
+    """Lengths of traces, why they ended, and how many were cut while they repeated themselves."""
 
-    lengths: Counter[int] = field(
-        default_factory=Counter
-    )  # completion tokens, by lower bounds of a histogram's bars
+    lengths: Counter[int] = field(default_factory=Counter)
+    """Traces by completion tokens, in bars of a histogram with these lower bounds."""
     ended_by: Counter[str] = field(default_factory=Counter)
-    repeating: int = 0  # traces
+    repeating: int = 0
+    """Traces."""
     repeated_tokens: int = 0
 
 
 def count_endings(traces: Iterable[Trace]) -> Endings:
-    """The endings of these traces."""
-    found = Endings()
+    """Count the endings of traces."""
+    endings = Endings()
     for trace in traces:
-        found.lengths[_bucket(len(trace.completion_ids))] += 1
-        found.ended_by[trace.finish_reason] += 1
+        endings.lengths[_bucket(len(trace.completion_ids))] += 1
+        endings.ended_by[trace.finish_reason] += 1
         tail = repeated_tail(trace.completion_ids, trace.finish_reason)
-        found.repeating += tail > 0
-        found.repeated_tokens += tail
-    return found
+        endings.repeating += tail > 0
+        endings.repeated_tokens += tail
+    return endings
 
 
 def describe_store(store: TraceStore) -> str:
-    """The model, problems and settings of a store, its counts, why its traces ended, and a histogram of their lengths."""
+    """Describe model, problems, settings, counts, endings and lengths of a store."""
     header, counts = store.header, store.counts
     sampling = header.sampling
     prompt = (
@@ -63,10 +64,10 @@ def describe_store(store: TraceStore) -> str:
         f"model       {header.model} (fingerprint {header.fingerprint[:12]})",
         f"problems    {header.problems.model_dump_json(exclude_none=True)}",
         f"prompt      {prompt}",
-        f"sampling    {sampling.model_dump_json(exclude_none=True, exclude={'template', 'thinking', 'system_prompt'})}",
+        f"sampling    {sampling.model_dump_json(exclude_none=True, exclude=_PROMPT)}",
         f"engine      {header.engine.kind} {header.engine.served_model or ''}".rstrip(),
-        f"traces      {counts.traces:,} ({counts.finished:,} finished), {counts.prompt_tokens:,} prompt and "
-        f"{counts.completion_tokens:,} completion tokens",
+        f"traces      {counts.traces:,} ({counts.finished:,} finished), {counts.prompt_tokens:,} "
+        f"prompt and {counts.completion_tokens:,} completion tokens",
     ]
     if failed := len(read_failures(store.path)):
         lines.append(
@@ -80,47 +81,46 @@ def describe_store(store: TraceStore) -> str:
         )
         if endings.repeating:
             lines.append(
-                f"repeating   {endings.repeating:,} that were cut end in repetitions, {endings.repeated_tokens:,} tokens"
+                f"repeating   {endings.repeating:,} that were cut end in repetitions, "
+                f"{endings.repeated_tokens:,} tokens"
             )
         lines += ["completion tokens", *_histogram(endings.lengths)]
-    return "\n".join(lines)
-
-
-def describe_verified(
-    store: TraceStore, tokenizer: Any, verify: bool, settings: SelectSettings | None
-) -> str:
-    """How many answers are right, with the time of checking them; and what a selection keeps."""
-    found, lines = verified_figures(store, tokenizer, verify, settings), []
-    if "right" in found:
-        lines.append(
-            f"verified    {found['right']:,} of {len(store):,} right ({found['right'] / len(store):.1%}), "
-            f"{found['ms_per_trace']:.2g} ms per trace"
-        )
-    if "selection" in found:
-        lines.append(f"selection   {found['selection']}; {found['selected_tokens']:,} tokens")
     return "\n".join(lines)
 
 
 def verified_figures(
     store: TraceStore, tokenizer: Any, verify: bool, settings: SelectSettings | None
 ) -> dict[str, Any]:
-    """What `describe_verified` prints, as numbers: only what was requested."""
-    judge, found = Judge(tokenizer, store.header), dict[str, Any]()
+    """Count right answers if `verify`, with the time per trace, and what a selection keeps."""
+    judge, figures = Judge(tokenizer, store.header), dict[str, Any]()
     if verify and len(store):
         started = time.perf_counter()
-        found["right"] = sum(right for _, right in judge(store))
-        found["ms_per_trace"] = 1000 * (time.perf_counter() - started) / len(store)
+        figures["right"] = sum(right for _, right in judge(store))
+        figures["ms_per_trace"] = 1000 * (time.perf_counter() - started) / len(store)
     if settings is not None:
         selection = Selection(settings)
-        found["selected_tokens"] = sum(
-            t.tokens for t in select(as_used(store, settings), selection, judge)
+        traces = select(as_used(store, settings), selection, judge)
+        figures["selected_tokens"] = sum(trace.tokens for trace in traces)
+        figures |= {"selected": selection.kept, "selection": selection.describe()}
+    return figures
+
+
+def describe_verified(figures: dict[str, Any], traces: int) -> str:
+    """Describe `verified_figures` of a store with so many traces."""
+    lines = []
+    if "right" in figures:
+        share, cost = figures["right"] / traces, figures["ms_per_trace"]
+        lines.append(
+            f"verified    {figures['right']:,} of {traces:,} right ({share:.1%}), {cost:.2g} ms per "
+            "trace"
         )
-        found |= {"selected": selection.kept, "selection": selection.describe()}
-    return found
+    if "selection" in figures:
+        lines.append(f"selection   {figures['selection']}; {figures['selected_tokens']:,} tokens")
+    return "\n".join(lines)
 
 
 def read_select(text: str | None) -> SelectSettings | None:
-    """The settings of a selection, written as in a recipe, in one line of YAML.
+    """Read the settings of a selection, written as in a recipe, from a line of YAML.
 
     Raises:
         RacError: the text is not a selection.
@@ -138,7 +138,7 @@ def read_select(text: str | None) -> SelectSettings | None:
 
 
 def _bucket(length: int) -> int:
-    """The lower bound of the bar that counts this length: 1, 2, 3, 4, 6, 8, 12, 16, 24, ..."""
+    """Return the lower bound of a length's bar: 1, 2, 3, 4, 6, 8, 12, 16, 24, ..."""
     low = 1 << max(length.bit_length() - 1, 0)
     return low + low // 2 if low >= 2 and length >= low + low // 2 else low
 

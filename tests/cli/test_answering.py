@@ -137,7 +137,7 @@ def test_a_server_of_another_model_is_refused_before_it_is_asked(
         code, _, err = rac(*command)
         assert code == 1
         assert (
-            f"serves 'another', and the model to be evaluated is '{tiny_folder.name}'; name the model that is"
+            f"serves 'another', and the model is '{tiny_folder.name}'; name the model that is"
             in err
         )
         assert all(body["max_tokens"] != 8 for body in server.bodies), "no problem was asked"

@@ -9,7 +9,7 @@ import torch
 from rac_modifier.errors import RacError
 from rac_modifier.reasoner import reasoner_path
 from rac_modifier.sampling.engine import Probe
-from rac_modifier.sampling.probes import check_card, check_name, check_probes, served_model
+from rac_modifier.sampling.probes import check_limit, check_name, check_probes, served_model
 from tests.tiny import tiny_model
 
 
@@ -73,7 +73,7 @@ def test_one_model_in_two_places_passes(root, model):
     ],
 )
 def test_a_model_of_another_name_is_refused(root, model):
-    words = r"s serves '.+', and the model to be evaluated is '.+'; .* set engine\.model \(rac eval: --served-as\) to 'a'"
+    words = r"s serves '.+', and the model is '.+'; .* set engine\.model \(rac eval: --served-as\) to 'a'"
     with pytest.raises(RacError, match=words):
         check_name({"id": "a", "root": root}, model, "s")
 
@@ -88,15 +88,15 @@ def test_a_model_of_another_name_is_refused(root, model):
         (None, 9, 9, True),
     ],
 )
-def test_the_servers_limit_must_hold_a_chain_of_thought(tmp_path, limit, context, wanted, fits):
+def test_the_servers_limit_must_hold_a_chain_of_thought(limit, context, wanted, fits):
     card = {"root": "/models/elsewhere", "max_model_len": limit}
     if fits:
-        check_card(card, str(tmp_path), context, wanted, "s")
+        check_limit(card, context, wanted, "s")
         return
     with pytest.raises(
         RacError, match=f"s takes sequences of up to {limit} tokens, and max_new_tokens={wanted}"
     ):
-        check_card(card, str(tmp_path), context, wanted, "s")
+        check_limit(card, context, wanted, "s")
 
 
 PROMPT = list(range(3, 20))

@@ -29,23 +29,19 @@ def test_another_model_is_refused_by_its_entry(make, server, cards, engine, word
         make(**engine).connect()
 
 
-def test_the_folder_that_the_server_loaded_is_compared_with_ours(server, tokenizer, tmp_path):
-    """Where both see the same files."""
-    save_tiny(tmp_path / "own")
-    save_tiny(tmp_path / "other", intermediate_size=96)
-    identity = ModelIdentity.of_files(str(tmp_path / "own"))
+def test_a_folder_of_another_name_is_refused_where_the_weights_are_elsewhere(
+    server, tokenizer, tmp_path
+):
+    identity = ModelIdentity.of_files(str(save_tiny(tmp_path / "own")))
     for folder, fits in (("own", True), ("other", False)):
         server.cards[0]["root"] = server.cards[0]["id"] = str(tmp_path / folder)
         settings = EngineSettings(base_urls=(server.url,), verify_model=False)
         with contextlib.closing(ServerEngine(settings, identity, tokenizer, SAMPLING)) as engine:
             if fits:
-                record = engine.connect()
-                assert (record.root, record.served_model) == (
-                    "own",
-                    "own",
-                )  # no folder of this machine in a record
+                record = engine.connect()  # no folder of this machine is in it
+                assert (record.root, record.served_model) == ("own", "own")
                 continue
-            with pytest.raises(RacError, match=r"config\.json differs"):
+            with pytest.raises(RacError, match=r"serves 'other', and the model is 'own'"):
                 engine.connect()
 
 

@@ -113,7 +113,7 @@ def test_the_store_is_in_the_order_of_the_problems(fill, together):
 
 def test_many_stored_traces_are_passed_over(fill, monkeypatch):
     """More than are passed over at once."""
-    monkeypatch.setattr(fill_store, "_STORED_TOGETHER", 4)
+    monkeypatch.setattr(fill_store, "_LONGEST_QUEUE", 4)
     fill(Script(), 31 * TOKENS)
     engine = Script()
     assert fill(engine, 32 * TOKENS) == (32 * TOKENS, 0)

@@ -39,9 +39,9 @@ def test_cut_traces_that_repeat_themselves_are_counted(tmp_path, long_store):
 
 
 def test_what_is_right_and_what_a_selection_keeps(long_store, byte_tokenizer):
-    text = describe_verified(
-        long_store, byte_tokenizer, True, SelectSettings(answers="correct", finished=True)
-    )
+    selection = SelectSettings(answers="correct", finished=True)
+    figures = verified_figures(long_store, byte_tokenizer, True, selection)
+    text = describe_verified(figures, len(long_store))
     right = [t for t in long_store if int(t.answer) % 4]
     assert f"verified    {len(right):,} of 2,499 right" in text
     kept = [t for t in right if t.finish_reason == "stop"]
