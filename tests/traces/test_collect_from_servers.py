@@ -104,7 +104,7 @@ def test_pruning_finds_what_was_collected_without_the_weights(
     """As `rac traces collect` and `rac prune` with one recipe: the same store by default, and no server in the end."""
     monkeypatch.chdir(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tiny_folder)
-    server.answer = greedy(model, tokenizer)
+    server.answer, server.cards[0]["root"] = greedy(model, tokenizer), str(tiny_folder)
     engine = {"base_urls": [server.url], "concurrency": 4}
     settings = TraceSettings(sampling={"temperature": 1.0, "max_new_tokens": 20}, engine=engine)
     budget = CalibrationSettings(tokens=400, max_sequence_tokens=40, held_out_tokens=0)
