@@ -55,7 +55,7 @@ class ServerEngine:
     """Completes prompts, sent as token ids, on one or several servers.
 
     Without the weights in memory, the name of what a server loaded is compared with the model's name,
-    unless `settings.model` names it.
+    unless `settings.model` names it, or traces are sampled with `verify_model: false`.
 
     Args:
         settings: which servers, and how many completions at the same time.
@@ -187,7 +187,8 @@ class ServerEngine:
         url, identity = server.url, self._identity
         card = served_model(await server.list_models(), self._settings.model, url)
         check_limit(card, identity.context, self._sampling.max_new_tokens, url)
-        if self._model is None and self._settings.model is None:
+        asked = self._evaluates or self._settings.verify_model
+        if asked and self._model is None and self._settings.model is None:
             check_name(card, identity.source, url)
         self._served[url] = str(card["id"])
         if isinstance(limit := card.get("max_model_len"), int):

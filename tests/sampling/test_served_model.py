@@ -29,20 +29,28 @@ def test_another_model_is_refused_by_its_entry(make, server, cards, engine, word
         make(**engine).connect()
 
 
+@pytest.mark.parametrize(
+    ("folder", "verify", "words"),
+    [
+        ("own", True, "does not answer a short greedy prompt"),
+        ("other", True, "serves 'other', and the model is 'own'"),
+        ("other", False, None),
+    ],
+)
 def test_a_folder_of_another_name_is_refused_where_the_weights_are_elsewhere(
-    server, tokenizer, tmp_path
+    server, tokenizer, tmp_path, folder, verify, words
 ):
     identity = ModelIdentity.of_files(str(save_tiny(tmp_path / "own")))
-    for folder, fits in (("own", True), ("other", False)):
-        server.cards[0]["root"] = server.cards[0]["id"] = str(tmp_path / folder)
-        settings = EngineSettings(base_urls=(server.url,), verify_model=False)
-        with contextlib.closing(ServerEngine(settings, identity, tokenizer, SAMPLING)) as engine:
-            if fits:
-                record = engine.connect()  # no folder of this machine is in it
-                assert (record.root, record.served_model) == ("own", "own")
-                continue
-            with pytest.raises(RacError, match=r"serves 'other', and the model is 'own'"):
-                engine.connect()
+    server.cards[0]["root"] = server.cards[0]["id"] = str(tmp_path / folder)
+    server.fault = lambda number, body: "400"
+    settings = EngineSettings(base_urls=(server.url,), verify_model=verify)
+    with contextlib.closing(ServerEngine(settings, identity, tokenizer, SAMPLING)) as engine:
+        if words is None:
+            record = engine.connect()  # no folder of this machine is in it
+            assert (record.root, record.served_model) == (folder, folder)
+            return
+        with pytest.raises(RacError, match=words):
+            engine.connect()
 
 
 def test_the_record_holds_greedy_tokens_where_the_model_is_checked(make, server, tokenizer):
