@@ -36,15 +36,15 @@ class Commands(typer.core.TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """The command that was named; under torchrun only those that are distributed."""
-        found = super().resolve_command(ctx, args)
-        if os.environ.get("WORLD_SIZE", "1") not in ("", "1") and found[0] not in (
+        command = super().resolve_command(ctx, args)
+        if os.environ.get("WORLD_SIZE", "1") not in ("", "1") and command[0] not in (
             "prune",
             "recover",
         ):
             from rac_modifier.processes import refuse_processes
 
-            refuse_processes(f"rac {found[0]}")
-        return found
+            refuse_processes(f"rac {command[0]}")
+        return command
 
 
 app = typer.Typer(

@@ -44,7 +44,7 @@ class Answering:
     served_as: str | None = None
 
     @property
-    def wanted(self) -> bool:
+    def keeps_answers(self) -> bool:
         """Whether answers go through a file."""
         return self.served or self.path is not None or self.samples > 1
 
@@ -82,7 +82,7 @@ class Answering:
             )
         if self.served_as is not None and not self.servers:
             raise RacError(f"--served-as {self.served_as} is for --server; leave it out")
-        if not self.wanted:
+        if not self.keeps_answers:
             return
         if divergence:
             raise RacError(

@@ -28,7 +28,7 @@ def protocol_of(benchmark: GridBenchmark) -> Protocol:
     Raises:
         RacError: no preset of that name.
     """
-    given = benchmark.model_dump(exclude={"preset"}, exclude_none=True)
+    written = benchmark.model_dump(exclude={"preset"}, exclude_none=True)
     unset: dict[str, Any] = {
         "source": "",
         "column": None,
@@ -37,8 +37,8 @@ def protocol_of(benchmark: GridBenchmark) -> Protocol:
         "samples": 1,
         "cap": 1,
     }
-    options = {**unset, "temperature": None, "top_p": None, **given}
-    return Protocol(**options).with_preset(benchmark.preset, given.keys())
+    options = {**unset, "temperature": None, "top_p": None, **written}
+    return Protocol(**options).with_preset(benchmark.preset, written.keys())
 
 
 def digest_of(problems: Sequence[Problem]) -> str:
@@ -100,7 +100,7 @@ class AskedBenchmarks:
         return [Benchmark(name, values(*asked)) for name, asked in self._asked.items()]
 
     def ask(
-        self, model: Path, label: str, wanted: Sequence[Benchmark], servers: Servers
+        self, model: Path, label: str, benchmarks: Sequence[Benchmark], servers: Servers
     ) -> Iterator[tuple[Benchmark, EvalResult]]:
         """Each result as soon as it is there; answers are kept, so that a run that was killed goes on.
 
@@ -110,7 +110,7 @@ class AskedBenchmarks:
         from rac_modifier.frontier.folder import slug
 
         with servers() as urls:
-            for benchmark in wanted:
+            for benchmark in benchmarks:
                 protocol, problems = self._asked[benchmark.name]
                 path = self.out / "benchmarks" / f"{slug(label)}-{benchmark.name}.jsonl"
                 answering = Answering(urls, self.evaluation.in_progress, protocol.samples, path)

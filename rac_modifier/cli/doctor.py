@@ -76,14 +76,14 @@ def render(findings: list[Finding]) -> str:
 def _versions() -> list[Finding]:
     import rac_modifier
 
-    found = [
+    lines = [
         (
             "rac-modifier",
             f"{rac_modifier.__version__}, in {os.path.dirname(rac_modifier.__file__)}",
         ),
         ("python", f"{platform.python_version()}, {platform.platform()}, {os.cpu_count()} CPUs"),
     ]
-    return [Finding("versions", name, "ok", detail) for name, detail in found]
+    return [Finding("versions", name, "ok", detail) for name, detail in lines]
 
 
 def _base() -> list[Finding]:
@@ -107,8 +107,8 @@ def _extras() -> list[Finding]:
     """Each extra: whole, missing, or with packages of a version that does not fit."""
     findings = []
     for extra in _EXTRAS:
-        wanted = _requirements(extra)
-        checked = [_checked("extras", name, specifier) for name, specifier in wanted.items()]
+        ranges = _requirements(extra)
+        checked = [_checked("extras", name, specifier) for name, specifier in ranges.items()]
         install = f"pip install '{DISTRIBUTION}[{extra}]'"
         missing = [finding.name for finding in checked if finding.status == "missing"]
         wrong = [
@@ -137,7 +137,7 @@ def _requirements(extra: str | None) -> dict[str, str]:
         lines = metadata.requires(DISTRIBUTION) or []
     except metadata.PackageNotFoundError:
         return {}
-    found = {}
+    ranges = {}
     for line in lines:
         requirement, _, marker = (part.strip() for part in line.partition(";"))
         of = marker.partition("extra == ")[2].strip("'\" ") or None
@@ -145,8 +145,8 @@ def _requirements(extra: str | None) -> dict[str, str]:
         for sign in "[<>=!~ (":
             name = name.partition(sign)[0]
         if of == extra and name != DISTRIBUTION:
-            found[name] = requirement.removeprefix(name).strip(" ()")
-    return found
+            ranges[name] = requirement.removeprefix(name).strip(" ()")
+    return ranges
 
 
 def _checked(topic: str, name: str, specifier: str | None) -> Finding:

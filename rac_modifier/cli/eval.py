@@ -155,11 +155,11 @@ def evaluate(
     if divergence:
         results, table = run.divergence(plot)
     else:
-        found = run.answers_in_file(in_file) if in_file.wanted else run.answers()
+        answered = run.answers_in_file(in_file) if in_file.keeps_answers else run.answers()
         if plot is not None:
-            plot_bars(found, plot)
-        results, table = [result.as_dict() for result in found], accuracy_table(found)
-        first, *others = [*paired_with[:1], *found]
+            plot_bars(answered, plot)
+        results, table = [result.as_dict() for result in answered], accuracy_table(answered)
+        first, *others = [*paired_with[:1], *answered]
         pairs = [paired_difference(first, other) for other in others]
     content = {
         "divergence" if divergence else "results": results,

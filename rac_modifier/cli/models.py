@@ -172,26 +172,29 @@ def check_loading(source: str, precision: Dtype) -> None:
     folder, count = cached_folder(source), started_processes()
     if folder is None or not any((folder / name).is_file() for name in (SINGLE_FILE, INDEX_FILE)):
         return
-    shared = own = 0
+    shared = private = 0
     with TensorFiles(folder) as files:
         for name in files.by_file():
             stored, nbytes = files.dtype(name), files.nbytes(name)
-            wanted = (
+            loaded = (
                 stored
                 if precision is Dtype.AUTO or not stored.is_floating_point
                 else getattr(torch, precision.value)
             )
-            nbytes = nbytes // stored.itemsize * wanted.itemsize
-            if wanted is not stored or _NUMBERED_EXPERT.search(name):
-                own += nbytes
+            nbytes = nbytes // stored.itemsize * loaded.itemsize
+            if loaded is not stored or _NUMBERED_EXPERT.search(name):
+                private += nbytes
             else:
                 shared += nbytes
-    needed, available = shared + count * own, int(psutil.virtual_memory().available)
+    needed, available = shared + count * private, int(psutil.virtual_memory().available)
     if needed <= available:
         return
     why, step = "", "use a machine with more memory"
-    if count > 1 and own:
-        why = f" in {count} processes, of which each has {own / 2**30:.1f} GiB of converted weights or merged experts for itself,"
+    if count > 1 and private:
+        why = (
+            f" in {count} processes, each with {private / 2**30:.1f} GiB of converted weights or "
+            "merged experts for itself,"
+        )
         step = f"start fewer than {count} processes, or {step}"
     raise RacError(
         f"loading {source}{why} takes {needed / 2**30:.1f} GiB of the host's memory, and {available / 2**30:.1f} GiB are "

@@ -53,8 +53,8 @@ class Protocol:
     preset: Preset | None = None
     changed: Mapping[str, Any] = field(default_factory=dict)
 
-    def with_preset(self, name: str | None, given: Collection[str]) -> Protocol:
-        """These options; what is not among `given` (names of the options that the user wrote) is the preset's.
+    def with_preset(self, name: str | None, options: Collection[str]) -> Protocol:
+        """These options; what is not among `options` (names of the options that the user wrote) is the preset's.
 
         Raises:
             RacError: no preset of that name.
@@ -70,13 +70,13 @@ class Protocol:
             "answer_column": preset.layout.answer_column,
             **{name: getattr(preset, name) for name in ("samples", "cap", "temperature", "top_p")},
         }
-        written = {option for option in _SET_BY_PRESET if option in given}
+        written = {option for option in _SET_BY_PRESET if option in options}
         values = {option: value for option, value in published.items() if option not in written}
         changed = {option: published[option] for option in _SET_BY_PRESET if option in written}
         changed = {
             option: value for option, value in changed.items() if getattr(self, option) != value
         }
-        if "problems" not in given:
+        if "problems" not in options:
             values["problems"] = None
         elif self.problems != preset.problems:
             changed["problems"] = preset.problems

@@ -95,16 +95,18 @@ def recover(
         from rac_modifier.processes import joined_processes
 
         with joined_processes() as processes:
-            found = _recover(
+            divergence = _recover(
                 processes, dense, sparse, output, store, source, sampling, settings, precision
             )
             processes.wait()
-    if found is None:  # the first process says so
+    if divergence is None:  # the first process says so
         return
     if as_json:
-        print_json({"output": output, "kl_before": found[0], "kl_after": found[1]})
+        print_json({"output": output, "kl_before": divergence[0], "kl_after": divergence[1]})
         return
-    typer.echo(f"saved to {output}; held-out KL {found[0]:.4f} -> {found[1]:.4f} nats per token")
+    typer.echo(
+        f"saved to {output}; held-out KL {divergence[0]:.4f} -> {divergence[1]:.4f} nats per token"
+    )
 
 
 def _asked(
@@ -282,10 +284,10 @@ def _collected(
     if not processes.is_first:
         return TraceStore.read(help_sampling(model, tokenizer, processes))
     asked = {"problems": problems, "sampling": sampling, "processes": processes}
-    wanted, said = tokens, False
+    budget, said = tokens, False
     with on_accelerator(model):
         while True:
-            store = collect_traces(model, tokenizer, path, tokens=wanted, **asked)
+            store = collect_traces(model, tokenizer, path, tokens=budget, **asked)
             used = used_traces(store, known)
             if used and not said:
                 logger.info(
@@ -295,7 +297,7 @@ def _collected(
             missing = tokens - sum(trace.tokens for trace in fresh_traces(store, used, tokens))
             if missing <= 0:
                 break
-            wanted = store.counts.tokens + missing
+            budget = store.counts.tokens + missing
     end_sampling(processes, str(store.path))
     return store
 

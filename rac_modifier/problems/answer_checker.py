@@ -188,10 +188,10 @@ def _equal(answer: str, reference: str) -> bool:
 
     # Boxed, so that both sides are read by the same rules: a bare "(1,2)" or "\sqrt{2}" is not found at all.
     targets = [LatexExtractionConfig(), ExprExtractionConfig()]
-    gold, found = (
+    gold, guess = (
         parse(f"\\boxed{{{x}}}", targets, parsing_timeout=0) for x in (reference, answer)
     )
-    return bool(verify(gold, found, timeout_seconds=0))
+    return bool(verify(gold, guess, timeout_seconds=0))
 
 
 def _solves(answer: str, task: str, seed: int, size: int, index: int) -> bool:

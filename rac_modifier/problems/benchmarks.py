@@ -112,8 +112,8 @@ def _filled(row: Mapping[str, Any], where: str, column: str) -> str:
 
 
 def _last_line(solution: str, where: str, column: str) -> str:
-    found = _LAST_LINE.search(solution)
-    answer = found[1].strip() if found else ""
+    last = _LAST_LINE.search(solution)
+    answer = last[1].strip() if last else ""
     if not answer:
         raise RacError(
             f"{where}: column {column!r} must end in a line '#### answer', it ends in {solution[-40:]!r}"
@@ -141,8 +141,8 @@ def same_letter(answer: str, reference: str) -> bool:
     bare = answer.strip().strip("$").strip()
     while wrapped := _MARKUP.fullmatch(bare):
         bare = wrapped[1].strip()
-    found = _LETTER.fullmatch(bare)
-    return found is not None and found[1].upper() == reference
+    letter = _LETTER.fullmatch(bare)
+    return letter is not None and letter[1].upper() == reference
 
 
 def verifiers_of(layout: Layout) -> dict[str, Verifier]:

@@ -124,8 +124,8 @@ def gym_item(source: ProblemSource, seed: int, problem_id: str) -> tuple[str, in
 
 def _from_table(table: Dataset, source: ProblemSource, seed: int) -> Iterator[Problem]:
     column = source.column or _guess_column(table.column_names, table_name(source))
-    wanted = (column,) if source.answer_column is None else (column, source.answer_column)
-    rows = shuffled_rows(table, source, wanted, seed)
+    columns = (column,) if source.answer_column is None else (column, source.answer_column)
+    rows = shuffled_rows(table, source, columns, seed)
     return (_from_row(row, where, i, column, source.answer_column) for i, where, row in rows)
 
 
@@ -168,12 +168,12 @@ def shuffled_rows(
 
 
 def _guess_column(columns: list[str], where: str) -> str:
-    found = [name for name in QUESTION_COLUMNS if name in columns]
-    if len(found) != 1:
+    known = [name for name in QUESTION_COLUMNS if name in columns]
+    if len(known) != 1:
         raise RacError(
             f"{where}: which column holds the question? Set `column` to one of: {', '.join(columns)}"
         )
-    return found[0]
+    return known[0]
 
 
 def _from_row(

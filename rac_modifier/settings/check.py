@@ -96,11 +96,11 @@ def _meant(key: str, settings: type[BaseModel] | None) -> str:
         return "see `rac schema`"
     names = list(_names(settings))
     group, _, last = key.rpartition(".")
-    own = [name for name in names if name.rpartition(".")[0] == group]
-    close = difflib.get_close_matches(last, [name.rpartition(".")[2] for name in own], n=1)
+    siblings = [name for name in names if name.rpartition(".")[0] == group]
+    close = difflib.get_close_matches(last, [name.rpartition(".")[2] for name in siblings], n=1)
     meant = [f"{group}.{name}" if group else name for name in close]
     meant = [name for name in names if name.rpartition(".")[2] == last] or meant
-    return f"did you mean {' or '.join(meant)}?" if meant else f"use {', '.join(own)}"
+    return f"did you mean {' or '.join(meant)}?" if meant else f"use {', '.join(siblings)}"
 
 
 def _names(settings: type[BaseModel], group: str = "") -> Iterator[str]:

@@ -70,12 +70,12 @@ class Pattern:
             RacError: text that is not "N:M", an impossible N:M, a sparsity outside (0, 1), or a sparsity with N:M
                 (llm-compressor ignores it).
         """
-        found = re.fullmatch(r"([0-9]{1,6}):([0-9]{1,6})", mask_structure)
-        if found is None:
+        match = re.fullmatch(r"([0-9]{1,6}):([0-9]{1,6})", mask_structure)
+        if match is None:
             raise RacError(
                 f'mask_structure {mask_structure!r}: not of the form "N:M"; use "2:4", or "0:0" with a sparsity'
             )
-        n, m = int(found[1]), int(found[2])
+        n, m = int(match[1]), int(match[2])
         if n == m == 0:
             if sparsity is None:
                 raise RacError(

@@ -21,12 +21,12 @@ def check(one: Answering, models=("a",), divergence=False, temperature=None) -> 
     one.check(models, divergence=divergence, temperature=temperature)
 
 
-def test_it_is_wanted_for_servers_files_and_several_answers_only() -> None:
-    assert not answering().wanted
-    assert answering(servers=("http://127.0.0.1:1",)).wanted
-    assert answering(serve=True).wanted
-    assert answering(path=Path("a.jsonl")).wanted
-    assert answering(samples=2).wanted
+def test_answers_are_kept_for_servers_files_and_several_answers_only() -> None:
+    assert not answering().keeps_answers
+    assert answering(servers=("http://127.0.0.1:1",)).keeps_answers
+    assert answering(serve=True).keeps_answers
+    assert answering(path=Path("a.jsonl")).keeps_answers
+    assert answering(samples=2).keeps_answers
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
 import pytest
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from rac_modifier.settings.base import Settings, keep_as_written, without_paths, written_value
 
@@ -57,7 +57,3 @@ def test_a_dump_without_some_paths_holds_plain_types():
         "e": [3],
     }
     assert dump["a"] == {"b": 1, "c": (1, {"d": 2})}  # as it was
-
-
-def test_settings_are_pydantic_models():
-    assert issubclass(Settings, BaseModel)

@@ -59,8 +59,3 @@ def test_another_configuration_has_other_columns():
     assert ProblemSource(source="open-r1/codeforces").config == "verifiable-prompts"
     made = ProblemSource(source="open-r1/codeforces", config="default")
     assert (made.config, made.column) == ("default", None)
-
-
-def test_a_dump_is_read_back():
-    made = ProblemSource(source="open-r1/codeforces", limit=7)
-    assert ProblemSource(**made.model_dump()) == made

@@ -17,10 +17,6 @@ ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "rac_modifier" / "recipes").glob("*.yaml"))
 
 
-def test_there_are_recipes_for_every_setting_of_the_readme():
-    assert len(RECIPES) >= 5
-
-
 @pytest.mark.parametrize(
     ("file", "name"), [("recipe", NAME), ("calibration", "ReasoningAwareCalibrationModifier")]
 )
@@ -99,19 +95,6 @@ def test_a_group_that_the_recipe_lacks_can_be_set(tmp_path):
     assert find_named_entry(content, "r")[1] == {
         "sparsity": 0.5, "calibration": {"seed": 4}, "traces": {"store": "s"},
     }  # fmt: skip
-
-
-def test_every_mistake_is_in_one_message():
-    with pytest.raises(RacError) as caught:
-        check_entry({"sparsty": 0.5, "solver": "admm", "calibration": {"tokens": 0}}, "r.yaml")
-    for part in (
-        "r.yaml",
-        "sparsty: there is no such setting",
-        "solver: ",
-        "'admm'",
-        "calibration.tokens: ",
-    ):
-        assert part in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -196,11 +179,6 @@ def test_overrides_that_cannot_be(tmp_path, override, message):
 def test_a_key_that_is_no_text_is_refused():
     with pytest.raises(RacError, match=r"r\.yaml: "):
         check_entry({"sparsity": 0.5, 3: 4}, "r.yaml")  # type: ignore[dict-item]
-
-
-def test_upstreams_fields_are_no_settings_of_a_recipe():
-    with pytest.raises(RacError, match="start: there is no such setting"):
-        check_entry({"sparsity": 0.5, "start": 0}, "r.yaml")
 
 
 def test_files_that_cannot_be_read(tmp_path):

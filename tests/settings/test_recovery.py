@@ -22,15 +22,6 @@ def test_what_cannot_be_is_refused(wrong):
         RecoverySettings(**wrong)
 
 
-def test_an_entry_recovers_only_if_it_says_so():
-    assert PruningEntry(mask_structure="2:4").recover is None
-    assert PruningEntry(mask_structure="2:4", recover={}).recover == RecoverySettings()
-    assert (
-        PruningEntry(mask_structure="2:4", recover={"tokens": 9}).model_dump()["recover"]["tokens"]
-        == 9
-    )
-
-
 def test_recovery_without_traces_is_refused():
     with pytest.raises(
         ValidationError, match=r"give traces a share of calibration.mixture, or leave recover out"

@@ -39,13 +39,6 @@ def test_what_is_left_open_is_the_models_or_usual(own, expected):
     assert (resolved.temperature, resolved.top_p, resolved.top_k) == expected
 
 
-def test_what_is_set_is_kept():
-    own = SimpleNamespace(do_sample=True, temperature=0.1, top_p=0.2, top_k=3)
-    resolved = SamplingSettings(temperature=0, top_p=1.0, seed=4).resolved(own)
-    assert (resolved.temperature, resolved.top_p, resolved.top_k, resolved.seed) == (0, 1.0, 3, 4)
-    assert resolved.resolved(None) == resolved
-
-
 @pytest.mark.parametrize(
     ("urls", "expected"),
     [

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
 import rac_modifier
 from rac_modifier.errors import RacError
@@ -17,61 +16,33 @@ FOLDER = Path(__file__).parents[2] / "rac_modifier" / "recipes"
 FILES = sorted(FOLDER.iterdir())
 
 
-def test_every_file_of_the_folder_is_a_recipe():
+def test_every_file_of_the_folder_is_a_recipe_with_a_summary_of_its_own():
     assert recipe_names() == [path.name.removesuffix(".yaml") for path in FILES]
     assert {"rac_2of4", "rac_unstructured_50", "rac_gptq_w4a16"} <= set(recipe_names())
+    summaries = {summary(name) for name in recipe_names()}
+    assert len(summaries) == len(FILES)
+    assert all(line.endswith(".") and 38 < len(line) < 123 for line in summaries)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_a_shipped_recipe_is_found_by_its_name_and_by_its_path(path):
+def test_a_shipped_recipe_has_a_name_and_a_path(path):
     assert recipe(path.stem) == str(path)
-    assert find_recipe(path.stem) == path
-    assert find_recipe(path) == path
-    assert yaml.safe_load(Path(recipe(path.stem)).read_text())
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_the_first_comment_is_a_sentence_that_fits_a_line(path):
-    first = path.read_text().splitlines()[0]
-    assert first == f"# {summary(path.stem)}"
-    assert first.endswith(".")
-    assert 40 < len(first) < 125
-
-
-def test_recipes_can_be_told_apart_by_their_summaries():
-    assert len({summary(name) for name in recipe_names()}) == len(FILES)
+    assert find_recipe(path.stem) == find_recipe(path) == path
 
 
 @pytest.mark.parametrize("function", [recipe, find_recipe])
 @pytest.mark.parametrize(
-    ("name", "close"),
+    ("name", "next_step"),
     [
-        ("rac_2of5", "rac_2of4"),
-        ("2of4_w8", "rac_2of4_w8"),
-        ("rac_unstructured50", "rac_unstructured_50"),
+        ("rac_2of5", r"did you mean .*\brac_2of4\b.*`rac recipes`"),
+        ("rac_unstructured50", r"did you mean .*\brac_unstructured_50\b"),
+        ("zzz", "name a YAML file, or one of the recipes that `rac recipes` lists"),
     ],
 )
-def test_an_unknown_name_is_refused_with_names_that_are_close(
-    function, name, close, tmp_path, monkeypatch
-):
+def test_an_unknown_name_is_refused(function, name, next_step, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(RacError, match=rf"{name}.*did you mean .*\b{close}\b.*`rac recipes`"):
+    with pytest.raises(RacError, match=rf"{name}'?; {next_step}"):
         function(name)
-
-
-@pytest.mark.parametrize("function", [recipe, find_recipe])
-def test_a_name_like_no_other_has_no_suggestion(function):
-    with pytest.raises(
-        RacError, match=r"zzz'?; name a YAML file, or one of the recipes that `rac recipes` lists"
-    ):
-        function("zzz")
-
-
-def test_the_old_path_of_a_recipe_leads_to_its_name():
-    with pytest.raises(
-        RacError, match=r"no recipe at recipes/rac_2of4\.yaml; did you mean rac_2of4"
-    ):
-        find_recipe("recipes/rac_2of4.yaml")
 
 
 @pytest.mark.parametrize("name", ["../rac_2of4", "rac_2of4.yaml", "", "."])
@@ -94,13 +65,10 @@ def test_the_public_function_is_light():
     code = "import sys, rac_modifier; rac_modifier.recipe('rac_2of4'); print('pydantic' in sys.modules, 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
-    assert rac_modifier.recipe is recipe
 
 
 def test_upstream_reads_what_the_public_function_returns():
     from llmcompressor.recipe import Recipe
 
-    modifiers = Recipe.create_instance(rac_modifier.recipe("rac_2of4")).modifiers
-    assert [(type(m).__name__, m.mask_structure) for m in modifiers] == [
-        ("ReasoningAwareSparseGPTModifier", "2:4")
-    ]
+    (modifier,) = Recipe.create_instance(rac_modifier.recipe("rac_2of4")).modifiers
+    assert modifier.mask_structure == "2:4"
