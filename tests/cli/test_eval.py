@@ -208,10 +208,8 @@ def test_figures_on_the_card(rac, tiny_folder, sparse_folder, tmp_path):
     )
     assert f"| {tiny_folder.name} | 0.0% | 0.0% to 65.8% |" in card  # Wilson's interval of 0 of 2
     assert "| this model | 0.0% | 0.0% to 65.8% |" in card
-    assert (
-        f"\nown against {tiny_folder.name}: +0.0 points (+0.0 to +0.0); of 2 problems 0 are solved by "
-        in card
-    )
+    assert f"\nown against {tiny_folder.name}: +0.0 points (" in card
+    assert "; of 2 problems 0 are solved by " in card
     assert f"tokens that {tiny_folder.name} generated (arithmetic)" in card
     # alone, beside what was measured of the dense model
     code, out, err = rac(
