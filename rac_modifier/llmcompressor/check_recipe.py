@@ -81,10 +81,10 @@ def _check_groups(modifier: Any, model: PreTrainedModel) -> None:
         config = modifier.resolved_config
     except (ValueError, KeyError, TypeError, NotImplementedError) as error:
         raise RacError(f"{name}: {error}") from error
-    found = False
+    matched = False
     for scheme in config.config_groups.values():
         for module_name, module in match_named_modules(model, scheme.targets, modifier.ignore):
-            found = True
+            matched = True
             group, columns = (
                 getattr(scheme.weights, "group_size", None),
                 getattr(module, "in_features", 0),
@@ -94,5 +94,5 @@ def _check_groups(modifier: Any, model: PreTrainedModel) -> None:
                     f"{name}: {module_name} has {columns} inputs, no multiple of the group_size {group}; set one that "
                     "divides them"
                 )
-    if not found:
+    if not matched:
         raise RacError(f"{name}: its targets match no module of this {type(model).__name__}")

@@ -254,18 +254,18 @@ def use_own_configs(
     attention implementation that calibration sets is no entry, so the new config lacks it, and the causal mask is missing
     (observed in Qwen3-MoE). A cache cannot hold a config either, so `Stage.run` passes it from stage to stage.
     """
-    own: dict[Any, Any] = {
+    configs_by_type: dict[Any, Any] = {
         type(m.config): m.config for m in reversed(list(model.modules())) if hasattr(m, "config")
     }
     configs: dict[str, PreTrainedConfig] = {}
     for node in (node for subgraph in subgraphs for node in subgraph.graph.nodes):
         if isinstance(node.target, type) and issubclass(node.target, PreTrainedConfig):
-            if node.target not in own:
+            if node.target not in configs_by_type:
                 raise UntraceableError(
                     f"the traced model builds a {node.target.__name__}, which none of its modules has"
                 )
-            configs[node.name] = own[node.target]
-            node.target, node.args, node.kwargs = _constant(own[node.target]), (), {}
+            configs[node.name] = configs_by_type[node.target]
+            node.target, node.args, node.kwargs = _constant(configs_by_type[node.target]), (), {}
     return configs
 
 

@@ -33,7 +33,7 @@ def find_targets(
     """
     head = model.get_output_embeddings()
     protected = {module for _, module in match_named_modules(model, list(ROUTERS))} | {head}
-    found: dict[torch.nn.Module, str] = {}
+    targeted: dict[torch.nn.Module, str] = {}
     for name, module in match_named_modules(model, targets, ignore):
         if module in protected and name not in targets:
             continue
@@ -49,12 +49,12 @@ def find_targets(
             )
         if pattern is not None:
             pattern.check_shape(name, *module.weight.shape)
-        found[module] = name
-    some = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)][
-        :3
-    ]
-    has = f"of this {type(model).__name__}; it has, for example, {', '.join(some) or 'no Linear at all'}"
-    if not found:
+        targeted[module] = name
+    examples = [
+        name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)
+    ][:3]
+    has = f"of this {type(model).__name__}; it has, for example, {', '.join(examples) or 'no Linear at all'}"
+    if not targeted:
         raise RacError(f"targets {targets} with ignore {ignore} match no linear layer {has}")
     for setting, names in {"targets": targets, "ignore": ignore}.items():
         for name in names:
@@ -64,19 +64,19 @@ def find_targets(
                 raise RacError(
                     f"{setting}: {name!r} has no effect, since it matches no module {has}"
                 )
-    if head in found and model.get_input_embeddings().weight is head.weight:
+    if head in targeted and model.get_input_embeddings().weight is head.weight:
         raise RacError(
-            f"{found[head]} shares its weight with the input embedding, so pruning it prunes the embedding; "
+            f"{targeted[head]} shares its weight with the input embedding, so pruning it prunes the embedding; "
             "leave it out of targets, or load the model with tie_word_embeddings=False"
         )
-    return found
+    return targeted
 
 
 def _has_merged_experts(model: PreTrainedModel) -> bool:
     """Whether the experts of a layer are one module, as transformers loads them. A run splits them, and then they have names."""
     experts = [module for name, module in model.named_modules() if name.endswith(".experts")]
     return any(
-        not any(isinstance(part, torch.nn.Linear) for part in module.modules())
+        not any(isinstance(child, torch.nn.Linear) for child in module.modules())
         for module in experts
     )
 

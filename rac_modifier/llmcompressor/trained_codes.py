@@ -111,9 +111,9 @@ def check_layers(model: Any, stored: Collection[str]) -> None:
         RacError: a quantized embedding or head, merged experts, or a grid that is not known.
     """
     modules = _modules_with_codes(model)
-    for part in (model.get_input_embeddings(), model.get_output_embeddings()):
+    for fixed in (model.get_input_embeddings(), model.get_output_embeddings()):
         for name, module in modules.items():
-            if module is part:
+            if module is fixed:
                 raise RacError(
                     f"{name} is quantized; embeddings and head are not trained and have to be the dense model's: add {name} to "
                     "ignore where the model is quantized"
@@ -234,7 +234,7 @@ class LaterCodes:
 
     def quantized(self) -> dict[str, QuantizedWeight]:
         """Grid, scales and master weights by module name, once the modules are quantized; the dense copies are let go."""
-        found = {}
+        quantized = {}
         for name, grid in self._grids.items():
             module: Any = self._model.get_submodule(name)
             weight = module.get_parameter("weight").data
@@ -242,8 +242,8 @@ class LaterCodes:
             zero = zero_points(module, grid, scale, name)
             codes = codes_of(weight, scale, grid, zero)
             master = master_in_cell(codes, scale, grid, self._dense.pop(name).to(weight.device))
-            found[name] = QuantizedWeight(grid, scale, master, zero)
-        return found
+            quantized[name] = QuantizedWeight(grid, scale, master, zero)
+        return quantized
 
     def compress(self) -> None:
         """Compress as llm-compressor does when it saves, with the very codes that were trained."""
