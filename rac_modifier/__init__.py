@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from rac_modifier.recovery.fixed_mask import fixed_mask as fixed_mask
     from rac_modifier.settings.shipped_recipes import recipe as recipe
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "RacError",
     "ReasoningAwareCalibrationModifier",
