@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 import tomllib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -80,11 +81,20 @@ def rows() -> list[Row]:
 
 
 def requirements(project: dict[str, object]) -> list[str]:
-    """The direct requirements of compressing, and of running its tests."""
+    """List the direct requirements of compressing and of its tests; extras of ours are opened."""
     extras = project["optional-dependencies"]
     assert isinstance(extras, dict)
-    wanted = [*project["dependencies"], *(line for extra in EXTRAS for line in extras[extra])]  # type: ignore[misc]
-    return wanted + [line for line in extras["dev"] if Requirement(line).name in TOOLS]
+
+    def opened(lines: list[str]) -> Iterator[str]:
+        for requirement in map(Requirement, lines):
+            if requirement.name == project["name"]:
+                yield from opened([line for extra in requirement.extras for line in extras[extra]])
+            else:
+                yield str(requirement)
+
+    direct = [*project["dependencies"], *(line for extra in EXTRAS for line in extras[extra])]  # type: ignore[misc]
+    tools = [line for line in extras["dev"] if Requirement(line).name in TOOLS]
+    return list(dict.fromkeys([*opened(direct), *tools]))
 
 
 def serving_tests() -> list[str]:

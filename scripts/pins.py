@@ -16,14 +16,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-RECIPES = {
+RECIPES = {  # the first needs the most traces, so that all read the same store
+    "80_recovered": ["rac_unstructured_60_recover", "sparsity=0.8", "recover.tokens=16384"],
     "2of4": ["rac_2of4"],
     "50": ["rac_unstructured_50"],
     "2of4_int4": ["rac_2of4_w4a16"],
     "50_int8": ["rac_unstructured_50_w8"],
     "paper": ["rac_2of4", "preset=paper"],
     "int3": ["rac_w3a16"],
-    "80_recovered": ["rac_unstructured_60_recover", "sparsity=0.8", "recover.tokens=16384"],
 }
 COMMON = [
     "calibration.tokens=16384",
@@ -35,6 +35,7 @@ COMMON = [
 
 def sha256(folder: Path) -> str:
     """Hash names, dtypes, shapes and bytes of every tensor of a checkpoint, in the order of names."""
+    import torch
     from safetensors import safe_open
 
     digest = hashlib.sha256()
@@ -43,7 +44,7 @@ def sha256(folder: Path) -> str:
             for name in sorted(file.keys()):
                 tensor = file.get_tensor(name).contiguous()
                 digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                digest.update(tensor.flatten().view(__import__("torch").uint8).numpy().tobytes())
+                digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -105,11 +106,11 @@ def main() -> None:
     differ = 0
     for name in RECIPES:
         store = work / "traces.jsonl"
-        if arguments.action == "compare":  # a copy: a run may append traces
-            shutil.copy(folder / "traces.jsonl", store) if store.parent != folder else None
+        if arguments.action == "compare" and work != folder:  # a copy: a run may append traces
+            shutil.copy(folder / "traces.jsonl", store)
         results = {"weights": pruned(name, store, work / name)}
         if arguments.served and not results["weights"].startswith("failed"):
-            options = {"quantization": "rac-sparse"} if name == "int3" else {}
+            options = {"quantization": "rac"} if name == "int3" else {}
             results["tokens"] = served(arguments.served, work / name, options)
         for kind, value in results.items():
             same = pins.get(name, {}).get(kind) == value
