@@ -72,6 +72,7 @@ docs: $(VENV)/.installed ## build the documentation site in build/site; stops at
 
 results: $(VENV)/.installed ## write the tables of results/*.json into docs/; `python -m bench --list` measures them anew
 	$(BIN)/python -m bench.render
+	$(BIN)/python -m bench.plot
 
 dist: $(DIST_VENV)/.installed ## wheel (with compiled kernels where there is a compiler) and sdist in dist/
 	$(DIST_BIN)/python scripts/dist.py
