@@ -9,9 +9,9 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402
+from matplotlib import pyplot
 
-from bench.common import RESULTS, ROOT  # noqa: E402
+from bench.common import RESULTS, ROOT
 
 # calibration set or preset: label and colour
 LINES = {
