@@ -18,12 +18,17 @@ from torch import Tensor
 from rac_modifier.checkpoint import detect
 from rac_modifier.checkpoint.card import packed_card, unpacked_card
 from rac_modifier.checkpoint.files import CONFIG_FILE, INDEX_FILE, JOURNAL_FILE, TensorFiles
-from rac_modifier.checkpoint.formats import FORMAT_24, PARTS, packed_modules
+from rac_modifier.checkpoint.formats import (
+    FORMAT_24,
+    PARTS,
+    check_packed,
+    packed_modules,
+    packed_weight,
+)
 from rac_modifier.checkpoint.license import CARD_NAME
 from rac_modifier.checkpoint.new_files import NewFiles
 from rac_modifier.checkpoint.output_folder import check_output_folder
 from rac_modifier.checkpoint.pack_plan import PackPlan
-from rac_modifier.checkpoint.packed_names import check_packed, packed_weight
 from rac_modifier.checkpoint.packing import PackSummary, rewrite, summary_from, write_packed
 from rac_modifier.checkpoint.quantization_config import to_words, weight_schemes
 from rac_modifier.checkpoint.record import RUN_RECORD_NAME, environment

@@ -28,8 +28,7 @@ from transformers.quantizers.quantizer_compressed_tensors import CompressedTenso
 from transformers.utils import quantization_config as upstream
 
 from rac_modifier.checkpoint.files import TensorFiles
-from rac_modifier.checkpoint.formats import packed_modules
-from rac_modifier.checkpoint.packed_names import check_packed, check_packed_scales
+from rac_modifier.checkpoint.formats import check_packed, check_packed_scales, packed_modules
 from rac_modifier.checkpoint.quantization_config import weight_schemes
 from rac_modifier.checkpoint.sparsity_config import METHOD, RAC_KEY, RAC_METHOD, SparsityConfig
 from rac_modifier.checkpoint.weight_conversion import (

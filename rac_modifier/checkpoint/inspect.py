@@ -16,9 +16,9 @@ from rac_modifier.checkpoint.formats import (
     FORMAT_BITMASK,
     PARTS,
     packed_modules,
+    packed_weight,
     structure_of,
 )
-from rac_modifier.checkpoint.packed_names import packed_weight
 from rac_modifier.checkpoint.quantization_config import (
     WORDS,
     WORDS_SHAPE,

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rac_modifier.checkpoint.files import TensorFiles
+from rac_modifier.checkpoint.formats import check_packed
 from rac_modifier.checkpoint.output_folder import check_is_id
-from rac_modifier.checkpoint.packed_names import check_packed
 from rac_modifier.checkpoint.sparsity_config import CONFIG_FILE, packed_format
 from rac_modifier.errors import RacError
 from rac_modifier.files import read_json

@@ -13,8 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rac_modifier.checkpoint.files import TensorFiles
-from rac_modifier.checkpoint.formats import packed_modules
-from rac_modifier.checkpoint.packed_names import check_packed, packed_weight
+from rac_modifier.checkpoint.formats import check_packed, packed_modules, packed_weight
 from rac_modifier.checkpoint.sparsity_config import packed_format
 from tests import tiny
 from tests.tiny import linears
