@@ -12,8 +12,8 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from rac_modifier.checkpoint.license import CARD_NAME, License, front_matter, license_of
 from rac_modifier.checkpoint.measured import divergence_sentence, is_number, number, with_measured
+from rac_modifier.checkpoint.record import CARD_NAME, License, front_matter, license_of
 
 _FEW_BITS = re.compile(r"int[23]\b")  # in the text of a scheme; vLLM has no CPU kernel for them
 # Counts of the calibration set that have words of their own, in this order.

@@ -25,13 +25,12 @@ from rac_modifier.checkpoint.formats import (
     packed_modules,
     packed_weight,
 )
-from rac_modifier.checkpoint.license import CARD_NAME
 from rac_modifier.checkpoint.new_files import NewFiles
 from rac_modifier.checkpoint.output_folder import check_output_folder
 from rac_modifier.checkpoint.pack_plan import PackPlan
 from rac_modifier.checkpoint.packing import PackSummary, rewrite, summary_from, write_packed
 from rac_modifier.checkpoint.quantization_config import to_words, weight_schemes
-from rac_modifier.checkpoint.record import RUN_RECORD_NAME, environment
+from rac_modifier.checkpoint.record import CARD_NAME, RUN_RECORD_NAME, environment
 from rac_modifier.checkpoint.sparsity_config import (
     QUANTIZATION_KEY,
     packed_format,

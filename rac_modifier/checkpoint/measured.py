@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from rac_modifier.checkpoint.license import CARD_NAME
-from rac_modifier.checkpoint.record import RUN_RECORD_NAME
+from rac_modifier.checkpoint.record import CARD_NAME, RUN_RECORD_NAME
 from rac_modifier.checkpoint.sparsity_config import CONFIG_FILE, with_int8_activations
 from rac_modifier.errors import RacError
 from rac_modifier.files import read_json, write_json_atomic, write_text_atomic

@@ -32,8 +32,8 @@ Summary = TypeVar("Summary")
 
 
 def is_leftover(name: str) -> bool:
-    """Tell whether a file of this name is left by a job that was cut off."""
-    return name in (JOURNAL_FILE, LOCK_FILE, STAGING) or _is_temporary(name)
+    """Tell whether a job that was cut off left this file, and the next job may remove it."""
+    return name in (LOCK_FILE, STAGING) or _is_temporary(name)
 
 
 def _is_temporary(name: str) -> bool:

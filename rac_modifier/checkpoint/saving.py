@@ -18,7 +18,6 @@ from transformers import AutoTokenizer, PreTrainedModel
 from rac_modifier.checkpoint import upload as hub
 from rac_modifier.checkpoint.bitmask import nonzero
 from rac_modifier.checkpoint.card import model_card
-from rac_modifier.checkpoint.license import CARD_NAME, license_of
 from rac_modifier.checkpoint.measured import write_int8_activations
 from rac_modifier.checkpoint.names_on_disk import keep_expert_names, names_on_disk
 from rac_modifier.checkpoint.new_files import STAGING, move_into_place
@@ -29,7 +28,7 @@ from rac_modifier.checkpoint.quantization_config import (
     quantized_weight,
     weight_schemes,
 )
-from rac_modifier.checkpoint.record import RUN_RECORD_NAME, environment
+from rac_modifier.checkpoint.record import CARD_NAME, RUN_RECORD_NAME, environment, license_of
 from rac_modifier.checkpoint.sparsity_config import CONFIG_FILE, QUANTIZATION_KEY, SparsityRecord
 from rac_modifier.errors import RacError
 from rac_modifier.files import read_json, write_json_atomic, write_text_atomic

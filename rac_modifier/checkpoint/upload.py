@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import CommitInfo, HfApi, ModelCard
 from transformers import PreTrainedModel
 
-from rac_modifier.checkpoint.license import CARD_NAME
+from rac_modifier.checkpoint.record import CARD_NAME
 
 # What transformers' save_pretrained takes with push_to_hub=True.
 OPTIONS = (

@@ -49,7 +49,7 @@ def saving_step(output: Path, kept: str) -> str:
         kept: what the next run goes on from, such as "the traces".
     """
     from rac_modifier.checkpoint.files import JOURNAL_FILE
-    from rac_modifier.checkpoint.license import CARD_NAME
+    from rac_modifier.checkpoint.record import CARD_NAME
 
     text = f"{kept} are kept and will be used; run the same command again"
     if not output.is_dir() or not any(output.iterdir()):

@@ -17,7 +17,7 @@ from compressed_tensors.registry import standardize_lookup_name
 from llmcompressor.entrypoints.oneshot import Oneshot
 from loguru import logger
 
-from rac_modifier.checkpoint.output_folder import in_use
+from rac_modifier.checkpoint.output_folder import check_output_folder
 from rac_modifier.errors import RacError
 from rac_modifier.settings.recipe import overlooked
 from rac_modifier.settings.strict_yaml import parse_yaml
@@ -109,7 +109,7 @@ def check_arguments(oneshot: Oneshot, modifier: str, *, prunes: bool) -> None:
         stage = (
             oneshot.recipe_args.stage if oneshot.recipe_args else None
         )  # upstream saves to a folder of this name in it
-        check_output_folder(Path(oneshot.output_dir, stage or ""))
+        check_output_folder(Path(oneshot.output_dir, stage or ""), None, 0)
 
 
 def warn_of_overlooked(recipe: Any) -> None:
@@ -124,18 +124,6 @@ def warn_of_overlooked(recipe: Any) -> None:
                 f"llm-compressor does not read {part} of the recipe: a stage is named NAME_stage, "
                 "and its groups NAME_modifiers"
             )
-
-
-def check_output_folder(folder: Path) -> None:
-    """Refuse a folder that cannot take a new checkpoint, before hours of work.
-
-    Raises:
-        RacError: it is a file, or it is not empty.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise RacError(f"output_dir {folder} is a file; name a folder")
-    if folder.is_dir() and any(folder.iterdir()):
-        raise in_use(folder)
 
 
 def given_tokenizer(oneshot: Oneshot, recipes: str | None, model: str) -> Any:

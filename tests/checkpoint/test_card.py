@@ -9,7 +9,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from rac_modifier.checkpoint.card import model_card, packed_card, unpacked_card
-from rac_modifier.checkpoint.license import License
+from rac_modifier.checkpoint.record import License
 
 RECORD = {
     "base_model": "org/Model-1B",

@@ -64,9 +64,13 @@ def test_what_can_be_written_to(tmp_path: Path) -> None:
         folder.mkdir()
     check_output_folder(tmp_path / "new" / "deep", source, 0)
     check_output_folder(out, source, 0)
-    for left in (".rac_new.model.safetensors", ".rac_packing.json", ".rac_packing.lock"):
+    (out / ".rac_saving").mkdir()
+    for left in (".rac_new.model.safetensors", ".rac_packing.lock"):
         (out / left).touch()  # by a job that was cut off
     check_output_folder(out, source, 0)
+    (out / ".rac_packing.json").touch()  # the same job would finish its renames
+    with pytest.raises(RacError, match="is in use"):
+        check_output_folder(out, source, 0)
 
 
 def test_what_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

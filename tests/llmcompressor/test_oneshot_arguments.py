@@ -13,7 +13,6 @@ from transformers import AutoTokenizer
 from rac_modifier import RacError
 from rac_modifier.llmcompressor.oneshot_arguments import (
     check_arguments,
-    check_output_folder,
     find_oneshot,
     given_tokenizer,
     warn_of_overlooked,
@@ -124,9 +123,9 @@ def test_pipelines_that_do_not_go_through_the_model_are_refused(pipeline):
 
 
 def test_an_output_folder_in_use_is_refused(tmp_path):
-    check_output_folder(tmp_path / "new")
-    (tmp_path / "empty").mkdir()
-    check_output_folder(tmp_path / "empty")
+    (tmp_path / "killed" / ".rac_saving").mkdir(parents=True)
+    for free in ("new", "killed"):
+        check_arguments(arguments(tmp_path / free), NAME, prunes=True)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("")
     with pytest.raises(RacError, match=r"full is in use"):
