@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +53,11 @@ _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|wpe)$
 class ModuleRow:
     """One weight matrix.
 
-    stored: a packed format, "dense", "words" (int32 that hold several values each; `dtype` is
-    then that of the
-        values), or "quantized" (a layout whose zeros are not counted).
-    stored_bytes: bytes with masks, offsets and scales.
+    stored: a packed format, "dense", "words" (int32 that hold several values each, of `dtype`),
+        or "quantized" (a layout whose zeros are not counted).
+    stored_bytes: bytes with masks, offsets, scales and zero points.
+    dense_bytes: of the same matrix stored dense, with scales and zero points.
+    scale_bytes: of the scales and zero points.
     structure: the recorded mask structure, None without a record.
     pattern_ok: whether the zeros keep it; None: unstructured, or not checked.
     reason: why a matrix is not packed.
@@ -72,6 +73,7 @@ class ModuleRow:
     sparsity: float | None
     stored_bytes: int
     dense_bytes: int
+    scale_bytes: int = 0
     structure: str | None = None
     pattern_ok: bool | None = None
     reason: str | None = None
@@ -149,48 +151,42 @@ def inspect_checkpoint(folder: str | Path) -> CheckpointReport:
     record = folder / RUN_RECORD_NAME
     run_record = read_json(record) if record.exists() else None
     with TensorFiles(folder) as files:
-        look = _Look(files, config)
+        look = Matrices(files, config)
         rows = [look.packed_row(name) for name in look.packed]
         rows += [look.dense_row(name) for name in files.by_file() if look.is_matrix(name)]
-        parts = (*PARTS[FORMAT_BITMASK], "weight", WORDS, WORDS_SHAPE, *_SCALES)
-        of_rows = {f"{row.name}.{part}" for row in rows for part in parts}
-        other = sum(files.nbytes(name) for name in files.where if name not in of_rows)
-    rows.sort(key=_natural_order)
+        total = sum(map(files.nbytes, files.where))
+    other = total - sum(row.stored_bytes for row in rows)
+    rows.sort(key=natural_order)
     format = look.sparsity.format if look.sparsity else "dense"
     return CheckpointReport(folder, format, tuple(rows), other, run_record, look.schemes)
 
 
-def _natural_order(row: ModuleRow) -> list[tuple[int, str]]:
+def natural_order(row: ModuleRow) -> list[tuple[int, str]]:
+    """Return the key that sorts rows by name, with layer 10 after layer 9."""
     parts = row.name.split(".")
     # numbers by their length first: int() refuses very long ones, and digits such as "²"
     return [(len(part) if part.isdecimal() else 0, part) for part in parts]
 
 
-@dataclass
-class _Look:
-    """The files of a checkpoint and what its config.json says of them."""
+class Matrices:
+    """The matrices in the files of a checkpoint, and what its config.json says of them."""
 
-    files: TensorFiles
-    config: dict[str, Any]
-    packed: list[str] = field(init=False)
-    layout: str = field(init=False)
-
-    def __post_init__(self) -> None:
-        quantization = self.config.get(QUANTIZATION_KEY)
-        self.sparsity = SparsityConfig.of(quantization)
-        self.record = SparsityRecord.of(self.config)
-        self.schemes = weight_schemes(quantization)
-        self.packed = packed_modules(self.files.where)
+    def __init__(self, files: TensorFiles, config: dict[str, Any]) -> None:
+        self.files, self.config = files, config
+        self.sparsity = SparsityConfig.of(config.get(QUANTIZATION_KEY))
+        self.schemes = weight_schemes(config.get(QUANTIZATION_KEY))
+        self.record = SparsityRecord.of(config)
+        self.packed = packed_modules(files.where)
         # Where config.json lost its sparsity_config, row_offsets still tell the two layouts apart.
-        offsets = any(f"{name}.row_offsets" in self.files for name in self.packed)
-        self.layout = FORMAT_BITMASK if offsets else FORMAT_24
-        if self.sparsity is not None:
-            self.layout = self.sparsity.format
+        offsets = any(f"{name}.row_offsets" in files for name in self.packed)
+        lost = FORMAT_BITMASK if offsets else FORMAT_24
+        self.layout = lost if self.sparsity is None else self.sparsity.format
 
     def is_matrix(self, name: str) -> bool:
-        """Tell whether a tensor is a matrix that is not packed."""
+        """Tell whether a tensor is a non-empty matrix that is not packed."""
         module, _, part = name.rpartition(".")
-        matrix = part in ("weight", WORDS) and len(self.files.shape(name)) == 2
+        shape = self.files.shape(name)
+        matrix = part in ("weight", WORDS) and len(shape) == 2 and min(shape) > 0
         return matrix and module not in self.packed
 
     def packed_row(self, name: str) -> ModuleRow:
@@ -198,7 +194,7 @@ class _Look:
         scales = self._bytes_of(name, *_SCALES)
         stored_bytes = self._bytes_of(name, *PARTS[self.layout]) + scales
         default = "2:4" if self.layout == FORMAT_24 else UNSTRUCTURED
-        row = ModuleRow(name, 0, 0, "?", self.layout, None, stored_bytes, 0)
+        row = ModuleRow(name, 0, 0, "?", self.layout, None, stored_bytes, 0, scales)
         row = replace(row, structure=self.record.modules.get(name, default))
         try:
             weight = packed_weight(self.files, self.layout, name, self.schemes)
@@ -220,57 +216,62 @@ class _Look:
         )
 
     def dense_row(self, tensor_name: str) -> ModuleRow:
-        """Check a matrix that is stored dense, or as int32 words."""
+        """Check a matrix that is not packed."""
+        try:
+            row, weight = self.read(tensor_name)
+        except RacError as error:
+            return replace(self.row(tensor_name), problem=str(error))
+        row = row if weight is None else _counted(row, weight)
+        return replace(row, reason=self._why_dense(row, weight is not None))
+
+    def row(self, tensor_name: str) -> ModuleRow:
+        """Return the row of a matrix that is not packed, before its values are read."""
         name, _, part = tensor_name.rpartition(".")
         stored_bytes = self._bytes_of(name, part, WORDS_SHAPE, *_SCALES)
-        embedding = is_embedding(name)
         # A tied embedding is also the output matrix, which each step reads whole.
         untied = {"lm_head.weight", "lm_head.compressed", f"lm_head.{WORDS}"}
         rows, columns = self.files.shape(tensor_name)
-        row = ModuleRow(
+        return ModuleRow(
             name,
             rows,
             columns,
             dtype=self.files.dtype_name(tensor_name),
-            stored="dense",
+            stored="quantized" if part == WORDS else "dense",
             sparsity=None,
             stored_bytes=stored_bytes,
             dense_bytes=stored_bytes,
+            scale_bytes=self._bytes_of(name, *_SCALES),
             structure=self.record.modules.get(name),
-            read_per_token=not embedding or not untied & self.files.where.keys(),
+            read_per_token=not is_embedding(name) or not untied & self.files.where.keys(),
         )
-        try:
-            row, weight = self._values(row, part)
-        except RacError as error:
-            return replace(row, problem=str(error))
-        if weight is not None:
-            row = _counted(row, weight)
-        elif part == WORDS:
-            row = replace(row, stored="quantized")
-        return replace(row, reason=self._why_dense(row, part, weight is not None))
 
-    def _values(self, row: ModuleRow, part: str) -> tuple[ModuleRow, Tensor | None]:
-        """Return the row with its shape, and the weight; None where zeros are not counted."""
-        files, name, weight = self.files, row.name, None
-        if not row.rows * row.columns:
-            return row, None
-        if part == WORDS:
-            stored = words_weight(files, name, self.schemes)
-            if stored is None:
+    def read(self, tensor_name: str) -> tuple[ModuleRow, Tensor | None]:
+        """Return the row of a matrix that is not packed, and its weight.
+
+        The weight is None where its zeros are not counted.
+
+        Raises:
+            RacError: naming the tensor that is damaged.
+        """
+        files, row, weight = self.files, self.row(tensor_name), None
+        if row.stored == "quantized":
+            words = words_weight(files, row.name, self.schemes)
+            if words is None:
                 return row, None
-            weight, bits = stored
+            weight, bits = words
             rows, columns = weight.shape
             row = replace(row, rows=rows, columns=columns, dtype=f"I{bits}", stored="words")
-        elif files.dtype(f"{name}.weight") in DTYPES:
-            weight = files.tensor(f"{name}.weight")
-            check_finite(weight, f"{name}.weight")
-        scale = f"{name}.{SCALE}"
+        elif files.dtype(tensor_name) in DTYPES:
+            weight = files.tensor(tensor_name)
+            check_finite(weight, tensor_name)
+        scale = f"{row.name}.{SCALE}"
         if self.schemes and weight is not None and scale in files:
             check_scale_values(files.tensor(scale), scale)
-        # a zero weight of an asymmetric scheme is stored as its zero point
-        return row, None if f"{name}.weight_zero_point" in files else weight
+        if f"{row.name}.weight_zero_point" in files:  # which a zero weight is stored as
+            return (replace(row, stored="quantized") if row.stored == "words" else row), None
+        return row, weight
 
-    def _why_dense(self, row: ModuleRow, part: str, countable: bool) -> str:
+    def _why_dense(self, row: ModuleRow, countable: bool) -> str:
         if row.structure is not None:
             if self.record.storage == "dense":
                 return "pruned, stored dense so that stock loaders read it"
@@ -282,7 +283,7 @@ class _Look:
         if self.sparsity is not None and row.name in self.sparsity.ignore:
             return "left dense when the model was packed (in ignore)"
         # Rounding to 4 bits makes a sixth of a dense weight zero, to 3 bits a third.
-        rounded = part == WORDS
+        rounded = row.stored == "words"
         if row.sparsity and row.sparsity >= (0.45 if rounded else 0.05):
             return "has zeros, but no record of pruning"
         return "quantized, not pruned" if rounded else "not pruned"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,25 +11,23 @@ from typing import Any
 from torch import Tensor
 
 from rac_modifier.checkpoint import detect
-from rac_modifier.checkpoint.bitmask import DTYPES
 from rac_modifier.checkpoint.files import TensorFiles
 from rac_modifier.checkpoint.formats import FORMAT_24, FORMAT_BITMASK, PACKED, structure_of
-from rac_modifier.checkpoint.inspect import is_embedding
+from rac_modifier.checkpoint.inspect import (
+    Matrices,
+    ModuleRow,
+    is_embedding,
+    natural_order,
+)
 from rac_modifier.checkpoint.int32_words import BITS
 from rac_modifier.checkpoint.packing import check_unpacked
 from rac_modifier.checkpoint.quantization_config import (
     ASYMMETRIC,
-    WORDS,
-    WORDS_SHAPE,
     to_words,
-    weight_schemes,
-    words_weight,
 )
 from rac_modifier.checkpoint.sparsity_config import (
     CONFIG_FILE,
-    QUANTIZATION_KEY,
     check_method,
-    recorded_structures,
 )
 from rac_modifier.checkpoint.stored_weight import (
     check_finite,
@@ -46,28 +45,21 @@ _TRANSPOSED = ("gpt2", "openai-gpt")  # models whose linear layers are stored [i
 
 
 @dataclass(frozen=True)
-class MatrixPlan:
-    """One weight matrix [rows, columns].
+class MatrixPlan(ModuleRow):
+    """One weight matrix, and what packing it would do.
 
-    `structure` is "N:M", "unstructured", or None where zeros are not counted; `sparsity` the
-    share of zeros, -0.0 among them. `stored` is how many values are kept when it is packed, and
-    `fits_24` whether the 2:4 layout keeps all of them. `packed_bytes` is None where it cannot
-    be packed. `reason`: why it stays dense; None: it is packed. `linear`: a linear layer.
+    structure: "N:M", "unstructured", or None where zeros are not counted.
+    reason: why it stays dense; None: it is packed.
+    negative_zeros: of the zeros, those that are -0.0.
+    values: how many are stored when it is packed.
+    fits_24: whether the 2:4 layout keeps all of them.
+    packed_bytes: with scales; None where it cannot be packed.
     """
 
-    name: str
-    rows: int
-    columns: int
-    dtype: str
-    dense_bytes: int
-    structure: str | None = None
-    sparsity: float | None = None
     negative_zeros: int = 0
-    stored: int = 0
+    values: int = 0
     fits_24: bool = False
     packed_bytes: int | None = None
-    reason: str | None = None
-    linear: bool = True
 
 
 @dataclass(frozen=True)
@@ -92,7 +84,11 @@ class PackPlan:
     @property
     def ignore(self) -> list[str]:
         """The linear modules that stay dense."""
-        return sorted(row.name for row in self.matrices if row.reason is not None and row.linear)
+        return sorted(
+            row.name
+            for row in self.matrices
+            if row.reason is not None and not is_embedding(row.name)
+        )
 
     def check_gain(self) -> None:
         """Refuse a model of which nothing would be packed.
@@ -132,91 +128,79 @@ def plan_packing(folder: str | Path, drop_negative_zeros: bool = False) -> PackP
     check_method(config)
     with TensorFiles(folder) as files:
         check_unpacked(files, config)
-        look = _Look(files, config, drop_negative_zeros)
-        rows = [row for name in files.by_file() if (row := look.tensor(name)) is not None]
-    format, rows = _choose(sorted(rows, key=lambda row: row.name))
+        matrices, rows = Matrices(files, config), []
+        for name in files.by_file():
+            if matrices.is_matrix(name):
+                rows.append(_plan(matrices, name, drop_negative_zeros))
+            elif files.dtype(name).is_floating_point:
+                check_finite(files.tensor(name), name)
+    format, rows = _choose(sorted(rows, key=natural_order))
     return PackPlan(folder, format, tuple(rows), drop_negative_zeros)
 
 
-class _Look:
-    """The files of a checkpoint and what its config.json says of them."""
+def _plan(matrices: Matrices, tensor_name: str, drop: bool) -> MatrixPlan:
+    """Read a matrix; return its row, without `packed_bytes`. `drop`: store -0.0 as +0.0."""
+    row, weight = matrices.read(tensor_name)
+    reason = _unreadable(matrices.files, row, weight)
+    if weight is None or reason is not None:
+        return MatrixPlan(**vars(row) | {"structure": None, "reason": reason})
+    zeros, stored = count_zeros(weight), count_stored(weight)
+    negative = zeros + stored - weight.numel()
+    if drop and negative:
+        weight, stored = detect.without_negative_zeros(weight), stored - negative
+    planned = {
+        "structure": _structure(row.name, weight, row.structure),
+        "sparsity": zeros / weight.numel(),
+        "reason": _never_packed(row.name, matrices.config),
+        "negative_zeros": negative,
+        "values": stored,
+        "fits_24": detect.fits_24(weight),
+    }
+    return MatrixPlan(**vars(row) | planned)
 
-    def __init__(self, files: TensorFiles, config: dict[str, Any], drop: bool) -> None:
-        self.files, self.drop = files, drop
-        self.schemes = weight_schemes(config.get(QUANTIZATION_KEY))
-        self.recorded = recorded_structures(config)
-        self.transposed = config.get("model_type") in _TRANSPOSED
 
-    def tensor(self, tensor_name: str) -> MatrixPlan | None:
-        """Read a tensor, refuse NaN, and return the row of a matrix; None for other tensors."""
-        files = self.files
-        floats = files.dtype(tensor_name).is_floating_point
-        values = files.tensor(tensor_name) if floats else None
-        if values is not None:
-            check_finite(values, tensor_name)
-        name, _, part = tensor_name.rpartition(".")
-        shape = files.shape(tensor_name)
-        if part not in ("weight", WORDS) or len(shape) != 2 or min(shape) < 1:
-            return None
-        row = MatrixPlan(name, *shape, files.dtype_name(tensor_name), files.nbytes(tensor_name))
-        if asymmetric := [part for part in ASYMMETRIC if f"{name}.{part}" in files]:
-            reason = f"quantized with a {asymmetric[0]}: its zeros are not stored as zeros"
-            return replace(row, reason=reason)
-        if part == WORDS:
-            return self._words(row)
-        if files.dtype(tensor_name) not in DTYPES:
-            return replace(row, reason=f"stored as {row.dtype}, which cannot be packed")
-        return self._measured(row, files.tensor(tensor_name) if values is None else values)
+def _unreadable(files: TensorFiles, row: ModuleRow, weight: Tensor | None) -> str | None:
+    """Say why the zeros of a matrix cannot be left out, None where they can.
 
-    def _words(self, row: MatrixPlan) -> MatrixPlan:
-        """Return the row of a matrix in int32 words; dense if the words would not come back."""
-        stored = words_weight(self.files, row.name, self.schemes)
-        unreadable = replace(row, reason="quantized to a layout that cannot be stored sparse")
-        if stored is None or stored[1] not in BITS:
-            return unreadable
-        weight, bits = stored
-        for part, tensor in to_words(weight, bits).items():
-            name = f"{row.name}.{part}"
-            if self.files.dtype(name) != tensor.dtype or not self.files.tensor(name).equal(tensor):
-                return unreadable
-        dense_bytes = row.dense_bytes + self.files.nbytes(f"{row.name}.{WORDS_SHAPE}")
-        columns = weight.shape[1]
-        row = replace(row, columns=columns, dtype=f"I{bits}", dense_bytes=dense_bytes)
-        return self._measured(row, weight)
+    Int32 words that unpacking would not make again, bit for bit, stay as they are.
+    """
+    for part in ASYMMETRIC:
+        if f"{row.name}.{part}" in files:
+            return f"quantized with a {part}: its zeros are not stored as zeros"
+    if row.stored == "dense":
+        return f"stored as {row.dtype}, which cannot be packed" if weight is None else None
+    bits, reason = _bits_of(row.dtype), "quantized to a layout that cannot be stored sparse"
+    if weight is None or bits not in BITS:
+        return reason
+    words = {f"{row.name}.{part}": tensor for part, tensor in to_words(weight, bits).items()}
+    for name, tensor in words.items():
+        if files.dtype(name) != tensor.dtype or not files.tensor(name).equal(tensor):
+            return reason
+    return None
 
-    def _measured(self, row: MatrixPlan, weight: Tensor) -> MatrixPlan:
-        zeros, stored = count_zeros(weight), count_stored(weight)
-        negative = zeros + stored - weight.numel()
-        if self.drop and negative:
-            weight, stored = detect.without_negative_zeros(weight), stored - negative
-        row = replace(
-            row,
-            structure=self._structure(row.name, weight),
-            sparsity=zeros / weight.numel(),
-            negative_zeros=negative,
-            stored=stored,
-            fits_24=detect.fits_24(weight),
-        )
-        if is_embedding(row.name):
-            return replace(row, linear=False, reason="an embedding")
-        if _HEAD.search(row.name):
-            return replace(row, reason="the output matrix, which is served dense")
-        if _ROUTER.search(row.name):
-            return replace(row, reason="a router of experts, which is served dense")
-        if self.transposed:
-            return replace(row, reason="stored as [inputs, outputs], which is served dense")
-        return row
 
-    def _structure(self, name: str, weight: Tensor) -> str:
-        """Return the recorded structure if the weight keeps it, else the detected one."""
-        if (recorded := self.recorded.get(name)) is not None:
-            try:
-                structure = structure_of(recorded, name)
-                if count_broken_groups(weight, structure, name) == 0:
-                    return structure
-            except RacError:
-                pass  # a record that does not fit the weight
-        return detect.find_structure(weight)
+def _never_packed(name: str, config: Mapping[str, Any]) -> str | None:
+    """Say why a matrix of this name is served dense, None where it is not."""
+    if is_embedding(name):
+        return "an embedding"
+    if _HEAD.search(name):
+        return "the output matrix, which is served dense"
+    if _ROUTER.search(name):
+        return "a router of experts, which is served dense"
+    transposed = config.get("model_type") in _TRANSPOSED
+    return "stored as [inputs, outputs], which is served dense" if transposed else None
+
+
+def _structure(name: str, weight: Tensor, recorded: str | None) -> str:
+    """Return the recorded structure if the weight keeps it, else the detected one."""
+    if recorded is not None:
+        try:
+            structure = structure_of(recorded, name)
+            if count_broken_groups(weight, structure, name) == 0:
+                return structure
+        except RacError:
+            pass  # a record that does not fit the weight
+    return detect.find_structure(weight)
 
 
 def _choose(rows: list[MatrixPlan]) -> tuple[str | None, list[MatrixPlan]]:
@@ -235,9 +219,8 @@ def _choose(rows: list[MatrixPlan]) -> tuple[str | None, list[MatrixPlan]]:
 
 
 def _sized(row: MatrixPlan, format: str) -> MatrixPlan:
-    in_words = row.dtype in ("I4", "I8")
-    bits = int(row.dtype[1:]) if in_words else 8 * row.dense_bytes // (row.rows * row.columns)
-    size = PACKED[format].size(row.rows, row.columns, row.stored, bits)
+    size = PACKED[format].size(row.rows, row.columns, row.values, _bits_of(row.dtype))
+    size += row.scale_bytes
     if size < row.dense_bytes:
         return replace(row, packed_bytes=size)
     why = f"would take {size:,} bytes packed, and takes {row.dense_bytes:,} dense"
@@ -263,3 +246,8 @@ def _keep_experts_alike(rows: list[MatrixPlan]) -> list[MatrixPlan]:
             row = replace(row, reason=why)
         alike.append(row)
     return alike
+
+
+def _bits_of(dtype: str) -> int:
+    """Return the bits of a value by the name of its dtype: BF16, F8_E4M3, I4, ..."""
+    return int(dtype.strip("BFUI").partition("_")[0])

@@ -62,8 +62,10 @@ def test_patterns_and_sizes_are_those_that_packing_makes(
     assert plan.structures == modules
     made = pack_checkpoint(folder, modules)
     assert plan.format == made.format
-    assert made.dense_bytes == sum(row.dense_bytes for row in plan.packed)
-    assert made.packed_bytes == sum(row.packed_bytes or 0 for row in plan.packed)
+    assert made.dense_bytes == sum(row.dense_bytes - row.scale_bytes for row in plan.packed)
+    assert made.packed_bytes == sum(
+        (row.packed_bytes or 0) - row.scale_bytes for row in plan.packed
+    )
     zeros = sum((row.sparsity or 0) * row.rows * row.columns for row in plan.packed)
     weights = sum(row.rows * row.columns for row in plan.packed)
     assert made.global_sparsity == pytest.approx(zeros / weights)
