@@ -5,6 +5,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from huggingface_hub import snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+
 from rac_modifier.checkpoint.files import JOURNAL_FILE
 from rac_modifier.checkpoint.new_files import is_leftover
 from rac_modifier.checkpoint.sparsity_config import CONFIG_FILE
@@ -58,13 +61,6 @@ def local_folder(model: str | Path, revision: str | None = None) -> Path:
             )
         return Path(model)
     check_is_id(model)
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise RacError(
-            f"{model}: no such folder, and a hub id needs huggingface_hub; pip install "
-            "huggingface_hub, or give a folder"
-        ) from error
     try:
         return Path(snapshot_download(str(model), revision=revision, allow_patterns=_WANTED))
     except (OSError, ValueError) as error:
@@ -165,11 +161,6 @@ def cached_folder(model: str) -> Path | None:
 
 def _cached(model: str, name: str) -> Path | None:
     """Return a file of a hub id, where it is in the hub's cache."""
-    try:
-        from huggingface_hub import try_to_load_from_cache
-        from huggingface_hub.errors import HFValidationError
-    except ImportError:
-        return None
     try:
         path = try_to_load_from_cache(model, name)
     except HFValidationError:

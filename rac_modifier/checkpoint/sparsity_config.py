@@ -15,12 +15,12 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
+from rac_modifier.checkpoint.files import CONFIG_FILE as CONFIG_FILE
 from rac_modifier.checkpoint.formats import FORMAT_24
 from rac_modifier.checkpoint.stored_weight import UNSTRUCTURED
 from rac_modifier.errors import RacError
 from rac_modifier.settings.name_patterns import check_names
 
-CONFIG_FILE = "config.json"
 QUANTIZATION_KEY = "quantization_config"
 RAC_KEY = "rac_sparsity"
 METHOD = "compressed-tensors"
@@ -159,9 +159,10 @@ def check_method(config: Mapping[str, Any]) -> None:
     Raises:
         RacError: naming the method.
     """
-    found = config.get(QUANTIZATION_KEY) or {}
-    if not isinstance(found, dict) or found.get("quant_method", METHOD) != METHOD:
-        method = found.get("quant_method") if isinstance(found, dict) else found
+    quantization = config.get(QUANTIZATION_KEY) or {}
+    is_object = isinstance(quantization, dict)
+    method = quantization.get("quant_method", METHOD) if is_object else quantization
+    if not is_object or method != METHOD:
         raise RacError(
             f"{CONFIG_FILE}: quantized by {method!r}; only compressed-tensors checkpoints can "
             "be packed"
@@ -204,10 +205,9 @@ def with_dense_mark(config: dict[str, Any], structures: dict[str, str]) -> dict[
     """Return a copy of the config for sparse weights that are stored dense."""
     marked = {**config, **_record("dense", structures)}
     if isinstance(config.get(QUANTIZATION_KEY), dict):
-        kept = without_sparsity(config[QUANTIZATION_KEY])
-        marked.pop(QUANTIZATION_KEY)
-        if kept is not None:
-            marked[QUANTIZATION_KEY] = kept
+        quantization = without_sparsity(marked.pop(QUANTIZATION_KEY))
+        if quantization is not None:
+            marked[QUANTIZATION_KEY] = quantization
     return marked
 
 
@@ -236,7 +236,7 @@ def without_sparsity(quantization: dict[str, Any]) -> dict[str, Any] | None:
     method = quantization.get("quant_method")
     if method not in (METHOD, RAC_METHOD):
         return quantization
-    kept = {key: value for key, value in quantization.items() if key != "sparsity_config"}
-    if not any(kept.get(key) for key in ("config_groups", "kv_cache_scheme", "transform_config")):
+    others = {key: value for key, value in quantization.items() if key != "sparsity_config"}
+    if not any(others.get(key) for key in ("config_groups", "kv_cache_scheme", "transform_config")):
         return None
-    return {**kept, "quant_method": METHOD}
+    return {**others, "quant_method": METHOD}

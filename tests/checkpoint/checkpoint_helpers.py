@@ -149,6 +149,14 @@ def edited_config(folder: Path) -> Iterator[dict]:
     (folder / "config.json").write_text(json.dumps(config))
 
 
+def write(folder: Path, tensors: dict[str, torch.Tensor], **config: object) -> Path:
+    """Write a checkpoint of these tensors with this config.json."""
+    folder.mkdir(exist_ok=True)
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 

@@ -31,17 +31,6 @@ from tests.checkpoint.checkpoint_helpers import (
 from tests.tiny import linears
 
 
-@pytest.mark.parametrize("part", ["compressed", "bitmask", "row_offsets"])
-def test_damage_is_named(saved: Saved, part: str) -> None:
-    folder, _, _ = saved("unstructured")
-    with edited(folder) as tensors:
-        tensors[f"{Q}.{part}"] = torch.zeros_like(tensors[f"{Q}.{part}"])[
-            : -1 if part == "compressed" else None
-        ]
-    with pytest.raises(RacError, match=rf"^{Q}\."):
-        AutoModelForCausalLM.from_pretrained(folder)
-
-
 @pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.self_attn.o_proj.shape"])
 def test_another_shape_than_the_models_is_an_error(saved: Saved, name: str) -> None:
     """With a quantizer, transformers would put it into the model."""

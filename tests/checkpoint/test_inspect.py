@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from rac_modifier.checkpoint.inspect import inspect_checkpoint
 from rac_modifier.checkpoint.packing import mark_dense, pack_checkpoint
-from tests.checkpoint.checkpoint_helpers import edited, save_quantized
+from tests.checkpoint.checkpoint_helpers import edited, save_quantized, write
 
 Saved = Callable[..., tuple[Path, dict[str, torch.Tensor], dict[str, str]]]
 Q = "model.layers.0.self_attn.q_proj"
@@ -137,8 +137,7 @@ def test_layouts_whose_zeros_are_not_counted(tmp_path: Path) -> None:
         "c.weight": torch.zeros(4, 4, dtype=torch.float64),
         "norm.weight": torch.ones(4),
     }
-    save_file(tensors, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text("{}")
+    write(tmp_path, tensors)
     report = inspect_checkpoint(tmp_path)
     assert [(row.name, row.stored, row.sparsity) for row in report.modules] == [
         ("a", "quantized", None),
@@ -156,13 +155,12 @@ def test_words_with_zero_points_have_the_shape_of_their_weight(tmp_path: Path) -
         "a.weight_scale": torch.ones(4, 1),
         "a.weight_zero_point": torch.zeros(1, 1, dtype=torch.int32),
     }
-    save_file(tensors, tmp_path / "model.safetensors")
     weights = {"num_bits": 3, "strategy": "channel", "symmetric": False}
     config = {
         "format": "pack-quantized",
         "config_groups": {"w": {"targets": ["Linear"], "weights": weights}},
     }
-    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
+    write(tmp_path, tensors, quantization_config=config)
     (row,) = inspect_checkpoint(tmp_path).modules
     assert (row.rows, row.columns, row.dtype, row.stored, row.sparsity) == (
         4,
@@ -180,8 +178,7 @@ def test_words_of_codes_count_with_their_shape_and_scale(tmp_path: Path) -> None
         "a.weight_shape": torch.tensor([4, 32]),
         "a.weight_scale": torch.ones(4, 1),
     }
-    save_file(tensors, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text("{}")
+    write(tmp_path, tensors)
     (row,) = inspect_checkpoint(tmp_path).modules
     assert (row.stored, row.rows, row.columns, row.sparsity) == ("words", 4, 32, 0.0)
     assert row.reason == "quantized, not pruned"
@@ -210,13 +207,8 @@ def test_a_quantized_packed_weight_is_compared_with_its_dense_codes(
 def test_an_asymmetric_layout_is_named_as_the_reason(saved: Saved) -> None:
     """A zero weight is stored as its zero point there."""
     folder, _, _ = saved(packed=False)
-    file = next(folder.glob("*.safetensors"))
-    tensors = load_file(file)
-    save_file(
-        {**tensors, f"{LEFT_DENSE}.weight_zero_point": torch.zeros(1)},
-        file,
-        metadata={"format": "pt"},
-    )
+    with edited(folder) as tensors:
+        tensors[f"{LEFT_DENSE}.weight_zero_point"] = torch.zeros(1)
     row = next(row for row in inspect_checkpoint(folder).modules if row.name == LEFT_DENSE)
     assert row.sparsity is None
     assert row.reason == "quantized to a layout whose zeros are not counted"
@@ -224,16 +216,9 @@ def test_an_asymmetric_layout_is_named_as_the_reason(saved: Saved) -> None:
 
 def test_names_with_digits_that_are_no_numbers(tmp_path: Path) -> None:
     names = ["layers.\u00b2", "layers." + "9" * 5000, "layers.10", "layers.9"]
-    save_file(
-        {f"{name}.weight": torch.ones(2, 2) for name in names}, tmp_path / "model.safetensors"
-    )
-    (tmp_path / "config.json").write_text("{}")
-    assert [row.name for row in inspect_checkpoint(tmp_path).modules] == [
-        names[0],
-        names[3],
-        names[2],
-        names[1],
-    ]
+    write(tmp_path, {f"{name}.weight": torch.ones(2, 2) for name in names})
+    rows = [row.name for row in inspect_checkpoint(tmp_path).modules]
+    assert rows == [names[index] for index in (0, 3, 2, 1)]
 
 
 @pytest.mark.parametrize(
@@ -259,11 +244,9 @@ def test_a_damaged_dense_matrix_is_named(
         tensors["a.weight_shape"][0] = 2**62
     else:
         tensors[name].view(-1)[index] = value
-    save_file(tensors, tmp_path / "model.safetensors")
     weights = {"num_bits": 4, "strategy": "channel"}
     group = {"targets": ["Linear"], "weights": weights, "format": "pack-quantized"}
-    config = {"quantization_config": {"config_groups": {"g": group}}}
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    write(tmp_path, tensors, quantization_config={"config_groups": {"g": group}})
     report = inspect_checkpoint(tmp_path)
     assert not report.sound
     (problem,) = (row.problem for row in report.modules if row.problem)

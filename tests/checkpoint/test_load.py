@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from rac_modifier.checkpoint import load
 from rac_modifier.checkpoint.load import load_model
@@ -84,33 +84,6 @@ def test_code_that_the_checkpoint_brings_is_not_run_unasked(saved: Saved) -> Non
             load_model(folder)
 
 
-@pytest.mark.parametrize("packed", [True, False])
-def test_a_tensor_too_many_is_an_error(saved: Saved, packed: bool) -> None:
-    folder, _, _ = saved(packed=packed)
-    tensors = load_file(folder / "model.safetensors") | {
-        "model.layers.9.mlp.up_proj.weight": torch.zeros(2, 2)
-    }
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(
-        RacError,
-        match=r"^model\.layers\.9\.mlp\.up_proj\.weight: not a tensor of the model, but in",
-    ):
-        load_model(folder)
-
-
-@pytest.mark.parametrize("packed", [True, False])
-def test_a_tensor_of_another_shape_is_an_error_without_being_asked_for(
-    saved: Saved, packed: bool
-) -> None:
-    folder, _, _ = saved(packed=packed)
-    with edited(folder) as tensors:
-        tensors["model.norm.weight"] = tensors["model.norm.weight"][:3].contiguous()
-    with pytest.raises(
-        RacError, match=r"^model\.norm\.weight: its shape .*does not fit the model's config\.json"
-    ):
-        load_model(folder)
-
-
 def without(*names: str) -> Callable[[Tensors], None]:
     def damage(tensors: Tensors) -> None:
         for name in names:
@@ -126,33 +99,40 @@ def replaced(name: str, make: Callable[[torch.Tensor], torch.Tensor]) -> Callabl
     return damage
 
 
+def added(name: str) -> Callable[[Tensors], None]:
+    return lambda tensors: tensors.update({name: torch.zeros(64, 64)})
+
+
+SHORT = replaced("model.norm.weight", lambda tensor: tensor[:3])
+MISFIT = r"model\.norm\.weight: its shape .*does not fit the model's config\.json"
+EXTRA = "model.layers.9.mlp.up_proj.weight"
+MISSING = f"{Q}.weight: needed by the model but missing"
+
+
 @pytest.mark.parametrize(
-    ("damage", "named"),
+    ("packed", "damage", "message"),
     [
-        (without(f"{Q}.bitmask", f"{Q}.compressed", f"{Q}.shape"), f"{Q}.weight"),
-        (without(f"{Q}.shape"), f"{Q}.shape"),
-        (without("model.embed_tokens.weight"), "model.embed_tokens.weight"),
-        (replaced(f"{Q}.bitmask", torch.zeros_like), f"{Q}.bitmask"),
-        (replaced("model.norm.weight", lambda t: t[:3]), "model.norm.weight"),
-        (lambda tensors: tensors.update({f"{Q}.weight": torch.zeros(64, 64)}), f"{Q}.weight"),
+        (True, without(f"{Q}.bitmask", f"{Q}.compressed", f"{Q}.shape"), MISSING),
+        (False, without(f"{Q}.weight"), MISSING),
+        (True, without(f"{Q}.shape"), f"{Q}.shape: missing"),
+        (True, without("model.embed_tokens.weight"), r"(lm_head\.weight, )?model\.embed_tokens"),
+        (True, replaced(f"{Q}.bitmask", torch.zeros_like), f"{Q}.bitmask: "),
+        (True, added(f"{Q}.weight"), f"{Q}.weight: stored both dense and packed"),
+        (True, added(EXTRA), f"{EXTRA}: not a tensor of the model, but in"),
+        (False, added(EXTRA), f"{EXTRA}: not a tensor of the model, but in"),
+        (True, SHORT, MISFIT),
+        (False, SHORT, MISFIT),
     ],
 )
-def test_missing_or_damaged_tensors_are_errors(
-    saved: Saved, damage: Callable[[Tensors], None], named: str
+def test_missing_damaged_and_unknown_tensors_are_errors(
+    saved: Saved, packed: bool, damage: Callable[[Tensors], None], message: str
 ) -> None:
-    folder, _, _ = saved()
+    folder, _, _ = saved(packed=packed)
     with edited(folder) as tensors:
         damage(tensors)
-    with pytest.raises(RacError, match=rf"^(lm_head\.weight, )?{named}: "):
-        load_model(folder, ignore_mismatched_sizes=True)
-
-
-def test_a_missing_weight_of_an_ordinary_checkpoint_is_an_error(saved: Saved) -> None:
-    folder, _, _ = saved(packed=False)
-    with edited(folder) as tensors:
-        del tensors[f"{Q}.weight"]
-    with pytest.raises(RacError, match=f"^{Q}.weight: needed by the model but missing"):
-        load_model(folder)
+    for options in {}, {"ignore_mismatched_sizes": True}:
+        with pytest.raises(RacError, match=f"^{message}"):
+            load_model(folder, **options)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from rac_modifier.checkpoint.pack_plan import MatrixPlan, PackPlan, plan_packing
 from rac_modifier.checkpoint.packing import pack_checkpoint
@@ -23,18 +22,13 @@ from tests.checkpoint.checkpoint_helpers import (
     prune_half,
     save_quantized,
     tiny_model,
+    write,
 )
 from tests.tiny import linears
 
 
 def saved_with(folder: Path, weights: dict[str, torch.Tensor], **config: object) -> Path:
-    """A checkpoint of these tensors."""
-    folder.mkdir(exist_ok=True)
-    save_file(
-        {f"{name}.weight": weight for name, weight in weights.items()}, folder / "model.safetensors"
-    )
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
+    return write(folder, {f"{name}.weight": weight for name, weight in weights.items()}, **config)
 
 
 def two_of_four(rows: int = 32, columns: int = 64) -> torch.Tensor:

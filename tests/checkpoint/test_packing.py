@@ -111,17 +111,6 @@ def test_sparsity_config_is_what_compressed_tensors_parses(saved: Saved) -> None
             path.unlink()
 
 
-def test_summary(saved: Saved) -> None:
-    folder, expected, modules = saved(packed=False)
-    summary = pack_checkpoint(folder, modules)
-    assert summary.format == "sparse-24-bitmask"
-    assert summary.modules == modules
-    weights = [expected[f"{name}.weight"] for name in modules]
-    assert summary.packed_bytes == sum(weight.numel() * 9 // 8 + 16 for weight in weights)
-    assert summary.global_sparsity == pytest.approx(0.5)
-    assert summary.dense_bytes == sum(expected[f"{name}.weight"].nbytes for name in modules)
-
-
 def test_one_format_for_a_mixed_checkpoint(tmp_path: Path) -> None:
     model = tiny_model()
     modules = {}
