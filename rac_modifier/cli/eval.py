@@ -127,7 +127,8 @@ def evaluate(
     from rac_modifier.evaluation.calibrated_prompt import choose_prompt, recorded_prompts
     from rac_modifier.evaluation.paired import paired_difference, read_results
     from rac_modifier.evaluation.plot import plot_bars, plot_file
-    from rac_modifier.evaluation.report import accuracy_table
+    from rac_modifier.evaluation.report import accuracy_table, stopping_table
+    from rac_modifier.evaluation.stopping import summary
     from rac_modifier.files import write_json_atomic
 
     written = written_options(context)
@@ -152,21 +153,25 @@ def evaluate(
     )
     run = _Run(models, asked.load(seed), asked, choice.prompt, precision, batch_size, seed)
     pairs: list[PairedDifference] = []
+    content: dict[str, Any]
+    prompt = choice.prompt.model_dump()
     if divergence:
         results, table = run.divergence(plot)
+        content, tables = {"divergence": results, "prompt": prompt}, [table]
     else:
         answered = run.answers_in_file(in_file) if in_file.keeps_answers else run.answers()
         if plot is not None:
             plot_bars(answered, plot)
-        results, table = [result.as_dict() for result in answered], accuracy_table(answered)
+        results = [result.as_dict() for result in answered]
+        content = {
+            "results": results,
+            "prompt": prompt,
+            "protocol": asked.record(len(run.problems)),
+            "stopping": [summary(result.endings) for result in answered],
+        }
+        tables = [accuracy_table(answered), stopping_table(answered)]
         first, *others = [*paired_with[:1], *answered]
         pairs = [paired_difference(first, other) for other in others]
-    content = {
-        "divergence" if divergence else "results": results,
-        "prompt": choice.prompt.model_dump(),
-    }
-    if not divergence:
-        content["protocol"] = asked.record(len(run.problems))
     if pairs:
         content["paired"] = [pair.as_dict() for pair in pairs]
     to_stdout = json_out == Path("-")
@@ -174,8 +179,9 @@ def evaluate(
         print_json(content)
     else:
         lines = [
-            render_results(table),
+            *(render_results(table) for table in tables),
             *(f"{pair.describe()}." for pair in pairs),
+            *(f"{pair.inflation.describe(pair.first, pair.second)}." for pair in pairs),
             choice.describe(),
         ]
         typer.echo("\n".join([*lines, *asked.describe(len(run.problems))]))

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.results import EvalResult, Row, summarise
+from rac_modifier.evaluation.stopping import ending_of
 from rac_modifier.problems.answer_checker import check_installed
 from rac_modifier.problems.answers import Verifier, is_correct
 from rac_modifier.problems.source import Problem
@@ -19,7 +20,6 @@ from rac_modifier.sampling.prompts import render_prompt
 from rac_modifier.sampling.thinking import thinking_length
 from rac_modifier.settings.check import check_settings
 from rac_modifier.settings.sampling import SamplingSettings
-from rac_modifier.traces.selection import repeated_tail
 
 # At a temperature above 0; the reference evaluation has 0.6 and 0.95 (arXiv 2509.12464).
 TOP_P = 0.95
@@ -98,7 +98,6 @@ def evaluate(
         row_of(
             tokenizer,
             problem,
-            len(prompts[i]),
             generations[i],
             (verifiers or {}).get(problem.task or ""),
         )
@@ -148,24 +147,24 @@ def _chunks(order: list[int], size: int, label: str | None) -> Iterator[list[int
 def row_of(
     tokenizer: Any,
     problem: Problem,
-    prompt_tokens: int,
     generation: Generation,
     verifier: Verifier | None,
     sample: int = 0,
 ) -> Row:
-    """Check an answer."""
+    """Check an answer and classify its ending."""
     assert problem.answer is not None
     # The thinking tags of R1 and Qwen3 are ordinary tokens, so they stay in the text.
     text = tokenizer.decode(list(generation.ids), skip_special_tokens=True)
-    return Row(
-        id=problem.id,
-        task=problem.task,
-        correct=is_correct(text, problem.answer, verifier),
+    correct = is_correct(text, problem.answer, verifier)
+    ending = ending_of(
+        text,
+        problem.answer,
+        correct=correct,
         finish=generation.finish_reason,
-        prompt_tokens=prompt_tokens,
         tokens=len(generation.ids),
         thinking_tokens=thinking_length(tokenizer, generation.ids),
-        text=text,
-        sample=sample,
-        repeats=repeated_tail(generation.ids, generation.finish_reason) > 0,
+        ids=generation.ids,
+        question=problem.question,
+        verifier=verifier,
     )
+    return Row(problem.id, problem.task, correct, text, sample, ending)

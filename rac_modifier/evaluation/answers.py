@@ -139,7 +139,6 @@ def _rows(
         return row_of(
             tokenizer,
             problem,
-            len(trace.prompt_ids),
             answer,
             verifiers.get(problem.task or ""),
             sample,

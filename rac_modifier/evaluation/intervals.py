@@ -73,19 +73,22 @@ def tango_interval(lost: float, gained: float, total: int) -> Interval:
 
 
 def bootstrap_interval(values: Sequence[float]) -> Interval:
-    """Return the percentile interval of the mean of `values`, one per problem.
+    """Return the percentile interval of the mean of `values`, one per problem."""
+    return ratio_interval(values, [1.0] * len(values))
 
-    Resampled 10,000 times with a fixed seed.
+
+def ratio_interval(above: Sequence[float], below: Sequence[float]) -> Interval:
+    """Return the percentile interval of sum(above) / sum(below), a pair per problem.
+
+    Problems are resampled 10,000 times with a fixed seed.
     """
-    numbers = np.asarray(values, dtype=np.float64)
-    chance = np.random.default_rng(0)
-    means = np.concatenate(
-        [
-            numbers[chance.integers(len(numbers), size=(500, len(numbers)))].mean(axis=1)
-            for _ in range(20)
-        ]
-    )
-    low, high = np.quantile(means, [0.025, 0.975])
+    pairs = np.asarray([above, below], dtype=np.float64)
+    chance, count = np.random.default_rng(0), len(above)
+    ratios = []
+    for _ in range(20):
+        sums = pairs[:, chance.integers(count, size=(500, count))].sum(axis=2)
+        ratios.append(sums[0] / sums[1])
+    low, high = np.quantile(np.concatenate(ratios), [0.025, 0.975])
     return float(low), float(high)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.intervals import difference_interval, mcnemar
 from rac_modifier.evaluation.results import EvalResult
+from rac_modifier.evaluation.stopping import TokenInflation, token_inflation
 from rac_modifier.files import read_json
 
 
@@ -21,6 +22,7 @@ class PairedDifference:
         ci_low, ci_high: 95 %, of `intervals.difference_interval`.
         only_first, only_second: problems that a single model solves; None with several answers.
         p_value: McNemar's exact two-sided test; None with several answers per problem.
+        inflation: tokens of the second over those of the first.
     """
 
     first: str
@@ -32,6 +34,7 @@ class PairedDifference:
     only_first: int | None
     only_second: int | None
     p_value: float | None
+    inflation: TokenInflation
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -88,6 +91,7 @@ def paired_difference(first: EvalResult, second: EvalResult) -> PairedDifference
         only_first=lost,
         only_second=gained,
         p_value=p_value,
+        inflation=token_inflation(first.endings, second.endings, first.cap),
     )
 
 

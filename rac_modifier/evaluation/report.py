@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rac_modifier.errors import RacError
+from rac_modifier.evaluation.stopping import summary
 
 if TYPE_CHECKING:  # a table of results needs no torch
     from rac_modifier.evaluation.divergence import DivergenceResult
@@ -25,9 +26,8 @@ class ResultTable:
 def accuracy_table(results: Sequence[EvalResult]) -> ResultTable:
     """Return the results in the order given; the note states the cap and the sampling.
 
-    `thinking` and `tokens` are means per answer; `unfinished` is the share of answers cut off at the cap,
-    and `repeating`, where there are any, the share cut off while they repeated themselves. With several
-    answers per problem, accuracy is pass@1, and a column has pass@k for the largest k.
+    `thinking` and `tokens` are means per answer; `unfinished` is the share of truncated answers. With
+    several answers per problem, accuracy is pass@1, and a column has pass@k for the largest k.
 
     Raises:
         RacError: no results, or results of different caps or numbers of answers: a longer cap finishes
@@ -63,11 +63,28 @@ def accuracy_table(results: Sequence[EvalResult]) -> ResultTable:
     if samples[0] > 1:
         columns[f"pass@{samples[0]}"] = [f"{r.pass_at[str(r.samples)]:.1%}" for r in results]
         note += f"; {samples[0]} answers per problem"
-    if any(r.repeating_share for r in results):
-        shares = [r.repeating_share for r in results]
-        columns["repeating"] = ["-" if share is None else f"{share:.1%}" for share in shares]
-        note += "; repeating: answers that were cut off while their end repeated itself"
     return ResultTable(tuple(columns), tuple(zip(*columns.values(), strict=True)), f"{note}.")
+
+
+def stopping_table(results: Sequence[EvalResult]) -> ResultTable:
+    """Return the share of each kind of ending and the mean lengths, a row per result."""
+    return ResultTable(
+        head=(
+            "model",
+            "right",
+            "wrong",
+            *("truncated: reached", "truncated: looping", "truncated: going"),
+            *("closes thinking", "thinking", "answer"),
+        ),
+        rows=tuple(_stopping_row(result) for result in results),
+        note="Reached: the last answer stated before the cap is right. Accuracy counts it if boxed.",
+    )
+
+
+def _stopping_row(result: EvalResult) -> tuple[str, ...]:
+    *shares, thinking, answer = summary(result.endings).values()
+    percentages = (f"{share:.1%}" for share in shares)
+    return (result.label, *percentages, f"{thinking:.0f}", f"{answer:.0f}")
 
 
 def divergence_table(results: Sequence[DivergenceResult]) -> ResultTable:

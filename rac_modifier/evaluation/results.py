@@ -12,22 +12,19 @@ import numpy as np
 
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.intervals import mean_pass_at, share_interval
+from rac_modifier.evaluation.stopping import Ending
 
 
 @dataclass(frozen=True)
 class Row:
-    """An answer to a problem; token counts include EOS."""
+    """An answer to a problem."""
 
     id: str  # of the problem
     task: str | None
     correct: bool
-    finish: str  # "stop": the model ended its answer; "length": it was cut off at the cap
-    prompt_tokens: int
-    tokens: int
-    thinking_tokens: int  # up to and including </think>; all of them where that is missing
     text: str
     sample: int  # number of the answer, from 0
-    repeats: bool = False  # cut off while its end repeated itself
+    ending: Ending
 
 
 @dataclass(frozen=True)
@@ -53,8 +50,7 @@ class EvalResult:
     seed: int
     per_task: dict[str, float]  # accuracy of each named task
     correct_answers: dict[str, int]  # by problem; what two results are paired by
-    # of all answers, those cut off while they repeated themselves; None: not counted
-    repeating_share: float | None = None
+    endings: dict[str, list[Ending]]  # by problem, an ending per sample
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values for JSON; `from_dict` is the inverse."""
@@ -68,14 +64,17 @@ class EvalResult:
             RacError: a field is missing or unknown.
         """
         names = {f.name for f in dataclasses.fields(cls)}
-        needed = names - {"repeating_share"}  # older results do not have it
-        if not needed <= values.keys() <= names:
-            missing, unknown = sorted(needed - values.keys()), sorted(values.keys() - names)
+        if values.keys() != names:
+            missing, unknown = sorted(names - values.keys()), sorted(values.keys() - names)
             raise RacError(
                 f"not an evaluation result: missing {missing}, unknown {unknown}; evaluate again with "
                 "this version"
             )
-        return cls(**values)
+        endings = {
+            name: [Ending.from_dict(ending) for ending in samples]
+            for name, samples in values["endings"].items()
+        }
+        return cls(**{**values, "endings": endings})
 
 
 def summarise(
@@ -100,9 +99,9 @@ def summarise(
     (samples,) = {len(answers) for answers in by_problem.values()}
     shares = [count / samples for count in correct.values()]
     low, high = share_interval(shares)
-    thinking = [row.thinking_tokens for row in rows]
+    thinking = [row.ending.thinking_tokens for row in rows]
     tasks = sorted({row.task for row in rows if row.task is not None})
-    tokens = sum(row.tokens for row in rows) if generated is None else generated
+    tokens = sum(row.ending.tokens for row in rows) if generated is None else generated
     return EvalResult(
         label=label,
         problems=len(by_problem),
@@ -116,8 +115,8 @@ def summarise(
         thinking_percentiles={
             str(share): float(np.percentile(thinking, share)) for share in (50, 90, 99)
         },
-        mean_completion_tokens=fmean(row.tokens for row in rows),
-        unfinished_share=fmean(row.finish != "stop" for row in rows),
+        mean_completion_tokens=fmean(row.ending.tokens for row in rows),
+        unfinished_share=fmean(row.ending.truncated for row in rows),
         tokens_per_second=tokens / seconds if tokens else 0.0,
         seconds=seconds,
         cap=cap,
@@ -125,5 +124,5 @@ def summarise(
         seed=seed,
         per_task={task: fmean(row.correct for row in rows if row.task == task) for task in tasks},
         correct_answers=correct,
-        repeating_share=fmean(row.repeats for row in rows),
+        endings={name: [row.ending for row in answers] for name, answers in by_problem.items()},
     )

@@ -19,19 +19,25 @@ LONGEST_PERIOD = 128  # tokens of a repeated stretch
 COPIES, TAIL = 3, 64  # copies and tokens that a repeating tail has at least
 
 
-def repeated_tokens(ids: Sequence[int]) -> int:
-    """Count the tokens at the end that are further copies of the stretch before them.
+def loop_at_end(items: Sequence[int] | Sequence[str]) -> tuple[int, int] | None:
+    """Return the index where the repeating end begins, and its period; None if no end repeats.
 
     The end repeats if it is at least `COPIES` copies, the last of them perhaps cut, of a stretch of at
-    most `LONGEST_PERIOD` tokens, and at least `TAIL` tokens long. Returns 0 if it does not.
+    most `LONGEST_PERIOD` items, and at least `TAIL` items long.
     """
-    for period in range(1, min(LONGEST_PERIOD, len(ids) // COPIES) + 1):
+    for period in range(1, min(LONGEST_PERIOD, len(items) // COPIES) + 1):
         same = 0
-        while period + same < len(ids) and ids[-1 - same] == ids[-1 - same - period]:
+        while period + same < len(items) and items[-1 - same] == items[-1 - same - period]:
             same += 1
         if same >= (COPIES - 1) * period and same + period >= TAIL:
-            return same
-    return 0
+            return len(items) - same - period, period
+    return None
+
+
+def repeated_tokens(ids: Sequence[int]) -> int:
+    """Count the tokens at the end that are further copies of the stretch before them."""
+    loop = loop_at_end(ids)
+    return 0 if loop is None else len(ids) - sum(loop)
 
 
 def repeated_tail(ids: Sequence[int], finish_reason: str) -> int:

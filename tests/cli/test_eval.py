@@ -162,9 +162,15 @@ def test_eval_compares_models(rac, tiny_folder, sparse_folder, tmp_path):
     )
     assert code == 0
     assert re.search(rf"{re.escape(str(sparse_folder))}\s.*%", stdout)
-    rows = json.loads(results.read_text())["results"]
+    content = json.loads(results.read_text())
+    rows = content["results"]
     assert [row["label"] for row in rows] == [str(tiny_folder), str(sparse_folder)]
     assert {row["problems"] for row in rows} == {4}
+    # at a cap of 8 a model with random weights finishes nothing
+    assert f"tokens of {sparse_folder} over {tiny_folder}: x1.00 (1.00 to 1.00) on all 4" in stdout
+    assert [row["going"] for row in content["stopping"]] == [1.0, 1.0]
+    assert content["paired"][0]["inflation"]["both_finish"] is None
+    assert len(re.findall(r"closes thinking", stdout)) == 1
 
 
 def test_eval_divergence(rac, tiny_folder, tmp_path):
@@ -215,7 +221,10 @@ def test_figures_on_the_card(rac, tiny_folder, sparse_folder, tmp_path):
     code, out, err = rac(
         "eval", own, *FEW, "--card", "--baseline", tmp_path / "r.json", "--json", "-"
     )
-    assert (code, list(json.loads(out))) == (0, ["results", "prompt", "protocol", "paired"])
+    assert (code, list(json.loads(out))) == (
+        0,
+        ["results", "prompt", "protocol", "stopping", "paired"],
+    )
     assert err.splitlines()[-1] == f"written into the model card of {own}"
     assert (own / "README.md").read_text() == card
 

@@ -4,6 +4,7 @@ from rac_modifier.errors import RacError
 from rac_modifier.evaluation import accuracy
 from rac_modifier.evaluation.accuracy import evaluate
 from rac_modifier.evaluation.results import Row, summarise
+from rac_modifier.evaluation.stopping import Loop
 from rac_modifier.problems.source import Problem
 from tests.evaluation.scripted import Scripted
 from tests.tiny import byte_tokenizer, tiny_model
@@ -52,11 +53,11 @@ def rows(monkeypatch):
 
 def test_each_answer_is_matched_to_its_problem(tokenizer, rows):
     result = run(tokenizer, batch_size=3)
-    assert [(r.id, r.correct, r.finish) for r in rows] == [
-        ("short", True, "stop"),
-        ("longest", False, "stop"),
-        ("longer", False, "length"),
-        ("half", True, "stop"),
+    assert [(r.id, r.correct, r.ending.kind) for r in rows] == [
+        ("short", True, "right"),
+        ("longest", False, "wrong"),
+        ("longer", False, "going"),
+        ("half", True, "right"),
     ]
     assert [r.text for r in rows] == [SCRIPT[p.id].removesuffix("...") for p in PROBLEMS]
     assert (result.correct, result.unfinished_share) == (2, 0.25)
@@ -70,20 +71,21 @@ def test_lengths_count_tokens_with_eos_and_closing_tag(tokenizer):
     assert run(tokenizer, PROBLEMS[2:3]).mean_thinking_tokens == len("on and on")
 
 
-def test_an_answer_that_was_cut_while_it_repeated_itself_is_counted(tokenizer, rows):
+def test_the_loop_of_a_truncated_answer_is_located_in_its_tokens(tokenizer, rows):
     script = SCRIPT | {
         "short": "and on " * 20 + "...",
         "longer": "and on " * 20,
         "half": "a" * 70 + "b...",
     }
     result = run(tokenizer, generate=Scripted(script), max_new_tokens=200)
-    assert [(r.finish, r.repeats) for r in rows] == [
-        ("length", True),
-        ("stop", False),
-        ("stop", False),
-        ("length", False),
+    loop = Loop(0, len("and on "), "tokens")
+    assert [(r.ending.kind, r.ending.loop) for r in rows] == [
+        ("looping", loop),
+        ("wrong", None),
+        ("wrong", None),
+        ("going", None),
     ]
-    assert (result.repeating_share, result.unfinished_share) == (0.25, 0.5)
+    assert result.unfinished_share == 0.5
 
 
 def test_prompts_of_like_length_share_a_batch_longest_first(tokenizer):

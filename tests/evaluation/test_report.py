@@ -2,15 +2,14 @@ import pytest
 
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.plot import plot_divergence
-from rac_modifier.evaluation.report import accuracy_table, divergence_table
-from rac_modifier.evaluation.results import EvalResult
+from rac_modifier.evaluation.report import accuracy_table, divergence_table, stopping_table
 from tests.evaluation.test_divergence import result as divergence_result
 from tests.evaluation.test_results import result, row
 
 
 def test_a_row_per_result_in_the_order_given():
     table = accuracy_table(
-        [result([row()]), result([row(), row(correct=False, finish="length")], label="2:4, RAC")]
+        [result([row()]), result([row(), row(correct=False, kind="going")], label="2:4, RAC")]
     )
     assert len(table.head) == len(table.rows[0]) == 9
     assert table.rows[0] == ("dense", "100.0%", "20.7-100.0", "8", "10", "0.0%", "5", "0.0", "1")
@@ -18,16 +17,14 @@ def test_a_row_per_result_in_the_order_given():
     assert table.note == "At most 64 new tokens per answer; greedy."
 
 
-def test_a_column_for_answers_that_repeat_themselves_where_there_are_any():
-    looping = [row(correct=False, finish="length", repeats=True) for _ in range(2)]
-    older = EvalResult.from_dict(
-        {k: v for k, v in result([row()]).as_dict().items() if k != "repeating_share"}
-    )
-    table = accuracy_table([result([row()]), result([row(), *looping, row()]), older])
-    assert [line[-1] for line in (table.head, *table.rows)] == ["repeating", "0.0%", "50.0%", "-"]
-    assert table.note.endswith(
-        "greedy; repeating: answers that were cut off while their end repeated itself."
-    )
+def test_a_share_per_kind_of_ending_and_mean_lengths():
+    kinds = ["right", "right", "right", "wrong", "wrong", "reached", "reached", "looping"]
+    rows = [row(kind=kind) for kind in kinds]
+    rows += [row(kind="going", thinking=10) for _ in range(2)]
+    table = stopping_table([result(rows)])
+    shares = ("30.0%", "20.0%", "20.0%", "10.0%", "20.0%", "80.0%")
+    assert table.rows == (("dense", *shares, "8", "2"),)
+    assert len(table.head) == 9
 
 
 def test_what_cannot_be_compared_is_refused():

@@ -1,28 +1,29 @@
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.intervals import bootstrap_interval, wilson_interval
 from rac_modifier.evaluation.results import EvalResult, Row, summarise
+from rac_modifier.evaluation.stopping import Ending, Loop
 
 NUMBERS = itertools.count()
 
 
 def row(
     correct=True,
-    finish="stop",
+    kind=None,
     tokens=10,
     thinking=8,
     task="addition",
     name=None,
     sample=0,
-    repeats=False,
 ):
-    return Row(
-        name or f"p{next(NUMBERS)}", task, correct, finish, 5, tokens, thinking, "", sample, repeats
-    )
+    kind = kind or ("right" if correct else "wrong")
+    ending = Ending(kind, tokens, thinking, closes=thinking < tokens)
+    return Row(name or f"p{next(NUMBERS)}", task, correct, "", sample, ending)
 
 
 def result(rows, **changes):
@@ -35,7 +36,7 @@ def result(rows, **changes):
 def test_summary():
     rows = [
         row(tokens=10, thinking=8),
-        row(correct=False, finish="length", tokens=64, thinking=64),
+        row(correct=False, kind="going", tokens=64, thinking=64),
         row(tokens=16, thinking=9, task="gcd"),
         row(tokens=30, thinking=3, task=None),
     ]
@@ -48,7 +49,9 @@ def test_summary():
 
 
 def test_results_survive_json():
-    found = result([row(), row(correct=False)])
+    looping = row(correct=False, kind="looping")
+    ending = replace(looping.ending, loop=Loop(3, 2, "tokens"))
+    found = result([row(), replace(looping, ending=ending)])
     assert EvalResult.from_dict(json.loads(json.dumps(found.as_dict()))) == found
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.results import EvalResult, Row, summarise
+from rac_modifier.evaluation.stopping import Ending
 from rac_modifier.frontier.benchmarks import (
     Benchmark,
     ask_benchmarks,
@@ -30,7 +31,8 @@ MATH, AIME = (
 
 
 def result(label: str, right: int = 3, problems: int = 4) -> EvalResult:
-    rows = [Row(f"p{i}", None, i < right, "stop", 1, 2, 2, "", 0) for i in range(problems)]
+    ending = Ending("right", 2, 2, True)
+    rows = [Row(f"p{i}", None, i < right, "", 0, ending) for i in range(problems)]
     return summarise(rows, label=label, seconds=1.0, cap=9, temperature=0.6, seed=0)
 
 

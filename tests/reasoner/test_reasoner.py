@@ -59,11 +59,12 @@ def test_it_solves_held_out_problems_of_every_task(answered):
 
 
 @pytest.mark.slow
-def test_its_completions_are_long_next_to_its_prompts(answered):
+def test_its_completions_are_long_next_to_its_prompts(reasoner, answered):
     _, rows = answered
-    tokens = sum(r.tokens for r in rows)
-    assert tokens >= 5 * sum(r.prompt_tokens for r in rows)
-    assert sum(r.thinking_tokens for r in rows) >= 0.8 * tokens
+    prompts = (render_prompt(reasoner[1], p.question) for p in held_out_problems("arithmetic", 600))
+    tokens = sum(r.ending.tokens for r in rows)
+    assert tokens >= 5 * sum(map(len, prompts))
+    assert sum(r.ending.thinking_tokens for r in rows) >= 0.8 * tokens
 
 
 @pytest.mark.slow

@@ -1,0 +1,88 @@
+r"""The answer that a text states last, in English, German, French and Chinese.
+
+A statement is `\boxed{X}`, or "the answer is X" in a sentence that ends. A text without either may
+state its answer as `= X` at the end of a line. A number that merely appears states nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from itertools import pairwise
+
+from rac_modifier.problems.answers import THINK_END, Verifier, equal_answers, extract_answer
+
+_NOUN = r"(?:answer|solution|result|Antwort|Lösung|Ergebnis|réponse|résultat|答案|结果)"
+_LINK = r"(?:\b(?:is|be|equals|ist|sei|lautet|beträgt|est|vaut)\b|应该是|应为|等于|是|为|[:：=])"
+# Words between noun and verb, without a number and without a negation: "to this problem".
+_BETWEEN = r"(?:(?!not\b|n't|nicht\b|pas\b|不)[^\n.,;?!。，；？！\d]){0,30}?"
+_FILLER = (
+    r"(?:[\s*:：$]|\\[(\[]|\b(?:simply|thus|therefore|also|somit|daher|donc|bien|alors)\b){0,20}"
+)
+_CLAUSE = r"(?P<clause>(?:[^\n.,;?!。，；？！]|[.,](?=\d)){1,200})"
+# The end of the text ends no sentence: the number before it may be cut.
+_END = r"(?P<end>[\n;?!。，；？！]|[.,](?=\D))"
+_PHRASE = re.compile(rf"{_NOUN}{_BETWEEN}{_LINK}{_FILLER}{_CLAUSE}{_END}", re.IGNORECASE)
+_EQUATION = re.compile(rf"[=＝]{_FILLER}(?P<clause>[^=＝\n]{1, 200})\n", re.IGNORECASE)
+_NO_CLAIM = re.compile(
+    r"(?:\b(?:if|whether|suppose|maybe|perhaps|wenn|falls|ob|vielleicht|si|peut-être)\b"
+    r"|如果|若|假设|可能|也许|是否)[^\n.?!。？！]*$",
+    re.IGNORECASE,
+)
+_VALUE = re.compile(r"\d|\\[a-z]|^\(?[A-Z]\)?$")
+_FIRST_WORD = re.compile(r"(?:[A-Za-z]\s*=\s*)?(?P<word>[^\s\u3000-\u9fff\uff00-\uffef]+)")
+_ALTERNATIVE = re.compile(r"\s*(?:\b(?:or|oder|ou)\b|或|还是)")
+
+
+def states_answer(
+    text: str, reference: str, verifier: Verifier | None = None, question: str = ""
+) -> bool:
+    """Tell whether the last answer that `text` states is the reference answer.
+
+    Args:
+        text: a completion, perhaps truncated.
+        reference: the problem's answer.
+        verifier: compares answers instead of math-verify.
+        question: a statement that stands in it is no statement of the model.
+    """
+    in_words = verifier is not None or not _VALUE.search(reference)
+    statements = sorted([*_boxes(text), *_matches(_PHRASE, text, question, in_words)])
+    statements = statements or sorted(_matches(_EQUATION, text, question, in_words))
+    return bool(statements) and (verifier or equal_answers)(statements[-1][1], reference)
+
+
+def _boxes(text: str) -> Iterator[tuple[int, str]]:
+    r"""Yield position and content of each complete, non-empty `\boxed{}`."""
+    starts = [match.start() for match in re.finditer(r"\\boxed\s*\{", text)]
+    for start, end in pairwise([*starts, len(text)]):
+        content = extract_answer(text[start:end].partition(THINK_END)[0])
+        if content:
+            yield start, content
+
+
+def _matches(
+    pattern: re.Pattern[str], text: str, question: str, in_words: bool
+) -> Iterator[tuple[int, str]]:
+    """Yield position and value of each statement that is no question, condition or alternative.
+
+    The value is the whole clause if answers are `in_words`, otherwise its first word.
+    """
+    for match in pattern.finditer(text):
+        before = text[max(0, match.start() - 40) : match.start()]
+        asked = match.groupdict().get("end") in ("?", "？")
+        if asked or _NO_CLAIM.search(before) or match.group().strip() in question:
+            continue
+        clause = match["clause"].strip()
+        word = _FIRST_WORD.match(clause)
+        if in_words:
+            yield match.start("clause"), _bare(clause)
+        elif word and not _ALTERNATIVE.match(clause, word.end()):
+            value = _bare(word["word"])
+            if _VALUE.search(value):
+                yield match.start("clause"), value
+
+
+def _bare(value: str) -> str:
+    r"""Return a value without the marks of Markdown and LaTeX around it, and (A) as A."""
+    value = value.rstrip("*$.,:").removesuffix("\\)").removesuffix("\\]").strip("*$ ")
+    return value[1:-1] if re.fullmatch(r"\([A-Z]\)", value) else value

@@ -1,0 +1,188 @@
+"""Whether a model still stops: the kind of each ending, and the token inflation of two models."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any, Literal, get_args
+
+from rac_modifier.evaluation.intervals import Interval, ratio_interval
+from rac_modifier.evaluation.statements import states_answer
+from rac_modifier.problems.answers import THINK_END, Verifier
+from rac_modifier.traces.selection import loop_at_end
+
+# The model ended its answer: right, wrong. The cap truncated it: after a right statement of the
+# answer, while its end repeated itself, or neither.
+Kind = Literal["right", "wrong", "reached", "looping", "going"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+FINISHED: tuple[Kind, ...] = ("right", "wrong")
+# A number, a Chinese character, a word, or a mark.
+_WORD = re.compile(r"\d{1,18}|[\u2e80-\u9fff]|[^\W\d\u2e80-\u9fff]+|[^\w\s]")
+
+
+@dataclass(frozen=True)
+class Loop:
+    """The repeating end of a truncated answer."""
+
+    begin: int  # index in the completion of its first token or word
+    period: int  # tokens or words
+    unit: Literal["tokens", "words"]
+    counts: bool = False  # its copies differ by numbers that advance by a constant step
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How an answer ended, and its length."""
+
+    kind: Kind
+    tokens: int  # with EOS
+    thinking_tokens: int  # up to and including </think>; all tokens where that is missing
+    closes: bool  # the text holds </think>
+    loop: Loop | None = None  # of a truncated answer, "reached" included
+
+    @property
+    def truncated(self) -> bool:
+        """Whether the cap ended the answer."""
+        return self.kind not in FINISHED
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Ending:
+        """Return the ending of `dataclasses.asdict`'s values."""
+        loop = values.get("loop")
+        return cls(**{**values, "loop": None if loop is None else Loop(**loop)})
+
+
+Endings = Mapping[str, Sequence[Ending]]  # by problem, one per sample
+
+
+@dataclass(frozen=True)
+class Inflation:
+    """Tokens of the second model over tokens of the first one, on the same problems.
+
+    Attributes:
+        answers: pairs of answers that are compared.
+        ratio: sum over sum.
+        ci_low, ci_high: 95 %, of `intervals.ratio_interval`; None with one problem.
+    """
+
+    answers: int
+    ratio: float
+    ci_low: float | None
+    ci_high: float | None
+
+    def describe(self) -> str:
+        """Describe the ratio, for example "x1.25 (1.11 to 1.40)"."""
+        text = f"x{self.ratio:.2f}"
+        return text if self.ci_low is None else f"{text} ({self.ci_low:.2f} to {self.ci_high:.2f})"
+
+
+@dataclass(frozen=True)
+class TokenInflation:
+    """Inflation on answers that both models finish (None: there are none), and on all answers."""
+
+    both_finish: Inflation | None
+    at_cap: Inflation  # truncated answers counted at the cap
+
+    def describe(self, first: str, second: str) -> str:
+        """Describe both ratios in a line."""
+        both = self.both_finish
+        text = f"tokens of {second} over {first}: "
+        text += f"{both.describe()} on {both.answers} answers that both finish; " if both else ""
+        return f"{text}{self.at_cap.describe()} on all {self.at_cap.answers}, truncated at the cap"
+
+
+def token_inflation(first: Endings, second: Endings, cap: int) -> TokenInflation:
+    """Compare the lengths of answers to the same problems, with equally many samples of each.
+
+    Sample i of one model is paired with sample i of the other. The samples of a problem are one
+    cluster of the bootstrap.
+    """
+    finished, everything = [], []
+    for problem in first:
+        pairs = list(zip(first[problem], second[problem], strict=True))
+        everything.append([(_at_cap(a, cap), _at_cap(b, cap)) for a, b in pairs])
+        finished.append(
+            [(a.tokens, b.tokens) for a, b in pairs if not (a.truncated or b.truncated)]
+        )
+    clusters = [cluster for cluster in finished if cluster]
+    return TokenInflation(_inflation(clusters) if clusters else None, _inflation(everything))
+
+
+def _at_cap(ending: Ending, cap: int) -> int:
+    return cap if ending.truncated else ending.tokens
+
+
+def _inflation(clusters: Sequence[Sequence[tuple[int, int]]]) -> Inflation:
+    first = [sum(a for a, _ in cluster) for cluster in clusters]
+    second = [sum(b for _, b in cluster) for cluster in clusters]
+    interval: Interval | tuple[None, None] = (None, None)
+    if len(clusters) > 1:
+        interval = ratio_interval(second, first)
+    return Inflation(sum(map(len, clusters)), sum(second) / sum(first), *interval)
+
+
+def summary(endings: Endings) -> dict[str, float]:
+    """Return the share of each kind, the share that closes its thinking, and mean lengths."""
+    answers = [ending for samples in endings.values() for ending in samples]
+    shares = {kind: fmean(ending.kind == kind for ending in answers) for kind in KINDS}
+    thinking = fmean(ending.thinking_tokens for ending in answers)
+    return shares | {
+        "closes_thinking": fmean(ending.closes for ending in answers),
+        "thinking_tokens": thinking,
+        "answer_tokens": fmean(ending.tokens for ending in answers) - thinking,
+    }
+
+
+def ending_of(
+    text: str,
+    answer: str,
+    *,
+    correct: bool,
+    finish: str,
+    tokens: int,
+    thinking_tokens: int,
+    ids: Sequence[int] = (),
+    question: str = "",
+    verifier: Verifier | None = None,
+) -> Ending:
+    """Classify a completion.
+
+    Args:
+        text: the completion.
+        answer: the problem's answer.
+        correct: the verdict of `answers.is_correct`.
+        finish: "length" if the cap truncated the completion.
+        tokens, thinking_tokens: its lengths.
+        ids: its tokens; without them, loops are found in words.
+        question: of the problem; its statements are none of the model.
+        verifier: compares answers instead of math-verify.
+    """
+    closes, loop = THINK_END in text, None
+    kind: Kind = "right" if correct else "wrong"
+    if finish == "length":
+        loop, before_counting = _loop(text, ids)
+        reached = correct or states_answer(before_counting, answer, verifier, question)
+        kind = "reached" if reached else "looping" if loop else "going"
+    return Ending(kind, tokens, thinking_tokens, closes, loop)
+
+
+def _loop(text: str, ids: Sequence[int]) -> tuple[Loop | None, str]:
+    """Return the loop at the end (None: none), and the text without a loop that counts.
+
+    A loop that counts through numbers passes the answer without stating it.
+    """
+    if repeated := loop_at_end(ids):
+        return Loop(*repeated, "tokens"), text
+    matches = list(_WORD.finditer(text))[:-1]  # the last word may be cut
+    words = [match.group() for match in matches]
+    if repeated := loop_at_end(words):
+        return Loop(*repeated, "words"), text
+    if repeated := loop_at_end(["0" if word.isdecimal() else word for word in words]):
+        begin, period = repeated
+        counters = (i for i in range(begin + 2 * period, len(words)) if words[i].isdecimal())
+        steps = ([int(words[i - k * period]) for k in (0, 1, 2)] for i in counters)
+        if all(last - middle == middle - first for last, middle, first in steps):
+            return Loop(begin, period, "words", counts=True), text[: matches[begin].start()]
+    return None, text

@@ -1,0 +1,212 @@
+"""60 completions in four languages by hand; ratios and intervals by brute force."""
+
+import itertools
+import random
+
+import numpy as np
+import pytest
+
+from rac_modifier.evaluation.intervals import ratio_interval
+from rac_modifier.evaluation.stopping import (
+    Ending,
+    Inflation,
+    Loop,
+    ending_of,
+    summary,
+    token_inflation,
+)
+
+# the answer of each text is 42; {loop} and {counter} are replaced by `text_of`
+TEXTS = {
+    "right": [
+        "6 * 7</think>It is \\boxed{42}.",
+        "6 mal 7</think>Es ist \\boxed{42}.",
+        "6 fois 7</think>C'est \\boxed{42}.",
+        "六乘七</think>答案是 \\boxed{42}。",
+        "\\boxed{41}? No.</think>\\boxed{42}",
+        "The answer is 41.</think>\\boxed{42}",
+    ],
+    "wrong": [
+        "6 * 7</think>It is \\boxed{41}.",
+        "6 mal 7 = 42</think>Die Antwort lautet 42.",  # no box, which accuracy asks for
+        "\\boxed{42}</think>C'est \\boxed{41}.",
+        "答案是42。</think>答案是 \\boxed{41}。",
+        "\\boxed{42} or rather \\boxed{41}",
+        "{loop}</think>\\boxed{41}",
+    ],
+    "reached": [
+        "6 * 7, so the answer is 42. But wait, let me check",
+        "So the final answer is \\boxed{42}.</think>The product of",
+        "Answer: 42\n\nLet me verify. 7 + 7 is 14, and",
+        "The answer is 42. {loop}",
+        "The answer is 41. No, I forgot one. The answer is 42. Hmm, let me",
+        "\\boxed{41} is wrong, so \\boxed{42}. Let me verify that",
+        "First, 6 * 7\n= 42\nLet me think about",
+        "Also, die Antwort lautet 42. Moment, ich prüfe",
+        "Das Ergebnis ist somit **42**.\nZur Probe rechnen",
+        "Die Lösung beträgt $42$, denn 6 mal",
+        "Damit gilt 6 * 7 = 42\nIch rechne noch",
+        "Antwort: \\boxed{42}\n{loop}",
+        "La réponse est donc 42. Attendez, je vérifie",
+        "Le résultat vaut 42, parce que",
+        "Réponse finale : 42\nVérifions encore",
+        "La solution de ce problème est \\(42\\). Mais",
+        "On trouve 6 * 7 = 42\nReprenons le calcul",
+        "所以答案是42。等一下，让我再检查",
+        "最终答案为：42。\n验证一下",
+        "答案应该是 $42$，因为",
+        "因此 6 * 7 = 42\n我们再",
+        "结果等于42。{loop}",
+    ],
+    "looping": [
+        "{loop}",
+        "We need 42 apples. {loop}",
+        "Is the answer 42? {loop}",
+        "The answer is 41. {loop}",
+        "{counter}",
+        "Let me count. {counter}",
+        "\\boxed{42} or rather \\boxed{41}. {loop}",
+        "Warte, ich rechne noch einmal nach. {german}",
+        "Wenn die Antwort 42 wäre. {german}",
+        "Attendez, 42 est dans la question. {french}",
+        "等等，让我再想一想。{chinese}",
+        "题目里有42。{chinese}",
+    ],
+    "going": [
+        "The question asks whether 42 of 50 apples are",
+        "If the answer is 42, then 42 / 6 is",
+        "The answer is not 42, since",
+        "I wrote \\boxed{42}, but the carry is lost: \\boxed{41}. Now",
+        "The answer is 42. Wait, the answer is 43. Let me",
+        "Let me try 40, 41, 42, 43, and then",
+        "Die Frage ist, ob 42 von 50 Äpfeln",
+        "Vielleicht ist die Antwort 42, aber",
+        "Die Antwort ist nicht 42, sondern",
+        "On a 42 pommes, et on en prend",
+        "Si la réponse est 42, alors 42 / 6",
+        "La réponse n'est pas 42, car",
+        "题目说有42个苹果，然后",
+        "如果答案是42，那么",
+    ],
+}
+LOOPS = {
+    "{loop}": "Wait, let me check that again. " * 12,
+    "{german}": "Moment, das stimmt so noch nicht ganz. " * 12,
+    "{french}": "Attendez, il faut recommencer le calcul. " * 12,
+    "{chinese}": "等等，我再检查一遍。" * 12,
+    "{counter}": "".join(f"Try again: attempt {n}, the answer is {n}. " for n in range(34, 43)),
+}
+CASES = [(kind, text) for kind, texts in TEXTS.items() for text in texts]
+
+
+def text_of(template: str) -> str:
+    """Replace the names of loops; the last copy is cut."""
+    for name, copies in LOOPS.items():
+        template = template.replace(name, copies[:-3])
+    return template
+
+
+def ended(text: str, finish: str, ids: tuple[int, ...] = ()) -> Ending:
+    correct = "\\boxed{42}" in text.partition("</think>")[2] and finish == "stop"
+    return ending_of(
+        text,
+        "42",
+        correct=correct,
+        finish=finish,
+        tokens=9,
+        thinking_tokens=5,
+        ids=ids,
+        question="Solve 6 * 7. Is it 42?",
+    )
+
+
+def test_sixty_texts():
+    assert len(CASES) == 60
+
+
+@pytest.mark.parametrize(("kind", "text"), CASES)
+def test_the_kind_of_an_ending_is_read_from_text_alone(kind, text):
+    ending = ended(text_of(text), "stop" if kind in ("right", "wrong") else "length")
+    assert ending.kind == kind
+    assert ending.closes == ("</think>" in text)
+    assert ending.truncated == (kind not in ("right", "wrong"))
+    assert (ending.loop is not None) == (
+        ending.truncated and ("{" + text.rpartition("{")[2]) in LOOPS
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "ids", "loop"),
+    [
+        ("so: " + LOOPS["{loop}"], (), Loop(2, 8, "words")),
+        ("好:" + LOOPS["{chinese}"], (), Loop(2, 10, "words")),
+        (LOOPS["{counter}"], (), Loop(0, 11, "words", counts=True)),
+        ("", (5, 6, *(1, 2, 3) * 30, 1), Loop(2, 3, "tokens")),
+        ("".join(f"{n}: {n * n}, " for n in range(40)), (), None),  # squares: no constant step
+    ],
+)
+def test_where_a_loop_begins_and_its_period(text, ids, loop):
+    assert ended(text, "length", ids).loop == loop
+
+
+def answers(*lengths: int, truncated: int | None = None) -> list[Ending]:
+    """Finished endings of these lengths, and the one with the index `truncated`."""
+    kinds = ["going" if i == truncated else "right" for i in range(len(lengths))]
+    return [Ending(kind, n, n, True) for kind, n in zip(kinds, lengths, strict=True)]
+
+
+def test_inflation_pairs_answers_and_counts_truncated_ones_at_the_cap():
+    first = {"a": answers(10, 20), "b": answers(30, 40, truncated=1), "c": answers(5, 5)}
+    second = {"a": answers(20, 20), "b": answers(60, 9), "c": answers(90, 15, truncated=0)}
+    found = token_inflation(first, second, cap=100)
+    both, everything = found.both_finish, found.at_cap
+    assert (both.answers, both.ratio) == (4, (40 + 60 + 15) / (30 + 30 + 5))
+    assert (both.ci_low, both.ci_high) == ratio_interval([40, 60, 15], [30, 30, 5])
+    assert (everything.answers, everything.ratio) == (6, (40 + 69 + 115) / (30 + 130 + 10))
+    assert found.describe("dense", "2:4") == (
+        f"tokens of 2:4 over dense: {both.describe()} on 4 answers that both finish; "
+        f"{everything.describe()} on all 6, truncated at the cap"
+    )
+
+
+def test_without_a_common_finish_and_with_one_problem_there_is_no_interval():
+    found = token_inflation({"a": answers(4, truncated=0)}, {"a": answers(6)}, cap=8)
+    assert found.both_finish is None
+    assert found.at_cap == Inflation(1, 6 / 8, None, None)
+    assert found.at_cap.describe() == "x0.75"
+
+
+def test_the_bootstrap_is_that_of_a_plain_loop_over_problems():
+    draw = random.Random(1)
+    below = [draw.randint(50, 400) for _ in range(40)]
+    above = [n * draw.uniform(0.7, 1.9) for n in below]
+    ratios = []
+    for _ in range(20_000):
+        problems = [draw.randrange(40) for _ in range(40)]
+        ratios.append(sum(above[i] for i in problems) / sum(below[i] for i in problems))
+    expected = np.quantile(ratios, [0.025, 0.975])
+    assert ratio_interval(above, below) == pytest.approx(expected, abs=0.006)
+
+
+def test_the_bootstrap_draws_every_resample_of_three_problems_alike():
+    above, below = [1.0, 5.0, 9.0], [2.0, 3.0, 4.0]
+    every = [
+        sum(above[i] for i in problems) / sum(below[i] for i in problems)
+        for problems in itertools.product(range(3), repeat=3)
+    ]
+    low, high = ratio_interval(above, below)
+    assert (low, high) == pytest.approx((min(every), max(every)))  # each extreme has 1 of 27
+
+
+def test_summary_has_shares_and_means():
+    endings = {"a": [Ending("right", 10, 4, True)], "b": [Ending("looping", 20, 20, False)]}
+    assert summary(endings) == {
+        "right": 0.5,
+        "wrong": 0.0,
+        "reached": 0.0,
+        "looping": 0.5,
+        "going": 0.0,
+        "closes_thinking": 0.5,
+        "thinking_tokens": 12,
+        "answer_tokens": 3,
+    }
