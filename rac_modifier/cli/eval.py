@@ -181,7 +181,11 @@ def evaluate(
         lines = [
             *(render_results(table) for table in tables),
             *(f"{pair.describe()}." for pair in pairs),
-            *(f"{pair.inflation.describe(pair.first, pair.second)}." for pair in pairs),
+            *(
+                f"{pair.inflation.describe(pair.first, pair.second)}."
+                for pair in pairs
+                if pair.inflation is not None
+            ),
             choice.describe(),
         ]
         typer.echo("\n".join([*lines, *asked.describe(len(run.problems))]))

@@ -22,7 +22,7 @@ class PairedDifference:
         ci_low, ci_high: 95 %, of `intervals.difference_interval`.
         only_first, only_second: problems that a single model solves; None with several answers.
         p_value: McNemar's exact two-sided test; None with several answers per problem.
-        inflation: tokens of the second over those of the first.
+        inflation: tokens of the second over tokens of the first; None if a result has no endings.
     """
 
     first: str
@@ -34,7 +34,7 @@ class PairedDifference:
     only_first: int | None
     only_second: int | None
     p_value: float | None
-    inflation: TokenInflation
+    inflation: TokenInflation | None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -81,6 +81,9 @@ def paired_difference(first: EvalResult, second: EvalResult) -> PairedDifference
     if samples == 1:
         lost, gained = sum(a > b for a, b in pairs), sum(b > a for a, b in pairs)
         p_value = mcnemar(lost, gained)
+    inflation = None
+    if first.endings and second.endings:
+        inflation = token_inflation(first.endings, second.endings, first.cap)
     return PairedDifference(
         first=first.label,
         second=second.label,
@@ -91,7 +94,7 @@ def paired_difference(first: EvalResult, second: EvalResult) -> PairedDifference
         only_first=lost,
         only_second=gained,
         p_value=p_value,
-        inflation=token_inflation(first.endings, second.endings, first.cap),
+        inflation=inflation,
     )
 
 

@@ -50,7 +50,7 @@ class EvalResult:
     seed: int
     per_task: dict[str, float]  # accuracy of each named task
     correct_answers: dict[str, int]  # by problem; what two results are paired by
-    endings: dict[str, list[Ending]]  # by problem, an ending per sample
+    endings: dict[str, list[Ending]]  # by problem, an ending per sample; empty: of version 0.1
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values for JSON; `from_dict` is the inverse."""
@@ -64,6 +64,9 @@ class EvalResult:
             RacError: a field is missing or unknown.
         """
         names = {f.name for f in dataclasses.fields(cls)}
+        # results of 0.1 have no endings
+        values = {"endings": {}, **values}
+        values.pop("repeating_share", None)
         if values.keys() != names:
             missing, unknown = sorted(names - values.keys()), sorted(values.keys() - names)
             raise RacError(

@@ -23,7 +23,8 @@ _CLAUSE = r"(?P<clause>(?:[^\n.,;?!。，；？！]|[.,](?=\d)){1,200})"
 # The end of the text ends no sentence: the number before it may be cut.
 _END = r"(?P<end>[\n;?!。，；？！]|[.,](?=\D))"
 _PHRASE = re.compile(rf"{_NOUN}{_BETWEEN}{_LINK}{_FILLER}{_CLAUSE}{_END}", re.IGNORECASE)
-_EQUATION = re.compile(rf"[=＝]{_FILLER}(?P<clause>[^=＝\n]{1, 200})\n", re.IGNORECASE)
+_LINE_END = r"(?P<clause>[^=＝\n]{1,200})\n"
+_EQUATION = re.compile(rf"[=＝]{_FILLER}{_LINE_END}", re.IGNORECASE)
 _NO_CLAIM = re.compile(
     r"(?:\b(?:if|whether|suppose|maybe|perhaps|wenn|falls|ob|vielleicht|si|peut-être)\b"
     r"|如果|若|假设|可能|也许|是否)[^\n.?!。？！]*$",
@@ -43,7 +44,7 @@ def states_answer(
         text: a completion, perhaps truncated.
         reference: the problem's answer.
         verifier: compares answers instead of math-verify.
-        question: a statement that stands in it is no statement of the model.
+        question: its statements are not counted for the model.
     """
     in_words = verifier is not None or not _VALUE.search(reference)
     statements = sorted([*_boxes(text), *_matches(_PHRASE, text, question, in_words)])

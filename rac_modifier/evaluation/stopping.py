@@ -156,7 +156,7 @@ def ending_of(
         finish: "length" if the cap truncated the completion.
         tokens, thinking_tokens: its lengths.
         ids: its tokens; without them, loops are found in words.
-        question: of the problem; its statements are none of the model.
+        question: of the problem; its statements are not counted for the model.
         verifier: compares answers instead of math-verify.
     """
     closes, loop = THINK_END in text, None

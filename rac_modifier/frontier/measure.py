@@ -136,7 +136,7 @@ def _answer(
         return answers, figures, [None] * len(answers)
     sampling = held_out.sampling
     rows = [
-        row_of(tokenizer, problem, 0, answer, None)
+        row_of(tokenizer, problem, answer, None)
         for problem, answer in zip(held_out.problems, answers, strict=True)
     ]
     result = summarise(

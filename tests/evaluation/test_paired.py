@@ -3,6 +3,7 @@ import pytest
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.intervals import tango_interval
 from rac_modifier.evaluation.paired import paired_difference
+from rac_modifier.evaluation.results import EvalResult
 from tests.evaluation.test_results import result, row
 
 
@@ -41,6 +42,14 @@ def test_several_answers_per_problem_are_paired_by_their_share():
     assert found.difference == pytest.approx((-2 + 0 + 1) / 12)
     assert found.p_value is None
     assert "paired over 3 problems" in found.describe()
+
+
+def test_a_result_without_endings_has_no_inflation():
+    dense, sparse = answers([1, 0], "dense"), answers([1, 0], "2:4")
+    older = dense.as_dict() | {"repeating_share": 0.0}
+    del older["endings"]
+    assert paired_difference(dense, sparse).inflation.at_cap.ratio == 1.0
+    assert paired_difference(EvalResult.from_dict(older), sparse).inflation is None
 
 
 def test_what_cannot_be_paired_is_refused():

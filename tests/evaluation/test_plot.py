@@ -89,7 +89,7 @@ def test_divergence_plot_is_written_with_its_words(tmp_path):
 
 
 def test_bars_are_accuracy_with_its_interval_and_the_unfinished_share(drawn):
-    results = [result([row()]), result([row(), row(correct=False, finish="length")], label="RAC")]
+    results = [result([row()]), result([row(), row(correct=False, kind="going")], label="RAC")]
     plot_bars(results, "bars.png")
     left, right = drawn.figure.axes
     bars, interval = left.containers

@@ -28,7 +28,7 @@ TEXTS = {
     ],
     "wrong": [
         "6 * 7</think>It is \\boxed{41}.",
-        "6 mal 7 = 42</think>Die Antwort lautet 42.",  # no box, which accuracy asks for
+        "6 mal 7 = 42</think>Die Antwort lautet 42.",  # accuracy needs a box
         "\\boxed{42}</think>C'est \\boxed{41}.",
         "答案是42。</think>答案是 \\boxed{41}。",
         "\\boxed{42} or rather \\boxed{41}",
