@@ -1,7 +1,7 @@
 r"""The answer that a text states last, in English, German, French and Chinese.
 
 A statement is `\boxed{X}`, or "the answer is X" in a sentence that ends. A text without either may
-state its answer as `= X` at the end of a line. A number that merely appears states nothing.
+state its answer as `= X` or `-> X` at the end of a line. A number that merely appears states nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _CLAUSE = r"(?P<clause>(?:[^\n.,;?!。，；？！]|[.,](?=\d)){1,200})"
 _END = r"(?P<end>[\n;?!。，；？！]|[.,](?=\D))"
 _PHRASE = re.compile(rf"{_NOUN}{_BETWEEN}{_LINK}{_FILLER}{_CLAUSE}{_END}", re.IGNORECASE)
 _LINE_END = r"(?P<clause>[^=＝\n]{1,200})\n"
-_EQUATION = re.compile(rf"[=＝]{_FILLER}{_LINE_END}", re.IGNORECASE)
+_EQUATION = re.compile(rf"(?:[=＝→⇒]|[-=]>){_FILLER}{_LINE_END}", re.IGNORECASE)
 _NO_CLAIM = re.compile(
     r"(?:\b(?:if|whether|suppose|maybe|perhaps|wenn|falls|ob|vielleicht|si|peut-être)\b"
     r"|如果|若|假设|可能|也许|是否)[^\n.?!。？！]*$",
@@ -46,6 +46,7 @@ def states_answer(
         verifier: compares answers instead of math-verify.
         question: its statements are not counted for the model.
     """
+    text = text.replace(THINK_END, "\n")
     in_words = verifier is not None or not _VALUE.search(reference)
     statements = sorted([*_boxes(text), *_matches(_PHRASE, text, question, in_words)])
     statements = statements or sorted(_matches(_EQUATION, text, question, in_words))
@@ -56,7 +57,7 @@ def _boxes(text: str) -> Iterator[tuple[int, str]]:
     r"""Yield position and content of each complete, non-empty `\boxed{}`."""
     starts = [match.start() for match in re.finditer(r"\\boxed\s*\{", text)]
     for start, end in pairwise([*starts, len(text)]):
-        content = extract_answer(text[start:end].partition(THINK_END)[0])
+        content = extract_answer(text[start:end])
         if content:
             yield start, content
 

@@ -154,7 +154,8 @@ def ending_of(
         answer: the problem's answer.
         correct: the verdict of `answers.is_correct`.
         finish: "length" if the cap truncated the completion.
-        tokens, thinking_tokens: its lengths.
+        tokens: its length.
+        thinking_tokens: its length up to and including `</think>`.
         ids: its tokens; without them, loops are found in words.
         question: of the problem; its statements are not counted for the model.
         verifier: compares answers instead of math-verify.

@@ -18,6 +18,8 @@ from rac_modifier.evaluation.statements import states_answer
         "so 6 * 7 = 42\nand",
         "The solution is $\\boxed{42}$, as",
         "The answer is 42. That is, 6 * 7 = 41\n",  # a stated answer counts, not an equation
+        "write 4\n-> 42</think>",
+        "the answer is 42</think>",
         "The answer is 41. No: the answer is 42. Check",
     ],
 )
