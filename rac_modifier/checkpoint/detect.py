@@ -14,18 +14,15 @@ _GROUPS = (4, 8, 16)  # the M of N:M, each twice the one before
 _STEP = 1 / 16  # a larger M is stated only where it prunes at least so much more
 # Of all zeros: with fewer in the pattern, it is what a broken pattern of smaller groups leaves.
 _LEAST_SHARE = 0.8
-_LEAST_BROKEN = (
-    20  # groups that zeros at random places would break, for a pattern to be more than chance
-)
+_LEAST_BROKEN = 20  # groups that zeros at random places would break; fewer may be chance
 
 
 def find_structure(weight: Tensor) -> str:
     """Return the strongest pattern "N:M" (N pruned) of a weight [rows, columns], or "unstructured".
 
-    M is 4, 8 or 16. -0.0 counts as zero. A pattern is stated only if it accounts for 80 % of
-    the zeros, and if as many zeros
-    at random places would break it in at least 20 groups: by chance, small or very sparse
-    weights keep some pattern too.
+    M is 4, 8 or 16. -0.0 counts as zero. A pattern is stated only if it accounts for 80 % of the
+    zeros, and if as many zeros at random places would break it in at least 20 groups: small or
+    very sparse weights keep a pattern by chance.
     """
     rows, columns = weight.shape
     least = {m: m for m in _GROUPS if columns % m == 0}

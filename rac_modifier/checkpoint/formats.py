@@ -118,7 +118,7 @@ def check_packed(
 ) -> list[str]:
     """Check names and dtypes of packed tensors; list the modules whose dense form is int32 words.
 
-    `format` is that of config.json, None for dense weights; `schemes` are those of config.json.
+    `format` and `schemes` come from config.json; `format` is None for dense weights.
 
     Raises:
         RacError: config.json and the tensors contradict each other, or a packed module lacks a

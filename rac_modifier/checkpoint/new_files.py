@@ -1,11 +1,10 @@
 """New files of a folder that are put in place together, and never half of them.
 
-All new files are first written under temporary names: after a full disk or a crash up to there,
-what the folder held is unchanged. Then a journal that lists the renames is written, the renames
-are made, and the journal is removed. After a
-crash between two renames the journal is still there: `TensorFiles` refuses the folder, and the
-next call for the same job makes the remaining renames. A lock file keeps a second process out;
-it holds only as long as the process that took it.
+All new files are first written under temporary names: a full disk or a crash up to there leaves
+the folder unchanged. Then a journal that lists the renames is written, the files are renamed, and
+the journal is removed. After a crash between two renames `TensorFiles` refuses the folder, and
+the next call for the same job finishes the renames. A lock file keeps a second process out; it
+holds only as long as the process that took it.
 """
 
 from __future__ import annotations

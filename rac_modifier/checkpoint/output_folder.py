@@ -80,7 +80,7 @@ def check_output_folder(folder: Path, source: Path | None, need: int) -> None:
 
     Raises:
         RacError: a file, or a folder in a file, the source itself, a folder that is not empty,
-            or too little room.
+            or too little disk space.
     """
     if folder.exists() and not folder.is_dir():
         raise RacError(f"output {folder} is a file; name a folder")
@@ -101,13 +101,13 @@ def check_output_folder(folder: Path, source: Path | None, need: int) -> None:
 
 
 def check_room(folder: Path, need: int, groups: int = 0) -> None:
-    """Refuse a folder on a disk with too little room.
+    """Refuse a folder on a disk with too little space.
 
     Args:
         folder: need not exist.
         need: bytes that the checkpoint takes at most while it is packed.
-        groups: bytes that a pruning run keeps beside it of what is pruned; those that are there
-            already count as written.
+        groups: bytes that a pruning run keeps next to the folder. Files of an earlier run count
+            as written.
 
     Raises:
         RacError: with the bytes that are free and needed.
@@ -117,14 +117,14 @@ def check_room(folder: Path, need: int, groups: int = 0) -> None:
     )
     free = shutil.disk_usage(_existing(folder)).free
     if free < need + groups:
-        beside = (
-            f", and what is pruned so far up to {groups / 2**30:.1f} GiB beside it"
+        also = (
+            f", and what is pruned so far up to {groups / 2**30:.1f} GiB next to it"
             if groups
             else ""
         )
         raise RacError(
             f"{folder}: {free / 2**30:.1f} GiB are free, the checkpoint needs up to "
-            f"{need / 2**30:.1f} GiB while it is packed{beside}; free some or name a folder "
+            f"{need / 2**30:.1f} GiB while it is packed{also}; free some or name a folder "
             "on another disk"
         )
 

@@ -183,7 +183,7 @@ def plain(value: Any) -> Any:
 
 
 def _clean_recipe(folder: Path) -> None:
-    """Take absolute paths out of the copy of the recipe that upstream writes beside the weights."""
+    """Take absolute paths out of the copy of the recipe that upstream writes next to the weights."""
     path = folder / RECIPE_NAME
     if path.is_file():
         text = path.read_text(encoding="utf-8")
@@ -232,4 +232,4 @@ def _free_folder(folder: Path) -> Path:
                 f"{folder} holds a checkpoint already and is left as it is: saving to {other}"
             )
             return other
-    raise RacError(f"{folder} and 999 folders beside it hold checkpoints; name another output_dir")
+    raise RacError(f"{folder} and 999 folders next to it hold checkpoints; name another output_dir")

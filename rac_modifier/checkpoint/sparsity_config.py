@@ -3,9 +3,8 @@
 `quantization_config.sparsity_config` means packed weights. `quant_method` next to it is
 "compressed-tensors", with which transformers and vLLM without this package refuse it. "rac" is
 read too, and not written: transformers only warns of a method that it does not know, and then
-starts the weights at random. `rac_sparsity` is our own entry, which nothing else
-reads: the mask structure of each pruned module, packed or stored dense, and the modules with
-activations in 8 bits.
+starts the weights at random. Nothing else reads our own entry, `rac_sparsity`: the mask structure
+of each pruned module, packed or stored dense, and the modules with activations in 8 bits.
 """
 
 from __future__ import annotations

@@ -26,11 +26,9 @@ class StoredWeight:
     bitmask: uint8 [N, ceil(columns/8)], which weights are stored.
     starts: int64 [N + 1], where each row begins in `values`.
     name: the module, for messages.
-    scale: float32 [N, groups] of quantized values (int8, fp8), one per row and group of equally
-    many columns.
-    bits: 4 for 4-bit values, which are int8 too: -8 to 7, or a code of 0 to 15 minus its code
-    of zero. Where
-        all values are stored it may be 3 or 2, too.
+    scale: float32 [N, groups] of quantized values (int8, fp8); all groups have as many columns.
+    bits: 4 for int8 values of -8 to 7, or a code of 0 to 15 minus its code of zero. Dense weights
+        (every value is stored) may have 3 or 2.
     zeros: codes of zero, uint8 [N, groups].
     activation_bits: bits that a kernel of integers may round the inputs of this layer to, 16 or 8.
     """

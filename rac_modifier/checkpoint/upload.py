@@ -41,7 +41,7 @@ def upload(
         repo_id: owner/name.
         token: of the hub; None: the one of this machine.
         private: of a new repository.
-        tags: added to those of the card.
+        tags: added to the tags of the card.
         commit: commit_message, commit_description, revision, create_pr.
     """
     card = Path(folder) / CARD_NAME
@@ -61,7 +61,7 @@ def push_to_hub(
 ) -> CommitInfo:
     """Save the model and upload it; transformers' `push_to_hub` would replace our card.
 
-    `options` are those of `upload`.
+    `options`: as of `upload`.
     """
     with TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"

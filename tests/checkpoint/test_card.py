@@ -131,31 +131,21 @@ def test_seed_of_the_modifier_is_found() -> None:
     assert "| Seed | 11 |" in model_card({"modifier": {"seed": 11}})
 
 
-def test_divergence_is_stated_where_it_was_measured() -> None:
-    measured = {**RECORD, "divergence": {"kl": 0.01234, "agreement": 0.987, "tokens": 2100}}
-    assert "On 2,100 tokens" in model_card(measured)
-    assert "0.0123 nats per token" in model_card(measured)
-    assert "98.7% of the tokens" in model_card(measured)
-    assert "nats" not in model_card(
-        {**RECORD, "divergence": {"not_measured": "no traces were held out"}}
-    )
-
-
 def test_intervals_where_they_are_recorded() -> None:
     """95 % of a normal distribution: 1.96 standard errors to both sides, within what is possible."""
-    found = {
-        "kl": 0.01,
-        "kl_stderr": 0.001,
-        "agreement": 0.99,
-        "agreement_stderr": 0.01,
-        "tokens": 10,
-    }
-    card = model_card({**RECORD, "divergence": found})
+    errors = {"kl_stderr": 0.001, "agreement_stderr": 0.01}
+    measured = {"kl": 0.01, "agreement": 0.99, "tokens": 2100, **errors}
+    card = model_card({**RECORD, "divergence": measured})
+    assert "On 2,100 tokens" in card
     assert "0.0100 nats per token (KL divergence, 95 % interval 0.0080 to 0.0120)" in card
     assert "99.0% of the tokens (95 % interval 97.0% to 100.0%)" in card
-    assert "interval 0.0000 to" in model_card({**RECORD, "divergence": {**found, "kl_stderr": 1.0}})
-    alone = {**found, "kl_stderr": None, "agreement_stderr": None}
+    assert "interval 0.0000 to" in model_card(
+        {**RECORD, "divergence": {**measured, "kl_stderr": 1.0}}
+    )
+    alone = measured | dict.fromkeys(errors)
     assert "interval" not in model_card({**RECORD, "divergence": alone})
+    without = {"not_measured": "no traces were held out"}
+    assert "nats" not in model_card({**RECORD, "divergence": without})
 
 
 def test_the_license_of_the_base_model() -> None:

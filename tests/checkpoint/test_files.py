@@ -82,6 +82,7 @@ def test_after_closing_tensors_stay_and_files_are_named(tmp_path: Path) -> None:
         ({"weight_map": {"a": "../model.safetensors"}}, "is no file of this folder"),
         ({"weight_map": {"a": ".."}}, "is no file of this folder"),
         ({"weight_map": {"a": 3}}, "is no file of this folder"),
+        ({"weight_map": {"a": "b\0.safetensors"}}, "is no file of this folder"),
         ({"weight_map": {"nowhere": "model-0.safetensors"}}, "nowhere: missing from"),
         ({"weight_map": {"a.weight": "lost.safetensors"}}, r"lost\.safetensors: No such file"),
     ],
@@ -176,9 +177,3 @@ def test_control_characters_in_a_name_are_damage(tmp_path: Path, name: str) -> N
     with pytest.raises(RacError, match="holds control characters") as error:
         TensorFiles(tmp_path)
     assert str(error.value).isprintable()
-
-
-def test_a_file_name_with_a_nul_byte(tmp_path: Path) -> None:
-    (tmp_path / INDEX_FILE).write_text(json.dumps({"weight_map": {"a": "b\0.safetensors"}}))
-    with pytest.raises(RacError, match="which is no file of this folder"):
-        TensorFiles(tmp_path)

@@ -105,7 +105,7 @@ def test_groups_that_are_kept_beside_the_output_need_room_until_they_are_there(
     check_room(out, 3 * 2**30, 2 * 2**30)
     with pytest.raises(
         RacError,
-        match=r"5\.0 GiB are free, the checkpoint needs up to 3\.0 GiB .* what is pruned so far up to 2\.5 GiB beside it; free",
+        match=r"5\.0 GiB are free, the checkpoint needs up to 3\.0 GiB .* what is pruned so far up to 2\.5 GiB next to it; free",
     ):
         check_room(out, 3 * 2**30, 5 * 2**29)
     unfinished(out).mkdir()

@@ -106,7 +106,7 @@ def test_a_hub_id_counts_with_what_the_cache_has_of_it(tmp_path, monkeypatch):
     models.check_output(tmp_path / "new", "owner/model")
     with pytest.raises(
         RacError,
-        match=r"1\.9 GiB are free, the checkpoint needs up to 1\.9 GiB .* 0\.9 GiB beside it",
+        match=r"1\.9 GiB are free, the checkpoint needs up to 1\.9 GiB .* 0\.9 GiB next to it",
     ):
         models.check_output(tmp_path / "new", "owner/model", keeps_groups=True)
     said = []
