@@ -112,7 +112,7 @@ def test_groups_that_are_kept_beside_the_output_need_room_until_they_are_there(
     with (unfinished(out) / "group-00000.safetensors").open("wb") as file:
         file.truncate(2**29)  # of a run that goes on: written already
     check_room(out, 3 * 2**30, 5 * 2**29)
-    with pytest.raises(RacError, match="beside it"):
+    with pytest.raises(RacError, match="next to it"):
         check_room(out, 3 * 2**30, 5 * 2**29 + 1)
 
 
