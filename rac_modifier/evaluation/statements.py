@@ -12,26 +12,39 @@ from itertools import pairwise
 
 from rac_modifier.problems.answers import THINK_END, Verifier, equal_answers, extract_answer
 
-_NOUN = r"(?:answer|solution|result|Antwort|Lösung|Ergebnis|réponse|résultat|答案|结果)"
-_LINK = r"(?:\b(?:is|be|equals|ist|sei|lautet|beträgt|est|vaut)\b|应该是|应为|等于|是|为|[:：=])"
+_NOUN = (
+    r"(?:answer|solution|result|option|choice|Antwort|Lösung|Ergebnis|réponse|résultat"
+    r"|答案|结果|选项)"
+)
+_LINK = (
+    r"(?:\b(?:is|be|equals|ist|sei|lautet|beträgt|est|vaut)\b|应该是|应为|等于|就是|是|为|[:：=])"
+)
+_VERB_BEFORE_NOUN = r"\b(?:ist|lautet|beträgt|obtient|trouve)\b"
 # Words between noun and verb, without a number and without a negation: "to this problem".
 _BETWEEN = r"(?:(?!not\b|n't|nicht\b|pas\b|不)[^\n.,;?!。，；？！\d]){0,30}?"
-_FILLER = (
-    r"(?:[\s*:：$]|\\[(\[]|\b(?:simply|thus|therefore|also|somit|daher|donc|bien|alors)\b){0,20}"
+_ADVERB = r"\b(?:simply|thus|therefore|option|choice|also|somit|daher|donc|bien|alors)\b"
+_FILLER = rf"(?:[\s*:：]|{_ADVERB}){{0,20}}"
+# A formula or a parenthesis may hold the marks that otherwise end the clause.
+_CLAUSE = (
+    r"(?P<clause>(?>\$[^$\n]{1,100}\$|\([^()\n]{1,100}\)|[^\n.,;?!。，；？！]|[.,](?=\d)){1,200})"
 )
-_CLAUSE = r"(?P<clause>(?:[^\n.,;?!。，；？！]|[.,](?=\d)){1,200})"
 # The end of the text ends no sentence: the number before it may be cut.
 _END = r"(?P<end>[\n;?!。，；？！]|[.,](?=\D))"
-_PHRASE = re.compile(rf"{_NOUN}{_BETWEEN}{_LINK}{_FILLER}{_CLAUSE}{_END}", re.IGNORECASE)
+_PHRASE = re.compile(
+    rf"(?:{_NOUN}{_BETWEEN}{_LINK}|{_VERB_BEFORE_NOUN}{_BETWEEN}{_NOUN}){_FILLER}{_CLAUSE}{_END}",
+    re.IGNORECASE,
+)
 _LINE_END = r"(?P<clause>[^=＝\n]{1,200})\n"
-_EQUATION = re.compile(rf"(?:[=＝→⇒]|[-=]>){_FILLER}{_LINE_END}", re.IGNORECASE)
+_EQUATION = re.compile(rf"(?:[=＝→⇒]|[-=]>|####){_FILLER}{_LINE_END}", re.IGNORECASE)
 _NO_CLAIM = re.compile(
-    r"(?:\b(?:if|whether|suppose|maybe|perhaps|wenn|falls|ob|vielleicht|si|peut-être)\b"
-    r"|如果|若|假设|可能|也许|是否)[^\n.?!。？！]*$",
+    r"(?:\b(?:if|whether|suppose|maybe|perhaps|says|claims|wenn|falls|ob|vielleicht|sagt"
+    r"|si|peut-être|dit)\b|如果|若|假设|可能|也许|是否)[^\n.?!。？！]*$",
     re.IGNORECASE,
 )
 _VALUE = re.compile(r"\d|\\[a-z]|^\(?[A-Z]\)?$")
-_FIRST_WORD = re.compile(r"(?:[A-Za-z]\s*=\s*)?(?P<word>[^\s\u3000-\u9fff\uff00-\uffef]+)")
+_FIRST_VALUE = re.compile(
+    r"(?:[A-Za-z]\s*=\s*)?(?P<value>\$[^$\n]+\$|\\\(.+?\\\)|\([^()]+\)|[^\s\u3000-\u9fff\uff00-\uffef]+)"
+)
 _ALTERNATIVE = re.compile(r"\s*(?:\b(?:or|oder|ou)\b|或|还是)")
 
 
@@ -75,16 +88,20 @@ def _matches(
         if asked or _NO_CLAIM.search(before) or match.group().strip() in question:
             continue
         clause = match["clause"].strip()
-        word = _FIRST_WORD.match(clause)
+        first = _FIRST_VALUE.match(clause)
         if in_words:
             yield match.start("clause"), _bare(clause)
-        elif word and not _ALTERNATIVE.match(clause, word.end()):
-            value = _bare(word["word"])
-            if _VALUE.search(value):
+        elif first and not _ALTERNATIVE.match(clause, first.end()):
+            value = _bare(first["value"])
+            is_article = value == "A" and clause[first.end() :].strip()
+            if _VALUE.search(value) and not is_article:
                 yield match.start("clause"), value
 
 
 def _bare(value: str) -> str:
-    r"""Return a value without the marks of Markdown and LaTeX around it, and (A) as A."""
-    value = value.rstrip("*$.,:").removesuffix("\\)").removesuffix("\\]").strip("*$ ")
+    r"""Return a value without the marks of Markdown and LaTeX and without `x =`; (A) is A, 3,5 is 3.5."""
+    value = value.strip("*$€£ ").rstrip("*$.,:").removesuffix("\\)").removeprefix("\\(").strip()
+    value = re.sub(r"^[A-Za-z]\s*=\s*", "", value)
+    if re.fullmatch(r"-?\d+,\d{1,2}", value):
+        return value.replace(",", ".")
     return value[1:-1] if re.fullmatch(r"\([A-Z]\)", value) else value

@@ -19,6 +19,13 @@ from rac_modifier.evaluation.statements import states_answer
         "The solution is $\\boxed{42}$, as",
         "The answer is 42. That is, 6 * 7 = 41\n",  # a stated answer counts, not an equation
         "write 4\n-> 42</think>",
+        "#### 42\n\nWait",
+        "The answer is $y = 42$. But",
+        "the answer is €42. But",
+        "Also ist das Ergebnis 42. Aber",
+        "Daher beträgt die Lösung 42. Aber",
+        "On obtient donc le résultat 42. Mais",
+        "因此，答案就是 \\(42\\)。不过",
         "the answer is 42</think>",
         "The answer is 41. No: the answer is 42. Check",
     ],
@@ -42,6 +49,8 @@ def test_the_answer_is_stated(text):
         "Is it true that the answer is 42? I",
         "Let me check if the answer is 42. I",
         "Maybe the answer is 42. I",
+        "Tom says that the answer is 42. I",
+        "答案是不是42？不过",
         "the answer is 42 or 43. I",
         "the answer is \\boxed{42",
         "\\boxed{} then 42, and",
@@ -56,8 +65,26 @@ def test_the_answer_is_not_stated(text):
 def test_an_answer_in_words_is_the_whole_clause():
     assert states_answer("So the answer is New York.\nBut", "New York")
     assert not states_answer("So the answer is New Delhi.\nBut", "New York")
-    assert states_answer("The answer is (B). But", "B")
-    assert not states_answer("The answer is (C). But", "B")
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "states"),
+    [
+        ("The answer is (B). But", "B", True),
+        ("The correct option is B. But", "B", True),
+        ("The answer is option B: it is so. But", "B", True),
+        ("The answer is (C). But", "B", False),
+        ("The answer is A bit unclear. But", "A", False),
+        ("The answer is $x^2 + 1$. But", "x^2+1", True),
+        ("The answer is (2, 3). But", "(2,3)", True),
+        ("The answer is 1,234. But", "1234", True),
+        ("The answer is 3/4. But", "0.75", True),
+        ("The answer is -5. But", "5", False),
+        ("Das Ergebnis lautet 3,5. Aber", "3.5", True),
+    ],
+)
+def test_letters_formulas_and_numbers_are_read_as_written(text, answer, states):
+    assert states_answer(text, answer) == states
 
 
 def test_a_verifier_compares():
