@@ -91,7 +91,7 @@ def test_what_is_pruned_so_far_counts_for_a_pruning_run(tiny_folder, tmp_path, m
         shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 3 * size - 1)
     )
     models.check_output(tmp_path / "new", str(tiny_folder))
-    with pytest.raises(RacError, match=r"what is pruned so far up to .* beside it"):
+    with pytest.raises(RacError, match=r"what is pruned so far up to .* next to it"):
         models.check_output(tmp_path / "new", str(tiny_folder), keeps_groups=True)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 3 * size))
     models.check_output(tmp_path / "new", str(tiny_folder), keeps_groups=True)
