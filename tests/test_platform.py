@@ -450,6 +450,6 @@ def test_memory_is_given_back_where_a_process_outgrows_its_forecast(load, monkey
 
 def test_resident_memory_is_read_from_the_system() -> None:
     before = platform.resident_bytes()
-    block = torch.ones(16 << 20)
-    assert platform.resident_bytes() - before > 60 << 20
+    block = torch.ones(64 << 20)  # 256 MiB; the process may give back others meanwhile
+    assert platform.resident_bytes() - before > 200 << 20
     assert len(block)

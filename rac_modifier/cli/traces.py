@@ -174,6 +174,8 @@ def inspect(
     opened = TraceStore.read(store)
     settings = read_select(select)
     count = (0 if as_json else 1) if samples is None else samples
+    if not as_json:  # before the tokenizer is loaded, which may be missing
+        typer.echo(describe_store(opened))
     verified: dict[str, Any] = {}
     shown: list[dict[str, Any]] = []
     if count or verify or settings is not None:
@@ -185,7 +187,6 @@ def inspect(
         samples_shown = {"samples": shown} if shown else {}
         print_json(_store_figures(opened) | verified | samples_shown)
         return
-    typer.echo(describe_store(opened))
     if verified:
         typer.echo(describe_verified(verified, len(opened)))
     for sample in shown:

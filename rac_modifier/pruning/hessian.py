@@ -188,6 +188,9 @@ def cap_weights(
         The weights, and how many of them are lower than before.
     """
     norms = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).square()
+    if norms.numel() != weights.numel():
+        return weights, 0  # `Hessian.add` refuses them
+    norms = norms.reshape(weights.shape)
     weights = weights.to(norms.device)
     counted = norms[weights > 0]
     limit = cap * counted.median() if counted.numel() else norms.new_zeros(())

@@ -65,7 +65,7 @@ def failed_run(ours, monkeypatch):
             raise RuntimeError("no memory left")
 
         with monkeypatch.context() as patch:
-            patch.setattr("rac_modifier.llmcompressor.pipeline.trace_groups", fails)
+            patch.setattr("rac_modifier.llmcompressor.pipeline.run_plan", fails)
             with pytest.raises(RuntimeError, match="no memory left"):
                 ours()
 

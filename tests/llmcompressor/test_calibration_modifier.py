@@ -87,7 +87,7 @@ def test_autoround_learns_its_rounding_on_the_traces(calibrate, tiny_folder):
             )
             assert float((weight - weight.round()).abs().max()) < 0.05, name
             away = (weight.round() - nearest.round().clamp(-8, 7)).abs()
-            assert int(away.max()) == 1, name
+            assert int(away.max()) <= 1, name
             moved, total = moved + int(away.sum()), total + away.numel()
     assert 0.001 < moved / total < 0.2
 
@@ -204,7 +204,7 @@ def test_a_given_calibration_set_takes_the_place_of_the_recipes(
     settings = entry()
     settings["calibration"] = {
         **settings.get("calibration", {}),
-        "tokens": 10**12,
+        "tokens": 10**9,
     }  # far more than fit; without effect
     second = ReasoningAwareSparseGPTModifier(**settings)
     second.use_calibration_set(first.calibration_set)

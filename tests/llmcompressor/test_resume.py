@@ -17,6 +17,7 @@ from rac_modifier.llmcompressor import resume
 from rac_modifier.llmcompressor.resume import FinishedGroups
 from rac_modifier.settings.traces import TraceSettings
 from rac_modifier.traces.collect import collect_traces
+from rac_modifier.traces.store import TraceStore
 from tests import forked
 from tests.llmcompressor import killed_runs
 from tests.llmcompressor.unfinished_runs import (
@@ -183,7 +184,9 @@ def another_store(dense: Any, folder: Path) -> dict[str, Any]:
     settings = TraceSettings(**entry()["traces"])
     tokenizer = AutoTokenizer.from_pretrained(dense.config.name_or_path)
     how = {"problems": settings.problems, "sampling": settings.sampling, "progress": False}
-    collect_traces(dense, tokenizer, folder / "own.jsonl", tokens=6000, **how)
+    store = folder / "own.jsonl"
+    held = sum(len(t.prompt_ids) + len(t.completion_ids) for t in TraceStore.read(store))
+    collect_traces(dense, tokenizer, store, tokens=held + 1000, **how)
     return {}
 
 

@@ -60,10 +60,10 @@ def test_equal_states_cost_nothing_and_pull_nowhere():
 
 
 def test_a_measurement_multiplies_with_the_head_twice_and_a_step_three_times(monkeypatch):
-    """A held-out check needs no gradient, which is a third of the products."""
+    """A held-out check needs no gradient, which is a third of the matmuls."""
     calls = []
-    product = loss.product
-    monkeypatch.setattr(loss, "product", lambda a, b: calls.append(1) or product(a, b))
+    matmul = loss.matmul
+    monkeypatch.setattr(loss, "matmul", lambda a, b: calls.append(1) or matmul(a, b))
     hidden, dense, head = case()
     measured = head_kl(hidden.detach(), dense, head)
     assert len(calls) == 2
