@@ -90,7 +90,7 @@ class TokenInflation:
         both = self.both_finish
         text = f"tokens of {second} over {first}: "
         text += f"{both.describe()} on {both.answers} answers that both finish; " if both else ""
-        return f"{text}{self.at_cap.describe()} on all {self.at_cap.answers}, truncated at the cap"
+        return f"{text}{self.at_cap.describe()} on all {self.at_cap.answers} (truncated: the cap)"
 
 
 def token_inflation(first: Endings, second: Endings, cap: int) -> TokenInflation:

@@ -94,7 +94,7 @@ LOOPS = {
     "{german}": "Moment, das stimmt so noch nicht ganz. " * 12,
     "{french}": "Attendez, il faut recommencer le calcul. " * 12,
     "{chinese}": "等等，我再检查一遍。" * 12,
-    "{counter}": "".join(f"Try again: attempt {n}, the answer is {n}. " for n in range(34, 43)),
+    "{counter}": "".join(f"Try again: attempt {n}, the answer is {n}. " for n in range(34, 44)),
 }
 CASES = [(kind, text) for kind, texts in TEXTS.items() for text in texts]
 
@@ -135,6 +135,12 @@ def test_the_kind_of_an_ending_is_read_from_text_alone(kind, text):
     )
 
 
+def test_a_truncated_answer_that_accuracy_counts_as_right_had_reached_it():
+    lengths = {"tokens": 9, "thinking_tokens": 5}
+    text = "\\boxed{42}. Now the answer is 41. So"
+    assert ending_of(text, "42", correct=True, finish="length", **lengths).kind == "reached"
+
+
 @pytest.mark.parametrize(
     ("text", "ids", "loop"),
     [
@@ -165,7 +171,7 @@ def test_inflation_pairs_answers_and_counts_truncated_ones_at_the_cap():
     assert (everything.answers, everything.ratio) == (6, (40 + 69 + 115) / (30 + 130 + 10))
     assert found.describe("dense", "2:4") == (
         f"tokens of 2:4 over dense: {both.describe()} on 4 answers that both finish; "
-        f"{everything.describe()} on all 6, truncated at the cap"
+        f"{everything.describe()} on all 6 (truncated: the cap)"
     )
 
 
