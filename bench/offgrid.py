@@ -27,6 +27,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 
+from bench.common import save
+
 BLOCK, ANGLE, SEED = 4, 0.15, 0
 READERS = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -171,22 +173,29 @@ def build(out: Path) -> dict[str, Any]:
     return report
 
 
+def table(report: dict[str, Any]) -> list[list[str]]:
+    """Return the rows of the docs: a grid, and the least and largest error before and after."""
+    rows = []
+    for grid in GRIDS:
+        errors = [[row[grid] for row in report["layers"][when]] for when in ("before", "after")]
+        cells = [f"{min(values):.4f} to {max(values):.4f}" for values in errors]
+        rows.append([grid.replace(" ", ", ", 1), *cells])
+    return rows
+
+
 def main() -> None:
-    """Build the model and write the report next to it, and to results/offgrid.json."""
+    """Build the model; write the report to results/offgrid.json and its table next to that."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--report", type=Path, default=Path("results/offgrid.json"))
     arguments = parser.parse_args()
     report = build(arguments.out)
-    for name in (*GRIDS, "kurtosis"):
-        ranges = {
-            when: (min(r[name] for r in rows), max(r[name] for r in rows))
-            for when, rows in report["layers"].items()
-        }
-        print(f"{name:22}", *(f"{when} {a:.4g} to {b:.4g}" for when, (a, b) in ranges.items()))
     print({k: v for k, v in report.items() if isinstance(v, int | float)})
     arguments.report.parent.mkdir(parents=True, exist_ok=True)
     rounded = json.loads(json.dumps(report), parse_float=lambda text: float(f"{float(text):.4g}"))
+    columns = {"grid, group": "", "4-bit weights": "", "off the grid": ""}
+    folder = arguments.report.parent
+    save(folder, "offgrid_grids", "SmolLM2-135M", columns, table(report))
     arguments.report.write_text(json.dumps(rounded).replace("}, {", "},\n{") + "\n")
 
 
