@@ -300,8 +300,9 @@ def test_ctrl_c_during_recovery(
     monkeypatch.chdir(tmp_path)
     assert stopped_at("recovery.safetensors", words, tmp_path) == kept
     assert not Path("out").exists()
-    said = stopped_at("out/.rac_new.config.json", words, tmp_path)
+    said = stopped_at("out/.rac_saving/.rac_new.config.json", words, tmp_path)
     assert said == f"out is not complete: remove it. Then, {kept}"
+    assert not Path("out/config.json").exists()
     assert list(Path("rac_recovery").glob("*/recovery.safetensors"))
     shutil.rmtree("out")
     assert rac(*words)[0] == 0

@@ -167,15 +167,15 @@ def kill(output: str, count: int, wanted: str, chance: random.Random) -> Kill | 
     return Kill(rank, moment, kept, finished, files(output, "new") > 0, others)
 
 
-def refused(output: str, count: int) -> bool | None:
-    """Whether a half saved result makes the next start end with what to remove; it is then removed.
+def taken_up(output: str, count: int) -> bool | None:
+    """Whether a half saved result is taken up: the next start ends the run, or names what to remove.
 
-    None where nothing was in the folder yet: then that start goes on, and ends the run.
+    What is to be removed is then removed. None where nothing was in the folder yet.
     """
-    empty = not os.listdir(output)
+    held = os.listdir(output)
     codes = ended(begin(output, count))
-    if empty and set(codes) == {0}:
-        return None
+    if set(codes) == {0} and set(held) <= {".rac_saving"}:
+        return True if held else None
     said = Path(f"{output}.0.txt").read_text()
     os.rename(output, f"{output}.half-saved-{time.monotonic_ns()}")
     return set(codes) == {1} and f"remove {output} and start the same run again" in said
@@ -229,7 +229,7 @@ def main() -> None:
     chance = random.Random(0)
     kills: list[Kill] = []
     lives: list[str] = []
-    told: list[bool] = []  # per half saved result, whether the next start said what to remove
+    told: list[bool] = []  # per half saved result, whether the next start took it up
     tries = 0
     while len(kills) < count_of_kills and tries < 3 * count_of_kills:
         output = f"life-{len(lives)}"
@@ -243,7 +243,7 @@ def main() -> None:
             one = kill(output, count, wanted, chance)
             kills += [one] if one is not None else []
             if os.path.isdir(output) and os.path.isdir(f"{output}.unfinished"):
-                told += [said] if (said := refused(output, count)) is not None else []
+                told += [said] if (said := taken_up(output, count)) is not None else []
         if os.path.isdir(f"{output}.unfinished") or not os.path.isdir(output):
             assert set(ended(begin(output, count))) == {0}, Path(f"{output}.0.txt").read_text()
     print(*table(kills, count), sep="\n")

@@ -70,7 +70,7 @@ def test_twenty_kills_of_one_of_two_processes_change_nothing(tmp_path: Path):
         "a process hung or died of another signal"
     )
     assert told["told"], "no half saved result was met"
-    assert all(told["told"]), "a half saved result was not refused with what to remove"
+    assert all(told["told"]), "a half saved result was neither gone on from nor refused"
     assert len(told["lives"]) >= 3
     undisturbed = result(tmp_path / "undisturbed")
     for life in told["lives"]:
