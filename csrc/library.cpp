@@ -94,7 +94,7 @@ RAC_EXPORT const char* rac_last_error() { return last_error(); }
 // Bytes of a packed weight; -1 for sizes that are impossible or do not fit each other. INT4 needs the bitmask.
 RAC_EXPORT int64_t rac_packed_bytes(int64_t rows, int64_t columns, int64_t nonzeros, int32_t type, const uint8_t* bitmask,
                                     int64_t bitmask_bytes, int64_t zero_groups) {
-    Sizes sizes = {rows, columns, nonzeros, type, type == INT4 ? (nonzeros + 1) / 2 : 0, zero_groups};
+    Sizes sizes = {rows, columns, nonzeros, type, type == INT4 ? nonzeros / 2 + nonzeros % 2 : 0, zero_groups};
     Layout layout;
     if (!layout_of(sizes, &layout)) return -1;
     if (type != INT4) return layout.bytes;

@@ -39,7 +39,7 @@ bool layout_of(const Sizes& sizes, Layout* layout) {
     if (type == INT4) {
         stored = sizes.code_bytes;
         const int64_t quads = layout->panels * ((columns + 3) / 4);  // each has at most half a byte of padding
-        if (stored < (nonzeros + 1) / 2 || stored > (nonzeros + quads) / 2) return false;
+        if (stored < nonzeros / 2 + nonzeros % 2 || stored > (nonzeros + quads) / 2) return false;
     } else if (sizes.code_bytes) {
         return false;
     }
