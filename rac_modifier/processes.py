@@ -1,7 +1,7 @@
 """The processes that one run shares: those that torchrun started, or this one alone.
 
 Decisions go as JSON through a gloo group of our own, tensors through the default group (NCCL on GPUs, else gloo). Tensors are
-not summed in it: pruning/lane_sum.py decides the order of a sum, so that no result depends on which rank was slow.
+not summed in it: pruning/shard_sum.py decides the order of a sum, so that no result depends on which rank was slow.
 """
 
 from __future__ import annotations

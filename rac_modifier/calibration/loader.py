@@ -13,8 +13,8 @@ from rac_modifier.calibration.mixture import CalibrationSequence, Composition
 from rac_modifier.errors import RacError
 from rac_modifier.settings.calibration import CalibrationSettings
 
-# Lanes that the batches are divided into, which processes share. 24 can be shared evenly by 2, 3, 4, 6, 8 and 12.
-LANES = 24
+# Shards that the batches are divided into, which processes share. 24 can be shared evenly by 2, 3, 4, 6, 8 and 12.
+SHARDS = 24
 # Tokens of a row of `joined()`: the length of a sequence that AutoRound takes by default.
 ROW_TOKENS = 2048
 
@@ -26,8 +26,8 @@ class CalibrationLoader(DataLoader):
     after it, so no attention mask is needed and the activations of real tokens are exact. `token_weights[i]` belongs to
     batch i, float32 [rows, length]: 0 for padding, the token's weight elsewhere.
 
-    A `share` has its batches lane by lane (pruning/lane_sum.py): with batch i, `lanes_ended[i]` of them end, and `numbers[i]` is
-    the batch's place in the share of one process alone.
+    A `share` has its batches shard by shard (pruning/shard_sum.py): with batch i, `shards_ended[i]`
+    of them end, and `numbers[i]` is the place of batch i in the share of one process alone.
 
     Modifiers that do not read token weights get `unpadded()`: the same sequences, one per batch, without any padding. AutoRound
     gets `joined()`.
@@ -59,7 +59,7 @@ class CalibrationLoader(DataLoader):
                 weights[row, : len(sequence.ids)] = torch.tensor(sequence.weights(settings))
             batches.append({"input_ids": ids})
             self.token_weights.append(weights)
-        self.lanes_ended, self.numbers = [0] * len(batches), list(range(len(batches)))
+        self.shards_ended, self.numbers = [0] * len(batches), list(range(len(batches)))
         super().__init__(_Batches(batches), batch_size=None, shuffle=False)
 
     def unpadded(self) -> CalibrationLoader:
@@ -87,48 +87,48 @@ class CalibrationLoader(DataLoader):
     def share(self, rank: int, count: int) -> CalibrationLoader:
         """Of `count` loaders that have about as many padded tokens and together all batches, number `rank`; batches are not cut.
 
-        Batches are divided into lanes, as many with any `count`, and number `rank` has each `count`-th of these. It ends as many
+        Batches are divided into shards, as many with any `count`, and number `rank` has each `count`-th of these. It ends as many
         as the others, the last ones perhaps without a batch.
 
         Raises:
-            RacError: there are fewer batches, or fewer lanes.
+            RacError: there are fewer batches, or fewer shards.
         """
         if len(self._groups) < count:
             raise RacError(
                 f"{count} processes share {len(self._groups)} batches of the calibration set, and each needs one: start at most "
                 f"{len(self._groups)}, or set a lower calibration.batch_tokens (now {self.settings.batch_tokens:,})"
             )
-        if count > LANES:
+        if count > SHARDS:
             raise RacError(
-                f"{count} processes: at most {LANES} share a calibration set; start {LANES} or fewer"
+                f"{count} processes: at most {SHARDS} share a calibration set; start {SHARDS} or fewer"
             )
-        lanes = self._lanes()
+        shards = self._shards()
         places = iter(range(len(self._groups)))
-        numbers = [[next(places) for _ in lane] for lane in lanes]
-        groups = [self._groups[index] for lane in lanes[rank::count] for index in lane]
+        numbers = [[next(places) for _ in shard] for shard in shards]
+        groups = [self._groups[index] for shard in shards[rank::count] for index in shard]
         sequences = [sequence for group in groups for sequence in group]
         share = CalibrationLoader(
             sequences, self.composition, self.settings, self.pad_token_id, groups=groups
         )
-        share.numbers = [number for lane in numbers[rank::count] for number in lane]
-        share.lanes_ended = [
-            int(i + 1 == len(lane)) for lane in lanes[rank::count] for i in range(len(lane))
+        share.numbers = [number for shard in numbers[rank::count] for number in shard]
+        share.shards_ended = [
+            int(i + 1 == len(shard)) for shard in shards[rank::count] for i in range(len(shard))
         ]
-        share.lanes_ended[-1] += -(-len(lanes) // count) - len(lanes[rank::count])
+        share.shards_ended[-1] += -(-len(shards) // count) - len(shards[rank::count])
         return share
 
-    def _lanes(self) -> list[list[int]]:
-        """The numbers of the batches, divided into lanes of about as many padded tokens; the largest lanes first."""
+    def _shards(self) -> list[list[int]]:
+        """The numbers of the batches, divided into shards of about as many padded tokens; the largest shards first."""
         sizes = [weights.numel() for weights in self.token_weights]
-        count = min(LANES, len(sizes))
-        loads, lanes = [0] * count, [[] for _ in range(count)]  # type: tuple[list[int], list[list[int]]]
+        count = min(SHARDS, len(sizes))
+        loads, shards = [0] * count, [[] for _ in range(count)]  # type: tuple[list[int], list[list[int]]]
         for index in sorted(
             range(len(sizes)), key=lambda i: -sizes[i]
         ):  # the largest first, to where there is least
             least = loads.index(min(loads))
-            lanes[least].append(index)
+            shards[least].append(index)
             loads[least] += sizes[index]
-        return [sorted(lanes[i]) for i in sorted(range(count), key=lambda i: -loads[i])]
+        return [sorted(shards[i]) for i in sorted(range(count), key=lambda i: -loads[i])]
 
     def sha256(self) -> str:
         """A hash (64 hex digits) of the batches and of their token weights."""

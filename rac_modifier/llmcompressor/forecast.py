@@ -31,7 +31,7 @@ from rac_modifier.llmcompressor.solving import solve_problems
 from rac_modifier.model_tools import free_bytes
 from rac_modifier.platform import HEAP_GAPS, expect_growth
 from rac_modifier.pruning import sparsegpt
-from rac_modifier.pruning.hessian import ROWS, Statistics, numbers_of_lane
+from rac_modifier.pruning.hessian import ROWS, Statistics, numbers_of_shard
 from rac_modifier.pruning.solve import Problem
 from rac_modifier.quantization.grid import Grid
 from rac_modifier.recovery.hidden_states import input_of_head
@@ -144,7 +144,7 @@ class Forecast:
         summed = beside = 0
         if self.by_layer:
             beside = _FLOAT32 * sum(g.columns**2 for g in others)
-            summed = beside + _FLOAT32 * sum(numbers_of_lane(g.columns) for g in others)
+            summed = beside + _FLOAT32 * sum(numbers_of_shard(g.columns) for g in others)
         statistics, solving = self._rehearsed[group.columns, group.rows, group.grids]
         return max(summed + statistics + self.forward, beside + solving)
 
@@ -174,7 +174,7 @@ class Forecast:
             statistics = Statistics(width, "cpu", weights if self.dense_target else None)
             for _ in range(2):
                 statistics.add(x, torch.ones(tokens), x)
-                statistics.end_lanes(1)
+                statistics.end_shards(1)
         return live.peak
 
     def _rehearse_solver(self, group: Group, width: int) -> int:

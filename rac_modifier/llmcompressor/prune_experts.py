@@ -29,7 +29,7 @@ class RouterBatch:
         chosen: [tokens, k], the numbers of each token's experts in the pruned model.
         weights: [tokens], of the calibration set.
         number: place of the batch in the calibration set of all processes.
-        lanes_ended: how many lanes end with it.
+        shards_ended: how many shards end with it.
     """
 
     x: torch.Tensor
@@ -37,7 +37,7 @@ class RouterBatch:
     chosen: torch.Tensor
     weights: torch.Tensor
     number: int
-    lanes_ended: int
+    shards_ended: int
 
 
 def read_router(
@@ -59,7 +59,7 @@ def read_router(
             value(pruned, number, stage.chosen),
             weights.reshape(-1),
             loader.numbers[number],
-            loader.lanes_ended[number],
+            loader.shards_ended[number],
         )
         for number, weights in enumerate(loader.token_weights)
     ]
@@ -129,7 +129,7 @@ class _Nearness:
         return (batch.x.to(self._device).float() @ weight.T for batch in self._batches)
 
 
-# Inputs, token weights and inputs in the dense model, None without tokens; and how many lanes end with the batch.
+# Inputs, token weights and inputs in the dense model, None without tokens; and how many shards end with the batch.
 _Rows = tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None, int]
 
 
@@ -146,10 +146,10 @@ def _prune(
             run.restore(modules)
         elif modules:
             group = InputGroup.of(modules, device, run.processes, dense_target=run.dense_target)
-            for rows, lanes_ended in inputs:
+            for rows, shards_ended in inputs:
                 if rows is not None:
                     group.statistics.add(*rows)
-                group.statistics.end_lanes(lanes_ended)
+                group.statistics.end_shards(shards_ended)
             group.statistics.finish()  # before the next takes memory
             groups.append(group)
     if groups:
@@ -208,5 +208,5 @@ class _ExpertInputs:
         numbers: torch.Tensor, batch: RouterBatch, x: torch.Tensor, dense: torch.Tensor | None
     ) -> _Rows:
         if not len(numbers):
-            return None, batch.lanes_ended
-        return (x, batch.weights[numbers.to(batch.weights.device)], dense), batch.lanes_ended
+            return None, batch.shards_ended
+        return (x, batch.weights[numbers.to(batch.weights.device)], dense), batch.shards_ended

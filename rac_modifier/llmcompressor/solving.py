@@ -152,7 +152,7 @@ def solve_on_all_ranks(
     """Yield each group with its pruned modules: the same on all ranks, and with any number of ranks the same bits.
 
     Groups of one shape that follow each other are solved in one call, `per_call` of them. Each rank has the statistics of its
-    share of the calibration set: they are added up (lane_sum.py), each group is solved on one rank as it is where there is only
+    share of the calibration set: they are added up (shard_sum.py), each group is solved on one rank as it is where there is only
     one, and the result is sent to the others. The modules of a group stay together: with fewer rows, matmuls may be rounded
     otherwise. No rank gets a result before each has solved its groups, so weights may be shared memory.
 

@@ -64,7 +64,7 @@ def collect(
         )
         group.statistics.add(x, weights, x_dense)
         del x, x_dense  # before the batch is advanced
-        group.statistics.end_lanes(loader.lanes_ended[batch])
+        group.statistics.end_shards(loader.shards_ended[batch])
         dense.advance(stage, batch)
     assert group is not None, "a loader has at least one batch"
     return group
@@ -172,7 +172,7 @@ def collect_layer(
                 stage.look(model, cache, batch)
             if batch == 0:
                 early = set(calls) == set(stage.modules) and max(calls.values()) == 1
-            end_lanes(collector.present(), names, processes, loader.lanes_ended[batch])
+            end_shards(collector.present(), names, processes, loader.shards_ended[batch])
             # upstream's frames and the exception refer to each other; that cycle would keep this batch's activations
             gc.collect(1)
             return_freed_memory()  # blocks of the batch lie between the sums, which stay
@@ -189,13 +189,13 @@ def _hooks(modules: Iterable[torch.nn.Module], hook: Any) -> Iterator[None]:
             handle.remove()
 
 
-def end_lanes(
+def end_shards(
     groups: Sequence[InputGroup],
     names: Mapping[torch.nn.Module, str],
     processes: Processes,
     count: int,
 ) -> None:
-    """Close `count` lanes of the calibration set on every rank and reduce the sums of all groups.
+    """Close `count` shards of the calibration set on every rank and reduce the sums of all groups.
 
     Raises:
         RacError: the ranks have calibrated different modules.
@@ -203,7 +203,7 @@ def end_lanes(
     for _ in range(count):
         check_same_groups(groups, names, processes)
         for group in groups:
-            group.statistics.end_lanes(1)
+            group.statistics.end_shards(1)
 
 
 def check_same_groups(

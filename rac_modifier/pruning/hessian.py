@@ -17,7 +17,7 @@ from rac_modifier.platform import (
 )
 from rac_modifier.processes import ALONE, Processes
 from rac_modifier.pruning import linalg
-from rac_modifier.pruning.lane_sum import Block, LaneSum
+from rac_modifier.pruning.shard_sum import Block, ShardSum
 
 CAP = 100.0  # times the median squared norm; `cap_weights`
 ROWS = 4096  # tokens whose inputs are converted to float32 at once
@@ -35,8 +35,8 @@ def blocks_of_triangle(columns: int) -> list[Block]:
     return list(zip(range(0, columns, block), ends, ends, strict=True))
 
 
-def numbers_of_lane(columns: int) -> int:
-    """How many numbers the sum of a lane has, of the `columns`^2 of a Hessian."""
+def numbers_of_shard(columns: int) -> int:
+    """How many numbers the sum of a shard has, of the `columns`^2 of a Hessian."""
     return sum((last - first) * width for first, last, width in blocks_of_triangle(columns))
 
 
@@ -46,7 +46,7 @@ class Hessian:
     X^T X is symmetric, so only its lower block triangle is computed, one block row at a time, each a quarter of the columns.
     This saves 3/8 of the work. (Measured on a CPU for 256, 768, 1536 and 8960 columns: smaller blocks need fewer
     operations, but their matrix products are slower.) bfloat16 and float16 inputs are converted to float32 first, so many tokens
-    at a time. The sum is not scaled until it is read. Its order is that of the lanes (lane_sum.py), which `end_lane` ends.
+    at a time. The sum is not scaled until it is read. Its order is that of the shards (shard_sum.py), which `end_shard` ends.
 
     Attributes:
         tokens: number of rows with a weight above zero.
@@ -64,10 +64,13 @@ class Hessian:
         self.tokens = 0
         self.weight_sum = 0.0
         self._blocks = blocks_of_triangle(columns)
-        self._sums = LaneSum(columns, columns, device, dtype, self._blocks, processes)
+        self._sums = ShardSum(columns, columns, device, dtype, self._blocks, processes)
         self._processes = processes
-        self._lane = (0, 0.0)  # tokens and weight of the present lane, and of those that have ended
-        self._lanes: list[tuple[int, float]] = []
+        self._shard = (
+            0,
+            0.0,
+        )  # tokens and weight of the present shard, and of those that have ended
+        self._shards: list[tuple[int, float]] = []
 
     @torch.no_grad()
     def add(self, x: torch.Tensor, weights: torch.Tensor | None = None) -> None:
@@ -99,7 +102,7 @@ class Hessian:
             counted = weights > 0
             tokens, weight = int(counted.sum()), float(weights.sum(dtype=torch.float64))
         self.tokens, self.weight_sum = self.tokens + tokens, self.weight_sum + weight
-        self._lane = (self._lane[0] + tokens, self._lane[1] + weight)
+        self._shard = (self._shard[0] + tokens, self._shard[1] + weight)
         copied = onednn_is_faster(self.device)  # it multiplies what lies input by input
         at_once = ROWS // 2 if copied else ROWS
         for start in range(0, x.shape[0], at_once):
@@ -117,7 +120,7 @@ class Hessian:
                         of_rows.sqrt(), (0, laid.shape[1] - len(of_rows))
                     )
                     laid = laid * scale
-            for (first, last, columns), part in zip(self._blocks, self._sums.lane, strict=True):
+            for (first, last, columns), part in zip(self._blocks, self._sums.shard, strict=True):
                 add_matmul_(part, laid[first:last], laid[:columns].T)
 
     def _input_by_input(self, x: torch.Tensor) -> torch.Tensor:
@@ -129,19 +132,19 @@ class Hessian:
         laid[:, len(x) :] = 0.0
         return laid
 
-    def end_lane(self) -> None:
-        """A lane of the calibration set has ended, in all processes."""
-        self._sums.end_lane()
-        self._lanes.append(self._lane)
-        self._lane = (0, 0.0)
+    def end_shard(self) -> None:
+        """A shard of the calibration set has ended, in all processes."""
+        self._sums.end_shard()
+        self._shards.append(self._shard)
+        self._shard = (0, 0.0)
 
     def finish(self) -> None:
-        """After the last lane: the sum over all processes, with the same bits in each and with any number of them."""
+        """After the last shard: the sum over all processes, with the same bits in each and with any number of them."""
         self._sums.finish()
-        by_rank = self._processes.from_all(self._lanes or [self._lane])
+        by_rank = self._processes.from_all(self._shards or [self._shard])
         self.tokens, self.weight_sum = 0, 0.0
-        for lanes in zip(*by_rank, strict=True):
-            for tokens, weight in lanes:
+        for shards in zip(*by_rank, strict=True):
+            for tokens, weight in shards:
                 self.tokens, self.weight_sum = self.tokens + tokens, self.weight_sum + weight
 
     @property
@@ -234,7 +237,7 @@ class Statistics:
         self._bf16 = linalg.bf16_is_fast(torch.device(device))
         rows = columns if self._before else sum(self._rows)
         self._sums = (
-            None if weights is None else LaneSum(rows, columns, device, processes=processes)
+            None if weights is None else ShardSum(rows, columns, device, processes=processes)
         )
 
     @torch.no_grad()
@@ -276,17 +279,17 @@ class Statistics:
             difference = torch.cat(
                 [difference @ weight.to(difference).T for weight in self._weights], dim=1
             )
-        linalg.bf16_addmm(self._sums.lane[0], difference.T, x, bf16=self._bf16)
+        linalg.bf16_addmm(self._sums.shard[0], difference.T, x, bf16=self._bf16)
 
-    def end_lanes(self, count: int) -> None:
-        """So many lanes of the calibration set have ended (one, or none yet), in all processes."""
+    def end_shards(self, count: int) -> None:
+        """So many shards of the calibration set have ended (one, or none yet), in all processes."""
         for _ in range(count):
-            self.hessian.end_lane()
+            self.hessian.end_shard()
             if self._sums is not None:
-                self._sums.end_lane()
+                self._sums.end_shard()
 
     def finish(self) -> None:
-        """After the last lane: the sums over all processes, with the same bits in each and with any number of them."""
+        """After the last shard: the sums over all processes, with the same bits in each and with any number of them."""
         self.hessian.finish()
         self.capped = sum(self._processes.from_all(self.capped))
         if self._sums is not None:

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rac_modifier.calibration.loader import LANES, CalibrationLoader
+from rac_modifier.calibration.loader import SHARDS, CalibrationLoader
 from rac_modifier.calibration.mixture import CalibrationSequence, compose
 from rac_modifier.errors import RacError
 from rac_modifier.pruning.hessian import Hessian
@@ -210,8 +210,8 @@ def test_the_shares_of_processes_are_all_batches_once(lengths, count):
     sizes = [sum(weights.numel() for weights in share.token_weights) for share in shares]
     largest = max(weights.numel() for weights in made.token_weights)
     if (
-        len(made) <= LANES
-    ):  # else lanes are of several batches, and some may have one more than others in each round
+        len(made) <= SHARDS
+    ):  # else shards are of several batches, and some may have one more than others in each round
         assert max(sizes) - min(sizes) <= largest * 2
     assert all(content(a) == content(made.share(rank, count)) for rank, a in enumerate(shares))
     for share in shares:
@@ -220,21 +220,21 @@ def test_the_shares_of_processes_are_all_batches_once(lengths, count):
 
 @settings(max_examples=25, deadline=None)
 @given(batches=st.integers(1, 80), count=st.integers(1, 8))
-def test_lanes_are_the_same_with_any_number_of_processes(batches, count):
+def test_shards_are_the_same_with_any_number_of_processes(batches, count):
     made = loader(sequences([40 + i % 3 for i in range(batches)]))
     assert len(made) == batches
     alone = made.share(0, 1)
-    assert sum(alone.lanes_ended) == min(LANES, batches)
+    assert sum(alone.shards_ended) == min(SHARDS, batches)
     assert alone.numbers == list(range(batches))
-    expected = lanes_of(alone, 1)
+    expected = shards_of(alone, 1)
     assert max(map(len, expected)) - min(map(len, expected)) <= 1
     if count > batches:
         return
     shares = [made.share(rank, count) for rank in range(count)]
-    by_rank = [lanes_of(share, count) for share in shares]
-    assert len({len(lanes) for lanes in by_rank}) == 1, "all end as many"
-    found = [lane for lanes in zip(*by_rank, strict=True) for lane in lanes]
-    assert [lane for lane in found if lane] == expected
+    by_rank = [shards_of(share, count) for share in shares]
+    assert len({len(shards) for shards in by_rank}) == 1, "all end as many"
+    found = [shard for shards in zip(*by_rank, strict=True) for shard in shards]
+    assert [shard for shard in found if shard] == expected
     assert found[len(expected) :] == [[]] * (len(found) - len(expected)), (
         "those without a batch are the last ones"
     )
@@ -243,19 +243,19 @@ def test_lanes_are_the_same_with_any_number_of_processes(batches, count):
             assert torch.equal(batch["input_ids"], list(alone)[number]["input_ids"])
 
 
-def lanes_of(share: CalibrationLoader, count: int) -> list[list[int]]:
-    """The numbers of the batches in each lane of a share."""
-    lanes, lane = [], []
-    for number, ended in zip(share.numbers, share.lanes_ended, strict=True):
-        lane.append(number)
+def shards_of(share: CalibrationLoader, count: int) -> list[list[int]]:
+    """The numbers of the batches in each shard of a share."""
+    shards, shard = [], []
+    for number, ended in zip(share.numbers, share.shards_ended, strict=True):
+        shard.append(number)
         for _ in range(ended):
-            lanes.append(lane)
-            lane = []
-    assert not lane
-    return lanes
+            shards.append(shard)
+            shard = []
+    assert not shard
+    return shards
 
 
-def test_more_processes_than_lanes_are_refused():
+def test_more_processes_than_shards_are_refused():
     made = loader(sequences([40] * 60))
     made.share(23, 24)
     with pytest.raises(RacError, match="25 processes: at most 24 share a calibration set"):

@@ -22,7 +22,7 @@ INT8 = {"config_groups": {"all": {"weights": {"num_bits": 8, "strategy": "channe
 @pytest.fixture(scope="module")
 def ran(tiny_folder, trace_store, tmp_path_factory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("processes")
-    # about 14 batches, so that two and four processes have some in each of several lanes
+    # about 14 batches, so that two and four processes have some in each of several shards
     calibration = {"tokens": 1500, "batch_tokens": 128, "held_out_tokens": 100}
     recover = {"learning_rate": 1e-4, "tokens": 300, "held_out_tokens": 100, "step_tokens": 128}
     settings = {

@@ -14,7 +14,7 @@ from rac_modifier.llmcompressor.solving import (
     solve_groups,
     solve_on_all_ranks,
 )
-from rac_modifier.llmcompressor.statistics import InputGroup, end_lanes
+from rac_modifier.llmcompressor.statistics import InputGroup, end_shards
 from rac_modifier.processes import Processes
 from rac_modifier.pruning import sparsegpt
 from rac_modifier.pruning.hessian import Statistics
@@ -46,7 +46,7 @@ def one_per_call(group):
 
 
 def groups_of(modules, batches, processes=ALONE):
-    """q, k and v read one input, and down reads another. Each batch of a process is a lane."""
+    """q, k and v read one input, and down reads another. Each batch of a process is a shard."""
     groups = []
     for names, factor in ((("q", "k", "v"), 1.0), (("down",), 0.5)):
         members = [modules[name] for name in names]
@@ -55,7 +55,7 @@ def groups_of(modules, batches, processes=ALONE):
         )
         for x, dense in batches:
             statistics.add(x * factor, torch.ones(len(x)), dense * factor)
-            statistics.end_lanes(1)
+            statistics.end_shards(1)
         groups.append(InputGroup(members, statistics))
     return groups
 
@@ -74,7 +74,7 @@ def pruned(modules, batches, processes, slow=None):
         return solve_groups(ENTRY, some, names, patterns, NoQuantizer())
 
     own = batches[processes.rank :: processes.count]
-    if len(own) < -(-len(batches) // processes.count):  # a lane without tokens
+    if len(own) < -(-len(batches) // processes.count):  # a shard without tokens
         own = [*own, (batches[0][0][:0], batches[0][1][:0])]
     groups = groups_of(modules, own, processes)
     found = {}
@@ -204,13 +204,13 @@ def test_the_largest_is_solved_beside_all_others():
     assert owners([24], 4) == [0]
 
 
-@pytest.mark.parametrize("when", ["at the end of a lane", "when they are solved"])
+@pytest.mark.parametrize("when", ["at the end of a shard", "when they are solved"])
 def test_processes_that_calibrated_other_modules_are_refused(modules, batches, when):
     names = {module: name for name, module in modules.items()}
 
     def step(groups, processes):
-        if when == "at the end of a lane":
-            end_lanes(groups, names, processes, 1)
+        if when == "at the end of a shard":
+            end_shards(groups, names, processes, 1)
         return list(solve_on_all_ranks(groups, names, processes, lambda some: [], one_per_call))
 
     def run(processes):

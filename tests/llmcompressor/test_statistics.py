@@ -197,12 +197,12 @@ def test_no_pass_is_ended_where_a_module_is_called_twice(calls, ends):
 
 
 class Batches(list):
-    """A loader of batches with these weights, each a lane."""
+    """A loader of batches with these weights, each a shard."""
 
     @property
     def token_weights(self):
         return self
 
     @property
-    def lanes_ended(self):
+    def shards_ended(self):
         return [1] * len(self)
