@@ -6,10 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
+import altair as alt
 
 from bench.common import RESULTS, ROOT
 
@@ -20,49 +17,46 @@ LINES = {
     "paper": ("own thinking (RAC), paper", "#3f7fbf"),
     "quality": ("own thinking (RAC), quality", "#1d4f8a"),
 }
-PATTERNS = ("50%", "60%", "70%", "80%", "2:4")
-COLUMNS = ("right answers, %", "truncated answers, %")
+PATTERNS = ["50%", "60%", "70%", "80%", "2:4"]
 
 
-def rows_by_line() -> dict[str, dict[str, Any]]:
-    """Return, per line, the two [mean, lowest, highest] of each pattern."""
-    lines: dict[str, dict[str, Any]] = {name: {} for name in LINES}
-    for file in ("accuracy_calibration", "accuracy_presets"):
-        for pattern, name, *values in json.loads((RESULTS / f"{file}.json").read_text())["rows"]:
-            if name in lines:
-                lines[name][pattern] = values
-    return lines
+def points() -> list[dict[str, Any]]:
+    """Return a point per line, pattern and figure, with its lowest and highest value."""
+    figures = ("right", "truncated")
+    return [
+        {"line": LINES[name][0], "pattern": pattern, "figure": figure}
+        | dict(zip(("mean", "low", "high"), value, strict=True))
+        for file in ("accuracy_calibration", "accuracy_presets")
+        for pattern, name, *values in json.loads((RESULTS / f"{file}.json").read_text())["rows"]
+        if name in LINES and pattern in PATTERNS
+        for figure, value in zip(figures, values, strict=True)
+    ]
 
 
 def draw(path: Path) -> None:
     """Write the figure: right answers on the left, truncated answers on the right."""
-    figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.4), sharex=True, constrained_layout=True)
-    for number, (axes, title) in enumerate(zip(panels, COLUMNS, strict=True)):
-        for name, values in rows_by_line().items():
-            label, colour = LINES[name]
-            patterns = [pattern for pattern in PATTERNS if pattern in values]
-            places = [PATTERNS.index(pattern) for pattern in patterns]
-            free = [place for place in places if PATTERNS[place] != "2:4"]
-            means = {place: values[PATTERNS[place]][number] for place in places}
-            axes.plot(free, [means[place][0] for place in free], color=colour, lw=1.6, label=label)
-            for place, (mean, low, high) in means.items():
-                error = [[mean - low], [high - mean]]
-                axes.errorbar(place, mean, error, fmt="o", ms=4.5, color=colour, capsize=2.5, lw=1)
-        axes.set_xticks(range(len(PATTERNS)), [text.replace("%", " %") for text in PATTERNS])
-        axes.set_title(title, fontsize=10)
-        axes.set_ylim(-3, 103)
-        axes.grid(axis="y", color="#e4e4e4", lw=0.7)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.set_xlabel("pruned weights", fontsize=9)
-        axes.tick_params(labelsize=9)
-    figure.legend(
-        *panels[0].get_legend_handles_labels(),
-        fontsize=8,
-        frameon=False,
-        ncols=4,
-        loc="outside lower center",
+
+    def panel(figure: str, title: str) -> Any:
+        labels, colours = zip(*LINES.values(), strict=True)
+        scale = alt.Scale(domain=labels, range=colours)
+        data = alt.Data(values=[point for point in points() if point["figure"] == figure])
+        base = alt.Chart(data, title=title, width=380, height=240).encode(
+            x=alt.X(
+                "pattern:N", sort=PATTERNS, title="pruned weights", axis=alt.Axis(labelAngle=0)
+            ),
+            color=alt.Color("line:N", title=None, scale=scale, legend=alt.Legend(columns=2)),
+        )
+        y = alt.Y("mean:Q", title=None, scale=alt.Scale(domain=[0, 100]))
+        line = base.mark_line().encode(y=y).transform_filter("datum.pattern != '2:4'")
+        interval = base.mark_rule().encode(y="low:Q", y2="high:Q")
+        return line + interval + base.mark_point(filled=True, size=40, opacity=1).encode(y=y)
+
+    both = alt.hconcat(
+        panel("right", "right answers, %"), panel("truncated", "truncated answers, %")
     )
-    figure.savefig(path, dpi=150)
+    both.configure_view(stroke=None).configure_legend(orient="bottom", labelLimit=300).save(
+        path, ppi=150
+    )
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def test_no_module_but_the_compressing_ones_imports_llmcompressor_and_none_vllm(
     ]  # the one place that imports vllm
     assert len(others) > 20
     imports = "\n".join(f"import rac_modifier.{module}" for module in others)
-    heavy = ("llmcompressor", "vllm", "datasets", "reasoning_gym", "matplotlib", "math_verify")
+    heavy = ("llmcompressor", "vllm", "datasets", "reasoning_gym", "altair", "math_verify")
     assert loaded_by(imports, *heavy) == set()
 
 

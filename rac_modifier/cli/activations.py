@@ -61,8 +61,7 @@ def activations(
     """
     from rac_modifier.checkpoint.measured import record_activations
     from rac_modifier.cli.tables import render_results
-    from rac_modifier.evaluation.activations import check_original, choose_activations
-    from rac_modifier.evaluation.integer_layers import layers_of
+    from rac_modifier.evaluation.activations import check_original, choose_activations, layers_of
     from rac_modifier.problems.held_out import held_out_problems
 
     layers, left_out = layers_of(folder, recorded=dense is None)

@@ -134,7 +134,7 @@ class Answering:
             precision: of a model in this process.
             verifiers: by task name, what replaces the mathematical comparison of answers.
         """
-        from rac_modifier.evaluation.answers import evaluate_into_file
+        from rac_modifier.evaluation.accuracy import evaluate_into_file
         from rac_modifier.settings.problems import ProblemSource
         from rac_modifier.settings.sampling import SamplingSettings
 

@@ -19,9 +19,8 @@ from rac_modifier.errors import RacError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from rac_modifier.evaluation.paired import PairedDifference
     from rac_modifier.evaluation.report import ResultTable
-    from rac_modifier.evaluation.results import EvalResult
+    from rac_modifier.evaluation.results import EvalResult, PairedDifference
     from rac_modifier.problems.source import Problem
     from rac_modifier.settings.prompt import PromptSettings
 
@@ -125,9 +124,8 @@ def evaluate(
     from rac_modifier.checkpoint.measured import own_folder
     from rac_modifier.cli.tables import render_results
     from rac_modifier.evaluation.calibrated_prompt import choose_prompt, recorded_prompts
-    from rac_modifier.evaluation.paired import paired_difference, read_results
-    from rac_modifier.evaluation.plot import plot_bars, plot_file
-    from rac_modifier.evaluation.report import accuracy_table, stopping_table
+    from rac_modifier.evaluation.report import accuracy_table, plot_bars, plot_file, stopping_table
+    from rac_modifier.evaluation.results import paired_difference, read_results
     from rac_modifier.evaluation.stopping import summary
     from rac_modifier.files import write_json_atomic
 
@@ -181,11 +179,7 @@ def evaluate(
         lines = [
             *(render_results(table) for table in tables),
             *(f"{pair.describe()}." for pair in pairs),
-            *(
-                f"{pair.inflation.describe(pair.first, pair.second)}."
-                for pair in pairs
-                if pair.inflation is not None
-            ),
+            *(f"{pair.inflation.describe(pair.first, pair.second)}." for pair in pairs),
             choice.describe(),
         ]
         typer.echo("\n".join([*lines, *asked.describe(len(run.problems))]))
@@ -268,9 +262,8 @@ class _Run:
     def divergence(self, plot: Path | None) -> tuple[list[dict[str, Any]], ResultTable]:
         """KL and top-1 agreement of each model but the first with the first, on samples of the first."""
         from rac_modifier.evaluation.divergence import divergence
-        from rac_modifier.evaluation.own_samples import sample_sequences
-        from rac_modifier.evaluation.plot import plot_divergence
-        from rac_modifier.evaluation.report import divergence_table
+        from rac_modifier.evaluation.report import divergence_table, plot_divergence
+        from rac_modifier.evaluation.teacher_forcing import sample_sequences
         from rac_modifier.settings.sampling import SamplingSettings
 
         sampling = SamplingSettings(

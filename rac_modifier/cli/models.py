@@ -250,7 +250,7 @@ def own_samples(
 ) -> list[TokenSequence]:
     """What a loaded model answers to these problems, under the prompt of its run record. One sample each."""
     from rac_modifier.evaluation.calibrated_prompt import choose_prompt, recorded_prompts
-    from rac_modifier.evaluation.own_samples import sample_sequences
+    from rac_modifier.evaluation.teacher_forcing import sample_sequences
     from rac_modifier.settings.sampling import SamplingSettings
 
     prompt = choose_prompt({model: recorded_prompts(resolve(model))}).prompt

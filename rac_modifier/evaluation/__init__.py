@@ -1,1 +1,1 @@
-"""Whether a pruned model still reasons: accuracy, thinking length, unfinished answers, and divergence from the dense model."""
+"""Whether a pruned model still reasons: accuracy, endings, lengths, divergence."""

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
+from loguru import logger
 from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.results import EvalResult, Row, summarise
@@ -16,28 +22,20 @@ from rac_modifier.problems.answers import Verifier, is_correct
 from rac_modifier.problems.source import Problem
 from rac_modifier.sampling.generate import Generation
 from rac_modifier.sampling.generate import generate as generate_in_process
-from rac_modifier.sampling.prompts import render_prompt
+from rac_modifier.sampling.model_identity import ModelIdentity
+from rac_modifier.sampling.prompts import render_prompt, render_question
 from rac_modifier.sampling.thinking import thinking_length
 from rac_modifier.settings.check import check_settings
-from rac_modifier.settings.sampling import SamplingSettings
+from rac_modifier.settings.problems import ProblemSource
+from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
+from rac_modifier.traces.collect import engine_for, store_header
+from rac_modifier.traces.failures import forget_failures, read_failures
+from rac_modifier.traces.fill_store import FillStore
+from rac_modifier.traces.records import settings_of_record
+from rac_modifier.traces.store import TraceStore
 
 # At a temperature above 0; the reference evaluation has 0.6 and 0.95 (arXiv 2509.12464).
 TOP_P = 0.95
-
-
-class Generate(Protocol):
-    """Complete prompts as `sampling.generate.generate` does; `keys` name them for seeding."""
-
-    def __call__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        prompts: list[list[int]],
-        settings: SamplingSettings,
-        keys: list[str],
-    ) -> list[Generation]:
-        """Return a generation per prompt, in order."""
-        ...
 
 
 def evaluate(
@@ -54,7 +52,7 @@ def evaluate(
     progress: bool = True,
     verifiers: Mapping[str, Verifier] | None = None,
     render: Callable[[Any, str], list[int]] = render_prompt,
-    generate: Generate = generate_in_process,
+    generate: Callable[..., list[Generation]] = generate_in_process,
 ) -> EvalResult:
     """Measure zero-shot accuracy, thinking length, unfinished share and speed over `problems`.
 
@@ -63,8 +61,8 @@ def evaluate(
         tokenizer: the model's tokenizer.
         problems: each with an answer; ids distinct.
         label: the result's name in tables.
-        max_new_tokens: the cap. An answer cut off there is unfinished, and right only if it already
-            holds the answer.
+        max_new_tokens: the cap. An answer cut off there is unfinished, and right only if it
+            already holds the answer.
         temperature: 0 is greedy, which ignores `top_p` and `seed`.
         top_p: sample among the most likely tokens that hold this share.
         batch_size: prompts per call of `generate`.
@@ -72,35 +70,33 @@ def evaluate(
         progress: show a progress bar.
         verifiers: by task name, a function that compares answers instead of math-verify.
         render: from tokenizer and question to prompt ids; default: the chat template.
-        generate: completes one batch per call; default: the model in this process.
+        generate: completes a batch, with the signature of `sampling.generate.generate`.
 
     Raises:
-        RacError: no problems, a problem without an answer, an id twice, a setting out of range, or
-            math-verify is not installed.
+        RacError: no problems, a problem without an answer, an id twice, a setting out of range,
+            or math-verify is not installed.
     """
-    check_problems(problems, verifiers or {})
+    verifiers = verifiers or {}
+    check_problems(problems, verifiers)
     # nothing comes from a model's generation_config: all models sample alike
     values = {"temperature": temperature, "top_p": top_p, "top_k": 0, "seed": seed}
     values |= {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
     settings = check_settings(SamplingSettings, values, "the evaluation")
     prompts = [render(tokenizer, problem.question) for problem in problems]
-    # longest first: prompts of like length share a batch, and one too large for memory fails early
+    # longest first: prompts of like length share a batch, and a batch too large fails early
     order = sorted(range(len(problems)), key=lambda i: len(prompts[i]), reverse=True)
     generations: dict[int, Generation] = {}
     started = time.monotonic()
-    for batch in _chunks(order, batch_size, label if progress else None):
-        keys = [problems[i].id for i in batch]
-        outputs = generate(model, tokenizer, [prompts[i] for i in batch], settings, keys)
-        generations.update(zip(batch, outputs, strict=True))
+    with tqdm(total=len(order), desc=label, unit="problem", disable=not progress or None) as bar:
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            keys = [problems[i].id for i in batch]
+            outputs = generate(model, tokenizer, [prompts[i] for i in batch], settings, keys)
+            generations.update(zip(batch, outputs, strict=True))
+            bar.update(len(batch))
     seconds = time.monotonic() - started
-
     rows = [
-        row_of(
-            tokenizer,
-            problem,
-            generations[i],
-            (verifiers or {}).get(problem.task or ""),
-        )
+        row_of(tokenizer, problem, generations[i], verifiers.get(problem.task or ""))
         for i, problem in enumerate(problems)
     ]
     return summarise(
@@ -108,11 +104,91 @@ def evaluate(
     )
 
 
+def evaluate_into_file(
+    model: PreTrainedModel | ModelIdentity,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[Problem],
+    *,
+    label: str,
+    source: ProblemSource,
+    sampling: SamplingSettings,
+    path: Path | None = None,
+    engine: EngineSettings | None = None,
+    verifiers: Mapping[str, Verifier] | None = None,
+    progress: bool = True,
+) -> EvalResult:
+    """Measure what `evaluate` does, with each answer kept in a trace store as it finishes.
+
+    A kill loses no answer, and the same call goes on.
+
+    Args:
+        model: in memory, or its `ModelIdentity` where servers answer.
+        tokenizer: the model's tokenizer.
+        problems: each with an answer; ids distinct.
+        label: the result's name in tables.
+        source: where the problems come from, for the header of the file.
+        sampling: temperature, cap, seed, answers per problem (`samples_per_problem`). Nothing
+            comes from the model's generation_config.
+        path: a .jsonl file; default: `default_path`.
+        engine: servers; None is the model in this process.
+        verifiers: by task name, a function that compares answers instead of math-verify.
+        progress: show a bar.
+
+    Raises:
+        RacError: problems that cannot be graded; a file of another model or other settings, or
+            in use; servers that cannot be reached, hold another model, or left problems without
+            an answer. Answers so far are kept.
+    """
+    check_problems(problems, verifiers or {})
+    identity = model if isinstance(model, ModelIdentity) else ModelIdentity.of_model(model)
+    in_memory = None if isinstance(model, ModelIdentity) else model
+    header = store_header(identity, tokenizer, sampling, source)
+    path = path or default_path(identity, sampling, source)
+    started = time.monotonic()
+    with contextlib.closing(
+        engine_for(engine, identity, in_memory, tokenizer, sampling, evaluates=True)
+    ) as chosen:
+        if not path.exists():
+            header = header.model_copy(update={"engine": chosen.connect()})
+        with TraceStore.open_append(path, header) as store:
+            before = store.counts.completion_tokens
+            if len(store):
+                logger.info(f"{path} holds {len(store)} answers already: going on from there")
+            forget_failures(path)
+            FillStore(
+                store,
+                chosen,
+                iter(problems),
+                lambda problem: render_question(tokenizer, problem.question, sampling),
+            ).run(None, progress)
+    seconds = time.monotonic() - started
+    rows = _stored_rows(store, tokenizer, problems, sampling.samples_per_problem, verifiers or {})
+    return summarise(
+        rows,
+        label=label,
+        seconds=seconds,
+        cap=sampling.max_new_tokens,
+        temperature=sampling.temperature or 0.0,
+        seed=sampling.seed,
+        generated=store.counts.completion_tokens - before,
+    )
+
+
+def default_path(
+    identity: ModelIdentity, sampling: SamplingSettings, source: ProblemSource
+) -> Path:
+    """Return rac_answers/<fingerprint>-<hash of the settings>.jsonl, a relative path."""
+    settings = json.dumps(settings_of_record(sampling, source), sort_keys=True)
+    digest = hashlib.sha256(settings.encode()).hexdigest()
+    return Path("rac_answers") / f"{identity.fingerprint[:12]}-{digest[:12]}.jsonl"
+
+
 def check_problems(problems: Sequence[Problem], verifiers: Mapping[str, Verifier]) -> None:
     """Check that problems can be graded; `verifiers` replace math-verify for their tasks.
 
     Raises:
-        RacError: no problems, one without an answer, an id twice, or math-verify is not installed.
+        RacError: no problems, a problem without an answer, an id twice, or math-verify is not
+            installed.
     """
     if not problems:
         raise RacError(
@@ -122,8 +198,8 @@ def check_problems(problems: Sequence[Problem], verifiers: Mapping[str, Verifier
     if without:
         raise RacError(
             f"{len(without)} of {len(problems)} problems have no answer to check against (first: "
-            f"{without[0]!r}); name the column that holds the answers (answer_column), or leave these "
-            "problems out"
+            f"{without[0]!r}); name the column that holds the answers (answer_column), or leave "
+            "these problems out"
         )
     seen: set[str] = set()
     for p in problems:
@@ -132,16 +208,6 @@ def check_problems(problems: Sequence[Problem], verifiers: Mapping[str, Verifier
         seen.add(p.id)
     if any((p.task or "") not in verifiers for p in problems):
         check_installed("mathematics")
-
-
-def _chunks(order: list[int], size: int, label: str | None) -> Iterator[list[int]]:
-    """Cut `order` into batches, with a progress bar if there is a label."""
-    with tqdm(
-        total=len(order), desc=label, unit="problem", disable=True if label is None else None
-    ) as bar:
-        for start in range(0, len(order), size):
-            yield order[start : start + size]
-            bar.update(min(size, len(order) - start))
 
 
 def row_of(
@@ -168,3 +234,30 @@ def row_of(
         verifier=verifier,
     )
     return Row(problem.id, problem.task, correct, text, sample, ending)
+
+
+def _stored_rows(
+    store: TraceStore,
+    tokenizer: Any,
+    problems: Sequence[Problem],
+    samples: int,
+    verifiers: Mapping[str, Verifier],
+) -> list[Row]:
+    """Check the answers of these problems, in their order; the file may hold more."""
+    asked = {f"{problem.id}#{i}": (problem, i) for problem in problems for i in range(samples)}
+    missing = [name for name in asked if name not in store]
+    if missing:
+        reasons = {failed.id: failed.reason for failed in read_failures(store.path)}
+        raise RacError(
+            f"{len(missing)} of {len(asked)} answers are missing (the first: {missing[0]!r}, "
+            f"{reasons.get(missing[0], 'not asked')}); answers so far are kept in {store.path}: "
+            "run again to ask for the others"
+        )
+    rows = {}
+    for trace in store:
+        if trace.id in asked:
+            problem, sample = asked[trace.id]
+            answer = Generation(trace.completion_ids, trace.finish_reason)
+            verifier = verifiers.get(problem.task or "")
+            rows[trace.id] = row_of(tokenizer, problem, answer, verifier, sample)
+    return [rows[name] for name in asked]

@@ -1,38 +1,191 @@
-"""Which quantized layers lose nothing when their inputs are rounded to 8 bits and not to 16.
+"""Which layers lose nothing when their inputs are rounded to 8 bits instead of 16.
 
-Measured, chosen, recorded.
-
-The CPU kernels of integers round x before they multiply it: to integers of at most `LEVELS`, with a
-scale per token and block of columns. Here the inputs of a model's layers are rounded in the same way,
-so that the cost can be seen without the kernels. config.json records the chosen layers
-(`rac_sparsity.int8_activations`), and the vLLM plugin obeys that record.
+The CPU kernels of integers round x before they multiply it: to integers of at most `LEVELS`,
+with a scale per token and block of columns. Here the inputs of a model's layers are rounded in
+the same way, so that the cost can be measured without the kernels. config.json records the chosen
+layers (`rac_sparsity.int8_activations`), and the vLLM plugin obeys that record.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rac_modifier.checkpoint.dense_codes import OF_VOCABULARY, why_not_codes
+from rac_modifier.checkpoint.quantization_config import weight_schemes
+from rac_modifier.checkpoint.record import RUN_RECORD_NAME
+from rac_modifier.checkpoint.sparsity_config import (
+    CONFIG_FILE,
+    METHOD,
+    QUANTIZATION_KEY,
+    RAC_METHOD,
+    packed_format,
+)
 from rac_modifier.errors import RacError
-from rac_modifier.evaluation.dense_reference import DenseReference
 from rac_modifier.evaluation.divergence import check_ids
-from rac_modifier.evaluation.integer_layers import IntegerLayer
 from rac_modifier.evaluation.report import ResultTable
+from rac_modifier.evaluation.run_divergence import DenseReference
 from rac_modifier.evaluation.teacher_forcing import TokenSequence, check_sequences
+from rac_modifier.files import read_json
+from rac_modifier.kernels.cpu.encoding import UNIT, encoding_of
+from rac_modifier.kernels.cpu.packed import block_of
+from rac_modifier.kernels.interface import EXPERT
+from rac_modifier.kernels.plan import PlanRow, plan_checkpoint, plan_dense_codes
 from rac_modifier.model_tools import evaluating
 
 LEVELS = {8: 127, 16: 127 * 256 + 127}  # the largest integer of x (csrc/gemm/kernel.h)
+_STEP = (
+    "give the folder of a packed int8 or int4 checkpoint, or of a dense W4A16 one of "
+    "compressed-tensors"
+)
+
+
+@dataclass(frozen=True)
+class IntegerLayer:
+    """A layer that the CPU kernels multiply as integers. `block`: columns of x that share a scale.
+
+    own_error: ||W x - Q x||^2 / ||W x||^2 for the weight W before and Q after pruning and
+    rounding; None until it is measured. error: ||Q (x8 - x16)||^2 / ||Q x16||^2, for x rounded
+    to 8 and 16 bits.
+    """
+
+    module: str
+    block: int
+    own_error: float | None
+    error: float = float("nan")
+
+    @classmethod
+    def of(
+        cls,
+        module: str,
+        stored: torch.dtype,
+        group: int,
+        columns: int,
+        own_error: float | None,
+        word_bits: int = 4,
+    ) -> Self | None:
+        """Return the layer of values of dtype `stored`, in int32 words of `word_bits` bits.
+
+        None where the CPU kernels multiply floats, and for a routed expert, whose inputs keep
+        16 bits.
+        """
+        encoding = encoding_of(stored, group, columns, torch.bfloat16, word_bits)
+        if EXPERT.search(module) or encoding.dtype != torch.int8:
+            return None
+        return cls(module, block_of(columns, group, UNIT[encoding.bits]), own_error)
+
+    @property
+    def share(self) -> float:
+        """Error of 8 bits over the layer's own error; infinite where that is zero."""
+        return self.error / self.own_error if self.own_error else float("inf")
+
+
+def layers_of(folder: Path, *, recorded: bool = True) -> tuple[list[IntegerLayer], dict[str, int]]:
+    """Return the linear layers of a checkpoint that the CPU kernels multiply as integers.
+
+    They are the layers of packed int8 and int4 checkpoints, and of dense int4, int3 and int2
+    ones (W4A16). No weight is read. `recorded`: with the own errors of its run record.
+
+    Returns:
+        The layers, and how many other compressed modules keep 16 bits for each reason.
+
+    Raises:
+        RacError: no checkpoint with such layers, or, with `recorded`, its run record lacks an
+            error.
+    """
+    if not (folder / CONFIG_FILE).is_file():
+        raise RacError(
+            f"{folder}: no folder of a checkpoint; {_STEP} (hf download ID --local-dir FOLDER "
+            "makes one)"
+        )
+    config = read_json(folder / CONFIG_FILE)
+    if packed_format(config) is not None:
+        rows = [row for row in plan_checkpoint(folder) if row.layer is not None]
+    else:
+        _check_dense(folder, config)
+        rows = plan_dense_codes(folder)
+    layers, left_out = [], {}
+    for row in rows:
+        layer = _layer(row)
+        if isinstance(layer, str):
+            left_out[row.module] = layer
+        else:
+            layers.append(layer)
+    if not layers:
+        module, reason = next(iter(left_out.items()), ("", "it has no quantized linear layer"))
+        raise RacError(
+            f"{folder}: none of its layers may have activations of 8 bits "
+            f"({module}{': ' * bool(module)}{reason}); quantize linear layers to int8 or int4"
+        )
+    if recorded:
+        layers = _with_recorded_errors(folder, layers)
+    return layers, dict(Counter(left_out.values()))
+
+
+def _layer(row: PlanRow) -> IntegerLayer | str:
+    """Return the layer of a row, or why its activations keep 16 bits."""
+    if EXPERT.search(row.module):
+        return "routed experts take 16 bits"
+    if OF_VOCABULARY.search(row.module):
+        return "heads and embeddings take 16 bits"
+    if row.layer is None:
+        return row.decision.reason
+    columns, group, stored = row.layer.columns, row.layer.group, row.layer.stored
+    if columns % group:
+        return f"its {columns} columns are no multiple of its groups of {group}"
+    layer = IntegerLayer.of(row.module, stored, group, columns, None, row.layer.word_bits)
+    return layer or "the kernels multiply its values as floats"
+
+
+def _check_dense(folder: Path, config: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint without dense weights of 2 to 4 bits, or with quantized activations."""
+    quantization = config.get(QUANTIZATION_KEY)
+    if not isinstance(quantization, Mapping):
+        raise RacError(f"{folder}: its weights are neither quantized nor packed; {_STEP}")
+    if (method := quantization.get("quant_method", METHOD)) not in (METHOD, RAC_METHOD):
+        raise RacError(f"{folder}: quantized by {method!r}, of which no layer is measured; {_STEP}")
+    reasons = {
+        s: why_not_codes(
+            s.kind, s.bits, s.strategy, s.format, activations=s.activations is not None
+        )
+        for s in weight_schemes(quantization)
+    }
+    # which modules a scheme quantizes is not known from the tensors
+    rounds = any(scheme.activations is not None for scheme in reasons)
+    if rounds or None not in reasons.values():
+        refused = [f"{why}: {scheme.describe()}" for scheme, why in reasons.items() if why]
+        what = refused[0] if refused else "it quantizes no weights"
+        raise RacError(
+            f"{folder}: no kernel multiplies its dense weights with rounded activations ({what}); "
+            f"{_STEP}"
+        )
+
+
+def _with_recorded_errors(folder: Path, layers: list[IntegerLayer]) -> list[IntegerLayer]:
+    """Fill in the errors of the run record."""
+    path = folder / RUN_RECORD_NAME
+    modules = (read_json(path) if path.is_file() else {}).get("modules") or []
+    errors = {m["name"]: float(m["relative_error"]) for m in modules if "relative_error" in m}
+    if missing := [layer.module for layer in layers if layer.module not in errors]:
+        raise RacError(
+            f"{folder}: {RUN_RECORD_NAME} has no error of {missing[0]} ({len(missing)} layers in "
+            "all), and 8 bits are compared with it; name the model that was quantized "
+            "(--dense MODEL)"
+        )
+    return [replace(layer, own_error=errors[layer.module]) for layer in layers]
 
 
 @dataclass(frozen=True)
 class ActivationChoice:
-    """The measured layers, of which those get 8 bits whose `share` is at most `limit`.
+    """The measured layers; a layer gets 8 bits if its `share` is at most `limit`.
 
     divergence: of the model with the chosen layers in 8 bits from the model with none, as
     `DivergenceResult.as_dict` has it.
@@ -45,51 +198,41 @@ class ActivationChoice:
     @property
     def modules(self) -> list[str]:
         """The names of the chosen layers."""
-        return [layer.module for layer in self.layers if layer.share <= self.limit]
+        return [layer.module for layer in self.layers if self._bits(layer) == 8]
 
-    def bits(self, layer: IntegerLayer) -> int:
-        """Return the bits of a layer's activations."""
+    def _bits(self, layer: IntegerLayer) -> int:
         return 8 if layer.share <= self.limit else 16
 
     def as_dict(self, source: str) -> dict[str, Any]:
         """Return the entry of the run record; `source`: of the sequences."""
         layers = {
-            layer.module: {
-                "error": layer.error,
-                "own_error": layer.own_error,
-                "bits": self.bits(layer),
-            }
-            for layer in self.layers
+            x.module: {"error": x.error, "own_error": x.own_error, "bits": self._bits(x)}
+            for x in self.layers
         }
         names = ("sequences", "tokens", "kl", "kl_stderr", "agreement")
         divergence = {name: self.divergence[name] for name in names}
         return {"limit": self.limit, "source": source, "layers": layers, **divergence}
 
     def describe(self) -> str:
-        """Return one line."""
+        """Return a line."""
         count = f"{len(self.modules)} of {len(self.layers)} layers in 8 bits"
         if not self.modules:
             least = min((layer.share for layer in self.layers), default=float("inf"))
             return (
-                f"{count}: 8 bits add at least {least:.3g} of a layer's own error, and the limit is "
-                f"{self.limit:g}; a larger --limit takes more layers"
+                f"{count}: 8 bits add at least {least:.3g} of a layer's own error, and the limit "
+                f"is {self.limit:g}; a larger --limit takes more layers"
             )
         return (
-            f"{count}: KL {self.divergence['kl']:.2e} nats per token from the model with none, and "
-            f"the most likely token is the same for {self.divergence['agreement']:.2%} of "
+            f"{count}: KL {self.divergence['kl']:.2e} nats per token from the model with none, "
+            f"and the most likely token is the same for {self.divergence['agreement']:.2%} of "
             f"{self.divergence['tokens']:,}"
         )
 
     def table(self) -> ResultTable:
         """Return a row per layer."""
         rows = tuple(
-            (
-                layer.module,
-                f"{layer.error:.2e}",
-                f"{layer.own_error:.2e}",
-                str(self.bits(layer)),
-            )
-            for layer in self.layers
+            (x.module, f"{x.error:.2e}", f"{x.own_error:.2e}", str(self._bits(x)))
+            for x in self.layers
         )
         note = (
             f"8 bits where they add at most {self.limit:g} of the layer's own error; both are "
@@ -105,7 +248,7 @@ def choose_activations(
     limit: float,
     dense: Any = None,
 ) -> ActivationChoice:
-    """Measure each layer, choose the layers that lose nothing, and measure what these in 8 bits do to predictions.
+    """Measure each layer, choose the layers that lose nothing, and measure their joint divergence.
 
     `dense`: the model before pruning and rounding (`check_original`), for unknown own errors.
 
@@ -114,7 +257,11 @@ def choose_activations(
     """
     measured = measure_activations(model, layers, sequences, dense)
     reference = DenseReference(model, sequences)
-    with rounded_inputs(model, [layer for layer in measured if layer.share <= limit]):
+
+    def round_input(layer: IntegerLayer, module: Any, x: Tensor) -> tuple[Tensor]:
+        return (rounded(x, layer.block, 8).to(x.dtype),)
+
+    with _hooks(model, [layer for layer in measured if layer.share <= limit], round_input):
         divergence = reference.divergence(model, label="8 bits")
     return ActivationChoice(limit, measured, divergence.as_dict())
 
@@ -127,8 +274,6 @@ def measure_activations(
     dense: Any = None,
 ) -> tuple[IntegerLayer, ...]:
     """Return the layers with their errors on all tokens of `sequences`, in float32.
-
-    One forward pass per sequence.
 
     Raises:
         RacError: a layer that the model does not have, sequences that `divergence` refuses, or
@@ -159,35 +304,20 @@ def measure_activations(
             raise RacError(
                 f"{layer.module}: its activations are not finite; load the model in float32"
             )
-        own_error = layer.own_error
-        if own_error is None:
-            own_error = lost / original if original else 0.0
-        measured.append(replace(layer, own_error=own_error, error=error))
+        if layer.own_error is None:
+            layer = replace(layer, own_error=lost / original if original else 0.0)
+        measured.append(replace(layer, error=error))
     return tuple(measured)
 
 
 def rounded(x: Tensor, block: int, bits: int) -> Tensor:
-    """Round X [..., K] as the kernels do.
-
-    Float32, integers of `bits` times a scale per row and `block` columns.
-    """
+    """Round X [..., K] as the kernels do, to integers of `bits` times a scale per row and block."""
     columns, levels = x.shape[-1], LEVELS[bits]
     blocks = F.pad(x.float(), (0, -columns % block)).unflatten(-1, (-1, block))
     largest = blocks.abs().amax(-1, keepdim=True)
     numbers = torch.where(largest >= 1e-30, blocks * (levels / largest), 0.0)
     integers = torch.trunc(numbers + torch.where(numbers < 0, -0.5, 0.5))
     return (integers * (largest / levels)).flatten(-2)[..., :columns]
-
-
-@contextlib.contextmanager
-def rounded_inputs(model: Any, layers: Iterable[IntegerLayer]) -> Iterator[None]:
-    """Round the inputs of these layers to 8 bits while the context is open."""
-
-    def round_input(layer: IntegerLayer, module: Any, x: Tensor) -> tuple[Tensor]:
-        return (rounded(x, layer.block, 8).to(x.dtype),)
-
-    with _hooks(model, layers, round_input):
-        yield
 
 
 @contextlib.contextmanager
@@ -213,10 +343,8 @@ def _hooks(
 def check_original(model: Any, dense: Any, layers: Sequence[IntegerLayer]) -> None:
     """Refuse a dense model against which the own errors of these layers cannot be measured.
 
-    Raises:
-        RacError: it is quantized itself, it lacks a layer or has another shape of it, or its norms
-            differ: then it is another model, or its weights were rescaled before they were rounded,
-            as by AWQ, so that the layers have other inputs.
+    Other norms mean another model, or weights that were rescaled before they were rounded (AWQ),
+    so that the layers have other inputs.
     """
     modules, originals = dict(model.named_modules()), dict(dense.named_modules())
     for name in (layer.module for layer in layers if layer.module in modules):
@@ -232,14 +360,12 @@ def check_original(model: Any, dense: Any, layers: Sequence[IntegerLayer]) -> No
             )
     vectors = {name: p for name, p in dense.named_parameters() if p.dim() == 1}
     for name, vector in model.named_parameters():
-        if name not in vectors:
-            continue
-        other = vectors[name].to(vector.device).float()
+        other = vectors.get(name, vector).to(vector.device).float()
         if not torch.allclose(vector.float(), other, rtol=0.02, atol=1e-5):
             raise RacError(
-                f"{name}: differs from that of the dense model, so that is another model, or its "
-                "weights were rescaled before they were rounded (as by AWQ), and own errors cannot "
-                "be measured; name the model that was quantized"
+                f"{name}: differs from the dense model's, so that is another model, or its weights "
+                "were rescaled before they were rounded (as by AWQ), and own errors cannot be "
+                "measured; name the model that was quantized"
             )
 
 

@@ -22,13 +22,13 @@ Prompts = Mapping[str, PromptSettings]
 
 @dataclass(frozen=True)
 class PromptChoice:
-    """The prompt settings for all models, and a line for each model that was calibrated with others."""
+    """The prompt settings for all models, and a line per model calibrated with others."""
 
     prompt: PromptSettings
     differences: tuple[str, ...]
 
     def describe(self) -> str:
-        """What was asked, and where it differs from the calibration; one line each."""
+        """Describe the prompt and each difference from the calibration, a line each."""
         return "\n".join([f"Prompt: {self.prompt.describe()}.", *self.differences])
 
 
@@ -59,8 +59,8 @@ def recorded_prompts(source: str) -> Prompts | None:
         return {part: PromptSettings(**settings) for part, settings in recorded.items()}
     except (AttributeError, TypeError, ValidationError) as error:
         raise RacError(
-            f"{path}: its prompt settings cannot be read ({recorded!r}); restore the file, or remove "
-            "it to evaluate without it"
+            f"{path}: its prompt settings cannot be read ({recorded!r}); restore the file, or "
+            "remove it to evaluate without it"
         ) from error
 
 
@@ -102,33 +102,27 @@ def choose_prompt(
             )
         chosen = PromptSettings(template="none")
     else:
-        chosen = PromptSettings(
-            template="chat",
-            system_prompt=(
-                _only("system_prompt", known) if system_prompt is None else system_prompt
-            )
-            or None,
-            thinking=_only("thinking", known) if thinking is None else thinking,
-        )
-    others = {name: p.describe() for name, p in known.items() if p.describe() != chosen.describe()}
-    return PromptChoice(
-        chosen,
-        tuple(
-            f"{name} was calibrated with another prompt: {words}." for name, words in others.items()
-        ),
+        system = _only("system_prompt", known) if system_prompt is None else system_prompt
+        thinks = _only("thinking", known) if thinking is None else thinking
+        chosen = PromptSettings(template="chat", system_prompt=system or None, thinking=thinks)
+    differences = (
+        f"{name} was calibrated with another prompt: {prompt.describe()}."
+        for name, prompt in known.items()
+        if prompt.describe() != chosen.describe()
     )
+    return PromptChoice(chosen, tuple(differences))
 
 
 def _only(field: str, known: Prompts) -> Any:
-    """The one value of a field; its default where nothing is recorded."""
+    """Return the recorded value of a field, or its default; refuse several values."""
     values = {getattr(prompt, field): name for name, prompt in known.items()}
     if len(values) > 1:
         option = {"thinking": "--thinking or --no-thinking"}.get(
             field, f"--{field.replace('_', '-')}"
         )
-        found = "; ".join(f"{name}: {known[name].describe()}" for name in values.values())
+        prompts = "; ".join(f"{name}: {known[name].describe()}" for name in values.values())
         raise RacError(
-            f"calibrated with different prompts, and all models must be asked with one ({found}); "
-            f"choose it with {option}"
+            "calibrated with different prompts, and all models must be asked with the same "
+            f"({prompts}); choose it with {option}"
         )
     return next(iter(values), PromptSettings.model_fields[field].default)

@@ -1,4 +1,4 @@
-"""Divergence of a pruned model from the dense one on the dense model's own samples; it needs no labels.
+"""Divergence of a pruned model from the dense one, on the dense model's samples.
 
 Both models read the same sequence (teacher forcing). At each completion token the dense model's
 distribution p over the vocabulary is compared with the pruned model's, q:
@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,7 @@ from rac_modifier.model_tools import evaluating
 # Elements of the logits in a window and in a step of the comparison: 256 and 64 MiB in float32.
 WINDOW_ELEMENTS = 1 << 26
 _STEP_ELEMENTS = 1 << 24
+BATCH_TOKENS = 4096  # most padded tokens of a batch; a longer sequence is a batch
 
 # Per window of positions: the first position, the dense model's logits, the pruned model's.
 Windows = Iterator[tuple[int, torch.Tensor, torch.Tensor]]
@@ -63,8 +64,7 @@ class PositionBin:
 class DivergenceResult:
     """Divergence of a pruned model; compare it only with results on the same sequences.
 
-    Standard errors treat completions, not tokens, as independent: the errors of a completion's tokens are
-    correlated.
+    Standard errors treat completions, not tokens, as independent.
     """
 
     label: str
@@ -78,23 +78,8 @@ class DivergenceResult:
     seconds: float
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON; `from_dict` is the inverse."""
+        """Return plain values for JSON."""
         return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> DivergenceResult:
-        """Return the result of `as_dict`'s values.
-
-        Raises:
-            RacError: a field is missing or unknown.
-        """
-        try:
-            bins = tuple(PositionBin(**b) for b in values.get("bins", ()))
-            return cls(**{**values, "bins": bins})
-        except TypeError as error:
-            raise RacError(
-                f"not a divergence result ({error}); measure again with this version"
-            ) from error
 
 
 def divergence(
@@ -104,41 +89,27 @@ def divergence(
     *,
     label: str,
     bins: int = 16,
-    batch_tokens: int = 4096,
-    window_elements: int = WINDOW_ELEMENTS,
     progress: bool = True,
 ) -> DivergenceResult:
-    """Measure KL(dense || pruned) per completion token and top-1 agreement, in total and by position.
+    """Measure KL(dense || pruned) per completion token and top-1 agreement.
 
-    Memory next to the two models: a window of logits per model (`window_elements`), the key-value caches
-    of a batch of several windows, and about 256 MiB.
+    Memory next to the two models: a window of logits per model, the key-value caches of a batch
+    of several windows, and about 256 MiB.
 
     Args:
         dense: a transformers causal LM.
-        pruned: another one with the same vocabulary, on any device.
-        sequences: samples of the dense model (see `own_samples`).
+        pruned: another causal LM with the same vocabulary, on any device.
+        sequences: samples of the dense model (see `sample_sequences`).
         label: the result's name in tables.
         bins: the number of equally wide bins of positions.
-        batch_tokens: most padded tokens of a batch; a longer sequence is a batch.
-        window_elements: most elements of a model's logits in memory (rows x positions x vocabulary).
         progress: show a progress bar.
 
     Raises:
-        RacError: no sequences, a sequence without prompt or completion, a token id beyond a vocabulary,
-            vocabularies of different sizes, logits that are not finite, a setting below 1.
+        RacError: no sequences, a sequence without prompt or completion, a token id beyond a
+            vocabulary, vocabularies of different sizes, or logits that are not finite.
     """
-    if bins < 1:
-        raise RacError(f"bins={bins}: must be at least 1; leave it out for the usual bins")
     started = time.monotonic()
-    rows = divergence_per_token(
-        dense,
-        pruned,
-        sequences,
-        label=label,
-        batch_tokens=batch_tokens,
-        window_elements=window_elements,
-        progress=progress,
-    )
+    rows = divergence_per_token(dense, pruned, sequences, label=label, progress=progress)
     return summarise_divergence(rows, label=label, bins=bins, seconds=time.monotonic() - started)
 
 
@@ -149,14 +120,9 @@ def divergence_per_token(
     sequences: Sequence[TokenSequence],
     *,
     label: str,
-    batch_tokens: int = 4096,
-    window_elements: int = WINDOW_ELEMENTS,
     progress: bool = True,
 ) -> list[TokenDivergence]:
     """Return the values of each completion, in the order of `sequences`; see `divergence`."""
-    for name, value in (("batch_tokens", batch_tokens), ("window_elements", window_elements)):
-        if value < 1:
-            raise RacError(f"{name}={value}: must be at least 1; leave it out for the usual {name}")
     check_sequences(sequences)
     for role, model in (("dense", dense), ("pruned", pruned)):
         check_ids(role, model, sequences)
@@ -164,18 +130,18 @@ def divergence_per_token(
     with (
         evaluating(dense, pruned),
         tqdm(
-            total=len(sequences), desc=label, unit="sequence", disable=None if progress else True
+            total=len(sequences), desc=label, unit="sequence", disable=not progress or None
         ) as bar,
     ):
-        for batch in batches_of_like_length(sequences, batch_tokens):
-            rows += compare(batch, _both(dense, pruned, batch, window_elements), label)
+        for batch in batches_of_like_length(sequences, BATCH_TOKENS):
+            rows += compare(batch, _both(dense, pruned, batch), label)
             bar.update(len(batch))
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i][0]))  # that of the batches
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i][0]))  # of the batches
     return [row for _, row in sorted(zip(order, rows, strict=True), key=lambda pair: pair[0])]
 
 
 def token_divergence(p: torch.Tensor, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return KL(p || q), float64 [n] in nats, and top-1 agreement, bool [n], of logits [n, vocabulary]."""
+    """Return KL(p || q), float64 [n] in nats, and top-1 agreement, bool [n], of logits [n, V]."""
     step = max(1, _STEP_ELEMENTS // p.shape[-1])
     kl, agrees = [], []
     for i in range(0, len(p), step):
@@ -188,9 +154,9 @@ def token_divergence(p: torch.Tensor, q: torch.Tensor) -> tuple[torch.Tensor, to
     return torch.cat(kl), torch.cat(agrees)
 
 
-def _both(dense: Any, pruned: Any, batch: list[TokenSequence], window_elements: int) -> Windows:
+def _both(dense: Any, pruned: Any, batch: list[TokenSequence]) -> Windows:
     ids = padded(batch)[0][:, :-1]
-    width = max(1, window_elements // (len(batch) * vocabulary(dense)))
+    width = max(1, WINDOW_ELEMENTS // (len(batch) * vocabulary(dense)))
     for (start, p), (_, q) in zip(
         windows(dense, ids, width), windows(pruned, ids, width), strict=True
     ):
@@ -209,18 +175,18 @@ def compare(batch: list[TokenSequence], logits: Windows, label: str) -> list[Tok
     for start, p, q in logits:
         if p.shape[-1] != q.shape[-1]:
             raise RacError(
-                f"{label}: a vocabulary of {q.shape[-1]} tokens, the dense model has {p.shape[-1]}; "
-                "compare a pruned model with the model that it was made from"
+                f"{label}: a vocabulary of {q.shape[-1]} tokens, the dense model has "
+                f"{p.shape[-1]}; compare a pruned model with the model that it was made from"
             )
         window = slice(start, start + p.shape[1])
-        wanted = predicts[:, window]
-        if not wanted.any():
+        mask = predicts[:, window]
+        if not mask.any():
             continue
-        found = token_divergence(p[wanted.to(p.device)], q[wanted.to(q.device)])
-        kl[:, window][wanted], agrees[:, window][wanted] = (values.cpu() for values in found)
+        values = token_divergence(p[mask.to(p.device)], q[mask.to(q.device)])
+        kl[:, window][mask], agrees[:, window][mask] = (value.cpu() for value in values)
     if not kl.isfinite().all():
         raise RacError(
-            f"{label}: the logits of the dense model or of this model are not finite on the given "
+            f"{label}: the logits of the dense model or of this model are not finite on these "
             "sequences; load both in float32, and check the checkpoint"
         )
     return [
@@ -232,8 +198,8 @@ def compare(batch: list[TokenSequence], logits: Windows, label: str) -> list[Tok
 def windows(model: Any, ids: torch.Tensor, width: int) -> Iterator[tuple[int, torch.Tensor]]:
     """Yield windows of positions: the first position, and logits [rows, up to width, vocabulary].
 
-    Windows bound the memory of logits, the largest activations. The key-value cache carries the context
-    from window to window; a batch of a single window is an ordinary forward pass.
+    The key-value cache carries the context from window to window; a batch of a single window is
+    an ordinary forward pass.
     """
     cache = None
     several = ids.shape[1] > width
@@ -261,8 +227,9 @@ def check_ids(role: str, model: Any, sequences: Sequence[TokenSequence]) -> None
     largest, size = max(max(ids) for ids, _ in sequences), vocabulary(model)
     if largest >= size:
         raise RacError(
-            f"the sequences hold token id {largest}, beyond the vocabulary of the {role} model ({size} "
-            "tokens); give sequences that the dense model wrote, and a model pruned from it"
+            f"the sequences hold token id {largest}, beyond the vocabulary of the {role} model "
+            f"({size} tokens); give sequences that the dense model wrote, and a model pruned from "
+            "it"
         )
 
 
@@ -289,11 +256,8 @@ def summarise_divergence(
 
 
 def _bin(rows: Sequence[TokenDivergence], start: int, end: int) -> PositionBin:
-    kls = [part for row in rows if (part := row.kl[start:end])]
-    kl, kl_stderr = mean_over_tokens(kls)
-    agreement, agreement_stderr = mean_over_tokens(
-        [part for row in rows if (part := row.agrees[start:end])]
-    )
-    return PositionBin(
-        start, end, len(kls), sum(map(len, kls)), kl, kl_stderr, agreement, agreement_stderr
-    )
+    reaching = [row for row in rows if len(row.kl) > start]
+    kl = mean_over_tokens([row.kl[start:end] for row in reaching])
+    agreement = mean_over_tokens([row.agrees[start:end] for row in reaching])
+    tokens = sum(len(row.kl[start:end]) for row in reaching)
+    return PositionBin(start, end, len(reaching), tokens, *kl, *agreement)

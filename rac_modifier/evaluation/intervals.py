@@ -17,25 +17,25 @@ Interval = tuple[float, float]
 def share_interval(shares: Sequence[float]) -> Interval:
     """Return the interval of the mean of `shares`, the share of right answers of each problem.
 
-    A bootstrap over problems; Wilson's interval where each problem has one answer, or all shares are
-    equal, since a bootstrap of equal values is a point.
+    A bootstrap over problems; Wilson's interval with an answer per problem, or if all shares
+    are equal, since a bootstrap of equal values is a point.
     """
     if set(shares) <= {0.0, 1.0} or len(set(shares)) == 1:
         return wilson_interval(math.fsum(shares), len(shares))
-    return bootstrap_interval(shares)
+    return ratio_interval(shares, [1.0] * len(shares))
 
 
 def difference_interval(differences: Sequence[float]) -> Interval:
-    """Return the interval of the mean of paired differences, one per problem, each in -1 to 1.
+    """Return the interval of the mean of paired differences, -1 to 1, one per problem.
 
-    A bootstrap over problems; Tango's interval where each problem has one answer, or all differences
-    are equal.
+    A bootstrap over problems; Tango's interval with an answer per problem, or if all
+    differences are equal.
     """
     if set(differences) <= {-1.0, 0.0, 1.0} or len(set(differences)) == 1:
         lost = -math.fsum(min(value, 0.0) for value in differences)
         gained = math.fsum(max(value, 0.0) for value in differences)
         return tango_interval(lost, gained, len(differences))
-    return bootstrap_interval(differences)
+    return ratio_interval(differences, [1.0] * len(differences))
 
 
 def wilson_interval(correct: float, total: int, z: float = Z) -> Interval:
@@ -72,11 +72,6 @@ def tango_interval(lost: float, gained: float, total: int) -> Interval:
     )
 
 
-def bootstrap_interval(values: Sequence[float]) -> Interval:
-    """Return the percentile interval of the mean of `values`, one per problem."""
-    return ratio_interval(values, [1.0] * len(values))
-
-
 def ratio_interval(above: Sequence[float], below: Sequence[float]) -> Interval:
     """Return the percentile interval of sum(above) / sum(below), a pair per problem.
 
@@ -105,7 +100,7 @@ def pass_at_k(correct: int, samples: int, k: int) -> float:
 
 
 def mean_pass_at(counts: Sequence[int], samples: int) -> dict[str, float]:
-    """Return pass@k over problems for k = 1, 2, 4 ... up to `samples`; `counts` are right answers."""
+    """Return pass@k over problems for k = 1, 2, 4 ... `samples`; `counts` are right answers."""
     ks = sorted({min(2**power, samples) for power in range(samples.bit_length() + 1)})
     return {str(k): fmean(pass_at_k(count, samples, k) for count in counts) for k in ks}
 
@@ -113,10 +108,10 @@ def mean_pass_at(counts: Sequence[int], samples: int) -> dict[str, float]:
 def mean_over_tokens(rows: Sequence[Sequence[float]]) -> tuple[float, float | None]:
     """Return the mean over all tokens of all rows, and its standard error over rows.
 
-    The error is None below 16 rows: an interval of 4 rows covers 74 % instead of 95 %, of 16 rows 86 %.
+    The error is None below 16 rows, where its interval covers too little.
 
-    The mean is a ratio of two random sums. With residuals r_i = sum_i - mean * n_i of m rows the error is
-    sqrt(m / (m - 1) * sum r_i^2) / sum n_i (Cochran, Sampling Techniques, 1977, section 6.3).
+    The mean is a ratio of two random sums. With residuals r_i = sum_i - mean * n_i of m rows the
+    error is sqrt(m / (m - 1) * sum r_i^2) / sum n_i (Cochran, Sampling Techniques, 1977, 6.3).
     """
     mean = fmean(chain.from_iterable(rows))
     m, count = len(rows), sum(map(len, rows))

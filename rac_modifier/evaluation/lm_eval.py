@@ -1,7 +1,7 @@
 """lm-eval on packed checkpoints: `python -m rac_modifier.evaluation.lm_eval`.
 
-lm-eval does not import rac_modifier, and then transformers refuses a packed checkpoint. Arguments, output
-and exit codes are lm_eval's. docs/harnesses.md has examples.
+lm-eval does not import rac_modifier, and then transformers refuses a packed checkpoint. Arguments,
+output and exit codes are lm_eval's. docs/harnesses.md has examples.
 """
 
 from __future__ import annotations

@@ -1,18 +1,23 @@
-"""Results of an evaluation: a row per answer, and the summary of all rows."""
+"""Results of an evaluation: a row per answer, their summary, and two models compared."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import numpy as np
-
 from rac_modifier.errors import RacError
-from rac_modifier.evaluation.intervals import mean_pass_at, share_interval
-from rac_modifier.evaluation.stopping import Ending
+from rac_modifier.evaluation.intervals import (
+    difference_interval,
+    mcnemar,
+    mean_pass_at,
+    share_interval,
+)
+from rac_modifier.evaluation.stopping import Ending, TokenInflation, token_inflation
+from rac_modifier.files import read_json
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,6 @@ class EvalResult:
     ci_high: float
     pass_at: dict[str, float]  # pass@k for k = 1, 2, 4 ... up to `samples`
     mean_thinking_tokens: float
-    thinking_percentiles: dict[str, float]  # the 50th, 90th and 99th
     mean_completion_tokens: float
     unfinished_share: float  # of all answers, those cut off at the cap
     tokens_per_second: float  # of this run; 0.0 where it generated nothing
@@ -50,7 +54,7 @@ class EvalResult:
     seed: int
     per_task: dict[str, float]  # accuracy of each named task
     correct_answers: dict[str, int]  # by problem; what two results are paired by
-    endings: dict[str, list[Ending]]  # by problem, an ending per sample; empty: of version 0.1
+    endings: dict[str, list[Ending]]  # by problem, an ending per sample
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values for JSON; `from_dict` is the inverse."""
@@ -64,14 +68,11 @@ class EvalResult:
             RacError: a field is missing or unknown.
         """
         names = {f.name for f in dataclasses.fields(cls)}
-        # results of 0.1 have no endings
-        values = {"endings": {}, **values}
-        values.pop("repeating_share", None)
         if values.keys() != names:
             missing, unknown = sorted(names - values.keys()), sorted(values.keys() - names)
             raise RacError(
-                f"not an evaluation result: missing {missing}, unknown {unknown}; evaluate again with "
-                "this version"
+                f"not an evaluation result: missing {missing}, unknown {unknown}; evaluate again "
+                "with this version"
             )
         endings = {
             name: [Ending.from_dict(ending) for ending in samples]
@@ -102,7 +103,6 @@ def summarise(
     (samples,) = {len(answers) for answers in by_problem.values()}
     shares = [count / samples for count in correct.values()]
     low, high = share_interval(shares)
-    thinking = [row.ending.thinking_tokens for row in rows]
     tasks = sorted({row.task for row in rows if row.task is not None})
     tokens = sum(row.ending.tokens for row in rows) if generated is None else generated
     return EvalResult(
@@ -114,10 +114,7 @@ def summarise(
         ci_low=low,
         ci_high=high,
         pass_at=mean_pass_at(list(correct.values()), samples),
-        mean_thinking_tokens=fmean(thinking),
-        thinking_percentiles={
-            str(share): float(np.percentile(thinking, share)) for share in (50, 90, 99)
-        },
+        mean_thinking_tokens=fmean(row.ending.thinking_tokens for row in rows),
         mean_completion_tokens=fmean(row.ending.tokens for row in rows),
         unfinished_share=fmean(row.ending.truncated for row in rows),
         tokens_per_second=tokens / seconds if tokens else 0.0,
@@ -129,3 +126,95 @@ def summarise(
         correct_answers=correct,
         endings={name: [row.ending for row in answers] for name, answers in by_problem.items()},
     )
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """What the second of two models lost or gained, on the same problems.
+
+    With several answers per problem, `only_first`, `only_second` and `p_value` are None.
+    """
+
+    first: str
+    second: str
+    problems: int
+    difference: float  # accuracy of the second minus accuracy of the first
+    ci_low: float  # 95 %, of `intervals.difference_interval`
+    ci_high: float
+    only_first: int | None  # problems that the first model alone solves
+    only_second: int | None
+    p_value: float | None  # McNemar's exact two-sided test
+    inflation: TokenInflation
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return dataclasses.asdict(self)
+
+    def describe(self) -> str:
+        """Describe the difference in a line."""
+        low, high = 100 * self.ci_low, 100 * self.ci_high
+        text = f"{self.second} against {self.first}: {100 * self.difference:+.1f} points "
+        text += f"({low:+.1f} to {high:+.1f})"
+        if self.p_value is None:
+            return f"{text}, paired over {self.problems} problems"
+        return (
+            f"{text}; of {self.problems} problems {self.only_first} are solved by {self.first} "
+            f"alone, {self.only_second} by {self.second} alone (McNemar p = {self.p_value:.2g})"
+        )
+
+
+def paired_difference(first: EvalResult, second: EvalResult) -> PairedDifference:
+    """Compare two results on the same problems, with the same answers per problem and cap.
+
+    Raises:
+        RacError: other problems, numbers of answers, or caps.
+    """
+    for name in ("cap", "samples"):
+        if getattr(first, name) != getattr(second, name):
+            raise RacError(
+                f"{first.label} and {second.label} cannot be paired: {name} "
+                f"{getattr(first, name)} and {getattr(second, name)}; evaluate both alike"
+            )
+    if first.correct_answers.keys() != second.correct_answers.keys():
+        other = sorted(first.correct_answers.keys() ^ second.correct_answers.keys())
+        raise RacError(
+            f"{first.label} and {second.label} were asked other problems ({len(other)} differ, the "
+            f"first is {other[0]!r}); evaluate both on the same"
+        )
+    samples = first.samples
+    pairs = [
+        (first.correct_answers[name] / samples, count / samples)
+        for name, count in second.correct_answers.items()
+    ]
+    low, high = difference_interval([b - a for a, b in pairs])
+    lost = gained = p_value = None
+    if samples == 1:
+        lost, gained = sum(a > b for a, b in pairs), sum(b > a for a, b in pairs)
+        p_value = mcnemar(lost, gained)
+    return PairedDifference(
+        first=first.label,
+        second=second.label,
+        problems=len(pairs),
+        difference=sum(b - a for a, b in pairs) / len(pairs),
+        ci_low=low,
+        ci_high=high,
+        only_first=lost,
+        only_second=gained,
+        p_value=p_value,
+        inflation=token_inflation(first.endings, second.endings, first.cap),
+    )
+
+
+def read_results(path: Path) -> list[EvalResult]:
+    """Read the results of a file that `rac eval --json FILE` wrote.
+
+    Raises:
+        RacError: not such a file, or one of another version.
+    """
+    results = read_json(path, "write it with: rac eval DENSE --json FILE").get("results")
+    if not isinstance(results, list) or not results:
+        raise RacError(f"{path} holds no accuracies; write it with: rac eval DENSE --json {path}")
+    try:
+        return [EvalResult.from_dict(values) for values in results]
+    except (RacError, AttributeError, KeyError, TypeError) as error:
+        raise RacError(f"{path}: {error}") from error

@@ -31,6 +31,12 @@ class Loop:
     unit: Literal["tokens", "words"]
     counts: bool = False  # its copies differ by numbers that advance by a constant step
 
+    def character(self, pieces: Sequence[str]) -> int:
+        """Return where it begins in the joined text of all tokens (`pieces`)."""
+        if self.unit == "tokens":
+            return sum(map(len, pieces[: self.begin]))
+        return list(_WORD.finditer("".join(pieces)))[self.begin].start()
+
 
 @dataclass(frozen=True)
 class Ending:
@@ -59,18 +65,22 @@ Endings = Mapping[str, Sequence[Ending]]  # by problem, one per sample
 
 @dataclass(frozen=True)
 class Inflation:
-    """Tokens of the second model over tokens of the first one, on the same problems.
+    """Tokens of the second model over tokens of the first, on the same problems."""
 
-    Attributes:
-        answers: pairs of answers that are compared.
-        ratio: sum over sum.
-        ci_low, ci_high: 95 %, of `intervals.ratio_interval`; None with one problem.
-    """
-
-    answers: int
-    ratio: float
-    ci_low: float | None
+    answers: int  # pairs of answers
+    ratio: float  # sum over sum
+    ci_low: float | None  # 95 %, of `intervals.ratio_interval`; None with one problem
     ci_high: float | None
+
+    @classmethod
+    def of(cls, clusters: Sequence[Sequence[tuple[int, int]]]) -> Inflation:
+        """Return the ratio of pairs of lengths; the pairs of a problem are a cluster."""
+        first = [sum(a for a, _ in cluster) for cluster in clusters]
+        second = [sum(b for _, b in cluster) for cluster in clusters]
+        interval: Interval | tuple[None, None] = (None, None)
+        if len(clusters) > 1:
+            interval = ratio_interval(second, first)
+        return cls(sum(map(len, clusters)), sum(second) / sum(first), *interval)
 
     def describe(self) -> str:
         """Describe the ratio, for example "x1.25 (1.11 to 1.40)"."""
@@ -86,7 +96,7 @@ class TokenInflation:
     at_cap: Inflation  # truncated answers counted at the cap
 
     def describe(self, first: str, second: str) -> str:
-        """Describe both ratios in a line."""
+        """Describe both ratios."""
         both = self.both_finish
         text = f"tokens of {second} over {first}: "
         text += f"{both.describe()} on {both.answers} answers that both finish; " if both else ""
@@ -96,31 +106,17 @@ class TokenInflation:
 def token_inflation(first: Endings, second: Endings, cap: int) -> TokenInflation:
     """Compare the lengths of answers to the same problems, with equally many samples of each.
 
-    Sample i of one model is paired with sample i of the other. The samples of a problem are one
-    cluster of the bootstrap.
+    Sample i of the first model is paired with sample i of the second.
     """
     finished, everything = [], []
     for problem in first:
         pairs = list(zip(first[problem], second[problem], strict=True))
-        everything.append([(_at_cap(a, cap), _at_cap(b, cap)) for a, b in pairs])
+        everything.append([tuple(cap if e.truncated else e.tokens for e in pair) for pair in pairs])
         finished.append(
             [(a.tokens, b.tokens) for a, b in pairs if not (a.truncated or b.truncated)]
         )
     clusters = [cluster for cluster in finished if cluster]
-    return TokenInflation(_inflation(clusters) if clusters else None, _inflation(everything))
-
-
-def _at_cap(ending: Ending, cap: int) -> int:
-    return cap if ending.truncated else ending.tokens
-
-
-def _inflation(clusters: Sequence[Sequence[tuple[int, int]]]) -> Inflation:
-    first = [sum(a for a, _ in cluster) for cluster in clusters]
-    second = [sum(b for _, b in cluster) for cluster in clusters]
-    interval: Interval | tuple[None, None] = (None, None)
-    if len(clusters) > 1:
-        interval = ratio_interval(second, first)
-    return Inflation(sum(map(len, clusters)), sum(second) / sum(first), *interval)
+    return TokenInflation(Inflation.of(clusters) if clusters else None, Inflation.of(everything))
 
 
 def summary(endings: Endings) -> dict[str, float]:
@@ -156,8 +152,8 @@ def ending_of(
         finish: "length" if the cap truncated the completion.
         tokens: its length.
         thinking_tokens: its length up to and including `</think>`.
-        ids: its tokens; without them, loops are found in words.
-        question: of the problem; its statements are not counted for the model.
+        ids: its tokens; without them, loops are looked for in words.
+        question: of the problem; its statements do not count as the model's.
         verifier: compares answers instead of math-verify.
     """
     closes, loop = THINK_END in text, None

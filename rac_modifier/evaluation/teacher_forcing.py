@@ -1,4 +1,4 @@
-"""Sequences as a model's input (teacher forcing): checked, batched, padded."""
+"""Sequences of prompt and completion: sampled from a model, checked, batched, padded."""
 
 from __future__ import annotations
 
@@ -6,9 +6,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from rac_modifier.errors import RacError
 from rac_modifier.model_tools import StopForward
+from rac_modifier.problems.source import Problem
+from rac_modifier.sampling.generate import generate
+from rac_modifier.sampling.prompts import render_question
+from rac_modifier.settings.sampling import SamplingSettings
 from rac_modifier.traces.records import Trace
 
 # Token ids, and the length of the prompt.
@@ -20,19 +25,56 @@ def sequence_of(trace: Trace) -> TokenSequence:
     return (*trace.prompt_ids, *trace.completion_ids), len(trace.prompt_ids)
 
 
+def sample_sequences(
+    model: Any,
+    tokenizer: Any,
+    problems: Sequence[Problem],
+    sampling: SamplingSettings,
+    *,
+    progress: bool = True,
+) -> list[TokenSequence]:
+    """Complete each problem `samples_per_problem` times, as traces are sampled.
+
+    Use problems that were not calibrated on (`held_out_problems`).
+
+    Raises:
+        RacError: no problems, a prompt that cannot be rendered, or what `generate` raises.
+    """
+    if not problems:
+        raise RacError(
+            "no problems to sample on; give at least one (check the problem source and its limit)"
+        )
+    requests = [
+        (f"{p.id}#{i}", p.question) for p in problems for i in range(sampling.samples_per_problem)
+    ]
+    sequences: list[TokenSequence] = []
+    with tqdm(
+        total=len(requests), desc="own samples", unit="sample", disable=None if progress else True
+    ) as bar:
+        for start in range(0, len(requests), sampling.batch_size):
+            batch = requests[start : start + sampling.batch_size]
+            prompts = [render_question(tokenizer, q, sampling) for _, q in batch]
+            generations = generate(model, tokenizer, prompts, sampling, [key for key, _ in batch])
+            sequences.extend(
+                ((*p, *g.ids), len(p)) for p, g in zip(prompts, generations, strict=True)
+            )
+            bar.update(len(batch))
+    return sequences
+
+
 def check_sequences(sequences: Sequence[TokenSequence]) -> None:
     """Check that there are sequences, each with a prompt and a completion.
 
     Raises:
-        RacError: there are none, or a sequence lacks a part.
+        RacError: there are none, or a sequence lacks a prompt or a completion.
     """
     if not sequences:
         raise RacError("no sequences to measure on; give at least one")
     for ids, prompt_length in sequences:
         if not 1 <= prompt_length < len(ids):
             raise RacError(
-                f"prompt_length {prompt_length} of a sequence of {len(ids)} tokens leaves no prompt or "
-                "no completion; give sequences with at least one token of each"
+                f"prompt_length {prompt_length} of a sequence of {len(ids)} tokens leaves no "
+                "prompt or no completion; give sequences with at least one token of each"
             )
 
 
@@ -50,7 +92,7 @@ def batches_of_like_length(
 
 
 def padded(batch: Sequence[TokenSequence]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return ids, int64 [rows, length], padded with 0 on the right, and the mask of completion tokens.
+    """Return ids, int64 [rows, length], padded with 0 on the right, and the completion mask.
 
     A causal model does not read padding on the right, so no attention mask is needed.
     """
@@ -72,7 +114,8 @@ def output_head(model: Any) -> Any:
     head = model.get_output_embeddings()
     if head is None:
         raise RacError(
-            f"{type(model).__name__} has no output embeddings, so its predictions cannot be compared"
+            f"{type(model).__name__} has no output embeddings, so its predictions cannot be "
+            "compared"
         )
     return head
 
@@ -99,6 +142,6 @@ def input_of_head(model: Any, ids: torch.Tensor) -> torch.Tensor:
     finally:
         hook.remove()
     raise RacError(
-        f"{type(model).__name__} does not call its output embeddings, so its predictions cannot be "
-        "read from what enters them"
+        f"{type(model).__name__} does not call its output embeddings, so its predictions cannot "
+        "be read from what enters them"
     )

@@ -17,8 +17,7 @@ from rac_modifier.evaluation.divergence import (
     mean_over_tokens,
     summarise_divergence,
 )
-from rac_modifier.evaluation.paired import paired_difference
-from rac_modifier.evaluation.results import EvalResult, summarise
+from rac_modifier.evaluation.results import EvalResult, paired_difference, summarise
 from rac_modifier.frontier.traces import ask, trace_of
 from rac_modifier.problems.source import Problem
 from rac_modifier.sampling.generate import Generation

@@ -21,8 +21,7 @@ from typing import Any
 import yaml
 
 from rac_modifier.errors import RacError
-from rac_modifier.evaluation.paired import PairedDifference, paired_difference
-from rac_modifier.evaluation.results import EvalResult
+from rac_modifier.evaluation.results import EvalResult, PairedDifference, paired_difference
 from rac_modifier.frontier.folder import FrontierFolder
 from rac_modifier.settings.grid import DENSE
 

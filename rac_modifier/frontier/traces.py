@@ -7,7 +7,7 @@ from itertools import takewhile
 from typing import Any
 
 from rac_modifier.evaluation.divergence import TokenDivergence
-from rac_modifier.evaluation.own_samples import sample_sequences
+from rac_modifier.evaluation.teacher_forcing import sample_sequences
 from rac_modifier.problems.source import Problem
 from rac_modifier.sampling.generate import Generation, eos_token_ids
 from rac_modifier.sampling.thinking import thinking_length

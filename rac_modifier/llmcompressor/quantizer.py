@@ -26,7 +26,7 @@ from pydantic import ValidationError
 from transformers import PreTrainedModel
 
 from rac_modifier.errors import RacError
-from rac_modifier.evaluation.integer_layers import IntegerLayer
+from rac_modifier.evaluation.activations import IntegerLayer
 from rac_modifier.quantization.grid import Grid
 from rac_modifier.quantization.schemes import describe_scheme, grid_of
 from rac_modifier.recovery.on_grid import QuantizedWeight

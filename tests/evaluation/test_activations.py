@@ -1,57 +1,189 @@
-"""What 8 bits for the inputs of a layer cost: the rounding, the error of each layer, and the model with rounded inputs."""
+"""Activations of 8 bits: which layers of a folder, the rounding, the error of each layer, and the choice."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from rac_modifier.checkpoint.packing import pack_checkpoint
 from rac_modifier.checkpoint.stored_weight import all_stored
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.activations import (
     LEVELS,
     ActivationChoice,
+    IntegerLayer,
     check_original,
+    choose_activations,
+    layers_of,
     measure_activations,
     rounded,
-    rounded_inputs,
 )
-from rac_modifier.evaluation.integer_layers import IntegerLayer
 from rac_modifier.kernels import cpu
 from rac_modifier.kernels.cpu.support import support
-from tests.evaluation.test_dense_reference import sequences
+from tests.evaluation.test_run_divergence import sequences
 from tests.tiny import linears, tiny_model
 
 DOWN = "model.layers.0.mlp.down_proj"
+UP = "model.layers.0.mlp.up_proj"
+FP8 = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}
 
 
-def layer(module: str = DOWN, own_error: float = 0.1) -> IntegerLayer:
+def layer(module: str = DOWN, own_error: float | None = 0.1) -> IntegerLayer:
     return IntegerLayer(module, 48, own_error)
 
 
+def words(rows: int, columns: int, group: int, bits: int = 4, order: bool = False):
+    tensors = {
+        "weight_packed": torch.zeros(rows, -(-columns * bits // 32), dtype=torch.int32),
+        "weight_scale": torch.ones(rows, columns // group, dtype=torch.bfloat16),
+        "weight_shape": torch.tensor([rows, columns]),
+    }
+    return tensors | ({"weight_g_idx": torch.zeros(columns, dtype=torch.int32)} if order else {})
+
+
+def quantization(bits: int = 4, inputs: dict[str, Any] | None = None, **weights: Any):
+    weights = {"num_bits": bits, "type": "int", "strategy": "group", "group_size": 32, **weights}
+    form = {"format": "pack-quantized"}
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs, **form}
+    return {"quant_method": "compressed-tensors", **form, "config_groups": {"g": group}}
+
+
+def folder_of(folder: Path, modules, own: dict[str, float] | None = None, **config) -> Path:
+    """A folder with these modules, and a run record with these errors."""
+    config = {"quantization_config": quantization(), **config}
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = {f"{name}.{part}": t for name, parts in modules.items() for part, t in parts.items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    if own is not None:
+        modules = [{"name": name, "relative_error": error} for name, error in own.items()]
+        (folder / "rac_run.json").write_text(json.dumps({"modules": modules}))
+    return folder
+
+
+def test_the_layers_of_a_dense_checkpoint(tmp_path: Path) -> None:
+    modules = {
+        UP: words(8, 64, 32),
+        DOWN: words(8, 1056, 1056, bits=3),
+        "model.layers.0.mlp.gate": words(8, 128, 64, bits=2),
+        "model.layers.1.mlp.experts.0.up_proj": words(8, 64, 32),
+        "model.layers.1.mlp.experts.1.up_proj": words(8, 64, 32),
+        "model.layers.2.mlp.up_proj": words(8, 64, 32, bits=8),
+        "model.layers.2.mlp.down_proj": words(8, 64, 64, order=True),
+        "model.layers.3.mlp.up_proj": words(8, 60, 30),
+        "model.layers.3.mlp.down_proj": words(8, 100, 33),
+        "lm_head": words(8, 64, 32),
+        "model.embed_tokens": words(8, 64, 32),
+    }
+    layers, left_out = layers_of(folder_of(tmp_path, modules), recorded=False)
+    gate = ("model.layers.0.mlp.gate", 64, None)
+    found = [(x.module, x.block, x.own_error) for x in layers]
+    assert found == [(DOWN, 512, None), gate, (UP, 32, None)]
+    assert left_out == {
+        "heads and embeddings take 16 bits": 2,
+        "routed experts take 16 bits": 2,
+        "dense because its columns were reordered (actorder: group)": 1,
+        "its 100 columns are no multiple of its groups of 33": 1,
+        "the kernels multiply its values as floats": 1,
+    }
+
+
+def test_own_errors_come_from_the_run_record(tmp_path: Path) -> None:
+    modules = {UP: words(8, 64, 32), DOWN: words(8, 64, 32)}
+    folder = folder_of(tmp_path, modules, own={UP: 0.25, DOWN: 0.5})
+    assert {x.module: x.own_error for x in layers_of(folder)[0]} == {UP: 0.25, DOWN: 0.5}
+    folder_of(tmp_path, modules, own={UP: 0.25})
+    with pytest.raises(RacError, match=rf"no error of {DOWN} \(1 layers in all\).*--dense MODEL"):
+        layers_of(folder)
+
+
+BOTH = quantization()
+BOTH["config_groups"]["other"] = quantization(inputs=FP8)["config_groups"]["g"]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (None, "its weights are neither quantized nor packed; give the folder"),
+        ({"quant_method": "bitsandbytes"}, "quantized by 'bitsandbytes', of which no layer"),
+        (quantization(bits=8), r"\(its weights are int8: int8 in groups of 32 \(pack-q.*; give"),
+        (quantization(inputs=FP8), r"\(its activations are quantized too: int4 .*float8 per token"),
+        (BOTH, "its activations are quantized too"),
+        (quantization(strategy="tensor"), r"\(its scales are per tensor: "),
+        ({"quant_method": "compressed-tensors"}, r"\(it quantizes no weights\); give the folder"),
+        (quantization(), r"none of its layers .* \(lm_head: heads and embeddings take 16 bits\)"),
+    ],
+)
+def test_a_checkpoint_that_is_refused(tmp_path: Path, config: Any, message: str) -> None:
+    modules = {"lm_head": words(8, 64, 32)}
+    with pytest.raises(RacError, match=message):
+        layers_of(folder_of(tmp_path, modules, quantization_config=config))
+
+
+def test_no_folder_and_packed_floats_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(RacError, match=r"owner/name: no folder of a checkpoint; .*hf download ID"):
+        layers_of(Path("owner/name"))
+    model = tiny_model()
+    for linear in linears(model).values():
+        linear.weight.data.view(-1, 4)[:, :2] = 0
+    model.save_pretrained(tmp_path)
+    pack_checkpoint(tmp_path, dict.fromkeys(linears(model), "2:4"), dense_linears=["lm_head"])
+    with pytest.raises(RacError, match=r"the kernels multiply its values as floats\); quantize"):
+        layers_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("stored", "group", "columns", "bits", "block"),
+    [
+        (torch.int32, 64, 256, 4, 64),
+        (torch.int32, 1024, 4096, 4, 512),
+        (torch.int32, 4096, 4096, 4, 512),  # one scale per row
+        (torch.int32, 1280, 2560, 4, 320),  # thirds are no multiple of 8
+        (torch.int32, 1056, 2112, 3, 352),
+        (torch.int32, 1040, 2080, 3, 208),  # no multiple of 32, so four bits each, in fifths
+        (torch.int8, 1020, 2040, 4, 340),
+        (torch.int32, 30, 120, 4, None),  # multiplied as floats
+        (torch.float8_e4m3fn, 120, 120, 4, None),
+    ],
+)
+def test_the_columns_that_share_a_scale_of_x(stored, group, columns, bits, block):
+    """The largest equal divisors of a group: at most 512 columns, a multiple of the kernel's step."""
+    made = IntegerLayer.of("a.b", stored, group, columns, None, word_bits=bits)
+    assert made == (block and IntegerLayer("a.b", block, None))
+    assert IntegerLayer.of("a.experts.3.up", stored, group, columns, None, bits) is None
+
+
 @pytest.mark.parametrize("bits", [8, 16])
-@pytest.mark.parametrize("columns", [48, 100, 512])
+@pytest.mark.parametrize("columns", [48, 100])
 def test_rounded_to_the_nearest_integer_of_its_block(bits, columns):
     x = torch.randn(3, columns, generator=torch.Generator().manual_seed(0))
     x[1, :48] = 0
-    found = rounded(x, 48, bits)
-    for row in range(3):
-        for first in range(0, columns, 48):
-            part = x[row, first : first + 48].double()
-            step = float(part.abs().max()) / LEVELS[bits] or 1.0
-            for value, got in zip(
-                (part / step).tolist(),
-                (found[row, first : first + 48] / step).tolist(),
-                strict=True,
-            ):
-                assert abs(got - round(got)) < 0.01
-                assert abs(got - value) < 0.51
+    result = rounded(x, 48, bits)
+    for first in range(0, columns, 48):
+        part, got = (t[:, first : first + 48].double() for t in (x, result))
+        step = part.abs().amax(1, keepdim=True) / LEVELS[bits]
+        step[step == 0] = 1.0
+        assert ((got / step) - (got / step).round()).abs().max() < 0.01
+        assert ((got - part) / step).abs().max() < 0.51
 
 
-def test_the_error_of_a_layer():
-    """Against the two products, all in float64, for one sequence."""
-    model = tiny_model()
+def original_and_rounded():
+    """A model, and another whose `DOWN` is rounded to 15 steps per row."""
+    dense, model = tiny_model(), tiny_model()
+    weight = model.get_submodule(DOWN).weight.data
+    step = weight.abs().amax(1, keepdim=True) / 7
+    weight.copy_((weight / step).round() * step)
+    return dense, model
+
+
+def test_the_errors_of_a_layer():
+    """Against all matmuls in float64, for one sequence; a known own error is kept."""
+    dense, model = original_and_rounded()
     (ids, prompt), *_ = sequences()
     seen = []
     handle = model.get_submodule(DOWN).register_forward_pre_hook(
@@ -60,27 +192,29 @@ def test_the_error_of_a_layer():
     with torch.no_grad():
         model(input_ids=torch.tensor([ids]))
     handle.remove()
-    weight = model.get_submodule(DOWN).weight.detach().double()
-    eight, sixteen = (rounded(seen[0], 48, bits).double() @ weight.T for bits in (8, 16))
-    (found,) = measure_activations(model, [layer()], [(ids, prompt)])
-    assert found.error == pytest.approx(
-        float((eight - sixteen).square().sum() / sixteen.square().sum()), rel=1e-3
-    )
-    assert 1e-6 < found.error < 1e-3
+    before, after = (m.get_submodule(DOWN).weight.detach().double().T for m in (dense, model))
+    x = seen[0].double()
+    eight, sixteen = (rounded(seen[0], 48, bits).double() @ after for bits in (8, 16))
+    error = float((eight - sixteen).square().sum() / sixteen.square().sum())
+    own = float((x @ (before - after)).square().sum() / (x @ before).square().sum())
+    check_original(model, dense, [layer()])
+    (unknown,) = measure_activations(model, [layer(own_error=None)], [(ids, prompt)], dense)
+    assert unknown.error == pytest.approx(error, rel=1e-3)
+    assert unknown.own_error == pytest.approx(own, rel=1e-3)
+    assert 1e-6 < error < 1e-3 < own < 0.1
+    (known,) = measure_activations(model, [layer(own_error=0.25)], [(ids, prompt)], dense)
+    assert (known.own_error, known.error) == (0.25, unknown.error)
     assert not model.get_submodule(DOWN)._forward_pre_hooks
 
 
 def test_an_outlier_channel_needs_16_bits():
-    """A channel x1000 of which the layer hardly makes use: what the others lose is all of the output."""
+    """A channel x1000 that the layer hardly uses: what the others lose is all of the output."""
     model = tiny_model()
-    up, down = (
-        model.get_submodule(f"model.layers.0.mlp.{name}") for name in ("up_proj", "down_proj")
-    )
     errors = []
     for _ in range(2):
         errors.append(measure_activations(model, [layer()], sequences())[0])
-        up.weight.data[5] *= 1000
-        down.weight.data[:, 5] *= 1e-4
+        model.get_submodule(UP).weight.data[5] *= 1000
+        model.get_submodule(DOWN).weight.data[:, 5] *= 1e-4
     assert errors[0].share <= 0.01 < errors[1].share
     assert errors[1].error > 100 * errors[0].error
     table = ActivationChoice(0.01, tuple(errors), {}).table()
@@ -95,99 +229,43 @@ def test_the_limit_is_a_share_of_the_layers_own_error():
     )
     divergence = {"kl": 1e-6, "agreement": 1.0, "tokens": 9}
     assert ActivationChoice(0.01, layers, divergence).describe() == (
-        "0 of 3 layers in 8 bits: 8 bits add at least 0.02 of a layer's own error, and the limit is "
-        "0.01; a larger --limit takes more layers"
+        "0 of 3 layers in 8 bits: 8 bits add at least 0.02 of a layer's own error, and the limit "
+        "is 0.01; a larger --limit takes more layers"
     )
     choice = ActivationChoice(0.03, layers, divergence)
     assert choice.modules == ["b"]
     assert choice.describe().startswith("1 of 3 layers in 8 bits: KL 1.00e-06 nats")
 
 
-def test_the_inputs_of_these_layers_are_rounded_and_of_no_others():
+def test_the_divergence_is_that_of_rounded_inputs_of_the_chosen_layers_alone():
     model = tiny_model()
-    seen = {}
-    names = [name for name in linears(model) if name.endswith(("down_proj", "o_proj"))]
-    with torch.no_grad(), rounded_inputs(model, [layer()]):
-        for name in names:
-            model.get_submodule(name).register_forward_pre_hook(
-                lambda module, args, name=name: seen.update({name: args[0]})
-            )
-        model(input_ids=torch.tensor([sequences()[0][0]]))
-    steps = {name: len(torch.unique(x[0, 3, :48].abs())) for name, x in seen.items()}
-    torch.testing.assert_close(rounded(seen[DOWN], 48, 8), seen[DOWN])
-    assert all(
-        (rounded(x, 48, 8) - x).norm() > 1e-3 * x.norm() for name, x in seen.items() if name != DOWN
-    )
-    assert steps[DOWN] <= 48
+    chosen = choose_activations(model, [layer(own_error=1.0), layer(UP, 1e-9)], sequences(), 0.1)
+    assert chosen.modules == [DOWN]
+    assert 0 < chosen.divergence["kl"] < 1e-2
+    none = choose_activations(model, [layer(UP, 1e-9)], sequences(), 0.1)
+    assert none.divergence["kl"] == pytest.approx(0.0, abs=1e-9)
+    assert not model.get_submodule(DOWN)._forward_pre_hooks
 
 
-def test_activations_that_are_not_finite_are_refused():
+def test_layers_that_cannot_be_measured():
     model = tiny_model()
-    model.get_submodule("model.layers.0.mlp.up_proj").weight.data[0] = float("inf")
+    with pytest.raises(RacError, match=r"model\.layers\.7\.x: quantized in the checkpoint, but no"):
+        measure_activations(model, [layer("model.layers.7.x")], sequences())
+    model.get_submodule(UP).weight.data[0] = float("inf")
     with pytest.raises(RacError, match=f"{DOWN}: its activations are not finite"):
         measure_activations(model, [layer()], sequences())
-
-
-def test_a_layer_that_the_model_does_not_have_is_refused():
-    with pytest.raises(
-        RacError, match=r"model\.layers\.7\.x: quantized in the checkpoint, but no layer of"
-    ):
-        measure_activations(tiny_model(), [layer("model.layers.7.x")], sequences())
-
-
-def original_and_rounded():
-    """A model, and one whose `DOWN` is another: rounded to 15 steps per row."""
-    dense, model = tiny_model(), tiny_model()
-    weight = model.get_submodule(DOWN).weight.data
-    step = weight.abs().amax(1, keepdim=True) / 7
-    weight.copy_((weight / step).round() * step)
-    return dense, model
-
-
-def test_an_own_error_that_is_not_known_is_measured():
-    """Against both products in float64; a known one is kept."""
-    dense, model = original_and_rounded()
-    (ids, prompt), *_ = sequences()
-    seen = []
-    handle = model.get_submodule(DOWN).register_forward_pre_hook(
-        lambda module, args: seen.append(args[0].double())
-    )
-    with torch.no_grad():
-        model(input_ids=torch.tensor([ids]))
-    handle.remove()
-    before, after = (m.get_submodule(DOWN).weight.detach().double() for m in (dense, model))
-    expected = float(
-        (seen[0] @ (before - after).T).square().sum() / (seen[0] @ before.T).square().sum()
-    )
-    unknown = replace(layer(), own_error=None)
-    check_original(model, dense, [unknown])
-    (found,) = measure_activations(model, [unknown], [(ids, prompt)], dense)
-    assert found.own_error == pytest.approx(expected, rel=1e-3)
-    assert 1e-4 < expected < 0.1
-    assert found.error == measure_activations(model, [layer()], [(ids, prompt)])[0].error
-    (kept,) = measure_activations(model, [layer(own_error=0.25)], [(ids, prompt)], dense)
-    assert kept.own_error == 0.25
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            "norm",
-            r"model\.layers\.0\.post_attention_layernorm\.weight: differs .*rescaled before they were rounded \(as by AWQ\)",
-        ),
-        (
-            "shape",
-            rf"{DOWN}: \[64, 128\] here and \[64, 256\] in the dense model; name the model that was quantized",
-        ),
+        ("norm", r"model\.layers\.0\.post_attention_layernorm\.weight: differs .*\(as by AWQ\)"),
+        ("shape", rf"{DOWN}: \[64, 128\] here and \[64, 256\] in the dense model; name the model"),
         ("missing", rf"{DOWN}: \[64, 128\] here and no linear layer in the dense model"),
-        (
-            "quantized",
-            rf"{DOWN}: quantized in the dense model too; name the model that was quantized",
-        ),
+        ("quantized", rf"{DOWN}: quantized in the dense model too; name the model"),
     ],
 )
-def test_what_own_errors_cannot_be_measured_against(change, message):
+def test_a_dense_model_that_own_errors_cannot_be_measured_against(change, message):
     dense, model = original_and_rounded()
     if change == "norm":
         dense.get_submodule("model.layers.0.post_attention_layernorm").weight.data[3] *= 1.1
@@ -198,11 +276,11 @@ def test_what_own_errors_cannot_be_measured_against(change, message):
     else:
         dense.get_submodule(DOWN).quantization_scheme = object()
     with pytest.raises(RacError, match=f"^{message}"):
-        check_original(model, dense, [replace(layer(), own_error=None)])
+        check_original(model, dense, [layer(own_error=None)])
 
 
 @pytest.mark.skipif(support().isa in (None, "portable"), reason=support().reason)
-@pytest.mark.parametrize("tokens", [1, 9, 33])
+@pytest.mark.parametrize("tokens", [1, 33])
 @pytest.mark.parametrize(("columns", "groups"), [(1024, 8), (768, 12), (600, 1)])
 def test_the_kernels_round_so(columns, groups, tokens):
     """The difference is a small part of what rounding to 8 bits costs."""
@@ -212,8 +290,8 @@ def test_the_kernels_round_so(columns, groups, tokens):
     stored = replace(all_stored(values, "w"), scale=scale, bits=4, activation_bits=8)
     x = torch.randn(tokens, columns, generator=generator)
     result = cpu.linear(x, cpu.pack(stored, torch.float32), 37, columns).double()
-    layer = IntegerLayer.of("w", torch.int32, columns // groups, columns, None)
+    block = IntegerLayer.of("w", torch.int32, columns // groups, columns, None).block
     weight = stored.dequantized(torch.float32).double()
-    eight = rounded(x, layer.block, 8).double()
-    shown = eight if support().multiplies_bytes else rounded(x, layer.block, 16).double()
+    eight = rounded(x, block, 8).double()
+    shown = eight if support().multiplies_bytes else rounded(x, block, 16).double()
     assert (result - shown @ weight.T).norm() <= 0.05 * ((eight - x) @ weight.T).norm()

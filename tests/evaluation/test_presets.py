@@ -63,13 +63,6 @@ def test_a_published_row_becomes_a_problem(name, tmp_path):
         )
 
 
-@pytest.mark.parametrize("preset", PRESETS.values(), ids=list(PRESETS))
-def test_its_dataset_is_a_source_with_these_settings(preset):
-    source = ProblemSource(source=preset.source, config=preset.config, split=preset.split)
-    assert not source.is_generator
-    assert not source.is_file
-
-
 def test_the_page_of_the_command_has_each_preset():
     page = (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
     for name, preset in PRESETS.items():

@@ -5,8 +5,13 @@ from dataclasses import replace
 import pytest
 
 from rac_modifier.errors import RacError
-from rac_modifier.evaluation.intervals import bootstrap_interval, wilson_interval
-from rac_modifier.evaluation.results import EvalResult, Row, summarise
+from rac_modifier.evaluation.intervals import ratio_interval, tango_interval, wilson_interval
+from rac_modifier.evaluation.results import (
+    Row,
+    paired_difference,
+    read_results,
+    summarise,
+)
 from rac_modifier.evaluation.stopping import Ending, Loop
 
 NUMBERS = itertools.count()
@@ -48,18 +53,26 @@ def test_summary():
     assert (found.ci_low, found.ci_high) == wilson_interval(3, 4)
 
 
-def test_results_survive_json():
+def test_results_come_back_from_a_file_and_those_of_another_version_are_named(tmp_path):
     looping = row(correct=False, kind="looping")
     ending = replace(looping.ending, loop=Loop(3, 2, "tokens"))
     found = result([row(), replace(looping, ending=ending)])
-    assert EvalResult.from_dict(json.loads(json.dumps(found.as_dict()))) == found
+    path = tmp_path / "dense.json"
 
+    def read(content):
+        path.write_text(json.dumps(content))
+        return read_results(path)
 
-def test_fields_of_another_version_are_named():
-    values = result([row()]).as_dict()
-    del values["cap"]
-    with pytest.raises(RacError, match=r"missing \['cap'\], unknown \['limit'\]"):
-        EvalResult.from_dict(values | {"limit": 3})
+    values = found.as_dict()
+    assert read({"results": [values]}) == [found]
+    other = {name: value for name, value in values.items() if name != "cap"} | {"limit": 3}
+    with pytest.raises(RacError, match=r"dense\.json: .*missing \['cap'\], unknown \['limit'\]"):
+        read({"results": [other]})
+    for damaged in ({"results": [3]}, {"results": [values | {"endings": {"a": [{"loop": 1}]}}]}):
+        with pytest.raises(RacError, match=r"dense\.json: "):
+            read(damaged)
+    with pytest.raises(RacError, match="holds no accuracies; write it with: rac eval DENSE"):
+        read({"divergence": []})
 
 
 def test_several_answers_per_problem():
@@ -73,11 +86,53 @@ def test_several_answers_per_problem():
     assert (found.problems, found.samples, found.correct, found.accuracy) == (3, 4, 6, 0.5)
     assert found.pass_at == pytest.approx({"1": 0.5, "2": (5 / 6 + 0 + 1) / 3, "4": 2 / 3})
     assert found.correct_answers == {"a": 2, "b": 0, "c": 4}
-    assert found.thinking_percentiles == pytest.approx({"50": 25.0, "90": 40.0, "99": 40.0})
-    assert (found.ci_low, found.ci_high) == bootstrap_interval([0.5, 0.0, 1.0])
+    assert (found.ci_low, found.ci_high) == ratio_interval([0.5, 0.0, 1.0], [1.0] * 3)
 
 
 def test_speed_is_that_of_what_this_run_generated():
     rows = [row(tokens=10), row(tokens=30)]
     assert result(rows, generated=30).tokens_per_second == 15
     assert result(rows, generated=0).tokens_per_second == 0.0
+
+
+def answers(outcomes, label, **changes):
+    rows = [row(correct=bool(right), name=f"q{i}") for i, right in enumerate(outcomes)]
+    return result(rows, label=label, **changes)
+
+
+def test_a_difference_is_paired():
+    """Unpaired, an interval of 4 of 200 problems would hold 0."""
+    dense, sparse = [1] * 180 + [0] * 20, [1] * 172 + [0] * 28
+    found = paired_difference(answers(dense, "dense"), answers(sparse, "2:4"))
+    assert (found.only_first, found.only_second, found.problems) == (8, 0, 200)
+    assert found.difference == pytest.approx(-0.04)
+    assert (found.ci_low, found.ci_high) == tango_interval(8, 0, 200)
+    assert found.p_value == pytest.approx(2 / 2**8)
+    assert found.inflation.at_cap.ratio == 1.0
+    assert found.describe() == (
+        "2:4 against dense: -4.0 points (-7.7 to -2.0); of 200 problems 8 are solved by dense "
+        "alone, 0 by 2:4 alone (McNemar p = 0.0078)"
+    )
+
+
+def test_several_answers_per_problem_are_paired_by_their_share():
+    def of(counts, label):
+        rows = [
+            row(correct=i < count, name=f"q{q}", sample=i)
+            for q, count in enumerate(counts)
+            for i in range(4)
+        ]
+        return result(rows, label=label)
+
+    found = paired_difference(of([4, 2, 0], "dense"), of([2, 2, 1], "2:4"))
+    assert found.difference == pytest.approx((-2 + 0 + 1) / 12)
+    assert found.p_value is None
+    assert "paired over 3 problems" in found.describe()
+
+
+def test_what_cannot_be_paired_is_refused():
+    dense = answers([1, 0], "dense")
+    with pytest.raises(RacError, match=r"other problems \(1 differ, the first is 'q2'\)"):
+        paired_difference(dense, answers([1, 0, 1], "2:4"))
+    with pytest.raises(RacError, match="cap 64 and 128"):
+        paired_difference(dense, answers([1, 0], "2:4", cap=128))

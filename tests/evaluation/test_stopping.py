@@ -1,9 +1,5 @@
 """60 completions in four languages by hand; ratios and intervals by brute force."""
 
-import itertools
-import random
-
-import numpy as np
 import pytest
 
 from rac_modifier.evaluation.intervals import ratio_interval
@@ -120,10 +116,6 @@ def ended(text: str, finish: str, ids: tuple[int, ...] = ()) -> Ending:
     )
 
 
-def test_sixty_texts():
-    assert len(CASES) == 60
-
-
 @pytest.mark.parametrize(("kind", "text"), CASES)
 def test_the_kind_of_an_ending_is_read_from_text_alone(kind, text):
     ending = ended(text_of(text), "stop" if kind in ("right", "wrong") else "length")
@@ -182,28 +174,6 @@ def test_without_a_common_finish_and_with_one_problem_there_is_no_interval():
     assert found.at_cap.describe() == "x0.75"
 
 
-def test_the_bootstrap_is_that_of_a_plain_loop_over_problems():
-    draw = random.Random(1)
-    below = [draw.randint(50, 400) for _ in range(40)]
-    above = [n * draw.uniform(0.7, 1.9) for n in below]
-    ratios = []
-    for _ in range(20_000):
-        problems = [draw.randrange(40) for _ in range(40)]
-        ratios.append(sum(above[i] for i in problems) / sum(below[i] for i in problems))
-    expected = np.quantile(ratios, [0.025, 0.975])
-    assert ratio_interval(above, below) == pytest.approx(expected, abs=0.006)
-
-
-def test_the_bootstrap_draws_every_resample_of_three_problems_alike():
-    above, below = [1.0, 5.0, 9.0], [2.0, 3.0, 4.0]
-    every = [
-        sum(above[i] for i in problems) / sum(below[i] for i in problems)
-        for problems in itertools.product(range(3), repeat=3)
-    ]
-    low, high = ratio_interval(above, below)
-    assert (low, high) == pytest.approx((min(every), max(every)))  # each extreme has 1 of 27
-
-
 def test_summary_has_shares_and_means():
     endings = {"a": [Ending("right", 10, 4, True)], "b": [Ending("looping", 20, 20, False)]}
     assert summary(endings) == {
@@ -216,3 +186,9 @@ def test_summary_has_shares_and_means():
         "thinking_tokens": 12,
         "answer_tokens": 3,
     }
+
+
+def test_the_first_character_of_a_loop():
+    pieces = ["so: ", "Wait, ", "", "again. ", "Wait, "]
+    assert Loop(1, 2, "tokens").character(pieces) == 4
+    assert Loop(4, 3, "words").character(pieces) == len("so: Wait, ")

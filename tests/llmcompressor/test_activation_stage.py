@@ -13,8 +13,7 @@ from rac_modifier.calibration.trace_pool import HoldOut
 from rac_modifier.checkpoint.load import load_model
 from rac_modifier.checkpoint.sparsity_config import SparsityRecord
 from rac_modifier.errors import RacError
-from rac_modifier.evaluation.activations import choose_activations
-from rac_modifier.evaluation.integer_layers import layers_of
+from rac_modifier.evaluation.activations import choose_activations, layers_of
 from rac_modifier.evaluation.teacher_forcing import sequence_of
 from rac_modifier.traces.store import TraceStore
 from tests.llmcompressor.modifier_helpers import int4

@@ -38,8 +38,6 @@ def test_the_record_holds_what_measuring_again_finds(prune, settings, tmp_path, 
     assert found["agreement"] == pytest.approx(expected.agreement)
     assert found["sequences"] == len(held)
     assert len(found["bins"]) > 1
-    assert found["calibrated"]["tokens"] >= found["tokens"]
-    assert 0 < found["calibrated"]["kl"] != found["kl"]
     assert f"{found['kl']:.4f} nats per token" in (tmp_path / "out" / "README.md").read_text()
 
 
@@ -80,7 +78,7 @@ def test_what_is_not_measured_says_why(prune, tmp_path):
 def test_a_measure_that_fails_does_not_cost_the_model(
     prune, settings, tmp_path, monkeypatch, tiny_folder
 ):
-    from rac_modifier.evaluation.dense_reference import DenseReference
+    from rac_modifier.evaluation.run_divergence import DenseReference
 
     def fails(self, pruned, **options):
         raise RuntimeError("out of memory")
