@@ -1,9 +1,8 @@
 """Which layers lose nothing when their inputs are rounded to 8 bits instead of 16.
 
-The CPU kernels of integers round x before they multiply it: to integers of at most `LEVELS`,
-with a scale per token and block of columns. Here the inputs of a model's layers are rounded in
-the same way, so that the cost can be measured without the kernels. config.json records the chosen
-layers (`rac_sparsity.int8_activations`), and the vLLM plugin obeys that record.
+The CPU kernels of integers round x to integers of at most `LEVELS`, with a scale per token and
+block of columns. Here the inputs of a model's layers are rounded in the same way. config.json
+records the chosen layers (`rac_sparsity.int8_activations`); the vLLM plugin obeys that record.
 """
 
 from __future__ import annotations
@@ -112,21 +111,18 @@ def layers_of(folder: Path, *, recorded: bool = True) -> tuple[list[IntegerLayer
     else:
         _check_dense(folder, config)
         rows = plan_dense_codes(folder)
-    layers, left_out = [], {}
-    for row in rows:
-        layer = _layer(row)
-        if isinstance(layer, str):
-            left_out[row.module] = layer
-        else:
-            layers.append(layer)
+    read = {row.module: _layer(row) for row in rows}
+    layers = [layer for layer in read.values() if isinstance(layer, IntegerLayer)]
+    left_out = {module: reason for module, reason in read.items() if isinstance(reason, str)}
     if not layers:
-        module, reason = next(iter(left_out.items()), ("", "it has no quantized linear layer"))
+        reasons = [f"{module}: {reason}" for module, reason in left_out.items()]
         raise RacError(
             f"{folder}: none of its layers may have activations of 8 bits "
-            f"({module}{': ' * bool(module)}{reason}); quantize linear layers to int8 or int4"
+            f"({(reasons or ['it has no quantized linear layer'])[0]}); quantize linear layers to "
+            "int8 or int4"
         )
-    if recorded:
-        layers = _with_recorded_errors(folder, layers)
+    errors = _recorded_errors(folder, layers) if recorded else {}
+    layers = [replace(layer, own_error=errors.get(layer.module)) for layer in layers]
     return layers, dict(Counter(left_out.values()))
 
 
@@ -169,8 +165,7 @@ def _check_dense(folder: Path, config: Mapping[str, Any]) -> None:
         )
 
 
-def _with_recorded_errors(folder: Path, layers: list[IntegerLayer]) -> list[IntegerLayer]:
-    """Fill in the errors of the run record."""
+def _recorded_errors(folder: Path, layers: list[IntegerLayer]) -> dict[str, float]:
     path = folder / RUN_RECORD_NAME
     modules = (read_json(path) if path.is_file() else {}).get("modules") or []
     errors = {m["name"]: float(m["relative_error"]) for m in modules if "relative_error" in m}
@@ -180,7 +175,7 @@ def _with_recorded_errors(folder: Path, layers: list[IntegerLayer]) -> list[Inte
             "all), and 8 bits are compared with it; name the model that was quantized "
             "(--dense MODEL)"
         )
-    return [replace(layer, own_error=errors[layer.module]) for layer in layers]
+    return errors
 
 
 @dataclass(frozen=True)
@@ -222,10 +217,10 @@ class ActivationChoice:
                 f"{count}: 8 bits add at least {least:.3g} of a layer's own error, and the limit "
                 f"is {self.limit:g}; a larger --limit takes more layers"
             )
+        kl, agreement, tokens = (self.divergence[name] for name in ("kl", "agreement", "tokens"))
         return (
-            f"{count}: KL {self.divergence['kl']:.2e} nats per token from the model with none, "
-            f"and the most likely token is the same for {self.divergence['agreement']:.2%} of "
-            f"{self.divergence['tokens']:,}"
+            f"{count}: KL {kl:.2e} nats per token from the model with none, and the most likely "
+            f"token is the same for {agreement:.2%} of {tokens:,}"
         )
 
     def table(self) -> ResultTable:
@@ -257,11 +252,8 @@ def choose_activations(
     """
     measured = measure_activations(model, layers, sequences, dense)
     reference = DenseReference(model, sequences)
-
-    def round_input(layer: IntegerLayer, module: Any, x: Tensor) -> tuple[Tensor]:
-        return (rounded(x, layer.block, 8).to(x.dtype),)
-
-    with _hooks(model, [layer for layer in measured if layer.share <= limit], round_input):
+    chosen = [layer for layer in measured if layer.share <= limit]
+    with _hooks(model, chosen, lambda layer, _, x: (rounded(x, layer.block, 8).to(x.dtype),)):
         divergence = reference.divergence(model, label="8 bits")
     return ActivationChoice(limit, measured, divergence.as_dict())
 
@@ -343,8 +335,7 @@ def _hooks(
 def check_original(model: Any, dense: Any, layers: Sequence[IntegerLayer]) -> None:
     """Refuse a dense model against which the own errors of these layers cannot be measured.
 
-    Other norms mean another model, or weights that were rescaled before they were rounded (AWQ),
-    so that the layers have other inputs.
+    Other norms mean another model, or weights that AWQ rescaled, so that inputs differ.
     """
     modules, originals = dict(model.named_modules()), dict(dense.named_modules())
     for name in (layer.module for layer in layers if layer.module in modules):

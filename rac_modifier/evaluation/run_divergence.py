@@ -97,7 +97,8 @@ class DenseReference:
         hook = head.register_forward_pre_hook(append_dense)
         try:
             for start, logits in windows(pruned, ids, width):
-                yield start, *logits.chunk(2)
+                dense, own = logits.chunk(2)
+                yield start, dense, own
         finally:
             hook.remove()
 

@@ -53,6 +53,10 @@ class Ending:
         """Whether the cap ended the answer."""
         return self.kind not in FINISHED
 
+    def at_cap(self, cap: int) -> int:
+        """Return the tokens; a truncated answer counts as `cap`."""
+        return cap if self.truncated else self.tokens
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Ending:
         """Return the ending of `dataclasses.asdict`'s values."""
@@ -111,7 +115,7 @@ def token_inflation(first: Endings, second: Endings, cap: int) -> TokenInflation
     finished, everything = [], []
     for problem in first:
         pairs = list(zip(first[problem], second[problem], strict=True))
-        everything.append([tuple(cap if e.truncated else e.tokens for e in pair) for pair in pairs])
+        everything.append([(a.at_cap(cap), b.at_cap(cap)) for a, b in pairs])
         finished.append(
             [(a.tokens, b.tokens) for a, b in pairs if not (a.truncated or b.truncated)]
         )
