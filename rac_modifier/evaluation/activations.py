@@ -90,15 +90,11 @@ class IntegerLayer:
 def layers_of(folder: Path, *, recorded: bool = True) -> tuple[list[IntegerLayer], dict[str, int]]:
     """Return the linear layers of a checkpoint that the CPU kernels multiply as integers.
 
-    They are the layers of packed int8 and int4 checkpoints, and of dense int4, int3 and int2
-    ones (W4A16). No weight is read. `recorded`: with the own errors of its run record.
-
-    Returns:
-        The layers, and how many other compressed modules keep 16 bits for each reason.
+    Also return how many other compressed modules keep 16 bits for each reason. No weight is
+    read. `recorded`: with the own errors of its run record.
 
     Raises:
-        RacError: no checkpoint with such layers, or, with `recorded`, its run record lacks an
-            error.
+        RacError: no checkpoint with such layers, or its run record lacks an error.
     """
     if not (folder / CONFIG_FILE).is_file():
         raise RacError(
@@ -343,7 +339,7 @@ def check_original(model: Any, dense: Any, layers: Sequence[IntegerLayer]) -> No
             raise RacError(
                 f"{name}: quantized in the dense model too; name the model that was quantized"
             )
-        ours, theirs = (_sizes(of.get(name)) for of in (modules, originals))
+        ours, theirs = (_shape(of.get(name)) for of in (modules, originals))
         if ours != theirs:
             raise RacError(
                 f"{name}: {ours} here and {theirs} in the dense model; name the model that was "
@@ -360,6 +356,5 @@ def check_original(model: Any, dense: Any, layers: Sequence[IntegerLayer]) -> No
             )
 
 
-def _sizes(module: Any) -> str:
-    linear = isinstance(module, torch.nn.Linear)
-    return f"[{module.out_features}, {module.in_features}]" if linear else "no linear layer"
+def _shape(module: Any) -> str:
+    return str(list(module.weight.shape)) if hasattr(module, "weight") else "no linear layer"
