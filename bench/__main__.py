@@ -8,7 +8,17 @@ import sys
 
 from bench.common import add_common
 
-SUITES = ("accuracy", "time", "kernels", "serving", "peers", "recovery", "traces", "scale")
+SUITES = (
+    "accuracy",
+    "formats",
+    "time",
+    "kernels",
+    "serving",
+    "peers",
+    "recovery",
+    "traces",
+    "scale",
+)
 
 
 def main(arguments: list[str]) -> int:

@@ -1,17 +1,13 @@
-"""Accuracy, divergence and bytes of recipes on one model: patterns by preset and calibration, or the rows of a grid.
+"""Accuracy, divergence and bytes of pruned models, by pattern, preset and calibration set.
 
 python -m bench accuracy --variants paper quality --patterns 0.5 0.7 2:4
-python -m bench accuracy --model smollm2 --grid bench/formats.yaml
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-from pathlib import Path
 from typing import Any
-
-import yaml
 
 from bench.common import save
 from bench.grid import COLUMNS, MIXTURES, OURS, VARIANTS, calibrated_on, cells, pattern, run_grid
@@ -31,9 +27,6 @@ TINY: dict[str, Any] = {
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this suite."""
     parser.add_argument("--model", choices=SUBJECTS, default="reasoner")
-    parser.add_argument(
-        "--grid", type=Path, help="a file with `rows:`; the options below have no effect"
-    )
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["paper", "quality"])
     parser.add_argument("--calibrations", nargs="+", choices=MIXTURES, default=["traces"])
     parser.add_argument("--patterns", nargs="+", default=["0.5", "0.7", "2:4"])
@@ -57,8 +50,6 @@ def run(options: argparse.Namespace) -> None:
             options.patterns, options.variants, options.calibrations
         )
     ]
-    if options.grid:
-        rows = yaml.safe_load(options.grid.read_text())["rows"]
     finished = run_grid(
         subject,
         rows,
@@ -67,5 +58,10 @@ def run(options: argparse.Namespace) -> None:
         problems=options.problems,
         cap=options.cap,
     )
-    name = f"accuracy_{options.model}" + ("_formats" if options.grid else "")
-    save(options.out, name, subject.name, COLUMNS, [cells(row) for row in finished])
+    save(
+        options.out,
+        f"accuracy_{options.model}",
+        subject.name,
+        COLUMNS,
+        [cells(row) for row in finished],
+    )

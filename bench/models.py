@@ -6,15 +6,18 @@ import json
 import random
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bench.offgrid import build
 from rac_modifier.problems.held_out import held_out_problems
+from rac_modifier.reasoner import reasoner_path
 
 PROMPTS = Path(__file__).with_name("prompts.yaml")
 
@@ -78,6 +81,21 @@ def chat_subject(name: str, folder: Path, work: Path) -> Subject:
     shared = {"traces": {"sources": sources}, "calibration": {"mixture": mixture}}
     evaluation = {"source": str(held_out), "problems": 64, "cap": 1024}
     return Subject(name, str(folder), shared, evaluation)
+
+
+def float32_copy(name: str, work: Path, cap: int) -> Subject:
+    """Return a subject whose model is a float32 folder, with traces of at most `cap` tokens."""
+    subject = SUBJECTS[name](work)
+    folder = work / f"{name}-float32"
+    if not (folder / "config.json").exists():
+        source = reasoner_path() if subject.model == "reasoner" else subject.model
+        AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        model.save_pretrained(folder)
+    traces = subject.shared["traces"]
+    for source in traces.get("sources", {"": traces}).values():
+        source["sampling"]["max_new_tokens"] = cap
+    return replace(subject, model=str(folder))
 
 
 def write_prompts(path: Path, texts: list[str]) -> None:

