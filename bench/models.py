@@ -72,13 +72,14 @@ def chat_subject(name: str, folder: Path, work: Path) -> Subject:
     sources = {
         source: {
             "problems": {"source": problems},
-            "store": str(work.resolve() / f"{source}.jsonl"),
-            "sampling": sampling,
         }
         for source, problems in (("instructions", str(train)), ("arithmetic", "arithmetic"))
     }
     mixture = {"traces:instructions": 0.5, "traces:arithmetic": 0.5}
-    shared = {"traces": {"sources": sources}, "calibration": {"mixture": mixture}}
+    shared = {
+        "traces": {"sampling": sampling, "sources": sources},
+        "calibration": {"mixture": mixture},
+    }
     evaluation = {"source": str(held_out), "problems": 64, "cap": 1024}
     return Subject(name, str(folder), shared, evaluation)
 

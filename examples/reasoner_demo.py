@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import rac_modifier
 from rac_modifier.checkpoint.inspect import inspect_checkpoint
 from rac_modifier.cli.inspect import render_report
-from rac_modifier.cli.tables import render_results
+from rac_modifier.cli.options import render_results
 from rac_modifier.evaluation.accuracy import evaluate
 from rac_modifier.evaluation.report import accuracy_table, plot_bars
 from rac_modifier.problems.held_out import held_out_problems

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     )
     from rac_modifier.reasoner import reasoner_path as reasoner_path
     from rac_modifier.recovery.fixed_mask import fixed_mask as fixed_mask
-    from rac_modifier.settings.shipped_recipes import recipe as recipe
+    from rac_modifier.settings.recipe_files import recipe as recipe
 
 __version__ = "0.2.0"
 __all__ = [
@@ -50,7 +50,7 @@ _LAZY = {
     "fixed_mask": "rac_modifier.recovery.fixed_mask",
     "load_model": "rac_modifier.checkpoint.load",
     "reasoner_path": "rac_modifier.reasoner",
-    "recipe": "rac_modifier.settings.shipped_recipes",
+    "recipe": "rac_modifier.settings.recipe_files",
     "trace_dataset": "rac_modifier.calibration.dataset",
 }
 

@@ -25,7 +25,7 @@ from rac_modifier.processes import ALONE, Processes
 from rac_modifier.sampling.in_process import end_sampling, help_sampling
 from rac_modifier.sampling.prompts import render_question
 from rac_modifier.settings.calibration import CalibrationSettings, part_tokens
-from rac_modifier.settings.prompt import PromptSettings
+from rac_modifier.settings.sampling import PromptSettings
 from rac_modifier.settings.traces import TraceSettings
 from rac_modifier.traces.records import Trace, trace_of
 

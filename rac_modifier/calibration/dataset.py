@@ -24,7 +24,7 @@ from rac_modifier.settings.check import check_settings
 from rac_modifier.settings.traces import SelectSettings, TraceSettings
 from rac_modifier.traces.grading import Judge
 from rac_modifier.traces.records import Trace
-from rac_modifier.traces.selection import Selection, as_used, select
+from rac_modifier.traces.selection import Selection, select, without_repeats
 from rac_modifier.traces.store import TraceStore
 
 if TYPE_CHECKING:
@@ -176,7 +176,7 @@ def export_store(
     def rows() -> Iterator[Row]:
         nonlocal count
         count = 0
-        traces = select(as_used(store, chosen.settings), chosen, judge)
+        traces = select(map(without_repeats, store), chosen, judge)
         whole = (_described(trace, tokenizer if text else None) for trace in traces)
         for row in packed(whole, length) if length else whole:
             count += 1

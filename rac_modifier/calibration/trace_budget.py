@@ -79,7 +79,7 @@ def collect_for_calibration(
 
 
 def _fill_pool(
-    collect: Callable[[int, bool], TraceStore],
+    collect: Callable[[int], TraceStore],
     part: Part,
     settings: TraceSettings,
     calibration: CalibrationSettings,
@@ -90,14 +90,14 @@ def _fill_pool(
 ) -> TracePool:
     """Collect until `budget` tokens are selected next to the traces that are held out or reserved.
 
-    `collect(tokens, retry_failed)` fills the store up to that many tokens.
+    `collect(tokens)` fills the store up to that many tokens.
     """
-    goal, retry_failed = budget + held_out + reserved, settings.retry_failed
+    goal = budget + held_out + reserved
     judge: Judge | None = None  # the same for all rounds, since it remembers its verdicts
     selected = ""  # for the message when the problems end
     while True:
         try:
-            store = collect(goal, retry_failed)
+            store = collect(goal)
         except RacError as error:
             raise RacError(f"{error}{selected}") from error
         judge = judge or Judge(tokenizer, store.header)
@@ -115,7 +115,6 @@ def _fill_pool(
                 )
             return pool
         _check_hopeful(pool, part)
-        retry_failed = False  # once per run is enough
         goal = max(store.counts.tokens + 1, _store_tokens(pool, budget, held_out + reserved))
 
 
@@ -126,7 +125,6 @@ def _collect(
     progress: bool,
     processes: Processes,
     tokens: int,
-    retry_failed: bool,
 ) -> TraceStore:
     with _placed(model, settings, tokens):
         return collect_traces(
@@ -137,7 +135,6 @@ def _collect(
             sampling=settings.sampling,
             tokens=tokens,
             engine=settings.engine,
-            retry_failed=retry_failed,
             allow_off_policy=settings.allow_off_policy,
             progress=progress,
             processes=processes,

@@ -15,7 +15,7 @@ from rac_modifier.settings.calibration import CalibrationSettings
 from rac_modifier.settings.traces import SelectSettings
 from rac_modifier.traces.grading import Judge
 from rac_modifier.traces.records import Trace
-from rac_modifier.traces.selection import Selection, as_used, select
+from rac_modifier.traces.selection import Selection, select, without_repeats
 from rac_modifier.traces.store import TraceStore
 
 _HELD_OUT_PROMPTS = 4  # at least, so that an unusual trace does not decide the result
@@ -77,7 +77,7 @@ class TracePool:
         self._ids: list[str] = []
         hold_out, reserve = HoldOut(held_out_tokens), HoldOut(reserved_tokens)
         self.repeated_tokens = store.counts.tokens
-        candidates = reserve.others(hold_out.others(self._counted(as_used(store, settings))))
+        candidates = reserve.others(hold_out.others(self._counted(map(without_repeats, store))))
         for trace in select(candidates, self.selection, judge):
             self.lengths.append(trace.tokens)
             self._ids.append(trace.id)
@@ -115,7 +115,7 @@ class TracePool:
     def _read(self, places: dict[str, int]) -> list[CalibrationSequence]:
         weighting = find_weighting(self._calibration.trace_weighting, self._judge.is_right)
         drawn: dict[int, CalibrationSequence] = {}
-        for trace in as_used(self.store, self.selection.settings):
+        for trace in map(without_repeats, self.store):
             if (place := places.get(trace.id)) is not None:
                 weight = 1.0 if weighting is None else weighting(trace)
                 drawn[place] = trace_sequence(trace, self._answer_start(trace), weight)

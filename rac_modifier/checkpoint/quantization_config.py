@@ -12,7 +12,7 @@ from torch import Tensor
 from rac_modifier.checkpoint.files import TensorFiles
 from rac_modifier.checkpoint.int32_words import BITS, pack_words, unpack_words, word_count
 from rac_modifier.errors import RacError
-from rac_modifier.settings.name_patterns import check_names
+from rac_modifier.settings.check import check_names
 
 PACK_QUANTIZED = "pack-quantized"
 # What a module stores instead of `weight` where its format is pack-quantized.

@@ -51,7 +51,6 @@ class SavePlan:
 
     record: the run's part of the record; versions and the base model are added when it is written.
     patterns: one per module of `modules`.
-    int8_activations: the modules among these whose activations may have 8 bits.
     tokenizer: a path or id, None for that of the base model.
     prepare: called with the model and `save_compressed` before saving.
     after: called when everything is written.
@@ -61,7 +60,6 @@ class SavePlan:
     record: dict[str, Any]
     patterns: Mapping[str, Pattern] = field(default_factory=dict)
     modules: Mapping[str, torch.nn.Linear] = field(default_factory=dict)
-    int8_activations: Sequence[str] = ()
     storage: Literal["packed", "dense"] = "packed"
     tokenizer: str | None = None
     prepare: Callable[[PreTrainedModel, bool], None] = _nothing
@@ -140,15 +138,8 @@ def _record_sparsity(
     modules = {saved[name]: plan.patterns[name].mask_structure for name in plan.modules}
     if packed:
         pack_checkpoint(folder, modules, dense_linears=[saved[name] for name in dense])
-        if plan.int8_activations:
-            write_int8_activations(folder, [saved[name] for name in plan.int8_activations])
         return
     mark_dense(folder, modules)
-    if plan.int8_activations:
-        logger.warning(
-            f"{len(plan.int8_activations)} modules lose nothing with activations in 8 bits, "
-            "which only a packed checkpoint can record; save it with save_compressed=True"
-        )
 
 
 def _write_record(model: PreTrainedModel, folder: Path, plan: SavePlan, packed: bool) -> None:

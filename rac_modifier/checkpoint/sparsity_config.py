@@ -18,7 +18,7 @@ from rac_modifier.checkpoint.files import CONFIG_FILE as CONFIG_FILE
 from rac_modifier.checkpoint.formats import FORMAT_24
 from rac_modifier.checkpoint.stored_weight import UNSTRUCTURED
 from rac_modifier.errors import RacError
-from rac_modifier.settings.name_patterns import check_names
+from rac_modifier.settings.check import check_names
 
 QUANTIZATION_KEY = "quantization_config"
 RAC_KEY = "rac_sparsity"

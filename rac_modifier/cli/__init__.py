@@ -13,12 +13,11 @@ import typer
 import typer.core
 
 from rac_modifier.cli import recipes, traces
-from rac_modifier.cli.activations import activations
 from rac_modifier.cli.doctor import doctor
 from rac_modifier.cli.eval import evaluate
 from rac_modifier.cli.frontier import frontier
 from rac_modifier.cli.inspect import inspect
-from rac_modifier.cli.interrupt import resumable
+from rac_modifier.cli.options import resumable
 from rac_modifier.cli.pack import pack, unpack
 from rac_modifier.cli.prune import prune, schema
 from rac_modifier.cli.recover import recover
@@ -72,7 +71,6 @@ app.command(short_help="Draw what rac frontier measured, as one HTML page.")(rep
 app.command(short_help="Show what a checkpoint holds, and how it would be served.")(inspect)
 app.command(short_help="Pack the zeros of a pruned model away.")(pack)
 app.command(short_help="Write a packed checkpoint with dense weights.")(unpack)
-app.command(short_help="Find the layers that need activations of 8 bits only.")(activations)
 app.command(short_help="Print the JSON Schema of a recipe entry.")(schema)
 app.command(short_help="Print versions, extras, kernels and devices.")(doctor)
 

@@ -8,17 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rac_modifier.cli.interrupt import resumable
 from rac_modifier.cli.models import load_on_accelerator, resolve, subject_of
-from rac_modifier.cli.options import Dtype
+from rac_modifier.cli.options import Dtype, resumable
 from rac_modifier.errors import RacError
 
 if TYPE_CHECKING:
     from rac_modifier.evaluation.results import EvalResult
     from rac_modifier.problems.answers import Verifier
     from rac_modifier.problems.source import Problem
-    from rac_modifier.settings.prompt import PromptSettings
-    from rac_modifier.settings.sampling import EngineSettings
+    from rac_modifier.settings.sampling import EngineSettings, PromptSettings
 
 _TIMEOUT = 600.0  # seconds per answer, at least
 _SECONDS_PER_TOKEN = 0.25  # of one answer among many, on a slow server

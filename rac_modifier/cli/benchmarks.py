@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rac_modifier.frontier.benchmarks import Benchmark, Servers
     from rac_modifier.problems.source import Problem
     from rac_modifier.settings.grid import GridBenchmark, GridEvaluation
-    from rac_modifier.settings.prompt import PromptSettings
+    from rac_modifier.settings.sampling import PromptSettings
 
 
 def protocol_of(benchmark: GridBenchmark) -> Protocol:
@@ -78,10 +78,7 @@ class AskedBenchmarks:
 
     @cached_property
     def _asked(self) -> dict[str, tuple[Protocol, list[Problem]]]:
-        return {
-            name: (protocol, protocol.load(self.evaluation.seed))
-            for name, protocol in self._protocols.items()
-        }
+        return {name: (protocol, protocol.load(0)) for name, protocol in self._protocols.items()}
 
     @cached_property
     def listed(self) -> list[Benchmark]:
@@ -94,7 +91,7 @@ class AskedBenchmarks:
         from rac_modifier.machine_paths import without_paths
 
         def values(protocol: Protocol, problems: list[Problem]) -> dict[str, Any]:
-            more = {"seed": self.evaluation.seed, "questions": digest_of(problems)}
+            more = {"seed": 0, "questions": digest_of(problems)}
             return without_paths({**protocol.record(len(problems)), **more})
 
         return [Benchmark(name, values(*asked)) for name, asked in self._asked.items()]
@@ -117,7 +114,7 @@ class AskedBenchmarks:
                 limits = {
                     **protocol.limits(),
                     "batch_size": self.evaluation.batch_size,
-                    "seed": self.evaluation.seed,
+                    "seed": 0,
                 }
                 where, verifiers = protocol.where(), protocol.verifiers()
                 yield (

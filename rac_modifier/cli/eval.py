@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from rac_modifier.cli.answering import Answering
-from rac_modifier.cli.interrupt import resumable
 from rac_modifier.cli.models import check_model, load_on_accelerator, resolve
-from rac_modifier.cli.options import Column, Dtype, Precision, Seed, print_json
+from rac_modifier.cli.options import Column, Dtype, Precision, print_json, resumable
 from rac_modifier.cli.protocol import Protocol, written_options
 from rac_modifier.errors import RacError
 
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from rac_modifier.evaluation.report import ResultTable
     from rac_modifier.evaluation.results import EvalResult, PairedDifference
     from rac_modifier.problems.source import Problem
-    from rac_modifier.settings.prompt import PromptSettings
+    from rac_modifier.settings.sampling import PromptSettings
 
 
 class TemplateName(StrEnum):
@@ -63,7 +62,7 @@ def evaluate(
         float | None, typer.Option(help="0.95 is the default; with --divergence the model's own")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="answers generated together")] = 128,
-    seed: Seed = 0,
+    seed: Annotated[int, typer.Option(help="seed of problems and sampling")] = 0,
     system_prompt: Annotated[
         str | None, typer.Option(help='for all models, "" for none; default: as in calibration')
     ] = None,
@@ -122,7 +121,7 @@ def evaluate(
     Example: rac eval reasoner reasoner-2of4 --problems 300 --cap 512
     """
     from rac_modifier.checkpoint.measured import own_folder
-    from rac_modifier.cli.tables import render_results
+    from rac_modifier.cli.options import render_results
     from rac_modifier.evaluation.calibrated_prompt import choose_prompt, recorded_prompts
     from rac_modifier.evaluation.report import accuracy_table, plot_bars, plot_file, stopping_table
     from rac_modifier.evaluation.results import paired_difference, read_results

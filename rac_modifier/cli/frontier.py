@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rac_modifier.cli.benchmarks import AskedBenchmarks, digest_of
-from rac_modifier.cli.interrupt import resumable
 from rac_modifier.cli.models import check_model, resolve
-from rac_modifier.cli.options import Dtype, Model, Precision
+from rac_modifier.cli.options import Dtype, Model, Precision, resumable
 from rac_modifier.errors import RacError
 
 if TYPE_CHECKING:
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from rac_modifier.frontier.measure import HeldOut
     from rac_modifier.frontier.run import Tools
     from rac_modifier.settings.grid import GridEvaluation, PlannedRow
-    from rac_modifier.settings.prompt import PromptSettings
+    from rac_modifier.settings.sampling import PromptSettings
 
 _KEPT = "rows that are finished are kept, and so is what was pruned of the last one; run the same command again to go on"
 
@@ -257,7 +256,7 @@ def _held_out(evaluation: GridEvaluation, prompt: PromptSettings) -> HeldOut:
 def _problems(evaluation: GridEvaluation) -> list[Any]:
     from rac_modifier.problems.held_out import held_out_problems
 
-    return held_out_problems(count=evaluation.problems, seed=evaluation.seed, **evaluation.where())
+    return held_out_problems(count=evaluation.problems, seed=0, **evaluation.where())
 
 
 def _limits(evaluation: GridEvaluation) -> dict[str, Any]:
@@ -268,7 +267,7 @@ def _limits(evaluation: GridEvaluation) -> dict[str, Any]:
         "temperature": evaluation.temperature,
         "top_p": TOP_P,
         "batch_size": evaluation.batch_size,
-        "seed": evaluation.seed,
+        "seed": 0,
     }
 
 

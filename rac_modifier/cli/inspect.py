@@ -1,22 +1,31 @@
-"""`rac inspect`: what a checkpoint holds, and how it would be served on this machine."""
+"""`rac inspect`: what a checkpoint holds, how it would be served here, and the bits of its activations."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rac_modifier.cli.options import AsJson, print_json
+from rac_modifier.cli.models import check_model, load_on_accelerator, resolve
+from rac_modifier.cli.options import (
+    AsJson,
+    Column,
+    Dtype,
+    Source,
+    print_json,
+    printable,
+    render_results,
+    render_table,
+)
 from rac_modifier.errors import RacError
 
 if TYPE_CHECKING:
     from rac_modifier.checkpoint.inspect import CheckpointReport, ModuleRow
     from rac_modifier.kernels.plan import PlanRow
 
-_COLUMNS = (
+_HEAD = (
     "module",
     "shape",
     "dtype",
@@ -27,21 +36,41 @@ _COLUMNS = (
     "bytes",
     "note",
 )
-_WIDTH = 100_000  # of the table in characters at most: more than any needs
-_NUMBERS = ("sparsity", "bytes/weight", "bytes")
+_SAMPLES, _CAP = 64, 256  # own answers on which activations are measured, and tokens of each
 
 
 def inspect(
     checkpoint: Annotated[Path, typer.Argument(help="folder of a checkpoint, sparse or not")],
+    activations: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            metavar="LIMIT",
+            help="instead: record in config.json the layers of int8 or int4 where activations of "
+            "8 bits add at most this share of the layer's own error, such as 0.01; 0 takes the "
+            "record out",
+        ),
+    ] = None,
+    dense: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="with --activations: the model that was quantized, to measure own errors; "
+            "default: the errors in rac_run.json",
+        ),
+    ] = None,
+    source: Source = "arithmetic",
+    column: Column = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a checkpoint holds, and whether serving it on this machine will be faster: if not, why not.
+    """Show what a checkpoint holds, and whether serving it on this machine is faster; if not, why not.
 
     Example: rac inspect packed-model
+
+    Example: rac inspect Qwen3-1.7B-W4A16 --activations 0.01 --dense Qwen/Qwen3-1.7B
     """
     from rac_modifier.checkpoint.inspect import inspect_checkpoint
     from rac_modifier.checkpoint.output_folder import folder_problem
-    from rac_modifier.cli.models import resolve
     from rac_modifier.kernels.plan import plan_checkpoint, plan_dense_codes, render_plan
 
     checkpoint = Path(resolve(str(checkpoint)))
@@ -50,6 +79,9 @@ def inspect(
             f"{checkpoint}: {problem}; give the folder of a saved model (hf download ID "
             "--local-dir FOLDER makes one)"
         )
+    if activations is not None:
+        _choose_activations(checkpoint, activations, dense, source, column, as_json)
+        return
     report = inspect_checkpoint(checkpoint)
     if as_json:
         rows = plan_checkpoint(checkpoint) if report.sound else []
@@ -60,45 +92,67 @@ def inspect(
     typer.echo(render_report(report))
     if not report.sound:  # nothing of it is planned: its numbers may be anything
         raise RacError(f"{checkpoint}: not sound, see the notes of the table; copy it again")
-    rows = plan_checkpoint(checkpoint)
-    if rows:
+    if rows := plan_checkpoint(checkpoint):
         typer.echo(
-            f"\nServed with vLLM on this machine's CPU:\n{render_plan(rows)}\n{speed_line(report, rows)}"
+            f"\nServed with vLLM on this machine's CPU:\n{render_plan(rows)}\n"
+            f"{speed_line(report, rows)}"
         )
-    elif dense := plan_dense_codes(checkpoint):
-        few = {row.layer.word_bits for row in dense if row.layer and row.layer.word_bits < 4}
+    elif codes := plan_dense_codes(checkpoint):
+        few = {row.layer.word_bits for row in codes if row.layer and row.layer.word_bits < 4}
         support = "runs the int4 weights on kernels of its own"
         if few:
-            support = (
-                f"has no kernel for int{' and int'.join(map(str, sorted(few)))} weights on a CPU"
-            )
+            bits = " and int".join(map(str, sorted(few)))
+            support = f"has no kernel for int{bits} weights on a CPU"
         typer.echo(
-            f"\nvLLM {support}. With --quantization rac, on this machine's CPU:\n{render_plan(dense)}"
+            f"\nvLLM {support}. With --quantization rac, on this machine's CPU:\n"
+            f"{render_plan(codes)}"
         )
+
+
+def _choose_activations(
+    folder: Path,
+    limit: float,
+    dense: str | None,
+    source: str,
+    column: str | None,
+    as_json: bool,
+) -> None:
+    """Measure layers with activations in 8 bits on the model's own answers, and record the choice."""
+    from rac_modifier.checkpoint.measured import record_activations
+    from rac_modifier.evaluation.activations import check_original, choose_activations, layers_of
+    from rac_modifier.evaluation.calibrated_prompt import choose_prompt, recorded_prompts
+    from rac_modifier.evaluation.teacher_forcing import sample_sequences
+    from rac_modifier.problems.held_out import held_out_problems
+    from rac_modifier.settings.sampling import SamplingSettings
+
+    layers, left_out = layers_of(folder, recorded=dense is None)
+    original = None
+    if dense is not None:
+        check_model(resolve(dense))
+    model, tokenizer = load_on_accelerator(str(folder), Dtype.FLOAT32)
+    if dense is not None:
+        original, _ = load_on_accelerator(dense, Dtype.FLOAT32)
+        check_original(model, original, layers)
+    problems = held_out_problems(source, _SAMPLES, 0, column, None)
+    prompt = choose_prompt({str(folder): recorded_prompts(str(folder))}).prompt
+    sampling = SamplingSettings(max_new_tokens=_CAP, **prompt.model_dump())
+    samples = sample_sequences(model, tokenizer, problems, sampling)
+    choice = choose_activations(model, layers, samples, limit, original)
+    entry = {**choice.as_dict(source), "left_out": left_out}
+    record_activations(folder, choice.modules, entry)
+    if as_json:
+        print_json(entry)
+        return
+    typer.echo(render_results(choice.table()))
+    for reason, count in left_out.items():
+        typer.echo(f"left out: {count} modules: {reason}")
+    typer.echo(f"{choice.describe()}\nwritten into config.json of {folder}")
 
 
 def render_report(report: CheckpointReport) -> str:
     """Return a table with a row per matrix, and the totals; lines are not broken."""
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for column in _COLUMNS:
-        table.add_column(column, justify="right" if column in _NUMBERS else "left", no_wrap=True)
-    for row in report.modules:
-        table.add_row(*(Text(printable(cell)) for cell in _cells(row)))
-    console = Console(file=StringIO(), width=_WIDTH, color_system=None)
-    with console.capture() as captured:
-        console.print(table)
-    lines = [line.rstrip() for line in captured.get().splitlines()]
-    return "\n".join([f"{report.folder}: {report.format}", *lines, *map(printable, totals(report))])
-
-
-def printable(text: str) -> str:
-    """Return `text` with its control characters escaped: a terminal would obey them."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+    table = render_table(_HEAD, [_cells(row) for row in report.modules], left=5)
+    return "\n".join([f"{report.folder}: {report.format}", table, *map(printable, totals(report))])
 
 
 def figures(report: CheckpointReport, rows: Sequence[PlanRow]) -> dict[str, Any]:
@@ -133,24 +187,27 @@ def _cells(row: ModuleRow) -> tuple[str, ...]:
 
 def totals(report: CheckpointReport) -> list[str]:
     """Return the lines below the table."""
-    dense = (
-        f" stored, {report.dense_bytes:,} with every matrix dense"
-        if report.dense_bytes != report.stored_bytes
-        else ""
-    )
-    lines = [f"all tensors: {report.stored_bytes:,} bytes{dense}"]
+    stored, dense = report.stored_bytes, report.dense_bytes
+    also = "" if dense == stored else f" stored, {dense:,} with every matrix dense"
+    lines = [f"all tensors: {stored:,} bytes{also}"]
     lines += [f"quantized weights: {scheme.describe()}" for scheme in report.quantization]
-    if report.sparsity is not None:
+    if report.sparsity is None:
+        lines.append("no matrix is recorded as pruned")
+    else:
         lines.append(
             f"{len(report.sparse)} pruned matrices, {report.sparsity:.2%} of their weights are zero"
         )
-    else:
-        lines.append("no matrix is recorded as pruned")
     if not report.sound:
         lines.append("NOT SOUND: see the notes of the rows above")
-    if report.run_record is not None:
-        lines.append(_record_line(report.run_record))
-    return lines
+    if (record := report.run_record) is None:
+        return lines
+    model, counts = record.get("base_model", "?"), record.get("calibration")
+    if "packing" in record:
+        return [*lines, f"packed by rac pack from {model}, which was pruned elsewhere"]
+    parts = counts.items() if isinstance(counts, dict) else ()
+    calibration = ", ".join(f"{key} {value}" for key, value in parts) or "?"
+    method = record.get("method", "?")
+    return [*lines, f"run record: {method} on {model}; calibration: {calibration}"]
 
 
 def speed_line(report: CheckpointReport, rows: Sequence[PlanRow]) -> str:
@@ -161,7 +218,10 @@ def speed_line(report: CheckpointReport, rows: Sequence[PlanRow]) -> str:
     """
     sparse = [row for row in rows if row.decision.sparse]
     if not sparse:
-        return "No module runs on a sparse kernel here, so decoding is as fast as that of the dense model."
+        return (
+            "No module runs on a sparse kernel here, so decoding is as fast as that of the dense "
+            "model."
+        )
     planned = {row.module for row in rows}
     unplanned = [r for r in report.modules if r.read_per_token and r.name not in planned]
     dense = read = float(sum(row.stored_bytes for row in unplanned))
@@ -175,17 +235,3 @@ def speed_line(report: CheckpointReport, rows: Sequence[PlanRow]) -> str:
         f"{dense / 1e6:,.1f} MB with every matrix dense in the dtype that is served: at most "
         f"{dense / read:.2f}x as fast as the dense model, at batch size 1."
     )
-
-
-def _record_line(record: dict[str, Any]) -> str:
-    if "packing" in record:
-        return (
-            f"packed by rac pack from {record.get('base_model', '?')}, which was pruned elsewhere"
-        )
-    calibration = record.get("calibration")
-    counts = (
-        ", ".join(f"{key} {value}" for key, value in calibration.items())
-        if isinstance(calibration, dict)
-        else "?"
-    )
-    return f"run record: {record.get('method', '?')} on {record.get('base_model', '?')}; calibration: {counts}"

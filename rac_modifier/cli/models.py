@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 
@@ -12,10 +12,6 @@ from rac_modifier.cli.options import Dtype
 from rac_modifier.errors import RacError
 
 _NUMBERED_EXPERT = re.compile(r"\.experts\.\d+\.")
-
-if TYPE_CHECKING:
-    from rac_modifier.evaluation.teacher_forcing import TokenSequence
-    from rac_modifier.problems.source import Problem
 
 
 def resolve(model: str) -> str:
@@ -237,24 +233,3 @@ def check_output(output: Path, source: str, *, keeps_groups: bool = False) -> No
         return
     # the dense weights and the packed ones, while they are packed in place
     check_room(output, 2 * size, size if keeps_groups else 0)
-
-
-def own_samples(
-    model: str,
-    loaded: Any,
-    tokenizer: Any,
-    problems: list[Problem],
-    cap: int,
-    batch_size: int,
-    seed: int,
-) -> list[TokenSequence]:
-    """What a loaded model answers to these problems, under the prompt of its run record. One sample each."""
-    from rac_modifier.evaluation.calibrated_prompt import choose_prompt, recorded_prompts
-    from rac_modifier.evaluation.teacher_forcing import sample_sequences
-    from rac_modifier.settings.sampling import SamplingSettings
-
-    prompt = choose_prompt({model: recorded_prompts(resolve(model))}).prompt
-    sampling = SamplingSettings(
-        max_new_tokens=cap, batch_size=batch_size, seed=seed, **prompt.model_dump()
-    )
-    return sample_sequences(loaded, tokenizer, problems, sampling)

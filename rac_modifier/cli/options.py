@@ -1,32 +1,33 @@
-"""Arguments, options and output that several commands share."""
+"""What several commands share: arguments and options, tables and JSON, and what Ctrl-C prints."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from rac_modifier.evaluation.report import ResultTable
 
 Model = Annotated[
     str,
     typer.Argument(help='a model folder, a Hugging Face id, or "reasoner" for the embedded one'),
 ]
-Recipe = Annotated[
-    Path,
-    typer.Option(
-        "--recipe",
-        "-r",
-        help="a file, or the name of a shipped recipe, such as rac_2of4 (see: rac recipes)",
-    ),
-]
+_RECIPE = "a file, or the name of a shipped recipe, such as rac_2of4 (see: rac recipes)"
+Recipe = Annotated[Path, typer.Option("--recipe", "-r", help=_RECIPE)]
+AnyRecipe = Annotated[Path | None, typer.Option("--recipe", "-r", help=_RECIPE)]
 Overrides = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
         "-s",
-        help="change one setting of the recipe, e.g. --set calibration.tokens=32768; null takes it out (repeatable)",
+        help="change one setting of the recipe, e.g. --set calibration.tokens=32768; null takes it "
+        "out (repeatable)",
     ),
 ]
 
@@ -40,43 +41,80 @@ class Dtype(StrEnum):
     FLOAT32 = "float32"
 
 
-class PresetName(StrEnum):
-    """What `--preset` takes."""
-
-    QUALITY = "quality"
-    FAST = "fast"
-    PAPER = "paper"
-
-
 Precision = Annotated[
     Dtype,
     typer.Option(metavar="DTYPE", help="auto (as stored), bfloat16, float16 or float32"),
 ]
-Sequences = Annotated[
-    int, typer.Option(min=1, help="samples of the model, or traces of its store, to measure on")
-]
 Source = Annotated[
     str,
     typer.Option(
-        help="of problems: arithmetic (held out), reasoning-gym:TASK, a file or a dataset id"
+        help="problems: arithmetic (held out), reasoning-gym:TASK, a file, or a dataset id"
     ),
 ]
 Column = Annotated[str | None, typer.Option(help="column of the question (file or dataset)")]
-Cap = Annotated[int, typer.Option(min=1, help="most new tokens of a sample")]
-BatchSize = Annotated[int, typer.Option(min=1, help="samples generated together")]
-Seed = Annotated[int, typer.Option(help="seed of problems and sampling")]
-SAMPLING = (
-    "source",
-    "column",
-    "cap",
-    "batch_size",
-    "seed",
-)  # what of these has no effect on stored traces
 AsJson = Annotated[
     bool, typer.Option("--json", help="print JSON on standard output, and nothing else there")
 ]
 
 
 def print_json(obj: Any) -> None:
-    """One JSON object on standard output; paths become text, and NaN is refused."""
+    """Print one JSON object; paths become text, and NaN is refused."""
     typer.echo(json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False, default=str))
+
+
+def printable(text: str) -> str:
+    """Return `text` with control characters escaped, which a terminal would obey."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+def render_table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
+    """Return a table as plain text: the same on a terminal, in a pipe and in a file.
+
+    The first `left` columns and the column "note" are aligned to the left, numbers to the right.
+    """
+    table = [[printable(cell) for cell in row] for row in (head, *rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if number < left or head[number] == "note" else cell.rjust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in table
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def render_results(table: ResultTable) -> str:
+    """Return results of models as a table, with the note below."""
+    return f"{render_table(table.head, table.rows)}\n\n{table.note}"
+
+
+@contextmanager
+def resumable(next_step: str | Callable[[], str]) -> Iterator[None]:
+    """Turn Ctrl-C in the body into one line on standard error and exit code 130.
+
+    A function as `next_step` is called after the interruption, and looks at what was written.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        step = next_step if isinstance(next_step, str) else next_step()
+        # a new line, below a progress bar
+        typer.secho(f"\ninterrupted: {step}", fg="yellow", err=True)
+        raise typer.Exit(130) from None  # 128 + SIGINT, as shells have it
+
+
+def saving_step(output: Path, kept: str) -> str:
+    """Return the next step after a command that saves a model was interrupted.
+
+    The folder `output` was new or empty; the next run goes on from `kept`, such as "the traces".
+    """
+    from rac_modifier.checkpoint.files import JOURNAL_FILE
+    from rac_modifier.checkpoint.record import CARD_NAME
+
+    text = f"{kept} are kept and will be used; run the same command again"
+    if not output.is_dir() or not any(output.iterdir()):
+        return text
+    if (output / CARD_NAME).exists() and not (output / JOURNAL_FILE).exists():  # the last file
+        return f"{output} holds the whole model; if it has no tokenizer, copy the dense model's into it"
+    return f"{output} is not complete: remove it. Then, {text}"

@@ -1,4 +1,4 @@
-"""`rac pack`: anybody's model with zeros becomes a packed checkpoint; `rac unpack`: back to an ordinary one."""
+"""`rac pack`: anybody's model with zeros becomes a packed checkpoint; `rac unpack`: back again."""
 
 from __future__ import annotations
 
@@ -9,16 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rac_modifier.cli.interrupt import packing_step, resumable
 from rac_modifier.cli.models import resolve
-from rac_modifier.cli.options import AsJson, Model, print_json
+from rac_modifier.cli.options import AsJson, Model, print_json, render_table, resumable
 
 if TYPE_CHECKING:
     from rac_modifier.checkpoint.pack_plan import MatrixPlan, PackPlan
 
-Out = Annotated[
-    Path, typer.Argument(metavar="OUT", help="folder for the new checkpoint; new or empty")
-]
 _HEAD = ("module", "shape", "dtype", "pattern", "zeros", "bytes", "packed", "note")
 
 
@@ -38,7 +34,7 @@ def pack(
         bool,
         typer.Option(
             "--drop-negative-zeros",
-            help="store -0.0, which a mask that is multiplied in leaves, as 0.0; default: keep every bit",
+            help="store -0.0, which a mask that is multiplied in leaves, as 0.0",
         ),
     ] = False,
     as_json: AsJson = False,
@@ -61,36 +57,31 @@ def pack(
     from rac_modifier.checkpoint.output_folder import check_output_folder, local_folder
     from rac_modifier.checkpoint.pack_plan import plan_packing
 
-    with resumable(packing_step(None)):
+    with resumable(lambda: packing_step(None if check else out)):
         source = local_folder(resolve(model))
         # where there is a journal, pack_model finishes what is there
         if out is not None and not check and not (out / JOURNAL_FILE).exists():
             check_output_folder(out, source, 0)
-    with resumable(lambda: packing_step(None if check else out)):
         plan = plan_packing(source, drop_negative_zeros)
-        if check:
-            if as_json:
-                print_json(_as_json(plan))
-            else:
-                typer.echo(render_plan(plan))
-            plan.check_gain()
-            return
-        assert out is not None
-        summary = pack_model(plan, out, model)
+        content: dict[str, Any] = {
+            "model": str(plan.folder),
+            "format": plan.format,
+            "matrices": [asdict(row) for row in plan.matrices],
+        }
+        others = left_out(source)
+        if out is not None and not check:
+            summary = asdict(pack_model(plan, out, model))
+            content |= {"out": str(out), "left_out": others, "summary": summary}
     if as_json:
-        print_json(
-            {
-                **_as_json(plan),
-                "out": str(out),
-                "left_out": left_out(source),
-                "summary": asdict(summary),
-            }
-        )
-        return
-    typer.echo(render_plan(plan))
-    if others := left_out(source):
-        typer.echo(f"not copied (no part of a safetensors checkpoint): {', '.join(others)}")
-    typer.echo(f"packed into {out}; look at it with: rac inspect {out}")
+        print_json(content)
+    else:
+        typer.echo(render_plan(plan))
+    if check:
+        plan.check_gain()
+    elif not as_json:
+        if others:
+            typer.echo(f"not copied (no part of a safetensors checkpoint): {', '.join(others)}")
+        typer.echo(f"packed into {out}; look at it with: rac inspect {out}")
 
 
 def unpack(
@@ -98,7 +89,9 @@ def unpack(
         str,
         typer.Argument(metavar="PACKED", help="folder or Hugging Face id of a packed checkpoint"),
     ],
-    out: Out,
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="folder for the new checkpoint; new or empty")
+    ],
     as_json: AsJson = False,
 ) -> None:
     """Write a packed checkpoint with dense weights, which stock transformers and stock vLLM load.
@@ -110,10 +103,8 @@ def unpack(
     from rac_modifier.checkpoint.convert import unpack_model
     from rac_modifier.checkpoint.output_folder import local_folder
 
-    with resumable(packing_step(None)):
-        source = local_folder(resolve(packed))
     with resumable(lambda: packing_step(out)):
-        summary = unpack_model(source, out)
+        summary = unpack_model(local_folder(resolve(packed)), out)
     if as_json:
         print_json({"out": str(out), **asdict(summary)})
         return
@@ -123,10 +114,25 @@ def unpack(
     )
 
 
+def packing_step(out: Path | None) -> str:
+    """Return the next step after an interruption, from what is in the output folder (None: checked)."""
+    from rac_modifier.checkpoint.files import JOURNAL_FILE
+    from rac_modifier.checkpoint.sparsity_config import CONFIG_FILE
+
+    if out is None:
+        return "nothing is written; run the same command again"
+    if (out / JOURNAL_FILE).exists():
+        return (
+            f"{out} is written, but not all files have their names yet; run the same command again "
+            "to finish it"
+        )
+    if (out / CONFIG_FILE).exists():
+        return f"{out} is complete; nothing is left to do"
+    return f"{out} is not written; run the same command again"
+
+
 def render_plan(plan: PackPlan) -> str:
     """Return a row per matrix and the totals."""
-    from rac_modifier.cli.tables import render_table
-
     lines = [render_table(_HEAD, [_cells(row) for row in plan.matrices], left=4)]
     counts = Counter(row.structure for row in plan.packed)
     patterns = ", ".join(
@@ -140,11 +146,9 @@ def render_plan(plan: PackPlan) -> str:
     )
     lines.append(f"all matrices: {before:,} bytes dense, {after:,} packed")
     if negative := sum(row.negative_zeros for row in plan.matrices):
-        what = (
-            "are stored as 0.0"
-            if plan.drop_negative_zeros
-            else "are kept, as values; --drop-negative-zeros saves their bytes"
-        )
+        what = "are kept, as values; --drop-negative-zeros saves their bytes"
+        if plan.drop_negative_zeros:
+            what = "are stored as 0.0"
         lines.append(f"{negative:,} of the zeros are -0.0: they {what}")
     return "\n".join(lines)
 
@@ -160,11 +164,3 @@ def _cells(row: MatrixPlan) -> tuple[str, ...]:
         "-" if row.reason else f"{row.packed_bytes:,}",
         f"stays dense: {row.reason}" if row.reason else "",
     )
-
-
-def _as_json(plan: PackPlan) -> dict[str, Any]:
-    return {
-        "model": str(plan.folder),
-        "format": plan.format,
-        "matrices": [asdict(row) for row in plan.matrices],
-    }

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from rac_modifier.cli.interrupt import resumable, saving_step
 from rac_modifier.cli.models import (
     check_loading,
     check_model,
@@ -16,7 +15,14 @@ from rac_modifier.cli.models import (
     resolve,
     unpacked,
 )
-from rac_modifier.cli.options import Dtype, Overrides, Precision, PresetName
+from rac_modifier.cli.options import (
+    AnyRecipe,
+    Dtype,
+    Overrides,
+    Precision,
+    resumable,
+    saving_step,
+)
 from rac_modifier.errors import RacError
 
 
@@ -38,18 +44,11 @@ def prune(
     more: Annotated[
         list[Path] | None, typer.Argument(hidden=True, help="with --check further recipes")
     ] = None,
-    recipe: Annotated[
-        Path | None,
-        typer.Option(
-            "--recipe",
-            "-r",
-            help="a file, or the name of a shipped recipe, such as rac_2of4 (see: rac recipes)",
-        ),
-    ] = None,
+    recipe: AnyRecipe = None,
     preset: Annotated[
-        PresetName | None,
+        str | None,
         typer.Option(
-            help="in place of the recipe's: quality (the default), fast, or paper, as in the RAC paper"
+            help="in place of the recipe's: quality (the default), fast, or paper, as in the paper"
         ),
     ] = None,
     set_: Overrides = None,
@@ -87,22 +86,38 @@ def prune(
             "to check recipes alone: rac prune --check RECIPE...",
             param_hint="MODEL OUTPUT --recipe",
         )
+    out, source = Path(output), resolve(model)
     if check:
         check_recipes([recipe], overrides)
-        check_model(resolve(model))
-        check_output(Path(output), resolve(model), keeps_groups=True)
-        check_loading(resolve(model), precision)
+    else:
+        content = read_with_overrides(recipe, overrides)
+    check_model(source)
+    check_output(out, source, keeps_groups=True)
+    check_loading(source, precision)
+    if check:
         typer.echo(f"{model} and {output} are fine, too; run the same command without --check")
         return
-    _prune(model, Path(output), recipe, overrides, precision)
+    with resumable(lambda: _how_to_go_on(out)):
+        import yaml
+        from llmcompressor import oneshot
+
+        import rac_modifier  # noqa: F401 - registers the modifier
+        from rac_modifier.processes import joined_processes
+
+        with joined_processes() as processes:
+            oneshot(
+                model=unpacked(source, precision),
+                recipe=yaml.safe_dump(content, sort_keys=False),
+                precision=precision.value,
+                output_dir=output,
+            )
+            processes.wait()
+    if processes.is_first:
+        typer.echo(f"saved to {output}; look at it with: rac inspect {output}")
 
 
 def check_recipes(paths: list[Path], overrides: list[str]) -> None:
-    """Check recipes without llm-compressor or torch, and print a line for each that is right.
-
-    Raises:
-        RacError: what is wrong with the others, or that none is given.
-    """
+    """Check recipes without llm-compressor or torch, and print a line for each valid one (RacError)."""
     from rac_modifier.settings.recipe import find_named_entry
 
     if not paths:
@@ -117,34 +132,6 @@ def check_recipes(paths: list[Path], overrides: list[str]) -> None:
             typer.echo(f"{path}: valid ({name})")
     if wrong:
         raise RacError("\n".join(wrong))
-
-
-def _prune(model: str, output: Path, recipe: Path, overrides: list[str], precision: Dtype) -> None:
-    import yaml
-
-    import rac_modifier  # noqa: F401 - registers the modifier
-
-    content = read_with_overrides(recipe, overrides)
-    source = resolve(model)
-    check_model(source)
-    check_output(output, source, keeps_groups=True)
-    check_loading(source, precision)
-    with resumable(lambda: _how_to_go_on(output)):
-        from llmcompressor import oneshot
-
-        from rac_modifier.processes import joined_processes
-
-        with joined_processes() as processes:
-            oneshot(
-                model=unpacked(source, precision),
-                recipe=yaml.safe_dump(content, sort_keys=False),
-                precision=precision.value,
-                output_dir=str(output),
-            )
-            processes.wait()
-    if not processes.is_first:  # the first process says so
-        return
-    typer.echo(f"saved to {output}; look at it with: rac inspect {output}")
 
 
 def _how_to_go_on(output: Path) -> str:

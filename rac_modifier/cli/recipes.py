@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from rac_modifier.settings.shipped_recipes import recipe, recipe_names, summary
+from rac_modifier.settings.recipe_files import recipe, recipe_names
 
 app = typer.Typer()
 
@@ -25,7 +25,8 @@ def recipes(context: typer.Context) -> None:
     names = recipe_names()
     width = max(map(len, names))
     for name in names:
-        typer.echo(f"{name:<{width}}  {summary(name)}")
+        first = Path(recipe(name)).read_text(encoding="utf-8").partition("\n")[0]
+        typer.echo(f"{name:<{width}}  {first.removeprefix('#').strip()}")
 
 
 @app.command()

@@ -11,9 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rac_modifier.cli.interrupt import resumable, saving_step
 from rac_modifier.cli.models import check_model, check_output, load, resolve
-from rac_modifier.cli.options import AsJson, Dtype, Precision, print_json
+from rac_modifier.cli.options import (
+    AsJson,
+    Dtype,
+    Precision,
+    print_json,
+    resumable,
+    saving_step,
+)
 from rac_modifier.errors import RacError
 
 if TYPE_CHECKING:
@@ -74,7 +80,7 @@ def recover(
     Example: rac recover reasoner reasoner-90 reasoner-90-recovered --max-new-tokens 512 --set tokens=80000
     """
     from rac_modifier.settings.check import check_settings
-    from rac_modifier.settings.idle import idle_recovery, refuse_idle
+    from rac_modifier.settings.entries import idle_recovery, refuse_idle
     from rac_modifier.settings.recipe import apply_overrides
     from rac_modifier.settings.recovery import RecoverySettings
 
@@ -225,7 +231,7 @@ def _recovered_record(
         patterns: the sparsity pattern of each module; empty for a model that is quantized alone.
         done: of the recovery stage.
     """
-    from rac_modifier.settings.prompt import PromptSettings
+    from rac_modifier.settings.sampling import PromptSettings
 
     stores = _stores_of(before)
     name = "recovery" if "recovery" not in stores else f"recovery {len(stores)}"

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rac_modifier.cli.interrupt import resumable
 from rac_modifier.cli.models import (
     load,
     load_tokenizer,
@@ -18,7 +17,16 @@ from rac_modifier.cli.models import (
     resolve,
     subject_of,
 )
-from rac_modifier.cli.options import AsJson, Dtype, Model, Overrides, Precision, Recipe, print_json
+from rac_modifier.cli.options import (
+    AsJson,
+    Dtype,
+    Model,
+    Overrides,
+    Precision,
+    Recipe,
+    print_json,
+    resumable,
+)
 from rac_modifier.errors import RacError
 
 if TYPE_CHECKING:
@@ -119,12 +127,8 @@ def _served(
     from rac_modifier.sampling.vllm_command import VllmCommand
     from rac_modifier.settings.sampling import EngineSettings
 
-    every = [
-        traces.sampling,
-        *(source.sampling for source in traces.sources.values() if source.sampling),
-    ]
-    longest = max(sampling.max_new_tokens for sampling in every)
-    if any("batch_size" in sampling.model_fields_set for sampling in every):
+    longest = traces.sampling.max_new_tokens
+    if "batch_size" in traces.sampling.model_fields_set:
         logger.warning(
             f"with --serve the recipe's sampling.batch_size has no effect; --concurrency {concurrency} counts"
         )
@@ -237,7 +241,7 @@ def export(
 ) -> None:
     """Write a store with the columns input_ids, attention_mask and loss_mask (1 for completions).
 
-    Repeating tails are cut, as for calibration; --select '{repeated_tails: keep}' keeps them.
+    Repeating tails are cut, as for calibration.
 
     Example: rac traces export traces.jsonl traces.parquet --text
     """

@@ -13,8 +13,7 @@ from transformers.utils.hub import cached_file
 from rac_modifier.checkpoint.record import RUN_RECORD_NAME
 from rac_modifier.errors import RacError
 from rac_modifier.files import read_json
-from rac_modifier.settings.prompt import PromptSettings
-from rac_modifier.settings.sampling import Template
+from rac_modifier.settings.sampling import PromptSettings, Template
 
 # Of one model, by part of its calibration set.
 Prompts = Mapping[str, PromptSettings]

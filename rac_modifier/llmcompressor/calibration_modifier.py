@@ -187,16 +187,12 @@ class CalibratingModifier(CalibrationEntry, Modifier):
             self.after_pruning(state.model)
             if self._divergence is not None:
                 self._measured = self._divergence.measure(state.model)
-                self.after_measuring(state.model)
             self._processes.wait()  # the first one measures
         self._divergence = None
         return True
 
     def after_pruning(self, model: PreTrainedModel) -> None:
         """Do what follows the recipe's modifiers, before the model is measured."""
-
-    def after_measuring(self, model: PreTrainedModel) -> None:
-        """Measure further, on the first process, the model as it will be saved."""
 
     def about_run(self, model: PreTrainedModel) -> dict[str, Any]:
         """Return what the weights of a run depend on, as far as it is known before sampling.

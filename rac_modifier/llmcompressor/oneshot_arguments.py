@@ -20,7 +20,7 @@ from loguru import logger
 from rac_modifier.checkpoint.output_folder import check_output_folder
 from rac_modifier.errors import RacError
 from rac_modifier.settings.recipe import overlooked
-from rac_modifier.settings.strict_yaml import parse_yaml
+from rac_modifier.settings.recipe_files import parse_yaml
 
 _DATA = "name the data in the recipe (traces.problems, calibration.generic)"
 _BATCHES = "set calibration.batch_tokens in the recipe, which is the size of a padded batch"

@@ -18,12 +18,11 @@ from rac_modifier.calibration.loader import CalibrationLoader
 from rac_modifier.checkpoint.output_folder import unfinished
 from rac_modifier.checkpoint.saving import SavePlan, save_with_record
 from rac_modifier.errors import RacError
-from rac_modifier.llmcompressor.activation_stage import ActivationStage
 from rac_modifier.llmcompressor.calibration_modifier import CalibratingModifier
 from rac_modifier.llmcompressor.forecast import Forecast, check_memory, groups_of
 from rac_modifier.llmcompressor.oneshot_arguments import find_oneshot
 from rac_modifier.llmcompressor.patterns import patterns_of
-from rac_modifier.llmcompressor.quantizer import GroupQuantizer, NoQuantizer, rounding_of
+from rac_modifier.llmcompressor.quantizer import GroupQuantizer, NoQuantizer
 from rac_modifier.llmcompressor.report import ExpertReport, Progress, strict_json
 from rac_modifier.llmcompressor.resume import FinishedGroups, Resume, check_disk
 from rac_modifier.llmcompressor.run import Run
@@ -40,7 +39,6 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
     _run: Run | None = PrivateAttr(default=None)
     _described: str = PrivateAttr(default="")  # the patterns in words
     _collector: Collector | None = PrivateAttr(default=None)  # of a run by hooks
-    _activations: ActivationStage | None = PrivateAttr(default=None)
 
     @property
     def run(self) -> Run:
@@ -69,7 +67,6 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
         quantizer = NoQuantizer()
         if self.quantization is not None:
             quantizer = GroupQuantizer(self.quantization, model, names, prunes=self.prunes)
-            self._activations = ActivationStage.of(self.quantization, quantizer, names, oneshot)
             if not self.prunes:  # what no scheme matches stays as it is
                 names = {
                     module: name for module, name in names.items() if module in quantizer.grids
@@ -149,14 +146,8 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
         weights = {name: module for module, name in run.names.items()}
         self._recovered = self._recovery.run(model, weights, quantized)
 
-    def after_measuring(self, model: PreTrainedModel) -> None:
-        """Choose the bits of activations, where the recipe asks for it."""
-        if self._activations is not None:
-            held_out = self.calibration_set.held_out
-            self._activations.measure(model, self.run.names, self.run.records, held_out)
-
     def _save_plan(self) -> SavePlan:
-        run, activations = self.run, self._activations
+        run = self.run
 
         def prepare(model: PreTrainedModel, save_compressed: bool) -> None:
             if save_compressed:
@@ -170,23 +161,14 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
             first = next(iter(run.patterns.values()))
             pattern = {"pattern": self._described, "mask_structure": first.mask_structure}
         elif self.quantization is not None:
-            method = rounding_of(self.quantization)
+            method = "GPTQ, then coordinate descent"
         return SavePlan(
             patterns=run.patterns,
             modules=pruned,
             storage=self.storage,
-            int8_activations=activations.modules if activations else (),
             tokenizer=self.tokenizer_name,
             prepare=prepare,
             after=[run.resume.remove, *([self._recovery.remove] if self._recovery else [])],
             processes=self._processes,
-            record=strict_json(
-                {
-                    "method": method,
-                    **pattern,
-                    **self.run_record(),
-                    **run.record(),
-                    **(activations.record() if activations else {}),
-                }
-            ),
+            record=strict_json({"method": method, **pattern, **self.run_record(), **run.record()}),
         )

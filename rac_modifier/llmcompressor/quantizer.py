@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,8 +11,6 @@ from compressed_tensors.compressors.format import infer_module_format
 from compressed_tensors.quantization import (
     QuantizationScheme,
     QuantizationStatus,
-    disable_quantization,
-    enable_quantization,
 )
 from compressed_tensors.utils import (
     get_direct_state_dict,
@@ -26,7 +23,6 @@ from pydantic import ValidationError
 from transformers import PreTrainedModel
 
 from rac_modifier.errors import RacError
-from rac_modifier.evaluation.activations import IntegerLayer
 from rac_modifier.quantization.grid import Grid
 from rac_modifier.quantization.schemes import describe_scheme, grid_of
 from rac_modifier.recovery.on_grid import QuantizedWeight
@@ -136,41 +132,6 @@ class GroupQuantizer(NoQuantizer):
     def finish(self, model: PreTrainedModel) -> None:
         """Let forward passes quantize, also activations where a scheme has them."""
         self._upstream.end_calibration(model)
-
-    def integer_layers(
-        self, names: Mapping[torch.nn.Module, str], own_error: Callable[[str], float]
-    ) -> list[IntegerLayer]:
-        """Return the modules that the CPU kernels multiply as integers; `own_error` returns a module's error by its name."""
-        layers = []
-        for module, grid in self.grids.items():
-            if grid.kind == "int":
-                stored = torch.int32 if grid.bits == 4 else torch.int8
-                columns, name = module.get_parameter("weight").shape[1], names[module]
-                layers.append(
-                    IntegerLayer.of(
-                        name, stored, grid.group_size or columns, columns, own_error(name)
-                    )
-                )
-        return [layer for layer in layers if layer is not None]
-
-    @contextlib.contextmanager
-    def as_served(self) -> Iterator[None]:
-        """Run forward passes without the rounding of activations that a scheme asks for: our kernels round their own way.
-
-        The weights are rounded already.
-        """
-        for module in self.grids:
-            disable_quantization(module)
-        try:
-            yield
-        finally:
-            for module in self.grids:
-                enable_quantization(module)
-
-
-def rounding_of(settings: QuantizationSettings) -> str:
-    """Return how weights are rounded, for the record of a run that prunes none."""
-    return "GPTQ, then coordinate descent" if settings.sweeps else "GPTQ"
 
 
 def compress_exactly(module: Any) -> None:

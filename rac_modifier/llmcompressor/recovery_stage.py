@@ -154,7 +154,7 @@ def generic_sequences(
         return []
     chosen: list[TokenSequence] = []
     missing = settings.generic_tokens
-    texts = generic_token_sequences(tokenizer(), settings.generic, settings.seed)
+    texts = generic_token_sequences(tokenizer(), settings.generic, 0)
     while missing > 0 and (ids := next(texts, None)) is not None:
         chosen.append((ids, 1))
         missing -= len(ids)

@@ -60,7 +60,6 @@ def solve_problems(
         entry.solver,
         problems,
         dampening_frac=entry.dampening_frac,
-        block_size=entry.block_size,
         refit=entry.refit,
         iterations=entry.iterations,
         refit_steps=entry.refit_steps,
@@ -75,7 +74,6 @@ def solve_problems(
         ],
         dtype=dtype,
         dampening_frac=entry.dampening_frac,
-        sweeps=entry.quantization.sweeps,
     )
     return [list(zip(*pair, strict=True)) for pair in zip(solved, rounded, strict=True)]
 

@@ -15,8 +15,8 @@ from rac_modifier.quantization.grid import Grid, Steps, search_scales
 from rac_modifier.quantization.rounding import descend, gptq
 from rac_modifier.quantization.scale_refit import refit_scales
 from rac_modifier.quantization.zero_points import search_zero_points
-from rac_modifier.settings.quantization import SWEEPS
 
+SWEEPS = 3  # passes of coordinate descent; six lower the error by another 0.2 %
 _REFITS = 2  # fits of the scales to the codes, each with a sweep after it
 
 

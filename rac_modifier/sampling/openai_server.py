@@ -42,6 +42,7 @@ from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
 
 # With several servers, tries at each before the next one: a server that hangs holds nothing up.
 _TRIES_BEFORE_ANOTHER = 2
+TRIES = 9  # requests per completion, after which its problem counts as failed
 # Prompts are taken up to this many times the concurrency ahead of the oldest unfinished one. That
 # keeps the servers busy during one long completion, and bounds the finished ones in memory.
 _LOOK_AHEAD = 4
@@ -227,10 +228,9 @@ class ServerEngine:
             for question in PROBE_QUESTIONS
         ]
         requests = [Request(ids, PROBE_TOKENS, 0, self._eos) for ids in prompts]
-        tries = self._settings.tries
         try:
             answers = await asyncio.gather(
-                *(self._ask(server, request, PROBE_SAMPLING, tries) for request in requests)
+                *(self._ask(server, request, PROBE_SAMPLING, TRIES) for request in requests)
             )
         except (GaveUpError, RefusedError) as error:
             raise RacError(
@@ -270,7 +270,7 @@ class ServerEngine:
 
         With several servers, each one gets a few tries first, and then its other tries.
         """
-        reason, tries = "", self._settings.tries
+        reason, tries = "", TRIES
         first = min(_TRIES_BEFORE_ANOTHER, tries) if len(self._servers) > 1 else tries
         for count in filter(None, (first, tries - first)):
             tried: list[ServerClient] = []

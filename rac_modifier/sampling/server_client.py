@@ -154,7 +154,7 @@ class ServerClient:
             jitter = 1 - random.random() / 4  # so that many requests do not return together
             await asyncio.sleep(pause * jitter if asked is None else asked)
             pause = min(2 * pause, LONGEST_PAUSE)
-        raise AssertionError("EngineSettings.tries is at least 1")
+        raise AssertionError("tries is at least 1")
 
     async def _completion(self, body: dict[str, Any], most: int) -> bytes:
         """Return the body of an answer with status 200."""

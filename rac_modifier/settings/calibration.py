@@ -18,14 +18,14 @@ from pydantic import (
 )
 
 from rac_modifier.errors import RacError
-from rac_modifier.settings.base import Count, Seed, Settings, Weight
+from rac_modifier.settings.check import Count, Seed, Settings, Weight
 
 Kind = Literal["traces", "prompts", "generic"]
 KINDS: tuple[Kind, ...] = ("traces", "prompts", "generic")
 _SYNONYMS = {"text": "generic"}
 # A comma inside a name ("reasoning-gym:gcd,chain_sum") does not end a part.
 _BETWEEN_PARTS = re.compile(r"\s*,\s*(?=(?:traces|prompts|generic|text)\s*[:@])")
-_EXAMPLE = '"traces:math@0.7, traces:code@0.2, text:c4@0.1"'
+_EXAMPLE = '"traces:math@0.7, traces:code@0.2, text:allenai/c4@0.1"'
 
 NamedWeighting = Literal["uniform", "inverse_length", "correct"]
 TEXT_FILES = (".txt", ".jsonl", ".parquet")
@@ -188,7 +188,7 @@ class CalibrationSettings(Settings):
     mixture: Mixture = {"traces": 1.0}
     """Share of the budget per part: traces (prompts with their chains of thought), prompts or
     generic (also written text), with or without the name of a source. A mapping or one line:
-    "traces:math@0.7, traces:code@0.2, text:c4@0.1"."""
+    "traces:math@0.7, traces:code@0.2, text:allenai/c4@0.1"."""
 
     max_sequence_tokens: _Sequence | None = None
     """Longer sequences are cut to this many tokens, and counted as truncated; default: none is."""
@@ -199,9 +199,6 @@ class CalibrationSettings(Settings):
 
     generic: GenericText = GenericText()
     """The text of the part generic."""
-
-    texts: dict[str, GenericText] = {}
-    """Further texts by name, for use in a mixture: text:c4."""
 
     seed: Seed = 0
     """Decides which sequences of each part are taken, and the order of the batches."""
@@ -239,19 +236,16 @@ class CalibrationSettings(Settings):
         return sum(self.mixture[part.key] for part in self.parts(kind))
 
     def text(self, name: str | None) -> GenericText:
-        """Return the text of a part of the mixture: `generic`, a declared one, or a source.
+        """Return the text of a part of the mixture: `generic`, or a source of this name.
 
         Raises:
-            RacError: a name that is neither.
+            RacError: a name that is no text.
         """
         if name is None:
             return self.generic
-        if name in self.texts:
-            return self.texts[name]
         if name != "python-docs" and "/" not in name and not name.endswith(TEXT_FILES):
-            declared = ", ".join(self.texts) or "none"
             raise RacError(
-                f"mixture names text:{name}, which is not among calibration.texts ({declared}) and "
-                "is no text by itself (python-docs, a file or a dataset id)"
+                f"mixture names text:{name}, which is no text: name python-docs, a file or a "
+                "dataset id, or set calibration.generic and name text alone"
             )
         return GenericText(source=name)

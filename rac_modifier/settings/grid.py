@@ -11,11 +11,8 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from rac_modifier.errors import RacError
-from rac_modifier.settings.base import Batch, Count, Seed, Settings
-from rac_modifier.settings.check import check_settings
-from rac_modifier.settings.entries import CalibrationEntry
+from rac_modifier.settings.check import Batch, Count, Seed, Settings, check_settings
 from rac_modifier.settings.problems import ProblemSource
-from rac_modifier.settings.prompt import PromptSettings
 from rac_modifier.settings.recipe import (
     NAME,
     check_entry,
@@ -25,7 +22,8 @@ from rac_modifier.settings.recipe import (
     read_recipe,
     set_values,
 )
-from rac_modifier.settings.strict_yaml import read_yaml
+from rac_modifier.settings.recipe_files import read_yaml
+from rac_modifier.settings.sampling import PromptSettings
 
 DENSE = "dense"
 """Label and group of the row that all others are compared with."""
@@ -78,9 +76,6 @@ class GridEvaluation(Settings):
     batch_size: Batch = 64
     """Answers generated together."""
 
-    seed: Seed = 0
-    """Of the problems and the sampling."""
-
     serve: bool = False
     """Measure tokens per second of a `vllm serve` of each model too, and ask it the benchmarks."""
 
@@ -113,7 +108,7 @@ class GridEvaluation(Settings):
 
     def of_rows(self) -> dict[str, Any]:
         """Return what all rows of a folder share; benchmarks can be added later."""
-        return self.model_dump(exclude={"benchmarks"})
+        return {**self.model_dump(exclude={"benchmarks"}), "seed": 0}
 
 
 class GridRow(Settings):
@@ -166,16 +161,9 @@ class Grid(Settings):
 
 @dataclass(frozen=True)
 class PlannedRow:
-    """One run: a row of the grid with one of its seeds.
+    """A run: a row of the grid, with one of its seeds where it names several.
 
-    Attributes:
-        label: unique in the grid.
-        row: the grid's label, which the runs of several seeds share.
-        group: of a colour.
-        seed: the one that the grid names, or None.
-        recipe: whole, as `oneshot` takes it.
-        prompts: the prompt settings that it calibrates with.
-        sources: the problems that it calibrates on; empty for round-to-nearest.
+    `row` is the grid's label, which all seeds share; `sources` are the calibration's problems.
     """
 
     label: str
@@ -215,10 +203,8 @@ def plan_rows(
 ) -> list[PlannedRow]:
     """Return every run of the grid, checked before any of them starts.
 
-    Args:
-        grid: as it was read.
-        where: its name, for messages.
-        check: called with each recipe; what it raises counts as that row's mistake.
+    `where` is the grid's name, for messages; `check` raises a RacError for a recipe that the model
+    cannot run.
 
     Raises:
         RacError: with the mistakes of all rows, and the labels of those that could run.
@@ -230,10 +216,9 @@ def plan_rows(
             runs = _runs(row, grid)
             for run in runs:
                 check(run.recipe)
+            planned += runs
         except RacError as error:
             wrong.append(f"{row.label}: {error}")
-        else:
-            planned += runs
     labels = [DENSE, *(label for row in grid.rows for label in row.labels())]
     for label in dict.fromkeys(label for label in labels if labels.count(label) > 1):
         dense = " (it is that of the dense model)" if label == DENSE else ""
@@ -267,10 +252,18 @@ def _runs(row: GridRow, grid: Grid) -> list[PlannedRow]:
     """Return the runs of a row, one per seed."""
     recipe = _whole(row)
     check_layout(recipe, "its recipe")
-    if not has_entry(recipe):
-        return [_without_calibration(row, recipe)]
-    seeds: list[int | None] = [None] if row.seeds is None else [*row.seeds]
-    return [_run(row, grid, label, seed) for label, seed in zip(row.labels(), seeds, strict=True)]
+    if has_entry(recipe):
+        seeds: list[int | None] = [None] if row.seeds is None else [*row.seeds]
+        return [
+            _run(row, grid, label, seed) for label, seed in zip(row.labels(), seeds, strict=True)
+        ]
+    for name, value in {"set": row.set, "seeds": row.seeds}.items():
+        if value:
+            raise RacError(
+                f"{name}: {value!r} changes an entry of ours, and its recipe has none; leave {name} "
+                "out"
+            )
+    return [PlannedRow(row.label, row.label, row.group or "dense quantized", None, recipe)]
 
 
 def _run(row: GridRow, grid: Grid, label: str, seed: int | None) -> PlannedRow:
@@ -292,20 +285,15 @@ def _run(row: GridRow, grid: Grid, label: str, seed: int | None) -> PlannedRow:
             f"calibrates on {evaluated.source}, whose problems are those of the evaluation; name "
             "another file or dataset"
         )
+    modifiers = [m for groups in recipe.values() for group in groups.values() for m in group]
+    if name != NAME or not getattr(checked, "prunes", True):
+        group = "dense quantized"
+    elif getattr(checked, "quantization", None) or len(modifiers) > 1:
+        group = "sparse + quantized"
+    else:
+        group = "sparse"
     prompts = tuple(PromptSettings.of(part.sampling) for part in parts)
-    group = row.group or _group(name, checked, recipe)
-    return PlannedRow(label, row.label, group, seed, recipe, prompts, sources)
-
-
-def _without_calibration(row: GridRow, recipe: dict[str, Any]) -> PlannedRow:
-    """Return a run of upstream's modifiers alone, which no trace reaches."""
-    for name, value in {"set": row.set, "seeds": row.seeds}.items():
-        if value:
-            raise RacError(
-                f"{name}: {value!r} changes an entry of ours, and its recipe has none; leave {name} "
-                "out"
-            )
-    return PlannedRow(row.label, row.label, row.group or "dense quantized", None, recipe)
+    return PlannedRow(label, row.label, row.group or group, seed, recipe, prompts, sources)
 
 
 def _whole(row: GridRow) -> Any:
@@ -325,14 +313,3 @@ def _merged(below: Any, above: Mapping[str, Any]) -> dict[str, Any]:
         both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
         result[key] = _merged(result[key], value) if both else copy.deepcopy(value)
     return result
-
-
-def _group(name: str, entry: CalibrationEntry, recipe: dict[str, Any]) -> str:
-    """Return what the recipe does, for a row without a group."""
-    modifiers = [
-        modifier for groups in recipe.values() for group in groups.values() for modifier in group
-    ]
-    if name != NAME or not getattr(entry, "prunes", True):
-        return "dense quantized"
-    quantizes = getattr(entry, "quantization", None) or len(modifiers) > 1
-    return "sparse + quantized" if quantizes else "sparse"

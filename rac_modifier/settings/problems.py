@@ -7,7 +7,7 @@ from typing import Any, Self
 from pydantic import Field, ModelWrapValidatorHandler, field_validator, model_validator
 
 from rac_modifier.errors import RacError
-from rac_modifier.settings.base import Count, Settings, keep_as_written
+from rac_modifier.settings.check import Count, Settings, keep_as_written
 
 ARITHMETIC = "arithmetic"
 GYM_PREFIX = "reasoning-gym:"

@@ -1,8 +1,7 @@
 """What a user sets about quantization: llm-compressor's own schemes, checked here by name.
 
-compressed-tensors is not imported, so that a recipe is checked at once. What its schemes mean, and
-which of them can be rounded here, is checked where the modifier starts and before anything is
-sampled (llmcompressor/quantizer.py).
+compressed-tensors is not imported, so that a recipe is checked fast. Which of its schemes can be
+rounded here is checked where the modifier starts (llmcompressor/quantizer.py).
 """
 
 from __future__ import annotations
@@ -11,15 +10,10 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from rac_modifier.errors import RacError
-from rac_modifier.settings.base import Settings
-from rac_modifier.settings.name_patterns import check_names
-
-# On the reasoner's layers at 2:4 + int4, six sweeps lower the held-out error by another 0.2 % (one
-# to three: 1.3 %).
-SWEEPS = 3
+from rac_modifier.settings.check import Settings, check_names
 
 # The names of compressed-tensors; tests/contracts/test_compressed_tensors.py compares them with its own.
 PRESET_SCHEMES = frozenset((
@@ -28,8 +22,6 @@ PRESET_SCHEMES = frozenset((
     "W2A4", "W2A8", "W2A16", "W3A4", "W3A8", "W3A16", "W4A4", "W4A8", "W4A16",
     "W5A8", "W5A16", "W6A8", "W6A16", "W7A8", "W7A16", "W8A16",
 ))  # fmt: skip
-# The presets whose weights are floats, or none, begin so.
-_FLOATS = ("FP8", "NVFP4", "MXFP", "UNQUANTIZED")
 GROUP_NAMES = ("targets", "weights", "input_activations", "output_activations", "format")
 QUANTIZED_PARTS = ("weights", "input_activations", "output_activations")
 ARGUMENT_NAMES = (
@@ -37,9 +29,7 @@ ARGUMENT_NAMES = (
     "actorder", "scale_dtype", "zp_dtype", "observer", "observer_kwargs",
 )  # fmt: skip
 _RANGES = {"num_bits": (1, 16), "group_size": (-1, 1_000_000)}
-# An observer finds scales while it calibrates. Here the scales of weights are searched
-# (quantization/grid.py), and only dynamic activations are accepted, whose scales belong to the
-# server. Zero points are stored as codes are.
+# An observer finds scales while it calibrates; here quantization/grid.py searches for them.
 _WITHOUT_EFFECT = {
     "observer": "scales are searched for, and no observer runs",
     "observer_kwargs": "scales are searched for, and no observer runs",
@@ -57,35 +47,9 @@ class QuantizationSettings(Settings):
     config_groups: dict[str, dict[str, Any]] | None = None
     """Instead of a preset: compressed-tensors' schemes by name, each with its targets."""
 
-    sweeps: int = Field(SWEEPS, ge=0, le=1000)
-    """Passes of coordinate descent over the rounded weights; 0: GPTQ alone."""
-
-    int8_activation_limit: float | None = Field(None, ge=0, le=1e6)
-    """Record the pruned modules whose activations the CPU kernels may round to 8 bits: those where
-    this adds at most this share of the module's own error, measured on the held-out traces at the
-    end of the run. Default: not measured, and all have 16 bits."""
-
-    @property
-    def has_integers(self) -> bool:
-        """Whether weights of any scheme are integers."""
-        return any(not name.upper().startswith(_FLOATS) for name in self._presets) or any(
-            weights.get("type", "int") == "int" for weights in self._weights
-        )
-
-    @property
-    def has_zero_points(self) -> bool:
-        """Whether weights of any scheme have zero points."""
-        return any(name.upper().endswith("_ASYM") for name in self._presets) or any(
-            weights.get("symmetric") is False for weights in self._weights
-        )
-
     @property
     def _presets(self) -> list[str]:
         return [self.scheme] if isinstance(self.scheme, str) else list(self.scheme or ())
-
-    @property
-    def _weights(self) -> list[dict[str, Any]]:
-        return [group.get("weights") or {} for group in (self.config_groups or {}).values()]
 
     @model_validator(mode="after")
     def _names_are_known(self) -> QuantizationSettings:

@@ -12,13 +12,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from rac_modifier.errors import RacError
-from rac_modifier.settings.base import Path as Setting
-from rac_modifier.settings.base import without_paths, written_value
-from rac_modifier.settings.check import check_settings
-from rac_modifier.settings.entries import ENTRIES, KEEP_IDLE, CalibrationEntry
-from rac_modifier.settings.idle import Idle
-from rac_modifier.settings.shipped_recipes import find_recipe
-from rac_modifier.settings.strict_yaml import parse_yaml, read_yaml
+from rac_modifier.settings.check import Path as Setting
+from rac_modifier.settings.check import check_settings, without_paths, written_value
+from rac_modifier.settings.entries import ENTRIES, KEEP_IDLE, CalibrationEntry, Idle
+from rac_modifier.settings.recipe_files import find_recipe, parse_yaml, read_yaml
 
 NAME = "ReasoningAwareSparseGPTModifier"
 _MIXTURE: Setting = ("calibration", "mixture")
@@ -27,15 +24,10 @@ _MIXTURE: Setting = ("calibration", "mixture")
 def load_recipe(
     named: str | Path, overrides: list[str] | None = None, notes: list[str] | None = None
 ) -> dict[str, Any]:
-    """Return a recipe's content with `key.sub=value` overrides of our entry applied, checked.
+    """Return a recipe's content, checked, with `key.sub=value` overrides of our entry applied.
 
-    Neither the recipe nor an override can name code: YAML is read with a safe loader, and no
-    setting imports anything.
-
-    Args:
-        named: a path, or the name of a recipe that ships with the package.
-        overrides: of our modifier's entry.
-        notes: is extended by what an override of the mixture drops (`apply_overrides`).
+    `named` is a path or a shipped recipe. `notes` is extended by what an override of the mixture
+    drops (`apply_overrides`). Neither recipe nor override can name code.
 
     Raises:
         RacError: no such recipe, not YAML, a layout in which llm-compressor finds no modifier, an
@@ -52,24 +44,24 @@ def load_recipe(
 
 
 def read_recipe(named: str | Path) -> Any:
-    """Return what a recipe's file holds, unchecked; `named` as in `load_recipe`.
-
-    Raises:
-        RacError: no such recipe, or not YAML.
-    """
+    """Return what a recipe's file holds, unchecked (RacError: no such recipe, or not YAML)."""
     return read_yaml(find_recipe(named), "recipe", "name a YAML file")
 
 
-def _groups_of(recipe: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield "stage: group" and the modifiers of each group, also where a suffix is missing."""
+def _groups_of(recipe: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any] | None]]:
+    """Yield "stage: group" with its modifiers; None where llm-compressor finds no modifiers."""
     for stage, groups in recipe.items():
-        for group, modifiers in groups.items() if isinstance(groups, dict) else ():
-            if isinstance(modifiers, dict):
-                yield f"{stage}: {group}", modifiers
+        if stage == "args":
+            continue
+        if not isinstance(groups, dict) or not groups:
+            yield str(stage), None
+            continue
+        for group, modifiers in groups.items():
+            yield f"{stage}: {group}", modifiers if isinstance(modifiers, dict) else None
 
 
 def _is_read(where: str) -> bool:
-    """Whether llm-compressor reads the group "stage: group"."""
+    """Tell whether llm-compressor reads the group "stage: group"."""
     return re.fullmatch(r".*_stage: .*_modifiers", where, re.DOTALL) is not None
 
 
@@ -89,8 +81,9 @@ def find_named_entry(recipe: Any, where: str) -> tuple[str, dict[str, Any]]:
     entries: list[tuple[str, dict[str, Any]]] = []
     others: list[str] = []
     for group, modifiers in _groups_of(recipe):
-        others += map(str, modifiers)
-        for name in ENTRIES.keys() & modifiers.keys():
+        others += map(str, modifiers or ())
+        for name in ENTRIES.keys() & (modifiers or {}).keys():
+            assert modifiers is not None
             if not _is_read(group):
                 raise RacError(
                     f"{where}: llm-compressor would overlook {group}: {name}; {layout.format(name)}"
@@ -115,7 +108,7 @@ def find_named_entry(recipe: Any, where: str) -> tuple[str, dict[str, Any]]:
 
 
 def has_entry(recipe: Any) -> bool:
-    """Whether one of our modifiers is anywhere in a recipe."""
+    """Tell whether one of our modifiers is anywhere in a recipe."""
     if not isinstance(recipe, dict):
         return False
     return bool(ENTRIES.keys() & recipe.keys()) or any(map(has_entry, recipe.values()))
@@ -125,17 +118,8 @@ def overlooked(recipe: Any) -> list[str]:
     """Return the stages, and groups of stages, that llm-compressor would not read."""
     if not isinstance(recipe, dict):
         return [repr(recipe)[:80]]
-    stages = {str(stage): groups for stage, groups in recipe.items() if stage != "args"}
     return [
-        *(stage for stage, groups in stages.items() if not isinstance(groups, dict) or not groups),
-        *(where for where, _ in _groups_of(stages) if not _is_read(where)),
-        *(
-            f"{stage}: {group}"
-            for stage, groups in stages.items()
-            if isinstance(groups, dict)
-            for group, modifiers in groups.items()
-            if not isinstance(modifiers, dict)
-        ),
+        where for where, modifiers in _groups_of(recipe) if modifiers is None or not _is_read(where)
     ]
 
 
@@ -149,20 +133,12 @@ def check_layout(recipe: Any, where: str) -> None:
 
 
 def check_entry(entry: dict[str, Any], where: str, name: str = NAME) -> CalibrationEntry:
-    """Validate the settings of our modifier of this name.
-
-    Raises:
-        RacError: with every mistake in one message.
-    """
+    """Validate the settings of our modifier of this name (RacError: all mistakes)."""
     return check_settings(ENTRIES[name], entry, where)
 
 
 def schema(name: str = NAME) -> str:
-    """Return the JSON Schema of a recipe entry of our modifier of this name.
-
-    Raises:
-        RacError: a modifier that is not ours.
-    """
+    """Return the JSON Schema of our modifier of this name (RacError: not our modifier)."""
     if name not in ENTRIES:
         raise RacError(
             f"{name!r} is none of this package's modifiers; name one of {', '.join(ENTRIES)}"
@@ -174,10 +150,7 @@ def apply_overrides(entry: dict[str, Any], overrides: list[str], name: str = NAM
     """Change settings in place, each written as `key.sub=value`; `null` takes a setting out.
 
     An override of calibration.mixture drops the settings that only the mixture before used, unless
-    an override sets them.
-
-    Returns:
-        a line for each setting that was dropped.
+    an override sets them; a line for each of them is returned.
 
     Raises:
         RacError: an override that is not `key=value`, or names a setting below a value.
@@ -201,11 +174,7 @@ def apply_overrides(entry: dict[str, Any], overrides: list[str], name: str = NAM
 
 
 def set_values(entry: dict[str, Any], changes: dict[Setting, Any]) -> None:
-    """Set values of an entry in place; None takes a setting out.
-
-    Raises:
-        RacError: a setting below one that is no group.
-    """
+    """Set values of an entry in place; None takes a setting out (RacError: below no group)."""
     for path, value in changes.items():
         group: Any = entry
         for parent in path[:-1]:
@@ -231,7 +200,7 @@ def _idle_settings(entry: dict[str, Any], name: str) -> Idle:
 
 
 def _read_override(override: str) -> tuple[Setting, Any]:
-    """Return path and value of `key.sub=value`; None is for a setting that is to be taken out."""
+    """Return path and value of `key.sub=value`."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise RacError(

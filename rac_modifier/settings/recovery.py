@@ -6,8 +6,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from rac_modifier.settings.base import Count, Seed, Settings
 from rac_modifier.settings.calibration import GenericText
+from rac_modifier.settings.check import Count, Settings
 
 _Tokens = Annotated[Count, Field(ge=64)]
 
@@ -46,9 +46,6 @@ class RecoverySettings(Settings):
     activation_checkpointing: bool = False
     """Compute each layer's activations again in the backward pass: less memory, a third more time,
     the same result."""
-
-    seed: Seed = 0
-    """Shuffles the traces, and the generic text."""
 
     @property
     def reserved_tokens(self) -> int:

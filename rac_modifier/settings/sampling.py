@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from rac_modifier.errors import RacError
-from rac_modifier.settings.base import Batch, Count, Seed, Settings
+from rac_modifier.settings.check import Batch, Count, Seed, Settings
 
 Template = Literal["chat", "none"]
 DEFAULT_TEMPERATURE, DEFAULT_TOP_P, DEFAULT_TOP_K = 0.6, 0.95, 0
@@ -84,6 +84,29 @@ class SamplingSettings(Settings):
         return SamplingSettings(**filled)
 
 
+class PromptSettings(BaseModel):
+    """The part of `SamplingSettings` that decides a prompt's tokens; evaluation shares it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    template: Template = "chat"
+    system_prompt: str | None = None
+    thinking: bool = True
+
+    @classmethod
+    def of(cls, sampling: SamplingSettings) -> PromptSettings:
+        """Return the prompt settings among the settings of sampling."""
+        return cls(**sampling.model_dump(include={"template", "system_prompt", "thinking"}))
+
+    def describe(self) -> str:
+        """Return for example "chat template, no system prompt, thinking on"; equal for equal prompts."""
+        if self.template == "none":
+            return "the bare question, without a template"
+        prompt = self.system_prompt
+        system = "no system prompt" if prompt is None else f"system prompt {prompt!r}"
+        return f"chat template, {system}, thinking {'on' if self.thinking else 'off'}"
+
+
 class EngineSettings(Settings):
     """OpenAI-compatible servers that sample the traces, each with the model to be compressed."""
 
@@ -98,9 +121,6 @@ class EngineSettings(Settings):
 
     timeout: float = Field(600, gt=0, le=10**6)
     """Seconds per completion, after which it is requested again."""
-
-    tries: int = Field(9, ge=1, le=1000)
-    """Requests per completion, after which its problem counts as failed."""
 
     verify_model: bool = True
     """Compare a few greedy tokens of each server with the model to be compressed."""

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from rac_modifier.errors import RacError
-from rac_modifier.settings.base import Count, Settings, Share
+from rac_modifier.settings.check import Count, Settings, Share
 from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
 
@@ -31,10 +31,6 @@ class SelectSettings(Settings):
 
     max_tokens: Count | None = None
     """Keep traces with at most this many completion tokens."""
-
-    repeated_tails: Literal["cut", "keep"] = "cut"
-    """cut: a completion that was cut at the cap while it repeated itself ends before the second
-    copy, for calibration, recovery and what is held out; keep: it is used whole."""
 
     pass_rate: tuple[Share, Share] | None = None
     """Keep problems whose share of right samples lies within these bounds, e.g. [0.2, 0.8]; needs
@@ -84,16 +80,10 @@ class SelectSettings(Settings):
 
 
 class TraceSource(Settings):
-    """A named source of traces. What it does not set is as in `traces`, without the store."""
+    """A named source of traces, with a store of its own under rac_traces/."""
 
     problems: ProblemSource
     """The problems that the model is asked."""
-
-    store: str | None = None
-    """Its own trace store; default: a file under rac_traces/."""
-
-    sampling: SamplingSettings | None = None
-    """How the model is sampled; default: as in traces."""
 
     select: SelectSettings | None = None
     """Which of its traces are calibrated on; default: as in traces."""
@@ -113,13 +103,10 @@ class TraceSettings(Settings):
     """How the model is sampled."""
 
     select: SelectSettings = SelectSettings()
-    """Which traces are calibrated on; default: all of them, without tails that repeat."""
+    """Which traces are calibrated on; default: all of them. Tails that repeat are cut."""
 
     engine: EngineSettings | None = None
     """OpenAI-compatible servers that sample; default: the model samples in this process."""
-
-    retry_failed: bool = False
-    """Try again the problems that a server could not complete (in the store's .failed.jsonl)."""
 
     allow_off_policy: bool = False
     """Calibrate on traces of another model; its store is then only read, nothing is added."""
@@ -130,30 +117,28 @@ class TraceSettings(Settings):
     @model_validator(mode="after")
     def _can_be_selected(self) -> TraceSettings:
         for name in (None, *self.sources):
-            source = self if name is None else self.named(name)
-            sampling = source.sampling
-            source.select.check_against(sampling.max_new_tokens, sampling.samples_per_problem)
+            select = self.named(name).select
+            select.check_against(self.sampling.max_new_tokens, self.sampling.samples_per_problem)
         return self
 
     def named(self, name: str | None) -> TraceSettings:
         """Return the settings of a part of the mixture.
 
-        They are these for None, those of a declared source, or these for other problems.
+        A declared source or a name that is a source itself has its own problems and store.
 
         Raises:
-            RacError: a name that is neither declared nor a source of problems itself.
+            RacError: a name that is neither declared nor a source of problems.
         """
         if name is None:
             return self
-        plain: dict[str, Any] = {"store": None, "sources": {}}
-        if (source := self.sources.get(name)) is not None:
-            changed = {key: value for key, value in dict(source).items() if value is not None}
-            return self.model_copy(update={**plain, **changed})
-        if not ProblemSource.looks_like(name):
-            declared = ", ".join(self.sources) or "none"
-            raise RacError(
-                f"mixture names traces:{name}, which is not among traces.sources ({declared}) and "
-                "is no problem source by itself (arithmetic, reasoning-gym:<task>, a file or a "
-                "dataset id)"
-            )
-        return self.model_copy(update={**plain, "problems": ProblemSource(source=name)})
+        if (source := self.sources.get(name)) is None:
+            if not ProblemSource.looks_like(name):
+                declared = ", ".join(self.sources) or "none"
+                raise RacError(
+                    f"mixture names traces:{name}, which is not among traces.sources ({declared}) "
+                    "and is no problem source by itself (arithmetic, reasoning-gym:<task>, a file "
+                    "or a dataset id)"
+                )
+            source = TraceSource(problems=ProblemSource(source=name))
+        update: dict[str, Any] = {"store": None, "sources": {}, "problems": source.problems}
+        return self.model_copy(update={**update, "select": source.select or self.select})

@@ -21,7 +21,6 @@ from rac_modifier.sampling.probes import check_probes
 from rac_modifier.sampling.prompts import render_question
 from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
-from rac_modifier.traces.failures import forget_failures
 from rac_modifier.traces.fill_store import FillStore
 from rac_modifier.traces.records import settings_of_record
 from rac_modifier.traces.store import StoreHeader, TraceStore, read_header
@@ -36,7 +35,6 @@ def collect_traces(
     sampling: SamplingSettings,
     tokens: int,
     engine: EngineSettings | None = None,
-    retry_failed: bool = False,
     allow_off_policy: bool = False,
     progress: bool = True,
     processes: Processes = ALONE,
@@ -55,12 +53,11 @@ def collect_traces(
         tokenizer: the model's own.
         store_path: a .jsonl file (None: `default_store_path`). Next to it there may be
             x.pending.jsonl (traces finished before an earlier one) and x.failed.jsonl (problems that
-            a server could not complete, with the reason).
+            a server could not complete, with the reason; they are skipped until it is removed).
         problems: the questions.
         sampling: how completions are sampled.
         tokens: the budget.
         engine: servers that sample, asked only if the store holds too little; None: this process.
-        retry_failed: try the problems of x.failed.jsonl again; else they are skipped.
         allow_off_policy: see above.
         progress: show a bar.
         processes: that sample the model in memory together; all but the first run `help_sampling`.
@@ -109,8 +106,6 @@ def collect_traces(
                 logger.info(
                     f"trace store {str(path)!r} holds {store.counts.tokens:,} tokens already: going on from there"
                 )
-            if retry_failed:
-                forget_failures(path)
             filling = FillStore(
                 store,
                 chosen,
@@ -190,7 +185,11 @@ def _check_enough(total: int, store: TraceStore, tokens: int, failed: int) -> No
     # A store that was filled with a larger limit can hold enough although these problems do not.
     held = max(total, store.counts.tokens)
     if held < tokens:
-        lost = f" {failed} problems failed: retry_failed tries them again." if failed else ""
+        lost = (
+            f" {failed} problems failed: remove the .failed.jsonl file to try them again."
+            if failed
+            else ""
+        )
         raise RacError(
             f"the problems of {store.header.problems.source!r} are used up: {held:,} tokens in "
             f"{len(store)} traces, of {tokens:,} asked for (all kept in {str(store.path)!r}).{lost} "

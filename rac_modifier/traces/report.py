@@ -10,12 +10,12 @@ from typing import Any
 
 from rac_modifier.errors import RacError
 from rac_modifier.settings.check import check_settings
-from rac_modifier.settings.strict_yaml import parse_yaml
+from rac_modifier.settings.recipe_files import parse_yaml
 from rac_modifier.settings.traces import SelectSettings
 from rac_modifier.traces.failures import read_failures
 from rac_modifier.traces.grading import Judge
 from rac_modifier.traces.records import Trace
-from rac_modifier.traces.selection import Selection, as_used, repeated_tail, select
+from rac_modifier.traces.selection import Selection, repeated_tail, select, without_repeats
 from rac_modifier.traces.store import TraceStore
 
 _BAR = 40
@@ -71,7 +71,7 @@ def describe_store(store: TraceStore) -> str:
     ]
     if failed := len(read_failures(store.path)):
         lines.append(
-            f"failed      {failed:,} problems, skipped (set traces.retry_failed to try them again)"
+            f"failed      {failed:,} problems, skipped (remove the .failed.jsonl file to try them again)"
         )
     endings = count_endings(store)
     if endings.ended_by:
@@ -99,7 +99,7 @@ def verified_figures(
         figures["ms_per_trace"] = 1000 * (time.perf_counter() - started) / len(store)
     if settings is not None:
         selection = Selection(settings)
-        traces = select(as_used(store, settings), selection, judge)
+        traces = select(map(without_repeats, store), selection, judge)
         figures["selected_tokens"] = sum(trace.tokens for trace in traces)
         figures |= {"selected": selection.kept, "selection": selection.describe()}
     return figures

@@ -51,11 +51,6 @@ def without_repeats(trace: Trace) -> Trace:
     return replace(trace, completion_ids=trace.completion_ids[:-tail]) if tail else trace
 
 
-def as_used(traces: Iterable[Trace], settings: SelectSettings) -> Iterable[Trace]:
-    """Cut repeating tails if the settings say so; comes before traces are selected or held out."""
-    return map(without_repeats, traces) if settings.repeated_tails == "cut" else traces
-
-
 class Selection:
     """Filters traces by settings; counts the traces that pass, and those that do not by reason.
 
@@ -146,7 +141,7 @@ def used_traces(store: TraceStore, hashes: Collection[str]) -> int:
 def fresh_traces(store: TraceStore, used: int, tokens: int) -> list[Trace]:
     """Return the traces after the first `used`, up to the trace that reaches `tokens` tokens.
 
-    Tails that repeat are cut, as `traces.select.repeated_tails` does by default.
+    Tails that repeat are cut.
     """
     chosen: list[Trace] = []
     for trace in map(without_repeats, islice(store, used, None)):

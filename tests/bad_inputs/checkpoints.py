@@ -121,19 +121,11 @@ def _(b: Bench) -> None:
 
 
 @CASES.case(
-    "activations of a model of the hub",
-    "no folder of a checkpoint; give the folder of a packed int8 or int4",
-)
-def _(b: Bench) -> None:
-    b.rac("activations", "owner/name")
-
-
-@CASES.case(
     "activations of a model in floats",
     "its weights are neither quantized nor packed; give the folder",
 )
 def _(b: Bench) -> None:
-    b.rac("activations", b.folder)
+    b.rac("inspect", b.folder, "--activations", 0.01)
 
 
 def _activations_of(b: Bench, quantization: dict[str, object]) -> None:
@@ -142,7 +134,7 @@ def _activations_of(b: Bench, quantization: dict[str, object]) -> None:
     (b.tmp / "model" / "config.json").write_text(
         json.dumps({**config, "quantization_config": quantization})
     )
-    b.rac("activations", b.tmp / "model")
+    b.rac("inspect", b.tmp / "model", "--activations", 0.01)
 
 
 @CASES.case(

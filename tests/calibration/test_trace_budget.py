@@ -109,18 +109,6 @@ def test_traces_are_held_out_of_each_part_beside_its_share(collect):
         assert pool.selection.total == len(pool.store) - len(pool.held_out)
 
 
-def test_nothing_is_held_out_of_a_named_source_of_another_model(collect):
-    store = collect({}, mixture="traces:arithmetic@1.0")["traces:arithmetic"].store.path
-    source = {"problems": {"source": "arithmetic"}, "store": str(store)}
-    pools = collect(
-        {"sources": {"other": source}, "allow_off_policy": True},
-        mixture="traces:other@1",
-        tokens=200,
-        held_out_tokens=400,
-    )
-    assert pools["traces:other"].held_out == ()
-
-
 def test_an_unknown_name_is_refused_before_anything_is_sampled(collect, tmp_path):
     with pytest.raises(RacError, match="traces:maths, which is not among"):
         collect({}, mixture="traces@0.5, traces:maths@0.5")

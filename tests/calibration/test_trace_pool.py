@@ -128,10 +128,6 @@ def test_repeated_tails_are_cut_from_what_is_held_out_reserved_and_drawn(pool_of
         return Trace(f"{number}#0", str(number), (1, 1, 1, number), ids, "length", 0, "?", None)
 
     traces = [looping(100 + number) for number in range(20)]
-    kept = pool_of(traces, {"repeated_tails": "keep"}, held_out_tokens=30)
-    assert kept.held_out == tuple(traces[:4])
-    assert kept.usable_tokens() == 16 * 104
-    assert kept.repeated_tokens == 0
     pool = pool_of(traces, {"max_tokens": 30}, held_out_tokens=30)
     assert pool.repeated_tokens == 20 * 78
     assert [t.completion_ids for t in pool.held_out] == [t.completion_ids[:22] for t in traces[:4]]

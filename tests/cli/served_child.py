@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from rac_modifier import cli
-from rac_modifier.cli import tables  # noqa: F401 - imported for the fork server, as the next ones
+from rac_modifier.cli import options  # noqa: F401 - imported for the fork server, as the next ones
 from rac_modifier.evaluation import accuracy, calibrated_prompt, report, results  # noqa: F401
 from rac_modifier.problems import held_out  # noqa: F401
 from rac_modifier.sampling import openai_server, own_server  # noqa: F401

@@ -13,7 +13,7 @@ from rac_modifier.cli.options import Dtype
 from rac_modifier.errors import RacError
 from rac_modifier.problems.source import Problem
 from rac_modifier.settings.grid import GridBenchmark, GridEvaluation
-from rac_modifier.settings.prompt import PromptSettings
+from rac_modifier.settings.sampling import PromptSettings
 from tests.sampling import fake_vllm
 from tests.sampling.fake_server import shorten_pauses
 

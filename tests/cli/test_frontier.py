@@ -20,7 +20,7 @@ from rac_modifier.cli.frontier import _held_out, _served
 from rac_modifier.cli.options import Dtype
 from rac_modifier.errors import RacError
 from rac_modifier.settings.grid import GridEvaluation
-from rac_modifier.settings.prompt import PromptSettings
+from rac_modifier.settings.sampling import PromptSettings
 from tests.cli.conftest import Rac
 from tests.forked import start
 from tests.tiny import NAME, entry

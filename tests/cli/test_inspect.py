@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import shutil
@@ -14,11 +15,13 @@ from safetensors.torch import load_file, save_file
 
 from rac_modifier import cli
 from rac_modifier.checkpoint.inspect import CheckpointReport, ModuleRow
+from rac_modifier.checkpoint.load import load_model
 from rac_modifier.checkpoint.packing import pack_checkpoint
 from rac_modifier.checkpoint.quantization_config import WeightScheme
+from rac_modifier.checkpoint.sparsity_config import SparsityRecord
 from rac_modifier.cli.inspect import render_report, speed_line, totals
 from rac_modifier.kernels.cpu.support import support
-from tests.tiny import linears, tiny_model
+from tests.tiny import entry, linears, recipe, tiny_model
 
 
 def matrix(name: str = "layers.0.up", **changes: object) -> ModuleRow:
@@ -58,41 +61,26 @@ EMBEDDING = matrix(
 
 
 def test_the_table_has_a_row_per_matrix_and_whole_lines() -> None:
-    damaged = matrix(
-        "layers.1.up", rows=0, columns=0, sparsity=None, problem="layers.1.up.bitmask: " + "x" * 300
-    )
-    lines = render_report(report(matrix(), damaged)).splitlines()
-    assert lines[0] == "out: sparse-24-bitmask"
-    head, rows = next(
-        (line, lines[n:]) for n, line in enumerate(lines) if line.startswith("module")
-    )
+    damaged = matrix("layers.1.up", rows=0, columns=0, sparsity=None, problem="\x1b[2K" + "x" * 300)
+    first, head, *rows = render_report(report(matrix("[red]up"), damaged)).splitlines()
+    assert first == "out: sparse-24-bitmask"
     assert head.split() == [
-        "module",
-        "shape",
-        "dtype",
-        "stored",
-        "pattern",
-        "sparsity",
-        "bytes/weight",
-        "bytes",
-        "note",
+        *[
+            "module",
+            "shape",
+            "dtype",
+            "stored",
+            "pattern",
+            "sparsity",
+            "bytes/weight",
+            "bytes",
+            "note",
+        ]
     ]
-    found = {line.split()[0]: line.split()[1:] for line in rows if line.startswith("layers")}
-    assert found["layers.0.up"] == [
-        "100x1000",
-        "F32",
-        "sparse-24-bitmask",
-        "2:4",
-        "ok",
-        "0.5000",
-        "2.1250",
-        "212,500",
-    ]
-    assert found["layers.1.up"][-3:] == ["DAMAGED:", "layers.1.up.bitmask:", "x" * 300]
-
-
-def test_brackets_are_text() -> None:
-    assert "[red]layers[/red]" in render_report(report(matrix("[red]layers[/red]")))
+    assert rows[0].split() == [
+        "[red]up", "100x1000", "F32", "sparse-24-bitmask", "2:4", "ok", "0.5000", "2.1250", "212,500",
+    ]  # fmt: skip
+    assert rows[1].split()[-2:] == ["DAMAGED:", "\\x1b[2K" + "x" * 300]
 
 
 def test_totals() -> None:
@@ -119,27 +107,12 @@ def test_speed_names_the_kernel_and_the_baseline() -> None:
     assert f"at most {800_000 / 612_500:.2f}x as fast as the dense model" in line
 
 
-def test_a_matrix_that_stays_dense_is_counted_dense_in_both() -> None:
+def test_a_matrix_that_stays_dense_is_counted_in_both_and_one_that_is_not_read_in_none() -> None:
     sparse, dense = matrix("a"), matrix("b")
-    line = speed_line(
-        report(sparse, dense), [planned(sparse, 2, 4), planned(dense, 3.9, 4, sparse=False)]
-    )
-    assert f"at most {800 / 600:.2f}x" in line
-
-
-def test_a_matrix_that_decoding_does_not_read_is_not_counted() -> None:
-    row = matrix("a")
-    other = matrix("embed", stored_bytes=10**9, read_per_token=False)
-    assert "at most 2.00x" in speed_line(report(row, other), [planned(row, 2, 4)])
-
-
-def test_no_ceiling_where_nothing_runs_sparse() -> None:
-    row = matrix()
-    line = speed_line(report(row), [planned(row, 3.9, 4, sparse=False)])
-    assert (
-        line
-        == "No module runs on a sparse kernel here, so decoding is as fast as that of the dense model."
-    )
+    unread = matrix("embed", stored_bytes=10**9, read_per_token=False)
+    rows = [planned(sparse, 2, 4), planned(dense, 3.9, 4, sparse=False)]
+    assert f"at most {800 / 600:.2f}x" in speed_line(report(sparse, dense, unread), rows)
+    assert speed_line(report(dense), rows[1:]).startswith("No module runs on a sparse kernel here")
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -214,11 +187,6 @@ def test_json_has_what_is_printed(rac, sparse_folder):
     assert all(row["reason"] for row in found["served"])
 
 
-def test_the_embedded_model_has_its_name(capsys: pytest.CaptureFixture[str]) -> None:
-    cli.app(["inspect", "reasoner"], standalone_mode=False)
-    assert "no matrix is recorded as pruned" in capsys.readouterr().out
-
-
 def test_a_checkpoint_that_is_not_sound_ends_with_status_1(rac, sparse_folder, tmp_path) -> None:
     """A size of 2^62 is never planned with."""
     shutil.copytree(sparse_folder, tmp_path / "damaged")
@@ -233,9 +201,86 @@ def test_a_checkpoint_that_is_not_sound_ends_with_status_1(rac, sparse_folder, t
     assert (code, json.loads(stdout)["sound"], json.loads(stdout)["served"]) == (1, False, [])
 
 
-def test_control_characters_are_printed_escaped() -> None:
-    row = matrix(structure="2:4\x1b[2K", problem="a\nforged line")
-    record = {"base_model": "x\x1b]0;title\x07", "method": "m"}
-    printed = render_report(report(row, run_record=record))
-    assert printed.replace("\n", "").isprintable()
-    assert "a\\nforged line" in printed
+INT8 = {"weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}}
+INT4 = {"weights": {"num_bits": 4, "strategy": "group", "group_size": 32}}
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two short samples are enough here."""
+    module = importlib.import_module("rac_modifier.cli.inspect")
+    monkeypatch.setattr(module, "_SAMPLES", 2)
+    monkeypatch.setattr(module, "_CAP", 12)
+
+
+@pytest.fixture(scope="module")
+def quantized(
+    tiny_folder: Path, trace_store: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """The tiny model at 2:4 in int8, packed, and in int4 without pruning; not to be written to."""
+    folder = tmp_path_factory.mktemp("quantized")
+    dense = {"solver": "none", "mask_structure": None}
+    for name, group, more in (("sparse", INT8, {}), ("dense", INT4, dense)):
+        settings = entry(trace_store, quantization={"config_groups": {"g": group}}, **more)
+        (folder / "recipe.yaml").write_text(recipe(settings))
+        words = ["prune", tiny_folder, folder / name, "-r", folder / "recipe.yaml"]
+        words += ["-s", "calibration.tokens=500"]
+        cli.app([str(word) for word in words], standalone_mode=False)
+    return {name: folder / name for name in ("sparse", "dense")}
+
+
+def config_of(folder: Path) -> dict:
+    return json.loads((folder / "config.json").read_text())
+
+
+@pytest.mark.parametrize(("kind", "limit"), [("sparse", 0.01), ("dense", 0.05)])
+def test_activations_are_measured_recorded_and_read_again(
+    rac, few: None, quantized: dict[str, Path], tmp_path: Path, kind: str, limit: float
+) -> None:
+    folder = shutil.copytree(quantized[kind], tmp_path / "model")
+    before = config_of(folder)
+    code, out, _ = rac("inspect", folder, "--activations", limit, "--json")
+    assert code == 0
+    measured = json.loads(out)
+    int8 = sorted(name for name, row in measured["layers"].items() if row["bits"] == 8)
+    assert len(measured["layers"]) == 14
+    assert int8
+    for row in measured["layers"].values():
+        assert (row["bits"] == 8) == (row["error"] <= limit * row["own_error"])
+    assert SparsityRecord.of(config_of(folder)).int8_activations == tuple(int8)
+    assert config_of(folder).get("quantization_config") == before.get("quantization_config")
+    record = json.loads((folder / "rac_run.json").read_text())
+    assert record["activations"]["layers"] == measured["layers"]
+    assert str(tmp_path) not in json.dumps(record)
+    errors = {module["name"]: module["relative_error"] for module in record["modules"]}
+    assert {name: row["own_error"] for name, row in measured["layers"].items()} == errors
+    ids = torch.tensor([[5, 6, 7]])
+    outputs = (load_model(one)(input_ids=ids).logits for one in (folder, quantized[kind]))
+    assert torch.equal(*outputs)
+
+    code, out, _ = rac("inspect", folder, "--activations", 0)
+    assert code == 0
+    assert "0 of 14 layers in 8 bits: 8 bits add at least" in out
+    assert config_of(folder) == before
+
+
+def test_activations_of_a_checkpoint_of_another_tool(
+    rac, few: None, quantized: dict[str, Path], tiny_folder: Path, tmp_path: Path
+) -> None:
+    """Without a run record own errors are measured against the dense model."""
+    folder = shutil.copytree(quantized["dense"], tmp_path / "model")
+    recorded = json.loads((folder / "rac_run.json").read_text())
+    (folder / "rac_run.json").unlink()
+    words = ("inspect", folder, "--activations", 0.05)
+    code, _, error = rac(*words)
+    assert code == 1
+    assert "name the model that was quantized (--dense MODEL)" in error
+    code, out, _ = rac(*words, "--dense", tiny_folder, "--json")
+    assert code == 0
+    assert not (folder / "rac_run.json").exists()
+    assert config_of(folder)["rac_sparsity"]["int8_activations"]
+    layers = json.loads(out)["layers"]
+    for module in recorded["modules"]:  # measured on other tokens
+        assert 0.2 < layers[module["name"]]["own_error"] / module["relative_error"] < 5
+    assert "in the dense model; name the model" in rac(*words, "--dense", "reasoner")[2]
+    assert "quantized in the dense model too" in rac(*words, "--dense", folder)[2]

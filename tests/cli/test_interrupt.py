@@ -14,47 +14,16 @@ from pathlib import Path
 
 import pytest
 import torch
-import typer
 from safetensors.torch import load_file
 
 from rac_modifier import cli
 from rac_modifier.checkpoint.convert import unpack_model
-from rac_modifier.cli.interrupt import packing_step, resumable, saving_step
 from rac_modifier.traces.store import TraceStore
 from tests.cli import stopped_child
 from tests.cli.conftest import Rac
-from tests.cli.test_recover import OPTIONS
+from tests.cli.recover_options import OPTIONS
 from tests.forked import start
 from tests.tiny import entry, recipe
-
-
-def test_an_interruption_is_one_line_and_130(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(typer.Exit) as ended, resumable(lambda: "run it again"):
-        raise KeyboardInterrupt
-    assert ended.value.exit_code == 130
-    assert capsys.readouterr().err.strip() == "interrupted: run it again"
-
-
-def test_what_is_said_of_a_folder_that_was_being_packed(tmp_path: Path) -> None:
-    assert packing_step(None) == "nothing is written; run the same command again"
-    assert packing_step(tmp_path) == f"{tmp_path} is not written; run the same command again"
-    (tmp_path / "config.json").touch()
-    assert packing_step(tmp_path) == f"{tmp_path} is complete; nothing is left to do"
-    (tmp_path / ".rac_packing.json").touch()
-    assert packing_step(tmp_path).endswith("run the same command again to finish it")
-
-
-def test_what_is_said_of_a_folder_that_was_being_saved_to(tmp_path: Path) -> None:
-    go_on = "they are kept and will be used; run the same command again"
-    assert saving_step(tmp_path / "out", "they") == saving_step(tmp_path, "they") == go_on
-    (tmp_path / "config.json").touch()
-    assert saving_step(tmp_path, "they") == f"{tmp_path} is not complete: remove it. Then, {go_on}"
-    (tmp_path / "README.md").touch()
-    assert saving_step(tmp_path, "they").startswith(
-        f"{tmp_path} holds the whole model; if it has no tokenizer, "
-    )
-    (tmp_path / ".rac_packing.json").touch()
-    assert "is not complete" in saving_step(tmp_path, "they")
 
 
 def interrupt(*args: object, **options: object) -> None:
@@ -72,13 +41,13 @@ def interrupt(*args: object, **options: object) -> None:
         ),
         (
             ["eval", "MODEL", "MODEL", "--divergence"],
-            "evaluation.own_samples.sample_sequences",
+            "evaluation.teacher_forcing.sample_sequences",
             "nothing is kept; run the same command again",
         ),
         (
             ["unpack", "MODEL", "out"],
             "checkpoint.output_folder.local_folder",
-            "nothing is written; run the same",
+            "out is not written; run the same",
         ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -1,17 +1,52 @@
-from typing import get_args
+"""Tables, and what Ctrl-C prints."""
 
-from rac_modifier.cli.options import Dtype, PresetName
-from rac_modifier.settings.presets import PRESETS, Preset
+import pytest
+import torch
+import typer
+
+from rac_modifier.cli.options import Dtype, render_table, resumable, saving_step
+
+HEAD = ("model", "accuracy", "note")
+ROWS = [("dense", "100.0%", "8"), ("a much longer label", "5.0%", "[red]")]
 
 
-def test_the_presets_of_the_command_line_are_those_of_the_settings():
-    assert {preset.value for preset in PresetName} == set(PRESETS) == set(get_args(Preset))
+def test_text_is_aligned_to_the_left_and_numbers_to_the_right():
+    assert render_table(HEAD, ROWS).splitlines() == [
+        "model                accuracy  note",
+        "dense                  100.0%  8",
+        "a much longer label      5.0%  [red]",
+    ]
+    assert render_table(("a", "b"), [("1", "2"), ("333", "44")], left=2).splitlines() == [
+        "a    b",
+        "1    2",
+        "333  44",
+    ]
+    assert render_table(HEAD, []) == "model  accuracy  note"
+
+
+def test_control_characters_are_escaped_and_a_cell_stays_on_one_line():
+    long = "x" * 3000
+    _, row = render_table(HEAD, [("a\x1b[2K", "1", f"{long}\nforged line")]).splitlines()
+    assert row == f"a\\x1b[2K         1  {long}\\nforged line"
 
 
 def test_precisions_are_dtypes_of_torch_or_auto():
-    import torch
+    assert all(name == "auto" or isinstance(getattr(torch, name), torch.dtype) for name in Dtype)
 
-    assert all(
-        precision == "auto" or isinstance(getattr(torch, precision), torch.dtype)
-        for precision in Dtype
-    )
+
+def test_an_interruption_is_one_line_and_130(capsys):
+    with pytest.raises(typer.Exit) as ended, resumable(lambda: "run it again"):
+        raise KeyboardInterrupt
+    assert ended.value.exit_code == 130
+    assert capsys.readouterr().err.strip() == "interrupted: run it again"
+
+
+def test_what_is_said_of_a_folder_that_was_being_saved_to(tmp_path):
+    go_on = "they are kept and will be used; run the same command again"
+    assert saving_step(tmp_path / "out", "they") == saving_step(tmp_path, "they") == go_on
+    (tmp_path / "config.json").touch()
+    assert saving_step(tmp_path, "they") == f"{tmp_path} is not complete: remove it. Then, {go_on}"
+    (tmp_path / "README.md").touch()
+    assert saving_step(tmp_path, "they").startswith(f"{tmp_path} holds the whole model; if it has")
+    (tmp_path / ".rac_packing.json").touch()
+    assert "is not complete" in saving_step(tmp_path, "they")

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from rac_modifier.checkpoint.load import load_model
+from rac_modifier.cli.pack import packing_step
 from tests.cli.conftest import Rac
 from tests.tiny import linears, tiny_model
 
@@ -127,15 +128,16 @@ def test_an_interruption_leaves_nothing_and_ends_in_130(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(NewFiles, "write_tensors", interrupt)
-    code, _, err = rac("pack", pruned, tmp_path / "out")
+    out = tmp_path / "out"
+    code, _, err = rac("pack", pruned, out)
     assert code == 130
-    assert (
-        err.strip() == f"interrupted: {tmp_path / 'out'} is not written; run the same command again"
-    )
-    assert not (tmp_path / "out").exists()
+    assert err.strip() == f"interrupted: {out} is not written; run the same command again"
+    assert not out.exists()
 
 
-def test_unpack_knows_the_embedded_model(rac: Rac, tmp_path: Path) -> None:
-    code, _, err = rac("unpack", "reasoner", tmp_path / "out")
-    assert code == 1
-    assert "is not packed" in err
+def test_what_is_said_of_a_folder_that_was_being_packed(tmp_path: Path) -> None:
+    assert packing_step(None) == "nothing is written; run the same command again"
+    (tmp_path / "config.json").touch()
+    assert packing_step(tmp_path) == f"{tmp_path} is complete; nothing is left to do"
+    (tmp_path / ".rac_packing.json").touch()
+    assert packing_step(tmp_path).endswith("run the same command again to finish it")

@@ -52,7 +52,7 @@ def test_check_reports_every_mistake_of_every_recipe(rac, tmp_path):
     for name, settings in {
         "a": {"sparsty": 0.5},
         "b": entry(),
-        "c": entry(block_size=4, iterations=0),
+        "c": entry(refit=True, iterations=0),
     }.items():
         (tmp_path / f"{name}.yaml").write_text(recipe(settings))
     code, stdout, stderr = rac("prune", "--check", *(tmp_path / f"{name}.yaml" for name in "abc"))

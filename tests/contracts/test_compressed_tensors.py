@@ -15,7 +15,6 @@ from rac_modifier.settings.quantization import (
     GROUP_NAMES,
     PRESET_SCHEMES,
     QUANTIZED_PARTS,
-    QuantizationSettings,
 )
 from rac_modifier.settings.recipe import check_entry, find_named_entry
 from tests.tiny import NAME
@@ -26,13 +25,6 @@ CALIBRATES = "ReasoningAwareCalibrationModifier"
 def test_the_names_of_preset_schemes():
     """If this fails: write upstream's names into settings/quantization.py."""
     assert frozenset(UPSTREAM) == PRESET_SCHEMES
-
-
-def test_which_presets_have_integer_weights():
-    for name, scheme in UPSTREAM.items():
-        weights = scheme.get("weights")
-        integers = weights is not None and weights.type == "int"
-        assert QuantizationSettings(scheme=name).has_integers is integers, name
 
 
 def test_the_settings_of_a_config_group():

@@ -167,7 +167,7 @@ def server(tokenizer):
 
 
 def served(server, tokenizer, model, path, problems=SUMS, *, verify=False, **changes):
-    engine = EngineSettings(base_urls=(server.url,), concurrency=3, tries=2, verify_model=verify)
+    engine = EngineSettings(base_urls=(server.url,), concurrency=3, verify_model=verify)
     return evaluate_into_file(
         ModelIdentity.of_model(model), tokenizer, problems, label="served", source=SOURCE,
         sampling=sampling(**changes), path=path, engine=engine, progress=False,

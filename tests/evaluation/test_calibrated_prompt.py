@@ -6,7 +6,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.calibrated_prompt import choose_prompt, recorded_prompts
-from rac_modifier.settings.prompt import PromptSettings
+from rac_modifier.settings.sampling import PromptSettings
 
 PLAIN = PromptSettings()
 BRIEF = PromptSettings(system_prompt="Be brief.", thinking=False)

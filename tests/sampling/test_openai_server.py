@@ -7,6 +7,7 @@ import pytest
 from loguru import logger
 
 from rac_modifier.errors import RacError
+from rac_modifier.sampling import openai_server
 from rac_modifier.sampling.completions_api import trace_seed
 from rac_modifier.sampling.engine import Failure, Prompt
 from rac_modifier.sampling.generate import warn_of_cap
@@ -96,10 +97,11 @@ def test_an_error_ends_it_after_what_was_finished(make, server):
     assert len(server.bodies) == 4
 
 
-def test_failures_are_outcomes(make, server):
+def test_failures_are_outcomes(make, server, monkeypatch):
+    monkeypatch.setattr(openai_server, "TRIES", 2)
     refused, broken = trace_seed(0, "p1#0"), trace_seed(0, "p2#0")
     server.fault = lambda number, body: {refused: "400", broken: "500"}.get(body["seed"])
-    found = outcomes(make(tries=2), prompts(4))
+    found = outcomes(make(), prompts(4))
     assert "told to answer 400" in found["p1#0"].reason
     assert "tried" not in found["p1#0"].reason
     assert found["p2#0"].reason.endswith("answers 500: told to answer 500 (tried 2 times)")

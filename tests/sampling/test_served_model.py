@@ -79,4 +79,4 @@ def test_the_record_holds_greedy_tokens_where_the_model_is_checked(make, server,
     with pytest.raises(
         RacError, match=r"does not answer a short greedy prompt: .*told to answer 500"
     ):
-        make(verify_model=True, tries=2).connect()
+        make(verify_model=True).connect()

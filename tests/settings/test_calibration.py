@@ -23,7 +23,7 @@ from rac_modifier.settings.calibration import (
         ({"tokens": 1e30}, "exceeded maximum size"),
         ({"token": 10}, "Extra inputs"),
         ({"generic": {"sequence_tokens": 1}}, "greater than or equal to 16"),
-        ({"mixture": "traces@0.7, text:c4@0.3"}, "text:c4, which is not among calibration.texts"),
+        ({"mixture": "traces@0.7, text:c4@0.3"}, "text:c4, which is no text"),
         ({"mixture": "traces, generic@0.5"}, "'traces' has no share; write each part as kind@"),
         ({"mixture": "traces@much"}, "'traces@much' has no share"),
         ({"mixture": "traces@inf"}, "finite number"),
@@ -42,14 +42,14 @@ def test_what_makes_no_sense_is_refused(values, message):
 
 
 def test_a_mixture_in_one_line_is_the_same_mixture():
-    texts = {"c4": {"source": "allenai/c4", "config": "en", "column": "text"}}
     line = CalibrationSettings(
-        mixture="traces:math@0.7, text:c4@0.1 ,traces:code@0.2, prompts@0", texts=texts
+        mixture="traces:math@0.7, text:a.txt@0.1 ,traces:code@0.2, prompts@0"
     )
-    spelled = {"text:c4": 0.1, "traces:math": 0.7, "traces:code": 0.2, "prompts": 0.0}
-    assert line == CalibrationSettings(mixture=spelled, texts=texts)
-    assert list(line.mixture) == ["traces:math", "traces:code", "generic:c4"], "in order of kinds"
+    spelled = {"text:a.txt": 0.1, "traces:math": 0.7, "traces:code": 0.2, "prompts": 0.0}
+    assert line == CalibrationSettings(mixture=spelled)
+    assert list(line.mixture) == ["traces:math", "traces:code", "generic:a.txt"], "order of kinds"
     assert CalibrationSettings(**line.model_dump()) == line
+    assert (line.text("a.txt").source, line.text(None)) == ("a.txt", line.generic)
 
 
 def test_names_may_hold_commas_colons_and_at_signs():

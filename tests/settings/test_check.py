@@ -1,24 +1,36 @@
+"""What all settings share, how a mistake is told, and which `re:` patterns could match without end."""
+
 from typing import Literal
 
 import pytest
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator
 
 from rac_modifier.errors import RacError
-from rac_modifier.settings.check import check_settings, describe_errors
+from rac_modifier.settings.check import (
+    Settings,
+    check_names,
+    check_settings,
+    describe_errors,
+    keep_as_written,
+    without_paths,
+    written_value,
+)
 
 
-class Inner(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+class Inner(Settings):
     tokens: int = 1
-    seed: int = 0
+    seed: int | None = None
 
 
-class Outer(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+class Outer(Settings):
+    name: str
     inner: Inner = Inner()
     other: Inner | None = None
-    name: str
+    named: dict[str, Inner] = {}
     text: str = ""
+    on: bool = False
+    above: float = Field(1, gt=0)
+    choice: Literal["keep", "cut"] = "keep"
 
     @field_validator("text")
     @classmethod
@@ -29,90 +41,108 @@ class Outer(BaseModel):
 
 
 @pytest.mark.parametrize(
-    ("values", "says"),
+    ("values", "path", "expected"),
     [
-        ({}, "name: is missing; add it"),
-        ({"name": "a", "nme": 1}, "nme: there is no such setting (value 1); did you mean name?"),
-        (
-            {"name": "a", "tokens": 1},
-            "tokens: there is no such setting (value 1); did you mean inner.tokens or other.tokens?",
-        ),
-        (
-            {"name": "a", "inner": {"toks": 1}},
-            "inner.toks: there is no such setting (value 1); did you mean inner.tokens?",
-        ),
-        (
-            {"name": "a", "inner": {"x": 1}},
-            "inner.x: there is no such setting (value 1); use inner.tokens, inner.seed",
-        ),
-        ({"name": "a", "text": "long"}, "text: is too long; shorten it"),
-        (
-            {"name": "a", "inner": {"seed": "y" * 200}},
-            f"inner.seed: must be a whole number (value '{'y' * 99}...)",
-        ),
+        ({}, ("on",), None),
+        ({"on": False}, ("on",), False),
+        ({"inner": {"tokens": 1}}, ("inner", "tokens"), 1),  # the default, but written
+        ({"inner": {"tokens": 1}}, ("inner", "seed"), None),
+        ({"inner": {}}, ("inner",), None),
+        ({"inner": {"seed": None}}, ("inner",), None),  # null is as if it was left out
+        ({"inner": {"tokens": 2}}, ("inner",), Inner(tokens=2)),
+        ({"named": {}}, ("named",), None),
+        ({"named": {"a": {"tokens": 3}}}, ("named", "a", "tokens"), 3),
+        ({"named": {"a": {"tokens": 3}}}, ("named", "b", "tokens"), None),
+        ({"on": True}, ("on", "deeper"), None),
     ],
 )
-def test_a_mistake_has_its_key_its_value_and_the_next_step(values, says):
-    with pytest.raises(RacError) as caught:
-        check_settings(Outer, values, "file.yaml")
-    assert str(caught.value) == f"file.yaml: {says}"
+def test_what_the_user_wrote(values, path, expected):
+    assert written_value(Outer(name="a", **values), path) == expected
 
 
-def test_without_the_settings_the_next_step_is_the_schema():
-    with pytest.raises(ValidationError) as caught:
-        Outer(name="a", nme=1)
-    assert (
-        describe_errors(caught.value) == "nme: there is no such setting (value 1); see `rac schema`"
-    )
+def test_what_a_preset_filled_in_was_not_written():
+    filled = Inner(tokens=2, seed=3)
+    keep_as_written(filled, {"seed": 3})
+    assert (written_value(filled, ("tokens",)), written_value(filled, ("seed",))) == (None, 3)
+    with pytest.raises(ValidationError, match="frozen"):
+        filled.tokens = 2
 
 
-class Values(BaseModel):
-    model_config = ConfigDict(allow_inf_nan=False)
-    above: float = Field(1, gt=0)
-    least: int = Field(1, ge=2)
-    below: float = Field(1, lt=2)
-    most: float = Field(1, le=1.5)
-    count: int = 1
-    number: float = 1
-    switch: bool = False
-    word: str = Field("a", min_length=1)
-    words: list[str] = []
-    pair: tuple[int, int] = (0, 0)
-    texts: dict[str, str] = {}
-    inner: Inner = Inner()
-    choice: Literal["keep", "cut"] = "keep"
+def test_a_dump_without_some_paths_holds_plain_types():
+    dump = {"a": {"b": 1, "c": (1, {"d": 2})}, "e": [3], "f": None}
+    assert without_paths(dump, {("a", "b"), ("f",), ("nowhere", "x")}) == {
+        "a": {"c": [1, {"d": 2}]},
+        "e": [3],
+    }
+    assert dump["a"] == {"b": 1, "c": (1, {"d": 2})}  # as it was
 
 
 @pytest.mark.parametrize(
     ("values", "says"),
     [
-        ({"above": 0}, "above: must be above 0.0 (value 0)"),
-        ({"least": 1}, "least: must be at least 2 (value 1)"),
-        ({"below": 2}, "below: must be below 2.0 (value 2)"),
-        ({"most": 2}, "most: must be at most 1.5 (value 2)"),
+        ({}, "name: is missing; add it"),
+        ({"nme": 1}, "nme: there is no such setting (value 1); did you mean name?"),
+        ({"tokens": 1}, "(value 1); did you mean inner.tokens or other.tokens or named.tokens?"),
+        ({"inner": {"x": 1}}, "(value 1); use inner.tokens, inner.seed"),
+        ({"inner": {"sweeps": 1}}, "leave it out: rounded weights get three sweeps"),
+        ({"text": "long"}, "text: is too long; shorten it"),
+        ({"above": 0}, "above: must be greater than 0 (value 0)"),
         ({"above": float("nan")}, "above: must be a finite number (value nan)"),
-        ({"count": "many"}, "count: must be a whole number (value 'many')"),
-        ({"count": 1.5}, "count: must be a whole number (value 1.5)"),
-        ({"count": None}, "count: must be a whole number (value None)"),
-        ({"number": "many"}, "number: must be a number (value 'many')"),
-        ({"number": []}, "number: must be a number (value [])"),
-        ({"switch": 3}, "switch: must be true or false (value 3)"),
-        ({"switch": []}, "switch: must be true or false (value [])"),
-        ({"word": 24}, "word: must be text; put it in quotes (value 24)"),
-        ({"word": ""}, "word: must not be empty (value '')"),
-        ({"words": "a"}, "words: must be a list, such as [a, b] (value 'a')"),
-        ({"pair": 1}, "pair: must be a list, such as [a, b] (value 1)"),
-        ({"texts": 1}, "texts: must be settings by name, such as {name: value} (value 1)"),
-        ({"inner": 1}, "inner: must be settings by name, such as {name: value} (value 1)"),
-        (
-            {"choice": "kept"},
-            "choice: must be 'keep' or 'cut'; did you mean 'keep'? (value 'kept')",
-        ),
-        ({"choice": 5}, "choice: must be 'keep' or 'cut' (value 5)"),
-        ({"pair": [1]}, "pair.1: is missing; add it"),
+        ({"on": 3}, "on: must be a valid boolean, unable to interpret input (value 3)"),
+        ({"text": 24}, "text: must be a valid string (value 24)"),
+        ({"choice": "kept"}, "must be 'keep' or 'cut'; did you mean 'keep'? (value 'kept')"),
+        ({"inner": {"seed": "y" * 200}}, f"unable to parse string as an integer (value '{'y' * 99}...)"),
     ],
-)
-def test_what_a_value_has_to_be_in_plain_words(values, says):
+)  # fmt: skip
+def test_a_mistake_has_its_key_its_value_and_the_next_step(values, says):
     with pytest.raises(RacError) as caught:
-        check_settings(Values, values, "file.yaml")
-    assert str(caught.value) == f"file.yaml: {says}"
+        check_settings(Outer, {"name": "a", **values} if values else {}, "file.yaml")
+    assert str(caught.value).startswith("file.yaml: ")
+    assert str(caught.value).endswith(says)
+
+
+def test_without_the_settings_the_next_step_is_the_schema():
+    with pytest.raises(ValidationError) as caught:
+        Outer(name="a", nme=1)
+    assert describe_errors(caught.value).endswith("(value 1); see `rac schema`")
+
+
+def test_usual_names_pass():
+    check_names(
+        [
+            "model.layers.0.mlp.down_proj",
+            "re:.*q_proj$",
+            r"re:.*layers\.(0|1|2)\.mlp\..*_proj$",
+            "re:^(?!.*lm_head).*",
+            r"re:.*\.layers\.\d+\..*\.experts\.\d+\.(gate|up|down)_proj",
+            r"re:(?:\d\.)+x",
+            "re:(?i).*[qk]_PROJ|.*down_proj",
+        ],
+        "targets",
+    )
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        *(
+            ([f"re:{pattern}"], "could take too long to match")
+            for pattern in (
+                "(a+)+$", "(a|a)*$", "(a?a?)*$", "a?" * 40, "(a|aa)" * 33, ".*a" * 8,
+                "(x{1,3}){2,4}", r"(.*)\1",
+            )
+        ),
+        (["re:("], "is no regular expression"),
+        (["re:x{1,99999999999}"], "is no regular expression"),
+        (["re:" + "(" * 497], "is no regular expression"),
+        (["x" * 501], "has over 500 characters"),
+        (["x\x1b[2J"], "or unprintable ones"),
+        ([""], "write names or re: patterns as text"),
+        ([3], "holds '3'"),
+        ("Linear", "write a list"),
+        (None, "write a list"),
+    ],
+)  # fmt: skip
+def test_what_names_no_module_or_backtracks_without_end_is_refused(names, message):
+    with pytest.raises(RacError, match=f"targets.*{message}"):
+        check_names(names, "targets")

@@ -21,12 +21,12 @@ from rac_modifier.calibration.calibration_set import build_calibration_set
 from rac_modifier.errors import RacError
 from rac_modifier.settings.entries import ENTRIES, PruningEntry
 from rac_modifier.settings.recipe import check_entry
-from rac_modifier.traces import selection
 from tests.settings.every_setting import (
     BASE,
     CALIBRATED,
     LONG,
     PRUNED,
+    RECOVERED,
     SERVED,
     Row,
     group_once,
@@ -34,40 +34,33 @@ from tests.settings.every_setting import (
     merged,
     nested,
 )
-from tests.tiny import (
-    byte_tokenizer,
-    linears,
-    save_tiny,
-    save_tiny_experts,
-)
+from tests.tiny import byte_tokenizer, save_tiny, save_tiny_experts
 
 Outcome = Any  # what can be compared: lists and mappings of numbers and text
 
 
 def name(row: Row) -> str:
-    beside = json.dumps(row.base) if row.base else "the base"
-    return f"{row.path}={row.value} beside {beside}"
+    return f"{row.path}={row.value} with {json.dumps(row.base)}"
 
 
 def test_every_setting_has_a_row():
-    rows = {group_once(row.path) for row in (*PRUNED, *CALIBRATED)}
+    rows = {group_once(row.path) for row in (*PRUNED, *CALIBRATED, *RECOVERED)}
     settings = {group_once(path) for entry in ENTRIES.values() for path in leaves(entry)}
     assert settings == rows | SERVED
 
 
-@pytest.mark.parametrize("row", [*PRUNED, *CALIBRATED], ids=name)
+@pytest.mark.parametrize("row", [*PRUNED, *CALIBRATED, *RECOVERED], ids=name)
 def test_the_rows_are_accepted(row):
     check_entry(started(row.base), "recipe.yaml")
     check_entry(entry_of(row), "recipe.yaml")
 
 
 def started(base: dict[str, Any]) -> dict[str, Any]:
-    """BASE with `base` over it, and without the settings of BASE that have no effect beside its mixture."""
-    mixture = str(base.get("calibration", {}).get("mixture", "traces@1"))
-    plain = BASE if "traces@" in mixture else merged(BASE, {"traces": {"sampling": None}})
-    plain = (
-        plain if "traces" in mixture else merged(plain, {"calibration": {"held_out_tokens": None}})
-    )
+    """BASE with `base` over it, without the settings of BASE that its mixture does not use."""
+    line = str(base.get("calibration", {}).get("mixture", "traces@1"))
+    plain = BASE if "traces@" in line else merged(BASE, {"traces": {"sampling": None}})
+    if "traces" not in line:
+        plain = merged(plain, {"calibration": {"held_out_tokens": None}})
     return merged(plain, base)
 
 
@@ -77,7 +70,7 @@ def entry_of(row: Row) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Folders of a small model and of one with other weights, and the store of the other's traces."""
+    """Folders of a small model, of one with other weights, and of one with experts."""
     folder = tmp_path_factory.mktemp("models")
     save_tiny(folder / "own", num_hidden_layers=1)
     save_tiny(folder / "other", num_hidden_layers=1, seed=1)
@@ -113,9 +106,6 @@ def place(models, tmp_path, monkeypatch):
     # a selection that keeps too little is refused after four traces, not after some hundred
     enough = next(name for name in vars(trace_budget) if name.startswith("_ENOUGH_TO_"))
     monkeypatch.setattr(trace_budget, enough, 4)
-    monkeypatch.setattr(
-        selection, "repeated_tokens", lambda ids: ids[0] % 2
-    )  # the tiny model itself does not repeat
     inner = datasets.load_dataset
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     return tmp_path
@@ -125,46 +115,32 @@ def loaded(models: Path, kind: str = "own") -> Any:
     return AutoModelForCausalLM.from_pretrained(models / kind)
 
 
-def digest(weight: torch.Tensor) -> str:
-    return hashlib.sha256(weight.float().numpy().tobytes()).hexdigest()
-
-
-def pruned(models: Path, settings: dict[str, Any], save_to: Path, kind: str = "own") -> Outcome:
-    """The weights that a run of oneshot leaves, its order, and the tensors that it saves; or its error."""
+def pruned(models: Path, settings: dict[str, Any], save_to: Path, kind: str) -> Outcome:
+    """The weights that a run leaves, its order, and the sizes of its files; or its error."""
     model = loaded(models, kind)
-    if settings.get("solver") == "keep":
-        for module in linears(model).values():
-            module.weight.data[:, 1::2] = 0.0
     try:
         modifier = ReasoningAwareSparseGPTModifier(**settings)
         oneshot(model=model, recipe=modifier, output_dir=str(save_to))
     except RacError as error:
         return str(error)
-    record = json.loads((save_to / "rac_run.json").read_text())
-    config = json.loads((save_to / "config.json").read_text())
-    files = {path.name: path.stat().st_size for path in save_to.glob("*.safetensors")}
-    return {
-        "weights": {key: digest(value) for key, value in model.state_dict().items()},
-        "order": record["order"],
-        "files": files,
-        "activations": record.get("recovery", {}).get(
-            "activation_checkpointing"
-        ),  # the same weights in less memory
-        "int8_activations": config.get("rac_sparsity", {}).get("int8_activations"),
+    weights = {
+        key: hashlib.sha256(value.float().numpy().tobytes()).hexdigest()
+        for key, value in model.state_dict().items()
     }
+    files = {path.name: path.stat().st_size for path in save_to.glob("*.safetensors")}
+    return weights, files, json.loads((save_to / "rac_run.json").read_text())["order"]
 
 
 def calibrated(models: Path, settings: dict[str, Any]) -> Outcome:
-    """Batches and token weights, traces kept and held out, how the model was called, and files; or the error."""
+    """Batches and token weights, traces, how the model was called, and files; or the error."""
     shutil.rmtree("rac_traces", ignore_errors=True)
     Path("other.jsonl").unlink(missing_ok=True)
     model, shapes = loaded(models), []
     model.get_input_embeddings().register_forward_pre_hook(
         lambda module, args: shapes.append(list(args[0].shape))
     )
-    thinks = (
-        settings["calibration"]["tokens"] == LONG
-    )  # enough for a </think>, which only this tokenizer has
+    # enough for a </think>, which only the byte tokenizer has
+    thinks = settings["calibration"]["tokens"] == LONG
     tokenizer = byte_tokenizer() if thinks else AutoTokenizer.from_pretrained(models / "own")
     entry = PruningEntry(**settings)
     torch.manual_seed(0)
@@ -174,37 +150,19 @@ def calibrated(models: Path, settings: dict[str, Any]) -> Outcome:
         )
     except RacError as error:
         return str(error)
-    mean = torch.cat(
-        [weights[weights > 0] for weights in made.loader.token_weights]
-    ).mean()  # a common factor cancels out
-    stored = {
-        key: [[t.id, t.prompt_ids, t.completion_ids, t.answer] for t in pool.store]
-        for key, pool in made.pools.items()
-    }
+    weights = made.loader.token_weights
+    mean = torch.cat([row[row > 0] for row in weights]).mean()  # a common factor cancels out
     return {
         "batches": [batch["input_ids"].tolist() for batch in made.loader],
-        "weights": [(weights / mean).tolist() for weights in made.loader.token_weights],
-        "stored": list(stored.values()),
+        "weights": [(row / mean).tolist() for row in weights],
+        "stored": [
+            [[t.id, t.prompt_ids, t.completion_ids, t.answer] for t in pool.store]
+            for pool in made.pools.values()
+        ],
         "held_out": [trace.id for trace in made.held_out],
         "calls": shapes,
         "files": sorted(path.name for path in Path().glob("*.jsonl")),
     }
-
-
-def prepare(models: Path, row: Row) -> None:
-    """A store of the other model's traces, for the rows about traces that are not the model's own."""
-    if row.path.endswith("allow_off_policy") and "foreign.jsonl" in str(row.base):
-        settings = merged(BASE, {"traces": {"store": "foreign.jsonl"}})
-        entry = PruningEntry(**settings)
-        tokenizer = AutoTokenizer.from_pretrained(models / "own")
-        build_calibration_set(
-            loaded(models, "other"), tokenizer, entry.traces, entry.calibration, progress=False
-        )
-
-
-def kind_of(row: Row) -> str:
-    """Which model a row is about."""
-    return "experts" if row.path.startswith("expert_") or row.path == "experts" else "own"
 
 
 @pytest.fixture(scope="module")
@@ -213,9 +171,7 @@ def known() -> dict[str, Outcome]:
     return {}
 
 
-def both(
-    row: Row, known: dict[str, Outcome], observe: Any, what: str = "calibrated"
-) -> tuple[Outcome, Outcome]:
+def both(row: Row, known: dict[str, Outcome], observe: Any, what: str) -> tuple[Outcome, Outcome]:
     """What `observe` gives for the base of a row, and for the row."""
     base = started(row.base)
     key = json.dumps([what, base], sort_keys=True)
@@ -224,20 +180,12 @@ def both(
     return known[key], observe(copy.deepcopy(entry_of(row)))
 
 
-def both_pruned(
-    row: Row, models: Path, known: dict[str, Outcome], place: Path
-) -> tuple[Outcome, Outcome]:
-    """The same of `pruned`."""
-    saved, kind = iter((place / "one", place / "two")), kind_of(row)
-    return both(
-        row, known, lambda settings: pruned(models, settings, next(saved), kind), f"pruned {kind}"
-    )
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("row", PRUNED, ids=name)
 def test_a_setting_of_pruning_changes_the_result(row, models, known, place):
-    before, after = both_pruned(row, models, known, place)
+    kind = "experts" if row.path in ("experts", "expert_floor") else "own"
+    folders = iter((place / "before", place / "after"))
+    before, after = both(row, known, lambda s: pruned(models, s, next(folders), kind), kind)
     assert not isinstance(before, str), before
     assert before != after
 
@@ -245,7 +193,12 @@ def test_a_setting_of_pruning_changes_the_result(row, models, known, place):
 @pytest.mark.slow
 @pytest.mark.parametrize("row", CALIBRATED, ids=name)
 def test_a_setting_of_calibration_changes_the_calibration_set(row, models, known, place):
-    prepare(models, row)
-    before, after = both(row, known, lambda settings: calibrated(models, settings))
-    assert isinstance(before, str) is row.path.endswith("allow_off_policy"), before
+    foreign = row.path.endswith("allow_off_policy")
+    if foreign:  # a store of the other model's traces
+        entry = PruningEntry(**merged(BASE, row.base))
+        tokenizer = AutoTokenizer.from_pretrained(models / "own")
+        model = loaded(models, "other")
+        build_calibration_set(model, tokenizer, entry.traces, entry.calibration, progress=False)
+    before, after = both(row, known, lambda settings: calibrated(models, settings), "calibrated")
+    assert isinstance(before, str) is foreign, before
     assert before != after

@@ -1,8 +1,10 @@
+from typing import get_args
+
 import pytest
 from pydantic import ValidationError
 
 from rac_modifier.settings.pattern import Pattern
-from rac_modifier.settings.pruning import PruningSettings
+from rac_modifier.settings.pruning import PRESETS, Preset, PruningSettings
 
 
 def test_a_preset_fills_in_what_is_not_set():
@@ -11,6 +13,9 @@ def test_a_preset_fills_in_what_is_not_set():
         "sparsegpt", True, "dense", "group",
     )  # fmt: skip
     assert settings.model_fields_set == {"sparsity", "preset", "order"}  # only what was written
+    paper = PruningSettings(sparsity=0.5, preset="paper", solver="wanda")
+    assert (paper.solver, paper.reconstruct, paper.order) == ("wanda", "pruned", "layer")
+    assert set(PRESETS) == set(get_args(Preset))
 
 
 @pytest.mark.parametrize(
@@ -39,6 +44,7 @@ def test_the_pattern(values, pattern):
         ({"sparsity": 0.5, "allocation": {}}, "allocation is {}, and must be shares by module"),
         ({"sparsity": 0.5, "allocation": {"x": 1.0}}, "must lie strictly between 0 and 1"),
         ({"sparsity": 0.5, "dampening_frac": 0}, "greater than 0"),
+        ({"sparsity": 0.5, "preset": ["paper"]}, "'quality', 'fast' or 'paper'"),
         (
             {"sparsity": 0.5, "solver": "admm"},
             "'sparsegpt', 'alps', 'wanda', 'magnitude', 'keep' or 'none'",

@@ -41,7 +41,6 @@ def test_what_is_accepted_stays_as_it_was_written(values):
         ({"scheme": "W8A8", **group(num_bits=8)}, "set either scheme or config_groups"),
         ({"scheme": "W4"}, "scheme 'W4': no preset of llm-compressor; use W4A16"),
         ({"scheme": {"W4A16": ["Linear"], "int5": ["x"]}}, "scheme 'int5'"),
-        ({"scheme": "W8A8", "sweeps": -1}, "greater than or equal to 0"),
         (
             {"config_groups": {"g": {"weight": {}}}},
             "config_groups.g.weight: compressed-tensors has no such setting",

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import pytest
 from pydantic import ValidationError
 
-from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
+from rac_modifier.settings.sampling import EngineSettings, PromptSettings, SamplingSettings
 
 
 @pytest.mark.parametrize(
@@ -69,3 +69,25 @@ def test_addresses_that_cannot_be(urls, message):
     with pytest.raises(ValidationError) as caught:
         EngineSettings(base_urls=urls)
     assert message in str(caught.value)
+
+
+def test_the_prompt_settings_are_among_those_of_sampling():
+    sampling = SamplingSettings(system_prompt="Be brief.", thinking=False, max_new_tokens=5)
+    assert PromptSettings.of(sampling) == PromptSettings(system_prompt="Be brief.", thinking=False)
+    assert PromptSettings() == PromptSettings.of(SamplingSettings())
+    assert SamplingSettings(**PromptSettings().model_dump()) == SamplingSettings()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, "chat template, no system prompt, thinking on"),
+        (
+            {"system_prompt": "X", "thinking": False},
+            "chat template, system prompt 'X', thinking off",
+        ),
+        ({"template": "none", "thinking": False}, "the bare question, without a template"),
+    ],
+)
+def test_prompts_are_described_alike_if_they_are(settings, words):
+    assert PromptSettings(**settings).describe() == words

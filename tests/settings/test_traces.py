@@ -5,31 +5,26 @@ from rac_modifier.errors import RacError
 from rac_modifier.settings.traces import SelectSettings, TraceSettings
 
 
-def test_a_named_source_takes_over_what_it_does_not_set():
+def test_a_named_source_has_its_own_problems_and_store():
     settings = TraceSettings(
         store="all.jsonl",
-        sampling={"max_new_tokens": 99, "samples_per_problem": 2},
+        sampling={"samples_per_problem": 2},
         select={"finished": True},
         sources={
-            "math": {
-                "problems": {"source": "reasoning-gym:gcd"},
-                "select": {"pass_rate": [0.2, 0.8]},
-            },
-            "code": {"problems": {"source": "code.jsonl"}, "store": "code-traces.jsonl"},
+            "math": {"problems": {"source": "reasoning-gym:gcd"}, "select": {"min_tokens": 3}},
+            "code": {"problems": {"source": "code.jsonl"}},
         },
     )
-    math, code, itself = settings.named("math"), settings.named("code"), settings.named("org/data")
     assert settings.named(None) is settings
-    assert (math.store, math.sampling.max_new_tokens, math.select.finished) == (None, 99, False)
-    assert (code.store, code.select.finished) == ("code-traces.jsonl", True)
-    assert (itself.store, itself.problems.source, itself.select.finished) == (
-        None,
-        "org/data",
-        True,
-    )
-    with pytest.raises(
-        RacError, match=r"traces:maths, which is not among traces\.sources \(math, code\)"
+    for name, source, finished in (
+        ("math", "reasoning-gym:gcd", False),
+        ("code", "code.jsonl", True),
+        ("org/data", "org/data", True),
     ):
+        named = settings.named(name)
+        assert (named.store, named.problems.source) == (None, source)
+        assert (named.select.finished, named.sampling) == (finished, settings.sampling)
+    with pytest.raises(RacError, match=r"traces:maths, .* traces\.sources \(math, code\)"):
         settings.named("maths")
 
 

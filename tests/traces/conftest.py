@@ -43,7 +43,6 @@ def collect(server, identity, tokenizer, tmp_path):
         of=identity,
         urls=None,
         tokens=3000,
-        retry_failed=None,
         engine=True,
         **changes,
     ):
@@ -63,7 +62,6 @@ def collect(server, identity, tokenizer, tmp_path):
             tokens=tokens,
             engine=EngineSettings(**settings) if engine else None,
             progress=False,
-            **({} if retry_failed is None else {"retry_failed": retry_failed}),
         )
 
     return collect

@@ -1,0 +1,145 @@
+"""Recipes and other YAML files that a user names: plain data, each key once, of bounded size."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rac_modifier.errors import RacError
+from rac_modifier.files import regular_file
+
+FOLDER = Path(__file__).parents[1] / "recipes"
+_BYTES = 1 << 20
+_NODES = 100_000  # with the target of an alias counted at each alias
+_INTEGER_BITS = 63
+_TAGS = tuple(
+    f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str", "seq", "map")
+)
+_MERGE = "tag:yaml.org,2002:merge"
+
+
+def recipe_names() -> list[str]:
+    """Return the names of the shipped recipes, sorted."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def recipe(name: str) -> str:
+    """Return the path of a shipped recipe, as llm-compressor's `oneshot` takes it.
+
+    oneshot("path/or/id", recipe=rac_modifier.recipe("rac_2of4"), output_dir="out")
+
+    Raises:
+        RacError: no recipe of this name; the message has the names that are close.
+    """
+    if name not in recipe_names():
+        raise RacError(f"no recipe is named {name!r}; {_suggestion(name)}")
+    return str(FOLDER / f"{name}.yaml")
+
+
+def find_recipe(named: str | Path) -> Path:
+    """Return the existing file that a user named, or else the shipped recipe of this name.
+
+    Raises:
+        RacError: neither; the message has the names that are close.
+    """
+    path = Path(named)
+    if not path.is_file() and str(named) in recipe_names():
+        return FOLDER / f"{named}.yaml"
+    if not path.exists():
+        raise RacError(f"no recipe at {named}; {_suggestion(path.stem)}")
+    return path
+
+
+def _suggestion(name: str) -> str:
+    close = difflib.get_close_matches(name, recipe_names(), n=3, cutoff=0.5)
+    meant = f"did you mean {' or '.join(close)}? Or " if close else ""
+    return f"{meant}name a YAML file, or one of the recipes that `rac recipes` lists"
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Dates stay text; tags such as !!binary or !!set are refused."""
+
+    yaml_constructors = {
+        **{tag: yaml.SafeLoader.yaml_constructors[tag] for tag in _TAGS},
+        None: yaml.SafeLoader.yaml_constructors[None],
+    }
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag in (*_TAGS, _MERGE)]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Return the mapping of a node; a key that is written twice is refused."""
+        seen = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise _refused("a key is no text", key)
+            if (key.tag, key.value) in seen:
+                raise _refused(f"{key.value!r} is written twice; remove one of both", key)
+            seen.add((key.tag, key.value))
+        return super().construct_mapping(node, deep)
+
+    def construct_integer(self, node: yaml.ScalarNode) -> int:
+        """Return the integer of a node; one that 64 bits do not hold is refused."""
+        value: int = self.construct_yaml_int(node)
+        if value.bit_length() > _INTEGER_BITS:
+            raise _refused("an integer is too large", node)
+        return value
+
+
+_PlainLoader.add_constructor("tag:yaml.org,2002:int", _PlainLoader.construct_integer)
+
+
+def _refused(problem: str, where: Any) -> yaml.YAMLError:
+    return yaml.constructor.ConstructorError(problem=problem, problem_mark=where.start_mark)
+
+
+def read_yaml(path: Path, what: str, next_step: str) -> Any:
+    """Return what a YAML file holds.
+
+    Raises:
+        RacError: no such file (the message ends in `next_step`), a file that is no regular one,
+            or what `parse_yaml` refuses.
+    """
+    try:
+        if path.exists() and regular_file(path, what).stat().st_size > _BYTES:
+            raise RacError(f"{what} {path} has over {_BYTES} bytes; {next_step}")
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RacError(f"{what} {path} cannot be read ({error}); {next_step}") from error
+    return parse_yaml(text, f"{path} is not YAML; repair it, or name another file")
+
+
+def parse_yaml(text: str, message: str) -> Any:
+    """Return the mappings, lists, texts, numbers, booleans and None that a YAML text holds.
+
+    Raises:
+        RacError: begins with `message`; the text is not YAML, or holds a key twice, a tag of
+            another type, an integer of over 63 bits, values that are nested too deep, or too
+            many values behind its aliases.
+    """
+    try:
+        loader = _PlainLoader(text)
+        node = loader.get_single_node()
+        if node is not None and _size(node, {}) > _NODES:
+            raise ValueError(f"its aliases repeat over {_NODES} values")
+        return None if node is None else loader.construct_document(node)
+    except RecursionError as error:
+        raise RacError(f"{message} (its values are nested too deep)") from error
+    except (yaml.YAMLError, ValueError, KeyError) as error:
+        raise RacError(f"{message} ({error})") from error
+
+
+def _size(node: yaml.Node, known: dict[int, int]) -> int:
+    """Count the nodes below `node`, those behind an alias at each of its uses."""
+    if isinstance(node, yaml.ScalarNode):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = _NODES + 1  # counts for an alias inside of its own anchor
+        pairs = isinstance(node, yaml.MappingNode)
+        below = [part for pair in node.value for part in pair] if pairs else node.value
+        known[id(node)] = 1 + sum(_size(part, known) for part in below)
+    return known[id(node)]

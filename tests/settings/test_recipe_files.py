@@ -1,0 +1,126 @@
+"""Recipes that are named without a path, and YAML that could hang, hide a setting or change its type."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import rac_modifier
+from rac_modifier.errors import RacError
+from rac_modifier.settings.recipe_files import (
+    find_recipe,
+    parse_yaml,
+    read_yaml,
+    recipe,
+    recipe_names,
+)
+
+FOLDER = Path(__file__).parents[2] / "rac_modifier" / "recipes"
+NINE = ", ".join(["*{}"] * 9)
+LAUGHS = "a: &a [x]\n" + "".join(
+    f"{name}: &{name} [{NINE.replace('{}', below)}]\n"
+    for below, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+def test_every_file_of_the_folder_is_a_recipe():
+    files = sorted(FOLDER.iterdir())
+    assert recipe_names() == [path.name.removesuffix(".yaml") for path in files]
+    assert [recipe(name) for name in recipe_names()] == list(map(str, files))
+    assert find_recipe("rac_2of4") == find_recipe(FOLDER / "rac_2of4.yaml")
+
+
+@pytest.mark.parametrize("function", [recipe, find_recipe])
+@pytest.mark.parametrize(
+    ("name", "next_step"),
+    [
+        ("rac_2of5", r"did you mean .*\brac_2of4\b.*`rac recipes`"),
+        ("zzz", "name a YAML file, or one of the recipes that `rac recipes` lists"),
+    ],
+)
+def test_an_unknown_name_is_refused(function, name, next_step, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RacError, match=rf"{name}'?; {next_step}"):
+        function(name)
+
+
+@pytest.mark.parametrize("name", ["../rac_2of4", "rac_2of4.yaml", ""])
+def test_the_public_function_takes_names_only(name):
+    with pytest.raises(RacError, match="no recipe is named"):
+        recipe(name)
+
+
+def test_a_file_of_the_user_comes_before_a_shipped_recipe_and_a_folder_does_not(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rac_2of4").mkdir()  # such as the output of an earlier run
+    assert find_recipe("rac_2of4") == FOLDER / "rac_2of4.yaml"
+    (tmp_path / "rac_2of4_w8").write_text("mine")
+    assert find_recipe("rac_2of4_w8").read_text() == "mine"
+
+
+def test_the_public_function_is_light():
+    code = "import sys, rac_modifier; rac_modifier.recipe('rac_2of4'); print('pydantic' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False"]
+
+
+def test_upstream_reads_what_the_public_function_returns():
+    from llmcompressor.recipe import Recipe
+
+    (modifier,) = Recipe.create_instance(rac_modifier.recipe("rac_2of4")).modifiers
+    assert modifier.mask_structure == "2:4"
+
+
+def test_plain_data():
+    text = "a: [1, 2.5, .inf, yes, null, x]\nday: 2024-01-01\nbase: &b {c: 1}\nd: {<<: *b, e: =}\n"
+    assert parse_yaml(text, "bad") == {
+        "a": [1, 2.5, float("inf"), True, None, "x"],
+        "day": "2024-01-01",
+        "base": {"c": 1},
+        "d": {"c": 1, "e": "="},
+    }
+    assert parse_yaml("", "bad") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (LAUGHS, "its aliases repeat over 100000 values"),
+        ("a: &a [*a]", "its aliases repeat"),
+        ("[" * 2000, "nested too deep"),
+        ("{a: " * 2000, "nested too deep"),
+        ("a: 1\nb: 2\na: 3", "'a' is written twice"),
+        ("? [a]\n: 1", "a key is no text"),
+        ("a: " + "9" * 5000, "4300 digits"),
+        ("a: 0x" + "f" * 5000, "an integer is too large"),
+        ("a: !!int x", "invalid literal"),
+        ("a: !!bool x", ""),
+        ("a: !!binary aGVsbG8=", "could not determine a constructor"),
+        ("!!python/name:os.system", "could not determine a constructor"),
+        ("a: \x00", "unacceptable character"),
+        ("a: b: c", "mapping values are not allowed"),
+    ],
+)
+def test_what_is_refused(text, message):
+    with pytest.raises(RacError, match=f"(?s)^bad \\(.*{message}"):
+        parse_yaml(text, "bad")
+
+
+def test_a_file_that_is_no_regular_small_text_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe.yaml")
+    (tmp_path / "large.yaml").write_text("#" * (1 << 20) + "#")
+    (tmp_path / "bytes.yaml").write_bytes(b"\xff")
+    for name, message in {
+        "pipe.yaml": "is a pipe; name a regular file",
+        "large.yaml": "has over 1048576 bytes",
+        "bytes.yaml": "cannot be read",
+        "no.yaml": "No such file",
+    }.items():
+        with pytest.raises(RacError, match=message):
+            read_yaml(tmp_path / name, "recipe", "name a YAML file")
