@@ -11,7 +11,6 @@ def fork_server() -> ForkServerContext:
         [
             "tests.preloaded",
             "rac_modifier.traces.collect",
-            "tests.cli.served_child",
             "tests.traces.slow_collection",
         ]
     )

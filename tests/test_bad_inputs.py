@@ -9,20 +9,12 @@ import pytest
 
 from rac_modifier.errors import RacError
 from tests.bad_inputs import (
-    calibration,
     checkpoints,
-    evaluation,
     frontier,
     kernels,
-    killed_runs,
     packing,
-    patterns,
     problems,
-    processes,
-    quantization,
     recipes,
-    recovery,
-    room,
     runs,
     stores,
 )
@@ -38,24 +30,8 @@ every row of it.
 | mistake | the message contains |
 |---|---|
 """
-CASES = [
-    *patterns.CASES,
-    *calibration.CASES,
-    *problems.CASES,
-    *stores.CASES,
-    *recipes.CASES,
-    *runs.CASES,
-    *processes.CASES,
-    *recovery.CASES,
-    *killed_runs.CASES,
-    *room.CASES,
-    *quantization.CASES,
-    *checkpoints.CASES,
-    *packing.CASES,
-    *kernels.CASES,
-    *evaluation.CASES,
-    *frontier.CASES,
-]
+MODULES = (recipes, problems, stores, runs, checkpoints, packing, kernels, frontier)
+CASES = [case for module in MODULES for case in module.CASES]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.did)

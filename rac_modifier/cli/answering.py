@@ -1,4 +1,4 @@
-"""The part of `rac eval` that keeps answers in a file: servers, several answers per problem, runs that go on after a kill."""
+"""The part of `rac eval` that keeps answers in a file: servers, several answers per problem."""
 
 from __future__ import annotations
 
@@ -22,16 +22,36 @@ _TIMEOUT = 600.0  # seconds per answer, at least
 _SECONDS_PER_TOKEN = 0.25  # of one answer among many, on a slow server
 
 
-def timeout_of(cap: int) -> float:
-    """Seconds that an answer of at most `cap` tokens has, before it is asked for again."""
-    return max(_TIMEOUT, cap * _SECONDS_PER_TOKEN)
+@contextmanager
+def own_server(
+    model: str, precision: Dtype, concurrency: int, cap: int
+) -> Iterator[EngineSettings]:
+    """Start `vllm serve` with the model; it ends with the context. Answers have `cap` tokens at most."""
+    from rac_modifier.sampling.own_server import vllm_server
+    from rac_modifier.sampling.vllm_command import VllmCommand
+
+    with vllm_server(VllmCommand.from_environment(), resolve(model), precision.value) as url:
+        yield engine_of((url,), concurrency, cap)
+
+
+def engine_of(
+    urls: tuple[str, ...], concurrency: int, cap: int, served_as: str | None = None
+) -> EngineSettings:
+    """Return the settings of servers whose answers have at most `cap` tokens."""
+    from rac_modifier.settings.check import check_settings
+    from rac_modifier.settings.sampling import EngineSettings
+
+    timeout = max(_TIMEOUT, cap * _SECONDS_PER_TOKEN)
+    values = {"model": served_as, "concurrency": concurrency, "timeout": timeout}
+    return check_settings(EngineSettings, {"base_urls": urls, **values}, "--server")
 
 
 @dataclass(frozen=True)
 class Answering:
-    """What the options say: addresses of servers, answers in progress at once and per problem, file, a server of our own.
+    """What the options of `rac eval` say of servers and of the file of answers.
 
-    `served_as`: what the servers call the model.
+    `samples` are answers per problem; `serve` starts a server; `served_as` is the servers' name of
+    the model.
     """
 
     servers: tuple[str, ...]
@@ -42,14 +62,14 @@ class Answering:
     served_as: str | None = None
 
     @property
-    def keeps_answers(self) -> bool:
-        """Whether answers go through a file."""
-        return self.served or self.path is not None or self.samples > 1
-
-    @property
     def served(self) -> bool:
         """Whether a server answers, and not the model in this process."""
         return self.serve or bool(self.servers)
+
+    @property
+    def keeps_answers(self) -> bool:
+        """Whether answers go through a file."""
+        return self.served or self.path is not None or self.samples > 1
 
     def check(
         self,
@@ -61,51 +81,53 @@ class Answering:
     ) -> None:
         """Refuse what has no effect or cannot be, before anything is loaded (RacError).
 
-        Args:
-            models: as the user wrote them.
-            divergence, temperature: the options of these names.
-            written: names of the options that the user wrote.
+        `written`: the names of the options that the user wrote.
         """
-        if "concurrency" in written and not self.served:
-            raise RacError(
-                f"--concurrency {self.concurrency} is for --server and --serve; leave it out, or set --batch-size"
-            )
-        if "batch_size" in written and self.served:
-            raise RacError(
-                "--batch-size is for a model in this process; leave it out, or set --concurrency"
-            )
-        if "precision" in written and self.servers:
-            raise RacError(
-                "--precision is for a model that is loaded here, and a server has one loaded; leave it out"
-            )
-        if self.served_as is not None and not self.servers:
-            raise RacError(f"--served-as {self.served_as} is for --server; leave it out")
-        if not self.keeps_answers:
-            return
-        if divergence:
-            raise RacError(
-                "--divergence asks the model in this process once per problem; leave --server, --serve, --samples, --answers out"
-            )
-        if self.serve and self.servers:
-            raise RacError(
-                f"--serve starts a server, and --server {self.servers[0]} names one; leave one of them out"
-            )
-        if len(models) > 1 and (self.servers or self.path is not None):
-            raise RacError(
-                f"{len(models)} models are named, and --server and --answers are for one; evaluate each alone, the dense one "
-                "with --json FILE, the others with --baseline FILE"
-            )
-        if self.samples > 1 and not temperature:
-            raise RacError(
-                f"--samples {self.samples} at temperature 0 are the same answer; give --temperature 0.6"
-            )
+        one_model = bool(self.servers) or self.path is not None
+        for holds, message in (
+            (
+                "concurrency" in written and not self.served,
+                f"--concurrency {self.concurrency} is for --server and --serve; leave it out, or "
+                "set --batch-size",
+            ),
+            (
+                "batch_size" in written and self.served,
+                "--batch-size is for a model in this process; leave it out, or set --concurrency",
+            ),
+            (
+                "precision" in written and bool(self.servers),
+                "--precision is for a model that is loaded here, and a server has one loaded; "
+                "leave it out",
+            ),
+            (
+                self.served_as is not None and not self.servers,
+                f"--served-as {self.served_as} is for --server; leave it out",
+            ),
+            (
+                divergence and self.keeps_answers,
+                "--divergence asks the model in this process once per problem; leave --server, "
+                "--serve, --samples, --answers out",
+            ),
+            (
+                self.serve and bool(self.servers),
+                f"--serve starts a server, and --server {', '.join(self.servers)} names one; leave "
+                "one of them out",
+            ),
+            (
+                len(models) > 1 and one_model,
+                f"{len(models)} models are named, and --server and --answers are for one; evaluate "
+                "each alone, the dense one with --json FILE, the others with --baseline FILE",
+            ),
+            (
+                self.samples > 1 and not temperature,
+                f"--samples {self.samples} at temperature 0 are the same answer; give "
+                "--temperature 0.6",
+            ),
+        ):
+            if holds:
+                raise RacError(message)
         if self.servers:
-            from rac_modifier.settings.check import check_settings
-            from rac_modifier.settings.sampling import EngineSettings
-
-            check_settings(
-                EngineSettings, {"base_urls": self.servers, "model": self.served_as}, "--server"
-            )
+            engine_of(self.servers, self.concurrency, 1, self.served_as)
         if self.serve:
             from rac_modifier.sampling.vllm_command import VllmCommand
 
@@ -121,16 +143,10 @@ class Answering:
         precision: Dtype,
         verifiers: Mapping[str, Verifier],
     ) -> EvalResult:
-        """Evaluate one model.
+        """Evaluate the model `name`.
 
-        Args:
-            name: as the user wrote it.
-            problems: to be answered.
-            source: fields of `ProblemSource` that say where the problems come from.
-            limits: cap, temperature, top-p, batch size and seed.
-            prompt: for all models.
-            precision: of a model in this process.
-            verifiers: by task name, what replaces the mathematical comparison of answers.
+        `source` holds the fields of `ProblemSource`, `limits` cap, temperature, top-p, batch size
+        and seed; `verifiers` compare the answers of a task.
         """
         from rac_modifier.evaluation.accuracy import evaluate_into_file
         from rac_modifier.settings.problems import ProblemSource
@@ -141,7 +157,7 @@ class Answering:
             top_k=0, samples_per_problem=self.samples, **limits, **prompt.model_dump()
         )
         interrupted = resumable("the answers so far are kept; run the same command again to go on")
-        with interrupted, self._engine(name, precision, sampling.max_new_tokens) as engine:
+        with interrupted, self.engine(name, precision, sampling.max_new_tokens) as engine:
             return evaluate_into_file(
                 model,
                 tokenizer,
@@ -155,20 +171,12 @@ class Answering:
             )
 
     @contextmanager
-    def _engine(self, name: str, precision: Dtype, cap: int) -> Iterator[EngineSettings | None]:
-        """The servers that are asked inside the context; None: the model in this process."""
-        from rac_modifier.settings.sampling import EngineSettings
-
-        how: dict[str, Any] = {"concurrency": self.concurrency, "timeout": timeout_of(cap)}
+    def engine(self, name: str, precision: Dtype, cap: int) -> Iterator[EngineSettings | None]:
+        """Yield the servers that are asked; None: the model in this process."""
         if self.serve:
-            from rac_modifier.sampling.own_server import vllm_server
-            from rac_modifier.sampling.vllm_command import VllmCommand
-
-            with vllm_server(VllmCommand.from_environment(), resolve(name), precision.value) as url:
-                yield EngineSettings(base_urls=(url,), **how)
+            with own_server(name, precision, self.concurrency, cap) as engine:
+                yield engine
+        elif self.servers:
+            yield engine_of(self.servers, self.concurrency, cap, self.served_as)
         else:
-            yield (
-                EngineSettings(base_urls=self.servers, model=self.served_as, **how)
-                if self.servers
-                else None
-            )
+            yield None

@@ -11,13 +11,19 @@ import typer
 
 from rac_modifier.cli.answering import Answering
 from rac_modifier.cli.models import check_model, load_on_accelerator, resolve
-from rac_modifier.cli.options import Column, Dtype, Precision, print_json, resumable
+from rac_modifier.cli.options import (
+    Column,
+    Dtype,
+    Precision,
+    Source,
+    print_json,
+    render_results,
+    resumable,
+)
 from rac_modifier.cli.protocol import Protocol, written_options
 from rac_modifier.errors import RacError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from rac_modifier.evaluation.report import ResultTable
     from rac_modifier.evaluation.results import EvalResult, PairedDifference
     from rac_modifier.problems.source import Problem
@@ -38,13 +44,7 @@ def evaluate(
         typer.Argument(help='folders, Hugging Face ids or "reasoner"; the dense one first'),
     ],
     problems: Annotated[int, typer.Option(min=1, help="number of problems")] = 300,
-    source: Annotated[
-        str,
-        typer.Option(
-            help="arithmetic (held out), reasoning-gym:TASK, a file, or a dataset id",
-            show_default=False,
-        ),
-    ] = "arithmetic",
+    source: Source = "arithmetic",
     preset: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="aime24, aime25, gpqa-diamond, gsm8k or math-500"),
@@ -121,7 +121,6 @@ def evaluate(
     Example: rac eval reasoner reasoner-2of4 --problems 300 --cap 512
     """
     from rac_modifier.checkpoint.measured import own_folder
-    from rac_modifier.cli.options import render_results
     from rac_modifier.evaluation.calibrated_prompt import choose_prompt, recorded_prompts
     from rac_modifier.evaluation.report import accuracy_table, plot_bars, plot_file, stopping_table
     from rac_modifier.evaluation.results import paired_difference, read_results
@@ -129,11 +128,13 @@ def evaluate(
     from rac_modifier.files import write_json_atomic
 
     written = written_options(context)
-    asked = Protocol(source, column, answer_column, problems, samples, cap, temperature, top_p)
-    asked = asked.with_preset(preset, written)
-    asked.check(divergence=divergence)
-    in_file = Answering(tuple(server or ()), concurrency, asked.samples, answers, serve, served_as)
-    in_file.check(models, divergence=divergence, temperature=asked.temperature, written=written)
+    protocol = Protocol(source, column, answer_column, problems, samples, cap, temperature, top_p)
+    protocol = protocol.with_preset(preset, written)
+    protocol.check(divergence=divergence)
+    in_file = Answering(
+        tuple(server or ()), concurrency, protocol.samples, answers, serve, served_as
+    )
+    in_file.check(models, divergence=divergence, temperature=protocol.temperature, written=written)
     _check_options(models, divergence, baseline, json_out)
     paired_with = [] if baseline is None else read_results(baseline)
     if plot is not None:
@@ -148,27 +149,23 @@ def evaluate(
         system_prompt=system_prompt,
         thinking=thinking,
     )
-    run = _Run(models, asked.load(seed), asked, choice.prompt, precision, batch_size, seed)
+    run = _Run(models, protocol.load(seed), protocol, choice.prompt, precision, batch_size, seed)
+    count = len(run.problems)
     pairs: list[PairedDifference] = []
-    content: dict[str, Any]
-    prompt = choice.prompt.model_dump()
+    content: dict[str, Any] = {"prompt": choice.prompt.model_dump()}
     if divergence:
         results, table = run.divergence(plot)
-        content, tables = {"divergence": results, "prompt": prompt}, [table]
+        content["divergence"], tables = results, [table]
     else:
         answered = run.answers_in_file(in_file) if in_file.keeps_answers else run.answers()
         if plot is not None:
             plot_bars(answered, plot)
-        results = [result.as_dict() for result in answered]
-        content = {
-            "results": results,
-            "prompt": prompt,
-            "protocol": asked.record(len(run.problems)),
-            "stopping": [summary(result.endings) for result in answered],
-        }
+        content["results"] = results = [result.as_dict() for result in answered]
+        content["protocol"] = protocol.record(count)
+        content["stopping"] = [summary(result.endings) for result in answered]
         tables = [accuracy_table(answered), stopping_table(answered)]
-        first, *others = [*paired_with[:1], *answered]
-        pairs = [paired_difference(first, other) for other in others]
+        first, *results_after = [*paired_with[:1], *answered]
+        pairs = [paired_difference(first, result) for result in results_after]
     if pairs:
         content["paired"] = [pair.as_dict() for pair in pairs]
     to_stdout = json_out == Path("-")
@@ -180,15 +177,16 @@ def evaluate(
             *(f"{pair.describe()}." for pair in pairs),
             *(f"{pair.inflation.describe(pair.first, pair.second)}." for pair in pairs),
             choice.describe(),
+            *protocol.describe(count),
         ]
-        typer.echo("\n".join([*lines, *asked.describe(len(run.problems))]))
+        typer.echo("\n".join(lines))
         if json_out is not None:
             write_json_atomic(json_out, content)
     if card:
         conditions = {
-            "source": asked.source,
+            "source": protocol.source,
             "prompt": choice.prompt.describe(),
-            "protocol": asked.describe(len(run.problems)),
+            "protocol": protocol.describe(count),
         }
         reference = {"label": models[0]} if divergence else first.as_dict() if pairs else None
         _write_cards(folders, results, pairs, conditions, reference)
@@ -196,10 +194,7 @@ def evaluate(
 
 
 def _check_options(
-    models: list[str],
-    divergence: bool,
-    baseline: Path | None,
-    json_out: Path | None,
+    models: list[str], divergence: bool, baseline: Path | None, json_out: Path | None
 ) -> None:
     """Refuse options that do not go together, and a file that cannot be written (RacError)."""
     if json_out is not None and json_out != Path("-") and not json_out.absolute().parent.is_dir():
@@ -214,11 +209,11 @@ def _check_options(
 
 @dataclass(frozen=True)
 class _Run:
-    """What all models are asked, and how."""
+    """What all models are protocol, and how."""
 
     models: list[str]
     problems: list[Problem]
-    asked: Protocol
+    protocol: Protocol
     prompt: PromptSettings
     precision: Dtype
     batch_size: int
@@ -226,32 +221,30 @@ class _Run:
 
     @property
     def _limits(self) -> dict[str, Any]:
-        return {**self.asked.limits(), "batch_size": self.batch_size, "seed": self.seed}
+        return {**self.protocol.limits(), "batch_size": self.batch_size, "seed": self.seed}
 
     def answers_in_file(self, in_file: Answering) -> list[EvalResult]:
-        """The accuracy of each model, its answers kept in a file."""
-        where, verifiers = self.asked.where(), self.asked.verifiers()
-        return [
-            in_file.run(
-                name, self.problems, where, self._limits, self.prompt, self.precision, verifiers
-            )
-            for name in self.models
-        ]
+        """Return the accuracy of each model, its answers kept in a file."""
+        how = (self._limits, self.prompt, self.precision, self.protocol.verifiers())
+        where = self.protocol.where()
+        return [in_file.run(name, self.problems, where, *how) for name in self.models]
 
     def answers(self) -> list[EvalResult]:
         """Return the accuracy of each model, which answers in this process."""
         from rac_modifier.evaluation.accuracy import evaluate as run
         from rac_modifier.sampling.prompts import render_prompt
 
-        def render(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
-            prompt = self.prompt
+        prompt = self.prompt
+
+        def render(tokenizer: Any, question: str) -> list[int]:
             return render_prompt(
                 tokenizer, question, prompt.system_prompt, prompt.template, prompt.thinking
             )
 
-        how = {**self._limits, "render": render, "verifiers": self.asked.verifiers()}
+        how = {**self._limits, "render": render, "verifiers": self.protocol.verifiers()}
         with resumable(
-            "no answer is kept; run the same command again, for one model with --answers FILE to keep them"
+            "no answer is kept; run the same command again, for one model with --answers FILE to "
+            "keep them"
         ):
             return [
                 run(*load_on_accelerator(name, self.precision), self.problems, label=name, **how)
@@ -259,21 +252,21 @@ class _Run:
             ]
 
     def divergence(self, plot: Path | None) -> tuple[list[dict[str, Any]], ResultTable]:
-        """KL and top-1 agreement of each model but the first with the first, on samples of the first."""
+        """Return KL and top-1 agreement with the first model, on samples of the first."""
         from rac_modifier.evaluation.divergence import divergence
         from rac_modifier.evaluation.report import divergence_table, plot_divergence
         from rac_modifier.evaluation.teacher_forcing import sample_sequences
         from rac_modifier.settings.sampling import SamplingSettings
 
         sampling = SamplingSettings(
-            temperature=self.asked.temperature,
-            top_p=self.asked.top_p,
-            max_new_tokens=self.asked.cap,
+            temperature=self.protocol.temperature,
+            top_p=self.protocol.top_p,
+            max_new_tokens=self.protocol.cap,
             batch_size=self.batch_size,
             seed=self.seed,
             **self.prompt.model_dump(),
         )
-        first, *others = self.models
+        first, *compressed = self.models
         with resumable("nothing is kept; run the same command again"):
             dense, tokenizer = load_on_accelerator(first, self.precision)
             sequences = sample_sequences(dense, tokenizer, self.problems, sampling)
@@ -281,7 +274,7 @@ class _Run:
                 divergence(
                     dense, load_on_accelerator(name, self.precision)[0], sequences, label=name
                 )
-                for name in others
+                for name in compressed
             ]
         if plot is not None:
             plot_divergence(results, plot)
@@ -295,14 +288,13 @@ def _write_cards(
     conditions: dict[str, Any],
     reference: dict[str, Any] | None,
 ) -> None:
-    """The last of `results` are those of the folders; the first may be the model that they are compared with."""
+    """Write the last `results` into the cards of `folders`; the first may be the reference."""
     from rac_modifier.checkpoint.measured import add_measured
     from rac_modifier.machine_paths import public_name
 
-    for i, (folder, result) in enumerate(
-        zip(folders, results[len(results) - len(folders) :], strict=True)
-    ):
-        paired = None
+    shift = len(results) - len(folders)
+    for i, folder in enumerate(folders):
+        result, paired = results[shift + i], None
         if pairs:
             first, second = (public_name(name) for name in (pairs[i].first, pairs[i].second))
             paired = replace(pairs[i], first=first, second=second).describe()

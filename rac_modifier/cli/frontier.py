@@ -1,29 +1,37 @@
-"""`rac frontier`: a grid of recipes run on one model and measured side by side."""
+"""`rac frontier`: a grid of recipes run on one model and measured; `rac report`: its page."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rac_modifier.cli.benchmarks import AskedBenchmarks, digest_of
-from rac_modifier.cli.models import check_model, resolve
+from rac_modifier.cli.answering import Answering
+from rac_modifier.cli.models import check_model, load_on_accelerator, resolve, unpacked
 from rac_modifier.cli.options import Dtype, Model, Precision, resumable
+from rac_modifier.cli.protocol import Protocol
 from rac_modifier.errors import RacError
 
 if TYPE_CHECKING:
     from rac_modifier.evaluation.results import EvalResult
-    from rac_modifier.frontier.benchmarks import Servers
+    from rac_modifier.frontier.benchmarks import Benchmark, Servers
     from rac_modifier.frontier.measure import HeldOut
     from rac_modifier.frontier.run import Tools
-    from rac_modifier.settings.grid import GridEvaluation, PlannedRow
+    from rac_modifier.problems.source import Problem
+    from rac_modifier.settings.grid import GridBenchmark, GridEvaluation, PlannedRow
     from rac_modifier.settings.sampling import PromptSettings
 
-_KEPT = "rows that are finished are kept, and so is what was pruned of the last one; run the same command again to go on"
+_KEPT = (
+    "rows that are finished are kept, and so is what was pruned of the last one; run the same "
+    "command again to go on"
+)
 
 
 def frontier(
@@ -49,11 +57,11 @@ def frontier(
         typer.Option("--check", help="only check the grid and the disk, list the rows, and exit"),
     ] = False,
 ) -> None:
-    """Run a grid of recipes on a model, and measure each: divergence, accuracy, bytes, speed and benchmarks where asked.
+    """Run a grid of recipes on a model, and measure each: divergence, accuracy, bytes, speed.
 
     All rows and the disk are checked before the first starts. A row that is finished is not run
-    again. Models are compressed in the dtype that they are stored in; --precision is that of measuring. rac report draws the
-    results.
+    again. Models are compressed in the dtype that they are stored in; --precision is that of
+    measuring. rac report draws the results.
 
     Example: rac frontier reasoner --recipe-grid small --out reasoner-frontier
     """
@@ -61,28 +69,30 @@ def frontier(
     from rac_modifier.settings.grid import load_grid, plan_rows, shared_prompt
 
     grid = load_grid(recipe_grid)
-    source = resolve(model)
-    check_model(source)
-    skeleton = _skeleton(source)
-    planned = plan_rows(grid, recipe_grid, _check_on(skeleton))
+    check_model(resolve(model))
+    # registers the modifiers
+    from rac_modifier.llmcompressor.check_recipe import check_recipe, skeleton_of
+
+    skeleton = skeleton_of(resolve(model))
+    planned = plan_rows(grid, recipe_grid, lambda recipe: check_recipe(recipe, skeleton))
     prompt = shared_prompt(planned, recipe_grid)
-    benchmarks = AskedBenchmarks(grid.evaluation, prompt, precision, out)
-    benchmarks.check()
+    study = Study(model, planned, grid.evaluation, prompt, out, precision)
+    study.check_benchmarks()
     if grid.evaluation.serve:
         check_serving()
-    asked = _Asked(model, planned, grid.evaluation, prompt, out, precision)
-    _check_disk(skeleton, out, len(planned) if not remove_models else 1)
+    size = sum(p.numel() * p.element_size() for p in skeleton.parameters())
+    _check_disk(size, out, len(planned) if not remove_models else 1)
     if check:
-        _check_folder(asked)
+        study.check_folder()
         typer.echo("\n".join(f"{run.label}: {run.group}" for run in planned))
         return
     with resumable(_KEPT):
-        _run(asked, remove_models, benchmarks)
+        study.run(remove_models)
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """The rows of a grid on a model, how they are measured, and where the results go."""
+class Study:
+    """The rows of a grid on a model, how they are measured, and the folder of the results."""
 
     model: str
     planned: list[PlannedRow]
@@ -90,6 +100,33 @@ class _Asked:
     prompt: PromptSettings
     out: Path
     precision: Dtype
+
+    def run(self, remove_models: bool) -> None:
+        """Run and measure what the folder does not hold yet."""
+        from rac_modifier.frontier.folder import FrontierFolder
+        from rac_modifier.frontier.run import check_finished, run_grid
+
+        held_out, tools = self.held_out(), self._tools()
+        with FrontierFolder(self.out) as folder:
+            folder.begin(self.about(held_out))
+            check_finished(folder, self.planned)
+            run_grid(
+                folder, self.planned, held_out, tools, remove_models=remove_models, report=_say
+            )
+        typer.echo(
+            f"{len(self.planned) + 1} rows in {self.out}; look at them with: rac report {self.out} "
+            "-o report.html"
+        )
+
+    def check_folder(self) -> None:
+        """Refuse a folder whose results cannot be gone on with; a new one is not made (RacError)."""
+        from rac_modifier.frontier.folder import FrontierFolder
+        from rac_modifier.frontier.run import check_finished
+
+        folder = FrontierFolder(self.out)
+        if folder.about or folder.rows:
+            folder.check(self.about(self.held_out()))
+            check_finished(folder, self.planned)
 
     @property
     def source(self) -> Path:
@@ -99,186 +136,216 @@ class _Asked:
         return local_folder(resolve(self.model))
 
     def about(self, held_out: HeldOut) -> dict[str, Any]:
-        """What all rows of a folder share."""
+        """Return what all rows of a folder share."""
         from rac_modifier.machine_paths import public_name
         from rac_modifier.sampling.model_identity import ModelIdentity
 
+        source = public_name(self.evaluation.source)
         return {
             "model": public_name(self.model),
             "fingerprint": ModelIdentity.of_files(str(self.source)).fingerprint,
-            "evaluation": {
-                **self.evaluation.of_rows(),
-                "source": public_name(self.evaluation.source),
-            },
+            "evaluation": {**self.evaluation.of_rows(), "source": source},
             "prompt": self.prompt.model_dump(),
             "precision": self.precision.value,
             "problems": digest_of(held_out.problems),
         }
 
+    def held_out(self) -> HeldOut:
+        """Return the problems that all rows are asked, and how (RacError: served without answers)."""
+        from rac_modifier.frontier.measure import HeldOut
+        from rac_modifier.settings.sampling import SamplingSettings
 
-def _skeleton(source: str) -> Any:
-    """The model with shapes and without weights."""
-    import rac_modifier  # noqa: F401 - registers the modifiers
-    from rac_modifier.llmcompressor.check_recipe import skeleton_of
+        sampling = SamplingSettings(top_k=0, **self._limits(), **self.prompt.model_dump())
+        held_out = HeldOut(self._problems(), sampling)
+        if self.evaluation.serve and not held_out.graded:
+            raise RacError(
+                "evaluation.serve asks problems with answers; name their column (answer_column), "
+                "or leave serve out"
+            )
+        return held_out
 
-    return skeleton_of(source)
+    def _problems(self) -> list[Any]:
+        from rac_modifier.problems.held_out import held_out_problems
+
+        evaluation = self.evaluation
+        return held_out_problems(count=evaluation.problems, seed=0, **evaluation.where())
+
+    def _limits(self) -> dict[str, Any]:
+        from rac_modifier.evaluation.accuracy import TOP_P
+
+        return {
+            "max_new_tokens": self.evaluation.cap,
+            "temperature": self.evaluation.temperature,
+            "top_p": TOP_P,
+            "batch_size": self.evaluation.batch_size,
+            "seed": 0,
+        }
+
+    def _tools(self) -> Tools:
+        import yaml
+
+        from rac_modifier.frontier.run import Tools
+
+        source, precision = self.source, self.precision
+
+        def compress(recipe: dict[str, Any], folder: Path) -> None:
+            from llmcompressor import oneshot
+
+            oneshot(
+                model=unpacked(str(source), Dtype.AUTO),
+                recipe=yaml.safe_dump(recipe, sort_keys=False),
+                precision=Dtype.AUTO.value,
+                output_dir=str(folder),
+            )
+
+        return Tools(
+            source=source,
+            load=lambda folder: load_on_accelerator(str(folder), precision),
+            compress=compress,
+            **(self.served() if self.evaluation.serve else {}),
+            benchmarks=[benchmark for benchmark, _, _ in self.benchmarks.values()],
+            ask=self.ask,
+        )
+
+    def served(self) -> dict[str, Any]:
+        """Return the tools of `serve: true`: a server per model, and what measures its speed."""
+        from rac_modifier.frontier.folder import slug
+        from rac_modifier.sampling.own_server import ServerOnDemand, vllm_server
+        from rac_modifier.sampling.vllm_command import VllmCommand
+
+        command, precision = VllmCommand.from_environment(), self.precision
+        problems, where, limits = self._problems(), self.evaluation.where(), self._limits()
+
+        @contextmanager
+        def servers(folder: Path) -> Iterator[Servers]:
+            start = lambda: vllm_server(command, str(folder), precision.value)  # noqa: E731
+            with ServerOnDemand(start) as server:
+                yield server.asked
+
+        def serve(folder: Path, label: str, servers: Servers) -> EvalResult:
+            answers = self.out / "served" / f"{slug(label)}.jsonl"
+            # answers of a killed run would be counted without the seconds that they took
+            answers.unlink(missing_ok=True)
+            with servers() as urls:
+                answering = Answering(urls, self.evaluation.in_progress, 1, answers)
+                return answering.run(
+                    str(folder), problems, where, limits, self.prompt, precision, {}
+                )
+
+        return {"servers": servers, "serve": serve}
+
+    def check_benchmarks(self) -> None:
+        """Refuse benchmarks that cannot be asked, before problems are loaded (RacError)."""
+        for benchmark in self.evaluation.benchmarks:
+            protocol_of(benchmark).check(divergence=False)
+
+    @cached_property
+    def benchmarks(self) -> dict[str, tuple[Benchmark, Protocol, list[Problem]]]:
+        """The benchmarks as plain values without paths, what is asked, and the problems, by preset."""
+        from rac_modifier.frontier.benchmarks import Benchmark
+        from rac_modifier.machine_paths import without_paths
+
+        loaded = {}
+        for benchmark in self.evaluation.benchmarks:
+            protocol = protocol_of(benchmark)
+            problems = protocol.load(0)
+            values = {**protocol.record(len(problems)), "seed": 0, "questions": digest_of(problems)}
+            listed = Benchmark(benchmark.preset, without_paths(values))
+            loaded[benchmark.preset] = listed, protocol, problems
+        return loaded
+
+    def ask(
+        self, model: Path, label: str, benchmarks: Sequence[Benchmark], servers: Servers
+    ) -> Iterator[tuple[Benchmark, EvalResult]]:
+        """Yield each result; answers are kept, so that a run that was killed goes on."""
+        from rac_modifier.frontier.folder import slug
+
+        with servers() as urls:
+            for benchmark in benchmarks:
+                _, protocol, problems = self.benchmarks[benchmark.name]
+                path = self.out / "benchmarks" / f"{slug(label)}-{benchmark.name}.jsonl"
+                answering = Answering(urls, self.evaluation.in_progress, protocol.samples, path)
+                limits = {
+                    **protocol.limits(),
+                    "batch_size": self.evaluation.batch_size,
+                    "seed": 0,
+                }
+                where, verifiers = protocol.where(), protocol.verifiers()
+                arguments = (problems, where, limits, self.prompt, self.precision, verifiers)
+                yield benchmark, answering.run(str(model), *arguments)
 
 
-def _check_disk(skeleton: Any, out: Path, checkpoints: int) -> None:
-    """Refuse a grid whose checkpoints do not fit on the disk of `out`; what `out` holds already counts as room.
+def protocol_of(benchmark: GridBenchmark) -> Protocol:
+    """Return what is asked, as `rac eval --preset` would ask it (RacError: no such preset)."""
+    written = benchmark.model_dump(exclude={"preset"}, exclude_none=True)
+    unset: dict[str, Any] = dict.fromkeys(("column", "answer_column", "temperature", "top_p"))
+    options = {"source": "", "problems": 1, "samples": 1, "cap": 1, **unset, **written}
+    return Protocol(**options).with_preset(benchmark.preset, written.keys())
 
-    Counted are dense checkpoints, and one more while a row is packed.
 
-    Raises:
-        RacError: with the bytes needed and free.
+def digest_of(problems: Sequence[Problem]) -> str:
+    """Return a digest of questions and answers: a folder is not gone on with after they change."""
+    content = [[problem.id, problem.question, problem.answer] for problem in problems]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+def _check_disk(size: int, out: Path, checkpoints: int) -> None:
+    """Refuse a grid whose checkpoints do not fit on the disk of `out` (RacError).
+
+    Counted are dense checkpoints of `size` bytes, and one more while a row is packed.
     """
     import shutil
 
-    model = sum(p.numel() * p.element_size() for p in skeleton.parameters())
-    need = (checkpoints + 1) * model
+    need = (checkpoints + 1) * size
     folder = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     written = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     free = shutil.disk_usage(folder).free + written
     if need > free:
         raise RacError(
-            f"{out}: {free / 2**30:.1f} GiB are free, and its checkpoints need up to {need / 2**30:.1f} GiB; "
-            "free some, name a folder on another disk, or use --remove-models"
+            f"{out}: {free / 2**30:.1f} GiB are free, and its checkpoints need up to "
+            f"{need / 2**30:.1f} GiB; free some, name a folder on another disk, or use "
+            "--remove-models"
         )
-
-
-def _check_on(skeleton: Any) -> Any:
-    """A check of recipes against the shapes of a model."""
-    from rac_modifier.llmcompressor.check_recipe import check_recipe
-
-    return lambda recipe: check_recipe(recipe, skeleton)
-
-
-def _run(asked: _Asked, remove_models: bool, benchmarks: AskedBenchmarks) -> None:
-    from rac_modifier.frontier.folder import FrontierFolder
-    from rac_modifier.frontier.run import check_finished, run_grid
-
-    held_out, tools = _held_out(asked.evaluation, asked.prompt), _tools(asked, benchmarks)
-    with FrontierFolder(asked.out) as folder:
-        folder.begin(asked.about(held_out))
-        check_finished(folder, asked.planned)
-        run_grid(folder, asked.planned, held_out, tools, remove_models=remove_models, report=_say)
-    typer.echo(
-        f"{len(asked.planned) + 1} rows in {asked.out}; look at them with: rac report {asked.out} -o report.html"
-    )
-
-
-def _check_folder(asked: _Asked) -> None:
-    """Refuse a folder whose results cannot be gone on with; a new one is not made."""
-    from rac_modifier.frontier.folder import FrontierFolder
-    from rac_modifier.frontier.run import check_finished
-
-    folder = FrontierFolder(asked.out)
-    if folder.about or folder.rows:
-        folder.check(asked.about(_held_out(asked.evaluation, asked.prompt)))
-        check_finished(folder, asked.planned)
-
-
-def _tools(asked: _Asked, benchmarks: AskedBenchmarks) -> Tools:
-    import yaml
-
-    from rac_modifier.cli.models import load_on_accelerator, unpacked
-    from rac_modifier.frontier.run import Tools
-
-    source, evaluation, precision = asked.source, asked.evaluation, asked.precision
-
-    def compress(recipe: dict[str, Any], folder: Path) -> None:
-        from llmcompressor import oneshot
-
-        oneshot(
-            model=unpacked(str(source), Dtype.AUTO),
-            recipe=yaml.safe_dump(recipe, sort_keys=False),
-            precision=Dtype.AUTO.value,
-            output_dir=str(folder),
-        )
-
-    return Tools(
-        source=source,
-        load=lambda folder: load_on_accelerator(str(folder), precision),
-        compress=compress,
-        **(_served(evaluation, asked.prompt, precision, asked.out) if evaluation.serve else {}),
-        benchmarks=benchmarks.listed,
-        ask=benchmarks.ask,
-    )
-
-
-def _served(
-    evaluation: GridEvaluation, prompt: PromptSettings, precision: Dtype, out: Path
-) -> dict[str, Any]:
-    """Tools for `serve: true`: one server per model, and what measures its speed.
-
-    The answers are kept beside the results, and asked anew after a kill.
-    """
-    from rac_modifier.cli.answering import Answering
-    from rac_modifier.frontier.folder import slug
-    from rac_modifier.sampling.own_server import ServerOnDemand, vllm_server
-    from rac_modifier.sampling.vllm_command import VllmCommand
-
-    command = VllmCommand.from_environment()  # refused before hours of work
-    problems = _problems(evaluation)
-    where, limits = evaluation.where(), _limits(evaluation)
-
-    @contextmanager
-    def servers(folder: Path) -> Iterator[Servers]:
-        with ServerOnDemand(lambda: vllm_server(command, str(folder), precision.value)) as server:
-            yield server.asked
-
-    def serve(folder: Path, label: str, servers: Servers) -> EvalResult:
-        answers = out / "served" / f"{slug(label)}.jsonl"
-        # answers of a run that was killed would be counted without the seconds that they took
-        answers.unlink(missing_ok=True)
-        with servers() as urls:
-            answering = Answering(urls, evaluation.in_progress, 1, answers)
-            return answering.run(str(folder), problems, where, limits, prompt, precision, {})
-
-    return {"servers": servers, "serve": serve}
-
-
-def _held_out(evaluation: GridEvaluation, prompt: PromptSettings) -> HeldOut:
-    from rac_modifier.frontier.measure import HeldOut
-    from rac_modifier.settings.sampling import SamplingSettings
-
-    problems = _problems(evaluation)
-    held_out = HeldOut(
-        problems, SamplingSettings(top_k=0, **_limits(evaluation), **prompt.model_dump())
-    )
-    if evaluation.serve and not held_out.graded:
-        raise RacError(
-            "evaluation.serve asks problems with answers; name their column (answer_column), or leave serve out"
-        )
-    return held_out
-
-
-def _problems(evaluation: GridEvaluation) -> list[Any]:
-    from rac_modifier.problems.held_out import held_out_problems
-
-    return held_out_problems(count=evaluation.problems, seed=0, **evaluation.where())
-
-
-def _limits(evaluation: GridEvaluation) -> dict[str, Any]:
-    from rac_modifier.evaluation.accuracy import TOP_P
-
-    return {
-        "max_new_tokens": evaluation.cap,
-        "temperature": evaluation.temperature,
-        "top_p": TOP_P,
-        "batch_size": evaluation.batch_size,
-        "seed": 0,
-    }
 
 
 def _say(row: dict[str, Any]) -> None:
-    parts = [f"{row['label']}: {row['bytes']['total'] / 1e6:,.2f} MB"]
-    if row["divergence"]:
-        parts.append(
-            f"KL {row['divergence']['kl']:.3g}, top-1 {row['divergence']['agreement']:.1%}"
-        )
-    if outside := row.get("outside_repetitions"):  # rows of earlier versions do not have it
-        parts.append(f"KL outside of repetitions {outside['kl']:.3g}")
+    words = [f"{row['label']}: {row['bytes']['total'] / 1e6:,.2f} MB"]
+    if divergence := row["divergence"]:
+        words.append(f"KL {divergence['kl']:.3g}, top-1 {divergence['agreement']:.1%}")
     if row["accuracy"]:
-        parts.append(f"accuracy {row['accuracy']['accuracy']:.1%}")
-    typer.echo(", ".join(parts))
+        words.append(f"accuracy {row['accuracy']['accuracy']:.1%}")
+    typer.echo(", ".join(words))
+
+
+def report(
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="DIR...", help="folders that rac frontier wrote")
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="the page, a .html file")
+    ],
+    traces: Annotated[
+        int,
+        typer.Option(
+            min=0, max=300, help="problems whose answers can be read on the page, per model"
+        ),
+    ] = 300,
+) -> None:
+    """Write a page that shows what rac frontier measured: one HTML file that needs no network.
+
+    Accuracy and divergence against bytes and speed, the layers of each row, thinking lengths, and
+    the answers of the dense and the compressed models side by side.
+
+    Example: rac report reasoner-frontier -o report.html
+    """
+    from rac_modifier.files import write_text_atomic
+    from rac_modifier.frontier.page import check_size, page, problems_shown
+
+    if output.suffix not in (".html", ".htm"):
+        raise RacError(f"{output} is not the name of a page; use a name that ends in .html")
+    if not output.absolute().parent.is_dir():
+        raise RacError(f"{output}: its folder does not exist; create it first")
+    text = page(folders, traces)
+    check_size(text, output, problems_shown(folders, traces))
+    write_text_atomic(output, text)
+    typer.echo(f"{output}: {len(text.encode()) / 1e6:.2f} MB; open it in a browser")

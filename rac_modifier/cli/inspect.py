@@ -98,11 +98,11 @@ def inspect(
             f"{speed_line(report, rows)}"
         )
     elif codes := plan_dense_codes(checkpoint):
-        few = {row.layer.word_bits for row in codes if row.layer and row.layer.word_bits < 4}
+        bits = {row.layer.word_bits for row in codes if row.layer and row.layer.word_bits < 4}
         support = "runs the int4 weights on kernels of its own"
-        if few:
-            bits = " and int".join(map(str, sorted(few)))
-            support = f"has no kernel for int{bits} weights on a CPU"
+        if bits:
+            names = " and int".join(map(str, sorted(bits)))
+            support = f"has no kernel for int{names} weights on a CPU"
         typer.echo(
             f"\nvLLM {support}. With --quantization rac, on this machine's CPU:\n"
             f"{render_plan(codes)}"
@@ -151,7 +151,7 @@ def _choose_activations(
 
 def render_report(report: CheckpointReport) -> str:
     """Return a table with a row per matrix, and the totals; lines are not broken."""
-    table = render_table(_HEAD, [_cells(row) for row in report.modules], left=5)
+    table = render_table(_HEAD, [_cells(row) for row in report.modules], text_columns=5)
     return "\n".join([f"{report.folder}: {report.format}", table, *map(printable, totals(report))])
 
 
@@ -204,8 +204,8 @@ def totals(report: CheckpointReport) -> list[str]:
     model, counts = record.get("base_model", "?"), record.get("calibration")
     if "packing" in record:
         return [*lines, f"packed by rac pack from {model}, which was pruned elsewhere"]
-    parts = counts.items() if isinstance(counts, dict) else ()
-    calibration = ", ".join(f"{key} {value}" for key, value in parts) or "?"
+    items = counts.items() if isinstance(counts, dict) else ()
+    calibration = ", ".join(f"{key} {value}" for key, value in items) or "?"
     method = record.get("method", "?")
     return [*lines, f"run record: {method} on {model}; calibration: {calibration}"]
 

@@ -11,11 +11,13 @@ import typer
 from rac_modifier.cli.options import Dtype
 from rac_modifier.errors import RacError
 
+_NAMES = 'give a model folder, a Hugging Face id, or "reasoner"'
+_SAVE_TOKENIZER = "save the model's tokenizer next to it"
 _NUMBERED_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 def resolve(model: str) -> str:
-    """The folder or id for `from_pretrained`; "reasoner" is the embedded model."""
+    """Return the folder or id for `from_pretrained`; "reasoner" is the embedded model."""
     from rac_modifier.reasoner import reasoner_path
 
     return str(reasoner_path()) if model == "reasoner" else model
@@ -36,14 +38,15 @@ def check_model(source: str) -> None:
     """Refuse a model that does not exist, before hours of work (RacError)."""
     from rac_modifier.checkpoint.output_folder import folder_problem
 
+    def refused(why: object, next_step: str = _NAMES) -> RacError:
+        return RacError(f"no model at {source!r} ({why}); {next_step}")
+
     folder = Path(source)
-    next_step = 'give a model folder, a Hugging Face id, or "reasoner"'
-    if (folder.exists() or source.count("/") > 1 or source[0] in "./~") and (
-        problem := folder_problem(folder)
-    ):
-        raise RacError(f"no model at {source!r} ({problem}); {next_step}")
+    is_path = folder.exists() or source.count("/") > 1 or source[0] in "./~"
+    if is_path and (problem := folder_problem(folder)):
+        raise refused(problem)
     if not folder.is_dir() and (problem := _hub_problem(source)):
-        raise RacError(f"no model at {source!r} (no folder here, and {problem}); {next_step}")
+        raise refused(f"no folder here, and {problem}")
     from transformers import AutoConfig, __version__  # takes seconds
 
     try:
@@ -51,20 +54,18 @@ def check_model(source: str) -> None:
     except (OSError, ValueError) as error:
         if "trust_remote_code" in str(error):
             raise RacError(
-                f"the model {source!r} brings code of its own (auto_map in its config.json), which is not run here; take a "
-                f"model of an architecture that transformers {__version__} has"
+                f"the model {source!r} brings code of its own (auto_map in its config.json), which "
+                f"is not run here; take a model of an architecture that transformers {__version__} "
+                "has"
             ) from error
         if folder.is_dir():
-            raise RacError(
-                f"no model at {source!r} ({_first_line(error)}); transformers {__version__} must be able to read its config.json"
-            ) from error
-        raise RacError(
-            f"no model at {source!r} (no folder here, and from the hub: {_first_line(error)}); {next_step}"
-        ) from error
+            step = f"transformers {__version__} must be able to read its config.json"
+            raise refused(_first_line(error), step) from error
+        raise refused(f"no folder here, and from the hub: {_first_line(error)}") from error
 
 
 def _hub_problem(name: str) -> str | None:
-    """Why a model that is not in the cache cannot be had; transformers would try to connect for half a minute."""
+    """Say why a model that is not in the cache cannot be had; transformers would wait half a minute."""
     import httpx
     from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
@@ -79,22 +80,19 @@ def _hub_problem(name: str) -> str | None:
     return None
 
 
-def load_tokenizer(source: str, next_step: str) -> Any:
-    """The tokenizer of a model; without one, a RacError whose text ends in `next_step`."""
+def load_tokenizer(source: str, next_step: str = _SAVE_TOKENIZER) -> Any:
+    """Return the tokenizer of a model (RacError: none; its text ends in `next_step`)."""
     from transformers import AutoTokenizer
 
+    why = "there are no tokenizer files"
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        # for some model types transformers makes one without a vocabulary out of no files
+        if tokenizer("a", add_special_tokens=False)["input_ids"]:
+            return tokenizer
     except (OSError, ValueError) as error:
-        raise RacError(
-            f"no tokenizer could be loaded from {source!r} ({_first_line(error)}); {next_step}"
-        ) from error
-    # For some model types transformers makes a tokenizer without a vocabulary where there are no tokenizer files.
-    if not tokenizer("a", add_special_tokens=False)["input_ids"]:
-        raise RacError(
-            f"no tokenizer could be loaded from {source!r} (there are no tokenizer files); {next_step}"
-        )
-    return tokenizer
+        why = _first_line(error)
+    raise RacError(f"no tokenizer could be loaded from {source!r} ({why}); {next_step}")
 
 
 def _first_line(error: Exception) -> str:
@@ -102,19 +100,19 @@ def _first_line(error: Exception) -> str:
 
 
 def load(model: str, precision: Dtype) -> tuple[Any, Any]:
-    """A model, packed or not, with its tokenizer."""
+    """Return a model, packed or not, with its tokenizer."""
     from rac_modifier.checkpoint.load import load_model
     from rac_modifier.platform import keep_freed_memory
 
     keep_freed_memory()
     source = resolve(model)
     check_model(source)
-    tokenizer = load_tokenizer(source, "save the model's tokenizer beside it")
+    tokenizer = load_tokenizer(source)
     return load_model(source, dtype=precision.value), tokenizer
 
 
 def load_on_accelerator(model: str, precision: Dtype) -> tuple[Any, Any]:
-    """`load`, and the model moved to the accelerator where there is one; a RacError where it does not fit there."""
+    """Load a model and move it to the accelerator, where there is one (RacError: too large)."""
     from rac_modifier.model_tools import accelerator, check_fits
 
     loaded, tokenizer = load(model, precision)
@@ -129,7 +127,7 @@ def load_on_accelerator(model: str, precision: Dtype) -> tuple[Any, Any]:
 
 
 def unpacked(source: str, precision: Dtype) -> Any:
-    """What oneshot takes: the source itself, or where its weights are packed, which oneshot cannot load, the loaded model."""
+    """Return what oneshot takes: the source, or the loaded model where its weights are packed."""
     from rac_modifier.checkpoint.load import load_model
     from rac_modifier.checkpoint.sparsity_config import CONFIG_FILE, packed_format
     from rac_modifier.files import read_json
@@ -150,13 +148,11 @@ def unpacked(source: str, precision: Dtype) -> Any:
 
 
 def check_loading(source: str, precision: Dtype) -> None:
-    """Refuse a model that does not fit into the memory of the host while it is loaded, before it is.
+    """Refuse a model that does not fit into the memory of the host while it is loaded (RacError).
 
-    The processes of a run share the pages of its files. What has to be converted to another dtype, and experts, which
-    transformers merges, each of them has for itself until pruning begins. A model that is not in the hub's cache is not checked.
-
-    Raises:
-        RacError: with the bytes that are needed and free, and what is not shared.
+    The processes of a run share the pages of its files. Weights of another dtype, and experts,
+    which transformers merges, each process has for itself until pruning begins. A model that is not
+    in the hub's cache is not checked.
     """
     import psutil
     import torch
@@ -172,11 +168,8 @@ def check_loading(source: str, precision: Dtype) -> None:
     with TensorFiles(folder) as files:
         for name in files.by_file():
             stored, nbytes = files.dtype(name), files.nbytes(name)
-            loaded = (
-                stored
-                if precision is Dtype.AUTO or not stored.is_floating_point
-                else getattr(torch, precision.value)
-            )
+            as_stored = precision is Dtype.AUTO or not stored.is_floating_point
+            loaded = stored if as_stored else getattr(torch, precision.value)
             nbytes = nbytes // stored.itemsize * loaded.itemsize
             if loaded is not stored or _NUMBERED_EXPERT.search(name):
                 private += nbytes
@@ -193,28 +186,25 @@ def check_loading(source: str, precision: Dtype) -> None:
         )
         step = f"start fewer than {count} processes, or {step}"
     raise RacError(
-        f"loading {source}{why} takes {needed / 2**30:.1f} GiB of the host's memory, and {available / 2**30:.1f} GiB are "
-        f"available: {step}"
+        f"loading {source}{why} takes {needed / 2**30:.1f} GiB of the host's memory, and "
+        f"{available / 2**30:.1f} GiB are available: {step}"
     )
 
 
 def subject_of(model: str) -> tuple[Any, Any]:
-    """Identity and tokenizer of a model that servers sample; its weights are not loaded."""
+    """Return identity and tokenizer of a model that servers sample; no weight is loaded."""
     from rac_modifier.sampling.model_identity import ModelIdentity
 
     source = resolve(model)
     check_model(source)
-    tokenizer = load_tokenizer(source, "save the model's tokenizer beside it")
+    tokenizer = load_tokenizer(source)
     return ModelIdentity.of_files(source), tokenizer
 
 
 def check_output(output: Path, source: str, *, keeps_groups: bool = False) -> None:
-    """Refuse an output folder that the result could not be written to, before hours of work.
+    """Refuse an output folder that the result could not be written to (RacError).
 
-    With `keeps_groups`, what is pruned so far is kept beside it, and takes as much as the model at most.
-
-    Raises:
-        RacError: see `check_output_folder` and `check_room`.
+    With `keeps_groups`, what is pruned so far is kept next to it: as much as the model at most.
     """
     from loguru import logger
 

@@ -18,9 +18,14 @@ Model = Annotated[
     str,
     typer.Argument(help='a model folder, a Hugging Face id, or "reasoner" for the embedded one'),
 ]
-_RECIPE = "a file, or the name of a shipped recipe, such as rac_2of4 (see: rac recipes)"
-Recipe = Annotated[Path, typer.Option("--recipe", "-r", help=_RECIPE)]
-AnyRecipe = Annotated[Path | None, typer.Option("--recipe", "-r", help=_RECIPE)]
+Recipe = Annotated[
+    Path,
+    typer.Option(
+        "--recipe",
+        "-r",
+        help="a file, or the name of a shipped recipe, such as rac_2of4 (see: rac recipes)",
+    ),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Option(
@@ -67,16 +72,18 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
-def render_table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
+def render_table(head: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int = 1) -> str:
     """Return a table as plain text: the same on a terminal, in a pipe and in a file.
 
-    The first `left` columns and the column "note" are aligned to the left, numbers to the right.
+    The first `text_columns` columns and the column "note" are aligned to the left, numbers to the right.
     """
     table = [[printable(cell) for cell in row] for row in (head, *rows)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = [
         "  ".join(
-            cell.ljust(width) if number < left or head[number] == "note" else cell.rjust(width)
+            cell.ljust(width)
+            if number < text_columns or head[number] == "note"
+            else cell.rjust(width)
             for number, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
         for row in table
@@ -104,15 +111,15 @@ def resumable(next_step: str | Callable[[], str]) -> Iterator[None]:
         raise typer.Exit(130) from None  # 128 + SIGINT, as shells have it
 
 
-def saving_step(output: Path, kept: str) -> str:
+def saving_step(output: Path, results: str) -> str:
     """Return the next step after a command that saves a model was interrupted.
 
-    The folder `output` was new or empty; the next run goes on from `kept`, such as "the traces".
+    The folder `output` was new or empty; the next run goes on from `results`, such as "the traces".
     """
     from rac_modifier.checkpoint.files import JOURNAL_FILE
     from rac_modifier.checkpoint.record import CARD_NAME
 
-    text = f"{kept} are kept and will be used; run the same command again"
+    text = f"{results} are kept and will be used; run the same command again"
     if not output.is_dir() or not any(output.iterdir()):
         return text
     if (output / CARD_NAME).exists() and not (output / JOURNAL_FILE).exists():  # the last file

@@ -68,10 +68,10 @@ def pack(
             "format": plan.format,
             "matrices": [asdict(row) for row in plan.matrices],
         }
-        others = left_out(source)
+        skipped = left_out(source)
         if out is not None and not check:
             summary = asdict(pack_model(plan, out, model))
-            content |= {"out": str(out), "left_out": others, "summary": summary}
+            content |= {"out": str(out), "left_out": skipped, "summary": summary}
     if as_json:
         print_json(content)
     else:
@@ -79,8 +79,8 @@ def pack(
     if check:
         plan.check_gain()
     elif not as_json:
-        if others:
-            typer.echo(f"not copied (no part of a safetensors checkpoint): {', '.join(others)}")
+        if skipped:
+            typer.echo(f"not copied (no part of a safetensors checkpoint): {', '.join(skipped)}")
         typer.echo(f"packed into {out}; look at it with: rac inspect {out}")
 
 
@@ -133,7 +133,7 @@ def packing_step(out: Path | None) -> str:
 
 def render_plan(plan: PackPlan) -> str:
     """Return a row per matrix and the totals."""
-    lines = [render_table(_HEAD, [_cells(row) for row in plan.matrices], left=4)]
+    lines = [render_table(_HEAD, [_cells(row) for row in plan.matrices], text_columns=4)]
     counts = Counter(row.structure for row in plan.packed)
     patterns = ", ".join(
         f"{count} {structure}" for structure, count in sorted(counts.items(), key=str)
@@ -146,10 +146,10 @@ def render_plan(plan: PackPlan) -> str:
     )
     lines.append(f"all matrices: {before:,} bytes dense, {after:,} packed")
     if negative := sum(row.negative_zeros for row in plan.matrices):
-        what = "are kept, as values; --drop-negative-zeros saves their bytes"
+        state = "are kept, as values; --drop-negative-zeros saves their bytes"
         if plan.drop_negative_zeros:
-            what = "are stored as 0.0"
-        lines.append(f"{negative:,} of the zeros are -0.0: they {what}")
+            state = "are stored as 0.0"
+        lines.append(f"{negative:,} of the zeros are -0.0: they {state}")
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""`rac recipes`: list the recipes that ship with the package, and print one."""
+"""`rac recipes`: list, print and check recipes; `rac schema`: what a recipe may set."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from typing import Annotated
 
 import typer
 
+from rac_modifier.cli.models import read_with_overrides
+from rac_modifier.cli.options import Overrides
+from rac_modifier.errors import RacError
 from rac_modifier.settings.recipe_files import recipe, recipe_names
 
 app = typer.Typer()
@@ -40,3 +43,44 @@ def show(
     Example: rac recipes show rac_2of4 > my_recipe.yaml
     """
     typer.echo(Path(recipe(name)).read_text(encoding="utf-8"), nl=False)
+
+
+@app.command()
+def check(
+    recipes: Annotated[
+        list[Path], typer.Argument(metavar="RECIPE...", help="files, or names of shipped recipes")
+    ],
+    set_: Overrides = None,
+) -> None:
+    """Check recipes, without a model.
+
+    Example: rac recipes check my_recipe.yaml rac_2of4
+    """
+    from rac_modifier.settings.recipe import find_named_entry
+
+    wrong = []
+    for path in recipes:
+        try:
+            name, _ = find_named_entry(read_with_overrides(path, set_ or []), str(path))
+            typer.echo(f"{path}: valid ({name})")
+        except RacError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise RacError("\n".join(wrong))
+
+
+def schema(
+    modifier: Annotated[
+        str,
+        typer.Argument(
+            help="or ReasoningAwareCalibrationModifier, which calibrates other modifiers"
+        ),
+    ] = "ReasoningAwareSparseGPTModifier",
+) -> None:
+    """Print the JSON Schema of a recipe entry, as in docs/recipe.schema.json.
+
+    Example: rac schema > recipe.schema.json
+    """
+    from rac_modifier.settings.recipe import schema as text
+
+    typer.echo(text(modifier), nl=False)

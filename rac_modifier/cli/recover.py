@@ -1,4 +1,4 @@
-"""`rac recover`: the weights of a sparse or quantized checkpoint trained towards its dense model; zeros of pruning stay."""
+"""`rac recover`: the weights of a sparse or quantized checkpoint trained towards its dense model."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Collection, Mapping
 from contextlib import nullcontext, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,7 +24,9 @@ from rac_modifier.cli.options import (
 from rac_modifier.errors import RacError
 
 if TYPE_CHECKING:
-    from rac_modifier.traces.records import Trace
+    from rac_modifier.settings.problems import ProblemSource
+    from rac_modifier.settings.recovery import RecoverySettings
+    from rac_modifier.settings.sampling import SamplingSettings
     from rac_modifier.traces.store import TraceStore
 
 
@@ -33,9 +36,7 @@ def recover(
     ],
     sparse: Annotated[
         Path,
-        typer.Argument(
-            help="folder of the sparse, quantized or sparse and quantized checkpoint that was made from it"
-        ),
+        typer.Argument(help="folder of the sparse or quantized checkpoint that was made from it"),
     ],
     output: Annotated[
         Path, typer.Argument(help="folder for the recovered checkpoint; new or empty")
@@ -44,13 +45,15 @@ def recover(
         Path | None,
         typer.Option(
             "--traces",
-            help="trace store of the dense model; what calibration used is left out, missing traces are sampled",
+            help="trace store of the dense model; what calibration used is left out, missing "
+            "traces are sampled",
         ),
     ] = None,
     problems: Annotated[
         str | None,
         typer.Option(
-            help="problems to sample on: a file, a dataset id, reasoning-gym:TASK, arithmetic (default; or the store's)"
+            help="problems to sample on: a file, a dataset id, reasoning-gym:TASK, arithmetic "
+            "(default; or the store's)"
         ),
     ] = None,
     column: Annotated[str | None, typer.Option(help="column of the problems' text")] = None,
@@ -74,10 +77,11 @@ def recover(
 ) -> None:
     """Recover a sparse or quantized model: train its kept weights on the dense model's own traces.
 
-    No pruned weight moves, and quantized weights are trained through their codes. The weights with the lowest divergence on
-    held-out traces are kept, perhaps those before training. A run that was killed continues when it is started again.
+    No pruned weight moves, and quantized weights are trained through their codes. The weights with
+    the lowest divergence on held-out traces are kept, perhaps those before training. A run that was
+    killed continues when it is started again.
 
-    Example: rac recover reasoner reasoner-90 reasoner-90-recovered --max-new-tokens 512 --set tokens=80000
+    Example: rac recover reasoner reasoner-90 recovered --max-new-tokens 512 --set tokens=80000
     """
     from rac_modifier.settings.check import check_settings
     from rac_modifier.settings.entries import idle_recovery, refuse_idle
@@ -88,31 +92,27 @@ def recover(
     apply_overrides(entry, set_ or [])
     settings = check_settings(RecoverySettings, entry, "--set")
     refuse_idle(settings, idle_recovery(settings))
-    source, sampling = _asked(store, problems, column, max_new_tokens, seed)
+    sources = _asked(store, problems, column, max_new_tokens, seed)
     check_model(resolve(dense))
     check_model(resolve(str(sparse)))
     check_output(output, str(sparse))
+    job = _Job(dense, sparse, output, settings, precision)
     # llm-compressor logs to the standard output that it finds when it is imported
     quiet = redirect_stdout(sys.stderr) if as_json else nullcontext()
-    with (
-        quiet,
-        resumable(lambda: saving_step(output, "the traces, and training up to its last state,")),
-    ):
+    results = "the traces, and training up to its last state,"
+    with quiet, resumable(lambda: saving_step(output, results)):
         from rac_modifier.processes import joined_processes
 
         with joined_processes() as processes:
-            divergence = _recover(
-                processes, dense, sparse, output, store, source, sampling, settings, precision
-            )
+            divergence = job.run(processes, store, *sources)
             processes.wait()
     if divergence is None:  # the first process says so
         return
+    before, after = divergence
     if as_json:
-        print_json({"output": output, "kl_before": divergence[0], "kl_after": divergence[1]})
-        return
-    typer.echo(
-        f"saved to {output}; held-out KL {divergence[0]:.4f} -> {divergence[1]:.4f} nats per token"
-    )
+        print_json({"output": output, "kl_before": before, "kl_after": after})
+    else:
+        typer.echo(f"saved to {output}; held-out KL {before:.4f} -> {after:.4f} nats per token")
 
 
 def _asked(
@@ -121,8 +121,8 @@ def _asked(
     column: str | None,
     max_new_tokens: int | None,
     seed: int | None,
-) -> tuple[Any, Any]:
-    """Problems and sampling: those of the store, where there is one, with what the command line says instead."""
+) -> tuple[ProblemSource, SamplingSettings]:
+    """Return problems and sampling: the store's, where there is one, with the options' changes."""
     from loguru import logger
 
     from rac_modifier.settings.problems import ProblemSource
@@ -140,132 +140,121 @@ def _asked(
         )
     if problems is not None or column is not None:
         source = ProblemSource(source=problems or source.source, column=column)
-    changes = {
-        name: value
-        for name, value in (("max_new_tokens", max_new_tokens), ("seed", seed))
-        if value is not None
-    }
+    changes = {"max_new_tokens": max_new_tokens, "seed": seed}
+    changes = {name: value for name, value in changes.items() if value is not None}
     return source, sampling.model_copy(update=changes)
 
 
-def _recover(
-    processes: Any,
-    dense: str,
-    sparse: Path,
-    output: Path,
-    store_path: Path | None,
-    problems: Any,
-    sampling: Any,
-    settings: Any,
-    precision: Dtype,
-) -> tuple[float, float] | None:
-    """Held-out KL before and after; None in another process than the first."""
-    import torch
+@dataclass(frozen=True)
+class _Job:
+    """What is recovered, where to, and how."""
 
-    from rac_modifier.checkpoint.saving import SavePlan, save_with_record
-    from rac_modifier.checkpoint.sparsity_config import recorded_structures
-    from rac_modifier.llmcompressor.patterns import sparse_modules
-    from rac_modifier.llmcompressor.recovery_stage import RecoveryStage, before_sampling
-    from rac_modifier.llmcompressor.trained_codes import QuantizedCheckpoint, check_layers
-    from rac_modifier.recovery.check_pair import check_dense, check_made_from
-    from rac_modifier.traces.selection import fresh_traces, used_traces
+    dense: str
+    sparse: Path
+    output: Path
+    settings: RecoverySettings
+    precision: Dtype
 
-    stored = _quantized_modules(sparse)
-    model, tokenizer = load(dense, precision)
-    check_dense(model, dense)
-    pruned, _ = load(str(sparse), precision)
-    check_layers(pruned, stored)
-    check_made_from(pruned, model)
-    checkpoint = QuantizedCheckpoint(pruned, model, recorded_structures(pruned.config.to_dict()))
-    modules, patterns = sparse_modules(pruned, checkpoint.quantized, checkpoint.pruned)
-    run = processes, bool(checkpoint.quantized)
-    text = before_sampling(model, lambda: tokenizer, settings, *run)
-    before = _record_of(sparse)
-    known = {str(one.get("sha256")) for one in _stores_of(before).values()}
-    store = _collected(
-        processes, model, tokenizer, store_path, problems, sampling, settings.reserved_tokens, known
-    )
-    traces: list[Trace] = fresh_traces(store, used_traces(store, known), settings.reserved_tokens)
-    stage = RecoveryStage(model, traces, settings, True, *run, generic=text)
-    del model
-    done = stage.run(pruned, modules, checkpoint.quantized)
-    if not processes.is_first:
-        return None
-    plan = SavePlan(
-        record=_recovered_record(before, sparse, store, patterns, done),
-        patterns=patterns,
-        modules={
-            name: module for name, module in modules.items() if isinstance(module, torch.nn.Linear)
-        },
-        storage="packed" if checkpoint.packs else "dense",
-        tokenizer=resolve(dense),
-        prepare=lambda *_: checkpoint.encode(),
-        after=[stage.remove],
-    )
-    pruned.config._name_or_path = resolve(dense)
-    save_with_record(pruned, lambda: plan)
-    _write(pruned, tokenizer, output, stage.folder)
-    return done["kl_before"], done["kl_after"]
+    def run(
+        self, processes: Any, store_path: Path | None, problems: Any, sampling: Any
+    ) -> tuple[float, float] | None:
+        """Recover and save; return held-out KL before and after, None on the other processes."""
+        import torch
+
+        from rac_modifier.checkpoint.saving import SavePlan, save_with_record
+        from rac_modifier.checkpoint.sparsity_config import recorded_structures
+        from rac_modifier.llmcompressor.patterns import sparse_modules
+        from rac_modifier.llmcompressor.recovery_stage import RecoveryStage, before_sampling
+        from rac_modifier.llmcompressor.trained_codes import QuantizedCheckpoint, check_layers
+        from rac_modifier.recovery.check_pair import check_dense, check_made_from
+        from rac_modifier.traces.selection import fresh_traces, used_traces
+
+        stored = _quantized_modules(self.sparse)
+        model, tokenizer = load(self.dense, self.precision)
+        check_dense(model, self.dense)
+        pruned, _ = load(str(self.sparse), self.precision)
+        check_layers(pruned, stored)
+        check_made_from(pruned, model)
+        structures = recorded_structures(pruned.config.to_dict())
+        checkpoint = QuantizedCheckpoint(pruned, model, structures)
+        modules, patterns = sparse_modules(pruned, checkpoint.quantized, checkpoint.pruned)
+        run = processes, bool(checkpoint.quantized)
+        text = before_sampling(model, lambda: tokenizer, self.settings, *run)
+        record = _record_of(self.sparse)
+        hashes = {str(entry.get("sha256")) for entry in _stores_of(record).values()}
+        tokens = self.settings.reserved_tokens
+        store = _collected(
+            processes, model, tokenizer, store_path, problems, sampling, tokens, hashes
+        )
+        traces = fresh_traces(store, used_traces(store, hashes), tokens)
+        stage = RecoveryStage(model, traces, self.settings, True, *run, generic=text)
+        del model
+        recovery = stage.run(pruned, modules, checkpoint.quantized)
+        if not processes.is_first:
+            return None
+        linears = {name: m for name, m in modules.items() if isinstance(m, torch.nn.Linear)}
+        plan = SavePlan(
+            record=self._record(record, store, patterns, recovery),
+            patterns=patterns,
+            modules=linears,
+            storage="packed" if checkpoint.packs else "dense",
+            tokenizer=resolve(self.dense),
+            prepare=lambda *_: checkpoint.encode(),
+            after=[stage.remove],
+        )
+        pruned.config._name_or_path = resolve(self.dense)
+        save_with_record(pruned, lambda: plan)
+        self._write(pruned, tokenizer, stage.folder)
+        return recovery["kl_before"], recovery["kl_after"]
+
+    def _record(
+        self,
+        before: dict[str, Any],
+        store: TraceStore,
+        patterns: Mapping[str, Any],
+        recovery: dict[str, Any],
+    ) -> dict[str, Any]:
+        """Return the run record: stores and prompts of the runs `before`, and what recovery did."""
+        from rac_modifier.settings.sampling import PromptSettings
+
+        stores = _stores_of(before)
+        name = "recovery" if "recovery" not in stores else f"recovery {len(stores)}"
+        header = store.header
+        stores[name] = {"path": str(store.path), "sha256": store.sha256(), "model": header.model}
+        prompt = PromptSettings.of(header.sampling).model_dump()
+        record = {
+            "method": "recover",
+            "recovered_from": str(self.sparse),
+            "recovery": recovery,
+            "trace_stores": stores,
+            "prompts": before.get("prompts") or {"recovery": prompt},
+        }
+        if patterns:  # none for a model that is quantized alone
+            first = next(iter(patterns.values()))
+            described = f"{first.describe()} (of the first module)"
+            record |= {"pattern": described, "mask_structure": first.mask_structure}
+        return record
+
+    def _write(self, recovered: Any, tokenizer: Any, trained: Path) -> None:
+        """Write the checkpoint; a failure keeps the weights in `trained` (RacError)."""
+        from safetensors import SafetensorError
+
+        try:
+            tokenizer.save_pretrained(self.output)
+            recovered.save_pretrained(self.output)  # last: an output with a card is complete
+        except (OSError, SafetensorError, RacError) as error:
+            shutil.rmtree(self.output, ignore_errors=True)  # it was new or empty
+            raise RacError(
+                f"{self.output}: the recovered model cannot be written ({error}); what was trained "
+                f"is kept in {trained}: make room, and run the same command again, which does not "
+                "train again"
+            ) from error
 
 
 def _stores_of(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The trace stores of a run record, by part."""
-    return {
-        name: dict(one)
-        for name, one in (record.get("trace_stores") or {}).items()
-        if isinstance(one, dict)
-    }
-
-
-def _recovered_record(
-    before: dict[str, Any],
-    sparse: Path,
-    store: TraceStore,
-    patterns: Mapping[str, Any],
-    done: dict[str, Any],
-) -> dict[str, Any]:
-    """The run record of the recovered checkpoint: stores and prompts of the runs before, and what recovery did.
-
-    Args:
-        before: the record of the checkpoint that was recovered.
-        patterns: the sparsity pattern of each module; empty for a model that is quantized alone.
-        done: of the recovery stage.
-    """
-    from rac_modifier.settings.sampling import PromptSettings
-
-    stores = _stores_of(before)
-    name = "recovery" if "recovery" not in stores else f"recovery {len(stores)}"
-    stores[name] = {"path": str(store.path), "sha256": store.sha256(), "model": store.header.model}
-    prompt = PromptSettings.of(store.header.sampling).model_dump()
-    record = {
-        "method": "recover",
-        "recovered_from": str(sparse),
-        "recovery": done,
-        "trace_stores": stores,
-    }
-    record["prompts"] = before.get("prompts") or {"recovery": prompt}
-    if patterns:
-        first = next(iter(patterns.values()))
-        record |= {
-            "pattern": f"{first.describe()} (of the first module)",
-            "mask_structure": first.mask_structure,
-        }
-    return record
-
-
-def _write(recovered: Any, tokenizer: Any, output: Path, trained: Path) -> None:
-    """Write the checkpoint; where that fails, `output` is as before and the weights in `trained` are kept (RacError)."""
-    from safetensors import SafetensorError
-
-    try:
-        tokenizer.save_pretrained(output)
-        recovered.save_pretrained(output)  # last: an output with a card is complete
-    except (OSError, SafetensorError, RacError) as error:
-        shutil.rmtree(output, ignore_errors=True)  # it was new or empty
-        raise RacError(
-            f"{output}: the recovered model cannot be written ({error}); what was trained is kept in {trained}: make room, "
-            "and run the same command again, which does not train again"
-        ) from error
+    """Return the trace stores of a run record, by part."""
+    stores = (record.get("trace_stores") or {}).items()
+    return {name: dict(entry) for name, entry in stores if isinstance(entry, dict)}
 
 
 def _collected(
@@ -276,9 +265,9 @@ def _collected(
     problems: Any,
     sampling: Any,
     tokens: int,
-    known: Collection[str],
+    hashes: Collection[str],
 ) -> TraceStore:
-    """The store of the dense model's traces, with `tokens` tokens to train on beyond what a run of a `known` hash used."""
+    """Return the store of the dense model's traces, with `tokens` tokens that no run of `hashes` used."""
     from loguru import logger
 
     from rac_modifier.model_tools import on_accelerator
@@ -289,35 +278,31 @@ def _collected(
 
     if not processes.is_first:
         return TraceStore.read(help_sampling(model, tokenizer, processes))
-    asked = {"problems": problems, "sampling": sampling, "processes": processes}
-    budget, said = tokens, False
+    arguments = {"problems": problems, "sampling": sampling, "processes": processes}
+    budget, missing, used = tokens, 1, 0
     with on_accelerator(model):
-        while True:
-            store = collect_traces(model, tokenizer, path, tokens=budget, **asked)
-            used = used_traces(store, known)
-            if used and not said:
-                logger.info(
-                    f"{store.path}: its first {used:,} traces were used before; recovery takes others"
-                )
-                said = True
+        while missing > 0:
+            store = collect_traces(model, tokenizer, path, tokens=budget, **arguments)
+            used = used_traces(store, hashes)
             missing = tokens - sum(trace.tokens for trace in fresh_traces(store, used, tokens))
-            if missing <= 0:
-                break
             budget = store.counts.tokens + missing
+    if used:
+        logger.info(f"{store.path}: its first {used:,} traces were used before; others are taken")
     end_sampling(processes, str(store.path))
     return store
 
 
 def _record_of(sparse: Path) -> dict[str, Any]:
-    """The run record of the checkpoint; empty where it has none."""
+    """Return the run record of the checkpoint; empty where it has none."""
     from rac_modifier.checkpoint.record import RUN_RECORD_NAME
     from rac_modifier.files import read_json
 
-    return dict(read_json(sparse / RUN_RECORD_NAME)) if (sparse / RUN_RECORD_NAME).is_file() else {}
+    path = sparse / RUN_RECORD_NAME
+    return dict(read_json(path)) if path.is_file() else {}
 
 
 def _quantized_modules(sparse: Path) -> set[str]:
-    """The modules that are quantized, of the names of the tensors; RacError for those that cannot be trained."""
+    """Return the names of the quantized modules (RacError: some cannot be trained)."""
     from rac_modifier.checkpoint.files import TensorFiles
     from rac_modifier.checkpoint.quantization_config import weight_schemes
     from rac_modifier.checkpoint.sparsity_config import (
@@ -334,7 +319,8 @@ def _quantized_modules(sparse: Path) -> set[str]:
     quantization = read_json(sparse / CONFIG_FILE).get(QUANTIZATION_KEY) or {}
     if (method := quantization.get("quant_method", METHOD)) not in (METHOD, RAC_METHOD):
         raise RacError(
-            f"{sparse}: quantized by {method!r}; recovery reads and writes {METHOD} alone: quantize with llm-compressor"
+            f"{sparse}: quantized by {method!r}; recovery reads and writes {METHOD} alone: quantize "
+            "with llm-compressor"
         )
     if not weight_schemes(quantization):
         return set()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rac_modifier.cli.answering import own_server
 from rac_modifier.cli.models import (
     load,
     load_tokenizer,
@@ -31,7 +31,6 @@ from rac_modifier.errors import RacError
 
 if TYPE_CHECKING:
     from rac_modifier.calibration.trace_pool import TracePool
-    from rac_modifier.settings.traces import TraceSettings
     from rac_modifier.traces.records import Trace
     from rac_modifier.traces.store import TraceStore
 
@@ -71,39 +70,50 @@ def collect(
     precision: Precision = Dtype.AUTO,
     as_json: AsJson = False,
 ) -> None:
-    """Sample the traces that a recipe will calibrate on, and train on where it has `recover:`, without pruning.
+    """Sample the traces that a recipe will calibrate on, and with `recover:` train on.
 
-    A run that was killed continues where it ended when it is started again. `rac prune` with the same recipe uses the traces,
-    whether this process or a server sampled them.
+    A run that was killed continues where it ended when it is started again. `rac prune` with the
+    same recipe uses the traces, whether this process or a server sampled them.
 
     Example: rac traces collect reasoner --recipe rac_2of4 --set calibration.tokens=32768
     """
+    from loguru import logger
+
     from rac_modifier.calibration.trace_budget import collect_for_calibration
     from rac_modifier.settings.recipe import check_entry, find_named_entry
 
     name, entry = find_named_entry(read_with_overrides(recipe, set_ or []), str(recipe))
     settings = check_entry(entry, str(recipe), name)
-    if serve and settings.traces.engine:
+    traces, sampling = settings.traces, settings.traces.sampling
+    if serve and traces.engine:
         raise RacError(
-            f"--serve starts a server, and the recipe names {settings.traces.engine.base_urls[0]}; leave one out"
+            f"--serve starts a server, and the recipe names {traces.engine.base_urls[0]}; leave "
+            "one out"
         )
     if concurrency != _CONCURRENCY and not serve:
         raise RacError(
-            f"--concurrency {concurrency} is for --serve; a recipe's servers have traces.engine.concurrency"
+            f"--concurrency {concurrency} is for --serve; a recipe's servers have "
+            "traces.engine.concurrency"
         )
-    served = (
-        _served(model, precision, concurrency, settings.traces)
-        if serve
-        else nullcontext(settings.traces)
-    )
+    if serve and "batch_size" in sampling.model_fields_set:
+        logger.warning(
+            f"with --serve the recipe's sampling.batch_size has no effect; --concurrency "
+            f"{concurrency} counts"
+        )
+    server: Any = nullcontext(traces.engine)
+    if serve:
+        server = own_server(model, precision, concurrency, sampling.max_new_tokens)
     with (
         resumable("the traces that were collected are kept; run the same command again to go on"),
-        served as traces,
+        server as engine,
     ):
-        loaded, tokenizer = subject_of(model) if traces.engine else load(model, precision)
-        reserved = settings.recover.reserved_tokens if settings.recover else 0
+        loaded, tokenizer = subject_of(model) if engine else load(model, precision)
         pools = collect_for_calibration(
-            loaded, tokenizer, traces, settings.calibration, reserved_tokens=reserved
+            loaded,
+            tokenizer,
+            traces.model_copy(update={"engine": engine}),
+            settings.calibration,
+            reserved_tokens=settings.recover.reserved_tokens if settings.recover else 0,
         )
     if as_json:
         print_json({"parts": {part: _pool_figures(pool) for part, pool in pools.items()}})
@@ -113,30 +123,6 @@ def collect(
         typer.echo(f"{store.path}: {len(store):,} traces, {store.counts.tokens:,} tokens")
         if selection.kept < selection.total:
             typer.echo(f"{part}: {selection.describe()}, {pool.usable_tokens():,} tokens")
-
-
-@contextmanager
-def _served(
-    model: str, precision: Dtype, concurrency: int, traces: TraceSettings
-) -> Iterator[TraceSettings]:
-    """The settings with a `vllm serve` of the model as their server, inside the context."""
-    from loguru import logger
-
-    from rac_modifier.cli.answering import timeout_of
-    from rac_modifier.sampling.own_server import vllm_server
-    from rac_modifier.sampling.vllm_command import VllmCommand
-    from rac_modifier.settings.sampling import EngineSettings
-
-    longest = traces.sampling.max_new_tokens
-    if "batch_size" in traces.sampling.model_fields_set:
-        logger.warning(
-            f"with --serve the recipe's sampling.batch_size has no effect; --concurrency {concurrency} counts"
-        )
-    with vllm_server(VllmCommand.from_environment(), resolve(model), precision.value) as url:
-        engine = EngineSettings(
-            base_urls=(url,), concurrency=concurrency, timeout=timeout_of(longest)
-        )
-        yield traces.model_copy(update={"engine": engine})
 
 
 def _pool_figures(pool: TracePool) -> dict[str, Any]:
@@ -163,11 +149,14 @@ def inspect(
     model: StoresModel = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print what a trace store holds: model, problems, sampling settings, counts, lengths, and the first traces as text.
+    """Print what a trace store holds: model, problems, settings, counts, lengths, first traces.
 
     Example: rac traces inspect traces.jsonl --samples 0
     """
+    from dataclasses import asdict
+
     from rac_modifier.traces.report import (
+        count_endings,
         describe_store,
         describe_verified,
         read_select,
@@ -188,8 +177,13 @@ def inspect(
             verified = verified_figures(opened, tokenizer, verify, settings)
         shown = [_sample(trace, tokenizer) for trace in islice(opened, count)]
     if as_json:
-        samples_shown = {"samples": shown} if shown else {}
-        print_json(_store_figures(opened) | verified | samples_shown)
+        figures = {
+            "store": opened.path,
+            "header": opened.header.model_dump(mode="json"),
+            "counts": asdict(opened.counts),
+            "endings": vars(count_endings(opened)),
+        }
+        print_json(figures | verified | ({"samples": shown} if shown else {}))
         return
     if verified:
         typer.echo(describe_verified(verified, len(opened)))
@@ -200,26 +194,8 @@ def inspect(
 
 def _sample(trace: Trace, tokenizer: Any) -> dict[str, Any]:
     text = tokenizer.decode([*trace.prompt_ids, *trace.completion_ids])
-    return {
-        "id": trace.id,
-        "finish_reason": trace.finish_reason,
-        "answer": trace.answer,
-        "text": text,
-    }
-
-
-def _store_figures(store: TraceStore) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    from rac_modifier.traces.report import count_endings
-
-    header, endings = store.header.model_dump(mode="json"), vars(count_endings(store))
-    return {
-        "store": store.path,
-        "header": header,
-        "counts": asdict(store.counts),
-        "endings": endings,
-    }
+    shown = {name: getattr(trace, name) for name in ("id", "finish_reason", "answer")}
+    return {**shown, "text": text}
 
 
 @app.command("export", short_help="Write a store as Parquet or JSON Lines.")

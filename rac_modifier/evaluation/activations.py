@@ -211,7 +211,7 @@ class ActivationChoice:
             least = min((layer.share for layer in self.layers), default=float("inf"))
             return (
                 f"{count}: 8 bits add at least {least:.3g} of a layer's own error, and the limit "
-                f"is {self.limit:g}; a larger --limit takes more layers"
+                f"is {self.limit:g}; a larger limit takes more layers"
             )
         kl, agreement, tokens = (self.divergence[name] for name in ("kl", "agreement", "tokens"))
         return (
@@ -357,4 +357,6 @@ def check_original(model: Any, dense: Any, layers: Sequence[IntegerLayer]) -> No
 
 
 def _shape(module: Any) -> str:
-    return str(list(module.weight.shape)) if hasattr(module, "weight") else "no linear layer"
+    # a compressed layer has no weight yet
+    linear = isinstance(module, torch.nn.Linear)
+    return f"[{module.out_features}, {module.in_features}]" if linear else "no linear layer"

@@ -90,19 +90,19 @@ def check_mixture(mixture: Mapping[str, float]) -> dict[str, float]:
     Raises:
         RacError: an unknown kind, a share out of range, or shares that do not sum to 1.
     """
-    parts: dict[Part, float] = {}
+    shares: dict[Part, float] = {}
     for key, share in mixture.items():
         if not 0 <= share <= 1:
             raise RacError(f"mixture gives {key} the share {share}; use a number from 0 to 1")
         part = Part.parse(key)
-        parts[part] = parts.get(part, 0.0) + share
-    total = sum(parts.values())
+        shares[part] = shares.get(part, 0.0) + share
+    total = sum(shares.values())
     if abs(total - 1) > 1e-6:
         raise RacError(
             f"the shares of mixture {dict(mixture)} sum to {total:g}; make them sum to 1"
         )
-    ordered = sorted(parts, key=lambda part: KINDS.index(part.kind))
-    return {part.key: parts[part] for part in ordered if parts[part] > 0}
+    ordered = sorted(shares, key=lambda part: KINDS.index(part.kind))
+    return {part.key: shares[part] for part in ordered if shares[part] > 0}
 
 
 def part_tokens(mixture: Mapping[str, float], tokens: int) -> dict[str, int]:

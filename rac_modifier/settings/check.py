@@ -95,11 +95,7 @@ def without_paths(dump: Any, paths: set[Path]) -> Any:
 
 
 def check_settings(settings: type[S], values: Any, where: str) -> S:
-    """Validate settings of any kind.
-
-    Raises:
-        RacError: with every mistake in one message.
-    """
+    """Validate settings of any kind (RacError: with every mistake in one message)."""
     try:
         return settings.model_validate(values)
     except ValidationError as error:

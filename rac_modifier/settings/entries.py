@@ -208,7 +208,7 @@ def idle_recovery(settings: RecoverySettings | None) -> Idle:
 
 def idle_calibration(traces: TraceSettings, calibration: CalibrationSettings) -> Idle:
     """Return what has no effect of what an entry sets about traces and calibration."""
-    sampled, asked = calibration.parts("traces"), calibration.parts("traces", "prompts")
+    sampled, prompted = calibration.parts("traces"), calibration.parts("traces", "prompts")
     generic = calibration.parts("generic")
     alike = not sampled and not (calibration.parts("prompts") and generic)
     idle = _idle(
@@ -219,9 +219,9 @@ def idle_calibration(traces: TraceSettings, calibration: CalibrationSettings) ->
     )
     if ("calibration", "generic") not in idle:
         idle |= _idle_in_text(("calibration", "generic"), calibration.generic)
-    if not asked:
+    if not prompted:
         return {**idle, ("traces",): "with a mixture without traces and prompts"}
-    sampling, named = traces.sampling, {part.name for part in asked}
+    sampling, named = traces.sampling, {part.name for part in prompted}
     traced = {part.name for part in sampled}
     sources = [traces.sources.get(name or "") for name in traced]
     own_select = all(source is not None and source.select is not None for source in sources)

@@ -193,8 +193,8 @@ def load_grid(named: str | Path) -> Grid:
             f"{path} is a recipe and no grid; write a grid with rows: [{{label: one, recipe: {path}}}]"
         )
     if not isinstance(content, dict):
-        what = "is empty" if content is None else f"holds no grid but {type(content).__name__}"
-        raise RacError(f"{path} {what}; write it as rows: [{{label: one, recipe: rac_2of4}}]")
+        problem = "is empty" if content is None else f"holds no grid but {type(content).__name__}"
+        raise RacError(f"{path} {problem}; write it as rows: [{{label: one, recipe: rac_2of4}}]")
     return check_settings(Grid, content, str(path))
 
 
@@ -224,10 +224,10 @@ def plan_rows(
         dense = " (it is that of the dense model)" if label == DENSE else ""
         wrong.append(f"{label}: this label is used twice{dense}; give each row its own")
     if wrong:
-        others = ", ".join(run.label for run in planned) or "none"
+        possible = ", ".join(run.label for run in planned) or "none"
         raise RacError(
             "\n- ".join([f"{where}: nothing was started, because of", *wrong])
-            + f"\nRows that could run: {others}"
+            + f"\nRows that could run: {possible}"
         )
     return planned
 
@@ -275,10 +275,10 @@ def _run(row: GridRow, grid: Grid, label: str, seed: int | None) -> PlannedRow:
     values = {**row.set, **({} if seed is None else {"calibration.seed": seed})}
     set_values(entry, {tuple(key.split(".")): value for key, value in values.items()})
     checked = check_entry(entry, "its recipe", name)
-    parts = [
+    asking = [
         checked.traces.named(part.name) for part in checked.calibration.parts("traces", "prompts")
     ]
-    sources = frozenset(part.problems.source for part in parts)
+    sources = frozenset(part.problems.source for part in asking)
     evaluated = ProblemSource(source=grid.evaluation.source)
     if evaluated.source in sources and not evaluated.is_generator:
         raise RacError(
@@ -292,7 +292,7 @@ def _run(row: GridRow, grid: Grid, label: str, seed: int | None) -> PlannedRow:
         group = "sparse + quantized"
     else:
         group = "sparse"
-    prompts = tuple(PromptSettings.of(part.sampling) for part in parts)
+    prompts = tuple(PromptSettings.of(part.sampling) for part in asking)
     return PlannedRow(label, row.label, row.group or group, seed, recipe, prompts, sources)
 
 
@@ -300,9 +300,9 @@ def _whole(row: GridRow) -> Any:
     """Return the recipe of a row in the layout that llm-compressor reads."""
     if isinstance(row.recipe, str):
         return read_recipe(row.recipe)
-    whole = any(str(key).endswith("_stage") for key in row.recipe)
+    has_stages = any(str(key).endswith("_stage") for key in row.recipe)
     return copy.deepcopy(
-        row.recipe if whole else {"frontier_stage": {"frontier_modifiers": row.recipe}}
+        row.recipe if has_stages else {"frontier_stage": {"frontier_modifiers": row.recipe}}
     )
 
 
@@ -310,6 +310,6 @@ def _merged(below: Any, above: Mapping[str, Any]) -> dict[str, Any]:
     """Return `below` with the values of `above`, group by group."""
     result = copy.deepcopy(dict(below)) if isinstance(below, Mapping) else {}
     for key, value in above.items():
-        both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
-        result[key] = _merged(result[key], value) if both else copy.deepcopy(value)
+        nested = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+        result[key] = _merged(result[key], value) if nested else copy.deepcopy(value)
     return result

@@ -1,4 +1,4 @@
-"""Which zeros a pruned weight must have: N of every M consecutive inputs, or a share of the whole tensor."""
+"""Which zeros a pruned weight must have: N of every M consecutive inputs, or a share of all."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from rac_modifier.errors import RacError
 def check_is_text(mask_structure: Any) -> Any:
     """Refuse a number, such as 124, which YAML makes of 2:4 without quotes (RacError)."""
     if isinstance(mask_structure, int) and mask_structure >= 60:
-        written = ":".join(
-            map(str, divmod(mask_structure, 60))
-        )  # in YAML 1.1, colons separate digits of base 60
+        # in YAML 1.1, colons separate digits of base 60
+        written = ":".join(map(str, divmod(mask_structure, 60)))
         raise RacError(
             f'{mask_structure} is what YAML reads {written} as; write "{written}", in quotes'
         )
     if isinstance(mask_structure, int | float):
         raise RacError(
-            f'{mask_structure} is no pattern; write "2:4", or for a share of the weights sparsity: 0.5'
+            f'{mask_structure} is no pattern; write "2:4", or for a share of the weights sparsity: '
+            "0.5"
         )
     return mask_structure
 
@@ -29,9 +29,9 @@ def check_is_text(mask_structure: Any) -> Any:
 class Pattern:
     """A sparsity pattern; build it with `parse` (values of a recipe), `n_of_m` or `unstructured`.
 
-    `n` of every `m` consecutive input weights of an output row are zero. As in llm-compressor's `mask_structure`, N is
-    the number *pruned*, so "1:4" prunes 25 %. Unstructured patterns have n = m = 0. `sparsity` is the share of zeros, 0 where
-    nothing is pruned.
+    `n` of every `m` consecutive input weights of an output row are zero. As in llm-compressor's
+    `mask_structure`, N is the number *pruned*: "1:4" prunes 25 %. Unstructured patterns have
+    n = m = 0. `sparsity` is the share of zeros, 0 where nothing is pruned.
     """
 
     sparsity: float
@@ -40,7 +40,7 @@ class Pattern:
 
     @classmethod
     def unstructured(cls, sparsity: float) -> Pattern:
-        """Any weights, a share `sparsity` of them, 0 < sparsity < 1."""
+        """Prune any weights, a share `sparsity` of them, 0 < sparsity < 1."""
         if not 0.0 < sparsity < 1.0:  # also refuses nan
             raise RacError(
                 f"sparsity {sparsity}: must lie strictly between 0 and 1; use 0.5 to prune half"
@@ -49,73 +49,76 @@ class Pattern:
 
     @classmethod
     def nothing(cls) -> Pattern:
-        """No weight: for modules that are only quantized."""
+        """Prune no weight, in modules that are only quantized."""
         return cls(sparsity=0.0)
 
     @classmethod
     def n_of_m(cls, n: int, m: int) -> Pattern:
-        """`n` zeros in every group of `m` consecutive inputs, 0 < n < m."""
+        """Put `n` zeros into every group of `m` consecutive inputs, 0 < n < m."""
         if not 0 < n < m:
             raise RacError(
-                f'mask_structure "{n}:{m}": prunes {n} of every {m} weights, and N must be at least 1 and less than M; '
-                'use "2:4" for half of the weights or "0:0" for an unstructured pattern'
+                f'mask_structure "{n}:{m}": prunes {n} of every {m} weights, and N must be at least 1 '
+                'and less than M; use "2:4" for half of the weights or "0:0" for an unstructured '
+                "pattern"
             )
         return cls(sparsity=n / m, n=n, m=m)
 
     @classmethod
     def parse(cls, mask_structure: str, sparsity: float | None) -> Pattern:
-        """The pattern that a recipe describes: `mask_structure` "N:M" (N pruned), or "0:0" with a `sparsity`.
+        """Return the pattern of a recipe: "N:M" (N pruned), or "0:0" with a `sparsity`.
 
         Raises:
-            RacError: text that is not "N:M", an impossible N:M, a sparsity outside (0, 1), or a sparsity with N:M
-                (llm-compressor ignores it).
+            RacError: not "N:M", an impossible N:M, a sparsity outside (0, 1), or one with N:M.
         """
         match = re.fullmatch(r"([0-9]{1,6}):([0-9]{1,6})", mask_structure)
         if match is None:
             raise RacError(
-                f'mask_structure {mask_structure!r}: not of the form "N:M"; use "2:4", or "0:0" with a sparsity'
+                f'mask_structure {mask_structure!r}: not of the form "N:M"; use "2:4", or "0:0" with '
+                "a sparsity"
             )
         n, m = int(match[1]), int(match[2])
         if n == m == 0:
             if sparsity is None:
                 raise RacError(
-                    'mask_structure "0:0" with no sparsity: unstructured needs one; add "sparsity: 0.5"'
+                    'mask_structure "0:0" with no sparsity: unstructured needs one; add '
+                    '"sparsity: 0.5"'
                 )
             return cls.unstructured(sparsity)
         pattern = cls.n_of_m(n, m)
         if sparsity is not None:
             raise RacError(
-                f'sparsity: {sparsity} has no effect with mask_structure "{n}:{m}", which prunes {pattern.sparsity:.4g} of '
-                'the weights; leave sparsity out, or set mask_structure "0:0" for that sparsity without a structure'
+                f'sparsity: {sparsity} has no effect with mask_structure "{n}:{m}", which prunes '
+                f"{pattern.sparsity:.4g} of the weights; leave sparsity out, or set mask_structure "
+                '"0:0" for that sparsity without a structure'
             )
         return pattern
 
     @property
     def is_structured(self) -> bool:
-        """True for N:M, False for unstructured."""
+        """Whether the pattern is N:M."""
         return self.m > 0
 
     @property
     def mask_structure(self) -> str:
-        """The recipe's spelling: "2:4", or "0:0" for unstructured."""
+        """As a recipe spells it: "2:4", or "0:0" for unstructured."""
         return f"{self.n}:{self.m}"
 
     def describe(self) -> str:
-        """The pattern in words, for reports."""
+        """Return the pattern in words, for reports."""
+        percent = f"{100 * self.sparsity:.4g} %"
         if self.is_structured:
-            return f"{self.n} of every {self.m} consecutive input weights are zero ({100 * self.sparsity:.4g} %)"
-        if not self.sparsity:
-            return "no weight is pruned"
-        return f"{100 * self.sparsity:.4g} % of the weights are zero, anywhere"
+            return f"{self.n} of every {self.m} consecutive input weights are zero ({percent})"
+        return (
+            f"{percent} of the weights are zero, anywhere"
+            if self.sparsity
+            else ("no weight is pruned")
+        )
 
     def check_shape(self, name: str, rows: int, columns: int) -> None:
-        """Refuse a module whose inputs do not divide into groups of M.
-
-        Raises:
-            RacError: naming the module.
-        """
+        """Refuse a module whose inputs do not divide into groups of M (RacError: naming it)."""
         if self.is_structured and columns % self.m:
             raise RacError(
-                f"{name}: weight [{rows}, {columns}] cannot hold {self.mask_structure}, since {columns} inputs are no "
-                f'multiple of {self.m}; add "{name}" to ignore or choose another mask_structure'
+                f"{name}: weight [{rows}, {columns}] cannot hold {self.mask_structure}, since "
+                f'{columns} inputs are no multiple of {self.m}; add "{name}" to ignore or choose '
+                "another mask_structure"
             )

@@ -74,13 +74,13 @@ class QuantizationSettings(Settings):
         return self
 
 
-def _check_known(values: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
+def _check_known(values: Mapping[str, Any], names: tuple[str, ...], where: str) -> None:
     for name, value in values.items():
-        if name not in known:
-            close = difflib.get_close_matches(str(name), known, n=1)
+        if name not in names:
+            close = difflib.get_close_matches(str(name), names, n=1)
             raise RacError(
                 f"{where}.{name}: compressed-tensors has no such setting (value {value!r}); use "
-                f"{close[0] if close else 'one of ' + ', '.join(known)}"
+                f"{close[0] if close else 'one of ' + ', '.join(names)}"
             )
 
 

@@ -76,12 +76,12 @@ def find_named_entry(recipe: Any, where: str) -> tuple[str, dict[str, Any]]:
     """
     layout = "write it as pruning_stage: pruning_modifiers: {}: {{...}}"
     if not isinstance(recipe, dict):
-        what = "is empty" if recipe is None else f"holds no recipe but {type(recipe).__name__}"
-        raise RacError(f"{where} {what}; {layout.format(NAME)}")
+        problem = "is empty" if recipe is None else f"holds no recipe but {type(recipe).__name__}"
+        raise RacError(f"{where} {problem}; {layout.format(NAME)}")
     entries: list[tuple[str, dict[str, Any]]] = []
-    others: list[str] = []
+    modifier_names: list[str] = []
     for group, modifiers in _groups_of(recipe):
-        others += map(str, modifiers or ())
+        modifier_names += map(str, modifiers or ())
         for name in ENTRIES.keys() & (modifiers or {}).keys():
             assert modifiers is not None
             if not _is_read(group):
@@ -101,7 +101,9 @@ def find_named_entry(recipe: Any, where: str) -> tuple[str, dict[str, Any]]:
             f"{where} has {names}; leave one of them out: one calibrates the whole recipe"
         )
     if not entries:
-        meant = next((m for o in others for m in get_close_matches(o, ENTRIES, 1, 0.9)), None)
+        meant = next(
+            (m for o in modifier_names for m in get_close_matches(o, ENTRIES, 1, 0.9)), None
+        )
         next_step = f"did you mean {meant}?" if meant else layout.format(NAME)
         raise RacError(f"{where} has no {' or '.join(ENTRIES)}; {next_step}")
     return entries[0]
@@ -124,7 +126,7 @@ def overlooked(recipe: Any) -> list[str]:
 
 
 def check_layout(recipe: Any, where: str) -> None:
-    """Refuse a recipe of which llm-compressor would overlook a part (RacError)."""
+    """Refuse a recipe if llm-compressor would overlook a part of it (RacError)."""
     if unread := overlooked(recipe):
         raise RacError(
             f"{where}: llm-compressor would overlook {unread[0]}; write it as quantization_stage: "
@@ -167,9 +169,9 @@ def apply_overrides(entry: dict[str, Any], overrides: list[str], name: str = NAM
         and written_value(entry, path) is not None
         and not any(changed[: len(path)] == path for changed in changes)
     }
-    left = without_paths(entry, set(unused))
+    used = without_paths(entry, set(unused))
     entry.clear()
-    entry.update(left)
+    entry.update(used)
     return [f"{'.'.join(path)} is dropped: it has no effect {why}" for path, why in unused.items()]
 
 

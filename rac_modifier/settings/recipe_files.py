@@ -97,7 +97,7 @@ def _refused(problem: str, where: Any) -> yaml.YAMLError:
     return yaml.constructor.ConstructorError(problem=problem, problem_mark=where.start_mark)
 
 
-def read_yaml(path: Path, what: str, next_step: str) -> Any:
+def read_yaml(path: Path, kind: str, next_step: str) -> Any:
     """Return what a YAML file holds.
 
     Raises:
@@ -105,11 +105,11 @@ def read_yaml(path: Path, what: str, next_step: str) -> Any:
             or what `parse_yaml` refuses.
     """
     try:
-        if path.exists() and regular_file(path, what).stat().st_size > _BYTES:
-            raise RacError(f"{what} {path} has over {_BYTES} bytes; {next_step}")
+        if path.exists() and regular_file(path, kind).stat().st_size > _BYTES:
+            raise RacError(f"{kind} {path} has over {_BYTES} bytes; {next_step}")
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise RacError(f"{what} {path} cannot be read ({error}); {next_step}") from error
+        raise RacError(f"{kind} {path} cannot be read ({error}); {next_step}") from error
     return parse_yaml(text, f"{path} is not YAML; repair it, or name another file")
 
 
@@ -133,13 +133,13 @@ def parse_yaml(text: str, message: str) -> Any:
         raise RacError(f"{message} ({error})") from error
 
 
-def _size(node: yaml.Node, known: dict[int, int]) -> int:
+def _size(node: yaml.Node, sizes: dict[int, int]) -> int:
     """Count the nodes below `node`, those behind an alias at each of its uses."""
     if isinstance(node, yaml.ScalarNode):
         return 1
-    if id(node) not in known:
-        known[id(node)] = _NODES + 1  # counts for an alias inside of its own anchor
+    if id(node) not in sizes:
+        sizes[id(node)] = _NODES + 1  # counts for an alias inside of its own anchor
         pairs = isinstance(node, yaml.MappingNode)
-        below = [part for pair in node.value for part in pair] if pairs else node.value
-        known[id(node)] = 1 + sum(_size(part, known) for part in below)
-    return known[id(node)]
+        below = [child for pair in node.value for child in pair] if pairs else node.value
+        sizes[id(node)] = 1 + sum(_size(child, sizes) for child in below)
+    return sizes[id(node)]

@@ -144,16 +144,16 @@ class EngineSettings(Settings):
 def _normal(url: str) -> str:
     """Return an address as the client takes it (RacError: no address, or one with a password)."""
     try:
-        parts = urlsplit(url)
-        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        address = urlsplit(url)
+        valid = address.scheme in ("http", "https") and bool(address.hostname) and address.port != 0
     except ValueError:
         valid = False
     # urlsplit reads over line ends, which would end a header
-    if not valid or parts.query or parts.fragment or not url.isprintable() or " " in url:
+    if not valid or address.query or address.fragment or not url.isprintable() or " " in url:
         raise RacError(f"base_urls: {url!r} is no address of a server; write it like {_EXAMPLE}")
-    if parts.username or parts.password:
+    if address.username or address.password:
         raise RacError(
             "base_urls: an address holds a user name or password; name a variable with "
             "api_key_env instead"
         )
-    return url.rstrip("/") + ("/v1" if not parts.path.strip("/") else "")
+    return url.rstrip("/") + ("/v1" if not address.path.strip("/") else "")

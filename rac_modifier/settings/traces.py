@@ -62,11 +62,7 @@ class SelectSettings(Settings):
         return not (self.checks_answers or self.finished or any(limits))
 
     def check_against(self, max_new_tokens: int, samples_per_problem: int) -> None:
-        """Refuse what no trace sampled so can meet.
-
-        Raises:
-            RacError: naming both settings.
-        """
+        """Refuse what no trace sampled so can meet (RacError: naming both settings)."""
         if self.min_tokens is not None and self.min_tokens > max_new_tokens:
             raise RacError(
                 f"select.min_tokens={self.min_tokens} can never be met with "

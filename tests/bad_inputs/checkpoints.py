@@ -18,12 +18,6 @@ def _(b: Bench) -> None:
     b.rac_prune()
 
 
-@CASES.case("an output that is a file", "is a file; name a folder")
-def _(b: Bench) -> None:
-    (b.tmp / "out").write_text("mine")
-    b.rac_prune()
-
-
 @CASES.case("no room on disk for the checkpoint", "GiB are free, the checkpoint needs up to")
 def _(b: Bench) -> None:
     usage = namedtuple("usage", "total used free")
@@ -39,19 +33,6 @@ def _(b: Bench) -> None:
     b.prune(model=model)
     model.model.layers[0].mlp.up_proj.weight.data.fill_(1.0)
     model.save_pretrained(b.tmp / "out")
-
-
-@CASES.case("loading a checkpoint with a damaged packed weight", "model.layers.0.mlp.up_proj")
-def _(b: Bench) -> None:
-    from safetensors.torch import load_file, save_file
-
-    from rac_modifier import load_model
-
-    b.prune(output_dir=str(b.tmp / "out"))
-    tensors = load_file(b.tmp / "out" / "model.safetensors")
-    tensors["model.layers.0.mlp.up_proj.bitmask"][0, 0] = 255
-    save_file(tensors, b.tmp / "out" / "model.safetensors", {"format": "pt"})
-    load_model(b.tmp / "out")
 
 
 @CASES.case(
@@ -94,30 +75,10 @@ def _(b: Bench) -> None:
 
 
 @CASES.case(
-    "a sparsity_config of a format that is not known",
-    "sparsity_config.format is 'sparse-new', which cannot be read",
-)
-def _(b: Bench) -> None:
-    shutil.copytree(b.folder, b.tmp / "model")
-    config = json.loads((b.tmp / "model" / "config.json").read_text())
-    config["quantization_config"] = {
-        "quant_method": "compressed-tensors",
-        "sparsity_config": {"format": "sparse-new"},
-    }
-    (b.tmp / "model" / "config.json").write_text(json.dumps(config))
-    b.rac("inspect", b.tmp / "model")
-
-
-@CASES.case(
     "looking into a folder that is not there", "no such folder; give the folder of a saved model"
 )
 def _(b: Bench) -> None:
     b.rac("inspect", b.tmp / "nowhere")
-
-
-@CASES.case("looking into a model of the hub", "hf download ID --local-dir FOLDER makes one")
-def _(b: Bench) -> None:
-    b.rac("inspect", "owner/name")
 
 
 @CASES.case(
@@ -148,19 +109,6 @@ def _(b: Bench) -> None:
         "targets": ["Linear"],
         "weights": weights,
         "input_activations": inputs,
-        "format": "pack-quantized",
-    }
-    _activations_of(b, {"quant_method": "compressed-tensors", "config_groups": {"g": group}})
-
-
-@CASES.case(
-    "activations of a dense int8 model",
-    "with rounded activations (its weights are int8: int8 one scale per channel",
-)
-def _(b: Bench) -> None:
-    group = {
-        "targets": ["Linear"],
-        "weights": {"num_bits": 8, "strategy": "channel"},
         "format": "pack-quantized",
     }
     _activations_of(b, {"quant_method": "compressed-tensors", "config_groups": {"g": group}})

@@ -1,7 +1,8 @@
-"""Mistakes about `rac frontier` and `rac report`."""
+"""Mistakes about `rac eval`, `rac frontier` and `rac report`."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,13 @@ def changed(b: Bench, name: str, old: str, new: str) -> Path:
     return path.parent
 
 
+def copy_of(b: Bench, *rows: dict[str, Any]) -> Path:
+    """A user's copy of a benchmark."""
+    path = b.tmp / "copy.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 CASES += [
     Case(
         "a recipe in the place of a grid",
@@ -65,21 +73,9 @@ CASES += [
         ),
     ),
     Case(
-        "a grid that is a text",
-        "holds no grid but str; write it as rows:",
-        lambda b: b.rac(
-            "frontier", b.folder, "--recipe-grid", written(b, "hello"), "--out", b.tmp / "f"
-        ),
-    ),
-    Case(
         "a grid with a concurrency and no server",
         "concurrency=9 is for a server; set serve: true, or set batch_size",
         lambda b: frontier(b, evaluation={"concurrency": 9}),
-    ),
-    Case(
-        "`rac traces collect --concurrency` without a server",
-        "--concurrency 9 is for --serve",
-        lambda b: collect(b, "--concurrency", "9"),
     ),
     Case(
         "`rac report` of a damaged line",
@@ -87,5 +83,24 @@ CASES += [
         lambda b: b.rac(
             "report", changed(b, "rows.jsonl", '{"version"', '"version"'), "-o", "report.html"
         ),
+    ),
+]
+CASES += [
+    Case(
+        "`rac eval --preset` of generated problems",
+        "which generates problems of its own",
+        lambda b: b.rac("eval", b.folder, "--preset", "math-500", "--source", "arithmetic"),
+    ),
+    Case(
+        "`rac eval --preset` with a copy that lacks a column",
+        "has no column 'answer'",
+        lambda b: b.rac(
+            "eval", b.folder, "--preset", "math-500", "--source", copy_of(b, {"problem": "1 + 1?"})
+        ),
+    ),
+    Case(
+        "`rac eval --top-p` above 1",
+        "is not a share of the probability",
+        lambda b: b.rac("eval", b.folder, "--temperature", "1", "--top-p", "1.5"),
     ),
 ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 from tests.bad_inputs.bench import Bench, Cases
@@ -38,23 +37,6 @@ def _(b: Bench) -> None:
     tensors["model.norm.weight"][3] = float("nan")
     save_file(tensors, file, {"format": "pt"})
     b.rac("pack", file.parent, b.tmp / "out")
-
-
-@CASES.case(
-    "`rac pack` of a folder without config.json",
-    "no config.json is in it; give the folder of a saved model",
-)
-def _(b: Bench) -> None:
-    (sparse(b) / "config.json").unlink()
-    b.rac("pack", b.tmp / "sparse", b.tmp / "out")
-
-
-@CASES.case(
-    "`rac pack` of a download that lacks a file", "No such file or directory; name an existing file"
-)
-def _(b: Bench) -> None:
-    sorted(sparse(b, "60KB").glob("*.safetensors"))[-1].unlink()
-    b.rac("pack", b.tmp / "sparse", b.tmp / "out")
 
 
 @CASES.case("`rac pack` of a download that was cut off in a file", "cannot be read as safetensors")
@@ -95,12 +77,6 @@ def _(b: Bench) -> None:
         b.rac("pack", sparse(b), b.tmp / "out")
 
 
-@CASES.case("`rac pack` into a folder that is not empty", "is in use; name an empty or a new one")
-def _(b: Bench) -> None:
-    shutil.copytree(b.folder, b.tmp / "out")
-    b.rac("pack", sparse(b), b.tmp / "out")
-
-
 @CASES.case(
     "`rac pack` into the folder of the model", "is the model itself, which is left as it is"
 )
@@ -121,11 +97,3 @@ def _(b: Bench) -> None:
 )
 def _(b: Bench) -> None:
     b.rac("unpack", b.folder, b.tmp / "out")
-
-
-@CASES.case(
-    "`rac pack` or `rac unpack` of a folder that is not there",
-    "no such folder; give the folder of a saved model",
-)
-def _(b: Bench) -> None:
-    b.rac("unpack", b.tmp / "gone", b.tmp / "out")

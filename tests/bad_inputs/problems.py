@@ -18,22 +18,9 @@ CASES += [
         lambda b: b.prune_with(traces=b.problems({"problem": "1+1?"}, column="quest")),
     ),
     Case(
-        "a problem file of unknown columns, none named",
-        "which column holds the question? Set `column` to one of: text",
-        lambda b: b.prune_with(traces=b.problems({"text": "1+1?"})),
-    ),
-    Case(
         "a problem file whose values have no types",
         "traces.problems.source: 'my.csv' is a table of a kind that is not read; save it as one of .jsonl, .json, .parquet",
         lambda b: b.check(traces={"problems": {"source": "my.csv"}}),
-    ),
-    Case("an empty problem file", "holds no problems", lambda b: b.prune_with(traces=b.problems())),
-    Case(
-        "a problem file that is not there",
-        "no such file; check the path",
-        lambda b: b.prune_with(
-            traces={"problems": {"source": "nowhere.jsonl"}, "store": str(b.tmp / "new.jsonl")}
-        ),
     ),
     Case(
         "an unknown reasoning-gym task",
@@ -63,18 +50,6 @@ CASES += [
             b.problems({"problem": "1+1?"})["problems"]["source"],
             "--problems",
             1,
-        ),
-    ),
-    Case(
-        "evaluating on more problems than there are",
-        "gave 1 problems of the 5 asked for",
-        lambda b: b.rac(
-            "eval",
-            b.folder,
-            "--source",
-            b.problems({"problem": "1+1?"})["problems"]["source"],
-            "--problems",
-            5,
         ),
     ),
 ]
@@ -119,26 +94,12 @@ def _(b: Bench) -> None:
 
 
 @CASES.case(
-    "a GGUF file in the place of a model",
-    "GGUF, which is not read; take the model that it was made from",
-)
-def _(b: Bench) -> None:
-    (b.tmp / "model.gguf").write_bytes(b"GGUF")
-    b.rac("eval", b.tmp / "model.gguf")
-
-
-@CASES.case(
     "a folder of GGUF files", "GGUF, which is not read; take the model that it was made from"
 )
 def _(b: Bench) -> None:
     (b.tmp / "model").mkdir()
     (b.tmp / "model" / "model.gguf").write_bytes(b"GGUF")
     b.rac("pack", b.tmp / "model", "--check")
-
-
-@CASES.case("a file of a model in the place of its folder", "a file; name the folder that it is in")
-def _(b: Bench) -> None:
-    b.rac("eval", b.folder / "model.safetensors")
 
 
 @CASES.case("an empty folder in the place of a model", "no config.json is in it")

@@ -1,13 +1,99 @@
-"""Mistakes in a recipe."""
+"""Mistakes in a recipe: pattern, targets, calibration, quantization, modifiers."""
 
 from __future__ import annotations
 
-from tests.bad_inputs.bench import Case, Cases
+import yaml
+
+from tests.bad_inputs.bench import Bench, Case, Cases
 from tests.tiny import NAME
 
 CASES = Cases()
+UNSTRUCTURED = {"mask_structure": "0:0", "sparsity": 0.5}
 
+for value in (0, 1.7):
+    CASES.append(
+        Case(
+            f"`sparsity: {value}`",
+            f"sparsity {float(value)}: must lie strictly between 0 and 1",
+            lambda b, value=value: b.check(mask_structure="0:0", sparsity=value),
+        )
+    )
+for text, says in (
+    ("5:4", 'mask_structure "5:4": prunes 5 of every 4'),
+    ("a:b", "mask_structure 'a:b': not of the form \"N:M\""),
+):
+    CASES.append(
+        Case(f'`mask_structure: "{text}"`', says, lambda b, text=text: b.check(mask_structure=text))
+    )
 CASES += [
+    Case(
+        "`mask_structure: 2:4` without quotes",
+        'mask_structure: 124 is what YAML reads 2:4 as; write "2:4", in quotes',
+        lambda b: b.check(mask_structure=yaml.safe_load("2:4")),
+    ),
+    Case(
+        "a share as `mask_structure`",
+        'mask_structure: 0.5 is no pattern; write "2:4", or for a share of the weights sparsity: 0.5',
+        lambda b: b.check(mask_structure=0.5),
+    ),
+    Case(
+        "neither `sparsity` nor an N:M `mask_structure`",
+        'mask_structure "0:0" with no sparsity',
+        lambda b: b.check(mask_structure="0:0"),
+    ),
+    Case(
+        "a share of 0 in `allocation`",
+        "name a module that is to stay dense in ignore",
+        lambda b: b.check(**UNSTRUCTURED, allocation={"re:.*q_proj": 0.0}),
+    ),
+    Case(
+        "`allocation` of a module that is not there",
+        "matches none of the 14 modules to be pruned",
+        lambda b: b.prune_with(**UNSTRUCTURED, allocation={"re:.*c_proj": 0.4}),
+    ),
+    Case(
+        "`allocation` that leaves the other modules too little",
+        "to make the average 0.5; it must lie between 0 and 1",
+        lambda b: b.prune_with(**UNSTRUCTURED, allocation={"re:.*mlp.*": 0.99}),
+    ),
+    Case("an unknown solver", "did you mean 'sparsegpt'?", lambda b: b.check(solver="sparsegtp")),
+    Case(
+        "a preset that does not exist",
+        "preset: must be 'quality', 'fast' or 'paper'",
+        lambda b: b.check(preset="best"),
+    ),
+    Case(
+        "a setting that left with version 0.2",
+        "block_size: there is no such setting (value 64); leave it out: sparsegpt prunes 128",
+        lambda b: b.check(block_size=64),
+    ),
+    Case(
+        "shares that do not sum to 1",
+        "sum to 0.9; make them sum to 1",
+        lambda b: b.check(calibration={"mixture": {"traces": 0.5, "prompts": 0.4}}),
+    ),
+    Case(
+        "an unknown weighting of traces",
+        "trace_weighting is 'length'; use uniform, inverse_length, correct",
+        lambda b: b.check(calibration={"trace_weighting": "length"}),
+    ),
+    Case(
+        "`traces` with a mixture without traces and prompts",
+        "traces: {'store': 's.jsonl'} has no effect with a mixture without traces and prompts",
+        lambda b: b.check(traces={"store": "s.jsonl"}, calibration={"mixture": {"generic": 1.0}}),
+    ),
+    Case(
+        "a budget larger than the problems give",
+        "are used up",
+        lambda b: b.prune_with(traces=b.problems({"problem": "1+1?"}, {"problem": "2+2?"})),
+    ),
+    Case(
+        "a config group that compressed-tensors refuses",
+        "config_groups.g: 1 validation error for QuantizationScheme",
+        lambda b: b.prune_with(
+            quantization={"config_groups": {"g": {"weights": {"num_bits": 4, "strategy": "group"}}}}
+        ),
+    ),
     Case(
         "a recipe without this modifier",
         f"has no {NAME} or ReasoningAwareCalibrationModifier",
@@ -20,20 +106,57 @@ CASES += [
             "s_stage: {m_modifiers: {ReasoningAwareSparseGptModifier: {sparsity: 0.5}}}"
         ),
     ),
-]
-
-
-CASES += [
     Case(
         "both of this package's modifiers in one recipe file",
         f"has ReasoningAwareCalibrationModifier and {NAME}; leave one of them out",
         lambda b: b.rac_prune(
-            f"s_stage: {{a_modifiers: {{{NAME}: }}, b_modifiers: {{ReasoningAwareCalibrationModifier: }}}}"
+            f"s_stage: {{a_modifiers: {{{NAME}: }}, "
+            "b_modifiers: {ReasoningAwareCalibrationModifier: }}"
         ),
     ),
-    Case(
-        "a preset that does not exist",
-        "preset: must be 'quality', 'fast' or 'paper'",
-        lambda b: b.check(preset="best"),
-    ),
 ]
+
+
+@CASES.case("a model whose activations overflow", "activations of 64 of 64 inputs are not finite")
+def _(b: Bench) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(b.folder)
+    model.model.layers[1].input_layernorm.weight.data[:] = float("inf")
+    b.prune(model, settings={"calibration": {"tokens": 300, "mixture": {"prompts": 1.0}}})
+
+
+@CASES.case(
+    "a quantization modifier after pruning with quantization",
+    "would quantize twice; leave one of them out",
+)
+def _(b: Bench) -> None:
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+
+    later = QuantizationModifier(scheme="W8A8", targets=["Linear"], ignore=["lm_head"])
+    b.prune(later=(later,), settings={"quantization": {"scheme": "W8A8"}})
+
+
+@CASES.case(
+    "an asymmetric QuantizationModifier after pruning, packed", "quantize with a symmetric scheme"
+)
+def _(b: Bench) -> None:
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+
+    group = {
+        "targets": ["Linear"],
+        "weights": {"num_bits": 4, "strategy": "group", "group_size": 32, "symmetric": False},
+    }
+    b.prune(
+        later=(QuantizationModifier(config_groups={"g": group}, ignore=["lm_head"]),),
+        output_dir=str(b.tmp / "out"),
+    )
+
+
+@CASES.case(
+    "both of this package's modifiers in one recipe", "which calibrates the whole recipe: leave"
+)
+def _(b: Bench) -> None:
+    from rac_modifier import ReasoningAwareCalibrationModifier
+
+    b.prune(later=(ReasoningAwareCalibrationModifier(traces={"store": str(b.store)}),))

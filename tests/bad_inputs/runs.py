@@ -1,60 +1,50 @@
-"""Mistakes about the run: what `oneshot` is given beside the recipe, and where the result goes."""
+"""Mistakes about a run: oneshot's arguments, folders, memory, processes, resuming, recovery."""
 
 from __future__ import annotations
 
+import shutil
+
 import torch
 
-from tests.bad_inputs.bench import Bench, Cases
-from tests.tiny import NAME, entry, tiny_tokenizer
+from tests.bad_inputs.bench import Bench, Case, Cases
+from tests.tiny import NAME, entry, linears, save_tiny
 
 CASES = Cases()
 
+CASES += [
+    Case(
+        "`oneshot(num_calibration_samples=...)` next to the recipe",
+        "leave the num_calibration_samples argument out; set calibration.tokens in the recipe",
+        lambda b: b.prune(num_calibration_samples=64),
+    ),
+    Case(
+        "`oneshot(max_seq_length=...)` next to the recipe",
+        "leave the max_seq_length argument out; set calibration.max_sequence_tokens in the recipe",
+        lambda b: b.prune(max_seq_length=2048),
+    ),
+    Case(
+        "`oneshot(output_dir=...)` with a folder that is not empty",
+        "is in use; name an empty or a new one",
+        lambda b: b.prune(output_dir=str(b.tmp)),
+    ),
+    Case(
+        "an output folder below a file",
+        "traces.jsonl is a file, so no folder can be made in it; name another",
+        lambda b: b.rac_prune(out="traces.jsonl/out"),
+    ),
+    Case(
+        "`rac recover --set` of a setting that does not exist",
+        "--set: tokns: there is no such setting (value 5); did you mean tokens?",
+        lambda b: b.rac("recover", b.folder, b.folder, b.tmp / "out", "--set", "tokns=5"),
+    ),
+]
 
-@CASES.case("`oneshot(dataset=...)` beside the recipe", "leave the dataset argument out")
+
+@CASES.case("`oneshot(dataset=...)` next to the recipe", "leave the dataset argument out")
 def _(b: Bench) -> None:
     from torch.utils.data import DataLoader
 
     b.prune(dataset=DataLoader([{"input_ids": torch.arange(2, 20)}], batch_size=1))
-
-
-@CASES.case(
-    "`oneshot(num_calibration_samples=...)` beside the recipe",
-    "leave the num_calibration_samples argument out; set calibration.tokens in the recipe",
-)
-def _(b: Bench) -> None:
-    b.prune(num_calibration_samples=64)
-
-
-@CASES.case(
-    "`oneshot(max_seq_length=...)` beside the recipe",
-    "leave the max_seq_length argument out; set calibration.max_sequence_tokens in the recipe",
-)
-def _(b: Bench) -> None:
-    b.prune(max_seq_length=2048)
-
-
-@CASES.case("a tokenizer in `oneshot` and another in the recipe", "leave one of them out")
-def _(b: Bench) -> None:
-    tiny_tokenizer().save_pretrained(b.tmp / "other")
-    b.prune(
-        settings={"tokenizer": str(b.folder / ".." / b.folder.name)}, tokenizer=str(b.tmp / "other")
-    )
-
-
-@CASES.case(
-    "`oneshot(output_dir=...)` with a folder that is not empty",
-    "is in use; name an empty or a new one",
-)
-def _(b: Bench) -> None:
-    b.prune(output_dir=str(b.tmp))
-
-
-@CASES.case(
-    "an output folder below a file",
-    "traces.jsonl is a file, so no folder can be made in it; name another",
-)
-def _(b: Bench) -> None:
-    b.rac_prune(out="traces.jsonl/out")
 
 
 @CASES.case("more tokens than fit into memory", "set a lower calibration.tokens")
@@ -68,3 +58,140 @@ def _(b: Bench) -> None:
     from rac_modifier import ReasoningAwareSparseGPTModifier
 
     b.prune(later=(ReasoningAwareSparseGPTModifier(**entry(b.store)),))
+
+
+@CASES.case(
+    "torchrun with `oneshot`, and nobody joined the processes",
+    "call torch.distributed.init_process_group() first",
+)
+def _(b: Bench) -> None:
+    b.monkeypatch.setenv("WORLD_SIZE", "2")
+    b.prune()
+
+
+@CASES.case("processes on several machines", "start it with --nnodes 1")
+def _(b: Bench) -> None:
+    from rac_modifier.processes import present_processes
+
+    b.monkeypatch.setenv("WORLD_SIZE", "4")
+    b.monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    b.monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    present_processes()
+
+
+@CASES.case(
+    "torchrun with other modifiers that calibrate", "beside GPTQModifier runs in one process"
+)
+def _(b: Bench) -> None:
+    from llmcompressor.modifiers.quantization import GPTQModifier
+
+    from rac_modifier.processes import Processes
+
+    two = Processes(0, 2)
+    b.monkeypatch.setattr(
+        "rac_modifier.llmcompressor.calibration_modifier.present_processes", lambda: two
+    )
+    b.prune(later=(GPTQModifier(scheme="W4A16", ignore=["lm_head"]),))
+
+
+@CASES.case("no room on disk for what is pruned so far", "and what is pruned so far up to")
+def _(b: Bench) -> None:
+    size = sum(file.stat().st_size for file in b.folder.glob("*.safetensors"))
+    b.monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 2 * size)
+    )
+    b.rac_prune()
+
+
+@CASES.case(
+    "traces to be sampled by a model that does not fit on the accelerator",
+    "fill the trace store with a server first",
+)
+def _(b: Bench) -> None:
+    from rac_modifier import model_tools
+    from rac_modifier.calibration import trace_budget
+
+    for module in (model_tools, trace_budget):
+        b.monkeypatch.setattr(module, "accelerator", lambda: torch.device("cuda"))
+    b.monkeypatch.setattr(model_tools, "free_bytes", lambda device: 2**20)
+    b.prune(settings={"traces": entry(b.tmp / "new.jsonl")["traces"]})
+
+
+def _killed(b: Bench, about: dict[str, object], calibrated: dict[str, object]) -> None:
+    """A group of a run that was killed, in a folder; and the start of a run that would go on from there."""
+
+    from rac_modifier.llmcompressor import resume
+
+    b.monkeypatch.setattr(resume, "_SAVE_SECONDS", 0.0)
+    first = resume.FinishedGroups(b.tmp / "out.unfinished", ABOUT)
+    first.begin(CALIBRATED)
+    first.add({"m": torch.nn.Linear(2, 2)}, {"m": {}}, {})
+    resume.FinishedGroups(b.tmp / "out.unfinished", {**ABOUT, **about}).begin(
+        {**CALIBRATED, **calibrated}
+    )
+
+
+ABOUT = {"recipe": {"sparsity": 0.5}, "model": "f" * 64, "made with": {"torch": "2.9.0"}}
+CALIBRATED = {"calibration set": "a" * 64, "trace stores": {"traces: t.jsonl": "sha256 aa"}}
+
+CASES += [
+    Case(
+        "a killed run that goes on with another recipe",
+        "holds what a run with another recipe has pruned (sparsity: 0.5 there, 0.6 here); start that run again to go on with it",
+        lambda b: _killed(b, {"recipe": {"sparsity": 0.6}}, {}),
+    ),
+    Case(
+        "a killed run that goes on with another trace store",
+        "has pruned, since a trace store is another one (traces: t.jsonl sha256 aa, now sha256 bb)",
+        lambda b: _killed(
+            b, {}, {"calibration set": "b" * 64, "trace stores": {"traces: t.jsonl": "sha256 bb"}}
+        ),
+    ),
+    Case(
+        "a killed run that goes on with another version of torch",
+        "that was begun with torch 2.9.0, now 2.10.0, and would not end with the same bits: use the same",
+        lambda b: _killed(b, {"made with": {"torch": "2.10.0"}}, {}),
+    ),
+]
+
+
+@CASES.case(
+    "a damaged file of what a killed run has pruned", "group-00000.safetensors: cannot be read"
+)
+def _(b: Bench) -> None:
+    _killed(b, {}, {})
+    (b.tmp / "out.unfinished" / "group-00000.safetensors").write_bytes(b"half")
+    _killed(b, {}, {})
+
+
+@CASES.case(
+    "`rac recover` with the sparse model in the place of the dense one",
+    "the first model has to be the dense one",
+)
+def _(b: Bench) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = save_tiny(b.tmp / "sparse")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    for linear in linears(model).values():
+        linear.weight.data[:, ::2] = 0.0
+    model.save_pretrained(folder)
+    b.rac("recover", folder, b.folder, b.tmp / "out")
+
+
+@CASES.case(
+    "LoRA adapters with dropout on a sparse model, in `fixed_mask`",
+    "lora_dropout cannot be masked; set lora_dropout=0.0",
+)
+def _(b: Bench) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    from rac_modifier.recovery.fixed_mask import fixed_mask
+    from tests.recovery.recovery_helpers import dense_and_sparse
+
+    with fixed_mask(
+        get_peft_model(
+            dense_and_sparse()[1], LoraConfig(target_modules=["q_proj"], lora_dropout=0.1)
+        )
+    ):
+        pass

@@ -39,23 +39,10 @@ def _(b: Bench) -> None:
     b.prune()
 
 
-@CASES.case(
-    "a store whose first line is damaged", "is no trace store, or its first line is corrupt"
-)
-def _(b: Bench) -> None:
-    b.store.write_bytes(b.store.read_bytes()[20:])
-    b.prune()
-
-
 @CASES.case("another file in the place of the store", "is no trace store; name another path")
 def _(b: Bench) -> None:
     b.store.write_text("my diary")
     b.prune()
-
-
-@CASES.case("a folder in the place of the store", "is a folder; name a regular file")
-def _(b: Bench) -> None:
-    b.rac("traces", "inspect", b.folder)
 
 
 @CASES.case("looking into an empty store", "holds no header; collect traces first")
@@ -92,26 +79,9 @@ def _(b: Bench) -> None:
     b.check(traces={"sampling": sampling, "select": {"min_tokens": 41}})
 
 
-@CASES.case(
-    "a selection by difficulty with one sample per problem",
-    "set sampling.samples_per_problem to 2 or more",
-)
-def _(b: Bench) -> None:
-    b.check(traces={"select": {"pass_rate": [0.2, 0.8]}})
-
-
 @CASES.case("correct answers only, from a model that gives none", "traces.select kept 0 of")
 def _(b: Bench) -> None:
     b.prune_with(traces={**entry(b.store)["traces"], "select": {"answers": "correct"}})
-
-
-@CASES.case(
-    "correct answers only, where no answers are known",
-    "has no reference answer, so it cannot be told",
-)
-def _(b: Bench) -> None:
-    traces = b.problems(*({"problem": f"{i}+{i}?"} for i in range(99)))
-    b.prune_with(traces={**traces, "select": {"answers": "correct"}}, calibration={"tokens": 300})
 
 
 @CASES.case(
@@ -119,22 +89,6 @@ def _(b: Bench) -> None:
 )
 def _(b: Bench) -> None:
     b.rac("traces", "inspect", b.store, "--select", "correct")
-
-
-@CASES.case(
-    "exporting to another format",
-    "the format 'csv' is not known; name a file that ends in .parquet or .jsonl",
-)
-def _(b: Bench) -> None:
-    b.rac("traces", "export", b.store, b.tmp / "out.csv")
-
-
-@CASES.case(
-    "`rac traces export --model` without text",
-    "has no effect without --text; leave it out, or add --text",
-)
-def _(b: Bench) -> None:
-    b.rac("traces", "export", b.store, b.tmp / "out.parquet", "--model", b.folder)
 
 
 @CASES.case("collecting for a recipe without traces", "so there is nothing to collect")

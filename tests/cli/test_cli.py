@@ -1,45 +1,67 @@
+"""`--help` of every command, wrong use, and packages that are not installed."""
+
+from __future__ import annotations
+
 import json
+import re
+import shlex
 import sys
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from rac_modifier import cli
 
-COMMANDS = [(), ("traces",), ("traces", "collect"), ("traces", "inspect"), ("traces", "export"), ("prune",), ("recover",),
-            ("eval",), ("inspect",), ("schema",), ("recipes",), ("recipes", "show")]  # fmt: skip
+LINES, COLUMNS = 40, 100  # of a screen
+ROOT = typer.main.get_command(cli.app)
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_help(command):
-    result = CliRunner().invoke(cli.app, [*command, "--help"], terminal_width=120)
+def commands(command, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], object]:
+    """Every command and group, by the words that name it."""
+    found = {path: command}
+    for name, child in getattr(command, "commands", {}).items():
+        found |= commands(child, (*path, name))
+    return found
+
+
+ALL = commands(ROOT)
+
+
+def help_of(path: tuple[str, ...]) -> list[str]:
+    result = CliRunner().invoke(cli.app, [*path, "--help"], terminal_width=COLUMNS, prog_name="rac")
     assert result.exit_code == 0
-    assert "Usage:" in result.output
+    return result.output.splitlines()
 
 
-def test_every_option_and_argument_explains_itself():
-    import typer
+def test_twelve_commands_are_enough():
+    assert len(ROOT.commands) <= 12
 
-    def walk(command):
-        for parameter in command.params:
-            if parameter.name != "help":
-                yield command.name, parameter
-        for child in getattr(command, "commands", {}).values():
-            yield from walk(child)
 
-    parameters = list(walk(typer.main.get_command(cli.app)))
-    assert len(parameters) > 15
-    assert [(command, p.name) for command, p in parameters if not getattr(p, "help", None)] == []
+@pytest.mark.parametrize("path", ALL, ids=" ".join)
+def test_help_fits_a_screen_and_has_an_example_with_options_that_exist(path):
+    lines = help_of(path)
+    assert len(lines) <= LINES
+    assert max(map(len, lines)) <= COLUMNS
+    if hasattr(ALL[path], "commands"):
+        assert not [line for line in lines if line.startswith("  ") and line.endswith("...")]
+    for parameter in ALL[path].params:
+        assert parameter.name == "help" or parameter.help, parameter.name
+    text = re.sub(r"\n +", " ", "\n".join(lines))
+    examples = re.findall(r"Example: (rac .*?)(?=\n|$| Example:)", text)
+    assert examples, text
+    for example in examples:
+        words = shlex.split(example)[1:]
+        named = max((p for p in ALL if p == tuple(words[: len(p)])), key=len)
+        assert path == named[: len(path)]
+        whole = "\n".join(help_of(named))
+        for option in (word.partition("=")[0] for word in words if word.startswith("--")):
+            assert option in whole
 
 
 @pytest.mark.parametrize(
     "args",
-    [
-        ("eval", "x", "--problems", "0"),
-        ("eval", "x", "--precision", "fp99"),
-        ("eval", "x", "--cap", "-1"),
-        ("prune",),
-    ],
+    [("eval", "x", "--problems", "0"), ("eval", "x", "--precision", "fp99"), ("prune",)],
     ids=" ".join,
 )
 def test_what_typer_refuses(rac, args):
@@ -49,15 +71,13 @@ def test_what_typer_refuses(rac, args):
 @pytest.mark.slow
 def test_the_embedded_reasoner_end_to_end(rac, recipe_file, tmp_path):
     """The README's commands, small: the pruned reasoner still reasons."""
-    out = tmp_path / "out"
-    options = ["-r", recipe_file, "-s", f"traces.store={tmp_path / 's.jsonl'}", "-s", "calibration.tokens=8192",
-               "-s", "traces.sampling.max_new_tokens=512", "-s", "calibration.batch_tokens=4096"]  # fmt: skip
-    assert rac("prune", "reasoner", out, *options, "--precision", "float32")[0] == 0
-    results = tmp_path / "eval.json"
-    code, _, _ = rac(
-        "eval", out, "--problems", 24, "--cap", 512, "--precision", "float32", "--json", results
-    )
-    assert code == 0
+    out, results = tmp_path / "out", tmp_path / "eval.json"
+    options = ["-r", recipe_file, "-s", f"traces.store={tmp_path / 's.jsonl'}",
+               "-s", "calibration.tokens=8192", "-s", "traces.sampling.max_new_tokens=512",
+               "-s", "calibration.batch_tokens=4096", "--precision", "float32"]  # fmt: skip
+    assert rac("prune", "reasoner", out, *options)[0] == 0
+    asked = ("--problems", 24, "--cap", 512, "--precision", "float32", "--json", results)
+    assert rac("eval", out, *asked)[0] == 0
     assert json.loads(results.read_text())["results"][0]["accuracy"] > 0.6
 
 
@@ -67,13 +87,10 @@ def test_a_package_that_is_not_installed_is_one_message(rac, monkeypatch, tmp_pa
         monkeypatch.delitem(sys.modules, name)
     code, out, err = rac("unpack", tmp_path, tmp_path / "out")
     assert (code, out) == (1, "")
-    assert (
-        err
-        == "error: this command needs huggingface_hub, which is not installed; rac doctor shows which extra installs it\n"
+    assert err == (
+        "error: this command needs huggingface_hub, which is not installed; rac doctor shows which "
+        "extra installs it\n"
     )
-
-
-def test_a_module_of_ours_that_is_missing_is_no_message(rac, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "rac_modifier.checkpoint.convert", None)
     with pytest.raises(ModuleNotFoundError):
         rac("unpack", tmp_path, tmp_path / "out")

@@ -7,7 +7,6 @@ from transformers import AutoTokenizer
 
 from rac_modifier import cli
 from rac_modifier.sampling import generate as generate_module
-from rac_modifier.sampling.prompts import render_prompt
 from tests.tiny import entry, recipe
 
 FEW = ("--problems", 2, "--cap", 4)
@@ -65,27 +64,6 @@ def test_all_models_are_asked_as_the_compressed_one_was_calibrated(
     assert json.loads(results.read_text())["prompt"] == prompt
 
 
-def test_the_prompt_is_that_of_calibration_token_for_token(rac, brief_folder, asked):
-    from rac_modifier.problems.held_out import held_out_problems
-
-    assert rac("eval", brief_folder, *FEW)[0] == 0
-    tokenizer = AutoTokenizer.from_pretrained(brief_folder)
-    questions = [p.question for p in held_out_problems("arithmetic", 2)]
-    expected = [
-        render_prompt(tokenizer, q, system_prompt="Be brief.", thinking=False) for q in questions
-    ]
-    assert sorted(asked) == sorted(tokenizer.decode(ids).replace(" ", "") for ids in expected)
-
-
-def test_divergence_samples_the_dense_model_with_the_same_prompt(
-    rac, tiny_folder, brief_folder, asked
-):
-    code, out, _ = rac("eval", tiny_folder, brief_folder, "--divergence", *FEW)
-    assert code == 0
-    assert {(text[:17], text[-11:]) for text in asked} == {("<system>Bebrief.<", "<assistant>")}
-    assert "system prompt 'Be brief.', thinking off." in out
-
-
 def test_a_dense_model_alone_is_asked_with_the_defaults(rac, tiny_folder, asked):
     code, out, _ = rac("eval", tiny_folder, *FEW)
     assert code == 0
@@ -97,35 +75,23 @@ def test_a_dense_model_alone_is_asked_with_the_defaults(rac, tiny_folder, asked)
     ("options", "first", "last", "words"),
     [
         (
-            ("--system-prompt", ""),
+            ("--system-prompt", "", "--thinking"),
             "<user>",
-            "<assistant>",
-            "chat template, no system prompt, thinking off",
-        ),
-        (
-            ("--system-prompt", "Think!"),
-            "<system>Think!<us",
-            "<assistant>",
-            "chat template, system prompt 'Think!', thinking off",
-        ),
-        (
-            ("--thinking",),
-            "<system>Bebrief.<",
-            "<assistant><think>",
-            "chat template, system prompt 'Be brief.', thinking on",
+            "<think>",
+            "no system prompt, thinking on",
         ),
         (("--template", "none"), "", "", "the bare question, without a template"),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+    ids=["chat", "none"],
 )
 def test_options_replace_the_calibrated_prompt_and_a_line_says_so(
     rac, tiny_folder, brief_folder, asked, options, first, last, words
 ):
-    code, out, err = rac("eval", tiny_folder, brief_folder, *FEW, *options)
+    code, out, err = rac("eval", tiny_folder, brief_folder, "--divergence", *FEW, *options)
     assert code == 0, err
     assert all(text.startswith(first) and text.endswith(last) for text in asked)
     assert {"<" in text for text in asked} == {bool(first)}
-    assert f"Prompt: {words}." in out
+    assert f"{words}." in out
     was = "chat template, system prompt 'Be brief.', thinking off"
     assert f"{brief_folder} was calibrated with another prompt: {was}." in out
 
@@ -148,19 +114,14 @@ def test_models_that_were_calibrated_with_different_prompts_need_a_choice(
     )
 
 
-def test_a_plot_of_accuracies(rac, tiny_folder, sparse_folder, tmp_path):
-    assert rac("eval", tiny_folder, sparse_folder, *FEW, "--plot", tmp_path / "a.png")[0] == 0
-    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
-    code, _, err = rac("eval", tiny_folder, *FEW, "--plot", tmp_path / "a.txt")
-    assert (code, "use a name that ends in .png" in err) == (1, True)
-
-
 def test_eval_compares_models(rac, tiny_folder, sparse_folder, tmp_path):
     results = tmp_path / "eval.json"
     code, stdout, _ = rac(
-        "eval", tiny_folder, sparse_folder, "--problems", 4, "--cap", 8, "--json", results
-    )
+        "eval", tiny_folder, sparse_folder, "--problems", 4, "--cap", 8, "--json", results,
+        "--plot", tmp_path / "a.png",
+    )  # fmt: skip
     assert code == 0
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     assert re.search(rf"{re.escape(str(sparse_folder))}\s.*%", stdout)
     content = json.loads(results.read_text())
     rows = content["results"]
@@ -185,17 +146,6 @@ def test_eval_divergence(rac, tiny_folder, tmp_path):
     assert found["kl"] == pytest.approx(0.0, abs=1e-5)  # of a model with itself
     assert found["agreement"] == 1.0
     assert plot.read_bytes().startswith(b"\x89PNG")
-
-
-def test_eval_divergence_needs_two_models(rac, tiny_folder):
-    assert "name at least two models" in rac("eval", tiny_folder, "--divergence")[2]
-
-
-def test_json_on_standard_output_is_alone_there(rac, tiny_folder):
-    code, out, _ = rac("eval", tiny_folder, *FEW, "--json", "-")
-    assert code == 0
-    (row,) = json.loads(out)["results"]
-    assert (row["label"], row["problems"]) == (str(tiny_folder), 2)
 
 
 def test_figures_on_the_card(rac, tiny_folder, sparse_folder, tmp_path):

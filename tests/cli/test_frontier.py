@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 import time
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +13,17 @@ import yaml
 from safetensors.torch import load_file
 
 from rac_modifier import cli
-from rac_modifier.cli.benchmarks import digest_of
-from rac_modifier.cli.frontier import _held_out, _served
+from rac_modifier.cli.frontier import Study, digest_of, protocol_of
 from rac_modifier.cli.options import Dtype
 from rac_modifier.errors import RacError
-from rac_modifier.settings.grid import GridEvaluation
+from rac_modifier.problems.source import Problem
+from rac_modifier.settings.grid import GridBenchmark, GridEvaluation
 from rac_modifier.settings.sampling import PromptSettings
 from tests.cli.conftest import Rac
 from tests.forked import start
+from tests.frontier.sample import write_sample
+from tests.sampling import fake_vllm
+from tests.sampling.fake_server import shorten_pauses
 from tests.tiny import NAME, entry
 
 W4 = {
@@ -83,6 +84,9 @@ def test_a_whole_grid_is_checked_before_anything_runs(
         in error
     )
     assert "Rows that could run: 2:4, int4" in error
+    words = ("frontier", tiny_folder, "--recipe-grid", grid(ROWS), "--out", tmp_path / "out")
+    code, out, _ = rac(*words, "--check")
+    assert (code, out.splitlines()) == (0, ["2:4: sparse", "int4: dense quantized"])
     assert not (tmp_path / "out").exists()
 
 
@@ -105,16 +109,6 @@ def test_round_to_nearest_is_a_row_too(
     )  # a scale of 32 bits for 32 weights
     assert row["bytes"]["head"] == dense["bytes"]["head"]
     assert row["divergence"]["kl"] > 0
-
-
-def test_check_names_the_rows_and_writes_nothing(
-    rac: Rac, grid: Any, tiny_folder: Path, tmp_path: Path
-) -> None:
-    code, out, _ = rac(
-        "frontier", tiny_folder, "--recipe-grid", grid(ROWS), "--out", tmp_path / "out", "--check"
-    )
-    assert (code, out.splitlines()) == (0, ["2:4: sparse", "int4: dense quantized"])
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
@@ -177,45 +171,82 @@ def test_a_grid_that_was_killed_between_rows_goes_on(
     assert "was measured with another precision" in error
 
 
+def study(evaluation: GridEvaluation, out: Path) -> Study:
+    return Study("m", [], evaluation, PromptSettings(), out, Dtype.FLOAT32)
+
+
 def test_a_served_evaluation_needs_answers_and_a_vllm(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAC_VLLM", "/no/vllm")
     with pytest.raises(RacError, match="is no command that can be run"):
-        _served(GridEvaluation(serve=True), PromptSettings(), Dtype.AUTO, tmp_path)
+        study(GridEvaluation(serve=True), tmp_path).served()
     (tmp_path / "open.jsonl").write_text('{"question": "why?"}\n')
     evaluation = GridEvaluation(source=str(tmp_path / "open.jsonl"), problems=1, serve=True)
     with pytest.raises(RacError, match="name their column"):
-        _held_out(evaluation, PromptSettings())
+        study(evaluation, tmp_path).held_out()
 
 
-def test_a_served_answer_is_asked_anew_so_that_its_seconds_count(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_changed_question_or_answer_is_another_list_of_problems() -> None:
+    problems = [
+        Problem("a", q, answer, None) for q, answer in (("q?", "1"), ("q?", "2"), ("p?", "1"))
+    ]
+    assert len({digest_of([problem]) for problem in problems}) == 3
+
+
+def test_what_a_benchmark_does_not_set_is_as_published() -> None:
+    protocol = protocol_of(GridBenchmark(preset="math-500", samples=1, source="copy.jsonl"))
+    asked = (protocol.source, protocol.problems, protocol.samples, protocol.cap)
+    assert asked == ("copy.jsonl", None, 1, 32768)
+    assert protocol.changed == {"source": "HuggingFaceH4/MATH-500", "samples": 4}
+    with pytest.raises(RacError, match="no preset 'math'; use one of"):
+        protocol_of(GridBenchmark(preset="math"))
+
+
+def test_one_server_is_timed_and_answers_all_benchmarks_of_a_model_and_answers_are_kept(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rac_modifier.cli.answering import Answering
+    rows = [{"problem": f"{i} + 1?", "answer": str(i + 1)} for i in range(3)]
+    (tmp_path / "copy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    small = {"source": str(tmp_path / "copy.jsonl"), "samples": 2, "cap": 6}
+    presets = [{"preset": name, **small} for name in ("math-500", "aime24")]
+    asked = study(
+        GridEvaluation(serve=True, concurrency=3, problems=2, cap=6, benchmarks=presets),
+        tmp_path / "out",
+    )
+    listed = [benchmark for benchmark, _, _ in asked.benchmarks.values()]
+    assert [benchmark.name for benchmark in listed] == ["math-500", "aime24"]
+    assert (listed[0].asked["source"], listed[0].asked["samples"]) == ("copy.jsonl", 2)
+    assert str(tmp_path) not in json.dumps(listed[0].asked)
+    monkeypatch.setenv("RAC_VLLM", str(fake_vllm.install(tmp_path)))
+    shorten_pauses(monkeypatch)
+    tools = asked.served()
+    stale = tmp_path / "out" / "served" / "a-ca978112.jsonl"  # of the label "a", of a killed run
+    stale.parent.mkdir(parents=True)
+    stale.write_text("its seconds would be lost\n")
+    with tools["servers"](tiny_folder) as servers:
+        assert tools["serve"](tiny_folder, "a", servers).problems == 2
+        results = [result for _, result in asked.ask(tiny_folder, "a", listed, servers)]
+    assert [(result.problems, result.samples) for result in results] == [(3, 2)] * 2
+    assert [start["argv"][1] for start in fake_vllm.starts(tmp_path)] == [str(tiny_folder)]
+    assert fake_vllm.left_over(tmp_path) == []
+    assert len(list((tmp_path / "out" / "benchmarks").glob("*.jsonl"))) == 2
 
-    monkeypatch.setenv("RAC_VLLM", sys.executable)
-    seen: list[tuple[bool, tuple[str, ...], str]] = []
 
-    def run(self: Answering, name: str, *args: Any) -> str:
-        assert self.path is not None
-        seen.append((self.path.exists(), self.servers, name))
-        return "result"
-
-    monkeypatch.setattr(Answering, "run", run)
-    serve = _served(GridEvaluation(problems=1), PromptSettings(), Dtype.AUTO, tmp_path)["serve"]
-    (tmp_path / "served").mkdir()
-    for file in ("a-ca978112.jsonl",):  # that of the label "a"
-        (tmp_path / "served" / file).touch()
-    assert serve(tmp_path / "model", "a", lambda: nullcontext(("http://there",))) == "result"
-    assert seen == [(False, ("http://there",), str(tmp_path / "model"))]
-
-
-def test_the_questions_are_part_of_what_a_folder_is_of(tmp_path: Path) -> None:
-    path = tmp_path / "asked.jsonl"
-    digests = set()
-    for question in ("one?", "two?"):
-        path.write_text(json.dumps({"question": question, "answer": "1"}) + "\n")
-        evaluation = GridEvaluation(source=str(path), answer_column="answer", problems=1)
-        digests.add(digest_of(_held_out(evaluation, PromptSettings()).problems))
-    assert len(digests) == 2
+@pytest.mark.parametrize(
+    ("folder", "output", "says"),
+    [
+        ("a", "report.txt", "use a name that ends in .html"),
+        ("a", "no/report.html", "its folder does not exist; create it first"),
+        ("b", "report.html", "b holds no results of rac frontier; make them with: rac frontier"),
+    ],
+)
+def test_a_page_that_cannot_be_written(
+    rac: Rac, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str, output: str, says: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_sample(tmp_path / "a")
+    code, _, error = rac("report", folder, "-o", output)
+    assert code == 1
+    assert says in error
+    assert not list(tmp_path.glob("report*"))

@@ -275,8 +275,8 @@ def test_activations_of_a_checkpoint_of_another_tool(
     code, _, error = rac(*words)
     assert code == 1
     assert "name the model that was quantized (--dense MODEL)" in error
-    code, out, _ = rac(*words, "--dense", tiny_folder, "--json")
-    assert code == 0
+    code, out, error = rac(*words, "--dense", tiny_folder, "--json")
+    assert code == 0, error
     assert not (folder / "rac_run.json").exists()
     assert config_of(folder)["rac_sparsity"]["int8_activations"]
     layers = json.loads(out)["layers"]

@@ -16,7 +16,7 @@ def test_text_is_aligned_to_the_left_and_numbers_to_the_right():
         "dense                  100.0%  8",
         "a much longer label      5.0%  [red]",
     ]
-    assert render_table(("a", "b"), [("1", "2"), ("333", "44")], left=2).splitlines() == [
+    assert render_table(("a", "b"), [("1", "2"), ("333", "44")], text_columns=2).splitlines() == [
         "a    b",
         "1    2",
         "333  44",

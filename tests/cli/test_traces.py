@@ -11,28 +11,24 @@ from tests.sampling.fake_server import shorten_pauses
 def test_traces_collect_and_inspect(rac, tiny_folder, recipe_file, tmp_path):
     store = tmp_path / "new.jsonl"
     options = ("-r", recipe_file, "-s", f"traces.store={store}", "-s", "calibration.tokens=300")
-    code, stdout, _ = rac("traces", "collect", tiny_folder, *options)
+    code, stdout, _ = rac("traces", "collect", tiny_folder, *options, "--json")
     assert code == 0
     held = TraceStore.read(store)
     assert held.counts.tokens >= 300
+    (part,) = json.loads(stdout)["parts"].values()
+    figures = (part["store"], part["traces"], part["tokens"])
+    assert figures == (str(store), len(held), held.counts.tokens)
     inspect = ("traces", "inspect", store, "--model", tiny_folder)
-    assert f"{len(held)} traces, {held.counts.tokens} tokens" in stdout
-
-    code, stdout, _ = rac(
-        "traces",
-        "inspect",
-        store,
-        "--model",
-        tiny_folder,
-        "--samples",
-        0,
-        "--verify",
-        "--select",
-        "{finished: true}",
-    )
+    checked = (*inspect, "--verify", "--select", "{finished: true}")
+    code, stdout, _ = rac(*checked, "--samples", 0)
     assert code == 0
     assert f"verified    0 of {len(held)} right" in stdout
     assert f"selection   kept {held.counts.finished} of {len(held)}" in stdout
+    figures = json.loads(rac(*checked, "--json", "--samples", 2)[1])
+    assert figures["counts"]["traces"] == len(held)
+    assert (figures["right"], figures["selected"]) == (0, held.counts.finished)
+    assert figures["endings"]["ended_by"] == Counter(trace.finish_reason for trace in held)
+    assert [sample["id"] for sample in figures["samples"]] == [trace.id for trace in held][:2]
 
     recovers = ("-s", "recover.tokens=400", "-s", "recover.held_out_tokens=200")
     assert rac("traces", "collect", tiny_folder, *options, *recovers)[0] == 0
@@ -70,62 +66,6 @@ def test_traces_inspect_without_the_model(rac, trace_store, tiny_folder, tmp_pat
     assert "traces " in stdout  # what needs no tokenizer is said all the same
     assert rac("traces", "inspect", moved, "--samples", 0)[0] == 0
     assert rac("traces", "inspect", moved, "--model", tiny_folder)[0] == 0
-
-
-def test_figures_as_json(rac, tiny_folder, recipe_file, tmp_path):
-    store = tmp_path / "new.jsonl"
-    options = (
-        "-r",
-        recipe_file,
-        "-s",
-        f"traces.store={store}",
-        "-s",
-        "calibration.tokens=300",
-        "--json",
-    )
-    code, stdout, _ = rac("traces", "collect", tiny_folder, *options)
-    held = TraceStore.read(store)
-    (part,) = json.loads(stdout)["parts"].values()
-    assert code == 0
-    assert (part["store"], part["traces"], part["tokens"]) == (
-        str(store),
-        len(held),
-        held.counts.tokens,
-    )
-
-    found = json.loads(
-        rac(
-            "traces",
-            "inspect",
-            store,
-            "--model",
-            tiny_folder,
-            "--json",
-            "--verify",
-            "--select",
-            "{finished: true}",
-        )[1]
-    )
-    assert found["counts"]["traces"] == len(held)
-    assert (found["right"], found["selected"]) == (0, held.counts.finished)
-    assert found["header"]["model"] == tiny_folder.name
-    assert "samples" not in found
-    assert found["endings"]["ended_by"] == Counter(trace.finish_reason for trace in held)
-    assert sum(found["endings"]["lengths"].values()) == len(held)
-
-    found = json.loads(
-        rac("traces", "inspect", store, "--model", tiny_folder, "--json", "--samples", 2)[1]
-    )
-    assert [sample["id"] for sample in found["samples"]] == [trace.id for trace in held][:2]
-    assert next(iter(held)).question.replace(" ", "") in found["samples"][0]["text"].replace(
-        " ", ""
-    )
-
-    out = tmp_path / "new.parquet"
-    assert json.loads(rac("traces", "export", store, out, "--json")[1]) == {
-        "output": str(out),
-        "rows": len(held),
-    }
 
 
 def test_traces_of_a_server_of_our_own_are_kept_and_compared_with_the_model(

@@ -186,8 +186,8 @@ def test_recipes_and_the_reasoner_are_found_away_from_the_clone(installed, tmp_p
         tmp_path,
         "-m",
         "rac_modifier.cli",
-        "prune",
-        "--check",
+        "recipes",
+        "check",
         "rac_2of4",
         "rac_gptq_w4a16",
     )

@@ -78,23 +78,20 @@ def test_overrides_reach_any_depth_and_leave_the_rest(tmp_path):
     )
 
 
-def test_a_pattern_on_the_command_line_needs_no_quotes(tmp_path):
-    """YAML reads 1:4 as the number 64."""
+@pytest.mark.parametrize(
+    ("overrides", "settings"),
+    [
+        (["mask_structure=1:4", "sparsity=null"], {"mask_structure": "1:4"}),  # 64, reads YAML
+        (
+            ["calibration.seed=4", "traces.store=s"],
+            {"sparsity": 0.5, "calibration": {"seed": 4}, "traces": {"store": "s"}},
+        ),
+    ],
+)
+def test_patterns_need_no_quotes_and_missing_groups_can_be_set(tmp_path, overrides, settings):
     path = tmp_path / "r.yaml"
-    path.write_text(recipe(entry()))
-    assert (
-        find_named_entry(load_recipe(path, ["mask_structure=1:4"]), "r")[1]["mask_structure"]
-        == "1:4"
-    )
-
-
-def test_a_group_that_the_recipe_lacks_can_be_set(tmp_path):
-    path = tmp_path / "r.yaml"
-    path.write_text(recipe({"sparsity": 0.5, "traces": None}))
-    content = load_recipe(path, ["calibration.seed=4", "traces.store=s"])
-    assert find_named_entry(content, "r")[1] == {
-        "sparsity": 0.5, "calibration": {"seed": 4}, "traces": {"store": "s"},
-    }  # fmt: skip
+    path.write_text(recipe({"sparsity": 0.5}))
+    assert find_named_entry(load_recipe(path, overrides), "r") == (NAME, settings)
 
 
 @pytest.mark.parametrize(
