@@ -158,39 +158,20 @@ def idle_pruning(settings: PruningSettings) -> Idle:
     """Return what has no effect of what an entry sets about pruning itself."""
     solver, pattern, preset = settings.solver, settings.pattern, PRESETS[settings.preset]
     structured = pattern is not None and pattern.is_structured
-    no_fit = not settings.fits_weights
+    no_fit, by_layer = not settings.fits_weights, settings.order == "layer"
+    no_data = no_fit and solver == "magnitude"
+    weights = "prompt_weight calibration.answer_weight calibration.trace_weighting"
     idle = _idle(
         (),
         (structured, "sparsity allocation", "with an N:M mask_structure"),
         (solver == "keep", "sparsity allocation", "with solver: keep: the zeros are the model's"),
-        (
-            solver == "none",
-            "sparsity mask_structure allocation refit storage",
-            "with solver: none, which prunes nothing",
-        ),
+        (solver == "none", "sparsity mask_structure allocation refit storage", "with solver: none"),
         (solver != "alps", "iterations", f"with solver: {solver}; alps uses it"),
         (solver in ("alps", "keep"), "refit", f"with solver: {solver}, which always refits"),
-        (
-            no_fit,
-            "dampening_frac",
-            f"with solver: {solver} without refit, quantization or reconstruct: dense",
-        ),
-        (
-            no_fit and solver == "magnitude",
-            "calibration.prompt_weight calibration.answer_weight calibration.trace_weighting "
-            "experts expert_floor",
-            "with solver: magnitude, which reads no activations",
-        ),
-        (
-            settings.experts == "all",
-            "expert_floor",
-            "with experts: all, which gives each expert every token",
-        ),
-        (
-            settings.order == "layer",
-            "experts expert_floor",
-            "with order: layer (or preset: paper), which calibrates experts on all tokens",
-        ),
+        (no_fit, "dampening_frac", f"with solver: {solver}, which fits no weight here"),
+        (no_data, f"calibration.{weights} experts expert_floor", "with solver: magnitude"),
+        (settings.experts == "all", "expert_floor", "with experts: all"),
+        (by_layer, "experts expert_floor", "with order: layer (or preset: paper)"),
     )
     if all(name in settings.model_fields_set or (name,) in idle for name in preset):
         idle["preset",] = f"with {', '.join(preset)}, which are all that it sets"
@@ -221,17 +202,16 @@ def idle_calibration(traces: TraceSettings, calibration: CalibrationSettings) ->
         idle |= _idle_in_text(("calibration", "generic"), calibration.generic)
     if not prompted:
         return {**idle, ("traces",): "with a mixture without traces and prompts"}
-    sampling, named = traces.sampling, {part.name for part in prompted}
+    named = {part.name for part in prompted}
     traced = {part.name for part in sampled}
     sources = [traces.sources.get(name or "") for name in traced]
     own_select = all(source is not None and source.select is not None for source in sources)
+    is_foreign = None in traced and traces.store is not None
+    served, sampling = traces.engine is not None, traces.sampling
+    completions = "temperature top_p top_k max_new_tokens samples_per_problem batch_size"
     idle |= _idle(
         ("traces",),
-        (
-            None not in traced or traces.store is None,
-            "allow_off_policy",
-            "without a store: a default store holds the model's own traces",
-        ),
+        (not is_foreign, "allow_off_policy", "without a store, which could be another model's"),
         (None not in traced, "store", "since each named source has a store of its own"),
         (None not in named, "problems", "since each part of the mixture names its own"),
         (own_select, "select", "since each named source of the mixture has its own"),
@@ -242,16 +222,8 @@ def idle_calibration(traces: TraceSettings, calibration: CalibrationSettings) ->
         (sampling.template == "none", "thinking", "with template: none"),
         (sampling.top_k == 1, "temperature top_p", "with top_k: 1, which is greedy"),
         (sampling.temperature == 0, "top_p top_k", "with temperature: 0, which is greedy"),
-        (
-            traces.engine is not None,
-            "batch_size",
-            "with traces.engine; traces.engine.concurrency is that of servers",
-        ),
-        (
-            not sampled,
-            "temperature top_p top_k max_new_tokens samples_per_problem batch_size",
-            _NO_TRACES,
-        ),
+        (served, "batch_size", "with traces.engine, which has a concurrency"),
+        (not sampled, completions, _NO_TRACES),
     )
     if None in named:
         idle |= _idle_in_problems(("traces", "problems"), traces.problems, None in traced)

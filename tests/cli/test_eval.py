@@ -173,7 +173,7 @@ def test_figures_on_the_card(rac, tiny_folder, sparse_folder, tmp_path):
     )
     assert (code, list(json.loads(out))) == (
         0,
-        ["results", "prompt", "protocol", "stopping", "paired"],
+        ["prompt", "results", "protocol", "stopping", "paired"],
     )
     assert err.splitlines()[-1] == f"written into the model card of {own}"
     assert (own / "README.md").read_text() == card

@@ -37,6 +37,10 @@ def test_the_steps_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
     with pytest.raises(RacError, match="a server is gone"):
         main(monkeypatch, "--out", "o", rac=rac)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RacError, match=r"no GPU is found; .* or try --dry-run"):
+        main(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     model = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
     grid = ["frontier", model, "--recipe-grid", "r1_distill_1_5b", "--out", "o"]
     assert did == [
@@ -57,15 +61,6 @@ def test_the_steps_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     did.clear()
     main(monkeypatch, "--out", "o", "--check", rac=rac)
     assert did == [[*grid, "--check"]]
-
-
-def test_without_a_gpu_it_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(
-        RacError, match="no GPU is found; run it on a machine that has one, or try --dry-run"
-    ):
-        main(monkeypatch)
 
 
 @pytest.mark.slow

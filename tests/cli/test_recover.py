@@ -219,11 +219,11 @@ def test_as_many_tokens_are_collected_as_are_left_without_repeated_tails(
     )  # of each completion that was cut at 12 tokens
     sampling = SamplingSettings(max_new_tokens=12, batch_size=4, temperature=1.0)
     asked = (ALONE, model, tokenizer, tmp_path / "store.jsonl", ProblemSource(), sampling)
-    store = _collected(*asked, tokens=300, known=set())
+    store = _collected(*asked, tokens=300, hashes=set())
     assert store.counts.tokens > 300 + 6
     assert sum(trace.tokens for trace in fresh_traces(store, 0, 10**6)) >= 300
     used, whole = len(store), store.counts.tokens
-    more = _collected(*asked, tokens=300, known={store.sha256()})
+    more = _collected(*asked, tokens=300, hashes={store.sha256()})
     assert len(more) > used
     assert more.counts.tokens >= whole + 300
     assert sum(trace.tokens for trace in fresh_traces(more, used, 10**6)) >= 300
@@ -252,7 +252,9 @@ def test_models_that_do_not_belong_together_are_refused(
     if "int3" in models:
         saved(save_tiny(tmp_path / "int3"), SCHEMES["int3"], pruned=False)
     if "gptq" in models:
-        config = json.loads((shutil.copytree(tiny_folder, "gptq") / "config.json").read_text())
+        config = json.loads(
+            (shutil.copytree(tiny_folder, tmp_path / "gptq") / "config.json").read_text()
+        )
         config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
         (tmp_path / "gptq" / "config.json").write_text(json.dumps(config))
     code, _, stderr = rac("recover", *(made.get(name, name) for name in models), "out", *OPTIONS)

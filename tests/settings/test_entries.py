@@ -161,8 +161,8 @@ def test_all_of_them_are_in_one_message_with_their_values_and_why():
         check_entry({"sparsity": 0.5, "preset": "fast", "solver": "alps", "refit": True,
                      "traces": {"allow_off_policy": True}}, "recipe.yaml")  # fmt: skip
     assert str(caught.value).removeprefix("recipe.yaml: ").splitlines() == [
-        "traces.allow_off_policy: True has no effect without a store: a default store holds the "
-        "model's own traces; leave it out",
+        "traces.allow_off_policy: True has no effect without a store, which could be another "
+        "model's; leave it out",
         "refit: True has no effect with solver: alps, which always refits; leave it out",
     ]
     check_entry({"sparsity": 0.5, "preset": "fast", "solver": "alps"}, "r")  # the preset's refit
