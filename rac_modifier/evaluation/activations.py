@@ -73,8 +73,7 @@ class IntegerLayer:
     ) -> Self | None:
         """Return the layer of values of dtype `stored`, in int32 words of `word_bits` bits.
 
-        None where the CPU kernels multiply floats, and for a routed expert, whose inputs keep
-        16 bits.
+        None where the CPU kernels multiply floats, and for a routed expert.
         """
         encoding = encoding_of(stored, group, columns, torch.bfloat16, word_bits)
         if EXPERT.search(module) or encoding.dtype != torch.int8:
@@ -178,8 +177,7 @@ def _recorded_errors(folder: Path, layers: list[IntegerLayer]) -> dict[str, floa
 class ActivationChoice:
     """The measured layers; a layer gets 8 bits if its `share` is at most `limit`.
 
-    divergence: of the model with the chosen layers in 8 bits from the model with none, as
-    `DivergenceResult.as_dict` has it.
+    `divergence`: of the model with these in 8 bits from the model with none, as a dict.
     """
 
     limit: float
@@ -205,7 +203,7 @@ class ActivationChoice:
         return {"limit": self.limit, "source": source, "layers": layers, **divergence}
 
     def describe(self) -> str:
-        """Return a line."""
+        """Describe the choice."""
         count = f"{len(self.modules)} of {len(self.layers)} layers in 8 bits"
         if not self.modules:
             least = min((layer.share for layer in self.layers), default=float("inf"))
@@ -357,6 +355,6 @@ def check_original(model: Any, dense: Any, layers: Sequence[IntegerLayer]) -> No
 
 
 def _shape(module: Any) -> str:
-    # a compressed layer has no weight yet
-    linear = isinstance(module, torch.nn.Linear)
-    return f"[{module.out_features}, {module.in_features}]" if linear else "no linear layer"
+    if not isinstance(module, torch.nn.Linear):
+        return "no linear layer"
+    return f"[{module.out_features}, {module.in_features}]"  # a compressed layer has no weight yet
