@@ -184,7 +184,8 @@ class Forecast:
         if self.entry.gains_at_once and group.routed:
             alike = sum(g.layer == group.layer and g.rows == group.rows for g in self.groups)
             together = min(
-                sparsegpt.at_once(group.columns, sum(group.rows), torch.device("cpu")), alike
+                sparsegpt.problems_per_batch(group.columns, sum(group.rows), torch.device("cpu")),
+                alike,
             )
         with LiveBytes() as live:
             problem = Problem(

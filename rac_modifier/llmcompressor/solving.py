@@ -187,7 +187,7 @@ def problems_per_call(
     if not entry.gains_at_once:
         return 1
     shapes = [tuple(module.weight.shape) for module in modules]  # type: ignore[arg-type]
-    return sparsegpt.at_once(shapes[0][1], sum(rows for rows, _ in shapes), device)
+    return sparsegpt.problems_per_batch(shapes[0][1], sum(rows for rows, _ in shapes), device)
 
 
 def owners(sizes: Sequence[int], count: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""Linear algebra that the solvers share: dampening, the Cholesky factor, products in bfloat16, quadratic forms."""
+"""Linear algebra that the solvers share: dampening, the Cholesky factor, quadratic forms."""
 
 from __future__ import annotations
 
@@ -12,20 +12,15 @@ from rac_modifier import platform
 from rac_modifier.errors import RacError
 from rac_modifier.platform import add_matmul_, matmul, onednn_is_faster
 
-# Each retry multiplies the dampening by ten, up to the mean of the diagonal. With more, H would hardly matter, and the
-# result would be magnitude pruning under another name.
+# Each retry multiplies the dampening by ten, up to the mean of the diagonal. With more, H would
+# hardly matter, and the result would be magnitude pruning under another name.
 MAX_DAMPENING = 1.0
 _FIRST_RETRY = 1e-4  # when dampening_frac is 0
-BLOCK, _SUMMED, VECTORS = (
-    512,
-    2048,
-    1024,
-)  # of quadratic_form: rows of H, numbers that are summed up, vectors at once
-_ROUNDED_AT_ONCE = 64  # rows of a matrix, which are copied
-
-_PRODUCT_ROWS = 256  # of a product that is added: so many are there beside what it is added to
-# Numbers that passes over memory take at once: on a CPU they stay in its caches, on a GPU, where calls take longer, more.
-AT_ONCE_ON_CPU, _AT_ONCE_ON_GPU = 1 << 17, 1 << 22
+# Of quadratic_form: rows of H, inputs per sum, vectors per block.
+BLOCK, _SUMMED, VECTORS = 512, 2048, 1024
+_ROW_BLOCK = 256  # rows of a matmul that is added to a matrix; bounds its temporary memory
+# Numbers of a slice that stays in the caches of a CPU; on a GPU calls take longer, so more.
+CACHED_ON_CPU, _CACHED_ON_GPU = 1 << 17, 1 << 22
 
 T = TypeVar("T")
 
@@ -50,7 +45,7 @@ class Dampening:
 
     @classmethod
     def of(cls, hessian: torch.Tensor, frac: float, retries: int = 0) -> Dampening:
-        """For a Hessian whose diagonal is nowhere negative and somewhere positive."""
+        """Dampen a Hessian whose diagonal is nowhere negative and somewhere positive."""
         diagonal = hessian.diagonal()
         mean = diagonal.mean()
         uniform = frac * mean
@@ -64,33 +59,30 @@ def raise_until_it_works(
     dampening: Dampening,
     label: str,
 ) -> tuple[T, Dampening]:
-    """`attempt(dampening)`, with the dampening raised tenfold as long as it returns None.
-
-    Returns:
-        What it returned, and the dampening that it succeeded with.
+    """Return the result of `attempt` and its dampening, raised tenfold as long as it is None.
 
     Raises:
         RacError: naming `label`, when the mean of the diagonal is not enough.
     """
-    while True:
-        result = attempt(dampening)
-        if result is not None:
-            return result, dampening
+    while (result := attempt(dampening)) is None:
         larger = max(dampening.frac * 10, _FIRST_RETRY)
         if larger > MAX_DAMPENING * (1 + 1e-9):
             raise RacError(
-                f"{label}: the Hessian is not positive definite, even with dampening_frac {dampening.frac:.4g}; "
-                "use more calibration tokens, or look for activations that overflow in this layer"
+                f"{label}: the Hessian is not positive definite, even with dampening_frac "
+                f"{dampening.frac:.4g}; use more calibration tokens, or look for activations that "
+                "overflow in this layer"
             )
         dampening = Dampening.of(hessian, larger, dampening.retries + 1)
+    return result, dampening
 
 
 @dataclass(frozen=True)
 class Factor:
-    """The damped Hessian as U U^T, with U [d, d] upper triangular and U^-1 = R, so that its inverse is R^T R.
+    """The damped Hessian as U U^T, with U [d, d] upper triangular and U^-1 = R: H^-1 = R^T R.
 
     U is the Cholesky factor of the matrix read from the last input to the first:
-    U[i, j] = `reversed_lower`[d-1-i, d-1-j], lower triangular. With an `order` [d], input i of U is input order[i] of H.
+    U[i, j] = `reversed_lower`[d-1-i, d-1-j], lower triangular. With an `order` [d], input i of U is
+    input order[i] of H.
     """
 
     reversed_lower: torch.Tensor
@@ -98,7 +90,7 @@ class Factor:
     order: torch.Tensor | None = None
 
     def solve(self, b: torch.Tensor) -> torch.Tensor:
-        """`b` [rows, d] times the inverse of the damped Hessian."""
+        """Return `b` [rows, d] times the inverse of the damped Hessian."""
         if self.order is None:
             return cholesky_solve(b.T.flip(0), self.reversed_lower).flip(0).T
         back = self.order.flip(0)
@@ -106,58 +98,48 @@ class Factor:
         solved[:, back] = cholesky_solve(b.T[back], self.reversed_lower).T
         return solved
 
-    def block(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The diagonal blocks of U and of R at inputs [start, stop)."""
-        return diagonal_blocks(self.reversed_lower, start, stop)
-
 
 def diagonal_blocks(
     reversed_lower: torch.Tensor, start: int, stop: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The diagonal blocks of U and of R at inputs [start, stop), of one factor [d, d] or of several [..., d, d]."""
+    """Return the diagonal blocks of U and of R at inputs [start, stop), of factors [..., d, d]."""
     d = reversed_lower.shape[-1]
-    here = slice(d - stop, d - start)
-    u = reversed_lower[..., here, here].flip(-2, -1)
-    return u, torch.linalg.solve_triangular(
-        u, torch.eye(stop - start).to(u).expand_as(u), upper=True
-    )
+    block = slice(d - stop, d - start)
+    u = reversed_lower[..., block, block].flip(-2, -1)
+    identity = torch.eye(stop - start).to(u).expand_as(u)
+    return u, torch.linalg.solve_triangular(u, identity, upper=True)
 
 
 def factorise(
     hessian: torch.Tensor, dampening: Dampening, label: str, *, largest_first: bool = False
 ) -> Factor:
-    """Factor H with this dampening, or with a larger one where it needs it; d^3 / 6 multiply-adds.
+    """Factor H with this dampening, or a larger one where it needs it; d^3 / 6 multiply-adds.
 
     `largest_first` orders the inputs by the diagonal of H, falling.
-
-    The mean is over the Hessian as it is, so scaling H changes nothing (llm-compressor sets dead diagonals to 1 first).
 
     Raises:
         RacError: naming `label`, when it is not positive definite even with the largest dampening.
     """
     order = dampening.diagonal.argsort(descending=True, stable=True) if largest_first else None
-    back = None if order is None else order.flip(0)
+    inputs = torch.arange(len(hessian), device=hessian.device) if order is None else order
+    back = inputs.flip(0)
 
     def attempt(dampening: Dampening) -> torch.Tensor | None:
-        damped = hessian.flip(0, 1) if back is None else hessian[back.unsqueeze(1), back]
-        damped.diagonal().copy_(
-            dampening.diagonal.flip(0) if back is None else dampening.diagonal[back]
-        )
+        damped = hessian[back.unsqueeze(1), back]
+        damped.diagonal().copy_(dampening.diagonal[back])
         return cholesky_(damped)
 
     return Factor(*raise_until_it_works(attempt, hessian, dampening, label), order)
 
 
 def cholesky_(matrix: torch.Tensor, *, bf16: bool = False) -> torch.Tensor | None:
-    """The lower Cholesky factor of a symmetric `matrix` [d, d], in its memory; None where it is not positive definite.
+    """Compute the lower factor of a symmetric `matrix` [d, d] in its memory.
 
-    `bf16` rounds products where it is computed block by block (platform.py).
+    Return None where it is not positive definite. `bf16` rounds matmuls of blocks (platform.py).
     """
     if _in_blocks(matrix):
         return platform.cholesky_(matrix, bf16=bf16)
-    by_columns = (
-        matrix.mT
-    )  # as LAPACK has it: of a matrix that lies row by row, a second one would be made
+    by_columns = matrix.mT  # LAPACK's layout: a matrix by rows would be copied
     lower, info = torch.linalg.cholesky_ex(
         by_columns, out=(by_columns, matrix.new_empty((), dtype=torch.int32))
     )
@@ -165,7 +147,7 @@ def cholesky_(matrix: torch.Tensor, *, bf16: bool = False) -> torch.Tensor | Non
 
 
 def cholesky_solve(b: torch.Tensor, lower: torch.Tensor) -> torch.Tensor:
-    """(`lower` `lower`^T)^-1 `b`, for b [d, rows]. torch.cholesky_solve copies `lower` first."""
+    """Return (`lower` `lower`^T)^-1 `b` [d, rows]; torch.cholesky_solve would copy `lower`."""
     if _in_blocks(lower):
         return platform.cholesky_solve(b, lower)
     solved = torch.linalg.solve_triangular(lower, b, upper=False)
@@ -173,7 +155,7 @@ def cholesky_solve(b: torch.Tensor, lower: torch.Tensor) -> torch.Tensor:
 
 
 def inverse_(matrix: torch.Tensor) -> torch.Tensor | None:
-    """The inverse of a symmetric `matrix` [d, d], in its memory; None where it is not positive definite."""
+    """Invert a symmetric `matrix` [d, d] in its memory; None where it is not positive definite."""
     if _in_blocks(matrix):
         return platform.inverse_(matrix)
     factor = cholesky_(matrix)
@@ -181,16 +163,16 @@ def inverse_(matrix: torch.Tensor) -> torch.Tensor | None:
 
 
 def _in_blocks(matrix: torch.Tensor) -> bool:
-    """Whether products of blocks are faster than LAPACK."""
+    """Return whether matmuls of blocks are faster than LAPACK."""
     large = matrix.shape[0] >= 2 * platform.BLOCK
     return large and matrix.dtype == torch.float32 and onednn_is_faster(matrix.device)
 
 
 def bf16_is_fast(device: torch.device) -> bool:
-    """Whether the device has units for bfloat16 products that are summed in float32; without them float32 is as fast.
+    """Return whether the device has units for bfloat16 matmuls that are summed in float32.
 
-    CPUs with AVX512-BF16 or AMX (4.3 times float32 on a Zen 5), and CUDA devices from compute capability 8. torch 2.10 cannot
-    say what a CPU has: then float32, which is right everywhere.
+    CPUs with AVX512-BF16 or AMX (4.3 times float32 on a Zen 5), and CUDA from capability 8. torch
+    2.10 cannot name a CPU's units: float32 there.
     """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
@@ -199,74 +181,53 @@ def bf16_is_fast(device: torch.device) -> bool:
     return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
 
 
-def rounded_to_bf16_(matrix: torch.Tensor) -> torch.Tensor:
-    """A float32 `matrix` [rows, columns] in bfloat16, in the first half of its memory: it is gone after that.
-
-    It lies row by row or column by column, and so does the result.
-    """
-    if not matrix.is_contiguous():
-        return rounded_to_bf16_(matrix.mT).mT
-    rows, columns = matrix.shape
-    rounded = matrix.view(-1).view(torch.bfloat16)[: rows * columns].view(rows, columns)
-    for start in range(
-        0, rows, _ROUNDED_AT_ONCE
-    ):  # what is written lies before what is still to be read
-        here = slice(start, start + _ROUNDED_AT_ONCE)
-        rounded[here] = matrix[here].bfloat16()
-    return rounded
-
-
-def parts(matrix: torch.Tensor, group: int = 1) -> list[slice]:
-    """Rows of `matrix` that passes over memory take at once, in whole groups of so many."""
-    at_once = AT_ONCE_ON_CPU if matrix.device.type == "cpu" else _AT_ONCE_ON_GPU
-    step = max(at_once // max(matrix.shape[1], 1) // group * group, group)
-    return [slice(start, min(start + step, len(matrix))) for start in range(0, len(matrix), step)]
+def cached_slices(matrix: torch.Tensor, group: int = 1) -> list[slice]:
+    """Cut the rows of `matrix` into whole groups of `group` rows that stay in the caches."""
+    size = CACHED_ON_CPU if matrix.device.type == "cpu" else _CACHED_ON_GPU
+    return _slices(len(matrix), max(size // max(matrix.shape[1], 1) // group * group, group))
 
 
 def row_blocks(matrix: torch.Tensor) -> list[slice]:
-    """Rows of a product of this shape that are computed at once."""
-    return [
-        slice(i, min(i + _PRODUCT_ROWS, len(matrix))) for i in range(0, len(matrix), _PRODUCT_ROWS)
-    ]
+    """Cut the rows of a matmul that is added to `matrix`."""
+    return _slices(len(matrix), _ROW_BLOCK)
 
 
-def bf16_addmm(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, bf16: bool) -> torch.Tensor:
-    """`out` + `a` @ `b`, in place; with `bf16` both factors are rounded to bfloat16, else the product is as they are."""
-    return out.add_(a.bfloat16() @ b.bfloat16()) if bf16 else out.addmm_(a, b)
+def _slices(length: int, step: int) -> list[slice]:
+    return [slice(start, min(start + step, length)) for start in range(0, length, step)]
 
 
 def quadratic_form(
     vectors: torch.Tensor, hessian: torch.Tensor, *, bf16: bool = False
 ) -> torch.Tensor:
-    """v^T H v for each column v of `vectors` [d, rows] and symmetric H [d, d]; float64 [rows].
+    """Return v^T H v for each column v of `vectors` [d, rows] and symmetric H [d, d]; float64 [rows].
 
-    Uses the lower triangle and counts what is left of the diagonal blocks twice: half the work of a full product. Products have
-    one of a few shapes (platform.py). `bf16` rounds the factors of H v where there are 1024 inputs or more.
+    Uses the lower triangle and counts twice what is left of the diagonal blocks: half the work of
+    H v. `bf16` rounds the factors of H v where there are 1024 inputs or more.
     """
     result = torch.zeros(vectors.shape[1], dtype=torch.float64, device=vectors.device)
     bf16 = bf16 and len(hessian) >= 2 * BLOCK
-    for some, found in zip(vectors.split(VECTORS, dim=1), result.split(VECTORS), strict=True):
-        lying = some.T.contiguous()
-        rounded = lying.bfloat16() if bf16 else lying
+    for columns, sums in zip(vectors.split(VECTORS, dim=1), result.split(VECTORS), strict=True):
+        rows = columns.T.contiguous()
+        rounded = rows.bfloat16() if bf16 else rows
         for start in range(0, len(hessian), BLOCK):
             block, left = slice(start, start + BLOCK), slice(0, start + BLOCK)
             if bf16:
                 weight = hessian[block, left].bfloat16()
                 weight[:, :start] *= 2  # exact
-                moved = (rounded[:, left] @ weight.T).float()
+                image = (rounded[:, left] @ weight.T).float()
             else:
-                moved = matmul(lying[:, block], hessian[block, block])
+                image = matmul(rows[:, block], hessian[block, block])
                 for first in range(0, start, _SUMMED):
                     before = slice(first, min(first + _SUMMED, start))
-                    add_matmul_(moved, lying[:, before], hessian[block, before].T, alpha=2)
-            found += moved.mul_(lying[:, block]).sum(1)
+                    add_matmul_(image, rows[:, before], hessian[block, before].T, alpha=2)
+            sums += image.mul_(rows[:, block]).sum(1)
     return result
 
 
 def stacked(weights: Sequence[torch.Tensor], hessian: torch.Tensor) -> torch.Tensor:
-    """Weights, each [rows_i, d], side by side and transposed, [d, sum(rows)], in the Hessian's dtype and on its device.
+    """Transpose weights [rows_i, d] side by side, [d, sum(rows)], in the Hessian's dtype and device.
 
-    One input is one contiguous row then, which is what the solvers read and write at a time.
+    An input is then a contiguous row, which the solvers read and write at a time.
     """
     result = hessian.new_empty(hessian.shape[0], sum(w.shape[0] for w in weights))
     for part, w in zip(result.split([w.shape[0] for w in weights], dim=1), weights, strict=True):

@@ -1,4 +1,4 @@
-"""Whether a weight has the zeros of a pattern: N of every M consecutive inputs, or a share of the whole tensor."""
+"""Which weights a pattern prunes: selection of the lowest scores, and the check of a result."""
 
 from __future__ import annotations
 
@@ -6,35 +6,81 @@ import math
 
 import torch
 
-from rac_modifier.errors import RacError
 from rac_modifier.settings.pattern import Pattern
 
-# Columns of one block of SparseGPT by default; the number of pruned weights is rounded down once per block.
-_BLOCK = 128
-
-
-def broken_groups(weight: torch.Tensor, pattern: Pattern) -> int:
-    """Number of groups of M consecutive columns of `weight` [rows, columns] with more than M-N nonzeros.
-
-    Raises:
-        RacError: an unstructured pattern (it has no groups), or a number of columns that is no multiple of M.
-    """
-    if not pattern.is_structured:
-        raise RacError("broken_groups: an unstructured pattern has no groups to count; use holds")
-    rows, columns = weight.shape
-    pattern.check_shape("weight", rows, columns)
-    zeros = (weight == 0).view(rows, columns // pattern.m, pattern.m).sum(dim=2)
-    return int((zeros < pattern.n).sum())
+_BLOCK = 128  # default columns of a block of SparseGPT
+_RANKED_BY_PAIRS = 8  # largest M of N:M
+_SAMPLE = 1 << 15
 
 
 def holds(weight: torch.Tensor, pattern: Pattern) -> bool:
-    """Whether `weight` [rows, columns] has the zeros of `pattern`.
+    """Return whether `weight` [rows, columns] has the zeros of `pattern`.
 
-    N:M: no group is broken. Unstructured: zeros > numel * sparsity - max(rows, ceil(columns / 128)), because solvers round
-    the number of pruned weights down per row (Wanda) or per block of 128 columns (SparseGPT).
+    N:M: at least N zeros in each group of M consecutive columns. Unstructured: zeros > numel *
+    sparsity - max(rows, ceil(columns / 128)), because solvers round the number of pruned weights
+    down per row (Wanda) or per block of 128 columns (SparseGPT).
     """
-    if pattern.is_structured:
-        return broken_groups(weight, pattern) == 0
     rows, columns = weight.shape
+    if pattern.is_structured:
+        pattern.check_shape("weight", rows, columns)
+        zeros = (weight == 0).view(rows, columns // pattern.m, pattern.m).sum(dim=2)
+        return bool((zeros >= pattern.n).all())
     slack = max(rows, math.ceil(columns / _BLOCK))
     return int((weight == 0).sum()) > weight.numel() * pattern.sparsity - slack
+
+
+def lowest(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Return the bool mask of exactly the `count` lowest `scores`, of any shape; ties by position."""
+    if count == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    flat = scores.flatten()
+    threshold = flat.kthvalue(count).values
+    mask = flat < threshold
+    missing = count - int(mask.sum())
+    mask[(flat == threshold).nonzero()[:missing, 0]] = True
+    return mask.view(scores.shape)
+
+
+def lowest_along(scores: torch.Tensor, count: int, dim: int) -> torch.Tensor:
+    """Return the bool mask of exactly the `count` lowest entries of `scores` along `dim`."""
+    indices = scores.topk(count, dim=dim, largest=False, sorted=False).indices
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(dim, indices, True)
+
+
+def ranks_in_groups(scores: torch.Tensor, m: int) -> torch.Tensor:
+    """Rank, from 0 for the lowest, each entry of `scores` [groups * m, columns] in its group.
+
+    A group is `m` consecutive rows of a column. The ranks have the dtype of `scores`; ties by
+    position. Comparing all pairs of a short group takes a quarter of topk's time on a CPU.
+    """
+    groups = scores.view(-1, m, scores.shape[1])
+    if m > _RANKED_BY_PAIRS:
+        return groups.argsort(dim=1, stable=True).argsort(dim=1).to(scores.dtype).view(scores.shape)
+    ranks = torch.zeros_like(groups)
+    for i in range(m):
+        for j in range(i + 1, m):
+            # as 1.0 or 0.0: a comparison that writes booleans is not vectorised on a CPU
+            later_is_lower = groups[:, j].clone().lt_(groups[:, i])
+            ranks[:, i].add_(later_is_lower)
+            ranks[:, j].add_(1.0).sub_(later_is_lower)
+    return ranks.view(scores.shape)
+
+
+def sampled_places(
+    rows: int, columns: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return rows and columns of about 32,768 entries of a matrix; of a smaller one, of all."""
+    step = max(rows * columns // _SAMPLE, 1)
+    while math.gcd(step, columns) > 1 < step:  # a common divisor would leave columns out
+        step += 1
+    places = torch.arange(0, rows * columns, step, device=device)
+    return places // columns, places % columns
+
+
+def sampled_threshold(sample: torch.Tensor, share: float) -> float:
+    """Return a value that about a `share` of a matrix's scores do not exceed.
+
+    `sample` holds the scores at `sampled_places`. The share is exact for up to 32,768 scores; for
+    more its standard deviation is 0.3 %.
+    """
+    return float(sample.kthvalue(max(int(sample.numel() * share), 1)).values)

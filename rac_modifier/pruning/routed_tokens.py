@@ -1,4 +1,4 @@
-"""Which tokens a routed expert is calibrated on: those that the router sends to it and, below a floor, others as well."""
+"""Which tokens calibrate a routed expert: its own and, below a floor, others as well."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from rac_modifier.processes import Processes
 
 
 def routed_rows(chosen: torch.Tensor, counted: torch.Tensor, experts: int) -> list[torch.Tensor]:
-    """For each expert the numbers of the tokens that are routed to it, ascending.
+    """Return for each expert the numbers of the tokens that are routed to it, ascending.
 
-    `chosen` [tokens, k] has the numbers of each token's experts, bool `counted` [tokens] is False for padding.
+    `chosen` [tokens, k] has the numbers of each token's experts, bool `counted` [tokens] is False
+    for padding. Some routers give a number beyond the experts to dropped tokens.
     """
     chosen = chosen.masked_fill(~counted.unsqueeze(1), experts).flatten()
     order = chosen.sort(stable=True).indices // (chosen.numel() // max(counted.numel(), 1) or 1)
@@ -24,7 +25,7 @@ def routed_rows(chosen: torch.Tensor, counted: torch.Tensor, experts: int) -> li
 
 @dataclass(frozen=True)
 class ExpertTokens:
-    """How many tokens an expert is calibrated on: `routed` to it, and `added` ones, `evenly` spread or nearest to it; in all."""
+    """Tokens that calibrate an expert: `routed` to it, and `added` `evenly` or by nearness."""
 
     routed: int
     added: int
@@ -42,86 +43,74 @@ def filled_up(
     nearness: Callable[[], Rows] | None = None,
     numbers: Sequence[int] | None = None,
 ) -> tuple[list[torch.Tensor], ExpertTokens]:
-    """The `rows` that are routed to an expert in each batch, filled up to `floor` tokens.
+    """Fill up the `rows` that are routed to an expert in each batch to `floor` tokens.
 
-    Added are `counted` tokens that are routed elsewhere: those of the highest `nearness`, a number per token, or without it
-    tokens that are evenly spread. Each of several processes has some of the batches, and `numbers` are the places of these
-    among all: the tokens that are added are those of one process with all batches.
+    Add `counted` tokens that are routed elsewhere: those with the highest `nearness`, a number per
+    token, or without it evenly spread tokens. Several processes share the batches; `numbers` are
+    the places of this one's among all. They add the tokens that one process would.
     """
     routed = int(processes.sums(sum(map(len, rows)))[0])
     missing = max(floor - routed, 0)
     if not missing:
         return list(rows), ExpertTokens(routed, 0)
-    others = [
+    free = [
         real.index_fill(0, taken, False).nonzero().flatten()
         for taken, real in zip(rows, counted, strict=True)
     ]
     numbers = range(len(rows)) if numbers is None else numbers
     if nearness is None:
-        picked, added = _evenly(others, missing, numbers, processes)
+        picked = _evenly([len(places) for places in free], missing, numbers, processes)
     else:
-        near = [values[places] for values, places in zip(nearness(), others, strict=True)]
-        picked, added = _nearest(near, missing, numbers, processes)
+        near = [values[places] for values, places in zip(nearness(), free, strict=True)]
+        picked = _nearest(near, missing, numbers, processes)
     filled = [
         torch.cat([taken, places[torch.tensor(chosen, device=places.device, dtype=torch.long)]])
-        .sort()
-        .values
-        for taken, places, chosen in zip(rows, others, picked, strict=True)
+        for taken, places, chosen in zip(rows, free, picked, strict=True)
     ]
-    return filled, ExpertTokens(routed, added, nearness is None)
+    added = int(processes.sums(sum(map(len, picked)))[0])
+    return [x.sort().values for x in filled], ExpertTokens(routed, added, nearness is None)
 
 
 def _evenly(
-    others: Rows, missing: int, numbers: Sequence[int], processes: Processes
-) -> tuple[list[list[int]], int]:
-    """Evenly spread ones of the `others` of each batch, by their places in it; and how many there are in all processes."""
-    own = [(number, len(places)) for number, places in zip(numbers, others, strict=True)]
-    sizes = sorted(tuple(pair) for part in processes.from_all(own) for pair in part)
+    sizes: Sequence[int], missing: int, numbers: Sequence[int], processes: Processes
+) -> list[list[int]]:
+    """Pick evenly spread places of the free tokens of each batch, of which there are `sizes`."""
+    pairs = [list(pair) for pair in zip(numbers, sizes, strict=True)]
     before, total = {}, 0
-    for number, size in sizes:
+    for number, size in sorted(pair for rank in processes.from_all(pairs) for pair in rank):
         before[number], total = total, total + size
     added = min(missing, total)
     spread = [i * total // added for i in range(added)]
     picked = []
-    for number, places in zip(numbers, others, strict=True):
-        first, last = (bisect_left(spread, before[number] + end) for end in (0, len(places)))
+    for number, size in pairs:
+        first, last = (bisect_left(spread, before[number] + end) for end in (0, size))
         picked.append([place - before[number] for place in spread[first:last]])
-    return picked, added
+    return picked
 
 
 def _nearest(
     near: Rows, missing: int, numbers: Sequence[int], processes: Processes
-) -> tuple[list[list[int]], int]:
-    """The highest values of each batch, by their places in it; and how many there are in all processes. Ties by place."""
-    values = torch.cat(list(near))
-    best = values.sort(descending=True, stable=True).indices[:missing].cpu()
-    batch = torch.arange(len(near)).repeat_interleave(torch.tensor([len(part) for part in near]))[
-        best
-    ]
-    places = torch.cat([torch.arange(len(part)) for part in near])[best]
-    own = list(
-        zip(
-            values[best].tolist(),
-            (numbers[i] for i in batch.tolist()),
-            places.tolist(),
-            strict=True,
-        )
-    )
-    candidates = [tuple(one) for part in processes.from_all(own) for one in part]
-    if processes.count > 1:
-        candidates = sorted(candidates, key=lambda one: (-one[0], *one[1:]))[:missing]
+) -> list[list[int]]:
+    """Pick the places of the highest values of each batch; ties by batch and place."""
+    sizes, values = torch.tensor([len(x) for x in near]), torch.cat(list(near))
+    best = values.sort(descending=True, stable=True).indices[:missing]
+    keys, best = (-values[best]).tolist(), best.cpu()
+    batches = torch.arange(len(near)).repeat_interleave(sizes)[best]
+    places = (best - (sizes.cumsum(0) - sizes)[batches]).tolist()
+    owners = [numbers[batch] for batch in batches.tolist()]
+    candidates = [list(entry) for entry in zip(keys, owners, places, strict=True)]
+    everywhere = sorted(x for rank in processes.from_all(candidates) for x in rank)[:missing]
     picked: dict[int, list[int]] = {number: [] for number in numbers}
-    for _, number, place in candidates:
+    for _, number, place in everywhere:
         if number in picked:
             picked[number].append(place)
-    return [picked[number] for number in numbers], len(candidates)
+    return [picked[number] for number in numbers]
 
 
 def all_rows(
     rows: Rows, counted: Rows, processes: Processes
 ) -> tuple[list[torch.Tensor], ExpertTokens]:
-    """All tokens that are `counted`, whether they are routed to the expert (`rows`) or not."""
+    """Take all `counted` tokens, whether they are routed to the expert (`rows`) or not."""
     routed, every = processes.sums(sum(map(len, rows)), sum(int(real.sum()) for real in counted))
-    return [real.nonzero().flatten() for real in counted], ExpertTokens(
-        int(routed), int(every - routed)
-    )
+    taken = [real.nonzero().flatten() for real in counted]
+    return taken, ExpertTokens(int(routed), int(every - routed))

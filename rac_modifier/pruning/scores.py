@@ -1,4 +1,4 @@
-"""Methods that score every weight once and change none of the weights that they keep: Wanda and magnitude."""
+"""Methods that score every weight and leave the kept weights as they are: Wanda and magnitude."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from rac_modifier.pruning.topk import lowest, lowest_along
+from rac_modifier.pruning.masks import lowest, lowest_along
 from rac_modifier.settings.pattern import Pattern
 
 Mask = Callable[[torch.Tensor, torch.Tensor, Pattern], torch.Tensor]
-"""From a weight [rows, d] float32, its Hessian [d, d] and its pattern to what is pruned, bool [rows, d]."""
+"""From a weight [rows, d] float32, its Hessian [d, d] and its pattern to the pruned, bool [rows, d]."""
 
 
 def wanda_mask(weight: torch.Tensor, hessian: torch.Tensor, pattern: Pattern) -> torch.Tensor:
     """Prune by |W_ij| * ||X_j||_2, compared within an output row (arXiv 2306.11695, equation 1).
 
-    ||X_j|| is sqrt(H_jj) up to a factor that changes no comparison. Unstructured: the floor(d * sparsity) lowest of each row;
-    N:M: the N lowest of each group.
+    ||X_j|| is sqrt(H_jj) up to a factor that changes no comparison. Unstructured: the
+    floor(d * sparsity) lowest of each row; N:M: the N lowest of each group.
     """
     scores = weight.abs() * hessian.diagonal().sqrt()
     if pattern.is_structured:
@@ -26,7 +26,7 @@ def wanda_mask(weight: torch.Tensor, hessian: torch.Tensor, pattern: Pattern) ->
 
 
 def magnitude_mask(weight: torch.Tensor, hessian: torch.Tensor, pattern: Pattern) -> torch.Tensor:
-    """Prune by |W_ij|: the floor(numel * sparsity) lowest of the module, or the N lowest of each group."""
+    """Prune the floor(numel * sparsity) lowest |W_ij| of the module, or the N lowest of each group."""
     if pattern.is_structured:
         return _lowest_in_groups(weight.abs(), pattern)
     return lowest(weight.abs(), int(weight.numel() * pattern.sparsity))
@@ -46,9 +46,12 @@ def prune(
     rows: Sequence[int],
     patterns: Sequence[Pattern],
 ) -> torch.Tensor:
-    """Prune `weight` [d, sum(rows)] (transposed) in place, modules of `rows` rows each side by side; returns the mask of it."""
-    mask_of, modules = MASKS[method], zip(weight.split(list(rows), dim=1), patterns, strict=True)
-    masks = [mask_of(module.T.contiguous(), hessian, pattern) for module, pattern in modules]
+    """Prune `weight` [d, sum(rows)] (transposed) in place; return the mask of the pruned weights.
+
+    The modules are side by side, `rows` rows each.
+    """
+    modules = zip(weight.split(list(rows), dim=1), patterns, strict=True)
+    masks = [MASKS[method](module.T.contiguous(), hessian, pattern) for module, pattern in modules]
     pruned = torch.cat(masks).T
     weight.masked_fill_(pruned, 0.0)
     return pruned

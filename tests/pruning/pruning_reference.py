@@ -1,4 +1,4 @@
-"""The plain algorithms, in float64, one weight or one column at a time, and how far rounding may move the fast ones from them."""
+"""The plain algorithms in float64, a weight or a column at a time, and tolerances of rounding."""
 
 from __future__ import annotations
 
@@ -29,26 +29,22 @@ def random_mask(*shape: int, share: float, seed: int = 0) -> torch.Tensor:
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) < share
 
 
-def condition(matrix: torch.Tensor) -> float:
-    eigenvalues = torch.linalg.eigvalsh(matrix.double())
-    return float(eigenvalues[-1] / eigenvalues[0])
-
-
 def solve_tolerance(matrix: torch.Tensor, dtype: torch.dtype, margin: float = 50.0) -> float:
-    """How far two solutions with `matrix`, computed in `dtype` in different ways, may differ, as a share of the largest value.
+    """How far two solutions with `matrix` in `dtype` may differ, relative to the largest value.
 
-    The forward error of a solution is about condition * eps. Two column loops in float64 were found 2.2 times that apart
-    at most, in 1,000 random problems under two instruction sets.
+    The forward error of a solution is about condition * eps. Two column loops in float64 differed
+    by at most 2.2 times that, in 1,000 random problems under two instruction sets.
     """
-    return margin * condition(matrix) * torch.finfo(dtype).eps
+    eigenvalues = torch.linalg.eigvalsh(matrix.double())
+    return margin * float(eigenvalues[-1] / eigenvalues[0]) * torch.finfo(dtype).eps
 
 
 def quadratic_tolerance(
     change: torch.Tensor, hessian: torch.Tensor, dtype: torch.dtype = torch.float32
 ) -> float:
-    """How far trace(change H change^T) computed in `dtype` may be from the exact value: sqrt(d) eps |change| |H| |change|^T.
+    """How far trace(change H change^T) in `dtype` may be off: sqrt(d) eps |change| |H| |change|^T.
 
-    A bound of the terms and not of the sum: what is left after they cancel can be far smaller.
+    A bound of the terms and not of the sum, which can be far smaller.
     """
     size = trace_error(change.abs(), hessian.abs())
     return 4 * math.sqrt(hessian.shape[0]) * torch.finfo(dtype).eps * size
@@ -56,13 +52,9 @@ def quadratic_tolerance(
 
 def assert_near(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
     """Equal within `tolerance` of the largest value expected."""
-    furthest, largest = (
-        float((actual.double() - expected.double()).abs().max()),
-        float(expected.abs().max()),
-    )
-    assert furthest <= tolerance * largest, (
-        f"{furthest:.3g} apart, {tolerance * largest:.3g} allowed"
-    )
+    allowed = tolerance * float(expected.abs().max())
+    furthest = float((actual.double() - expected.double()).abs().max())
+    assert furthest <= allowed, f"{furthest:.3g} apart, {allowed:.3g} allowed"
 
 
 def trace_error(change: torch.Tensor, hessian: torch.Tensor) -> float:
@@ -80,7 +72,7 @@ def column_loop(
     block: int = 128,
     frac: float = 0.01,
 ) -> torch.Tensor:
-    """SparseGPT as in the code of the paper: explicit inverse, one column after the other, exact counts."""
+    """SparseGPT as in the code of the paper: explicit inverse, column after column, exact counts."""
     w, h = weight.double().clone(), hessian.double().clone()
     rows, d = w.shape
     h.diagonal().add_(frac * h.diagonal().mean())

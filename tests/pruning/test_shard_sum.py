@@ -1,7 +1,5 @@
 """Sums whose bits do not depend on how many processes (here threads) share the terms."""
 
-import random
-
 import pytest
 import torch
 
@@ -12,110 +10,77 @@ from rac_modifier.pruning.shard_sum import ShardSum
 from tests.meeting import together
 
 SHARDS, ROWS, COLUMNS = 7, 5, 6
+BLOCKS = [(0, 2, 3), (2, 5, 6)]
 
 
 @pytest.fixture
 def shards():
-    """The batches of each shard, of sizes that make every order of addition give other bits; shard 2 has one batch."""
-    return [
-        [torch.randn(ROWS, COLUMNS) * 10.0**i for i in range(1 if shard == 2 else 3)]
-        for shard in range(SHARDS)
-    ]
+    """Batches whose order of addition decides the bits; shard 2 has one batch."""
+    sizes = [1 if shard == 2 else 3 for shard in range(SHARDS)]
+    return [[torch.randn(ROWS, COLUMNS) * 10.0**i for i in range(size)] for size in sizes]
 
 
 def by_definition(shards):
     """Shard by shard, in the order of their numbers; each batch by batch."""
-    total = None
+    totals = []
     for shard in shards:
-        one = torch.zeros(ROWS, COLUMNS)
+        total = torch.zeros(ROWS, COLUMNS)
         for batch in shard:
-            one = one + batch
-        total = one if total is None else total + one
-    return total
+            total = total + batch
+        totals.append(total)
+    return sum(totals[1:], totals[0])
 
 
-def summed(shards, processes, blocks=None, slow=None):
-    found = ShardSum(ROWS, COLUMNS, "cpu", blocks=blocks, processes=processes)
-    own = shards[processes.rank :: processes.count]
-    for shard in [*own, *[[]] * (-(-len(shards) // processes.count) - len(own))]:
+def summed(shards, processes, blocks=None):
+    sums = ShardSum(ROWS, COLUMNS, "cpu", blocks=blocks, processes=processes)
+    share = shards[processes.rank :: processes.count]
+    for shard in [*share, *[[]] * (-(-len(shards) // processes.count) - len(share))]:
         for batch in shard:
-            for (first, last, columns), part in zip(
-                blocks or [(0, ROWS, COLUMNS)], found.shard, strict=True
-            ):
+            cells = zip(blocks or [(0, ROWS, COLUMNS)], sums.shard, strict=True)
+            for (first, last, columns), part in cells:
                 part.add_(batch[first:last, :columns])
-        if slow is not None:
-            for _ in range(slow.randrange(10**5)):  # others go on meanwhile
-                pass
-        found.end_shard()
-    found.finish()
-    return found.total
+        sums.end_shard()
+    sums.finish()
+    return sums.total
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 7])
-def test_any_number_of_processes_gives_the_same_bits(shards, monkeypatch, count):
+def run(count, function):
+    return together(count, function) if count > 1 else [function(Processes())]
+
+
+@pytest.mark.parametrize("blocks", [None, BLOCKS], ids=["whole", "blocks"])
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_any_number_of_processes_gives_the_same_bits(shards, monkeypatch, count, blocks):
     monkeypatch.setattr(shard_sum, "_PIECE", 2 * COLUMNS + 1)  # pieces of two rows and of one
     expected = by_definition(shards)
-    ends = (
-        together(count, lambda processes: summed(shards, processes))
-        if count > 1
-        else [summed(shards, Processes())]
-    )
-    assert all(torch.equal(end, expected) for end in ends)
+    if blocks is not None:
+        expected[:2, 3:] = 0.0  # in no block
+    for total in run(count, lambda processes: summed(shards, processes, blocks)):
+        assert torch.equal(total, expected)
 
 
 def test_another_order_would_give_others(shards):
     """The comparison above can fail: as a share of each process, or all batches in a row."""
     expected = by_definition(shards)
     assert not torch.equal(by_definition(shards[::2]) + by_definition(shards[1::2]), expected)
-    assert not torch.equal(
-        by_definition([[batch for shard in shards for batch in shard]]), expected
-    )
+    assert not torch.equal(by_definition([[x for shard in shards for x in shard]]), expected)
 
 
-def test_who_is_slow_changes_no_bit(shards):
-    expected = by_definition(shards)
-    for seed in range(2):
-        ends = together(
-            3,
-            lambda processes, seed=seed: summed(
-                shards, processes, slow=random.Random(seed + processes.rank)
-            ),
-        )
-        assert all(torch.equal(end, expected) for end in ends)
-
-
-@pytest.mark.parametrize("count", [1, 3])
-def test_only_the_blocks_are_summed(shards, count):
-    blocks, expected = [(0, 2, 3), (2, 5, 6)], by_definition(shards)
-    ends = together(count, lambda processes: summed(shards, processes, blocks))
-    for end in ends:
-        assert torch.equal(end[:2, :3], expected[:2, :3])
-        assert torch.equal(end[2:], expected[2:])
-        assert not end[:2, 3:].any()
-
-
-def test_a_shard_has_no_memory_beside_its_blocks():
+def test_a_shard_has_no_memory_outside_of_its_blocks():
     """A Hessian of four block rows: 1 + 2 + 3 + 4 of 16 blocks."""
     sums = ShardSum(256, 256, "cpu", blocks=blocks_of_triangle(256))
     assert sum(part.numel() for part in sums.shard) == 256**2 * 10 // 16
 
 
-def test_what_no_shard_ended_is_one():
-    total = ShardSum(1, 2, "cpu")
-    total.shard[0].add_(torch.tensor([[1.0, 2.0]]))
-    assert total.total.tolist() == [[1.0, 2.0]]
-    total.finish()
-    assert total.total.tolist() == [[1.0, 2.0]]
-
-
-def test_a_shard_that_was_not_ended_is_noticed():
-    total = ShardSum(1, 1, "cpu")
-    for _ in range(2):
-        total.shard[0].add_(1.0)
-        total.end_shard()
-    total.shard[0].add_(1.0)
+def test_without_an_ended_shard_the_present_one_is_the_sum():
+    sums = ShardSum(1, 2, "cpu")
+    sums.shard[0].add_(torch.tensor([[1.0, 2.0]]))
+    assert sums.total.tolist() == [[1.0, 2.0]]
+    sums.finish()
+    assert sums.total.tolist() == [[1.0, 2.0]]
+    sums.shard[0].add_(1.0)
     with pytest.raises(AssertionError, match="was not ended"):
-        total.finish()
+        sums.finish()
 
 
 @pytest.mark.parametrize("count", [2, 3, 4])
@@ -125,29 +90,23 @@ def test_statistics_are_those_of_one_process(count):
     weights = [torch.randn(20, 70), torch.randn(30, 70)]
 
     def of(processes):
-        found = Statistics(70, "cpu", weights, processes)
-        for shard in range(
-            processes.rank, -(-9 // processes.count) * processes.count, processes.count
-        ):
+        statistics = Statistics(70, "cpu", weights, processes)
+        rounds = -(-9 // processes.count) * processes.count
+        for shard in range(processes.rank, rounds, processes.count):
             for x, w in inputs[2 * shard : 2 * shard + 2]:
-                found.add(x, w, x * 1.1)
-            found.end_shards(1)
-        found.finish()
-        return (
-            found.hessian.matrix(),
-            torch.cat(found.cross_moment()),
-            found.hessian.weight_sum,
-            found.hessian.tokens,
-        )
+                statistics.add(x, w, x * 1.1)
+            statistics.end_shards(1)
+        statistics.finish()
+        hessian, moments = statistics.hessian, statistics.cross_moment()
+        return hessian.matrix(), torch.cat(moments), hessian.weight_sum, hessian.tokens
 
-    hessian, cross, weight, tokens = of(Processes())
-    for end in together(count, of):
-        assert torch.equal(end[0], hessian)
-        assert torch.equal(end[1], cross)
-        assert end[2:] == (weight, tokens)
+    hessian, cross, *counts = of(Processes())
+    for result in together(count, of):
+        assert torch.equal(result[0], hessian)
+        assert torch.equal(result[1], cross)
+        assert [*result[2:]] == counts
     unsharded = Hessian(70)
     for x, w in inputs:
         unsharded.add(x, w)
     torch.testing.assert_close(unsharded.matrix(), hessian)
     assert not torch.equal(unsharded.matrix(), hessian)
-    assert tokens == unsharded.tokens

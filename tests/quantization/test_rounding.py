@@ -1,12 +1,12 @@
-"""GPTQ and coordinate descent against slow references, in float64, so that no weight is rounded another way by chance."""
+"""GPTQ and coordinate descent against slow references, in float64: rounding decides nothing."""
 
 import pytest
 import torch
 
 from rac_modifier.pruning.linalg import Dampening, factorise
-from rac_modifier.quantization.grid import Grid, Steps, search_scales
+from rac_modifier.quantization.grid import Grid, Steps
 from rac_modifier.quantization.rounding import descend, gptq
-from rac_modifier.quantization.zero_points import search_zero_points
+from rac_modifier.quantization.scales import search_steps
 from tests.pruning.pruning_reference import assert_near, dampened, solve_tolerance
 from tests.quantization.quantization_reference import GRIDS, error_of, problem
 
@@ -20,9 +20,8 @@ ALL = {**GRIDS, **WITH_ZERO_POINTS}
 def wide_problem(name: str):
     weight, keep, target, hessian = problem(d=D, rows=5, dtype=torch.float64)
     grid = ALL[name]
-    search = search_scales if grid.symmetric else search_zero_points
-    steps = search(weight.T.contiguous(), grid, hessian.diagonal(), torch.float32).spread(grid, D)
-    return grid, weight, keep, target, hessian, steps
+    steps = search_steps(weight.T.contiguous(), grid, hessian.diagonal(), torch.float32)
+    return grid, weight, keep, target, hessian, steps.spread(grid, D)
 
 
 def alone(steps: Steps) -> Steps:
@@ -31,7 +30,7 @@ def alone(steps: Steps) -> Steps:
 
 
 def point(grid: Grid, column: torch.Tensor, steps: Steps, j: int) -> torch.Tensor:
-    """The points of the grid nearest to a column [rows], from codes that begin at 0 where there are zero points."""
+    """The nearest points to a column [rows], by codes from 0 where there are zero points."""
     if steps.zero is None:
         return grid.round_(column.clone(), steps.scale[j])
     offset = 2 ** (grid.bits - 1)
@@ -42,7 +41,7 @@ def point(grid: Grid, column: torch.Tensor, steps: Steps, j: int) -> torch.Tenso
 
 
 def slow_gptq(weight, keep, steps, grid, hessian, frac):
-    """Column by column with the inverse Hessian, as in the paper; pruned columns round to zero. All [rows, d]."""
+    """Column by column with the inverse Hessian, as in the paper; pruned weights round to zero."""
     weight = weight.clone()
     r = torch.linalg.cholesky(torch.linalg.inv(dampened(hessian, frac)), upper=True)
     for j in range(weight.shape[1]):
@@ -99,12 +98,3 @@ def test_a_sweep_is_coordinate_descent_over_the_kept_weights(name):
         assert not working.T[~keep].any()
         errors.append(error_of(working.T, target, damped))
     assert errors[2] < errors[1] < errors[0]
-
-
-def test_no_sweep_changes_nothing():
-    grid, weight, keep, target, hessian, steps = wide_problem("int8")
-    start = grid.round_(weight.T.clone(), steps.scale)
-    working = start.clone()
-    kept, dampening = keep.T.double()[None], Dampening.of(hessian, 0.01)
-    descend(working[None], target.T[None], kept, alone(steps), grid, [hessian], [dampening], 0)
-    assert torch.equal(working, start)

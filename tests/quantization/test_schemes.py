@@ -7,7 +7,7 @@ from compressed_tensors.quantization import (
 
 from rac_modifier.errors import RacError
 from rac_modifier.quantization.grid import Grid
-from rac_modifier.quantization.schemes import describe_scheme, grid_of
+from rac_modifier.quantization.schemes import describe_scheme, grid_of, stored_grid
 
 
 def scheme(weights: dict | None, **parts) -> QuantizationScheme:
@@ -38,88 +38,57 @@ def scheme(weights: dict | None, **parts) -> QuantizationScheme:
     ],
 )
 def test_presets(preset, grid, text):
-    found = preset_name_to_scheme(preset, ["Linear"])
+    upstream = preset_name_to_scheme(preset, ["Linear"])
     if preset == "W8A16":  # a channel or a group, by the version of compressed-tensors
-        found.weights.strategy, found.weights.group_size = "channel", None
-    assert grid_of(found, "x", prunes=True) == grid
-    assert describe_scheme(found) == text
+        upstream.weights.strategy, upstream.weights.group_size = "channel", None
+    assert grid_of(upstream, "x", prunes=True) == grid
+    assert describe_scheme(upstream) == text
 
 
-@pytest.mark.parametrize(
-    ("weights", "message"),
-    [
-        (
-            {"symmetric": False},
-            r"q_proj: weights int of 8 bits, strategy channel, asymmetric, so a zero is its zero point, and sparse kernels take",
-        ),
-        ({"num_bits": 3}, "weights int of 3 bits"),
-        (
-            {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16},
-            "weights float of 4 bits",
-        ),
-        ({"strategy": "tensor"}, "strategy tensor cannot be rounded here"),
-        (
-            {"strategy": "group", "group_size": 32, "actorder": "weight"},
-            "actorder weight cannot be rounded here",
-        ),
-        (
-            {"strategy": "group", "group_size": 32, "scale_dtype": "float8_e4m3fn"},
-            "scales of torch.float8_e4m3fn",
-        ),
-    ],
-)
-def test_weights_that_cannot_be_rounded_are_refused(weights, message):
+PRUNED, DENSE = {"prunes": True}, {"prunes": False}
+TOKENS = {"num_bits": 8, "dynamic": True, "strategy": "token"}
+STATIC = {"num_bits": 8, "dynamic": False, "strategy": "tensor"}
+GROUP = {"strategy": "group", "group_size": 32}
+ASYMMETRIC = {"symmetric": False}
+REFUSED = [
+    (ASYMMETRIC, {}, PRUNED, r"q_proj: weights int of 8 bits, strategy channel, asymmetric, so a"),
+    (ASYMMETRIC, {}, PRUNED, "zero is its zero point, and sparse kernels take a pruned weight"),
+    ({"num_bits": 3}, {}, PRUNED, "weights int of 3 bits, .* use int of 4 or 8 bits"),
+    ({"num_bits": 4, "type": "float"}, {}, PRUNED, "weights float of 4 bits"),
+    ({"strategy": "tensor"}, {}, PRUNED, "strategy tensor cannot be rounded here"),
+    ({**GROUP, "actorder": "weight"}, {}, PRUNED, "actorder weight cannot be rounded here"),
+    ({**GROUP, "scale_dtype": "float8_e4m3fn"}, {}, PRUNED, "scales of torch.float8_e4m3fn"),
+    (ASYMMETRIC, {}, DENSE, r"int of 8 bits, .* use int of 2 to 8 bits \(2 to 7 with zero points"),
+    ({**ASYMMETRIC, "type": "float"}, {}, DENSE, "float of 8 bits, strategy channel, asymmetric"),
+    (
+        ASYMMETRIC,
+        {"input_activations": TOKENS},
+        DENSE,
+        "no kernel multiplies them with quantized activations; set symmetric: true",
+    ),
+    (None, {"input_activations": TOKENS}, PRUNED, "q_proj: its scheme has no weights; quantize"),
+    ({}, {"input_activations": STATIC}, PRUNED, "input_activations with static scales are not"),
+    ({}, {"output_activations": STATIC}, PRUNED, "output_activations .*; set dynamic: true"),
+]
+
+
+@pytest.mark.parametrize(("weights", "parts", "prunes", "message"), REFUSED)
+def test_what_cannot_be_rounded_is_refused(weights, parts, prunes, message):
     with pytest.raises(RacError, match=message):
-        grid_of(scheme(weights), "q_proj", prunes=True)
+        grid_of(scheme(weights, **parts), "q_proj", **prunes)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 7])
 def test_zero_points_where_nothing_is_pruned(bits):
-    found = scheme({"num_bits": bits, "symmetric": False, "strategy": "group", "group_size": 64})
-    assert grid_of(found, "x", prunes=False) == Grid("int", bits, 64, symmetric=False)
-    assert describe_scheme(found) == f"int{bits} in groups of 64, with zero points"
+    asymmetric = scheme({"num_bits": bits, "strategy": "group", "group_size": 64, **ASYMMETRIC})
+    grid = Grid("int", bits, 64, symmetric=False)
+    assert grid_of(asymmetric, "x", prunes=False) == stored_grid(asymmetric, "x") == grid
+    assert describe_scheme(asymmetric) == f"int{bits} in groups of 64, with zero points"
 
 
 @pytest.mark.parametrize(
-    ("weights", "parts", "message"),
-    [
-        (
-            {},
-            {},
-            r"int of 8 bits, .* use int of 2 to 8 bits \(2 to 7 with zero points: bfloat16 does not hold the values of 8",
-        ),
-        (
-            {"type": "float"},
-            {},
-            "weights float of 8 bits, strategy channel, asymmetric cannot be rounded here; use int of",
-        ),
-        (
-            {},
-            {"input_activations": {"num_bits": 8, "dynamic": True, "strategy": "token"}},
-            "no kernel multiplies them with quantized activations; set symmetric: true",
-        ),
-    ],
+    "weights", [ASYMMETRIC, {"strategy": "tensor"}, {"num_bits": 4, "type": "float"}]
 )
-def test_zero_points_that_nothing_reads_are_refused(weights, parts, message):
-    with pytest.raises(RacError, match=message):
-        grid_of(scheme({"symmetric": False, **weights}, **parts), "x", prunes=False)
-
-
-def test_a_scheme_without_weights_is_refused():
-    activations = {"num_bits": 8, "dynamic": True, "strategy": "token"}
-    with pytest.raises(
-        RacError, match="q_proj: its scheme has no weights; quantize activations alone with a Quant"
-    ):
-        grid_of(scheme(None, input_activations=activations), "q_proj", prunes=True)
-
-
-@pytest.mark.parametrize("part", ["input_activations", "output_activations"])
-def test_activation_scales_that_need_calibration_are_refused(part):
-    static = scheme(
-        {"num_bits": 8}, **{part: {"num_bits": 8, "dynamic": False, "strategy": "tensor"}}
-    )
-    with pytest.raises(
-        RacError,
-        match=rf"q_proj: {part} with static scales are not calibrated here; set dynamic: true",
-    ):
-        grid_of(static, "q_proj", prunes=True)
+def test_codes_that_cannot_be_trained_are_refused(weights):
+    with pytest.raises(RacError, match=r"q_proj: .* cannot be trained through their codes"):
+        stored_grid(scheme(weights), "q_proj")

@@ -1,0 +1,157 @@
+"""Scales and zero points: searched on the weights, then fitted to the codes by least squares.
+
+The fit: a row of the weight is q = sum_g s_g C_g, where C_g holds the codes (minus the zero point)
+of group g and zeros elsewhere. With the target t and the damped Hessian H, the error
+(q - t) H (q - t)^T is a quadratic function of the scales s, and its minimum solves
+
+    A s = b,   A_gh = C_g H C_h^T,   b_g = C_g H t^T.
+
+The search chooses scales from the weights alone; the fit uses the whole Hessian. Two-stage grid
+optimisation (arXiv 2602.02126) does the same for GPTQ. Weights are transposed, as in grid.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from rac_modifier.pruning.linalg import Dampening
+from rac_modifier.quantization.grid import Grid, Steps, stored
+
+# Symmetric: shares of the largest weight over the half range.
+_FACTORS = tuple(0.4 + 0.02 * step for step in range(41))
+# Asymmetric: shares, down to the least, of the scale that covers the group, for each zero point
+# near the one of the finest steps: all four of 2 bits, three on either side of others.
+_LEAST_SHARE, _SHARES, _NEAR = 0.25, 31, 3
+_LARGEST_CHANGE = 3.0  # a scale that moves further belongs to a group with hardly any codes
+_ROWS = 256  # solved per call; bounds the memory of A, [rows, groups, groups] in float64
+
+
+def search_steps(
+    weight: torch.Tensor, grid: Grid, importance: torch.Tensor, dtype: torch.dtype
+) -> Steps:
+    """Search scales, exact in `dtype`, and zero points [groups, rows] with the least error.
+
+    Minimise sum_j importance_j (w_j - (c_j - z) s)^2 over the candidates of each group.
+
+    Args:
+        weight: [d, rows] with zeros where pruned.
+        grid: symmetric (both signs of the scale are tried) or with zero points.
+        importance: [d], the diagonal of the Hessian.
+        dtype: of the stored scales.
+    """
+    *batch, d, rows = weight.shape
+    size, candidates = grid.group_size or d, _symmetric if grid.symmetric else _asymmetric
+    scales, zeros = (weight.new_zeros(*batch, grid.groups(d), rows) for _ in range(2))
+    for group, start in enumerate(range(0, d, size)):
+        columns = slice(start, start + size)
+        part, weights = weight[..., columns, :], importance[..., columns].unsqueeze(-1)
+        best_scale, best_zero = scales[..., group, :], zeros[..., group, :]
+        least = torch.full_like(best_scale, torch.inf)
+        for scale, zero in candidates(part, grid, dtype):
+            spread = None if zero is None else zero.unsqueeze(-2)
+            rounded = grid.round_(part.clone(), scale.unsqueeze(-2), spread)
+            error = rounded.sub_(part).square_().mul_(weights).sum(dim=-2)
+            better = error < least
+            least = torch.where(better, error, least)
+            best_scale.copy_(torch.where(better, scale, best_scale))
+            if zero is not None:
+                best_zero.copy_(torch.where(better, zero, best_zero))
+    return Steps(scales, None if grid.symmetric else zeros)
+
+
+def _symmetric(
+    part: torch.Tensor, grid: Grid, dtype: torch.dtype
+) -> Iterator[tuple[torch.Tensor, None]]:
+    """Yield scales [rows] of a group of columns, `part` [columns, rows].
+
+    An integer grid has one more code below zero than above: with the right sign of the scale it
+    serves the larger weights.
+    """
+    largest = part.abs().amax(dim=-2) / grid.half_range
+    largest = torch.where(largest == 0, 1.0, largest)  # only zeros: every scale is right
+    for factor in _FACTORS:
+        for sign in (1, -1) if grid.is_lopsided else (1,):
+            yield stored(largest * (sign * factor), dtype), None
+
+
+def _asymmetric(
+    part: torch.Tensor, grid: Grid, dtype: torch.dtype
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield scales and zero points [rows] of a group of columns, `part` [columns, rows].
+
+    With scale s and zero point z the values (c - z) s reach from (lowest - z) s to (highest - z) s.
+    """
+    lowest, highest = grid.lowest, -grid.lowest - 1
+    low, high = part.amin(dim=-2).clamp_(max=0.0), part.amax(dim=-2).clamp_(min=0.0)
+    finest = (high - low) / (highest - lowest)
+    finest = torch.where(finest == 0, 1.0, finest)  # only zeros: every scale is right
+    count = min(1 << grid.bits, 2 * _NEAR + 1)
+    first = (lowest - low / finest).round_().sub_(count // 2).clamp_(lowest, highest + 1 - count)
+    for offset in range(count):
+        zero = first + offset
+        # the scale that covers both ends; an end with no codes on its side of zero is not covered
+        above, below = high / (highest - zero), low / (lowest - zero)
+        covering = torch.maximum(above.where(zero < highest, 0.0), below.where(zero > lowest, 0.0))
+        covering = torch.where(covering == 0, finest, covering)
+        for step in range(_SHARES):
+            yield stored(covering * (1 - (1 - _LEAST_SHARE) * step / (_SHARES - 1)), dtype), zero
+
+
+def refit_scales(
+    codes: torch.Tensor,
+    target: torch.Tensor,
+    scale: torch.Tensor,
+    grid: Grid,
+    hessian: torch.Tensor,
+    dampening: Dampening,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Return the scales [groups, rows], exact in `dtype`, with the least error for the codes.
+
+    `codes` [d, rows] are code minus zero point, `scale` [groups, rows] their scales, `hessian`
+    [d, d] is undamped. A scale stays as it is where its solution is not finite, changes sign, or
+    changes by more than a factor of 3; a row keeps its scales where rounding loses the gain.
+    """
+    d, rows = codes.shape
+    size, groups = grid.group_size or d, grid.groups(d)
+    gram = codes.new_empty(rows, groups, groups)
+    for group in range(groups):
+        columns = slice(group * size, (group + 1) * size)
+        image = hessian[:, columns] @ codes[columns]  # H C_g, [d, rows]
+        image[columns].addcmul_(dampening.added[columns, None], codes[columns])
+        gram[:, :, group] = _group_sums(image.mul_(codes), groups, size).T
+    image = torch.addcmul(hessian @ target, dampening.added[:, None], target)
+    right = _group_sums(image.mul_(codes), groups, size).T
+    result = scale.clone()
+    for first in range(0, rows, _ROWS):
+        chunk = slice(first, first + _ROWS)
+        old = scale[:, chunk].T
+        new = _solve(gram[chunk].double(), right[chunk].double(), old.double())
+        result[:, chunk] = stored(new.to(old), dtype).T
+    before, after = (_error(gram, right, s.T) for s in (scale, result))
+    return torch.where(after < before, result, scale)
+
+
+def _solve(gram: torch.Tensor, right: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+    """Solve A s = b per row; [rows, groups, groups], [rows, groups] and the old scales, float64."""
+    gram = (gram + gram.mT) / 2
+    empty = gram.diagonal(dim1=1, dim2=2) <= 0  # a group without a code
+    gram = gram + torch.diag_embed(empty.to(gram))
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    new = torch.cholesky_solve(right.unsqueeze(2), factor).squeeze(2)
+    ratio = new / old
+    usable = (ratio < _LARGEST_CHANGE) & (ratio > 1 / _LARGEST_CHANGE) & ~empty
+    return torch.where(usable & (failed == 0).unsqueeze(1), new, old)
+
+
+def _error(gram: torch.Tensor, right: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Return s A s - 2 b s per row, [rows]: the error without its constant."""
+    image = torch.bmm(gram, scale.unsqueeze(2)).squeeze(2)
+    return ((image - 2 * right) * scale).sum(dim=1)
+
+
+def _group_sums(values: torch.Tensor, groups: int, size: int) -> torch.Tensor:
+    """Sum [d, rows] over the columns of each group: [groups, rows]."""
+    return values.reshape(groups, size, -1).sum(dim=1)
