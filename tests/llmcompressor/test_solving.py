@@ -154,7 +154,7 @@ def test_small_groups_of_one_shape_that_follow_each_other_are_solved_at_once(
     monkeypatch, batches, solver, expected
 ):
     """At most two of 8 rows: of the first three, and of the last two. The one of 16 rows between them is alone."""
-    monkeypatch.setattr(sparsegpt, "_AT_ONCE_ON_CPU", 2 * COLUMNS * 8 + 1)
+    monkeypatch.setattr(sparsegpt, "_BATCH_ON_CPU", 2 * COLUMNS * 8 + 1)
     modules = {
         str(i): torch.nn.Linear(COLUMNS, rows, bias=False)
         for i, rows in enumerate((8, 8, 8, 16, 8, 8))
