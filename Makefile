@@ -16,7 +16,7 @@ export OMP_WAIT_POLICY = PASSIVE
 TEST_PROCESSES ?= 2
 PINS ?= compare
 
-.PHONY: help demo serve-demo test test-compress test-plugin test-serve test-processors lighteval arm-tools pins lint schema docs results dist test-dist test-matrix clean
+.PHONY: help demo serve-demo test test-compress test-plugin test-serve test-processors sanitize lighteval arm-tools pins lint schema docs results dist test-dist test-matrix clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -48,6 +48,9 @@ test-serve: $(SERVE_VENV)/.installed ## all tests of the serving environment: st
 
 test-processors: $(VENV)/.installed ## numeric tests with other thread counts and instruction sets; not part of `make test`
 	scripts/test_processors.sh $(BIN)/python
+
+sanitize: $(VENV)/.installed ## random and hostile calls of the kernels under AddressSanitizer and UBSan; minutes; not part of `make test`
+	$(BIN)/python -m tests.kernels.cpu.sanitize
 
 lighteval: $(VENV)/.installed $(SERVE_VENV)/.installed $(LIGHTEVAL_VENV)/.installed ## install lighteval, and test it on a packed checkpoint; not part of `make test`
 	RAC_LIGHTEVAL=$(abspath $(LIGHTEVAL_BIN))/lighteval RAC_VLLM=$(abspath $(SERVE_BIN))/vllm $(BIN)/python -m pytest -rs tests/evaluation/test_lighteval.py

@@ -1,7 +1,7 @@
 // The matmul with few tokens as an operator of torch, so that a call from Python enters C++ once.
 //
 // It uses torch's stable C interface (torch/csrc/inductor/aoti_torch/c/shim.h and torch/csrc/stable/c/shim.h), whose functions
-// Python looks up in the torch that is loaded (kernels/cpu/native_operator.py). So no header or library of torch is needed to
+// Python looks up in the torch that is loaded (kernels/cpu/support.py). So no header or library of torch is needed to
 // build this file. What is not plain, such as many tokens, goes to the operator in Python, which also says what is wrong.
 #include <cstring>
 #include <stdexcept>
@@ -26,7 +26,7 @@ using Value = uint64_t;       // StableIValue: a number, a Tensor, or for an opt
 using Error = int32_t;        // 0: none
 using Kernel = void (*)(Value* stack, uint64_t inputs, uint64_t outputs);
 
-// In the order of FUNCTIONS of native_operator.py; the last ones may be missing.
+// In the order of FUNCTIONS of support.py; the last ones may be missing.
 struct Torch {
     Error (*library_init_impl)(const char* space, const char* key, const char* file, uint32_t line, void** library);
     Error (*library_impl)(void* library, const char* name, Kernel kernel, uint64_t version);

@@ -1,8 +1,7 @@
-"""Reasoning-aware pruning: calibrate on the model's own chain of thought, save sparse, load and serve sparse.
+"""Prune reasoning models: calibrate on their own chain of thought, save, load and serve sparse.
 
-Importing this package is light. Before or after llm-compressor and transformers, it makes
-`ReasoningAwareSparseGPTModifier` and `ReasoningAwareCalibrationModifier` known to llm-compressor's recipes, and packed
-sparse checkpoints known to transformers' `from_pretrained`:
+Importing this package is light. Before or after llm-compressor and transformers, it makes our
+modifiers known to llm-compressor's recipes, and packed sparse checkpoints to `from_pretrained`:
 
     import rac_modifier
     from llmcompressor import oneshot
@@ -13,10 +12,13 @@ sparse checkpoints known to transformers' `from_pretrained`:
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import sys
+import warnings
+from importlib.abc import MetaPathFinder
 from typing import TYPE_CHECKING, Any
 
 from rac_modifier.errors import RacError
-from rac_modifier.on_import import import_after
 
 if TYPE_CHECKING:
     from rac_modifier.calibration.dataset import trace_dataset as trace_dataset
@@ -61,6 +63,57 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+class _ImportAfter(MetaPathFinder):
+    """Import `module` right after `trigger` is loaded, in the way of the other finders.
+
+    A library that finds extensions through a registry, and has no entry point for them, is extended so:
+    it is not imported before the user does, and the order of the user's imports does not matter.
+    """
+
+    def __init__(self, trigger: str, module: str) -> None:
+        self.trigger, self.module = trigger, module
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
+        if fullname != self.trigger:
+            return None
+        finders = (finder for finder in sys.meta_path if not isinstance(finder, _ImportAfter))
+        specs = (finder.find_spec(fullname, path, target) for finder in finders)
+        spec = next((spec for spec in specs if spec is not None), None)
+        if spec is None or spec.loader is None:
+            return spec  # it is not installed, or not yet
+        load = spec.loader.exec_module
+
+        def load_then_import(module: Any) -> None:
+            load(module)
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
+            self.extend()
+
+        spec.loader.exec_module = load_then_import  # type: ignore[method-assign]
+        return spec
+
+    def extend(self) -> None:
+        """Import the module; the library works without it, so an error becomes a warning."""
+        try:
+            importlib.import_module(self.module)
+        except Exception as error:
+            warnings.warn(
+                f"{self.module} cannot extend {self.trigger} of the installed version ({error!r}); "
+                "packed sparse checkpoints are not loaded: install the versions that rac-modifier pins",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+
+def _import_after(trigger: str, module: str) -> None:
+    """Import `module` now if `trigger` has been imported, else right after it has been."""
+    finder, loaded = _ImportAfter(trigger, module), sys.modules.get(trigger)
+    if loaded is not None and not getattr(loaded.__spec__, "_initializing", False):
+        finder.extend()
+    elif trigger not in {getattr(other, "trigger", None) for other in sys.meta_path}:
+        sys.meta_path.insert(0, finder)
+
+
 # Each of the two modules enters itself into a registry of the library when it is imported.
-import_after("llmcompressor", "rac_modifier.llmcompressor.register")
-import_after("transformers.quantizers.auto", "rac_modifier.checkpoint.hf_quantizer")
+_import_after("llmcompressor", "rac_modifier.llmcompressor.register")
+_import_after("transformers.quantizers.auto", "rac_modifier.checkpoint.hf_quantizer")

@@ -1,4 +1,4 @@
-"""JSON and text files that are written whole or not at all, and files that one process uses at a time."""
+"""Files that are written whole or not at all, read to their end, and free of a machine's paths."""
 
 from __future__ import annotations
 
@@ -10,18 +10,15 @@ import shutil
 import stat
 import tempfile
 import time
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from rac_modifier.errors import RacError
 
 
 def write_json_atomic(path: str | Path, obj: Any) -> None:
-    """Write `obj` as strict JSON (no NaN) in the way of `write_text_atomic`.
-
-    Raises:
-        RacError: `obj` is not JSON, or the file cannot be written; the old file then stands.
-    """
+    """Write `obj` as strict JSON (no NaN) by `write_text_atomic` (RacError: it is not JSON)."""
     try:
         text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     except (TypeError, ValueError) as error:
@@ -33,13 +30,12 @@ def write_text_atomic(path: str | Path, text: str) -> None:
     """Write UTF-8 text through a temporary file, mode 644; a reader sees the old file or the new one.
 
     Raises:
-        RacError: the file cannot be written; the old file then stands.
+        RacError: the file cannot be written, and the old file is unchanged.
     """
     path = Path(path)
     try:
-        handle, temporary = tempfile.mkstemp(
-            dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"
-        )
+        names = {"prefix": f".{path.name}.", "suffix": ".tmp"}
+        handle, temporary = tempfile.mkstemp(dir=path.parent, **names)
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
                 file.write(text)
@@ -68,9 +64,7 @@ def read_json(path: str | Path, next_step: str = "is this a saved model folder?"
             raise ValueError(f"it is a {kind}")
         obj = json.loads(Path(path).read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        reason = (
-            error.strerror if isinstance(error, OSError) else error
-        )  # without the path, which stands before it
+        reason = error.strerror if isinstance(error, OSError) else error  # without the path
         raise RacError(f"{path}: cannot be read as JSON ({reason}); {next_step}") from error
     if not isinstance(obj, dict):
         raise RacError(f"{path}: holds a {type(obj).__name__} where an object is expected")
@@ -78,12 +72,10 @@ def read_json(path: str | Path, next_step: str = "is this a saved model folder?"
 
 
 def regular_file(path: str | Path, what: str) -> Path:
-    """Return the path of a file that a user named, after checking that reading it will end.
-
-    A link to a regular file counts as one. `what` names the file in the message ("recipe").
+    """Return the path of a user's file, after checking that reading it will end; links are followed.
 
     Raises:
-        RacError: nothing is at `path`, or a folder, device, pipe or socket.
+        RacError: nothing is at `path`, or a folder, device, pipe or socket; it begins with `what`.
     """
     path = Path(path)
     try:
@@ -106,10 +98,7 @@ def _special_kind(path: Path) -> str | None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder, if it is there, so that a kill leaves all of it under its name or nothing.
-
-    It is renamed first. What an earlier kill left under that other name is removed too.
-    """
+    """Remove a folder, if it is there, renamed first: a kill leaves all of it under its name or nothing."""
     gone = folder.with_name(f"{folder.name}.removed")
     shutil.rmtree(gone, ignore_errors=True)
     with contextlib.suppress(OSError):
@@ -118,7 +107,7 @@ def remove_folder(folder: Path) -> None:
 
 
 def lock(descriptor: int, path: Path, patience: float) -> bool:
-    """Lock an open file against other processes, until it is closed; False where another one holds it for `patience` seconds.
+    """Lock an open file until it is closed; return whether others released it in `patience` seconds.
 
     Raises:
         RacError: the file system has no locks.
@@ -134,5 +123,71 @@ def lock(descriptor: int, path: Path, patience: float) -> bool:
             time.sleep(0.05)
         except OSError as error:
             raise RacError(
-                f"{path} cannot be locked ({error.strerror}); name one on a file system that has locks"
+                f"{path} cannot be locked ({error.strerror}); name one on a file system that has "
+                "locks"
             ) from error
+
+
+_REASONER = ("rac_modifier", "reasoner", "assets")  # the embedded model; its name is "reasoner"
+
+
+def public_name(name: str | Path) -> str:
+    """Return a name without a machine's folders, for models, records, cards and trace stores.
+
+    A hub id or relative path stays. An absolute path becomes the hub id, in the hub's cache, or else
+    its last name: "/data/models/Qwen3-8B" becomes "Qwen3-8B".
+    """
+    text = str(name)
+    if not _is_absolute(text):
+        return text
+    folders = PureWindowsPath(text).parts
+    if folders[-3:] == _REASONER:
+        return "reasoner"
+    if folders[-2:-1] == ("snapshots",) and folders[-3].startswith("models--"):
+        return folders[-3].removeprefix("models--").replace("--", "/")
+    return folders[-1]
+
+
+def without_paths(value: Any) -> Any:
+    """Return a copy of a record in which each absolute path is replaced by its public name.
+
+    A path is recognized where it is a whole string, and replaced wherever it occurs in other strings.
+    """
+    return _replaced(value, sorted(set(_paths(value)), key=len, reverse=True))
+
+
+def text_without_paths(text: str, parsed: Any) -> str:
+    """Return the text of a file without the absolute paths of what was parsed from it."""
+    return str(_replaced(text, sorted(set(_paths(parsed)), key=len, reverse=True)))
+
+
+def _is_absolute(text: str) -> bool:
+    """Return whether a string is an absolute path of two names or more ("/no_think" is a prompt)."""
+    path = PureWindowsPath(text)  # splits at both kinds of slash
+    rooted = text.startswith(("/", "~/", "file:///")) or bool(path.drive and path.root)
+    named = len(path.parts) > 2 or (len(path.parts) == 2 and Path(text).exists())
+    return rooted and named and "\n" not in text
+
+
+def _paths(value: Any) -> Iterator[str]:
+    if isinstance(value, (str, Path)):
+        if _is_absolute(str(value)):
+            yield str(value)
+    elif isinstance(value, Mapping):
+        yield from _paths([*value.keys(), *value.values()])
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _paths(item)
+
+
+def _replaced(value: Any, paths: list[str]) -> Any:
+    if isinstance(value, (str, Path)):
+        text = str(value)
+        for path in paths:
+            text = text.replace(path, public_name(path))
+        return text
+    if isinstance(value, Mapping):
+        return {_replaced(key, paths): _replaced(item, paths) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_replaced(item, paths) for item in value]
+    return value

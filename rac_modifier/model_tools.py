@@ -1,4 +1,4 @@
-"""Small tools for a model as a whole: evaluation mode, the accelerator, and the early end of a forward pass."""
+"""Evaluation mode, the accelerator, and the early end of a forward pass of a model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _OTHER_DEVICE = 'use a device with more memory, or load the model with device_ma
 
 
 class StopForward(Exception):  # noqa: N818 - control flow, not an error
-    """Raised by a hook that has all the activations it needs, to skip the rest of this forward pass."""
+    """Raised by a hook that has all the activations it needs, to skip the rest of a forward pass."""
 
 
 @contextlib.contextmanager
@@ -38,7 +38,7 @@ def accelerator() -> torch.device | None:
 
 
 def is_placed(model: PreTrainedModel) -> bool:
-    """Return whether the weights are placed already: by device_map, offloading, or on a device other than the CPU."""
+    """Return whether the weights are placed: by device_map, offloading, or on another device."""
     from compressed_tensors.offload.cache import OffloadCache  # takes a second
 
     return (
@@ -50,12 +50,10 @@ def is_placed(model: PreTrainedModel) -> bool:
 
 @contextlib.contextmanager
 def on_accelerator(model: PreTrainedModel, next_step: str = _OTHER_DEVICE) -> Iterator[None]:
-    """Move a model that is on the CPU, where oneshot loads it, to the accelerator, and afterwards back.
-
-    A model that is placed already (device_map, offloading) is not moved.
+    """Move a model that is not placed to the accelerator, and afterwards back to the CPU.
 
     Raises:
-        RacError: the weights do not fit into the free memory of the accelerator; its text ends in `next_step`.
+        RacError: the weights do not fit into its free memory; the text ends in `next_step`.
     """
     device = accelerator()
     if device is None or is_placed(model):
@@ -72,10 +70,9 @@ def on_accelerator(model: PreTrainedModel, next_step: str = _OTHER_DEVICE) -> It
 
 @contextlib.contextmanager
 def streamed_to_accelerator(model: PreTrainedModel) -> Iterator[None]:
-    """Compute on the accelerator with weights that stay on the CPU: each module's are copied there when it runs.
+    """Compute on the accelerator with weights that stay on the CPU, copied when a module runs.
 
-    A model of any size can run so. All ranks call it, since the weights are shared memory from then on. A model that is placed
-    already is left as it is.
+    All ranks call it, since the weights are shared memory from then on. A placed model stays as it is.
     """
     device = accelerator()
     if device is None or is_placed(model):
@@ -93,20 +90,17 @@ def streamed_to_accelerator(model: PreTrainedModel) -> Iterator[None]:
 def check_fits(
     model: PreTrainedModel, device: torch.device, next_step: str = _OTHER_DEVICE
 ) -> None:
-    """Refuse to move a model to a device that has no room for it.
+    """Refuse to move a model to a device without memory for it (RacError; ends in `next_step`).
 
-    A forward pass needs 5 % of the weights as well, and at least 1 GB: compressed-tensors leaves as much.
-
-    Raises:
-        RacError: with the bytes needed and free; its text ends in `next_step`.
+    A forward pass needs 5 % of the weights as well, and at least 1 GB, like in compressed-tensors.
     """
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
     weights = sum(t.numel() * t.element_size() for t in tensors.values())
     free = free_bytes(device)
     if free is not None and weights + max(weights // 20, 10**9) > free:
         raise RacError(
-            f"the weights of the model take {weights / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free on {device}, "
-            f"where there must be room for a forward pass, too: {next_step}"
+            f"the weights of the model take {weights / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are "
+            f"free on {device}, where there must be room for a forward pass, too: {next_step}"
         )
 
 
@@ -117,8 +111,6 @@ def free_bytes(device: torch.device) -> int | None:
 
         return int(psutil.virtual_memory().available)
     if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(
-            device
-        )  # PyTorch's own reserve
-        return int(torch.cuda.mem_get_info(device)[0]) + unused
+        reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + reserve  # PyTorch's, unused
     return None

@@ -1,18 +1,6 @@
-"""Tweaks for the CPU that a run computes on, each with its measured gain, and matrix algorithms that they speed up.
+"""Tweaks for the CPU that a run computes on, and matrix algorithms that they speed up.
 
-*oneDNN instead of MKL* for float32 matmuls on AMD processors with AVX-512: about twice the rate, 0.31 instead of 0.51 of the
-time of llm-compressor's SparseGPT for `preset: paper`, 0.61 instead of 1.16 for `quality` (docs/results/pruning_time.md).
-Results differ in the last bits, as between any two libraries; each shape takes the same way in every process of a machine.
-
-*Few numbers of tokens.* oneDNN compiles code for each shape and keeps 0.57 MiB of it. `padded_size` rounds the number of tokens
-up, so that an expert layer keeps 8 shapes per power of two instead of one per expert.
-
-*Blocks.* Cholesky factor, solve and inverse by blocks of 512 columns, so that nearly all of the work is matmuls: LAPACK's are
-MKL's. They work in the memory of their matrix.
-
-*Freed memory.* glibc returns freed blocks of some MiB to the system, and a run took a fifth to a third of its time for new pages.
-`keep_freed_memory` has glibc keep them; `return_freed_memory` gives them back where the process outgrows its forecast (peaks
-were 1.2 to 1.4 times the forecast without it, docs/results/scale.md).
+docs/results/pruning_time.md and docs/results/scale.md have the measurements.
 """
 
 from __future__ import annotations
@@ -27,30 +15,28 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 BLOCK = 512  # columns of a block of a factor
-HEAP_GAPS = 1.15  # pages of a process / bytes of its blocks: blocks of many sizes leave gaps in glibc's heap
+HEAP_GAPS = 1.15  # pages of a process / bytes of its blocks, whose sizes leave gaps in glibc's heap
 _LEAST_WORK = 1 << 26  # multiply-adds below which a call of oneDNN costs more than it gains
 _LEAST_ROWS = 256  # rows of the first factor below which copying the second costs too much
 _SIZES_PER_DOUBLING = 8  # of the number of tokens
 _CHUNK = 2048  # rows of a matmul that is added to a matrix; bounds its temporary memory
-_FACTOR_CHUNK = 1024  # the same within a Cholesky factorisation
+_FACTOR_CHUNK = 1024  # the same within a Cholesky factorization
 _SMALL_TRIANGLE = 64  # rows up to which LAPACK inverts a triangle
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # mallopt's numbers in malloc.h
 _LARGEST_KEPT_BLOCK, _KEPT_AT_END_OF_HEAP = 256 << 20, 1 << 30
-_MALLOC_VARIABLES = (
-    "MALLOC_MMAP_THRESHOLD_",
-    "MALLOC_TRIM_THRESHOLD_",
-    "MALLOC_ARENA_MAX",
-    "GLIBC_TUNABLES",
-)
+_MALLOC_VARIABLES = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_ARENA_MAX")
 _resident_limit: int | None = None  # bytes; None: no forecast was made
 _raise = 0  # bytes
 
 
-# ---- float32 matmuls by oneDNN
+# ---- float32 matmuls by oneDNN instead of MKL: 0.31 instead of 0.51 of the time of SparseGPT
 
 
 def onednn_is_faster(device: torch.device) -> bool:
-    """Return whether float32 matmuls on this device go to oneDNN: on AMD processors with AVX-512."""
+    """Return whether float32 matmuls on a device go to oneDNN: on AMD CPUs with AVX-512.
+
+    Results differ in the last bits from MKL's; each shape takes the same way in every process.
+    """
     return device.type == "cpu" and _is_amd_with_avx512()
 
 
@@ -74,7 +60,7 @@ def add_matmul_(
     alpha: float = 1.0,
     chunk: int | None = None,
 ) -> torch.Tensor:
-    """Add `alpha` `a` [m, k] @ `b` [k, n] to `out` [m, n] in place, `chunk` rows at a time (default: 2048)."""
+    """Add `alpha` `a` [m, k] @ `b` [k, n] to `out` [m, n] in place, `chunk` rows at a time."""
     if not _onednn_gains(a, b.T):
         return out.addmm_(a, b, alpha=alpha)
     chunk = chunk or _CHUNK
@@ -85,19 +71,22 @@ def add_matmul_(
 
 
 def padded_size(count: int) -> int:
-    """Return `count`, rounded up to one of eight sizes per power of two, at most an eighth above it."""
+    """Return `count`, rounded up to one of eight sizes per power of two.
+
+    oneDNN keeps 0.57 MiB of code per shape: 8 shapes of an expert layer instead of one per expert.
+    """
     step = max((1 << count.bit_length()) // (2 * _SIZES_PER_DOUBLING), 1)
     return -(-count // step) * step
 
 
 def with_zero_rows(x: torch.Tensor) -> torch.Tensor:
-    """Return `x` [rows, k] with zeros appended up to `padded_size(rows)`; `x` itself where it has that size."""
+    """Return `x` [rows, k] with zeros appended up to `padded_size(rows)`."""
     missing = padded_size(len(x)) - len(x)
     return torch.nn.functional.pad(x, (0, 0, 0, missing)) if missing else x
 
 
 class FasterLinears(TorchFunctionMode):
-    """While entered, send float32 `torch.nn.functional.linear` without gradients to oneDNN where that is faster."""
+    """Send float32 `torch.nn.functional.linear` without gradients to oneDNN where that is faster."""
 
     def __torch_function__(
         self,
@@ -125,17 +114,13 @@ def _onednn_gains(x: torch.Tensor, weight: torch.Tensor) -> bool:
 def _linear_by_onednn(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Return `x` [..., k] @ `weight` [n, k]^T + `bias`, by the operator of torch's compiler.
-
-    A weight that is not contiguous is copied first: oneDNN is a hundred times slower on it.
-    """
-    result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
-        x, weight.contiguous(), bias, "none", [], ""
-    )
+    """Return `x` [..., k] @ `weight` [n, k]^T + `bias`, by the operator of torch's compiler."""
+    weight = weight.contiguous()  # oneDNN is a hundred times slower on others
+    result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return result
 
 
-# ---- symmetric matrices by blocks
+# ---- symmetric matrices by blocks of columns, nearly all matmuls: LAPACK's would be MKL's
 
 
 def cholesky_(matrix: torch.Tensor, *, bf16: bool = False) -> torch.Tensor | None:
@@ -144,8 +129,8 @@ def cholesky_(matrix: torch.Tensor, *, bf16: bool = False) -> torch.Tensor | Non
     From the first block of columns to the last, with L on the left of it, d^3 / 6 multiply-adds:
     A_k <- A_k - L_left L_k,left^T, L_kk = chol(A_kk), L_below,k = A_below,k L_kk^-T.
 
-    `bf16` rounds the factors of matmuls to bfloat16, but for those with the first 512 inputs. These carry most of what all
-    inputs share, and the error of rounding it can exceed the small eigenvalues.
+    `bf16` rounds the factors of matmuls to bfloat16, but not with the first 512 inputs: these carry most
+    of what all inputs share, and the error of rounding it can exceed the small eigenvalues.
     """
     d = matrix.shape[0]
     for start in range(0, d, BLOCK):
@@ -153,15 +138,13 @@ def cholesky_(matrix: torch.Tensor, *, bf16: bool = False) -> torch.Tensor | Non
         block, below = slice(start, stop), slice(stop, d)
         exact = slice(0, min(BLOCK if bf16 else d, start))
         if start:
-            add_matmul_(
-                matrix[start:, block],
-                matrix[start:, exact],
-                matrix[block, exact].T,
-                alpha=-1,
-                chunk=_FACTOR_CHUNK,
-            )
+            rest, right = matrix[start:], matrix[block, exact].T
+            add_matmul_(rest[:, block], rest[:, exact], right, alpha=-1, chunk=_FACTOR_CHUNK)
         if bf16 and start > BLOCK:
-            _subtract_rounded_(matrix, start, stop)
+            left = slice(BLOCK, start)
+            right = matrix[block, left].bfloat16().T
+            for rows in matrix[start:].split(_FACTOR_CHUNK):
+                rows[:, block].sub_(rows[:, left].bfloat16() @ right)
         corner = matrix[block, block]
         lower, info = torch.linalg.cholesky_ex(corner)
         if int(info):
@@ -174,16 +157,8 @@ def cholesky_(matrix: torch.Tensor, *, bf16: bool = False) -> torch.Tensor | Non
     return matrix.tril_()
 
 
-def _subtract_rounded_(matrix: torch.Tensor, start: int, stop: int) -> None:
-    """Subtract L_left L_k,left^T in bfloat16 from columns [start, stop), on and below the diagonal."""
-    left = slice(BLOCK, start)
-    of_block = matrix[start:stop, left].bfloat16().T
-    for rows in matrix[start:].split(_FACTOR_CHUNK):
-        rows[:, start:stop].sub_(rows[:, left].bfloat16() @ of_block)
-
-
 def cholesky_solve(b: torch.Tensor, lower: torch.Tensor) -> torch.Tensor:
-    """Return (`lower` `lower`^T)^-1 `b`, for b [d, rows]: L v = b block by block, then L^T x = v backwards."""
+    """Return (`lower` `lower`^T)^-1 `b`, for b [d, rows]: L v = b by blocks, then L^T x = v backwards."""
     x, d = b.T.clone(memory_format=torch.contiguous_format), len(b)
     starts = range(0, d, BLOCK)
     corners = [_inverse_of_triangle(lower[s : s + BLOCK, s : s + BLOCK]) for s in starts]
@@ -201,14 +176,14 @@ def cholesky_solve(b: torch.Tensor, lower: torch.Tensor) -> torch.Tensor:
 
 
 def invert_corners_(lower: torch.Tensor) -> torch.Tensor:
-    """Invert the diagonal blocks of a lower factor [d, d] in place, as `solve_with_corners_` takes it."""
+    """Invert the diagonal blocks of a lower factor [d, d] in place, for `solve_with_corners_`."""
     for start in range(0, len(lower), BLOCK):
         _invert_triangle_(lower[start : start + BLOCK, start : start + BLOCK])
     return lower
 
 
 def solve_with_corners_(b: torch.Tensor, lower: torch.Tensor) -> torch.Tensor:
-    """Compute (L L^T)^-1 `b` in the memory of b [d, rows], for L after `invert_corners_`; any dtype, bfloat16 too."""
+    """Compute (L L^T)^-1 `b` in the memory of b [d, rows], for L after `invert_corners_`; any dtype."""
     d = len(b)
     starts = range(0, d, BLOCK)
     for start in starts:
@@ -225,13 +200,14 @@ def solve_with_corners_(b: torch.Tensor, lower: torch.Tensor) -> torch.Tensor:
 def inverse_(matrix: torch.Tensor) -> torch.Tensor | None:
     """Compute the inverse [d, d] in the memory of `matrix`; None where it is not positive definite.
 
-    d^3 / 2 multiply-adds: the factor L, X = L^-1 by rows of blocks, X_k = [-L_kk^-1 L_k X, L_kk^-1], then X^T X.
+    d^3 / 2 multiply-adds: the factor L, X = L^-1 by rows of blocks, X_k = [-L_kk^-1 L_k X, L_kk^-1],
+    then X^T X.
     """
     d = matrix.shape[0]
     if cholesky_(matrix) is None:
         return None
     blocks = [slice(start, min(start + BLOCK, d)) for start in range(0, d, BLOCK)]
-    # L lies below the diagonal, X^T above it (so that a matmul reads contiguous rows), in the corners L and then X^T.
+    # L lies below the diagonal, X^T above it (a matmul reads contiguous rows), in corners L, then X^T.
     for block in blocks:
         corner, start = _inverse_of_triangle(matrix[block, block]), block.start
         before = torch.empty_like(matrix[block, :start])
@@ -276,28 +252,27 @@ def _invert_triangle_(lower: torch.Tensor) -> None:
     lower[half:, :half] = (last @ (lower[half:, :half] @ first)).neg_()
 
 
-# ---- freed memory
+# ---- freed memory: a fifth to a third of a run's time was spent on new pages
 
 
 def keep_freed_memory() -> bool:
-    """Have glibc keep freed blocks of up to 256 MiB, and 1 GiB at the end of its heap, until the process ends.
+    """Have glibc keep freed blocks of up to 256 MiB, and 1 GiB at the end of its heap.
 
-    All threads share one heap then, since those of their own are too small for such blocks.
+    All threads then share one heap: heaps per thread are too small for such blocks.
 
     Returns:
-        Whether it was set: False with another C library, or where an environment variable sets one of these.
+        Whether it was set: False with another C library, or where the user has set one of these.
     """
-    if any(name in os.environ for name in _MALLOC_VARIABLES):
-        return False
     library = ctypes.CDLL(None)
-    if not hasattr(library, "gnu_get_libc_version"):
+    by_user = any(name in os.environ for name in (*_MALLOC_VARIABLES, "GLIBC_TUNABLES"))
+    if by_user or not hasattr(library, "gnu_get_libc_version"):
         return False
-    options = (
-        (_MMAP_THRESHOLD, _LARGEST_KEPT_BLOCK),
-        (_TRIM_THRESHOLD, _KEPT_AT_END_OF_HEAP),
-        (_ARENA_MAX, 1),
-    )
-    return all(library.mallopt(option, value) == 1 for option, value in options)
+    options = {
+        _MMAP_THRESHOLD: _LARGEST_KEPT_BLOCK,
+        _TRIM_THRESHOLD: _KEPT_AT_END_OF_HEAP,
+        _ARENA_MAX: 1,
+    }
+    return all(library.mallopt(option, value) == 1 for option, value in options.items())
 
 
 def expect_growth(forecast: int) -> None:
@@ -307,9 +282,9 @@ def expect_growth(forecast: int) -> None:
 
 
 def return_freed_memory() -> None:
-    """Give back the memory that glibc keeps, where the process has outgrown its forecast.
+    """Return what glibc keeps where the process outgrew its forecast (by up to 1.4 times without it).
 
-    Taking the pages anew has a price, so each time raises the limit by a sixteenth of the forecast.
+    Taking the pages anew costs time, so each return raises the limit by a sixteenth of the forecast.
     """
     global _resident_limit
     if _resident_limit is None or resident_bytes() <= _resident_limit:

@@ -1,7 +1,7 @@
 """The processes that one run shares: those that torchrun started, or this one alone.
 
-Decisions go as JSON through a gloo group of our own, tensors through the default group (NCCL on GPUs, else gloo). Tensors are
-not summed in it: pruning/shard_sum.py decides the order of a sum, so that no result depends on which rank was slow.
+Decisions go as JSON through a gloo group, tensors through the default group (NCCL on GPUs, else gloo).
+pruning/shard_sum.py decides the order of a sum, so that no result depends on which rank was slow.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class ProcessFailedError(RacError):
 
 @dataclass(frozen=True)
 class Processes:
-    """This process as one of `count`: its `rank`, and the `device` that it computes on (None: the model's)."""
+    """This process as one of `count`: its `rank`, and its `device` (None: the model's)."""
 
     rank: int = 0
     count: int = 1
@@ -65,39 +65,32 @@ class Processes:
             with self._answered():
                 distributed.barrier(group=self._group)
 
-    def from_first(self, value: Any = None) -> Any:
-        """Return on all ranks the `value`, which is JSON, of the first."""
-        if self.count == 1:
-            return value
-        text = json.dumps(value).encode() if self.is_first else b""
-        with self._answered():
-            size = torch.tensor([len(text)])
-            distributed.broadcast(size, 0, group=self._group)
-            data = _bytes(text, int(size))
-            distributed.broadcast(data, 0, group=self._group)
-        return json.loads(data.numpy().tobytes())
-
-    def from_all(self, value: Any) -> list[Any]:
-        """Return on all ranks the `value`, which is JSON, of each, by rank."""
-        if self.count == 1:
-            return [value]
-        text = json.dumps(value).encode()
-        with self._answered():
-            sizes = [torch.tensor([0]) for _ in range(self.count)]
-            distributed.all_gather(sizes, torch.tensor([len(text)]), group=self._group)
-            longest = max(int(size) for size in sizes)
-            found = [_bytes(b"", longest) for _ in sizes]
-            distributed.all_gather(found, _bytes(text, longest), group=self._group)
-        return [
-            json.loads(data.numpy()[: int(size)].tobytes())
-            for data, size in zip(found, sizes, strict=True)
-        ]
-
     def meet(self) -> None:
         """Wait for all ranks, which have worked on the same: for an hour at most."""
         if self.count > 1:
             with self._answered():
                 distributed.barrier(group=self._meeting)
+
+    def from_first(self, value: Any = None) -> Any:
+        """Return on all ranks the `value`, which is JSON, of the first."""
+        if self.count == 1:
+            return value
+        return self._objects(value if self.is_first else None)[0]
+
+    def from_all(self, value: Any) -> list[Any]:
+        """Return on all ranks the `value`, which is JSON, of each, by rank."""
+        return self._objects(value) if self.count > 1 else [value]
+
+    def _objects(self, value: Any) -> list[Any]:
+        text = json.dumps(value).encode()
+        with self._answered():
+            sizes = [torch.tensor([0]) for _ in range(self.count)]
+            distributed.all_gather(sizes, torch.tensor([len(text)]), group=self._group)
+            longest = max(int(size) for size in sizes)
+            texts = [torch.zeros(longest, dtype=torch.uint8) for _ in sizes]
+            padded = torch.frombuffer(bytearray(text.ljust(longest)), dtype=torch.uint8)
+            distributed.all_gather(texts, padded, group=self._group)
+        return [json.loads(data.numpy().tobytes()) for data in texts]
 
     def sums(self, *values: float) -> list[float]:
         """Return each value summed over the ranks; the same bits on all of them."""
@@ -112,34 +105,31 @@ class Processes:
         """Cut `tensor` into `count` equal parts; return from each rank the part with this rank's number."""
         if self.count == 1:
             return [tensor]
-        here = tensor.to(self.device).contiguous()
-        found = torch.empty_like(here)
+        sent = tensor.to(self.device).contiguous()
+        received = torch.empty_like(sent)
         with self._answered():
-            distributed.all_to_all_single(found, here)
-        return list(found.to(tensor.device).chunk(self.count))
+            distributed.all_to_all_single(received, sent)
+        return list(received.to(tensor.device).chunk(self.count))
 
     def joined(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the tensors of all ranks, of one shape, concatenated by rank."""
         if self.count == 1:
             return tensor
-        here = tensor.to(self.device).contiguous()
-        found = [torch.empty_like(here) for _ in range(self.count)]
+        sent = tensor.to(self.device).contiguous()
+        received = [torch.empty_like(sent) for _ in range(self.count)]
         with self._answered():
-            distributed.all_gather(found, here)
-        return torch.cat(found).to(tensor.device)
+            distributed.all_gather(received, sent)
+        return torch.cat(received).to(tensor.device)
 
     def send(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
         """Return the tensor of the rank `source`; on others `tensor` gives shape, dtype and device alone."""
         if self.count == 1:
             return tensor
-        here = (
-            (tensor.detach() if self.rank == source else torch.empty_like(tensor))
-            .to(self.device)
-            .contiguous()
-        )
+        sent = tensor.detach() if self.rank == source else torch.empty_like(tensor)
+        sent = sent.to(self.device).contiguous()
         with self._answered():
-            distributed.broadcast(here, source)
-        return here.to(tensor.device)
+            distributed.broadcast(sent, source)
+        return sent.to(tensor.device)
 
     @contextlib.contextmanager
     def _answered(self) -> Iterator[None]:
@@ -152,26 +142,17 @@ class Processes:
         """Return the error of a process that did not answer."""
         told = _told()
         if told is not None and told["rank"] != self.rank:
-            return ProcessFailedError(
-                f"process {told['rank']} of {self.count} has failed: {told['message']}", said=True
-            )
+            message = f"process {told['rank']} of {self.count} has failed: {told['message']}"
+            return ProcessFailedError(message, said=True)
         why = str(error).splitlines()[0][:200]
         return ProcessFailedError(
-            f"another of the {self.count} processes has ended, or did not answer within {_ANSWER.total_seconds():,.0f} s "
-            f"({why}). It may have been killed, for example where memory ran out; start the same command again: it goes on "
-            "from what was written"
+            f"another of the {self.count} processes has ended, or did not answer within "
+            f"{_ANSWER.total_seconds():,.0f} s ({why}). It may have been killed, for example where "
+            "memory ran out; start the same command again: it goes on from what was written"
         )
 
 
 ALONE = Processes()  # a run in this process
-
-
-def _bytes(text: bytes, size: int) -> torch.Tensor:
-    """Return `text` as uint8 [size], padded with zeros."""
-    data = torch.zeros(size, dtype=torch.uint8)
-    if text:
-        data[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    return data
 
 
 def started_processes() -> int:
@@ -183,8 +164,8 @@ def refuse_processes(what: str) -> None:
     """Refuse to run under torchrun what is not distributed (RacError)."""
     if started_processes() > 1:
         raise RacError(
-            f"{what} runs in one process, and torchrun started {started_processes()}: start it without torchrun; only rac "
-            "prune and rac recover are distributed"
+            f"{what} runs in one process, and torchrun started {started_processes()}: start it "
+            "without torchrun; only rac prune and rac recover are distributed"
         )
 
 
@@ -192,28 +173,27 @@ _joined: tuple[Any, Processes] | None = None  # with the default group that it b
 
 
 def present_processes() -> Processes:
-    """Return the processes that this one has joined, by `joined_processes` or torch.distributed; all ranks call it.
+    """Return the processes that this one has joined; all ranks call it.
 
     Raises:
-        RacError: torchrun started several, and torch.distributed was not told; or they are on several machines.
+        RacError: torchrun started several that have not joined, or on several machines.
     """
     global _joined
-    count, here = (
-        started_processes(),
-        int(os.environ.get("LOCAL_WORLD_SIZE") or started_processes()),
-    )
+    count = started_processes()
+    local = int(os.environ.get("LOCAL_WORLD_SIZE") or count)
     if not (distributed.is_available() and distributed.is_initialized()):
         if count > 1:
             raise RacError(
                 f"torchrun started {count} processes, and they have not joined: call "
-                "torch.distributed.init_process_group() first (on GPUs compressed_tensors.offload.init_dist()), or start "
+                "torch.distributed.init_process_group() first (on GPUs "
+                "compressed_tensors.offload.init_dist()), or start "
                 "torchrun -m rac_modifier.cli prune"
             )
         return Processes()
-    if here != count:
+    if local != count:
         raise RacError(
-            f"torchrun started {count} processes, {here} of them on this machine: pruning shares the model in the memory of "
-            "one machine; start it with --nnodes 1"
+            f"torchrun started {count} processes, {local} of them on this machine: pruning shares "
+            "the model in the memory of one machine; start it with --nnodes 1"
         )
     if _joined is None or _joined[0] is not distributed.group.WORLD:
         _joined = (distributed.group.WORLD, _join())
@@ -227,7 +207,7 @@ def _join() -> Processes:
     groups = [
         distributed.new_group(backend="gloo", timeout=timeout) for timeout in (_PATIENCE, _ANSWER)
     ]
-    # gloo connects where a group is first used, and does not notice a process that is killed before; so all connect now
+    # gloo connects at a group's first use, and misses a process that is killed before: all connect now
     for group in groups:
         distributed.barrier(group=group)
     distributed.all_reduce(torch.zeros(1, device=device))
@@ -238,8 +218,8 @@ def _join() -> Processes:
 def _keep_sockets() -> None:
     """Let no child program inherit the sockets.
 
-    torch starts one for weights in shared memory. It outlives a rank that is killed, and while it holds the sockets, the other
-    ranks wait for that one.
+    torch starts one for shared memory. It outlives a killed rank, and while it holds the sockets, the
+    other ranks wait for that rank.
     """
     for name in os.listdir("/dev/fd"):
         with contextlib.suppress(OSError):  # the descriptor of the folder itself, closed by now
@@ -268,9 +248,8 @@ def joined_processes() -> Iterator[Processes]:
     try:
         yield processes
     except BaseException as error:
-        if isinstance(error, RuntimeError) and _of_distributed(
-            error
-        ):  # of a library's own communication
+        of_library = isinstance(error, distributed.DistError) or "gloo" in str(error)
+        if isinstance(error, RuntimeError) and of_library:  # a library's own communication
             raise processes.lost(error) from error
         if not isinstance(error, ProcessFailedError):
             _tell(processes.rank, error)
@@ -281,27 +260,20 @@ def joined_processes() -> Iterator[Processes]:
         distributed.destroy_process_group()
 
 
-def _of_distributed(error: RuntimeError) -> bool:
-    return isinstance(error, distributed.DistError) or "gloo" in str(error)
-
-
 def _tell(rank: int, error: BaseException) -> None:
     """Leave the other ranks a message, before this process ends."""
+    message = {"rank": rank, "message": str(error) or type(error).__name__}
     with contextlib.suppress(Exception):  # the store may be gone with the first process
         store = distributed.distributed_c10d._get_default_store()
-        store.set(
-            _FAILED, json.dumps({"rank": rank, "message": str(error) or type(error).__name__})
-        )
+        store.set(_FAILED, json.dumps(message))
 
 
 def _told() -> dict[str, Any] | None:
-    """Return the message of the rank that failed; None where there is none."""
-    try:
+    """Return the message of the rank that failed, if there is one."""
+    with contextlib.suppress(Exception):  # the store may be gone with the first process
         store = distributed.distributed_c10d._get_default_store()
         store.set_timeout(datetime.timedelta(seconds=5))
-        found: dict[str, Any] | None = (
-            json.loads(store.get(_FAILED)) if store.check([_FAILED]) else None
-        )
-    except Exception:  # the store may be gone with the first process
-        return None
-    return found
+        if store.check([_FAILED]):
+            message: dict[str, Any] = json.loads(store.get(_FAILED))
+            return message
+    return None

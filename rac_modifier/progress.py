@@ -15,10 +15,8 @@ _BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {unit}s [{elapsed}
 class StepProgress:
     """Count the steps of a run, and estimate the time left from the mean time of its steps.
 
-    Args:
-        what: the run's name, such as "recovery".
-        total: its steps; `done` of them were done by an earlier run.
-        shown: False logs nothing and draws no bar.
+    `what` names the run ("recovery"); `done` of its `total` steps were done by an earlier run. Without
+    `shown` it logs nothing and draws no bar.
     """
 
     def __init__(
@@ -33,18 +31,13 @@ class StepProgress:
         self._what, self._total, self._first, self._done = what, total, done, done
         self._shown, self._clock, self._start = shown, clock, clock()
         self._next_line = done * _LINES // max(total, 1) + 1
-        self._bar = tqdm(
-            total=total,
-            initial=done,
-            desc=what,
-            unit="step",
-            bar_format=_BAR,
-            disable=None if shown else True,  # None: no bar without a terminal
-        )
+        hidden = None if shown else True  # None: no bar without a terminal
+        bar = {"unit": "step", "bar_format": _BAR, "disable": hidden}
+        self._bar = tqdm(total=total, initial=done, desc=what, **bar)
 
     @property
     def seconds_left(self) -> float:
-        """The estimate for the steps that are left."""
+        """Return the estimate for the steps that are left."""
         taken = self._clock() - self._start
         return taken / max(self._done - self._first, 1) * (self._total - self._done)
 
@@ -54,11 +47,8 @@ class StepProgress:
         left = f"about {readable_time(self.seconds_left)} left"
         self._bar.set_postfix_str(f"{text}, {left}", refresh=False)
         self._bar.update()
-        if (
-            self._shown
-            and self._bar.disable
-            and self._done * _LINES >= self._next_line * self._total
-        ):
+        due = self._done * _LINES >= self._next_line * self._total
+        if self._shown and self._bar.disable and due:
             self._next_line = self._done * _LINES // self._total + 1
             logger.info(f"{self._what}: step {self._done} of {self._total}, {text}, {left}")
 

@@ -44,7 +44,7 @@ import re, sys
 from pathlib import Path
 import torch
 from rac_modifier.checkpoint.formats import check, pack
-from rac_modifier.kernels.cpu import backend
+from rac_modifier.kernels import cpu
 from rac_modifier.kernels.cpu.support import support
 
 assert support().isa, support().reason
@@ -52,7 +52,7 @@ print(support().reason)
 dense = torch.randn(64, 128, generator=torch.Generator().manual_seed(0)).masked_fill_(torch.arange(128) % 2 == 0, 0.0)
 weight = check(pack(dense, "sparse-bitmask", "w"), "sparse-bitmask", "w")
 x = torch.randn(3, 128, generator=torch.Generator().manual_seed(1))
-torch.testing.assert_close(backend.linear(x, backend.pack(weight, torch.float32), 64, 128), x @ dense.T)
+torch.testing.assert_close(cpu.linear(x, cpu.pack(weight, torch.float32), 64, 128), x @ dense.T)
 loaded = set(re.findall(r"/.*libgomp.*", Path("/proc/self/maps").read_text()))
 print("libgomp in the process:", *loaded)
 assert len(loaded) == 1 and str(Path(torch.__file__).parent) in loaded.pop()

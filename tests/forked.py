@@ -51,8 +51,7 @@ def run(
     output, errors = folder.with_name(f"{folder.name}.out"), folder.with_name(f"{folder.name}.err")
     process = start(main, words, folder, errors, variables, output)
     try:
-        process.join(1200)
-        assert process.exitcode is not None, "it hangs"
+        process.join()
     finally:
         process.kill()
     return Done(process.exitcode, output.read_text(), errors.read_text())

@@ -16,7 +16,7 @@ class Meeting:
     """What the threads of `together` share: a place for each, and the times at which all are there."""
 
     def __init__(self, count: int):
-        self.barrier = threading.Barrier(count, timeout=60)
+        self.barrier = threading.Barrier(count)
         self.places: list[Any] = [None] * count
 
 
@@ -34,9 +34,9 @@ class Threads(Processes):
     def _exchange(self, value: Any) -> list[Any]:
         self.meeting.places[self.rank] = value
         self.wait()
-        found = list(self.meeting.places)
+        values = list(self.meeting.places)
         self.wait()
-        return found
+        return values
 
     def from_all(self, value: Any) -> list[Any]:
         return [json.loads(text) for text in self._exchange(json.dumps(value))]
@@ -48,7 +48,7 @@ class Threads(Processes):
         return [sum(column) for column in zip(*self.from_all(values), strict=True)]
 
     def exchanged(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        return [found.chunk(self.count)[self.rank] for found in self._exchange(tensor.clone())]
+        return [sent.chunk(self.count)[self.rank] for sent in self._exchange(tensor.clone())]
 
     def joined(self, tensor: torch.Tensor) -> torch.Tensor:
         return torch.cat(self._exchange(tensor))
@@ -76,11 +76,8 @@ def together(count: int, run: Callable[[Threads], Any]) -> list[Any]:
         thread.start()
     for thread in threads:
         thread.join()
-    own = [
-        error
-        for error in errors
-        if error is not None and not isinstance(error, threading.BrokenBarrierError)
-    ]
-    if own or any(errors):
-        raise (own or [error for error in errors if error is not None])[0]
+    raised = [error for error in errors if error is not None]
+    raised.sort(key=lambda error: isinstance(error, threading.BrokenBarrierError))
+    if raised:
+        raise raised[0]
     return results

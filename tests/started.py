@@ -18,31 +18,27 @@ def places(count: int) -> list[dict[str, str]]:
     """The variables of the environment that torchrun gives to each process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(count),
-        "OMP_NUM_THREADS": "1",
-    }
+        port = str(free.getsockname()[1])
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count)}
+    shared["OMP_NUM_THREADS"] = "1"
     return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
 
 
 def started(arguments: list[str], folder: Path, count: int = 2) -> list[tuple[int, str]]:
-    """Start Python so often, as torchrun does: exit codes and standard errors."""
+    """Start Python `count` times, like torchrun: exit codes and standard errors."""
+    command, streams = [sys.executable, *arguments], {"stderr": subprocess.PIPE, "text": True}
     processes = [
         subprocess.Popen(
-            [sys.executable, *arguments],
+            command,
             cwd=folder,
             env={**os.environ, **place, "PYTHONPATH": str(ROOT)},
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
+            **streams,
         )
         for place in places(count)
     ]
     try:
-        errors = [process.communicate(timeout=240)[1] for process in processes]
+        errors = [process.communicate()[1] for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -60,7 +56,7 @@ def started_forks(
     ]
     try:
         for process in processes:
-            process.join(240)
+            process.join()
     finally:
         for process in processes:
             process.kill()

@@ -4,8 +4,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from tests.conftest import SERVING_TESTS
 
 TESTS = Path(__file__).parent
@@ -110,61 +108,27 @@ def test_examples(number):
 
 def test_after(shared):
     print("DRAWS", shared, draw())
-
-def test_other(shared):
-    print("OTHER", shared, draw())
 """
 
 
 def draws(folder: Path, *selected: str) -> dict[str, set[str]]:
     """What the tests of the probe printed, by their first word."""
     (folder / "test_probe.py").write_text(PROBE)
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-s",
-        "-p",
-        "tests.conftest",
-        f"--rootdir={folder}",
-        *selected,
-    ]
-    done = subprocess.run(
-        [*command, str(folder / "test_probe.py")],
-        cwd=TESTS.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "tests.conftest"]
+    command += [f"--rootdir={folder}", *selected, str(folder / "test_probe.py")]
+    done = subprocess.run(command, cwd=TESTS.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    found: dict[str, set[str]] = {}
+    printed: dict[str, set[str]] = {}
     for line in done.stdout.splitlines():
         word, _, numbers = line.lstrip(".").partition(" ")
-        found.setdefault(word, set()).add(numbers)
-    return found
+        printed.setdefault(word, set()).add(numbers)
+    return printed
 
 
-@pytest.fixture(scope="module")
-def together(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
-    return draws(tmp_path_factory.mktemp("together"))
-
-
-def test_a_test_draws_the_same_numbers_alone_and_behind_others(together, tmp_path):
+def test_a_test_draws_the_same_numbers_alone_and_behind_others(tmp_path):
     """Its own numbers and those of a fixture that it shares; from torch, numpy and random."""
+    together = draws(tmp_path)
     (alone,) = draws(tmp_path, "-k", "test_after")["DRAWS"]
     assert together["DRAWS"] == {alone}
     assert len(set(alone.replace("[", "").replace("]", "").split())) == 6
-
-
-def test_tests_of_other_names_draw_other_numbers(together):
-    (one,), (other,) = together["DRAWS"], together["OTHER"]
-    shared, separator, own = one.partition("] [")
-    assert separator
-    assert other.startswith(shared)
-    assert not other.endswith(own)
-
-
-def test_each_example_of_a_property_test_starts_from_the_same_numbers(together):
-    """So that hypothesis can repeat a failure."""
-    assert len(together["EXAMPLE"]) == 1
+    assert len(together["EXAMPLE"]) == 1  # so that hypothesis can repeat a failure

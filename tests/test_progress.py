@@ -32,13 +32,8 @@ def test_steps_of_an_earlier_run_say_nothing_about_the_time(lines):
     progress = StepProgress("recovery", 10, done=8, clock=lambda: now[0])
     now[0] = 5.0
     progress.step("loss 1")
+    StepProgress("silent", 1, shown=False).step("loss 1")
     assert lines == ["recovery: step 9 of 10, loss 1, about 5 s left"]
-
-
-def test_a_silent_run_logs_nothing(lines):
-    progress = StepProgress("recovery", 1, shown=False)
-    progress.step("loss 1")
-    assert lines == []
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,15 @@ RUNS_CODE = re.compile(
 )
 # File, what stands there, how often, and why no untrusted text reaches it.
 ALLOWED = {
-    ("__init__.py", "import_module("): "the module is one of the literals of _LAZY",
+    (
+        "__init__.py",
+        "import_module(",
+    ): "one of the literals of _LAZY, or that `_import_after` is given",
     ("llmcompressor/register.py", "import_module("): "a literal name of this package",
     (
         "kernels/choose.py",
         "entry_points",
     ): "names packages that the user installed, and loads one of them",
-    ("on_import.py", "import_module("): "callers give literal names of this package",
     (
         "cli/doctor.py",
         "import_module(",

@@ -7,8 +7,7 @@ import shutil
 import signal
 import socket
 import subprocess
-import time
-import urllib.request
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,21 +19,14 @@ NEEDS_SERVER = [
     pytest.mark.slow,
     pytest.mark.skipif(VLLM is None, reason="no `vllm` on the PATH; name one with RAC_VLLM"),
 ]
+_READY = b"Application startup complete"  # uvicorn's line
 _ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0)))),
     "OMP_WAIT_POLICY": "PASSIVE",
     "VLLM_NO_USAGE_STATS": "1",
 }
-_OPTIONS = [
-    "--dtype",
-    "float32",
-    "--max-model-len",
-    "1024",
-    "--gpu-memory-utilization",
-    "0.3",
-    "--enforce-eager",
-]
+_OPTIONS = ["--dtype", "float32", "--max-model-len", "1024", "--gpu-memory-utilization", "0.3"]
 
 
 @contextmanager
@@ -45,44 +37,35 @@ def served(model: Path, log: Path, *options: str) -> Iterator[str]:
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [
-        str(VLLM),
-        "serve",
-        str(model),
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        *_OPTIONS,
-        *options,
-    ]
-    with log.open("wb") as output:
+        port = str(free.getsockname()[1])
+    command = [str(VLLM), "serve", str(model), "--host", "127.0.0.1", "--port", port]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | _ENVIRONMENT
+    with log.open("wb", buffering=0) as output:
         server = subprocess.Popen(
-            command,
-            stdout=output,
+            [*command, *_OPTIONS, "--enforce-eager", *options],
+            stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | _ENVIRONMENT,
+            env=environment,
         )
-    try:
-        deadline = time.monotonic() + 600
-        while not _answers(f"http://127.0.0.1:{port}/health"):
-            assert server.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]  # noqa: PT018
-            time.sleep(1)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)
+        assert server.stdout is not None
+        ready = False
         try:
-            server.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(server.pid, signal.SIGKILL)
-            server.wait(10)
-
-
-def _answers(address: str) -> bool:
-    try:
-        with urllib.request.urlopen(address, timeout=5) as reply:
-            return reply.status == 200
-    except OSError:
-        return False
+            for line in server.stdout:  # ends with the server
+                output.write(line)
+                ready = _READY in line
+                if ready:
+                    break
+            assert ready, log.read_text()[-3000:]
+            rest = threading.Thread(target=shutil.copyfileobj, args=(server.stdout, output))
+            rest.start()
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            os.killpg(server.pid, signal.SIGTERM)
+            try:
+                server.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(server.pid, signal.SIGKILL)
+                server.wait()
+            if ready:
+                rest.join()

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from rac_modifier.calibration.trace_budget import collect_for_calibration
 from rac_modifier.calibration.trace_pool import TracePool
 from rac_modifier.errors import RacError
-from rac_modifier.machine_paths import public_name
+from rac_modifier.files import public_name
 from rac_modifier.sampling.model_identity import ModelIdentity
 from rac_modifier.settings.calibration import CalibrationSettings
 from rac_modifier.settings.check import check_settings

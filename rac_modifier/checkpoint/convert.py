@@ -39,8 +39,7 @@ from rac_modifier.checkpoint.sparsity_config import (
 )
 from rac_modifier.checkpoint.stored_weight import UNSTRUCTURED, count_zeros
 from rac_modifier.errors import RacError
-from rac_modifier.files import read_json, write_text_atomic
-from rac_modifier.machine_paths import without_paths
+from rac_modifier.files import read_json, without_paths, write_text_atomic
 
 # Weights in other files than those that are packed: they would stay dense, or twice in the folder.
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")

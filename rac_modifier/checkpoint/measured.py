@@ -10,8 +10,7 @@ from typing import Any, Literal
 from rac_modifier.checkpoint.record import CARD_NAME, RUN_RECORD_NAME
 from rac_modifier.checkpoint.sparsity_config import CONFIG_FILE, with_int8_activations
 from rac_modifier.errors import RacError
-from rac_modifier.files import read_json, write_json_atomic, write_text_atomic
-from rac_modifier.machine_paths import without_paths
+from rac_modifier.files import read_json, without_paths, write_json_atomic, write_text_atomic
 
 KEY = "evaluation"  # in the run record
 Kind = Literal["accuracy", "divergence"]

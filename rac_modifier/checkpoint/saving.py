@@ -31,8 +31,13 @@ from rac_modifier.checkpoint.quantization_config import (
 from rac_modifier.checkpoint.record import CARD_NAME, RUN_RECORD_NAME, environment, license_of
 from rac_modifier.checkpoint.sparsity_config import CONFIG_FILE, QUANTIZATION_KEY, SparsityRecord
 from rac_modifier.errors import RacError
-from rac_modifier.files import read_json, write_json_atomic, write_text_atomic
-from rac_modifier.machine_paths import text_without_paths, without_paths
+from rac_modifier.files import (
+    read_json,
+    text_without_paths,
+    without_paths,
+    write_json_atomic,
+    write_text_atomic,
+)
 from rac_modifier.processes import Processes
 from rac_modifier.pruning.masks import holds
 from rac_modifier.settings.pattern import Pattern

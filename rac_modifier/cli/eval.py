@@ -290,7 +290,7 @@ def _write_cards(
 ) -> None:
     """Write the last `results` into the cards of `folders`; the first may be the reference."""
     from rac_modifier.checkpoint.measured import add_measured
-    from rac_modifier.machine_paths import public_name
+    from rac_modifier.files import public_name
 
     shift = len(results) - len(folders)
     for i, folder in enumerate(folders):

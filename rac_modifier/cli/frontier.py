@@ -137,7 +137,7 @@ class Study:
 
     def about(self, held_out: HeldOut) -> dict[str, Any]:
         """Return what all rows of a folder share."""
-        from rac_modifier.machine_paths import public_name
+        from rac_modifier.files import public_name
         from rac_modifier.sampling.model_identity import ModelIdentity
 
         source = public_name(self.evaluation.source)
@@ -243,7 +243,7 @@ class Study:
     def benchmarks(self) -> dict[str, tuple[Benchmark, Protocol, list[Problem]]]:
         """The benchmarks as plain values without paths, what is asked, and the problems, by preset."""
         from rac_modifier.frontier.benchmarks import Benchmark
-        from rac_modifier.machine_paths import without_paths
+        from rac_modifier.files import without_paths
 
         loaded = {}
         for benchmark in self.evaluation.benchmarks:

@@ -18,7 +18,7 @@ from loguru import logger
 from rac_modifier.checkpoint.record import RUN_RECORD_NAME
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.results import EvalResult
-from rac_modifier.files import read_json, remove_folder
+from rac_modifier.files import read_json, remove_folder, without_paths
 from rac_modifier.frontier.benchmarks import (
     Ask,
     Benchmark,
@@ -30,7 +30,6 @@ from rac_modifier.frontier.benchmarks import (
 from rac_modifier.frontier.folder import FrontierFolder
 from rac_modifier.frontier.measure import HeldOut, Measured, layers_of, measure, measure_dense
 from rac_modifier.frontier.sizes import checkpoint_bytes
-from rac_modifier.machine_paths import without_paths
 from rac_modifier.settings.grid import DENSE, PlannedRow
 
 _LAST_LINES = 3  # of a long reason that are kept in a row; the log has all

@@ -1,5 +1,4 @@
-"""Linear layers with packed sparse weights, on the kernels of a backend.
+"""Linear layers with packed weights, on the kernels of a backend that `choose` selects.
 
-A backend is a folder here whose package has the three functions of `interface.Backend`: `can_run`, `pack` and `linear`.
-`choose` selects the backend of a device. Importing these modules loads torch and nothing heavier.
+A backend is a package or module with the three functions of `interface.Backend`.
 """

@@ -1,4 +1,4 @@
-"""Choose the backend of a layer: the CPU's is built in, others are entry points of installed packages."""
+"""Choose the backend of a layer: the CPU's, or an entry point of an installed package."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ class Layer:
     Attributes:
         density: share of the weights that is stored, 0 to 1.
         stored: dtype of the stored values; int32 for words of values of `word_bits` bits.
-        served: dtype of the activations, and of the weight if the layer runs dense.
+        served: dtype of the activations, and of the weight if it runs dense.
         group: columns that share a scale.
         group_bytes: bytes of the scale, and of the zero point if there is one, per row and group.
         two_of_four: at most two of each four neighbouring columns are stored.
@@ -32,7 +32,7 @@ class Layer:
         word_bits: 4; without a mask also 3 or 2.
 
     Raises:
-        RacError: sizes that are not positive, or a density outside of 0 to 1.
+        RacError: impossible sizes or density.
     """
 
     rows: int
@@ -79,8 +79,7 @@ class Decision:
     Attributes:
         kernel: its name, such as "sparse kernel avx2", or "dense".
         reason: a readable line.
-        bytes_per_weight: of the packed layout with masks, padding and scales of groups, also where
-            the decision is dense.
+        bytes_per_weight: packed, with masks, padding and scales, also where the decision is dense.
         dense_bytes: bytes per weight of the layer stored dense in the dtype that it is served in.
     """
 
@@ -107,14 +106,11 @@ class Backend(Protocol):
     """The functions of a backend's package, which can be imported on every machine."""
 
     def can_run(self, layer: Layer) -> Decision:
-        """Decide whether this machine runs the layer sparse and gains from it; say what is missing."""
+        """Decide whether this machine runs the layer sparse and gains from it, with the reason."""
         ...
 
     def pack(self, weight: StoredWeight, served: torch.dtype) -> dict[str, Tensor]:
-        """Return the tensors that `linear` reads, by the names of the parameters that hold them.
-
-        Called where `can_run` said sparse; `served` is the dtype of the activations.
-        """
+        """Return the tensors that `linear` reads, by parameter name, of a layer that `can_run`."""
         ...
 
     def linear(
@@ -125,8 +121,5 @@ class Backend(Protocol):
         columns: int,
         bias: Tensor | None = None,
     ) -> Tensor:
-        """Multiply x [..., columns] with the transposed weight, and add bias [rows]: [..., rows].
-
-        `packed` is what `pack` returned. The result has the dtype of x. Works under torch.compile.
-        """
+        """Return x [..., columns] W^T + bias [rows] in the dtype of x, also under torch.compile."""
         ...

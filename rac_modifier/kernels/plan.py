@@ -30,10 +30,7 @@ from rac_modifier.kernels.interface import Decision, Layer, stay_dense
 
 @dataclass(frozen=True)
 class PlanRow:
-    """A linear module of a checkpoint, and how it would run.
-
-    layer: the numbers that a backend decided on; None where no backend was asked.
-    """
+    """A linear module of a checkpoint, and how it would run; `layer` None: no backend was asked."""
 
     module: str
     rows: int
@@ -52,14 +49,10 @@ def plan_row(module: str, layer: Layer, device: str = "cpu") -> PlanRow:
 def plan_checkpoint(
     folder: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
 ) -> list[PlanRow]:
-    """Plan each pruned or ignored linear module of a checkpoint.
+    """Plan each pruned or ignored linear module of a checkpoint, served in `dtype`.
 
-    vLLM fuses q, k, v and gate, up; each fused layer then gets one decision, by the same rules.
-
-    Args:
-        folder: of the checkpoint.
-        dtype: to serve in; default: each weight's own.
-        device: a device type of this machine.
+    The default of `dtype` is that of each weight. vLLM decides for the fused layer of q, k and v, or of
+    gate and up, by the same rules.
 
     Raises:
         RacError: no readable checkpoint, or a packed module whose tensors do not fit together.
@@ -67,12 +60,9 @@ def plan_checkpoint(
     config = read_json(Path(folder) / CONFIG_FILE)
     two_of_four = packed_format(config) == FORMAT_24  # raises for a format that cannot be served
     int8 = SparsityRecord.of(config).int8_activations
-    dense = {
-        **dict.fromkeys(ignored_modules(config), "it is not pruned (in ignore)"),
-        **dict.fromkeys(
-            recorded_structures(config), "it is stored dense; serve with --quantization rac"
-        ),
-    }
+    on_request = "it is stored dense; serve with --quantization rac"
+    dense = dict.fromkeys(ignored_modules(config), "it is not pruned (in ignore)")
+    dense |= dict.fromkeys(recorded_structures(config), on_request)
     rows = []
     with TensorFiles(folder) as files:
         for module in packed_modules(files.where):
@@ -84,18 +74,14 @@ def plan_checkpoint(
             name = f"{module}.weight"
             if name in files and len(files.shape(name)) == 2:
                 decision = stay_dense(reason, files.dtype(name))
-                n, k = files.shape(name)
-                rows.append(PlanRow(module, n, k, 1.0, decision))
+                rows.append(PlanRow(module, *files.shape(name), 1.0, decision))
     return rows
 
 
 def plan_dense_codes(folder: str | Path, device: str = "cpu") -> list[PlanRow]:
     """Plan each module of 2-, 3- or 4-bit weights without a mask, served with `--quantization rac`.
 
-    Modules of other widths, and damaged ones, are left out.
-
-    Raises:
-        RacError: no readable checkpoint, or sizes that cannot be.
+    Modules of other widths, and damaged ones, are left out (RacError: no readable checkpoint).
     """
     rows = []
     int8 = SparsityRecord.of(read_json(Path(folder) / CONFIG_FILE)).int8_activations

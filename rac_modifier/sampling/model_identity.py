@@ -23,7 +23,7 @@ from transformers import (
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from rac_modifier.errors import RacError
-from rac_modifier.machine_paths import public_name
+from rac_modifier.files import public_name
 from rac_modifier.sampling.generate import eos_token_ids
 from rac_modifier.sampling.merged_experts import MergedExperts, with_merged_experts
 

@@ -15,7 +15,7 @@ from loguru import logger
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rac_modifier.errors import RacError
-from rac_modifier.machine_paths import public_name
+from rac_modifier.files import public_name
 from rac_modifier.sampling.completions_api import Request, trace_seed
 from rac_modifier.sampling.engine import (
     Completion,

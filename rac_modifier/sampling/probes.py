@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from rac_modifier.errors import RacError
-from rac_modifier.machine_paths import public_name
+from rac_modifier.files import public_name
 from rac_modifier.model_tools import evaluating
 from rac_modifier.sampling.engine import Probe
 from rac_modifier.settings.sampling import SamplingSettings

@@ -1,14 +1,15 @@
-"""The quantization config from which vLLM gets the method of each layer.
+"""The quantization config from which vLLM gets the method of each layer, and the report of what runs.
 
-Modules that need vLLM's layers are imported in functions: at registration vLLM has not loaded its
-layers yet.
+Modules that need vLLM's layers are imported in functions: at registration vLLM has not loaded them.
 """
 
 from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +26,7 @@ from rac_modifier.kernels.choose import backend_of
 from rac_modifier.kernels.cpu.crossover import measure_crossovers
 from rac_modifier.kernels.cpu.operator import EIGHT_BITS, KINDS, use_crossovers
 from rac_modifier.kernels.cpu.support import support
+from rac_modifier.kernels.interface import Decision
 from rac_modifier.vllm_plugin import METHOD, OLD_METHOD
 from rac_modifier.vllm_plugin.layouts import (
     CodesLayout,
@@ -35,8 +37,6 @@ from rac_modifier.vllm_plugin.layouts import (
     is_packed,
     no_effect,
 )
-from rac_modifier.vllm_plugin.load_report import LoadReport
-from rac_modifier.vllm_plugin.readers import AwqReader, GptqReader
 
 if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper
@@ -45,10 +45,57 @@ logger = init_logger(f"vllm.{__name__}")
 DRAFT = "draft_model"  # vLLM's prefix of all layers of a draft (vllm.v1.spec_decode.draft_model)
 
 
-class RacConfig(QuantizationConfig):
-    """Packed sparse checkpoints.
+@dataclass
+class LoadReport:
+    """Collect the decisions of one model's layers, and log them with the last of `expected` layers.
 
-    And on request (`--quantization rac`) dense weights that a kernel reads.
+    requested: the user gave `--quantization rac`, so a model without a layer on a kernel is a warning.
+    """
+
+    requested: bool = False
+    expected: int = 0
+    decisions: dict[str, Decision] = field(default_factory=dict)
+
+    def leave(self, layer: str, reason: str) -> None:
+        """Record that vLLM's own method runs a layer."""
+        self.expected += 1
+        reason = f"vLLM's own method because {reason}"
+        self.decisions[layer] = Decision(False, "vLLM", reason, 1.0, 1.0)
+
+    def add(self, layer: str, decision: Decision | None) -> None:
+        """Record an expected layer's decision (None: not compressed), and log after the last."""
+        if decision is None:
+            self.expected -= 1
+        else:
+            self.decisions[layer] = decision
+        if not self.decisions or len(self.decisions) < self.expected:
+            return
+        if self.requested and not any(other.sparse for other in self.decisions.values()):
+            vain = f"--quantization {METHOD} has no effect on this model here; leave it out"
+            logger.warning("%s\n  %s", self.render(), vain)
+        else:
+            logger.info("%s", self.render())
+
+    def render(self) -> str:
+        """Return one line per kernel, and one per reason not to use a kernel."""
+        sparse = [decision for decision in self.decisions.values() if decision.sparse]
+        lines = [f"rac: {len(sparse)} of {len(self.decisions)} compressed layers run on a kernel"]
+        for kernel, count in Counter(decision.kernel for decision in sparse).items():
+            sizes = [d.bytes_per_weight for d in sparse if d.kernel == kernel]
+            gain = max(d.ceiling for d in sparse if d.kernel == kernel)
+            lines.append(
+                f"  {kernel}: {_layers(count)}, {min(sizes):.2f}-{max(sizes):.2f} bytes per weight,"
+                f" at most {gain:.2f}x faster"
+            )
+        reasons = {name: d.reason for name, d in self.decisions.items() if not d.sparse}
+        for reason, count in Counter(reasons.values()).items():
+            example = next(name for name, text in reasons.items() if text == reason)
+            lines.append(f"  {reason}: {_layers(count)}, such as {example}")
+        return "\n".join(lines)
+
+
+class RacConfig(QuantizationConfig):
+    """Packed sparse checkpoints, and with `--quantization rac` dense weights that a kernel reads.
 
     `layout` None: `maybe_update_config` reads from config.json which dense weights are pruned.
     """
@@ -65,38 +112,27 @@ class RacConfig(QuantizationConfig):
     def override_quantization_method(
         cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
     ) -> str | None:
-        """Claim packed sparse checkpoints, and others on request.
-
-        VLLM calls this for every quantized model.
-        """
+        """Claim packed sparse checkpoints, and others on request, of all quantized models."""
         if user_quant == OLD_METHOD:
             warn_of_old_name()
         return METHOD if is_packed(hf_quant_cfg) or user_quant in (METHOD, OLD_METHOD) else None
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> RacConfig:
-        """Read the checkpoint's `quantization_config`.
-
-        Raises:
-            RacError: `--quantization rac` was given and has no effect on this checkpoint.
-        """
+        """Read the checkpoint's `quantization_config` (RacError: the option has no effect on it)."""
         if is_packed(config):
             return cls(PackedLayout(config), requested=False)
         method = config.get("quant_method")
         if method == COMPRESSED_TENSORS:
             return cls(CodesLayout(config))
-        if method == "gptq":
-            return cls(WordsLayout(GptqReader(config)))
-        if method == "awq":
-            return cls(WordsLayout(AwqReader(config)))
+        if method in ("gptq", "awq"):
+            return cls(WordsLayout(config))
         raise no_effect(f"it is quantized by {method!r} and not packed sparse")
 
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None
     ) -> None:
-        """Read what config.json records.
-
-        VLLM calls this before it loads anything, with the folder or its name.
+        """Read what config.json records, before vLLM loads the folder `model_name`.
 
         Raises:
             RacError: the folder lacks a tensor of its index. vLLM checks this for unquantized models
@@ -114,8 +150,7 @@ class RacConfig(QuantizationConfig):
                 "kernels"
             )
         self.int8_activations = record.int8_activations
-        device = current_platform.device_type
-        backend = backend_of(device)
+        backend = backend_of(current_platform.device_type)
         if isinstance(self.layout, WordsLayout) and isinstance(backend, str):
             raise no_effect(backend)
         if current_platform.is_cpu():
@@ -145,8 +180,7 @@ class RacConfig(QuantizationConfig):
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
         from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
-        assert self.layout is not None
-        prefix = prefix.removeprefix(f"{DRAFT}.")  # as the checkpoint names it
+        prefix = prefix.removeprefix(f"{DRAFT}.")  # the checkpoint's name of the layer
         use_crossovers(self.crossovers)
         if isinstance(layer, VocabParallelEmbedding):
             return self._vocabulary(layer, prefix)
@@ -158,20 +192,20 @@ class RacConfig(QuantizationConfig):
         reader = self._with_mapping().reader(layer, modules)
         if reader is None or isinstance(reader, str):
             return self._vllms(layer, prefix, reader) or UnquantizedLinearMethod()
-        from rac_modifier.vllm_plugin.linear import RacLinearMethod
-        from rac_modifier.vllm_plugin.shards import Shards
+        from rac_modifier.vllm_plugin.linear import RacLinearMethod, Shards
 
         bits = 8 if set(modules) <= set(self.int8_activations) else 16
-        return RacLinearMethod(Shards(prefix, modules, reader), self.report, bits)
+        self.report.expected += 1
+        return RacLinearMethod(Shards(prefix, modules, reader), self.report.add, bits)
 
     def _experts(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:
-        assert self.layout is not None
-        reader = self.layout.experts_reader()
+        reader = self._with_mapping().experts_reader()
         if reader is None or isinstance(reader, str):
             return self._vllms(layer, prefix, reader)
         from rac_modifier.vllm_plugin.experts import RacExpertsMethod
 
-        return RacExpertsMethod(layer, prefix, reader, self.report)
+        self.report.expected += 1
+        return RacExpertsMethod(layer, prefix, reader, self.report.add)
 
     def _vocabulary(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
@@ -191,10 +225,7 @@ class RacConfig(QuantizationConfig):
     def _vllms(
         self, layer: torch.nn.Module, prefix: str, reason: str | None = None
     ) -> QuantizeMethodBase | None:
-        """Return vLLM's own method, if it has one.
-
-        `reason` is why no kernel of ours runs the layer.
-        """
+        """Return vLLM's own method, if it has one; `reason`: why no kernel of ours runs the layer."""
         inner = self._with_mapping().inner
         if reason is not None:
             self.report.leave(prefix, reason)
@@ -234,10 +265,7 @@ class RacConfig(QuantizationConfig):
 
 
 class OldNameConfig(RacConfig):
-    """`--quantization rac-sparse`, the name of `rac` before 0.2.
-
-    VLLM creates it for weights that are stored dense.
-    """
+    """The config of `--quantization rac-sparse`, the name of `rac` before 0.2, for dense weights."""
 
     def __init__(self) -> None:
         warn_of_old_name()
@@ -250,23 +278,19 @@ def warn_of_old_name() -> None:
 
 
 def fused_modules(prefix: str, fused: Mapping[str, list[str]]) -> list[str]:
-    """Return the modules on disk of a layer.
-
-    `fused` maps a fused layer's last name to its shards' names.
-    """
+    """Return a layer's modules on disk; `fused`: its shards' names by a fused layer's last name."""
     parent, _, name = prefix.rpartition(".")
     return [f"{parent}.{shard}" if parent else shard for shard in fused.get(name) or [name]]
 
 
 def crossovers(kinds: Iterable[str], eight_bits: bool) -> dict[str, float]:
-    """Return the number of tokens, by kind of weight, up to which a kernel multiplies instead of a dense matmul.
+    """Return up to how many tokens a kernel multiplies, by kind of weight; more by dense matmuls.
 
-    Measured on this machine by the process that makes the config, which is sent to all ranks. Empty
-    where no kernel runs, or only the portable one, whose number is fixed. `eight_bits`: the model has
-    layers with activations of 8 bits.
+    The process that makes the config, which is sent to all ranks, measures it. Empty where no kernel
+    runs, or only the portable one. `eight_bits`: some layers have activations of 8 bits.
     """
     if os.environ.get("VLLM_BATCH_INVARIANT", "0") not in ("", "0"):
-        # The kernel and the dense matmul round differently; one of them has to do it all.
+        # The kernel and the dense matmul round differently, so the kernel multiplies any number.
         return dict.fromkeys(KINDS, math.inf)
     available = support()
     if available.isa in (None, "portable"):
@@ -275,9 +299,10 @@ def crossovers(kinds: Iterable[str], eight_bits: bool) -> dict[str, float]:
     if eight_bits and available.multiplies_bytes:
         kinds += [f"{kind}{EIGHT_BITS}" for kind in kinds if kind != "floats"]
     measured = measure_crossovers(kinds)
-    lines = [
-        "rac: measured on a core of this machine",
-        *(crossover.describe() for crossover in measured),
-    ]
-    logger.info("%s", "\n  ".join(lines))
-    return {crossover.kind: crossover.rows for crossover in measured}
+    limits = [f"{kind} {tokens:.0f}" for kind, tokens in measured.items()]
+    logger.info("rac: tokens above which a dense matmul is faster here: %s", ", ".join(limits))
+    return measured
+
+
+def _layers(count: int) -> str:
+    return f"{count} layer" + ("s" if count != 1 else "")

@@ -1,8 +1,8 @@
 """The packed experts of a mixture-of-experts layer, each run on the tokens that are routed to it.
 
-While weights are loaded, the tensors of each expert are only collected. Afterwards they are checked,
-the rank's share is cut out, and one decision is made for all experts of the layer: they run on a
-kernel, in one opaque torch operator, or vLLM's method runs all of them, dense.
+While weights are loaded, tensors are only collected. Afterwards they are checked, the rank's share is
+cut out, and one decision is made for all experts of the layer: they run on a kernel, in one opaque
+torch operator, or vLLM's method runs all of them, dense.
 """
 
 from __future__ import annotations
@@ -25,10 +25,8 @@ from rac_modifier.checkpoint.stored_weight import StoredWeight, stack
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.choose import choose
 from rac_modifier.kernels.interface import Backend, Decision, Layer, stay_dense
-from rac_modifier.vllm_plugin.linear import PackedWeight
-from rac_modifier.vllm_plugin.load_report import LoadReport
+from rac_modifier.vllm_plugin.linear import AddDecision, PackedWeight, loaded_again
 from rac_modifier.vllm_plugin.readers import LoadedWeight, WeightReader
-from rac_modifier.vllm_plugin.shards import loaded_again
 
 _GATES: dict[MoEActivation, Callable[[Tensor], Tensor]] = {
     MoEActivation.SILU: torch.nn.functional.silu,
@@ -42,7 +40,8 @@ _Packable = tuple[Backend, StoredWeight]
 class PackedExperts(torch.nn.Module):
     """Experts with the weights [2 width, hidden] (gate and up, stacked) and [hidden, width] (down).
 
-    Their packed weights are parameters of this module, where memory accounting finds them.
+    The operator finds them by their layer's `name`; their packed weights are parameters of this module.
+    `local`, int [experts], has the number on this rank of each expert, -1 for others; None: the same.
     """
 
     def __init__(
@@ -53,11 +52,6 @@ class PackedExperts(torch.nn.Module):
         served: torch.dtype,
         local: Tensor | None = None,
     ) -> None:
-        """Pack each weight for its backend. The operator finds the experts by the layer's `name`.
-
-        gate: the activation of the gate projection. served: dtype of the activations. local int
-        [experts]: number on this rank of each expert, -1 for experts of other ranks; None: the same.
-        """
         super().__init__()
         self.gate, self.local = gate, local
         self.holders = torch.nn.ModuleList(torch.nn.Module() for _ in range(2 * len(experts)))
@@ -74,10 +68,9 @@ class PackedExperts(torch.nn.Module):
         _SERVED[self.name] = self
 
     def forward(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
-        """Run x [T, hidden] through the experts `topk_ids` [T, k], weighted by `topk_weights` [T, k]: [T, hidden].
+        """Run x [T, hidden] through the experts `topk_ids` [T, k], weighted by `topk_weights` [T, k].
 
-        Each expert gets its tokens in one batch. Sums are float32, in the order in which a token
-        names its experts.
+        Each expert gets its tokens in one batch. Sums are float32, in the order of a token's experts.
         """
         return torch.ops.rac_modifier.sparse_experts(x, topk_weights, topk_ids, self.name)
 
@@ -108,10 +101,7 @@ def _matmuls(
     counts: list[int],
     packed: Sequence[tuple[PackedWeight, torch.nn.Module]],
 ) -> Tensor:
-    """Multiply each expert with its rows of `x`, which follow each other.
-
-    Zeros for number -1, experts of other ranks.
-    """
+    """Multiply each expert with its rows of `x`, which follow each other; zeros for number -1."""
     out = x.new_zeros(len(x), packed[0][0].rows)
     first = 0
     for number, count in zip(numbers, counts, strict=True):
@@ -127,33 +117,24 @@ def _run(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, name: str) -> Tensor
     return _SERVED[name]._forward(x, topk_weights, topk_ids)
 
 
-def _fake(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, name: str) -> Tensor:
-    return torch.empty_like(x)
-
-
+_OPERATOR = "rac_modifier::sparse_experts"
 if not hasattr(torch.ops.rac_modifier, "sparse_experts"):  # once per process
-    torch.library.define(
-        "rac_modifier::sparse_experts",
-        "(Tensor x, Tensor topk_weights, Tensor topk_ids, str name) -> Tensor",
-    )
-    torch.library.impl("rac_modifier::sparse_experts", "cpu", _run)
-    torch.library.register_fake("rac_modifier::sparse_experts", _fake)
+    arguments = "Tensor x, Tensor topk_weights, Tensor topk_ids, str name"
+    torch.library.define(_OPERATOR, f"({arguments}) -> Tensor")
+    torch.library.impl(_OPERATOR, "cpu", _run)
+    torch.library.register_fake(_OPERATOR, lambda x, weights, ids, name: torch.empty_like(x))
 
 
 class RacExpertsMethod(FusedMoEMethodBase):
-    """The method of the experts of one layer.
+    """The method of the experts of one layer; `add` records its decision."""
 
-    Scales of activations are not used, as in linear layers.
-    """
-
-    def __init__(self, layer: Any, prefix: str, reader: WeightReader, report: LoadReport) -> None:
+    def __init__(self, layer: Any, prefix: str, reader: WeightReader, add: AddDecision) -> None:
         super().__init__(layer.moe_config)
-        self.prefix, self.reader, self.report = prefix, reader, report
+        self.prefix, self.reader, self.add = prefix, reader, add
         self._tensors: dict[str, dict[str, Tensor]] = {}  # by module, such as "3.up_proj"
         self._others: list[tuple[str, Tensor]] = []
         self._taken = False
         self._load, layer.load_weights = layer.load_weights, self._collect
-        report.expect()
 
     def create_weights(
         self,
@@ -165,10 +146,8 @@ class RacExpertsMethod(FusedMoEMethodBase):
         **extra_weight_attrs: Any,
     ) -> None:
         """Allocate nothing: the tensors stay mapped from the files until they are packed."""
-        self.sizes = {
-            **{"num_experts": num_experts, "params_dtype": params_dtype},
-            **extra_weight_attrs,
-        }
+        sizes = {"num_experts": num_experts, "params_dtype": params_dtype}
+        self.sizes = sizes | extra_weight_attrs
         self.width, self.dtype = intermediate_size_per_partition, params_dtype
         self.device = torch.empty(0).device  # vLLM sets the default device
 
@@ -184,14 +163,14 @@ class RacExpertsMethod(FusedMoEMethodBase):
         """
         tensors, self._tensors, self._taken = self._tensors, {}, True
         loaded = {
-            name: self.reader.read(parts, f"{self.prefix}.{name}")
-            for name, parts in tensors.items()
+            name: self.reader.read(stored, f"{self.prefix}.{name}")
+            for name, stored in tensors.items()
         }
         reason = self._unsupported(layer, loaded)
         decision = stay_dense(reason, self.dtype) if reason else self._pack(layer, loaded)
         if not decision.sparse:
             self._expand(layer, loaded)
-        self.report.add(self.prefix, decision)
+        self.add(self.prefix, decision)
 
     def apply(
         self,
@@ -202,17 +181,11 @@ class RacExpertsMethod(FusedMoEMethodBase):
         shared_experts: Any = None,
         shared_experts_input: Tensor | None = None,
     ) -> Tensor:
-        """Run x [T, hidden] through the experts of each token: [T, hidden].
-
-        VLLM runs shared experts.
-        """
+        """Run x [T, hidden] through the experts of each token. vLLM runs shared experts."""
         return layer.sparse_experts(x, topk_weights, topk_ids)
 
     def _collect(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[str]:
-        """Keep what is loaded, such as ("3.up_proj.bitmask", tensor), by module.
-
-        VLLM calls it several times.
-        """
+        """Keep what is loaded, such as ("3.up_proj.bitmask", tensor); vLLM calls it several times."""
         if self._taken:
             raise loaded_again(self.prefix)
         for name, tensor in weights:
@@ -239,7 +212,7 @@ class RacExpertsMethod(FusedMoEMethodBase):
         return None
 
     def _pack(self, layer: Any, loaded: dict[str, LoadedWeight]) -> Decision:
-        """Decide for the rank's experts, and pack them into parameters of the layer if a kernel runs all."""
+        """Decide for the rank's experts, and pack them if a kernel runs all."""
         decisions, packable, sizes = [], [], []
         for number in self._numbers(layer):
             for share in self._shares(layer, loaded, number):
@@ -257,14 +230,11 @@ class RacExpertsMethod(FusedMoEMethodBase):
             layer.expert_map_manager.expert_map,
         )
         nbytes = sum(d.bytes_per_weight * n for d, n in zip(decisions, sizes, strict=True))
-        return replace(
-            decisions[0],
-            kernel=f"{decisions[0].kernel}, experts",
-            bytes_per_weight=nbytes / sum(sizes),
-        )
+        kernel = f"{decisions[0].kernel}, experts"
+        return replace(decisions[0], kernel=kernel, bytes_per_weight=nbytes / sum(sizes))
 
     def _numbers(self, layer: Any) -> list[int]:
-        """Return this rank's experts by their numbers in the checkpoint, in the order of their local numbers."""
+        """Return the checkpoint's numbers of this rank's experts, in local order."""
         local = layer.expert_map_manager.expert_map
         if local is None:
             return list(range(layer.global_num_experts))
@@ -276,15 +246,9 @@ class RacExpertsMethod(FusedMoEMethodBase):
     ) -> tuple[StoredWeight, StoredWeight]:
         """Return this rank's rows of gate and up, stacked, and its columns of down."""
         moe = layer.moe_config
-        wide, narrow = (
-            [moe.intermediate_size, moe.hidden_dim],
-            [moe.hidden_dim, moe.intermediate_size],
-        )
-        shapes = {
-            layer.ckpt_gate_proj_name: wide,
-            layer.ckpt_up_proj_name: wide,
-            layer.ckpt_down_proj_name: narrow,
-        }
+        wide = [moe.intermediate_size, moe.hidden_dim]
+        shapes = dict.fromkeys((layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name), wide)
+        shapes[layer.ckpt_down_proj_name] = wide[::-1]
         weights = []
         for name, shape in shapes.items():
             item = loaded.get(f"{number}.{name}")
@@ -306,10 +270,7 @@ class RacExpertsMethod(FusedMoEMethodBase):
         return both, down.select_columns(first, self.width)
 
     def _expand(self, layer: Any, loaded: dict[str, LoadedWeight]) -> None:
-        """Have vLLM's own method run the experts, dense.
-
-        Created now, with the sizes that it needs.
-        """
+        """Have vLLM's own method run the experts, dense, created with the sizes that it needs."""
         method, moe = UnquantizedFusedMoEMethod(layer.moe_config), layer.moe_config
         sizes = method.maybe_roundup_sizes(
             layer.hidden_size,

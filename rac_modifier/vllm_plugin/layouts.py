@@ -1,9 +1,6 @@
-"""How a checkpoint stores its layers.
+"""How a checkpoint stores its layers: a layout gives the reader of each layer, or the reason why none.
 
-A layout per origin, which gives the reader of each layer, or the reason why none.
-
-Modules that need vLLM's layers are imported in functions: at registration vLLM has not loaded its
-layers yet.
+Modules that need vLLM's layers are imported in functions: at registration vLLM has not loaded them.
 """
 
 from __future__ import annotations
@@ -21,12 +18,11 @@ from rac_modifier.checkpoint.sparsity_config import SparsityConfig, SparsityReco
 from rac_modifier.errors import RacError
 from rac_modifier.vllm_plugin import METHOD
 from rac_modifier.vllm_plugin.readers import (
-    AwqReader,
     BitmaskReader,
     CodesReader,
-    GptqReader,
     PrunedReader,
     WeightReader,
+    WordsReader,
     why_not_codes,
 )
 
@@ -34,10 +30,10 @@ from rac_modifier.vllm_plugin.readers import (
 class Layout:
     """How a checkpoint stores its layers.
 
-    `inner`: vLLM's config for the layers that no reader reads.
-
-    kinds: of weights, as `measure_crossovers` names them. targets, ignore: module names, "re:" patterns
-    or "Linear" for all, of the modules that are compressed.
+    Attributes:
+        inner: vLLM's config for the layers that no reader reads.
+        kinds: of weights, by the names of `measure_crossovers`.
+        targets, ignore: names, "re:" patterns or "Linear" for all, of the compressed modules.
     """
 
     inner: Any = None
@@ -46,14 +42,14 @@ class Layout:
     ignore: tuple[str, ...] = ()
 
     def reader(self, layer: Any, modules: list[str]) -> WeightReader | str | None:
-        """Return what reads a linear layer of these modules.
+        """Return what reads a linear layer of these modules; None: it is not compressed.
 
-        A text is the reason why vLLM's own method runs a quantized layer; None: it is not compressed.
+        A text is the reason why vLLM's own method runs a quantized layer.
         """
         raise NotImplementedError
 
     def experts_reader(self) -> WeightReader | str | None:
-        """Return what reads routed experts; a text and None as `reader`."""
+        """Return what reads routed experts; a text and None like `reader`."""
         return None
 
     def vocabulary_reader(self, layer: Any, prefix: str) -> WeightReader | None:
@@ -66,7 +62,7 @@ class Layout:
         return CodesReader({prefix: scheme["weights"]})
 
     def holds(self, module: str) -> bool:
-        """Return whether the weight of a linear module, named as on disk, is compressed."""
+        """Return whether the weight of a linear module, by its name on disk, is compressed."""
         return _matches(module, self.targets) and not _matches(module, self.ignore)
 
 
@@ -98,7 +94,7 @@ class PackedLayout(Layout):
 
 
 class PrunedLayout(Layout):
-    """Pruned weights that are stored dense: those that `rac_sparsity` lists."""
+    """Pruned weights that are stored dense: the modules that `rac_sparsity` lists."""
 
     def __init__(self, record: SparsityRecord) -> None:
         if not record.modules:
@@ -132,21 +128,13 @@ class CodesLayout(Layout):
 
     def reader(self, layer: Any, modules: list[str]) -> WeightReader | str | None:
         """Return a reader of codes; vLLM runs other schemes."""
-        assert self.inner is not None
         schemes = {module: self.inner.get_scheme_dict(layer, module) for module in modules}
         quantized = [scheme for scheme in schemes.values() if scheme is not None]
         for scheme in quantized:
-            reason = why_not_codes(scheme, self.inner.quant_format)
-            if reason is not None:
+            if reason := why_not_codes(scheme, self.inner.quant_format):
                 return reason
-        if not quantized:
-            return None
-        return CodesReader(
-            {
-                name: None if scheme is None else scheme["weights"]
-                for name, scheme in schemes.items()
-            }
-        )
+        weights = {name: scheme and scheme["weights"] for name, scheme in schemes.items()}
+        return CodesReader(weights) if quantized else None
 
     def experts_reader(self) -> str:
         """Leave experts to vLLM."""
@@ -158,8 +146,9 @@ class WordsLayout(Layout):
 
     kinds = ("int4",)
 
-    def __init__(self, words: GptqReader | AwqReader) -> None:
-        self.words = words
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        """Parse the entry (RacError: malformed, or words of another layout)."""
+        self.words = WordsReader(config)
 
     def reader(self, layer: Any, modules: list[str]) -> WeightReader:
         """Return the same reader for each layer."""
@@ -177,10 +166,9 @@ class WordsLayout(Layout):
 
 
 def is_packed(quantization: object) -> bool:
-    """Return whether a `quantization_config` is that of a packed sparse checkpoint, by method and format alone.
+    """Return whether a `quantization_config`, of any type, is that of a packed sparse checkpoint.
 
-    Never raises, whatever the value is: vLLM calls this for every quantized model. `quant_method` is
-    "rac"; older files have "compressed-tensors", and of these, unknown formats are left to vLLM.
+    `quant_method` is "rac"; older files have "compressed-tensors", whose unknown formats are vLLM's.
     """
     if not isinstance(quantization, Mapping):
         return False
@@ -204,9 +192,8 @@ def _compressed_tensors(config: Mapping[str, Any]) -> Any:
         CompressedTensorsConfig,
     )
 
-    return CompressedTensorsConfig.from_config(
-        {key: value for key, value in config.items() if key != "sparsity_config"}
-    )
+    without = {key: value for key, value in config.items() if key != "sparsity_config"}
+    return CompressedTensorsConfig.from_config(without)
 
 
 def _kinds(config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -221,10 +208,7 @@ def _kinds(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _matches(module: str, entries: Iterable[str]) -> bool:
-    """Match the whole name, or a pattern from its start, as compressed-tensors does.
-
-    "Linear" matches all.
-    """
+    """Match the whole name, or a pattern from its start; "Linear" matches all."""
     return any(
         re.match(entry[3:], module) is not None
         if entry.startswith("re:")

@@ -1,7 +1,7 @@
-"""A linear layer of vLLM whose weight is compressed in the checkpoint, whatever its format.
+"""A linear layer of vLLM whose weight is compressed in the checkpoint, in any format.
 
-While weights are loaded, the tensors of each shard are only collected. Afterwards they are checked,
-the rank's share is cut out, and one decision is made: the layer runs on a kernel, or dense.
+While weights are loaded, `Shards` only collects the tensors. Afterwards they are checked, the rank's
+rows are cut out, and one decision is made: the layer runs on a kernel, or dense.
 """
 
 from __future__ import annotations
@@ -18,16 +18,18 @@ from vllm.model_executor.layers.linear import (
     UnquantizedLinearMethod,
     register_weight_loader_v2_supported_method,
 )
+from vllm.model_executor.parameter import BasevLLMParameter, ModelWeightParameter
 
 from rac_modifier.checkpoint.stored_weight import StoredWeight, stack
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.choose import choose
 from rac_modifier.kernels.interface import Backend, Decision, Layer, stay_dense
-from rac_modifier.vllm_plugin.load_report import LoadReport
-from rac_modifier.vllm_plugin.readers import LoadedWeight
-from rac_modifier.vllm_plugin.shards import ShardId, Shards
+from rac_modifier.vllm_plugin.readers import LoadedWeight, WeightReader
 
+AddDecision = Callable[[str, Decision | None], None]
+ShardId = Any  # None (the whole layer), an index, a tuple of indices, or "q", "k", "v"
 _Loaded = dict[ShardId, LoadedWeight]
+_QKV = {"q": 0, "k": 1, "v": 2}
 
 
 class PackedWeight:
@@ -39,12 +41,11 @@ class PackedWeight:
     def __init__(
         self, layer: torch.nn.Module, backend: Backend, weight: StoredWeight, served: torch.dtype
     ) -> None:
-        self.rows, self.columns = weight.rows, weight.columns
+        self.rows, self.columns, self.backend = weight.rows, weight.columns, backend
         packed = backend.pack(weight, served)
         self.names = tuple(packed)
         for name, tensor in packed.items():
             layer.register_parameter(name, Parameter(tensor, requires_grad=False))
-        self.backend = backend
 
     def parameters(self, layer: Any) -> dict[str, Tensor]:
         """Return the layer's packed parameters by name. vLLM may have replaced the objects."""
@@ -55,20 +56,123 @@ class PackedWeight:
         return self.backend.linear(x, self.parameters(layer), self.rows, self.columns, bias)
 
 
+class Shards:
+    """Collect what is loaded into a layer with the shards `modules` (names on disk), for `reader`.
+
+    vLLM's own loader cannot cut a packed weight, so it is given row numbers instead of the rows: every
+    layout that it can shard (merged, QKV with replicated heads, fused on disk) is sharded correctly.
+    """
+
+    def __init__(self, prefix: str, modules: list[str], reader: WeightReader) -> None:
+        self.prefix, self.modules, self.reader = prefix, modules, reader
+        self._tensors: dict[ShardId, dict[str, Tensor]] = {}
+        self._taken = False
+
+    def register(self, layer: Any, dtype: torch.dtype) -> None:
+        """Add an empty parameter per tensor name, whose loader keeps the tensor mapped from the file."""
+        for part, stored in self.reader.parts.items():
+            empty = torch.empty(0, dtype=stored or dtype)
+            parameter = BasevLLMParameter(data=empty, weight_loader=self._collector(part))
+            layer.register_parameter(part, parameter)
+
+    def take(self, layer: Any) -> _Loaded:
+        """Remove these parameters and return the checked weight of each shard, in the layer's order.
+
+        Raises:
+            RacError: naming the damaged tensor.
+        """
+        for part in self.reader.parts:
+            delattr(layer, part)
+        tensors, self._tensors, self._taken = self._tensors, {}, True
+        return {
+            shard: self.reader.read(tensors[shard], self.name(shard))
+            for shard in sorted(tensors, key=_position)
+        }
+
+    def row_numbers(
+        self, layer: Any, load: Callable[..., None], loaded: _Loaded, rows: int
+    ) -> Tensor:
+        """Return the row number in the stacked shards of each of this rank's `rows`, int64 [rows].
+
+        `load` is the layer's loader.
+
+        Raises:
+            RacError: a shard is missing, or its shape is not that of the model.
+        """
+        numbers = ModelWeightParameter(
+            data=torch.full((rows, 1), -1), input_dim=1, output_dim=0, weight_loader=load
+        )
+        numbers.tp_rank = getattr(layer, "tp_rank", 0)
+        numbers.tp_size = getattr(layer, "tp_size", 1)
+        columns = getattr(layer, "input_size_per_partition", layer.input_size)
+        first = 0
+        for shard, weight in loaded.items():
+            n, k = weight.shape
+            expected = _expected_rows(layer, shard)
+            if k != layer.input_size or n != (expected or n):
+                raise RacError(
+                    f"{self.name(shard)}: the checkpoint has a weight [{n}, {k}], the model's "
+                    f"config.json has [{expected or '?'}, {layer.input_size}]; they do not belong "
+                    "together"
+                )
+            shard_rows = torch.arange(first, first + n)[:, None]
+            try:
+                if columns < layer.input_size:  # row parallel: a rank has some columns of all rows
+                    numbers.data.copy_(shard_rows)
+                elif shard is None:  # loaders of layers that are not fused have no shard argument
+                    load(numbers, shard_rows)
+                else:
+                    load(numbers, shard_rows, shard)
+            except (RuntimeError, AssertionError) as error:
+                raise RacError(
+                    f"{self.name(shard)}: {n} rows cannot be sharded as this model's ({error})"
+                ) from error
+            first += n
+        if bool((numbers.data < 0).any()):
+            raise RacError(
+                f"{self.prefix}: the checkpoint lacks the weight of {' or '.join(self.modules)}; "
+                "copy or save it again"
+            )
+        return numbers.data.flatten()
+
+    def order(self, loaded: _Loaded) -> Tensor | None:
+        """Return the column order that all shards share, int64 [K]; None: that of the inputs."""
+        (first, weight), *others = loaded.items()
+        for shard, other in others:
+            if not _equal(weight.order, other.order):
+                raise RacError(
+                    f"{self.name(shard)}.g_idx: its columns are in another order than those of "
+                    f"{self.name(first)}, and one matmul reads both; quantize the model with "
+                    "desc_act: false"
+                )
+        return weight.order
+
+    def name(self, shard: ShardId) -> str:
+        """Return the shard's module on disk."""
+        index = _position(shard) if isinstance(shard, (str, int)) else len(self.modules)
+        return self.modules[index] if index < len(self.modules) else self.prefix
+
+    def _collector(self, part: str) -> Callable[..., None]:
+        def collect(param: Tensor, loaded_weight: Tensor, loaded_shard_id: ShardId = None) -> None:
+            if self._taken:
+                raise loaded_again(self.prefix)
+            self._tensors.setdefault(loaded_shard_id, {})[part] = loaded_weight
+
+        return collect
+
+
 @register_weight_loader_v2_supported_method
 class RacLinearMethod(LinearMethodBase):
-    """The method of one layer.
+    """The method of one layer; `add` records its decision.
 
     A kernel of integers may round its inputs to `activation_bits`, 16 or 8.
     """
 
-    def __init__(self, shards: Shards, report: LoadReport, activation_bits: int = 16) -> None:
-        self.shards, self.report = shards, report
-        self.activation_bits = activation_bits
+    def __init__(self, shards: Shards, add: AddDecision, activation_bits: int = 16) -> None:
+        self.shards, self.add, self.activation_bits = shards, add, activation_bits
         self.dense = UnquantizedLinearMethod()
         self.packed: PackedWeight | None = None
         self.reordered = False
-        report.expect()
 
     def create_weights(
         self,
@@ -83,13 +187,9 @@ class RacLinearMethod(LinearMethodBase):
         """Register the parameters that collect the tensors on disk. No weight is allocated."""
         self.loader: Callable[..., None] = extra_weight_attrs["weight_loader"]
         self.device = torch.empty(0).device  # vLLM sets the default device
-        self.dtype = params_dtype
-        self.rows = sum(output_partition_sizes)
+        self.dtype, self.rows = params_dtype, sum(output_partition_sizes)
         self.columns, self.all_columns = input_size_per_partition, input_size
-        self.sizes = (
-            *(input_size_per_partition, output_partition_sizes, input_size, output_size),
-            params_dtype,
-        )
+        self.sizes = (self.columns, output_partition_sizes, input_size, output_size, params_dtype)
         self.attributes = extra_weight_attrs
         self.shards.register(layer, params_dtype)
 
@@ -114,7 +214,7 @@ class RacLinearMethod(LinearMethodBase):
             layer.get_parameter("weight").data.copy_(self._dense_weight(layer, loaded, rows))
             self.dense.process_weights_after_loading(layer)
         in_floats = all(isinstance(item.weight, Tensor) for item in loaded.values())
-        self.report.add(self.shards.prefix, None if in_floats else decision)
+        self.add(self.shards.prefix, None if in_floats else decision)
 
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Multiply x [..., K]: [..., N]."""
@@ -141,10 +241,7 @@ class RacLinearMethod(LinearMethodBase):
     def _decide(
         self, layer: Any, loaded: list[LoadedWeight], rows: Tensor, order: Tensor | None
     ) -> tuple[Decision, Backend | None, StoredWeight | None]:
-        """Return the decision for this rank's share.
-
-        With the backend and the share where a kernel runs it.
-        """
+        """Decide for this rank's share; return the backend and the share where a kernel runs it."""
         compressed = [item.weight for item in loaded if isinstance(item.weight, StoredWeight)]
         kinds = {(w.values.dtype, w.bits, w.group, w.zeros is None) for w in compressed}
         reason = None
@@ -158,13 +255,9 @@ class RacLinearMethod(LinearMethodBase):
             return stay_dense(reason, self.dtype), None, None
         share = stack(compressed, self.shards.prefix).select_rows(rows)
         if self.columns < self.all_columns:
-            share = share.select_columns(getattr(layer, "tp_rank", 0) * self.columns, self.columns)
-        if (
-            share.density == 1.0
-            and share.bits < 8
-            and share.group < share.columns
-            and share.group % 4
-        ):
+            share = share.select_columns(self._first_column(layer), self.columns)
+        codes = share.density == 1.0 and share.bits < 8
+        if codes and share.group < share.columns and share.group % 4:
             # The backend would round such values to bfloat16.
             reason = f"its groups have {share.group} columns on a rank, no multiple of 4"
             return stay_dense(reason, self.dtype), None, None
@@ -172,9 +265,44 @@ class RacLinearMethod(LinearMethodBase):
         return *choose(Layer.of(share, self.dtype), self.device.type), share
 
     def _dense_weight(self, layer: Any, loaded: _Loaded, rows: Tensor) -> Tensor:
-        first = (
-            getattr(layer, "tp_rank", 0) * self.columns if self.columns < self.all_columns else 0
-        )
+        first = self._first_column(layer)
         dense = [weight.dense(self.dtype) for weight in loaded.values()]
         whole = dense[0] if len(dense) == 1 else torch.cat(dense)
         return whole[rows, first : first + self.columns]
+
+    def _first_column(self, layer: Any) -> int:
+        sharded = self.columns < self.all_columns
+        return getattr(layer, "tp_rank", 0) * self.columns if sharded else 0
+
+
+def loaded_again(prefix: str) -> RacError:
+    """Return the error for weights that come after a layer is packed (reload, or sleep at level 2)."""
+    return RacError(
+        f"{prefix}: packed weights cannot be loaded into a running server again (reload_weights; "
+        "sleep at level 2 drops them), so end this server and start another one. Sleep at level 1 "
+        "keeps the weights"
+    )
+
+
+def _position(shard: ShardId) -> int:
+    first = shard[0] if isinstance(shard, tuple) else shard
+    if isinstance(first, str):
+        return _QKV.get(first, len(_QKV))
+    return int(first or 0)
+
+
+def _equal(left: Tensor | None, right: Tensor | None) -> bool:
+    return left is right if left is None or right is None else torch.equal(left, right)
+
+
+def _expected_rows(layer: Any, shard: ShardId) -> int | None:
+    """Return a shard's rows on disk by the model's config; None where the layer lacks the numbers."""
+    if isinstance(shard, str):
+        head = getattr(layer, "v_head_size" if shard == "v" else "head_size", None)
+        heads = getattr(layer, "total_num_heads" if shard == "q" else "total_num_kv_heads", None)
+        return head * heads if head and heads and shard in _QKV else None
+    if shard is not None:
+        indices = shard if isinstance(shard, tuple) else (shard,)
+        return sum(layer.output_sizes[index] for index in indices)
+    # For QKV, output_size counts replicated heads several times.
+    return None if hasattr(layer, "total_num_kv_heads") else layer.output_size

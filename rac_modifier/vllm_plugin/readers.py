@@ -1,9 +1,6 @@
-"""What reads a module's tensors as a checkpoint stores them.
+"""Read a module's tensors in the form that a checkpoint stores, after checking them as untrusted input.
 
-A reader per format, each checks before anything is sized.
-
-bitmask (2:4 and unstructured, quantized too), pruned weights that are stored dense, pack-quantized
-codes of compressed-tensors, GPTQ and AWQ. Pure functions of tensors; only names are vLLM's.
+Pure functions of tensors; only names are vLLM's.
 """
 
 from __future__ import annotations
@@ -28,10 +25,6 @@ from rac_modifier.checkpoint.stored_weight import (
 from rac_modifier.errors import RacError
 
 RESTORE = "restore the config.json that was saved with the checkpoint"
-_WORDS: Mapping[str, torch.dtype | None] = {
-    **dict.fromkeys(gptq_awq.PARTS, torch.int32),
-    **dict.fromkeys((gptq_awq.SCALES, "weight")),
-}
 _INT8_FORMATS = (PACK_QUANTIZED, "int-quantized", "naive-quantized")
 # Scales of activations are not used: the kernels round activations less than any scheme does.
 _UNUSED = ("input_scale", "input_zero_point")
@@ -48,7 +41,7 @@ class LoadedWeight(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Rows and columns."""
+        """Return rows and columns."""
         if isinstance(self.weight, StoredWeight):
             return self.weight.rows, self.weight.columns
         rows, columns = self.weight.shape
@@ -62,23 +55,17 @@ class LoadedWeight(NamedTuple):
 
 
 class WeightReader(Protocol):
-    """Reads one module.
-
-    `parts`: the names of its tensors and their dtypes on disk; None: the model's.
-    """
+    """Reads one module; `parts`: its tensors' names and dtypes on disk (None: the model's)."""
 
     parts: Mapping[str, torch.dtype | None]
 
     def read(self, tensors: Mapping[str, Tensor], module: str) -> LoadedWeight:
-        """Check the tensors of `module` as untrusted input, and return its weight (RacError names a damaged tensor)."""
+        """Check the tensors of `module`, and return its weight (RacError names a damaged tensor)."""
         ...
 
 
 class BitmaskReader:
-    """Packed sparse weights of `format`, a key of `checkpoint.formats.PARTS`.
-
-    With scales where `quantized`.
-    """
+    """Packed sparse weights of `format`, with scales if `quantized`."""
 
     def __init__(self, format: str, quantized: bool) -> None:
         self.format, self.quantized = format, quantized
@@ -103,8 +90,7 @@ class BitmaskReader:
             raise RacError(f"{module}.weight: stored both dense and packed; save the model again")
         if not self.quantized or (weight.dtype in FLOATS and SCALE not in tensors):
             return LoadedWeight(weight)
-        rows, columns = weight.shape
-        scale = check_scale(tensors, weight.dtype, rows, columns, module)
+        scale = check_scale(tensors, weight.dtype, *weight.shape, module)
         return LoadedWeight(dequantize(weight, scale, torch.float32))
 
 
@@ -119,7 +105,7 @@ class PrunedReader:
 
 
 class CodesReader:
-    """Dense weights of 2 to 4 bits in words, and of 8 bits in words or bytes, as compressed-tensors stores them.
+    """Dense weights of compressed-tensors: 2 to 4 bits in words, 8 bits in words or bytes.
 
     `weights`: the arguments in config.json of each module's weight; None for a module in floats.
     """
@@ -137,36 +123,30 @@ class CodesReader:
         self.weights = weights
 
     def read(self, tensors: Mapping[str, Tensor], module: str) -> LoadedWeight:
-        """Return the weight with every value stored.
-
-        A tensor in floats where config.json quantizes nothing.
-        """
-        # A layer that is fused on disk, too, has its own name, and the arguments of its parts.
+        """Return the weight with every value stored; a tensor where nothing is quantized."""
+        # A layer that is fused on disk, too, has its own name, and the arguments of its shards.
         arguments = self.weights.get(module, next(iter(self.weights.values())))
         if arguments is None:
             return LoadedWeight(_floats(tensors, module))
-        group = arguments.group_size if arguments.strategy == "group" else None
-        if arguments.num_bits == 8:
+        group, bits = None, arguments.num_bits
+        if arguments.strategy == "group":
+            group = arguments.group_size
+        if bits == 8:
             return LoadedWeight(dense_codes.check_int8(tensors, module, group))
         if "weight" in tensors:
             raise RacError(
-                f"{module}.weight: not quantized, but config.json says that it is "
-                f"int{arguments.num_bits}; {RESTORE}"
+                f"{module}.weight: not quantized, but config.json says that it is int{bits}; {RESTORE}"
             )
         symmetric = bool(arguments.symmetric)
-        return LoadedWeight(
-            dense_codes.check_codes(tensors, module, group, symmetric, arguments.num_bits)
-        )
+        return LoadedWeight(dense_codes.check_codes(tensors, module, group, symmetric, bits))
 
 
 def why_not_codes(
     scheme: Mapping[str, Any], format: str | None, vocabulary: bool = False
 ) -> str | None:
-    """Return why no kernel runs a weight of a `scheme` of vLLM's target_scheme_map.
+    """Return why no kernel runs a weight of a `scheme` of vLLM's target_scheme_map, else None.
 
-    None where one does.
-
-    `format`: of the checkpoint, for a scheme without its own. `vocabulary`: of a head or embedding,
+    `format`: of the checkpoint, for a scheme without one. `vocabulary`: of a head or embedding,
     which may have 8 or 4 bits; linear layers have 4, 3 or 2.
     """
     weights = scheme["weights"].model_dump(mode="json")  # names instead of enums
@@ -180,53 +160,36 @@ def why_not_codes(
         return None if strategy in ("group", "channel", "tensor") else f"its scales are {strategy}"
     if vocabulary and bits != 4:
         return f"its weights are {kind}{bits}"
-    activations = scheme.get("input_activations") or scheme.get("output_activations")
-    return dense_codes.why_not_codes(
-        kind, bits, strategy, format, activations=activations is not None
-    )
+    rounded = (scheme.get("input_activations") or scheme.get("output_activations")) is not None
+    return dense_codes.why_not_codes(kind, bits, strategy, format, activations=rounded)
 
 
-class GptqReader:
-    """GPTQ weights of 2, 3, 4 or 8 bits, of AutoGPTQ and GPTQModel.
+class WordsReader:
+    """GPTQ weights of 2, 3, 4 or 8 bits, reordered and asymmetric ones too, and AWQ's of 4 bits.
 
-    Asymmetric and reordered ones too.
+    `head`: config.json quantizes the head.
     """
 
-    parts = _WORDS
+    parts: Mapping[str, torch.dtype | None] = {
+        **dict.fromkeys(gptq_awq.PARTS, torch.int32),
+        **dict.fromkeys((gptq_awq.SCALES, "weight")),
+    }
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        """Read the checkpoint's `quantization_config` (RacError.
-
-        A malformed entry, or words of another layout).
-        """
-        self.entries = gptq_awq.GptqEntries.of(config)
-        self.head = bool(self.entries.lm_head)
+        """Read the `quantization_config` (RacError: malformed, or words of another layout)."""
+        of_gptq = config["quant_method"] == "gptq"
+        self.gptq = gptq_awq.GptqEntries.of(config) if of_gptq else None
+        self.awq = None if of_gptq else gptq_awq.AwqEntries.of(config)
+        self.head = self.gptq is not None and bool(self.gptq.lm_head)
 
     def read(self, tensors: Mapping[str, Tensor], module: str) -> LoadedWeight:
         """Return the weight with every value stored; a tensor where it is in floats."""
         if "weight" in tensors:
             return LoadedWeight(_floats(tensors, module))
-        return LoadedWeight(*gptq_awq.check_gptq(tensors, module, self.entries))
-
-
-class AwqReader:
-    """AWQ weights of 4 bits, version gemm."""
-
-    parts = _WORDS
-    head = False
-
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        """Read the checkpoint's `quantization_config` (RacError.
-
-        A malformed entry, or words of another layout).
-        """
-        self.entries = gptq_awq.AwqEntries.of(config)
-
-    def read(self, tensors: Mapping[str, Tensor], module: str) -> LoadedWeight:
-        """Return the weight with every value stored; a tensor where it is in floats."""
-        if "weight" in tensors:
-            return LoadedWeight(_floats(tensors, module))
-        return LoadedWeight(gptq_awq.check_awq(tensors, module, self.entries))
+        if self.awq is not None:
+            return LoadedWeight(gptq_awq.check_awq(tensors, module, self.awq))
+        assert self.gptq is not None
+        return LoadedWeight(*gptq_awq.check_gptq(tensors, module, self.gptq))
 
 
 def _floats(tensors: Mapping[str, Tensor], module: str) -> Tensor:

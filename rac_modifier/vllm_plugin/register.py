@@ -1,7 +1,7 @@
-"""The entry point `vllm.general_plugins`: vLLM calls `register` in every one of its processes.
+"""The entry point `vllm.general_plugins`: vLLM calls `register` in every process.
 
-Importing this module loads nothing heavy. An error here must not stop a server of other models, so every error becomes one
-warning.
+Importing this module loads nothing heavy. An error becomes a warning: it must not stop a server of
+other models.
 """
 
 from __future__ import annotations
@@ -15,18 +15,14 @@ _logger = logging.getLogger(f"vllm.{__name__}")  # below "vllm", so that vLLM's 
 
 
 def register() -> None:
-    """Add the method for packed sparse checkpoints to vLLM.
-
-    May be called several times, and never raises.
-    """
+    """Add the method for packed sparse checkpoints to vLLM; may be called again, and never raises."""
     try:
         _register()
     except Exception as error:
         _logger.warning(
-            "rac-modifier does not fit this vLLM (%s: %s); its sparse checkpoints will not load, other models are "
-            "not affected; see docs/serving.md for the versions that work",
-            type(error).__name__,
-            error,
+            "rac-modifier does not fit this vLLM (%s: %s); its sparse checkpoints will not load, other "
+            "models are not affected; see docs/serving.md for the versions that work",
+            *(type(error).__name__, error),
         )
 
 

@@ -1,7 +1,6 @@
 """A head or an embedding that a checkpoint stores in 8 or 4 bits, on the CPU kernels.
 
-A head is multiplied by the int8 or int4 kernel, and an embedding looks rows up in the same packed
-form. Where both are tied, they share one copy.
+An embedding looks rows up in the packed form that a head multiplies. Tied, they share one copy.
 """
 
 from __future__ import annotations
@@ -19,11 +18,10 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 from rac_modifier.checkpoint.stored_weight import StoredWeight, all_stored, stack
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.choose import choose
-from rac_modifier.kernels.cpu.lookup import lookup
+from rac_modifier.kernels.cpu import lookup
 from rac_modifier.kernels.interface import Layer
-from rac_modifier.vllm_plugin.linear import PackedWeight
+from rac_modifier.vllm_plugin.linear import PackedWeight, Shards
 from rac_modifier.vllm_plugin.readers import WeightReader
-from rac_modifier.vllm_plugin.shards import Shards
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -44,8 +42,15 @@ class VocabularyMethod(QuantizeMethodBase):
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Share the packed weight of the tied embedding, if it has one."""
-        if not self.shares(layer):
+        method = getattr(self.tied, "quant_method", None)
+        if self.tied is None or not isinstance(method, VocabularyMethod) or method.packed is None:
             self.keep_floats(layer)
+            return
+        if hasattr(layer, "weight"):
+            del layer.weight
+        for name in method.packed.names:
+            layer.register_parameter(name, self.tied.get_parameter(name))
+        self.packed = method.packed
 
     def tie_weights(self, layer: torch.nn.Module, embed_tokens: torch.nn.Module) -> torch.nn.Module:
         """Tie a head to an embedding. A packed weight is shared after both have been loaded."""
@@ -53,21 +58,6 @@ class VocabularyMethod(QuantizeMethodBase):
         if hasattr(embed_tokens, "weight"):
             layer.weight = embed_tokens.weight
         return layer
-
-    def shares(self, layer: torch.nn.Module) -> bool:
-        """Take the packed weight of the embedding that this head is tied to.
-
-        False where it has none.
-        """
-        method = getattr(self.tied, "quant_method", None)
-        if self.tied is None or not isinstance(method, VocabularyMethod) or method.packed is None:
-            return False
-        if hasattr(layer, "weight"):
-            del layer.weight
-        for name in method.packed.names:
-            layer.register_parameter(name, self.tied.get_parameter(name))
-        self.packed = method.packed
-        return True
 
     def keep_floats(self, layer: torch.nn.Module, weight: Tensor | None = None) -> None:
         """Leave the weight to vLLM's method: `weight`, the tied embedding's, or the layer's own."""
@@ -92,7 +82,7 @@ class VocabularyMethod(QuantizeMethodBase):
 
 
 class StoredMethod(VocabularyMethod):
-    """Collects the tensors on disk of one head or embedding, and packs this rank's rows, or expands them to floats."""
+    """Packs this rank's rows of a stored head or embedding, or expands them to floats."""
 
     def __init__(self, prefix: str, reader: WeightReader) -> None:
         super().__init__()

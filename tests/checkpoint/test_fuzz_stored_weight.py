@@ -10,9 +10,10 @@ import torch
 from rac_modifier.checkpoint.formats import check, pack
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.cpu.operator import sparse_linear
-from rac_modifier.kernels.cpu.packed import pack_scale, pack_values, unpack
+from rac_modifier.kernels.cpu.packed import pack_scale, pack_values
 from rac_modifier.kernels.cpu.support import support
 from tests.checkpoint.test_stored_weight import FORMATS, consistent, random_weight
+from tests.kernels.cpu.kernel_helpers import Packed, unpacked
 
 DTYPES = [
     torch.uint8,
@@ -78,7 +79,7 @@ def load(tensors: dict[str, torch.Tensor], format: str, rng: random.Random, nati
     if native and weight.values.dtype in (torch.bfloat16, torch.float32, torch.int8):
         packed = pack_values(weight.values, weight.bitmask, weight.columns)
         expected = weight.dense()
-        found = unpack(packed, weight.rows, weight.columns)
+        found = unpacked(Packed(packed, weight.rows, weight.columns))
         assert torch.equal(
             found.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8)
         )

@@ -10,12 +10,9 @@ from torch import Tensor
 from rac_modifier.checkpoint.stored_weight import StoredWeight
 from rac_modifier.kernels.interface import Decision, Layer
 
-CALLS: list[str] = []
-
 
 def can_run(layer: Layer) -> Decision:
     """Whatever is at most half stored."""
-    CALLS.append("can_run")
     sparse = layer.density <= 0.5
     reason = "a fake kernel" if sparse else "dense because it is more than half stored"
     return Decision(sparse, "fake" if sparse else "dense", reason, 1.0, 2.0)
@@ -23,7 +20,6 @@ def can_run(layer: Layer) -> Decision:
 
 def pack(weight: StoredWeight, served: torch.dtype) -> dict[str, Tensor]:
     """Two tensors of other names than those of the CPU's backend."""
-    CALLS.append("pack")
     return {"fake_columns": weight.dequantized(served).T.contiguous(), "fake_flag": torch.ones(1)}
 
 

@@ -2,68 +2,86 @@
 
 from __future__ import annotations
 
+import inspect
 from importlib.metadata import EntryPoint, EntryPoints
+from pathlib import Path
 
 import pytest
 import torch
 
+from rac_modifier.checkpoint.formats import check, pack
 from rac_modifier.kernels import choose as choose_module
 from rac_modifier.kernels import cpu
-from rac_modifier.kernels.choose import BACKENDS, backend_of, choose
-from rac_modifier.kernels.cpu import backend
+from rac_modifier.kernels.choose import BACKENDS, choose
 from rac_modifier.kernels.cpu.support import Support
-from rac_modifier.kernels.interface import Layer
+from rac_modifier.kernels.interface import Backend, Layer
+from tests.checkpoint.test_stored_weight import random_weight
 from tests.kernels import fake_backend
 
+PACKAGE = Path(__file__).parents[2] / "rac_modifier"
 HALF = Layer(64, 128, 0.5, torch.bfloat16, torch.bfloat16, 128)
 
 
-@pytest.fixture
-def installed(monkeypatch: pytest.MonkeyPatch):
-    """Entry points of installed packages: device type to module."""
+@pytest.mark.parametrize("backend", [*BACKENDS.values(), fake_backend])
+@pytest.mark.parametrize("name", ["can_run", "pack", "linear"])
+def test_a_backend_has_the_three_functions(backend, name):
+    def arguments(function: object) -> list[tuple[str, object]]:
+        return [(p.name, p.default) for p in inspect.signature(function).parameters.values()]
 
-    def install(**modules: str) -> None:
-        points = [EntryPoint(n, m, choose_module.GROUP) for n, m in modules.items()]
-        monkeypatch.setattr(
-            choose_module, "entry_points", lambda **keys: EntryPoints(points).select(**keys)
-        )
-        choose_module._from_entry_point.cache_clear()
+    assert arguments(getattr(backend, name)) == arguments(getattr(Backend, name))[1:]
 
-    yield install
-    choose_module._from_entry_point.cache_clear()
+
+def test_a_layer_is_served_through_a_registered_backend(monkeypatch):
+    monkeypatch.setitem(BACKENDS, "fake", fake_backend)
+    dense = random_weight(24, 40, 0, True, torch.float32)
+    weight = check(pack(dense, "sparse-bitmask", "a"), "sparse-bitmask", "a")
+    decision, backend = choose(Layer.of(weight, torch.float32), "fake")
+    assert decision.sparse
+    packed = backend.pack(weight, torch.float32)
+    x, bias = torch.randn(3, 40), torch.randn(24)
+    y = backend.linear(x, packed, weight.rows, weight.columns, bias)
+    torch.testing.assert_close(y, torch.nn.functional.linear(x, dense, bias))
+
+
+def test_no_other_place_names_the_folder_of_a_backend():
+    """What only CPUs have is imported by name: lookup, the measured crossover, 8-bit activations."""
+    cpu_only = ("vllm_plugin/vocabulary", "vllm_plugin/config", "evaluation/integer_layers")
+    named_in = {PACKAGE / f"{path}.py" for path in ("kernels/choose", *cpu_only)}
+    for path in PACKAGE.rglob("*.py"):
+        if path not in named_in and path.parent.name not in BACKENDS:
+            text = path.read_text()
+            assert "kernels.cpu" not in text, path
+            assert "from rac_modifier.kernels import cpu" not in text, path
 
 
 def test_the_cpu_has_a_backend_and_it_decides(monkeypatch):
-    assert BACKENDS["cpu"] is cpu
-    monkeypatch.setattr(backend, "support", lambda: Support("avx2", ""))
-    decision, chosen = choose(HALF, "cpu")
-    assert decision.sparse
-    assert chosen is cpu
-    monkeypatch.setattr(backend, "support", lambda: Support(None, "no compiled kernel: a test's"))
+    monkeypatch.setattr(cpu, "machine_support", lambda: Support("avx2", ""))
+    assert choose(HALF, "cpu")[1] is cpu
+    monkeypatch.setattr(
+        cpu, "machine_support", lambda: Support(None, "no compiled kernel: a test's")
+    )
     decision, chosen = choose(HALF, "cpu")
     assert decision.reason == "dense because no compiled kernel: a test's"
     assert chosen is None
 
 
-def test_a_device_without_a_backend_stays_dense():
-    decision, chosen = choose(HALF, "xpu")
-    assert chosen is None
-    assert decision.reason == "dense because there is no sparse kernel for xpu"
-    assert isinstance(backend_of("xpu"), str)
-
-
-def test_an_installed_package_brings_a_backend(installed):
-    installed(xpu="tests.kernels.fake_backend")
-    assert choose(HALF, "xpu")[1] is fake_backend
-    assert not isinstance(backend_of("xpu"), str)
-    assert isinstance(backend_of("cuda"), str)
-
-
-def test_a_backend_that_cannot_be_imported_is_the_reason(installed):
-    installed(xpu="tests.kernels.no_such_module")
-    decision, chosen = choose(HALF, "xpu")
-    assert chosen is None
-    assert decision.reason.startswith(
-        "dense because the backend of tests.kernels.no_such_module cannot be imported"
-        " (ModuleNotFoundError: No module"
-    )
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        (None, "dense because there is no sparse kernel for xpu"),
+        ("tests.kernels.fake_backend", "a fake kernel"),
+        (
+            "tests.kernels.no_such_module",
+            "dense because the backend of tests.kernels.no_such_module cannot be imported"
+            " (ModuleNotFoundError: No module",
+        ),
+    ],
+)
+def test_an_installed_package_may_bring_a_backend(monkeypatch, module, reason):
+    points = EntryPoints([EntryPoint("xpu", module, choose_module.GROUP)] if module else [])
+    monkeypatch.setattr(choose_module, "entry_points", lambda **keys: points.select(**keys))
+    choose_module._from_entry_point.cache_clear()
+    decision, backend = choose(HALF, "xpu")
+    choose_module._from_entry_point.cache_clear()
+    assert decision.reason.startswith(reason)
+    assert backend is (fake_backend if decision.sparse else None)

@@ -14,24 +14,15 @@ from rac_modifier.kernels.interface import Decision, Layer, stay_dense
     ("rows", "columns", "density"), [(0, 8, 0.5), (8, -1, 0.5), (8, 8, 1.5), (8, 8, float("nan"))]
 )
 def test_impossible_numbers_are_refused(rows, columns, density):
-    with pytest.raises(
-        RacError, match=rf"a weight \[{rows}, {columns}\] of density {density}: .*damaged"
-    ):
+    with pytest.raises(RacError, match=rf"a weight \[{rows}, {columns}\] of .*: .*damaged"):
         Layer(rows, columns, density, torch.bfloat16, torch.bfloat16, 8)
 
 
-def test_the_numbers_of_a_stored_weight():
+def test_values():
     dense = torch.zeros(4, 8, dtype=torch.bfloat16)
     dense[:, ::4] = 1
-    found = Layer.of(from_dense(dense, "a"), torch.float32)
-    assert found == Layer(4, 8, 0.25, torch.bfloat16, torch.float32, 8, two_of_four=True)
-
-
-def test_the_ceiling_is_dense_bytes_over_packed_bytes():
+    layer = Layer(4, 8, 0.25, torch.bfloat16, torch.float32, 8, two_of_four=True)
+    assert Layer.of(from_dense(dense, "a"), torch.float32) == layer
     assert Decision(True, "sparse kernel x", "why", 1.25, 2.0).ceiling == 1.6
-
-
-def test_staying_dense_gains_nothing():
     decision = stay_dense("it is small", torch.float32)
     assert decision == Decision(False, "dense", "dense because it is small", 4.0, 4.0)
-    assert decision.ceiling == 1.0

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.vllm_plugin.vllm_fixtures import needs_vllm, on_rank
+from tests.vllm_plugin.vllm_fixtures import needs_vllm, on_rank, said  # noqa: F401
 
 needs_vllm()
 
@@ -31,18 +31,26 @@ from vllm.model_executor.models.utils import WeightsMapper  # noqa: E402
 
 from rac_modifier.checkpoint.sparsity_config import with_int8_activations, with_packed  # noqa: E402
 from rac_modifier.errors import RacError  # noqa: E402
-from rac_modifier.kernels.cpu.crossover import Crossover  # noqa: E402
 from rac_modifier.kernels.cpu.support import Support  # noqa: E402
+from rac_modifier.kernels.interface import Decision, stay_dense  # noqa: E402
 from rac_modifier.vllm_plugin import config as plugin_config  # noqa: E402
-from rac_modifier.vllm_plugin.config import RacConfig, crossovers, fused_modules  # noqa: E402
+from rac_modifier.vllm_plugin.config import (  # noqa: E402
+    LoadReport,
+    RacConfig,
+    crossovers,
+    fused_modules,
+)
 from rac_modifier.vllm_plugin.layouts import CodesLayout, PackedLayout, WordsLayout  # noqa: E402
 from rac_modifier.vllm_plugin.linear import RacLinearMethod  # noqa: E402
 from rac_modifier.vllm_plugin.vocabulary import StoredMethod, VocabularyMethod  # noqa: E402
-from tests.vllm_plugin.gptq_awq import awq_config, gptq_config  # noqa: E402
 from tests.vllm_plugin.layer_kinds import make  # noqa: E402
+from tests.vllm_plugin.stored_forms import (  # noqa: E402
+    awq_config,
+    gptq_config,
+    quantization,
+    quantized_sparse,
+)
 from tests.vllm_plugin.test_layouts import group  # noqa: E402
-from tests.vllm_plugin.vllm_fixtures import quantization_config  # noqa: E402
-from tests.vllm_plugin.w4a16 import quantization  # noqa: E402
 
 PACKED = with_packed({}, "sparse-bitmask", {"model.a": "unstructured"}, 0.5, ["lm_head"])[
     "quantization_config"
@@ -118,7 +126,7 @@ def test_the_method_of_each_layer(monkeypatch, within):
 
 def test_quantized_layers_that_are_not_packed_are_vllms(monkeypatch):
     on_rank(monkeypatch, 0, 1)
-    entry = quantization_config("sparse-bitmask", "int8", [])
+    entry = quantized_sparse("sparse-bitmask", "int8", [])
     entry["sparsity_config"]["ignore"] = ["a.row"]
     config = RacConfig.from_config(entry)
     assert type(make("row", config).quant_method) is CompressedTensorsLinearMethod
@@ -163,7 +171,7 @@ def recorded(**changes) -> SimpleNamespace:
 
 @pytest.mark.parametrize(
     ("entry", "kind"),
-    [(quantization(), "int4"), (quantization_config("sparse-bitmask", "int8", []), "int8")],
+    [(quantization(), "int4"), (quantized_sparse("sparse-bitmask", "int8", []), "int8")],
 )
 def test_the_record_of_config_json(monkeypatch, tmp_path, entry, kind):
     asked = []
@@ -190,17 +198,6 @@ def test_a_lost_file_is_noticed_before_loading(monkeypatch, tmp_path, entry):
         config.maybe_update_config(str(tmp_path), SimpleNamespace())
 
 
-def test_pruned_weights_under_codes_are_said(monkeypatch, tmp_path):
-    said = []
-    monkeypatch.setattr(plugin_config, "crossovers", lambda *args: {})
-    monkeypatch.setattr(plugin_config.logger, "info", said.append)
-    config = RacConfig.from_config(quantization())
-    config.maybe_update_config(str(tmp_path), recorded(modules={}))
-    assert said == []
-    config.maybe_update_config(str(tmp_path), recorded())
-    assert "`rac pack`" in said[0]
-
-
 def test_gptq_on_a_device_without_a_kernel_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(plugin_config, "backend_of", lambda device: f"no kernel for {device}")
     with pytest.raises(RacError, match="since no kernel for cpu; leave it out"):
@@ -221,35 +218,52 @@ def test_fused_layers():
     assert fused_modules("qkv_proj", fused) == ["q_proj", "k_proj", "v_proj"]
 
 
-class TestCrossovers:
-    @pytest.fixture(autouse=True)
-    def _measured(self, monkeypatch):
-        self.asked: list[list[str]] = []
+@pytest.mark.parametrize(
+    ("isa", "invariant", "kinds"),
+    [
+        (None, "0", []),
+        ("portable", "0", []),
+        ("avx2", "0", ["floats", "int8"]),
+        ("avx512", "0", ["floats", "int8", "int8 with 8-bit activations"]),
+        ("avx512", "1", []),  # the kernel multiplies all where batches must not matter
+    ],
+)
+def test_which_crossovers_are_measured(monkeypatch, isa, invariant, kinds):
+    asked = []
 
-        def measure(kinds):
-            self.asked.append([*kinds])
-            return [Crossover(kind, 512.0, {}) for kind in kinds]
+    def measure(kinds):
+        asked.extend(kinds)
+        return dict.fromkeys(kinds, 512.0)
 
-        monkeypatch.setattr(plugin_config, "measure_crossovers", measure)
-        monkeypatch.delenv("VLLM_BATCH_INVARIANT", raising=False)
+    monkeypatch.setattr(plugin_config, "measure_crossovers", measure)
+    monkeypatch.setattr(plugin_config, "support", lambda: Support(isa, "", isa == "avx512"))
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", invariant)
+    result = crossovers(("floats", "int8"), True)
+    assert asked == kinds
+    if invariant == "1":
+        assert {*result.values()} == {math.inf}
+    else:
+        assert result == dict.fromkeys(kinds, 512.0)
 
-    @pytest.mark.parametrize(
-        ("isa", "kinds"),
-        [
-            (None, []),
-            ("portable", []),
-            ("avx2", ["floats", "int8"]),
-            ("avx512", ["floats", "int8", "int8 with 8-bit activations"]),
-        ],
-    )
-    def test_what_is_measured(self, monkeypatch, isa, kinds):
-        monkeypatch.setattr(
-            plugin_config, "support", lambda: Support(isa, "a test's", isa == "avx512")
-        )
-        assert crossovers(("floats", "int8"), True) == dict.fromkeys(kinds, 512.0)
-        assert self.asked == ([kinds] if kinds else [])
 
-    def test_one_way_for_all_where_batches_must_not_matter(self, monkeypatch):
-        monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
-        assert {*crossovers(("int4",), False).values()} == {math.inf}
-        assert self.asked == []
+def test_the_report_comes_with_the_last_layer_and_has_every_decision(said):  # noqa: F811
+    report = LoadReport(expected=5)
+    report.leave("e", "its weights are int8")
+    report.add("a", Decision(True, "sparse kernel avx2", "", 1.1, 1.98))
+    report.add("b", Decision(True, "sparse kernel avx2", "", 1.3, 1.95))
+    report.add("c", None)  # not compressed
+    report.add("f", stay_dense("it is small", torch.bfloat16))
+    assert said == []
+    report.add("d", stay_dense("it is small", torch.bfloat16))
+    (text,) = said
+    assert text.splitlines() == [
+        "rac: 2 of 5 compressed layers run on a kernel",
+        "  sparse kernel avx2: 2 layers, 1.10-1.30 bytes per weight, at most 1.80x faster",
+        "  vLLM's own method because its weights are int8: 1 layer, such as e",
+        "  dense because it is small: 2 layers, such as f",
+    ]
+
+
+def test_a_request_without_effect_is_said(said):  # noqa: F811
+    LoadReport(True, expected=1).add("a", stay_dense("it is small", torch.bfloat16))
+    assert said[0].endswith("--quantization rac has no effect on this model here; leave it out")

@@ -10,7 +10,7 @@ import torch
 
 from tests.checkpoint.test_stored_weight import random_weight
 from tests.kernels import fake_backend
-from tests.vllm_plugin.vllm_fixtures import needs_vllm, quantize, without_kernels
+from tests.vllm_plugin.vllm_fixtures import needs_vllm, without_kernels
 
 needs_vllm()
 
@@ -24,8 +24,8 @@ from rac_modifier.kernels.choose import BACKENDS  # noqa: E402
 from rac_modifier.kernels.cpu.support import support  # noqa: E402
 from rac_modifier.vllm_plugin import experts  # noqa: E402
 from rac_modifier.vllm_plugin.experts import PackedExperts, RacExpertsMethod  # noqa: E402
-from rac_modifier.vllm_plugin.load_report import LoadReport  # noqa: E402
 from rac_modifier.vllm_plugin.readers import BitmaskReader  # noqa: E402
+from tests.vllm_plugin.stored_forms import quantize  # noqa: E402
 
 EXPERTS, HIDDEN, WIDTH, CHOSEN = 5, 64, 96, 2
 NAMES = ("gate_proj", "up_proj", "down_proj")
@@ -93,7 +93,10 @@ def weights_of(two_of_four: bool = False) -> dict[str, torch.Tensor]:
 def method_of(
     layer: Any, format: str, quantized: bool = False, size: int = 1, count: int = EXPERTS
 ) -> RacExpertsMethod:
-    method = RacExpertsMethod(layer, "a.experts", BitmaskReader(format, quantized), LoadReport())
+    decisions: dict[str, Any] = {}
+    reader = BitmaskReader(format, quantized)
+    method = RacExpertsMethod(layer, "a.experts", reader, decisions.__setitem__)
+    method.decisions = decisions
     method.create_weights(layer, count, HIDDEN, WIDTH // size, torch.float32, weight_loader=None)
     return method
 
@@ -134,14 +137,13 @@ def one_at_a_time(
     return out
 
 
-@pytest.mark.parametrize("tokens", [1, 7])
-@pytest.mark.parametrize("format", [FORMAT_24, FORMAT_BITMASK])
+@pytest.mark.parametrize(("format", "tokens"), [(FORMAT_24, 1), (FORMAT_BITMASK, 7)])
 def test_tokens_go_through_their_experts(format, tokens):
     layer, weights = FakeLayer(), weights_of(format == FORMAT_24)
     method = method_of(layer, format)
     load(layer, weights, format)
     method.process_weights_after_loading(layer)
-    decision = method.report.decisions["a.experts"]
+    decision = method.decisions["a.experts"]
     assert decision.sparse
     assert decision.kernel.endswith(", experts")
     names = [name for name, _ in layer.named_parameters()]
@@ -158,10 +160,7 @@ def test_tokens_go_through_their_experts(format, tokens):
 def test_quantized_experts_with_their_scales(scheme):
     layer, meant, named = FakeLayer(), {}, []
     for name, weight in weights_of().items():
-        values, scale = quantize(weight, scheme)
-        meant[name] = values.float() * scale.repeat_interleave(
-            weight.shape[1] // scale.shape[1], dim=1
-        )
+        values, scale, meant[name] = quantize(weight, scheme)
         parts = {
             **pack(values, FORMAT_BITMASK, name, bits=4 if scheme == "int4" else None),
             "weight_scale": scale,
@@ -170,7 +169,7 @@ def test_quantized_experts_with_their_scales(scheme):
     method = method_of(layer, FORMAT_BITMASK, quantized=True)
     [*layer.load_weights(named)]
     method.process_weights_after_loading(layer)
-    assert f"{scheme} kernel" in method.report.decisions["a.experts"].kernel
+    assert f"{scheme} kernel" in method.decisions["a.experts"].kernel
     x, shares, ids = routed(6)
     found = method.apply(layer, x, shares, ids)
     torch.testing.assert_close(
@@ -178,32 +177,27 @@ def test_quantized_experts_with_their_scales(scheme):
     )
 
 
-def test_the_ranks_of_a_tensor_parallel_layer_sum_to_the_whole():
+def summed(layers: list[tuple[FakeLayer, int, int]]) -> None:
+    """The ranks' results sum to the whole; `layers` with their number of ranks and of experts."""
     weights, total = weights_of(), torch.zeros(4, HIDDEN, dtype=torch.float64)
     x, shares, ids = routed(4)
-    for rank in range(3):
-        layer = FakeLayer(rank, 3)
-        method = method_of(layer, FORMAT_BITMASK, size=3)
+    for layer, size, count in layers:
+        method = method_of(layer, FORMAT_BITMASK, size=size, count=count)
         load(layer, weights, FORMAT_BITMASK)
         method.process_weights_after_loading(layer)
+        assert len(layer.sparse_experts.up) == count
         total += method.apply(layer, x, shares, ids)
     torch.testing.assert_close(total, one_at_a_time(weights, x, shares, ids), rtol=1e-4, atol=1e-4)
 
 
-def test_the_ranks_of_an_expert_parallel_layer_sum_to_the_whole():
-    weights, total = weights_of(), torch.zeros(4, HIDDEN, dtype=torch.float64)
-    x, shares, ids = routed(4)
-    for local in (
-        [0, -1, 1, -1, -1],
-        [-1, 1, -1, 2, 0],
-    ):  # also in another order than the checkpoint's
-        layer = FakeLayer(local=local)
-        method = method_of(layer, FORMAT_BITMASK, count=max(local) + 1)
-        load(layer, weights, FORMAT_BITMASK)
-        method.process_weights_after_loading(layer)
-        assert len(layer.sparse_experts.up) == max(local) + 1
-        total += method.apply(layer, x, shares, ids)
-    torch.testing.assert_close(total, one_at_a_time(weights, x, shares, ids), rtol=1e-4, atol=1e-4)
+def test_tensor_parallel_ranks():
+    summed([(FakeLayer(rank, 3), 3, EXPERTS) for rank in range(3)])
+
+
+def test_expert_parallel_ranks():
+    """Also in another order than the checkpoint's."""
+    maps = [0, -1, 1, -1, -1], [-1, 1, -1, 2, 0]
+    summed([(FakeLayer(local=local), 1, max(local) + 1) for local in maps])
 
 
 class Dense:
@@ -231,7 +225,8 @@ class Dense:
         ("activation", "dense because experts with the activation relu2 have no sparse kernel"),
         (
             "router",
-            "dense because experts with biases, LoRA, weighted inputs or load balancing have no sparse kernel",
+            "dense because experts with biases, LoRA, weighted inputs or load balancing have no sparse "
+            "kernel",
         ),
         ("one stored dense", "dense because some of its experts are stored dense"),
         ("too dense", "dense because it is more than half stored"),
@@ -254,7 +249,7 @@ def test_where_they_cannot_run_sparse_all_are_expanded_for_vllm(monkeypatch, why
     load(layer, weights, FORMAT_BITMASK)
     [*layer.load_weights((f"{name}.weight", weight) for name, weight in alone.items())]
     method.process_weights_after_loading(layer)
-    assert method.report.decisions["a.experts"].reason == reason
+    assert method.decisions["a.experts"].reason == reason
     weights |= alone
     assert layer.loaded.keys() == {f"{name}.weight" for name in weights}
     assert all(

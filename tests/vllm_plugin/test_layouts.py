@@ -29,13 +29,14 @@ from rac_modifier.vllm_plugin.layouts import (  # noqa: E402
 from rac_modifier.vllm_plugin.readers import (  # noqa: E402
     BitmaskReader,
     CodesReader,
-    GptqReader,
     PrunedReader,
     why_not_codes,
 )
-from tests.vllm_plugin.gptq_awq import gptq_config  # noqa: E402
-from tests.vllm_plugin.vllm_fixtures import quantization_config  # noqa: E402
-from tests.vllm_plugin.w4a16 import quantization  # noqa: E402
+from tests.vllm_plugin.stored_forms import (  # noqa: E402
+    gptq_config,
+    quantization,
+    quantized_sparse,
+)
 
 INPUTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
 LINEAR = torch.nn.Linear(96, 64)
@@ -54,8 +55,9 @@ def group(
     return {**first, "targets": targets, "input_activations": inputs}
 
 
-@pytest.mark.parametrize("format", ["sparse-24-bitmask", "sparse-bitmask"])
-@pytest.mark.parametrize("method", ["compressed-tensors", "rac"])
+@pytest.mark.parametrize(
+    ("format", "method"), [("sparse-24-bitmask", "compressed-tensors"), ("sparse-bitmask", "rac")]
+)
 def test_what_packing_writes_is_packed(format, method):
     written = with_packed({}, format, {"a.b": "2:4"}, 0.5, ["lm_head"])["quantization_config"]
     written["quant_method"] = method
@@ -135,7 +137,7 @@ def test_malformed_entries(entry, message):
     ("scheme", "kind"), [("int8", "int8"), ("int4", "int4"), ("fp8", "floats")]
 )
 def test_quantized_and_packed(scheme, kind):
-    layout = PackedLayout(quantization_config("sparse-bitmask", scheme, []))
+    layout = PackedLayout(quantized_sparse("sparse-bitmask", scheme, []))
     assert layout.kinds == (kind,)
     assert layout.packed.quantized
     assert layout.inner is not None
@@ -178,13 +180,6 @@ def test_pruned_weights_that_are_stored_dense():
 def test_a_checkpoint_on_which_the_option_has_no_effect(changes, reason):
     with pytest.raises(RacError, match=f"^--quantization rac: .* since {reason}; leave it out"):
         CodesLayout(quantization(**changes))
-
-
-def test_reordered_columns_are_refused_by_vllm_with_its_reason():
-    config = quantization(config_groups={"g": group(["Linear"], actorder="group")})
-    with pytest.raises(ValueError, match=r"actorder='group'.* no longer supported"):
-        CodesLayout(config)
-    CodesLayout(quantization(config_groups={"g": group(["Linear"], actorder="static")}))
 
 
 def test_what_reads_each_layer_of_codes():
@@ -232,7 +227,7 @@ def test_a_quantized_head(changes, reason):
 
 
 def test_gptq_experts_are_refused():
-    layout = WordsLayout(GptqReader(gptq_config()))
+    layout = WordsLayout(gptq_config())
     assert layout.reader(LINEAR, ["a.row"]) is layout.words
     with pytest.raises(RacError, match="experts of this format have no kernel; leave it out"):
         layout.experts_reader()

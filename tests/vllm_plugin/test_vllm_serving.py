@@ -1,25 +1,42 @@
-"""Tiny pruned models of each family served by vLLM: greedy tokens in float32 equal transformers' on the unpacked weights."""
+"""Tiny models of each stored form served by vLLM: greedy tokens in float32 equal transformers' on the meant weights."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.vllm_plugin.vllm_fixtures import (
+from tests.vllm_plugin.stored_forms import (
+    int4,
+    quantization,
+    rounded_here,
+    stored_words,
+    words_config,
+)
+from tests.vllm_plugin.vllm_fixtures import (  # noqa: F401
+    engine,
+    generated,
+    greedy,
+    log_probabilities,
     needs_vllm,
     reference,
+    rewrite,
+    said,
+    save_codes,
     save_model,
     save_quantized,
     serve,
     served_log_probabilities,
+    without_kernels,
 )
 
 needs_vllm()
@@ -27,32 +44,34 @@ needs_vllm()
 from rac_modifier.checkpoint.load import load_model  # noqa: E402
 from rac_modifier.kernels.cpu.support import support  # noqa: E402
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 TOKENS = 12
-SPARSE = "packed" if support().isa else "RacLinearMethod"
-EXPERTS = "packed" if support().isa else "UnquantizedFusedMoEMethod"
+KERNELS = support().isa is not None
+SPARSE = "packed" if KERNELS else "RacLinearMethod"
+EXPERTS = "packed" if KERNELS else "UnquantizedFusedMoEMethod"
+SUMMARY = f"rac: {7 if KERNELS else 0} of 7 compressed layers run on a kernel\n"
+needs_kernel = pytest.mark.skipif(support().isa in (None, "portable"), reason=support().reason)
+
+
+def summary(said: list[str]) -> str:  # noqa: F811
+    """The report of the layers, which is logged once."""
+    (text,) = [text for text in said if "compressed layers" in text]
+    return text
 
 
 @pytest.mark.parametrize(
     ("kind", "structure", "changes"),
     [
         ("qwen3", "2:4", {}),
-        ("qwen3", "unstructured", {}),
         ("qwen2", "unstructured", {"tie_word_embeddings": False}),  # biases
-        ("llama", "2:4", {"attention_bias": True, "num_key_value_heads": 4}),
         ("llama", "unstructured", {"intermediate_size": 100}),  # no multiple of 8
-        ("qwen3_moe", "2:4", {}),
-        ("qwen3_moe", "unstructured", {}),
-        (
-            "qwen3_moe",
-            "unstructured",
-            {"num_experts": 16, "num_experts_per_tok": 8, "moe_intermediate_size": 48},
-        ),
+        ("qwen3_moe", "unstructured",
+         {"num_experts": 16, "num_experts_per_tok": 8, "moe_intermediate_size": 48}),
         ("mixtral", "2:4", {}),
     ],
-)
-@pytest.mark.slow
-def test_greedy_tokens(tmp_path, kind, structure, changes):
+)  # fmt: skip
+def test_greedy_tokens(tmp_path, said, kind, structure, changes):  # noqa: F811
     folder = save_model(tmp_path / "model", kind, structure, **changes)
     tokens, methods = serve(folder, TOKENS)
     assert tokens == reference(folder, TOKENS)
@@ -63,126 +82,172 @@ def test_greedy_tokens(tmp_path, kind, structure, changes):
         assert [method for name, method in methods.items() if "experts" in name] == [EXPERTS] * 2
     else:
         assert methods[f"{prefix}.mlp.gate_up_proj"] == methods[f"{prefix}.mlp.down_proj"] == SPARSE
+        assert summary(said).startswith(SUMMARY)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("scheme", ["int8", "int4", "fp8"])
-@pytest.mark.parametrize("structure", ["2:4", "unstructured"])
-def test_greedy_tokens_of_quantized_weights(tmp_path, structure, scheme):
-    """Against transformers on the dequantized weights. Rounding could swap two close tokens; it does not here."""
-    save_quantized(tmp_path / "model", tmp_path / "meant", structure, scheme)
+@pytest.mark.parametrize(
+    ("kind", "structure", "scheme"),
+    [
+        ("qwen3", "2:4", "int8"),
+        ("qwen3", "unstructured", "int4"),
+        ("qwen3", "2:4", "fp8"),
+        ("qwen3_moe", "unstructured", "int4"),
+    ],
+)
+def test_greedy_tokens_of_quantized_weights(tmp_path, kind, structure, scheme):
+    """Rounding could swap two close tokens; it does not here."""
+    save_quantized(tmp_path / "model", tmp_path / "meant", structure, scheme, kind)
     tokens, methods = serve(tmp_path / "model", TOKENS)
-    assert methods["model.layers.0.self_attn.o_proj"] == "UnquantizedLinearMethod"  # ignored
-    assert (
-        methods["model.layers.0.mlp.down_proj"]
-        == methods["model.layers.0.self_attn.qkv_proj"]
-        == SPARSE
-    )
+    assert methods["model.layers.0.self_attn.qkv_proj"] == SPARSE
+    if kind == "qwen3_moe":
+        assert [method for name, method in methods.items() if "experts" in name] == [EXPERTS] * 2
     assert tokens == reference(tmp_path / "meant", TOKENS)
 
 
-@pytest.mark.slow
 def test_dense_stored_weights_on_request(tmp_path):
     folder = save_model(tmp_path / "model", "qwen3", "unstructured", packed=False)
-    expected = reference(folder, TOKENS)
-    stock, methods = serve(folder, TOKENS)
-    assert stock == expected
-    assert set(methods.values()) == {
-        "UnquantizedLinearMethod",
-        "UnquantizedEmbeddingMethod",
-    }  # layers, and their head
     tokens, methods = serve(folder, TOKENS, quantization="rac")
-    assert tokens == expected
+    assert tokens == reference(folder, TOKENS)
     assert methods["model.layers.0.mlp.down_proj"] == SPARSE
     assert methods["model.layers.0.self_attn.o_proj"] == "UnquantizedLinearMethod"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("structure", ["2:4", "unstructured"])
-def test_a_draft_runs_sparse_and_the_tokens_are_those_of_the_dense_model(
-    tmp_path, monkeypatch, structure
-):
-    from vllm import SamplingParams
-
-    from rac_modifier.vllm_plugin import load_report
-    from tests.vllm_plugin.vllm_fixtures import PROMPTS, engine
-
-    said: list[str] = []
-    monkeypatch.setattr(
-        load_report.logger, "info", lambda message, *arguments: said.append(message % arguments)
-    )
-    other = (
-        "unstructured" if structure == "2:4" else "2:4"
-    )  # the draft often errs: its weights have another mask
-    target = save_model(tmp_path / "target", "qwen3", other, packed=False)
-    draft = save_model(tmp_path / "draft", "qwen3", structure)
+def test_a_draft_runs_sparse_and_the_tokens_are_those_of_the_dense_model(tmp_path, said):  # noqa: F811
+    # the draft often errs: its weights have another mask
+    target = save_model(tmp_path / "target", "qwen3", "2:4", packed=False)
+    draft = save_model(tmp_path / "draft", "qwen3", "unstructured")
     speculative = {"method": "draft_model", "model": str(draft), "num_speculative_tokens": 3}
     with engine(target, speculative_config=speculative, disable_log_stats=False) as model:
-        params = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=False)
-        outputs = model.generate(
-            [{"prompt_token_ids": prompt} for prompt in PROMPTS], params, use_tqdm=False
-        )
-        counts = {
-            metric.name: metric.value for metric in model.get_metrics() if hasattr(metric, "value")
-        }
-    assert [list(output.outputs[0].token_ids) for output in outputs] == reference(target, TOKENS)
-    assert (
-        0
-        < counts["vllm:spec_decode_num_accepted_tokens"]
-        < counts["vllm:spec_decode_num_draft_tokens"]
-    )
-    assert said[0].startswith(f"rac: {7 if support().isa else 0} of 7 compressed layers")
+        tokens = generated(model, TOKENS)
+        counts = {m.name: m.value for m in model.get_metrics() if hasattr(m, "value")}
+    assert tokens == reference(target, TOKENS)
+    accepted = counts["vllm:spec_decode_num_accepted_tokens"]
+    assert 0 < accepted < counts["vllm:spec_decode_num_draft_tokens"]
+    assert summary(said).startswith(SUMMARY)
 
 
-@pytest.mark.slow
-def test_one_summary_at_load(tmp_path, monkeypatch):
-    from rac_modifier.vllm_plugin import load_report
-
-    said: list[str] = []
-    # vLLM configures logging anew in each engine, which drops handlers.
-    monkeypatch.setattr(
-        load_report.logger, "info", lambda message, *arguments: said.append(message % arguments)
-    )
-    serve(save_model(tmp_path / "model", "qwen3", "2:4"), 1)
-    assert len(said) == 1
-    assert said[0].startswith(f"rac: {7 if support().isa else 0} of 7 compressed layers")
-
-
-@pytest.mark.slow
 def test_bfloat16_is_as_close_as_stock_vllm(tmp_path):
-    """Teacher-forced log-probabilities in bfloat16, ours and those of vLLM's dense layers, against float32."""
+    """Teacher-forced log-probabilities in bfloat16, ours and those of vLLM's dense layers."""
     packed = save_model(tmp_path / "packed", "qwen3", "unstructured")
     dense = save_model(tmp_path / "dense", "qwen3", "unstructured", packed=False)
     sequences = torch.randint(2, 256, (16, 100), generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        logits = load_model(packed, dtype="float32")(sequences).logits[:, :-1]
-    expected = logits.log_softmax(-1).gather(-1, sequences[:, 1:, None]).squeeze(-1)
-    errors = [
+    expected = log_probabilities(packed, sequences)
+    ours, stock = (
         (served_log_probabilities(folder, sequences, dtype="bfloat16") - expected).abs().mean()
         for folder in (packed, dense)
-    ]
-    assert 0 < errors[0] <= 1.05 * errors[1], errors
+    )
+    assert 0 < ours <= 1.05 * stock
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("scheme", ["int8", "int4"])
-def test_greedy_tokens_of_quantized_experts(tmp_path, scheme):
-    save_quantized(tmp_path / "model", tmp_path / "meant", "unstructured", scheme, kind="qwen3_moe")
-    tokens, methods = serve(tmp_path / "model", TOKENS)
-    assert [method for name, method in methods.items() if "experts" in name] == [EXPERTS] * 2
-    assert tokens == reference(tmp_path / "meant", TOKENS)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("kind", "structure"),
-    [("qwen3", "2:4"), ("qwen3", "unstructured"), ("qwen3_moe", "unstructured")],
-)
+@pytest.mark.parametrize(("kind", "structure"), [("qwen3", "2:4"), ("qwen3_moe", "unstructured")])
 def test_compiled(tmp_path, kind, structure):
     folder = save_model(tmp_path / "model", kind, structure)
     tokens, _ = serve(folder, TOKENS, enforce_eager=False)
     assert tokens == reference(folder, TOKENS)
 
+
+# ---- dense weights of few bits
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    ("form", "group", "symmetric", "reorder"),
+    [("gptq", 32, False, False), ("gptq_v2", 32, True, True), ("awq", 128, False, False),
+     ("compressed-tensors", 32, False, False)],
+)  # fmt: skip
+def test_greedy_tokens_of_codes(tmp_path, said, form, group, symmetric, reorder):  # noqa: F811
+    orders: dict[int, torch.Tensor] = {}
+
+    def store(weight):
+        if form == "compressed-tensors":
+            return int4(weight, group, symmetric)
+        columns = weight.shape[1]
+        order = orders.setdefault(columns, torch.randperm(columns)) if reorder else None
+        return stored_words(weight, group, symmetric, 4, form, order)
+
+    entry = quantization(group, symmetric)
+    if form != "compressed-tensors":
+        entry = words_config(form, group, symmetric, **({"desc_act": True} if reorder else {}))
+    sizes = {"hidden_size": 128, "intermediate_size": 256} if group == 128 else {}
+    save_codes(tmp_path / "model", tmp_path / "meant", entry, store, **sizes)
+    tokens, methods = serve(tmp_path / "model", TOKENS, quantization="rac")
+    assert tokens == reference(tmp_path / "meant", TOKENS)
+    in_floats = "UnquantizedLinearMethod" if "ignore" in entry else "RacLinearMethod"
+    assert methods["model.layers.0.self_attn.o_proj"] == in_floats
+    assert methods["model.layers.1.self_attn.o_proj"] == "packed"
+    assert summary(said).startswith(SUMMARY)
+
+
+@needs_kernel
+@pytest.mark.parametrize(("form", "bits"), [("gptq_v2", 3), ("compressed-tensors", 2)])
+def test_log_probabilities_of_few_bits(tmp_path, said, form, bits):  # noqa: F811
+    if form == "gptq_v2":
+        entry = words_config(form, 32, False, bits)
+        store = partial(stored_words, group=32, symmetric=False, bits=bits, form=form)
+    else:
+        entry = quantization(32, False, bits)
+        store = partial(rounded_here, group=32, symmetric=False, bits=bits)
+    save_codes(tmp_path / "model", tmp_path / "meant", entry, store)
+    sequences = torch.randint(0, 256, (4, 32), generator=torch.Generator().manual_seed(0))
+    result = served_log_probabilities(tmp_path / "model", sequences, quantization="rac")
+    expected = log_probabilities(tmp_path / "meant", sequences)
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-3)
+    assert summary(said).startswith(f"{SUMMARY}  int{bits} kernel {support().isa}: 7 layers")
+
+
+def test_without_kernels_awq_runs_dense_and_the_log_says_so(monkeypatch, tmp_path, said):  # noqa: F811
+    without_kernels(monkeypatch)
+    store = partial(stored_words, group=32, symmetric=False, form="awq")
+    save_codes(tmp_path / "model", tmp_path / "meant", words_config("awq", 32, False), store)
+    tokens, _ = serve(tmp_path / "model", TOKENS, quantization="rac")
+    assert tokens == reference(tmp_path / "meant", TOKENS)
+    assert summary(said).endswith("has no effect on this model here; leave it out")
+
+
+def test_stock_vllm_serves_what_is_rounded_here(tmp_path):
+    """Its CPU kernel takes 4 bits in bfloat16: errors are near those of the same weights, dense."""
+    if not hasattr(torch.ops._C, "cpu_gemm_wna16"):
+        pytest.skip("vLLM has no int4 kernel for this processor")
+    store = partial(rounded_here, group=32, symmetric=False)
+    save_codes(tmp_path / "model", tmp_path / "meant", quantization(32, False), store)
+    sequences = torch.randint(0, 256, (4, 64), generator=torch.Generator().manual_seed(0))
+    expected = log_probabilities(tmp_path / "meant", sequences)
+    ours, dense = (
+        (served_log_probabilities(tmp_path / name, sequences, dtype="bfloat16") - expected)
+        .abs()
+        .mean()
+        for name in ("model", "meant")
+    )
+    assert 0 < ours <= 4 * dense
+
+
+def test_a_stored_embedding_and_head(tmp_path):
+    """The embedding in int4 and an untied head in int8, in a packed sparse checkpoint."""
+    from tests.vllm_plugin.test_vocabulary import scheme_of, stored
+
+    folder = save_model(tmp_path / "model", "qwen3", "unstructured", tie_word_embeddings=False)
+    model = load_model(folder, dtype="float32")
+    schemes = {"model.embed_tokens": "int4", "lm_head": "int8"}
+    for name, scheme in schemes.items():
+        parts, meant = stored(model.get_submodule(name).weight.data.float(), scheme)
+        rewrite(folder, None, [name], lambda _, parts=parts: (parts, _))
+        model.get_submodule(name).weight.data = meant
+    config = json.loads((folder / "config.json").read_text())
+    groups = {name: {**scheme_of(scheme), "targets": [name]} for name, scheme in schemes.items()}
+    config["quantization_config"] |= {
+        "config_groups": groups,
+        "quantization_status": "compressed",
+        "format": "mixed-precision",
+    }
+    config["quantization_config"].setdefault("ignore", [])
+    (folder / "config.json").write_text(json.dumps(config))
+    tokens, methods = serve(folder, TOKENS)
+    assert methods["lm_head"] == ("packed" if KERNELS else "StoredMethod")
+    assert methods["model.layers.0.mlp.down_proj"] == SPARSE
+    assert tokens == greedy(model, TOKENS)
+
+
+# ---- other processes
 
 TWO_RANKS = """
 import sys
@@ -190,85 +255,73 @@ from pathlib import Path
 from tests.vllm_plugin.vllm_fixtures import needs_vllm, serve
 if __name__ == "__main__":
     needs_vllm()
-    tokens, _ = serve(Path(sys.argv[1]), int(sys.argv[2]), tensor_parallel_size=2)
+    quantization = sys.argv[3] or None
+    tokens, _ = serve(Path(sys.argv[1]), int(sys.argv[2]), quantization=quantization, tensor_parallel_size=2)
     print("tokens:", tokens)
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("structure", ["2:4", "unstructured"])
-def test_two_ranks(tmp_path, structure):
+@pytest.mark.parametrize("form", ["packed", "gptq"])
+def test_two_ranks(tmp_path, form):
     """Each worker is a process and loads the plugin by its entry point. 100 / 2 is not a multiple of 8."""
-    folder = save_model(tmp_path / "model", "qwen3", structure, intermediate_size=100)
-    script = tmp_path / "two_ranks.py"
-    script.write_text(TWO_RANKS)
-    path = [str(entry_point(tmp_path / "path")), str(ROOT), str(Path(__file__).parent)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
+    folder = meant = tmp_path / "model"
+    if form == "packed":
+        save_model(folder, "qwen3", "unstructured", intermediate_size=100)
+    else:
+        meant = tmp_path / "meant"
+        store = partial(stored_words, group=32, symmetric=False)
+        save_codes(folder, meant, words_config("gptq", 32, False), store)
+    (tmp_path / "two_ranks.py").write_text(TWO_RANKS)
+    command = [sys.executable, str(tmp_path / "two_ranks.py"), str(folder), str(TOKENS)]
     done = subprocess.run(
-        [sys.executable, str(script), str(folder), str(TOKENS)],
-        env=environment,
+        [*command, "" if form == "packed" else "rac"],
+        env={**os.environ, "PYTHONPATH": search_path(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=400,
     )
-    found = [
-        line.removeprefix("tokens: ")
-        for line in done.stdout.splitlines()
-        if line.startswith("tokens: ")
-    ]
-    assert found == [str(reference(folder, TOKENS))], done.stderr[-3000:]
+    lines = [line for line in done.stdout.splitlines() if line.startswith("tokens: ")]
+    assert lines == [f"tokens: {reference(meant, TOKENS)}"], done.stderr[-3000:]
 
 
-def entry_point(folder: Path) -> Path:
-    """A folder that, on the path, has the plugin's entry point as an installed rac-modifier has it."""
-    info = folder / "rac_modifier_under_test-0.dist-info"
+def search_path(folder: Path) -> str:
+    """A PYTHONPATH with the plugin's entry point, as an installed rac-modifier has it."""
+    info = folder / "path" / "rac_modifier_under_test-0.dist-info"
     info.mkdir(parents=True)
-    (info / "METADATA").write_text(
-        "Metadata-Version: 2.1\nName: rac-modifier-under-test\nVersion: 0\n"
-    )
-    (info / "entry_points.txt").write_text(
-        "[vllm.general_plugins]\nrac = rac_modifier.vllm_plugin.register:register\n"
-    )
-    return folder
+    head = "Metadata-Version: 2.1\nName: rac-modifier-under-test\nVersion: 0\n"
+    (info / "METADATA").write_text(head)
+    point = "[vllm.general_plugins]\nrac = rac_modifier.vllm_plugin.register:register\n"
+    (info / "entry_points.txt").write_text(point)
+    return os.pathsep.join([str(folder / "path"), str(ROOT), str(Path(__file__).parent)])
 
 
-@pytest.mark.slow
 def test_vllm_serve_over_http(tmp_path):
     """The demo: `vllm serve` with the embedded reasoner, a third of its weights pruned, which costs little accuracy."""
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
     from rac_modifier.checkpoint.packing import pack_checkpoint
     from rac_modifier.reasoner import reasoner_path
 
     folder = tmp_path / "reasoner"
     shutil.copytree(reasoner_path(), folder)
-    tensors = load_file(folder / "model.safetensors")
-    modules = [name.removesuffix(".weight") for name in tensors if name.endswith("proj.weight")]
-    for module in modules:
-        magnitudes = tensors[f"{module}.weight"].abs().float()
-        tensors[f"{module}.weight"][
-            magnitudes <= magnitudes.flatten().kthvalue(magnitudes.numel() // 3).values
-        ] = 0
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    pack_checkpoint(folder, dict.fromkeys(modules, "unstructured"), dense_linears=["lm_head"])
+    names = [n for n in load_file(folder / "model.safetensors") if n.endswith("proj.weight")]
+    modules = [name.removesuffix(".weight") for name in names]
 
-    path = os.pathsep.join([str(entry_point(tmp_path / "path")), str(ROOT)])
-    environment = {
-        name: value for name, value in os.environ.items() if not name.startswith("VLLM_")
-    } | {"PYTHONPATH": path}
-    command = [
-        sys.executable,
-        str(ROOT / "examples/serve_demo.py"),
-        str(folder),
-        "--problems",
-        "24",
-    ]
+    def prune_a_third(weight):
+        sizes = weight.abs().float()
+        least = sizes.flatten().kthvalue(sizes.numel() // 3).values
+        return {"weight": weight.masked_fill(sizes <= least, 0)}, weight
+
+    rewrite(folder, None, modules, prune_a_third)
+    (folder / "model.safetensors.index.json").unlink()
+    pack_checkpoint(folder, dict.fromkeys(modules, "unstructured"), dense_linears=["lm_head"])
+    environment = {name: v for name, v in os.environ.items() if not name.startswith("VLLM_")}
+    command = [sys.executable, str(ROOT / "examples/serve_demo.py"), str(folder)]
+    command += ["--problems", "24", "--log", str(tmp_path / "log"), "--enforce-eager"]
     done = subprocess.run(
-        [*command, "--log", str(tmp_path / "log"), "--enforce-eager"],
-        env=environment,
+        command,
+        env=environment | {"PYTHONPATH": search_path(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=400,
     )
     assert done.returncode == 0, done.stderr
     right = re.search(r"(\d+) of 24 held-out problems right", done.stdout)

@@ -1,8 +1,189 @@
-"""The CPU backend: kernels in C++ (csrc/), a set per instruction set.
+"""The CPU backend: whether its C++ kernels (csrc/) run a layer, packing, and the matmul.
 
 The compiled library is searched for at the first use, not at import.
 """
 
-from rac_modifier.kernels.cpu.backend import can_run, linear, pack
+from __future__ import annotations
 
-__all__ = ["can_run", "linear", "pack"]
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rac_modifier.checkpoint.stored_weight import FLOATS, StoredWeight
+from rac_modifier.kernels.cpu import operator
+from rac_modifier.kernels.cpu.packed import (
+    pack_dense,
+    pack_scale,
+    pack_values,
+    set_activation_bits,
+    split_groups,
+)
+from rac_modifier.kernels.cpu.support import support as machine_support
+from rac_modifier.kernels.interface import Decision, Layer
+
+# By bits of values: groups have a multiple of this number of columns (csrc/format/layout.h).
+UNIT = {8: 4, 4: 8, 3: 32, 2: 32}
+DATA, SCALE = "weight_packed", "weight_packed_scale"  # vLLM's LoRA looks for the first name
+_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+_DTYPES = (torch.bfloat16, torch.float32, torch.float16, torch.int8)
+_WORD_BYTES = 4  # a mask of 16 rows x 2 columns
+_LEAST_CEILING = 1.1  # below this, a kernel would have to be perfect to gain anything
+
+
+@dataclass(frozen=True)
+class ValueEncoding:
+    """How values are packed: as `dtype`, with scales in groups if `scaled`, else multiplied in.
+
+    `bits` 4, 3 or 2: int8 values are packed as codes. `note` describes another form than on disk.
+    """
+
+    dtype: torch.dtype
+    scaled: bool = False
+    note: str = ""
+    bits: int = 8
+
+
+def encoding_of(
+    stored: torch.dtype, group: int, columns: int, served: torch.dtype, word_bits: int = 4
+) -> ValueEncoding:
+    """Return the encoding of values of dtype `stored`; `group` of `columns` columns share a scale.
+
+    int32 stands for words of values of `word_bits` bits. bfloat16 values that are served in float32
+    stay bfloat16: the same numbers in half of the bytes.
+    """
+    if stored in FLOATS:
+        narrow = (stored, served) == (torch.bfloat16, torch.float32)
+        return ValueEncoding(stored if narrow else served)
+    bits = {torch.int8: "int8", torch.int32: f"int{word_bits}"}.get(stored, "fp8")
+    if stored in _FP8 and group == columns:
+        return ValueEncoding(torch.bfloat16, True, "fp8 values as bfloat16, exactly")
+    in_groups = f"{bits} values in groups of {group}"
+    if stored in _FP8 or (group < columns and group % 4):
+        return ValueEncoding(torch.bfloat16, False, f"{in_groups}, rounded to bfloat16")
+    if stored == torch.int8:
+        return ValueEncoding(torch.int8, True)
+    if group == columns or group % UNIT[word_bits] == 0:
+        return ValueEncoding(torch.int8, True, bits=word_bits)
+    if group % UNIT[4] == 0:
+        return ValueEncoding(torch.int8, True, f"{in_groups}, four bits each", bits=4)
+    return ValueEncoding(torch.int8, True, f"{in_groups}, one byte each")
+
+
+def can_run(layer: Layer) -> Decision:
+    """Decide for a kernel if it reads the values and the packed weight is 1.1 times smaller."""
+    encoding = encoding_of(layer.stored, layer.group, layer.columns, layer.served, layer.word_bits)
+    dense_bytes, bytes_per_weight = layer.served.itemsize, _bytes_per_weight(layer, encoding)
+    ceiling = dense_bytes / bytes_per_weight
+    of_dense = f"instead of the {dense_bytes} of dense {str(layer.served).removeprefix('torch.')}"
+    available = machine_support()
+    reason = ""
+    if available.isa is None:
+        reason = available.reason
+    elif encoding.dtype not in _DTYPES:
+        reason = f"no sparse kernel reads {encoding.dtype}"
+    elif ceiling < _LEAST_CEILING:
+        reason = (
+            f"packed it takes {bytes_per_weight:.2f} bytes per weight {of_dense}: "
+            f"at most {ceiling:.2f}x faster"
+        )
+    elif available.isa == "portable" and os.environ.get("RAC_KERNEL") != "portable":
+        reason = (
+            "this processor has none of AVX2, AVX512 and NEON, and the portable kernel is slower "
+            "than a dense matmul; set RAC_KERNEL=portable to use it anyway"
+        )
+    if reason:
+        return Decision(False, "dense", f"dense because {reason}", bytes_per_weight, dense_bytes)
+    kernel = _name(layer, encoding, available.isa or "", available.multiplies_bytes)
+    size = f"{bytes_per_weight:.2f} bytes per weight {of_dense}, at most {ceiling:.2f}x faster"
+    return Decision(True, kernel, f"{kernel}: {size}", bytes_per_weight, dense_bytes)
+
+
+def pack(weight: StoredWeight, served: torch.dtype) -> dict[str, Tensor]:
+    """Return `weight_packed` in the kernels' layout, and `weight_packed_scale` of scaled values.
+
+    Raises:
+        RacError: a dtype that no kernel reads, or no compiled library.
+    """
+    layer = Layer.of(weight, served)
+    encoding = encoding_of(layer.stored, weight.group, weight.columns, served, layer.word_bits)
+    if weight.scale is not None and not encoding.scaled:
+        weight = weight.floats(encoding.dtype)
+    values, bits = weight.values.to(encoding.dtype), encoding.bits
+    codes, unit, zeros = bits < 8, UNIT[bits], None
+    if weight.zeros is not None and codes:
+        zeros = split_groups(weight.zeros, weight.group, unit)
+    if _without_masks(encoding.dtype, weight.density):
+        data = pack_dense(values.reshape(weight.rows, weight.columns), bits, zeros)
+    else:
+        data = pack_values(values, weight.bitmask, weight.columns, bits, zeros)
+    if encoding.dtype == torch.int8 and weight.activation_bits == 8:
+        set_activation_bits(data, 8)
+    if weight.scale is None:
+        return {DATA: data}
+    return {DATA: data, SCALE: pack_scale(weight.scale, weight.group, narrow=codes, unit=unit)}
+
+
+def linear(
+    x: Tensor, packed: Mapping[str, Tensor], rows: int, columns: int, bias: Tensor | None = None
+) -> Tensor:
+    """Return x [..., columns] W^T + bias [rows], summed in float32, in x's dtype.
+
+    x is bfloat16, float32 or float16 (multiplied as float32), whatever the weight's dtype. Works
+    under torch.compile and without gradients.
+
+    Raises:
+        RacError: other dtypes, or shapes that do not fit the packed weight.
+    """
+    if x.dtype == torch.float16:
+        bias = None if bias is None else bias.float()
+        return linear(x.float(), packed, rows, columns, bias).half()
+    return operator.sparse_linear(x, packed[DATA], rows, columns, bias, packed.get(SCALE))
+
+
+def lookup(
+    ids: Tensor, packed: Mapping[str, Tensor], rows: int, columns: int, dtype: torch.dtype
+) -> Tensor:
+    """Return rows `ids` (int64, any shape) of a packed weight, scaled: [*ids.shape, columns].
+
+    Raises:
+        RacError: an id that is no row of the weight.
+    """
+    scale = packed.get(SCALE)
+    return torch.ops.rac_modifier.packed_rows(ids, packed[DATA], rows, columns, scale, dtype)
+
+
+def _name(layer: Layer, encoding: ValueEncoding, isa: str, multiplies_bytes: bool) -> str:
+    """Return a name such as "sparse int8 kernel avx2", with what is unusual in brackets."""
+    integers = encoding.dtype == torch.int8
+    sparse = "" if _without_masks(encoding.dtype, layer.density) else "sparse "
+    notes = [encoding.note] if encoding.note else []
+    if integers and layer.activation_bits == 8:
+        refused = "activations in 16 bits, since it multiplies no bytes"
+        notes.append("activations in 8 bits" if multiplies_bytes else refused)
+    kernel = f"{sparse}{f'int{encoding.bits} ' if integers else ''}kernel {isa}"
+    return f"{kernel} ({'; '.join(notes)})" if notes else kernel
+
+
+def _without_masks(dtype: torch.dtype, density: float) -> bool:
+    """Return whether a weight is packed without masks: integers that are all stored."""
+    return dtype == torch.int8 and density == 1.0
+
+
+def _bytes_per_weight(layer: Layer, encoding: ValueEncoding) -> float:
+    panels, weights = -(-layer.rows // 16), layer.rows * layer.columns
+    groups = layer.columns // layer.group
+    scales = layer.group_bytes * panels * 16 * groups if encoding.scaled and groups > 1 else 0
+    if _without_masks(encoding.dtype, layer.density):
+        values = panels * 16 * -(-layer.columns // 64) * 64 * encoding.bits // 8
+        return (scales + values) / weights
+    masks = panels * -(-layer.columns // 32) * 16 * _WORD_BYTES
+    # float16 is packed as float32, exactly
+    value_bytes = 4.0 if encoding.dtype == torch.float16 else encoding.dtype.itemsize
+    padding = 0.0
+    if encoding.bits == 4:  # half a byte in every second quad, where values are pruned at random
+        value_bytes = 0.5
+        padding = 0.25 * panels * -(-layer.columns // 4) if 0 < layer.density < 1 else 0.0
+    return value_bytes * layer.density + (scales + masks + padding) / weights

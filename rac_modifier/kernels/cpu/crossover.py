@@ -1,16 +1,14 @@
-"""Measure the number of tokens above which a dense matmul beats the kernel.
+"""Measure the number of tokens above which a dense matmul beats the kernel (operator.py).
 
-Above that number, panels are expanded for a dense matmul of torch (operator.py). Each kind of weight is timed
-with its activations of 16 or 8 bits. Timed on one thread: both ways are divided among threads alike. The least
-of several CPU times of this thread counts: other work on the machine changes it little.
+Timed on one thread: both ways are divided among threads alike. The least of several CPU times of
+this thread counts: other work on the machine changes it little.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -21,40 +19,17 @@ from rac_modifier.kernels.cpu.operator import EIGHT_BITS, expand_and_multiply
 from rac_modifier.kernels.cpu.packed import pack_scale, pack_values, set_activation_bits
 from rac_modifier.kernels.cpu.support import library_and_isa
 
-ROWS = (64, 256, 1024, 2048)  # tokens
-# Of the weight: about as large as layers are. A smaller expanded weight stays in the nearest cache.
-_SHAPE = (2048, 1536)
+TOKENS = (64, 256, 1024, 2048)
+_SHAPE = (2048, 1536)  # a smaller expanded weight would stay in the nearest cache
 _REPEATS = 4
 MARGIN = 1.15  # by which a dense matmul must be faster
 
 
-@dataclass(frozen=True)
-class Crossover:
-    """The largest number of tokens that the kernel multiplies, inf for any; `kind` is of `operator.KINDS`.
+def measure_crossovers(kinds: Sequence[str]) -> dict[str, float]:
+    """Return up to how many tokens the kernel multiplies, by kind (`operator.KINDS`); inf: any number.
 
-    seconds: CPU time of the kernel and of the dense matmul, by tokens, as far as they were timed.
-    """
-
-    kind: str
-    rows: float
-    seconds: Mapping[int, tuple[float, float]]
-
-    def describe(self) -> str:
-        """One line."""
-        times = ", ".join(
-            f"{m} rows {1e3 * packed:.1f} / {1e3 * dense:.1f}"
-            for m, (packed, dense) in self.seconds.items()
-        )
-        limit = f"up to {self.rows:.0f} rows, more by dense products"
-        if math.isinf(self.rows):
-            limit = "any number of rows"
-        return f"{self.kind}: the kernel multiplies {limit} (ms of the kernel / of a dense product: {times})"
-
-
-def measure_crossovers(kinds: Sequence[str]) -> list[Crossover]:
-    """Time the kernel in use and the dense matmul on a 50 % sparse weight of each kind, x in bfloat16.
-
-    Takes about a second of one core per kind.
+    Times the kernel in use and the dense matmul on a 50 % sparse weight of each kind, x in bfloat16:
+    about a second of one core per kind.
 
     Raises:
         RacError: there is no compiled kernel.
@@ -63,29 +38,22 @@ def measure_crossovers(kinds: Sequence[str]) -> list[Crossover]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return [_measure(kind, library, isa) for kind in kinds]
+        return {kind: _measure(kind, library, isa) for kind in kinds}
     finally:
         torch.set_num_threads(threads)
 
 
-def rows_up_to(seconds: Mapping[int, tuple[float, float]]) -> float:
-    """Tokens up to which the kernel multiplies, from times by tokens in ascending order.
-
-    That is less than the first number with which the dense matmul was faster: between two timed numbers it
-    may be slower, because expanding the weight takes as long for few tokens as for many.
-    """
-    faster = (m - 1 for m, (packed, dense) in seconds.items() if packed > MARGIN * dense)
-    return next(faster, math.inf)
-
-
 @torch.inference_mode()
-def _measure(kind: str, library: Library, isa: str) -> Crossover:
+def _measure(kind: str, library: Library, isa: str) -> float:
+    """Return one token less than the first timed number with which the dense matmul is faster.
+
+    Between two timed numbers it may be slower: expanding takes as long for few tokens as for many.
+    """
     data, scale = _weight(kind)
     rows, columns = _SHAPE
-    seconds: dict[int, tuple[float, float]] = {}
-    for m in ROWS:
-        x = torch.randn(m, columns, generator=torch.Generator().manual_seed(0)).bfloat16()
-        out = torch.empty(m, rows, dtype=x.dtype)
+    for tokens in TOKENS:
+        x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(0)).bfloat16()
+        out = torch.empty(tokens, rows, dtype=x.dtype)
         times = []
         for _ in range(_REPEATS):
             start = time.thread_time()
@@ -93,15 +61,14 @@ def _measure(kind: str, library: Library, isa: str) -> Crossover:
             between = time.thread_time()
             expand_and_multiply(library, isa, data, x, scale, None, out)
             times.append((between - start, time.thread_time() - between))
-        packed, dense = zip(*times, strict=True)
-        seconds[m] = (min(packed), min(dense))
-        if not math.isinf(rows_up_to(seconds)):
-            break
-    return Crossover(kind, rows_up_to(seconds), seconds)
+        packed, dense = map(min, zip(*times, strict=True))
+        if packed > MARGIN * dense:
+            return tokens - 1
+    return math.inf
 
 
 def _weight(kind: str) -> tuple[Tensor, Tensor | None]:
-    """A 50 % sparse weight, packed, and its scales."""
+    """Return a packed 50 % sparse weight and its scales."""
     generator = torch.Generator().manual_seed(0)
     pruned = torch.rand(_SHAPE, generator=generator) >= 0.5
     if kind == "floats":

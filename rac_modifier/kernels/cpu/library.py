@@ -1,4 +1,7 @@
-"""The compiled library: finding it, and its functions with torch tensors. Each tensor is passed with its size in bytes."""
+"""The compiled library: finding it, and its functions with torch tensors.
+
+Each tensor is passed with its size in bytes.
+"""
 
 from __future__ import annotations
 
@@ -61,9 +64,9 @@ _NEXT_STEPS = {
 class Kernel:
     """What the library says about the kernel of an instruction set.
 
-    multiplies_bytes: x may be rounded to 8 bits; other kernels round to 16. dense_bf16: torch's dense
-    matmuls are faster in bfloat16 than in float32 on such a processor. floats, int8, int4: up to how
-    many tokens the kernel is faster than a dense matmul with expanded panels; -1: always.
+    multiplies_bytes: x may be rounded to 8 bits, not only to 16. dense_bf16: torch's dense matmuls are
+    faster in bfloat16 than in float32. floats, int8, int4: up to how many tokens the kernel is faster
+    than a dense matmul with expanded panels; -1: always.
     """
 
     number: int
@@ -75,12 +78,6 @@ class Kernel:
     floats: int
     int8: int
     int4: int
-
-
-def signature(name: str) -> tuple[type, list[type]]:
-    """The C types of the result and of the arguments of a function."""
-    letters = _SIGNATURES[name].replace(" ", "")
-    return _C_TYPES[letters[0]][0], [kind for letter in letters[1:] for kind in _C_TYPES[letter]]
 
 
 class Library:
@@ -101,12 +98,10 @@ class Library:
                 f"{path.name} was built for another version of rac-modifier (its interface is "
                 f"{abi}, {ABI} is needed); reinstall rac-modifier, which builds it again"
             )
-        for name in _SIGNATURES:
-            call = getattr(self._calls, name)
-            call.restype, call.argtypes = signature(name)
-        self._ask()
-
-    def _ask(self) -> None:
+        for name, text in _SIGNATURES.items():
+            call, (result, *arguments) = getattr(self._calls, name), text.replace(" ", "")
+            call.restype = _C_TYPES[result][0]
+            call.argtypes = [kind for letter in arguments for kind in _C_TYPES[letter]]
         self.compiler: str = self._calls.rac_compiler().decode()
         self.kernels: dict[str, Kernel] = {}
         for line in self._calls.rac_kernels().decode().splitlines():
@@ -117,7 +112,7 @@ class Library:
 
     @property
     def runs(self) -> tuple[str, ...]:
-        """The names of the kernels that this machine runs; the last is the best."""
+        """Return the kernels that this machine runs; the last is the best."""
         return tuple(kernel.name for kernel in self.kernels.values() if kernel.runs)
 
     def packed_bytes(
@@ -129,7 +124,7 @@ class Library:
         bitmask: Tensor | None = None,
         zero_groups: int = 0,
     ) -> int:
-        """Bytes of a packed weight; -1 for impossible sizes. `INT4` needs the bitmask."""
+        """Return the bytes of a packed weight; -1 for impossible sizes. `INT4` needs the bitmask."""
         if not all(-(1 << 62) < size < 1 << 62 for size in (rows, columns, values)):
             return -1
         sizes = (rows, columns, values, value_type)
@@ -158,11 +153,11 @@ class Library:
         self._raise_if(status, f"packed weight [{rows}, {columns}]")
 
     def value_type(self, data: Tensor) -> int:
-        """The type of the values, from the header; -1 where it is damaged."""
+        """Return the type of the values, from the header; -1 where it is damaged."""
         return self._calls.rac_value_type(*_buffer(data))
 
     def activation_bits(self, data: Tensor, isa: str) -> int:
-        """Bits that x is rounded to for packed integers; 0 for floats, -1 where the header is damaged."""
+        """Return the bits that x is rounded to; 0 for floats, -1 where the header is damaged."""
         return self._calls.rac_activation_bits(*_buffer(data), self.kernels[isa].number)
 
     def set_activation_bits(self, data: Tensor, bits: int) -> None:
@@ -202,17 +197,17 @@ class Library:
 
     @property
     def handle(self) -> int:
-        """The same number for the same loaded library."""
+        """Return the same number for the same loaded library."""
         return self._calls._handle
 
     def register_operator(self, functions: Sequence[int | None]) -> None:
-        """Give torch the operator in C++; `functions`: addresses of torch's (native_operator.py)."""
+        """Give torch the C++ operator; `functions`: addresses of torch's (support.py)."""
         addresses = (c_void_p * len(functions))(*functions)
         status = self._calls.rac_register_operator(addresses, len(functions))
-        self._raise_if(status, "the operator in C++")
+        self._raise_if(status, "the C++ operator")
 
     def use_operator(self, isa: str | None, tokens: int) -> None:
-        """Let the operator in C++ multiply up to `tokens` tokens with `isa`; None: no tokens."""
+        """Let the C++ operator multiply up to `tokens` tokens with `isa`; None: none."""
         self._calls.rac_use_operator(-1 if isa is None else self.kernels[isa].number, tokens)
 
     def _raise_if(self, status: int, what: str) -> None:
@@ -222,25 +217,25 @@ class Library:
 
 
 def _buffer(tensor: Tensor | None) -> tuple[int | None, int]:
-    """Address and bytes."""
     return (None, 0) if tensor is None else (tensor.data_ptr(), tensor.numel() * tensor.itemsize)
 
 
 def built_libraries() -> list[Path]:
-    """The libraries that were built when the package was installed."""
+    """Return the libraries that were built when the package was installed."""
     return sorted(Path(__file__).parent.glob("_native_kernels*.so"))
 
 
 @lru_cache(maxsize=1)
 def load() -> tuple[Library | None, str]:
-    """The library, or None and the reason."""
+    """Return the library, or None and the reason."""
     paths = built_libraries()
     if not paths:
         reason = f"it was not built when rac-modifier was installed; {_REINSTALL}"
-        return None, f"no compiled kernel: {reason}"
-    try:
-        return Library(paths[0]), ""
-    except RacError as error:
-        return None, f"no compiled kernel: {error}"
-    except (OSError, AttributeError) as error:
-        return None, f"no compiled kernel: {paths[0].name} does not load ({error}); {_REINSTALL}"
+    else:
+        try:
+            return Library(paths[0]), ""
+        except RacError as error:
+            reason = str(error)
+        except (OSError, AttributeError) as error:
+            reason = f"{paths[0].name} does not load ({error}); {_REINSTALL}"
+    return None, f"no compiled kernel: {reason}"

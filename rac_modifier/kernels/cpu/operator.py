@@ -1,7 +1,9 @@
-"""The linear layer with a sparse weight, as an opaque torch operator, `torch.ops.rac_modifier.sparse_linear`.
+"""Matmul and row lookup with packed weights, as opaque torch operators (torch.ops.rac_modifier).
 
-For few tokens (decoding, limited by the bytes that are read) the kernel multiplies packed panels. For many
-tokens (prefill) panels are expanded, a chunk at a time, into a small dense buffer that torch multiplies.
+`sparse_linear`: for few tokens (decoding, limited by the bytes that are read) the kernel multiplies
+packed panels. For many (prefill), chunks of panels are expanded into a buffer that torch multiplies.
+`packed_rows` expands a panel of 16 rows to take one row: an embedding that is the output head, too,
+needs no second copy of the weight.
 """
 
 from __future__ import annotations
@@ -14,19 +16,14 @@ import torch
 from torch import Tensor
 
 from rac_modifier.errors import RacError
-from rac_modifier.kernels.cpu import native_operator
 from rac_modifier.kernels.cpu.library import BITS, INT8, TYPES, VALUE_TYPES, Library
 from rac_modifier.kernels.cpu.packed import PANEL
-from rac_modifier.kernels.cpu.support import library_and_isa
+from rac_modifier.kernels.cpu.support import TOKENS, cpp_operator, library_and_isa
 
-_crossovers: dict[str, float] = {}  # by kind of weight; else that of the kernel (Library.kernels)
-FEW = (
-    native_operator.TOKENS
-)  # tokens that every kernel multiplies, without asking for the value type
 EIGHT_BITS = " with 8-bit activations"  # kinds of integers that another kernel multiplies
 KINDS = ("floats", "int8", "int4", f"int8{EIGHT_BITS}", f"int4{EIGHT_BITS}")
 SCRATCH_BYTES = 8 << 20  # of expanded panels at a time: they about fit into the last-level cache
-
+_crossovers: dict[str, float] = {}  # by kind of weight; else that of the kernel (Library.kernels)
 _scratch = threading.local()
 
 
@@ -38,46 +35,24 @@ def sparse_linear(
     bias: Tensor | None = None,
     scale: Tensor | None = None,
 ) -> Tensor:
-    """X [..., columns] times the transposed weight, plus bias [rows]: [..., rows] in x's dtype, summed in fp32.
+    """Return x [..., columns] W^T + bias [rows], summed in float32, in x's dtype.
 
-    `data`: the packed weight [rows, columns], from `pack_values` or `pack_dense`. x and bias are bfloat16
-    or float32, in any combination with the weight. `scale`, from `pack_scale`, multiplies the weight:
-    integers need a scale, floats may have a scale of one group. For integers x is rounded to 16-bit
-    integers, with a scale per token and 512 columns or group, which is more accurate than bfloat16. (Many
-    tokens of bfloat16 are not rounded where the processor multiplies bfloat16.)
+    `data`: the packed weight [rows, columns]. x and bias are bfloat16 or float32, whatever the
+    weight's dtype. `scale`, from `pack_scale`: integers need one, floats may have one group. For
+    integers x is rounded to 16-bit integers with a scale per token and 512 columns or group, which
+    is more accurate than bfloat16. (Many tokens of bfloat16 are not rounded where the processor
+    multiplies bfloat16.)
 
     Raises:
         RacError: other dtypes, or shapes that do not fit.
     """
-    if not native_operator.state.active:
+    if not cpp_operator.active:
         return torch.ops.rac_modifier.sparse_linear(x, data, rows, columns, bias, scale)
     try:
         return torch.ops.rac_modifier.native_linear(x, data, rows, columns, bias, scale)
-    except RuntimeError:  # Python raises what the operator in C++ can only print
+    except RuntimeError:  # Python raises what the C++ operator can only print
         _forward(x, data, rows, columns, bias, scale)
         raise
-
-
-def _forward(
-    x: Tensor,
-    data: Tensor,
-    rows: int,
-    columns: int,
-    bias: Tensor | None,
-    scale: Tensor | None = None,
-) -> Tensor:
-    """The operator. `data` was checked when it was packed; only its header is checked again."""
-    library, isa = library_and_isa()
-    _check(x, data, rows, columns, bias, scale)
-    shape = x.shape
-    x = x.reshape(-1, columns).contiguous()
-    bias = None if bias is None else bias.contiguous()
-    out = torch.empty((x.shape[0], rows), dtype=x.dtype)
-    if x.shape[0] <= FEW or x.shape[0] <= _crossover(library, data, isa):
-        library.linear(data, rows, columns, x, scale, bias, out, isa)
-    else:
-        expand_and_multiply(library, isa, data, x, scale, bias, out)
-    return out.view(*shape[:-1], rows)
 
 
 def use_crossovers(tokens: Mapping[str, float]) -> None:
@@ -86,24 +61,6 @@ def use_crossovers(tokens: Mapping[str, float]) -> None:
     Kinds that `tokens` lacks keep their number: another model of this process may have set it.
     """
     _crossovers.update(tokens)
-
-
-def forget_crossovers() -> None:
-    """Take the numbers of the kernel again. For tests."""
-    _crossovers.clear()
-
-
-def _crossover(library: Library, data: Tensor, isa: str) -> float:
-    value_type, kernel = library.value_type(data), library.kernels[isa]
-    if value_type < INT8:
-        kind, tokens = "floats", kernel.floats
-    elif value_type in BITS:
-        kind, tokens = "int4", kernel.int4
-    else:
-        kind, tokens = "int8", kernel.int8
-    if library.activation_bits(data, isa) == 8:
-        kind += EIGHT_BITS
-    return _crossovers.get(kind, math.inf if tokens < 0 else tokens)
 
 
 def expand_and_multiply(
@@ -117,10 +74,9 @@ def expand_and_multiply(
 ) -> None:
     """Fill `out` by dense matmuls with chunks of the weight.
 
-    In bf16 where x is bf16, torch multiplies bf16 faster than fp32 on this processor, and the weight's
-    values are exact in bf16: integers, or bf16 without a scale. Otherwise in fp32. In bf16, scales of
-    integers, the scaled values and the bias are rounded, as the weights of a dense bf16 model are; sums
-    are in fp32.
+    In bfloat16 where x is bfloat16, torch multiplies it faster on this processor, and the values are
+    exact in it: integers, or bfloat16 without a scale. Scales, scaled values and bias are then rounded
+    like the weights of a dense bfloat16 model. Otherwise in float32. Sums are in float32.
     """
     rows, columns, value_type = out.shape[1], x.shape[1], library.value_type(data)
     in_bf16 = value_type >= INT8 or (value_type == VALUE_TYPES[torch.bfloat16] and scale is None)
@@ -147,8 +103,43 @@ def expand_and_multiply(
             out[:, low:high] = torch.addmm(bias[low:high], x, transposed)
 
 
+def _forward(
+    x: Tensor,
+    data: Tensor,
+    rows: int,
+    columns: int,
+    bias: Tensor | None,
+    scale: Tensor | None = None,
+) -> Tensor:
+    """Multiply. `data` was checked when it was packed; only its header is checked again."""
+    library, isa = library_and_isa()
+    _check(x, data, rows, columns, bias, scale)
+    shape = x.shape
+    x = x.reshape(-1, columns).contiguous()
+    bias = None if bias is None else bias.contiguous()
+    out = torch.empty((x.shape[0], rows), dtype=x.dtype)
+    if x.shape[0] <= TOKENS or x.shape[0] <= _crossover(library, data, isa):
+        library.linear(data, rows, columns, x, scale, bias, out, isa)
+    else:
+        expand_and_multiply(library, isa, data, x, scale, bias, out)
+    return out.view(*shape[:-1], rows)
+
+
+def _crossover(library: Library, data: Tensor, isa: str) -> float:
+    value_type, kernel = library.value_type(data), library.kernels[isa]
+    if value_type < INT8:
+        kind, tokens = "floats", kernel.floats
+    elif value_type in BITS:
+        kind, tokens = "int4", kernel.int4
+    else:
+        kind, tokens = "int8", kernel.int8
+    if library.activation_bits(data, isa) == 8:
+        kind += EIGHT_BITS
+    return _crossovers.get(kind, math.inf if tokens < 0 else tokens)
+
+
 def _buffer(size: int) -> Tensor:
-    """`size` bytes, reused by the thread: a new buffer would cost a page fault per 4 KiB at every call."""
+    """Return the thread's buffer: a new one would cost a page fault per 4 KiB at every call."""
     buffer = getattr(_scratch, "buffer", None)
     if buffer is None or buffer.numel() < size:
         buffer = _scratch.buffer = torch.empty(size, dtype=torch.uint8)
@@ -186,21 +177,42 @@ def _check(
         )
 
 
-def _fake(
-    x: Tensor,
-    data: Tensor,
-    rows: int,
-    columns: int,
-    bias: Tensor | None,
-    scale: Tensor | None = None,
+def _packed_rows(
+    ids: Tensor, data: Tensor, rows: int, columns: int, scale: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    return x.new_empty(*x.shape[:-1], rows)
+    library, isa = library_and_isa()
+    ordered, order = ids.flatten().sort()
+    out = torch.empty(len(ordered), columns, dtype=dtype)
+    if not len(ordered):
+        return out.view(*ids.shape, columns)
+    if int(ordered[0]) < 0 or int(ordered[-1]) >= rows:
+        raise RacError(
+            f"ids {int(ordered[0])} to {int(ordered[-1])}: the weight has rows 0 to {rows - 1}"
+        )
+    panels, counts = (ordered // PANEL).unique_consecutive(return_counts=True)
+    expanded = torch.empty(columns, PANEL)
+    starts = (counts.cumsum(0) - counts).tolist()
+    for panel, start, count in zip(panels.tolist(), starts, counts.tolist(), strict=True):
+        library.expand(data, rows, columns, panel, panel + 1, expanded, isa)
+        if scale is not None:  # [groups, columns of a group, 16] times [groups, 1, 16]
+            expanded.view(scale.shape[1], -1, PANEL).mul_(scale[panel].float()[:, None])
+        taken = slice(start, start + count)
+        out[order[taken]] = expanded[:, ordered[taken] % PANEL].t().to(dtype)
+    return out.view(*ids.shape, columns)
 
 
 # Once per process, also if this module is loaded again. Python serves `native_linear` until C++ does.
-_ARGUMENTS = "(Tensor x, Tensor data, int rows, int columns, Tensor? bias, Tensor? scale=None)"
-for _name, _key in (("sparse_linear", "cpu"), ("native_linear", "CompositeExplicitAutograd")):
+_LINEAR = "(Tensor x, Tensor data, int rows, int columns, Tensor? bias, Tensor? scale=None)"
+_ROWS = "(Tensor ids, Tensor data, int rows, int columns, Tensor? scale, ScalarType dtype)"
+for _name, _arguments, _key, _function, _fake in (
+    ("sparse_linear", _LINEAR, "cpu", _forward,
+     lambda x, data, rows, columns, bias, scale=None: x.new_empty(*x.shape[:-1], rows)),
+    ("native_linear", _LINEAR, "CompositeExplicitAutograd", _forward,
+     lambda x, data, rows, columns, bias, scale=None: x.new_empty(*x.shape[:-1], rows)),
+    ("packed_rows", _ROWS, "cpu", _packed_rows,
+     lambda ids, data, rows, columns, scale, dtype: data.new_empty(*ids.shape, columns, dtype=dtype)),
+):  # fmt: skip
     if not hasattr(torch.ops.rac_modifier, _name):
-        torch.library.define(f"rac_modifier::{_name}", f"{_ARGUMENTS} -> Tensor")
-        torch.library.impl(f"rac_modifier::{_name}", _key, _forward)
+        torch.library.define(f"rac_modifier::{_name}", f"{_arguments} -> Tensor")
+        torch.library.impl(f"rac_modifier::{_name}", _key, _function)
         torch.library.register_fake(f"rac_modifier::{_name}", _fake)

@@ -1,24 +1,41 @@
-"""What runs on this machine: the compiled library and the kernel in use.
+"""What runs on this machine: the compiled library, the kernel in use, and torch's C++ operator.
 
 RAC_KERNEL=NAME uses another kernel than the best, RAC_KERNEL=off none. `rac inspect` prints the names.
+csrc/torch_operator.cpp multiplies few tokens without entering Python. It is built without torch, and
+is given the functions of torch's stable C interface that `FUNCTIONS` lists.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Literal
+
+import torch
 
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.cpu import library as native
-from rac_modifier.kernels.cpu import native_operator
 from rac_modifier.kernels.cpu.library import Library
+
+# In the order of `Torch` of csrc/torch_operator.cpp.
+FUNCTIONS = (
+    "aoti_torch_library_init_impl", "torch_library_impl", "torch_call_dispatcher",
+    "aoti_torch_delete_tensor_object", "aoti_torch_get_data_ptr", "aoti_torch_get_dim",
+    "aoti_torch_get_sizes", "aoti_torch_get_dtype", "aoti_torch_get_device_type",
+    "aoti_torch_is_contiguous", "aoti_torch_empty_strided", "torch_get_num_threads",
+    "aoti_torch_device_type_cpu", "aoti_torch_dtype_bfloat16", "aoti_torch_dtype_float32",
+    "aoti_torch_dtype_uint8",
+)  # fmt: skip
+_SINCE_2_13 = ("torch_delete_stable_ivalue", "torch_exception_get_what_without_backtrace")
+TOKENS = 8  # up to which the C++ operator multiplies itself
 
 
 @dataclass(frozen=True)
 class Support:
-    """What runs on this machine: `isa` is the name of a kernel or None; `reason` is a readable line."""
+    """What runs on this machine: `isa` is the name of a kernel or None; `reason` is readable."""
 
     isa: str | None
     reason: str
@@ -27,16 +44,15 @@ class Support:
 
 @lru_cache(maxsize=1)
 def support() -> Support:
-    """What runs on this machine. Decided once per process.
+    """Return what runs on this machine, decided once per process.
 
     Raises:
         RacError: a RAC_KERNEL that this machine or library cannot run.
     """
     name = os.environ.get("RAC_KERNEL") or None
     if name == "off":
-        return Support(
-            None, "no compiled kernel: RAC_KERNEL=off; unset it to use the sparse kernels"
-        )
+        reason = "no compiled kernel: RAC_KERNEL=off; unset it to use the sparse kernels"
+        return Support(None, reason)
     library, reason = native.load()
     if library is None:
         if name:
@@ -55,18 +71,14 @@ def support() -> Support:
 
 @lru_cache(maxsize=1)
 def library_and_isa() -> tuple[Library, str]:
-    """The library and the name of the kernel to use.
-
-    Raises:
-        RacError: there is none; with the reason.
-    """
+    """Return the library and the name of the kernel to use (RacError: there is none)."""
     available = support()
     library, _ = native.load()
     if available.isa is None or library is None:
         raise RacError(
             f"a sparse weight needs the compiled kernel; {available.reason}, or keep the weight dense"
         )
-    native_operator.activate(library, available.isa)
+    _activate(library, available.isa)
     return library, available.isa
 
 
@@ -74,7 +86,51 @@ def forget() -> None:
     """Decide anew at the next use. For tests that change RAC_KERNEL or the library."""
     for cached in (native.load, support, library_and_isa):
         cached.cache_clear()
-    native_operator.deactivate()
+    if cpp_operator.registered is not None:
+        cpp_operator.registered.use_operator(None, 0)
+    cpp_operator.active = False
+
+
+class _CppOperator:
+    """The library whose operator torch has, or the reason why torch refused; `active`: in use."""
+
+    registered: Library | None = None
+    refused: str | None = None
+    active = False
+
+
+cpp_operator = _CppOperator()
+
+
+def _activate(library: Library, isa: str) -> None:
+    """Let the C++ operator multiply with `isa`; torch takes the operator of one library only."""
+    state = cpp_operator
+    if state.registered is None and state.refused is None:
+        state.refused = _register(library)
+        state.registered = library if state.refused is None else None
+    if state.registered is not None and state.registered.handle == library.handle:
+        library.use_operator(isa, TOKENS)
+        state.active = True
+
+
+def _register(library: Library) -> str | None:
+    """Give torch the C++ operator; return the reason where torch lacks the interface."""
+    paths = sorted((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"))
+    try:
+        loaded = ctypes.CDLL(str(paths[0]))
+        addresses = [_address(loaded, name) for name in FUNCTIONS]
+    except (IndexError, OSError, AttributeError) as error:
+        return f"torch {torch.__version__} has no stable C interface ({error})"
+    addresses += [_address(loaded, name) if hasattr(loaded, name) else None for name in _SINCE_2_13]
+    try:
+        library.register_operator(addresses)
+    except RacError as error:
+        return str(error)
+    return None
+
+
+def _address(loaded: ctypes.CDLL, name: str) -> int | None:
+    return ctypes.cast(getattr(loaded, name), ctypes.c_void_p).value
 
 
 @dataclass(frozen=True)

@@ -1,118 +1,64 @@
-"""Each instruction set as a fixture: native where the processor has it; AVX512 and AMX also emulated, on every machine.
-
-Those of ARM run on processors that qemu emulates.
-"""
+"""Each instruction set as a fixture: native where the processor has it, else AVX512 and AMX emulated."""
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterator
-from functools import lru_cache
 from pathlib import Path
 
 import pytest
 
+from rac_modifier.kernels.cpu import operator
 from rac_modifier.kernels.cpu.library import Library
-from rac_modifier.kernels.cpu.operator import forget_crossovers
 from rac_modifier.kernels.cpu.support import forget
-from tests.kernels.cpu.arm import PROCESSORS, ArmLibrary, arm_library, arm_program, take_arm
 from tests.kernels.cpu.kernel_helpers import emulated_library, setup_library, take
 
-KERNELS = [
-    "portable",
-    "avx2",
-    "avxvnni",
-    "avx512",
-    "amx",
-    "emulated avx512",
-    "emulated amx",
-    *(f"arm {isa}" for isa in PROCESSORS),
-]
-OTHERS_FLOATS = [
-    "avxvnni",
-    "arm i8mm",
-]  # they multiply floats with the functions of AVX2 and of NEON
+X86 = ["portable", "avx2", "avx512", "amx"]
+CPU = Path("/proc/cpuinfo")
+if CPU.exists() and "avx_vnni" in CPU.read_text().split():
+    X86.append("avxvnni")
+KERNELS = ["portable", "neon", "i8mm"] if platform.machine() == "aarch64" else X86
+OTHERS_FLOATS = ["avxvnni", "i8mm"]  # they multiply floats with the functions of AVX2 and of NEON
 
 
 @pytest.fixture(autouse=True)
 def _decided_anew_afterwards():
-    """What was decided for a test here does not hold for later tests of the same process, which might skip theirs."""
+    """Let no later test of the process use what was decided here."""
     yield
-    forget_crossovers()
+    operator._crossovers.clear()
     forget()
 
 
 @pytest.fixture(scope="session")
 def native_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The library as it is installed."""
+    """Build the library as it is installed."""
     return setup_library(tmp_path_factory.mktemp("native"))
-
-
-@pytest.fixture(scope="session")
-def emulated_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The library on emulated_intrinsics.h."""
-    return emulated_library(tmp_path_factory.mktemp("emulated"))
-
-
-@pytest.fixture(scope="session")
-def arm_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The library for ARM."""
-    return arm_library(tmp_path_factory.mktemp("arm"))
-
-
-@pytest.fixture(scope="session")
-def arm_processor(
-    arm_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Callable[[str], ArmLibrary]]:
-    """The library on a processor of this name."""
-    server, started = (
-        arm_program(tmp_path_factory.mktemp("server"), "call_server.cpp", arm_path),
-        [],
-    )
-
-    @lru_cache
-    def start(processor: str) -> ArmLibrary:
-        started.append(ArmLibrary(server, processor))
-        return started[-1]
-
-    yield start
-    for arm in started:
-        arm.close()
 
 
 @pytest.fixture(params=KERNELS)
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The name of the kernel on which the calls of a test run."""
+    """Run the calls of a test on each kernel."""
     return use_kernel(request, monkeypatch)
 
 
 @pytest.fixture(params=[name for name in KERNELS if name not in OTHERS_FLOATS])
 def float_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The same, without those that have another one's products of floats."""
+    """Run the calls of a test on each kernel with a matmul of floats."""
     return use_kernel(request, monkeypatch)
 
 
 def use_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Make the package use the kernel that `request` names."""
-    emulated, isa = "emulated" in request.param, request.param.split()[-1]
-    if request.param.startswith("arm") and platform.machine() != "aarch64":
-        take_arm(request.getfixturevalue("arm_processor")(PROCESSORS[isa]), isa, monkeypatch)
-        return request.param
-    path = request.getfixturevalue("emulated_path" if emulated else "native_path")
-    found = Library(path)
-    if isa not in found.runs:
-        pytest.skip(f"this machine runs {found.runs[-1]} at best")
-    take(path, isa, monkeypatch)
-    return request.param
+    name, path = request.param, request.getfixturevalue("native_path")
+    if name not in Library(path).runs and name in ("avx512", "amx"):
+        factory = request.getfixturevalue("tmp_path_factory")
+        path = emulated_library(factory.mktemp("emulated"))
+    if name not in Library(path).runs:
+        pytest.skip(f"this machine runs {Library(path).runs[-1]} at best")
+    take(path, name, monkeypatch)
+    return name
 
 
 @pytest.fixture
-def best(native_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The best kernel of this machine, for what does not depend on the instruction set."""
+def best(native_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Use the best kernel of this machine, for what does not depend on the instruction set."""
     take(native_path, None, monkeypatch)
-
-
-@pytest.fixture
-def without_library(monkeypatch: pytest.MonkeyPatch):
-    """An installation that had no compiler."""
-    take(None, None, monkeypatch)

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from rac_modifier.kernels.cpu import library, support
+from rac_modifier.kernels.cpu.library import BITS, DENSE_TYPES, INT4, VALUE_TYPES
 from rac_modifier.kernels.cpu.operator import sparse_linear
-from rac_modifier.kernels.cpu.packed import pack_dense, pack_values, unpack
+from rac_modifier.kernels.cpu.packed import pack_dense, pack_values
 from tests.kept_builds import kept_build
 
 HERE = Path(__file__).parent
@@ -39,69 +40,59 @@ class Packed(NamedTuple):
     columns: int
 
 
-def compile_sources(out: Path, *flags: str, sources: tuple[Path, ...] = ()) -> Path:
-    """All of csrc/ for this x86-64 machine, on emulated_intrinsics.h where a source is for AVX512 or AMX.
+def compile_sources(
+    out: Path, *flags: str, drive: bool = False, compiler: str = "g++", machine: str = "x86_64"
+) -> Path:
+    """Compile csrc/, with emulated_intrinsics.h for AVX512 and AMX; `drive`: a program, drive.cpp."""
+    if shutil.which(compiler) is None or (compiler == "g++" and platform.machine() != machine):
+        pytest.skip(f"needs {compiler} for {machine}")
 
-    Skips the test elsewhere, and without a compiler.
-    """
-    if shutil.which("g++") is None or platform.machine() != "x86_64":
-        pytest.skip("needs g++ on x86-64")
-
-    def compile_one(source: Path) -> Path | None:
+    def compile_source(source: Path) -> str | None:
         build_line = re.match(r"// build: (\w+)(.*)", source.read_text())
-        processor, own_flags = build_line.groups() if build_line else ("any", "")
-        if processor not in ("any", "x86_64"):
+        processor, isa_flags = build_line.groups() if build_line else ("any", "")
+        if processor not in ("any", machine):
             return None
-        if "avx512" in own_flags:
-            own_flags = ""
-        to = out.with_name(f"{out.name}.{source.stem}.o")
-        run(
-            "g++",
-            *FLAGS,
-            *flags,
-            "-DRAC_EMULATE",
-            *own_flags.split(),
-            "-c",
-            str(source),
-            "-o",
-            str(to),
-        )
+        isa_flags = "" if "avx512" in isa_flags else isa_flags
+        to = str(out.with_name(f"{out.name}.{source.stem}.o"))
+        command = [compiler, *FLAGS, *flags, "-DRAC_EMULATE", *isa_flags.split()]
+        run(*command, "-c", str(source), "-o", to)
         return to
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile_one, [*sorted(CSRC.rglob("*.cpp")), *sources]))
-    run("g++", *flags, *(str(path) for path in objects if path), "-o", str(out))
+        sources = [*sorted(CSRC.rglob("*.cpp")), *([HERE / "drive.cpp"] if drive else [])]
+        objects = list(pool.map(compile_source, sources))
+    run(compiler, *flags, *filter(None, objects), "-o", str(out))
     return out
 
 
-def sources_digest(*more: str) -> str:
-    """Of all that a library is built from."""
+def sources_digest() -> str:
+    """Return a hash of what a library is built from."""
     paths = [*sorted(CSRC.rglob("*.[hc]*")), *sorted(HERE.glob("*.[hc]*")), ROOT / "setup.py"]
     text = "".join(path.read_text() for path in paths if path.is_file())
-    return hashlib.sha256(f"{text}{more}".encode()).hexdigest()[:16]
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def emulated_library(folder: Path) -> Path:
     """The library on emulated_intrinsics.h. Compiled once: build/ keeps it for the next run of the tests."""
 
     def build(out: Path) -> None:
-        shutil.copy(compile_sources(folder / "emulated.so", "-O1", *SHARED), out)
+        shutil.copy(compile_sources(folder / "emulated.so", "-O0", *SHARED), out)
 
     return kept_build(f"emulated_{sources_digest()}.so", build)
 
 
-def setup_library(folder: Path, **environment: str) -> Path:
+def setup_library(folder: Path) -> Path:
     """The library as setup.py builds it, compiled once; skips the test without a compiler."""
-    if shutil.which(environment.get("CXX", "g++")) is None:
+    if shutil.which("g++") is None:
         pytest.skip("no compiler on this machine")
 
     def build(out: Path) -> None:
-        done = run_setup(folder, **environment)
+        done = run_setup(folder)
         assert done.returncode == 0, done.stderr
         (built,) = (folder / "lib").rglob("_native_kernels*.so")
         shutil.copy(built, out)
 
-    return kept_build(f"_native_kernels_{sources_digest(str(environment))}.so", build)
+    return kept_build(f"_native_kernels_{sources_digest()}.so", build)
 
 
 def run_setup(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -122,9 +113,7 @@ def run(*command: str) -> None:
 def take(path: Path | None, isa: str | None, patch: pytest.MonkeyPatch) -> None:
     """Make the package use this library and this RAC_KERNEL."""
     patch.setattr(library, "built_libraries", lambda: [path] if path else [])
-    patch.setenv("RAC_KERNEL", isa) if isa is not None else patch.delenv(
-        "RAC_KERNEL", raising=False
-    )
+    patch.setenv("RAC_KERNEL", isa or "")
     support.forget()
 
 
@@ -167,8 +156,39 @@ def multiply(
 
 
 def unpacked(weight: Packed) -> Tensor:
-    """The dense weight."""
-    return unpack(*weight)
+    """Return the dense weight with every stored bit, after checking all that the kernels rely on."""
+    used, isa = support.library_and_isa()
+    value_type = used.value_type(weight.data)
+    used.check(*weight, value_type)
+    dtype = next((d for d, number in VALUE_TYPES.items() if number == value_type), torch.int8)
+    panels = -(-weight.rows // 16)
+    expanded = torch.float32 if dtype == torch.int8 else dtype
+    transposed = torch.empty(weight.columns, 16 * panels, dtype=expanded)
+    used.expand(*weight, 0, panels, transposed, isa)
+    return transposed.t()[: weight.rows].to(dtype)
+
+
+def check_form(weight: Packed, form: str) -> None:
+    """Check data as a packed weight of a form of `FORMS`, "bf16" or "fp32"."""
+    number = {"bf16": 0, "fp32": 1, "int8": 2, "int4": INT4}.get(form)
+    if number is None:
+        number = DENSE_TYPES[FORMS[form][0]]
+    assert number not in BITS or BITS[number] == FORMS[form][0]
+    support.library_and_isa()[0].check(*weight, number)
+
+
+def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Round [N, K] to int8 with one scale per row: values [N, K], scales float32 [N, 1]."""
+    scales = (weight.abs().amax(dim=1, keepdim=True) / 127).clamp_min(1e-9)
+    return (weight / scales).round().clamp(-127, 127).to(torch.int8), scales
+
+
+def quantize_groups(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Round [N, K] to -8..7 in groups of columns: int8 [N, K], scales [N, K / group], bfloat16 numbers."""
+    groups = weight.unflatten(1, (-1, group))
+    scale = (groups.abs().amax(2) / 7).clamp_min(1e-9).bfloat16().float()
+    values = (groups / scale[..., None]).round().clamp(-8, 7).to(torch.int8)
+    return values.flatten(1), scale
 
 
 def sparse(mask: Tensor, dtype: torch.dtype, seed: int = 1) -> tuple[Tensor, Packed]:
@@ -186,9 +206,7 @@ def assert_product(y: Tensor, x: Tensor, dense: Tensor, bias: Tensor | None = No
         exact, terms = exact + bias.double(), terms + bias.double().abs()
     bound = terms * 2.0**-20 + (exact.abs() * 2.0**-8 if y.dtype == torch.bfloat16 else 0.0)
     assert y.shape == exact.shape
-    assert bool(((y.double() - exact).abs() <= bound).all()), float(
-        (y.double() - exact).abs().max()
-    )
+    assert bool(((y.double() - exact).abs() <= bound).all())
 
 
 LEVELS = {16: 127 * 256 + 127, 8: 127}  # the largest integer of x, by activation bits
@@ -262,6 +280,4 @@ def assert_integer_product(
         exact, terms = exact + bias.double(), terms + bias.double().abs()
     bound += terms * 2.0**-20 + (exact.abs() * 2.0**-8 if y.dtype == torch.bfloat16 else 0.0)
     assert y.shape == exact.shape
-    assert bool(((y.double() - exact).abs() <= bound).all()), float(
-        (y.double() - exact).abs().max()
-    )
+    assert bool(((y.double() - exact).abs() <= bound).all())

@@ -1,8 +1,7 @@
-// in_shares of csrc/shares.h on cores that are alike, or not (-DDIFFER=1): which panels each thread gets. Exits 0 if all is as it must be.
+// in_shares of csrc/gemm/shares.h on cores that are alike, or not (-DDIFFER=1): which panels each thread gets.
 #include "gemm/shares.h"
 
 #include <omp.h>
-#include <unistd.h>
 
 #include <cstdio>
 #include <cstdlib>
@@ -17,13 +16,12 @@ static void require(bool condition, const char* what) {
     std::exit(1);
 }
 
-// The number of the thread that had each panel. `slow`: thread 0 takes 50 times as long as the others for a panel.
-static std::vector<int> owners(int64_t panels, int threads, int64_t least, bool slow = false) {
+// The number of the thread that had each panel.
+static std::vector<int> owners(int64_t panels, int threads, int64_t least) {
     std::vector<int> found(panels, -1);
     std::mutex mutex;
     const bool done = rac::in_shares(panels, threads, least, [&](int64_t first, int64_t last) {
         const int thread = omp_get_thread_num();
-        if (slow) usleep(static_cast<useconds_t>((thread ? 100 : 5000) * (last - first)));
         const std::lock_guard<std::mutex> lock(mutex);
         require(first % 2 == 0 && first < last && last <= panels && (last % 2 == 0 || last == panels), "whole pairs of panels");
         for (int64_t panel = first; panel < last; panel++) {
@@ -47,7 +45,4 @@ int main() {
                     require(!rac::in_shares(panels, threads, least, [&](int64_t first, int64_t last) { return bad < first || bad >= last; }),
                             "a share that failed");
             }
-    int of_slow = 0;
-    for (int thread : owners(256, 2, 1, true)) of_slow += thread == 0;
-    std::printf("the slow thread had %d of 256 panels\n", of_slow);
 }

@@ -1,114 +1,81 @@
-"""From how many rows on a dense product is faster: what times decide, the timing itself, and its effect on products."""
+"""From how many tokens on a dense matmul is faster: the timing, and its effect on matmuls."""
 
 from __future__ import annotations
 
 import math
+from itertools import chain, count
 
 import pytest
 import torch
 
 from rac_modifier.kernels.cpu import crossover
-from rac_modifier.kernels.cpu.crossover import ROWS, Crossover, measure_crossovers, rows_up_to
-from rac_modifier.kernels.cpu.operator import forget_crossovers, use_crossovers
+from rac_modifier.kernels.cpu.crossover import measure_crossovers
+from rac_modifier.kernels.cpu.operator import KINDS, use_crossovers
 from rac_modifier.kernels.cpu.packed import pack_scale, set_activation_bits
 from rac_modifier.kernels.cpu.support import library_and_isa, support
 from tests.kernels.cpu.kernel_helpers import integers, multiply, scaled, threads
 
-SIXTEEN = ["floats", "int8", "int4"]
-EIGHT = ["int8 with 8-bit activations", "int4 with 8-bit activations"]
+INT8_EIGHT = "int8 with 8-bit activations"
 
 
-@pytest.mark.parametrize(
-    ("seconds", "rows"),
-    [
-        ({64: (1.0, 2.0), 256: (1.0, 1.0), 1024: (1.1, 1.0)}, math.inf),  # within the margin
-        ({64: (1.0, 2.0), 256: (1.0, 1.0), 1024: (1.2, 1.0)}, 1023),
-        ({64: (1.0, 2.0), 256: (2.0, 1.0)}, 255),
-        ({64: (2.0, 1.0)}, 63),
-    ],
-)
-def test_what_times_decide(seconds, rows):
-    assert rows_up_to(seconds) == rows
+class Timed:
+    """A library that records the tokens and the activation bits of what is timed, and multiplies nothing."""
 
-
-def test_timed_on_the_kernel_in_use(best):
-    with threads(2):
-        found = measure_crossovers([*SIXTEEN, *EIGHT])
-        assert torch.get_num_threads() == 2
-    assert [each.kind for each in found] == [*SIXTEEN, *EIGHT]
-    for each in found:
-        assert list(each.seconds) == list(ROWS[: len(each.seconds)])
-        assert all(0 < time < 10 for both in each.seconds.values() for time in both)
-        assert each.rows == rows_up_to(each.seconds)
-        assert (len(each.seconds) == len(ROWS)) or not math.isinf(each.rows)
-
-
-class Seen:
-    """A library that records the tokens and the activation bits of what is timed."""
-
-    def __init__(self, library, isa):
-        self.library, self.isa, self.calls = library, isa, []
+    def __init__(self):
+        (self.library, self.isa), self.calls = library_and_isa(), []
 
     def linear(self, data, *arguments):
         bits = self.library.activation_bits(data, self.isa)
         self.calls.append((arguments[2].shape[0], bits))
-        self.library.linear(data, *arguments)
 
-    def __getattr__(self, name):
-        return getattr(self.library, name)
+
+@pytest.mark.parametrize(
+    ("ratios", "tokens"),
+    [((1.0, 1.14, 0.5, 1.0), math.inf), ((1.0, 1.0, 1.2), 1023), ((2.0,), 63)],
+)
+def test_what_times_decide(best, monkeypatch, ratios, tokens):
+    """`ratios`: time of the kernel over that of the dense matmul, for 64, 256, 1024 and 2048 tokens."""
+    library = Timed()
+    spent = chain.from_iterable([0.0, r, r + 1.0] for r in ratios for _ in range(4))
+    monkeypatch.setattr(crossover, "library_and_isa", lambda: (library, library.isa))
+    monkeypatch.setattr(crossover, "expand_and_multiply", lambda *arguments: None)
+    monkeypatch.setattr(crossover.time, "thread_time", lambda: next(spent))
+    with threads(2):
+        assert measure_crossovers(["floats"]) == {"floats": tokens}
+        assert torch.get_num_threads() == 2
+    assert next(spent, None) is None
 
 
 def test_each_kind_is_timed_with_its_activations_until_a_dense_matmul_is_faster(best, monkeypatch):
-    library, isa = library_and_isa()
-    eight = 8 if support().multiplies_bytes else 16
-    kinds = dict(zip([*SIXTEEN, *EIGHT], (0, 16, 16, eight, eight), strict=True))
+    library, ticks = Timed(), count()
+    monkeypatch.setattr(crossover, "library_and_isa", lambda: (library, library.isa))
+    monkeypatch.setattr(crossover, "expand_and_multiply", lambda *arguments: None)
+    monkeypatch.setattr(crossover.time, "thread_time", lambda: next(ticks))
     monkeypatch.setattr(crossover, "MARGIN", 0.0)  # any dense matmul is faster
-    for kind, bits in kinds.items():
-        seen = Seen(library, isa)
-        monkeypatch.setattr(crossover, "library_and_isa", lambda seen=seen: (seen, isa))
-        (measured,) = measure_crossovers([kind])
-        assert measured.rows == ROWS[0] - 1
-        assert set(seen.calls) == {(ROWS[0], bits)}
+    eight = 8 if support().multiplies_bytes else 16
+    for kind, bits in zip(KINDS, (0, 16, 16, eight, eight), strict=True):
+        library.calls.clear()
+        assert measure_crossovers([kind]) == {kind: 63}
+        assert set(library.calls) == {(64, bits)}
 
 
-def test_described_with_its_figures():
-    text = Crossover("int8", 256, {64: (0.001, 0.002), 256: (0.003, 0.0031)}).describe()
-    assert text == (
-        "int8: the kernel multiplies up to 256 rows, more by dense products "
-        "(ms of the kernel / of a dense product: 64 rows 1.0 / 2.0, 256 rows 3.0 / 3.1)"
-    )
-    assert "multiplies any number of rows (ms" in Crossover("int4", math.inf, {}).describe()
-
-
-def runs_dense(weight, scale, rows: int) -> bool:
-    """Whether a float32 x of so many rows is not rounded."""
-    x = torch.randn(rows, 300, generator=torch.Generator().manual_seed(0))
-    use = multiply(x, weight[1], None, pack_scale(scale))
+def runs_dense(weight, scale, tokens: int) -> bool:
+    """Return whether a float32 x is not rounded."""
+    x = torch.randn(tokens, 300, generator=torch.Generator().manual_seed(0))
     exact = x.double() @ scaled(weight[0], scale).T
-    return float((use - exact).norm() / exact.norm()) < 1e-6
+    error = multiply(x, weight[1], None, pack_scale(scale)) - exact
+    return float(error.norm() / exact.norm()) < 1e-6
 
 
-def test_a_second_model_leaves_the_kinds_that_it_does_not_have(best):
+def test_which_matmuls_are_dense(best):
     weight, scale = integers("int8", 40, 300), torch.rand(40, 1) + 0.01
     use_crossovers({"int8": 20})
-    for second in ({"int4": 64}, {}, {"floats": 9, EIGHT[0]: 64}):
-        use_crossovers(second)
-        assert [runs_dense(weight, scale, rows) for rows in (20, 21)] == [False, True]
-    use_crossovers({"int8": 30})  # measured again
-    assert [runs_dense(weight, scale, rows) for rows in (21, 30, 31)] == [False, False, True]
-    forget_crossovers()
-    assert not runs_dense(weight, scale, 31)
-
-
-def test_activations_of_8_bits_have_a_number_of_their_own(best):
-    weight, scale = integers("int8", 40, 300), torch.rand(40, 1) + 0.01
+    for second_model in ({"int4": 64}, {}, {"floats": 9, INT8_EIGHT: 64}):
+        use_crossovers(second_model)
+        assert [runs_dense(weight, scale, tokens) for tokens in (20, 21)] == [False, True]
+    use_crossovers({"int8": 0})  # up to 8 tokens are never dense
+    assert [runs_dense(weight, scale, tokens) for tokens in (8, 9)] == [False, True]
+    use_crossovers({"int8": 20, INT8_EIGHT: 30})
     set_activation_bits(weight[1].data, 8)
-    use_crossovers({"int8": 20, EIGHT[0]: 30})
     last = 30 if support().multiplies_bytes else 20
-    assert [runs_dense(weight, scale, rows) for rows in (last, last + 1)] == [False, True]
-
-
-def test_up_to_8_tokens_are_never_dense(best):
-    weight, scale = integers("int8", 40, 300), torch.rand(40, 1) + 0.01
-    use_crossovers({"int8": 0})
-    assert [runs_dense(weight, scale, rows) for rows in (8, 9)] == [False, True]
+    assert [runs_dense(weight, scale, tokens) for tokens in (last, last + 1)] == [False, True]

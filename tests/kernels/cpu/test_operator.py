@@ -1,20 +1,22 @@
-"""The operator against float64, on every instruction set, and under torch.compile."""
+"""The operators compared with float64 on every instruction set, in C++ and in Python, and compiled."""
 
 from __future__ import annotations
 
 import importlib
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from rac_modifier.errors import RacError
-from rac_modifier.kernels.cpu import operator
+from rac_modifier.kernels.cpu import library, operator
 from rac_modifier.kernels.cpu.operator import KINDS, use_crossovers
-from rac_modifier.kernels.cpu.packed import pack_scale, pack_values
-from rac_modifier.kernels.cpu.support import library_and_isa
+from rac_modifier.kernels.cpu.packed import pack_dense, pack_scale, pack_values
+from rac_modifier.kernels.cpu.support import cpp_operator, library_and_isa
 from tests.kernels.cpu.kernel_helpers import (
     Packed,
     assert_product,
@@ -22,31 +24,38 @@ from tests.kernels.cpu.kernel_helpers import (
     integers,
     multiply,
     pack,
+    quantize_groups,
+    quantize_rows,
     random_mask,
     sparse,
     threads,
 )
 
 DTYPES = [torch.bfloat16, torch.float32]
-SHAPES = [(1, 1), (17, 33), (16, 32), (48, 576), (5, 1000), (100, 257), (33, 64)]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("weights", DTYPES, ids=str)
-def test_every_row_count_bias_and_dtype(float_kernel, shape, weights):
+@pytest.mark.parametrize(
+    ("shape", "weights", "dtype"),
+    [
+        ((1, 1), *DTYPES),
+        ((17, 33), torch.float32, torch.bfloat16),
+        ((48, 576), torch.bfloat16, torch.bfloat16),
+        ((33, 257), torch.float32, torch.float32),
+    ],
+    ids=str,
+)
+def test_every_number_of_tokens_bias_and_dtype(float_kernel, shape, weights, dtype):
     dense, weight = sparse(random_mask(*shape, 0.5), weights)
-    some = (0, 1, 2, 3, 4, 5, 8, 9, 16, 17, 33)
-    for m in some if float_kernel.startswith("arm") else (*some, 31, 32, 49, 64, 70):
-        for dtype in DTYPES:
-            x = torch.randn(m, shape[1]).to(dtype)
-            bias = torch.randn(shape[0]).to(DTYPES[m % 2]) if m % 3 else None
-            y = multiply(x, weight, bias)
-            assert y.dtype == dtype
-            assert_product(y, x, dense, bias)
+    for m in (0, 1, 2, 3, 4, 5, 8, 9, 16, 17, 33, 49, 70):
+        x = torch.randn(m, shape[1]).to(dtype)
+        bias = torch.randn(shape[0]).to(DTYPES[m % 2]) if m % 3 else None
+        y = multiply(x, weight, bias)
+        assert y.dtype == dtype
+        assert_product(y, x, dense, bias)
 
 
 @settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
     rows=st.integers(1, 70),
@@ -63,44 +72,23 @@ def test_any_shape_and_density(float_kernel, rows, columns, m, density, weights,
     assert_product(multiply(x, weight), x, dense)
 
 
-def test_empty_and_full_rows(float_kernel):
-    mask = random_mask(40, 130, 0.5)
-    mask[3], mask[4], mask[16:32], mask[39] = False, True, False, True
+@pytest.mark.parametrize(("m", "rows", "columns"), [(11, 150, 1111), (401, 16 * 17 + 3, 540)])
+def test_more_of_each_than_a_block_of_the_cache(float_kernel, m, rows, columns):
+    """More tokens than AMX and AVX512 use at a time, more panels and columns than are expanded together."""
+    use_crossovers(dict.fromkeys(KINDS, 1000))
+    mask = random_mask(rows, columns, 0.5)
+    mask[3], mask[4], mask[16:32] = False, True, False  # empty and full rows
     dense, weight = sparse(mask, torch.bfloat16)
-    x = torch.randn(3, 130).bfloat16()
-    y = multiply(x, weight)
-    assert_product(y, x, dense)
-    assert not y[:, 16:32].any()
-
-
-def test_more_of_each_than_a_block_of_the_cache(float_kernel, monkeypatch):
-    use_crossovers(dict.fromkeys(KINDS, 1000))
-    dense, weight = sparse(
-        random_mask(150, 1111, 0.5), torch.bfloat16
-    )  # more panels than a group, too
-    for m in (
-        (1, 11) if float_kernel.startswith("arm") else (1, 11, 40, 242, 250)
-    ):  # of a chunk, and a bit
-        x = torch.randn(m, 1111).bfloat16()
-        assert_product(multiply(x, weight), x, dense)
-
-
-@pytest.mark.parametrize("m", [384, 401])
-def test_chunks_of_lines_and_groups_of_panels(float_kernel, m, monkeypatch):
-    """More lines than AMX and AVX512 use at a time, more panels than share them, more columns than are expanded at once."""
-    if float_kernel.startswith("arm"):
-        pytest.skip(
-            "slow where the processor is emulated; the chunks are those of the other kernels"
-        )
-    use_crossovers(dict.fromkeys(KINDS, 1000))
-    dense, weight = sparse(random_mask(16 * 17 + 3, 540, 0.5), torch.bfloat16)
-    x, bias = torch.randn(m, 540).bfloat16(), torch.randn(16 * 17 + 3)
-    assert_product(multiply(x, weight, bias), x, dense, bias)
+    x, bias = torch.randn(m, columns).bfloat16(), torch.randn(rows)
+    y = multiply(x, weight, bias)
+    assert_product(y, x, dense, bias)
+    with threads(3):
+        assert torch.equal(multiply(x, weight, bias), y)
 
 
 @pytest.mark.parametrize("weights", DTYPES, ids=str)
 def test_expanded_panels(float_kernel, weights, monkeypatch):
-    """The path of many rows, in several chunks with a tail."""
+    """The path of many tokens, in several chunks with a tail."""
     use_crossovers(dict.fromkeys(KINDS, 0))
     monkeypatch.setattr(operator, "SCRATCH_BYTES", 2 * 16 * 70 * 4)
     dense, weight = sparse(random_mask(90, 70, 0.5), weights)
@@ -111,7 +99,7 @@ def test_expanded_panels(float_kernel, weights, monkeypatch):
 
 
 class Panels:
-    """A library whose kernel has torch multiply in bf16 or not. Records what panels are expanded to, by portable code."""
+    """A library whose kernel has torch multiply in bfloat16 or not; records the dtypes of panels."""
 
     def __init__(self, library, dense_bf16):
         self.library, self.dtypes = library, set()
@@ -128,8 +116,8 @@ class Panels:
 
 @pytest.mark.parametrize("units", [True, False])
 @pytest.mark.parametrize("kind", ["int8", "int4", "bfloat16", "bfloat16 with a scale", "float32"])
-def test_dense_products_in_bf16_are_within_its_rounding(best, kind, units):
-    """At most twice the error of a dense bfloat16 model, and none of its errors where the product is in float32."""
+def test_dense_matmuls_in_bf16_are_within_its_rounding(best, kind, units):
+    """At most twice the error of a dense bfloat16 model, and none of it where the matmul is in float32."""
     generator = torch.Generator().manual_seed(0)
     scale = torch.rand(90, 1, generator=generator) / 7 + 0.01
     if kind.startswith("int"):
@@ -144,9 +132,8 @@ def test_dense_products_in_bf16_are_within_its_rounding(best, kind, units):
         x = torch.randn(130, 640, generator=generator).to(dtype)
         out, packed_scale = torch.empty(130, 90, dtype=dtype), pack_scale(scale) if scaled else None
         operator.expand_and_multiply(panels, "portable", weight.data, x, packed_scale, None, out)
-        in_bf16 = (
-            units and dtype == torch.bfloat16 and (kind.startswith("int") or kind == "bfloat16")
-        )
+        narrow = kind.startswith("int") or kind == "bfloat16"
+        in_bf16 = units and dtype == torch.bfloat16 and narrow
         assert panels.dtypes == {torch.bfloat16 if in_bf16 else torch.float32}
         exact = x.double() @ exact_weight.T
         error = (out.double() - exact).norm()
@@ -159,32 +146,30 @@ def test_dense_products_in_bf16_are_within_its_rounding(best, kind, units):
             assert error <= 1.05 * rounded_once + 1e-6 * exact.norm()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_threads_change_nothing_that_a_dense_product_is_given(best, dtype, monkeypatch):
-    """What torch makes of it may depend on the number of threads, within the rounding of its sums (docs/serving.md)."""
+def test_threads_change_nothing_that_a_dense_matmul_is_given(best, monkeypatch):
+    """What torch makes of it may depend on the number of threads, within the rounding of its sums."""
     use_crossovers(dict.fromkeys(KINDS, 8))
     monkeypatch.setattr(operator, "SCRATCH_BYTES", 3 * 16 * 640 * 4)  # several chunks
     mask = random_mask(200, 640, 0.5)
     dense = torch.randint(-7, 8, (200, 640), dtype=torch.int8).masked_fill(~mask, 0)
     weight = Packed(pack_values(dense[mask], bitmask_of(mask), 640), 200, 640)
-    scale = 2.0 ** torch.randint(-9, -4, (200, 5))  # exact in bfloat16, as what it multiplies
-    x, given, by_torch = torch.randn(9, 640).to(dtype), {1: [], 2: [], 3: []}, torch.mm
-    for number in given:
+    scale = 2.0 ** torch.randint(-9, -4, (200, 5))
+    x, panels, by_torch = torch.randn(9, 640), {1: [], 3: []}, torch.mm
+    for number, taken in panels.items():
 
-        def record(x, panels, number=number):
-            given[number].append(panels.clone())
-            return by_torch(x, panels)
+        def record(x, chunk, taken=taken):
+            taken.append(chunk.clone())
+            return by_torch(x, chunk)
 
         monkeypatch.setattr(torch, "mm", record)
         with threads(number):
             y = multiply(x, weight, None, pack_scale(scale, 128))
         assert_product(y, x, dense.double() * scale.double().repeat_interleave(128, 1))
-    assert len(given[1]) >= 3
-    for number in (2, 3):
-        assert all(torch.equal(a, b) for a, b in zip(given[1], given[number], strict=True))
+    assert len(panels[1]) >= 3
+    assert all(torch.equal(a, b) for a, b in zip(panels[1], panels[3], strict=True))
 
 
-def test_any_strides_and_leading_dimensions(float_kernel):
+def test_any_strides_and_leading_dimensions(best):
     dense, weight = sparse(random_mask(24, 50, 0.5), torch.float32)
     transposed = torch.randn(50, 6).t()
     assert_product(multiply(transposed, weight), transposed, dense)
@@ -199,9 +184,8 @@ def test_any_strides_and_leading_dimensions(float_kernel):
     assert multiply(torch.randn(2, 0, 50), weight).shape == (2, 0, 24)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("m", [1, 30])
-def test_not_a_number_and_infinity_spread_as_in_a_dense_product(float_kernel, m, dtype):
+@pytest.mark.parametrize(("dtype", "m"), zip(DTYPES, (1, 30), strict=True), ids=str)
+def test_not_a_number_and_infinity_spread_as_in_a_dense_matmul(float_kernel, m, dtype):
     dense, weight = sparse(random_mask(17, 40, 0.5), dtype)
     x = torch.randn(m, 40).to(dtype)
     x[0, 5], x[m - 1, 7] = float("inf"), float("nan")
@@ -210,69 +194,168 @@ def test_not_a_number_and_infinity_spread_as_in_a_dense_product(float_kernel, m,
     assert torch.equal(y.isinf(), expected.isinf())
 
 
-@pytest.mark.parametrize("m", [1, 30])
-def test_a_lower_kernel_uses_no_bfloat16_units(float_kernel, m):
-    """These flush numbers below 2^-126 to zero; fp32 arithmetic keeps them."""
-    if float_kernel not in ("portable", "avx2", "arm neon"):
-        pytest.skip("this kernel may use bfloat16 units")
-    x = torch.full((m, 40), 2.0**-130).bfloat16()
-    ones = pack(torch.ones(17, 40).bfloat16(), bitmask_of(random_mask(17, 40, 1.0)), 40)
-    assert torch.equal(multiply(x, ones), torch.full((m, 17), 40 * 2.0**-130).bfloat16())
-
-
-def test_threads_change_nothing(float_kernel):
-    _, weight = sparse(random_mask(200, 96, 0.5), torch.bfloat16)
-    for m in (1, 20, 140):
-        x = torch.randn(m, 96).bfloat16()
-        with threads(1):
-            one = multiply(x, weight)
-        with threads(3):
-            assert torch.equal(multiply(x, weight), one)
+@pytest.mark.parametrize("kernel_of_floats", ["portable", "avx2"])
+def test_a_lower_kernel_uses_no_bfloat16_units(native_path, monkeypatch, kernel_of_floats):
+    """These flush numbers below 2^-126 to zero; float32 arithmetic keeps them."""
+    loaded = library.Library(native_path)
+    ones = bitmask_of(random_mask(17, 40, 1.0))
+    for m in (1, 30) if kernel_of_floats in loaded.runs else ():
+        x, out = torch.full((m, 40), 2.0**-130).bfloat16(), torch.empty(m, 17).bfloat16()
+        weight = pack(torch.ones(17, 40).bfloat16(), ones, 40)
+        loaded.linear(*weight, x, None, None, out, kernel_of_floats)
+        assert torch.equal(out, torch.full((m, 17), 40 * 2.0**-130).bfloat16())
 
 
 def test_what_does_not_fit_is_refused(best):
-    _, weight = sparse(random_mask(16, 32, 0.5), torch.bfloat16)
-    x = torch.randn(2, 32)
-    for wrong, message in (
-        (x.half(), "float16"),
-        (x[:, :31], "does not end in the weight's 32 columns"),
-        (torch.tensor(1.0), "does not end"),
+    _, (data, *_) = sparse(random_mask(16, 32, 0.5), torch.bfloat16)
+    x, scale = torch.randn(2, 32), pack_scale(torch.ones(16, 1))
+    for arguments, says in (
+        ((x.half(), data, 16, 32), "x: torch.float16"),
+        ((x[:, :31], data, 16, 32), "does not end in the weight's 32 columns"),
+        ((torch.tensor(1.0), data, 16, 32), "does not end"),
+        ((x, data, 16, 32, torch.randn(15)), "bias"),
+        ((x, data, 16, 32, torch.randn(16).double()), "bias"),
+        ((x, data, 16, 32, None, scale[:, :, :8]), "scale"),
+        ((x[:, :16], data, 32, 16), "another shape"),
+        ((torch.randn(300, 32), data, 15, 32), "another shape"),  # also where panels are expanded
+        ((x, data.view(torch.int16), 16, 32), "pass what `pack_values` returned"),
+        ((x, data[:-64], 16, 32), "where its header needs"),
     ):
-        with pytest.raises(RacError, match=message):
-            multiply(wrong, weight)
-    for bias in (torch.randn(15), torch.randn(1, 16), torch.randn(16).double()):
-        with pytest.raises(RacError, match="bias"):
-            multiply(x, weight, bias)
-    with pytest.raises(RacError, match="another shape"):
-        torch.ops.rac_modifier.sparse_linear(torch.randn(1, 16), weight.data, 32, 16, None)
-    with pytest.raises(RacError, match="pass what `pack_values` returned"):
-        torch.ops.rac_modifier.sparse_linear(x, weight.data.view(torch.int16), 16, 32, None)
-    with pytest.raises(RacError, match="another shape"):  # also where panels are expanded
-        torch.ops.rac_modifier.sparse_linear(torch.randn(300, 32), weight.data, 15, 32, None)
-    with pytest.raises(RacError, match="where its header needs"):
-        torch.ops.rac_modifier.sparse_linear(x, weight.data[:-64], 16, 32, None)
+        for call in (operator.sparse_linear, torch.ops.rac_modifier.sparse_linear):
+            with pytest.raises(RacError, match=says):
+                call(*arguments, *([None] * (5 - len(arguments))))
 
 
-def test_loading_the_module_again_registers_nothing_twice(best):
-    importlib.reload(operator)
-    dense, weight = sparse(random_mask(16, 32, 0.5), torch.float32)
-    x = torch.randn(2, 32)
-    assert_product(multiply(x, weight), x, dense)
+def test_torch_checks_the_operators_and_compiles_them_for_any_number_of_tokens(active):
+    importlib.reload(operator)  # registers nothing twice
+    data, scale = dense4()
+    arguments = (torch.randn(2, 3, 96), data, 40, 96, torch.randn(40), scale)
+    torch.library.opcheck(torch.ops.rac_modifier.sparse_linear, arguments)
+    torch.library.opcheck(torch.ops.rac_modifier.native_linear, arguments)
+
+    def step(x):
+        return operator.sparse_linear(x * 2, data, 40, 96, None, scale) + 1
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
+    for m in (1, 2, 8, 9, 70):
+        x = torch.randn(m, 96)
+        assert torch.equal(compiled(x), step(x))
 
 
-def test_torch_checks_the_operator(best):
-    _, weight = sparse(random_mask(16, 32, 0.5), torch.float32)
-    for x in (torch.randn(2, 32), torch.randn(2, 3, 32)):
-        torch.library.opcheck(
-            torch.ops.rac_modifier.sparse_linear, (x, weight.data, 16, 32, torch.randn(16))
-        )
+# ---- the operator in C++
 
 
-def test_compiled_as_one_graph_for_any_number_of_rows(best):
-    _, weight = sparse(random_mask(16, 32, 0.5), torch.float32)
-    step = torch.compile(
-        lambda x: multiply(x * 2, weight) + 1, fullgraph=True, backend="aot_eager", dynamic=True
-    )
-    for m in (1, 2, 5, 70):
-        x = torch.randn(m, 32)
-        assert torch.equal(step(x), multiply(x * 2, weight) + 1)
+@pytest.fixture
+def active(best):
+    """Torch has the operator of the library in use."""
+    library_and_isa()
+    if sys.platform != "linux" and cpp_operator.refused is not None:
+        pytest.skip(cpp_operator.refused)
+    assert cpp_operator.refused is None  # every torch that pyproject.toml allows has the interface
+    if not cpp_operator.active:
+        pytest.skip("this process has given torch the operator of another library")
+
+
+@pytest.fixture
+def in_python(monkeypatch):
+    """Counts the matmuls that are started from Python."""
+    counted, linear = [], library.Library.linear
+
+    def count(self, *arguments):
+        counted.append(arguments)
+        linear(self, *arguments)
+
+    monkeypatch.setattr(library.Library, "linear", count)
+    return counted
+
+
+def dense4() -> tuple[torch.Tensor, torch.Tensor]:
+    values, scale = quantize_groups(torch.randn(40, 96), 32)
+    return pack_dense(values, 4), pack_scale(scale, 32, narrow=True)
+
+
+def dense8() -> tuple[torch.Tensor, torch.Tensor]:
+    values, scale = quantize_rows(torch.randn(40, 96))
+    return pack_dense(values), pack_scale(scale)
+
+
+def floats() -> tuple[torch.Tensor, None]:
+    return sparse(random_mask(40, 96, 0.5), torch.bfloat16)[1].data, None
+
+
+@pytest.mark.parametrize(
+    ("weight", "dtype"), zip((dense4, dense8, floats), (*DTYPES, torch.bfloat16), strict=True)
+)
+def test_the_same_bits_as_the_operator_in_python(active, in_python, weight, dtype):
+    data, scale = weight()
+    for shape in ((1,), (8,), (2, 3), (1, 1, 2), ()):
+        x = torch.randn(*shape, 96).to(dtype)
+        for bias in (None, torch.randn(40), torch.randn(40).bfloat16()):
+            y = operator.sparse_linear(x, data, 40, 96, bias, scale)
+            assert in_python == []
+            expected = torch.ops.rac_modifier.sparse_linear(x, data, 40, 96, bias, scale)
+            assert len(in_python) == 1
+            in_python.clear()
+            assert (y.dtype, y.shape) == (dtype, (*shape, 40))
+            assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize(
+    "x",
+    [torch.randn(9, 96), torch.randn(96, 2).t(), torch.randn(2, 192)[:, ::2], torch.randn(0, 96)],
+    ids=["nine rows", "transposed", "every other", "none"],
+)
+def test_what_is_not_plain_is_left_to_python(active, in_python, x):
+    data, scale = dense8()
+    y = operator.sparse_linear(x, data, 40, 96, None, scale)
+    assert len(in_python) == 1
+    assert torch.equal(y, torch.ops.rac_modifier.sparse_linear(x, data, 40, 96, None, scale))
+
+
+def test_it_keeps_no_tensor(active):
+    """Neither an input nor its result: their storages are freed."""
+    data, scale = dense8()
+    for with_bias in (False, True):
+        x, bias = torch.randn(8, 96), torch.randn(40) if with_bias else None
+        y = operator.sparse_linear(x, data, 40, 96, bias, scale)
+        storages = [StorageWeakRef(t.untyped_storage()) for t in (x, y, bias) if t is not None]
+        del x, y, bias
+        assert all(storage.expired() for storage in storages)
+
+
+@pytest.mark.slow
+def test_a_graph_in_cpp_calls_it_without_python(active):
+    """With Inductor's cpp_wrapper, which docs/serving.md describes."""
+    data, scale = dense4()
+
+    def step(x):
+        return operator.sparse_linear(x * 2, data, 40, 96, None, scale) + 1
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, options={"cpp_wrapper": True})
+    inputs = [torch.randn(m, 96) for m in (2, 3, 9)]
+    called = []
+
+    def note(frame, event, _):
+        if event == "call":
+            called.append(frame.f_code.co_filename)
+
+    with torch.no_grad():
+        compiled(inputs[0])
+        sys.setprofile(note)
+        results = [compiled(x) for x in inputs]
+        sys.setprofile(None)
+    assert all(torch.equal(y, step(x)) for x, y in zip(inputs, results, strict=True))
+    assert called
+    assert not [name for name in called if name.endswith("torch/_ops.py")]
+
+
+def test_without_it_all_is_in_python(active, in_python):
+    data, scale = dense8()
+    x = torch.randn(2, 96)
+    expected = operator.sparse_linear(x, data, 40, 96, None, scale)
+    cpp_operator.registered.use_operator(None, 0)
+    for op in (operator.sparse_linear, torch.ops.rac_modifier.native_linear):
+        assert torch.equal(op(x, data, 40, 96, None, scale), expected)
+    cpp_operator.active = False
+    assert torch.equal(operator.sparse_linear(x, data, 40, 96, None, scale), expected)
+    assert len(in_python) == 3

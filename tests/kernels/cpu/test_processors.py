@@ -1,0 +1,93 @@
+"""Random and hostile calls of each kernel (drive.cpp), on this processor and on those that qemu emulates.
+
+qemu stops a program at an instruction that its processor lacks. It has no AVX512 and no AMX.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.kernels.cpu.kernel_helpers import CSRC, FLAGS, HERE, compile_sources, run
+
+COMPILER = "aarch64-linux-gnu-g++"
+TOOLS = CSRC.parent / "build" / "arm-tools"  # where scripts/arm_tools.sh unpacks them without root
+PATH = f"{os.environ['PATH']}{os.pathsep}{TOOLS / 'bin'}"
+SYSROOT = next(TOOLS.glob("root/usr/aarch64-linux-gnu"), Path("/usr/aarch64-linux-gnu"))
+# The best kernel of each processor.
+X86 = {"Nehalem": "portable", "Haswell": "avx2", "Cascadelake-Server": "avx2"}
+ARM = {"cortex-a72": "neon", "max,sve=off": "i8mm"}
+
+
+def need(*tools: str) -> None:
+    for tool in tools:
+        if shutil.which(tool, path=PATH) is None:
+            pytest.skip(f"no {tool} on this machine: `make arm-tools` installs it")
+
+
+def emulated(
+    command: list[str], program: Path, *arguments: str
+) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PATH": PATH, "OMP_WAIT_POLICY": "PASSIVE"}
+    whole = [*command, str(program), *arguments]
+    return subprocess.run(whole, capture_output=True, text=True, env=environment)
+
+
+@pytest.fixture(scope="module")
+def native_driver(native_path, tmp_path_factory):
+    out, rpath = tmp_path_factory.mktemp("native") / "drive", f"-Wl,-rpath,{native_path.parent}"
+    source = str(HERE / "drive.cpp")
+    run("g++", *FLAGS, "-O1", source, str(native_path), rpath, "-fopenmp", "-o", str(out))
+    return out
+
+
+@pytest.fixture(scope="module")
+def arm_driver(tmp_path_factory):
+    need(COMPILER, "qemu-aarch64")
+    out = tmp_path_factory.mktemp("arm") / "drive"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", PATH)
+        flags, machine = ("-O1", "-fopenmp"), "aarch64"
+        return compile_sources(out, *flags, drive=True, compiler=COMPILER, machine=machine)
+
+
+def test_this_processor(native_driver):
+    done = subprocess.run([str(native_driver), "100"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "100 weights" in done.stdout
+
+
+@pytest.mark.parametrize("processor", X86)
+def test_x86(native_driver, processor):
+    if platform.machine() != "x86_64":
+        pytest.skip("for a library of x86-64")
+    need("qemu-x86_64")
+    done = emulated(["qemu-x86_64", "-cpu", processor], native_driver, "10")
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.startswith(f"best {X86[processor]}: 10 weights")
+
+
+@pytest.mark.parametrize("processor", ARM)
+def test_arm(arm_driver, processor):
+    command = ["qemu-aarch64", "-cpu", processor, "-L", str(SYSROOT)]
+    done = emulated(command, arm_driver, "10")
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.startswith(f"best {ARM[processor]}: 10 weights")
+
+
+def test_an_instruction_that_is_missing_stops_a_program(tmp_path):
+    need("g++", "qemu-x86_64")
+    source = tmp_path / "avx2.cpp"
+    source.write_text(
+        'int main() { asm volatile("vpaddd %%ymm0, %%ymm0, %%ymm0" ::: "xmm0"); }\n'  # AVX2
+    )
+    run("g++", "-O1", str(source), "-o", str(tmp_path / "avx2"))
+    assert emulated(["qemu-x86_64", "-cpu", "Haswell"], tmp_path / "avx2").returncode == 0
+    missing = emulated(["qemu-x86_64", "-cpu", "Nehalem"], tmp_path / "avx2")
+    assert missing.returncode == -signal.SIGILL

@@ -1,0 +1,192 @@
+"""Weights as compressed-tensors, GPTQ and AWQ store them, with their `quantization_config`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tests.checkpoint.gptq_awq_tensors import awq, gptq, rounded
+
+GROUP = 32  # columns that share a scale
+Stored = tuple[dict[str, Any], torch.Tensor]  # tensors on disk, and the weight that they mean
+
+
+def quantization(
+    group: int | None = GROUP, symmetric: bool = True, bits: int = 4, **changes: Any
+) -> dict[str, Any]:
+    """The entry of compressed-tensors for dense codes; `group` None: one scale per row."""
+    weights: dict[str, Any] = {"num_bits": bits, "type": "int", "symmetric": symmetric}
+    weights["strategy"] = "channel" if group is None else "group"
+    if group is not None:
+        weights["group_size"] = group
+    scheme = {"targets": ["Linear"], "weights": weights, "input_activations": None}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": scheme},
+        "ignore": ["lm_head"],
+        **changes,
+    }
+
+
+def quantized_sparse(format: str, scheme: str, ignore: list[str]) -> dict[str, Any]:
+    """The entry for packed sparse weights that are quantized too ("int8", "int4" or "fp8")."""
+    bits = int(scheme[-1]) if scheme != "fp8" else 8
+    entry = quantization(GROUP if bits == 4 else None, True, bits)
+    group = entry["config_groups"]["group_0"]
+    if bits == 8:
+        kind = group["weights"]["type"] = "float" if scheme == "fp8" else "int"
+        group["input_activations"] = {
+            "num_bits": 8, "type": kind, "strategy": "token", "dynamic": True, "symmetric": True,
+        }  # fmt: skip
+        entry["format"] = "float-quantized" if scheme == "fp8" else "int-quantized"
+    entry["ignore"] = [*ignore, "lm_head"]
+    entry["sparsity_config"] = {"format": format, "targets": ["Linear"], "ignore": entry["ignore"]}
+    return entry
+
+
+def gptq_config(
+    group: int | None = GROUP,
+    symmetric: bool = True,
+    bits: int = 4,
+    version: int = 1,
+    **changes: Any,
+) -> dict[str, Any]:
+    """The entry that GPTQModel writes."""
+    return {
+        "quant_method": "gptq",
+        "bits": bits,
+        "group_size": -1 if group is None else group,
+        "desc_act": False,
+        "sym": symmetric,
+        "lm_head": False,
+        "checkpoint_format": "gptq" if version == 1 else "gptq_v2",
+        "pack_dtype": "int32",
+        "meta": {"quantizer": ["gptqmodel:2.0.0"], "damp_percent": 0.01},
+        **changes,
+    }
+
+
+def awq_config(
+    group: int | None = GROUP, symmetric: bool = False, **changes: Any
+) -> dict[str, Any]:
+    """The entry that AutoAWQ writes."""
+    return {
+        "quant_method": "awq",
+        "bits": 4,
+        "group_size": -1 if group is None else group,
+        "zero_point": not symmetric,
+        "version": "gemm",
+        "backend": "autoawq",
+        "modules_to_not_convert": None,
+        **changes,
+    }
+
+
+def words_config(
+    form: str, group: int | None, symmetric: bool, bits: int = 4, **changes: Any
+) -> Any:
+    """The entry of "gptq", "gptq_v2" or "awq"."""
+    if form == "awq":
+        return awq_config(group, symmetric, **changes)
+    return gptq_config(group, symmetric, bits, 2 if form == "gptq_v2" else 1, **changes)
+
+
+def stored_words(
+    weight: torch.Tensor,
+    group: int | None,
+    symmetric: bool,
+    bits: int = 4,
+    form: str = "gptq",
+    order: torch.Tensor | None = None,
+) -> Stored:
+    """A weight [N, K] as "gptq", "gptq_v2" or "awq" store it. `order` [K]: of columns in groups."""
+    columns = torch.arange(weight.shape[1]) if order is None else order
+    numbers = rounded(weight[:, columns], group, symmetric, bits)
+    meant = torch.empty_like(numbers.meant)
+    meant[:, columns] = numbers.meant
+    if form == "awq":
+        return awq(numbers), meant
+    version = 2 if form == "gptq_v2" else 1
+    return gptq(numbers, version, *([] if order is None else [order])), meant
+
+
+def quantize(weight: torch.Tensor, scheme: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Values (int8, also for 4 bits, or fp8), scales float32 [N, groups], and what they mean."""
+    rows, columns = weight.shape
+    groups = columns // GROUP if scheme == "int4" else 1
+    most = {"int8": 127.0, "int4": 7.0, "fp8": 448.0}[scheme]
+    scale = (weight.view(rows, groups, -1).abs().amax(-1) / most).clamp_min(1e-6)
+    wide = scale.repeat_interleave(columns // groups, dim=1)
+    values = weight / wide
+    values = values.to(torch.float8_e4m3fn) if scheme == "fp8" else values.round().to(torch.int8)
+    return values, scale, values.float() * wide
+
+
+def int32_words(values: torch.Tensor, bits: int) -> torch.Tensor:
+    """Signed values [N, K] as int32 words, bit after bit (compressed-tensors 0.17 leaves gaps at 3)."""
+    codes = values.long() + (1 << (bits - 1))
+    stream = (codes[..., None] >> torch.arange(bits) & 1).flatten(-2)
+    stream = torch.nn.functional.pad(stream, (0, -stream.shape[-1] % 32)).view(len(values), -1, 32)
+    return (stream << torch.arange(32)).sum(-1).to(torch.int32)
+
+
+def int4(
+    weight: torch.Tensor, group: int | None = GROUP, symmetric: bool = True, bits: int = 4
+) -> Stored:
+    """A weight [N, K] rounded to `bits`, as compressed-tensors stores it."""
+    rows, columns = weight.shape
+    width = group or columns
+    grouped = weight.float().view(rows, columns // width, width)
+    high = grouped.abs().amax(-1) if symmetric else grouped.amax(-1)
+    low = -high if symmetric else grouped.amin(-1)
+    least, most = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+    scale = ((high - low) / (most - least)).clamp_min(1e-6).bfloat16().float()
+    zero = torch.zeros_like(scale)
+    if not symmetric:
+        zero = (least - low / scale).round().clamp(least, most)
+    codes = (grouped / scale[..., None] + zero[..., None]).round().clamp(least, most)
+    meant = ((codes - zero[..., None]) * scale[..., None]).view(rows, columns)
+    tensors = {
+        "weight_packed": int32_words(codes.view(rows, columns), bits),
+        "weight_scale": scale,
+        "weight_shape": torch.tensor([rows, columns]),
+    }
+    if not symmetric:
+        tensors["weight_zero_point"] = int32_words(zero.T, bits).T.contiguous()
+    return tensors, meant
+
+
+def rounded_here(
+    weight: torch.Tensor, group: int | None = GROUP, symmetric: bool = True, bits: int = 4
+) -> Stored:
+    """As `int4`, but rounded by our own quantization, and packed as when a model is saved."""
+    from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+    from compressed_tensors.quantization import QuantizationScheme
+
+    from rac_modifier.pruning.solve import Solution
+    from rac_modifier.quantization.grid import Grid
+    from rac_modifier.quantization.solve import quantize
+
+    weight = weight.float()
+    mask = torch.ones_like(weight, dtype=torch.bool)
+    solution = Solution(name="w", weight=weight, mask=mask, target=weight)
+    grid = Grid("int", bits, group, symmetric)
+    (result,) = quantize([solution], torch.eye(weight.shape[1]), [grid], dtype=torch.float32)
+    assert result is not None
+    state = {
+        "weight": result.weight,
+        "weight_scale": result.scale,
+        "weight_zero_point": result.zero_point,
+    }
+    scheme = QuantizationScheme(**quantization(group, symmetric, bits)["config_groups"]["group_0"])
+    tensors = PackedQuantizationCompressor.compress(state, scheme)
+    if bits == 3:
+        values = unpack_from_int32(tensors["weight_packed"], bits, weight.shape)
+        tensors["weight_packed"] = int32_words(values, bits)
+        if not symmetric:
+            tensors["weight_zero_point"] = int32_words(result.zero_point.T, bits).T.contiguous()
+    return tensors, result.weight
