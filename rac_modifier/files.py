@@ -34,8 +34,7 @@ def write_text_atomic(path: str | Path, text: str) -> None:
     """
     path = Path(path)
     try:
-        names = {"prefix": f".{path.name}.", "suffix": ".tmp"}
-        handle, temporary = tempfile.mkstemp(dir=path.parent, **names)
+        handle, temporary = tempfile.mkstemp(".tmp", f".{path.name}.", path.parent)
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
                 file.write(text)

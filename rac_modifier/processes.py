@@ -140,9 +140,9 @@ class Processes:
 
     def lost(self, error: Exception) -> ProcessFailedError:
         """Return the error of a process that did not answer."""
-        told = _told()
-        if told is not None and told["rank"] != self.rank:
-            message = f"process {told['rank']} of {self.count} has failed: {told['message']}"
+        failed = _failure()
+        if failed is not None and failed["rank"] != self.rank:
+            message = f"process {failed['rank']} of {self.count} has failed: {failed['message']}"
             return ProcessFailedError(message, said=True)
         why = str(error).splitlines()[0][:200]
         return ProcessFailedError(
@@ -268,7 +268,7 @@ def _tell(rank: int, error: BaseException) -> None:
         store.set(_FAILED, json.dumps(message))
 
 
-def _told() -> dict[str, Any] | None:
+def _failure() -> dict[str, Any] | None:
     """Return the message of the rank that failed, if there is one."""
     with contextlib.suppress(Exception):  # the store may be gone with the first process
         store = distributed.distributed_c10d._get_default_store()

@@ -32,8 +32,9 @@ class StepProgress:
         self._shown, self._clock, self._start = shown, clock, clock()
         self._next_line = done * _LINES // max(total, 1) + 1
         hidden = None if shown else True  # None: no bar without a terminal
-        bar = {"unit": "step", "bar_format": _BAR, "disable": hidden}
-        self._bar = tqdm(total=total, initial=done, desc=what, **bar)
+        self._bar = tqdm(
+            total=total, initial=done, desc=what, unit="step", bar_format=_BAR, disable=hidden
+        )
 
     @property
     def seconds_left(self) -> float:

@@ -21,7 +21,6 @@ from rac_modifier.platform import (
     return_freed_memory,
     with_zero_rows,
 )
-from rac_modifier.pruning import linalg
 from tests.pruning.pruning_reference import (
     assert_near,
     dampened,
@@ -265,39 +264,6 @@ def test_the_lower_triangle_is_mirrored():
     matrix = gaussian(50, 50)
     expected = matrix.tril() + matrix.tril(-1).T
     assert torch.equal(platform.mirror_lower_(matrix, 16), expected)
-
-
-@pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize(
-    ("faster", "dtype"), [(True, torch.float32), (True, torch.float64), (False, torch.float32)]
-)
-def test_large_float32_matrices_go_by_blocks_where_products_are_faster(faster, dtype, monkeypatch):
-    seen = []
-    for name in ("cholesky_", "inverse_", "cholesky_solve"):
-        inner = getattr(platform, name)
-        monkeypatch.setattr(
-            platform,
-            name,
-            lambda *args, name=name, inner=inner, **kw: seen.append(name) or inner(*args, **kw),
-        )
-    monkeypatch.setattr(linalg, "onednn_is_faster", lambda device: faster)
-    for d in (31, 32):
-        exact = problem(d)
-        lower, right = linalg.cholesky_(exact.to(dtype, copy=True)), gaussian(d, 3, dtype=dtype)
-        tolerance = solve_tolerance(exact, dtype)
-        assert_near(
-            linalg.cholesky_solve(right, lower),
-            torch.linalg.solve(exact, right.double()),
-            tolerance,
-        )
-        assert_near(linalg.inverse_(exact.to(dtype, copy=True)), torch.linalg.inv(exact), tolerance)
-    by_blocks = [
-        "cholesky_",
-        "cholesky_solve",
-        "inverse_",
-        "cholesky_",
-    ]  # an inverse begins with a factor
-    assert seen == (by_blocks if faster and dtype == torch.float32 else [])
 
 
 # 20 times 64 MiB, written and freed: as many bytes of pages each time where they are new.

@@ -74,7 +74,8 @@ def plan_checkpoint(
             name = f"{module}.weight"
             if name in files and len(files.shape(name)) == 2:
                 decision = stay_dense(reason, files.dtype(name))
-                rows.append(PlanRow(module, *files.shape(name), 1.0, decision))
+                n, k = files.shape(name)
+                rows.append(PlanRow(module, n, k, 1.0, decision))
     return rows
 
 

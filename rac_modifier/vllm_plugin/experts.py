@@ -190,7 +190,7 @@ class RacExpertsMethod(FusedMoEMethodBase):
             raise loaded_again(self.prefix)
         for name, tensor in weights:
             module, _, part = name.rpartition(".")
-            if part in self.reader.parts and module.partition(".")[0].isdecimal():
+            if part in self.reader.dtypes and module.partition(".")[0].isdecimal():
                 self._tensors.setdefault(module, {})[part] = tensor
             else:
                 self._others.append((name, tensor))

@@ -70,7 +70,7 @@ class Shards:
 
     def register(self, layer: Any, dtype: torch.dtype) -> None:
         """Add an empty parameter per tensor name, whose loader keeps the tensor mapped from the file."""
-        for part, stored in self.reader.parts.items():
+        for part, stored in self.reader.dtypes.items():
             empty = torch.empty(0, dtype=stored or dtype)
             parameter = BasevLLMParameter(data=empty, weight_loader=self._collector(part))
             layer.register_parameter(part, parameter)
@@ -81,7 +81,7 @@ class Shards:
         Raises:
             RacError: naming the damaged tensor.
         """
-        for part in self.reader.parts:
+        for part in self.reader.dtypes:
             delattr(layer, part)
         tensors, self._tensors, self._taken = self._tensors, {}, True
         return {
@@ -232,7 +232,7 @@ class RacLinearMethod(LinearMethodBase):
         Raises:
             RacError: the layer is processed already, or its tensors are damaged.
         """
-        if not hasattr(layer, next(iter(self.shards.reader.parts))):
+        if not hasattr(layer, next(iter(self.shards.reader.dtypes))):
             raise RacError(f"{self.shards.prefix}: its weight is packed for a kernel already")
         loaded = self.shards.take(layer)
         rows = self.shards.row_numbers(layer, self.loader, loaded, self.rows)

@@ -55,9 +55,9 @@ class LoadedWeight(NamedTuple):
 
 
 class WeightReader(Protocol):
-    """Reads one module; `parts`: its tensors' names and dtypes on disk (None: the model's)."""
+    """Reads one module; `dtypes`: its tensors' names and dtypes on disk (None: the model's)."""
 
-    parts: Mapping[str, torch.dtype | None]
+    dtypes: Mapping[str, torch.dtype | None]
 
     def read(self, tensors: Mapping[str, Tensor], module: str) -> LoadedWeight:
         """Check the tensors of `module`, and return its weight (RacError names a damaged tensor)."""
@@ -69,11 +69,11 @@ class BitmaskReader:
 
     def __init__(self, format: str, quantized: bool) -> None:
         self.format, self.quantized = format, quantized
-        dtypes = {"bitmask": torch.uint8, "row_offsets": torch.int64, "shape": torch.int64}
+        stored = {"bitmask": torch.uint8, "row_offsets": torch.int64, "shape": torch.int64}
         names = [*PARTS[format], "weight"]  # an ignored shard of a fused layer has a weight
         if quantized:
             names += [SCALE, *_UNUSED, dense_codes.ZEROS, dense_codes.ORDER]
-        self.parts: Mapping[str, torch.dtype | None] = {name: dtypes.get(name) for name in names}
+        self.dtypes: Mapping[str, torch.dtype | None] = {name: stored.get(name) for name in names}
 
     def read(self, tensors: Mapping[str, Tensor], module: str) -> LoadedWeight:
         """Return the sparse weight; a tensor where it is stored dense."""
@@ -90,14 +90,15 @@ class BitmaskReader:
             raise RacError(f"{module}.weight: stored both dense and packed; save the model again")
         if not self.quantized or (weight.dtype in FLOATS and SCALE not in tensors):
             return LoadedWeight(weight)
-        scale = check_scale(tensors, weight.dtype, *weight.shape, module)
+        rows, columns = weight.shape
+        scale = check_scale(tensors, weight.dtype, rows, columns, module)
         return LoadedWeight(dequantize(weight, scale, torch.float32))
 
 
 class PrunedReader:
     """Pruned weights that are stored dense."""
 
-    parts: Mapping[str, torch.dtype | None] = {"weight": None}
+    dtypes: Mapping[str, torch.dtype | None] = {"weight": None}
 
     def read(self, tensors: Mapping[str, Tensor], module: str) -> LoadedWeight:
         """Return the sparse form of the dense weight."""
@@ -110,7 +111,7 @@ class CodesReader:
     `weights`: the arguments in config.json of each module's weight; None for a module in floats.
     """
 
-    parts: Mapping[str, torch.dtype | None] = {
+    dtypes: Mapping[str, torch.dtype | None] = {
         dense_codes.WORDS: torch.int32,
         SCALE: None,
         dense_codes.WORDS_SHAPE: torch.int64,
@@ -170,7 +171,7 @@ class WordsReader:
     `head`: config.json quantizes the head.
     """
 
-    parts: Mapping[str, torch.dtype | None] = {
+    dtypes: Mapping[str, torch.dtype | None] = {
         **dict.fromkeys(gptq_awq.PARTS, torch.int32),
         **dict.fromkeys((gptq_awq.SCALES, "weight")),
     }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 from types import SimpleNamespace
 
@@ -15,9 +14,7 @@ from tests.vllm_plugin.vllm_fixtures import needs_vllm, on_rank, said  # noqa: F
 needs_vllm()
 
 from vllm.model_executor.layers import linear  # noqa: E402
-from vllm.model_executor.layers.fused_moe import RoutedExperts  # noqa: E402
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (  # noqa: E402
-    CompressedTensorsConfig,
     CompressedTensorsLinearMethod,
 )
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (  # noqa: E402
@@ -38,7 +35,6 @@ from rac_modifier.vllm_plugin.config import (  # noqa: E402
     LoadReport,
     RacConfig,
     crossovers,
-    fused_modules,
 )
 from rac_modifier.vllm_plugin.layouts import CodesLayout, PackedLayout, WordsLayout  # noqa: E402
 from rac_modifier.vllm_plugin.linear import RacLinearMethod  # noqa: E402
@@ -83,10 +79,6 @@ def test_others_are_ours_on_request_only(config, layout):
     assert type(made.layout) is layout
     assert made.report.requested != ours
     assert config == before
-    assert torch.float32 in made.get_supported_act_dtypes()
-
-
-def test_quantization_of_another_kind_on_request_is_an_error():
     with pytest.raises(RacError, match="since it is quantized by 'fp8' and not packed sparse"):
         RacConfig.from_config({"quant_method": "fp8"})
 
@@ -131,15 +123,6 @@ def test_quantized_layers_that_are_not_packed_are_vllms(monkeypatch):
     config = RacConfig.from_config(entry)
     assert type(make("row", config).quant_method) is CompressedTensorsLinearMethod
     assert type(make("column", config).quant_method) is RacLinearMethod
-
-
-def test_experts_of_codes_are_vllms(monkeypatch):
-    config, method = RacConfig.from_config(quantization()), object()
-    monkeypatch.setattr(
-        CompressedTensorsConfig, "get_quant_method", lambda self, layer, prefix: method
-    )
-    assert config.get_quant_method(bare(RoutedExperts), "a.experts") is method
-    assert "dense experts of few bits" in config.report.decisions["a.experts"].reason
 
 
 @pytest.mark.parametrize("entry", [PACKED, quantization(), gptq_config(), awq_config()])
@@ -187,17 +170,6 @@ def test_the_record_of_config_json(monkeypatch, tmp_path, entry, kind):
         config.maybe_update_config(str(tmp_path), recorded(int8_activations="a"))
 
 
-@pytest.mark.parametrize("entry", [PACKED, quantization(), gptq_config(), awq_config()])
-def test_a_lost_file_is_noticed_before_loading(monkeypatch, tmp_path, entry):
-    monkeypatch.setattr(plugin_config, "crossovers", lambda *args: {})
-    config = RacConfig.from_config(entry)
-    config.maybe_update_config(str(tmp_path), SimpleNamespace())
-    index = {"weight_map": {"a": "model-1.safetensors"}}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(RacError, match=r"model-1\.safetensors"):
-        config.maybe_update_config(str(tmp_path), SimpleNamespace())
-
-
 def test_gptq_on_a_device_without_a_kernel_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(plugin_config, "backend_of", lambda device: f"no kernel for {device}")
     with pytest.raises(RacError, match="since no kernel for cpu; leave it out"):
@@ -209,13 +181,6 @@ def test_the_order_of_columns_reaches_the_layers():
     base = super(RacConfig, RacConfig).get_checkpoint_weight_mapper()
     assert base.map_name("a.q.g_idx") is None
     assert RacConfig().get_checkpoint_weight_mapper().map_name("a.q.g_idx") == "a.q.g_idx"
-
-
-def test_fused_layers():
-    fused = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
-    assert fused_modules("m.attn.qkv_proj", fused) == [f"m.attn.{name}_proj" for name in "qkv"]
-    assert fused_modules("m.attn.o_proj", fused) == ["m.attn.o_proj"]
-    assert fused_modules("qkv_proj", fused) == ["q_proj", "k_proj", "v_proj"]
 
 
 @pytest.mark.parametrize(

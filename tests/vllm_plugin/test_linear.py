@@ -13,7 +13,6 @@ from tests.vllm_plugin.vllm_fixtures import needs_vllm, on_rank, without_kernels
 
 needs_vllm()
 
-from vllm.model_executor.layers.linear import ReplicatedLinear  # noqa: E402
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase  # noqa: E402
 
 from rac_modifier.checkpoint.formats import FORMAT_24, FORMAT_BITMASK, pack  # noqa: E402
@@ -34,7 +33,7 @@ from tests.vllm_plugin.layer_kinds import (  # noqa: E402
     weights_of,
     words,
 )
-from tests.vllm_plugin.stored_forms import int4, quantization, quantize, rounded_here  # noqa: E402
+from tests.vllm_plugin.stored_forms import quantization, quantize, rounded_here  # noqa: E402
 
 needs_kernel = pytest.mark.skipif(support().isa in (None, "portable"), reason=support().reason)
 
@@ -231,19 +230,6 @@ def test_odd_groups_and_groups_that_a_rank_cuts(monkeypatch, group, size, symmet
     dense, ours, _ = loaded("row", codes(group, symmetric))
     finish(ours, dense)
     check(ours, dense, K // size)
-
-
-@needs_kernel
-def test_a_scale_per_row_needs_no_multiple_of_4_columns(monkeypatch):
-    on_rank(monkeypatch, 0, 1)
-    config = RacConfig.from_config(quantization(None))
-    options = {"quant_config": config, "prefix": "a.b", "params_dtype": torch.float32}
-    ours = ReplicatedLinear(90, 24, bias=False, **options)
-    tensors, meant = int4(torch.randn(24, 90), None)
-    load(ours, None, tensors)
-    finish(ours)
-    x = torch.randn(3, 90)
-    torch.testing.assert_close(ours.quant_method.apply(ours, x), x @ meant.T, rtol=1e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize(("rank", "size"), [(0, 1), (1, 2)])

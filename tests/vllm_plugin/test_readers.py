@@ -41,7 +41,7 @@ def test_a_module_is_read_as_it_is_meant(form):
     tensors, meant = FORMS[form].store(weight)
     before = {name: tensor.clone() for name, tensor in tensors.items()}
     reader = reader_of(form)
-    assert tensors.keys() <= reader.parts.keys()
+    assert tensors.keys() <= reader.dtypes.keys()
     result = reader.read(tensors, "m")
     assert result.shape == (64, K)
     assert (result.order is not None) == ("reordered" in form)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ast
 import logging
 import subprocess
 import sys
-from pathlib import Path
 from types import ModuleType
 from typing import Literal
 
@@ -19,58 +17,6 @@ def test_importing_it_is_light():
     code = "import sys, rac_modifier.vllm_plugin.register; print(*{'torch', 'vllm', 'transformers', 'numpy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
-
-
-PACKAGE = Path(__file__).parents[2] / "rac_modifier"
-FORBIDDEN = ("llmcompressor", "compressed_tensors", "transformers", "datasets", "loguru")
-
-
-def imports_of(path: Path) -> set[str]:
-    """The full names of what a file imports, inside functions too, except for type checking."""
-    tree = ast.parse(path.read_text())
-    skipped = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-        for inner in ast.walk(node)
-    }
-    found = set()
-    for node in ast.walk(tree):
-        if id(node) in skipped:
-            continue
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
-
-
-def files_of(name: str) -> set[Path]:
-    """The files that are run when a module of ours is imported, or a name from it; without the package's own."""
-    parts, files = name.split("."), set()
-    for end in range(2, len(parts) + 1):
-        base = PACKAGE.parent.joinpath(*parts[:end])
-        files |= {
-            path for path in (base.with_suffix(".py"), base / "__init__.py") if path.is_file()
-        }
-    return files
-
-
-def test_the_plugin_and_all_that_it_imports_need_no_library_of_the_compress_side():
-    """From file to file, inside functions too; `import rac_modifier` itself is held by tests/test_imports.py."""
-    left = [*(PACKAGE / "vllm_plugin").rglob("*.py"), *(PACKAGE / "kernels").rglob("*.py")]
-    seen: set[Path] = set()
-    while left:
-        path = left.pop()
-        if path in seen:
-            continue
-        seen.add(path)
-        for name in imports_of(path):
-            assert name.split(".")[0] not in FORBIDDEN, f"{path}: imports {name}"
-            if name.startswith("rac_modifier."):
-                left += files_of(name)
-    assert len(seen) > 20
-    assert PACKAGE / "checkpoint" / "stored_weight.py" in seen
 
 
 def fake_vllm(monkeypatch: pytest.MonkeyPatch, **attributes: object) -> ModuleType:

@@ -114,22 +114,6 @@ def test_weight_loader_v2_is_registered():
     assert "RacLinearMethod" in linear.WEIGHT_LOADER_V2_SUPPORTED
 
 
-def test_compressed_tensors_config_has_what_codes_are_read_by():
-    """Schemes by target, and the scheme of a layer with its arguments."""
-    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
-        CompressedTensorsConfig,
-    )
-
-    config = CompressedTensorsConfig.from_config(codes_entry(64, symmetric=False))
-    assert (list(config.target_scheme_map), config.quant_format) == (["Linear"], "pack-quantized")
-    scheme = config.get_scheme_dict(torch.nn.Linear(64, 64), "model.a")
-    assert {"weights", "input_activations", "format"} <= scheme.keys()
-    weights = scheme["weights"]
-    numbers = (weights.strategy, weights.group_size, weights.symmetric, weights.num_bits)
-    assert numbers == ("group", 64, False, 4)
-    assert config.get_scheme_dict(torch.nn.Linear(64, 64), "lm_head") is None  # ignored
-
-
 @pytest.mark.parametrize(("bits", "symmetric"), [(3, True), (2, False)])
 def test_a_config_of_few_bits_is_read_and_refused_when_weights_are_made(
     monkeypatch, bits, symmetric
@@ -147,14 +131,6 @@ def test_a_config_of_few_bits_is_read_and_refused_when_weights_are_made(
         ValueError, match="Failed to find a kernel that can implement the WNA16 linear layer"
     ):
         linear.ReplicatedLinear(64, 64, quant_config=config, prefix="model.a")
-
-
-def test_create_weights_takes_what_layers_give():
-    names = list(inspect.signature(linear.LinearMethodBase.create_weights).parameters)
-    assert names[:7] == [
-        "self", "layer", "input_size_per_partition", "output_partition_sizes", "input_size",
-        "output_size", "params_dtype",
-    ]  # fmt: skip
 
 
 def test_routed_experts_ask_their_method_for_weights_and_matmuls():

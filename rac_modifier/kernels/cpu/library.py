@@ -99,7 +99,7 @@ class Library:
                 f"{abi}, {ABI} is needed); reinstall rac-modifier, which builds it again"
             )
         for name, text in _SIGNATURES.items():
-            call, (result, *arguments) = getattr(self._calls, name), text.replace(" ", "")
+            call, (result, *arguments) = getattr(self._calls, name), list(text.replace(" ", ""))
             call.restype = _C_TYPES[result][0]
             call.argtypes = [kind for letter in arguments for kind in _C_TYPES[letter]]
         self.compiler: str = self._calls.rac_compiler().decode()

@@ -64,8 +64,8 @@ def support() -> Support:
             "use one of these, off, or unset it"
         )
     kernel = library.kernels[name or library.runs[-1]]
-    asked = ", requested by RAC_KERNEL" if name else ""
-    reason = f"{kernel.title} kernel{asked}, compiled with {library.compiler}"
+    requested = ", requested by RAC_KERNEL" if name else ""
+    reason = f"{kernel.title} kernel{requested}, compiled with {library.compiler}"
     return Support(kernel.name, reason, kernel.multiplies_bytes)
 
 

@@ -184,14 +184,6 @@ def test_the_bytes_that_are_announced_are_those_that_are_packed(best, weight, gr
     assert announced == pytest.approx(bits / 8, rel=0.015)
 
 
-def test_floats_announce_their_bytes_too(best):
-    for weight, served in ((WEIGHTS["bf16"], BF16), (WEIGHTS["fp16"], FP16)):
-        announced = cpu.can_run(Layer.of(weight, served)).bytes_per_weight * 3700
-        assert announced == pytest.approx(
-            cpu.pack(weight, served)["weight_packed"].numel(), abs=256
-        )
-
-
 def test_what_no_kernel_reads_is_refused(best):
     with pytest.raises(RacError, match=r"values of torch\.float64: .*keep it dense"):
         cpu.pack(WEIGHTS["fp32"], torch.float64)

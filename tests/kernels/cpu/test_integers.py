@@ -194,17 +194,6 @@ def test_tiny_and_huge_activations(kernel, size):
     torch.testing.assert_close(y, x @ dense.float().T, rtol=1e-3, atol=max(1e-25, size / 10))
 
 
-def test_empty_rows_give_the_bias(kernel):
-    mask = random_mask(40, 256, 0.5)
-    mask[3:21] = False
-    dense = torch.randint(-8, 8, (40, 256), dtype=torch.int8).masked_fill(~mask, 0)
-    weight = Packed(pack_values(dense[mask], bitmask_of(mask), 256, 4), 40, 256)
-    bias = torch.randn(40)
-    for m in (1, 4, 11):
-        y = multiply(torch.randn(m, 256), weight, bias, pack_scale(torch.rand(40, 2)))
-        assert torch.equal(y[:, 3:21], bias[3:21].expand(m, -1))
-
-
 @FORM
 def test_chunks_of_tokens_and_groups_of_panels_on_threads(kernel, form):
     """More tokens than AMX uses at a time, with a tail, and more panels than share them."""
@@ -269,25 +258,3 @@ def test_floats_take_a_scale_of_each_row(kernel, weights, m):
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(RacError, match="only weights of integers have scales in groups"):
         multiply(x[:1], weight, bias, pack_scale(torch.ones(37, 2)))
-
-
-@pytest.mark.parametrize(
-    ("form", "scale", "message"),
-    [
-        ("int8", None, "scale: missing"),
-        ("int8", torch.ones(40, 32), "groups of 3 columns; they must have a multiple of 4"),
-        ("dense4", torch.ones(40, 24), "groups of 4 columns; they must have a multiple of 8"),
-        ("dense3", torch.ones(40, 6), "groups of 16 columns; they must have a multiple of 32"),
-        ("int4", torch.ones(40, 1), "1 groups, where the weight's zeros have 3"),
-        ("dense8", torch.ones(40, 1).bfloat16(), "an 8-bit weight needs one in fp32"),
-        *(
-            ("int8", scale, r"scale: .* does not fit a weight \[40, 96\]")
-            for scale in (torch.ones(40, 5), torch.ones(24, 1), torch.ones(40, 192))
-        ),
-    ],
-)
-def test_scales_that_do_not_fit_are_refused(best, form, scale, message):
-    _, weight = integers(form, 40, 96, 3, zeros=form == "int4")
-    packed = None if scale is None else pack_scale(scale.float()).to(scale.dtype)
-    with pytest.raises(RacError, match=message):
-        multiply(torch.randn(2, 96), weight, None, packed)

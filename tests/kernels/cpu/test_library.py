@@ -79,20 +79,3 @@ def test_a_refusal_names_the_buffer_and_the_next_step(native_path, weight):
     assert library.value_type(weight.data) == BF16
     assert library.value_type(weight.data[:-64]) == -1
     assert library.packed_bytes(20, 40, 2**70, FP32) == -1
-
-
-def test_four_bit_values_need_their_bitmask_and_zeros(native_path):
-    library = Library(native_path)
-    values, bitmask = torch.ones(48, dtype=torch.int8), torch.full((3, 2), 255, dtype=torch.uint8)
-    zeros, shape = torch.full((1, 2, 16), 8, dtype=torch.uint8), (3, 16)
-    assert library.packed_bytes(*shape, 48, INT4, None, 2) == -1
-    assert library.packed_bytes(*shape, 48, INT4, bitmask[:2], 2) == -1
-    for groups in (-1, 3, 4, 17, 2**62):  # 4 have no multiple of 8 columns
-        assert library.packed_bytes(*shape, 48, INT4, bitmask, groups) == -1
-    assert library.packed_bytes(*shape, 48, FP32, bitmask, 2) == -1  # floats have no zeros
-    nbytes = library.packed_bytes(*shape, 48, INT4, bitmask, 2)
-    assert nbytes == 6 * 64  # header, offsets, masks, zeros, 24 bytes of codes, padding
-    data = torch.empty(nbytes, dtype=torch.uint8)
-    library.pack(values, bitmask, zeros, shape, INT4, data)
-    with pytest.raises(RacError, match="data: 320 bytes, where 384 are needed"):
-        library.pack(values, bitmask, zeros, shape, INT4, data[:-64])
