@@ -34,7 +34,7 @@ from rac_modifier.evaluation.report import ResultTable
 from rac_modifier.evaluation.run_divergence import DenseReference
 from rac_modifier.evaluation.teacher_forcing import TokenSequence, check_sequences
 from rac_modifier.files import read_json
-from rac_modifier.kernels.cpu.encoding import UNIT, encoding_of
+from rac_modifier.kernels.cpu import UNIT, encoding_of
 from rac_modifier.kernels.cpu.packed import block_of
 from rac_modifier.kernels.interface import EXPERT
 from rac_modifier.kernels.plan import PlanRow, plan_checkpoint, plan_dense_codes

@@ -1,4 +1,4 @@
-"""Importing this module makes our modifiers known to llm-compressor's recipes; on_import.py does so after llm-compressor.
+"""Importing this module makes our modifiers known to llm-compressor's recipes; `rac_modifier` does so after llm-compressor.
 
 llm-compressor finds modifiers in its own package or by `ModifierFactory.register`, and has no entry point for others. What is
 registered are stand-ins: they import a modifier's module only when a recipe names the modifier. So no module of this room is
