@@ -113,9 +113,7 @@ def float32_products(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Qwen3 (untied head, float32) with its tokenizer; not to be written to."""
-    from tests.tiny import (
-        save_tiny,
-    )  # here, since the process that hands out the tests to others needs no transformers
+    from tests.tiny import save_tiny  # the process that hands out the tests needs no transformers
 
     return save_tiny(tmp_path_factory.mktemp("tiny") / "model")
 

@@ -114,15 +114,6 @@ def test_weights_are_streamed_module_by_module_and_stay_where_they_are(monkeypat
     assert torch.equal(model(input_ids=ids).logits, expected)
 
 
-def test_a_placed_model_is_not_streamed_elsewhere(monkeypatch):
-    model = tiny_model()
-    set_onload_device(model, "cpu")
-    monkeypatch.setattr(model_tools, "accelerator", lambda: torch.device("meta"))
-    with streamed_to_accelerator(model):
-        assert {p.device.type for p in model.parameters()} == {"cpu"}
-    assert is_placed(model)
-
-
 def test_free_memory(monkeypatch):
     """That of a device includes what PyTorch holds unused."""
     monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 12345}))

@@ -80,21 +80,6 @@ def test_matmuls_are_those_of_torch_in_every_layout(of_a, of_b, calls, monkeypat
     assert calls == [(50, 40, 30), (20, 40, 30), (20, 40, 30), (10, 40, 30)]
 
 
-def test_what_is_small_or_not_float32_stays_with_torch(calls, monkeypatch):
-    a, b = gaussian(50, 40, dtype=torch.float64), gaussian(40, 30, seed=1, dtype=torch.float64)
-    assert torch.equal(matmul(a, b), a @ b)
-    ones = torch.ones(50, 30, dtype=torch.float64)
-    assert torch.equal(add_matmul_(ones.clone(), a, b), torch.addmm(ones, a, b))
-    monkeypatch.setattr(platform, "_LEAST_WORK", 50 * 40 * 30 + 1)
-    matmul(a.float(), b.float())
-    assert calls == []
-    monkeypatch.setattr(platform, "_LEAST_WORK", 50 * 40 * 30)
-    matmul(a[:49].float(), gaussian(40, 31))
-    assert calls == []
-    matmul(a.float(), b.float())
-    assert calls == [(50, 40, 30)]
-
-
 @pytest.mark.parametrize("bias", [True, False])
 def test_linear_layers_are_computed_so_while_the_mode_is_in_place(bias, calls):
     layer, x = torch.nn.Linear(40, 30, bias=bias), gaussian(2, 25, 40)

@@ -63,19 +63,15 @@ inline __m512 rac_lanes(Operation operation) {
     for (int i = 0; i < 16; i++) to.lane[i] = operation(i);
     return to;
 }
+#define RAC_FLOATS(name, parameters, ...) \
+    inline __m512 name parameters { return rac_lanes([&](int i) { return __VA_ARGS__; }); }
 inline __m512 _mm512_setzero_ps() { return __m512{}; }
 inline __m512 _mm512_set1_ps(float value) {
     return rac_lanes([=](int) { return value; });
 }
-inline __m512 _mm512_add_ps(__m512 a, __m512 b) {
-    return rac_lanes([&](int i) { return a.lane[i] + b.lane[i]; });
-}
-inline __m512 _mm512_mul_ps(__m512 a, __m512 b) {
-    return rac_lanes([&](int i) { return a.lane[i] * b.lane[i]; });
-}
-inline __m512 _mm512_fmadd_ps(__m512 a, __m512 b, __m512 c) {
-    return rac_lanes([&](int i) { return std::fma(a.lane[i], b.lane[i], c.lane[i]); });
-}
+RAC_FLOATS(_mm512_add_ps, (__m512 a, __m512 b), a.lane[i] + b.lane[i])
+RAC_FLOATS(_mm512_mul_ps, (__m512 a, __m512 b), a.lane[i] * b.lane[i])
+RAC_FLOATS(_mm512_fmadd_ps, (__m512 a, __m512 b, __m512 c), std::fma(a.lane[i], b.lane[i], c.lane[i]))
 
 template <class Operation>
 inline __m512i rac_integers(Operation operation) {
@@ -83,30 +79,18 @@ inline __m512i rac_integers(Operation operation) {
     for (int i = 0; i < 16; i++) to.lane[i] = operation(i);
     return to;
 }
+#define RAC_INTEGERS(name, parameters, ...) \
+    inline __m512i name parameters { return rac_integers([&](int i) { return __VA_ARGS__; }); }
 inline __m512i _mm512_set1_epi32(int value) {
     return rac_integers([=](int) { return static_cast<uint32_t>(value); });
 }
-inline __m512i _mm512_and_si512(__m512i a, __m512i b) {
-    return rac_integers([&](int i) { return a.lane[i] & b.lane[i]; });
-}
-inline __m512i _mm512_slli_epi32(__m512i a, unsigned count) {
-    return rac_integers([&](int i) { return a.lane[i] << count; });
-}
-inline __m512i _mm512_srli_epi32(__m512i a, unsigned count) {
-    return rac_integers([&](int i) { return a.lane[i] >> count; });
-}
-inline __m512i _mm512_srai_epi32(__m512i a, unsigned count) {
-    return rac_integers([&](int i) { return static_cast<uint32_t>(static_cast<int32_t>(a.lane[i]) >> count); });
-}
-inline __m512i _mm512_or_si512(__m512i a, __m512i b) {
-    return rac_integers([&](int i) { return a.lane[i] | b.lane[i]; });
-}
-inline __m512i _mm512_xor_si512(__m512i a, __m512i b) {
-    return rac_integers([&](int i) { return a.lane[i] ^ b.lane[i]; });
-}
-inline __m512 _mm512_cvtepi32_ps(__m512i a) {
-    return rac_lanes([&](int i) { return static_cast<float>(static_cast<int32_t>(a.lane[i])); });
-}
+RAC_INTEGERS(_mm512_and_si512, (__m512i a, __m512i b), a.lane[i] & b.lane[i])
+RAC_INTEGERS(_mm512_slli_epi32, (__m512i a, unsigned count), a.lane[i] << count)
+RAC_INTEGERS(_mm512_srli_epi32, (__m512i a, unsigned count), a.lane[i] >> count)
+RAC_INTEGERS(_mm512_srai_epi32, (__m512i a, unsigned count), static_cast<uint32_t>(static_cast<int32_t>(a.lane[i]) >> count))
+RAC_INTEGERS(_mm512_or_si512, (__m512i a, __m512i b), a.lane[i] | b.lane[i])
+RAC_INTEGERS(_mm512_xor_si512, (__m512i a, __m512i b), a.lane[i] ^ b.lane[i])
+RAC_FLOATS(_mm512_cvtepi32_ps, (__m512i a), static_cast<float>(static_cast<int32_t>(a.lane[i])))
 inline __m512i _mm512_castps_si512(__m512 value) { return rac_bits<__m512i>(value); }
 inline __m256i _mm512_cvtepi32_epi16(__m512i a) {
     __m256i to;
@@ -123,12 +107,8 @@ inline __m512 _mm512_dpbf16_ps(__m512 acc, __m512bh a, __m512bh b) {
     });
 }
 inline __m512i _mm512_setzero_si512() { return __m512i{}; }
-inline __m512i _mm512_add_epi32(__m512i a, __m512i b) {
-    return rac_integers([&](int i) { return a.lane[i] + b.lane[i]; });
-}
-inline __m512i _mm512_sub_epi32(__m512i a, __m512i b) {
-    return rac_integers([&](int i) { return a.lane[i] - b.lane[i]; });
-}
+RAC_INTEGERS(_mm512_add_epi32, (__m512i a, __m512i b), a.lane[i] + b.lane[i])
+RAC_INTEGERS(_mm512_sub_epi32, (__m512i a, __m512i b), a.lane[i] - b.lane[i])
 struct __m128i {
     uint8_t lane[16];
 };
@@ -142,18 +122,10 @@ inline __m256i _mm256_loadu_si256(const __m256i* from) {
     std::memcpy(&to, from, 32);
     return to;
 }
-inline __m512i _mm512_cvtepu8_epi32(__m128i a) {
-    return rac_integers([&](int i) { return uint32_t{a.lane[i]}; });
-}
-inline __m512i _mm512_cvtepu16_epi32(__m256i a) {
-    return rac_integers([&](int i) { return uint32_t{a.lane[i]}; });
-}
-inline __m512i _mm512_cvtepu8_epi16(__m256i a) {
-    return rac_integers([&](int i) { return (a.lane[i] & 0xffu) | (a.lane[i] & 0xff00u) << 8; });
-}
-inline __m512i _mm512_slli_epi16(__m512i a, unsigned count) {
-    return rac_integers([&](int i) { return (a.lane[i] << count & 0xffffu) | (a.lane[i] >> 16) << (16 + count); });
-}
+RAC_INTEGERS(_mm512_cvtepu8_epi32, (__m128i a), uint32_t{a.lane[i]})
+RAC_INTEGERS(_mm512_cvtepu16_epi32, (__m256i a), uint32_t{a.lane[i]})
+RAC_INTEGERS(_mm512_cvtepu8_epi16, (__m256i a), (a.lane[i] & 0xffu) | (a.lane[i] & 0xff00u) << 8)
+RAC_INTEGERS(_mm512_slli_epi16, (__m512i a, unsigned count), (a.lane[i] << count & 0xffffu) | (a.lane[i] >> 16) << (16 + count))
 inline __m512i _mm512_sub_epi8(__m512i a, __m512i b) {
     return rac_integers([&](int i) {
         uint32_t to = 0;
@@ -161,9 +133,7 @@ inline __m512i _mm512_sub_epi8(__m512i a, __m512i b) {
         return to;
     });
 }
-inline __m512i _mm512_mullo_epi32(__m512i a, __m512i b) {
-    return rac_integers([&](int i) { return a.lane[i] * b.lane[i]; });
-}
+RAC_INTEGERS(_mm512_mullo_epi32, (__m512i a, __m512i b), a.lane[i] * b.lane[i])
 // Each bit of the result is the bit of `table` that the bits of a, b and c number.
 inline __m512i _mm512_ternarylogic_epi32(__m512i a, __m512i b, __m512i c, int table) {
     return rac_integers([&](int i) {

@@ -15,15 +15,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.cpu import library, operator
 from rac_modifier.kernels.cpu.operator import KINDS, use_crossovers
-from rac_modifier.kernels.cpu.packed import pack_dense, pack_scale, pack_values
+from rac_modifier.kernels.cpu.packed import pack_dense, pack_scale
 from rac_modifier.kernels.cpu.support import cpp_operator, library_and_isa
 from tests.kernels.cpu.kernel_helpers import (
-    Packed,
     assert_product,
-    bitmask_of,
     integers,
     multiply,
-    pack,
     quantize_groups,
     quantize_rows,
     random_mask,
@@ -146,29 +143,6 @@ def test_dense_matmuls_in_bf16_are_within_its_rounding(best, kind, units):
             assert error <= 1.05 * rounded_once + 1e-6 * exact.norm()
 
 
-def test_threads_change_nothing_that_a_dense_matmul_is_given(best, monkeypatch):
-    """What torch makes of it may depend on the number of threads, within the rounding of its sums."""
-    use_crossovers(dict.fromkeys(KINDS, 8))
-    monkeypatch.setattr(operator, "SCRATCH_BYTES", 3 * 16 * 640 * 4)  # several chunks
-    mask = random_mask(200, 640, 0.5)
-    dense = torch.randint(-7, 8, (200, 640), dtype=torch.int8).masked_fill(~mask, 0)
-    weight = Packed(pack_values(dense[mask], bitmask_of(mask), 640), 200, 640)
-    scale = 2.0 ** torch.randint(-9, -4, (200, 5))
-    x, panels, by_torch = torch.randn(9, 640), {1: [], 3: []}, torch.mm
-    for number, taken in panels.items():
-
-        def record(x, chunk, taken=taken):
-            taken.append(chunk.clone())
-            return by_torch(x, chunk)
-
-        monkeypatch.setattr(torch, "mm", record)
-        with threads(number):
-            y = multiply(x, weight, None, pack_scale(scale, 128))
-        assert_product(y, x, dense.double() * scale.double().repeat_interleave(128, 1))
-    assert len(panels[1]) >= 3
-    assert all(torch.equal(a, b) for a, b in zip(panels[1], panels[3], strict=True))
-
-
 def test_any_strides_and_leading_dimensions(best):
     dense, weight = sparse(random_mask(24, 50, 0.5), torch.float32)
     transposed = torch.randn(50, 6).t()
@@ -192,18 +166,6 @@ def test_not_a_number_and_infinity_spread_as_in_a_dense_matmul(float_kernel, m, 
     y, expected = multiply(x, weight), torch.nn.functional.linear(x.float(), dense.float())
     assert torch.equal(y.isnan(), expected.isnan())
     assert torch.equal(y.isinf(), expected.isinf())
-
-
-@pytest.mark.parametrize("kernel_of_floats", ["portable", "avx2"])
-def test_a_lower_kernel_uses_no_bfloat16_units(native_path, monkeypatch, kernel_of_floats):
-    """These flush numbers below 2^-126 to zero; float32 arithmetic keeps them."""
-    loaded = library.Library(native_path)
-    ones = bitmask_of(random_mask(17, 40, 1.0))
-    for m in (1, 30) if kernel_of_floats in loaded.runs else ():
-        x, out = torch.full((m, 40), 2.0**-130).bfloat16(), torch.empty(m, 17).bfloat16()
-        weight = pack(torch.ones(17, 40).bfloat16(), ones, 40)
-        loaded.linear(*weight, x, None, None, out, kernel_of_floats)
-        assert torch.equal(out, torch.full((m, 17), 40 * 2.0**-130).bfloat16())
 
 
 def test_what_does_not_fit_is_refused(best):
