@@ -34,18 +34,6 @@ if TYPE_CHECKING:
     from rac_modifier.settings.recipe_files import recipe as recipe
 
 __version__ = "0.2.0"
-__all__ = [
-    "RacError",
-    "ReasoningAwareCalibrationModifier",
-    "ReasoningAwareSparseGPTModifier",
-    "__version__",
-    "fixed_mask",
-    "load_model",
-    "reasoner_path",
-    "recipe",
-    "trace_dataset",
-]
-
 _LAZY = {
     "ReasoningAwareCalibrationModifier": "rac_modifier.llmcompressor.calibration_modifier",
     "ReasoningAwareSparseGPTModifier": "rac_modifier.llmcompressor.pruning_modifier",
@@ -55,6 +43,7 @@ _LAZY = {
     "recipe": "rac_modifier.settings.recipe_files",
     "trace_dataset": "rac_modifier.calibration.dataset",
 }
+__all__ = ["RacError", "__version__", *_LAZY]
 
 
 def __getattr__(name: str) -> Any:
@@ -85,9 +74,12 @@ class _ImportAfter(MetaPathFinder):
 
         def load_then_import(module: Any) -> None:
             load(module)
-            if self in sys.meta_path:
-                sys.meta_path.remove(self)
-            self.extend()
+            if (
+                module.__name__ == self.trigger
+            ):  # a loader may be shared, such as that of a zip file
+                if self in sys.meta_path:
+                    sys.meta_path.remove(self)
+                self.extend()
 
         spec.loader.exec_module = load_then_import  # type: ignore[method-assign]
         return spec

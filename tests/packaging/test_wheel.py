@@ -195,12 +195,15 @@ def test_recipes_and_the_reasoner_are_found_away_from_the_clone(installed, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
 def test_with_a_compiler_the_wheel_holds_kernels_that_load_for_each_python(unpacked, tmp_path):
     if shutil.which("g++") is None:
         pytest.skip("no g++ on this machine")
-    wheel = build("wheel", unpacked, tmp_path / "wheel")
+    source = shutil.copytree(unpacked, tmp_path / "source")
+    for path in (source / "csrc" / "isa").glob("*.cpp"):
+        if path.stem != "portable":  # the portable kernel alone compiles in seconds
+            path.unlink()
+    wheel = build("wheel", source, tmp_path / "wheel")
     assert "-cp311-abi3-linux_" in wheel.name
     with zipfile.ZipFile(wheel) as archive:
         built = archive.extract("rac_modifier/kernels/cpu/_native_kernels.abi3.so", tmp_path)
-    assert "portable" in Library(Path(built)).runs
+    assert Library(Path(built)).runs == ("portable",)

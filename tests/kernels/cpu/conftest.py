@@ -34,6 +34,12 @@ def native_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return setup_library(tmp_path_factory.mktemp("native"))
 
 
+@pytest.fixture(scope="session")
+def emulated_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build the library on emulated_intrinsics.h."""
+    return emulated_library(tmp_path_factory.mktemp("emulated"))
+
+
 @pytest.fixture(params=KERNELS)
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Run the calls of a test on each kernel."""
@@ -50,8 +56,7 @@ def use_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     """Make the package use the kernel that `request` names."""
     name, path = request.param, request.getfixturevalue("native_path")
     if name not in Library(path).runs and name in ("avx512", "amx"):
-        factory = request.getfixturevalue("tmp_path_factory")
-        path = emulated_library(factory.mktemp("emulated"))
+        path = request.getfixturevalue("emulated_path")
     if name not in Library(path).runs:
         pytest.skip(f"this machine runs {Library(path).runs[-1]} at best")
     take(path, name, monkeypatch)

@@ -6,8 +6,6 @@ import math
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from rac_modifier.errors import RacError
@@ -36,7 +34,6 @@ from tests.kernels.cpu.kernel_helpers import (
     scaled,
     sparse,
     threads,
-    unpacked,
 )
 
 DTYPES = [torch.bfloat16, torch.float32]
@@ -57,31 +54,6 @@ def exact_product(x: Tensor, dense: Tensor) -> Tensor:
     return sum((block.long() @ part.long().T).float() for block, part in blocks)
 
 
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(
-    form=st.sampled_from(sorted(FORMS)),
-    rows=st.integers(1, 50),
-    columns=st.integers(1, 700),
-    m=st.integers(1, 70),
-    density=st.sampled_from([0.0, 0.1, 0.5, 0.97]),
-    zeros=st.booleans(),
-    bits=st.sampled_from([16, 8]),
-    dtype=st.sampled_from(DTYPES),
-    seed=st.integers(0, 1000),
-)
-def test_any_shape_and_density(kernel, form, rows, columns, m, density, zeros, bits, dtype, seed):
-    dense, weight = integers(form, rows, columns, 1, zeros, seed, density)
-    set_activation_bits(weight.data, bits)
-    assert torch.equal(unpacked(weight), dense)
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(m, columns, generator=generator).to(dtype)
-    bias, scale = torch.randn(rows, generator=generator), torch.rand(rows, 1) + 0.01
-    y = multiply(x, weight, bias, pack_scale(scale))
-    assert_integer_product(y, x, scaled(dense, scale), 1, bias, levels_of(weight))
-
-
 @pytest.mark.parametrize(
     ("form", "bits", "columns"),
     [(f, 8 * (2 - i % 2), (37, 512, 600)[i % 3]) for i, f in enumerate(sorted(FORMS) * 2)]
@@ -99,41 +71,6 @@ def test_sums_are_exact(kernel, form, bits, columns):
         x[:, 0] = x[:, -1] = most
         y = multiply(x, weight, None, pack_scale(torch.ones(rows, 1)))
         assert torch.equal(y, exact_product(x, dense)), m
-
-
-# Groups of 128, 64, 32, 512 and 32 columns.
-GROUPS = [(1024, 8), (768, 12), (256, 8), (1024, 2), (96, 3)]
-
-
-@pytest.mark.parametrize(
-    ("form", "columns", "groups", "zeros"),
-    [(f, *GROUPS[(i + j) % 5], j == 1) for i, f in enumerate(FORMS) for j in range(3)],
-)
-def test_scales_and_zeros_in_groups(kernel, form, columns, groups, zeros):
-    """Scales of codes in float32 and in bfloat16."""
-    dense, weight = integers(form, 37, columns, groups, zeros)
-    assert torch.equal(unpacked(weight), dense)
-    for m, narrow in ((1, False), (2, True), (5, True), (17, False), (35, True)):
-        narrow = narrow and FORMS[form][0] < 8
-        scale = torch.rand(37, groups) + 0.01
-        scale = scale.bfloat16().float() if narrow else scale
-        packed = pack_scale(scale, narrow=narrow)
-        assert packed.dtype == (torch.bfloat16 if narrow else torch.float32)
-        x, bias = torch.randn(m, columns).to(DTYPES[m % 2]), torch.randn(37)
-        y = multiply(x, weight, bias, packed)
-        assert_integer_product(y, x, scaled(dense, scale), groups, bias)
-
-
-def test_groups_of_few_columns_and_wider_than_a_block(kernel):
-    dense, weight = integers("int8", 20, 96)
-    scale, x = torch.rand(20, 24) + 0.01, torch.randn(3, 96)
-    y = multiply(x, weight, None, pack_scale(scale))
-    assert_integer_product(y, x, scaled(dense, scale), 24)
-    dense, weight = integers("int8", 20, 2 * 1028)
-    scale, x = torch.rand(20, 2) + 0.01, torch.randn(3, 2 * 1028)
-    packed = pack_scale(scale, 1028)  # of divisors only 4 is a multiple of 4 and at most 512
-    assert packed.shape == (2, 514, 16)
-    assert_integer_product(multiply(x, weight, None, packed), x, scaled(dense, scale), 514)
 
 
 @FORM
@@ -247,14 +184,3 @@ def test_columns_that_share_a_scale_of_x():
     for columns, group, unit in ((1024, 128, 8), (2080, 1040, 4), (2080, 1040, 8)):
         groups = split_groups(torch.ones(1, columns // group), group, unit).shape[1]
         assert columns // block_of(columns, group, unit) == groups
-
-
-@pytest.mark.parametrize(("weights", "m"), zip(DTYPES * 2, (1, 7, 40, 200), strict=True), ids=str)
-def test_floats_take_a_scale_of_each_row(kernel, weights, m):
-    dense, weight = sparse(random_mask(37, 100, 0.5), weights)
-    scale, x, bias = torch.rand(37, 1) + 0.01, torch.randn(m, 100), torch.randn(37)
-    y = multiply(x, weight, bias, pack_scale(scale))
-    expected = torch.nn.functional.linear(x, dense.float() * scale, bias)
-    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
-    with pytest.raises(RacError, match="only weights of integers have scales in groups"):
-        multiply(x[:1], weight, bias, pack_scale(torch.ones(37, 2)))

@@ -8,8 +8,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from rac_modifier.errors import RacError
@@ -29,44 +27,6 @@ from tests.kernels.cpu.kernel_helpers import (
 )
 
 DTYPES = [torch.bfloat16, torch.float32]
-
-
-@pytest.mark.parametrize(
-    ("shape", "weights", "dtype"),
-    [
-        ((1, 1), *DTYPES),
-        ((17, 33), torch.float32, torch.bfloat16),
-        ((48, 576), torch.bfloat16, torch.bfloat16),
-        ((33, 257), torch.float32, torch.float32),
-    ],
-    ids=str,
-)
-def test_every_number_of_tokens_bias_and_dtype(float_kernel, shape, weights, dtype):
-    dense, weight = sparse(random_mask(*shape, 0.5), weights)
-    for m in (0, 1, 2, 3, 4, 5, 8, 9, 16, 17, 33, 49, 70):
-        x = torch.randn(m, shape[1]).to(dtype)
-        bias = torch.randn(shape[0]).to(DTYPES[m % 2]) if m % 3 else None
-        y = multiply(x, weight, bias)
-        assert y.dtype == dtype
-        assert_product(y, x, dense, bias)
-
-
-@settings(
-    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(
-    rows=st.integers(1, 70),
-    columns=st.integers(1, 300),
-    m=st.integers(1, 70),
-    density=st.sampled_from([0.0, 0.02, 0.3, 0.5, 0.6, 0.97, 1.0]),
-    weights=st.sampled_from(DTYPES),
-    dtype=st.sampled_from(DTYPES),
-    seed=st.integers(0, 1000),
-)
-def test_any_shape_and_density(float_kernel, rows, columns, m, density, weights, dtype, seed):
-    dense, weight = sparse(random_mask(rows, columns, density, seed), weights, seed)
-    x = torch.randn(m, columns).to(dtype)
-    assert_product(multiply(x, weight), x, dense)
 
 
 @pytest.mark.parametrize(("m", "rows", "columns"), [(11, 150, 1111), (401, 16 * 17 + 3, 540)])

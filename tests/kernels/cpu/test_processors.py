@@ -39,12 +39,26 @@ def emulated(
     return subprocess.run(whole, capture_output=True, text=True, env=environment)
 
 
+def driver(folder: Path, shared: Path) -> Path:
+    """Link drive.cpp to a library."""
+    out, rpath = folder / "drive", f"-Wl,-rpath,{shared.parent}"
+    run(
+        "g++",
+        *FLAGS,
+        "-O1",
+        str(HERE / "drive.cpp"),
+        str(shared),
+        rpath,
+        "-fopenmp",
+        "-o",
+        str(out),
+    )
+    return out
+
+
 @pytest.fixture(scope="module")
 def native_driver(native_path, tmp_path_factory):
-    out, rpath = tmp_path_factory.mktemp("native") / "drive", f"-Wl,-rpath,{native_path.parent}"
-    source = str(HERE / "drive.cpp")
-    run("g++", *FLAGS, "-O1", source, str(native_path), rpath, "-fopenmp", "-o", str(out))
-    return out
+    return driver(tmp_path_factory.mktemp("native"), native_path)
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +72,17 @@ def arm_driver(tmp_path_factory):
 
 
 def test_this_processor(native_driver):
-    done = subprocess.run([str(native_driver), "100"], capture_output=True, text=True)
+    done = subprocess.run([str(native_driver), "200"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert "100 weights" in done.stdout
+    assert "200 weights" in done.stdout
+
+
+def test_emulated_instructions(emulated_path, tmp_path):
+    """AVX512 and AMX, wherever the tests run."""
+    program = str(driver(tmp_path, emulated_path))
+    done = subprocess.run([program, "50"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.startswith("best amx: 50 weights")
 
 
 @pytest.mark.parametrize("processor", X86)
