@@ -29,14 +29,17 @@ from tests.kernels.cpu.kernel_helpers import (
 DTYPES = [torch.bfloat16, torch.float32]
 
 
-@pytest.mark.parametrize(("m", "rows", "columns"), [(11, 150, 1111), (401, 16 * 17 + 3, 540)])
-def test_more_of_each_than_a_block_of_the_cache(float_kernel, m, rows, columns):
+@pytest.mark.parametrize(
+    ("m", "rows", "columns", "weights"),
+    [(1, 33, 257, torch.float32), (11, 150, 1111, torch.float32), (401, 275, 540, torch.bfloat16)],
+)
+def test_more_of_each_than_a_block_of_the_cache(float_kernel, m, rows, columns, weights):
     """More tokens than AMX and AVX512 use at a time, more panels and columns than are expanded together."""
     use_crossovers(dict.fromkeys(KINDS, 1000))
     mask = random_mask(rows, columns, 0.5)
     mask[3], mask[4], mask[16:32] = False, True, False  # empty and full rows
-    dense, weight = sparse(mask, torch.bfloat16)
-    x, bias = torch.randn(m, columns).bfloat16(), torch.randn(rows)
+    dense, weight = sparse(mask, weights)
+    x, bias = torch.randn(m, columns).to(weights), torch.randn(rows)
     y = multiply(x, weight, bias)
     assert_product(y, x, dense, bias)
     with threads(3):
