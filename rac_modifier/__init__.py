@@ -74,9 +74,7 @@ class _ImportAfter(MetaPathFinder):
 
         def load_then_import(module: Any) -> None:
             load(module)
-            if (
-                module.__name__ == self.trigger
-            ):  # a loader may be shared, such as that of a zip file
+            if module.__name__ == self.trigger:  # a loader may be shared, such as a zip file's
                 if self in sys.meta_path:
                     sys.meta_path.remove(self)
                 self.extend()

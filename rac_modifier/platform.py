@@ -138,8 +138,10 @@ def cholesky_(matrix: torch.Tensor, *, bf16: bool = False) -> torch.Tensor | Non
         block, below = slice(start, stop), slice(stop, d)
         exact = slice(0, min(BLOCK if bf16 else d, start))
         if start:
-            rest, right = matrix[start:], matrix[block, exact].T
-            add_matmul_(rest[:, block], rest[:, exact], right, alpha=-1, chunk=_FACTOR_CHUNK)
+            lower_rows, right = matrix[start:], matrix[block, exact].T
+            add_matmul_(
+                lower_rows[:, block], lower_rows[:, exact], right, alpha=-1, chunk=_FACTOR_CHUNK
+            )
         if bf16 and start > BLOCK:
             left = slice(BLOCK, start)
             right = matrix[block, left].bfloat16().T

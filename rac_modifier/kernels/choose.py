@@ -7,7 +7,7 @@ from importlib.metadata import entry_points
 from typing import cast
 
 from rac_modifier.kernels import cpu
-from rac_modifier.kernels.cpu.support import Found, examine_library
+from rac_modifier.kernels.cpu.support import Finding, examine_library
 from rac_modifier.kernels.interface import Backend, Decision, Layer, stay_dense
 
 GROUP = "rac_modifier.kernel_backends"
@@ -29,7 +29,7 @@ def backend_of(device: str) -> Backend | str:
     return BACKENDS.get(device) or _from_entry_point(device)
 
 
-def examine_backends() -> list[Found]:
+def examine_backends() -> list[Finding]:
     """Report what is compiled, loads and runs on this machine."""
     return examine_library()
 

@@ -70,7 +70,7 @@ class LoadReport:
             self.decisions[layer] = decision
         if not self.decisions or len(self.decisions) < self.expected:
             return
-        if self.requested and not any(other.sparse for other in self.decisions.values()):
+        if self.requested and not any(d.sparse for d in self.decisions.values()):
             vain = f"--quantization {METHOD} has no effect on this model here; leave it out"
             logger.warning("%s\n  %s", self.render(), vain)
         else:

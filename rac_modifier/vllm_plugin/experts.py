@@ -83,8 +83,8 @@ class PackedExperts(torch.nn.Module):
             column.tolist() for column in torch.unique_consecutive(ids[order], return_counts=True)
         )
         # Run each expert on its tokens.
-        both = _matmuls(x[order // k], numbers, counts, self.up)
-        gate, up = both.float().chunk(2, dim=1)
+        gate_up = _matmuls(x[order // k], numbers, counts, self.up)
+        gate, up = gate_up.float().chunk(2, dim=1)
         results = _matmuls((self.gate(gate) * up).to(x.dtype), numbers, counts, self.down)
         # Sum by token.
         by_token = torch.empty_like(results)
@@ -132,8 +132,8 @@ class RacExpertsMethod(FusedMoEMethodBase):
         super().__init__(layer.moe_config)
         self.prefix, self.reader, self.add = prefix, reader, add
         self._tensors: dict[str, dict[str, Tensor]] = {}  # by module, such as "3.up_proj"
-        self._others: list[tuple[str, Tensor]] = []
-        self._taken = False
+        self._unpacked: list[tuple[str, Tensor]] = []
+        self._finished = False
         self._load, layer.load_weights = layer.load_weights, self._collect
 
     def create_weights(
@@ -161,7 +161,7 @@ class RacExpertsMethod(FusedMoEMethodBase):
         Raises:
             RacError: naming a tensor that is damaged or missing, or does not fit the model.
         """
-        tensors, self._tensors, self._taken = self._tensors, {}, True
+        tensors, self._tensors, self._finished = self._tensors, {}, True
         loaded = {
             name: self.reader.read(stored, f"{self.prefix}.{name}")
             for name, stored in tensors.items()
@@ -186,21 +186,21 @@ class RacExpertsMethod(FusedMoEMethodBase):
 
     def _collect(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[str]:
         """Keep what is loaded, such as ("3.up_proj.bitmask", tensor); vLLM calls it several times."""
-        if self._taken:
+        if self._finished:
             raise loaded_again(self.prefix)
         for name, tensor in weights:
             module, _, part = name.rpartition(".")
             if part in self.reader.dtypes and module.partition(".")[0].isdecimal():
                 self._tensors.setdefault(module, {})[part] = tensor
             else:
-                self._others.append((name, tensor))
+                self._unpacked.append((name, tensor))
         return iter(())
 
     def _unsupported(self, layer: Any, loaded: dict[str, LoadedWeight]) -> str | None:
         """Return why this layer cannot run on any kernel; None where it can."""
         moe = layer.moe_config
-        if self._others:
-            return f"its experts have {self._others[0][0]}, which is not packed"
+        if self._unpacked:
+            return f"its experts have {self._unpacked[0][0]}, which is not packed"
         if any(isinstance(item.weight, Tensor) for item in loaded.values()):
             return "some of its experts are stored dense"
         if layer.activation not in _GATES or layer.swiglu_limit is not None:
@@ -266,8 +266,8 @@ class RacExpertsMethod(FusedMoEMethodBase):
         gate, up, down = weights
         first = moe.tp_rank * self.width
         rows = torch.arange(first, first + self.width)
-        both = stack([gate.select_rows(rows), up.select_rows(rows)], f"{self.prefix}.{number}")
-        return both, down.select_columns(first, self.width)
+        gate_up = stack([gate.select_rows(rows), up.select_rows(rows)], f"{self.prefix}.{number}")
+        return gate_up, down.select_columns(first, self.width)
 
     def _expand(self, layer: Any, loaded: dict[str, LoadedWeight]) -> None:
         """Have vLLM's own method run the experts, dense, created with the sizes that it needs."""
@@ -286,6 +286,6 @@ class RacExpertsMethod(FusedMoEMethodBase):
                 layer, hidden_size=sizes[0], intermediate_size_per_partition=sizes[1], **self.sizes
             )
         dense = ((f"{name}.weight", item.dense(self.dtype)) for name, item in loaded.items())
-        for _ in self._load(chain(self._others, dense)):  # expands one expert at a time
+        for _ in self._load(chain(self._unpacked, dense)):  # expands one expert at a time
             pass
         method.process_weights_after_loading(layer)

@@ -175,8 +175,8 @@ def is_packed(quantization: object) -> bool:
     method = quantization.get("quant_method")
     sparsity = quantization.get("sparsity_config")
     format = sparsity.get("format") if isinstance(sparsity, Mapping) else None
-    known = isinstance(format, str) and format in PARTS
-    return method == METHOD or (method == COMPRESSED_TENSORS and known)
+    ours = isinstance(format, str) and format in PARTS
+    return method == METHOD or (method == COMPRESSED_TENSORS and ours)
 
 
 def no_effect(reason: str) -> RacError:

@@ -66,7 +66,7 @@ class Shards:
     def __init__(self, prefix: str, modules: list[str], reader: WeightReader) -> None:
         self.prefix, self.modules, self.reader = prefix, modules, reader
         self._tensors: dict[ShardId, dict[str, Tensor]] = {}
-        self._taken = False
+        self._finished = False
 
     def register(self, layer: Any, dtype: torch.dtype) -> None:
         """Add an empty parameter per tensor name, whose loader keeps the tensor mapped from the file."""
@@ -83,7 +83,7 @@ class Shards:
         """
         for part in self.reader.dtypes:
             delattr(layer, part)
-        tensors, self._tensors, self._taken = self._tensors, {}, True
+        tensors, self._tensors, self._finished = self._tensors, {}, True
         return {
             shard: self.reader.read(tensors[shard], self.name(shard))
             for shard in sorted(tensors, key=_position)
@@ -137,9 +137,9 @@ class Shards:
 
     def order(self, loaded: _Loaded) -> Tensor | None:
         """Return the column order that all shards share, int64 [K]; None: that of the inputs."""
-        (first, weight), *others = loaded.items()
-        for shard, other in others:
-            if not _equal(weight.order, other.order):
+        (first, weight), *remaining = loaded.items()
+        for shard, second in remaining:
+            if not _equal(weight.order, second.order):
                 raise RacError(
                     f"{self.name(shard)}.g_idx: its columns are in another order than those of "
                     f"{self.name(first)}, and one matmul reads both; quantize the model with "
@@ -154,7 +154,7 @@ class Shards:
 
     def _collector(self, part: str) -> Callable[..., None]:
         def collect(param: Tensor, loaded_weight: Tensor, loaded_shard_id: ShardId = None) -> None:
-            if self._taken:
+            if self._finished:
                 raise loaded_again(self.prefix)
             self._tensors.setdefault(loaded_shard_id, {})[part] = loaded_weight
 
@@ -267,8 +267,8 @@ class RacLinearMethod(LinearMethodBase):
     def _dense_weight(self, layer: Any, loaded: _Loaded, rows: Tensor) -> Tensor:
         first = self._first_column(layer)
         dense = [weight.dense(self.dtype) for weight in loaded.values()]
-        whole = dense[0] if len(dense) == 1 else torch.cat(dense)
-        return whole[rows, first : first + self.columns]
+        stacked = dense[0] if len(dense) == 1 else torch.cat(dense)
+        return stacked[rows, first : first + self.columns]
 
     def _first_column(self, layer: Any) -> int:
         sharded = self.columns < self.all_columns

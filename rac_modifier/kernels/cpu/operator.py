@@ -196,8 +196,8 @@ def _packed_rows(
         library.expand(data, rows, columns, panel, panel + 1, expanded, isa)
         if scale is not None:  # [groups, columns of a group, 16] times [groups, 1, 16]
             expanded.view(scale.shape[1], -1, PANEL).mul_(scale[panel].float()[:, None])
-        taken = slice(start, start + count)
-        out[order[taken]] = expanded[:, ordered[taken] % PANEL].t().to(dtype)
+        positions = slice(start, start + count)
+        out[order[positions]] = expanded[:, ordered[positions] % PANEL].t().to(dtype)
     return out.view(*ids.shape, columns)
 
 

@@ -134,7 +134,7 @@ def _address(loaded: ctypes.CDLL, name: str) -> int | None:
 
 
 @dataclass(frozen=True)
-class Found:
+class Finding:
     """A finding; `mend`: what to do about it, None where installing the package again does it."""
 
     name: str
@@ -143,7 +143,7 @@ class Found:
     mend: str | None = None
 
 
-def examine_library() -> list[Found]:
+def examine_library() -> list[Finding]:
     """Describe the library, its instruction sets, and the kernel in use."""
     paths = native.built_libraries()
     if not paths:
@@ -151,14 +151,14 @@ def examine_library() -> list[Found]:
             "not built when rac-modifier was installed; without it, sparse layers run dense. "
             "Install a C++ compiler, then"
         )
-        return [Found("compiled library", "missing", detail)]
+        return [Finding("compiled library", "missing", detail)]
     library, reason = native.load()
     if library is None:
-        return [Found("compiled library", "broken", reason)]
+        return [Finding("compiled library", "broken", reason)]
     built = f"{paths[0].name}, interface {native.ABI}, compiled with {library.compiler}"
     sets = f"{library.runs[-1]} is the best here; runs {', '.join(library.runs)}"
-    findings = [Found("compiled library", "ok", built), Found("instruction sets", "ok", sets)]
+    findings = [Finding("compiled library", "ok", built), Finding("instruction sets", "ok", sets)]
     try:
-        return [*findings, Found("in use", "ok", support().reason)]
+        return [*findings, Finding("in use", "ok", support().reason)]
     except RacError as error:
-        return [*findings, Found("in use", "broken", str(error), "unset RAC_KERNEL")]
+        return [*findings, Finding("in use", "broken", str(error), "unset RAC_KERNEL")]
