@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rac_modifier.reasoner
 from rac_modifier.errors import RacError
@@ -21,8 +20,10 @@ from rac_modifier.sampling.prompts import render_prompt
 from tests import forked
 from tests.reasoner import training_run
 from tests.reasoner.training_run import TRAINING
+from tests.tiny import byte_tokenizer
 
 ROOT = Path(__file__).parents[2]
+PROBLEMS = 240
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def answered(reasoner):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(accuracy, "summarise", summarised)
-        problems = held_out_problems("arithmetic", 600)
+        problems = held_out_problems("arithmetic", PROBLEMS)
         result = accuracy.evaluate(*reasoner, problems, label="dense", max_new_tokens=512)
     return result, rows
 
@@ -61,7 +62,9 @@ def test_it_solves_held_out_problems_of_every_task(answered):
 @pytest.mark.slow
 def test_its_completions_are_long_next_to_its_prompts(reasoner, answered):
     _, rows = answered
-    prompts = (render_prompt(reasoner[1], p.question) for p in held_out_problems("arithmetic", 600))
+    prompts = (
+        render_prompt(reasoner[1], p.question) for p in held_out_problems("arithmetic", PROBLEMS)
+    )
     tokens = sum(r.ending.tokens for r in rows)
     assert tokens >= 5 * sum(map(len, prompts))
     assert sum(r.ending.thinking_tokens for r in rows) >= 0.8 * tokens
@@ -69,7 +72,7 @@ def test_its_completions_are_long_next_to_its_prompts(reasoner, answered):
 
 @pytest.mark.slow
 def test_it_fails_without_thinking(reasoner):
-    problems = held_out_problems("arithmetic", 240)
+    problems = held_out_problems("arithmetic", 80)
     result = accuracy.evaluate(
         *reasoner, problems, label="direct", max_new_tokens=64, render=direct_answer_prompt
     )
@@ -91,15 +94,6 @@ def test_a_trace_renders_token_for_token_as_in_training(reasoner):
     assert tokenizer.decode(direct_answer_prompt(tokenizer, "1?")).endswith("<think>\n</think>\n")
 
 
-def test_its_linears_fit_every_format(reasoner):
-    model, _ = reasoner
-    shapes = {
-        n: tuple(m.weight.shape) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)
-    }
-    assert len(shapes) == 4 * 7 + 1
-    assert not {name: shape for name, shape in shapes.items() if any(size % 64 for size in shape)}
-
-
 def test_its_files_are_small_readable_and_safe():
     files = [f for f in reasoner_path().rglob("*") if f.is_file()]
     assert sum(f.stat().st_size for f in files) <= 12 * 2**20
@@ -107,9 +101,8 @@ def test_its_files_are_small_readable_and_safe():
     assert not [f.name for f in files if f.suffix in {".bin", ".pt", ".pkl", ".pth", ".py"}]
     weights = load_file(reasoner_path() / "model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
-
-
-def test_its_model_card_is_there():
+    matrices = [tensor for tensor in weights.values() if tensor.dim() == 2]
+    assert not any(size % 64 for tensor in matrices for size in tensor.shape)  # fits every format
     card = (reasoner_path() / "README.md").read_text()
     assert "license:" in card
     assert "training/train_reasoner.py" in card
@@ -128,30 +121,11 @@ def test_missing_assets_are_an_error_with_the_command_that_makes_them(monkeypatc
     assert reasoner_path() == assets
 
 
-def byte_tokenizer(chat_template):
-    letters = ["<|end|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    core = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
-    core.pre_tokenizer, core.decoder = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-        decoders.ByteLevel(),
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token="<|end|>", chat_template=chat_template
-    )
-
-
-def test_direct_answer_prompt_closes_the_thinking():
-    tokenizer = byte_tokenizer(
-        "Q: {{ messages[0].content }}{% if add_generation_prompt %} <think>\n{% endif %}"
-    )
-    assert (
-        tokenizer.decode(direct_answer_prompt(tokenizer, "1+1?")) == "Q: 1+1? <think>\n</think>\n"
-    )
-
-
 def test_direct_answer_prompt_needs_a_template_that_opens_the_thinking():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "Q: {{ messages[0].content }}"
     with pytest.raises(RacError, match=r"ends in 'Q: 1\+1\?', not in '<think>"):
-        direct_answer_prompt(byte_tokenizer("Q: {{ messages[0].content }}"), "1+1?")
+        direct_answer_prompt(tokenizer, "1+1?")
 
 
 SETTINGS = ["--steps", "4", "--tokens", "1024", "--threads", "1", "--no-compile"]
