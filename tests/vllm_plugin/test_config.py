@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.vllm_plugin.vllm_fixtures import needs_vllm, on_rank, said  # noqa: F401
+from tests.vllm_plugin.vllm_fixtures import needs_vllm, on_rank
 
 needs_vllm()
 
@@ -211,7 +211,7 @@ def test_which_crossovers_are_measured(monkeypatch, isa, invariant, kinds):
         assert result == dict.fromkeys(kinds, 512.0)
 
 
-def test_the_report_comes_with_the_last_layer_and_has_every_decision(said):  # noqa: F811
+def test_the_report_comes_with_the_last_layer_and_has_every_decision(said):
     report = LoadReport(expected=5)
     report.leave("e", "its weights are int8")
     report.add("a", Decision(True, "sparse kernel avx2", "", 1.1, 1.98))
@@ -229,6 +229,6 @@ def test_the_report_comes_with_the_last_layer_and_has_every_decision(said):  # n
     ]
 
 
-def test_a_request_without_effect_is_said(said):  # noqa: F811
+def test_a_request_without_effect_is_said(said):
     LoadReport(True, expected=1).add("a", stay_dense("it is small", torch.bfloat16))
     assert said[0].endswith("--quantization rac has no effect on this model here; leave it out")

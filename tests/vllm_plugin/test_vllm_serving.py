@@ -22,7 +22,7 @@ from tests.vllm_plugin.stored_forms import (
     stored_words,
     words_config,
 )
-from tests.vllm_plugin.vllm_fixtures import (  # noqa: F401
+from tests.vllm_plugin.vllm_fixtures import (
     engine,
     generated,
     greedy,
@@ -30,7 +30,6 @@ from tests.vllm_plugin.vllm_fixtures import (  # noqa: F401
     needs_vllm,
     reference,
     rewrite,
-    said,
     save_codes,
     save_model,
     save_quantized,
@@ -54,7 +53,7 @@ SUMMARY = f"rac: {7 if KERNELS else 0} of 7 compressed layers run on a kernel\n"
 needs_kernel = pytest.mark.skipif(support().isa in (None, "portable"), reason=support().reason)
 
 
-def summary(said: list[str]) -> str:  # noqa: F811
+def summary(said: list[str]) -> str:
     """The report of the layers, which is logged once."""
     (text,) = [text for text in said if "compressed layers" in text]
     return text
@@ -71,7 +70,7 @@ def summary(said: list[str]) -> str:  # noqa: F811
         ("mixtral", "2:4", {}),
     ],
 )  # fmt: skip
-def test_greedy_tokens(tmp_path, said, kind, structure, changes):  # noqa: F811
+def test_greedy_tokens(tmp_path, said, kind, structure, changes):
     folder = save_model(tmp_path / "model", kind, structure, **changes)
     tokens, methods = serve(folder, TOKENS)
     assert tokens == reference(folder, TOKENS)
@@ -112,7 +111,7 @@ def test_dense_stored_weights_on_request(tmp_path):
     assert methods["model.layers.0.self_attn.o_proj"] == "UnquantizedLinearMethod"
 
 
-def test_a_draft_runs_sparse_and_the_tokens_are_those_of_the_dense_model(tmp_path, said):  # noqa: F811
+def test_a_draft_runs_sparse_and_the_tokens_are_those_of_the_dense_model(tmp_path, said):
     # the draft often errs: its weights have another mask
     target = save_model(tmp_path / "target", "qwen3", "2:4", packed=False)
     draft = save_model(tmp_path / "draft", "qwen3", "unstructured")
@@ -155,7 +154,7 @@ def test_compiled(tmp_path, kind, structure):
     [("gptq", 32, False, False), ("gptq_v2", 32, True, True), ("awq", 128, False, False),
      ("compressed-tensors", 32, False, False)],
 )  # fmt: skip
-def test_greedy_tokens_of_codes(tmp_path, said, form, group, symmetric, reorder):  # noqa: F811
+def test_greedy_tokens_of_codes(tmp_path, said, form, group, symmetric, reorder):
     orders: dict[int, torch.Tensor] = {}
 
     def store(weight):
@@ -180,7 +179,7 @@ def test_greedy_tokens_of_codes(tmp_path, said, form, group, symmetric, reorder)
 
 @needs_kernel
 @pytest.mark.parametrize(("form", "bits"), [("gptq_v2", 3), ("compressed-tensors", 2)])
-def test_log_probabilities_of_few_bits(tmp_path, said, form, bits):  # noqa: F811
+def test_log_probabilities_of_few_bits(tmp_path, said, form, bits):
     if form == "gptq_v2":
         entry = words_config(form, 32, False, bits)
         store = partial(stored_words, group=32, symmetric=False, bits=bits, form=form)
@@ -195,7 +194,7 @@ def test_log_probabilities_of_few_bits(tmp_path, said, form, bits):  # noqa: F81
     assert summary(said).startswith(f"{SUMMARY}  int{bits} kernel {support().isa}: 7 layers")
 
 
-def test_without_kernels_awq_runs_dense_and_the_log_says_so(monkeypatch, tmp_path, said):  # noqa: F811
+def test_without_kernels_awq_runs_dense_and_the_log_says_so(monkeypatch, tmp_path, said):
     without_kernels(monkeypatch)
     store = partial(stored_words, group=32, symmetric=False, form="awq")
     save_codes(tmp_path / "model", tmp_path / "meant", words_config("awq", 32, False), store)

@@ -74,17 +74,6 @@ def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "machine_support", lambda: off)
 
 
-@pytest.fixture
-def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What the plugin logs of a model; vLLM configures logging anew in each engine, which drops handlers."""
-    from rac_modifier.vllm_plugin import config
-
-    lines: list[str] = []
-    for level in ("info", "warning"):
-        monkeypatch.setattr(config.logger, level, lambda text, *args: lines.append(text % args))
-    return lines
-
-
 def save_model(
     folder: Path, kind: str, structure: str, packed: bool = True, **changes: Any
 ) -> Path:

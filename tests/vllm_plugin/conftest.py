@@ -1,0 +1,16 @@
+"""What the plugin logs, for the tests of this folder."""
+
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The lines; vLLM configures logging anew in each engine, which drops handlers."""
+    from rac_modifier.vllm_plugin import config
+
+    lines: list[str] = []
+    for level in ("info", "warning"):
+        monkeypatch.setattr(config.logger, level, lambda text, *args: lines.append(text % args))
+    return lines
