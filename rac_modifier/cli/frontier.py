@@ -242,8 +242,8 @@ class Study:
     @cached_property
     def benchmarks(self) -> dict[str, tuple[Benchmark, Protocol, list[Problem]]]:
         """The benchmarks as plain values without paths, what is asked, and the problems, by preset."""
-        from rac_modifier.frontier.benchmarks import Benchmark
         from rac_modifier.files import without_paths
+        from rac_modifier.frontier.benchmarks import Benchmark
 
         loaded = {}
         for benchmark in self.evaluation.benchmarks:

@@ -184,3 +184,25 @@ def test_columns_that_share_a_scale_of_x():
     for columns, group, unit in ((1024, 128, 8), (2080, 1040, 4), (2080, 1040, 8)):
         groups = split_groups(torch.ones(1, columns // group), group, unit).shape[1]
         assert columns // block_of(columns, group, unit) == groups
+
+
+@pytest.mark.parametrize(
+    ("form", "scale", "message"),
+    [
+        ("int8", None, "scale: missing"),
+        ("int8", torch.ones(40, 32), "groups of 3 columns; they must have a multiple of 4"),
+        ("dense4", torch.ones(40, 24), "groups of 4 columns; they must have a multiple of 8"),
+        ("dense3", torch.ones(40, 6), "groups of 16 columns; they must have a multiple of 32"),
+        ("int4", torch.ones(40, 1), "1 groups, where the weight's zeros have 3"),
+        ("dense8", torch.ones(40, 1).bfloat16(), "an 8-bit weight needs one in fp32"),
+        *(
+            ("int8", scale, r"scale: .* does not fit a weight \[40, 96\]")
+            for scale in (torch.ones(40, 5), torch.ones(24, 1), torch.ones(40, 192))
+        ),
+    ],
+)
+def test_scales_that_do_not_fit_are_refused(best, form, scale, message):
+    _, weight = integers(form, 40, 96, 3, zeros=form == "int4")
+    packed = None if scale is None else pack_scale(scale.float()).to(scale.dtype)
+    with pytest.raises(RacError, match=message):
+        multiply(torch.randn(2, 96), weight, None, packed)

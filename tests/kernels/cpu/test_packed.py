@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rac_modifier.errors import RacError
+from rac_modifier.kernels.cpu.packed import pack_dense, pack_values
 from tests.kernels.cpu.kernel_helpers import (
     FORMS,
     Packed,
@@ -148,3 +149,24 @@ def test_a_moved_bit_beyond_the_last_row_or_column_is_refused(best):
         raw = struct.pack("<I", int(words[place]) << (2 if shape[0] == 17 else 1))
         with pytest.raises(RacError, match=message):
             check_form(Packed(forged(weight, 128 + 4 * place, raw), *shape), "bf16")
+
+
+@pytest.mark.parametrize("bits", [4, 3, 2])
+def test_codes_that_do_not_fit_are_refused(best, bits):
+    most = 1 << (bits - 1)
+    message = f"does not fit {bits} bits, 0 to {2 * most - 1} with its code of zero"
+    too_large = torch.full((16, 64), most, dtype=torch.int8)
+    with pytest.raises(RacError, match=message):
+        pack_dense(too_large, bits)
+    mask = torch.ones(16, 64, dtype=torch.bool)
+    if bits == 4:
+        with pytest.raises(RacError, match=message):
+            pack_values(too_large[mask], bitmask_of(mask), 64, 4)
+    for shape, dtype in (((16, 3), torch.uint8), ((32, 1), torch.uint8), ((16, 1), torch.int8)):
+        with pytest.raises(RacError, match=r"zeros: .* need uint8"):
+            pack_dense(-too_large, bits, torch.full(shape, most).to(dtype))
+    with pytest.raises(RacError, match="impossible"):  # groups of 4 columns are too narrow
+        pack_dense(-too_large, bits, torch.full((16, 16), most, dtype=torch.uint8))
+    for matrix in (torch.ones(4, 4), torch.ones(4, dtype=torch.int8)):
+        with pytest.raises(RacError, match="an int8 matrix on the CPU is needed"):
+            pack_dense(matrix, bits)
