@@ -22,7 +22,7 @@ from rac_modifier.errors import RacError
 
 if TYPE_CHECKING:
     from rac_modifier.calibration.dataset import trace_dataset as trace_dataset
-    from rac_modifier.checkpoint.load import load_model as load_model
+    from rac_modifier.checkpoint.hf_quantizer import load_model as load_model
     from rac_modifier.llmcompressor.calibration_modifier import (
         ReasoningAwareCalibrationModifier as ReasoningAwareCalibrationModifier,
     )
@@ -38,7 +38,7 @@ _LAZY = {
     "ReasoningAwareCalibrationModifier": "rac_modifier.llmcompressor.calibration_modifier",
     "ReasoningAwareSparseGPTModifier": "rac_modifier.llmcompressor.pruning_modifier",
     "fixed_mask": "rac_modifier.recovery.fixed_mask",
-    "load_model": "rac_modifier.checkpoint.load",
+    "load_model": "rac_modifier.checkpoint.hf_quantizer",
     "reasoner_path": "rac_modifier.reasoner",
     "recipe": "rac_modifier.settings.recipe_files",
     "trace_dataset": "rac_modifier.calibration.dataset",

@@ -17,7 +17,7 @@ ALLOWED = {
     ("kernels/choose.py", "entry_points"): "names packages that the user installed, and loads one of them",
     ("cli/doctor.py", "import_module("): "the names of this package's own dependencies, from its metadata",
     ("cli/doctor.py", "entry_points"): "only looked at: is our plugin registered",
-    ("checkpoint/load.py", "trust_remote_code"): "load_model's own argument, False unless the caller sets it",
+    ("checkpoint/hf_quantizer.py", "trust_remote_code"): "load_model's own argument, False unless the caller sets it",
     ("cli/models.py", "trust_remote_code"): "a word of transformers' error, by which it is told from others",
     ("sampling/server_watch.py", "subprocess"): "runs the words of its own command line, without a shell",
     ("sampling/own_server.py", "subprocess"): "the user's own vllm with a list of words, without a shell",

@@ -28,12 +28,19 @@ _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _BLOCK = 1 << 20
 
 
-def part_of(tensors: Mapping[str, Tensor], module: str, part: str) -> Tensor:
-    """Return the tensor `part` of a module.
+def damaged(name: str, what: str) -> RacError:
+    """Return the error that the tensor `name` cannot be what was written."""
+    return RacError(f"{name}: {what}; the checkpoint is damaged, copy it again")
 
-    Raises:
-        RacError: it is missing.
-    """
+
+def contradicts(name: str, what: str) -> RacError:
+    """Return the error that the tensor `name` does not fit config.json."""
+    step = "restore the config.json that was saved with these files, or copy the checkpoint again"
+    return RacError(f"{name}: {what}; {step}")
+
+
+def part_of(tensors: Mapping[str, Tensor], module: str, part: str) -> Tensor:
+    """Return the tensor `part` of a module (RacError: it is missing)."""
     if part not in tensors:
         raise RacError(
             f"{module}.{part}: missing from the checkpoint; copy or save the checkpoint again"
@@ -133,10 +140,12 @@ def keeps_two_of_four(bitmask: Tensor, columns: int) -> bool:
     return bool((counts[:, :-1] == 0x22).all()) and bool((counts[:, -1] == last).all())
 
 
-def group_counts(mask: Tensor) -> Tensor:
-    """Count the set flags of every four columns, uint8; `sum` is several times slower."""
-    flags = mask.view(torch.uint8).view(-1, 4)
-    return flags[:, 0] + flags[:, 1] + flags[:, 2] + flags[:, 3]
+def column_sums(counts: Tensor, width: int) -> Tensor:
+    """Sum each `width` (2, 4, 8 or 16) consecutive columns; torch.sum is several times slower."""
+    while width > 1:
+        counts = counts[:, ::2] + counts[:, 1::2]
+        width //= 2
+    return counts
 
 
 def _half_byte_counts(bitmask: Tensor, whole: bool = False) -> Tensor:

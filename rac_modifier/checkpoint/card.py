@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+import yaml
 
-from rac_modifier.checkpoint.measured import divergence_sentence, is_number, number, with_measured
-from rac_modifier.checkpoint.record import CARD_NAME, License, front_matter, license_of
+from rac_modifier.checkpoint.record import (
+    LICENSE_KEYS,
+    RUN_RECORD_NAME,
+    card_text,
+    divergence,
+    license_of,
+    split_card,
+    with_measured,
+)
+from rac_modifier.errors import RacError
 
 _FEW_BITS = re.compile(r"int[23]\b")  # in the text of a scheme; vLLM has no CPU kernel for them
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # Counts of the calibration set that have words of their own, in this order.
 _COUNTS = {
     "tokens": "tokens in all",
@@ -24,54 +30,30 @@ _COUNTS = {
     "generic_tokens": "of generic text",
 }
 _PACKED_TAGS = ("sparse", "compressed-tensors", "rac")
-_BEFORE = "## Card of the base model"
+_BASE_CARD = "## Card of the base model"
 # Entries of an earlier card that are made anew.
-_OURS = (
-    *("base_model", "license", "license_name", "license_link", "tags"),
-    *("model-index", "model_name", "eval_results"),
-)
+_REPLACED = ("base_model", *LICENSE_KEYS, "tags", "model-index")
 
 
 def model_card(
-    record: Mapping[str, Any], license: License | None = None, packed: bool = True
+    record: Mapping[str, Any], license: Mapping[str, str] | None = None, packed: bool = True
 ) -> str:
     """Return the card of a run; what is not in the record is called "not recorded", never guessed.
 
     Args:
         record: the run record.
-        license: of the base model.
+        license: of the base model (`license_of`).
         packed: the weights are packed; else stock loaders read them.
+
+    Raises:
+        RacError: a malformed record.
     """
-    license = license or License()
-    base, pattern, schemes = (record.get(key) for key in ("base_model", "pattern", "quantization"))
-    verb = " and ".join(
-        word for word, value in (("pruned", pattern), ("quantized", schemes)) if value is not None
-    )
-    verb = verb or "compressed"
-    tags = ["quantized"] if schemes else []
-    tags += ["pruned", "sparse"] if pattern or not tags else []
-    tags += ["reasoning", "rac", "llm-compressor", "compressed-tensors"]
-    sections = [
-        _metadata(base, license, tags),
-        f"# {base} {verb}" if base else f"# A {verb} language model",
-        f"{verb.capitalize()} after training with reasoning-aware compression (RAC, arXiv "
-        "2509.12464): the output of each linear layer on the calibration tokens is kept as "
-        "closely as possible. The table below counts these tokens by kind.",
-        f"## How it was {verb}",
-        _table(_facts(record, license)),
-        _layers(record),
-        "## What is measured",
-        divergence_sentence(
-            record.get("divergence"),
-            "that the base model generated and that were not used for calibration",
-        ),
-        "Reconstruction errors are measured on the calibration tokens. Accuracy, thinking "
-        "length and speed are **not** measured during compression: before use, evaluate "
-        "this model and its base model at the same token limit.",
-        _how_to_use(packed, schemes or ()),
-        _versions(record),
-    ]
-    return _joined(sections, record)
+    try:
+        return _of_run(record, license or {"license": "unknown"}, packed)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise RacError(
+            f"{RUN_RECORD_NAME}: is malformed ({error!r}); restore the file, or remove it"
+        ) from error
 
 
 def packed_card(record: Mapping[str, Any], source: Path) -> str:
@@ -84,30 +66,17 @@ def packed_card(record: Mapping[str, Any], source: Path) -> str:
     license, packing = license_of(source), record.get("packing")
     if not isinstance(packing, Mapping):
         return model_card(record, license)
-    before, base = _card_of(source), record.get("base_model")
-    zeros = "0.0 instead of -0.0" if packing.get("negative_zeros") == "dropped" else None
-    same = (
-        f"those of the base model, with {zeros}."
-        if zeros
-        else "those of the base model, bit for bit."
-    )
-    patterns = (f"{count} modules {name}" for name, count in packing["modules"].items())
-    sizes = f"{packing['packed_bytes']:,} bytes, {packing['dense_bytes']:,} stored dense"
-    rows = {
-        "Base model": base,
-        "License": license.describe(),
-        "Patterns": ", ".join(patterns),
-        "Zeros in the packed modules": f"{packing['sparsity']:.2%}",
-        "Weights of these modules": sizes,
-    }
+    base, card = record.get("base_model"), card_text(source)
+    zeros = "with 0.0 instead of -0.0" if packing["negative_zeros"] == "dropped" else "bit for bit"
+    before = split_card(card)[1]
     sections = [
-        _metadata(base, license, _PACKED_TAGS, before),
-        f"# {base or 'A sparse language model'}, packed",
-        f"The zeros of its weights are not stored. Loaded, its weights are {same}",
-        _table(rows.items()),
+        _metadata(base, license, _PACKED_TAGS, card),
+        f"# {base}, packed",
+        "The zeros of its weights are not stored. Loaded, its weights are those of the base "
+        f"model, {zeros}. `{RUN_RECORD_NAME}` has the patterns and bytes.",
         _how_to_use(packed=True),
         _versions(record),
-        f"{_BEFORE}\n\n{_body(before)}" if _body(before) else "",
+        f"{_BASE_CARD}\n\n{before}" if before else "",
     ]
     return _joined(sections, record)
 
@@ -117,9 +86,52 @@ def unpacked_card(record: Mapping[str, Any], source: Path) -> str:
     license = license_of(source)
     if not isinstance(record.get("packing"), Mapping):
         return model_card(record, license, packed=False)
-    packed, base = _card_of(source), record.get("base_model")
-    body = packed.partition(f"\n{_BEFORE}\n")[2].strip() or f"# {base or 'A sparse language model'}"
-    return _joined([_metadata(base, license, ["sparse"], packed), body], record)
+    base, card = record.get("base_model"), card_text(source)
+    body = card.partition(f"\n{_BASE_CARD}\n")[2].strip() or f"# {base}"
+    return _joined([_metadata(base, license, ["sparse"], card), body], record)
+
+
+def _of_run(record: Mapping[str, Any], license: Mapping[str, str], packed: bool) -> str:
+    base, pattern, schemes = (record.get(key) for key in ("base_model", "pattern", "quantization"))
+    is_pruned = pattern is not None or not schemes  # an old record has no pattern
+    words = ["pruned"] * (pattern is not None) + ["quantized"] * bool(schemes)
+    verb = " and ".join(words) or "compressed"
+    tags = ["quantized"] * bool(schemes) + ["pruned", "sparse"] * is_pruned
+    tags += ["reasoning", "rac", "llm-compressor", "compressed-tensors"]
+    counts, seed = record.get("calibration"), (record.get("modifier") or {}).get("seed")
+    rows = {"Base model": base, "License": license.get("license_name") or license["license"]}
+    if is_pruned:
+        rows["Pattern"] = pattern
+    if schemes:
+        rows["Quantization"] = "; ".join(schemes)
+    rows["Solver"] = record.get("method")
+    rows["Calibration"] = _calibration(counts) if counts else None
+    for name, store in (record.get("trace_stores") or {}).items():
+        rows[name.capitalize()] = _store(store)
+    rows["Seed"] = record.get("seed", seed)
+    if record.get("recipe") is not None:
+        rows["Recipe"] = record["recipe"]
+    sections = [
+        _metadata(base, license, tags),
+        f"# {base} {verb}" if base else f"# A {verb} language model",
+        f"{verb.capitalize()} after training with reasoning-aware compression (RAC, arXiv "
+        "2509.12464): the output of each linear layer on the calibration tokens is kept as "
+        "closely as possible. The table below counts these tokens by kind.",
+        f"## How it was {verb}",
+        _table(rows),
+        _layers(record.get("modules"), is_pruned),
+        "## What is measured",
+        divergence(
+            record.get("divergence") or {},
+            "that the base model generated and that were not used for calibration",
+        ),
+        "Reconstruction errors are measured on the calibration tokens. Accuracy, thinking "
+        "length and speed are **not** measured during compression: before use, evaluate "
+        "this model and its base model at the same token limit.",
+        _how_to_use(packed, schemes or ()),
+        _versions(record),
+    ]
+    return _joined(sections, record)
 
 
 def _joined(sections: Iterable[str], record: Mapping[str, Any]) -> str:
@@ -129,165 +141,90 @@ def _joined(sections: Iterable[str], record: Mapping[str, Any]) -> str:
 def _how_to_use(packed: bool, schemes: Iterable[str] = ()) -> str:
     """Return the sections with the commands for loading and serving."""
     few = sorted({bits[0] for scheme in schemes if (bits := _FEW_BITS.search(scheme))})
-    load = (
-        'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", dtype="auto", '
-        'device_map="auto")\n```'
-    )
+    first = option = more = ""
+    serve = "The weights are stored dense, so stock vLLM serves them."
     if packed:
         first = "import rac_modifier  # lets transformers read packed sparse weights\n"
-        load += (
+        more = (
             "\n\n`rac_modifier.load_model` does the same for a causal language model. "
             "`rac unpack` writes an ordinary dense checkpoint, which needs no rac_modifier."
         )
-        option, serve = (
-            "",
-            (
-                "rac_modifier must be installed beside vLLM: its plugin reads the packed weights. "
-                "`rac inspect` shows which layers run on sparse kernels."
-            ),
+        serve = (
+            "rac_modifier must be installed next to vLLM: its plugin reads the packed weights. "
+            "`rac inspect` shows which layers run on sparse kernels."
         )
     elif few:
-        first, option = "", " --quantization rac"
+        option = " --quantization rac"
         serve = (
-            "rac_modifier must be installed beside vLLM, which has no kernel for "
+            "rac_modifier must be installed next to vLLM, which has no kernel for "
             f"{' or '.join(few)} weights on a CPU."
         )
-    else:
-        first = option = ""
-        serve = "The weights are stored dense, so stock vLLM serves them."
     return (
-        f"## Load\n\n```python\n{first}from transformers import AutoModelForCausalLM\n\n{load}\n\n"
+        f"## Load\n\n```python\n{first}from transformers import AutoModelForCausalLM\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", dtype="auto", '
+        f'device_map="auto")\n```{more}\n\n'
         f"## Serve\n\n```bash\nvllm serve path/to/this/folder{option}\n```\n\n{serve}"
     )
 
 
-def _metadata(base: Any, license: License, tags: Sequence[str], before: str = "") -> str:
-    """Return the front matter with the other entries of the card `before`."""
-    known = front_matter(before)
-    old_tags = [
-        str(tag) for tag in known.get("tags") or () if tag not in _PACKED_TAGS or tag in tags
-    ]
-    entries: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    entries |= {key: value for key, value in known.items() if key not in _OURS}
-    try:  # the hub refuses a card whose base model can be no id
-        validate_repo_id(str(base or ""))
-        base = str(base)
-    except HFValidationError:
-        base = None
-    data = ModelCardData(
-        **entries,
-        base_model=base,
-        license=license.id,
-        license_name=license.name,
-        license_link=license.link,
-        tags=list(dict.fromkeys([*old_tags, *tags])),
-    )
-    return f"---\n{data.to_yaml()}\n---"
+def _metadata(base: object, license: Mapping[str, str], tags: Sequence[str], card: str = "") -> str:
+    """Return the front matter; other entries are those of an earlier card."""
+    earlier, _ = split_card(card)
+    earlier_tags = earlier.get("tags") if isinstance(earlier.get("tags"), list) else []
+    foreign = [tag for tag in map(str, earlier_tags or []) if tag not in _PACKED_TAGS]
+    entries = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    entries |= {key: value for key, value in earlier.items() if key not in _REPLACED}
+    if _HUB_ID.fullmatch(str(base or "")):  # the hub refuses others
+        entries["base_model"] = str(base)
+    data = {**entries, **license, "tags": list(dict.fromkeys([*foreign, *tags]))}
+    return f"---\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True)}---"
 
 
-def _facts(record: Mapping[str, Any], license: License) -> Iterable[tuple[str, Any]]:
-    """Yield the rows of the table of a run."""
-    yield "Base model", record.get("base_model")
-    yield "License", license.describe()
-    if _is_pruned(record):
-        yield "Pattern", record.get("pattern")
-    if schemes := record.get("quantization"):
-        yield "Quantization", "; ".join(map(str, schemes))
-    yield "Solver", record.get("method")
-    counts, stores = record.get("calibration"), record.get("trace_stores")
-    yield "Calibration", _calibration(counts) if isinstance(counts, Mapping) else None
-    for name, store in stores.items() if isinstance(stores, Mapping) else ():
-        if isinstance(store, Mapping):
-            yield str(name).capitalize(), _store(store)
-    modifier = record.get("modifier")
-    seed = modifier.get("seed") if isinstance(modifier, Mapping) else None
-    yield "Seed", record.get("seed", seed)
-    if record.get("recipe") is not None:
-        yield "Recipe", record["recipe"]
-
-
-def _table(rows: Iterable[tuple[str, Any]]) -> str:
+def _table(rows: Mapping[str, Any]) -> str:
     """Return a table with a name and a value per row; None is "not recorded"."""
-    return "\n".join(
-        ["| | |\n|---|---|", *(f"| {name} | {_cell(value)} |" for name, value in rows)]
-    )
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "not recorded"
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    return text.replace("|", "\\|").replace("\n", " ")
+    lines = ["| | |", "|---|---|"]
+    for name, value in rows.items():
+        text = "not recorded" if value is None else str(value).replace("|", "\\|")
+        lines.append(f"| {name} | {' '.join(text.split())} |")
+    return "\n".join(lines)
 
 
 def _store(store: Mapping[str, Any]) -> str:
-    path, sha256 = (store.get(key, "unrecorded") for key in ("path", "sha256"))
-    text, selection = f"`{path}`, sha256 `{sha256}`", store.get("selection")
-    if isinstance(selection, Mapping) and selection.get("kept") != selection.get("of"):
-        chosen, of = number(selection.get("kept")), number(selection.get("of"))
-        text += f", {chosen} of its {of} traces selected"
+    text = f"`{store.get('path')}`, sha256 `{store.get('sha256')}`"
+    selection = store.get("selection") or {}
+    if selection.get("kept") != selection.get("of"):
+        text += f", {selection['kept']:,} of its {selection['of']:,} traces selected"
     return text
 
 
 def _calibration(counts: Mapping[str, Any]) -> str:
     """Describe the calibration set by its counts of tokens."""
-    text = [f"{number(counts[key])} {words}" for key, words in _COUNTS.items() if key in counts]
-    for key, value in counts.items():
-        if key not in _COUNTS and key != "parts":
-            text.append(f"{number(value)} {key.replace('_', ' ')}")
-    parts = counts.get("parts")
-    if isinstance(parts, Mapping) and len(parts) > 1:
-        counted = {name: part for name, part in parts.items() if isinstance(part, Mapping)}
-        tokens = (f"{name} {number(part.get('tokens'))}" for name, part in counted.items())
+    words = _COUNTS | {key: key.replace("_", " ") for key in counts if key not in _COUNTS}
+    parts = counts.get("parts") or {}
+    text = [f"{counts[key]:,} {words[key]}" for key in words if key in counts and key != "parts"]
+    if len(parts) > 1:
+        tokens = (f"{name} {part['tokens']:,}" for name, part in parts.items())
         text.append(f"by part: {', '.join(tokens)} tokens")
     return "; ".join(text)
 
 
-def _layers(record: Mapping[str, Any]) -> str:
+def _layers(modules: Sequence[Mapping[str, Any]] | None, is_pruned: bool) -> str:
     """Count the modules, and name the five with the largest errors."""
-    modules = [module for module in record.get("modules") or () if isinstance(module, Mapping)]
     if not modules:
         return ""
-    pruned = _is_pruned(record)
-    text = f"{len(modules)} linear modules were "
-    text += "pruned" if pruned else "quantized (errors are after rounding)"
-    quantized = sum(1 for module in modules if module.get("quantization"))
-    if quantized and pruned:
-        text += f", {quantized} of them quantized in the same pass (errors are after rounding)"
-    sparsities = [module["sparsity"] for module in modules if is_number(module.get("sparsity"))]
-    if sparsities:
+    text = f"{len(modules)} linear modules were {'pruned' if is_pruned else 'quantized'}"
+    if sparsities := [module["sparsity"] for module in modules if "sparsity" in module]:
         text += f", each to a sparsity of {min(sparsities):.4f} to {max(sparsities):.4f}"
-    text += "."
-    if raised := sum(1 for module in modules if module.get("retries")):
-        text += f" The dampening had to be raised for {raised} of them."
-    measured = [module for module in modules if is_number(module.get("relative_error"))]
+    text += f". All are in `{RUN_RECORD_NAME}`."
+    measured = [module for module in modules if module.get("relative_error") is not None]
     if worst := sorted(measured, key=lambda module: -module["relative_error"])[:5]:
-        rows = (f"| `{row.get('name', '?')}` | {row['relative_error']:.4g} |" for row in worst)
-        text += "\n\nLargest relative errors of the outputs on the calibration tokens:\n\n"
+        rows = (f"| `{row['name']}` | {row['relative_error']:.4g} |" for row in worst)
+        text += " The largest relative errors of outputs on the calibration tokens:\n\n"
         text += "\n".join(["| module | error |\n|---|---|", *rows])
-    return f"{text}\n\nAll modules are in `rac_run.json`."
-
-
-def _is_pruned(record: Mapping[str, Any]) -> bool:
-    """Tell whether weights were pruned, which an old record may not say."""
-    return record.get("pattern") is not None or not record.get("quantization")
+    return text
 
 
 def _versions(record: Mapping[str, Any]) -> str:
-    versions = record.get("versions")
-    if not isinstance(versions, Mapping):
-        return ""
+    versions = record.get("versions") or {}
     known = (f"{name} {value}" for name, value in versions.items() if value is not None)
-    return f"Made with {', '.join(known)}."
-
-
-def _card_of(folder: Path) -> str:
-    path = folder / CARD_NAME
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-
-
-def _body(card: str) -> str:
-    """Return the text of a card behind its front matter."""
-    if card.startswith("---\n") and "\n---" in card[3:]:
-        card = card[4:].partition("\n---")[2].lstrip("-")
-    return card.strip()
+    return f"Made with {', '.join(known)}." if versions else ""

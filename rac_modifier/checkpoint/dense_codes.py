@@ -1,29 +1,140 @@
-"""A dense weight of 2 to 4 bits as compressed-tensors' format pack-quantized stores it (W4A16): checked, a value per element.
+"""Values of few bits in int32 words, as compressed-tensors' format pack-quantized holds them.
 
-A weight is (code - code of zero) * scale. Codes, of four bits 0 to 15, are in int32 words along the columns; the codes of zero,
-one per row and group of columns, are in int32 words along the rows. `check_int8` reads what heads and embeddings of 8 bits have.
+A value v is stored as the code v + 2^(bits-1), lowest bits first, one code after the other; of
+3 bits some are in two words, as of compressed-tensors 0.19. compressed-tensors' own functions give
+the same words, but importing them imports transformers, which serving and `rac inspect` do not.
+
+A dense weight is (code - code of zero) * scale. Its codes are in words along the columns; the
+codes of zero, one per row and group of columns, are in words along the rows.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from rac_modifier.checkpoint.bitmask import part_of
-from rac_modifier.checkpoint.int32_words import unpack_words
-from rac_modifier.checkpoint.quantization_config import PACK_QUANTIZED, WORDS, WORDS_SHAPE
+from rac_modifier.checkpoint.bitmask import contradicts, damaged, part_of
+from rac_modifier.checkpoint.files import TensorFiles
+from rac_modifier.checkpoint.quantization_config import PACK_QUANTIZED, WeightScheme
 from rac_modifier.checkpoint.stored_weight import SCALE, StoredWeight, all_stored, check_scale
 from rac_modifier.errors import RacError
 
+# What a module stores instead of `weight` where its format is pack-quantized.
+WORDS, WORDS_SHAPE = "weight_packed", "weight_shape"
 ZEROS, ORDER = "weight_zero_point", "weight_g_idx"
-PARTS = (WORDS, SCALE, WORDS_SHAPE, ZEROS, ORDER)
-BITS = (2, 3, 4)
+BITS = (2, 3, 4)  # of dense weights that a kernel reads
+PACKED_BITS = (4, 8)  # of values that are packed here, as sparse weights
 # In the name of a head or an embedding, or of a target for these.
 OF_VOCABULARY = re.compile("lm_head|embed", re.IGNORECASE)
+
+
+def pack_words(values: Tensor, bits: int) -> Tensor:
+    """Pack int8 [..., n] of 4 or 8 bits into int32 [..., ceil(n * bits / 32)], filled up with 0."""
+    if bits not in PACKED_BITS:
+        raise RacError(f"{bits} bits per value cannot be packed sparse; quantize to 4 or 8 bits")
+    if values.dtype != torch.int8:
+        raise RacError(
+            f"values of {values.dtype} cannot be packed into int32 words; quantized values must "
+            "be int8"
+        )
+    limit = 1 << (bits - 1)
+    if bits < 8 and values.numel() and (int(values.min()) < -limit or int(values.max()) >= limit):
+        raise RacError(
+            f"a value outside [{-limit}, {limit - 1}] does not fit {bits} bits; save the model "
+            "again"
+        )
+    count = values.shape[-1]
+    padded = torch.nn.functional.pad(values, (0, word_count(count, bits) * 32 // bits - count))
+    codes = (padded.to(torch.int16) + limit).to(torch.uint8)
+    if bits == 4:
+        codes = codes[..., ::2] | (codes[..., 1::2] << 4)
+    return codes.contiguous().view(torch.int32)
+
+
+def unpack_words(words: Tensor, bits: int, count: int) -> Tensor:
+    """Return the first `count` values of 2, 3, 4 or 8 bits, int8 [..., count].
+
+    `words`: int32 [..., ceil(count * bits / 32)].
+    """
+    if bits == 3 and _is_ten_per_word(words, count):
+        raise RacError(
+            f"{words.shape[-1]} words of {count} values of 3 bits are ten in each, as "
+            "compressed-tensors 0.17 packs them; save the model with 0.19 or later"
+        )
+    if words.dtype != torch.int32 or not words.dim() or words.shape[-1] != word_count(count, bits):
+        raise RacError(
+            f"{words.dtype} {list(words.shape)} does not hold {count} values of {bits} bits, "
+            f"which take {word_count(count, bits)} int32; the checkpoint is damaged"
+        )
+    # a copy: a row of a transposed matrix may count as contiguous, and cannot be viewed as bytes
+    codes = words.clone(memory_format=torch.contiguous_format).view(torch.uint8)
+    if bits == 3:  # eight codes in three bytes
+        codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % 3))
+        a, b, c = codes[..., ::3], codes[..., 1::3], codes[..., 2::3]
+        eight = [a, a >> 3, a >> 6 | b << 2, b >> 1, b >> 4, b >> 7 | c << 1, c >> 2, c >> 5]
+        codes = torch.stack(eight, dim=-1).flatten(-2) & 7
+    elif bits < 8:
+        shifted = [codes >> at for at in range(0, 8, bits)]
+        codes = torch.stack(shifted, dim=-1).flatten(-2) & ((1 << bits) - 1)
+    return (codes[..., :count].to(torch.int16) - (1 << (bits - 1))).to(torch.int8)
+
+
+def word_count(count: int, bits: int) -> int:
+    """Return the int32 words that `count` values of `bits` bits take."""
+    return -(-count * bits // 32)
+
+
+def _is_ten_per_word(words: Tensor, count: int) -> bool:
+    """Tell whether words hold ten values of 3 bits each, as compressed-tensors 0.17 packs them."""
+    return bool(words.dim()) and words.shape[-1] == -(-count // 10) != word_count(count, 3)
+
+
+def to_words(weight: Tensor, bits: int) -> dict[str, Tensor]:
+    """Return the tensors of an int8 weight [N, K] by part, as upstream stores them."""
+    shape = weight.new_tensor(weight.shape, dtype=torch.int64)
+    return {WORDS: pack_words(weight, bits), WORDS_SHAPE: shape}
+
+
+def words_weight(
+    parts: Mapping[str, Tensor], module: str, schemes: Iterable[WeightScheme] = ()
+) -> tuple[Tensor, int] | None:
+    """Return the values int8 [N, K] of `weight_packed` and `weight_shape`, and bits per value.
+
+    The bits are those of `schemes` that the number of words fits (without schemes: 4 or 8).
+    None: a layout that is not read here.
+
+    Raises:
+        RacError: parts that contradict each other or the schemes.
+    """
+    words = parts.get(WORDS)
+    if words is None or WORDS_SHAPE not in parts or words.dtype != torch.int32:
+        return None
+    rows, columns = _shape(parts, module)
+    stated = {scheme.bits for scheme in schemes if scheme.format == PACK_QUANTIZED}
+    widths = stated & {*BITS, *PACKED_BITS} if stated else set(PACKED_BITS)
+    count = words.shape[-1] if words.dim() else 0
+    fitting = [bits for bits in widths if count == word_count(columns, bits)]
+    if len(fitting) == 1:
+        bits = fitting[0]
+        return _unpacked(words, rows, columns, f"{module}.{WORDS}", bits), bits
+    if stated != widths or (3 in widths and _is_ten_per_word(words, columns)):
+        return None
+    what = f"{count} int32 words per row do not hold {columns} values of"
+    known = " or ".join(map(str, sorted(widths)))
+    raise contradicts(f"{module}.{WORDS}", f"{what} {known} bits")
+
+
+def words_of(
+    files: TensorFiles, module: str, schemes: Iterable[WeightScheme]
+) -> tuple[Tensor, int] | None:
+    """Return `words_weight` of a module's tensors in files."""
+    names = {part: f"{module}.{part}" for part in (WORDS, WORDS_SHAPE)}
+    parts = {part: files.tensor(name) for part, name in names.items() if name in files}
+    return words_weight(parts, module, schemes)
 
 
 def check_codes(
@@ -33,37 +144,51 @@ def check_codes(
     symmetric: bool = True,
     bits: int = 4,
 ) -> StoredWeight:
-    """Check the tensors of a dense weight of 2, 3 or 4 `bits` as untrusted input, and return it with every value stored.
+    """Check a dense weight of 2, 3 or 4 `bits` as untrusted input; return it, every value stored.
 
-    `tensors`: `weight_packed` int32 [N, ceil(K bits / 32)], `weight_scale` [N, K / group], `weight_shape` [2]; without
-    `symmetric` also `weight_zero_point` int32 [ceil(N bits / 32), K / group]. `group` None: one scale per row.
+    Args:
+        tensors: `weight_packed` int32 [N, ceil(K bits / 32)], `weight_scale` [N, K / group],
+            `weight_shape` [2]; without `symmetric` also `weight_zero_point` int32
+            [ceil(N bits / 32), K / group].
+        name: of the module.
+        group: columns that share a scale; None: one scale per row.
+        symmetric: every code of zero is 2^(bits-1).
+        bits: of a code.
 
     Raises:
-        RacError: naming `{name}.{part}`, where parts are missing, malformed or contradict each other or these arguments.
+        RacError: naming `{name}.{part}`, where parts are missing, malformed or contradict each
+            other or these arguments.
     """
-    assert bits in BITS
     if ORDER in tensors:
         raise RacError(
-            f"{name}.{ORDER}: its columns were reordered (actorder: group), and the kernels read groups of neighbouring "
-            "columns; leave out --quantization rac, or quantize with actorder: static"
+            f"{name}.{ORDER}: its columns were reordered (actorder: group), and the kernels read "
+            "groups of neighbouring columns; leave out --quantization rac, or quantize with "
+            "actorder: static"
         )
     rows, columns = _shape(tensors, name)
     codes = _unpacked(part_of(tensors, name, WORDS), rows, columns, f"{name}.{WORDS}", bits)
     scale = _check_groups(tensors, codes, name, group)
-    groups = scale.shape[1]
-    zeros = None
-    if symmetric and ZEROS in tensors:
-        raise RacError(
-            f"{name}.{ZEROS}: must not be there, since config.json quantizes it symmetrically; restore the config.json that was "
-            "saved with these files"
-        )
     if not symmetric:
-        zeros = (
-            _unpacked(part_of(tensors, name, ZEROS), groups, rows, f"{name}.{ZEROS}", bits, along=0)
-            .t()
-            .contiguous()
-        )
-        codes.view(rows, groups, -1).sub_(zeros[:, :, None])
+        words, groups = part_of(tensors, name, ZEROS), scale.shape[1]
+        words = words.t() if words.dim() == 2 else words
+        zeros = _unpacked(words, groups, rows, f"{name}.{ZEROS}", bits)
+        return with_zeros(codes, scale, zeros, bits, name)
+    if ZEROS in tensors:
+        what = "must not be there, since config.json quantizes it symmetrically"
+        raise contradicts(f"{name}.{ZEROS}", what)
+    return with_zeros(codes, scale, None, bits, name)
+
+
+def with_zeros(
+    codes: Tensor, scale: Tensor, zeros: Tensor | None, bits: int, name: str
+) -> StoredWeight:
+    """Return the weight of codes int8 [N, K] and codes of zero int8 [groups, N].
+
+    Both are less 2^(bits-1). `codes` is overwritten.
+    """
+    if zeros is not None:
+        zeros = zeros.t().contiguous()
+        codes.view(*zeros.shape, -1).sub_(zeros[:, :, None])
         zeros = (zeros + (1 << (bits - 1))).to(torch.uint8)
     return replace(all_stored(codes, name), scale=scale, bits=bits, zeros=zeros)
 
@@ -71,9 +196,9 @@ def check_codes(
 def why_not_codes(
     kind: str, bits: int, strategy: str, format: str | None, *, activations: bool
 ) -> str | None:
-    """Why no kernel reads dense weights of a scheme; None where one does.
+    """Say why no kernel reads dense weights of a scheme; None where one does.
 
-    `kind` int or float; `strategy`: what shares a scale; `activations`: whether the scheme quantizes these too.
+    `kind`: int or float; `strategy`: what shares a scale; `activations`: these are quantized too.
     """
     if kind != "int" or bits not in BITS:
         return f"its weights are {kind}{bits}"
@@ -87,27 +212,22 @@ def why_not_codes(
 
 
 def check_int8(tensors: Mapping[str, Tensor], name: str, group: int | None = None) -> StoredWeight:
-    """Check the tensors of a symmetric dense int8 weight as untrusted input, and return it with every value stored.
+    """Check a symmetric dense int8 weight as untrusted input; return it, every value stored.
 
-    `tensors`: `weight` int8 [N, K], or `weight_packed` int32 [N, ceil(K/4)] and `weight_shape` [2]; and `weight_scale`
-    [N, K / group]. `group` None: one scale per row, or one for all.
-
-    Raises:
-        RacError: as `check_codes`.
+    `tensors`: `weight` int8 [N, K], or `weight_packed` int32 [N, ceil(K/4)] and `weight_shape`
+    [2]; and `weight_scale` [N, K / group]. `group` None: one scale per row, or one for all.
     """
     for part in (ZEROS, ORDER):
         if part in tensors:
             raise RacError(
-                f"{name}.{part}: the int8 kernels read symmetric weights with neighbouring columns in a group; quantize it so, "
-                "or to int4"
+                f"{name}.{part}: the int8 kernels read symmetric weights with neighbouring columns "
+                "in a group; quantize it so, or to int4"
             )
     if "weight" in tensors:
         values = tensors["weight"]
         if values.dtype != torch.int8 or values.dim() != 2 or not values.numel():
-            raise RacError(
-                f"{name}.weight: {values.dtype} {list(values.shape)}, but config.json says that it is int8; restore the "
-                "config.json that was saved with these files"
-            )
+            what = f"{values.dtype} {list(values.shape)}, but config.json says that it is int8"
+            raise contradicts(f"{name}.weight", what)
     else:
         rows, columns = _shape(tensors, name)
         values = _unpacked(part_of(tensors, name, WORDS), rows, columns, f"{name}.{WORDS}", 8)
@@ -117,45 +237,33 @@ def check_int8(tensors: Mapping[str, Tensor], name: str, group: int | None = Non
 def _check_groups(
     tensors: Mapping[str, Tensor], codes: Tensor, name: str, group: int | None
 ) -> Tensor:
-    """The scales float32 [N, K / group] of codes [N, K]; `group` None: [N, 1]."""
+    """Return the scales float32 [N, K / group] of codes [N, K]; `group` None: [N, 1]."""
     rows, columns = codes.shape
     scale = check_scale(tensors, codes.dtype, rows, columns, name)
     assert scale is not None  # since the values are integers
     groups = 1 if group is None else columns // group
     if scale.shape[1] != groups or groups * (group or columns) != columns:
-        raise RacError(
-            f"{name}.{SCALE}: {scale.shape[1]} per row of {columns} columns, but config.json has "
-            f"{'one per row' if group is None else f'groups of {group} columns'}; restore the config.json that was saved "
-            "with these files"
-        )
+        stated = "one per row" if group is None else f"groups of {group} columns"
+        what = f"{scale.shape[1]} per row of {columns} columns, but config.json has {stated}"
+        raise contradicts(f"{name}.{SCALE}", what)
     return scale
 
 
 def _shape(tensors: Mapping[str, Tensor], name: str) -> tuple[int, int]:
-    """N and K; both are compared with the other parts before anything is sized by them."""
+    """Return N and K; both are compared with other parts before anything is sized by them."""
     shape = part_of(tensors, name, WORDS_SHAPE)
-    if (
-        shape.dtype not in (torch.int64, torch.int32)
-        or shape.shape != (2,)
-        or bool((shape < 1).any())
-    ):
-        raise RacError(
-            f"{name}.{WORDS_SHAPE}: {shape.dtype} {shape.flatten()[:4].tolist()} is not the shape of a matrix; the checkpoint is "
-            "damaged, copy it again"
-        )
+    is_shape = shape.dtype in (torch.int64, torch.int32) and shape.shape == (2,)
+    if not is_shape or bool((shape < 1).any()):
+        what = f"{shape.dtype} {shape.flatten()[:4].tolist()} is not the shape of a matrix"
+        raise damaged(f"{name}.{WORDS_SHAPE}", what)
     return int(shape[0]), int(shape[1])
 
 
-def _unpacked(
-    words: Tensor, lines: int, count: int, name: str, bits: int, along: int = 1
-) -> Tensor:
-    """The codes minus 2^(bits-1), int8 [lines, count], of matrix `words`, whose dimension `along` is packed."""
-    if words.dim() != 2 or words.shape[1 - along] != lines:
-        raise RacError(
-            f"{name}: shape {list(words.shape)}, where dimension {1 - along} must be {lines}; the checkpoint is damaged, copy it "
-            "again"
-        )
+def _unpacked(words: Tensor, rows: int, columns: int, name: str, bits: int) -> Tensor:
+    """Return the codes less 2^(bits-1), int8 [rows, columns], of a matrix of words."""
+    if words.dim() != 2 or words.shape[0] != rows:
+        raise damaged(name, f"shape {list(words.shape)} does not have {rows} rows")
     try:
-        return unpack_words(words if along else words.t(), bits, count)
+        return unpack_words(words, bits, columns)
     except RacError as error:
         raise RacError(f"{name}: {error}") from error

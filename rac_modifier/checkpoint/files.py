@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,8 +19,6 @@ from rac_modifier.files import read_json, regular_file
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-# Left behind by a packing that was cut off while it renamed its finished files (see new_files.py).
-JOURNAL_FILE = ".rac_packing.json"
 
 _DTYPES = {
     "BF16": torch.bfloat16,
@@ -57,13 +53,13 @@ class _Place:
 class TensorFiles:
     """All tensors of a folder by name; opening reads only the headers. A context manager.
 
-    A tensor is read into memory that is freed with it: the pages of a mapped file stay in the
-    memory of the process. `where` maps tensor names to names of files; `index` is the parsed
-    index file, None for a single file.
+    A tensor is read into memory of its own: the pages of a mapped file would stay in the
+    process. `where` maps tensor names to file names; `index` is the index file, None for a
+    single file.
 
     Raises:
-        RacError: no safetensors, a packing that was cut off, a malformed index or file, or a
-            tensor that is in the index and not in its file.
+        RacError: no safetensors, a malformed index or file, or a tensor that is in the index
+            and not in its file.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -73,19 +69,15 @@ class TensorFiles:
                 f"{self.folder}: no such folder; give the folder of a saved model (download "
                 "it first)"
             )
-        if (self.folder / JOURNAL_FILE).exists():
-            raise RacError(
-                f"{self.folder}: packing was cut off half way; run the packing of this folder "
-                "again to finish it"
-            )
         self.index: dict[str, Any] | None = None
         self._stack = ExitStack()
-        self._open: dict[str, Any] = {}
+        self._files: dict[str, BinaryIO] = {}
+        self._metadata: dict[str, dict[str, str]] = {}
         self._places: dict[str, dict[str, _Place]] = {}
         try:
             self.where = self._locate()
         except BaseException:
-            self.close()
+            self._stack.close()
             raise
 
     def _locate(self) -> dict[str, str]:
@@ -96,7 +88,7 @@ class TensorFiles:
                 "which of them is the model; remove the one that is not"
             )
         if single.exists():
-            return dict.fromkeys(self._names_in(SINGLE_FILE), SINGLE_FILE)
+            return dict.fromkeys(self._open(SINGLE_FILE), SINGLE_FILE)
         if not index.exists():
             raise RacError(
                 f"{self.folder}: neither {SINGLE_FILE} nor {INDEX_FILE} is there; "
@@ -104,50 +96,48 @@ class TensorFiles:
             )
         self.index = read_json(index)
         where = _check_weight_map(self.index, index)
-        held = {file: set(self._names_in(file)) for file in sorted(set(where.values()))}
+        names = {file: self._open(file) for file in sorted(set(where.values()))}
         for name, file in where.items():
-            if name not in held[file]:
+            if name not in names[file]:
                 raise RacError(
                     f"{name}: missing from {self.folder / file}, where the index says it is; "
                     "copy the model again"
                 )
         return where
 
-    def _names_in(self, file: str) -> list[str]:
-        regular_file(self.folder / file, "safetensors file")
+    def _open(self, file: str) -> dict[str, _Place]:
+        """Open a file, and return the places of its tensors; its header is a length, then JSON."""
+        path = regular_file(self.folder / file, "safetensors file")
         try:
-            # safetensors checks the header: lengths, offsets, and that they cover the file
-            self._open[file] = self._stack.enter_context(
-                safe_open(self.folder / file, framework="pt")
-            )
-            self._places[file] = _read_places(self.folder / file)
+            with safe_open(path, framework="pt"):
+                pass  # safetensors checks the header: lengths, offsets, and that they cover the file
+            opened = self._stack.enter_context(path.open("rb", buffering=0))
+            self._files[file] = opened
+            length = int.from_bytes(opened.read(8), "little")
+            header = json.loads(os.pread(opened.fileno(), length, 8))
+            self._metadata[file] = header.pop("__metadata__", None) or {"format": "pt"}
+            places = {}
+            for name, entry in header.items():
+                first, end = entry["data_offsets"]
+                shape = tuple(entry["shape"])
+                places[name] = _Place(entry["dtype"], shape, 8 + length + first, end - first)
         except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise RacError(
-                f"{self.folder / file}: cannot be read as safetensors ({error}); "
-                "copy the model again"
+                f"{path}: cannot be read as safetensors ({error}); copy the model again"
             ) from error
-        for name in self._places[file]:
+        for name in places:
             if not name.isprintable():  # a terminal would obey an escape sequence
                 raise RacError(
-                    f"{self.folder / file}: the tensor name {name!r} holds control characters; "
+                    f"{path}: the tensor name {name!r} holds control characters; "
                     "the checkpoint is damaged, copy it again"
                 )
-        return list(self._places[file])
+        self._places[file] = places
+        return places
 
     def __enter__(self) -> TensorFiles:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the files; tensors already read stay valid."""
-        self._open.clear()
+    def __exit__(self, *_: object) -> None:
         self._stack.close()
 
     def by_file(self) -> list[str]:
@@ -164,21 +154,16 @@ class TensorFiles:
             RacError: no such tensor, or it cannot be read.
         """
         place, dtype = self._place(name), self.dtype(name)
-        path = self.folder / self.where[name]
+        file = self.where[name]
+        # on the CPU also within transformers, which loads on the meta device
+        data = torch.empty(place.count, dtype=torch.uint8, device="cpu")
         try:
-            if place.count != math.prod(place.shape) * dtype.itemsize:
-                raise ValueError(
-                    f"{place.count} bytes do not hold {list(place.shape)} of {place.dtype}"
-                )
-            data = torch.empty(
-                place.count, dtype=torch.uint8, device="cpu"
-            )  # within transformers too
-            _read_into(data, path, place.first)
-        except (OSError, ValueError) as error:
+            _read_into(data, self._files[file], place.first)
+            return data.view(dtype).view(place.shape)
+        except (OSError, ValueError, RuntimeError) as error:
             raise RacError(
-                f"{name}: cannot be read from {path} ({error}); copy the model again"
+                f"{name}: cannot be read from {self.folder / file} ({error}); copy the model again"
             ) from error
-        return data.view(dtype).view(place.shape)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape in the file's header."""
@@ -208,7 +193,7 @@ class TensorFiles:
 
     def metadata(self, file: str) -> dict[str, str]:
         """Return the free text in a file's header, `{"format": "pt"}` where there is none."""
-        return self._open[file].metadata() or {"format": "pt"}
+        return self._metadata[file]
 
     def new_index(self, where: dict[str, str], grown: int) -> dict[str, Any]:
         """Return the index of tensors in the files `where`; `grown`: bytes that were added."""
@@ -217,44 +202,24 @@ class TensorFiles:
         metadata = dict(metadata) if isinstance(metadata, dict) else {}
         total = metadata.get("total_size")
         if not isinstance(total, (int, float)):
-            total = sum(self.nbytes(name) for name in self.where)
+            total = sum(map(self.nbytes, self.where))
         metadata["total_size"] = int(total) + grown
         return {**self.index, "metadata": metadata, "weight_map": dict(sorted(where.items()))}
 
     def _place(self, name: str) -> _Place:
         if name not in self.where:
             raise RacError(f"{name}: not in {self.folder}; copy or save the model again")
-        if not self._open:
-            raise RacError(
-                f"{name}: cannot be read any more, since {self.folder} was closed; open it again"
-            )
         return self._places[self.where[name]][name]
 
 
-def _read_places(path: Path) -> dict[str, _Place]:
-    """Return where each tensor of a file is; its header is eight bytes of length, then JSON."""
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    places = {}
-    for name, entry in header.items():
-        if name != "__metadata__":
-            first, end = entry["data_offsets"]
-            places[name] = _Place(
-                entry["dtype"], tuple(entry["shape"]), 8 + length + first, end - first
-            )
-    return places
-
-
-def _read_into(data: Tensor, path: Path, first: int) -> None:
+def _read_into(data: Tensor, file: BinaryIO, first: int) -> None:
     """Fill a tensor of bytes from a file."""
-    view, read = memoryview(data.numpy().data), 0
-    with open(path, "rb", buffering=0) as file:
-        while read < len(view):  # one call of the system reads at most 2 GiB
-            count = os.preadv(file.fileno(), [view[read:]], first + read)
-            if not count:
-                raise OSError(f"the file ends {len(view) - read} bytes too early")
-            read += count
+    view, count = memoryview(data.numpy().data), 0
+    while count < len(view):  # one call of the system reads at most 2 GiB
+        added = os.preadv(file.fileno(), [view[count:]], first + count)
+        if not added:
+            raise OSError(f"the file ends {len(view) - count} bytes too early")
+        count += added
 
 
 def _check_weight_map(index: dict[str, Any], path: Path) -> dict[str, str]:
@@ -262,22 +227,13 @@ def _check_weight_map(index: dict[str, Any], path: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise RacError(f"{path}: has no weight_map; save the model again")
     for name, file in weight_map.items():
-        if not is_file_name(file):
+        is_name = isinstance(file, str) and file not in ("", ".", "..") and file.isprintable()
+        if not is_name or Path(file).name != file:
             raise RacError(
                 f"{path}: {name!r} is in {file!r} according to the index, which is no file of this "
                 "folder; copy the model again"
             )
     return dict(weight_map)
-
-
-def is_file_name(value: object) -> bool:
-    """Tell whether a value names a file of a folder, without a path that leads elsewhere."""
-    return (
-        isinstance(value, str)
-        and value not in ("", ".", "..")
-        and Path(value).name == value
-        and value.isprintable()
-    )
 
 
 def check_index(folder: str | Path) -> None:
@@ -287,4 +243,5 @@ def check_index(folder: str | Path) -> None:
         RacError: a file or a tensor of the index is missing.
     """
     if (Path(folder) / INDEX_FILE).is_file():
-        TensorFiles(folder).close()
+        with TensorFiles(folder):
+            pass

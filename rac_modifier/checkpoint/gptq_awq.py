@@ -1,6 +1,4 @@
-"""Dense weights of GPTQ (2, 3, 4 and 8 bits) and AWQ checkpoints (4 bits).
-
-Checked, a value per element.
+"""Dense weights of GPTQ (2, 3, 4 and 8 bits) and AWQ checkpoints (4 bits), checked.
 
 Both hold the transposed weight: K input columns by N output rows. A weight is (code - code of zero)
 * scale. GPTQ packs codes along K, bit after bit; AWQ packs eight 4-bit codes of a column along N, in
@@ -12,22 +10,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, Literal, Self
 
 import torch
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator
 from torch import Tensor
 
-from rac_modifier.checkpoint.bitmask import part_of
-from rac_modifier.checkpoint.int32_words import unpack_words, word_count
-from rac_modifier.checkpoint.stored_weight import FLOATS, StoredWeight, all_stored
+from rac_modifier.checkpoint.bitmask import contradicts, damaged, part_of
+from rac_modifier.checkpoint.dense_codes import unpack_words, with_zeros, word_count
+from rac_modifier.checkpoint.stored_weight import FLOATS, StoredWeight
 from rac_modifier.errors import RacError
 
 WORDS, ZEROS, SCALES, ORDER = "qweight", "qzeros", "scales", "g_idx"
 PARTS = (WORDS, ZEROS, SCALES, ORDER)
 _AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # where each of eight neighbouring codes lies in a word
-_RESTORE = "restore the config.json that was saved with these files"
 # What GPTQModel adds to the words of format 1. Of 3 bits it is not one per code; the three repeat.
 _ADDED = {
     2: (0x55555555,),
@@ -44,11 +40,7 @@ class _Entries(BaseModel):
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Self:
-        """Parse a `quantization_config`.
-
-        Raises:
-            RacError: an entry is missing or malformed, or its words have another layout.
-        """
+        """Parse a `quantization_config` (RacError: an entry is missing or malformed)."""
         try:
             return cls.model_validate(config)
         except ValidationError as error:
@@ -57,7 +49,7 @@ class _Entries(BaseModel):
             value = "missing" if first["type"] == "missing" else f"{first['input']!r:.200}"
             raise RacError(
                 f"config.json: quantization_config.{name} is {value} ({first['msg']}); leave out "
-                f"--quantization rac, or {_RESTORE}"
+                "--quantization rac, or restore the config.json that was saved with these files"
             ) from error
 
     @field_validator("group_size", check_fields=False)
@@ -102,10 +94,7 @@ class GptqEntries(_Entries):
         return rules
 
     def of_module(self, module: str) -> GptqEntries:
-        """Return the entries of one module: the first matching rule counts.
-
-        Rules with "-:" name floats.
-        """
+        """Return the entries of a module: the first matching rule counts; "-:" rules name floats."""
         for pattern, rule in (self.dynamic or {}).items():
             if not pattern.startswith("-:") and re.match(pattern.removeprefix("+:"), module):
                 return self.model_copy(update=rule.model_dump(exclude_none=True))
@@ -135,7 +124,7 @@ class AwqEntries(_Entries):
 def check_gptq(
     tensors: Mapping[str, Tensor], name: str, entries: GptqEntries
 ) -> tuple[StoredWeight, Tensor | None]:
-    """Check the tensors of a GPTQ weight as untrusted input, and return it with every value stored.
+    """Check the tensors of a GPTQ weight as untrusted input; return it with every value stored.
 
     `tensors`: `qweight` int32 [K bits / 32, N], `qzeros` int32 [K / group, N bits / 32], `scales`
     [K / group, N], and, if the writer stored it, `g_idx` [K], the group of each column.
@@ -152,10 +141,8 @@ def check_gptq(
     words = _words(tensors, name, WORDS)
     columns, rows = len(words) * 32 // bits, words.shape[1]
     if columns * bits != len(words) * 32:
-        raise RacError(
-            f"{name}.{WORDS}: {len(words)} words per row hold no whole number of {bits}-bit codes; "
-            f"{_RESTORE}"
-        )
+        what = f"{len(words)} words per row hold no whole number of {bits}-bit codes"
+        raise contradicts(f"{name}.{WORDS}", what)
     scale = _scales(tensors, name, entries.group_size, rows, columns)
     groups = scale.shape[1]
     zeros = _words(tensors, name, ZEROS, [groups, word_count(rows, bits)])
@@ -173,20 +160,18 @@ def check_gptq(
             "(checkpoint_format), or symmetric"
         )
     elif entries.checkpoint_format == "gptq":
-        # By words: a borrow between codes, which GPTQModel writes, is undone too.
         zeros = _added(zeros, bits)
     if entries.desc_act and groups > 1:
         part_of(tensors, name, ORDER)
     codes = unpack_words(words.t(), bits, columns)
     order = _order(tensors, name, columns, groups)
-    if order is not None:
-        codes = codes[:, order]
+    codes = (codes if order is None else codes[:, order]).contiguous()
     code_of_zero = None if entries.sym else unpack_words(zeros, bits, rows)
-    return _weight(codes, scale, code_of_zero, bits, name), order
+    return with_zeros(codes, scale, code_of_zero, bits, name), order
 
 
 def check_awq(tensors: Mapping[str, Tensor], name: str, entries: AwqEntries) -> StoredWeight:
-    """Check the tensors of an AWQ weight as untrusted input, and return it with every value stored.
+    """Check the tensors of an AWQ weight as untrusted input; return it with every value stored.
 
     `tensors`: `qweight` int32 [K, N / 8], `qzeros` int32 [K / group, N / 8], `scales` [K / group, N].
 
@@ -194,31 +179,17 @@ def check_awq(tensors: Mapping[str, Tensor], name: str, entries: AwqEntries) -> 
         RacError: as `check_gptq`.
     """
     if ORDER in tensors:
-        raise RacError(
-            f"{name}.{ORDER}: AWQ does not reorder columns, so this is another format; {_RESTORE}"
-        )
+        what = "AWQ does not reorder columns, so this is another format"
+        raise contradicts(f"{name}.{ORDER}", what)
     words = _words(tensors, name, WORDS)
     columns, rows = len(words), words.shape[1] * 8
     scale = _scales(tensors, name, entries.group_size, rows, columns)
     zeros = _in_order(_words(tensors, name, ZEROS, [scale.shape[1], rows // 8]))
     if not entries.zero_point and bool((zeros != 0).any()):
-        raise RacError(
-            f"{name}.{ZEROS}: not all 8, but config.json says zero_point: false; {_RESTORE}"
-        )
-    codes = _in_order(words).t()
-    return _weight(codes, scale, zeros if entries.zero_point else None, 4, name)
-
-
-def _weight(
-    codes: Tensor, scale: Tensor, zeros: Tensor | None, bits: int, name: str
-) -> StoredWeight:
-    """Return the weight of `codes` int8 [N, K] and `zeros` int8 [K / group, N], both minus 2^(bits-1)."""
-    codes = codes.contiguous()
-    if zeros is not None:
-        zeros = zeros.t().contiguous()
-        codes.view(*zeros.shape, -1).sub_(zeros[:, :, None])
-        zeros = (zeros + (1 << (bits - 1))).to(torch.uint8)
-    return replace(all_stored(codes, name), scale=scale, bits=bits, zeros=zeros)
+        what = "not all 8, but config.json says zero_point: false"
+        raise contradicts(f"{name}.{ZEROS}", what)
+    codes = _in_order(words).t().contiguous()
+    return with_zeros(codes, scale, zeros if entries.zero_point else None, 4, name)
 
 
 def _words(
@@ -227,12 +198,8 @@ def _words(
     words = part_of(tensors, name, part)
     size = list(words.shape)
     if words.dtype != torch.int32 or words.dim() != 2 or not words.numel():
-        raise RacError(
-            f"{name}.{part}: {words.dtype} {size} is no matrix of int32 words; copy the checkpoint "
-            "again"
-        )
-    if shape is not None and size != shape:
-        raise RacError(_misfit(f"{name}.{part}", size, shape))
+        raise damaged(f"{name}.{part}", f"{words.dtype} {size} is no matrix of int32 words")
+    _check_shape(words, shape or size, f"{name}.{part}")
     return words
 
 
@@ -240,38 +207,28 @@ def _scales(
     tensors: Mapping[str, Tensor], name: str, group: int, rows: int, columns: int
 ) -> Tensor:
     """Return the scales, float32 [N, K / group]; `group` -1: one per row."""
-    if group != -1 and columns % group:
-        raise RacError(
-            f"{name}.{WORDS}: {columns} columns are no multiple of config.json's groups of {group}; "
-            f"{_RESTORE}"
-        )
+    group = columns if group == -1 else group
+    if columns % group:
+        what = f"{columns} columns are no multiple of config.json's groups of {group}"
+        raise contradicts(f"{name}.{WORDS}", what)
     scales = part_of(tensors, name, SCALES)
     if scales.dtype not in FLOATS or not bool(scales.isfinite().all()):
-        raise RacError(
-            f"{name}.{SCALES}: {scales.dtype}, or not finite; the checkpoint is damaged, copy it again"
-        )
-    shape = [1 if group == -1 else columns // group, rows]
-    if list(scales.shape) != shape:
-        raise RacError(_misfit(f"{name}.{SCALES}", list(scales.shape), shape))
+        raise damaged(f"{name}.{SCALES}", f"{scales.dtype}, or not finite")
+    _check_shape(scales, [columns // group, rows], f"{name}.{SCALES}")
     return scales.t().float().contiguous()
 
 
-def _misfit(name: str, shape: list[int], expected: list[int]) -> str:
-    return (
-        f"{name}: shape {shape}, but a weight of this size and config.json's groups have {expected}; "
-        f"{_RESTORE}, or copy the checkpoint again"
-    )
+def _check_shape(tensor: Tensor, expected: list[int], name: str) -> None:
+    if list(tensor.shape) != expected:
+        what = f"shape {list(tensor.shape)}, but a weight of this size and config.json's groups"
+        raise contradicts(name, f"{what} have {expected}")
 
 
 def _added(zeros: Tensor, bits: int) -> Tensor:
-    """Convert words of format 1 to format 2 as GPTQModel does.
-
-    Whole words are added, modulo 2^32.
-    """
-    added = torch.tensor(
-        [number - (number >> 31 << 32) for number in _ADDED[bits]], dtype=torch.int32
-    )
-    return zeros + added.repeat(-(-zeros.shape[1] // len(added)))[: zeros.shape[1]]
+    """Convert words of format 1 to format 2, as GPTQModel does: whole words, modulo 2^32."""
+    added = [number - (number >> 31 << 32) for number in _ADDED[bits]]
+    repeats = -(-zeros.shape[1] // len(added))
+    return zeros + torch.tensor(added, dtype=torch.int32).repeat(repeats)[: zeros.shape[1]]
 
 
 def _check_symmetric(zeros: Tensor, bits: int, rows: int, name: str) -> None:
@@ -285,35 +242,27 @@ def _check_symmetric(zeros: Tensor, bits: int, rows: int, name: str) -> None:
         return
     if bits == 3 and not bool(unpack_words(_added(zeros, bits), bits, rows).any()):
         return
-    raise RacError(
-        f"{name}: not {1 << (bits - 1)} everywhere, but config.json says that it is symmetric (sym); "
-        f"{_RESTORE}"
-    )
+    what = f"not {1 << (bits - 1)} everywhere, but config.json says that it is symmetric (sym)"
+    raise contradicts(name, what)
 
 
 def _order(tensors: Mapping[str, Tensor], name: str, columns: int, groups: int) -> Tensor | None:
-    """Return the columns sorted by group, int64 [K].
-
-    None where each group has neighbouring columns, in order.
-    """
+    """Return the columns sorted by group, int64 [K]; None where groups have neighbouring columns."""
     if ORDER not in tensors:
         return None
     index = tensors[ORDER]
     if index.dtype not in (torch.int32, torch.int64) or list(index.shape) != [columns]:
-        raise RacError(
-            f"{name}.{ORDER}: {index.dtype} {list(index.shape)} is not the group of each of its "
-            f"{columns} columns; copy the checkpoint again"
+        what = (
+            f"{index.dtype} {list(index.shape)} is not the group of each of its {columns} columns"
         )
-    index = index.long()
-    in_order = torch.arange(groups).repeat_interleave(columns // groups)
+        raise damaged(f"{name}.{ORDER}", what)
+    index, in_order = index.long(), torch.arange(groups).repeat_interleave(columns // groups)
     if torch.equal(index, in_order):
         return None
     order = index.argsort(stable=True)
     if not torch.equal(index[order], in_order):
-        raise RacError(
-            f"{name}.{ORDER}: does not give {columns // groups} columns to each of {groups} groups; "
-            f"{_RESTORE}, or copy the checkpoint again"
-        )
+        what = f"does not give {columns // groups} columns to each of {groups} groups"
+        raise contradicts(f"{name}.{ORDER}", what)
     return order
 
 

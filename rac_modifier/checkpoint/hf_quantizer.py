@@ -1,6 +1,6 @@
-"""Packed checkpoints in transformers' `from_pretrained`: a quantizer that unpacks weights.
+"""Packed checkpoints in transformers: `load_model`, and a quantizer for `from_pretrained`.
 
-The packed parts of a module are freed before the next module is unpacked, so a load takes the
+The packed tensors of a module are freed before the next module is unpacked, so a load takes the
 memory of the dense model and of one module. Importing this module replaces transformers' entry
 for "compressed-tensors" by a subclass of it, which loads a checkpoint without a
 `sparsity_config` as before.
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers.core_model_loading import (
@@ -28,9 +28,17 @@ from transformers.quantizers.quantizer_compressed_tensors import CompressedTenso
 from transformers.utils import quantization_config as upstream
 
 from rac_modifier.checkpoint.files import TensorFiles
-from rac_modifier.checkpoint.formats import check_packed, check_packed_scales, packed_modules
-from rac_modifier.checkpoint.quantization_config import weight_schemes
-from rac_modifier.checkpoint.sparsity_config import METHOD, RAC_KEY, RAC_METHOD, SparsityConfig
+from rac_modifier.checkpoint.formats import check_packed, check_scale_of, packed_modules
+from rac_modifier.checkpoint.output_folder import check_is_id
+from rac_modifier.checkpoint.quantization_config import (
+    CONFIG_FILE,
+    METHOD,
+    RAC_KEY,
+    RAC_METHOD,
+    SparsityConfig,
+    packed_format,
+    weight_schemes,
+)
 from rac_modifier.checkpoint.weight_conversion import (
     Unpack,
     conversions_for_saving,
@@ -38,6 +46,7 @@ from rac_modifier.checkpoint.weight_conversion import (
     updated_conversions,
 )
 from rac_modifier.errors import RacError
+from rac_modifier.files import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,6 +57,54 @@ _MISMATCHES = (
     ("missing_keys", "needed by the model but missing from"),
     ("unexpected_keys", "not a tensor of the model, but in"),
 )
+
+
+def load_model(
+    model: str | Path, *, trust_remote_code: bool = False, **from_pretrained_kwargs: Any
+) -> PreTrainedModel:
+    """Load a model as `AutoModelForCausalLM.from_pretrained` does, packed or not, but strictly.
+
+    Args:
+        model: a local folder, or a model id of the Hugging Face hub.
+        trust_remote_code: run model code that the checkpoint contains.
+        from_pretrained_kwargs: passed on: dtype, device_map, attn_implementation, revision, ...
+
+    Raises:
+        RacError: a missing or damaged file or tensor, or tensors that are not the model's.
+            transformers starts a missing weight at random with a warning; here it is an error.
+
+    Example:
+        model = load_model("Qwen3-8B-rac-2of4", dtype="auto", device_map="auto")
+    """
+    from transformers import AutoModelForCausalLM
+
+    if local := Path(model).is_dir():
+        with TensorFiles(model) as files:
+            check_packed(files, packed_format(read_json(Path(model) / CONFIG_FILE)))
+    else:
+        check_is_id(model)
+    kwargs = {
+        **from_pretrained_kwargs,
+        "trust_remote_code": trust_remote_code,
+        "ignore_mismatched_sizes": True,
+    }
+    try:
+        loading: Any = AutoModelForCausalLM.from_pretrained(
+            str(model), output_loading_info=True, **kwargs
+        )
+    except (RacError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # transformers has many for config.json alone
+        what, text = "cannot be loaded", " ".join(str(error).split())
+        if isinstance(error, OSError) and not local:
+            what = "neither a folder nor a model that can be had from the hub"
+        raise RacError(
+            f"{model}: {what} ({type(error).__name__}: {text}); compare its config.json and "
+            "index with those that were saved with the weights"
+        ) from error
+    loaded, info = loading
+    check_complete(info, model)
+    return cast("PreTrainedModel", loaded)
 
 
 class CompressedTensorsConfig(upstream.CompressedTensorsConfig):
@@ -81,8 +138,7 @@ class CompressedTensorsConfig(upstream.CompressedTensorsConfig):
 class SparseHfQuantizer(CompressedTensorsHfQuantizer):
     """Loads packed sparse checkpoints, also quantized ones, and all others as upstream does.
 
-    The loaded model has no trace of the packing: `save_pretrained` writes it dense, marked so
-    in `rac_sparsity`.
+    `save_pretrained` of the loaded model writes it dense, and marks it so in `rac_sparsity`.
     """
 
     def __init__(self, quantization_config: CompressedTensorsConfig, **kwargs: Any) -> None:
@@ -93,11 +149,7 @@ class SparseHfQuantizer(CompressedTensorsHfQuantizer):
         self._misfits: dict[str, RacError] = {}
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        """Check what the headers of the files show before a weight is read.
-
-        Raises:
-            RacError: naming the tensor that is missing or contradicts config.json.
-        """
+        """Check what the headers of the files show before a weight is read (RacError)."""
         if self._sparsity is None or self.quantization_config.is_quantized:
             super()._process_model_before_weight_loading(model, **kwargs)
         if self._sparsity is None:
@@ -117,7 +169,11 @@ class SparseHfQuantizer(CompressedTensorsHfQuantizer):
         schemes = weight_schemes(groups.model_dump(mode="json")) if groups is not None else ()
         with TensorFiles(Path(kwargs["checkpoint_files"][0]).parent) as files:
             self._int32_modules = check_packed(files, self._sparsity.format, schemes)
-            check_packed_scales(files, packed_modules(files.where), schemes)
+            for module in packed_modules(files.where):
+                shape = files.tensor(f"{module}.shape")
+                if shape.dtype == torch.int64 and shape.numel() == 2:  # else `check` refuses it
+                    rows, columns = shape.flatten().tolist()
+                    check_scale_of(files, module, rows, columns, schemes)
             self._misfits = _misfits(files, model)
         _check_before_init(model, self._unpack, files.folder)
 
@@ -127,8 +183,7 @@ class SparseHfQuantizer(CompressedTensorsHfQuantizer):
         """Return the model's conversions and ours for packed weights.
 
         Raises:
-            RacError: a tensor has another shape than in the model, and no converter that may
-                change that.
+            RacError: a tensor has another shape than in the model, which no converter changes.
         """
         if self._unpack is None or self.quantization_config.is_quantized:
             weight_conversions = super().update_weight_conversions(weight_conversions)
@@ -155,10 +210,9 @@ class SparseHfQuantizer(CompressedTensorsHfQuantizer):
 
 
 def _check_before_init(model: PreTrainedModel, unpack: Unpack, folder: Path) -> None:
-    """Have `model` raise what is wrong with the files before transformers starts missing weights.
+    """Have `model` raise what is wrong with the files before missing weights are drawn at random.
 
-    transformers would draw them at random, and fails where they are integers. The hook is the first
-    method that it calls with the names of missing tensors.
+    The hook is the first method that transformers calls with the names of missing tensors.
     """
     loaded: Any = model
     mark = loaded.mark_tied_weights_as_initialized
@@ -185,15 +239,7 @@ def _check_before_init(model: PreTrainedModel, unpack: Unpack, folder: Path) -> 
 
 
 def check_complete(info: Mapping[str, Iterable[Any]], folder: str | Path) -> None:
-    """Refuse a checkpoint whose tensors are not those of the model.
-
-    Args:
-        info: transformers' loading info: missing, unexpected and mismatched keys.
-        folder: of the checkpoint, for the message.
-
-    Raises:
-        RacError: naming up to three tensors.
-    """
+    """Refuse a checkpoint with missing, unexpected or mismatched keys in transformers' `info`."""
     for kind, text in _MISMATCHES:
         if names := sorted(str(key[0] if isinstance(key, tuple) else key) for key in info[kind]):
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""

@@ -10,29 +10,25 @@ from typing import Any
 from torch import Tensor
 
 from rac_modifier.checkpoint.bitmask import DTYPES
+from rac_modifier.checkpoint.dense_codes import WORDS, WORDS_SHAPE, ZEROS, words_of
 from rac_modifier.checkpoint.files import TensorFiles
 from rac_modifier.checkpoint.formats import (
     FORMAT_24,
-    FORMAT_BITMASK,
     PARTS,
+    check_packed,
     packed_modules,
     packed_weight,
     structure_of,
 )
 from rac_modifier.checkpoint.quantization_config import (
-    WORDS,
-    WORDS_SHAPE,
-    WeightScheme,
-    weight_schemes,
-    words_weight,
-)
-from rac_modifier.checkpoint.record import RUN_RECORD_NAME
-from rac_modifier.checkpoint.sparsity_config import (
     CONFIG_FILE,
     QUANTIZATION_KEY,
     SparsityConfig,
     SparsityRecord,
+    WeightScheme,
+    weight_schemes,
 )
+from rac_modifier.checkpoint.record import RUN_RECORD_NAME
 from rac_modifier.checkpoint.stored_weight import (
     SCALE,
     UNSTRUCTURED,
@@ -45,7 +41,6 @@ from rac_modifier.checkpoint.stored_weight import (
 from rac_modifier.errors import RacError
 from rac_modifier.files import read_json
 
-_SCALES = (SCALE, "weight_zero_point")
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|wpe)$")
 
 
@@ -115,9 +110,8 @@ class CheckpointReport:
     @property
     def sparse(self) -> tuple[ModuleRow, ...]:
         """The matrices that are packed or recorded as pruned."""
-        return tuple(
-            row for row in self.modules if row.structure is not None or row.stored in PARTS
-        )
+        rows = self.modules
+        return tuple(row for row in rows if row.structure is not None or row.stored in PARTS)
 
     @property
     def sparsity(self) -> float | None:
@@ -143,29 +137,28 @@ def inspect_checkpoint(folder: str | Path) -> CheckpointReport:
     A damaged matrix becomes a row with a `problem`; what makes the whole folder unreadable raises.
 
     Raises:
-        RacError: no checkpoint, a malformed config.json, index or file, or a packing that was
-            cut off.
+        RacError: no checkpoint, or a malformed config.json, index or file.
     """
     folder = Path(folder)
     config = read_json(folder / CONFIG_FILE)
     record = folder / RUN_RECORD_NAME
     run_record = read_json(record) if record.exists() else None
     with TensorFiles(folder) as files:
-        look = Matrices(files, config)
-        rows = [look.packed_row(name) for name in look.packed]
-        rows += [look.dense_row(name) for name in files.by_file() if look.is_matrix(name)]
+        matrices = Matrices(files, config)
+        rows = [matrices.packed_row(name) for name in matrices.packed]
+        rows += [matrices.dense_row(name) for name in files.by_file() if matrices.is_matrix(name)]
         total = sum(map(files.nbytes, files.where))
     other = total - sum(row.stored_bytes for row in rows)
     rows.sort(key=natural_order)
-    format = look.sparsity.format if look.sparsity else "dense"
-    return CheckpointReport(folder, format, tuple(rows), other, run_record, look.schemes)
+    return CheckpointReport(
+        folder, matrices.layout, tuple(rows), other, run_record, matrices.schemes
+    )
 
 
 def natural_order(row: ModuleRow) -> list[tuple[int, str]]:
     """Return the key that sorts rows by name, with layer 10 after layer 9."""
-    parts = row.name.split(".")
     # numbers by their length first: int() refuses very long ones, and digits such as "²"
-    return [(len(part) if part.isdecimal() else 0, part) for part in parts]
+    return [(len(word) if word.isdecimal() else 0, word) for word in row.name.split(".")]
 
 
 class Matrices:
@@ -177,10 +170,9 @@ class Matrices:
         self.schemes = weight_schemes(config.get(QUANTIZATION_KEY))
         self.record = SparsityRecord.of(config)
         self.packed = packed_modules(files.where)
-        # Where config.json lost its sparsity_config, row_offsets still tell the two layouts apart.
-        offsets = any(f"{name}.row_offsets" in files for name in self.packed)
-        lost = FORMAT_BITMASK if offsets else FORMAT_24
-        self.layout = lost if self.sparsity is None else self.sparsity.format
+        self.layout = self.sparsity.format if self.sparsity else "dense"
+        if self.layout == "dense":
+            check_packed(files, None)  # refuses packed weights
 
     def is_matrix(self, name: str) -> bool:
         """Tell whether a tensor is a non-empty matrix that is not packed."""
@@ -191,7 +183,7 @@ class Matrices:
 
     def packed_row(self, name: str) -> ModuleRow:
         """Check a packed module."""
-        scales = self._bytes_of(name, *_SCALES)
+        scales = self._bytes_of(name, SCALE, ZEROS)
         stored_bytes = self._bytes_of(name, *PARTS[self.layout]) + scales
         default = "2:4" if self.layout == FORMAT_24 else UNSTRUCTURED
         row = ModuleRow(name, 0, 0, "?", self.layout, None, stored_bytes, 0, scales)
@@ -201,33 +193,26 @@ class Matrices:
         except RacError as error:
             return replace(row, problem=str(error))
         row = _counted(row, weight)
-        if self.sparsity is None:
-            row = replace(row, problem="packed, but config.json has no sparsity_config")
-        dtype = self.files.dtype_name(f"{name}.compressed")
-        dense_bytes = weight.rows * weight.columns * weight.values.itemsize
+        dtype, size = self.files.dtype_name(f"{name}.compressed"), weight.rows * weight.columns
+        dense_bytes = size * weight.values.itemsize
         if dtype == "I32":
             dtype, dense_bytes = "I4", dense_bytes // 2
-        return replace(
-            row,
-            rows=weight.rows,
-            columns=weight.columns,
-            dtype=dtype,
-            dense_bytes=dense_bytes + scales,
-        )
+        row = replace(row, rows=weight.rows, columns=weight.columns)
+        return replace(row, dtype=dtype, dense_bytes=dense_bytes + scales)
 
     def dense_row(self, tensor_name: str) -> ModuleRow:
         """Check a matrix that is not packed."""
         try:
             row, weight = self.read(tensor_name)
         except RacError as error:
-            return replace(self.row(tensor_name), problem=str(error))
+            return replace(self._row(tensor_name), problem=str(error))
         row = row if weight is None else _counted(row, weight)
         return replace(row, reason=self._why_dense(row, weight is not None))
 
-    def row(self, tensor_name: str) -> ModuleRow:
+    def _row(self, tensor_name: str) -> ModuleRow:
         """Return the row of a matrix that is not packed, before its values are read."""
         name, _, part = tensor_name.rpartition(".")
-        stored_bytes = self._bytes_of(name, part, WORDS_SHAPE, *_SCALES)
+        stored_bytes = self._bytes_of(name, part, WORDS_SHAPE, SCALE, ZEROS)
         # A tied embedding is also the output matrix, which each step reads whole.
         untied = {"lm_head.weight", "lm_head.compressed", f"lm_head.{WORDS}"}
         rows, columns = self.files.shape(tensor_name)
@@ -240,7 +225,7 @@ class Matrices:
             sparsity=None,
             stored_bytes=stored_bytes,
             dense_bytes=stored_bytes,
-            scale_bytes=self._bytes_of(name, *_SCALES),
+            scale_bytes=self._bytes_of(name, SCALE, ZEROS),
             structure=self.record.modules.get(name),
             read_per_token=not is_embedding(name) or not untied & self.files.where.keys(),
         )
@@ -253,9 +238,9 @@ class Matrices:
         Raises:
             RacError: naming the tensor that is damaged.
         """
-        files, row, weight = self.files, self.row(tensor_name), None
+        files, row, weight = self.files, self._row(tensor_name), None
         if row.stored == "quantized":
-            words = words_weight(files, row.name, self.schemes)
+            words = words_of(files, row.name, self.schemes)
             if words is None:
                 return row, None
             weight, bits = words
@@ -267,7 +252,7 @@ class Matrices:
         scale = f"{row.name}.{SCALE}"
         if self.schemes and weight is not None and scale in files:
             check_scale_values(files.tensor(scale), scale)
-        if f"{row.name}.weight_zero_point" in files:  # which a zero weight is stored as
+        if f"{row.name}.{ZEROS}" in files:  # which a zero weight is stored as
             return (replace(row, stored="quantized") if row.stored == "words" else row), None
         return row, weight
 
@@ -288,8 +273,8 @@ class Matrices:
             return "has zeros, but no record of pruning"
         return "quantized, not pruned" if rounded else "not pruned"
 
-    def _bytes_of(self, name: str, *parts: str) -> int:
-        names = (f"{name}.{part}" for part in parts)
+    def _bytes_of(self, module: str, *parts: str) -> int:
+        names = (f"{module}.{part}" for part in parts)
         return sum(self.files.nbytes(name) for name in names if name in self.files)
 
 
@@ -301,10 +286,10 @@ def _counted(row: ModuleRow, weight: Tensor | StoredWeight) -> ModuleRow:
         return row
     try:
         structure = structure_of(row.structure, row.name)
-        if structure == UNSTRUCTURED:
-            return row
         broken = count_broken_groups(weight, structure, row.name)
     except RacError as error:
         return replace(row, pattern_ok=False, problem=str(error))
+    if structure == UNSTRUCTURED:
+        return row
     problem = f"{broken} groups break {structure}" if broken else None
     return replace(row, pattern_ok=broken == 0, problem=problem)

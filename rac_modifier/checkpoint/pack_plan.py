@@ -8,28 +8,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from rac_modifier.checkpoint import detect
+from rac_modifier.checkpoint.bitmask import as_integers, column_sums, nonzero, row_chunks
+from rac_modifier.checkpoint.dense_codes import PACKED_BITS, to_words
 from rac_modifier.checkpoint.files import TensorFiles
-from rac_modifier.checkpoint.formats import FORMAT_24, FORMAT_BITMASK, PACKED, structure_of
-from rac_modifier.checkpoint.inspect import (
-    Matrices,
-    ModuleRow,
-    is_embedding,
-    natural_order,
+from rac_modifier.checkpoint.formats import (
+    FORMAT_24,
+    FORMAT_BITMASK,
+    PACKED,
+    packed_modules,
+    structure_of,
 )
-from rac_modifier.checkpoint.int32_words import BITS
-from rac_modifier.checkpoint.packing import check_unpacked
-from rac_modifier.checkpoint.quantization_config import (
-    ASYMMETRIC,
-    to_words,
-)
-from rac_modifier.checkpoint.sparsity_config import (
-    CONFIG_FILE,
-    check_method,
-)
+from rac_modifier.checkpoint.inspect import Matrices, ModuleRow, is_embedding, natural_order
+from rac_modifier.checkpoint.quantization_config import CONFIG_FILE, check_method, packed_format
 from rac_modifier.checkpoint.stored_weight import (
+    UNSTRUCTURED,
     check_finite,
     count_broken_groups,
     count_stored,
@@ -38,10 +33,15 @@ from rac_modifier.checkpoint.stored_weight import (
 from rac_modifier.errors import RacError
 from rac_modifier.files import read_json
 
+# Tensors that no symmetric scheme has: with them a zero weight is not stored as the value 0.
+ASYMMETRIC = ("weight_zero_point", "weight_g_idx", "weight_global_scale")
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out)$")
 _ROUTER = re.compile(r"(^|\.)(gate|router|shared_expert_gate)$")
 _EXPERT = re.compile(r"(?P<experts>.*\.experts)\.\d+\.")
 _TRANSPOSED = ("gpt2", "openai-gpt")  # models whose linear layers are stored [inputs, outputs]
+_GROUPS = (4, 8, 16)  # the M of N:M, each twice the one before
+# Of all zeros: with fewer in the pattern, it is what a broken pattern of smaller groups leaves.
+_LEAST_SHARE = 0.8
 
 
 @dataclass(frozen=True)
@@ -84,18 +84,11 @@ class PackPlan:
     @property
     def ignore(self) -> list[str]:
         """The linear modules that stay dense."""
-        return sorted(
-            row.name
-            for row in self.matrices
-            if row.reason is not None and not is_embedding(row.name)
-        )
+        names = (row.name for row in self.matrices if row.reason is not None)
+        return sorted(name for name in names if not is_embedding(name))
 
     def check_gain(self) -> None:
-        """Refuse a model of which nothing would be packed.
-
-        Raises:
-            RacError: naming the matrix with the largest share of zeros.
-        """
+        """Refuse a model of which nothing would be packed (RacError names the sparsest matrix)."""
         if self.packed:
             return
         counted = [row for row in self.matrices if row.sparsity is not None]
@@ -115,9 +108,7 @@ class PackPlan:
 def plan_packing(folder: str | Path, drop_negative_zeros: bool = False) -> PackPlan:
     """Look at every matrix of a dense-stored model, one at a time.
 
-    Args:
-        folder: of the model.
-        drop_negative_zeros: -0.0 will be stored as +0.0.
+    `drop_negative_zeros`: -0.0 will be stored as +0.0.
 
     Raises:
         RacError: no readable checkpoint, one that is packed already, another quantization than
@@ -138,6 +129,12 @@ def plan_packing(folder: str | Path, drop_negative_zeros: bool = False) -> PackP
     return PackPlan(folder, format, tuple(rows), drop_negative_zeros)
 
 
+def check_unpacked(files: TensorFiles, config: Mapping[str, Any]) -> None:
+    """Refuse a packed checkpoint (RacError)."""
+    if packed_format(config) or packed_modules(files.where):
+        raise RacError(f"{files.folder}: is packed already; start from the dense checkpoint")
+
+
 def _plan(matrices: Matrices, tensor_name: str, drop: bool) -> MatrixPlan:
     """Read a matrix; return its row, without `packed_bytes`. `drop`: store -0.0 as +0.0."""
     row, weight = matrices.read(tensor_name)
@@ -147,14 +144,14 @@ def _plan(matrices: Matrices, tensor_name: str, drop: bool) -> MatrixPlan:
     zeros, stored = count_zeros(weight), count_stored(weight)
     negative = zeros + stored - weight.numel()
     if drop and negative:
-        weight, stored = detect.without_negative_zeros(weight), stored - negative
+        weight, stored = without_negative_zeros(weight), stored - negative
     planned = {
         "structure": _structure(row.name, weight, row.structure),
         "sparsity": zeros / weight.numel(),
         "reason": _never_packed(row.name, matrices.config),
         "negative_zeros": negative,
         "values": stored,
-        "fits_24": detect.fits_24(weight),
+        "fits_24": fits_24(weight),
     }
     return MatrixPlan(**vars(row) | planned)
 
@@ -170,7 +167,7 @@ def _unreadable(files: TensorFiles, row: ModuleRow, weight: Tensor | None) -> st
     if row.stored == "dense":
         return f"stored as {row.dtype}, which cannot be packed" if weight is None else None
     bits, reason = _bits_of(row.dtype), "quantized to a layout that cannot be stored sparse"
-    if weight is None or bits not in BITS:
+    if weight is None or bits not in PACKED_BITS:
         return reason
     words = {f"{row.name}.{part}": tensor for part, tensor in to_words(weight, bits).items()}
     for name, tensor in words.items():
@@ -200,7 +197,47 @@ def _structure(name: str, weight: Tensor, recorded: str | None) -> str:
                 return structure
         except RacError:
             pass  # a record that does not fit the weight
-    return detect.find_structure(weight)
+    return find_structure(weight)
+
+
+def find_structure(weight: Tensor) -> str:
+    """Return the strongest pattern "N:M" (N pruned) of a weight [rows, columns], or "unstructured".
+
+    M is 4, 8 or 16. -0.0 counts as zero. A pattern is stated only if it accounts for 80 % of the
+    zeros, and a larger M only if it prunes at least 1/16 more.
+    """
+    rows, columns = weight.shape
+    least = {m: m for m in _GROUPS if columns % m == 0}
+    zeros = 0
+    for chunk in row_chunks(rows, columns):
+        zero = ~nonzero(weight[chunk])
+        zeros += int(zero.sum())
+        counts = zero.view(torch.uint8)
+        for m in least:  # ascending
+            counts = column_sums(counts, m * counts.shape[1] // columns)
+            least[m] = min(least[m], int(counts.min()))
+    best, pruned = UNSTRUCTURED, 0.0
+    for m, n in least.items():
+        share = n / m
+        if share >= pruned + 1 / 16 and n < m and share >= _LEAST_SHARE * zeros / weight.numel():
+            best, pruned = f"{n}:{m}", share
+    return best
+
+
+def fits_24(weight: Tensor) -> bool:
+    """Tell whether the 2:4 layout keeps all bits: at most two of four values are not +0.0."""
+    if weight.shape[1] % 4:
+        return False
+    stored = (as_integers(weight[chunk]) != 0 for chunk in row_chunks(*weight.shape))
+    return all(int(column_sums(mask.view(torch.uint8), 4).max()) <= 2 for mask in stored)
+
+
+def without_negative_zeros(weight: Tensor) -> Tensor:
+    """Return a copy with +0.0 instead of -0.0."""
+    result = weight.clone()
+    for chunk in row_chunks(*weight.shape):
+        as_integers(result[chunk]).masked_fill_(~nonzero(weight[chunk]), 0)
+    return result
 
 
 def _choose(rows: list[MatrixPlan]) -> tuple[str | None, list[MatrixPlan]]:

@@ -1,24 +1,196 @@
-"""What config.json says about quantization, and weights in int32 words."""
+"""What config.json says about sparsity and quantization: reader and writers of its two entries.
+
+`quantization_config.sparsity_config` means packed weights. `quant_method` next to it is
+"compressed-tensors", with which transformers and vLLM without this package refuse it. "rac" is
+read too, and not written: transformers only warns of a method that it does not know, and then
+starts the weights at random. Nothing else reads our own entry, `rac_sparsity`: the mask structure
+of each pruned module, packed or stored dense, and the modules with activations in 8 bits.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, Self
 
-import torch
-from torch import Tensor
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
-from rac_modifier.checkpoint.files import TensorFiles
-from rac_modifier.checkpoint.int32_words import BITS, pack_words, unpack_words, word_count
+from rac_modifier.checkpoint.files import CONFIG_FILE as CONFIG_FILE
+from rac_modifier.checkpoint.stored_weight import UNSTRUCTURED
 from rac_modifier.errors import RacError
 from rac_modifier.settings.check import check_names
 
+QUANTIZATION_KEY = "quantization_config"
+RAC_KEY = "rac_sparsity"
+METHOD = "compressed-tensors"
+RAC_METHOD = "rac"  # of packed checkpoints, which are read under both names
+FORMAT_24, FORMAT_BITMASK = "sparse-24-bitmask", "sparse-bitmask"
 PACK_QUANTIZED = "pack-quantized"
-# What a module stores instead of `weight` where its format is pack-quantized.
-WORDS, WORDS_SHAPE = "weight_packed", "weight_shape"
-# Tensors that no symmetric scheme has: with them a zero weight is not stored as the value 0.
-ASYMMETRIC = ("weight_zero_point", "weight_g_idx", "weight_global_scale")
+VERSION = 1  # of the packed layouts; raised with every change that an older reader would misread
+
+_EXPECTED = {
+    "format": "which cannot be read; known are sparse-24-bitmask and sparse-bitmask",
+    "targets": "not a list of module names",
+    "ignore": "not a list of module names",
+    "modules": "not an object with the mask structure of each module",
+    "int8_activations": "not a list of module names",
+}
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+    @classmethod
+    def _read(cls, value: object, key: str) -> Self:
+        if not isinstance(value, Mapping):
+            raise RacError(
+                f"{CONFIG_FILE}: {key} is {value!r}, not an object; save the model again"
+            )
+        try:
+            return cls.model_validate(value)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = str(first["loc"][0])
+            if first["type"] == "value_error":  # of a validator below
+                problem = str(first["ctx"]["error"])
+            else:
+                problem = f"is {value.get(field)!r}, {_EXPECTED.get(field, first['msg'])}"
+            step = "pip install -U rac-modifier" if field == "version" else "save the model again"
+            raise RacError(f"{CONFIG_FILE}: {key}.{field} {problem}; {step}") from error
+
+
+class SparsityConfig(_Entry):
+    """`sparsity_config`: the format of packed weights, and which linear modules are packed.
+
+    `targets` and `ignore` hold module names, patterns ("re:...") or, as compressed-tensors has
+    it, "Linear" for all. Other entries of older compressed-tensors versions are skipped.
+    """
+
+    version: int = VERSION  # not written while it is 1
+    format: Literal["sparse-24-bitmask", "sparse-bitmask"]
+    targets: tuple[str, ...] = ("Linear",)
+    ignore: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, quantization: object) -> Self | None:
+        """Return the sparsity of a `quantization_config` (any value); None: nothing is packed."""
+        if not isinstance(quantization, Mapping):
+            return None
+        if quantization.get("quant_method", METHOD) not in (METHOD, RAC_METHOD):
+            return None
+        sparsity = quantization.get("sparsity_config")
+        if not sparsity or (isinstance(sparsity, Mapping) and sparsity.get("format") == "dense"):
+            return None
+        return cls._read(sparsity, "sparsity_config")
+
+    @field_validator("version")
+    @classmethod
+    def _not_newer(cls, version: int) -> int:
+        if not 1 <= version <= VERSION:
+            raise ValueError(
+                f"is {version}, and this rac-modifier reads versions up to {VERSION}: a newer "
+                "one wrote it"
+            )
+        return version
+
+    @field_validator("targets", "ignore", mode="before")
+    @classmethod
+    def _null_is_the_default(cls, value: object, info: Any) -> object:
+        return cls.model_fields[info.field_name].default if value is None else value
+
+    @field_validator("targets", "ignore")
+    @classmethod
+    def _patterns_end(cls, entries: tuple[str, ...]) -> tuple[str, ...]:
+        check_names(entries, "has a name")
+        return entries
+
+
+class SparsityRecord(_Entry):
+    """`rac_sparsity`: how pruned weights are stored, and the mask structure of each module.
+
+    `int8_activations`: quantized modules whose inputs may be rounded to 8 bits.
+    """
+
+    storage: Literal["packed", "dense"] = "packed"
+    modules: dict[str, str] = {}
+    int8_activations: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Self:
+        """Return the record of a parsed config.json; without modules for a foreign model."""
+        return cls._read(config.get(RAC_KEY) or {}, RAC_KEY)
+
+
+def packed_format(config: Mapping[str, Any]) -> str | None:
+    """Return the format that the weights are packed in, None where they are dense."""
+    sparsity = SparsityConfig.of(config.get(QUANTIZATION_KEY))
+    return None if sparsity is None else sparsity.format
+
+
+def check_method(config: Mapping[str, Any]) -> None:
+    """Refuse a model that is quantized by another method than compressed-tensors (RacError)."""
+    quantization = config.get(QUANTIZATION_KEY) or {}
+    is_object = isinstance(quantization, dict)
+    method = quantization.get("quant_method", METHOD) if is_object else quantization
+    if not is_object or method != METHOD:
+        raise RacError(
+            f"{CONFIG_FILE}: quantized by {method!r}; only compressed-tensors checkpoints can "
+            "be packed"
+        )
+
+
+def with_packed(
+    config: dict[str, Any],
+    format: str,
+    structures: dict[str, str],
+    global_sparsity: float,
+    ignore: Iterable[str],
+) -> dict[str, Any]:
+    """Return a copy of the config for packed weights; what quantization wrote there is kept.
+
+    `global_sparsity` is the share of zeros in the packed modules.
+    """
+    check_method(config)
+    quantization = {
+        **(config.get(QUANTIZATION_KEY) or {"format": "dense"}),
+        "quant_method": METHOD,
+        "sparsity_config": {
+            "format": format,
+            "sparsity_structure": "2:4" if format == FORMAT_24 else UNSTRUCTURED,
+            "global_sparsity": round(global_sparsity, 6),
+            "targets": ["Linear"],
+            "ignore": sorted(ignore),
+        },
+    }
+    record = {"storage": "packed", "modules": structures}
+    return {**config, QUANTIZATION_KEY: quantization, RAC_KEY: record}
+
+
+def with_dense_mark(config: dict[str, Any], structures: dict[str, str]) -> dict[str, Any]:
+    """Return a copy of the config for sparse weights that are stored dense."""
+    marked = {**config, RAC_KEY: {"storage": "dense", "modules": structures}}
+    quantization = config.get(QUANTIZATION_KEY)
+    if isinstance(quantization, dict) and quantization.get("quant_method") in (METHOD, RAC_METHOD):
+        others = {key: value for key, value in quantization.items() if key != "sparsity_config"}
+        marked[QUANTIZATION_KEY] = {**others, "quant_method": METHOD}
+        if not any(map(others.get, ("config_groups", "kv_cache_scheme", "transform_config"))):
+            del marked[QUANTIZATION_KEY]  # it held only sparsity
+    return marked
+
+
+def with_int8_activations(config: dict[str, Any], modules: Iterable[str]) -> dict[str, Any]:
+    """Return a copy of a config in which these modules have inputs of 8 bits, and no other one.
+
+    A config without `rac_sparsity` (dense weights of few bits, not pruned) gets one, which goes
+    again with the last name.
+    """
+    names = sorted(modules)
+    before = config.get(RAC_KEY) or {"storage": "dense", "modules": {}}
+    record = {key: value for key, value in before.items() if key != "int8_activations"}
+    if names:
+        return {**config, RAC_KEY: {**record, "int8_activations": names}}
+    others = {key: value for key, value in config.items() if key != RAC_KEY}
+    return {**others, RAC_KEY: record} if record.get("modules") else others
 
 
 @dataclass(frozen=True)
@@ -43,11 +215,7 @@ class WeightScheme:
 
 
 def weight_schemes(quantization: object) -> tuple[WeightScheme, ...]:
-    """List the schemes of weights in a `quantization_config` (any value of a file).
-
-    Raises:
-        RacError: config groups that are malformed.
-    """
+    """List the schemes of weights in a `quantization_config` (any value of a file)."""
     groups = quantization.get("config_groups") if isinstance(quantization, Mapping) else None
     if not groups:
         return ()
@@ -69,8 +237,7 @@ def weight_schemes(quantization: object) -> tuple[WeightScheme, ...]:
 
 def _scheme(group: Mapping[str, Any], quantization: Mapping[str, Any]) -> WeightScheme:
     weights, inputs = group["weights"], group.get("input_activations")
-    group_size = weights.get("group_size")
-    bits = weights["num_bits"]
+    bits, group_size = weights["num_bits"], weights.get("group_size")
     for name, value in {"num_bits": bits, "group_size": group_size}.items():
         if value is not None and (type(value) is not int or not -1 <= value < 1 << 31):
             raise ValueError(f"{name} is {value!r:.50}")
@@ -89,65 +256,11 @@ def _scheme(group: Mapping[str, Any], quantization: Mapping[str, Any]) -> Weight
     )
 
 
-def check_symmetric(tensor_names: Mapping[str, Any], name: str) -> None:
-    """Refuse a quantized module whose zeros are not stored as zeros.
+def int8_in_words(schemes: Iterable[WeightScheme]) -> bool:
+    """Tell whether upstream stores dense int8 weights in int32 words.
 
     Raises:
-        RacError: naming the tensor that shows it.
-    """
-    for part in ASYMMETRIC:
-        if f"{name}.{part}" in tensor_names:
-            raise RacError(
-                f"{name}: has a {part}, so its zeros are not stored as zeros and cannot be "
-                "left out; quantize with a symmetric scheme (symmetric: true, such as W4A16 "
-                "instead of W4A16_ASYM), or set storage: dense"
-            )
-
-
-def quantized_weight(
-    parts: Mapping[str, Tensor], name: str, schemes: tuple[WeightScheme, ...] = ()
-) -> tuple[Tensor, int]:
-    """Return int8 [N, K] and bits per value of `weight_packed` and `weight_shape`.
-
-    The bits are those of `schemes` that the number of words fits (without schemes: 4 or 8).
-
-    Raises:
-        RacError: parts that contradict each other, or values of another width.
-    """
-    words, shape = parts[WORDS], parts[WORDS_SHAPE]
-    rows, columns = _shape_of(shape, name)
-    if words.dim() != 2 or rows != words.shape[0]:
-        raise RacError(
-            f"{name}.{WORDS}: {list(words.shape)} does not fit {WORDS_SHAPE} {[rows, columns]}; "
-            "the checkpoint is damaged"
-        )
-    widths = {scheme.bits for scheme in schemes if scheme.format == PACK_QUANTIZED} or set(BITS)
-    fitting = [bits for bits in sorted(widths) if words.shape[1] == word_count(columns, bits)]
-    if len(fitting) != 1:
-        known = " or ".join(map(str, sorted(widths)))
-        raise RacError(
-            f"{name}.{WORDS}: {words.shape[1]} int32 words per row do not hold {columns} values of "
-            f"{known} bits; the checkpoint is damaged, or quantized to another number of bits"
-        )
-    return unpack_words(words, fitting[0], columns), fitting[0]
-
-
-def _shape_of(shape: Tensor, name: str) -> tuple[int, int]:
-    """Return N and K of a `weight_shape`; refuse what is no shape of a matrix."""
-    sizes = shape.flatten()[:4].tolist()
-    if shape.is_floating_point() or len(sizes) != 2 or min(sizes) < 1:
-        raise RacError(
-            f"{name}.{WORDS_SHAPE}: {shape.dtype} {sizes} is not the shape of a matrix; "
-            "the checkpoint is damaged"
-        )
-    return sizes[0], sizes[1]
-
-
-def check_unambiguous(schemes: tuple[WeightScheme, ...]) -> None:
-    """Refuse 8-bit integers in int32 words next to plain int8: packed, both look the same.
-
-    Raises:
-        RacError: both are there.
+        RacError: both in words and as plain int8. Packed, both look the same.
     """
     formats = {scheme.format for scheme in schemes if (scheme.kind, scheme.bits) == ("int", 8)}
     if PACK_QUANTIZED in formats and len(formats) > 1:
@@ -156,49 +269,4 @@ def check_unambiguous(schemes: tuple[WeightScheme, ...]) -> None:
             "sparse in one checkpoint; quantize activations in all of these config groups "
             "or in none, or set storage: dense"
         )
-
-
-def stores_words(compressed_bits: int, schemes: tuple[WeightScheme, ...]) -> bool:
-    """Tell whether upstream stores dense weights of these bits in int32 words."""
-    return any(
-        s.format == PACK_QUANTIZED and s.kind == "int" and s.bits == compressed_bits
-        for s in schemes
-    )
-
-
-def to_words(weight: Tensor, bits: int) -> dict[str, Tensor]:
-    """`weight_packed` and `weight_shape` of an int8 weight [N, K], as upstream stores them."""
-    rows, columns = weight.shape
-    return {
-        WORDS: pack_words(weight, bits),
-        WORDS_SHAPE: weight.new_tensor([rows, columns], dtype=torch.int64),
-    }
-
-
-def words_weight(
-    files: TensorFiles, module: str, schemes: tuple[WeightScheme, ...]
-) -> tuple[Tensor, int] | None:
-    """Return int8 [N, K] and bits per value of a module that is stored in int32 words.
-
-    None: a layout that is not read here: no `weight_shape`, other bits, or words that hold
-    whole values only.
-
-    Raises:
-        RacError: a tensor that cannot be read, or one that contradicts config.json.
-    """
-    names = [f"{module}.{part}" for part in (WORDS, WORDS_SHAPE)]
-    if not all(name in files for name in names) or files.dtype(names[0]) != torch.int32:
-        return None
-    parts = {part: files.tensor(f"{module}.{part}") for part in (WORDS, WORDS_SHAPE)}
-    bits = [scheme.bits for scheme in schemes if scheme.format == PACK_QUANTIZED]
-    try:
-        return quantized_weight(parts, module, schemes)
-    except RacError:
-        words, columns = parts[WORDS], _shape_of(parts[WORDS_SHAPE], module)[1]
-        if not bits or not set(bits) <= {2, 3, *BITS}:
-            return None
-        # upstream up to 0.17 kept values of 3 bits within words, ten in each
-        within = {-(-columns // (32 // width)) for width in bits if 32 % width}
-        if words.dim() == 2 and words.shape[1] in within:
-            return None
-        raise
+    return PACK_QUANTIZED in formats

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,22 +15,32 @@ import torch
 import yaml
 from loguru import logger
 from transformers import AutoTokenizer, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+    rename_source_key,
+)
 
-from rac_modifier.checkpoint import upload as hub
 from rac_modifier.checkpoint.bitmask import nonzero
 from rac_modifier.checkpoint.card import model_card
-from rac_modifier.checkpoint.measured import write_int8_activations
-from rac_modifier.checkpoint.names_on_disk import keep_expert_names, names_on_disk
-from rac_modifier.checkpoint.new_files import STAGING, move_into_place
+from rac_modifier.checkpoint.dense_codes import WORDS, WORDS_SHAPE, words_weight
+from rac_modifier.checkpoint.output_folder import STAGING, move_into_place
 from rac_modifier.checkpoint.packing import mark_dense, pack_checkpoint
 from rac_modifier.checkpoint.quantization_config import (
-    WORDS,
-    WORDS_SHAPE,
-    quantized_weight,
+    CONFIG_FILE,
+    QUANTIZATION_KEY,
+    SparsityRecord,
     weight_schemes,
 )
-from rac_modifier.checkpoint.record import CARD_NAME, RUN_RECORD_NAME, environment, license_of
-from rac_modifier.checkpoint.sparsity_config import CONFIG_FILE, QUANTIZATION_KEY, SparsityRecord
+from rac_modifier.checkpoint.record import (
+    CARD_NAME,
+    RUN_RECORD_NAME,
+    environment,
+    license_of,
+    write_int8_activations,
+)
 from rac_modifier.errors import RacError
 from rac_modifier.files import (
     read_json,
@@ -42,12 +53,16 @@ from rac_modifier.processes import Processes
 from rac_modifier.pruning.masks import holds
 from rac_modifier.settings.pattern import Pattern
 
-RECIPE_NAME = "recipe.yaml"  # llm-compressor's
+_RECIPE_NAME = "recipe.yaml"  # llm-compressor's
 # Packing holds the new tensors of one file in memory. transformers' own limit is 50GB.
 _LARGEST_FILE = "5GB"
-
-
-def _nothing(model: PreTrainedModel, save_compressed: bool) -> None: ...
+_MERGED = {
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "up_proj": ("up_proj",),
+    "down_proj": ("down_proj",),
+}
+_EXPERT = re.compile(r"\.experts\.\d+\.(gate_proj|up_proj|down_proj)$")
+_EXPERT_SOURCE = re.compile(r"\.experts\.\*\.(\w+)\.weight$")
 
 
 @dataclass(frozen=True)
@@ -55,7 +70,7 @@ class SavePlan:
     """What a compressed model must look like on disk; without `modules` nothing is packed.
 
     record: the run's part of the record; versions and the base model are added when it is written.
-    patterns: one per module of `modules`.
+    patterns: by module of `modules`.
     tokenizer: a path or id, None for that of the base model.
     prepare: called with the model and `save_compressed` before saving.
     after: called when everything is written.
@@ -67,7 +82,7 @@ class SavePlan:
     modules: Mapping[str, torch.nn.Linear] = field(default_factory=dict)
     storage: Literal["packed", "dense"] = "packed"
     tokenizer: str | None = None
-    prepare: Callable[[PreTrainedModel, bool], None] = _nothing
+    prepare: Callable[[PreTrainedModel, bool], None] = lambda *_: None
     after: Sequence[Callable[[], None]] = ()
     processes: Processes = field(default_factory=Processes)
 
@@ -91,10 +106,8 @@ def save_with_record(model: PreTrainedModel, plan: Callable[[], SavePlan]) -> No
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
-        # upstream would upload the weights before they are packed
-        options = {key: kwargs.pop(key) for key in hub.OPTIONS if push_to_hub and key in kwargs}
         current = plan()
-        check_pattern(current)
+        _check_patterns(current)
         folder = _free_folder(Path(save_directory))
         staging = folder / STAGING  # the folder is no model before all of it is written
         if current.processes.is_first:
@@ -119,25 +132,23 @@ def save_with_record(model: PreTrainedModel, plan: Callable[[], SavePlan]) -> No
             logger.info(f"saved {what} to {folder}")
             for step in current.after:
                 step()
-            if push_to_hub:
-                hub.upload(folder, **{"repo_id": Path(save_directory).name, **options})
         current.processes.wait()
+        if push_to_hub:  # upstream would upload the weights before they are packed
+            raise RacError(f"{folder}: saved, and not uploaded; hf upload OWNER/NAME {folder}")
 
     save_pretrained._rac_inner = inner  # type: ignore[attr-defined]
     # llm-compressor reads this before it wraps save_pretrained once more
     save_pretrained._overridden = getattr(inner, "_overridden", False)  # type: ignore[attr-defined]
     model.save_pretrained = save_pretrained  # type: ignore[method-assign, assignment]
-    model.push_to_hub = functools.partial(hub.push_to_hub, model)  # type: ignore[assignment]
 
 
 def _record_sparsity(
     model: PreTrainedModel, folder: Path, plan: SavePlan, dense: Sequence[str], packed: bool
 ) -> None:
     """Pack the weights that upstream has written, or mark them as pruned and dense."""
-    recorded = SparsityRecord.of(read_json(folder / CONFIG_FILE)).int8_activations
     if not plan.modules:
-        if recorded:  # measured with the weights that the model had before
-            write_int8_activations(folder, [])
+        if SparsityRecord.of(read_json(folder / CONFIG_FILE)).int8_activations:
+            write_int8_activations(folder, [])  # measured with the weights of the model before
         return
     saved = names_on_disk(model, [*plan.modules, *dense])
     modules = {saved[name]: plan.patterns[name].mask_structure for name in plan.modules}
@@ -160,7 +171,7 @@ def _write_record(model: PreTrainedModel, folder: Path, plan: SavePlan, packed: 
         record = without_paths(plain(record))
         write_json_atomic(folder / RUN_RECORD_NAME, record)
         write_text_atomic(folder / CARD_NAME, model_card(record, license_of(source), packed))
-        _clean_recipe(folder)
+        _clean_recipe(folder / _RECIPE_NAME)
     except Exception as error:
         logger.opt(exception=error).error(
             f"the record of the run and the card are incomplete ({error}); the weights are saved"
@@ -178,9 +189,8 @@ def plain(value: Any) -> Any:
     return value if value is None or isinstance(value, (str, int, float)) else str(value)
 
 
-def _clean_recipe(folder: Path) -> None:
+def _clean_recipe(path: Path) -> None:
     """Take absolute paths out of the copy of the recipe that upstream writes next to the weights."""
-    path = folder / RECIPE_NAME
     if path.is_file():
         text = path.read_text(encoding="utf-8")
         # tokens, not objects: upstream writes enums with Python tags
@@ -188,7 +198,7 @@ def _clean_recipe(folder: Path) -> None:
         write_text_atomic(path, text_without_paths(text, scalars))
 
 
-def check_pattern(plan: SavePlan) -> None:
+def _check_patterns(plan: SavePlan) -> None:
     """Check every pruned module against its pattern, also if it is quantized.
 
     Raises:
@@ -202,30 +212,79 @@ def check_pattern(plan: SavePlan) -> None:
             f"{broken[0]} ({len(broken)} modules in all) no longer holds its pattern: "
             f"{plan.patterns[broken[0]].describe()}. A modifier after pruning filled the zeros, as "
             "llm-compressor's GPTQModifier does. QuantizationModifier keeps them, and so does "
-            "quantization: {scheme: ...} in ReasoningAwareSparseGPTModifier, which "
-            "compensates errors as "
-            "GPTQ does. Nothing was written"
+            "quantization: {scheme: ...} in ReasoningAwareSparseGPTModifier, which compensates "
+            "errors as GPTQ does. Nothing was written"
         )
 
 
 def _holds(name: str, module: torch.nn.Linear, pattern: Pattern) -> bool:
-    if hasattr(module, WORDS):  # by an earlier save
-        parts = {part: getattr(module, part) for part in (WORDS, WORDS_SHAPE)}
-        weight = quantized_weight(parts, name)[0]
-    else:
-        weight = module.weight.detach()
-    return holds(nonzero(weight), pattern)
+    if not hasattr(module, WORDS):
+        return holds(nonzero(module.weight.detach()), pattern)
+    parts = {part: getattr(module, part) for part in (WORDS, WORDS_SHAPE)}  # of an earlier save
+    stored = words_weight(parts, name)
+    return stored is None or holds(nonzero(stored[0]), pattern)
 
 
 def _free_folder(folder: Path) -> Path:
     """Return the folder, or a new one next to it if it holds weights already."""
-    if not any(folder.glob("*.safetensors")):
-        return folder
-    for number in range(1, 1000):
-        other = folder.with_name(f"{folder.name}-{number}")
-        if not any(other.glob("*.safetensors")):
-            logger.warning(
-                f"{folder} holds a checkpoint already and is left as it is: saving to {other}"
-            )
-            return other
-    raise RacError(f"{folder} and 999 folders next to it hold checkpoints; name another output_dir")
+    free, number = folder, 0
+    while any(free.glob("*.safetensors")):
+        number += 1
+        free = folder.with_name(f"{folder.name}-{number}")
+    if number:
+        logger.warning(
+            f"{folder} holds a checkpoint already and is left as it is: saving to {free}"
+        )
+    return free
+
+
+def keep_expert_names(model: torch.nn.Module) -> None:
+    """Save the linear layers of separate experts under the names of merged experts.
+
+    llm-compressor cuts merged experts into linear layers, and transformers' conversions know the
+    merged ones alone: files with names like Mixtral's (w1, w2, w3) could not be loaded.
+    """
+    modules = model.named_modules()
+    if any(isinstance(m, torch.nn.Linear) and _EXPERT.search(name) for name, m in modules):
+        conversions: list[WeightTransform] = []
+        for conversion in _conversions(model):
+            conversions += _renamings(conversion) or [conversion]
+        model._weight_conversions = conversions  # type: ignore[assignment] # what is saved by
+
+
+def names_on_disk(model: torch.nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Return the names of modules in the files of a saved model, by their names in the model."""
+    back = [conversion.reverse_transform() for conversion in reversed(_conversions(model))]
+    renamings = [conversion for conversion in back if isinstance(conversion, WeightRenaming)]
+
+    def saved(name: str) -> str:
+        return rename_source_key(f"{name}.weight", renamings, [], reverse=True)[0]
+
+    return {name: saved(name).removesuffix(".weight") for name in names}
+
+
+def _conversions(model: Any) -> list[WeightTransform]:
+    attached: list[WeightTransform] | None = getattr(model, "_weight_conversions", None)
+    if attached is None:
+        attached = get_model_conversion_mapping(model, add_legacy=False)
+    return list(attached)
+
+
+def _renamings(conversion: WeightTransform) -> list[WeightRenaming]:
+    """Return a renaming per tensor for a conversion that merges experts, [] for others."""
+    if not isinstance(conversion, WeightConverter) or len(conversion.target_patterns) != 1:
+        return []
+    merged = conversion.target_patterns[0].rpartition(".experts.")[2]
+    sources = [_EXPERT_SOURCE.search(text) for text in conversion._original_source_patterns]
+    targets = _MERGED.get(merged, ())
+    if len(targets) != len(sources):
+        return []
+    renamings = []
+    for target, source in zip(targets, sources, strict=True):
+        if source is None:
+            return []
+        renaming = WeightRenaming(rf"\.experts\.(\d+)\.{source[1]}\.", rf".experts.\1.{target}.")
+        renaming.scope_prefix = conversion.scope_prefix
+        renaming.base_model_prefix = conversion.base_model_prefix
+        renamings.append(renaming)
+    return renamings

@@ -88,24 +88,21 @@ class StoredWeight:
 
     def select_rows(self, rows: Tensor) -> StoredWeight:
         """Return the rows of these numbers (int64) in this order; runs are copied together."""
-        breaks = (torch.nonzero(rows[1:] != rows[:-1] + 1).flatten() + 1).tolist()
+        breaks = (torch.nonzero(rows.diff() != 1).flatten() + 1).tolist()
         runs = [
             (int(rows[a]), int(rows[b - 1]) + 1)
             for a, b in zip([0, *breaks], [*breaks, len(rows)], strict=True)
         ]
         if runs == [(0, self.rows)]:
             return self
+        starts = self.starts.tolist()
         return replace(
             self,
-            values=torch.cat(
-                [self.values[int(self.starts[a]) : int(self.starts[b])] for a, b in runs]
-            ),
-            bitmask=torch.cat([self.bitmask[a:b] for a, b in runs]),
-            starts=row_starts(
-                torch.cat([self.starts[a + 1 : b + 1] - self.starts[a:b] for a, b in runs])
-            ),
-            scale=None if self.scale is None else torch.cat([self.scale[a:b] for a, b in runs]),
-            zeros=None if self.zeros is None else torch.cat([self.zeros[a:b] for a, b in runs]),
+            values=torch.cat([self.values[starts[a] : starts[b]] for a, b in runs]),
+            bitmask=self.bitmask[rows],
+            starts=row_starts(self.starts.diff()[rows]),
+            scale=None if self.scale is None else self.scale[rows],
+            zeros=None if self.zeros is None else self.zeros[rows],
         )
 
     def select_columns(self, first: int, count: int) -> StoredWeight:
@@ -131,11 +128,7 @@ class StoredWeight:
 def check_scale(
     tensors: Mapping[str, Tensor], dtype: torch.dtype, rows: int, columns: int, module: str
 ) -> Tensor | None:
-    """Return the scales float32 [rows, groups] of a weight [rows, columns]; None of floats.
-
-    Raises:
-        RacError: quantized values without scales, floats with them, or scales that do not fit.
-    """
+    """Return the scales float32 [rows, groups] of a weight [rows, columns]; None of floats."""
     name, scale = f"{module}.{SCALE}", tensors.get(SCALE)
     if dtype in FLOATS:
         if scale is not None:
@@ -154,29 +147,25 @@ def check_scale(
         return scale.float().reshape(1, 1).expand(rows, 1).contiguous()
     scale = scale[:, None] if scale.dim() == 1 else scale
     if scale.dim() != 2 or scale.shape[0] != rows or not scale.shape[1] or columns % scale.shape[1]:
-        raise RacError(
-            f"{name}: shape {list(scale.shape)} does not fit a weight [{rows}, {columns}], "
-            "which has one scale, one per row, or one per row and group of columns; the "
-            "checkpoint is damaged"
-        )
+        shapes = "one scale, one per row, or one per row and group of columns"
+        what = f"shape {list(scale.shape)} does not fit a weight [{rows}, {columns}], which has"
+        raise layout.damaged(name, f"{what} {shapes}")
     return scale.float().contiguous()
 
 
 def check_scale_values(scale: Tensor, name: str) -> None:
     """Refuse scales that are zero or not finite (RacError). AutoRound writes negative ones."""
     if scale.dtype not in FLOATS:
-        raise RacError(f"{name}: {scale.dtype}, not floats; the checkpoint is damaged")
+        raise layout.damaged(name, f"{scale.dtype}, not floats")
     check_finite(scale, name)
     if bool((scale == 0).any()):
-        raise RacError(f"{name}: a scale is zero; the checkpoint is damaged")
+        raise layout.damaged(name, "a scale is zero")
 
 
 def check_finite(values: Tensor, name: str) -> None:
     """Refuse floats that are NaN or infinite (RacError)."""
     if not all(map(_finite, values.reshape(-1).split(_CHUNK))):
-        raise RacError(
-            f"{name}: holds values that are not finite (NaN or infinite); the checkpoint is damaged"
-        )
+        raise layout.damaged(name, "holds values that are not finite (NaN or infinite)")
 
 
 def _finite(values: Tensor) -> bool:
@@ -209,11 +198,7 @@ def count_zeros(weight: Tensor | StoredWeight) -> int:
 
 
 def count_broken_groups(weight: Tensor | StoredWeight, structure: str, module: str) -> int:
-    """Count the groups of M columns with fewer than N zeros; an unstructured weight has none.
-
-    Raises:
-        RacError: columns that are no multiple of M.
-    """
+    """Count the groups of M columns with fewer than N zeros; an unstructured weight has none."""
     if structure == UNSTRUCTURED:
         return 0
     pattern = Pattern.parse(structure, None)
@@ -258,11 +243,7 @@ def all_stored(weight: Tensor, name: str) -> StoredWeight:
 
 
 def stack(weights: Sequence[StoredWeight], name: str) -> StoredWeight:
-    """Stack the rows of these weights, in order.
-
-    Raises:
-        RacError: they differ in columns or dtype.
-    """
+    """Stack the rows of these weights, in order (RacError: they differ in columns or dtype)."""
     first = weights[0]
     if len(weights) == 1:
         return first
@@ -275,16 +256,15 @@ def stack(weights: Sequence[StoredWeight], name: str) -> StoredWeight:
             )
     scales = [weight.scale for weight in weights if weight.scale is not None]
     zeros = [weight.zeros for weight in weights if weight.zeros is not None]
-    counts = torch.cat([weight.starts[1:] - weight.starts[:-1] for weight in weights])
-    return StoredWeight(
-        torch.cat([weight.values for weight in weights]),
-        torch.cat([weight.bitmask for weight in weights]),
-        first.columns,
-        row_starts(counts),
-        name,
-        torch.cat(scales) if scales else None,
-        first.bits,
-        torch.cat(zeros) if zeros else None,
+    return replace(
+        first,
+        values=torch.cat([weight.values for weight in weights]),
+        bitmask=torch.cat([weight.bitmask for weight in weights]),
+        starts=row_starts(torch.cat([weight.starts.diff() for weight in weights])),
+        name=name,
+        scale=torch.cat(scales) if scales else None,
+        zeros=torch.cat(zeros) if zeros else None,
+        activation_bits=16,
     )
 
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightTransform
 
+from rac_modifier.checkpoint.dense_codes import WORDS, to_words
 from rac_modifier.checkpoint.formats import PARTS, check
-from rac_modifier.checkpoint.quantization_config import WORDS, to_words
 from rac_modifier.checkpoint.stored_weight import FLOATS
 from rac_modifier.errors import RacError
 
@@ -27,9 +27,8 @@ if TYPE_CHECKING:
 class Unpack(ConversionOps):
     """Makes the dense tensors of one packed weight; one instance serves a whole load.
 
-    transformers turns an error of an operation into a RuntimeError of its own, so `errors`
-    keeps them for the quantizer, which raises the first of them when everything is loaded.
-    `dtypes` has the dtype to load each weight in, by full name.
+    errors: for the quantizer; transformers would turn an error into a RuntimeError of its own.
+    dtypes: the dtype to load each weight in, by full name.
     """
 
     def __init__(self, format: str, dtypes: Mapping[str, torch.dtype]) -> None:
@@ -69,11 +68,7 @@ class Unpack(ConversionOps):
             return {}
 
     def dense(self, parts: Mapping[str, Tensor], module: str) -> tuple[Tensor, bool]:
-        """Return the dense weight of parts by source pattern, and whether they were words.
-
-        Raises:
-            RacError: naming the damaged part of `module`.
-        """
+        """Return the dense weight of parts by source pattern, and whether they were words."""
         named = {
             pattern.removesuffix("$").rpartition(".")[2]: part for pattern, part in parts.items()
         }
@@ -81,11 +76,7 @@ class Unpack(ConversionOps):
         return dense, named["compressed"].dtype == torch.int32
 
     def cast(self, weight: Tensor, name: str) -> Tensor:
-        """`weight` in the dtype that the model's weight `name` is loaded in.
-
-        Raises:
-            RacError: quantized values for a weight that config.json does not describe as quantized.
-        """
+        """Return `weight` in the dtype that the model's weight `name` is loaded in."""
         dtype = self.dtypes[name]
         if weight.dtype not in FLOATS and weight.dtype != dtype:
             raise RacError(

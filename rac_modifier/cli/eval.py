@@ -120,7 +120,7 @@ def evaluate(
 
     Example: rac eval reasoner reasoner-2of4 --problems 300 --cap 512
     """
-    from rac_modifier.checkpoint.measured import own_folder
+    from rac_modifier.checkpoint.record import own_folder
     from rac_modifier.evaluation.calibrated_prompt import choose_prompt, recorded_prompts
     from rac_modifier.evaluation.report import accuracy_table, plot_bars, plot_file, stopping_table
     from rac_modifier.evaluation.results import paired_difference, read_results
@@ -289,7 +289,7 @@ def _write_cards(
     reference: dict[str, Any] | None,
 ) -> None:
     """Write the last `results` into the cards of `folders`; the first may be the reference."""
-    from rac_modifier.checkpoint.measured import add_measured
+    from rac_modifier.checkpoint.record import add_measured
     from rac_modifier.files import public_name
 
     shift = len(results) - len(folders)

@@ -118,7 +118,7 @@ def _choose_activations(
     as_json: bool,
 ) -> None:
     """Measure layers with activations in 8 bits on the model's own answers, and record the choice."""
-    from rac_modifier.checkpoint.measured import record_activations
+    from rac_modifier.checkpoint.record import record_activations
     from rac_modifier.evaluation.activations import check_original, choose_activations, layers_of
     from rac_modifier.evaluation.calibrated_prompt import choose_prompt, recorded_prompts
     from rac_modifier.evaluation.teacher_forcing import sample_sequences

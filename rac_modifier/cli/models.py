@@ -101,7 +101,7 @@ def _first_line(error: Exception) -> str:
 
 def load(model: str, precision: Dtype) -> tuple[Any, Any]:
     """Return a model, packed or not, with its tokenizer."""
-    from rac_modifier.checkpoint.load import load_model
+    from rac_modifier.checkpoint.hf_quantizer import load_model
     from rac_modifier.platform import keep_freed_memory
 
     keep_freed_memory()
@@ -128,8 +128,8 @@ def load_on_accelerator(model: str, precision: Dtype) -> tuple[Any, Any]:
 
 def unpacked(source: str, precision: Dtype) -> Any:
     """Return what oneshot takes: the source, or the loaded model where its weights are packed."""
-    from rac_modifier.checkpoint.load import load_model
-    from rac_modifier.checkpoint.sparsity_config import CONFIG_FILE, packed_format
+    from rac_modifier.checkpoint.hf_quantizer import load_model
+    from rac_modifier.checkpoint.quantization_config import CONFIG_FILE, packed_format
     from rac_modifier.files import read_json
 
     folder = Path(source)

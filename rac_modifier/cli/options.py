@@ -116,12 +116,11 @@ def saving_step(output: Path, results: str) -> str:
 
     The folder `output` was new or empty; the next run goes on from `results`, such as "the traces".
     """
-    from rac_modifier.checkpoint.files import JOURNAL_FILE
-    from rac_modifier.checkpoint.record import CARD_NAME
+    from rac_modifier.checkpoint.files import CONFIG_FILE
 
     text = f"{results} are kept and will be used; run the same command again"
     if not output.is_dir() or not any(output.iterdir()):
         return text
-    if (output / CARD_NAME).exists() and not (output / JOURNAL_FILE).exists():  # the last file
+    if (output / CONFIG_FILE).exists():  # the last file
         return f"{output} holds the whole model; if it has no tokenizer, copy the dense model's into it"
     return f"{output} is not complete: remove it. Then, {text}"

@@ -52,15 +52,13 @@ def pack(
         raise typer.BadParameter(
             "name the folder to write, or look only: rac pack MODEL --check", param_hint="OUT"
         )
-    from rac_modifier.checkpoint.convert import left_out, pack_model
-    from rac_modifier.checkpoint.files import JOURNAL_FILE
     from rac_modifier.checkpoint.output_folder import check_output_folder, local_folder
     from rac_modifier.checkpoint.pack_plan import plan_packing
+    from rac_modifier.checkpoint.packing import left_out, pack_model
 
     with resumable(lambda: packing_step(None if check else out)):
         source = local_folder(resolve(model))
-        # where there is a journal, pack_model finishes what is there
-        if out is not None and not check and not (out / JOURNAL_FILE).exists():
+        if out is not None and not check:
             check_output_folder(out, source, 0)
         plan = plan_packing(source, drop_negative_zeros)
         content: dict[str, Any] = {
@@ -100,8 +98,8 @@ def unpack(
 
     Example: rac unpack packed-model dense-model
     """
-    from rac_modifier.checkpoint.convert import unpack_model
     from rac_modifier.checkpoint.output_folder import local_folder
+    from rac_modifier.checkpoint.packing import unpack_model
 
     with resumable(lambda: packing_step(out)):
         summary = unpack_model(local_folder(resolve(packed)), out)
@@ -116,18 +114,14 @@ def unpack(
 
 def packing_step(out: Path | None) -> str:
     """Return the next step after an interruption, from what is in the output folder (None: checked)."""
-    from rac_modifier.checkpoint.files import JOURNAL_FILE
-    from rac_modifier.checkpoint.sparsity_config import CONFIG_FILE
+    from rac_modifier.checkpoint.files import CONFIG_FILE
 
     if out is None:
         return "nothing is written; run the same command again"
-    if (out / JOURNAL_FILE).exists():
-        return (
-            f"{out} is written, but not all files have their names yet; run the same command again "
-            "to finish it"
-        )
     if (out / CONFIG_FILE).exists():
         return f"{out} is complete; nothing is left to do"
+    if out.is_dir() and any(out.iterdir()):
+        return f"{out} is not complete: remove it, and run the same command again"
     return f"{out} is not written; run the same command again"
 
 

@@ -161,8 +161,8 @@ class _Job:
         """Recover and save; return held-out KL before and after, None on the other processes."""
         import torch
 
+        from rac_modifier.checkpoint.quantization_config import SparsityRecord
         from rac_modifier.checkpoint.saving import SavePlan, save_with_record
-        from rac_modifier.checkpoint.sparsity_config import recorded_structures
         from rac_modifier.llmcompressor.patterns import sparse_modules
         from rac_modifier.llmcompressor.recovery_stage import RecoveryStage, before_sampling
         from rac_modifier.llmcompressor.trained_codes import QuantizedCheckpoint, check_layers
@@ -175,7 +175,7 @@ class _Job:
         pruned, _ = load(str(self.sparse), self.precision)
         check_layers(pruned, stored)
         check_made_from(pruned, model)
-        structures = recorded_structures(pruned.config.to_dict())
+        structures = SparsityRecord.of(pruned.config.to_dict()).modules
         checkpoint = QuantizedCheckpoint(pruned, model, structures)
         modules, patterns = sparse_modules(pruned, checkpoint.quantized, checkpoint.pruned)
         run = processes, bool(checkpoint.quantized)
@@ -304,12 +304,12 @@ def _record_of(sparse: Path) -> dict[str, Any]:
 def _quantized_modules(sparse: Path) -> set[str]:
     """Return the names of the quantized modules (RacError: some cannot be trained)."""
     from rac_modifier.checkpoint.files import TensorFiles
-    from rac_modifier.checkpoint.quantization_config import weight_schemes
-    from rac_modifier.checkpoint.sparsity_config import (
+    from rac_modifier.checkpoint.quantization_config import (
         CONFIG_FILE,
         METHOD,
         QUANTIZATION_KEY,
         RAC_METHOD,
+        weight_schemes,
     )
     from rac_modifier.files import read_json
     from rac_modifier.llmcompressor.trained_codes import check_trainable, quantized_names

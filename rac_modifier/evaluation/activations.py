@@ -19,15 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rac_modifier.checkpoint.dense_codes import OF_VOCABULARY, why_not_codes
-from rac_modifier.checkpoint.quantization_config import weight_schemes
-from rac_modifier.checkpoint.record import RUN_RECORD_NAME
-from rac_modifier.checkpoint.sparsity_config import (
+from rac_modifier.checkpoint.quantization_config import (
     CONFIG_FILE,
     METHOD,
     QUANTIZATION_KEY,
     RAC_METHOD,
     packed_format,
+    weight_schemes,
 )
+from rac_modifier.checkpoint.record import RUN_RECORD_NAME
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.divergence import check_ids
 from rac_modifier.evaluation.report import ResultTable

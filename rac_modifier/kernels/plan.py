@@ -9,17 +9,14 @@ from pathlib import Path
 
 import torch
 
-from rac_modifier.checkpoint.dense_codes import BITS, ORDER
+from rac_modifier.checkpoint.dense_codes import BITS, ORDER, WORDS, WORDS_SHAPE, word_count
 from rac_modifier.checkpoint.files import TensorFiles
 from rac_modifier.checkpoint.formats import FORMAT_24, packed_modules
-from rac_modifier.checkpoint.int32_words import word_count
-from rac_modifier.checkpoint.quantization_config import WORDS, WORDS_SHAPE
-from rac_modifier.checkpoint.sparsity_config import (
+from rac_modifier.checkpoint.quantization_config import (
     CONFIG_FILE,
+    QUANTIZATION_KEY,
+    SparsityConfig,
     SparsityRecord,
-    ignored_modules,
-    packed_format,
-    recorded_structures,
 )
 from rac_modifier.checkpoint.stored_weight import FLOATS, SCALE
 from rac_modifier.errors import RacError
@@ -58,16 +55,16 @@ def plan_checkpoint(
         RacError: no readable checkpoint, or a packed module whose tensors do not fit together.
     """
     config = read_json(Path(folder) / CONFIG_FILE)
-    two_of_four = packed_format(config) == FORMAT_24  # raises for a format that cannot be served
-    int8 = SparsityRecord.of(config).int8_activations
+    sparsity, record = SparsityConfig.of(config.get(QUANTIZATION_KEY)), SparsityRecord.of(config)
+    two_of_four = sparsity is not None and sparsity.format == FORMAT_24
     on_request = "it is stored dense; serve with --quantization rac"
-    dense = dict.fromkeys(ignored_modules(config), "it is not pruned (in ignore)")
-    dense |= dict.fromkeys(recorded_structures(config), on_request)
+    dense = dict.fromkeys(sparsity.ignore if sparsity else (), "it is not pruned (in ignore)")
+    dense |= dict.fromkeys(record.modules, on_request)
     rows = []
     with TensorFiles(folder) as files:
         for module in packed_modules(files.where):
             dense.pop(module, None)
-            bits = 8 if module in int8 else 16
+            bits = 8 if module in record.int8_activations else 16
             layer = _packed_layer(files, module, dtype, two_of_four, bits)
             rows.append(plan_row(module, layer, device))
         for module, reason in sorted(dense.items()):

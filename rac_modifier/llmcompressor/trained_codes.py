@@ -13,8 +13,7 @@ from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
 from transformers import PreTrainedModel
 
-from rac_modifier.checkpoint.dense_codes import ZEROS
-from rac_modifier.checkpoint.quantization_config import WORDS
+from rac_modifier.checkpoint.dense_codes import WORDS, ZEROS
 from rac_modifier.checkpoint.stored_weight import SCALE
 from rac_modifier.errors import RacError
 from rac_modifier.llmcompressor.quantizer import compress_exactly

@@ -20,8 +20,8 @@ from vllm.model_executor.layers.quantization.base_config import (
 )
 
 from rac_modifier.checkpoint.files import check_index
-from rac_modifier.checkpoint.sparsity_config import METHOD as COMPRESSED_TENSORS
-from rac_modifier.checkpoint.sparsity_config import RAC_KEY, SparsityRecord
+from rac_modifier.checkpoint.quantization_config import METHOD as COMPRESSED_TENSORS
+from rac_modifier.checkpoint.quantization_config import RAC_KEY, SparsityRecord
 from rac_modifier.kernels.choose import backend_of
 from rac_modifier.kernels.cpu.crossover import measure_crossovers
 from rac_modifier.kernels.cpu.operator import EIGHT_BITS, KINDS, use_crossovers

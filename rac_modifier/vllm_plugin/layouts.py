@@ -13,8 +13,8 @@ import torch
 
 from rac_modifier.checkpoint.dense_codes import OF_VOCABULARY
 from rac_modifier.checkpoint.formats import PARTS
-from rac_modifier.checkpoint.sparsity_config import METHOD as COMPRESSED_TENSORS
-from rac_modifier.checkpoint.sparsity_config import SparsityConfig, SparsityRecord
+from rac_modifier.checkpoint.quantization_config import METHOD as COMPRESSED_TENSORS
+from rac_modifier.checkpoint.quantization_config import SparsityConfig, SparsityRecord
 from rac_modifier.errors import RacError
 from rac_modifier.vllm_plugin import METHOD
 from rac_modifier.vllm_plugin.readers import (

@@ -71,9 +71,9 @@ def _(b: Bench) -> None:
     "another process is writing to it; wait for that one to end",
 )
 def _(b: Bench) -> None:
-    from rac_modifier.checkpoint.new_files import NewFiles
+    from rac_modifier.checkpoint.output_folder import NewFiles
 
-    with NewFiles(b.tmp / "out", create=True):
+    with NewFiles(b.tmp / "out"):
         b.rac("pack", sparse(b), b.tmp / "out")
 
 

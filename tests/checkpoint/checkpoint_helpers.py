@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rac_modifier.checkpoint.files import TensorFiles
 from rac_modifier.checkpoint.formats import check_packed, packed_modules, packed_weight
-from rac_modifier.checkpoint.sparsity_config import packed_format
+from rac_modifier.checkpoint.quantization_config import packed_format
 from tests import tiny
 from tests.tiny import linears
 

@@ -31,13 +31,11 @@ class Rounded:
         return (values * self.scale[:, :, None]).view(rows, -1).float()
 
 
-def drawn(
-    rows: int, columns: int, group: int | None, symmetric: bool, bits: int = 4, least: int = 1
-) -> Rounded:
-    """Random codes; codes of zero from `least` on. Scales are exact in float16."""
+def drawn(rows: int, columns: int, group: int | None, symmetric: bool, bits: int = 4) -> Rounded:
+    """Random codes and codes of zero; scales are exact in float16."""
     groups = columns // (group or columns)
     codes = torch.randint(0, 1 << bits, (rows, columns))
-    zeros = torch.randint(least, 1 << bits, (rows, groups))
+    zeros = torch.randint(0, 1 << bits, (rows, groups))
     if symmetric:
         zeros = torch.full_like(zeros, 1 << (bits - 1))
     return Rounded(codes, zeros, (torch.rand(rows, groups) + 0.5).half().float(), bits)

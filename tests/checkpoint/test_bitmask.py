@@ -16,10 +16,8 @@ from rac_modifier.checkpoint.bitmask import (
     keeps_two_of_four,
     most_of_four,
     nonzero,
-    part_of,
     row_counts,
 )
-from rac_modifier.errors import RacError
 from tests.checkpoint.checkpoint_helpers import same_bits
 
 INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
@@ -100,9 +98,3 @@ def test_nonzero_knows_both_zeros(dtype: torch.dtype) -> None:
     weight = torch.tensor([0.0, -0.0, 1.0, -2.0]).to(dtype)
     assert nonzero(weight).tolist() == [False, False, True, True]
     assert nonzero(torch.tensor([-128], dtype=torch.int8)).tolist() == [True]
-
-
-def test_a_missing_part_is_named() -> None:
-    assert part_of({"a": torch.ones(1)}, "w", "a").item() == 1
-    with pytest.raises(RacError, match=r"^w\.bitmask: missing from the checkpoint"):
-        part_of({}, "w", "bitmask")

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import json
-import resource
 import shutil
 import weakref
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from rac_modifier.checkpoint import new_files
-from rac_modifier.checkpoint.convert import left_out, pack_model, unpack_model
-from rac_modifier.checkpoint.files import JOURNAL_FILE, TensorFiles
+from rac_modifier.checkpoint.files import TensorFiles
+from rac_modifier.checkpoint.hf_quantizer import load_model
 from rac_modifier.checkpoint.inspect import inspect_checkpoint
-from rac_modifier.checkpoint.load import load_model
 from rac_modifier.checkpoint.pack_plan import plan_packing
-from rac_modifier.checkpoint.packing import mark_dense, pack_checkpoint
+from rac_modifier.checkpoint.packing import (
+    left_out,
+    mark_dense,
+    pack_checkpoint,
+    pack_model,
+    unpack_model,
+)
 from rac_modifier.errors import RacError
 from tests.checkpoint.checkpoint_helpers import (
     SCHEMES,
@@ -160,84 +163,6 @@ def test_files_that_are_no_part_of_a_checkpoint_are_named_and_left(
     names = {path.name for path in out.iterdir()}
     assert {"LICENSE", "vocab.txt", "generation_config.json"} <= names
     assert not names & {"pytorch_model.bin", "consolidated.safetensors", ".cache", "original"}
-
-
-def test_a_disk_that_is_full_leaves_nothing(saved: Saved, tmp_path: Path) -> None:
-    """The kernel refuses to write files of more than a few kilobytes, as on a full disk."""
-    folder, expected, _ = saved(packed=False, shard="60KB")
-    plan = plan_packing(folder)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
-    try:
-        with pytest.raises(
-            RacError,
-            match=r"out: cannot be written \(.*File too large.*\); nothing is left of it, make room",
-        ):
-            pack_model(plan, tmp_path / "out", "m")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert not (tmp_path / "out").exists()
-    assert_restores(packed(folder, tmp_path / "out"), expected)
-
-
-@pytest.mark.parametrize("steps", [0, 1, 3])
-def test_a_kill_among_the_renames_is_finished_by_the_same_command(
-    saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int
-) -> None:
-    folder, expected, modules = saved(packed=False, shard="60KB")
-    out, plan, rename, done = tmp_path / "out", plan_packing(folder), new_files.os.replace, [0]
-
-    def dies(source: str, target: str) -> None:
-        if Path(source).name.startswith(".rac_new.") and Path(target).name[0] != ".":
-            done[0] += 1
-            if done[0] > steps:
-                raise KeyboardInterrupt
-        rename(source, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(new_files.os, "replace", dies)
-        with pytest.raises(KeyboardInterrupt):
-            pack_model(plan, out, "m")
-    assert (out / JOURNAL_FILE).exists()
-    assert not (out / "config.json").exists(), "a stock loader would take the folder for a model"
-    with pytest.raises(RacError, match="cut off half way"):
-        TensorFiles(out)
-    (tmp_path / "other").mkdir()
-    for path in folder.iterdir():
-        shutil.copy(path, tmp_path / "other")
-    with pytest.raises(
-        RacError, match=rf"another job was cut off here \('pack {folder}'\); run that one again"
-    ):
-        pack_model(plan_packing(tmp_path / "other"), out, "m")
-    summary = pack_model(plan, out, "m")
-    assert summary.modules.keys() == modules.keys()
-    assert_restores(out, expected)
-    assert not [path for path in out.iterdir() if path.name[0] == "."]
-
-
-def test_unpacking_what_is_not_packed(saved: Saved, tmp_path: Path) -> None:
-    folder, _, _ = saved(packed=False)
-    with pytest.raises(RacError, match="is not packed, so stock loaders read it as it is"):
-        unpack_model(folder, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_parts_of_a_module_in_two_files(saved: Saved, tmp_path: Path) -> None:
-    """As a tool that shards by size may write them."""
-    folder, expected, _ = saved(tied=False)
-    tensors = load_file(folder / "model.safetensors")
-    second = {name: tensors.pop(name) for name in list(tensors) if name.endswith(".bitmask")}
-    files = {
-        "model-00001-of-00002.safetensors": tensors,
-        "model-00002-of-00002.safetensors": second,
-    }
-    for file, content in files.items():
-        save_file(content, folder / file, metadata={"format": "pt"})
-    (folder / "model.safetensors").unlink()
-    index = {"weight_map": {name: file for file, content in files.items() for name in content}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    unpack_model(folder, tmp_path / "out")
-    assert_same_state(load_model(tmp_path / "out"), expected)
 
 
 def test_a_link_to_a_file_of_elsewhere_is_not_copied(saved: Saved, tmp_path: Path) -> None:

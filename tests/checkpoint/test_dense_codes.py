@@ -4,8 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from rac_modifier.checkpoint.dense_codes import check_codes, why_not_codes
+from rac_modifier.checkpoint.dense_codes import (
+    check_codes,
+    pack_words,
+    to_words,
+    unpack_words,
+    why_not_codes,
+    words_weight,
+)
+from rac_modifier.checkpoint.quantization_config import WeightScheme
 from rac_modifier.errors import RacError
 
 
@@ -20,11 +30,13 @@ def words(codes: list[list[int]], bits: int = 4) -> torch.Tensor:
 
 
 def drawn(
-    rows: int, columns: int, groups: int, bits: int = 4
+    rows: int, columns: int, groups: int, bits: int = 4, symmetric: bool = False
 ) -> tuple[dict[str, torch.Tensor], list[list[float]]]:
-    """The tensors of an asymmetric weight, and the weight, code by code."""
+    """The tensors of a weight, and the weight, code by code."""
     codes = torch.randint(0, 1 << bits, (rows, columns)).tolist()
     zeros = torch.randint(0, 1 << bits, (rows, groups)).tolist()
+    if symmetric:
+        zeros = [[1 << (bits - 1)] * groups] * rows
     scale = torch.rand(rows, groups) + 0.5
     width = columns // groups
     weight = [
@@ -36,68 +48,29 @@ def drawn(
         "weight_packed": words(codes, bits),
         "weight_scale": scale,
         "weight_shape": torch.tensor([rows, columns]),
-        "weight_zero_point": words(by_group, bits).T.contiguous(),
     }
+    if not symmetric:  # as read from a file: the words of a line lie side by side
+        lines = words(by_group, bits).T.tolist()
+        tensors["weight_zero_point"] = torch.tensor(lines, dtype=torch.int32)
     return tensors, weight
 
 
-@pytest.mark.parametrize("form", ["asymmetric", "symmetric"])
+@pytest.mark.parametrize("bits", [4, 3, 2])
+@pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize(
-    ("rows", "columns", "groups"),
-    [(1, 8, 1), (3, 64, 2), (16, 24, 3), (9, 32, 1), (5, 7, 1), (8, 12, 2)],
+    ("rows", "columns", "groups"), [(1, 8, 1), (3, 64, 2), (16, 24, 3), (9, 37, 1), (8, 12, 2)]
 )
-def test_the_weight_is_that_of_its_codes(rows, columns, groups, form):
-    tensors, weight = drawn(rows, columns, groups)
-    symmetric = form == "symmetric"
-    if symmetric:
-        tensors["weight_zero_point"] = words([[8] * rows] * groups).T
-        weight = drawn_with(tensors, rows, columns, groups)
-        del tensors["weight_zero_point"]
-    found = check_codes(tensors, "w", None if groups == 1 else columns // groups, symmetric)
-    assert (found.rows, found.columns, found.bits, found.density) == (rows, columns, 4, 1.0)
+def test_the_weight_is_that_of_its_codes(rows, columns, groups, symmetric, bits):
+    tensors, weight = drawn(rows, columns, groups, bits, symmetric)
+    found = check_codes(tensors, "w", None if groups == 1 else columns // groups, symmetric, bits)
+    assert (found.rows, found.columns, found.bits, found.density) == (rows, columns, bits, 1.0)
     assert (found.zeros is None) == symmetric
     torch.testing.assert_close(found.dequantized(torch.float32), torch.tensor(weight))
     if found.zeros is not None:  # what the kernels keep: a code is a value and its code of zero
         codes = found.dense().view(rows, groups, -1) + found.zeros[:, :, None].to(torch.int8)
-        assert torch.equal(words(codes.view(rows, columns).tolist()), tensors["weight_packed"])
-
-
-def test_zero_points_of_all_rows_in_one_line_of_words():
-    """As read from a file: the words of a line lie side by side."""
-    tensors, weight = drawn(8, 32, 2)
-    tensors["weight_zero_point"] = torch.tensor(
-        tensors["weight_zero_point"].tolist(), dtype=torch.int32
-    )
-    assert tensors["weight_zero_point"].stride() == (2, 1)
-    found = check_codes(tensors, "w", 16, False)
-    torch.testing.assert_close(found.dequantized(torch.float32), torch.tensor(weight))
-
-
-def drawn_with(
-    tensors: dict[str, torch.Tensor], rows: int, columns: int, groups: int
-) -> list[list[float]]:
-    """The weight of these words with a code of zero of 8."""
-    return [
-        [
-            (((int(tensors["weight_packed"][n, k // 8]) >> 4 * (k % 8)) & 15) - 8)
-            * float(tensors["weight_scale"][n, k // (columns // groups)])
-            for k in range(columns)
-        ]
-        for n in range(rows)
-    ]
-
-
-@pytest.mark.parametrize("bits", [3, 2])
-@pytest.mark.parametrize(
-    ("rows", "columns", "groups"), [(1, 8, 1), (3, 64, 2), (16, 24, 3), (9, 37, 1), (11, 96, 3)]
-)
-def test_weights_of_few_bits(rows, columns, groups, bits):
-    tensors, weight = drawn(rows, columns, groups, bits)
-    found = check_codes(tensors, "w", None if groups == 1 else columns // groups, False, bits)
-    assert (found.rows, found.columns, found.bits, found.density) == (rows, columns, bits, 1.0)
-    torch.testing.assert_close(found.dequantized(torch.float32), torch.tensor(weight))
-    codes = found.dense().view(rows, groups, -1) + found.zeros[:, :, None].to(torch.int8)
-    assert torch.equal(words(codes.view(rows, columns).tolist(), bits), tensors["weight_packed"])
+        assert torch.equal(
+            words(codes.view(rows, columns).tolist(), bits), tensors["weight_packed"]
+        )
 
 
 @pytest.mark.parametrize("bits", [4, 3, 2])
@@ -156,62 +129,50 @@ def test_which_schemes_a_kernel_reads(scheme, reason):
         assert why_not_codes(*scheme, activations=True) == "its activations are quantized too"
 
 
+def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
 DAMAGE = [
-    ({"weight_packed": None}, "weight_packed: missing"),
-    ({"weight_shape": None}, "weight_shape: missing"),
-    ({"weight_scale": None}, "weight_scale: missing"),
-    ({"weight_zero_point": None}, "weight_zero_point: missing"),
-    ({"weight_shape": torch.tensor([9, 0])}, "weight_shape: .* is not the shape of a matrix"),
-    ({"weight_shape": torch.tensor([9, 32, 1])}, "weight_shape: .* is not the shape of a matrix"),
-    ({"weight_shape": torch.tensor([9.0, 32.0])}, "weight_shape: torch.float32"),
-    (
-        {"weight_shape": torch.tensor([2**40, 32])},
-        "weight_packed: shape .* dimension 0 must be 1099511627776",
-    ),
-    (
-        {"weight_shape": torch.tensor([9, 2**40])},
-        "weight_packed: .* does not hold 1099511627776 values",
-    ),
-    (
-        {"weight_packed": torch.zeros(9, 3, dtype=torch.int32)},
-        "weight_packed: .* does not hold 32 values of 4 bits",
-    ),
-    (
-        {"weight_packed": torch.zeros(9, 4, dtype=torch.int64)},
-        "weight_packed: torch.int64 .* take 4 int32",
-    ),
-    ({"weight_packed": torch.zeros(36, dtype=torch.int32)}, r"weight_packed: shape \[36\]"),
-    (
-        {"weight_scale": torch.ones(9, 4)},
-        "weight_scale: 4 per row of 32 columns.*groups of 16 columns",
-    ),
-    ({"weight_scale": torch.ones(8, 2)}, "weight_scale: shape"),
-    ({"weight_scale": torch.full((9, 2), float("inf"))}, "weight_scale: .*not finite"),
-    ({"weight_scale": torch.full((9, 2), float("nan"))}, "weight_scale: .*not finite"),
-    ({"weight_zero_point": torch.zeros(9, 2, dtype=torch.int8)}, "weight_zero_point: torch.int8"),
-    (
-        {"weight_zero_point": torch.zeros(2, 3, dtype=torch.int32)},
-        "weight_zero_point: shape .* dimension 1 must be 2",
-    ),
-    (
-        {"weight_zero_point": torch.zeros(3, 2, dtype=torch.int32)},
-        "weight_zero_point: .* does not hold 9 values",
-    ),
-    ({"weight_zero_point": torch.zeros(2, 2, 1, dtype=torch.int32)}, "weight_zero_point: shape"),
-    (
-        {"weight_g_idx": torch.zeros(32, dtype=torch.int32)},
-        "weight_g_idx: its columns were reordered",
-    ),
+    ("weight_packed", None, ": missing"),
+    ("weight_shape", None, ": missing"),
+    ("weight_scale", None, ": missing"),
+    ("weight_zero_point", None, ": missing"),
+    ("weight_shape", torch.tensor([9, 0]), ": .* is not the shape of a matrix"),
+    ("weight_shape", torch.tensor([9, 32, 1]), ": .* is not the shape of a matrix"),
+    ("weight_shape", torch.tensor([9.0, 32.0]), ": torch.float32"),
+    ("weight_packed", zeros(9, 3), ": .* does not hold 32 values of 4 bits"),
+    ("weight_packed", zeros(9, 4, dtype=torch.int64), ": torch.int64 .* take 4 int32"),
+    ("weight_packed", zeros(36), r": shape \[36\]"),
+    ("weight_scale", torch.ones(9, 4), ": 4 per row of 32 columns.*groups of 16 columns"),
+    ("weight_scale", torch.ones(8, 2), ": shape"),
+    ("weight_scale", torch.full((9, 2), float("nan")), ": .*not finite"),
+    ("weight_zero_point", zeros(9, 2, dtype=torch.int8), ": torch.int8"),
+    ("weight_zero_point", zeros(2, 3), ": shape .* does not have 2 rows"),
+    ("weight_zero_point", zeros(3, 2), ": .* does not hold 9 values"),
+    ("weight_zero_point", zeros(2, 2, 1), ": shape"),
+    ("weight_g_idx", zeros(32), ": its columns were reordered"),
 ]
 
 
-@pytest.mark.parametrize(("change", "message"), DAMAGE)
-def test_damaged_parts(change, message):
-    tensors = {**drawn(9, 32, 2)[0], **change}
-    with pytest.raises(RacError, match=f"^m.{message}"):
-        check_codes(
-            {part: tensor for part, tensor in tensors.items() if tensor is not None}, "m", 16, False
-        )
+@pytest.mark.parametrize(("part", "tensor", "message"), DAMAGE)
+def test_damaged_parts(part, tensor, message):
+    tensors = {**drawn(9, 32, 2)[0], part: tensor}
+    with pytest.raises(RacError, match=f"^m.{part}{message}"):
+        check_codes({k: v for k, v in tensors.items() if v is not None}, "m", 16, False)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ([2**40, 32], "shape .* does not have 1099511627776 rows"),
+        ([9, 2**40], ".* does not hold 1099511627776 values"),
+    ],
+)
+def test_a_shape_that_no_words_have(shape, message):
+    tensors = {**drawn(9, 32, 2)[0], "weight_shape": torch.tensor(shape)}
+    with pytest.raises(RacError, match=rf"^m\.weight_packed: {message}"):
+        check_codes(tensors, "m", 16, False)
 
 
 def test_zero_points_of_a_symmetric_weight_and_groups_that_config_json_does_not_have():
@@ -228,3 +189,90 @@ def test_zero_points_of_a_symmetric_weight_and_groups_that_config_json_does_not_
         RacError, match=r"^m.weight_scale: 2 per row .* config\.json has groups of 12 columns"
     ):
         check_codes(tensors, "m", 12, False)
+
+
+def random_values(rows: int, columns: int, bits: int, seed: int) -> torch.Tensor:
+    limit = 1 << (bits - 1)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-limit, limit, (rows, columns), generator=generator).to(torch.int8)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 70), st.sampled_from([4, 8]), st.integers(0, 100))
+def test_words_are_compressed_tensors_own_of_the_values_filled_up_with_zeros(
+    rows, columns, bits, seed
+):
+    helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
+    values = random_values(rows, columns, bits, seed)
+    words = pack_words(values, bits)
+    filled = torch.nn.functional.pad(values, (0, -columns % (32 // bits)))
+    assert torch.equal(words, helpers.pack_to_int32(filled, bits))
+    assert torch.equal(helpers.unpack_from_int32(words, bits, values.shape), values)
+    # theirs fill up with other bits, which nobody reads
+    assert torch.equal(
+        unpack_words(helpers.pack_to_int32(values, bits).contiguous(), bits, columns), values
+    )
+    assert torch.equal(unpack_words(pack_words(values[0], bits), bits, columns), values[0])
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 70), st.sampled_from([2, 3]), st.integers(0, 100))
+def test_words_of_few_bits_are_read_as_compressed_tensors_writes_them(rows, columns, bits, seed):
+    helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
+    values = random_values(rows, columns, bits, seed)
+    words = helpers.pack_to_int32(values, bits)
+    if helpers.pack_to_int32(torch.zeros(1, 96, dtype=torch.int8), 3).shape[1] != 9:
+        pytest.skip("compressed-tensors 0.17 has ten values of 3 bits in each word")
+    assert torch.equal(unpack_words(words, bits, columns), values)
+    with pytest.raises(RacError, match=f"does not hold {columns + 90} values of {bits} bits"):
+        unpack_words(words, bits, columns + 90)
+
+
+def test_known_nibbles():
+    values = torch.tensor([-8, 7, 0, 1, -1, 2, 3, 4, 5], dtype=torch.int8)
+    # lowest nibble first, each + 8; the second word is filled up with the value 0
+    assert [word & 0xFFFFFFFF for word in pack_words(values, 4).tolist()] == [
+        0xCBA798F0,
+        0x8888888D,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("values", "bits", "message"),
+    [
+        (torch.tensor([8], dtype=torch.int8), 4, "outside"),
+        (torch.tensor([1.0]), 4, "int8"),
+        (torch.tensor([1], dtype=torch.int8), 3, "3 bits"),
+    ],
+)
+def test_what_cannot_be_packed_is_refused(values, bits, message):
+    with pytest.raises(RacError, match=message):
+        pack_words(values, bits)
+
+
+INT4 = (WeightScheme("int", 4, "group", 32, True, "pack-quantized", None),)
+
+
+@pytest.mark.parametrize("schemes", [(), INT4])
+def test_the_width_follows_from_the_number_of_words(schemes: tuple) -> None:
+    weight = torch.randint(-8, 8, (2, 32), dtype=torch.int8)
+    found = words_weight(to_words(weight, 4), "a", schemes)
+    assert found is not None
+    assert (torch.equal(found[0], weight), found[1]) == (True, 4)
+    if not schemes:
+        assert words_weight(to_words(weight, 8), "a")[1] == 8
+        assert words_weight(to_words(weight[:, :3], 4), "a") is None  # one word for both widths
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"weight_shape": torch.tensor([3, 8])}, r"packed: shape \[2, 1\] does not have 3 rows"),
+        ({"weight_shape": torch.tensor([2, 800])}, "packed: 1 int32 words per row do not hold 800"),
+        ({"weight_shape": torch.tensor([2])}, "shape: .* is not the shape of a matrix"),
+    ],
+)
+def test_words_that_contradict_their_shape(parts: dict, message: str) -> None:
+    good = to_words(torch.zeros(2, 8, dtype=torch.int8), 4)
+    with pytest.raises(RacError, match=rf"^a\.weight_{message}"):
+        words_weight({**good, **parts}, "a", INT4)

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from rac_modifier.checkpoint.files import INDEX_FILE, JOURNAL_FILE, SINGLE_FILE, TensorFiles
+from rac_modifier.checkpoint.files import INDEX_FILE, SINGLE_FILE, TensorFiles
+from rac_modifier.checkpoint.hf_quantizer import load_model
 from rac_modifier.checkpoint.inspect import inspect_checkpoint
-from rac_modifier.checkpoint.load import load_model
 from rac_modifier.errors import RacError
 from tests.checkpoint.checkpoint_helpers import Saved
 
@@ -21,6 +21,8 @@ TENSORS = {
     "a.codes": torch.tensor([1, -2], dtype=torch.int8),
     "b.half": torch.ones(4, dtype=torch.bfloat16),
     "b.small": torch.ones(2, 2).to(torch.float8_e4m3fn),
+    "b.one": torch.tensor(True),
+    "b.none": torch.zeros(0, 4),
 }
 
 
@@ -50,7 +52,8 @@ def test_tensors_and_what_the_headers_show(tmp_path: Path, layout) -> None:
             assert files.shape(name) == tuple(tensor.shape)
             assert files.dtype(name) == tensor.dtype
             assert files.nbytes(name) == tensor.nbytes
-        assert [files.dtype_name(name) for name in TENSORS] == ["F32", "I8", "BF16", "F8_E4M3"]
+        assert [files.dtype_name(name) for name in list(TENSORS)[:3]] == ["F32", "I8", "BF16"]
+        assert files.by_file() == sorted(TENSORS)
         assert "c" not in files
         with pytest.raises(RacError, match=r"^c: not in .*; copy or save the model again"):
             files.tensor("c")
@@ -63,14 +66,6 @@ def test_the_free_text_of_a_header(tmp_path: Path) -> None:
         path.unlink()
     with TensorFiles(sharded(tmp_path)) as files:
         assert files.metadata("model-0.safetensors") == {"format": "pt"}
-
-
-def test_after_closing_tensors_stay_and_files_are_named(tmp_path: Path) -> None:
-    with TensorFiles(single(tmp_path)) as files:
-        kept = files.tensor("b.half")
-    assert kept.eq(1).all()
-    with pytest.raises(RacError, match=r"cannot be read any more, since .* was closed"):
-        files.tensor("b.half")
 
 
 @pytest.mark.parametrize(
@@ -101,42 +96,6 @@ def test_folders_that_hold_no_checkpoint(tmp_path: Path) -> None:
         RacError, match=r"neither model\.safetensors nor model\.safetensors\.index\.json is there"
     ):
         TensorFiles(tmp_path)
-    single(tmp_path)
-    (tmp_path / JOURNAL_FILE).write_text("{}")
-    with pytest.raises(
-        RacError, match="packing was cut off half way; run the packing of this folder again"
-    ):
-        TensorFiles(tmp_path)
-
-
-def test_the_names_of_a_file_come_together(tmp_path: Path) -> None:
-    save_file({"b": torch.zeros(1), "d": torch.zeros(1)}, tmp_path / "model-0.safetensors")
-    save_file({"a": torch.zeros(1), "c": torch.zeros(1)}, tmp_path / "model-1.safetensors")
-    where = {"a": 1, "b": 0, "c": 1, "d": 0}
-    weight_map = {name: f"model-{number}.safetensors" for name, number in where.items()}
-    (tmp_path / INDEX_FILE).write_text(json.dumps({"weight_map": weight_map}))
-    with TensorFiles(tmp_path) as files:
-        assert files.by_file() == ["b", "d", "a", "c"]
-
-
-def test_a_tensor_has_memory_of_its_own(tmp_path: Path) -> None:
-    with TensorFiles(single(tmp_path)) as files:
-        files.tensor("a.weight").zero_()
-        assert torch.equal(files.tensor("a.weight"), TENSORS["a.weight"])
-
-
-def test_shapes_without_numbers(tmp_path: Path) -> None:
-    tensors = {
-        "one": torch.tensor(3.0),
-        "none": torch.zeros(0, 4, dtype=torch.bfloat16),
-        "flag": torch.tensor([True]),
-    }
-    save_file(tensors, tmp_path / SINGLE_FILE)
-    with TensorFiles(tmp_path) as files:
-        for name, tensor in tensors.items():
-            assert files.tensor(name).dtype == tensor.dtype
-            assert torch.equal(files.tensor(name), tensor)
-            assert files.tensor(name).shape == tensor.shape
 
 
 def test_a_file_that_is_cut_off_while_it_is_open(tmp_path: Path) -> None:

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from rac_modifier.checkpoint import bitmask
 from rac_modifier.checkpoint.files import TensorFiles
 from rac_modifier.checkpoint.formats import (
     FORMAT_24,
     FORMAT_BITMASK,
+    PACKED,
+    PARTS,
+    check,
     check_packed,
-    choose_format,
+    pack,
     packed_modules,
     structure_of,
 )
 from rac_modifier.checkpoint.quantization_config import WeightScheme
 from rac_modifier.errors import RacError
+from tests.checkpoint.checkpoint_helpers import PRUNERS, same_bits
 
 WORDS8 = WeightScheme("int", 8, "channel", None, True, "pack-quantized", None)
 
@@ -79,11 +87,6 @@ def test_contradictions(tmp_path: Path, format: str | None, changes: dict, messa
         check_packed(tensor_files, format)
 
 
-def test_a_dense_checkpoint(tmp_path: Path) -> None:
-    with files(tmp_path, up_compressed=None, up_bitmask=None, up_shape=None) as tensor_files:
-        assert check_packed(tensor_files, None) == []
-
-
 @pytest.mark.parametrize(
     ("value", "expected"),
     [("2:4", "2:4"), ("04:8", "4:8"), ("unstructured", "unstructured"), ("0:0", "unstructured")],
@@ -99,18 +102,208 @@ def test_what_is_no_structure_names_the_module_and_the_value(value: str) -> None
     assert value in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("structures", "expected"),
-    [
-        (["2:4", "2:4"], FORMAT_24),
-        (["2:4", "unstructured"], FORMAT_BITMASK),
-        (["4:8"], FORMAT_BITMASK),
-    ],
-)
-def test_one_format_for_all_modules(structures: list[str], expected: str) -> None:
-    assert choose_format(structures) == expected
-
-
 def test_packed_modules_are_known_by_any_part_that_only_they_have() -> None:
     names = ["b.compressed", "b.shape", "a.row_offsets", "c.bitmask", "d.shape", "e.weight"]
     assert packed_modules([*names, "bitmask", "f.bitmasks"]) == ["a", "b", "c"]
+
+
+FORMATS = [FORMAT_24, FORMAT_BITMASK]
+DTYPES = [torch.bfloat16, torch.float32, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2]
+Parts = dict[str, torch.Tensor]
+
+
+def sparse(rows: int, columns: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    """Draw a 2:4 weight with -0.0 and groups of fewer than two nonzeros."""
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 20
+    PRUNERS["2:4"](weight)
+    weight.view(-1, 4)[::3] = 0
+    if dtype.is_floating_point:
+        weight.view(-1, 4)[::15, 1] = -0.0
+    return weight.to(dtype)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    format=st.sampled_from(FORMATS),
+    rows=st.integers(1, 9),
+    fours=st.integers(1, 11),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 1000),
+    block=st.sampled_from([1, 40, 1 << 20]),
+)
+def test_a_weight_comes_back_to_the_bit(
+    format: str, rows: int, fours: int, dtype: torch.dtype, seed: int, block: int
+) -> None:
+    weight = sparse(rows, 4 * fours, dtype, seed)
+    before = weight.clone()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bitmask, "_BLOCK", block)
+        parts = pack(weight, format, "w")
+        restored = check(parts, format, "w", scaled=False)
+        dense = restored.dense()
+    assert same_bits(weight, before)
+    assert tuple(parts) == PARTS[format]
+    assert same_bits(dense, weight)
+    nbytes = sum(part.nbytes for part in parts.values())
+    stored = restored.values.numel()
+    bits = 8 * dtype.itemsize
+    assert PACKED[format].size(rows, 4 * fours, stored, bits) == nbytes
+
+
+def test_known_bytes() -> None:
+    weight = torch.tensor([[0, 1.0, 0, 2, 3, 4, 0, 0], [0, 0, 0, 5, 0, 0, 0, 0]])
+    packed = pack(weight, FORMAT_24, "w")
+    # Row 1 fills up with the leftmost zeros: columns 0 and 3, then 4 and 5.
+    assert packed["bitmask"].tolist() == [[0b00111010], [0b00111001]]
+    assert packed["compressed"].tolist() == [[1, 2, 3, 4], [0, 5, 0, 0]]
+    assert packed["shape"].tolist() == [[2], [8]]
+    packed = pack(weight, FORMAT_BITMASK, "w")
+    assert packed["bitmask"].tolist() == [[0b00111010], [0b00001000]]
+    assert packed["compressed"].tolist() == [1, 2, 3, 4, 5]
+    assert packed["row_offsets"].tolist() == [0, 4]
+    assert packed["shape"].tolist() == [2, 8]
+
+
+def test_minus_zero_is_kept_where_there_is_room() -> None:
+    """Two values leave no room for the -0.0 of the last group in 2:4."""
+    weight = torch.tensor([[-0.0, 1.0, 0.0, 0.0], [0.0, 0.0, -0.0, -0.0], [2.0, -0.0, 3.0, 0.0]])
+    restored = check(pack(weight, FORMAT_24, "w"), FORMAT_24, "w").dense()
+    assert same_bits(restored[:2], weight[:2])
+    assert restored[2].view(torch.int32)[1] == 0
+    assert same_bits(check(pack(weight, FORMAT_BITMASK, "w"), FORMAT_BITMASK, "w").dense(), weight)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_four_bit_values_are_stored_in_words(format: str) -> None:
+    weight = sparse(6, 20, torch.int8).clamp(-8, 7)
+    parts = pack(weight, format, "w", 4)
+    assert parts["compressed"].dtype == torch.int32
+    stored = check({**parts, "weight_scale": torch.ones(6, 2)}, format, "w")
+    assert (stored.bits, torch.equal(stored.dense(), weight)) == (4, True)
+    nbytes = sum(part.nbytes for part in parts.values())
+    assert PACKED[format].size(6, 20, stored.values.numel(), 4) == nbytes
+    with pytest.raises(RacError, match=r"^w\.compressed: shape .* does not fit"):
+        check({**parts, "compressed": parts["compressed"][..., :-1]}, format, "w")
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (torch.ones(2, 8), "first in row 0, columns 0-3"),
+        (torch.tensor([[0.0] * 8, [0.0] * 4 + [1.0, 2, 3, 0]]), "first in row 1, columns 4-7"),
+        (torch.zeros(2, 6), "6 columns are no multiple of 4"),
+        (torch.zeros(8), r"shape \[8\]"),
+        (torch.zeros(0, 8), "non-empty"),
+        (torch.zeros(2, 8, dtype=torch.complex64), "complex64"),
+    ],
+)
+@pytest.mark.parametrize("block", [8, 1 << 20])
+def test_what_cannot_be_packed_as_24(
+    weight: torch.Tensor, message: str, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bitmask, "_BLOCK", block)
+    with pytest.raises(RacError, match=message):
+        pack(weight, FORMAT_24, "some.module")
+
+
+def changed(part: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Parts], Parts]:
+    return lambda parts: {**parts, part: change(parts[part].clone())}
+
+
+def without(part: str) -> Callable[[Parts], Parts]:
+    return lambda parts: {name: tensor for name, tensor in parts.items() if name != part}
+
+
+def put(index: int, value: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    def change(tensor: torch.Tensor) -> torch.Tensor:
+        tensor.view(-1)[index] = value
+        return tensor
+
+    return change
+
+
+# The part that is named, and the damage.
+DAMAGE = {
+    "shape negative": ("bitmask", changed("shape", put(0, -5))),
+    "shape zero": ("bitmask", changed("shape", put(1, 0))),
+    "shape of 2^62": ("bitmask", changed("shape", put(1, 2**62))),
+    "shape other columns": ("bitmask", changed("shape", put(1, 64))),
+    "shape float": ("shape", changed("shape", lambda t: t.float())),
+    "shape of four": ("shape", changed("shape", lambda t: torch.cat([t, t]))),
+    "bitmask int8": ("bitmask", changed("bitmask", lambda t: t.view(torch.int8))),
+    "bitmask flat": ("bitmask", changed("bitmask", lambda t: t.flatten())),
+    "bitmask short": ("bitmask", changed("bitmask", lambda t: t[:, :-1])),
+    "bitmask of no rows": ("bitmask", changed("bitmask", lambda t: t[:0])),
+    "a bit flipped": (
+        "(bitmask|row_offsets)",
+        changed("bitmask", lambda t: put(0, t[0, 0] ^ 1)(t)),
+    ),
+    "bits beyond K": ("bitmask", changed("bitmask", lambda t: put(2, 0x8A)(t))),
+    "values short": ("compressed", changed("compressed", lambda t: t[..., :-1])),
+    "values long": ("compressed", changed("compressed", lambda t: torch.cat([t, t], dim=-1))),
+    "values 3-D": ("compressed", changed("compressed", lambda t: t.reshape(1, 1, -1))),
+    "values int64": ("compressed", changed("compressed", lambda t: t.long())),
+    "values NaN": ("compressed", changed("compressed", put(3, float("nan")))),
+    "values infinite": ("compressed", changed("compressed", put(3, float("inf")))),
+    "no values": ("compressed", without("compressed")),
+    "no bitmask": ("bitmask", without("bitmask")),
+    "no shape": ("shape", without("shape")),
+}
+OFFSETS = {
+    "missing": without("row_offsets"),
+    "out of range": changed("row_offsets", put(1, 10**9)),
+    "not monotone": changed("row_offsets", lambda t: t.flip(0)),
+    "too few": changed("row_offsets", lambda t: t[:-1]),
+    "int32": changed("row_offsets", lambda t: t.int()),
+    "2-D": changed("row_offsets", lambda t: t.unsqueeze(0)),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+@pytest.mark.parametrize("format", FORMATS)
+def test_damage_is_refused_by_name(format: str, case: str) -> None:
+    weight = torch.tensor([[0, 1.0, 0, 2] * 5] * 6)  # K = 20: three bytes, the last one half used
+    part, damage = DAMAGE[case]
+    with pytest.raises(RacError, match=rf"^some\.module\.{part}: "):
+        check(damage(pack(weight, format, "w")), format, "some.module")
+
+
+@pytest.mark.parametrize("case", OFFSETS)
+def test_damaged_offsets_are_refused(case: str) -> None:
+    parts = OFFSETS[case](pack(torch.eye(6, 20), FORMAT_BITMASK, "w"))
+    with pytest.raises(RacError, match=r"^some\.module\.row_offsets"):
+        check(parts, FORMAT_BITMASK, "some.module")
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_nan_of_eight_bits_is_refused(dtype: torch.dtype) -> None:
+    parts = pack(sparse(4, 8, dtype), FORMAT_BITMASK, "w")
+    largest = torch.finfo(dtype).max
+    parts["compressed"][0] = torch.tensor(largest).to(dtype)
+    check(parts, FORMAT_BITMASK, "w", scaled=False)
+    parts["compressed"][0] = torch.tensor(float("nan")).to(dtype)
+    with pytest.raises(RacError, match=r"^w\.compressed: holds values that are not finite"):
+        check(parts, FORMAT_BITMASK, "w", scaled=False)
+
+
+def test_a_mask_of_zeros_takes_no_memory_of_the_dense_weight() -> None:
+    """The mask of 2^26 columns has 8 MB: it is checked and counted without 256 MB of floats."""
+    from rac_modifier.checkpoint.stored_weight import count_zeros
+
+    parts = {
+        "compressed": torch.zeros(0),
+        "bitmask": torch.zeros(1, 1 << 23, dtype=torch.uint8),
+        "row_offsets": torch.zeros(1, dtype=torch.int64),
+        "shape": torch.tensor([1, 1 << 26]),
+    }
+    with torch.profiler.profile(profile_memory=True) as profile:
+        assert count_zeros(check(parts, FORMAT_BITMASK, "w")) == 1 << 26
+    assert max(event.self_cpu_memory_usage for event in profile.events()) < 1 << 26
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_shape_may_be_flat_or_a_column(format: str) -> None:
+    weight = torch.tensor([[0, 1.0, 0, 2]])
+    parts = pack(weight, format, "w")
+    for shape in (parts["shape"].reshape(2), parts["shape"].reshape(2, 1)):
+        assert torch.equal(check({**parts, "shape": shape}, format, "w").dense(), weight)

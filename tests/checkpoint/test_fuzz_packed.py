@@ -15,11 +15,10 @@ from typing import Any
 
 import pytest
 
-from rac_modifier.checkpoint.convert import pack_model, unpack_model
+from rac_modifier.checkpoint.hf_quantizer import load_model
 from rac_modifier.checkpoint.inspect import inspect_checkpoint
-from rac_modifier.checkpoint.load import load_model
 from rac_modifier.checkpoint.pack_plan import plan_packing
-from rac_modifier.checkpoint.packing import pack_checkpoint
+from rac_modifier.checkpoint.packing import pack_checkpoint, pack_model, unpack_model
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.plan import plan_checkpoint, plan_dense_codes
 from tests.checkpoint.checkpoint_helpers import PRUNERS, save_quantized, tiny_model

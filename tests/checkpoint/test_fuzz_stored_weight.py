@@ -135,10 +135,3 @@ def fuzz(format: str, bits: int | None, cases: int) -> None:
 @pytest.mark.parametrize("format", FORMATS)
 def test_mutated_tensors(format, bits):
     fuzz(format, bits, 1000)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("bits", [None, 8, 4])
-@pytest.mark.parametrize("format", FORMATS)
-def test_very_many_mutated_tensors(format, bits):
-    fuzz(format, bits, 60_000)

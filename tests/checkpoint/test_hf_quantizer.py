@@ -213,14 +213,6 @@ def test_saved_again_it_is_dense_and_marked_so(saved: Saved, tmp_path: Path) -> 
             path.unlink()
 
 
-def test_a_quantized_one_saved_again_is_upstreams_dense_layout(tmp_path: Path) -> None:
-    modules = save_quantized(tmp_path / "a", "unstructured", "w4")
-    expected = {name: tensor.clone() for name, tensor in stock(tmp_path / "a").state_dict().items()}
-    pack_checkpoint(tmp_path / "a", modules, ["lm_head"])
-    AutoModelForCausalLM.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
-    assert_same_state(stock(tmp_path / "b"), expected)
-
-
 def test_the_method_of_our_own_is_read_too(saved: Saved) -> None:
     folder, expected, _ = saved()
     with edited_config(folder) as config:

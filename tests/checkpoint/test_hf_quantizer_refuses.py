@@ -1,7 +1,8 @@
-"""What transformers' `from_pretrained` refuses of packed checkpoints, with our quantizer and without it."""
+"""What `load_model` and transformers' `from_pretrained` refuse, with our quantizer and without it."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -15,13 +16,14 @@ from transformers import (
 )
 
 from rac_modifier.checkpoint.formats import FORMAT_BITMASK, pack
-from rac_modifier.checkpoint.load import load_model
+from rac_modifier.checkpoint.hf_quantizer import load_model
 from rac_modifier.checkpoint.packing import pack_checkpoint
 from rac_modifier.errors import RacError
 from tests.checkpoint.checkpoint_helpers import (
     SCHEMES,
     Q,
     Saved,
+    assert_same_state,
     edited,
     edited_config,
     save_quantized,
@@ -131,3 +133,94 @@ def test_a_missing_head_of_another_class_is_left_to_transformers(saved: Saved) -
     model = AutoModelForSequenceClassification.from_pretrained(folder)
     assert model.score.weight.numel()
     assert AutoModel.from_pretrained(folder).layers
+
+
+def test_a_checkpoint_of_older_compressed_tensors(saved: Saved) -> None:
+    """As compressed-tensors up to 0.14 wrote them: `shape` flat or a column, no rac_sparsity."""
+    folder, expected, modules = saved()
+    with edited(folder) as tensors:
+        for name in list(modules)[::2]:
+            tensors[f"{name}.shape"] = tensors[f"{name}.shape"].flatten()
+    with edited_config(folder) as config:
+        del config["rac_sparsity"]
+    assert_same_state(load_model(folder), expected)
+
+
+def test_a_model_of_the_hub(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, expected, _ = saved()
+    asked: list[tuple] = []
+    inner = AutoModelForCausalLM.from_pretrained
+
+    def from_pretrained(model: str, **kwargs: object) -> object:
+        asked.append((model, kwargs.pop("revision")))
+        return inner(folder, **kwargs)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    assert_same_state(load_model("owner/name", revision="v1"), expected)
+    assert asked == [("owner/name", "v1")]
+
+
+def test_a_hub_that_cannot_be_reached() -> None:
+    with pytest.raises(
+        RacError,
+        match=r"^owner/no-such-name: neither a folder nor a model that can be had from the hub",
+    ):
+        load_model("owner/no-such-name", local_files_only=True)
+
+
+def test_code_that_the_checkpoint_brings_is_not_run_unasked(saved: Saved) -> None:
+    """Neither for a packed nor for an ordinary one."""
+    for packed in (True, False):
+        folder, _, _ = saved(packed=packed)
+        (folder / "modeling.py").write_text("raise SystemExit('ran')")
+        config = json.loads((folder / "config.json").read_text())
+        config |= {"auto_map": {"AutoModelForCausalLM": "modeling.X"}, "model_type": "of_its_own"}
+        (folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=r"trust_remote_code|model type"):
+            load_model(folder)
+
+
+SHORT = {"model.norm.weight": torch.ones(3, dtype=torch.bfloat16)}
+MISFIT = r"model\.norm\.weight: its shape .*does not fit the model's config\.json"
+EXTRA = {"model.layers.9.mlp.up_proj.weight": torch.zeros(64, 64)}
+UNKNOWN = r"model\.layers\.9\.mlp\.up_proj\.weight: not a tensor of the model, but in"
+MISSING = f"{Q}.weight: needed by the model but missing"
+
+
+@pytest.mark.parametrize(
+    ("packed", "changes", "message"),
+    [
+        (
+            True,
+            dict.fromkeys(f"{Q}.{part}" for part in ("bitmask", "compressed", "shape")),
+            MISSING,
+        ),
+        (False, {f"{Q}.weight": None}, MISSING),
+        (True, {f"{Q}.shape": None}, f"{Q}.shape: missing"),
+        (True, {"model.embed_tokens.weight": None}, r"(lm_head\.weight, )?model\.embed_tokens"),
+        (True, {f"{Q}.weight": torch.zeros(64, 64)}, f"{Q}.weight: stored both dense and packed"),
+        (True, EXTRA, UNKNOWN),
+        (False, EXTRA, UNKNOWN),
+        (True, SHORT, MISFIT),
+        (False, SHORT, MISFIT),
+    ],
+)
+def test_missing_damaged_and_unknown_tensors_are_errors(
+    saved: Saved, packed: bool, changes: dict[str, torch.Tensor | None], message: str
+) -> None:
+    folder, _, _ = saved(packed=packed)
+    with edited(folder) as tensors:
+        for name, tensor in changes.items():
+            tensors.pop(name, None)
+            if tensor is not None:
+                tensors[name] = tensor
+    with pytest.raises(RacError, match=f"^{message}"):
+        load_model(folder)
+
+
+def test_whatever_transformers_raises_names_the_model(saved: Saved) -> None:
+    folder, _, _ = saved()
+    with edited_config(folder) as config:
+        config["hidden_act"] = "none"
+    with pytest.raises(RacError, match=f"^{folder}: cannot be loaded .*compare its config"):
+        load_model(folder)

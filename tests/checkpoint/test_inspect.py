@@ -1,19 +1,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from rac_modifier.checkpoint.hf_quantizer import load_model
 from rac_modifier.checkpoint.inspect import inspect_checkpoint
 from rac_modifier.checkpoint.packing import mark_dense, pack_checkpoint
-from tests.checkpoint.checkpoint_helpers import edited, save_quantized, write
+from rac_modifier.errors import RacError
+from tests.checkpoint.checkpoint_helpers import (
+    Q,
+    Saved,
+    edited,
+    edited_config,
+    save_quantized,
+    write,
+)
 
-Saved = Callable[..., tuple[Path, dict[str, torch.Tensor], dict[str, str]]]
-Q = "model.layers.0.self_attn.q_proj"
 LEFT_DENSE = "model.layers.0.self_attn.o_proj"
 
 
@@ -70,17 +76,6 @@ def test_dense_marked(saved: Saved) -> None:
     assert report.sparsity == pytest.approx(0.5)
 
 
-def test_ordinary(saved: Saved) -> None:
-    folder, _, _ = saved(packed=False)
-    report = inspect_checkpoint(folder)
-    assert report.format == "dense"
-    assert report.sparse == ()
-    assert report.sparsity is None
-    rows = {row.name: row for row in report.modules}
-    assert rows[Q].reason == "has zeros, but no record of pruning"
-    assert rows[LEFT_DENSE].reason == "not pruned"
-
-
 def test_a_pattern_that_broke_after_it_was_recorded(saved: Saved) -> None:
     folder, _, modules = saved(packed=False)
     mark_dense(folder, modules)
@@ -103,19 +98,6 @@ def test_a_damaged_module_is_one_bad_row(saved: Saved) -> None:
         f"{Q}.bitmask: missing"
     )
     assert report.stored_bytes == total_bytes(folder)
-
-
-def test_lost_sparsity_config(saved: Saved) -> None:
-    for structure in ("2:4", "unstructured"):
-        folder, _, modules = saved(structure)
-        config = json.loads((folder / "config.json").read_text())
-        del config["quantization_config"]
-        (folder / "config.json").write_text(json.dumps(config))
-        report = inspect_checkpoint(folder)
-        assert {row.name for row in report.modules if row.problem} == set(modules)
-        assert all("no sparsity_config" in row.problem for row in report.modules if row.problem)
-        for path in folder.iterdir():
-            path.unlink()
 
 
 def test_a_recorded_structure_that_is_nonsense_is_shown_not_raised(saved: Saved) -> None:
@@ -172,19 +154,6 @@ def test_words_with_zero_points_have_the_shape_of_their_weight(tmp_path: Path) -
     assert row.bytes_per_weight == (48 + 16 + 16 + 4) / (4 * 32)
 
 
-def test_words_of_codes_count_with_their_shape_and_scale(tmp_path: Path) -> None:
-    tensors = {
-        "a.weight_packed": torch.zeros(4, 4, dtype=torch.int32),  # codes of 0, which mean -8
-        "a.weight_shape": torch.tensor([4, 32]),
-        "a.weight_scale": torch.ones(4, 1),
-    }
-    write(tmp_path, tensors)
-    (row,) = inspect_checkpoint(tmp_path).modules
-    assert (row.stored, row.rows, row.columns, row.sparsity) == ("words", 4, 32, 0.0)
-    assert row.reason == "quantized, not pruned"
-    assert row.stored_bytes == row.dense_bytes == sum(tensor.nbytes for tensor in tensors.values())
-
-
 @pytest.mark.parametrize(("scheme", "dtype", "per_weight"), [("w4", "I4", 0.5), ("w8", "I8", 1.0)])
 def test_a_quantized_packed_weight_is_compared_with_its_dense_codes(
     tmp_path, scheme, dtype, per_weight
@@ -202,16 +171,6 @@ def test_a_quantized_packed_weight_is_compared_with_its_dense_codes(
         scales = before[f"{name}.weight_scale"].nbytes
         assert rows[name].dtype == dtype
         assert rows[name].dense_bytes == rows[name].rows * rows[name].columns * per_weight + scales
-
-
-def test_an_asymmetric_layout_is_named_as_the_reason(saved: Saved) -> None:
-    """A zero weight is stored as its zero point there."""
-    folder, _, _ = saved(packed=False)
-    with edited(folder) as tensors:
-        tensors[f"{LEFT_DENSE}.weight_zero_point"] = torch.zeros(1)
-    row = next(row for row in inspect_checkpoint(folder).modules if row.name == LEFT_DENSE)
-    assert row.sparsity is None
-    assert row.reason == "quantized to a layout whose zeros are not counted"
 
 
 def test_names_with_digits_that_are_no_numbers(tmp_path: Path) -> None:
@@ -251,3 +210,12 @@ def test_a_damaged_dense_matrix_is_named(
     assert not report.sound
     (problem,) = (row.problem for row in report.modules if row.problem)
     assert problem.startswith(f"{name}: ")
+
+
+def test_packed_weights_of_a_config_that_lost_its_entry_are_refused(saved: Saved) -> None:
+    folder, _, _ = saved()
+    with edited_config(folder) as config:
+        del config["quantization_config"]
+    for read in (inspect_checkpoint, load_model):
+        with pytest.raises(RacError, match="is packed but config"):
+            read(folder)

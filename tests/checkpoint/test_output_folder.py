@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
+import stat
 from pathlib import Path
 
 import pytest
+import torch
 
-from rac_modifier.checkpoint.files import JOURNAL_FILE
 from rac_modifier.checkpoint.output_folder import (
+    STAGING,
+    NewFiles,
     bytes_of_weights,
     cached_folder,
     check_output_folder,
     check_room,
     local_folder,
+    move_into_place,
     unfinished,
 )
 from rac_modifier.errors import RacError
-
-
-@pytest.mark.parametrize("name", ["config.json", JOURNAL_FILE])
-def test_a_folder_is_itself(tmp_path: Path, name: str) -> None:
-    """Also where packing was cut off: what reads it has a better message."""
-    (tmp_path / name).write_text("{}")
-    assert local_folder(tmp_path) == tmp_path
+from tests.checkpoint.checkpoint_helpers import contents
 
 
 @pytest.fixture
@@ -64,11 +64,9 @@ def test_what_can_be_written_to(tmp_path: Path) -> None:
         folder.mkdir()
     check_output_folder(tmp_path / "new" / "deep", source, 0)
     check_output_folder(out, source, 0)
-    (out / ".rac_saving").mkdir()
-    for left in (".rac_new.model.safetensors", ".rac_packing.lock"):
-        (out / left).touch()  # by a job that was cut off
+    (out / ".rac_saving").mkdir()  # by a job that was killed
     check_output_folder(out, source, 0)
-    (out / ".rac_packing.json").touch()  # the same job would finish its renames
+    (out / "model.safetensors").touch()
     with pytest.raises(RacError, match="is in use"):
         check_output_folder(out, source, 0)
 
@@ -116,23 +114,99 @@ def test_groups_that_are_kept_beside_the_output_need_room_until_they_are_there(
         check_room(out, 3 * 2**30, 5 * 2**29 + 1)
 
 
-def test_the_bytes_of_weights_in_a_folder(tmp_path: Path) -> None:
-    (tmp_path / "pytorch_model.bin").write_bytes(bytes(70))
-    assert bytes_of_weights(str(tmp_path)) == 70
-    (tmp_path / "model-1.safetensors").write_bytes(bytes(40))
-    (tmp_path / "model-2.safetensors").write_bytes(bytes(2))
-    assert bytes_of_weights(str(tmp_path)) == 42  # the same weights in another format are not read
-
-
-def test_the_bytes_of_weights_of_a_hub_id_are_those_in_the_cache(cached: Path) -> None:
+def test_the_bytes_of_weights_are_those_of_the_folder_or_in_the_cache(
+    cached: Path, tmp_path: Path
+) -> None:
     assert bytes_of_weights("owner/model") is None  # not there yet
-    assert bytes_of_weights("owner/other") is None
     assert bytes_of_weights("no hub id//") is None
-    (cached / "model.safetensors").write_bytes(bytes(30))
-    assert bytes_of_weights("owner/model") == 30
-    (cached / "model.safetensors.index.json").write_text(
-        '{"metadata": {"total_size": 99}, "weight_map": {}}'
-    )
-    assert bytes_of_weights("owner/model") == 99
-    (cached / "model.safetensors.index.json").write_text('{"weight_map": {}}')
-    assert bytes_of_weights("owner/model") is None
+    for folder, name in ((cached, "owner/model"), (tmp_path, str(tmp_path))):
+        (folder / "config.json").write_text("{}")
+        (folder / "pytorch_model.bin").write_bytes(bytes(70))
+        assert bytes_of_weights(name) == 70
+        for number in (1, 2):
+            (folder / f"model-{number}.safetensors").write_bytes(bytes(20))
+        assert bytes_of_weights(name) == 40  # the same weights in another format are not read
+
+
+def write(new: NewFiles, text: str = "new") -> None:
+    new.path("a.txt").write_text(text)
+    new.write_json("b.json", {"b": 1})
+    new.write_tensors("c.safetensors", {"x": torch.ones(2, 2).T}, {"format": "pt"})
+
+
+def test_all_files_are_put_in_place(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("old")
+    (tmp_path / STAGING / "left").mkdir(parents=True)  # by a kill
+    with NewFiles(tmp_path) as new:
+        write(new)
+        assert (tmp_path / "a.txt").read_text() == "old"
+    assert {path.name for path in tmp_path.iterdir()} == {"a.txt", "b.json", "c.safetensors"}
+    assert (tmp_path / "a.txt").read_text() == "new"
+    assert stat.S_IMODE((tmp_path / "c.safetensors").stat().st_mode) == 0o644
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_after_an_error_the_folder_is_as_before(
+    tmp_path: Path, is_new: bool, error: BaseException
+) -> None:
+    folder = tmp_path / "out"
+    if not is_new:
+        folder.mkdir()
+        (folder / "a.txt").write_text("old")
+    message = r"out: cannot be written \(.*No space left.*it is as before, make room"
+    expected, match = (RacError, message) if isinstance(error, OSError) else (type(error), None)
+
+    def fail() -> None:
+        with NewFiles(folder) as new:
+            write(new)
+            raise error
+
+    with pytest.raises(expected, match=match):
+        fail()
+    if is_new:
+        assert not folder.exists()
+    else:
+        assert contents(folder) == {"a.txt": b"old"}
+
+
+def test_a_second_one_is_refused_as_long_as_the_first_one_runs(tmp_path: Path) -> None:
+    message = rf"{tmp_path}: another process is writing to it; wait"
+    with NewFiles(tmp_path) as first:
+        write(first, "of the first")
+        for _ in range(2):
+            with pytest.raises(RacError, match=message), NewFiles(tmp_path):
+                pass
+    assert (tmp_path / "a.txt").read_text() == "of the first", "the refused one removed nothing"
+    with NewFiles(tmp_path):
+        pass
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    message = r"cannot be written to \(.*\); name another folder"
+    with pytest.raises(RacError, match=message), NewFiles(tmp_path / "file" / "out"):
+        pass
+
+
+@pytest.mark.parametrize("moves", range(4))
+def test_a_kill_while_a_saved_model_is_moved_leaves_no_config(tmp_path, monkeypatch, moves) -> None:
+    """Of a folder without config.json no loader makes a model."""
+    staging = tmp_path / STAGING
+    staging.mkdir()
+    names = ["config.json", "model.safetensors", "rac_run.json"]
+    for name in names:
+        (staging / name).write_text(name)
+    (tmp_path / "config.json").write_text("that of an earlier model")
+    replace, calls = os.replace, iter(range(10))
+
+    def killed(source: Path, target: Path) -> None:
+        if next(calls) == moves:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with contextlib.suppress(KeyboardInterrupt):
+        move_into_place(staging, tmp_path)
+    there = sorted(path.name for path in tmp_path.iterdir())
+    assert there == names if moves == 3 else "config.json" not in there

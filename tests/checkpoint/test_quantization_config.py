@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
-import torch
-from safetensors.torch import save_file
 
-from rac_modifier.checkpoint.files import TensorFiles
 from rac_modifier.checkpoint.quantization_config import (
+    SparsityConfig,
+    SparsityRecord,
     WeightScheme,
-    check_symmetric,
-    check_unambiguous,
-    quantized_weight,
-    stores_words,
-    to_words,
+    int8_in_words,
+    packed_format,
     weight_schemes,
-    words_weight,
+    with_dense_mark,
+    with_int8_activations,
+    with_packed,
 )
 from rac_modifier.errors import RacError
 
-INT4 = {
-    "weights": {
-        "num_bits": 4,
-        "type": "int",
-        "strategy": "group",
-        "group_size": 128,
-        "symmetric": True,
-    }
-}
+INT4 = {"weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128}}
 W8A8 = {
     "weights": {"num_bits": 8, "type": "int", "strategy": "channel"},
     "input_activations": {"num_bits": 8, "type": "int", "strategy": "token"},
@@ -44,26 +32,16 @@ def quantization(*groups: dict, format: str = "pack-quantized") -> dict:
     }
 
 
-@pytest.mark.parametrize(
-    "value", [None, [], "x", {}, {"config_groups": None}, {"config_groups": {}}]
-)
-def test_no_quantization(value: object) -> None:
-    assert weight_schemes(value) == ()
-
-
 def test_schemes_in_their_order_each_once() -> None:
     activations_only = {"input_activations": {"num_bits": 8}, "weights": None}
     assert weight_schemes(quantization(INT4, W8A8, INT4, activations_only)) == (
         WeightScheme("int", 4, "group", 128, True, "pack-quantized", None),
         WeightScheme("int", 8, "channel", None, True, "int-quantized", "int8 per token"),
     )
-
-
-def test_defaults_of_a_group() -> None:
-    (plain,) = weight_schemes(quantization({"weights": {"num_bits": 8}}))
-    assert (plain.kind, plain.strategy, plain.symmetric) == ("int", "tensor", True)
-    (grouped,) = weight_schemes(quantization({"weights": {"num_bits": 4, "group_size": 32}}))
-    assert (grouped.strategy, grouped.group_size) == ("group", 32)
+    four, eight = weight_schemes(quantization(INT4, W8A8))
+    assert four.describe() == "int4 in groups of 128 (pack-quantized)"
+    text = "int8 one scale per channel (int-quantized), activations int8 per token"
+    assert eight.describe() == text
 
 
 @pytest.mark.parametrize(
@@ -92,109 +70,90 @@ def test_patterns_that_match_without_end() -> None:
         weight_schemes({**quantization(INT4), "ignore": ["re:(a|a)*$"]})
 
 
-@pytest.mark.parametrize(
-    ("scheme", "text"),
-    [
-        (
-            WeightScheme("int", 4, "group", 128, True, "pack-quantized", None),
-            "int4 in groups of 128 (pack-quantized)",
-        ),
-        (
-            WeightScheme("float", 8, "channel", None, False, "float-quantized", "float8 per token"),
-            "float8 one scale per channel, asymmetric (float-quantized), activations float8 per token",
-        ),
-    ],
-)
-def test_described(scheme: WeightScheme, text: str) -> None:
-    assert scheme.describe() == text
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("columns", [1, 7, 8, 33])
-def test_words_and_back(bits: int, columns: int) -> None:
-    weight = torch.randint(-8, 8, (3, columns), generator=torch.Generator().manual_seed(0)).to(
-        torch.int8
-    )
-    words = to_words(weight, bits)
-    assert words.keys() == {"weight_packed", "weight_shape"}
-    assert words["weight_shape"].tolist() == [3, columns]
-    schemes = weight_schemes(quantization({"weights": {"num_bits": bits}}))
-    found, found_bits = quantized_weight(words, "a", schemes)
-    assert (torch.equal(found, weight), found_bits) == (True, bits)
-
-
-def test_without_schemes_the_width_follows_from_the_number_of_words() -> None:
-    weight = torch.zeros(2, 32, dtype=torch.int8)
-    assert quantized_weight(to_words(weight, 4), "a")[1] == 4
-    assert quantized_weight(to_words(weight, 8), "a")[1] == 8
-    with pytest.raises(
-        RacError, match=r"^a\.weight_packed: 1 int32 words per row do not hold 3 values"
-    ):  # one word for both widths
-        quantized_weight(to_words(torch.zeros(2, 3, dtype=torch.int8), 4), "a")
-
-
-@pytest.mark.parametrize(
-    ("parts", "message"),
-    [
-        (
-            {"weight_shape": torch.tensor([3, 8])},
-            r"a\.weight_packed: \[2, 1\] does not fit weight_shape \[3, 8\]",
-        ),
-        (
-            {"weight_shape": torch.tensor([2, 800])},
-            "1 int32 words per row do not hold 800 values of 4 or 8 bits",
-        ),
-        ({"weight_packed": torch.zeros(2, dtype=torch.int32)}, r"\[2\] does not fit"),
-        ({"weight_shape": torch.tensor([2])}, "is not the shape of a matrix"),
-    ],
-)
-def test_parts_that_contradict_each_other(parts: dict, message: str) -> None:
-    good = to_words(torch.zeros(2, 8, dtype=torch.int8), 4)
-    with pytest.raises(RacError, match=message):
-        quantized_weight({**good, **parts}, "a")
-
-
-@pytest.mark.parametrize("part", ["weight_zero_point", "weight_g_idx", "weight_global_scale"])
-def test_an_asymmetric_module_is_refused(part: str) -> None:
-    check_symmetric({"a.weight": 0, f"b.{part}": 0}, "a")
-    with pytest.raises(RacError, match=rf"^b: has a {part}, .* or set storage: dense"):
-        check_symmetric({f"b.{part}": 0}, "b")
-
-
 def test_int8_in_words_beside_plain_int8_is_refused() -> None:
     words = {"weights": {"num_bits": 8}}
-    check_unambiguous(weight_schemes(quantization(words)))
-    check_unambiguous(weight_schemes(quantization(INT4, W8A8)))
+    floats = {"weights": {"num_bits": 8, "type": "float"}}
+    assert int8_in_words(weight_schemes(quantization(words)))
+    assert not int8_in_words(weight_schemes(quantization(INT4, W8A8, floats)))
     with pytest.raises(
         RacError, match="int-quantized and pack-quantized cannot be stored sparse in one checkpoint"
     ):
-        check_unambiguous(weight_schemes(quantization(words, W8A8)))
+        int8_in_words(weight_schemes(quantization(words, W8A8)))
 
 
-def test_which_weights_upstream_stores_in_words() -> None:
-    schemes = weight_schemes(quantization(INT4, W8A8))
-    assert stores_words(4, schemes)
-    assert not stores_words(8, schemes)
-    assert not stores_words(
-        8, weight_schemes(quantization({"weights": {"num_bits": 8, "type": "float"}}))
-    )
+INT8 = {"config_groups": {"group_0": {"weights": {"num_bits": 8}}}, "format": "int-quantized"}
 
 
-def test_words_of_a_file(tmp_path: Path) -> None:
-    weight = torch.arange(-8, 8, dtype=torch.int8).view(2, 8)
-    tensors = {f"a.{part}": tensor for part, tensor in to_words(weight, 4).items()}
-    tensors |= {
-        "b.weight_packed": torch.zeros(2, 5),
-        "b.weight_shape": torch.tensor([2, 8]),
-        "c.weight_packed": torch.zeros(1),
+def test_modules_with_activations_of_8_bits() -> None:
+    """Of a pruned model beside its modules; of one that is quantized alone they come and go with the entry."""
+    pruned = with_packed({"model_type": "x"}, "sparse-bitmask", {"a.b": "2:4"}, 0.5, [])
+    for config in (pruned, {"model_type": "x", "quantization_config": INT8}):
+        written = with_int8_activations(config, ["c", "a.b"])
+        assert SparsityRecord.of(written).int8_activations == ("a.b", "c")
+        assert SparsityRecord.of(written).modules == SparsityRecord.of(config).modules
+        assert SparsityRecord.of(with_int8_activations(written, ["d"])).int8_activations == ("d",)
+        assert with_int8_activations(written, []) == config
+        assert with_int8_activations(config, []) == config
+    assert written["rac_sparsity"] == {
+        "storage": "dense",
+        "modules": {},
+        "int8_activations": ["a.b", "c"],
     }
-    tensors |= {
-        "d.weight_packed": torch.zeros(2, 5, dtype=torch.int32),
-        "d.weight_shape": torch.tensor([2, 8]),
-    }
-    save_file(tensors, tmp_path / "model.safetensors")
-    with TensorFiles(tmp_path) as files:
-        found = words_weight(files, "a", ())
+
+
+@pytest.mark.parametrize("format", ["sparse-24-bitmask", "sparse-bitmask"])
+def test_what_packing_writes_is_read_back(format: str) -> None:
+    written = with_packed({"quantization_config": INT8}, format, {"a.b": "2:4"}, 0.5, ["lm_head"])
+    assert packed_format(written) == format
+    sparsity = SparsityConfig.of(written["quantization_config"])
+    assert sparsity is not None
+    assert sparsity.ignore == ("lm_head",)
+    assert SparsityRecord.of(written).modules == {"a.b": "2:4"}
+    assert SparsityRecord.of(written).storage == "packed"
+    assert written["quantization_config"]["config_groups"] == INT8["config_groups"]
+    dense = with_dense_mark(written, {"a.b": "2:4"})
+    assert packed_format(dense) is None
+    assert SparsityRecord.of(dense).storage == "dense"
+    assert dense["quantization_config"] == {**INT8, "quant_method": "compressed-tensors"}
+
+
+@pytest.mark.parametrize("before", ["gptq", {"quant_method": "gptq", "bits": 4}])
+def test_a_model_of_another_method_is_not_packed(before: object) -> None:
+    with pytest.raises(RacError, match="quantized by 'gptq'; only compressed-tensors"):
+        with_packed({"quantization_config": before}, "sparse-bitmask", {"a": "2:4"}, 0.5, [])
+
+
+def test_entries_of_older_versions() -> None:
+    sparsity = {"format": "sparse-bitmask", "targets": None, "registry_requires_subclass": False}
+    for version in ({}, {"version": 1}):
+        found = SparsityConfig.of({"sparsity_config": {**sparsity, **version}})
         assert found is not None
-        assert (torch.equal(found[0], weight), found[1]) == (True, 4)
-        assert [words_weight(files, name, ()) for name in "bcde"] == [None] * 4
+        assert (found.targets, found.ignore) == (("Linear",), ())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": "new"}, "format is 'new', which cannot be read; known are sparse-24"),
+        ({"format": ["a"]}, "format is"),
+        ({"targets": "Linear"}, "targets is 'Linear', not a list of module names"),
+        ({"ignore": [1]}, r"ignore is \[1\], not a list of module names"),
+        ({"ignore": ["re:("]}, r"ignore has a name: 're:\(' is no regular expression"),
+        ({"targets": ["re:(a+)+$"]}, "targets has a name: .* could take too long to match"),
+        ({"version": 2}, "version is 2, .* a newer one wrote it; pip install -U rac-modifier$"),
+        ({"version": "new"}, "version is 'new'"),
+    ],
+)
+def test_a_malformed_sparsity_config(changes: dict, message: str) -> None:
+    with pytest.raises(RacError, match=rf"^config\.json: sparsity_config\.{message}"):
+        SparsityConfig.of({"sparsity_config": {"format": "sparse-bitmask", **changes}})
+    with pytest.raises(RacError, match=r"sparsity_config is \[1\], not an object; save the model"):
+        SparsityConfig.of({"sparsity_config": [1]})
+
+
+@pytest.mark.parametrize(
+    "record", ["dense", {"modules": ["a"]}, {"modules": {"a": 5}}, {"storage": "zip"}]
+)
+def test_a_malformed_record(record: object) -> None:
+    with pytest.raises(RacError, match=r"config\.json: rac_sparsity.* is .*; save the model again"):
+        SparsityRecord.of({"rac_sparsity": record})

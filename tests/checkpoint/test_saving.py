@@ -7,11 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from llmcompressor.modeling.moe.linearize import linearize_moe
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from rac_modifier.checkpoint.load import load_model
-from rac_modifier.checkpoint.new_files import STAGING
-from rac_modifier.checkpoint.saving import SavePlan, save_with_record
+from rac_modifier.checkpoint.hf_quantizer import load_model
+from rac_modifier.checkpoint.output_folder import STAGING
+from rac_modifier.checkpoint.saving import (
+    SavePlan,
+    keep_expert_names,
+    names_on_disk,
+    save_with_record,
+)
 from rac_modifier.errors import RacError
 from rac_modifier.settings.pattern import Pattern
 from tests.checkpoint.checkpoint_helpers import (
@@ -21,7 +28,7 @@ from tests.checkpoint.checkpoint_helpers import (
     contents,
     tiny_model,
 )
-from tests.tiny import linears, tiny_tokenizer
+from tests.tiny import linears, save_tiny_experts, tiny_tokenizer
 
 PATTERNS = {"2:4": Pattern.n_of_m(2, 4), "unstructured": Pattern.unstructured(0.45)}
 
@@ -87,30 +94,6 @@ def test_the_activations_of_the_model_before_are_not_passed_on(tmp_path: Path) -
     }
     model.save_pretrained(tmp_path / "out")
     assert "rac_sparsity" not in config_of(tmp_path / "out")
-
-
-def test_files_are_small_enough_to_be_packed_one_at_a_time(tmp_path: Path) -> None:
-    """Unless the caller says otherwise; transformers would write files of 50 GB."""
-    asked = []
-    for options in {}, {"max_shard_size": "7GB"}:
-        model = tiny_model()
-        inner = model.save_pretrained
-        model.save_pretrained = lambda *args, inner=inner, **kwargs: [
-            asked.append(kwargs["max_shard_size"]),
-            inner(
-                *args, **{key: value for key, value in kwargs.items() if key != "save_compressed"}
-            ),
-        ]
-        save_with_record(model, lambda: SavePlan(record={}))
-        model.save_pretrained(tmp_path / str(len(options)), **options)
-    assert asked == ["5GB", "7GB"]
-
-
-def test_it_is_prepared_first(tmp_path: Path) -> None:
-    calls: list[tuple] = []
-    model = pruned(prepare=lambda *args: calls.append(args))
-    model.save_pretrained(tmp_path / "out")
-    assert calls == [(model, True)]
 
 
 @pytest.mark.parametrize("structure", PATTERNS)
@@ -185,3 +168,47 @@ def test_a_record_that_is_no_json_never_costs_the_weights(
     model = pruned()
     model.save_pretrained(tmp_path / "b")
     assert_same_state(load_model(tmp_path / "b"), model.state_dict())
+
+
+def keys(folder):
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return set(file.keys())
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3", "qwen2"])
+def test_separate_experts_are_saved_under_the_names_of_merged_ones(kind, tmp_path):
+    folder = save_tiny_experts(tmp_path / "merged", kind)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    linearize_moe(model)
+    keep_expert_names(model)
+    model.save_pretrained(tmp_path / "separate")
+    assert keys(tmp_path / "separate") == keys(folder)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "separate").state_dict()
+    assert before.keys() == again.keys()
+    assert all(torch.equal(before[name], again[name]) for name in before)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3"])
+def test_the_names_are_those_in_the_files(kind, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(save_tiny_experts(tmp_path / "merged", kind))
+    linearize_moe(model)
+    keep_expert_names(model)
+    found = names_on_disk(model, linears(model))
+    assert {f"{name}.weight" for name in found.values()} < keys(tmp_path / "merged")
+    assert len(set(found.values())) == len(linears(model))
+    if kind == "mixtral":
+        assert (
+            found["model.layers.1.mlp.experts.3.down_proj"]
+            == "model.layers.1.block_sparse_moe.experts.3.w2"
+        )
+    else:
+        assert all(name == saved for name, saved in found.items())
+
+
+def test_an_upload_is_refused_with_the_next_step_once_the_model_is_saved(tmp_path: Path) -> None:
+    """Upstream would upload the weights before they are packed."""
+    model = pruned()
+    with pytest.raises(RacError, match=r"out: saved, and not uploaded; hf upload OWNER/NAME"):
+        model.save_pretrained(tmp_path / "out", push_to_hub=True)
+    assert_same_state(load_model(tmp_path / "out"), model.state_dict())

@@ -69,28 +69,6 @@ def test_rows_and_columns(format, rows, eighths, seed, data):
     assert torch.equal(cut.dense(), weight[index][:, first : first + count])
 
 
-def test_everything_is_not_copied():
-    weight = stored(random_weight(6, 8, 0, False), "sparse-bitmask")
-    assert weight.select_rows(torch.arange(6)) is weight
-    assert weight.select_columns(0, 8) is weight
-    assert stack([weight], "one") is weight
-
-
-def test_stack():
-    weights = [random_weight(rows, 20, rows, False) for rows in (1, 5, 2)]
-    result = stack([stored(weight, "sparse-bitmask") for weight in weights], "qkv")
-    assert consistent(result)
-    assert torch.equal(result.dense(), torch.cat(weights))
-
-
-def test_empty_rows():
-    weight = torch.zeros(4, 9)
-    weight[2, 3] = 1
-    result = from_dense(weight, "layer")
-    assert consistent(result)
-    assert torch.equal(result.select_rows(torch.tensor([0, 2, 3])).dense(), weight[[0, 2, 3]])
-
-
 def test_stacking_what_does_not_fit():
     left = stored(random_weight(2, 8, 0, False), "sparse-bitmask", "a.q_proj")
     for right in (random_weight(2, 12, 0, False), random_weight(2, 8, 0, False, torch.float32)):
@@ -114,57 +92,27 @@ def test_quantized_values_come_with_their_scales_unless_another_loader_reads_the
     ("row", "expected"),
     [
         ([1, 1, 0, 0, 0, 0, 1, 1], True),
-        ([0, 0, 0, 0, 0, 1, 0, 0], True),
         ([1, 0, 1, 1, 0, 0, 0, 0], False),
-        ([0, 0, 0, 0, 1, 1, 1, 0], False),
-        ([0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1], False),
-        ([1, 0, 0, 1, 0, 0, 0, 0, 0, 1, 1, 0], True),
-        ([1, 0], False),
+        ([0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 0], False),
         ([0, 0, 0, 0, 1, 0], False),
     ],
 )
 def test_two_of_four_looks_at_each_four(row, expected):
-    assert (
-        from_dense(torch.tensor([[0] * len(row), row], dtype=torch.float32), "w").two_of_four
-        is expected
-    )
-
-
-@pytest.mark.parametrize("columns", [64, 70])
-def test_zeros_can_be_stored_too(columns):
-    values = torch.randint(-1, 2, (5, columns), dtype=torch.int8)
-    weight = all_stored(values, "head")
-    assert weight.density == 1.0
-    assert torch.equal(weight.dense(), values)
-    parts = {
-        "compressed": weight.values,
-        "bitmask": weight.bitmask,
-        "row_offsets": weight.starts[:-1],
-        "shape": torch.tensor([5, columns]),
-        "weight_scale": torch.ones(5, 1),
-    }
-    assert check(parts, "sparse-bitmask", "head").density == 1.0
-    assert weight.select_columns(8, 20).density == 1.0
+    weight = torch.tensor([[0.0] * len(row), row])
+    assert from_dense(weight, "w").two_of_four is expected
 
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_four_bit_values_stay_known_as_such(format):
-    weight = (
-        random_weight(6, 64, 0, format == FORMATS[0], torch.float32)
-        .mul(3)
-        .round()
-        .clamp(-7, 7)
-        .to(torch.int8)
-    )
+    floats = random_weight(6, 64, 0, format == FORMATS[0], torch.float32)
+    weight = (3 * floats).round().clamp(-7, 7).to(torch.int8)
     parts = {**pack(weight, format, "a", 4), "weight_scale": torch.ones(6, 2, dtype=torch.bfloat16)}
     four = check(parts, format, "a")
     assert (four.bits, four.group_bytes) == (4, 2)
-    assert (
-        replace(four, scale=torch.full((6, 2), 0.1)).group_bytes == 4
-    )  # 0.1 in float32 is no bfloat16
-    assert (
-        check({**pack(weight, format, "a"), "weight_scale": torch.ones(6)}, format, "a").bits == 8
-    )
+    # 0.1 in float32 is no bfloat16
+    assert replace(four, scale=torch.full((6, 2), 0.1)).group_bytes == 4
+    plain = {**pack(weight, format, "a"), "weight_scale": torch.ones(6)}
+    assert check(plain, format, "a").bits == 8
     cut = stack([four, four.select_rows(torch.tensor([4, 1]))], "both").select_columns(32, 24)
     assert (cut.bits, cut.group) == (4, 8)
     assert torch.equal(cut.dense(), weight[[0, 1, 2, 3, 4, 5, 4, 1], 32:56])

@@ -14,11 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rac_modifier import cli
+from rac_modifier.checkpoint.hf_quantizer import load_model
 from rac_modifier.checkpoint.inspect import CheckpointReport, ModuleRow
-from rac_modifier.checkpoint.load import load_model
 from rac_modifier.checkpoint.packing import pack_checkpoint
-from rac_modifier.checkpoint.quantization_config import WeightScheme
-from rac_modifier.checkpoint.sparsity_config import SparsityRecord
+from rac_modifier.checkpoint.quantization_config import SparsityRecord, WeightScheme
 from rac_modifier.cli.inspect import render_report, speed_line, totals
 from rac_modifier.kernels.cpu.support import support
 from tests.tiny import entry, linears, recipe, tiny_model

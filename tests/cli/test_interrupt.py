@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from rac_modifier import cli
-from rac_modifier.checkpoint.convert import unpack_model
+from rac_modifier.checkpoint.packing import unpack_model
 from rac_modifier.traces.store import TraceStore
 from tests.cli import stopped_child
 from tests.cli.conftest import Rac
@@ -152,7 +152,7 @@ def test_ctrl_c_while_a_model_is_packed_leaves_nothing_or_what_the_same_command_
 ) -> None:
     monkeypatch.chdir(tmp_path)
     words = ["pack", str(dense_folder), "out"]
-    said = stopped_at("out/.rac_new.rac_run.json", words, tmp_path)
+    said = stopped_at("out/.rac_saving/rac_run.json", words, tmp_path)
     assert said == "out is not written; run the same command again"
     assert not Path("out").exists()
     said = stopped_at("out/model.safetensors", words, tmp_path)
@@ -209,7 +209,7 @@ def test_ctrl_c_during_recovery(
     monkeypatch.chdir(tmp_path)
     assert stopped_at("recovery.safetensors", words, tmp_path) == kept
     assert not Path("out").exists()
-    said = stopped_at("out/.rac_saving/.rac_new.config.json", words, tmp_path)
+    said = stopped_at("out/.rac_saving/.rac_saving/config.json", words, tmp_path)
     assert said == f"out is not complete: remove it. Then, {kept}"
     assert not Path("out/config.json").exists()
     assert list(Path("rac_recovery").glob("*/recovery.safetensors"))

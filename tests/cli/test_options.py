@@ -44,9 +44,7 @@ def test_an_interruption_is_one_line_and_130(capsys):
 def test_what_is_said_of_a_folder_that_was_being_saved_to(tmp_path):
     go_on = "they are kept and will be used; run the same command again"
     assert saving_step(tmp_path / "out", "they") == saving_step(tmp_path, "they") == go_on
-    (tmp_path / "config.json").touch()
-    assert saving_step(tmp_path, "they") == f"{tmp_path} is not complete: remove it. Then, {go_on}"
     (tmp_path / "README.md").touch()
+    assert saving_step(tmp_path, "they") == f"{tmp_path} is not complete: remove it. Then, {go_on}"
+    (tmp_path / "config.json").touch()
     assert saving_step(tmp_path, "they").startswith(f"{tmp_path} holds the whole model; if it has")
-    (tmp_path / ".rac_packing.json").touch()
-    assert "is not complete" in saving_step(tmp_path, "they")

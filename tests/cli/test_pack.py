@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rac_modifier.checkpoint.load import load_model
+from rac_modifier.checkpoint.hf_quantizer import load_model
 from rac_modifier.cli.pack import packing_step
 from tests.cli.conftest import Rac
 from tests.tiny import linears, tiny_model
@@ -122,7 +122,7 @@ def test_wrong_use(rac: Rac, pruned: Path, tmp_path: Path) -> None:
 def test_an_interruption_leaves_nothing_and_ends_in_130(
     rac: Rac, pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rac_modifier.checkpoint.new_files import NewFiles
+    from rac_modifier.checkpoint.output_folder import NewFiles
 
     def interrupt(*args: object) -> None:
         raise KeyboardInterrupt
@@ -137,7 +137,7 @@ def test_an_interruption_leaves_nothing_and_ends_in_130(
 
 def test_what_is_said_of_a_folder_that_was_being_packed(tmp_path: Path) -> None:
     assert packing_step(None) == "nothing is written; run the same command again"
+    (tmp_path / "model.safetensors").touch()
+    assert packing_step(tmp_path).startswith(f"{tmp_path} is not complete: remove it, and run")
     (tmp_path / "config.json").touch()
     assert packing_step(tmp_path) == f"{tmp_path} is complete; nothing is left to do"
-    (tmp_path / ".rac_packing.json").touch()
-    assert packing_step(tmp_path).endswith("run the same command again to finish it")

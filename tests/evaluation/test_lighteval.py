@@ -18,8 +18,8 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rac_modifier
-from rac_modifier.checkpoint.convert import pack_model
 from rac_modifier.checkpoint.pack_plan import plan_packing
+from rac_modifier.checkpoint.packing import pack_model
 from rac_modifier.evaluation import lighteval
 from rac_modifier.evaluation.accuracy import evaluate
 from rac_modifier.problems.held_out import held_out_problems

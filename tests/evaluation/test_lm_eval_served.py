@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rac_modifier.checkpoint.convert import pack_model
 from rac_modifier.checkpoint.pack_plan import plan_packing
+from rac_modifier.checkpoint.packing import pack_model
 from rac_modifier.reasoner import reasoner_path
 from tests.tiny import linears
 from tests.vllm_server import NEEDS_SERVER, served

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import rac_modifier
-from rac_modifier.checkpoint.convert import pack_model
 from rac_modifier.checkpoint.pack_plan import plan_packing
+from rac_modifier.checkpoint.packing import pack_model
 from rac_modifier.errors import RacError
 from rac_modifier.recovery.fixed_mask import FixedMask
 from tests.llmcompressor.quantized_helpers import SCHEMES, saved

@@ -7,8 +7,8 @@ import torch
 import yaml
 from llmcompressor import oneshot
 
+from rac_modifier.checkpoint.hf_quantizer import load_model
 from rac_modifier.checkpoint.inspect import inspect_checkpoint
-from rac_modifier.checkpoint.load import load_model
 from rac_modifier.settings.recipe import find_named_entry, load_recipe
 from tests.tiny import is_2of4, linears, save_tiny
 

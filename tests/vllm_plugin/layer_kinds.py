@@ -16,7 +16,7 @@ from vllm.model_executor.layers.linear import (
 )
 
 from rac_modifier.checkpoint.formats import FORMAT_24, FORMAT_BITMASK, pack
-from rac_modifier.checkpoint.sparsity_config import SparsityRecord
+from rac_modifier.checkpoint.quantization_config import SparsityRecord
 from rac_modifier.vllm_plugin.config import RacConfig
 from rac_modifier.vllm_plugin.layouts import PrunedLayout
 from tests.checkpoint.test_stored_weight import random_weight

@@ -26,7 +26,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (  # noqa: E402
 )
 from vllm.model_executor.models.utils import WeightsMapper  # noqa: E402
 
-from rac_modifier.checkpoint.sparsity_config import with_int8_activations, with_packed  # noqa: E402
+from rac_modifier.checkpoint.quantization_config import with_int8_activations, with_packed  # noqa: E402
 from rac_modifier.errors import RacError  # noqa: E402
 from rac_modifier.kernels.cpu.support import Support  # noqa: E402
 from rac_modifier.kernels.interface import Decision, stay_dense  # noqa: E402

@@ -13,7 +13,7 @@ from tests.vllm_plugin.vllm_fixtures import needs_vllm
 
 needs_vllm()
 
-from rac_modifier.checkpoint.sparsity_config import (  # noqa: E402
+from rac_modifier.checkpoint.quantization_config import (  # noqa: E402
     SparsityRecord,
     with_dense_mark,
     with_packed,

@@ -99,7 +99,7 @@ def test_codes_in_floats_where_config_json_quantizes_them():
 def test_awq_as_vllm_reads_it(monkeypatch, symmetric):
     """vLLM's own conversion gives the same codes and codes of zero."""
     on_rank(monkeypatch, 0, 1)
-    parts = awq(drawn(32, 64, 32, symmetric, least=0))
+    parts = awq(drawn(32, 64, 32, symmetric))
     layer = torch.nn.Module()
     for part, tensor in parts.items():
         layer.register_parameter(part, torch.nn.Parameter(tensor.clone(), requires_grad=False))

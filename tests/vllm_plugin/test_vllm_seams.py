@@ -18,7 +18,7 @@ needs_vllm()
 
 from vllm.model_executor.layers import linear, quantization  # noqa: E402
 
-from rac_modifier.checkpoint.sparsity_config import with_packed  # noqa: E402
+from rac_modifier.checkpoint.quantization_config import with_packed  # noqa: E402
 from rac_modifier.errors import RacError  # noqa: E402
 from rac_modifier.files import read_json  # noqa: E402
 from rac_modifier.vllm_plugin import config as plugin_config  # noqa: E402

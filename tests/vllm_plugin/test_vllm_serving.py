@@ -40,7 +40,7 @@ from tests.vllm_plugin.vllm_fixtures import (
 
 needs_vllm()
 
-from rac_modifier.checkpoint.load import load_model  # noqa: E402
+from rac_modifier.checkpoint.hf_quantizer import load_model  # noqa: E402
 from rac_modifier.kernels.cpu.support import support  # noqa: E402
 
 pytestmark = pytest.mark.slow

@@ -192,7 +192,7 @@ def save_codes(
 
 def reference(folder: Path, tokens: int) -> list[list[int]]:
     """Greedy tokens of transformers on the unpacked weights, in float32."""
-    from rac_modifier.checkpoint.load import load_model
+    from rac_modifier.checkpoint.hf_quantizer import load_model
 
     return greedy(load_model(folder, dtype="float32"), tokens)
 
@@ -209,7 +209,7 @@ def greedy(model: Any, tokens: int) -> list[list[int]]:
 
 def log_probabilities(folder: Path, sequences: torch.Tensor) -> torch.Tensor:
     """Those of transformers for each token but the first, in float32: [B, T - 1]."""
-    from rac_modifier.checkpoint.load import load_model
+    from rac_modifier.checkpoint.hf_quantizer import load_model
 
     with torch.inference_mode():
         scores = load_model(folder, dtype="float32")(sequences).logits.log_softmax(-1)
