@@ -11,7 +11,6 @@ IMPORTS = [
     "from transformers import AutoModelForCausalLM; import rac_modifier",
     "import transformers; import rac_modifier; transformers.AutoModelForCausalLM",
     "import rac_modifier.checkpoint.hf_quantizer",
-    "import rac_modifier.checkpoint.load",
     "import rac_modifier, transformers.modeling_utils",
 ]
 REGISTERED = """
