@@ -120,7 +120,7 @@ def evaluate(
 
     Example: rac eval reasoner reasoner-2of4 --problems 300 --cap 512
     """
-    from rac_modifier.checkpoint.record import own_folder
+    from rac_modifier.checkpoint.record import card_folder
     from rac_modifier.evaluation.calibrated_prompt import choose_prompt, recorded_prompts
     from rac_modifier.evaluation.report import accuracy_table, plot_bars, plot_file, stopping_table
     from rac_modifier.evaluation.results import paired_difference, read_results
@@ -140,7 +140,7 @@ def evaluate(
     if plot is not None:
         plot_file(plot)
     carded = models if len(models) == 1 or paired_with else models[1:]
-    folders = [own_folder(name) for name in carded] if card else []
+    folders = [card_folder(name) for name in carded] if card else []
     for name in models:
         check_model(resolve(name))
     choice = choose_prompt(
