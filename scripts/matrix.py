@@ -45,7 +45,7 @@ TESTS = [
     "tests/quantization/test_solve.py",
     "tests/problems/test_source.py",
     "tests/problems/test_answer_checker.py",
-    "tests/sampling/test_in_process.py",
+    "tests/sampling/test_engine.py",
     "tests/sampling/test_openai_server.py",
     "tests/traces/test_store.py",
     "tests/traces/test_collect.py",

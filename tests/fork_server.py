@@ -11,7 +11,7 @@ def fork_server() -> ForkServerContext:
         [
             "tests.preloaded",
             "rac_modifier.traces.collect",
-            "tests.traces.slow_collection",
+            "tests.traces.killed_collection",
         ]
     )
     return context

@@ -1,5 +1,5 @@
-"""The calibration set: a token budget, its mixture of traces, prompts and text, the weight of each token, the loader.
+"""The calibration set: a token budget, its mixture of traces, prompts and text, the loader.
 
-The way of a trace's tokens through this room: a `Trace` of the store -> in `TracePool` only its id and length, if it is kept
--> a `CalibrationSequence`, if it is drawn -> a row of a batch in `CalibrationLoader`, with a weight for each token.
+A `Trace` of the store is an id and a length in `TracePool` if it is selected, a `CalibrationSequence`
+if it is drawn, and a row of a batch in `CalibrationLoader`, with a weight for each token.
 """

@@ -9,20 +9,17 @@ from typing import Any
 from loguru import logger
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rac_modifier.calibration.generic_text import generic_token_sequences
 from rac_modifier.calibration.loader import CalibrationLoader
 from rac_modifier.calibration.mixture import (
     CalibrationSequence,
     Composition,
-    generic_sequence,
+    generic_token_sequences,
     mix,
-    prompt_sequence,
 )
-from rac_modifier.calibration.trace_budget import collect_for_calibration
-from rac_modifier.calibration.trace_pool import TracePool
+from rac_modifier.calibration.trace_pool import TracePool, collect_for_calibration
 from rac_modifier.problems.source import load_problems
 from rac_modifier.processes import ALONE, Processes
-from rac_modifier.sampling.in_process import end_sampling, help_sampling
+from rac_modifier.sampling.engine import end_sampling, help_sampling
 from rac_modifier.sampling.prompts import render_question
 from rac_modifier.settings.calibration import CalibrationSettings, part_tokens
 from rac_modifier.settings.sampling import PromptSettings
@@ -84,30 +81,14 @@ def build_calibration_set(
     """Sample the traces that are missing, and mix the calibration set that `calibration` describes.
 
     Traces of about `reserved_tokens` more tokens are in `CalibrationSet.reserved`, out of the loader.
-
-    With several `processes`, all of them sample. The first one reads and writes the stores, and sends
-    the set to the other ones. The set does not depend on the number of processes.
+    All `processes` sample. The first one reads and writes the stores, and sends the set to the others:
+    it does not depend on their number.
 
     Raises:
         RacError: see `collect_for_calibration` and `mix`.
     """
     if not processes.is_first:
         return _received(help_sampling(model, tokenizer, processes), calibration)
-    whole = _build(model, tokenizer, traces, calibration, progress, reserved_tokens, processes)
-    if processes.count > 1:
-        end_sampling(processes, _sent(whole))
-    return whole
-
-
-def _build(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    traces: TraceSettings,
-    calibration: CalibrationSettings,
-    progress: bool,
-    reserved_tokens: int,
-    processes: Processes,
-) -> CalibrationSet:
     parts: dict[str, Iterable[CalibrationSequence]] = {}
     prompts: dict[str, PromptSettings] = {}
     for part in calibration.parts("prompts"):
@@ -116,7 +97,7 @@ def _build(
         prompts[part.key] = PromptSettings.of(settings.sampling)
     for part in calibration.parts("generic"):
         ids = generic_token_sequences(tokenizer, calibration.text(part.name), calibration.seed)
-        parts[part.key] = map(generic_sequence, ids)
+        parts[part.key] = (CalibrationSequence(tuple(i), len(i), "generic") for i in ids)
     pools: dict[str, TracePool] = {}
     if calibration.parts("traces"):
         pools = collect_for_calibration(
@@ -130,22 +111,25 @@ def _build(
     logger.info(composition.describe())
     if composition.unfinished_share >= _MANY_UNFINISHED:
         logger.warning(
-            f"{composition.unfinished_share:.0%} of the traces were cut at traces.sampling.max_new_tokens, so that calibration "
-            "sees few endings of answers; raise it"
+            f"{composition.unfinished_share:.0%} of the traces were cut at "
+            "traces.sampling.max_new_tokens, so that calibration sees few endings of answers; raise it"
         )
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    return CalibrationSet(
-        CalibrationLoader(sequences, composition, calibration, pad), pools, prompts
-    )
+    loader = CalibrationLoader(sequences, composition, calibration, pad)
+    calibration_set = CalibrationSet(loader, pools, prompts)
+    if processes.count > 1:
+        end_sampling(processes, _sent(calibration_set))
+    return calibration_set
 
 
-def _sent(whole: CalibrationSet) -> dict[str, Any]:
+def _sent(calibration_set: CalibrationSet) -> dict[str, Any]:
     """Return what the other processes need of the first one's set, as JSON."""
+    loader = calibration_set.loader
     return {
-        "sequences": [asdict(sequence) for sequence in whole.loader.sequences],
-        "composition": asdict(whole.loader.composition),
-        "pad_token_id": whole.loader.pad_token_id,
-        "reserved": [asdict(trace) for trace in whole.reserved],
+        "sequences": [asdict(sequence) for sequence in loader.sequences],
+        "composition": asdict(loader.composition),
+        "pad_token_id": loader.pad_token_id,
+        "reserved": [asdict(trace) for trace in calibration_set.reserved],
     }
 
 
@@ -155,9 +139,8 @@ def _received(sent: dict[str, Any], settings: CalibrationSettings) -> Calibratio
         CalibrationSequence(**{**fields, "ids": tuple(fields["ids"])})
         for fields in sent["sequences"]
     ]
-    loader = CalibrationLoader(
-        sequences, Composition(**sent["composition"]), settings, sent["pad_token_id"]
-    )
+    composition = Composition(**sent["composition"])
+    loader = CalibrationLoader(sequences, composition, settings, sent["pad_token_id"])
     return CalibrationSet(loader, received=tuple(map(trace_of, sent["reserved"])))
 
 
@@ -165,7 +148,8 @@ def _prompts(
     tokenizer: PreTrainedTokenizerBase, traces: TraceSettings
 ) -> Iterator[CalibrationSequence]:
     for problem in load_problems(traces.problems, traces.sampling.seed):
-        yield prompt_sequence(render_question(tokenizer, problem.question, traces.sampling))
+        ids = render_question(tokenizer, problem.question, traces.sampling)
+        yield CalibrationSequence(tuple(ids), len(ids), "prompts")
 
 
 def _store_record(pool: TracePool) -> dict[str, Any]:

@@ -14,17 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from rac_modifier.calibration.trace_budget import collect_for_calibration
-from rac_modifier.calibration.trace_pool import TracePool
+from rac_modifier.calibration.trace_pool import collect_for_calibration
 from rac_modifier.errors import RacError
 from rac_modifier.files import public_name
 from rac_modifier.sampling.model_identity import ModelIdentity
 from rac_modifier.settings.calibration import CalibrationSettings
 from rac_modifier.settings.check import check_settings
 from rac_modifier.settings.traces import SelectSettings, TraceSettings
-from rac_modifier.traces.grading import Judge
 from rac_modifier.traces.records import Trace
-from rac_modifier.traces.selection import Selection, select, without_repeats
+from rac_modifier.traces.selection import Judge, Selection, select, without_repeats
 from rac_modifier.traces.store import TraceStore
 
 if TYPE_CHECKING:
@@ -61,7 +59,7 @@ def trace_dataset(
             model samples in this process.
         store: the file that keeps the traces; a killed run goes on from it.
         sampling: `traces.sampling` of a recipe.
-        selection: `traces.select` of a recipe; by default repeating tails are cut.
+        selection: `traces.select` of a recipe.
         length: pack the traces into rows of this many tokens; default: a row per trace.
         tokenizer: default: that of the folder or id.
         seed: of the order in which traces are drawn.
@@ -103,16 +101,12 @@ def trace_dataset(
     elif tokenizer is None:
         raise RacError("trace_dataset: a model in memory needs its tokenizer; give tokenizer=")
     pool = collect_for_calibration(subject, tokenizer, settings, calibration, progress)["traces"]
-    drawn = pool.draw("traces", tokens)
-    rows: Iterable[Row] = (_row(sequence.ids, sequence.prompt_tokens) for sequence in drawn)
-    return _dataset(list(packed(rows, length) if length else rows), pool, length)
-
-
-def _dataset(rows: list[Row], pool: TracePool, length: int | None) -> Dataset:
-    from datasets import Dataset, DatasetInfo
-
+    drawn = (_row(sequence.ids, sequence.prompt_tokens) for sequence in pool.draw("traces", tokens))
+    rows = list(packed(drawn, length) if length else drawn)
     if not rows:
         raise RacError(f"the traces do not fill a row of length={length}; give a shorter length")
+    from datasets import Dataset, DatasetInfo
+
     header = pool.store.header
     record = {
         "model": header.model,
@@ -141,22 +135,12 @@ def export_store(
     tokenizer: Any = None,
     text: bool = False,
 ) -> int:
-    """Write the traces of a store as a Parquet or JSON Lines file, in constant memory.
+    """Write the traces of a store as a Parquet or JSON Lines file; return the number of rows.
 
-    The file has its name only when it is complete.
-
-    Args:
-        store: to read.
-        output: the file to write.
-        file_format: "parquet" or "jsonl"; default: the suffix of `output`.
-        settings: of a selection; default: all traces, without repeating tails.
-        length: tokens of each row, which then holds packed traces; default: a row per trace, with the
-            columns id, problem_id, finish_reason, question and answer.
-        tokenizer: needed for `text`, and for a selection by answers.
-        text: add the columns prompt and completion, with tags and EOS.
-
-    Returns:
-        The number of rows.
+    The file has its name only when it is complete. Its format follows `file_format` or its suffix. With
+    a `length`, rows hold packed traces; else a row is a trace, with id, problem_id, finish_reason,
+    question and answer. `text` adds the columns prompt and completion, with tags and EOS. The tokenizer
+    is needed for `text`, and for a selection by answers.
 
     Raises:
         RacError: another format, no trace to write, or the file cannot be written.
@@ -169,16 +153,16 @@ def export_store(
         )
     if not output.absolute().parent.is_dir():
         raise RacError(f"{str(output)!r}: its folder does not exist; create it first")
-    chosen = Selection(settings or SelectSettings())
+    selection = Selection(settings or SelectSettings())
     judge = Judge(tokenizer, store.header)
     count = 0
 
     def rows() -> Iterator[Row]:
         nonlocal count
         count = 0
-        traces = select(map(without_repeats, store), chosen, judge)
-        whole = (_described(trace, tokenizer if text else None) for trace in traces)
-        for row in packed(whole, length) if length else whole:
+        traces = select(map(without_repeats, store), selection, judge)
+        described = (_described(trace, tokenizer if text else None) for trace in traces)
+        for row in packed(described, length) if length else described:
             count += 1
             yield row
 
@@ -187,7 +171,7 @@ def export_store(
         _write(rows, _features(not length, text), partial, file_format)
         if not count:
             raise RacError(
-                f"trace store {str(store.path)!r}: {chosen.describe()}, and no row to write; collect "
+                f"trace store {str(store.path)!r}: {selection.describe()}, and no row to write; collect "
                 "more traces, loosen the selection, or give a shorter length"
             )
         os.replace(partial, output)
@@ -212,7 +196,7 @@ def _write(rows: Any, features: Features, path: Path, file_format: str) -> None:
 
 
 def packed(rows: Iterable[Row], length: int) -> Iterator[Row]:
-    """Join rows and cut them into rows of `length` tokens; a rest that fills no row is left out."""
+    """Join rows and cut them into rows of `length` tokens; tokens that fill no row are left out."""
     ids: list[int] = []
     loss: list[int] = []
     for row in rows:
@@ -245,7 +229,7 @@ def _described(trace: Trace, tokenizer: Any) -> Row:
     return row
 
 
-def _features(whole: bool = False, text: bool = False) -> Features:
+def _features(described: bool = False, text: bool = False) -> Features:
     from datasets import Features, Sequence, Value
 
     columns: dict[str, Any] = {
@@ -253,5 +237,5 @@ def _features(whole: bool = False, text: bool = False) -> Features:
         "attention_mask": Sequence(Value("int8")),
         "loss_mask": Sequence(Value("int8")),
     }
-    names = [*(_TRACE_COLUMNS if whole else ()), *(("prompt", "completion") if text else ())]
+    names = [*(_TRACE_COLUMNS if described else ()), *(("prompt", "completion") if text else ())]
     return Features(columns | {name: Value("string") for name in names})

@@ -1,14 +1,19 @@
-"""Take calibration sequences up to a budget of real tokens, and count their tokens."""
+"""Take calibration sequences up to a budget of real tokens, and count their tokens; generic text."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
 
 from rac_modifier.errors import RacError
-from rac_modifier.settings.calibration import CalibrationSettings, Part, part_tokens
-from rac_modifier.traces.records import Trace
+from rac_modifier.problems.tables import stream_rows
+from rac_modifier.settings.calibration import CalibrationSettings, GenericText, Part, part_tokens
+
+_BUFFER = 10_000  # documents
 
 
 @dataclass(frozen=True)
@@ -19,30 +24,16 @@ class CalibrationSequence:
     prompt_tokens: int
     kind: str
     finished: bool = True
-    answer_start: int | None = None
-    """The first token after the thinking; None without thinking, and if tokens weigh the same."""
-    weight: float = 1.0
-    """Factor for all tokens of the sequence."""
 
     def cut(self, length: int) -> CalibrationSequence:
         """Return the first `length` tokens."""
-        return replace(
-            self,
-            ids=self.ids[:length],
-            prompt_tokens=min(self.prompt_tokens, length),
-            finished=False,
-        )
+        prompt = min(self.prompt_tokens, length)
+        return replace(self, ids=self.ids[:length], prompt_tokens=prompt, finished=False)
 
-    def weights(self, settings: CalibrationSettings) -> list[float]:
+    def weights(self, prompt_weight: float) -> list[float]:
         """Return the weight of each token in the Hessian; generic text weighs as much as traces."""
-        prompt, trace = settings.prompt_weight, 1.0
-        if self.kind == "generic":
-            return [trace] * len(self.ids)
-        weights = [prompt] * self.prompt_tokens + [trace] * (len(self.ids) - self.prompt_tokens)
-        if settings.answer_weight is not None and self.answer_start is not None:
-            answer = len(weights[self.answer_start :])
-            weights[self.answer_start :] = [settings.answer_weight] * answer
-        return weights if self.weight == 1.0 else [self.weight * w for w in weights]
+        prompt = 0 if self.kind == "generic" else self.prompt_tokens
+        return [prompt_weight] * prompt + [1.0] * (len(self.ids) - prompt)
 
 
 @dataclass(frozen=True)
@@ -67,8 +58,8 @@ class Composition:
     def unfinished_share(self) -> float:
         """Share of the traces that hit the cap of sampling; 0 without traces."""
         traces = sum(
-            part["sequences"]
-            for key, part in self.parts.items()
+            counts["sequences"]
+            for key, counts in self.parts.items()
             if Part.parse(key).kind == "traces"
         )
         return self.unfinished_traces / traces if traces else 0.0
@@ -79,37 +70,15 @@ class Composition:
 
     def describe(self) -> str:
         """Describe the set in a sentence for the log."""
-        by_part = ", ".join(f"{part['tokens']:,} {name}" for name, part in self.parts.items())
-        parts = f" ({by_part})" if len(self.parts) > 1 else ""
+        by_part = ", ".join(f"{counts['tokens']:,} {name}" for name, counts in self.parts.items())
+        mixed = f" ({by_part})" if len(self.parts) > 1 else ""
         return (
-            f"calibrating on {self.tokens:,} tokens in {self.sequences:,} sequences{parts}: "
+            f"calibrating on {self.tokens:,} tokens in {self.sequences:,} sequences{mixed}: "
             f"{self.trace_tokens:,} of chain of thought, {self.prompt_tokens:,} of prompts, "
             f"{self.generic_tokens:,} of generic text; {self.unfinished_traces:,} traces "
             f"({self.unfinished_share:.0%}) hit the sampling cap, {self.truncated_sequences:,} "
             "sequences were cut to fit"
         )
-
-
-def trace_sequence(
-    trace: Trace, answer_start: int | None = None, weight: float = 1.0
-) -> CalibrationSequence:
-    """Return prompt and completion as a sequence, the ids exactly as they were generated."""
-    ids = (*trace.prompt_ids, *trace.completion_ids)
-    return CalibrationSequence(
-        ids, len(trace.prompt_ids), "traces", trace.finish_reason == "stop", answer_start, weight
-    )
-
-
-def prompt_sequence(ids: Iterable[int]) -> CalibrationSequence:
-    """Return a prompt without a completion."""
-    ids = tuple(ids)
-    return CalibrationSequence(ids, len(ids), "prompts")
-
-
-def generic_sequence(ids: Iterable[int]) -> CalibrationSequence:
-    """Return a piece of generic text."""
-    ids = tuple(ids)
-    return CalibrationSequence(ids, len(ids), "generic")
 
 
 def mix(
@@ -118,15 +87,12 @@ def mix(
     """Fill each part's share of the budget, exactly to the token, and shuffle.
 
     Only as many sequences of a part are read as its budget needs; the last one is cut to fit.
-
-    Raises:
-        RacError: a part with a share has too few tokens; traces have a share, but no token is theirs.
     """
-    chosen: list[CalibrationSequence] = []
+    sequences: list[CalibrationSequence] = []
     counts: dict[str, dict[str, int]] = {}
     truncated = unfinished = 0
     for key, budget in part_tokens(settings.mixture, settings.tokens).items():
-        before, missing = len(chosen), budget
+        before, missing = len(sequences), budget
         for sequence in parts[key]:
             if missing <= 0:
                 break
@@ -134,7 +100,7 @@ def mix(
             longest = min(missing, settings.max_sequence_tokens or missing)
             if len(sequence.ids) > longest:
                 sequence, truncated = sequence.cut(longest), truncated + 1
-            chosen.append(sequence)
+            sequences.append(sequence)
             missing -= len(sequence.ids)
         if missing > 0:
             raise RacError(
@@ -142,16 +108,16 @@ def mix(
                 f"share asks for {budget:,}; "
                 f"lower calibration.tokens, or give more {Part.parse(key).kind}"
             )
-        counts[key] = {"tokens": budget, "sequences": len(chosen) - before}
-    random.Random(f"{settings.seed}/order").shuffle(chosen)
-    composition = replace(compose(chosen, truncated, unfinished), parts=counts)
+        counts[key] = {"tokens": budget, "sequences": len(sequences) - before}
+    random.Random(f"{settings.seed}/order").shuffle(sequences)
+    composition = replace(compose(sequences, truncated, unfinished), parts=counts)
     if not composition.trace_tokens and any(Part.parse(key).kind == "traces" for key in counts):
         raise RacError(
             "the calibration set is meant to hold chain-of-thought traces but has no token of any: "
             "the traces may be empty or cut away by max_sequence_tokens; look at the store with "
             "`rac traces inspect`"
         )
-    return chosen, composition
+    return sequences, composition
 
 
 def compose(
@@ -168,3 +134,54 @@ def compose(
         truncated_sequences=truncated,
         unfinished_traces=unfinished,
     )
+
+
+def generic_token_sequences(tokenizer: Any, source: GenericText, seed: int) -> Iterator[list[int]]:
+    """Yield `source.sequence_tokens` ids at a time; documents are shuffled by seed, read as needed.
+
+    More documents than the shuffling buffer holds are shuffled within it, as `datasets` does.
+    """
+    texts = _texts(source)
+    first = next(texts, None)
+    if first is None:
+        raise RacError(
+            f"generic text {source.source!r} holds no text; name another source or column"
+        )
+    ids: list[int] = []
+    for document in _shuffled(chain([first], texts), random.Random(f"{seed}/generic")):
+        ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+        while len(ids) >= source.sequence_tokens:
+            yield ids[: source.sequence_tokens]
+            ids = ids[source.sequence_tokens :]
+
+
+def _shuffled(documents: Iterator[str], rng: random.Random) -> Iterator[str]:
+    buffer = list(islice(documents, _BUFFER))
+    rng.shuffle(buffer)
+    for document in documents:
+        place = rng.randrange(_BUFFER)
+        yield buffer[place]
+        buffer[place] = document
+    yield from buffer
+
+
+def _texts(source: GenericText) -> Iterator[str]:
+    if source.source == "python-docs":  # about 150,000 tokens, in every Python
+        from pydoc_data.topics import topics
+
+        yield from (topics[key] for key in sorted(topics))
+        return
+    column = "text" if Path(source.source).suffix == ".txt" else source.column
+    if column is None:
+        raise RacError(
+            f'generic text {source.source!r} needs the name of its text column, e.g. column: "text"'
+        )
+    rows = stream_rows(source.source, what="generic text", config=source.config, split=source.split)
+    for number, row in enumerate(rows, 1):
+        text = row.get(column)
+        if not isinstance(text, str):
+            raise RacError(
+                f"generic text {source.source!r}, row {number} has no text in column {column!r}; "
+                f"its columns are {', '.join(row) or 'none'}"
+            )
+        yield text

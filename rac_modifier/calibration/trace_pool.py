@@ -1,32 +1,37 @@
-"""The traces of a store that may be calibrated on, and the traces that are held out of it."""
+"""Decide how many tokens a store needs: traces for the calibration budget, and held out of it."""
 
 from __future__ import annotations
 
+import math
 import random
 from array import array
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
-from typing import Any
 
-from rac_modifier.calibration.mixture import CalibrationSequence, trace_sequence
-from rac_modifier.calibration.token_weights import find_weighting, mean_one_factor
-from rac_modifier.sampling.thinking import thinking_length
-from rac_modifier.settings.calibration import CalibrationSettings
-from rac_modifier.settings.traces import SelectSettings
-from rac_modifier.traces.grading import Judge
+from loguru import logger
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rac_modifier.calibration.mixture import CalibrationSequence
+from rac_modifier.errors import RacError
+from rac_modifier.processes import ALONE, Processes
+from rac_modifier.sampling.model_identity import ModelIdentity
+from rac_modifier.settings.calibration import CalibrationSettings, Part, part_tokens
+from rac_modifier.settings.traces import SelectSettings, TraceSettings
+from rac_modifier.traces.collect import collect_traces
 from rac_modifier.traces.records import Trace
-from rac_modifier.traces.selection import Selection, select, without_repeats
+from rac_modifier.traces.selection import Judge, Selection, select, without_repeats
 from rac_modifier.traces.store import TraceStore
 
 _HELD_OUT_PROMPTS = 4  # at least, so that an unusual trace does not decide the result
+_LEAST_SHARE = 0.02  # of the sampled tokens; a selection that keeps less takes too long
+_ENOUGH_TO_JUDGE = 256  # traces after which the share that a selection keeps is known
+_GROWTH = 4.0  # largest growth of the judged traces between two checks
 
 
 class HoldOut:
     """Keeps the first prompts of a store out of calibration, each with all its samples.
 
     It takes at least `tokens` tokens and at least four prompts; 0 tokens hold out nothing. A prompt
-    that comes again later is held out again, so the same question in two rows of a data set never
-    lies on both sides. The first prompts count, so a store that grows holds out the same ones.
+    that comes again later is held out again. A store that grows holds out the same prompts.
     """
 
     def __init__(self, tokens: int):
@@ -50,14 +55,10 @@ class HoldOut:
 
 
 class TracePool:
-    """The traces that a selection keeps of a store: ids and lengths in memory, not their tokens.
+    """The traces that a selection keeps of a store: ids and `lengths` in memory, not their tokens.
 
-    Attributes:
-        lengths: tokens of each kept trace, prompt and completion.
-        selection: how many traces were kept, and why the others were not.
-        held_out: the first traces of the store, kept out whatever the selection is.
-        reserved: the traces after them, kept out for training after pruning.
-        repeated_tokens: tokens of the store that are cut because they repeat what precedes them.
+    `held_out` are the first traces of the store, whatever the selection is; `reserved` the traces after
+    them, for training after pruning. `repeated_tokens` of the store are cut as repeating tails.
     """
 
     def __init__(
@@ -65,7 +66,6 @@ class TracePool:
         store: TraceStore,
         settings: SelectSettings,
         judge: Judge,
-        tokenizer: Any,
         calibration: CalibrationSettings,
         held_out_tokens: int = 0,
         reserved_tokens: int = 0,
@@ -73,7 +73,7 @@ class TracePool:
         self.store = store
         self.selection = Selection(settings)
         self.lengths = array("q")
-        self._judge, self._tokenizer, self._calibration = judge, tokenizer, calibration
+        self._calibration = calibration
         self._ids: list[str] = []
         hold_out, reserve = HoldOut(held_out_tokens), HoldOut(reserved_tokens)
         self.repeated_tokens = store.counts.tokens
@@ -89,7 +89,7 @@ class TracePool:
             yield trace
 
     def usable_tokens(self) -> int:
-        """Count the tokens of all kept traces, each cut to `max_sequence_tokens`."""
+        """Count the tokens of all selected traces, each cut to `max_sequence_tokens`."""
         return sum(map(self._cut_length, self.lengths))
 
     @property
@@ -110,25 +110,101 @@ class TracePool:
                 break
             places[self._ids[index]] = len(places)
             tokens -= self._cut_length(self.lengths[index])
-        return self._read(places)
-
-    def _read(self, places: dict[str, int]) -> list[CalibrationSequence]:
-        weighting = find_weighting(self._calibration.trace_weighting, self._judge.is_right)
         drawn: dict[int, CalibrationSequence] = {}
         for trace in map(without_repeats, self.store):
             if (place := places.get(trace.id)) is not None:
-                weight = 1.0 if weighting is None else weighting(trace)
-                drawn[place] = trace_sequence(trace, self._answer_start(trace), weight)
-        sequences = [drawn[place] for place in range(len(places))]
-        if weighting is None:
-            return sequences
-        factor = mean_one_factor([(s.weight, len(s.ids)) for s in sequences])
-        return [replace(s, weight=s.weight * factor) for s in sequences]
+                ids, finished = (*trace.prompt_ids, *trace.completion_ids), trace.finish_reason
+                drawn[place] = CalibrationSequence(
+                    ids, len(trace.prompt_ids), "traces", finished == "stop"
+                )
+        return [drawn[place] for place in range(len(places))]
 
     def _cut_length(self, length: int) -> int:
         return min(length, self._calibration.max_sequence_tokens or length)
 
-    def _answer_start(self, trace: Trace) -> int | None:
-        if self._calibration.answer_weight is None:
-            return None
-        return len(trace.prompt_ids) + thinking_length(self._tokenizer, trace.completion_ids)
+
+def collect_for_calibration(
+    model: PreTrainedModel | ModelIdentity,
+    tokenizer: PreTrainedTokenizerBase,
+    traces: TraceSettings,
+    calibration: CalibrationSettings,
+    progress: bool = True,
+    reserved_tokens: int = 0,
+    processes: Processes = ALONE,
+) -> dict[str, TracePool]:
+    """Fill a store for each part of the mixture that consists of traces; return the pool of each part.
+
+    A pool has tokens for the part's share of the budget next to the traces that are held out or
+    reserved. If servers sample (`traces.engine`), a `ModelIdentity` replaces the model.
+
+    Raises:
+        RacError: see `collect_traces`; a mixture without traces; a selection that keeps almost nothing.
+    """
+    parts = calibration.parts("traces")
+    if not parts:
+        raise RacError(
+            f"the mixture {calibration.mixture} gives traces no share, so there is nothing to collect"
+        )
+    by_part = {part: traces.named(part.name) for part in parts}  # an unknown name is an early error
+    budgets = part_tokens(calibration.mixture, calibration.tokens)
+    pools: dict[str, TracePool] = {}
+    for part, settings in by_part.items():
+        # Divergence is measured on traces of the dense model, so nothing is held out of another's.
+        off_policy = part.name is not None and settings.allow_off_policy
+        share = calibration.mixture[part.key] / calibration.share("traces")
+        held_out = math.ceil((0 if off_policy else calibration.held_out_tokens) * share)
+        reserved = math.ceil(reserved_tokens * share)
+        budget = budgets[part.key]
+        goal = budget + held_out + reserved
+        judge: Judge | None = None  # the same for all rounds, since it remembers its verdicts
+        selected = ""  # for the message when the problems end
+        while True:
+            try:
+                store = collect_traces(
+                    model,
+                    tokenizer,
+                    settings.store,
+                    problems=settings.problems,
+                    sampling=settings.sampling,
+                    tokens=goal,
+                    engine=settings.engine,
+                    allow_off_policy=settings.allow_off_policy,
+                    progress=progress,
+                    processes=processes,
+                )
+            except RacError as error:
+                raise RacError(f"{error}{selected}") from error
+            judge = judge or Judge(tokenizer, store.header)
+            pool = TracePool(store, settings.select, judge, calibration, held_out, reserved)
+            usable, described = pool.usable_tokens(), pool.selection.describe()
+            if pool.selection.kept < pool.selection.total:
+                logger.info(f"{part.key}: {described}")
+                tokens = f"{usable:,} tokens of {budget:,}"
+                selected = f". For {part.key}, traces.select {described}, {tokens}"
+            if usable >= budget:
+                break
+            _check_hopeful(pool, part)
+            goal = max(store.counts.tokens + 1, _store_tokens(pool, budget, held_out + reserved))
+        if pool.repeated_tokens:
+            logger.info(f"{part.key}: {pool.repeated_tokens:,} tokens of repeating tails are cut")
+        pools[part.key] = pool
+    return pools
+
+
+def _store_tokens(pool: TracePool, budget: int, kept_out: int) -> int:
+    """Estimate the tokens of a store of which `budget` are usable next to `kept_out` tokens."""
+    sampled, usable = pool.store.counts.tokens, pool.usable_tokens()
+    without_tails = sampled - pool.repeated_tokens
+    judged = without_tails - pool.kept_out_tokens
+    most = max(judged * _GROWTH, budget)
+    others = min(judged * budget / usable, most) if usable else most
+    return math.ceil((max(pool.kept_out_tokens, kept_out) + others) * sampled / without_tails)
+
+
+def _check_hopeful(pool: TracePool, part: Part) -> None:
+    share = sum(pool.lengths) / max(pool.store.counts.tokens - pool.kept_out_tokens, 1)
+    if pool.selection.total >= _ENOUGH_TO_JUDGE and share < _LEAST_SHARE:
+        raise RacError(
+            f"{part.key}: traces.select {pool.selection.describe()}, {share:.1%} of the tokens "
+            "sampled, so the budget takes too long: loosen the selection, or choose other problems"
+        )

@@ -27,8 +27,7 @@ def own_server(
     model: str, precision: Dtype, concurrency: int, cap: int
 ) -> Iterator[EngineSettings]:
     """Start `vllm serve` with the model; it ends with the context. Answers have `cap` tokens at most."""
-    from rac_modifier.sampling.own_server import vllm_server
-    from rac_modifier.sampling.vllm_command import VllmCommand
+    from rac_modifier.sampling.own_server import VllmCommand, vllm_server
 
     with vllm_server(VllmCommand.from_environment(), resolve(model), precision.value) as url:
         yield engine_of((url,), concurrency, cap)
@@ -129,7 +128,7 @@ class Answering:
         if self.servers:
             engine_of(self.servers, self.concurrency, 1, self.served_as)
         if self.serve:
-            from rac_modifier.sampling.vllm_command import VllmCommand
+            from rac_modifier.sampling.own_server import VllmCommand
 
             VllmCommand.from_environment()
 

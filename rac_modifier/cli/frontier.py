@@ -65,7 +65,7 @@ def frontier(
 
     Example: rac frontier reasoner --recipe-grid small --out reasoner-frontier
     """
-    from rac_modifier.sampling.vllm_command import check_serving
+    from rac_modifier.sampling.own_server import check_serving
     from rac_modifier.settings.grid import load_grid, plan_rows, shared_prompt
 
     grid = load_grid(recipe_grid)
@@ -210,8 +210,7 @@ class Study:
     def served(self) -> dict[str, Any]:
         """Return the tools of `serve: true`: a server per model, and what measures its speed."""
         from rac_modifier.frontier.folder import slug
-        from rac_modifier.sampling.own_server import ServerOnDemand, vllm_server
-        from rac_modifier.sampling.vllm_command import VllmCommand
+        from rac_modifier.sampling.own_server import ServerOnDemand, VllmCommand, vllm_server
 
         command, precision = VllmCommand.from_environment(), self.precision
         problems, where, limits = self._problems(), self.evaluation.where(), self._limits()

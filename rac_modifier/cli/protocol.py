@@ -129,7 +129,7 @@ class Protocol:
             return held_out_problems(
                 self.source, self.problems, seed, self.column, self.answer_column
             )
-        from rac_modifier.problems.benchmarks import benchmark_problems
+        from rac_modifier.problems.held_out import benchmark_problems
         from rac_modifier.settings.problems import ProblemSource
 
         try:
@@ -154,7 +154,7 @@ class Protocol:
         """Return, by task, what replaces the mathematical comparison of answers."""
         if self.preset is None:
             return {}
-        from rac_modifier.problems.benchmarks import verifiers_of
+        from rac_modifier.problems.held_out import verifiers_of
 
         return verifiers_of(self.preset.layout)
 

@@ -271,7 +271,7 @@ def _collected(
     from loguru import logger
 
     from rac_modifier.model_tools import on_accelerator
-    from rac_modifier.sampling.in_process import end_sampling, help_sampling
+    from rac_modifier.sampling.engine import end_sampling, help_sampling
     from rac_modifier.traces.collect import collect_traces
     from rac_modifier.traces.selection import fresh_traces, used_traces
     from rac_modifier.traces.store import TraceStore

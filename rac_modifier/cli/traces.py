@@ -79,7 +79,7 @@ def collect(
     """
     from loguru import logger
 
-    from rac_modifier.calibration.trace_budget import collect_for_calibration
+    from rac_modifier.calibration.trace_pool import collect_for_calibration
     from rac_modifier.settings.recipe import check_entry, find_named_entry
 
     name, entry = find_named_entry(read_with_overrides(recipe, set_ or []), str(recipe))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,21 +16,19 @@ from rac_modifier.errors import RacError
 from rac_modifier.evaluation.results import EvalResult, Row, summarise
 from rac_modifier.evaluation.stopping import ending_of
 from rac_modifier.problems.answer_checker import check_installed
-from rac_modifier.problems.answers import Verifier, is_correct
+from rac_modifier.problems.answers import Verifier, is_correct, thinking_length
 from rac_modifier.problems.source import Problem
 from rac_modifier.sampling.generate import Generation
 from rac_modifier.sampling.generate import generate as generate_in_process
 from rac_modifier.sampling.model_identity import ModelIdentity
+from rac_modifier.sampling.openai_server import engine_for
 from rac_modifier.sampling.prompts import render_prompt, render_question
-from rac_modifier.sampling.thinking import thinking_length
 from rac_modifier.settings.check import check_settings
 from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
-from rac_modifier.traces.collect import engine_for, store_header
-from rac_modifier.traces.failures import forget_failures, read_failures
 from rac_modifier.traces.fill_store import FillStore
-from rac_modifier.traces.records import settings_of_record
-from rac_modifier.traces.store import TraceStore
+from rac_modifier.traces.records import StoreHeader, settings_path
+from rac_modifier.traces.store import TraceStore, forget_failures, read_failures
 
 # At a temperature above 0; the reference evaluation has 0.6 and 0.95 (arXiv 2509.12464).
 TOP_P = 0.95
@@ -142,7 +138,7 @@ def evaluate_into_file(
     check_problems(problems, verifiers or {})
     identity = model if isinstance(model, ModelIdentity) else ModelIdentity.of_model(model)
     in_memory = None if isinstance(model, ModelIdentity) else model
-    header = store_header(identity, tokenizer, sampling, source)
+    header = StoreHeader.of(identity, tokenizer, sampling, source)
     path = path or default_path(identity, sampling, source)
     started = time.monotonic()
     with contextlib.closing(
@@ -178,9 +174,7 @@ def default_path(
     identity: ModelIdentity, sampling: SamplingSettings, source: ProblemSource
 ) -> Path:
     """Return rac_answers/<fingerprint>-<hash of the settings>.jsonl, a relative path."""
-    settings = json.dumps(settings_of_record(sampling, source), sort_keys=True)
-    digest = hashlib.sha256(settings.encode()).hexdigest()
-    return Path("rac_answers") / f"{identity.fingerprint[:12]}-{digest[:12]}.jsonl"
+    return settings_path("rac_answers", identity.fingerprint, sampling, source)
 
 
 def check_problems(problems: Sequence[Problem], verifiers: Mapping[str, Verifier]) -> None:

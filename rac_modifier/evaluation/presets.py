@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rac_modifier.errors import RacError
-from rac_modifier.problems.benchmarks import Layout
+from rac_modifier.problems.held_out import Layout
 
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
 BOXED_LETTER = (

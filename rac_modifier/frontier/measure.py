@@ -19,10 +19,10 @@ from rac_modifier.evaluation.divergence import (
 )
 from rac_modifier.evaluation.results import EvalResult, paired_difference, summarise
 from rac_modifier.frontier.traces import ask, trace_of
+from rac_modifier.problems.answers import thinking_length
 from rac_modifier.problems.source import Problem
 from rac_modifier.sampling.generate import Generation
 from rac_modifier.sampling.prompts import render_question
-from rac_modifier.sampling.thinking import thinking_length
 from rac_modifier.settings.sampling import SamplingSettings
 from rac_modifier.traces.selection import repeated_tail
 

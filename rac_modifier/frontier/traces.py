@@ -8,9 +8,9 @@ from typing import Any
 
 from rac_modifier.evaluation.divergence import TokenDivergence
 from rac_modifier.evaluation.teacher_forcing import sample_sequences
+from rac_modifier.problems.answers import thinking_length
 from rac_modifier.problems.source import Problem
 from rac_modifier.sampling.generate import Generation, eos_token_ids
-from rac_modifier.sampling.thinking import thinking_length
 from rac_modifier.settings.sampling import SamplingSettings
 
 _BROKEN = "\ufffd"  # what a decoder writes for a part of a character

@@ -47,7 +47,7 @@ REFUSED = {
     "data_collator": _BATCHES,
     "pad_to_max_length": _BATCHES,
     "dataloader_num_workers": "the calibration set is in memory already",
-    "use_loss_mask": "set calibration.prompt_weight and answer_weight in the recipe, which weigh tokens",
+    "use_loss_mask": "set calibration.prompt_weight in the recipe, which weighs tokens",
     "min_tokens_per_module": "a module that no calibration token reaches is an error here",
 }
 # Arguments of upstream's sequential pipeline that our loops have no counterpart of; only the pruning modifier refuses them.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from loguru import logger
 
-from rac_modifier.calibration.generic_text import generic_token_sequences
+from rac_modifier.calibration.mixture import generic_token_sequences
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.teacher_forcing import TokenSequence, sequence_of
 from rac_modifier.files import remove_folder

@@ -1,7 +1,7 @@
-"""Check answers in worker processes, which are ended and replaced when one answer takes too long.
+"""Check answers in worker processes, which are ended and replaced when an answer takes too long.
 
-A model can write `9^{9^{9^9}}`. Evaluating that blocks inside C code, where no Python timeout has an effect. So each check runs
-in a process of a `pebble.ProcessPool`. The limit counts processor time: a busy machine does not change a verdict.
+A model can write `9^{9^{9^9}}`. Evaluating that blocks inside C code, where no Python timeout has an
+effect. The limit counts CPU time: a busy machine does not change a verdict.
 """
 
 from __future__ import annotations
@@ -26,24 +26,14 @@ from pebble import ProcessExpired, ProcessPool
 
 from rac_modifier.errors import RacError
 
-SECONDS_PER_ANSWER = 5.0  # of processor time
+SECONDS_PER_ANSWER = 5.0  # of CPU time
 WORKERS = min(4, os.cpu_count() or 1)
-_WALL_FACTOR = (
-    12  # a worker that hangs without computing is ended after so many times the limit, by the clock
-)
+_WALL_FACTOR = 12  # a worker that hangs without computing is ended by the clock, after 60 s
 Check = Literal["mathematics", "reasoning-gym"]
-# By check: the module that each worker imports before its first answer, what needs it, and the extra that installs it.
+# By check: the module that it needs, for what, and the extra that installs it.
 _NEEDS: dict[Check, tuple[str, str, str]] = {
-    "mathematics": (
-        "math_verify",
-        "comparing answers that are not plain integers needs math-verify",
-        "eval",
-    ),
-    "reasoning-gym": (
-        "reasoning_gym",
-        "scoring the answers of its tasks needs reasoning-gym",
-        "reasoning-gym",
-    ),
+    "mathematics": ("math_verify", "comparing answers that are not plain integers", "eval"),
+    "reasoning-gym": ("reasoning_gym", "scoring the answers of its tasks", "reasoning-gym"),
 }
 _lock = threading.Lock()  # of _pools
 _main_lock = threading.Lock()  # of sys.modules["__main__"]
@@ -51,24 +41,20 @@ _pools: dict[Check, ProcessPool] = {}
 
 
 def check_answer(check: Check, *arguments: str | int) -> bool:
-    """Whether an answer passes; False, with the reason in the log, where the check fails or exceeds `SECONDS_PER_ANSWER`.
+    """Tell whether an answer is right; an answer whose check fails or takes too long is wrong.
 
-    May be called from any thread; up to `WORKERS` checks run at once.
-
-    Args:
-        check: "mathematics" compares (answer, reference), "reasoning-gym" scores (answer, task, seed, size, index).
-        arguments: of the check.
+    `arguments` are (answer, reference) for mathematics, else (answer, task, seed, size, index). May be
+    called from any thread; up to `WORKERS` checks run at the same time.
 
     Raises:
-        RacError: what the check needs is not installed, or cannot be imported.
+        RacError: the module of the check is not installed, or cannot be imported.
     """
-    for _ in range(2):  # a pool that lost an idle worker is broken: once, a new one is started
+    seconds = SECONDS_PER_ANSWER
+    for _ in range(2):  # a pool that lost an idle worker is broken: a new one is started
         pool = _pool(check)
         try:
             future = pool.schedule(
-                _run,
-                args=(check, arguments, SECONDS_PER_ANSWER),
-                timeout=SECONDS_PER_ANSWER * _WALL_FACTOR,
+                _run, args=(check, arguments, seconds), timeout=seconds * _WALL_FACTOR
             )
         except RuntimeError:
             _discard(check, pool)
@@ -77,31 +63,31 @@ def check_answer(check: Check, *arguments: str | int) -> bool:
             return bool(_result(pool, future))
         except BrokenProcessPool:
             _discard(check, pool)
+            continue
         except FutureTimeoutError:
-            return _not_right(
-                arguments, f"no verdict within {SECONDS_PER_ANSWER * _WALL_FACTOR:g} s"
-            )
+            reason = f"no verdict within {seconds * _WALL_FACTOR:g} s"
         except ProcessExpired as error:
-            if error.exitcode == -signal.SIGPROF:
-                return _not_right(
-                    arguments, f"it takes over {SECONDS_PER_ANSWER:g} s of processor time"
-                )
-            return _not_right(arguments, f"the checking process ended with code {error.exitcode}")
+            slow = error.exitcode == -signal.SIGPROF
+            reason = f"the checking process ended with code {error.exitcode}"
+            reason = f"it takes over {seconds:g} s of CPU time" if slow else reason
         except Exception as error:
-            return _not_right(arguments, f"the check failed with {type(error).__name__}: {error}")
+            reason = f"the check failed with {type(error).__name__}: {error}"
+        logger.warning(f"the answer {str(arguments[0])[:60]!r} counts as wrong: {reason}")
+        return False
     module = _NEEDS[check][0]
     raise RacError(f"{module} fails to start; see why with: {sys.executable} -c 'import {module}'")
 
 
 def check_installed(check: Check) -> None:
-    """Refuse early what would fail at the first answer (RacError): the package that checks it is not installed."""
-    module, why, extra = _NEEDS[check]
+    """Refuse before the first answer (RacError) a check whose package is not installed."""
+    module, purpose, extra = _NEEDS[check]
     if importlib.util.find_spec(module) is None:
-        raise RacError(f"{why}; pip install 'rac-modifier[{extra}]'")
+        name = module.replace("_", "-")
+        raise RacError(f"{purpose} needs {name}; pip install 'rac-modifier[{extra}]'")
 
 
 def _result(pool: ProcessPool, future: Future[bool]) -> bool:
-    """Wait for a verdict; a pool that breaks does not end the futures of tasks that it has not looked at yet."""
+    """Wait for a verdict; a pool that breaks does not end the futures of its waiting tasks."""
     while True:
         try:
             return future.result(timeout=1.0)
@@ -112,24 +98,18 @@ def _result(pool: ProcessPool, future: Future[bool]) -> bool:
                 raise BrokenProcessPool("the pool ended") from None
 
 
-def _not_right(arguments: tuple[str | int, ...], reason: str) -> bool:
-    logger.warning(f"the answer {str(arguments[0])[:60]!r} counts as wrong: {reason}")
-    return False
-
-
 def _pool(check: Check) -> ProcessPool:
     with _lock:
         if check not in _pools:
             check_installed(check)
-            module = _NEEDS[check][0]
             _pools[check] = ProcessPool(
-                WORKERS, initializer=_prepare, initargs=(module,), context=_Context()
+                WORKERS, initializer=_prepare, initargs=(_NEEDS[check][0],), context=_Context()
             )
         return _pools[check]
 
 
 def _discard(check: Check, pool: ProcessPool) -> None:
-    """End a pool that is broken, unless another thread has done so."""
+    """End a broken pool, unless another thread has done so."""
     with _lock:
         if _pools.get(check) is not pool:
             return
@@ -138,18 +118,15 @@ def _discard(check: Check, pool: ProcessPool) -> None:
     pool.join()
 
 
+@atexit.register  # else a worker that is just starting would print a traceback
 def close() -> None:
     """End all worker processes."""
     for check, pool in list(_pools.items()):
         _discard(check, pool)
 
 
-# Else a worker that is just starting would print a traceback, as the parent's semaphores are gone.
-atexit.register(close)
-
-
 class _Process(SpawnProcess):
-    """A new process that does not import `__main__`: a user's script may have no `if __name__ == "__main__"`."""
+    """A process that does not import `__main__`: a user's script may lack a main guard."""
 
     @staticmethod
     def _Popen(process_obj: Any) -> Any:  # noqa: N802 - the name in multiprocessing
@@ -166,15 +143,13 @@ class _Context(SpawnContext):
 
 
 def _prepare(module: str) -> None:
-    """In a worker: import what checks, so that the time for that does not count against the first answer."""
-    os.dup2(
-        os.open(os.devnull, os.O_WRONLY), 2
-    )  # standard error, for warnings about unreadable answers
+    """In a worker: silence standard error, and import the module before the first answer's time runs."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     importlib.import_module(module)
 
 
 def _run(check: Check, arguments: tuple[Any, ...], seconds: float) -> bool:
-    """In a worker: one check. SIGPROF has its default action here, which ends the process wherever it is."""
+    """In a worker: run a check. SIGPROF has its default action, which ends the process anywhere."""
     signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         return _equal(*arguments) if check == "mathematics" else _solves(*arguments)
@@ -183,10 +158,9 @@ def _run(check: Check, arguments: tuple[Any, ...], seconds: float) -> bool:
 
 
 def _equal(answer: str, reference: str) -> bool:
-    """Whether two bare answers are the same mathematical object."""
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
-    # Boxed, so that both sides are read by the same rules: a bare "(1,2)" or "\sqrt{2}" is not found at all.
+    # Boxed, so that both sides are read by the same rules: a bare "(1,2)" is not read at all.
     targets = [LatexExtractionConfig(), ExprExtractionConfig()]
     gold, guess = (
         parse(f"\\boxed{{{x}}}", targets, parsing_timeout=0) for x in (reference, answer)
@@ -195,7 +169,6 @@ def _equal(answer: str, reference: str) -> bool:
 
 
 def _solves(answer: str, task: str, seed: int, size: int, index: int) -> bool:
-    """Whether reasoning-gym gives an answer to item `index` of a generated dataset its full score."""
     data = _dataset(task, seed, size)
     return bool(data.score_answer(answer, data[index]) == 1.0)
 

@@ -1,31 +1,37 @@
-"""The final answer in a reasoning model's text, and whether it is right."""
+"""The end of the thinking and the final answer in a completion, and whether the answer is right."""
 
 from __future__ import annotations
 
 import re
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any
 
 THINK_END = "</think>"
 _BOX_OR_BRACE = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
 _INTEGER = re.compile(r"([+-]?)0*([0-9]+)")
 
+Verifier = Callable[[str, str], bool]
+"""Tells whether the model's answer is right, given the problem's reference answer."""
 
-class Verifier(Protocol):
-    """Compares answers of tasks whose answers are not mathematics, or not unique.
 
-    With reasoning-gym, for instance: `lambda answer, _: dataset.score_answer(answer, entry) == 1.0`.
-    """
-
-    def __call__(self, answer: str, reference: str) -> bool:
-        """Whether the model's answer is right, given the problem's reference answer."""
-        ...
+def thinking_length(tokenizer: Any, ids: Sequence[int]) -> int:
+    """Count the tokens up to and including `</think>`; all tokens of a completion without it."""
+    tag = tokenizer.encode(THINK_END, add_special_tokens=False)
+    if len(tag) == 1:
+        return ids.index(tag[0]) + 1 if tag[0] in ids else len(ids)
+    low, high = 0, len(ids)
+    while low < high:  # the shortest prefix whose text holds the tag
+        middle = (low + high) // 2
+        ended = THINK_END in tokenizer.decode(list(ids[:middle]))
+        low, high = (low, middle) if ended else (middle + 1, high)
+    return low
 
 
 def extract_answer(text: str) -> str | None:
-    r"""The content of the last `\boxed{...}` with balanced braces after the thinking, or None.
+    r"""Return the content of the last `\boxed{...}` with balanced braces after the thinking, or None.
 
-    Thinking ends at the first `</think>`; a text without one is searched as a whole, since the model may not use
-    such tags. Escaped braces (`\{`) do not count, and of nested boxes the inner one is the answer.
+    Thinking ends at the first `</think>`; a text without that is searched as a whole. Escaped braces
+    (`\{`) do not count, and of nested boxes the inner one is the answer.
 
     >>> extract_answer(r"so \boxed{3}?</think> It is \boxed{\frac{1}{2}}.")
     '\\frac{1}{2}'
@@ -46,13 +52,13 @@ def extract_answer(text: str) -> str | None:
 
 
 def is_correct(text: str, answer: str, verifier: Verifier | None = None) -> bool:
-    """Whether a completion's final answer is right; a missing or unreadable answer is wrong."""
+    """Tell whether a completion's final answer is right; a missing or unreadable answer is wrong."""
     extracted = extract_answer(text)
     return extracted is not None and bool((verifier or equal_answers)(extracted, answer))
 
 
 def equal_answers(answer: str, reference: str) -> bool:
-    """Whether two answers are equal: as text, as integers of any length, or else as mathematics (math-verify)."""
+    """Tell whether answers are equal as text, as integers of any length, or as mathematics."""
     answer, reference = _bare(answer), _bare(reference)
     if not answer or not reference:
         return False
@@ -61,30 +67,19 @@ def equal_answers(answer: str, reference: str) -> bool:
     first, second = _INTEGER.fullmatch(answer), _INTEGER.fullmatch(reference)
     if first and second:
         return _canonical(first) == _canonical(second)
-    return equal_as_mathematics(answer, reference)
+    from rac_modifier.problems import answer_checker  # needs pebble; serving environments lack it
+
+    return answer_checker.check_answer("mathematics", answer, reference)
 
 
 def _bare(answer: str) -> str:
-    r"""An answer without the `\boxed{}` or `$` that data sets leave around it."""
+    r"""Remove the `\boxed{}` or `$` that data sets leave around an answer."""
     boxed = extract_answer(answer)
     bare = (answer if boxed is None else boxed).strip()
     return bare.strip("$").strip() if bare.startswith("$") and bare.endswith("$") else bare
 
 
 def _canonical(integer: re.Match[str]) -> str:
-    """Compared as text: Python refuses to convert more than 4,300 digits."""
+    """Return an integer as text: Python refuses to convert more than 4,300 digits."""
     sign, digits = integer.groups()
     return "-" + digits if sign == "-" and digits != "0" else digits
-
-
-def equal_as_mathematics(answer: str, reference: str) -> bool:
-    r"""Whether two bare LaTeX or plain expressions are equal, by math-verify, in any thread.
-
-    Raises:
-        RacError: math-verify is not installed, or broken.
-    """
-    from rac_modifier.problems import (
-        answer_checker,
-    )  # needs pebble, which the serving environment lacks
-
-    return answer_checker.check_answer("mathematics", answer, reference)

@@ -1,10 +1,8 @@
 """Arithmetic problems with a written chain of thought and a checkable answer.
 
-Four kinds of task, small enough for a model of a few million parameters, but too long to answer without writing down the steps.
-The embedded reasoner was trained on them. Recipes use them by default, since they need no download, and so does `rac eval`.
-
-Problems are split by their *operands*, not by their wording: `split_of` hashes the task and its sorted operands, so no
-operands of the test split are in the training split, in any phrasing.
+The embedded reasoner was trained on them. Recipes and `rac eval` use them by default, since they need
+no download. Problems are split by their operands, not by their wording: no operands of the test split
+are in another split, in any phrasing.
 """
 
 from __future__ import annotations
@@ -14,6 +12,7 @@ import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal
 
 Split = Literal["train", "calibration", "test"]
@@ -21,7 +20,7 @@ Split = Literal["train", "calibration", "test"]
 
 @dataclass(frozen=True)
 class Solved:
-    """One problem: the question, the chain of thought that solves it and the answer as text."""
+    """A question, the chain of thought that solves it, and the answer as text."""
 
     task: str
     operands: tuple[int, ...]
@@ -31,7 +30,7 @@ class Solved:
 
 
 def split_of(task: str, operands: tuple[int, ...]) -> Split:
-    """Which split a problem belongs to: 5 % test, 10 % calibration, the rest training."""
+    """Return the split of a problem: 5 % test, 10 % calibration, 85 % training."""
     key = f"{task}:{','.join(str(x) for x in sorted(operands))}"
     bucket = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") % 100
     return "test" if bucket < 5 else "calibration" if bucket < 15 else "train"
@@ -64,13 +63,13 @@ def _addition(rng: random.Random) -> tuple[tuple[int, ...], str, str, str]:
 
 
 def _times_digit(number: int, digit: int) -> str:
-    carry, parts = 0, []
+    carry, steps = 0, []
     for d in reversed(str(number)):
         product = int(d) * digit
         total = product + carry
-        parts.append(f"{d}*{digit}={product}, {product}+{carry}={total}")
+        steps.append(f"{d}*{digit}={product}, {product}+{carry}={total}")
         carry = total // 10
-    return f"{number}*{digit}: " + "; ".join(parts) + f" -> {number * digit}"
+    return f"{number}*{digit}: " + "; ".join(steps) + f" -> {number * digit}"
 
 
 def _multiplication(rng: random.Random) -> tuple[tuple[int, ...], str, str, str]:
@@ -100,19 +99,14 @@ def _gcd(rng: random.Random) -> tuple[tuple[int, ...], str, str, str]:
 
 def _division(rng: random.Random) -> tuple[tuple[int, ...], str, str, str]:
     a, b = rng.randint(1000, 99999), rng.randint(3, 9)
-    question = rng.choice(
-        (
-            f"What is {a} // {b}?",
-            f"Divide {a} by {b} and drop the remainder.",
-            f"Compute {a} // {b}.",
-        )
-    )
-    rest, lines, digits = 0, [], ""
+    in_words = f"Divide {a} by {b} and drop the remainder."
+    question = rng.choice((f"What is {a} // {b}?", in_words, f"Compute {a} // {b}."))
+    remainder, lines, digits = 0, [], ""
     for d in str(a):
-        part = rest * 10 + int(d)
-        q, r = divmod(part, b)
-        lines.append(f"{part}: {b}*{q}={part - r}, {part}-{part - r}={r}, write {q}")
-        digits, rest = digits + str(q), r
+        head = remainder * 10 + int(d)
+        q, r = divmod(head, b)
+        lines.append(f"{head}: {b}*{q}={head - r}, {head}-{head - r}={r}, write {q}")
+        digits, remainder = digits + str(q), r
     return (a, b), question, "\n".join(lines) + f"\n-> {digits}", str(a // b)
 
 
@@ -127,7 +121,7 @@ TASKS: dict[str, Callable[[random.Random], tuple[tuple[int, ...], str, str, str]
 def generate(
     seed: int | str, split: Split, tasks: tuple[str, ...] | None = None
 ) -> Iterator[Solved]:
-    """Problems of a split without end, tasks in turn; a seed gives the same problems on every machine.
+    """Yield problems of a split without end, tasks in turn; a seed gives the same ones everywhere.
 
     Raises:
         ValueError: an unknown task name.
@@ -147,22 +141,13 @@ def generate(
 
 
 def generate_distinct(seed: int | str, split: Split, count: int) -> list[Solved]:
-    """`count` problems of a split, no two of which have the same operands in any order.
-
-    Raises:
-        ValueError: the split holds fewer distinct problems than asked for.
-    """
-    seen: set[tuple[str, tuple[int, ...]]] = set()
-    problems: list[Solved] = []
-    for tries, problem in enumerate(generate(seed, split), start=1):
-        key = (problem.task, tuple(sorted(problem.operands)))
-        if key not in seen:
-            seen.add(key)
-            problems.append(problem)
-        if len(problems) == count:
-            return problems
-        if tries > 50 * count + 1000:
-            raise ValueError(
-                f"the {split} split gave only {len(problems)} distinct problems of the {count} asked for; ask for fewer"
-            )
-    raise AssertionError("unreachable")
+    """Return `count` problems of a split, no two of which have the same operands in any order."""
+    distinct: dict[tuple[str, tuple[int, ...]], Solved] = {}
+    for problem in islice(generate(seed, split), 50 * count + 1000):
+        distinct.setdefault((problem.task, tuple(sorted(problem.operands))), problem)
+        if len(distinct) == count:
+            return list(distinct.values())
+    raise ValueError(
+        f"the {split} split gave only {len(distinct)} distinct problems of the {count} asked for; "
+        "ask for fewer"
+    )

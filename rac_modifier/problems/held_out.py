@@ -1,14 +1,35 @@
-"""Problems for evaluation; by default none of them can be in a calibration set."""
+"""Problems for evaluation: held out of calibration, or a published benchmark with its instruction and choices."""
 
 from __future__ import annotations
 
+import random
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import islice
+from typing import Any, Literal
 
 from rac_modifier.errors import RacError
+from rac_modifier.problems.answers import Verifier
 from rac_modifier.problems.arithmetic import generate_distinct
-from rac_modifier.problems.source import Problem, load_problems
+from rac_modifier.problems.source import (
+    Problem,
+    answer_in,
+    load_problems,
+    open_problem_table,
+    question_in,
+    row_id,
+    shuffled_rows,
+    table_name,
+)
 from rac_modifier.settings.check import check_settings
 from rac_modifier.settings.problems import ProblemSource
+
+LETTERS = "ABCDEFGH"
+_CHOICES_SEED = "choices/0"  # fixed: all runs show a question's choices in the same order
+_LAST_LINE = re.compile(r"(?<!#)####(?!#)([^\n]*)\s*\Z")
+_MARKUP = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|boxed)\s*\{(.*)\}", re.DOTALL)
+_LETTER = re.compile(r"\(?([A-Za-z])(?:\)?\s*[.:)]?|\)?\s*[.:)]\s.*)", re.DOTALL)
 
 
 def held_out_problems(
@@ -19,17 +40,19 @@ def held_out_problems(
     answer_column: str | None = None,
     split: str = "train",
 ) -> list[Problem]:
-    """`count` problems with answers: the test split of "arithmetic", or the first problems of any other source for this seed.
+    """Return `count` problems: the test split of "arithmetic", or the first problems of another source.
 
-    Only "arithmetic" is disjoint from calibration by construction. With another source, calibrate on other problems.
+    Only "arithmetic" is disjoint from calibration by construction. With another source, calibrate
+    on other problems.
 
     Raises:
-        RacError: settings that do not apply to the source, fewer problems than asked for, or what `load_problems` raises.
+        RacError: settings that do not apply to the source, fewer problems than `count`, or what
+            `load_problems` raises.
     """
     if count < 1:
         raise RacError(f"{count} problems cannot be evaluated; ask for at least 1")
     values = {"source": source, "column": column, "answer_column": answer_column, "split": split}
-    asked = check_settings(ProblemSource, values, "problems")
+    checked = check_settings(ProblemSource, values, "problems")
     if source == "arithmetic":
         try:
             solved = generate_distinct(seed, "test", count)
@@ -39,9 +62,114 @@ def held_out_problems(
             Problem(f"{s.task}:{','.join(map(str, s.operands))}", s.question, s.answer, s.task)
             for s in solved
         ]
-    problems = list(islice(load_problems(asked, seed), count))
+    problems = list(islice(load_problems(checked, seed), count))
     if len(problems) < count:
         raise RacError(
             f"{source} gave {len(problems)} problems of the {count} asked for; ask for fewer"
         )
     return problems
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The columns and the instruction that make a benchmark's rows problems.
+
+    The answer column holds the "whole" answer, a solution whose "last line" is "#### answer", or the
+    right one of the "choices": then the answer is its letter, and `wrong_columns` hold the others.
+    """
+
+    task: str
+    column: str
+    answer_column: str
+    instruction: str
+    answers: Literal["whole", "last line", "choices"] = "whole"
+    wrong_columns: tuple[str, ...] = ()
+
+
+def benchmark_problems(
+    source: ProblemSource, layout: Layout, seed: int, count: int | None = None
+) -> list[Problem]:
+    """Return the problems of a benchmark, or of a file with its columns, in an order of the seed.
+
+    The source's `column` and `answer_column`, if set, replace the layout's. `count` None: all.
+    """
+    column = source.column or layout.column
+    answer_column = source.answer_column or layout.answer_column
+    rows = shuffled_rows(
+        open_problem_table(source), source, (column, answer_column, *layout.wrong_columns), seed
+    )
+    problems = [
+        _problem(row, where, i, layout, question_in(row, where, column), answer_column)
+        for i, where, row in islice(rows, count)
+    ]
+    if count is not None and len(problems) < count:
+        raise RacError(
+            f"{table_name(source)} gave {len(problems)} problems of the {count} asked for; ask for "
+            "fewer, or name another source"
+        )
+    return problems
+
+
+def _problem(
+    row: Mapping[str, Any],
+    where: str,
+    index: int,
+    layout: Layout,
+    question: str,
+    answer_column: str,
+) -> Problem:
+    answer = _filled(row, where, answer_column)
+    if layout.answers == "last line":
+        answer = _last_line(answer, where, answer_column)
+    elif layout.answers == "choices":
+        choices = [answer, *(_filled(row, where, name) for name in layout.wrong_columns)]
+        question, answer = with_choices(question, choices)
+    question = f"{question.strip()}\n\n{layout.instruction}"
+    return Problem(row_id(index, question), question, answer, layout.task)
+
+
+def _filled(row: Mapping[str, Any], where: str, column: str) -> str:
+    text = (answer_in(row, where, column) or "").strip()
+    if not text:
+        raise RacError(f"{where}: column {column!r} holds nothing; complete the row, or remove it")
+    return text
+
+
+def _last_line(solution: str, where: str, column: str) -> str:
+    last = _LAST_LINE.search(solution)
+    answer = last[1].strip() if last else ""
+    if not answer:
+        raise RacError(
+            f"{where}: column {column!r} must end in a line '#### answer', it ends in "
+            f"{solution[-40:]!r}"
+        )
+    return answer.replace(",", "")  # thousands
+
+
+def with_choices(question: str, choices: list[str]) -> tuple[str, str]:
+    """Return a question with its lettered choices, and the letter of `choices[0]`, the right one.
+
+    The order depends on the question alone.
+    """
+    order = list(range(len(choices)))
+    random.Random(f"{_CHOICES_SEED}/{question}").shuffle(order)
+    lines = [f"{letter}) {choices[i]}" for letter, i in zip(LETTERS, order, strict=False)]
+    return "\n".join([question.strip(), "", *lines]), LETTERS[order.index(0)]
+
+
+def same_letter(answer: str, reference: str) -> bool:
+    r"""Tell whether an answer names the reference's letter; the text of a choice alone is wrong.
+
+    >>> same_letter(r"\text{(C)}", "C"), same_letter("C. 12 nm", "C"), same_letter("Carbon", "C")
+    (True, True, False)
+    """
+    bare = answer.strip().strip("$").strip()
+    while wrapped := _MARKUP.fullmatch(bare):
+        bare = wrapped[1].strip()
+    letter = _LETTER.fullmatch(bare)
+    return letter is not None and letter[1].upper() == reference
+
+
+def verifiers_of(layout: Layout) -> dict[str, Verifier]:
+    """Return, by task, the comparison that replaces the mathematical one for these problems."""
+    return {layout.task: same_letter} if layout.answers == "choices" else {}

@@ -21,14 +21,12 @@ if TYPE_CHECKING:
 QUESTION_COLUMNS = ("problem", "question", "prompt")
 _GYM_CHUNK = 500
 _REPEATS_BEFORE_EXHAUSTED = 10_000
-_EXACT_FLOATS = (
-    2.0**53
-)  # integers below are exact in a float64, to which a table converts larger JSON integers
+_EXACT_FLOATS = 2.0**53  # integers below are exact in the float64 that larger JSON integers become
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One question; `id` depends on the problem alone, so it stays the same when a limit changes."""
+    """A question; `id` depends on the problem alone, so it stays the same when a limit changes."""
 
     id: str
     question: str
@@ -37,13 +35,15 @@ class Problem:
 
 
 def load_problems(source: ProblemSource, seed: int) -> Iterator[Problem]:
-    """The problems of a source, in an order that the seed decides; generators without a limit never end.
+    """Return the problems of a source in an order that the seed decides.
 
-    The source is opened and its columns are checked at once; rows are read as the iterator advances.
+    Generators without a limit never end. The source is opened and its columns are checked first;
+    rows are read as the iterator advances.
 
     Raises:
-        RacError: a missing or malformed file, an unknown dataset, task or column, an empty table; while iterating, a
-            question that is not text, or an answer that is neither text nor a number.
+        RacError: a missing or malformed file, an unknown dataset, task or column, an empty table;
+            while iterating, a question that is not text, or an answer that is neither text nor a
+            number.
     """
     if source.source == ARITHMETIC:
         problems = _arithmetic(seed)
@@ -58,16 +58,14 @@ def _arithmetic(seed: int) -> Iterator[Problem]:
     seen: set[str] = set()
     repeats = 0
     for solved in arithmetic.generate(seed, "calibration"):
-        # The same operands in another phrasing are the same problem: the operands are its identity.
+        # The same operands in another phrasing are the same problem.
         identity = f"{solved.task}:{','.join(str(x) for x in sorted(solved.operands))}"
-        if identity in seen:
-            repeats += 1
-            if repeats > _REPEATS_BEFORE_EXHAUSTED:
-                return
-            continue
-        repeats = 0
-        seen.add(identity)
-        yield Problem(identity, solved.question, solved.answer, solved.task)
+        if identity not in seen:
+            repeats = 0
+            seen.add(identity)
+            yield Problem(identity, solved.question, solved.answer, solved.task)
+        elif (repeats := repeats + 1) > _REPEATS_BEFORE_EXHAUSTED:
+            return
 
 
 def _reasoning_gym(names: str, seed: int) -> Iterator[Problem]:
@@ -78,33 +76,25 @@ def _reasoning_gym(names: str, seed: int) -> Iterator[Problem]:
         raise RacError(
             f"problem source {GYM_PREFIX + names!r} needs `pip install 'rac-modifier[reasoning-gym]'`"
         ) from error
-    chosen = [name.strip() for name in names.split(",")]
-    for name in chosen:
+    tasks = [name.strip() for name in names.split(",")]
+    for name in tasks:
         if name not in DATASETS:
             close = difflib.get_close_matches(name, DATASETS, n=3) or sorted(DATASETS)[:5]
             raise RacError(f"unknown reasoning-gym task {name!r}; did you mean {', '.join(close)}?")
 
-    def one_task(name: str) -> Iterator[Problem]:
-        # reasoning-gym seeds item i with seed + i, so neighbouring seeds would share nearly all their items. Therefore each
-        # chunk has a hashed seed of its own.
+    def of_task(name: str) -> Iterator[Problem]:
+        # reasoning-gym seeds item i with seed + i: neighbouring seeds would share nearly all items.
         for chunk in count():
-            items = reasoning_gym.create_dataset(
-                name, seed=_gym_seed(name, seed, chunk), size=_GYM_CHUNK
-            )
+            chunk_seed = _gym_seed(name, seed, chunk)
+            items = reasoning_gym.create_dataset(name, seed=chunk_seed, size=_GYM_CHUNK)
             for index in range(_GYM_CHUNK):
-                item = items[index]
-                yield Problem(
-                    f"{name}:{chunk * _GYM_CHUNK + index}",
-                    item["question"],
-                    str(item["answer"]),
-                    name,
-                )
+                item, number = items[index], chunk * _GYM_CHUNK + index
+                yield Problem(f"{name}:{number}", item["question"], str(item["answer"]), name)
 
     def in_turn() -> Iterator[Problem]:
-        streams = [one_task(name) for name in chosen]
+        streams = [of_task(name) for name in tasks]
         while True:
-            for stream in streams:
-                yield next(stream)
+            yield from map(next, streams)
 
     return in_turn()
 
@@ -114,7 +104,7 @@ def _gym_seed(name: str, seed: int, chunk: int) -> int:
 
 
 def gym_item(source: ProblemSource, seed: int, problem_id: str) -> tuple[str, int, int, int] | None:
-    """Task, seed, size and index of the reasoning-gym dataset that a problem is from; None for other sources."""
+    """Return task, seed, size and index in reasoning-gym of a problem; None for other sources."""
     if not source.source.startswith(GYM_PREFIX):
         return None
     name, _, number = problem_id.rpartition(":")
@@ -123,18 +113,27 @@ def gym_item(source: ProblemSource, seed: int, problem_id: str) -> tuple[str, in
 
 
 def _from_table(table: Dataset, source: ProblemSource, seed: int) -> Iterator[Problem]:
-    column = source.column or _guess_column(table.column_names, table_name(source))
-    columns = (column,) if source.answer_column is None else (column, source.answer_column)
-    rows = shuffled_rows(table, source, columns, seed)
-    return (_from_row(row, where, i, column, source.answer_column) for i, where, row in rows)
+    column, answer_column = source.column, source.answer_column
+    if column is None:
+        candidates = [name for name in QUESTION_COLUMNS if name in table.column_names]
+        if len(candidates) != 1:
+            raise RacError(
+                f"{table_name(source)}: which column holds the question? Set `column` to one of: "
+                f"{', '.join(table.column_names)}"
+            )
+        column = candidates[0]
+
+    def problem(index: int, where: str, row: Mapping[str, Any]) -> Problem:
+        question = question_in(row, where, column)
+        answer = None if answer_column is None else answer_in(row, where, answer_column)
+        return Problem(row_id(index, question), question, answer, None)
+
+    columns = (column,) if answer_column is None else (column, answer_column)
+    return (problem(*row) for row in shuffled_rows(table, source, columns, seed))
 
 
 def open_problem_table(source: ProblemSource) -> Dataset:
-    """The table of a source that is a file or a dataset.
-
-    Raises:
-        RacError: no rows, or what `tables.open_table` raises.
-    """
+    """Open the table of a source that is a file or a dataset."""
     what = "problem file" if source.is_file else "problem dataset"
     table = open_table(source.source, what=what, config=source.config, split=source.split)
     if not len(table):
@@ -143,18 +142,14 @@ def open_problem_table(source: ProblemSource) -> Dataset:
 
 
 def table_name(source: ProblemSource) -> str:
-    """A file or dataset, for messages."""
+    """Name a file or dataset in messages."""
     return source.source if source.is_file else f"{source.source} [{source.split}]"
 
 
 def shuffled_rows(
     table: Dataset, source: ProblemSource, columns: tuple[str, ...], seed: int
 ) -> Iterator[tuple[int, str, Mapping[str, Any]]]:
-    """Each row's number, its name for messages, and its values in these columns, in an order that the seed decides.
-
-    Raises:
-        RacError: a column that the table lacks; at once, before the first row is read.
-    """
+    """Return number, name for messages and values of each row, in an order that the seed decides."""
     where = table_name(source)
     for name in columns:
         if name not in table.column_names:
@@ -167,64 +162,38 @@ def shuffled_rows(
     return ((i, f"{where}, row {i}", rows[i]) for i in order)
 
 
-def _guess_column(columns: list[str], where: str) -> str:
-    known = [name for name in QUESTION_COLUMNS if name in columns]
-    if len(known) != 1:
-        raise RacError(
-            f"{where}: which column holds the question? Set `column` to one of: {', '.join(columns)}"
-        )
-    return known[0]
-
-
-def _from_row(
-    row: Mapping[str, Any], where: str, index: int, column: str, answer_column: str | None
-) -> Problem:
-    question = question_in(row, where, column)
-    answer = None if answer_column is None else answer_in(row, where, answer_column)
-    return Problem(row_id(index, question), question, answer, None)
-
-
 def question_in(row: Mapping[str, Any], where: str, column: str) -> str:
-    """The question of a row; `where` is the row's name in messages.
-
-    Raises:
-        RacError: nothing, or no text.
-    """
+    """Return the question of a row; a row without text there is a RacError."""
     question = row[column]
     if not isinstance(question, str) or not question.strip():
-        what = (
-            f"{type(question).__name__} {str(question)[:80]!r}"
-            if question is not None
-            else "nothing"
-        )
+        kind = type(question).__name__
+        what = "nothing" if question is None else f"{kind} {str(question)[:80]!r}"
         raise RacError(
-            f"{where}: column {column!r} must hold the question as text, it holds {what}; choose another column"
+            f"{where}: column {column!r} must hold the question as text, it holds {what}; choose "
+            "another column"
         )
     return question
 
 
 def answer_in(row: Mapping[str, Any], where: str, column: str) -> str | None:
-    """The answer of a row as text, None where there is none; `where` is the row's name in messages.
-
-    Raises:
-        RacError: neither text nor a number, or a number that may have lost digits.
-    """
+    """Return the answer of a row as text, None for null."""
     answer = row[column]
     if answer is not None and not isinstance(answer, (str, int, float)):
         raise RacError(
-            f"{where}: column {column!r} must hold text or a number, it holds a {type(answer).__name__}; "
-            "write the answers as text in a Parquet file, or choose another answer_column"
+            f"{where}: column {column!r} must hold text or a number, it holds a "
+            f"{type(answer).__name__}; write the answers as text in a Parquet file, or choose "
+            "another answer_column"
         )
     if isinstance(answer, float) and abs(answer) >= _EXACT_FLOATS:
         raise RacError(
-            f"{where}: column {column!r} holds the number {answer!r}, some digits of which may have been lost when it was "
-            "read; write the answers as text, in quotes"
+            f"{where}: column {column!r} holds the number {answer!r}, some digits of which may have "
+            "been lost when it was read; write the answers as text, in quotes"
         )
     return None if answer is None else str(answer)
 
 
 def row_id(index: int, question: str) -> str:
-    """The id of a row: the hash makes an edited row another problem, so that a resumed run does not take it for done."""
+    """Return the id of a row; its hash makes an edited row another problem for a resumed run."""
     return f"row{index}-{_hash_int(question) % 16**8:08x}"
 
 

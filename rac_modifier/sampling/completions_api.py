@@ -1,20 +1,42 @@
-"""The completions protocol: the request, and the checks that an answer must pass to become a trace. No network here."""
+"""The completions protocol: the request, and the checks of what a server answers. No network here."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
+import torch
+from transformers import PreTrainedModel
+
 from rac_modifier.errors import RacError
+from rac_modifier.files import public_name
+from rac_modifier.model_tools import evaluating
+from rac_modifier.sampling.engine import Probe
 from rac_modifier.sampling.generate import Generation
 from rac_modifier.settings.sampling import SamplingSettings
 
+# Short, so that a check costs seconds; four, so that a chance agreement does not pass.
+PROBE_QUESTIONS = (
+    "What is 17 + 25?",
+    "Compute 6 * 7.",
+    "Name a prime number above 20.",
+    "Is 91 prime? Explain.",
+)
+PROBE_TOKENS = 24
+PROBE_SAMPLING = SamplingSettings(temperature=0, top_p=1, top_k=0, max_new_tokens=PROBE_TOKENS)
+# Nats by which a token may be less likely than the model's own choice. The maximum over 96 tokens of
+# the embedded reasoner is 0.0 if served in bfloat16, 0.1 in int8, 0.5 in int4 (round to nearest),
+# 4.9 with half of the weights pruned.
+_REGRET = 1.0
+
 
 class UnusableError(Exception):
-    """An answer that fails a check, where asking again may help."""
+    """No answer, or one that fails a check; asking again may help."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +49,10 @@ class Request:
     eos: tuple[int, ...]
 
     def body(self, model: str, sampling: SamplingSettings) -> dict[str, Any]:
-        """What is sent to /v1/completions, before it is JSON; `sampling` must be resolved.
+        """Return the JSON of /v1/completions; `sampling` must be resolved.
 
-        Every setting that a server would otherwise take from the model's generation_config is named: only temperature, top_k
-        and top_p shape the distribution, as in this process.
+        Every setting that a server would take from the model's generation_config is named: only
+        temperature, top_k and top_p shape the distribution, as in this process.
         """
         return {
             "model": model,
@@ -43,7 +65,7 @@ class Request:
             "seed": self.seed,
             "stream": False,
             "n": 1,
-            # What vLLM takes beside OpenAI's own settings:
+            # vLLM's additions to OpenAI's settings:
             "top_k": sampling.top_k or -1,
             "min_p": 0.0,
             "repetition_penalty": 1.0,
@@ -53,7 +75,7 @@ class Request:
 
 
 def trace_seed(seed: int, key: str) -> int:
-    """The seed of one trace, a function of (seed, key) alone; 31 bits, since some servers take no larger ones."""
+    """Return the seed of one trace, a function of (seed, key); 31 bits, which all servers take."""
     digest = hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") % 2**31
 
@@ -65,28 +87,33 @@ def read_answer(
     server: str,
     tokenize: Callable[[str], Sequence[int]] | None = None,
 ) -> Generation:
-    """The completion in the body of an answer with status 200.
+    """Return the completion in the body of an answer with status 200.
 
-    `tokenize` is called with the text of an answer without token ids, and its EOS is added; None: such an answer is refused.
+    `tokenize` is called with the text of an answer without token ids, and its EOS is added; None:
+    such an answer is refused.
 
     Raises:
         UnusableError: the answer is cut short or contradicts itself.
-        RacError: the server does not return token ids, changed the prompt, or ends completions without their EOS. Asking
-            again would not help.
+        RacError: the server does not return token ids, changed the prompt, or ends completions
+            without their EOS. Asking again would not help.
     """
     choice, usage = _only_choice(content)
-    ids = choice.get("token_ids")
-    if ids is None and tokenize is not None:
-        return _from_text(request, choice, tokenize)
+    ids, reason = choice.get("token_ids"), choice.get("finish_reason")
     if ids is None:
-        raise RacError(
-            f"{server} returned text without token ids, and traces are never tokenized again from text: it must "
-            "support `return_token_ids` in /v1/completions (vllm serve does)"
-        )
-    if (
-        not isinstance(ids, list)
-        or not ids
-        or not all(type(i) is int and 0 <= i < vocab_size for i in ids)
+        if tokenize is None:
+            raise RacError(
+                f"{server} returned text without token ids, and traces are never tokenized again "
+                "from text: it must support `return_token_ids` in /v1/completions (vllm serve does)"
+            )
+        text = choice.get("text")
+        if not isinstance(text, str) or reason not in ("stop", "length"):
+            raise UnusableError(f"finish_reason {reason!r} of the text {str(text)[:60]!r}")
+        if reason == "length" and not text:
+            raise UnusableError(f"finish_reason {reason!r} of an empty text")
+        eos = (request.eos[0],) if reason == "stop" else ()
+        return Generation((*tokenize(text), *eos), reason)
+    if not (
+        isinstance(ids, list) and ids and all(type(i) is int and 0 <= i < vocab_size for i in ids)
     ):
         raise UnusableError(
             f"token_ids {str(ids)[:60]} are not ids of the model's vocabulary of {vocab_size}"
@@ -94,15 +121,15 @@ def read_answer(
     read = choice.get("prompt_token_ids")
     if read is not None and read != list(request.prompt_ids):
         raise RacError(
-            f"{server} read another prompt than it was sent ({len(read)} tokens, not {len(request.prompt_ids)}): switch off "
-            "whatever cuts or extends prompts there"
+            f"{server} read another prompt than it was sent ({len(read)} tokens, not "
+            f"{len(request.prompt_ids)}): switch off whatever cuts or extends prompts there"
         )
     counted = usage.get("completion_tokens", len(ids))
     if counted != len(ids) or len(ids) > request.max_tokens:
         raise UnusableError(
             f"{len(ids)} token ids, {counted} counted, at most {request.max_tokens} asked for"
         )
-    return _finished(request, tuple(ids), choice.get("finish_reason"), server)
+    return _ended(request, tuple(ids), reason, server)
 
 
 def error_text(content: bytes) -> str:
@@ -122,43 +149,110 @@ def _only_choice(content: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
         data = json.loads(content)
         (choice,) = data["choices"]
         usage = data.get("usage") or {}
-        if isinstance(choice, dict) and isinstance(usage, dict):
-            return choice, usage
+        if not isinstance(choice, dict) or not isinstance(usage, dict):
+            raise TypeError("no object")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UnusableError(
             f"no completion in the answer ({type(error).__name__}: {str(error)[:80]})"
         ) from error
-    raise UnusableError("no completion in the answer")
+    return choice, usage
 
 
-def _from_text(
-    request: Request, choice: dict[str, Any], tokenize: Callable[[str], Sequence[int]]
-) -> Generation:
-    text, reason = choice.get("text"), choice.get("finish_reason")
-    if (
-        not isinstance(text, str)
-        or reason not in ("stop", "length")
-        or (reason == "length" and not text)
-    ):
-        raise UnusableError(f"finish_reason {reason!r} of the text {str(text)[:60]!r}")
-    ids = tuple(tokenize(text))
-    return Generation((*ids, request.eos[0]) if reason == "stop" else ids, reason)
-
-
-def _finished(request: Request, ids: tuple[int, ...], reason: Any, server: str) -> Generation:
+def _ended(request: Request, ids: tuple[int, ...], reason: Any, server: str) -> Generation:
     eos = set(request.eos)
     if reason == "stop" and ids[-1] not in eos:
         raise RacError(
-            f"{server} ended a completion on token {ids[-1]}, which is no EOS ({', '.join(map(str, request.eos))}): it "
-            "strips the EOS or has stop words of its own; traces need the EOS that the model wrote"
+            f"{server} ended a completion on token {ids[-1]}, which is no EOS "
+            f"({', '.join(map(str, request.eos))}): it strips the EOS or has stop words of its own; "
+            "traces need the EOS that the model wrote"
         )
     if eos.intersection(ids[:-1]):
         raise RacError(
             f"{server} continued a completion after an EOS; switch off `ignore_eos` there"
         )
     if reason == "length" and len(ids) == request.max_tokens:
-        # Where the EOS is the last token that fits, servers report either reason.
+        # Servers report either reason for an EOS that is the last token that fits.
         return Generation(ids, "stop" if ids[-1] in eos else "length")
     if reason == "stop":
         return Generation(ids, "stop")
     raise UnusableError(f"finish_reason {reason!r} after {len(ids)} of {request.max_tokens} tokens")
+
+
+def served_model(content: bytes, named: str | None, server: str) -> dict[str, Any]:
+    """Return the entry of GET /v1/models to sample from: `named`, or the only base model."""
+    try:
+        cards = {str(card["id"]): dict(card) for card in json.loads(content)["data"]}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise RacError(
+            f"{server}/models is not a list of models; is this an OpenAI-compatible server, and does "
+            "the address end in /v1?"
+        ) from error
+    names = ", ".join(map(repr, cards)) or "none"
+    bases = [name for name, card in cards.items() if not card.get("parent")]
+    if (named is None and len(bases) != 1) or (named is not None and named not in cards):
+        serves = f"serves {names}" if named is None else f"does not serve {named!r}, but {names}"
+        raise RacError(f"{server} {serves}; set engine.model to the one that is to be compressed")
+    card = cards[bases[0] if named is None else named]
+    if card.get("parent"):
+        raise RacError(
+            f"{server}: {card['id']!r} is an adapter on {card['parent']!r}, not a model of its own; "
+            "merge it, and serve and compress the merged model"
+        )
+    return card
+
+
+def check_limit(
+    card: dict[str, Any], context: int | None, max_new_tokens: int, server: str
+) -> None:
+    """Refuse a server whose longest sequence is too short for the completions (RacError)."""
+    limit = card.get("max_model_len")
+    if isinstance(limit, int) and limit <= max_new_tokens and limit < (context or limit + 1):
+        longest = f" (the model has {context})" if context else ""
+        raise RacError(
+            f"{server} takes sequences of up to {limit} tokens, and max_new_tokens={max_new_tokens} "
+            f"does not fit: start it with a larger --max-model-len{longest}, or sample fewer tokens"
+        )
+
+
+def check_name(card: dict[str, Any], model: str, server: str) -> None:
+    """Refuse a server that loaded a model of another name (RacError), if both names are known.
+
+    A folder counts by its last name, a Hugging Face id and its folder in the cache by the name after
+    the organisation.
+    """
+    root = card.get("root")
+    root = root if isinstance(root, str) else ""
+    served, local = (
+        PurePath(public_name(name)).name.lower()
+        for name in (root, os.path.abspath(model) if model else "")
+    )
+    if served and local and served != local:
+        raise RacError(
+            f"{server} serves {public_name(root)!r}, and the model is {public_name(model)!r}; name the "
+            "model that is served, or, if they are the same under two names, set engine.model (rac "
+            f"eval: --served-as) to {card['id']!r}"
+        )
+
+
+@torch.no_grad()
+def check_probes(model: PreTrainedModel, probes: Sequence[Probe], server: str) -> None:
+    """Compare greedy tokens of a server with the model's own choices: a forward pass per probe.
+
+    Another model fails, and so do weights that were changed much. The same weights in fewer bits pass.
+    """
+    regrets: list[float] = []
+    with evaluating(model):
+        for probe in probes:
+            ids = torch.tensor([[*probe.prompt_ids, *probe.completion_ids]], device=model.device)
+            logits = model(input_ids=ids).logits[0, len(probe.prompt_ids) - 1 : -1].float()
+            served = logits.gather(1, ids[0, len(probe.prompt_ids) :, None])[:, 0]
+            regrets += (logits.amax(-1) - served).tolist()
+    wrong = sum(not regret <= _REGRET for regret in regrets)  # not `>`: a NaN must not pass
+    if wrong:
+        name = model.config.name_or_path or type(model).__name__
+        raise RacError(
+            f"{server} holds another model than {name!r}: "
+            f"{wrong} of its {len(regrets)} greedy tokens are far from what this one would write (up "
+            f"to {max(regrets):.1f} nats less likely than its own choice); serve the model that is to "
+            "be compressed, or set engine.verify_model: false if you know that it is the same"
+        )

@@ -1,11 +1,8 @@
 """Decode a batch whose rows end at different times: ended rows are taken out of the batch.
 
-The longest chain of thought of a batch is often several times as long as the shortest one. Without
-the ended rows, the cost of a batch is about proportional to its tokens. Two more copies are avoided:
-
-- transformers' "sdpa" repeats the key-value cache once per query head where heads share it and rows
-  are padded. With a single query token, the heads of a group are the queries of one matmul.
-- transformers' `DynamicCache` copies itself at every step. `RoomyLayer` has room for more tokens.
+Without the ended rows, the cost of a batch is about proportional to its tokens. Two copies of the
+key-value cache are avoided: `grouped_sdpa` does not repeat it per query head, as transformers' "sdpa"
+does for padded rows, and `RoomyLayer` does not copy it at every step, as `DynamicCache` does.
 """
 
 from __future__ import annotations
@@ -32,7 +29,7 @@ from rac_modifier.sampling.draw import Draw
 # Rows are taken out when a quarter of them have ended: that copies the key-value cache.
 _COMPACT_BELOW = 0.75
 _ATTENTION = "rac_grouped_sdpa"
-_ROOM = 128  # tokens for which the cache takes memory each time that its room is used up
+_ROOM = 128  # tokens by which the cache grows
 
 
 @torch.no_grad()
@@ -46,18 +43,10 @@ def decode(
     draw: Draw,
     rows: torch.Tensor,
 ) -> list[list[int]]:
-    """Complete left-padded prompts.
+    """Complete left-padded prompts of a causal LM in evaluation mode.
 
-    Returns the new tokens of each row, up to its limit, not yet cut at its EOS.
-
-    Args:
-        model: a causal LM in evaluation mode that takes position_ids and a DynamicCache.
-        prompts: token ids, none empty.
-        limits: the largest number of new tokens of each row.
-        eos: ids that end a row.
-        pad: id of the padding.
-        draw: temperature, top-k, top-p.
-        rows: int64 key of each row for its noise (`draw.row_keys`).
+    `limits` are the largest numbers of new tokens, `eos` the ids that end a row, `rows` the keys of
+    `draw.row_keys`. Returns the new tokens of each row, up to its limit, not yet cut at its EOS.
     """
     device, width = model.device, max(map(len, prompts))
     inputs = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)

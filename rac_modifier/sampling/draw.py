@@ -23,14 +23,7 @@ _LARGEST_BELOW_ONE = 1 - 2**-24
 
 @dataclass(frozen=True)
 class Draw:
-    """How a token is drawn; in the order of transformers: temperature, top-k, then top-p on what top-k left.
-
-    Attributes:
-        temperature: 0 is the arg max.
-        top_k: number of likeliest tokens that may be drawn; 0 for all.
-        top_p: of these, the likeliest whose probabilities sum to this may be drawn; 1.0 for all. The
-            likeliest token always may.
-    """
+    """Temperature (0: arg max), top-k (0: all), then top-p on what top-k left, as transformers does."""
 
     temperature: float
     top_k: int = 0
@@ -64,7 +57,7 @@ class Draw:
                 if count == vocabulary or bool((probabilities.sum(-1) >= self.top_p).all()):
                     break
                 count = min(8 * count, vocabulary)
-        likelier = probabilities.cumsum(-1) - probabilities  # than this one, together
+        likelier = probabilities.cumsum(-1) - probabilities  # probability of the likelier tokens
         likelier[:, 0] = 0.0
         return values.masked_fill(likelier >= self.top_p, -torch.inf), ids
 

@@ -1,22 +1,38 @@
-"""What an engine is: batches of prompts in, completions out, in any order."""
+"""What an engine is, and the engine on the model in memory: batches of prompts in, completions out.
+
+Of several processes, the first one hands out whole batches and collects the completions. Batches are
+the same for any number of processes, so the completions are the same too (on one kind of device).
+"""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from itertools import islice
+from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rac_modifier.sampling.generate import Generation
+from rac_modifier.model_tools import on_accelerator
+from rac_modifier.processes import ALONE, Processes
+from rac_modifier.sampling.generate import Generation, generate
+from rac_modifier.settings.sampling import SamplingSettings
 
 EngineKind = Literal["transformers", "openai", "openai text"]
-"""`openai text`: servers that return text alone, which was tokenized here: enough to judge answers, not to calibrate on."""
+"""`openai text`: servers that return text alone; enough to judge answers, not to calibrate on."""
+
+_SERVE = (
+    "fill the trace store with a server first, which can divide the model over several devices "
+    "(rac traces collect MODEL --recipe RECIPE --serve), and start this run again; or name servers "
+    "in traces.engine"
+)
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt to complete; `key` and the seed of the settings decide what is drawn."""
+    """A prompt to complete; `key` and the seed of the settings decide what is drawn."""
 
     key: str
     ids: tuple[int, ...]
@@ -31,14 +47,14 @@ class Failure:
 
 @dataclass(frozen=True)
 class Completion:
-    """What became of one prompt."""
+    """The outcome of a prompt."""
 
     prompt: Prompt
     outcome: Generation | Failure
 
 
 class Probe(BaseModel):
-    """A server's greedy completion of a known prompt, by which its model is told from another one, also later."""
+    """A server's greedy completion of a known prompt, by which its model is told from another."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -53,37 +69,109 @@ class EngineRecord(BaseModel):
 
     kind: EngineKind = "transformers"
     served_model: str | None = None
-    root: str | None = None
-    """The last part of the folder or id that the server loaded the model from, by its own account."""
-    probes: tuple[Probe, ...] = ()
-    """Empty for the model in this process, and where the check was switched off."""
+    root: str | None = None  # last name of what the server loaded, as it reports
+    probes: tuple[Probe, ...] = ()  # empty without a server, or without the check
 
 
 class Engine(Protocol):
     """Completes prompts. An engine is made for one collection and closed at its end."""
 
     kind: EngineKind
-    batch_size: int
-    """Prompts per batch of `iter_completions`."""
+    batch_size: int  # prompts per batch of `iter_completions`
 
     def connect(self) -> EngineRecord:
-        """Check that the engine serves the right model; to be called first, and cheap from the second call on.
-
-        Raises:
-            RacError: it cannot be reached, or serves another model.
-        """
+        """Check, before the first completion, that the engine has the right model (RacError)."""
 
     def iter_completions(
         self, batches: Iterable[Sequence[Prompt]]
     ) -> Iterator[Sequence[Completion]]:
-        """Complete prompts; yields whenever some are finished, until `batches` ends and every prompt is finished.
+        """Complete prompts; yields whenever some are finished, until every prompt is.
 
-        Prompts of one batch are computed together where that matters for rounding. Batches are taken from the iterable, in
-        the caller's thread, only as there is room to work on them: so what it yields may depend on completions so far.
-
-        Raises:
-            RacError: there is no point in going on. What was finished before has been yielded.
+        Prompts of a batch are computed together if that matters for rounding. Batches are taken in
+        the caller's thread, only when they can be worked on: they may depend on completions so far.
         """
 
     def close(self) -> None:
-        """Give up the prompts that are not finished, and free what the engine holds."""
+        """Give up unfinished prompts, and free what the engine holds."""
+
+
+class InProcessEngine:
+    """Samples from a transformers model; deterministic for a given batch size (see `generate`).
+
+    In the first of several `processes`; meanwhile the others run `help_sampling`. The model is on the
+    accelerator, if there is one, from `connect` to `close`.
+    """
+
+    kind: EngineKind = "transformers"
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        sampling: SamplingSettings,
+        processes: Processes = ALONE,
+    ):
+        self.batch_size = sampling.batch_size
+        self._model, self._tokenizer, self._sampling = model, tokenizer, sampling
+        self._processes = processes
+        self._placed: contextlib.ExitStack | None = None
+
+    def connect(self) -> EngineRecord:
+        """Move the model to the accelerator; return an empty record."""
+        if self._placed is None:
+            self._placed = contextlib.ExitStack()
+            self._placed.enter_context(on_accelerator(self._model, _SERVE))
+        return EngineRecord()
+
+    def iter_completions(
+        self, batches: Iterable[Sequence[Prompt]]
+    ) -> Iterator[Sequence[Completion]]:
+        """Complete as many batches at a time as there are processes."""
+        batches = iter(batches)
+        sampling = self._sampling.model_dump(mode="json")
+        while by_rank := list(islice(batches, self._processes.count)):
+            prompts = [[[prompt.key, list(prompt.ids)] for prompt in batch] for batch in by_rank]
+            job = self._processes.from_first({"sampling": sampling, "batches": prompts})
+            answers = _complete_share(self._model, self._tokenizer, job, self._processes)
+            for batch, answer in zip(by_rank, answers, strict=False):  # fewer batches at the end
+                yield [
+                    Completion(prompt, Generation(tuple(ids), reason))
+                    for prompt, (ids, reason) in zip(batch, answer, strict=True)
+                ]
+
+    def close(self) -> None:
+        """Move the model back to where it was."""
+        if self._placed is not None:
+            self._placed.close()
+
+
+def help_sampling(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, processes: Processes
+) -> Any:
+    """Complete this process's batches; return the value that the first gives to `end_sampling`."""
+    with contextlib.ExitStack() as placed:
+        while "end" not in (job := processes.from_first()):
+            placed.enter_context(on_accelerator(model, _SERVE))
+            _complete_share(model, tokenizer, job, processes)
+    return job["end"]
+
+
+def end_sampling(processes: Processes, value: Any) -> None:
+    """Release the processes that help; `help_sampling` returns `value`, which is JSON, in each."""
+    processes.from_first({"end": value})
+
+
+def _complete_share(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    job: dict[str, Any],
+    processes: Processes,
+) -> list[list[Any]]:
+    """Complete this process's batch, if there is one; return the completions of all batches."""
+    completions = []
+    if processes.rank < len(job["batches"]):
+        keys, ids = zip(*job["batches"][processes.rank], strict=True)
+        settings = SamplingSettings.model_validate(job["sampling"])
+        generated = generate(model, tokenizer, list(ids), settings, list(keys))
+        completions = [[list(answer.ids), answer.finish_reason] for answer in generated]
+    return processes.from_all(completions)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -24,11 +25,11 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from rac_modifier.errors import RacError
 from rac_modifier.files import public_name
-from rac_modifier.sampling.generate import eos_token_ids
-from rac_modifier.sampling.merged_experts import MergedExperts, with_merged_experts
 
 _ELEMENTS = 64
-# Only what shapes the computation: the rest of a config (dtype, paths, library versions) changes without the model.
+_IF_THERE = {"_raise_exceptions_for_missing_entries": False}
+_EXPERT = ("gate_proj", "up_proj", "down_proj")
+# Only what shapes the computation: the rest of a config changes without the model.
 _ARCHITECTURE_FIELDS = (
     "model_type",
     "vocab_size",
@@ -44,6 +45,8 @@ _ARCHITECTURE_FIELDS = (
     "tie_word_embeddings",
     "rope_parameters",
 )
+# A tensor, or a merged tensor [experts, rows, columns] as the matrices of each expert.
+_Weights = torch.Tensor | list[list[torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -51,14 +54,11 @@ class ModelIdentity:
     """The model whose traces are collected; its weights may stay on disk."""
 
     name: str
-    """For records and messages."""
-    source: str
-    """The folder or id that it was loaded from; empty for a model made in memory."""
+    source: str  # the folder or id that it was loaded from; empty for a model made in memory
     fingerprint: str
     generation_config: GenerationConfig | None
     vocab_size: int
-    context: int | None
-    """Longest sequence in tokens; None if the config does not say."""
+    context: int | None  # longest sequence in tokens; None if the config does not say
 
     @classmethod
     def of_model(cls, model: PreTrainedModel) -> ModelIdentity:
@@ -71,16 +71,19 @@ class ModelIdentity:
 
         It reads 64 numbers per parameter from safetensors files. If the tensors have other names there
         than in the model (fused experts), the weights are loaded, with a warning.
-
-        Raises:
-            RacError: no such model, or no safetensors files.
         """
         try:
             config = AutoConfig.from_pretrained(source, trust_remote_code=False)
             with torch.device("meta"):
                 skeleton = AutoModelForCausalLM.from_config(config)
-            generation = _generation_config(source, skeleton)
-            files = _weight_files(source)
+            try:
+                generation = GenerationConfig.from_pretrained(source)
+            except OSError:
+                generation = skeleton.generation_config  # as from_pretrained of the model does
+            files = [cached_file(source, "model.safetensors", **_IF_THERE) or ""]
+            if files == [""]:
+                index = cached_file(source, "model.safetensors.index.json")
+                files = list(get_checkpoint_shard_files(source, index)[0])
         except (OSError, ValueError) as error:
             raise RacError(
                 f"the model {source!r} cannot be read ({str(error).strip().splitlines()[0]})"
@@ -109,43 +112,16 @@ class ModelIdentity:
             context=getattr(model.config.get_text_config(), "max_position_embeddings", None),
         )
 
-    def eos(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-        """Return every token id that ends a completion (see `eos_token_ids`)."""
-        return tuple(eos_token_ids(self, tokenizer))
-
 
 def model_fingerprint(model: PreTrainedModel) -> str:
-    """A hash (64 hex digits) of the architecture and of up to 64 evenly strided elements of each parameter.
+    """Hash (64 hex digits) the architecture and up to 64 strided elements of each parameter.
 
     Elements are rounded to bfloat16, so a model has the same fingerprint loaded in float32 and in
-    bfloat16, whatever its files hold. It takes milliseconds for a small model, seconds for a large one.
-    A change that misses all elements (an edited weight) is not detected; pruning and fine-tuning are.
-    Parameters offloaded by accelerate or compressed-tensors are read where they are stored.
-
-    Raises:
-        RacError: a parameter has no values (meta device, not offloaded).
+    bfloat16. Pruning and fine-tuning change it; an edit that misses all elements does not. Parameters
+    offloaded by accelerate or compressed-tensors are read where they are stored.
     """
-    values = ((n, _offloaded(model, n) if p.is_meta else p) for n, p in named_parameters(model))
-    return fingerprint_of(model.config, with_merged_experts(model, values))
-
-
-def fingerprint_of(
-    config: PreTrainedConfig, parameters: Iterable[tuple[str, torch.Tensor | MergedExperts]]
-) -> str:
-    """Return `model_fingerprint` of a config and of parameters in the order of `named_parameters`."""
-    text = config.get_text_config()
-    fields = {name: getattr(text, name, None) for name in _ARCHITECTURE_FIELDS}
-    digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode())
-    for name, tensor in parameters:
-        # Odd: a stride that is a multiple of the row length would only ever read one column.
-        stride = -(-tensor.numel() // _ELEMENTS) | 1
-        if isinstance(tensor, torch.Tensor):
-            sample = tensor.detach().reshape(-1)[::stride].cpu().to(torch.bfloat16).float()
-        else:
-            sample = tensor.every(stride).to(torch.bfloat16).float()
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(sample.numpy().astype("<f4").tobytes())
-    return digest.hexdigest()
+    values = ((n, _offloaded(model, n) if p.is_meta else p) for n, p in _named_parameters(model))
+    return _fingerprint_of(model.config, _with_merged_experts(model, values))
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -154,24 +130,55 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(vocab.encode()).hexdigest()
 
 
-def named_parameters(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+def _fingerprint_of(config: PreTrainedConfig, parameters: Iterable[tuple[str, _Weights]]) -> str:
+    text = config.get_text_config()
+    fields = {name: getattr(text, name, None) for name in _ARCHITECTURE_FIELDS}
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode())
+    for name, weights in parameters:
+        shape, sample = _sample(weights)
+        digest.update(f"{name}{shape}".encode())
+        digest.update(sample.to(torch.bfloat16).float().numpy().astype("<f4").tobytes())
+    return digest.hexdigest()
+
+
+def _sample(weights: _Weights) -> tuple[tuple[int, ...], torch.Tensor]:
+    """Return the shape of a tensor, and its elements at a stride, on the CPU."""
+    if isinstance(weights, torch.Tensor):
+        return tuple(weights.shape), weights.detach().reshape(-1)[:: _stride(weights.shape)].cpu()
+    rows, columns = sum(map(len, weights[0])), weights[0][0].shape[1]
+    shape = (len(weights), rows, columns)
+    numbers = []
+    for flat in range(0, math.prod(shape), _stride(shape)):
+        expert, row = divmod(flat // columns, rows)
+        for matrix in weights[expert]:
+            if row < len(matrix):
+                numbers.append(float(matrix.detach()[row, flat % columns]))
+                break
+            row -= len(matrix)
+    return shape, torch.tensor(numbers)
+
+
+def _stride(shape: tuple[int, ...]) -> int:
+    """Return an odd number: a multiple of the row length would only ever read one column."""
+    return -(-math.prod(shape) // _ELEMENTS) | 1
+
+
+def _named_parameters(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the parameters of each module under their full names.
 
     A parameter that two modules share comes twice, since offloading hides that it is shared.
     """
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            full = f"{prefix}.{name}" if prefix else name
-            yield full, parameter
+            yield f"{prefix}.{name}" if prefix else name, parameter
 
 
 def _offloaded(model: PreTrainedModel, full: str) -> torch.Tensor:
     """Return the values that accelerate keeps while the parameter is on the meta device."""
     prefix, _, name = full.rpartition(".")
-    module = model.get_submodule(prefix)
-    hook = getattr(module, "_hf_hook", None)
-    for part in getattr(hook, "hooks", [hook]):
-        weights = getattr(part, "weights_map", None)
+    hook = getattr(model.get_submodule(prefix), "_hf_hook", None)
+    for attached in getattr(hook, "hooks", [hook]):
+        weights = getattr(attached, "weights_map", None)
         if weights is not None:
             return weights[name]
     raise RacError(
@@ -179,19 +186,40 @@ def _offloaded(model: PreTrainedModel, full: str) -> torch.Tensor:
     )
 
 
-def _generation_config(source: str, skeleton: PreTrainedModel) -> GenerationConfig | None:
-    try:
-        return GenerationConfig.from_pretrained(source)
-    except OSError:
-        return skeleton.generation_config  # as from_pretrained does for a model that brings none
+def _with_merged_experts(
+    model: torch.nn.Module, parameters: Iterable[tuple[str, torch.Tensor]]
+) -> Iterator[tuple[str, _Weights]]:
+    """Yield parameters in their order; experts that llm-compressor cut apart come as merged tensors.
+
+    So a model has the same fingerprint before and after. Experts with other matrices, biases or
+    transposed weights stay as they are.
+    """
+    layers = {name: module for name, module in model.named_modules() if _is_separate(module)}
+    pending: dict[str, torch.Tensor] = {}
+    for name, tensor in parameters:
+        layer, is_expert, _ = name.rpartition(".experts.")
+        layer = f"{layer}.experts"
+        if not is_expert or layer not in layers:
+            yield name, tensor
+            continue
+        pending[name] = tensor
+        count: int = layers[layer].num_experts
+        if len(pending) == count * len(_EXPERT):
+            gate, up, down = (
+                [pending[f"{layer}.{i}.{name}.weight"] for i in range(count)] for name in _EXPERT
+            )
+            yield f"{layer}.gate_up_proj", [list(pair) for pair in zip(gate, up, strict=True)]
+            yield f"{layer}.down_proj", [[weight] for weight in down]
+            pending.clear()
 
 
-def _weight_files(source: str) -> list[str]:
-    whole = cached_file(source, "model.safetensors", _raise_exceptions_for_missing_entries=False)
-    if whole is not None:
-        return [whole]
-    index = cached_file(source, "model.safetensors.index.json")
-    return list(get_checkpoint_shard_files(source, index)[0])
+def _is_separate(module: torch.nn.Module) -> bool:
+    flags = [getattr(module, name, None) for name in ("is_transposed", "has_bias")]
+    if not isinstance(module, torch.nn.ModuleList) or flags != [False, False]:
+        return False
+    count = getattr(module, "num_experts", 0)
+    names = {name for expert in list(module)[:count] for name, _ in expert.named_parameters()}
+    return count > 0 and names == {f"{name}.weight" for name in _EXPERT}
 
 
 def _fingerprint_of_files(skeleton: PreTrainedModel, files: list[str]) -> str | None:
@@ -206,7 +234,7 @@ def _fingerprint_of_files(skeleton: PreTrainedModel, files: list[str]) -> str | 
         ]
         holder: dict[str, Any] = {name: file for file in opened for name in file.keys()}  # noqa: SIM118 - no mapping
         # Tied parameters are one object; the first of its names that the files hold counts.
-        parameters = list(named_parameters(skeleton))
+        parameters = list(_named_parameters(skeleton))
         stored = {id(parameter): name for name, parameter in reversed(parameters) if name in holder}
         if any(id(parameter) not in stored for _, parameter in parameters):
             return None
@@ -222,4 +250,4 @@ def _fingerprint_of_files(skeleton: PreTrainedModel, files: list[str]) -> str | 
                     )
                 yield name, tensor
 
-        return fingerprint_of(skeleton.config, values())
+        return _fingerprint_of(skeleton.config, values())

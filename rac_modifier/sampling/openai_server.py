@@ -9,33 +9,36 @@ from concurrent.futures import Future
 from itertools import chain
 from pathlib import PurePath
 from queue import SimpleQueue
-from typing import Any
 
 from loguru import logger
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rac_modifier.errors import RacError
 from rac_modifier.files import public_name
-from rac_modifier.sampling.completions_api import Request, trace_seed
-from rac_modifier.sampling.engine import (
-    Completion,
-    EngineKind,
-    EngineRecord,
-    Failure,
-    Probe,
-    Prompt,
-)
-from rac_modifier.sampling.generate import Generation, warn_of_cap
-from rac_modifier.sampling.model_identity import ModelIdentity
-from rac_modifier.sampling.probes import (
+from rac_modifier.processes import ALONE, Processes
+from rac_modifier.sampling.completions_api import (
     PROBE_QUESTIONS,
     PROBE_SAMPLING,
     PROBE_TOKENS,
+    Request,
     check_limit,
     check_name,
     check_probes,
     served_model,
+    trace_seed,
 )
+from rac_modifier.sampling.engine import (
+    Completion,
+    Engine,
+    EngineKind,
+    EngineRecord,
+    Failure,
+    InProcessEngine,
+    Probe,
+    Prompt,
+)
+from rac_modifier.sampling.generate import Generation, eos_token_ids, warn_of_cap
+from rac_modifier.sampling.model_identity import ModelIdentity
 from rac_modifier.sampling.prompts import render_question
 from rac_modifier.sampling.server_client import GaveUpError, RefusedError, ServerClient
 from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
@@ -43,29 +46,17 @@ from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
 # With several servers, tries at each before the next one: a server that hangs holds nothing up.
 _TRIES_BEFORE_ANOTHER = 2
 TRIES = 9  # requests per completion, after which its problem counts as failed
-# Prompts are taken up to this many times the concurrency ahead of the oldest unfinished one. That
+# Prompts are started up to this many times the concurrency ahead of the oldest unfinished one. That
 # keeps the servers busy during one long completion, and bounds the finished ones in memory.
 _LOOK_AHEAD = 4
-# For every eight prompts under way one more is ready: it is sent while traces are being written.
-_READY = 8
-
-_UnderWay = dict[Future[Generation | Failure], tuple[int, Prompt]]  # number of the prompt, prompt
 
 
 class ServerEngine:
-    """Completes prompts, sent as token ids, on one or several servers.
+    """Completes prompts, sent as token ids, on one or several servers of the model `identity`.
 
-    Without the weights in memory, the name of what a server loaded is compared with the model's name,
-    unless `settings.model` names it, or traces are sampled with `verify_model: false`.
-
-    Args:
-        settings: which servers, and how many completions at the same time.
-        identity: the model that the servers must serve.
-        tokenizer: of that model, for EOS and for the prompts of the check.
-        sampling: resolved settings.
-        model: the model itself if it is in memory; greedy tokens of the servers are compared with it.
-        evaluates: answers are judged, and nothing is calibrated on them. Then servers that return no
-            token ids are accepted if `verify_model` is set, and `kind` becomes "openai text".
+    Greedy tokens of the servers are compared with `model`, if it is in memory. `sampling` must be
+    resolved. With `evaluates`, answers are judged, and nothing is calibrated on them. Then servers
+    that return no token ids are accepted if `verify_model` is set: `kind` becomes "openai text".
     """
 
     batch_size = 1
@@ -82,16 +73,14 @@ class ServerEngine:
         self.kind: EngineKind = "openai"
         self._settings, self._identity, self._tokenizer = settings, identity, tokenizer
         self._sampling, self._model, self._evaluates = sampling, model, evaluates
-        self._eos = identity.eos(tokenizer)
+        self._eos = tuple(eos_token_ids(identity, tokenizer))
         tokenize = self._tokenized if evaluates and settings.verify_model else None
         self._servers = [ServerClient(url, settings, tokenize) for url in settings.base_urls]
         if settings.api_key_env is not None:
-            logger.warning(
-                f"the key in {settings.api_key_env} is sent to {', '.join(settings.base_urls)}"
-            )
+            urls = ", ".join(settings.base_urls)
+            logger.warning(f"the key in {settings.api_key_env} is sent to {urls}")
         self._served: dict[str, str] = {}  # by url, the name of the model there
         self._server_limit: int | None = None  # the shortest max_model_len
-        self._places = asyncio.Semaphore(settings.concurrency)
         self._record: EngineRecord | None = None
         # The event loop has a thread of its own: it runs on while traces are written, and a
         # notebook already has a loop in its main thread.
@@ -102,11 +91,7 @@ class ServerEngine:
         self._thread.start()
 
     def connect(self) -> EngineRecord:
-        """Ask each server which model it serves, and compare that with ours.
-
-        Raises:
-            RacError: unreachable, another model, no token ids, or too short a limit.
-        """
+        """Ask each server, the first time, which model it serves, and compare that with ours."""
         if self._record is None:
             self._record = asyncio.run_coroutine_threadsafe(self._connect(), self._loop).result()
         return self._record
@@ -114,44 +99,40 @@ class ServerEngine:
     def iter_completions(
         self, batches: Iterable[Sequence[Prompt]]
     ) -> Iterator[Sequence[Completion]]:
-        """Complete prompts, `concurrency` at a time. Call `connect` first.
-
-        Raises:
-            RacError: a server wants a key, does not return token ids, or the like.
-        """
-        prompts = chain.from_iterable(batches)
-        under_way: _UnderWay = {}  # the oldest first
-        done: SimpleQueue[Future[Generation | Failure]] = SimpleQueue()
-        taken = 0
+        """Complete prompts, `concurrency` at a time. Call `connect` first."""
+        prompts = enumerate(chain.from_iterable(batches))
+        under_way: dict[Future[Generation | Failure], tuple[int, Prompt]] = {}  # the oldest first
+        ended: SimpleQueue[Future[Generation | Failure]] = SimpleQueue()
+        concurrency, started = self._settings.concurrency, 0
         while True:
-            while self._has_room(under_way, taken) and (prompt := next(prompts, None)) is not None:
-                future = asyncio.run_coroutine_threadsafe(self._complete(prompt), self._loop)
-                under_way[future] = taken, prompt
-                future.add_done_callback(done.put)
-                taken += 1
+            while len(under_way) < concurrency:
+                oldest = next(iter(under_way.values()))[0] if under_way else started
+                if started - oldest >= _LOOK_AHEAD * concurrency:
+                    break
+                if (numbered := next(prompts, None)) is None:
+                    break
+                coroutine = self._complete(numbered[1])
+                future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+                under_way[future] = numbered
+                future.add_done_callback(ended.put)
+                started += 1
             if not under_way:
                 return
-            ended = [done.get()]
-            while not done.empty():
-                ended.append(done.get())
-            finished: list[Completion] = []
+            futures = [ended.get()]
+            while not ended.empty():
+                futures.append(ended.get())
+            completions: list[Completion] = []
             stop: RacError | None = None
-            for future in sorted(ended, key=lambda future: under_way[future][0]):
+            for future in sorted(futures, key=lambda future: under_way[future][0]):
                 _, prompt = under_way.pop(future)
                 try:
-                    finished.append(Completion(prompt, future.result()))
+                    completions.append(Completion(prompt, future.result()))
                 except RacError as error:
                     stop = error
-            if finished:
-                yield finished
+            if completions:
+                yield completions
             if stop is not None:
                 raise stop
-
-    def _has_room(self, under_way: _UnderWay, taken: int) -> bool:
-        oldest = next(iter(under_way.values()))[0] if under_way else taken
-        concurrency = self._settings.concurrency
-        room = concurrency + concurrency // _READY
-        return len(under_way) < room and taken - oldest < _LOOK_AHEAD * concurrency
 
     def close(self) -> None:
         """Drop the requests under way (a server notices) and end the thread."""
@@ -171,10 +152,22 @@ class ServerEngine:
             await server.close()
 
     async def _connect(self) -> EngineRecord:
-        cards, probes = [], []
+        settings, cards, probes = self._settings, [], []
         for server in self._servers:
-            cards.append(await self._card(server))
-            probes += await self._checked_probes(server)
+            url = server.url
+            card = served_model(await server.list_models(), settings.model, url)
+            check_limit(card, self._identity.context, self._sampling.max_new_tokens, url)
+            compares = self._evaluates or settings.verify_model
+            if compares and self._model is None and settings.model is None:
+                check_name(card, self._identity.source, url)
+            self._served[url] = str(card["id"])
+            if isinstance(limit := card.get("max_model_len"), int):
+                self._server_limit = min(limit, self._server_limit or limit)
+            cards.append(card)
+            if settings.verify_model:
+                probes += await self._probe(server)
+            else:
+                logger.warning(f"{url}: the served model is not compared (verify_model: false)")
         root = cards[0].get("root")
         return EngineRecord(
             kind=self.kind,
@@ -183,46 +176,8 @@ class ServerEngine:
             probes=tuple(probes),
         )
 
-    async def _card(self, server: ServerClient) -> dict[str, Any]:
-        """Return the entry of the model in the server's list, once it has passed the checks."""
-        url, identity = server.url, self._identity
-        card = served_model(await server.list_models(), self._settings.model, url)
-        check_limit(card, identity.context, self._sampling.max_new_tokens, url)
-        asked = self._evaluates or self._settings.verify_model
-        if asked and self._model is None and self._settings.model is None:
-            check_name(card, identity.source, url)
-        self._served[url] = str(card["id"])
-        if isinstance(limit := card.get("max_model_len"), int):
-            self._server_limit = min(limit, self._server_limit or limit)
-        return card
-
-    async def _checked_probes(self, server: ServerClient) -> list[Probe]:
-        """Return greedy tokens of the server, compared with the model if that is in memory."""
-        url = server.url
-        if not self._settings.verify_model:
-            logger.warning(
-                f"{url}: the served model is not compared with the model to be compressed "
-                "(verify_model: false)"
-            )
-            return []
-        probes = await self._probe(server)
-        if self.kind == "openai text":
-            logger.warning(
-                f"{url} returns text without token ids: answers are tokenized here, so that their "
-                "lengths may differ by a few tokens, and the served model is known by its name alone"
-            )
-            return []
-        if self._evaluates:
-            logger.info(f"{url}: the served model is known by its name alone")
-        elif self._model is None:
-            logger.info(
-                f"{url}: greedy tokens are stored, to be compared when the model is in memory"
-            )
-        else:
-            await asyncio.to_thread(check_probes, self._model, probes, url)
-        return probes
-
     async def _probe(self, server: ServerClient) -> list[Probe]:
+        """Return greedy tokens of the server, compared with the model if that is in memory."""
         prompts = [
             tuple(render_question(self._tokenizer, question, self._sampling))
             for question in PROBE_QUESTIONS
@@ -236,10 +191,20 @@ class ServerEngine:
             raise RacError(
                 f"{server.url} does not answer a short greedy prompt: {error}"
             ) from error
-        return [
+        if self.kind == "openai text":
+            logger.warning(
+                f"{server.url} returns text without token ids: answers are tokenized here, so that "
+                "their lengths may differ by a few tokens, and the served model is known by its name "
+                "alone"
+            )
+            return []
+        probes = [
             Probe(prompt_ids=ids, completion_ids=answer.ids)
             for ids, answer in zip(prompts, answers, strict=True)
         ]
+        if self._model is not None and not self._evaluates:
+            await asyncio.to_thread(check_probes, self._model, probes, server.url)
+        return probes
 
     def _tokenized(self, text: str) -> list[int]:
         """Return the ids of an answer that came as text alone."""
@@ -247,32 +212,23 @@ class ServerEngine:
         return list(self._tokenizer.encode(text, add_special_tokens=False))
 
     async def _complete(self, prompt: Prompt) -> Generation | Failure:
+        """Ask one server after the other: a few tries each, and then the other tries."""
         length, limit = len(prompt.ids), self._sampling.max_new_tokens
         context, server_limit = self._identity.context, self._server_limit
+        if context is not None and length >= context:
+            return Failure(f"the prompt of {length} tokens fills the model's context of {context}")
         if context is not None and length + limit > context:
             warn_of_cap(limit, context)
             limit = context - length
-            if limit < 1:
-                return Failure(
-                    f"the prompt of {length} tokens fills the model's context of {context}"
-                )
         if server_limit is not None and length + limit > server_limit:
             return Failure(
                 f"a prompt of {length} and a completion of up to {limit} tokens do not fit the "
                 f"servers' --max-model-len of {server_limit}; serve with a larger one"
             )
         request = Request(prompt.ids, limit, trace_seed(self._sampling.seed, prompt.key), self._eos)
-        async with self._places:
-            return await self._ask_any(request)
-
-    async def _ask_any(self, request: Request) -> Generation | Failure:
-        """Ask one server after the other, until one completes the prompt.
-
-        With several servers, each one gets a few tries first, and then its other tries.
-        """
-        reason, tries = "", TRIES
-        first = min(_TRIES_BEFORE_ANOTHER, tries) if len(self._servers) > 1 else tries
-        for count in filter(None, (first, tries - first)):
+        first = min(_TRIES_BEFORE_ANOTHER, TRIES) if len(self._servers) > 1 else TRIES
+        reason = ""
+        for count in filter(None, (first, TRIES - first)):
             tried: list[ServerClient] = []
             while (server := least_busy(self._servers, tried)) is not None:
                 tried.append(server)
@@ -283,17 +239,14 @@ class ServerEngine:
                 except GaveUpError as error:
                     reason = str(error)
         where = f" at each of {len(self._servers)} servers" if len(self._servers) > 1 else ""
-        return Failure(f"{reason} (tried {tries} times{where})")
+        return Failure(f"{reason} (tried {TRIES} times{where})")
 
     async def _ask(
         self, server: ServerClient, request: Request, sampling: SamplingSettings, tries: int
     ) -> Generation:
+        model, vocab_size = self._served[server.url], self._identity.vocab_size
         return await server.complete(
-            request,
-            model=self._served[server.url],
-            vocab_size=self._identity.vocab_size,
-            sampling=sampling,
-            tries=tries,
+            request, model=model, vocab_size=vocab_size, sampling=sampling, tries=tries
         )
 
 
@@ -302,7 +255,7 @@ def least_busy(
 ) -> ServerClient | None:
     """Return the server with the fewest completions under way; None if all were tried.
 
-    A server that fails at once always has few under way and would get every prompt. So a failing
+    A server that fails immediately always has few under way and would get every prompt. So a failing
     server gets one prompt at a time while there is another server; its first success ends that.
     """
     return min(
@@ -310,3 +263,25 @@ def least_busy(
         key=lambda server: (server.failing and server.under_way > 0, server.under_way),
         default=None,
     )
+
+
+def engine_for(
+    settings: EngineSettings | None,
+    identity: ModelIdentity,
+    model: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase,
+    sampling: SamplingSettings,
+    processes: Processes = ALONE,
+    evaluates: bool = False,
+) -> Engine:
+    """Return an engine on the servers of `settings`, or without settings on the model in memory.
+
+    With `evaluates`, the completions are answers to be judged; see `ServerEngine`.
+    """
+    if settings is not None:
+        return ServerEngine(settings, identity, tokenizer, sampling, model, evaluates)
+    if model is None:
+        raise RacError(
+            "the model's weights are not in memory: load it, or name servers that sample it"
+        )
+    return InProcessEngine(model, tokenizer, sampling, processes)

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import http.client
+import json
 import os
 import re
+import shlex
+import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from loguru import logger
 
 from rac_modifier.errors import RacError
-from rac_modifier.sampling.server_watch import GRACE
-from rac_modifier.sampling.vllm_command import HOST, VllmCommand
 
+HOST = "127.0.0.1"
 _LOOK_EVERY = 0.2  # seconds
-_SAY_EVERY = 30.0  # seconds
 _LAST_LINES = 25
 _LAST_BYTES = 16384
 _FIRST_BYTES = 1 << 20
@@ -31,24 +33,117 @@ _ERROR = re.compile(r"(?:^|\] )\s*(?:\w+\.)*[A-Z]\w*(?:Error|Exception): \S")
 _WATCHER = Path(__file__).with_name("server_watch.py")
 
 
+@dataclass(frozen=True)
+class VllmCommand:
+    """The path of a `vllm` command, its options, and the seconds until it must be ready."""
+
+    path: str
+    options: tuple[str, ...] = ()
+    timeout: float = 1800.0
+
+    @classmethod
+    def from_environment(cls, variables: Mapping[str, str] = os.environ) -> VllmCommand:
+        """Read RAC_VLLM (else `vllm` on the PATH) and RAC_VLLM_OPTIONS."""
+        named = variables.get("RAC_VLLM")
+        path = shutil.which(named or "vllm", path=variables.get("PATH"))
+        if path is None and named:
+            raise RacError(
+                f"RAC_VLLM={named!r} is no command that can be run; name the vllm of the environment "
+                "that has it"
+            )
+        if path is None:
+            raise RacError(
+                "no vllm on the PATH; install it in an environment of its own "
+                "(scripts/serve_cpu_env.sh does, for a CPU), and name it with "
+                "RAC_VLLM=/path/to/environment/bin/vllm"
+            )
+        try:
+            options = tuple(shlex.split(variables.get("RAC_VLLM_OPTIONS", "")))
+        except ValueError as error:
+            raise RacError(
+                f"RAC_VLLM_OPTIONS={variables['RAC_VLLM_OPTIONS']!r}: {error}; write it as for a "
+                "shell"
+            ) from error
+        return cls(path, options)
+
+    def arguments(self, model: str, dtype: str, port: int) -> list[str]:
+        """Return the whole command line."""
+        command = [self.path, "serve", model, "--host", HOST, "--port", str(port), "--dtype", dtype]
+        names = {option.split("=")[0].replace("--no-", "--") for option in self.options}
+        if _has_few_bits(model) and not names & {"--quantization", "-q"}:
+            command += ["--quantization", "rac"]
+        # On a CPU, vLLM 0.32 fails if it reads the prompt of a request with a seed in chunks.
+        if "--enable-chunked-prefill" not in names and self.is_cpu_build():
+            command.append("--no-enable-chunked-prefill")
+        return [*command, *self.options]
+
+    def is_cpu_build(self) -> bool:
+        """Tell by its version whether vLLM computes on the CPU; False without `python()`."""
+        return (self.version_of("vllm") or "").endswith("+cpu")
+
+    def python(self) -> Path | None:
+        """Return the python of the command's environment; None if it is not next to the command."""
+        python = Path(self.path).parent / "python"
+        return python if python.exists() else None
+
+    def version_of(self, package: str) -> str | None:
+        """Return the version of a package in the command's environment; None if it lacks it."""
+        if (python := self.python()) is None:
+            return None
+        code = f"from importlib.metadata import version; print(version({package!r}))"
+        answer = subprocess.run(
+            [str(python), "-I", "-c", code],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return answer.stdout.strip() if answer.returncode == 0 else None
+
+    def environment(self) -> dict[str, str]:
+        """Return this process's variables; PYTHONPATH is not for another environment."""
+        same = Path(self.path).parent == Path(sys.executable).parent
+        variables = {name: os.environ[name] for name in os.environ if same or name != "PYTHONPATH"}
+        return {"VLLM_NO_USAGE_STATS": "1", **variables}
+
+
+def _has_few_bits(model: str) -> bool:
+    """Tell whether a folder has weights of 2 or 3 bits, for which vLLM has no CPU kernel."""
+    try:
+        config = json.loads((Path(model) / "config.json").read_text())["quantization_config"]
+        bits = {group["weights"]["num_bits"] for group in config["config_groups"].values()}
+        return bool(bits & {2, 3})
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return False  # no folder, or vLLM says what is wrong with it
+
+
+def check_serving() -> None:
+    """Refuse a missing vLLM, or an environment without this package, before hours of work (RacError)."""
+    command = VllmCommand.from_environment()
+    if command.python() is None:
+        logger.info(f"{command.path} has no python next to it to ask for rac-modifier")
+    elif command.version_of("rac-modifier") is None:
+        raise RacError(
+            f"the environment of {command.path} lacks rac-modifier, whose plugin reads packed "
+            f"checkpoints; {command.python()} -m pip install 'rac-modifier[serve]'"
+        )
+
+
 @contextmanager
 def vllm_server(command: VllmCommand, model: str, dtype: str = "auto") -> Iterator[str]:
     """Run `vllm serve` inside the context, and yield its address.
 
-    It ends with the context, and with this process (see `server_watch`).
-
-    Args:
-        command: what is run.
-        model: a folder or a Hugging Face id.
-        dtype: as vLLM names it.
+    It ends with the context, and with this process (see `server_watch`). `model` is a folder or a
+    Hugging Face id, `dtype` as vLLM names it.
 
     Raises:
         RacError: with its last lines: it stops, is not ready in time, or has stopped when the body
             raises a RacError.
     """
-    port = _free_port()
+    with socket.socket() as free:
+        free.bind((HOST, 0))
+        port = int(free.getsockname()[1])
     with tempfile.TemporaryFile() as log:
-        started = time.monotonic()
         logger.info(f"starting {command.path} serve {model} on http://{HOST}:{port}")
         watcher = subprocess.Popen(
             [sys.executable, "-I", "-S", str(_WATCHER), *command.arguments(model, dtype, port)],
@@ -56,11 +151,10 @@ def vllm_server(command: VllmCommand, model: str, dtype: str = "auto") -> Iterat
             stdout=log,
             stderr=subprocess.STDOUT,
             env=command.environment(),
-            start_new_session=True,  # Ctrl-C of the terminal is for this process, which then stops the server
+            start_new_session=True,  # Ctrl-C is for this process, which then stops the server
         )
         try:
-            _wait_until_ready(command, watcher, port, log, started)
-            logger.info(f"vllm serve is ready after {time.monotonic() - started:.0f} s")
+            _wait_until_ready(command, watcher, port, log)
             try:
                 yield f"http://{HOST}:{port}"
             except RacError as error:
@@ -68,16 +162,16 @@ def vllm_server(command: VllmCommand, model: str, dtype: str = "auto") -> Iterat
                     raise
                 raise RacError(f"{error}. {_stopped(watcher, log)}") from error
         finally:
-            _stop(watcher)
+            assert watcher.stdin is not None
+            watcher.stdin.close()
+            watcher.wait()
 
 
 class ServerOnDemand:
     """A server that starts when it is first asked, and stops at the end of the context.
 
-    A start that failed is not repeated. After an error of the body the server starts again.
-
-    Args:
-        start: starts it, as `vllm_server` does.
+    A start that failed is not repeated. After an error of the body the server starts again. `start`
+    starts it, as `vllm_server` does.
     """
 
     def __init__(self, start: Callable[[], AbstractContextManager[str]]):
@@ -93,11 +187,7 @@ class ServerOnDemand:
 
     @contextmanager
     def asked(self) -> Iterator[tuple[str]]:
-        """Yield its address.
-
-        Raises:
-            RacError: it cannot be started, or has stopped when the body raises a RacError.
-        """
+        """Yield its address."""
         if self._failed is not None:
             raise self._failed
         if self._url is None:
@@ -115,23 +205,18 @@ class ServerOnDemand:
 
 
 def _wait_until_ready(
-    command: VllmCommand, watcher: subprocess.Popen[bytes], port: int, log: BinaryIO, started: float
+    command: VllmCommand, watcher: subprocess.Popen[bytes], port: int, log: BinaryIO
 ) -> None:
-    said = started
+    started = time.monotonic()
     while not _is_healthy(port):
-        now = time.monotonic()
         if watcher.poll() is not None:
-            raise RacError(_stopped(watcher, log))
-        if now - started > command.timeout:
-            raise RacError(f"vllm serve was not ready after {command.timeout:g} s. {end_of(log)}")
-        if now - said > _SAY_EVERY:
-            said = now
-            logger.info(
-                f"waiting for vllm serve ({now - started:.0f} s): {(last_lines(log, 1) or ['no output yet'])[0]}"
-            )
+            break
+        if time.monotonic() - started > command.timeout:
+            raise RacError(f"vllm serve was not ready after {command.timeout:g} s. {_end_of(log)}")
         time.sleep(_LOOK_EVERY)
-    if watcher.poll() is not None:  # another program answers at this port
+    if watcher.poll() is not None:  # also if another program answers at this port
         raise RacError(_stopped(watcher, log))
+    logger.info(f"vllm serve is ready after {time.monotonic() - started:.0f} s")
 
 
 def _is_healthy(port: int) -> bool:
@@ -148,45 +233,22 @@ def _is_healthy(port: int) -> bool:
 def _stopped(watcher: subprocess.Popen[bytes], log: BinaryIO) -> str:
     return (
         f"vllm serve stopped with exit code {watcher.returncode}; its options (such as "
-        f"--max-model-len 8192) are set in RAC_VLLM_OPTIONS. {end_of(log)}"
+        f"--max-model-len 8192) are set in RAC_VLLM_OPTIONS. {_end_of(log)}"
     )
 
 
-def end_of(log: BinaryIO) -> str:
+def _end_of(log: BinaryIO) -> str:
     """Describe the last lines that a server printed, and its first error if they lack it."""
-    lines = last_lines(log, _LAST_LINES)
+    size = os.fstat(log.fileno()).st_size
+    lines = _lines(log, max(0, size - _LAST_BYTES), _LAST_BYTES)[-_LAST_LINES:]
     if not lines:
         return "It printed nothing"
-    cause = first_error(log)
+    cause = next((line for line in _lines(log, 0, _FIRST_BYTES) if _ERROR.search(line)), None)
     named = "" if cause is None or cause in lines else f"Its first error:\n{cause}\n"
     return f"{named}Its last lines:\n" + "\n".join(lines)
 
 
-def first_error(log: BinaryIO) -> str | None:
-    """Return the first line that names an exception: vLLM's last lines may not name the cause."""
-    start = os.pread(log.fileno(), _FIRST_BYTES, 0).decode("utf-8", "replace")
-    return next((line.rstrip() for line in start.splitlines() if _ERROR.search(line)), None)
-
-
-def last_lines(log: BinaryIO, count: int) -> list[str]:
-    """Return the last non-empty lines of a file; the position for writing stays."""
-    size = os.fstat(log.fileno()).st_size
-    end = os.pread(log.fileno(), _LAST_BYTES, max(0, size - _LAST_BYTES))
-    return [line.rstrip() for line in end.decode("utf-8", "replace").splitlines() if line.strip()][
-        -count:
-    ]
-
-
-def _stop(watcher: subprocess.Popen[bytes]) -> None:
-    assert watcher.stdin is not None
-    watcher.stdin.close()
-    try:
-        watcher.wait(2 * GRACE + 5)
-    except subprocess.TimeoutExpired:
-        logger.warning(f"vllm serve (watched by process {watcher.pid}) does not stop")
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind((HOST, 0))
-        return int(free.getsockname()[1])
+def _lines(log: BinaryIO, start: int, size: int) -> list[str]:
+    """Return the non-empty lines of a part of a file; the position for writing stays."""
+    text = os.pread(log.fileno(), size, start).decode("utf-8", "replace")
+    return [line.rstrip() for line in text.splitlines() if line.strip()]

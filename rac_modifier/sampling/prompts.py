@@ -18,20 +18,12 @@ def render_prompt(
     template: Template = "chat",
     thinking: bool = True,
 ) -> list[int]:
-    """Token ids of the prompt for one question, made by the template in one step and never decoded to text.
+    """Return the token ids of a question's prompt, made by the template, never decoded to text.
 
-    "chat" applies the tokenizer's chat template with `add_generation_prompt` and `enable_thinking=thinking` (templates without
-    that switch ignore it); "none" tokenizes the bare question, with the tokenizer's own special tokens (a BOS).
-    There is no default system prompt: calibration and evaluation must agree, and most reasoning models are used without one.
-
-    Raises:
-        RacError: no chat template, a template that rejects the messages, or an empty prompt.
+    "chat" applies the tokenizer's chat template with `enable_thinking=thinking`, which some templates
+    ignore. "none" tokenizes the bare question, with the tokenizer's own special tokens (a BOS).
     """
     if template == "none":
-        if system_prompt is not None:
-            raise RacError(
-                "template='none' has no place for a system_prompt; drop it or use template='chat'"
-            )
         ids = tokenizer(question)["input_ids"]
     else:
         ids = _apply_chat_template(tokenizer, question, system_prompt, thinking)
@@ -48,8 +40,9 @@ def _apply_chat_template(
     name = tokenizer.name_or_path or type(tokenizer).__name__
     if tokenizer.chat_template is None:
         raise RacError(
-            f"tokenizer {name!r} has no chat template; give the model the bare question (traces.sampling.template: none in a "
-            "recipe, --template none of rac eval), or set tokenizer.chat_template"
+            f"tokenizer {name!r} has no chat template; give the model the bare question "
+            "(traces.sampling.template: none in a recipe, --template none of rac eval), or set "
+            "tokenizer.chat_template"
         )
     messages = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
     messages.append({"role": "user", "content": question})
@@ -62,11 +55,7 @@ def _apply_chat_template(
             return_dict=False,
         )
     except TemplateError as error:
-        hint = (
-            "; it may not take a system prompt: leave system_prompt out"
-            if system_prompt is not None
-            else ""
-        )
+        hint = "; it may not take a system prompt: leave system_prompt out" if system_prompt else ""
         raise RacError(
             f"the chat template of tokenizer {name!r} rejects the question: {error}{hint}"
         ) from error
@@ -76,7 +65,7 @@ def _apply_chat_template(
 def render_question(
     tokenizer: PreTrainedTokenizerBase, question: str, sampling: SamplingSettings
 ) -> list[int]:
-    """`render_prompt` with the prompt settings of `sampling`."""
+    """Call `render_prompt` with the prompt settings of `sampling`."""
     return render_prompt(
         tokenizer, question, sampling.system_prompt, sampling.template, sampling.thinking
     )

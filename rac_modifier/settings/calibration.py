@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BeforeValidator,
     Field,
-    PlainSerializer,
-    PlainValidator,
     WithJsonSchema,
     field_validator,
     model_validator,
@@ -27,7 +25,6 @@ _SYNONYMS = {"text": "generic"}
 _BETWEEN_PARTS = re.compile(r"\s*,\s*(?=(?:traces|prompts|generic|text)\s*[:@])")
 _EXAMPLE = '"traces:math@0.7, traces:code@0.2, text:allenai/c4@0.1"'
 
-NamedWeighting = Literal["uniform", "inverse_length", "correct"]
 TEXT_FILES = (".txt", ".jsonl", ".parquet")
 _Sequence = Annotated[int, Field(ge=16, le=10**9)]
 
@@ -113,39 +110,11 @@ def part_tokens(mixture: Mapping[str, float], tokens: int) -> dict[str, int]:
     return budgets
 
 
-def check_weighting(value: Any) -> Any:
-    """Return the name of a weighting, or a function. Text never becomes a function.
-
-    Raises:
-        RacError: neither of them.
-    """
-    if value in get_args(NamedWeighting) or callable(value):
-        return value
-    raise RacError(
-        f"trace_weighting is {value!r}; use {', '.join(get_args(NamedWeighting))}. A function of "
-        "your own can only be given from Python, as an object: trace_weighting=my_function"
-    )
-
-
-def name_of_weighting(weighting: str | Callable[..., float]) -> str:
-    """Return the name that is recorded: for a function its module and qualified name."""
-    if isinstance(weighting, str):
-        return weighting
-    named = weighting if hasattr(weighting, "__qualname__") else type(weighting)
-    return f"{named.__module__}.{named.__qualname__}"
-
-
 _SHARES = {"type": "object", "additionalProperties": {"type": "number"}}
 Mixture = Annotated[
     dict[str, float],
     BeforeValidator(read_mixture),
     WithJsonSchema({"anyOf": [_SHARES, {"type": "string"}]}),
-]
-TraceWeighting = Annotated[
-    NamedWeighting | Callable[..., float],
-    PlainValidator(check_weighting),
-    PlainSerializer(name_of_weighting),
-    WithJsonSchema({"type": "string", "enum": list(get_args(NamedWeighting))}),
 ]
 
 
@@ -208,13 +177,6 @@ class CalibrationSettings(Settings):
 
     prompt_weight: Weight = 1.0
     """Weight of a prompt token in the Hessian; generated tokens and generic text weigh 1."""
-
-    answer_weight: Weight | None = None
-    """Weight of a generated token after the thinking (</think>); default: 1."""
-
-    trace_weighting: TraceWeighting = "uniform"
-    """Factor for the tokens of each trace. uniform: 1; inverse_length: each trace has the same
-    total weight; correct: 0 for traces with a wrong answer. From Python also a function."""
 
     @field_validator("mixture")
     @classmethod

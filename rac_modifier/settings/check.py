@@ -40,6 +40,8 @@ _REMOVED = {
     "retry_failed": "remove the .failed.jsonl next to the store to try its problems again",
     "repeated_tails": "tails that repeat are always cut",
     "tries": "a completion is requested nine times",
+    "answer_weight": "generated tokens weigh 1; prompt_weight is the weight of the others",
+    "trace_weighting": "each token of a trace weighs the same",
     "recover.seed": "the seed is 0",
     "evaluation.seed": "the seed is 0",
 }

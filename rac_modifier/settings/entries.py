@@ -31,7 +31,7 @@ KEEP_IDLE = {"keep_idle": True}
 _NO_TRACES = "with a mixture without traces"
 _UNNAMED = "unless the mixture names it: "
 # Upstream's modifiers calibrate one sequence per batch and weigh all tokens alike.
-_OF_PRUNING = ("batch_tokens", "prompt_weight", "answer_weight", "trace_weighting")
+_OF_PRUNING = ("batch_tokens", "prompt_weight")
 
 
 class CalibrationEntry(BaseModel):
@@ -160,7 +160,7 @@ def idle_pruning(settings: PruningSettings) -> Idle:
     structured = pattern is not None and pattern.is_structured
     no_fit, by_layer = not settings.fits_weights, settings.order == "layer"
     no_data = no_fit and solver == "magnitude"
-    weights = "prompt_weight calibration.answer_weight calibration.trace_weighting"
+    weights = "prompt_weight"
     idle = _idle(
         (),
         (structured, "sparsity allocation", "with an N:M mask_structure"),
@@ -195,7 +195,7 @@ def idle_calibration(traces: TraceSettings, calibration: CalibrationSettings) ->
     idle = _idle(
         ("calibration",),
         (alike, "prompt_weight", "with a mixture whose tokens all weigh the same"),
-        (not sampled, "answer_weight trace_weighting held_out_tokens", _NO_TRACES),
+        (not sampled, "held_out_tokens", _NO_TRACES),
         (all(part.name for part in generic), "generic", f"{_UNNAMED}generic"),
     )
     if ("calibration", "generic") not in idle:

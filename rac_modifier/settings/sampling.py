@@ -19,7 +19,7 @@ class SamplingSettings(Settings):
     """How completions are sampled. None: as in the model's own generation_config (see `resolved`).
 
     Only temperature, top_k and top_p shape the distribution. A repetition penalty in the model's
-    generation_config is not applied, and a warning says so.
+    generation_config is not applied.
     """
 
     temperature: float | None = Field(None, ge=0, le=100)

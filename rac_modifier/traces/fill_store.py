@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
 from loguru import logger
 from tqdm import tqdm
@@ -19,21 +18,21 @@ from tqdm import tqdm
 from rac_modifier.errors import RacError
 from rac_modifier.problems.source import Problem
 from rac_modifier.sampling.engine import Completion, Engine, Failure, Prompt
-from rac_modifier.traces.failures import (
+from rac_modifier.traces.records import Trace
+from rac_modifier.traces.store import (
     FailedProblem,
+    TraceStore,
     append_failures,
     failures_path,
+    pending_path,
     read_failures,
 )
-from rac_modifier.traces.store import Trace, TraceStore
 
 _FAILURES_OF_AN_OUTAGE = 16  # without a success between them; fewer are bad problems
-_NO_LIMIT = 2**62
-_LONGEST_QUEUE = 256  # entries, while stored traces are passed over
 
 
 @dataclass
-class _Entry:
+class _Sample:
     """A sample of a problem on its way into the store; `tokens` is 0 until they are known."""
 
     id: str
@@ -47,20 +46,11 @@ class _Entry:
         return FailedProblem(self.id, self.problem.question, reason)
 
 
-def pending_path(store: Path) -> Path:
-    """Return traces.pending.jsonl for traces.jsonl."""
-    return store.with_name(f"{store.stem}.pending.jsonl")
-
-
 class FillStore:
-    """Fills a store from an engine.
+    """Fills a store, open to append to, from an engine, which is connected when it is needed.
 
-    Args:
-        store: open to append to.
-        engine: completes what neither the store nor its side files hold; it is connected when needed.
-        problems: in order; the store's header has the samples per problem.
-        render: returns the token ids of a problem's prompt.
-        refuse: returns why a prompt of so many tokens is not sampled; None: it is.
+    `render` returns the token ids of a problem's prompt, `refuse` why a prompt of this length is not
+    sampled (None: it is).
     """
 
     def __init__(
@@ -76,168 +66,141 @@ class FillStore:
         self._samples = (
             (f"{problem.id}#{i}", problem) for problem in problems for i in range(samples)
         )
-        self._queue: deque[_Entry] = deque()
-        self._asked: dict[str, _Entry] = {}
-        self._total = 0  # tokens of the entries that have left the queue
-        self._known = 0  # the same, plus the known tokens of entries in the queue
-        self._failed = {failed.id for failed in read_failures(store.path)}
+        self._queue: deque[_Sample] = deque()
+        self._asked: dict[str, _Sample] = {}
+        self._total = 0  # tokens of the samples that have left the queue
+        self._known = 0  # the same, plus the known tokens of samples in the queue
+        self.failed = {failed.id for failed in read_failures(store.path)}
         # Failures since the last success are not written yet: they may be an outage, which must not
-        # change the order. They hold up later entries.
-        self._doubtful: list[tuple[_Entry, FailedProblem]] = []
+        # change the order. They hold up later samples.
+        self._doubtful: list[tuple[_Sample, FailedProblem]] = []
         self._pending: TraceStore | None = None
         self._early: dict[str, Trace] = {}
         if pending_path(store.path).exists():
-            self._pending = self._open_pending()
+            self._pending = TraceStore.open_append(pending_path(store.path), store.header)
             self._early = {trace.id: trace for trace in self._pending if trace.id not in store}
 
     def run(self, tokens: int | None, progress: bool) -> int:
         """Store the shortest run of problems that holds `tokens` (None: all problems).
 
-        Returns:
-            The tokens of that run; fewer than `tokens` if the problems end.
-
-        Raises:
-            RacError: no room on the disk, or an engine that cannot go on; stored traces stay.
+        Returns its tokens: fewer than `tokens` if the problems end.
         """
-        goal, tokens = tokens, _NO_LIMIT if tokens is None else tokens
-        batches = self._engine.iter_completions(self._batches(tokens))
+        goal, tokens = tokens, 2**62 if tokens is None else tokens
+        completions = self._engine.iter_completions(self._batches(tokens))
+        hidden = None if progress else True
         try:
             with tqdm(
-                total=goal,
-                desc="traces",
-                unit="tok",
-                unit_scale=True,
-                disable=None if progress else True,
+                total=goal, desc="traces", unit="tok", unit_scale=True, disable=hidden
             ) as bar:
-                while self._total < tokens and (completions := next(batches, None)) is not None:
-                    self._receive(completions, tokens)
+                while self._total < tokens and (batch := next(completions, None)) is not None:
+                    self._receive(batch, tokens)
                     bar.update(min(self._total, tokens) - bar.n)
                 self._record_doubtful()
                 self._store_in_order(tokens)
                 bar.update(min(self._total, tokens) - bar.n)
             return self._total
         finally:
-            self._close_pending()
-
-    @property
-    def failed(self) -> int:
-        """Number of problems that failed, in this run and before."""
-        return len(self._failed)
+            if self._pending is not None:
+                if all(trace_id in self._store for trace_id in self._pending.tokens_by_id):
+                    self._pending.path.unlink(missing_ok=True)
+                self._pending.close()
 
     def _batches(self, tokens: int) -> Iterator[list[Prompt]]:
         """Yield the prompts to complete while the budget may need more; stored ones are passed over."""
         while self._known < tokens:
-            batch = [
-                self._entry(*sample) for sample in islice(self._samples, self._engine.batch_size)
-            ]
+            batch = [self._sample(*pair) for pair in islice(self._samples, self._engine.batch_size)]
             if not batch:
                 return
             self._queue.extend(batch)
-            needed = self._is_needed(batch, tokens - self._known)
-            self._known += sum(entry.tokens for entry in batch)
+            needed = False
+            for sample in batch:
+                needed |= not sample.settled and self._known < tokens
+                self._known += sample.tokens
             if needed and (prompts := self._prompts(batch)):
                 yield prompts
-            elif len(self._queue) >= _LONGEST_QUEUE:
+            else:
                 self._store_in_order(tokens)
 
-    def _entry(self, trace_id: str, problem: Problem) -> _Entry:
+    def _sample(self, trace_id: str, problem: Problem) -> _Sample:
         if trace_id in self._store:
-            return _Entry(trace_id, problem, self._store.tokens_of(trace_id), settled=True)
+            return _Sample(trace_id, problem, self._store.tokens_by_id[trace_id], settled=True)
         if early := self._early.pop(trace_id, None):
-            return _Entry(trace_id, problem, early.tokens, settled=True, trace=early)
-        return _Entry(trace_id, problem, settled=trace_id in self._failed)
+            return _Sample(trace_id, problem, early.tokens, settled=True, trace=early)
+        return _Sample(trace_id, problem, settled=trace_id in self.failed)
 
-    @staticmethod
-    def _is_needed(batch: list[_Entry], tokens: int) -> bool:
-        for entry in batch:
-            if tokens <= 0:
-                return False
-            if not entry.settled:
-                return True
-            tokens -= entry.tokens
-        return False
-
-    def _prompts(self, batch: list[_Entry]) -> list[Prompt]:
+    def _prompts(self, batch: list[_Sample]) -> list[Prompt]:
         """Return the prompts of a whole batch, also if part of it is stored.
 
         Rounding depends on the shape of a batch, and a resumed run must give the same traces.
         """
-        self._connect()
-        prompts: list[Prompt] = []
-        refused: list[FailedProblem] = []
-        for entry in batch:
-            ids = self._render(entry.problem)
-            if (reason := self._refuse(len(ids))) is None:
-                prompts.append(Prompt(entry.id, tuple(ids)))
-                if not entry.settled:
-                    self._asked[entry.id] = entry
-            elif not entry.settled:
-                entry.settled = True
-                refused.append(entry.failed(reason))
-        self._record_failures(refused)
-        return prompts
-
-    def _connect(self) -> None:
         self._engine.connect()
-        filled = self._store.header.engine.kind
-        if filled != self._engine.kind:
-            way_out = (
-                "give its servers (traces.engine)"
-                if filled != "transformers"
-                else "leave traces.engine out"
-            )
+        filled, kind = self._store.header.engine.kind, self._engine.kind
+        if filled != kind:
+            served = filled != "transformers"
+            step = "give its servers (traces.engine)" if served else "leave traces.engine out"
             raise RacError(
                 f"trace store {str(self._store.path)!r} holds too few tokens, and was filled by "
-                f"another engine ({filled}, not {self._engine.kind}), which draws other samples: "
-                f"{way_out}, or name another path"
+                f"another engine ({filled}, not {kind}), which draws other samples: {step}, or name "
+                "another path"
             )
+        prompts: list[Prompt] = []
+        refused: list[FailedProblem] = []
+        for sample in batch:
+            ids = self._render(sample.problem)
+            if (reason := self._refuse(len(ids))) is None:
+                prompts.append(Prompt(sample.id, tuple(ids)))
+                if not sample.settled:
+                    self._asked[sample.id] = sample
+            elif not sample.settled:
+                sample.settled = True
+                refused.append(sample.failed(reason))
+        self._record_failures(refused)
+        return prompts
 
     def _receive(self, completions: Sequence[Completion], tokens: int) -> None:
         outage: RacError | None = None
         for completion in completions:
-            entry = self._asked.pop(completion.prompt.key, None)
-            if entry is None:
+            sample, outcome = self._asked.pop(completion.prompt.key, None), completion.outcome
+            if sample is None:
                 continue  # stored before; sampled again for the shape of its batch
-            if isinstance(completion.outcome, Failure):
-                self._doubtful.append((entry, entry.failed(completion.outcome.reason)))
+            if isinstance(outcome, Failure):
+                self._doubtful.append((sample, sample.failed(outcome.reason)))
                 if len(self._doubtful) >= _FAILURES_OF_AN_OUTAGE:
-                    outage = self._outage(completion.outcome)
+                    outage = RacError(
+                        f"{len(self._doubtful)} completions in a row failed, the last one: "
+                        f"{outcome.reason}. What was finished before is kept in "
+                        f"{str(self._store.path)!r}: see to the servers, then run again to go on from "
+                        "there"
+                    )
                 continue
             self._record_doubtful()  # a success: earlier failures were bad problems, not an outage
-            entry.trace = Trace(
-                id=entry.id,
-                problem_id=entry.problem.id,
+            sample.trace = Trace(
+                id=sample.id,
+                problem_id=sample.problem.id,
                 prompt_ids=completion.prompt.ids,
-                completion_ids=completion.outcome.ids,
-                finish_reason=completion.outcome.finish_reason,
+                completion_ids=outcome.ids,
+                finish_reason=outcome.finish_reason,
                 seed=self._store.header.sampling.seed,
-                question=entry.problem.question,
-                answer=entry.problem.answer,
+                question=sample.problem.question,
+                answer=sample.problem.answer,
             )
-            entry.tokens, entry.settled = entry.trace.tokens, True
-            self._known += entry.tokens
+            sample.tokens, sample.settled = sample.trace.tokens, True
+            self._known += sample.tokens
         self._store_in_order(tokens)
-        self._keep_early()
+        self._store_early()
         if outage is not None:
             raise outage
-
-    def _outage(self, last: Failure) -> RacError:
-        return RacError(
-            f"{len(self._doubtful)} completions in a row failed, the last one: {last.reason}. What was "
-            f"finished before is kept in {str(self._store.path)!r}: see to the servers, then run again "
-            "to go on from there"
-        )
 
     def _record_doubtful(self) -> None:
         doubtful, self._doubtful = self._doubtful, []
         self._record_failures([failed for _, failed in doubtful])
-        for entry, _ in doubtful:
-            entry.settled = True
+        for sample, _ in doubtful:
+            sample.settled = True
 
     def _record_failures(self, failures: list[FailedProblem]) -> None:
         if failures:
             append_failures(self._store.path, failures)
-            self._failed.update(failed.id for failed in failures)
+            self.failed.update(failed.id for failed in failures)
             logger.warning(
                 f"{len(failures)} problems failed ({failures[-1].reason}); see "
                 f"{str(failures_path(self._store.path))!r}"
@@ -246,28 +209,17 @@ class FillStore:
     def _store_in_order(self, tokens: int) -> None:
         fresh: list[Trace] = []
         while self._queue and self._queue[0].settled and self._total < tokens:
-            entry = self._queue.popleft()
-            self._total += entry.tokens
-            if entry.trace is not None:
-                fresh.append(entry.trace)
+            sample = self._queue.popleft()
+            self._total += sample.tokens
+            if sample.trace is not None:
+                fresh.append(sample.trace)
         self._store.append_many(fresh)
 
-    def _keep_early(self) -> None:
+    def _store_early(self) -> None:
         """Write traces that wait for an earlier one to the second store."""
-        early = [entry.trace for entry in self._queue if entry.trace is not None]
+        early = [sample.trace for sample in self._queue if sample.trace is not None]
         if self._pending is None and early and not self._queue[0].settled:
-            self._pending = self._open_pending()
+            path = pending_path(self._store.path)
+            self._pending = TraceStore.open_append(path, self._store.header)
         if self._pending is not None:
             self._pending.append_many([trace for trace in early if trace.id not in self._pending])
-
-    def _open_pending(self) -> TraceStore:
-        return TraceStore.open_append(pending_path(self._store.path), self._store.header)
-
-    def _close_pending(self) -> None:
-        """Delete the second store if the first one holds all of it."""
-        if self._pending is None:
-            return
-        if all(trace_id in self._store for trace_id in self._pending.ids()):
-            self._pending.remove()
-        else:
-            self._pending.close()

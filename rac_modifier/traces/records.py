@@ -8,6 +8,7 @@ The checksum is over the bytes of the value as they are in the file.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import zlib
@@ -16,19 +17,19 @@ from pathlib import Path
 from typing import Annotated, Any, BinaryIO, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from transformers import PreTrainedTokenizerBase
 
 from rac_modifier.errors import RacError
 from rac_modifier.files import regular_file
 from rac_modifier.sampling.engine import EngineRecord
 from rac_modifier.sampling.generate import FinishReason
+from rac_modifier.sampling.model_identity import ModelIdentity, tokenizer_fingerprint
 from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.sampling import SamplingSettings
 
 LONGEST_LINE = 1 << 25  # bytes, about four million tokens
-# Settings that may differ between two runs on one store: they change the number of traces or the
-# speed, but no trace.
+# Settings that may differ between two runs on one store: they change no trace.
 _FREE_FIELDS = {"sampling": {"batch_size"}, "problems": {"limit"}}
-
 
 TokenIds = tuple[Annotated[int, Field(ge=0)], ...]
 
@@ -48,7 +49,7 @@ class Trace:
     question: str
     """For review only: calibration reads the ids."""
     answer: str | None
-    """The reference answer, where the source has one; used by selections and reports."""
+    """The reference answer, if the source has it; used by selections and reports."""
 
     @property
     def tokens(self) -> int:
@@ -75,48 +76,67 @@ class StoreHeader(BaseModel):
     engine: EngineRecord = EngineRecord()
     """A run may read a store of any kind of engine; only the kind that filled it may append."""
 
+    @classmethod
+    def of(
+        cls,
+        identity: ModelIdentity,
+        tokenizer: PreTrainedTokenizerBase,
+        sampling: SamplingSettings,
+        problems: ProblemSource,
+    ) -> StoreHeader:
+        """Make the header of a store of this model's traces; `sampling` must be resolved."""
+        template = hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()[:12]
+        return cls(
+            fingerprint=identity.fingerprint,
+            model=identity.name,
+            tokenizer=tokenizer_fingerprint(tokenizer),
+            chat_template=template if sampling.template == "chat" else None,
+            sampling=sampling,
+            problems=problems,
+        )
 
-def header_differences(stored: StoreHeader, asked: StoreHeader) -> list[str]:
+
+def header_differences(stored: StoreHeader, current: StoreHeader) -> list[str]:
     """List the fields that keep two runs from sharing a store.
 
     Example: "sampling.seed: 0 in the store, 1 asked for".
     """
-    differences = []
-    for name in ("fingerprint", "tokenizer", "chat_template"):
-        if getattr(stored, name) != getattr(asked, name):
-            differences.append(_difference(name, getattr(stored, name), getattr(asked, name)))
-    for part, free in _FREE_FIELDS.items():
-        old, new = getattr(stored, part).model_dump(), getattr(asked, part).model_dump()
-        for name in old:
-            same = old[name] == new[name] or (name == "source" and _one_file(old[name], new[name]))
-            if name not in free and not same:
-                differences.append(_difference(f"{part}.{name}", old[name], new[name]))
-    return differences
+    pairs = [
+        (name, getattr(stored, name), getattr(current, name))
+        for name in ("fingerprint", "tokenizer", "chat_template")
+    ]
+    for section, free in _FREE_FIELDS.items():
+        old, new = getattr(stored, section).model_dump(), getattr(current, section).model_dump()
+        pairs += [(f"{section}.{name}", old[name], new[name]) for name in old if name not in free]
+    return [
+        f"{name}: {_short(old)} in the store, {_short(new)} asked for"
+        for name, old, new in pairs
+        if old != new and not (name == "problems.source" and _one_file(old, new))
+    ]
 
 
-def settings_of_record(sampling: SamplingSettings, problems: ProblemSource) -> dict[str, Any]:
-    """Return the settings that decide what is sampled, which two runs on one store must share."""
-    return {
+def settings_path(
+    folder: str, fingerprint: str, sampling: SamplingSettings, problems: ProblemSource
+) -> Path:
+    """Return folder/<fingerprint>-<hash of the settings that decide a trace>.jsonl."""
+    settings = {
         "sampling": sampling.model_dump(exclude=_FREE_FIELDS["sampling"]),
         "problems": problems.model_dump(exclude=_FREE_FIELDS["problems"]),
     }
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    return Path(folder) / f"{fingerprint[:12]}-{digest[:12]}.jsonl"
 
 
 def encode(kind: Literal["header", "trace"], value: StoreHeader | Trace) -> bytes:
     """Return a line of a store, newline included."""
     data = value.model_dump() if isinstance(value, StoreHeader) else vars(value)
-    payload = json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode(
-        "utf-8", "surrogatepass"
-    )
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    payload = text.encode("utf-8", "surrogatepass")
     return _prefix(kind, payload) + payload + b"}\n"
 
 
 def decode(kind: Literal["header", "trace"], line: bytes) -> dict[str, Any]:
-    """Return the value of a line of a store; `line` is without its newline.
-
-    Raises:
-        ValueError: the checksum does not match, the line is of another kind, or no JSON object.
-    """
+    """Return the value of a line of a store; `line` is without its newline."""
     start = len(_prefix(kind, b""))
     payload = line[start:-1]
     if line[-1:] != b"}" or line[:start] != _prefix(kind, payload):
@@ -130,21 +150,8 @@ def decode(kind: Literal["header", "trace"], line: bytes) -> dict[str, Any]:
     return value
 
 
-def decode_trace(line: bytes) -> Trace:
-    """Return the trace of a line of a store.
-
-    Raises:
-        ValueError: as `decode`, or fields are missing, unknown or of another type.
-    """
-    return trace_of(decode("trace", line))
-
-
 def trace_of(fields: dict[str, Any]) -> Trace:
-    """Return the trace with these fields, as JSON has them.
-
-    Raises:
-        ValueError: fields are missing, unknown or of another type.
-    """
+    """Return the trace with these fields, as JSON has them."""
     try:
         return _TRACE.validate_python(fields)
     except ValidationError as error:
@@ -154,10 +161,7 @@ def trace_of(fields: dict[str, Any]) -> Trace:
 
 
 def read_header(path: str | os.PathLike[str]) -> StoreHeader | None:
-    """Read the header of a store.
-
-    Returns:
-        None if the file does not exist, is empty, or ends within its first line.
+    """Read the header of a store; None if the file is missing, or ends within its first line.
 
     Raises:
         RacError: the file is not a trace store, or is of another version.
@@ -192,11 +196,7 @@ def read_header(path: str | os.PathLike[str]) -> StoreHeader | None:
 
 
 def read_line(file: BinaryIO, path: Path) -> bytes:
-    """Read a line with its newline; b"" at the end of the file.
-
-    Raises:
-        RacError: the line is too long for a trace.
-    """
+    """Read a line with its newline, b"" at the end; a line too long for a trace is a RacError."""
     line = file.readline(LONGEST_LINE + 1)
     if len(line) > LONGEST_LINE:
         raise RacError(
@@ -213,10 +213,6 @@ def _prefix(kind: str, payload: bytes) -> bytes:
 def _one_file(first: str, second: str) -> bool:
     """Tell whether two sources name the same file by different paths."""
     return os.path.isfile(first) and os.path.isfile(second) and os.path.samefile(first, second)
-
-
-def _difference(name: str, stored: Any, asked: Any) -> str:
-    return f"{name}: {_short(stored)} in the store, {_short(asked)} asked for"
 
 
 def _short(value: Any) -> str:

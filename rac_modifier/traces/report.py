@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -11,12 +10,11 @@ from typing import Any
 from rac_modifier.errors import RacError
 from rac_modifier.settings.check import check_settings
 from rac_modifier.settings.recipe_files import parse_yaml
+from rac_modifier.settings.sampling import PromptSettings
 from rac_modifier.settings.traces import SelectSettings
-from rac_modifier.traces.failures import read_failures
-from rac_modifier.traces.grading import Judge
 from rac_modifier.traces.records import Trace
-from rac_modifier.traces.selection import Selection, repeated_tail, select, without_repeats
-from rac_modifier.traces.store import TraceStore
+from rac_modifier.traces.selection import Judge, Selection, repeated_tail, select, without_repeats
+from rac_modifier.traces.store import TraceStore, read_failures
 
 _BAR = 40
 _PROMPT = {"template", "thinking", "system_prompt"}
@@ -24,13 +22,14 @@ _PROMPT = {"template", "thinking", "system_prompt"}
 
 @dataclass
 class Endings:
-    """Lengths of traces, why they ended, and how many were cut while they repeated themselves."""
+    """Traces by completion tokens (lower bounds of a histogram's bars) and by finish reason.
+
+    `repeating` traces were truncated while they repeated themselves, by `repeated_tokens`.
+    """
 
     lengths: Counter[int] = field(default_factory=Counter)
-    """Traces by completion tokens, in bars of a histogram with these lower bounds."""
     ended_by: Counter[str] = field(default_factory=Counter)
     repeating: int = 0
-    """Traces."""
     repeated_tokens: int = 0
 
 
@@ -48,18 +47,9 @@ def count_endings(traces: Iterable[Trace]) -> Endings:
 
 def describe_store(store: TraceStore) -> str:
     """Describe model, problems, settings, counts, endings and lengths of a store."""
-    header, counts = store.header, store.counts
-    sampling = header.sampling
-    prompt = (
-        f"{sampling.template} template{f' {header.chat_template}' if header.chat_template else ''}"
-    )
-    if sampling.template == "chat":
-        prompt += f", generation prompt added, thinking {'on' if sampling.thinking else 'off'}"
-        prompt += (
-            f", system prompt {sampling.system_prompt!r}"
-            if sampling.system_prompt
-            else ", no system prompt"
-        )
+    header, counts, sampling = store.header, store.counts, store.header.sampling
+    template = f"template {header.chat_template}" if header.chat_template else "template"
+    prompt = PromptSettings.of(sampling).describe().replace("template", template, 1)
     lines = [
         f"model       {header.model} (fingerprint {header.fingerprint[:12]})",
         f"problems    {header.problems.model_dump_json(exclude_none=True)}",
@@ -70,15 +60,12 @@ def describe_store(store: TraceStore) -> str:
         f"prompt and {counts.completion_tokens:,} completion tokens",
     ]
     if failed := len(read_failures(store.path)):
-        lines.append(
-            f"failed      {failed:,} problems, skipped (remove the .failed.jsonl file to try them again)"
-        )
+        again = "remove the .failed.jsonl file to try them again"
+        lines.append(f"failed      {failed:,} problems, skipped ({again})")
     endings = count_endings(store)
     if endings.ended_by:
-        lines.append(
-            "ended by    "
-            + ", ".join(f"{reason} {n:,}" for reason, n in endings.ended_by.most_common())
-        )
+        ended_by = ", ".join(f"{reason} {n:,}" for reason, n in endings.ended_by.most_common())
+        lines.append(f"ended by    {ended_by}")
         if endings.repeating:
             lines.append(
                 f"repeating   {endings.repeating:,} that were cut end in repetitions, "
@@ -91,12 +78,10 @@ def describe_store(store: TraceStore) -> str:
 def verified_figures(
     store: TraceStore, tokenizer: Any, verify: bool, settings: SelectSettings | None
 ) -> dict[str, Any]:
-    """Count right answers if `verify`, with the time per trace, and what a selection keeps."""
+    """Count right answers if `verify`, and what a selection keeps."""
     judge, figures = Judge(tokenizer, store.header), dict[str, Any]()
     if verify and len(store):
-        started = time.perf_counter()
         figures["right"] = sum(right for _, right in judge(store))
-        figures["ms_per_trace"] = 1000 * (time.perf_counter() - started) / len(store)
     if settings is not None:
         selection = Selection(settings)
         traces = select(map(without_repeats, store), selection, judge)
@@ -106,25 +91,18 @@ def verified_figures(
 
 
 def describe_verified(figures: dict[str, Any], traces: int) -> str:
-    """Describe `verified_figures` of a store with so many traces."""
+    """Describe `verified_figures` of a store with this number of traces."""
     lines = []
     if "right" in figures:
-        share, cost = figures["right"] / traces, figures["ms_per_trace"]
-        lines.append(
-            f"verified    {figures['right']:,} of {traces:,} right ({share:.1%}), {cost:.2g} ms per "
-            "trace"
-        )
+        right = figures["right"]
+        lines.append(f"verified    {right:,} of {traces:,} right ({right / traces:.1%})")
     if "selection" in figures:
         lines.append(f"selection   {figures['selection']}; {figures['selected_tokens']:,} tokens")
     return "\n".join(lines)
 
 
 def read_select(text: str | None) -> SelectSettings | None:
-    """Read the settings of a selection, written as in a recipe, from a line of YAML.
-
-    Raises:
-        RacError: the text is not a selection.
-    """
+    """Read the settings of a selection, written as in a recipe, from a line of YAML."""
     if text is None:
         return None
     message = (

@@ -1,20 +1,27 @@
-"""Choose traces of a store. By default all are used, as in the paper, but without tails that repeat."""
+"""Choose traces of a store, by their answers too; by default all, but without tails that repeat."""
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import groupby, islice
 
+from transformers import PreTrainedTokenizerBase
+
+from rac_modifier.errors import RacError
+from rac_modifier.problems.answer_checker import WORKERS, check_answer
+from rac_modifier.problems.answers import equal_answers, extract_answer
+from rac_modifier.problems.source import gym_item
 from rac_modifier.settings.traces import SelectSettings
-from rac_modifier.traces.records import Trace
+from rac_modifier.traces.records import StoreHeader, Trace
 from rac_modifier.traces.store import TraceStore
 
-Judged = tuple[Trace, bool | None]
 Judging = Callable[[Iterable[Trace]], Iterator[tuple[Trace, bool]]]
 
+_TOGETHER = 256  # traces in memory while their answers are checked
 LONGEST_PERIOD = 128  # tokens of a repeated stretch
 COPIES, TAIL = 3, 64  # copies and tokens that a repeating tail has at least
 
@@ -34,15 +41,10 @@ def loop_at_end(items: Sequence[int] | Sequence[str]) -> tuple[int, int] | None:
     return None
 
 
-def repeated_tokens(ids: Sequence[int]) -> int:
-    """Count the tokens at the end that are further copies of the stretch before them."""
-    loop = loop_at_end(ids)
-    return 0 if loop is None else len(ids) - sum(loop)
-
-
 def repeated_tail(ids: Sequence[int], finish_reason: str) -> int:
-    """Return `repeated_tokens` of a completion that was cut at the cap; 0 if it ended by itself."""
-    return repeated_tokens(ids) if finish_reason == "length" else 0
+    """Count the further copies' tokens at the end of a truncated completion; 0 if it ended by itself."""
+    loop = loop_at_end(ids) if finish_reason == "length" else None
+    return 0 if loop is None else len(ids) - sum(loop)
 
 
 def without_repeats(trace: Trace) -> Trace:
@@ -51,11 +53,49 @@ def without_repeats(trace: Trace) -> Trace:
     return replace(trace, completion_ids=trace.completion_ids[:-tail]) if tail else trace
 
 
-class Selection:
-    """Filters traces by settings; counts the traces that pass, and those that do not by reason.
+class Judge:
+    """Judges the traces of a store and caches each verdict.
 
-    The traces of a problem must be neighbours, as they are in a store. In memory are the samples of
-    one problem.
+    Answers to problems of reasoning-gym are scored by their task. Other answers are compared as text,
+    as integers or as mathematics. An answer that takes too long counts as wrong.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, header: StoreHeader):
+        self._tokenizer, self._header = tokenizer, header
+        self._verdicts: dict[str, bool] = {}
+
+    def __call__(self, traces: Iterable[Trace]) -> Iterator[tuple[Trace, bool]]:
+        """Yield each trace with its verdict, in order."""
+        remaining = iter(traces)
+        with ThreadPoolExecutor(WORKERS) as pool:
+            while batch := list(islice(remaining, _TOGETHER)):
+                yield from zip(batch, pool.map(self._verdict, batch), strict=True)
+
+    def _verdict(self, trace: Trace) -> bool:
+        if trace.id not in self._verdicts:
+            self._verdicts[trace.id] = self._check(trace)
+        return self._verdicts[trace.id]
+
+    def _check(self, trace: Trace) -> bool:
+        if trace.answer is None:
+            raise RacError(
+                f"trace {trace.id!r} has no reference answer, so it cannot be told whether it is "
+                "right: name the column of the answers (problems.answer_column) in a new store, or "
+                "select without answers"
+            )
+        text = self._tokenizer.decode(list(trace.completion_ids), skip_special_tokens=True)
+        answer = extract_answer(str(text))
+        if answer is None:
+            return False
+        if item := gym_item(self._header.problems, self._header.sampling.seed, trace.problem_id):
+            return check_answer("reasoning-gym", answer, *item)
+        return equal_answers(answer, trace.answer)
+
+
+class Selection:
+    """Filters traces by settings, and counts the dropped traces by reason.
+
+    The traces of a problem must be neighbours, as they are in a store.
     """
 
     def __init__(self, settings: SelectSettings):
@@ -64,7 +104,7 @@ class Selection:
         self.kept = 0
         self.dropped: Counter[str] = Counter()
 
-    def keep(self, judged: Iterable[Judged]) -> Iterator[Trace]:
+    def keep(self, judged: Iterable[tuple[Trace, bool | None]]) -> Iterator[Trace]:
         """Yield the selected traces in order; each trace comes with its verdict (None: unchecked)."""
         for _, samples in groupby(judged, key=lambda pair: pair[0].problem_id):
             for trace, reason in self._reasons(samples):
@@ -75,7 +115,9 @@ class Selection:
                 self.kept += 1
                 yield trace
 
-    def _reasons(self, samples: Iterable[Judged]) -> Iterator[tuple[Trace, str | None]]:
+    def _reasons(
+        self, samples: Iterable[tuple[Trace, bool | None]]
+    ) -> Iterator[tuple[Trace, str | None]]:
         """Yield each sample of a problem with the first reason against it."""
         if (bounds := self.settings.pass_rate) is not None:
             samples = list(samples)
@@ -119,14 +161,9 @@ def select(traces: Iterable[Trace], selection: Selection, judge: Judging) -> Ite
 
 
 def used_traces(store: TraceStore, hashes: Collection[str]) -> int:
-    """Count the first traces of a store that earlier runs used.
+    """Count the first traces of a store that earlier runs used, by the hashes in their run records.
 
-    A store only grows. So what a run used is the part of the file that has the SHA-256 of the run's
-    record, whatever was appended since.
-
-    Args:
-        store: opened.
-        hashes: `TraceStore.sha256` of stores, from run records; of another store they match nothing.
+    A store only grows: a run used the part of the file that has its `TraceStore.sha256`.
     """
     digest, used = hashlib.sha256(), 0
     with store.path.open("rb") as file:

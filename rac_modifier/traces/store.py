@@ -1,13 +1,17 @@
-"""The trace store: an append-only JSONL file that stays valid when its writer is killed."""
+"""The trace store: an append-only JSONL file that stays valid when its writer is killed; its side files.
+
+Next to traces.jsonl there may be traces.pending.jsonl, a store of traces that finished before an earlier
+one, and traces.failed.jsonl, which has a JSON object per problem that an engine could not complete.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 
 from loguru import logger
 
@@ -16,11 +20,12 @@ from rac_modifier.files import lock, regular_file
 from rac_modifier.traces.records import (
     StoreHeader,
     Trace,
-    decode_trace,
+    decode,
     encode,
     header_differences,
     read_header,
     read_line,
+    trace_of,
 )
 
 __all__ = ["StoreHeader", "Trace", "TraceCounts", "TraceStore", "read_header"]
@@ -32,10 +37,10 @@ _PATIENCE = 10.0  # seconds that another process may hold the lock: it may only 
 class TraceCounts:
     """The size of a store; `finished` counts the traces that ended with an EOS."""
 
-    traces: int
-    prompt_tokens: int
-    completion_tokens: int
-    finished: int
+    traces: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    finished: int = 0
 
     @property
     def tokens(self) -> int:
@@ -46,9 +51,8 @@ class TraceCounts:
 class TraceStore:
     """Traces of one model under one set of sampling settings and problems.
 
-    Open it with `TraceStore.read` or, to append, with `TraceStore.open_append`, which locks the file.
-    Opening reads the file once and checks every line; iterating reads it again, trace by trace. In
-    memory are an id and a token count per trace.
+    `read` and `open_append` check every line; iterating reads the file again. In memory are ids and
+    token counts.
     """
 
     def __init__(self, path: Path, header: StoreHeader, fd: int | None = None):
@@ -56,8 +60,8 @@ class TraceStore:
         self.header = header
         self._fd = fd
         self._end = 0
-        self._tokens: dict[str, int] = {}
-        self._counts = TraceCounts(0, 0, 0, 0)
+        self.tokens_by_id: dict[str, int] = {}
+        self.counts = TraceCounts()
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> TraceStore:
@@ -80,11 +84,11 @@ class TraceStore:
     def open_append(cls, path: str | os.PathLike[str], header: StoreHeader) -> TraceStore:
         """Open a store to append, or create it; the file is locked for other writers until `close`.
 
-        An incomplete last line is cut off. The store's header must equal `header` (`header_differences`).
+        An incomplete last line is cut off.
 
         Raises:
-            RacError: in use by another process, another header, a corrupt line, or the file cannot
-                be written.
+            RacError: in use by another process, another header (`header_differences`), a corrupt
+                line, or the file cannot be written.
         """
         path = Path(path)
         if path.exists():
@@ -117,17 +121,11 @@ class TraceStore:
             RacError: the disk is full or fails; the file is cut back to what it held before.
         """
         for trace in traces:
-            assert trace.id not in self._tokens, f"trace {trace.id} is stored already"
+            assert trace.id not in self.tokens_by_id, f"trace {trace.id} is stored already"
         if traces:
             self._write(b"".join(encode("trace", trace) for trace in traces))
             for trace in traces:
                 self._count(trace)
-
-    def remove(self) -> None:
-        """Delete the file, which must be open to append, and close it."""
-        assert self._fd is not None
-        self.path.unlink(missing_ok=True)
-        self.close()
 
     def close(self) -> None:
         """Release the lock; the store stays readable."""
@@ -138,19 +136,14 @@ class TraceStore:
     def __enter__(self) -> TraceStore:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def __len__(self) -> int:
-        return self._counts.traces
+        return self.counts.traces
 
     def __contains__(self, trace_id: object) -> bool:
-        return trace_id in self._tokens
+        return trace_id in self.tokens_by_id
 
     def __iter__(self) -> Iterator[Trace]:
         """The traces in the order of the file, read one at a time."""
@@ -160,19 +153,6 @@ class TraceStore:
             while file.tell() < self._end:
                 number += 1
                 yield self._decode(read_line(file, self.path), number)
-
-    def ids(self) -> set[str]:
-        """Return the ids of the stored traces."""
-        return set(self._tokens)
-
-    def tokens_of(self, trace_id: str) -> int:
-        """Return the number of prompt and completion tokens of a stored trace."""
-        return self._tokens[trace_id]
-
-    @property
-    def counts(self) -> TraceCounts:
-        """The size of the store."""
-        return self._counts
 
     def sha256(self) -> str:
         """Hash the file's valid part, for the run record."""
@@ -188,7 +168,9 @@ class TraceStore:
         if stored is None:
             self._truncate()  # a header cut short by a kill: no trace was stored yet
             self._write(encode("header", header))
-            self._sync_directory()
+            directory = os.open(self.path.parent, os.O_RDONLY)
+            os.fsync(directory)  # the name of the new file
+            os.close(directory)
             return
         if differences := header_differences(stored, header):
             raise RacError(
@@ -215,7 +197,7 @@ class TraceStore:
                 if not line.endswith(b"\n"):
                     return len(line)
                 trace = self._decode(line, number)
-                if trace.id in self._tokens:
+                if trace.id in self.tokens_by_id:
                     raise self._corrupt(number, f"trace {trace.id!r} is there twice")
                 self._count(trace)
                 self._end += len(line)
@@ -223,7 +205,7 @@ class TraceStore:
 
     def _decode(self, line: bytes, number: int) -> Trace:
         try:
-            return decode_trace(line.rstrip(b"\n"))
+            return trace_of(decode("trace", line.rstrip(b"\n")))
         except ValueError as error:
             raise self._corrupt(number, str(error)) from error
 
@@ -234,9 +216,9 @@ class TraceStore:
         )
 
     def _count(self, trace: Trace) -> None:
-        self._tokens[trace.id] = trace.tokens
-        old = self._counts
-        self._counts = TraceCounts(
+        self.tokens_by_id[trace.id] = trace.tokens
+        old = self.counts
+        self.counts = TraceCounts(
             old.traces + 1,
             old.prompt_tokens + len(trace.prompt_ids),
             old.completion_tokens + len(trace.completion_ids),
@@ -267,10 +249,57 @@ class TraceStore:
         assert self._fd is not None
         os.ftruncate(self._fd, self._end)
 
-    def _sync_directory(self) -> None:
-        """Write the name of the new file to the disk too."""
-        directory = os.open(self.path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+
+@dataclass(frozen=True)
+class FailedProblem:
+    """A trace that is missing from its store; `id` is the trace's."""
+
+    id: str
+    question: str
+    reason: str
+
+
+def pending_path(store: Path) -> Path:
+    """Return traces.pending.jsonl for traces.jsonl."""
+    return store.with_name(f"{store.stem}.pending.jsonl")
+
+
+def failures_path(store: Path) -> Path:
+    """Return traces.failed.jsonl for traces.jsonl."""
+    return store.with_name(f"{store.stem}.failed.jsonl")
+
+
+def read_failures(store: Path) -> list[FailedProblem]:
+    """Read the failed problems of a store, without a line that a kill cut short."""
+    path = failures_path(store)
+    if not path.exists():
+        return []
+    try:
+        text = regular_file(path, "list of failed problems").read_bytes()
+        lines = text[: text.rfind(b"\n") + 1].splitlines()
+        return [FailedProblem(**json.loads(line)) for line in lines if line.strip()]
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise RacError(
+            f"{str(path)!r} is not a list of failed problems ({error}); remove it to try them again"
+        ) from error
+
+
+def append_failures(store: Path, failed: Sequence[FailedProblem]) -> None:
+    """Append failed problems of a locked store; they are on the disk when this returns."""
+    path = failures_path(store)
+    try:
+        with path.open("ab+") as file:
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+            file.write("".join(json.dumps(asdict(problem)) + "\n" for problem in failed).encode())
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise RacError(
+            f"{str(path)!r} cannot be written: {error}; make room, then run again"
+        ) from error
+
+
+def forget_failures(store: Path) -> None:
+    """Delete the list of failed problems, so that they are tried again."""
+    failures_path(store).unlink(missing_ok=True)

@@ -73,11 +73,6 @@ CASES += [
         lambda b: b.check(calibration={"mixture": {"traces": 0.5, "prompts": 0.4}}),
     ),
     Case(
-        "an unknown weighting of traces",
-        "trace_weighting is 'length'; use uniform, inverse_length, correct",
-        lambda b: b.check(calibration={"trace_weighting": "length"}),
-    ),
-    Case(
         "`traces` with a mixture without traces and prompts",
         "traces: {'store': 's.jsonl'} has no effect with a mixture without traces and prompts",
         lambda b: b.check(traces={"store": "s.jsonl"}, calibration={"mixture": {"generic": 1.0}}),

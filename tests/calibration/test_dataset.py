@@ -6,10 +6,9 @@ import sys
 
 import datasets
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rac_modifier
-from rac_modifier.calibration.dataset import export_store, packed
+from rac_modifier.calibration.dataset import export_store
 from rac_modifier.errors import RacError
 from rac_modifier.settings.traces import SelectSettings
 from rac_modifier.traces.store import TraceStore
@@ -18,27 +17,24 @@ from tests.traces.long_store import HEADER, fill
 
 
 def dataset(model, trace_store, **options):
-    traces = entry(trace_store)["traces"]
-    return rac_modifier.trace_dataset(
-        model,
-        **{"tokens": 400, "sampling": traces["sampling"], "store": trace_store, **options},
-        progress=False,
-    )
+    sampling = entry(trace_store)["traces"]["sampling"]
+    options = {"tokens": 400, "sampling": sampling, "store": trace_store, **options}
+    return rac_modifier.trace_dataset(model, **options, progress=False)
 
 
 def test_rows_are_the_ids_of_the_store_and_completions_are_marked(tiny_folder, trace_store):
-    made = dataset(tiny_folder, trace_store)
-    assert made.column_names == ["input_ids", "attention_mask", "loss_mask"]
+    table = dataset(tiny_folder, trace_store)
+    assert table.column_names == ["input_ids", "attention_mask", "loss_mask"]
     stored = {(*t.prompt_ids, *t.completion_ids): t for t in TraceStore.read(trace_store)}
-    for row in made:
+    for row in table:
         trace = stored[tuple(row["input_ids"])]
         assert row["loss_mask"] == [0] * len(trace.prompt_ids) + [1] * len(trace.completion_ids)
         assert row["attention_mask"] == [1] * trace.tokens
-    lengths = [len(row["input_ids"]) for row in made]
+    lengths = [len(row["input_ids"]) for row in table]
     assert sum(lengths[:-1]) < 400 <= sum(lengths)
-    record = json.loads(made.info.description)
+    record = json.loads(table.info.description)
     assert record["sha256"] == TraceStore.read(trace_store).sha256()
-    assert (record["rows"], record["tokens"]) == (len(made), sum(lengths))
+    assert (record["rows"], record["tokens"]) == (len(table), sum(lengths))
     assert record["store"] == trace_store.name
 
 
@@ -46,21 +42,18 @@ def test_rows_of_one_length_hold_the_same_tokens(tiny_folder, trace_store):
     ragged, rows = (dataset(tiny_folder, trace_store, length=length) for length in (None, 64))
     assert {len(row["input_ids"]) for row in rows} == {64}
     for column in ("input_ids", "loss_mask"):
-        whole, cut = (sum(made[column], []) for made in (ragged, rows))  # noqa: RUF017
-        assert whole[: len(cut)] == cut
-        assert len(whole) - len(cut) < 64
-    with pytest.raises(RacError, match="do not fill a row of length=100000"):
-        dataset(tiny_folder, trace_store, length=100_000)
+        tokens, cut = ([i for row in table[column] for i in row] for table in (ragged, rows))
+        assert tokens[: len(cut)] == cut
+        assert len(tokens) - len(cut) < 64
 
 
-def test_a_model_in_memory_samples_what_is_missing(tiny_folder, tmp_path):
-    model, store = AutoModelForCausalLM.from_pretrained(tiny_folder), tmp_path / "s.jsonl"
+def test_a_model_in_memory_samples_what_is_missing(model, tokenizer, tmp_path):
+    store = tmp_path / "s.jsonl"
     with pytest.raises(RacError, match="needs its tokenizer"):
         dataset(model, store)
-    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
-    made = dataset(model, store, tokenizer=tokenizer, tokens=200)
+    rows = dataset(model, store, tokenizer=tokenizer, tokens=200)
     stored = {(*t.prompt_ids, *t.completion_ids) for t in TraceStore.read(store)}
-    assert {tuple(ids) for ids in made["input_ids"]} <= stored
+    assert {tuple(ids) for ids in rows["input_ids"]} <= stored
 
 
 @pytest.mark.parametrize(
@@ -68,6 +61,7 @@ def test_a_model_in_memory_samples_what_is_missing(tiny_folder, tmp_path):
     [
         ({"tokens": 0}, "trace_dataset: tokens"),
         ({"length": 0}, "length=0: a row holds at least one token"),
+        ({"length": 100_000}, "do not fill a row of length=100000"),
         ({"sampling": {"temprature": 1}}, "temperature"),
         ({"server": "127.0.0.1:8000"}, "is no address of a server"),
     ],
@@ -84,46 +78,31 @@ for name in ("llmcompressor", "vllm", "compressed_tensors", "psutil", "typer", "
     sys.modules[name] = None
 from tests.sampling.fake_server import FakeServer
 server = FakeServer()
-made = rac_modifier.trace_dataset(
+rows = rac_modifier.trace_dataset(
     sys.argv[1], tokens=300, server={"base_urls": [server.url], "verify_model": False}, store=sys.argv[2],
     sampling={"max_new_tokens": 20}, progress=False,
 )
 server.close()
-print(sum(map(len, made["input_ids"])) >= 300, "torch.nn" in sys.modules)
+print(sum(map(len, rows["input_ids"])) >= 300, "torch.nn" in sys.modules)
 """
 
 
 def test_it_needs_neither_llmcompressor_nor_vllm(tiny_folder, tmp_path):
     """With a server that samples; the extra [traces] brings what is imported."""
     command = [sys.executable, "-c", BLOCKED, str(tiny_folder), str(tmp_path / "s.jsonl")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.stdout == "True True\n", done.stderr
-
-
-def test_a_rest_that_fills_no_row_is_left_out():
-    rows = [{"input_ids": [i] * 3, "loss_mask": [0, 1, 1]} for i in range(3)]
-    assert [(row["input_ids"], row["loss_mask"]) for row in packed(rows, 4)] == [
-        ([0, 0, 0, 1], [0, 1, 1, 0]),
-        ([1, 1, 2, 2], [1, 1, 0, 1]),
-    ]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.stdout == "True True\n", ended.stderr
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return byte_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def store(tokenizer, tmp_path_factory):
-    return fill(tmp_path_factory.mktemp("store") / "s.jsonl", tokenizer, 300)
+def store(tmp_path_factory):
+    return fill(tmp_path_factory.mktemp("store") / "s.jsonl", byte_tokenizer(), 300)
 
 
 @pytest.mark.parametrize(("suffix", "loader"), [("parquet", "parquet"), ("jsonl", "json")])
-def test_a_file_holds_the_traces_and_what_is_known_about_them(
-    store, tokenizer, tmp_path, suffix, loader
-):
+def test_a_file_holds_the_traces_and_what_is_known_about_them(store, tmp_path, suffix, loader):
     path = tmp_path / f"out.{suffix}"
-    assert export_store(store, path, tokenizer=tokenizer, text=True) == len(store) == 299
+    assert export_store(store, path, tokenizer=byte_tokenizer(), text=True) == len(store) == 299
     rows = datasets.load_dataset(
         loader, data_files=str(path), split="train", cache_dir=str(tmp_path)
     )

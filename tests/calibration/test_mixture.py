@@ -1,33 +1,34 @@
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rac_modifier.calibration.mixture import (
     CalibrationSequence,
-    compose,
-    generic_sequence,
+    generic_token_sequences,
     mix,
-    prompt_sequence,
-    trace_sequence,
 )
 from rac_modifier.errors import RacError
-from rac_modifier.settings.calibration import KINDS, CalibrationSettings
-from rac_modifier.traces.store import Trace
+from rac_modifier.settings.calibration import KINDS, CalibrationSettings, GenericText
 
 
 def trace(
-    i: int, prompt: int = 3, completion: int = 7, reason: str = "stop"
+    i: int, prompt: int = 3, completion: int = 7, finished: bool = True
 ) -> CalibrationSequence:
-    return trace_sequence(
-        Trace(f"t{i}#0", f"t{i}", (1,) * prompt, (1000 + i,) * completion, reason, 0, "q", None)  # type: ignore[arg-type]
-    )
+    ids = ((1,) * prompt) + (1000 + i,) * completion
+    return CalibrationSequence(ids, prompt, "traces", finished)
+
+
+def sequence(ids: list[int], kind: str = "prompts") -> CalibrationSequence:
+    return CalibrationSequence(tuple(ids), len(ids), kind)
 
 
 def candidates(count: int = 60) -> dict[str, list[CalibrationSequence]]:
     return {
         "traces": [trace(i) for i in range(count)],
-        "prompts": [prompt_sequence([2000 + i] * 4) for i in range(count)],
-        "generic": [generic_sequence([3000 + i] * 16) for i in range(count)],
+        "prompts": [sequence([2000 + i] * 4) for i in range(count)],
+        "generic": [sequence([3000 + i] * 16, "generic") for i in range(count)],
     }
 
 
@@ -65,7 +66,7 @@ def test_a_mixture_is_exact_to_the_token_in_each_kind():
 def test_the_budget_is_met_exactly_or_refused(lengths, tokens, share, longest):
     pools = {
         "traces": [trace(i, 0, n) for i, n in enumerate(lengths)],
-        "prompts": [prompt_sequence([5] * n) for n in lengths],
+        "prompts": [sequence([5] * n) for n in lengths],
     }
     wanted = settings(
         tokens=tokens, mixture={"traces": share, "prompts": 1 - share}, max_sequence_tokens=longest
@@ -76,7 +77,7 @@ def test_the_budget_is_met_exactly_or_refused(lengths, tokens, share, longest):
     budgets = {"traces": round(tokens * share) if share < 1 else tokens}
     budgets["prompts"] = tokens - budgets["traces"]
     if any(most[kind] < budget for kind, budget in budgets.items() if wanted.mixture.get(kind)):
-        with pytest.raises(RacError, match=r"lower calibration\.tokens"):
+        with pytest.raises(RacError, match=r"part .* has .* but .* lower calibration\.tokens"):
             mix(pools, wanted)
         return
     if not budgets["traces"] and wanted.mixture.get("traces"):
@@ -96,12 +97,9 @@ def test_the_seed_decides_the_order_of_the_whole_set():
 
     assert run(0) == run(0)
     assert run(0) != run(1)
-    assert sorted(s.ids for s in run(0)) == sorted(
-        s.ids for s in run(1)
-    )  # the parts give their sequences in order
+    assert sorted(s.ids for s in run(0)) == sorted(s.ids for s in run(1))
     kinds = [s.kind for s in run(0)]
-    assert kinds != sorted(kinds)
-    assert kinds != sorted(kinds, reverse=True)
+    assert kinds not in (sorted(kinds), sorted(kinds, reverse=True))
 
 
 def test_a_part_is_read_in_its_order_and_only_as_far_as_needed():
@@ -111,7 +109,7 @@ def test_a_part_is_read_in_its_order_and_only_as_far_as_needed():
         i = 0
         while True:
             read.append(i)
-            yield prompt_sequence([i] * 4)
+            yield sequence([i] * 4)
             i += 1
 
     chosen, _ = mix({"prompts": endless()}, settings(tokens=20, mixture={"prompts": 1.0}))
@@ -120,47 +118,72 @@ def test_a_part_is_read_in_its_order_and_only_as_far_as_needed():
 
 
 def test_truncated_and_unfinished_are_counted():
-    pool = {"traces": [trace(i, 3, 7, "length" if i < 2 else "stop") for i in range(5)]}
+    pool = {"traces": [trace(i, 3, 7, i >= 2) for i in range(5)]}
     _, composition = mix(pool, settings(tokens=45))
     assert composition.unfinished_traces == 2
     assert "2 traces (40%) hit the sampling cap" in composition.describe()
     assert composition.truncated_sequences == 1  # the last one, to meet the budget
-    _, composition = mix(
-        {"traces": [trace(i, 3, 30) for i in range(5)]}, settings(tokens=80, max_sequence_tokens=16)
-    )
+    pool = {"traces": [trace(i, 12, 30) for i in range(5)]}
+    _, composition = mix(pool, settings(tokens=80, max_sequence_tokens=16))
     assert composition.truncated_sequences == 5
     assert composition.unfinished_traces == 0  # cut by us, not by the sampling cap
-    assert "5 sequences were cut" in composition.describe()
-
-
-def test_cutting_inside_a_prompt_keeps_the_count_of_prompt_tokens_true():
-    cut = trace(0, 3, 7).cut(2)
-    assert cut.ids == (1, 1)
-    assert cut.prompt_tokens == 2
-    assert compose([cut]).prompt_tokens == 2
-    assert compose([cut]).trace_tokens == 0
+    assert (composition.prompt_tokens, composition.trace_tokens) == (60, 20)
+    cut = trace(0, 3, 7).cut(2)  # inside a prompt
+    assert (cut.ids, cut.prompt_tokens, cut.finished) == ((1, 1), 2, False)
 
 
 def test_weights_by_token():
-    weighted = settings(prompt_weight=0.25)
-    assert list(trace(0, 2, 3).weights(weighted)) == [0.25, 0.25, 1.0, 1.0, 1.0]
-    assert list(prompt_sequence([1, 2]).weights(weighted)) == [0.25, 0.25]
-    assert list(generic_sequence([1, 2]).weights(weighted)) == [1.0, 1.0]
-    assert set(trace(0).weights(settings())) == {1.0}
-
-
-def test_weights_of_the_answer_and_of_the_whole_sequence():
-    sequence = CalibrationSequence((5,) * 6, 2, "traces", answer_start=4, weight=3.0)
-    assert sequence.weights(settings(prompt_weight=0.5)) == [1.5, 1.5, 3.0, 3.0, 3.0, 3.0]
-    assert sequence.weights(settings(answer_weight=2.0)) == [3.0, 3.0, 3.0, 3.0, 6.0, 6.0]
-
-
-def test_too_few_tokens_are_refused_with_both_counts():
-    with pytest.raises(RacError, match=r"traces part .* has 600 tokens but its share asks for 601"):
-        mix(candidates(), settings(tokens=601))
+    assert trace(0, 2, 3).weights(0.25) == [0.25, 0.25, 1.0, 1.0, 1.0]
+    assert sequence([1, 2]).weights(0.25) == [0.25, 0.25]
+    assert sequence([1, 2], "generic").weights(0.25) == [1.0, 1.0]
 
 
 def test_a_set_without_any_trace_token_is_not_called_reasoning_aware():
     prompts_alone = {"traces": [trace(i, 20, 7) for i in range(9)]}
     with pytest.raises(RacError, match="no token of any"):
         mix(prompts_alone, settings(max_sequence_tokens=16))
+
+
+TEXTS = [f"document {i} " + "words " * 10 for i in range(8)]
+
+
+def read(tokenizer, seed=0, **source):
+    return list(generic_token_sequences(tokenizer, GenericText(sequence_tokens=32, **source), seed))
+
+
+def test_pythons_documentation_needs_no_download(tokenizer):
+    sequences = read(tokenizer)
+    assert len(sequences) > 100
+    assert {len(s) for s in sequences} == {32}
+    assert sequences != read(tokenizer, seed=1)
+
+
+def test_text_of_a_file_is_cut_into_sequences(tokenizer, tmp_path):
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in TEXTS))
+    sequences = read(tokenizer, source=str(tmp_path / "t.jsonl"), column="body")
+    assert len(sequences) == sum(len(tokenizer(text)["input_ids"]) for text in TEXTS) // 32
+    (tmp_path / "t.txt").write_text("".join(TEXTS))
+    ids = [i for sequence in read(tokenizer, source=str(tmp_path / "t.txt")) for i in sequence]
+    assert ids == tokenizer("".join(TEXTS))["input_ids"][: len(ids)]
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({"source": "none.txt"}, "no such file"),
+        ({"source": "t.jsonl"}, "needs the name of its text column"),
+        (
+            {"source": "t.jsonl", "column": "body"},
+            "row 1 has no text in column 'body'; its columns are text",
+        ),
+        ({"source": "empty.jsonl", "column": "text"}, "holds no text"),
+        ({"source": "bad.jsonl", "column": "text"}, "line 2 is not JSON"),
+    ],
+)
+def test_what_cannot_be_read_is_refused(tokenizer, tmp_path, monkeypatch, source, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t.jsonl").write_text('{"text": "some words"}\n')
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "bad.jsonl").write_text('{"text": "some words"}\nnot json\n')
+    with pytest.raises(RacError, match=message):
+        read(tokenizer, **source)

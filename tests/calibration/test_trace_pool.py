@@ -1,43 +1,37 @@
+"""Which traces are held out, what a draw takes, and how long is collected."""
+
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from rac_modifier.calibration.trace_pool import HoldOut, TracePool
+from rac_modifier import model_tools
+from rac_modifier.calibration import trace_pool
+from rac_modifier.calibration.calibration_set import build_calibration_set
+from rac_modifier.calibration.trace_pool import HoldOut, TracePool, collect_for_calibration
 from rac_modifier.errors import RacError
+from rac_modifier.sampling.generate import generate
+from rac_modifier.sampling.model_identity import ModelIdentity
 from rac_modifier.settings.calibration import CalibrationSettings
-from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.sampling import SamplingSettings
-from rac_modifier.settings.traces import SelectSettings
-from rac_modifier.traces.grading import Judge
-from rac_modifier.traces.records import StoreHeader, Trace
+from rac_modifier.settings.traces import SelectSettings, TraceSettings
+from rac_modifier.traces.records import Trace
+from rac_modifier.traces.selection import Judge
 from rac_modifier.traces.store import TraceStore
-from tests.tiny import byte_tokenizer
+from tests.sampling.fake_server import FakeServer, rule
+from tests.tiny import byte_tokenizer, entry
+from tests.traces.long_store import HEADER
 
-HEADER = StoreHeader(
-    fingerprint="f" * 64,
-    model="tiny",
-    tokenizer="t" * 64,
-    sampling=SamplingSettings().resolved(None),
-    problems=ProblemSource(),
-)
+SAMPLING = {"temperature": 1.0, "max_new_tokens": 20, "batch_size": 16}
 
 
 def trace(problem: str, sample: int = 0, length: int = 10, answer: str | None = None) -> Trace:
     number = 10 + int(problem)
-    return Trace(
-        f"{problem}#{sample}",
-        problem,
-        (1, 1, 1, number),
-        (number,) * (length - 4),
-        "stop",
-        0,
-        "?",
-        answer,
-    )
+    prompt, completion = (1, 1, 1, number), (number,) * (length - 4)
+    return Trace(f"{problem}#{sample}", problem, prompt, completion, "stop", 0, "?", answer)
 
 
 def split(traces: list[Trace], tokens: int) -> tuple[list[Trace], list[Trace]]:
@@ -50,16 +44,15 @@ def ids(traces: list[Trace]) -> list[str]:
     return [t.id for t in traces]
 
 
-def test_the_first_traces_up_to_the_tokens():
+def test_the_first_prompts_are_held_out_with_all_their_samples():
+    """The same ones of a store that has grown."""
     traces = [trace(str(i)) for i in range(10)]
     held, others = split(traces, 55)
     assert ids(held) == ["0#0", "1#0", "2#0", "3#0", "4#0", "5#0"]
     assert ids(held) + ids(others) == ids(traces)
-
-
-def test_all_samples_of_a_held_out_problem_go_with_it():
-    traces = [trace(str(i), sample, length=50) for i in range(6) for sample in range(2)]
-    held, others = split([*traces, trace("0", 2)], 100)
+    assert split(traces[:7], 55)[0] == held
+    samples = [trace(str(i), sample, length=50) for i in range(6) for sample in range(2)]
+    held, others = split([*samples, trace("0", 2)], 100)
     assert {t.problem_id for t in held} == {"0", "1", "2", "3"}
     assert not {t.problem_id for t in held} & {t.problem_id for t in others}
     assert len(held) == 9
@@ -68,45 +61,23 @@ def test_all_samples_of_a_held_out_problem_go_with_it():
 def test_the_same_question_in_two_rows_lies_on_one_side():
     """Told by the ids of the prompt: rows of a data set that repeat a question have other ids."""
     traces = [trace(str(i)) for i in range(8)]
-    again = [
-        replace(one, id=f"again{one.id}", problem_id=f"again{one.problem_id}") for one in traces
-    ]
+    again = [replace(t, id=f"again{t.id}", problem_id=f"again{t.problem_id}") for t in traces]
     held, others = split([*traces, *again], 40)
     assert ids(held) == ["0#0", "1#0", "2#0", "3#0", "again0#0", "again1#0", "again2#0", "again3#0"]
     assert not {t.prompt_ids for t in held} & {t.prompt_ids for t in others}
 
 
-def test_a_growing_store_holds_out_the_same():
-    traces = [trace(str(i)) for i in range(30)]
-    assert split(traces, 80)[0] == split(traces[:12], 80)[0]
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return byte_tokenizer()
-
-
 @pytest.fixture
-def pool_of(tmp_path: Path, tokenizer: Any) -> Any:
-    def pool_of(
-        traces: list[Trace],
-        select: dict[str, Any] | None = None,
-        held_out_tokens: int = 0,
-        **calibration: Any,
-    ) -> TracePool:
+def pool_of(tmp_path):
+    def pool_of(traces, select=None, held_out_tokens=0, **calibration):
         path = tmp_path / "store.jsonl"
         if not path.exists():
             with TraceStore.open_append(path, HEADER) as store:
                 store.append_many(traces)
         settings = CalibrationSettings(held_out_tokens=0).model_copy(update=calibration)
-        return TracePool(
-            TraceStore.read(path),
-            SelectSettings(**(select or {})),
-            Judge(tokenizer, HEADER),
-            tokenizer,
-            settings,
-            held_out_tokens,
-        )
+        judge, store = Judge(byte_tokenizer(), HEADER), TraceStore.read(path)
+        selection = SelectSettings(**(select or {}))
+        return TracePool(store, selection, judge, settings, held_out_tokens)
 
     return pool_of
 
@@ -159,42 +130,151 @@ def test_the_seed_and_the_part_decide_the_draw_and_a_longer_draw_begins_with_a_s
     others = [pool_of(traces, seed=1).draw("traces", 100), pool_of(traces).draw("traces:math", 100)]
     for other in [drawn, *others]:
         assert {s.ids for s in other} != front
-    assert len({tuple(s.ids for s in one) for one in [drawn, *others]}) == 3
+    assert len({tuple(s.ids for s in sequences) for sequences in [drawn, *others]}) == 3
 
 
-def test_inverse_length_gives_each_trace_the_same_total_weight(pool_of):
-    drawn = pool_of(
-        [trace(str(i), length=10 + 3 * i) for i in range(8)], trace_weighting="inverse_length"
-    ).draw("traces", 10_000)
-    totals = [s.weight * len(s.ids) for s in drawn]
-    assert max(totals) == pytest.approx(min(totals))
-    assert sum(totals) == pytest.approx(sum(len(s.ids) for s in drawn))  # a mean of 1 per token
+@pytest.fixture
+def collect(model, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where stores are written by default
+
+    def collect(traces, **calibration):
+        settings = CalibrationSettings(**{"tokens": 600, "held_out_tokens": 0, **calibration})
+        traces = TraceSettings(**{"sampling": SAMPLING, **traces})
+        return collect_for_calibration(model, tokenizer, traces, settings, progress=False)
+
+    return collect
 
 
-def test_a_function_weighs_traces(pool_of):
-    traces = [trace(str(i)) for i in range(8)]
-    drawn = pool_of(traces, trace_weighting=lambda t: 3 if t.id == "5#0" else 1).draw(
-        "traces", 10_000
-    )
-    weights = {s.ids[-1] - 10: s.weight for s in drawn}
-    assert weights[5] == pytest.approx(3 * weights[0])
-    assert sum(weights.values()) == pytest.approx(8)
+def test_a_store_that_holds_exactly_enough_is_only_read(collect, trace_store, tmp_path):
+    (tmp_path / "exact.jsonl").write_bytes(trace_store.read_bytes())
+    settings = {**entry(tmp_path / "exact.jsonl")["traces"]}
+    pool = collect(settings, tokens=TraceStore.read(trace_store).counts.tokens)["traces"]
+    assert pool.usable_tokens() == TraceStore.read(trace_store).counts.tokens
+    assert pool.store.path.read_bytes() == trace_store.read_bytes()
 
 
-def test_traces_that_all_weigh_nothing_are_refused(pool_of):
-    traces = [trace(str(i), answer="1") for i in range(8)]  # no completion holds an answer
-    with pytest.raises(RacError, match="every trace of the calibration set weighs 0"):
-        pool_of(traces, trace_weighting="correct").draw("traces", 100)
+@pytest.fixture
+def small_accelerator(model, monkeypatch):
+    """An accelerator that the model does not fit on, and that it must not be moved to."""
+    monkeypatch.setattr(model_tools, "accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(model_tools, "free_bytes", lambda device: 2**20)
+    monkeypatch.setattr(type(model), "to", lambda self, device: pytest.fail(f"moved to {device}"))
 
 
-def test_the_answer_begins_behind_the_thinking_and_is_looked_up_only_when_weighed(
-    pool_of, tokenizer
+@pytest.mark.usefixtures("small_accelerator")
+def test_a_model_is_not_moved_where_the_store_holds_enough(collect, trace_store):
+    assert collect(entry(trace_store)["traces"], tokens=300)["traces"].usable_tokens() >= 300
+
+
+@pytest.mark.usefixtures("small_accelerator")
+@pytest.mark.parametrize("there", [False, True], ids=["no store", "a store with too few"])
+def test_a_model_that_does_not_fit_is_refused_before_it_samples(
+    collect, trace_store, tmp_path, there
 ):
-    end = tokenizer.encode("</think>", add_special_tokens=False)
-    traces = [
-        Trace(f"{i}#0", str(i), (1,) * 4, (9,) * i + (*end, 7, 7), "stop", 0, "?", None)
-        for i in range(1, 4)
-    ]
-    assert {s.answer_start for s in pool_of(traces).draw("traces", 100)} == {None}
-    drawn = pool_of(traces, answer_weight=2.0).draw("traces", 100)
-    assert {len(s.ids) - s.answer_start for s in drawn} == {2}
+    if there:
+        (tmp_path / "own.jsonl").write_bytes(trace_store.read_bytes())
+    with pytest.raises(RacError, match=r"are free on cuda, .*: fill the trace store .*--serve"):
+        collect(entry(tmp_path / "own.jsonl")["traces"], tokens=10**5)
+    if there:
+        assert (tmp_path / "own.jsonl").read_bytes() == trace_store.read_bytes()
+    else:
+        assert not (tmp_path / "own.jsonl").exists()
+
+
+def test_traces_are_held_out_of_each_part_next_to_its_share(collect):
+    """Each part has a store of its own."""
+    pools = collect(
+        {}, mixture="traces:arithmetic@0.5, traces:reasoning-gym:gcd@0.5", held_out_tokens=400
+    )
+    assert len({pool.store.path for pool in pools.values()}) == 2
+    for pool in pools.values():
+        assert pool.usable_tokens() < 600
+        assert len(pool.held_out) >= 4
+        assert pool.kept_out_tokens >= 200
+        assert pool.usable_tokens() >= 300
+        assert pool.selection.total == len(pool.store) - len(pool.held_out)
+
+
+def test_an_unknown_name_is_refused_before_anything_is_sampled(collect, tmp_path):
+    with pytest.raises(RacError, match="traces:maths, which is not among"):
+        collect({}, mixture="traces@0.5, traces:maths@0.5")
+    assert not (tmp_path / "rac_traces").exists()
+    with pytest.raises(RacError, match="gives traces no share, so there is nothing to collect"):
+        collect({}, mixture="prompts@1")
+
+
+def test_collection_continues_until_what_is_selected_fills_the_budget(collect):
+    pool = collect({"store": "s.jsonl", "select": {"min_tokens": 12}}, tokens=600)["traces"]
+    held = list(TraceStore.read("s.jsonl"))
+    fit = [t for t in held if len(t.completion_ids) >= 12]
+    assert sum(t.tokens for t in fit) == sum(pool.lengths) >= 600
+    assert 0 < len(fit) < len(held)
+    assert pool.selection.as_dict() == {
+        "kept": len(fit), "of": len(held), "dropped": {"too short": len(held) - len(fit)},
+    }  # fmt: skip
+
+
+def test_collection_continues_until_the_budget_is_met_as_traces_will_be_cut(collect):
+    pool = collect({"store": "s.jsonl"}, tokens=400, max_sequence_tokens=16)["traces"]
+    assert pool.usable_tokens() == sum(min(t.tokens, 16) for t in pool.store) >= 400
+    assert pool.store.counts.tokens > 400
+    assert pool.usable_tokens() < 400 + 16 * 16  # and little more: at most one batch
+
+
+@pytest.mark.parametrize(
+    ("sampled", "repeated", "kept_out", "usable", "expected"),
+    [
+        (150, 50, 98, 2, 200),  # two thirds are usable: (100 kept out + 33 wanted) / (2 / 3)
+        (90, 30, 60, 0, 200),  # nothing is left over yet, and less is kept out than wanted
+        (1100, 0, 100, 20, 1750),  # a fiftieth is usable, so 33 need 1,650 of the others
+        (1100, 0, 100, 2, 4100),  # at most four times as many others in one round
+        (300, 0, 100, 20, 430),
+    ],
+)
+def test_a_store_grows_by_what_is_usable_of_it(sampled, repeated, kept_out, usable, expected):
+    pool = SimpleNamespace(
+        store=SimpleNamespace(counts=SimpleNamespace(tokens=sampled)),
+        repeated_tokens=repeated,
+        kept_out_tokens=kept_out,
+        usable_tokens=lambda: usable,
+    )
+    assert trace_pool._store_tokens(pool, 33, 100) == pytest.approx(expected, abs=1)
+
+
+def test_a_selection_that_keeps_nothing_ends_with_an_error(collect, monkeypatch):
+    monkeypatch.setattr(trace_pool, "_ENOUGH_TO_JUDGE", 32)
+    with pytest.raises(RacError, match=r"traces\.select kept 0 of .* wrong.*loosen the selection"):
+        collect({"select": {"answers": "correct"}}, tokens=300)
+
+
+def test_problems_that_end_before_a_selection_is_met_say_so(collect):
+    traces = {"select": {"answers": "correct"}, "problems": {"limit": 20}}
+    with pytest.raises(RacError, match=r"used up.* kept 0 of \d+: \d+ wrong, 0 tokens of 300"):
+        collect(traces, tokens=300)
+
+
+def test_pruning_reads_what_was_collected_without_the_weights(
+    model, tokenizer, tiny_folder, tmp_path, monkeypatch
+):
+    """As `rac traces collect` and `rac prune` with one recipe: the same store, and no server in the end."""
+
+    def greedy(body):
+        if body["temperature"] > 0:
+            return rule(body)
+        settings = SamplingSettings(temperature=0, max_new_tokens=body["max_tokens"])
+        return list(generate(model, tokenizer, [body["prompt"]], settings, [""])[0].ids)
+
+    monkeypatch.chdir(tmp_path)
+    server = FakeServer()
+    server.answer, server.cards[0]["root"] = greedy, str(tiny_folder)
+    engine = {"base_urls": [server.url], "concurrency": 4}
+    settings = TraceSettings(sampling=SAMPLING, engine=engine)
+    budget = CalibrationSettings(tokens=400, max_sequence_tokens=40, held_out_tokens=0)
+    identity = ModelIdentity.of_files(str(tiny_folder))
+    pools = collect_for_calibration(identity, tokenizer, settings, budget, progress=False)
+    server.close()
+    for engine in (settings.engine, None):
+        settings = settings.model_copy(update={"engine": engine})
+        built = build_calibration_set(model, tokenizer, settings, budget, progress=False)
+        assert built.pools["traces"].store.path == pools["traces"].store.path
+        assert built.loader.composition.tokens == 400

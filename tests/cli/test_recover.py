@@ -215,7 +215,7 @@ def test_as_many_tokens_are_collected_as_are_left_without_repeated_tails(
 ):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_folder), tiny.tiny_tokenizer()
     monkeypatch.setattr(
-        selection, "repeated_tokens", lambda ids: 6
+        selection, "repeated_tail", lambda ids, finish_reason: 6 * (finish_reason == "length")
     )  # of each completion that was cut at 12 tokens
     sampling = SamplingSettings(max_new_tokens=12, batch_size=4, temperature=1.0)
     asked = (ALONE, model, tokenizer, tmp_path / "store.jsonl", ProblemSource(), sampling)

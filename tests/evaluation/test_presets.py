@@ -9,7 +9,7 @@ import pytest
 
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.presets import PRESETS, preset_of
-from rac_modifier.problems.benchmarks import benchmark_problems
+from rac_modifier.problems.held_out import benchmark_problems
 from rac_modifier.settings.problems import ProblemSource
 
 # A row of each dataset, invented, with all columns that the published one has (of GPQA, which has 65, a few).

@@ -28,7 +28,6 @@ from torch import distributed
 
 import rac_modifier  # noqa: F401 - registers the modifier
 from rac_modifier import cli, model_tools, processes
-from rac_modifier.calibration import trace_budget
 from rac_modifier.errors import RacError
 from rac_modifier.llmcompressor import resume
 from rac_modifier.llmcompressor import run as run_module
@@ -161,8 +160,7 @@ def patience_of(seconds: float) -> Before:
 
 def small_accelerator() -> None:
     """The CPU in the part of an accelerator that the model must not be moved to as a whole."""
-    for module in (model_tools, trace_budget):
-        module.accelerator = lambda: torch.device("cpu")
+    model_tools.accelerator = lambda: torch.device("cpu")
     model_tools.free_bytes = lambda device: 0
 
 

@@ -22,7 +22,6 @@ from rac_modifier import (
     ReasoningAwareSparseGPTModifier,
     model_tools,
 )
-from rac_modifier.calibration import trace_budget
 from rac_modifier.processes import Processes
 from tests.llmcompressor.modifier_helpers import generic_loader, gptq_w4, int4
 from tests.tiny import calibration_entry, entry, is_2of4, linears
@@ -219,8 +218,7 @@ def test_a_given_calibration_set_takes_the_place_of_the_recipes(
 @pytest.fixture
 def accelerator(monkeypatch):
     """The CPU in the part of an accelerator without room for the model, to which it must not be moved as a whole."""
-    for module in (model_tools, trace_budget):
-        monkeypatch.setattr(module, "accelerator", lambda: torch.device("cpu"))
+    monkeypatch.setattr(model_tools, "accelerator", lambda: torch.device("cpu"))
     monkeypatch.setattr(model_tools, "free_bytes", lambda device: 0)
     monkeypatch.setattr(
         PreTrainedModel, "to", lambda self, device: pytest.fail(f"moved to {device}")

@@ -1,22 +1,24 @@
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rac_modifier.problems import answer_checker
-from rac_modifier.problems.answers import equal_answers, extract_answer, is_correct
+from rac_modifier.problems.answers import (
+    equal_answers,
+    extract_answer,
+    is_correct,
+    thinking_length,
+)
+from tests.tiny import byte_tokenizer
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (r"It is \boxed{12}.", "12"),
-        (r"\boxed{1} then \boxed{2}", "2"),
-        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed{1} then \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
         (r"\boxed{\boxed{7}}", "7"),
-        (r"\boxed {7}", "7"),
-        (r"\boxed{ 7 }", "7"),
+        (r"\boxed { 7 }", "7"),
         (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
-        (r"\boxed{\left\{ x > 0 \right.}", r"\left\{ x > 0 \right."),
         (r"\boxed{5} and then cut at \boxed{1", "5"),
         (r"x} { \boxed{5}", "5"),
         (r"\boxed{}", ""),
@@ -24,25 +26,11 @@ from rac_modifier.problems.answers import equal_answers, extract_answer, is_corr
         (r"\boxed{3} is only a thought</think> it is 4", None),
         (r"</think>\boxed{3}</think> and on", "3"),
         ("no box, 5", None),
-        (r"\boxed{1", None),
         (r"\fbox{5}", None),
-        ("", None),
     ],
 )
 def test_extract_answer(text, expected):
     assert extract_answer(text) == expected
-
-
-balanced = st.recursive(
-    st.text("abc 12\n", max_size=4),
-    lambda inner: st.tuples(inner, inner).map(lambda t: f"{t[0]}{{{t[1]}}}"),
-)
-
-
-@given(st.lists(balanced, max_size=3), balanced, st.text("ab}{ ", max_size=6))
-def test_last_balanced_box_is_found_behind_anything(before, content, behind):
-    text = "".join(f"\\boxed{{{b}}} " for b in before) + f"\\boxed{{{content}}}{behind}"
-    assert extract_answer(text) == content.strip()
 
 
 def scan_from_the_right(tokens):
@@ -62,13 +50,12 @@ def test_against_a_plain_scan_from_the_right(tokens):
 
 def test_many_open_boxes_take_linear_time():
     """Quadratic time would be hours."""
-    assert extract_answer("\\boxed{" * 1_000_000) is None
+    assert extract_answer("\\boxed{" * 200_000) is None
 
 
 @pytest.mark.parametrize(
     ("answer", "reference", "expected"),
     [
-        ("1234", "1234", True),
         ("01234", "+1234", True),
         ("-0", "0", True),
         ("-5", "5", False),
@@ -77,8 +64,7 @@ def test_many_open_boxes_take_linear_time():
         ("9" * 5000, "9" * 4999 + "8", False),
         ("yes", "yes", True),
         ("", "0", False),
-        ("$7$", "7", True),
-        ("7", r"\boxed{7}", True),
+        ("$7$", r"\boxed{7}", True),
     ],
 )
 def test_text_and_integers_need_no_math_verify(monkeypatch, answer, reference, expected):
@@ -100,10 +86,16 @@ def test_is_correct_looks_behind_the_thinking():
     assert not is_correct(r"maybe \boxed{4}</think>\boxed{3}", "4")
     assert not is_correct("4", "4")
     assert not is_correct(r"\boxed{}", "4")
+    assert is_correct(r"\boxed{b, a}", "a, b", lambda *pair: len({*map(len, pair)}) == 1)
 
 
-def test_a_verifier_replaces_the_comparison():
-    assert is_correct(
-        r"\boxed{b, a}", "a, b", lambda answer, reference: sorted(answer) == sorted(reference)
-    )
-    assert not is_correct("b, a", "a, b", lambda answer, reference: True)
+@settings(max_examples=50)
+@given(st.text("ab<>/ é", max_size=12), st.booleans(), st.text("ab<>/", max_size=12), st.booleans())
+def test_thinking_ends_with_its_tag(before, closed, after, one_token):
+    """The tag is one token or several."""
+    tokenizer = byte_tokenizer(thinking_tags=one_token)
+    text = before + ("</think>" if closed else "")
+    ids = tokenizer.encode(text + after, add_special_tokens=False)
+    prefix = tokenizer.encode(text, add_special_tokens=False)
+    closes = "</think>" in text + after
+    assert thinking_length(tokenizer, ids) == (len(prefix) if closes else len(ids))

@@ -1,9 +1,42 @@
+"""Problems held out of calibration; rows in published layouts, and what is wrong with a row."""
+
+import json
+from dataclasses import replace
+
 import pytest
 
 from rac_modifier.errors import RacError
-from rac_modifier.problems.held_out import held_out_problems
+from rac_modifier.problems.answers import is_correct
+from rac_modifier.problems.held_out import (
+    Layout,
+    benchmark_problems,
+    held_out_problems,
+    same_letter,
+    with_choices,
+)
 from rac_modifier.problems.source import load_problems
 from rac_modifier.settings.problems import ProblemSource
+
+PLAIN = Layout("plain", "problem", "answer", "Use a box.")
+SOLUTION = Layout("solution", "question", "answer", "Use a box.", "last line")
+WRONG = ("Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
+CHOICES = Layout("choices", "Question", "Correct Answer", "Use a box.", "choices", WRONG)
+
+
+def gpqa_row(number, **changes):
+    """As in the published file, which has many more columns and line ends around its texts."""
+    row = {
+        "Question": f"Which of these is {number}?\n",
+        "Correct Answer": f" {number}\n",
+        "Record ID": "rec",
+    }
+    return {**row, **{name: f"{number + i}" for i, name in enumerate(WRONG, 1)}, **changes}
+
+
+def read(tmp_path, layout, rows, seed=0, count=None, **fields):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return benchmark_problems(ProblemSource(source=str(path), **fields), layout, seed, count)
 
 
 def identity(problem):
@@ -28,13 +61,105 @@ def test_a_file_with_answers(tmp_path):
     assert {(p.question, p.answer) for p in problems} == {("1+1?", "2"), ("2+2?", "4")}
     with pytest.raises(RacError, match="gave 2 problems of the 3 asked for"):
         held_out_problems(str(path), 3, answer_column="gold")
-
-
-def test_too_few():
     with pytest.raises(RacError, match="0 problems"):
         held_out_problems("arithmetic", 0)
-
-
-def test_the_split_is_that_of_a_dataset(tmp_path):
     with pytest.raises(RacError, match=r"split=.test. does not apply"):
-        held_out_problems(str(tmp_path / "problems.jsonl"), 1, split="test")
+        held_out_problems(str(path), 1, split="test")
+
+
+def test_a_question_gets_its_instruction_and_the_seed_decides_the_order(tmp_path):
+    rows = [{"problem": f"{i} + 1?", "answer": str(i + 1), "subject": "Algebra"} for i in range(20)]
+    problems = read(tmp_path, PLAIN, rows)
+    assert {(p.question, p.answer, p.task) for p in problems} == {
+        (f"{i} + 1?\n\nUse a box.", str(i + 1), "plain") for i in range(20)
+    }
+    other = read(tmp_path, PLAIN, rows, seed=1)
+    assert other != problems
+    assert sorted(p.id for p in other) == sorted(p.id for p in problems)
+    assert read(tmp_path, PLAIN, rows, count=5) == problems[:5]
+
+
+def test_the_reference_of_a_worked_solution_is_its_last_line(tmp_path):
+    answers = {
+        "a": "3 * 4 = <<3*4=12>>12\n#### 12",
+        "b": "so\n#### -1,200 \n",
+        "c": "#### 0.5",
+        "d": "#### 1\nno\n#### 2",
+    }
+    rows = [{"question": name, "answer": text} for name, text in answers.items()]
+    found = {p.question[0]: p.answer for p in read(tmp_path, SOLUTION, rows)}
+    assert found == {"a": "12", "b": "-1200", "c": "0.5", "d": "2"}
+
+
+@pytest.mark.parametrize("answer", ["12", "#### 12\nand more", "####", "##### "])
+def test_a_solution_without_a_last_line_is_refused(tmp_path, answer):
+    with pytest.raises(RacError, match="row 0: column 'answer' must end in a line '#### answer'"):
+        read(tmp_path, SOLUTION, [{"question": "q", "answer": answer}])
+
+
+def test_choices_are_lettered_in_an_order_of_the_question_alone(tmp_path):
+    rows = [gpqa_row(10 * i) for i in range(40)]
+    problems = {p.question.partition("\n")[0]: p for p in read(tmp_path, CHOICES, rows)}
+    again = {p.question.partition("\n")[0]: p for p in read(tmp_path, CHOICES, rows[::-1], seed=7)}
+    letters = {p.answer for p in problems.values()}
+    assert letters == {"A", "B", "C", "D"}  # the right one is anywhere
+    for i in range(40):
+        question = f"Which of these is {10 * i}?"
+        problem = problems[question]
+        lines = problem.question.split("\n")
+        assert (lines[0], lines[1], *lines[-2:]) == (question, "", "", "Use a box.")
+        assert [line[:3] for line in lines[2:6]] == ["A) ", "B) ", "C) ", "D) "]
+        assert sorted(line[3:] for line in lines[2:6]) == sorted(str(10 * i + k) for k in range(4))
+        assert f"{problem.answer}) {10 * i}" in lines
+        assert again[question] == replace(problem, id=again[question].id)
+
+
+def test_the_order_of_choices_stays_from_version_to_version():
+    question, letter = with_choices("What is 2 + 2?", ["4", "3", "5", "22"])
+    assert (question, letter) == ("What is 2 + 2?\n\nA) 4\nB) 5\nC) 3\nD) 22", "A")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"Correct Answer": None},
+            "row 0: column 'Correct Answer' holds nothing; complete the row",
+        ),
+        ({"Incorrect Answer 2": "  "}, "row 0: column 'Incorrect Answer 2' holds nothing"),
+        ({"Question": None}, "row 0: column 'Question' must hold the question as text, .* nothing"),
+        ({"Question": 5}, "row 0: column 'Question' must hold the question as text, .* int '5'"),
+        ({"Correct Answer": ["4"]}, "row 0: column 'Correct Answer' must hold text or a number"),
+    ],
+)
+def test_a_row_that_lacks_something_is_named(tmp_path, changes, message):
+    with pytest.raises(RacError, match=message):
+        read(tmp_path, CHOICES, [gpqa_row(1, **changes)])
+
+
+def test_missing_columns_and_rows_are_named(tmp_path):
+    row = gpqa_row(1)
+    del row[WRONG[1]]
+    with pytest.raises(RacError, match=f"has no column '{WRONG[1]}'; its columns are: .*Record ID"):
+        read(tmp_path, CHOICES, [row])
+    with pytest.raises(RacError, match="gave 1 problems of the 2 asked for"):
+        read(tmp_path, PLAIN, [{"problem": "1 + 1?", "answer": "2"}], count=2)
+    with pytest.raises(RacError, match="holds no problems; name a source that does"):
+        read(tmp_path, PLAIN, [])
+
+
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [
+        *[
+            (text, True)
+            for text in (" c ", "(C)", "C.", "$C$", r"\textbf{(C)}", "(C) 12 nm", "C: 5")
+        ],
+        *[(text, False) for text in ("D", "A, C", "C or A", "Carbon", "12 nm", "CC", "", "()")],
+        (r"\mathrm{\text{C}}", True),
+    ],
+)
+def test_letters(answer, right):
+    assert same_letter(answer, "C") is right
+    text = rf"\boxed{{A}}? no.</think>The answer is \boxed{{{answer}}}."
+    assert is_correct(text, "C", same_letter) is right

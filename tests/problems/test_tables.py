@@ -43,30 +43,11 @@ def test_every_kind_of_file_gives_the_same_rows(name, tmp_path, monkeypatch):
     assert list(stream_rows(path, what="file")) == ROWS
 
 
-def test_an_edited_file_is_read_again(tmp_path):
-    path = tmp_path / "a.jsonl"
-    for i in range(3):
-        path.write_text(lines([{"problem": str(i)}]))
-        assert list(open_table(str(path), what="file")) == [{"problem": str(i)}]
-
-
-def test_rows_may_lack_columns_and_mix_types(tmp_path):
-    path = tmp_path / "a.jsonl"
-    rows = [{"problem": "a", "answer": 1}, {"problem": "b", "answer": "x=1"}, {"problem": "c"}]
-    path.write_text(lines(rows))
-    assert [row["answer"] for row in open_table(str(path), what="file")] == [1, "x=1", None]
-
-
 def test_columns_with_the_names_of_agent_traces_stay_columns(tmp_path):
     path = tmp_path / "a.jsonl"
     rows = [{"type": "user", "message": {"a": 1}}, {"type": "user", "message": {"b": [2]}}]
     path.write_text(lines(rows))
     assert open_table(str(path), what="file").column_names == ["type", "message"]
-
-
-def test_a_text_file_is_one_row(tmp_path):
-    (tmp_path / "a.txt").write_text("one\ntwo\n")
-    assert list(stream_rows(str(tmp_path / "a.txt"), what="file")) == [{"text": "one\ntwo\n"}]
 
 
 @pytest.mark.parametrize(
@@ -103,20 +84,15 @@ def test_an_empty_file_has_no_rows(tmp_path, name, text):
             r"a\.json' could not be read \(.*must hold a list of objects in JSON",
         ),
         ("a.parquet", "text", r"could not be read \(ArrowInvalid.*must hold Parquet"),
+        ("a.txt", b"\xff\xfe", r"a\.txt' could not be read .*it must hold text in UTF-8"),
     ],
 )
 def test_malformed_files_are_named_with_the_place(tmp_path, name, text, message):
-    (tmp_path / name).write_text(text)
+    (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(RacError, match=f"^my file .*{message}"):
         open_table(str(tmp_path / name), what="my file")
     with pytest.raises(RacError, match=f"^my file .*{message}"):
         list(stream_rows(str(tmp_path / name), what="my file"))
-
-
-def test_a_text_file_in_another_encoding(tmp_path):
-    (tmp_path / "a.txt").write_bytes(b"\xff\xfe")
-    with pytest.raises(RacError, match=r"a\.txt' could not be read .*it must hold text in UTF-8"):
-        list(stream_rows(str(tmp_path / "a.txt"), what="file"))
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet", "a.txt"])
@@ -124,10 +100,7 @@ def test_a_missing_file_is_not_looked_for_on_the_hub(name, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets, "load_dataset", None)
     assert is_file(name)
-    with pytest.raises(
-        RacError,
-        match=rf"my file '{name}': no such file; check the path \(it is relative to {tmp_path}\)",
-    ):
+    with pytest.raises(RacError, match=rf"my file '{name}': no such file; .*{tmp_path}\)"):
         open_table(name, what="my file")
 
 
@@ -156,15 +129,3 @@ def test_a_dataset_that_cannot_be_loaded_names_the_ways_out(monkeypatch):
         "name a local file or a built-in source",
     ):
         open_table("no/body", what="dataset")
-
-
-def test_a_stream_that_breaks_off_is_an_error_not_an_end(monkeypatch):
-    def rows():
-        yield ROWS[0]
-        raise ConnectionError("connection lost")
-
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_args, **_kwargs: rows())
-    stream = stream_rows("some/data", what="dataset")
-    assert next(stream) == ROWS[0]
-    with pytest.raises(RacError, match="connection lost"):
-        next(stream)

@@ -2,12 +2,7 @@
 
 import os
 import signal
-import sys
 import threading
-
-
-def is_imported(module: str) -> bool:
-    return module in sys.modules
 
 
 def die(code: int) -> None:

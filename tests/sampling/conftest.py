@@ -24,6 +24,11 @@ def server():
 
 
 @pytest.fixture(scope="module")
+def model():
+    return tiny_model(vocab_size=128)
+
+
+@pytest.fixture(scope="module")
 def tokenizer():
     return tiny_tokenizer()
 
@@ -35,20 +40,14 @@ def identity():
 
 @pytest.fixture
 def make(server, identity, tokenizer):
-    made = []
+    engines = []
 
-    def make(*, urls=None, weights=None, **engine):
-        settings = {"concurrency": 4, "verify_model": False, "timeout": 5, **engine}
-        one = ServerEngine(
-            EngineSettings(base_urls=urls or (server.url,), **settings),
-            identity,
-            tokenizer,
-            SAMPLING,
-            weights,
-        )
-        made.append(one)
-        return one
+    def make(*, urls=None, weights=None, **settings):
+        settings = {"concurrency": 4, "verify_model": False, "timeout": 60, **settings}
+        settings = EngineSettings(base_urls=urls or (server.url,), **settings)
+        engines.append(ServerEngine(settings, identity, tokenizer, SAMPLING, weights))
+        return engines[-1]
 
     yield make
-    for one in made:
-        one.close()
+    for engine in engines:
+        engine.close()

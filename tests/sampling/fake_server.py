@@ -34,7 +34,7 @@ class FakeServer:
     """`fault` gets each completion request's number and body, and names what to do wrong, or None.
 
     Faults: a status such as 500, hang, drip (a byte now and then), reset, truncate, garbage, large
-    (a body without end), deep (nested JSON), no_ids, other_prompt, no_eos, past_eos, short, miscount.
+    (a body without end), deep (nested JSON), no_ids, short, miscount.
     """
 
     def __init__(self, port: int = 0) -> None:
@@ -107,24 +107,23 @@ class _Handler(BaseHTTPRequestHandler):
                 self.close_connection = True
 
     def reply(self, body: dict[str, Any], fault: str | None) -> None:
-        if fault == "hang":
-            self.fake.released.wait(30)
+        if fault in ("hang", "reset"):
             self.close_connection = True
-            return
-        if fault == "reset":
-            self.close_connection = True
+            if fault == "hang":
+                self.fake.released.wait()
             self.connection.close()
-            return
-        if fault in ("drip", "large"):
-            return self.endless(b" ", pause=0.05) if fault == "drip" else self.endless(b" " * 65536)
-        if fault == "deep":
-            return self.send(200, b"[" * 100_000)
-        if fault == "echo":
-            return self.send(500, {"error": {"message": self.headers["authorization"]}})
-        if fault in ("307", "500", "401", "400", "404", "418"):
-            return self.send(int(fault), {"error": {"message": f"told to answer {fault}"}})
-        if fault in ("429", "503"):
-            return self.send(int(fault), {"error": {"message": "busy"}}, {"Retry-After": "0.05"})
+        elif fault in ("drip", "large"):
+            self.endless(b" ", pause=0.05) if fault == "drip" else self.endless(b" " * 65536)
+        elif fault == "deep":
+            self.send(200, b"[" * 100_000)
+        elif fault == "echo":
+            self.send(500, {"error": {"message": self.headers["authorization"]}})
+        elif fault in ("307", "500", "401", "400", "404", "429", "503"):
+            self.send(int(fault), {"error": {"message": f"told to answer {fault}"}})
+        else:
+            self.complete(body, fault)
+
+    def complete(self, body: dict[str, Any], fault: str | None) -> None:
         ids = self.fake.answer(body)
         choice = {
             "index": 0,
@@ -135,12 +134,6 @@ class _Handler(BaseHTTPRequestHandler):
         }
         if fault == "no_ids":
             choice["token_ids"] = choice["prompt_token_ids"] = None
-        if fault == "other_prompt":
-            choice["prompt_token_ids"] = body["prompt"][1:]
-        if fault == "no_eos":
-            choice |= {"token_ids": [5, 6], "finish_reason": "stop"}
-        if fault == "past_eos":
-            choice |= {"token_ids": [5, EOS, 6, EOS], "finish_reason": "stop"}
         if fault == "short":
             choice |= {"token_ids": [5], "finish_reason": "length"}
         usage = {"completion_tokens": len(choice["token_ids"] or ids) + (fault == "miscount")}
@@ -158,14 +151,10 @@ class _Handler(BaseHTTPRequestHandler):
         while not self.fake.released.wait(pause):
             self.wfile.write(piece)
 
-    def send(
-        self, status: int, content: Any, headers: dict[str, str] | None = None, cut: bool = False
-    ) -> None:
+    def send(self, status: int, content: Any, cut: bool = False) -> None:
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
-        for name, value in (headers or {}).items():
-            self.send_header(name, value)
         self.end_headers()
         self.wfile.write(data[: len(data) // 2] if cut else data)
         if cut:

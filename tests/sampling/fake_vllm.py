@@ -1,17 +1,17 @@
-"""A command that behaves as `vllm serve` does: it serves `FakeServer`, with a process of its own beside it, and faults on demand.
+"""A command that behaves as `vllm serve` does: it serves `FakeServer`, next to a process of its own.
 
-`install` writes the command. It notes each start in a folder: a test sees which processes there were and which are left.
+`install` writes the command, which notes each start in its folder. All its processes hold a lock there.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,33 +30,21 @@ def install(folder: Path) -> Path:
 
 
 def starts(folder: Path) -> list[dict[str, Any]]:
-    """Each start of the command: its processes, arguments and variables."""
+    """Return the processes, arguments and variables of each start."""
     return [json.loads(path.read_text()) for path in sorted(folder.glob("start-*.json"))]
 
 
-def is_running(pid: int) -> bool:
-    """Whether a process runs; one that ended and waits for its parent does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
+def pipe_of_starts(folder: Path) -> int:
+    """Return a descriptor that gives a byte for each start from now on."""
+    os.mkfifo(folder / "started")
+    return os.open(folder / "started", os.O_RDWR)
 
 
-def left_over(folder: Path, seconds: float = 120.0) -> list[int]:
-    """The processes of all starts that still run after so many seconds."""
-    pids = [pid for start in starts(folder) for pid in (start["pid"], start["worker"])]
-    until(lambda: not any(map(is_running, pids)), seconds)
-    return [pid for pid in pids if is_running(pid)]
-
-
-def until(condition: Callable[[], bool], seconds: float = 120.0) -> bool:
-    """Wait until a condition holds, or so many seconds have passed; whether it holds."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.01)
-    return True
+def left_over(folder: Path) -> list[int]:
+    """Wait until all processes of all starts have ended; return [], the processes that are left."""
+    with (folder / "running").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+    return []
 
 
 def main(folder: str) -> None:
@@ -72,22 +60,26 @@ def main(folder: str) -> None:
     if fault == "silent":
         sys.exit(7)
     print("still loading", flush=True)
-    worker = subprocess.Popen(
-        [sys.executable, "-S", "-c", "import time; time.sleep(600)"]
-    )  # as vLLM's engine process
-    note(Path(folder), worker.pid)
+    lock = os.open(Path(folder) / "running", os.O_RDWR | os.O_CREAT)
+    fcntl.flock(lock, fcntl.LOCK_SH)
+    code = "import signal; signal.pause()"  # as vLLM's engine process
+    subprocess.Popen([sys.executable, "-S", "-c", code], pass_fds=[lock])
+    note(Path(folder))
     if fault == "never":
-        time.sleep(600)
+        signal.pause()
     serve(sys.argv[2], int(sys.argv[sys.argv.index("--port") + 1]), dies=fault == "dies")
 
 
-def note(folder: Path, worker: int) -> None:
-    """Whole or not at all: the test reads it while this process runs."""
-    processes = {"pid": os.getpid(), "worker": worker, "watcher": os.getppid()}
+def note(folder: Path) -> None:
+    """Write the file of a start whole or not at all: the test reads it while this process runs."""
+    processes = {"pid": os.getpid(), "watcher": os.getppid()}
     start = {**processes, "argv": sys.argv[1:], "variables": dict(os.environ)}
     part = folder / f"part-{os.getpid()}"
     part.write_text(json.dumps(start))
     part.rename(folder / f"start-{time.monotonic_ns():020d}.json")
+    if (folder / "started").exists():
+        pipe = os.open(folder / "started", os.O_RDWR)
+        os.write(pipe, b"s")
 
 
 def serve(model: str, port: int, dies: bool) -> None:

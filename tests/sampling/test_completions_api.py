@@ -1,25 +1,33 @@
-"""What is asked, and which answers count."""
+"""What is asked, which answers count, and which model a server holds."""
 
 import json
+from pathlib import Path
 
 import pytest
+import torch
 
 from rac_modifier.errors import RacError
 from rac_modifier.sampling.completions_api import (
     Request,
     UnusableError,
+    check_limit,
+    check_name,
+    check_probes,
     error_text,
     read_answer,
+    served_model,
     trace_seed,
 )
+from rac_modifier.sampling.engine import Probe
 from rac_modifier.settings.sampling import SamplingSettings
+from tests.tiny import tiny_model
 
 REQUEST = Request((3, 4), 4, 0, (1, 2))
 
 
 def answer(*, usage=None, **choice):
-    made = {"token_ids": [5, 6, 1], "prompt_token_ids": [3, 4], "finish_reason": "stop", **choice}
-    return json.dumps({"choices": [made], "usage": usage}).encode()
+    whole = {"token_ids": [5, 6, 1], "prompt_token_ids": [3, 4], "finish_reason": "stop", **choice}
+    return json.dumps({"choices": [whole], "usage": usage}).encode()
 
 
 @pytest.mark.parametrize(
@@ -34,8 +42,8 @@ def answer(*, usage=None, **choice):
     ],
 )
 def test_an_answer_is_taken_as_it_is(content, ids, reason):
-    found = read_answer(REQUEST, content, 10, "s")
-    assert (found.ids, found.finish_reason) == (ids, reason)
+    completion = read_answer(REQUEST, content, 10, "s")
+    assert (completion.ids, completion.finish_reason) == (ids, reason)
 
 
 @pytest.mark.parametrize(
@@ -63,50 +71,34 @@ def test_answers_to_ask_for_again(content):
 
 
 @pytest.mark.parametrize(
-    ("choice", "ids", "reason"),
+    ("choice", "ids"),
     [
-        ({"text": "ab"}, (97, 98, 1), "stop"),
-        ({"text": ""}, (1,), "stop"),
-        ({"text": "abcde", "finish_reason": "length"}, (97, 98, 99, 100, 101), "length"),
+        ({"text": "ab"}, (97, 98, 1)),
+        ({"text": ""}, (1,)),
+        ({"text": "abcde", "finish_reason": "length"}, (97, 98, 99, 100, 101)),
+        ({}, None),
+        ({"text": 5}, None),
+        ({"text": "a", "finish_reason": "abort"}, None),
+        ({"text": "", "finish_reason": "length"}, None),
     ],
 )
-def test_text_without_ids_is_tokenized_where_that_is_enough(choice, ids, reason):
+def test_text_without_ids_is_tokenized_where_that_is_enough(choice, ids):
     """The EOS is not in the text, and a count of other tokens may be above the cap."""
-    found = read_answer(
-        REQUEST, answer(token_ids=None, **choice), 10, "s", lambda text: text.encode()
-    )
-    assert (found.ids, found.finish_reason) == (ids, reason)
-    exact = read_answer(REQUEST, answer(text="other"), 10, "s", lambda text: text.encode())
-    assert exact.ids == (5, 6, 1), "ids that are there count"
-
-
-@pytest.mark.parametrize(
-    "choice",
-    [
-        {},
-        {"text": 5},
-        {"text": "a", "finish_reason": "abort"},
-        {"text": "", "finish_reason": "length"},
-    ],
-)
-def test_text_to_ask_for_again(choice):
-    with pytest.raises(UnusableError, match="finish_reason"):
-        read_answer(REQUEST, answer(token_ids=None, **choice), 10, "s", lambda text: text.encode())
+    content = answer(token_ids=None, **choice)
+    if ids is None:
+        with pytest.raises(UnusableError, match="finish_reason"):
+            read_answer(REQUEST, content, 10, "s", lambda text: text.encode())
+        return
+    assert read_answer(REQUEST, content, 10, "s", lambda text: text.encode()).ids == ids
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
     [
         (answer(token_ids=None), "s returned text without token ids.*return_token_ids"),
-        (
-            answer(prompt_token_ids=[4]),
-            r"s read another prompt than it was sent \(1 tokens, not 2\)",
-        ),
+        (answer(prompt_token_ids=[4]), r"s read another prompt than .* \(1 tokens, not 2\)"),
         (answer(token_ids=[5, 6]), r"ended a completion on token 6, which is no EOS \(1, 2\)"),
-        (
-            answer(token_ids=[5, 2, 6, 1]),
-            "continued a completion after an EOS; switch off `ignore_eos`",
-        ),
+        (answer(token_ids=[5, 2, 6, 1]), "continued a completion .* switch off `ignore_eos`"),
     ],
 )
 def test_answers_that_another_try_does_not_mend(content, words):
@@ -137,13 +129,113 @@ def test_seeds_follow_seed_and_key():
     ("body", "text"),
     [
         (b'{"error": {"message": "too\\n long"}}', "too long"),
-        (b'{"message": "too long"}', "too long"),
-        (b'{"error": {"code": 7}}', "{'code': 7}"),
         (b"<html>502</html>", "<html>502</html>"),
         (b"", "no reason given"),
-        (b"x" * 1000, "x" * 300),
         (b"[" * 100_000, "[" * 300),
     ],
 )
 def test_the_message_of_an_error(body, text):
     assert error_text(body) == text
+
+
+def listed(*cards):
+    return json.dumps({"object": "list", "data": cards}).encode()
+
+
+BASE, ADAPTER = {"id": "a", "root": "/m"}, {"id": "b", "parent": "a"}
+
+
+def test_the_only_model_or_the_named_one_is_sampled():
+    assert served_model(listed(BASE, ADAPTER), None, "s") == BASE
+    assert served_model(listed(BASE, {"id": "c"}), "c", "s") == {"id": "c"}
+
+
+@pytest.mark.parametrize(
+    ("content", "wanted", "words"),
+    [
+        (listed(BASE), "x", "s does not serve 'x', but 'a'; set engine.model"),
+        (listed(), None, "s serves none; set engine.model"),
+        (listed(BASE, {"id": "c"}), None, "s serves 'a', 'c'; set engine.model"),
+        (listed(BASE, ADAPTER), "b", "'b' is an adapter on 'a'"),
+        (b"<html>", None, "s/models is not a list of models"),
+        (b'{"data": [1]}', None, "s/models is not a list of models"),
+        (b"[" * 100_000, None, "s/models is not a list of models"),
+    ],
+)
+def test_a_list_without_the_model(content, wanted, words):
+    with pytest.raises(RacError, match=words):
+        served_model(content, wanted, "s")
+
+
+@pytest.mark.parametrize(
+    ("root", "model", "same"),
+    [
+        ("/models/reasoner", "/home/reasoner", True),
+        ("org/Name", "org/name", True),
+        ("/cache/models--org--name/snapshots/4f2a", "org/name", True),
+        (None, "/data/name", True),
+        ("/models/reasoner", "", True),
+        (f"/models/{Path.cwd().name}", ".", True),
+        ("/models/reasoner", "/models/reasoner-2of4", False),
+        ("/cache/models--a--b/snapshots/4f2a", "/cache/models--a--b-int4/snapshots/4f2a", False),
+        ("/models/reasoner", ".", False),
+    ],
+)
+def test_a_model_of_another_name_is_refused(root, model, same):
+    card = {"id": "a", "root": root}
+    if same:
+        check_name(card, model, "s")
+        return
+    words = r"s serves '.+', and the model is '.+'; .* set engine\.model .*--served-as\) to 'a'"
+    with pytest.raises(RacError, match=words):
+        check_name(card, model, "s")
+
+
+def test_the_servers_limit_must_hold_a_chain_of_thought():
+    for limit, context, wanted in ((512, 512, 1000), (101, 512, 100), (None, 9, 9)):
+        check_limit({"max_model_len": limit}, context, wanted, "s")
+    for context in (512, None):
+        with pytest.raises(RacError, match="s takes sequences of up to 100 tokens, and"):
+            check_limit({"max_model_len": 100}, context, 100, "s")
+
+
+PROMPT = list(range(3, 20))
+
+
+def greedy(model):
+    ids = torch.tensor([PROMPT])
+    for _ in range(12):
+        ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], dim=1)
+    return Probe(prompt_ids=tuple(PROMPT), completion_ids=tuple(ids[0, len(PROMPT) :].tolist()))
+
+
+def test_the_same_weights_in_bfloat16_pass_and_others_do_not():
+    model = tiny_model().train()
+    check_probes(model, [greedy(tiny_model().to(torch.bfloat16))], "s")
+    assert model.training
+    with pytest.raises(
+        RacError, match=r"s holds another model than 'Qwen3.*': .* of its 24 greedy"
+    ):
+        check_probes(model, [greedy(tiny_model()), greedy(tiny_model(seed=1))], "s")
+
+
+def test_a_token_may_be_one_nat_less_likely_than_the_models_choice():
+    """Log-probabilities of a head without a model: the choice is token 0, the others are less likely by their weight."""
+    model = tiny_model(vocab_size=8)
+    below = torch.tensor([0.0, 0.9, 1.1, 9, 9, 9, 9, 9])
+
+    class Head(torch.nn.Module):
+        config, device, training = model.config, model.device, False
+
+        def forward(self, input_ids):
+            return type("Output", (), {"logits": -below.repeat(1, input_ids.shape[1], 1)})
+
+    def probe(*ids):
+        return Probe(prompt_ids=(1, 2), completion_ids=ids)
+
+    check_probes(Head(), [probe(0, 1, 1, 0)], "s")
+    with pytest.raises(RacError, match=r"1 of its 3 greedy tokens .*up to 1\.1 nats"):
+        check_probes(Head(), [probe(0, 2, 0)], "s")
+    below[1] = float("nan")
+    with pytest.raises(RacError, match="holds another model"):
+        check_probes(Head(), [probe(1)], "s")

@@ -42,14 +42,12 @@ def warped(scores: torch.Tensor, temperature: float, top_k: int, top_p: float) -
         (1.7, 20, 0.8),
         (0.6, 20, 1.0),
         (1.0, 0, 0.999),
-        (1.0, 300, 0.3),
-        (1.0, 1, 0.5),
         (1.0, 9000, 0.5),
     ],
 )
 def test_tokens_equal_those_of_a_full_sort(shape, temperature, top_k, top_p):
     draw = Draw(temperature, top_k, top_p)
-    for position in range(8):
+    for position in range(4):
         scores = logits(SHAPES[shape], seed=position)
         whole = warped(scores, temperature, top_k, top_p) + gumbel_noise(
             ROWS, position, torch.arange(VOCABULARY)
@@ -57,13 +55,9 @@ def test_tokens_equal_those_of_a_full_sort(shape, temperature, top_k, top_p):
         assert torch.equal(draw.tokens(scores, ROWS, position), whole.argmax(-1))
 
 
-def test_temperature_zero_is_the_arg_max():
-    scores = logits(1.0)
-    assert torch.equal(Draw(0.0, 5, 0.5).tokens(scores, ROWS, 3), scores.argmax(-1))
-
-
-def test_half_precision_is_drawn_in_float32():
+def test_temperature_zero_is_the_arg_max_and_half_precision_is_drawn_in_float32():
     scores = logits(4.0).bfloat16()
+    assert torch.equal(Draw(0.0, 5, 0.5).tokens(scores, ROWS, 3), scores.argmax(-1))
     drawn = Draw(0.6, 0, 0.95).tokens(scores, ROWS, 0)
     assert torch.equal(drawn, Draw(0.6, 0, 0.95).tokens(scores.float(), ROWS, 0))
 
@@ -93,13 +87,8 @@ def test_equals_the_reference_in_plain_integers():
             [reference(row, position, token) for token in range(40)] for row in rows.tolist()
         ]
         torch.testing.assert_close(noise, torch.tensor(expected), rtol=1e-4, atol=1e-5)
-
-
-def test_a_tokens_noise_does_not_depend_on_the_others():
-    rows = row_keys(3, ["a#0", "b#1"])
-    whole = gumbel_noise(rows, 7, torch.arange(50))
-    ids = torch.tensor([[4, 49, 0], [17, 4, 30]])
-    assert torch.equal(gumbel_noise(rows, 7, ids), whole.gather(1, ids))
+        ids = torch.tensor([[4, 39, 0], [17, 4, 30]])
+        assert torch.equal(gumbel_noise(rows, position, ids), noise.gather(1, ids))
 
 
 def test_has_the_gumbel_distribution():
@@ -112,15 +101,3 @@ def test_has_the_gumbel_distribution():
     # The whole curve: P(g <= x) = exp(-exp(-x)).
     for x in (-1.0, 0.0, 1.0, 3.0, 6.0):
         assert abs((noise <= x).float().mean().item() - math.exp(-math.exp(-x))) < 0.005
-
-
-def test_rows_positions_seeds_and_keys_are_uncorrelated():
-    rows = row_keys(0, ["a", "b"])
-    base = gumbel_noise(rows, 5, torch.arange(20_000))
-    others = [
-        base[1],
-        gumbel_noise(rows, 6, torch.arange(20_000))[0],
-        gumbel_noise(row_keys(1, ["a"]), 5, torch.arange(20_000))[0],
-    ]
-    for other in [*others, base[0].roll(1)]:
-        assert abs(torch.corrcoef(torch.stack([base[0], other]))[0, 1].item()) < 0.03

@@ -22,10 +22,7 @@ def test_a_system_prompt_stands_first_and_there_is_none_by_default():
 
 def test_without_a_template_the_bare_question_is_an_option_not_a_fallback():
     tokenizer = tiny_tokenizer(chat_template=None)
-    with pytest.raises(
-        RacError,
-        match=r"no chat template; give the model the bare question .*--template none of rac eval",
-    ):
+    with pytest.raises(RacError, match=r"no chat template; .* bare question .*--template none"):
         render_prompt(tokenizer, "2+2?")
     assert text(render_prompt(tokenizer, "2+2?", template="none")) == "2+2?"
 
@@ -39,9 +36,7 @@ def test_thinking_can_be_switched_off_where_the_template_can():
     )
 
 
-def test_bad_input():
-    with pytest.raises(RacError, match="no place for a system_prompt"):
-        render_prompt(tiny_tokenizer(), "q", "s", template="none")
+def test_a_prompt_that_cannot_be_rendered_is_refused():
     with pytest.raises(RacError, match="empty prompt"):
         render_prompt(tiny_tokenizer(), "", template="none")
     picky = tiny_tokenizer(

@@ -45,7 +45,6 @@ BASE: dict[str, Any] = {
     "traces": {"sampling": {"max_new_tokens": 12, "temperature": 1.0}},
     "calibration": {"tokens": 300, "held_out_tokens": 0},
 }
-LONG = 900  # tokens
 FILE = {"source": "problems.jsonl", "column": "problem"}
 DATASET = {"source": "some/dataset", "column": "problem"}
 INT4 = {"config_groups": {"g": {"weights": {"num_bits": 4, "strategy": "group", "group_size": 32}}}}
@@ -152,8 +151,6 @@ CALIBRATED = [
     Row("calibration.batch_tokens", 64),
     Row("calibration.held_out_tokens", 50),
     Row("calibration.prompt_weight", 0.5),
-    Row("calibration.answer_weight", 3.0, {"calibration": {"tokens": LONG}}),
-    Row("calibration.trace_weighting", "inverse_length"),
     Row("calibration.seed", 1),
     *(Row(f"calibration.generic.{r.path}", r.value, mixture("text@1", generic=r.base)) for r in NAMED_TEXT),
 ]  # fmt: skip

@@ -136,7 +136,6 @@ REFUSED = [
     ("traces.sources.s.problems.limit", 3, {}),
     ("traces.sources.s.select.finished", True, NAMED_PROMPTS),
     ("calibration.prompt_weight", 0.5, PROMPTS),
-    ("calibration.answer_weight", 3.0, BOTH),
     ("calibration.held_out_tokens", 50, PROMPTS),
     ("recover.generic.sequence_tokens", 64, {"recover": {}}),
     ("recover.generic.column", "text", recovered_text({"source": "text.txt"})),

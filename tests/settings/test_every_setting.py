@@ -16,7 +16,7 @@ from llmcompressor import oneshot
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rac_modifier import ReasoningAwareSparseGPTModifier
-from rac_modifier.calibration import trace_budget
+from rac_modifier.calibration import trace_pool
 from rac_modifier.calibration.calibration_set import build_calibration_set
 from rac_modifier.errors import RacError
 from rac_modifier.settings.entries import ENTRIES, PruningEntry
@@ -24,7 +24,6 @@ from rac_modifier.settings.recipe import check_entry
 from tests.settings.every_setting import (
     BASE,
     CALIBRATED,
-    LONG,
     PRUNED,
     RECOVERED,
     SERVED,
@@ -34,7 +33,7 @@ from tests.settings.every_setting import (
     merged,
     nested,
 )
-from tests.tiny import byte_tokenizer, save_tiny, save_tiny_experts
+from tests.tiny import save_tiny, save_tiny_experts
 
 Outcome = Any  # what can be compared: lists and mappings of numbers and text
 
@@ -104,8 +103,8 @@ def place(models, tmp_path, monkeypatch):
         return datasets.Dataset.from_list(made)
 
     # a selection that keeps too little is refused after four traces, not after some hundred
-    enough = next(name for name in vars(trace_budget) if name.startswith("_ENOUGH_TO_"))
-    monkeypatch.setattr(trace_budget, enough, 4)
+    enough = next(name for name in vars(trace_pool) if name.startswith("_ENOUGH_TO_"))
+    monkeypatch.setattr(trace_pool, enough, 4)
     inner = datasets.load_dataset
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     return tmp_path
@@ -139,9 +138,7 @@ def calibrated(models: Path, settings: dict[str, Any]) -> Outcome:
     model.get_input_embeddings().register_forward_pre_hook(
         lambda module, args: shapes.append(list(args[0].shape))
     )
-    # enough for a </think>, which only the byte tokenizer has
-    thinks = settings["calibration"]["tokens"] == LONG
-    tokenizer = byte_tokenizer() if thinks else AutoTokenizer.from_pretrained(models / "own")
+    tokenizer = AutoTokenizer.from_pretrained(models / "own")
     entry = PruningEntry(**settings)
     torch.manual_seed(0)
     try:

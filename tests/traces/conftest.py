@@ -1,4 +1,4 @@
-"""Collecting from a fake server, without the model's weights."""
+"""Headers, a long store, and collecting from a fake server without the model's weights."""
 
 import pytest
 
@@ -15,6 +15,11 @@ from tests.tiny import tiny_model, tiny_tokenizer
 from tests.traces.long_store import fill
 
 LONGEST = 20  # tokens of a completion
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
 
 
 @pytest.fixture(scope="module")
@@ -37,22 +42,8 @@ def server(monkeypatch):
 
 @pytest.fixture
 def collect(server, identity, tokenizer, tmp_path):
-    def collect(
-        name="s.jsonl",
-        *,
-        of=identity,
-        urls=None,
-        tokens=3000,
-        engine=True,
-        **changes,
-    ):
-        settings = {
-            "base_urls": urls or (server.url,),
-            "concurrency": 8,
-            "verify_model": False,
-            "timeout": 5,
-            **changes,
-        }
+    def collect(name="s.jsonl", *, of=identity, urls=None, tokens=3000, engine=True, **changes):
+        servers = {"base_urls": urls or (server.url,), "concurrency": 8, "verify_model": False}
         return collect_traces(
             of,
             tokenizer,
@@ -60,7 +51,7 @@ def collect(server, identity, tokenizer, tmp_path):
             problems=ProblemSource(),
             sampling=SamplingSettings(temperature=1.0, max_new_tokens=LONGEST),
             tokens=tokens,
-            engine=EngineSettings(**settings) if engine else None,
+            engine=EngineSettings(**{**servers, **changes}) if engine else None,
             progress=False,
         )
 
@@ -76,11 +67,9 @@ def is_exact(tokenizer):
         for trace in store:
             problem = next(p for p in problems if p.id == trace.problem_id)
             prompt = render_prompt(tokenizer, problem.question)
-            seed = trace_seed(0, f"{problem.id}#0")
+            body = {"seed": trace_seed(0, trace.id), "prompt": prompt, "max_tokens": LONGEST}
             assert list(trace.prompt_ids) == prompt
-            assert list(trace.completion_ids) == rule(
-                {"seed": seed, "prompt": prompt, "max_tokens": LONGEST}
-            )
+            assert list(trace.completion_ids) == rule(body)
             assert trace.finish_reason == ("stop" if trace.completion_ids[-1] == 1 else "length")
         return True
 
@@ -94,5 +83,5 @@ def byte_tokenizer():
 
 @pytest.fixture(scope="package")
 def long_store(byte_tokenizer, tmp_path_factory):
-    """2,499 traces."""
+    """499 traces."""
     return fill(tmp_path_factory.mktemp("store") / "s.jsonl", byte_tokenizer)

@@ -8,24 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rac_modifier.settings.problems import ProblemSource
-from rac_modifier.settings.sampling import SamplingSettings
 from rac_modifier.traces.records import (
     StoreHeader,
     Trace,
     decode,
-    decode_trace,
     encode,
     header_differences,
-    settings_of_record,
+    trace_of,
 )
-
-HEADER = StoreHeader(
-    fingerprint="f" * 64,
-    model="tiny",
-    tokenizer="t" * 64,
-    sampling=SamplingSettings().resolved(None),
-    problems=ProblemSource(),
-)
+from tests.traces.long_store import HEADER
 
 
 def trace(i):
@@ -43,12 +34,11 @@ def test_a_line_is_a_json_object_with_the_checksum_of_its_value():
     line = b'{"crc32":"%08x","trace":%s}\n' % (zlib.crc32(payload), payload)
     assert encode("trace", trace(1)) == line
     assert list(json.loads(line)) == ["crc32", "trace"]
-    assert decode_trace(line[:-1]) == trace(1)
+    assert trace_of(decode("trace", line[:-1])) == trace(1)
 
 
 def test_the_header_is_such_a_line():
     line = encode("header", HEADER)
-    assert json.loads(line)["header"]["version"] == 1
     assert StoreHeader(**decode("header", line[:-1])) == HEADER
     with pytest.raises(ValueError, match="checksum or layout"):
         decode("trace", line[:-1])
@@ -60,7 +50,7 @@ def test_the_header_is_such_a_line():
 def test_any_trace_survives_its_line(one):
     line = encode("trace", one)
     assert line.count(b"\n") == 1
-    assert decode_trace(line[:-1]) == one
+    assert trace_of(decode("trace", line[:-1])) == one
 
 
 @given(st.data())
@@ -69,7 +59,7 @@ def test_any_changed_byte_is_noticed(data):
     line = bytearray(encode("trace", trace(5))[:-1])
     line[data.draw(st.integers(0, len(line) - 1))] ^= data.draw(st.integers(1, 255))
     with pytest.raises(ValueError):  # noqa: PT011
-        decode_trace(bytes(line))
+        trace_of(decode("trace", bytes(line)))
 
 
 FIELDS = json.loads(encode("trace", trace(1)))["trace"]
@@ -93,7 +83,7 @@ def test_a_line_that_is_no_trace(value):
     text = value if isinstance(value, str) else json.dumps(value)
     line = f'{{"crc32":"{zlib.crc32(text.encode()):08x}","trace":{text}}}'.encode()
     with pytest.raises(ValueError, match=r"an object|not the fields of a trace|nested too deeply"):
-        decode_trace(line)
+        trace_of(decode("trace", line))
 
 
 def test_what_keeps_two_runs_from_sharing_a_store():
@@ -116,17 +106,9 @@ def test_one_file_of_problems_may_be_named_by_another_path(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     for name in ("a.jsonl", "b.jsonl"):
         (tmp_path / name).write_text('{"problem": "1 + 1"}\n')
-    asked = [
-        ProblemSource(source=path)
+    first, same, other, missing = (
+        HEADER.model_copy(update={"problems": ProblemSource(source=path)})
         for path in ("a.jsonl", str(tmp_path / "a.jsonl"), "b.jsonl", "c/a.jsonl")
-    ]
-    first, same, other, missing = (HEADER.model_copy(update={"problems": one}) for one in asked)
+    )
     assert header_differences(first, same) == header_differences(same, first) == []
     assert len(header_differences(first, other)) == len(header_differences(first, missing)) == 1
-
-
-def test_the_settings_of_a_record_are_those_that_decide_a_trace():
-    record = settings_of_record(HEADER.sampling, HEADER.problems)
-    assert "seed" in record["sampling"]
-    assert "batch_size" not in record["sampling"]
-    assert "limit" not in record["problems"]

@@ -16,8 +16,8 @@ from rac_modifier.traces.store import TraceStore
 
 def test_a_store_in_words(long_store):
     text = describe_store(long_store)
-    assert "chat template abc, generation prompt added, thinking on, no system prompt" in text
-    assert "ended by    stop 1,665, length 834" in text
+    assert "chat template abc, no system prompt, thinking on" in text
+    assert "ended by    stop 332, length 167" in text
     bars = [line.split() for line in text.splitlines() if line.startswith("  from")]
     assert sum(int(count.replace(",", "")) for _, _, count, _ in bars) == len(long_store)
     assert [int(low) for _, low, _, _ in bars] == sorted(int(low) for _, low, _, _ in bars)
@@ -34,8 +34,8 @@ def test_cut_traces_that_repeat_themselves_are_counted(tmp_path, long_store):
     text = describe_store(store)
     assert "repeating   1 that were cut end in repetitions, 98 tokens" in text
     assert "repeating" not in describe_store(long_store)
-    found = verified_figures(store, None, False, SelectSettings())
-    assert found["selected_tokens"] == 3 * 104 - 98
+    figures = verified_figures(store, None, False, SelectSettings())
+    assert figures["selected_tokens"] == 3 * 104 - 98
 
 
 def test_what_is_right_and_what_a_selection_keeps(long_store, byte_tokenizer):
@@ -43,13 +43,13 @@ def test_what_is_right_and_what_a_selection_keeps(long_store, byte_tokenizer):
     figures = verified_figures(long_store, byte_tokenizer, True, selection)
     text = describe_verified(figures, len(long_store))
     right = [t for t in long_store if int(t.answer) % 4]
-    assert f"verified    {len(right):,} of 2,499 right" in text
-    kept = [t for t in right if t.finish_reason == "stop"]
+    assert f"verified    {len(right):,} of 499 right" in text
+    selected = [t for t in right if t.finish_reason == "stop"]
     assert (
-        f"selection   kept {len(kept):,} of 2,499: 834 unfinished, {2499 - 834 - len(kept)} wrong"
+        f"selection   kept {len(selected):,} of 499: 167 unfinished, {499 - 167 - len(selected)} wrong"
         in text
     )
-    assert f"{sum(t.tokens for t in kept):,} tokens" in text
+    assert f"{sum(t.tokens for t in selected):,} tokens" in text
 
 
 def test_a_selection_on_the_command_line():
@@ -57,11 +57,8 @@ def test_a_selection_on_the_command_line():
     assert read_select("{answers: wrong, max_tokens: 9}") == SelectSettings(
         answers="wrong", max_tokens=9
     )
-    for text in ("correct", "{answers: [", "[1]", "{answer: correct}", "{max_tokens: 0}"):
+    for text in ("correct", "{answers: [", "[1]", "{max_tokens: 0}"):
         with pytest.raises(RacError, match="--select"):
             read_select(text)
-    with pytest.raises(
-        RacError,
-        match=r"--select '.*': answer: there is no such setting .*; did you mean answers\?",
-    ):
+    with pytest.raises(RacError, match=r"--select '.*': answer: .* did you mean answers\?"):
         read_select("{answer: correct}")

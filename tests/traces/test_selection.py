@@ -1,20 +1,28 @@
 """Which traces are kept and why others are not; repeating tails; what a run has used."""
 
 from dataclasses import replace
+from itertools import islice
 
 import pytest
 
+from rac_modifier.errors import RacError
+from rac_modifier.problems.source import load_problems
+from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.traces import SelectSettings
+from rac_modifier.traces import selection
 from rac_modifier.traces.records import Trace
 from rac_modifier.traces.selection import (
+    Judge,
     Selection,
     fresh_traces,
-    repeated_tokens,
+    repeated_tail,
     select,
     used_traces,
     without_repeats,
 )
 from rac_modifier.traces.store import TraceStore
+from tests.tiny import byte_tokenizer
+from tests.traces.long_store import HEADER
 
 WHOLE = list(range(1000, 1200))
 
@@ -29,18 +37,18 @@ def run(traces, wrong=(), **settings):
     """The ids of what is kept; answers are judged by whether the trace is among the wrong ones."""
 
     def judge(traces):
-        return ((one, one.id not in wrong) for one in traces)
+        return ((trace, trace.id not in wrong) for trace in traces)
 
-    selection = Selection(SelectSettings(**settings))
-    return [one.id for one in select(traces, selection, judge)], selection
+    chosen = Selection(SelectSettings(**settings))
+    return [trace.id for trace in select(traces, chosen, judge)], chosen
 
 
 def test_by_default_everything_is_kept_and_nothing_is_judged():
-    selection = Selection(SelectSettings())
-    kept = list(select([trace("a"), trace("b", finish="length")], selection, None))
-    assert [one.id for one in kept] == ["a#0", "b#0"]
-    assert selection.describe() == "kept 2 of 2"
-    assert selection.as_dict() == {"kept": 2, "of": 2, "dropped": {}}
+    everything = Selection(SelectSettings())
+    traces = [trace("a"), trace("b", finish="length")]
+    assert list(select(traces, everything, None)) == traces
+    assert everything.describe() == "kept 2 of 2"
+    assert everything.as_dict() == {"kept": 2, "of": 2, "dropped": {}}
 
 
 def test_each_reason_is_counted_once():
@@ -54,25 +62,25 @@ def test_each_reason_is_counted_once():
         trace("g", tokens=60),
     ]
     wrong = {"b#0", "c#0", "d#0"}
-    kept, selection = run(
+    kept, chosen = run(
         traces, wrong, answers="correct", finished=True, min_tokens=11, max_tokens=60
     )
     assert kept == ["a#0", "f#0", "g#0"]
-    assert selection.as_dict() == {
+    assert chosen.as_dict() == {
         "kept": 3, "of": 7, "dropped": {"wrong": 1, "unfinished": 1, "too short": 1, "too long": 1},
     }  # fmt: skip
-    assert selection.describe() == "kept 3 of 7: 1 wrong, 1 unfinished, 1 too short, 1 too long"
-    kept, selection = run(traces, wrong, answers="wrong")
+    assert chosen.describe() == "kept 3 of 7: 1 wrong, 1 unfinished, 1 too short, 1 too long"
+    kept, chosen = run(traces, wrong, answers="wrong")
     assert kept == ["b#0", "c#0", "d#0"]
-    assert selection.dropped == {"right": 4}
+    assert chosen.dropped == {"right": 4}
 
 
 def test_pass_rate_chooses_whole_problems():
     traces = [trace(name, i) for name in ("easy", "even", "hard") for i in range(4)]
     wrong = {"even#0", "even#2", *(f"hard#{i}" for i in range(4))}
-    kept, selection = run(traces, wrong, pass_rate=(0.25, 0.75))
+    kept, chosen = run(traces, wrong, pass_rate=(0.25, 0.75))
     assert kept == [f"even#{i}" for i in range(4)]
-    assert selection.dropped == {"too easy": 4, "too hard": 4}
+    assert chosen.dropped == {"too easy": 4, "too hard": 4}
     assert run(traces, wrong, pass_rate=(0.5, 0.5))[0] == kept
     assert run(traces, wrong, pass_rate=(0.25, 0.75), answers="correct")[0] == ["even#1", "even#3"]
 
@@ -81,12 +89,9 @@ def test_pass_rate_chooses_whole_problems():
     ("ids", "repeated"),
     [
         ([], 0),
-        ([7], 0),
         (WHOLE, 0),
         ([7] * 63, 0),  # too short to be called a loop
         ([7] * 64, 63),
-        (WHOLE + [7] * 64, 63),
-        (WHOLE + [1, 2, 3] * 21, 0),  # 63 tokens
         (WHOLE + [1, 2, 3] * 22, 63),
         (WHOLE + [1, 2, 3] * 22 + [1], 64),  # the last copy need not be whole
         (WHOLE + [1, 2, 3] * 22 + [9], 0),  # it left the loop
@@ -99,59 +104,94 @@ def test_pass_rate_chooses_whole_problems():
     ],
 )
 def test_how_many_tokens_repeat(ids, repeated):
-    assert repeated_tokens(ids) == repeated
+    assert repeated_tail(ids, "length") == repeated
+    assert repeated_tail(ids, "stop") == 0
 
 
-def test_only_a_completion_that_was_cut_loses_its_end():
+def test_only_a_truncated_completion_loses_its_end():
     trace = Trace("a#0", "a", (5, 6), tuple(WHOLE + [1, 2, 3] * 30), "length", 0, "?", None)
     shorter = without_repeats(trace)
     assert shorter == replace(trace, completion_ids=(*WHOLE, 1, 2, 3))
     assert without_repeats(shorter) is shorter
-    assert (
-        without_repeats(replace(trace, finish_reason="stop")).completion_ids == trace.completion_ids
-    )
+    ended = replace(trace, finish_reason="stop")
+    assert without_repeats(ended) is ended
 
 
-def parts(trace_store, folder, *counts):
-    """The store as it was when it had so many traces, each in a file of its own."""
+def test_used_traces_are_told_by_the_hash_of_the_store_as_it_was(trace_store, tmp_path):
     lines = trace_store.read_bytes().splitlines(keepends=True)
-    found = []
-    for count in counts:
-        path = folder / f"{count}.jsonl"
-        path.write_bytes(b"".join(lines[: 1 + count]))
-        found.append(TraceStore.read(path))
-    return found
+    stores = {}
+    for count in (0, 5, 9):
+        (tmp_path / f"{count}.jsonl").write_bytes(b"".join(lines[: 1 + count]))
+        stores[count] = TraceStore.read(tmp_path / f"{count}.jsonl")
+    store = TraceStore.read(trace_store)
+    hashes = {count: before.sha256() for count, before in stores.items()}
+    assert used_traces(store, [hashes[9], hashes[5]]) == 9
+    assert used_traces(store, [store.sha256()]) == len(store)
+    assert used_traces(store, [hashes[0], "another"]) == 0
+    assert used_traces(stores[5], [hashes[9]]) == 0
 
 
-def test_the_first_traces_are_told_by_the_hash_of_what_the_store_was(trace_store, tmp_path):
-    none, five, nine = parts(trace_store, tmp_path, 0, 5, 9)
-    whole = TraceStore.read(trace_store)
-    assert used_traces(whole, [five.sha256()]) == 5
-    assert used_traces(whole, [nine.sha256(), five.sha256()]) == 9
-    assert used_traces(whole, [whole.sha256()]) == len(whole)
-    assert used_traces(whole, [none.sha256(), "another"]) == 0
-    assert used_traces(five, [nine.sha256()]) == 0
-
-
-def test_fresh_traces_are_those_after_them(trace_store):
+def test_fresh_traces_are_those_after_them_without_repeating_ends(trace_store, tmp_path):
     store = TraceStore.read(trace_store)
     traces = list(store)
     fresh = fresh_traces(store, 5, 100)
     assert fresh == traces[5 : 5 + len(fresh)]
     assert sum(t.tokens for t in fresh[:-1]) < 100 <= sum(t.tokens for t in fresh)
     assert fresh_traces(store, len(traces), 100) == []
+    loops = [trace(str(i), tokens=[*range(i), *(5, 6) * 50], finish="length") for i in range(4)]
+    with TraceStore.open_append(tmp_path / "loops.jsonl", store.header) as repeating:
+        repeating.append_many(loops)
+    fresh = fresh_traces(repeating, 1, 7)
+    assert [t.completion_ids for t in fresh] == [(0, 5, 6), (0, 1, 5, 6)]
 
 
-def test_fresh_traces_end_where_they_begin_to_repeat(trace_store, tmp_path):
-    header = TraceStore.read(trace_store).header
-    loops = [
-        Trace(f"{i}#0", f"{i}", (1,) * 4, (*range(i), *(5, 6) * 50), "length", 0, "?", None)
-        for i in range(4)
-    ]
-    with TraceStore.open_append(tmp_path / "loops.jsonl", header) as store:
-        store.append_many(loops)
-    fresh = fresh_traces(TraceStore.read(tmp_path / "loops.jsonl"), 1, 15)
-    assert [t.completion_ids for t in fresh] == [
-        (0, 5, 6),
-        (0, 1, 5, 6),
-    ]  # 7 and 8 tokens with their prompts
+def answered(problem, text, answer="5", sample=0):
+    ids = tuple(byte_tokenizer()(text, add_special_tokens=False)["input_ids"])
+    return replace(trace(problem, sample, ids), answer=answer)
+
+
+def judge_of(source="arithmetic", seed=0):
+    sampling = HEADER.sampling.model_copy(update={"seed": seed})
+    update = {"problems": ProblemSource(source=source), "sampling": sampling}
+    return Judge(byte_tokenizer(), HEADER.model_copy(update=update))
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "right"),
+    [
+        ("5</think>\\boxed{5}<|end|>", "5", True),
+        ("\\boxed{5}, I think", "5", True),  # no </think>: searched whole
+        ("\\boxed{5}</think>it is 5", "5", False),
+        ("</think>\\boxed{0.5}", r"\frac{1}{2}", True),
+    ],
+)
+def test_the_answer_behind_the_thinking_counts(text, answer, right):
+    asked = answered("a", text, answer)
+    assert list(judge_of()([asked])) == [(asked, right)]
+
+
+def test_traces_are_judged_in_their_order_and_once(monkeypatch):
+    monkeypatch.setattr(selection, "_TOGETHER", 7)
+    traces = [answered(f"p{i}", f"</think>\\boxed{{{i % 3}}}", "1") for i in range(20)]
+    judge = judge_of()
+    verdicts = [(asked, i % 3 == 1) for i, asked in enumerate(traces)]
+    assert list(judge(iter(traces))) == verdicts
+    monkeypatch.setattr(judge, "_check", None)
+    assert list(judge(traces)) == verdicts
+
+
+def test_reasoning_gym_judges_its_own_tasks():
+    """Also beyond its first chunk of problems, and by the seed of the store."""
+    source = "reasoning-gym:spell_backward"
+    problems = list(islice(load_problems(ProblemSource(source=source), seed=5), 502))
+    traces = []
+    for problem in (problems[0], problems[501]):
+        traces.append(answered(problem.id, f"</think>\\boxed{{{problem.answer}}}", "not looked at"))
+        traces.append(answered(problem.id, "</think>\\boxed{nonsense}", problem.answer, sample=1))
+    verdicts = [right for _, right in judge_of(source, seed=5)(traces)]
+    assert verdicts == [True, False, True, False]
+
+
+def test_without_a_reference_the_error_says_what_to_set():
+    with pytest.raises(RacError, match=r"trace 'a#0' has no reference answer.*answer_column"):
+        list(judge_of()([answered("a", "</think>\\boxed{5}", None)]))

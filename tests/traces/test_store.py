@@ -1,4 +1,5 @@
-import fcntl
+"""The store: kills, damage, locks, a full disk, other settings; the list of failed problems."""
+
 import hashlib
 import os
 import resource
@@ -7,18 +8,20 @@ import threading
 import pytest
 
 from rac_modifier.errors import RacError
-from rac_modifier.settings.problems import ProblemSource
-from rac_modifier.settings.sampling import SamplingSettings
+from rac_modifier.traces import store as stores
 from rac_modifier.traces.records import encode
-from rac_modifier.traces.store import StoreHeader, Trace, TraceCounts, TraceStore, read_header
-
-HEADER = StoreHeader(
-    fingerprint="f" * 64,
-    model="tiny",
-    tokenizer="t" * 64,
-    sampling=SamplingSettings().resolved(None),
-    problems=ProblemSource(),
+from rac_modifier.traces.store import (
+    FailedProblem,
+    Trace,
+    TraceCounts,
+    TraceStore,
+    append_failures,
+    failures_path,
+    forget_failures,
+    read_failures,
+    read_header,
 )
+from tests.traces.long_store import HEADER
 
 
 def trace(i, finish="stop"):
@@ -48,10 +51,9 @@ def test_what_is_appended_is_read_back_in_order(filled):
     store = TraceStore.read(filled)
     assert list(store) == list(store) == [trace(0), trace(1, "length"), trace(2)]
     assert store.header == HEADER
-    assert store.ids() == {"p0#0", "p1#0", "p2#0"}
     assert store.counts == TraceCounts(traces=3, prompt_tokens=9, completion_tokens=6, finished=2)
     assert store.counts.tokens == 15
-    assert store.tokens_of("p1#0") == 5
+    assert store.tokens_by_id == {"p0#0": 4, "p1#0": 5, "p2#0": 6}
 
 
 def test_a_line_cut_anywhere_is_removed_and_only_that(filled):
@@ -65,7 +67,7 @@ def test_a_line_cut_anywhere_is_removed_and_only_that(filled):
         assert [t.id for t in reader] == ["p0#0", "p1#0"]
         assert len(filled.read_bytes()) == end
         with TraceStore.open_append(filled, HEADER) as store:
-            assert store.ids() == {"p0#0", "p1#0"}
+            assert store.tokens_by_id.keys() == {"p0#0", "p1#0"}
             assert store.sha256() == reader.sha256()
             store.append_many([trace(2)])
         assert filled.read_bytes() == whole
@@ -83,45 +85,39 @@ def test_a_header_cut_anywhere_means_a_new_store(filled):
 
 def test_a_corrupt_line_is_named_with_the_way_out(filled):
     lines = filled.read_bytes().splitlines(keepends=True)
+    filled.write_bytes(b"".join([*lines, lines[1]]))
+    with pytest.raises(RacError, match=r"line 5 is corrupt: trace 'p0#0' is there twice"):
+        TraceStore.read(filled)
     lines[2] = lines[2].replace(b"p1", b"p7")
     filled.write_bytes(b"".join(lines))
     for opened in (lambda: TraceStore.read(filled), lambda: TraceStore.open_append(filled, HEADER)):
         with pytest.raises(RacError, match=r"store\.jsonl', line 3 is corrupt.*sed -i 3d"):
             opened()
     filled.write_bytes(b"".join(lines[:2] + lines[3:]))  # the way out works
-    assert TraceStore.read(filled).ids() == {"p0#0", "p2#0"}
-
-
-def test_a_doubled_line_is_corrupt(filled):
-    lines = filled.read_bytes().splitlines(keepends=True)
-    filled.write_bytes(b"".join([*lines, lines[1]]))
-    with pytest.raises(RacError, match=r"line 5 is corrupt: trace 'p0#0' is there twice"):
-        TraceStore.read(filled)
+    assert TraceStore.read(filled).tokens_by_id.keys() == {"p0#0", "p2#0"}
 
 
 def test_only_one_writer(filled, monkeypatch):
-    monkeypatch.setattr("rac_modifier.traces.store._PATIENCE", 0.2)
+    monkeypatch.setattr(stores, "_PATIENCE", 0.0)
     with TraceStore.open_append(filled, HEADER):
         with pytest.raises(RacError, match="in use by another process"):
             TraceStore.open_append(filled, HEADER)
         assert len(TraceStore.read(filled)) == 3
-    TraceStore.open_append(filled, HEADER).close()
-
-
-def test_a_second_writer_waits_for_one_that_is_done_soon(filled):
-    first = TraceStore.open_append(filled, HEADER)
-    closing = threading.Timer(0.5, first.close)
-    closing.start()
-    with TraceStore.open_append(filled, HEADER) as store:
-        assert len(store) == 3
-    closing.join()
-
-
-def test_a_failed_open_leaves_no_lock(filled):
-    with pytest.raises(RacError):
+    with pytest.raises(RacError, match="other settings"):
         TraceStore.open_append(filled, with_settings(seed=1))
-    with filled.open("rb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    TraceStore.open_append(filled, HEADER).close()  # a failed open leaves no lock
+
+
+def test_a_second_writer_waits_for_one_that_is_done_soon(filled, monkeypatch):
+    monkeypatch.setattr(stores, "_PATIENCE", 1e9)
+    first = TraceStore.open_append(filled, HEADER)
+    opened = []
+    waiting = threading.Thread(target=lambda: opened.append(TraceStore.open_append(filled, HEADER)))
+    waiting.start()
+    first.close()
+    waiting.join()
+    assert len(opened[0]) == 3
+    opened[0].close()
 
 
 def test_no_room_on_the_disk_keeps_what_was_stored(filled):
@@ -130,10 +126,7 @@ def test_no_room_on_the_disk_keeps_what_was_stored(filled):
     with TraceStore.open_append(filled, HEADER) as store:
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 100, limits[1]))
         try:
-            with pytest.raises(
-                RacError,
-                match=r"could not be written \(File too large\); the 3 traces stored before",
-            ):
+            with pytest.raises(RacError, match=r"\(File too large\); the 3 traces stored before"):
                 store.append_many([trace(3), trace(4)])
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -147,15 +140,6 @@ def test_no_room_on_the_disk_keeps_what_was_stored(filled):
     ("header", "words"),
     [
         (with_settings(seed=1), r"sampling\.seed: 0 in the store, 1 asked for"),
-        (
-            with_settings(max_new_tokens=9, top_p=0.5),
-            r"top_p: 0\.95 in.*max_new_tokens: 8192 in the store, 9 asked",
-        ),
-        (
-            HEADER.model_copy(update={"problems": ProblemSource(source="reasoning-gym:gcd")}),
-            r"problems\.source",
-        ),
-        (HEADER.model_copy(update={"fingerprint": "0" * 64}), "fingerprint"),
         (HEADER.model_copy(update={"tokenizer": "0" * 64}), "tokenizer"),
         (HEADER.model_copy(update={"chat_template": "0"}), "chat_template"),
     ],
@@ -165,15 +149,12 @@ def test_other_settings_are_refused_by_name(filled, header, words):
         TraceStore.open_append(filled, header)
 
 
-def test_batch_size_and_limit_may_differ(filled):
-    header = with_settings(batch_size=3).model_copy(
-        update={"problems": ProblemSource(limit=5), "model": "copy"}
-    )
-    with TraceStore.open_append(filled, header) as store:
-        assert store.header == HEADER
-
-
-def test_files_that_are_no_store(tmp_path):
+def test_files_that_are_no_store(tmp_path, filled):
+    with pytest.raises(RacError, match="open for reading only"):
+        TraceStore.read(filled).append_many([trace(9)])
+    filled.write_bytes(encode("header", HEADER.model_copy(update={"version": 2})))
+    with pytest.raises(RacError, match="another version"):
+        TraceStore.read(filled)
     with pytest.raises(RacError, match="does not exist or holds no header"):
         TraceStore.read(tmp_path / "none.jsonl")
     for text in ('{"problem": "x"}\n', "notes", '{"crc32":"00000000","header":{}}\n'):
@@ -214,19 +195,6 @@ def test_a_line_that_is_too_long_is_not_read_to_its_end(filled, monkeypatch, pla
             opened(filled)
 
 
-def test_another_version_is_named(path):
-    path.parent.mkdir()
-    newer = HEADER.model_copy(update={"version": 2})
-    path.write_bytes(encode("header", newer))
-    with pytest.raises(RacError, match="another version"):
-        TraceStore.read(path)
-
-
-def test_a_reader_cannot_append(filled):
-    with pytest.raises(RacError, match="open for reading only"):
-        TraceStore.read(filled).append_many([trace(9)])
-
-
 def test_the_hash_is_of_what_was_read_also_when_another_process_appends(filled):
     reader = TraceStore.read(filled)
     before = reader.sha256()
@@ -234,3 +202,32 @@ def test_the_hash_is_of_what_was_read_also_when_another_process_appends(filled):
     with TraceStore.open_append(filled, HEADER) as writer:
         writer.append_many([trace(3)])
     assert reader.sha256() == before != TraceStore.read(filled).sha256()
+
+
+def test_failures_come_back_and_a_torn_line_does_not(tmp_path):
+    store = tmp_path / "s.jsonl"
+    assert read_failures(store) == []
+    first, second = FailedProblem("a#0", "1+1?", "why"), FailedProblem("b#0", "ü", "wegen")
+    append_failures(store, [first])
+    with failures_path(store).open("ab") as file:
+        file.write(b'{"id": "x')
+    assert read_failures(store) == [first]
+    append_failures(store, [second])
+    assert read_failures(store) == [first, second]
+    forget_failures(store)
+    assert read_failures(store) == []
+    failures_path(store).write_text("notes\n")
+    with pytest.raises(RacError, match="not a list of failed problems"):
+        read_failures(store)
+
+
+def test_a_list_that_cannot_be_written_or_read_is_an_error(tmp_path, monkeypatch):
+    def fail(*_args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(RacError, match=r"s\.failed\.jsonl' cannot be written: .*make room"):
+        append_failures(tmp_path / "s.jsonl", [FailedProblem("a#0", "1+1?", "why")])
+    failures_path(tmp_path / "other.jsonl").mkdir()
+    with pytest.raises(RacError, match="is a folder; name a regular file"):
+        read_failures(tmp_path / "other.jsonl")

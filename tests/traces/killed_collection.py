@@ -1,19 +1,19 @@
-"""A collection that can be killed while it writes."""
+"""A collection that kills itself while it writes."""
 
 import os
-import time
+import signal
 
 import torch
 
 from tests.tiny import tiny_model, tiny_tokenizer
 
 
-def collect_slowly(
-    path: str, settings: dict[str, object], tokens: int, url: str | None = None
+def collect(
+    path: str, settings: dict[str, object], tokens: int, url: str | None, pieces: int | None = None
 ) -> None:
-    """Entry point of a process that will be killed: writes each line in pieces, so that kills tear lines too.
+    """Collect from this process, or from the server at `url` without the model in memory.
 
-    With `url`, from the server there, without the model in memory.
+    Lines are written in pieces; the process ends by SIGKILL after `pieces` of them.
     """
     from rac_modifier.sampling.model_identity import ModelIdentity
     from rac_modifier.settings.problems import ProblemSource
@@ -21,13 +21,18 @@ def collect_slowly(
     from rac_modifier.traces.collect import collect_traces
 
     torch.set_num_threads(1)
-    write = os.write
+    write, written = os.write, 0
 
-    def write_in_pieces(fd: int, data: memoryview) -> int:
-        time.sleep(0.01)
-        return write(fd, data[:200])
+    def write_piece(fd: int, data: memoryview) -> int:
+        nonlocal written
+        count = write(fd, data[:200])
+        written += 1
+        if written == pieces:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return count
 
-    os.write = write_in_pieces  # type: ignore[assignment]
+    if pieces is not None:
+        os.write = write_piece  # type: ignore[assignment]
     model = tiny_model()
     collect_traces(
         ModelIdentity.of_model(model) if url else model,
