@@ -91,6 +91,6 @@ def test_a_package_that_is_not_installed_is_one_message(rac, monkeypatch, tmp_pa
         "error: this command needs huggingface_hub, which is not installed; rac doctor shows which "
         "extra installs it\n"
     )
-    monkeypatch.setitem(sys.modules, "rac_modifier.checkpoint.packing", None)
+    monkeypatch.setitem(sys.modules, "rac_modifier.checkpoint.output_folder", None)
     with pytest.raises(ModuleNotFoundError):
         rac("unpack", tmp_path, tmp_path / "out")
