@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Literal, cast
 
 import torch
-from loguru import logger
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rac_modifier.errors import RacError
@@ -100,18 +98,7 @@ def _completion_limits(
             f"a prompt of {longest} tokens fills the model's context of {context}; leave that "
             "problem out"
         )
-    if longest + max_new_tokens > context:
-        warn_of_cap(max_new_tokens, context)
     return [min(max_new_tokens, context - len(prompt)) for prompt in prompts]
-
-
-@cache
-def warn_of_cap(max_new_tokens: int, context: int) -> None:
-    """Log, once, that completions can be shorter than the cap."""
-    logger.warning(
-        f"max_new_tokens={max_new_tokens} and the prompt do not fit the model's context of "
-        f"{context} tokens: completions end where the context does (finish_reason 'length')"
-    )
 
 
 def _cut(row: list[int], eos: set[int]) -> Generation:

@@ -37,7 +37,7 @@ from rac_modifier.sampling.engine import (
     Probe,
     Prompt,
 )
-from rac_modifier.sampling.generate import Generation, eos_token_ids, warn_of_cap
+from rac_modifier.sampling.generate import Generation, eos_token_ids
 from rac_modifier.sampling.model_identity import ModelIdentity
 from rac_modifier.sampling.prompts import render_question
 from rac_modifier.sampling.server_client import GaveUpError, RefusedError, ServerClient
@@ -217,9 +217,8 @@ class ServerEngine:
         context, server_limit = self._identity.context, self._server_limit
         if context is not None and length >= context:
             return Failure(f"the prompt of {length} tokens fills the model's context of {context}")
-        if context is not None and length + limit > context:
-            warn_of_cap(limit, context)
-            limit = context - length
+        if context is not None:
+            limit = min(limit, context - length)
         if server_limit is not None and length + limit > server_limit:
             return Failure(
                 f"a prompt of {length} and a completion of up to {limit} tokens do not fit the "

@@ -41,7 +41,6 @@ class FakeServer:
         self.fault: Callable[[int, dict[str, Any]], str | None] = lambda number, body: None
         self.answer: Callable[[dict[str, Any]], list[int]] = rule
         self.text: Callable[[list[int]], str] = lambda ids: "text"
-        self.eos = {EOS}
         self.cards: list[dict[str, Any]] = [
             {"id": NAME, "root": "/models/tiny", "max_model_len": 512}
         ]
@@ -128,7 +127,7 @@ class _Handler(BaseHTTPRequestHandler):
         choice = {
             "index": 0,
             "text": self.fake.text(ids),
-            "finish_reason": "stop" if ids[-1] in self.fake.eos else "length",
+            "finish_reason": "stop" if ids[-1] == EOS else "length",
             "token_ids": ids,
             "prompt_token_ids": body["prompt"],
         }

@@ -12,15 +12,6 @@ PROMPTS = [[2, 40, 50], [2, 60], [2, 10, 11, 12, 13, 14, 15, 16], [2, 33, 34, 35
 KEYS = [f"p{i}#0" for i in range(len(PROMPTS))]
 
 
-@pytest.mark.parametrize("how", [HOT, GREEDY])
-def test_a_completion_does_not_depend_on_its_batch(model, tokenizer, how):
-    alone = [
-        generate(model, tokenizer, [p], how, [k])[0] for p, k in zip(PROMPTS, KEYS, strict=True)
-    ]
-    assert generate(model, tokenizer, PROMPTS, how, KEYS) == alone
-    assert generate(model, tokenizer, PROMPTS[::-1], how, KEYS[::-1]) == alone[::-1]
-
-
 def test_seed_and_key_both_matter(model, tokenizer):
     same = [PROMPTS[0]] * 2
     first, second = generate(model, tokenizer, same, HOT, ["a#0", "a#1"])

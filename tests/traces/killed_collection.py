@@ -13,7 +13,7 @@ def collect(
 ) -> None:
     """Collect from this process, or from the server at `url` without the model in memory.
 
-    Lines are written in pieces; the process ends by SIGKILL after `pieces` of them.
+    Lines are written in pieces; the process ends by SIGKILL within a line, after `pieces` of them.
     """
     from rac_modifier.sampling.model_identity import ModelIdentity
     from rac_modifier.settings.problems import ProblemSource
@@ -27,7 +27,7 @@ def collect(
         nonlocal written
         count = write(fd, data[:200])
         written += 1
-        if written == pieces:
+        if written >= pieces and not bytes(data[:count]).endswith(b"\n"):
             os.kill(os.getpid(), signal.SIGKILL)
         return count
 

@@ -11,7 +11,7 @@ from tests.sampling.fake_server import FakeServer
 from tests.traces.killed_collection import collect
 
 ENDLESS = 10**7  # tokens
-KILLS = 12
+KILLS = 8
 SETTINGS = {"temperature": 1.0, "max_new_tokens": 10, "batch_size": 6, "samples_per_problem": 2}
 
 
@@ -23,7 +23,7 @@ def test_kills_lose_and_double_nothing(tmp_path, served):
     if server:  # traces finish in another order than their problems: each eighth waits for the next
         server.delay = lambda body: 0.02 * (next(arrived) % 8 == 0)
     url = server.url if server else None
-    torn, finished = 0, set()
+    finished = set()
     for _ in range(KILLS):
         arguments = (str(path), SETTINGS, ENDLESS, url, rng.randrange(3, 40))
         child = fork_server().Process(target=collect, args=arguments)
@@ -31,12 +31,11 @@ def test_kills_lose_and_double_nothing(tmp_path, served):
         child.join()
         assert child.exitcode == -9, "the collection ended before it was killed"
         files = [p for p in (path, pending_path(path)) if p.exists()]
-        torn += any(not p.read_bytes().endswith(b"\n") for p in files)
+        assert any(not p.read_bytes().endswith(b"\n") for p in files), "a torn line"
         stored = {trace.id for p in files if read_header(p) for trace in TraceStore.read(p)}
         assert finished <= stored
         finished = stored
-    assert torn >= 3, "hardly any kill hit a write: the test shows nothing"
-    tokens = 500 + sum(TraceStore.read(p).counts.tokens for p in files)
+    tokens = 500 + sum(TraceStore.read(p).counts.tokens for p in files if read_header(p))
     for name in ("killed.jsonl", "undisturbed.jsonl"):
         collect(str(tmp_path / name), SETTINGS, tokens, url)
     if server:

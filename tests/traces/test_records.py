@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.traces.records import (
-    StoreHeader,
     Trace,
     decode,
     encode,
@@ -35,13 +34,6 @@ def test_a_line_is_a_json_object_with_the_checksum_of_its_value():
     assert encode("trace", trace(1)) == line
     assert list(json.loads(line)) == ["crc32", "trace"]
     assert trace_of(decode("trace", line[:-1])) == trace(1)
-
-
-def test_the_header_is_such_a_line():
-    line = encode("header", HEADER)
-    assert StoreHeader(**decode("header", line[:-1])) == HEADER
-    with pytest.raises(ValueError, match="checksum or layout"):
-        decode("trace", line[:-1])
 
 
 @given(st.builds(Trace, st.text(), st.text(), *[st.lists(st.integers(0, 2**31)).map(tuple)] * 2, st.just("stop"),
