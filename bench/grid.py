@@ -95,12 +95,12 @@ def run_grid(
 
 def cells(row: dict[str, Any]) -> list[Any]:
     """Return the cells of COLUMNS for a finished row."""
-    divergence, accuracy, length = row["divergence"], row["accuracy"], row["length"]
+    divergence, accuracy = row["divergence"], row["accuracy"]
     return [
         row["label"],
         row["bytes"]["bits_per_weight"],
         divergence and [divergence["kl"], divergence["kl_stderr"] or 0.0],
         accuracy and [100 * accuracy[key] for key in ("accuracy", "ci_low", "ci_high")],
-        100 * length["cut_share"],
-        length["mean"],
+        100 * row["truncated"],
+        row["thinking"],
     ]

@@ -1,4 +1,4 @@
-"""Published benchmarks of a frontier's models: each result is kept when it is there, beside the rows and apart from them."""
+"""Published benchmarks of a frontier's models: each result is kept as it arrives."""
 
 from __future__ import annotations
 
@@ -19,20 +19,18 @@ from rac_modifier.frontier.folder import FrontierFolder
 class Benchmark:
     """A benchmark that every model is asked.
 
-    Attributes:
-        name: of the preset.
-        asked: problems, answers per problem and sampling, as plain values; results are compared only where it is equal.
+    asked: problems, answers per problem and sampling, as plain values. Only results with equal
+    values are compared.
     """
 
-    name: str
+    name: str  # of the preset
     asked: dict[str, Any]
 
 
+# Addresses of a model's servers, inside the context; none if this process answers.
 Servers = Callable[[], AbstractContextManager[tuple[str, ...]]]
-"""Addresses of the servers of a model, inside the context; none where this process answers."""
-
+# Model folder, label of its row, benchmarks and who answers: the results as they arrive.
 Ask = Callable[[Path, str, Sequence[Benchmark], Servers], Iterator[tuple[Benchmark, EvalResult]]]
-"""A model folder, the label of its row, the benchmarks and who answers: their results, each as soon as it is there."""
 
 
 def check_benchmarks(folder: FrontierFolder, benchmarks: Sequence[Benchmark]) -> None:
@@ -42,26 +40,21 @@ def check_benchmarks(folder: FrontierFolder, benchmarks: Sequence[Benchmark]) ->
         RacError: naming the benchmark and what differs.
     """
     for benchmark in benchmarks:
-        for found in (each for each in folder.benchmarks if each["benchmark"] == benchmark.name):
-            old = found["asked"]
-            if changed := [
-                key
-                for key in {**benchmark.asked, **old}
-                if old.get(key) != benchmark.asked.get(key)
-            ]:
+        for result in folder.benchmarks:
+            old, new = result["asked"], benchmark.asked
+            changed = sorted(key for key in {**new, **old} if old.get(key) != new.get(key))
+            if result["benchmark"] == benchmark.name and changed:
                 raise RacError(
-                    f"{folder.folder} has results of {benchmark.name} that were asked with another {', '.join(sorted(changed))}; "
-                    "set it as it was, or name another folder"
+                    f"{folder.folder} has results of {benchmark.name} that were asked with another "
+                    f"{', '.join(changed)}; set it as it was, or name another folder"
                 )
 
 
 def missing_benchmarks(
     folder: FrontierFolder, label: str, benchmarks: Sequence[Benchmark]
 ) -> list[Benchmark]:
-    """Those that the row of this label has no result of."""
-    return [
-        benchmark for benchmark in benchmarks if folder.benchmark(label, benchmark.name) is None
-    ]
+    """Return the benchmarks without a result for the row of this label."""
+    return [b for b in benchmarks if folder.benchmark(label, b.name) is None]
 
 
 def ask_benchmarks(
@@ -72,11 +65,7 @@ def ask_benchmarks(
     ask: Ask,
     servers: Servers,
 ) -> str | None:
-    """Ask a model the benchmarks that its row has no result of, and keep each result.
-
-    Returns:
-        why some could not be measured; None where all are there.
-    """
+    """Ask a model the benchmarks without a result; return why some could not be measured."""
     missing = missing_benchmarks(folder, label, benchmarks)
     if not missing:
         return None

@@ -1,4 +1,4 @@
-"""The folder of a frontier: one line per finished row, the traces of each, and what all rows share."""
+"""The folder of a frontier: a line per finished row, the traces of each, and what all share."""
 
 from __future__ import annotations
 
@@ -9,39 +9,33 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from rac_modifier.errors import RacError
 from rac_modifier.files import read_json, write_json_atomic, write_text_atomic
 
-VERSION = 1
-"""Of rows.jsonl, frontier.json and the traces; it changes when a reader of the old format would misread the new one."""
+VERSION = 2  # changes when a reader of the old files would misread the new ones
 ROWS, ABOUT, TRACES, MODELS = "rows.jsonl", "frontier.json", "traces", "models"
 BENCHMARKS = "benchmarks.jsonl"
 
 
 class FrontierFolder:
-    """What `rac frontier` has measured so far. A context manager when rows are added: it holds the folder's lock.
-
-    `frontier.json` says what all rows share (the dense model, the problems, the sampling); `rows.jsonl` has a JSON object per
-    finished row; `traces/` has a file per row; `models/` has the checkpoints; `benchmarks.jsonl` has a JSON object per model and
-    published benchmark.
+    """The results of `rac frontier`. As a context manager it holds the folder's lock, for writing.
 
     Attributes:
-        about: what all rows share.
-        rows: those that are finished, in the order in which they were.
-        benchmarks: results of published benchmarks, each with the label of its row and the benchmark's name.
+        about: what all rows share (frontier.json): the dense model, the problems, the sampling.
+        rows: the finished rows (rows.jsonl), in the order in which they finished.
+        benchmarks: results of published benchmarks (benchmarks.jsonl), each with the label of
+            its row and the benchmark's name.
     """
 
     def __init__(self, folder: Path):
-        """Read what is there; an unfinished last line, which a kill leaves, is left out.
+        """Read the folder; an unfinished last line, which a kill leaves, is left out.
 
         Raises:
             RacError: results of another version, or a damaged file.
         """
         self.folder = folder
-        self._lock = -1
         self._read()
 
     def _read(self) -> None:
@@ -54,20 +48,21 @@ class FrontierFolder:
 
     @classmethod
     def read(cls, folder: Path) -> FrontierFolder:
-        """A folder with at least one row, for the page.
+        """Read a folder with at least one row, for the page.
 
         Raises:
-            RacError: no results there, or those of another version.
+            RacError: no results, or results of another version.
         """
-        found = cls(folder)
-        if not found.about or not found.rows:
+        results = cls(folder)
+        if not results.about or not results.rows:
             raise RacError(
-                f"{folder} holds no results of rac frontier; make them with: rac frontier MODEL --out {folder} ..."
+                f"{folder} holds no results of rac frontier; make them with: rac frontier MODEL "
+                f"--out {folder} ..."
             )
-        return found
+        return results
 
     def begin(self, about: Mapping[str, Any]) -> None:
-        """Say what all rows share, or check that the rows that are there share it.
+        """Write what all rows share, or `check` it.
 
         Raises:
             RacError: the folder is of another model, other problems or other sampling.
@@ -78,24 +73,26 @@ class FrontierFolder:
             write_json_atomic(self.folder / ABOUT, self.about)
 
     def check(self, about: Mapping[str, Any]) -> None:
-        """Check that the rows that are there share this; nothing is written.
+        """Check that the finished rows share this; nothing is written.
 
         Raises:
             RacError: the folder is of another model, other problems or other sampling.
         """
         if self.rows and not self.about:
             raise RacError(
-                f"{self.folder / ROWS} has rows and {ABOUT} is missing; put it back, or name another folder"
+                f"{self.folder / ROWS} has rows and {ABOUT} is missing; put it back, or name "
+                "another folder"
             )
         for key, value in about.items():
             if self.about and self.about.get(key) != value:
+                there, now = (json.dumps(v)[:200] for v in (self.about.get(key), value))
                 raise RacError(
-                    f"{self.folder} was measured with another {key} ({_short(self.about.get(key))} there, {_short(value)} now), "
+                    f"{self.folder} was measured with another {key} ({there} there, {now} now), "
                     "and rows of both cannot be compared; name another folder"
                 )
 
     def row(self, label: str) -> dict[str, Any] | None:
-        """The finished row of this label."""
+        """Return the finished row of this label."""
         return next((row for row in self.rows if row["label"] == label), None)
 
     def add(self, row: Mapping[str, Any], traces: list[dict[str, Any]]) -> None:
@@ -104,28 +101,20 @@ class FrontierFolder:
         Raises:
             RacError: nothing can be written.
         """
-        text = json.dumps(
-            {"version": VERSION, "traces": traces},
-            ensure_ascii=False,
-            separators=(",", ":"),
-            allow_nan=False,
-        )
-        path = self.folder / TRACES
+        content = {"version": VERSION, "traces": traces}
+        text = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+        path = self._traces(row["label"])
         try:
-            path.mkdir(exist_ok=True)
-            write_text_atomic(self._traces(row["label"]), text + "\n")
+            path.parent.mkdir(exist_ok=True)
+            write_text_atomic(path, text + "\n")
         except OSError as error:
-            raise _not_written(path, error) from error
+            raise _not_written(path.parent, error) from error
         self._end = _append(self.folder / ROWS, self._end, row, self.rows)
 
     def benchmark(self, label: str, name: str) -> dict[str, Any] | None:
-        """The result of a benchmark for the row of this label."""
-        found = (
-            each
-            for each in self.benchmarks
-            if (each["label"], each.get("benchmark")) == (label, name)
-        )
-        return next(found, None)
+        """Return the result of a benchmark for the row of this label."""
+        key = (label, name)
+        return next((b for b in self.benchmarks if (b["label"], b.get("benchmark")) == key), None)
 
     def add_benchmark(self, label: str, name: str, values: Mapping[str, Any]) -> None:
         """Keep the result of a benchmark for the row of this label.
@@ -134,12 +123,11 @@ class FrontierFolder:
             RacError: nothing can be written.
         """
         values = {"label": label, "benchmark": name, **values}
-        self._benchmarks_end = _append(
-            self.folder / BENCHMARKS, self._benchmarks_end, values, self.benchmarks
-        )
+        path = self.folder / BENCHMARKS
+        self._benchmarks_end = _append(path, self._benchmarks_end, values, self.benchmarks)
 
     def traces(self, label: str) -> list[dict[str, Any]]:
-        """The traces of a finished row.
+        """Return the traces of a finished row.
 
         Raises:
             RacError: the file is missing, damaged or of another version.
@@ -152,12 +140,13 @@ class FrontierFolder:
             isinstance(trace, dict) and "id" in trace for trace in traces
         ):
             raise RacError(
-                f"{path}: holds no traces; remove the line of {label!r} in {ROWS}, and run the grid again"
+                f"{path}: holds no traces; remove the line of {label!r} in {ROWS}, and run the "
+                "grid again"
             )
         return traces
 
     def model(self, label: str) -> Path:
-        """Where the checkpoint of a row is."""
+        """Return the folder of a row's checkpoint."""
         return self.folder / MODELS / slug(label)
 
     def _traces(self, label: str) -> Path:
@@ -166,42 +155,37 @@ class FrontierFolder:
     def __enter__(self) -> FrontierFolder:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(
-                self.folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644
-            )
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(self._lock)
-            raise RacError(
-                f"{self.folder} is in use by another rac frontier; wait for it, or name another folder"
-            ) from error
+            self._lock = (self.folder / ".lock").open("w")
         except OSError as error:
             raise RacError(
                 f"{self.folder}: cannot be written to ({error}); name another folder"
             ) from error
         try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._read()  # another rac frontier may have added rows until it released the lock
+        except BlockingIOError as error:
+            self._lock.close()
+            raise RacError(
+                f"{self.folder} is in use by another rac frontier; wait for it, or name another "
+                "folder"
+            ) from error
         except BaseException:
-            os.close(self._lock)
+            self._lock.close()
             raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        os.close(self._lock)
+    def __exit__(self, *error: object) -> None:
+        self._lock.close()
 
 
 def slug(label: str) -> str:
-    """A label as the name of a file: its letters and digits, and a hash that keeps two labels apart."""
-    return f"{re.sub(r'[^A-Za-z0-9]+', '-', label).strip('-')[:60]}-{hashlib.sha256(label.encode()).hexdigest()[:8]}"
+    """Return the file name of a label: letters, digits, and a hash that keeps labels apart."""
+    words = re.sub(r"[^A-Za-z0-9]+", "-", label).strip("-")[:60]
+    return f"{words}-{hashlib.sha256(label.encode()).hexdigest()[:8]}"
 
 
 def _append(path: Path, end: int, values: Mapping[str, Any], rows: list[dict[str, Any]]) -> int:
-    """Add a line behind the last whole one, to the file and to `rows`; returns where the file ends then."""
+    """Add a line after the last whole line, to the file and to `rows`; return the file's end."""
     line = json.dumps({"version": VERSION, **values}, ensure_ascii=False, allow_nan=False) + "\n"
     try:
         with path.open("ab") as file:
@@ -223,7 +207,7 @@ def _not_written(path: Path, error: OSError) -> RacError:
 
 
 def _read_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The rows, and the length of the file up to the end of the last whole line."""
+    """Return the rows, and the length of the file up to the end of the last whole line."""
     if not path.exists():
         return [], 0
     try:
@@ -235,12 +219,12 @@ def _read_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise RacError(
-                f"{path}, line {number}: not JSON ({error}); remove this line, and run the grid again"
-            ) from error
+            row, why = None, f"not JSON ({error})"
+        else:
+            why = "no row of rac frontier"
         if not isinstance(row, dict) or not isinstance(row.get("label"), str):
             raise RacError(
-                f"{path}, line {number}: no row of rac frontier; remove this line, and run the grid again"
+                f"{path}, line {number}: {why}; remove this line, and run the grid again"
             )
         _check_version(row, path)
         rows.append(row)
@@ -250,11 +234,6 @@ def _read_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
 def _check_version(content: Mapping[str, Any], path: Path) -> None:
     if content.get("version") != VERSION:
         raise RacError(
-            f"{path} is of version {content.get('version')!r}, and this package reads and writes version {VERSION}; use the "
-            "package that wrote it, or name another folder"
+            f"{path} is of version {content.get('version')!r}, and this package reads and writes "
+            f"version {VERSION}; use the package that wrote it, or name another folder"
         )
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 200 else f"{text[:200]}..."

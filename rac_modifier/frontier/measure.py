@@ -1,38 +1,57 @@
-"""One model of a frontier measured: its answers to the held-out problems, and its divergence along the dense model's."""
+"""A model of a frontier measured: bytes, answers to the held-out problems, and divergence."""
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 
+from rac_modifier.checkpoint.files import TensorFiles
+from rac_modifier.checkpoint.inspect import is_embedding
 from rac_modifier.evaluation.accuracy import row_of
 from rac_modifier.evaluation.divergence import (
     TokenDivergence,
     divergence_per_token,
-    mean_over_tokens,
     summarise_divergence,
 )
-from rac_modifier.evaluation.results import EvalResult, paired_difference, summarise
-from rac_modifier.frontier.traces import ask, trace_of
-from rac_modifier.problems.answers import thinking_length
+from rac_modifier.evaluation.results import EvalResult, Row, paired_difference, summarise
+from rac_modifier.evaluation.teacher_forcing import sample_sequences
 from rac_modifier.problems.source import Problem
-from rac_modifier.sampling.generate import Generation
+from rac_modifier.sampling.generate import Generation, eos_token_ids
 from rac_modifier.sampling.prompts import render_question
+from rac_modifier.problems.answers import thinking_length
 from rac_modifier.settings.sampling import SamplingSettings
-from rac_modifier.traces.selection import repeated_tail
 
-MOST_TRACES = 300
-"""Problems whose traces are kept; accuracy and divergence are measured on all."""
+MOST_TRACES = 300  # problems whose traces are kept; figures are of all problems
+_BROKEN = "\ufffd"  # what a decoder writes for a part of a character
+_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output)$")
+# Last part of a tensor's name: what it holds.
+_PARTS = {
+    "weight": "values",
+    "compressed": "values",
+    "weight_packed": "values",
+    "bitmask": "bitmask",
+    "row_offsets": "offsets",
+    "weight_scale": "scales",
+    "weight_zero_point": "zero_points",
+    "weight_g_idx": "order",
+}
+# What the compressible matrices consist of; `order` is the group of each column (actorder).
+KINDS = ("values", "bitmask", "offsets", "scales", "zero_points", "order")
+# `other` is norms, biases and shapes. A tied head has no bytes.
+APART = ("head", "embeddings", "other")
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What every model is asked, and how."""
+    """The problems that every model is asked, and how."""
 
     problems: Sequence[Problem]
     sampling: SamplingSettings
@@ -52,118 +71,143 @@ class Measured:
 
 
 def measure_dense(model: Any, tokenizer: Any, held_out: HeldOut) -> Measured:
-    """The dense model's answers: what all other models are compared with."""
-    answers, figures, correct = _answer(model, tokenizer, held_out, "dense")
-    traces = [
-        trace_of(tokenizer, problem, answer, right)
-        for problem, answer, right in zip(held_out.problems, answers, correct, strict=True)
-    ]
-    return Measured(figures, traces)
+    """Measure the dense model's answers, which all other models are compared with."""
+    answers, figures, rows = _answer(model, tokenizer, held_out, "dense")
+    pairs = zip(held_out.problems, answers, rows, strict=True)
+    return Measured(figures, [trace_of(tokenizer, *pair) for pair in pairs])
 
 
 def measure(
     label: str, model: Any, dense: Any, tokenizer: Any, held_out: HeldOut, reference: Measured
 ) -> Measured:
-    """Answers of a compressed model, and its divergence from the dense model on the dense model's answers.
+    """Measure a compressed model's answers, and its divergence on the dense model's answers.
 
     Args:
         label: of the row.
-        model: the compressed one.
+        model: the compressed model.
         dense: the model that it was made from.
         tokenizer: of both.
-        held_out: problems and sampling, those that `reference` was measured with.
-        reference: the dense model's, with the traces of all problems.
+        held_out: problems and sampling that `reference` was measured with.
+        reference: of the dense model, with the traces of all problems.
 
     Raises:
         RacError: what sampling and `divergence` raise.
     """
-    answers, figures, correct = _answer(model, tokenizer, held_out, label)
-    of_dense = [Generation(tuple(trace["ids"]), trace["finish"]) for trace in reference.traces]
-    prompts = [
-        render_question(tokenizer, problem.question, held_out.sampling)
-        for problem in held_out.problems
-    ]
+    answers, figures, rows = _answer(model, tokenizer, held_out, label)
+    dense_answers = [Generation(tuple(trace["ids"]), trace["finish"]) for trace in reference.traces]
+    sequences = []
+    for problem, answer in zip(held_out.problems, dense_answers, strict=True):
+        prompt = render_question(tokenizer, problem.question, held_out.sampling)
+        sequences.append(((*prompt, *answer.ids), len(prompt)))
     started = time.monotonic()
-    sequences = [
-        ((*prompt, *answer.ids), len(prompt))
-        for prompt, answer in zip(prompts, of_dense, strict=True)
-    ]
     tokens = divergence_per_token(dense, model, sequences, label=label)
-    found = summarise_divergence(tokens, label=label, seconds=time.monotonic() - started)
-    figures["divergence"] = found.as_dict()
-    figures["outside_repetitions"] = _outside_repetitions(of_dense, tokens)
+    seconds = time.monotonic() - started
+    figures["divergence"] = summarise_divergence(tokens, label=label, seconds=seconds).as_dict()
     if figures["accuracy"] and reference.figures["accuracy"]:
         first, second = (
-            EvalResult.from_dict(each["accuracy"]) for each in (reference.figures, figures)
+            EvalResult.from_dict(of["accuracy"]) for of in (reference.figures, figures)
         )
         figures["paired"] = paired_difference(first, second).as_dict()
-    traces = [
-        trace_of(tokenizer, *each)
-        for each in list(zip(held_out.problems, answers, correct, of_dense, tokens, strict=True))[
-            :MOST_TRACES
-        ]
-    ]
-    return Measured(figures, traces)
+    shown = list(zip(held_out.problems, answers, rows, dense_answers, tokens, strict=True))
+    return Measured(figures, [trace_of(tokenizer, *values) for values in shown[:MOST_TRACES]])
 
 
 def _answer(
     model: Any, tokenizer: Any, held_out: HeldOut, label: str
-) -> tuple[list[Generation], dict[str, Any], list[bool | None]]:
-    """Answers to all problems, figures about them, and whether each is right."""
-    started = time.monotonic()
-    answers = ask(model, tokenizer, held_out.problems, held_out.sampling)
+) -> tuple[list[Generation], dict[str, Any], Sequence[Row | None]]:
+    """Return the answers, what they say about the model, and a row each if they are graded."""
+    sampling, started = held_out.sampling, time.monotonic()
+    ends = set(eos_token_ids(model, tokenizer))
+    answers = []
+    for ids, start in sample_sequences(model, tokenizer, held_out.problems, sampling):
+        reason = "stop" if ids[start:] and ids[-1] in ends else "length"
+        answers.append(Generation(tuple(ids[start:]), reason))
     seconds = time.monotonic() - started
-    lengths = [thinking_length(tokenizer, answer.ids) for answer in answers]
     figures: dict[str, Any] = {
-        "length": {
-            "mean": fmean(lengths),
-            "percentiles": {
-                str(share): float(np.percentile(lengths, share)) for share in (50, 90, 99)
-            },
-            "cut_share": fmean(answer.finish_reason != "stop" for answer in answers),
-            "repeating_share": fmean(
-                repeated_tail(answer.ids, answer.finish_reason) > 0 for answer in answers
-            ),
-            "thinking": lengths,
-        },
+        "thinking": fmean(thinking_length(tokenizer, answer.ids) for answer in answers),
+        "truncated": fmean(answer.finish_reason != "stop" for answer in answers),
         "accuracy": None,
         "divergence": None,
-        "outside_repetitions": None,
         "paired": None,
     }
     if not held_out.graded:
         return answers, figures, [None] * len(answers)
-    sampling = held_out.sampling
     rows = [
         row_of(tokenizer, problem, answer, None)
         for problem, answer in zip(held_out.problems, answers, strict=True)
     ]
-    result = summarise(
+    figures["accuracy"] = summarise(
         rows,
         label=label,
         seconds=seconds,
         cap=sampling.max_new_tokens,
         temperature=sampling.temperature or 0.0,
         seed=sampling.seed,
-    )
-    figures["accuracy"] = result.as_dict()
-    return answers, figures, [row.correct for row in rows]
+    ).as_dict()
+    return answers, figures, rows
 
 
-def _outside_repetitions(
-    answers: Sequence[Generation], tokens: Sequence[TokenDivergence]
-) -> dict[str, float | None] | None:
-    """KL on the dense model's answers without tails that repeat, which are easy to predict; None where no answer has one."""
-    tails = [repeated_tail(answer.ids, answer.finish_reason) for answer in answers]
-    if not any(tails):
-        return None
-    kl = [row.kl[: len(row.kl) - tail] for row, tail in zip(tokens, tails, strict=True)]
-    mean, error = mean_over_tokens(kl)
-    return {"tokens": sum(map(len, kl)), "kl": mean, "kl_stderr": error}
+def trace_of(
+    tokenizer: Any,
+    problem: Problem,
+    answer: Generation,
+    row: Row | None,
+    dense: Generation | None = None,
+    divergence: TokenDivergence | None = None,
+) -> dict[str, Any]:
+    """Return a trace in plain values.
+
+    Args:
+        tokenizer: of the model.
+        problem: that was asked.
+        answer: of the model.
+        row: verdict and ending; None without a reference answer.
+        dense: the dense model's answer, for a compressed model.
+        divergence: of the compressed model on the dense model's answer, a value per token.
+    """
+    pieces = pieces_of(tokenizer, answer.ids)
+    loop = row and row.ending.loop
+    trace: dict[str, Any] = {
+        "id": problem.id,
+        "ids": list(answer.ids),
+        "text": "".join(pieces),
+        "correct": row and row.correct,
+        "finish": answer.finish_reason,
+        "kind": row and row.ending.kind,
+        "loop": loop and loop.character(pieces),
+    }
+    if dense is None:
+        question = {"question": problem.question, "answer": problem.answer}
+        return trace | question | {"pieces": [len(piece) for piece in pieces]}
+    pairs = zip(answer.ids, dense.ids, strict=False)
+    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    trace["same_tokens"] = same
+    trace["same_characters"] = sum(map(len, pieces[:same]))
+    if divergence is not None:
+        trace["kl"] = [round(value, 4) for value in divergence.kl]
+    return trace
+
+
+def pieces_of(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """Return the text of each token, special tokens included.
+
+    A character that several tokens share belongs to the last of them.
+    """
+    pieces, before, read = [], 0, 0
+    for i in range(len(ids)):
+        # from the token before, since some tokenizers drop the space of a first token
+        old = tokenizer.decode(list(ids[before:read]))
+        new = tokenizer.decode(list(ids[before : i + 1]))
+        if i + 1 < len(ids) and new.endswith(_BROKEN):
+            pieces.append("")
+            continue
+        pieces.append(new[len(old) :])
+        before, read = read, i + 1
+    return pieces
 
 
 def layers_of(record: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
-    """Relative error and sparsity of each pruned module, from a run record; empty where nothing was pruned."""
+    """Return relative error and sparsity of each pruned module of a run record."""
     modules = record.get("modules")
     return {
         str(values["name"]): {
@@ -178,3 +222,35 @@ def layers_of(record: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
 def _number(values: Mapping[str, Any], key: str) -> float | None:
     value = values.get(key)
     return float(value) if isinstance(value, int | float) and np.isfinite(value) else None
+
+
+def checkpoint_bytes(folder: str | Path) -> dict[str, int | float]:
+    """Return bytes by `KINDS` and `APART`, `matrices`, `total`, and `bits_per_weight`.
+
+    `matrices` is the sum of `KINDS`, and `bits_per_weight` is theirs.
+
+    Raises:
+        RacError: no safetensors, or a damaged file.
+    """
+    sizes: dict[str, int | float] = dict.fromkeys((*KINDS, *APART), 0)
+    weights = 0
+    with TensorFiles(folder) as files:
+        for name in files.where:
+            module, _, part = name.rpartition(".")
+            kind = _PARTS.get(part, "other")
+            if is_embedding(module):
+                kind = "embeddings"
+            elif _HEAD.search(module):
+                kind = "head"
+            elif part == "weight":
+                shape = files.shape(name)
+                kind = "values" if len(shape) == 2 else "other"
+                weights += shape[0] * shape[1] if len(shape) == 2 else 0
+            elif part in ("shape", "weight_shape"):
+                rows, columns = files.tensor(name).flatten().tolist()
+                weights += rows * columns
+            sizes[kind] += files.nbytes(name)
+    sizes["matrices"] = sum(sizes[kind] for kind in KINDS)
+    sizes["total"] = sizes["matrices"] + sum(sizes[kind] for kind in APART)
+    sizes["bits_per_weight"] = 8 * sizes["matrices"] / weights if weights else 0.0
+    return sizes

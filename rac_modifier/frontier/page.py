@@ -1,21 +1,24 @@
 """Results of `rac frontier` as one self-contained HTML page.
 
-Drawn by few lines of our own SVG (assets/chart.js) and no plotting library. So each mark can be reached with the keyboard, the
-page forbids every request and every script but its own (Content-Security-Policy with hashes, no eval), and 20 kB of the
-5 MB are code. Nothing is read as markup: figures are JSON in which `<` is escaped, answers are gzip in base64, and the
-scripts set text with textContent.
+Vega-Lite draws the charts; its JavaScript is inlined. The page allows no request and no script but
+its own (Content-Security-Policy with hashes, no eval). Nothing is read as markup: text is escaped,
+and figures and answers are JSON, gzip in base64, which the script sets with textContent.
 """
 
 from __future__ import annotations
 
 import base64
+import functools
 import gzip
 import hashlib
+import importlib.util
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
 from importlib import resources
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import yaml
@@ -25,221 +28,246 @@ from rac_modifier.evaluation.results import EvalResult, PairedDifference, paired
 from rac_modifier.frontier.folder import FrontierFolder
 from rac_modifier.settings.grid import DENSE
 
-MOST_BYTES = 5_000_000
-"""Of a page. More than that is slow to open and to send."""
+MOST_BYTES = 1_500_000  # of a page; more is slow to open and to send
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
-_SMALLEST, _DECADES = (
-    1e-3,
-    4,
-)  # of KL in nats: digit 0 is below, digit 1 starts there, digit z is at 10 or above
+# KL in nats: digit 0 is below, digit 1 starts there, digit z is at 10 or above
+_SMALLEST, _DECADES = 1e-3, 4
+_PARTS = ("values", "bitmask", "offsets", "scales", "zero_points", "order", "head", "embeddings")
 
 
 def page(folders: Sequence[Path], most_traces: int) -> str:
-    """The page of one or several folders; those that share model, evaluation and the dense model's answers are shown together.
+    """Return the page of folders of `rac frontier`.
 
-    On another processor the same model may write other answers, and KL along other answers cannot be compared.
+    Folders that share model, evaluation and the dense model's answers are a study. On another
+    processor the same model may write other answers, and KL on other answers cannot be compared.
 
     Args:
         folders: of `rac frontier`.
         most_traces: problems per folder whose answers can be read on the page.
 
     Raises:
-        RacError: a folder without results or of another version, or one label in two folders that belong together.
+        RacError: a folder without results or of another version, a label in two folders of a
+            study, or Altair is missing.
     """
+    if not all(map(importlib.util.find_spec, ("altair", "vl_convert"))):
+        raise RacError("the page needs altair and vl-convert; pip install 'rac-modifier[eval]'")
     studies: dict[str, list[FrontierFolder]] = {}
-    for folder in folders:
-        found = FrontierFolder.read(folder)
-        if found.row(DENSE) is None:
-            raise RacError(f"{folder}: the dense model was not measured; run its grid again")
-        shared = [found.about, [trace["ids"] for trace in found.traces(DENSE)]]
-        studies.setdefault(json.dumps(shared, sort_keys=True), []).append(found)
-    data = {
-        "studies": _named_apart(
-            [_study(group) for group in studies.values()], list(studies.values())
-        )
-    }
-    traces = [_traces(group, most_traces) for group in studies.values()]
-    files = resources.files("rac_modifier.frontier") / "assets"
-    text = {
-        name: (files / name).read_text(encoding="utf-8")
-        for name in ("page.html", "page.css", "chart.js", "page.js")
-    }
-    script = text["chart.js"] + text["page.js"]
-    parts = {
-        "STYLE_HASH": _hash(text["page.css"]),
-        "SCRIPT_HASH": _hash(script),
-        "STYLE": text["page.css"],
-        "DATA": json.dumps(
-            data, ensure_ascii=False, separators=(",", ":"), allow_nan=False
-        ).replace("<", "\\u003c"),
-        "TRACES": base64.b64encode(
-            gzip.compress(json.dumps(traces, separators=(",", ":")).encode(), 9, mtime=0)
-        ).decode(),
-        "SCRIPT": script,
-    }
-    pieces = text["page.html"].split(
-        "@"
-    )  # in turn text and names; no part is searched for names again
-    return "".join(parts[piece] if i % 2 else piece for i, piece in enumerate(pieces))
+    for path in folders:
+        folder = FrontierFolder.read(path)
+        if folder.row(DENSE) is None:
+            raise RacError(f"{path}: the dense model was not measured; run its grid again")
+        shared = [folder.about, [trace["ids"] for trace in folder.traces(DENSE)]]
+        studies.setdefault(json.dumps(shared, sort_keys=True), []).append(folder)
+    sections, data = [], []
+    for number, group in enumerate(studies.values(), 1):
+        rows, traces = _rows(group), study_traces(group, most_traces)
+        section, values = _study(rows, traces, group[0].about, number)
+        sections.append(section)
+        data.append(values)
+    packed = gzip.compress(json.dumps(data, separators=(",", ":")).encode(), 9, mtime=0)
+    style, script, library = _asset("page.css"), _asset("page.js"), _vega()
+    return Template(_asset("page.html")).substitute(
+        style_hash=_hash(style),
+        script_hashes=" ".join(f"'{_hash(text)}'" for text in (library, script)),
+        style=style,
+        sections="\n".join(sections),
+        data=base64.b64encode(packed).decode(),
+        library=library,
+        script=script,
+    )
 
 
 def problems_shown(folders: Sequence[Path], most_traces: int) -> int:
-    """The largest number of problems of a folder whose answers a page of these shows."""
-    return min(
-        most_traces,
-        max(FrontierFolder.read(folder).about["evaluation"]["problems"] for folder in folders),
-    )
+    """Return the largest number of problems of a folder whose answers a page shows."""
+    evaluations = [FrontierFolder.read(folder).about["evaluation"] for folder in folders]
+    return min(most_traces, max(evaluation["problems"] for evaluation in evaluations))
 
 
 def check_size(text: str, path: Path, shown: int) -> None:
-    """Refuse a page that is too large (RacError), before it is written. `shown`: problems whose answers are on it."""
-    if (size := len(text.encode())) > MOST_BYTES:
+    """Refuse a page that is too large; `shown`: problems whose answers are on it.
+
+    Raises:
+        RacError: with the number of problems that fits.
+    """
+    size, without = len(text.encode()), len(_vega())
+    if size > MOST_BYTES:
+        fits = shown * max(MOST_BYTES - without, 0) // max(size - without, 1) * 9 // 10
         raise RacError(
-            f"{path} would have {size / 1e6:.1f} MB, more than {MOST_BYTES / 1e6:.0f} MB; show the answers of fewer problems "
-            f"than {shown} (--traces {shown * MOST_BYTES // size // 2}), or fewer folders"
+            f"{path} would have {size / 1e6:.1f} MB, more than {MOST_BYTES / 1e6:.1f} MB; show the "
+            f"answers of fewer problems than {shown} (--traces {fits}), or fewer folders"
         )
 
 
+@functools.cache
+def _vega() -> str:
+    """Return Vega, Vega-Lite and Vega-Embed (BSD-3-Clause) as a script."""
+    import vl_convert
+
+    return vl_convert.javascript_bundle()
+
+
+def _asset(name: str) -> str:
+    return (resources.files("rac_modifier.frontier") / "assets" / name).read_text(encoding="utf-8")
+
+
 def _hash(text: str) -> str:
-    """As a Content-Security-Policy names what it allows."""
+    """Return a hash as a Content-Security-Policy names it."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 
-def _named_apart(
-    studies: list[dict[str, Any]], groups: list[list[FrontierFolder]]
-) -> list[dict[str, Any]]:
-    """Those of one model and one source get the name of their first folder, too."""
-    names = [study["name"] for study in studies]
-    return [
-        study | ({"name": f"{name}, {group[0].folder.name}"} if names.count(name) > 1 else {})
-        for study, name, group in zip(studies, names, groups, strict=True)
-    ]
-
-
-def _study(group: list[FrontierFolder]) -> dict[str, Any]:
-    about = group[0].about
-    asked = about["evaluation"]
-    sampling = "greedy" if not asked["temperature"] else f"temperature {asked['temperature']:g}"
-    text = (
-        f"{about['model']}; every row answers the same {asked['problems']} held-out problems ({asked['source']}), {sampling}, "
-        f"at most {asked['cap']} new tokens.\nKL and top-1 agreement are measured on the dense model's answers to them. Bytes "
-        "are those of the tensors in the files."
-    )
-    return {
-        "name": f"{about['model']}, {asked['source']}",
-        "about": text,
-        "rows": [
-            _row(row) | {"benchmarks": _benchmarks(group, row["label"])} for row in _rows(group)
-        ],
-    }
-
-
 def _rows(group: list[FrontierFolder]) -> list[dict[str, Any]]:
-    """The rows of folders that belong together, the dense model first and once."""
+    """Return the rows of a study, the dense model first and once, with their benchmarks."""
     rows = {row["label"]: row for row in group[0].rows if row["label"] == DENSE}
     for folder in group:
         for row in folder.rows:
             if row["label"] in rows and row["label"] != DENSE:
                 raise RacError(
-                    f"{folder.folder}: {row['label']!r} is also a row of another of these folders; show them apart"
+                    f"{folder.folder}: {row['label']!r} is also a row of another of these folders; "
+                    "show them apart"
                 )
             rows.setdefault(row["label"], row)
-    return list(rows.values())
-
-
-def _row(row: dict[str, Any]) -> dict[str, Any]:
-    """What the page needs of a row."""
-    accuracy, divergence, length, served = (
-        row[name] for name in ("accuracy", "divergence", "length", "served")
-    )
-    recipe = (
-        "the dense model"
-        if row["recipe"] is None
-        else yaml.safe_dump(row["recipe"], sort_keys=False, allow_unicode=True, width=100)
-    )
-    return {
-        "label": row["label"],
-        "group": row["group"],
-        "recipe": recipe.strip(),
-        "bytes": row["bytes"],
-        "accuracy": accuracy and [accuracy["accuracy"], accuracy["ci_low"], accuracy["ci_high"]],
-        "paired": row["paired"] and PairedDifference(**row["paired"]).describe(),
-        "kl": divergence and [divergence["kl"], divergence["kl_stderr"]],
-        "outside": (outside := row.get("outside_repetitions"))
-        and [outside["kl"], outside["kl_stderr"]],
-        "agreement": divergence and [divergence["agreement"], divergence["agreement_stderr"]],
-        "length": {
-            "mean": length["mean"],
-            "percentiles": length["percentiles"],
-            "cut": length["cut_share"],
-            "repeating": length.get("repeating_share"),  # rows of earlier versions do not have it
-            "thinking": length["thinking"],
-        },
-        "speed": (served or {}).get("tokens_per_second"),
-        "not_served": (served or {}).get("not_measured"),
-        "layers": [
-            [name, values["error"], values["sparsity"]] for name, values in row["layers"].items()
-        ],
-    }
-
-
-def _benchmarks(group: list[FrontierFolder], label: str) -> dict[str, dict[str, Any]]:
-    """What the page needs of the published benchmarks of a row, by name."""
-    found = [each for folder in group for each in folder.benchmarks]
-    dense = {
-        each["benchmark"]: EvalResult.from_dict(each["result"])
-        for each in found
-        if each["label"] == DENSE
-    }
-    values = {}
-    for each in found:
-        if each["label"] != label:
-            continue
-        name, result = each["benchmark"], EvalResult.from_dict(each["result"])
-        paired = (
-            None if label == DENSE or name not in dense else paired_difference(dense[name], result)
-        )
-        values[name] = {
-            "accuracy": [result.accuracy, result.ci_low, result.ci_high],
-            "asked": (
-                f"{result.problems} problems, {result.samples} answer{'s' if result.samples > 1 else ''} each, "
-                f"at most {result.cap:,} new tokens"
-            ),
-            "thinking": result.mean_thinking_tokens,
-            "cut": result.unfinished_share,
-            "paired": paired and paired.describe(),
-        }
-    return values
-
-
-def _traces(group: list[FrontierFolder], most: int) -> dict[str, Any]:
-    """The answers of the dense model, and by label those of each row."""
-    rows = {}
-    for folder in group:
-        for row in folder.rows:
-            if row["label"] != DENSE:
-                rows[row["label"]] = [_own(trace) for trace in folder.traces(row["label"])[:most]]
-    dense = [
-        {**_common(trace), **{key: trace[key] for key in ("id", "question", "answer", "pieces")}}
-        for trace in group[0].traces(DENSE)[:most]
+    benchmarks: dict[str, dict[str, EvalResult]] = {}
+    for entry in (entry for folder in group for entry in folder.benchmarks):
+        result = EvalResult.from_dict(entry["result"])
+        benchmarks.setdefault(entry["label"], {})[entry["benchmark"]] = result
+    return [
+        row | _asked(row, benchmarks.get(row["label"], {}), benchmarks.get(DENSE, {}))
+        for row in rows.values()
     ]
-    return {"dense": dense, "rows": rows}
 
 
-def _common(trace: dict[str, Any]) -> dict[str, Any]:
+def _asked(
+    row: Mapping[str, Any], results: Mapping[str, EvalResult], dense: Mapping[str, EvalResult]
+) -> dict[str, Any]:
+    """Return accuracies by what was asked, notes on them, and the endings of a row."""
+    from rac_modifier.frontier.charts import HELD_OUT
+
+    accuracies, notes, endings = {}, [], []
+    if values := row["accuracy"]:
+        accuracies[HELD_OUT] = [values["accuracy"], values["ci_low"], values["ci_high"]]
+        endings = [ending for samples in values["endings"].values() for ending in samples]
+    if row["paired"]:
+        paired = {**row["paired"], "inflation": None}
+        notes.append(PairedDifference(**paired).describe())
+    for name, result in results.items():
+        accuracies[name] = [result.accuracy, result.ci_low, result.ci_high]
+        notes.append(
+            f"{name}: {result.problems} problems, {result.samples} samples each, at most "
+            f"{result.cap:,} new tokens: {result.accuracy:.1%}, {result.mean_thinking_tokens:.0f} "
+            f"thinking tokens, {result.unfinished_share:.1%} truncated"
+        )
+        if row["label"] != DENSE and name in dense:
+            notes.append(paired_difference(dense[name], result).describe())
+    if reason := (row["served"] or {}).get("not_measured"):
+        notes.append(f"not served: {reason}")
+    return {"accuracies": accuracies, "notes": notes, "endings": endings}
+
+
+def _study(
+    rows: list[dict[str, Any]], traces: dict[str, Any], about: Mapping[str, Any], number: int
+) -> tuple[str, dict[str, Any]]:
+    """Return the markup of a study, and what its script reads."""
+    from rac_modifier.frontier.charts import AXES, HELD_OUT, charts
+
+    asked = about["evaluation"]
+    sampling = f"temperature {asked['temperature']:g}" if asked["temperature"] else "greedy"
+    names = sorted({n for row in rows for n in row["accuracies"]}, key=lambda n: (n != HELD_OUT, n))
+    axes = [axis for axis, (place, _) in AXES.items() if any(map(place, rows))]
+    row = next((row["label"] for row in rows if row["label"] != DENSE), DENSE)
+    start = {"row": row, "axis": axes[0], "asked": (names or [HELD_OUT])[0], "find": ""}
+    specs = charts(rows, traces, start)
+    section = Template(_asset("study.html")).substitute(
+        name=escape(f"{number}. {about['model']}, {asked['source']}"),
+        about=escape(
+            f"Every row answers the same {asked['problems']} held-out problems, {sampling}, at "
+            f"most {asked['cap']} new tokens. KL and top-1 agreement are measured on the dense "
+            "model's answers. Bytes are counted from the tensors in the files."
+        ),
+        rows=_options(row["label"] for row in rows),
+        axes=_options(axes),
+        asked=_options(names),
+        charts="".join(f"<figure>{_tag('figcaption', c)}<div></div></figure>" for c in specs),
+        table=_table(rows),
+        recipes="".join(_recipe(row) for row in rows),
+    )
+    return section, {"charts": list(specs.values()), "row": row, "traces": traces}
+
+
+def _tag(name: str, text: str) -> str:
+    return f"<{name}>{escape(text)}</{name}>"
+
+
+def _options(names: Iterable[str]) -> str:
+    return "".join(_tag("option", name) for name in names)
+
+
+def _recipe(row: Mapping[str, Any]) -> str:
+    recipe = "the dense model"
+    if row["recipe"] is not None:
+        recipe = yaml.safe_dump(row["recipe"], sort_keys=False, allow_unicode=True, width=100)
+    text = "\n".join([recipe.strip(), *(f"# {note}" for note in row["notes"])])
+    return f'<pre data-label="{escape(row["label"])}" hidden>{escape(text)}</pre>'
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    """Return the table of rows, without the columns that no row has."""
+    names = sorted({name for row in rows for name in row["accuracies"]})
+    cells = [_cells(row, names) for row in rows]
+    heads = [head for head in cells[0] if any(row[head] for row in cells)]
+    body = [
+        f'<tr data-label="{escape(row["label"])}">'
+        + "".join(_tag("td", cell[head] or "-") for head in heads)
+        for row, cell in zip(rows, cells, strict=True)
+    ]
+    return f"<tr>{''.join(_tag('th', head) for head in heads)}" + "".join(body)
+
+
+def _cells(row: Mapping[str, Any], asked: Sequence[str]) -> dict[str, str | None]:
+    sizes, divergence = row["bytes"], row["divergence"] or {}
+    error, speed = divergence.get("kl_stderr"), (row["served"] or {}).get("tokens_per_second")
+    kl = divergence and f"{divergence['kl']:.2g}" + (f" ± {error:.1g}" if error else "")
+    rights = {}
+    for name in asked:
+        mean, low, high = row["accuracies"].get(name) or (None, None, None)
+        share = mean is not None and f"{mean:.1%} ({100 * low:.1f} to {100 * high:.1f})"
+        rights[f"right: {name}"] = share or None
     return {
-        **{key: trace[key] for key in ("text", "correct", "finish")},
-        "tokens": len(trace["ids"]),
+        "row": row["label"],
+        "MB": f"{sizes['total'] / 1e6:.3f}",
+        "bits per weight": f"{sizes['bits_per_weight']:.2f}",
+        "KL": kl or None,
+        "top-1": divergence and f"{divergence['agreement']:.2%}",
+        **rights,
+        "thinking tokens": f"{row['thinking']:.0f}",
+        "truncated": f"{row['truncated']:.1%}",
+        "tokens/s": speed and f"{speed:.0f}",
+        **{f"MB {part}": sizes[part] and f"{sizes[part] / 1e6:.3f}" for part in _PARTS},
     }
 
 
-def _own(trace: dict[str, Any]) -> dict[str, Any]:
-    same = {key: trace[key] for key in ("same_tokens", "same_characters")}
-    return {**_common(trace), **same, "kl": "".join(map(kl_digit, trace.get("kl", [])))}
+def study_traces(group: list[FrontierFolder], most: int) -> dict[str, Any]:
+    """Return the answers of the dense model, and by label the answers of each row."""
+    own = ("same_tokens", "same_characters")
+    rows = {
+        row["label"]: [
+            _trace(trace, own) | {"kl": "".join(map(kl_digit, trace.get("kl", [])))}
+            for trace in folder.traces(row["label"])[:most]
+        ]
+        for folder in group
+        for row in folder.rows
+        if row["label"] != DENSE
+    }
+    names = ("id", "question", "answer", "pieces")
+    return {"dense": [_trace(t, names) for t in group[0].traces(DENSE)[:most]], "rows": rows}
+
+
+def _trace(trace: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    names = ("text", "correct", "finish", "kind", "loop", *names)
+    return {name: trace[name] for name in names} | {"tokens": len(trace["ids"])}
 
 
 def kl_digit(kl: float) -> str:
-    """KL in nats as one digit of base 36, on a logarithmic scale."""
+    """Return KL in nats as a digit of base 36, on a logarithmic scale."""
     if kl < _SMALLEST:
         return _DIGITS[0]
     return _DIGITS[1 + min(34, round(34 * math.log10(kl / _SMALLEST) / _DECADES))]

@@ -1,4 +1,4 @@
-"""A grid of recipes, row by row: compressed, measured, written down. What is finished is not done again."""
+"""A grid of recipes, row by row: compressed, measured, written. Finished rows are not run again."""
 
 from __future__ import annotations
 
@@ -28,8 +28,14 @@ from rac_modifier.frontier.benchmarks import (
     missing_benchmarks,
 )
 from rac_modifier.frontier.folder import FrontierFolder
-from rac_modifier.frontier.measure import HeldOut, Measured, layers_of, measure, measure_dense
-from rac_modifier.frontier.sizes import checkpoint_bytes
+from rac_modifier.frontier.measure import (
+    HeldOut,
+    Measured,
+    checkpoint_bytes,
+    layers_of,
+    measure,
+    measure_dense,
+)
 from rac_modifier.settings.grid import DENSE, PlannedRow
 
 _LAST_LINES = 3  # of a long reason that are kept in a row; the log has all
@@ -41,10 +47,10 @@ class Tools:
 
     Attributes:
         source: the folder of the dense model.
-        load: a model folder to the model in memory and its tokenizer.
-        compress: a recipe applied to the dense model, and saved to a folder.
-        servers: who answers for a model folder, inside the context: this process, or one server for all that follows.
-        serve: tokens per second of a served model folder, as an evaluation; None: not asked for.
+        load: from a model folder to the model in memory and its tokenizer.
+        compress: applies a recipe to the dense model, and saves the result to a folder.
+        servers: who answers for a model folder, inside the context: this process, or a server.
+        serve: evaluates a served model folder for its tokens per second; None: not asked for.
         benchmarks: what each model is asked besides.
         ask: asks it.
     """
@@ -61,7 +67,7 @@ class Tools:
 
 
 def check_finished(folder: FrontierFolder, planned: Sequence[PlannedRow]) -> None:
-    """Refuse a grid in which a row that is finished has another recipe now.
+    """Refuse a grid in which a finished row has another recipe now.
 
     Raises:
         RacError: naming the rows.
@@ -73,8 +79,8 @@ def check_finished(folder: FrontierFolder, planned: Sequence[PlannedRow]) -> Non
     ]
     if changed:
         raise RacError(
-            f"{folder.folder} has rows that were run with another recipe: {', '.join(changed)}; give the new ones another label, "
-            "or name another folder"
+            f"{folder.folder} has rows that were run with another recipe: {', '.join(changed)}; "
+            "give the new ones another label, or name another folder"
         )
 
 
@@ -98,8 +104,8 @@ def run_grid(
         report: called with each new row.
 
     Raises:
-        RacError: what compressing and measuring raise; benchmarks that could not be measured, when all else is done. What is
-            finished stays.
+        RacError: what compressing and measuring raise; benchmarks that could not be measured,
+            when all else is done. Finished rows stay.
     """
     check_finished(folder, planned)
     check_benchmarks(folder, tools.benchmarks)
@@ -107,8 +113,8 @@ def run_grid(
     failed: dict[str, str] = {}
     new = folder.row(DENSE) is None
     with tools.servers(tools.source) as servers:
-        # Before it is measured: what stops the server would stop every row. It ends before the model is loaded here, because it
-        # reserves most of the device.
+        # First, because what stops the server would stop every row. The server ends before the
+        # model is loaded, because it reserves most of the device.
         served = _served(tools, tools.source, DENSE, servers) if new else None
         _benchmarks(folder, DENSE, tools.source, tools, servers, failed)
     if new:
@@ -121,30 +127,30 @@ def run_grid(
                 logger.info(f"{run.label}: row {number} of {len(planned)}")
                 _finish(folder, run, held_out, tools, servers)
                 report(folder.rows[-1])
-            else:
-                logger.info(f"{run.label}: finished already")
             asked = _benchmarks(folder, run.label, model, tools, servers, failed)
         if (new or asked) and remove_models and run.label not in failed:
             remove_folder(model)
     if failed:
         reasons = "".join(f"\n- {label}: {reason}" for label, reason in failed.items())
         raise RacError(
-            f"the rows are in {folder.folder}, but not all benchmarks; run the same command again to go on with them{reasons}"
+            f"the rows are in {folder.folder}, but not all benchmarks; run the same command again "
+            f"to go on with them{reasons}"
         )
 
 
 def _check_models(folder: FrontierFolder, planned: Sequence[PlannedRow], tools: Tools) -> None:
-    """Refuse benchmarks of finished rows whose checkpoints are no longer there."""
-    finished = [run.label for run in planned if folder.row(run.label) is not None]
+    """Refuse benchmarks of finished rows whose checkpoints were removed."""
     gone = [
-        label
-        for label in finished
-        if missing_benchmarks(folder, label, tools.benchmarks) and not folder.model(label).is_dir()
+        run.label
+        for run in planned
+        if folder.row(run.label) is not None
+        and missing_benchmarks(folder, run.label, tools.benchmarks)
+        and not folder.model(run.label).is_dir()
     ]
     if gone:
         raise RacError(
-            f"{folder.folder} has no checkpoint any more of {', '.join(gone)}, so the benchmarks cannot be asked; leave them "
-            "out, or name another folder"
+            f"{folder.folder} has no checkpoint any more of {', '.join(gone)}, so the benchmarks "
+            "cannot be asked; leave them out, or name another folder"
         )
 
 
@@ -156,11 +162,7 @@ def _benchmarks(
     servers: Servers,
     failed: dict[str, str],
 ) -> bool:
-    """Ask what is missing; a reason why that cannot be done is added to `failed`, and the other rows go on.
-
-    Returns:
-        whether anything was missing.
-    """
+    """Ask missing benchmarks, with a failure's reason in `failed`; return whether any was missing."""
     if tools.ask is None or not missing_benchmarks(folder, label, tools.benchmarks):
         return False
     _free_accelerator()
@@ -170,7 +172,7 @@ def _benchmarks(
 
 
 def _free_accelerator() -> None:
-    """Give the device memory of models that are gone back, for a server on the same device."""
+    """Free the device memory of models that are gone, for a server on the same device."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -179,42 +181,49 @@ def _free_accelerator() -> None:
 def _finish_dense(
     folder: FrontierFolder, held_out: HeldOut, tools: Tools, served: dict[str, Any] | None
 ) -> None:
-    """Measure the dense model, and write it down (RacError: what measuring raises)."""
+    """Measure the dense model, and write its row."""
     started = time.monotonic()
     model, tokenizer = tools.load(tools.source)
-    found = measure_dense(model, tokenizer, held_out)
-    del model
-    row = _row(DENSE, DENSE, DENSE, None, None) | {
+    measured = measure_dense(model, tokenizer, held_out)
+    row = {
+        "label": DENSE,
+        "row": DENSE,
+        "group": DENSE,
+        "seed": None,
+        "recipe": None,
+        **measured.figures,
         "bytes": checkpoint_bytes(tools.source),
-        **found.figures,
-    }
-    row |= {
-        "served": served,
         "layers": {},
+        "served": served,
         "compressing": None,
         "seconds": time.monotonic() - started,
     }
-    folder.add(without_paths(row), found.traces)
+    folder.add(without_paths(row), measured.traces)
 
 
 def _finish(
     folder: FrontierFolder, run: PlannedRow, held_out: HeldOut, tools: Tools, servers: Servers
 ) -> None:
-    """Compress and measure one row, and write it down."""
+    """Compress and measure a model, and write its row."""
     started = time.monotonic()
     model_folder = folder.model(run.label)
-    compressing = _compressed(model_folder, run.recipe, tools)
+    compressing = _compress(model_folder, run.recipe, tools)
     model, tokenizer = tools.load(model_folder)
     dense, _ = tools.load(tools.source)
-    row = folder.row(DENSE)
-    assert row is not None
-    reference = Measured(row, folder.traces(DENSE))
-    found = measure(run.label, model, dense, tokenizer, held_out, reference)
+    dense_row = folder.row(DENSE)
+    assert dense_row is not None
+    reference = Measured(dense_row, folder.traces(DENSE))
+    measured = measure(run.label, model, dense, tokenizer, held_out, reference)
     del model, dense
     path = model_folder / RUN_RECORD_NAME
     record = read_json(path) if path.is_file() else {}  # upstream's modifiers alone write none
-    row = _row(run.label, run.row, run.group, run.seed, run.recipe) | found.figures
-    row |= {
+    row = {
+        "label": run.label,
+        "row": run.row,
+        "group": run.group,
+        "seed": run.seed,
+        "recipe": run.recipe,
+        **measured.figures,
         "bytes": checkpoint_bytes(model_folder),
         "layers": layers_of(record),
         "calibration": record.get("calibration"),
@@ -222,14 +231,14 @@ def _finish(
         "compressing": compressing,
         "seconds": time.monotonic() - started,
     }
-    folder.add(without_paths(row), found.traces)
+    folder.add(without_paths(row), measured.traces)
 
 
-def _compressed(model_folder: Path, recipe: dict[str, Any], tools: Tools) -> float | None:
-    """Have the checkpoint of a row in its folder; the seconds that took, None where it was there.
+def _compress(model_folder: Path, recipe: dict[str, Any], tools: Tools) -> float | None:
+    """Write the checkpoint of a row; return the seconds, None if it was there.
 
-    It is written beside its place and gets its name when it is whole. What a kill left there is removed; the groups that were
-    pruned by then are kept apart, and compressing goes on from them.
+    It gets its name when it is whole. The groups that a killed run has pruned are stored apart,
+    and compressing goes on from them.
     """
     if model_folder.exists():
         return None
@@ -244,30 +253,17 @@ def _compressed(model_folder: Path, recipe: dict[str, Any], tools: Tools) -> flo
 
 
 def _served(tools: Tools, model: Path, label: str, servers: Servers) -> dict[str, Any] | None:
-    """Speed and accuracy of a served run; or, where a compressed model cannot be served, the reason in a few lines."""
+    """Return speed and accuracy of a served run, or why a compressed model cannot be served."""
     if tools.serve is None:
         return None
     _free_accelerator()
     try:
-        result = tools.serve(model, label, servers)
+        values = tools.serve(model, label, servers).as_dict()
     except RacError as error:
         if label == DENSE:
             raise RacError(f"serve: true, and the dense model cannot be served: {error}") from error
         logger.warning(f"{label}: not served ({error})")
         first, *others = str(error).splitlines()
         return {"not_measured": "\n".join([first, *others[-_LAST_LINES:]])}
-    wanted = ("tokens_per_second", "accuracy", "ci_low", "ci_high", "seconds")
-    values = result.as_dict()
-    return {name: values[name] for name in wanted}
-
-
-def _row(
-    label: str, row: str, group: str, seed: int | None, recipe: dict[str, Any] | None
-) -> dict[str, Any]:
-    return {
-        "label": label,
-        "row": row,
-        "group": group,
-        "seed": seed,
-        "recipe": without_paths(recipe),
-    }
+    names = ("tokens_per_second", "accuracy", "ci_low", "ci_high", "seconds")
+    return {name: values[name] for name in names}

@@ -38,6 +38,8 @@ def row(
         "matrices": total - 500_000,
         "total": total,
     }
+    kinds = ["right", "looping"] if group == "sparse" else ["right", "wrong"]
+    endings = {f"p{i}": [{"kind": kind}] for i, kind in enumerate(kinds)}
     interval = {"accuracy": accuracy, "ci_low": accuracy - 0.05, "ci_high": accuracy + 0.05}
     divergence = {"kl": kl, "kl_stderr": (kl or 0) / 10, "agreement": 0.9, "agreement_stderr": 0.01}
     layers = {
@@ -52,24 +54,11 @@ def row(
         "seed": None,
         "recipe": None if group == "dense" else {"stage": {"note": HOSTILE, "label": label}},
         "bytes": {**sizes, "bits_per_weight": megabytes},
-        "accuracy": interval,
+        "accuracy": {**interval, "endings": endings},
         "divergence": None if kl is None else divergence,
-        # other rows are of an earlier version
-        **(
-            {"outside_repetitions": {"tokens": 9, "kl": 2 * (kl or 0), "kl_stderr": None}}
-            if group == "sparse"
-            else {}
-        ),
         "paired": None,
-        "length": {
-            "mean": 20.0,
-            "percentiles": {"50": 20.0, "90": 30.0, "99": 40.0},
-            "cut_share": 0.25,
-            **(
-                {"repeating_share": 0.125} if group == "sparse" else {}
-            ),  # others are of an earlier version
-            "thinking": [10, 20, 20, 30],
-        },
+        "thinking": 20.0,
+        "truncated": 0.25,
         "layers": layers if "sparse" in group else {},
         "served": {"tokens_per_second": 100.0 * megabytes} if group == "sparse" else None,
     }
@@ -84,7 +73,8 @@ def dense_trace(number: int) -> dict[str, Any]:
         "pieces": [len(piece) for piece in pieces],
         "correct": number != 3,
         "finish": "stop",
-        "thinking": 6,
+        "kind": "right" if number != 3 else "wrong",
+        "loop": None,
         "question": f"question {number} {HOSTILE}",
         "answer": f"{number}",
     }
@@ -100,7 +90,8 @@ def own_trace(number: int, equal: bool) -> dict[str, Any]:
         "text": dense["text"][:characters] + ("" if equal else HOSTILE),
         "correct": number in (1, 3),
         "finish": "stop" if equal else "length",
-        "thinking": 6,
+        "kind": "right" if equal else "looping",
+        "loop": None if equal else 12,
         "same_tokens": same,
         "same_characters": characters,
         "kl": [0.0, 0.0005, 0.001, 0.9, 20.0, 0.0, 0.0, 0.0],

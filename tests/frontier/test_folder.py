@@ -24,14 +24,14 @@ def filled(path: Path) -> FrontierFolder:
 def test_rows_and_traces_come_back(tmp_path: Path) -> None:
     filled(tmp_path / "new" / "out")
     found = FrontierFolder.read(tmp_path / "new" / "out")
-    assert found.about == {"version": 1, **ABOUT}
+    assert found.about == {"version": 2, **ABOUT}
     assert [row["label"] for row in found.rows] == ["a", "b/ü"]
-    assert found.row("b/ü") == {"version": 1, "label": "b/ü"}
+    assert found.row("b/ü") == {"version": 2, "label": "b/ü"}
     assert found.row("c") is None
     assert found.traces("a") == [{"id": "1", "text": "ä"}]
 
 
-@pytest.mark.parametrize("left", ['{"version": 1, "lab', '{"version": 1, "label": "c"}'])
+@pytest.mark.parametrize("left", ['{"version": 2, "lab', '{"version": 2, "label": "c"}'])
 def test_a_line_that_a_kill_left_is_cut_off(tmp_path: Path, left: str) -> None:
     filled(tmp_path)
     with (tmp_path / "rows.jsonl").open("a") as file:
@@ -57,16 +57,16 @@ def test_results_of_another_version_are_refused(tmp_path: Path, name: str) -> No
     path = next((tmp_path / name).glob("a-*")) if name == "traces" else tmp_path / name
     path.write_text(
         path.read_text()
-        .replace('"version": 1', '"version": 2')
-        .replace('"version":1', '"version":2')
+        .replace('"version": 2', '"version": 1')
+        .replace('"version":2', '"version":1')
     )
     with pytest.raises(
-        RacError, match="is of version 2, and this package reads and writes version 1"
+        RacError, match="is of version 1, and this package reads and writes version 2"
     ):
         (FrontierFolder(tmp_path) if name != "traces" else folder).traces("a")
 
 
-@pytest.mark.parametrize("line", ["{", "3", '{"version": 1}', '{"version": 1, "label": 5}'])
+@pytest.mark.parametrize("line", ["{", "3", '{"version": 2}', '{"version": 2, "label": 5}'])
 def test_a_damaged_line_is_named(tmp_path: Path, line: str) -> None:
     filled(tmp_path)
     path = tmp_path / "rows.jsonl"
@@ -77,7 +77,7 @@ def test_a_damaged_line_is_named(tmp_path: Path, line: str) -> None:
 
 def test_damaged_traces_are_named(tmp_path: Path) -> None:
     folder = filled(tmp_path)
-    next((tmp_path / "traces").glob("a-*")).write_text('{"version": 1, "traces": [3]}')
+    next((tmp_path / "traces").glob("a-*")).write_text('{"version": 2, "traces": [3]}')
     with pytest.raises(RacError, match="holds no traces; remove the line of 'a'"):
         folder.traces("a")
 

@@ -1,16 +1,30 @@
-"""One model measured beside its dense model, compared with plain loops."""
+"""A model measured next to its dense model, compared with plain loops; bytes against sums."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from rac_modifier.frontier.measure import HeldOut, layers_of, measure, measure_dense
+from rac_modifier.evaluation.divergence import TokenDivergence
+from rac_modifier.evaluation.results import Row
+from rac_modifier.evaluation.stopping import Ending, Loop
+from rac_modifier.frontier.measure import (
+    HeldOut,
+    checkpoint_bytes,
+    layers_of,
+    measure,
+    measure_dense,
+    pieces_of,
+    trace_of,
+)
 from rac_modifier.problems.source import Problem
 from rac_modifier.sampling.generate import Generation
 from rac_modifier.sampling.prompts import render_question
 from rac_modifier.settings.sampling import SamplingSettings
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import byte_tokenizer, tiny_model, tiny_tokenizer
 
 SAMPLING = SamplingSettings(temperature=0.0, top_k=0, max_new_tokens=12, batch_size=4)
 PROBLEMS = [Problem(str(i), "what is this?"[: i + 3], "7", None) for i in range(5)]
@@ -28,95 +42,99 @@ def models():
 @torch.no_grad()
 def kl_along(dense, other, prompt, ids):
     both = torch.tensor([[*prompt, *ids]])
-    p, q = (
-        model(both).logits[0, len(prompt) - 1 : -1].double().softmax(-1) for model in (dense, other)
-    )
+    p, q = (m(both).logits[0, len(prompt) - 1 : -1].double().softmax(-1) for m in (dense, other))
     return (p * (p / q).log()).sum(-1).tolist()
 
 
-def test_divergence_is_measured_on_the_dense_answers_in_the_order_of_the_problems(models):
+def test_divergence_is_measured_on_the_dense_answers_and_answers_are_graded(models):
     dense, other = models
     tokenizer, held_out = tiny_tokenizer(), HeldOut(PROBLEMS, SAMPLING)
     reference = measure_dense(dense, tokenizer, held_out)
-    found = measure("other", other, dense, tokenizer, held_out, reference)
+    result = measure("other", other, dense, tokenizer, held_out, reference)
     values = []
-    for problem, of_dense, own in zip(PROBLEMS, reference.traces, found.traces, strict=True):
+    for problem, of_dense, own in zip(PROBLEMS, reference.traces, result.traces, strict=True):
         assert own["id"] == of_dense["id"] == problem.id
-        kl = kl_along(
-            dense, other, render_question(tokenizer, problem.question, SAMPLING), of_dense["ids"]
-        )
+        prompt = render_question(tokenizer, problem.question, SAMPLING)
+        kl = kl_along(dense, other, prompt, of_dense["ids"])
         assert own["kl"] == pytest.approx(kl, abs=1e-4)
         values += kl
-    assert found.figures["divergence"]["kl"] == pytest.approx(sum(values) / len(values), rel=1e-3)
-    assert found.figures["divergence"]["tokens"] == len(values)
-    assert found.figures["outside_repetitions"] is None, "no answer repeats itself"
+    figures = result.figures
+    assert figures["divergence"]["kl"] == pytest.approx(sum(values) / len(values), rel=1e-3)
+    assert figures["divergence"]["tokens"] == len(values)
     assert sum(values) > 0.01, "the models differ, so that this says something"
-
-
-def test_answers_are_graded_and_paired_where_there_are_answers(models):
-    dense, other = models
-    held_out = HeldOut(PROBLEMS, SAMPLING)
-    reference = measure_dense(dense, tiny_tokenizer(), held_out)
-    found = measure("other", other, dense, tiny_tokenizer(), held_out, reference)
     assert reference.figures["divergence"] is reference.figures["paired"] is None
-    assert found.figures["accuracy"]["label"] == "other"
-    assert found.figures["accuracy"]["problems"] == found.figures["paired"]["problems"] == 5
-    lengths = [trace["thinking"] for trace in found.traces]
-    assert found.figures["length"]["thinking"] == lengths
-    assert found.figures["length"]["mean"] == pytest.approx(sum(lengths) / 5)
-    cut = [trace["finish"] == "length" for trace in found.traces]
-    assert found.figures["length"]["cut_share"] == pytest.approx(sum(cut) / 5)
-    assert found.figures["length"]["repeating_share"] == 0.0
+    assert figures["accuracy"]["label"] == "other"
+    assert figures["accuracy"]["problems"] == figures["paired"]["problems"] == 5
+    truncated = [trace["finish"] == "length" for trace in result.traces]
+    assert figures["truncated"] == pytest.approx(sum(truncated) / 5)
+    assert figures["thinking"] == figures["accuracy"]["mean_thinking_tokens"]
+    kinds = [samples[0]["kind"] for samples in figures["accuracy"]["endings"].values()]
+    assert kinds == [trace["kind"] for trace in result.traces]
 
 
-def test_answers_that_were_cut_while_they_repeated_themselves(models, monkeypatch):
-    dense, _ = models
-    ends = [
-        ((5, 6) * 40, "length"),
-        ((5, 6) * 40, "stop"),
-        (tuple(range(80)), "length"),
-        ((7,), "stop"),
-        ((7,) * 64, "length"),
-    ]
-    answers = [Generation(ids, reason) for ids, reason in ends]
-    monkeypatch.setattr("rac_modifier.frontier.measure.ask", lambda *_: answers)
-    found = measure_dense(dense, tiny_tokenizer(), HeldOut(PROBLEMS, SAMPLING)).figures["length"]
-    assert (found["cut_share"], found["repeating_share"]) == pytest.approx((3 / 5, 2 / 5))
+def test_answers_say_whether_they_ended_and_without_a_reference_nothing_is_graded():
+    sampling = SamplingSettings(temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=40, seed=1)
+    problems = [Problem(str(i), f"{i}?", None, None) for i in range(12)]
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    result = measure_dense(model, tokenizer, HeldOut(problems, sampling))
+    assert {trace["finish"] for trace in result.traces} == {"stop", "length"}
+    for trace in result.traces:
+        assert (trace["ids"][-1] == 1) == (trace["finish"] == "stop")
+        assert len(trace["ids"]) == 40 or trace["finish"] == "stop"
+        assert trace["correct"] is trace["kind"] is trace["loop"] is None
+    other = measure("other", model, model, tokenizer, HeldOut(problems, sampling), result)
+    assert other.figures["accuracy"] is other.figures["paired"] is None
+    assert other.figures["divergence"]["sequences"] == 12
 
 
-def test_kl_outside_of_repetitions_leaves_tails_of_cut_answers_out(models, monkeypatch):
-    dense, other = models
-    tokenizer, held_out = tiny_tokenizer(), HeldOut(PROBLEMS[:3], SAMPLING)
-    ends = [((5, 6) * 40, "length"), ((5, 6) * 40, "stop"), ((9, 8, 7), "stop")]
-    answers = [Generation(ids, reason) for ids, reason in ends]
-    monkeypatch.setattr("rac_modifier.frontier.measure.ask", lambda *_: answers)
-    monkeypatch.setattr("rac_modifier.evaluation.intervals.LEAST_ROWS", 2)
-    reference = measure_dense(dense, tokenizer, held_out)
-    found = measure("other", other, dense, tokenizer, held_out, reference).figures[
-        "outside_repetitions"
-    ]
-    rows = [
-        kl_along(dense, other, render_question(tokenizer, problem.question, SAMPLING), answer.ids)
-        for problem, answer in zip(held_out.problems, answers, strict=True)
-    ]
-    rows[0] = rows[0][:2]  # the first copy
-    values = [value for row in rows for value in row]
-    mean = sum(values) / len(values)
-    squares = sum((sum(row) - mean * len(row)) ** 2 for row in rows)
-    assert found["tokens"] == len(values) == 85
-    assert found["kl"] == pytest.approx(mean, rel=1e-3)
-    assert found["kl_stderr"] == pytest.approx((1.5 * squares) ** 0.5 / 85, rel=1e-3)
-    assert reference.figures["outside_repetitions"] is None
+PROBLEM = Problem("p", "1 + 1?", "2", None)
 
 
-def test_without_answers_nothing_is_graded(models):
-    dense, other = models
-    held_out = HeldOut([*PROBLEMS[:2], Problem("open", "why?", None, None)], SAMPLING)
-    reference = measure_dense(dense, tiny_tokenizer(), held_out)
-    found = measure("other", other, dense, tiny_tokenizer(), held_out, reference)
-    assert found.figures["accuracy"] is found.figures["paired"] is None
-    assert [trace["correct"] for trace in found.traces] == [None] * 3
-    assert found.figures["divergence"]["sequences"] == 3
+class DropsTheFirstSpace:
+    """A decoder as sentencepiece's: the space of a first token is dropped."""
+
+    words = ["▁a", "▁b", "c"]
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(self.words[i] for i in ids).replace("▁", " ").removeprefix(" ")
+
+
+@pytest.mark.parametrize("text", ["", "abc", "naïve 漢字 🙂!", "🙂🙂"])
+def test_the_pieces_are_the_text_token_by_token(text: str) -> None:
+    """A character of several tokens belongs to the last one."""
+    tokenizer = byte_tokenizer()
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    expected = [p for c in text for p in [""] * (len(c.encode()) - 1) + [c]]
+    assert pieces_of(tokenizer, ids) == expected
+
+
+def test_half_a_character_at_the_end_and_a_decoder_that_drops_a_space() -> None:
+    tokenizer = byte_tokenizer()
+    ids = tokenizer.encode("a🙂", add_special_tokens=False)[:-1]
+    assert "".join(pieces_of(tokenizer, ids)) == "a\ufffd"
+    assert pieces_of(DropsTheFirstSpace(), [0, 1, 2, 1]) == ["a", " b", "c", " b"]
+
+
+def test_where_two_answers_part_and_where_a_loop_begins() -> None:
+    tokenizer = byte_tokenizer()
+    end = tokenizer.eos_token_id
+    dense = Generation((*tokenizer.encode("<think>ü1</think>2"), end), "stop")
+    own = Generation(tuple(tokenizer.encode("<think>ü12222")), "length")
+    ended = Row("p", None, True, "", 0, Ending("right", 7, 5, True))
+    looping = Row("p", None, False, "", 0, Ending("looping", 7, 7, False, Loop(4, 1, "tokens")))
+    of_dense = trace_of(tokenizer, PROBLEM, dense, ended)
+    assert of_dense["text"] == "<think>ü1</think>2<|end|>"
+    assert of_dense["pieces"] == [7, 0, 1, 1, 8, 1, 7]
+    assert (of_dense["kind"], of_dense["question"], of_dense["answer"]) == ("right", "1 + 1?", "2")
+    kl = TokenDivergence([0.123456] * 7, [True] * 7)
+    trace = trace_of(tokenizer, PROBLEM, own, looping, dense, kl)
+    assert (trace["same_tokens"], trace["same_characters"]) == (4, len("<think>ü1"))
+    assert trace["kl"] == [0.1235] * 7
+    assert (trace["finish"], trace["correct"], trace["kind"]) == ("length", False, "looping")
+    assert trace["loop"] == len("<think>ü1")
+    equal = trace_of(tokenizer, PROBLEM, dense, ended, dense)
+    assert equal["same_tokens"] == len(dense.ids)
+    assert equal["loop"] is None
 
 
 def test_layers_of_a_run_record():
@@ -131,3 +149,40 @@ def test_layers_of_a_run_record():
         "b": {"error": None, "sparsity": None},
     }
     assert layers_of({}) == layers_of({"modules": 3}) == {}
+
+
+def test_every_tensor_is_counted_once_and_by_what_it_holds(tmp_path: Path) -> None:
+    bf16 = torch.bfloat16
+    tensors = {
+        "model.embed_tokens.weight": torch.zeros(10, 4, dtype=bf16),  # 80
+        "lm_head.weight": torch.zeros(10, 4, dtype=bf16),  # 80
+        "model.norm.weight": torch.zeros(4, dtype=bf16),  # 8
+        "model.layers.0.a.weight": torch.zeros(4, 8, dtype=bf16),  # 64, 32 weights
+        "model.layers.0.a.bias": torch.zeros(4, dtype=bf16),  # 8
+        "model.layers.0.b.compressed": torch.zeros(7, dtype=bf16),  # 14
+        "model.layers.0.b.bitmask": torch.zeros(4, 1, dtype=torch.uint8),  # 4
+        "model.layers.0.b.row_offsets": torch.zeros(5, dtype=torch.int32),  # 20
+        "model.layers.0.b.shape": torch.tensor([4, 8]),  # 16, 32 weights
+        "model.layers.0.c.weight_packed": torch.zeros(4, 1, dtype=torch.int32),  # 16
+        "model.layers.0.c.weight_shape": torch.tensor([4, 8]),  # 16, 32 weights
+        "model.layers.0.c.weight_scale": torch.zeros(4, 2, dtype=bf16),  # 16
+        "model.layers.0.c.weight_zero_point": torch.zeros(1, 2, dtype=torch.int32),  # 8
+        "model.layers.0.c.weight_g_idx": torch.zeros(8, dtype=torch.int32),  # 32
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert checkpoint_bytes(tmp_path) == {
+        "values": 64 + 14 + 16,
+        "bitmask": 4,
+        "offsets": 20,
+        "scales": 16,
+        "zero_points": 8,
+        "order": 32,
+        "head": 80,
+        "embeddings": 80,
+        "other": 8 + 8 + 16 + 16,
+        "matrices": 94 + 4 + 20 + 16 + 8 + 32,
+        "total": sum(tensor.nbytes for tensor in tensors.values()),
+        "bits_per_weight": pytest.approx(8 * 174 / 96),
+    }
+    save_file({"norm.weight": torch.zeros(3)}, tmp_path / "model.safetensors")
+    assert checkpoint_bytes(tmp_path)["bits_per_weight"] == 0

@@ -1,4 +1,4 @@
-"""The page as text: one file that asks for nothing, with texts of models that stay text. A browser is in test_browser.py."""
+"""The page as text: it asks for nothing, and texts of models stay text. See test_browser.py."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from tests.frontier.sample import ABOUT, HOSTILE, ROWS, row, write_sample
 
 
 class Parsed(HTMLParser):
-    """Every element with its attributes, and the text of scripts and styles by their order."""
+    """Every element with its attributes, and the text of scripts and styles."""
 
     def __init__(self, text: str):
         super().__init__()
         self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.raw: list[tuple[str, str]] = []
+        self.raw: dict[str, list[str]] = {"script": [], "style": []}
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -34,196 +34,122 @@ class Parsed(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         if self.cdata_elem:
-            self.raw.append((self.cdata_elem, data))
-
-    def of(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.tags if name == tag]
+            self.raw[self.cdata_elem].append(data)
 
 
-@pytest.fixture
-def text(tmp_path: Path) -> str:
-    return page([write_sample(tmp_path / "a")], 300)
+def studies_of(text: str) -> Any:
+    packed = re.search(r'id="data">(.*?)</script>', text)[1]
+    return json.loads(gzip.decompress(base64.b64decode(packed)))
 
 
-def data_of(text: str) -> Any:
-    return json.loads(re.search(r'id="data">(.*?)</script>', text)[1])
+def labels_of(text: str) -> list[list[str]]:
+    """The labels of each study's table."""
+    tables = re.findall(r"<table>(.*?)</table>", text)
+    return [re.findall(r'<tr data-label="([^"]*)', table) for table in tables]
 
 
-def traces_of(text: str) -> Any:
-    return json.loads(
-        gzip.decompress(base64.b64decode(re.search(r'id="traces">(.*?)</script>', text)[1]))
-    )
-
-
-def test_the_page_has_its_own_three_scripts_and_no_address(text: str) -> None:
-    found = Parsed(text)
-    assert [attributes.get("type") for attributes in found.of("script")] == [
-        "application/json",
-        "text/plain",
-        None,
-    ]
-    assert not found.of("img")
-    assert not found.of("link")
-    assert not [
-        a
-        for _, attributes in found.tags
-        for a in attributes
-        if a.startswith("on") or a in ("src", "href")
-    ]
+def test_the_page_has_its_scripts_no_address_and_a_policy_that_allows_no_more(tmp_path) -> None:
+    text = page([write_sample(tmp_path / "a")], 300)
+    parsed = Parsed(text)
+    tags = [name for name, _ in parsed.tags]
+    assert tags.count("script") == 3
+    assert not {"img", "link", "iframe", "a"} & set(tags)
+    names = {name for _, attributes in parsed.tags for name in attributes}
+    assert not [name for name in names if name.startswith("on") or name in ("src", "href", "style")]
     assert HOSTILE[:20] not in text
-    sources = "".join(raw for tag, raw in found.raw if tag == "script")
-    for word in (
-        "innerHTML",
-        "outerHTML",
-        "insertAdjacent",
-        "document.write",
-        "eval(",
-        "fetch(",
-        "XMLHttp",
-        "import(",
-    ):
-        assert word not in sources
+    for word in ("innerHTML", "insertAdjacent", "document.write", "eval(", "fetch(", "import("):
+        assert word not in parsed.raw["script"][-1]
+    hashes = [
+        base64.b64encode(hashlib.sha256(raw.encode()).digest()).decode()
+        for raw in (*parsed.raw["style"], *parsed.raw["script"][1:])
+    ]
+    (policy,) = [a["content"] for _, a in parsed.tags if "Policy" in (a.get("http-equiv") or "")]
+    style, library, script = (f"'sha256-{value}'" for value in hashes)
+    assert policy == f"default-src 'none'; style-src {style}; script-src {library} {script}"
+    assert len(text.encode()) < 1_000_000
 
 
-def test_the_policy_allows_the_script_and_the_style_that_are_there(text: str) -> None:
-    found = Parsed(text)
-    policy = next(
-        a["content"] for a in found.of("meta") if a.get("http-equiv") == "Content-Security-Policy"
-    )
-    hashes = []
-    for wanted in ("style", "script"):
-        raw = [data for tag, data in found.raw if tag == wanted][-1]
-        hashes.append(base64.b64encode(hashlib.sha256(raw.encode()).digest()).decode())
-    assert (
-        policy
-        == f"default-src 'none'; style-src 'sha256-{hashes[0]}'; script-src 'sha256-{hashes[1]}'"
-    )
-
-
-def test_figures_and_answers_are_those_of_the_folder(text: str) -> None:
-    (study,) = data_of(text)["studies"]
-    assert [row["label"] for row in study["rows"]] == [row[0] for row in ROWS]
-    sparse = study["rows"][1]
-    assert sparse["accuracy"] == [0.85, pytest.approx(0.8), pytest.approx(0.9)]
-    assert sparse["kl"] == [0.01, 0.001]
-    assert sparse["speed"] == 500.0
-    assert sparse["layers"][0] == ["model.layers.0.self_attn.q_proj", 0.01, 0.5]
-    assert "</script><script>" in sparse["recipe"]
-    assert study["rows"][0]["kl"] is None
-    (traces,) = traces_of(text)
-    assert len(traces["dense"]) == 4
-    assert HOSTILE in traces["dense"][0]["text"]
-    own = traces["rows"]["50 %"][1]
-    assert (own["same_tokens"], own["correct"], own["finish"], own["tokens"]) == (
-        3,
-        False,
-        "length",
-        4,
-    )
+def test_figures_and_answers_are_those_of_the_folder(tmp_path) -> None:
+    about = {**ABOUT, "evaluation": {**ABOUT["evaluation"], "temperature": 0.6}}
+    text = page([write_sample(tmp_path / "a", about)], 300)
+    assert "same 4 held-out problems, temperature 0.6, at most 50 new tokens" in text
+    (table,) = re.findall(r"<table>(.*?)</table>", text)
+    head, *lines = [re.findall(r"<t[hd]>(.*?)</t[hd]>", line) for line in table.split("<tr")[1:]]
+    sparse = dict(zip(head, lines[1], strict=True))
+    assert sparse["row"] == "50 %"
+    assert sparse["KL"] == "0.01 ± 0.001"
+    assert sparse["right: the held-out problems"] == "85.0% (80.0 to 90.0)"
+    assert (sparse["tokens/s"], sparse["truncated"]) == ("500", "25.0%")
+    assert "MB scales" not in head, "no row has any"
+    assert dict(zip(head, lines[0], strict=True))["KL"] == "-"
+    (study,) = studies_of(text)
+    assert study["row"] == "50 %"
+    assert HOSTILE in study["traces"]["dense"][0]["text"]
+    own = study["traces"]["rows"]["50 %"][1]
     assert own["kl"] == "001qz000"
-
-
-@pytest.mark.parametrize(
-    ("temperature", "said"),
-    [(0.0, "(arithmetic), greedy, at most"), (0.6, ", temperature 0.6, at most")],
-)
-def test_how_answers_were_drawn_is_said(tmp_path: Path, temperature: float, said: str) -> None:
-    about = {**ABOUT, "evaluation": {**ABOUT["evaluation"], "temperature": temperature}}
-    (study,) = data_of(page([write_sample(tmp_path / "a", about)], 300))["studies"]
-    assert said in study["about"]
+    assert (own["same_tokens"], own["kind"], own["loop"], own["tokens"]) == (3, "looping", 12, 4)
 
 
 def test_digits_of_divergence() -> None:
-    assert [kl_digit(kl) for kl in (0.0, 0.00099, 0.001, 0.01, 0.1, 1.0, 10.0, 1e9)] == list(
-        "0019irzz"
-    )
+    digits = [kl_digit(kl) for kl in (0.0, 0.00099, 0.001, 0.01, 0.1, 1.0, 10.0, 1e9)]
+    assert digits == list("0019irzz")
 
 
 def test_fewer_answers_are_shown_where_asked(tmp_path: Path) -> None:
     folder = write_sample(tmp_path)
-    (traces,) = traces_of(page([folder], 2))
+    traces = studies_of(page([folder], 2))[0]["traces"]
     assert [trace["id"] for trace in traces["dense"]] == ["p1", "p2"]
     assert {len(own) for own in traces["rows"].values()} == {2}
-    assert traces_of(page([folder], 0))[0]["dense"] == []
+    assert studies_of(page([folder], 0))[0]["traces"]["dense"] == []
+    assert [problems_shown([folder], most) for most in (300, 3)] == [4, 3]
 
 
 def test_folders_of_one_evaluation_are_shown_together(tmp_path: Path) -> None:
+    """Apart with other answers of the dense model, as another processor writes them."""
     a = write_sample(tmp_path / "a", rows=ROWS[:3])
-    b = write_sample(tmp_path / "b", rows=[ROWS[0], *ROWS[3:]])
+    b = write_sample(tmp_path / "b", rows=[ROWS[0], *ROWS[3:5]])
     other = write_sample(tmp_path / "c", {**ABOUT, "model": "another"}, ROWS[:2])
-    together = data_of(page([a, b, other], 300))["studies"]
-    assert [[row["label"] for row in study["rows"]] for study in together] == [
-        [row[0] for row in ROWS],
-        ["dense", "50 %"],
-    ]
-    assert traces_of(page([a, b], 300))[0]["rows"].keys() == {row[0] for row in ROWS[1:]}
+    together = [row[0] for row in ROWS[:5]]
+    assert labels_of(page([a, b, other], 300)) == [together, ["dense", "50 %"]]
     with pytest.raises(RacError, match="'50 %' is also a row of another of these folders"):
         page([a, write_sample(tmp_path / "d", rows=ROWS[:2])], 300)
-
-
-def test_folders_with_other_answers_of_the_dense_model_are_shown_apart(tmp_path: Path) -> None:
-    """As another processor writes them: KL along them cannot be compared."""
-    a, b = (
-        write_sample(tmp_path / name, rows=[ROWS[0], ROWS[place]])
-        for place, name in ((1, "a"), (2, "b"))
-    )
-    together = data_of(page([a, b], 300))["studies"]
-    assert [study["name"] for study in together] == ["tiny, arithmetic"]
     path = next((b / "traces").glob("dense*.json"))
     content = json.loads(path.read_text())
     content["traces"][0]["ids"][0] += 1
     path.write_text(json.dumps(content))
-    apart = data_of(page([a, b], 300))["studies"]
-    assert [study["name"] for study in apart] == ["tiny, arithmetic, a", "tiny, arithmetic, b"]
-    assert [[row["label"] for row in study["rows"]] for study in apart] == [
-        ["dense", "50 %"],
-        ["dense", "2:4"],
-    ]
-
-
-def test_a_folder_without_its_dense_model(tmp_path: Path) -> None:
+    assert labels_of(page([a, b], 300)) == [together[:3], ["dense", *together[3:]]]
     with pytest.raises(RacError, match="the dense model was not measured"):
-        page([write_sample(tmp_path, rows=ROWS[1:2])], 300)
+        page([write_sample(tmp_path / "e", rows=ROWS[1:2])], 300)
 
 
-def test_a_page_of_300_problems_fits(tmp_path: Path) -> None:
+def test_a_page_of_many_answers_fits_or_says_how_many_do(tmp_path: Path) -> None:
     """Words of random letters pack worse than chains of thought; 300 tokens per answer, 2 rows."""
-    folder = write_sample(tmp_path, rows=ROWS[:1])
+    folder = write_sample(tmp_path, rows=ROWS[:1], problems=1)
     rng = random.Random(0)
     words = ["".join(rng.choices("abcdefghij", k=4)) for _ in range(2000)]
-    text = "".join(rng.choices(words, k=300 * 300))
+    answers = ["".join(rng.choices(words, k=300)) for _ in range(300)]
     path = next((tmp_path / "traces").glob("*.json"))
     content = json.loads(path.read_text())
-    answers = [text[i * 1200 : (i + 1) * 1200] for i in range(300)]
     dense = content["traces"][0] | {"ids": [1] * 300, "pieces": [4] * 300}
     content["traces"] = [dense | {"text": answer} for answer in answers]
     path.write_text(json.dumps(content))
+    own = {**dense, "same_tokens": 1, "same_characters": 4}
+    kl = [rng.lognormvariate(-6, 3) for _ in range(300)]
     with FrontierFolder(tmp_path) as results:
         for name in "ab":
-            own = {**dense, "same_tokens": 1, "same_characters": 4}
-            made = [
-                own | {"text": answer[::-1], "kl": [rng.lognormvariate(-6, 3) for _ in range(300)]}
-                for answer in answers
-            ]
+            made = [own | {"text": answer[::-1], "kl": kl} for answer in answers]
             results.add(row(name, "sparse", 1.0, 0.5, 0.1), made)
-    made_page = page([folder], 300)
-    assert len(made_page.encode()) < MOST_BYTES == 5_000_000
-    check_size(made_page, Path("x.html"), 300)
+    text = page([folder], 300)
+    with pytest.raises(RacError, match=r"more than 1\.5 MB; show .* than 300 \(--traces") as error:
+        check_size(text, Path("x.html"), 300)
+    fits = int(re.search(r"--traces (\d+)", str(error.value))[1])
+    assert fits > 50
+    fewer = page([folder], fits)
+    assert len(fewer.encode()) < MOST_BYTES == 1_500_000
+    check_size(fewer, Path("x.html"), fits)
 
 
-def test_a_page_that_is_too_large_is_refused() -> None:
-    with pytest.raises(
-        RacError, match=r"would have 10\.0 MB, more than 5 MB; .* than 300 \(--traces 75\)"
-    ):
-        check_size("x" * 10_000_000, Path("x.html"), 300)
-
-
-def test_advice_counts_the_problems_that_there_are(tmp_path: Path) -> None:
-    folders = [
-        write_sample(
-            tmp_path / str(count),
-            {**ABOUT, "evaluation": {**ABOUT["evaluation"], "problems": count}},
-        )
-        for count in (2, 5)
-    ]
-    assert [problems_shown(folders, most) for most in (300, 3)] == [5, 3]
+def test_without_altair_the_error_says_what_to_install(monkeypatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(RacError, match=r"pip install 'rac-modifier\[eval\]'"):
+        page([Path("x")], 1)

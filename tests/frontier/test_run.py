@@ -136,51 +136,33 @@ def test_a_new_row_is_added_and_a_changed_one_is_refused(bench: Bench) -> None:
     assert "compress d" not in bench.did
 
 
-def test_a_checkpoint_is_removed_where_asked(bench: Bench) -> None:
-    bench.run(ROWS[:1])
-    bench.run(ROWS[:2], remove_models=True)
-    assert [path.name[0] for path in (bench.out / "models").iterdir()] == ["a"]
-
-
 def test_paths_of_this_machine_are_not_written_down(bench: Bench) -> None:
     (row,) = bench.run([planned("a", store=str(bench.dense / "traces.jsonl"))])[1:]
     assert row["recipe"]["store"] == "traces.jsonl"
     assert bench.run([planned("a", store=str(bench.dense / "traces.jsonl"))])[1:] == [row]
 
 
-def test_what_cannot_be_served_has_a_reason(bench: Bench) -> None:
-    def serve(folder: Path, label: str, servers):
-        if label == "a":
-            raise RacError(
-                "vllm serve stopped:\n" + "\n".join(f"line {number}" for number in range(9))
-            )
-        return Served()
-
-    class Served:
-        def as_dict(self):
-            return dict.fromkeys(
-                ("tokens_per_second", "accuracy", "ci_low", "ci_high", "seconds", "more"), 2.0
-            )
-
-    rows = bench.run(ROWS[:1], tools=replace(bench.tools(), serve=serve))
-    assert rows[0]["served"] == dict.fromkeys(
-        ("tokens_per_second", "accuracy", "ci_low", "ci_high", "seconds"), 2.0
-    )
-    assert rows[1]["served"] == {"not_measured": "vllm serve stopped:\nline 6\nline 7\nline 8"}
-
-
-def test_a_dense_model_that_cannot_be_served_stops_the_run_before_anything_is_measured(
+def test_a_compressed_model_that_cannot_be_served_has_a_reason_and_a_dense_one_stops_the_run(
     bench: Bench,
 ) -> None:
-    def serve(folder: Path, label: str, servers):
-        raise RacError("max_model_len is too large")
+    broken = {"dense"}
 
-    with pytest.raises(
-        RacError,
-        match="serve: true, and the dense model cannot be served: max_model_len is too large",
-    ):
-        bench.run(ROWS[:1], tools=replace(bench.tools(), serve=serve))
+    def serve(folder: Path, label: str, servers):
+        if label in broken:
+            lines = "\n".join(f"line {number}" for number in range(9))
+            raise RacError(f"vllm serve stopped:\n{lines}")
+        return result(label)
+
+    tools = replace(bench.tools(), serve=serve)
+    with pytest.raises(RacError, match="the dense model cannot be served: vllm serve stopped"):
+        bench.run(ROWS[:1], tools=tools)
     assert bench.did == []
+    broken.clear()
+    broken.add("a")
+    dense, a = bench.run(ROWS[:1], tools=tools)
+    names = ["tokens_per_second", "accuracy", "ci_low", "ci_high", "seconds"]
+    assert list(dense["served"]) == names
+    assert a["served"] == {"not_measured": "vllm serve stopped:\nline 6\nline 7\nline 8"}
 
 
 def test_benchmarks_are_asked_per_model_and_one_that_fails_stops_no_other(bench: Bench) -> None:
