@@ -199,8 +199,8 @@ def _tokens(traces: Mapping[str, Any]) -> Any:
         .transform_sample(_MOST_POINTS)
         .mark_point(filled=True, opacity=0.6, cursor="pointer")
         .encode(
-            x=alt.X("dense:Q", title="tokens of the dense model"),
-            y=alt.Y("tokens:Q", title="tokens of the chosen row"),
+            x=alt.X("dense:Q", title="tokens of the dense model", scale=alt.Scale(padding=12)),
+            y=alt.Y("tokens:Q", title="tokens of the chosen row", scale=alt.Scale(padding=12)),
             color=_kind_colour(),
             tooltip=["id:N", "kind:N", "dense:Q", "tokens:Q"],
         )

@@ -23,8 +23,9 @@ def rows():
 
 
 def values_of(spec):
-    """All values of a specification's data."""
-    return [value for values in spec["datasets"].values() for value in values]
+    """All values of the data of a chart and its layers."""
+    own = spec.get("data", {}).get("values", [])
+    return own + [value for layer in spec.get("layer", []) for value in values_of(layer)]
 
 
 def test_the_rows_that_no_other_row_beats():

@@ -42,10 +42,13 @@ def studies_of(text: str) -> Any:
     return json.loads(gzip.decompress(base64.b64decode(packed)))
 
 
+def tables_of(text: str) -> list[str]:
+    return re.findall(r"<table>(.*?)</table>", text.partition('id="data"')[0])
+
+
 def labels_of(text: str) -> list[list[str]]:
     """The labels of each study's table."""
-    tables = re.findall(r"<table>(.*?)</table>", text)
-    return [re.findall(r'<tr data-label="([^"]*)', table) for table in tables]
+    return [re.findall(r'<tr data-label="([^"]*)', table) for table in tables_of(text)]
 
 
 def test_the_page_has_its_scripts_no_address_and_a_policy_that_allows_no_more(tmp_path) -> None:
@@ -73,7 +76,7 @@ def test_figures_and_answers_are_those_of_the_folder(tmp_path) -> None:
     about = {**ABOUT, "evaluation": {**ABOUT["evaluation"], "temperature": 0.6}}
     text = page([write_sample(tmp_path / "a", about)], 300)
     assert "same 4 held-out problems, temperature 0.6, at most 50 new tokens" in text
-    (table,) = re.findall(r"<table>(.*?)</table>", text)
+    (table,) = tables_of(text)
     head, *lines = [re.findall(r"<t[hd]>(.*?)</t[hd]>", line) for line in table.split("<tr")[1:]]
     sparse = dict(zip(head, lines[1], strict=True))
     assert sparse["row"] == "50 %"

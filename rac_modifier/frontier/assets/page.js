@@ -91,7 +91,7 @@ function viewer(section, traces) {
 async function study(section, { charts, row, traces }) {
   const dark = matchMedia("(prefers-color-scheme: dark)").matches;
   const options = {
-    ast: true, renderer: "svg", logLevel: vega.Error, defaultStyle: false, tooltip: { disableDefaultStyle: true }, theme: dark ? "dark" : undefined,
+    ast: true, renderer: "svg", logLevel: 1, defaultStyle: false, tooltip: { disableDefaultStyle: true }, theme: dark ? "dark" : undefined,
     actions: { export: true, source: false, compiled: false, editor: false }, config: { background: null },
   };
   const places = [...section.querySelectorAll(".charts figure > div")];
