@@ -27,7 +27,9 @@ from rac_modifier.problems.held_out import held_out_problems
 from rac_modifier.settings.grid import FOLDER, load_grid, plan_rows
 
 MODEL, GRID = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", "r1_distill_1_5b"
-MOST_TRACES = 8  # answers per model on the page; answers of 4,096 tokens are long, and 1.5 MB the most
+MOST_TRACES = (
+    8  # answers per model on the page; answers of 4,096 tokens are long, and 1.5 MB the most
+)
 
 
 def rac(*words: object) -> None:

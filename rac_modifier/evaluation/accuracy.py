@@ -238,20 +238,20 @@ def _stored_rows(
     verifiers: Mapping[str, Verifier],
 ) -> list[Row]:
     """Check the answers of these problems, in their order; the file may hold more."""
-    asked = {f"{problem.id}#{i}": (problem, i) for problem in problems for i in range(samples)}
-    missing = [name for name in asked if name not in store]
+    expected = {f"{problem.id}#{i}": (problem, i) for problem in problems for i in range(samples)}
+    missing = [name for name in expected if name not in store]
     if missing:
         reasons = {failed.id: failed.reason for failed in read_failures(store.path)}
         raise RacError(
-            f"{len(missing)} of {len(asked)} answers are missing (the first: {missing[0]!r}, "
+            f"{len(missing)} of {len(expected)} answers are missing (the first: {missing[0]!r}, "
             f"{reasons.get(missing[0], 'not asked')}); answers so far are kept in {store.path}: "
             "run again to ask for the others"
         )
     rows = {}
     for trace in store:
-        if trace.id in asked:
-            problem, sample = asked[trace.id]
+        if trace.id in expected:
+            problem, sample = expected[trace.id]
             answer = Generation(trace.completion_ids, trace.finish_reason)
             verifier = verifiers.get(problem.task or "")
             rows[trace.id] = row_of(tokenizer, problem, answer, verifier, sample)
-    return [rows[name] for name in asked]
+    return [rows[name] for name in expected]

@@ -153,9 +153,9 @@ def _check_dense(folder: Path, config: Mapping[str, Any]) -> None:
     rounds = any(scheme.activations is not None for scheme in reasons)
     if rounds or None not in reasons.values():
         refused = [f"{why}: {scheme.describe()}" for scheme, why in reasons.items() if why]
-        what = refused[0] if refused else "it quantizes no weights"
+        reason = refused[0] if refused else "it quantizes no weights"
         raise RacError(
-            f"{folder}: no kernel multiplies its dense weights with rounded activations ({what}); "
+            f"{folder}: no kernel multiplies its dense weights with rounded activations ({reason}); "
             f"{_STEP}"
         )
 
@@ -284,8 +284,8 @@ def measure_activations(
         for ids, _ in sequences:
             model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False)
     measured = []
-    for layer, (change, whole, lost, original) in zip(layers, sums.values(), strict=True):
-        error = change / whole if whole else 0.0
+    for layer, (change, output, lost, original) in zip(layers, sums.values(), strict=True):
+        error = change / output if output else 0.0
         if not 0 <= error < float("inf"):
             raise RacError(
                 f"{layer.module}: its activations are not finite; load the model in float32"
@@ -345,8 +345,8 @@ def check_original(model: Any, dense: Any, layers: Sequence[IntegerLayer]) -> No
             )
     vectors = {name: p for name, p in dense.named_parameters() if p.dim() == 1}
     for name, vector in model.named_parameters():
-        other = vectors.get(name, vector).to(vector.device).float()
-        if not torch.allclose(vector.float(), other, rtol=0.02, atol=1e-5):
+        original = vectors.get(name, vector).to(vector.device).float()
+        if not torch.allclose(vector.float(), original, rtol=0.02, atol=1e-5):
             raise RacError(
                 f"{name}: differs from the dense model's, so that is another model, or its weights "
                 "were rescaled before they were rounded (as by AWQ), and own errors cannot be "

@@ -82,13 +82,13 @@ def choose_prompt(
         RacError: several recorded values and none from the caller; a system prompt or `thinking`
             without a template.
     """
-    known = {
+    by_name = {
         f"{model} ({part})" if len(prompts) > 1 else model: prompt
         for model, prompts in recorded.items()
         if prompts
         for part, prompt in prompts.items()
     }
-    if (template or _only("template", known)) == "none":
+    if (template or _only("template", by_name)) == "none":
         if system_prompt:
             raise RacError(
                 f"system prompt {system_prompt!r} has no place without a chat template; leave "
@@ -101,25 +101,25 @@ def choose_prompt(
             )
         chosen = PromptSettings(template="none")
     else:
-        system = _only("system_prompt", known) if system_prompt is None else system_prompt
-        thinks = _only("thinking", known) if thinking is None else thinking
+        system = _only("system_prompt", by_name) if system_prompt is None else system_prompt
+        thinks = _only("thinking", by_name) if thinking is None else thinking
         chosen = PromptSettings(template="chat", system_prompt=system or None, thinking=thinks)
     differences = (
         f"{name} was calibrated with another prompt: {prompt.describe()}."
-        for name, prompt in known.items()
+        for name, prompt in by_name.items()
         if prompt.describe() != chosen.describe()
     )
     return PromptChoice(chosen, tuple(differences))
 
 
-def _only(field: str, known: Prompts) -> Any:
+def _only(field: str, by_name: Prompts) -> Any:
     """Return the recorded value of a field, or its default; refuse several values."""
-    values = {getattr(prompt, field): name for name, prompt in known.items()}
+    values = {getattr(prompt, field): name for name, prompt in by_name.items()}
     if len(values) > 1:
         option = {"thinking": "--thinking or --no-thinking"}.get(
             field, f"--{field.replace('_', '-')}"
         )
-        prompts = "; ".join(f"{name}: {known[name].describe()}" for name in values.values())
+        prompts = "; ".join(f"{name}: {by_name[name].describe()}" for name in values.values())
         raise RacError(
             "calibrated with different prompts, and all models must be asked with the same "
             f"({prompts}); choose it with {option}"

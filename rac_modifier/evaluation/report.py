@@ -209,9 +209,9 @@ def plot_divergence(results: Sequence[DivergenceResult], path: str | os.PathLike
         zero = alt.Scale(zero=name == "kl")
         return shade + base.mark_line(point=True).encode(y=alt.Y("mean:Q", axis=axis, scale=zero))
 
-    left = panel("kl", "KL to the dense model, nats per token", "~g")
-    right = panel("agreement", "Same most likely token as the dense model", "~%")
-    save(alt.hconcat(left, right), path)
+    kl = panel("kl", "KL to the dense model, nats per token", "~g")
+    agreement = panel("agreement", "Same most likely token as the dense model", "~%")
+    save(alt.hconcat(kl, agreement), path)
     return path
 
 

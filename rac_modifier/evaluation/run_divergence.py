@@ -97,8 +97,8 @@ class DenseReference:
         hook = head.register_forward_pre_hook(append_dense)
         try:
             for start, logits in windows(pruned, ids, width):
-                dense, own = logits.chunk(2)
-                yield start, dense, own
+                of_dense, of_pruned = logits.chunk(2)
+                yield start, of_dense, of_pruned
         finally:
             hook.remove()
 

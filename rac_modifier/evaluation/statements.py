@@ -84,8 +84,8 @@ def _matches(
     """
     for match in pattern.finditer(text):
         before = text[max(0, match.start() - 40) : match.start()]
-        asked = match.groupdict().get("end") in ("?", "？")
-        if asked or _NO_CLAIM.search(before) or match.group().strip() in question:
+        is_question = match.groupdict().get("end") in ("?", "？")
+        if is_question or _NO_CLAIM.search(before) or match.group().strip() in question:
             continue
         clause = match["clause"].strip()
         first = _FIRST_VALUE.match(clause)

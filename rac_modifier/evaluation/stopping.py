@@ -101,9 +101,13 @@ class TokenInflation:
 
     def describe(self, first: str, second: str) -> str:
         """Describe both ratios."""
-        both = self.both_finish
+        finished = self.both_finish
         text = f"tokens of {second} over {first}: "
-        text += f"{both.describe()} on {both.answers} answers that both finish; " if both else ""
+        text += (
+            f"{finished.describe()} on {finished.answers} answers that both finish; "
+            if finished
+            else ""
+        )
         return f"{text}{self.at_cap.describe()} on all {self.at_cap.answers} (truncated: the cap)"
 
 

@@ -45,9 +45,9 @@ def charts(
         start: the values of the parameters when the page opens.
     """
     accuracies = [
-        {**point, "asked": asked}
-        for asked in sorted({asked for row in rows for asked in row["accuracies"]})
-        for point in points(rows, lambda row, asked=asked: row["accuracies"].get(asked), 1)
+        {**point, "asked": name}
+        for name in sorted({name for row in rows for name in row["accuracies"]})
+        for point in points(rows, lambda row, name=name: row["accuracies"].get(name), 1)
     ]
     groups = list(dict.fromkeys(row["group"] for row in rows))
     drawn = {
@@ -183,11 +183,11 @@ def _tokens(traces: Mapping[str, Any]) -> Any:
             "problem": number,
             "id": dense["id"],
             "dense": dense["tokens"],
-            "tokens": own["tokens"],
-            "kind": KIND_NAMES.get(own["kind"], "not graded"),
+            "tokens": answer["tokens"],
+            "kind": KIND_NAMES.get(answer["kind"], "not graded"),
         }
         for label, answers in traces["rows"].items()
-        for number, (dense, own) in enumerate(zip(traces["dense"], answers, strict=False))
+        for number, (dense, answer) in enumerate(zip(traces["dense"], answers, strict=False))
     ]
     if not values:
         return None

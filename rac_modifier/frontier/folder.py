@@ -85,9 +85,9 @@ class FrontierFolder:
             )
         for key, value in about.items():
             if self.about and self.about.get(key) != value:
-                there, now = (json.dumps(v)[:200] for v in (self.about.get(key), value))
+                recorded, now = (json.dumps(v)[:200] for v in (self.about.get(key), value))
                 raise RacError(
-                    f"{self.folder} was measured with another {key} ({there} there, {now} now), "
+                    f"{self.folder} was measured with another {key} ({recorded} there, {now} now), "
                     "and rows of both cannot be compared; name another folder"
                 )
 
@@ -211,11 +211,11 @@ def _read_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
     if not path.exists():
         return [], 0
     try:
-        whole = path.read_bytes().rpartition(b"\n")[0]
+        complete = path.read_bytes().rpartition(b"\n")[0]
     except OSError as error:
         raise RacError(f"{path}: cannot be read ({error})") from error
     rows: list[dict[str, Any]] = []
-    for number, line in enumerate(whole.splitlines(), 1):
+    for number, line in enumerate(complete.splitlines(), 1):
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
@@ -228,7 +228,7 @@ def _read_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
             )
         _check_version(row, path)
         rows.append(row)
-    return rows, len(whole) + 1 if whole else 0
+    return rows, len(complete) + 1 if complete else 0
 
 
 def _check_version(content: Mapping[str, Any], path: Path) -> None:

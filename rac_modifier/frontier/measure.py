@@ -23,10 +23,10 @@ from rac_modifier.evaluation.divergence import (
 )
 from rac_modifier.evaluation.results import EvalResult, Row, paired_difference, summarise
 from rac_modifier.evaluation.teacher_forcing import sample_sequences
+from rac_modifier.problems.answers import thinking_length
 from rac_modifier.problems.source import Problem
 from rac_modifier.sampling.generate import Generation, eos_token_ids
 from rac_modifier.sampling.prompts import render_question
-from rac_modifier.problems.answers import thinking_length
 from rac_modifier.settings.sampling import SamplingSettings
 
 MOST_TRACES = 300  # problems whose traces are kept; figures are of all problems
@@ -120,8 +120,8 @@ def _answer(
     ends = set(eos_token_ids(model, tokenizer))
     answers = []
     for ids, start in sample_sequences(model, tokenizer, held_out.problems, sampling):
-        reason = "stop" if ids[start:] and ids[-1] in ends else "length"
-        answers.append(Generation(tuple(ids[start:]), reason))
+        stopped = ids[start:] and ids[-1] in ends
+        answers.append(Generation(tuple(ids[start:]), "stop" if stopped else "length"))
     seconds = time.monotonic() - started
     figures: dict[str, Any] = {
         "thinking": fmean(thinking_length(tokenizer, answer.ids) for answer in answers),

@@ -103,7 +103,7 @@ def _vega() -> str:
     """Return Vega, Vega-Lite and Vega-Embed (BSD-3-Clause) as a script."""
     import vl_convert
 
-    return vl_convert.javascript_bundle()
+    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
 
 
 def _asset(name: str) -> str:
@@ -169,18 +169,20 @@ def _study(
     """Return the markup of a study, and what its script reads."""
     from rac_modifier.frontier.charts import AXES, HELD_OUT, charts
 
-    asked = about["evaluation"]
-    sampling = f"temperature {asked['temperature']:g}" if asked["temperature"] else "greedy"
+    evaluation = about["evaluation"]
+    sampling = (
+        f"temperature {evaluation['temperature']:g}" if evaluation["temperature"] else "greedy"
+    )
     names = sorted({n for row in rows for n in row["accuracies"]}, key=lambda n: (n != HELD_OUT, n))
     axes = [axis for axis, (place, _) in AXES.items() if any(map(place, rows))]
     row = next((row["label"] for row in rows if row["label"] != DENSE), DENSE)
     start = {"row": row, "axis": axes[0], "asked": (names or [HELD_OUT])[0], "find": ""}
     specs = charts(rows, traces, start)
     section = Template(_asset("study.html")).substitute(
-        name=escape(f"{number}. {about['model']}, {asked['source']}"),
+        name=escape(f"{number}. {about['model']}, {evaluation['source']}"),
         about=escape(
-            f"Every row answers the same {asked['problems']} held-out problems, {sampling}, at "
-            f"most {asked['cap']} new tokens. KL and top-1 agreement are measured on the dense "
+            f"Every row answers the same {evaluation['problems']} held-out problems, {sampling}, at "
+            f"most {evaluation['cap']} new tokens. KL and top-1 agreement are measured on the dense "
             "model's answers. Bytes are counted from the tensors in the files."
         ),
         rows=_options(row["label"] for row in rows),
@@ -222,15 +224,15 @@ def _table(rows: list[dict[str, Any]]) -> str:
     return f"<tr>{''.join(_tag('th', head) for head in heads)}" + "".join(body)
 
 
-def _cells(row: Mapping[str, Any], asked: Sequence[str]) -> dict[str, str | None]:
+def _cells(row: Mapping[str, Any], names: Sequence[str]) -> dict[str, str | None]:
     sizes, divergence = row["bytes"], row["divergence"] or {}
     error, speed = divergence.get("kl_stderr"), (row["served"] or {}).get("tokens_per_second")
     kl = divergence and f"{divergence['kl']:.2g}" + (f" ± {error:.1g}" if error else "")
     rights = {}
-    for name in asked:
-        mean, low, high = row["accuracies"].get(name) or (None, None, None)
-        share = mean is not None and f"{mean:.1%} ({100 * low:.1f} to {100 * high:.1f})"
-        rights[f"right: {name}"] = share or None
+    for name in names:
+        share, *ends = row["accuracies"].get(name) or [None]
+        interval = " to ".join(f"{100 * end:.1f}" for end in ends)
+        rights[f"right: {name}"] = None if share is None else f"{share:.1%} ({interval})"
     return {
         "row": row["label"],
         "MB": f"{sizes['total'] / 1e6:.3f}",
@@ -247,18 +249,21 @@ def _cells(row: Mapping[str, Any], asked: Sequence[str]) -> dict[str, str | None
 
 def study_traces(group: list[FrontierFolder], most: int) -> dict[str, Any]:
     """Return the answers of the dense model, and by label the answers of each row."""
-    own = ("same_tokens", "same_characters")
+    names = ("same_tokens", "same_characters")
     rows = {
         row["label"]: [
-            _trace(trace, own) | {"kl": "".join(map(kl_digit, trace.get("kl", [])))}
+            _trace(trace, names) | {"kl": "".join(map(kl_digit, trace.get("kl", [])))}
             for trace in folder.traces(row["label"])[:most]
         ]
         for folder in group
         for row in folder.rows
         if row["label"] != DENSE
     }
-    names = ("id", "question", "answer", "pieces")
-    return {"dense": [_trace(t, names) for t in group[0].traces(DENSE)[:most]], "rows": rows}
+    dense = [
+        _trace(trace, ("id", "question", "answer", "pieces"))
+        for trace in group[0].traces(DENSE)[:most]
+    ]
+    return {"dense": dense, "rows": rows}
 
 
 def _trace(trace: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:

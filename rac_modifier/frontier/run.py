@@ -127,8 +127,8 @@ def run_grid(
                 logger.info(f"{run.label}: row {number} of {len(planned)}")
                 _finish(folder, run, held_out, tools, servers)
                 report(folder.rows[-1])
-            asked = _benchmarks(folder, run.label, model, tools, servers, failed)
-        if (new or asked) and remove_models and run.label not in failed:
+            measured = _benchmarks(folder, run.label, model, tools, servers, failed)
+        if (new or measured) and remove_models and run.label not in failed:
             remove_folder(model)
     if failed:
         reasons = "".join(f"\n- {label}: {reason}" for label, reason in failed.items())
@@ -263,7 +263,7 @@ def _served(tools: Tools, model: Path, label: str, servers: Servers) -> dict[str
         if label == DENSE:
             raise RacError(f"serve: true, and the dense model cannot be served: {error}") from error
         logger.warning(f"{label}: not served ({error})")
-        first, *others = str(error).splitlines()
-        return {"not_measured": "\n".join([first, *others[-_LAST_LINES:]])}
+        first, *lines = str(error).splitlines()
+        return {"not_measured": "\n".join([first, *lines[-_LAST_LINES:]])}
     names = ("tokens_per_second", "accuracy", "ci_low", "ci_high", "seconds")
     return {name: values[name] for name in names}

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from rac_modifier.checkpoint.pack_plan import plan_packing
 from rac_modifier.checkpoint.packing import pack_model
-from rac_modifier.evaluation import lm_eval
+from rac_modifier.checkpoint.pack_plan import plan_packing
+from rac_modifier.evaluation import lighteval, lm_eval
 from tests.tiny import linears, tiny_model, tiny_tokenizer
 
 # Made of local files alone. `choice` compares log-likelihoods, `text` generates.
@@ -117,12 +117,14 @@ def test_as_a_command_it_needs_no_import_and_no_network(
     assert len(answers(tmp_path / "o")) == 2
 
 
-def test_without_lm_eval_it_says_what_installs_it(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for name in ("lm_eval", "lm_eval.__main__"):
+@pytest.mark.parametrize(
+    ("harness", "step"),
+    [(lm_eval, "pip install 'rac-modifier[harness]'"), (lighteval, "of its own (`make lighteval`")],
+)
+def test_without_the_harness_it_says_what_installs_it(monkeypatch, capsys, harness, step) -> None:
+    for name in ("lm_eval", "lm_eval.__main__", "lighteval", "lighteval.__main__"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(SystemExit) as ended:
-        lm_eval.main()
+        harness.main()
     assert ended.value.code == 1
-    assert "is not installed; pip install 'rac-modifier[harness]'" in capsys.readouterr().err
+    assert step in capsys.readouterr().err

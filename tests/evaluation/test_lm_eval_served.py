@@ -9,32 +9,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from rac_modifier.checkpoint.pack_plan import plan_packing
-from rac_modifier.checkpoint.packing import pack_model
-from rac_modifier.reasoner import reasoner_path
-from tests.tiny import linears
 from tests.vllm_server import NEEDS_SERVER, served
 
 pytestmark = NEEDS_SERVER
 ROOT = Path(__file__).parents[2]
 COUNT = 8
-
-
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded reasoner without the smallest 30 % of each layer's weights, packed."""
-    folder = tmp_path_factory.mktemp("packed")
-    model = AutoModelForCausalLM.from_pretrained(reasoner_path())
-    for linear in linears(model).values():
-        size = linear.weight.data.abs()
-        linear.weight.data[size <= size.float().quantile(0.3)] = 0
-    model.save_pretrained(folder / "dense")
-    AutoTokenizer.from_pretrained(reasoner_path()).save_pretrained(folder / "dense")
-    pack_model(plan_packing(folder / "dense"), folder / "packed", "reasoner")
-    return folder / "packed"
 
 
 def run(module: str, arguments: dict[str, Any], kind: str, out: Path) -> tuple[float, list[str]]:
@@ -61,7 +40,8 @@ def run(module: str, arguments: dict[str, Any], kind: str, out: Path) -> tuple[f
     return accuracy, [row["filtered_resps"][0] for row in rows]
 
 
-def test_served_answers_are_those_of_transformers(packed: Path, tmp_path: Path) -> None:
+def test_served_answers_are_those_of_transformers(packed_reasoner: Path, tmp_path: Path) -> None:
+    packed = packed_reasoner
     with served(packed, tmp_path / "log", "--reasoning-parser", "deepseek_r1") as url:
         there = {
             "model": packed,
