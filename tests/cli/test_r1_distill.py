@@ -56,7 +56,7 @@ def test_the_steps_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             "256",
         ],
         grid,
-        ["report", "o", "-o", "o/report.html", "--traces", "32"],  # of what there is
+        ["report", "o", "-o", "o/report.html", "--traces", "8"],  # of what there is
     ]
     did.clear()
     main(monkeypatch, "--out", "o", "--check", rac=rac)
