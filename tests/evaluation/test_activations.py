@@ -230,7 +230,7 @@ def test_the_limit_is_a_share_of_the_layers_own_error():
     divergence = {"kl": 1e-6, "agreement": 1.0, "tokens": 9}
     assert ActivationChoice(0.01, layers, divergence).describe() == (
         "0 of 3 layers in 8 bits: 8 bits add at least 0.02 of a layer's own error, and the limit "
-        "is 0.01; a larger --limit takes more layers"
+        "is 0.01; a larger limit takes more layers"
     )
     choice = ActivationChoice(0.03, layers, divergence)
     assert choice.modules == ["b"]
