@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from rac_modifier.checkpoint.packing import pack_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rac_modifier.checkpoint.pack_plan import plan_packing
+from rac_modifier.checkpoint.packing import pack_model
 from rac_modifier.reasoner import reasoner_path
 from tests.tiny import linears
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from rac_modifier.checkpoint.packing import pack_model
 from rac_modifier.checkpoint.pack_plan import plan_packing
+from rac_modifier.checkpoint.packing import pack_model
 from rac_modifier.evaluation import lighteval, lm_eval
 from tests.tiny import linears, tiny_model, tiny_tokenizer
 
