@@ -172,19 +172,15 @@ class ServerClient:
         )
 
 
-def is_loopback(url: str) -> bool:
-    """Tell whether an address is of this machine."""
-    host = urlsplit(url).hostname or ""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
-
-
 def _proxy_of(url: str) -> str | None:
     """Return the proxy that the environment names for a server; None for this machine."""
     address = urlsplit(url)
-    if is_loopback(url) or urllib.request.proxy_bypass(address.hostname or ""):
+    host = address.hostname or ""
+    try:
+        local = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        local = host == "localhost" or host.endswith(".localhost")
+    if local or urllib.request.proxy_bypass(host):
         return None
     proxies = urllib.request.getproxies()
     return proxies.get(address.scheme) or proxies.get("all")

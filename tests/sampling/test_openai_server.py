@@ -12,8 +12,7 @@ from rac_modifier.sampling.completions_api import trace_seed
 from rac_modifier.sampling.engine import Failure, Prompt
 from rac_modifier.sampling.generate import generate
 from rac_modifier.sampling.model_identity import ModelIdentity
-from rac_modifier.sampling.openai_server import ServerEngine, least_busy
-from rac_modifier.sampling.server_client import ServerClient
+from rac_modifier.sampling.openai_server import ServerEngine
 from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
 from tests.sampling.conftest import SAMPLING
 from tests.sampling.fake_server import NAME, FakeServer, rule
@@ -114,26 +113,6 @@ def test_prompts_that_do_not_fit_are_not_sent(make, server, length, limit, reaso
     assert isinstance(failure, Failure)
     assert failure.reason.startswith(reason)
     assert server.bodies == []
-
-
-@pytest.mark.parametrize(
-    ("servers", "tried", "least"),
-    [
-        ([(3, False), (1, False)], [], 1),
-        ([(3, False), (1, False)], [1], 0),
-        ([(3, False), (1, False)], [0, 1], None),
-        ([(3, False), (1, True)], [], 0),  # one prompt at a time where it fails
-        ([(3, False), (0, True)], [], 1),  # to notice when it works again
-        ([(3, True), (1, True)], [], 1),
-    ],
-)
-def test_the_least_busy_server_is_next(servers, tried, least):
-    clients = [ServerClient.__new__(ServerClient) for _ in servers]
-    for client, (under_way, failing) in zip(clients, servers, strict=True):
-        client.under_way, client.failing = under_way, failing
-    assert least_busy(clients, [clients[i] for i in tried]) is (
-        None if least is None else clients[least]
-    )
 
 
 @pytest.mark.parametrize("fault", [None, "reset", "503"])
