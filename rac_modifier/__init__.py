@@ -105,5 +105,5 @@ def _import_after(trigger: str, module: str) -> None:
 
 
 # Each of the two modules enters itself into a registry of the library when it is imported.
-_import_after("llmcompressor", "rac_modifier.llmcompressor.register")
+_import_after("llmcompressor", "rac_modifier.llmcompressor")
 _import_after("transformers.quantizers.auto", "rac_modifier.checkpoint.hf_quantizer")

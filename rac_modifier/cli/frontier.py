@@ -71,7 +71,7 @@ def frontier(
     grid = load_grid(recipe_grid)
     check_model(resolve(model))
     # registers the modifiers
-    from rac_modifier.llmcompressor.check_recipe import check_recipe, skeleton_of
+    from rac_modifier.llmcompressor.checks import check_recipe, skeleton_of
 
     skeleton = skeleton_of(resolve(model))
     planned = plan_rows(grid, recipe_grid, lambda recipe: check_recipe(recipe, skeleton))

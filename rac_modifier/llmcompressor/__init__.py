@@ -1,5 +1,33 @@
-"""The one room that imports llm-compressor: our modifiers, and the calibration loops that run them.
+"""Adapt llm-compressor: importing this package makes our modifiers known to its recipes.
 
-This file imports nothing, so that `import rac_modifier` stays light. `register.py` makes the modifiers known to
-llm-compressor's recipes.
+llm-compressor looks modifiers up in its own package, or in what `ModifierFactory.register`
+was given. The registered classes are stand-ins that import a modifier's module when a
+recipe names it, so any module of this package can be imported first.
 """
+
+from __future__ import annotations
+
+import importlib
+
+from llmcompressor.modifiers import Modifier, ModifierFactory
+
+# The module of each modifier, by the name that a recipe uses.
+MODULES = {
+    "ReasoningAwareSparseGPTModifier": "rac_modifier.llmcompressor.pruning_modifier",
+    "ReasoningAwareCalibrationModifier": "rac_modifier.llmcompressor.calibration_modifier",
+}
+
+
+def _stand_in(name: str, module: str) -> type[Modifier]:
+    """Return a class whose call makes the modifier; `ModifierFactory` takes classes."""
+
+    class StandIn(Modifier):
+        def __new__(cls, **settings: object) -> Modifier:  # type: ignore[misc]
+            modifier: Modifier = getattr(importlib.import_module(module), name)(**settings)
+            return modifier
+
+    return StandIn
+
+
+for _name, _module in MODULES.items():
+    ModifierFactory.register(_name, _stand_in(_name, _module))

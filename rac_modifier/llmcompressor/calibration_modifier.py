@@ -1,13 +1,15 @@
-"""Our modifiers' calibration: the set that every modifier of a recipe runs on, and the modifier that brings no more than that."""
+"""Bring a recipe's calibration set: what both modifiers share, and one of them."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
 from llmcompressor.core import CompressionSession, State, active_session
+from llmcompressor.entrypoints.oneshot import Oneshot
 from llmcompressor.modifiers import Modifier
 from pydantic import PrivateAttr, SerializerFunctionWrapHandler, model_serializer, model_validator
 from transformers import AutoTokenizer, PreTrainedModel
@@ -17,17 +19,17 @@ from rac_modifier.calibration.loader import CalibrationLoader
 from rac_modifier.checkpoint.saving import SavePlan, save_with_record
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.run_divergence import RunDivergence
-from rac_modifier.llmcompressor.oneshot_arguments import (
+from rac_modifier.llmcompressor.checks import (
     check_arguments,
+    check_autoround,
+    check_first,
     find_oneshot,
     given_tokenizer,
 )
 from rac_modifier.llmcompressor.pipeline import SessionRun, put_in_place, take_away
 from rac_modifier.llmcompressor.recovery_stage import RecoveryStage, before_sampling
-from rac_modifier.llmcompressor.report import strict_json
 from rac_modifier.llmcompressor.resume import made_with
-from rac_modifier.llmcompressor.run import Run
-from rac_modifier.llmcompressor.targets import check_autoround
+from rac_modifier.llmcompressor.solving import Run
 from rac_modifier.llmcompressor.trained_codes import LaterCodes
 from rac_modifier.model_tools import accelerator, streamed_to_accelerator
 from rac_modifier.platform import keep_freed_memory
@@ -35,17 +37,18 @@ from rac_modifier.processes import Processes, present_processes
 from rac_modifier.sampling.model_identity import model_fingerprint
 from rac_modifier.settings.entries import CalibrationEntry
 
-# Fields of upstream's Modifier are its state. Of those it sets two itself when it reads a recipe.
+# Fields of upstream's Modifier are its state; it sets two itself when it reads a recipe.
 _UPSTREAM_STATE = Modifier.model_fields.keys()
 _SET_BY_UPSTREAM = {"index", "group"}
 
 
 class CalibratingModifier(CalibrationEntry, Modifier):
-    """Bring the calibration set of a recipe, for itself and for every other modifier that calibrates."""
+    """Bring a recipe's calibration set, for all modifiers that calibrate."""
 
+    _oneshot: Oneshot | None = PrivateAttr(default=None)
     _processes: Processes = PrivateAttr(default_factory=Processes)
     _calibration: CalibrationSet | None = PrivateAttr(default=None)
-    _share: CalibrationLoader | None = PrivateAttr(default=None)  # of this process
+    _share: CalibrationLoader | None = PrivateAttr(default=None)  # of this rank
     _given_tokenizer: Any = PrivateAttr(default=None)
     _session: CompressionSession | None = PrivateAttr(default=None)
     _divergence: RunDivergence | None = PrivateAttr(default=None)
@@ -57,13 +60,14 @@ class CalibratingModifier(CalibrationEntry, Modifier):
     def _upstream_state_is_not_set(self) -> Self:
         for name in sorted(self.model_fields_set & _UPSTREAM_STATE - _SET_BY_UPSTREAM):
             raise RacError(
-                f"{name}: {getattr(self, name)!r} has no effect in {type(self).__name__}; leave it out"
+                f"{name}: {getattr(self, name)!r} has no effect in {type(self).__name__}; "
+                "leave it out"
             )
         return self
 
     @model_serializer(mode="wrap")
     def _only_what_counts(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Dump the settings of the entry, without upstream's state: what a recipe can set."""
+        """Dump what a recipe can set, without upstream's state."""
         dump = super()._only_what_counts(serialize)
         return {name: value for name, value in dump.items() if name not in _UPSTREAM_STATE}
 
@@ -77,90 +81,62 @@ class CalibratingModifier(CalibrationEntry, Modifier):
         assert self._calibration is not None
         return self._calibration
 
-    @property
-    def known_share(self) -> CalibrationLoader | None:
-        """Return this process's part of the calibration set; None while it has still to be sampled."""
-        if self._share is None and self._calibration is not None:
-            return self._calibration.loader.share(self._processes.rank, self._processes.count)
-        return self._share
-
     def other_modifiers(self, *, later: bool = False) -> list[Modifier]:
-        """Return the recipe's other modifiers; with `later` only those that run after this one."""
+        """Return the recipe's other modifiers; with `later` those after this one."""
         modifiers = list(active_session().lifecycle.recipe.modifiers)
         place = next((i for i, modifier in enumerate(modifiers) if modifier is self), -1)
         return modifiers[place + 1 :] if later else [m for m in modifiers if m is not self]
 
     def check_run(self, state: State, *, prunes: bool) -> None:
-        """Refuse what cannot work, before anything is sampled.
-
-        Raises:
-            RacError: several processes that do not share this recipe, a second such modifier, a dataset or other arguments of
-                `oneshot` that would have no effect, an output folder that is in use, or AutoRound with zero points.
-        """
+        """Refuse what cannot work, before anything is sampled (RacError)."""
         name, others = type(self).__name__, self.other_modifiers()
         check_autoround(others)
         self._processes = present_processes()
         alone = not any(modifier.requires_calibration_data for modifier in others)
         if self._processes.count > 1 and not (prunes and alone):
-            beside = ", ".join(type(m).__name__ for m in others) or "nothing"
+            names = ", ".join(type(m).__name__ for m in others) or "nothing"
             raise RacError(
-                f"{name} beside {beside} runs in one process, and torchrun started {self._processes.count}: other "
-                "modifiers would calibrate on this process's part of the data alone; start it without torchrun"
+                f"{name} next to {names} runs in one process, and torchrun started "
+                f"{self._processes.count}: other modifiers would calibrate on this "
+                "process's share of the data alone; start it without torchrun"
             )
         if isinstance(state.data.calib, CalibrationLoader):
-            calibrating = [type(m).__name__ for m in others if isinstance(m, CalibratingModifier)]
-            if name in calibrating:
-                raise RacError(
-                    f"the recipe has two {name}; write one, with targets that cover both"
-                )
             raise RacError(
-                f"{name} beside {calibrating[0]}, which calibrates the whole recipe: leave {name} out"
+                f"{name} has no effect next to another modifier that calibrates the whole "
+                "recipe: write one, with targets that cover both"
             )
-        if (oneshot := find_oneshot()) is not None:
-            check_arguments(oneshot, name, prunes=prunes)
+        self._oneshot = find_oneshot()
+        if self._oneshot is not None:
+            check_arguments(self._oneshot, name, prunes=prunes)
             model = state.model.config._name_or_path
-            self._given_tokenizer = given_tokenizer(oneshot, self.tokenizer, model)
+            self._given_tokenizer = given_tokenizer(self._oneshot, self.tokenizer, model)
         if state.data.calib is not None:
             raise RacError(
-                f"the session was given calibration data, and {name} brings its own: leave calib_data out, "
-                "or name the data in the recipe (traces.problems, calibration.generic)"
+                f"the session was given calibration data, and {name} brings its own: leave "
+                "calib_data out, or name the data in the recipe (traces.problems, "
+                "calibration.generic)"
             )
 
     def prepare(self, state: State, *, quantizes: bool) -> None:
-        """Sample and mix the calibration set, measure the dense model, and prepare recovery if the recipe asks for it.
+        """Build the calibration set, measure the dense model, and prepare recovery.
 
         `quantizes` says whether recovery trains weights through codes.
         """
-        model, recover, oneshot = state.model, self.recover, find_oneshot()
+        model, recover, processes = state.model, self.recover, self._processes
         text = before_sampling(
-            model, lambda: self._load_tokenizer(model), recover, self._processes, quantizes
+            model, lambda: self._load_tokenizer(model), recover, processes, quantizes
         )
-        self._build_calibration(model, recover.reserved_tokens if recover else 0)
-        if recover is not None:
-            keep = oneshot is not None and oneshot.output_dir is not None
-            reserved = self.calibration_set.reserved
-            self._recovery = RecoveryStage(
-                model, reserved, recover, keep, self._processes, quantizes, text
-            )
-
-    def _build_calibration(self, model: PreTrainedModel, reserved_tokens: int) -> None:
-        """Use the calibration set that was given, or sample and mix it; traces are reserved for training."""
         keep_freed_memory()
-        processes = self._processes
         if self._calibration is None:
             self._calibration = build_calibration_set(
                 model,
                 self._load_tokenizer(model),
                 self.traces,
                 self.calibration,
-                reserved_tokens=reserved_tokens,
+                reserved_tokens=recover.reserved_tokens if recover else 0,
                 processes=processes,
             )
         loader = self._calibration.loader
-        if len(set(processes.from_all(loader.sha256() if processes.count > 1 else ""))) > 1:
-            raise RacError(
-                f"the {processes.count} processes were given different calibration sets; give all of them the same"
-            )
         self._share = loader.share(processes.rank, processes.count)
         off_policy = self.traces.allow_off_policy
         measures = processes.from_first(bool(self._calibration.held_out) and not off_policy)
@@ -168,9 +144,15 @@ class CalibratingModifier(CalibrationEntry, Modifier):
             if processes.is_first:
                 self._divergence = RunDivergence(model, self._calibration, off_policy=off_policy)
             processes.wait()
+        if recover is not None:
+            keep = self._oneshot is not None and self._oneshot.output_dir is not None
+            reserved = self._calibration.reserved
+            self._recovery = RecoveryStage(
+                model, reserved, recover, keep, processes, quantizes, text
+            )
 
     def calibrate_session(self, state: State, run: Run | None = None) -> None:
-        """Calibrate the session on our set from here on; `run` is this modifier's, where it prunes."""
+        """Calibrate the session on our set; `run` is this modifier's, if it prunes."""
         self._session = active_session()
         assert self._share is not None
         state.data.calib = self._share
@@ -179,25 +161,25 @@ class CalibratingModifier(CalibrationEntry, Modifier):
         put_in_place(self._session, SessionRun(self._share, modifier, run, identity))
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
-        """Take the pipeline away, and measure the result once every modifier of the recipe has run.
+        """Take the pipeline away, and measure the result of a run that has ended.
 
-        The session's next reset finalizes a run that failed; there is nothing to measure then.
+        The session's next reset finalizes a run that failed.
         """
         if self._session is not None and take_away(self._session) and self.ended_:
             self.after_pruning(state.model)
             if self._divergence is not None:
                 self._measured = self._divergence.measure(state.model)
-            self._processes.wait()  # the first one measures
-        self._divergence = None
+            self._processes.wait()  # the first rank measures
+        self._divergence = self._oneshot = None
         return True
 
     def after_pruning(self, model: PreTrainedModel) -> None:
-        """Do what follows the recipe's modifiers, before the model is measured."""
+        """Follow the recipe's modifiers, before the model is measured."""
 
     def about_run(self, model: PreTrainedModel) -> dict[str, Any]:
-        """Return what the weights of a run depend on, as far as it is known before sampling.
+        """Return what the weights of a run depend on, as known before sampling.
 
-        The source of the traces is left out: the calibration set shows whether they are the same.
+        The calibration set shows whether the traces are the same.
         """
         return {
             "recipe": self.model_dump(mode="json", exclude={"traces", "tokenizer"}),
@@ -205,20 +187,26 @@ class CalibratingModifier(CalibrationEntry, Modifier):
             **made_with(accelerator() or torch.device("cpu")),
         }
 
-    def run_record(self) -> dict[str, Any]:
-        """Return the run record's entries about the settings and the calibration set."""
-        return {
-            "seed": f"{self.traces.sampling.seed} for sampling, {self.calibration.seed} for the mixture",
-            "modifier": self.model_dump(mode="json"),
-            **({"processes": self._processes.count} if self._processes.count > 1 else {}),
-            **self.calibration_set.as_dict(),
-            "divergence": self._measured,
-            **({"recovery": self._recovered} if self._recovered else {}),
-        }
+    def run_record(self, method: str, more: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the run record, with `more` entries."""
+        count, seed = self._processes.count, self.traces.sampling.seed
+        record: dict[str, Any] = strict_json(
+            {
+                "method": method,
+                "seed": f"{seed} for sampling, {self.calibration.seed} for the mixture",
+                "modifier": self.model_dump(mode="json"),
+                **({"processes": count} if count > 1 else {}),
+                **self.calibration_set.as_dict(),
+                "divergence": self._measured,
+                **({"recovery": self._recovered} if self._recovered else {}),
+                **more,
+            }
+        )
+        return record
 
     @property
     def tokenizer_name(self) -> str | None:
-        """Return the path or id of the tokenizer that the recipe or `oneshot` names; None for the model's own."""
+        """Return the tokenizer that the recipe or `oneshot` names; None: the model's."""
         return self.tokenizer or getattr(self._given_tokenizer, "name_or_path", None) or None
 
     def _load_tokenizer(self, model: Any) -> Any:
@@ -229,34 +217,37 @@ class CalibratingModifier(CalibrationEntry, Modifier):
             return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise RacError(
-                f"no tokenizer could be loaded from {source!r} ({error}); name one in the recipe (tokenizer: path or id)"
+                f"no tokenizer could be loaded from {source!r} ({error}); name one in the "
+                "recipe (tokenizer: path or id)"
             ) from error
 
 
 class ReasoningAwareCalibrationModifier(CalibratingModifier):
-    """Calibrate llm-compressor's own modifiers; `CalibrationEntry` says what it does and which settings it has."""
+    """Calibrate llm-compressor's own modifiers; `CalibrationEntry` has the settings."""
 
     _codes: LaterCodes | None = PrivateAttr(default=None)
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
-        """Check that some modifier calibrates, then sample and mix the calibration set."""
+        """Check that some modifier calibrates, then build the calibration set."""
         self.check_run(state, prunes=False)
-        check_stands_first(active_session().lifecycle.recipe.modifiers)
-        if not any(modifier.requires_calibration_data for modifier in self.other_modifiers()):
-            others = ", ".join(type(m).__name__ for m in self.other_modifiers()) or "nothing else"
+        check_first(active_session().lifecycle.recipe.modifiers)
+        others = self.other_modifiers()
+        if not any(modifier.requires_calibration_data for modifier in others):
+            names = ", ".join(type(m).__name__ for m in others) or "nothing else"
             raise RacError(
-                f"ReasoningAwareCalibrationModifier calibrates nothing: the recipe has {others}; add a modifier that "
-                "calibrates, such as GPTQModifier or AWQModifier"
+                "ReasoningAwareCalibrationModifier calibrates nothing: the recipe has "
+                f"{names}; add a modifier that calibrates, such as GPTQModifier or "
+                "AWQModifier"
             )
         if self.recover is not None:
-            self._codes = LaterCodes(self.other_modifiers(), state.model)
+            self._codes = LaterCodes(others, state.model)
         self.prepare(state, quantizes=True)
         save_with_record(state.model, self._save_plan)
         self.calibrate_session(state)
         return True
 
     def after_pruning(self, model: PreTrainedModel) -> None:
-        """Train the codes, where the recipe asks for recovery."""
+        """Train the codes, if the recipe asks for recovery."""
         if self._recovery is not None and self._codes is not None:
             self._recovered = self._recovery.run(model, {}, self._codes.quantized())
 
@@ -271,20 +262,16 @@ class ReasoningAwareCalibrationModifier(CalibratingModifier):
             tokenizer=self.tokenizer_name,
             prepare=prepare,
             after=[] if self._recovery is None else [self._recovery.remove],
-            record=strict_json({"method": method, **self.run_record()}),
+            record=self.run_record(method, {}),
         )
 
 
-def check_stands_first(modifiers: Sequence[Modifier]) -> None:
-    """Refuse a recipe whose ReasoningAwareCalibrationModifier is not the first modifier.
-
-    Raises:
-        RacError: naming those before it.
-    """
-    names = [type(modifier).__name__ for modifier in modifiers]
-    ours = ReasoningAwareCalibrationModifier.__name__
-    if ours in names[1:]:
-        before = ", ".join(names[: names.index(ours)])
-        raise RacError(
-            f"{ours} stands behind {before}, which changes the model before its traces are taken; write it first"
-        )
+def strict_json(record: Any) -> Any:
+    """Return a copy of a record with nan and infinity, which JSON lacks, by their names."""
+    if isinstance(record, Mapping):
+        return {key: strict_json(value) for key, value in record.items()}
+    if isinstance(record, list | tuple):
+        return [strict_json(value) for value in record]
+    if isinstance(record, float) and not math.isfinite(record):
+        return str(record)
+    return record

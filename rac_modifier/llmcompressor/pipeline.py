@@ -1,27 +1,28 @@
-"""The one place where we enter llm-compressor's calibration, and leave it again.
+"""Enter llm-compressor's calibration, and leave it again.
 
-Upstream's `oneshot` initializes the recipe's modifiers, asks `CalibrationPipeline.from_modifiers` for a pipeline by name, and
-calls it with the dataloader made from its own dataset arguments, which is None when the user gave none. A modifier has no way
-to bring another. So, while a run of ours lasts, the pipeline registered as "sequential" is one that runs on our calibration
-set: a modifier puts it in place when it is initialized, and it is taken away when the modifier is finalized or the pipeline
-fails. (A run that fails elsewhere is finalized by the session's next reset, with which each `oneshot` begins.) Every other
-session, in another thread for example, gets upstream's own pipeline all the time.
+`oneshot` initializes the recipe's modifiers, asks `CalibrationPipeline.from_modifiers` for
+a pipeline by name, and calls it with a dataloader of its dataset arguments. A modifier
+cannot bring another. So, while a run of ours lasts, the pipeline registered as "sequential"
+runs on our calibration set: a modifier puts it in place when it is initialized, and takes
+it away when it is finalized or the pipeline fails. (A run that fails elsewhere is finalized
+by the session's next reset, with which each `oneshot` begins.) Other sessions always get
+upstream's pipeline.
 """
 
 from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from compressed_tensors.offload import set_onload_device
 from compressed_tensors.registry.registry import _REGISTRY
+from compressed_tensors.utils import patch_attr
 from llmcompressor.args import DatasetArguments
 from llmcompressor.core import CompressionSession, active_session
-from llmcompressor.modifiers import Modifier
 from llmcompressor.pipelines.cache import IntermediatesCache
 from llmcompressor.pipelines.registry import CalibrationPipeline
 from llmcompressor.pipelines.sequential.pipeline import SequentialPipeline
@@ -31,28 +32,28 @@ from torch.fx import _symbolic_trace
 from transformers import PreTrainedModel
 
 from rac_modifier.calibration.loader import CalibrationLoader
-from rac_modifier.llmcompressor.forecast import Forecast, check_memory, groups_of
+from rac_modifier.llmcompressor.checks import is_autoround
+from rac_modifier.llmcompressor.forecast import Forecast
 from rac_modifier.llmcompressor.loop import run_plan
 from rac_modifier.llmcompressor.plan import make_plan
-from rac_modifier.llmcompressor.run import Run
-from rac_modifier.llmcompressor.targets import is_autoround
+from rac_modifier.llmcompressor.solving import Run
 
 _NAME = "sequential"
 
 
 @dataclass(frozen=True)
 class SessionRun:
-    """Our run in a session.
+    """Hold our run in a session.
 
     Attributes:
-        loader: what every modifier is calibrated on.
-        modifier: the one that prunes; None where none does.
+        loader: every modifier is calibrated on it.
+        modifier: the one that prunes; None if none does.
         run: of that modifier.
         identity: of the calibration set, for a run that is resumed.
     """
 
     loader: CalibrationLoader
-    modifier: Modifier | None = None
+    modifier: object = None
     run: Run | None = None
     identity: Mapping[str, Any] = field(default_factory=dict)
 
@@ -61,13 +62,13 @@ _runs: weakref.WeakKeyDictionary[CompressionSession, SessionRun] = weakref.WeakK
 
 
 def put_in_place(session: CompressionSession, run: SessionRun) -> None:
-    """Calibrate this session on `run.loader` from here on."""
+    """Calibrate this session on `run.loader` from now on."""
     _runs[session] = run
     _REGISTRY[CalibrationPipeline][_NAME] = _pipeline_of_active_session
 
 
 def take_away(session: CompressionSession) -> bool:
-    """Give this session upstream's pipeline again; returns whether ours was in place."""
+    """Give this session upstream's pipeline again; return whether ours was in place."""
     ours = _runs.pop(session, None)
     if not _runs:
         _REGISTRY[CalibrationPipeline][_NAME] = SequentialPipeline
@@ -81,10 +82,10 @@ def _pipeline_of_active_session() -> SequentialPipeline:
 
 
 class ReasoningAwareSequentialPipeline(SequentialPipeline):
-    """Upstream's sequential pipeline on our calibration set, instead of the dataloader that it is called with.
+    """Run upstream's sequential pipeline on our calibration set.
 
-    Our pruning modifier runs in our own loop where it is alone in this pass. Other modifiers, which do not read token weights,
-    run in upstream's loop over unpadded batches, and ours next to them prunes layer by layer there.
+    Our pruning modifier runs in our own loop. Other modifiers, which do not read token
+    weights, run in upstream's loop over unpadded batches.
     """
 
     def __init__(self, run: SessionRun):
@@ -93,30 +94,37 @@ class ReasoningAwareSequentialPipeline(SequentialPipeline):
     def __call__(  # type: ignore[override]
         self, model: PreTrainedModel, dataloader: object, dataset_args: DatasetArguments
     ) -> None:
-        """Calibrate; on an error upstream's pipeline is in place again at once."""
+        """Calibrate; an error takes our pipeline away."""
+        wrapped = _symbolic_trace._wrapped_fns_to_patch
+        before = set(wrapped)
         try:
-            with _forgetting_wrapped_functions():
-                self._calibrate(model, dataset_args)
+            self._calibrate(model, dataset_args)
         except BaseException:
             take_away(active_session())
             raise
+        finally:  # what upstream registers with `torch.fx.wrap` holds the model for ever
+            for key in wrapped.keys() - before:
+                del wrapped[key]
 
     def _calibrate(self, model: PreTrainedModel, dataset_args: DatasetArguments) -> None:
         session, ours = active_session(), self._run
         modifiers = session.lifecycle.recipe.modifiers
         run = ours.run if any(modifier is ours.modifier for modifier in modifiers) else None
-        if run is not None and len(modifiers) == 1:
+        if run is not None:
             _prune(model, ours, run, dataset_args)
             return
-        if run is not None:
-            run.use_order(
-                "layer", "other modifiers calibrate in the same pass (pipeline='sequential')"
+        loader = ours.loader.unpadded()
+        if any(map(is_autoround, modifiers)):
+            loader = ours.loader.joined()
+            logger.info(
+                f"AutoRound counts padding in its loss: {len(ours.loader.sequences):,} "
+                f"sequences are joined to {len(loader):,} rows"
             )
-            run.by_hooks = True
-        with (
-            _in_session(session, _without_padding(ours.loader, modifiers)) as loader,
-            _without_pinning(),
-        ):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(patch_attr(session.state.data, "calib", loader))
+            if not torch.accelerator.is_available():  # AWQModifier pins; torch refuses that
+                nothing = patch_attr(IntermediatesCache, "pin_memory", lambda *_, **__: None)
+                stack.enter_context(nothing)
             SequentialPipeline.__call__(model, loader, dataset_args)
 
 
@@ -128,60 +136,7 @@ def _prune(
     set_onload_device(model, onload)
     plan = make_plan(model, next(iter(ours.loader)), run.names, run.entry.order, dataset_args)
     run.use_order(plan.order, plan.why)
-    by_layer = plan.order == "layer"
-    groups = groups_of(run.names, run.quantizer.grids, None if by_layer else plan.stages)
-    count = run.processes.count
-    forecast = Forecast.of(
-        run.entry, model, groups, ours.loader, by_layer=by_layer, processes=count
-    )
-    recomputed = check_memory(forecast, onload, offload, processes=count)
+    forecast = Forecast.of(run, model, ours.loader, by_layer=plan.order == "layer")
+    forecast.check(onload, offload, run.processes.count)
     run.resume.begin({"order": plan.order, **ours.identity})
-    run_plan(model, ours.loader, plan, run, onload, offload, recomputed)
-
-
-@contextlib.contextmanager
-def _forgetting_wrapped_functions() -> Iterator[None]:
-    """Remove what upstream's tracer and subgraphs register with `torch.fx.wrap`: it holds the model for ever."""
-    wrapped = _symbolic_trace._wrapped_fns_to_patch
-    before = set(wrapped)
-    try:
-        yield
-    finally:
-        for key in wrapped.keys() - before:
-            del wrapped[key]
-
-
-def _without_padding(loader: CalibrationLoader, modifiers: Iterable[Modifier]) -> CalibrationLoader:
-    """Return one sequence per batch; for AutoRound, rows of equal length."""
-    if not any(is_autoround(modifier) for modifier in modifiers):
-        return loader.unpadded()
-    joined = loader.joined()
-    logger.info(
-        f"AutoRound counts padding in its loss: {len(loader.sequences):,} sequences are joined to {len(joined):,} rows of "
-        f"{len(joined.sequences[0].ids):,} tokens"
-    )
-    return joined
-
-
-@contextlib.contextmanager
-def _in_session(
-    session: CompressionSession, loader: CalibrationLoader
-) -> Iterator[CalibrationLoader]:
-    """Make `loader` the one whose token weights belong to the batches that run."""
-    before, session.state.data.calib = session.state.data.calib, loader
-    try:
-        yield loader
-    finally:
-        session.state.data.calib = before
-
-
-@contextlib.contextmanager
-def _without_pinning() -> Iterator[None]:
-    """Let AWQModifier pin no activations where there is no device to copy them to: torch refuses that."""
-    pin = IntermediatesCache.pin_memory
-    if not torch.accelerator.is_available():
-        IntermediatesCache.pin_memory = lambda *args, **options: None  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        IntermediatesCache.pin_memory = pin  # type: ignore[method-assign]
+    run_plan(model, ours.loader, plan, run, onload, offload)

@@ -1,4 +1,4 @@
-"""Quantization in the pruning pass: upstream attaches, saves and serves the schemes; the rounding is ours."""
+"""Quantize in the pruning pass: upstream has the schemes, rounding is ours."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from compressed_tensors.utils import (
     update_offload_parameter,
 )
 from llmcompressor.modifiers.quantization import QuantizationModifier
-from pydantic import ValidationError
 from transformers import PreTrainedModel
 
 from rac_modifier.errors import RacError
@@ -29,85 +28,41 @@ from rac_modifier.recovery.on_grid import QuantizedWeight
 from rac_modifier.settings.quantization import QuantizationSettings
 
 
-class NoQuantizer:
-    """The schemes of an entry that does not quantize.
+class Quantizer:
+    """Hold the schemes of a recipe entry for its modules; none without `settings`.
+
+    A QuantizationModifier that is never run resolves the schemes and attaches them. Modules
+    that are not in `names` are ignored, even if the schemes' targets match; `prunes`: these
+    are pruned, too.
 
     Attributes:
         grids: of the modules that are rounded.
         described: their schemes in words, by name.
-    """
-
-    def __init__(self) -> None:
-        self.grids: dict[torch.nn.Module, Grid] = {}
-        self.described: dict[str, str] = {}
-
-    def attach(self, model: PreTrainedModel) -> None:
-        """Do nothing, as all methods of this class."""
-
-    def finish(self, model: PreTrainedModel) -> None:
-        """Do nothing."""
-
-    def store(
-        self,
-        module: torch.nn.Module,
-        weight: torch.Tensor,
-        scale: torch.Tensor,
-        zero_point: torch.Tensor | None = None,
-    ) -> None:
-        """Put a rounded weight, its scales and its zero points (None: all 0) into a module."""
-        update_offload_parameter(module, "weight", weight)
-        update_offload_parameter(module, "weight_scale", scale)
-        zeros = module.get_parameter("weight_zero_point").detach()
-        zeros = torch.zeros_like(zeros) if zero_point is None else zero_point.to(zeros.dtype)
-        update_offload_parameter(module, "weight_zero_point", zeros)
-
-    def take_masters(
-        self, names: Mapping[torch.nn.Module, str], masters: dict[str, torch.Tensor]
-    ) -> dict[str, QuantizedWeight]:
-        """Return what training through the codes starts from, by name; `masters`, the weights before rounding, are taken out."""
-        taken = {}
-        for module, grid in self.grids.items():
-            scale: torch.Tensor = module.weight_scale  # type: ignore[assignment]
-            zero = None
-            if not grid.symmetric:
-                zero = module.get_parameter("weight_zero_point").detach().clone()
-            name = names[module]
-            taken[name] = QuantizedWeight(grid, scale.detach().clone(), masters.pop(name), zero)
-        return taken
-
-    def compress(self) -> None:
-        """Compress as llm-compressor does when it saves, with the very codes that were measured."""
-        for module in self.grids:
-            compress_exactly(module)
-
-
-class GroupQuantizer(NoQuantizer):
-    """The schemes of a recipe entry, for the modules that it names; `prunes`: they are pruned, too.
-
-    A QuantizationModifier that is never run resolves the schemes and attaches them. Modules that it does not name are ignored,
-    even where the schemes' targets match them.
 
     Raises:
-        RacError: a scheme that cannot be rounded here, groups that do not divide a module's inputs, or no module matched.
+        RacError: a scheme that cannot be rounded here, groups that do not divide a module's
+            inputs, or no module matched.
     """
 
     def __init__(
         self,
-        settings: QuantizationSettings,
+        settings: QuantizationSettings | None,
         model: PreTrainedModel,
-        names: dict[torch.nn.Module, str],
+        names: Mapping[torch.nn.Module, str],
         *,
         prunes: bool,
     ):
-        linears = {
-            name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)
-        }
+        self.grids: dict[torch.nn.Module, Grid] = {}
+        self.described: dict[str, str] = {}
+        self._upstream: QuantizationModifier | None = None
+        if settings is None:
+            return
+        linears = {n for n, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
         self._upstream = QuantizationModifier(
             scheme=settings.scheme,
             config_groups=_checked_groups(settings),
             ignore=sorted(linears - set(names.values())),
         )
-        super().__init__()
         for scheme in self._upstream.resolved_config.config_groups.values():
             for name, module in match_named_modules(model, scheme.targets, self._upstream.ignore):
                 if module not in names:
@@ -117,27 +72,63 @@ class GroupQuantizer(NoQuantizer):
                 columns = module.weight.shape[1]
                 if grid.group_size and columns % grid.group_size:
                     raise RacError(
-                        f"{name}: {columns} inputs are no multiple of the group_size {grid.group_size} of its scheme; set a "
-                        "group_size that divides them (config_groups), or add the module to ignore"
+                        f"{name}: {columns} inputs are no multiple of the group_size "
+                        f"{grid.group_size} of its scheme; set a group_size that divides "
+                        "them (config_groups), or add the module to ignore"
                     )
         if not self.grids:
             raise RacError(
-                "quantization: its targets match none of the modules of this entry; leave targets out for all of them"
+                "quantization: its targets match none of the modules of this entry; leave "
+                "targets out for all of them"
             )
 
     def attach(self, model: PreTrainedModel) -> None:
-        """Give the modules their schemes and empty scales; forward passes do not quantize yet."""
-        self._upstream.initialize_quantization(model)
+        """Give the modules schemes and empty scales; no forward pass quantizes yet."""
+        if self._upstream is not None:
+            self._upstream.initialize_quantization(model)
 
     def finish(self, model: PreTrainedModel) -> None:
-        """Let forward passes quantize, also activations where a scheme has them."""
-        self._upstream.end_calibration(model)
+        """Let forward passes quantize, also activations if a scheme has them."""
+        if self._upstream is not None:
+            self._upstream.end_calibration(model)
+
+    def store(
+        self,
+        module: torch.nn.Module,
+        weight: torch.Tensor,
+        scale: torch.Tensor,
+        zero_point: torch.Tensor | None = None,
+    ) -> None:
+        """Put a rounded weight, scales and zero points (None: 0) into a module."""
+        update_offload_parameter(module, "weight", weight)
+        update_offload_parameter(module, "weight_scale", scale)
+        zeros = module.get_parameter("weight_zero_point").detach()
+        zeros = torch.zeros_like(zeros) if zero_point is None else zero_point.to(zeros.dtype)
+        update_offload_parameter(module, "weight_zero_point", zeros)
+
+    def take_masters(
+        self, names: Mapping[torch.nn.Module, str], masters: dict[str, torch.Tensor]
+    ) -> dict[str, QuantizedWeight]:
+        """Return by name what training through codes starts from; it takes `masters`."""
+        taken = {}
+        for module, grid in self.grids.items():
+            scale, zero = module.get_parameter("weight_scale").detach().clone(), None
+            if not grid.symmetric:
+                zero = module.get_parameter("weight_zero_point").detach().clone()
+            taken[names[module]] = QuantizedWeight(grid, scale, masters.pop(names[module]), zero)
+        return taken
+
+    def compress(self) -> None:
+        """Compress as llm-compressor does, with the codes that were measured."""
+        for module in self.grids:
+            compress_exactly(module)
 
 
 def compress_exactly(module: Any) -> None:
-    """Compress a module as llm-compressor does when it saves, but divide the weights by their scales in float32.
+    """Compress a module as llm-compressor does, but divide by the scales in float32.
 
-    A bfloat16 weight divided by a bfloat16 scale can be half a code off, and would be rounded to another code.
+    A bfloat16 weight divided by a bfloat16 scale can be half a code off, and so become
+    another code.
     """
     if module.quantization_status >= QuantizationStatus.COMPRESSED:
         return
@@ -154,7 +145,7 @@ def compress_exactly(module: Any) -> None:
 
 
 def _checked_groups(settings: QuantizationSettings) -> dict[str, dict[str, Any]] | None:
-    """Return the config groups with targets; RacError where compressed-tensors does not accept one as a scheme."""
+    """Return the config groups with targets; RacError for one that is no scheme."""
     if settings.config_groups is None:
         return None
     groups = {
@@ -163,7 +154,7 @@ def _checked_groups(settings: QuantizationSettings) -> dict[str, dict[str, Any]]
     for name, group in groups.items():
         try:
             QuantizationScheme.model_validate(group)
-        except (ValidationError, ValueError, NotImplementedError) as error:
+        except (ValueError, NotImplementedError) as error:
             raise RacError(
                 f"config_groups.{name}: {error}; see compressed-tensors' QuantizationScheme"
             ) from error

@@ -1,4 +1,4 @@
-"""Recovery inside a recipe: prepared while the model is still dense, run when it is pruned."""
+"""Recover in a recipe or a checkpoint: prepare on the dense model, then train."""
 
 from __future__ import annotations
 
@@ -28,7 +28,21 @@ from rac_modifier.traces.records import Trace
 
 
 class RecoveryStage:
-    """The dense model's hidden states on traces that calibration does not use, and the training on them later."""
+    """Store the dense model's hidden states on traces, and train on them when it is pruned.
+
+    Args:
+        model: the dense model.
+        traces: of it, which calibration does not use.
+        keep: leave the state after training to `remove`, so that a run that is killed while
+            it saves goes on from there.
+        processes: train together, all on this machine.
+        quantizes: whether weights are trained through codes.
+        generic: text to train on next to the traces; none of it decides what is kept.
+
+    Raises:
+        RacError: too few traces, an unsupported head, too little memory or disk space, or
+            another run in the same folder.
+    """
 
     def __init__(
         self,
@@ -40,21 +54,6 @@ class RecoveryStage:
         quantizes: bool = False,
         generic: Sequence[TokenSequence] = (),
     ):
-        """One forward pass of the dense model over `traces`, which calibration does not use, and over `generic`.
-
-        Args:
-            model: the dense model.
-            traces: of it.
-            settings: of recovery.
-            keep: leave the state after training to `remove`, so that a run that is killed while it saves goes on from there.
-            processes: that train together, all on this machine.
-            quantizes: whether weights are trained through codes.
-            generic: text to train on beside the traces (`generic_sequences`); none of it decides what is kept.
-
-        Raises:
-            RacError: too few traces, a head that is not supported, too little memory or disk space, or another run that is in the
-                same folder.
-        """
         self._settings, self._keep, self._processes = settings, keep, processes
         self._held_out, training = split_traces(traces, settings.held_out_tokens)
         self._training = [*training, *generic]
@@ -71,7 +70,8 @@ class RecoveryStage:
             )
         text = f" and {self._generic_tokens:,} tokens of generic text" if generic else ""
         logger.info(
-            f"recovery: {len(training)} traces{text} to train on, and {len(self._held_out)} others that decide what is kept"
+            f"recovery: {len(training)} traces{text} to train on, and "
+            f"{len(self._held_out)} others that decide what is kept"
         )
 
     def run(
@@ -80,19 +80,14 @@ class RecoveryStage:
         weights: Mapping[str, torch.nn.Module],
         quantized: Mapping[str, QuantizedWeight],
     ) -> dict[str, Any]:
-        """Train the pruned model; returns what the run record holds of it.
+        """Train the pruned model, and return the run record's entry.
 
-        Args:
-            model: the pruned model.
-            weights: the pruned modules by name; their zeros stay zero.
-            quantized: grid, scales and masters of those that are quantized.
+        `weights` are the pruned modules, whose zeros stay zero.
         """
-        masks = {
-            f"{name}.weight": _mask(module, quantized.get(name)) for name, module in weights.items()
-        }
+        masks = {f"{name}.weight": _mask(m, quantized.get(name)) for name, m in weights.items()}
         device = self._processes.device
         with contextlib.nullcontext() if device is not None else on_accelerator(model):
-            done = recover(
+            result = recover(
                 model,
                 self._teacher,
                 self._training,
@@ -108,17 +103,17 @@ class RecoveryStage:
             self.remove()
         text = " and generic text" if self._generic_tokens else ""
         return {
-            **done.as_dict(),
+            **result.as_dict(),
             "generic_tokens": self._generic_tokens,
             "trained_on": f"the model's own traces{text}, KL to the dense model",
         }
 
     def remove(self) -> None:
-        """Remove the dense model's hidden states and the state of training; there is no need of them when all is saved."""
+        """Remove the hidden states and the state of training, when all is saved."""
         remove_folder(self.folder)
         if self._lock is not None:
             self._lock.close()
-        with contextlib.suppress(OSError):  # another run's folder is beside it
+        with contextlib.suppress(OSError):  # another run's folder is next to it
             self.folder.parent.rmdir()
 
 
@@ -129,9 +124,10 @@ def before_sampling(
     processes: Processes = ALONE,
     quantizes: bool = False,
 ) -> list[TokenSequence]:
-    """What can be refused before hours of sampling is refused; returns the generic text to train on.
+    """Refuse what can be refused before sampling, and return the generic text to train on.
 
-    `quantizes` says whether weights are trained through codes.
+    `quantizes` says whether weights are trained through codes; `tokenizer` is called for
+    text.
 
     Raises:
         RacError: too little memory to train the model in, or too little generic text.
@@ -139,37 +135,26 @@ def before_sampling(
     if settings is None:
         return []
     check_recovery_memory(model, settings, processes, quantizes=quantizes)
-    return generic_sequences(tokenizer, settings)
-
-
-def generic_sequences(
-    tokenizer: Callable[[], Any], settings: RecoverySettings
-) -> list[TokenSequence]:
-    """The generic text to train on: all tokens of a sequence but the first count. `tokenizer` is called where there is any.
-
-    Raises:
-        RacError: the source has less text than that, or cannot be read.
-    """
-    if not settings.generic_tokens:
-        return []
-    chosen: list[TokenSequence] = []
+    sequences: list[TokenSequence] = []
     missing = settings.generic_tokens
-    texts = generic_token_sequences(tokenizer(), settings.generic, 0)
-    while missing > 0 and (ids := next(texts, None)) is not None:
-        chosen.append((ids, 1))
-        missing -= len(ids)
+    if missing:
+        texts = generic_token_sequences(tokenizer(), settings.generic, 0)
+        while missing > 0 and (ids := next(texts, None)) is not None:
+            sequences.append((ids, 1))
+            missing -= len(ids)
     if missing > 0:
         raise RacError(
-            f"recover.generic: {settings.generic.source!r} has {settings.generic_tokens - missing:,} tokens, and "
-            f"recover.generic_share asks for {settings.generic_tokens:,}; lower the share, or name a longer text"
+            f"recover.generic: {settings.generic.source!r} has "
+            f"{settings.generic_tokens - missing:,} tokens, and recover.generic_share asks "
+            f"for {settings.generic_tokens:,}; lower the share, or name a longer text"
         )
-    return chosen
+    return sequences
 
 
 def split_traces(
     traces: Sequence[Trace], held_out_tokens: int
 ) -> tuple[list[TokenSequence], list[TokenSequence]]:
-    """The first problems, up to `held_out_tokens` tokens, to decide what is kept; the other traces to train on.
+    """Return the problems that decide what is kept, `held_out_tokens`, and others.
 
     Raises:
         RacError: nothing is left to train on.
@@ -179,23 +164,22 @@ def split_traces(
     problems: set[tuple[str, str]] = set()
     tokens = 0
     for trace in traces:
-        sequence = sequence_of(trace)
         problem = (trace.problem_id, str(trace.prompt_ids))
         if tokens < held_out_tokens or problem in problems:
             problems.add(problem)
             tokens += trace.tokens
-            held_out.append(sequence)
+            held_out.append(sequence_of(trace))
         else:
-            training.append(sequence)
+            training.append(sequence_of(trace))
     if not training:
         raise RacError(
-            f"recover: {len(held_out)} traces of {tokens:,} tokens are all held out, none is left to train on; raise "
-            "recover.tokens, or lower recover.held_out_tokens"
+            f"recover: {len(held_out)} traces of {tokens:,} tokens are all held out, none "
+            "is left to train on; raise recover.tokens, or lower recover.held_out_tokens"
         )
     return held_out, training
 
 
 def _mask(module: torch.nn.Module, quantized: QuantizedWeight | None) -> torch.Tensor:
-    """What is kept: a weight that is not zero, or was not before it was rounded."""
+    """Return where a weight is not zero, or was not before it was rounded."""
     master = quantized.master if quantized is not None else None
     return (module.get_parameter("weight") if master is None else master).detach() != 0

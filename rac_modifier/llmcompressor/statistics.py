@@ -1,31 +1,149 @@
-"""Collect the statistics of what modules read: of a stage by group from the streams, of a layer by hooks."""
+"""Hold what modules read: the dense model's activations, and statistics.
+
+`DenseStream` has the dense model's activations, and `NoStream` is used if no target needs
+those. The pruned model's are in upstream's cache.
+
+Before a stage that reads more columns than the one before it (down after gate/up),
+activations are several times as wide as the residual stream. The dense stream waits there:
+the earlier stage runs, with a copy of its dense weights, when a batch is read, so that one
+batch of the wide inputs lives.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import gc
-import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from compressed_tensors.utils import align_module_device
+from compressed_tensors.utils import align_module_device, patch_attr
 from llmcompressor.pipelines.cache import IntermediatesCache
 
 from rac_modifier.calibration.loader import CalibrationLoader
 from rac_modifier.errors import RacError
 from rac_modifier.llmcompressor.plan import Stage
-from rac_modifier.llmcompressor.streams import NoStream, Stream
-from rac_modifier.model_tools import StopForward
 from rac_modifier.platform import return_freed_memory
 from rac_modifier.processes import Processes
 from rac_modifier.pruning.hessian import Statistics
 
 
+class NoStream:
+    """Hold nothing: no target needs the dense model's activations."""
+
+    carries = False
+    cache: IntermediatesCache | None = None
+
+    def enter(self, stage: Stage, after: Stage | None) -> None:
+        """Begin `stage`; `after` is the next one, None at the end."""
+
+    def inputs(self, stage: Stage, batch: int) -> torch.Tensor | None:
+        """Return what `stage` reads in a batch in the dense model, or None."""
+
+    def advance(self, stage: Stage, batch: int) -> None:
+        """Run `stage`, whose modules are dense, for a batch, unless it waits."""
+
+    def leave(self, stage: Stage) -> None:
+        """End `stage`, whose modules are pruned next."""
+
+    def advance_all(self, stage: Stage) -> None:
+        """Advance all batches, and leave the stage."""
+
+
+class DenseStream(NoStream):
+    """Hold the dense model's inputs of a stage, beginning while nothing is pruned.
+
+    Args:
+        model: has dense modules until a stage is left.
+        cache: activations of the pruned model, copied.
+        loader: of all batches.
+    """
+
+    carries = True
+    cache: IntermediatesCache
+
+    def __init__(
+        self, model: torch.nn.Module, cache: IntermediatesCache, loader: CalibrationLoader
+    ):
+        batches = [dict(batch) for batch in cache.batch_intermediates]
+        self.cache = IntermediatesCache(batches, cache.offload_device)
+        self._model = model
+        self._tokens = sum(weights.numel() for weights in loader.token_weights)
+        self._late: Stage | None = None  # the stage before, which waited
+        self._weights: dict[torch.nn.Module, torch.Tensor] = {}  # its dense weights
+        self._behind: set[int] = set()  # batches that it has not run for
+        self._after: Stage | None = None
+        self._waits = False
+
+    def enter(self, stage: Stage, after: Stage | None) -> None:
+        """Begin `stage`; `after` is the next one, None at the end."""
+        self._after = after
+        self._waits = after is not None and saves_by_waiting(stage, after, self._tokens)
+
+    def inputs(self, stage: Stage, batch: int) -> torch.Tensor:
+        """Return what `stage` reads in the dense model, [rows, length, columns]."""
+        self._catch_up(batch)
+        return stage.read(self.cache, batch)
+
+    def advance(self, stage: Stage, batch: int) -> None:
+        """Run `stage` for a batch, unless it waits; the last stage drops the batch."""
+        self._catch_up(batch)
+        if self._after is None:
+            self.cache.delete(batch)
+        elif not self._waits:
+            stage.run(self._model, self.cache, batch)
+            return_freed_memory()  # its blocks lie between those that stay
+
+    def advance_all(self, stage: Stage) -> None:
+        """Advance all batches, and leave the stage."""
+        for batch in range(len(self.cache)):
+            self.advance(stage, batch)
+        self.leave(stage)
+
+    def leave(self, stage: Stage) -> None:
+        """End `stage`, whose modules are pruned next; if it waits, copy their weights."""
+        self._late, self._weights = None, {}
+        if self._waits:
+            self._late, self._behind = stage, set(range(len(self.cache)))
+            self._weights = {m: m.get_parameter("weight").detach().clone() for m in stage.modules}
+
+    def _catch_up(self, batch: int) -> None:
+        """Run the stage that waited for a batch, with its dense weights."""
+        if self._late is None or batch not in self._behind:
+            return
+        self._behind.remove(batch)
+        with _with_weights(self._weights):
+            self._late.run(self._model, self.cache, batch)
+        return_freed_memory()
+
+
+def saves_by_waiting(stage: Stage, after: Stage, tokens: int) -> bool:
+    """Return whether `stage` has smaller weights than `after` has wider inputs."""
+    plain = all(type(module).forward is torch.nn.Linear.forward for module in stage.modules)
+    weights = sum(module.get_parameter("weight").numel() for module in stage.modules)
+    wider = tokens * (after.columns - stage.columns)
+    return plain and stage.columns > 0 and wider > weights  # routed experts have 0 columns
+
+
+@contextlib.contextmanager
+def _with_weights(weights: dict[torch.nn.Module, torch.Tensor]) -> Iterator[None]:
+    """Make linear layers compute with these weights."""
+    with contextlib.ExitStack() as stack:
+        for module, weight in weights.items():
+
+            def forward(
+                x: torch.Tensor,
+                bias: torch.Tensor | None = module.bias,  # type: ignore[assignment]
+                weight: torch.Tensor = weight,
+            ) -> torch.Tensor:
+                return torch.nn.functional.linear(x, weight, bias)
+
+            stack.enter_context(patch_attr(module, "forward", forward))
+        yield
+
+
 @dataclass(eq=False)
 class InputGroup:
-    """Modules that read the same tensor (q/k/v, gate/up), and the statistics of that tensor. They are pruned together."""
+    """Hold modules that read one tensor (q/k/v, gate/up), and its statistics."""
 
     modules: list[torch.nn.Module]
     statistics: Statistics
@@ -39,183 +157,79 @@ class InputGroup:
         *,
         dense_target: bool,
     ) -> InputGroup:
-        """Return a group with empty statistics on `device`; with a cross moment for the dense target."""
+        """Return a group with empty statistics, for either target."""
         with contextlib.ExitStack() as stack:
             for module in modules:
                 stack.enter_context(align_module_device(module))
             weights = [module.get_parameter("weight").detach() for module in modules]
-        of = weights if dense_target else None
-        return cls(list(modules), Statistics(weights[0].shape[1], device, of, processes))
-
-
-def collect(
-    stage: Stage,
-    pruned: Stream,
-    dense: NoStream,
-    loader: CalibrationLoader,
-    processes: Processes,
-) -> InputGroup:
-    """Collect what the modules of a stage by group read; the dense stream is advanced on the way."""
-    group = None
-    for batch, weights in enumerate(loader.token_weights):
-        x, x_dense = pruned.inputs(stage, batch), dense.inputs(stage, batch)
-        group = group or InputGroup.of(
-            stage.modules, x.device, processes, dense_target=x_dense is not None
-        )
-        group.statistics.add(x, weights, x_dense)
-        del x, x_dense  # before the batch is advanced
-        group.statistics.end_shards(loader.shards_ended[batch])
-        dense.advance(stage, batch)
-    assert group is not None, "a loader has at least one batch"
-    return group
+        targets = weights if dense_target else None
+        return cls(list(modules), Statistics(weights[0].shape[1], device, targets, processes))
 
 
 class Collector:
-    """Collect the groups of a layer while it runs: the input of each module is observed, complete groups are taken.
+    """Collect the groups of a layer while it runs.
 
-    Two modules belong to one group when, in the batch in which they first run, they read the same tensor object. Later batches
-    are checked to be the same, because a Hessian cannot be split afterwards.
+    Two modules are one group if they read the same tensor object in the first batch. Later
+    batches are checked, because a Hessian cannot be split afterwards.
+
+    Attributes:
+        groups: in the order in which they ran first.
+        inputs: of each group in the present batch.
     """
 
     def __init__(self, names: Mapping[torch.nn.Module, str], processes: Processes):
-        self.names, self._processes = names, processes
-        self.groups: dict[torch.nn.Module, InputGroup] = {}
-        self._first_batch: dict[InputGroup, int] = {}
-        # Batch number and input of each group. The reference is weak: where the input is freed, no module can read it.
-        self._latest: dict[InputGroup, tuple[int, weakref.ref[torch.Tensor]]] = {}
+        self.groups: list[InputGroup] = []
+        self.inputs: dict[InputGroup, torch.Tensor] = {}
+        self._names, self._processes = names, processes
+        self._group_of: dict[torch.nn.Module, InputGroup] = {}
 
     def observe(
-        self, module: torch.nn.Module, x: torch.Tensor, weights: torch.Tensor, batch: int
+        self, module: torch.nn.Module, x: torch.Tensor, weights: torch.Tensor, *, first: bool
     ) -> None:
-        """Add the input `x` [..., columns] of a module in batch number `batch`, with token weights [rows, length].
+        """Add a module's input `x` [..., columns] with token `weights` [rows, length].
 
         Raises:
-            RacError: a module that reads only some of the tokens (a routed expert), so their weights are unknown.
+            RacError: the module reads only some tokens (a routed expert), or no longer what
+                its group reads.
         """
-        group = self._group(module, x, batch)
+        group = self._group_of.get(module)
+        if group is None:
+            group = next((g for g in self.groups if first and self.inputs.get(g) is x), None)
+            if group is None:
+                statistics = Statistics(x.shape[-1], x.device, processes=self._processes)
+                group = InputGroup([], statistics)
+                self.groups.append(group)
+            group.modules.append(module)
+            self._group_of[module] = group
         if group.modules[0] is module:
             tokens = x.shape[:-1].numel()
             if tokens != weights.numel():
                 raise RacError(
-                    f"{self.names[module]} got {tokens} of the {weights.numel()} tokens of the batch, and it is "
-                    "unknown which ones: give every expert every token (oneshot's moe_calibrate_all_experts=True) or add it "
-                    "to ignore"
+                    f"{self._names[module]} got {tokens} of the {weights.numel()} tokens "
+                    "of the batch, and it is unknown which: give every expert every token "
+                    "(oneshot's moe_calibrate_all_experts=True) or add it to ignore"
                 )
             group.statistics.add(x, weights)
-            self._latest[group] = (batch, weakref.ref(x))
-        elif self._input_of(group, batch) is not x:
+            self.inputs[group] = x
+        elif self.inputs.get(group) is not x:
             raise RacError(
-                f"{self.names[module]} no longer reads the same input as {self.names[group.modules[0]]}; this model "
-                "routes inputs in a way that one Hessian for both does not cover: add both to ignore"
+                f"{self._names[module]} no longer reads the same input as "
+                f"{self._names[group.modules[0]]}, so one Hessian does not fit both: add "
+                "both to ignore"
             )
-
-    def present(self) -> list[InputGroup]:
-        """Return the groups that are not taken yet, in the order in which their modules ran first."""
-        return list(dict.fromkeys(self.groups.values()))
-
-    def take(self, modules: Iterable[torch.nn.Module]) -> list[InputGroup]:
-        """Remove and return the groups that have a module among `modules`, in the order of these."""
-        taken = list(dict.fromkeys(self.groups[m] for m in modules if m in self.groups))
-        for group in taken:
-            self._latest.pop(group, None)
-            del self._first_batch[group]
-            for module in group.modules:
-                del self.groups[module]
-        return taken
-
-    def _group(self, module: torch.nn.Module, x: torch.Tensor, batch: int) -> InputGroup:
-        if module in self.groups:
-            return self.groups[module]
-        for group, first in self._first_batch.items():
-            if first == batch and self._input_of(group, batch) is x:
-                group.modules.append(module)
-                self.groups[module] = group
-                return group
-        group = self.groups[module] = InputGroup(
-            [module], Statistics(x.shape[-1], x.device, processes=self._processes)
-        )
-        self._first_batch[group] = batch
-        return group
-
-    def _input_of(self, group: InputGroup, batch: int) -> torch.Tensor | None:
-        """Return the input of a group in this batch; None where it was not observed yet."""
-        latest = self._latest.get(group)
-        return latest[1]() if latest is not None and latest[0] == batch else None
-
-
-def collect_layer(
-    stage: Stage,
-    model: torch.nn.Module,
-    cache: IntermediatesCache,
-    loader: CalibrationLoader,
-    names: Mapping[torch.nn.Module, str],
-    processes: Processes,
-) -> list[InputGroup]:
-    """Collect the groups of a stage by layer, in one pass over the batches.
-
-    A pass ends as soon as all modules have run, since the Hessians do not need what comes after. The first batch runs whole: only
-    that shows whether a module is called twice, and then no pass is ended early.
-    """
-    collector, calls, batch = Collector(names, processes), dict[torch.nn.Module, int](), 0
-    early = False
-
-    def observe(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        calls[module] = calls.get(module, 0) + 1
-        collector.observe(module, args[0], loader.token_weights[batch], batch)
-        if early and len(calls) == len(stage.modules):
-            raise StopForward
-
-    with _hooks(stage.modules, observe):
-        for batch in range(len(loader)):
-            calls.clear()
-            with contextlib.suppress(StopForward):
-                stage.look(model, cache, batch)
-            if batch == 0:
-                early = set(calls) == set(stage.modules) and max(calls.values()) == 1
-            end_shards(collector.present(), names, processes, loader.shards_ended[batch])
-            # upstream's frames and the exception refer to each other; that cycle would keep this batch's activations
-            gc.collect(1)
-            return_freed_memory()  # blocks of the batch lie between the sums, which stay
-    return collector.take(stage.modules)
-
-
-@contextlib.contextmanager
-def _hooks(modules: Iterable[torch.nn.Module], hook: Any) -> Iterator[None]:
-    handles = [module.register_forward_pre_hook(hook) for module in modules]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def end_shards(
-    groups: Sequence[InputGroup],
-    names: Mapping[torch.nn.Module, str],
-    processes: Processes,
-    count: int,
-) -> None:
-    """Close `count` shards of the calibration set on every rank and reduce the sums of all groups.
-
-    Raises:
-        RacError: the ranks have calibrated different modules.
-    """
-    for _ in range(count):
-        check_same_groups(groups, names, processes)
-        for group in groups:
-            group.statistics.end_shards(1)
 
 
 def check_same_groups(
     groups: Sequence[InputGroup], names: Mapping[torch.nn.Module, str], processes: Processes
 ) -> None:
-    """Refuse groups that differ between ranks: their sums would be of different modules (RacError)."""
+    """Refuse groups that differ between ranks (RacError)."""
     first, *others = processes.from_all([[names[m] for m in group.modules] for group in groups])
     for rank, other in enumerate(others, 1):
         if other != first:
             ours, theirs = ({name for group in g for name in group} for g in (first, other))
             only = sorted(ours ^ theirs) or ["the same modules in other groups"]
             raise RacError(
-                f"process 0 and process {rank} have not calibrated the same modules ({', '.join(only[:3])}): some got no token "
-                "of the share of one of them. Add them to ignore, calibrate on more tokens, or start fewer processes"
+                f"process 0 and process {rank} have not calibrated the same modules "
+                f"({', '.join(only[:3])}): some got no token of a process's share. Add "
+                "them to ignore, calibrate on more tokens, or start fewer processes"
             )

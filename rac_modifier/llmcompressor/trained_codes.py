@@ -1,8 +1,8 @@
-"""Codes that recovery trains: of the weights that a recipe's other modifiers quantize, and of a loaded checkpoint."""
+"""Hold codes that recovery trains: of other modifiers, or of a checkpoint."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -22,13 +22,13 @@ from rac_modifier.quantization.schemes import stored_grid
 from rac_modifier.recovery.cells import codes_of, master_in_cell, pruned_share
 from rac_modifier.recovery.on_grid import QuantizedWeight
 
-# Zeros that rounding does not explain, as a share of a module's weights: with so many of them it was pruned.
-_PRUNED = 0.05
-# What a tensor of a module means that cannot be trained.
+_PRUNED = 0.05  # share of zeros beyond those of rounding, from which a module was pruned
+# why a module with a tensor of this name cannot be trained
 _REASONS = {
-    "weight_g_idx": "the columns of a group are not beside each other (activation order); quantize with actorder: weight or "
-    "none",
-    "weight_global_scale": "it has a second scale (NVFP4), which is not trained here; quantize to int or to float8",
+    "weight_g_idx": "the columns of a group are not neighbours (activation order); quantize with "
+    "actorder: weight or none",
+    "weight_global_scale": "it has a second scale (NVFP4), which is not trained here; quantize to "
+    "int or to float8",
 }
 
 
@@ -42,162 +42,115 @@ def check_trainable(tensor_names: Collection[str], folder: str) -> None:
         module, _, part = name.rpartition(".")
         if part in _REASONS:
             raise RacError(
-                f"{folder}: {module} has a {part}: {_REASONS[part]}, or recover it before it is quantized"
+                f"{folder}: {module} has a {part}: {_REASONS[part]}, or recover it before "
+                "it is quantized"
             )
 
 
-class QuantizedCheckpoint:
-    """A loaded model whose quantized linear layers hold code times scale from now on, until `encode`.
-
-    Attributes:
-        quantized: grid, scales and master weights by module name, for `recover`.
-        pruned: those of these modules whose zeros have to stay.
-
-    Args:
-        model: as it was loaded, its weights compressed, after `check_layers`.
-        dense: the dense model that it was made from; master weights start on the side of its weights.
-        recorded: modules that config.json says are pruned.
-
-    Raises:
-        RacError: scales that are too small for their dtype, or another number of zero points.
-    """
-
-    def __init__(self, model: Any, dense: Any, recorded: Collection[str]):
-        self._modules = _modules_with_codes(model)
-        grids = {
-            name: stored_grid(module.quantization_scheme, name)
-            for name, module in self._modules.items()
-        }
-        originals = dict(dense.named_modules())
-        self.quantized: dict[str, QuantizedWeight] = {}
-        self.pruned: set[str] = set()
-        for name, module in self._modules.items():
-            dtype = originals[name].weight.dtype
-            decompress_module(module)
-            weight = module.get_parameter("weight").data
-            scale = checked_scale(module.get_parameter(SCALE).data, weight, grids[name], name)
-            zero = zero_points(module, grids[name], scale, name)
-            codes = codes_of(weight, scale, grids[name], zero)
-            original = originals[name].weight.detach().to(codes.device)
-            if name in recorded or pruned_share(codes, scale, grids[name], original) >= _PRUNED:
-                self.pruned.add(name)
-            master = master_in_cell(codes, scale, grids[name], original)
-            if name in self.pruned:
-                master.mul_(codes != 0)
-            module.weight = torch.nn.Parameter(weight.to(dtype), requires_grad=False)
-            self.quantized[name] = QuantizedWeight(grids[name], scale, master, zero)
-        if hasattr(model, "ct_decompress_hook"):
-            model.ct_decompress_hook.remove()
-            del model.ct_decompress_hook
-
-    def encode(self) -> None:
-        """Compress the modules again; their codes are those that code times scale was made of."""
-        for module in self._modules.values():
-            module.quantization_status = QuantizationStatus.FROZEN
-            compress_exactly(module)
-
-    @property
-    def packs(self) -> bool:
-        """Whether the codes of all pruned modules can be stored sparse."""
-        grids = [self.quantized[name].grid for name in self.pruned]
-        return all(grid.bits in (4, 8) and grid.symmetric for grid in grids)
+def quantized_names(tensors: Collection[str]) -> set[str]:
+    """Return the modules that have scales or int32 words among tensor names."""
+    return {
+        name.rpartition(".")[0] for name in tensors if name.rpartition(".")[2] in (SCALE, WORDS)
+    }
 
 
 def check_layers(model: Any, stored: Collection[str]) -> None:
-    """Refuse a loaded model whose codes cannot be trained, or written back; `stored` are the quantized modules in its files.
+    """Refuse a model whose codes cannot be trained; its files quantize `stored`.
 
     Raises:
-        RacError: a quantized embedding or head, merged experts, or a grid that is not known.
+        RacError: a quantized embedding or head, merged experts, or a grid that is not
+            known.
     """
     modules = _modules_with_codes(model)
     for fixed in (model.get_input_embeddings(), model.get_output_embeddings()):
         for name, module in modules.items():
             if module is fixed:
                 raise RacError(
-                    f"{name} is quantized; embeddings and head are not trained and have to be the dense model's: add {name} to "
-                    "ignore where the model is quantized"
+                    f"{name} is quantized; embeddings and head are not trained and have to "
+                    f"be the dense model's: add {name} to ignore where the model is "
+                    "quantized"
                 )
     if len(stored) > len(modules):  # names may differ: transformers renames modules of some models
         missing = sorted(set(stored) - set(modules))
         raise RacError(
-            f"{missing[0]} ({len(missing)} modules in all) is quantized and no linear layer once it is loaded (merged experts), "
-            "so its codes cannot be trained; recover the model before it is quantized"
+            f"{missing[0]} ({len(missing)} modules in all) is quantized and no linear "
+            "layer once it is loaded (merged experts), so its codes cannot be trained; "
+            "recover the model before it is quantized"
         )
     for name, module in modules.items():
         stored_grid(module.quantization_scheme, name)
 
 
-def quantized_names(tensors: Mapping[str, Any]) -> set[str]:
-    """The modules that have scales or int32 words, of the tensor names in the files."""
-    return {
-        name.rpartition(".")[0] for name in tensors if name.rpartition(".")[2] in (SCALE, WORDS)
-    }
-
-
 def _modules_with_codes(model: torch.nn.Module) -> dict[str, Any]:
-    schemes = {
-        name: getattr(module, "quantization_scheme", None) for name, module in model.named_modules()
-    }
+    schemes = {n: (m, getattr(m, "quantization_scheme", None)) for n, m in model.named_modules()}
     return {
-        name: model.get_submodule(name)
-        for name, scheme in schemes.items()
+        name: module
+        for name, (module, scheme) in schemes.items()
         if isinstance(scheme, QuantizationScheme) and scheme.weights is not None
     }
 
 
-def zero_points(module: Any, grid: Grid, scale: torch.Tensor, name: str) -> torch.Tensor | None:
-    """The zero points of a decompressed module, in the shape [rows, groups] of its scales; None on a symmetric grid.
+class QuantizedCheckpoint:
+    """Make a loaded model's quantized linear layers hold code times scale, until `encode`.
+
+    Args:
+        model: as it was loaded, its weights compressed, after `check_layers`.
+        dense: the dense model that it was made from; masters start on the side of its
+            weights.
+        recorded: modules that config.json says are pruned.
+
+    Attributes:
+        quantized: grid, scales and master weights by module name, for `recover`.
+        pruned: the modules among these whose zeros have to stay.
 
     Raises:
-        RacError: another number of them than of scales.
+        RacError: scales that are too small for their dtype, or another number of zero
+            points.
     """
-    if grid.symmetric:
-        return None
-    zero = module.get_parameter(ZEROS).data if hasattr(module, ZEROS) else torch.empty(0)
-    if zero.numel() != scale.numel():
-        raise RacError(
-            f"{name}.{ZEROS}: shape {list(zero.shape)} does not fit scales {list(scale.shape)}; restore it"
-        )
-    return zero.reshape(scale.shape).clone()
 
+    def __init__(self, model: Any, dense: Any, recorded: Collection[str]):
+        self._modules = _modules_with_codes(model)
+        originals = dict(dense.named_modules())
+        self.quantized: dict[str, QuantizedWeight] = {}
+        self.pruned: set[str] = set()
+        for name, module in self._modules.items():
+            grid = stored_grid(module.quantization_scheme, name)
+            decompress_module(module)
+            weight, scale, zero, codes = _decoded(module, grid, name)
+            original = originals[name].weight.detach().to(codes.device)
+            master = master_in_cell(codes, scale, grid, original)
+            if name in recorded or pruned_share(codes, scale, grid, original) >= _PRUNED:
+                self.pruned.add(name)
+                master.mul_(codes != 0)
+            module.weight = torch.nn.Parameter(weight.to(original.dtype), requires_grad=False)
+            self.quantized[name] = QuantizedWeight(grid, scale, master, zero)
+        if hasattr(model, "ct_decompress_hook"):
+            model.ct_decompress_hook.remove()
+            del model.ct_decompress_hook
 
-def checked_scale(scale: torch.Tensor, weight: torch.Tensor, grid: Grid, name: str) -> torch.Tensor:
-    """Scales [rows, groups] that can be trained; a group of zeros may have any, and gets 1 where its own cannot be.
+    def encode(self) -> None:
+        """Compress the modules again, to the codes that code times scale was made of."""
+        for module in self._modules.values():
+            module.quantization_status = QuantizationStatus.FROZEN
+            compress_exactly(module)
 
-    Raises:
-        RacError: another number of scales than the grid has groups, or a scale that is zero, subnormal or not finite.
-    """
-    groups = grid.groups(weight.shape[1])
-    if scale.numel() != weight.shape[0] * groups:
-        raise RacError(
-            f"{name}.{SCALE}: shape {list(scale.shape)} does not fit a weight {list(weight.shape)} of {groups} groups"
-        )
-    scale = scale.reshape(-1, groups)
-    least = torch.finfo(scale.dtype).tiny
-    used = torch.stack(
-        [part.ne(0).any(1) for part in weight.split(grid.group_size or weight.shape[1], dim=1)],
-        dim=1,
-    )
-    right = scale.isfinite() & (scale.abs() >= least)
-    wrong = used & ~right
-    if bool(wrong.any()):
-        raise RacError(
-            f"{name}.{SCALE}: {int(wrong.sum())} scales are not finite, or smaller than {least:.2g}, such as "
-            f"{float(scale[wrong][0]):.3g}; trained scales are normal {str(scale.dtype).removeprefix('torch.')}: "
-            "quantize the model again with such scales"
-        )
-    return torch.where(right, scale, torch.ones_like(scale))
+    @property
+    def packs(self) -> bool:
+        """Return whether the codes of all pruned modules can be stored sparse."""
+        grids = [self.quantized[name].grid for name in self.pruned]
+        return all(grid.bits in (4, 8) and grid.symmetric for grid in grids)
 
 
 class LaterCodes:
-    """The modules that the other modifiers of a recipe will quantize, with a copy of their dense weights on the CPU.
+    """Copy to the CPU the dense weights that a recipe's other modifiers quantize.
 
     Args:
-        modifiers: the recipe's others; GPTQModifier and QuantizationModifier leave a weight in the space of the dense one.
-        model: while it is still dense.
+        modifiers: the recipe's others.
+        model: while it is dense.
 
     Raises:
-        RacError: another modifier, nothing that is quantized, an embedding or head that is, or a grid that cannot be trained.
+        RacError: another modifier than GPTQModifier and QuantizationModifier, nothing
+            quantized, an embedding or head that is, or a grid that cannot be trained.
     """
 
     def __init__(self, modifiers: Sequence[Modifier], model: PreTrainedModel):
@@ -208,43 +161,87 @@ class LaterCodes:
         for modifier in modifiers:
             if not isinstance(modifier, GPTQModifier | QuantizationModifier):
                 raise RacError(
-                    f"recover beside {type(modifier).__name__}: it trains what GPTQModifier or QuantizationModifier has rounded; "
-                    "leave recover out, and run `rac recover` on the saved checkpoint"
+                    f"recover next to {type(modifier).__name__}: it trains what "
+                    "GPTQModifier or QuantizationModifier has rounded; leave recover out, "
+                    "and run `rac recover` on the saved checkpoint"
                 )
-            config = modifier.resolved_config
-            for scheme in config.config_groups.values():
+            for scheme in modifier.resolved_config.config_groups.values():
                 for name, module in match_named_modules(model, scheme.targets, modifier.ignore):
                     if scheme.weights is None:
                         continue
                     if any(module is part for part in fixed):
                         raise RacError(
-                            f"recover: {name} is to be quantized; embeddings and head are not trained: add {name} to ignore of "
+                            f"recover: {name} is to be quantized; embeddings and head are "
+                            f"not trained: add {name} to ignore of "
                             f"{type(modifier).__name__}"
                         )
                     self._grids[name] = stored_grid(scheme, name)
                     with align_module_device(module):
-                        self._dense[name] = (
-                            module.get_parameter("weight").detach().to("cpu", copy=True)
-                        )
+                        weight = module.get_parameter("weight").detach()
+                        self._dense[name] = weight.to("cpu", copy=True)
         if not self._grids:
             raise RacError(
-                "recover: the recipe's other modifiers quantize no weight that could be trained; leave recover out"
+                "recover: the recipe's other modifiers quantize no weight that could be "
+                "trained; leave recover out"
             )
 
     def quantized(self) -> dict[str, QuantizedWeight]:
-        """Grid, scales and master weights by module name, once the modules are quantized; the dense copies are let go."""
+        """Return grid, scales and masters by name; the dense copies are freed."""
         quantized = {}
         for name, grid in self._grids.items():
-            module: Any = self._model.get_submodule(name)
-            weight = module.get_parameter("weight").data
-            scale = checked_scale(module.get_parameter(SCALE).data, weight, grid, name).clone()
-            zero = zero_points(module, grid, scale, name)
-            codes = codes_of(weight, scale, grid, zero)
+            module = self._model.get_submodule(name)
+            weight, scale, zero, codes = _decoded(module, grid, name)
             master = master_in_cell(codes, scale, grid, self._dense.pop(name).to(weight.device))
             quantized[name] = QuantizedWeight(grid, scale, master, zero)
         return quantized
 
     def compress(self) -> None:
-        """Compress as llm-compressor does when it saves, with the very codes that were trained."""
+        """Compress as llm-compressor does, with the codes that were trained."""
         for name in self._grids:
             compress_exactly(self._model.get_submodule(name))
+
+
+def _decoded(
+    module: torch.nn.Module, grid: Grid, name: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """Return weight, scales, zero points (or None) and codes of a module."""
+    weight = module.get_parameter("weight").data
+    scale = checked_scale(module.get_parameter(SCALE).data, weight, grid, name).clone()
+    zero = None
+    if not grid.symmetric:
+        zero = module.get_parameter(ZEROS).data if hasattr(module, ZEROS) else torch.empty(0)
+        if zero.numel() != scale.numel():
+            raise RacError(
+                f"{name}.{ZEROS}: shape {list(zero.shape)} does not fit scales "
+                f"{list(scale.shape)}; restore it"
+            )
+        zero = zero.reshape(scale.shape).clone()
+    return weight, scale, zero, codes_of(weight, scale, grid, zero)
+
+
+def checked_scale(scale: torch.Tensor, weight: torch.Tensor, grid: Grid, name: str) -> torch.Tensor:
+    """Return scales [rows, groups] to train; 1 for zeros with a wrong scale.
+
+    Raises:
+        RacError: another number of scales than the grid has groups, or a used scale that is
+            zero, subnormal or not finite.
+    """
+    groups = grid.groups(weight.shape[1])
+    if scale.numel() != weight.shape[0] * groups:
+        raise RacError(
+            f"{name}.{SCALE}: shape {list(scale.shape)} does not fit a weight "
+            f"{list(weight.shape)} of {groups} groups"
+        )
+    scale = scale.reshape(-1, groups)
+    least = torch.finfo(scale.dtype).tiny
+    by_group = weight.split(grid.group_size or weight.shape[1], dim=1)
+    used = torch.stack([part.ne(0).any(1) for part in by_group], dim=1)
+    right = scale.isfinite() & (scale.abs() >= least)
+    wrong = used & ~right
+    if bool(wrong.any()):
+        raise RacError(
+            f"{name}.{SCALE}: {int(wrong.sum())} scales are not finite, or smaller than "
+            f"{least:.2g}, such as {float(scale[wrong][0]):.3g}; quantize the model again "
+            f"with normal {str(scale.dtype).removeprefix('torch.')} scales"
+        )
+    return torch.where(right, scale, torch.ones_like(scale))

@@ -149,7 +149,8 @@ def _(b: Bench) -> None:
 
 
 @CASES.case(
-    "both of this package's modifiers in one recipe", "which calibrates the whole recipe: leave"
+    "both of this package's modifiers in one recipe",
+    "has no effect next to another modifier that calibrates the whole recipe",
 )
 def _(b: Bench) -> None:
     from rac_modifier import ReasoningAwareCalibrationModifier

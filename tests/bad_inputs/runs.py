@@ -53,7 +53,10 @@ def _(b: Bench) -> None:
     b.prune()
 
 
-@CASES.case("this modifier twice in one recipe", f"the recipe has two {NAME}")
+@CASES.case(
+    "this modifier twice in one recipe",
+    f"{NAME} has no effect next to another modifier that calibrates the whole recipe",
+)
 def _(b: Bench) -> None:
     from rac_modifier import ReasoningAwareSparseGPTModifier
 
@@ -80,7 +83,7 @@ def _(b: Bench) -> None:
 
 
 @CASES.case(
-    "torchrun with other modifiers that calibrate", "beside GPTQModifier runs in one process"
+    "torchrun with other modifiers that calibrate", "next to GPTQModifier runs in one process"
 )
 def _(b: Bench) -> None:
     from llmcompressor.modifiers.quantization import GPTQModifier
@@ -120,16 +123,14 @@ def _killed(b: Bench, about: dict[str, object], calibrated: dict[str, object]) -
 
     from rac_modifier.llmcompressor import resume
 
-    b.monkeypatch.setattr(resume, "_SAVE_SECONDS", 0.0)
-    first = resume.FinishedGroups(b.tmp / "out.unfinished", ABOUT)
+    first = resume.Resume(b.tmp / "out.unfinished", ABOUT)
     first.begin(CALIBRATED)
     first.add({"m": torch.nn.Linear(2, 2)}, {"m": {}}, {})
-    resume.FinishedGroups(b.tmp / "out.unfinished", {**ABOUT, **about}).begin(
-        {**CALIBRATED, **calibrated}
-    )
+    again = resume.Resume(b.tmp / "out.unfinished", {**ABOUT, **about})
+    again.begin({**CALIBRATED, **calibrated})
 
 
-ABOUT = {"recipe": {"sparsity": 0.5}, "model": "f" * 64, "made with": {"torch": "2.9.0"}}
+ABOUT = {"recipe": {"sparsity": 0.5}, "model": "f" * 64, "environment": {"torch": "2.9.0"}}
 CALIBRATED = {"calibration set": "a" * 64, "trace stores": {"traces: t.jsonl": "sha256 aa"}}
 
 CASES += [
@@ -140,15 +141,15 @@ CASES += [
     ),
     Case(
         "a killed run that goes on with another trace store",
-        "has pruned, since a trace store is another one (traces: t.jsonl sha256 aa, now sha256 bb)",
+        "has pruned (traces: t.jsonl: 'sha256 aa' there, 'sha256 bb' here); start that run again",
         lambda b: _killed(
             b, {}, {"calibration set": "b" * 64, "trace stores": {"traces: t.jsonl": "sha256 bb"}}
         ),
     ),
     Case(
         "a killed run that goes on with another version of torch",
-        "that was begun with torch 2.9.0, now 2.10.0, and would not end with the same bits: use the same",
-        lambda b: _killed(b, {"made with": {"torch": "2.10.0"}}, {}),
+        "a run with another environment has pruned (torch: '2.9.0' there, '2.10.0' here)",
+        lambda b: _killed(b, {"environment": {"torch": "2.10.0"}}, {}),
     ),
 ]
 

@@ -5,15 +5,6 @@ import torch
 from tests.tiny import tiny_model
 
 
-def test_seam_offloaded_weights_are_updated_through_compressed_tensors():
-    from compressed_tensors.utils import align_module_device, update_offload_parameter
-
-    module = torch.nn.Linear(2, 2, bias=False)
-    with align_module_device(module):
-        update_offload_parameter(module, "weight", torch.eye(2))
-    assert torch.equal(module.weight, torch.eye(2))
-
-
 def test_seam_match_named_modules_takes_names_classes_and_patterns():
     from compressed_tensors.utils import match_named_modules
 
@@ -82,16 +73,3 @@ def test_seam_modify_save_pretrained_leaves_a_marked_one_alone():
     marked = model.save_pretrained
     modify_save_pretrained(model)
     assert model.save_pretrained is marked
-
-
-def test_seam_post_process_calls_save_pretrained_with_save_compressed(tmp_path):
-    from types import SimpleNamespace
-
-    from llmcompressor.entrypoints.utils import post_process
-
-    calls = []
-    model = SimpleNamespace(save_pretrained=lambda *args, **kwargs: calls.append((args, kwargs)))
-    post_process(
-        SimpleNamespace(model=model, processor=None, save_compressed=False), None, str(tmp_path)
-    )
-    assert calls == [((str(tmp_path),), {"save_compressed": False})]

@@ -75,16 +75,6 @@ def test_seam_independent_pipeline_asks_from_modifiers_for_each_modifier(monkeyp
     assert asked == [[NAME], ["GPTQModifier"]]
 
 
-def test_seam_pipeline_signature():
-    """Our subclass is called in its place, and it calls this one for other modifiers."""
-    assert list(inspect.signature(SequentialPipeline.__call__).parameters) == [
-        "model",
-        "dataloader",
-        "dataset_args",
-    ]
-    assert isinstance(inspect.getattr_static(SequentialPipeline, "__call__"), staticmethod)
-
-
 def test_seam_trace_subgraphs_signature_and_subgraph_interface():
     from llmcompressor.args import DatasetArguments
     from llmcompressor.pipelines.sequential.helpers import trace_subgraphs
@@ -141,29 +131,6 @@ def test_seam_partition_starts_a_subgraph_at_each_target():
         assert node.target == target
         assert node.args[0].op == "placeholder"
         assert node.args[0].name in subgraph.input_names
-
-
-def test_seam_dataset_arguments_that_the_lean_pipeline_reads():
-    from llmcompressor.args import DatasetArguments
-
-    args = DatasetArguments()
-    assert args.sequential_offload_device == "cpu"
-    assert args.sequential_targets is None
-    assert args.sequential_targets_per_subgraph == 1
-    assert isinstance(args.tracing_ignore, list)
-
-
-def test_seam_intermediates_cache():
-    from llmcompressor.pipelines.cache import IntermediatesCache
-
-    cpu = torch.device("cpu")
-    batches = [{"input_ids": torch.ones(1, n, dtype=torch.long)} for n in (3, 5)]
-    cache = IntermediatesCache.from_dataloader(batches, cpu, cpu)
-    assert [b["input_ids"].shape[1] for b in cache.iter({"input_ids"})] == [3, 5]
-    cache.update(1, {"hidden": torch.zeros(2)})
-    cache.delete(1, {"input_ids"})
-    assert list(cache.fetch(1, {"hidden", "input_ids"})) == ["hidden"]
-    assert list(cache.fetch(0, {"input_ids"})) == ["input_ids"]
 
 
 def test_seam_autoround_takes_the_positions_of_the_first_sequence_for_all():

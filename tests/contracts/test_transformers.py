@@ -10,8 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import DynamicCache, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
-from transformers.cache_utils import DynamicLayer
+from transformers import PreTrainedModel, Qwen3ForCausalLM
 from transformers.core_model_loading import (
     Concatenate,
     ConversionOps,
@@ -236,29 +235,3 @@ def test_seam_modules_that_stay_in_float32():
     assert model._get_dtype_plan(torch.bfloat16) == {"q_proj": torch.float32}
     pattern, names, _ = build_glob_alternation(["q_proj"])
     assert names[pattern.search("layers.0.q_proj.weight").lastgroup] == "q_proj"
-
-
-def test_seam_loading_info_is_a_dictionary_of_sets(tmp_path: Path):
-    tiny_model().save_pretrained(tmp_path)
-    _, info = Qwen3ForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert {"missing_keys", "unexpected_keys", "mismatched_keys"} <= info.keys()
-
-
-def test_seam_the_module_with_the_tables_is_imported_with_the_models():
-    """`import rac_modifier` waits for it."""
-    import transformers.modeling_utils as modeling
-
-    assert modeling.get_hf_quantizer.__module__ == "transformers.quantizers.auto"
-
-
-def test_seam_a_dynamic_cache_is_a_list_of_layers_that_hold_keys_and_values():
-    """Why a plain layer can be replaced by one with room (sampling/roomy_cache.py)."""
-    cache = DynamicCache(config=Qwen3Config(num_hidden_layers=3))
-    assert [type(layer) for layer in cache.layers] == [DynamicLayer] * 3
-    states = torch.randn(2, 1, 4, 8)
-    keys, values = cache.update(states, -states, 1)
-    layer = cache.layers[1]
-    assert layer.keys is keys
-    assert layer.values is values
-    assert (layer.is_initialized, layer.get_seq_length()) == (True, 4)
-    assert [each.is_initialized for each in cache.layers] == [False, True, False]

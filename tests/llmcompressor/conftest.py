@@ -1,26 +1,39 @@
-"""The tiny model, dense and pruned."""
+"""Runs of the tiny model: how tests start them, a pruned one that they share, and one that dies."""
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from llmcompressor import oneshot
+from llmcompressor.modifiers.quantization import QuantizationModifier
 from transformers import AutoModelForCausalLM
 
 from rac_modifier import ReasoningAwareCalibrationModifier, ReasoningAwareSparseGPTModifier
-from rac_modifier.llmcompressor import resume, solving
-from tests.llmcompressor.unfinished_runs import Killed
+from rac_modifier.llmcompressor import solving
 from tests.tiny import calibration_entry, entry
 
-
-@pytest.fixture
-def dense(tiny_folder):
-    return AutoModelForCausalLM.from_pretrained(tiny_folder)
+BUILD = "rac_modifier.llmcompressor.calibration_modifier.build_calibration_set"
 
 
-@pytest.fixture
+class Killed(BaseException):
+    """Ends a run as a kill does: nothing more is pruned or written."""
+
+
+def _oneshot(folder, ours, model, later, pipeline, output_dir, oneshot_options):
+    return oneshot(
+        model=str(folder) if model is None else model,
+        recipe=[ours, *later],
+        pipeline=pipeline,
+        output_dir=None if output_dir is None else str(output_dir),
+        **(oneshot_options or {}),
+    )
+
+
+@pytest.fixture(scope="session")
 def prune(tiny_folder, trace_store):
-    """Run oneshot on the tiny model with a recipe of ours, changed by `settings`."""
+    """Prune the tiny model with a recipe of ours, changed by `settings`."""
 
     def prune(
         model=None,
@@ -30,47 +43,48 @@ def prune(tiny_folder, trace_store):
         oneshot_options=None,
         **settings,
     ):
-        modifiers = [ReasoningAwareSparseGPTModifier(**entry(trace_store, **settings)), *later]
-        return oneshot(
-            model=str(tiny_folder) if model is None else model,
-            recipe=modifiers,
-            pipeline=pipeline,
-            output_dir=None if output_dir is None else str(output_dir),
-            **(oneshot_options or {}),
-        )
+        ours = ReasoningAwareSparseGPTModifier(**entry(trace_store, **settings))
+        return _oneshot(tiny_folder, ours, model, later, pipeline, output_dir, oneshot_options)
 
     return prune
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def calibrate(tiny_folder, trace_store):
-    """Run oneshot on the tiny model with other modifiers, calibrated on its traces."""
+    """Run other modifiers on the tiny model, calibrated on its traces."""
 
     def calibrate(
         later=(), pipeline="independent", output_dir=None, oneshot_options=None, **settings
     ):
-        shared = calibration_entry(trace_store, **settings)
-        return oneshot(
-            model=str(tiny_folder),
-            recipe=[ReasoningAwareCalibrationModifier(**shared), *later],
-            pipeline=pipeline,
-            output_dir=None if output_dir is None else str(output_dir),
-            **(oneshot_options or {}),
-        )
+        ours = ReasoningAwareCalibrationModifier(**calibration_entry(trace_store, **settings))
+        return _oneshot(tiny_folder, ours, None, later, pipeline, output_dir, oneshot_options)
 
     return calibrate
 
 
 @pytest.fixture
-def record_of(tmp_path):
-    """Run `prune` or `calibrate` into a folder and return its run record."""
+def dense(tiny_folder):
+    return AutoModelForCausalLM.from_pretrained(tiny_folder)
 
-    def record_of(run, **settings):
-        folder = tmp_path / "recorded"
-        run(output_dir=folder, **settings)
-        return json.loads((folder / "rac_run.json").read_text())
 
-    return record_of
+@pytest.fixture(scope="session")
+def pruned(prune, tmp_path_factory):
+    """The default run: its folder, its model (not to be changed) and its record."""
+    folder = tmp_path_factory.mktemp("pruned") / "out"
+    model = prune(output_dir=folder)
+    return SimpleNamespace(folder=folder, model=model, record=record_of(folder))
+
+
+def record_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "rac_run.json").read_text())
+
+
+def quantization_config(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text())["quantization_config"]
+
+
+def fp8() -> QuantizationModifier:
+    return QuantizationModifier(targets=["Linear"], ignore=["lm_head"], scheme="FP8_DYNAMIC")
 
 
 @pytest.fixture
@@ -80,9 +94,8 @@ def off_policy(trace_store):
 
 
 @pytest.fixture
-def at_once(monkeypatch):
-    """Each group is written as soon as it is pruned."""
-    monkeypatch.setattr(resume, "_SAVE_SECONDS", 0.0)
+def nothing_is_sampled(monkeypatch):
+    monkeypatch.setattr(BUILD, None)
 
 
 @pytest.fixture

@@ -1,8 +1,10 @@
-"""What the tests of the modifier share: models as plain weights, other modifiers, and a data set for those."""
+"""What tests of modifiers share: models as plain weights, other modifiers, and data for those."""
 
 import torch
 from llmcompressor.modifiers.quantization import GPTQModifier
 from torch.utils.data import DataLoader
+
+INT8 = {"config_groups": {"w": {"weights": {"num_bits": 8, "strategy": "channel"}}}}
 
 
 def weights(model) -> dict[str, torch.Tensor]:
@@ -14,13 +16,10 @@ def assert_same_weights(first: dict[str, torch.Tensor], second: dict[str, torch.
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
 
 
-def int4() -> dict:
+def int4(bits: int = 4, symmetric: bool = True, targets: tuple[str, ...] = ("Linear",)) -> dict:
     """W4A16 in groups of 32, as config_groups: the preset's 128 are more than the tiny model has."""
-    group = {
-        "targets": ["Linear"],
-        "weights": {"num_bits": 4, "strategy": "group", "group_size": 32},
-    }
-    return {"config_groups": {"group_0": group}}
+    weights = {"num_bits": bits, "strategy": "group", "group_size": 32, "symmetric": symmetric}
+    return {"config_groups": {"group_0": {"targets": list(targets), "weights": weights}}}
 
 
 def gptq_w4() -> GPTQModifier:

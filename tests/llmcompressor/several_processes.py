@@ -1,22 +1,18 @@
 """Prune in several processes, as torchrun starts them, in one scenario after another: MODEL RECIPES.
 
-Each process is a fork of this one, which has imported everything: a run of its own takes a second, not ten. It runs `rac prune`.
-RECIPES is a folder with paper.yaml, quality.yaml, int4.yaml, recovered.yaml and few.yaml, and a mixture of experts with
-experts.yaml.
-Prints what happened as JSON.
+Each process is a fork of this one, which has imported everything, and runs `rac prune`. RECIPES is
+a folder of recipes, and a mixture of experts. Processes that are killed kill themselves when they
+reach a given point, so no scenario depends on time. Prints exit codes by scenario as JSON.
 """
 
 from __future__ import annotations
 
-import datetime
+import contextlib
 import json
 import os
-import random
-import resource
 import signal
 import socket
 import sys
-import time
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,15 +23,12 @@ from llmcompressor import oneshot
 from torch import distributed
 
 import rac_modifier  # noqa: F401 - registers the modifier
-from rac_modifier import cli, model_tools, processes
+from rac_modifier import cli
+from rac_modifier.checkpoint import saving
 from rac_modifier.errors import RacError
-from rac_modifier.llmcompressor import resume
-from rac_modifier.llmcompressor import run as run_module
-from rac_modifier.processes import Processes
+from rac_modifier.llmcompressor import resume, solving
 
 Before = Callable[[], None]
-_LONGEST = 60.0  # seconds; a run that takes longer hangs
-HUNG = -signal.SIGALRM
 
 
 def start(
@@ -46,7 +39,7 @@ def start(
     before: Mapping[int, Before] | None = None,
     run: Any = None,
 ) -> dict[int, int]:
-    """Start so many processes; their ids by rank. `before` is called in the process of that rank first.
+    """Start `count` processes; their ids by rank. `before` is called in that rank first.
 
     What a process says on standard error goes to OUTPUT.RANK.txt.
     """
@@ -61,17 +54,12 @@ def start(
             continue
         code = 1
         try:
-            os.dup2(
-                os.open(f"{output}.{rank}.txt", os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o644), 2
-            )
-            place = {
-                "RANK": rank,
-                "LOCAL_RANK": rank,
-                "WORLD_SIZE": count,
-                "LOCAL_WORLD_SIZE": count,
-            }
+            log = os.open(f"{output}.{rank}.txt", os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o644)
+            os.dup2(log, 2)
+            place = {"RANK": rank, "LOCAL_RANK": rank}
+            place |= {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
             os.environ.update({name: str(value) for name, value in place.items()})
-            os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+            os.environ["MASTER_ADDR"] = "127.0.0.1"
             sys.argv = command
             (before or {}).get(rank, lambda: None)()
             (run or cli.main)()
@@ -86,82 +74,44 @@ def start(
     return children
 
 
-def ended(children: Mapping[int, int], agent: bool = False) -> list[int]:
-    """Wait for the processes: exit codes by rank, negative for a signal. One that hangs is killed, and is `HUNG`.
-
-    With `agent`, where one has failed the others are told to end (SIGTERM) 5 seconds later; torchrun does it at once.
-    """
-    late, codes, tell = time.monotonic() + _LONGEST, {}, 0.0
-    while len(codes) < len(children):
-        for rank in children.keys() - codes.keys():
-            done, status = os.waitpid(children[rank], os.WNOHANG)
-            if done:
-                codes[rank] = os.waitstatus_to_exitcode(status)
-            elif time.monotonic() > late:
-                os.kill(children[rank], signal.SIGKILL)
-                os.waitpid(children[rank], 0)
-                codes[rank] = HUNG
-        if agent and any(codes.values()) and not tell:
-            tell, late = time.monotonic() + 5.0, min(late, time.monotonic() + _LONGEST / 2)
-        if tell and time.monotonic() > tell:
-            tell = late
-            for rank in children.keys() - codes.keys():
-                os.kill(children[rank], signal.SIGTERM)
-        time.sleep(0.01)
+def ended(children: dict[int, int]) -> list[int]:
+    """Wait for the processes: exit codes by rank, negative for a signal."""
+    codes, rank_of = {}, {child: rank for rank, child in children.items()}
+    for _ in children:
+        child, status = os.wait()
+        codes[rank_of[child]] = os.waitstatus_to_exitcode(status)
     return [codes[rank] for rank in sorted(codes)]
 
 
-def slow() -> None:
-    """A process that comes late to every sum and every result."""
-    for name in ("exchanged", "joined", "send", "meet"):
-        method, chance = getattr(Processes, name), random.Random(os.getpid())
-
-        def late(self: Any, *args: Any, method: Any = method, chance: Any = chance) -> Any:
-            time.sleep(chance.uniform(0.0, 0.1))
-            return method(self, *args)
-
-        setattr(Processes, name, late)
-
-
-def fails_at(group: int, how: Before) -> Before:
-    """Do something in place of pruning the so-manieth group, with the others or beside the one that solves it."""
-
-    def before() -> None:
-        solve, groups = run_module.solve_on_all_ranks, iter(range(1, 10**6))
-
-        def failing(*args: Any, **kwargs: Any) -> Any:
-            if next(groups) == group:
-                how()
-            return solve(*args, **kwargs)
-
-        run_module.solve_on_all_ranks = failing
-
-    return before
-
-
-def full_disk() -> None:
-    """What a process raises whose disk is full."""
-    raise RacError("the disk of this process is full; make room")
-
-
-def killed() -> None:
-    """As the system kills a process for which there is no memory."""
+def die() -> None:
+    """End as the system kills a process for which there is no memory."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def patience_of(seconds: float) -> Before:
-    """Wait for the other processes so long."""
+def full_disk() -> None:
+    raise RacError("the disk of this process is full; make room")
+
+
+def at(owner: Any, name: str, call: int, how: Callable[..., None]) -> Before:
+    """Do something before the given call of a function, with its arguments."""
 
     def before() -> None:
-        processes._ANSWER = datetime.timedelta(seconds=seconds)
+        inner, calls = getattr(owner, name), iter(range(1, 10**6))
+
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            if next(calls) == call:
+                how(*args)
+            return inner(*args, **kwargs)
+
+        setattr(owner, name, wrapped)
 
     return before
 
 
-def small_accelerator() -> None:
-    """The CPU in the part of an accelerator that the model must not be moved to as a whole."""
-    model_tools.accelerator = lambda: torch.device("cpu")
-    model_tools.free_bytes = lambda device: 0
+def half_written(tensors: Any, path: Path, *_: Any) -> None:
+    """Die with half of a file of groups on the disk."""
+    path.write_bytes(b"half")
+    die()
 
 
 def upstream(model: str, recipe: Path, output: str) -> Before:
@@ -175,43 +125,47 @@ def upstream(model: str, recipe: Path, output: str) -> Before:
     return run
 
 
+def group(call: int, how: Callable[..., None]) -> Before:
+    """Do something instead of pruning a group."""
+    return at(solving, "solve_on_all_ranks", call, lambda *_: how())
+
+
+KILLS: dict[str, dict[int, Before]] = {
+    "before the first file": {1: group(1, die)},
+    "between two files": {0: group(3, die)},
+    "while a file is written": {0: at(resume, "save_file", 3, half_written)},
+    "while the result is saved": {0: at(saving, "pack_checkpoint", 1, lambda *_: die())},
+}
+
+
 def main() -> None:
     """See above."""
     model, recipes = sys.argv[1], Path(sys.argv[2])
     torch.set_num_threads(1)
-    resume._SAVE_SECONDS = 0.0  # here and not at import: tests import this module
     codes: dict[str, list[int]] = {}
 
-    def run(
-        name: str,
-        recipe: str,
-        count: int,
-        before: Mapping[int, Before] | None = None,
-        run: Any = None,
-        of: str = model,
-    ) -> None:
-        codes[name] = ended(start(of, recipes / f"{recipe}.yaml", name, count, before, run))
+    def run(name: str, recipe: str, count: int, before: Any = None, **more: Any) -> None:
+        source = more.pop("of", model)
+        children = start(source, recipes / f"{recipe}.yaml", name, count, before, **more)
+        codes[name] = ended(children)
 
-    for recipe in ("paper", "quality"):
-        for count in (1, 2):
+    for recipe, counts in (("paper", (2, 4)), ("quality", (1, 2))):
+        for count in counts:
             run(f"{recipe}-{count}", recipe, count)
-        run(f"{recipe}-4", recipe, 4, {1: slow, 3: slow})
-    for count in (1, 3):
-        run(f"int4-{count}", "int4", count, {2: slow})
     for count in (1, 2):
         run(f"experts-{count}", "experts", count, of=str(recipes / "mixture"))
-    run("streamed-2", "quality", 2, {0: small_accelerator, 1: small_accelerator})
-    run("upstream-2", "paper", 2, run=upstream(model, recipes / "paper.yaml", "upstream-2"))
-    for count in (1, 2):
         run(f"recovered-{count}", "recovered", count)
-    run("many-4", "few", 4)
-    run("full", "quality", 2, {1: fails_at(3, full_disk)})
-    run("gone", "quality", 2, {1: fails_at(2, killed)})
-    soon = patience_of(2.0)
-    run("stuck", "quality", 2, {0: soon, 1: lambda: (soon(), fails_at(2, lambda: time.sleep(5))())})  # type: ignore[dict-item]
-    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
-    seconds = round(spent.ru_utime + spent.ru_stime)
-    print(json.dumps({"codes": codes, "cpu_seconds": seconds}))
+    run("upstream-2", "paper", 2, run=upstream(model, recipes / "paper.yaml", "upstream-2"))
+    run("full", "quality", 2, {1: group(3, full_disk)})
+    for count in (1, 2):  # each kill meets the run that the kills before it have left
+        for moment, before in KILLS.items():
+            name = f"killed-{count}"
+            run(name, "quality", count, {rank % count: how for rank, how in before.items()})
+            codes[f"{name} {moment}"] = codes.pop(name)
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(f"{name}.0.txt", f"{name} {moment}.0.txt")
+        run(name, "quality", count)
+    print(json.dumps(codes))
 
 
 if __name__ == "__main__":

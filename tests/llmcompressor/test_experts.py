@@ -1,18 +1,22 @@
-"""Which modules are routed experts, and what they read."""
+"""Which modules are routed experts, what they read, and what is said of their tokens."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from llmcompressor.modeling.moe.context import (
-    get_calibrate_all_experts_flag,
-    moe_calibration_context,
-)
-from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
+from llmcompressor.modeling.moe.context import moe_calibration_context
 from llmcompressor.modeling.moe.linearize import linearize_moe
+from loguru import logger
 from transformers import AutoModelForCausalLM
 
-from rac_modifier.llmcompressor.experts import find_experts, only_routed_tokens
-from tests.tiny import EXPERTS, linears, save_tiny_experts, tiny_model
+from rac_modifier import RacError
+from rac_modifier.llmcompressor.experts import ExpertReport, find_experts, only_routed_tokens
+from rac_modifier.pruning.routed_tokens import ExpertTokens
+from rac_modifier.settings.entries import PruningEntry
+from tests.tiny import EXPERTS, entry, linears, save_tiny_experts, tiny_model
+
+LAYER = "model.layers.0.mlp.experts"
 
 
 @pytest.fixture(scope="module", params=["qwen3", "mixtral", "qwen2"])
@@ -26,21 +30,21 @@ def named(model):
 
 
 def test_every_layer_of_experts_is_found(model):
-    found = find_experts(model, named(model))
-    assert [routed.name for routed in found] == [
-        f"model.layers.{layer}.mlp.experts" for layer in range(2)
-    ]
     names = named(model)
-    for routed in found:
-        assert [expert.number for expert in routed.experts] == list(range(EXPERTS))
-        for expert in routed.experts:
-            parts = [
+    layers = find_experts(model, names)
+    assert [layer.name for layer in layers] == [
+        f"model.layers.{number}.mlp.experts" for number in range(2)
+    ]
+    for layer in layers:
+        assert [expert.number for expert in layer.experts] == list(range(EXPERTS))
+        for expert in layer.experts:
+            short = [
                 sorted(names[m].removeprefix(f"{expert.name}.") for m in group)
                 for group in expert.groups
             ]
-            assert parts == [["gate_proj", "up_proj"], ["down_proj"]]
-        assert len(routed.modules) == 3 * EXPERTS
-        assert routed.router is model.get_submodule(routed.name.replace(".experts", ".gate"))
+            assert short == [["gate_proj", "up_proj"], ["down_proj"]]
+        assert len(layer.modules) == 3 * EXPERTS
+        assert layer.router is model.get_submodule(layer.name.replace(".experts", ".gate"))
 
 
 def test_only_what_is_pruned_counts(model):
@@ -49,31 +53,24 @@ def test_only_what_is_pruned_counts(model):
         for m, n in named(model).items()
         if "layers.1" in n and (".experts.1.up" in n or ".experts.3.down" in n)
     }
-    (routed,) = find_experts(model, names)
-    assert [
-        (expert.number, [len(group) for group in expert.groups]) for expert in routed.experts
-    ] == [
+    (layer,) = find_experts(model, names)
+    assert [(e.number, [len(group) for group in e.groups]) for e in layer.experts] == [
         (1, [1]),
         (3, [1]),
     ]
     assert find_experts(model, {}) == []
-
-
-def test_a_dense_model_has_none():
-    model = tiny_model()
-    assert find_experts(model, named(model)) == []
+    assert find_experts(tiny_model(), named(tiny_model())) == []
 
 
 def test_experts_of_unknown_code_are_left_out(model, monkeypatch):
     """What their forward pass is given, or which layer reads what, is not known."""
-    one = type(model.model.layers[0].mlp.experts)
-    monkeypatch.setattr(one, "forward", lambda self, x: x, raising=False)
-    assert find_experts(model, named(model)) == []
-    monkeypatch.undo()
-    monkeypatch.setattr(
-        model.model.layers[0].mlp.experts[2], "gated", torch.nn.Linear(2, 2), raising=False
-    )
-    assert [routed.name for routed in find_experts(model, named(model))] == [
+    kind = type(model.model.layers[0].mlp.experts)
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "forward", lambda self, x: x, raising=False)
+        assert find_experts(model, named(model)) == []
+    expert = model.model.layers[0].mlp.experts[2]
+    monkeypatch.setattr(expert, "gated", torch.nn.Linear(2, 2), raising=False)
+    assert [layer.name for layer in find_experts(model, named(model))] == [
         "model.layers.1.mlp.experts"
     ]
 
@@ -82,26 +79,98 @@ def test_what_down_reads(model):
     expert = find_experts(model, named(model))[0].experts[2]
     x = torch.randn(5, 64)
     with torch.no_grad():
-        read = expert.read_by_last(x)
         gate, up = (
             F.linear(x, getattr(expert.module, part).weight) for part in ("gate_proj", "up_proj")
         )
-        torch.testing.assert_close(read, F.silu(gate) * up)
+        torch.testing.assert_close(expert.input_of_down(x), F.silu(gate) * up)
         assert expert.module(x).shape == (5, 64), "the hook is gone"
 
 
 def test_each_expert_runs_on_its_own_tokens_only(model):
     """Whatever upstream's switch says; it is as before at the end."""
-    experts = model.model.layers[0].mlp.experts
-    assert isinstance(experts, LinearExperts2D)
-    seen = []
+    experts, seen = model.model.layers[0].mlp.experts, []
     hook = experts[0].register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
     chosen = torch.tensor([[0, 1], [2, 3], [1, 0], [3, 1]])
     with torch.no_grad(), moe_calibration_context():
         every = experts(torch.ones(4, 64), chosen, torch.ones(4, 2))
         with only_routed_tokens():
             routed = experts(torch.ones(4, 64), chosen, torch.ones(4, 2))
-        assert get_calibrate_all_experts_flag()
+        experts(torch.ones(4, 64), chosen, torch.ones(4, 2))
     hook.remove()
-    assert seen == [4, 2]
+    assert seen == [4, 2, 4]
     torch.testing.assert_close(every, routed)
+
+
+# the report
+
+
+@pytest.fixture
+def said():
+    lines = []
+    handler = logger.add(
+        lambda message: lines.append(str(message)), level="INFO", format="{level} {message}"
+    )
+    yield lines
+    logger.remove(handler)
+
+
+def report(has_experts=True, **settings) -> ExpertReport:
+    return ExpertReport(PruningEntry(**entry(**settings)), has_experts)
+
+
+def test_starved_experts_are_named(said):
+    made = report(expert_floor=100)
+    routed = [400, 30, 100, 0, 250, 9, 8, 7, 6, 5]
+    made.use_order("group", "order: auto")
+    made.add(
+        LAYER, {f"{LAYER}.{i}": ExpertTokens(n, max(100 - n, 0)) for i, n in enumerate(routed)}
+    )
+    record = made.record()["experts"]
+    assert (record["calibrated on"], record["floor"]) == ("routed", 100)
+    layer = record["layers"][LAYER]
+    assert layer["routed"] == {"least": 0, "median": 8.5, "most": 400}
+    assert layer["starved"] == {
+        f"{LAYER}.{i}": {"routed": routed[i], "added": 100 - routed[i]}
+        for i in (1, 3, 5, 6, 7, 8, 9)
+    }
+    (line,) = [line for line in said if line.startswith("WARNING")]
+    assert "expert_floor (100)" in line
+    assert "are routed to 7 experts; the nearest ones were added" in line
+
+
+def test_tokens_that_were_added_without_asking_the_router_are_said_to_be_so():
+    made = report()
+    counts = {f"{LAYER}.0": ExpertTokens(1, 511, evenly=True), f"{LAYER}.1": ExpertTokens(900, 0)}
+    made.add(LAYER, counts)
+    starved = made.record()["experts"]["layers"][LAYER]["starved"]
+    assert starved == {f"{LAYER}.0": {"routed": 1, "added": 511, "evenly": True}}
+
+
+def test_layer_by_layer_says_that_all_tokens_are_used(said):
+    made = report(reconstruct="pruned")
+    made.use_order("layer", "tracing failed: x")
+    why = "layer by layer (tracing failed: x)"
+    assert made.record() == {"experts": {"calibrated on": "all", "why": why, "layers": {}}}
+    assert any(line.startswith("WARNING experts: routed needs the model cut") for line in said)
+
+
+@pytest.mark.parametrize(("name", "value"), [("experts", "all"), ("expert_floor", 64)])
+def test_what_a_model_without_experts_does_not_use_is_refused(name, value):
+    with pytest.raises(
+        RacError, match=rf"{name}: .*{value}.* has no effect here: no routed expert"
+    ):
+        report(False, **{name: value}).check(None)
+    report(True, **{name: value}).check(None)
+    report(False).check(None)
+    assert report(False).record() == {}
+
+
+@pytest.mark.parametrize("switch", [False, True])
+def test_upstreams_switch_against_all_experts(switch):
+    given = SimpleNamespace(dataset_args=SimpleNamespace(moe_calibrate_all_experts=switch))
+    report().check(given)
+    if switch:
+        report(experts="all").check(given)
+    else:
+        with pytest.raises(RacError, match="experts: all; leave one of them out"):
+            report(experts="all").check(given)

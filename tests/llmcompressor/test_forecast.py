@@ -7,20 +7,20 @@ from transformers import AutoModelForCausalLM
 
 from rac_modifier import RacError, ReasoningAwareSparseGPTModifier
 from rac_modifier.llmcompressor import forecast
-from rac_modifier.llmcompressor.forecast import Forecast, Group, check_memory
+from rac_modifier.llmcompressor.forecast import Forecast, Group, groups_of
 from rac_modifier.settings.entries import PruningEntry
 from tests.live_bytes import LiveBytes
-from tests.tiny import entry, save_tiny
+from tests.tiny import entry, linears, save_tiny, tiny_model
 
 CPU, OTHER = torch.device("cpu"), torch.device("meta")
-GATE, DOWN = Group("gate", 64, (100, 100), (None, None)), Group("down", 256, (64,), (None,))
+GATE = Group("gate", 0, 64, (100, 100), (None, None))
+DOWN = Group("down", 0, 256, (64,), (None,))
 
 
-def made(groups=(GATE, DOWN), tokens=10_000, by_layer=False, **settings):
+def made(groups=(GATE, DOWN), by_layer=False, **settings):
     options = {"mask_structure": "2:4", "reconstruct": "pruned", **settings}
-    batch = (4, 128)
-    dtype = torch.bfloat16
-    return Forecast(PruningEntry(**options), groups, 64, dtype, tokens, batch, 0, 0, by_layer)
+    entry, dtype = PruningEntry(**options), torch.bfloat16
+    return Forecast(entry, groups, 64, dtype, by_layer, [(4, 125)] * 20)
 
 
 @pytest.mark.parametrize(
@@ -28,27 +28,22 @@ def made(groups=(GATE, DOWN), tokens=10_000, by_layer=False, **settings):
     [
         {"preset": "quality"},
         {"preset": "quality", "reconstruct": "pruned"},
-        {"preset": "fast"},
         {"preset": "paper"},
-        {"preset": "quality", "quantization": {"scheme": "W8A8"}},
+        {"preset": "fast", "quantization": {"scheme": "W8A8"}},
     ],
     ids=str,
 )
 def test_the_forecast_is_near_what_lives_in_a_run(tmp_path, trace_store, monkeypatch, settings):
-    """At the second down_proj, where activations of both models, statistics and solver live together."""
+    """At the second down_proj, where activations, statistics and solver live together."""
     shape = {"hidden_size": 128, "intermediate_size": 640, "num_attention_heads": 2}
     model = AutoModelForCausalLM.from_pretrained(save_tiny(tmp_path / "wide", **shape))
     forecasts, live = [], LiveBytes()
-    inner = forecast.check_memory
 
-    def spy(made, *args, **options):
-        result = inner(made, *args, **options)
-        numbers = range(len(made.groups))
-        forecasts.append(max(made.work(i) + made.activations(i) for i in numbers))
+    def spy(self, *devices):
+        forecasts.append(max(self.work(i) + self.activations(i) for i in range(len(self.groups))))
         live.reset()
-        return result
 
-    monkeypatch.setattr("rac_modifier.llmcompressor.pipeline.check_memory", spy)
+    monkeypatch.setattr(Forecast, "check", spy)
     options = entry(trace_store, **settings)
     options["traces"]["allow_off_policy"] = True  # the store is another model's
     options["calibration"] = {"tokens": 3000, "batch_tokens": 256, "held_out_tokens": 0}
@@ -57,14 +52,32 @@ def test_the_forecast_is_near_what_lives_in_a_run(tmp_path, trace_store, monkeyp
     assert 0.85 < forecasts[-1] / (live.peak - live.base) < 1.35
 
 
-def test_too_little_memory_is_an_error_that_names_module_bytes_and_next_step():
+def test_groups_are_modules_of_one_parent_and_width():
+    model = tiny_model()
+    groups = groups_of(model, {m: n for n, m in linears(model).items()}, {})
+    assert [(g.columns, len(g.rows), g.layer) for g in groups] == [
+        (64, 4, 0), (64, 2, 0), (128, 1, 0), (64, 4, 1), (64, 2, 1), (128, 1, 1),
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def free(monkeypatch):
+    """The free bytes by device; None: not known."""
+    bytes_free = {}
+    monkeypatch.setattr(forecast, "free_bytes", bytes_free.get)
+    return bytes_free
+
+
+def test_too_little_memory_is_an_error_that_names_module_bytes_and_next_step(free):
     run = made()
-    needed, _ = run.on(CPU, CPU, CPU, recomputes=True)
-    assert check_memory(run, CPU, CPU, free=lambda device: 10**12) == 0
+    needed = int(forecast.HEAP_GAPS * run.work(1)) + run.activations(1)
+    free[CPU] = 2 * needed
+    run.check(CPU, CPU, 2)
+    free[CPU] = needed - 1
     with pytest.raises(RacError) as caught:
-        check_memory(run, CPU, CPU, free=lambda device: needed - 1)
+        run.check(CPU, CPU)
     message = str(caught.value)
-    assert message.startswith("pruning down is predicted to need")
+    assert message.startswith("pruning down needs")
     assert f"({needed:,} bytes)" in message
     assert f"({needed - 1:,} bytes) are free" in message
     assert "calibration.tokens" in message
@@ -72,34 +85,29 @@ def test_too_little_memory_is_an_error_that_names_module_bytes_and_next_step():
     assert "reconstruct: pruned" not in message  # it is already
 
 
-def test_activations_and_solver_are_checked_on_their_own_devices():
+def test_activations_and_solver_are_checked_on_their_own_devices(free):
     run = made([DOWN])
-    free = {CPU: run.activations(0), OTHER: run.work(0)}
-    check_memory(run, OTHER, CPU, free=free.get)
-    for device in free:
+    enough = {CPU: run.activations(0), OTHER: run.work(0)}
+    free.update(enough)
+    run.check(OTHER, CPU)
+    for device in enough:
+        free.update(enough | {device: enough[device] - 1})
         with pytest.raises(RacError, match=f"on {device}"):
-            check_memory(run, OTHER, CPU, free={**free, device: free[device] - 1}.get)
-    check_memory(run, OTHER, OTHER, free=lambda device: None)  # not known, so not checked
+            run.check(OTHER, CPU)
+    free.clear()
+    run.check(OTHER, OTHER)
 
 
-def test_wide_inputs_that_do_not_fit_are_recomputed_where_that_fits():
-    run = made()
-    kept, without = (run.on(CPU, CPU, CPU, recomputes=r)[0] for r in (False, True))
-    assert without < kept - 0.9 * 10_000 * (256 - 64) * 2
-    assert check_memory(run, CPU, CPU, free=lambda device: kept) == 0
-    assert check_memory(run, CPU, CPU, free=lambda device: kept - 1) == 256
-    assert check_memory(run, CPU, CPU, free=lambda device: 2 * without, processes=2) == 256
-
-
-def test_layer_by_layer_the_statistics_of_a_layer_live_together_and_activations_are_narrow():
+def test_layer_by_layer_statistics_live_together_and_activations_are_narrow():
     by_layer, by_group = made(by_layer=True), made()
     assert by_layer.activations(1) == 10_000 * 64 * 2
+    assert by_group.activations(1) == 10_000 * (64 + 256) * 2
+    assert made(reconstruct="dense").activations(1) == 10_000 * (64 + 256 + 64 + 64) * 2
     assert by_layer.work(0) >= by_group.work(0) + 4 * 256**2
 
 
+@pytest.mark.usefixtures("nothing_is_sampled")
 def test_a_run_is_refused_before_anything_is_sampled(prune, monkeypatch):
-    name = "rac_modifier.llmcompressor.calibration_modifier.build_calibration_set"
-    monkeypatch.setattr(name, None)
     monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 1000}))
-    with pytest.raises(RacError, match=r"is predicted to need .* are free: .*calibration\.tokens"):
+    with pytest.raises(RacError, match=r" needs .* are free: .*calibration\.tokens"):
         prune()

@@ -1,112 +1,248 @@
-"""Group by group: the same as running the whole model anew before each group."""
+"""A run against its definition: before each group, the whole model is run anew."""
 
 import pytest
 import torch
+import torch.nn.functional as F
 from llmcompressor import oneshot
+from llmcompressor.modeling.moe.linearize import linearize_moe
+from llmcompressor.pipelines.cache import IntermediatesCache
 from transformers import AutoModelForCausalLM
 
-from rac_modifier import ReasoningAwareSparseGPTModifier, platform
-from rac_modifier.pruning.hessian import Hessian
+from rac_modifier import ReasoningAwareSparseGPTModifier
+from rac_modifier.llmcompressor import statistics
+from rac_modifier.llmcompressor.solving import Run
+from rac_modifier.llmcompressor.statistics import DenseStream
 from rac_modifier.pruning.solve import solve
 from rac_modifier.settings.pattern import Pattern
-from tests.tiny import entry, linears
+from tests.tiny import EXPERTS, entry, linears, save_tiny_experts
 
-GROUPS = [
-    ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
-    ["self_attn.o_proj"],
-    ["mlp.gate_proj", "mlp.up_proj"],
-    ["mlp.down_proj"],
-]
+QKV, O_PROJ = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["self_attn.o_proj"]
+MLP = [["mlp.gate_proj", "mlp.up_proj"], ["mlp.down_proj"]]
+FLOOR = 700
 
 
-@pytest.fixture
-def dense(tiny_folder):
-    return AutoModelForCausalLM.from_pretrained(tiny_folder, attn_implementation="eager").eval()
+def eager(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
 
 
-def prune(trace_store, model, **settings):
-    modifier = ReasoningAwareSparseGPTModifier(**entry(trace_store, **settings))
+def run_on(model, store, **settings):
+    modifier = ReasoningAwareSparseGPTModifier(**entry(store, **settings))
     oneshot(model=model, recipe=modifier)
     return modifier
 
 
-def inputs(model, module, batches):
-    """What `module` reads, for each batch."""
+def given_to(model, module, loader):
+    """The arguments of `module` for all tokens, joined, and the weight of each token."""
     seen = []
-    hook = module.register_forward_pre_hook(lambda m, args: seen.append(args[0].detach()))
+    hook = module.register_forward_pre_hook(
+        lambda m, args: seen.append([a.detach().flatten(0, -2) for a in args])
+    )
     with torch.no_grad():
-        for batch in batches:
+        for batch in loader:
             model(**batch, use_cache=False)
     hook.remove()
-    return seen
+    token_weights = torch.cat([w.flatten() for w in loader.token_weights])
+    return [torch.cat(parts) for parts in zip(*seen, strict=True)], token_weights
 
 
-def reference(dense, pruned, modifier, *, towards_dense):
-    """The definition: before each group, run both models from the beginning."""
-    loader = modifier._calibration.loader
-    batches = list(loader)
-    for layer in range(len(pruned.model.layers)):
-        for group in GROUPS:
-            names = [f"model.layers.{layer}.{name}" for name in group]
-            modules = [pruned.get_submodule(name) for name in names]
-            x_pruned = inputs(pruned, modules[0], batches)
-            x_dense = inputs(dense, dense.get_submodule(names[0]), batches)
-            hessian = Hessian(x_pruned[0].shape[-1])
-            moment = torch.zeros(x_pruned[0].shape[-1], x_pruned[0].shape[-1], dtype=torch.float64)
-            for x, x_d, w in zip(x_pruned, x_dense, loader.token_weights, strict=True):
-                hessian.add(x, w)
-                x, x_d, w = (
-                    x.flatten(0, 1).double(),
-                    x_d.flatten(0, 1).double(),
-                    w.flatten().double(),
-                )
-                moment += ((x_d - x) * w.unsqueeze(1)).T @ x
-            moment = (moment * 2 / hessian.weight_sum).float()
-            weights = [m.weight.detach() for m in modules]
-            cross_moment = [w @ moment for w in weights] if towards_dense else None
-            solutions = solve(
-                modifier.solver,
-                weights,
-                hessian.matrix(),
-                Pattern.parse("2:4", None),
-                cross_moment=cross_moment,
-            )
-            for module, s in zip(modules, solutions, strict=True):
-                module.weight.data.copy_(s.weight)
+def moment(x, weights, other=None):
+    x, weights = x[weights > 0].double(), weights[weights > 0].double()
+    left = x if other is None else other[: len(x)]
+    return 2 / weights.sum() * (left * weights.unsqueeze(1)).T @ x
 
 
-@pytest.mark.usefixtures("float32_products")
-@pytest.mark.parametrize("towards_dense", [False, True])
-def test_it_is_pruning_each_group_on_a_model_run_anew(
-    tiny_folder, trace_store, dense, towards_dense
-):
-    expected = AutoModelForCausalLM.from_pretrained(tiny_folder, attn_implementation="eager").eval()
-    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
-    settings = {
-        "solver": "sparsegpt",
-        "reconstruct": "dense" if towards_dense else "pruned",
-        "order": "group",
-    }
-    modifier = prune(trace_store, model, **settings)
-    reference(dense, expected, modifier, towards_dense=towards_dense)
-    for (name, ours), theirs in zip(
-        linears(model).items(), linears(expected).values(), strict=True
-    ):
+def prune_by_definition(modules, x, x_dense, weights):
+    """Prune modules that read `x`; towards the outputs on `x_dense`, if given."""
+    moments, used = None, weights > 0
+    originals = [module.weight.detach() for module in modules]
+    if x_dense is not None:
+        cross = moment(x, weights, (x_dense - x)[used].double()).float()
+        moments = [weight @ cross for weight in originals]
+    solutions = solve(
+        "sparsegpt",
+        originals,
+        moment(x, weights).float(),
+        Pattern.parse("2:4", None),
+        cross_moment=moments,
+    )
+    for module, solution in zip(modules, solutions, strict=True):
+        module.weight.data.copy_(solution.weight)
+
+
+def assert_close(model, expected):
+    for (name, ours), theirs in zip(model.named_parameters(), expected.parameters(), strict=True):
         # a tie that rounding turns another way changes single weights; the modules must agree
-        close = torch.isclose(ours.weight, theirs.weight, rtol=1e-3, atol=1e-4).float().mean()
+        close = torch.isclose(ours, theirs, rtol=1e-3, atol=1e-4).float().mean()
         assert close > 0.98, (name, float(close))
 
 
-@pytest.mark.parametrize("preset", ["paper", "quality"])
-def test_linear_layers_of_forward_passes_may_go_to_onednn(trace_store, dense, preset, monkeypatch):
-    """Which products do: tests/test_platform.py. Here what is asked about, in both orders."""
-    asked, inner = set(), platform._onednn_gains
-    monkeypatch.setattr(
-        platform, "_onednn_gains", lambda x, weight: asked.add(x.ndim) or inner(x, weight)
-    )
-    prune(trace_store, dense, preset=preset)
-    assert 3 in asked, "[rows, tokens, columns] are activations of the model"
-    asked.clear()
-    with torch.no_grad():
-        dense(torch.ones(1, 4, dtype=torch.long))
-    assert not asked, "the run has ended"
+@pytest.mark.usefixtures("float32_products")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"reconstruct": "dense", "order": "group"},
+        {"reconstruct": "pruned", "order": "group"},
+        {"preset": "paper"},
+    ],
+    ids=str,
+)
+def test_it_is_pruning_each_group_on_a_model_run_anew(tiny_folder, trace_store, settings):
+    """The paper's order takes all inputs of a layer while none of its modules is pruned."""
+    model, expected, dense = eager(tiny_folder), eager(tiny_folder), eager(tiny_folder)
+    modifier = run_on(model, trace_store, solver="sparsegpt", **settings)
+    loader = modifier.calibration_set.loader
+    for number in range(2):
+        groups = [
+            [f"model.layers.{number}.{name}" for name in group] for group in (QKV, O_PROJ, *MLP)
+        ]
+        before = eager(tiny_folder)
+        before.load_state_dict(expected.state_dict())
+        for names in groups:
+            modules = [expected.get_submodule(name) for name in names]
+            source = before if "preset" in settings else expected
+            (x,), weights = given_to(source, source.get_submodule(names[0]), loader)
+            x_dense = None
+            if settings.get("reconstruct") == "dense":
+                (x_dense,), _ = given_to(dense, dense.get_submodule(names[0]), loader)
+            prune_by_definition(modules, x, x_dense, weights)
+    assert_close(model, expected)
+
+
+def test_a_dense_stream_that_waits_gives_the_same_bits_and_keeps_one_batch(
+    tiny_folder, trace_store, monkeypatch
+):
+    wide: list[int] = []  # for each read of down's inputs, the batches of which they are kept
+    inner = DenseStream.inputs
+
+    def count(cache: IntermediatesCache) -> int:
+        values = [value.value for batch in cache.batch_intermediates for value in batch.values()]
+        return sum(torch.is_tensor(value) and value.shape[-1] == 128 for value in values)
+
+    def inputs(self, stage, batch):
+        x = inner(self, stage, batch)
+        if x.shape[-1] == 128:
+            wide.append(count(self.cache))
+        return x
+
+    def run():
+        model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+        calibration = {"tokens": 1500, "batch_tokens": 256}
+        run_on(model, trace_store, calibration=calibration, solver="sparsegpt")
+        return model
+
+    monkeypatch.setattr(DenseStream, "inputs", inputs)
+    late = run()
+    assert max(wide) == 1
+    wide.clear()
+    monkeypatch.setattr(statistics, "saves_by_waiting", lambda stage, after, tokens: False)
+    kept = run()
+    assert max(wide) > 3
+    for (name, ours), theirs in zip(linears(late).items(), linears(kept).values(), strict=True):
+        assert torch.equal(ours.weight, theirs.weight), name
+
+
+# experts, on exactly the tokens that are routed to each
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    return save_tiny_experts(tmp_path_factory.mktemp("experts") / "dense", num_hidden_layers=1)
+
+
+@pytest.fixture
+def prune_mixture(mixture, monkeypatch):
+    """Prune with these settings; return the model, the loader and each module's Hessian by name."""
+    hessians, inner = {}, Run.prune
+
+    def spy(self, groups, per_call=None):
+        for group in groups:
+            for module in group.modules:
+                hessians[self.names[module]] = group.statistics.hessian.matrix().double()
+        inner(self, groups, per_call)
+
+    monkeypatch.setattr(Run, "prune", spy)
+
+    def prune_mixture(**settings):
+        hessians.clear()
+        model = linearize_moe(eager(mixture))
+        store = mixture.parent / "traces.jsonl"
+        modifier = run_on(model, store, solver="sparsegpt", **settings)
+        return model, modifier.calibration_set.loader, dict(hessians)
+
+    return prune_mixture
+
+
+def used_rows(x, router, chosen, weights, expert, floor):
+    """The definition: tokens routed to the expert, and the nearest other ones up to the floor."""
+    real = weights > 0
+    own = (chosen == expert).any(1) & real
+    others = [i for i in range(len(own)) if real[i] and not own[i]]
+    missing = min(max(floor - int(own.sum()), 0), len(others))
+    share = (x @ router.weight.T).softmax(1)
+    near = share[:, expert] / share.gather(1, chosen).min(1).values
+    own[sorted(others, key=lambda i: -float(near[i].detach()))[:missing]] = True
+    return own
+
+
+@pytest.mark.usefixtures("float32_products")
+@pytest.mark.parametrize(("experts", "floor"), [("routed", 1), ("routed", FLOOR), ("all", None)])
+def test_the_hessian_of_an_expert_is_that_of_its_tokens(prune_mixture, experts, floor):
+    more = {"expert_floor": floor} if floor else {"experts": experts}
+    model, loader, hessians = prune_mixture(reconstruct="pruned", **more)
+    layer = model.model.layers[0]
+    (x, chosen, _), weights = given_to(model, layer.mlp.experts, loader)
+    counts, everyone = [], moment(x, weights)
+    for number in range(EXPERTS):
+        name, expert = f"model.layers.0.mlp.experts.{number}", layer.mlp.experts[number]
+        ours = hessians[f"{name}.gate_proj"]
+        if experts == "all":
+            torch.testing.assert_close(ours, everyone, rtol=1e-4, atol=1e-5)
+            continue
+        rows = used_rows(x, layer.mlp.gate, chosen, weights, number, floor)
+        torch.testing.assert_close(ours, moment(x[rows], weights[rows]), rtol=1e-4, atol=1e-5)
+        assert torch.equal(ours, hessians[f"{name}.up_proj"])
+        # far from what all tokens would have given, so this test fails if they are used
+        assert (ours - everyone).norm() > 0.02 * everyone.norm()
+        gate, up = (F.linear(x[rows], getattr(expert, p).weight) for p in ("gate_proj", "up_proj"))
+        down = moment(F.silu(gate) * up, weights[rows])
+        torch.testing.assert_close(hessians[f"{name}.down_proj"], down, rtol=1e-4, atol=1e-6)
+        counts.append(int(((chosen == number).any(1) & (weights > 0)).sum()))
+    if experts == "routed":
+        assert min(counts) < FLOOR < max(counts), "the floor matters for some experts"
+
+
+@pytest.mark.usefixtures("float32_products")
+def test_a_mixture_is_pruned_group_by_group_as_if_run_anew_before_each(mixture, prune_mixture):
+    model, loader, _ = prune_mixture(reconstruct="dense", expert_floor=FLOOR)
+    expected, original = linearize_moe(eager(mixture)), linearize_moe(eager(mixture))
+    layer, of_dense = expected.model.layers[0], original.model.layers[0]
+    for group in (QKV, O_PROJ):
+        modules = [layer.get_submodule(name) for name in group]
+        (x,), weights = given_to(expected, modules[0], loader)
+        (x_dense,), _ = given_to(original, of_dense.get_submodule(group[0]), loader)
+        prune_by_definition(modules, x, x_dense, weights)
+    (x, chosen, _), weights = given_to(expected, layer.mlp.experts, loader)
+    (x_dense, _, _), _ = given_to(original, of_dense.mlp.experts, loader)
+    for number in range(EXPERTS):
+        rows = used_rows(x, layer.mlp.gate, chosen, weights, number, FLOOR)
+        expert, dense_expert = layer.mlp.experts[number], of_dense.mlp.experts[number]
+        modules = [expert.up_proj, expert.gate_proj]
+        prune_by_definition(modules, x[rows], x_dense[rows], weights[rows])
+        down, down_dense = (
+            F.silu(F.linear(read[rows], e.gate_proj.weight))
+            * F.linear(read[rows], e.up_proj.weight)
+            for e, read in ((expert, x), (dense_expert, x_dense))
+        )
+        prune_by_definition([expert.down_proj], down.detach(), down_dense.detach(), weights[rows])
+    assert_close(model, expected)
+
+
+def test_each_expert_ends_closer_to_the_dense_one_than_with_all_tokens(mixture, prune_mixture):
+    """What the whole is for, measured on the outputs of the layer."""
+    errors, dense = {}, linearize_moe(eager(mixture))
+    for experts, more in (("routed", {"expert_floor": 64}), ("all", {})):
+        model, loader, _ = prune_mixture(experts=experts, **more)
+        (ours,), weights = given_to(model, model.model.norm, loader)
+        (theirs,), _ = given_to(dense, dense.model.norm, loader)
+        errors[experts] = float((ours - theirs)[weights > 0].norm())
+    assert errors["routed"] < errors["all"], errors

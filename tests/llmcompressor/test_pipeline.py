@@ -1,4 +1,4 @@
-"""Our pipeline is in place from initializing to finalizing, and decides group by group or layer by layer."""
+"""Our pipeline is in place from initializing to finalizing, and decides the order of a run."""
 
 import threading
 
@@ -17,6 +17,7 @@ from rac_modifier.llmcompressor.pipeline import (
     take_away,
 )
 from rac_modifier.llmcompressor.plan import UntraceableError
+from tests.llmcompressor.conftest import BUILD, fp8, record_of
 from tests.llmcompressor.modifier_helpers import assert_same_weights, gptq_w4, weights
 from tests.tiny import TOKENS, linears
 
@@ -27,35 +28,26 @@ def loaded() -> type:
 
 
 def test_it_is_in_place_for_its_session_only():
-    with create_session() as ours:
+    with create_session() as ours, create_session() as second:
         assert loaded() is SequentialPipeline
+        put_in_place(second, SessionRun(None))
         put_in_place(ours, SessionRun(None))
         assert loaded() is ReasoningAwareSequentialPipeline
         with create_session():
             assert loaded() is SequentialPipeline
         seen = []
-        thread = threading.Thread(
-            target=lambda: seen.append(loaded())
-        )  # which has the global session
+        thread = threading.Thread(target=lambda: seen.append(loaded()))  # has the global session
         thread.start()
         thread.join()
         assert seen == [SequentialPipeline]
         assert take_away(ours)
+        assert loaded() is ReasoningAwareSequentialPipeline, "another run goes on"
+        assert take_away(second)
         assert loaded() is SequentialPipeline
         assert not take_away(ours)
 
 
-def test_the_end_of_one_run_leaves_another_in_place():
-    with create_session() as first, create_session() as second:
-        put_in_place(first, SessionRun(None))
-        put_in_place(second, SessionRun(None))
-        take_away(first)
-        assert loaded() is ReasoningAwareSequentialPipeline
-        take_away(second)
-        assert loaded() is SequentialPipeline
-
-
-def test_an_error_in_the_pipeline_takes_it_away_at_once(prune, monkeypatch):
+def test_an_error_in_the_pipeline_takes_it_away(prune, monkeypatch):
     def fails(*args):
         assert loaded() is ReasoningAwareSequentialPipeline
         raise RuntimeError("out of memory")
@@ -70,13 +62,12 @@ def test_an_error_of_another_modifier_is_cleared_by_the_next_reset(prune, monkey
     def fails(self, state, **kwargs):
         raise ValueError("no such scheme")
 
-    monkeypatch.setattr(QuantizationModifier, "on_initialize", fails)
-    with pytest.raises(ValueError, match="no such scheme"):
-        prune(later=[QuantizationModifier(targets=["Linear"], scheme="FP8_DYNAMIC")])
     measured = []
-    monkeypatch.setattr(
-        "rac_modifier.llmcompressor.calibration_modifier.RunDivergence.measure", measured.append
-    )
+    monkeypatch.setattr(QuantizationModifier, "on_initialize", fails)
+    measure = BUILD.replace("build_calibration_set", "RunDivergence.measure")
+    monkeypatch.setattr(measure, measured.append)
+    with pytest.raises(ValueError, match="no such scheme"):
+        prune(later=[fp8()])
     active_session().reset()
     assert loaded() is SequentialPipeline
     assert measured == []  # there is no result to measure
@@ -95,59 +86,37 @@ def test_a_later_modifier_calibrates_on_the_same_tokens_without_padding(
         return original(self, module, args, output)
 
     monkeypatch.setattr(GPTQModifier, "calibrate_module", spy)
-    calibrate(
-        later=[GPTQModifier(targets=["Linear"], ignore=["lm_head"], scheme="W8A8")], pipeline=name
-    )
+    gptq = GPTQModifier(targets=["Linear"], ignore=["lm_head"], scheme="W8A8")
+    calibrate(later=[gptq], pipeline=name)
     assert {shape[0] for shape in seen} == {1}  # one sequence per batch: nothing to pad
     assert sum(shape[1] for shape in seen) == 2 * TOKENS
 
 
-def test_both_pipelines_prune_alike(prune):
-    assert_same_weights(
-        weights(prune(pipeline="independent")), weights(prune(pipeline="sequential"))
-    )
+def test_both_pipelines_prune_alike(prune, pruned):
+    sequential = prune(pipeline="sequential")
+    pairs = zip(linears(sequential).values(), linears(pruned.model).values(), strict=True)
+    assert all(ours.weight.equal(theirs.weight) for ours, theirs in pairs)
 
 
-def test_basic_is_refused(prune):
-    with pytest.raises(RacError, match='pipeline="basic" does not prune layer by layer'):
-        prune(pipeline="basic")
-
-
-def test_token_weights_decide_what_is_kept(prune):
+def test_token_weights_decide_what_is_kept(prune, pruned):
     prompts_free = prune(calibration={"tokens": TOKENS, "prompt_weight": 0.0})
-    pairs = zip(linears(prompts_free).values(), linears(prune()).values(), strict=True)
+    pairs = zip(linears(prompts_free).values(), linears(pruned.model).values(), strict=True)
     assert any(not a.weight.equal(b.weight) for a, b in pairs)
 
 
-@pytest.fixture
-def untraceable(monkeypatch):
+def test_layer_by_layer_where_it_must_be_and_the_record_says_why(prune, tmp_path, monkeypatch):
     def fails(*args, **kwargs):
         raise UntraceableError("tracing failed: a loop over experts")
 
     monkeypatch.setattr(plan, "trace_groups", fails)
-
-
-@pytest.mark.usefixtures("untraceable")
-def test_auto_prunes_layer_by_layer_where_it_must_and_records_why(prune, record_of):
-    assert record_of(prune)["order"] == {
+    model = prune(output_dir=tmp_path / "out", solver="sparsegpt")
+    assert record_of(tmp_path / "out")["order"] == {
         "order": "layer",
         "why": "tracing failed: a loop over experts",
         "reconstruct": "pruned",
     }
-
-
-@pytest.mark.usefixtures("untraceable")
-def test_group_is_refused_where_it_is_not_possible(prune):
-    with pytest.raises(
-        RacError, match=r"order: group is not possible here: tracing failed.*set order: layer"
-    ):
-        prune(order="group")
-
-
-def test_beside_another_modifier_in_one_pass_it_prunes_layer_by_layer(prune, record_of):
-    later = QuantizationModifier(targets=["Linear"], ignore=["lm_head"], scheme="FP8_DYNAMIC")
-    order = record_of(prune, later=[later], pipeline="sequential", reconstruct="pruned")["order"]
-    assert (order["order"], order["why"]) == (
-        "layer",
-        "other modifiers calibrate in the same pass (pipeline='sequential')",
+    assert_same_weights(
+        weights(model), weights(prune(order="layer", reconstruct="pruned", solver="sparsegpt"))
     )
+    with pytest.raises(RacError, match=r"order: group is not possible here: .*set order: layer"):
+        prune(order="group")

@@ -1,12 +1,18 @@
-"""The pruning entry: what is refused before sampling, what is recorded."""
+"""The pruning entry: what is refused before sampling, and what runs leave in memory."""
+
+import gc
+import warnings
 
 import pytest
 from llmcompressor import oneshot
-from llmcompressor.modifiers.quantization import QuantizationModifier
+from torch import Tensor
+from torch.nn import Parameter
+from transformers import AutoModelForCausalLM
 
 from rac_modifier import RacError, ReasoningAwareSparseGPTModifier
+from tests.llmcompressor.conftest import BUILD, fp8
 from tests.llmcompressor.modifier_helpers import gptq_w4
-from tests.tiny import TOKENS, entry, linears
+from tests.tiny import entry, is_2of4, linears
 
 
 class Sampling(Exception):  # noqa: N818 - not an error
@@ -20,58 +26,67 @@ def refused_or_sampled(tiny_folder, trace_store, monkeypatch):
     def sample(*args, **kwargs):
         raise Sampling
 
-    monkeypatch.setattr(
-        "rac_modifier.llmcompressor.calibration_modifier.build_calibration_set", sample
-    )
+    monkeypatch.setattr(BUILD, sample)
 
-    def run(*before, later=(), **settings):
+    def run(*before, later=(), pipeline="independent", **settings):
         ours = ReasoningAwareSparseGPTModifier(**entry(trace_store, **settings))
-        oneshot(model=str(tiny_folder), recipe=[*before, ours, *later])
+        oneshot(model=str(tiny_folder), recipe=[*before, ours, *later], pipeline=pipeline)
 
     return run
 
 
-def fp8() -> QuantizationModifier:
-    return QuantizationModifier(targets=["Linear"], ignore=["lm_head"], scheme="FP8_DYNAMIC")
+@pytest.mark.parametrize(
+    ("before", "later", "settings", "says"),
+    [
+        ([], [gptq_w4], {}, r"GPTQModifier after .* fills pruned weights again; .*quantization: {"),
+        ([], [fp8, gptq_w4], {}, "GPTQModifier after"),
+        ([fp8], [gptq_w4], {}, "GPTQModifier after"),
+        ([gptq_w4], [], {}, None),
+        ([fp8, gptq_w4], [fp8], {}, None),
+        ([], [fp8], {"quantization": {"scheme": "W8A16"}}, "after .* would quantize twice"),
+        (
+            [],
+            [fp8],
+            {"pipeline": "sequential"},
+            "pruning needs its own; use pipeline='independent'",
+        ),
+        ([], [], {"pipeline": "sequential"}, None),
+    ],
+)
+def test_what_other_modifiers_may_be_next_to_ours(
+    refused_or_sampled, before, later, settings, says
+):
+    with pytest.raises(RacError if says else Sampling, match=says):
+        refused_or_sampled(*(m() for m in before), later=[m() for m in later], **settings)
 
 
-@pytest.mark.parametrize("later", [[gptq_w4], [gptq_w4, fp8], [fp8, gptq_w4]])
-def test_gptq_anywhere_behind_ours_is_refused(refused_or_sampled, later):
-    with pytest.raises(
-        RacError, match=r"GPTQModifier after .* fills pruned weights again; .*quantization: {scheme"
-    ):
-        refused_or_sampled(later=[make() for make in later])
+def test_a_failed_run_leaves_nothing_behind_that_breaks_the_next(prune, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("rac_modifier.llmcompressor.solving.solve_groups", None)
+        with pytest.raises(TypeError):
+            prune()
+    assert all(is_2of4(m.weight) for m in linears(prune(preset="paper")).values())
 
 
-def test_gptq_between_another_modifier_and_ours_is_refused_only_behind(refused_or_sampled):
-    with pytest.raises(RacError, match="GPTQModifier after"):
-        refused_or_sampled(fp8(), later=[gptq_w4()])
+def live_bytes() -> int:
+    """The bytes of all tensors of this process, storages once."""
+    gc.collect()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # lazy attributes of some modules warn
+        # not subclasses: fake tensors of other tests have no memory
+        tensors = [thing for thing in gc.get_objects() if type(thing) in (Tensor, Parameter)]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
 
 
-@pytest.mark.parametrize("before", [[gptq_w4], [fp8, gptq_w4]])
-def test_gptq_in_front_of_ours_is_not_refused(refused_or_sampled, before):
-    with pytest.raises(Sampling):
-        refused_or_sampled(*[make() for make in before])
-
-
-def test_quantizing_twice_is_refused(refused_or_sampled):
-    with pytest.raises(RacError, match=r"QuantizationModifier after .* would quantize twice"):
-        refused_or_sampled(later=[fp8()], quantization={"scheme": "W8A16"})
-    with pytest.raises(Sampling):
-        refused_or_sampled(later=[fp8()])
-
-
-def test_keep_refuses_a_model_without_the_zeros(prune):
-    with pytest.raises(RacError, match="solver: keep keeps the zeros that a model has"):
-        prune(solver="keep")
-
-
-def test_every_module_has_a_row_in_the_record(prune, record_of, dense):
-    record = record_of(prune)
-    assert record["method"] == "alps"
-    assert record["order"] == {"order": "group", "why": "order: auto", "reconstruct": "dense"}
-    assert {row["name"] for row in record["modules"]} == set(linears(dense))
-    for row in record["modules"]:
-        assert row["tokens"] == TOKENS
-        assert row["sparsity"] == pytest.approx(0.5, abs=0.01)
-        assert 0 < row["relative_error"] < 1
+def test_four_calls_hold_no_more_than_the_first(tiny_folder, trace_store):
+    """Nothing of a run that has ended stays but the last session's."""
+    held = []
+    for _ in range(4):
+        model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+        size = sum(weight.untyped_storage().nbytes() for weight in model.parameters())
+        settings = entry(trace_store, preset="paper", solver="magnitude")
+        oneshot(model=model, recipe=ReasoningAwareSparseGPTModifier(**settings))
+        del model
+        held.append(live_bytes())
+    assert max(held) < held[0] + 0.3 * size, (held, size)

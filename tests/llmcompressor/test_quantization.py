@@ -1,6 +1,4 @@
-"""Pruning and quantization in one pass, from the recipe to the loaded checkpoint."""
-
-import json
+"""Pruning and quantization, or quantization alone, in one pass: from the recipe to the checkpoint."""
 
 import pytest
 import torch
@@ -11,82 +9,72 @@ from transformers import AutoModelForCausalLM
 import rac_modifier
 from rac_modifier import ReasoningAwareSparseGPTModifier, cli
 from rac_modifier.checkpoint.inspect import inspect_checkpoint
+from rac_modifier.llmcompressor.quantizer import Quantizer
 from tests.checkpoint.checkpoint_helpers import dense_tensors
-from tests.llmcompressor.modifier_helpers import assert_same_weights, gptq_w4, int4, weights
+from tests.llmcompressor.conftest import quantization_config, record_of
+from tests.llmcompressor.modifier_helpers import (
+    INT8,
+    assert_same_weights,
+    gptq_w4,
+    int4,
+    weights,
+)
+from tests.llmcompressor.quantized_helpers import decoded
 from tests.tiny import calibration_entry, is_2of4, linears, recipe
 
-INT8 = {"config_groups": {"w": {"weights": {"num_bits": 8, "strategy": "channel"}}}}
-SCHEMES = {
-    "int4": int4(),
-    "int8": INT8,
-    "w8a8": {"scheme": "W8A8"},
-    "fp8": {"scheme": "FP8_DYNAMIC"},
-}
-FORMATS = {
-    "int4": "pack-quantized",
-    "int8": "pack-quantized",
-    "w8a8": "int-quantized",
-    "fp8": "float-quantized",
-}
-COMPRESSED = {
-    "int4": torch.int32,
-    "int8": torch.int8,
-    "w8a8": torch.int8,
-    "fp8": torch.float8_e4m3fn,
-}
-PATTERNS = {
-    "2:4": {"mask_structure": "2:4"},
-    "unstructured": {"mask_structure": "0:0", "sparsity": 0.5},
+SCHEMES = {  # and the format of the file
+    "int4": (int4(), "pack-quantized"),
+    "int8": (INT8, "pack-quantized"),
+    "w8a8": ({"scheme": "W8A8"}, "int-quantized"),
+    "fp8": ({"scheme": "FP8_DYNAMIC"}, "float-quantized"),
 }
 IDS = torch.arange(2, 60).unsqueeze(0)
 
 
-def logits(model):
+def hidden(model):
     with torch.no_grad():
-        return model.eval()(input_ids=IDS).logits
+        return model.eval()(input_ids=IDS, output_hidden_states=True).hidden_states[-1].float()
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize(
+    ("scheme", "pattern"),
+    [*((scheme, "2:4") for scheme in SCHEMES), ("int4", "0:0"), ("fp8", "0:0")],
+)
 def test_one_entry_prunes_and_quantizes_and_the_checkpoint_gives_the_same_model(
     prune, tmp_path, scheme, pattern
 ):
-    out = tmp_path / "out"
-    model = prune(output_dir=out, quantization=SCHEMES[scheme], **PATTERNS[pattern])
+    out, settings = tmp_path / "out", {"mask_structure": pattern}
+    if pattern == "0:0":
+        settings["sparsity"] = 0.5
+    model = prune(output_dir=out, quantization=SCHEMES[scheme][0], **settings)
 
-    config = json.loads((out / "config.json").read_text())["quantization_config"]
-    assert config["format"] == FORMATS[scheme]
-    assert config["ignore"] == ["lm_head"]
-    assert config["sparsity_config"]["format"] == {"2:4": "sparse-24-bitmask"}.get(
-        pattern, "sparse-bitmask"
-    )
-    report = inspect_checkpoint(out)
+    config, report = quantization_config(out), inspect_checkpoint(out)
+    assert (config["format"], config["ignore"]) == (SCHEMES[scheme][1], ["lm_head"])
+    packed = {"2:4": "sparse-24-bitmask"}.get(pattern, "sparse-bitmask")
+    assert config["sparsity_config"]["format"] == packed
     assert report.sound
     assert len(report.sparse) == 14
     for row in report.sparse:
         assert row.sparsity >= 0.49
         assert row.pattern_ok is (True if pattern == "2:4" else None)
-    assert len(report.quantization) == 1
-    assert report.quantization[0].format == FORMATS[scheme]
+    assert [row.format for row in report.quantization] == [SCHEMES[scheme][1]]
 
     loaded = rac_modifier.load_model(out)
     assert_same_weights(weights(loaded), weights(model))  # after saving both are compressed
-    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=0)
+    assert torch.equal(hidden(loaded), hidden(model))
     for module in linears(loaded).values():  # the forward pass above decompressed it
         assert float((module.weight == 0).float().mean()) >= 0.49
         assert pattern != "2:4" or is_2of4(module.weight.float())
 
     assert not any("zero_point" in name for name in dense_tensors(out))
-    record = json.loads((out / "rac_run.json").read_text())
+    record = record_of(out)
     assert len(record["quantization"]) == 1
     for module in record["modules"]:
         before, after = module["relative_error_before_rounding"], module["relative_error"]
-        # eight bits cost next to nothing, and the sweeps go on where the refit ended
-        assert (
-            0 < after == pytest.approx(before, rel=0.01)
-            if "8" in scheme and scheme != "fp8"
-            else before < after < 1
-        )
+        if scheme in ("int8", "w8a8"):  # costs next to nothing, and the sweeps refit further
+            assert 0 < after == pytest.approx(before, rel=0.01)
+        else:
+            assert before < after < 1
         assert module["quantization"]
     assert "pruned and quantized" in (out / "README.md").read_text()
     ReasoningAwareSparseGPTModifier(**record["modifier"])  # the record can be run again
@@ -96,139 +84,177 @@ def test_one_entry_prunes_and_quantizes_and_the_checkpoint_gives_the_same_model(
 def test_in_bfloat16_no_weight_is_rounded_anew_when_it_is_saved(
     prune, tmp_path, scheme, off_policy
 ):
-    """Codes are read back from the stored tensors, and compared with the weights that the pass left."""
-    model = prune(
-        quantization=SCHEMES[scheme], oneshot_options={"precision": "bfloat16"}, traces=off_policy
-    )
-    before = {name: module.weight.detach().clone() for name, module in linears(model).items()}
-    scales = {name: module.weight_scale.detach().clone() for name, module in linears(model).items()}
+    """Codes are read back from the stored tensors, in one shard or several, saved once or twice."""
+    options = {"oneshot_options": {"precision": "bfloat16"}, "traces": off_policy}
+    quantization = SCHEMES[scheme][0]
+    model = prune(quantization=quantization, solver="sparsegpt", **options)
+    before = {
+        name: (module.weight.detach().clone(), module.weight_scale.detach().clone())
+        for name, module in linears(model).items()
+    }
     model.save_pretrained(tmp_path / "out")
-    loaded = rac_modifier.load_model(tmp_path / "out", dtype=torch.bfloat16)
-    logits(loaded)  # decompresses
-    for name, module in linears(loaded).items():
-        assert torch.equal(module.weight_scale, scales[name])
-        assert torch.equal(module.weight, before[name]), name
+    model.save_pretrained(tmp_path / "again", max_shard_size="5KB")
+    for folder in ("out", "again"):
+        loaded = rac_modifier.load_model(tmp_path / folder, dtype=torch.bfloat16)
+        hidden(loaded)  # decompresses
+        for name, module in linears(loaded).items():
+            assert torch.equal(module.weight, before[name][0]), name
+            assert torch.equal(module.weight_scale, before[name][1]), name
 
 
-@pytest.mark.parametrize("scheme", ["int4", "fp8"])
-def test_dense_storage_of_sparse_and_quantized_loads_in_stock_transformers(prune, tmp_path, scheme):
-    model = prune(output_dir=tmp_path / "out", storage="dense", quantization=SCHEMES[scheme])
+def test_dense_storage_of_sparse_and_quantized_loads_in_stock_transformers(prune, tmp_path):
+    model = prune(output_dir=tmp_path / "out", storage="dense", quantization=int4())
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert_same_weights(weights(loaded), weights(model))
     assert inspect_checkpoint(tmp_path / "out").sound
     assert all(row.pattern_ok for row in inspect_checkpoint(tmp_path / "out").sparse)
 
 
-def test_a_model_that_is_saved_twice_is_the_same_twice(prune, tmp_path):
-    model = prune(quantization=SCHEMES["int4"])
-    model.save_pretrained(tmp_path / "one")
-    model.save_pretrained(tmp_path / "two")
-    first, second = (dense_tensors(tmp_path / name) for name in ("one", "two"))
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-def test_shards_that_part_a_modules_tensors_are_packed_too(prune, tmp_path):
-    model = prune(quantization=SCHEMES["int4"])
-    model.save_pretrained(tmp_path / "out", max_shard_size="5KB")
-    assert_same_weights(weights(rac_modifier.load_model(tmp_path / "out")), weights(model))
-
-
-def test_a_sparse_model_is_quantized_as_it_is(prune, tmp_path, off_policy):
+def test_the_command_line_quantizes_a_packed_model_as_it_is(pruned, tmp_path, off_policy):
     """In two steps: pruned and saved, loaded and quantized."""
-    prune(output_dir=tmp_path / "sparse")
-    sparse = rac_modifier.load_model(tmp_path / "sparse")
-    zeros = {name: module.weight == 0 for name, module in linears(sparse).items()}
-    settings = {"solver": "keep", "quantization": SCHEMES["int4"], "traces": off_policy}
-    model = prune(model=sparse, output_dir=tmp_path / "out", **settings)
-    logits(model)
-    for name, module in linears(model).items():
-        assert not module.weight[zeros[name]].any()
-        assert module.weight[~zeros[name]].any()
-    assert inspect_checkpoint(tmp_path / "out").sound
-
-
-def test_the_command_line_quantizes_a_packed_model(prune, tmp_path, off_policy):
-    prune(output_dir=tmp_path / "sparse")
-    settings = {
-        "mask_structure": "2:4",
-        "solver": "keep",
-        "quantization": int4(),
-        "traces": off_policy,
-    }
-    (tmp_path / "r.yaml").write_text(recipe({**settings, "calibration": {"tokens": 400}}))
-    command = ["prune", tmp_path / "sparse", tmp_path / "out", "-r", tmp_path / "r.yaml"]
+    settings = {"mask_structure": "2:4", "solver": "keep", "quantization": int4()}
+    settings |= {"traces": off_policy, "calibration": {"tokens": 400}}
+    (tmp_path / "r.yaml").write_text(recipe(settings))
+    command = ["prune", pruned.folder, tmp_path / "out", "-r", tmp_path / "r.yaml"]
     cli.app([str(part) for part in command], standalone_mode=False)
     report = inspect_checkpoint(tmp_path / "out")
     assert report.sound
     assert {row.dtype for row in report.sparse} == {"I4"}
+    model = rac_modifier.load_model(tmp_path / "out")
+    hidden(model)
+    for name, module in linears(model).items():
+        zero = pruned.model.get_submodule(name).weight == 0
+        assert not module.weight[zero].any()
+        assert module.weight[~zero].any()
 
 
 def test_keep_without_quantization_leaves_the_weights_that_fit_already(prune, off_policy):
-    sparse = prune(reconstruct="pruned")
+    sparse = prune(reconstruct="pruned", solver="sparsegpt")
     before = weights(sparse)
     again = prune(model=sparse, solver="keep", reconstruct="pruned", traces=off_policy)
     for name, value in weights(again).items():
         torch.testing.assert_close(value, before[name], rtol=1e-4, atol=1e-5)
 
 
-def test_only_what_the_schemes_target_is_quantized(prune, tmp_path):
-    group = {"targets": ["re:.*mlp.*"], "weights": {"num_bits": 8, "strategy": "channel"}}
-    model = prune(quantization={"config_groups": {"mlp": group}}, output_dir=tmp_path / "out")
+@pytest.mark.parametrize("prunes", [True, False])
+def test_only_what_the_schemes_target_is_quantized(prune, dense, tmp_path, prunes):
+    settings = {} if prunes else {"solver": "none", "mask_structure": None}
+    quantization = int4(targets=("re:.*mlp.*",))
+    model = prune(quantization=quantization, output_dir=tmp_path / "out", **settings)
     quantized = {name for name, module in model.named_modules() if hasattr(module, "weight_scale")}
     assert quantized == {name for name in linears(model) if ".mlp." in name}
-    assert is_2of4(model.model.layers[0].self_attn.q_proj.weight)
-    assert_same_weights(weights(rac_modifier.load_model(tmp_path / "out")), weights(model))
+    for name, module in linears(model).items():
+        if name not in quantized:
+            same = torch.equal(module.weight, dense.get_submodule(name).weight)
+            assert (is_2of4(module.weight), same) == (prunes, not prunes), name
     assert inspect_checkpoint(tmp_path / "out").sound
 
 
 def test_the_papers_layer_order_quantizes_too(prune):
-    model = prune(preset="paper", quantization=SCHEMES["int4"])
+    model = prune(preset="paper", quantization=int4())
     for module in linears(model).values():
         assert is_2of4(module.weight)
-        on_grid = fake_quantize(
-            module.weight, module.weight_scale, None, module.quantization_scheme.weights
-        )
+        args = module.quantization_scheme.weights
+        on_grid = fake_quantize(module.weight, module.weight_scale, None, args)
         torch.testing.assert_close(module.weight, on_grid)
 
 
-@pytest.mark.parametrize("pipeline", ["independent", "sequential"])
-def test_quantization_alone_takes_the_traces(calibrate, tmp_path, pipeline, tiny_folder):
-    model = calibrate(later=[gptq_w4()], output_dir=tmp_path / "out", pipeline=pipeline)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")  # an ordinary checkpoint
-    assert_same_weights(weights(loaded), weights(model))
-    record = json.loads((tmp_path / "out" / "rac_run.json").read_text())
-    assert record["base_model"] == tiny_folder.name
-    assert record["method"] == "GPTQModifier"
-    assert record["calibration"]["trace_tokens"] > 0
-    assert record["quantization"] == ["int4 in groups of 32 (pack-quantized)"]
-    assert "pattern" not in record
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert "quantized" in card
-    assert "pruned" not in card
-    assert inspect_checkpoint(tmp_path / "out").sound
-
-
-def test_a_recipe_of_quantization_alone_takes_the_command_line_and_traces(
-    tiny_folder, trace_store, tmp_path
-):
-    shared = calibration_entry(trace_store)
+def test_a_recipe_of_gptq_takes_the_command_line(tiny_folder, trace_store, tmp_path):
     modifiers = {
-        "ReasoningAwareCalibrationModifier": shared,
+        "ReasoningAwareCalibrationModifier": calibration_entry(trace_store),
         "GPTQModifier": {"ignore": ["lm_head"], **int4()},
     }
-    (tmp_path / "r.yaml").write_text(
-        yaml.safe_dump({"q_stage": {"q_modifiers": modifiers}}, sort_keys=False)
-    )
-    command = [
-        "prune",
-        tiny_folder,
-        tmp_path / "out",
-        "-r",
-        tmp_path / "r.yaml",
-        "-s",
-        "calibration.tokens=400",
-    ]
+    stage = {"q_stage": {"q_modifiers": modifiers}}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(stage, sort_keys=False))
+    command = ["prune", tiny_folder, tmp_path / "out", "-r", tmp_path / "r.yaml"]
+    command += ["-s", "calibration.tokens=400"]
     cli.app([str(part) for part in command], standalone_mode=False)
-    record = json.loads((tmp_path / "out" / "rac_run.json").read_text())
-    assert record["calibration"]["tokens"] == 400
+    assert record_of(tmp_path / "out")["calibration"]["tokens"] == 400
+
+
+# nothing is pruned
+
+
+def alone(bits: int, symmetric: bool = True) -> dict:
+    quantization = int4(bits, symmetric)
+    return {"solver": "none", "mask_structure": None, "quantization": quantization}
+
+
+@pytest.fixture
+def evaluated(monkeypatch) -> dict[str, torch.Tensor]:
+    """The weights that were evaluated, by name, once a model is saved."""
+    seen: dict[str, torch.Tensor] = {}
+    compress = Quantizer.compress
+
+    def watched(self):
+        pairs = zip(self.described, self.grids, strict=True)
+        seen.update((name, module.weight.detach().clone()) for name, module in pairs)
+        compress(self)
+
+    monkeypatch.setattr(Quantizer, "compress", watched)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("bits", "symmetric"), [(2, True), (3, True), (8, True), (2, False), (4, False)]
+)
+def test_every_weight_gets_a_code_and_stock_transformers_reads_it(
+    prune, dense, tmp_path, bits, symmetric, evaluated
+):
+    out = tmp_path / "out"
+    model = prune(output_dir=out, **alone(bits, symmetric))
+    config, report = quantization_config(out), inspect_checkpoint(out)
+    assert (config["format"], config["ignore"]) == ("pack-quantized", ["lm_head"])
+    assert config.get("sparsity_config") in (None, {})
+    assert_same_weights(weights(AutoModelForCausalLM.from_pretrained(out)), weights(model))
+    stored = decoded(out, bits)
+    assert stored.keys() == linears(dense).keys()
+    for name, (codes, values) in stored.items():
+        assert codes.abs().max() <= 2 ** (bits - 1) * (1 if symmetric else 2)
+        assert torch.equal(values.to(evaluated[name].dtype), evaluated[name]), name
+        assert len(codes.unique()) > 2 ** (bits - 1), "most codes are used"
+        original = dense.get_submodule(name).weight.float()
+        both = torch.stack([values.flatten(), original.flatten()])
+        assert torch.corrcoef(both)[0, 1] > {2: 0.7}.get(bits, 0.9), name
+    assert report.sound
+    assert not report.sparse
+    record = record_of(out)
+    assert record.keys().isdisjoint({"pattern", "mask_structure"})
+    assert record["order"]["reconstruct"] == "dense"
+    for module in record["modules"]:
+        assert "sparsity" not in module
+        assert 0 < module["relative_error"] < 1
+    ReasoningAwareSparseGPTModifier(**record["modifier"])  # the record can be run again
+    card = (out / "README.md").read_text()
+    assert "14 linear modules were quantized (errors are after rounding)." in card
+    assert "pruned" not in card
+    assert torch.isfinite(hidden(rac_modifier.load_model(out))).all()
+
+
+def test_closer_to_the_dense_model_than_upstreams_gptq_on_the_same_traces(prune, calibrate, dense):
+    """Upstream rounds each layer towards its own outputs on the inputs of the model by then."""
+    theirs = gptq_w4()
+    for group in theirs.config_groups.values():
+        group.weights.num_bits = 3
+    target = hidden(dense)
+    models = prune(**alone(3)), calibrate(later=[theirs])
+    ours, other = (float((hidden(model) - target).square().sum()) for model in models)
+    assert ours < 0.9 * other
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_recovery_trains_every_weight_through_its_code(prune, tmp_path, symmetric, evaluated):
+    recover = {"tokens": 4000, "passes": 4, "held_out_tokens": 600, "step_tokens": 200}
+    recover |= {"learning_rate": 3e-4, "folder": str(tmp_path / "state")}
+    prune(output_dir=tmp_path / "before", **alone(3, symmetric))
+    prune(output_dir=tmp_path / "after", recover=recover, **alone(3, symmetric))
+    record = record_of(tmp_path / "after")["recovery"]
+    assert record["kl_after"] < 0.97 * record["kl_before"]
+    before, after = (decoded(tmp_path / name, 3) for name in ("before", "after"))
+    assert all(not torch.equal(before[name][0], after[name][0]) for name in before)
+    assert all(torch.equal(values, evaluated[name].float()) for name, (_, values) in after.items())
+    if not symmetric:
+        zeros = [dense_tensors(tmp_path / name) for name in ("before", "after")]
+        names = [name for name in zeros[0] if "zero_point" in name]
+        assert len(names) == 14
+        assert all(torch.equal(zeros[0][name], zeros[1][name]) for name in names)

@@ -1,4 +1,4 @@
-"""Schemes on the modules that are pruned: which, and how their codes are stored."""
+"""Schemes on the modules that are pruned, how codes are stored, and 8-bit activations."""
 
 import pytest
 import torch
@@ -6,46 +6,53 @@ from compressed_tensors.compressors.base import decompress_module
 from compressed_tensors.quantization import QuantizationStatus
 
 from rac_modifier import RacError
-from rac_modifier.llmcompressor.quantizer import GroupQuantizer
+from rac_modifier.llmcompressor.quantizer import Quantizer
 from rac_modifier.settings.quantization import QuantizationSettings
+from tests.llmcompressor.modifier_helpers import int4
 from tests.tiny import linears, tiny_model
 
 
-def made(model, prunes=True, **settings) -> GroupQuantizer:
+def made(model, prunes=True, **settings) -> Quantizer:
     names = {m: n for n, m in linears(model).items()}
-    return GroupQuantizer(QuantizationSettings(**settings), model, names, prunes=prunes)
+    return Quantizer(QuantizationSettings(**settings), model, names, prunes=prunes)
 
 
-def group(bits, size, targets=("Linear",)):
-    return {
-        "targets": list(targets),
-        "weights": {"num_bits": bits, "strategy": "group", "group_size": size},
-    }
-
-
-def test_a_scheme_covers_the_pruned_modules_and_no_others():
+def test_a_scheme_covers_the_modules_that_its_targets_match():
     model = tiny_model()
-    quantizer = made(model, scheme="W8A8")
-    assert set(quantizer.grids) == set(linears(model).values())
-    quantizer.attach(model)
+    every = made(model, scheme="W8A8")
+    assert set(every.grids) == set(linears(model).values())
+    every.attach(model)
     assert not hasattr(model.lm_head, "quantization_scheme")
+    some = made(tiny_model(), **int4(targets=(r"re:.*mlp.*",)))
+    assert set(some.described) == {name for name in linears(model) if ".mlp." in name}
+    assert all(grid.bits == 4 and grid.group_size == 32 for grid in some.grids.values())
+    assert Quantizer(None, model, {}, prunes=True).grids == {}
 
 
-def test_only_what_the_targets_match():
-    model = tiny_model()
-    quantizer = made(model, config_groups={"mlp": group(4, 32, [r"re:.*mlp.*"])})
-    assert set(quantizer.described) == {name for name in linears(model) if ".mlp." in name}
-    assert all(grid.bits == 4 and grid.group_size == 32 for grid in quantizer.grids.values())
+def uneven():
+    groups = int4()
+    groups["config_groups"]["group_0"]["weights"]["group_size"] = 48
+    return groups
 
 
-def test_groups_that_do_not_divide_the_inputs_are_refused():
-    with pytest.raises(RacError, match=r"q_proj: 64 inputs are no multiple of the group_size 48"):
-        made(tiny_model(), config_groups={"w": group(4, 48)})
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (uneven(), "q_proj: 64 inputs are no multiple of the group_size 48"),
+        (int4(targets=("re:.*experts.*",)), "its targets match none of the modules of this entry"),
+        (int4(symmetric=False), "so a zero is its zero point, and sparse kernels take .* set symm"),
+        *((int4(bits), rf"int of {bits} bits, .* use int of 4 or 8 bits") for bits in (2, 3, 5, 7)),
+    ],
+)
+def test_what_cannot_be_rounded_is_refused(settings, says):
+    with pytest.raises(RacError, match=says):
+        made(tiny_model(), **settings)
 
 
-def test_targets_that_match_nothing_are_refused():
-    with pytest.raises(RacError, match="its targets match none of the modules of this entry"):
-        made(tiny_model(), config_groups={"w": group(4, 32, ["re:.*experts.*"])})
+@pytest.mark.parametrize("bits", [2, 3, 5, 6, 7])
+def test_other_integers_where_nothing_is_pruned(bits):
+    grids = made(tiny_model(), prunes=False, **int4(bits)).grids
+    assert {grid.bits for grid in grids.values()} == {bits}
 
 
 def test_codes_are_read_back_exactly_from_a_bfloat16_module():
@@ -62,18 +69,15 @@ def test_codes_are_read_back_exactly_from_a_bfloat16_module():
     quantizer.store(module, (codes * scale).bfloat16(), scale.bfloat16())
     assert torch.equal(module.weight_zero_point, torch.zeros_like(module.weight_zero_point))
     quantizer.finish(model)
-    quantizer.compress()
-    assert module.quantization_status == QuantizationStatus.COMPRESSED
-    assert torch.equal(module.weight.float(), codes)
-    quantizer.compress()  # a second save finds them compressed
-    assert torch.equal(module.weight.float(), codes)
+    for _ in range(2):  # a second save meets them compressed
+        quantizer.compress()
+        assert module.quantization_status == QuantizationStatus.COMPRESSED
+        assert torch.equal(module.weight.float(), codes)
 
 
 def test_zero_points_are_stored_and_packed():
     model = tiny_model()
-    groups = {"w": group(2, 32)}
-    groups["w"]["weights"]["symmetric"] = False
-    quantizer = made(model, prunes=False, config_groups=groups)
+    quantizer = made(model, prunes=False, **int4(2, symmetric=False))
     quantizer.attach(model)
     module = model.model.layers[0].mlp.up_proj  # [128, 64]
     generator = torch.Generator().manual_seed(0)
@@ -84,9 +88,8 @@ def test_zero_points_are_stored_and_packed():
     weight = (codes - zeros.repeat_interleave(32, dim=1)) * scale.repeat_interleave(32, dim=1)
     for other in quantizer.grids:
         shape = other.weight_scale.shape
-        quantizer.store(
-            other, other.weight.detach(), torch.ones(shape), torch.zeros(shape, dtype=torch.int8)
-        )
+        none = torch.zeros(shape, dtype=torch.int8)
+        quantizer.store(other, other.weight.detach(), torch.ones(shape), none)
     quantizer.store(module, weight, scale, zeros.to(torch.int8))
     assert module.weight_zero_point.dtype == torch.int8
     quantizer.finish(model)
@@ -97,25 +100,3 @@ def test_zero_points_are_stored_and_packed():
     assert [int(words[0, 1]) >> 2 * row & 3 for row in range(16)] == (zeros[:16, 1] + 2).tolist()
     decompress_module(module)
     assert torch.equal(module.weight, weight)
-
-
-def test_zero_points_of_pruned_weights_are_refused_with_the_reason():
-    groups = {"w": group(4, 32)}
-    groups["w"]["weights"]["symmetric"] = False
-    with pytest.raises(
-        RacError,
-        match=r"so a zero is its zero point, and sparse kernels take .* set symmetric: true",
-    ):
-        made(tiny_model(), config_groups=groups)
-
-
-@pytest.mark.parametrize("bits", [2, 3, 5, 6, 7])
-def test_other_integers_only_where_nothing_is_pruned(bits):
-    assert {
-        grid.bits
-        for grid in made(
-            tiny_model(), prunes=False, config_groups={"w": group(bits, 32)}
-        ).grids.values()
-    } == {bits}
-    with pytest.raises(RacError, match=rf"int of {bits} bits, .* use int of 4 or 8 bits"):
-        made(tiny_model(), config_groups={"w": group(bits, 32)})

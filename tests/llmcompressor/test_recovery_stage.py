@@ -1,6 +1,5 @@
 """Recovery inside a recipe: which traces it uses, what it changes, and what is recorded."""
 
-import json
 from types import SimpleNamespace
 
 import pytest
@@ -8,15 +7,11 @@ import torch
 
 import rac_modifier
 from rac_modifier import RacError
-from rac_modifier.llmcompressor.recovery_stage import (
-    before_sampling,
-    generic_sequences,
-    split_traces,
-)
+from rac_modifier.llmcompressor import calibration_modifier, recovery_stage
+from rac_modifier.llmcompressor.recovery_stage import before_sampling, split_traces
 from rac_modifier.recovery import memory
-from rac_modifier.settings.entries import PruningEntry
-from rac_modifier.settings.recovery import RecoverySettings
 from rac_modifier.traces.store import TraceStore
+from tests.llmcompressor.conftest import record_of
 from tests.llmcompressor.modifier_helpers import gptq_w4, int4
 from tests.tiny import linears, tiny_tokenizer
 
@@ -29,65 +24,63 @@ RECOVER = {
 }
 
 
-def test_no_trace_is_trained_on_and_held_out_and_none_was_calibrated_on(
-    prune, trace_store, tmp_path, monkeypatch
-):
-    from rac_modifier.llmcompressor import calibration_modifier, recovery_stage
-
-    seen = {}
-    kept = recovery_stage.recover
-
-    def spy(model, teacher, training, held_out, settings, **options):
-        seen.update(training=training, held_out=held_out)
-        return kept(model, teacher, training, held_out, settings, **options)
-
-    loaders = []
+@pytest.fixture
+def seen(monkeypatch, tmp_path):
+    """What recovery is given, and the loader of the calibration set."""
+    made, inner = {}, recovery_stage.recover
     build = calibration_modifier.build_calibration_set
 
-    def built(*args, **options):
-        made = build(*args, **options)
-        loaders.append(made.loader)
-        return made
+    def recover(model, teacher, training, held_out, settings, **options):
+        made.update(training=training, held_out=held_out)
+        return inner(model, teacher, training, held_out, settings, **options)
 
-    monkeypatch.setattr(recovery_stage, "recover", spy)
+    def built(*args, **options):
+        made["set"] = build(*args, **options)
+        return made["set"]
+
+    monkeypatch.setattr(recovery_stage, "recover", recover)
     monkeypatch.setattr(calibration_modifier, "build_calibration_set", built)
     monkeypatch.chdir(tmp_path)
-    prune(recover=RECOVER, output_dir=tmp_path / "out")
+    return made
+
+
+def test_no_trace_is_trained_on_and_held_out_and_none_was_calibrated_on(prune, seen, tmp_path):
+    """Generic text is trained on, and decides nothing. The pattern holds, and the weights moved."""
+    text = {"generic_share": 0.3, "generic": {"sequence_tokens": 50}}
+    model = prune(recover=RECOVER | text, output_dir=tmp_path / "out")
     training, held_out = (
         {tuple(ids) for ids, _ in seen[name]} for name in ("training", "held_out")
     )
-    calibrated = {tuple(s.ids) for s in loaders[0].sequences}
+    calibrated = {tuple(s.ids) for s in seen["set"].loader.sequences}
     assert training
     assert held_out
     assert calibrated
     assert not training & held_out
-    # the last calibration sequence may be cut, so prefixes count too
-    for ids in training | held_out:
+    for ids in training | held_out:  # the last calibration sequence may be cut
         assert not any(ids[: len(other)] == other for other in calibrated)
-    record = json.loads((tmp_path / "out" / "rac_run.json").read_text())["recovery"]
+
+    generic = [sequence for sequence in seen["training"] if sequence[1] == 1]
+    assert [len(ids) for ids, _ in generic] == [50] * 4  # 0.3 * 600 tokens
+    assert not any(sequence[1] == 1 for sequence in seen["held_out"])
+    traces = sum(len(ids) for ids, start in seen["training"] if start > 1)
+    assert 300 < traces < 600
+    record = record_of(tmp_path / "out")["recovery"]
     assert record["sequences"] == len(seen["training"])
     assert record["kl_after"] <= record["kl_before"]
-    assert not (tmp_path / "rac_recovery").exists() or not any(
-        (tmp_path / "rac_recovery").iterdir()
-    )
-
-
-def test_the_pattern_holds_and_the_weights_moved(prune, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    longer = {
-        **RECOVER,
-        "tokens": 3000,
-        "passes": 4,
-        "held_out_tokens": 600,
-    }  # long enough that the divergence falls
-    without, recovered = prune(), prune(recover=longer)
-    for name, module in linears(recovered).items():
-        if name == "lm_head":
-            assert torch.equal(module.weight, linears(without)[name].weight)
-            continue
+    assert record["generic_tokens"] == 200
+    assert record["trained_on"] == "the model's own traces and generic text, KL to the dense model"
+    assert not (tmp_path / "rac_recovery").exists()
+    for name, module in linears(model).items():
         groups = (module.weight == 0).reshape(module.weight.shape[0], -1, 4).sum(-1)
         assert bool((groups >= 2).all()), name
-    assert not torch.equal(recovered.model.norm.weight, without.model.norm.weight)
+
+
+def test_the_weights_move_and_the_head_does_not(prune, pruned, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    longer = RECOVER | {"tokens": 3000, "passes": 4, "held_out_tokens": 600}
+    recovered = prune(recover=longer)
+    assert torch.equal(recovered.lm_head.weight, pruned.model.lm_head.weight)
+    assert not torch.equal(recovered.model.norm.weight, pruned.model.model.norm.weight)
 
 
 def test_quantized_weights_end_on_their_grid(prune, tmp_path, monkeypatch):
@@ -109,16 +102,6 @@ def test_quantized_weights_end_on_their_grid(prune, tmp_path, monkeypatch):
         torch.testing.assert_close(module.weight.detach(), before[name], rtol=1e-6, atol=1e-7)
 
 
-def test_a_mixture_without_traces_is_refused():
-    with pytest.raises(
-        ValueError,
-        match=r"recover: it trains on the model's own traces, and the mixture .* has none",
-    ):
-        PruningEntry(
-            recover=RECOVER, mask_structure="2:4", calibration={"mixture": {"generic": 1.0}}
-        )
-
-
 def test_traces_are_split_by_problem(trace_store):
     traces = list(TraceStore.read(trace_store))[:40]
     held_out, training = split_traces(traces, 200)
@@ -128,72 +111,23 @@ def test_traces_are_split_by_problem(trace_store):
         split_traces(traces, 10**9)
 
 
-def test_tokens_to_reserve():
-    assert RecoverySettings(tokens=1000, held_out_tokens=100).reserved_tokens == 1100
-    assert (
-        RecoverySettings(tokens=1000, held_out_tokens=100, generic_share=0.25).reserved_tokens
-        == 850
-    )
-
-
-def test_generic_text_is_trained_on_and_decides_nothing(prune, tmp_path, monkeypatch):
-    from rac_modifier.llmcompressor import recovery_stage
-
-    seen = {}
-    kept = recovery_stage.recover
-
-    def spy(model, teacher, training, held_out, settings, **options):
-        seen.update(training=training, held_out=held_out)
-        return kept(model, teacher, training, held_out, settings, **options)
-
-    monkeypatch.setattr(recovery_stage, "recover", spy)
-    monkeypatch.chdir(tmp_path)
-    text = {"generic_share": 0.3, "generic": {"sequence_tokens": 50}}
-    prune(recover=RECOVER | text, output_dir=tmp_path / "out")
-    generic = [sequence for sequence in seen["training"] if sequence[1] == 1]
-    assert [len(ids) for ids, _ in generic] == [50] * 4  # 0.3 * 600 tokens
-    assert not any(sequence[1] == 1 for sequence in seen["held_out"])
-    traces = sum(len(ids) for ids, start in seen["training"] if start > 1)
-    assert 300 < traces < 600
-    record = json.loads((tmp_path / "out" / "rac_run.json").read_text())["recovery"]
-    assert record["generic_tokens"] == 200
-    assert record["trained_on"] == "the model's own traces and generic text, KL to the dense model"
-
-
-def test_generic_text_that_is_too_short_is_refused(tmp_path):
-    (tmp_path / "short.txt").write_text("few words " * 20)
-    text = {"source": str(tmp_path / "short.txt"), "sequence_tokens": 16}
-    with pytest.raises(
-        RacError, match=r"short\.txt' has \d+ tokens, and recover\.generic_share asks for 30,000"
-    ):
-        generic_sequences(
-            tiny_tokenizer, RecoverySettings(tokens=60_000, generic_share=0.5, generic=text)
-        )
-    assert generic_sequences(None, RecoverySettings()) == []
-    assert before_sampling(None, None, None) == []
-
-
-def test_it_is_refused_before_anything_is_sampled(prune, tmp_path):
+def test_too_little_text_is_refused_before_anything_is_sampled(prune, tmp_path):
     (tmp_path / "short.txt").write_text("few words " * 20)
     text = {"generic_share": 0.5, "generic": {"source": str(tmp_path / "short.txt")}}
-    with pytest.raises(RacError, match=r"lower the share, or name a longer text"):
+    with pytest.raises(RacError, match=r"short\.txt' has \d+ tokens, .* name a longer text"):
         prune(recover=RECOVER | text, traces={"store": str(tmp_path / "new.jsonl")})
     assert not (tmp_path / "new.jsonl").exists()
+    assert before_sampling(None, tiny_tokenizer, None) == []
 
 
 @pytest.mark.parametrize("entry", ["prune", "calibrate"])
 def test_too_little_memory_is_refused_before_anything_is_sampled(
     entry, request, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(
-        memory, "psutil", SimpleNamespace(virtual_memory=lambda: SimpleNamespace(available=10**6))
-    )
+    few = SimpleNamespace(virtual_memory=lambda: SimpleNamespace(available=10**6))
+    monkeypatch.setattr(memory, "psutil", few)
     later = (gptq_w4(),) if entry == "calibrate" else ()
-    with pytest.raises(
-        RacError,
-        match=r"recover: training needs about .* GiB on the CPU next to .*, and 0\.0 GiB are free",
-    ):
-        request.getfixturevalue(entry)(
-            later=later, recover=RECOVER, traces={"store": str(tmp_path / "new.jsonl")}
-        )
+    store = {"store": str(tmp_path / "new.jsonl")}
+    with pytest.raises(RacError, match=r"recover: training needs about .* 0\.0 GiB are free"):
+        request.getfixturevalue(entry)(later=later, recover=RECOVER, traces=store)
     assert not (tmp_path / "new.jsonl").exists()

@@ -1,51 +1,69 @@
-"""What a run that was killed goes on from, and what it refuses."""
+"""What a run that was killed goes on from, what it refuses, and where it writes."""
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from rac_modifier import RacError
 from rac_modifier.llmcompressor import resume
-from rac_modifier.llmcompressor.resume import FinishedGroups
+from rac_modifier.llmcompressor.resume import Resume
 from rac_modifier.settings.traces import TraceSettings
 from rac_modifier.traces.collect import collect_traces
 from rac_modifier.traces.store import TraceStore
-from tests import forked
-from tests.llmcompressor import killed_runs
-from tests.llmcompressor.unfinished_runs import (
-    GROUPS,
-    RECOVERED,
-    Killed,
-    everything,
-    modules,
-    result,
-    written,
-)
-from tests.tiny import entry, recipe
+from tests.llmcompressor.conftest import Killed, record_of
+from tests.llmcompressor.modifier_helpers import INT8, int4
+from tests.tiny import entry, linears
 
+GROUPS = 8  # four in each of the tiny model's two layers
+RECOVER = {"tokens": 300, "held_out_tokens": 100, "step_tokens": 128}
+RECOVERED = {"quantization": INT8, "recover": RECOVER}
 SETTINGS = {
-    "dense target": {},
-    "int4": {
-        "quantization": {
-            "config_groups": {
-                "all": {"weights": {"num_bits": 4, "strategy": "group", "group_size": 32}}
-            }
-        }
-    },
+    "dense target": {"solver": "sparsegpt"},
+    "int4": {"solver": "sparsegpt", "quantization": int4()},
     "layer by layer": {"preset": "paper"},
-    "recovered int8": RECOVERED,
+    "recovered int8": {"solver": "sparsegpt", **RECOVERED},
 }
 
 
-@pytest.mark.usefixtures("at_once")
+def result(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """Of a saved checkpoint, the record without its times, and the bytes of its weights."""
+    record = record_of(folder)
+    record.pop("time")
+    for part in record.get("recovery", {}), record["divergence"], record:
+        part.pop("seconds", None), part.pop("cpu_seconds", None)
+    return record, {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
+
+
+def everything(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """What is in a folder, and when it was written."""
+    return {
+        path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in sorted(folder.iterdir())
+    }
+
+
+def modules() -> list[torch.nn.Linear]:
+    torch.manual_seed(0)
+    return [torch.nn.Linear(3, 2, bias=False) for _ in range(3)]
+
+
+def begun(folder: Path, about: dict[str, Any]) -> Resume:
+    groups = Resume(folder, about)
+    groups.begin({"calibration set": "a"})
+    return groups
+
+
+def written(folder: Path, about: dict[str, Any]) -> Path:
+    begun(folder, about).add({"m": modules()[0]}, {"m": {}}, {})
+    return next(folder.glob("*.safetensors"))
+
+
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_it_goes_on_where_it_was_killed(prune, solved, tmp_path, monkeypatch, settings):
     monkeypatch.chdir(tmp_path)
@@ -65,108 +83,53 @@ def test_it_goes_on_where_it_was_killed(prune, solved, tmp_path, monkeypatch, se
     assert list(tmp_path.glob("killed.unfinished*")) == []
 
 
-def test_groups_are_written_now_and_then(tmp_path, monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(resume.time, "monotonic", lambda: now[0])
-    groups = FinishedGroups(tmp_path / "state", {})
-    groups.begin({})
-    for number, module in enumerate(modules()):
-        now[0] += 16.0
-        groups.add({str(number): module}, {str(number): {"error": number}}, {})
+def test_groups_of_one_call_are_one_file(tmp_path):
+    groups, (a, b, c) = begun(tmp_path / "state", {}), modules()
+    groups.add({"a": a, "b": b}, {"a": {"error": 0}, "b": {"error": 1}}, {"b": b.weight.detach()})
+    groups.add({"c": c}, {"c": {"error": 2}}, {})
     held = sorted((tmp_path / "state").glob("*.safetensors"))
     assert [sorted(load_file(file)) for file in held] == [
-        ["0.weight", "1.weight"],
-        ["2.weight", "3.weight"],
+        ["a.weight", "b.master", "b.weight"],
+        ["c.weight"],
     ]
-    again = FinishedGroups(tmp_path / "state", {})
-    assert not again.has(["0"])
+    again = Resume(tmp_path / "state", {})
+    assert not again.has(["a"])
     again.begin({})
-    assert again.has(["0", "3"])
-    assert not again.has(["3", "4"])
-    module = torch.nn.Linear(3, 2, bias=False)
-    masters: dict[str, torch.Tensor] = {}
-    assert again.restore("2", module, masters) == {"error": 2}
+    assert again.has(["a", "c"])
+    assert not again.has(["a", "d"])
+    module, masters = torch.nn.Linear(3, 2, bias=False), dict[str, torch.Tensor]()
+    assert again.restore("b", module, masters) == {"error": 1}
+    assert torch.equal(module.weight, b.weight)
+    assert torch.equal(masters.pop("b"), b.weight)
+    assert again.restore("c", module, masters) == {"error": 2}
     assert not masters
-    assert torch.equal(module.weight, modules()[2].weight)
 
 
-@pytest.mark.usefixtures("at_once")
 def test_a_damaged_file_is_named(tmp_path):
     file = written(tmp_path / "state", {})
     whole = file.read_bytes()
     file.write_bytes(whole[:20])
     with pytest.raises(
-        RacError, match=r"group-00000\.safetensors: cannot be read .*remove .*state to start anew"
+        RacError, match=r"00000\.safetensors: cannot be read .*remove .*state to st"
     ):
-        FinishedGroups(tmp_path / "state", {}).begin({"calibration set": "a"})
+        begun(tmp_path / "state", {})
     file.write_bytes(whole)
-    groups = FinishedGroups(tmp_path / "state", {})
-    groups.begin({"calibration set": "a"})
+    groups = begun(tmp_path / "state", {})
     with pytest.raises(RacError, match=r"m\.weight has the shape \(2, 3\)"):
         groups.restore("m", torch.nn.Linear(4, 2), {})
 
 
-@pytest.mark.slow
-def test_twenty_kills_change_nothing(tiny_folder, trace_store, tmp_path):
-    """SIGKILL at random times, also while a group is being written; every start is a process of its own."""
-    (tmp_path / "recipe.yaml").write_text(recipe(entry(trace_store)))
-    ran = forked.run(killed_runs.main, [str(tiny_folder), "recipe.yaml", "20"], tmp_path)
-    assert ran.returncode == 0, ran.stderr[-2000:]
-    found = json.loads(ran.stdout.splitlines()[-1])
-    assert found["kills"] == 20
-    assert found["resumed"] >= 5, (
-        "hardly any start found groups of an earlier one: the test shows nothing"
-    )
-    assert result(tmp_path / "killed") == result(tmp_path / "undisturbed")
-    assert list(tmp_path.glob("killed.unfinished*")) == []
-
-
-@pytest.mark.usefixtures("at_once")
-def test_what_another_run_has_pruned_is_refused_and_left_alone(tmp_path):
-    about = {"recipe": {"sparsity": 0.5, "calibration": {"tokens": 100}}, "model": "f" * 64}
-    file = written(tmp_path / "state", about)
-    other = {**about, "recipe": {"sparsity": 0.6, "calibration": {"tokens": 100}}}
-    with pytest.raises(
-        RacError, match=r"another recipe .*\(sparsity: 0.5 there, 0.6 here\); .*remove the folder"
-    ):
-        FinishedGroups(tmp_path / "state", other)
-    with pytest.raises(RacError, match="another model has pruned; "):
-        FinishedGroups(tmp_path / "state", {**about, "model": "e" * 64})
-    with pytest.raises(
-        RacError, match=r"another calibration set has pruned \('a' there, 'b' here\)"
-    ):
-        FinishedGroups(tmp_path / "state", about).begin({"calibration set": "b"})
-    assert load_file(file).keys() == {"m.weight"}
-
-
-@pytest.mark.usefixtures("at_once")
-def test_another_recipe_is_refused_before_anything_is_sampled(prune, solved, tmp_path):
-    solved.lives = 2
-    with pytest.raises(Killed):
-        prune(output_dir=tmp_path / "out")
-    with pytest.raises(
-        RacError, match=r"out\.unfinished holds .*dampening_frac: 0.01 there, 0.02 here"
-    ):
-        prune(
-            output_dir=tmp_path / "out",
-            dampening_frac=0.02,
-            traces={"store": str(tmp_path / "new.jsonl")},
-        )
-    assert not (tmp_path / "new.jsonl").exists()
-    assert len(list((tmp_path / "out.unfinished").glob("*.safetensors"))) == 2
-
-
 @pytest.fixture
-def stopped(prune, solved, tmp_path, trace_store, at_once):
+def stopped(prune, solved, tmp_path, trace_store):
     """Two groups of a run with a trace store of its own; after them it was killed."""
     shutil.copy(trace_store, tmp_path / "own.jsonl")
     solved.lives = 2
     with pytest.raises(Killed):
         prune(output_dir=tmp_path / "out", traces=entry(tmp_path / "own.jsonl")["traces"])
     solved.lives = 10**6
-    found = everything(tmp_path / "out.unfinished")
-    assert len(found) == 2 + 1  # and about.json
-    return found
+    files = everything(tmp_path / "out.unfinished")
+    assert len(files) == 2 + 1  # and about.json
+    return files
 
 
 def another_model(dense: Any, folder: Path) -> dict[str, Any]:
@@ -202,11 +165,11 @@ def more_threads(dense: Any, folder: Path) -> dict[str, Any]:
 
 
 CHANGES = {
-    another_model: "holds what a run with another model has pruned; start that run again",
-    another_recipe: r"holds what a run with another recipe has pruned \(.*sparsity: None there, 0\.6 here",
-    another_store: r"another calibration set has pruned, since a trace store is another one \(traces: .*own\.jsonl sha256 .*now",
-    another_torch: r"was begun with torch \d\S+, now 1\.0, and .*use the same, or remove the folder to start again",
-    more_threads: r"was begun with threads \(OMP_NUM_THREADS\) \d+, now \d+, and .*use the same",
+    another_model: r"a run with another model has pruned; start that run again",
+    another_recipe: r"a run with another recipe has pruned \(.*sparsity: None there, 0\.6 here",
+    another_store: r"another calibration set has pruned \(.*traces.*own\.jsonl.* there, .* here",
+    another_torch: r"another environment has pruned \(torch: '\d\S+ there, '1\.0' here",
+    more_threads: r"threads \(OMP_NUM_THREADS\): \d+ there, \d+ here.*or remove the folder",
 }
 
 
@@ -216,7 +179,7 @@ CHANGES = {
 def test_a_killed_run_goes_on_only_as_it_was(
     prune, solved, stopped, dense, tmp_path, monkeypatch, change, says
 ):
-    """Changed, it is refused by name, before anything is pruned, and no file is touched; as it was, it goes on."""
+    """Changed, it is refused by name, before anything is pruned, and no file is touched."""
     threads = torch.get_num_threads()
     monkeypatch.setattr(resume, "version", resume.version)
     solved.clear()
@@ -230,7 +193,42 @@ def test_a_killed_run_goes_on_only_as_it_was(
     assert not solved
     assert everything(tmp_path / "out.unfinished") == stopped
     assert not (tmp_path / "out").exists()
-    if change is not another_store:
-        monkeypatch.undo()
-        prune(output_dir=tmp_path / "out", traces=entry(tmp_path / "own.jsonl")["traces"])
-        assert (tmp_path / "out" / "rac_run.json").exists()
+
+
+# a disk without room
+
+
+def test_the_disk_is_checked_before_anything_is_sampled(prune, dense, tmp_path, monkeypatch):
+    """Twice the model for the checkpoint, and once what is pruned; with codes to train masters."""
+    whole = sum(p.numel() * 4 for p in dense.parameters())
+    groups = sum(m.weight.numel() * 4 for m in linears(dense).values())
+    free = [0]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, free[0]))
+    store = {"traces": {"store": str(tmp_path / "new.jsonl")}}
+    for settings, needed in (({}, 2 * whole + groups), (RECOVERED, 2 * whole + 2 * groups)):
+        free[0] = needed - 1
+        with pytest.raises(RacError, match=r"0\.0 GiB are free, the checkpoint needs .* up to"):
+            prune(output_dir=tmp_path / "out", **settings, **store)
+        assert not (tmp_path / "new.jsonl").exists()
+        free[0] = needed
+        linear = linears(dense).values()
+        resume.check_disk(tmp_path / "out", dense, linear, masters="recover" in settings)
+
+
+def test_a_full_disk_loses_nothing(prune, pruned, solved, tmp_path, monkeypatch):
+    calls = []
+
+    def full(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+        calls.append(path)
+        if len(calls) == 4:
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        save_file(tensors, path, metadata)
+
+    monkeypatch.setattr(resume, "save_file", full)
+    with pytest.raises(RacError, match=r"cannot be kept .*No space left.*make room"):
+        prune(output_dir=tmp_path / "out")
+    assert len(list((tmp_path / "out.unfinished").iterdir())) == 3 + 1  # and about.json
+    prune(output_dir=tmp_path / "out")
+    assert len(solved) == 4 + GROUPS - 3
+    assert result(tmp_path / "out") == result(pruned.folder)

@@ -1,0 +1,300 @@
+"""What upstream's `oneshot` is given next to our recipe, and whole recipes: honoured or refused."""
+
+import json
+from dataclasses import dataclass, fields
+from types import SimpleNamespace
+
+import pytest
+from llmcompressor.args import DatasetArguments, RecipeArguments
+from llmcompressor.modifiers.autoround import AutoRoundModifier
+from llmcompressor.modifiers.quantization import GPTQModifier
+from loguru import logger
+from transformers import AutoTokenizer
+
+from rac_modifier import RacError, ReasoningAwareCalibrationModifier
+from rac_modifier.llmcompressor.checks import (
+    HONOURED,
+    check_arguments,
+    check_recipe,
+    find_oneshot,
+    given_tokenizer,
+    skeleton_of,
+)
+from rac_modifier.traces.store import TraceStore
+from tests.llmcompressor.conftest import BUILD, record_of
+from tests.llmcompressor.modifier_helpers import gptq_w4, int4
+from tests.tiny import save_tiny_experts, tiny_tokenizer
+
+NAME = "ReasoningAwareSparseGPTModifier"
+CALIBRATES = "ReasoningAwareCalibrationModifier"
+OTHER = "{% for m in messages %}<user><user>{{ m.content }}{% endfor %}<assistant>"
+INSTEAD = {
+    "dataset": "traces.problems",
+    "text_column": "traces.problems",
+    "num_calibration_samples": "calibration.tokens",
+    "max_seq_length": "calibration.max_sequence_tokens",
+    "shuffle_calibration_samples": "calibration.seed",
+    "batch_size": "calibration.batch_tokens",
+    "use_loss_mask": "calibration.prompt_weight",
+    "propagate_error": "always what the next layer is calibrated on",
+}
+
+
+def arguments(output_dir=None, stage=None, processor=None, recipe=None, **given):
+    """What `Oneshot` holds, without loading a model."""
+    return SimpleNamespace(
+        dataset_args=DatasetArguments(**given),
+        recipe_args=RecipeArguments(stage=stage, recipe=recipe),
+        output_dir=None if output_dir is None else str(output_dir),
+        processor=processor,
+    )
+
+
+def test_every_argument_without_effect_is_refused_by_name_with_what_to_do():
+    given = arguments()
+    names = {field.name for field in fields(DatasetArguments)} - HONOURED
+    assert len(names) > 20
+    for name in names:
+        setattr(given.dataset_args, name, "a value")
+    with pytest.raises(RacError) as caught:
+        check_arguments(given, NAME, prunes=True)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == len(names)
+    for name in names:
+        (line,) = [line for line in lines if line.startswith(f"oneshot was given {name}='a value'")]
+        assert f"leave the {name} argument out; " in line
+        assert INSTEAD.get(name, "") in line
+
+
+def test_defaults_and_what_is_honoured_pass():
+    honoured = {
+        "pipeline": "Sequential",
+        "tracing_ignore": ["f"],
+        "sequential_targets": ["Qwen3DecoderLayer"],
+        "sequential_targets_per_subgraph": 2,
+        "sequential_offload_device": "cpu",
+        "moe_calibrate_all_experts": False,
+    }
+    check_arguments(arguments(), NAME, prunes=True)
+    check_arguments(arguments(**honoured), NAME, prunes=True)
+    check_arguments(arguments(propagate_error=False, sequential_prefetch=True), NAME, prunes=False)
+
+
+@dataclass
+class LaterArguments(DatasetArguments):
+    new_one: int = 0
+
+
+def test_an_argument_of_a_later_version_is_refused():
+    given = arguments()
+    given.dataset_args = LaterArguments()
+    check_arguments(given, NAME, prunes=True)
+    given.dataset_args = LaterArguments(new_one=7)
+    with pytest.raises(RacError, match=r"new_one=7.*does not know it"):
+        check_arguments(given, NAME, prunes=True)
+
+
+@pytest.mark.parametrize("pipeline", ["basic", "datafree"])
+def test_pipelines_that_do_not_go_through_the_model_are_refused(pipeline):
+    with pytest.raises(RacError, match=f'pipeline="{pipeline}" does not prune layer by layer'):
+        check_arguments(arguments(pipeline=pipeline), NAME, prunes=True)
+
+
+def test_an_output_folder_in_use_is_refused(tmp_path):
+    (tmp_path / "killed" / ".rac_saving").mkdir(parents=True)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("")
+    for free in ("new", "killed"):
+        check_arguments(arguments(tmp_path / free), NAME, prunes=True)
+    for used, says in (("full", "full is in use"), ("full/file", "file is a file")):
+        with pytest.raises(RacError, match=says):
+            check_arguments(arguments(tmp_path / used), NAME, prunes=True)
+    check_arguments(arguments(tmp_path, stage="second"), NAME, prunes=True)
+    with pytest.raises(RacError, match="full is in use"):  # the folder of a stage
+        check_arguments(arguments(tmp_path, stage="full"), NAME, prunes=True)
+
+
+def test_a_stage_that_upstream_does_not_read_is_named(tmp_path):
+    warnings = []
+    sink = logger.add(warnings.append, format="{message}", level="WARNING")
+    stage = "a_stage: {pruning_modifiers: {ReasoningAwareSparseGPTModifier: {sparsity: 0.5}}}"
+    (tmp_path / "r.yaml").write_text(
+        f"{stage}\nquant_stag: {{q_modifiers: {{GPTQModifier: {{}}}}}}"
+    )
+    for recipe in (str(tmp_path / "r.yaml"), stage):
+        check_arguments(arguments(recipe=recipe), NAME, prunes=True)
+    logger.remove(sink)
+    assert [line.partition(":")[0] for line in warnings] == [
+        "llm-compressor does not read quant_stag"
+    ]
+
+
+@pytest.mark.usefixtures("nothing_is_sampled")
+def test_oneshot_refuses_them_before_anything_is_sampled(prune, calibrate, tmp_path):
+    given, says = {"num_calibration_samples": 8}, "num_calibration_samples=8"
+    with pytest.raises(RacError, match=says):
+        prune(oneshot_options=given)
+    with pytest.raises(RacError, match=says):
+        calibrate(later=[gptq_w4()], oneshot_options=given)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "model.safetensors").write_bytes(b"half")
+    with pytest.raises(RacError, match="is in use; name an empty or a new one"):
+        prune(output_dir=tmp_path / "out")
+    (tmp_path / "out.unfinished").mkdir()
+    with pytest.raises(
+        RacError, match=r"stopped while it saved.* remove \S+out and start the same"
+    ):
+        prune(output_dir=tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == b"half"
+    for name in ("recipes", "given"):
+        tiny_tokenizer().save_pretrained(tmp_path / name)
+    options = {"tokenizer": str(tmp_path / "given")}
+    with pytest.raises(
+        RacError, match=r"the tokenizer '.*given', and the recipe names '.*recipes'"
+    ):
+        prune(tokenizer=str(tmp_path / "recipes"), oneshot_options=options)
+
+
+def test_a_session_without_oneshot_has_no_arguments():
+    assert find_oneshot() is None
+
+
+def test_the_tokenizer_of_oneshot_or_of_the_recipe_is_used(prune, calibrate, tmp_path, monkeypatch):
+    class Used(Exception):  # noqa: N818 - a result, not an error
+        pass
+
+    def build(model, tokenizer, *args, **kwargs):
+        raise Used(tokenizer)
+
+    def used(run, **options):
+        with pytest.raises(Used) as caught:
+            run(**options)
+        return caught.value.args[0]
+
+    monkeypatch.setattr(BUILD, build)
+    other = tiny_tokenizer(OTHER)
+    other.save_pretrained(tmp_path / "tokenizer")
+    assert used(prune, oneshot_options={"processor": other}) is other
+    gptq = GPTQModifier(targets=["Linear"], ignore=["lm_head"], scheme="W8A8")
+    assert used(calibrate, later=[gptq], oneshot_options={"tokenizer": other}) is other
+    path = str(tmp_path / "tokenizer")
+    for options in ({"oneshot_options": {"tokenizer": path}}, {"tokenizer": path}):
+        assert used(prune, **options).chat_template == OTHER
+
+
+def test_a_processor_gives_its_tokenizer():
+    processor = SimpleNamespace(tokenizer="tokenizer")
+    assert given_tokenizer(arguments(processor=processor), None, "model") == "tokenizer"
+    assert given_tokenizer(arguments(processor=None), None, "model") is None
+
+
+def test_the_given_tokenizer_renders_the_traces(prune, tmp_path):
+    """From `oneshot` to the prompts that are sampled and the tokenizer that is saved."""
+    other = tiny_tokenizer(OTHER)
+    sampling = {"max_new_tokens": 20, "template": "chat"}
+    prune(
+        traces={"store": str(tmp_path / "t.jsonl"), "sampling": sampling},
+        calibration={"tokens": 200},
+        output_dir=tmp_path / "out",
+        oneshot_options={"tokenizer": other},
+        preset="paper",
+    )
+    assert record_of(tmp_path / "out")["trace_stores"]["traces"]["prompt"]["chat_template"]
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == OTHER
+    prompts = [trace.prompt_ids for trace in TraceStore.read(tmp_path / "t.jsonl")]
+    user = other.convert_tokens_to_ids("<user>")
+    assert prompts
+    assert all(prompt[:2] == (user, user) for prompt in prompts)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"sequential_targets": ["Qwen3DecoderLayer"]}, {"sequential_targets_per_subgraph": 2}],
+    ids=str,
+)
+def test_sequential_targets_are_honoured(prune, tmp_path, given):
+    prune(output_dir=tmp_path / "out", oneshot_options=given)
+    order = json.loads((tmp_path / "out" / "rac_run.json").read_text())["order"]
+    assert order["order"] == "layer"
+    assert order["why"].startswith(f"oneshot was given {next(iter(given))}=")
+
+
+def test_autoround_with_zero_points_is_refused_before_sampling(calibrate, monkeypatch):
+    """llm-compressor 0.14 saves the module without them (tests/contracts/test_pipelines.py)."""
+    monkeypatch.setattr(
+        ReasoningAwareCalibrationModifier, "prepare", lambda *args: pytest.fail("sampled")
+    )
+    with pytest.raises(RacError, match=r"symmetric: false: .* without their zero points; set sym"):
+        calibrate(later=[AutoRoundModifier(iters=1, ignore=["lm_head"], **int4(3, False))])
+
+
+# whole recipes
+
+
+THREE = {"num_bits": 3, "strategy": "group", "group_size": 32}
+WORDS = int4()["config_groups"]["group_0"]
+FITTING = {"config_groups": {"w": WORDS}, "ignore": ["lm_head"]}
+
+
+def recipe(modifiers):
+    return {"a_stage": {"a_modifiers": modifiers}}
+
+
+@pytest.fixture(scope="module")
+def skeleton(tiny_folder):
+    return skeleton_of(str(tiny_folder))
+
+
+def test_a_skeleton_has_shapes_and_no_weights(skeleton):
+    assert {parameter.device.type for parameter in skeleton.parameters()} == {"meta"}
+    assert skeleton.model.layers[0].mlp.down_proj.weight.shape == (64, 128)
+
+
+def test_an_expert_may_be_ignored_by_its_name(tmp_path):
+    """A skeleton has the experts of a layer in one module, and a run splits them."""
+    mixture = skeleton_of(str(save_tiny_experts(tmp_path / "experts")))
+    check_recipe(recipe({NAME: {"sparsity": 0.5, "ignore": ["re:.*experts.2.*"]}}), mixture)
+
+
+@pytest.mark.parametrize(
+    "modifiers",
+    [
+        {NAME: {"mask_structure": "2:4", "quantization": {"config_groups": {"w": WORDS}}}},
+        {NAME: {"solver": "none", "quantization": {"config_groups": {"w": {"weights": THREE}}}}},
+        {CALIBRATES: {}, "GPTQModifier": FITTING},
+        {CALIBRATES: {}, "AWQModifier": {}, "QuantizationModifier": FITTING},
+        {"QuantizationModifier": FITTING},
+    ],
+    ids=lambda modifiers: "+".join(modifiers),
+)
+def test_what_fits_passes(skeleton, modifiers):
+    check_recipe(recipe(modifiers), skeleton)
+
+
+ZEROS = {"config_groups": {"w": {**WORDS, "weights": {**THREE, "symmetric": False}}}}
+UNFIT = [
+    ({NAME: {"mask_structure": "3:6"}}, "q_proj"),
+    ({NAME: {"sparsity": 0.5, "targets": ["re:none"]}}, "match no linear layer"),
+    (
+        {NAME: {"sparsity": 0.5, "ignore": ["re:.*experts.2.*"]}},
+        "ignore: 're:.*experts.2.*' has no",
+    ),
+    ({NAME: {"sparsity": 0.5, "quantization": {"scheme": "W4A16"}}}, "the group_size 128"),
+    ({NAME: {"sparsity": 0.5}, "GPTQModifier": {"scheme": "W4A16"}}, "fills pruned weights again"),
+    ({"GPTQModifier": {"scheme": "W4A16", "ignore": ["lm_head"]}}, "the group_size 128"),
+    ({"GPTQModifier": {"scheme": "W5A16"}}, "GPTQModifier"),
+    ({"GPTQModifier": {"config_groups": {"w": {**WORDS, "targets": ["re:none"]}}}}, "no module"),
+    ({"GPTQModifier": {"shceme": "W4A16"}}, "shceme"),
+    ({"GPTQModifier": FITTING, CALIBRATES: {}}, "is behind GPTQModifier, which changes the model"),
+    ({"NoSuchModifier": {}}, "NoSuchModifier"),
+    ({"GPTQModifier": FITTING}, f"nothing says on what; add {CALIBRATES}: {{}} before it"),
+    ({CALIBRATES: {}, "AutoRoundModifier": ZEROS}, "saves its weights without their zero points"),
+    ({}, "its recipe has no modifier"),
+]
+
+
+@pytest.mark.parametrize(("modifiers", "says"), UNFIT, ids=[says for _, says in UNFIT])
+def test_what_does_not_fit_is_refused(skeleton, modifiers, says):
+    with pytest.raises(RacError) as caught:
+        check_recipe(recipe(modifiers), skeleton)
+    assert says in str(caught.value)
