@@ -172,7 +172,7 @@ def test_every_solver_prunes_each_module_by_its_share(prune, solver):
 
 @pytest.mark.parametrize("mask_structure", [None, "0:0", "2:4"])
 def test_keep_refuses_a_module_without_the_zeros(prune, mask_structure):
-    lacks = "2:4" if mask_structure == "2:4" else "0 of its 4,096 weights are zero"
+    lacks = "2 of every 4" if mask_structure == "2:4" else "0 of its 4,096 weights are zero"
     with pytest.raises(RacError, match=rf"solver: keep keeps .* lacks them \(.*{lacks}"):
         prune(solver="keep", mask_structure=mask_structure)
 
