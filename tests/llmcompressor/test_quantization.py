@@ -225,9 +225,7 @@ def test_every_weight_gets_a_code_and_stock_transformers_reads_it(
         assert "sparsity" not in module
         assert 0 < module["relative_error"] < 1
     ReasoningAwareSparseGPTModifier(**record["modifier"])  # the record can be run again
-    card = (out / "README.md").read_text()
-    assert "14 linear modules were quantized (errors are after rounding)." in card
-    assert "pruned" not in card
+    assert "14 linear modules were quantized" in (out / "README.md").read_text()
     assert torch.isfinite(hidden(rac_modifier.load_model(out))).all()
 
 
