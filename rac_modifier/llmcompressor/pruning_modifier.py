@@ -54,7 +54,8 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
             )
         check_later_modifiers(self, self.other_modifiers(later=True), quantizes=quantizes)
         run = self._run = self._make_run(state.model)
-        forecast = Forecast.of(run, state.model, None, by_layer=self.order == "layer")
+        loader = self._calibration.loader if self._calibration else None  # None: to be sampled
+        forecast = Forecast.of(run, state.model, loader, by_layer=self.order == "layer")
         offload = oneshot.dataset_args.sequential_offload_device if oneshot else "cpu"
         forecast.check(get_main_device(), torch.device(offload), self._processes.count)
         self.prepare(state, quantizes=quantizes)

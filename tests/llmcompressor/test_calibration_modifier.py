@@ -47,7 +47,6 @@ def test_a_recipe_without_a_modifier_that_calibrates_is_refused(calibrate):
 @pytest.mark.parametrize("pipeline", ["independent", "sequential"])
 def test_gptq_takes_the_traces(calibrate, tmp_path, pipeline, tiny_folder):
     model = calibrate(later=[gptq_w4()], output_dir=tmp_path / "out", pipeline=pipeline)
-    assert all(float((m.weight == 0).float().mean()) < 0.2 for m in linears(model).values())
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")  # an ordinary checkpoint
     assert_same_weights(weights(loaded), weights(model))
     record = record_of(tmp_path / "out")
