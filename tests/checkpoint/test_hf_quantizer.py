@@ -133,22 +133,6 @@ def test_dtype_and_device_map_are_honoured(saved: Saved, kwargs: dict) -> None:
     assert_same_state(model, {name: tensor.to(wanted) for name, tensor in expected.items()})
 
 
-def test_layers_that_are_offloaded_to_disk(saved: Saved, tmp_path: Path) -> None:
-    folder, _, _ = saved(tied=False)
-    places = {
-        "model.embed_tokens": "cpu",
-        "model.norm": "cpu",
-        "model.rotary_emb": "cpu",
-        "lm_head": "cpu",
-    }
-    places |= {"model.layers.0": "cpu", "model.layers.1": "disk"}
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, device_map=places, offload_folder=str(tmp_path / "offload")
-    )
-    assert model.model.layers[1].mlp.up_proj.weight.is_meta
-    assert torch.equal(model(IDS).logits, AutoModelForCausalLM.from_pretrained(folder)(IDS).logits)
-
-
 def test_a_module_that_stays_in_float32(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
     """As some models ask for; the bits of the file are not rounded to float16 on the way."""
     folder, expected, _ = saved(tied=False)
@@ -188,29 +172,20 @@ def test_the_base_model_without_its_head(saved: Saved) -> None:
     )
 
 
-def test_the_loaded_model_is_an_ordinary_one(saved: Saved) -> None:
-    folder, _, modules = saved()
+def test_the_loaded_model_is_an_ordinary_one_and_saved_dense(saved: Saved, tmp_path: Path) -> None:
+    """Its weights may be changed, so `save_pretrained` does not pack."""
+    folder, expected, modules = saved("unstructured", shard="60KB")
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert not hasattr(model, "hf_quantizer")
-    assert getattr(model.config, "quantization_config", None) is None
     assert not model.is_quantized
-    assert model.config.rac_sparsity == {"storage": "dense", "modules": modules}
+    model.save_pretrained(tmp_path / "again")
+    assert_same_state(stock(tmp_path / "again"), expected)
+    config = config_of(tmp_path / "again")
+    assert "quantization_config" not in config
+    assert config["rac_sparsity"] == {"storage": "dense", "modules": modules}
+    pack_checkpoint(tmp_path / "again", modules, [])
+    assert_same_state(AutoModelForCausalLM.from_pretrained(tmp_path / "again"), expected)
     model.half().float()
-
-
-def test_saved_again_it_is_dense_and_marked_so(saved: Saved, tmp_path: Path) -> None:
-    """Its weights may have been changed, so `save_pretrained` does not pack; the config says what was written."""
-    for structure, shard in (("2:4", None), ("unstructured", "60KB")):
-        folder, expected, modules = saved(structure, shard=shard)
-        AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "again")
-        assert_same_state(stock(tmp_path / "again"), expected)
-        config = config_of(tmp_path / "again")
-        assert "quantization_config" not in config
-        assert config["rac_sparsity"] == {"storage": "dense", "modules": modules}
-        pack_checkpoint(tmp_path / "again", modules, [])
-        assert_same_state(AutoModelForCausalLM.from_pretrained(tmp_path / "again"), expected)
-        for path in [*folder.iterdir(), *(tmp_path / "again").iterdir()]:
-            path.unlink()
 
 
 def test_the_method_of_our_own_is_read_too(saved: Saved) -> None:

@@ -75,19 +75,16 @@ def test_what_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tmp_path / "model"
     source.mkdir()
     (tmp_path / "link").symlink_to(source)
-    for same in (source, tmp_path / "link", tmp_path / "model" / "." / ".." / "model"):
-        with pytest.raises(
-            RacError, match="is the model itself, which is left as it is; name another folder"
-        ):
-            check_output_folder(same, source, 0)
-    (source / "config.json").touch()
-    with pytest.raises(RacError, match="is a file; name a folder"):
-        check_output_folder(source / "config.json", source, 0)
-    with pytest.raises(RacError, match="is in use; name an empty or a new one"):
-        check_output_folder(source, None, 0)
-    monkeypatch.setattr(
-        shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 3 * 2**30)
-    )
+    (tmp_path / "file").touch()
+    for folder, message in (
+        (tmp_path / "link", "is the model itself, which is left as it is; name another folder"),
+        (tmp_path / "file", "is a file; name a folder"),
+        (tmp_path / "file" / "out", "file is a file, so no folder can be made in it"),
+    ):
+        with pytest.raises(RacError, match=message):
+            check_output_folder(folder, source, 0)
+    free = shutil._ntuple_diskusage(0, 0, 3 * 2**30)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
     check_output_folder(tmp_path / "new", source, 3 * 2**30)
     with pytest.raises(RacError, match=r"3\.0 GiB are free, the checkpoint needs up to 3\.5 GiB"):
         check_output_folder(tmp_path / "new", source, 7 * 2**29)

@@ -187,25 +187,16 @@ def test_a_recorded_pattern_is_stated_where_it_holds(
     }
 
 
-def test_a_dense_model_is_refused_with_its_largest_share(tmp_path: Path) -> None:
-    most = torch.randn(100, 64)
-    most[:2] = 0
-    plan = plan_packing(saved_with(tmp_path, {"a": torch.randn(32, 64), "b": most}))
-    with pytest.raises(
-        RacError,
-        match=r"nothing to pack: .* The most zeros are in b, 2\.0% \(would take .*; prune the model first",
-    ):
-        plan.check_gain()
+def test_a_model_without_matrices_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RacError, match="no weight matrix that can be packed"):
-        plan_packing(saved_with(tmp_path / "other", {"norm": torch.ones(4)})).check_gain()
+        plan_packing(saved_with(tmp_path, {"norm": torch.ones(4)})).check_gain()
 
 
 @pytest.mark.parametrize("name", ["up", "norm", "embed_tokens"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
-def test_nan_is_refused(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+def test_nan_is_refused(tmp_path: Path, name: str) -> None:
     weights = {"up": two_of_four(), "norm": torch.ones(8), "embed_tokens": torch.randn(8, 8)}
     weights[name].view(-1)[-1] = float("nan")
-    folder = saved_with(tmp_path, {n: weight.to(dtype) for n, weight in weights.items()})
+    folder = saved_with(tmp_path, weights)
     with pytest.raises(RacError, match=rf"^{name}\.weight: holds values that are not finite"):
         plan_packing(folder)
 

@@ -117,12 +117,6 @@ def test_what_packing_writes_is_read_back(format: str) -> None:
     assert dense["quantization_config"] == {**INT8, "quant_method": "compressed-tensors"}
 
 
-@pytest.mark.parametrize("before", ["gptq", {"quant_method": "gptq", "bits": 4}])
-def test_a_model_of_another_method_is_not_packed(before: object) -> None:
-    with pytest.raises(RacError, match="quantized by 'gptq'; only compressed-tensors"):
-        with_packed({"quantization_config": before}, "sparse-bitmask", {"a": "2:4"}, 0.5, [])
-
-
 def test_entries_of_older_versions() -> None:
     sparsity = {"format": "sparse-bitmask", "targets": None, "registry_requires_subclass": False}
     for version in ({}, {"version": 1}):
