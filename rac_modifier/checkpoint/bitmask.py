@@ -51,13 +51,9 @@ def part_of(tensors: Mapping[str, Tensor], module: str, part: str) -> Tensor:
 def compress(
     weight: Tensor, count: int, keep: Callable[[Tensor, int], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Return the stored values of a weight [N, K], 1-D, and its bitmask.
+    """Return the `count` stored values of a weight [N, K], 1-D, and its bitmask.
 
-    Args:
-        weight: the dense weight.
-        count: number of values that `keep` selects in all.
-        keep: maps rows of the weight and the number of the first of them to a mask of what is
-            stored.
+    `keep` maps rows of the weight, and the number of the first, to a mask of what is stored.
     """
     rows, columns = weight.shape
     values = torch.empty(count, dtype=weight.dtype, device=weight.device)

@@ -38,15 +38,9 @@ _REPLACED = ("base_model", *LICENSE_KEYS, "tags", "model-index")
 def model_card(
     record: Mapping[str, Any], license: Mapping[str, str] | None = None, packed: bool = True
 ) -> str:
-    """Return the card of a run; what is not in the record is called "not recorded", never guessed.
+    """Return the card of a run; what is not in the record is called "not recorded".
 
-    Args:
-        record: the run record.
-        license: of the base model (`license_of`).
-        packed: the weights are packed; else stock loaders read them.
-
-    Raises:
-        RacError: a malformed record.
+    `license` (`license_of`) is that of the base model. Not `packed`: stock loaders read the weights.
     """
     try:
         return _of_run(record, license or {"license": "unknown"}, packed)
@@ -59,9 +53,7 @@ def model_card(
 def packed_card(record: Mapping[str, Any], source: Path) -> str:
     """Return the card of a packed model; of a model that was pruned here, that of its run.
 
-    Args:
-        record: the run record; without a run of this package, it has the figures of `packing`.
-        source: the folder that was packed, whose own card, if any, is appended.
+    The record of others has the figures of `packing`; the card of `source` is appended.
     """
     license, packing = license_of(source), record.get("packing")
     if not isinstance(packing, Mapping):

@@ -146,18 +146,12 @@ def check_codes(
 ) -> StoredWeight:
     """Check a dense weight of 2, 3 or 4 `bits` as untrusted input; return it, every value stored.
 
-    Args:
-        tensors: `weight_packed` int32 [N, ceil(K bits / 32)], `weight_scale` [N, K / group],
-            `weight_shape` [2]; without `symmetric` also `weight_zero_point` int32
-            [ceil(N bits / 32), K / group].
-        name: of the module.
-        group: columns that share a scale; None: one scale per row.
-        symmetric: every code of zero is 2^(bits-1).
-        bits: of a code.
+    `tensors`: `weight_packed` int32 [N, ceil(K bits / 32)], `weight_scale` [N, K / group],
+    `weight_shape` [2]; without `symmetric` also `weight_zero_point` int32
+    [ceil(N bits / 32), K / group]. `group` None: one scale per row.
 
     Raises:
-        RacError: naming `{name}.{part}`, where parts are missing, malformed or contradict each
-            other or these arguments.
+        RacError: naming `{name}.{part}`, which is missing, malformed or contradicts the others.
     """
     if ORDER in tensors:
         raise RacError(

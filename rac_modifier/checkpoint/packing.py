@@ -112,14 +112,10 @@ def mark_dense(folder: str | Path, modules: dict[str, str]) -> None:
 def pack_model(plan: PackPlan, out: str | Path, base_model: str) -> PackSummary:
     """Write a packed checkpoint as planned.
 
-    Args:
-        plan: of the source.
-        out: a new or empty folder.
-        base_model: hub id or folder that the card names.
+    `out` is a new or empty folder; `base_model` is the hub id or folder that the card names.
 
     Raises:
-        RacError: nothing gains from packing, `out` cannot be used, another process writes to
-            it, or the disk is full; then `out` is as before.
+        RacError: nothing gains from packing, or `out` cannot be written to and is as before.
     """
     plan.check_gain()
     source, dropped = plan.folder, plan.drop_negative_zeros

@@ -136,12 +136,8 @@ def add_measured(
         kind: what was measured.
         result: `as_dict()` of an EvalResult or a DivergenceResult.
         conditions: `source` (of the problems) and `prompt` in words; `protocol`: further lines.
-        reference: the same of the model that it is compared with; for a divergence, only its
-            `label`.
+        reference: the result of the model that it is compared with.
         paired: the comparison of both, problem by problem, in words, without paths.
-
-    Raises:
-        RacError: record or card cannot be read or written.
     """
     entry = {**_figures(result), **conditions, "paired": paired}
     entry["reference"] = None if reference is None else _figures(reference)
