@@ -50,7 +50,7 @@ def evaluate(
     render: Callable[[Any, str], list[int]] = render_prompt,
     generate: Callable[..., list[Generation]] = generate_in_process,
 ) -> EvalResult:
-    """Measure zero-shot accuracy, thinking length, unfinished share and speed over `problems`.
+    """Measure accuracy, thinking length, unfinished share and speed over `problems`.
 
     Args:
         model: a transformers causal LM, or what `generate` accepts.

@@ -49,9 +49,9 @@ _STEP = (
 
 @dataclass(frozen=True)
 class IntegerLayer:
-    """A layer that the CPU kernels multiply as integers. `block`: columns of x that share a scale.
+    """A layer that the CPU kernels multiply as integers.
 
-    own_error: ||W x - Q x||^2 / ||W x||^2 for the weight W before and Q after pruning and
+    block: columns of x that share a scale. own_error: ||W x - Q x||^2 / ||W x||^2 for the weight W before and Q after pruning and
     rounding; None until it is measured. error: ||Q (x8 - x16)||^2 / ||Q x16||^2, for x rounded
     to 8 and 16 bits.
     """
@@ -237,7 +237,7 @@ def choose_activations(
     limit: float,
     dense: Any = None,
 ) -> ActivationChoice:
-    """Measure each layer, choose the layers that lose nothing, and measure their joint divergence.
+    """Measure each layer, choose layers that lose nothing, and measure their divergence.
 
     `dense`: the model before pruning and rounding (`check_original`), for unknown own errors.
 

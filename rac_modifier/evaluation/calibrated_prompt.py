@@ -1,4 +1,4 @@
-"""Prompt settings of an evaluation: those that the compressed models were calibrated with."""
+"""Prompt settings of an evaluation: the settings of the models' calibration."""
 
 from __future__ import annotations
 
@@ -70,13 +70,9 @@ def choose_prompt(
     system_prompt: str | None = None,
     thinking: bool | None = None,
 ) -> PromptChoice:
-    """Choose the prompt settings for all models: the recorded ones, unless the caller names others.
+    """Choose the prompt settings for all models: None takes the recorded value of a setting.
 
-    Args:
-        recorded: `recorded_prompts` by the name of each model.
-        template: None takes the recorded one.
-        system_prompt: None takes the recorded one; an empty text is no system prompt.
-        thinking: None takes the recorded one.
+    `recorded`: `recorded_prompts` by model. An empty system prompt is none.
 
     Raises:
         RacError: several recorded values and none from the caller; a system prompt or `thinking`

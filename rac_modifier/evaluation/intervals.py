@@ -1,4 +1,4 @@
-"""Errors of measured figures: 95 % intervals, which are never a point, tests and standard errors."""
+"""Errors of measured figures: 95 % intervals, tests and standard errors."""
 
 from __future__ import annotations
 

@@ -62,11 +62,7 @@ class FrontierFolder:
         return results
 
     def begin(self, about: Mapping[str, Any]) -> None:
-        """Write what all rows share, or `check` it.
-
-        Raises:
-            RacError: the folder is of another model, other problems or other sampling.
-        """
+        """Write what all rows share, or `check` it."""
         self.check(about)
         if not self.about:
             self.about = {"version": VERSION, **about}
@@ -117,11 +113,7 @@ class FrontierFolder:
         return next((b for b in self.benchmarks if (b["label"], b.get("benchmark")) == key), None)
 
     def add_benchmark(self, label: str, name: str, values: Mapping[str, Any]) -> None:
-        """Keep the result of a benchmark for the row of this label.
-
-        Raises:
-            RacError: nothing can be written.
-        """
+        """Keep the result of a benchmark for the row of this label."""
         values = {"label": label, "benchmark": name, **values}
         path = self.folder / BENCHMARKS
         self._benchmarks_end = _append(path, self._benchmarks_end, values, self.benchmarks)

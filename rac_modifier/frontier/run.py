@@ -186,16 +186,12 @@ def _finish_dense(
     model, tokenizer = tools.load(tools.source)
     measured = measure_dense(model, tokenizer, held_out)
     row = {
-        "label": DENSE,
-        "row": DENSE,
-        "group": DENSE,
-        "seed": None,
-        "recipe": None,
+        **dict.fromkeys(("label", "row", "group"), DENSE),
+        **dict.fromkeys(("seed", "recipe", "compressing")),
         **measured.figures,
         "bytes": checkpoint_bytes(tools.source),
         "layers": {},
         "served": served,
-        "compressing": None,
         "seconds": time.monotonic() - started,
     }
     folder.add(without_paths(row), measured.traces)
@@ -218,11 +214,7 @@ def _finish(
     path = model_folder / RUN_RECORD_NAME
     record = read_json(path) if path.is_file() else {}  # upstream's modifiers alone write none
     row = {
-        "label": run.label,
-        "row": run.row,
-        "group": run.group,
-        "seed": run.seed,
-        "recipe": run.recipe,
+        **{key: getattr(run, key) for key in ("label", "row", "group", "seed", "recipe")},
         **measured.figures,
         "bytes": checkpoint_bytes(model_folder),
         "layers": layers_of(record),
