@@ -152,36 +152,47 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(platform, "_SMALL_TRIANGLE", 5)
 
 
-def problem(d: int) -> torch.Tensor:
-    return dampened(random_problem(3, d, 2 * d)[1], 0.01)
+def problem(d: int, dampening: float = 0.01) -> torch.Tensor:
+    return dampened(random_problem(3, d, 2 * d)[1], dampening)
+
+
+def garbled(matrix: torch.Tensor) -> torch.Tensor:
+    """In float32, with other numbers above the diagonal: only the lower triangle is read."""
+    return matrix.float().tril() + torch.full(matrix.shape, 7.0).triu(1)
 
 
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("d", SIZES)
-def test_the_factor_is_that_of_the_matrix_in_its_memory(d):
-    exact = problem(d)
-    matrix = exact.float().tril() + torch.full((d, d), 7.0).triu(
-        1
-    )  # only the lower triangle is read
+def test_factor_inverse_and_solve_by_blocks(d):
+    exact, right = problem(d), gaussian(5, d).T
+    tolerance = solve_tolerance(exact, torch.float32)
+    matrix = garbled(exact)
     lower = platform.cholesky_(matrix)
     assert lower.data_ptr() == matrix.data_ptr()
     assert torch.equal(lower, lower.tril())
-    assert_near(
-        lower.double() @ lower.double().T, exact, solve_tolerance(torch.eye(1), torch.float32) * d
-    )
+    rounding = solve_tolerance(torch.eye(1), torch.float32) * d
+    assert_near(lower.double() @ lower.double().T, exact, rounding)
+    matrix = garbled(exact)
+    inverse = platform.inverse_(matrix)
+    assert inverse.data_ptr() == matrix.data_ptr()
+    assert torch.equal(inverse, inverse.T)
+    assert_near(inverse, torch.linalg.inv(exact), tolerance)
+    before = right.clone()
+    solution = platform.cholesky_solve(right, torch.linalg.cholesky(exact).float())
+    assert torch.equal(right, before)
+    assert_near(solution, torch.linalg.solve(exact, right.double()), tolerance)
 
 
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("d", SIZES)
-def test_a_factor_by_products_in_bfloat16_is_near(d):
-    exact = dampened(random_problem(3, d, 2 * d)[1], 0.2)
-    found = [platform.cholesky_(exact.float(), bf16=bf16).double() for bf16 in (False, True)]
-    assert torch.equal(*found) == (
+def test_a_factor_by_matmuls_in_bfloat16_is_near(d):
+    exact = problem(d, 0.2)
+    plain, rounded = (platform.cholesky_(exact.float(), bf16=b).double() for b in (False, True))
+    assert torch.equal(plain, rounded) == (
         d <= 32
-    )  # nothing but the first block is to the left of a second one
-    assert_near(
-        found[1] @ found[1].T, exact, solve_tolerance(torch.eye(1), torch.bfloat16) * d**0.5
-    )
+    )  # a second block has the first alone to its left
+    tolerance = solve_tolerance(torch.eye(1), torch.bfloat16) * d**0.5
+    assert_near(rounded @ rounded.T, exact, tolerance)
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -197,43 +208,15 @@ def test_what_all_inputs_share_is_not_rounded():
 
 
 @pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize(("dtype", "margin"), [(torch.float32, 50.0), (torch.bfloat16, 1.0)])
 @pytest.mark.parametrize("d", SIZES)
-def test_the_inverse_is_symmetric_and_in_its_memory(d):
-    exact = problem(d)
-    matrix = exact.float().tril() + torch.full((d, d), 7.0).triu(
-        1
-    )  # only the lower triangle is read
-    inverse = platform.inverse_(matrix)
-    assert inverse.data_ptr() == matrix.data_ptr()
-    assert torch.equal(inverse, inverse.T)
-    assert_near(inverse, torch.linalg.inv(exact), solve_tolerance(exact, torch.float32))
-
-
-@pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("d", SIZES)
-def test_a_solve_leaves_the_right_sides_alone(d):
-    exact, right = problem(d), gaussian(5, d).T
-    before = right.clone()
-    found = platform.cholesky_solve(right, torch.linalg.cholesky(exact).float())
-    assert_near(
-        found, torch.linalg.solve(exact, right.double()), solve_tolerance(exact, torch.float32)
-    )
-    assert torch.equal(right, before)
-
-
-@pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("d", SIZES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_solve_in_place_takes_a_factor_with_inverted_corners(d, dtype):
+def test_a_solve_in_place_takes_a_factor_with_inverted_corners(d, dtype, margin):
     exact, right = problem(d), gaussian(5, d).T.contiguous().to(dtype)
     expected = torch.linalg.solve(exact, right.double())
     lower = platform.invert_corners_(torch.linalg.cholesky(exact).float())
-    found = platform.solve_with_corners_(right, lower.to(dtype))
-    assert found.data_ptr() == right.data_ptr()
-    margin = (
-        50.0 if dtype == torch.float32 else 1.0
-    )  # rounding to bfloat16 happens to each number once
-    assert_near(found, expected, solve_tolerance(exact, dtype, margin))
+    solution = platform.solve_with_corners_(right, lower.to(dtype))
+    assert solution.data_ptr() == right.data_ptr()
+    assert_near(solution, expected, solve_tolerance(exact, dtype, margin))
 
 
 @pytest.mark.usefixtures("small_blocks")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import platform
@@ -9,7 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,10 +24,10 @@ from rac_modifier.kernels.cpu import library, support
 from rac_modifier.kernels.cpu.library import BITS, DENSE_TYPES, INT4, VALUE_TYPES
 from rac_modifier.kernels.cpu.operator import sparse_linear
 from rac_modifier.kernels.cpu.packed import pack_dense, pack_values
-from tests.kept_builds import kept_build
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
+BUILDS = ROOT / "build" / "test-libraries"
 CSRC = ROOT / "csrc"
 SHARED = ["-fPIC", "-shared", "-fvisibility=hidden", "-fopenmp"]
 FLAGS = ["-std=c++17", "-Wall", "-Wextra", "-Werror", f"-I{HERE}", f"-I{CSRC}"]
@@ -70,6 +71,19 @@ def sources_digest() -> str:
     paths = [*sorted(CSRC.rglob("*.[hc]*")), *sorted(HERE.glob("*.[hc]*")), ROOT / "setup.py"]
     text = "".join(path.read_text() for path in paths if path.is_file())
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def kept_build(name: str, build: Callable[[Path], object]) -> Path:
+    """Return build/test-libraries/NAME, made by one of the test processes and kept for the next run."""
+    path = BUILDS / name
+    BUILDS.mkdir(parents=True, exist_ok=True)
+    with open(BUILDS / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            unfinished = BUILDS / f"{name}.unfinished"
+            build(unfinished)
+            unfinished.rename(path)
+    return path
 
 
 def emulated_library(folder: Path) -> Path:
