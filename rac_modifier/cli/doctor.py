@@ -149,12 +149,17 @@ def _checked(topic: str, name: str, versions: str) -> Finding:
 
 
 def _kernels() -> Iterator[Finding]:
-    """Report what each kernel backend says of itself."""
-    from rac_modifier.kernels.choose import examine_backends
+    """Report whether the compiled library loads, and the kernel in use."""
+    from rac_modifier.kernels.choose import compiled_kernels
 
-    for part in examine_backends():
-        install = part.mend or (None if part.status == "ok" else _REINSTALL)
-        yield Finding("kernels", part.name, part.status, part.detail, install)
+    name = "compiled library"
+    try:
+        kernels = compiled_kernels()
+    except RacError as error:
+        yield Finding("kernels", name, "broken", str(error), "unset RAC_KERNEL")
+    else:
+        install = None if kernels.status == "ok" else _REINSTALL
+        yield Finding("kernels", name, kernels.status, kernels.reason, install)
 
 
 def _devices() -> Iterator[Finding]:

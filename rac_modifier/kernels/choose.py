@@ -7,7 +7,7 @@ from importlib.metadata import entry_points
 from typing import cast
 
 from rac_modifier.kernels import cpu
-from rac_modifier.kernels.cpu.support import Finding, examine_library
+from rac_modifier.kernels.cpu.support import Support, support
 from rac_modifier.kernels.interface import Backend, Decision, Layer, stay_dense
 
 GROUP = "rac_modifier.kernel_backends"
@@ -29,9 +29,9 @@ def backend_of(device: str) -> Backend | str:
     return BACKENDS.get(device) or _from_entry_point(device)
 
 
-def examine_backends() -> list[Finding]:
-    """Report what is compiled, loads and runs on this machine."""
-    return examine_library()
+def compiled_kernels() -> Support:
+    """Return what is compiled and runs here (RacError: RAC_KERNEL names what does not)."""
+    return support()
 
 
 @lru_cache(maxsize=16)

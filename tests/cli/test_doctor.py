@@ -112,7 +112,7 @@ def test_a_compiled_library_that_is_missing_or_does_not_load(
 ) -> None:
     kernels.setattr(library, "built_libraries", list)
     assert named("compiled library").status == "missing"
-    assert "Install a C++ compiler" in named("compiled library").detail
+    assert "install a C++ compiler" in named("compiled library").detail
     support.forget()
     broken = tmp_path / "_native_kernels.abi3.so"
     broken.write_bytes(b"no library")
@@ -120,6 +120,9 @@ def test_a_compiled_library_that_is_missing_or_does_not_load(
     finding = named("compiled library")
     assert (finding.status, "does not load" in finding.detail) == ("broken", True)
     assert rac("doctor")[0] == 1
+    kernels.setenv("RAC_KERNEL", "avx1024")
+    support.forget()
+    assert named("compiled library").install == "unset RAC_KERNEL"
 
 
 def test_the_report_has_the_line_that_installs_below() -> None:

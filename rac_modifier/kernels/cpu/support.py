@@ -35,11 +35,15 @@ TOKENS = 8  # up to which the C++ operator multiplies itself
 
 @dataclass(frozen=True)
 class Support:
-    """What runs on this machine: `isa` is the name of a kernel or None; `reason` is readable."""
+    """What runs on this machine: `isa` is the name of a kernel or None; `reason` is readable.
+
+    status: "missing" where nothing was compiled or RAC_KERNEL=off, "broken" where it does not load.
+    """
 
     isa: str | None
     reason: str
     multiplies_bytes: bool = False
+    status: Literal["ok", "missing", "broken"] = "ok"
 
 
 @lru_cache(maxsize=1)
@@ -52,12 +56,13 @@ def support() -> Support:
     name = os.environ.get("RAC_KERNEL") or None
     if name == "off":
         reason = "no compiled kernel: RAC_KERNEL=off; unset it to use the sparse kernels"
-        return Support(None, reason)
+        return Support(None, reason, status="missing")
     library, reason = native.load()
     if library is None:
         if name:
             raise RacError(f"RAC_KERNEL={name}: {reason}")
-        return Support(None, reason)
+        built = bool(native.built_libraries())
+        return Support(None, reason, status="broken" if built else "missing")
     if name and name not in library.runs:
         raise RacError(
             f'RAC_KERNEL="{name}": this machine runs {", ".join(library.runs)}; '
@@ -131,34 +136,3 @@ def _register(library: Library) -> str | None:
 
 def _address(loaded: ctypes.CDLL, name: str) -> int | None:
     return ctypes.cast(getattr(loaded, name), ctypes.c_void_p).value
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A finding; `mend`: what to do about it, None where installing the package again does it."""
-
-    name: str
-    status: Literal["ok", "missing", "broken"]
-    detail: str
-    mend: str | None = None
-
-
-def examine_library() -> list[Finding]:
-    """Describe the library, its instruction sets, and the kernel in use."""
-    paths = native.built_libraries()
-    if not paths:
-        detail = (
-            "not built when rac-modifier was installed; without it, sparse layers run dense. "
-            "Install a C++ compiler, then"
-        )
-        return [Finding("compiled library", "missing", detail)]
-    library, reason = native.load()
-    if library is None:
-        return [Finding("compiled library", "broken", reason)]
-    built = f"{paths[0].name}, interface {native.ABI}, compiled with {library.compiler}"
-    sets = f"{library.runs[-1]} is the best here; runs {', '.join(library.runs)}"
-    findings = [Finding("compiled library", "ok", built), Finding("instruction sets", "ok", sets)]
-    try:
-        return [*findings, Finding("in use", "ok", support().reason)]
-    except RacError as error:
-        return [*findings, Finding("in use", "broken", str(error), "unset RAC_KERNEL")]

@@ -34,7 +34,7 @@ def test_what_is_no_library_is_a_reason(tmp_path, monkeypatch):
     take(broken, None, monkeypatch)
     assert load()[0] is None
     assert "does not load" in load()[1]
-    assert support().isa is None
+    assert (support().isa, support().status) == (None, "broken")
     take(broken, "avx2", monkeypatch)
     with pytest.raises(RacError, match="RAC_KERNEL=avx2: no compiled kernel"):
         support()

@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 
 from rac_modifier.errors import RacError
-from rac_modifier.kernels.cpu import library
 from rac_modifier.kernels.cpu import support as support_module
 from rac_modifier.kernels.cpu.library import Library
-from rac_modifier.kernels.cpu.support import examine_library, forget, library_and_isa, support
+from rac_modifier.kernels.cpu.support import forget, library_and_isa, support
 from tests.kernels.cpu.kernel_helpers import take
 
 X86 = {"portable": False, "avx2": False, "avxvnni": True, "avx512": True, "amx": True}
@@ -56,26 +55,9 @@ def test_a_kernel_that_this_machine_lacks_is_an_error(native_path, monkeypatch):
 )
 def test_without_kernels_there_is_a_reason(native_path, monkeypatch, compiled, requested, reason):
     take(native_path if compiled else None, requested, monkeypatch)
-    assert support().isa is None
+    assert (support().isa, support().status) == (None, "missing")
     with pytest.raises(RacError, match=f"{reason}.*keep the weight dense"):
         library_and_isa()
-
-
-def test_what_is_found_of_the_library(native_path, monkeypatch, tmp_path):
-    take(None, None, monkeypatch)
-    (missing,) = examine_library()
-    assert (missing.name, missing.status) == ("compiled library", "missing")
-    take(tmp_path / "x.so", None, monkeypatch)
-    monkeypatch.setattr(library, "load", lambda: (None, "built for another version"))
-    (broken,) = examine_library()
-    assert (broken.status, broken.detail) == ("broken", "built for another version")
-    monkeypatch.undo()
-    take(native_path, None, monkeypatch)
-    assert [found.status for found in examine_library()] == ["ok", "ok", "ok"]
-    take(native_path, "no-such-set", monkeypatch)
-    last = examine_library()[-1]
-    assert (last.status, last.mend) == ("broken", "unset RAC_KERNEL")
-    assert "no-such-set" in last.detail
 
 
 def test_a_torch_without_the_interface_is_a_reason(best, monkeypatch):
