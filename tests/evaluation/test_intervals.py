@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-import random
 import statistics
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -160,18 +158,6 @@ def test_there_is_no_error_below_sixteen_rows():
     rows = [[0.0, 1.0]] * 15
     assert mean_over_tokens(rows) == (0.5, None)
     assert mean_over_tokens([*rows, [1.0, 0.0]]) == (0.5, 0.0)
-
-
-def test_the_bootstrap_is_that_of_a_plain_loop_over_problems():
-    draw = random.Random(1)
-    below = [draw.randint(50, 400) for _ in range(40)]
-    above = [n * draw.uniform(0.7, 1.9) for n in below]
-    ratios = []
-    for _ in range(20_000):
-        problems = [draw.randrange(40) for _ in range(40)]
-        ratios.append(sum(above[i] for i in problems) / sum(below[i] for i in problems))
-    expected = np.quantile(ratios, [0.025, 0.975])
-    assert ratio_interval(above, below) == pytest.approx(expected, abs=0.006)
 
 
 def test_the_bootstrap_draws_every_resample_of_three_problems_alike():
