@@ -65,6 +65,7 @@ def frontier(
 
     Example: rac frontier reasoner --recipe-grid small --out reasoner-frontier
     """
+    from rac_modifier.checkpoint.output_folder import check_room
     from rac_modifier.sampling.own_server import check_serving
     from rac_modifier.settings.grid import load_grid, plan_rows, shared_prompt
 
@@ -80,8 +81,10 @@ def frontier(
     study.check_benchmarks()
     if grid.evaluation.serve:
         check_serving()
+    # dense checkpoints, and one more while a row is packed; what is there already counts
     size = sum(p.numel() * p.element_size() for p in skeleton.parameters())
-    _check_disk(size, out, len(planned) if not remove_models else 1)
+    written = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    check_room(out, ((1 if remove_models else len(planned)) + 1) * size - written)
     if check:
         study.check_folder()
         typer.echo("\n".join(f"{run.label}: {run.group}" for run in planned))
@@ -264,11 +267,7 @@ class Study:
                 _, protocol, problems = self.benchmarks[benchmark.name]
                 path = self.out / "benchmarks" / f"{slug(label)}-{benchmark.name}.jsonl"
                 answering = Answering(urls, self.evaluation.in_progress, protocol.samples, path)
-                limits = {
-                    **protocol.limits(),
-                    "batch_size": self.evaluation.batch_size,
-                    "seed": 0,
-                }
+                limits = {**protocol.limits(), "batch_size": self.evaluation.batch_size, "seed": 0}
                 where, verifiers = protocol.where(), protocol.verifiers()
                 arguments = (problems, where, limits, self.prompt, self.precision, verifiers)
                 yield benchmark, answering.run(str(model), *arguments)
@@ -286,25 +285,6 @@ def digest_of(problems: Sequence[Problem]) -> str:
     """Return a digest of questions and answers: a folder is not gone on with after they change."""
     content = [[problem.id, problem.question, problem.answer] for problem in problems]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
-
-
-def _check_disk(size: int, out: Path, checkpoints: int) -> None:
-    """Refuse a grid whose checkpoints do not fit on the disk of `out` (RacError).
-
-    Counted are dense checkpoints of `size` bytes, and one more while a row is packed.
-    """
-    import shutil
-
-    need = (checkpoints + 1) * size
-    folder = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
-    written = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    free = shutil.disk_usage(folder).free + written
-    if need > free:
-        raise RacError(
-            f"{out}: {free / 2**30:.1f} GiB are free, and its checkpoints need up to "
-            f"{need / 2**30:.1f} GiB; free some, name a folder on another disk, or use "
-            "--remove-models"
-        )
 
 
 def _say(row: dict[str, Any]) -> None:

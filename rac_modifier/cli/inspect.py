@@ -110,12 +110,7 @@ def inspect(
 
 
 def _choose_activations(
-    folder: Path,
-    limit: float,
-    dense: str | None,
-    source: str,
-    column: str | None,
-    as_json: bool,
+    folder: Path, limit: float, dense: str | None, source: str, column: str | None, as_json: bool
 ) -> None:
     """Measure layers with activations in 8 bits on the model's own answers, and record the choice."""
     from rac_modifier.checkpoint.record import record_activations

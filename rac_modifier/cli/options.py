@@ -47,8 +47,7 @@ class Dtype(StrEnum):
 
 
 Precision = Annotated[
-    Dtype,
-    typer.Option(metavar="DTYPE", help="auto (as stored), bfloat16, float16 or float32"),
+    Dtype, typer.Option(metavar="DTYPE", help="auto (as stored), bfloat16, float16 or float32")
 ]
 Source = Annotated[
     str,

@@ -13,14 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rac_modifier.cli.models import check_model, check_output, load, resolve
-from rac_modifier.cli.options import (
-    AsJson,
-    Dtype,
-    Precision,
-    print_json,
-    resumable,
-    saving_step,
-)
+from rac_modifier.cli.options import AsJson, Dtype, Precision, print_json, resumable, saving_step
 from rac_modifier.errors import RacError
 
 if TYPE_CHECKING:
@@ -61,9 +54,6 @@ def recover(
         int | None,
         typer.Option(min=1, help="cap of a sampled completion; default: the store's, or 8192"),
     ] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="seed of sampling; default: the store's, or 1")
-    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option(
@@ -92,7 +82,7 @@ def recover(
     apply_overrides(entry, set_ or [])
     settings = check_settings(RecoverySettings, entry, "--set")
     refuse_idle(settings, idle_recovery(settings))
-    sources = _asked(store, problems, column, max_new_tokens, seed)
+    sources = _asked(store, problems, column, max_new_tokens)
     check_model(resolve(dense))
     check_model(resolve(str(sparse)))
     check_output(output, str(sparse))
@@ -116,11 +106,7 @@ def recover(
 
 
 def _asked(
-    store: Path | None,
-    problems: str | None,
-    column: str | None,
-    max_new_tokens: int | None,
-    seed: int | None,
+    store: Path | None, problems: str | None, column: str | None, max_new_tokens: int | None
 ) -> tuple[ProblemSource, SamplingSettings]:
     """Return problems and sampling: the store's, where there is one, with the options' changes."""
     from loguru import logger
@@ -140,9 +126,9 @@ def _asked(
         )
     if problems is not None or column is not None:
         source = ProblemSource(source=problems or source.source, column=column)
-    changes = {"max_new_tokens": max_new_tokens, "seed": seed}
-    changes = {name: value for name, value in changes.items() if value is not None}
-    return source, sampling.model_copy(update=changes)
+    if max_new_tokens is not None:
+        sampling = sampling.model_copy(update={"max_new_tokens": max_new_tokens})
+    return source, sampling
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rac_modifier.cli.answering import own_server
-from rac_modifier.cli.models import (
-    load,
-    load_tokenizer,
-    read_with_overrides,
-    resolve,
-    subject_of,
-)
+from rac_modifier.cli.models import load, load_tokenizer, read_with_overrides, resolve, subject_of
 from rac_modifier.cli.options import (
     AsJson,
     Dtype,
@@ -30,7 +24,6 @@ from rac_modifier.cli.options import (
 from rac_modifier.errors import RacError
 
 if TYPE_CHECKING:
-    from rac_modifier.calibration.trace_pool import TracePool
     from rac_modifier.traces.records import Trace
     from rac_modifier.traces.store import TraceStore
 
@@ -77,14 +70,12 @@ def collect(
 
     Example: rac traces collect reasoner --recipe rac_2of4 --set calibration.tokens=32768
     """
-    from loguru import logger
-
     from rac_modifier.calibration.trace_pool import collect_for_calibration
     from rac_modifier.settings.recipe import check_entry, find_named_entry
 
     name, entry = find_named_entry(read_with_overrides(recipe, set_ or []), str(recipe))
     settings = check_entry(entry, str(recipe), name)
-    traces, sampling = settings.traces, settings.traces.sampling
+    traces = settings.traces
     if serve and traces.engine:
         raise RacError(
             f"--serve starts a server, and the recipe names {traces.engine.base_urls[0]}; leave "
@@ -95,14 +86,9 @@ def collect(
             f"--concurrency {concurrency} is for --serve; a recipe's servers have "
             "traces.engine.concurrency"
         )
-    if serve and "batch_size" in sampling.model_fields_set:
-        logger.warning(
-            f"with --serve the recipe's sampling.batch_size has no effect; --concurrency "
-            f"{concurrency} counts"
-        )
     server: Any = nullcontext(traces.engine)
     if serve:
-        server = own_server(model, precision, concurrency, sampling.max_new_tokens)
+        server = own_server(model, precision, concurrency, traces.sampling.max_new_tokens)
     with (
         resumable("the traces that were collected are kept; run the same command again to go on"),
         server as engine,
@@ -116,23 +102,23 @@ def collect(
             reserved_tokens=settings.recover.reserved_tokens if settings.recover else 0,
         )
     if as_json:
-        print_json({"parts": {part: _pool_figures(pool) for part, pool in pools.items()}})
+        figures = {
+            part: {
+                "store": pool.store.path,
+                "traces": len(pool.store),
+                "tokens": pool.store.counts.tokens,
+                "selected": pool.selection.kept,
+                "usable_tokens": pool.usable_tokens(),
+            }
+            for part, pool in pools.items()
+        }
+        print_json({"parts": figures})
         return
     for part, pool in pools.items():
         store, selection = pool.store, pool.selection
         typer.echo(f"{store.path}: {len(store):,} traces, {store.counts.tokens:,} tokens")
         if selection.kept < selection.total:
             typer.echo(f"{part}: {selection.describe()}, {pool.usable_tokens():,} tokens")
-
-
-def _pool_figures(pool: TracePool) -> dict[str, Any]:
-    return {
-        "store": pool.store.path,
-        "traces": len(pool.store),
-        "tokens": pool.store.counts.tokens,
-        "selected": pool.selection.kept,
-        "usable_tokens": pool.usable_tokens(),
-    }
 
 
 @app.command("inspect", short_help="Print what a trace store holds.")
@@ -202,10 +188,6 @@ def _sample(trace: Trace, tokenizer: Any) -> dict[str, Any]:
 def export(
     store: Store,
     output: Annotated[Path, typer.Argument(help="file to write, .parquet or .jsonl")],
-    file_format: Annotated[
-        str | None,
-        typer.Option("--format", help="parquet or jsonl; default: the suffix of the file"),
-    ] = None,
     select: Select = None,
     length: Annotated[
         int | None,
@@ -236,13 +218,7 @@ def export(
     opened = TraceStore.read(store)
     tokenizer = _tokenizer_of(opened, model, "or leave --text out") if needs_tokenizer else None
     rows = export_store(
-        opened,
-        output,
-        file_format,
-        settings=settings,
-        length=length,
-        tokenizer=tokenizer,
-        text=text,
+        opened, output, None, settings=settings, length=length, tokenizer=tokenizer, text=text
     )
     if as_json:
         print_json({"output": output, "rows": rows})

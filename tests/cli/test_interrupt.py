@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -223,27 +222,3 @@ def test_ctrl_c_during_recovery(
     assert rac(*words)[0] == 0
     assert resumed < len(steps) - resumed
     assert same_tensors(tmp_path / "out", Path("out"))
-
-
-def test_recovery_in_a_recipe_is_kept_until_the_model_is_saved(
-    rac: Rac, tiny_folder: Path, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    recover = {
-        "tokens": 600,
-        "held_out_tokens": 150,
-        "step_tokens": 100,
-        "batch_tokens": 400,
-        "learning_rate": 1e-3,
-    }
-    words = ["prune", tiny_folder, "out", "-r", recipe_file, "-s", "calibration.tokens=300"]
-    words += ["-s", f"recover={json.dumps(recover)}"]
-    with monkeypatch.context() as patch:
-        patch.setattr("rac_modifier.checkpoint.saving.pack_checkpoint", interrupt)
-        said = only_line(*rac(*words)[::2])
-    assert said.startswith("out is not complete: remove it. Then, the traces that were collected")
-    assert list(Path("rac_recovery").glob("*/teacher/index.json"))
-    shutil.rmtree("out")
-    assert rac(*words)[0] == 0
-    assert not Path("rac_recovery").exists()
-    assert not Path("out.unfinished").exists()

@@ -112,14 +112,3 @@ def test_nothing_is_installed_twice(machine, tmp_path):
         in machine(0, also=(COMPILER, "qemu-aarch64", "qemu-x86_64")).stdout
     )
     assert asked(tmp_path) == []
-
-
-def test_one_tool_of_three_is_not_enough(machine, tmp_path):
-    machine(0, also=(COMPILER,))
-    assert len(asked(tmp_path)) == 2
-
-
-def test_without_apt_it_says_what_to_install(machine):
-    done = machine(0, apt=False)
-    assert done.returncode == 1
-    assert f"no apt-get on this machine: install a {COMPILER} and qemu-user" in done.stderr

@@ -1,11 +1,7 @@
 import pytest
 from pydantic import ValidationError
 
-from rac_modifier.settings.calibration import (
-    CalibrationSettings,
-    GenericText,
-    part_tokens,
-)
+from rac_modifier.settings.calibration import CalibrationSettings, GenericText, part_tokens
 
 
 @pytest.mark.parametrize(
