@@ -15,11 +15,13 @@ import typer
 from rac_modifier.cli.options import AsJson, print_json
 from rac_modifier.errors import RacError
 
+Status = Literal["ok", "missing", "broken"]
 DISTRIBUTION = "rac-modifier"
 _REINSTALL = f"pip install --force-reinstall --no-deps {DISTRIBUTION}"
 # What the base is imported as; an error here is one that every command has.
 _BASE = {"torch": "torch", "safetensors": "safetensors", "pydantic": "pydantic", "yaml": "pyyaml"}
 # Extras that are for developers, or that another one replaces, are not shown.
+_STATUSES: tuple[Status, ...] = ("missing", "broken", "ok")
 _EXTRAS = ("compress", "serve", "serve-cpu", "eval", "reasoning-gym", "harness")
 
 
@@ -29,7 +31,7 @@ class Finding:
 
     topic: str
     name: str
-    status: Literal["ok", "missing", "broken"]
+    status: Status
     detail: str
     install: str | None = None
 
@@ -98,21 +100,14 @@ def _base() -> Iterator[Finding]:
 def _extras() -> Iterator[Finding]:
     """Examine each extra: whole, missing, or with packages of a version that does not fit."""
     for extra in _EXTRAS:
-        checked = [_checked("", name, versions) for name, versions in _requirements(extra).items()]
-        install = f"pip install '{DISTRIBUTION}[{extra}]'"
-        missing = [package.name for package in checked if package.status == "missing"]
-        wrong = [f"{p.name} {p.detail}" for p in checked if p.status == "broken"]
-        if not checked:
-            detail = "unknown: rac-modifier runs from a source tree that is not installed"
-            yield Finding("extras", extra, "missing", detail, f"pip install -e '.[{extra}]'")
-        elif missing:
-            detail = f"not installed: {', '.join(missing)}"
-            yield Finding("extras", extra, "missing", detail, install)
-        elif wrong:
-            yield Finding("extras", extra, "broken", "; ".join(wrong), install)
-        else:
-            detail = ", ".join(f"{package.name} {package.detail}" for package in checked)
-            yield Finding("extras", extra, "ok", detail)
+        packages = [_checked("", name, needed) for name, needed in _requirements(extra).items()]
+        bad = [package for package in packages if package.status != "ok"]
+        statuses = [package.status for package in packages] or ["missing"]
+        status: Status = next(status for status in _STATUSES if status in statuses)
+        detail = ", ".join(f"{package.name} {package.detail}" for package in bad or packages)
+        install = f"pip install '{DISTRIBUTION}[{extra}]'" if bad or not packages else None
+        detail = detail or "unknown: rac-modifier runs from a source tree that is not installed"
+        yield Finding("extras", extra, status, detail, install)
 
 
 def _requirements(extra: str | None) -> dict[str, str]:
