@@ -33,30 +33,6 @@ def reader_of(form: str):
     return layout.reader(torch.nn.Linear(K, 64), ["m"])
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_a_module_is_read_as_it_is_meant(form):
-    """Its columns are brought into the order of the inputs; what is on disk stays as it is."""
-    weight = torch.randn(64, K, generator=torch.Generator().manual_seed(0))
-    weight.view(-1, 2)[:, 0] = 0  # 2:4, too
-    tensors, meant = FORMS[form].store(weight)
-    before = {name: tensor.clone() for name, tensor in tensors.items()}
-    reader = reader_of(form)
-    assert tensors.keys() <= reader.dtypes.keys()
-    result = reader.read(tensors, "m")
-    assert result.shape == (64, K)
-    assert (result.order is not None) == ("reordered" in form)
-    torch.testing.assert_close(result.dense(torch.float32), meant.float())
-    assert all(torch.equal(tensors[name], tensor) for name, tensor in before.items())
-
-
-@pytest.mark.parametrize("form", ["unstructured", "gptq", "awq"])
-def test_a_module_in_floats_is_a_tensor(form):
-    weight = torch.randn(64, K)
-    result = reader_of(form).read({"weight": weight}, "m")
-    assert result.weight is weight
-    assert result.shape == (64, K)
-
-
 @pytest.mark.parametrize(
     ("form", "change", "message"),
     [
