@@ -139,26 +139,21 @@ def test_all_experts_and_only_the_routed_ones_contradict_each_other(base):
         run(base[0], name="both", experts="all", oneshot_options=options)
 
 
-@pytest.mark.parametrize(
-    ("solver", "lives"), [("alps", 5), ("sparsegpt", 3)], ids=["one by one", "in one call"]
-)
-def test_a_run_killed_among_experts_ends_with_the_same_bytes(base, monkeypatch, solver, lives):
+def test_a_run_killed_among_experts_ends_with_the_same_bytes(base, monkeypatch):
     """Solved in one call, no expert counts until all are there: alone it would have other bits."""
-    whole, _ = run(base[0], name=f"whole-{solver}", solver=solver)
     original, calls = Run.prune, []
 
     def killed(self, groups, per_call=None):
         calls.append([self.names[module] for group in groups for module in group.modules])
-        if len(calls) == lives + 1:
+        if len(calls) == 4:
             raise KeyboardInterrupt
         original(self, groups, per_call)
 
     monkeypatch.setattr(Run, "prune", killed)
     with pytest.raises(KeyboardInterrupt):
-        run(base[0], name=f"killed-{solver}", solver=solver)
-    expected = {"alps": 1, "sparsegpt": EXPERTS}[solver]
-    assert len(calls[-1]) == expected
+        run(base[0], name="killed")
+    assert len(calls[-1]) == EXPERTS
     assert all("down_proj" in name for name in calls[-1])
-    resumed, _ = run(base[0], name=f"killed-{solver}", solver=solver)
-    assert calls[lives + 1] == calls[lives], "it goes on with what was not written"
-    assert result(resumed) == result(whole)
+    resumed, _ = run(base[0], name="killed")
+    assert calls[4] == calls[3], "it goes on with what was not written"
+    assert result(resumed) == result(base[0] / "out")

@@ -18,7 +18,7 @@ from rac_modifier.settings.traces import TraceSettings
 from rac_modifier.traces.collect import collect_traces
 from rac_modifier.traces.store import TraceStore
 from tests.llmcompressor.conftest import Killed, record_of
-from tests.llmcompressor.modifier_helpers import INT8, int4
+from tests.llmcompressor.modifier_helpers import INT8
 from tests.tiny import entry, linears
 
 GROUPS = 8  # four in each of the tiny model's two layers
@@ -26,7 +26,6 @@ RECOVER = {"tokens": 300, "held_out_tokens": 100, "step_tokens": 128}
 RECOVERED = {"quantization": INT8, "recover": RECOVER}
 SETTINGS = {
     "dense target": {"solver": "sparsegpt"},
-    "int4": {"solver": "sparsegpt", "quantization": int4()},
     "layer by layer": {"preset": "paper"},
     "recovered int8": {"solver": "sparsegpt", **RECOVERED},
 }
