@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rac_modifier.recovery.hidden_states import input_of_head
+from rac_modifier.evaluation.teacher_forcing import input_of_head
 from rac_modifier.rehearsal import LiveBytes, widened_peak, without_data
 from tests.tiny import tiny_model
 

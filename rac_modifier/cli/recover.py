@@ -152,7 +152,7 @@ class _Job:
         from rac_modifier.llmcompressor.recovery_stage import RecoveryStage, before_sampling
         from rac_modifier.llmcompressor.targets import sparse_modules
         from rac_modifier.llmcompressor.trained_codes import QuantizedCheckpoint, check_layers
-        from rac_modifier.recovery.check_pair import check_dense, check_made_from
+        from rac_modifier.recovery.teacher import check_dense, check_made_from
         from rac_modifier.traces.selection import fresh_traces, used_traces
 
         stored = _quantized_modules(self.sparse)

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 
 from rac_modifier.calibration.loader import CalibrationLoader
 from rac_modifier.errors import RacError
+from rac_modifier.evaluation.teacher_forcing import input_of_head
 from rac_modifier.llmcompressor.experts import find_experts
 from rac_modifier.llmcompressor.solving import Run, solve_problems
 from rac_modifier.model_tools import free_bytes
@@ -34,7 +35,6 @@ from rac_modifier.pruning import sparsegpt
 from rac_modifier.pruning.hessian import ROWS, Statistics, numbers_of_shard
 from rac_modifier.pruning.solve import Problem
 from rac_modifier.quantization.grid import Grid
-from rac_modifier.recovery.hidden_states import input_of_head
 from rac_modifier.rehearsal import LiveBytes, widened_peak, without_data
 from rac_modifier.settings.entries import PruningEntry
 from rac_modifier.settings.pattern import Pattern

@@ -30,7 +30,7 @@ from rac_modifier.pruning import sparsegpt
 from rac_modifier.pruning.solve import Problem, Solution, solve_many
 from rac_modifier.quantization.grid import Grid
 from rac_modifier.quantization.solve import PrunedProblem, Quantized, quantize_many
-from rac_modifier.recovery.cells import codes_of, master_in_cell
+from rac_modifier.recovery.on_grid import codes_of, master_in_cell
 from rac_modifier.settings.entries import PruningEntry
 from rac_modifier.settings.pattern import Pattern
 

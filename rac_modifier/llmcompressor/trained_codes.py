@@ -19,8 +19,12 @@ from rac_modifier.errors import RacError
 from rac_modifier.llmcompressor.quantizer import compress_exactly
 from rac_modifier.quantization.grid import Grid
 from rac_modifier.quantization.schemes import stored_grid
-from rac_modifier.recovery.cells import codes_of, master_in_cell, pruned_share
-from rac_modifier.recovery.on_grid import QuantizedWeight
+from rac_modifier.recovery.on_grid import (
+    QuantizedWeight,
+    codes_of,
+    master_in_cell,
+    pruned_share,
+)
 
 _PRUNED = 0.05  # share of zeros beyond those of rounding, from which a module was pruned
 # why a module with a tensor of this name cannot be trained

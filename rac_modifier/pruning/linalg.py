@@ -176,8 +176,8 @@ def bf16_is_fast(device: torch.device) -> bool:
     """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
-    known = device.type == "cpu" and hasattr(torch.cpu, "get_capabilities")
-    has = torch.cpu.get_capabilities() if known else {}
+    has_table = device.type == "cpu" and hasattr(torch.cpu, "get_capabilities")
+    has = torch.cpu.get_capabilities() if has_table else {}
     return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
 
 

@@ -64,9 +64,9 @@ def refit(
     weight.masked_fill_(pruned, 0.0)
     added, inverse = dampening.added.unsqueeze(1), dampening.diagonal.reciprocal().unsqueeze(1)
     slices = linalg.cached_slices(weight)
-    whole, error, energy = (weight.new_zeros(weight.shape[1]) for _ in range(3))
+    norms, error, energy = (weight.new_zeros(weight.shape[1]) for _ in range(3))
     for part in slices:
-        whole += (target[part] * target[part]).mul_(dampening.diagonal[part].unsqueeze(1)).sum(0)
+        norms += (target[part] * target[part]).mul_(dampening.diagonal[part].unsqueeze(1)).sum(0)
     direction = target.sub_(weight)
     residual, rounded = torch.mul(direction, added), hessian.bfloat16() if bf16 else hessian
     if bf16 and len(hessian) >= LARGE:
@@ -81,11 +81,11 @@ def refit(
         torch.mul(residual[part], inverse[part], out=direction[part])
         energy += (residual[part] * direction[part]).sum(0)
     product = torch.empty_like(weight)
-    goal = tolerance**2 * whole
+    goal = tolerance**2 * norms
     step, gained = 0, math.inf
     while step < steps and gained >= gain and bool((energy > goal).any()):
         factor = direction.bfloat16() if bf16 else direction
-        curvature, left = torch.zeros_like(energy), torch.zeros_like(energy)
+        curvature, remaining = torch.zeros_like(energy), torch.zeros_like(energy)
         for block in linalg.row_blocks(weight):
             image = rounded[block] @ factor
             for inner in linalg.cached_slices(image):
@@ -102,10 +102,10 @@ def refit(
             weight[part].addcmul_(direction[part], length)
             residual[part].addcmul_(product[part], length, value=-1)
             scaled = torch.mul(residual[part], inverse[part], out=product[part])
-            left += scaled.mul_(residual[part]).sum(0)
-        ratio = torch.where(energy > 0, left / energy, 0.0)
+            remaining += scaled.mul_(residual[part]).sum(0)
+        ratio = torch.where(energy > 0, remaining / energy, 0.0)
         for part in slices:
             direction[part].mul_(ratio).addcmul_(residual[part], inverse[part])
-        energy = left
+        energy = remaining
         step += 1
     return step

@@ -54,8 +54,8 @@ def filled_up(
     if not missing:
         return list(rows), ExpertTokens(routed, 0)
     free = [
-        real.index_fill(0, taken, False).nonzero().flatten()
-        for taken, real in zip(rows, counted, strict=True)
+        real.index_fill(0, places, False).nonzero().flatten()
+        for places, real in zip(rows, counted, strict=True)
     ]
     numbers = range(len(rows)) if numbers is None else numbers
     if nearness is None:
@@ -64,8 +64,8 @@ def filled_up(
         near = [values[places] for values, places in zip(nearness(), free, strict=True)]
         picked = _nearest(near, missing, numbers, processes)
     filled = [
-        torch.cat([taken, places[torch.tensor(chosen, device=places.device, dtype=torch.long)]])
-        for taken, places, chosen in zip(rows, free, picked, strict=True)
+        torch.cat([before, places[torch.tensor(chosen, device=places.device, dtype=torch.long)]])
+        for before, places, chosen in zip(rows, free, picked, strict=True)
     ]
     added = int(processes.sums(sum(map(len, picked)))[0])
     return [x.sort().values for x in filled], ExpertTokens(routed, added, nearness is None)

@@ -103,10 +103,10 @@ class ShardSum:
         """Return the matrix of a shard, in the shard's memory if it is one block."""
         if self._blocks == [(0, self.rows, self.columns)]:
             return shard[0]
-        whole = self._zeros(self.rows, self.columns)
+        matrix = self._zeros(self.rows, self.columns)
         for (first, last, columns), part in zip(self._blocks, shard, strict=True):
-            whole[first:last, :columns] = part
-        return whole
+            matrix[first:last, :columns] = part
+        return matrix
 
     def _exchange(self) -> None:
         count, shard = self._processes.count, self._present()

@@ -1,4 +1,4 @@
-"""Prune the linear modules that read one input: the whole algorithm, in the four steps of `solve`.
+"""Prune the linear modules that read one input: the algorithm in four steps.
 
 For one module with weights W [rows, d], its inputs X_p [tokens, d] in the pruned model and its
 inputs X_d in the dense model (without token weights; hessian.py has them):
@@ -169,19 +169,19 @@ def solve_many(
             Hessian that cannot be factored. No method falls back to another.
     """
     check_settings(method, block_size, dampening_frac, iterations, refit_steps)
-    works = [_aim(method, problem, dampening_frac) for problem in problems]  # steps 1 and 2
+    states = [_aim(method, problem, dampening_frac) for problem in problems]  # steps 1 and 2
     if method == "sparsegpt":
-        _sparsegpt(works, block_size)
-    for work in works:
-        work.factor = work.factor if keep_factor else None
+        _sparsegpt(states, block_size)
+    for state in states:
+        state.factor = state.factor if keep_factor else None
         if method != "sparsegpt":
-            _choose(method, work, iterations)
+            _choose(method, state, iterations)
     steps = refit_steps if refit or method in ("alps", "keep") else None
-    return [_finish(method, work, steps) for work in works]
+    return [_finish(method, state, steps) for state in states]
 
 
 @dataclass
-class _Work:
+class _State:
     """A problem between the steps: `working` is W'^T of all modules side by side, `pruned` its mask."""
 
     problem: Problem
@@ -196,7 +196,7 @@ class _Work:
     errors: torch.Tensor | None = None
 
 
-def _aim(method: Method, problem: Problem, dampening_frac: float) -> _Work:
+def _aim(method: Method, problem: Problem, dampening_frac: float) -> _State:
     """Steps 1 and 2."""
     hessian, cross_moment = problem.hessian, problem.cross_moment
     check_problem(problem.weights, hessian, problem.names, problem.patterns, cross_moment)
@@ -226,89 +226,84 @@ def _aim(method: Method, problem: Problem, dampening_frac: float) -> _Work:
     if method not in scores.MASKS:
         working[dead] = 0.0
     damped, pruned = factor is not None, dead.unsqueeze(1)
-    return _Work(problem, dampening, damped, factor, targets, working, totals, dead, pruned)
+    return _State(problem, dampening, damped, factor, targets, working, totals, dead, pruned)
 
 
-def _sparsegpt(works: Sequence[_Work], block_size: int) -> None:
+def _sparsegpt(states: Sequence[_State], block_size: int) -> None:
     """Step 3 by SparseGPT: a batch, if all have the same shapes and patterns."""
-    problems = [work.problem for work in works]
+    problems = [state.problem for state in states]
     kinds = {(p.hessian.shape, *p.rows, *p.patterns) for p in problems}
-    for batch in [works] if len(kinds) == 1 else [[work] for work in works]:
+    for batch in [states] if len(kinds) == 1 else [[state] for state in states]:
         problem, factors = batch[0].problem, [w.factor for w in batch if w.factor is not None]
         results = sparsegpt.prune_batch(
             [w.working for w in batch], factors, problem.rows, problem.patterns, block_size
         )
-        for work, (working, pruned, errors) in zip(batch, results, strict=True):
-            work.working, work.pruned, work.errors = working, pruned, errors
+        for state, (working, pruned, errors) in zip(batch, results, strict=True):
+            state.working, state.pruned, state.errors = working, pruned, errors
 
 
-def _choose(method: Method, work: _Work, iterations: int) -> None:
+def _choose(method: Method, state: _State, iterations: int) -> None:
     """Step 3 by any other method."""
-    problem, working = work.problem, work.working
+    problem, working = state.problem, state.working
     rows, patterns, hessian = problem.rows, problem.patterns, problem.hessian
     if method == "alps":
         options: dict[str, Any] = {"iterations": iterations, "label": problem.label}
-        work.pruned, work.dampening = alps.prune(
-            working, hessian, rows, patterns, work.dampening, **options
+        state.pruned, state.dampening = alps.prune(
+            working, hessian, rows, patterns, state.dampening, **options
         )
     elif method in scores.MASKS:
-        work.pruned = scores.prune(method, working, hessian, rows, patterns)
+        state.pruned = scores.prune(method, working, hessian, rows, patterns)
     elif method == "none":
-        work.pruned = torch.zeros_like(working, dtype=torch.bool)
+        state.pruned = torch.zeros_like(working, dtype=torch.bool)
     else:
-        work.pruned = stacked(problem.weights, hessian) == 0
-        working.masked_fill_(work.pruned, 0.0)
+        state.pruned = stacked(problem.weights, hessian) == 0
+        working.masked_fill_(state.pruned, 0.0)
 
 
-def _finish(method: Method, work: _Work, refit_steps: int | None) -> list[Solution]:
+def _finish(method: Method, state: _State, refit_steps: int | None) -> list[Solution]:
     """Step 4, unless `refit_steps` is None, and what the result loses."""
-    problem, working, pruned, hessian = (
-        work.problem,
-        work.working,
-        work.pruned,
-        work.problem.hessian,
-    )
-    dampening, bf16 = work.dampening, linalg.bf16_is_fast(work.problem.hessian.device)
+    problem, working, pruned = state.problem, state.working, state.pruned
+    hessian, dampening = problem.hessian, state.dampening
     if method not in scores.MASKS:
-        pruned[work.dead] = True
+        pruned[state.dead] = True
 
     # 4. Refit.
     steps = None
     if refit_steps is not None:
-        target, bf16 = stacked(work.targets, hessian), linalg.bf16_is_fast(hessian.device)
+        target, bf16 = stacked(state.targets, hessian), linalg.bf16_is_fast(hessian.device)
         steps = refit_kept(
             working, pruned, target, hessian, dampening, steps=refit_steps, bf16=bf16
         )
 
     # SparseGPT's own errors are without a refit and before rounding.
-    dtype, errors = problem.weights[0].dtype, work.errors
+    dtype, errors = problem.weights[0].dtype, state.errors
     if errors is None or steps is not None or dtype != working.dtype:
-        change = stacked(work.targets, hessian).sub_(working.to(dtype))
+        change = stacked(state.targets, hessian).sub_(working.to(dtype))
         errors = quadratic_form(change, hessian)
     solutions = []
     columns = (x.split(problem.rows, dim=1) for x in (working, pruned))
-    sums = (x.split(problem.rows) for x in (errors, work.totals))
+    sums = (x.split(problem.rows) for x in (errors, state.totals))
     for name, original, target, w, mask, error, total in zip(
-        problem.names, problem.weights, work.targets, *columns, *sums, strict=True
+        problem.names, problem.weights, state.targets, *columns, *sums, strict=True
     ):
         weight = w.T.contiguous().to(original)
         if not is_finite(weight):
             raise RacError(
                 f"{name}: the pruned weight overflows {dtype}; raise dampening_frac ({dampening.frac})"
             )
-        loss, whole = max(float(error.sum()), 0.0), float(total.sum())  # rounding: 0 may be < 0
+        loss, reference = max(float(error.sum()), 0.0), float(total.sum())  # rounding: 0 may be < 0
         solution = Solution(
             name=name,
             weight=weight,
             mask=mask.T.logical_not().contiguous().to(original.device),
             target=target,
             error=loss,
-            relative_error=loss / whole if whole > 0 else 0.0,
-            dampening_used=dampening.frac if work.damped or steps is not None else 0.0,
+            relative_error=loss / reference if reference > 0 else 0.0,
+            dampening_used=dampening.frac if state.damped or steps is not None else 0.0,
             retries=dampening.retries,
-            dead_inputs=int(work.dead.sum()),
+            dead_inputs=int(state.dead.sum()),
             refit_steps=steps or 0,
-            factor=work.factor,
+            factor=state.factor,
         )
         solutions.append(solution)
     return solutions

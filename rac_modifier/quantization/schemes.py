@@ -40,10 +40,10 @@ def grid_of(scheme: QuantizationScheme, name: str, *, prunes: bool) -> Grid:
         or weights.scale_dtype is not None
         or weights.dynamic
     ):
-        known = "2 to 8 bits (2 to 7 with zero points: bfloat16 does not hold the values of 8)"
+        fits = "2 to 8 bits (2 to 7 with zero points: bfloat16 does not hold the values of 8)"
         raise RacError(
             f"{name}: weights {_describe(weights)} cannot be rounded here; use int of "
-            f"{'4 or 8 bits' if prunes else known}, or float of 8 (e4m3), symmetric, one scale per "
+            f"{'4 or 8 bits' if prunes else fits}, or float of 8 (e4m3), symmetric, one scale per "
             "channel or group, such as W4A16, W8A8 or FP8_DYNAMIC"
         )
     for part in ("input_activations", "output_activations"):
@@ -97,10 +97,10 @@ def _grid(weights: QuantizationArgs) -> Grid:
 def _is_stored_form(weights: QuantizationArgs) -> bool:
     """Return whether a checkpoint can hold these codes: zero points of 8 bits are not exact."""
     if _text(weights.type) == "float":
-        known = weights.num_bits == 8 and weights.symmetric
+        fits = weights.num_bits == 8 and weights.symmetric
     else:
-        known = 2 <= weights.num_bits <= (8 if weights.symmetric else 7)
-    return bool(known and weights.strategy in ("channel", "group"))
+        fits = 2 <= weights.num_bits <= (8 if weights.symmetric else 7)
+    return bool(fits and weights.strategy in ("channel", "group"))
 
 
 def _describe(weights: QuantizationArgs) -> str:

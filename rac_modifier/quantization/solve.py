@@ -91,7 +91,7 @@ def quantize_many(
     for batch in [list(numbers)] if alike else [[number] for number in numbers]:
         grids = problems[batch[0]].grids
         for grid in dict.fromkeys(grid for grid in grids if grid is not None):
-            members = [i for i, other in enumerate(grids) if other == grid]
+            members = [i for i, g in enumerate(grids) if g == grid]
             modules = [[problems[n].solutions[i] for i in members] for n in batch]
             hessians = [problems[n].hessian for n in batch]
             rounded = _on_one_grid(modules, hessians, grid, dtype, dampening_frac, sweeps)
@@ -198,7 +198,7 @@ def _results(
                 f"{solution.name}: the quantized weight overflows {dtype}; raise dampening_frac "
                 f"({dampening_frac})"
             )
-        whole = float(total.sum())
-        relative = max(float(error.sum()), 0.0) / whole if whole > 0 else 0.0
+        reference = float(total.sum())
+        relative = max(float(error.sum()), 0.0) / reference if reference > 0 else 0.0
         results.append(Quantized(weight, scale.T.contiguous().to(dtype), relative, zero_point))
     return results

@@ -1,11 +1,11 @@
-"""LoRA adapters of PEFT on a sparse model add nothing to a pruned weight, in training and at the merge.
+"""LoRA adapters of PEFT on a sparse model add nothing to a pruned weight.
 
 A LoRA layer computes W x + s B A x. With the mask M of W (1 = kept) it has to compute
 
     (W + M o s B A) x  =  W x + s B A x - (not M o s B A) x
 
-so a hook subtracts the last term from the layer's output, and PEFT merges M o s B A. It costs another
-matmul of the size of W per layer.
+so a hook subtracts the last term from the layer's output, and PEFT merges M o s B A. It costs
+another matmul of the size of W per layer.
 """
 
 from __future__ import annotations
@@ -26,10 +26,7 @@ def inside_adapters(model: torch.nn.Module) -> set[torch.nn.Module]:
     """Return the modules that PEFT added: their zeros are initial values, not pruned weights."""
     added: set[torch.nn.Module] = set()
     for layer in _tuner_layers(model).values():
-        base = set(layer.get_base_layer().modules())
-        added.update(
-            module for module in layer.modules() if module is not layer and module not in base
-        )
+        added |= set(layer.modules()) - set(layer.get_base_layer().modules()) - {layer}
     return added
 
 
@@ -41,19 +38,19 @@ def mask_adapters(model: torch.nn.Module, masks: Mapping[torch.nn.Parameter, tor
         masks: bool by pruned parameter, True = kept.
 
     Raises:
-        RacError: an adapter of a pruned weight that is no plain LoRA of a linear layer, or has dropout.
+        RacError: an adapter of a pruned weight that is no plain LoRA of a linear layer, or has
+            dropout.
     """
     for name, layer in _tuner_layers(model).items():
         weight: Any = getattr(layer.get_base_layer(), "weight", None)
         mask = None if weight is None else masks.get(weight)
-        if mask is None or hasattr(layer, _MASKED):
-            continue
-        _check(name, layer)
-        setattr(layer, _MASKED, _MaskedLora(layer, mask))
+        if mask is not None and not hasattr(layer, _MASKED):
+            _check(name, layer)
+            setattr(layer, _MASKED, _MaskedLora(layer, mask))
 
 
 class _MaskedLora:
-    """Changes one LoRA layer: its output, and what it merges."""
+    """Changes the output of a LoRA layer, and what it merges."""
 
     def __init__(self, layer: Any, mask: torch.Tensor):
         self.mask, self._whole = mask, layer.get_delta_weight
@@ -62,8 +59,8 @@ class _MaskedLora:
 
     def delta(self, adapter: str) -> torch.Tensor:
         """Return what an adapter adds to the weight [rows, columns], zero where it is pruned."""
-        whole: torch.Tensor = self._whole(adapter)
-        return whole * self.mask.to(whole.device)
+        unmasked: torch.Tensor = self._whole(adapter)
+        return unmasked * self.mask.to(unmasked.device)
 
     def hook(
         self, layer: Any, args: tuple[torch.Tensor, ...], output: torch.Tensor
@@ -73,8 +70,8 @@ class _MaskedLora:
             return output
         for adapter in layer.active_adapters:
             if adapter in layer.lora_A:
-                whole: torch.Tensor = self._whole(adapter)
-                part = whole.masked_fill(self.mask.to(whole.device), 0.0)
+                unmasked: torch.Tensor = self._whole(adapter)
+                part = unmasked.masked_fill(self.mask.to(unmasked.device), 0.0)
                 output = output - functional.linear(args[0].to(part.dtype), part).to(output.dtype)
         return output
 
@@ -82,30 +79,21 @@ class _MaskedLora:
 def _tuner_layers(model: torch.nn.Module) -> dict[str, Any]:
     """Return the layers with adapters by name; none where PEFT was not imported."""
     peft: Any = sys.modules.get("peft.tuners.tuners_utils")
-    if peft is None:
-        return {}
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, peft.BaseTunerLayer)
-    }
+    layers = model.named_modules() if peft is not None else ()
+    return {name: layer for name, layer in layers if isinstance(layer, peft.BaseTunerLayer)}
 
 
 def _check(name: str, layer: Any) -> None:
-    what = "train full parameters, or take a plain LoRA (LoraConfig without variants)"
-    if (
-        not hasattr(layer, "lora_A")
-        or not isinstance(layer.get_base_layer(), torch.nn.Linear)
-        or layer.fan_in_fan_out
-    ):
+    why = ""
+    is_linear = isinstance(layer.get_base_layer(), torch.nn.Linear)
+    if not hasattr(layer, "lora_A") or not is_linear or layer.fan_in_fan_out:
+        why = f"a {type(layer).__name__} adapter of a pruned weight"
+    elif layer.lora_variant:
+        why = f"{', '.join(layer.lora_variant)}, a variant of LoRA,"
+    if why:
         raise RacError(
-            f"{name}: a {type(layer).__name__} adapter of a pruned weight would fill its zeros; "
-            f"{what}"
-        )
-    if layer.lora_variant:
-        raise RacError(
-            f"{name}: {', '.join(layer.lora_variant)} is a variant of LoRA, which would fill zeros; "
-            f"{what}"
+            f"{name}: {why} would fill its zeros; train full parameters, or take a plain LoRA "
+            "(LoraConfig without variants)"
         )
     if any(getattr(dropout, "p", 0.0) for dropout in layer.lora_dropout.values()):
         raise RacError(f"{name}: lora_dropout cannot be masked; set lora_dropout=0.0")

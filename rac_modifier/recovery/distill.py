@@ -1,4 +1,4 @@
-"""Recovery: train all kept weights on KL to the dense model, with the mask fixed, and keep the best."""
+"""Recovery: train the kept weights on KL to the dense model, mask fixed, and keep the best."""
 
 from __future__ import annotations
 
@@ -18,13 +18,11 @@ from rac_modifier.evaluation.teacher_forcing import TokenSequence, check_sequenc
 from rac_modifier.model_tools import evaluating
 from rac_modifier.processes import ALONE, Processes
 from rac_modifier.recovery.fixed_mask import fixed_mask, sparse_masks
-from rac_modifier.recovery.hidden_states import check_head
-from rac_modifier.recovery.on_grid import QuantizedWeight, on_grid
-from rac_modifier.recovery.recomputing import recomputing
-from rac_modifier.recovery.schedule import default_learning_rate, steps_of_run
-from rac_modifier.recovery.sharded import spread
+from rac_modifier.recovery.loss import check_head
+from rac_modifier.recovery.on_grid import QuantizedWeight, on_grid, trained_name
+from rac_modifier.recovery.schedule import default_learning_rate, plan_steps
+from rac_modifier.recovery.student import ShardedStudent, Student, in_float32, recomputing
 from rac_modifier.recovery.teacher import StoredTeacher, name_of
-from rac_modifier.recovery.trained_parameters import in_float32, trained_name
 from rac_modifier.recovery.training_loop import TrainingLoop
 from rac_modifier.settings.recovery import RecoverySettings
 
@@ -41,10 +39,10 @@ class Recovery:
         kept: "after step N", or "before" where training did not help.
         stopped: why the last try ended early, or "".
         tries: how often training started again at a lower learning rate.
-        tokens: prompt and completion tokens of the steps; `completion_tokens` count in the loss.
+        tokens: prompt and completion tokens of the steps.
         sequences: distinct training traces.
         curve: (step, held-out KL) of every check.
-        seconds, cpu_seconds: of training and checks, of this process.
+        seconds: of training and checks.
     """
 
     kl_before: float
@@ -54,15 +52,11 @@ class Recovery:
     tries: int
     steps: int
     tokens: int
-    completion_tokens: int
     sequences: int
     learning_rate: float
-    activation_checkpointing: bool
     processes: int
-    trained_weights: int
     curve: tuple[tuple[int, float], ...]
     seconds: float
-    cpu_seconds: float
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values for JSON; a KL that is not finite is None."""
@@ -93,7 +87,7 @@ def recover(
     processes: Processes = ALONE,
     save_seconds: float = _SAVE_SECONDS,
 ) -> Recovery:
-    """Train `model` in place towards the dense model; it ends with the weights of the lowest held-out KL.
+    """Train `model` in place towards the dense model; it ends with the lowest held-out KL.
 
     Minimise the mean over completion tokens of KL(dense || model) with AdamW. All parameters but
     embeddings and head are trained, in float32. Zeros stay zero; dtypes come back at the end.
@@ -120,30 +114,31 @@ def recover(
     check_sequences(held_out)
     if shared := {name_of(s) for s in training} & {name_of(s) for s in held_out}:
         raise RacError(
-            f"{len(shared)} held-out traces are among the training traces; give traces of other problems"
+            f"{len(shared)} held-out traces are among the training traces; give traces of other "
+            "problems"
         )
     check_head(model, min(held_out, key=lambda s: len(s[0])))
-    steps = steps_of_run(training, settings, model.device, processes.count)
-    started, cpu = time.monotonic(), time.process_time()
-    masks = sparse_masks(model) if masks is None else masks
-    quantized = quantized or {}
-    highest = settings.learning_rate or default_learning_rate(
-        sum(p.numel() for p in model.parameters())
-    )
-    rates = [highest] if settings.learning_rate else [highest / _LOWER**n for n in range(_TRIES)]
+    steps = plan_steps(training, settings, model.device, processes.count)
+    started = time.monotonic()
+    quantized, masks = quantized or {}, sparse_masks(model) if masks is None else masks
+    rates = [settings.learning_rate or 0.0]
+    if not settings.learning_rate:
+        highest = default_learning_rate(sum(p.numel() for p in model.parameters()))
+        rates = [highest / _LOWER**n for n in range(_TRIES)]
+    trained_masks = {trained_name(name, quantized): mask for name, mask in masks.items()}
     with (
         in_float32(model),
         on_grid(model, quantized),
-        fixed_mask(
-            model, {trained_name(name, quantized): mask for name, mask in masks.items()}
-        ) as mask,
+        fixed_mask(model, trained_masks) as mask,
         evaluating(model),
     ):
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         key = _key(training, held_out, settings, parameters, f"{autocast} {teacher.key}")
-        shards = spread(model, parameters, mask, processes)
-        run = TrainingLoop(
-            shards=shards,
+        student = Student(model, parameters)
+        if processes.count > 1:
+            student = ShardedStudent(model, parameters, mask, processes)
+        loop = TrainingLoop(
+            student=student,
             teacher=teacher,
             held_out=held_out,
             masters=_masters(quantized, mask.masks),
@@ -154,26 +149,22 @@ def recover(
             save_seconds=save_seconds,
             progress=progress,
         )
-        with recomputing(shards.model, settings.activation_checkpointing):
-            done = run.train(key)
-        shards.put_back()
+        with recomputing(student.model, settings.activation_checkpointing):
+            run = loop.train(key)
+        student.put_back()
     result = Recovery(
-        kl_before=done.curve[0][1],
-        kl_after=done.best_kl,
-        kept=f"after step {done.best_step}" if done.best_step else "before",
-        stopped=done.stopped,
-        tries=done.tries,
-        steps=done.step,
-        tokens=sum(step.tokens for step in steps[: done.step]),
-        completion_tokens=sum(step.completion_tokens for step in steps[: done.step]),
+        kl_before=run.curve[0][1],
+        kl_after=run.best_kl,
+        kept=f"after step {run.best_step}" if run.best_step else "before",
+        stopped=run.stopped,
+        tries=run.tries,
+        steps=run.step,
+        tokens=sum(step.tokens for step in steps[: run.step]),
         sequences=len(training),
-        learning_rate=rates[done.tries],
-        activation_checkpointing=settings.activation_checkpointing,
+        learning_rate=rates[run.tries],
         processes=processes.count,
-        trained_weights=sum(p.numel() for p in parameters.values()),
-        curve=tuple(done.curve),
+        curve=tuple(run.curve),
         seconds=time.monotonic() - started,
-        cpu_seconds=time.process_time() - cpu,
     )
     logger.info(result.describe())
     return result
@@ -185,12 +176,9 @@ def _masters(
     """Return the masked master weights by trained parameter name."""
     masters = {}
     for module, weight in quantized.items():
-        name = trained_name(f"{module}.weight", quantized)
-        if weight.master is not None:
-            mask = masks.get(name)
-            masters[name] = (
-                weight.master if mask is None else weight.master * mask.to(weight.master.device)
-            )
+        if (master := weight.master) is not None:
+            name = trained_name(f"{module}.weight", quantized)
+            masters[name] = master * masks[name].to(master.device) if name in masks else master
     return masters
 
 

@@ -25,21 +25,19 @@ def sparse_masks(model: torch.nn.Module, least_sparsity: float = 0.05) -> dict[s
     Raises:
         RacError: no matrix is sparse, or the layers are quantized.
     """
-    masks = masks_of_zeros(model, least_sparsity)
-    if not masks and any(
-        getattr(module, "quantization_scheme", None) is not None for module in model.modules()
-    ):
+    if masks := masks_of_zeros(model, least_sparsity):
+        return masks
+    name = type(model).__name__
+    if any(getattr(m, "quantization_scheme", None) is not None for m in model.modules()):
         raise RacError(
-            f"the linear layers of this {type(model).__name__} hold codes, which no trainer of weights "
-            "can train; recover it with rac recover, which trains through the codes, or train it before "
-            "it is quantized"
+            f"the linear layers of this {name} hold codes, which no trainer of weights can train; "
+            "recover it with rac recover, which trains through the codes, or train it before it is "
+            "quantized"
         )
-    if not masks:
-        raise RacError(
-            f"no linear layer of this {type(model).__name__} has {least_sparsity:.0%} of zeros or more, "
-            "so there is no mask to hold; prune the model first, or load the pruned checkpoint"
-        )
-    return masks
+    raise RacError(
+        f"no linear layer of this {name} has {least_sparsity:.0%} of zeros or more, so there is no "
+        "mask to hold; prune the model first, or load the pruned checkpoint"
+    )
 
 
 def masks_of_zeros(model: torch.nn.Module, least_sparsity: float) -> dict[str, torch.Tensor]:
@@ -47,15 +45,11 @@ def masks_of_zeros(model: torch.nn.Module, least_sparsity: float) -> dict[str, t
     masks, adapters = {}, inside_adapters(model)
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
-        if (
-            not isinstance(module, torch.nn.Linear)
-            or not isinstance(weight, torch.nn.Parameter)
-            or module in adapters
-        ):
-            continue
-        mask = weight.detach() != 0
-        if float(mask.sum()) <= (1 - least_sparsity) * mask.numel():
-            masks[f"{name}.weight"] = mask
+        is_linear = isinstance(module, torch.nn.Linear) and module not in adapters
+        if is_linear and isinstance(weight, torch.nn.Parameter):
+            mask = weight.detach() != 0
+            if float(mask.sum()) <= (1 - least_sparsity) * mask.numel():
+                masks[f"{name}.weight"] = mask
     return masks
 
 
@@ -76,9 +70,7 @@ class FixedMask:
         for name, mask in self.masks.items():
             parameter = self._parameters.get(name)
             if parameter is None or parameter.shape != mask.shape:
-                problem = "no such parameter"
-                if parameter is not None:
-                    problem = f"its shape is {list(parameter.shape)}"
+                problem = "no such parameter" if parameter is None else "another shape"
                 raise RacError(
                     f"mask of {name} {list(mask.shape)}: {problem}; use the masks of this very model"
                 )

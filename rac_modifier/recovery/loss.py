@@ -1,32 +1,78 @@
-"""KL(dense || student) of next-token predictions, from what enters the output head of both.
+"""Hidden states that predict completion tokens, and KL(dense || student) of their predictions.
 
-For one completion token with dense logits t and student logits s, p = softmax(t), q = softmax(s):
+For a completion token with dense logits t and student logits s, p = softmax(t), q = softmax(s):
 
     KL = sum_v p_v (log p_v - log q_v)        dKL/ds = q - p        dKL/dh = (q - p) W_head
 
-Both models have the same frozen head, so only the gradient of the student's hidden state h is needed. It
-is computed with the loss, in chunks of tokens: logits of 2,048 tokens would be 1.2 GB at a vocabulary of
-150,000. A CPU takes fewer tokens per softmax, so that their logits stay in its cache.
+Both models have the same frozen head, so only the gradient of the student's hidden state h is
+needed. It is computed with the loss, in chunks of tokens: logits of 2,048 tokens would be 1.2 GB at
+a vocabulary of 150,000. A CPU takes fewer tokens per softmax, so that they stay in its cache.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from rac_modifier.errors import RacError
+from rac_modifier.evaluation.teacher_forcing import TokenSequence, input_of_head, padded
+from rac_modifier.evaluation.teacher_forcing import output_head as any_head
 from rac_modifier.platform import matmul
 
-# Logits of one model held at once, in elements.
-_CHUNK_ELEMENTS = 1 << 25
-# Of these, in float32 at once on a CPU: 2 MiB.
-_CACHED_ELEMENTS = 1 << 19
+_CHUNK_ELEMENTS = 1 << 25  # logits of a model held in memory
+_CACHED_ELEMENTS = 1 << 19  # of these in float32 per softmax on a CPU: 2 MiB
+
+
+def output_head(model: Any) -> torch.nn.Module:
+    """Return the output embeddings of a causal LM.
+
+    Raises:
+        RacError: it has none, or it is not a plain linear layer without a bias.
+    """
+    head = any_head(model)
+    if not isinstance(head, torch.nn.Linear) or head.bias is not None:
+        raise RacError(
+            f"{type(model).__name__} has no plain linear output head, so its predictions cannot be "
+            "recovered from hidden states"
+        )
+    return head
+
+
+def predicting_states(model: Any, batch: Sequence[TokenSequence]) -> torch.Tensor:
+    """Return hidden states [completion tokens, d] of a batch, row by row, with their gradient."""
+    ids, completion = padded(batch)
+    states = input_of_head(model, ids[:, :-1])
+    return states[completion[:, 1:].to(states.device)]  # a position predicts the next token
+
+
+@torch.no_grad()
+def check_head(model: Any, sequence: TokenSequence) -> None:
+    """Check that the model's logits are finite, and equal to the output of its head.
+
+    Raises:
+        RacError: logits that are not finite, or changed after the head (a soft cap, a scale).
+    """
+    head, ids = output_head(model), torch.tensor([list(sequence[0][:-1])], device=model.device)
+    predicted = head(predicting_states(model, [sequence])[-1:]).float()
+    expected = model(input_ids=ids, use_cache=False).logits[:, -1].float()
+    if not bool(expected.isfinite().all()):
+        raise RacError(
+            f"{type(model).__name__} computes logits that are not finite, so recovery cannot "
+            "measure it; load it with --precision float32, or leave recover out"
+        )
+    if not torch.allclose(predicted, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
+        raise RacError(
+            f"{type(model).__name__} changes its logits after the output head (a soft cap or a "
+            "scale), which recovery does not support; leave recover out"
+        )
 
 
 def head_kl(
     hidden: torch.Tensor, dense_hidden: torch.Tensor, head: torch.nn.Module
 ) -> torch.Tensor:
-    """Return the sum over tokens of KL(dense || student), in nats, with a gradient for `hidden` alone.
+    """Return the sum over tokens of KL(dense || student), in nats, with a gradient for `hidden`.
 
     Args:
         hidden: input of the student's head, [tokens, d].
@@ -48,13 +94,11 @@ class _HeadKL(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         for start in range(0, len(hidden), step):
             part = slice(start, start + step)
-            dense = matmul(
-                dense_hidden[part].to(device=hidden.device, dtype=weight.dtype), weight.T
-            )
-            own = matmul(hidden[part].to(weight.dtype), weight.T)
-            total += _kl_(own, dense, trained)
+            dense = matmul(dense_hidden[part].to(weight), weight.T)
+            student = matmul(hidden[part].to(weight.dtype), weight.T)
+            total += _kl_(student, dense, trained)
             if gradient is not None:
-                gradient[part] = matmul(own, weight).to(gradient.dtype)
+                gradient[part] = matmul(student, weight).to(gradient.dtype)
         ctx.save_for_backward(gradient)
         return total.float()
 
@@ -64,24 +108,22 @@ class _HeadKL(torch.autograd.Function):
         return gradient * outer[0], None, None
 
 
-def _kl_(own: torch.Tensor, dense: torch.Tensor, trained: bool) -> torch.Tensor:
-    """Return the sum over tokens of the KL of logits [tokens, vocabulary], float64; both are overwritten.
+def _kl_(student: torch.Tensor, dense: torch.Tensor, trained: bool) -> torch.Tensor:
+    """Return the sum over tokens of the KL of logits [tokens, vocabulary], float64.
 
-    KL = sum_v p_v (t_v - s_v) - lse(t) + lse(s), with lse the logarithm of the sum of exponentials. With
-    `trained`, `own` becomes the gradient q - p.
+    KL = sum_v p_v (t_v - s_v) - lse(t) + lse(s), with lse the logarithm of the sum of exponentials:
+    the largest logit less the logarithm of its probability. Both are overwritten; with `trained`,
+    `student` becomes the gradient q - p.
     """
-    rows = max(1, _CACHED_ELEMENTS // own.shape[1]) if own.device.type == "cpu" else len(own)
-    total = torch.zeros((), dtype=torch.float64, device=own.device)
-    for own_part, dense_part in zip(own.split(rows), dense.split(rows), strict=True):
-        s, t = own_part.float(), dense_part.float()
+    rows = len(student)
+    if student.device.type == "cpu":
+        rows = max(1, _CACHED_ELEMENTS // student.shape[1])
+    total = torch.zeros((), dtype=torch.float64, device=student.device)
+    for student_rows, dense_rows in zip(student.split(rows), dense.split(rows), strict=True):
+        s, t = student_rows.float(), dense_rows.float()
         q, p = s.softmax(-1), t.softmax(-1)
-        sums = _log_sum_exp(t, p) - _log_sum_exp(s, q)
+        sums = (t.amax(-1) - p.amax(-1).log()) - (s.amax(-1) - q.amax(-1).log())
         total += (torch.linalg.vecdot(p, t.sub_(s)) - sums).sum(dtype=torch.float64)
         if trained:
-            own_part.copy_(q.sub_(p))
+            student_rows.copy_(q.sub_(p))
     return total
-
-
-def _log_sum_exp(logits: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
-    """Return the largest logit less the logarithm of its probability."""
-    return logits.amax(-1) - probabilities.amax(-1).log()

@@ -1,4 +1,4 @@
-"""Training through the codes of a quantized weight: the forward pass uses the weight that will be stored.
+"""Training through the codes of a quantized weight: the forward pass uses the stored weight.
 
 With a float32 master weight w, a scale s of either sign per row or group, and codes
 c = round(clamp(w / s)), the forward pass uses c s, and gradients pass straight through:
@@ -6,9 +6,11 @@ c = round(clamp(w / s)), the forward pass uses c s, and gradients pass straight 
     dL/dw = dL/d(c s)                  where w / s is not clamped, else 0
     dL/ds = sum dL/d(c s) (c - w / s)  where it is not clamped, else dL/d(c s) c
 
-(LSQ, arXiv 1902.08153)
+(LSQ, arXiv 1902.08153). A pruned weight is 0, so its code is 0 whatever its scale is.
 
-A pruned weight is 0, so its code is 0 whatever its scale is.
+Master weights start in the cell of their code, which holds all values that round to it, on the side
+of the dense weight. From the middle of a cell they would move half a step of the grid before a code
+changes, which takes many steps of training.
 """
 
 from __future__ import annotations
@@ -23,15 +25,19 @@ from torch.nn.utils import parametrize
 
 from rac_modifier.quantization.grid import Grid, stored
 
+_WIDTH = 0.45  # of a step of the grid to each side: a border itself may round either way
+_MANTISSA, _LEAST_EXPONENT = 3, -6  # of e4m3
+
 
 @dataclass(frozen=True)
 class QuantizedWeight:
     """How a module's weight is quantized.
 
     Attributes:
+        grid: of the codes.
         scale: [rows, groups], in the dtype that is stored.
-        master: the weight that training starts from, with the same codes and zeros (cells.py); None:
-            code times scale.
+        master: the weight that training starts from, with the same codes and zeros; None: code
+            times scale.
         zero: zero points [rows, groups] of an asymmetric grid, which are not trained.
     """
 
@@ -41,18 +47,68 @@ class QuantizedWeight:
     zero: torch.Tensor | None = None
 
 
+def codes_of(
+    weight: torch.Tensor, scale: torch.Tensor, grid: Grid, zero: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return the codes [rows, columns], float32, of code times scale, counted from zero points.
+
+    Exact also for weights that were rounded to bfloat16 or float16, by less than half a step.
+
+    Args:
+        weight: code times scale, [rows, columns].
+        scale: of either sign, [rows, groups].
+        grid: of the codes.
+        zero: zero points [rows, groups] of an asymmetric grid.
+    """
+    points = None if zero is None else _spread(zero.float(), grid, weight)
+    return grid.codes_(weight.float() / _spread(scale.float(), grid, weight), points)
+
+
+def master_in_cell(
+    codes: torch.Tensor, scale: torch.Tensor, grid: Grid, target: torch.Tensor
+) -> torch.Tensor:
+    """Return the float32 weight nearest to `target` [rows, columns] that rounds to `codes`."""
+    scales = _spread(scale.float(), grid, codes)
+    reach = _WIDTH * _step(codes, grid)
+    return torch.clamp(target.float() / scales, codes - reach, codes + reach) * scales
+
+
+def pruned_share(
+    codes: torch.Tensor, scale: torch.Tensor, grid: Grid, dense: torch.Tensor
+) -> float:
+    """Return the share of zeros whose dense weight is above 3/4 of a step: pruned, not rounded."""
+    least = 0.75 * _spread(scale.float().abs(), grid, codes) * _step(codes, grid)
+    return float(((codes == 0) & (dense.float().abs() > least)).float().mean())
+
+
+def _spread(part: torch.Tensor, grid: Grid, like: torch.Tensor) -> torch.Tensor:
+    """Repeat [rows, groups] for every weight of `like` [rows, columns]."""
+    columns = like.shape[1]
+    return part.repeat_interleave(grid.group_size or columns, dim=1)[:, :columns]
+
+
+def _step(codes: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Return the distance from each code to its nearest neighbour."""
+    if grid.kind == "int":
+        return torch.ones_like(codes)
+    mantissa, exponent = torch.frexp(codes.abs())  # 0.5 <= mantissa < 1
+    # below a power of two the step is half as large
+    exponent = torch.where(mantissa == 0.5, exponent - 1, exponent) - 1
+    exponent = exponent.clamp(min=_LEAST_EXPONENT).masked_fill(codes == 0, _LEAST_EXPONENT)
+    return torch.exp2((exponent - _MANTISSA).float())
+
+
 class OnGrid(torch.nn.Module):
     """Parametrize a weight [rows, columns] by a master weight and a relative change of its scales."""
 
+    start: torch.Tensor
+    zero: torch.Tensor | None
+
     def __init__(self, quantized: QuantizedWeight):
         super().__init__()
-        self.grid, self.dtype = quantized.grid, quantized.scale.dtype
-        self.start: torch.Tensor
+        self.grid, self.dtype, zero = quantized.grid, quantized.scale.dtype, quantized.zero
         self.register_buffer("start", quantized.scale.detach().float())
-        self.zero: torch.Tensor | None
-        self.register_buffer(
-            "zero", None if quantized.zero is None else quantized.zero.detach().float()
-        )
+        self.register_buffer("zero", None if zero is None else zero.detach().float())
         self.log_change = torch.nn.Parameter(torch.zeros_like(self.start))
 
     def scale(self) -> torch.Tensor:
@@ -62,13 +118,10 @@ class OnGrid(torch.nn.Module):
 
     def forward(self, master: torch.Tensor) -> torch.Tensor:
         """Return code times scale."""
-        zero = None if self.zero is None else self._spread(self.zero, master)
-        return _CodeTimesScale.apply(master, self._spread(self.scale(), master), zero, self.grid)
-
-    def _spread(self, part: torch.Tensor, master: torch.Tensor) -> torch.Tensor:
-        return part.repeat_interleave(self.grid.group_size or master.shape[1], dim=1)[
-            :, : master.shape[1]
-        ]
+        zero = None if self.zero is None else _spread(self.zero, self.grid, master)
+        return _CodeTimesScale.apply(
+            master, _spread(self.scale(), self.grid, master), zero, self.grid
+        )
 
 
 class _CodeTimesScale(torch.autograd.Function):
@@ -96,8 +149,8 @@ class _CodeTimesScale(torch.autograd.Function):
 def on_grid(model: torch.nn.Module, quantized: Mapping[str, QuantizedWeight]) -> Iterator[None]:
     """Train the weights of these modules through their codes and scales inside this context.
 
-    Fake quantization of compressed-tensors is off meanwhile. Afterwards `weight` holds code times scale,
-    and `weight_scale`, if the module has one, the scales.
+    Fake quantization of compressed-tensors is off meanwhile. Afterwards `weight` holds code times
+    scale, and `weight_scale`, if the module has it, the scales.
     """
     modules: dict[str, Any] = {name: model.get_submodule(name) for name in quantized}
     enabled: dict[Any, Any] = {
@@ -108,9 +161,8 @@ def on_grid(model: torch.nn.Module, quantized: Mapping[str, QuantizedWeight]) ->
     for module in enabled:
         module.quantization_enabled = False
     for name, module in modules.items():
-        parametrize.register_parametrization(
-            module, "weight", OnGrid(quantized[name]).to(module.weight.device)
-        )
+        form = OnGrid(quantized[name]).to(module.weight.device)
+        parametrize.register_parametrization(module, "weight", form)
     try:
         yield
     finally:
@@ -122,3 +174,11 @@ def on_grid(model: torch.nn.Module, quantized: Mapping[str, QuantizedWeight]) ->
                 module.weight_scale.data.copy_(scale.reshape(module.weight_scale.shape))
         for module, value in enabled.items():
             module.quantization_enabled = value
+
+
+def trained_name(name: str, quantized: Mapping[str, QuantizedWeight]) -> str:
+    """Return a parameter's name in training; a quantized weight is parametrized by its master."""
+    module, _, leaf = name.rpartition(".")
+    if module in quantized and leaf == "weight":
+        return f"{module}.parametrizations.{leaf}.original"
+    return name

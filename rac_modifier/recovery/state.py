@@ -1,6 +1,6 @@
-"""The state of a recovery run: weights, Adam's moments and the best weights, in a file that is replaced whole.
+"""The state of a recovery run: weights, Adam's moments and the best weights, in a file.
 
-All processes gather it and the first one writes it, so a run may go on with another number of processes.
+All processes gather it and the first writes it, so a run may go on with another number of them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from rac_modifier.errors import RacError
-from rac_modifier.recovery.sharded import Whole
+from rac_modifier.recovery.student import Student
 
 _FILE = "recovery.safetensors"
 _LOCK = ".lock"
@@ -57,10 +57,7 @@ def hold(folder: Path) -> IO[str]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / _LOCK).open("a+")
     except OSError as error:
-        raise RacError(
-            f"{folder}: the dense model's states cannot be kept there ({error}); name another folder "
-            "(recover.folder)"
-        ) from error
+        raise RacError(f"{folder}: {error}; name another folder (recover.folder)") from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -80,7 +77,7 @@ def hold(folder: Path) -> IO[str]:
 
 
 def save_state(
-    folder: Path, progress: Progress, shards: Whole, optimizer: torch.optim.Optimizer
+    folder: Path, progress: Progress, student: Student, optimizer: torch.optim.Optimizer
 ) -> None:
     """Write a new file, and replace the old one.
 
@@ -89,18 +86,16 @@ def save_state(
     """
     tensors: dict[str, torch.Tensor] = {}
 
-    def keep(part: str, name: str, tensor: torch.Tensor) -> None:
-        whole = shards.whole(name, shards.local(tensor)) if tensor.dim() else tensor.cpu()
-        if shards.processes.is_first:
-            tensors[f"{part}/{name}"] = whole.contiguous()
-
-    for name, tensor in progress.best.items():
-        keep("best", name, tensor)
-    for name, parameter in shards.parameters.items():
-        keep("weight", name, parameter)
-        for part, value in optimizer.state[parameter].items():
-            keep(part, name, value)
-    if not shards.processes.is_first:
+    entries = [("best", name, tensor) for name, tensor in progress.best.items()]
+    for name, parameter in student.parameters.items():
+        entries.append(("weight", name, parameter))
+        moments = optimizer.state[parameter].items()
+        entries += [(part, name, value) for part, value in moments]
+    for part, name, tensor in entries:
+        gathered = student.whole(name, student.local(tensor)) if tensor.dim() else tensor.cpu()
+        if student.processes.is_first:
+            tensors[f"{part}/{name}"] = gathered.contiguous()
+    if not student.processes.is_first:
         return
     about = {name: value for name, value in vars(progress).items() if name != "best"}
     new = folder / f"{_FILE}.new"
@@ -119,7 +114,9 @@ def save_state(
 
 
 @torch.no_grad()
-def load_state(folder: Path, key: str, shards: Whole, optimizer: torch.optim.Optimizer) -> Progress:
+def load_state(
+    folder: Path, key: str, student: Student, optimizer: torch.optim.Optimizer
+) -> Progress:
     """Restore weights and moments; return a new `Progress` where there is no state of this run.
 
     Raises:
@@ -138,16 +135,16 @@ def load_state(folder: Path, key: str, shards: Whole, optimizer: torch.optim.Opt
             )
             for name in file.keys():  # noqa: SIM118 - not a dict
                 part, _, of = name.partition("/")
-                tensor, parameter = file.get_tensor(name), shards.parameters[of]
+                tensor, parameter = file.get_tensor(name), student.parameters[of]
                 if part == "step":
                     optimizer.state[parameter][part] = tensor.to(parameter.device)
                 elif part == "best":
-                    progress.best[of] = shards.part(of, tensor).clone()
+                    progress.best[of] = student.shard(tensor).clone()
                 elif part == "weight":
-                    shards.local(parameter).copy_(shards.part(of, tensor))
+                    student.local(parameter).copy_(student.shard(tensor))
                 else:
-                    optimizer.state[parameter][part] = shards.like(
-                        of, shards.part(of, tensor).clone()
+                    optimizer.state[parameter][part] = student.like(
+                        of, student.shard(tensor).clone()
                     )
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
         raise RacError(

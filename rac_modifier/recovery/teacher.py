@@ -1,4 +1,4 @@
-"""The dense model's hidden states on the training traces: stored on disk.
+"""The dense model: its hidden states on the training traces, on disk, and checks that it is dense.
 
 2 bytes x hidden size per completion token (7 kB at 7B), a hundredth of its logits. The student's head is
 the dense model's, so nothing is lost.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,8 @@ from rac_modifier.errors import RacError
 from rac_modifier.evaluation.teacher_forcing import TokenSequence, batches_of_like_length
 from rac_modifier.model_tools import evaluating
 from rac_modifier.progress import StepProgress
-from rac_modifier.recovery.hidden_states import predicting_states
+from rac_modifier.recovery.fixed_mask import masks_of_zeros
+from rac_modifier.recovery.loss import predicting_states
 
 _BATCH_TOKENS = 4096  # padded
 _INDEX = "index.json"
@@ -56,38 +56,20 @@ class StoredTeacher:
         Raises:
             RacError: a full disk, or a folder that cannot be written.
         """
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RacError(
-                f"{folder}: the dense model's states cannot be kept there ({error}); name another "
-                "folder (recover.folder)"
-            ) from error
         index = folder / _INDEX
         about = json.dumps({"model": key, "sequences": [name_of(s) for s in sequences]})
         if index.exists() and index.read_bytes() == about.encode():
             return cls(folder)
-        for old in folder.glob("states-*.safetensors"):
-            old.unlink()
-        index.unlink(missing_ok=True)
-        tokens = sum(len(ids) - prompt for ids, prompt in sequences)
-        width = dense.config.get_text_config().hidden_size
-        needed = tokens * width * next(dense.parameters()).element_size()
-        free = shutil.disk_usage(folder).free
-        if free < needed:
-            raise RacError(
-                f"{folder}: the dense model's states need {needed / 2**30:.1f} GiB, and "
-                f"{free / 2**30:.1f} GiB are free; lower recover.tokens or make room"
-            )
         try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _remove_states(folder)
             _write_states(dense, sequences, folder)
             index.write_bytes(about.encode())  # last: without it the files do not count
         except (OSError, SafetensorError) as error:
-            for part in (index, *folder.glob("states-*.safetensors")):
-                part.unlink(missing_ok=True)
+            _remove_states(folder)
             raise RacError(
-                f"{folder}: the dense model's states cannot be written ({error}); nothing is left of "
-                "them: make room, or name another folder (recover.folder)"
+                f"{folder}: the dense model's states cannot be written ({error}); make room, lower "
+                "recover.tokens, or name another folder (recover.folder)"
             ) from error
         return cls(folder)
 
@@ -108,6 +90,11 @@ class StoredTeacher:
             with safe_open(self._folder / self._place[name], framework="pt") as file:
                 states.append(file.get_tensor(name))
         return torch.cat(states)
+
+
+def _remove_states(folder: Path) -> None:
+    for path in (folder / _INDEX, *folder.glob("states-*.safetensors")):
+        path.unlink(missing_ok=True)
 
 
 def _write_states(dense: Any, sequences: Sequence[TokenSequence], folder: Path) -> None:
@@ -133,3 +120,45 @@ def name_of(sequence: TokenSequence) -> str:
     return hashlib.blake2b(
         f"{prompt}:{','.join(map(str, ids))}".encode(), digest_size=16
     ).hexdigest()
+
+
+def check_dense(model: Any, name: str) -> None:
+    """Check that the teacher is not compressed; the two models may be swapped.
+
+    Raises:
+        RacError: it is.
+    """
+    sparse = len(masks_of_zeros(model, least_sparsity=0.05))
+    linears = sum(isinstance(module, torch.nn.Linear) for module in model.modules())
+    how = f"sparse ({sparse} of its {linears} linear layers)" if 2 * sparse > linears else ""
+    if getattr(model.config, "quantization_config", None) is not None and any(
+        getattr(module, "quantization_scheme", None) is not None for module in model.modules()
+    ):
+        how = "quantized"
+    if how:
+        raise RacError(
+            f"{name} is {how}, and the first model has to be the dense one, which the other is "
+            "trained towards: rac recover DENSE SPARSE OUT (base_model in rac_run.json names the "
+            "dense one)"
+        )
+
+
+def check_made_from(pruned: Any, dense: Any) -> None:
+    """Check that a compressed model has the embeddings and head of its dense model.
+
+    Raises:
+        RacError: they differ.
+    """
+    same = type(pruned) is type(dense)
+    for end in ("get_input_embeddings", "get_output_embeddings"):
+        modules = [getattr(m, end)() for m in (pruned, dense)]
+        if None in modules:  # a model without a head is refused later
+            continue
+        ours, theirs = (module.weight for module in modules)
+        same = same and ours.shape == theirs.shape and torch.equal(ours.float(), theirs.float())
+    if not same:
+        raise RacError(
+            f"the {type(pruned).__name__} to recover was not made from this "
+            f"{type(dense).__name__}: their embeddings or heads differ; name the dense model that "
+            "was compressed (base_model in rac_run.json)"
+        )

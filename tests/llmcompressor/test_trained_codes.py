@@ -23,7 +23,7 @@ from rac_modifier.llmcompressor.trained_codes import (
 )
 from rac_modifier.recovery.distill import recover
 from rac_modifier.recovery.on_grid import on_grid
-from rac_modifier.recovery.trained_parameters import in_float32
+from rac_modifier.recovery.student import in_float32
 from rac_modifier.recovery.training_loop import TrainingLoop
 from rac_modifier.settings.recovery import RecoverySettings
 from tests.llmcompressor.conftest import quantization_config, record_of

@@ -8,14 +8,21 @@ from typing import Any
 
 import torch
 
-from rac_modifier.recovery.hidden_states import predicting_states
+from rac_modifier.recovery.distill import Recovery, recover
+from rac_modifier.recovery.loss import predicting_states
+from rac_modifier.settings.recovery import RecoverySettings
 from tests.tiny import linears, tiny_model
 
 Sequences = list[tuple[list[int], int]]
+SETTINGS = RecoverySettings(learning_rate=3e-3, step_tokens=300, batch_tokens=400)
+
+
+class Killed(BaseException):
+    """Ends a run as a kill does: nothing else runs."""
 
 
 def dense_and_sparse(seed: int = 0) -> tuple[Any, Any]:
-    """The dense model, and a copy whose linear layers (not the head) lost the smaller half of their weights."""
+    """The dense model, and a copy whose linear layers, not the head, lost the smaller half."""
     dense = tiny_model(seed)
     sparse = copy.deepcopy(dense)
     for name, linear in linears(sparse).items():
@@ -39,7 +46,7 @@ def sequences(count: int, seed: int = 0) -> Sequences:
 
 
 def kl_of(dense: Any, model: Any, data: Sequences) -> float:
-    """Mean KL(dense || model) per completion token, in float64 from whole logits: independent of the package."""
+    """Mean KL(dense || model) per completion token, in float64 from whole logits."""
     total, tokens = 0.0, 0
     with torch.no_grad():
         for ids, prompt in data:
@@ -68,3 +75,21 @@ class LiveTeacher:
     @torch.no_grad()
     def states(self, batch: Sequences) -> torch.Tensor:
         return predicting_states(self._dense, batch)
+
+
+def run(
+    model: Any,
+    dense: Any,
+    settings: RecoverySettings = SETTINGS,
+    counts: tuple[int, int] = (40, 10),
+    **options: Any,
+) -> Recovery:
+    """Recover `model` on so many random training and held-out sequences."""
+    traces = {"training": sequences(counts[0], seed=1), "held_out": sequences(counts[1], seed=2)}
+    options = {**traces, "progress": False, **options}
+    return recover(model, LiveTeacher(dense), settings=settings, **options)
+
+
+def assert_same_weights(a: Any, b: Any) -> None:
+    """Every parameter is equal, bit for bit."""
+    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))

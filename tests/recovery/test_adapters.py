@@ -1,4 +1,4 @@
-"""LoRA adapters of PEFT on a sparse model add nothing to a pruned weight: in training and at the merge."""
+"""LoRA adapters of PEFT add nothing to a pruned weight, in training and at the merge."""
 
 import copy
 
@@ -11,18 +11,18 @@ from tests.recovery.recovery_helpers import dense_and_sparse
 
 peft = pytest.importorskip("peft", reason="peft is not installed: pip install 'rac-modifier[trl]'")
 
-LORA = {
-    "r": 4,
-    "lora_alpha": 8,
-    "target_modules": ["q_proj", "down_proj", "lm_head"],
-    "lora_dropout": 0.0,
-}
 IDS = torch.tensor([[5, 9, 17, 30, 8, 44]])
 
 
-def adapted(model, **changes):
-    """With adapters, as they are at the start: B is zero."""
-    return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **{**LORA, **changes}))
+def lora(**changes):
+    options = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "task_type": "CAUSAL_LM"}
+    options["target_modules"] = ["q_proj", "down_proj", "lm_head"]
+    return peft.LoraConfig(**{**options, **changes})
+
+
+def adapted(model):
+    """With adapters as they are at the start: B is zero."""
+    return peft.get_peft_model(model, lora())
 
 
 def train(model, steps=3):
@@ -35,7 +35,7 @@ def train(model, steps=3):
 
 
 def by_hand(start, steps=3):
-    """Masked LoRA computed otherwise: the merged weight M o (W + s B A), with autograd through A and B."""
+    """Masked LoRA otherwise: the merged weight M o (W + s B A), with autograd through A and B."""
     model = copy.deepcopy(start)
     wrapped = adapted(copy.deepcopy(start))  # for the same A
     layers = {
@@ -72,8 +72,8 @@ def by_hand(start, steps=3):
 
 
 @pytest.mark.parametrize("wrapped", ["before", "inside"])
-def test_training_and_merging_are_those_of_the_masked_product(wrapped):
-    """Adapters that are there before the context, and those that are added in it, as a trainer does."""
+def test_training_and_merging_are_those_of_the_masked_matmul(wrapped):
+    """With adapters from before the context, and with those that a trainer adds in it."""
     _, sparse = dense_and_sparse()
     start = copy.deepcopy(sparse)
     torch.manual_seed(0)
@@ -86,7 +86,10 @@ def test_training_and_merging_are_those_of_the_masked_product(wrapped):
             model = adapted(sparse)
         train(model)
         unmerged = model(input_ids=IDS).logits
-        merged = model.merge_and_unload()
+        with model.disable_adapter(), torch.no_grad():
+            disabled = model(input_ids=IDS).logits
+    torch.testing.assert_close(disabled, start(input_ids=IDS).logits)
+    merged = model.merge_and_unload()  # after the context
     torch.testing.assert_close(merged(input_ids=IDS).logits, unmerged, rtol=1e-4, atol=1e-5)
     for name, weight in expected.items():
         torch.testing.assert_close(merged.get_parameter(name), weight, rtol=1e-4, atol=1e-6)
@@ -95,57 +98,17 @@ def test_training_and_merging_are_those_of_the_masked_product(wrapped):
         assert not bool(merged.get_parameter(name)[~mask].any()), name
 
 
-def test_a_merge_after_the_context_keeps_the_zeros_too():
-    _, sparse = dense_and_sparse()
-    masks = sparse_masks(sparse)
-    model = adapted(sparse)
-    with fixed_mask(model):
-        train(model)
-    merged = model.merge_and_unload()
-    assert all(not bool(merged.get_parameter(name)[~mask].any()) for name, mask in masks.items())
-
-
-def test_without_it_the_merge_fills_zeros():
-    _, sparse = dense_and_sparse()
-    masks = sparse_masks(sparse)
-    model = adapted(sparse)
-    train(model)
-    merged = model.merge_and_unload()
-    assert any(bool(merged.get_parameter(name)[~mask].any()) for name, mask in masks.items())
-
-
-def test_a_disabled_adapter_leaves_the_sparse_model():
-    _, sparse = dense_and_sparse()
-    with torch.no_grad():
-        before = sparse(input_ids=IDS).logits
-    model = adapted(sparse)
-    with fixed_mask(model):
-        train(model)
-        with model.disable_adapter(), torch.no_grad():
-            torch.testing.assert_close(model(input_ids=IDS).logits, before)
-
-
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("config", "says"),
     [
-        ({"lora_dropout": 0.1}, r"q_proj: lora_dropout cannot be masked; set lora_dropout=0\.0"),
-        ({"use_dora": True}, "is a variant of LoRA, which would fill zeros; train full parameters"),
+        (lora(lora_dropout=0.1), r"q_proj: lora_dropout cannot be masked; set lora_dropout=0\.0"),
+        (lora(use_dora=True), "a variant of LoRA, would fill its zeros; train full parameters"),
+        (peft.LoHaConfig(r=2, target_modules=["q_proj"]), "adapter of a pruned weight would fill"),
     ],
-    ids=["dropout", "DoRA"],
+    ids=["dropout", "DoRA", "LoHa"],
 )
-def test_what_cannot_be_masked_is_refused(changes, says):
+def test_what_cannot_be_masked_is_refused(config, says):
     _, sparse = dense_and_sparse()
-    with pytest.raises(RacError, match=says), fixed_mask(adapted(sparse, **changes)):
-        pass
-
-
-def test_adapters_of_another_kind_are_refused():
-    _, sparse = dense_and_sparse()
-    other = peft.get_peft_model(sparse, peft.LoHaConfig(r=2, target_modules=["q_proj"]))
-    with (
-        pytest.raises(
-            RacError, match="adapter of a pruned weight would fill its zeros; train full"
-        ),
-        fixed_mask(other),
-    ):
+    model = peft.get_peft_model(sparse, config)
+    with pytest.raises(RacError, match=says), fixed_mask(model):
         pass

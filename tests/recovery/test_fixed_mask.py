@@ -15,43 +15,33 @@ def small() -> torch.nn.Sequential:
     return model
 
 
-def train(
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    steps: int = 5,
-    clip: float | None = None,
-) -> list[float]:
-    norms = []
+def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: int = 5) -> float:
+    """Take steps; return the gradient's norm of the last, which is clipped at 1e9."""
+    norm = 0.0
     for step in range(steps):
         x = torch.randn(6, 8, generator=torch.Generator().manual_seed(step))
         model(x).square().sum().backward()
-        if clip is not None:
-            norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), clip)))
+        norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9))
         optimizer.step()
         optimizer.zero_grad()
-    return norms
+    return norm
 
 
 @pytest.mark.parametrize(
-    "make",
+    "optimizer",
     [
         lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.1),
         lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9, nesterov=True),
-        lambda p: torch.optim.RMSprop(p, lr=0.1),
     ],
 )
-def test_no_pruned_weight_moves_and_the_others_do(make):
+def test_no_pruned_weight_moves_inside_and_they_do_afterwards(optimizer):
     model = small()
     start = model[0].weight.detach().clone()
     with fixed_mask(model):
-        train(model, make(model.parameters()))
+        train(model, optimizer(model.parameters()))
     assert torch.equal(model[0].weight == 0, start == 0)
     assert bool((model[0].weight[:, 1::2] != start[:, 1::2]).all())
-
-
-def test_without_it_pruned_weights_move():
-    model = small()
-    train(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    train(model, optimizer(model.parameters()))
     assert bool((model[0].weight[:, ::2] != 0).any())
 
 
@@ -70,28 +60,17 @@ def test_moments_of_an_earlier_training_do_not_move_pruned_weights():
 def test_masked_gradients_do_not_count_in_the_norm_that_is_clipped():
     model, alone = small(), small()
     with fixed_mask(model):
-        found = train(model, torch.optim.SGD(model.parameters(), lr=0.0), steps=1, clip=1e9)
+        norm = train(model, torch.optim.SGD(model.parameters(), lr=0.0), steps=1)
     x = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
     alone(x).square().sum().backward()
     alone[0].weight.grad[:, ::2] = 0.0
     expected = torch.cat([p.grad.flatten() for p in alone.parameters()]).norm()
-    assert found[0] == pytest.approx(float(expected), rel=1e-5)
+    assert norm == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_it_ends_with_its_context():
-    model = small()
-    with fixed_mask(model):
-        pass
-    train(model, torch.optim.SGD(model.parameters(), lr=0.1))
-    assert bool((model[0].weight[:, ::2] != 0).any())
-
-
-def test_a_weight_that_is_moved_behind_its_back_is_an_error():
-    model = small()
-    with (
-        pytest.raises(RacError, match=r"0\.weight: 8 weights outside the mask are not zero"),
-        fixed_mask(model),
-    ):
+def test_a_weight_that_is_moved_without_the_hooks_is_an_error():
+    model, says = small(), r"0\.weight: 8 weights outside the mask are not zero"
+    with pytest.raises(RacError, match=says), fixed_mask(model):
         model[0].weight.data[:, 0] = 1.0
 
 
@@ -102,11 +81,16 @@ def test_masks_are_those_of_sparse_linear_layers_alone():
     assert all(torch.equal(mask, sparse.get_parameter(name) != 0) for name, mask in masks.items())
 
 
-def test_a_dense_model_and_masks_of_another_are_refused():
-    model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+def test_dense_models_codes_and_masks_of_another_model_are_refused():
+    model, mask = torch.nn.Sequential(torch.nn.Linear(8, 8)), torch.ones(4, 8, dtype=torch.bool)
     with pytest.raises(RacError, match="no mask to hold; prune the model first"):
         FixedMask(model)
-    with pytest.raises(RacError, match=r"mask of 0\.weight \[4, 8\]: its shape is \[8, 8\]"):
-        FixedMask(model, {"0.weight": torch.ones(4, 8, dtype=torch.bool)})
+    with pytest.raises(RacError, match=r"mask of 0\.weight \[4, 8\]: another shape"):
+        FixedMask(model, {"0.weight": mask})
     with pytest.raises(RacError, match=r"mask of 1\.weight .*no such parameter"):
-        FixedMask(model, {"1.weight": torch.ones(4, 8, dtype=torch.bool)})
+        FixedMask(model, {"1.weight": mask})
+    model[0].quantization_scheme = "int4"
+    with pytest.raises(
+        RacError, match="hold codes, which no trainer of weights can train; recover"
+    ):
+        FixedMask(model)

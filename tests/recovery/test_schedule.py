@@ -1,7 +1,19 @@
 import pytest
+import torch
 
 from rac_modifier.recovery.schedule import default_learning_rate, plan_steps, rate_at
+from rac_modifier.settings.recovery import RecoverySettings
 from tests.recovery.recovery_helpers import sequences
+
+CPU = torch.device("cpu")
+
+
+def planned(data, device=CPU, processes=1, **settings):
+    return plan_steps(data, RecoverySettings(**settings), device, processes)
+
+
+def lengths(step):
+    return [[len(ids) for ids, _ in batch] for batch in step.batches]
 
 
 def test_the_default_learning_rate_goes_through_what_was_measured():
@@ -12,46 +24,40 @@ def test_the_default_learning_rate_goes_through_what_was_measured():
 
 def test_the_rate_rises_for_a_tenth_and_falls_to_a_tenth():
     rates = [rate_at(step, 100) for step in range(100)]
-    assert rates[0] == pytest.approx(0.1)
-    assert rates[9] == 1.0
+    assert [rates[0], rates[9], rates[99]] == pytest.approx([0.1, 1.0, 0.1])
     assert rates.index(max(rates)) == 9
-    assert rates[99] == pytest.approx(0.1)
     assert rates[54] == pytest.approx(0.55, abs=0.01)  # half-way down
     assert [rate_at(0, 1), rate_at(0, 2)] == [1.0, 1.0]
 
 
-def test_steps_cover_each_pass_in_another_order():
+def test_steps_cover_each_pass_in_another_order_and_are_not_sorted_by_length():
     data = sequences(40)
-    steps = plan_steps(data, step_tokens=200, batch_tokens=120, passes=2)
+    settings = {"step_tokens": 200, "batch_tokens": 120, "passes": 2}
+    steps = planned(data, **settings)
     trained = [s for step in steps for batch in step.batches for s in batch]
     assert all(sum(s is other for other in trained) <= 2 for s in data)
     assert len(trained) >= 2 * len(data) - 20  # at most the rest of a pass is left out
     assert all(step.tokens >= 100 for step in steps)
     for step in steps:
-        for batch in step.batches:
-            assert len(batch) == 1 or len(batch) * max(len(ids) for ids, _ in batch) <= 120
-    assert [s.batches for s in steps] == [
-        s.batches for s in plan_steps(data, step_tokens=200, batch_tokens=120, passes=2)
-    ]
+        for batch in lengths(step):
+            assert len(batch) == 1 or len(batch) * max(batch) <= 120
+    assert steps == planned(data, **settings)
+    longest = [max(max(batch) for batch in lengths(step)) for step in steps]
+    assert longest != sorted(longest)
 
 
 def test_a_longer_sequence_begins_a_batch_where_padding_would_cost_more():
-    data = [(list(range(n)), 2) for n in (10, 12, 30, 31, 33)]
-    (step,) = plan_steps(data, step_tokens=1000, batch_tokens=4096, passes=1, most_padding=5)
-    assert [[len(ids) for ids, _ in batch] for batch in step.batches] == [[10, 12], [30, 31, 33]]
-    (step,) = plan_steps(data, step_tokens=1000, batch_tokens=4096, passes=1, most_padding=3)
-    assert [[len(ids) for ids, _ in batch] for batch in step.batches] == [[10, 12], [30, 31], [33]]
-    (step,) = plan_steps(data, step_tokens=1000, batch_tokens=4096, passes=1)
-    assert len(step.batches) == 1
+    """On a CPU above 64 tokens; a GPU and several processes take any padding."""
+    data = [(list(range(n)), 2) for n in (10, 12, 80, 100, 130)]
+    settings = {"step_tokens": 1000, "batch_tokens": 4096}
+    (step,) = planned(data, **settings)
+    assert lengths(step) == [[10, 12], [80, 100, 130]]
+    for device, processes in ((torch.device("cuda"), 1), (CPU, 2)):
+        (step,) = planned(data, device, processes, **settings)
+        assert lengths(step) == [[10, 12, 80, 100, 130]]
 
 
 def test_a_small_set_makes_one_step():
-    (step,) = plan_steps(sequences(2), step_tokens=10_000, batch_tokens=4096, passes=1)
+    (step,) = planned(sequences(2), step_tokens=10_000)
     assert sum(map(len, step.batches)) == 2
     assert step.completion_tokens == sum(len(ids) - prompt for ids, prompt in sequences(2))
-
-
-def test_steps_are_not_sorted_by_length():
-    steps = plan_steps(sequences(60), step_tokens=100, batch_tokens=4096, passes=1)
-    longest = [max(len(ids) for batch in step.batches for ids, _ in batch) for step in steps]
-    assert longest != sorted(longest)

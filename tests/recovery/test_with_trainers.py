@@ -6,11 +6,8 @@ import torch
 import rac_modifier
 from rac_modifier.checkpoint.pack_plan import plan_packing
 from rac_modifier.checkpoint.packing import pack_model
-from rac_modifier.errors import RacError
-from rac_modifier.recovery.fixed_mask import FixedMask
-from tests.llmcompressor.quantized_helpers import SCHEMES, saved
 from tests.recovery.recovery_helpers import dense_and_sparse
-from tests.tiny import save_tiny, tiny_tokenizer
+from tests.tiny import tiny_tokenizer
 
 trl = pytest.importorskip("trl", reason="trl is not installed: pip install 'rac-modifier[trl]'")
 
@@ -50,33 +47,18 @@ def trained(model, tmp_path, **options):
     return trainer.model
 
 
-def check(model, before):
-    """Every zero is there, and all matrices have moved."""
+@pytest.mark.parametrize("adapters", [False, True])
+def test_trls_sft_trainer_keeps_every_zero_of_a_packed_model(packed, tmp_path, adapters):
+    """Also where TRL adds adapters, which are merged under the mask."""
+    before, options = {name: p.detach().clone() for name, p in packed.named_parameters()}, {}
+    if adapters:
+        peft = pytest.importorskip("peft")
+        lora = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+        options["peft_config"] = lora
+    with rac_modifier.fixed_mask(packed):
+        model = trained(packed, tmp_path, **options)
+        model = model.merge_and_unload() if adapters else model
     for name, parameter in model.named_parameters():
         if "proj" in name:
             assert torch.equal(parameter == 0, before[name] == 0), name
             assert not torch.equal(parameter, before[name]), name
-
-
-def test_trls_sft_trainer_keeps_every_zero_of_a_packed_model(packed, tmp_path):
-    before = {name: p.detach().clone() for name, p in packed.named_parameters()}
-    with rac_modifier.fixed_mask(packed):
-        trained(packed, tmp_path)
-    check(packed, before)
-
-
-def test_adapters_that_trl_adds_are_merged_under_the_mask(packed, tmp_path):
-    peft = pytest.importorskip("peft")
-    before = {name: p.detach().clone() for name, p in packed.named_parameters()}
-    lora = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
-    with rac_modifier.fixed_mask(packed):
-        merged = trained(packed, tmp_path, peft_config=lora).merge_and_unload()
-    check(merged, before)
-
-
-def test_codes_are_no_weights_to_train(tmp_path):
-    saved(save_tiny(tmp_path / "int4"), SCHEMES["int4"], pruned=True)
-    with pytest.raises(
-        RacError, match="hold codes, which no trainer of weights can train; recover it with"
-    ):
-        FixedMask(rac_modifier.load_model(tmp_path / "int4"))

@@ -1,0 +1,225 @@
+"""The model in training: which parameters, in float32, with layers recomputed, over processes.
+
+With several processes a copy of the model is trained by FSDP2: weights, gradients and moments of
+each decoder layer are sharded, and its weights are gathered while it runs; embeddings and head are
+whole on every rank. Each rank takes its share of every batch, and gradients are summed, so the
+result is that of one process but for the order of sums.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from rac_modifier.errors import RacError
+from rac_modifier.evaluation.teacher_forcing import TokenSequence
+from rac_modifier.processes import Processes
+from rac_modifier.recovery.fixed_mask import FixedMask
+
+Batch = Sequence[TokenSequence]
+
+
+@contextlib.contextmanager
+def in_float32(model: Any) -> Iterator[None]:
+    """Train all weights but embeddings and head, in float32, inside this context.
+
+    Dtypes and `requires_grad` come back at the end. Buffers are not changed: rotary frequencies
+    would lose precision on their way through bfloat16.
+    """
+    frozen = frozen_parameters(model)
+    before = {name: (p.dtype, p.requires_grad) for name, p in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point():
+            continue
+        is_weight = name.rpartition(".")[2] in ("weight", "bias")
+        parameter.requires_grad_(id(parameter) not in frozen and is_weight)
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    try:
+        yield
+    finally:
+        for name, parameter in model.named_parameters():
+            dtype, requires_grad = before[name]
+            parameter.grad = None
+            parameter.data = parameter.data.to(dtype)
+            parameter.requires_grad_(requires_grad)
+
+
+def frozen_parameters(model: Any) -> set[int]:
+    """Return the ids of the parameters of embeddings and head."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    return {id(p) for end in ends for p in end.parameters()}
+
+
+def decoder_layers(model: torch.nn.Module, setting: str) -> list[torch.nn.Module]:
+    """Return the decoder layers of a transformers model.
+
+    Raises:
+        RacError: transformers marks none; `setting` needs them.
+    """
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if not layers:
+        raise RacError(
+            f"{type(model).__name__} has no layers that transformers can run one by one; leave "
+            f"{setting} out"
+        )
+    return layers  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def recomputing(model: torch.nn.Module, enabled: bool = True) -> Iterator[None]:
+    """Run each layer's forward pass again in the backward pass, with the same bits.
+
+    Only the inputs of layers are kept. transformers' own switch works in training mode alone, in
+    which dropout is on.
+
+    Raises:
+        RacError: a model without marked layers.
+    """
+    layers = decoder_layers(model, "recover.activation_checkpointing") if enabled else []
+    for layer in layers:
+        layer.forward = _twice(layer.forward)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward  # the method of its class is used again
+
+
+def _twice(forward: Any) -> Any:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    return run
+
+
+class Student:
+    """The model in one process: `parameters` are trained, and hooks of `fixed_mask` hold the zeros.
+
+    `ShardedStudent` has the same methods for several processes.
+    """
+
+    def __init__(self, model: Any, parameters: Mapping[str, torch.nn.Parameter]):
+        self.model, self.parameters, self.processes = model, dict(parameters), Processes()
+
+    def share(self, batches: Sequence[Batch]) -> list[tuple[Batch, float]]:
+        """Return the batches of this process, each with the weight of its loss."""
+        return [(batch, 1.0) for batch in batches]
+
+    def local(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return this process's shard of a parameter, gradient or moment; memory is shared."""
+        return tensor.detach()
+
+    def shard(self, whole: torch.Tensor) -> torch.Tensor:
+        """Return this process's shard of a tensor like a parameter."""
+        return whole
+
+    def like(self, name: str, shard: torch.Tensor) -> torch.Tensor:
+        """Return a tensor like the parameter `name` from the shards of all processes."""
+        return shard.to(self.parameters[name].device)
+
+    def whole(self, name: str, shard: torch.Tensor) -> torch.Tensor:
+        """Gather the shards on the CPU; all processes call it."""
+        return shard.cpu()
+
+    def mask_gradients(self) -> None:
+        """Mask gradients before they are clipped."""
+
+    def mask_weights(self) -> None:
+        """Mask weights after an optimizer step."""
+
+    def put_back(self) -> None:
+        """Give the model the weights of the trained copy."""
+
+
+class ShardedStudent(Student):
+    """A copy of the model, sharded over several processes.
+
+    Raises:
+        RacError: a model without marked layers, or a trained parameter outside of its decoder.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        parameters: Mapping[str, torch.nn.Parameter],
+        mask: FixedMask,
+        processes: Processes,
+    ):
+        """Shard `model`; `put_back` writes to its `parameters`, the hooks of `mask` are released."""
+        assert processes.device is not None
+        mask.release()
+        self._originals = dict(parameters)
+        student = copy.deepcopy(model)
+        layers = decoder_layers(student, "torchrun")
+        frozen = {p for p in student.parameters() if not p.requires_grad}
+        mesh = init_device_mesh(processes.device.type, (processes.count,))
+        for layer in layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(student.get_decoder(), mesh=mesh, ignored_params=frozen)
+        for end in (student.get_input_embeddings(), student.get_output_embeddings()):
+            end.to(processes.device)
+        super().__init__(student, {n: p for n, p in student.named_parameters() if p.requires_grad})
+        self.processes = processes
+        if outside := [name for name, p in self.parameters.items() if not isinstance(p, DTensor)]:
+            raise RacError(
+                f"{outside[0]} is trained and not part of the decoder of {type(model).__name__}, "
+                "which processes shard; start rac recover without torchrun"
+            )
+        masks = mask.masks.items()
+        self._masks = {name: self.shard(keep).to(processes.device) for name, keep in masks}
+
+    def share(self, batches: Sequence[Batch]) -> list[tuple[Batch, float]]:
+        """Take every `count`-th sequence of each batch; a rank without one has weight 0."""
+        shares = [(b[self.processes.rank :: self.processes.count], b[:1]) for b in batches]
+        return [(share, 1.0) if share else (first, 0.0) for share, first in shares]
+
+    def local(self, tensor: torch.Tensor) -> torch.Tensor:
+        """See `Student`."""
+        return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
+
+    def shard(self, whole: torch.Tensor) -> torch.Tensor:
+        """See `Student`: equal chunks of rows; the last ones may be smaller or empty."""
+        chunks = whole.chunk(self.processes.count)
+        return chunks[self.processes.rank] if self.processes.rank < len(chunks) else whole[:0]
+
+    def like(self, name: str, shard: torch.Tensor) -> torch.Tensor:
+        """See `Student`."""
+        p: Any = self.parameters[name]
+        sizes = {"shape": p.shape, "stride": p.stride()}
+        return DTensor.from_local(shard.to(p.device), p.device_mesh, p.placements, **sizes)
+
+    def whole(self, name: str, shard: torch.Tensor) -> torch.Tensor:
+        """See `Student`."""
+        gathered: Any = self.like(name, shard)
+        return gathered.full_tensor().cpu()
+
+    @torch.no_grad()
+    def mask_gradients(self) -> None:
+        """See `Student`: FSDP sets gradients of shards itself, so no hook of a parameter runs."""
+        for name, keep in self._masks.items():
+            if (gradient := self.parameters[name].grad) is not None:
+                self.local(gradient).mul_(keep)
+
+    @torch.no_grad()
+    def mask_weights(self) -> None:
+        """See `Student`."""
+        for name, keep in self._masks.items():
+            self.local(self.parameters[name]).mul_(keep)
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """See `Student`."""
+        for name, parameter in self.parameters.items():
+            self._originals[name].copy_(self.whole(name, self.local(parameter)))
