@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rac_modifier.errors import RacError
-from rac_modifier.pruning import Hessian, Pattern, Statistics, linalg, solve
+from rac_modifier.pruning import Hessian, Statistics, linalg
 from rac_modifier.pruning import hessian as module
 from tests.pruning.pruning_reference import assert_near, gaussian
 
@@ -193,18 +193,3 @@ def test_a_massive_token_counts_as_a_hundred_medians():
     assert uncapped.capped == 0
     assert torch.equal(uncapped.hessian.matrix(), accumulated(x, w).matrix())
     assert uncapped.cross_moment() is None
-
-
-def test_the_cap_keeps_the_error_of_ordinary_tokens_small():
-    """A token of 10^6 times the square owns the Hessian: the solution then fits it alone."""
-    x, weight = gaussian(1, 400, 32), gaussian(16, 32, seed=1)
-    mixed = x @ gaussian(32, 32, seed=2)
-    mixed[0, 0] = 3000 * torch.nn.functional.one_hot(torch.tensor(3), 32)
-    errors = []
-    for weights in ([weight], None):
-        statistics = Statistics(32, "cpu", weights)
-        statistics.add(mixed, torch.ones(1, 400), mixed)
-        (solution,) = solve("alps", [weight], statistics.hessian.matrix(), Pattern(sparsity=0.5))
-        change = (solution.weight - weight).double() @ mixed[0, 1:].double().T
-        errors.append(float(change.square().sum()))
-    assert errors[0] < 0.7 * errors[1]

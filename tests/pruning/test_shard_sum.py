@@ -59,13 +59,6 @@ def test_any_number_of_processes_gives_the_same_bits(shards, monkeypatch, count,
         assert torch.equal(total, expected)
 
 
-def test_another_order_would_give_others(shards):
-    """The comparison above can fail: as a share of each process, or all batches in a row."""
-    expected = by_definition(shards)
-    assert not torch.equal(by_definition(shards[::2]) + by_definition(shards[1::2]), expected)
-    assert not torch.equal(by_definition([[x for shard in shards for x in shard]]), expected)
-
-
 def test_a_shard_has_no_memory_outside_of_its_blocks():
     """A Hessian of four block rows: 1 + 2 + 3 + 4 of 16 blocks."""
     sums = ShardSum(256, 256, "cpu", blocks=blocks_of_triangle(256))

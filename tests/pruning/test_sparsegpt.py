@@ -97,13 +97,6 @@ def test_its_own_errors_leave_the_share_of_the_dampening_out():
     assert solution.error == pytest.approx(trace_error(weight - solution.weight, hessian), rel=1e-9)
 
 
-def test_better_than_wanda_and_wanda_than_magnitude():
-    weight, hessian = random_problem(64, 256, 1000)
-    methods = ("sparsegpt", "wanda", "magnitude")
-    errors = [solve(method, [weight], hessian, TWO)[0].error for method in methods]
-    assert errors[0] < errors[1] < errors[2]
-
-
 def problems_with_a_hessian_each(patterns: list[Pattern]) -> list[Problem]:
     """Two modules each; the second has a dead input, the third needs more dampening."""
     problems = []

@@ -117,17 +117,6 @@ def test_a_group_of_zeros_has_a_scale(symmetric):
     assert symmetric or bool(((steps.zero >= -2) & (steps.zero <= 1)).all())
 
 
-def test_importance_decides_which_end_is_clipped():
-    part = torch.tensor([-1.0, -0.9, 0.1, 0.2, 0.3, 1.0], dtype=torch.float64)
-    grid = Grid("int", 2, None, symmetric=False)
-    for end in (0, 5):
-        importance = torch.ones(6, dtype=torch.float64)
-        importance[end] = 1e4
-        steps = search_steps(part[:, None].clone(), grid, importance, torch.float32)
-        error = rounded(part, 2, float(steps.scale[0, 0]), int(steps.zero[0, 0])) - part
-        assert abs(float(error[end])) < 0.02
-
-
 def coded(seed: int) -> tuple[torch.Tensor, ...]:
     """Codes [d, rows] for scales that are a fifth off, the target, the scales and the Hessian."""
     _, _, target, hessian = problem(rows=ROWS, d=D, seed=seed, dtype=torch.float64)

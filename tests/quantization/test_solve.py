@@ -124,17 +124,6 @@ def test_zero_points_survive_upstreams_packing_bit_for_bit(bits, dtype, size):
     assert torch.equal(again, result.weight)
 
 
-def test_zero_points_lower_the_error_of_lopsided_weights():
-    weight, keep, _, hessian = problem(rows=24, sparsity=0.0)
-    solution = solved(weight.abs(), keep, weight.abs())
-    symmetric, asymmetric = (
-        quantize([solution], hessian, [Grid("int", 3, 16, symmetric=form)], dtype=FLOAT32)[0]
-        for form in (True, False)
-    )
-    assert symmetric.zero_point is None
-    assert asymmetric.relative_error < 0.6 * symmetric.relative_error
-
-
 @settings(max_examples=20, deadline=None)
 @given(st.sampled_from(sorted(GRIDS)), st.integers(0, 100), st.sampled_from([0.0, 0.5, 0.8]))
 def test_pruned_weights_stay_zero_and_the_error_beats_rounding_to_nearest(name, seed, sparsity):
