@@ -61,9 +61,8 @@ def test_the_package_alone_is_light():
 
 def test_no_module_but_the_compressing_ones_imports_llmcompressor_and_none_vllm():
     others = [m for m in MODULES if m.split(".")[0] not in COMPRESS_ONLY and m != "__init__"]
-    others = [
-        m for m in others if not m.startswith("vllm_plugin")
-    ]  # the one place that imports vllm
+    # vllm_plugin imports vllm, and frontier.page imports frontier.charts when it draws
+    others = [m for m in others if not m.startswith(("vllm_plugin", "frontier.charts"))]
     assert len(others) > 20
     imports = "\n".join(f"import rac_modifier.{module}" for module in others)
     heavy = ("llmcompressor", "vllm", "datasets", "reasoning_gym", "altair", "math_verify")
