@@ -14,9 +14,8 @@ DIST_BIN = $(DIST_VENV)/bin
 # Threads that wait do not spin: on a machine that does other work, spinning threads stall each other.
 export OMP_WAIT_POLICY = PASSIVE
 TEST_PROCESSES ?= 2
-PINS ?= compare
 
-.PHONY: help demo serve-demo test test-compress test-plugin test-serve test-processors sanitize lighteval arm-tools pins lint schema docs results dist test-dist test-matrix clean
+.PHONY: help demo serve-demo test test-compress test-plugin test-serve test-processors sanitize lighteval arm-tools lint schema docs results dist test-dist test-matrix clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -57,9 +56,6 @@ lighteval: $(VENV)/.installed $(SERVE_VENV)/.installed $(LIGHTEVAL_VENV)/.instal
 
 arm-tools: ## what `make test` needs to run the ARM kernels too, in an emulator; Debian and Ubuntu, with root or without
 	scripts/arm_tools.sh
-
-pins: $(VENV)/.installed $(SERVE_VENV)/.installed ## compare seven compressed models and their served tokens with those that `make pins PINS=write` pinned
-	$(BIN)/python scripts/pins.py $(PINS) --served $(SERVE_BIN)/python
 
 lint: $(VENV)/.installed ## ruff and mypy
 	$(BIN)/ruff check .
