@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from rac_modifier.evaluation.results import EvalResult
     from rac_modifier.problems.answers import Verifier
     from rac_modifier.problems.source import Problem
-    from rac_modifier.settings.sampling import EngineSettings, PromptSettings
+    from rac_modifier.settings.sampling import EngineSettings, PromptSettings, SamplingSettings
 
+_GO_ON = "the answers so far are kept; run the same command again to go on"
 _TIMEOUT = 600.0  # seconds per answer, at least
 _SECONDS_PER_TOKEN = 0.25  # of one answer among many, on a slow server
 
@@ -50,7 +51,7 @@ class Answering:
     """What the options of `rac eval` say of servers and of the file of answers.
 
     `samples` are answers per problem; `serve` starts a server; `served_as` is the servers' name of
-    the model.
+    the model. Without a model folder, each server has a model and a name, the dense one first.
     """
 
     servers: tuple[str, ...]
@@ -58,7 +59,7 @@ class Answering:
     samples: int
     path: Path | None
     serve: bool = False
-    served_as: str | None = None
+    served_as: tuple[str, ...] = ()
 
     @property
     def served(self) -> bool:
@@ -76,14 +77,29 @@ class Answering:
         *,
         divergence: bool,
         temperature: float | None,
-        written: Collection[str] = (),
+        written: Set[str] = frozenset(),
     ) -> None:
         """Refuse what has no effect or cannot be, before anything is loaded (RacError).
 
         `written`: the names of the options that the user wrote.
         """
         one_model = bool(self.servers) or self.path is not None
+        needless = written & {"card", "template"} if not models else ()
         for holds, message in (
+            (
+                not models and not self.servers,
+                'no model is named; give a model folder, a Hugging Face id or "reasoner", or '
+                "--server URL",
+            ),
+            (
+                len(self.served_as) > 1 and bool(models),
+                f"--served-as {' and '.join(self.served_as)} name one model; give one of them",
+            ),
+            (
+                bool(needless),
+                f"--{min(needless, default='')} needs a model folder, and servers alone are named; "
+                "leave it out",
+            ),
             (
                 "concurrency" in written and not self.served,
                 f"--concurrency {self.concurrency} is for --server and --serve; leave it out, or "
@@ -99,8 +115,8 @@ class Answering:
                 "leave it out",
             ),
             (
-                self.served_as is not None and not self.servers,
-                f"--served-as {self.served_as} is for --server; leave it out",
+                bool(self.served_as) and not self.servers,
+                f"--served-as {' '.join(self.served_as)} is for --server; leave it out",
             ),
             (
                 divergence and self.keeps_answers,
@@ -125,8 +141,12 @@ class Answering:
         ):
             if holds:
                 raise RacError(message)
-        if self.servers:
-            engine_of(self.servers, self.concurrency, 1, self.served_as)
+        if models and self.servers:
+            engine_of(self.servers, self.concurrency, 1)
+        if not models and len(self._subjects()) > 1 and self.path is not None:
+            raise RacError(
+                f"--answers {self.path} is for one server, and several are named; leave it out"
+            )
         if self.serve:
             from rac_modifier.sampling.own_server import VllmCommand
 
@@ -149,14 +169,10 @@ class Answering:
         """
         from rac_modifier.evaluation.accuracy import evaluate_into_file
         from rac_modifier.settings.problems import ProblemSource
-        from rac_modifier.settings.sampling import SamplingSettings
 
         model, tokenizer = subject_of(name) if self.served else load_on_accelerator(name, precision)
-        sampling = SamplingSettings(
-            top_k=0, samples_per_problem=self.samples, **limits, **prompt.model_dump()
-        )
-        interrupted = resumable("the answers so far are kept; run the same command again to go on")
-        with interrupted, self.engine(name, precision, sampling.max_new_tokens) as engine:
+        sampling = self._sampling(limits, prompt)
+        with resumable(_GO_ON), self.engine(name, precision, sampling.max_new_tokens) as engine:
             return evaluate_into_file(
                 model,
                 tokenizer,
@@ -169,6 +185,60 @@ class Answering:
                 verifiers=verifiers,
             )
 
+    def run_by_name(
+        self,
+        problems: Sequence[Problem],
+        source: Mapping[str, Any],
+        limits: Mapping[str, Any],
+        prompt: PromptSettings,
+        verifiers: Mapping[str, Verifier],
+    ) -> list[EvalResult]:
+        """Evaluate the servers by address and name alone, in their order."""
+        from rac_modifier.evaluation.chat import evaluate_chat
+        from rac_modifier.settings.problems import ProblemSource
+
+        sampling, results, subjects = self._sampling(limits, prompt), [], self._subjects()
+        with resumable(_GO_ON):
+            for url, name in subjects:
+                result = evaluate_chat(
+                    problems,
+                    engine=engine_of((url,), self.concurrency, sampling.max_new_tokens, name),
+                    source=ProblemSource(**source),
+                    sampling=sampling,
+                    path=self.path,
+                    verifiers=verifiers,
+                )
+                results.append(result)
+        if len({result.label for result in results}) < len(results):  # one name on two servers
+            labels = [f"{r.label} at {url}" for r, (url, _) in zip(results, subjects, strict=True)]
+            return [replace(r, label=name) for r, name in zip(results, labels, strict=True)]
+        return results
+
+    def _subjects(self) -> list[tuple[str, str | None]]:
+        """Return address and name of each model without a folder (RacError: they do not match)."""
+        names = self.served_as or (None,) * len(self.servers)
+        urls = self.servers * len(names) if len(self.servers) == 1 else self.servers
+        if len(urls) != len(names):
+            raise RacError(
+                f"--server names {len(urls)} servers and --served-as {len(names)} models; give one "
+                "name per server, in the order of the servers"
+            )
+        pairs = list(zip(urls, names, strict=True))
+        engines = [engine_of((url,), self.concurrency, 1, name) for url, name in pairs]
+        if any(engine in engines[:i] for i, engine in enumerate(engines)):
+            raise RacError(
+                f"--server {urls[-1]} names a model twice; tell two models of a server apart with "
+                "--served-as, once for each"
+            )
+        return pairs
+
+    def _sampling(self, limits: Mapping[str, Any], prompt: PromptSettings) -> SamplingSettings:
+        from rac_modifier.settings.sampling import SamplingSettings
+
+        return SamplingSettings(
+            top_k=0, samples_per_problem=self.samples, **limits, **prompt.model_dump()
+        )
+
     @contextmanager
     def engine(self, name: str, precision: Dtype, cap: int) -> Iterator[EngineSettings | None]:
         """Yield the servers that are asked; None: the model in this process."""
@@ -176,6 +246,6 @@ class Answering:
             with own_server(name, precision, self.concurrency, cap) as engine:
                 yield engine
         elif self.servers:
-            yield engine_of(self.servers, self.concurrency, cap, self.served_as)
+            yield engine_of(self.servers, self.concurrency, cap, *self.served_as)
         else:
             yield None

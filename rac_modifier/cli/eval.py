@@ -40,9 +40,11 @@ class TemplateName(StrEnum):
 def evaluate(
     context: typer.Context,
     models: Annotated[
-        list[str],
-        typer.Argument(help='folders, Hugging Face ids or "reasoner"; the dense one first'),
-    ],
+        list[str] | None,
+        typer.Argument(
+            help='folders, Hugging Face ids or "reasoner"; the dense one first; none: --server'
+        ),
+    ] = None,
     problems: Annotated[int, typer.Option(min=1, help="number of problems")] = 300,
     source: Source = "arithmetic",
     preset: Annotated[
@@ -79,11 +81,12 @@ def evaluate(
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="answers per problem, for pass@k")] = 1,
     server: Annotated[
-        list[str] | None, typer.Option(help="OpenAI-compatible server of the one model named")
+        list[str] | None,
+        typer.Option(metavar="URL", help="OpenAI-compatible server; without models: one each"),
     ] = None,
     served_as: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="the name under which the server has the model"),
+        list[str] | None,
+        typer.Option(metavar="NAME", help="the server's name of the model; one per --server"),
     ] = None,
     serve: Annotated[
         bool,
@@ -124,15 +127,20 @@ def evaluate(
     from rac_modifier.evaluation.calibrated_prompt import choose_prompt, recorded_prompts
     from rac_modifier.evaluation.report import accuracy_table, plot_bars, plot_file, stopping_table
     from rac_modifier.evaluation.results import paired_difference, read_results
-    from rac_modifier.evaluation.stopping import summary
+    from rac_modifier.evaluation.stopping import describe_loops, summary
     from rac_modifier.files import write_json_atomic
 
-    written = written_options(context)
+    models, written = models or [], written_options(context)
     protocol = Protocol(source, column, answer_column, problems, samples, cap, temperature, top_p)
     protocol = protocol.with_preset(preset, written)
     protocol.check(divergence=divergence)
     in_file = Answering(
-        tuple(server or ()), concurrency, protocol.samples, answers, serve, served_as
+        tuple(server or ()),
+        concurrency,
+        protocol.samples,
+        answers,
+        serve,
+        tuple(served_as or ()),
     )
     in_file.check(models, divergence=divergence, temperature=protocol.temperature, written=written)
     _check_options(models, divergence, baseline, json_out)
@@ -152,6 +160,7 @@ def evaluate(
     run = _Run(models, protocol.load(seed), protocol, choice.prompt, precision, batch_size, seed)
     count = len(run.problems)
     pairs: list[PairedDifference] = []
+    loops: list[str] = []
     content: dict[str, Any] = {"prompt": choice.prompt.model_dump()}
     if divergence:
         results, table = run.divergence(plot)
@@ -164,6 +173,7 @@ def evaluate(
         content["protocol"] = protocol.record(count)
         content["stopping"] = [summary(result.endings) for result in answered]
         tables = [accuracy_table(answered), stopping_table(answered)]
+        loops = [line for r in answered for line in describe_loops(r.label, r.endings)]
         first, *results_after = [*paired_with[:1], *answered]
         pairs = [paired_difference(first, result) for result in results_after]
     if pairs:
@@ -174,8 +184,10 @@ def evaluate(
     else:
         lines = [
             *(render_results(table) for table in tables),
+            *loops,
             *(f"{pair.describe()}." for pair in pairs),
             *(f"{pair.inflation.describe(pair.first, pair.second)}." for pair in pairs),
+            *([] if models else ["Tokens are the counts of the servers."]),
             choice.describe(),
             *protocol.describe(count),
         ]
@@ -224,9 +236,12 @@ class _Run:
         return {**self.protocol.limits(), "batch_size": self.batch_size, "seed": self.seed}
 
     def answers_in_file(self, in_file: Answering) -> list[EvalResult]:
-        """Return the accuracy of each model, its answers kept in a file."""
+        """Return the accuracy of each model or server, its answers kept in a file."""
         how = (self._limits, self.prompt, self.precision, self.protocol.verifiers())
         where = self.protocol.where()
+        if not self.models:
+            limits, prompt, _, verifiers = how
+            return in_file.run_by_name(self.problems, where, limits, prompt, verifiers)
         return [in_file.run(name, self.problems, where, *how) for name in self.models]
 
     def answers(self) -> list[EvalResult]:

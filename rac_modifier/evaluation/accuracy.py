@@ -18,7 +18,7 @@ from rac_modifier.evaluation.stopping import ending_of
 from rac_modifier.problems.answer_checker import check_installed
 from rac_modifier.problems.answers import Verifier, is_correct, thinking_length
 from rac_modifier.problems.source import Problem
-from rac_modifier.sampling.generate import Generation
+from rac_modifier.sampling.generate import FinishReason, Generation
 from rac_modifier.sampling.generate import generate as generate_in_process
 from rac_modifier.sampling.model_identity import ModelIdentity
 from rac_modifier.sampling.openai_server import engine_for
@@ -211,19 +211,34 @@ def row_of(
     verifier: Verifier | None,
     sample: int = 0,
 ) -> Row:
-    """Check an answer and classify its ending."""
-    assert problem.answer is not None
+    """Check the answer in a completion of token ids, and classify its ending."""
     # The thinking tags of R1 and Qwen3 are ordinary tokens, so they stay in the text.
     text = tokenizer.decode(list(generation.ids), skip_special_tokens=True)
+    lengths = len(generation.ids), thinking_length(tokenizer, generation.ids)
+    finish, ids = generation.finish_reason, generation.ids
+    return row_of_text(problem, text, finish, lengths, verifier, sample, ids)
+
+
+def row_of_text(
+    problem: Problem,
+    text: str,
+    finish: FinishReason,
+    lengths: tuple[int, int],
+    verifier: Verifier | None,
+    sample: int,
+    ids: Sequence[int] = (),
+) -> Row:
+    """Check an answer and classify its ending; `lengths` are tokens and thinking tokens."""
+    assert problem.answer is not None
     correct = is_correct(text, problem.answer, verifier)
     ending = ending_of(
         text,
         problem.answer,
         correct=correct,
-        finish=generation.finish_reason,
-        tokens=len(generation.ids),
-        thinking_tokens=thinking_length(tokenizer, generation.ids),
-        ids=generation.ids,
+        finish=finish,
+        tokens=lengths[0],
+        thinking_tokens=lengths[1],
+        ids=ids,
         question=problem.question,
         verifier=verifier,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any, Literal, get_args
 
 from rac_modifier.evaluation.intervals import Interval, ratio_interval
@@ -137,6 +137,22 @@ def summary(endings: Endings) -> dict[str, float]:
         "thinking_tokens": thinking,
         "answer_tokens": fmean(ending.tokens for ending in answers) - thinking,
     }
+
+
+def describe_loops(label: str, endings: Endings) -> list[str]:
+    """Return a line per unit of loops: their number, and medians of begin and period."""
+    loops = [ending.loop for samples in endings.values() for ending in samples if ending.loop]
+    lines = []
+    for unit in ("tokens", "words"):
+        if alike := [loop for loop in loops if loop.unit == unit]:
+            begin, period = (
+                median(getattr(loop, name) for loop in alike) for name in ("begin", "period")
+            )
+            lines.append(
+                f"{label}: {len(alike)} truncated answers repeat themselves, from {begin:.0f} "
+                f"{unit} on, every {period:.0f} {unit} (medians)."
+            )
+    return lines
 
 
 def ending_of(

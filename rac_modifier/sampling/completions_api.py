@@ -55,23 +55,32 @@ class Request:
         temperature, top_k and top_p shape the distribution, as in this process.
         """
         return {
-            "model": model,
+            **sampling_fields(model, sampling, self.max_tokens, self.seed),
             "prompt": list(self.prompt_ids),
-            "max_tokens": self.max_tokens,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "presence_penalty": 0.0,
-            "frequency_penalty": 0.0,
-            "seed": self.seed,
-            "stream": False,
-            "n": 1,
-            # vLLM's additions to OpenAI's settings:
-            "top_k": sampling.top_k or -1,
-            "min_p": 0.0,
-            "repetition_penalty": 1.0,
-            "stop_token_ids": list(self.eos),
+            "stop_token_ids": list(self.eos),  # vLLM's, and the next one too
             "return_token_ids": True,
         }
+
+
+def sampling_fields(
+    model: str, sampling: SamplingSettings, max_tokens: int, seed: int
+) -> dict[str, Any]:
+    """Return the fields of a request that decide how a completion is drawn."""
+    return {
+        "model": model,
+        "max_tokens": max_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "seed": seed,
+        "stream": False,
+        "n": 1,
+        # vLLM's additions to OpenAI's settings:
+        "top_k": sampling.top_k or -1,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+    }
 
 
 def trace_seed(seed: int, key: str) -> int:
@@ -97,7 +106,7 @@ def read_answer(
         RacError: the server does not return token ids, changed the prompt, or ends completions
             without their EOS. Asking again would not help.
     """
-    choice, usage = _only_choice(content)
+    choice, usage = only_choice(content)
     ids, reason = choice.get("token_ids"), choice.get("finish_reason")
     if ids is None:
         if tokenize is None:
@@ -144,7 +153,8 @@ def error_text(content: bytes) -> str:
     return " ".join(str(message or "no reason given").split())[:300]
 
 
-def _only_choice(content: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
+def only_choice(content: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the choice and the usage of an answer (UnusableError: not one choice)."""
     try:
         data = json.loads(content)
         (choice,) = data["choices"]
@@ -191,7 +201,7 @@ def served_model(content: bytes, named: str | None, server: str) -> dict[str, An
     bases = [name for name, card in cards.items() if not card.get("parent")]
     if (named is None and len(bases) != 1) or (named is not None and named not in cards):
         serves = f"serves {names}" if named is None else f"does not serve {named!r}, but {names}"
-        raise RacError(f"{server} {serves}; set engine.model to the one that is to be compressed")
+        raise RacError(f"{server} {serves}; set engine.model (rac eval: --served-as)")
     card = cards[bases[0] if named is None else named]
     if card.get("parent"):
         raise RacError(

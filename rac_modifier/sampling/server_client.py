@@ -13,7 +13,7 @@ import os
 import random
 import urllib.request
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -24,6 +24,7 @@ from rac_modifier.sampling.completions_api import Request, UnusableError, error_
 from rac_modifier.sampling.generate import Generation
 from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
 
+Answer = TypeVar("Answer")
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 8.0  # seconds between two tries; each pause doubles the last one
 _TRANSIENT = frozenset({408, 409, 425, 429})  # and every 5xx; other statuses stay the same
 _REFUSALS = frozenset({400, 413, 422})  # of this prompt, not of the next
@@ -89,22 +90,36 @@ class ServerClient:
         sampling: SamplingSettings,
         tries: int,
     ) -> Generation:
-        """Ask up to `tries` times, until an answer passes the checks.
+        """Return a completion of token ids; raises what `ask` raises."""
+
+        def read(content: bytes) -> Generation:
+            return read_answer(request, content, vocab_size, self.url, self._tokenize)
+
+        body, tokens = request.body(model, sampling), len(request.prompt_ids) + request.max_tokens
+        return await self.ask("/completions", body, tokens, read, tries)
+
+    async def ask(
+        self,
+        path: str,
+        body: dict[str, Any],
+        tokens: int,
+        read: Callable[[bytes], Answer],
+        tries: int,
+    ) -> Answer:
+        """Post a request of up to `tokens` up to `tries` times, until `read` takes the answer.
 
         Raises:
             GaveUpError: no try succeeded.
             RefusedError: the server rejects the prompt.
-            RacError: the server cannot give traces, or wants a key.
+            RacError: the server cannot give such answers, or wants a key.
         """
-        body = request.body(model, sampling)
-        most = _ANSWER_BYTES + _BYTES_PER_TOKEN * (len(request.prompt_ids) + request.max_tokens)
+        most = _ANSWER_BYTES + _BYTES_PER_TOKEN * tokens
         pause = FIRST_PAUSE
         self.under_way += 1
         try:
             while True:
                 try:
-                    content = await self._completion(body, most)
-                    answer = read_answer(request, content, vocab_size, self.url, self._tokenize)
+                    answer = read(await self._completion(path, body, most))
                     self.failing = False
                     return answer
                 except UnusableError as error:
@@ -120,11 +135,11 @@ class ServerClient:
         finally:
             self.under_way -= 1
 
-    async def _completion(self, body: dict[str, Any], most: int) -> bytes:
+    async def _completion(self, path: str, body: dict[str, Any], most: int) -> bytes:
         """Return the body of an answer with status 200."""
         try:
             async with asyncio.timeout(self._deadline):
-                answer, content = await self._send("POST", "/completions", body, most)
+                answer, content = await self._send("POST", path, body, most)
         except (aiohttp.ClientError, ConnectionError) as error:
             raise UnusableError(_cause(error)) from error
         except TimeoutError as error:

@@ -13,6 +13,7 @@ from tests.sampling import fake_vllm
 from tests.sampling.fake_server import FakeServer, shorten_pauses
 
 SERVER, FILE = {"servers": ("http://a",)}, {"path": Path("a.jsonl")}
+TWO, NO_MODEL = {"servers": ("http://a", "http://b")}, {"models": ()}
 FEW = ("--problems", 3, "--cap", 8)
 
 
@@ -28,10 +29,22 @@ def answering(**changes) -> Answering:
         ({"serve": True, **SERVER}, {}, "--serve starts a server, and --server http://a names one"),
         (SERVER, {"models": ("a", "b")}, "2 models are named, and --server and --answers are for"),
         (FILE, {"written": {"concurrency"}}, "--concurrency 4 is for --server and --serve"),
-        ({"served_as": "m"}, {}, "--served-as m is for --server; leave it out"),
+        ({"served_as": ("m",)}, {}, "--served-as m is for --server; leave it out"),
         (SERVER, {"written": {"batch_size"}}, "--batch-size is for a model in this process"),
         (SERVER, {"written": {"precision"}}, "--precision is for a model that is loaded here"),
         ({"servers": ("a",)}, {}, "--server: base_urls: 'a' is no address of a server"),
+        ({}, NO_MODEL, "no model is named; give a model folder"),
+        (TWO | FILE, NO_MODEL, "--answers a.jsonl is for one server, and several are named"),
+        (TWO | {"served_as": ("m",)}, NO_MODEL, "2 servers and --served-as 1 models; give one"),
+        (
+            {"servers": ("http://a", "http://a/v1")},
+            NO_MODEL,
+            "http://a/v1 names a model twice; tell",
+        ),
+        (SERVER | {"served_as": ("m", "m")}, NO_MODEL, "--server http://a names a model twice"),
+        (SERVER | {"served_as": ("m", "n")}, {}, "--served-as m and n name one model; give one"),
+        (SERVER, {"models": (), "written": {"card"}}, "--card needs a model folder"),
+        (SERVER, {"models": (), "written": {"template"}}, "--template needs a model folder"),
     ],
 )
 def test_what_cannot_be_is_refused(changes, options, message) -> None:
@@ -71,6 +84,28 @@ def test_a_served_model_is_paired_with_the_dense_one(
     assert code == 0, err
     assert len(server.bodies) == asked
     assert "McNemar p = 1" in out
+
+
+def test_two_servers_are_compared_without_a_model_folder(rac, tmp_path, monkeypatch, server):
+    """Both have one name: the addresses tell the rows apart."""
+
+    def chat(body):
+        message = {"content": "so: " + "wait, I check " * 30}
+        choice = {"message": message, "finish_reason": "length"}
+        return {"choices": [choice], "usage": {"completion_tokens": body["max_tokens"]}}
+
+    monkeypatch.chdir(tmp_path)
+    dense = FakeServer()
+    dense.chat = server.chat = chat
+    servers = ("--server", dense.url, "--server", server.url)
+    code, out, err = rac("eval", *servers, *FEW)
+    dense.close()
+    assert code == 0, err
+    assert "x1.00 (1.00 to 1.00) on all 3 (truncated: the cap)" in " ".join(out.split())
+    loops = "3 truncated answers repeat themselves, from 2 words on, every 4 words (medians)."
+    assert f"tiny at {server.url}: {loops}" in out
+    assert "Tokens are the counts of the servers." in out
+    assert "no model is named" in rac("eval", *FEW)[2]
 
 
 def test_a_server_of_another_model_is_refused_before_it_is_asked(

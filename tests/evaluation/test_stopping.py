@@ -7,6 +7,7 @@ from rac_modifier.evaluation.stopping import (
     Ending,
     Inflation,
     Loop,
+    describe_loops,
     ending_of,
     summary,
     token_inflation,
@@ -186,6 +187,18 @@ def test_summary_has_shares_and_means():
         "thinking_tokens": 12,
         "answer_tokens": 3,
     }
+
+
+def test_a_line_has_the_medians_of_the_loops_of_a_unit():
+    def looping(*loop):
+        return Ending("looping", 90, 90, False, Loop(*loop))
+
+    found = {"a": [looping(30, 4, "tokens"), looping(9, 7, "words")], "b": answers(5)}
+    found["c"] = [looping(40, 8, "tokens"), looping(10, 3, "tokens")]
+    assert describe_loops("2:4", found) == [
+        "2:4: 3 truncated answers repeat themselves, from 30 tokens on, every 4 tokens (medians).",
+        "2:4: 1 truncated answers repeat themselves, from 9 words on, every 7 words (medians).",
+    ]
 
 
 def test_the_first_character_of_a_loop():

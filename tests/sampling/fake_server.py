@@ -41,6 +41,7 @@ class FakeServer:
         self.fault: Callable[[int, dict[str, Any]], str | None] = lambda number, body: None
         self.answer: Callable[[dict[str, Any]], list[int]] = rule
         self.text: Callable[[list[int]], str] = lambda ids: "text"
+        self.chat: Callable[[dict[str, Any]], Any] = lambda body: None  # JSON of a chat answer
         self.cards: list[dict[str, Any]] = [
             {"id": NAME, "root": "/models/tiny", "max_model_len": 512}
         ]
@@ -119,6 +120,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.send(500, {"error": {"message": self.headers["authorization"]}})
         elif fault in ("307", "500", "401", "400", "404", "429", "503"):
             self.send(int(fault), {"error": {"message": f"told to answer {fault}"}})
+        elif self.path.endswith("/chat/completions"):
+            self.send(200, self.fake.chat(body))
         else:
             self.complete(body, fault)
 

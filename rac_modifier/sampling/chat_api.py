@@ -1,0 +1,102 @@
+"""The chat protocol: questions as text, answers as text with the server's token counts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from rac_modifier.errors import RacError
+from rac_modifier.problems.answers import THINK_END
+from rac_modifier.sampling.completions_api import (
+    UnusableError,
+    only_choice,
+    sampling_fields,
+    trace_seed,
+)
+from rac_modifier.sampling.generate import FinishReason
+from rac_modifier.sampling.server_client import RefusedError
+from rac_modifier.settings.sampling import SamplingSettings
+
+_TEXTS = ("reasoning_content", "reasoning", "content")  # vLLM: the second
+_MISCOUNT = 2  # tokens by which a server's count of a truncated answer may miss the cap
+
+
+@dataclass(frozen=True)
+class ChatAnswer:
+    """An answer of a chat server; its thinking is a part of `text`, up to `</think>`."""
+
+    text: str
+    finish_reason: FinishReason
+    tokens: int
+    thinking_tokens: int
+
+    @classmethod
+    def of(
+        cls, thinking: str, content: str, finish: FinishReason, tokens: int, counted: Any
+    ) -> ChatAnswer:
+        """Join the texts, and divide the tokens.
+
+        `counted` is the server's count of thinking tokens. Where it has none, the tokens are divided
+        by characters. Thinking counts as closed if content follows it.
+        """
+        text = thinking + THINK_END + content if thinking and content else thinking or content
+        text = text.encode("utf-8", "replace").decode()  # a lone surrogate cannot be written
+        before, tag, _ = text.partition(THINK_END)
+        if not tag:
+            return cls(text, finish, tokens, tokens)
+        if type(counted) is int and 0 < counted <= tokens:
+            return cls(text, finish, tokens, counted)
+        return cls(text, finish, tokens, round(tokens * len(before + tag) / len(text)))
+
+
+def chat_body(question: str, key: str, model: str, sampling: SamplingSettings) -> dict[str, Any]:
+    """Return the JSON of /v1/chat/completions; `key` and the seed decide what is drawn."""
+    system = sampling.system_prompt
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    return {
+        **sampling_fields(model, sampling, sampling.max_new_tokens, trace_seed(sampling.seed, key)),
+        "messages": [*messages, {"role": "user", "content": question}],
+        "chat_template_kwargs": {"enable_thinking": sampling.thinking},
+    }
+
+
+def read_chat(content: bytes, cap: int, server: str) -> ChatAnswer:
+    """Return the answer in a body with status 200.
+
+    Raises:
+        UnusableError: the body is no answer, or has a field of a wrong type or range.
+        RefusedError: the server hides its text, or truncated the answer before the cap.
+        RacError: the server does not count tokens.
+    """
+    choice, usage = only_choice(content)
+    message, finish = choice.get("message"), choice.get("finish_reason")
+    if not isinstance(message, dict):
+        raise UnusableError(f"message {str(message)[:60]!r} is no object")
+    thinking, reasoning, answer = ("" if message.get(n) is None else message[n] for n in _TEXTS)
+    if not (isinstance(thinking, str) and isinstance(reasoning, str) and isinstance(answer, str)):
+        raise UnusableError(f"one of {', '.join(_TEXTS)} is no text in {str(message)[:80]!r}")
+    if finish not in ("stop", "length"):
+        raise UnusableError(f"finish_reason {str(finish)[:60]!r} is neither stop nor length")
+    tokens = usage.get("completion_tokens")
+    if tokens is None:
+        raise RacError(
+            f"{server} counts no tokens (usage.completion_tokens is missing); name the model folder "
+            "too, whose tokenizer counts them"
+        )
+    if type(tokens) is not int or not 0 <= tokens <= cap:
+        raise UnusableError(
+            f"usage.completion_tokens {str(tokens)[:60]!r} is no count of at most {cap}"
+        )
+    if finish == "length" and tokens < cap - _MISCOUNT:
+        raise RefusedError(
+            f"{server} truncated an answer at {tokens} of {cap} tokens; give it a larger context, or "
+            "lower --cap"
+        )
+    details = usage.get("completion_tokens_details")
+    counted = details.get("reasoning_tokens") if isinstance(details, dict) else None
+    thinking = thinking or reasoning
+    if not (thinking or answer) and tokens > 1:
+        raise RefusedError(
+            f"{server} returned {tokens} tokens without a text; let it return its reasoning"
+        )
+    return ChatAnswer.of(thinking, answer, finish, max(tokens, 1), counted)

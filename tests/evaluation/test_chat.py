@@ -1,0 +1,156 @@
+"""Servers that are known by address and name alone: their answers in a file, killed and resumed."""
+
+import json
+
+import pytest
+
+from rac_modifier.errors import RacError
+from rac_modifier.evaluation.chat import evaluate_chat
+from rac_modifier.evaluation.results import paired_difference
+from rac_modifier.problems.source import Problem
+from rac_modifier.settings.problems import ProblemSource
+from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
+from tests.sampling.fake_server import FakeServer, shorten_pauses
+
+SUMS = [Problem(f"q{i}", f"{i}+1?", str(i + 1), "sum") for i in range(12)]
+CAP = 100
+
+
+def answer(body, longer=1):
+    """The sum; an odd i is thought about without an end, and repeats from its third word on."""
+    number = int(body["messages"][-1]["content"].partition("+")[0])
+    message = {"reasoning_content": "Let me think", "content": f"\\boxed{{{number + 1}}}"}
+    tokens, finish = 10 * longer, "stop"
+    if number % 2 and longer > 1:
+        message = {"reasoning": "So then. " + "wait, I check " * 30, "content": None}
+        tokens, finish = CAP, "length"
+    choice = {"message": message, "finish_reason": finish}
+    return {"choices": [choice], "usage": {"completion_tokens": tokens}}
+
+
+@pytest.fixture
+def servers(monkeypatch):
+    """Two servers; the second one's model writes twice as much, and loops on odd problems."""
+    shorten_pauses(monkeypatch)
+    dense, sparse = FakeServer(), FakeServer()
+    dense.chat, sparse.chat = answer, lambda body: answer(body, longer=2)
+    sparse.cards = [{"id": "2of4"}, {"id": "another"}]
+    yield dense, sparse
+    dense.close()
+    sparse.close()
+
+
+def ask(server, path, problems=SUMS, name=None, samples=1, **changes):
+    values = {"temperature": 0.0, "top_p": 0.95, "top_k": 0, "max_new_tokens": CAP, **changes}
+    return evaluate_chat(
+        problems,
+        engine=EngineSettings(base_urls=(server.url,), concurrency=3, model=name),
+        source=ProblemSource(source="arithmetic"),
+        sampling=SamplingSettings(samples_per_problem=samples, **values),
+        path=path,
+        progress=False,
+    )
+
+
+def test_two_servers_are_compared_by_address_and_name(servers, tmp_path):
+    dense = ask(servers[0], tmp_path / "a.jsonl")
+    sparse = ask(servers[1], tmp_path / "b.jsonl", name="2of4")
+    assert (dense.label, dense.accuracy, dense.mean_completion_tokens) == ("tiny", 1.0, 10)
+    assert (sparse.label, sparse.accuracy, sparse.unfinished_share) == ("2of4", 0.5, 0.5)
+    assert {ending.kind for ending in sparse.endings["q1"]} == {"looping"}
+    (loop,) = [ending.loop for ending in sparse.endings["q1"]]
+    assert (loop.begin, loop.period, loop.unit) == (3, 4, "words")
+    assert [ending.closes for ending in sparse.endings["q0"]] == [True]
+    assert 0 < sparse.endings["q0"][0].thinking_tokens < 20
+    inflation = paired_difference(dense, sparse).inflation
+    assert (inflation.both_finish.answers, inflation.both_finish.ratio) == (6, 2.0)
+    assert inflation.at_cap.ratio == (6 * 20 + 6 * CAP) / (12 * 10)
+    assert {body["model"] for body in servers[1].bodies} == {"2of4"}
+
+
+def test_a_killed_evaluation_goes_on_and_its_file_is_the_same(servers, tmp_path):
+    path, server = tmp_path / "a.jsonl", servers[0]
+    result = ask(server, path, samples=2, temperature=0.6)
+    assert (result.samples, len(server.bodies), len({b["seed"] for b in server.bodies})) == (
+        2,
+        24,
+        24,
+    )
+    whole = path.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    assert [json.loads(line)["id"] for line in lines[1:4]] == ["q0#0", "q0#1", "q1#0"]
+    for count in range(0, 25, 4):
+        server.bodies.clear()
+        path.write_bytes(b"".join(lines[: count + 1]) + lines[1][:20])
+        again = ask(server, path, samples=2, temperature=0.6)
+        assert len(server.bodies) == 24 - count
+        assert path.read_bytes() == whole
+        assert again.endings == result.endings
+    assert ask(server, path, SUMS[:5], samples=2, temperature=0.6).problems == 5
+    assert path.read_bytes() == whole
+
+
+def test_a_failed_answer_is_named_and_asked_again(servers, tmp_path):
+    server, path = servers[0], tmp_path / "a.jsonl"
+    server.fault = lambda _, body: "400" if body["messages"][-1]["content"] == "7+1?" else None
+    with pytest.raises(RacError, match=rf"1 of 12 .*the first: 'q7#0', {server.url} answers 400"):
+        ask(server, path)
+    server.fault = lambda number, body: None
+    asked = len(server.bodies)
+    assert ask(server, path).problems == 12
+    assert len(server.bodies) == asked + 1
+
+
+def test_an_outage_ends_the_run_and_the_answers_so_far_are_kept(servers, tmp_path):
+    server, path = servers[0], tmp_path / "a.jsonl"
+    problems = [Problem(f"q{i}", f"{i}+1?", str(i + 1), None) for i in range(60)]
+    server.fault = lambda number, body: "400" if number >= 20 else None
+    with pytest.raises(RacError, match="16 answers in a row failed"):
+        ask(server, path, problems)
+    assert len(path.read_bytes().splitlines()) == 21
+
+
+def test_garbage_is_a_failed_answer_of_the_server(servers, tmp_path):
+    servers[0].chat = lambda body: {"choices": [{"message": {"content": {}}}]}
+    with pytest.raises(RacError, match=rf"1 of 1 .*{servers[0].url}: one of .* is no text"):
+        ask(servers[0], tmp_path / "a.jsonl", SUMS[:1])
+
+
+def test_a_server_whose_context_is_shorter_than_the_cap_is_refused(servers, tmp_path):
+    servers[0].cards = [{"id": "m", "max_model_len": CAP}]
+    with pytest.raises(RacError, match=f"takes sequences of up to {CAP} tokens"):
+        ask(servers[0], tmp_path / "a.jsonl")
+    with pytest.raises(RacError, match=r"serves '2of4', 'another'; set .*--served-as"):
+        ask(servers[1], tmp_path / "b.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("other text", "is no file of chat answers; name another file"),
+        ("[1]\n", "is no file of chat answers"),
+        ("{header}\n[1]\n", "line 2 is damaged; remove that line"),
+        ('{header}\n{"id": "q0#0", "text": 3}\n', "line 2 is damaged"),
+    ],
+)
+def test_a_file_that_is_not_of_answers_is_refused_and_unchanged(
+    servers, tmp_path, content, message
+):
+    path = tmp_path / "a.jsonl"
+    ask(servers[0], path, SUMS[:1])
+    content = content.replace("{header}", path.read_text().splitlines()[0])
+    path.write_text(content)
+    with pytest.raises(RacError, match=message):
+        ask(servers[0], path)
+    assert path.read_text() == content
+    with pytest.raises(RacError, match="cannot be opened"):
+        ask(servers[0], tmp_path)
+
+
+def test_answers_under_other_settings_are_refused(servers, tmp_path):
+    ask(servers[0], tmp_path / "a.jsonl", SUMS[:1])
+    with pytest.raises(RacError, match=r"under other settings \(sampling: .*; name another file"):
+        ask(servers[0], tmp_path / "a.jsonl", seed=1)
+    servers[1].cards = servers[0].cards
+    with pytest.raises(RacError, match=r"under other settings \(server: "):
+        ask(servers[1], tmp_path / "a.jsonl")
