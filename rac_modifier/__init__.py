@@ -100,7 +100,7 @@ def _import_after(trigger: str, module: str) -> None:
     finder, loaded = _ImportAfter(trigger, module), sys.modules.get(trigger)
     if loaded is not None and not getattr(loaded.__spec__, "_initializing", False):
         finder.extend()
-    elif trigger not in {getattr(other, "trigger", None) for other in sys.meta_path}:
+    elif trigger not in {getattr(hook, "trigger", None) for hook in sys.meta_path}:
         sys.meta_path.insert(0, finder)
 
 

@@ -70,20 +70,20 @@ def read_json(path: str | Path, next_step: str = "is this a saved model folder?"
     return obj
 
 
-def regular_file(path: str | Path, what: str) -> Path:
+def regular_file(path: str | Path, label: str) -> Path:
     """Return the path of a user's file, after checking that reading it will end; links are followed.
 
     Raises:
-        RacError: nothing is at `path`, or a folder, device, pipe or socket; it begins with `what`.
+        RacError: nothing is at `path`, or a folder, device, pipe or socket; it begins with `label`.
     """
     path = Path(path)
     try:
         kind = _special_kind(path)
     except (OSError, ValueError) as error:  # ValueError: a NUL byte in the path
         reason = error.strerror if isinstance(error, OSError) else error
-        raise RacError(f"{what} {path}: {reason}; name an existing file") from error
+        raise RacError(f"{label} {path}: {reason}; name an existing file") from error
     if kind is not None:
-        raise RacError(f"{what} {path} is a {kind}; name a regular file")
+        raise RacError(f"{label} {path} is a {kind}; name a regular file")
     return path
 
 

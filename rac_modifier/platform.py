@@ -143,10 +143,10 @@ def cholesky_(matrix: torch.Tensor, *, bf16: bool = False) -> torch.Tensor | Non
                 lower_rows[:, block], lower_rows[:, exact], right, alpha=-1, chunk=_FACTOR_CHUNK
             )
         if bf16 and start > BLOCK:
-            left = slice(BLOCK, start)
-            right = matrix[block, left].bfloat16().T
+            before = slice(BLOCK, start)
+            right = matrix[block, before].bfloat16().T
             for rows in matrix[start:].split(_FACTOR_CHUNK):
-                rows[:, block].sub_(rows[:, left].bfloat16() @ right)
+                rows[:, block].sub_(rows[:, before].bfloat16() @ right)
         corner = matrix[block, block]
         lower, info = torch.linalg.cholesky_ex(corner)
         if int(info):
@@ -190,12 +190,12 @@ def solve_with_corners_(b: torch.Tensor, lower: torch.Tensor) -> torch.Tensor:
     starts = range(0, d, BLOCK)
     for start in starts:
         block = slice(start, start + BLOCK)
-        left = b[block] - lower[block, :start] @ b[:start] if start else b[block]
-        b[block] = lower[block, block] @ left
+        remainder = b[block] - lower[block, :start] @ b[:start] if start else b[block]
+        b[block] = lower[block, block] @ remainder
     for start in reversed(starts):
         block, after = slice(start, start + BLOCK), slice(start + BLOCK, d)
-        left = b[block] - lower[after, block].T @ b[after] if start + BLOCK < d else b[block]
-        b[block] = lower[block, block].T @ left
+        remainder = b[block] - lower[after, block].T @ b[after] if start + BLOCK < d else b[block]
+        b[block] = lower[block, block].T @ remainder
     return b
 
 
@@ -214,8 +214,8 @@ def inverse_(matrix: torch.Tensor) -> torch.Tensor | None:
         corner, start = _inverse_of_triangle(matrix[block, block]), block.start
         before = torch.empty_like(matrix[block, :start])
         for columns in (b for b in blocks if b.start < start):
-            left = slice(columns.start, start)  # X is zero above `columns.start`
-            before[:, columns] = matmul(matrix[block, left], matrix[columns, left].T)
+            leading = slice(columns.start, start)  # X is zero above `columns.start`
+            before[:, columns] = matmul(matrix[block, leading], matrix[columns, leading].T)
         matrix[:start, block] = matmul(corner, before).neg_().T
         matrix[block, block] = corner.T
     # The result takes the place of L: only earlier blocks read the corner.

@@ -27,11 +27,11 @@ _FAILED = "rac_modifier/failed"  # key of the store with the message of the rank
 
 
 class ProcessFailedError(RacError):
-    """Another process has failed; `said` is whether that process reports it itself."""
+    """Another process has failed; `reported` is whether that process reports it itself."""
 
-    def __init__(self, message: str, said: bool = False):
+    def __init__(self, message: str, reported: bool = False):
         super().__init__(message)
-        self.said = said
+        self.reported = reported
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class Processes:
         failed = _failure()
         if failed is not None and failed["rank"] != self.rank:
             message = f"process {failed['rank']} of {self.count} has failed: {failed['message']}"
-            return ProcessFailedError(message, said=True)
+            return ProcessFailedError(message, reported=True)
         why = str(error).splitlines()[0][:200]
         return ProcessFailedError(
             f"another of the {self.count} processes has ended, or did not answer within "
@@ -160,11 +160,11 @@ def started_processes() -> int:
     return int(os.environ.get("WORLD_SIZE") or 1)
 
 
-def refuse_processes(what: str) -> None:
+def refuse_processes(feature: str) -> None:
     """Refuse to run under torchrun what is not distributed (RacError)."""
     if started_processes() > 1:
         raise RacError(
-            f"{what} runs in one process, and torchrun started {started_processes()}: start it "
+            f"{feature} runs in one process, and torchrun started {started_processes()}: start it "
             "without torchrun; only rac prune and rac recover are distributed"
         )
 

@@ -15,43 +15,48 @@ _BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {unit}s [{elapsed}
 class StepProgress:
     """Count the steps of a run, and estimate the time left from the mean time of its steps.
 
-    `what` names the run ("recovery"); `done` of its `total` steps were done by an earlier run. Without
+    `what` names the run ("recovery"); `first_step` of its `total` steps were done by an earlier run. Without
     `shown` it logs nothing and draws no bar.
     """
 
     def __init__(
         self,
-        what: str,
+        title: str,
         total: int,
-        done: int = 0,
+        first_step: int = 0,
         *,
         shown: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self._what, self._total, self._first, self._done = what, total, done, done
+        self._title, self._total, self._first, self._done = title, total, first_step, first_step
         self._shown, self._clock, self._start = shown, clock, clock()
-        self._next_line = done * _LINES // max(total, 1) + 1
+        self._next_line = first_step * _LINES // max(total, 1) + 1
         hidden = None if shown else True  # None: no bar without a terminal
         self._bar = tqdm(
-            total=total, initial=done, desc=what, unit="step", bar_format=_BAR, disable=hidden
+            total=total,
+            initial=first_step,
+            desc=title,
+            unit="step",
+            bar_format=_BAR,
+            disable=hidden,
         )
 
     @property
     def seconds_left(self) -> float:
         """Return the estimate for the steps that are left."""
-        taken = self._clock() - self._start
-        return taken / max(self._done - self._first, 1) * (self._total - self._done)
+        elapsed = self._clock() - self._start
+        return elapsed / max(self._done - self._first, 1) * (self._total - self._done)
 
     def step(self, text: str) -> None:
         """Count a step; `text` says how the run goes, such as "loss 0.0312"."""
         self._done += 1
-        left = f"about {readable_time(self.seconds_left)} left"
-        self._bar.set_postfix_str(f"{text}, {left}", refresh=False)
+        remaining = f"about {readable_time(self.seconds_left)} left"
+        self._bar.set_postfix_str(f"{text}, {remaining}", refresh=False)
         self._bar.update()
         due = self._done * _LINES >= self._next_line * self._total
         if self._shown and self._bar.disable and due:
             self._next_line = self._done * _LINES // self._total + 1
-            logger.info(f"{self._what}: step {self._done} of {self._total}, {text}, {left}")
+            logger.info(f"{self._title}: step {self._done} of {self._total}, {text}, {remaining}")
 
     def close(self) -> None:
         """End the bar."""

@@ -79,7 +79,7 @@ try:
             raise RacError("no room")
         processes.meet()
 except ProcessFailedError as error:
-    print(error.said, error, file=sys.stderr, flush=True)
+    print(error.reported, error, file=sys.stderr, flush=True)
     sys.exit(3)
 """
 

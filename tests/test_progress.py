@@ -29,7 +29,7 @@ def test_a_run_logs_ten_lines_with_the_time_left(lines):
 
 def test_steps_of_an_earlier_run_say_nothing_about_the_time(lines):
     now = [0.0]
-    progress = StepProgress("recovery", 10, done=8, clock=lambda: now[0])
+    progress = StepProgress("recovery", 10, first_step=8, clock=lambda: now[0])
     now[0] = 5.0
     progress.step("loss 1")
     StepProgress("silent", 1, shown=False).step("loss 1")

@@ -89,15 +89,15 @@ def build_calibration_set(
     """
     if not processes.is_first:
         return _received(help_sampling(model, tokenizer, processes), calibration)
-    parts: dict[str, Iterable[CalibrationSequence]] = {}
+    by_part: dict[str, Iterable[CalibrationSequence]] = {}
     prompts: dict[str, PromptSettings] = {}
     for part in calibration.parts("prompts"):
         settings = traces.named(part.name)
-        parts[part.key] = _prompts(tokenizer, settings)
+        by_part[part.key] = _prompts(tokenizer, settings)
         prompts[part.key] = PromptSettings.of(settings.sampling)
     for part in calibration.parts("generic"):
         ids = generic_token_sequences(tokenizer, calibration.text(part.name), calibration.seed)
-        parts[part.key] = (CalibrationSequence(tuple(i), len(i), "generic") for i in ids)
+        by_part[part.key] = (CalibrationSequence(tuple(i), len(i), "generic") for i in ids)
     pools: dict[str, TracePool] = {}
     if calibration.parts("traces"):
         pools = collect_for_calibration(
@@ -105,9 +105,9 @@ def build_calibration_set(
         )
     budgets = part_tokens(calibration.mixture, calibration.tokens)
     for key, pool in pools.items():
-        parts[key] = pool.draw(key, budgets[key])
+        by_part[key] = pool.draw(key, budgets[key])
         prompts[key] = PromptSettings.of(pool.store.header.sampling)
-    sequences, composition = mix(parts, calibration)
+    sequences, composition = mix(by_part, calibration)
     logger.info(composition.describe())
     if composition.unfinished_share >= _MANY_UNFINISHED:
         logger.warning(

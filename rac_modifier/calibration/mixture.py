@@ -82,7 +82,7 @@ class Composition:
 
 
 def mix(
-    parts: Mapping[str, Iterable[CalibrationSequence]], settings: CalibrationSettings
+    by_part: Mapping[str, Iterable[CalibrationSequence]], settings: CalibrationSettings
 ) -> tuple[list[CalibrationSequence], Composition]:
     """Fill each part's share of the budget, exactly to the token, and shuffle.
 
@@ -93,7 +93,7 @@ def mix(
     truncated = unfinished = 0
     for key, budget in part_tokens(settings.mixture, settings.tokens).items():
         before, missing = len(sequences), budget
-        for sequence in parts[key]:
+        for sequence in by_part[key]:
             if missing <= 0:
                 break
             unfinished += sequence.kind == "traces" and not sequence.finished
@@ -176,7 +176,9 @@ def _texts(source: GenericText) -> Iterator[str]:
         raise RacError(
             f'generic text {source.source!r} needs the name of its text column, e.g. column: "text"'
         )
-    rows = stream_rows(source.source, what="generic text", config=source.config, split=source.split)
+    rows = stream_rows(
+        source.source, label="generic text", config=source.config, split=source.split
+    )
     for number, row in enumerate(rows, 1):
         text = row.get(column)
         if not isinstance(text, str):

@@ -140,12 +140,13 @@ def collect_for_calibration(
     Raises:
         RacError: see `collect_traces`; a mixture without traces; a selection that keeps almost nothing.
     """
-    parts = calibration.parts("traces")
-    if not parts:
+    trace_parts = calibration.parts("traces")
+    if not trace_parts:
         raise RacError(
             f"the mixture {calibration.mixture} gives traces no share, so there is nothing to collect"
         )
-    by_part = {part: traces.named(part.name) for part in parts}  # an unknown name is an early error
+    # an unknown name is an early error
+    by_part = {part: traces.named(part.name) for part in trace_parts}
     budgets = part_tokens(calibration.mixture, calibration.tokens)
     pools: dict[str, TracePool] = {}
     for part, settings in by_part.items():
@@ -197,8 +198,8 @@ def _store_tokens(pool: TracePool, budget: int, kept_out: int) -> int:
     without_tails = sampled - pool.repeated_tokens
     judged = without_tails - pool.kept_out_tokens
     most = max(judged * _GROWTH, budget)
-    others = min(judged * budget / usable, most) if usable else most
-    return math.ceil((max(pool.kept_out_tokens, kept_out) + others) * sampled / without_tails)
+    pool_tokens = min(judged * budget / usable, most) if usable else most
+    return math.ceil((max(pool.kept_out_tokens, kept_out) + pool_tokens) * sampled / without_tails)
 
 
 def _check_hopeful(pool: TracePool, part: Part) -> None:

@@ -28,15 +28,15 @@ _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _BLOCK = 1 << 20
 
 
-def damaged(name: str, what: str) -> RacError:
+def damaged(name: str, fault: str) -> RacError:
     """Return the error that the tensor `name` cannot be what was written."""
-    return RacError(f"{name}: {what}; the checkpoint is damaged, copy it again")
+    return RacError(f"{name}: {fault}; the checkpoint is damaged, copy it again")
 
 
-def contradicts(name: str, what: str) -> RacError:
+def contradicts(name: str, fault: str) -> RacError:
     """Return the error that the tensor `name` does not fit config.json."""
     step = "restore the config.json that was saved with these files, or copy the checkpoint again"
-    return RacError(f"{name}: {what}; {step}")
+    return RacError(f"{name}: {fault}; {step}")
 
 
 def part_of(tensors: Mapping[str, Tensor], module: str, part: str) -> Tensor:
@@ -116,7 +116,7 @@ def as_integers(tensor: Tensor) -> Tensor:
 
 def row_counts(bitmask: Tensor) -> Tensor:
     """Count the set bits of each row, int64 [N]."""
-    counts = _half_byte_counts(bitmask, whole=True)
+    counts = _half_byte_counts(bitmask, per_byte=True)
     total = torch.zeros(len(counts), dtype=torch.int64, device=counts.device)
     for block in counts.split(_BLOCK, dim=1):  # a sum in int64 takes eight times its memory
         total += block.sum(dim=1, dtype=torch.int64)
@@ -144,11 +144,11 @@ def column_sums(counts: Tensor, width: int) -> Tensor:
     return counts
 
 
-def _half_byte_counts(bitmask: Tensor, whole: bool = False) -> Tensor:
-    """Count the set bits of each half byte, in that half; with `whole`, of each byte."""
+def _half_byte_counts(bitmask: Tensor, per_byte: bool = False) -> Tensor:
+    """Count the set bits of each half byte, in that half; with `per_byte`, of each byte."""
     pairs = bitmask - ((bitmask >> 1) & 0x55)
     halves = (pairs & 0x33) + ((pairs >> 2) & 0x33)
-    return (halves + (halves >> 4)) & 0x0F if whole else halves
+    return (halves + (halves >> 4)) & 0x0F if per_byte else halves
 
 
 def _to_bits(mask: Tensor) -> Tensor:

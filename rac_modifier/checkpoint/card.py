@@ -132,7 +132,7 @@ def _joined(sections: Iterable[str], record: Mapping[str, Any]) -> str:
 
 def _how_to_use(packed: bool, schemes: Iterable[str] = ()) -> str:
     """Return the sections with the commands for loading and serving."""
-    few = sorted({bits[0] for scheme in schemes if (bits := _FEW_BITS.search(scheme))})
+    few_bits = sorted({bits[0] for scheme in schemes if (bits := _FEW_BITS.search(scheme))})
     first = option = more = ""
     serve = "The weights are stored dense, so stock vLLM serves them."
     if packed:
@@ -145,11 +145,11 @@ def _how_to_use(packed: bool, schemes: Iterable[str] = ()) -> str:
             "rac_modifier must be installed next to vLLM: its plugin reads the packed weights. "
             "`rac inspect` shows which layers run on sparse kernels."
         )
-    elif few:
+    elif few_bits:
         option = " --quantization rac"
         serve = (
             "rac_modifier must be installed next to vLLM, which has no kernel for "
-            f"{' or '.join(few)} weights on a CPU."
+            f"{' or '.join(few_bits)} weights on a CPU."
         )
     return (
         f"## Load\n\n```python\n{first}from transformers import AutoModelForCausalLM\n\n"
@@ -192,10 +192,10 @@ def _store(store: Mapping[str, Any]) -> str:
 def _calibration(counts: Mapping[str, Any]) -> str:
     """Describe the calibration set by its counts of tokens."""
     words = _COUNTS | {key: key.replace("_", " ") for key in counts if key not in _COUNTS}
-    parts = counts.get("parts") or {}
+    part_counts = counts.get("parts") or {}
     text = [f"{counts[key]:,} {words[key]}" for key in words if key in counts and key != "parts"]
-    if len(parts) > 1:
-        tokens = (f"{name} {part['tokens']:,}" for name, part in parts.items())
+    if len(part_counts) > 1:
+        tokens = (f"{name} {part['tokens']:,}" for name, part in part_counts.items())
         text.append(f"by part: {', '.join(tokens)} tokens")
     return "; ".join(text)
 
@@ -218,5 +218,5 @@ def _layers(modules: Sequence[Mapping[str, Any]] | None, is_pruned: bool) -> str
 
 def _versions(record: Mapping[str, Any]) -> str:
     versions = record.get("versions") or {}
-    known = (f"{name} {value}" for name, value in versions.items() if value is not None)
-    return f"Made with {', '.join(known)}." if versions else ""
+    shown = (f"{name} {value}" for name, value in versions.items() if value is not None)
+    return f"Made with {', '.join(shown)}." if versions else ""

@@ -100,7 +100,7 @@ def to_words(weight: Tensor, bits: int) -> dict[str, Tensor]:
 
 
 def words_weight(
-    parts: Mapping[str, Tensor], module: str, schemes: Iterable[WeightScheme] = ()
+    tensors: Mapping[str, Tensor], module: str, schemes: Iterable[WeightScheme] = ()
 ) -> tuple[Tensor, int] | None:
     """Return the values int8 [N, K] of `weight_packed` and `weight_shape`, and bits per value.
 
@@ -110,10 +110,10 @@ def words_weight(
     Raises:
         RacError: parts that contradict each other or the schemes.
     """
-    words = parts.get(WORDS)
-    if words is None or WORDS_SHAPE not in parts or words.dtype != torch.int32:
+    words = tensors.get(WORDS)
+    if words is None or WORDS_SHAPE not in tensors or words.dtype != torch.int32:
         return None
-    rows, columns = _shape(parts, module)
+    rows, columns = _shape(tensors, module)
     stated = {scheme.bits for scheme in schemes if scheme.format == PACK_QUANTIZED}
     widths = stated & {*BITS, *PACKED_BITS} if stated else set(PACKED_BITS)
     count = words.shape[-1] if words.dim() else 0
@@ -123,9 +123,9 @@ def words_weight(
         return _unpacked(words, rows, columns, f"{module}.{WORDS}", bits), bits
     if stated != widths or (3 in widths and _is_ten_per_word(words, columns)):
         return None
-    what = f"{count} int32 words per row do not hold {columns} values of"
-    known = " or ".join(map(str, sorted(widths)))
-    raise contradicts(f"{module}.{WORDS}", f"{what} {known} bits")
+    fault = f"{count} int32 words per row do not hold {columns} values of"
+    allowed = " or ".join(map(str, sorted(widths)))
+    raise contradicts(f"{module}.{WORDS}", f"{fault} {allowed} bits")
 
 
 def words_of(
@@ -133,8 +133,8 @@ def words_of(
 ) -> tuple[Tensor, int] | None:
     """Return `words_weight` of a module's tensors in files."""
     names = {part: f"{module}.{part}" for part in (WORDS, WORDS_SHAPE)}
-    parts = {part: files.tensor(name) for part, name in names.items() if name in files}
-    return words_weight(parts, module, schemes)
+    tensors = {part: files.tensor(name) for part, name in names.items() if name in files}
+    return words_weight(tensors, module, schemes)
 
 
 def check_codes(
@@ -168,8 +168,8 @@ def check_codes(
         zeros = _unpacked(words, groups, rows, f"{name}.{ZEROS}", bits)
         return with_zeros(codes, scale, zeros, bits, name)
     if ZEROS in tensors:
-        what = "must not be there, since config.json quantizes it symmetrically"
-        raise contradicts(f"{name}.{ZEROS}", what)
+        fault = "must not be there, since config.json quantizes it symmetrically"
+        raise contradicts(f"{name}.{ZEROS}", fault)
     return with_zeros(codes, scale, None, bits, name)
 
 
@@ -220,8 +220,8 @@ def check_int8(tensors: Mapping[str, Tensor], name: str, group: int | None = Non
     if "weight" in tensors:
         values = tensors["weight"]
         if values.dtype != torch.int8 or values.dim() != 2 or not values.numel():
-            what = f"{values.dtype} {list(values.shape)}, but config.json says that it is int8"
-            raise contradicts(f"{name}.weight", what)
+            fault = f"{values.dtype} {list(values.shape)}, but config.json says that it is int8"
+            raise contradicts(f"{name}.weight", fault)
     else:
         rows, columns = _shape(tensors, name)
         values = _unpacked(part_of(tensors, name, WORDS), rows, columns, f"{name}.{WORDS}", 8)
@@ -238,8 +238,8 @@ def _check_groups(
     groups = 1 if group is None else columns // group
     if scale.shape[1] != groups or groups * (group or columns) != columns:
         stated = "one per row" if group is None else f"groups of {group} columns"
-        what = f"{scale.shape[1]} per row of {columns} columns, but config.json has {stated}"
-        raise contradicts(f"{name}.{SCALE}", what)
+        fault = f"{scale.shape[1]} per row of {columns} columns, but config.json has {stated}"
+        raise contradicts(f"{name}.{SCALE}", fault)
     return scale
 
 
@@ -248,8 +248,8 @@ def _shape(tensors: Mapping[str, Tensor], name: str) -> tuple[int, int]:
     shape = part_of(tensors, name, WORDS_SHAPE)
     is_shape = shape.dtype in (torch.int64, torch.int32) and shape.shape == (2,)
     if not is_shape or bool((shape < 1).any()):
-        what = f"{shape.dtype} {shape.flatten()[:4].tolist()} is not the shape of a matrix"
-        raise damaged(f"{name}.{WORDS_SHAPE}", what)
+        fault = f"{shape.dtype} {shape.flatten()[:4].tolist()} is not the shape of a matrix"
+        raise damaged(f"{name}.{WORDS_SHAPE}", fault)
     return int(shape[0]), int(shape[1])
 
 

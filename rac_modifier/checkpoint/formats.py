@@ -97,13 +97,13 @@ class BitmaskFormat(ABC):
                 "packed, so leave it dense"
             )
         if weight.dtype not in layout.DTYPES:
-            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in layout.DTYPES)
+            allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in layout.DTYPES)
             raise RacError(
-                f"{module}: dtype {weight.dtype} cannot be packed; convert it to one of {known}, "
+                f"{module}: dtype {weight.dtype} cannot be packed; convert it to one of {allowed}, "
                 "or leave it dense"
             )
-        values, others = self._compress(weight, module)
-        return {"compressed": pack_words(values, 4) if bits == 4 else values, **others}
+        values, index = self._compress(weight, module)
+        return {"compressed": pack_words(values, 4) if bits == 4 else values, **index}
 
     def check(  # noqa: D102
         self, tensors: Mapping[str, Tensor], module: str, scaled: bool = True
@@ -111,14 +111,14 @@ class BitmaskFormat(ABC):
         compressed = part_of(tensors, module, "compressed")
         bitmask, rows, columns = _check_mask(tensors, module)
         if compressed.dtype not in (torch.int32, *layout.DTYPES):
-            what = f"no weight is packed in dtype {compressed.dtype}"
-            raise damaged(f"{module}.compressed", what)
+            fault = f"no weight is packed in dtype {compressed.dtype}"
+            raise damaged(f"{module}.compressed", fault)
         shape, starts = self._layout(tensors, bitmask, columns, module)
         in_words = compressed.dtype == torch.int32
         expected = (*shape[:-1], word_count(shape[-1], 4)) if in_words else shape
         if tuple(compressed.shape) != expected:
-            what = f"shape {list(compressed.shape)} does not fit the bitmask, which keeps"
-            raise damaged(f"{module}.compressed", f"{what} {list(expected)}")
+            fault = f"shape {list(compressed.shape)} does not fit the bitmask, which keeps"
+            raise damaged(f"{module}.compressed", f"{fault} {list(expected)}")
         values = (unpack_words(compressed, 4, shape[-1]) if in_words else compressed).reshape(-1)
         check_finite(values, f"{module}.compressed")
         scale = check_scale(tensors, values.dtype, rows, columns, module) if scaled else None
@@ -156,8 +156,8 @@ class Bitmask24(BitmaskFormat):
         self, tensors: Mapping[str, Tensor], bitmask: Tensor, columns: int, module: str
     ) -> tuple[tuple[int, ...], Tensor]:
         if columns % 4 or not layout.keeps_two_of_four(bitmask, columns):
-            what = "a group of four columns does not keep exactly two"
-            raise damaged(f"{module}.bitmask", what)
+            fault = "a group of four columns does not keep exactly two"
+            raise damaged(f"{module}.bitmask", fault)
         rows, half = len(bitmask), columns // 2
         return (rows, half), torch.arange(rows + 1, device=bitmask.device) * half
 
@@ -253,13 +253,13 @@ def check_packed(
             f"{files.folder}: config.json says {format}, but no tensor is packed; "
             "copy the whole model again"
         )
-    parts = {f"{module}.{part}" for module in modules for part in PARTS[format]}
-    if lost := sorted(parts - files.where.keys()):
+    tensor_names = {f"{module}.{part}" for module in modules for part in PARTS[format]}
+    if lost := sorted(tensor_names - files.where.keys()):
         raise RacError(f"{lost[0]}: missing from {files.folder}; copy or save the checkpoint again")
     dense = {f"{module}.{part}" for module in modules for part in ("weight", WORDS)}
-    if both := sorted(dense & files.where.keys()):
+    if duplicates := sorted(dense & files.where.keys()):
         raise RacError(
-            f"{both[0]}: stored both dense and packed in {files.folder}; save the model again"
+            f"{duplicates[0]}: stored both dense and packed in {files.folder}; save the model again"
         )
     in_words = (torch.int32, torch.int8) if int8_in_words(schemes) else (torch.int32,)
     return [module for module in modules if files.dtype(f"{module}.compressed") in in_words]
@@ -269,8 +269,8 @@ def packed_weight(
     files: TensorFiles, format: str, module: str, schemes: tuple[WeightScheme, ...] = ()
 ) -> StoredWeight:
     """Read and check the weight of a packed module and its scales (RacError)."""
-    parts = [part for part in PARTS[format] if f"{module}.{part}" in files]
-    tensors = {part: files.tensor(f"{module}.{part}") for part in parts}
+    stored_parts = [part for part in PARTS[format] if f"{module}.{part}" in files]
+    tensors = {part: files.tensor(f"{module}.{part}") for part in stored_parts}
     weight = check(tensors, format, module, scaled=False)
     check_scale_of(files, module, weight.rows, weight.columns, schemes)
     return weight
@@ -297,13 +297,13 @@ def _check_mask(tensors: Mapping[str, Tensor], module: str) -> tuple[Tensor, int
     """Return the bitmask, N and K, which fit each other; refuse others."""
     bitmask, shape = part_of(tensors, module, "bitmask"), part_of(tensors, module, "shape")
     if shape.dtype != torch.int64 or shape.numel() != 2:
-        what = f"{shape.dtype} {list(shape.shape)} instead of two int64"
-        raise damaged(f"{module}.shape", what)
+        fault = f"{shape.dtype} {list(shape.shape)} instead of two int64"
+        raise damaged(f"{module}.shape", fault)
     rows, columns = shape.flatten().tolist()
     expected = (rows, -(-columns // 8))
     if bitmask.dtype != torch.uint8 or min(rows, columns) < 1 or bitmask.shape != expected:
-        what = f"{bitmask.dtype} {list(bitmask.shape)} is no uint8 bitmask of a weight"
-        raise damaged(f"{module}.bitmask", f"{what} [{rows}, {columns}], the size in its shape")
+        fault = f"{bitmask.dtype} {list(bitmask.shape)} is no uint8 bitmask of a weight"
+        raise damaged(f"{module}.bitmask", f"{fault} [{rows}, {columns}], the size in its shape")
     if columns % 8 and bool((bitmask[:, -1] >> (columns % 8)).any()):
         raise damaged(f"{module}.bitmask", f"bits are set beyond column {columns}")
     return bitmask, rows, columns

@@ -141,8 +141,8 @@ def check_gptq(
     words = _words(tensors, name, WORDS)
     columns, rows = len(words) * 32 // bits, words.shape[1]
     if columns * bits != len(words) * 32:
-        what = f"{len(words)} words per row hold no whole number of {bits}-bit codes"
-        raise contradicts(f"{name}.{WORDS}", what)
+        fault = f"{len(words)} words per row hold no whole number of {bits}-bit codes"
+        raise contradicts(f"{name}.{WORDS}", fault)
     scale = _scales(tensors, name, entries.group_size, rows, columns)
     groups = scale.shape[1]
     zeros = _words(tensors, name, ZEROS, [groups, word_count(rows, bits)])
@@ -179,15 +179,15 @@ def check_awq(tensors: Mapping[str, Tensor], name: str, entries: AwqEntries) -> 
         RacError: as `check_gptq`.
     """
     if ORDER in tensors:
-        what = "AWQ does not reorder columns, so this is another format"
-        raise contradicts(f"{name}.{ORDER}", what)
+        fault = "AWQ does not reorder columns, so this is another format"
+        raise contradicts(f"{name}.{ORDER}", fault)
     words = _words(tensors, name, WORDS)
     columns, rows = len(words), words.shape[1] * 8
     scale = _scales(tensors, name, entries.group_size, rows, columns)
     zeros = _in_order(_words(tensors, name, ZEROS, [scale.shape[1], rows // 8]))
     if not entries.zero_point and bool((zeros != 0).any()):
-        what = "not all 8, but config.json says zero_point: false"
-        raise contradicts(f"{name}.{ZEROS}", what)
+        fault = "not all 8, but config.json says zero_point: false"
+        raise contradicts(f"{name}.{ZEROS}", fault)
     codes = _in_order(words).t().contiguous()
     return with_zeros(codes, scale, zeros if entries.zero_point else None, 4, name)
 
@@ -209,8 +209,8 @@ def _scales(
     """Return the scales, float32 [N, K / group]; `group` -1: one per row."""
     group = columns if group == -1 else group
     if columns % group:
-        what = f"{columns} columns are no multiple of config.json's groups of {group}"
-        raise contradicts(f"{name}.{WORDS}", what)
+        fault = f"{columns} columns are no multiple of config.json's groups of {group}"
+        raise contradicts(f"{name}.{WORDS}", fault)
     scales = part_of(tensors, name, SCALES)
     if scales.dtype not in FLOATS or not bool(scales.isfinite().all()):
         raise damaged(f"{name}.{SCALES}", f"{scales.dtype}, or not finite")
@@ -220,8 +220,8 @@ def _scales(
 
 def _check_shape(tensor: Tensor, expected: list[int], name: str) -> None:
     if list(tensor.shape) != expected:
-        what = f"shape {list(tensor.shape)}, but a weight of this size and config.json's groups"
-        raise contradicts(name, f"{what} have {expected}")
+        fault = f"shape {list(tensor.shape)}, but a weight of this size and config.json's groups"
+        raise contradicts(name, f"{fault} have {expected}")
 
 
 def _added(zeros: Tensor, bits: int) -> Tensor:
@@ -242,8 +242,8 @@ def _check_symmetric(zeros: Tensor, bits: int, rows: int, name: str) -> None:
         return
     if bits == 3 and not bool(unpack_words(_added(zeros, bits), bits, rows).any()):
         return
-    what = f"not {1 << (bits - 1)} everywhere, but config.json says that it is symmetric (sym)"
-    raise contradicts(name, what)
+    fault = f"not {1 << (bits - 1)} everywhere, but config.json says that it is symmetric (sym)"
+    raise contradicts(name, fault)
 
 
 def _order(tensors: Mapping[str, Tensor], name: str, columns: int, groups: int) -> Tensor | None:
@@ -252,17 +252,17 @@ def _order(tensors: Mapping[str, Tensor], name: str, columns: int, groups: int) 
         return None
     index = tensors[ORDER]
     if index.dtype not in (torch.int32, torch.int64) or list(index.shape) != [columns]:
-        what = (
+        fault = (
             f"{index.dtype} {list(index.shape)} is not the group of each of its {columns} columns"
         )
-        raise damaged(f"{name}.{ORDER}", what)
+        raise damaged(f"{name}.{ORDER}", fault)
     index, in_order = index.long(), torch.arange(groups).repeat_interleave(columns // groups)
     if torch.equal(index, in_order):
         return None
     order = index.argsort(stable=True)
     if not torch.equal(index[order], in_order):
-        what = f"does not give {columns // groups} columns to each of {groups} groups"
-        raise contradicts(f"{name}.{ORDER}", what)
+        fault = f"does not give {columns // groups} columns to each of {groups} groups"
+        raise contradicts(f"{name}.{ORDER}", fault)
     return order
 
 

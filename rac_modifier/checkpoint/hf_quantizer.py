@@ -95,11 +95,11 @@ def load_model(
     except (RacError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # transformers has many for config.json alone
-        what, text = "cannot be loaded", " ".join(str(error).split())
+        fault, text = "cannot be loaded", " ".join(str(error).split())
         if isinstance(error, OSError) and not local:
-            what = "neither a folder nor a model that can be had from the hub"
+            fault = "neither a folder nor a model that can be had from the hub"
         raise RacError(
-            f"{model}: {what} ({type(error).__name__}: {text}); compare its config.json and "
+            f"{model}: {fault} ({type(error).__name__}: {text}); compare its config.json and "
             "index with those that were saved with the weights"
         ) from error
     loaded, info = loading

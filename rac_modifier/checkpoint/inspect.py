@@ -148,10 +148,10 @@ def inspect_checkpoint(folder: str | Path) -> CheckpointReport:
         rows = [matrices.packed_row(name) for name in matrices.packed]
         rows += [matrices.dense_row(name) for name in files.by_file() if matrices.is_matrix(name)]
         total = sum(map(files.nbytes, files.where))
-    other = total - sum(row.stored_bytes for row in rows)
+    other_bytes = total - sum(row.stored_bytes for row in rows)
     rows.sort(key=natural_order)
     return CheckpointReport(
-        folder, matrices.layout, tuple(rows), other, run_record, matrices.schemes
+        folder, matrices.layout, tuple(rows), other_bytes, run_record, matrices.schemes
     )
 
 
@@ -273,8 +273,8 @@ class Matrices:
             return "has zeros, but no record of pruning"
         return "quantized, not pruned" if rounded else "not pruned"
 
-    def _bytes_of(self, module: str, *parts: str) -> int:
-        names = (f"{module}.{part}" for part in parts)
+    def _bytes_of(self, module: str, *part_names: str) -> int:
+        names = (f"{module}.{part}" for part in part_names)
         return sum(self.files.nbytes(name) for name in names if name in self.files)
 
 

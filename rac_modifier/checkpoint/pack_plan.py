@@ -278,8 +278,8 @@ def _keep_experts_alike(rows: list[MatrixPlan]) -> list[MatrixPlan]:
     alike = []
     for row in rows:
         expert = _EXPERT.match(row.name)
-        if row.reason is None and expert and (other := dense.get(expert["experts"])):
-            why = f"experts of a layer are stored alike, and {other} stays dense"
+        if row.reason is None and expert and (dense_expert := dense.get(expert["experts"])):
+            why = f"experts of a layer are stored alike, and {dense_expert} stays dense"
             row = replace(row, reason=why)
         alike.append(row)
     return alike

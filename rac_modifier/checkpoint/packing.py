@@ -93,8 +93,8 @@ def pack_checkpoint(
     ignore = set(dense_linears)
     if not structures:
         raise RacError(f"{folder}: no modules to pack were named; name the pruned linear modules")
-    if both := sorted(ignore & structures.keys()):
-        raise RacError(f"{both[0]}: named both as pruned and as left dense; name it once")
+    if duplicates := sorted(ignore & structures.keys()):
+        raise RacError(f"{duplicates[0]}: named both as pruned and as left dense; name it once")
     with TensorFiles(folder) as files, NewFiles(folder) as new:
         format = choose_format(structures.values())
         return _write_packed(files, config, structures, ignore, format, new)
@@ -260,18 +260,18 @@ def _write_packed(
 def _rewrite(
     files: TensorFiles,
     new: NewFiles,
-    parts: Iterable[str],
+    replaced_parts: Iterable[str],
     replacements: Mapping[str, Callable[[], dict[str, Tensor]]],
 ) -> tuple[int, int]:
     """Write each file that holds a replaced tensor anew, and the index; return bytes before, after.
 
-    A function of `replacements` returns the tensors, by part, that replace the `parts` of its module,
-    in the file of the first of them.
+    A function of `replacements` returns the tensors, by part, that replace the
+    `replaced_parts` of its module, in the file of the first of them.
     """
     replaced: set[str] = set()
     first: dict[str, str] = {}
     for module in replacements:
-        names = [name for part in parts if (name := f"{module}.{part}") in files]
+        names = [name for part in replaced_parts if (name := f"{module}.{part}") in files]
         if not names:
             raise RacError(
                 f"{module}.weight: not in {files.folder}; name modules as the saved files do"
@@ -301,9 +301,9 @@ def _rewrite(
 
 def _others(folder: Path) -> list[Path]:
     """List the files next to the weights: tokenizer, generation settings, licence, ..."""
-    left = (*_WEIGHTS, ".index.json")
+    excluded = (*_WEIGHTS, ".index.json")
     files = (path for path in sorted(folder.iterdir()) if path.is_file() and path.name[0] != ".")
-    return [p for p in files if p.name != CONFIG_FILE and not p.name.endswith(left)]
+    return [p for p in files if p.name != CONFIG_FILE and not p.name.endswith(excluded)]
 
 
 def _check_links(folder: Path) -> None:

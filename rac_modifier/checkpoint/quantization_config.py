@@ -171,9 +171,9 @@ def with_dense_mark(config: dict[str, Any], structures: dict[str, str]) -> dict[
     marked = {**config, RAC_KEY: {"storage": "dense", "modules": structures}}
     quantization = config.get(QUANTIZATION_KEY)
     if isinstance(quantization, dict) and quantization.get("quant_method") in (METHOD, RAC_METHOD):
-        others = {key: value for key, value in quantization.items() if key != "sparsity_config"}
-        marked[QUANTIZATION_KEY] = {**others, "quant_method": METHOD}
-        if not any(map(others.get, ("config_groups", "kv_cache_scheme", "transform_config"))):
+        base = {key: value for key, value in quantization.items() if key != "sparsity_config"}
+        marked[QUANTIZATION_KEY] = {**base, "quant_method": METHOD}
+        if not any(map(base.get, ("config_groups", "kv_cache_scheme", "transform_config"))):
             del marked[QUANTIZATION_KEY]  # it held only sparsity
     return marked
 
@@ -189,8 +189,8 @@ def with_int8_activations(config: dict[str, Any], modules: Iterable[str]) -> dic
     record = {key: value for key, value in before.items() if key != "int8_activations"}
     if names:
         return {**config, RAC_KEY: {**record, "int8_activations": names}}
-    others = {key: value for key, value in config.items() if key != RAC_KEY}
-    return {**others, RAC_KEY: record} if record.get("modules") else others
+    base = {key: value for key, value in config.items() if key != RAC_KEY}
+    return {**base, RAC_KEY: record} if record.get("modules") else base
 
 
 @dataclass(frozen=True)

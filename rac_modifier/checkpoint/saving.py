@@ -128,8 +128,8 @@ def save_with_record(model: PreTrainedModel, plan: Callable[[], SavePlan]) -> No
                 tokenizer.save_pretrained(staging)
             move_into_place(staging, folder)
             count = len(current.modules)
-            what = f"{count} pruned modules ({current.storage})" if count else "the model"
-            logger.info(f"saved {what} to {folder}")
+            saved = f"{count} pruned modules ({current.storage})" if count else "the model"
+            logger.info(f"saved {saved} to {folder}")
             for step in current.after:
                 step()
         current.processes.wait()
@@ -220,8 +220,8 @@ def _check_patterns(plan: SavePlan) -> None:
 def _holds(name: str, module: torch.nn.Linear, pattern: Pattern) -> bool:
     if not hasattr(module, WORDS):
         return holds(nonzero(module.weight.detach()), pattern)
-    parts = {part: getattr(module, part) for part in (WORDS, WORDS_SHAPE)}  # of an earlier save
-    stored = words_weight(parts, name)
+    tensors = {part: getattr(module, part) for part in (WORDS, WORDS_SHAPE)}  # of an earlier save
+    stored = words_weight(tensors, name)
     return stored is None or holds(nonzero(stored[0]), pattern)
 
 

@@ -148,8 +148,8 @@ def check_scale(
     scale = scale[:, None] if scale.dim() == 1 else scale
     if scale.dim() != 2 or scale.shape[0] != rows or not scale.shape[1] or columns % scale.shape[1]:
         shapes = "one scale, one per row, or one per row and group of columns"
-        what = f"shape {list(scale.shape)} does not fit a weight [{rows}, {columns}], which has"
-        raise layout.damaged(name, f"{what} {shapes}")
+        fault = f"shape {list(scale.shape)} does not fit a weight [{rows}, {columns}], which has"
+        raise layout.damaged(name, f"{fault} {shapes}")
     return scale.float().contiguous()
 
 
@@ -247,10 +247,10 @@ def stack(weights: Sequence[StoredWeight], name: str) -> StoredWeight:
     first = weights[0]
     if len(weights) == 1:
         return first
-    for other in weights[1:]:
-        if _kind(other) != _kind(first):
+    for further in weights[1:]:
+        if _kind(further) != _kind(first):
             raise RacError(
-                f"{other.name}: {other.columns} columns of {other.values.dtype}, which "
+                f"{further.name}: {further.columns} columns of {further.values.dtype}, which "
                 f"cannot be fused with {first.name}, {first.columns} columns of "
                 f"{first.values.dtype}; the checkpoint does not fit this model"
             )

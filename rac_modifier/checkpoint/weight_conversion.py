@@ -67,10 +67,11 @@ class Unpack(ConversionOps):
             self.errors.append(error)
             return {}
 
-    def dense(self, parts: Mapping[str, Tensor], module: str) -> tuple[Tensor, bool]:
+    def dense(self, by_pattern: Mapping[str, Tensor], module: str) -> tuple[Tensor, bool]:
         """Return the dense weight of parts by source pattern, and whether they were words."""
         named = {
-            pattern.removesuffix("$").rpartition(".")[2]: part for pattern, part in parts.items()
+            pattern.removesuffix("$").rpartition(".")[2]: part
+            for pattern, part in by_pattern.items()
         }
         dense = check(named, self.format, module, scaled=False).dense()
         return dense, named["compressed"].dtype == torch.int32
@@ -114,8 +115,8 @@ class UnpackExperts(WeightConverter):
         """Convert as the original; {} if an expert is damaged, whose error `unpack` keeps."""
         collected = self.materialize_tensors()
         try:
-            for pattern, parts in self.unpacked.items():
-                if parts[0] in collected:
+            for pattern, sources in self.unpacked.items():
+                if sources[0] in collected:
                     collected |= self._dense_experts(pattern, collected, layer_name)
         except RacError as error:
             self.unpack.errors.append(error)
@@ -137,12 +138,12 @@ class UnpackExperts(WeightConverter):
                 "which cannot be merged; prune all experts of a layer, or save the model "
                 "with storage: dense"
             )
-        parts = {part: collected.pop(part) for part in self.unpacked[pattern]}
+        by_source = {part: collected.pop(part) for part in self.unpacked[pattern]}
         scaled = any("weight_scale" in source for source in self.source_patterns)
         dense: dict[str, list[Tensor]] = defaultdict(list)
-        for number in range(len(next(iter(parts.values())))):
+        for number in range(len(next(iter(by_source.values())))):
             weight, in_int32 = self.unpack.dense(
-                {part: tensors[number] for part, tensors in parts.items()},
+                {part: tensors[number] for part, tensors in by_source.items()},
                 f"{layer_name} of expert {number}",
             )
             if ending == WORDS:
@@ -183,10 +184,10 @@ def conversions_for_saving(conversions: Iterable[WeightTransform]) -> list[Weigh
     ]
 
 
-def misfit(name: str, found: Iterable[int], expected: Iterable[int]) -> RacError:
+def misfit(name: str, actual: Iterable[int], expected: Iterable[int]) -> RacError:
     """Return the error that a tensor has another shape than the model."""
     return RacError(
-        f"{name}: its shape {list(found)} does not fit the model's config.json, which says "
+        f"{name}: its shape {list(actual)} does not fit the model's config.json, which says "
         f"{list(expected)}; restore the config.json that was saved with the weights"
     )
 

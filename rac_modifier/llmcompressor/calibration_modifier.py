@@ -89,12 +89,12 @@ class CalibratingModifier(CalibrationEntry, Modifier):
 
     def check_run(self, state: State, *, prunes: bool) -> None:
         """Refuse what cannot work, before anything is sampled (RacError)."""
-        name, others = type(self).__name__, self.other_modifiers()
-        check_autoround(others)
+        name, modifiers = type(self).__name__, self.other_modifiers()
+        check_autoround(modifiers)
         self._processes = present_processes()
-        alone = not any(modifier.requires_calibration_data for modifier in others)
+        alone = not any(modifier.requires_calibration_data for modifier in modifiers)
         if self._processes.count > 1 and not (prunes and alone):
-            names = ", ".join(type(m).__name__ for m in others) or "nothing"
+            names = ", ".join(type(m).__name__ for m in modifiers) or "nothing"
             raise RacError(
                 f"{name} next to {names} runs in one process, and torchrun started "
                 f"{self._processes.count}: other modifiers would calibrate on this "
@@ -231,16 +231,16 @@ class ReasoningAwareCalibrationModifier(CalibratingModifier):
         """Check that some modifier calibrates, then build the calibration set."""
         self.check_run(state, prunes=False)
         check_first(active_session().lifecycle.recipe.modifiers)
-        others = self.other_modifiers()
-        if not any(modifier.requires_calibration_data for modifier in others):
-            names = ", ".join(type(m).__name__ for m in others) or "nothing else"
+        modifiers = self.other_modifiers()
+        if not any(modifier.requires_calibration_data for modifier in modifiers):
+            names = ", ".join(type(m).__name__ for m in modifiers) or "nothing else"
             raise RacError(
                 "ReasoningAwareCalibrationModifier calibrates nothing: the recipe has "
                 f"{names}; add a modifier that calibrates, such as GPTQModifier or "
                 "AWQModifier"
             )
         if self.recover is not None:
-            self._codes = LaterCodes(others, state.model)
+            self._codes = LaterCodes(modifiers, state.model)
         self.prepare(state, quantizes=True)
         save_with_record(state.model, self._save_plan)
         self.calibrate_session(state)
@@ -256,8 +256,8 @@ class ReasoningAwareCalibrationModifier(CalibratingModifier):
             if self._codes is not None and save_compressed:
                 self._codes.compress()
 
-        others = [m for m in self.other_modifiers() if m.requires_calibration_data]
-        method = ", ".join(type(modifier).__name__ for modifier in others)
+        calibrating = [m for m in self.other_modifiers() if m.requires_calibration_data]
+        method = ", ".join(type(modifier).__name__ for modifier in calibrating)
         return SavePlan(
             tokenizer=self.tokenizer_name,
             prepare=prepare,

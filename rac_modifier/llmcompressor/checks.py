@@ -225,8 +225,8 @@ def check_recipe(recipe: dict[str, Any], model: PreTrainedModel) -> None:
     except (ValueError, KeyError, TypeError, NotImplementedError) as error:
         problems = str(error)
         if isinstance(error, ValidationError):
-            parts = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-            problems = "; ".join(parts)
+            errors = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+            problems = "; ".join(errors)
         raise RacError(f"llm-compressor refuses its modifiers ({problems})") from error
     if not modifiers:
         raise RacError("its recipe has no modifier; name one, such as QuantizationModifier")

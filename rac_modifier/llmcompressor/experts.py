@@ -187,12 +187,10 @@ class ExpertReport:
         )
         if starved:
             evenly = any(counts.evenly for counts in starved.values())
-            others = (
-                "evenly spread tokens (the router is unknown)" if evenly else "the nearest ones"
-            )
+            added = "evenly spread tokens (the router is unknown)" if evenly else "the nearest ones"
             logger.warning(
                 f"{name}: fewer than expert_floor ({self._entry.expert_floor:,}) tokens "
-                f"are routed to {len(starved)} experts; {others} were added to calibrate "
+                f"are routed to {len(starved)} experts; {added} were added to calibrate "
                 "them; raise calibration.tokens for more of their own"
             )
 

@@ -149,11 +149,11 @@ class Forecast:
     def work(self, number: int) -> int:
         """Return the bytes of statistics with a forward pass, or of the solver."""
         group = self.groups[number]
-        summed = others = 0
+        summed = hessians = 0
         if self.by_layer:  # the statistics of a layer's groups live together
             widths = [g.columns for g in self.groups if g.layer == group.layer and g is not group]
-            others = _FLOAT32 * sum(width**2 for width in widths)
-            summed = others + _FLOAT32 * sum(map(numbers_of_shard, widths))
+            hessians = _FLOAT32 * sum(width**2 for width in widths)
+            summed = hessians + _FLOAT32 * sum(map(numbers_of_shard, widths))
         key = group.columns, group.rows, group.grids
         if key not in self._rehearsed:
             sizes = [grid.group_size for grid in group.grids if grid is not None]
@@ -164,7 +164,7 @@ class Forecast:
                 widened_peak(lambda w: self._solver(group, w), group.columns, multiple),
             )
         statistics, solving = self._rehearsed[key]
-        return max(summed + statistics + self.forward, others + solving)
+        return max(summed + statistics + self.forward, hessians + solving)
 
     def _statistics(self, group: Group, width: int) -> int:
         weights = _weights(group, width, self.dtype)
@@ -209,7 +209,7 @@ class Forecast:
                 change.
         """
         for device in dict.fromkeys((onload, offload)):
-            gaps, parts = (HEAP_GAPS, processes) if device.type == "cpu" else (1.0, 1)
+            gaps, shares = (HEAP_GAPS, processes) if device.type == "cpu" else (1.0, 1)
             needs = [
                 int(gaps * self.work(i)) * (device == onload)
                 + self.activations(i) * (device == offload)
@@ -220,10 +220,10 @@ class Forecast:
             doing = "pruning" if self.entry.prunes else "quantizing"
             message = f"{doing} {group.name} needs {_gib(needed)} on {device} next to the model"
             free = free_bytes(device)
-            if free is not None and needed > free // parts:
+            if free is not None and needed > free // shares:
                 steps = ", or ".join(self._next_steps(group))
                 raise RacError(
-                    f"{message}, as forecast, and {_gib(free // parts)} are free: {steps}"
+                    f"{message}, as forecast, and {_gib(free // shares)} are free: {steps}"
                 )
             logger.info(message)
             if device.type == "cpu":

@@ -69,8 +69,10 @@ class Stage:
         """
         for subgraph in self.subgraphs:
             inputs = cache.fetch(batch, subgraph.input_names)  # type: ignore[arg-type]
-            known = self.configs.keys() & subgraph.input_names
-            outputs = subgraph.forward(model, **inputs, **{n: self.configs[n] for n in known})
+            config_names = self.configs.keys() & subgraph.input_names
+            outputs = subgraph.forward(
+                model, **inputs, **{n: self.configs[n] for n in config_names}
+            )
             if keep:
                 continue
             cache.update(batch, {n: v for n, v in outputs.items() if n not in self.configs})

@@ -110,13 +110,13 @@ class Quantizer:
         self, names: Mapping[torch.nn.Module, str], masters: dict[str, torch.Tensor]
     ) -> dict[str, QuantizedWeight]:
         """Return by name what training through codes starts from; it takes `masters`."""
-        taken = {}
+        weights = {}
         for module, grid in self.grids.items():
             scale, zero = module.get_parameter("weight_scale").detach().clone(), None
             if not grid.symmetric:
                 zero = module.get_parameter("weight_zero_point").detach().clone()
-            taken[names[module]] = QuantizedWeight(grid, scale, masters.pop(names[module]), zero)
-        return taken
+            weights[names[module]] = QuantizedWeight(grid, scale, masters.pop(names[module]), zero)
+        return weights
 
     def compress(self) -> None:
         """Compress as llm-compressor does, with the codes that were measured."""

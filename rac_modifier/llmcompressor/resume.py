@@ -49,10 +49,10 @@ def check_disk(
     `masters` their float32 weights before rounding.
     """
     with disable_onloading():
-        whole = sum(p.numel() * p.element_size() for p in model.parameters())
+        model_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
         weights = [module.get_parameter("weight") for module in modules]
         groups = sum(w.numel() * (w.element_size() + (4 if masters else 0)) for w in weights)
-    check_room(output, 2 * whole, groups)
+    check_room(output, 2 * model_bytes, groups)
 
 
 class Resume:
@@ -159,8 +159,8 @@ class Resume:
             self._folder.mkdir(parents=True, exist_ok=True)
             if not (self._folder / _ABOUT).exists():
                 write_json_atomic(self._folder / _ABOUT, self._about)
-            taken = [int(p.stem[6:]) for p in self._folder.glob("group-*.safetensors")]
-            path = self._folder / f"group-{max(taken, default=-1) + 1:05}.safetensors"
+            numbers = [int(p.stem[6:]) for p in self._folder.glob("group-*.safetensors")]
+            path = self._folder / f"group-{max(numbers, default=-1) + 1:05}.safetensors"
             new = path.with_suffix(".new")
             try:
                 save_file(tensors, new, {name: json.dumps(records[name]) for name in modules})

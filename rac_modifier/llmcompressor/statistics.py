@@ -223,10 +223,10 @@ def check_same_groups(
     groups: Sequence[InputGroup], names: Mapping[torch.nn.Module, str], processes: Processes
 ) -> None:
     """Refuse groups that differ between ranks (RacError)."""
-    first, *others = processes.from_all([[names[m] for m in group.modules] for group in groups])
-    for rank, other in enumerate(others, 1):
-        if other != first:
-            ours, theirs = ({name for group in g for name in group} for g in (first, other))
+    first, *listings = processes.from_all([[names[m] for m in group.modules] for group in groups])
+    for rank, listing in enumerate(listings, 1):
+        if listing != first:
+            ours, theirs = ({name for group in g for name in group} for g in (first, listing))
             only = sorted(ours ^ theirs) or ["the same modules in other groups"]
             raise RacError(
                 f"process 0 and process {rank} have not calibrated the same modules "

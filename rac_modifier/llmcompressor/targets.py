@@ -135,8 +135,8 @@ def allocated_shares(
         RacError: no such share is possible, or a list of all modules has another mean.
     """
     total, pruned = sum(sizes.values()), sum(sizes[name] * share for name, share in listed.items())
-    others = total - sum(sizes[name] for name in listed)
-    if not others:
+    unlisted = total - sum(sizes[name] for name in listed)
+    if not unlisted:
         if abs(pruned / total - sparsity) > _AGREEMENT:
             raise RacError(
                 f"allocation names every module and prunes {pruned / total:.4f} of their "
@@ -144,7 +144,7 @@ def allocated_shares(
                 "out"
             )
         return dict(listed)
-    share = (total * sparsity - pruned) / others
+    share = (total * sparsity - pruned) / unlisted
     if not 0.0 < share < 1.0:
         raise RacError(
             f"allocation leaves the {len(sizes) - len(listed)} modules that it does not "
@@ -188,11 +188,11 @@ def patterns_for(
 
 
 def patterns_of_zeros(
-    names: Mapping[torch.nn.Module, str], asked: Pattern | None, *, detect: bool
+    names: Mapping[torch.nn.Module, str], required: Pattern | None, *, detect: bool
 ) -> tuple[dict[str, Pattern], str]:
     """Return the pattern of each module that `solver: keep` keeps, and all in words.
 
-    That is `asked`, if given; else with `detect` 2:4 if every module holds it, and
+    That is `required`, if given; else with `detect` 2:4 if every module holds it, and
     otherwise an unstructured pattern with each module's share of zeros.
 
     Raises:
@@ -205,18 +205,18 @@ def patterns_of_zeros(
         with align_module_device(module):
             weight = module.get_parameter("weight")
             count = weight.numel() - int(weight.count_nonzero())
-            held = asked is None or holds(weight, asked)
+            held = required is None or holds(weight, required)
             structured = structured and weight.shape[1] % 4 == 0 and holds(weight, _2OF4)
         if not held or not _LEAST_ZEROS <= count / weight.numel() < 1:
             lacking = f"{count:,} of its {weight.numel():,} weights are zero"
             raise RacError(
                 f"{name}: solver: keep keeps the zeros that a model has, and this module "
-                f"lacks them ({asked.describe() if asked else lacking}); leave solver out "
+                f"lacks them ({required.describe() if required else lacking}); leave solver out "
                 "to prune it, or add it to ignore"
             )
         shares[name] = Pattern.unstructured(count / weight.numel())
         zeros, total = zeros + count, total + weight.numel()
-    pattern = asked or (_2OF4 if structured else None)
+    pattern = required or (_2OF4 if structured else None)
     if pattern is not None:
         return dict.fromkeys(shares, pattern), pattern.describe()
     return shares, f"the zeros that the model had, {100 * zeros / total:.4g} % of the weights"

@@ -134,8 +134,8 @@ def _from_table(table: Dataset, source: ProblemSource, seed: int) -> Iterator[Pr
 
 def open_problem_table(source: ProblemSource) -> Dataset:
     """Open the table of a source that is a file or a dataset."""
-    what = "problem file" if source.is_file else "problem dataset"
-    table = open_table(source.source, what=what, config=source.config, split=source.split)
+    label = "problem file" if source.is_file else "problem dataset"
+    table = open_table(source.source, label=label, config=source.config, split=source.split)
     if not len(table):
         raise RacError(f"{table_name(source)} holds no problems; name a source that does")
     return table
@@ -167,9 +167,9 @@ def question_in(row: Mapping[str, Any], where: str, column: str) -> str:
     question = row[column]
     if not isinstance(question, str) or not question.strip():
         kind = type(question).__name__
-        what = "nothing" if question is None else f"{kind} {str(question)[:80]!r}"
+        shown = "nothing" if question is None else f"{kind} {str(question)[:80]!r}"
         raise RacError(
-            f"{where}: column {column!r} must hold the question as text, it holds {what}; choose "
+            f"{where}: column {column!r} must hold the question as text, it holds {shown}; choose "
             "another column"
         )
     return question

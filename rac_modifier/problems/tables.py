@@ -29,42 +29,42 @@ def is_file(source: str) -> bool:
 
 
 def open_table(
-    source: str, *, what: str, config: str | None = None, split: str = "train"
+    source: str, *, label: str, config: str | None = None, split: str = "train"
 ) -> Dataset:
     """Open a .jsonl, .json (a list of objects), .parquet or .txt file, or a Hugging Face dataset.
 
     The rows stay on disk until they are read. An empty file gives no rows and no columns.
-    `what` names the source in messages ("problem file").
+    `label` names the source in messages ("problem file").
     """
     try:
-        return _load(source, what, config, split, streaming=False)
+        return _load(source, label, config, split, streaming=False)
     except RacError:
         raise
     # What load_dataset raises depends on the format, the hub and the network: its words are passed on.
     except Exception as error:
-        raise _unreadable(source, what, config, split, error) from error
+        raise _unreadable(source, label, config, split, error) from error
 
 
 def stream_rows(
-    source: str, *, what: str, config: str | None = None, split: str = "train"
+    source: str, *, label: str, config: str | None = None, split: str = "train"
 ) -> Iterator[Mapping[str, Any]]:
     """Yield the rows of a source, read (and downloaded) only as far as the iterator advances."""
     try:
-        yield from _load(source, what, config, split, streaming=True)
+        yield from _load(source, label, config, split, streaming=True)
     except RacError:
         raise
     except Exception as error:
-        raise _unreadable(source, what, config, split, error) from error
+        raise _unreadable(source, label, config, split, error) from error
 
 
-def _load(source: str, what: str, config: str | None, split: str, *, streaming: bool) -> Any:
+def _load(source: str, label: str, config: str | None, split: str, *, streaming: bool) -> Any:
     path = Path(source).expanduser()
     if is_file(source):
         if not path.exists():
             raise RacError(
-                f"{what} {source!r}: no such file; check the path (it is relative to {Path.cwd()})"
+                f"{label} {source!r}: no such file; check the path (it is relative to {Path.cwd()})"
             )
-        regular_file(path, what)
+        regular_file(path, label)
     import datasets  # takes half a second, and most runs read neither file nor dataset
 
     if not is_file(source):
@@ -88,21 +88,21 @@ def _is_empty(path: Path) -> bool:
 
 
 def _unreadable(
-    source: str, what: str, config: str | None, split: str, error: Exception
+    source: str, label: str, config: str | None, split: str, error: Exception
 ) -> RacError:
     cause = error.__cause__ or error
     words = " ".join(f"{type(cause).__name__}: {cause}".split())[:500]
     if not is_file(source):
         return RacError(
-            f"{what} {source!r} (config {config!r}, split {split!r}) could not be loaded ({words}); "
+            f"{label} {source!r} (config {config!r}, split {split!r}) could not be loaded ({words}); "
             "check the name, the split and the config, or name a local file or a built-in source, "
             "none of which needs a download"
         )
     path = Path(source).expanduser()
     if path.suffix == ".jsonl" and (bad := _first_bad_line(path)):
-        return RacError(f"{what} {source!r}, {bad}; repair or remove that line")
+        return RacError(f"{label} {source!r}, {bad}; repair or remove that line")
     return RacError(
-        f"{what} {source!r} could not be read ({words}); it must hold {_LOADERS[path.suffix][2]}: "
+        f"{label} {source!r} could not be read ({words}); it must hold {_LOADERS[path.suffix][2]}: "
         "repair the file or name another"
     )
 

@@ -53,13 +53,13 @@ def check_problem(
         raise RacError(
             f"{label}: Hessian {list(hessian.shape)} of {hessian.dtype}; it must be square and float32"
         )
-    for what, members in (
+    for kind, members in (
         ("weights", weights),
         ("patterns", patterns),
         ("cross moments", cross_moment),
     ):
         if members is not None and (len(members) != len(names) or not names):
-            raise RacError(f"{len(members)} {what}, {len(names)} names: give one per module")
+            raise RacError(f"{len(members)} {kind}, {len(names)} names: give one per module")
     for name, w in zip(names, weights, strict=True):
         if w.ndim != 2 or w.shape[1] != d:
             raise RacError(

@@ -210,11 +210,11 @@ def quadratic_form(
         rows = columns.T.contiguous()
         rounded = rows.bfloat16() if bf16 else rows
         for start in range(0, len(hessian), BLOCK):
-            block, left = slice(start, start + BLOCK), slice(0, start + BLOCK)
+            block, leading = slice(start, start + BLOCK), slice(0, start + BLOCK)
             if bf16:
-                weight = hessian[block, left].bfloat16()
+                weight = hessian[block, leading].bfloat16()
                 weight[:, :start] *= 2  # exact
-                image = (rounded[:, left] @ weight.T).float()
+                image = (rounded[:, leading] @ weight.T).float()
             else:
                 image = matmul(rows[:, block], hessian[block, block])
                 for first in range(0, start, _SUMMED):

@@ -112,5 +112,5 @@ def all_rows(
 ) -> tuple[list[torch.Tensor], ExpertTokens]:
     """Take all `counted` tokens, whether they are routed to the expert (`rows`) or not."""
     routed, every = processes.sums(sum(map(len, rows)), sum(int(real.sum()) for real in counted))
-    taken = [real.nonzero().flatten() for real in counted]
-    return taken, ExpertTokens(int(routed), int(every - routed))
+    tokens = [real.nonzero().flatten() for real in counted]
+    return tokens, ExpertTokens(int(routed), int(every - routed))

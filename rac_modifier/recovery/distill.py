@@ -187,13 +187,13 @@ def _key(
     held_out: Sequence[TokenSequence],
     settings: RecoverySettings,
     parameters: Mapping[str, torch.nn.Parameter],
-    others: str,
+    context: str,
 ) -> str:
     """Hash everything that the result depends on: sequences, settings, weights, dtype and teacher.
 
     Settings that change no result (folder, activation_checkpointing) are left out.
     """
-    digest = hashlib.blake2b(others.encode(), digest_size=16)
+    digest = hashlib.blake2b(context.encode(), digest_size=16)
     for sequence in (*training, *held_out):
         digest.update(name_of(sequence).encode())
     changing = settings.model_dump_json(exclude={"folder", "activation_checkpointing"})

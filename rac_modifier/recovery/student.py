@@ -121,9 +121,9 @@ class Student:
         """Return this process's shard of a parameter, gradient or moment; memory is shared."""
         return tensor.detach()
 
-    def shard(self, whole: torch.Tensor) -> torch.Tensor:
+    def shard(self, full: torch.Tensor) -> torch.Tensor:
         """Return this process's shard of a tensor like a parameter."""
-        return whole
+        return full
 
     def like(self, name: str, shard: torch.Tensor) -> torch.Tensor:
         """Return a tensor like the parameter `name` from the shards of all processes."""
@@ -189,10 +189,10 @@ class ShardedStudent(Student):
         """See `Student`."""
         return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
 
-    def shard(self, whole: torch.Tensor) -> torch.Tensor:
+    def shard(self, full: torch.Tensor) -> torch.Tensor:
         """See `Student`: equal chunks of rows; the last ones may be smaller or empty."""
-        chunks = whole.chunk(self.processes.count)
-        return chunks[self.processes.rank] if self.processes.rank < len(chunks) else whole[:0]
+        chunks = full.chunk(self.processes.count)
+        return chunks[self.processes.rank] if self.processes.rank < len(chunks) else full[:0]
 
     def like(self, name: str, shard: torch.Tensor) -> torch.Tensor:
         """See `Student`."""

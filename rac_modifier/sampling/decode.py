@@ -136,20 +136,20 @@ class _Growing:
     """States [rows, heads, length, d] at the start of a longer tensor."""
 
     def __init__(self) -> None:
-        self._whole: torch.Tensor | None = None
+        self._buffer: torch.Tensor | None = None
         self._filled: torch.Tensor | None = None
 
     def append(self, states: torch.Tensor | None, further: torch.Tensor) -> torch.Tensor:
         """Return `states` and then `further`; no copy if `states` is what the last call returned."""
         start = 0 if states is None or not states.numel() else states.shape[-2]
         end = start + further.shape[-2]
-        whole = self._whole if states is self._filled else None  # else rows were taken out
-        if whole is None or whole.shape[-2] < end:
-            whole = further.new_empty(*further.shape[:-2], end + _ROOM, further.shape[-1])
+        buffer = self._buffer if states is self._filled else None  # else rows were taken out
+        if buffer is None or buffer.shape[-2] < end:
+            buffer = further.new_empty(*further.shape[:-2], end + _ROOM, further.shape[-1])
             if states is not None and start:
-                whole[..., :start, :] = states
-        whole[..., start:end, :] = further
-        self._whole, self._filled = whole, whole[..., :end, :]
+                buffer[..., :start, :] = states
+        buffer[..., start:end, :] = further
+        self._buffer, self._filled = buffer, buffer[..., :end, :]
         return self._filled
 
 

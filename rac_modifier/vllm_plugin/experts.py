@@ -207,8 +207,8 @@ class RacExpertsMethod(FusedMoEMethodBase):
             return f"experts with the activation {layer.activation.value} have no sparse kernel"
         balanced = moe.moe_parallel_config.enable_eplb
         if moe.has_bias or moe.is_lora_enabled or layer.apply_router_weight_on_input or balanced:
-            what = "biases, LoRA, weighted inputs or load balancing"
-            return f"experts with {what} have no sparse kernel"
+            features = "biases, LoRA, weighted inputs or load balancing"
+            return f"experts with {features} have no sparse kernel"
         return None
 
     def _pack(self, layer: Any, loaded: dict[str, LoadedWeight]) -> Decision:

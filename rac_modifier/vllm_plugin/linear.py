@@ -291,8 +291,8 @@ def _position(shard: ShardId) -> int:
     return int(first or 0)
 
 
-def _equal(left: Tensor | None, right: Tensor | None) -> bool:
-    return left is right if left is None or right is None else torch.equal(left, right)
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b if a is None or b is None else torch.equal(a, b)
 
 
 def _expected_rows(layer: Any, shard: ShardId) -> int | None:

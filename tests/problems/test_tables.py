@@ -37,17 +37,17 @@ def test_every_kind_of_file_gives_the_same_rows(name, tmp_path, monkeypatch):
         raise AssertionError("a connection was opened")
 
     monkeypatch.setattr(socket.socket, "connect", no_network)
-    table = open_table(path, what="file")
+    table = open_table(path, label="file")
     assert table.column_names == ["problem", "answer", "note"]
     assert list(table) == ROWS
-    assert list(stream_rows(path, what="file")) == ROWS
+    assert list(stream_rows(path, label="file")) == ROWS
 
 
 def test_columns_with_the_names_of_agent_traces_stay_columns(tmp_path):
     path = tmp_path / "a.jsonl"
     rows = [{"type": "user", "message": {"a": 1}}, {"type": "user", "message": {"b": [2]}}]
     path.write_text(lines(rows))
-    assert open_table(str(path), what="file").column_names == ["type", "message"]
+    assert open_table(str(path), label="file").column_names == ["type", "message"]
 
 
 @pytest.mark.parametrize(
@@ -56,8 +56,8 @@ def test_columns_with_the_names_of_agent_traces_stay_columns(tmp_path):
 )
 def test_an_empty_file_has_no_rows(tmp_path, name, text):
     (tmp_path / name).write_text(text)
-    assert len(open_table(str(tmp_path / name), what="file")) == 0
-    assert list(stream_rows(str(tmp_path / name), what="file")) == []
+    assert len(open_table(str(tmp_path / name), label="file")) == 0
+    assert list(stream_rows(str(tmp_path / name), label="file")) == []
 
 
 @pytest.mark.parametrize(
@@ -90,9 +90,9 @@ def test_an_empty_file_has_no_rows(tmp_path, name, text):
 def test_malformed_files_are_named_with_the_place(tmp_path, name, text, message):
     (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(RacError, match=f"^my file .*{message}"):
-        open_table(str(tmp_path / name), what="my file")
+        open_table(str(tmp_path / name), label="my file")
     with pytest.raises(RacError, match=f"^my file .*{message}"):
-        list(stream_rows(str(tmp_path / name), what="my file"))
+        list(stream_rows(str(tmp_path / name), label="my file"))
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet", "a.txt"])
@@ -101,7 +101,7 @@ def test_a_missing_file_is_not_looked_for_on_the_hub(name, tmp_path, monkeypatch
     monkeypatch.setattr(datasets, "load_dataset", None)
     assert is_file(name)
     with pytest.raises(RacError, match=rf"my file '{name}': no such file; .*{tmp_path}\)"):
-        open_table(name, what="my file")
+        open_table(name, label="my file")
 
 
 def test_a_dataset_is_loaded_by_name_config_and_split(monkeypatch):
@@ -113,8 +113,8 @@ def test_a_dataset_is_loaded_by_name_config_and_split(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert not is_file("some/data")
-    assert list(open_table("some/data", what="dataset", config="all", split="test")) == ROWS
-    assert list(stream_rows("some/data", what="dataset")) == ROWS
+    assert list(open_table("some/data", label="dataset", config="all", split="test")) == ROWS
+    assert list(stream_rows("some/data", label="dataset")) == ROWS
     assert asked == [("some/data", "all", "test", False), ("some/data", None, "train", True)]
 
 
@@ -128,4 +128,4 @@ def test_a_dataset_that_cannot_be_loaded_names_the_ways_out(monkeypatch):
         match=r"dataset 'no/body' \(config None, split 'train'\) could not be loaded \(ConnectionError: no route to the hub\).*"
         "name a local file or a built-in source",
     ):
-        open_table("no/body", what="dataset")
+        open_table("no/body", label="dataset")

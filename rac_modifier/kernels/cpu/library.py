@@ -210,10 +210,10 @@ class Library:
         """Let the C++ operator multiply up to `tokens` tokens with `isa`; None: none."""
         self._calls.rac_use_operator(-1 if isa is None else self.kernels[isa].number, tokens)
 
-    def _raise_if(self, status: int, what: str) -> None:
+    def _raise_if(self, status: int, action: str) -> None:
         if status:
             reason = self._calls.rac_last_error().decode()
-            raise RacError(f"{what}: {reason}; {_NEXT_STEPS[status]}")
+            raise RacError(f"{action}: {reason}; {_NEXT_STEPS[status]}")
 
 
 def _buffer(tensor: Tensor | None) -> tuple[int | None, int]:
