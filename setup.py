@@ -1,8 +1,8 @@
 """The optional CPU kernels; everything else is in pyproject.toml.
 
-A plain shared object with a C interface: it needs no headers of Python or torch, and one build works with every Python.
-Without a compiler the installation succeeds: a wheel without the library, for any machine. `rac inspect` then says what is
-missing and what to install.
+A plain shared object with a C interface: it needs no headers of Python or torch, and one
+build works with every Python. Without a compiler the installation succeeds: a wheel without
+the library, for any machine. `rac inspect` then says what is missing and what to install.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, LinkError
 from setuptools.modified import newer_group
 
-# The first line of a source that needs instructions of its own: "// build: x86_64 -mavx2", the processor and the flags.
+# The first line of a source that needs instructions of its own: "// build: x86_64 -mavx2",
+# the processor and the flags.
 BUILD_LINE = re.compile(r"// build: (\w+)(.*)")
 
 
 class BuildKernels(build_ext):
-    """build_ext that compiles each source with the flags of its first line, and adds OpenMP if the compiler has it."""
+    """build_ext that compiles each source with the flags of its first line, and adds OpenMP if the
+    compiler has it."""
 
     def build_extension(self, ext: Extension) -> None:
         """Compile the sources that this compiler builds for its processor, and link them."""
@@ -51,12 +53,14 @@ class BuildKernels(build_ext):
             )
         except (CompileError, LinkError):
             self.warn(
-                "the CPU kernels are left out: no C++ compiler works here. Serving will run sparse layers dense"
+                "the CPU kernels are left out: no C++ compiler works here. Serving will "
+                "run sparse layers dense"
             )
             raise  # setuptools goes on, because the extension is optional
 
     def _flags_of(self, source: str) -> list[str] | None:
-        """Flags of a source; None if this compiler builds for another processor, or does not know them."""
+        """Flags of a source; None if this compiler builds for another processor, or does not know
+        them."""
         line = BUILD_LINE.match(Path(source).read_text())
         if line is None or line[1] == "any":
             return []
@@ -65,7 +69,8 @@ class BuildKernels(build_ext):
         return flags if self._accepts(other, flags) else None
 
     def _accepts(self, code: str, flags: list[str]) -> bool:
-        """Whether the compiler makes a library of these lines with these flags; it prints nothing."""
+        """Whether the compiler makes a library of these lines with these flags; it prints
+        nothing."""
         with tempfile.TemporaryDirectory() as folder:
             source, library = Path(folder) / "probe.cpp", Path(folder) / "probe.so"
             source.write_text(code)

@@ -1,1 +1,2 @@
-"""Benchmarks of rac-modifier: `python -m bench --list` names the suites. They write results/*.json, which the docs render."""
+"""Benchmarks of rac-modifier: `python -m bench --list` names the suites. They write results/*.json,
+which the docs render."""

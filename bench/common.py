@@ -1,4 +1,5 @@
-"""Helpers that several suites share: the result file, the machine, runs in turn, and processes of their own."""
+"""Helpers that several suites share: the result file, the machine, runs in turn, and processes of
+their own."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ def machine() -> str:
 
 
 def commit() -> str:
-    """Return the short hash of the commit that runs, with "+" for changed files; "unknown" outside of git."""
+    """Return the short hash of the commit that runs, with "+" for changed files; "unknown" outside
+    of git."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--exclude", "*", "--dirty=+"]
     done = subprocess.run(command, capture_output=True, text=True)
     return done.stdout.strip() or "unknown"
@@ -88,7 +90,8 @@ def spread(values: Sequence[float]) -> list[float] | float:
 
 
 def in_turn(runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[Any]]:
-    """Run each contender once per round, in reverse order every second round; return its results by name.
+    """Run each contender once per round, in reverse order every second round; return its results by
+    name.
 
     A contender that fails is reported and not run again; it has the results of the rounds before.
     """
@@ -112,7 +115,8 @@ def in_turn(runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, lis
 
 
 def child(command: Sequence[str], **environment: str) -> tuple[str, float, float]:
-    """Run a command in a process of its own; return its stdout, its peak memory in bytes, its CPU seconds.
+    """Run a command in a process of its own; return its stdout, its peak memory in bytes, its CPU
+    seconds.
 
     Raises:
         RuntimeError: it ended with another status than 0.

@@ -1,4 +1,5 @@
-"""KL of formats on one model, along the dense model's sampled and greedy answers to held-out prompts.
+"""KL of formats on one model, along the dense model's sampled and greedy answers to held-out
+prompts.
 
 python -m bench formats
 python -m bench formats --labels int4 "GPTQ int4"
@@ -137,7 +138,8 @@ def traces(subject: Subject) -> list[list[int]]:
 
 
 def load(folder: Path, dense: Path) -> Any:
-    """Load the weights of a checkpoint, packed or not, into a float32 model of the dense architecture."""
+    """Load the weights of a checkpoint, packed or not, into a float32 model of the dense
+    architecture."""
     import rac_modifier  # noqa: F401
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

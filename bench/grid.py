@@ -1,4 +1,5 @@
-"""Rows of recipes on one model, run by `rac frontier`: what the suites accuracy, recovery and traces share."""
+"""Rows of recipes on one model, run by `rac frontier`: what the suites accuracy, recovery and
+traces share."""
 
 from __future__ import annotations
 
@@ -60,7 +61,8 @@ def run_grid(
     problems: int | None = None,
     cap: int | None = None,
 ) -> list[dict[str, Any]]:
-    """Run rows with `rac frontier`, which goes on where it was; return its finished rows, the dense one first.
+    """Run rows with `rac frontier`, which goes on where it was; return its finished rows, the dense
+    one first.
 
     Args:
         subject: the model and its problems.

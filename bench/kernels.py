@@ -1,9 +1,11 @@
-"""Our CPU kernels against dense linears of torch and vLLM: milliseconds per decode step by tokens at once.
+"""Our CPU kernels against dense linears of torch and vLLM: milliseconds per decode step by tokens
+at once.
 
     python -m bench kernels --forms 50%-bf16 50%-int8 int4 --tokens 1 4 16 64
 
-A step runs every linear of so many layers that --gigabytes of our weights are read, so that no cache helps. Contenders run
-in turn, one step each; medians count. "of the probe" is the share of the memory's reading speed that our kernel reaches.
+A step runs every linear of so many layers that --gigabytes of our weights are read, so that
+no cache helps. Contenders run in turn, one step each; medians count. "of the probe" is the
+share of the memory's reading speed that our kernel reaches.
 """
 
 from __future__ import annotations

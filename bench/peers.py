@@ -1,12 +1,14 @@
-"""Our kernels and llama.cpp, OpenVINO and torchao on one machine: Qwen2-1.5B's shape, random weights, one request at a time.
+"""Our kernels and llama.cpp, OpenVINO and torchao on one machine: Qwen2-1.5B's shape, random
+weights, one request at a time.
 
     pip install xllamacpp gguf openvino && pip install --no-deps "torchao>=0.18,<0.19"
-    .venv-serve/bin/python -m bench peers --contenders "Q4_0" "linears 50%-int4" "python 50%-int4" "served int4"
+    .venv-serve/bin/python -m bench peers --contenders "Q4_0" "linears 50%-int4" "python
+    50%-int4" "served int4"
 
-llama.cpp generates, timed by itself. "linears" are the products of one decode step, of all layers and the head, without
-attention and the calls of a server: a lower bound of a token's time. "python" is vLLM's `LLM` in the process, "served" is
-`vllm serve` in one process, timed at the client. Contenders run in turn, each in a process of its own. A contender that is not
-installed fails alone.
+llama.cpp generates, timed by itself. "linears" are the products of one decode step, of all layers
+and the head, without attention and the calls of a server: a lower bound of a token's time. "python"
+is vLLM's `LLM` in the process, "served" is `vllm serve` in one process, timed at the client.
+Contenders run in turn, each in a process of its own. A contender that is not installed fails alone.
 """
 
 from __future__ import annotations
@@ -104,14 +106,16 @@ def prompts(options: argparse.Namespace) -> list[list[int]]:
 def figures(
     size: int, firsts: list[float], further: list[float], options: argparse.Namespace
 ) -> Figures:
-    """Return the figures of three answers, without the first: seconds to the first token, ms of each further one."""
+    """Return the figures of three answers, without the first: seconds to the first token, ms of
+    each further one."""
     first, each = statistics.median(firsts[1:]), statistics.median(further[1:])
     seconds = first + each / 1e3 * (options.output_tokens - 1)
     return Figures(size, each, first, options.output_tokens / seconds)
 
 
 def linears(form: Form, options: argparse.Namespace) -> Figures:
-    """Multiply the weights of a decode step; every layer has memory of its own, so that no cache helps."""
+    """Multiply the weights of a decode step; every layer has memory of its own, so that no cache
+    helps."""
     from bench.kernels import ours
 
     torch.manual_seed(0)
@@ -159,7 +163,8 @@ def served(form: Form, options: argparse.Namespace) -> Figures:
 
 
 def python(form: Form, options: argparse.Namespace) -> Figures:
-    """Generate with vLLM's `LLM` in this process, as llama.cpp is timed; each step of the engine is timed."""
+    """Generate with vLLM's `LLM` in this process, as llama.cpp is timed; each step of the engine is
+    timed."""
     folder = random_model(options.work, form, options.layers, options.vocab)
     os.environ |= {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -211,7 +216,10 @@ def run_one(name: str, options: argparse.Namespace) -> Figures:
 
 def in_child(name: str, options: argparse.Namespace) -> Figures:
     """Run a contender in a process of its own."""
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from bench.peers import main; main(sys.argv[1])"
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from bench.peers import main; "
+        "main(sys.argv[1])"
+    )
     values = {
         key: str(value) if isinstance(value, Path) else value
         for key, value in vars(options).items()

@@ -1,4 +1,5 @@
-"""What `bench peers` runs of other projects: a file for llama.cpp, and decode steps in OpenVINO and torchao."""
+"""What `bench peers` runs of other projects: a file for llama.cpp, and decode steps in OpenVINO and
+torchao."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ import torch
 from bench.shapes import QWEN2
 
 Shapes = Sequence[tuple[int, int]]
-# largest value of a code (times that of a scale within the block), and where in a block its float16 scales are
+# largest value of a code (times that of a scale within the block), and where in a block its
+# float16 scales are
 LARGEST = {
     "Q4_0": (8, (0,)),
     "Q8_0": (127, (0,)),
@@ -25,9 +27,11 @@ ROWS = 1 << 14  # that torchao packs at a time: its codes are 32-bit integers be
 
 
 def write_gguf(folder: Path, kind: str, layers: int, vocab: int) -> Path:
-    """Write Qwen2-1.5B's shape with random codes as a GGUF file, and return its path; nothing if it exists.
+    """Write Qwen2-1.5B's shape with random codes as a GGUF file, and return its path; nothing if it
+    exists.
 
-    `kind` is Q4_0, Q8_0 or Q4_K_M: Q4_K, with Q6_K for the embedding and, in the layers that llama.cpp chooses, v and down.
+    `kind` is Q4_0, Q8_0 or Q4_K_M: Q4_K, with Q6_K for the embedding and, in the layers
+    that llama.cpp chooses, v and down.
     """
     import gguf
 
@@ -99,7 +103,8 @@ def median_ms(step: Callable[[], object], repeats: int) -> float:
 
 
 def openvino_step(shapes: Shapes, group: int, threads: int, repeats: int) -> tuple[int, float]:
-    """Time the int4 products of one token in OpenVINO's CPU runtime: weight bytes, and milliseconds.
+    """Time the int4 products of one token in OpenVINO's CPU runtime: weight bytes, and
+    milliseconds.
 
     The graph is nothing but linear layers, which the runtime may run in any order.
     """
@@ -138,7 +143,8 @@ def openvino_step(shapes: Shapes, group: int, threads: int, repeats: int) -> tup
 
 
 def torchao_step(shapes: Shapes, group: int, threads: int, repeats: int) -> tuple[int, float]:
-    """Time the products of one token by torchao's int4 weights, layer by layer: weight bytes, and milliseconds.
+    """Time the products of one token by torchao's int4 weights, layer by layer: weight bytes, and
+    milliseconds.
 
     The last rows of each product are compared with float32.
     """

@@ -2,8 +2,9 @@
 
     python -m bench scale --gb 30 --shard-gb 4
 
-The model has layers of Qwen2.5-14B up to --gb, every linear layer 2:4 in bfloat16, and is written file by file.
-Peak memory is the largest resident set of the process (`ru_maxrss`), importing torch included.
+The model has layers of Qwen2.5-14B up to --gb, every linear layer 2:4 in bfloat16, and is
+written file by file. Peak memory is the largest resident set of the process (`ru_maxrss`),
+importing torch included.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""`vllm serve` on the loopback interface while it is measured, and a client that streams token ids."""
+"""`vllm serve` on the loopback interface while it is measured, and a client that streams token
+ids."""
 
 from __future__ import annotations
 
@@ -112,7 +113,8 @@ def is_ready(url: str) -> bool:
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """End the server and every process of its group: the next server needs the cores and the memory."""
+    """End the server and every process of its group: the next server needs the cores and the
+    memory."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
@@ -123,7 +125,8 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 @dataclass(frozen=True)
 class Speed:
-    """Output tokens per second over all requests; medians of milliseconds to the first and to each further token."""
+    """Output tokens per second over all requests; medians of milliseconds to the first and to each
+    further token."""
 
     tokens_per_second: float
     first_ms: float
@@ -133,9 +136,11 @@ class Speed:
 def measure(
     url: str, vocab: int, prompt_tokens: int, output_tokens: int, concurrency: int, requests: int
 ) -> Speed:
-    """Send requests of random token ids, `concurrency` at a time; the same prompts for the same arguments.
+    """Send requests of random token ids, `concurrency` at a time; the same prompts for the same
+    arguments.
 
-    `vllm bench serve` needs a tokenizer for its random prompts, which a model with random weights does not have.
+    `vllm bench serve` needs a tokenizer for its random prompts, which a model with random
+    weights does not have.
     """
     draw = random.Random(f"{concurrency} {requests}")
     prompts = [[draw.randrange(vocab) for _ in range(prompt_tokens)] for _ in range(requests)]
@@ -172,7 +177,7 @@ async def stream(
         "temperature": 0,
         "ignore_eos": True,
         "stream": True,
-        "return_token_ids": True,  # without a tokenizer there is no text, and empty chunks are not sent
+        "return_token_ids": True,  # without a tokenizer there is no text to send
     }
     started, first, last, count = time.perf_counter(), 0.0, 0.0, 0
     async with session.post(f"{url}/v1/completions", json=body) as reply:

@@ -1,12 +1,14 @@
-"""`vllm serve` with random weights in the shape of Qwen2-1.5B: tokens per second, time to the first token, memory.
+"""`vllm serve` with random weights in the shape of Qwen2-1.5B: tokens per second, time to the first
+token, memory.
 
     .venv-serve/bin/python -m bench serving --forms bf16 w8a8 int4 50%-int8
     .venv-serve/bin/python -m bench serving --forms bf16 int4-8 --prompts 512 2048
     .venv-serve/bin/python -m bench serving --soak demo/served
 
-bf16 and w8a8 run on vLLM's own kernels, all other forms on ours; int4-8 has 8-bit activations. Each round starts a server
-per form, in reverse order every second round. The ratio is to the first form. --soak sends thousands of requests, of which
-some clients leave, to a checkpoint, and exits with 1 where memory is not flat or a request fails.
+bf16 and w8a8 run on vLLM's own kernels, all other forms on ours; int4-8 has 8-bit
+activations. Each round starts a server per form, in reverse order every second round. The
+ratio is to the first form. --soak sends thousands of requests, of which some clients leave,
+to a checkpoint, and exits with 1 where memory is not flat or a request fails.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ TINY: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Run:
-    """The figures of one server: memory in bytes, speed by concurrency, time to the first token in ms by prompt length."""
+    """The figures of one server: memory in bytes, speed by concurrency, time to the first token in
+    ms by prompt length."""
 
     resident: int
     speeds: dict[int, Speed]

@@ -1,7 +1,9 @@
-"""Thousands of requests to a served checkpoint, of which some clients leave: is the server's memory flat?
+"""Thousands of requests to a served checkpoint, of which some clients leave: is the server's memory
+flat?
 
-Memory is what the server's processes have allocated, sampled every 100 requests. The cache for keys and values has few
-blocks, so that the first requests touch all of its pages; a larger one looks like a leak.
+Memory is what the server's processes have allocated, sampled every 100 requests. The cache
+for keys and values has few blocks, so that the first requests touch all of its pages; a
+larger one looks like a leak.
 """
 
 from __future__ import annotations
@@ -73,7 +75,8 @@ async def in_the_engine(session: aiohttp.ClientSession, url: str) -> float:
 async def load(
     server: Server, vocab: int, options: argparse.Namespace
 ) -> tuple[list[str], list[int], int]:
-    """Send the requests; return what went wrong, the samples of memory in bytes, and how many clients left."""
+    """Send the requests; return what went wrong, the samples of memory in bytes, and how many
+    clients left."""
     draw, wrong, samples = random.Random(0), [], []
     ended, left, waiting = 0, 0, options.requests
 

@@ -1,10 +1,12 @@
-"""Pruning time, error and peak memory: our presets and llm-compressor's SparseGPTModifier on the same batches.
+"""Pruning time, error and peak memory: our presets and llm-compressor's SparseGPTModifier on the
+same batches.
 
     python -m bench time --who upstream paper quality
     python -m bench time --cases 7B --layers 1 --tokens 131072 --rounds 1
 
-Contenders run in turn, each in a process of its own, on the same float32 model and the same rows of tokens without padding.
-Time is that of the whole `oneshot` call. The error compares the last hidden state with the dense model's.
+Contenders run in turn, each in a process of its own, on the same float32 model and the same
+rows of tokens without padding. Time is that of the whole `oneshot` call. The error compares
+the last hidden state with the dense model's.
 """
 
 from __future__ import annotations
@@ -51,7 +53,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def model_and_rows(case: str, layers: int, tokens: int) -> tuple[Any, list[list[int]]]:
-    """Return a float32 model and rows of token ids: random ones, and for the reasoner those of its problems' solutions."""
+    """Return a float32 model and rows of token ids: random ones, and for the reasoner those of its
+    problems' solutions."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
     import rac_modifier
@@ -76,7 +79,8 @@ def model_and_rows(case: str, layers: int, tokens: int) -> tuple[Any, list[list[
 
 
 def prune(case: str, layers: int, pattern: str, who: str, tokens: int) -> dict[str, float]:
-    """Prune in this process; return seconds, CPU seconds, the error, and the memory that the call adds to the peak."""
+    """Prune in this process; return seconds, CPU seconds, the error, and the memory that the call
+    adds to the peak."""
     from llmcompressor import oneshot
     from llmcompressor.modifiers.pruning import SparseGPTModifier
 
@@ -160,7 +164,10 @@ def run(options: argparse.Namespace) -> None:
 
 def in_child(arguments: list[str]) -> dict[str, float]:
     """Run `prune` in a process of its own."""
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from bench.time import main; main(sys.argv[1:])"
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from bench.time import main; "
+        "main(sys.argv[1:])"
+    )
     text, _, _ = child([sys.executable, "-c", code, *arguments])
     result: dict[str, float] = json.loads(text.splitlines()[-1])
     return result

@@ -1,10 +1,12 @@
 """Traces: how fast a collection is, and which changes of the calibration set matter.
 
-    python -m bench traces rates --vllm .venv-serve/bin/vllm     # a server against transformers' `generate`
-    python -m bench traces client --vllm .venv-serve/bin/vllm    # our client against a bare load generator
-    python -m bench traces changes --patterns 2:4 0.6            # one change of the set at a time
+    python -m bench traces rates --vllm .venv-serve/bin/vllm     # a server against
+    transformers' `generate` python -m bench traces client --vllm .venv-serve/bin/vllm    #
+    our client against a bare load generator python -m bench traces changes --patterns 2:4
+    0.6            # one change of the set at a time
 
-The model is the embedded reasoner in float32. Each round completes other problems, in the same order for both contenders.
+The model is the embedded reasoner in float32. Each round completes other problems, in the
+same order for both contenders.
 """
 
 from __future__ import annotations
@@ -69,7 +71,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def changes(options: argparse.Namespace) -> None:
-    """Prune with each change and write the table; preset `paper` loses enough to show differences."""
+    """Prune with each change and write the table; preset `paper` loses enough to show
+    differences."""
     subject = SUBJECTS["reasoner"](options.work)
     rows = [
         {
@@ -93,7 +96,8 @@ def changes(options: argparse.Namespace) -> None:
 
 
 def collection(server: Server, options: argparse.Namespace) -> tuple[float, float]:
-    """Complete all problems of a round through `rac`'s collection; return tokens per second, CPU ms per 1,000 tokens."""
+    """Complete all problems of a round through `rac`'s collection; return tokens per second, CPU ms
+    per 1,000 tokens."""
     from transformers import AutoTokenizer
 
     from rac_modifier.errors import RacError

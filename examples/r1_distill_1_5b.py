@@ -1,16 +1,19 @@
-"""DeepSeek-R1-Distill-Qwen-1.5B on one GPU, from nothing to the page: 50 %, 2:4, 2:4 + int4 and int4 beside the dense model.
+"""DeepSeek-R1-Distill-Qwen-1.5B on one GPU, from nothing to the page: 50 %, 2:4, 2:4 + int4 and
+int4 beside the dense model.
 
     RAC_VLLM=.venv-serve/bin/vllm python examples/r1_distill_1_5b.py
     python examples/r1_distill_1_5b.py --dry-run
 
 1. The grid is checked: recipes, disk, the serving environment. --check stops here.
 2. The model's own traces are sampled through `vllm serve`.
-3. Each model is compressed, measured (KL, bytes, tokens per second), served, and asked MATH-500 and AIME 2024 as published.
+3. Each model is compressed, measured (KL, bytes, tokens per second), served, and asked
+MATH-500 and AIME 2024 as published.
 4. OUT/report.html shows all of it.
 
-The model, the prompts of OpenR1-Math-220k and the benchmarks come from the Hugging Face hub. Run the same command again after a
-kill: what is finished is not done again. The grid is rac_modifier/grids/r1_distill_1_5b.yaml; --grid FILE takes a changed copy.
---dry-run takes all steps with few small numbers on the embedded reasoner: on a CPU, without server and without download.
+The model, the prompts of OpenR1-Math-220k and the benchmarks come from the Hugging Face hub. Run
+the same command again after a kill: what is finished is not done again. The grid is
+rac_modifier/grids/r1_distill_1_5b.yaml; --grid FILE takes a changed copy. --dry-run takes all steps
+with few small numbers on the embedded reasoner: on a CPU, without server and without download.
 """
 
 import argparse
@@ -40,7 +43,8 @@ def rac(*words: object) -> None:
 
 
 def small_grid(out: Path) -> Path:
-    """The rows of the grid with numbers for the reasoner, asked arithmetic in the layout of the two benchmarks."""
+    """The rows of the grid with numbers for the reasoner, asked arithmetic in the layout of the two
+    benchmarks."""
     content = yaml.safe_load((FOLDER / f"{GRID}.yaml").read_text())
     names = [benchmark["preset"] for benchmark in content["evaluation"]["benchmarks"]]
     questions = out / "questions.jsonl"

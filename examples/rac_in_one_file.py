@@ -1,6 +1,8 @@
-"""Reasoning-aware pruning in one file, without the rest of this package: torch and transformers alone.
+"""Reasoning-aware pruning in one file, without the rest of this package: torch and transformers
+alone.
 
-    python examples/rac_in_one_file.py MODEL OUTPUT        # a folder or Hugging Face id with a chat template
+    python examples/rac_in_one_file.py MODEL OUTPUT        # a folder or Hugging Face id
+    with a chat template
 
 1. Sample: the model answers questions; its own chains of thought are the calibration data.
 2. Hessian: H = 2/n X^T X of the inputs X [tokens, d] of each linear layer, on those traces.
@@ -8,8 +10,9 @@
    weights of later inputs. Layer by layer: a layer reads what the pruned layers before it compute.
 4. Save: an ordinary checkpoint with zeros in it; `rac pack` makes it smaller.
 
-What the package adds: the dense model's outputs as the target, ALPS, a refit, recovery, int2 to int8,
-experts, servers that sample, resume after a kill, memory of one layer, kernels that use the zeros.
+What the package adds: the dense model's outputs as the target, ALPS, a refit, recovery,
+int2 to int8, experts, servers that sample, resume after a kill, memory of one layer,
+kernels that use the zeros.
 """
 
 from __future__ import annotations
@@ -74,7 +77,8 @@ def sparsegpt(weight: torch.Tensor, hessian: torch.Tensor) -> tuple[torch.Tensor
 
     With H^-1 = R^T R (R upper triangular), pruning the weight of input j makes the error
     e = w_j / R_jj, and the weight of each later input k becomes w_k - e R_jk. The weights with the
-    lowest (w_j / R_jj)^2 of each group of M are pruned, scored when all inputs before the group are done.
+    lowest (w_j / R_jj)^2 of each group of M are pruned, scored when all inputs before the
+    group are done.
     """
     w = weight.double()  # a new tensor
     dead = hessian.diagonal() == 0  # inputs that are zero on every token
@@ -104,7 +108,8 @@ def sparsegpt(weight: torch.Tensor, hessian: torch.Tensor) -> tuple[torch.Tensor
 
 @torch.no_grad()
 def prune(model, traces: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Prune all linear layers of the decoder in place, layer by layer. Returns the masks by name."""
+    """Prune all linear layers of the decoder in place, layer by layer. Returns the masks by
+    name."""
     masks = {}
     for number, layer in enumerate(model.model.layers):
         modules = {n: m for n, m in layer.named_modules() if isinstance(m, torch.nn.Linear)}
@@ -124,7 +129,8 @@ def main(source: str, output: str) -> None:
     questions = [f"What is {17 * i % 89 + 10} + {31 * i % 97 + 10}?" for i in range(32)]
     traces = sample(model, tokenizer, questions, max_new_tokens=256)
     print(
-        f"{sum(trace.numel() for trace in traces):,} tokens of the model's own in {len(traces)} traces"
+        f"{sum(trace.numel() for trace in traces):,} tokens of the model's own in "
+        f"{len(traces)} traces"
     )
     masks = prune(model, traces)
     zeros = 1 - sum(int(mask.sum()) for mask in masks.values()) / sum(

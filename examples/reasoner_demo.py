@@ -2,9 +2,10 @@
 
     make demo          (or: python examples/reasoner_demo.py)
 
-Calibration on generic text, on prompts only, and on the model's own chain of thought (RAC): the same number of tokens,
-the paper's solver, the same held-out problems. Then RAC once more with the default preset, which goes beyond the paper's solver.
-Every model is saved packed; the last is loaded back and compared bit by bit.
+Calibration on generic text, on prompts only, and on the model's own chain of thought (RAC):
+the same number of tokens, the paper's solver, the same held-out problems. Then RAC once
+more with the default preset, which goes beyond the paper's solver. Every model is saved
+packed; the last is loaded back and compared bit by bit.
 """
 
 import argparse
@@ -62,7 +63,8 @@ def main() -> None:
             model, tokenizer, problems, label=label, max_new_tokens=512, batch_size=args.problems
         )
 
-    # float32 computes what the stored bfloat16 weights say, and is faster on a CPU without bf16 units
+    # float32 computes what the stored bfloat16 weights say, and is faster on a CPU without
+    # bf16 units
     results = [measured(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), "dense")]
     for label, (kind, preset) in PRUNED.items():
         recipe = yaml.safe_load(RECIPE.read_text())
@@ -88,7 +90,8 @@ def main() -> None:
 
     print(f"\n{render_report(inspect_checkpoint(output))}")
     print(
-        f"\nThe same {args.tokens:,} calibration tokens, the same {args.problems} held-out problems, greedy:\n"
+        f"\nThe same {args.tokens:,} calibration tokens, the same {args.problems} held-out "
+        "problems, greedy:\n"
     )
     print(render_results(accuracy_table(results)))
     plot_bars(results, args.out / "demo.png")

@@ -2,8 +2,9 @@
 
     make serve-demo      (or, in the serving environment: python examples/serve_demo.py CHECKPOINT)
 
-Starts the server on the loopback interface, waits until it is ready, asks held-out problems through the `openai` client,
-several at a time, checks the answers, and always stops the server at the end. vLLM loads the plugin by its entry point.
+Starts the server on the loopback interface, waits until it is ready, asks held-out problems
+through the `openai` client, several at a time, checks the answers, and always stops the
+server at the end. vLLM loads the plugin by its entry point.
 """
 
 import argparse
@@ -27,7 +28,8 @@ from rac_modifier.problems.arithmetic import Solved, generate_distinct
 
 NAME = "pruned"
 EPILOG = "Other options, such as --enforce-eager, are passed to vllm serve."
-# For a small machine: little memory for the cache, all cores (vLLM's "auto" leaves one out), threads that sleep while they wait.
+# For a small machine: little memory for the cache, all cores (vLLM's "auto" leaves one
+# out), threads that sleep while they wait.
 CORES = sorted(os.sched_getaffinity(0))
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -39,7 +41,8 @@ ENVIRONMENT = {
 
 @contextmanager
 def served(checkpoint: Path, options: list[str], log: Path, seconds: float = 600) -> Iterator[str]:
-    """Run `vllm serve` inside the context, which gets its URL. Exits with the end of its log if it does not become ready."""
+    """Run `vllm serve` inside the context, which gets its URL. Exits with the end of its log if it
+    does not become ready."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -150,7 +153,8 @@ def main() -> None:
     right, tokens = sum(ok for ok, _ in answers), sum(count for _, count in answers)
     print(f"{right} of {len(problems)} held-out problems right ({right / len(problems):.1%})")
     print(
-        f"{tokens:,} tokens in {seconds:.1f} s: {tokens / seconds:.0f} tokens/s at {args.concurrency} requests at a time"
+        f"{tokens:,} tokens in {seconds:.1f} s: {tokens / seconds:.0f} tokens/s at "
+        f"{args.concurrency} requests at a time"
     )
 
 

@@ -1,9 +1,11 @@
-"""A loop of plain PyTorch over the model's own traces: the `forward_loop` of NVIDIA ModelOpt and of any other tool.
+"""A loop of plain PyTorch over the model's own traces: the `forward_loop` of NVIDIA ModelOpt and of
+any other tool.
 
-    python examples/traces_in_plain_pytorch.py [MODEL [STORE]]     # by default the embedded reasoner
+    python examples/traces_in_plain_pytorch.py [MODEL [STORE]]     # by default the embedded
+    reasoner
 
-With ModelOpt: `mtq.quantize(model, mtq.NVFP4_DEFAULT_CFG, forward_loop=forward_loop)`. Here the maximum over the inputs
-of each linear layer is taken, as calibrators do.
+With ModelOpt: `mtq.quantize(model, mtq.NVFP4_DEFAULT_CFG, forward_loop=forward_loop)`. Here
+the maximum over the inputs of each linear layer is taken, as calibrators do.
 """
 
 from __future__ import annotations

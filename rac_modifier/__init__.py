@@ -55,8 +55,9 @@ def __getattr__(name: str) -> Any:
 class _ImportAfter(MetaPathFinder):
     """Import `module` right after `trigger` is loaded, in the way of the other finders.
 
-    A library that finds extensions through a registry, and has no entry point for them, is extended so:
-    it is not imported before the user does, and the order of the user's imports does not matter.
+    A library that finds extensions through a registry, and has no entry point for them, is
+    extended so: it is not imported before the user does, and the order of the user's
+    imports does not matter.
     """
 
     def __init__(self, trigger: str, module: str) -> None:
@@ -88,8 +89,9 @@ class _ImportAfter(MetaPathFinder):
             importlib.import_module(self.module)
         except Exception as error:
             warnings.warn(
-                f"{self.module} cannot extend {self.trigger} of the installed version ({error!r}); "
-                "packed sparse checkpoints are not loaded: install the versions that rac-modifier pins",
+                f"{self.module} cannot extend {self.trigger} of the installed version "
+                f"({error!r}); packed sparse checkpoints are not loaded: install the "
+                "versions that rac-modifier pins",
                 RuntimeWarning,
                 stacklevel=2,
             )

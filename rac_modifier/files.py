@@ -27,7 +27,7 @@ def write_json_atomic(path: str | Path, obj: Any) -> None:
 
 
 def write_text_atomic(path: str | Path, text: str) -> None:
-    """Write UTF-8 text through a temporary file, mode 644; a reader sees the old file or the new one.
+    """Write UTF-8 text through a temporary file, mode 644; a reader sees the old or new file.
 
     Raises:
         RacError: the file cannot be written, and the old file is unchanged.
@@ -71,7 +71,7 @@ def read_json(path: str | Path, next_step: str = "is this a saved model folder?"
 
 
 def regular_file(path: str | Path, label: str) -> Path:
-    """Return the path of a user's file, after checking that reading it will end; links are followed.
+    """Return the path of a user's regular file; links are followed.
 
     Raises:
         RacError: nothing is at `path`, or a folder, device, pipe or socket; it begins with `label`.
@@ -97,7 +97,7 @@ def _special_kind(path: Path) -> str | None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder, if it is there, renamed first: a kill leaves all of it under its name or nothing."""
+    """Rename a folder, if it exists, and remove it; a kill leaves all of it or nothing."""
     gone = folder.with_name(f"{folder.name}.removed")
     shutil.rmtree(gone, ignore_errors=True)
     with contextlib.suppress(OSError):
@@ -106,7 +106,7 @@ def remove_folder(folder: Path) -> None:
 
 
 def lock(descriptor: int, path: Path, patience: float) -> bool:
-    """Lock an open file until it is closed; return whether others released it in `patience` seconds.
+    """Lock an open file until it is closed; return False if `patience` seconds did not suffice.
 
     Raises:
         RacError: the file system has no locks.
@@ -133,8 +133,8 @@ _REASONER = ("rac_modifier", "reasoner", "assets")  # the embedded model; its na
 def public_name(name: str | Path) -> str:
     """Return a name without a machine's folders, for models, records, cards and trace stores.
 
-    A hub id or relative path stays. An absolute path becomes the hub id, in the hub's cache, or else
-    its last name: "/data/models/Qwen3-8B" becomes "Qwen3-8B".
+    A hub id or relative path stays. An absolute path becomes the hub id, in the hub's
+    cache, or else its last name: "/data/models/Qwen3-8B" becomes "Qwen3-8B".
     """
     text = str(name)
     if not _is_absolute(text):
@@ -150,7 +150,8 @@ def public_name(name: str | Path) -> str:
 def without_paths(value: Any) -> Any:
     """Return a copy of a record in which each absolute path is replaced by its public name.
 
-    A path is recognized where it is a whole string, and replaced wherever it occurs in other strings.
+    A path is recognized where it is a whole string, and replaced wherever it occurs in
+    other strings.
     """
     return _replaced(value, sorted(set(_paths(value)), key=len, reverse=True))
 
@@ -161,7 +162,7 @@ def text_without_paths(text: str, parsed: Any) -> str:
 
 
 def _is_absolute(text: str) -> bool:
-    """Return whether a string is an absolute path of two names or more ("/no_think" is a prompt)."""
+    """Return whether a string is an absolute path of two names or more, unlike "/no_think"."""
     path = PureWindowsPath(text)  # splits at both kinds of slash
     rooted = text.startswith(("/", "~/", "file:///")) or bool(path.drive and path.root)
     named = len(path.parts) > 2 or (len(path.parts) == 2 and Path(text).exists())

@@ -12,11 +12,13 @@ from transformers import PreTrainedModel
 
 from rac_modifier.errors import RacError
 
-_OTHER_DEVICE = 'use a device with more memory, or load the model with device_map="auto", which is left as it is'
+_OTHER_DEVICE = (
+    'use a device with more memory, or load the model with device_map="auto", which stays as it is'
+)
 
 
 class StopForward(Exception):  # noqa: N818 - control flow, not an error
-    """Raised by a hook that has all the activations it needs, to skip the rest of a forward pass."""
+    """Raised by a hook that has its activations, to skip the rest of a forward pass."""
 
 
 @contextlib.contextmanager
@@ -72,7 +74,8 @@ def on_accelerator(model: PreTrainedModel, next_step: str = _OTHER_DEVICE) -> It
 def streamed_to_accelerator(model: PreTrainedModel) -> Iterator[None]:
     """Compute on the accelerator with weights that stay on the CPU, copied when a module runs.
 
-    All ranks call it, since the weights are shared memory from then on. A placed model stays as it is.
+    All ranks call it, since the weights are shared memory from then on. A placed model
+    stays as it is.
     """
     device = accelerator()
     if device is None or is_placed(model):
@@ -99,8 +102,8 @@ def check_fits(
     free = free_bytes(device)
     if free is not None and weights + max(weights // 20, 10**9) > free:
         raise RacError(
-            f"the weights of the model take {weights / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are "
-            f"free on {device}, where there must be room for a forward pass, too: {next_step}"
+            f"the weights of the model take {weights / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB "
+            f"are free on {device}, where there must be room for a forward pass, too: {next_step}"
         )
 
 

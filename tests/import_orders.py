@@ -1,6 +1,8 @@
-"""Programs that import llm-compressor, transformers and us in orders of their own, each in a process that has none of them yet.
+"""Programs that import llm-compressor, transformers and us in orders of their own, each in a
+process that has none of them yet.
 
-Each is a fork of one process, which has imported what those are built on: that is most of the time that they take.
+Each is a fork of one process, which has imported what those are built on: that is most of
+the time that they take.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ import traceback
 from pathlib import Path
 
 FOUNDATIONS = (
-    "torch", "torch.distributed.tensor", "torch._dynamo.convert_frame", "scipy.optimize", "scipy.stats", "pandas",
+    "torch", "torch.distributed.tensor", "torch._dynamo.convert_frame", "scipy.optimize",
+    "scipy.stats", "pandas",
     "sklearn.metrics", "datasets",
 )  # fmt: skip
 IN_ORDER = {"llmcompressor", "compressed_tensors", "transformers", "rac_modifier"}

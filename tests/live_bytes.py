@@ -9,7 +9,8 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """The bytes of all tensors that operators made and that are still alive, and their peak since `reset`."""
+    """The bytes of all tensors that operators made and that are still alive, and their peak since
+    `reset`."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,5 @@
-"""Processes that are threads of this one, for tests of what each of several does; torch.distributed is not used."""
+"""Processes that are threads of this one, for tests of what each of several does; torch.distributed
+is not used."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from rac_modifier.processes import Processes
 
 
 class Meeting:
-    """What the threads of `together` share: a place for each, and the times at which all are there."""
+    """What the threads of `together` share: a place for each, and the times at which all are
+    there."""
 
     def __init__(self, count: int):
         self.barrier = threading.Barrier(count)
@@ -58,7 +60,8 @@ class Threads(Processes):
 
 
 def together(count: int, run: Callable[[Threads], Any]) -> list[Any]:
-    """What `run` returns in each of so many threads; an error in one of them is raised here, the first by rank."""
+    """What `run` returns in each of so many threads; an error in one of them is raised here, the
+    first by rank."""
     meeting, results = Meeting(count), [None] * count
     errors: list[BaseException | None] = [None] * count
 

@@ -1,4 +1,5 @@
-"""What a user can do wrong, and what the message must say. `python -m tests.test_bad_inputs` writes docs/errors.md."""
+"""What a user can do wrong, and what the message must say. `python -m tests.test_bad_inputs` writes
+docs/errors.md."""
 
 from __future__ import annotations
 
@@ -23,9 +24,9 @@ from tests.bad_inputs.bench import Bench
 TABLE = Path(__file__).parents[1] / "docs" / "errors.md"
 HEAD = """# Errors
 
-Each mistake below ends in a `RacError` whose message contains the text on the right. On the command line the message is
-printed without a traceback, with exit code 1. `python -m tests.test_bad_inputs` writes this table, and the same file tests
-every row of it.
+Each mistake below ends in a `RacError` whose message contains the text on the right. On the
+command line the message is printed without a traceback, with exit code 1.
+`python -m tests.test_bad_inputs` writes this table, and the same file tests every row of it.
 
 | mistake | the message contains |
 |---|---|

@@ -1,4 +1,5 @@
-"""The worked examples of CONTRIBUTING.md, applied to a copy of the package, where their own tests are run."""
+"""The worked examples of CONTRIBUTING.md, applied to a copy of the package, where their own tests
+are run."""
 
 from __future__ import annotations
 
@@ -63,7 +64,8 @@ EXAMPLES = examples()
 
 @pytest.fixture(scope="session")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The outcome of each test, by `path::name`, of the copy with all examples; and what pytest and ruff printed."""
+    """The outcome of each test, by `path::name`, of the copy with all examples; and what pytest and
+    ruff printed."""
     tree = tmp_path_factory.mktemp("tree")
     ignore = shutil.ignore_patterns("__pycache__", "assets")
     for name in ("rac_modifier", "tests", "csrc"):
@@ -82,7 +84,10 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
             (tree / path).write_text(text.replace(old, new))
     new = [path for example in EXAMPLES for path in example.files]
     tests = [path for path in new if path.startswith("tests/")]
-    order = "test_imports_run_one_way or test_no_modules_import_each_other_in_a_circle or not test_imports"
+    order = (
+        "test_imports_run_one_way or test_no_modules_import_each_other_in_a_circle or not "
+        "test_imports"
+    )
     environment = {**os.environ, "PYTHONPATH": str(tree)}
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rA", "-q"]
     command += [*tests, "tests/test_imports.py", "-k", order]

@@ -149,7 +149,8 @@ def test_a_file_system_without_locks_is_named(
         (tmp_path / "a").open("w") as file,
         pytest.raises(
             RacError,
-            match=r"/a cannot be locked \(No locks available\); name one on a file system that has locks",
+            match=r"/a cannot be locked \(No locks available\); name one on a file system that has "
+            r"locks",
         ),
     ):
         lock(file.fileno(), tmp_path / "a", 0.0)

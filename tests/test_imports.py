@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "rac_modifier"
-# From the ground up: a room imports itself and rooms on lines above it; rooms of one line do not know each other.
+# From the ground up: a room imports itself and rooms on lines above it; rooms of one line
+# do not know each other.
 FLOORS = [
     ["errors", "platform", "rehearsal"],
     ["files"],
@@ -71,14 +72,18 @@ def test_no_module_but_the_compressing_ones_imports_llmcompressor_and_none_vllm(
 
 def test_what_serving_needs_imports_no_transformers():
     """In a serving process each module is imported again and again by workers."""
-    statement = "import rac_modifier.checkpoint.bitmask, rac_modifier.checkpoint.inspect, rac_modifier.pruning.masks"
+    statement = (
+        "import rac_modifier.checkpoint.bitmask, rac_modifier.checkpoint.inspect, "
+        "rac_modifier.pruning.masks"
+    )
     assert (
         loaded_by(statement, "transformers", "llmcompressor", "vllm", "compressed_tensors") == set()
     )
 
 
 def imported(path: Path, prefix: str = "rac_modifier.") -> list[tuple[str, int]]:
-    """What a file imports from this package, inside functions too, as `folder.module` with its line."""
+    """What a file imports from this package, inside functions too, as `folder.module` with its
+    line."""
     found = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

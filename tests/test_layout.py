@@ -9,7 +9,8 @@ from tests.conftest import SERVING_TESTS
 TESTS = Path(__file__).parent
 PACKAGE = TESTS.parent / "rac_modifier"
 LONGEST = 360  # lines
-# Modules without a test file of their own, and why. An __init__.py without a function or a class needs no entry.
+# Modules without a test file of their own, and why. An __init__.py without a function or a
+# class needs no entry.
 NO_MIRROR = {
     "__init__.py": "the public names and what importing them costs: tests/test_imports.py",
     "cli/__main__.py": "calls rac_modifier.cli:main, which tests/cli runs as a process",
@@ -19,7 +20,8 @@ MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 
 
 def mirror(module: Path) -> Path:
-    """kernels/cpu/linear.py -> kernels/cpu/test_linear.py; kernels/__init__.py -> kernels/test_kernels.py."""
+    """kernels/cpu/linear.py -> kernels/cpu/test_linear.py; kernels/__init__.py ->
+    kernels/test_kernels.py."""
     name = module.parent.name if module.name == "__init__.py" else module.stem
     return module.with_name(f"test_{name}.py")
 

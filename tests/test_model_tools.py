@@ -70,7 +70,8 @@ def test_a_model_that_is_placed_already_is_not_moved(monkeypatch):
 
 
 def test_offloaded_weights_are_placed_wherever_they_are_computed_with():
-    """What oneshot makes of a model with a device_map: hf_device_map is gone, and the parameters may be on the CPU."""
+    """What oneshot makes of a model with a device_map: hf_device_map is gone, and the parameters
+    may be on the CPU."""
     model = tiny_model()
     assert not is_placed(model)
     set_onload_device(model, "cpu")

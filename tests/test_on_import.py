@@ -11,7 +11,8 @@ import pytest
 
 @pytest.fixture
 def run(tmp_path: Path):
-    """Run code where `library`, `library.part` and `extension` can be imported; each prints its name when it is run."""
+    """Run code where `library`, `library.part` and `extension` can be imported; each prints its
+    name when it is run."""
     (tmp_path / "library").mkdir()
     (tmp_path / "library" / "__init__.py").write_text("print('library')\n")
     (tmp_path / "library" / "part.py").write_text("REGISTRY = {}\nprint('part')\n")
@@ -25,7 +26,8 @@ def run(tmp_path: Path):
             f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import importlib.util, inspect\n"
         )
         head += "from rac_modifier import _import_after as import_after\n"
-        head += "def hooks(name): return [f for f in sys.meta_path if getattr(f, 'trigger', '') == name]\n"
+        head += "def hooks(name):\n"
+        head += "  return [f for f in sys.meta_path if getattr(f, 'trigger', '') == name]\n"
         done = subprocess.run([sys.executable, "-c", head + code], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done
@@ -50,11 +52,13 @@ BEFORE = "import_after('library.part', 'extension'); "
         (f"{BEFORE}import library.part; print('REGISTRY' in inspect.getsource(library.part))",
          "library part extension True"),
         # transformers looks up what is installed without importing it
-        ("import_after('library', 'extension'); importlib.util.find_spec('library'); print('looked')\n"
+        ("import_after('library', 'extension'); importlib.util.find_spec('library'); "
+         "print('looked')\n"
          "importlib.util.find_spec('library'); import library; print(len(hooks('library')))",
          "looked library part extension 0"),
         ("import_after('no_such_library', 'extension')\n"
-         "for _ in range(2):\n  try: import no_such_library\n  except ModuleNotFoundError as e: print(e.name)\n"
+         "for _ in range(2):\n  try: import no_such_library\n  except ModuleNotFoundError as e: "
+         "print(e.name)\n"
          "print(len(hooks('no_such_library')))", "no_such_library no_such_library 1"),
     ],
 )  # fmt: skip

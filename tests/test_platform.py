@@ -35,7 +35,8 @@ choose = platform._is_amd_with_avx512.__wrapped__
 
 @pytest.fixture
 def calls(monkeypatch) -> list[tuple[int, ...]]:
-    """Gives all float32 products to oneDNN, whatever the processor; the shapes of those that it computed."""
+    """Gives all float32 products to oneDNN, whatever the processor; the shapes of those that it
+    computed."""
     found, inner = list[tuple[int, ...]](), platform._linear_by_onednn
 
     def noting(x, weight, bias=None):
@@ -121,7 +122,8 @@ def test_it_is_chosen_by_processor(has, chosen, monkeypatch):
 
 
 def test_torch_still_has_the_operator_and_names_the_processor():
-    """The operator that torch's compiler uses for linear layers; the name is in the table of capabilities."""
+    """The operator that torch's compiler uses for linear layers; the name is in the table of
+    capabilities."""
     schema = str(torch.ops.mkldnn._linear_pointwise.default._schema)
     assert schema.startswith("mkldnn::_linear_pointwise(Tensor X, Tensor W, Tensor? B, str attr, ")
     capabilities = torch.cpu.get_capabilities()
@@ -241,7 +243,7 @@ import ctypes, resource, sys, threading
 import torch
 from rac_modifier.platform import keep_freed_memory
 print(keep_freed_memory() if sys.argv[1] == "keep" else None)
-assert ctypes.CDLL(None).prctl(41, 1, 0, 0, 0) == 0  # PR_SET_THP_DISABLE: huge pages would hide most faults
+assert ctypes.CDLL(None).prctl(41, 1, 0, 0, 0) == 0  # no huge pages: they hide faults
 def work():
     for _ in range(20):
         torch.ones(16 << 20)

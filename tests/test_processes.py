@@ -31,12 +31,14 @@ with joined_processes() as processes:
     joined = processes.joined(torch.full((2,), processes.rank))
     exchanged = processes.exchanged(torch.arange(6) + 10 * processes.rank)
     sent = processes.send(torch.full((2,), processes.rank, dtype=torch.bfloat16), 1)
-    told = [processes.from_first({"rank": processes.rank}), processes.from_all(["x" * (1 + 5 * processes.rank)])]
+    rank = processes.rank
+    told = [processes.from_first({"rank": rank}), processes.from_all(["x" * (1 + 5 * rank)])]
     processes.meet()
     same = present_processes() is processes
-    found = [sums, joined.tolist(), sent.tolist(), told, same, [part.tolist() for part in exchanged]]
-    found = [processes.rank, processes.count, str(processes.device), alone, *found]
-    Path(f"{processes.rank}.json").write_text(json.dumps(found))
+    exchanged = [shard.tolist() for shard in exchanged]
+    results = [sums, joined.tolist(), sent.tolist(), told, same, exchanged]
+    results = [rank, processes.count, str(processes.device), alone, *results]
+    Path(f"{rank}.json").write_text(json.dumps(results))
 """
 
 

@@ -1,4 +1,5 @@
-"""No text that a user or a download brings can run code: where the package could do so at all, and why each place is safe."""
+"""No text that a user or a download brings can run code: where the package could do so at all, and
+why each place is safe."""
 
 import ast
 import re
@@ -12,17 +13,26 @@ RUNS_CODE = re.compile(
 )
 # File, what stands there, how often, and why no untrusted text reaches it.
 ALLOWED = {
-    ("__init__.py", "import_module("): "one of the literals of _LAZY, or that `_import_after` is given",
+    ("__init__.py", "import_module("): "one of the literals of _LAZY, or that `_import_after` is "
+        "given",
     ("llmcompressor/register.py", "import_module("): "a literal name of this package",
-    ("kernels/choose.py", "entry_points"): "names packages that the user installed, and loads one of them",
-    ("cli/doctor.py", "import_module("): "the names of this package's own dependencies, from its metadata",
+    ("kernels/choose.py", "entry_points"): "names packages that the user installed, and loads one "
+        "of them",
+    ("cli/doctor.py", "import_module("): "the names of this package's own dependencies, from its "
+        "metadata",
     ("cli/doctor.py", "entry_points"): "only looked at: is our plugin registered",
-    ("checkpoint/hf_quantizer.py", "trust_remote_code"): "load_model's own argument, False unless the caller sets it",
-    ("cli/models.py", "trust_remote_code"): "a word of transformers' error, by which it is told from others",
-    ("sampling/server_watch.py", "subprocess"): "runs the words of its own command line, without a shell",
-    ("sampling/own_server.py", "subprocess"): "the user's own vllm with a list of words, without a shell",
-    ("sampling/vllm_command.py", "subprocess"): "the python beside the user's own vllm, with literal code, without a shell",
-    ("problems/answer_checker.py", "import_module("): "one of two literals, imported before the first answer",
+    ("checkpoint/hf_quantizer.py", "trust_remote_code"): "load_model's own argument, False unless "
+        "the caller sets it",
+    ("cli/models.py", "trust_remote_code"): "a word of transformers' error, by which it is told "
+        "from others",
+    ("sampling/server_watch.py", "subprocess"): "runs the words of its own command line, without a "
+        "shell",
+    ("sampling/own_server.py", "subprocess"): "the user's own vllm with a list of words, without a "
+        "shell",
+    ("sampling/vllm_command.py", "subprocess"): "the python beside the user's own vllm, with "
+        "literal code, without a shell",
+    ("problems/answer_checker.py", "import_module("): "one of two literals, imported before the "
+        "first answer",
 }  # fmt: skip
 
 
@@ -68,8 +78,10 @@ def test_allowed_places_exist():
 
 def test_the_search_finds_what_it_is_for():
     for line in (
-        "importlib.import_module(name)", "x = eval(text)", "exec(code)", "import pickle", "torch.load(path)", "yaml.load(text)",
-        "from_pretrained(x, trust_remote_code=True)", "yaml.unsafe_load(f)", "subprocess.run(x, shell=True)",
+        "importlib.import_module(name)", "x = eval(text)", "exec(code)", "import pickle",
+        "torch.load(path)", "yaml.load(text)",
+        "from_pretrained(x, trust_remote_code=True)", "yaml.unsafe_load(f)",
+        "subprocess.run(x, shell=True)",
     ):  # fmt: skip
         assert RUNS_CODE.search(line), line
     for line in ("model.eval()", "re.compile(x)", "yaml.safe_load(text)", "retrieval(x)"):

@@ -1,4 +1,5 @@
-"""Tiny random Qwen3 models with their tokenizers, for all tests, and what recipes for them look like."""
+"""Tiny random Qwen3 models with their tokenizers, for all tests, and what recipes for them look
+like."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<assistant>{% if enable_thinking %}<think>{% endif %}{% endif %}"
 )
 BYTE_TEMPLATE = (
-    "{% for m in messages %}<|user|>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|assistant|><think>\n"
+    "{% for m in messages %}<|user|>{{ m.content }}{% endfor %}{% if add_generation_prompt "
+    "%}<|assistant|><think>\n"
     "{% endif %}"
 )
 TOKENS = 1500
@@ -50,7 +52,8 @@ def tiny_tokenizer(chat_template: str | None = TEMPLATE) -> PreTrainedTokenizerF
 
 
 def byte_tokenizer(*, thinking_tags: bool = True) -> PreTrainedTokenizerFast:
-    """A token a byte, so that any text can be read back; with or without thinking tags as tokens of their own."""
+    """A token a byte, so that any text can be read back; with or without thinking tags as tokens of
+    their own."""
     special = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"]
     letters = special + sorted(pre_tokenizers.ByteLevel.alphabet())
     core = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
@@ -86,7 +89,8 @@ def tiny_model(seed: int = 0, **changes: Any) -> PreTrainedModel:
         "eos_token_id": 1,
         "pad_token_id": 0,
         "bos_token_id": None,
-        # large enough that logits differ and the activations of layers have a structure to calibrate on
+        # large enough that logits differ and the activations of layers have a structure to
+        # calibrate on
         "initializer_range": 0.1,
     }
     model = Qwen3ForCausalLM(Qwen3Config(**{**settings, **changes})).eval()
@@ -118,8 +122,10 @@ def save_tiny_experts(folder: Path, kind: str = "qwen3", seed: int = 0, **change
     config, own = _OF_EXPERTS[kind]
     settings = {
         "vocab_size": 300, "hidden_size": 64, "num_experts_per_tok": 2, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512,
-        "eos_token_id": 1, "pad_token_id": 0, "bos_token_id": None, "initializer_range": 0.1, "tie_word_embeddings": False,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+        "max_position_embeddings": 512,
+        "eos_token_id": 1, "pad_token_id": 0, "bos_token_id": None, "initializer_range": 0.1,
+        "tie_word_embeddings": False,
     }  # fmt: skip
     model = AutoModelForCausalLM.from_config(config(**{**settings, **own, **changes}))
     model.generation_config.eos_token_id = 1
@@ -137,7 +143,8 @@ def save_tiny(
 
 
 def entry(store: Path | None = None, **changes: Any) -> dict[str, Any]:
-    """The settings of a small 2:4 run that holds no traces out; `changes` replace whole settings."""
+    """The settings of a small 2:4 run that holds no traces out; `changes` replace whole
+    settings."""
     traces: dict[str, Any] = {
         "sampling": {"temperature": 1.0, "max_new_tokens": 40, "batch_size": 16}
     }
@@ -158,7 +165,8 @@ def entry(store: Path | None = None, **changes: Any) -> dict[str, Any]:
 
 
 def calibration_entry(store: Path | None = None, **changes: Any) -> dict[str, Any]:
-    """The same for the modifier that calibrates others, which has no pattern and counts every token alike."""
+    """The same for the modifier that calibrates others, which has no pattern and counts every token
+    alike."""
     settings = entry(store, **changes)
     del settings["mask_structure"], settings["calibration"]["batch_tokens"]
     return settings

@@ -21,15 +21,18 @@ PAD, USER, ASSISTANT, EOS = "<|pad|>", "<|User|>", "<|Assistant|>", "<|end|>"
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'user' %}<|User|>{{ message['content'] }}"
-    "{% elif message['role'] == 'assistant' %}<|Assistant|>{{ message['content'].split('</think>')[-1] }}<|end|>"
-    "{% else %}{{ raise_exception('this model knows the roles user and assistant only') }}{% endif %}"
+    "{% elif message['role'] == 'assistant' %}<|Assistant|>{{ "
+    "message['content'].split('</think>')[-1] }}<|end|>"
+    "{% else %}{{ raise_exception('this model knows the roles user and assistant only') }}{% endif "
+    "%}"
     "{% endfor %}"
     "{% if add_generation_prompt %}<|Assistant|><think>\n{% endif %}"
 )
 
 
 def generic_text() -> str:
-    """Prose that stands in for a web corpus: the standard library's documentation topics (first four fifths)."""
+    """Prose that replaces a web corpus: the standard library's documentation topics (first
+    four fifths)."""
     text = "\n".join(topics[key] for key in sorted(topics))
     return text[: len(text) * 4 // 5]
 
@@ -73,10 +76,11 @@ def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
 def batches(
     tokenizer: PreTrainedTokenizerFast, seed: int, start: int, tokens: int
 ) -> Iterator[torch.Tensor]:
-    """Length-bucketed batches of about `tokens` tokens from step `start` on: `[rows, length]`, padded with -100.
+    """Length-bucketed batches of about `tokens` tokens from step `start` on: `[rows, length]`,
+    padded with -100.
 
-    A pool of problems is drawn, sorted by length and cut; pool k depends only on (seed, k), so a resumed run skips
-    ahead without drawing what came before within earlier pools.
+    A pool of problems is drawn, sorted by length and cut; pool k depends only on (seed, k),
+    so a resumed run skips ahead without drawing what came before within earlier pools.
     """
     text = generic_text()
     step = 0

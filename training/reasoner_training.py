@@ -1,4 +1,5 @@
-"""The training of the embedded reasoner: its optimizer, the state of a run, one step, and the export."""
+"""The training of the embedded reasoner: its optimizer, the state of a run, one step, and the
+export."""
 
 from __future__ import annotations
 
@@ -19,8 +20,9 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config,
 class Muon:
     """Muon (momentum, then the nearest orthogonal matrix by Newton-Schulz), in float32.
 
-    torch.optim.Muon iterates in bfloat16, which takes longer than the whole step on a CPU without bf16 units; here
-    matrices of one shape are iterated together in float32. An update is as large as AdamW's: 0.2 sqrt(max(shape)).
+    torch.optim.Muon iterates in bfloat16, which takes longer than the whole step on a CPU
+    without bf16 units; here matrices of one shape are iterated together in float32. An
+    update is as large as AdamW's: 0.2 sqrt(max(shape)).
     """
 
     def __init__(
@@ -137,7 +139,8 @@ class Run:
             metadata = file.metadata()
         if metadata["settings"] != settings_key(self.args):
             raise SystemExit(
-                f"{path} belongs to a run with other settings; remove it or name another --work folder"
+                f"{path} belongs to a run with other settings; remove it or name another --work "
+                "folder"
             )
         tensors = load_file(path)
         with torch.no_grad():
@@ -160,7 +163,8 @@ def settings_key(args: argparse.Namespace) -> str:
 
 
 def export(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
-    """Write weights (bfloat16), tokenizer, chat template and sampling defaults as a Hugging Face model folder."""
+    """Write weights (bfloat16), tokenizer, chat template and sampling defaults as a Hugging Face
+    model folder."""
     out.mkdir(parents=True, exist_ok=True)
     model = model.to(torch.bfloat16)
     model.generation_config = GenerationConfig(
@@ -178,7 +182,8 @@ def export(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Pat
 
 
 def train(args: argparse.Namespace) -> None:
-    """Train as the options of train_reasoner.py say, from the state in `args.work` on if there is one."""
+    """Train as the options of train_reasoner.py say, from the state in `args.work` on if there is
+    one."""
     torch.set_num_threads(args.threads)
     torch.use_deterministic_algorithms(True)
     args.work.mkdir(parents=True, exist_ok=True)

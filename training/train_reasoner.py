@@ -2,9 +2,10 @@
 
     python training/train_reasoner.py --out rac_modifier/reasoner/assets
 
-Deterministic: the tokenizer, the weights' initial values and every batch follow from `--seed` and the step number, the
-schedule counts steps and not minutes, so the same machine gives the same model. Resumable: the state is written to
-`--work` every `--save-every` steps and picked up again; a resumed run equals an uninterrupted one bit by bit.
+Deterministic: the tokenizer, the weights' initial values and every batch follow from
+`--seed` and the step number, the schedule counts steps and not minutes, so the same machine
+gives the same model. Resumable: the state is written to `--work` every `--save-every` steps
+and picked up again; a resumed run equals an uninterrupted one bit by bit.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from pathlib import Path
 
 
 def keep_freed_memory() -> None:
-    """Restart under a malloc that does not give large blocks back: page faults cost a fifth of a step otherwise."""
+    """Restart under a malloc that does not give large blocks back: page faults cost a fifth of a
+    step otherwise."""
     settings = {
         "MALLOC_MMAP_THRESHOLD_": str(2**32),
         "MALLOC_TRIM_THRESHOLD_": str(2**33),

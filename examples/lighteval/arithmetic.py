@@ -1,7 +1,9 @@
-"""A task for lighteval: held-out arithmetic problems of the embedded reasoner, which `rac eval` asks too.
+"""A task for lighteval: held-out arithmetic problems of the embedded reasoner, which `rac eval`
+asks too.
 
-Write them first, in the environment of rac_modifier: `python examples/lighteval/arithmetic.py problems 200` makes
-problems/test.jsonl. lighteval, in an environment of its own, reads the folder that RAC_PROBLEMS names (docs/harnesses.md).
+Write them first, in the environment of rac_modifier: `python
+examples/lighteval/arithmetic.py problems 200` makes problems/test.jsonl. lighteval, in an
+environment of its own, reads the folder that RAC_PROBLEMS names (docs/harnesses.md).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From settings to the calibration loader: collect the traces, draw and mix, record what was taken."""
+"""From settings to the calibration loader: collect the traces, mix, record the mixture."""
 
 from __future__ import annotations
 
@@ -80,9 +80,9 @@ def build_calibration_set(
 ) -> CalibrationSet:
     """Sample the traces that are missing, and mix the calibration set that `calibration` describes.
 
-    Traces of about `reserved_tokens` more tokens are in `CalibrationSet.reserved`, out of the loader.
-    All `processes` sample. The first one reads and writes the stores, and sends the set to the others:
-    it does not depend on their number.
+    Traces of about `reserved_tokens` more tokens are in `CalibrationSet.reserved`, out of
+    the loader. All `processes` sample. The first one reads and writes the stores, and sends
+    the set to the others: it does not depend on their number.
 
     Raises:
         RacError: see `collect_for_calibration` and `mix`.
@@ -112,7 +112,8 @@ def build_calibration_set(
     if composition.unfinished_share >= _MANY_UNFINISHED:
         logger.warning(
             f"{composition.unfinished_share:.0%} of the traces were cut at "
-            "traces.sampling.max_new_tokens, so that calibration sees few endings of answers; raise it"
+            "traces.sampling.max_new_tokens, so that calibration sees few endings of "
+            "answers; raise it"
         )
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     loader = CalibrationLoader(sequences, composition, calibration, pad)

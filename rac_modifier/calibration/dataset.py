@@ -137,10 +137,10 @@ def export_store(
 ) -> int:
     """Write the traces of a store as a Parquet or JSON Lines file; return the number of rows.
 
-    The file has its name only when it is complete. Its format follows `file_format` or its suffix. With
-    a `length`, rows hold packed traces; else a row is a trace, with id, problem_id, finish_reason,
-    question and answer. `text` adds the columns prompt and completion, with tags and EOS. The tokenizer
-    is needed for `text`, and for a selection by answers.
+    The file has its name only when it is complete. Its format follows `file_format` or its suffix.
+    With a `length`, rows hold packed traces; else a row is a trace, with id, problem_id,
+    finish_reason, question and answer. `text` adds the columns prompt and completion, with tags and
+    EOS. The tokenizer is needed for `text`, and for a selection by answers.
 
     Raises:
         RacError: another format, no trace to write, or the file cannot be written.
@@ -171,8 +171,8 @@ def export_store(
         _write(rows, _features(not length, text), partial, file_format)
         if not count:
             raise RacError(
-                f"trace store {str(store.path)!r}: {selection.describe()}, and no row to write; collect "
-                "more traces, loosen the selection, or give a shorter length"
+                f"trace store {str(store.path)!r}: {selection.describe()}, and no row to "
+                "write; collect more traces, loosen the selection, or give a shorter length"
             )
         os.replace(partial, output)
     except OSError as error:

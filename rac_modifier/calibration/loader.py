@@ -1,4 +1,4 @@
-"""Calibration batches with a weight per token; padding weighs 0, so that it never reaches a Hessian."""
+"""Calibration batches with a weight per token; padding weighs 0 and reaches no Hessian."""
 
 from __future__ import annotations
 
@@ -85,8 +85,8 @@ class CalibrationLoader(DataLoader):
     def share(self, rank: int, count: int) -> CalibrationLoader:
         """Return the batches of process `rank` of `count`, of about as many padded tokens for each.
 
-        Batches are divided into shards, as many with any `count`; a process has every `count`-th. It
-        ends as many shards as the others, the last ones perhaps without a batch.
+        Batches are divided into shards, as many with any `count`; a process has every `count`-th.
+        It ends as many shards as the others, the last ones perhaps without a batch.
         """
         if len(self._batches) < count:
             raise RacError(
@@ -96,7 +96,8 @@ class CalibrationLoader(DataLoader):
             )
         if count > SHARDS:
             raise RacError(
-                f"{count} processes: at most {SHARDS} share a calibration set; start {SHARDS} or fewer"
+                f"{count} processes: at most {SHARDS} share a calibration set; start "
+                f"{SHARDS} or fewer"
             )
         shards = self._shards()
         places = iter(range(len(self._batches)))
@@ -109,7 +110,7 @@ class CalibrationLoader(DataLoader):
         return share
 
     def _shards(self) -> list[list[int]]:
-        """Divide the numbers of the batches into shards of similar size; the largest shards first."""
+        """Divide the numbers of the batches into shards of similar size, the largest first."""
         sizes = [weights.numel() for weights in self.token_weights]
         count = min(SHARDS, len(sizes))
         loads = [0] * count

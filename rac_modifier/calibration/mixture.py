@@ -1,4 +1,4 @@
-"""Take calibration sequences up to a budget of real tokens, and count their tokens; generic text."""
+"""Take calibration sequences up to a budget of real tokens, and count their tokens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _BUFFER = 10_000  # documents
 
 @dataclass(frozen=True)
 class CalibrationSequence:
-    """Token ids of a calibration sequence; the model generated all but the first `prompt_tokens`."""
+    """Token ids of a calibration sequence; the first `prompt_tokens` are the prompt."""
 
     ids: tuple[int, ...]
     prompt_tokens: int

@@ -57,8 +57,9 @@ class HoldOut:
 class TracePool:
     """The traces that a selection keeps of a store: ids and `lengths` in memory, not their tokens.
 
-    `held_out` are the first traces of the store, whatever the selection is; `reserved` the traces after
-    them, for training after pruning. `repeated_tokens` of the store are cut as repeating tails.
+    `held_out` are the first traces of the store, whatever the selection is; `reserved` the
+    traces after them, for training after pruning. `repeated_tokens` of the store are cut as
+    repeating tails.
     """
 
     def __init__(
@@ -132,18 +133,20 @@ def collect_for_calibration(
     reserved_tokens: int = 0,
     processes: Processes = ALONE,
 ) -> dict[str, TracePool]:
-    """Fill a store for each part of the mixture that consists of traces; return the pool of each part.
+    """Fill a store for each part of the mixture that consists of traces; return their pools.
 
     A pool has tokens for the part's share of the budget next to the traces that are held out or
     reserved. If servers sample (`traces.engine`), a `ModelIdentity` replaces the model.
 
     Raises:
-        RacError: see `collect_traces`; a mixture without traces; a selection that keeps almost nothing.
+        RacError: see `collect_traces`; a mixture without traces; a selection that keeps
+            almost nothing.
     """
     trace_parts = calibration.parts("traces")
     if not trace_parts:
         raise RacError(
-            f"the mixture {calibration.mixture} gives traces no share, so there is nothing to collect"
+            f"the mixture {calibration.mixture} gives traces no share, so there is nothing "
+            "to collect"
         )
     # an unknown name is an early error
     by_part = {part: traces.named(part.name) for part in trace_parts}

@@ -40,7 +40,8 @@ def model_card(
 ) -> str:
     """Return the card of a run; what is not in the record is called "not recorded".
 
-    `license` (`license_of`) is that of the base model. Not `packed`: stock loaders read the weights.
+    `license` (`license_of`) is that of the base model. Not `packed`: stock loaders read the
+    weights.
     """
     try:
         return _of_run(record, license or {"license": "unknown"}, packed)

@@ -110,7 +110,7 @@ class TensorFiles:
         path = regular_file(self.folder / file, "safetensors file")
         try:
             with safe_open(path, framework="pt"):
-                pass  # safetensors checks the header: lengths, offsets, and that they cover the file
+                pass  # safetensors checks that the header's offsets cover the file
             opened = self._stack.enter_context(path.open("rb", buffering=0))
             self._files[file] = opened
             length = int.from_bytes(opened.read(8), "little")

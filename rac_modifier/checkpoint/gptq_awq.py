@@ -1,9 +1,9 @@
 """Dense weights of GPTQ (2, 3, 4 and 8 bits) and AWQ checkpoints (4 bits), checked.
 
 Both hold the transposed weight: K input columns by N output rows. A weight is (code - code of zero)
-* scale. GPTQ packs codes along K, bit after bit; AWQ packs eight 4-bit codes of a column along N, in
-the order 0 2 4 6 1 3 5 7. Codes of zero are packed along N in the same way. Format 1 of GPTQ stores
-them minus one, format 2 (`gptq_v2`) as they are.
+* scale. GPTQ packs codes along K, bit after bit; AWQ packs eight 4-bit codes of a column
+along N, in the order 0 2 4 6 1 3 5 7. Codes of zero are packed along N in the same way.
+Format 1 of GPTQ stores them minus one, format 2 (`gptq_v2`) as they are.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class GptqEntries(_Entries):
         return rules
 
     def of_module(self, module: str) -> GptqEntries:
-        """Return the entries of a module: the first matching rule counts; "-:" rules name floats."""
+        """Return the entries of a module: the first match counts; "-:" rules name floats."""
         for pattern, rule in (self.dynamic or {}).items():
             if not pattern.startswith("-:") and re.match(pattern.removeprefix("+:"), module):
                 return self.model_copy(update=rule.model_dump(exclude_none=True))
@@ -134,7 +134,8 @@ def check_gptq(
         columns, int64 [K]; None where they are in the order of the inputs.
 
     Raises:
-        RacError: naming `{name}.{part}`, where parts are missing, malformed or contradict config.json.
+        RacError: naming `{name}.{part}`, where parts are missing, malformed or contradict
+            config.json.
     """
     entries = entries.of_module(name)
     bits = entries.bits
@@ -150,14 +151,14 @@ def check_gptq(
         _check_symmetric(zeros, bits, rows, f"{name}.{ZEROS}")
     elif bits == 8:
         raise RacError(
-            f"{name}.{ZEROS}: asymmetric weights of 8 bits have no kernel; leave out --quantization "
-            "rac, or quantize them symmetrically"
+            f"{name}.{ZEROS}: asymmetric weights of 8 bits have no kernel; leave out "
+            "--quantization rac, or quantize them symmetrically"
         )
     elif entries.checkpoint_format == "gptq" and bits == 3:
         raise RacError(
-            f"{name}.{ZEROS}: zero points of 3 bits in format gptq have two meanings, since AutoGPTQ "
-            "and GPTQModel subtract different numbers from them; save the model in format gptq_v2 "
-            "(checkpoint_format), or symmetric"
+            f"{name}.{ZEROS}: zero points of 3 bits in format gptq have two meanings, "
+            "since AutoGPTQ and GPTQModel subtract different numbers from them; save the "
+            "model in format gptq_v2 (checkpoint_format), or symmetric"
         )
     elif entries.checkpoint_format == "gptq":
         zeros = _added(zeros, bits)
@@ -173,7 +174,7 @@ def check_gptq(
 def check_awq(tensors: Mapping[str, Tensor], name: str, entries: AwqEntries) -> StoredWeight:
     """Check the tensors of an AWQ weight as untrusted input; return it with every value stored.
 
-    `tensors`: `qweight` int32 [K, N / 8], `qzeros` int32 [K / group, N / 8], `scales` [K / group, N].
+    `tensors`: int32 `qweight` [K, N / 8] and `qzeros` [K / group, N / 8], `scales` [K / group, N].
 
     Raises:
         RacError: as `check_gptq`.
@@ -234,8 +235,8 @@ def _added(zeros: Tensor, bits: int) -> Tensor:
 def _check_symmetric(zeros: Tensor, bits: int, rows: int, name: str) -> None:
     """Refuse codes of zero other than 2^(bits-1), in any way in which writers store it.
 
-    vLLM does not read them. Format 1 has one less, some writers name the wrong format, and GPTQModel
-    has its own way of 3 bits.
+    vLLM does not read them. Format 1 has one less, some writers name the wrong format, and
+    GPTQModel has its own way of 3 bits.
     """
     codes = unpack_words(zeros, bits, rows)  # minus 2^(bits-1)
     if bool((codes == 0).all()) or bool((codes == -1).all()):
@@ -247,7 +248,7 @@ def _check_symmetric(zeros: Tensor, bits: int, rows: int, name: str) -> None:
 
 
 def _order(tensors: Mapping[str, Tensor], name: str, columns: int, groups: int) -> Tensor | None:
-    """Return the columns sorted by group, int64 [K]; None where groups have neighbouring columns."""
+    """Return the columns sorted by group, int64 [K]; None if groups are contiguous."""
     if ORDER not in tensors:
         return None
     index = tensors[ORDER]

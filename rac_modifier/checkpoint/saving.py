@@ -190,7 +190,7 @@ def plain(value: Any) -> Any:
 
 
 def _clean_recipe(path: Path) -> None:
-    """Take absolute paths out of the copy of the recipe that upstream writes next to the weights."""
+    """Remove absolute paths from the copy of the recipe that upstream writes."""
     if path.is_file():
         text = path.read_text(encoding="utf-8")
         # tokens, not objects: upstream writes enums with Python tags

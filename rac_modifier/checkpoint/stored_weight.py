@@ -65,7 +65,7 @@ class StoredWeight:
 
     @property
     def group_bytes(self) -> int:
-        """Bytes that hold the scale of a group, 2 (bfloat16, if exact) or 4, and its code of zero."""
+        """Bytes of a group's scale, 2 (bfloat16, if exact) or 4, and its code of zero."""
         narrow = self.scale is not None and torch.equal(self.scale.bfloat16().float(), self.scale)
         return (2 if narrow else 4) + (self.zeros is not None)
 

@@ -1,6 +1,7 @@
 """The `rac` command, a module for each of its commands; every error of a user ends in one message.
 
-Exit codes (docs/cli.md): 0 done, 1 an error of the user (RacError), 2 wrong use of the command, 130 Ctrl-C.
+Exit codes (docs/cli.md): 0 done, 1 an error of the user (RacError), 2 wrong use of the
+command, 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ def _is_distributed() -> bool:
 
 app = typer.Typer(
     cls=Commands,
-    help="Make reasoning models sparse without breaking how they think.\n\nExample: rac prune --help",
+    help="Make reasoning models sparse without breaking how they think.\n\n"
+    "Example: rac prune --help",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=True,

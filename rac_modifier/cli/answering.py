@@ -27,7 +27,7 @@ _SECONDS_PER_TOKEN = 0.25  # of one answer among many, on a slow server
 def own_server(
     model: str, precision: Dtype, concurrency: int, cap: int
 ) -> Iterator[EngineSettings]:
-    """Start `vllm serve` with the model; it ends with the context. Answers have `cap` tokens at most."""
+    """Run `vllm serve` with the model in the context; an answer has at most `cap` tokens."""
     from rac_modifier.sampling.own_server import VllmCommand, vllm_server
 
     with vllm_server(VllmCommand.from_environment(), resolve(model), precision.value) as url:

@@ -117,7 +117,7 @@ def evaluate(
         ),
     ] = None,
 ) -> None:
-    """Compare models: accuracy with its interval, thinking length, share of unfinished answers, speed.
+    """Compare models: accuracy with its interval, thinking length, truncated answers, speed.
 
     All get the same problems and prompts. --divergence checks no answers: it compares predictions.
 

@@ -122,7 +122,7 @@ class Study:
         )
 
     def check_folder(self) -> None:
-        """Refuse a folder whose results cannot be gone on with; a new one is not made (RacError)."""
+        """Refuse a folder whose results cannot be resumed (RacError); create nothing."""
         from rac_modifier.frontier.folder import FrontierFolder
         from rac_modifier.frontier.run import check_finished
 
@@ -154,7 +154,7 @@ class Study:
         }
 
     def held_out(self) -> HeldOut:
-        """Return the problems that all rows are asked, and how (RacError: served without answers)."""
+        """Return the problems that all rows answer (RacError: served without answers)."""
         from rac_modifier.frontier.measure import HeldOut
         from rac_modifier.settings.sampling import SamplingSettings
 
@@ -243,7 +243,7 @@ class Study:
 
     @cached_property
     def benchmarks(self) -> dict[str, tuple[Benchmark, Protocol, list[Problem]]]:
-        """The benchmarks as plain values without paths, what is asked, and the problems, by preset."""
+        """Return the benchmarks as plain values without paths, and their problems by preset."""
         from rac_modifier.files import without_paths
         from rac_modifier.frontier.benchmarks import Benchmark
 

@@ -1,4 +1,4 @@
-"""`rac inspect`: what a checkpoint holds, how it would be served here, and the bits of its activations."""
+"""`rac inspect`: the content of a checkpoint, how it would run, the bits of activations."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def inspect(
     column: Column = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a checkpoint holds, and whether serving it on this machine is faster; if not, why not.
+    """Show the content of a checkpoint, and whether serving it here is faster; if not, why not.
 
     Example: rac inspect packed-model
 
@@ -112,7 +112,7 @@ def inspect(
 def _choose_activations(
     folder: Path, limit: float, dense: str | None, source: str, column: str | None, as_json: bool
 ) -> None:
-    """Measure layers with activations in 8 bits on the model's own answers, and record the choice."""
+    """Measure layers with 8-bit activations on the model's answers; record the choice."""
     from rac_modifier.checkpoint.record import record_activations
     from rac_modifier.evaluation.activations import check_original, choose_activations, layers_of
     from rac_modifier.evaluation.calibrated_prompt import choose_prompt, recorded_prompts

@@ -65,7 +65,7 @@ def check_model(source: str) -> None:
 
 
 def _hub_problem(name: str) -> str | None:
-    """Say why a model that is not in the cache cannot be had; transformers would wait half a minute."""
+    """Say why a model outside the cache cannot be downloaded; transformers waits 30 s."""
     import httpx
     from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
@@ -120,7 +120,8 @@ def load_on_accelerator(model: str, precision: Dtype) -> tuple[Any, Any]:
         check_fits(
             loaded,
             device,
-            "use a device with more memory, or hide it (CUDA_VISIBLE_DEVICES=) to compute on the CPU",
+            "use a device with more memory, or hide it (CUDA_VISIBLE_DEVICES=) to compute "
+            "on the CPU",
         )
         loaded = loaded.to(device)
     return loaded, tokenizer
@@ -137,7 +138,8 @@ def unpacked(source: str, precision: Dtype) -> Any:
         path.suffix in (".safetensors", ".bin") for path in folder.iterdir()
     ):
         raise RacError(
-            f"{source}: no weights are in it; complete the download, or save the model as safetensors"
+            f"{source}: no weights are in it; complete the download, or save the model as "
+            "safetensors"
         )
     if (
         not (folder / CONFIG_FILE).is_file()
@@ -218,7 +220,8 @@ def check_output(output: Path, source: str, *, keeps_groups: bool = False) -> No
     check_output_folder(output, Path(source) if Path(source).is_dir() else None, 0)
     if size is None:
         logger.info(
-            f"{source} is not in the hub's cache yet: the disk is checked for room once the model is loaded"
+            f"{source} is not in the hub's cache yet: the disk is checked for room once "
+            "the model is loaded"
         )
         return
     # the dense weights and the packed ones, while they are packed in place

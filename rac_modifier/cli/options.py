@@ -74,7 +74,8 @@ def printable(text: str) -> str:
 def render_table(head: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int = 1) -> str:
     """Return a table as plain text: the same on a terminal, in a pipe and in a file.
 
-    The first `text_columns` columns and the column "note" are aligned to the left, numbers to the right.
+    The first `text_columns` columns and the column "note" are aligned to the left, numbers
+    to the right.
     """
     table = [[printable(cell) for cell in row] for row in (head, *rows)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
@@ -121,5 +122,5 @@ def saving_step(output: Path, results: str) -> str:
     if not output.is_dir() or not any(output.iterdir()):
         return text
     if (output / CONFIG_FILE).exists():  # the last file
-        return f"{output} holds the whole model; if it has no tokenizer, copy the dense model's into it"
+        return f"{output} holds the whole model; without a tokenizer, copy the dense model's"
     return f"{output} is not complete: remove it. Then, {text}"

@@ -113,7 +113,7 @@ def unpack(
 
 
 def packing_step(out: Path | None) -> str:
-    """Return the next step after an interruption, from what is in the output folder (None: checked)."""
+    """Return the next step after an interruption, from the output folder (None: checked)."""
     from rac_modifier.checkpoint.files import CONFIG_FILE
 
     if out is None:

@@ -50,7 +50,7 @@ class Protocol:
     changed: Mapping[str, Any] = field(default_factory=dict)
 
     def with_preset(self, name: str | None, options: Collection[str]) -> Protocol:
-        """Take from a preset what is not among `options`, which the user wrote (RacError: no such)."""
+        """Fill from a preset what is not among the user's `options` (RacError: no preset)."""
         if name is None:
             return self
         from rac_modifier.evaluation.presets import preset_of

@@ -1,4 +1,4 @@
-"""`rac recover`: the weights of a sparse or quantized checkpoint trained towards its dense model."""
+"""`rac recover`: train the weights of a checkpoint towards its dense model."""
 
 from __future__ import annotations
 
@@ -253,7 +253,7 @@ def _collected(
     tokens: int,
     hashes: Collection[str],
 ) -> TraceStore:
-    """Return the store of the dense model's traces, with `tokens` tokens that no run of `hashes` used."""
+    """Return a store of the dense model with `tokens` tokens that no run of `hashes` used."""
     from loguru import logger
 
     from rac_modifier.model_tools import on_accelerator
@@ -305,8 +305,8 @@ def _quantized_modules(sparse: Path) -> set[str]:
     quantization = read_json(sparse / CONFIG_FILE).get(QUANTIZATION_KEY) or {}
     if (method := quantization.get("quant_method", METHOD)) not in (METHOD, RAC_METHOD):
         raise RacError(
-            f"{sparse}: quantized by {method!r}; recovery reads and writes {METHOD} alone: quantize "
-            "with llm-compressor"
+            f"{sparse}: quantized by {method!r}; recovery reads and writes {METHOD} alone: "
+            "quantize with llm-compressor"
         )
     if not weight_schemes(quantization):
         return set()

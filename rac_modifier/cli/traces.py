@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 _CONCURRENCY = 64  # the default
 
 app = typer.Typer(
-    help="Collect a model's own chain-of-thought traces, inspect and export them.\n\nExample: rac traces collect --help",
+    help="Collect a model's own chain-of-thought traces, inspect and export them.\n\n"
+    "Example: rac traces collect --help",
     no_args_is_help=True,
     rich_markup_mode=None,
 )

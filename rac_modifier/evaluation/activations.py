@@ -51,9 +51,9 @@ _STEP = (
 class IntegerLayer:
     """A layer that the CPU kernels multiply as integers.
 
-    block: columns of x that share a scale. own_error: ||W x - Q x||^2 / ||W x||^2 for the weight W before and Q after pruning and
-    rounding; None until it is measured. error: ||Q (x8 - x16)||^2 / ||Q x16||^2, for x rounded
-    to 8 and 16 bits.
+    block: columns of x that share a scale. own_error: ||W x - Q x||^2 / ||W x||^2 for the
+    weight W before and Q after pruning and rounding; None until it is measured. error: ||Q
+    (x8 - x16)||^2 / ||Q x16||^2, for x rounded to 8 and 16 bits.
     """
 
     module: str
@@ -155,8 +155,8 @@ def _check_dense(folder: Path, config: Mapping[str, Any]) -> None:
         refused = [f"{why}: {scheme.describe()}" for scheme, why in reasons.items() if why]
         reason = refused[0] if refused else "it quantizes no weights"
         raise RacError(
-            f"{folder}: no kernel multiplies its dense weights with rounded activations ({reason}); "
-            f"{_STEP}"
+            f"{folder}: no kernel multiplies its dense weights with rounded activations "
+            f"({reason}); {_STEP}"
         )
 
 

@@ -95,7 +95,7 @@ def mcnemar(lost: int, gained: int) -> float:
 
 
 def pass_at_k(correct: int, samples: int, k: int) -> float:
-    """Estimate the chance that one of k answers is right, without bias (arXiv 2107.03374, eq. 1)."""
+    """Estimate the chance that one of k answers is right (arXiv 2107.03374, eq. 1)."""
     return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
 
 

@@ -1,7 +1,8 @@
 """lighteval on packed checkpoints: `python -m rac_modifier.evaluation.lighteval`.
 
-lighteval does not import rac_modifier, and then transformers refuses a packed checkpoint. Arguments,
-output and exit codes are lighteval's, which needs an environment of its own (docs/harnesses.md).
+lighteval does not import rac_modifier, and then transformers refuses a packed checkpoint.
+Arguments, output and exit codes are lighteval's, which needs an environment of its own
+(docs/harnesses.md).
 """
 
 from __future__ import annotations

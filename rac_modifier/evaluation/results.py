@@ -178,8 +178,8 @@ def paired_difference(first: EvalResult, second: EvalResult) -> PairedDifference
     if first.correct_answers.keys() != second.correct_answers.keys():
         differing = sorted(first.correct_answers.keys() ^ second.correct_answers.keys())
         raise RacError(
-            f"{first.label} and {second.label} were asked other problems ({len(differing)} differ, the "
-            f"first is {differing[0]!r}); evaluate both on the same"
+            f"{first.label} and {second.label} were asked other problems ({len(differing)} "
+            f"differ, the first is {differing[0]!r}); evaluate both on the same"
         )
     samples = first.samples
     pairs = [

@@ -1,7 +1,8 @@
 r"""The answer that a text states last, in English, German, French and Chinese.
 
 A statement is `\boxed{X}`, or "the answer is X" in a sentence that ends. A text without either may
-state its answer as `= X` or `-> X` at the end of a line. A number that merely appears states nothing.
+state its answer as `= X` or `-> X` at the end of a line. A number that merely appears
+states nothing.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ def _matches(
 
 
 def _bare(value: str) -> str:
-    r"""Return a value without the marks of Markdown and LaTeX and without `x =`; (A) is A, 3,5 is 3.5."""
+    r"""Return a value without Markdown, LaTeX and `x =`; (A) becomes A, 3,5 becomes 3.5."""
     value = value.strip("*$€£ ").rstrip("*$.,:").removesuffix("\\)").removeprefix("\\(").strip()
     value = re.sub(r"^[A-Za-z]\s*=\s*", "", value)
     if re.fullmatch(r"-?\d+,\d{1,2}", value):

@@ -81,7 +81,7 @@ def check_sequences(sequences: Sequence[TokenSequence]) -> None:
 def batches_of_like_length(
     sequences: Sequence[TokenSequence], batch_tokens: int
 ) -> Iterator[list[TokenSequence]]:
-    """Yield batches of at most `batch_tokens` padded tokens or a single sequence, shortest first."""
+    """Yield batches of at most `batch_tokens` padded tokens, shortest sequences first."""
     batch: list[TokenSequence] = []
     for sequence in sorted(sequences, key=lambda s: len(s[0])):
         if batch and (len(batch) + 1) * len(sequence[0]) > batch_tokens:

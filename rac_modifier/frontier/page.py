@@ -181,9 +181,9 @@ def _study(
     section = Template(_asset("study.html")).substitute(
         name=escape(f"{number}. {about['model']}, {evaluation['source']}"),
         about=escape(
-            f"Every row answers the same {evaluation['problems']} held-out problems, {sampling}, at "
-            f"most {evaluation['cap']} new tokens. KL and top-1 agreement are measured on the dense "
-            "model's answers. Bytes are counted from the tensors in the files."
+            f"Every row answers the same {evaluation['problems']} held-out problems, {sampling}, "
+            f"at most {evaluation['cap']} new tokens. KL and top-1 agreement are measured on the "
+            "dense model's answers. Bytes are counted from the tensors in the files."
         ),
         rows=_options(row["label"] for row in rows),
         axes=_options(axes),

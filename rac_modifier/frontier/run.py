@@ -162,7 +162,7 @@ def _benchmarks(
     servers: Servers,
     failed: dict[str, str],
 ) -> bool:
-    """Ask missing benchmarks, with a failure's reason in `failed`; return whether any was missing."""
+    """Ask missing benchmarks; return whether any was missing. `failed` gets the failures."""
     if tools.ask is None or not missing_benchmarks(folder, label, tools.benchmarks):
         return False
     _free_accelerator()

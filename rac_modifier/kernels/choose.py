@@ -11,12 +11,12 @@ from rac_modifier.kernels.cpu.support import Support, support
 from rac_modifier.kernels.interface import Backend, Decision, Layer, stay_dense
 
 GROUP = "rac_modifier.kernel_backends"
-"""Entry points: the name is a device type of torch, the value a module with a backend's functions."""
+"""Entry points: the name is a device type of torch, the value a backend module."""
 BACKENDS: dict[str, Backend] = {"cpu": cpu}
 
 
 def choose(layer: Layer, device: str) -> tuple[Decision, Backend | None]:
-    """Decide how a layer runs on a device type such as "cpu"; the backend is None if it stays dense."""
+    """Decide how a layer runs on a device type such as "cpu"; backend None: dense."""
     backend = backend_of(device)
     if isinstance(backend, str):
         return stay_dense(backend, layer.served), None

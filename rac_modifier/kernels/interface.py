@@ -1,4 +1,4 @@
-"""What a backend is: three functions, the layer that they decide on, and a decision with its reason."""
+"""A backend: three functions, the layer that they decide on, a decision with its reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How each module of a checkpoint would run on this machine, decided without reading its weights."""
+"""Decide how each module of a checkpoint would run here, without reading its weights."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def plan_checkpoint(
 ) -> list[PlanRow]:
     """Plan each pruned or ignored linear module of a checkpoint, served in `dtype`.
 
-    The default of `dtype` is that of each weight. vLLM decides for the fused layer of q, k and v, or of
-    gate and up, by the same rules.
+    The default of `dtype` is that of each weight. vLLM decides for the fused layer of q, k
+    and v, or of gate and up, by the same rules.
 
     Raises:
         RacError: no readable checkpoint, or a packed module whose tensors do not fit together.
@@ -150,7 +150,7 @@ def _packed_layer(
 
 
 def _scales(files: TensorFiles, module: str) -> tuple[int, int]:
-    """Return the groups per row and the bytes of a packed scale; a row is one group without scales."""
+    """Return the groups per row (1 without scales) and the bytes of a packed scale."""
     name = f"{module}.{SCALE}"
     if name not in files:
         return 1, 4

@@ -1,7 +1,7 @@
 """Check answers in worker processes, which are ended and replaced when an answer takes too long.
 
-A model can write `9^{9^{9^9}}`. Evaluating that blocks inside C code, where no Python timeout has an
-effect. The limit counts CPU time: a busy machine does not change a verdict.
+A model can write `9^{9^{9^9}}`. Evaluating that blocks inside C code, where no Python
+timeout has an effect. The limit counts CPU time: a busy machine does not change a verdict.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ _pools: dict[Check, ProcessPool] = {}
 def check_answer(check: Check, *arguments: str | int) -> bool:
     """Tell whether an answer is right; an answer whose check fails or takes too long is wrong.
 
-    `arguments` are (answer, reference) for mathematics, else (answer, task, seed, size, index). May be
-    called from any thread; up to `WORKERS` checks run at the same time.
+    `arguments` are (answer, reference) for mathematics, else (answer, task, seed, size,
+    index). May be called from any thread; up to `WORKERS` checks run at the same time.
 
     Raises:
         RacError: the module of the check is not installed, or cannot be imported.
@@ -143,7 +143,7 @@ class _Context(SpawnContext):
 
 
 def _prepare(module: str) -> None:
-    """In a worker: silence standard error, and import the module before the first answer's time runs."""
+    """Silence a worker's standard error, and import the module before time counts."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     importlib.import_module(module)
 

@@ -28,10 +28,10 @@ def thinking_length(tokenizer: Any, ids: Sequence[int]) -> int:
 
 
 def extract_answer(text: str) -> str | None:
-    r"""Return the content of the last `\boxed{...}` with balanced braces after the thinking, or None.
+    r"""Return the content of the last `\boxed{...}` after the thinking, or None.
 
-    Thinking ends at the first `</think>`; a text without that is searched as a whole. Escaped braces
-    (`\{`) do not count, and of nested boxes the inner one is the answer.
+    Thinking ends at the first `</think>`; a text without that is searched as a whole.
+    Escaped braces (`\{`) do not count, and of nested boxes the inner one is the answer.
 
     >>> extract_answer(r"so \boxed{3}?</think> It is \boxed{\frac{1}{2}}.")
     '\\frac{1}{2}'
@@ -52,7 +52,7 @@ def extract_answer(text: str) -> str | None:
 
 
 def is_correct(text: str, answer: str, verifier: Verifier | None = None) -> bool:
-    """Tell whether a completion's final answer is right; a missing or unreadable answer is wrong."""
+    """Return whether a completion's final answer is right; an unreadable one is wrong."""
     extracted = extract_answer(text)
     return extracted is not None and bool((verifier or equal_answers)(extracted, answer))
 

@@ -1,8 +1,8 @@
 """Arithmetic problems with a written chain of thought and a checkable answer.
 
-The embedded reasoner was trained on them. Recipes and `rac eval` use them by default, since they need
-no download. Problems are split by their operands, not by their wording: no operands of the test split
-are in another split, in any phrasing.
+The embedded reasoner was trained on them. Recipes and `rac eval` use them by default, since
+they need no download. Problems are split by their operands, not by their wording: no
+operands of the test split are in another split, in any phrasing.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def split_of(task: str, operands: tuple[int, ...]) -> Split:
 
 
 def _column_sum(numbers: list[int]) -> str:
-    """Add numbers column by column from the right, one line per column, then read off the result."""
+    """Add numbers column by column from the right, a line per column."""
     width = len(str(max(numbers)))
     rows = [str(n).zfill(width) for n in numbers]
     lines, carry, digits = [], 0, ""

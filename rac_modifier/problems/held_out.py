@@ -1,4 +1,4 @@
-"""Problems for evaluation: held out of calibration, or a published benchmark with its instruction and choices."""
+"""Problems for evaluation: held out of calibration, or a published benchmark."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def held_out_problems(
     answer_column: str | None = None,
     split: str = "train",
 ) -> list[Problem]:
-    """Return `count` problems: the test split of "arithmetic", or the first problems of another source.
+    """Return `count` problems: the test split of "arithmetic", or the first of another source.
 
     Only "arithmetic" is disjoint from calibration by construction. With another source, calibrate
     on other problems.
@@ -74,8 +74,9 @@ def held_out_problems(
 class Layout:
     """The columns and the instruction that make a benchmark's rows problems.
 
-    The answer column holds the "whole" answer, a solution whose "last line" is "#### answer", or the
-    right one of the "choices": then the answer is its letter, and `wrong_columns` hold the others.
+    The answer column holds the "whole" answer, a solution whose "last line" is "####
+    answer", or the right one of the "choices": then the answer is its letter, and
+    `wrong_columns` hold the others.
     """
 
     task: str

@@ -1,4 +1,4 @@
-"""Where the questions come from: built-in arithmetic, reasoning-gym, a file, or a Hugging Face dataset."""
+"""Where questions come from: arithmetic, reasoning-gym, a file, or a hub dataset."""
 
 from __future__ import annotations
 
@@ -74,7 +74,8 @@ def _reasoning_gym(names: str, seed: int) -> Iterator[Problem]:
         from reasoning_gym.factory import DATASETS
     except ImportError as error:
         raise RacError(
-            f"problem source {GYM_PREFIX + names!r} needs `pip install 'rac-modifier[reasoning-gym]'`"
+            f"problem source {GYM_PREFIX + names!r} needs `pip install "
+            "'rac-modifier[reasoning-gym]'`"
         ) from error
     tasks = [name.strip() for name in names.split(",")]
     for name in tasks:
@@ -149,7 +150,7 @@ def table_name(source: ProblemSource) -> str:
 def shuffled_rows(
     table: Dataset, source: ProblemSource, columns: tuple[str, ...], seed: int
 ) -> Iterator[tuple[int, str, Mapping[str, Any]]]:
-    """Return number, name for messages and values of each row, in an order that the seed decides."""
+    """Return number, name for messages and values of each row, in the seed's order."""
     where = table_name(source)
     for name in columns:
         if name not in table.column_names:
@@ -186,8 +187,8 @@ def answer_in(row: Mapping[str, Any], where: str, column: str) -> str | None:
         )
     if isinstance(answer, float) and abs(answer) >= _EXACT_FLOATS:
         raise RacError(
-            f"{where}: column {column!r} holds the number {answer!r}, some digits of which may have "
-            "been lost when it was read; write the answers as text, in quotes"
+            f"{where}: column {column!r} holds the number {answer!r}, some digits of which "
+            "may have been lost when it was read; write the answers as text, in quotes"
         )
     return None if answer is None else str(answer)
 

@@ -1,4 +1,4 @@
-"""Rows of a file or of a Hugging Face dataset, all read with `datasets`; local files need no network."""
+"""Rows of a file or of a hub dataset, read with `datasets`; files need no network."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ def open_table(
         return _load(source, label, config, split, streaming=False)
     except RacError:
         raise
-    # What load_dataset raises depends on the format, the hub and the network: its words are passed on.
+    # What load_dataset raises depends on the format, the hub and the network: its words are
+    # passed on.
     except Exception as error:
         raise _unreadable(source, label, config, split, error) from error
 
@@ -94,9 +95,9 @@ def _unreadable(
     words = " ".join(f"{type(cause).__name__}: {cause}".split())[:500]
     if not is_file(source):
         return RacError(
-            f"{label} {source!r} (config {config!r}, split {split!r}) could not be loaded ({words}); "
-            "check the name, the split and the config, or name a local file or a built-in source, "
-            "none of which needs a download"
+            f"{label} {source!r} (config {config!r}, split {split!r}) could not be loaded "
+            f"({words}); check the name, the split and the config, or name a local file or "
+            "a built-in source, none of which needs a download"
         )
     path = Path(source).expanduser()
     if path.suffix == ".jsonl" and (bad := _first_bad_line(path)):

@@ -51,7 +51,8 @@ def check_problem(
     d, label = hessian.shape[0], ", ".join(names)
     if hessian.shape != (d, d) or not hessian.is_floating_point() or hessian.element_size() < 4:
         raise RacError(
-            f"{label}: Hessian {list(hessian.shape)} of {hessian.dtype}; it must be square and float32"
+            f"{label}: Hessian {list(hessian.shape)} of {hessian.dtype}; it must be square "
+            "and float32"
         )
     for kind, members in (
         ("weights", weights),

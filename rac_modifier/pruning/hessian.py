@@ -64,7 +64,7 @@ class Hessian:
 
     @torch.no_grad()
     def add(self, x: torch.Tensor, weights: torch.Tensor | None = None) -> None:
-        """Add inputs `x` [..., columns], with a weight >= 0 per token, `weights` [...] (default: 1).
+        """Add inputs `x` [..., columns], with a weight >= 0 per token, `weights` [...].
 
         Rows with weight 0 (padding) are removed first, so they may hold any value, even nan.
 
@@ -73,7 +73,8 @@ class Hessian:
         """
         if x.shape[-1] != self.columns:
             raise RacError(
-                f"activations {list(x.shape)} do not end in the {self.columns} inputs of this module"
+                f"activations {list(x.shape)} do not end in the {self.columns} inputs of "
+                "this module"
             )
         x = x.reshape(-1, self.columns).to(self.device)
         weights = x.new_ones(len(x)) if weights is None else weights
@@ -141,8 +142,8 @@ class Hessian:
         """
         if self.weight_sum == 0.0:
             raise RacError(
-                f"{name}: no calibration token reached it; use more traces, or add it to ignore (an "
-                "unused expert)"
+                f"{name}: no calibration token reached it; use more traces, or add it to "
+                "ignore (an unused expert)"
             )
         bad = int((~self._sums.total.diagonal().isfinite()).sum())  # an inf makes its square inf
         if bad:
@@ -270,7 +271,7 @@ class Statistics:
             self._sums.finish()
 
     def cross_moment(self, *, take: bool = False) -> list[torch.Tensor] | None:
-        """Return C of each module, [rows, d] float32; None without weights. `take`: see `Hessian`."""
+        """Return C of each module, [rows, d] float32; None without weights."""
         if self._sums is None:
             return None
         scaled = self._sums.take() if take else self._sums.total.clone()

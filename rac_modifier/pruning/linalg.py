@@ -199,7 +199,7 @@ def _slices(length: int, step: int) -> list[slice]:
 def quadratic_form(
     vectors: torch.Tensor, hessian: torch.Tensor, *, bf16: bool = False
 ) -> torch.Tensor:
-    """Return v^T H v for each column v of `vectors` [d, rows] and symmetric H [d, d]; float64 [rows].
+    """Return v^T H v for each column v of `vectors` [d, rows], H [d, d]; float64 [rows].
 
     Uses the lower triangle and counts twice what is left of the diagonal blocks: half the work of
     H v. `bf16` rounds the factors of H v where there are 1024 inputs or more.
@@ -225,7 +225,7 @@ def quadratic_form(
 
 
 def stacked(weights: Sequence[torch.Tensor], hessian: torch.Tensor) -> torch.Tensor:
-    """Transpose weights [rows_i, d] side by side, [d, sum(rows)], in the Hessian's dtype and device.
+    """Transpose weights [rows_i, d] to [d, sum(rows)], in the Hessian's dtype and device.
 
     An input is then a contiguous row, which the solvers read and write at a time.
     """

@@ -30,7 +30,7 @@ def holds(weight: torch.Tensor, pattern: Pattern) -> bool:
 
 
 def lowest(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """Return the bool mask of exactly the `count` lowest `scores`, of any shape; ties by position."""
+    """Return the bool mask of the `count` lowest `scores`, of any shape; ties by position."""
     if count == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
     flat = scores.flatten()

@@ -10,7 +10,7 @@ from rac_modifier.pruning.masks import lowest, lowest_along
 from rac_modifier.settings.pattern import Pattern
 
 Mask = Callable[[torch.Tensor, torch.Tensor, Pattern], torch.Tensor]
-"""From a weight [rows, d] float32, its Hessian [d, d] and its pattern to the pruned, bool [rows, d]."""
+"""From weight [rows, d] float32, Hessian [d, d] and pattern to pruned, bool [rows, d]."""
 
 
 def wanda_mask(weight: torch.Tensor, hessian: torch.Tensor, pattern: Pattern) -> torch.Tensor:
@@ -26,7 +26,7 @@ def wanda_mask(weight: torch.Tensor, hessian: torch.Tensor, pattern: Pattern) ->
 
 
 def magnitude_mask(weight: torch.Tensor, hessian: torch.Tensor, pattern: Pattern) -> torch.Tensor:
-    """Prune the floor(numel * sparsity) lowest |W_ij| of the module, or the N lowest of each group."""
+    """Prune the floor(numel * sparsity) lowest |W_ij|, or the N lowest of each group."""
     if pattern.is_structured:
         return _lowest_in_groups(weight.abs(), pattern)
     return lowest(weight.abs(), int(weight.numel() * pattern.sparsity))

@@ -7,7 +7,8 @@ whole shard batch by batch, and the sums of the shards are added in the order of
     S = ((shard 0 + shard 1) + shard 2) + ...
 
 Rank r of N has the shards r, r + N, r + 2 N, ... The first N shards end on all ranks, are exchanged
-and added, then the next N. Each rank adds a part of the elements: it holds a shard and its part of S.
+and added, then the next N. Each rank adds a part of the elements: it holds a shard and its
+part of S.
 """
 
 from __future__ import annotations

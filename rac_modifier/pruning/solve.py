@@ -3,20 +3,24 @@
 For one module with weights W [rows, d], its inputs X_p [tokens, d] in the pruned model and its
 inputs X_d in the dense model (without token weights; hessian.py has them):
 
-    H  = 2/tokens X_p^T X_p               Hessian: second moment of the inputs                    [d, d]
-    C  = 2/tokens W (X_d - X_p)^T X_p     cross moment: output error before this module x inputs  [rows, d]
+    H  = 2/tokens X_p^T X_p               Hessian: second moment of the inputs
+         [d, d] C  = 2/tokens W (X_d - X_p)^T X_p     cross moment: output error before this
+    module x inputs  [rows, d]
 
-    1. damped Hessian  H' = H + lambda I,  lambda = dampening_frac * mean(diag H)            linalg.py
+    1. damped Hessian  H' = H + lambda I,  lambda = dampening_frac * mean(diag H)
+    linalg.py
     2. target          W* = W + C H'^-1
     3. mask            minimise trace((W* - W') H' (W* - W')^T) over W' that hold the        alps.py
-                       pattern                                                  sparsegpt.py, scores.py
-    4. refit           minimise the same over the values that the mask keeps:                refit.py
+                       pattern
+                       sparsegpt.py, scores.py
+    4. refit           minimise the same over the values that the mask keeps:
+    refit.py
                        H'_SS w'_S = (H' w*)_S for each row w' with kept columns S
 
 The target is the dense one. Pruning towards W X_p would leave the errors that X_p already has. The
-distance to the dense output W X_d is (W* - W') H (W* - W')^T up to a constant, so every solver works
-with W* (asymmetric calibration, as in GPTAQ, arXiv 2504.02692); lambda keeps W* close to W where the
-inputs carry little information.
+distance to the dense output W X_d is (W* - W') H (W* - W')^T up to a constant, so every
+solver works with W* (asymmetric calibration, as in GPTAQ, arXiv 2504.02692); lambda keeps
+W* close to W where the inputs carry little information.
 
 Modules that read the same input share H and are solved together. For d inputs and r rows of all
 modules, with s steps of the refit and i iterations, the multiply-adds are about
@@ -127,7 +131,7 @@ def solve(
     cross_moment: Sequence[torch.Tensor] | None = None,
     **settings: Any,
 ) -> list[Solution]:
-    """Prune the modules of one problem with one pattern or one each; `settings`: see `solve_many`."""
+    """Prune the modules of one problem, with a pattern for all or one per module."""
     names = [f"weight {i}" for i in range(len(weights))] if names is None else names
     patterns = [pattern] * len(weights) if isinstance(pattern, Pattern) else list(pattern)
     problem = Problem(weights, hessian, patterns, names, cross_moment)
@@ -182,7 +186,7 @@ def solve_many(
 
 @dataclass
 class _State:
-    """A problem between the steps: `working` is W'^T of all modules side by side, `pruned` its mask."""
+    """A problem between the steps: `working` is W'^T of all modules, `pruned` its mask."""
 
     problem: Problem
     dampening: Dampening
@@ -289,7 +293,8 @@ def _finish(method: Method, state: _State, refit_steps: int | None) -> list[Solu
         weight = w.T.contiguous().to(original)
         if not is_finite(weight):
             raise RacError(
-                f"{name}: the pruned weight overflows {dtype}; raise dampening_frac ({dampening.frac})"
+                f"{name}: the pruned weight overflows {dtype}; raise dampening_frac "
+                f"({dampening.frac})"
             )
         loss, reference = max(float(error.sum()), 0.0), float(total.sum())  # rounding: 0 may be < 0
         solution = Solution(

@@ -21,8 +21,8 @@ def reasoner_path() -> Path:
     folder = Path(str(resources.files(__name__))) / "assets"
     if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
         raise RacError(
-            f"the embedded reasoner is missing from {folder}; train it (about half an hour on two cores) with: "
-            f"python training/train_reasoner.py --out {folder}"
+            f"the embedded reasoner is missing from {folder}; train it (about half an hour "
+            f"on two cores) with: python training/train_reasoner.py --out {folder}"
         )
     return folder
 
@@ -30,7 +30,7 @@ def reasoner_path() -> Path:
 def direct_answer_prompt(
     tokenizer: PreTrainedTokenizerBase, question: str, system_prompt: str | None = None
 ) -> list[int]:
-    """Prompt ids with an empty thinking (`<think>\\n</think>\\n`), so that the model must answer at once.
+    """Return prompt ids with an empty thinking, so that the model must answer directly.
 
     A model that keeps its accuracy with this prompt does not need its chain of thought.
 
@@ -42,7 +42,7 @@ def direct_answer_prompt(
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     if not str(text).endswith("<think>\n"):
         raise RacError(
-            f"the chat template's prompt ends in {str(text)[-20:]!r}, not in '<think>\\n', so the thinking cannot be "
-            "closed; use a model whose template opens the thinking"
+            f"the chat template's prompt ends in {str(text)[-20:]!r}, not in '<think>\\n', so the "
+            "thinking cannot be closed; use a model whose template opens the thinking"
         )
     return list(tokenizer(f"{text}</think>\n", add_special_tokens=False)["input_ids"])

@@ -1,1 +1,1 @@
-"""Recovery: the kept weights of a sparse model are trained towards the dense model's predictions, with the mask fixed."""
+"""Recovery: train kept weights towards the dense model's predictions; the mask is fixed."""

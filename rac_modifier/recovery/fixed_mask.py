@@ -1,7 +1,7 @@
-"""Zeros that stay zero with any trainer: hooks mask gradients, and weights after each optimizer step.
+"""Zeros that stay zero with any trainer: hooks mask gradients, and weights after a step.
 
-A gradient is masked as autograd computes it: before it is clipped (a pruned weight would count in the
-norm) and before the optimizer reads it (Adam would keep moments for it).
+A gradient is masked as autograd computes it: before it is clipped (a pruned weight would
+count in the norm) and before the optimizer reads it (Adam would keep moments for it).
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ class FixedMask:
         masks: bool by parameter name, True = kept; default: `sparse_masks(model)`.
 
     Raises:
-        RacError: a mask that fits no parameter, or a weight that is not zero where its mask says so.
+        RacError: a mask that fits no parameter, or a weight that is not zero where its mask
+            says so.
     """
 
     def __init__(self, model: torch.nn.Module, masks: Mapping[str, torch.Tensor] | None = None):
@@ -72,7 +73,8 @@ class FixedMask:
             if parameter is None or parameter.shape != mask.shape:
                 problem = "no such parameter" if parameter is None else "another shape"
                 raise RacError(
-                    f"mask of {name} {list(mask.shape)}: {problem}; use the masks of this very model"
+                    f"mask of {name} {list(mask.shape)}: {problem}; use the masks of this "
+                    "very model"
                 )
             self.masks[name] = mask.to(parameter.device)
         self.check()
@@ -112,8 +114,8 @@ class FixedMask:
             moved = int((self._parameters[name].ne(0) & ~mask).sum())
             if moved:
                 raise RacError(
-                    f"{name}: {moved} weights outside the mask are not zero; train with the mask of "
-                    "this model"
+                    f"{name}: {moved} weights outside the mask are not zero; train with "
+                    "the mask of this model"
                 )
 
     def release(self) -> None:
@@ -133,9 +135,9 @@ def fixed_mask(
         with rac_modifier.fixed_mask(model):
             SFTTrainer(model=model, ...).train()
 
-    LoRA adapters of PEFT are masked too, also those that a trainer adds inside the context: they add
-    nothing to a pruned weight, in training and when they are merged into this model. An adapter that is
-    saved alone is not masked where it is loaded: merge it, and save the model.
+    LoRA adapters of PEFT are masked too, also those that a trainer adds inside the context: they
+    add nothing to a pruned weight, in training and when they are merged into this model. An adapter
+    that is saved alone is not masked where it is loaded: merge it, and save the model.
 
     Raises:
         RacError: see `FixedMask`; at the end, a pruned weight that was moved without the hooks.

@@ -99,7 +99,7 @@ def _step(codes: torch.Tensor, grid: Grid) -> torch.Tensor:
 
 
 class OnGrid(torch.nn.Module):
-    """Parametrize a weight [rows, columns] by a master weight and a relative change of its scales."""
+    """Parametrize a weight [rows, columns] by a master weight and changes of its scales."""
 
     start: torch.Tensor
     zero: torch.Tensor | None

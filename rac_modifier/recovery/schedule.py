@@ -1,4 +1,4 @@
-"""The learning rate of a recovery run by model size, its schedule, and the sequences of each step."""
+"""The learning rate of a run by model size, its schedule, and the sequences per step."""
 
 from __future__ import annotations
 

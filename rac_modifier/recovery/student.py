@@ -157,7 +157,7 @@ class ShardedStudent(Student):
         mask: FixedMask,
         processes: Processes,
     ):
-        """Shard `model`; `put_back` writes to its `parameters`, the hooks of `mask` are released."""
+        """Shard `model`; `put_back` fills `parameters`, the hooks of `mask` are released."""
         assert processes.device is not None
         mask.release()
         self._originals = dict(parameters)

@@ -1,7 +1,7 @@
 """The dense model: its hidden states on the training traces, on disk, and checks that it is dense.
 
-2 bytes x hidden size per completion token (7 kB at 7B), a hundredth of its logits. The student's head is
-the dense model's, so nothing is lost.
+2 bytes x hidden size per completion token (7 kB at 7B), a hundredth of its logits. The
+student's head is the dense model's, so nothing is lost.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""From prompts to completions: the model in this process or behind a server, and which model it is."""
+"""From prompts to completions: the model in this process or on a server, its identity."""

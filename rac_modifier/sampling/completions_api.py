@@ -1,4 +1,4 @@
-"""The completions protocol: the request, and the checks of what a server answers. No network here."""
+"""The completions protocol without network: requests, and checks of the answers."""
 
 from __future__ import annotations
 
@@ -29,8 +29,9 @@ PROBE_QUESTIONS = (
 )
 PROBE_TOKENS = 24
 PROBE_SAMPLING = SamplingSettings(temperature=0, top_p=1, top_k=0, max_new_tokens=PROBE_TOKENS)
-# Nats by which a token may be less likely than the model's own choice. The maximum over 96 tokens of
-# the embedded reasoner is 0.0 if served in bfloat16, 0.1 in int8, 0.5 in int4 (round to nearest),
+# Nats by which a token may be less likely than the model's own choice. The maximum over 96
+# tokens of the embedded reasoner is 0.0 if served in bfloat16, 0.1 in int8, 0.5 in int4
+# (round to nearest),
 # 4.9 with half of the weights pruned.
 _REGRET = 1.0
 
@@ -173,8 +174,8 @@ def _ended(request: Request, ids: tuple[int, ...], reason: Any, server: str) -> 
     if reason == "stop" and ids[-1] not in eos:
         raise RacError(
             f"{server} ended a completion on token {ids[-1]}, which is no EOS "
-            f"({', '.join(map(str, request.eos))}): it strips the EOS or has stop words of its own; "
-            "traces need the EOS that the model wrote"
+            f"({', '.join(map(str, request.eos))}): it strips the EOS or has stop words of "
+            "its own; traces need the EOS that the model wrote"
         )
     if eos.intersection(ids[:-1]):
         raise RacError(
@@ -194,8 +195,8 @@ def served_model(content: bytes, named: str | None, server: str) -> dict[str, An
         cards = {str(card["id"]): dict(card) for card in json.loads(content)["data"]}
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise RacError(
-            f"{server}/models is not a list of models; is this an OpenAI-compatible server, and does "
-            "the address end in /v1?"
+            f"{server}/models is not a list of models; is this an OpenAI-compatible "
+            "server, and does the address end in /v1?"
         ) from error
     names = ", ".join(map(repr, cards)) or "none"
     bases = [name for name, card in cards.items() if not card.get("parent")]
@@ -205,8 +206,8 @@ def served_model(content: bytes, named: str | None, server: str) -> dict[str, An
     card = cards[bases[0] if named is None else named]
     if card.get("parent"):
         raise RacError(
-            f"{server}: {card['id']!r} is an adapter on {card['parent']!r}, not a model of its own; "
-            "merge it, and serve and compress the merged model"
+            f"{server}: {card['id']!r} is an adapter on {card['parent']!r}, not a model of "
+            "its own; merge it, and serve and compress the merged model"
         )
     return card
 
@@ -219,16 +220,17 @@ def check_limit(
     if isinstance(limit, int) and limit <= max_new_tokens and limit < (context or limit + 1):
         longest = f" (the model has {context})" if context else ""
         raise RacError(
-            f"{server} takes sequences of up to {limit} tokens, and max_new_tokens={max_new_tokens} "
-            f"does not fit: start it with a larger --max-model-len{longest}, or sample fewer tokens"
+            f"{server} takes sequences of up to {limit} tokens, and "
+            f"max_new_tokens={max_new_tokens} does not fit: start it with a larger "
+            f"--max-model-len{longest}, or sample fewer tokens"
         )
 
 
 def check_name(card: dict[str, Any], model: str, server: str) -> None:
     """Refuse a server that loaded a model of another name (RacError), if both names are known.
 
-    A folder counts by its last name, a Hugging Face id and its folder in the cache by the name after
-    the organisation.
+    A folder counts by its last name, a Hugging Face id and its folder in the cache by the
+    name after the organisation.
     """
     root = card.get("root")
     root = root if isinstance(root, str) else ""
@@ -238,9 +240,9 @@ def check_name(card: dict[str, Any], model: str, server: str) -> None:
     )
     if served and local and served != local:
         raise RacError(
-            f"{server} serves {public_name(root)!r}, and the model is {public_name(model)!r}; name the "
-            "model that is served, or, if they are the same under two names, set engine.model (rac "
-            f"eval: --served-as) to {card['id']!r}"
+            f"{server} serves {public_name(root)!r}, and the model is {public_name(model)!r}; name "
+            "the model that is served, or, if they are the same under two names, set engine.model "
+            f"(rac eval: --served-as) to {card['id']!r}"
         )
 
 
@@ -248,7 +250,8 @@ def check_name(card: dict[str, Any], model: str, server: str) -> None:
 def check_probes(model: PreTrainedModel, probes: Sequence[Probe], server: str) -> None:
     """Compare greedy tokens of a server with the model's own choices: a forward pass per probe.
 
-    Another model fails, and so do weights that were changed much. The same weights in fewer bits pass.
+    Another model fails, and so do weights that were changed much. The same weights in fewer
+    bits pass.
     """
     regrets: list[float] = []
     with evaluating(model):
@@ -261,8 +264,8 @@ def check_probes(model: PreTrainedModel, probes: Sequence[Probe], server: str) -
     if wrong:
         name = model.config.name_or_path or type(model).__name__
         raise RacError(
-            f"{server} holds another model than {name!r}: "
-            f"{wrong} of its {len(regrets)} greedy tokens are far from what this one would write (up "
-            f"to {max(regrets):.1f} nats less likely than its own choice); serve the model that is to "
-            "be compressed, or set engine.verify_model: false if you know that it is the same"
+            f"{server} holds another model than {name!r}: {wrong} of its {len(regrets)} greedy "
+            f"tokens are far from what this one would write (up to {max(regrets):.1f} nats less "
+            "likely than its own choice); serve the model that is to be compressed, or set "
+            "engine.verify_model: false if you know that it is the same"
         )

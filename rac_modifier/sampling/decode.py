@@ -1,8 +1,9 @@
 """Decode a batch whose rows end at different times: ended rows are taken out of the batch.
 
 Without the ended rows, the cost of a batch is about proportional to its tokens. Two copies of the
-key-value cache are avoided: `grouped_sdpa` does not repeat it per query head, as transformers' "sdpa"
-does for padded rows, and `RoomyLayer` does not copy it at every step, as `DynamicCache` does.
+key-value cache are avoided: `grouped_sdpa` does not repeat it per query head, as
+transformers' "sdpa" does for padded rows, and `RoomyLayer` does not copy it at every step,
+as `DynamicCache` does.
 """
 
 from __future__ import annotations
@@ -140,7 +141,7 @@ class _Growing:
         self._filled: torch.Tensor | None = None
 
     def append(self, states: torch.Tensor | None, further: torch.Tensor) -> torch.Tensor:
-        """Return `states` and then `further`; no copy if `states` is what the last call returned."""
+        """Return `states` and then `further`; no copy if `states` is the last result."""
         start = 0 if states is None or not states.numel() else states.shape[-2]
         end = start + further.shape[-2]
         buffer = self._buffer if states is self._filled else None  # else rows were taken out
@@ -163,7 +164,7 @@ class RoomyLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **options: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add states [rows, heads, further, d] of further tokens; return the states of all tokens."""
+        """Add states [rows, heads, further, d]; return the states of all tokens."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.keys = self._growing_keys.append(self.keys, key_states)
@@ -172,7 +173,7 @@ class RoomyLayer(DynamicLayer):
 
 
 def roomy_cache(config: PreTrainedConfig) -> DynamicCache:
-    """Return a `DynamicCache` whose plain layers are `RoomyLayer`s; sliding windows stay as they are."""
+    """Return a `DynamicCache` with `RoomyLayer`s; sliding windows stay as they are."""
     cache = DynamicCache(config=config)
     cache.layers = [
         RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers

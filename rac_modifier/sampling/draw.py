@@ -1,7 +1,8 @@
 """Draw the next token of each row: temperature, top-k, top-p, then Gumbel noise from a hash.
 
-The noise of a token is a function of (seed, key of the row, position, token) alone, so a draw does not
-depend on the batch, and a resumed run draws the same tokens. A whole vocabulary is never sorted.
+The noise of a token is a function of (seed, key of the row, position, token) alone, so a
+draw does not depend on the batch, and a resumed run draws the same tokens. A whole
+vocabulary is never sorted.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _LARGEST_BELOW_ONE = 1 - 2**-24
 
 @dataclass(frozen=True)
 class Draw:
-    """Temperature (0: arg max), top-k (0: all), then top-p on what top-k left, as transformers does."""
+    """Temperature (0: arg max), top-k (0: all), then top-p, as transformers does."""
 
     temperature: float
     top_k: int = 0
@@ -43,7 +44,7 @@ class Draw:
         return ids.gather(1, chosen).squeeze(1)
 
     def _candidates(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return scores and ids [rows, candidates], likeliest first; -inf for what may not be drawn."""
+        """Return scores and ids [rows, candidates], likeliest first; -inf: never drawn."""
         vocabulary = scores.shape[-1]
         if self.top_k:
             values, ids = scores.topk(min(self.top_k, vocabulary))
@@ -78,8 +79,8 @@ def gumbel_noise(rows: torch.Tensor, position: int, tokens: torch.Tensor) -> tor
     `rows` are int64 keys [rows], `tokens` ids [tokens], or [rows, tokens] if each row has its own.
 
     Added to scores, the noise makes their arg max a draw from their softmax (Gumbel-max). A uniform
-    v = (63 hashed bits) / 2^63 becomes -log(-log1p(-v)): the large values, which decide the arg max,
-    come from small v, where float32 is fine-grained. -log(-log(v)) would cap them at 17.
+    v = (63 hashed bits) / 2^63 becomes -log(-log1p(-v)): the large values, which decide the arg
+    max, come from small v, where float32 is fine-grained. -log(-log(v)) would cap them at 17.
     """
     row = _mix(rows + (position + 1) * _POSITION_STEP)
     token = _mix((tokens.to(torch.int64) + 1) * _GOLDEN)

@@ -1,7 +1,8 @@
 """What an engine is, and the engine on the model in memory: batches of prompts in, completions out.
 
-Of several processes, the first one hands out whole batches and collects the completions. Batches are
-the same for any number of processes, so the completions are the same too (on one kind of device).
+Of several processes, the first one hands out whole batches and collects the completions.
+Batches are the same for any number of processes, so the completions are the same too (on
+one kind of device).
 """
 
 from __future__ import annotations
@@ -98,8 +99,8 @@ class Engine(Protocol):
 class InProcessEngine:
     """Samples from a transformers model; deterministic for a given batch size (see `generate`).
 
-    In the first of several `processes`; meanwhile the others run `help_sampling`. The model is on the
-    accelerator, if there is one, from `connect` to `close`.
+    In the first of several `processes`; meanwhile the others run `help_sampling`. The model
+    is on the accelerator, if there is one, from `connect` to `close`.
     """
 
     kind: EngineKind = "transformers"

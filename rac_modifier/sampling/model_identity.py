@@ -67,10 +67,10 @@ class ModelIdentity:
 
     @classmethod
     def of_files(cls, source: str) -> ModelIdentity:
-        """Return the identity of a model folder or Hugging Face id, equal to `of_model` of it loaded.
+        """Return the identity of a model folder or hub id, equal to `of_model` of it loaded.
 
-        It reads 64 numbers per parameter from safetensors files. If the tensors have other names there
-        than in the model (fused experts), the weights are loaded, with a warning.
+        It reads 64 numbers per parameter from safetensors files. If the tensors have other names
+        there than in the model (fused experts), the weights are loaded, with a warning.
         """
         try:
             config = AutoConfig.from_pretrained(source, trust_remote_code=False)
@@ -117,8 +117,8 @@ def model_fingerprint(model: PreTrainedModel) -> str:
     """Hash (64 hex digits) the architecture and up to 64 strided elements of each parameter.
 
     Elements are rounded to bfloat16, so a model has the same fingerprint loaded in float32 and in
-    bfloat16. Pruning and fine-tuning change it; an edit that misses all elements does not. Parameters
-    offloaded by accelerate or compressed-tensors are read where they are stored.
+    bfloat16. Pruning and fine-tuning change it; an edit that misses all elements does not.
+    Parameters offloaded by accelerate or compressed-tensors are read where they are stored.
     """
     values = ((n, _offloaded(model, n) if p.is_meta else p) for n, p in _named_parameters(model))
     return _fingerprint_of(model.config, _with_merged_experts(model, values))
@@ -182,14 +182,15 @@ def _offloaded(model: PreTrainedModel, full: str) -> torch.Tensor:
         if weights is not None:
             return weights[name]
     raise RacError(
-        f"parameter {full!r} is on the meta device and holds no values; load the model's weights first"
+        f"parameter {full!r} is on the meta device and holds no values; load the model's "
+        "weights first"
     )
 
 
 def _with_merged_experts(
     model: torch.nn.Module, parameters: Iterable[tuple[str, torch.Tensor]]
 ) -> Iterator[tuple[str, _Weights]]:
-    """Yield parameters in their order; experts that llm-compressor cut apart come as merged tensors.
+    """Yield parameters in their order; split experts come as merged tensors.
 
     So a model has the same fingerprint before and after. Experts with other matrices, biases or
     transposed weights stay as they are.
@@ -223,7 +224,7 @@ def _is_separate(module: torch.nn.Module) -> bool:
 
 
 def _fingerprint_of_files(skeleton: PreTrainedModel, files: list[str]) -> str | None:
-    """Return the fingerprint of the model loaded; None if a parameter has another name in the files."""
+    """Return the fingerprint of the model loaded; None: parameter names differ."""
     from safetensors import safe_open
 
     with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""The engine on OpenAI-compatible servers: many completions under way, over one or several servers."""
+"""The engine on OpenAI-compatible servers: concurrent completions on one or several."""
 
 from __future__ import annotations
 
@@ -193,9 +193,9 @@ class ServerEngine:
             ) from error
         if self.kind == "openai text":
             logger.warning(
-                f"{server.url} returns text without token ids: answers are tokenized here, so that "
-                "their lengths may differ by a few tokens, and the served model is known by its name "
-                "alone"
+                f"{server.url} returns text without token ids: answers are tokenized here, "
+                "so that their lengths may differ by a few tokens, and the served model is "
+                "known by its name alone"
             )
             return []
         probes = [
@@ -254,8 +254,9 @@ def least_busy(
 ) -> ServerClient | None:
     """Return the server with the fewest completions under way; None if all were tried.
 
-    A server that fails immediately always has few under way and would get every prompt. So a failing
-    server gets one prompt at a time while there is another server; its first success ends that.
+    A server that fails immediately always has few under way and would get every prompt. So
+    a failing server gets one prompt at a time while there is another server; its first
+    success ends that.
     """
     return min(
         (server for server in servers if server not in tried),

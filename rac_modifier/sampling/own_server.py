@@ -48,8 +48,8 @@ class VllmCommand:
         path = shutil.which(named or "vllm", path=variables.get("PATH"))
         if path is None and named:
             raise RacError(
-                f"RAC_VLLM={named!r} is no command that can be run; name the vllm of the environment "
-                "that has it"
+                f"RAC_VLLM={named!r} is no command that can be run; name the vllm of the "
+                "environment that has it"
             )
         if path is None:
             raise RacError(
@@ -118,7 +118,7 @@ def _has_few_bits(model: str) -> bool:
 
 
 def check_serving() -> None:
-    """Refuse a missing vLLM, or an environment without this package, before hours of work (RacError)."""
+    """Refuse a missing vLLM, or one without this package, before hours of work (RacError)."""
     command = VllmCommand.from_environment()
     if command.python() is None:
         logger.info(f"{command.path} has no python next to it to ask for rac-modifier")

@@ -1,4 +1,4 @@
-"""Questions as token ids, the way that the model is served: chat template, generation prompt, thinking on."""
+"""Questions as token ids: chat template, generation prompt, thinking on."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ def render_prompt(
 ) -> list[int]:
     """Return the token ids of a question's prompt, made by the template, never decoded to text.
 
-    "chat" applies the tokenizer's chat template with `enable_thinking=thinking`, which some templates
-    ignore. "none" tokenizes the bare question, with the tokenizer's own special tokens (a BOS).
+    "chat" applies the tokenizer's chat template with `enable_thinking=thinking`, which some
+    templates ignore. "none" tokenizes the bare question, with the tokenizer's own special
+    tokens (a BOS).
     """
     if template == "none":
         ids = tokenizer(question)["input_ids"]

@@ -1,8 +1,9 @@
 """One OpenAI-compatible server: the models that it lists, and completions that pass our checks.
 
-Every request has a deadline and a limit on the bytes of its answer. Faults of the connection, answers
-that fail a check of `completions_api`, and statuses that may pass are retried with growing pauses.
-The client is aiohttp: a completion of 1,000 tokens costs 0.4 ms of CPU time, 3 ms with httpx.
+Every request has a deadline and a limit on the bytes of its answer. Faults of the
+connection, answers that fail a check of `completions_api`, and statuses that may pass are
+retried with growing pauses. The client is aiohttp: a completion of 1,000 tokens costs 0.4
+ms of CPU time, 3 ms with httpx.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class RefusedError(Exception):
 
 
 class ServerClient:
-    """One base URL, which ends in /v1; `tokenize` is for answers without token ids (`read_answer`)."""
+    """A base URL, which ends in /v1; `tokenize` is for answers without token ids."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""What all settings share: unknown names are refused, and a mistake is told with key, value, next step."""
+"""Shared by all settings: unknown names are refused; errors tell key, value, next step."""
 
 from __future__ import annotations
 

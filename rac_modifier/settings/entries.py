@@ -132,7 +132,7 @@ ENTRIES: dict[str, type[CalibrationEntry]] = {
 
 
 def refuse_idle(settings: BaseModel, idle: Idle) -> None:
-    """Refuse settings that the user wrote and that have no effect, all in one message (RacError)."""
+    """Refuse the user's settings that have no effect, all in one message (RacError)."""
     lines = []
     for path, why in idle.items():
         value = written_value(settings, path)
@@ -145,7 +145,7 @@ def refuse_idle(settings: BaseModel, idle: Idle) -> None:
 
 
 def _idle(where: Path, *rules: tuple[bool, str, str]) -> Idle:
-    """Return the settings below `where` that rules (holds, names, why) name; the last rule counts."""
+    """Return the settings below `where` that rules (holds, names, why) name."""
     return {
         (*where, *name.split(".")): why
         for holds, names, why in rules

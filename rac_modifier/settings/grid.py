@@ -92,7 +92,8 @@ class GridEvaluation(Settings):
             raise RacError(f"benchmarks names {twice} twice; name each once")
         if self.concurrency is not None and not self.serve:
             raise RacError(
-                f"concurrency={self.concurrency} is for a server; set serve: true, or set batch_size"
+                f"concurrency={self.concurrency} is for a server; set serve: true, or set "
+                "batch_size"
             )
         ProblemSource(**self.where())
         return self
@@ -190,7 +191,8 @@ def load_grid(named: str | Path) -> Grid:
     content = read_yaml(path, "grid", f"name a YAML file, or one of {', '.join(grid_names())}")
     if has_entry(content) and "rows" not in content:
         raise RacError(
-            f"{path} is a recipe and no grid; write a grid with rows: [{{label: one, recipe: {path}}}]"
+            f"{path} is a recipe and no grid; write a grid with rows: [{{label: one, "
+            f"recipe: {path}}}]"
         )
     if not isinstance(content, dict):
         problem = "is empty" if content is None else f"holds no grid but {type(content).__name__}"
@@ -260,8 +262,8 @@ def _runs(row: GridRow, grid: Grid) -> list[PlannedRow]:
     for name, value in {"set": row.set, "seeds": row.seeds}.items():
         if value:
             raise RacError(
-                f"{name}: {value!r} changes an entry of ours, and its recipe has none; leave {name} "
-                "out"
+                f"{name}: {value!r} changes an entry of ours, and its recipe has none; "
+                f"leave {name} out"
             )
     return [PlannedRow(row.label, row.label, row.group or "dense quantized", None, recipe)]
 

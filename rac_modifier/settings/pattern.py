@@ -57,9 +57,9 @@ class Pattern:
         """Put `n` zeros into every group of `m` consecutive inputs, 0 < n < m."""
         if not 0 < n < m:
             raise RacError(
-                f'mask_structure "{n}:{m}": prunes {n} of every {m} weights, and N must be at least 1 '
-                'and less than M; use "2:4" for half of the weights or "0:0" for an unstructured '
-                "pattern"
+                f'mask_structure "{n}:{m}": prunes {n} of every {m} weights, and N must be at '
+                'least 1 and less than M; use "2:4" for half of the weights or "0:0" for an '
+                "unstructured pattern"
             )
         return cls(sparsity=n / m, n=n, m=m)
 
@@ -73,8 +73,8 @@ class Pattern:
         match = re.fullmatch(r"([0-9]{1,6}):([0-9]{1,6})", mask_structure)
         if match is None:
             raise RacError(
-                f'mask_structure {mask_structure!r}: not of the form "N:M"; use "2:4", or "0:0" with '
-                "a sparsity"
+                f'mask_structure {mask_structure!r}: not of the form "N:M"; use "2:4", or '
+                '"0:0" with a sparsity'
             )
         n, m = int(match[1]), int(match[2])
         if n == m == 0:

@@ -15,7 +15,8 @@ from pydantic import model_validator
 from rac_modifier.errors import RacError
 from rac_modifier.settings.check import Settings, check_names
 
-# The names of compressed-tensors; tests/contracts/test_compressed_tensors.py compares them with its own.
+# The names of compressed-tensors; tests/contracts/test_compressed_tensors.py compares them
+# with its own.
 PRESET_SCHEMES = frozenset((
     "UNQUANTIZED", "W4A16_ASYM", "W8A8", "INT8", "W4AFP8", "FP8", "FP8_DYNAMIC", "FP8_BLOCK",
     "NVFP4A16", "NVFP4", "MXFP4A16", "MXFP4", "MXFP8A16", "MXFP8",
@@ -34,7 +35,7 @@ _WITHOUT_EFFECT = {
     "observer": "scales are searched for, and no observer runs",
     "observer_kwargs": "scales are searched for, and no observer runs",
     "zp_dtype": "zero points have as many bits as the codes, and symmetric schemes have none",
-    "actorder": "dense weights are rounded in the order of falling second moments, sparse ones as they stand",
+    "actorder": "dense weights are rounded by falling second moments, sparse ones in their order",
 }
 
 

@@ -1,4 +1,4 @@
-"""Read, change and check a recipe before llm-compressor reads it, and our modifier's entry in it."""
+"""Read, change and check a recipe before llm-compressor reads it, and our entry in it."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ class PromptSettings(BaseModel):
         return cls(**sampling.model_dump(include={"template", "system_prompt", "thinking"}))
 
     def describe(self) -> str:
-        """Return for example "chat template, no system prompt, thinking on"; equal for equal prompts."""
+        """Return for example "chat template, no system prompt, thinking on"."""
         if self.template == "none":
             return "the bare question, without a template"
         prompt = self.system_prompt
@@ -133,7 +133,8 @@ class EngineSettings(Settings):
     def _are_urls(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
         if not urls:
             raise RacError(
-                f"base_urls is empty; name at least one server, such as {_EXAMPLE}, or leave engine out"
+                f"base_urls is empty; name at least one server, such as {_EXAMPLE}, or "
+                "leave engine out"
             )
         normal = tuple(dict.fromkeys(map(_normal, urls)))
         if len(normal) < len(urls):

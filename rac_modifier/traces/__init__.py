@@ -1,1 +1,1 @@
-"""Traces, a model's own chains of thought as token ids: the store, filling it, selecting from it, reporting on it."""
+"""Traces, a model's chains of thought as token ids: store, fill, select, report."""

@@ -37,11 +37,11 @@ def collect_traces(
 ) -> TraceStore:
     """Fill a store up to `tokens` prompt and completion tokens, and return it, closed for writing.
 
-    It holds the traces of the first problems, in order, up to the one that reaches the budget. A store
-    that holds enough is returned as it is. Without a path, rac_traces/ has a name that the settings
-    decide. `model` is in memory, or its `ModelIdentity` if the servers of `engine` sample it. A store
-    of another model is read with `allow_off_policy`, and never appended to. All but the first of
-    `processes` run `help_sampling` meanwhile.
+    It holds the traces of the first problems, in order, up to the one that reaches the
+    budget. A store that holds enough is returned as it is. Without a path, rac_traces/ has
+    a name that the settings decide. `model` is in memory, or its `ModelIdentity` if the
+    servers of `engine` sample it. A store of another model is read with `allow_off_policy`,
+    and never appended to. All but the first of `processes` run `help_sampling` meanwhile.
 
     Raises:
         RacError: bad problems, settings or prompts; a store of another model or other settings, in
@@ -59,8 +59,9 @@ def collect_traces(
     stored = read_header(path)
     if stored is not None and stored.engine.kind == "openai text":
         raise RacError(
-            f"{str(path)!r} holds answers of a server that returns no token ids, and they were "
-            "tokenized from their text: they are there to be judged, and no traces; name another path"
+            f"{str(path)!r} holds answers of a server that returns no token ids, and they "
+            "were tokenized from their text: they are there to be judged, and no traces; "
+            "name another path"
         )
     if stored is not None and stored.fingerprint != header.fingerprint:
         return _read_off_policy(path, stored, header, tokens, allow_off_policy)
@@ -104,11 +105,12 @@ def collect_traces(
         again = "remove the .failed.jsonl file to try them again"
         lost = f" {failed} problems failed: {again}." if failed else ""
         raise RacError(
-            f"the problems of {store.header.problems.source!r} are used up: {held:,} tokens in "
-            f"{len(store)} traces, of {tokens:,} asked for (all kept in {str(store.path)!r}).{lost} "
-            "Give more problems (a larger limit, another source), sample each more often "
-            f"(samples_per_problem={store.header.sampling.samples_per_problem} now; in a new store), "
-            f"or ask for tokens={held}"
+            f"the problems of {store.header.problems.source!r} are used up: {held:,} "
+            f"tokens in {len(store)} traces, of {tokens:,} asked for (all kept in "
+            f"{str(store.path)!r}).{lost} Give more problems (a larger limit, another "
+            "source), sample each more often "
+            f"(samples_per_problem={store.header.sampling.samples_per_problem} now; in a "
+            f"new store), or ask for tokens={held}"
         )
     return store
 
@@ -120,22 +122,22 @@ def _read_off_policy(
     if not allowed:
         raise RacError(
             f"{name} holds traces of another model ({stored.model!r}, fingerprint "
-            f"{stored.fingerprint[:12]}), not of {header.model!r} ({header.fingerprint[:12]}). A model "
-            "is best calibrated on its own traces: the paper's R1-Qwen-7B at 50 % sparsity scores .900 "
-            "on its own, .876 on a bigger model's. Name another path to collect them, or set "
-            "allow_off_policy=True to use this store as it is"
+            f"{stored.fingerprint[:12]}), not of {header.model!r} ({header.fingerprint[:12]}). A "
+            "model is best calibrated on its own traces: the paper's R1-Qwen-7B at 50 % sparsity "
+            "scores .900 on its own, .876 on a bigger model's. Name another path to collect them, "
+            "or set allow_off_policy=True to use this store as it is"
         )
     if stored.tokenizer != header.tokenizer:
         raise RacError(
-            f"{name} was made with another tokenizer (model {stored.model!r}): its ids mean other text "
-            "to this model; collect this model's own traces"
+            f"{name} was made with another tokenizer (model {stored.model!r}): its ids "
+            "mean other text to this model; collect this model's own traces"
         )
     store = TraceStore.read(path)
     if store.counts.tokens < tokens:
         raise RacError(
-            f"{name} of {stored.model!r} holds {store.counts.tokens:,} tokens, {tokens:,} asked for; "
-            "another model's store is never appended to: ask for fewer tokens, or collect more with "
-            "that model"
+            f"{name} of {stored.model!r} holds {store.counts.tokens:,} tokens, {tokens:,} "
+            "asked for; another model's store is never appended to: ask for fewer tokens, "
+            "or collect more with that model"
         )
     logger.warning(f"calibrating off-policy: {name} holds traces of {stored.model!r}")
     return store

@@ -49,8 +49,8 @@ class _Sample:
 class FillStore:
     """Fills a store, open to append to, from an engine, which is connected when it is needed.
 
-    `render` returns the token ids of a problem's prompt, `refuse` why a prompt of this length is not
-    sampled (None: it is).
+    `render` returns the token ids of a problem's prompt, `refuse` why a prompt of this
+    length is not sampled (None: it is).
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class FillStore:
                 self._pending.close()
 
     def _batches(self, tokens: int) -> Iterator[list[Prompt]]:
-        """Yield the prompts to complete while the budget may need more; stored ones are passed over."""
+        """Yield prompts while the budget may need more; stored ones are skipped."""
         while self._known < tokens:
             batch = [self._sample(*pair) for pair in islice(self._samples, self._engine.batch_size)]
             if not batch:
@@ -139,9 +139,9 @@ class FillStore:
             served = filled != "transformers"
             step = "give its servers (traces.engine)" if served else "leave traces.engine out"
             raise RacError(
-                f"trace store {str(self._store.path)!r} holds too few tokens, and was filled by "
-                f"another engine ({filled}, not {kind}), which draws other samples: {step}, or name "
-                "another path"
+                f"trace store {str(self._store.path)!r} holds too few tokens, and was "
+                f"filled by another engine ({filled}, not {kind}), which draws other "
+                f"samples: {step}, or name another path"
             )
         prompts: list[Prompt] = []
         refused: list[FailedProblem] = []
@@ -169,8 +169,8 @@ class FillStore:
                     outage = RacError(
                         f"{len(self._doubtful)} completions in a row failed, the last one: "
                         f"{outcome.reason}. What was finished before is kept in "
-                        f"{str(self._store.path)!r}: see to the servers, then run again to go on from "
-                        "there"
+                        f"{str(self._store.path)!r}: see to the servers, then run again to "
+                        "go on from there"
                     )
                 continue
             self._record_doubtful()  # a success: earlier failures were bad problems, not an outage

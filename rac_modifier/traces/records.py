@@ -190,8 +190,8 @@ def read_header(path: str | os.PathLike[str]) -> StoreHeader | None:
         ) from error
     except ValueError as error:
         raise RacError(
-            f"{str(path)!r} is no trace store, or its first line is corrupt ({error}); name another "
-            "path"
+            f"{str(path)!r} is no trace store, or its first line is corrupt ({error}); "
+            "name another path"
         ) from error
 
 

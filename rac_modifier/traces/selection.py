@@ -29,8 +29,8 @@ COPIES, TAIL = 3, 64  # copies and tokens that a repeating tail has at least
 def loop_at_end(items: Sequence[int] | Sequence[str]) -> tuple[int, int] | None:
     """Return the index where the repeating end begins, and its period; None if no end repeats.
 
-    The end repeats if it is at least `COPIES` copies, the last of them perhaps cut, of a stretch of at
-    most `LONGEST_PERIOD` items, and at least `TAIL` items long.
+    The end repeats if it is at least `COPIES` copies, the last of them perhaps cut, of a
+    stretch of at most `LONGEST_PERIOD` items, and at least `TAIL` items long.
     """
     for period in range(1, min(LONGEST_PERIOD, len(items) // COPIES) + 1):
         same = 0
@@ -42,7 +42,7 @@ def loop_at_end(items: Sequence[int] | Sequence[str]) -> tuple[int, int] | None:
 
 
 def repeated_tail(ids: Sequence[int], finish_reason: str) -> int:
-    """Count the further copies' tokens at the end of a truncated completion; 0 if it ended by itself."""
+    """Count the repeated tokens at the end of a truncated completion; 0 if it ended."""
     loop = loop_at_end(ids) if finish_reason == "length" else None
     return 0 if loop is None else len(ids) - sum(loop)
 
@@ -56,8 +56,8 @@ def without_repeats(trace: Trace) -> Trace:
 class Judge:
     """Judges the traces of a store and caches each verdict.
 
-    Answers to problems of reasoning-gym are scored by their task. Other answers are compared as text,
-    as integers or as mathematics. An answer that takes too long counts as wrong.
+    Answers to problems of reasoning-gym are scored by their task. Other answers are compared as
+    text, as integers or as mathematics. An answer that takes too long counts as wrong.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, header: StoreHeader):
@@ -105,7 +105,7 @@ class Selection:
         self.dropped: Counter[str] = Counter()
 
     def keep(self, judged: Iterable[tuple[Trace, bool | None]]) -> Iterator[Trace]:
-        """Yield the selected traces in order; each trace comes with its verdict (None: unchecked)."""
+        """Yield the selected traces in order, each with its verdict (None: unchecked)."""
         for _, samples in groupby(judged, key=lambda pair: pair[0].problem_id):
             for trace, reason in self._reasons(samples):
                 self.total += 1
@@ -154,7 +154,7 @@ class Selection:
 
 
 def select(traces: Iterable[Trace], selection: Selection, judge: Judging) -> Iterator[Trace]:
-    """Yield the traces that `selection` keeps; answers are judged only if its settings need that."""
+    """Yield the traces that `selection` keeps; judge answers only if settings need it."""
     if selection.settings.checks_answers:
         return selection.keep(judge(traces))
     return selection.keep((trace, None) for trace in traces)

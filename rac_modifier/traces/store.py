@@ -1,7 +1,8 @@
-"""The trace store: an append-only JSONL file that stays valid when its writer is killed; its side files.
+"""The trace store: an append-only JSONL file, valid after a kill of its writer; side files.
 
-Next to traces.jsonl there may be traces.pending.jsonl, a store of traces that finished before an earlier
-one, and traces.failed.jsonl, which has a JSON object per problem that an engine could not complete.
+Next to traces.jsonl there may be traces.pending.jsonl, a store of traces that finished
+before an earlier one, and traces.failed.jsonl, which has a JSON object per problem that an
+engine could not complete.
 """
 
 from __future__ import annotations
@@ -240,8 +241,8 @@ class TraceStore:
             self._truncate()
             raise RacError(
                 f"trace store {str(self.path)!r}: {len(data)} bytes could not be written "
-                f"({error.strerror}); the {len(self)} traces stored before are kept and valid: make "
-                "room, then run again to go on from there"
+                f"({error.strerror}); the {len(self)} traces stored before are kept and "
+                "valid: make room, then run again to go on from there"
             ) from error
         self._end += len(data)
 

@@ -1,4 +1,4 @@
-"""The quantization config from which vLLM gets the method of each layer, and the report of what runs.
+"""The quantization config that gives vLLM each layer's method, and the report of what runs.
 
 Modules that need vLLM's layers are imported in functions: at registration vLLM has not loaded them.
 """
@@ -49,7 +49,8 @@ DRAFT = "draft_model"  # vLLM's prefix of all layers of a draft (vllm.v1.spec_de
 class LoadReport:
     """Collect the decisions of one model's layers, and log them with the last of `expected` layers.
 
-    requested: the user gave `--quantization rac`, so a model without a layer on a kernel is a warning.
+    requested: the user gave `--quantization rac`, so a model without a layer on a kernel is
+    a warning.
     """
 
     requested: bool = False
@@ -119,7 +120,7 @@ class RacConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> RacConfig:
-        """Read the checkpoint's `quantization_config` (RacError: the option has no effect on it)."""
+        """Read the checkpoint's `quantization_config` (RacError: it has no effect)."""
         if is_packed(config):
             return cls(PackedLayout(config), requested=False)
         method = config.get("quant_method")
@@ -135,8 +136,9 @@ class RacConfig(QuantizationConfig):
         """Read what config.json records, before vLLM loads the folder `model_name`.
 
         Raises:
-            RacError: the folder lacks a tensor of its index. vLLM checks this for unquantized models
-                only, and would otherwise serve, for example, an embedding that was never loaded.
+            RacError: the folder lacks a tensor of its index. vLLM checks this for
+                unquantized models only, and would otherwise serve, for example, an
+                embedding that was never loaded.
         """
         from vllm.platforms import current_platform
 
@@ -146,8 +148,8 @@ class RacConfig(QuantizationConfig):
             self.layout = PrunedLayout(record)
         elif isinstance(self.layout, CodesLayout) and record.modules:
             logger.info(
-                "this checkpoint is pruned, but stored dense; pack it with `rac pack` for the sparse "
-                "kernels"
+                "this checkpoint is pruned, but stored dense; pack it with `rac pack` for "
+                "the sparse kernels"
             )
         self.int8_activations = record.int8_activations
         backend = backend_of(current_platform.device_type)
@@ -225,7 +227,7 @@ class RacConfig(QuantizationConfig):
     def _vllms(
         self, layer: torch.nn.Module, prefix: str, reason: str | None = None
     ) -> QuantizeMethodBase | None:
-        """Return vLLM's own method, if it has one; `reason`: why no kernel of ours runs the layer."""
+        """Return vLLM's own method, if any; `reason`: why no kernel of ours runs the layer."""
         inner = self._with_mapping().inner
         if reason is not None:
             self.report.leave(prefix, reason)
@@ -265,7 +267,7 @@ class RacConfig(QuantizationConfig):
 
 
 class OldNameConfig(RacConfig):
-    """The config of `--quantization rac-sparse`, the name of `rac` before 0.2, for dense weights."""
+    """The config of `--quantization rac-sparse`, before 0.2 the name for dense weights."""
 
     def __init__(self) -> None:
         warn_of_old_name()
@@ -286,8 +288,8 @@ def fused_modules(prefix: str, fused: Mapping[str, list[str]]) -> list[str]:
 def crossovers(kinds: Iterable[str], eight_bits: bool) -> dict[str, float]:
     """Return up to how many tokens a kernel multiplies, by kind of weight; more by dense matmuls.
 
-    The process that makes the config, which is sent to all ranks, measures it. Empty where no kernel
-    runs, or only the portable one. `eight_bits`: some layers have activations of 8 bits.
+    The process that makes the config, which is sent to all ranks, measures it. Empty where no
+    kernel runs, or only the portable one. `eight_bits`: some layers have activations of 8 bits.
     """
     if os.environ.get("VLLM_BATCH_INVARIANT", "0") not in ("", "0"):
         # The kernel and the dense matmul round differently, so the kernel multiplies any number.

@@ -1,8 +1,8 @@
 """The packed experts of a mixture-of-experts layer, each run on the tokens that are routed to it.
 
-While weights are loaded, tensors are only collected. Afterwards they are checked, the rank's share is
-cut out, and one decision is made for all experts of the layer: they run on a kernel, in one opaque
-torch operator, or vLLM's method runs all of them, dense.
+While weights are loaded, tensors are only collected. Afterwards they are checked, the
+rank's share is cut out, and one decision is made for all experts of the layer: they run on
+a kernel, in one opaque torch operator, or vLLM's method runs all of them, dense.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ _Packable = tuple[Backend, StoredWeight]
 class PackedExperts(torch.nn.Module):
     """Experts with the weights [2 width, hidden] (gate and up, stacked) and [hidden, width] (down).
 
-    The operator finds them by their layer's `name`; their packed weights are parameters of this module.
-    `local`, int [experts], has the number on this rank of each expert, -1 for others; None: the same.
+    The operator finds them by their layer's `name`; their packed weights are parameters of
+    this module. `local`, int [experts], has the number on this rank of each expert, -1 for
+    others; None: the same.
     """
 
     def __init__(
@@ -68,9 +69,10 @@ class PackedExperts(torch.nn.Module):
         _SERVED[self.name] = self
 
     def forward(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
-        """Run x [T, hidden] through the experts `topk_ids` [T, k], weighted by `topk_weights` [T, k].
+        """Run x [T, hidden] through the experts `topk_ids` [T, k], weighted by `topk_weights`.
 
-        Each expert gets its tokens in one batch. Sums are float32, in the order of a token's experts.
+        Each expert gets its tokens in one batch. Sums are float32, in the order of a
+        token's experts.
         """
         return torch.ops.rac_modifier.sparse_experts(x, topk_weights, topk_ids, self.name)
 
@@ -185,7 +187,7 @@ class RacExpertsMethod(FusedMoEMethodBase):
         return layer.sparse_experts(x, topk_weights, topk_ids)
 
     def _collect(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[str]:
-        """Keep what is loaded, such as ("3.up_proj.bitmask", tensor); vLLM calls it several times."""
+        """Store what is loaded, such as ("3.up_proj.bitmask", tensor), in several calls."""
         if self._finished:
             raise loaded_again(self.prefix)
         for name, tensor in weights:

@@ -1,4 +1,4 @@
-"""How a checkpoint stores its layers: a layout gives the reader of each layer, or the reason why none.
+"""How a checkpoint stores its layers: a layout gives a layer's reader, or why there is none.
 
 Modules that need vLLM's layers are imported in functions: at registration vLLM has not loaded them.
 """
@@ -67,7 +67,7 @@ class Layout:
 
 
 class PackedLayout(Layout):
-    """Packed sparse weights, quantized or not, of a `quantization_config` with a `sparsity_config`."""
+    """Packed sparse weights of a `quantization_config` with a `sparsity_config`."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         """Parse the entry (RacError: it has no sparsity_config, or a malformed one)."""
@@ -168,7 +168,8 @@ class WordsLayout(Layout):
 def is_packed(quantization: object) -> bool:
     """Return whether a `quantization_config`, of any type, is that of a packed sparse checkpoint.
 
-    `quant_method` is "rac"; older files have "compressed-tensors", whose unknown formats are vLLM's.
+    `quant_method` is "rac"; older files have "compressed-tensors", whose unknown formats
+    are vLLM's.
     """
     if not isinstance(quantization, Mapping):
         return False
@@ -182,7 +183,8 @@ def is_packed(quantization: object) -> bool:
 def no_effect(reason: str) -> RacError:
     """Return the error for a checkpoint on which the option changes nothing."""
     return RacError(
-        f"--quantization {METHOD}: it has no effect on this checkpoint, since {reason}; leave it out"
+        f"--quantization {METHOD}: it has no effect on this checkpoint, since {reason}; "
+        "leave it out"
     )
 
 

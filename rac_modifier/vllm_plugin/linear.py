@@ -1,7 +1,7 @@
 """A linear layer of vLLM whose weight is compressed in the checkpoint, in any format.
 
-While weights are loaded, `Shards` only collects the tensors. Afterwards they are checked, the rank's
-rows are cut out, and one decision is made: the layer runs on a kernel, or dense.
+While weights are loaded, `Shards` only collects the tensors. Afterwards they are checked,
+the rank's rows are cut out, and one decision is made: the layer runs on a kernel, or dense.
 """
 
 from __future__ import annotations
@@ -59,8 +59,9 @@ class PackedWeight:
 class Shards:
     """Collect what is loaded into a layer with the shards `modules` (names on disk), for `reader`.
 
-    vLLM's own loader cannot cut a packed weight, so it is given row numbers instead of the rows: every
-    layout that it can shard (merged, QKV with replicated heads, fused on disk) is sharded correctly.
+    vLLM's own loader cannot cut a packed weight, so it is given row numbers instead of the
+    rows: every layout that it can shard (merged, QKV with replicated heads, fused on disk)
+    is sharded correctly.
     """
 
     def __init__(self, prefix: str, modules: list[str], reader: WeightReader) -> None:
@@ -69,14 +70,14 @@ class Shards:
         self._finished = False
 
     def register(self, layer: Any, dtype: torch.dtype) -> None:
-        """Add an empty parameter per tensor name, whose loader keeps the tensor mapped from the file."""
+        """Add an empty parameter per tensor name; its loader stores the mapped tensor."""
         for part, stored in self.reader.dtypes.items():
             empty = torch.empty(0, dtype=stored or dtype)
             parameter = BasevLLMParameter(data=empty, weight_loader=self._collector(part))
             layer.register_parameter(part, parameter)
 
     def take(self, layer: Any) -> _Loaded:
-        """Remove these parameters and return the checked weight of each shard, in the layer's order.
+        """Remove these parameters; return the checked weight of each shard, in the layer's order.
 
         Raises:
             RacError: naming the damaged tensor.
@@ -276,7 +277,7 @@ class RacLinearMethod(LinearMethodBase):
 
 
 def loaded_again(prefix: str) -> RacError:
-    """Return the error for weights that come after a layer is packed (reload, or sleep at level 2)."""
+    """Return the error for weights that arrive after packing (reload, or sleep level 2)."""
     return RacError(
         f"{prefix}: packed weights cannot be loaded into a running server again (reload_weights; "
         "sleep at level 2 drops them), so end this server and start another one. Sleep at level 1 "
@@ -296,7 +297,7 @@ def _equal(a: Tensor | None, b: Tensor | None) -> bool:
 
 
 def _expected_rows(layer: Any, shard: ShardId) -> int | None:
-    """Return a shard's rows on disk by the model's config; None where the layer lacks the numbers."""
+    """Return a shard's rows on disk by the model's config; None: the layer lacks them."""
     if isinstance(shard, str):
         head = getattr(layer, "v_head_size" if shard == "v" else "head_size", None)
         heads = getattr(layer, "total_num_heads" if shard == "q" else "total_num_kv_heads", None)

@@ -1,4 +1,4 @@
-"""Read a module's tensors in the form that a checkpoint stores, after checking them as untrusted input.
+"""Read a module's tensors as the checkpoint stores them, checked as untrusted input.
 
 Pure functions of tensors; only names are vLLM's.
 """
@@ -60,7 +60,7 @@ class WeightReader(Protocol):
     dtypes: Mapping[str, torch.dtype | None]
 
     def read(self, tensors: Mapping[str, Tensor], module: str) -> LoadedWeight:
-        """Check the tensors of `module`, and return its weight (RacError names a damaged tensor)."""
+        """Check the tensors of `module`; return its weight (RacError names a damaged one)."""
         ...
 
 
@@ -136,7 +136,8 @@ class CodesReader:
             return LoadedWeight(dense_codes.check_int8(tensors, module, group))
         if "weight" in tensors:
             raise RacError(
-                f"{module}.weight: not quantized, but config.json says that it is int{bits}; {RESTORE}"
+                f"{module}.weight: not quantized, but config.json says that it is "
+                f"int{bits}; {RESTORE}"
             )
         symmetric = bool(arguments.symmetric)
         return LoadedWeight(dense_codes.check_codes(tensors, module, group, symmetric, bits))

@@ -15,13 +15,13 @@ _logger = logging.getLogger(f"vllm.{__name__}")  # below "vllm", so that vLLM's 
 
 
 def register() -> None:
-    """Add the method for packed sparse checkpoints to vLLM; may be called again, and never raises."""
+    """Add the method for packed checkpoints to vLLM; idempotent, never raises."""
     try:
         _register()
     except Exception as error:
         _logger.warning(
-            "rac-modifier does not fit this vLLM (%s: %s); its sparse checkpoints will not load, other "
-            "models are not affected; see docs/serving.md for the versions that work",
+            "rac-modifier does not fit this vLLM (%s: %s); its sparse checkpoints will not load, "
+            "other models are not affected; see docs/serving.md for the versions that work",
             *(type(error).__name__, error),
         )
 

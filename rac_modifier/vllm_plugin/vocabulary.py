@@ -119,8 +119,9 @@ class StoredMethod(VocabularyMethod):
         (weight,) = loaded.values()
         if weight.shape != (layer.org_vocab_size, self.columns):
             raise RacError(
-                f"{name}: the checkpoint has a weight {list(weight.shape)}, the model's config.json "
-                f"has [{layer.org_vocab_size}, {self.columns}]; they do not belong together"
+                f"{name}: the checkpoint has a weight {list(weight.shape)}, the model's "
+                f"config.json has [{layer.org_vocab_size}, {self.columns}]; they do not "
+                "belong together"
             )
         shard = layer.shard_indices
         rows = slice(shard.org_vocab_start_index, shard.org_vocab_end_index)

@@ -100,7 +100,8 @@ def _activations_of(b: Bench, quantization: dict[str, object]) -> None:
 
 @CASES.case(
     "activations of a dense model whose activations are quantized",
-    "no kernel multiplies its dense weights with rounded activations (its activations are quantized too: int4 in groups of 32",
+    "no kernel multiplies its dense weights with rounded activations (its activations are "
+    "quantized too: int4 in groups of 32",
 )
 def _(b: Bench) -> None:
     inputs = {"num_bits": 8, "type": "float", "strategy": "token"}

@@ -19,7 +19,8 @@ CASES += [
     ),
     Case(
         "a problem file whose values have no types",
-        "traces.problems.source: 'my.csv' is a table of a kind that is not read; save it as one of .jsonl, .json, .parquet",
+        "traces.problems.source: 'my.csv' is a table of a kind that is not read; save it "
+        "as one of .jsonl, .json, .parquet",
         lambda b: b.check(traces={"problems": {"source": "my.csv"}}),
     ),
     Case(
@@ -68,7 +69,8 @@ def _(b: Bench) -> None:
 
 @CASES.case(
     "a model whose tokenizer has no chat template",
-    "has no chat template; give the model the bare question (traces.sampling.template: none in a recipe, --template none",
+    "has no chat template; give the model the bare question (traces.sampling.template: "
+    "none in a recipe, --template none",
 )
 def _(b: Bench) -> None:
     bare = save_tiny(b.tmp / "bare", chat_template=None)

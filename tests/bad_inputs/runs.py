@@ -119,7 +119,8 @@ def _(b: Bench) -> None:
 
 
 def _killed(b: Bench, about: dict[str, object], calibrated: dict[str, object]) -> None:
-    """A group of a run that was killed, in a folder; and the start of a run that would go on from there."""
+    """A group of a run that was killed, in a folder; and the start of a run that would go on from
+    there."""
 
     from rac_modifier.llmcompressor import resume
 
@@ -136,7 +137,8 @@ CALIBRATED = {"calibration set": "a" * 64, "trace stores": {"traces: t.jsonl": "
 CASES += [
     Case(
         "a killed run that goes on with another recipe",
-        "holds what a run with another recipe has pruned (sparsity: 0.5 there, 0.6 here); start that run again to go on with it",
+        "holds what a run with another recipe has pruned (sparsity: 0.5 there, 0.6 here); "
+        "start that run again to go on with it",
         lambda b: _killed(b, {"recipe": {"sparsity": 0.6}}, {}),
     ),
     Case(

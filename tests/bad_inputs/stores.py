@@ -20,7 +20,8 @@ def _(b: Bench) -> None:
 
 @CASES.case(
     "a store that was filled under other settings",
-    "sampling.max_new_tokens: 40 in the store, 41 asked for); use the settings of the store, or name another path (traces.store)",
+    "sampling.max_new_tokens: 40 in the store, 41 asked for); use the settings of the "
+    "store, or name another path (traces.store)",
 )
 def _(b: Bench) -> None:
     b.prune_with(

@@ -1,4 +1,5 @@
-"""Smoke tests of bench/: the suites import, the tables of docs/ are those of results/, random models are what their forms say."""
+"""Smoke tests of bench/: the suites import, the tables of docs/ are those of results/, random
+models are what their forms say."""
 
 import ast
 import importlib

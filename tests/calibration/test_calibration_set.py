@@ -54,7 +54,8 @@ def test_the_parts_are_counted_in_real_tokens_and_recorded(build, tmp_path, monk
     sampling = {"temperature": 1.0, "max_new_tokens": 20, "system_prompt": "Be brief."}
     built = build(
         {"sampling": sampling},
-        mixture="traces:arithmetic@0.5, traces:code.jsonl@0.2, prompts:code.jsonl@0.1, text:c4.txt@0.2",
+        mixture="traces:arithmetic@0.5, traces:code.jsonl@0.2, prompts:code.jsonl@0.1, "
+        "text:c4.txt@0.2",
         generic={"sequence_tokens": 40},
     )
     record = built.as_dict()

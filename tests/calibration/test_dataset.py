@@ -1,4 +1,5 @@
-"""Traces as a dataset: the ids of the store, what is prompt and what is completion, rows of one length."""
+"""Traces as a dataset: the ids of the store, what is prompt and what is completion, rows of one
+length."""
 
 import json
 import subprocess
@@ -79,7 +80,8 @@ for name in ("llmcompressor", "vllm", "compressed_tensors", "psutil", "typer", "
 from tests.sampling.fake_server import FakeServer
 server = FakeServer()
 rows = rac_modifier.trace_dataset(
-    sys.argv[1], tokens=300, server={"base_urls": [server.url], "verify_model": False}, store=sys.argv[2],
+    sys.argv[1], tokens=300, store=sys.argv[2],
+    server={"base_urls": [server.url], "verify_model": False},
     sampling={"max_new_tokens": 20}, progress=False,
 )
 server.close()

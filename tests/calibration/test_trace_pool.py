@@ -256,7 +256,8 @@ def test_problems_that_end_before_a_selection_is_met_say_so(collect):
 def test_pruning_reads_what_was_collected_without_the_weights(
     model, tokenizer, tiny_folder, tmp_path, monkeypatch
 ):
-    """As `rac traces collect` and `rac prune` with one recipe: the same store, and no server in the end."""
+    """As `rac traces collect` and `rac prune` with one recipe: the same store, and no server in the
+    end."""
 
     def greedy(body):
         if body["temperature"] > 0:

@@ -24,7 +24,8 @@ Q = "model.layers.0.self_attn.q_proj"
 
 
 def tiny_model(tied: bool = True, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
-    """With weights as small as real ones, 96 = 3 x 32 columns in down_proj, and an EOS of its own."""
+    """With weights as small as real ones, 96 = 3 x 32 columns in down_proj, and an EOS of its
+    own."""
     model = tiny.tiny_model(
         vocab_size=128,
         intermediate_size=96,
@@ -66,7 +67,8 @@ SCHEMES: dict[str, dict] = {
 
 
 def save_quantized(folder: Path, structure: str, scheme: str) -> dict[str, str]:
-    """Save a pruned and quantized tiny model in upstream's dense layout; returns the mask structures by module."""
+    """Save a pruned and quantized tiny model in upstream's dense layout; returns the mask
+    structures by module."""
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
     from compressed_tensors.quantization.utils import calculate_qparams
@@ -109,7 +111,8 @@ def assert_same_state(model: torch.nn.Module, expected: dict[str, torch.Tensor])
 
 
 def dense_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint; a packed weight as `<module>.weight`, with quantized values as int8."""
+    """Every tensor of a checkpoint; a packed weight as `<module>.weight`, with quantized values as
+    int8."""
     format = packed_format(config_of(folder))
     with TensorFiles(folder) as files:
         check_packed(files, format)

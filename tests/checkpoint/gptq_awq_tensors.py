@@ -60,7 +60,8 @@ def rounded(weight: torch.Tensor, group: int | None, symmetric: bool, bits: int 
 
 
 def words(lines: torch.Tensor, bits: int) -> torch.Tensor:
-    """Lines of codes as int32, the first code in the lowest bits; some of 3 bits lie in two words."""
+    """Lines of codes as int32, the first code in the lowest bits; some of 3 bits lie in two
+    words."""
     packed = []
     for line in lines.tolist():
         number = sum(code << bits * i for i, code in enumerate(line))
@@ -69,7 +70,8 @@ def words(lines: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def minus_one(zeros: torch.Tensor, bits: int) -> torch.Tensor:
-    """The words of codes of zero [lines, count] less one each, as GPTQModel stores them: subtracted from whole words."""
+    """The words of codes of zero [lines, count] less one each, as GPTQModel stores them: subtracted
+    from whole words."""
     ones = [sum(1 << at for at in range(0, 32, bits))] if bits != 3 else _GPTQMODEL_3_BITS
     found = words(zeros, bits).tolist()
     return _int32(

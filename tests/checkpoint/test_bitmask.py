@@ -37,7 +37,8 @@ def random_weight(
 
 
 def slow_pack(weight: torch.Tensor) -> tuple[list[int], list[list[int]], list[int]]:
-    """Return the bits of stored values in row order, bytes of the mask, and row starts, in loops."""
+    """Return the bits of stored values in row order, bytes of the mask, and row starts, in
+    loops."""
     values: list[int] = []
     mask, offsets = [], []
     for row in weight.view(INTEGER[weight.element_size()]).tolist():

@@ -106,7 +106,8 @@ def test_a_malformed_record_is_refused_and_a_cell_is_one_cell() -> None:
 
 
 def test_kl_with_its_interval() -> None:
-    """95 % of a normal distribution: 1.96 standard errors to both sides, within what is possible."""
+    """95 % of a normal distribution: 1.96 standard errors to both sides, within what is
+    possible."""
     errors = {"kl_stderr": 0.001, "agreement_stderr": 0.01}
     measured = {"kl": 0.01, "agreement": 0.99, "tokens": 2100, **errors}
     card = model_card({**RECORD, "divergence": measured})

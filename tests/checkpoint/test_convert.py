@@ -62,7 +62,8 @@ def assert_same_tensors(folder: Path, other: Path) -> None:
 def test_a_dense_stored_model_of_others(
     saved: Saved, tmp_path: Path, structure: str, shard: str | None
 ) -> None:
-    """Packed, loaded by both loaders, and unpacked again: the same bits; the source is as before."""
+    """Packed, loaded by both loaders, and unpacked again: the same bits; the source is as
+    before."""
     folder, expected, modules = saved(structure, packed=False, shard=shard, dtype=torch.bfloat16)
     tiny_tokenizer().save_pretrained(folder)
     before = contents(folder)

@@ -1,4 +1,5 @@
-"""Dense weights of 4 bits and fewer: read as compressed-tensors writes them, and refused where parts do not fit."""
+"""Dense weights of 4 bits and fewer: read as compressed-tensors writes them, and refused where
+parts do not fit."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ from rac_modifier.errors import RacError
 
 
 def words(codes: list[list[int]], bits: int = 4) -> torch.Tensor:
-    """Rows of codes as int32, the first code in the lowest bits; the last word is filled up with zeros."""
+    """Rows of codes as int32, the first code in the lowest bits; the last word is filled up with
+    zeros."""
     packed = []
     for row in codes:
         number = sum(code << bits * i for i, code in enumerate(row))

@@ -1,6 +1,8 @@
-"""Random damage to a packed checkpoint: a RacError that says what is wrong, or other numbers; no other exception.
+"""Random damage to a packed checkpoint: a RacError that says what is wrong, or other numbers; no
+other exception.
 
-The header, the index, config.json and the bytes of the weights, with a fixed seed, over what reads checkpoints.
+The header, the index, config.json and the bytes of the weights, with a fixed seed, over
+what reads checkpoints.
 """
 
 from __future__ import annotations
@@ -53,7 +55,8 @@ def mutated_json(value: Any, rng: random.Random) -> Any:
 
 
 def damage(folder: Path, rng: random.Random) -> None:
-    """Damage one file: a tree of JSON by value, or bytes of its text; of weights the header or the data."""
+    """Damage one file: a tree of JSON by value, or bytes of its text; of weights the header or the
+    data."""
     path = rng.choice(sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")]))
     data = bytearray(path.read_bytes())
     if path.suffix == ".json" and rng.random() < 0.8:

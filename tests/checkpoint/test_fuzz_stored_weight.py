@@ -1,4 +1,5 @@
-"""Mutated tensors through everything that happens between the file and the kernel: an error, or a sound weight."""
+"""Mutated tensors through everything that happens between the file and the kernel: an error, or a
+sound weight."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ EXTREMES = [0, 1, -1, 2, 255, 2**31 - 1, -(2**31), 2**32, 2**62, -(2**63), 2**63
 
 
 def mutate(tensors: dict[str, torch.Tensor], rng: random.Random) -> dict[str, torch.Tensor]:
-    """One to three random mutations: bytes, numbers, lengths, shapes, dtypes, missing or swapped parts."""
+    """One to three random mutations: bytes, numbers, lengths, shapes, dtypes, missing or swapped
+    parts."""
     tensors = {part: tensor.clone() for part, tensor in tensors.items()}
     for _ in range(rng.randrange(1, 4)):
         if not tensors:

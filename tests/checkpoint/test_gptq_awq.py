@@ -1,4 +1,5 @@
-"""Weights of GPTQ and AWQ checkpoints: read as those write them, and refused where parts do not fit."""
+"""Weights of GPTQ and AWQ checkpoints: read as those write them, and refused where parts do not
+fit."""
 
 from __future__ import annotations
 
@@ -120,7 +121,8 @@ def test_symmetric_weights_in_all_ways_in_which_zero_is_stored(bits):
 @pytest.mark.parametrize("bits", [4, 3, 2])
 @pytest.mark.parametrize("index", [torch.int32, torch.int64])
 def test_reordered_columns(bits, index):
-    """Groups are of neighbouring columns again, and the order says which input each column multiplies."""
+    """Groups are of neighbouring columns again, and the order says which input each column
+    multiplies."""
     weight = drawn(32, 96, 32, False, bits)
     where = torch.randperm(96)
     tensors = gptq(weight, 2, where)

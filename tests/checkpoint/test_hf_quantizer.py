@@ -1,4 +1,5 @@
-"""Packed checkpoints through transformers' `from_pretrained`, against what stock transformers loads of the dense ones."""
+"""Packed checkpoints through transformers' `from_pretrained`, against what stock transformers loads
+of the dense ones."""
 
 from __future__ import annotations
 
@@ -145,7 +146,8 @@ def test_a_module_that_stays_in_float32(saved: Saved, monkeypatch: pytest.Monkey
 def test_packed_parts_are_freed_before_the_next_module(
     saved: Saved, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What bounds the memory to the dense model and one module: each is unpacked once, and its parts are gone by then."""
+    """What bounds the memory to the dense model and one module: each is unpacked once, and its
+    parts are gone by then."""
     folder, _, modules = saved()
     parts_of: dict[str, list[weakref.ref]] = {}
     inner = Unpack.dense

@@ -1,4 +1,5 @@
-"""What `load_model` and transformers' `from_pretrained` refuse, with our quantizer and without it."""
+"""What `load_model` and transformers' `from_pretrained` refuse, with our quantizer and without
+it."""
 
 from __future__ import annotations
 
@@ -87,7 +88,8 @@ def test_a_model_that_would_be_sharded_while_it_is_loaded_is_refused(
 
 
 def test_stock_transformers_refuses_a_packed_folder(saved: Saved) -> None:
-    """A property of transformers, not of this package: nobody gets random weights without an error."""
+    """A property of transformers, not of this package: nobody gets random weights without an
+    error."""
     folder, _, _ = saved()
     with pytest.raises(Exception):  # noqa: B017, PT011
         stock(folder)

@@ -1,4 +1,5 @@
-"""The quantizer is in transformers' tables whatever is imported first; a process per case, hence slow."""
+"""The quantizer is in transformers' tables whatever is imported first; a process per case, hence
+slow."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ import pytest
 from tests.import_orders import last_lines
 
 IMPORTS = [
-    "import sys, rac_modifier; assert 'transformers' not in sys.modules; from transformers import AutoModelForCausalLM",
+    "import sys, rac_modifier; assert 'transformers' not in sys.modules; from transformers "
+    "import AutoModelForCausalLM",
     "from transformers import AutoModelForCausalLM; import rac_modifier",
     "import transformers; import rac_modifier; transformers.AutoModelForCausalLM",
     "import rac_modifier.checkpoint.hf_quantizer",
@@ -15,7 +17,8 @@ IMPORTS = [
 ]
 REGISTERED = """
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
-print(*(table["compressed-tensors"].__module__ for table in (AUTO_QUANTIZER_MAPPING, AUTO_QUANTIZATION_CONFIG_MAPPING)))
+tables = AUTO_QUANTIZER_MAPPING, AUTO_QUANTIZATION_CONFIG_MAPPING
+print(*(table["compressed-tensors"].__module__ for table in tables))
 """
 
 

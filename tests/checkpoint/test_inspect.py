@@ -130,7 +130,8 @@ def test_layouts_whose_zeros_are_not_counted(tmp_path: Path) -> None:
 
 
 def test_words_with_zero_points_have_the_shape_of_their_weight(tmp_path: Path) -> None:
-    """3 bits: 32 codes in 3 words per row; zeros are not counted, since a zero weight is stored as its zero point."""
+    """3 bits: 32 codes in 3 words per row; zeros are not counted, since a zero weight is stored as
+    its zero point."""
     tensors = {
         "a.weight_packed": torch.zeros(4, 3, dtype=torch.int32),
         "a.weight_shape": torch.tensor([4, 32]),

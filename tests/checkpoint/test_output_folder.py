@@ -45,7 +45,8 @@ def test_a_hub_id_is_its_snapshot_in_the_cache(cached: Path, tmp_path: Path) -> 
     assert cached_folder(str(tmp_path)) == tmp_path
     with pytest.raises(
         RacError,
-        match=r"owner/name: neither a folder nor a model that can be had from the hub \(.+\); check",
+        match=r"owner/name: neither a folder nor a model that can be had from the hub \(.+\); "
+        r"check",
     ):
         local_folder("owner/name")
 
@@ -100,7 +101,8 @@ def test_groups_that_are_kept_beside_the_output_need_room_until_they_are_there(
     check_room(out, 3 * 2**30, 2 * 2**30)
     with pytest.raises(
         RacError,
-        match=r"5\.0 GiB are free, the checkpoint needs up to 3\.0 GiB .* what is pruned so far up to 2\.5 GiB next to it; free",
+        match=r"5\.0 GiB are free, the checkpoint needs up to 3\.0 GiB .* what is pruned so far up "
+        r"to 2\.5 GiB next to it; free",
     ):
         check_room(out, 3 * 2**30, 5 * 2**29)
     unfinished(out).mkdir()

@@ -85,7 +85,8 @@ INT8 = {"config_groups": {"group_0": {"weights": {"num_bits": 8}}}, "format": "i
 
 
 def test_modules_with_activations_of_8_bits() -> None:
-    """Of a pruned model beside its modules; of one that is quantized alone they come and go with the entry."""
+    """Of a pruned model beside its modules; of one that is quantized alone they come and go with
+    the entry."""
     pruned = with_packed({"model_type": "x"}, "sparse-bitmask", {"a.b": "2:4"}, 0.5, [])
     for config in (pruned, {"model_type": "x", "quantization_config": INT8}):
         written = with_int8_activations(config, ["c", "a.b"])

@@ -96,8 +96,8 @@ def test_accuracy_with_its_interval_and_conditions(folder: Path) -> None:
         "## Measured after compression",
         "| org\\|dense | 90.0% | 88.0% to 91.5% | 140 | 0.0% |",
         ROW,
-        "1,200 problems (arithmetic, seed 3), one answer to each, at most 2,048 new tokens, greedy; "
-        "prompt: chat template, no system prompt, thinking on. Measured with `rac eval`.",
+        "1,200 problems (arithmetic, seed 3), one answer to each, at most 2,048 new tokens, "
+        "greedy; prompt: chat template, no system prompt, thinking on. Measured with `rac eval`.",
         "sparse against org|dense: -8.8 points (-11.0 to -6.6).",
     ):
         assert line in card.splitlines()

@@ -1,4 +1,5 @@
-"""Saving a compressed model, with a plain transformers model: what is checked, packed and recorded."""
+"""Saving a compressed model, with a plain transformers model: what is checked, packed and
+recorded."""
 
 from __future__ import annotations
 
@@ -104,7 +105,8 @@ def test_zeros_that_are_gone_are_refused_before_anything_is_written(
     model.model.layers[1].mlp.up_proj.weight.data.fill_(1.0)
     with pytest.raises(
         RacError,
-        match=r"^model\.layers\.1\.mlp\.up_proj \(1 modules in all\) no longer holds .* Nothing was",
+        match=r"^model\.layers\.1\.mlp\.up_proj \(1 modules in all\) no longer holds .* Nothing "
+        r"was",
     ):
         model.save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -136,7 +138,10 @@ def test_no_file_holds_an_absolute_path(tmp_path: Path) -> None:
         "trace_stores": {"traces": {"path": str(private / "t.jsonl")}},
         "note": f"from {private / 't.jsonl'}",
     }
-    recipe = f"stage:\n  store: {private / 't.jsonl'}  # mine\n  kind: !!python/object/apply:some.Enum [int]\n"
+    recipe = (
+        f"stage:\n  store: {private / 't.jsonl'}  # mine\n  kind: !!python/object/apply:some.Enum "
+        "[int]\n"
+    )
 
     def prepare(model: PreTrainedModel, compressed: bool) -> None:
         (tmp_path / "out" / STAGING).mkdir(parents=True)

@@ -24,13 +24,16 @@ from tests.checkpoint.checkpoint_helpers import (
 
 
 def mixture_of_experts(folder: Path, packed: str) -> dict[str, torch.Tensor]:
-    """Save a tiny mixture of experts whose modules with `packed` in their names are packed; what stock loads of it."""
+    """Save a tiny mixture of experts whose modules with `packed` in their names are packed; what
+    stock loads of it."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     torch.manual_seed(0)
     config = Qwen3MoeConfig(
-        vocab_size=64, hidden_size=32, moe_intermediate_size=16, num_experts=3, num_experts_per_tok=2,
-        num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=16, tie_word_embeddings=False,
+        vocab_size=64, hidden_size=32, moe_intermediate_size=16, num_experts=3,
+        num_experts_per_tok=2,
+        num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+        tie_word_embeddings=False,
     )  # fmt: skip
     model = Qwen3MoeForCausalLM(config).bfloat16()
     model.config.dtype = torch.bfloat16
@@ -52,7 +55,8 @@ def mixture_of_experts(folder: Path, packed: str) -> dict[str, torch.Tensor]:
 def test_experts_are_unpacked_before_they_are_merged(
     tmp_path: Path, packed: str, dtype: torch.dtype
 ) -> None:
-    """Where only the attention is packed, transformers renames the experts and would leave them in the file's dtype."""
+    """Where only the attention is packed, transformers renames the experts and would leave them in
+    the file's dtype."""
     expected = mixture_of_experts(tmp_path / "a", packed)
     model, info = AutoModelForCausalLM.from_pretrained(
         tmp_path / "a", dtype=dtype, output_loading_info=True

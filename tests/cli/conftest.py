@@ -1,4 +1,5 @@
-"""The command as the shell runs it, a recipe for the tiny model, and the tiny model pruned by it."""
+"""The command as the shell runs it, a recipe for the tiny model, and the tiny model pruned by
+it."""
 
 from __future__ import annotations
 

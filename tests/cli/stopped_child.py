@@ -11,7 +11,8 @@ from rac_modifier import cli
 
 
 def main() -> None:
-    """`rac`. When a file whose path ends in STOP_AT has been put in place, wait there, and make the file "stopped"."""
+    """`rac`. When a file whose path ends in STOP_AT has been put in place, wait there, and make the
+    file "stopped"."""
     end, replace = os.environ["STOP_AT"], os.replace
 
     def replace_and_wait(source: Any, target: Any) -> None:

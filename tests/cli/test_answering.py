@@ -1,4 +1,5 @@
-"""`rac eval` with answers in a file: what is refused early, and a served model paired with a dense one."""
+"""`rac eval` with answers in a file: what is refused early, and a served model paired with a dense
+one."""
 
 from __future__ import annotations
 

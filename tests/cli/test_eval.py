@@ -109,8 +109,8 @@ def test_models_that_were_calibrated_with_different_prompts_need_a_choice(
     assert code == 0
     assert out.count("another prompt") == 1
     assert (
-        f"{sparse_folder} was calibrated with another prompt: chat template, no system prompt, thinking on"
-        in out
+        f"{sparse_folder} was calibrated with another prompt: chat template, no system "
+        "prompt, thinking on" in out
     )
 
 

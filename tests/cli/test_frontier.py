@@ -1,4 +1,5 @@
-"""`rac frontier` on the tiny model: checked whole, killed between rows, gone on with, and shown by `rac report`."""
+"""`rac frontier` on the tiny model: checked whole, killed between rows, gone on with, and shown by
+`rac report`."""
 
 from __future__ import annotations
 
@@ -80,8 +81,8 @@ def test_a_whole_grid_is_checked_before_anything_runs(
     assert (code, out) == (1, "")
     assert "- 3:6: model.layers.0.self_attn.q_proj" in error
     assert (
-        "- groups: GPTQModifier: model.layers.0.self_attn.q_proj has 64 inputs, no multiple of the group_size"
-        in error
+        "- groups: GPTQModifier: model.layers.0.self_attn.q_proj has 64 inputs, no "
+        "multiple of the group_size" in error
     )
     assert "Rows that could run: 2:4, int4" in error
     words = ("frontier", tiny_folder, "--recipe-grid", grid(ROWS), "--out", tmp_path / "out")

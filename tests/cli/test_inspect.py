@@ -77,7 +77,8 @@ def test_the_table_has_a_row_per_matrix_and_whole_lines() -> None:
         ]
     ]
     assert rows[0].split() == [
-        "[red]up", "100x1000", "F32", "sparse-24-bitmask", "2:4", "ok", "0.5000", "2.1250", "212,500",
+        "[red]up", "100x1000", "F32", "sparse-24-bitmask", "2:4", "ok", "0.5000", "2.1250",
+        "212,500",
     ]  # fmt: skip
     assert rows[1].split()[-2:] == ["DAMAGED:", "\\x1b[2K" + "x" * 300]
 
@@ -100,8 +101,8 @@ def test_speed_names_the_kernel_and_the_baseline() -> None:
     row = matrix()
     line = speed_line(report(row, EMBEDDING), [planned(row, 2.125, 4)])
     assert (
-        "reads 0.6 MB of weights per token with the sparse kernel avx2, and 0.8 MB with every matrix dense"
-        in line
+        "reads 0.6 MB of weights per token with the sparse kernel avx2, and 0.8 MB with "
+        "every matrix dense" in line
     )
     assert f"at most {800_000 / 612_500:.2f}x as fast as the dense model" in line
 
@@ -115,7 +116,8 @@ def test_a_matrix_that_stays_dense_is_counted_in_both_and_one_that_is_not_read_i
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A float32 checkpoint is compared with float32: no ceiling below one beside kernels that gain."""
+    """A float32 checkpoint is compared with float32: no ceiling below one beside kernels that
+    gain."""
     model = tiny_model()
     modules = linears(model)
     for linear in modules.values():

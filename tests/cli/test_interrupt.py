@@ -117,7 +117,8 @@ def same_tensors(one: Path, other: Path) -> bool:
 def test_ctrl_c_while_traces_are_sampled(
     rac: Rac, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The traces so far are in the store; the same command, with a smaller budget, ends from there."""
+    """The traces so far are in the store; the same command, with a smaller budget, ends from
+    there."""
     store, out = tmp_path / "traces.jsonl", tmp_path / "out"
     settings = entry(store)
     settings["calibration"]["tokens"] = 10**6  # more than are sampled before Ctrl-C
@@ -194,7 +195,8 @@ def test_ctrl_c_during_recovery(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """In training and while the result is saved: the same command goes on, and ends as an undisturbed run."""
+    """In training and while the result is saved: the same command goes on, and ends as an
+    undisturbed run."""
     steps: list[int] = []
     step = torch.optim.AdamW.step
     monkeypatch.setattr(
@@ -203,7 +205,10 @@ def test_ctrl_c_during_recovery(
         lambda *args, **options: (steps.append(1), step(*args, **options))[1],
     )
     words = ["recover", str(tiny_folder), str(sparse_folder), "out", *OPTIONS]
-    kept = "the traces, and training up to its last state, are kept and will be used; run the same command again"
+    kept = (
+        "the traces, and training up to its last state, are kept and will be used; run the same "
+        "command again"
+    )
 
     monkeypatch.chdir(tmp_path)
     assert stopped_at("recovery.safetensors", words, tmp_path) == kept

@@ -29,7 +29,8 @@ def bars() -> list[tuple[str, ast.Call]]:
 
 
 def test_no_bar_is_forced_on() -> None:
-    """tqdm shows a bar everywhere unless `disable` is None, or a variable or expression that can be None."""
+    """tqdm shows a bar everywhere unless `disable` is None, or a variable or expression that can be
+    None."""
     found = bars()
     assert len(found) > 5
     for where, call in found:

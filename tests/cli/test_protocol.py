@@ -1,4 +1,5 @@
-"""`rac eval --preset`: what the preset sets, what an option replaces, and that the output says so."""
+"""`rac eval --preset`: what the preset sets, what an option replaces, and that the output says
+so."""
 
 from __future__ import annotations
 

@@ -29,7 +29,8 @@ def test_prune_writes_a_checkpoint_and_says_where(rac, tiny_folder, recipe_file,
 
 
 def test_a_whole_command_is_checked(rac, tiny_folder, recipe_file, tmp_path):
-    """With a model and an output folder `--check` reads and writes nothing, and refuses what the run would refuse."""
+    """With a model and an output folder `--check` reads and writes nothing, and refuses what the
+    run would refuse."""
     command = ["prune", tiny_folder, tmp_path / "out", "-r", recipe_file, "--check"]
     code, stdout, _ = rac(*command)
     assert code == 0
@@ -50,7 +51,8 @@ def test_a_whole_command_is_checked(rac, tiny_folder, recipe_file, tmp_path):
 
 @pytest.mark.slow
 def test_torchrun_itself_saves_the_bytes_of_one_process(tiny_folder, trace_store, tmp_path):
-    """Its agent, its variables and processes that import all anew, where the other tests fork processes that look alike."""
+    """Its agent, its variables and processes that import all anew, where the other tests fork
+    processes that look alike."""
     calibration = {"tokens": 1500, "batch_tokens": 128, "held_out_tokens": 100}
     (tmp_path / "recipe.yaml").write_text(recipe(entry(trace_store, calibration=calibration)))
     command = [

@@ -1,4 +1,5 @@
-"""`examples/r1_distill_1_5b.py`: its steps in their order, and all of them on the embedded reasoner."""
+"""`examples/r1_distill_1_5b.py`: its steps in their order, and all of them on the embedded
+reasoner."""
 
 from __future__ import annotations
 

@@ -108,8 +108,9 @@ def test_two_processes_write_one_checkpoint(tiny_folder, sparse_folder, tmp_path
         for name in ("out", "alone")
     )
     assert (two["processes"], one["processes"]) == (2, 1)
-    # where the processor multiplies bfloat16 fast, training runs in it, and sums depend on the batches, of which one process has
-    # more; in float32 both agree closely (tests/recovery/test_sharded_processes.py)
+    # where the processor multiplies bfloat16 fast, training runs in it, and sums depend on
+    # the batches, of which one process has more; in float32 both agree closely
+    # (tests/recovery/test_sharded_processes.py)
     assert two["kl_before"] == pytest.approx(one["kl_before"], rel=1e-3)
     assert two["kl_after"] == pytest.approx(one["kl_after"], rel=4e-3)
     assert not (tmp_path / "rac_recovery").exists()
@@ -187,7 +188,8 @@ def test_a_store_that_is_not_there_is_named(tmp_path, trace_store):
     _asked(tmp_path / "typo.jsonl", None, None, None)
     logger.remove(sink)
     assert [line.strip() for line in said] == [
-        f"there is no trace store at {tmp_path / 'typo.jsonl'} yet: all traces are sampled, and kept there"
+        f"there is no trace store at {tmp_path / 'typo.jsonl'} yet: all traces are "
+        "sampled, and kept there"
     ]
 
 

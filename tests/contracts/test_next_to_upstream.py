@@ -1,4 +1,5 @@
-"""Other recipes in the same process run upstream's own pipelines, before a run of ours and after."""
+"""Other recipes in the same process run upstream's own pipelines, before a run of ours and
+after."""
 
 import pytest
 import torch

@@ -1,4 +1,5 @@
-"""llm-compressor's calibration pipelines: how one is chosen and called, and what our loops use of them."""
+"""llm-compressor's calibration pipelines: how one is chosen and called, and what our loops use of
+them."""
 
 import inspect
 from types import SimpleNamespace
@@ -21,7 +22,8 @@ from tests.tiny import NAME, entry, linears, tiny_model
 
 
 def test_seam_calibration_pipeline_registry_is_what_from_modifiers_loads():
-    """While a run of ours lasts, "sequential" is ours, both when it is inferred and when the user names it."""
+    """While a run of ours lasts, "sequential" is ours, both when it is inferred and when the user
+    names it."""
     ours = ReasoningAwareSparseGPTModifier(**entry())
     with create_session() as session:
         put_in_place(session, SessionRun(None, ours))
@@ -115,7 +117,8 @@ def test_seam_trace_subgraphs_signature_and_subgraph_interface():
 
 
 def test_seam_partition_starts_a_subgraph_at_each_target():
-    """Group order reads a target's input from the cache before its subgraph runs, so it must be one of its placeholders."""
+    """Group order reads a target's input from the cache before its subgraph runs, so it must be one
+    of its placeholders."""
     from llmcompressor.args import DatasetArguments
     from llmcompressor.pipelines.sequential.helpers import trace_subgraphs
 
@@ -134,8 +137,8 @@ def test_seam_partition_starts_a_subgraph_at_each_target():
 
 
 def test_seam_autoround_takes_the_positions_of_the_first_sequence_for_all():
-    """Padded with zeros to the longest one, as llm-compressor does. Once that and the next seam are mended, AutoRound needs no
-    `CalibrationLoader.joined`."""
+    """Padded with zeros to the longest one, as llm-compressor does. Once that and the next seam are
+    mended, AutoRound needs no `CalibrationLoader.joined`."""
     from auto_round.algorithms.block_runner import BlockForwardRunner
     from auto_round.utils import SHARED_CACHE_KEYS
     from llmcompressor.modifiers.autoround import AutoRoundModifier
@@ -159,7 +162,8 @@ def test_seam_autoround_takes_the_positions_of_the_first_sequence_for_all():
 
 
 def test_seam_autoround_counts_padding_in_its_loss(monkeypatch, tiny_folder):
-    """llm-compressor sets `attention_mask` on AutoRound, which takes the mask from token ids that it is not given."""
+    """llm-compressor sets `attention_mask` on AutoRound, which takes the mask from token ids that
+    it is not given."""
     from auto_round.algorithms.quantization.sign_round.quantizer import SignRoundQuantizer
     from llmcompressor import oneshot
     from llmcompressor.modifiers.autoround import AutoRoundModifier
@@ -187,7 +191,8 @@ def test_seam_autoround_counts_padding_in_its_loss(monkeypatch, tiny_folder):
 
 
 def test_seam_autoround_loses_its_zero_points(tiny_folder):
-    """They stay those that llm-compressor began with, 0. Once that is mended, the pipeline need not refuse them."""
+    """They stay those that llm-compressor began with, 0. Once that is mended, the pipeline need not
+    refuse them."""
     from llmcompressor import oneshot
     from llmcompressor.modifiers.autoround import AutoRoundModifier
 

@@ -30,7 +30,8 @@ def test_seam_modifier_factory_refresh_keeps_registered_modifiers():
     ],
 )
 def test_seam_recipe_without_suffixes_silently_has_no_modifier(text):
-    """Why settings/recipe.py refuses such a recipe; once upstream does, that check can be removed."""
+    """Why settings/recipe.py refuses such a recipe; once upstream does, that check can be
+    removed."""
     from llmcompressor.recipe import Recipe
 
     assert Recipe.create_instance(text % NAME).modifiers == []

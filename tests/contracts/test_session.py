@@ -70,7 +70,8 @@ def test_seam_modifier_has_no_method_of_a_name_that_is_ours():
 
 
 def test_seam_oneshot_resets_the_session_before_it_starts():
-    """A calibration set left in the session by an earlier run would look like a dataset given by the user."""
+    """A calibration set left in the session by an earlier run would look like a dataset given by
+    the user."""
     from llmcompressor.entrypoints.oneshot import Oneshot
 
     source = inspect.getsource(Oneshot.apply_recipe_modifiers)

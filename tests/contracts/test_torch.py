@@ -1,4 +1,5 @@
-"""What this package takes for granted about parts of torch that are not public, one test per seam."""
+"""What this package takes for granted about parts of torch that are not public, one test per
+seam."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ import torch
 
 
 def test_seam_fake_tensors_run_a_layer_forward_and_back_without_memory():
-    """recovery/simulated_step.py: shapes and sizes are those of real tensors, and a buffer that is real may take part."""
+    """recovery/simulated_step.py: shapes and sizes are those of real tensors, and a buffer that is
+    real may take part."""
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
     real = torch.ones(5)
@@ -22,7 +24,8 @@ def test_seam_fake_tensors_run_a_layer_forward_and_back_without_memory():
 
 
 def test_seam_a_dispatch_mode_sees_operators_and_storages_that_end():
-    """recovery/simulated_step.py adds up storages by their identity, and takes them off when a weak reference ends."""
+    """recovery/simulated_step.py adds up storages by their identity, and takes them off when a weak
+    reference ends."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     seen, gone = list[str](), list[bool]()

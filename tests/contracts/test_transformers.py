@@ -1,4 +1,5 @@
-"""What this package takes for granted about transformers, one test per seam: an upgrade that moves one fails here."""
+"""What this package takes for granted about transformers, one test per seam: an upgrade that moves
+one fails here."""
 
 from __future__ import annotations
 
@@ -78,7 +79,8 @@ def test_seam_upstreams_quantizer_has_no_name_that_is_ours():
 
 
 def test_seam_hooks_of_a_quantizer_and_their_order(tmp_path: Path, monkeypatch):
-    """Before the weights with the files that were found, then the conversions, then after the weights."""
+    """Before the weights with the files that were found, then the conversions, then after the
+    weights."""
     calls = []
     model = tiny_model()
     model.config.quantization_config = {"quant_method": METHOD, "format": "dense"}
@@ -144,7 +146,8 @@ class Failing(ConversionOps):
 
 
 def test_seam_an_error_of_an_operation_is_turned_into_another_one(tmp_path: Path, monkeypatch):
-    """Why errors are kept and raised after loading; when transformers raises them as they are, that can go."""
+    """Why errors are kept and raised after loading; when transformers raises them as they are, that
+    can go."""
     tiny_model().save_pretrained(tmp_path)
     made = WeightConverter([r"norm\.weight$"], "norm.weight", operations=[Failing()])
     monkeypatch.setattr(

@@ -1,4 +1,5 @@
-"""What README and docs/ tell a reader to write or type exists: recipes, settings, commands, links, figures."""
+"""What README and docs/ tell a reader to write or type exists: recipes, settings, commands, links,
+figures."""
 
 import ast
 import re
@@ -96,7 +97,8 @@ def test_commands_and_their_options_exist(page):
 
 
 def what_is_wrong(line: str) -> str | None:
-    """Of a line `rac COMMAND ... --option`: a command or an option that rac does not have; None for any other line."""
+    """Of a line `rac COMMAND ... --option`: a command or an option that rac does not have; None for
+    any other line."""
     words = re.match(r"(?:\S*/)?rac (.*)", line)
     if words is None:
         return None

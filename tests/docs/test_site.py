@@ -1,4 +1,5 @@
-"""The documentation site: it builds without a warning, and shows every setting and every recipe as they are."""
+"""The documentation site: it builds without a warning, and shows every setting and every recipe as
+they are."""
 
 import html
 import importlib.util

@@ -1,4 +1,5 @@
-"""Answers matched to problems, in this process and in a file that is filled by servers, killed and resumed."""
+"""Answers matched to problems, in this process and in a file that is filled by servers, killed and
+resumed."""
 
 import pytest
 import torch

@@ -1,4 +1,5 @@
-"""Activations of 8 bits: which layers of a folder, the rounding, the error of each layer, and the choice."""
+"""Activations of 8 bits: which layers of a folder, the rounding, the error of each layer, and the
+choice."""
 
 from __future__ import annotations
 
@@ -152,7 +153,8 @@ def test_no_folder_and_packed_floats_are_refused(tmp_path: Path) -> None:
     ],
 )
 def test_the_columns_that_share_a_scale_of_x(stored, group, columns, bits, block):
-    """The largest equal divisors of a group: at most 512 columns, a multiple of the kernel's step."""
+    """The largest equal divisors of a group: at most 512 columns, a multiple of the kernel's
+    step."""
     made = IntegerLayer.of("a.b", stored, group, columns, None, word_bits=bits)
     assert made == (block and IntegerLayer("a.b", block, None))
     assert IntegerLayer.of("a.experts.3.up", stored, group, columns, None, bits) is None

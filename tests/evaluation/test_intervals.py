@@ -53,7 +53,8 @@ KL = st.floats(0, 50)
 
 
 def searched_score(lost: int, gained: int, total: int, d: float) -> float:
-    """The score statistic of a difference d; its nuisance probability by a search of the likelihood."""
+    """The score statistic of a difference d; its nuisance probability by a search of the
+    likelihood."""
 
     def likelihood(p: float) -> float:
         outcomes = ((gained, p + d), (lost, p), (total - gained - lost, 1 - 2 * p - d))

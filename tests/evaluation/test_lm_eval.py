@@ -1,4 +1,5 @@
-"""lm-eval on a packed checkpoint, offline: it measures what stock transformers gives on the same weights stored dense."""
+"""lm-eval on a packed checkpoint, offline: it measures what stock transformers gives on the same
+weights stored dense."""
 
 from __future__ import annotations
 
@@ -65,7 +66,8 @@ def tasks(tmp_path: Path) -> Path:
 
 def words(model: Path, tasks: Path, out: Path) -> list[str]:
     return [
-        "run", "--model", "hf", "--model_args", f"pretrained={model},dtype=float32", "--device", "cpu",
+        "run", "--model", "hf", "--model_args", f"pretrained={model},dtype=float32", "--device",
+        "cpu",
         "--include_path", str(tasks), "--tasks", "rac_choice,rac_text", "--batch_size", "4",
         "--output_path", str(out), "--log_samples",
     ]  # fmt: skip

@@ -1,4 +1,5 @@
-"""Stock lm-eval asks `vllm serve` about a packed checkpoint, where there is a vLLM: the answers are those of transformers."""
+"""Stock lm-eval asks `vllm serve` about a packed checkpoint, where there is a vLLM: the answers are
+those of transformers."""
 
 from __future__ import annotations
 
@@ -19,9 +20,12 @@ COUNT = 8
 def run(module: str, arguments: dict[str, Any], kind: str, out: Path) -> tuple[float, list[str]]:
     """Accuracy, and the answer to each problem that the regular expression found."""
     command = [
-        sys.executable, "-m", module, "run", "--model", kind, "--apply_chat_template", "--batch_size", str(COUNT),
-        "--model_args", ",".join(f"{key}={value}" for key, value in arguments.items()), "--device", "cpu",
-        "--include_path", "examples/lm_eval", "--tasks", "rac_arithmetic", "--metadata", f'{{"count": {COUNT}}}',
+        sys.executable, "-m", module, "run", "--model", kind, "--apply_chat_template",
+        "--batch_size", str(COUNT),
+        "--model_args", ",".join(f"{key}={value}" for key, value in arguments.items()), "--device",
+        "cpu",
+        "--include_path", "examples/lm_eval", "--tasks", "rac_arithmetic", "--metadata",
+        f'{{"count": {COUNT}}}',
         "--output_path", str(out), "--log_samples",
     ]  # fmt: skip
     environment = {

@@ -1,4 +1,5 @@
-"""Other people's tools on the dataset of traces, as examples/ shows them, on the embedded reasoner."""
+"""Other people's tools on the dataset of traces, as examples/ shows them, on the embedded
+reasoner."""
 
 import json
 import runpy

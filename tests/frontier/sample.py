@@ -7,7 +7,10 @@ from typing import Any
 
 from rac_modifier.frontier.folder import FrontierFolder
 
-HOSTILE = "</script><script>document.title='owned'</script><img src=http://127.0.0.1:9/x onerror=\"document.title='owned'\"><!--"
+HOSTILE = (
+    "</script><script>document.title='owned'</script><img src=http://127.0.0.1:9/x "
+    "onerror=\"document.title='owned'\"><!--"
+)
 ABOUT: dict[str, Any] = {
     "model": "tiny",
     "fingerprint": "f" * 12,

@@ -34,7 +34,8 @@ ROWS = [planned("a"), planned("b"), planned("c")]
 
 
 class Bench:
-    """Tools on tiny models that count what is done. `stop_at` names a step at which the run is interrupted once."""
+    """Tools on tiny models that count what is done. `stop_at` names a step at which the run is
+    interrupted once."""
 
     def __init__(self, tmp: Path, dense: Path):
         self.out, self.dense, self.did, self.stop_at = tmp / "out", dense, [], ""

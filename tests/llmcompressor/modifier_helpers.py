@@ -17,7 +17,8 @@ def assert_same_weights(first: dict[str, torch.Tensor], second: dict[str, torch.
 
 
 def int4(bits: int = 4, symmetric: bool = True, targets: tuple[str, ...] = ("Linear",)) -> dict:
-    """W4A16 in groups of 32, as config_groups: the preset's 128 are more than the tiny model has."""
+    """W4A16 in groups of 32, as config_groups: the preset's 128 are more than the tiny model
+    has."""
     weights = {"num_bits": bits, "strategy": "group", "group_size": 32, "symmetric": symmetric}
     return {"config_groups": {"group_0": {"targets": list(targets), "weights": weights}}}
 

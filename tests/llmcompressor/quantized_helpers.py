@@ -42,7 +42,8 @@ SCHEMES: dict[str, dict[str, Any]] = {
 def saved(
     folder: Path, scheme: dict[str, Any], *, pruned: bool, ignore: tuple[str, ...] = ("lm_head",)
 ) -> Path:
-    """`tiny_model()` rounded to the nearest codes by upstream, half of its weights zero before if `pruned`."""
+    """`tiny_model()` rounded to the nearest codes by upstream, half of its weights zero before if
+    `pruned`."""
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
     from compressed_tensors.quantization.utils import calculate_qparams
@@ -72,7 +73,8 @@ def saved(
 
 
 def decoded(folder: Path, bits: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Codes and their values in float32 of every quantized module, from the file's bits; codes are counted from zero points."""
+    """Codes and their values in float32 of every quantized module, from the file's bits; codes are
+    counted from zero points."""
     tensors = load_file(folder / "model.safetensors")
     found = {}
     for name in sorted(
@@ -98,7 +100,8 @@ def decoded(folder: Path, bits: int) -> dict[str, tuple[torch.Tensor, torch.Tens
 
 
 def _unpacked(words: torch.Tensor, lines: int, count: int, bits: int) -> torch.Tensor:
-    """Unsigned values [lines, count] of a stream of bits in int32 words [lines, ...], lowest first."""
+    """Unsigned values [lines, count] of a stream of bits in int32 words [lines, ...], lowest
+    first."""
     words = words.to(torch.int64) & 0xFFFFFFFF
     stream = ((words[:, :, None] >> torch.arange(32)) & 1).reshape(lines, -1)[:, : count * bits]
     return (stream.view(lines, count, bits) << torch.arange(bits)).sum(-1)

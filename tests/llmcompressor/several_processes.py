@@ -1,4 +1,5 @@
-"""Prune in several processes, as torchrun starts them, in one scenario after another: MODEL RECIPES.
+"""Prune in several processes, as torchrun starts them, in one scenario after another: MODEL
+RECIPES.
 
 Each process is a fork of this one, which has imported everything, and runs `rac prune`. RECIPES is
 a folder of recipes, and a mixture of experts. Processes that are killed kill themselves when they

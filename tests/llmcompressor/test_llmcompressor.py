@@ -20,7 +20,8 @@ print([name for name in sys.modules if name.startswith("rac_modifier.llmcompress
 """
 MAKE_BOTH = """
 from llmcompressor.modifiers import ModifierFactory
-pruning = ModifierFactory.create("ReasoningAwareSparseGPTModifier", True, True, mask_structure="2:4")
+name = "ReasoningAwareSparseGPTModifier"
+pruning = ModifierFactory.create(name, True, True, mask_structure="2:4")
 calibration = ModifierFactory.create("ReasoningAwareCalibrationModifier", True, True)
 print(type(pruning).__module__, type(calibration).__module__)
 """

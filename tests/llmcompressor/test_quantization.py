@@ -1,4 +1,5 @@
-"""Pruning and quantization, or quantization alone, in one pass: from the recipe to the checkpoint."""
+"""Pruning and quantization, or quantization alone, in one pass: from the recipe to the
+checkpoint."""
 
 import pytest
 import torch

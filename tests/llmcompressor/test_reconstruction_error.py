@@ -49,7 +49,8 @@ def test_no_worse_than_upstreams_sparsegpt_on_the_same_batches(
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
     options = entry(trace_store)
     loader = build_calibration_set(
-        dense, tokenizer, TraceSettings(**options["traces"]), CalibrationSettings(**options["calibration"]),
+        dense, tokenizer, TraceSettings(**options["traces"]),
+        CalibrationSettings(**options["calibration"]),
         progress=False,
     ).loader.unpadded()  # fmt: skip
     ours = prune(preset="paper", **structure)

@@ -27,7 +27,9 @@ USED = [
 COMPILER = "aarch64-linux-gnu-g++"
 APT = """#!/bin/sh
 echo "$@" >>"{log}"
-case "$*" in *download-only*) cache=${{*#*Dir::Cache=}}; touch "${{cache%% *}}/archives/gcc.deb" ;; esac
+case "$*" in *download-only*)
+  cache=${{*#*Dir::Cache=}}; touch "${{cache%% *}}/archives/gcc.deb" ;;
+esac
 """
 DPKG = f"""#!/bin/sh
 mkdir -p "$3/usr/bin"
@@ -39,7 +41,8 @@ touch "$3/usr/bin/qemu-aarch64" "$3/usr/bin/qemu-x86_64" "$3/usr/bin/qemu-riscv6
 
 @pytest.fixture
 def machine(tmp_path: Path):
-    """A PATH with what the script uses, no compiler and no emulator. Runs it as the user of this number."""
+    """A PATH with what the script uses, no compiler and no emulator. Runs it as the user of this
+    number."""
     bin = tmp_path / "bin"
     bin.mkdir()
     for name in USED:

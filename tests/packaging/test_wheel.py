@@ -1,4 +1,5 @@
-"""What the sdist and the wheel hold. The wheel is built from the sdist, and here without a compiler, which is quick.
+"""What the sdist and the wheel hold. The wheel is built from the sdist, and here without a
+compiler, which is quick.
 
 `make test-dist` installs both in environments of their own.
 """
@@ -153,7 +154,10 @@ def test_without_a_compiler_the_wheel_is_for_any_machine_and_says_what_it_lacks(
     wheel, installed, tmp_path
 ):
     assert wheel.name.endswith("-py3-none-any.whl")
-    code = "from rac_modifier.kernels.cpu.support import support; print(support().isa, support().reason)"
+    code = (
+        "from rac_modifier.kernels.cpu.support import support; print(support().isa, "
+        "support().reason)"
+    )
     done = run(installed, tmp_path, "-c", code)
     assert done.stdout.startswith(
         "None no compiled kernel: it was not built when rac-modifier was installed; install a C++"
@@ -171,8 +175,8 @@ def run(installed: Path, cwd: Path, *arguments: str) -> subprocess.CompletedProc
 
 def test_recipes_and_the_reasoner_are_found_away_from_the_clone(installed, tmp_path):
     code = (
-        "import rac_modifier; from pathlib import Path\n"
-        "print(rac_modifier.__file__, rac_modifier.recipe('rac_2of4'), rac_modifier.reasoner_path(), sep='\\n')"
+        "import rac_modifier; from pathlib import Path\nprint(rac_modifier.__file__, "
+        "rac_modifier.recipe('rac_2of4'), rac_modifier.reasoner_path(), sep='\\n')"
     )
     paths = run(installed, tmp_path, "-c", code).stdout.splitlines()
     assert len(paths) == 3

@@ -125,7 +125,8 @@ def test_a_dataset_that_cannot_be_loaded_names_the_ways_out(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(
         RacError,
-        match=r"dataset 'no/body' \(config None, split 'train'\) could not be loaded \(ConnectionError: no route to the hub\).*"
+        match=r"dataset 'no/body' \(config None, split 'train'\) could not be loaded "
+        r"\(ConnectionError: no route to the hub\).*"
         "name a local file or a built-in source",
     ):
         open_table("no/body", label="dataset")

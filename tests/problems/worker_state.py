@@ -1,4 +1,5 @@
-"""What tests run inside the worker processes of the answer checker, which import this file; keep it light."""
+"""What tests run inside the worker processes of the answer checker, which import this file; keep it
+light."""
 
 import os
 import signal

@@ -72,7 +72,8 @@ def column_loop(
     block: int = 128,
     frac: float = 0.01,
 ) -> torch.Tensor:
-    """SparseGPT as in the code of the paper: explicit inverse, column after column, exact counts."""
+    """SparseGPT as in the code of the paper: explicit inverse, column after column, exact
+    counts."""
     w, h = weight.double().clone(), hessian.double().clone()
     rows, d = w.shape
     h.diagonal().add_(frac * h.diagonal().mean())

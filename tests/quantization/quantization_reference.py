@@ -42,7 +42,8 @@ def nearest_code(scaled: torch.Tensor, name: str) -> torch.Tensor:
 
 
 def nearest(weight: torch.Tensor, name: str) -> torch.Tensor:
-    """Each weight of `weight` [rows, d] to the nearest point of the grid that compressed-tensors has for it."""
+    """Each weight of `weight` [rows, d] to the nearest point of the grid that compressed-tensors
+    has for it."""
     result = torch.zeros_like(weight)
     size = GRIDS[name].group_size or weight.shape[1]
     for start in range(0, weight.shape[1], size):

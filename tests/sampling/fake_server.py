@@ -1,4 +1,5 @@
-"""A completions server on loopback that answers from a rule, and with faults where a test wants them."""
+"""A completions server on loopback that answers from a rule, and with faults where a test wants
+them."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ NAME = "tiny"
 
 
 def rule(body: dict[str, Any]) -> list[int]:
-    """Token ids that depend on prompt and seed alone, as a deterministic engine's do; half of them end on EOS."""
+    """Token ids that depend on prompt and seed alone, as a deterministic engine's do; half of them
+    end on EOS."""
     digest = hashlib.sha256(f"{body['seed']}/{body['prompt']}".encode()).digest()
     ids = [2 + b % 90 for b in digest[: body["max_tokens"]]]
     length = 1 + digest[-1] % len(ids)

@@ -1,6 +1,8 @@
-"""A command that behaves as `vllm serve` does: it serves `FakeServer`, next to a process of its own.
+"""A command that behaves as `vllm serve` does: it serves `FakeServer`, next to a process of its
+own.
 
-`install` writes the command, which notes each start in its folder. All its processes hold a lock there.
+`install` writes the command, which notes each start in its folder. All its processes hold a
+lock there.
 """
 
 from __future__ import annotations
@@ -23,7 +25,10 @@ DELAY = "FAKE_VLLM_DELAY"  # variable: seconds per completion
 def install(folder: Path) -> Path:
     """Write the command into a folder and return its path."""
     path = folder / "vllm"
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from tests.sampling.fake_vllm import main; main({str(folder)!r})"
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from tests.sampling.fake_vllm import "
+        f"main; main({str(folder)!r})"
+    )
     path.write_text(f"#!{sys.executable} -S\n{code}\n")
     path.chmod(0o755)
     return path

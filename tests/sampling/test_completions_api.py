@@ -108,9 +108,11 @@ def test_answers_that_another_try_does_not_mend(content, words):
 
 def test_the_request_leaves_nothing_to_the_servers_defaults():
     assert REQUEST.body("m", SamplingSettings(temperature=0.6, top_p=0.95, top_k=20)) == {
-        "model": "m", "prompt": [3, 4], "max_tokens": 4, "temperature": 0.6, "top_p": 0.95, "presence_penalty": 0.0,
+        "model": "m", "prompt": [3, 4], "max_tokens": 4, "temperature": 0.6, "top_p": 0.95,
+        "presence_penalty": 0.0,
         "frequency_penalty": 0.0, "seed": 0, "stream": False, "n": 1,
-        "top_k": 20, "min_p": 0.0, "repetition_penalty": 1.0, "stop_token_ids": [1, 2], "return_token_ids": True,
+        "top_k": 20, "min_p": 0.0, "repetition_penalty": 1.0, "stop_token_ids": [1, 2],
+        "return_token_ids": True,
     }  # fmt: skip
     assert REQUEST.body("m", SamplingSettings(temperature=0.6, top_p=0.95, top_k=0))["top_k"] == -1
 
@@ -220,7 +222,8 @@ def test_the_same_weights_in_bfloat16_pass_and_others_do_not():
 
 
 def test_a_token_may_be_one_nat_less_likely_than_the_models_choice():
-    """Log-probabilities of a head without a model: the choice is token 0, the others are less likely by their weight."""
+    """Log-probabilities of a head without a model: the choice is token 0, the others are less
+    likely by their weight."""
     model = tiny_model(vocab_size=8)
     below = torch.tensor([0.0, 0.9, 1.1, 9, 9, 9, 9, 9])
 

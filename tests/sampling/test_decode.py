@@ -1,4 +1,5 @@
-"""Decoding against one forward pass per token of each row alone; attention and cache against transformers."""
+"""Decoding against one forward pass per token of each row alone; attention and cache against
+transformers."""
 
 from __future__ import annotations
 
@@ -148,8 +149,10 @@ def test_the_cache_holds_what_transformers_holds_also_where_rows_are_taken_out()
 
 def test_only_plain_layers_are_replaced():
     config = Qwen3Config(
-        num_hidden_layers=4, use_sliding_window=True, sliding_window=8, max_window_layers=2, hidden_size=32,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=8, intermediate_size=32, vocab_size=64,
+        num_hidden_layers=4, use_sliding_window=True, sliding_window=8, max_window_layers=2,
+        hidden_size=32,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, intermediate_size=32,
+        vocab_size=64,
     )  # fmt: skip
     theirs = [type(layer) for layer in DynamicCache(config=config).layers]
     ours = [type(layer) for layer in roomy_cache(config).layers]

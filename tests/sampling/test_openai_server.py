@@ -1,4 +1,5 @@
-"""The engine on servers: how many prompts are under way, which server completes which, and how it ends."""
+"""The engine on servers: how many prompts are under way, which server completes which, and how it
+ends."""
 
 import contextlib
 import threading
@@ -47,7 +48,8 @@ def test_every_prompt_is_completed_once_with_all_places_taken(make, server):
 
 
 def test_prompts_are_taken_only_as_there_is_room(make, server):
-    """At most `concurrency` unfinished ones, and not further ahead of the oldest than four times that."""
+    """At most `concurrency` unfinished ones, and not further ahead of the oldest than four times
+    that."""
     first, others = prompts(1)[0], prompts(100, start=1)
     blocked = trace_seed(0, first.key)
     server.delay = lambda body: body["seed"] == blocked and server.released.wait() and 0

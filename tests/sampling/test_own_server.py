@@ -113,7 +113,8 @@ def test_it_serves_inside_the_context_and_is_gone_after_it(vllm, tmp_path, monke
         (start,) = fake_vllm.starts(tmp_path)
         port = url.rpartition(":")[2]
         assert start["argv"] == [
-            "serve", "some/model", "--host", "127.0.0.1", "--port", port, "--dtype", "float32", "--max-model-len", "512",
+            "serve", "some/model", "--host", "127.0.0.1", "--port", port, "--dtype", "float32",
+            "--max-model-len", "512",
         ]  # fmt: skip
         assert "PYTHONPATH" not in start["variables"]  # it is another environment
         assert start["variables"]["VLLM_NO_USAGE_STATS"] == "1"
@@ -125,7 +126,8 @@ def test_it_serves_inside_the_context_and_is_gone_after_it(vllm, tmp_path, monke
     [
         (
             "crash",
-            r"\Avllm serve stopped with exit code 1; its options \(such as --max-model-len 8192\) are "
+            r"\Avllm serve stopped with exit code 1; its options \(such as --max-model-len 8192\) "
+            r"are "
             r"set in RAC_VLLM_OPTIONS. Its last lines:\nloading part 16\n(.|\n)*"
             r"loading part 39\nValueError: the KV cache does not fit\Z",
         ),

@@ -1,4 +1,5 @@
-"""What all settings share, how a mistake is told, and which `re:` patterns could match without end."""
+"""What all settings share, how a mistake is told, and which `re:` patterns could match without
+end."""
 
 from typing import Literal
 
@@ -91,7 +92,8 @@ def test_a_dump_without_some_paths_holds_plain_types():
         ({"on": 3}, "on: must be a valid boolean, unable to interpret input (value 3)"),
         ({"text": 24}, "text: must be a valid string (value 24)"),
         ({"choice": "kept"}, "must be 'keep' or 'cut'; did you mean 'keep'? (value 'kept')"),
-        ({"inner": {"seed": "y" * 200}}, f"unable to parse string as an integer (value '{'y' * 99}...)"),
+        ({"inner": {"seed": "y" * 200}}, "unable to parse string as an integer (value "
+            f"'{'y' * 99}...)"),
     ],
 )  # fmt: skip
 def test_a_mistake_has_its_key_its_value_and_the_next_step(values, says):

@@ -1,4 +1,5 @@
-"""Grids of recipes: what they share, what they set, and every mistake named before anything runs."""
+"""Grids of recipes: what they share, what they set, and every mistake named before anything
+runs."""
 
 from __future__ import annotations
 
@@ -225,6 +226,7 @@ def test_a_file_that_is_no_grid(tmp_path: Path, text: str, says: str):
     assert says in str(caught.value)
     with pytest.raises(
         RacError,
-        match="name a YAML file, or one of contenders, paper, quantization, r1_distill_1_5b, served, small",
+        match="name a YAML file, or one of contenders, paper, quantization, r1_distill_1_5b, "
+        "served, small",
     ):
         load_grid(tmp_path / "none.yaml")

@@ -29,7 +29,8 @@ def test_a_plain_word_is_no_source():
     [
         (
             {"column": "q"},
-            "column='q' does not apply: source 'arithmetic' generates its problems; leave column out",
+            "column='q' does not apply: source 'arithmetic' generates its problems; leave "
+            "column out",
         ),
         (
             {"source": "a.json", "config": "en"},

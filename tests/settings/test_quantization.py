@@ -47,7 +47,8 @@ def test_what_is_accepted_stays_as_it_was_written(values):
         ),
         (
             group(bits=4),
-            "config_groups.g.weights.bits: compressed-tensors has no such setting (value 4); use num_bits",
+            "config_groups.g.weights.bits: compressed-tensors has no such setting (value "
+            "4); use num_bits",
         ),
         (group(colour=4), "use one of num_bits, type"),
         (group(observer="mse"), "config_groups.g.weights.observer: 'mse' has no effect here"),

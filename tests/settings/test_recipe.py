@@ -35,7 +35,8 @@ def test_the_schema_is_a_json_schema_that_knows_no_other_keys():
     validator = jsonschema.Draft202012Validator(parsed)
     validator.validate(entry())
     for wrong in (
-        {"sparsty": 0.5}, {"traces": {"stor": "x"}}, {"calibration": {"tokens": "many"}}, {"solver": "x"},
+        {"sparsty": 0.5}, {"traces": {"stor": "x"}}, {"calibration": {"tokens": "many"}},
+        {"solver": "x"},
     ):  # fmt: skip
         with pytest.raises(jsonschema.ValidationError):
             validator.validate(wrong)
@@ -56,7 +57,8 @@ def test_overrides_reach_any_depth_and_leave_the_rest(tmp_path):
         recipe(entry(), QuantizationModifier={"scheme": "FP8_DYNAMIC", "targets": ["Linear"]})
     )
     overrides = [
-        "calibration.tokens=7", "traces.store=a.jsonl", "ignore=[x, 're:y.*']", "traces.sampling.batch_size=null",
+        "calibration.tokens=7", "traces.store=a.jsonl", "ignore=[x, 're:y.*']",
+        "traces.sampling.batch_size=null",
         "sparsity=null",
     ]  # fmt: skip
     content = load_recipe(path, overrides)
@@ -196,9 +198,12 @@ def test_a_stage_that_llm_compressor_overlooks_is_refused(tmp_path):
 
 
 VALUES = [
-    None, 0, -1, 2**62, 1e308, float("inf"), float("nan"), "", "re:(", "re:(a+)+$", "x" * 3000, "a\x1b[2J", "\r\n", [], [[]], {},
-    {1: 2}, {"a": {"b": [1]}}, True, "2:4", [None], 1e30, "prompts:x@nan", {"g": {"weights": {"num_bits": 10**18}}},
-    {"g": {"weights": {"group_size": "x"}}}, {"g": None}, {"W4A16": 3}, "http://a\r\nb", "/dev/zero", ".",
+    None, 0, -1, 2**62, 1e308, float("inf"), float("nan"), "", "re:(", "re:(a+)+$", "x" * 3000,
+    "a\x1b[2J", "\r\n", [], [[]], {},
+    {1: 2}, {"a": {"b": [1]}}, True, "2:4", [None], 1e30, "prompts:x@nan",
+    {"g": {"weights": {"num_bits": 10**18}}},
+    {"g": {"weights": {"group_size": "x"}}}, {"g": None}, {"W4A16": 3}, "http://a\r\nb",
+    "/dev/zero", ".",
 ]  # fmt: skip
 
 

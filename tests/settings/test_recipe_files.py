@@ -1,4 +1,5 @@
-"""Recipes that are named without a path, and YAML that could hang, hide a setting or change its type."""
+"""Recipes that are named without a path, and YAML that could hang, hide a setting or change its
+type."""
 
 from __future__ import annotations
 
@@ -65,7 +66,10 @@ def test_a_file_of_the_user_comes_before_a_shipped_recipe_and_a_folder_does_not(
 
 
 def test_the_public_function_is_light():
-    code = "import sys, rac_modifier; rac_modifier.recipe('rac_2of4'); print('pydantic' in sys.modules)"
+    code = (
+        "import sys, rac_modifier; rac_modifier.recipe('rac_2of4'); print('pydantic' in "
+        "sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False"]
 

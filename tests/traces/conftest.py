@@ -60,7 +60,8 @@ def collect(server, identity, tokenizer, tmp_path):
 
 @pytest.fixture
 def is_exact(tokenizer):
-    """Whether each trace is what the server's rule gives for its prompt and seed, in the order of the problems."""
+    """Whether each trace is what the server's rule gives for its prompt and seed, in the order of
+    the problems."""
 
     def is_exact(store):
         problems = load_problems(ProblemSource(), 0)

@@ -1,4 +1,5 @@
-"""In which order traces are stored, their side files, and what is asked, with an engine that follows a script."""
+"""In which order traces are stored, their side files, and what is asked, with an engine that
+follows a script."""
 
 from itertools import islice
 
@@ -22,7 +23,8 @@ TOKENS = 10  # of each trace: 2 of the prompt and 8 of the completion
 
 
 class Script:
-    """Completes `together` prompts at a time, the last one first; `failing` and `fatal` name prompts by their keys."""
+    """Completes `together` prompts at a time, the last one first; `failing` and `fatal` name
+    prompts by their keys."""
 
     kind = "openai"
 

@@ -36,8 +36,11 @@ def test_a_line_is_a_json_object_with_the_checksum_of_its_value():
     assert trace_of(decode("trace", line[:-1])) == trace(1)
 
 
-@given(st.builds(Trace, st.text(), st.text(), *[st.lists(st.integers(0, 2**31)).map(tuple)] * 2, st.just("stop"),
-                 st.integers(), st.text(), st.none() | st.text()))  # fmt: skip
+IDS = st.lists(st.integers(0, 2**31)).map(tuple)
+
+
+@given(st.builds(Trace, st.text(), st.text(), IDS, IDS, st.just("stop"), st.integers(), st.text(),
+                 st.none() | st.text()))  # fmt: skip
 @settings(max_examples=60)
 def test_any_trace_survives_its_line(one):
     line = encode("trace", one)

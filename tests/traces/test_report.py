@@ -46,8 +46,8 @@ def test_what_is_right_and_what_a_selection_keeps(long_store, byte_tokenizer):
     assert f"verified    {len(right):,} of 499 right" in text
     selected = [t for t in right if t.finish_reason == "stop"]
     assert (
-        f"selection   kept {len(selected):,} of 499: 167 unfinished, {499 - 167 - len(selected)} wrong"
-        in text
+        f"selection   kept {len(selected):,} of 499: 167 unfinished, "
+        f"{499 - 167 - len(selected)} wrong" in text
     )
     assert f"{sum(t.tokens for t in selected):,} tokens" in text
 

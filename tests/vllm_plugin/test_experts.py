@@ -1,4 +1,5 @@
-"""Packed experts: each is run on the tokens routed to it, compared with one token and expert at a time in float64."""
+"""Packed experts: each is run on the tokens routed to it, compared with one token and expert at a
+time in float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Each reader against vLLM's own reading of the same words, and what of a module's tensors is refused."""
+"""Each reader against vLLM's own reading of the same words, and what of a module's tensors is
+refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The entry point: light to import, registers once, and never stops a server. What the plugin imports."""
+"""The entry point: light to import, registers once, and never stops a server. What the plugin
+imports."""
 
 from __future__ import annotations
 
@@ -14,7 +15,10 @@ from rac_modifier.vllm_plugin import register as plugin
 
 
 def test_importing_it_is_light():
-    code = "import sys, rac_modifier.vllm_plugin.register; print(*{'torch', 'vllm', 'transformers', 'numpy'} & set(sys.modules))"
+    code = (
+        "import sys, rac_modifier.vllm_plugin.register; print(*{'torch', 'vllm', 'transformers', "
+        "'numpy'} & set(sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
 

@@ -1,4 +1,5 @@
-"""One test per place where the plugin depends on vLLM, named after it: what an upgrade breaks fails here by name."""
+"""One test per place where the plugin depends on vLLM, named after it: what an upgrade breaks fails
+here by name."""
 
 from __future__ import annotations
 
@@ -85,7 +86,8 @@ def test_without_a_quantization_config_get_quant_config_makes_an_empty_one():
 
 
 def test_a_lost_tensor_or_file_is_noticed_before_loading(tmp_path):
-    """vLLM looks for missing weights in unquantized models only; `maybe_update_config` gets the folder."""
+    """vLLM looks for missing weights in unquantized models only; `maybe_update_config` gets the
+    folder."""
     from safetensors.torch import load_file, save_file
     from vllm.model_executor.model_loader import default_loader
 
@@ -108,7 +110,8 @@ def test_a_lost_tensor_or_file_is_noticed_before_loading(tmp_path):
 
 
 def test_weight_loader_v2_is_registered():
-    """Where a method is not in this list, the loaders of layers cut another parameter than they are given."""
+    """Where a method is not in this list, the loaders of layers cut another parameter than they are
+    given."""
     import rac_modifier.vllm_plugin.linear  # noqa: F401
 
     assert "RacLinearMethod" in linear.WEIGHT_LOADER_V2_SUPPORTED
@@ -118,7 +121,8 @@ def test_weight_loader_v2_is_registered():
 def test_a_config_of_few_bits_is_read_and_refused_when_weights_are_made(
     monkeypatch, bits, symmetric
 ):
-    """So our config gets its say first. Without it there is no kernel on a CPU, which docs/serving.md says."""
+    """So our config gets its say first. Without it there is no kernel on a CPU, which
+    docs/serving.md says."""
     from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
         CompressedTensorsConfig,
     )
@@ -134,7 +138,8 @@ def test_a_config_of_few_bits_is_read_and_refused_when_weights_are_made(
 
 
 def test_routed_experts_ask_their_method_for_weights_and_matmuls():
-    """What `RacExpertsMethod` implements, and what it reads of the layer: the names are set in its constructor."""
+    """What `RacExpertsMethod` implements, and what it reads of the layer: the names are set in its
+    constructor."""
     from vllm.model_executor.layers.fused_moe import RoutedExperts
     from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
     from vllm.model_executor.layers.fused_moe.expert_map_manager import ExpertMapManager
@@ -145,7 +150,8 @@ def test_routed_experts_ask_their_method_for_weights_and_matmuls():
 
     created = list(inspect.signature(FusedMoEMethodBase.create_weights).parameters)
     assert created[:6] == [
-        "self", "layer", "num_experts", "hidden_size", "intermediate_size_per_partition", "params_dtype",
+        "self", "layer", "num_experts", "hidden_size", "intermediate_size_per_partition",
+        "params_dtype",
     ]  # fmt: skip
     applied = list(inspect.signature(FusedMoEMethodBase.apply).parameters)
     assert applied == [
@@ -162,7 +168,8 @@ def test_routed_experts_ask_their_method_for_weights_and_matmuls():
     assert isinstance(ExpertMapManager.expert_map, property)
     source = inspect.getsource(RoutedExperts.__init__)
     for name in (
-        "activation", "apply_router_weight_on_input", "ckpt_down_proj_name", "ckpt_gate_proj_name", "ckpt_up_proj_name",
+        "activation", "apply_router_weight_on_input", "ckpt_down_proj_name", "ckpt_gate_proj_name",
+        "ckpt_up_proj_name",
         "expert_map_manager", "global_num_experts", "hidden_size", "moe_config", "swiglu_limit",
     ):  # fmt: skip
         assert f"self.{name} = " in source or f"self.{name}, " in source, f"RoutedExperts.{name}"
@@ -174,7 +181,8 @@ def test_routed_experts_ask_their_method_for_weights_and_matmuls():
 
 
 def test_a_draft_model_is_loaded_with_a_prefix():
-    """`get_quant_method` takes it off; the speculative config may ask for our kernels by `quantization`."""
+    """`get_quant_method` takes it off; the speculative config may ask for our kernels by
+    `quantization`."""
     from vllm.config import SpeculativeConfig
     from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
@@ -186,7 +194,8 @@ def test_a_draft_model_is_loaded_with_a_prefix():
 
 @pytest.mark.parametrize("user_quant", [None, "rac", "rac-sparse"])
 def test_a_packed_checkpoint_is_claimed_by_both_names_of_its_method(user_quant):
-    """`quant_method: rac`, and compressed-tensors in older files; `--quantization rac-sparse` is the former option."""
+    """`quant_method: rac`, and compressed-tensors in older files; `--quantization rac-sparse` is
+    the former option."""
     for config in (PACKED, {**PACKED, "quant_method": "rac"}):
         assert RacConfig.override_quantization_method(config, user_quant) == "rac"
         layout = RacConfig.from_config(config).layout

@@ -1,4 +1,5 @@
-"""Tiny models of each stored form served by vLLM: greedy tokens in float32 equal transformers' on the meant weights."""
+"""Tiny models of each stored form served by vLLM: greedy tokens in float32 equal transformers' on
+the meant weights."""
 
 from __future__ import annotations
 
@@ -255,14 +256,16 @@ from tests.vllm_plugin.vllm_fixtures import needs_vllm, serve
 if __name__ == "__main__":
     needs_vllm()
     quantization = sys.argv[3] or None
-    tokens, _ = serve(Path(sys.argv[1]), int(sys.argv[2]), quantization=quantization, tensor_parallel_size=2)
+    folder, length = Path(sys.argv[1]), int(sys.argv[2])
+    tokens, _ = serve(folder, length, quantization=quantization, tensor_parallel_size=2)
     print("tokens:", tokens)
 """
 
 
 @pytest.mark.parametrize("form", ["packed", "gptq"])
 def test_two_ranks(tmp_path, form):
-    """Each worker is a process and loads the plugin by its entry point. 100 / 2 is not a multiple of 8."""
+    """Each worker is a process and loads the plugin by its entry point. 100 / 2 is not a multiple
+    of 8."""
     folder = meant = tmp_path / "model"
     if form == "packed":
         save_model(folder, "qwen3", "unstructured", intermediate_size=100)
@@ -294,7 +297,8 @@ def search_path(folder: Path) -> str:
 
 
 def test_vllm_serve_over_http(tmp_path):
-    """The demo: `vllm serve` with the embedded reasoner, a third of its weights pruned, which costs little accuracy."""
+    """The demo: `vllm serve` with the embedded reasoner, a third of its weights pruned, which costs
+    little accuracy."""
     from safetensors.torch import load_file
 
     from rac_modifier.checkpoint.packing import pack_checkpoint

@@ -1,4 +1,5 @@
-"""Shared by the tests that need vLLM: layers on a simulated rank, and models served inside the test's process."""
+"""Shared by the tests that need vLLM: layers on a simulated rank, and models served inside the
+test's process."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ NEEDS_VLLM = "vllm is not installed here; run these in the serving environment: 
 PROMPTS = [[5, 17, 40, 8], [60, 61, 62], [9] * 7, [33, 90, 12, 77, 30]]
 _SETTINGS: dict[str, Any] = {
     "vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 256,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+    "max_position_embeddings": 256,
     "tie_word_embeddings": True, "initializer_range": 0.2, "bos_token_id": None, "eos_token_id": 1,
     "pad_token_id": 0,
 }  # fmt: skip
@@ -42,8 +44,8 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", {"hidden_size": 128}),  # hidden size over heads, and biases in QKV
     "qwen3": ("Qwen3", {}),
     "llama": ("Llama", {}),
-    "qwen3_moe": ("Qwen3Moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
-                               "decoder_sparse_step": 1}),
+    "qwen3_moe": ("Qwen3Moe", {"num_experts": 4, "num_experts_per_tok": 2,
+                               "moe_intermediate_size": 64, "decoder_sparse_step": 1}),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
 }  # fmt: skip
 

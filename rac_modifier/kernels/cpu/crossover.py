@@ -26,10 +26,10 @@ MARGIN = 1.15  # by which a dense matmul must be faster
 
 
 def measure_crossovers(kinds: Sequence[str]) -> dict[str, float]:
-    """Return up to how many tokens the kernel multiplies, by kind (`operator.KINDS`); inf: any number.
+    """Return the most tokens that the kernel multiplies, by kind (`operator.KINDS`); inf: any.
 
-    Times the kernel in use and the dense matmul on a 50 % sparse weight of each kind, x in bfloat16:
-    about a second of one core per kind.
+    Times the kernel in use and the dense matmul on a 50 % sparse weight of each kind, x in
+    bfloat16: about a second of one core per kind.
 
     Raises:
         RacError: there is no compiled kernel.

@@ -33,7 +33,7 @@ _SIGNATURES = {
     "rac_compiler": "s",
     "rac_last_error": "s",
     "rac_packed_bytes": "q qqqi B q",  # rows, columns, values, type; bitmask; groups of zeros
-    "rac_pack_weight": "i BBBq qqi Bi",  # values, bitmask, zeros, groups; shape, type; data, threads
+    "rac_pack_weight": "i BBBq qqi Bi",  # values, bitmask, zeros, groups; shape, type; data
     "rac_check_weight": "i B qqi",
     "rac_value_type": "i B",
     "rac_activation_bits": "i B i",
@@ -64,9 +64,9 @@ _NEXT_STEPS = {
 class Kernel:
     """What the library says about the kernel of an instruction set.
 
-    multiplies_bytes: x may be rounded to 8 bits, not only to 16. dense_bf16: torch's dense matmuls are
-    faster in bfloat16 than in float32. floats, int8, int4: up to how many tokens the kernel is faster
-    than a dense matmul with expanded panels; -1: always.
+    multiplies_bytes: x may be rounded to 8 bits, not only to 16. dense_bf16: torch's dense
+    matmuls are faster in bfloat16 than in float32. floats, int8, int4: up to how many
+    tokens the kernel is faster than a dense matmul with expanded panels; -1: always.
     """
 
     number: int
@@ -81,7 +81,7 @@ class Kernel:
 
 
 class Library:
-    """The functions of a compiled library, for contiguous CPU tensors. A refusal becomes a RacError."""
+    """The functions of a compiled library, for contiguous CPU tensors; they raise RacError."""
 
     def __init__(self, path: Path) -> None:
         """Load a library.
@@ -124,7 +124,7 @@ class Library:
         bitmask: Tensor | None = None,
         zero_groups: int = 0,
     ) -> int:
-        """Return the bytes of a packed weight; -1 for impossible sizes. `INT4` needs the bitmask."""
+        """Return the bytes of a packed weight; -1: impossible. `INT4` needs the bitmask."""
         if not all(-(1 << 62) < size < 1 << 62 for size in (rows, columns, values)):
             return -1
         sizes = (rows, columns, values, value_type)
@@ -168,7 +168,7 @@ class Library:
     def expand(
         self, data: Tensor, rows: int, columns: int, first: int, last: int, out: Tensor, isa: str
     ) -> None:
-        """Write panels [first, last) of 16 rows to `out` [columns, 16 (last - first)], without scale."""
+        """Write panels [first, last) of 16 rows to `out` [columns, 16 (last - first)]."""
         status = self._calls.rac_expand_panels(
             *(*_buffer(data), rows, columns, first, last, *_buffer(out), TYPES[out.dtype]),
             *(self.kernels[isa].number, torch.get_num_threads()),

@@ -1,9 +1,9 @@
 """Matmul and row lookup with packed weights, as opaque torch operators (torch.ops.rac_modifier).
 
 `sparse_linear`: for few tokens (decoding, limited by the bytes that are read) the kernel multiplies
-packed panels. For many (prefill), chunks of panels are expanded into a buffer that torch multiplies.
-`packed_rows` expands a panel of 16 rows to take one row: an embedding that is the output head, too,
-needs no second copy of the weight.
+packed panels. For many (prefill), chunks of panels are expanded into a buffer that torch
+multiplies. `packed_rows` expands a panel of 16 rows to take one row: an embedding that is
+the output head, too, needs no second copy of the weight.
 """
 
 from __future__ import annotations
@@ -74,9 +74,9 @@ def expand_and_multiply(
 ) -> None:
     """Fill `out` by dense matmuls with chunks of the weight.
 
-    In bfloat16 where x is bfloat16, torch multiplies it faster on this processor, and the values are
-    exact in it: integers, or bfloat16 without a scale. Scales, scaled values and bias are then rounded
-    like the weights of a dense bfloat16 model. Otherwise in float32. Sums are in float32.
+    In bfloat16 where x is bfloat16, torch multiplies it faster on this processor, and the values
+    are exact in it: integers, or bfloat16 without a scale. Scales, scaled values and bias are then
+    rounded like the weights of a dense bfloat16 model. Otherwise in float32. Sums are in float32.
     """
     rows, columns, value_type = out.shape[1], x.shape[1], library.value_type(data)
     in_bf16 = value_type >= INT8 or (value_type == VALUE_TYPES[torch.bfloat16] and scale is None)
@@ -159,8 +159,8 @@ def _check(
         raise RacError(f"data: {data.dtype} on {data.device}; pass what `pack_values` returned")
     if bias is not None and (bias.shape != (rows,) or bias.dtype not in TYPES or not bias.is_cpu):
         raise RacError(
-            f"bias: {bias.dtype} {list(bias.shape)} on {bias.device}; the weight's {rows} rows need "
-            f"bfloat16 or float32 [{rows}] on the CPU"
+            f"bias: {bias.dtype} {list(bias.shape)} on {bias.device}; the weight's {rows} "
+            f"rows need bfloat16 or float32 [{rows}] on the CPU"
         )
     if scale is None:
         return
@@ -201,7 +201,8 @@ def _packed_rows(
     return out.view(*ids.shape, columns)
 
 
-# Once per process, also if this module is loaded again. Python serves `native_linear` until C++ does.
+# Once per process, also if this module is loaded again. Python serves `native_linear` until
+# C++ does.
 _LINEAR = "(Tensor x, Tensor data, int rows, int columns, Tensor? bias, Tensor? scale=None)"
 _ROWS = "(Tensor ids, Tensor data, int rows, int columns, Tensor? scale, ScalarType dtype)"
 for _name, _arguments, _key, _function, _fake in (
@@ -210,7 +211,8 @@ for _name, _arguments, _key, _function, _fake in (
     ("native_linear", _LINEAR, "CompositeExplicitAutograd", _forward,
      lambda x, data, rows, columns, bias, scale=None: x.new_empty(*x.shape[:-1], rows)),
     ("packed_rows", _ROWS, "cpu", _packed_rows,
-     lambda ids, data, rows, columns, scale, dtype: data.new_empty(*ids.shape, columns, dtype=dtype)),
+     lambda ids, data, rows, columns, scale, dtype:
+         data.new_empty(*ids.shape, columns, dtype=dtype)),
 ):  # fmt: skip
     if not hasattr(torch.ops.rac_modifier, _name):
         torch.library.define(f"rac_modifier::{_name}", f"{_arguments} -> Tensor")

@@ -19,8 +19,8 @@ def pack_values(
     """Pack a sparse weight [N, columns]: uint8 [bytes].
 
     Args:
-        values: the stored values, row-major, of any shape; bfloat16, float32, int8, or float16, which
-            becomes float32.
+        values: the stored values, row-major, of any shape; bfloat16, float32, int8, or
+            float16, which becomes float32.
         bitmask: uint8 [N, ceil(columns / 8)]; bit i of byte j is column 8j + i.
         columns: of the weight.
         bits: 4 packs int8 values as codes of four bits.

@@ -1,8 +1,8 @@
 """What runs on this machine: the compiled library, the kernel in use, and torch's C++ operator.
 
-RAC_KERNEL=NAME uses another kernel than the best, RAC_KERNEL=off none. `rac inspect` prints the names.
-csrc/torch_operator.cpp multiplies few tokens without entering Python. It is built without torch, and
-is given the functions of torch's stable C interface that `FUNCTIONS` lists.
+RAC_KERNEL=NAME uses another kernel than the best, RAC_KERNEL=off none. `rac inspect` prints the
+names. csrc/torch_operator.cpp multiplies few tokens without entering Python. It is built without
+torch, and is given the functions of torch's stable C interface that `FUNCTIONS` lists.
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ def library_and_isa() -> tuple[Library, str]:
     library, _ = native.load()
     if available.isa is None or library is None:
         raise RacError(
-            f"a sparse weight needs the compiled kernel; {available.reason}, or keep the weight dense"
+            f"a sparse weight needs the compiled kernel; {available.reason}, or keep the "
+            "weight dense"
         )
     _activate(library, available.isa)
     return library, available.isa

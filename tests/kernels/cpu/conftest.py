@@ -1,4 +1,5 @@
-"""Each instruction set as a fixture: native where the processor has it, else AVX512 and AMX emulated."""
+"""Each instruction set as a fixture: native where the processor has it, else AVX512 and AMX
+emulated."""
 
 from __future__ import annotations
 

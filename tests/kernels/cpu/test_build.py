@@ -13,7 +13,8 @@ from tests.kernels.cpu.kernel_helpers import CSRC, FLAGS, HERE, ROOT, run, run_s
 
 @pytest.mark.parametrize("name", ["avx2", "avx512"])
 def test_no_function_of_an_instruction_set_is_shared(tmp_path, name):
-    """The linker keeps one copy of a shared inline function: not that of AVX512, which others would call."""
+    """The linker keeps one copy of a shared inline function: not that of AVX512, which others would
+    call."""
     if shutil.which("g++") is None or platform.machine() != "x86_64":
         pytest.skip("needs g++ on x86-64")
     source, out = CSRC / "isa" / f"{name}.cpp", str(tmp_path / "object.o")

@@ -59,12 +59,17 @@ def test_bfloat16_holds_every_fp8_value(dtype):
 @pytest.mark.parametrize(
     ("layer", "support", "says"),
     [
-        (HALF, AVX2, "^sparse kernel avx2: 1.12 bytes per weight instead of the 2 of dense bfloat16, at most 1.78x"),
-        (replace(HALF, density=0.9), AVX2, "^dense because .* takes 1.93 bytes per weight .*: at most 1.04x"),
-        (replace(HALF, stored=FP16, served=FP16), AVX2, "^dense because .* 2.12 bytes per weight .* 2 of dense float16"),
-        (HALF, Support("portable", ""), "^dense because .* slower than a dense matmul; set RAC_KERNEL=portable"),
+        (HALF, AVX2, "^sparse kernel avx2: 1.12 bytes per weight instead of the 2 of dense "
+                     "bfloat16, at most 1.78x"),
+        (replace(HALF, density=0.9), AVX2, "^dense because .* takes 1.93 bytes per weight .*: at "
+            "most 1.04x"),
+        (replace(HALF, stored=FP16, served=FP16), AVX2, "^dense because .* 2.12 bytes per weight "
+            ".* 2 of dense float16"),
+        (HALF, Support("portable", ""), "^dense because .* slower than a dense matmul; set "
+            "RAC_KERNEL=portable"),
         (HALF, Support(None, "no compiled kernel: why"), "^dense because no compiled kernel: why"),
-        (replace(HALF, stored=FP32, served=torch.float64), AVX2, "no sparse kernel reads torch.float64"),
+        (replace(HALF, stored=FP32, served=torch.float64), AVX2, "no sparse kernel reads "
+            "torch.float64"),
         (replace(HALF, stored=INT8), AVX2, "^sparse int8 kernel avx2: 0.6"),
         (replace(HALF, stored=WORDS), AVX2, "^sparse int4 kernel avx2: 0.3"),
         (replace(HALF, stored=INT8, density=1.0), AVX2, "^int8 kernel avx2: 1.00 .* 2.00x"),
@@ -149,7 +154,8 @@ def test_matmul_and_lookup_are_those_of_the_dense_weight(best, name, served):
     y = cpu.linear(x, packed, weight.rows, weight.columns, bias)
     assert (y.dtype, y.shape) == (served, (2, 3, weight.rows))
     expected = torch.nn.functional.linear(x.double(), dense, bias.double())
-    # Values in groups of 6, and float32 values that are served in bfloat16, are rounded to bfloat16.
+    # Values in groups of 6, and float32 values that are served in bfloat16, are rounded to
+    # bfloat16.
     rounded = served != FP32 or name.endswith("groups of 6")
     bound = (2.0**-7 if rounded else 1e-4) * (x.double().abs() @ dense.abs().T + 1)
     assert bool(((y.double() - expected).abs() <= bound).all())

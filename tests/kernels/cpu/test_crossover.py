@@ -19,7 +19,8 @@ INT8_EIGHT = "int8 with 8-bit activations"
 
 
 class Timed:
-    """A library that records the tokens and the activation bits of what is timed, and multiplies nothing."""
+    """A library that records the tokens and the activation bits of what is timed, and multiplies
+    nothing."""
 
     def __init__(self):
         (self.library, self.isa), self.calls = library_and_isa(), []
@@ -34,7 +35,8 @@ class Timed:
     [((1.0, 1.14, 0.5, 1.0), math.inf), ((1.0, 1.0, 1.2), 1023), ((2.0,), 63)],
 )
 def test_what_times_decide(best, monkeypatch, ratios, tokens):
-    """`ratios`: time of the kernel over that of the dense matmul, for 64, 256, 1024 and 2048 tokens."""
+    """`ratios`: time of the kernel over that of the dense matmul, for 64, 256, 1024 and 2048
+    tokens."""
     library = Timed()
     spent = chain.from_iterable([0.0, r, r + 1.0] for r in ratios for _ in range(4))
     monkeypatch.setattr(crossover, "library_and_isa", lambda: (library, library.isa))

@@ -21,7 +21,8 @@ def test_importing_the_backend_is_light_and_loads_no_library():
     code = (
         "import sys, rac_modifier.kernels.choose, rac_modifier.kernels.plan\n"
         "from rac_modifier.kernels.cpu.library import load\n"
-        "heavy = {'vllm', 'llmcompressor', 'compressed_tensors', 'transformers'} & set(sys.modules)\n"
+        "heavy = {'vllm', 'llmcompressor', 'compressed_tensors', 'transformers'} & "
+        "set(sys.modules)\n"
         "print(heavy, load.cache_info().currsize)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -1,4 +1,5 @@
-"""The operators compared with float64 on every instruction set, in C++ and in Python, and compiled."""
+"""The operators compared with float64 on every instruction set, in C++ and in Python, and
+compiled."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ DTYPES = [torch.bfloat16, torch.float32]
     [(1, 33, 257, torch.float32), (11, 150, 1111, torch.float32), (401, 275, 540, torch.bfloat16)],
 )
 def test_more_of_each_than_a_block_of_the_cache(float_kernel, m, rows, columns, weights):
-    """More tokens than AMX and AVX512 use at a time, more panels and columns than are expanded together."""
+    """More tokens than AMX and AVX512 use at a time, more panels and columns than are expanded
+    together."""
     use_crossovers(dict.fromkeys(KINDS, 1000))
     mask = random_mask(rows, columns, 0.5)
     mask[3], mask[4], mask[16:32] = False, True, False  # empty and full rows
@@ -59,7 +61,8 @@ def test_expanded_panels(float_kernel, weights, monkeypatch):
 
 
 class Panels:
-    """A library whose kernel has torch multiply in bfloat16 or not; records the dtypes of panels."""
+    """A library whose kernel has torch multiply in bfloat16 or not; records the dtypes of
+    panels."""
 
     def __init__(self, library, dense_bf16):
         self.library, self.dtypes = library, set()
@@ -77,7 +80,8 @@ class Panels:
 @pytest.mark.parametrize("units", [True, False])
 @pytest.mark.parametrize("kind", ["int8", "int4", "bfloat16", "bfloat16 with a scale", "float32"])
 def test_dense_matmuls_in_bf16_are_within_its_rounding(best, kind, units):
-    """At most twice the error of a dense bfloat16 model, and none of it where the matmul is in float32."""
+    """At most twice the error of a dense bfloat16 model, and none of it where the matmul is in
+    float32."""
     generator = torch.Generator().manual_seed(0)
     scale = torch.rand(90, 1, generator=generator) / 7 + 0.01
     if kind.startswith("int"):

@@ -1,4 +1,5 @@
-"""Random and hostile calls of each kernel (drive.cpp), on this processor and on those that qemu emulates.
+"""Random and hostile calls of each kernel (drive.cpp), on this processor and on those that qemu
+emulates.
 
 qemu stops a program at an instruction that its processor lacks. It has no AVX512 and no AMX.
 """
