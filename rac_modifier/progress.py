@@ -48,7 +48,7 @@ class StepProgress:
         return elapsed / max(self._done - self._first, 1) * (self._total - self._done)
 
     def step(self, text: str) -> None:
-        """Count a step; `text` says how the run goes, such as "loss 0.0312"."""
+        """Count a step; `text` is shown, such as "loss 0.0312"."""
         self._done += 1
         remaining = f"about {readable_time(self.seconds_left)} left"
         self._bar.set_postfix_str(f"{text}, {remaining}", refresh=False)

@@ -27,7 +27,7 @@ class LiveBytes(TorchDispatchMode):
 
     Attributes:
         now: bytes that live.
-        peak: the most that lived at once.
+        peak: the maximum of `now`.
     """
 
     def __init__(self) -> None:
@@ -64,7 +64,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def widened_peak(rehearse: Callable[[int], int], columns: int, multiple: int = 1) -> int:
-    """Return the peak of `rehearse(columns)`, which returns bytes for a problem of so many inputs.
+    """Return the peak of `rehearse(columns)`, which returns bytes for that many inputs.
 
     A wide problem is not rehearsed as it is: a parabola a w^2 + b w passes through the
     peaks at two smaller widths. Matrices [w, w] and [w, rows] grow with w^2 where
@@ -89,7 +89,7 @@ def widened_peak(rehearse: Callable[[int], int], columns: int, multiple: int = 1
 def without_data(model: Any, **options: Any) -> Iterator[Any]:
     """Yield a copy of a transformers model with fake tensors, like all new ones meanwhile.
 
-    `options` are those of transformers' `from_config`, such as `attn_implementation`.
+    `options` go to transformers' `from_config`, such as `attn_implementation`.
     """
     log = logging.getLogger("torch._subclasses.fake_tensor")
     before, log.disabled = log.disabled, True  # it logs a traceback before the error is raised

@@ -44,12 +44,12 @@ class CalibrationSet:
 
     @property
     def held_out(self) -> tuple[Trace, ...]:
-        """The held-out traces of all parts."""
+        """Return the held-out traces of all parts."""
         return tuple(trace for pool in self.pools.values() for trace in pool.held_out)
 
     @property
     def reserved(self) -> tuple[Trace, ...]:
-        """The traces of all parts that are reserved for training after pruning."""
+        """Return the traces of all parts that are reserved for training after pruning."""
         return (*(trace for pool in self.pools.values() for trace in pool.reserved), *self.received)
 
     def identity(self) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def trace_dataset(
         sampling: `traces.sampling` of a recipe.
         selection: `traces.select` of a recipe.
         length: pack the traces into rows of this many tokens; default: a row per trace.
-        tokenizer: default: that of the folder or id.
+        tokenizer: default: the folder's or id's.
         seed: of the order in which traces are drawn.
         progress: show a bar.
 

@@ -31,7 +31,7 @@ class CalibrationSequence:
         return replace(self, ids=self.ids[:length], prompt_tokens=prompt, finished=False)
 
     def weights(self, prompt_weight: float) -> list[float]:
-        """Return the weight of each token in the Hessian; generic text weighs as much as traces."""
+        """Return the weight of each token in the Hessian; generic text weighs 1 like traces."""
         prompt = 0 if self.kind == "generic" else self.prompt_tokens
         return [prompt_weight] * prompt + [1.0] * (len(self.ids) - prompt)
 
@@ -51,12 +51,12 @@ class Composition:
 
     @property
     def tokens(self) -> int:
-        """All real tokens."""
+        """Return the number of real tokens."""
         return self.prompt_tokens + self.trace_tokens + self.generic_tokens
 
     @property
     def unfinished_share(self) -> float:
-        """Share of the traces that hit the cap of sampling; 0 without traces."""
+        """Return the share of the traces that hit the cap of sampling; 0 without traces."""
         traces = sum(
             counts["sequences"]
             for key, counts in self.parts.items()

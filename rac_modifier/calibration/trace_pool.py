@@ -95,7 +95,7 @@ class TracePool:
 
     @property
     def kept_out_tokens(self) -> int:
-        """Tokens of the traces that are held out or reserved."""
+        """Return the tokens of the traces that are held out or reserved."""
         return sum(trace.tokens for trace in (*self.held_out, *self.reserved))
 
     def draw(self, part: str, tokens: int) -> list[CalibrationSequence]:
@@ -196,7 +196,7 @@ def collect_for_calibration(
 
 
 def _store_tokens(pool: TracePool, budget: int, kept_out: int) -> int:
-    """Estimate the tokens of a store of which `budget` are usable next to `kept_out` tokens."""
+    """Estimate the tokens of a store with `budget` usable and `kept_out` kept out."""
     sampled, usable = pool.store.counts.tokens, pool.usable_tokens()
     without_tails = sampled - pool.repeated_tokens
     judged = without_tails - pool.kept_out_tokens

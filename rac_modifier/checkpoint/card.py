@@ -40,8 +40,7 @@ def model_card(
 ) -> str:
     """Return the card of a run; what is not in the record is called "not recorded".
 
-    `license` (`license_of`) is that of the base model. Not `packed`: stock loaders read the
-    weights.
+    `license` is the base model's (`license_of`). Not `packed`: stock loaders read the weights.
     """
     try:
         return _of_run(record, license or {"license": "unknown"}, packed)
@@ -52,7 +51,7 @@ def model_card(
 
 
 def packed_card(record: Mapping[str, Any], source: Path) -> str:
-    """Return the card of a packed model; of a model that was pruned here, that of its run.
+    """Return the card of a packed model; of a model that was pruned here, its run's card.
 
     The record of others has the figures of `packing`; the card of `source` is appended.
     """
@@ -75,7 +74,7 @@ def packed_card(record: Mapping[str, Any], source: Path) -> str:
 
 
 def unpacked_card(record: Mapping[str, Any], source: Path) -> str:
-    """Return the card of an unpacked model: that of its run, or the one before packing."""
+    """Return the card of an unpacked model: its run's card, or the one before packing."""
     license = license_of(source)
     if not isinstance(record.get("packing"), Mapping):
         return model_card(record, license, packed=False)
@@ -161,7 +160,7 @@ def _how_to_use(packed: bool, schemes: Iterable[str] = ()) -> str:
 
 
 def _metadata(base: object, license: Mapping[str, str], tags: Sequence[str], card: str = "") -> str:
-    """Return the front matter; other entries are those of an earlier card."""
+    """Return the front matter; an earlier card gives other entries."""
     earlier, _ = split_card(card)
     earlier_tags = earlier.get("tags") if isinstance(earlier.get("tags"), list) else []
     foreign = [tag for tag in map(str, earlier_tags or []) if tag not in _PACKED_TAGS]

@@ -104,7 +104,7 @@ def words_weight(
 ) -> tuple[Tensor, int] | None:
     """Return the values int8 [N, K] of `weight_packed` and `weight_shape`, and bits per value.
 
-    The bits are those of `schemes` that the number of words fits (without schemes: 4 or 8).
+    `schemes` and the number of words decide the bits (without schemes: 4 or 8).
     None: a layout that is not read here.
 
     Raises:

@@ -57,7 +57,7 @@ class ModuleRow:
     pattern_ok: whether the zeros keep it; None: unstructured, or not checked.
     reason: why a matrix is not packed.
     problem: what is damaged.
-    read_per_token: False for a matrix of which decoding reads one row per token.
+    read_per_token: False: decoding reads one row of the matrix per token.
     """
 
     name: str
@@ -77,7 +77,7 @@ class ModuleRow:
 
     @property
     def bytes_per_weight(self) -> float:
-        """Bytes on disk per weight, masks and offsets included."""
+        """Return the bytes on disk per weight, masks and offsets included."""
         return self.stored_bytes / (self.rows * self.columns)
 
 
@@ -99,30 +99,30 @@ class CheckpointReport:
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of all tensors as they are stored."""
+        """Return the bytes of all tensors as they are stored."""
         return sum(row.stored_bytes for row in self.modules) + self.other_bytes
 
     @property
     def dense_bytes(self) -> int:
-        """Bytes of all tensors if every matrix were dense, in its own dtype."""
+        """Return the bytes of all tensors if every matrix were dense, in its own dtype."""
         return sum(row.dense_bytes for row in self.modules) + self.other_bytes
 
     @property
     def sparse(self) -> tuple[ModuleRow, ...]:
-        """The matrices that are packed or recorded as pruned."""
+        """Return the matrices that are packed or recorded as pruned."""
         rows = self.modules
         return tuple(row for row in rows if row.structure is not None or row.stored in PARTS)
 
     @property
     def sparsity(self) -> float | None:
-        """Share of zeros in the sparse matrices, None without any."""
+        """Return the share of zeros in the sparse matrices, None without any."""
         counted = [row for row in self.sparse if row.sparsity is not None]
         zeros = sum((row.sparsity or 0.0) * row.rows * row.columns for row in counted)
         return zeros / sum(row.rows * row.columns for row in counted) if counted else None
 
     @property
     def sound(self) -> bool:
-        """No matrix is damaged and every recorded pattern holds."""
+        """Return whether no matrix is damaged and every recorded pattern holds."""
         return all(row.problem is None and row.pattern_ok is not False for row in self.modules)
 
 

@@ -146,7 +146,7 @@ def check_is_id(model: str | Path) -> None:
 
 
 def local_folder(model: str | Path) -> Path:
-    """Return the folder itself, or that of a hub id, downloaded first if needed (RacError)."""
+    """Return the folder itself, or a hub id's, downloaded if needed (RacError)."""
     if Path(model).exists():
         if problem := folder_problem(Path(model)):
             raise RacError(
@@ -227,7 +227,7 @@ def bytes_of_weights(model: str) -> int | None:
 
 
 def cached_folder(model: str) -> Path | None:
-    """Return the folder itself, or that of a hub id in the cache; None where it is not there."""
+    """Return the folder itself, or a hub id's folder in the cache; None: not cached."""
     if Path(model).is_dir():
         return Path(model)
     config = cached_file(model, CONFIG_FILE)

@@ -73,7 +73,7 @@ class PackPlan:
 
     @property
     def packed(self) -> tuple[MatrixPlan, ...]:
-        """The matrices that are packed."""
+        """Return the matrices that are packed."""
         return tuple(row for row in self.matrices if row.reason is None)
 
     @property
@@ -83,12 +83,12 @@ class PackPlan:
 
     @property
     def ignore(self) -> list[str]:
-        """The linear modules that stay dense."""
+        """Return the linear modules that stay dense."""
         names = (row.name for row in self.matrices if row.reason is not None)
         return sorted(name for name in names if not is_embedding(name))
 
     def check_gain(self) -> None:
-        """Refuse a model of which nothing would be packed (RacError names the sparsest matrix)."""
+        """Refuse a model without a matrix to pack (RacError names the sparsest matrix)."""
         if self.packed:
             return
         counted = [row for row in self.matrices if row.sparsity is not None]

@@ -239,7 +239,7 @@ def _write_packed(
                 "of 4 or 8 bits or to float8, or store it dense (storage: dense)"
             )
         weight = weight if convert is None else convert(weight)
-        tensors = pack(weight, format, module, bits)  # first: it refuses what is no matrix
+        tensors = pack(weight, format, module, bits)  # first: it refuses other shapes
         structure = structures[module]
         if format != FORMAT_24 and (broken := count_broken_groups(weight, structure, module)):
             raise RacError(

@@ -129,7 +129,7 @@ def add_measured(
     reference: Mapping[str, Any] | None = None,
     paired: str | None = None,
 ) -> None:
-    """Write figures into the record and the card of a model; they replace those of the same kind.
+    """Write figures into the record and the card of a model; they replace figures of the same kind.
 
     Args:
         folder: of the model (`card_folder`).

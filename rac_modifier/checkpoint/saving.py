@@ -71,7 +71,7 @@ class SavePlan:
 
     record: the run's part of the record; versions and the base model are added when it is written.
     patterns: by module of `modules`.
-    tokenizer: a path or id, None for that of the base model.
+    tokenizer: a path or id, None: the base model's.
     prepare: called with the model and `save_compressed` before saving.
     after: called when everything is written.
     processes: all save, and the first one writes.
@@ -91,7 +91,7 @@ def save_with_record(model: PreTrainedModel, plan: Callable[[], SavePlan]) -> No
     """Replace `model.save_pretrained` by one that also checks the pattern and packs.
 
     `plan` is called when the model is saved, after all modifiers of a recipe. The present
-    `save_pretrained` is wrapped, so that of upstream for quantized models is still used. A
+    `save_pretrained` is wrapped, so upstream's for quantized models is still used. A
     second call only replaces the plan.
 
     No file that is written holds an absolute path: models, records and cards are passed on.

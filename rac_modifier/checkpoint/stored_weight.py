@@ -45,27 +45,27 @@ class StoredWeight:
 
     @property
     def rows(self) -> int:
-        """N."""
+        """Return N."""
         return len(self.bitmask)
 
     @property
     def density(self) -> float:
-        """Share of the weights that are stored."""
+        """Return the share of the weights that are stored."""
         return self.values.numel() / (self.rows * self.columns)
 
     @property
     def group(self) -> int:
-        """Columns that share a scale."""
+        """Return the columns that share a scale."""
         return self.columns // (1 if self.scale is None else self.scale.shape[1])
 
     @property
     def two_of_four(self) -> bool:
-        """Whether at most two of each four neighbouring columns are stored."""
+        """Return whether at most two of each four neighbouring columns are stored."""
         return self.columns % 4 == 0 and layout.most_of_four(self.bitmask) <= 2
 
     @property
     def group_bytes(self) -> int:
-        """Bytes of a group's scale, 2 (bfloat16, if exact) or 4, and its code of zero."""
+        """Return the bytes of a group's scale, 2 (bfloat16, if exact) or 4, and zero code."""
         narrow = self.scale is not None and torch.equal(self.scale.bfloat16().float(), self.scale)
         return (2 if narrow else 4) + (self.zeros is not None)
 

@@ -37,7 +37,7 @@ class Unpack(ConversionOps):
         self.errors: list[RacError] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Unpack:
-        """Itself: transformers copies a converter with its operations for each tensor."""
+        """Return itself: transformers copies a converter with its operations per tensor."""
         return self
 
     def convert(

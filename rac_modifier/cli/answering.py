@@ -63,12 +63,12 @@ class Answering:
 
     @property
     def served(self) -> bool:
-        """Whether a server answers, and not the model in this process."""
+        """Return whether a server answers, and not the model in this process."""
         return self.serve or bool(self.servers)
 
     @property
     def keeps_answers(self) -> bool:
-        """Whether answers go through a file."""
+        """Return whether answers go through a file."""
         return self.served or self.path is not None or self.samples > 1
 
     def check(

@@ -60,7 +60,7 @@ def frontier(
     """Run a grid of recipes on a model, and measure each: divergence, accuracy, bytes, speed.
 
     All rows and the disk are checked before the first starts. A row that is finished is not run
-    again. Models are compressed in the dtype that they are stored in; --precision is that of
+    again. Models are compressed in the dtype that they are stored in; --precision is for
     measuring. rac report draws the results.
 
     Example: rac frontier reasoner --recipe-grid small --out reasoner-frontier
@@ -133,7 +133,7 @@ class Study:
 
     @property
     def source(self) -> Path:
-        """The folder of the model."""
+        """Return the folder of the model."""
         from rac_modifier.checkpoint.output_folder import local_folder
 
         return local_folder(resolve(self.model))

@@ -75,7 +75,7 @@ def _hub_problem(name: str) -> str | None:
             get_hf_file_metadata(hf_hub_url(name, "config.json"))
     except (httpx.TransportError, OfflineModeIsEnabled) as error:
         return f"the hub cannot be reached: {_first_line(error)}"
-    except (HfHubHTTPError, HFValidationError):  # transformers says what it is
+    except (HfHubHTTPError, HFValidationError):  # transformers reports it
         pass
     return None
 
@@ -206,7 +206,7 @@ def subject_of(model: str) -> tuple[Any, Any]:
 def check_output(output: Path, source: str, *, keeps_groups: bool = False) -> None:
     """Refuse an output folder that the result could not be written to (RacError).
 
-    With `keeps_groups`, what is pruned so far is kept next to it: as much as the model at most.
+    With `keeps_groups`, what is pruned so far is kept next to it: at most the model's size.
     """
     from loguru import logger
 

@@ -122,5 +122,5 @@ def saving_step(output: Path, results: str) -> str:
     if not output.is_dir() or not any(output.iterdir()):
         return text
     if (output / CONFIG_FILE).exists():  # the last file
-        return f"{output} holds the whole model; without a tokenizer, copy the dense model's"
+        return f"{output} holds the whole model; if it has no tokenizer, copy the dense model's"
     return f"{output} is not complete: remove it. Then, {text}"

@@ -1,4 +1,4 @@
-"""What `rac eval` asks: its options, and where they say nothing, those of `--preset`."""
+"""What `rac eval` asks: its options, else `--preset`."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ class IntegerLayer:
 
     @property
     def share(self) -> float:
-        """Error of 8 bits over the layer's own error; infinite where that is zero."""
+        """Return the error of 8 bits over the layer's own error; infinite if that is zero."""
         return self.error / self.own_error if self.own_error else float("inf")
 
 
@@ -186,7 +186,7 @@ class ActivationChoice:
 
     @property
     def modules(self) -> list[str]:
-        """The names of the chosen layers."""
+        """Return the names of the chosen layers."""
         return [layer.module for layer in self.layers if self._bits(layer) == 8]
 
     def _bits(self, layer: IntegerLayer) -> int:

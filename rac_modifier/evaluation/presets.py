@@ -5,7 +5,7 @@
 - answers per problem: open-r1's README (AIME 2024 64, MATH-500 4, GPQA Diamond 8). It has no
   figure for AIME 2025, which gets 64, and for GSM8K, which gets 1.
 - the instruction: DeepSeek-R1's README, in the user's turn. For GPQA the letter is asked for in
-  the same box, where open-r1 asks for a last line "Answer: LETTER".
+  the same box, where open-r1 has a last line "Answer: LETTER".
 - data sets: those that lighteval reads.
 """
 
@@ -41,7 +41,7 @@ class Preset:
 
     @property
     def name(self) -> str:
-        """The benchmark's name on the command line."""
+        """Return the benchmark's name on the command line."""
         return self.layout.task
 
 

@@ -50,7 +50,7 @@ class Ending:
 
     @property
     def truncated(self) -> bool:
-        """Whether the cap ended the answer."""
+        """Return whether the cap ended the answer."""
         return self.kind not in FINISHED
 
     def at_cap(self, cap: int) -> int:

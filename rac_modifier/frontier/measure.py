@@ -58,7 +58,7 @@ class HeldOut:
 
     @property
     def graded(self) -> bool:
-        """Whether every problem has an answer to check against."""
+        """Return whether every problem has an answer to check against."""
         return all(problem.answer and problem.answer.strip() for problem in self.problems)
 
 

@@ -41,6 +41,6 @@ def _from_entry_point(device: str) -> Backend | str:
         package = point.dist.name if point.dist is not None else point.value
         try:
             return cast(Backend, point.load())
-        except Exception as error:  # of a package of others: the layer runs dense, and says why
+        except Exception as error:  # a foreign package: the layer runs dense
             return f"the backend of {package} cannot be imported ({type(error).__name__}: {error})"
     return f"there is no sparse kernel for {device}"

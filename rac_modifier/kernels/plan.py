@@ -48,7 +48,7 @@ def plan_checkpoint(
 ) -> list[PlanRow]:
     """Plan each pruned or ignored linear module of a checkpoint, served in `dtype`.
 
-    The default of `dtype` is that of each weight. vLLM decides for the fused layer of q, k
+    `dtype` is by default each weight's dtype. vLLM decides for the fused layer of q, k
     and v, or of gate and up, by the same rules.
 
     Raises:

@@ -247,7 +247,7 @@ class ReasoningAwareCalibrationModifier(CalibratingModifier):
         return True
 
     def after_pruning(self, model: PreTrainedModel) -> None:
-        """Train the codes, if the recipe asks for recovery."""
+        """Train the codes, if the recipe has `recover`."""
         if self._recovery is not None and self._codes is not None:
             self._recovered = self._recovery.run(model, {}, self._codes.quantized())
 

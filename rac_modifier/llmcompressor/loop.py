@@ -205,7 +205,7 @@ def prune_experts(
 
     An expert is calibrated on the tokens that the router sends to it in the pruned model,
     and below `expert_floor` on the nearest others; or on all tokens with `experts: all`.
-    The dense model's inputs are those of the same tokens.
+    The dense model's inputs belong to the same tokens.
     """
     tokens = _ExpertTokens(layer, batches, run, device)
     per_call = min(problems_per_call(g, device, run.entry) for g in layer.experts[0].groups)

@@ -122,7 +122,7 @@ class ReasoningAwareSequentialPipeline(SequentialPipeline):
             )
         with contextlib.ExitStack() as stack:
             stack.enter_context(patch_attr(session.state.data, "calib", loader))
-            if not torch.accelerator.is_available():  # AWQModifier pins; torch refuses that
+            if not torch.accelerator.is_available():  # torch refuses to pin, AWQModifier pins
                 nothing = patch_attr(IntermediatesCache, "pin_memory", lambda *_, **__: None)
                 stack.enter_context(nothing)
             SequentialPipeline.__call__(model, loader, dataset_args)

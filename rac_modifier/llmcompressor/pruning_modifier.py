@@ -28,7 +28,7 @@ from rac_modifier.settings.entries import PruningEntry
 
 
 class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
-    """Prune in llm-compressor; `PruningEntry` says what it does and has the settings."""
+    """Prune in llm-compressor; `PruningEntry` has the settings."""
 
     requires_calibration_data: bool = True
 
@@ -93,7 +93,7 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
         self.run.quantizer.finish(state.model)
 
     def after_pruning(self, model: PreTrainedModel) -> None:
-        """Train the kept weights, if the recipe asks for recovery."""
+        """Train the kept weights, if the recipe has `recover`."""
         if self._recovery is None:
             return
         if self._processes.count > 1:

@@ -45,7 +45,7 @@ def check_disk(
 ) -> None:
     """Refuse a run whose disk has too little room, before anything is sampled (RacError).
 
-    Counted are the weights, dense and packed, those of the pruned `modules`, and with
+    Counted are the weights, dense and packed, the weights of the pruned `modules`, and with
     `masters` their float32 weights before rounding.
     """
     with disable_onloading():
@@ -56,7 +56,7 @@ def check_disk(
 
 
 class Resume:
-    """Write pruned groups to files of `folder`, and restore those of a killed run.
+    """Write pruned groups to files of `folder`, and restore a killed run's groups.
 
     Without a folder nothing is written.
 

@@ -26,7 +26,7 @@ from rac_modifier.recovery.on_grid import (
     pruned_share,
 )
 
-_PRUNED = 0.05  # share of zeros beyond those of rounding, from which a module was pruned
+_PRUNED = 0.05  # least share of zeros, without rounded ones, of a pruned module
 # why a module with a tensor of this name cannot be trained
 _REASONS = {
     "weight_g_idx": "the columns of a group are not neighbours (activation order); quantize with "

@@ -149,7 +149,7 @@ def _prepare(module: str) -> None:
 
 
 def _run(check: Check, arguments: tuple[Any, ...], seconds: float) -> bool:
-    """In a worker: run a check. SIGPROF has its default action, which ends the process anywhere."""
+    """Run a check in a worker. The default action of SIGPROF ends the process anywhere."""
     signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         return _equal(*arguments) if check == "mathematics" else _solves(*arguments)

@@ -141,7 +141,7 @@ def generate(
 
 
 def generate_distinct(seed: int | str, split: Split, count: int) -> list[Solved]:
-    """Return `count` problems of a split, no two of which have the same operands in any order."""
+    """Return `count` problems of a split; no two have the same operands in any order."""
     distinct: dict[tuple[str, tuple[int, ...]], Solved] = {}
     for problem in islice(generate(seed, split), 50 * count + 1000):
         distinct.setdefault((problem.task, tuple(sorted(problem.operands))), problem)

@@ -129,7 +129,7 @@ class Hessian:
 
     @property
     def device(self) -> torch.device:
-        """Where it is accumulated."""
+        """Return the device of the sum."""
         return self._sums.device
 
     def matrix(self, name: str = "this module", *, take: bool = False) -> torch.Tensor:

@@ -59,7 +59,7 @@ def raise_until_it_works(
     dampening: Dampening,
     label: str,
 ) -> tuple[T, Dampening]:
-    """Return the result of `attempt` and its dampening, raised tenfold as long as it is None.
+    """Return the result of `attempt` and its dampening, raised tenfold while the result is None.
 
     Raises:
         RacError: naming `label`, when the mean of the diagonal is not enough.

@@ -48,7 +48,7 @@ def lowest_along(scores: torch.Tensor, count: int, dim: int) -> torch.Tensor:
 
 
 def ranks_in_groups(scores: torch.Tensor, m: int) -> torch.Tensor:
-    """Rank, from 0 for the lowest, each entry of `scores` [groups * m, columns] in its group.
+    """Rank each entry of `scores` [groups * m, columns] in its group, from 0 for the lowest.
 
     A group is `m` consecutive rows of a column. The ranks have the dtype of `scores`; ties by
     position. Comparing all pairs of a short group takes a quarter of topk's time on a CPU.

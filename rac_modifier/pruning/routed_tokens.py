@@ -74,7 +74,7 @@ def filled_up(
 def _evenly(
     sizes: Sequence[int], missing: int, numbers: Sequence[int], processes: Processes
 ) -> list[list[int]]:
-    """Pick evenly spread places of the free tokens of each batch, of which there are `sizes`."""
+    """Pick evenly spread places of the free tokens of each batch; `sizes` counts these."""
     pairs = [list(pair) for pair in zip(numbers, sizes, strict=True)]
     before, total = {}, 0
     for number, size in sorted(pair for rank in processes.from_all(pairs) for pair in rank):

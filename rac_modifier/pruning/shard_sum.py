@@ -47,13 +47,13 @@ class ShardSum:
 
     @property
     def shard(self) -> list[torch.Tensor]:
-        """The sum of the present shard, block by block, to be added to in place."""
+        """Return the sum of the present shard, block by block, to be added to in place."""
         self._open = True
         return self._present()
 
     @property
     def total(self) -> torch.Tensor:
-        """The sum of all shards; with several processes, after `finish`."""
+        """Return the sum of all shards; with several processes, after `finish`."""
         if self._total is None:
             assert not self._parts, "finish joins the parts of several processes"
             return self._whole(self._present())

@@ -112,12 +112,12 @@ class Problem:
 
     @property
     def rows(self) -> list[int]:
-        """The rows of each module."""
+        """Return the rows of each module."""
         return [w.shape[0] for w in self.weights]
 
     @property
     def label(self) -> str:
-        """The names, for messages about the Hessian."""
+        """Return the names, for messages about the Hessian."""
         return ", ".join(self.names)
 
 
@@ -201,7 +201,7 @@ class _State:
 
 
 def _aim(method: Method, problem: Problem, dampening_frac: float) -> _State:
-    """Steps 1 and 2."""
+    """Run steps 1 and 2."""
     hessian, cross_moment = problem.hessian, problem.cross_moment
     check_problem(problem.weights, hessian, problem.names, problem.patterns, cross_moment)
 

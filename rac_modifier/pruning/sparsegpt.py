@@ -28,7 +28,7 @@ from rac_modifier.pruning.masks import lowest, lowest_along
 from rac_modifier.settings.pattern import Pattern
 
 _SUB_BLOCK = 32
-# Most weights of a batch of problems: on a CPU as many as stay in its caches, on a GPU, where calls
+# Most weights of a batch of problems: on a CPU what fits into its caches, on a GPU, where calls
 # take longer, 256 MB per buffer (results/log.md).
 _BATCH_ON_CPU, _BATCH_ON_GPU = 1 << 21, 1 << 26
 
@@ -46,7 +46,7 @@ def prune_batch(
     patterns: Sequence[Pattern],
     block_size: int,
 ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """`prune` problems of one shape with the same patterns: weights, mask and errors of each."""
+    """Prune problems of one shape with the same patterns; return weights, mask, errors of each."""
     lower, uniform = [f.reversed_lower for f in factors], [f.dampening.uniform for f in factors]
     if len(weights) == 1:
         return [(weights[0], *prune(weights[0], lower[0], uniform[0], rows, patterns, block_size))]

@@ -29,17 +29,17 @@ class Grid:
 
     @property
     def half_range(self) -> float:
-        """The largest weight over its scale, as in compressed-tensors: (max - min) / 2."""
+        """Return the largest weight over its scale, as in compressed-tensors: (max - min) / 2."""
         return _E4M3_MAX if self.kind == "float" else ((1 << self.bits) - 1) / 2
 
     @property
     def lowest(self) -> int:
-        """The lowest code of an integer grid."""
+        """Return the lowest code of an integer grid."""
         return -(1 << (self.bits - 1))
 
     @property
     def is_lopsided(self) -> bool:
-        """Whether the extra code below zero is worth a search for the sign: 1 of 256 is not."""
+        """Return whether the extra negative code is worth a search for the sign (below 8 bits)."""
         return self.kind == "int" and self.symmetric and self.bits < 8
 
     def groups(self, columns: int) -> int:

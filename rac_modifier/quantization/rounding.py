@@ -38,7 +38,7 @@ def gptq(
 ) -> None:
     """Round `weight` [problems, d, rows] in place, with a factor for each problem.
 
-    `keep` is in its shape and dtype: 1.0 = kept, 0.0 = pruned. `steps` are those of every weight.
+    `keep` is in its shape and dtype: 1.0 = kept, 0.0 = pruned. `steps` has a value per weight.
     """
     orders = [factor.order for factor in factors if factor.order is not None]
     if orders:

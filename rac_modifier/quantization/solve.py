@@ -56,7 +56,7 @@ def quantize(
     grids: Sequence[Grid | None],
     **settings: Any,
 ) -> list[Quantized | None]:
-    """Round the modules of one problem; `settings` are those of `quantize_many`."""
+    """Round the modules of one problem; `settings`: see `quantize_many`."""
     return quantize_many([PrunedProblem(solutions, hessian, grids)], **settings)[0]
 
 
@@ -70,7 +70,7 @@ def quantize_many(
 ) -> list[list[Quantized | None]]:
     """Round the pruned modules of each problem to their grids; one with None is left as it is.
 
-    The outputs are to stay those of the targets (rounding.py has the equations), and only kept
+    Outputs stay close to the targets' outputs (rounding.py has the equations), and only kept
     weights become nonzero. Problems of one shape with the same grids are rounded as a batch, with
     the bits that they get alone.
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def reasoner_path() -> Path:
-    """The folder of the embedded reasoner, for `from_pretrained`.
+    """Return the folder of the embedded reasoner, for `from_pretrained`.
 
     Raises:
         RacError: the weights are missing (a source tree in which they were not trained).

@@ -31,7 +31,7 @@ def inside_adapters(model: torch.nn.Module) -> set[torch.nn.Module]:
 
 
 def mask_adapters(model: torch.nn.Module, masks: Mapping[torch.nn.Parameter, torch.Tensor]) -> None:
-    """Mask the adapters of `model` for as long as they exist; a later merge is masked too.
+    """Mask the adapters of `model` until they are removed; a later merge is masked too.
 
     Args:
         model: with or without adapters.

@@ -102,7 +102,7 @@ def recover(
         quantized: grid and scales of quantized weights, by module name. These are trained through
             their codes, and end as code times scale.
         state: folder that a killed run goes on from; None keeps no state.
-        autocast: dtype of matmuls in forward and backward passes; None: that of the weights.
+        autocast: dtype of matmuls in forward and backward passes; None: the weights' dtype.
         processes: train together, each with the same arguments; all get the result.
         save_seconds: how often the state is written.
 

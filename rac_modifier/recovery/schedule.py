@@ -40,12 +40,12 @@ class Step:
 
     @property
     def completion_tokens(self) -> int:
-        """The tokens in the loss."""
+        """Return the tokens in the loss."""
         return sum(len(ids) - prompt for batch in self.batches for ids, prompt in batch)
 
     @property
     def tokens(self) -> int:
-        """Prompt and completion tokens."""
+        """Return prompt and completion tokens."""
         return sum(len(ids) for batch in self.batches for ids, _ in batch)
 
 
@@ -58,7 +58,7 @@ def plan_steps(
     """Plan passes over `sequences`, each in a new random order, of about `step_tokens` per step.
 
     A micro-batch has at most `batch_tokens` padded tokens. A process that is alone on a CPU also
-    limits its padding: a batch on a GPU costs as much as a thousand tokens, and several processes
+    limits its padding: a batch on a GPU costs the time of a thousand tokens, and several processes
     share each batch. Steps are not sorted by length: that would separate the kinds of problems.
     """
     most_padding = _BATCH_COST if device.type == "cpu" and processes == 1 else None

@@ -3,7 +3,7 @@
 With several processes a copy of the model is trained by FSDP2: weights, gradients and moments of
 each decoder layer are sharded, and its weights are gathered while it runs; embeddings and head are
 whole on every rank. Each rank takes its share of every batch, and gradients are summed, so the
-result is that of one process but for the order of sums.
+result differs from one process only in the order of sums.
 """
 
 from __future__ import annotations

@@ -114,7 +114,7 @@ def _has_few_bits(model: str) -> bool:
         bits = {group["weights"]["num_bits"] for group in config["config_groups"].values()}
         return bool(bits & {2, 3})
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return False  # no folder, or vLLM says what is wrong with it
+        return False  # no folder, or a broken one, which vLLM reports
 
 
 def check_serving() -> None:

@@ -54,7 +54,7 @@ class Part:
 
     @property
     def key(self) -> str:
-        """As it is written in a mixture."""
+        """Return the part as it is written in a mixture."""
         return self.kind if self.name is None else f"{self.kind}:{self.name}"
 
 
@@ -139,12 +139,12 @@ class GenericText(Settings):
 
     @property
     def has_columns(self) -> bool:
-        """Whether the source is a table, rather than one long text."""
+        """Return whether the source is a table, rather than one long text."""
         return self.source != "python-docs" and not self.source.endswith(".txt")
 
     @property
     def is_dataset(self) -> bool:
-        """Whether the source is a Hugging Face dataset."""
+        """Return whether the source is a Hugging Face dataset."""
         return self.source != "python-docs" and not self.source.endswith(TEXT_FILES)
 
 

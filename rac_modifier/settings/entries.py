@@ -89,7 +89,7 @@ class CalibrationEntry(BaseModel):
 
     @model_serializer(mode="wrap")
     def _only_what_counts(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A dump in plain types that can be read again, without settings that have no effect."""
+        """Dump settings that have an effect in plain types that can be read again."""
         dump, idle = serialize(self), set(self.idle_settings())
         if all(name in dump or (name,) in idle for name in PRESETS["quality"]):
             idle.add(("preset",))  # the dump holds all that it sets
@@ -116,7 +116,7 @@ class PruningEntry(CalibrationEntry, PruningSettings):
 
     @property
     def gains_at_once(self) -> bool:
-        """Whether small problems are solved faster in a batch: with SparseGPT and rounding."""
+        """Return whether small problems are solved faster in a batch: SparseGPT, rounding."""
         return self.solver == "sparsegpt" or self.quantization is not None
 
     def idle_settings(self) -> Idle:

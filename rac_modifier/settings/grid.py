@@ -100,7 +100,7 @@ class GridEvaluation(Settings):
 
     @property
     def in_progress(self) -> int:
-        """Answers of a server that are in progress at a time."""
+        """Return the number of concurrent answers of a server."""
         return self.concurrency or self.batch_size
 
     def where(self) -> dict[str, Any]:

@@ -95,12 +95,12 @@ class Pattern:
 
     @property
     def is_structured(self) -> bool:
-        """Whether the pattern is N:M."""
+        """Return whether the pattern is N:M."""
         return self.m > 0
 
     @property
     def mask_structure(self) -> str:
-        """As a recipe spells it: "2:4", or "0:0" for unstructured."""
+        """Return what a recipe writes: "2:4", or "0:0" for unstructured."""
         return f"{self.n}:{self.m}"
 
     def describe(self) -> str:

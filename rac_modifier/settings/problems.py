@@ -54,17 +54,17 @@ class ProblemSource(Settings):
 
     @property
     def is_generator(self) -> bool:
-        """Whether the problems are generated, without end, rather than read from a table."""
+        """Return whether the problems are generated, without end, rather than read from a table."""
         return self.source == ARITHMETIC or self.source.startswith(GYM_PREFIX)
 
     @property
     def is_file(self) -> bool:
-        """Whether `source` is a path to a file of problems."""
+        """Return whether `source` is a path to a file of problems."""
         return not self.is_generator and self.source.endswith(FILE_SUFFIXES)
 
     @classmethod
     def looks_like(cls, name: str) -> bool:
-        """Whether a name by itself is a source of problems, not the name of a declared one."""
+        """Return whether a name is a source of problems by itself, not a declared one."""
         source = cls(source=name)
         return source.is_generator or source.is_file or "/" in name
 

@@ -179,22 +179,22 @@ class PruningSettings(BaseModel):
 
     @property
     def pattern(self) -> Pattern | None:
-        """What is pruned; None where `solver: keep` reads it off the model's zeros."""
+        """Return the pattern; None where `solver: keep` reads it off the model's zeros."""
         return self._pattern
 
     @property
     def prunes(self) -> bool:
-        """Whether any weight is pruned, or was: else the modules are only quantized."""
+        """Return whether any weight is pruned, or was: else the modules are only quantized."""
         return self.solver != "none"
 
     @property
     def refits(self) -> bool:
-        """Whether the kept weights are fitted again, which alps and keep do in any case."""
+        """Return whether the kept weights are fitted again, which alps and keep do in any case."""
         return self.refit or self.solver in ("alps", "keep")
 
     @property
     def fits_weights(self) -> bool:
-        """Whether any weight is computed with the Hessian, rather than only selected."""
+        """Return whether any weight is computed with the Hessian, rather than only selected."""
         return (
             self.refits
             or self.solver == "sparsegpt"

@@ -49,10 +49,10 @@ class RecoverySettings(Settings):
 
     @property
     def reserved_tokens(self) -> int:
-        """Tokens of the traces that calibration leaves for recovery, held-out ones included."""
+        """Return the tokens of the traces for recovery, held-out ones included."""
         return self.tokens - self.generic_tokens + self.held_out_tokens
 
     @property
     def generic_tokens(self) -> int:
-        """Tokens of generic text to train on."""
+        """Return the tokens of generic text to train on."""
         return round(self.tokens * self.generic_share)

@@ -68,7 +68,7 @@ class SamplingSettings(Settings):
     def resolved(self, generation_config: Any) -> SamplingSettings:
         """Return these settings with a value for each that is None.
 
-        The value is that of the model's generation_config, if it samples (do_sample) and has one;
+        The model's generation_config decides, if it samples (do_sample) and has the value;
         else temperature 0.6, top_p 0.95 and top_k 0. (transformers' own defaults are not used.)
         """
         samples = generation_config is not None and generation_config.do_sample

@@ -52,12 +52,12 @@ class SelectSettings(Settings):
 
     @property
     def checks_answers(self) -> bool:
-        """Whether every answer has to be checked."""
+        """Return whether every answer has to be checked."""
         return self.answers != "any" or self.pass_rate is not None
 
     @property
     def keeps_all(self) -> bool:
-        """Whether every trace is kept."""
+        """Return whether every trace is kept."""
         limits = (self.min_tokens, self.max_tokens)
         return not (self.checks_answers or self.finished or any(limits))
 

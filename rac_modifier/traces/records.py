@@ -53,7 +53,7 @@ class Trace:
 
     @property
     def tokens(self) -> int:
-        """Prompt and completion tokens together."""
+        """Return prompt and completion tokens together."""
         return len(self.prompt_ids) + len(self.completion_ids)
 
 

@@ -45,7 +45,7 @@ class TraceCounts:
 
     @property
     def tokens(self) -> int:
-        """Prompt and completion tokens together."""
+        """Return prompt and completion tokens together."""
         return self.prompt_tokens + self.completion_tokens
 
 
@@ -147,7 +147,7 @@ class TraceStore:
         return trace_id in self.tokens_by_id
 
     def __iter__(self) -> Iterator[Trace]:
-        """The traces in the order of the file, read one at a time."""
+        """Return the traces in the order of the file, read one at a time."""
         with self.path.open("rb") as file:
             read_line(file, self.path)
             number = 1

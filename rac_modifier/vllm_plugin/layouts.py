@@ -166,7 +166,7 @@ class WordsLayout(Layout):
 
 
 def is_packed(quantization: object) -> bool:
-    """Return whether a `quantization_config`, of any type, is that of a packed sparse checkpoint.
+    """Return whether a `quantization_config`, of any type, means packed sparse weights.
 
     `quant_method` is "rac"; older files have "compressed-tensors", whose unknown formats
     are vLLM's.

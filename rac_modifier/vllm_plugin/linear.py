@@ -98,7 +98,7 @@ class Shards:
         `load` is the layer's loader.
 
         Raises:
-            RacError: a shard is missing, or its shape is not that of the model.
+            RacError: a shard is missing, or its shape does not fit the model.
         """
         numbers = ModelWeightParameter(
             data=torch.full((rows, 1), -1), input_dim=1, output_dim=0, weight_loader=load
@@ -137,7 +137,7 @@ class Shards:
         return numbers.data.flatten()
 
     def order(self, loaded: _Loaded) -> Tensor | None:
-        """Return the column order that all shards share, int64 [K]; None: that of the inputs."""
+        """Return the column order that all shards share, int64 [K]; None: the inputs' order."""
         (first, weight), *remaining = loaded.items()
         for shard, second in remaining:
             if not _equal(weight.order, second.order):

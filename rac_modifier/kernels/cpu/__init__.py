@@ -51,7 +51,7 @@ def encoding_of(
 ) -> ValueEncoding:
     """Return the encoding of values of dtype `stored`; `group` of `columns` columns share a scale.
 
-    int32 stands for words of values of `word_bits` bits. bfloat16 values that are served in float32
+    int32: words of values of `word_bits` bits. bfloat16 values that are served in float32
     stay bfloat16: the same numbers in half of the bytes.
     """
     if stored in FLOATS:

@@ -23,7 +23,7 @@ from rac_modifier.kernels.cpu.support import TOKENS, cpp_operator, library_and_i
 EIGHT_BITS = " with 8-bit activations"  # kinds of integers that another kernel multiplies
 KINDS = ("floats", "int8", "int4", f"int8{EIGHT_BITS}", f"int4{EIGHT_BITS}")
 SCRATCH_BYTES = 8 << 20  # of expanded panels at a time: they about fit into the last-level cache
-_crossovers: dict[str, float] = {}  # by kind of weight; else that of the kernel (Library.kernels)
+_crossovers: dict[str, float] = {}  # by kind of weight; default: Library.kernels
 _scratch = threading.local()
 
 
@@ -111,7 +111,7 @@ def _forward(
     bias: Tensor | None,
     scale: Tensor | None = None,
 ) -> Tensor:
-    """Multiply. `data` was checked when it was packed; only its header is checked again."""
+    """Multiply; only the header of `data` is checked, the rest was when it was packed."""
     library, isa = library_and_isa()
     _check(x, data, rows, columns, bias, scale)
     shape = x.shape
