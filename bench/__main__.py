@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
     )
     add_common(parser)
     suite.add_options(parser)
-    if "--tiny" in arguments:  # explicit options win over those of the tiny mode
+    if "--tiny" in arguments:  # explicit options win over the tiny mode's
         parser.set_defaults(**suite.TINY)
     suite.run(parser.parse_args(arguments[1:]))
     return 0

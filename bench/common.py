@@ -44,8 +44,8 @@ def commit() -> str:
     """Return the short hash of the commit that runs, with "+" for changed files; "unknown" outside
     of git."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--exclude", "*", "--dirty=+"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
+    process = subprocess.run(command, capture_output=True, text=True)
+    return process.stdout.strip() or "unknown"
 
 
 def save(
@@ -61,7 +61,7 @@ def save(
         folder: `results` for figures that the docs show.
         name: of the table, as a page's marker has it.
         model: what the figures were measured on.
-        columns: name and format of each column; the format is that of `format()`, such as ".2f".
+        columns: name and format of each column; the format is as in `format()`, such as ".2f".
         rows: cells: text, a number, None, [value, error], or [value, lowest, highest].
     """
     about = {

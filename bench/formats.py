@@ -187,8 +187,8 @@ class Answers:
         """Return mean KL per token, in nats, with its standard error over answers."""
         kl = []
         for (ids, start), state in zip(self.sequences, self.states, strict=True):
-            other = hidden_states(pruned, ids)[start - 1 : -1]  # position i predicts token i + 1
-            kl.append(kl_per_token(self.dense, state[start - 1 : -1], pruned, other))
+            states = hidden_states(pruned, ids)[start - 1 : -1]  # position i predicts token i + 1
+            kl.append(kl_per_token(self.dense, state[start - 1 : -1], pruned, states))
         outside = []
         for (ids, start), values in zip(self.sequences, kl, strict=True):
             reason = "length" if ids[-1] != self.dense.config.eos_token_id else "stop"

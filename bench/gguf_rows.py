@@ -95,9 +95,9 @@ def gguf_file(model: Path, folder: Path, kind: str) -> Path:
 
 def module_of(name: str) -> str | None:
     """Return the module of a tensor such as blk.3.attn_q.weight; None for any other."""
-    parts = name.split(".")
-    known = len(parts) == 4 and parts[0] == "blk" and parts[2] in NAMES
-    return f"model.layers.{parts[1]}.{NAMES[parts[2]]}" if known else None
+    words = name.split(".")
+    is_matrix = len(words) == 4 and words[0] == "blk" and words[2] in NAMES
+    return f"model.layers.{words[1]}.{NAMES[words[2]]}" if is_matrix else None
 
 
 def in_torch_order(weight: torch.Tensor, module: str, config: Any) -> torch.Tensor:

@@ -69,8 +69,8 @@ def run_grid(
         rows: as in a grid file.
         out: folder of the frontier.
         tokens: of calibration, where a row does not say otherwise.
-        problems: held-out problems; default: those of the subject.
-        cap: most new tokens of an answer or trace; default: that of the subject.
+        problems: held-out problems; default: the subject's.
+        cap: most new tokens of an answer or trace; default: the subject's.
     """
     content = copy.deepcopy(
         {"shared": subject.shared, "evaluation": subject.evaluation, "rows": list(rows)}

@@ -1,5 +1,5 @@
-"""Our CPU kernels against dense linears of torch and vLLM: milliseconds per decode step by tokens
-at once.
+"""Our CPU kernels against dense linears of torch and vLLM: milliseconds per decode step
+by batch size.
 
     python -m bench kernels --forms 50%-bf16 50%-int8 int4 --tokens 1 4 16 64
 

@@ -64,11 +64,11 @@ def chat_subject(name: str, folder: Path, work: Path) -> Subject:
     written to `work`."""
     train, held_out = work.resolve() / "train.jsonl", work.resolve() / "held_out.jsonl"
     write_prompts(train, list(islice(prompts(held_out=False), 6000)))
-    asked = [
+    questions = [
         *islice(prompts(held_out=True), 32),
         *(problem.question for problem in held_out_problems("arithmetic", 32, seed=1)),
     ]
-    write_prompts(held_out, asked)
+    write_prompts(held_out, questions)
     sampling = {"max_new_tokens": 1024, "batch_size": 64, "seed": 0}
     sources = {
         source: {

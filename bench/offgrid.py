@@ -139,9 +139,9 @@ def from_gguf() -> tuple[PreTrainedModel, Any]:
     return model, AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
 
 
-def kl(reference: Tensor, other: Tensor) -> float:
+def kl(reference: Tensor, candidate: Tensor) -> float:
     """Return the mean KL divergence per token in nats."""
-    p, q = reference.double().log_softmax(-1), other.double().log_softmax(-1)
+    p, q = reference.double().log_softmax(-1), candidate.double().log_softmax(-1)
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 

@@ -108,9 +108,9 @@ def figures(
 ) -> Figures:
     """Return the figures of three answers, without the first: seconds to the first token, ms of
     each further one."""
-    first, each = statistics.median(firsts[1:]), statistics.median(further[1:])
-    seconds = first + each / 1e3 * (options.output_tokens - 1)
-    return Figures(size, each, first, options.output_tokens / seconds)
+    first, per_token = statistics.median(firsts[1:]), statistics.median(further[1:])
+    seconds = first + per_token / 1e3 * (options.output_tokens - 1)
+    return Figures(size, per_token, first, options.output_tokens / seconds)
 
 
 def linears(form: Form, options: argparse.Namespace) -> Figures:
@@ -141,8 +141,8 @@ def bytes_read(form: Form, options: argparse.Namespace) -> int:
     """Return the bytes of values, masks and scales that a token reads, with an int4 head."""
     weights = options.layers * sum(rows * columns for rows, columns in SHAPES["1.5B"])
     pruned = float(form.pruned)
-    each = (1 - pruned) * form.bits / 8 + bool(pruned) / 8 + 2 / GROUP[form.bits]
-    return int(each * weights + (0.5 + 2 / GROUP[4]) * options.vocab * HIDDEN)
+    bytes_per_weight = (1 - pruned) * form.bits / 8 + bool(pruned) / 8 + 2 / GROUP[form.bits]
+    return int(bytes_per_weight * weights + (0.5 + 2 / GROUP[4]) * options.vocab * HIDDEN)
 
 
 def served(form: Form, options: argparse.Namespace) -> Figures:
@@ -255,8 +255,8 @@ def run(options: argparse.Namespace) -> None:
                 [getattr(run, key) for run in values] for key in Figures.__annotations__
             )
         ]
-        size, each, prompt, in_all = medians
-        rows.append([name, size / 1e9, prompt, each, in_all, spread(ratios)])
+        size, per_token, prompt, in_all = medians
+        rows.append([name, size / 1e9, prompt, per_token, in_all, spread(ratios)])
     columns = {
         "contender": "",
         "GB read per token": ".3f",

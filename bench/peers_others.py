@@ -15,7 +15,7 @@ import torch
 from bench.shapes import QWEN2
 
 Shapes = Sequence[tuple[int, int]]
-# largest value of a code (times that of a scale within the block), and where in a block its
+# largest value of a code (times a scale within the block), and where in a block its
 # float16 scales are
 LARGEST = {
     "Q4_0": (8, (0,)),

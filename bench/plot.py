@@ -51,10 +51,10 @@ def draw(path: Path) -> None:
         interval = base.mark_rule().encode(y="low:Q", y2="high:Q")
         return line + interval + base.mark_point(filled=True, size=40, opacity=1).encode(y=y)
 
-    both = alt.hconcat(
+    charts = alt.hconcat(
         panel("right", "right answers, %"), panel("truncated", "truncated answers, %")
     )
-    both.configure_view(stroke=None).configure_legend(orient="bottom", labelLimit=300).save(
+    charts.configure_view(stroke=None).configure_legend(orient="bottom", labelLimit=300).save(
         path, ppi=150
     )
 

@@ -7,7 +7,7 @@ token, memory.
 
 bf16 and w8a8 run on vLLM's own kernels, all other forms on ours; int4-8 has 8-bit
 activations. Each round starts a server per form, in reverse order every second round. The
-ratio is to the first form. --soak sends thousands of requests, of which some clients leave,
+ratio is to the first form. --soak sends thousands of requests; some clients leave,
 to a checkpoint, and exits with 1 where memory is not flat or a request fails.
 """
 

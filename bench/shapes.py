@@ -80,9 +80,9 @@ class Form:
 def random_mask(rows: int, columns: int, pruned: float | str) -> Tensor:
     """Return a bool mask [rows, columns], True where a weight is kept."""
     if isinstance(pruned, str):
-        kept, width = (int(number) for number in pruned.split(":"))
+        n, width = (int(number) for number in pruned.split(":"))
         order = torch.rand(rows, columns // width, width).argsort(-1)
-        return (order < width - kept).view(rows, columns)
+        return (order < width - n).view(rows, columns)
     return torch.rand(rows, columns) >= pruned
 
 

@@ -1,4 +1,4 @@
-"""Thousands of requests to a served checkpoint, of which some clients leave: is the server's memory
+"""Thousands of requests to a served checkpoint; some clients leave: is the server's memory
 flat?
 
 Memory is what the server's processes have allocated, sampled every 100 requests. The cache
@@ -23,7 +23,7 @@ from bench.server import NAME, Server, serving
 OPTIONS = ["--max-model-len", "512", "--gpu-memory-utilization", "0.2", "--enforce-eager"]
 OPTIONS += ["--num-gpu-blocks-override", "256", "--dtype", "float32"]
 EVERY = 100  # requests from one sample of memory to the next
-LONG = 200  # tokens that a client that leaves asks for
+LONG = 200  # tokens that a leaving client requests
 PROBE = list(range(10, 40))  # the prompt that is asked before and after
 CONCURRENCY = 32
 TOLERANCE = 0.03  # of memory, relative
@@ -78,10 +78,10 @@ async def load(
     """Send the requests; return what went wrong, the samples of memory in bytes, and how many
     clients left."""
     draw, wrong, samples = random.Random(0), [], []
-    ended, left, waiting = 0, 0, options.requests
+    ended, departed, waiting = 0, 0, options.requests
 
     async def request(session: aiohttp.ClientSession) -> None:
-        nonlocal left
+        nonlocal departed
         prompt = [draw.randrange(vocab) for _ in range(draw.randint(1, 256))]
         kind = draw.random() / options.leave
         if kind < 0.5:
@@ -96,7 +96,7 @@ async def load(
         else:
             await answer(session, server.url, prompt, draw.randint(1, 32))
             return
-        left += 1
+        departed += 1
 
     async def worker(session: aiohttp.ClientSession) -> None:
         nonlocal ended, waiting
@@ -122,7 +122,7 @@ async def load(
             wrong.append(f"{running:.0f} requests of clients that left are in the engine")
         if await answer(session, server.url, PROBE, 16) != before:
             wrong.append("one prompt was answered differently before and after")
-    return wrong, samples, left
+    return wrong, samples, departed
 
 
 def soak(options: argparse.Namespace) -> int:
@@ -133,7 +133,7 @@ def soak(options: argparse.Namespace) -> int:
     vocab = json.loads((folder / "config.json").read_text())["vocab_size"]
     log = options.work / "soak.log"
     with serving(folder, [*OPTIONS, *shlex.split(options.serve_options)], log) as server:
-        wrong, samples, left = asyncio.run(load(server, vocab, options))
+        wrong, samples, departed = asyncio.run(load(server, vocab, options))
     settled = samples[options.settle // EVERY - 1 :]
     furthest = max((sample / settled[0] for sample in settled), key=lambda ratio: abs(ratio - 1))
     if abs(furthest - 1) > TOLERANCE:
@@ -147,7 +147,7 @@ def soak(options: argparse.Namespace) -> int:
         "furthest over settled": ".4f",
     }
     failed = sum(text.startswith("a request failed") for text in wrong)
-    row = [options.requests, left, failed, settled[0] / 1e6, settled[-1] / 1e6, furthest]
+    row = [options.requests, departed, failed, settled[0] / 1e6, settled[-1] / 1e6, furthest]
     save(options.out, "serving_soak", folder.name, columns, [row])
     print("\n".join(wrong) or "memory is flat and no request failed")
     return int(bool(wrong))

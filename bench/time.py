@@ -5,7 +5,7 @@ same batches.
     python -m bench time --cases 7B --layers 1 --tokens 131072 --rounds 1
 
 Contenders run in turn, each in a process of its own, on the same float32 model and the same
-rows of tokens without padding. Time is that of the whole `oneshot` call. The error compares
+rows of tokens without padding. Time is for the whole `oneshot` call. The error compares
 the last hidden state with the dense model's.
 """
 
@@ -120,7 +120,7 @@ def prune(case: str, layers: int, pattern: str, who: str, tokens: int) -> dict[s
 
 
 def resident(field: str) -> float:
-    """Return this process's memory in MiB: VmRSS is that of now, VmHWM the peak."""
+    """Return this process's memory in MiB: VmRSS: now, VmHWM: the peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(field)).split()[1]) / 1024
 

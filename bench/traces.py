@@ -228,7 +228,9 @@ def run(options: argparse.Namespace) -> None:
         [
             name,
             spread([rate for rate, _ in values]),
-            spread([rate / other for (rate, _), (other, _) in zip(values, base, strict=False)]),
+            spread(
+                [rate / reference for (rate, _), (reference, _) in zip(values, base, strict=False)]
+            ),
             spread([cpu for _, cpu in values]),
         ]
         for name, values in results.items()

@@ -1,5 +1,5 @@
 """DeepSeek-R1-Distill-Qwen-1.5B on one GPU, from nothing to the page: 50 %, 2:4, 2:4 + int4 and
-int4 beside the dense model.
+int4 next to the dense model.
 
     RAC_VLLM=.venv-serve/bin/vllm python examples/r1_distill_1_5b.py
     python examples/r1_distill_1_5b.py --dry-run

@@ -22,7 +22,7 @@ import sys
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-N, M = 2, 4  # zeros, of so many consecutive inputs
+N, M = 2, 4  # zeros in a group of consecutive inputs
 DAMPENING = 0.01  # of the mean of H's diagonal
 BLOCK = 128  # inputs whose errors are passed on together
 

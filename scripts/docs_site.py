@@ -62,17 +62,17 @@ def _existing(section: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Put the rendered text in the place of each comment."""
-    return _COMMENT.sub(lambda found: render(found[1], found[2]), markdown)
+    return _COMMENT.sub(lambda match: render(match[1], match[2]), markdown)
 
 
-def render(what: str, name: str | None) -> str:
+def render(kind: str, name: str | None) -> str:
     """The text for one comment of a page."""
-    if what == "recipes":
+    if kind == "recipes":
         return "\n\n".join(render_recipe(path) for path in sorted(RECIPES.glob("*.yaml")))
-    if what == "commands":
+    if kind == "commands":
         return "\n".join(render_command(typer.main.get_command(app), "rac"))
     entry = ENTRIES[str(name)]
-    if what == "left-out":
+    if kind == "left-out":
         return ", ".join(f"`{'.'.join(path)}`" for path in left_out(ENTRIES[PRUNING], entry))
     return "\n".join(render_settings(entry, (), {}))
 
@@ -102,14 +102,14 @@ def render_command(command: Any, name: str) -> Iterator[str]:
         yield ""
 
 
-def left_out(whole: type[BaseModel], part: type[BaseModel], path: Place = ()) -> list[Place]:
-    """Where settings of `whole` are that `part` does not have."""
+def left_out(first: type[BaseModel], second: type[BaseModel], path: Place = ()) -> list[Place]:
+    """Where settings of `first` are that `second` does not have."""
     missing: list[Place] = []
-    for name in whole.model_fields:
-        if name not in part.model_fields:
+    for name in first.model_fields:
+        if name not in second.model_fields:
             missing.append((*path, name))
             continue
-        ours, theirs = (_group(model.model_fields[name].annotation)[0] for model in (whole, part))
+        ours, theirs = (_group(model.model_fields[name].annotation)[0] for model in (first, second))
         if ours is not None and theirs is not None and ours is not theirs:
             missing += left_out(ours, theirs, (*path, name))
     return missing
@@ -176,20 +176,22 @@ def _type(field: FieldInfo) -> str:
 
 def _words(annotation: Any) -> str:
     """A type in words: "integer", "one of `a`, `b`", "list of text"."""
-    origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
-        return _words(parts[0])
+        return _words(arguments[0])
     if origin is typing.Literal:
-        return " or ".join(f"`{value}`" for value in parts)
+        return " or ".join(f"`{value}`" for value in arguments)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(dict.fromkeys(_words(part) for part in parts if part is not type(None)))
+        return " or ".join(
+            dict.fromkeys(_words(part) for part in arguments if part is not type(None))
+        )
     if origin in (list, tuple):
-        inner = list(dict.fromkeys(_words(part) for part in parts if part is not Ellipsis))
-        kind = "pair" if origin is tuple and Ellipsis not in parts else "list"
+        inner = list(dict.fromkeys(_words(part) for part in arguments if part is not Ellipsis))
+        kind = "pair" if origin is tuple and Ellipsis not in arguments else "list"
         return f"{kind} of {_plural(inner[0])}"
     if origin is dict:
-        key = "name" if parts[0] is str else _words(parts[0])
-        return f"mapping from {key} to {_words(parts[1])}"
+        key = "name" if arguments[0] is str else _words(arguments[0])
+        return f"mapping from {key} to {_words(arguments[1])}"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "group of settings"
     if origin is not None or (callable(annotation) and not isinstance(annotation, type)):

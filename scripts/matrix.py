@@ -122,15 +122,15 @@ def lowest(requirement: str) -> str:
 def find_python(version: str) -> str | None:
     """An interpreter of this version that runs: from PATH, /usr/bin or pyenv."""
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
-    found = [
+    interpreters = [
         f"python{version}",
         f"/usr/bin/python{version}",
         *map(str, sorted(pyenv.glob(f"{version}.*/bin/python"))),
     ]
     code = "import ensurepip, sys; print('%d.%d' % sys.version_info[:2])"
-    for candidate in filter(None, map(shutil.which, found)):
-        done = subprocess.run([candidate, "-c", code], capture_output=True, text=True)
-        if done.stdout.strip() == version:
+    for candidate in filter(None, map(shutil.which, interpreters)):
+        process = subprocess.run([candidate, "-c", code], capture_output=True, text=True)
+        if process.stdout.strip() == version:
             return candidate
     return None
 
@@ -171,26 +171,24 @@ def run(row: Row, keep: bool) -> None:
             output.flush()
             environment = {**os.environ, "PYTHON": python, "OMP_WAIT_POLICY": "PASSIVE"}
             environment.pop("PYTHONPATH", None)
-            done = subprocess.run(
+            process = subprocess.run(
                 step, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env=environment
             )
-            if done.returncode:
+            if process.returncode:
                 break
     row.installed = installed(inside)
-    row.result = (
-        f"{conclusion(log.read_text(), done.returncode)}, {(time.monotonic() - started) / 60:.0f} "
-        "min"
-    )
+    minutes = (time.monotonic() - started) / 60
+    row.result = f"{conclusion(log.read_text(), process.returncode)}, {minutes:.0f} min"
     if not keep:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def installed(python: str) -> dict[str, str]:
     """Versions of the packages that the table shows."""
-    done = subprocess.run(
+    process = subprocess.run(
         [python, "-m", "pip", "list", "--format=freeze"], capture_output=True, text=True
     )
-    pairs = (line.partition("==") for line in done.stdout.splitlines())
+    pairs = (line.partition("==") for line in process.stdout.splitlines())
     return {name: version for name, _, version in pairs if name in SHOWN}
 
 
@@ -211,10 +209,10 @@ def conclusion(log: str, code: int) -> str:
     return f"FAILED: {lines[0][:200]}" if code else "passed"
 
 
-def table(done: list[Row]) -> str:
+def table(rows: list[Row]) -> str:
     """The rows as Markdown."""
     lines = ["| Python | versions | result | installed |", "|---|---|---|---|"]
-    for row in done:
+    for row in rows:
         versions = ", ".join(
             f"{name} {row.installed[name]}" for name in SHOWN if name in row.installed
         )
@@ -236,16 +234,16 @@ def main() -> None:
     )
     args = parser.parse_args()
     OUT.mkdir(parents=True, exist_ok=True)
-    done = []
+    finished = []
     for row in rows():
         if row.name in args.only:
             print(f"{row.name} ...", flush=True)
             run(row, args.keep)
             print(f"{row.name}: {row.result}", flush=True)
-            done.append(row)
-            (OUT / "matrix.md").write_text(table(done))
-    print(f"\n{table(done)}")
-    sys.exit(any(row.result.startswith("FAILED") for row in done))
+            finished.append(row)
+            (OUT / "matrix.md").write_text(table(finished))
+    print(f"\n{table(finished)}")
+    sys.exit(any(row.result.startswith("FAILED") for row in finished))
 
 
 if __name__ == "__main__":

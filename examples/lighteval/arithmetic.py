@@ -34,8 +34,8 @@ def write_problems(folder: str, count: int = 200) -> None:
 
 def last_box(text: str) -> str:
     """What the last box of an answer holds; empty where there is none."""
-    found = _BOX.findall(text)
-    return found[-1].strip() if found else ""
+    boxes = _BOX.findall(text)
+    return boxes[-1].strip() if boxes else ""
 
 
 def task() -> Any:

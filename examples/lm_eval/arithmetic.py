@@ -10,7 +10,7 @@ from datasets import Dataset
 from rac_modifier.problems.held_out import held_out_problems
 
 
-def problems(count: int = 200, seed: int = 0, **other: Any) -> dict[str, Dataset]:
+def problems(count: int = 200, seed: int = 0, **unused: Any) -> dict[str, Dataset]:
     """The split "test"; `count` and `seed` are given on the command line, as `--metadata '{"count":
     50}'`."""
     rows = [

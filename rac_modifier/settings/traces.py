@@ -55,12 +55,6 @@ class SelectSettings(Settings):
         """Return whether every answer has to be checked."""
         return self.answers != "any" or self.pass_rate is not None
 
-    @property
-    def keeps_all(self) -> bool:
-        """Return whether every trace is kept."""
-        limits = (self.min_tokens, self.max_tokens)
-        return not (self.checks_answers or self.finished or any(limits))
-
     def check_against(self, max_new_tokens: int, samples_per_problem: int) -> None:
         """Refuse what no trace sampled so can meet (RacError: naming both settings)."""
         if self.min_tokens is not None and self.min_tokens > max_new_tokens:

@@ -15,12 +15,11 @@ from rac_modifier.errors import RacError
 from rac_modifier.evaluation import accuracy
 from rac_modifier.evaluation.results import Row, summarise
 from rac_modifier.problems.held_out import held_out_problems
-from rac_modifier.reasoner import direct_answer_prompt, reasoner_path
+from rac_modifier.reasoner import reasoner_path
 from rac_modifier.sampling.prompts import render_prompt
 from tests import forked
 from tests.reasoner import training_run
 from tests.reasoner.training_run import TRAINING
-from tests.tiny import byte_tokenizer
 
 ROOT = Path(__file__).parents[2]
 PROBLEMS = 240
@@ -72,9 +71,13 @@ def test_its_completions_are_long_next_to_its_prompts(reasoner, answered):
 
 @pytest.mark.slow
 def test_it_fails_without_thinking(reasoner):
+    def closed(tokenizer, question):
+        prompt = tokenizer.decode(render_prompt(tokenizer, question))
+        return tokenizer.encode(f"{prompt}</think>\n", add_special_tokens=False)
+
     problems = held_out_problems("arithmetic", 80)
     result = accuracy.evaluate(
-        *reasoner, problems, label="direct", max_new_tokens=64, render=direct_answer_prompt
+        *reasoner, problems, label="direct", max_new_tokens=64, render=closed
     )
     assert result.accuracy < 0.2
 
@@ -91,7 +94,6 @@ def test_a_trace_renders_token_for_token_as_in_training(reasoner):
             )
             == tag
         )
-    assert tokenizer.decode(direct_answer_prompt(tokenizer, "1?")).endswith("<think>\n</think>\n")
 
 
 def test_its_files_are_small_readable_and_safe():
@@ -119,13 +121,6 @@ def test_missing_assets_are_an_error_with_the_command_that_makes_them(monkeypatc
         reasoner_path()
     (assets / "model.safetensors").touch()
     assert reasoner_path() == assets
-
-
-def test_direct_answer_prompt_needs_a_template_that_opens_the_thinking():
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = "Q: {{ messages[0].content }}"
-    with pytest.raises(RacError, match=r"ends in 'Q: 1\+1\?', not in '<think>"):
-        direct_answer_prompt(tokenizer, "1+1?")
 
 
 SETTINGS = ["--steps", "4", "--tokens", "1024", "--threads", "1", "--no-compile"]

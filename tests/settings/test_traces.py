@@ -52,16 +52,14 @@ def test_a_selection_that_nothing_meets_is_refused(values, message):
 
 
 @pytest.mark.parametrize(
-    ("values", "checks", "all_kept"),
+    ("values", "checks"),
     [
-        ({}, False, True),
-        ({"answers": "wrong"}, True, False),
-        ({"pass_rate": [0, 1]}, True, False),
-        ({"finished": True}, False, False),
-        ({"min_tokens": 1}, False, False),
-        ({"max_tokens": 1}, False, False),
+        ({}, False),
+        ({"answers": "wrong"}, True),
+        ({"pass_rate": [0, 1]}, True),
+        ({"finished": True}, False),
+        ({"min_tokens": 1}, False),
     ],
 )
-def test_what_a_selection_looks_at(values, checks, all_kept):
-    select = SelectSettings(**values)
-    assert (select.checks_answers, select.keeps_all) == (checks, all_kept)
+def test_what_checks_answers(values, checks):
+    assert SelectSettings(**values).checks_answers is checks
