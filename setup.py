@@ -24,8 +24,7 @@ BUILD_LINE = re.compile(r"// build: (\w+)(.*)")
 
 
 class BuildKernels(build_ext):
-    """build_ext that compiles each source with the flags of its first line, and adds OpenMP if the
-    compiler has it."""
+    """build_ext with the flags of each source's first line, and OpenMP if available."""
 
     def build_extension(self, ext: Extension) -> None:
         """Compile the sources that this compiler builds for its processor, and link them."""
@@ -59,8 +58,7 @@ class BuildKernels(build_ext):
             raise  # setuptools goes on, because the extension is optional
 
     def _flags_of(self, source: str) -> list[str] | None:
-        """Flags of a source; None if this compiler builds for another processor, or does not know
-        them."""
+        """Return a source's flags; None: another processor, or flags unknown to the compiler."""
         line = BUILD_LINE.match(Path(source).read_text())
         if line is None or line[1] == "any":
             return []
@@ -69,8 +67,7 @@ class BuildKernels(build_ext):
         return flags if self._accepts(other, flags) else None
 
     def _accepts(self, code: str, flags: list[str]) -> bool:
-        """Whether the compiler makes a library of these lines with these flags; it prints
-        nothing."""
+        """Return whether the compiler makes a library of these lines; it prints nothing."""
         with tempfile.TemporaryDirectory() as folder:
             source, library = Path(folder) / "probe.cpp", Path(folder) / "probe.so"
             source.write_text(code)

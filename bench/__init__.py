@@ -1,2 +1,1 @@
-"""Benchmarks of rac-modifier: `python -m bench --list` names the suites. They write results/*.json,
-which the docs render."""
+"""Benchmarks (`python -m bench --list`); they write results/*.json, which the docs render."""

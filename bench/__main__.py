@@ -1,5 +1,4 @@
-"""`python -m bench SUITE [...]`: runs a suite of benchmarks. `python -m bench --list` names
-them."""
+"""`python -m bench SUITE [...]` runs a suite of benchmarks; `--list` names them."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Helpers that several suites share: the result file, the machine, runs in turn, and processes of
-their own."""
+"""Shared by the suites: the result file, the machine, runs in turn, processes of their own."""
 
 from __future__ import annotations
 
@@ -41,8 +40,7 @@ def machine() -> str:
 
 
 def commit() -> str:
-    """Return the short hash of the commit that runs, with "+" for changed files; "unknown" outside
-    of git."""
+    """Return the commit's short hash, "+" for changed files; "unknown" outside of git."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--exclude", "*", "--dirty=+"]
     process = subprocess.run(command, capture_output=True, text=True)
     return process.stdout.strip() or "unknown"
@@ -90,8 +88,7 @@ def spread(values: Sequence[float]) -> list[float] | float:
 
 
 def in_turn(runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[Any]]:
-    """Run each contender once per round, in reverse order every second round; return its results by
-    name.
+    """Run each contender once per round, every second round reversed; return results by name.
 
     A contender that fails is reported and not run again; it has the results of the rounds before.
     """
@@ -115,8 +112,7 @@ def in_turn(runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, lis
 
 
 def child(command: Sequence[str], **environment: str) -> tuple[str, float, float]:
-    """Run a command in a process of its own; return its stdout, its peak memory in bytes, its CPU
-    seconds.
+    """Run a command in a process; return stdout, peak memory in bytes, CPU seconds.
 
     Raises:
         RuntimeError: it ended with another status than 0.

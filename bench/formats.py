@@ -1,5 +1,4 @@
-"""KL of formats on one model, along the dense model's sampled and greedy answers to held-out
-prompts.
+"""KL of formats on one model, along the dense model's answers to held-out prompts.
 
 python -m bench formats
 python -m bench formats --labels int4 "GPTQ int4"
@@ -138,8 +137,7 @@ def traces(subject: Subject) -> list[list[int]]:
 
 
 def load(folder: Path, dense: Path) -> Any:
-    """Load the weights of a checkpoint, packed or not, into a float32 model of the dense
-    architecture."""
+    """Load a checkpoint's weights into a float32 model of the dense architecture."""
     import rac_modifier  # noqa: F401
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

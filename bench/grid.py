@@ -1,5 +1,4 @@
-"""Rows of recipes on one model, run by `rac frontier`: what the suites accuracy, recovery and
-traces share."""
+"""Rows of recipes run by `rac frontier`, for the suites accuracy, recovery and traces."""
 
 from __future__ import annotations
 
@@ -61,8 +60,7 @@ def run_grid(
     problems: int | None = None,
     cap: int | None = None,
 ) -> list[dict[str, Any]]:
-    """Run rows with `rac frontier`, which goes on where it was; return its finished rows, the dense
-    one first.
+    """Run or resume rows with `rac frontier`; return its finished rows, the dense one first.
 
     Args:
         subject: the model and its problems.

@@ -1,5 +1,4 @@
-"""Our CPU kernels against dense linears of torch and vLLM: milliseconds per decode step
-by batch size.
+"""Our CPU kernels against dense linears of torch and vLLM: ms per decode step by batch size.
 
     python -m bench kernels --forms 50%-bf16 50%-int8 int4 --tokens 1 4 16 64
 

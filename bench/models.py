@@ -60,8 +60,7 @@ SUBJECTS: dict[str, Callable[[Path], Subject]] = {"reasoner": reasoner, "smollm2
 
 
 def chat_subject(name: str, folder: Path, work: Path) -> Subject:
-    """Return a chat model on instructions and arithmetic in equal parts of tokens; its prompts are
-    written to `work`."""
+    """Return a chat model on instructions and arithmetic; its prompts are written to `work`."""
     train, held_out = work.resolve() / "train.jsonl", work.resolve() / "held_out.jsonl"
     write_prompts(train, list(islice(prompts(held_out=False), 6000)))
     questions = [

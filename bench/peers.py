@@ -1,5 +1,4 @@
-"""Our kernels and llama.cpp, OpenVINO and torchao on one machine: Qwen2-1.5B's shape, random
-weights, one request at a time.
+"""Our kernels, llama.cpp, OpenVINO and torchao: Qwen2-1.5B's shape, random weights, batch 1.
 
     pip install xllamacpp gguf openvino && pip install --no-deps "torchao>=0.18,<0.19"
     .venv-serve/bin/python -m bench peers --contenders "Q4_0" "linears 50%-int4" "python
@@ -106,16 +105,14 @@ def prompts(options: argparse.Namespace) -> list[list[int]]:
 def figures(
     size: int, firsts: list[float], further: list[float], options: argparse.Namespace
 ) -> Figures:
-    """Return the figures of three answers, without the first: seconds to the first token, ms of
-    each further one."""
+    """Return the medians of answers after the first: seconds to a token, ms per further one."""
     first, per_token = statistics.median(firsts[1:]), statistics.median(further[1:])
     seconds = first + per_token / 1e3 * (options.output_tokens - 1)
     return Figures(size, per_token, first, options.output_tokens / seconds)
 
 
 def linears(form: Form, options: argparse.Namespace) -> Figures:
-    """Multiply the weights of a decode step; every layer has memory of its own, so that no cache
-    helps."""
+    """Multiply the weights of a decode step; no layers share memory, so no cache helps."""
     from bench.kernels import ours
 
     torch.manual_seed(0)
@@ -163,8 +160,7 @@ def served(form: Form, options: argparse.Namespace) -> Figures:
 
 
 def python(form: Form, options: argparse.Namespace) -> Figures:
-    """Generate with vLLM's `LLM` in this process, as llama.cpp is timed; each step of the engine is
-    timed."""
+    """Generate with vLLM's `LLM` in this process, and time each step of the engine."""
     folder = random_model(options.work, form, options.layers, options.vocab)
     os.environ |= {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

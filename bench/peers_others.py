@@ -1,5 +1,4 @@
-"""What `bench peers` runs of other projects: a file for llama.cpp, and decode steps in OpenVINO and
-torchao."""
+"""Other projects in `bench peers`: a file for llama.cpp, steps in OpenVINO and torchao."""
 
 from __future__ import annotations
 
@@ -27,8 +26,7 @@ ROWS = 1 << 14  # that torchao packs at a time: its codes are 32-bit integers be
 
 
 def write_gguf(folder: Path, kind: str, layers: int, vocab: int) -> Path:
-    """Write Qwen2-1.5B's shape with random codes as a GGUF file, and return its path; nothing if it
-    exists.
+    """Write Qwen2-1.5B's shape with random codes as a GGUF file, if missing; return its path.
 
     `kind` is Q4_0, Q8_0 or Q4_K_M: Q4_K, with Q6_K for the embedding and, in the layers
     that llama.cpp chooses, v and down.
@@ -103,8 +101,7 @@ def median_ms(step: Callable[[], object], repeats: int) -> float:
 
 
 def openvino_step(shapes: Shapes, group: int, threads: int, repeats: int) -> tuple[int, float]:
-    """Time the int4 products of one token in OpenVINO's CPU runtime: weight bytes, and
-    milliseconds.
+    """Time the int4 matmuls of a token in OpenVINO's CPU runtime: weight bytes, milliseconds.
 
     The graph is nothing but linear layers, which the runtime may run in any order.
     """
@@ -143,8 +140,7 @@ def openvino_step(shapes: Shapes, group: int, threads: int, repeats: int) -> tup
 
 
 def torchao_step(shapes: Shapes, group: int, threads: int, repeats: int) -> tuple[int, float]:
-    """Time the products of one token by torchao's int4 weights, layer by layer: weight bytes, and
-    milliseconds.
+    """Time the int4 matmuls of a token in torchao, by layer: weight bytes, milliseconds.
 
     The last rows of each product are compared with float32.
     """

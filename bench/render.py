@@ -1,5 +1,4 @@
-"""`python -m bench.render`: writes the tables of results/*.json into the pages of docs/ (`make
-results`).
+"""`python -m bench.render` writes the tables of results/*.json into docs/ (`make results`).
 
 A page has `<!-- table NAME -->` and `<!-- end -->`; between them is the table of
 results/NAME.json. With --check nothing is written, and the exit status is 1 if a page would change.

@@ -1,5 +1,4 @@
-"""`vllm serve` on the loopback interface while it is measured, and a client that streams token
-ids."""
+"""`vllm serve` on the loopback interface, and a client that streams token ids."""
 
 from __future__ import annotations
 
@@ -113,8 +112,7 @@ def is_ready(url: str) -> bool:
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """End the server and every process of its group: the next server needs the cores and the
-    memory."""
+    """End all processes of the server's group: the next server needs cores and memory."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
@@ -125,8 +123,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 @dataclass(frozen=True)
 class Speed:
-    """Output tokens per second over all requests; medians of milliseconds to the first and to each
-    further token."""
+    """Output tokens per second of all requests; median ms to the first and further tokens."""
 
     tokens_per_second: float
     first_ms: float
@@ -136,8 +133,7 @@ class Speed:
 def measure(
     url: str, vocab: int, prompt_tokens: int, output_tokens: int, concurrency: int, requests: int
 ) -> Speed:
-    """Send requests of random token ids, `concurrency` at a time; the same prompts for the same
-    arguments.
+    """Send requests of random token ids, `concurrency` at a time; equal arguments, equal prompts.
 
     `vllm bench serve` needs a tokenizer for its random prompts, which a model with random
     weights does not have.

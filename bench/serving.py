@@ -1,5 +1,4 @@
-"""`vllm serve` with random weights in the shape of Qwen2-1.5B: tokens per second, time to the first
-token, memory.
+"""`vllm serve` with random weights, Qwen2-1.5B's shape: tokens per second, latency, memory.
 
     .venv-serve/bin/python -m bench serving --forms bf16 w8a8 int4 50%-int8
     .venv-serve/bin/python -m bench serving --forms bf16 int4-8 --prompts 512 2048
@@ -41,8 +40,7 @@ TINY: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Run:
-    """The figures of one server: memory in bytes, speed by concurrency, time to the first token in
-    ms by prompt length."""
+    """A server: memory in bytes, speed by concurrency, ms to the first token by prompt length."""
 
     resident: int
     speeds: dict[int, Speed]

@@ -1,5 +1,4 @@
-"""Models in the shape of Qwen2 with random weights, stored in any form that we serve. Speed does
-not depend on weights."""
+"""Models in the shape of Qwen2 with random weights, stored in any form that we serve."""
 
 from __future__ import annotations
 
@@ -56,8 +55,7 @@ class Form:
 
     @classmethod
     def parse(cls, text: str) -> Form:
-        """Read "bf16" and "w8a8" (vLLM's own), "int4", "50%-bf16", "2:4-int8", "50%-int8-8" (8-bit
-        activations)."""
+        """Read "bf16", "w8a8" (vLLM's), "int4", "50%-bf16", "2:4-int8", "50%-int8-8" (x int8)."""
         if text in ("bf16", "w8a8"):
             return cls(text, bits=16 if text == "bf16" else 8, vllm=True)
         match = re.fullmatch(r"(?:(\d+%|\d+:\d+)-)?(bf16|int8|int4|int3)(-8)?", text)
@@ -87,8 +85,7 @@ def random_mask(rows: int, columns: int, pruned: float | str) -> Tensor:
 
 
 def rounded(weight: Tensor, bits: int, group: int | None) -> tuple[Tensor, Tensor]:
-    """Round a float weight [N, K] to a symmetric grid: int8 values [N, K], bfloat16 scales [N,
-    groups].
+    """Round a weight [N, K] to a symmetric grid: int8 [N, K], bfloat16 scales [N, groups].
 
     Zeros stay zero, and other weights never become zero, so that the density stays.
     """
@@ -103,8 +100,7 @@ def rounded(weight: Tensor, bits: int, group: int | None) -> tuple[Tensor, Tenso
 
 
 def packed_words(values: Tensor, bits: int) -> Tensor:
-    """Pack int8 values [N, K] as compressed-tensors does: int32 [N, K bits / 32], lowest bit
-    first."""
+    """Pack int8 values [N, K] as compressed-tensors does: int32 [N, K bits / 32]."""
     words = []
     for rows in values.split(CHUNK):
         codes = (rows.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8).numpy()
@@ -170,8 +166,7 @@ def random_model(folder: Path, form: Form, layers: int, vocab: int) -> Path:
 
 
 def stored(name: str, weight: Tensor, bits: int, group: int | None) -> dict[str, Tensor]:
-    """Return the tensors of a quantized weight as compressed-tensors stores it: int8 values or
-    words, and scales."""
+    """Return a weight as compressed-tensors stores it: int8 values or words, and scales."""
     values, scale = rounded(weight, bits, group)
     if bits == 8:
         return {f"{name}.weight": values, f"{name}.weight_scale": scale}

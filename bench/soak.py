@@ -1,5 +1,4 @@
-"""Thousands of requests to a served checkpoint; some clients leave: is the server's memory
-flat?
+"""Thousands of requests to a served checkpoint, some abandoned: is the memory flat?
 
 Memory is what the server's processes have allocated, sampled every 100 requests. The cache
 for keys and values has few blocks, so that the first requests touch all of its pages; a

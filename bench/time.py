@@ -1,5 +1,4 @@
-"""Pruning time, error and peak memory: our presets and llm-compressor's SparseGPTModifier on the
-same batches.
+"""Pruning time, error and peak memory: our presets and llm-compressor on the same batches.
 
     python -m bench time --who upstream paper quality
     python -m bench time --cases 7B --layers 1 --tokens 131072 --rounds 1
@@ -53,8 +52,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def model_and_rows(case: str, layers: int, tokens: int) -> tuple[Any, list[list[int]]]:
-    """Return a float32 model and rows of token ids: random ones, and for the reasoner those of its
-    problems' solutions."""
+    """Return a float32 model and rows of token ids: random, or solutions for the reasoner."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
     import rac_modifier
@@ -79,8 +77,7 @@ def model_and_rows(case: str, layers: int, tokens: int) -> tuple[Any, list[list[
 
 
 def prune(case: str, layers: int, pattern: str, who: str, tokens: int) -> dict[str, float]:
-    """Prune in this process; return seconds, CPU seconds, the error, and the memory that the call
-    adds to the peak."""
+    """Prune in this process; return seconds, CPU seconds, the error and the added memory."""
     from llmcompressor import oneshot
     from llmcompressor.modifiers.pruning import SparseGPTModifier
 

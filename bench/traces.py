@@ -71,8 +71,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def changes(options: argparse.Namespace) -> None:
-    """Prune with each change and write the table; preset `paper` loses enough to show
-    differences."""
+    """Prune with each change and write the table; `paper` loses enough to show differences."""
     subject = SUBJECTS["reasoner"](options.work)
     rows = [
         {
@@ -96,8 +95,7 @@ def changes(options: argparse.Namespace) -> None:
 
 
 def collection(server: Server, options: argparse.Namespace) -> tuple[float, float]:
-    """Complete all problems of a round through `rac`'s collection; return tokens per second, CPU ms
-    per 1,000 tokens."""
+    """Collect a round of problems; return tokens per second, CPU ms per 1,000 tokens."""
     from transformers import AutoTokenizer
 
     from rac_modifier.errors import RacError

@@ -43,8 +43,7 @@ def rac(*words: object) -> None:
 
 
 def small_grid(out: Path) -> Path:
-    """The rows of the grid with numbers for the reasoner, asked arithmetic in the layout of the two
-    benchmarks."""
+    """Return the grid's rows with numbers for the reasoner, in the layout of the benchmarks."""
     content = yaml.safe_load((FOLDER / f"{GRID}.yaml").read_text())
     names = [benchmark["preset"] for benchmark in content["evaluation"]["benchmarks"]]
     questions = out / "questions.jsonl"

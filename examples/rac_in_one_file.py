@@ -1,5 +1,4 @@
-"""Reasoning-aware pruning in one file, without the rest of this package: torch and transformers
-alone.
+"""Reasoning-aware pruning in one file, with torch and transformers alone.
 
     python examples/rac_in_one_file.py MODEL OUTPUT        # a folder or Hugging Face id
     with a chat template
@@ -108,8 +107,7 @@ def sparsegpt(weight: torch.Tensor, hessian: torch.Tensor) -> tuple[torch.Tensor
 
 @torch.no_grad()
 def prune(model, traces: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Prune all linear layers of the decoder in place, layer by layer. Returns the masks by
-    name."""
+    """Prune the decoder's linear layers in place, layer by layer; return masks by name."""
     masks = {}
     for number, layer in enumerate(model.model.layers):
         modules = {n: m for n, m in layer.named_modules() if isinstance(m, torch.nn.Linear)}

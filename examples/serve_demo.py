@@ -41,8 +41,7 @@ ENVIRONMENT = {
 
 @contextmanager
 def served(checkpoint: Path, options: list[str], log: Path, seconds: float = 600) -> Iterator[str]:
-    """Run `vllm serve` inside the context, which gets its URL. Exits with the end of its log if it
-    does not become ready."""
+    """Run `vllm serve` inside the context, which gets its URL; print its log if it fails."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

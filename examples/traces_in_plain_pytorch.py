@@ -1,5 +1,4 @@
-"""A loop of plain PyTorch over the model's own traces: the `forward_loop` of NVIDIA ModelOpt and of
-any other tool.
+"""A PyTorch loop over the model's traces: the `forward_loop` of NVIDIA ModelOpt and others.
 
     python examples/traces_in_plain_pytorch.py [MODEL [STORE]]     # by default the embedded
     reasoner

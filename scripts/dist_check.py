@@ -98,8 +98,7 @@ if __name__ == "__main__":
 
 
 class Environment:
-    """A virtual environment, and how to run its programs: without a compiler, and as a user who
-    cannot write to it."""
+    """A virtual environment whose programs run without a compiler and cannot write to it."""
 
     def __init__(self, folder: Path, home: Path) -> None:
         self.folder, self.home, self.bin = folder, home, folder / "bin"
@@ -294,8 +293,7 @@ def create(python: str, environment: Environment) -> None:
 
 
 def make_read_only(environment: Environment) -> None:
-    """For nobody, root's files are read-only as they are; for oneself the folders have to be made
-    so."""
+    """Make folders read-only for this user; for nobody, root's files are already."""
     if os.geteuid() != 0:
         check(subprocess.run(["chmod", "-R", "a-w", str(environment.folder)]))
 

@@ -1,5 +1,4 @@
-"""What mkdocs runs while it builds the site (mkdocs.yml, `hooks`): pages that are rendered from the
-code.
+"""Hooks of mkdocs.yml: pages of the site that are rendered from the code.
 
 A page contains one of the comments below, and gets the rendered text in its place. So it is
 never older than the code.
@@ -86,8 +85,7 @@ def render_recipe(path: Path) -> str:
 
 
 def render_command(command: Any, name: str) -> Iterator[str]:
-    """Yield a heading with the name of a command, its help, its parameters as definitions; groups
-    yield their commands."""
+    """Yield a command's heading, help and parameters; groups yield their commands."""
     if hasattr(command, "commands"):
         for child, inner in command.commands.items():
             yield from render_command(inner, f"{name} {child}")
@@ -118,8 +116,7 @@ def left_out(first: type[BaseModel], second: type[BaseModel], path: Place = ()) 
 def render_settings(
     model: type[BaseModel], path: Place, seen: dict[type[BaseModel], Place]
 ) -> Iterator[str]:
-    """The settings of a model as a list of definitions; then, under a heading each, its groups of
-    settings.
+    """Yield a model's settings as definitions; then, each under a heading, its groups.
 
     `seen` holds where each group is described already: the same group elsewhere gets a link to it.
     """

@@ -106,8 +106,7 @@ def serving_tests() -> list[str]:
 
 
 def lowest(requirement: str) -> str:
-    """The requirement at the lowest version of its range: "torch>=2.10,<2.15" becomes
-    "torch==2.10".
+    """Return the lowest version of a range: "torch>=2.10,<2.15" becomes "torch==2.10".
 
     Raises:
         ValueError: a range without a lower end.

@@ -31,8 +31,7 @@ CHAT_TEMPLATE = (
 
 
 def generic_text() -> str:
-    """Prose that replaces a web corpus: the standard library's documentation topics (first
-    four fifths)."""
+    """Return prose that replaces a web corpus: the standard library's documentation topics."""
     text = "\n".join(topics[key] for key in sorted(topics))
     return text[: len(text) * 4 // 5]
 
@@ -76,8 +75,7 @@ def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
 def batches(
     tokenizer: PreTrainedTokenizerFast, seed: int, start: int, tokens: int
 ) -> Iterator[torch.Tensor]:
-    """Length-bucketed batches of about `tokens` tokens from step `start` on: `[rows, length]`,
-    padded with -100.
+    """Length-bucketed batches of about `tokens` tokens from step `start`: `[rows, length]`.
 
     A pool of problems is drawn, sorted by length and cut; pool k depends only on (seed, k),
     so a resumed run skips ahead without drawing what came before within earlier pools.

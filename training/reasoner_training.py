@@ -1,5 +1,4 @@
-"""The training of the embedded reasoner: its optimizer, the state of a run, one step, and the
-export."""
+"""The training of the embedded reasoner: optimizer, state of a run, one step, export."""
 
 from __future__ import annotations
 
@@ -163,8 +162,7 @@ def settings_key(args: argparse.Namespace) -> str:
 
 
 def export(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
-    """Write weights (bfloat16), tokenizer, chat template and sampling defaults as a Hugging Face
-    model folder."""
+    """Write weights (bfloat16), tokenizer, chat template and defaults as a model folder."""
     out.mkdir(parents=True, exist_ok=True)
     model = model.to(torch.bfloat16)
     model.generation_config = GenerationConfig(
@@ -182,8 +180,7 @@ def export(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Pat
 
 
 def train(args: argparse.Namespace) -> None:
-    """Train as the options of train_reasoner.py say, from the state in `args.work` on if there is
-    one."""
+    """Train by the options of train_reasoner.py, from the state in `args.work` if any."""
     torch.set_num_threads(args.threads)
     torch.use_deterministic_algorithms(True)
     args.work.mkdir(parents=True, exist_ok=True)

@@ -17,8 +17,7 @@ from pathlib import Path
 
 
 def keep_freed_memory() -> None:
-    """Restart under a malloc that does not give large blocks back: page faults cost a fifth of a
-    step otherwise."""
+    """Restart under a malloc that keeps large blocks: page faults cost a fifth of a step."""
     settings = {
         "MALLOC_MMAP_THRESHOLD_": str(2**32),
         "MALLOC_TRIM_THRESHOLD_": str(2**33),

@@ -1,5 +1,4 @@
-"""A task for lighteval: held-out arithmetic problems of the embedded reasoner, which `rac eval`
-asks too.
+"""A task for lighteval: the held-out arithmetic problems that `rac eval` asks.
 
 Write them first, in the environment of rac_modifier: `python
 examples/lighteval/arithmetic.py problems 200` makes problems/test.jsonl. lighteval, in an

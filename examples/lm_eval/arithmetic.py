@@ -1,5 +1,4 @@
-"""The problems of rac_arithmetic.yaml, as `rac eval` asks them: the same ones for the same number
-and seed."""
+"""The problems of rac_arithmetic.yaml; equal numbers and seeds give `rac eval`'s problems."""
 
 from __future__ import annotations
 
@@ -11,8 +10,7 @@ from rac_modifier.problems.held_out import held_out_problems
 
 
 def problems(count: int = 200, seed: int = 0, **unused: Any) -> dict[str, Dataset]:
-    """The split "test"; `count` and `seed` are given on the command line, as `--metadata '{"count":
-    50}'`."""
+    """Return the split "test"; `--metadata '{"count": 50}'` gives `count` and `seed`."""
     rows = [
         {"question": p.question, "answer": p.answer}
         for p in held_out_problems("arithmetic", count, seed)
