@@ -27,10 +27,8 @@ ALLOWED = {
         "from others",
     ("sampling/server_watch.py", "subprocess"): "runs the words of its own command line, without a "
         "shell",
-    ("sampling/own_server.py", "subprocess"): "the user's own vllm with a list of words, without a "
-        "shell",
-    ("sampling/vllm_command.py", "subprocess"): "the python beside the user's own vllm, with "
-        "literal code, without a shell",
+    ("sampling/own_server.py", "subprocess"): "the user's own vllm and the python next to it with "
+        "lists of words, without a shell",
     ("problems/answer_checker.py", "import_module("): "one of two literals, imported before the "
         "first answer",
 }  # fmt: skip
