@@ -160,8 +160,8 @@ class _ChatRun:
                     failed[key], in_a_row = str(error), in_a_row + 1
                     if in_a_row == _FAILURES_OF_AN_OUTAGE:
                         raise RacError(
-                            f"{in_a_row} answers in a row failed, the last one: {error}. Answers so "
-                            f"far are kept in {file.name}; see to the server, then run again"
+                            f"{in_a_row} answers in a row failed, the last one: {error}. Answers "
+                            f"so far are kept in {file.name}; see to the server, then run again"
                         ) from error
                     continue
                 in_a_row = 0
@@ -176,8 +176,9 @@ class _ChatRun:
         if failed:
             key, reason = next(iter(failed.items()))
             raise RacError(
-                f"{len(failed)} of {len(self._questions)} answers are missing (the first: {key!r}, "
-                f"{reason}); answers so far are kept in {file.name}: run again to ask for the others"
+                f"{len(failed)} of {len(self._questions)} answers are missing (the first: "
+                f"{key!r}, {reason}); answers so far are kept in {file.name}: run again to "
+                "ask for the others"
             )
         return tokens
 
@@ -239,8 +240,8 @@ def _read_answers(path: Path, content: bytes, header: Mapping[str, Any]) -> dict
     if different:
         name = different[0]
         raise RacError(
-            f"{path} holds answers under other settings ({name}: {recorded[name]} there, {header[name]} "
-            "asked for); name another file"
+            f"{path} holds answers under other settings ({name}: {recorded[name]} there, "
+            f"{header[name]} asked for); name another file"
         )
     stored = {}
     for number, line in enumerate(lines, 2):

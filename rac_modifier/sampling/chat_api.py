@@ -36,8 +36,8 @@ class ChatAnswer:
     ) -> ChatAnswer:
         """Join the texts, and divide the tokens.
 
-        `counted` is the server's count of thinking tokens. Where it has none, the tokens are divided
-        by characters. Thinking counts as closed if content follows it.
+        `counted` is the server's count of thinking tokens. Where it has none, the tokens
+        are divided by characters. Thinking counts as closed if content follows it.
         """
         text = thinking + THINK_END + content if thinking and content else thinking or content
         text = text.encode("utf-8", "replace").decode()  # a lone surrogate cannot be written
@@ -80,8 +80,8 @@ def read_chat(content: bytes, cap: int, server: str) -> ChatAnswer:
     tokens = usage.get("completion_tokens")
     if tokens is None:
         raise RacError(
-            f"{server} counts no tokens (usage.completion_tokens is missing); name the model folder "
-            "too, whose tokenizer counts them"
+            f"{server} counts no tokens (usage.completion_tokens is missing); name the "
+            "model folder too, whose tokenizer counts them"
         )
     if type(tokens) is not int or not 0 <= tokens <= cap:
         raise UnusableError(
@@ -89,8 +89,8 @@ def read_chat(content: bytes, cap: int, server: str) -> ChatAnswer:
         )
     if finish == "length" and tokens < cap - _MISCOUNT:
         raise RefusedError(
-            f"{server} truncated an answer at {tokens} of {cap} tokens; give it a larger context, or "
-            "lower --cap"
+            f"{server} truncated an answer at {tokens} of {cap} tokens; give it a larger "
+            "context, or lower --cap"
         )
     details = usage.get("completion_tokens_details")
     counted = details.get("reasoning_tokens") if isinstance(details, dict) else None
