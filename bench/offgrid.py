@@ -10,8 +10,7 @@ This file and its seed define the model that every SmolLM2 figure of this projec
 For the residual x and the RMS norm n(x), which commutes with an orthogonal Q:
   x' = x Q:       E' = E Q                                   embedding
   reads n(x):     W' = W diag(g) Q diag(1/g'),               q, k, v, gate, up
-                  g'_j = sqrt(sum_i Q_ij^2 g_i^2)            the norm's weight; columns keep
-                  their scale
+                  g'_j = sqrt(sum_i Q_ij^2 g_i^2)            norm's weight; columns keep their scale
   writes to x:    W' = Q^T W                                 o, down
   head:           W' = W diag(g_f) Q, the last norm is 1     untied from the embedding
 """

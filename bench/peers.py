@@ -1,8 +1,7 @@
 """Our kernels, llama.cpp, OpenVINO and torchao: Qwen2-1.5B's shape, random weights, batch 1.
 
     pip install xllamacpp gguf openvino && pip install --no-deps "torchao>=0.18,<0.19"
-    .venv-serve/bin/python -m bench peers --contenders "Q4_0" "linears 50%-int4" "python
-    50%-int4" "served int4"
+    .venv-serve/bin/python -m bench peers --contenders "Q4_0" "linears 50%-int4" "served int4"
 
 llama.cpp generates, timed by itself. "linears" are the products of one decode step, of all layers
 and the head, without attention and the calls of a server: a lower bound of a token's time. "python"

@@ -1,9 +1,8 @@
 """Traces: how fast a collection is, and which changes of the calibration set matter.
 
-    python -m bench traces rates --vllm .venv-serve/bin/vllm     # a server against
-    transformers' `generate` python -m bench traces client --vllm .venv-serve/bin/vllm    #
-    our client against a bare load generator python -m bench traces changes --patterns 2:4
-    0.6            # one change of the set at a time
+    python -m bench traces rates --vllm .venv-serve/bin/vllm     # a server against `generate`
+    python -m bench traces client --vllm .venv-serve/bin/vllm    # against a bare load generator
+    python -m bench traces changes --patterns 2:4 0.6            # a change of the set at a time
 
 The model is the embedded reasoner in float32. Each round completes other problems, in the
 same order for both contenders.

@@ -1,13 +1,12 @@
-"""DeepSeek-R1-Distill-Qwen-1.5B on one GPU, from nothing to the page: 50 %, 2:4, 2:4 + int4 and
-int4 next to the dense model.
+"""DeepSeek-R1-Distill-Qwen-1.5B on one GPU: dense, 50 %, 2:4, 2:4 + int4, int4, and their page.
 
     RAC_VLLM=.venv-serve/bin/vllm python examples/r1_distill_1_5b.py
     python examples/r1_distill_1_5b.py --dry-run
 
 1. The grid is checked: recipes, disk, the serving environment. --check stops here.
 2. The model's own traces are sampled through `vllm serve`.
-3. Each model is compressed, measured (KL, bytes, tokens per second), served, and asked
-MATH-500 and AIME 2024 as published.
+3. Each model is compressed, measured (KL, bytes, tokens per second), served, and asked MATH-500
+   and AIME 2024 as published.
 4. OUT/report.html shows all of it.
 
 The model, the prompts of OpenR1-Math-220k and the benchmarks come from the Hugging Face hub. Run

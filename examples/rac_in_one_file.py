@@ -1,7 +1,6 @@
 """Reasoning-aware pruning in one file, with torch and transformers alone.
 
-    python examples/rac_in_one_file.py MODEL OUTPUT        # a folder or Hugging Face id
-    with a chat template
+    python examples/rac_in_one_file.py MODEL OUTPUT    # MODEL: folder or hub id with chat template
 
 1. Sample: the model answers questions; its own chains of thought are the calibration data.
 2. Hessian: H = 2/n X^T X of the inputs X [tokens, d] of each linear layer, on those traces.

@@ -1,7 +1,6 @@
 """AutoRound's own API, calibrated on the model's own traces.
 
-    python examples/traces_in_autoround.py [MODEL [OUTPUT [STORE]]]     # by default the
-    embedded reasoner
+    python examples/traces_in_autoround.py [MODEL [OUTPUT [STORE]]]  # default: the reasoner
 
 Rows of one length: AutoRound counts padding in its loss, and leaves out rows that are
 shorter than `seqlen`.

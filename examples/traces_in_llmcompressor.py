@@ -1,7 +1,6 @@
 """llm-compressor's own GPTQ, calibrated on the model's own traces.
 
-    python examples/traces_in_llmcompressor.py [MODEL [OUTPUT [STORE]]]     # by default the
-    embedded reasoner
+    python examples/traces_in_llmcompressor.py [MODEL [OUTPUT [STORE]]]  # default: the reasoner
 
 The rows are packed to one length, so that llm-compressor neither cuts nor pads them.
 """

@@ -1,7 +1,6 @@
 """A PyTorch loop over the model's traces: the `forward_loop` of NVIDIA ModelOpt and others.
 
-    python examples/traces_in_plain_pytorch.py [MODEL [STORE]]     # by default the embedded
-    reasoner
+    python examples/traces_in_plain_pytorch.py [MODEL [STORE]]    # default: the embedded reasoner
 
 With ModelOpt: `mtq.quantize(model, mtq.NVFP4_DEFAULT_CFG, forward_loop=forward_loop)`. Here
 the maximum over the inputs of each linear layer is taken, as calibrators do.

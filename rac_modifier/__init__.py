@@ -55,9 +55,8 @@ def __getattr__(name: str) -> Any:
 class _ImportAfter(MetaPathFinder):
     """Import `module` right after `trigger` is loaded, in the way of the other finders.
 
-    A library that finds extensions through a registry, and has no entry point for them, is
-    extended so: it is not imported before the user does, and the order of the user's
-    imports does not matter.
+    This extends a library that has a registry and no entry point for extensions: the user
+    imports it first or later, and the order of imports does not matter.
     """
 
     def __init__(self, trigger: str, module: str) -> None:

@@ -150,8 +150,7 @@ def public_name(name: str | Path) -> str:
 def without_paths(value: Any) -> Any:
     """Return a copy of a record in which each absolute path is replaced by its public name.
 
-    A path is recognized where it is a whole string, and replaced wherever it occurs in
-    other strings.
+    A path is recognized as a whole string, and replaced in other strings too.
     """
     return _replaced(value, sorted(set(_paths(value)), key=len, reverse=True))
 

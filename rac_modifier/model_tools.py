@@ -74,8 +74,7 @@ def on_accelerator(model: PreTrainedModel, next_step: str = _OTHER_DEVICE) -> It
 def streamed_to_accelerator(model: PreTrainedModel) -> Iterator[None]:
     """Compute on the accelerator with weights that stay on the CPU, copied when a module runs.
 
-    All ranks call it, since the weights are shared memory from then on. A placed model
-    stays as it is.
+    All ranks call it, since the weights become shared memory. A placed model does not move.
     """
     device = accelerator()
     if device is None or is_placed(model):

@@ -1,8 +1,7 @@
 """The processes that one run shares: those that torchrun started, or this one alone.
 
 Decisions go as JSON through a gloo group, tensors through the default group (NCCL on GPUs,
-else gloo). pruning/shard_sum.py decides the order of a sum, so that no result depends on
-which rank was slow.
+else gloo). pruning/shard_sum.py fixes the order of sums, so no result depends on slow ranks.
 """
 
 from __future__ import annotations

@@ -73,8 +73,7 @@ def widened_peak(rehearse: Callable[[int], int], columns: int, multiple: int = 1
     Args:
         rehearse: returns the peak in bytes for a width.
         columns: width of the problem.
-        multiple: widths that are rehearsed are multiples of this number (groups of a grid,
-            M of N:M).
+        multiple: divides all rehearsed widths (groups of a grid, M of N:M).
     """
     narrow = max(_WIDTH // multiple, 1) * multiple
     if columns <= 2 * narrow:

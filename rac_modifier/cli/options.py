@@ -74,8 +74,7 @@ def printable(text: str) -> str:
 def render_table(head: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int = 1) -> str:
     """Return a table as plain text: the same on a terminal, in a pipe and in a file.
 
-    The first `text_columns` columns and the column "note" are aligned to the left, numbers
-    to the right.
+    The first `text_columns` columns and "note" are aligned to the left, numbers to the right.
     """
     table = [[printable(cell) for cell in row] for row in (head, *rows)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]

@@ -1,8 +1,7 @@
 r"""The answer that a text states last, in English, German, French and Chinese.
 
 A statement is `\boxed{X}`, or "the answer is X" in a sentence that ends. A text without either may
-state its answer as `= X` or `-> X` at the end of a line. A number that merely appears
-states nothing.
+state its answer as `= X` or `-> X` at the end of a line. Other numbers do not count.
 """
 
 from __future__ import annotations

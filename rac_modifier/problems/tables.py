@@ -40,8 +40,7 @@ def open_table(
         return _load(source, label, config, split, streaming=False)
     except RacError:
         raise
-    # What load_dataset raises depends on the format, the hub and the network: its words are
-    # passed on.
+    # The errors of load_dataset depend on format, hub and network: they are passed on.
     except Exception as error:
         raise _unreadable(source, label, config, split, error) from error
 

@@ -3,18 +3,14 @@
 For one module with weights W [rows, d], its inputs X_p [tokens, d] in the pruned model and its
 inputs X_d in the dense model (without token weights; hessian.py has them):
 
-    H  = 2/tokens X_p^T X_p               Hessian: second moment of the inputs
-         [d, d] C  = 2/tokens W (X_d - X_p)^T X_p     cross moment: output error before this
-    module x inputs  [rows, d]
+    H  = 2/tokens X_p^T X_p             [d, d]     Hessian: second moment of the inputs
+    C  = 2/tokens W (X_d - X_p)^T X_p   [rows, d]  cross moment: earlier output error x inputs
 
-    1. damped Hessian  H' = H + lambda I,  lambda = dampening_frac * mean(diag H)
-    linalg.py
+    1. damped Hessian  H' = H + lambda I,  lambda = dampening_frac * mean(diag H)    linalg.py
     2. target          W* = W + C H'^-1
-    3. mask            minimise trace((W* - W') H' (W* - W')^T) over W' that hold the        alps.py
-                       pattern
-                       sparsegpt.py, scores.py
-    4. refit           minimise the same over the values that the mask keeps:
-    refit.py
+    3. mask            minimise trace((W* - W') H' (W* - W')^T) over W' that hold    alps.py
+                       the pattern                                  sparsegpt.py, scores.py
+    4. refit           minimise the same over the values that the mask keeps:        refit.py
                        H'_SS w'_S = (H' w*)_S for each row w' with kept columns S
 
 The target is the dense one. Pruning towards W X_p would leave the errors that X_p already has. The

@@ -27,8 +27,7 @@ class Quantized:
     Attributes:
         weight: [rows, d], (code - zero point) times scale, in the dtype of the scales; zero where
             pruned.
-        scale: [rows, groups], as compressed-tensors' `weight_scale`; one scale per row is
-            one group.
+        scale: [rows, groups], as compressed-tensors' `weight_scale`; per row: 1 group.
         zero_point: int8 [rows, groups], as its `weight_zero_point` before it is packed; None on a
             symmetric grid.
         relative_error: trace((T - Q) H (T - Q)^T) / trace(T H T^T) for the target T; 0 when both

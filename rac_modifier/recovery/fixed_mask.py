@@ -61,8 +61,7 @@ class FixedMask:
         masks: bool by parameter name, True = kept; default: `sparse_masks(model)`.
 
     Raises:
-        RacError: a mask that fits no parameter, or a weight that is not zero where its mask
-            says so.
+        RacError: a mask that fits no parameter, or a nonzero weight that its mask prunes.
     """
 
     def __init__(self, model: torch.nn.Module, masks: Mapping[str, torch.Tensor] | None = None):

@@ -229,8 +229,7 @@ def check_limit(
 def check_name(card: dict[str, Any], model: str, server: str) -> None:
     """Refuse a server that loaded a model of another name (RacError), if both names are known.
 
-    A folder counts by its last name, a Hugging Face id and its folder in the cache by the
-    name after the organisation.
+    A folder counts by its last name, a hub id and its cache by the name after the "/".
     """
     root = card.get("root")
     root = root if isinstance(root, str) else ""
@@ -250,8 +249,7 @@ def check_name(card: dict[str, Any], model: str, server: str) -> None:
 def check_probes(model: PreTrainedModel, probes: Sequence[Probe], server: str) -> None:
     """Compare greedy tokens of a server with the model's own choices: a forward pass per probe.
 
-    Another model fails, and so do weights that were changed much. The same weights in fewer
-    bits pass.
+    Another model and much changed weights fail. The same weights in fewer bits pass.
     """
     regrets: list[float] = []
     with evaluating(model):

@@ -2,8 +2,7 @@
 
 Without the ended rows, the cost of a batch is about proportional to its tokens. Two copies of the
 key-value cache are avoided: `grouped_sdpa` does not repeat it per query head, as
-transformers' "sdpa" does for padded rows, and `RoomyLayer` does not copy it at every step,
-as `DynamicCache` does.
+transformers' "sdpa" does for padded rows, and `RoomyLayer` does not copy it at every step.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Draw the next token of each row: temperature, top-k, top-p, then Gumbel noise from a hash.
 
 The noise of a token is a function of (seed, key of the row, position, token) alone, so a
-draw does not depend on the batch, and a resumed run draws the same tokens. A whole
-vocabulary is never sorted.
+draw depends neither on the batch nor on a resume. A whole vocabulary is never sorted.
 """
 
 from __future__ import annotations

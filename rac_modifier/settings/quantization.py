@@ -15,8 +15,7 @@ from pydantic import model_validator
 from rac_modifier.errors import RacError
 from rac_modifier.settings.check import Settings, check_names
 
-# The names of compressed-tensors; tests/contracts/test_compressed_tensors.py compares them
-# with its own.
+# compressed-tensors' names, compared by tests/contracts/test_compressed_tensors.py.
 PRESET_SCHEMES = frozenset((
     "UNQUANTIZED", "W4A16_ASYM", "W8A8", "INT8", "W4AFP8", "FP8", "FP8_DYNAMIC", "FP8_BLOCK",
     "NVFP4A16", "NVFP4", "MXFP4A16", "MXFP4", "MXFP8A16", "MXFP8",

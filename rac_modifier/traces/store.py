@@ -1,8 +1,7 @@
 """The trace store: an append-only JSONL file, valid after a kill of its writer; side files.
 
 Next to traces.jsonl there may be traces.pending.jsonl, a store of traces that finished
-before an earlier one, and traces.failed.jsonl, which has a JSON object per problem that an
-engine could not complete.
+before an earlier one, and traces.failed.jsonl, which has a JSON object per failed problem.
 """
 
 from __future__ import annotations

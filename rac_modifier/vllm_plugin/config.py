@@ -49,8 +49,7 @@ DRAFT = "draft_model"  # vLLM's prefix of all layers of a draft (vllm.v1.spec_de
 class LoadReport:
     """Collect the decisions of one model's layers, and log them with the last of `expected` layers.
 
-    requested: the user gave `--quantization rac`, so a model without a layer on a kernel is
-    a warning.
+    requested: by `--quantization rac`; then a model without a layer on a kernel is a warning.
     """
 
     requested: bool = False

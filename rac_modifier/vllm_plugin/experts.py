@@ -41,8 +41,7 @@ class PackedExperts(torch.nn.Module):
     """Experts with the weights [2 width, hidden] (gate and up, stacked) and [hidden, width] (down).
 
     The operator finds them by their layer's `name`; their packed weights are parameters of
-    this module. `local`, int [experts], has the number on this rank of each expert, -1 for
-    others; None: the same.
+    this module. `local`, int [experts], has numbers on this rank or -1; None: the same.
     """
 
     def __init__(
@@ -71,8 +70,7 @@ class PackedExperts(torch.nn.Module):
     def forward(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
         """Run x [T, hidden] through the experts `topk_ids` [T, k], weighted by `topk_weights`.
 
-        Each expert gets its tokens in one batch. Sums are float32, in the order of a
-        token's experts.
+        Each expert gets its tokens in one batch. Sums are float32, in a token's order.
         """
         return torch.ops.rac_modifier.sparse_experts(x, topk_weights, topk_ids, self.name)
 

@@ -168,8 +168,7 @@ class WordsLayout(Layout):
 def is_packed(quantization: object) -> bool:
     """Return whether a `quantization_config`, of any type, means packed sparse weights.
 
-    `quant_method` is "rac"; older files have "compressed-tensors", whose unknown formats
-    are vLLM's.
+    `quant_method` is "rac"; older files have "compressed-tensors".
     """
     if not isinstance(quantization, Mapping):
         return False

@@ -60,8 +60,7 @@ class Shards:
     """Collect what is loaded into a layer with the shards `modules` (names on disk), for `reader`.
 
     vLLM's own loader cannot cut a packed weight, so it is given row numbers instead of the
-    rows: every layout that it can shard (merged, QKV with replicated heads, fused on disk)
-    is sharded correctly.
+    rows: all its layouts (merged, QKV with replicated heads, fused on disk) are sharded.
     """
 
     def __init__(self, prefix: str, modules: list[str], reader: WeightReader) -> None:

@@ -201,8 +201,7 @@ def _packed_rows(
     return out.view(*ids.shape, columns)
 
 
-# Once per process, also if this module is loaded again. Python serves `native_linear` until
-# C++ does.
+# Once per process, also after a reload. Python serves `native_linear` until C++ does.
 _LINEAR = "(Tensor x, Tensor data, int rows, int columns, Tensor? bias, Tensor? scale=None)"
 _ROWS = "(Tensor ids, Tensor data, int rows, int columns, Tensor? scale, ScalarType dtype)"
 for _name, _arguments, _key, _function, _fake in (
