@@ -29,11 +29,11 @@ def last_lines(programs: list[str]) -> dict[str, str]:
     """The last line that each program prints, or its traceback."""
     command, root = [sys.executable, "-m", "tests.import_orders"], Path(__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": str(root)}
-    done = subprocess.run(
+    process = subprocess.run(
         command, input=json.dumps(programs), capture_output=True, text=True, env=environment
     )
-    assert done.returncode == 0, done.stderr
-    return dict(zip(programs, json.loads(done.stdout), strict=True))
+    assert process.returncode == 0, process.stderr
+    return dict(zip(programs, json.loads(process.stdout), strict=True))
 
 
 def _run(program: str) -> str:

@@ -28,7 +28,7 @@ class Example(NamedTuple):
 
 def examples() -> list[Example]:
     """The sections under HEADING."""
-    found = []
+    sections = []
     for section in re.split(r"^### ", TEXT.partition(HEADING)[2], flags=re.MULTILINE)[1:]:
         files, changes = {}, []
         for kind, body in re.findall(
@@ -39,8 +39,8 @@ def examples() -> list[Example]:
             else:
                 head, _, code = body.partition("\n")
                 files[head.partition("new file: ")[2]] = code
-        found.append(Example(section.partition("\n")[0], files, changes))
-    return found
+        sections.append(Example(section.partition("\n")[0], files, changes))
+    return sections
 
 
 def changes_of(diff: str) -> list[tuple[str, str, str]]:
@@ -91,16 +91,22 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     environment = {**os.environ, "PYTHONPATH": str(tree)}
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rA", "-q"]
     command += [*tests, "tests/test_imports.py", "-k", order]
-    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
+    process = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
     python = [path for path in new if path.endswith(".py")]
     lint = subprocess.run(
         [sys.executable, "-m", "ruff", "check", *python], cwd=tree, capture_output=True, text=True
     )
     outcomes = {
         test: outcome
-        for outcome, test in re.findall(r"^(PASSED|FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+        for outcome, test in re.findall(
+            r"^(PASSED|FAILED|ERROR) (\S+)", process.stdout, re.MULTILINE
+        )
     }
-    return {**outcomes, "output": done.stdout + done.stderr, "lint": lint.stdout + lint.stderr}
+    return {
+        **outcomes,
+        "output": process.stdout + process.stderr,
+        "lint": lint.stdout + lint.stderr,
+    }
 
 
 def test_there_is_an_example_of_each_kind_that_is_added():
@@ -124,7 +130,7 @@ def test_the_tests_of_an_example_pass(example, ran):
         name: [ran[t] for t in ran if t.partition("[")[0] == f"{path}::{name}"] for name in names
     }
     assert names
-    assert all(found and set(found) == {"PASSED"} for found in outcomes.values()), (
+    assert all(actual and set(actual) == {"PASSED"} for actual in outcomes.values()), (
         f"{outcomes}\n{ran['output']}"
     )
 

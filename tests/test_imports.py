@@ -39,9 +39,9 @@ MODULES = sorted(
 
 def loaded_by(statement: str, *names: str) -> set[str]:
     code = f"import sys\n{statement}\nprint('', *(set({names!r}) & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return set(done.stdout.splitlines()[-1].split())  # llm-compressor logs to standard output
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    return set(process.stdout.splitlines()[-1].split())  # llm-compressor logs to standard output
 
 
 def test_the_package_alone_is_light():
@@ -84,7 +84,7 @@ def test_what_serving_needs_imports_no_transformers():
 def imported(path: Path, prefix: str = "rac_modifier.") -> list[tuple[str, int]]:
     """What a file imports from this package, inside functions too, as `folder.module` with its
     line."""
-    found = []
+    imports = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -93,10 +93,10 @@ def imported(path: Path, prefix: str = "rac_modifier.") -> list[tuple[str, int]]
             names = [f"{node.module}.{alias.name}" for alias in node.names]
         else:
             continue
-        found += [
+        imports += [
             (n.removeprefix(prefix), node.lineno) for n in names if f"{n}.".startswith(prefix)
         ]
-    return found
+    return imports
 
 
 def room(path: Path) -> str:

@@ -118,10 +118,10 @@ def draws(folder: Path, *selected: str) -> dict[str, set[str]]:
     (folder / "test_probe.py").write_text(PROBE)
     command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "tests.conftest"]
     command += [f"--rootdir={folder}", *selected, str(folder / "test_probe.py")]
-    done = subprocess.run(command, cwd=TESTS.parent, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    process = subprocess.run(command, cwd=TESTS.parent, capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout + process.stderr
     printed: dict[str, set[str]] = {}
-    for line in done.stdout.splitlines():
+    for line in process.stdout.splitlines():
         word, _, numbers = line.lstrip(".").partition(" ")
         printed.setdefault(word, set()).add(numbers)
     return printed

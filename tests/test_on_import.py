@@ -28,9 +28,11 @@ def run(tmp_path: Path):
         head += "from rac_modifier import _import_after as import_after\n"
         head += "def hooks(name):\n"
         head += "  return [f for f in sys.meta_path if getattr(f, 'trigger', '') == name]\n"
-        done = subprocess.run([sys.executable, "-c", head + code], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done
+        process = subprocess.run(
+            [sys.executable, "-c", head + code], capture_output=True, text=True
+        )
+        assert process.returncode == 0, process.stderr
+        return process
 
     return run
 
@@ -74,7 +76,7 @@ def test_when_the_extension_is_imported(run, code: str, printed: str) -> None:
     ],
 )
 def test_an_extension_that_fails_warns_and_leaves_the_library_as_it_is(run, code: str) -> None:
-    done = run(code)
-    assert done.stdout.split() == ["library"]
-    assert "failing cannot extend library of the installed version" in done.stderr
-    assert "broken extension" in done.stderr
+    process = run(code)
+    assert process.stdout.split() == ["library"]
+    assert "failing cannot extend library of the installed version" in process.stderr
+    assert "broken extension" in process.stderr

@@ -37,17 +37,17 @@ choose = platform._is_amd_with_avx512.__wrapped__
 def calls(monkeypatch) -> list[tuple[int, ...]]:
     """Gives all float32 products to oneDNN, whatever the processor; the shapes of those that it
     computed."""
-    found, inner = list[tuple[int, ...]](), platform._linear_by_onednn
+    shapes, inner = list[tuple[int, ...]](), platform._linear_by_onednn
 
     def noting(x, weight, bias=None):
-        found.append((*x.shape, weight.shape[0]))
+        shapes.append((*x.shape, weight.shape[0]))
         return inner(x, weight, bias)
 
     monkeypatch.setattr(platform, "_is_amd_with_avx512", lambda: True)
     monkeypatch.setattr(platform, "_LEAST_WORK", 100)
     monkeypatch.setattr(platform, "_LEAST_ROWS", 50)
     monkeypatch.setattr(platform, "_linear_by_onednn", noting)
-    return found
+    return shapes
 
 
 def of_layout(kind: str, rows: int, columns: int, seed: int) -> torch.Tensor:
@@ -87,16 +87,16 @@ def test_linear_layers_are_computed_so_while_the_mode_is_in_place(bias, calls):
     with torch.no_grad():
         expected = layer.double()(x.double())
         with FasterLinears():
-            found = layer.float()(x)
+            actual = layer.float()(x)
         assert calls == [(52, 40, 30)], "50 tokens, and two of zeros"
-        assert found.shape == (2, 25, 30)
+        assert actual.shape == (2, 25, 30)
         layer(x)
     with FasterLinears():
         assert layer(x).requires_grad, "training keeps torch's own"
         with torch.no_grad():
             layer.bfloat16()(x.bfloat16())
     assert len(calls) == 1
-    assert_near(found, expected, 40 * torch.finfo(torch.float32).eps)
+    assert_near(actual, expected, 40 * torch.finfo(torch.float32).eps)
 
 
 @pytest.mark.parametrize(
@@ -272,8 +272,8 @@ print(faults(work), faults(in_thread))
 def test_freed_blocks_are_used_again_unless_the_user_decides(how, variables, set_by_us) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
     command = [sys.executable, "-c", CODE, how]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    said, *faults = done.stdout.split()[-3:]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    said, *faults = process.stdout.split()[-3:]
     assert said == set_by_us
     pages = BYTES / os.sysconf("SC_PAGE_SIZE")
     if how == "leave":

@@ -62,13 +62,13 @@ def test_without_torchrun_there_is_one(monkeypatch):
 def test_two_processes_exchange_and_the_first_goes_first(tmp_path: Path):
     ends = started(["-c", SCRIPT], tmp_path)
     assert [code for code, _ in ends] == [0, 0], ends
-    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
-    assert [end[:4] for end in found] == [[0, 2, "cpu", True], [1, 2, "cpu", False]]
-    assert found[0][4:-1] == found[1][4:-1]
-    assert found[0][4] == [pytest.approx(1.2), 4.0]
-    assert found[0][5] == [0, 0, 1, 1]
-    assert found[0][6:-1] == [[1.0, 1.0], [{"rank": 0}, [["x"], ["xxxxxx"]]], True]
-    assert [end[-1] for end in found] == [[[0, 1, 2], [10, 11, 12]], [[3, 4, 5], [13, 14, 15]]]
+    actual = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert [end[:4] for end in actual] == [[0, 2, "cpu", True], [1, 2, "cpu", False]]
+    assert actual[0][4:-1] == actual[1][4:-1]
+    assert actual[0][4] == [pytest.approx(1.2), 4.0]
+    assert actual[0][5] == [0, 0, 1, 1]
+    assert actual[0][6:-1] == [[1.0, 1.0], [{"rank": 0}, [["x"], ["xxxxxx"]]], True]
+    assert [end[-1] for end in actual] == [[[0, 1, 2], [10, 11, 12]], [[3, 4, 5], [13, 14, 15]]]
 
 
 FAILS = """

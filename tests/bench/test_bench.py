@@ -50,10 +50,10 @@ def test_what_a_suite_imports_late_exists() -> None:
 
 def test_the_tables_of_the_docs_are_those_of_results() -> None:
     """If this fails: make results."""
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", "bench.render", "--check"], cwd=ROOT, capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stdout
+    assert process.returncode == 0, process.stdout
 
 
 def test_every_result_names_its_measurement_and_is_shown() -> None:

@@ -124,9 +124,9 @@ def dense_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_restores(folder: Path, expected: dict[str, torch.Tensor]) -> None:
-    found = dense_tensors(folder)
-    assert found.keys() == expected.keys() - ({"lm_head.weight"} - found.keys())
-    for name, tensor in found.items():
+    actual = dense_tensors(folder)
+    assert actual.keys() == expected.keys() - ({"lm_head.weight"} - actual.keys())
+    for name, tensor in actual.items():
         assert same_bits(tensor, expected[name]), name
 
 

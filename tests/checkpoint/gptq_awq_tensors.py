@@ -73,11 +73,11 @@ def minus_one(zeros: torch.Tensor, bits: int) -> torch.Tensor:
     """The words of codes of zero [lines, count] less one each, as GPTQModel stores them: subtracted
     from whole words."""
     ones = [sum(1 << at for at in range(0, 32, bits))] if bits != 3 else _GPTQMODEL_3_BITS
-    found = words(zeros, bits).tolist()
+    actual = words(zeros, bits).tolist()
     return _int32(
         [
             [(word - ones[i % len(ones)]) & 0xFFFFFFFF for i, word in enumerate(line)]
-            for line in found
+            for line in actual
         ]
     )
 

@@ -73,9 +73,9 @@ def test_the_front_matter_is_what_the_hub_parses() -> None:
     license = {"license": "other", "license_name": "llama3", "license_link": "https://x.org"}
     card = ModelCard(model_card({**RECORD, "quantization": ["int8"]}, license))
     assert isinstance(card.data, ModelCardData)
-    found = {key: value for key, value in card.data.to_dict().items() if value is not None}
+    actual = {key: value for key, value in card.data.to_dict().items() if value is not None}
     tags = ["quantized", "pruned", "sparse", "reasoning", "rac"]
-    assert found == {
+    assert actual == {
         **license,
         "base_model": "org/Model-1B",
         "library_name": "transformers",

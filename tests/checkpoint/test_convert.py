@@ -51,10 +51,10 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same_tensors(folder: Path, other: Path) -> None:
-    found, expected = tensors_of(folder), tensors_of(other)
-    assert found.keys() == expected.keys()
+    actual, expected = tensors_of(folder), tensors_of(other)
+    assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert same_bits(found[name], tensor), name
+        assert same_bits(actual[name], tensor), name
 
 
 @pytest.mark.parametrize("shard", [None, "60KB"])
@@ -94,9 +94,9 @@ def test_a_dense_stored_model_of_others(
     assert list(summary.modules) == sorted(modules)
     assert summary.dense_bytes == sum(expected[f"{name}.weight"].nbytes for name in modules)
     assert_same_tensors(tmp_path / "dense", folder)
-    found = config_of(tmp_path / "dense")
-    assert found.pop("rac_sparsity") == {"storage": "dense", "modules": modules}
-    assert found == config_of(folder)
+    actual = config_of(tmp_path / "dense")
+    assert actual.pop("rac_sparsity") == {"storage": "dense", "modules": modules}
+    assert actual == config_of(folder)
     if shard:
         index, again = (
             json.loads((f / "model.safetensors.index.json").read_text())

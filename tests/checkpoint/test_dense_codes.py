@@ -64,12 +64,12 @@ def drawn(
 )
 def test_the_weight_is_that_of_its_codes(rows, columns, groups, symmetric, bits):
     tensors, weight = drawn(rows, columns, groups, bits, symmetric)
-    found = check_codes(tensors, "w", None if groups == 1 else columns // groups, symmetric, bits)
-    assert (found.rows, found.columns, found.bits, found.density) == (rows, columns, bits, 1.0)
-    assert (found.zeros is None) == symmetric
-    torch.testing.assert_close(found.dequantized(torch.float32), torch.tensor(weight))
-    if found.zeros is not None:  # what the kernels keep: a code is a value and its code of zero
-        codes = found.dense().view(rows, groups, -1) + found.zeros[:, :, None].to(torch.int8)
+    actual = check_codes(tensors, "w", None if groups == 1 else columns // groups, symmetric, bits)
+    assert (actual.rows, actual.columns, actual.bits, actual.density) == (rows, columns, bits, 1.0)
+    assert (actual.zeros is None) == symmetric
+    torch.testing.assert_close(actual.dequantized(torch.float32), torch.tensor(weight))
+    if actual.zeros is not None:  # what the kernels keep: a code is a value and its code of zero
+        codes = actual.dense().view(rows, groups, -1) + actual.zeros[:, :, None].to(torch.int8)
         assert torch.equal(
             words(codes.view(rows, columns).tolist(), bits), tensors["weight_packed"]
         )
@@ -105,9 +105,9 @@ def test_what_compressed_tensors_compresses(group, symmetric, bits):
         ):
             check_codes(tensors, "w", group, symmetric, bits)
         return
-    found = check_codes(tensors, "w", group, symmetric, bits)
+    actual = check_codes(tensors, "w", group, symmetric, bits)
     torch.testing.assert_close(
-        found.dequantized(torch.float32),
+        actual.dequantized(torch.float32),
         compressor.decompress(tensors, scheme)["weight"],
         rtol=1e-6,
         atol=1e-6,
@@ -258,9 +258,9 @@ INT4 = (WeightScheme("int", 4, "group", 32, True, "pack-quantized", None),)
 @pytest.mark.parametrize("schemes", [(), INT4])
 def test_the_width_follows_from_the_number_of_words(schemes: tuple) -> None:
     weight = torch.randint(-8, 8, (2, 32), dtype=torch.int8)
-    found = words_weight(to_words(weight, 4), "a", schemes)
-    assert found is not None
-    assert (torch.equal(found[0], weight), found[1]) == (True, 4)
+    actual = words_weight(to_words(weight, 4), "a", schemes)
+    assert actual is not None
+    assert (torch.equal(actual[0], weight), actual[1]) == (True, 4)
     if not schemes:
         assert words_weight(to_words(weight, 8), "a")[1] == 8
         assert words_weight(to_words(weight[:, :3], 4), "a") is None  # one word for both widths

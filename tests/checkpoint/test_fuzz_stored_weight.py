@@ -81,9 +81,9 @@ def load(tensors: dict[str, torch.Tensor], format: str, rng: random.Random, nati
     if native and weight.values.dtype in (torch.bfloat16, torch.float32, torch.int8):
         packed = pack_values(weight.values, weight.bitmask, weight.columns)
         expected = weight.dense()
-        found = unpacked(Packed(packed, weight.rows, weight.columns))
+        actual = unpacked(Packed(packed, weight.rows, weight.columns))
         assert torch.equal(
-            found.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8)
+            actual.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8)
         )
         if weight.scale is not None and (weight.scale.shape[1] == 1 or weight.group % 4 == 0):
             x = torch.randn(2, weight.columns)

@@ -67,19 +67,19 @@ def test_a_gptq_weight_is_that_of_its_codes(rows, columns, group, symmetric, ver
         ):
             read(tensors, weight, group, symmetric, version)
         return
-    found, order = read(tensors, weight, group, symmetric, version)
-    assert (found.rows, found.columns, found.bits, found.density, order) == (
+    actual, order = read(tensors, weight, group, symmetric, version)
+    assert (actual.rows, actual.columns, actual.bits, actual.density, order) == (
         rows,
         columns,
         bits,
         1.0,
         None,
     )
-    torch.testing.assert_close(found.dequantized(torch.float32), weight.meant, rtol=0, atol=0)
-    assert (found.zeros is None) == symmetric
-    if found.zeros is not None:  # what the kernels keep: a code is a value and its code of zero
-        assert torch.equal(found.zeros.long(), weight.zeros)
-        values = found.dense().view(rows, weight.scale.shape[1], -1).long()
+    torch.testing.assert_close(actual.dequantized(torch.float32), weight.meant, rtol=0, atol=0)
+    assert (actual.zeros is None) == symmetric
+    if actual.zeros is not None:  # what the kernels keep: a code is a value and its code of zero
+        assert torch.equal(actual.zeros.long(), weight.zeros)
+        values = actual.dense().view(rows, weight.scale.shape[1], -1).long()
         assert torch.equal((values + weight.zeros[:, :, None]).view(rows, columns), weight.codes)
     assert all(
         torch.equal(tensors[part], tensor) for part, tensor in before.items()
@@ -92,10 +92,10 @@ def test_a_gptq_weight_is_that_of_its_codes(rows, columns, group, symmetric, ver
 )
 def test_an_awq_weight_is_that_of_its_codes(rows, columns, group, symmetric):
     weight = drawn(rows, columns, group, symmetric)
-    found = read_awq(awq(weight), group, symmetric)
-    assert (found.rows, found.columns, found.bits) == (rows, columns, 4)
-    assert (found.zeros is None) == symmetric
-    torch.testing.assert_close(found.dequantized(torch.float32), weight.meant, rtol=0, atol=0)
+    actual = read_awq(awq(weight), group, symmetric)
+    assert (actual.rows, actual.columns, actual.bits) == (rows, columns, 4)
+    assert (actual.zeros is None) == symmetric
+    torch.testing.assert_close(actual.dequantized(torch.float32), weight.meant, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("bits", [4, 3, 2])
@@ -104,10 +104,10 @@ def test_symmetric_weights_in_all_ways_in_which_zero_is_stored(bits):
     half = torch.full((2, 32), 1 << (bits - 1))
     for zeros in (words(half, bits), words(half - 1, bits), minus_one(half, bits)):
         for version in (1, 2):
-            found, _ = read({**gptq(weight), "qzeros": zeros}, weight, 32, True, version)
-            assert found.zeros is None
+            actual, _ = read({**gptq(weight), "qzeros": zeros}, weight, 32, True, version)
+            assert actual.zeros is None
             torch.testing.assert_close(
-                found.dequantized(torch.float32), weight.meant, rtol=0, atol=0
+                actual.dequantized(torch.float32), weight.meant, rtol=0, atol=0
             )
     other = half.clone()
     other[1, 17] += 1
@@ -127,7 +127,7 @@ def test_reordered_columns(bits, index):
     where = torch.randperm(96)
     tensors = gptq(weight, 2, where)
     tensors["g_idx"] = tensors["g_idx"].to(index)
-    found, order = read(tensors, weight, 32, False, 2)
+    actual, order = read(tensors, weight, 32, False, 2)
     assert order is not None
     assert order.dtype == torch.int64
     assert not torch.equal(order, torch.arange(96))
@@ -135,7 +135,7 @@ def test_reordered_columns(bits, index):
     on_disk[:, where] = weight.meant
     x = torch.randn(5, 96)
     torch.testing.assert_close(
-        x[:, order] @ found.dequantized(torch.float32).T, x @ on_disk.T, rtol=1e-4, atol=1e-4
+        x[:, order] @ actual.dequantized(torch.float32).T, x @ on_disk.T, rtol=1e-4, atol=1e-4
     )
     del tensors["g_idx"]
     with pytest.raises(RacError, match=r"^m\.g_idx: missing"):
@@ -284,8 +284,8 @@ def test_the_first_dynamic_rule_that_matches_counts():
         r".*\.(q|down)$": {"bits": 2, "group_size": -1, "desc_act": True},
     }
     entries = GptqEntries.of({**GPTQ, "dynamic": rules})
-    found = {name: entries.of_module(name) for name in ("a.o", "a.down", "a.q")}
-    assert {n: (e.bits, e.group_size, e.sym, e.desc_act) for n, e in found.items()} == {
+    actual = {name: entries.of_module(name) for name in ("a.o", "a.down", "a.q")}
+    assert {n: (e.bits, e.group_size, e.sym, e.desc_act) for n, e in actual.items()} == {
         "a.o": (4, 32, True, None),
         "a.down": (3, 96, False, None),
         "a.q": (2, -1, True, True),
@@ -313,9 +313,9 @@ def test_a_gptq_weight_that_auto_round_packed(bits, group, symmetric):
         with pytest.raises(RacError, match="have no kernel"):
             read_gptq(tensors, bits, group, symmetric)
         return
-    found, order = read_gptq(tensors, bits, group, symmetric)
+    actual, order = read_gptq(tensors, bits, group, symmetric)
     assert order is None
-    torch.testing.assert_close(found.dequantized(torch.float32), weight.meant, rtol=0, atol=0)
+    torch.testing.assert_close(actual.dequantized(torch.float32), weight.meant, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -329,5 +329,5 @@ def test_an_awq_weight_that_auto_round_packed(group, symmetric):
         linear_of(weight), 4, group, scales=weight.scale.T.contiguous(), zeros=zeros, device="cpu"
     )
     tensors = {part: getattr(layer, part) for part in ("qweight", "qzeros", "scales")}
-    found = read_awq(tensors, group, symmetric)
-    torch.testing.assert_close(found.dequantized(torch.float32), weight.meant, rtol=0, atol=0)
+    actual = read_awq(tensors, group, symmetric)
+    torch.testing.assert_close(actual.dequantized(torch.float32), weight.meant, rtol=0, atol=0)

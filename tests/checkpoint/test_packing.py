@@ -72,9 +72,9 @@ def test_an_index_without_a_total_size_gets_one(saved: Saved, metadata: dict | N
     index = json.loads((folder / INDEX_FILE).read_text()) | {"metadata": metadata}
     (folder / INDEX_FILE).write_text(json.dumps(index))
     pack_checkpoint(folder, modules)
-    found = json.loads((folder / INDEX_FILE).read_text())["metadata"]
+    actual = json.loads((folder / INDEX_FILE).read_text())["metadata"]
     sizes = [t.nbytes for file in folder.glob("*.safetensors") for t in load_file(file).values()]
-    assert found == {**(metadata or {}), "total_size": sum(sizes)}
+    assert actual == {**(metadata or {}), "total_size": sum(sizes)}
     assert_restores(folder, expected)
 
 

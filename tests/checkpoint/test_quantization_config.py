@@ -121,9 +121,9 @@ def test_what_packing_writes_is_read_back(format: str) -> None:
 def test_entries_of_older_versions() -> None:
     sparsity = {"format": "sparse-bitmask", "targets": None, "registry_requires_subclass": False}
     for version in ({}, {"version": 1}):
-        found = SparsityConfig.of({"sparsity_config": {**sparsity, **version}})
-        assert found is not None
-        assert (found.targets, found.ignore) == (("Linear",), ())
+        actual = SparsityConfig.of({"sparsity_config": {**sparsity, **version}})
+        assert actual is not None
+        assert (actual.targets, actual.ignore) == (("Linear",), ())
 
 
 @pytest.mark.parametrize(

@@ -104,11 +104,11 @@ def test_accuracy_with_its_interval_and_conditions(folder: Path) -> None:
     start, end = card.index("<!-- measured by rac eval -->\n"), card.index("## Load")
     assert card[:start] + card[end:] == before  # nothing else has changed
     record = json.loads((folder / "rac_run.json").read_text())
-    found = record["evaluation"]["accuracy"]
-    assert (found["ci_high"], found["reference"]["accuracy"]) == (0.834, 0.9)
+    actual = record["evaluation"]["accuracy"]
+    assert (actual["ci_high"], actual["reference"]["accuracy"]) == (0.834, 0.9)
     assert record["method"] == "alps"
     assert "/models" not in json.dumps(record) + card  # no path of this machine
-    assert "correct_answers" not in found
+    assert "correct_answers" not in actual
 
 
 def test_a_second_run_replaces_its_own_kind_and_keeps_the_other(folder: Path) -> None:

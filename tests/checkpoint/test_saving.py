@@ -199,16 +199,16 @@ def test_the_names_are_those_in_the_files(kind, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(save_tiny_experts(tmp_path / "merged", kind))
     linearize_moe(model)
     keep_expert_names(model)
-    found = names_on_disk(model, linears(model))
-    assert {f"{name}.weight" for name in found.values()} < keys(tmp_path / "merged")
-    assert len(set(found.values())) == len(linears(model))
+    actual = names_on_disk(model, linears(model))
+    assert {f"{name}.weight" for name in actual.values()} < keys(tmp_path / "merged")
+    assert len(set(actual.values())) == len(linears(model))
     if kind == "mixtral":
         assert (
-            found["model.layers.1.mlp.experts.3.down_proj"]
+            actual["model.layers.1.mlp.experts.3.down_proj"]
             == "model.layers.1.block_sparse_moe.experts.3.w2"
         )
     else:
-        assert all(name == saved for name, saved in found.items())
+        assert all(name == saved for name, saved in actual.items())
 
 
 def test_an_upload_is_refused_with_the_next_step_once_the_model_is_saved(tmp_path: Path) -> None:

@@ -155,9 +155,9 @@ def test_scales_that_are_refused(scale: torch.Tensor | None, message: str) -> No
 @pytest.mark.parametrize("scale", [-torch.ones(6), torch.ones(1), torch.ones(6, 4)])
 def test_scales_that_are_taken(scale: torch.Tensor) -> None:
     """Negative ones too, which AutoRound writes."""
-    found = check_scale({"weight_scale": scale}, torch.int8, 6, 8, "a")
-    assert found is not None
-    assert torch.equal(found.mean(dim=1), scale.flatten()[:1].expand(6))
+    actual = check_scale({"weight_scale": scale}, torch.int8, 6, 8, "a")
+    assert actual is not None
+    assert torch.equal(actual.mean(dim=1), scale.flatten()[:1].expand(6))
     with pytest.raises(RacError, match="must not be there, since the values are"):
         check_scale({"weight_scale": scale}, torch.float32, 6, 8, "a")
 

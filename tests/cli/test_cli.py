@@ -19,10 +19,10 @@ ROOT = typer.main.get_command(cli.app)
 
 def commands(command, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], object]:
     """Every command and group, by the words that name it."""
-    found = {path: command}
+    by_path = {path: command}
     for name, child in getattr(command, "commands", {}).items():
-        found |= commands(child, (*path, name))
-    return found
+        by_path |= commands(child, (*path, name))
+    return by_path
 
 
 ALL = commands(ROOT)

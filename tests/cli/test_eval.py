@@ -142,9 +142,9 @@ def test_eval_divergence(rac, tiny_folder, tmp_path):
     )
     assert code == 0
     assert "KL" in stdout
-    (found,) = json.loads(results.read_text())["divergence"]
-    assert found["kl"] == pytest.approx(0.0, abs=1e-5)  # of a model with itself
-    assert found["agreement"] == 1.0
+    (actual,) = json.loads(results.read_text())["divergence"]
+    assert actual["kl"] == pytest.approx(0.0, abs=1e-5)  # of a model with itself
+    assert actual["agreement"] == 1.0
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 

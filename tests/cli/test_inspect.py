@@ -173,19 +173,19 @@ def test_dense_weights_of_few_bits(
 
 def test_json_has_what_is_printed(rac, sparse_folder):
     code, stdout, _ = rac("inspect", sparse_folder, "--json")
-    found = json.loads(stdout)
-    assert (code, found["format"], found["sound"], found["sparsity"]) == (
+    actual = json.loads(stdout)
+    assert (code, actual["format"], actual["sound"], actual["sparsity"]) == (
         0,
         "sparse-24-bitmask",
         True,
         0.5,
     )
-    rows = {row["name"]: row for row in found["modules"]}
+    rows = {row["name"]: row for row in actual["modules"]}
     assert rows["model.layers.1.mlp.down_proj"]["structure"] == "2:4"
-    assert found["run_record"]["calibration"]["tokens"] == 500
-    served = {row["module"]: row for row in found["served"]}
+    assert actual["run_record"]["calibration"]["tokens"] == 500
+    served = {row["module"]: row for row in actual["served"]}
     assert served["lm_head"]["sparse"] is False
-    assert all(row["reason"] for row in found["served"])
+    assert all(row["reason"] for row in actual["served"])
 
 
 def test_a_checkpoint_that_is_not_sound_ends_with_status_1(rac, sparse_folder, tmp_path) -> None:

@@ -76,8 +76,8 @@ def test_check_only_looks(rac: Rac, pruned: Path, tmp_path: Path) -> None:
     code, out, _ = rac("pack", pruned, "--check")
     assert (code, "to be packed: 14 of 16" in out) == (0, True)
     code, out, _ = rac("pack", pruned, tmp_path / "out", "--check", "--json")
-    found = json.loads(out)
-    assert (code, found["format"], len(found["matrices"])) == (0, "sparse-bitmask", 16)
+    actual = json.loads(out)
+    assert (code, actual["format"], len(actual["matrices"])) == (0, "sparse-bitmask", 16)
     assert files(pruned) == before
     assert [path.name for path in tmp_path.iterdir()] == ["pruned"]
 

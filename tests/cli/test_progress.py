@@ -31,9 +31,9 @@ def bars() -> list[tuple[str, ast.Call]]:
 def test_no_bar_is_forced_on() -> None:
     """tqdm shows a bar everywhere unless `disable` is None, or a variable or expression that can be
     None."""
-    found = bars()
-    assert len(found) > 5
-    for where, call in found:
+    shown = bars()
+    assert len(shown) > 5
+    for where, call in shown:
         given = [keyword.value for keyword in call.keywords if keyword.arg == "disable"]
         assert given, f"{where}: no disable=None"
         nodes = [node for value in given for node in ast.walk(value)]

@@ -76,11 +76,11 @@ def test_torchrun_itself_saves_the_bytes_of_one_process(tiny_folder, trace_store
             tmp_path / "recipe.yaml",
         ]
         variables = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
+        process = subprocess.run(
             [*start, *map(str, words)], capture_output=True, text=True, env=variables
         )
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert done.stdout.count(f"saved to {tmp_path / name}") == 1
+        assert process.returncode == 0, process.stderr[-3000:]
+        assert process.stdout.count(f"saved to {tmp_path / name}") == 1
         saved[name] = {
             path.name: path.read_bytes() for path in (tmp_path / name).glob("*.safetensors")
         }

@@ -142,15 +142,15 @@ def test_a_dense_int3_checkpoint_stays_dense_and_is_trained_too(rac, tmp_path, m
 @pytest.fixture
 def seen(monkeypatch):
     """What a run trained on and held out."""
-    found = {}
+    sequences = {}
     train = recovery_stage.recover
 
     def spy(model, teacher, training, held_out, settings, **options):
-        found.update(training=training, held_out=held_out)
+        sequences.update(training=training, held_out=held_out)
         return train(model, teacher, training, held_out, settings, **options)
 
     monkeypatch.setattr(recovery_stage, "recover", spy)
-    return found
+    return sequences
 
 
 def test_what_calibration_or_an_earlier_recovery_used_is_neither_trained_on_nor_held_out(

@@ -52,11 +52,11 @@ def test_a_modifiers_dump_is_a_recipe_entry(name, settings):
     it reads one."""
     recipe = Recipe.create_instance(yaml.safe_dump({"a_stage": {"a_modifiers": {name: settings}}}))
     written = yaml.safe_load(recipe.yaml())
-    (found, entry), whole = (
+    (actual, entry), whole = (
         find_named_entry(written, "recipe.yaml"),
         ENTRIES[name](**settings).model_dump(),
     )
-    assert (found, entry) == (
+    assert (actual, entry) == (
         name,
         {key: value for key, value in whole.items() if value is not None},
     )

@@ -136,13 +136,13 @@ def test_seam_a_modifier_is_initialized_inside_a_method_of_oneshot(tiny_folder, 
         pipeline="datafree",
         max_seq_length=77,
     )
-    (found,) = seen
-    assert type(found) is checks.Oneshot
-    assert found.dataset_args.max_seq_length == 77
-    assert found.dataset_args.num_calibration_samples == 512
-    assert found.output_dir is None
-    assert found.recipe_args.stage is None
-    assert found.processor.name_or_path == str(tiny_folder)
+    (actual,) = seen
+    assert type(actual) is checks.Oneshot
+    assert actual.dataset_args.max_seq_length == 77
+    assert actual.dataset_args.num_calibration_samples == 512
+    assert actual.output_dir is None
+    assert actual.recipe_args.stage is None
+    assert actual.processor.name_or_path == str(tiny_folder)
 
 
 def test_seam_every_dataset_argument_is_honoured_or_refused():

@@ -166,11 +166,11 @@ def test_seam_an_operation_that_returns_nothing_leaves_its_weight_missing():
 
 
 def test_seam_full_names_that_an_operation_returns_are_kept():
-    found = {"layer.b": torch.zeros(1), "layer.c": torch.ones(1)}
+    tensors = {"layer.b": torch.zeros(1), "layer.c": torch.ones(1)}
     converter = WeightConverter(
-        ["a"], "b", operations=[SimpleNamespace(convert=lambda *args, **kwargs: dict(found))]
+        ["a"], "b", operations=[SimpleNamespace(convert=lambda *args, **kwargs: dict(tensors))]
     )
-    assert converter.convert("layer.b").keys() == found.keys()
+    assert converter.convert("layer.b").keys() == tensors.keys()
 
 
 def test_seam_a_converter_is_copied_for_each_tensor_with_its_operations():

@@ -78,12 +78,12 @@ def test_every_page_of_the_menu_is_built(site):
 def test_every_setting_is_on_the_page_of_settings(site):
     """Compared with the published JSON Schema, which other code writes."""
     schema = json.loads((ROOT / "docs" / "recipe.schema.json").read_text())
-    found = list(leaves(schema, schema["$defs"]))
-    assert len({path[-1] for path, _ in found}) > 60
+    described = list(leaves(schema, schema["$defs"]))
+    assert len({path[-1] for path, _ in described}) > 60
     page = text_of(site / "settings" / "index.html")
     missing = [
         ".".join(path)
-        for path, description in found
+        for path, description in described
         if f"{path[-1]} " not in page or " ".join(description.split()) not in page
     ]
     assert missing == []

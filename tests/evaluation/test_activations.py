@@ -83,8 +83,8 @@ def test_the_layers_of_a_dense_checkpoint(tmp_path: Path) -> None:
     }
     layers, left_out = layers_of(folder_of(tmp_path, modules), recorded=False)
     gate = ("model.layers.0.mlp.gate", 64, None)
-    found = [(x.module, x.block, x.own_error) for x in layers]
-    assert found == [(DOWN, 512, None), gate, (UP, 32, None)]
+    actual = [(x.module, x.block, x.own_error) for x in layers]
+    assert actual == [(DOWN, 512, None), gate, (UP, 32, None)]
     assert left_out == {
         "heads and embeddings take 16 bits": 2,
         "routed experts take 16 bits": 2,

@@ -64,15 +64,21 @@ def reference(dense, pruned, sequences):
 def test_against_one_sequence_at_a_time(dense, pruned, batch_tokens, window, monkeypatch):
     monkeypatch.setattr(module, "BATCH_TOKENS", batch_tokens)
     monkeypatch.setattr(module, "WINDOW_ELEMENTS", window)
-    found = divergence(dense, pruned, SEQUENCES, label="x", bins=5, progress=False)
+    actual = divergence(dense, pruned, SEQUENCES, label="x", bins=5, progress=False)
     kls, agrees = reference(dense, pruned, SEQUENCES)
-    assert (found.sequences, found.tokens) == (5, 1 + 37 + 1 + 4 + 13)
-    assert found.kl == pytest.approx(torch.cat(kls).mean().item(), rel=1e-4)
-    assert found.kl > 0.01
-    assert found.agreement == pytest.approx(torch.cat(agrees).mean().item())
-    assert 0 < found.agreement < 1
-    assert [(b.start, b.end) for b in found.bins] == [(0, 8), (8, 16), (16, 24), (24, 32), (32, 40)]
-    for b in found.bins:
+    assert (actual.sequences, actual.tokens) == (5, 1 + 37 + 1 + 4 + 13)
+    assert actual.kl == pytest.approx(torch.cat(kls).mean().item(), rel=1e-4)
+    assert actual.kl > 0.01
+    assert actual.agreement == pytest.approx(torch.cat(agrees).mean().item())
+    assert 0 < actual.agreement < 1
+    assert [(b.start, b.end) for b in actual.bins] == [
+        (0, 8),
+        (8, 16),
+        (16, 24),
+        (24, 32),
+        (32, 40),
+    ]
+    for b in actual.bins:
         part = torch.cat([k[b.start : b.end] for k in kls])
         assert (b.tokens, b.kl) == (len(part), pytest.approx(part.mean().item(), rel=1e-4))
 
@@ -81,16 +87,16 @@ def test_the_logits_held_at_once_are_bounded(dense, monkeypatch):
     sizes = []
     handle = dense.lm_head.register_forward_hook(lambda m, a, output: sizes.append(output.numel()))
     monkeypatch.setattr(module, "WINDOW_ELEMENTS", 20 * VOCABULARY)
-    found = divergence(dense, dense, SEQUENCES, label="x", progress=False)
+    actual = divergence(dense, dense, SEQUENCES, label="x", progress=False)
     handle.remove()
-    assert (found.kl, found.agreement) == (0.0, 1.0)
+    assert (actual.kl, actual.agreement) == (0.0, 1.0)
     assert max(sizes) <= 20 * VOCABULARY
 
 
 def test_models_of_other_dtypes_and_in_training_mode(dense):
     half = copy.deepcopy(dense).to(torch.bfloat16).train()
-    found = divergence(dense, half, SEQUENCES, label="bf16", progress=False)
-    assert 0 < found.kl < 0.01
+    actual = divergence(dense, half, SEQUENCES, label="bf16", progress=False)
+    assert 0 < actual.kl < 0.01
     assert half.training
     assert not dense.training
 
@@ -137,26 +143,26 @@ def result(rows=((0.5, 0.1, 0.3), (0.2,)), label="2:4, RAC", bins=2):
 
 
 def test_summary():
-    found = result()
-    assert (found.sequences, found.tokens) == (2, 4)
-    assert found.kl == pytest.approx(1.1 / 4)
-    assert found.agreement == 0.5
-    assert [(b.start, b.end, b.sequences, b.tokens) for b in found.bins] == [
+    actual = result()
+    assert (actual.sequences, actual.tokens) == (2, 4)
+    assert actual.kl == pytest.approx(1.1 / 4)
+    assert actual.agreement == 0.5
+    assert [(b.start, b.end, b.sequences, b.tokens) for b in actual.bins] == [
         (0, 2, 2, 3),
         (2, 4, 1, 1),
     ]
-    assert [b.kl for b in found.bins] == pytest.approx([0.8 / 3, 0.3])
-    assert [b.agreement for b in found.bins] == pytest.approx([2 / 3, 0.0])
-    assert found.kl_stderr is None  # of two completions
+    assert [b.kl for b in actual.bins] == pytest.approx([0.8 / 3, 0.3])
+    assert [b.agreement for b in actual.bins] == pytest.approx([2 / 3, 0.0])
+    assert actual.kl_stderr is None  # of two completions
 
 
 @given(rows_of_any_length, st.integers(1, 20))
 def test_bins_partition_the_tokens(rows, bins):
-    found = result(rows, bins=bins)
-    assert 1 <= len(found.bins) <= bins
-    assert sum(b.tokens for b in found.bins) == found.tokens == sum(map(len, rows))
-    assert len({b.end - b.start for b in found.bins}) == 1
-    assert [b.start for b in found.bins[1:]] == [b.end for b in found.bins[:-1]]
+    actual = result(rows, bins=bins)
+    assert 1 <= len(actual.bins) <= bins
+    assert sum(b.tokens for b in actual.bins) == actual.tokens == sum(map(len, rows))
+    assert len({b.end - b.start for b in actual.bins}) == 1
+    assert [b.start for b in actual.bins[1:]] == [b.end for b in actual.bins[:-1]]
     for name in ("kl", "agreement"):
-        total = math.fsum(b.tokens * getattr(b, name) for b in found.bins)
-        assert total / found.tokens == pytest.approx(getattr(found, name))
+        total = math.fsum(b.tokens * getattr(b, name) for b in actual.bins)
+        assert total / actual.tokens == pytest.approx(getattr(actual, name))

@@ -47,15 +47,15 @@ def test_the_problems_are_those_of_rac_eval(
 def accuracy(packed_reasoner: Path) -> float:
     model = AutoModelForCausalLM.from_pretrained(packed_reasoner, dtype="float32")
     tokenizer = AutoTokenizer.from_pretrained(packed_reasoner)
-    found = evaluate(
+    actual = evaluate(
         model,
         tokenizer,
         held_out_problems("arithmetic", COUNT, 0),
         label="here",
         max_new_tokens=512,
     )
-    assert found.accuracy >= 0.5
-    return found.accuracy
+    assert actual.accuracy >= 0.5
+    return actual.accuracy
 
 
 def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *command: str) -> float:
@@ -78,10 +78,10 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *command: str) -> flo
         str(tmp_path / "out"),
     )
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", **places}
-    done = subprocess.run(
+    process = subprocess.run(
         [*command, *where], cwd=tmp_path, capture_output=True, text=True, env=environment
     )
-    assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-3000:]
+    assert process.returncode == 0, process.stderr[-3000:] + process.stdout[-3000:]
     (results,) = (tmp_path / "out").rglob("results_*.json")
     return json.loads(results.read_text())["results"]["rac_arithmetic|0"]["boxed"]
 

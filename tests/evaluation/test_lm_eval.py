@@ -75,11 +75,11 @@ def words(model: Path, tasks: Path, out: Path) -> list[str]:
 
 def answers(out: Path) -> dict[str, list[Any]]:
     """Of each task: what the model gave for each problem, in order."""
-    found = {}
+    responses = {}
     for path in out.rglob("samples_*.jsonl"):
         rows = sorted(map(json.loads, path.read_text().splitlines()), key=lambda row: row["doc_id"])
-        found[path.name.split("_2")[0]] = [row["resps"] for row in rows]
-    return found
+        responses[path.name.split("_2")[0]] = [row["resps"] for row in rows]
+    return responses
 
 
 def test_it_measures_the_weights_that_are_stored(
@@ -111,11 +111,11 @@ def test_as_a_command_it_needs_no_import_and_no_network(
         *words(models["packed"], tasks, tmp_path / "o"),
     ]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    done = subprocess.run(
+    process = subprocess.run(
         command, cwd=Path(__file__).parents[2], capture_output=True, text=True, env=environment
     )
-    assert done.returncode == 0, done.stderr
-    assert "|rac_choice|" in done.stdout
+    assert process.returncode == 0, process.stderr
+    assert "|rac_choice|" in process.stdout
     assert len(answers(tmp_path / "o")) == 2
 
 

@@ -34,8 +34,8 @@ def run(module: str, arguments: dict[str, Any], kind: str, out: Path) -> tuple[f
         "HF_DATASETS_OFFLINE": "1",
         "PYTHONPATH": str(ROOT),
     }
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert process.returncode == 0, process.stderr
     (results,), (samples,) = (
         list(out.rglob(f"{name}*.json*")) for name in ("results_", "samples_")
     )

@@ -23,12 +23,12 @@ def filled(path: Path) -> FrontierFolder:
 
 def test_rows_and_traces_come_back(tmp_path: Path) -> None:
     filled(tmp_path / "new" / "out")
-    found = FrontierFolder.read(tmp_path / "new" / "out")
-    assert found.about == {"version": 2, **ABOUT}
-    assert [row["label"] for row in found.rows] == ["a", "b/ü"]
-    assert found.row("b/ü") == {"version": 2, "label": "b/ü"}
-    assert found.row("c") is None
-    assert found.traces("a") == [{"id": "1", "text": "ä"}]
+    actual = FrontierFolder.read(tmp_path / "new" / "out")
+    assert actual.about == {"version": 2, **ABOUT}
+    assert [row["label"] for row in actual.rows] == ["a", "b/ü"]
+    assert actual.row("b/ü") == {"version": 2, "label": "b/ü"}
+    assert actual.row("c") is None
+    assert actual.traces("a") == [{"id": "1", "text": "ä"}]
 
 
 @pytest.mark.parametrize("left", ['{"version": 2, "lab', '{"version": 2, "label": "c"}'])

@@ -76,7 +76,7 @@ def decoded(folder: Path, bits: int) -> dict[str, tuple[torch.Tensor, torch.Tens
     """Codes and their values in float32 of every quantized module, from the file's bits; codes are
     counted from zero points."""
     tensors = load_file(folder / "model.safetensors")
-    found = {}
+    actual = {}
     for name in sorted(
         key.removesuffix(".weight_scale") for key in tensors if key.endswith(".weight_scale")
     ):
@@ -92,11 +92,11 @@ def decoded(folder: Path, bits: int) -> dict[str, tuple[torch.Tensor, torch.Tens
             zeros = (_unpacked(zeros, len(zeros), len(codes), bits) - 2 ** (bits - 1)).T
             codes -= zeros.repeat_interleave(codes.shape[1] // zeros.shape[1], dim=1)
         scale = tensors[f"{name}.weight_scale"].float()
-        found[name] = (
+        actual[name] = (
             codes,
             codes * scale.repeat_interleave(codes.shape[1] // scale.shape[1], dim=1),
         )
-    return found
+    return actual
 
 
 def _unpacked(words: torch.Tensor, lines: int, count: int, bits: int) -> torch.Tensor:

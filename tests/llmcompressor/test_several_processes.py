@@ -33,9 +33,9 @@ def ran(tiny_folder, trace_store, tmp_path_factory) -> tuple[Path, dict[str, lis
     save_tiny_experts(folder / "mixture")
     of_experts = {"solver": "sparsegpt", "expert_floor": 700, "calibration": calibration}
     (folder / "experts.yaml").write_text(recipe(entry(folder / "mixture.jsonl", **of_experts)))
-    done = forked.run(several_processes.main, [str(tiny_folder), str(folder)], folder)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder, json.loads(done.stdout.splitlines()[-1])
+    process = forked.run(several_processes.main, [str(tiny_folder), str(folder)], folder)
+    assert process.returncode == 0, process.stderr[-3000:]
+    return folder, json.loads(process.stdout.splitlines()[-1])
 
 
 def errors(folder: Path, name: str, rank: int) -> list[str]:
@@ -48,8 +48,8 @@ def assert_as_one(ran, name: str, count: int, one: str) -> None:
     """The run ended well, with the bytes and the record of one process."""
     folder, codes = ran
     assert codes[name] == [0] * count, (folder / f"{name}.0.txt").read_text()[-2000:]
-    (expected, bytes_of_one), (record, found) = result(folder / one), result(folder / name)
-    assert found == bytes_of_one
+    (expected, bytes_of_one), (record, actual) = result(folder / one), result(folder / name)
+    assert actual == bytes_of_one
     assert count == 1 or record.pop("processes") == count
     assert record == expected
     assert not (folder / f"{name}.unfinished").exists()

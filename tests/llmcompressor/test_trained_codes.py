@@ -50,9 +50,9 @@ def recovered(folder: Path, monkeypatch: pytest.MonkeyPatch, rate: float) -> Any
     check_layers(model, quantized_names(load_file(folder / "model.safetensors")))
     checkpoint, checked, check = QuantizedCheckpoint(model, dense(), ()), [], TrainingLoop.check
 
-    def watched(self: Any, done: Any) -> float:
+    def watched(self: Any, process: Any) -> float:
         checked.append({n: m.weight.detach().clone() for n, m in linears(self.model).items()})
-        return check(self, done)
+        return check(self, process)
 
     monkeypatch.setattr(TrainingLoop, "check", watched)
     result = recover(

@@ -77,8 +77,8 @@ def asked(tmp_path: Path) -> list[str]:
 
 
 def test_root_installs_two_packages(machine, tmp_path):
-    done = machine(0)
-    assert done.returncode == 0, done.stderr
+    process = machine(0)
+    assert process.returncode == 0, process.stderr
     update, install = asked(tmp_path)
     assert update.endswith(" update")
     assert install.endswith("install --yes --no-install-recommends g++-aarch64-linux-gnu qemu-user")
@@ -86,8 +86,8 @@ def test_root_installs_two_packages(machine, tmp_path):
 
 
 def test_others_unpack_them_into_a_folder(machine, tmp_path):
-    done = machine(1000)
-    assert done.returncode == 0, done.stderr
+    process = machine(1000)
+    assert process.returncode == 0, process.stderr
     assert all(f"Dir::Cache={os.environ.get('TMPDIR', '/tmp')}" in call for call in asked(tmp_path))
     tools = tmp_path / "tools"
     assert {path.name for path in (tools / "bin").iterdir()} == {

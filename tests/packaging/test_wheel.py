@@ -30,10 +30,10 @@ def build(kind: str, source: Path, out: Path, **environment: str) -> Path:
     out.mkdir(exist_ok=True)
     code = f"import setuptools.build_meta as backend; backend.build_{kind}({str(out)!r})"
     environment = {**os.environ, "PYTHONPATH": "", **environment}
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code], cwd=source, env=environment, capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stderr
+    assert process.returncode == 0, process.stderr
     (built,) = out.iterdir()
     return built
 
@@ -112,17 +112,17 @@ def test_the_wheel_holds_every_file_of_the_package(names):
 
 
 def test_the_sdist_holds_what_the_wheel_is_built_from_and_no_more(unpacked):
-    found = {str(path.relative_to(unpacked)) for path in unpacked.rglob("*") if path.is_file()}
+    actual = {str(path.relative_to(unpacked)) for path in unpacked.rglob("*") if path.is_file()}
     sources = files_of(ROOT / "csrc")
     assert len(sources) > 15
     assert (
         sources
         | files_of(ROOT / "rac_modifier")
         | {"LICENSE", "README.md", "setup.py", "pyproject.toml"}
-        <= found
+        <= actual
     )
     assert [
-        name for name in found if name.endswith((".so", ".o", ".pyc")) or name.startswith("tests/")
+        name for name in actual if name.endswith((".so", ".o", ".pyc")) or name.startswith("tests/")
     ] == []
 
 
@@ -158,11 +158,11 @@ def test_without_a_compiler_the_wheel_is_for_any_machine_and_says_what_it_lacks(
         "from rac_modifier.kernels.cpu.support import support; print(support().isa, "
         "support().reason)"
     )
-    done = run(installed, tmp_path, "-c", code)
-    assert done.stdout.startswith(
+    process = run(installed, tmp_path, "-c", code)
+    assert process.stdout.startswith(
         "None no compiled kernel: it was not built when rac-modifier was installed; install a C++"
     )
-    assert len(done.stdout.splitlines()) == 1
+    assert len(process.stdout.splitlines()) == 1
 
 
 def run(installed: Path, cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

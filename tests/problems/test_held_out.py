@@ -87,8 +87,8 @@ def test_the_reference_of_a_worked_solution_is_its_last_line(tmp_path):
         "d": "#### 1\nno\n#### 2",
     }
     rows = [{"question": name, "answer": text} for name, text in answers.items()]
-    found = {p.question[0]: p.answer for p in read(tmp_path, SOLUTION, rows)}
-    assert found == {"a": "12", "b": "-1200", "c": "0.5", "d": "2"}
+    actual = {p.question[0]: p.answer for p in read(tmp_path, SOLUTION, rows)}
+    assert actual == {"a": "12", "b": "-1200", "c": "0.5", "d": "2"}
 
 
 @pytest.mark.parametrize("answer", ["12", "#### 12\nand more", "####", "##### "])

@@ -132,8 +132,8 @@ def train(folder, *options):
     """In a fork, whose malloc is as it was."""
     folder.mkdir(exist_ok=True)
     words = ["--out", str(folder / "out"), "--work", str(folder / "work"), *SETTINGS, *options]
-    done = forked.run(training_run.main, words, folder, MALLOC)
-    assert done.returncode == 0, done.stderr
+    process = forked.run(training_run.main, words, folder, MALLOC)
+    assert process.returncode == 0, process.stderr
 
 
 @pytest.mark.slow
@@ -154,6 +154,6 @@ def test_training_is_deterministic_and_resumes_bit_by_bit(tmp_path):
     assert not (tmp_path / "b" / "out").exists()
     train(tmp_path / "b")
     for file in ("out/model.safetensors", "work/state.safetensors"):
-        expected, found = (load_file(tmp_path / run / file) for run in "ab")
-        assert expected.keys() == found.keys()
-        assert not [name for name in expected if not torch.equal(expected[name], found[name])]
+        expected, actual = (load_file(tmp_path / run / file) for run in "ab")
+        assert expected.keys() == actual.keys()
+        assert not [name for name in expected if not torch.equal(expected[name], actual[name])]

@@ -135,20 +135,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["recomputed", "quantized"])
 def test_two_processes_end_as_one(folder, kind):
-    found = load_file(folder / f"{kind}.safetensors")
+    actual = load_file(folder / f"{kind}.safetensors")
     result, model = sharded_run.run(kind, Processes())
     curve = torch.tensor([kl for _, kl in result.curve], dtype=torch.float64)
     assert result.kl_after < result.kl_before
     # a sum in another order may round to another code
     rtol = 5e-3 if kind == "quantized" else 1e-4
-    torch.testing.assert_close(found.pop("curve"), curve, rtol=rtol, atol=0)
+    torch.testing.assert_close(actual.pop("curve"), curve, rtol=rtol, atol=0)
     start = dense_and_sparse()[1].state_dict()
     for name, weight in model.state_dict().items():
         if kind != "quantized":  # of steps of up to 3e-3
-            torch.testing.assert_close(found[name], weight, rtol=0, atol=3e-4)
+            torch.testing.assert_close(actual[name], weight, rtol=0, atol=3e-4)
         if "proj" in name:
-            assert not bool(found[name][start[name] == 0].any()), name
-    assert not torch.equal(found[f"{NAME}.weight"], start[f"{NAME}.weight"])
+            assert not bool(actual[name][start[name] == 0].any()), name
+    assert not torch.equal(actual[f"{NAME}.weight"], start[f"{NAME}.weight"])
 
 
 @pytest.mark.slow

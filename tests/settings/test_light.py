@@ -23,6 +23,8 @@ print(json.dumps([name for name in {heavy!r} if name in sys.modules]))
 def test_settings_recipes_and_the_schema_load_nothing_heavy():
     names = [path.stem for path in FOLDER.glob("*.py") if path.stem != "__init__"]
     program = PROGRAM.format(names=names, heavy=HEAVY)
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == []
+    process = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT
+    )
+    assert process.returncode == 0, process.stderr
+    assert json.loads(process.stdout.splitlines()[-1]) == []

@@ -19,8 +19,10 @@ def test_importing_it_is_light():
         "import sys, rac_modifier.vllm_plugin.register; print(*{'torch', 'vllm', 'transformers', "
         "'numpy'} & set(sys.modules))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == []
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert process.stdout.split() == []
 
 
 def fake_vllm(monkeypatch: pytest.MonkeyPatch, **attributes: object) -> ModuleType:

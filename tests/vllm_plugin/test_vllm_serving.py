@@ -275,14 +275,14 @@ def test_two_ranks(tmp_path, form):
         save_codes(folder, meant, words_config("gptq", 32, False), store)
     (tmp_path / "two_ranks.py").write_text(TWO_RANKS)
     command = [sys.executable, str(tmp_path / "two_ranks.py"), str(folder), str(TOKENS)]
-    done = subprocess.run(
+    process = subprocess.run(
         [*command, "" if form == "packed" else "rac"],
         env={**os.environ, "PYTHONPATH": search_path(tmp_path)},
         capture_output=True,
         text=True,
     )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("tokens: ")]
-    assert lines == [f"tokens: {reference(meant, TOKENS)}"], done.stderr[-3000:]
+    lines = [line for line in process.stdout.splitlines() if line.startswith("tokens: ")]
+    assert lines == [f"tokens: {reference(meant, TOKENS)}"], process.stderr[-3000:]
 
 
 def search_path(folder: Path) -> str:
@@ -320,18 +320,18 @@ def test_vllm_serve_over_http(tmp_path):
     environment = {name: v for name, v in os.environ.items() if not name.startswith("VLLM_")}
     command = [sys.executable, str(ROOT / "examples/serve_demo.py"), str(folder)]
     command += ["--problems", "24", "--log", str(tmp_path / "log"), "--enforce-eager"]
-    done = subprocess.run(
+    process = subprocess.run(
         command,
         env=environment | {"PYTHONPATH": search_path(tmp_path)},
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stderr
-    right = re.search(r"(\d+) of 24 held-out problems right", done.stdout)
-    assert right, done.stdout
-    assert int(right[1]) >= 18, done.stdout
-    assert "rac: " in done.stdout
-    port = re.search(r"127\.0\.0\.1:(\d+)", done.stdout)
+    assert process.returncode == 0, process.stderr
+    right = re.search(r"(\d+) of 24 held-out problems right", process.stdout)
+    assert right, process.stdout
+    assert int(right[1]) >= 18, process.stdout
+    assert "rac: " in process.stdout
+    port = re.search(r"127\.0\.0\.1:(\d+)", process.stdout)
     assert port
     with socket.socket() as probe:
         assert probe.connect_ex(("127.0.0.1", int(port[1]))) != 0, "the server still runs"

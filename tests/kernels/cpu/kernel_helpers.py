@@ -105,8 +105,8 @@ def setup_library(folder: Path) -> Path:
         pytest.skip("no compiler on this machine")
 
     def build(out: Path) -> None:
-        done = run_setup(folder)
-        assert done.returncode == 0, done.stderr
+        process = run_setup(folder)
+        assert process.returncode == 0, process.stderr
         (built,) = (folder / "lib").rglob("_native_kernels*.so")
         shutil.copy(built, out)
 
@@ -124,8 +124,8 @@ def run_setup(folder: Path, **environment: str) -> subprocess.CompletedProcess[s
 
 def run(*command: str) -> None:
     """Run a command that must succeed."""
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
 
 
 def take(path: Path | None, isa: str | None, patch: pytest.MonkeyPatch) -> None:

@@ -26,10 +26,10 @@ def test_no_function_of_an_instruction_set_is_shared(tmp_path, name):
 
 
 def test_without_a_compiler_the_build_succeeds_and_says_so(tmp_path):
-    done = run_setup(tmp_path, CC="no-such-compiler", CXX="no-such-compiler")
-    assert done.returncode == 0, done.stderr
+    process = run_setup(tmp_path, CC="no-such-compiler", CXX="no-such-compiler")
+    assert process.returncode == 0, process.stderr
     assert not list(tmp_path.rglob("_native_kernels*.so"))
-    assert "no-such-compiler" in done.stdout + done.stderr
+    assert "no-such-compiler" in process.stdout + process.stderr
 
 
 @pytest.mark.parametrize("differ", [0, 1])
@@ -39,8 +39,8 @@ def test_every_panel_is_in_one_share(tmp_path, differ):
         pytest.skip("no g++ on this machine")
     program, source = str(tmp_path / "shares"), str(HERE / "shares.cpp")
     run("g++", *FLAGS, "-O1", "-fopenmp", f"-DDIFFER={differ}", source, "-o", program)
-    done = subprocess.run([program], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    process = subprocess.run([program], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
 
 
 def test_a_source_distribution_would_hold_every_source():

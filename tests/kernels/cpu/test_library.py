@@ -25,8 +25,8 @@ def test_importing_the_backend_is_light_and_loads_no_library():
         "set(sys.modules)\n"
         "print(heavy, load.cache_info().currsize)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.split("\n")[-2:-1] == ["set() 0"], done.stderr
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert process.stdout.split("\n")[-2:-1] == ["set() 0"], process.stderr
 
 
 def test_what_is_no_library_is_a_reason(tmp_path, monkeypatch):

@@ -73,17 +73,17 @@ def arm_driver(tmp_path_factory):
 
 
 def test_this_processor(native_driver):
-    done = subprocess.run([str(native_driver), "200"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert "200 weights" in done.stdout
+    process = subprocess.run([str(native_driver), "200"], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr[-4000:]
+    assert "200 weights" in process.stdout
 
 
 def test_emulated_instructions(emulated_path, tmp_path):
     """AVX512 and AMX, wherever the tests run."""
     program = str(driver(tmp_path, emulated_path))
-    done = subprocess.run([program, "50"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.startswith("best amx: 50 weights")
+    process = subprocess.run([program, "50"], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr[-4000:]
+    assert process.stdout.startswith("best amx: 50 weights")
 
 
 @pytest.mark.parametrize("processor", X86)
@@ -91,17 +91,17 @@ def test_x86(native_driver, processor):
     if platform.machine() != "x86_64":
         pytest.skip("for a library of x86-64")
     need("qemu-x86_64")
-    done = emulated(["qemu-x86_64", "-cpu", processor], native_driver, "10")
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.startswith(f"best {X86[processor]}: 10 weights")
+    process = emulated(["qemu-x86_64", "-cpu", processor], native_driver, "10")
+    assert process.returncode == 0, process.stderr[-4000:]
+    assert process.stdout.startswith(f"best {X86[processor]}: 10 weights")
 
 
 @pytest.mark.parametrize("processor", ARM)
 def test_arm(arm_driver, processor):
     command = ["qemu-aarch64", "-cpu", processor, "-L", str(SYSROOT)]
-    done = emulated(command, arm_driver, "10")
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.startswith(f"best {ARM[processor]}: 10 weights")
+    process = emulated(command, arm_driver, "10")
+    assert process.returncode == 0, process.stderr[-4000:]
+    assert process.stdout.startswith(f"best {ARM[processor]}: 10 weights")
 
 
 def test_an_instruction_that_is_missing_stops_a_program(tmp_path):
