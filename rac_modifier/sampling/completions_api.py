@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
@@ -90,17 +90,8 @@ def trace_seed(seed: int, key: str) -> int:
     return int.from_bytes(digest, "little") % 2**31
 
 
-def read_answer(
-    request: Request,
-    content: bytes,
-    vocab_size: int,
-    server: str,
-    tokenize: Callable[[str], Sequence[int]] | None = None,
-) -> Generation:
+def read_answer(request: Request, content: bytes, vocab_size: int, server: str) -> Generation:
     """Return the completion in the body of an answer with status 200.
-
-    `tokenize` is called with the text of an answer without token ids, and its EOS is added; None:
-    such an answer is refused.
 
     Raises:
         UnusableError: the answer is cut short or contradicts itself.
@@ -110,18 +101,11 @@ def read_answer(
     choice, usage = only_choice(content)
     ids, reason = choice.get("token_ids"), choice.get("finish_reason")
     if ids is None:
-        if tokenize is None:
-            raise RacError(
-                f"{server} returned text without token ids, and traces are never tokenized again "
-                "from text: it must support `return_token_ids` in /v1/completions (vllm serve does)"
-            )
-        text = choice.get("text")
-        if not isinstance(text, str) or reason not in ("stop", "length"):
-            raise UnusableError(f"finish_reason {reason!r} of the text {str(text)[:60]!r}")
-        if reason == "length" and not text:
-            raise UnusableError(f"finish_reason {reason!r} of an empty text")
-        eos = (request.eos[0],) if reason == "stop" else ()
-        return Generation((*tokenize(text), *eos), reason)
+        raise RacError(
+            f"{server} returned text without token ids, and traces are never tokenized again "
+            "from text: it must support `return_token_ids` in /v1/completions (vllm serve "
+            "does); rac eval without the model folder reads text"
+        )
     if not (
         isinstance(ids, list) and ids and all(type(i) is int and 0 <= i < vocab_size for i in ids)
     ):

@@ -21,8 +21,7 @@ from rac_modifier.processes import ALONE, Processes
 from rac_modifier.sampling.generate import Generation, generate
 from rac_modifier.settings.sampling import SamplingSettings
 
-EngineKind = Literal["transformers", "openai", "openai text"]
-"""`openai text`: servers that return text alone; enough to judge answers, not to calibrate on."""
+EngineKind = Literal["transformers", "openai"]
 
 _SERVE = (
     "fill the trace store with a server first, which can divide the model over several devices "

@@ -55,10 +55,10 @@ class ServerEngine:
     """Completes prompts, sent as token ids, on one or several servers of the model `identity`.
 
     Greedy tokens of the servers are compared with `model`, if it is in memory. `sampling` must be
-    resolved. With `evaluates`, answers are judged, and nothing is calibrated on them. Then servers
-    that return no token ids are accepted if `verify_model` is set: `kind` becomes "openai text".
+    resolved. With `evaluates`, answers are judged, and nothing is calibrated on them.
     """
 
+    kind: EngineKind = "openai"
     batch_size = 1
 
     def __init__(
@@ -70,12 +70,10 @@ class ServerEngine:
         model: PreTrainedModel | None = None,
         evaluates: bool = False,
     ):
-        self.kind: EngineKind = "openai"
         self._settings, self._identity, self._tokenizer = settings, identity, tokenizer
         self._sampling, self._model, self._evaluates = sampling, model, evaluates
         self._eos = tuple(eos_token_ids(identity, tokenizer))
-        tokenize = self._tokenized if evaluates and settings.verify_model else None
-        self._servers = [ServerClient(url, settings, tokenize) for url in settings.base_urls]
+        self._servers = [ServerClient(url, settings) for url in settings.base_urls]
         if settings.api_key_env is not None:
             urls = ", ".join(settings.base_urls)
             logger.warning(f"the key in {settings.api_key_env} is sent to {urls}")
@@ -191,13 +189,6 @@ class ServerEngine:
             raise RacError(
                 f"{server.url} does not answer a short greedy prompt: {error}"
             ) from error
-        if self.kind == "openai text":
-            logger.warning(
-                f"{server.url} returns text without token ids: answers are tokenized here, "
-                "so that their lengths may differ by a few tokens, and the served model is "
-                "known by its name alone"
-            )
-            return []
         probes = [
             Probe(prompt_ids=ids, completion_ids=answer.ids)
             for ids, answer in zip(prompts, answers, strict=True)
@@ -205,11 +196,6 @@ class ServerEngine:
         if self._model is not None and not self._evaluates:
             await asyncio.to_thread(check_probes, self._model, probes, server.url)
         return probes
-
-    def _tokenized(self, text: str) -> list[int]:
-        """Return the ids of an answer that came as text alone."""
-        self.kind = "openai text"
-        return list(self._tokenizer.encode(text, add_special_tokens=False))
 
     async def _complete(self, prompt: Prompt) -> Generation | Failure:
         """Ask one server after the other: a few tries each, and then the other tries."""

@@ -13,7 +13,7 @@ import ipaddress
 import os
 import random
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -46,18 +46,12 @@ class RefusedError(Exception):
 
 
 class ServerClient:
-    """A base URL, which ends in /v1; `tokenize` is for answers without token ids."""
+    """A base URL, which ends in /v1."""
 
-    def __init__(
-        self,
-        url: str,
-        settings: EngineSettings,
-        tokenize: Callable[[str], Sequence[int]] | None = None,
-    ):
+    def __init__(self, url: str, settings: EngineSettings):
         self.url = url
         self.under_way = 0  # completions that are waited for
         self.failing = False  # whether the last completion failed in all its tries
-        self._tokenize = tokenize
         self._deadline = settings.timeout
         self._key = _api_key(settings.api_key_env)
         self._proxy = _proxy_of(url)
@@ -94,7 +88,7 @@ class ServerClient:
         """Return a completion of token ids; raises what `ask` raises."""
 
         def read(content: bytes) -> Generation:
-            return read_answer(request, content, vocab_size, self.url, self._tokenize)
+            return read_answer(request, content, vocab_size, self.url)
 
         body, tokens = request.body(model, sampling), len(request.prompt_ids) + request.max_tokens
         return await self.ask("/completions", body, tokens, read, tries)

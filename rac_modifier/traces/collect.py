@@ -57,12 +57,6 @@ def collect_traces(
     path = settings_path("rac_traces", identity.fingerprint, sampling, problems)
     path = path if store_path is None else Path(store_path)
     stored = read_header(path)
-    if stored is not None and stored.engine.kind == "openai text":
-        raise RacError(
-            f"{str(path)!r} holds answers of a server that returns no token ids, and they "
-            "were tokenized from their text: they are there to be judged, and no traces; "
-            "name another path"
-        )
     if stored is not None and stored.fingerprint != header.fingerprint:
         return _read_off_policy(path, stored, header, tokens, allow_off_policy)
     if stored is not None and in_memory is not None and (engine is None or engine.verify_model):

@@ -97,19 +97,3 @@ def _(b: Bench) -> None:
     path = b.tmp / "r.yaml"
     path.write_text(recipe({"sparsity": 0.5, "calibration": {"mixture": {"generic": 1.0}}}))
     b.rac("traces", "collect", b.folder, "-r", path)
-
-
-@CASES.case(
-    "calibrating on answers of a server without token ids",
-    "they are there to be judged, and no traces",
-)
-def _(b: Bench) -> None:
-    from rac_modifier.sampling.engine import EngineRecord
-    from rac_modifier.traces.records import encode
-    from rac_modifier.traces.store import TraceStore
-
-    header = TraceStore.read(b.store).header.model_copy(
-        update={"engine": EngineRecord(kind="openai text")}
-    )
-    b.store.write_bytes(encode("header", header))
-    b.prune()

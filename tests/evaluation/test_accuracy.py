@@ -14,7 +14,6 @@ from rac_modifier.sampling.generate import Generation
 from rac_modifier.sampling.model_identity import ModelIdentity
 from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
-from rac_modifier.traces.collect import collect_traces
 from rac_modifier.traces.store import TraceStore
 from tests.sampling.fake_server import FakeServer
 from tests.tiny import byte_tokenizer, tiny_model
@@ -162,13 +161,12 @@ def server(tokenizer):
         return [*tokenizer.encode(text, add_special_tokens=False), 1]
 
     fake.answer = answer
-    fake.text = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
     yield fake
     fake.close()
 
 
-def served(server, tokenizer, model, path, problems=SUMS, *, verify=False, **changes):
-    engine = EngineSettings(base_urls=(server.url,), concurrency=3, verify_model=verify)
+def served(server, tokenizer, model, path, problems=SUMS, **changes):
+    engine = EngineSettings(base_urls=(server.url,), concurrency=3, verify_model=False)
     return evaluate_into_file(
         ModelIdentity.of_model(model), tokenizer, problems, label="served", source=SOURCE,
         sampling=sampling(**changes), path=path, engine=engine, progress=False,
@@ -194,20 +192,6 @@ def test_a_server_is_asked_each_problem_once_and_after_a_kill_what_is_missing(
     assert served(server, tokenizer, model, path).correct_answers == result.correct_answers
     assert len(server.bodies) == 12 - 5
     assert path.read_bytes() == b"".join(lines)
-
-
-def test_a_server_without_token_ids_is_judged_by_its_text(server, tokenizer, model, tmp_path):
-    """As llama.cpp answers: the same accuracy and lengths, and nothing to calibrate on."""
-    exact = served(server, tokenizer, model, tmp_path / "a.jsonl", SUMS[:6], verify=True)
-    server.fault = lambda number, body: "no_ids"
-    text = served(server, tokenizer, model, tmp_path / "b.jsonl", SUMS[:6], verify=True)
-    timed = {"seconds": 0.0, "tokens_per_second": 0.0}
-    assert {**text.as_dict(), **timed} == {**exact.as_dict(), **timed}
-    with pytest.raises(RacError, match=r"filled by another engine \(openai, not openai text"):
-        served(server, tokenizer, model, tmp_path / "a.jsonl", verify=True)
-    where = {"problems": SOURCE, "sampling": sampling(), "tokens": 10, "progress": False}
-    with pytest.raises(RacError, match=r"holds answers of a server that returns no token ids"):
-        collect_traces(model, tokenizer, tmp_path / "b.jsonl", **where)
 
 
 def test_a_failed_answer_is_named_and_asked_again(server, tokenizer, model, tmp_path):

@@ -42,7 +42,6 @@ class FakeServer:
     def __init__(self, port: int = 0) -> None:
         self.fault: Callable[[int, dict[str, Any]], str | None] = lambda number, body: None
         self.answer: Callable[[dict[str, Any]], list[int]] = rule
-        self.text: Callable[[list[int]], str] = lambda ids: "text"
         self.chat: Callable[[dict[str, Any]], Any] = lambda body: None  # JSON of a chat answer
         self.cards: list[dict[str, Any]] = [
             {"id": NAME, "root": "/models/tiny", "max_model_len": 512}
@@ -131,7 +130,7 @@ class _Handler(BaseHTTPRequestHandler):
         ids = self.fake.answer(body)
         choice = {
             "index": 0,
-            "text": self.fake.text(ids),
+            "text": "text",
             "finish_reason": "stop" if ids[-1] == EOS else "length",
             "token_ids": ids,
             "prompt_token_ids": body["prompt"],

@@ -71,28 +71,6 @@ def test_answers_to_ask_for_again(content):
 
 
 @pytest.mark.parametrize(
-    ("choice", "ids"),
-    [
-        ({"text": "ab"}, (97, 98, 1)),
-        ({"text": ""}, (1,)),
-        ({"text": "abcde", "finish_reason": "length"}, (97, 98, 99, 100, 101)),
-        ({}, None),
-        ({"text": 5}, None),
-        ({"text": "a", "finish_reason": "abort"}, None),
-        ({"text": "", "finish_reason": "length"}, None),
-    ],
-)
-def test_text_without_ids_is_tokenized_where_that_is_enough(choice, ids):
-    """The EOS is not in the text, and a count of other tokens may be above the cap."""
-    content = answer(token_ids=None, **choice)
-    if ids is None:
-        with pytest.raises(UnusableError, match="finish_reason"):
-            read_answer(REQUEST, content, 10, "s", lambda text: text.encode())
-        return
-    assert read_answer(REQUEST, content, 10, "s", lambda text: text.encode()).ids == ids
-
-
-@pytest.mark.parametrize(
     ("content", "words"),
     [
         (answer(token_ids=None), "s returned text without token ids.*return_token_ids"),
