@@ -80,7 +80,9 @@ def load_model(
 
     if local := Path(model).is_dir():
         with TensorFiles(model) as files:
-            check_packed(files, packed_format(read_json(Path(model) / CONFIG_FILE)))
+            config = read_json(Path(model) / CONFIG_FILE)
+            check_packed(files, packed_format(config))
+            _check_rotations(model, config)
     else:
         check_is_id(model)
     kwargs = {
@@ -105,6 +107,25 @@ def load_model(
     loaded, info = loading
     check_complete(info, model)
     return cast("PreTrainedModel", loaded)
+
+
+def _check_rotations(model: str | Path, config: Mapping[str, Any]) -> None:
+    """Refuse rotations of activations, which transformers 5.17 leaves out (RacError)."""
+    from compressed_tensors.transform import TransformConfig, TransformLocation
+
+    settings = config.get("quantization_config")
+    transforms = settings.get("transform_config") if isinstance(settings, Mapping) else None
+    if not transforms:
+        return
+    try:
+        schemes = TransformConfig.model_validate(transforms).config_groups.values()
+    except ValueError as error:
+        raise RacError(f"{model}: transform_config of its config.json: {error}") from error
+    if any(TransformLocation(a.location).is_online() for s in schemes for a in s.apply):
+        raise RacError(
+            f"{model}: its config.json has rotations of activations (QuIPModifier, or R3 and R4 of "
+            "SpinQuantModifier), which transformers does not apply; serve it with vLLM"
+        )
 
 
 class CompressedTensorsConfig(upstream.CompressedTensorsConfig):

@@ -253,6 +253,9 @@ class ReasoningAwareCalibrationModifier(CalibratingModifier):
 
     def _save_plan(self) -> SavePlan:
         def prepare(model: PreTrainedModel, save_compressed: bool) -> None:
+            for module in model.modules():  # AutoRound leaves it, and loaders refuse it
+                if hasattr(module, "act_max_scale"):
+                    del module.act_max_scale
             if self._codes is not None and save_compressed:
                 self._codes.compress()
 

@@ -197,15 +197,24 @@ def is_autoround(modifier: Modifier) -> bool:
 
 
 def check_autoround(modifiers: Iterable[Modifier]) -> None:
-    """Refuse AutoRound with zero points, which llm-compressor 0.14 loses (RacError)."""
+    """Refuse schemes of AutoRound that llm-compressor 0.14 loses or fails at (RacError)."""
+    instead = "or use GPTQModifier or ReasoningAwareSparseGPTModifier with solver: none"
     rounding: list[Any] = [modifier for modifier in modifiers if is_autoround(modifier)]
     for modifier in rounding:
         for scheme in modifier.resolved_config.config_groups.values():
-            if scheme.weights is not None and not scheme.weights.symmetric:
+            weights = scheme.weights
+            if weights is not None and not weights.symmetric:
                 raise RacError(
                     "AutoRoundModifier with symmetric: false: llm-compressor 0.14 saves "
-                    "its weights without their zero points; set symmetric: true, or use "
-                    "GPTQModifier or ReasoningAwareSparseGPTModifier with solver: none"
+                    f"its weights without their zero points; set symmetric: true, {instead}"
+                )
+            alone = scheme.input_activations is None
+            if weights is not None and (
+                weights.strategy == "block" or (weights.strategy == "tensor_group" and alone)
+            ):
+                raise RacError(
+                    f"AutoRoundModifier with strategy: {weights.strategy}: it has no rounding "
+                    f"for these weights; set another, such as FP8_DYNAMIC or NVFP4, {instead}"
                 )
 
 

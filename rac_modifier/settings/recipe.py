@@ -18,6 +18,13 @@ from rac_modifier.settings.entries import ENTRIES, KEEP_IDLE, CalibrationEntry, 
 from rac_modifier.settings.recipe_files import find_recipe, parse_yaml, read_yaml
 
 NAME = "ReasoningAwareSparseGPTModifier"
+# Of llm-compressor 0.14; tests/contracts/test_recipes.py compares them with its registry.
+_NAMES = (
+    "AWQ AutoRound ConstantPruning GPTQ LogarithmicEqualization MagnitudePruning QuIP Quantization "
+    "REAPPruning SmoothQuant SparseGPT SpinQuant WandaPruning"
+)
+MODIFIERS = ENTRIES.keys() | {f"{name}Modifier" for name in _NAMES.split()}
+_LAYOUT = "write it as pruning_stage: pruning_modifiers: {}: {{...}}"
 _MIXTURE: Setting = ("calibration", "mixture")
 
 
@@ -35,7 +42,6 @@ def load_recipe(
     """
     recipe = read_recipe(named)
     name, entry = find_named_entry(recipe, str(named))
-    check_layout(recipe, str(named))
     dropped = apply_overrides(entry, overrides or [], name)
     if notes is not None:
         notes += dropped
@@ -57,7 +63,7 @@ def _groups_of(recipe: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any] | N
             yield str(stage), None
             continue
         for group, modifiers in groups.items():
-            yield f"{stage}: {group}", modifiers if isinstance(modifiers, dict) else None
+            yield f"{stage}: {group}", (isinstance(modifiers, dict) and modifiers) or None
 
 
 def _is_read(where: str) -> bool:
@@ -68,44 +74,23 @@ def _is_read(where: str) -> bool:
 def find_named_entry(recipe: Any, where: str) -> tuple[str, dict[str, Any]]:
     """Return name and settings of our modifier inside a recipe; the settings can be changed.
 
-    llm-compressor reads `<stage>_stage: <group>_modifiers: <Modifier>: {...}`. Where those suffixes
-    are missing it runs the recipe without the modifier and without a message.
-
     Raises:
-        RacError: another layout, none of our modifiers, or more than one.
+        RacError: what `check_layout` refuses, none of our modifiers, or more than one.
     """
-    layout = "write it as pruning_stage: pruning_modifiers: {}: {{...}}"
-    if not isinstance(recipe, dict):
-        problem = "is empty" if recipe is None else f"holds no recipe but {type(recipe).__name__}"
-        raise RacError(f"{where} {problem}; {layout.format(NAME)}")
-    entries: list[tuple[str, dict[str, Any]]] = []
-    modifier_names: list[str] = []
-    for group, modifiers in _groups_of(recipe):
-        modifier_names += map(str, modifiers or ())
-        for name in ENTRIES.keys() & (modifiers or {}).keys():
-            assert modifiers is not None
-            if not _is_read(group):
-                raise RacError(
-                    f"{where}: llm-compressor would overlook {group}: {name}; {layout.format(name)}"
-                )
-            modifiers[name] = {} if modifiers[name] is None else modifiers[name]
-            if not isinstance(modifiers[name], dict):
-                raise RacError(
-                    f"{where}: {name} holds {modifiers[name]!r}, not settings; "
-                    f"{layout.format(name)}"
-                )
-            entries.append((name, modifiers[name]))
+    check_layout(recipe, where)
+    entries = [
+        (name, settings)
+        for _, modifiers in _groups_of(recipe)
+        for name, settings in (modifiers or {}).items()
+        if name in ENTRIES
+    ]
     if len(entries) > 1:
         names = " and ".join(sorted(name for name, _ in entries))
         raise RacError(
             f"{where} has {names}; leave one of them out: one calibrates the whole recipe"
         )
     if not entries:
-        meant = next(
-            (m for o in modifier_names for m in get_close_matches(o, ENTRIES, 1, 0.9)), None
-        )
-        next_step = f"did you mean {meant}?" if meant else layout.format(NAME)
-        raise RacError(f"{where} has no {' or '.join(ENTRIES)}; {next_step}")
+        raise RacError(f"{where} has no {' or '.join(ENTRIES)}; {_LAYOUT.format(NAME)}")
     return entries[0]
 
 
@@ -126,12 +111,37 @@ def overlooked(recipe: Any) -> list[str]:
 
 
 def check_layout(recipe: Any, where: str) -> None:
-    """Refuse a recipe if llm-compressor would overlook a part of it (RacError)."""
-    if unread := overlooked(recipe):
-        raise RacError(
-            f"{where}: llm-compressor would overlook {unread[0]}; write it as quantization_stage: "
-            "quantization_modifiers: QuantizationModifier: {...}"
-        )
+    """Refuse a recipe of which llm-compressor would overlook a part; add settings left empty.
+
+    llm-compressor reads `<stage>_stage: <group>_modifiers: <Modifier>: {...}`. Where those suffixes
+    are missing it runs the recipe without the modifier and without a message.
+
+    Raises:
+        RacError: another layout, a modifier that llm-compressor does not have, or its settings are
+            no mapping.
+    """
+    if not isinstance(recipe, dict):
+        problem = "is empty" if recipe is None else f"holds no recipe but {type(recipe).__name__}"
+        raise RacError(f"{where} {problem}; {_LAYOUT.format(NAME)}")
+    for group, modifiers in _groups_of(recipe):
+        if modifiers is None or not _is_read(group):
+            name = next(iter(MODIFIERS & (modifiers or {}).keys()), NAME)
+            raise RacError(
+                f"{where}: llm-compressor would overlook {group}; {_LAYOUT.format(name)}"
+            )
+        for name, settings in modifiers.items():
+            if name not in MODIFIERS:
+                close = get_close_matches(str(name), MODIFIERS, 1, 0.6)
+                meant = f"did you mean {close[0]}? It" if close else "it"
+                raise RacError(
+                    f"{where}: {group}: llm-compressor has no modifier {name!r}; {meant} has "
+                    f"{', '.join(sorted(MODIFIERS))}"
+                )
+            if not isinstance(settings, dict | None):
+                raise RacError(
+                    f"{where}: {name} holds {settings!r}, not settings; {_LAYOUT.format(name)}"
+                )
+            modifiers[name] = settings or {}
 
 
 def check_entry(entry: dict[str, Any], where: str, name: str = NAME) -> CalibrationEntry:

@@ -103,6 +103,18 @@ CASES += [
         ),
     ),
     Case(
+        "a misspelt stage",
+        "llm-compressor would overlook prune_stge: m_modifiers; write it as pruning_stage",
+        lambda b: b.rac_prune(f"prune_stge: {{m_modifiers: {{{NAME}: {{sparsity: 0.5}}}}}}"),
+    ),
+    Case(
+        "a modifier that llm-compressor does not have",
+        "llm-compressor has no modifier 'GTPQModifier'; did you mean GPTQModifier?",
+        lambda b: b.rac_prune(
+            f"s_stage: {{m_modifiers: {{{NAME}: {{sparsity: 0.5}}, GTPQModifier: {{}}}}}}"
+        ),
+    ),
+    Case(
         "both of this package's modifiers in one recipe file",
         f"has ReasoningAwareCalibrationModifier and {NAME}; leave one of them out",
         lambda b: b.rac_prune(

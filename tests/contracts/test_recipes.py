@@ -3,6 +3,8 @@
 import pytest
 
 from rac_modifier import ReasoningAwareSparseGPTModifier
+from rac_modifier.settings.entries import ENTRIES
+from rac_modifier.settings.recipe import MODIFIERS
 from tests.tiny import NAME, entry, recipe
 
 
@@ -35,3 +37,12 @@ def test_seam_recipe_without_suffixes_silently_has_no_modifier(text):
     from llmcompressor.recipe import Recipe
 
     assert Recipe.create_instance(text % NAME).modifiers == []
+
+
+def test_seam_modifiers_of_llm_compressor():
+    """The names that settings/recipe.py lets through."""
+    from llmcompressor.modifiers import ModifierFactory
+
+    if not ModifierFactory._loaded:
+        ModifierFactory.refresh()
+    assert MODIFIERS - ENTRIES.keys() == ModifierFactory._main_registry.keys() - {"Modifier"}

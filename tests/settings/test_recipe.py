@@ -188,13 +188,37 @@ def test_what_is_set_beside_a_new_mixture_is_not_dropped(tmp_path):
         load_recipe(path)  # in a file it stays an error
 
 
-def test_a_stage_that_llm_compressor_overlooks_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("later", "says"),
+    [
+        (
+            "quant_stag: {q_modifiers: {GPTQModifier: {}}}",
+            "overlook quant_stag: q_modifiers; write",
+        ),
+        ("q_stage: {q_modifiers: {}}", "overlook q_stage: q_modifiers; write it as"),
+        ("q_stage: {}", "overlook q_stage; write it as"),
+        (
+            "q_stage: {q_modifiers: {GTPQModifier: {}}}",
+            "no modifier 'GTPQModifier'; did you mean GPTQ",
+        ),
+        ("q_stage: {q_modifiers: {x: {}}}", "no modifier 'x'; it has AWQModifier, .*GPTQModifier"),
+        (
+            "q_stage: {q_modifiers: {GPTQModifier: W4A16}}",
+            "GPTQModifier holds 'W4A16', not settings",
+        ),
+    ],
+)
+def test_what_llm_compressor_would_not_run_is_refused(tmp_path, later, says):
     path = tmp_path / "r.yaml"
-    path.write_text(
-        recipe({"sparsity": 0.5}) + "\nquant_stag: {q_modifiers: {QuantizationModifier: {}}}\n"
-    )
-    with pytest.raises(RacError, match="would overlook quant_stag: q_modifiers; write it as"):
+    path.write_text(recipe({"sparsity": 0.5}) + f"\n{later}\n")
+    with pytest.raises(RacError, match=says):
         load_recipe(path)
+
+
+def test_a_modifier_without_settings_is_given_none(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(recipe({"sparsity": 0.5}) + "\nq_stage: {q_modifiers: {SmoothQuantModifier: }}")
+    assert load_recipe(path)["q_stage"] == {"q_modifiers": {"SmoothQuantModifier": {}}}
 
 
 VALUES = [
