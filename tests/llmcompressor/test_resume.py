@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +32,21 @@ SETTINGS = {
 }
 
 
-def result(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """Of a saved checkpoint, the record without its times, and the bytes of its weights."""
+def result(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the record without its times, and the hashes of the files of weights."""
     record = record_of(folder)
     record.pop("time")
     for part in record.get("recovery", {}), record["divergence"], record:
         part.pop("seconds", None), part.pop("cpu_seconds", None)
-    return record, {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
+    files = sorted(folder.glob("*.safetensors"))
+    return record, {file.name: sha256(file.read_bytes()).hexdigest() for file in files}
 
 
-def everything(folder: Path) -> dict[str, tuple[bytes, int]]:
-    """What is in a folder, and when it was written."""
+def everything(folder: Path) -> dict[str, tuple[str, int]]:
+    """Hash what is in a folder, with the time when it was written."""
     return {
-        path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in sorted(folder.iterdir())
+        path.name: (sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns)
+        for path in sorted(folder.iterdir())
     }
 
 
