@@ -47,7 +47,6 @@ COLUMNS = {
     "KL, sampled": ".4f",
     "KL, sampled, outside repetitions": ".4f",
     "KL, greedy": ".4f",
-    "CPU seconds": ".0f",
 }
 TINY: dict[str, Any] = {
     "model": "reasoner",
@@ -88,22 +87,18 @@ def run(options: argparse.Namespace) -> None:
         if label in GGUF:
             texts = traces(subject) if IMATRIX in label else []
             pruned, bits = quantized_by_llama_cpp(label, Path(subject.model), folder, texts)
-            seconds = None
         else:
-            seconds = compressed(Path(subject.model), recipes[label], folder)
+            compress(Path(subject.model), recipes[label], folder)
             pruned = load(folder, Path(subject.model))
             bits = bits_per_weight(folder, pruned)
-        row = {"label": label, "bits": bits, "seconds": seconds}
+        row = {"label": label, "bits": bits}
         for dense_answers in answers:
             row |= dense_answers.divergence(pruned)
         finished[label] = row
         with path.open("a") as file:
             file.write(json.dumps(row) + "\n")
     names = ("sampled", "sampled outside", "greedy")
-    rows = [
-        [label, row["bits"], *(row[name] for name in names), row["seconds"]]
-        for label, row in finished.items()
-    ]
+    rows = [[label, row["bits"], *(row[name] for name in names)] for label, row in finished.items()]
     save(options.out, f"formats_{options.model}", subject.name, COLUMNS, rows)
 
 
@@ -124,16 +119,19 @@ def bits_per_weight(folder: Path, model: Any) -> float:
 
 
 def traces(subject: Subject) -> list[list[int]]:
-    """Return 8,192 tokens of the calibration's own traces, from the stores of the rows before."""
+    """Return 8,192 tokens of the model's own traces, of each source the same share."""
     written = subject.shared["traces"]
-    ids: list[list[int]] = []
-    for source in written.get("sources", {"": written}).values():
-        rows = trace_dataset(
-            subject.model, tokens=4096, problems=source["problems"], store=source.get("store"),
-            sampling=source["sampling"],
-        )  # fmt: skip
-        ids += rows["input_ids"]
-    return ids
+    sources = list(written.get("sources", {"": written}).values())
+    rows = [
+        trace_dataset(
+            subject.model,
+            tokens=8192 // len(sources),
+            problems=source["problems"],
+            sampling=written["sampling"],
+        )
+        for source in sources
+    ]
+    return [ids for dataset in rows for ids in dataset["input_ids"]]
 
 
 def load(folder: Path, dense: Path) -> Any:
@@ -148,16 +146,14 @@ def load(folder: Path, dense: Path) -> Any:
     return plain.eval()
 
 
-def compressed(model: Path, recipe: dict[str, Any], folder: Path) -> float:
-    """Write the compressed checkpoint; return the CPU seconds that took, with sampling."""
-    seconds = folder.with_suffix(".seconds")
-    if not seconds.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        path = folder.with_suffix(".yaml")
-        path.write_text(yaml.safe_dump(recipe, sort_keys=False))
-        used = child([sys.executable, "-c", ONESHOT, str(model), str(path), str(folder)])[2]
-        seconds.write_text(str(used))
-    return float(seconds.read_text())
+def compress(model: Path, recipe: dict[str, Any], folder: Path) -> None:
+    """Write the compressed checkpoint, unless it is there."""
+    if (folder / "config.json").exists():
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    path = folder.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    child([sys.executable, "-c", ONESHOT, str(model), str(path), str(folder)])
 
 
 class Answers:

@@ -79,9 +79,7 @@ def run_grid(
         evaluation["problems"] = problems
     if cap is not None:
         evaluation["cap"] = cap
-        traces = shared["traces"]
-        for source in traces.get("sources", {"": traces}).values():
-            source["sampling"]["max_new_tokens"] = cap
+        shared["traces"]["sampling"]["max_new_tokens"] = cap
     out.mkdir(parents=True, exist_ok=True)
     grid = out / "grid.yaml"
     grid.write_text(yaml.safe_dump(content, sort_keys=False))

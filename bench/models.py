@@ -70,9 +70,7 @@ def chat_subject(name: str, folder: Path, work: Path) -> Subject:
     write_prompts(held_out, questions)
     sampling = {"max_new_tokens": 1024, "batch_size": 64, "seed": 0}
     sources = {
-        source: {
-            "problems": {"source": problems},
-        }
+        source: {"problems": {"source": problems}}
         for source, problems in (("instructions", str(train)), ("arithmetic", "arithmetic"))
     }
     mixture = {"traces:instructions": 0.5, "traces:arithmetic": 0.5}
@@ -93,9 +91,7 @@ def float32_copy(name: str, work: Path, cap: int) -> Subject:
         AutoTokenizer.from_pretrained(source).save_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
         model.save_pretrained(folder)
-    traces = subject.shared["traces"]
-    for source in traces.get("sources", {"": traces}).values():
-        source["sampling"]["max_new_tokens"] = cap
+    subject.shared["traces"]["sampling"]["max_new_tokens"] = cap
     return replace(subject, model=str(folder))
 
 

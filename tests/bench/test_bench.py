@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from bench.__main__ import SUITES, main
+from bench.formats import FORMATS
 from bench.grid import MIXTURES, OURS, VARIANTS, calibrated_on, pattern
-from bench.models import reasoner
+from bench.models import chat_subject, reasoner
 from bench.render import render
 from bench.shapes import Form, random_mask, random_model
 from rac_modifier.settings.grid import Grid, plan_rows
@@ -81,7 +83,6 @@ def test_a_table_is_written_between_its_marks(tmp_path: Path) -> None:
 
 
 def test_rows_of_the_grids_are_settings_that_exist(tmp_path: Path) -> None:
-    subject = reasoner(tmp_path)
     rows = [
         {
             "label": f"{name}, {kind}",
@@ -91,9 +92,13 @@ def test_rows_of_the_grids_are_settings_that_exist(tmp_path: Path) -> None:
         for name, entry in VARIANTS.items()
         for kind in MIXTURES
     ]
-    shared = {**subject.shared, "calibration": {"tokens": 512}}
-    grid = {"shared": shared, "evaluation": subject.evaluation, "rows": rows}
-    assert len(plan_rows(Grid.model_validate(grid), "bench")) == len(rows)
+    formats = yaml.safe_load(FORMATS.read_text())["rows"]
+    chat = chat_subject("chat", tmp_path, tmp_path)
+    for subject, its_rows in ((reasoner(tmp_path), rows), (chat, formats)):
+        calibration = {**subject.shared.get("calibration", {}), "tokens": 512}
+        shared = {**subject.shared, "calibration": calibration}
+        grid = {"shared": shared, "evaluation": subject.evaluation, "rows": its_rows}
+        assert len(plan_rows(Grid.model_validate(grid), "bench")) == len(its_rows)
 
 
 def test_a_random_model_has_the_form_that_was_asked_for(tmp_path: Path) -> None:
