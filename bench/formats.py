@@ -73,10 +73,13 @@ def run(options: argparse.Namespace) -> None:
     shared = {**subject.shared, "calibration": {**calibration, "held_out_tokens": 0}}
     grid = Grid(shared=shared, rows=yaml.safe_load(FORMATS.read_text())["rows"])
     recipes = {row.label: row.recipe for row in plan_rows(grid, str(FORMATS))}
+    labels = options.labels or [*recipes, *GGUF]
+    if unknown := set(labels) - {*recipes, *GGUF}:
+        raise SystemExit(f"--labels: {sorted(unknown)} are no rows; there are {[*recipes, *GGUF]}")
     path = options.work / f"formats-{options.model}.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     finished = {row["label"]: row for row in map(json.loads, lines)}
-    missing = [label for label in options.labels or [*recipes, *GGUF] if label not in finished]
+    missing = [label for label in labels if label not in finished]
     answers: list[Answers] = []
     if missing:
         dense = load(Path(subject.model), Path(subject.model))

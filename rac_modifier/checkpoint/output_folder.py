@@ -7,7 +7,6 @@ no loader takes the folder for a model.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from rac_modifier.checkpoint.files import CONFIG_FILE
 from rac_modifier.errors import RacError
-from rac_modifier.files import write_json_atomic
+from rac_modifier.files import lock, write_json_atomic
 
 STAGING = ".rac_saving"
 # What a checkpoint of safetensors consists of; the weights in other formats are not downloaded.
@@ -52,14 +51,12 @@ class NewFiles:
             raise RacError(
                 f"{self.folder}: cannot be written to ({error}); name another folder"
             ) from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        if not lock(self._lock, self.folder, patience=0):
             os.close(self._lock)
             raise RacError(
                 f"{self.folder}: another process is writing to it; wait for that one to end, "
                 "or name another folder"
-            ) from error
+            )
         for path in self._staging.iterdir():  # what a kill left
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         return self

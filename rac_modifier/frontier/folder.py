@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rac_modifier.errors import RacError
-from rac_modifier.files import read_json, write_json_atomic, write_text_atomic
+from rac_modifier.files import lock, read_json, write_json_atomic, write_text_atomic
 
 VERSION = 2  # changes when a reader of the old files would misread the new ones
 ROWS, ABOUT, TRACES, MODELS = "rows.jsonl", "frontier.json", "traces", "models"
@@ -153,14 +152,12 @@ class FrontierFolder:
                 f"{self.folder}: cannot be written to ({error}); name another folder"
             ) from error
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not lock(self._lock.fileno(), self.folder, patience=0):
+                raise RacError(
+                    f"{self.folder} is in use by another rac frontier; wait for it, or name "
+                    "another folder"
+                )
             self._read()  # another rac frontier may have added rows until it released the lock
-        except BlockingIOError as error:
-            self._lock.close()
-            raise RacError(
-                f"{self.folder} is in use by another rac frontier; wait for it, or name another "
-                "folder"
-            ) from error
         except BaseException:
             self._lock.close()
             raise

@@ -5,7 +5,6 @@ All processes gather it and the first writes it, so a run may go on with another
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from rac_modifier.errors import RacError
+from rac_modifier.files import lock
 from rac_modifier.recovery.student import Student
 
 _FILE = "recovery.safetensors"
@@ -55,25 +55,23 @@ def hold(folder: Path) -> IO[str]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / _LOCK).open("a+")
+        file = (folder / _LOCK).open("a+")
     except OSError as error:
         raise RacError(f"{folder}: {error}; name another folder (recover.folder)") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        lock.seek(0)
-        holder = lock.read()
+    if not lock(file.fileno(), folder, patience=0):
+        file.seek(0)
+        holder = file.read()
         if holder == str(os.getpid()):  # an earlier run of this process, which failed
-            return lock
-        lock.close()
+            return file
+        file.close()
         raise RacError(
             f"{folder} is in use by another process (pid {holder}), which recovers the same model; "
             "wait for it to end, or name another folder (recover.folder)"
-        ) from error
-    lock.truncate(0)
-    lock.write(str(os.getpid()))
-    lock.flush()
-    return lock
+        )
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
 
 
 def save_state(

@@ -4,9 +4,11 @@ models are what their forms say."""
 import ast
 import importlib
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +16,8 @@ import yaml
 from safetensors.torch import load_file
 
 from bench.__main__ import SUITES, main
-from bench.formats import FORMATS
+from bench.formats import FORMATS, kl_per_token
+from bench.gguf_rows import in_gguf_order, in_torch_order
 from bench.grid import MIXTURES, OURS, VARIANTS, calibrated_on, pattern
 from bench.models import chat_subject, reasoner
 from bench.render import render
@@ -99,6 +102,28 @@ def test_rows_of_the_grids_are_settings_that_exist(tmp_path: Path) -> None:
         shared = {**subject.shared, "calibration": calibration}
         grid = {"shared": shared, "evaluation": subject.evaluation, "rows": its_rows}
         assert len(plan_rows(Grid.model_validate(grid), "bench")) == len(its_rows)
+
+
+def test_kl_per_token_is_that_of_the_dense_model_from_the_compressed_one() -> None:
+    heads = torch.nn.Linear(4, 7), torch.nn.Linear(4, 7)
+    dense, pruned = (SimpleNamespace(lm_head=head) for head in heads)
+    x, y = torch.randn(3, 4), torch.randn(3, 4)
+    p, q = heads[0](x).double().softmax(-1), heads[1](y).double().softmax(-1)
+    expected = [
+        sum(a * math.log(a / b) for a, b in zip(*row, strict=True))
+        for row in zip(p.tolist(), q.tolist(), strict=True)
+    ]
+    assert kl_per_token(dense, x, pruned, y) == pytest.approx(expected, rel=1e-4)
+
+
+def test_gguf_interleaves_the_two_halves_of_a_head() -> None:
+    """The rotary embedding pairs row i with row i + 3 here, with its neighbour in GGUF."""
+    config = SimpleNamespace(num_attention_heads=2, num_key_value_heads=1)
+    weight, name = torch.arange(12.0)[:, None] * torch.ones(2), "model.layers.0.self_attn.q_proj"
+    stored = in_gguf_order(weight, name, config)
+    assert stored[:, 0].tolist() == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
+    assert torch.equal(in_torch_order(stored, name, config), weight)
+    assert torch.equal(in_gguf_order(weight, name.replace("q_", "v_"), config), weight)
 
 
 def test_a_random_model_has_the_form_that_was_asked_for(tmp_path: Path) -> None:
