@@ -6,8 +6,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import typer
-
 from rac_modifier.cli.options import Dtype
 from rac_modifier.errors import RacError
 
@@ -21,17 +19,6 @@ def resolve(model: str) -> str:
     from rac_modifier.reasoner import reasoner_path
 
     return str(reasoner_path()) if model == "reasoner" else model
-
-
-def read_with_overrides(recipe: Path, overrides: list[str]) -> dict[str, Any]:
-    """Return a recipe with `--set` applied; what a new mixture drops is printed."""
-    from rac_modifier.settings.recipe import load_recipe
-
-    notes: list[str] = []
-    content = load_recipe(recipe, overrides, notes)
-    for note in notes:
-        typer.secho(f"note: {note}", fg="yellow", err=True)
-    return content
 
 
 def check_model(source: str) -> None:

@@ -11,7 +11,6 @@ from rac_modifier.cli.models import (
     check_loading,
     check_model,
     check_output,
-    read_with_overrides,
     resolve,
     unpacked,
 )
@@ -49,8 +48,10 @@ def prune(
 
     Example: rac prune reasoner reasoner-2of4 --recipe rac_2of4 --set calibration.tokens=32768
     """
+    from rac_modifier.settings.recipe import load_recipe
+
     overrides = [*(set_ or []), *([f"preset={preset}"] if preset else [])]
-    content, source = read_with_overrides(recipe, overrides), resolve(model)
+    content, source = load_recipe(recipe, overrides), resolve(model)
     check_model(source)
     check_output(output, source, keeps_groups=True)
     check_loading(source, precision)

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from rac_modifier.cli.models import read_with_overrides
 from rac_modifier.cli.options import Overrides
 from rac_modifier.errors import RacError
 from rac_modifier.settings.recipe_files import recipe, recipe_names
@@ -56,12 +55,12 @@ def check(
 
     Example: rac recipes check my_recipe.yaml rac_2of4
     """
-    from rac_modifier.settings.recipe import find_named_entry
+    from rac_modifier.settings.recipe import find_named_entry, load_recipe
 
     wrong = []
     for path in recipes:
         try:
-            name, _ = find_named_entry(read_with_overrides(path, set_ or []), str(path))
+            name, _ = find_named_entry(load_recipe(path, set_ or []), str(path))
             typer.echo(f"{path}: valid ({name})")
         except RacError as error:
             wrong.append(str(error))

@@ -74,14 +74,12 @@ def recover(
     Example: rac recover reasoner reasoner-90 recovered --max-new-tokens 512 --set tokens=80000
     """
     from rac_modifier.settings.check import check_settings
-    from rac_modifier.settings.entries import idle_recovery, refuse_idle
     from rac_modifier.settings.recipe import apply_overrides
     from rac_modifier.settings.recovery import RecoverySettings
 
     entry: dict[str, Any] = {}
     apply_overrides(entry, set_ or [])
     settings = check_settings(RecoverySettings, entry, "--set")
-    refuse_idle(settings, idle_recovery(settings))
     sources = _asked(store, problems, column, max_new_tokens)
     check_model(resolve(dense))
     check_model(resolve(str(sparse)))

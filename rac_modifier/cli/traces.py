@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rac_modifier.cli.answering import own_server
-from rac_modifier.cli.models import load, load_tokenizer, read_with_overrides, resolve, subject_of
+from rac_modifier.cli.models import load, load_tokenizer, resolve, subject_of
 from rac_modifier.cli.options import (
     AsJson,
     Dtype,
@@ -72,9 +72,9 @@ def collect(
     Example: rac traces collect reasoner --recipe rac_2of4 --set calibration.tokens=32768
     """
     from rac_modifier.calibration.trace_pool import collect_for_calibration
-    from rac_modifier.settings.recipe import check_entry, find_named_entry
+    from rac_modifier.settings.recipe import check_entry, find_named_entry, load_recipe
 
-    name, entry = find_named_entry(read_with_overrides(recipe, set_ or []), str(recipe))
+    name, entry = find_named_entry(load_recipe(recipe, set_ or []), str(recipe))
     settings = check_entry(entry, str(recipe), name)
     traces = settings.traces
     if serve and traces.engine:

@@ -66,9 +66,9 @@ class CalibratingModifier(CalibrationEntry, Modifier):
         return self
 
     @model_serializer(mode="wrap")
-    def _only_what_counts(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _without_upstream_state(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Dump what a recipe can set, without upstream's state."""
-        dump = super()._only_what_counts(serialize)
+        dump = serialize(self)
         return {name: value for name, value in dump.items() if name not in _UPSTREAM_STATE}
 
     def use_calibration_set(self, calibration: CalibrationSet) -> None:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
+from functools import reduce
 from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rac_modifier.errors import RacError
-
-Path = tuple[str, ...]
-"""Where a setting is: ("traces", "sampling", "seed")."""
 
 Count = Annotated[int, Field(ge=1, le=10**9)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]  # as numpy takes it
@@ -25,75 +23,43 @@ CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstring
 S = TypeVar("S", bound=BaseModel)
 PREFIX = "re:"
 _NAME_LENGTH = 500  # characters of a name or pattern
-_REPEATS, _DIGIT_REPEATS = 64, 4  # ways in which `.*` and `\d+` are counted to match
+_REPEATS = 64  # ways in which `.*` is counted to match
 _WAYS = 10 * _REPEATS**4
-# Operators of `re`'s own parser.
-_PLAIN = {"LITERAL", "NOT_LITERAL", "ANY", "IN", "AT", "CATEGORY"}
-_DIGITS = str(re._parser.parse(r"\d"))  # type: ignore[attr-defined]
-_REPEATING = {"MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT"}
+# A class such as [qk], or an escape that is no back reference.
+_CHARACTER = re.compile(r"\[\^?\]?(?:\\.|[^]\\])*\]|\\[^1-9]")
+# A group without groups inside. Comments, conditions and flags do not match.
+_GROUP = re.compile(r"\((?:\?(?:[:=!>]|<[=!]|P<\w+>)|(?!\?))([^()]*)\)([*+{]?)")
+_QUANTIFIER = re.compile(r"[*+{]|(?<![*+}])\?")
 _SHOWN = 100  # characters of a wrong value in a message
-_REMOVED = {
-    "block_size": "sparsegpt prunes 128 columns at a time",
-    "sweeps": "rounded weights get three sweeps",
-    "int8_activation_limit": "run rac inspect OUTPUT --activations 0.01 on the result",
-    "texts": "set calibration.generic, or name a source in the mixture: text:FILE",
-    "retry_failed": "remove the .failed.jsonl next to the store to try its problems again",
-    "repeated_tails": "tails that repeat are always cut",
-    "tries": "a completion is requested nine times",
-    "answer_weight": "generated tokens weigh 1; prompt_weight is the weight of the others",
-    "trace_weighting": "each token of a trace weighs the same",
-    "recover.seed": "the seed is 0",
-    "evaluation.seed": "the seed is 0",
-}
-"""What to do about settings of version 0.1, by the end of their path."""
 
 
 class Settings(BaseModel):
-    """A group of settings: frozen, and without unknown names.
-
-    `model_fields_set` holds what the user wrote, also where a preset filled in more
-    (`keep_as_written`).
-    """
+    """A group of settings: frozen, and without unknown names."""
 
     model_config = ConfigDict(**CONFIG, frozen=True)
 
 
-def keep_as_written(settings: BaseModel, written: Mapping[str, Any]) -> None:
-    """Count only `written`, the user's own values, as set."""
-    settings.model_fields_set.intersection_update(written)
+def refuse_idle(settings: BaseModel, *rules: tuple[bool, str, str]) -> None:
+    """Refuse settings that have no effect and differ from their defaults.
 
+    A rule says whether it holds, names settings as "key.sub other", and tells why.
 
-def written_value(holder: Any, path: Path) -> Any:
-    """Return the value at `path` if the user wrote one, else None.
-
-    `null`, `{}` and a group without any setting count as not written.
+    Raises:
+        RacError: with all such settings in one message.
     """
-    for name in path:
-        if isinstance(holder, Mapping):
-            holder = holder.get(name)
-        elif isinstance(holder, BaseModel) and name in holder.model_fields_set:
-            holder = getattr(holder, name)
-        else:
-            return None
-    return None if _is_blank(holder) else holder
-
-
-def _is_blank(value: Any) -> bool:
-    if isinstance(value, BaseModel):
-        return all(_is_blank(getattr(value, name)) for name in value.model_fields_set)
-    return value is None or value == {}
-
-
-def without_paths(dump: Any, paths: set[Path]) -> Any:
-    """Return a dump of settings without what is at `paths`, in types that YAML and JSON have."""
-    if isinstance(dump, Mapping):
-        return {
-            name: without_paths(value, {path[1:] for path in paths if path[:1] == (name,)})
-            for name, value in dump.items()
-            if (name,) not in paths
-        }
-    is_list = isinstance(dump, (list, tuple))
-    return [without_paths(value, set()) for value in dump] if is_list else dump
+    lines = []
+    for holds, names, why in rules:
+        for name in names.split() if holds else ():
+            *groups, last = name.split(".")
+            group = reduce(getattr, groups, settings)
+            value = getattr(group, last)
+            if value == type(group).model_fields[last].default:
+                continue
+            if isinstance(value, BaseModel):
+                value = value.model_dump(mode="json", exclude_defaults=True)
+            lines.append(f"{name}: {value!r} has no effect {why}; leave it out")
+    if lines:
+        raise RacError("\n".join(lines))
 
 
 def check_settings(settings: type[S], values: Any, where: str) -> S:
@@ -130,9 +96,6 @@ def describe_errors(error: ValidationError, settings: type[BaseModel] | None = N
 def _next_step(key: str, settings: type[BaseModel] | None) -> str:
     """Say what replaces a setting that does not exist, or which existing name is close."""
     group, _, last = key.rpartition(".")
-    for removed, why in _REMOVED.items():
-        if f".{key}".endswith(f".{removed}"):
-            return f"leave it out: {why}"
     if settings is None:
         return "see `rac schema`"
     names = list(_names(settings))
@@ -174,50 +137,32 @@ def check_names(names: Any, where: str) -> None:
             )
         if not name.startswith(PREFIX):
             continue
+        pattern = name.removeprefix(PREFIX)
         try:
-            re.compile(name.removeprefix(PREFIX))
-            ways = _ways(re._parser.parse(name.removeprefix(PREFIX)))  # type: ignore[attr-defined]
+            re.compile(pattern)
         except (re.error, OverflowError, RecursionError) as error:
             raise RacError(
                 f"{where}: {name[:80]!r} is no regular expression ({error}); put a \\ before each "
                 "of ( ) [ ] that is part of a name"
             ) from error
-        if ways > _WAYS:
+        if _ways(pattern) > _WAYS:
             raise RacError(
-                f"{where}: {name[:80]!r} could take too long to match; use fewer of * and +, and "
-                "none around a group that holds another one or a choice"
+                f"{where}: {name[:80]!r} could take too long to match; use fewer of * and +, none "
+                "around a group that holds another one or a choice, and no (?...) except (?:...)"
             )
 
 
-def _ways(items: Any) -> int:
-    """Bound from above in how many ways a parsed pattern can match a name."""
-    ways = 1
-    for operator, argument in items:
-        ways = min(ways * _ways_of(str(operator), argument), _WAYS + 1)
-    return ways
-
-
-def _ways_of(operator: str, argument: Any) -> int:
-    if operator in _PLAIN:
-        return 1
-    if operator in _REPEATING:
-        least, most, body = argument
-        if most > 1 and not _is_plain(body):
+def _ways(pattern: str) -> int:
+    """Bound from above in how many ways a pattern can match a name."""
+    text, ways = _CHARACTER.sub("x", pattern).replace("(?i)", ""), 1
+    while group := _GROUP.search(text):
+        body, repeat = group.groups()
+        if repeat and re.search(r"[*+?{|]", body):
             return _WAYS + 1
-        limit = _DIGIT_REPEATS if str(body) == _DIGITS else _REPEATS
-        return _ways(body) * min(int(most) - int(least) + 1, limit)
-    if operator == "BRANCH":
-        return sum(map(_ways, argument[1]))
-    if operator in ("SUBPATTERN", "ASSERT", "ASSERT_NOT"):
-        return _ways(argument[-1])
-    if operator == "ATOMIC_GROUP":
-        return _ways(argument)
-    return _WAYS + 1  # back references
-
-
-def _is_plain(items: Any) -> bool:
-    """Tell whether items are characters and classes, in groups or not."""
-    return all(
-        str(operator) in _PLAIN or (str(operator) == "SUBPATTERN" and _is_plain(argument[-1]))
-        for operator, argument in items
-    )
+        ways *= 1 + body.count("|")
+        text = text[: group.start()] + body + repeat + text[group.end() :]
+    if "(" in text or "\\" in text:  # flags, comments, back references
+        return _WAYS + 1
+    for quantifier in _QUANTIFIER.findall(text):
+        ways *= 2 if quantifier == "?" else _REPEATS
+    return ways

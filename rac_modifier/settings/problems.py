@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any
 
-from pydantic import Field, ModelWrapValidatorHandler, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from rac_modifier.errors import RacError
-from rac_modifier.settings.check import Count, Settings, keep_as_written
+from rac_modifier.settings.check import Count, Settings, refuse_idle
 
 ARITHMETIC = "arithmetic"
 GYM_PREFIX = "reasoning-gym:"
@@ -68,18 +68,16 @@ class ProblemSource(Settings):
         source = cls(source=name)
         return source.is_generator or source.is_file or "/" in name
 
-    @model_validator(mode="wrap")
+    @model_validator(mode="before")
     @classmethod
-    def _preset_fills_in(cls, values: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
+    def _preset_fills_in(cls, values: Any) -> Any:
         preset = PRESETS.get(str(values.get("source"))) if isinstance(values, dict) else None
         if preset is None:
-            return validate(values)
+            return values
         written = {name: value for name, value in values.items() if value is not None}
         if "config" in preset and written.get("config", preset["config"]) != preset["config"]:
-            return validate(values)  # another configuration has other columns
-        source = validate({**values, **preset, **written})
-        keep_as_written(source, written)
-        return source
+            return values  # another configuration has other columns
+        return {**values, **preset, **written}
 
     @field_validator("source")
     @classmethod
@@ -93,14 +91,10 @@ class ProblemSource(Settings):
 
     @model_validator(mode="after")
     def _only_settings_that_apply(self) -> ProblemSource:
-        set_for = {"config": self.config, "split": self.split if self.split != "train" else None}
-        if self.is_generator:
-            set_for |= {"column": self.column, "answer_column": self.answer_column}
-        for name, value in set_for.items():
-            if value is not None and (self.is_generator or self.is_file):
-                kind = "generates its problems" if self.is_generator else "is a file"
-                raise RacError(
-                    f"{name}={value!r} does not apply: source {self.source!r} {kind}; leave {name} "
-                    "out"
-                )
+        if not (self.is_generator or self.is_file):
+            return self
+        kind = "generates its problems" if self.is_generator else "is a file"
+        names = ["config", "split", *(["column", "answer_column"] if self.is_generator else [])]
+        why = f"since source {self.source!r} {kind}"
+        refuse_idle(self, (True, " ".join(names), why))
         return self

@@ -8,7 +8,6 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    ModelWrapValidatorHandler,
     PrivateAttr,
     ValidationInfo,
     field_validator,
@@ -16,7 +15,7 @@ from pydantic import (
 )
 
 from rac_modifier.errors import RacError
-from rac_modifier.settings.check import CONFIG, check_names, keep_as_written
+from rac_modifier.settings.check import CONFIG, check_names, refuse_idle
 from rac_modifier.settings.pattern import Pattern, check_is_text
 from rac_modifier.settings.quantization import QuantizationSettings
 
@@ -145,16 +144,13 @@ class PruningSettings(BaseModel):
                 )
         return allocation
 
-    @model_validator(mode="wrap")
+    @model_validator(mode="before")
     @classmethod
-    def _preset_fills_in(cls, values: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
+    def _preset_fills_in(cls, values: Any) -> Any:
         if not isinstance(values, dict):
-            return validate(values)
+            return values
         # the schema refuses an unknown preset
-        preset = PRESETS.get(str(values.get("preset", "quality")), {})
-        settings = validate({**preset, **values})
-        keep_as_written(settings, values)
-        return settings
+        return {**PRESETS.get(str(values.get("preset", "quality")), {}), **values}
 
     @model_validator(mode="after")
     def _settings_fit(self) -> Self:
@@ -175,6 +171,17 @@ class PruningSettings(BaseModel):
                 "order: layer has no dense activations to aim at; set reconstruct: pruned, or "
                 "order: auto"
             )
+        structured = self._pattern is not None and self._pattern.is_structured
+        routed = self.experts == "routed" and self.order != "layer"
+        refuse_idle(
+            self,
+            (structured, "allocation", "with an N:M mask_structure"),
+            (self.solver == "keep", "sparsity allocation", "with solver: keep, the model's zeros"),
+            (self.solver == "none", "sparsity mask_structure allocation", "with solver: none"),
+            (self.solver != "alps", "iterations", f"with solver: {self.solver}; alps uses it"),
+            (not self.fits_weights, "dampening_frac", "with a solver that fits no weight"),
+            (not routed, "expert_floor", "with experts: all or order: layer"),
+        )
         return self
 
     @property

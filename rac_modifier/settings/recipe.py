@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from rac_modifier.errors import RacError
-from rac_modifier.settings.check import Path as Setting
-from rac_modifier.settings.check import check_settings, without_paths, written_value
-from rac_modifier.settings.entries import ENTRIES, KEEP_IDLE, CalibrationEntry, Idle
+from rac_modifier.settings.check import check_settings
+from rac_modifier.settings.entries import ENTRIES, CalibrationEntry
 from rac_modifier.settings.recipe_files import find_recipe, parse_yaml, read_yaml
 
 NAME = "ReasoningAwareSparseGPTModifier"
@@ -25,16 +22,12 @@ _NAMES = (
 )
 MODIFIERS = ENTRIES.keys() | {f"{name}Modifier" for name in _NAMES.split()}
 _LAYOUT = "write it as pruning_stage: pruning_modifiers: {}: {{...}}"
-_MIXTURE: Setting = ("calibration", "mixture")
 
 
-def load_recipe(
-    named: str | Path, overrides: list[str] | None = None, notes: list[str] | None = None
-) -> dict[str, Any]:
+def load_recipe(named: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Return a recipe's content, checked, with `key.sub=value` overrides of our entry applied.
 
-    `named` is a path or a shipped recipe. `notes` is extended by what an override of the mixture
-    drops (`apply_overrides`). Neither recipe nor override can name code.
+    `named` is a path or a shipped recipe. Neither recipe nor override can name code.
 
     Raises:
         RacError: no such recipe, not YAML, a layout in which llm-compressor finds no modifier, an
@@ -42,9 +35,7 @@ def load_recipe(
     """
     recipe = read_recipe(named)
     name, entry = find_named_entry(recipe, str(named))
-    dropped = apply_overrides(entry, overrides or [], name)
-    if notes is not None:
-        notes += dropped
+    apply_overrides(entry, overrides)
     check_entry(entry, str(named), name)
     return dict(recipe)
 
@@ -158,34 +149,16 @@ def schema(name: str = NAME) -> str:
     return json.dumps(ENTRIES[name].model_json_schema(), indent=2) + "\n"
 
 
-def apply_overrides(entry: dict[str, Any], overrides: list[str], name: str = NAME) -> list[str]:
+def apply_overrides(entry: dict[str, Any], overrides: Sequence[str]) -> None:
     """Change settings in place, each written as `key.sub=value`; `null` takes a setting out.
-
-    An override of calibration.mixture drops the settings that only the mixture before used, unless
-    an override sets them; a line for each of them is returned.
 
     Raises:
         RacError: an override that is not `key=value`, or names a setting below a value.
     """
-    changes = dict(map(_read_override, overrides))
-    is_mixed = _MIXTURE in changes
-    before = _idle_settings(entry, name) if is_mixed else {}
-    set_values(entry, changes)
-    after = _idle_settings(entry, name) if is_mixed else {}
-    unused = {
-        path: why
-        for path, why in after.items()
-        if path not in before
-        and written_value(entry, path) is not None
-        and not any(changed[: len(path)] == path for changed in changes)
-    }
-    used = without_paths(entry, set(unused))
-    entry.clear()
-    entry.update(used)
-    return [f"{'.'.join(path)} is dropped: it has no effect {why}" for path, why in unused.items()]
+    set_values(entry, dict(map(_read_override, overrides)))
 
 
-def set_values(entry: dict[str, Any], changes: dict[Setting, Any]) -> None:
+def set_values(entry: dict[str, Any], changes: dict[tuple[str, ...], Any]) -> None:
     """Set values of an entry in place; None takes a setting out (RacError: below no group)."""
     for path, value in changes.items():
         group: Any = entry
@@ -203,15 +176,7 @@ def set_values(entry: dict[str, Any], changes: dict[Setting, Any]) -> None:
             group[path[-1]] = value
 
 
-def _idle_settings(entry: dict[str, Any], name: str) -> Idle:
-    """Return the settings without an effect; none where the entry cannot be validated."""
-    try:
-        return ENTRIES[name].model_validate(entry, context=KEEP_IDLE).idle_settings()
-    except ValidationError:
-        return {}
-
-
-def _read_override(override: str) -> tuple[Setting, Any]:
+def _read_override(override: str) -> tuple[tuple[str, ...], Any]:
     """Return path and value of `key.sub=value`."""
     key, equals, text = override.partition("=")
     if not equals or not key:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rac_modifier.settings.calibration import GenericText
-from rac_modifier.settings.check import Count, Settings
+from rac_modifier.settings.check import Count, Settings, refuse_idle
 
 _Tokens = Annotated[Count, Field(ge=64)]
 
@@ -46,6 +46,11 @@ class RecoverySettings(Settings):
     activation_checkpointing: bool = False
     """Compute each layer's activations again in the backward pass: less memory, a third more time,
     the same result."""
+
+    @model_validator(mode="after")
+    def _generic_text_is_used(self) -> RecoverySettings:
+        refuse_idle(self, (not self.generic_share, "generic", "with generic_share: 0"))
+        return self
 
     @property
     def reserved_tokens(self) -> int:

@@ -110,7 +110,7 @@ class PromptSettings(BaseModel):
 class EngineSettings(Settings):
     """OpenAI-compatible servers that sample the traces, each with the model to be compressed."""
 
-    base_urls: tuple[str, ...]
+    base_urls: list[str]
     """Addresses of the servers, such as http://127.0.0.1:8000/v1; the least busy one is asked."""
 
     model: str | None = None
@@ -130,13 +130,13 @@ class EngineSettings(Settings):
 
     @field_validator("base_urls")
     @classmethod
-    def _are_urls(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
+    def _are_urls(cls, urls: list[str]) -> list[str]:
         if not urls:
             raise RacError(
                 f"base_urls is empty; name at least one server, such as {_EXAMPLE}, or "
                 "leave engine out"
             )
-        normal = tuple(dict.fromkeys(map(_normal, urls)))
+        normal = list(dict.fromkeys(map(_normal, urls)))
         if len(normal) < len(urls):
             raise RacError(f"base_urls names a server twice: {', '.join(urls)}; name each once")
         return normal

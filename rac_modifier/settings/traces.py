@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -32,7 +32,7 @@ class SelectSettings(Settings):
     max_tokens: Count | None = None
     """Keep traces with at most this many completion tokens."""
 
-    pass_rate: tuple[Share, Share] | None = None
+    pass_rate: Annotated[list[Share], Field(min_length=2, max_length=2)] | None = None
     """Keep problems whose share of right samples lies within these bounds, e.g. [0.2, 0.8]; needs
     reference answers and samples_per_problem of at least 2."""
 
@@ -45,7 +45,7 @@ class SelectSettings(Settings):
             )
         if self.pass_rate is not None and self.pass_rate[0] > self.pass_rate[1]:
             raise RacError(
-                f"pass_rate {list(self.pass_rate)}: give the lowest and the highest share, such as "
+                f"pass_rate {self.pass_rate}: give the lowest and the highest share, such as "
                 "[0.2, 0.8]"
             )
         return self

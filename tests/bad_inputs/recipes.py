@@ -64,11 +64,6 @@ CASES += [
         lambda b: b.check(preset="best"),
     ),
     Case(
-        "a setting that left with version 0.2",
-        "block_size: there is no such setting (value 64); leave it out: sparsegpt prunes 128",
-        lambda b: b.check(block_size=64),
-    ),
-    Case(
         "shares that do not sum to 1",
         "sum to 0.9; make them sum to 1",
         lambda b: b.check(calibration={"mixture": {"traces": 0.5, "prompts": 0.4}}),

@@ -37,10 +37,6 @@ def mixture(line: str, **settings: Any) -> dict[str, Any]:
     return {"calibration": {"mixture": line, **settings}}
 
 
-def recovered_text(generic: dict[str, Any]) -> dict[str, Any]:
-    return {"recover": {"generic_share": 0.3, "generic": generic}}
-
-
 def nested(path: str, value: Any) -> dict[str, Any]:
     """{"a": {"b": value}} for "a.b"."""
     for name in reversed(path.split(".")):

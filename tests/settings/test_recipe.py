@@ -157,37 +157,6 @@ def test_a_key_that_is_no_text_is_refused():
         check_entry({"sparsity": 0.5, 3: 4}, "r.yaml")  # type: ignore[dict-item]
 
 
-SAMPLED = {
-    "sparsity": 0.5,
-    "traces": {"store": "a.jsonl", "sampling": {"temperature": 1.0, "seed": 3}},
-    "calibration": {"tokens": 100, "prompt_weight": 0.5},
-}
-
-
-def test_a_mixture_that_is_set_drops_what_it_does_not_use_and_says_so(tmp_path):
-    path, notes = tmp_path / "r.yaml", []
-    path.write_text(recipe(SAMPLED))
-    content = load_recipe(path, ["calibration.mixture=text@1"], notes)
-    assert find_named_entry(content, "r")[1] == {
-        "sparsity": 0.5,
-        "calibration": {"tokens": 100, "mixture": "text@1"},
-    }
-    assert [note.partition(" is dropped")[0] for note in notes] == [
-        "calibration.prompt_weight",
-        "traces",
-    ]
-
-
-def test_what_is_set_beside_a_new_mixture_is_not_dropped(tmp_path):
-    path = tmp_path / "r.yaml"
-    path.write_text(recipe(SAMPLED))
-    with pytest.raises(RacError, match=r"traces\.sampling\.top_k: 5 has no effect"):
-        load_recipe(path, ["calibration.mixture=prompts@1", "traces.sampling.top_k=5"])
-    path.write_text(recipe({**SAMPLED, "calibration": {"mixture": "text@1"}}))
-    with pytest.raises(RacError, match=r"traces: .* has no effect"):
-        load_recipe(path)  # in a file it stays an error
-
-
 @pytest.mark.parametrize(
     ("later", "says"),
     [
@@ -241,13 +210,12 @@ def places(node):
 
 def test_a_mutated_recipe_is_refused_with_an_error_of_ours(tmp_path):
     path, rng, accepted = tmp_path / "r.yaml", random.Random(0), 0
-    for number in range(300):
+    for _ in range(300):
         content = yaml.safe_load(rng.choice(RECIPES).read_text())
         for node, key in rng.sample(list(places(content)), rng.choice((1, 2))):
             node[key] = copy.deepcopy(rng.choice(VALUES))
         path.write_text(yaml.safe_dump(content, allow_unicode=True))
-        overrides = ["calibration.mixture=text@1"] if number % 2 else []
         with contextlib.suppress(RacError):
-            load_recipe(path, overrides)
+            load_recipe(path)
             accepted += 1
     assert 0 < accepted < 150

@@ -42,10 +42,10 @@ def test_what_is_left_open_is_the_models_or_usual(own, expected):
 @pytest.mark.parametrize(
     ("urls", "expected"),
     [
-        (["http://127.0.0.1:8000"], ("http://127.0.0.1:8000/v1",)),
+        (["http://127.0.0.1:8000"], ["http://127.0.0.1:8000/v1"]),
         (
             ["http://127.0.0.1:8000/v1/", "https://a.b/x"],
-            ("http://127.0.0.1:8000/v1", "https://a.b/x"),
+            ["http://127.0.0.1:8000/v1", "https://a.b/x"],
         ),
     ],
 )
