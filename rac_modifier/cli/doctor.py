@@ -145,11 +145,11 @@ def _checked(topic: str, name: str, versions: str) -> Finding:
 
 def _kernels() -> Iterator[Finding]:
     """Report whether the compiled library loads, and the kernel in use."""
-    from rac_modifier.kernels.choose import compiled_kernels
+    from rac_modifier.kernels.cpu.support import support
 
     name = "compiled library"
     try:
-        kernels = compiled_kernels()
+        kernels = support()
     except RacError as error:
         yield Finding("kernels", name, "broken", str(error), "unset RAC_KERNEL")
     else:

@@ -7,7 +7,6 @@ from importlib.metadata import entry_points
 from typing import cast
 
 from rac_modifier.kernels import cpu
-from rac_modifier.kernels.cpu.support import Support, support
 from rac_modifier.kernels.interface import Backend, Decision, Layer, stay_dense
 
 GROUP = "rac_modifier.kernel_backends"
@@ -27,11 +26,6 @@ def choose(layer: Layer, device: str) -> tuple[Decision, Backend | None]:
 def backend_of(device: str) -> Backend | str:
     """Return the backend of a device type, or a sentence why there is none."""
     return BACKENDS.get(device) or _from_entry_point(device)
-
-
-def compiled_kernels() -> Support:
-    """Return what is compiled and runs here (RacError: RAC_KERNEL names what does not)."""
-    return support()
 
 
 @lru_cache(maxsize=16)

@@ -74,13 +74,10 @@ class Layer:
 
 @dataclass(frozen=True)
 class Decision:
-    """How a layer runs.
+    """How a layer runs: on a `kernel` such as "sparse kernel avx2", or "dense", with the reason.
 
-    Attributes:
-        kernel: its name, such as "sparse kernel avx2", or "dense".
-        reason: a readable line.
-        bytes_per_weight: packed, with masks, padding and scales, also where the decision is dense.
-        dense_bytes: bytes per weight of the layer stored dense in the dtype that it is served in.
+    bytes_per_weight: packed, with masks, padding and scales, also where the decision is dense.
+    dense_bytes: of a weight in the dtype that the layer is served in.
     """
 
     sparse: bool

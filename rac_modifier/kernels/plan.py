@@ -32,24 +32,19 @@ class PlanRow:
     module: str
     rows: int
     columns: int
-    density: float
     decision: Decision
     layer: Layer | None = None
 
+    @classmethod
+    def of(cls, module: str, layer: Layer) -> PlanRow:
+        """Ask the CPU's backend."""
+        return cls(module, layer.rows, layer.columns, choose(layer, "cpu")[0], layer)
 
-def plan_row(module: str, layer: Layer, device: str = "cpu") -> PlanRow:
-    """Ask the backend of a device type about a module."""
-    decision, _ = choose(layer, device)
-    return PlanRow(module, layer.rows, layer.columns, layer.density, decision, layer)
 
+def plan_checkpoint(folder: str | Path) -> list[PlanRow]:
+    """Plan each pruned or ignored linear module of a checkpoint, served in its own dtype.
 
-def plan_checkpoint(
-    folder: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
-) -> list[PlanRow]:
-    """Plan each pruned or ignored linear module of a checkpoint, served in `dtype`.
-
-    `dtype` is by default each weight's dtype. vLLM decides for the fused layer of q, k
-    and v, or of gate and up, by the same rules.
+    vLLM decides for the fused layer of q, k and v, or of gate and up, by the same rules.
 
     Raises:
         RacError: no readable checkpoint, or a packed module whose tensors do not fit together.
@@ -65,18 +60,16 @@ def plan_checkpoint(
         for module in packed_modules(files.where):
             dense.pop(module, None)
             bits = 8 if module in record.int8_activations else 16
-            layer = _packed_layer(files, module, dtype, two_of_four, bits)
-            rows.append(plan_row(module, layer, device))
+            rows.append(PlanRow.of(module, _packed_layer(files, module, two_of_four, bits)))
         for module, reason in sorted(dense.items()):
             name = f"{module}.weight"
             if name in files and len(files.shape(name)) == 2:
-                decision = stay_dense(reason, files.dtype(name))
                 n, k = files.shape(name)
-                rows.append(PlanRow(module, n, k, 1.0, decision))
+                rows.append(PlanRow(module, n, k, stay_dense(reason, files.dtype(name))))
     return rows
 
 
-def plan_dense_codes(folder: str | Path, device: str = "cpu") -> list[PlanRow]:
+def plan_dense_codes(folder: str | Path) -> list[PlanRow]:
     """Plan each module of 2-, 3- or 4-bit weights without a mask, served with `--quantization rac`.
 
     Modules of other widths, and damaged ones, are left out (RacError: no readable checkpoint).
@@ -96,7 +89,7 @@ def plan_dense_codes(folder: str | Path, device: str = "cpu") -> list[PlanRow]:
                 continue
             if f"{module}.{ORDER}" in files:
                 reason = "its columns were reordered (actorder: group)"
-                rows.append(PlanRow(module, n, k, 1.0, stay_dense(reason, torch.bfloat16)))
+                rows.append(PlanRow(module, n, k, stay_dense(reason, torch.bfloat16)))
                 continue
             groups, scale_bytes = _scales(files, module)
             layer = Layer(
@@ -104,7 +97,7 @@ def plan_dense_codes(folder: str | Path, device: str = "cpu") -> list[PlanRow]:
                 activation_bits=8 if module in int8 else 16,
                 word_bits=bits,
             )
-            rows.append(plan_row(module, layer, device))
+            rows.append(PlanRow.of(module, layer))
     return rows
 
 
@@ -120,11 +113,7 @@ def render_plan(rows: Sequence[PlanRow]) -> str:
 
 
 def _packed_layer(
-    files: TensorFiles,
-    module: str,
-    dtype: torch.dtype | None,
-    two_of_four: bool,
-    activation_bits: int,
+    files: TensorFiles, module: str, two_of_four: bool, activation_bits: int
 ) -> Layer:
     """Read a packed module's numbers from its shape tensor and the header."""
     name = f"{module}.shape"
@@ -140,9 +129,9 @@ def _packed_layer(
             f"{name}: does not fit the {stored} stored values; the checkpoint is damaged"
         )
     groups, scale_bytes = _scales(files, module)
-    served = dtype or (values if values in FLOATS else torch.bfloat16)
     return Layer(
-        *(rows, columns, stored / (rows * columns), values, served),
+        *(rows, columns, stored / (rows * columns), values),
+        values if values in FLOATS else torch.bfloat16,
         *(columns // groups, scale_bytes),
         two_of_four=two_of_four,
         activation_bits=activation_bits,

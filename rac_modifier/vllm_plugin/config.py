@@ -5,14 +5,12 @@ Modules that need vLLM's layers are imported in functions: at registration vLLM 
 
 from __future__ import annotations
 
-import math
-import os
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm import envs
 from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
@@ -23,11 +21,9 @@ from rac_modifier.checkpoint.files import check_index
 from rac_modifier.checkpoint.quantization_config import METHOD as COMPRESSED_TENSORS
 from rac_modifier.checkpoint.quantization_config import RAC_KEY, SparsityRecord
 from rac_modifier.kernels.choose import backend_of
-from rac_modifier.kernels.cpu.crossover import measure_crossovers
-from rac_modifier.kernels.cpu.operator import EIGHT_BITS, KINDS, use_crossovers
-from rac_modifier.kernels.cpu.support import support
+from rac_modifier.kernels.cpu import operator
 from rac_modifier.kernels.interface import Decision
-from rac_modifier.vllm_plugin import METHOD, OLD_METHOD
+from rac_modifier.vllm_plugin import METHOD
 from rac_modifier.vllm_plugin.layouts import (
     CodesLayout,
     Layout,
@@ -49,7 +45,7 @@ DRAFT = "draft_model"  # vLLM's prefix of all layers of a draft (vllm.v1.spec_de
 class LoadReport:
     """Collect the decisions of one model's layers, and log them with the last of `expected` layers.
 
-    requested: by `--quantization rac`; then a model without a layer on a kernel is a warning.
+    requested: by `--quantization rac`; a model without a layer on a kernel is then a warning.
     """
 
     requested: bool = False
@@ -77,34 +73,28 @@ class LoadReport:
             logger.info("%s", self.render())
 
     def render(self) -> str:
-        """Return one line per kernel, and one per reason not to use a kernel."""
-        sparse = [decision for decision in self.decisions.values() if decision.sparse]
-        lines = [f"rac: {len(sparse)} of {len(self.decisions)} compressed layers run on a kernel"]
-        for kernel, count in Counter(decision.kernel for decision in sparse).items():
-            sizes = [d.bytes_per_weight for d in sparse if d.kernel == kernel]
-            gain = max(d.ceiling for d in sparse if d.kernel == kernel)
-            lines.append(
-                f"  {kernel}: {_layers(count)}, {min(sizes):.2f}-{max(sizes):.2f} bytes per weight,"
-                f" at most {gain:.2f}x faster"
-            )
-        reasons = {name: d.reason for name, d in self.decisions.items() if not d.sparse}
-        for reason, count in Counter(reasons.values()).items():
-            example = next(name for name, text in reasons.items() if text == reason)
-            lines.append(f"  {reason}: {_layers(count)}, such as {example}")
-        return "\n".join(lines)
+        """Return a line per kernel, and one per reason not to use a kernel."""
+        layers: dict[str, list[str]] = {}
+        sparse = 0
+        for name, decision in self.decisions.items():
+            sparse += decision.sparse
+            text = decision.kernel if decision.sparse else decision.reason
+            layers.setdefault(text, []).append(name)
+        lines = [f"{text}: {len(names)}, such as {names[0]}" for text, names in layers.items()]
+        head = f"rac: {sparse} of {len(self.decisions)} compressed layers run on a kernel"
+        return "\n  ".join([head, *lines])
 
 
 class RacConfig(QuantizationConfig):
     """Packed sparse checkpoints, and with `--quantization rac` dense weights that a kernel reads.
 
-    `layout` None: `maybe_update_config` reads from config.json which dense weights are pruned.
+    Without a `layout`, `maybe_update_config` makes one from the record in config.json.
     """
 
     def __init__(self, layout: Layout | None = None, requested: bool = True) -> None:
         super().__init__()
         self.layout = layout
         self.int8_activations: tuple[str, ...] = ()  # modules whose inputs may be rounded to 8 bits
-        self.crossovers: dict[str, float] = {}
         self.report = LoadReport(requested)
         self.embedding_is_stored = False
 
@@ -113,9 +103,7 @@ class RacConfig(QuantizationConfig):
         cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
     ) -> str | None:
         """Claim packed sparse checkpoints, and others on request, of all quantized models."""
-        if user_quant == OLD_METHOD:
-            warn_of_old_name()
-        return METHOD if is_packed(hf_quant_cfg) or user_quant in (METHOD, OLD_METHOD) else None
+        return METHOD if is_packed(hf_quant_cfg) or user_quant == METHOD else None
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> RacConfig:
@@ -154,8 +142,6 @@ class RacConfig(QuantizationConfig):
         backend = backend_of(current_platform.device_type)
         if isinstance(self.layout, WordsLayout) and isinstance(backend, str):
             raise no_effect(backend)
-        if current_platform.is_cpu():
-            self.crossovers = crossovers(self.layout.kinds, bool(self.int8_activations))
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         """Rename modules as vLLM does."""
@@ -182,14 +168,16 @@ class RacConfig(QuantizationConfig):
         from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
         prefix = prefix.removeprefix(f"{DRAFT}.")  # the checkpoint's name of the layer
-        use_crossovers(self.crossovers)
+        operator.batch_invariant = envs.VLLM_BATCH_INVARIANT
         if isinstance(layer, VocabParallelEmbedding):
             return self._vocabulary(layer, prefix)
         if isinstance(layer, RoutedExperts):
             return self._experts(layer, prefix)
         if not isinstance(layer, LinearBase):
             return self._vllms(layer, prefix)
-        modules = fused_modules(prefix, self.packed_modules_mapping)
+        parent, _, name = prefix.rpartition(".")
+        shards = self.packed_modules_mapping.get(name) or [name]
+        modules = [f"{parent}.{shard}" if parent else shard for shard in shards]
         reader = self._with_mapping().reader(layer, modules)
         if reader is None or isinstance(reader, str):
             return self._vllms(layer, prefix, reader) or UnquantizedLinearMethod()
@@ -263,47 +251,3 @@ class RacConfig(QuantizationConfig):
         from vllm.model_executor.models.utils import WeightsMapper
 
         return WeightsMapper()
-
-
-class OldNameConfig(RacConfig):
-    """The config of `--quantization rac-sparse`, before 0.2 the name for dense weights."""
-
-    def __init__(self) -> None:
-        warn_of_old_name()
-        super().__init__()
-
-
-def warn_of_old_name() -> None:
-    """Log the new name of the option."""
-    logger.warning_once("--quantization %s is now called --quantization %s", OLD_METHOD, METHOD)
-
-
-def fused_modules(prefix: str, fused: Mapping[str, list[str]]) -> list[str]:
-    """Return a layer's modules on disk; `fused`: its shards' names by a fused layer's last name."""
-    parent, _, name = prefix.rpartition(".")
-    return [f"{parent}.{shard}" if parent else shard for shard in fused.get(name) or [name]]
-
-
-def crossovers(kinds: Iterable[str], eight_bits: bool) -> dict[str, float]:
-    """Return up to how many tokens a kernel multiplies, by kind of weight; more by dense matmuls.
-
-    The process that makes the config, which is sent to all ranks, measures it. Empty where no
-    kernel runs, or only the portable one. `eight_bits`: some layers have activations of 8 bits.
-    """
-    if os.environ.get("VLLM_BATCH_INVARIANT", "0") not in ("", "0"):
-        # The kernel and the dense matmul round differently, so the kernel multiplies any number.
-        return dict.fromkeys(KINDS, math.inf)
-    available = support()
-    if available.isa in (None, "portable"):
-        return {}
-    kinds = list(kinds)
-    if eight_bits and available.multiplies_bytes:
-        kinds += [f"{kind}{EIGHT_BITS}" for kind in kinds if kind != "floats"]
-    measured = measure_crossovers(kinds)
-    limits = [f"{kind} {tokens:.0f}" for kind, tokens in measured.items()]
-    logger.info("rac: tokens above which a dense matmul is faster here: %s", ", ".join(limits))
-    return measured
-
-
-def _layers(count: int) -> str:
-    return f"{count} layer" + ("s" if count != 1 else "")

@@ -34,11 +34,10 @@ _GATES: dict[MoEActivation, Callable[[Tensor], Tensor]] = {
     MoEActivation.GELU_TANH: lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
 }
 _SERVED: WeakValueDictionary[str, PackedExperts] = WeakValueDictionary()
-_Packable = tuple[Backend, StoredWeight]
 
 
 class PackedExperts(torch.nn.Module):
-    """Experts with the weights [2 width, hidden] (gate and up, stacked) and [hidden, width] (down).
+    """Experts, each with the weights [2 width, hidden] (gate and up, stacked) and [hidden, width].
 
     The operator finds them by their layer's `name`; their packed weights are parameters of
     this module. `local`, int [experts], has numbers on this rank or -1; None: the same.
@@ -47,19 +46,18 @@ class PackedExperts(torch.nn.Module):
     def __init__(
         self,
         name: str,
-        experts: Sequence[tuple[_Packable, _Packable]],
+        weights: Sequence[tuple[Backend, StoredWeight]],
         gate: Callable[[Tensor], Tensor],
         served: torch.dtype,
         local: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.gate, self.local = gate, local
-        self.holders = torch.nn.ModuleList(torch.nn.Module() for _ in range(2 * len(experts)))
-        packed = [
-            PackedWeight(holder, backend, weight, served)
-            for holder, (backend, weight) in zip(self.holders, chain(*experts), strict=True)
+        self.holders = torch.nn.ModuleList(torch.nn.Module() for _ in weights)
+        pairs = [
+            (PackedWeight(holder, backend, weight, served), holder)
+            for holder, (backend, weight) in zip(self.holders, weights, strict=True)
         ]
-        pairs = list(zip(packed, self.holders, strict=True))
         self.up, self.down = pairs[::2], pairs[1::2]
         self.name, number = name, 1
         while self.name in _SERVED:  # another model in this process has a layer of this name
@@ -213,25 +211,21 @@ class RacExpertsMethod(FusedMoEMethodBase):
 
     def _pack(self, layer: Any, loaded: dict[str, LoadedWeight]) -> Decision:
         """Decide for the rank's experts, and pack them if a kernel runs all."""
-        decisions, packable, sizes = [], [], []
+        packable = []
         for number in self._numbers(layer):
             for share in self._shares(layer, loaded, number):
                 decision, backend = choose(Layer.of(share, self.dtype), self.device.type)
                 if backend is None:
                     return decision
-                decisions.append(decision)
                 packable.append((backend, share))
-                sizes.append(share.rows * share.columns)
         layer.sparse_experts = PackedExperts(
             self.prefix,
-            list(zip(packable[::2], packable[1::2], strict=True)),
+            packable,
             _GATES[layer.activation],
             self.dtype,
             layer.expert_map_manager.expert_map,
         )
-        nbytes = sum(d.bytes_per_weight * n for d, n in zip(decisions, sizes, strict=True))
-        kernel = f"{decisions[0].kernel}, experts"
-        return replace(decisions[0], kernel=kernel, bytes_per_weight=nbytes / sum(sizes))
+        return replace(decision, kernel=f"{decision.kernel}, experts")
 
     def _numbers(self, layer: Any) -> list[int]:
         """Return the checkpoint's numbers of this rank's experts, in local order."""

@@ -10,43 +10,58 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from rac_modifier.checkpoint.dense_codes import OF_VOCABULARY
-from rac_modifier.checkpoint.formats import PARTS
+from rac_modifier.checkpoint import dense_codes, gptq_awq
+from rac_modifier.checkpoint.formats import FORMAT_BITMASK, PARTS, check
 from rac_modifier.checkpoint.quantization_config import METHOD as COMPRESSED_TENSORS
 from rac_modifier.checkpoint.quantization_config import SparsityConfig, SparsityRecord
+from rac_modifier.checkpoint.stored_weight import (
+    FLOATS,
+    SCALE,
+    check_scale,
+    dequantize,
+    from_dense,
+)
 from rac_modifier.errors import RacError
 from rac_modifier.vllm_plugin import METHOD
 from rac_modifier.vllm_plugin.readers import (
-    BitmaskReader,
     CodesReader,
-    PrunedReader,
+    LoadedWeight,
     WeightReader,
-    WordsReader,
+    floats_of,
+    matrix_of,
     why_not_codes,
 )
 
+# Scales of activations are not used: the kernels round activations less than any scheme does.
+_UNUSED = ("input_scale", "input_zero_point")
+
 
 class Layout:
-    """How a checkpoint stores its layers.
+    """How a checkpoint stores its layers. Most layouts read all layers themselves.
 
     Attributes:
         inner: vLLM's config for the layers that no reader reads.
-        kinds: of weights, by the names of `measure_crossovers`.
         targets, ignore: names, "re:" patterns or "Linear" for all, of the compressed modules.
+        dtypes: of a module's tensors, by name, as in `WeightReader`.
     """
 
     inner: Any = None
-    kinds: tuple[str, ...] = ("floats",)
     targets: tuple[str, ...] = ("Linear",)
     ignore: tuple[str, ...] = ()
+    dtypes: Mapping[str, torch.dtype | None]
+
+    def read(self, tensors: Mapping[str, Tensor], module: str) -> LoadedWeight:
+        """Check the tensors of `module`; return its weight (RacError names a damaged one)."""
+        raise NotImplementedError
 
     def reader(self, layer: Any, modules: list[str]) -> WeightReader | str | None:
         """Return what reads a linear layer of these modules; None: it is not compressed.
 
         A text is the reason why vLLM's own method runs a quantized layer.
         """
-        raise NotImplementedError
+        return self if any(self.holds(module) for module in modules) else None
 
     def experts_reader(self) -> WeightReader | str | None:
         """Return what reads routed experts; a text and None like `reader`."""
@@ -78,23 +93,42 @@ class PackedLayout(Layout):
                 "that was saved with the checkpoint"
             )
         self.targets, self.ignore = sparsity.targets, sparsity.ignore
-        quantized = bool(config.get("config_groups"))
-        if quantized:  # vLLM refuses any sparsity_config
+        self.format, self.quantized = sparsity.format, bool(config.get("config_groups"))
+        stored = {"bitmask": torch.uint8, "row_offsets": torch.int64, "shape": torch.int64}
+        names = [*PARTS[self.format], "weight"]  # an ignored shard of a fused layer has a weight
+        if self.quantized:
             self.inner = _compressed_tensors(config)
-        self.packed = BitmaskReader(sparsity.format, quantized)
-        self.kinds = _kinds(config)
-
-    def reader(self, layer: Any, modules: list[str]) -> WeightReader | None:
-        """Return the reader of packed weights where any of the modules is packed."""
-        return self.packed if any(self.holds(module) for module in modules) else None
+            names += [SCALE, *_UNUSED, dense_codes.ZEROS, dense_codes.ORDER]
+        self.dtypes = {name: stored.get(name) for name in names}
 
     def experts_reader(self) -> WeightReader:
-        """Return the same reader."""
-        return self.packed
+        """Return the layout itself."""
+        return self
+
+    def read(self, tensors: Mapping[str, Tensor], module: str) -> LoadedWeight:
+        """Return the sparse weight; a tensor where it is stored dense."""
+        for part in (dense_codes.ZEROS, dense_codes.ORDER):
+            if part in tensors:
+                raise RacError(
+                    f"{module}.{part}: zeros of a weight that is not quantized symmetrically are "
+                    "not zero, so it cannot be sparse; quantize it symmetrically"
+                )
+        if "weight" not in tensors:
+            return LoadedWeight(check(tensors, self.format, module))
+        weight = matrix_of(tensors, module)
+        if tensors.keys() & {*PARTS[FORMAT_BITMASK]}:
+            raise RacError(f"{module}.weight: stored both dense and packed; save the model again")
+        if not self.quantized or (weight.dtype in FLOATS and SCALE not in tensors):
+            return LoadedWeight(weight)
+        rows, columns = weight.shape
+        scale = check_scale(tensors, weight.dtype, rows, columns, module)
+        return LoadedWeight(dequantize(weight, scale, torch.float32))
 
 
 class PrunedLayout(Layout):
     """Pruned weights that are stored dense: the modules that `rac_sparsity` lists."""
+
+    dtypes: Mapping[str, torch.dtype | None] = {"weight": None}
 
     def __init__(self, record: SparsityRecord) -> None:
         if not record.modules:
@@ -104,21 +138,21 @@ class PrunedLayout(Layout):
             )
         self.targets = tuple(record.modules)
 
-    def reader(self, layer: Any, modules: list[str]) -> WeightReader | None:
-        """Return the reader of pruned weights where any of the modules is pruned."""
-        return PrunedReader() if any(self.holds(module) for module in modules) else None
+    def read(self, tensors: Mapping[str, Tensor], module: str) -> LoadedWeight:
+        """Return the sparse form of the dense weight."""
+        return LoadedWeight(from_dense(matrix_of(tensors, module), module))
 
 
 class CodesLayout(Layout):
     """Dense weights of 2 to 4 bits (W4A16) of compressed-tensors."""
 
-    kinds = ("int4",)
-
     def __init__(self, config: Mapping[str, Any]) -> None:
         """Parse the entry (RacError: no weights that the kernels read)."""
         self.inner = _compressed_tensors(config)
         reasons = [
-            why_not_codes(scheme, self.inner.quant_format, bool(OF_VOCABULARY.search(target)))
+            why_not_codes(
+                scheme, self.inner.quant_format, bool(dense_codes.OF_VOCABULARY.search(target))
+            )
             for target, scheme in self.inner.target_scheme_map.items()
         ]
         if config.get("transform_config"):
@@ -142,27 +176,41 @@ class CodesLayout(Layout):
 
 
 class WordsLayout(Layout):
-    """GPTQ and AWQ checkpoints. The tensors say which layers are quantized."""
+    """GPTQ of 2, 3, 4 or 8 bits, reordered and asymmetric ones too, and AWQ of 4 bits.
 
-    kinds = ("int4",)
+    The tensors say which layers are quantized.
+    """
+
+    dtypes: Mapping[str, torch.dtype | None] = {
+        **dict.fromkeys(gptq_awq.PARTS, torch.int32),
+        **dict.fromkeys((gptq_awq.SCALES, "weight")),
+    }
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         """Parse the entry (RacError: malformed, or words of another layout)."""
-        self.words = WordsReader(config)
-
-    def reader(self, layer: Any, modules: list[str]) -> WeightReader:
-        """Return the same reader for each layer."""
-        return self.words
+        of_gptq = config["quant_method"] == "gptq"
+        self.gptq = gptq_awq.GptqEntries.of(config) if of_gptq else None
+        self.awq = None if of_gptq else gptq_awq.AwqEntries.of(config)
 
     def experts_reader(self) -> WeightReader:
         """Refuse experts."""
         raise no_effect("experts of this format have no kernel")
 
     def vocabulary_reader(self, layer: Any, prefix: str) -> WeightReader | None:
-        """Return the reader for a head that config.json quantizes."""
+        """Return the layout itself for a head that config.json quantizes."""
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-        return self.words if self.words.head and isinstance(layer, ParallelLMHead) else None
+        quantized = self.gptq is not None and self.gptq.lm_head
+        return self if quantized and isinstance(layer, ParallelLMHead) else None
+
+    def read(self, tensors: Mapping[str, Tensor], module: str) -> LoadedWeight:
+        """Return the weight with every value stored; a tensor where it is in floats."""
+        if "weight" in tensors:
+            return LoadedWeight(floats_of(tensors, module))
+        if self.awq is not None:
+            return LoadedWeight(gptq_awq.check_awq(tensors, module, self.awq))
+        assert self.gptq is not None
+        return LoadedWeight(*gptq_awq.check_gptq(tensors, module, self.gptq))
 
 
 def is_packed(quantization: object) -> bool:
@@ -195,17 +243,6 @@ def _compressed_tensors(config: Mapping[str, Any]) -> Any:
 
     without = {key: value for key, value in config.items() if key != "sparsity_config"}
     return CompressedTensorsConfig.from_config(without)
-
-
-def _kinds(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return what the kernels multiply the weights as: "floats", "int8", "int4"."""
-    groups = [group.get("weights") for group in (config.get("config_groups") or {}).values()]
-    kinds = {
-        f"int{weights.get('num_bits')}" if weights.get("type", "int") == "int" else "floats"
-        for weights in groups
-        if isinstance(weights, Mapping)
-    }
-    return tuple(sorted(kinds & {"int8", "int4", "floats"})) or ("floats",)
 
 
 def _matches(module: str, entries: Iterable[str]) -> bool:

@@ -139,7 +139,10 @@ class Shards:
         """Return the column order that all shards share, int64 [K]; None: the inputs' order."""
         (first, weight), *remaining = loaded.items()
         for shard, second in remaining:
-            if not _equal(weight.order, second.order):
+            same = weight.order is second.order
+            if weight.order is not None and second.order is not None:
+                same = torch.equal(weight.order, second.order)
+            if not same:
                 raise RacError(
                     f"{self.name(shard)}.g_idx: its columns are in another order than those of "
                     f"{self.name(first)}, and one matmul reads both; quantize the model with "
@@ -202,17 +205,26 @@ class RacLinearMethod(LinearMethodBase):
         loaded = self.shards.take(layer)
         rows = self.shards.row_numbers(layer, self.loader, loaded, self.rows)
         order = self.shards.order(loaded)
-        decision, backend, share = self._decide(layer, list(loaded.values()), rows, order)
-        if backend is not None and share is not None:
+        sharded = self.columns < self.all_columns
+        first = getattr(layer, "tp_rank", 0) * self.columns if sharded else 0
+        share = self._share(list(loaded.values()), rows, first)
+        if isinstance(share, str):
+            decision, backend = stay_dense(share, self.dtype), None
+        else:
+            decision, backend = choose(Layer.of(share, self.dtype), self.device.type)
+        if backend is None:
+            dense = torch.cat([weight.dense(self.dtype) for weight in loaded.values()])
+            with self.device:
+                self.dense.create_weights(layer, *self.sizes, **self.attributes)
+            columns = slice(first, first + self.columns)
+            layer.get_parameter("weight").data.copy_(dense[rows, columns])
+            self.dense.process_weights_after_loading(layer)
+        else:
+            assert isinstance(share, StoredWeight)
             self.packed = PackedWeight(layer, backend, share, self.dtype)
             if order is not None:
                 layer.register_parameter("column_order", Parameter(order, requires_grad=False))
                 self.reordered = True
-        else:
-            with self.device:
-                self.dense.create_weights(layer, *self.sizes, **self.attributes)
-            layer.get_parameter("weight").data.copy_(self._dense_weight(layer, loaded, rows))
-            self.dense.process_weights_after_loading(layer)
         in_floats = all(isinstance(item.weight, Tensor) for item in loaded.values())
         self.add(self.shards.prefix, None if in_floats else decision)
 
@@ -224,55 +236,23 @@ class RacLinearMethod(LinearMethodBase):
             x = x.index_select(-1, layer.get_parameter("column_order"))
         return self.packed.linear(layer, x, bias)
 
-    def dequantize_weight(self, layer: torch.nn.Module) -> Tensor:
-        """Return this rank's dense weight [N, K], instead of `process_weights_after_loading`.
-
-        vLLM calls it to quantize the weight anew (`--quantization rac` with an online scheme).
-
-        Raises:
-            RacError: the layer is processed already, or its tensors are damaged.
-        """
-        if not hasattr(layer, next(iter(self.shards.reader.dtypes))):
-            raise RacError(f"{self.shards.prefix}: its weight is packed for a kernel already")
-        loaded = self.shards.take(layer)
-        rows = self.shards.row_numbers(layer, self.loader, loaded, self.rows)
-        return self._dense_weight(layer, loaded, rows).to(self.device)
-
-    def _decide(
-        self, layer: Any, loaded: list[LoadedWeight], rows: Tensor, order: Tensor | None
-    ) -> tuple[Decision, Backend | None, StoredWeight | None]:
-        """Decide for this rank's share; return the backend and the share where a kernel runs it."""
+    def _share(self, loaded: list[LoadedWeight], rows: Tensor, first: int) -> StoredWeight | str:
+        """Return this rank's share, from its `first` column on, or why it runs dense."""
         compressed = [item.weight for item in loaded if isinstance(item.weight, StoredWeight)]
         kinds = {(w.values.dtype, w.bits, w.group, w.zeros is None) for w in compressed}
-        reason = None
         if len(compressed) < len(loaded):
-            reason = "a part of this fused layer is stored dense"
-        elif len(kinds) > 1:
-            reason = "the parts of this fused layer are quantized differently"
-        elif order is not None and self.columns < self.all_columns:
-            reason = "its columns are reordered (desc_act), and ranks share them"
-        if reason is not None:
-            return stay_dense(reason, self.dtype), None, None
+            return "a part of this fused layer is stored dense"
+        if len(kinds) > 1:
+            return "the parts of this fused layer are quantized differently"
+        if loaded[0].order is not None and self.columns < self.all_columns:
+            return "its columns are reordered (desc_act), and ranks share them"
         share = stack(compressed, self.shards.prefix).select_rows(rows)
-        if self.columns < self.all_columns:
-            share = share.select_columns(self._first_column(layer), self.columns)
+        share = share.select_columns(first, self.columns)
         codes = share.density == 1.0 and share.bits < 8
         if codes and share.group < share.columns and share.group % 4:
             # The backend would round such values to bfloat16.
-            reason = f"its groups have {share.group} columns on a rank, no multiple of 4"
-            return stay_dense(reason, self.dtype), None, None
-        share = replace(share, activation_bits=self.activation_bits)
-        return *choose(Layer.of(share, self.dtype), self.device.type), share
-
-    def _dense_weight(self, layer: Any, loaded: _Loaded, rows: Tensor) -> Tensor:
-        first = self._first_column(layer)
-        dense = [weight.dense(self.dtype) for weight in loaded.values()]
-        stacked = dense[0] if len(dense) == 1 else torch.cat(dense)
-        return stacked[rows, first : first + self.columns]
-
-    def _first_column(self, layer: Any) -> int:
-        sharded = self.columns < self.all_columns
-        return getattr(layer, "tp_rank", 0) * self.columns if sharded else 0
+            return f"its groups have {share.group} columns on a rank, no multiple of 4"
+        return replace(share, activation_bits=self.activation_bits)
 
 
 def loaded_again(prefix: str) -> RacError:
@@ -289,10 +269,6 @@ def _position(shard: ShardId) -> int:
     if isinstance(first, str):
         return _QKV.get(first, len(_QKV))
     return int(first or 0)
-
-
-def _equal(a: Tensor | None, b: Tensor | None) -> bool:
-    return a is b if a is None or b is None else torch.equal(a, b)
 
 
 def _expected_rows(layer: Any, shard: ShardId) -> int | None:

@@ -1,7 +1,4 @@
-"""Read a module's tensors as the checkpoint stores them, checked as untrusted input.
-
-Pure functions of tensors; only names are vLLM's.
-"""
+"""Read a module's tensors as the checkpoint stores them, checked as untrusted input."""
 
 from __future__ import annotations
 
@@ -11,23 +8,13 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from rac_modifier.checkpoint import dense_codes, gptq_awq
-from rac_modifier.checkpoint.formats import FORMAT_BITMASK, PARTS, check
+from rac_modifier.checkpoint import dense_codes
 from rac_modifier.checkpoint.quantization_config import PACK_QUANTIZED
-from rac_modifier.checkpoint.stored_weight import (
-    FLOATS,
-    SCALE,
-    StoredWeight,
-    check_scale,
-    dequantize,
-    from_dense,
-)
+from rac_modifier.checkpoint.stored_weight import FLOATS, SCALE, StoredWeight
 from rac_modifier.errors import RacError
 
 RESTORE = "restore the config.json that was saved with the checkpoint"
 _INT8_FORMATS = (PACK_QUANTIZED, "int-quantized", "naive-quantized")
-# Scales of activations are not used: the kernels round activations less than any scheme does.
-_UNUSED = ("input_scale", "input_zero_point")
 
 
 class LoadedWeight(NamedTuple):
@@ -64,47 +51,6 @@ class WeightReader(Protocol):
         ...
 
 
-class BitmaskReader:
-    """Packed sparse weights of `format`, with scales if `quantized`."""
-
-    def __init__(self, format: str, quantized: bool) -> None:
-        self.format, self.quantized = format, quantized
-        stored = {"bitmask": torch.uint8, "row_offsets": torch.int64, "shape": torch.int64}
-        names = [*PARTS[format], "weight"]  # an ignored shard of a fused layer has a weight
-        if quantized:
-            names += [SCALE, *_UNUSED, dense_codes.ZEROS, dense_codes.ORDER]
-        self.dtypes: Mapping[str, torch.dtype | None] = {name: stored.get(name) for name in names}
-
-    def read(self, tensors: Mapping[str, Tensor], module: str) -> LoadedWeight:
-        """Return the sparse weight; a tensor where it is stored dense."""
-        for part in (dense_codes.ZEROS, dense_codes.ORDER):
-            if part in tensors:
-                raise RacError(
-                    f"{module}.{part}: zeros of a weight that is not quantized symmetrically are "
-                    "not zero, so it cannot be sparse; quantize it symmetrically"
-                )
-        if "weight" not in tensors:
-            return LoadedWeight(check(tensors, self.format, module))
-        weight = _matrix(tensors, module)
-        if tensors.keys() & {*PARTS[FORMAT_BITMASK]}:
-            raise RacError(f"{module}.weight: stored both dense and packed; save the model again")
-        if not self.quantized or (weight.dtype in FLOATS and SCALE not in tensors):
-            return LoadedWeight(weight)
-        rows, columns = weight.shape
-        scale = check_scale(tensors, weight.dtype, rows, columns, module)
-        return LoadedWeight(dequantize(weight, scale, torch.float32))
-
-
-class PrunedReader:
-    """Pruned weights that are stored dense."""
-
-    dtypes: Mapping[str, torch.dtype | None] = {"weight": None}
-
-    def read(self, tensors: Mapping[str, Tensor], module: str) -> LoadedWeight:
-        """Return the sparse form of the dense weight."""
-        return LoadedWeight(from_dense(_matrix(tensors, module), module))
-
-
 class CodesReader:
     """Dense weights of compressed-tensors: 2 to 4 bits in words, 8 bits in words or bytes.
 
@@ -128,7 +74,7 @@ class CodesReader:
         # A layer that is fused on disk, too, has its own name, and the arguments of its shards.
         arguments = self.weights.get(module, next(iter(self.weights.values())))
         if arguments is None:
-            return LoadedWeight(_floats(tensors, module))
+            return LoadedWeight(floats_of(tensors, module))
         group, bits = None, arguments.num_bits
         if arguments.strategy == "group":
             group = arguments.group_size
@@ -166,37 +112,9 @@ def why_not_codes(
     return dense_codes.why_not_codes(kind, bits, strategy, format, activations=rounded)
 
 
-class WordsReader:
-    """GPTQ weights of 2, 3, 4 or 8 bits, reordered and asymmetric ones too, and AWQ's of 4 bits.
-
-    `head`: config.json quantizes the head.
-    """
-
-    dtypes: Mapping[str, torch.dtype | None] = {
-        **dict.fromkeys(gptq_awq.PARTS, torch.int32),
-        **dict.fromkeys((gptq_awq.SCALES, "weight")),
-    }
-
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        """Read the `quantization_config` (RacError: malformed, or words of another layout)."""
-        of_gptq = config["quant_method"] == "gptq"
-        self.gptq = gptq_awq.GptqEntries.of(config) if of_gptq else None
-        self.awq = None if of_gptq else gptq_awq.AwqEntries.of(config)
-        self.head = self.gptq is not None and bool(self.gptq.lm_head)
-
-    def read(self, tensors: Mapping[str, Tensor], module: str) -> LoadedWeight:
-        """Return the weight with every value stored; a tensor where it is in floats."""
-        if "weight" in tensors:
-            return LoadedWeight(_floats(tensors, module))
-        if self.awq is not None:
-            return LoadedWeight(gptq_awq.check_awq(tensors, module, self.awq))
-        assert self.gptq is not None
-        return LoadedWeight(*gptq_awq.check_gptq(tensors, module, self.gptq))
-
-
-def _floats(tensors: Mapping[str, Tensor], module: str) -> Tensor:
+def floats_of(tensors: Mapping[str, Tensor], module: str) -> Tensor:
     """Return a module's only tensor, `weight` [N, K] in floats."""
-    weight = _matrix(tensors, module)
+    weight = matrix_of(tensors, module)
     if weight.dtype not in FLOATS or len(tensors) > 1:
         raise RacError(
             f"{module}.weight: {weight.dtype} next to {sorted(tensors)}, but config.json does not "
@@ -205,7 +123,8 @@ def _floats(tensors: Mapping[str, Tensor], module: str) -> Tensor:
     return weight
 
 
-def _matrix(tensors: Mapping[str, Tensor], module: str) -> Tensor:
+def matrix_of(tensors: Mapping[str, Tensor], module: str) -> Tensor:
+    """Return the tensor `weight` [N, K] of a module."""
     weight = tensors.get("weight")
     if weight is None:
         raise RacError(f"{module}.weight: missing from the checkpoint; copy or save it again")

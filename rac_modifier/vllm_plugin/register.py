@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from typing import get_args
 
-from rac_modifier.vllm_plugin import METHOD, OLD_METHOD
+from rac_modifier.vllm_plugin import METHOD
 
 _logger = logging.getLogger(f"vllm.{__name__}")  # below "vllm", so that vLLM's handlers print it
 
@@ -34,7 +34,6 @@ def _register() -> None:
             "this vLLM has its own method %s; the one of rac-modifier is not registered", METHOD
         )
         return
-    from rac_modifier.vllm_plugin.config import OldNameConfig, RacConfig
+    from rac_modifier.vllm_plugin.config import RacConfig
 
     quantization.register_quantization_config(METHOD)(RacConfig)
-    quantization.register_quantization_config(OLD_METHOD)(OldNameConfig)

@@ -5,7 +5,6 @@ An embedding looks rows up in the packed form that a head multiplies. Tied, they
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
-from rac_modifier.checkpoint.stored_weight import StoredWeight, all_stored, stack
+from rac_modifier.checkpoint.stored_weight import StoredWeight
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.choose import choose
 from rac_modifier.kernels.cpu import lookup
@@ -71,7 +70,10 @@ class VocabularyMethod(QuantizeMethodBase):
         """Return the logits of x [..., K]."""
         if self.packed is None:
             return self.floats.apply(layer, x, bias)
-        return self.packed.linear(layer, x, bias)
+        rows = self.packed.rows
+        logits = self.packed.linear(layer, x, None if bias is None else bias[:rows])
+        missing = layer.num_embeddings_per_partition - rows  # vLLM pads a vocabulary
+        return torch.nn.functional.pad(logits, (0, missing)) if missing else logits
 
     def embedding(self, layer: Any, input_: Tensor) -> Tensor:
         """Return the rows of these ids: [..., K]."""
@@ -124,36 +126,15 @@ class StoredMethod(VocabularyMethod):
                 "belong together"
             )
         shard = layer.shard_indices
-        rows = slice(shard.org_vocab_start_index, shard.org_vocab_end_index)
-        if isinstance(weight.weight, Tensor) or weight.order is not None:
+        rows = torch.arange(shard.org_vocab_start_index, shard.org_vocab_end_index)
+        backend = None
+        if isinstance(weight.weight, StoredWeight) and weight.order is None:
+            share = weight.weight.select_rows(rows)
+            decision, backend = choose(Layer.of(share, self.dtype), self.device.type)
+            logger.info("%s: int%d from the checkpoint: %s", name, share.bits, decision.reason)
+        if backend is None:
             floats = weight.dense(self.dtype)[rows]
             padding = (0, 0, 0, self.rows - len(floats))
             self.keep_floats(layer, torch.nn.functional.pad(floats, padding).to(self.device))
-            return
-        share = weight.weight.select_rows(torch.arange(rows.start, rows.stop))
-        share = _padded(share, self.rows)
-        decision, backend = choose(Layer.of(share, self.dtype), self.device.type)
-        if backend is None:
-            self.keep_floats(layer, share.dequantized(self.dtype).to(self.device))
         else:
             self.packed = PackedWeight(layer, backend, share, self.dtype)
-        logger.info(
-            "%s: int%d %s from the checkpoint: %s",
-            *(name, share.bits, list(weight.shape), decision.reason),
-        )
-
-
-def _padded(weight: StoredWeight, rows: int) -> StoredWeight:
-    """Append rows of zeros, as vLLM pads a vocabulary."""
-    missing = rows - weight.rows
-    if missing < 1:
-        return weight
-    assert weight.scale is not None
-    zeros = weight.zeros
-    padding = replace(
-        all_stored(torch.zeros(missing, weight.columns, dtype=weight.values.dtype), weight.name),
-        scale=torch.ones(missing, weight.scale.shape[1]),
-        bits=weight.bits,
-        zeros=None if zeros is None else torch.full_like(zeros[:1], 8).repeat(missing, 1),
-    )
-    return stack([weight, padding], weight.name)

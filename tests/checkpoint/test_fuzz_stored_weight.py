@@ -79,7 +79,7 @@ def load(tensors: dict[str, torch.Tensor], format: str, rng: random.Random, nati
     )
     assert cut.dense().shape == (weight.rows - first, count)
     if native and weight.values.dtype in (torch.bfloat16, torch.float32, torch.int8):
-        packed = pack_values(weight.values, weight.bitmask, weight.columns)
+        packed = pack_values(weight.values, weight.bitmask, (weight.rows, weight.columns))
         expected = weight.dense()
         actual = unpacked(Packed(packed, weight.rows, weight.columns))
         assert torch.equal(

@@ -44,9 +44,9 @@ def test_a_layer_is_served_through_a_registered_backend(monkeypatch):
 
 
 def test_no_other_place_names_the_folder_of_a_backend():
-    """What only CPUs have is imported by name: lookup, the measured crossover, 8-bit
-    activations."""
+    """What only CPUs have is imported by name: lookup, batch invariance, 8-bit activations."""
     cpu_only = ("vllm_plugin/vocabulary", "vllm_plugin/config", "evaluation/activations")
+    cpu_only = (*cpu_only, "cli/doctor")
     named_in = {PACKAGE / f"{path}.py" for path in ("kernels/choose", *cpu_only)}
     for path in PACKAGE.rglob("*.py"):
         if path not in named_in and path.parent.name not in BACKENDS:

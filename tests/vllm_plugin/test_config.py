@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from types import SimpleNamespace
 
 import pytest
@@ -28,14 +27,10 @@ from vllm.model_executor.models.utils import WeightsMapper  # noqa: E402
 
 from rac_modifier.checkpoint.quantization_config import with_int8_activations, with_packed  # noqa: E402
 from rac_modifier.errors import RacError  # noqa: E402
-from rac_modifier.kernels.cpu.support import Support  # noqa: E402
+from rac_modifier.kernels.cpu import operator  # noqa: E402
 from rac_modifier.kernels.interface import Decision, stay_dense  # noqa: E402
 from rac_modifier.vllm_plugin import config as plugin_config  # noqa: E402
-from rac_modifier.vllm_plugin.config import (  # noqa: E402
-    LoadReport,
-    RacConfig,
-    crossovers,
-)
+from rac_modifier.vllm_plugin.config import LoadReport, RacConfig  # noqa: E402
 from rac_modifier.vllm_plugin.layouts import CodesLayout, PackedLayout, WordsLayout  # noqa: E402
 from rac_modifier.vllm_plugin.linear import RacLinearMethod  # noqa: E402
 from rac_modifier.vllm_plugin.vocabulary import StoredMethod, VocabularyMethod  # noqa: E402
@@ -152,22 +147,22 @@ def recorded(**changes) -> SimpleNamespace:
     )
 
 
-@pytest.mark.parametrize(
-    ("entry", "kind"),
-    [(quantization(), "int4"), (quantized_sparse("sparse-bitmask", "int8", []), "int8")],
-)
-def test_the_record_of_config_json(monkeypatch, tmp_path, entry, kind):
-    asked = []
-    monkeypatch.setattr(plugin_config, "crossovers", lambda *args: asked.append(args) or {kind: 7})
+def test_the_record_of_config_json(monkeypatch, tmp_path):
     on_rank(monkeypatch, 0, 1)
-    config = RacConfig.from_config(entry)
+    config = RacConfig.from_config(quantization())
     config.maybe_update_config(str(tmp_path), recorded())
-    assert asked == [((kind,), True)]
-    assert config.crossovers == {kind: 7}
     bits = {name: make(name, config).quant_method.activation_bits for name in ("qkv", "row")}
     assert bits == {"qkv": 8, "row": 16}
     with pytest.raises(RacError, match=r"int8_activations is 'a', not a list of module names"):
         config.maybe_update_config(str(tmp_path), recorded(int8_activations="a"))
+
+
+@pytest.mark.parametrize("invariant", [False, True])
+def test_batch_invariance_reaches_the_kernels(monkeypatch, invariant):
+    monkeypatch.setattr(operator, "batch_invariant", not invariant)
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", str(int(invariant)))
+    RacConfig.from_config(PACKED).get_quant_method(torch.nn.Module(), "a")
+    assert operator.batch_invariant == invariant
 
 
 def test_gptq_on_a_device_without_a_kernel_is_refused(monkeypatch, tmp_path):
@@ -183,34 +178,6 @@ def test_the_order_of_columns_reaches_the_layers():
     assert RacConfig().get_checkpoint_weight_mapper().map_name("a.q.g_idx") == "a.q.g_idx"
 
 
-@pytest.mark.parametrize(
-    ("isa", "invariant", "kinds"),
-    [
-        (None, "0", []),
-        ("portable", "0", []),
-        ("avx2", "0", ["floats", "int8"]),
-        ("avx512", "0", ["floats", "int8", "int8 with 8-bit activations"]),
-        ("avx512", "1", []),  # the kernel multiplies all where batches must not matter
-    ],
-)
-def test_which_crossovers_are_measured(monkeypatch, isa, invariant, kinds):
-    asked = []
-
-    def measure(kinds):
-        asked.extend(kinds)
-        return dict.fromkeys(kinds, 512.0)
-
-    monkeypatch.setattr(plugin_config, "measure_crossovers", measure)
-    monkeypatch.setattr(plugin_config, "support", lambda: Support(isa, "", isa == "avx512"))
-    monkeypatch.setenv("VLLM_BATCH_INVARIANT", invariant)
-    result = crossovers(("floats", "int8"), True)
-    assert asked == kinds
-    if invariant == "1":
-        assert {*result.values()} == {math.inf}
-    else:
-        assert result == dict.fromkeys(kinds, 512.0)
-
-
 def test_the_report_comes_with_the_last_layer_and_has_every_decision(said):
     report = LoadReport(expected=5)
     report.leave("e", "its weights are int8")
@@ -223,9 +190,9 @@ def test_the_report_comes_with_the_last_layer_and_has_every_decision(said):
     (text,) = said
     assert text.splitlines() == [
         "rac: 2 of 5 compressed layers run on a kernel",
-        "  sparse kernel avx2: 2 layers, 1.10-1.30 bytes per weight, at most 1.80x faster",
-        "  vLLM's own method because its weights are int8: 1 layer, such as e",
-        "  dense because it is small: 2 layers, such as f",
+        "  vLLM's own method because its weights are int8: 1, such as e",
+        "  sparse kernel avx2: 2, such as a",
+        "  dense because it is small: 2, such as f",
     ]
 
 

@@ -23,8 +23,9 @@ from rac_modifier.kernels.choose import BACKENDS  # noqa: E402
 from rac_modifier.kernels.cpu.support import support  # noqa: E402
 from rac_modifier.vllm_plugin import experts  # noqa: E402
 from rac_modifier.vllm_plugin.experts import RacExpertsMethod  # noqa: E402
-from rac_modifier.vllm_plugin.readers import BitmaskReader  # noqa: E402
-from tests.vllm_plugin.stored_forms import quantize  # noqa: E402
+from rac_modifier.vllm_plugin.layouts import PackedLayout  # noqa: E402
+from tests.vllm_plugin.stored_forms import quantize, quantized_sparse  # noqa: E402
+from tests.vllm_plugin.test_layouts import packed  # noqa: E402
 
 pytestmark = pytest.mark.skipif(support().isa is None, reason=support().reason)
 EXPERTS, HIDDEN, WIDTH, CHOSEN = 5, 64, 96, 2
@@ -78,7 +79,8 @@ def weights_of(two_of_four: bool = False) -> Weights:
 
 def method_of(layer: Any, format: str, quantized: bool = False, count: int = EXPERTS) -> Any:
     decisions: dict[str, Any] = {}
-    reader = BitmaskReader(format, quantized)
+    config = quantized_sparse(format, "int8", []) if quantized else packed(format=format)
+    reader = PackedLayout(config)
     method = RacExpertsMethod(layer, "a.experts", reader, decisions.__setitem__)
     method.decisions = decisions
     width = layer.moe_config.intermediate_size_per_partition

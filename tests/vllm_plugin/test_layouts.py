@@ -26,17 +26,8 @@ from rac_modifier.vllm_plugin.layouts import (  # noqa: E402
     WordsLayout,
     is_packed,
 )
-from rac_modifier.vllm_plugin.readers import (  # noqa: E402
-    BitmaskReader,
-    CodesReader,
-    PrunedReader,
-    why_not_codes,
-)
-from tests.vllm_plugin.stored_forms import (  # noqa: E402
-    gptq_config,
-    quantization,
-    quantized_sparse,
-)
+from rac_modifier.vllm_plugin.readers import CodesReader, why_not_codes  # noqa: E402
+from tests.vllm_plugin.stored_forms import gptq_config, quantization  # noqa: E402
 
 INPUTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
 LINEAR = torch.nn.Linear(96, 64)
@@ -63,9 +54,9 @@ def test_what_packing_writes_is_packed(format, method):
     written["quant_method"] = method
     assert is_packed(written)
     layout = PackedLayout(written)
-    assert layout.experts_reader() is layout.packed
-    assert (layout.targets, layout.ignore, layout.kinds) == (("Linear",), ("lm_head",), ("floats",))
-    assert layout.packed.format == format
+    assert layout.experts_reader() is layout
+    assert (layout.targets, layout.ignore) == (("Linear",), ("lm_head",))
+    assert layout.format == format
     assert layout.inner is None
 
 
@@ -93,7 +84,7 @@ def test_names_patterns_and_classes():
     names = ("model.layers.0.mlp.up_proj", "lm_head", "model.mlp.gate", "model.mlp.gate_proj")
     assert [layout.holds(name) for name in names] == [True, False, False, True]
     assert layout.reader(LINEAR, ["lm_head"]) is None
-    assert isinstance(layout.reader(LINEAR, ["a.q", "lm_head"]), BitmaskReader)  # one of them is
+    assert layout.reader(LINEAR, ["a.q", "lm_head"]) is layout  # one of them is
     named = PackedLayout(packed(targets=["a.b", "re:c"]))
     assert [name for name in ("a.b", "a.bc", "c.d", "x.c") if named.holds(name)] == ["a.b", "c.d"]
 
@@ -116,16 +107,13 @@ def test_malformed_entries(entry, message):
 def test_pruned_weights_that_are_stored_dense():
     written = with_dense_mark({}, {"model.a": "2:4", "model.b": "unstructured"})
     layout = PrunedLayout(SparsityRecord.of(written))
-    assert isinstance(layout.reader(LINEAR, ["model.a"]), PrunedReader)
+    assert layout.reader(LINEAR, ["model.a"]) is layout
     assert layout.reader(LINEAR, ["model.c"]) is None
     assert layout.experts_reader() is None
     with pytest.raises(RacError, match="leave out --quantization rac"):
         PrunedLayout(SparsityRecord())
     with pytest.raises(RacError, match="experts of this format have no kernel; leave it out"):
         WordsLayout(gptq_config()).experts_reader()
-    kinds = {"int8": "int8", "int4": "int4", "fp8": "floats"}
-    for scheme, kind in kinds.items():
-        assert PackedLayout(quantized_sparse("sparse-bitmask", scheme, [])).kinds == (kind,)
 
 
 @pytest.mark.parametrize(

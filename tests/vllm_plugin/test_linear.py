@@ -3,8 +3,6 @@ sharding of the dense weight."""
 
 from __future__ import annotations
 
-import inspect
-
 import pytest
 import torch
 
@@ -13,8 +11,6 @@ from tests.kernels import fake_backend
 from tests.vllm_plugin.vllm_fixtures import needs_vllm, on_rank, without_kernels
 
 needs_vllm()
-
-from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase  # noqa: E402
 
 from rac_modifier.checkpoint.formats import FORMAT_24, FORMAT_BITMASK, pack  # noqa: E402
 from rac_modifier.errors import RacError  # noqa: E402
@@ -87,36 +83,6 @@ def test_without_kernels_a_layer_is_dense(monkeypatch, kind, form):
     (decision,) = config.report.decisions.values()
     assert not decision.sparse
     check(ours, dense, k)
-
-
-@pytest.mark.parametrize(
-    ("form", "kind", "rank", "size"),
-    [("2:4", "row", 1, 2), ("unstructured int4", "merged", 1, 2), ("gptq asymmetric", "qkv", 0, 1),
-     ("gptq reordered", "row", 1, 2)],
-)  # fmt: skip
-def test_dequantize_weight(monkeypatch, kind, rank, size, form):
-    """vLLM's online quantization calls it on a loaded layer instead of finishing it."""
-    on_rank(monkeypatch, rank, size)
-    dense, ours, _ = loaded(kind, form)
-    torch.testing.assert_close(ours.quant_method.dequantize_weight(ours), dense.weight.data)
-    assert not dict(ours.named_parameters())
-    with pytest.raises(RacError, match="its weight is packed for a kernel already"):
-        ours.quant_method.dequantize_weight(ours)
-
-
-def test_dequantize_weight_is_vllms_seam(monkeypatch):
-    """An online method makes our parameters, and asks for the dense weight when they are loaded."""
-    seam = getattr(QuantizeMethodBase, "dequantize_weight", None)
-    if seam is None:
-        pytest.skip("this vLLM quantizes no checkpoint anew")
-    fp8 = pytest.importorskip("vllm.model_executor.layers.quantization.online.fp8")
-    assert list(inspect.signature(seam).parameters) == ["self", "layer"]
-    on_rank(monkeypatch, 0, 1)
-    dense, ours, _ = loaded("merged", "2:4 int8")
-    online = fp8.Fp8PerTensorOnlineLinearMethod.__new__(fp8.Fp8PerTensorOnlineLinearMethod)
-    online.requantization_source_parameters = {}
-    online.set_requantization_source(ours.quant_method)
-    torch.testing.assert_close(online.get_weight_for_quantization(ours), dense.weight.data)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,6 @@ from vllm.scalar_type import scalar_types  # noqa: E402
 
 from rac_modifier.errors import RacError  # noqa: E402
 from rac_modifier.vllm_plugin.layouts import CodesLayout, Layout, WordsLayout  # noqa: E402
-from rac_modifier.vllm_plugin.readers import WordsReader  # noqa: E402
 from tests.checkpoint.gptq_awq_tensors import awq, drawn, gptq  # noqa: E402
 from tests.vllm_plugin.layer_kinds import FORMS, K  # noqa: E402
 from tests.vllm_plugin.stored_forms import awq_config, gptq_config, quantization  # noqa: E402
@@ -84,7 +83,7 @@ def test_awq_as_vllm_reads_it(monkeypatch, symmetric):
     codes = unpack_quantized_values_into_int32(layer.qweight.data, scalar_types.uint4, 0).T
     zeros = unpack_quantized_values_into_int32(layer.qzeros.data, scalar_types.uint4, 0)
     meant = (codes.view(32, 2, 32) - zeros[:, :, None]) * parts["scales"].T.float()[:, :, None]
-    result = WordsReader(awq_config(32, symmetric)).read(parts, "m")
+    result = WordsLayout(awq_config(32, symmetric)).read(parts, "m")
     torch.testing.assert_close(result.dense(torch.float32), meant.view(32, 64), rtol=0, atol=0)
 
 
@@ -95,14 +94,14 @@ def test_gptq_as_vllm_reads_it():
     words = unpack_quantized_values_into_int32(parts["qweight"], scalar_types.uint4b8, 0)
     codes = words.T - bias
     meant = codes.reshape(32, 2, 32) * parts["scales"].T.float()[:, :, None]
-    result = WordsReader(gptq_config()).read(parts, "m")
+    result = WordsLayout(gptq_config()).read(parts, "m")
     torch.testing.assert_close(result.dense(torch.float32), meant.view(32, 64), rtol=0, atol=0)
 
 
 def test_the_bits_of_a_module_are_those_of_its_rule():
     layout = WordsLayout(gptq_config(dynamic={r"+:a\.down": {"bits": 3}}))
     weight = drawn(64, 96, 32, True, 3)
-    result = layout.words.read(gptq(weight), "a.down")
+    result = layout.read(gptq(weight), "a.down")
     torch.testing.assert_close(result.dense(torch.float32), weight.meant, rtol=0, atol=0)
     with pytest.raises(RacError, match=r"^a\.up\."):
-        layout.words.read(gptq(weight), "a.up")
+        layout.read(gptq(weight), "a.up")

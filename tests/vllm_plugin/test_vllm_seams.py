@@ -22,7 +22,6 @@ from vllm.model_executor.layers import linear, quantization  # noqa: E402
 from rac_modifier.checkpoint.quantization_config import with_packed  # noqa: E402
 from rac_modifier.errors import RacError  # noqa: E402
 from rac_modifier.files import read_json  # noqa: E402
-from rac_modifier.vllm_plugin import config as plugin_config  # noqa: E402
 from rac_modifier.vllm_plugin.config import RacConfig  # noqa: E402
 from rac_modifier.vllm_plugin.layouts import PackedLayout  # noqa: E402
 from rac_modifier.vllm_plugin.register import METHOD, register  # noqa: E402
@@ -33,9 +32,8 @@ PACKED = with_packed({}, "sparse-bitmask", {"model.a": "unstructured"}, 0.5, ["l
 
 
 @pytest.fixture(autouse=True)
-def registered(monkeypatch):
+def registered():
     register()
-    monkeypatch.setattr(plugin_config, "crossovers", lambda *arguments: {})  # takes seconds
 
 
 def test_entry_point_group():
@@ -192,21 +190,11 @@ def test_a_draft_model_is_loaded_with_a_prefix():
     assert "quantization" in {field.name for field in dataclasses.fields(SpeculativeConfig)}
 
 
-@pytest.mark.parametrize("user_quant", [None, "rac", "rac-sparse"])
+@pytest.mark.parametrize("user_quant", [None, "rac"])
 def test_a_packed_checkpoint_is_claimed_by_both_names_of_its_method(user_quant):
-    """`quant_method: rac`, and compressed-tensors in older files; `--quantization rac-sparse` is
-    the former option."""
+    """`quant_method: rac`, and compressed-tensors in older files."""
     for config in (PACKED, {**PACKED, "quant_method": "rac"}):
         assert RacConfig.override_quantization_method(config, user_quant) == "rac"
         layout = RacConfig.from_config(config).layout
         assert isinstance(layout, PackedLayout)
-        assert layout.packed.format == "sparse-bitmask"
-
-
-def test_the_former_name_of_the_option_warns(monkeypatch):
-    said = []
-    monkeypatch.setattr(plugin_config.logger, "warning_once", lambda *parts: said.append(parts))
-    other = {"quant_method": "gptq", "bits": 4}
-    assert RacConfig.override_quantization_method(other, "rac-sparse") == "rac"
-    assert quantization.get_quantization_config("rac-sparse")().layout is None
-    assert len(said) == 2
+        assert layout.format == "sparse-bitmask"

@@ -192,7 +192,7 @@ def test_log_probabilities_of_few_bits(tmp_path, said, form, bits):
     result = served_log_probabilities(tmp_path / "model", sequences, quantization="rac")
     expected = log_probabilities(tmp_path / "meant", sequences)
     torch.testing.assert_close(result, expected, rtol=0, atol=1e-3)
-    assert summary(said).startswith(f"{SUMMARY}  int{bits} kernel {support().isa}: 7 layers")
+    assert summary(said).startswith(f"{SUMMARY}  int{bits} kernel {support().isa}: 7,")
 
 
 def test_without_kernels_awq_runs_dense_and_the_log_says_so(monkeypatch, tmp_path, said):

@@ -14,13 +14,8 @@ from torch import Tensor
 
 from rac_modifier.checkpoint.stored_weight import FLOATS, StoredWeight
 from rac_modifier.kernels.cpu import operator
-from rac_modifier.kernels.cpu.packed import (
-    pack_dense,
-    pack_scale,
-    pack_values,
-    set_activation_bits,
-    split_groups,
-)
+from rac_modifier.kernels.cpu.packed import pack_scale, pack_values, split_groups
+from rac_modifier.kernels.cpu.support import library_and_isa
 from rac_modifier.kernels.cpu.support import support as machine_support
 from rac_modifier.kernels.interface import Decision, Layer
 
@@ -102,25 +97,23 @@ def can_run(layer: Layer) -> Decision:
 
 
 def pack(weight: StoredWeight, served: torch.dtype) -> dict[str, Tensor]:
-    """Return `weight_packed` in the kernels' layout, and `weight_packed_scale` of scaled values.
-
-    Raises:
-        RacError: a dtype that no kernel reads, or no compiled library.
-    """
+    """Return `weight_packed`, and `weight_packed_scale` of scaled values (RacError: no kernel)."""
     layer = Layer.of(weight, served)
     encoding = encoding_of(layer.stored, weight.group, weight.columns, served, layer.word_bits)
     if weight.scale is not None and not encoding.scaled:
         weight = weight.floats(encoding.dtype)
-    values, bits = weight.values.to(encoding.dtype), encoding.bits
-    codes, unit, zeros = bits < 8, UNIT[bits], None
+    codes, unit, zeros = encoding.bits < 8, UNIT[encoding.bits], None
     if weight.zeros is not None and codes:
         zeros = split_groups(weight.zeros, weight.group, unit)
-    if _without_masks(encoding.dtype, weight.density):
-        data = pack_dense(values.reshape(weight.rows, weight.columns), bits, zeros)
-    else:
-        data = pack_values(values, weight.bitmask, weight.columns, bits, zeros)
+    data = pack_values(
+        weight.values.to(encoding.dtype),
+        None if _without_masks(encoding.dtype, weight.density) else weight.bitmask,
+        (weight.rows, weight.columns),
+        encoding.bits,
+        zeros,
+    )
     if encoding.dtype == torch.int8 and weight.activation_bits == 8:
-        set_activation_bits(data, 8)
+        library_and_isa()[0].set_activation_bits(data, 8)
     if weight.scale is None:
         return {DATA: data}
     return {DATA: data, SCALE: pack_scale(weight.scale, weight.group, narrow=codes, unit=unit)}
@@ -129,14 +122,7 @@ def pack(weight: StoredWeight, served: torch.dtype) -> dict[str, Tensor]:
 def linear(
     x: Tensor, packed: Mapping[str, Tensor], rows: int, columns: int, bias: Tensor | None = None
 ) -> Tensor:
-    """Return x [..., columns] W^T + bias [rows], summed in float32, in x's dtype.
-
-    x is bfloat16, float32 or float16 (multiplied as float32), whatever the weight's dtype. Works
-    under torch.compile and without gradients.
-
-    Raises:
-        RacError: other dtypes, or shapes that do not fit the packed weight.
-    """
+    """Multiply by `operator.sparse_linear`; float16 is multiplied as float32."""
     if x.dtype == torch.float16:
         bias = None if bias is None else bias.float()
         return linear(x.float(), packed, rows, columns, bias).half()
@@ -146,11 +132,7 @@ def linear(
 def lookup(
     ids: Tensor, packed: Mapping[str, Tensor], rows: int, columns: int, dtype: torch.dtype
 ) -> Tensor:
-    """Return rows `ids` (int64, any shape) of a packed weight, scaled: [*ids.shape, columns].
-
-    Raises:
-        RacError: an id that is no row of the weight.
-    """
+    """Return rows `ids` of a packed weight, scaled: [*ids.shape, columns] (RacError: no row)."""
     scale = packed.get(SCALE)
     return torch.ops.rac_modifier.packed_rows(ids, packed[DATA], rows, columns, scale, dtype)
 

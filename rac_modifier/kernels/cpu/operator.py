@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -20,10 +19,8 @@ from rac_modifier.kernels.cpu.library import BITS, INT8, TYPES, VALUE_TYPES, Lib
 from rac_modifier.kernels.cpu.packed import PANEL
 from rac_modifier.kernels.cpu.support import TOKENS, cpp_operator, library_and_isa
 
-EIGHT_BITS = " with 8-bit activations"  # kinds of integers that another kernel multiplies
-KINDS = ("floats", "int8", "int4", f"int8{EIGHT_BITS}", f"int4{EIGHT_BITS}")
 SCRATCH_BYTES = 8 << 20  # of expanded panels at a time: they about fit into the last-level cache
-_crossovers: dict[str, float] = {}  # by kind of weight; default: Library.kernels
+batch_invariant = False  # whether the kernel multiplies any number of tokens, which rounds alike
 _scratch = threading.local()
 
 
@@ -53,14 +50,6 @@ def sparse_linear(
     except RuntimeError:  # Python raises what the C++ operator can only print
         _forward(x, data, rows, columns, bias, scale)
         raise
-
-
-def use_crossovers(tokens: Mapping[str, float]) -> None:
-    """Set up to how many tokens the kernels multiply packed panels, by kind of weight (`KINDS`).
-
-    Kinds that `tokens` lacks keep their number: another model of this process may have set it.
-    """
-    _crossovers.update(tokens)
 
 
 def expand_and_multiply(
@@ -118,24 +107,20 @@ def _forward(
     x = x.reshape(-1, columns).contiguous()
     bias = None if bias is None else bias.contiguous()
     out = torch.empty((x.shape[0], rows), dtype=x.dtype)
-    if x.shape[0] <= TOKENS or x.shape[0] <= _crossover(library, data, isa):
+    if x.shape[0] <= TOKENS or x.shape[0] <= _most_tokens(library, data, isa):
         library.linear(data, rows, columns, x, scale, bias, out, isa)
     else:
         expand_and_multiply(library, isa, data, x, scale, bias, out)
     return out.view(*shape[:-1], rows)
 
 
-def _crossover(library: Library, data: Tensor, isa: str) -> float:
+def _most_tokens(library: Library, data: Tensor, isa: str) -> float:
+    """Return up to how many tokens the kernel multiplies this weight itself."""
     value_type, kernel = library.value_type(data), library.kernels[isa]
+    tokens = kernel.int4 if value_type in BITS else kernel.int8
     if value_type < INT8:
-        kind, tokens = "floats", kernel.floats
-    elif value_type in BITS:
-        kind, tokens = "int4", kernel.int4
-    else:
-        kind, tokens = "int8", kernel.int8
-    if library.activation_bits(data, isa) == 8:
-        kind += EIGHT_BITS
-    return _crossovers.get(kind, math.inf if tokens < 0 else tokens)
+        tokens = kernel.floats
+    return math.inf if batch_invariant or tokens < 0 else tokens
 
 
 def _buffer(size: int) -> Tensor:
@@ -149,31 +134,23 @@ def _buffer(size: int) -> Tensor:
 def _check(
     x: Tensor, data: Tensor, rows: int, columns: int, bias: Tensor | None, scale: Tensor | None
 ) -> None:
-    if x.dtype not in TYPES or not x.is_cpu:
-        raise RacError(
-            f"x: {x.dtype} on {x.device}; the sparse kernel takes bfloat16 or float32 on the CPU"
-        )
+    for name, tensor in (("x", x), ("bias", bias), ("scale", scale), ("data", data)):
+        dtypes = (torch.uint8,) if name == "data" else (*TYPES,)
+        if tensor is not None and (tensor.dtype not in dtypes or not tensor.is_cpu):
+            raise RacError(f"{name}: {tensor.dtype} on {tensor.device}; use {dtypes} on the CPU")
     if x.dim() < 1 or x.shape[-1] != columns:
         raise RacError(f"x: shape {list(x.shape)} does not end in the weight's {columns} columns")
-    if data.dtype != torch.uint8 or not data.is_cpu or not data.is_contiguous():
-        raise RacError(f"data: {data.dtype} on {data.device}; pass what `pack_values` returned")
-    if bias is not None and (bias.shape != (rows,) or bias.dtype not in TYPES or not bias.is_cpu):
+    if bias is not None and bias.shape != (rows,):
+        raise RacError(f"bias: shape {list(bias.shape)} for a weight of {rows} rows")
+    packed = data.is_contiguous()
+    if scale is not None:
+        packed &= scale.is_contiguous() and scale.dim() == 3 and scale.shape[1] > 0
+        packed = packed and (scale.shape[0], scale.shape[2]) == (-(-rows // PANEL), PANEL)
+        packed = packed and columns % scale.shape[1] == 0
+    if not packed:
         raise RacError(
-            f"bias: {bias.dtype} {list(bias.shape)} on {bias.device}; the weight's {rows} "
-            f"rows need bfloat16 or float32 [{rows}] on the CPU"
-        )
-    if scale is None:
-        return
-    plain = scale.dtype in TYPES and scale.is_cpu and scale.is_contiguous() and scale.dim() == 3
-    if (
-        not plain
-        or (scale.shape[0], scale.shape[2]) != (-(-rows // PANEL), PANEL)
-        or scale.shape[1] < 1
-        or columns % scale.shape[1]
-    ):
-        raise RacError(
-            f"scale: {scale.dtype} {list(scale.shape)} on {scale.device} does not fit a weight "
-            f"[{rows}, {columns}]; pass what `pack_scale` returned"
+            f"scale {None if scale is None else list(scale.shape)} of a weight [{rows}, "
+            f"{columns}]: pass what `pack_values` and `pack_scale` returned"
         )
 
 

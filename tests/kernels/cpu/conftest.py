@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from rac_modifier.kernels.cpu import operator
 from rac_modifier.kernels.cpu.library import Library
 from rac_modifier.kernels.cpu.support import forget
 from tests.kernels.cpu.kernel_helpers import emulated_library, setup_library, take
@@ -25,7 +24,6 @@ OTHERS_FLOATS = ["avxvnni", "i8mm"]  # they multiply floats with the functions o
 def _decided_anew_afterwards():
     """Let no later test of the process use what was decided here."""
     yield
-    operator._crossovers.clear()
     forget()
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from rac_modifier.kernels.cpu import library, support
 from rac_modifier.kernels.cpu.library import BITS, DENSE_TYPES, INT4, VALUE_TYPES
 from rac_modifier.kernels.cpu.operator import sparse_linear
-from rac_modifier.kernels.cpu.packed import pack_dense, pack_values
+from rac_modifier.kernels.cpu.packed import pack_values
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
@@ -163,7 +163,17 @@ def random_mask(rows: int, columns: int, density: float, seed: int = 0) -> Tenso
 
 def pack(values: Tensor, bitmask: Tensor, columns: int) -> Packed:
     """A packed weight from the two tensors of a checkpoint."""
-    return Packed(pack_values(values, bitmask, columns), len(bitmask), columns)
+    shape = (len(bitmask), columns)
+    return Packed(pack_values(values, bitmask, shape), *shape)
+
+
+def pack_dense(dense: Tensor, bits: int = 8, zeros: Tensor | None = None) -> Tensor:
+    """Pack an int8 weight without masks."""
+    return pack_values(dense, None, tuple(dense.shape), bits, zeros)
+
+
+def set_activation_bits(weight: Packed, bits: int) -> None:
+    support.library_and_isa()[0].set_activation_bits(weight.data, bits)
 
 
 def multiply(
@@ -268,7 +278,7 @@ def integers(
         given = zero.to(torch.uint8)
     dense = (codes - zero.repeat_interleave(columns // groups, dim=1)).to(torch.int8)
     data = (
-        pack_values(dense[mask], bitmask_of(mask), columns, bits, given)
+        pack_values(dense[mask], bitmask_of(mask), (rows, columns), bits, given)
         if masked
         else pack_dense(dense, bits, given)
     )

@@ -11,15 +11,7 @@ from torch import Tensor
 
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.cpu import operator
-from rac_modifier.kernels.cpu.operator import KINDS, use_crossovers
-from rac_modifier.kernels.cpu.packed import (
-    block_of,
-    pack_dense,
-    pack_scale,
-    pack_values,
-    set_activation_bits,
-    split_groups,
-)
+from rac_modifier.kernels.cpu.packed import block_of, pack_scale, pack_values, split_groups
 from rac_modifier.kernels.cpu.support import library_and_isa, support
 from tests.kernels.cpu.kernel_helpers import (
     BLOCK,
@@ -31,8 +23,10 @@ from tests.kernels.cpu.kernel_helpers import (
     check_form,
     integers,
     multiply,
+    pack_dense,
     random_mask,
     scaled,
+    set_activation_bits,
     sparse,
     threads,
 )
@@ -60,12 +54,12 @@ def exact_product(x: Tensor, dense: Tensor) -> Tensor:
     [(f, 8 * (2 - i % 2), (37, 512, 600)[i % 3]) for i, f in enumerate(sorted(FORMS) * 2)]
     + [(f, 8 * (1 + i % 2), (600, 37, 512)[i % 3]) for i, f in enumerate(sorted(FORMS))],
 )
-def test_sums_are_exact(kernel, form, bits, columns):
+def test_sums_are_exact(kernel, monkeypatch, form, bits, columns):
     """x of integers, the largest of each block the highest level, has a scale of 1."""
-    use_crossovers(dict.fromkeys(KINDS, math.inf))
+    monkeypatch.setattr(operator, "batch_invariant", True)
     rows = 16 * 4 + 5  # the fifth panel of 16 rows is alone, and not whole
     dense, weight = integers(form, rows, columns, zeros=True)
-    set_activation_bits(weight.data, bits)
+    set_activation_bits(weight, bits)
     most = levels_of(weight)
     for m in TOKENS:
         x = torch.randint(-most, most + 1, (m, columns)).float()
@@ -86,7 +80,7 @@ def test_the_largest_sums_fit(kernel, value, form):
         mask = torch.ones(16, 1024, dtype=torch.bool)
         data = pack_dense(dense, bits, zeros)
         if masked:
-            data = pack_values(dense[mask], bitmask_of(mask), 1024, bits, zeros)
+            data = pack_values(dense[mask], bitmask_of(mask), (16, 1024), bits, zeros)
         for m in (1, 3, 12):
             x = torch.full((m, 1024), value)
             y = multiply(x, Packed(data, 16, 1024), None, pack_scale(torch.ones(16, 1)))
@@ -111,7 +105,7 @@ def test_an_outlier_channel_costs_at_most_what_bfloat16_activations_cost(best):
 )
 def test_a_value_that_is_not_finite_makes_its_token_nan_and_no_other(kernel, m, form, bits):
     _, weight = integers(form, 20, 640)
-    set_activation_bits(weight.data, bits)
+    set_activation_bits(weight, bits)
     scale = pack_scale(torch.ones(20, 5))
     x = torch.randn(m + 1, 640)
     clean = multiply(x, weight, None, scale)
@@ -133,9 +127,9 @@ def test_tiny_and_huge_activations(kernel, size):
 
 
 @FORM
-def test_chunks_of_tokens_and_groups_of_panels_on_threads(kernel, form):
+def test_chunks_of_tokens_and_groups_of_panels_on_threads(kernel, monkeypatch, form):
     """More tokens than AMX uses at a time, with a tail, and more panels than share them."""
-    use_crossovers(dict.fromkeys(KINDS, math.inf))
+    monkeypatch.setattr(operator, "batch_invariant", True)
     rows = 16 * 17 + 3
     dense, weight = integers(form, rows, 192, 3, True)
     scale = torch.rand(rows, 3) + 0.01
@@ -150,7 +144,7 @@ def test_chunks_of_tokens_and_groups_of_panels_on_threads(kernel, form):
 @pytest.mark.parametrize(("form", "groups"), [(f, 1 + 2 * (i % 2)) for i, f in enumerate(FORMS)])
 def test_expanded_panels(kernel, form, groups, monkeypatch):
     """The path of many tokens, in several chunks with a tail: x is not rounded."""
-    use_crossovers(dict.fromkeys(KINDS, 0))
+    monkeypatch.setattr(operator, "_most_tokens", lambda *arguments: 0)
     monkeypatch.setattr(operator, "SCRATCH_BYTES", 2 * 16 * 70 * 4)
     dense, weight = integers(form, 90, 96, groups, True)
     scale = (torch.rand(90, groups) + 0.01).bfloat16().float()
@@ -170,14 +164,14 @@ def test_which_kernels_multiply_bytes(kernel):
     takes_bytes = kernel in ("avxvnni", "avx512", "amx", "i8mm")
     assert support().multiplies_bytes == takes_bytes
     for bits, rounded_to in ((16, 16), (8, 8 if takes_bytes else 16), (16, 16)):
-        set_activation_bits(weight.data, bits)
+        set_activation_bits(weight, bits)
         assert library.activation_bits(weight.data, isa) == rounded_to
         check_form(weight, "int8")
     with pytest.raises(RacError, match="activations of 4 bits; 8 and 16 are possible"):
-        set_activation_bits(weight.data, 4)
+        set_activation_bits(weight, 4)
     _, floats = sparse(random_mask(20, 64, 0.5), torch.bfloat16)
     with pytest.raises(RacError, match="activations are rounded for weights of integers only"):
-        set_activation_bits(floats.data, 8)
+        set_activation_bits(floats, 8)
 
 
 def test_columns_that_share_a_scale_of_x():
@@ -197,7 +191,7 @@ def test_columns_that_share_a_scale_of_x():
         ("int4", torch.ones(40, 1), "1 groups, where the weight's zeros have 3"),
         ("dense8", torch.ones(40, 1).bfloat16(), "an 8-bit weight needs one in fp32"),
         *(
-            ("int8", scale, r"scale: .* does not fit a weight \[40, 96\]")
+            ("int8", scale, r"scale .* of a weight \[40, 96\]")
             for scale in (torch.ones(40, 5), torch.ones(24, 1), torch.ones(40, 192))
         ),
     ],
