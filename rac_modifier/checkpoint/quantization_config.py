@@ -179,18 +179,9 @@ def with_dense_mark(config: dict[str, Any], structures: dict[str, str]) -> dict[
 
 
 def with_int8_activations(config: dict[str, Any], modules: Iterable[str]) -> dict[str, Any]:
-    """Return a copy of a config in which these modules have inputs of 8 bits, and no other one.
-
-    A config without `rac_sparsity` (dense weights of few bits, not pruned) gets one, which goes
-    again with the last name.
-    """
-    names = sorted(modules)
-    before = config.get(RAC_KEY) or {"storage": "dense", "modules": {}}
-    record = {key: value for key, value in before.items() if key != "int8_activations"}
-    if names:
-        return {**config, RAC_KEY: {**record, "int8_activations": names}}
-    base = {key: value for key, value in config.items() if key != RAC_KEY}
-    return {**base, RAC_KEY: record} if record.get("modules") else base
+    """Return a copy of a config in which these modules have inputs of 8 bits, and no other one."""
+    record = config.get(RAC_KEY) or {"storage": "dense", "modules": {}}
+    return {**config, RAC_KEY: {**record, "int8_activations": sorted(modules)}}
 
 
 @dataclass(frozen=True)

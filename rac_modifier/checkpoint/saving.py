@@ -31,7 +31,6 @@ from rac_modifier.checkpoint.packing import mark_dense, pack_checkpoint
 from rac_modifier.checkpoint.quantization_config import (
     CONFIG_FILE,
     QUANTIZATION_KEY,
-    SparsityRecord,
     weight_schemes,
 )
 from rac_modifier.checkpoint.record import (
@@ -39,7 +38,6 @@ from rac_modifier.checkpoint.record import (
     RUN_RECORD_NAME,
     environment,
     license_of,
-    write_int8_activations,
 )
 from rac_modifier.errors import RacError
 from rac_modifier.files import (
@@ -145,17 +143,16 @@ def save_with_record(model: PreTrainedModel, plan: Callable[[], SavePlan]) -> No
 def _record_sparsity(
     model: PreTrainedModel, folder: Path, plan: SavePlan, dense: Sequence[str], packed: bool
 ) -> None:
-    """Pack the weights that upstream has written, or mark them as pruned and dense."""
-    if not plan.modules:
-        if SparsityRecord.of(read_json(folder / CONFIG_FILE)).int8_activations:
-            write_int8_activations(folder, [])  # measured with the weights of the model before
-        return
+    """Pack the weights that upstream has written, or record which of them are pruned.
+
+    By this record the vLLM plugin also knows a checkpoint of ours that is only quantized.
+    """
     saved = names_on_disk(model, [*plan.modules, *dense])
     modules = {saved[name]: plan.patterns[name].mask_structure for name in plan.modules}
     if packed:
         pack_checkpoint(folder, modules, dense_linears=[saved[name] for name in dense])
-        return
-    mark_dense(folder, modules)
+    else:
+        mark_dense(folder, modules)
 
 
 def _write_record(model: PreTrainedModel, folder: Path, plan: SavePlan, packed: bool) -> None:

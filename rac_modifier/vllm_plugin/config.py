@@ -20,8 +20,10 @@ from vllm.model_executor.layers.quantization.base_config import (
 from rac_modifier.checkpoint.files import check_index
 from rac_modifier.checkpoint.quantization_config import METHOD as COMPRESSED_TENSORS
 from rac_modifier.checkpoint.quantization_config import RAC_KEY, SparsityRecord
+from rac_modifier.errors import RacError
 from rac_modifier.kernels.choose import backend_of
 from rac_modifier.kernels.cpu import operator
+from rac_modifier.kernels.cpu.support import support
 from rac_modifier.kernels.interface import Decision
 from rac_modifier.vllm_plugin import METHOD
 from rac_modifier.vllm_plugin.layouts import (
@@ -102,8 +104,11 @@ class RacConfig(QuantizationConfig):
     def override_quantization_method(
         cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
     ) -> str | None:
-        """Claim packed sparse checkpoints, and others on request, of all quantized models."""
-        return METHOD if is_packed(hf_quant_cfg) or user_quant == METHOD else None
+        """Claim checkpoints that this package wrote, and on request those of other tools."""
+        if is_packed(hf_quant_cfg) or user_quant == METHOD:
+            return METHOD
+        recorded = getattr(hf_config, RAC_KEY, None) is not None
+        return METHOD if recorded and not user_quant and _runs_codes(hf_quant_cfg) else None
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> RacConfig:
@@ -130,6 +135,7 @@ class RacConfig(QuantizationConfig):
         from vllm.platforms import current_platform
 
         check_index(model_name)
+        self.report.requested &= not hasattr(hf_config, RAC_KEY)
         record = SparsityRecord.of({RAC_KEY: getattr(hf_config, RAC_KEY, None)})
         if self.layout is None:
             self.layout = PrunedLayout(record)
@@ -251,3 +257,16 @@ class RacConfig(QuantizationConfig):
         from vllm.model_executor.models.utils import WeightsMapper
 
         return WeightsMapper()
+
+
+def _runs_codes(quantization: dict[str, Any]) -> bool:
+    """Return whether a kernel on this CPU reads dense weights of a `quantization_config`."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu() or support().isa is None:
+        return False
+    try:
+        RacConfig.from_config(quantization)
+    except RacError:
+        return False
+    return True

@@ -79,22 +79,16 @@ def test_stored_dense_and_marked(tmp_path: Path, plan: dict, options: dict) -> N
     assert config["rac_sparsity"]["storage"] == "dense"
 
 
-def test_nothing_pruned_is_saved_with_its_record_alone(tmp_path: Path) -> None:
-    pruned(patterns={}, modules={}).save_pretrained(tmp_path / "out")
-    assert "rac_sparsity" not in config_of(tmp_path / "out")
-    assert (tmp_path / "out" / "rac_run.json").exists()
-
-
-def test_the_activations_of_the_model_before_are_not_passed_on(tmp_path: Path) -> None:
-    """They were measured with other weights."""
+def test_what_is_not_pruned_is_recorded_without_the_activations_of_the_model_before(
+    tmp_path: Path,
+) -> None:
+    """They were measured with other weights. The vLLM plugin knows our checkpoints by the entry."""
     model = pruned(patterns={}, modules={})
-    model.config.rac_sparsity = {
-        "storage": "dense",
-        "modules": {},
-        "int8_activations": ["model.layers.0.mlp.up_proj"],
-    }
+    before = {"storage": "dense", "modules": {}, "int8_activations": ["model.layers.0.mlp.up_proj"]}
+    model.config.rac_sparsity = before
     model.save_pretrained(tmp_path / "out")
-    assert "rac_sparsity" not in config_of(tmp_path / "out")
+    assert config_of(tmp_path / "out")["rac_sparsity"] == {"storage": "dense", "modules": {}}
+    assert (tmp_path / "out" / "rac_run.json").exists()
 
 
 @pytest.mark.parametrize("structure", PATTERNS)

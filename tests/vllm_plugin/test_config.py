@@ -28,6 +28,7 @@ from vllm.model_executor.models.utils import WeightsMapper  # noqa: E402
 from rac_modifier.checkpoint.quantization_config import with_int8_activations, with_packed  # noqa: E402
 from rac_modifier.errors import RacError  # noqa: E402
 from rac_modifier.kernels.cpu import operator  # noqa: E402
+from rac_modifier.kernels.cpu.support import Support  # noqa: E402
 from rac_modifier.kernels.interface import Decision, stay_dense  # noqa: E402
 from rac_modifier.vllm_plugin import config as plugin_config  # noqa: E402
 from rac_modifier.vllm_plugin.config import LoadReport, RacConfig  # noqa: E402
@@ -76,6 +77,27 @@ def test_others_are_ours_on_request_only(config, layout):
     assert config == before
     with pytest.raises(RacError, match="since it is quantized by 'fp8' and not packed sparse"):
         RacConfig.from_config({"quant_method": "fp8"})
+
+
+@pytest.mark.parametrize(
+    ("entry", "user", "claimed"),
+    [
+        (quantization(), None, True),
+        (quantization(), "compressed-tensors", False),
+        (quantization(config_groups={"a": group(["Linear"], bits=8)}), None, False),
+        ({"quant_method": "fp8"}, None, False),
+    ],
+)
+def test_a_checkpoint_of_ours_needs_no_option_where_a_kernel_reads_it(
+    monkeypatch, entry, user, claimed
+):
+    monkeypatch.setattr(plugin_config, "support", lambda: Support("avx2", ""))
+    ours = SimpleNamespace(rac_sparsity={"storage": "dense", "modules": {}})
+    override = RacConfig.override_quantization_method
+    assert (override(entry, user, hf_config=ours) == "rac") == claimed
+    assert override(entry, None, hf_config=SimpleNamespace()) is None
+    monkeypatch.setattr(plugin_config, "support", lambda: Support(None, ""))
+    assert override(entry, user, hf_config=ours) is None
 
 
 def test_apply_vllm_mapper_renames_modules():
