@@ -30,6 +30,8 @@ from rac_modifier.cli.options import render_results
 from rac_modifier.evaluation.accuracy import evaluate
 from rac_modifier.evaluation.report import accuracy_table, plot_bars
 from rac_modifier.problems.held_out import held_out_problems
+from rac_modifier.settings.problems import ProblemSource
+from rac_modifier.settings.sampling import SamplingSettings
 
 RECIPE = Path(rac_modifier.recipe("rac_2of4"))
 PRUNED = {  # label: kind of calibration, preset
@@ -60,7 +62,13 @@ def main() -> None:
 
     def measured(model: torch.nn.Module, label: str):
         return evaluate(
-            model, tokenizer, problems, label=label, max_new_tokens=512, batch_size=args.problems
+            model,
+            tokenizer,
+            problems,
+            label=label,
+            source=ProblemSource(source="arithmetic"),
+            sampling=SamplingSettings(temperature=0, max_new_tokens=512, batch_size=args.problems),
+            path=args.out / "answers" / f"{label}.jsonl",
         )
 
     # float32 computes what the stored bfloat16 weights say, and is faster on a CPU without

@@ -1,9 +1,9 @@
-"""The part of `rac eval` that keeps answers in a file: servers, several answers per problem."""
+"""Who answers the problems of `rac eval`: servers, a server that is started, or this process."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from rac_modifier.evaluation.results import EvalResult
     from rac_modifier.problems.answers import Verifier
     from rac_modifier.problems.source import Problem
-    from rac_modifier.settings.sampling import EngineSettings, PromptSettings, SamplingSettings
+    from rac_modifier.settings.problems import ProblemSource
+    from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
 
-_GO_ON = "the answers so far are kept; run the same command again to go on"
 _TIMEOUT = 600.0  # seconds per answer, at least
 _SECONDS_PER_TOKEN = 0.25  # of one answer among many, on a slow server
 
@@ -48,43 +48,30 @@ def engine_of(
 
 @dataclass(frozen=True)
 class Answering:
-    """What the options of `rac eval` say of servers and of the file of answers.
+    """The options of `rac eval` about servers and the file of answers.
 
-    `samples` are answers per problem; `serve` starts a server; `served_as` is the servers' name of
-    the model. Without a model folder, each server has a model and a name, the dense one first.
+    Attributes:
+        servers: of one model; without a model folder, each has a model, the dense one first.
+        served_as: the servers' names of the model or models.
+        serve: start a server for each model.
+        concurrency: answers of a server in progress.
+        path: the file of answers; None: in rac_answers/.
+        precision: of a model that is loaded or served here.
     """
 
     servers: tuple[str, ...]
+    served_as: tuple[str, ...]
+    serve: bool
     concurrency: int
-    samples: int
     path: Path | None
-    serve: bool = False
-    served_as: tuple[str, ...] = ()
+    precision: Dtype
 
-    @property
-    def served(self) -> bool:
-        """Return whether a server answers, and not the model in this process."""
-        return self.serve or bool(self.servers)
-
-    @property
-    def keeps_answers(self) -> bool:
-        """Return whether answers go through a file."""
-        return self.served or self.path is not None or self.samples > 1
-
-    def check(
-        self,
-        models: Sequence[str],
-        *,
-        divergence: bool,
-        temperature: float | None,
-        written: Set[str] = frozenset(),
-    ) -> None:
-        """Refuse what has no effect or cannot be, before anything is loaded (RacError).
+    def check(self, models: Sequence[str], written: Set[str], *, divergence: bool) -> None:
+        """Refuse options that contradict each other, before anything is loaded (RacError).
 
         `written`: the names of the options that the user wrote.
         """
-        one_model = bool(self.servers) or self.path is not None
-        needless = written & {"card", "template"} if not models else ()
+        needless = () if models else written & {"card", "template"}
         for holds, message in (
             (
                 not models and not self.servers,
@@ -101,27 +88,13 @@ class Answering:
                 "leave it out",
             ),
             (
-                "concurrency" in written and not self.served,
-                f"--concurrency {self.concurrency} is for --server and --serve; leave it out, or "
-                "set --batch-size",
-            ),
-            (
-                "batch_size" in written and self.served,
-                "--batch-size is for a model in this process; leave it out, or set --concurrency",
-            ),
-            (
                 "precision" in written and bool(self.servers),
                 "--precision is for a model that is loaded here, and a server has one loaded; "
                 "leave it out",
             ),
             (
-                bool(self.served_as) and not self.servers,
-                f"--served-as {' '.join(self.served_as)} is for --server; leave it out",
-            ),
-            (
-                divergence and self.keeps_answers,
-                "--divergence asks the model in this process once per problem; leave --server, "
-                "--serve, --samples, --answers out",
+                divergence and (self.serve or bool(self.servers)),
+                "--divergence asks the model in this process; leave --server and --serve out",
             ),
             (
                 self.serve and bool(self.servers),
@@ -129,14 +102,9 @@ class Answering:
                 "one of them out",
             ),
             (
-                len(models) > 1 and one_model,
+                len(models) > 1 and (bool(self.servers) or self.path is not None),
                 f"{len(models)} models are named, and --server and --answers are for one; evaluate "
                 "each alone, the dense one with --json FILE, the others with --baseline FILE",
-            ),
-            (
-                self.samples > 1 and not temperature,
-                f"--samples {self.samples} at temperature 0 are the same answer; give "
-                "--temperature 0.6",
             ),
         ):
             if holds:
@@ -154,65 +122,44 @@ class Answering:
 
     def run(
         self,
-        name: str,
+        models: Sequence[str],
         problems: Sequence[Problem],
-        source: Mapping[str, Any],
-        limits: Mapping[str, Any],
-        prompt: PromptSettings,
-        precision: Dtype,
-        verifiers: Mapping[str, Verifier],
-    ) -> EvalResult:
-        """Evaluate the model `name`.
-
-        `source` holds the fields of `ProblemSource`, `limits` cap, temperature, top-p, batch size
-        and seed; `verifiers` compare the answers of a task.
-        """
-        from rac_modifier.evaluation.accuracy import evaluate_into_file
-        from rac_modifier.settings.problems import ProblemSource
-
-        model, tokenizer = subject_of(name) if self.served else load_on_accelerator(name, precision)
-        sampling = self._sampling(limits, prompt)
-        with resumable(_GO_ON), self.engine(name, precision, sampling.max_new_tokens) as engine:
-            return evaluate_into_file(
-                model,
-                tokenizer,
-                problems,
-                label=name,
-                source=ProblemSource(**source),
-                sampling=sampling,
-                path=self.path,
-                engine=engine,
-                verifiers=verifiers,
-            )
-
-    def run_by_name(
-        self,
-        problems: Sequence[Problem],
-        source: Mapping[str, Any],
-        limits: Mapping[str, Any],
-        prompt: PromptSettings,
+        source: ProblemSource,
+        sampling: SamplingSettings,
         verifiers: Mapping[str, Verifier],
     ) -> list[EvalResult]:
-        """Evaluate the servers by address and name alone, in their order."""
-        from rac_modifier.evaluation.chat import evaluate_chat
-        from rac_modifier.settings.problems import ProblemSource
+        """Evaluate the models, or without models the servers, in their order."""
+        how: dict[str, Any] = {
+            "source": source,
+            "sampling": sampling,
+            "path": self.path,
+            "verifiers": verifiers,
+        }
+        with resumable("the answers so far are kept; run the same command again to go on"):
+            if not models:
+                return self._ask_servers(problems, how)
+            return [self._ask_model(name, problems, how) for name in models]
 
-        sampling, results, subjects = self._sampling(limits, prompt), [], self._subjects()
-        with resumable(_GO_ON):
-            for url, name in subjects:
-                result = evaluate_chat(
-                    problems,
-                    engine=engine_of((url,), self.concurrency, sampling.max_new_tokens, name),
-                    source=ProblemSource(**source),
-                    sampling=sampling,
-                    path=self.path,
-                    verifiers=verifiers,
-                )
-                results.append(result)
-        if len({result.label for result in results}) < len(results):  # one name on two servers
-            labels = [f"{r.label} at {url}" for r, (url, _) in zip(results, subjects, strict=True)]
-            return [replace(r, label=name) for r, name in zip(results, labels, strict=True)]
-        return results
+    def _ask_model(
+        self, name: str, problems: Sequence[Problem], how: Mapping[str, Any]
+    ) -> EvalResult:
+        from rac_modifier.evaluation.accuracy import evaluate
+
+        served = self.serve or self.servers
+        model = subject_of(name) if served else load_on_accelerator(name, self.precision)
+        with self.engine(name, how["sampling"].max_new_tokens) as engine:
+            return evaluate(*model, problems, label=name, engine=engine, **how)
+
+    def _ask_servers(self, problems: Sequence[Problem], how: Mapping[str, Any]) -> list[EvalResult]:
+        from rac_modifier.evaluation.chat import evaluate_chat
+
+        cap, results = how["sampling"].max_new_tokens, {}
+        for url, name in self._subjects():
+            engine = engine_of((url,), self.concurrency, cap, name)
+            results[url, name] = evaluate_chat(problems, engine=engine, **how)
+        if len({result.label for result in results.values()}) == len(results):
+            return list(results.values())
+        return [replace(r, label=f"{r.label} at {url}") for (url, _), r in results.items()]
 
     def _subjects(self) -> list[tuple[str, str | None]]:
         """Return address and name of each model without a folder (RacError: they do not match)."""
@@ -232,20 +179,10 @@ class Answering:
             )
         return pairs
 
-    def _sampling(self, limits: Mapping[str, Any], prompt: PromptSettings) -> SamplingSettings:
-        from rac_modifier.settings.sampling import SamplingSettings
-
-        return SamplingSettings(
-            top_k=0, samples_per_problem=self.samples, **limits, **prompt.model_dump()
-        )
-
-    @contextmanager
-    def engine(self, name: str, precision: Dtype, cap: int) -> Iterator[EngineSettings | None]:
-        """Yield the servers that are asked; None: the model in this process."""
+    def engine(self, name: str, cap: int) -> AbstractContextManager[EngineSettings | None]:
+        """Return the servers that are asked, in a context; None: the model in this process."""
         if self.serve:
-            with own_server(name, precision, self.concurrency, cap) as engine:
-                yield engine
-        elif self.servers:
-            yield engine_of(self.servers, self.concurrency, cap, *self.served_as)
-        else:
-            yield None
+            return own_server(name, self.precision, self.concurrency, cap)
+        if self.servers:
+            return nullcontext(engine_of(self.servers, self.concurrency, cap, *self.served_as))
+        return nullcontext()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from enum import StrEnum
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -20,14 +21,14 @@ from rac_modifier.cli.options import (
     render_results,
     resumable,
 )
-from rac_modifier.cli.protocol import Protocol, written_options
+from rac_modifier.cli.protocol import Protocol
 from rac_modifier.errors import RacError
 
 if TYPE_CHECKING:
-    from rac_modifier.evaluation.report import ResultTable
+    from rac_modifier.evaluation.divergence import DivergenceResult
     from rac_modifier.evaluation.results import EvalResult, PairedDifference
     from rac_modifier.problems.source import Problem
-    from rac_modifier.settings.sampling import PromptSettings
+    from rac_modifier.settings.sampling import SamplingSettings
 
 
 class TemplateName(StrEnum):
@@ -61,9 +62,12 @@ def evaluate(
         typer.Option(min=0, help="0: greedy, the default; with --divergence the model's own"),
     ] = None,
     top_p: Annotated[
-        float | None, typer.Option(help="0.95 is the default; with --divergence the model's own")
+        float | None,
+        typer.Option(help="of sampled answers; default 0.95, with --divergence the model's own"),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="answers generated together")] = 128,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="answers generated together in this process")
+    ] = 128,
     seed: Annotated[int, typer.Option(help="seed of problems and sampling")] = 0,
     system_prompt: Annotated[
         str | None, typer.Option(help='for all models, "" for none; default: as in calibration')
@@ -86,20 +90,19 @@ def evaluate(
     ] = None,
     served_as: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="the server's name of the model; one per --server"),
+        typer.Option(metavar="NAME", help="with --server: its name of the model; one for each"),
     ] = None,
     serve: Annotated[
         bool,
         typer.Option("--serve", help="start vllm serve for each model, and stop it at the end"),
     ] = False,
-    concurrency: Annotated[
-        int, typer.Option(min=1, help="answers of a server in progress at once")
-    ] = 64,
+    concurrency: Annotated[int, typer.Option(min=1, help="answers of a server in progress")] = 64,
     answers: Annotated[
-        Path | None, typer.Option(help="file of the answers, to go on after a kill")
+        Path | None, typer.Option(help="file of the answers; default: in rac_answers/")
     ] = None,
     baseline: Annotated[
-        Path | None, typer.Option(help="the dense model's --json FILE, to be paired with")
+        Path | None,
+        typer.Option(help="the dense model's --json FILE, to pair accuracies with"),
     ] = None,
     precision: Precision = Dtype.AUTO,
     divergence: Annotated[
@@ -125,26 +128,32 @@ def evaluate(
     """
     from rac_modifier.checkpoint.record import card_folder
     from rac_modifier.evaluation.calibrated_prompt import choose_prompt, recorded_prompts
-    from rac_modifier.evaluation.report import accuracy_table, plot_bars, plot_file, stopping_table
+    from rac_modifier.evaluation.report import (
+        divergence_table,
+        plot_bars,
+        plot_divergence,
+        plot_file,
+    )
     from rac_modifier.evaluation.results import paired_difference, read_results
-    from rac_modifier.evaluation.stopping import describe_loops, summary
+    from rac_modifier.evaluation.stopping import summary
     from rac_modifier.files import write_json_atomic
 
-    models, written = models or [], written_options(context)
+    models, written = models or [], _written_options(context)
     protocol = Protocol(source, column, answer_column, problems, samples, cap, temperature, top_p)
     protocol = protocol.with_preset(preset, written)
-    protocol.check(divergence=divergence)
-    in_file = Answering(
-        tuple(server or ()),
-        concurrency,
-        protocol.samples,
-        answers,
-        serve,
-        tuple(served_as or ()),
-    )
-    in_file.check(models, divergence=divergence, temperature=protocol.temperature, written=written)
-    _check_options(models, divergence, baseline, json_out)
-    paired_with = [] if baseline is None else read_results(baseline)
+    servers, names = tuple(server or ()), tuple(served_as or ())
+    answering = Answering(servers, names, serve, concurrency, answers, precision)
+    answering.check(models, written, divergence=divergence)
+    if divergence and len(models) < 2:
+        raise RacError(
+            "--divergence compares pruned models with the first one; name at least two models"
+        )
+    to_stdout = json_out == Path("-")
+    if json_out is not None and not to_stdout and not json_out.absolute().parent.is_dir():
+        raise RacError(f"--json {json_out}: its folder does not exist; create it first")
+    if not divergence:
+        protocol.check_installed()
+    paired_with = [] if baseline is None or divergence else read_results(baseline)
     if plot is not None:
         plot_file(plot)
     carded = models if len(models) == 1 or paired_with else models[1:]
@@ -157,143 +166,86 @@ def evaluate(
         system_prompt=system_prompt,
         thinking=thinking,
     )
-    run = _Run(models, protocol.load(seed), protocol, choice.prompt, precision, batch_size, seed)
-    count = len(run.problems)
+    sampling = protocol.sampling(choice.prompt, batch_size, seed, divergence=divergence)
+    asked = protocol.load(seed)
+
     pairs: list[PairedDifference] = []
-    loops: list[str] = []
     content: dict[str, Any] = {"prompt": choice.prompt.model_dump()}
+    reference: dict[str, Any] | None = None
     if divergence:
-        results, table = run.divergence(plot)
-        content["divergence"], tables = results, [table]
+        compared = _divergences(models, asked, sampling, precision)
+        if plot is not None:
+            plot_divergence(compared, plot)
+        content["divergence"] = results = [result.as_dict() for result in compared]
+        reference = {"label": models[0]}
+        lines = [render_results(divergence_table(compared))]
     else:
-        answered = run.answers_in_file(in_file) if in_file.keeps_answers else run.answers()
+        answered = answering.run(
+            models, asked, protocol.problem_source, sampling, protocol.verifiers()
+        )
         if plot is not None:
             plot_bars(answered, plot)
         content["results"] = results = [result.as_dict() for result in answered]
-        content["protocol"] = protocol.record(count)
+        content["protocol"] = protocol.record(len(asked))
         content["stopping"] = [summary(result.endings) for result in answered]
-        tables = [accuracy_table(answered), stopping_table(answered)]
-        loops = [line for r in answered for line in describe_loops(r.label, r.endings)]
-        first, *results_after = [*paired_with[:1], *answered]
-        pairs = [paired_difference(first, result) for result in results_after]
-    if pairs:
-        content["paired"] = [pair.as_dict() for pair in pairs]
-    to_stdout = json_out == Path("-")
+        first, *others = [*paired_with[:1], *answered]
+        if pairs := [paired_difference(first, result) for result in others]:
+            content["paired"] = [pair.as_dict() for pair in pairs]
+            reference = first.as_dict()
+        lines = _accuracy_lines(answered, pairs)
+    described = protocol.describe(len(asked))
     if to_stdout:
         print_json(content)
     else:
-        lines = [
-            *(render_results(table) for table in tables),
-            *loops,
-            *(f"{pair.describe()}." for pair in pairs),
-            *(f"{pair.inflation.describe(pair.first, pair.second)}." for pair in pairs),
-            *([] if models else ["Tokens are the counts of the servers."]),
-            choice.describe(),
-            *protocol.describe(count),
-        ]
-        typer.echo("\n".join(lines))
+        counted = [] if models else ["Tokens are the counts of the servers."]
+        typer.echo("\n".join([*lines, *counted, choice.describe(), *described]))
         if json_out is not None:
             write_json_atomic(json_out, content)
     if card:
         conditions = {
             "source": protocol.source,
             "prompt": choice.prompt.describe(),
-            "protocol": protocol.describe(count),
+            "protocol": described,
         }
-        reference = {"label": models[0]} if divergence else first.as_dict() if pairs else None
         _write_cards(folders, results, pairs, conditions, reference)
         typer.echo(f"written into the model card of {', '.join(carded)}", err=to_stdout)
 
 
-def _check_options(
-    models: list[str], divergence: bool, baseline: Path | None, json_out: Path | None
-) -> None:
-    """Refuse options that do not go together, and a file that cannot be written (RacError)."""
-    if json_out is not None and json_out != Path("-") and not json_out.absolute().parent.is_dir():
-        raise RacError(f"--json {json_out}: its folder does not exist; create it first")
-    if divergence and len(models) < 2:
-        raise RacError(
-            "--divergence compares pruned models with the first one; name at least two models"
-        )
-    if divergence and baseline is not None:
-        raise RacError(f"--baseline {baseline} pairs accuracies; leave it out with --divergence")
+def _written_options(context: typer.Context) -> set[str]:
+    """Return the parameters of a command that the user wrote, by name."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source and source.name != "DEFAULT"}
 
 
-@dataclass(frozen=True)
-class _Run:
-    """What all models are protocol, and how."""
+def _divergences(
+    models: list[str], problems: list[Problem], sampling: SamplingSettings, precision: Dtype
+) -> list[DivergenceResult]:
+    """Compare the other models with the first, on samples of the first."""
+    from rac_modifier.evaluation.divergence import divergence
+    from rac_modifier.evaluation.teacher_forcing import sample_sequences
 
-    models: list[str]
-    problems: list[Problem]
-    protocol: Protocol
-    prompt: PromptSettings
-    precision: Dtype
-    batch_size: int
-    seed: int
+    first, *compressed = models
+    with resumable("nothing is kept; run the same command again"):
+        dense, tokenizer = load_on_accelerator(first, precision)
+        sequences = sample_sequences(dense, tokenizer, problems, sampling)
+        return [
+            divergence(dense, load_on_accelerator(name, precision)[0], sequences, label=name)
+            for name in compressed
+        ]
 
-    @property
-    def _limits(self) -> dict[str, Any]:
-        return {**self.protocol.limits(), "batch_size": self.batch_size, "seed": self.seed}
 
-    def answers_in_file(self, in_file: Answering) -> list[EvalResult]:
-        """Return the accuracy of each model or server, its answers kept in a file."""
-        how = (self._limits, self.prompt, self.precision, self.protocol.verifiers())
-        where = self.protocol.where()
-        if not self.models:
-            limits, prompt, _, verifiers = how
-            return in_file.run_by_name(self.problems, where, limits, prompt, verifiers)
-        return [in_file.run(name, self.problems, where, *how) for name in self.models]
+def _accuracy_lines(answered: list[EvalResult], pairs: list[PairedDifference]) -> list[str]:
+    """Return the tables, and lines on loops, differences and token inflation."""
+    from rac_modifier.evaluation.report import accuracy_table, stopping_table
+    from rac_modifier.evaluation.stopping import describe_loops
 
-    def answers(self) -> list[EvalResult]:
-        """Return the accuracy of each model, which answers in this process."""
-        from rac_modifier.evaluation.accuracy import evaluate as run
-        from rac_modifier.sampling.prompts import render_prompt
-
-        prompt = self.prompt
-
-        def render(tokenizer: Any, question: str) -> list[int]:
-            return render_prompt(
-                tokenizer, question, prompt.system_prompt, prompt.template, prompt.thinking
-            )
-
-        how = {**self._limits, "render": render, "verifiers": self.protocol.verifiers()}
-        with resumable(
-            "no answer is kept; run the same command again, for one model with --answers FILE to "
-            "keep them"
-        ):
-            return [
-                run(*load_on_accelerator(name, self.precision), self.problems, label=name, **how)
-                for name in self.models
-            ]
-
-    def divergence(self, plot: Path | None) -> tuple[list[dict[str, Any]], ResultTable]:
-        """Return KL and top-1 agreement with the first model, on samples of the first."""
-        from rac_modifier.evaluation.divergence import divergence
-        from rac_modifier.evaluation.report import divergence_table, plot_divergence
-        from rac_modifier.evaluation.teacher_forcing import sample_sequences
-        from rac_modifier.settings.sampling import SamplingSettings
-
-        sampling = SamplingSettings(
-            temperature=self.protocol.temperature,
-            top_p=self.protocol.top_p,
-            max_new_tokens=self.protocol.cap,
-            batch_size=self.batch_size,
-            seed=self.seed,
-            **self.prompt.model_dump(),
-        )
-        first, *compressed = self.models
-        with resumable("nothing is kept; run the same command again"):
-            dense, tokenizer = load_on_accelerator(first, self.precision)
-            sequences = sample_sequences(dense, tokenizer, self.problems, sampling)
-            results = [
-                divergence(
-                    dense, load_on_accelerator(name, self.precision)[0], sequences, label=name
-                )
-                for name in compressed
-            ]
-        if plot is not None:
-            plot_divergence(results, plot)
-        return [result.as_dict() for result in results], divergence_table(results)
+    return [
+        render_results(accuracy_table(answered)),
+        render_results(stopping_table(answered)),
+        *(line for r in answered for line in describe_loops(r.label, r.endings)),
+        *(f"{pair.describe()}." for pair in pairs),
+        *(f"{pair.inflation.describe(pair.first, pair.second)}." for pair in pairs),
+    ]
 
 
 def _write_cards(
@@ -307,12 +259,12 @@ def _write_cards(
     from rac_modifier.checkpoint.record import add_measured
     from rac_modifier.files import public_name
 
-    shift = len(results) - len(folders)
-    for i, folder in enumerate(folders):
-        result, paired = results[shift + i], None
-        if pairs:
-            first, second = (public_name(name) for name in (pairs[i].first, pairs[i].second))
-            paired = replace(pairs[i], first=first, second=second).describe()
+    measured = results[len(results) - len(folders) :]
+    for folder, result, pair in zip_longest(folders, measured, pairs):
+        paired = None
+        if pair is not None:
+            first, second = public_name(pair.first), public_name(pair.second)
+            paired = replace(pair, first=first, second=second).describe()
         kind: Literal["accuracy", "divergence"] = "divergence" if "kl" in result else "accuracy"
         add_measured(
             folder, kind, result, conditions=conditions, reference=reference, paired=paired

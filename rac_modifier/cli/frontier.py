@@ -155,34 +155,28 @@ class Study:
 
     def held_out(self) -> HeldOut:
         """Return the problems that all rows answer (RacError: served without answers)."""
+        from rac_modifier.evaluation.accuracy import TOP_P
         from rac_modifier.frontier.measure import HeldOut
+        from rac_modifier.problems.held_out import held_out_problems
         from rac_modifier.settings.sampling import SamplingSettings
 
-        sampling = SamplingSettings(top_k=0, **self._limits(), **self.prompt.model_dump())
-        held_out = HeldOut(self._problems(), sampling)
-        if self.evaluation.serve and not held_out.graded:
+        evaluation = self.evaluation
+        sampling = SamplingSettings(
+            max_new_tokens=evaluation.cap,
+            temperature=evaluation.temperature,
+            top_p=TOP_P,
+            top_k=0,
+            batch_size=evaluation.batch_size,
+            **self.prompt.model_dump(),
+        )
+        problems = held_out_problems(count=evaluation.problems, seed=0, **evaluation.where())
+        held_out = HeldOut(problems, sampling)
+        if evaluation.serve and not held_out.graded:
             raise RacError(
                 "evaluation.serve asks problems with answers; name their column (answer_column), "
                 "or leave serve out"
             )
         return held_out
-
-    def _problems(self) -> list[Any]:
-        from rac_modifier.problems.held_out import held_out_problems
-
-        evaluation = self.evaluation
-        return held_out_problems(count=evaluation.problems, seed=0, **evaluation.where())
-
-    def _limits(self) -> dict[str, Any]:
-        from rac_modifier.evaluation.accuracy import TOP_P
-
-        return {
-            "max_new_tokens": self.evaluation.cap,
-            "temperature": self.evaluation.temperature,
-            "top_p": TOP_P,
-            "batch_size": self.evaluation.batch_size,
-            "seed": 0,
-        }
 
     def _tools(self) -> Tools:
         import yaml
@@ -214,9 +208,10 @@ class Study:
         """Return the tools of `serve: true`: a server per model, and what measures its speed."""
         from rac_modifier.frontier.folder import slug
         from rac_modifier.sampling.own_server import ServerOnDemand, VllmCommand, vllm_server
+        from rac_modifier.settings.problems import ProblemSource
 
         command, precision = VllmCommand.from_environment(), self.precision
-        problems, where, limits = self._problems(), self.evaluation.where(), self._limits()
+        held_out, source = self.held_out(), ProblemSource(**self.evaluation.where())
 
         @contextmanager
         def servers(folder: Path) -> Iterator[Servers]:
@@ -229,17 +224,17 @@ class Study:
             # answers of a killed run would be counted without the seconds that they took
             answers.unlink(missing_ok=True)
             with servers() as urls:
-                answering = Answering(urls, self.evaluation.in_progress, 1, answers)
+                answering = self._answering(urls, answers)
                 return answering.run(
-                    str(folder), problems, where, limits, self.prompt, precision, {}
-                )
+                    [str(folder)], held_out.problems, source, held_out.sampling, {}
+                )[0]
 
         return {"servers": servers, "serve": serve}
 
     def check_benchmarks(self) -> None:
         """Refuse benchmarks that cannot be asked, before problems are loaded (RacError)."""
         for benchmark in self.evaluation.benchmarks:
-            protocol_of(benchmark).check(divergence=False)
+            protocol_of(benchmark).check_installed()
 
     @cached_property
     def benchmarks(self) -> dict[str, tuple[Benchmark, Protocol, list[Problem]]]:
@@ -266,11 +261,13 @@ class Study:
             for benchmark in benchmarks:
                 _, protocol, problems = self.benchmarks[benchmark.name]
                 path = self.out / "benchmarks" / f"{slug(label)}-{benchmark.name}.jsonl"
-                answering = Answering(urls, self.evaluation.in_progress, protocol.samples, path)
-                limits = {**protocol.limits(), "batch_size": self.evaluation.batch_size, "seed": 0}
-                where, verifiers = protocol.where(), protocol.verifiers()
-                arguments = (problems, where, limits, self.prompt, self.precision, verifiers)
-                yield benchmark, answering.run(str(model), *arguments)
+                sampling = protocol.sampling(self.prompt, self.evaluation.batch_size, seed=0)
+                asked = problems, protocol.problem_source, sampling, protocol.verifiers()
+                (result,) = self._answering(urls, path).run([str(model)], *asked)
+                yield benchmark, result
+
+    def _answering(self, urls: tuple[str, ...], path: Path) -> Answering:
+        return Answering(urls, (), False, self.evaluation.in_progress, path, self.precision)
 
 
 def protocol_of(benchmark: GridBenchmark) -> Protocol:

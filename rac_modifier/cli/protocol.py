@@ -6,8 +6,6 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-import typer
-
 from rac_modifier.errors import RacError
 
 if TYPE_CHECKING:
@@ -15,12 +13,7 @@ if TYPE_CHECKING:
     from rac_modifier.problems.answers import Verifier
     from rac_modifier.problems.source import Problem
     from rac_modifier.settings.problems import ProblemSource
-
-
-def written_options(context: typer.Context) -> set[str]:
-    """Return the parameters of a command that the user wrote, by name."""
-    sources = {name: context.get_parameter_source(name) for name in context.params}
-    return {name for name, source in sources.items() if source and source.name != "DEFAULT"}
+    from rac_modifier.settings.sampling import PromptSettings, SamplingSettings
 
 
 @dataclass(frozen=True)
@@ -50,71 +43,67 @@ class Protocol:
     changed: Mapping[str, Any] = field(default_factory=dict)
 
     def with_preset(self, name: str | None, options: Collection[str]) -> Protocol:
-        """Fill from a preset what is not among the user's `options` (RacError: no preset)."""
+        """Fill from a preset what is not among the user's `options`.
+
+        Raises:
+            RacError: no such preset, or it cannot ask the user's source.
+        """
         if name is None:
             return self
         from rac_modifier.evaluation.presets import preset_of
+        from rac_modifier.settings.problems import ProblemSource
 
         preset = preset_of(name)
         published: dict[str, Any] = {
             "source": preset.source,
             "column": preset.layout.column,
             "answer_column": preset.layout.answer_column,
-            **{name: getattr(preset, name) for name in ("samples", "cap", "temperature", "top_p")},
+            "samples": preset.samples,
+            "cap": preset.cap,
+            "temperature": preset.temperature,
+            "top_p": preset.top_p,
+            "problems": preset.problems,
         }
+        values = {option: value for option, value in published.items() if option not in options}
         changed = {
             option: value
             for option, value in published.items()
             if option in options and getattr(self, option) != value
         }
-        values = {option: value for option, value in published.items() if option not in options}
-        if "problems" not in options:
+        if "problems" in values:
             values["problems"] = None
-        elif self.problems != preset.problems:
-            changed["problems"] = preset.problems
-        return replace(self, **values, preset=preset, changed=changed)
+        protocol = replace(self, **values, preset=preset, changed=changed)
+        if ProblemSource(source=protocol.source).is_generator:
+            raise RacError(
+                f"--preset {name} cannot ask --source {self.source}, which generates problems of "
+                "its own; leave one of them out, or name a file or a dataset"
+            )
+        return protocol
 
-    @property
-    def _source(self) -> ProblemSource:
-        from rac_modifier.settings.problems import ProblemSource
-
-        return ProblemSource(source=self.source)
-
-    def check(self, *, divergence: bool) -> None:
-        """Refuse what has no effect or cannot be, before anything is loaded (RacError)."""
-        preset, top_p = self.preset, self.top_p
-        if preset is not None and divergence:
-            raise RacError(
-                f"--preset {preset.name} compares whole answers by accuracy; leave it or "
-                f"--divergence out (--source {preset.source} names its problems)"
-            )
-        if preset is not None and self._source.is_generator:
-            raise RacError(
-                f"--preset {preset.name} cannot ask --source {self.source}, which generates "
-                "problems of its own; leave one of them out, or name a file or a dataset"
-            )
-        if top_p is not None and not 0 < top_p <= 1:
-            raise RacError(
-                f"--top-p {top_p:g} is not a share of the probability; give 0.95, or 1 for no limit"
-            )
-        written = preset is None or "top_p" in self.changed
-        if top_p is not None and written and not self.temperature and not divergence:
-            raise RacError(
-                f"--top-p {top_p:g} has no effect on greedy answers; give --temperature 0.6 with it"
-            )
-        if preset is not None and preset.layout.answers != "choices":
+    def check_installed(self) -> None:
+        """Refuse a preset whose answers cannot be checked, before its problems are loaded."""
+        if self.preset is not None and not self.verifiers():
             from rac_modifier.problems.answer_checker import check_installed
 
             check_installed("mathematics")
 
     def where(self) -> dict[str, Any]:
         """Return the fields of `ProblemSource` that say where the problems come from."""
+        from rac_modifier.settings.problems import ProblemSource
+
         fields = {"source": self.source, "column": self.column, "answer_column": self.answer_column}
-        if self.preset is None or self._source.is_file:
+        if self.preset is None or ProblemSource(source=self.source).is_file:
             return fields
         # a mirror of the dataset has its splits, but not its configurations
         config = self.preset.config if self.source == self.preset.source else None
         return {**fields, "split": self.preset.split, "config": config}
+
+    @property
+    def problem_source(self) -> ProblemSource:
+        """Return where the problems come from."""
+        from rac_modifier.settings.problems import ProblemSource
+
+        return ProblemSource(**self.where())
 
     def load(self, seed: int) -> list[Problem]:
         """Return the problems, in an order that the seed decides.
@@ -122,19 +111,13 @@ class Protocol:
         Raises:
             RacError: what cannot be loaded, with the next step; fewer problems than asked for.
         """
+        from rac_modifier.problems.held_out import benchmark_problems, held_out_problems
+
         if (preset := self.preset) is None:
-            from rac_modifier.problems.held_out import held_out_problems
-
             assert self.problems is not None
-            return held_out_problems(
-                self.source, self.problems, seed, self.column, self.answer_column
-            )
-        from rac_modifier.problems.held_out import benchmark_problems
-        from rac_modifier.settings.problems import ProblemSource
-
+            return held_out_problems(count=self.problems, seed=seed, **self.where())
         try:
-            source = ProblemSource(**self.where())
-            return benchmark_problems(source, preset.layout, seed, self.problems)
+            return benchmark_problems(self.problem_source, preset.layout, seed, self.problems)
         except RacError as error:
             asks = preset.access and "source" not in self.changed
             access = f" ({preset.access})" if asks else ""
@@ -150,13 +133,31 @@ class Protocol:
         top_p = TOP_P if self.top_p is None else self.top_p
         return {"max_new_tokens": self.cap, "temperature": self.temperature or 0.0, "top_p": top_p}
 
+    def sampling(
+        self, prompt: PromptSettings, batch_size: int, seed: int, *, divergence: bool = False
+    ) -> SamplingSettings:
+        """Return the settings, with `divergence` the model's own for None (RacError: a range)."""
+        from rac_modifier.settings.check import check_settings
+        from rac_modifier.settings.sampling import SamplingSettings
+
+        values = {
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "max_new_tokens": self.cap,
+            "samples_per_problem": self.samples,
+            "batch_size": batch_size,
+            "seed": seed,
+            **prompt.model_dump(),
+        }
+        if not divergence:
+            values |= {"top_k": 0, **self.limits()}
+        return check_settings(SamplingSettings, values, "rac eval")
+
     def verifiers(self) -> dict[str, Verifier]:
         """Return, by task, what replaces the mathematical comparison of answers."""
-        if self.preset is None:
-            return {}
         from rac_modifier.problems.held_out import verifiers_of
 
-        return verifiers_of(self.preset.layout)
+        return {} if self.preset is None else verifiers_of(self.preset.layout)
 
     def describe(self, count: int) -> list[str]:
         """Return a line on the preset and what differs from it, for `count` problems; or none."""

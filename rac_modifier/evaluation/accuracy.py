@@ -1,15 +1,15 @@
-"""Ask a model a list of problems and measure its answers."""
+"""Ask a model a list of problems and measure its answers, which are kept in a trace store."""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from loguru import logger
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rac_modifier.errors import RacError
@@ -19,11 +19,9 @@ from rac_modifier.problems.answer_checker import check_installed
 from rac_modifier.problems.answers import Verifier, is_correct, thinking_length
 from rac_modifier.problems.source import Problem
 from rac_modifier.sampling.generate import FinishReason, Generation
-from rac_modifier.sampling.generate import generate as generate_in_process
 from rac_modifier.sampling.model_identity import ModelIdentity
 from rac_modifier.sampling.openai_server import engine_for
-from rac_modifier.sampling.prompts import render_prompt, render_question
-from rac_modifier.settings.check import check_settings
+from rac_modifier.sampling.prompts import render_question
 from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
 from rac_modifier.traces.fill_store import FillStore
@@ -35,72 +33,6 @@ TOP_P = 0.95
 
 
 def evaluate(
-    model: Any,
-    tokenizer: Any,
-    problems: Sequence[Problem],
-    *,
-    label: str,
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    top_p: float = TOP_P,
-    batch_size: int = 128,
-    seed: int = 0,
-    progress: bool = True,
-    verifiers: Mapping[str, Verifier] | None = None,
-    render: Callable[[Any, str], list[int]] = render_prompt,
-    generate: Callable[..., list[Generation]] = generate_in_process,
-) -> EvalResult:
-    """Measure accuracy, thinking length, unfinished share and speed over `problems`.
-
-    Args:
-        model: a transformers causal LM, or what `generate` accepts.
-        tokenizer: the model's tokenizer.
-        problems: each with an answer; ids distinct.
-        label: the result's name in tables.
-        max_new_tokens: the cap. An answer cut off there is unfinished, and right only if it
-            already holds the answer.
-        temperature: 0 is greedy, which ignores `top_p` and `seed`.
-        top_p: sample among the most likely tokens that hold this share.
-        batch_size: prompts per call of `generate`.
-        seed: of the sampling.
-        progress: show a progress bar.
-        verifiers: by task name, a function that compares answers instead of math-verify.
-        render: from tokenizer and question to prompt ids; default: the chat template.
-        generate: completes a batch, with the signature of `sampling.generate.generate`.
-
-    Raises:
-        RacError: no problems, a problem without an answer, an id twice, a setting out of range,
-            or math-verify is not installed.
-    """
-    verifiers = verifiers or {}
-    check_problems(problems, verifiers)
-    # nothing comes from a model's generation_config: all models sample alike
-    values = {"temperature": temperature, "top_p": top_p, "top_k": 0, "seed": seed}
-    values |= {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
-    settings = check_settings(SamplingSettings, values, "the evaluation")
-    prompts = [render(tokenizer, problem.question) for problem in problems]
-    # longest first: prompts of like length share a batch, and a batch too large fails early
-    order = sorted(range(len(problems)), key=lambda i: len(prompts[i]), reverse=True)
-    generations: dict[int, Generation] = {}
-    started = time.monotonic()
-    with tqdm(total=len(order), desc=label, unit="problem", disable=not progress or None) as bar:
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            keys = [problems[i].id for i in batch]
-            outputs = generate(model, tokenizer, [prompts[i] for i in batch], settings, keys)
-            generations.update(zip(batch, outputs, strict=True))
-            bar.update(len(batch))
-    seconds = time.monotonic() - started
-    rows = [
-        row_of(tokenizer, problem, generations[i], verifiers.get(problem.task or ""))
-        for i, problem in enumerate(problems)
-    ]
-    return summarise(
-        rows, label=label, seconds=seconds, cap=max_new_tokens, temperature=temperature, seed=seed
-    )
-
-
-def evaluate_into_file(
     model: PreTrainedModel | ModelIdentity,
     tokenizer: PreTrainedTokenizerBase,
     problems: Sequence[Problem],
@@ -113,9 +45,9 @@ def evaluate_into_file(
     verifiers: Mapping[str, Verifier] | None = None,
     progress: bool = True,
 ) -> EvalResult:
-    """Measure what `evaluate` does, with each answer kept in a trace store as it finishes.
+    """Measure accuracy, thinking length, endings and speed over `problems`.
 
-    A kill loses no answer, and the same call goes on.
+    Each answer is appended to a file as it finishes. After a kill, the same call goes on.
 
     Args:
         model: in memory, or its `ModelIdentity` where servers answer.
@@ -123,23 +55,26 @@ def evaluate_into_file(
         problems: each with an answer; ids distinct.
         label: the result's name in tables.
         source: where the problems come from, for the header of the file.
-        sampling: temperature, cap, seed, answers per problem (`samples_per_problem`). Nothing
-            comes from the model's generation_config.
+        sampling: temperature, cap, seed, answers per problem (`samples_per_problem`). An answer
+            cut off at the cap is unfinished, and right only if it already holds the answer.
         path: a .jsonl file; default: `default_path`.
         engine: servers; None is the model in this process.
         verifiers: by task name, a function that compares answers instead of math-verify.
         progress: show a bar.
 
     Raises:
-        RacError: problems that cannot be graded; a file of another model or other settings, or
-            in use; servers that cannot be reached, hold another model, or left problems without
-            an answer. Answers so far are kept.
+        RacError: problems that cannot be graded; a file of another model, engine or other
+            settings, or in use; servers that cannot be reached, hold another model, or left
+            problems without an answer. Answers so far are kept.
     """
-    check_problems(problems, verifiers or {})
-    identity = model if isinstance(model, ModelIdentity) else ModelIdentity.of_model(model)
+    verifiers = verifiers or {}
+    check_problems(problems, verifiers)
     in_memory = None if isinstance(model, ModelIdentity) else model
+    identity = model if isinstance(model, ModelIdentity) else ModelIdentity.of_model(model)
+    sampling = sampling.resolved(identity.generation_config)
     header = StoreHeader.of(identity, tokenizer, sampling, source)
-    path = path or default_path(identity, sampling, source)
+    dtype = None if engine is not None or in_memory is None else in_memory.dtype
+    path = path or default_path(identity, sampling, source, dtype)
     started = time.monotonic()
     with contextlib.closing(
         engine_for(engine, identity, in_memory, tokenizer, sampling, evaluates=True)
@@ -147,6 +82,11 @@ def evaluate_into_file(
         if not path.exists():
             header = header.model_copy(update={"engine": chosen.connect()})
         with TraceStore.open_append(path, header) as store:
+            if (filled := store.header.engine.kind) != chosen.kind:
+                raise RacError(
+                    f"{path} holds answers of another engine ({filled}, not {chosen.kind}); name "
+                    "another file"
+                )
             before = store.counts.completion_tokens
             if len(store):
                 logger.info(f"{path} holds {len(store)} answers already: going on from there")
@@ -157,12 +97,10 @@ def evaluate_into_file(
                 iter(problems),
                 lambda problem: render_question(tokenizer, problem.question, sampling),
             ).run(None, progress)
-    seconds = time.monotonic() - started
-    rows = _stored_rows(store, tokenizer, problems, sampling.samples_per_problem, verifiers or {})
     return summarise(
-        rows,
+        _stored_rows(store, tokenizer, problems, sampling.samples_per_problem, verifiers),
         label=label,
-        seconds=seconds,
+        seconds=time.monotonic() - started,
         cap=sampling.max_new_tokens,
         temperature=sampling.temperature or 0.0,
         seed=sampling.seed,
@@ -171,10 +109,17 @@ def evaluate_into_file(
 
 
 def default_path(
-    identity: ModelIdentity, sampling: SamplingSettings, source: ProblemSource
+    identity: ModelIdentity,
+    sampling: SamplingSettings,
+    source: ProblemSource,
+    dtype: torch.dtype | None = None,
 ) -> Path:
-    """Return rac_answers/<fingerprint>-<hash of the settings>.jsonl, a relative path."""
-    return settings_path("rac_answers", identity.fingerprint, sampling, source)
+    """Return rac_answers/<fingerprint>-<hash of the settings>.jsonl, a relative path.
+
+    `dtype`: of a model in this process, which computes other answers in another dtype.
+    """
+    path = settings_path("rac_answers", identity.fingerprint, sampling, source)
+    return path if dtype is None else path.with_stem(f"{path.stem}-{str(dtype)[6:]}")
 
 
 def check_problems(problems: Sequence[Problem], verifiers: Mapping[str, Verifier]) -> None:
@@ -205,30 +150,33 @@ def check_problems(problems: Sequence[Problem], verifiers: Mapping[str, Verifier
 
 
 def row_of(
-    tokenizer: Any,
-    problem: Problem,
-    generation: Generation,
-    verifier: Verifier | None,
-    sample: int = 0,
+    tokenizer: Any, problem: Problem, generation: Generation, verifier: Verifier | None
 ) -> Row:
     """Check the answer in a completion of token ids, and classify its ending."""
+    ids = generation.ids
     # The thinking tags of R1 and Qwen3 are ordinary tokens, so they stay in the text.
-    text = tokenizer.decode(list(generation.ids), skip_special_tokens=True)
-    lengths = len(generation.ids), thinking_length(tokenizer, generation.ids)
-    finish, ids = generation.finish_reason, generation.ids
-    return row_of_text(problem, text, finish, lengths, verifier, sample, ids)
+    return row_of_text(
+        problem,
+        tokenizer.decode(list(ids), skip_special_tokens=True),
+        verifier,
+        finish=generation.finish_reason,
+        tokens=len(ids),
+        thinking_tokens=thinking_length(tokenizer, ids),
+        ids=ids,
+    )
 
 
 def row_of_text(
     problem: Problem,
     text: str,
-    finish: FinishReason,
-    lengths: tuple[int, int],
     verifier: Verifier | None,
-    sample: int,
+    *,
+    finish: FinishReason,
+    tokens: int,
+    thinking_tokens: int,
     ids: Sequence[int] = (),
 ) -> Row:
-    """Check an answer and classify its ending; `lengths` are tokens and thinking tokens."""
+    """Check the answer in a text, and classify its ending; see `ending_of`."""
     assert problem.answer is not None
     correct = is_correct(text, problem.answer, verifier)
     ending = ending_of(
@@ -236,13 +184,13 @@ def row_of_text(
         problem.answer,
         correct=correct,
         finish=finish,
-        tokens=lengths[0],
-        thinking_tokens=lengths[1],
+        tokens=tokens,
+        thinking_tokens=thinking_tokens,
         ids=ids,
         question=problem.question,
         verifier=verifier,
     )
-    return Row(problem.id, problem.task, correct, text, sample, ending)
+    return Row(problem.id, problem.task, correct, ending)
 
 
 def _stored_rows(
@@ -253,7 +201,7 @@ def _stored_rows(
     verifiers: Mapping[str, Verifier],
 ) -> list[Row]:
     """Check the answers of these problems, in their order; the file may hold more."""
-    expected = {f"{problem.id}#{i}": (problem, i) for problem in problems for i in range(samples)}
+    expected = {f"{problem.id}#{i}": problem for problem in problems for i in range(samples)}
     missing = [name for name in expected if name not in store]
     if missing:
         reasons = {failed.id: failed.reason for failed in read_failures(store.path)}
@@ -264,9 +212,7 @@ def _stored_rows(
         )
     rows = {}
     for trace in store:
-        if trace.id in expected:
-            problem, sample = expected[trace.id]
+        if problem := expected.get(trace.id):
             answer = Generation(trace.completion_ids, trace.finish_reason)
-            verifier = verifiers.get(problem.task or "")
-            rows[trace.id] = row_of(tokenizer, problem, answer, verifier, sample)
+            rows[trace.id] = row_of(tokenizer, problem, answer, verifiers.get(problem.task or ""))
     return [rows[name] for name in expected]

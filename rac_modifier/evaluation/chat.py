@@ -75,9 +75,15 @@ def evaluate_chat(
         verifier = (verifiers or {}).get(problem.task or "")
         for i in range(sampling.samples_per_problem):
             answer = answers[f"{problem.id}#{i}"]
-            lengths = answer.tokens, answer.thinking_tokens
-            text, finish = answer.text, answer.finish_reason
-            rows.append(row_of_text(problem, text, finish, lengths, verifier, i))
+            row = row_of_text(
+                problem,
+                answer.text,
+                verifier,
+                finish=answer.finish_reason,
+                tokens=answer.tokens,
+                thinking_tokens=answer.thinking_tokens,
+            )
+            rows.append(row)
     return summarise(
         rows,
         label=run.label,

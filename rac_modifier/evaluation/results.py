@@ -27,8 +27,6 @@ class Row:
     id: str  # of the problem
     task: str | None
     correct: bool
-    text: str
-    sample: int  # number of the answer, from 0
     ending: Ending
 
 

@@ -69,7 +69,8 @@ class ServerClient:
                 answer, content = await self._send("GET", "/models", None, _LIST_BYTES)
         except (aiohttp.ClientError, OSError, UnusableError) as error:
             raise RacError(
-                f"no server answers at {self.url} ({_cause(error)}); start it, or correct base_urls"
+                f"no server answers at {self.url} ({_cause(error)}); start it, or correct its "
+                "address (--server, or traces.engine.base_urls of a recipe)"
             ) from error
         if answer.status != 200:
             status, reason = answer.status, error_text(content)
@@ -208,7 +209,10 @@ def _next_step(status: int) -> str:
     if status in (401, 403):
         variable = "name the environment variable that holds it with engine.api_key_env"
         return f"the server wants a key: {variable}"
-    return "check base_urls (they end in /v1) and engine.model"
+    return (
+        "check the address (it ends in /v1) and the model's name (--server and --served-as, or "
+        "base_urls and model of traces.engine)"
+    )
 
 
 def _cause(error: Exception) -> str:

@@ -100,7 +100,7 @@ CASES += [
     ),
     Case(
         "`rac eval --top-p` above 1",
-        "is not a share of the probability",
+        "top_p: must be less than or equal to 1",
         lambda b: b.rac("eval", b.folder, "--temperature", "1", "--top-p", "1.5"),
     ),
 ]

@@ -17,8 +17,9 @@ Rac = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def rac(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Rac:
-    """Run the command as the shell does: exit code, standard output, standard error."""
+def rac(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Rac:
+    """Run the command in an empty folder: exit code, standard output, standard error."""
+    monkeypatch.chdir(tmp_path)
 
     def rac(*args: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["rac", *map(str, args)])

@@ -9,55 +9,48 @@ from pathlib import Path
 import pytest
 
 from rac_modifier.cli.answering import Answering
+from rac_modifier.cli.options import Dtype
 from rac_modifier.errors import RacError
 from tests.sampling import fake_vllm
 from tests.sampling.fake_server import FakeServer, shorten_pauses
 
 SERVER, FILE = {"servers": ("http://a",)}, {"path": Path("a.jsonl")}
 TWO, NO_MODEL = {"servers": ("http://a", "http://b")}, {"models": ()}
+TWICE = {"servers": ("http://a", "http://a/v1")}
 FEW = ("--problems", 3, "--cap", 8)
 
 
 def answering(**changes) -> Answering:
-    return Answering(**{"servers": (), "concurrency": 4, "samples": 1, "path": None, **changes})
+    values = {"servers": (), "served_as": (), "serve": False, "concurrency": 4, "path": None}
+    return Answering(**{**values, "precision": Dtype.AUTO, **changes})
 
 
 @pytest.mark.parametrize(
     ("changes", "options", "message"),
     [
-        ({"samples": 4}, {}, "--samples 4 at temperature 0 are the same answer; give --temp"),
-        (FILE, {"divergence": True}, "--divergence asks .* leave --server, --serve"),
+        (SERVER, {"divergence": True}, "--divergence asks .* leave --server and --serve out"),
         ({"serve": True, **SERVER}, {}, "--serve starts a server, and --server http://a names one"),
         (SERVER, {"models": ("a", "b")}, "2 models are named, and --server and --answers are for"),
-        (FILE, {"written": {"concurrency"}}, "--concurrency 4 is for --server and --serve"),
-        ({"served_as": ("m",)}, {}, "--served-as m is for --server; leave it out"),
-        (SERVER, {"written": {"batch_size"}}, "--batch-size is for a model in this process"),
         (SERVER, {"written": {"precision"}}, "--precision is for a model that is loaded here"),
         ({"servers": ("a",)}, {}, "--server: base_urls: 'a' is no address of a server"),
         ({}, NO_MODEL, "no model is named; give a model folder"),
         (TWO | FILE, NO_MODEL, "--answers a.jsonl is for one server, and several are named"),
         (TWO | {"served_as": ("m",)}, NO_MODEL, "2 servers and --served-as 1 models; give one"),
-        (
-            {"servers": ("http://a", "http://a/v1")},
-            NO_MODEL,
-            "http://a/v1 names a model twice; tell",
-        ),
+        (TWICE, NO_MODEL, "http://a/v1 names a model twice; tell"),
         (SERVER | {"served_as": ("m", "m")}, NO_MODEL, "--server http://a names a model twice"),
         (SERVER | {"served_as": ("m", "n")}, {}, "--served-as m and n name one model; give one"),
         (SERVER, {"models": (), "written": {"card"}}, "--card needs a model folder"),
-        (SERVER, {"models": (), "written": {"template"}}, "--template needs a model folder"),
     ],
 )
 def test_what_cannot_be_is_refused(changes, options, message) -> None:
-    given = {"models": ("a",), "divergence": False, "temperature": None, **options}
+    given = {"models": ("a",), "written": frozenset(), "divergence": False, **options}
     with pytest.raises(RacError, match=message):
         answering(**changes).check(**given)
-    answering().check(**{**given, "models": ("a",), "written": ()})
 
 
 def test_a_long_answer_has_time() -> None:
     for cap, seconds in ((100, 600), (32768, 8192)):
-        with answering(servers=("http://127.0.0.1:1",)).engine("m", "auto", cap) as engine:
+        with answering(servers=("http://127.0.0.1:1",)).engine("m", cap) as engine:
             assert (engine.timeout, engine.concurrency) == (seconds, 4)
 
 
@@ -79,7 +72,7 @@ def test_a_served_model_is_paired_with_the_dense_one(
     assert code == 0, err
     results = json.loads(out)
     assert results["results"][0]["problems"] == results["paired"][0]["problems"] == 3
-    assert len(list((tmp_path / "rac_answers").glob("*.jsonl"))) == 1
+    assert len(list((tmp_path / "rac_answers").glob("*.jsonl"))) == 2
     asked = len(server.bodies)
     code, out, err = rac("eval", tiny_folder, *FEW, *options[:4])
     assert code == 0, err

@@ -34,7 +34,7 @@ def interrupt(*args: object, **options: object) -> None:
         (
             ["eval", "MODEL"],
             "evaluation.accuracy.evaluate",
-            "no answer is kept; run the same command again, for one model",
+            "the answers so far are kept; run the same command again to go on",
         ),
         (
             ["eval", "MODEL", "MODEL", "--divergence"],

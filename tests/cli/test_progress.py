@@ -32,7 +32,7 @@ def test_no_bar_is_forced_on() -> None:
     """tqdm shows a bar everywhere unless `disable` is None, or a variable or expression that can be
     None."""
     shown = bars()
-    assert len(shown) > 5
+    assert shown
     for where, call in shown:
         given = [keyword.value for keyword in call.keywords if keyword.arg == "disable"]
         assert given, f"{where}: no disable=None"

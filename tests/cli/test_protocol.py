@@ -10,6 +10,7 @@ import pytest
 from rac_modifier.cli.protocol import Protocol
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.presets import PRESETS
+from rac_modifier.settings.sampling import PromptSettings
 
 DEFAULTS = {
     "source": "arithmetic", "column": None, "answer_column": None, "problems": 300, "samples": 1,
@@ -65,27 +66,26 @@ def test_a_copy_is_read_without_the_datasets_configuration():
         assert (where["split"], where["config"]) == ("test", config)
 
 
-@pytest.mark.parametrize(
-    ("preset", "written", "divergence", "message"),
-    [
-        ("gsm8k", {}, True, "--preset gsm8k .* leave it or --divergence out"),
-        ("gsm8k", {"source": "reasoning-gym:gcd"}, False, "cannot ask --source reasoning-gym:gcd"),
-        (None, {"top_p": 0.9}, False, "--top-p 0.9 has no effect on greedy answers"),
-        ("gsm8k", {"temperature": 0.0, "top_p": 0.9}, False, "--top-p 0.9 has no effect"),
-        ("gsm8k", {"top_p": float("nan")}, False, "--top-p nan is not a share"),
-    ],
-)
-def test_what_cannot_be_is_refused(preset, written, divergence, message):
-    with pytest.raises(RacError, match=message):
-        asked(preset, **written).check(divergence=divergence)
-    asked(top_p=0.9).check(divergence=True)  # shapes what is sampled
+def test_a_generator_of_problems_and_a_wrong_range_are_refused():
+    with pytest.raises(RacError, match="cannot ask --source reasoning-gym:gcd, which generates"):
+        asked("gsm8k", source="reasoning-gym:gcd")
+    with pytest.raises(RacError, match=r"rac eval: top_p: must be .* 1"):
+        asked("gsm8k", top_p=1.5).sampling(PromptSettings(), 4, 0)
+    with pytest.raises(RacError, match="samples_per_problem=4 at temperature 0"):
+        asked(samples=4).sampling(PromptSettings(), 4, 0)
+
+
+def test_divergence_leaves_to_the_model_what_no_option_sets():
+    sampling = asked(samples=4).sampling(PromptSettings(), 4, 0, divergence=True)
+    values = (sampling.temperature, sampling.top_p, sampling.top_k, sampling.samples_per_problem)
+    assert values == (None, None, None, 4)
 
 
 def test_what_checks_answers_must_be_installed(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(RacError, match=r"needs math-verify; pip install 'rac-modifier\[eval\]'"):
-        asked("math-500").check(divergence=False)
-    asked("gpqa-diamond").check(divergence=False)
+        asked("math-500").check_installed()
+    asked("gpqa-diamond").check_installed()
 
 
 def test_a_dataset_that_cannot_be_loaded_says_what_to_do(monkeypatch):
@@ -99,12 +99,10 @@ def test_a_dataset_that_cannot_be_loaded_says_what_to_do(monkeypatch):
         asked("gpqa-diamond").load(0)
 
 
-@pytest.mark.parametrize("extra", [(), ("--answers", "a.jsonl")])
 def test_the_command_asks_a_copy_and_checks_letters_as_letters(
-    rac, tiny_folder, tmp_path, monkeypatch, extra
+    rac, tiny_folder, tmp_path, monkeypatch
 ):
-    """In both ways of asking: a letter among words would not be equal as mathematics."""
-    monkeypatch.chdir(tmp_path)
+    """A letter among words would not be equal as mathematics."""
     wrong = ("Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
     rows = [
         {"Question": f"Q{i}?", "Correct Answer": "y", **dict.fromkeys(wrong, "n")} for i in range(3)
@@ -117,7 +115,7 @@ def test_the_command_asks_a_copy_and_checks_letters_as_letters(
         return True
 
     monkeypatch.setattr("rac_modifier.evaluation.accuracy.is_correct", check_letter)
-    options = ("--source", "gpqa.jsonl", "--samples", 1, "--cap", 4, "--json", "r.json", *extra)
+    options = ("--source", "gpqa.jsonl", "--samples", 1, "--cap", 4, "--json", "r.json")
     code, out, err = rac("eval", tiny_folder, "--preset", "gpqa-diamond", *options)
     assert code == 0, err
     assert seen == [True] * 3

@@ -35,7 +35,7 @@ def test_a_share_per_kind_of_ending_and_mean_lengths():
 
 
 def test_several_answers_have_a_column_for_the_largest_k():
-    answers = [row(correct=i == 0, name="q", sample=i) for i in range(4)]
+    answers = [row(correct=i == 0, name="q") for i in range(4)]
     table = accuracy_table([result(answers, temperature=0.6)])
     assert (table.head[-1], table.rows[0][1], table.rows[0][-1]) == ("pass@4", "25.0%", "100.0%")
     assert table.note.endswith("; temperature 0.6; 4 answers per problem.")
@@ -66,7 +66,7 @@ OTHER = r"different sequences or bins .*a: 4 tokens of 2 sequences, b: 1 tokens"
         (plot_bars, [result([row()]), result([row()], cap=128)], r"caps \(64, 128 new tokens\)"),
         (
             accuracy_table,
-            [result([row()]), result([row(name="q", sample=i) for i in range(2)])],
+            [result([row()]), result([row(name="q") for i in range(2)])],
             "results of 1 and 2 answers per problem",
         ),
         (divergence_table, [], "no divergence results"),

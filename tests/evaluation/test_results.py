@@ -18,18 +18,10 @@ from rac_modifier.evaluation.stopping import Ending, Loop
 NUMBERS = itertools.count()
 
 
-def row(
-    correct=True,
-    kind=None,
-    tokens=10,
-    thinking=8,
-    task="addition",
-    name=None,
-    sample=0,
-):
+def row(correct=True, kind=None, tokens=10, thinking=8, task="addition", name=None):
     kind = kind or ("right" if correct else "wrong")
     ending = Ending(kind, tokens, thinking, closes=thinking < tokens)
-    return Row(name or f"p{next(NUMBERS)}", task, correct, "", sample, ending)
+    return Row(name or f"p{next(NUMBERS)}", task, correct, ending)
 
 
 def result(rows, **changes):
@@ -79,7 +71,7 @@ def test_results_come_back_from_a_file_and_those_of_another_version_are_named(tm
 def test_several_answers_per_problem():
     outcomes = {"a": [1, 1, 0, 0], "b": [0, 0, 0, 0], "c": [1, 1, 1, 1]}
     rows = [
-        row(correct=bool(value), name=name, sample=i, thinking=10 * (i + 1))
+        row(correct=bool(value), name=name, thinking=10 * (i + 1))
         for name, values in outcomes.items()
         for i, value in enumerate(values)
     ]
@@ -93,11 +85,7 @@ def test_several_answers_per_problem():
 def test_the_interval_of_several_answers_is_that_of_all_resamples_of_problems():
     """Answers of a problem are alike: an interval over single answers is too narrow."""
     right = [4, 4, 3, 0, 0, 1]
-    rows = [
-        row(correct=i < count, name=f"q{q}", sample=i)
-        for q, count in enumerate(right)
-        for i in range(4)
-    ]
+    rows = [row(correct=i < count, name=f"q{q}") for q, count in enumerate(right) for i in range(4)]
     found = result(rows)
     means = [sum(counts) / 24 for counts in itertools.product(right, repeat=6)]
     expected = np.quantile(means, [0.025, 0.975])
@@ -136,9 +124,7 @@ def test_a_difference_is_paired():
 def test_several_answers_per_problem_are_paired_by_their_share():
     def of(counts, label):
         rows = [
-            row(correct=i < count, name=f"q{q}", sample=i)
-            for q, count in enumerate(counts)
-            for i in range(4)
+            row(correct=i < count, name=f"q{q}") for q, count in enumerate(counts) for i in range(4)
         ]
         return result(rows, label=label)
 

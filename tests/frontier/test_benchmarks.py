@@ -28,7 +28,7 @@ def in_process():
 
 def result(label: str, right: int = 3, problems: int = 4) -> EvalResult:
     ending = Ending("right", 2, 2, True)
-    rows = [Row(f"p{i}", None, i < right, "", 0, ending) for i in range(problems)]
+    rows = [Row(f"p{i}", None, i < right, ending) for i in range(problems)]
     return summarise(rows, label=label, seconds=1.0, cap=9, temperature=0.6, seed=0)
 
 

@@ -120,8 +120,8 @@ def test_where_two_answers_part_and_where_a_loop_begins() -> None:
     end = tokenizer.eos_token_id
     dense = Generation((*tokenizer.encode("<think>ü1</think>2"), end), "stop")
     own = Generation(tuple(tokenizer.encode("<think>ü12222")), "length")
-    ended = Row("p", None, True, "", 0, Ending("right", 7, 5, True))
-    looping = Row("p", None, False, "", 0, Ending("looping", 7, 7, False, Loop(4, 1, "tokens")))
+    ended = Row("p", None, True, Ending("right", 7, 5, True))
+    looping = Row("p", None, False, Ending("looping", 7, 7, False, Loop(4, 1, "tokens")))
     of_dense = trace_of(tokenizer, PROBLEM, dense, ended)
     assert of_dense["text"] == "<think>ü1</think>2<|end|>"
     assert of_dense["pieces"] == [7, 0, 1, 1, 8, 1, 7]

@@ -17,6 +17,8 @@ from rac_modifier.evaluation.results import Row, summarise
 from rac_modifier.problems.held_out import held_out_problems
 from rac_modifier.reasoner import reasoner_path
 from rac_modifier.sampling.prompts import render_prompt
+from rac_modifier.settings.problems import ProblemSource
+from rac_modifier.settings.sampling import SamplingSettings
 from tests import forked
 from tests.reasoner import training_run
 from tests.reasoner.training_run import TRAINING
@@ -33,8 +35,20 @@ def reasoner():
     ), AutoTokenizer.from_pretrained(path)
 
 
+def evaluated(reasoner, count, cap, path):
+    """Greedy answers to held-out problems."""
+    return accuracy.evaluate(
+        *reasoner,
+        held_out_problems("arithmetic", count),
+        label="dense",
+        source=ProblemSource(source="arithmetic"),
+        sampling=SamplingSettings(temperature=0, max_new_tokens=cap, batch_size=128),
+        path=path,
+    )
+
+
 @pytest.fixture(scope="module")
-def answered(reasoner):
+def answered(reasoner, tmp_path_factory):
     """Greedy answers to held-out problems: the result and its rows."""
     rows: list[Row] = []
 
@@ -44,8 +58,8 @@ def answered(reasoner):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(accuracy, "summarise", summarised)
-        problems = held_out_problems("arithmetic", PROBLEMS)
-        result = accuracy.evaluate(*reasoner, problems, label="dense", max_new_tokens=512)
+        path = tmp_path_factory.mktemp("answers") / "a.jsonl"
+        result = evaluated(reasoner, PROBLEMS, 512, path)
     return result, rows
 
 
@@ -70,16 +84,13 @@ def test_its_completions_are_long_next_to_its_prompts(reasoner, answered):
 
 
 @pytest.mark.slow
-def test_it_fails_without_thinking(reasoner):
-    def closed(tokenizer, question):
+def test_it_fails_without_thinking(reasoner, tmp_path, monkeypatch):
+    def closed(tokenizer, question, sampling):
         prompt = tokenizer.decode(render_prompt(tokenizer, question))
         return tokenizer.encode(f"{prompt}</think>\n", add_special_tokens=False)
 
-    problems = held_out_problems("arithmetic", 80)
-    result = accuracy.evaluate(
-        *reasoner, problems, label="direct", max_new_tokens=64, render=closed
-    )
-    assert result.accuracy < 0.2
+    monkeypatch.setattr(accuracy, "render_question", closed)
+    assert evaluated(reasoner, 80, 64, tmp_path / "a.jsonl").accuracy < 0.2
 
 
 def test_a_trace_renders_token_for_token_as_in_training(reasoner):

@@ -84,8 +84,8 @@ def test_tries_are_counted_whatever_the_faults(server, kinds, words):
     [
         ("400", RefusedError, "answers 400: told to answer 400"),
         ("401", RacError, r"answers 401: .*engine\.api_key_env"),
-        ("404", RacError, r"answers 404: .*engine\.model"),
-        ("307", RacError, r"answers 307: .*base_urls"),
+        ("404", RacError, r"answers 404: .*traces\.engine"),
+        ("307", RacError, r"answers 307: .*--server and --served-as"),
         ("no_ids", RacError, "return_token_ids"),
     ],
 )
@@ -98,12 +98,12 @@ def test_what_does_not_change_is_asked_once(server, kind, error, words):
 
 def test_the_list_of_models(server):
     assert f'"id": "{NAME}"'.encode() in models(server.url)
-    for status, words in ((403, r"engine\.api_key_env"), (404, "they end in /v1")):
+    for status, words in ((403, r"engine\.api_key_env"), (404, "it ends in /v1")):
         server.list_status = status
         with pytest.raises(RacError, match=rf"/v1/models answers {status} .*{words}"):
             models(server.url)
     server.close()
-    with pytest.raises(RacError, match=rf"no server answers at {server.url} \(.*base_urls"):
+    with pytest.raises(RacError, match=rf"no server answers at {server.url} .*\(--server, or "):
         models(server.url)
 
 
