@@ -5,9 +5,9 @@
 
 1. The grid is checked: recipes, disk, the serving environment. --check stops here.
 2. The model's own traces are sampled through `vllm serve`.
-3. Each model is compressed, measured (KL, bytes, tokens per second), served, and asked MATH-500
-   and AIME 2024 as published.
+3. Each model is compressed, measured (KL, bytes) and served for its tokens per second.
 4. OUT/report.html shows all of it.
+5. Each model is asked MATH-500 and AIME 2024 as published: OUT/benchmarks/*.json.
 
 The model, the prompts of OpenR1-Math-220k and the benchmarks come from the Hugging Face hub. Run
 the same command again after a kill: what is finished is not done again. The grid is
@@ -29,6 +29,7 @@ from rac_modifier.problems.held_out import held_out_problems
 from rac_modifier.settings.grid import FOLDER, load_grid, plan_rows
 
 MODEL, GRID = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", "r1_distill_1_5b"
+PRESETS = ("math-500", "aime24")
 MOST_TRACES = (
     8  # answers per model on the page; answers of 4,096 tokens are long, and 1.5 MB the most
 )
@@ -42,27 +43,44 @@ def rac(*words: object) -> None:
 
 
 def small_grid(out: Path) -> Path:
-    """Return the grid's rows with numbers for the reasoner, in the layout of the benchmarks."""
+    """Return the grid's rows with numbers for the reasoner."""
     content = yaml.safe_load((FOLDER / f"{GRID}.yaml").read_text())
-    names = [benchmark["preset"] for benchmark in content["evaluation"]["benchmarks"]]
-    questions = out / "questions.jsonl"
-    rows = [
-        {"problem": p.question, "answer": p.answer}
-        for p in held_out_problems("arithmetic", 2, seed=1)
-    ]
-    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    small = {"source": str(questions), "problems": 2, "samples": 2, "cap": 16}
     content["shared"] = {
         "traces": {"problems": {"source": "arithmetic"}, "sampling": {"max_new_tokens": 48}},
         "calibration": {"tokens": 1024, "held_out_tokens": 0},
     }
-    content["evaluation"] = {
-        "problems": 3,
-        "cap": 24,
-        "benchmarks": [{"preset": name, **small} for name in names],
-    }
+    content["evaluation"] = {"problems": 3, "cap": 24}
     (out / "grid.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     return out / "grid.yaml"
+
+
+def small_benchmark(out: Path) -> list[object]:
+    """Return the options that ask two problems in the layout of the benchmarks."""
+    rows = [
+        {"problem": p.question, "answer": p.answer}
+        for p in held_out_problems("arithmetic", 2, seed=1)
+    ]
+    questions = out / "questions.jsonl"
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return ["--source", questions, "--problems", 2, "--samples", 2, "--cap", 16]
+
+
+def ask_benchmarks(model: str, out: Path, options: list[object]) -> None:
+    """Ask each model the benchmarks that it has no result of; a failure stops no other model."""
+    (out / "benchmarks").mkdir(exist_ok=True)
+    for preset in PRESETS:
+        dense = out / "benchmarks" / f"{preset}-dense.json"
+        for name in (model, *sorted((out / "models").iterdir())):
+            result, paired = dense, []
+            if name != model:
+                result = out / "benchmarks" / f"{preset}-{name.name}.json"
+                paired = ["--baseline", dense]
+            if not result.exists():
+                files = ["--answers", result.with_suffix(".jsonl"), "--json", result, *paired]
+                try:
+                    rac("eval", name, "--preset", preset, *files, *options)
+                except RacError as error:
+                    print(f"{name}: {preset} was not measured ({error})")
 
 
 def main() -> None:
@@ -108,6 +126,8 @@ def main() -> None:
     finally:
         if (args.out / "rows.jsonl").exists():
             rac("report", args.out, "-o", args.out / "report.html", "--traces", MOST_TRACES)
+    small = small_benchmark(args.out) if args.dry_run else []
+    ask_benchmarks(model, args.out, [*options, *serve, *small])
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from urllib.error import URLError
 
@@ -130,7 +131,7 @@ def main() -> None:
         *serve_options,
     ]
     log = args.log or args.checkpoint.absolute().with_name(f"{args.checkpoint.absolute().name}.log")
-    problems = generate_distinct(0, "test", args.problems)
+    problems = list(islice(generate_distinct(0, "test"), args.problems))
 
     started = time.monotonic()
     with served(args.checkpoint, options, log) as url:

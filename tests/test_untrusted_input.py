@@ -18,8 +18,6 @@ ALLOWED = {
     ("llmcompressor/__init__.py", "import_module("): "a literal name of this package",
     ("kernels/choose.py", "entry_points"): "names packages that the user installed, and loads one "
         "of them",
-    ("cli/doctor.py", "import_module("): "the names of this package's own dependencies, from its "
-        "metadata",
     ("cli/doctor.py", "entry_points"): "only looked at: is our plugin registered",
     ("checkpoint/hf_quantizer.py", "trust_remote_code"): "load_model's own argument, False unless "
         "the caller sets it",

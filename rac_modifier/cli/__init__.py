@@ -73,7 +73,7 @@ app.command(short_help="Show what a checkpoint holds, and how it would be served
 app.command(short_help="Pack the zeros of a pruned model away.")(pack)
 app.command(short_help="Write a packed checkpoint with dense weights.")(unpack)
 app.command(short_help="Print the JSON Schema of a recipe entry.")(recipes.schema)
-app.command(short_help="Print versions, extras, kernels and devices.")(doctor)
+app.command(short_help="Print versions, extras and kernels.")(doctor)
 
 
 def main() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import platform
 from collections.abc import Iterator
@@ -17,12 +16,11 @@ from rac_modifier.errors import RacError
 
 Status = Literal["ok", "missing", "broken"]
 DISTRIBUTION = "rac-modifier"
-_REINSTALL = f"pip install --force-reinstall --no-deps {DISTRIBUTION}"
-# What the base is imported as; an error here is one that every command has.
-_BASE = {"torch": "torch", "safetensors": "safetensors", "pydantic": "pydantic", "yaml": "pyyaml"}
+_BASE = "base"  # what every command needs
 # Extras that are for developers, or that another one replaces, are not shown.
-_STATUSES: tuple[Status, ...] = ("missing", "broken", "ok")
-_EXTRAS = ("compress", "serve", "serve-cpu", "eval", "reasoning-gym", "harness")
+_EXTRAS = (_BASE, "traces", "compress", "serve", "serve-cpu", "eval", "reasoning-gym", "harness")
+_WORST_FIRST: tuple[Status, ...] = ("missing", "broken", "ok")
+_REINSTALL = f"pip install --force-reinstall --no-deps {DISTRIBUTION}"
 
 
 @dataclass(frozen=True)
@@ -37,9 +35,9 @@ class Finding:
 
 
 def doctor(as_json: AsJson = False) -> None:
-    """Print versions, extras, kernels and devices, and how to install what is missing.
+    """Print versions, extras and kernels, and how to install what is missing.
 
-    Exit code 0: the base works (what is missing is optional). 1: something is broken.
+    Exit code 0: nothing is broken (what is missing is optional). 1: something is broken.
 
     Example: rac doctor
     """
@@ -55,7 +53,7 @@ def doctor(as_json: AsJson = False) -> None:
 
 def examine() -> list[Finding]:
     """Return all findings, in the order of the report."""
-    return [*_versions(), *_base(), *_extras(), *_kernels(), *_devices(), *_plugin()]
+    return [*_versions(), *_extras(), *_kernels(), *_plugin()]
 
 
 def render(findings: list[Finding]) -> str:
@@ -83,35 +81,25 @@ def _versions() -> Iterator[Finding]:
     yield Finding("versions", "python", "ok", python)
 
 
-def _base() -> Iterator[Finding]:
-    """Import each package that everything needs."""
-    ranges = _requirements(None)
-    for module, name in _BASE.items():
-        try:
-            importlib.import_module(module)
-        except Exception as error:  # a broken package raises anything
-            reason = f"cannot be imported ({type(error).__name__}: {error})"
-            install = f"pip install --force-reinstall {name}"
-            yield Finding("base", name, "broken", reason, install)
-        else:
-            yield _checked("base", name, ranges.get(name, ""))
-
-
 def _extras() -> Iterator[Finding]:
     """Examine each extra: whole, missing, or with packages of a version that does not fit."""
     for extra in _EXTRAS:
-        packages = [_checked("", name, needed) for name, needed in _requirements(extra).items()]
-        bad = [package for package in packages if package.status != "ok"]
-        statuses = [package.status for package in packages] or ["missing"]
-        status: Status = next(status for status in _STATUSES if status in statuses)
-        detail = ", ".join(f"{package.name} {package.detail}" for package in bad or packages)
-        install = f"pip install '{DISTRIBUTION}[{extra}]'" if bad or not packages else None
-        detail = detail or "unknown: rac-modifier runs from a source tree that is not installed"
-        yield Finding("extras", extra, status, detail, install)
+        requirements = _requirements(extra)
+        if not requirements:
+            detail = "unknown: rac-modifier runs from a source tree that is not installed"
+            yield Finding("extras", extra, "missing", detail)
+            continue
+        packages = [_package(name, versions) for name, versions in requirements.items()]
+        statuses = [status for status, _ in packages]
+        status = next(status for status in _WORST_FIRST if status in statuses)
+        shown = [text for package, text in packages if status == "ok" or package != "ok"]
+        name = DISTRIBUTION if extra == _BASE else f"'{DISTRIBUTION}[{extra}]'"
+        install = None if status == "ok" else f"pip install {name}"
+        yield Finding("extras", extra, status, ", ".join(shown), install)
 
 
-def _requirements(extra: str | None) -> dict[str, str]:
-    """Return version ranges by package: of an extra, or of the base; empty where not installed."""
+def _requirements(extra: str) -> dict[str, str]:
+    """Return version ranges by package; empty where this package is not installed."""
     from packaging.requirements import Requirement
 
     try:
@@ -120,27 +108,24 @@ def _requirements(extra: str | None) -> dict[str, str]:
         return {}
     ranges = {}
     for requirement in map(Requirement, lines):
-        optional = requirement.marker is not None and "extra" in str(requirement.marker)
-        matches = (
-            not optional if extra is None else optional and f'"{extra}"' in str(requirement.marker)
-        )
-        if matches and requirement.name != DISTRIBUTION:
+        marker = str(requirement.marker or "")
+        needed = "extra" not in marker if extra == _BASE else f'"{extra}"' in marker
+        if needed and requirement.name != DISTRIBUTION:
             ranges[requirement.name] = str(requirement.specifier)
     return ranges
 
 
-def _checked(topic: str, name: str, versions: str) -> Finding:
+def _package(name: str, versions: str) -> tuple[Status, str]:
     """Tell whether a package is installed in a version of the range `versions`."""
     from packaging.specifiers import SpecifierSet
 
     try:
         version = metadata.version(name)
     except metadata.PackageNotFoundError:
-        return Finding(topic, name, "missing", "not installed")
+        return "missing", f"{name} not installed"
     if SpecifierSet(versions).contains(version, prereleases=True):
-        return Finding(topic, name, "ok", version)
-    detail = f"{version}, but {versions} is needed"
-    return Finding(topic, name, "broken", detail, f"pip install '{name}{versions}'")
+        return "ok", f"{name} {version}"
+    return "broken", f"{name} {version}, but {versions} is needed"
 
 
 def _kernels() -> Iterator[Finding]:
@@ -155,26 +140,6 @@ def _kernels() -> Iterator[Finding]:
     else:
         install = None if kernels.status == "ok" else _REINSTALL
         yield Finding("kernels", name, kernels.status, kernels.reason, install)
-
-
-def _devices() -> Iterator[Finding]:
-    """Report what a 2:4 layer of a usual size would run on, by device."""
-    import torch
-
-    from rac_modifier.kernels.choose import choose
-    from rac_modifier.kernels.interface import Layer
-
-    layer = Layer(4096, 4096, 0.5, torch.bfloat16, torch.bfloat16, 4096, two_of_four=True)
-    devices = {"cpu": platform.machine()}
-    if torch.cuda.is_available():
-        devices["cuda"] = torch.cuda.get_device_name()
-    for device, name in devices.items():
-        try:
-            reason = choose(layer, device)[0].reason
-        except RacError as error:
-            reason = str(error)  # reported as broken above
-        detail = f"{name}: a 2:4 bfloat16 layer runs as: {reason}"
-        yield Finding("devices", device, "ok", detail)
 
 
 def _plugin() -> Iterator[Finding]:

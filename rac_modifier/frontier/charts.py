@@ -1,6 +1,6 @@
 """The charts of a frontier as Vega-Lite specifications, which the page draws with Vega-Embed.
 
-All charts have the parameters row, axis, asked and find, so that a control is set in each.
+All charts have the parameters row, axis and find, so that a control is set in each.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import altair as alt
 from rac_modifier.evaluation.report import COLOURS
 from rac_modifier.evaluation.stopping import KINDS
 
-HELD_OUT = "the held-out problems"
 # What the horizontal axis shows: value of a row, and whether more is better.
 AXES: dict[str, tuple[Any, bool]] = {
     "MB of the checkpoint": (lambda row: row["bytes"]["total"] / 1e6, False),
@@ -29,7 +28,7 @@ KIND_NAMES = dict(
     )
 )
 _KIND_COLOURS = ["#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#999999"]
-_FOUND = "indexof(lower(datum.label), lower(find)) >= 0"
+_MATCHES = "indexof(lower(datum.label), lower(find)) >= 0"
 _MOST_POINTS = 3000  # of the scatter; more are thinned
 _HEIGHT = 280  # pixels
 
@@ -39,21 +38,14 @@ def charts(
 ) -> dict[str, Any]:
     """Return specifications by caption.
 
-    Args:
-        rows: of a study, each with `accuracies`: [mean, low, high] by what was asked.
-        traces: of a study, as `page.study_traces` returns them.
-        start: the values of the parameters when the page opens.
+    `rows` are of a study, each with `interval` ([mean, low, high] of its accuracy, or None);
+    `traces` are what `page.study_traces` returns; `start` holds the parameters of the opened page.
     """
-    accuracies = [
-        {**point, "asked": name}
-        for name in sorted({name for row in rows for name in row["accuracies"]})
-        for point in points(rows, lambda row, name=name: row["accuracies"].get(name), 1)
-    ]
     groups = list(dict.fromkeys(row["group"] for row in rows))
     drawn = {
-        "Accuracy": _against(accuracies, groups, "datum.asked == asked", "%", log=False),
+        "Accuracy": _against(points(rows, lambda row: row["interval"], 1), groups, "%", log=False),
         "KL from the dense model, nats per token": _against(
-            points(rows, _kl, -1), groups, "true", ".2~g", log=True
+            points(rows, _kl, -1), groups, ".2~g", log=True
         ),
         "How answers end": _stopping(rows),
         "Tokens per answer: the chosen row against the dense model": _tokens(traces),
@@ -102,16 +94,12 @@ def points(rows: Sequence[Mapping[str, Any]], value: Any, better: int) -> list[d
     return shown
 
 
-def _against(
-    values: list[dict[str, Any]], groups: list[str], shown: str, form: str, *, log: bool
-) -> Any:
+def _against(values: list[dict[str, Any]], groups: list[str], form: str, *, log: bool) -> Any:
     """Draw points with intervals, and the line of the rows that no other row beats."""
     if not values:
         return None
     picked = alt.selection_point(fields=["group"], bind="legend")
-    base = alt.Chart(alt.Data(values=values)).transform_filter(
-        f"datum.axis == axis && {_FOUND} && {shown}"
-    )
+    base = alt.Chart(alt.Data(values=values)).transform_filter(f"datum.axis == axis && {_MATCHES}")
     scale = alt.Scale(zero=False, padding=12)
     if log:
         scale = alt.Scale(type="log", padding=12)
@@ -158,7 +146,7 @@ def _stopping(rows: Sequence[Mapping[str, Any]]) -> Any:
         return None
     return (
         alt.Chart(alt.Data(values=values), height=22 * len(values) // len(KINDS))
-        .transform_filter(_FOUND)
+        .transform_filter(_MATCHES)
         .mark_bar(cursor="pointer")
         .encode(
             x=alt.X("share:Q", title=None, axis=alt.Axis(format="%")),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +14,6 @@ from rac_modifier.files import lock, read_json, write_json_atomic, write_text_at
 
 VERSION = 2  # changes when a reader of the old files would misread the new ones
 ROWS, ABOUT, TRACES, MODELS = "rows.jsonl", "frontier.json", "traces", "models"
-BENCHMARKS = "benchmarks.jsonl"
 
 
 class FrontierFolder:
@@ -24,12 +22,10 @@ class FrontierFolder:
     Attributes:
         about: what all rows share (frontier.json): the dense model, the problems, the sampling.
         rows: the finished rows (rows.jsonl), in the order in which they finished.
-        benchmarks: results of published benchmarks (benchmarks.jsonl), each with the label of
-            its row and the benchmark's name.
     """
 
     def __init__(self, folder: Path):
-        """Read the folder; an unfinished last line, which a kill leaves, is left out.
+        """Read the folder.
 
         Raises:
             RacError: results of another version, or a damaged file.
@@ -39,11 +35,15 @@ class FrontierFolder:
 
     def _read(self) -> None:
         self.about: dict[str, Any] = {}
-        if (self.folder / ABOUT).exists():
-            self.about = read_json(self.folder / ABOUT)
-            _check_version(self.about, self.folder / ABOUT)
-        self.rows, self._end = _read_rows(self.folder / ROWS)
-        self.benchmarks, self._benchmarks_end = _read_rows(self.folder / BENCHMARKS)
+        self.rows = _read_rows(self.folder / ROWS)
+        if not self.rows:
+            return
+        self.about = read_json(self.folder / ABOUT, "put it back, or name another folder")
+        if (version := self.about.get("version")) != VERSION:
+            raise RacError(
+                f"{self.folder / ABOUT} is of version {version!r}, and this package reads and "
+                f"writes version {VERSION}; use the package that wrote it, or name another folder"
+            )
 
     @classmethod
     def read(cls, folder: Path) -> FrontierFolder:
@@ -53,7 +53,7 @@ class FrontierFolder:
             RacError: no results, or results of another version.
         """
         results = cls(folder)
-        if not results.about or not results.rows:
+        if not results.rows:
             raise RacError(
                 f"{folder} holds no results of rac frontier; make them with: rac frontier MODEL "
                 f"--out {folder} ..."
@@ -63,7 +63,7 @@ class FrontierFolder:
     def begin(self, about: Mapping[str, Any]) -> None:
         """Write what all rows share, or `check` it."""
         self.check(about)
-        if not self.about:
+        if not self.rows:
             self.about = {"version": VERSION, **about}
             write_json_atomic(self.folder / ABOUT, self.about)
 
@@ -73,13 +73,8 @@ class FrontierFolder:
         Raises:
             RacError: the folder is of another model, other problems or other sampling.
         """
-        if self.rows and not self.about:
-            raise RacError(
-                f"{self.folder / ROWS} has rows and {ABOUT} is missing; put it back, or name "
-                "another folder"
-            )
         for key, value in about.items():
-            if self.about and self.about.get(key) != value:
+            if self.rows and self.about.get(key) != value:
                 recorded, now = (json.dumps(v)[:200] for v in (self.about.get(key), value))
                 raise RacError(
                     f"{self.folder} was measured with another {key} ({recorded} there, {now} now), "
@@ -96,44 +91,22 @@ class FrontierFolder:
         Raises:
             RacError: nothing can be written.
         """
-        content = {"version": VERSION, "traces": traces}
-        text = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-        path = self._traces(row["label"])
-        try:
-            path.parent.mkdir(exist_ok=True)
-            write_text_atomic(path, text + "\n")
-        except OSError as error:
-            raise _not_written(path.parent, error) from error
-        self._end = _append(self.folder / ROWS, self._end, row, self.rows)
-
-    def benchmark(self, label: str, name: str) -> dict[str, Any] | None:
-        """Return the result of a benchmark for the row of this label."""
-        key = (label, name)
-        return next((b for b in self.benchmarks if (b["label"], b.get("benchmark")) == key), None)
-
-    def add_benchmark(self, label: str, name: str, values: Mapping[str, Any]) -> None:
-        """Keep the result of a benchmark for the row of this label."""
-        values = {"label": label, "benchmark": name, **values}
-        path = self.folder / BENCHMARKS
-        self._benchmarks_end = _append(path, self._benchmarks_end, values, self.benchmarks)
+        write_text_atomic(self._traces(row["label"]), _line({"version": VERSION, "traces": traces}))
+        rows = [*self.rows, json.loads(_line({"version": VERSION, **row}))]
+        write_text_atomic(self.folder / ROWS, "".join(map(_line, rows)))
+        self.rows = rows
 
     def traces(self, label: str) -> list[dict[str, Any]]:
         """Return the traces of a finished row.
 
         Raises:
-            RacError: the file is missing, damaged or of another version.
+            RacError: the file is missing or damaged.
         """
         path = self._traces(label)
-        content = read_json(path)
-        _check_version(content, path)
-        traces = content.get("traces")
-        if not isinstance(traces, list) or not all(
-            isinstance(trace, dict) and "id" in trace for trace in traces
-        ):
-            raise RacError(
-                f"{path}: holds no traces; remove the line of {label!r} in {ROWS}, and run the "
-                "grid again"
-            )
+        next_step = f"remove the line of {label!r} in {ROWS}, and run the grid again"
+        traces = read_json(path, next_step).get("traces")
+        if not isinstance(traces, list):
+            raise RacError(f"{path}: holds no traces; {next_step}")
         return traces
 
     def model(self, label: str) -> Path:
@@ -145,7 +118,7 @@ class FrontierFolder:
 
     def __enter__(self) -> FrontierFolder:
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / TRACES).mkdir(parents=True, exist_ok=True)
             self._lock = (self.folder / ".lock").open("w")
         except OSError as error:
             raise RacError(
@@ -173,56 +146,26 @@ def slug(label: str) -> str:
     return f"{words}-{hashlib.sha256(label.encode()).hexdigest()[:8]}"
 
 
-def _append(path: Path, end: int, values: Mapping[str, Any], rows: list[dict[str, Any]]) -> int:
-    """Add a line after the last whole line, to the file and to `rows`; return the file's end."""
-    line = json.dumps({"version": VERSION, **values}, ensure_ascii=False, allow_nan=False) + "\n"
-    try:
-        with path.open("ab") as file:
-            file.truncate(end)
-            file.write(line.encode())
-            file.flush()
-            os.fsync(file.fileno())
-            end = file.tell()
-    except OSError as error:
-        raise _not_written(path, error) from error
-    rows.append(json.loads(line))
-    return end
+def _line(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _not_written(path: Path, error: OSError) -> RacError:
-    return RacError(
-        f"{path}: cannot be written ({error}); make room, and run the same command again"
-    )
-
-
-def _read_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """Return the rows, and the length of the file up to the end of the last whole line."""
+def _read_rows(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
-        return [], 0
-    try:
-        complete = path.read_bytes().rpartition(b"\n")[0]
-    except OSError as error:
-        raise RacError(f"{path}: cannot be read ({error})") from error
-    rows: list[dict[str, Any]] = []
-    for number, line in enumerate(complete.splitlines(), 1):
+        return []
+    rows = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            row, why = None, f"not JSON ({error})"
-        else:
-            why = "no row of rac frontier"
+            raise RacError(
+                f"{path}, line {number}: not JSON ({error}); remove this line, and run the grid "
+                "again"
+            ) from error
         if not isinstance(row, dict) or not isinstance(row.get("label"), str):
             raise RacError(
-                f"{path}, line {number}: {why}; remove this line, and run the grid again"
+                f"{path}, line {number}: no row of rac frontier; remove this line, and run the "
+                "grid again"
             )
-        _check_version(row, path)
         rows.append(row)
-    return rows, len(complete) + 1 if complete else 0
-
-
-def _check_version(content: Mapping[str, Any], path: Path) -> None:
-    if content.get("version") != VERSION:
-        raise RacError(
-            f"{path} is of version {content.get('version')!r}, and this package reads and writes "
-            f"version {VERSION}; use the package that wrote it, or name another folder"
-        )
+    return rows

@@ -11,8 +11,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import numpy as np
-
 from rac_modifier.checkpoint.files import TensorFiles
 from rac_modifier.checkpoint.inspect import is_embedding
 from rac_modifier.evaluation.accuracy import row_of
@@ -82,13 +80,7 @@ def measure(
 ) -> Measured:
     """Measure a compressed model's answers, and its divergence on the dense model's answers.
 
-    Args:
-        label: of the row.
-        model: the compressed model.
-        dense: the model that it was made from.
-        tokenizer: of both.
-        held_out: problems and sampling that `reference` was measured with.
-        reference: of the dense model, with the traces of all problems.
+    `reference` is of the dense model on the same problems, with the traces of all.
 
     Raises:
         RacError: what sampling and `divergence` raise.
@@ -103,9 +95,9 @@ def measure(
     tokens = divergence_per_token(dense, model, sequences, label=label)
     seconds = time.monotonic() - started
     figures["divergence"] = summarise_divergence(tokens, label=label, seconds=seconds).as_dict()
-    if figures["accuracy"] and reference.figures["accuracy"]:
+    if held_out.graded:
         first, second = (
-            EvalResult.from_dict(of["accuracy"]) for of in (reference.figures, figures)
+            EvalResult.from_dict(row["accuracy"]) for row in (reference.figures, figures)
         )
         figures["paired"] = paired_difference(first, second).as_dict()
     shown = list(zip(held_out.problems, answers, rows, dense_answers, tokens, strict=True))
@@ -115,7 +107,7 @@ def measure(
 def _answer(
     model: Any, tokenizer: Any, held_out: HeldOut, label: str
 ) -> tuple[list[Generation], dict[str, Any], Sequence[Row | None]]:
-    """Return the answers, what they say about the model, and a row each if they are graded."""
+    """Return answers, figures, and a row per answer (None: not graded)."""
     sampling, started = held_out.sampling, time.monotonic()
     ends = set(eos_token_ids(model, tokenizer))
     answers = []
@@ -126,9 +118,7 @@ def _answer(
     figures: dict[str, Any] = {
         "thinking": fmean(thinking_length(tokenizer, answer.ids) for answer in answers),
         "truncated": fmean(answer.finish_reason != "stop" for answer in answers),
-        "accuracy": None,
-        "divergence": None,
-        "paired": None,
+        **dict.fromkeys(("accuracy", "divergence", "paired")),
     }
     if not held_out.graded:
         return answers, figures, [None] * len(answers)
@@ -157,13 +147,8 @@ def trace_of(
 ) -> dict[str, Any]:
     """Return a trace in plain values.
 
-    Args:
-        tokenizer: of the model.
-        problem: that was asked.
-        answer: of the model.
-        row: verdict and ending; None without a reference answer.
-        dense: the dense model's answer, for a compressed model.
-        divergence: of the compressed model on the dense model's answer, a value per token.
+    `row` is None without a reference answer. For a compressed model, `dense` is the dense model's
+    answer, and `divergence` is measured on it.
     """
     pieces = pieces_of(tokenizer, answer.ids)
     loop = row and row.ending.loop
@@ -181,8 +166,7 @@ def trace_of(
         return trace | question | {"pieces": [len(piece) for piece in pieces]}
     pairs = zip(answer.ids, dense.ids, strict=False)
     same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-    trace["same_tokens"] = same
-    trace["same_characters"] = sum(map(len, pieces[:same]))
+    trace |= {"same_tokens": same, "same_characters": sum(map(len, pieces[:same]))}
     if divergence is not None:
         trace["kl"] = [round(value, 4) for value in divergence.kl]
     return trace
@@ -208,20 +192,10 @@ def pieces_of(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 
 def layers_of(record: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
     """Return relative error and sparsity of each pruned module of a run record."""
-    modules = record.get("modules")
     return {
-        str(values["name"]): {
-            "error": _number(values, "relative_error"),
-            "sparsity": _number(values, "sparsity"),
-        }
-        for values in (modules if isinstance(modules, list) else ())
-        if isinstance(values, Mapping) and "name" in values
+        module["name"]: {"error": module.get("relative_error"), "sparsity": module.get("sparsity")}
+        for module in record.get("modules", [])
     }
-
-
-def _number(values: Mapping[str, Any], key: str) -> float | None:
-    value = values.get(key)
-    return float(value) if isinstance(value, int | float) and np.isfinite(value) else None
 
 
 def checkpoint_bytes(folder: str | Path) -> dict[str, int | float]:

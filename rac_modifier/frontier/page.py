@@ -24,7 +24,7 @@ from typing import Any
 import yaml
 
 from rac_modifier.errors import RacError
-from rac_modifier.evaluation.results import EvalResult, PairedDifference, paired_difference
+from rac_modifier.evaluation.results import PairedDifference
 from rac_modifier.frontier.folder import FrontierFolder
 from rac_modifier.settings.grid import DENSE
 
@@ -47,7 +47,7 @@ def page(folders: Sequence[Path], most_traces: int) -> str:
 
     Raises:
         RacError: a folder without results or of another version, a label in two folders of a
-            study, or Altair is missing.
+            study, Altair is missing, or a page that is too large.
     """
     if not all(map(importlib.util.find_spec, ("altair", "vl_convert"))):
         raise RacError("the page needs altair and vl-convert; pip install 'rac-modifier[eval]'")
@@ -66,7 +66,7 @@ def page(folders: Sequence[Path], most_traces: int) -> str:
         data.append(values)
     packed = gzip.compress(json.dumps(data, separators=(",", ":")).encode(), 9, mtime=0)
     style, script, library = _asset("page.css"), _asset("page.js"), _vega()
-    return Template(_asset("page.html")).substitute(
+    text = Template(_asset("page.html")).substitute(
         style_hash=_hash(style),
         script_hashes=" ".join(f"'{_hash(text)}'" for text in (library, script)),
         style=style,
@@ -75,26 +75,18 @@ def page(folders: Sequence[Path], most_traces: int) -> str:
         library=library,
         script=script,
     )
+    _check_size(text, max(len(study["traces"]["dense"]) for study in data))
+    return text
 
 
-def problems_shown(folders: Sequence[Path], most_traces: int) -> int:
-    """Return the largest number of problems of a folder whose answers a page shows."""
-    evaluations = [FrontierFolder.read(folder).about["evaluation"] for folder in folders]
-    return min(most_traces, max(evaluation["problems"] for evaluation in evaluations))
-
-
-def check_size(text: str, path: Path, shown: int) -> None:
-    """Refuse a page that is too large; `shown`: problems whose answers are on it.
-
-    Raises:
-        RacError: with the number of problems that fits.
-    """
+def _check_size(text: str, problems: int) -> None:
+    """Refuse a page that is too large, with the number of problems that fits (RacError)."""
     size, without = len(text.encode()), len(_vega())
     if size > MOST_BYTES:
-        fits = shown * max(MOST_BYTES - without, 0) // max(size - without, 1) * 9 // 10
+        fits = problems * max(MOST_BYTES - without, 0) // max(size - without, 1) * 9 // 10
         raise RacError(
-            f"{path} would have {size / 1e6:.1f} MB, more than {MOST_BYTES / 1e6:.1f} MB; show the "
-            f"answers of fewer problems than {shown} (--traces {fits}), or fewer folders"
+            f"the page has {size / 1e6:.1f} MB, more than {MOST_BYTES / 1e6:.1f} MB; show the "
+            f"answers of fewer problems than {problems} (--traces {fits}), or fewer folders"
         )
 
 
@@ -116,7 +108,7 @@ def _hash(text: str) -> str:
 
 
 def _rows(group: list[FrontierFolder]) -> list[dict[str, Any]]:
-    """Return the rows of a study, the dense model first and once, with their benchmarks."""
+    """Return the rows of a study, the dense model first and once, with intervals and notes."""
     rows = {row["label"]: row for row in group[0].rows if row["label"] == DENSE}
     for folder in group:
         for row in folder.rows:
@@ -126,58 +118,35 @@ def _rows(group: list[FrontierFolder]) -> list[dict[str, Any]]:
                     "show them apart"
                 )
             rows.setdefault(row["label"], row)
-    benchmarks: dict[str, dict[str, EvalResult]] = {}
-    for entry in (entry for folder in group for entry in folder.benchmarks):
-        result = EvalResult.from_dict(entry["result"])
-        benchmarks.setdefault(entry["label"], {})[entry["benchmark"]] = result
-    return [
-        row | _asked(row, benchmarks.get(row["label"], {}), benchmarks.get(DENSE, {}))
-        for row in rows.values()
-    ]
+    return [row | _described(row) for row in rows.values()]
 
 
-def _asked(
-    row: Mapping[str, Any], results: Mapping[str, EvalResult], dense: Mapping[str, EvalResult]
-) -> dict[str, Any]:
-    """Return accuracies by what was asked, notes on them, and the endings of a row."""
-    from rac_modifier.frontier.charts import HELD_OUT
-
-    accuracies, notes, endings = {}, [], []
+def _described(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the accuracy of a row as [mean, low, high], its endings, and notes."""
+    interval, notes, endings = None, [], []
     if values := row["accuracy"]:
-        accuracies[HELD_OUT] = [values["accuracy"], values["ci_low"], values["ci_high"]]
+        interval = [values["accuracy"], values["ci_low"], values["ci_high"]]
         endings = [ending for samples in values["endings"].values() for ending in samples]
     if row["paired"]:
-        paired = {**row["paired"], "inflation": None}
-        notes.append(PairedDifference(**paired).describe())
-    for name, result in results.items():
-        accuracies[name] = [result.accuracy, result.ci_low, result.ci_high]
-        notes.append(
-            f"{name}: {result.problems} problems, {result.samples} samples each, at most "
-            f"{result.cap:,} new tokens: {result.accuracy:.1%}, {result.mean_thinking_tokens:.0f} "
-            f"thinking tokens, {result.unfinished_share:.1%} truncated"
-        )
-        if row["label"] != DENSE and name in dense:
-            notes.append(paired_difference(dense[name], result).describe())
+        notes.append(PairedDifference(**{**row["paired"], "inflation": None}).describe())
     if reason := (row["served"] or {}).get("not_measured"):
         notes.append(f"not served: {reason}")
-    return {"accuracies": accuracies, "notes": notes, "endings": endings}
+    return {"interval": interval, "notes": notes, "endings": endings}
 
 
 def _study(
     rows: list[dict[str, Any]], traces: dict[str, Any], about: Mapping[str, Any], number: int
 ) -> tuple[str, dict[str, Any]]:
     """Return the markup of a study, and what its script reads."""
-    from rac_modifier.frontier.charts import AXES, HELD_OUT, charts
+    from rac_modifier.frontier.charts import AXES, charts
 
     evaluation = about["evaluation"]
     sampling = (
         f"temperature {evaluation['temperature']:g}" if evaluation["temperature"] else "greedy"
     )
-    names = sorted({n for row in rows for n in row["accuracies"]}, key=lambda n: (n != HELD_OUT, n))
     axes = [axis for axis, (place, _) in AXES.items() if any(map(place, rows))]
     row = next((row["label"] for row in rows if row["label"] != DENSE), DENSE)
-    start = {"row": row, "axis": axes[0], "asked": (names or [HELD_OUT])[0], "find": ""}
-    specs = charts(rows, traces, start)
+    specs = charts(rows, traces, {"row": row, "axis": axes[0], "find": ""})
     section = Template(_asset("study.html")).substitute(
         name=escape(f"{number}. {about['model']}, {evaluation['source']}"),
         about=escape(
@@ -187,7 +156,6 @@ def _study(
         ),
         rows=_options(row["label"] for row in rows),
         axes=_options(axes),
-        asked=_options(names),
         charts="".join(f"<figure>{_tag('figcaption', c)}<div></div></figure>" for c in specs),
         table=_table(rows),
         recipes="".join(_recipe(row) for row in rows),
@@ -213,8 +181,7 @@ def _recipe(row: Mapping[str, Any]) -> str:
 
 def _table(rows: list[dict[str, Any]]) -> str:
     """Return the table of rows, without the columns that no row has."""
-    names = sorted({name for row in rows for name in row["accuracies"]})
-    cells = [_cells(row, names) for row in rows]
+    cells = [_cells(row) for row in rows]
     heads = [head for head in cells[0] if any(row[head] for row in cells)]
     body = [
         f'<tr data-label="{escape(row["label"])}">'
@@ -224,22 +191,21 @@ def _table(rows: list[dict[str, Any]]) -> str:
     return f"<tr>{''.join(_tag('th', head) for head in heads)}" + "".join(body)
 
 
-def _cells(row: Mapping[str, Any], names: Sequence[str]) -> dict[str, str | None]:
+def _cells(row: Mapping[str, Any]) -> dict[str, str | None]:
     sizes, divergence = row["bytes"], row["divergence"] or {}
     error, speed = divergence.get("kl_stderr"), (row["served"] or {}).get("tokens_per_second")
     kl = divergence and f"{divergence['kl']:.2g}" + (f" ± {error:.1g}" if error else "")
-    rights = {}
-    for name in names:
-        share, *ends = row["accuracies"].get(name) or [None]
-        interval = " to ".join(f"{100 * end:.1f}" for end in ends)
-        rights[f"right: {name}"] = None if share is None else f"{share:.1%} ({interval})"
+    right = None
+    if row["interval"]:
+        mean, low, high = row["interval"]
+        right = f"{mean:.1%} ({100 * low:.1f} to {100 * high:.1f})"
     return {
         "row": row["label"],
         "MB": f"{sizes['total'] / 1e6:.3f}",
         "bits per weight": f"{sizes['bits_per_weight']:.2f}",
         "KL": kl or None,
         "top-1": divergence and f"{divergence['agreement']:.2%}",
-        **rights,
+        "right": right,
         "thinking tokens": f"{row['thinking']:.0f}",
         "truncated": f"{row['truncated']:.1%}",
         "tokens/s": speed and f"{speed:.0f}",

@@ -7,7 +7,6 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,6 @@ from rac_modifier.checkpoint.record import RUN_RECORD_NAME
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.results import EvalResult
 from rac_modifier.files import read_json, remove_folder, without_paths
-from rac_modifier.frontier.benchmarks import (
-    Ask,
-    Benchmark,
-    Servers,
-    ask_benchmarks,
-    check_benchmarks,
-    missing_benchmarks,
-)
 from rac_modifier.frontier.folder import FrontierFolder
 from rac_modifier.frontier.measure import (
     HeldOut,
@@ -49,21 +40,13 @@ class Tools:
         source: the folder of the dense model.
         load: from a model folder to the model in memory and its tokenizer.
         compress: applies a recipe to the dense model, and saves the result to a folder.
-        servers: who answers for a model folder, inside the context: this process, or a server.
         serve: evaluates a served model folder for its tokens per second; None: not asked for.
-        benchmarks: what each model is asked besides.
-        ask: asks it.
     """
 
     source: Path
     load: Callable[[Path], tuple[Any, Any]]
     compress: Callable[[dict[str, Any], Path], None]
-    servers: Callable[[Path], AbstractContextManager[Servers]] = lambda _: nullcontext(
-        lambda: nullcontext(())
-    )
-    serve: Callable[[Path, str, Servers], EvalResult] | None = None
-    benchmarks: Sequence[Benchmark] = ()
-    ask: Ask | None = None
+    serve: Callable[[Path, str], EvalResult] | None = None
 
 
 def check_finished(folder: FrontierFolder, planned: Sequence[PlannedRow]) -> None:
@@ -104,87 +87,28 @@ def run_grid(
         report: called with each new row.
 
     Raises:
-        RacError: what compressing and measuring raise; benchmarks that could not be measured,
-            when all else is done. Finished rows stay.
+        RacError: what compressing and measuring raise. Finished rows stay.
     """
     check_finished(folder, planned)
-    check_benchmarks(folder, tools.benchmarks)
-    _check_models(folder, planned, tools)
-    failed: dict[str, str] = {}
-    new = folder.row(DENSE) is None
-    with tools.servers(tools.source) as servers:
-        # First, because what stops the server would stop every row. The server ends before the
-        # model is loaded, because it reserves most of the device.
-        served = _served(tools, tools.source, DENSE, servers) if new else None
-        _benchmarks(folder, DENSE, tools.source, tools, servers, failed)
-    if new:
-        _finish_dense(folder, held_out, tools, served)
+    if folder.row(DENSE) is None:
+        _finish_dense(folder, held_out, tools)
         report(folder.rows[-1])
     for number, run in enumerate(planned, 1):
-        new, model = folder.row(run.label) is None, folder.model(run.label)
-        with tools.servers(model) as servers:
-            if new:
-                logger.info(f"{run.label}: row {number} of {len(planned)}")
-                _finish(folder, run, held_out, tools, servers)
-                report(folder.rows[-1])
-            measured = _benchmarks(folder, run.label, model, tools, servers, failed)
-        if (new or measured) and remove_models and run.label not in failed:
-            remove_folder(model)
-    if failed:
-        reasons = "".join(f"\n- {label}: {reason}" for label, reason in failed.items())
-        raise RacError(
-            f"the rows are in {folder.folder}, but not all benchmarks; run the same command again "
-            f"to go on with them{reasons}"
-        )
+        if folder.row(run.label) is None:
+            logger.info(f"{run.label}: row {number} of {len(planned)}")
+            _finish(folder, run, held_out, tools)
+            report(folder.rows[-1])
+            if remove_models:
+                remove_folder(folder.model(run.label))
 
 
-def _check_models(folder: FrontierFolder, planned: Sequence[PlannedRow], tools: Tools) -> None:
-    """Refuse benchmarks of finished rows whose checkpoints were removed."""
-    gone = [
-        run.label
-        for run in planned
-        if folder.row(run.label) is not None
-        and missing_benchmarks(folder, run.label, tools.benchmarks)
-        and not folder.model(run.label).is_dir()
-    ]
-    if gone:
-        raise RacError(
-            f"{folder.folder} has no checkpoint any more of {', '.join(gone)}, so the benchmarks "
-            "cannot be asked; leave them out, or name another folder"
-        )
-
-
-def _benchmarks(
-    folder: FrontierFolder,
-    label: str,
-    model: Path,
-    tools: Tools,
-    servers: Servers,
-    failed: dict[str, str],
-) -> bool:
-    """Ask missing benchmarks; return whether any was missing. `failed` gets the failures."""
-    if tools.ask is None or not missing_benchmarks(folder, label, tools.benchmarks):
-        return False
-    _free_accelerator()
-    if reason := ask_benchmarks(folder, label, model, tools.benchmarks, tools.ask, servers):
-        failed[label] = reason
-    return True
-
-
-def _free_accelerator() -> None:
-    """Free the device memory of models that are gone, for a server on the same device."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def _finish_dense(
-    folder: FrontierFolder, held_out: HeldOut, tools: Tools, served: dict[str, Any] | None
-) -> None:
+def _finish_dense(folder: FrontierFolder, held_out: HeldOut, tools: Tools) -> None:
     """Measure the dense model, and write its row."""
     started = time.monotonic()
-    model, tokenizer = tools.load(tools.source)
-    measured = measure_dense(model, tokenizer, held_out)
+    # First, because what stops the server would stop every row; and it ends before the model is
+    # loaded, because it reserves most of the device.
+    served = _served(tools, tools.source, DENSE)
+    measured = measure_dense(*tools.load(tools.source), held_out)
     row = {
         **dict.fromkeys(("label", "row", "group"), DENSE),
         **dict.fromkeys(("seed", "recipe", "compressing")),
@@ -194,12 +118,10 @@ def _finish_dense(
         "served": served,
         "seconds": time.monotonic() - started,
     }
-    folder.add(without_paths(row), measured.traces)
+    folder.add(row, measured.traces)
 
 
-def _finish(
-    folder: FrontierFolder, run: PlannedRow, held_out: HeldOut, tools: Tools, servers: Servers
-) -> None:
+def _finish(folder: FrontierFolder, run: PlannedRow, held_out: HeldOut, tools: Tools) -> None:
     """Compress and measure a model, and write its row."""
     started = time.monotonic()
     model_folder = folder.model(run.label)
@@ -219,7 +141,7 @@ def _finish(
         "bytes": checkpoint_bytes(model_folder),
         "layers": layers_of(record),
         "calibration": record.get("calibration"),
-        "served": _served(tools, model_folder, run.label, servers),
+        "served": _served(tools, model_folder, run.label),
         "compressing": compressing,
         "seconds": time.monotonic() - started,
     }
@@ -244,13 +166,15 @@ def _compress(model_folder: Path, recipe: dict[str, Any], tools: Tools) -> float
     return time.monotonic() - started
 
 
-def _served(tools: Tools, model: Path, label: str, servers: Servers) -> dict[str, Any] | None:
+def _served(tools: Tools, model: Path, label: str) -> dict[str, Any] | None:
     """Return speed and accuracy of a served run, or why a compressed model cannot be served."""
     if tools.serve is None:
         return None
-    _free_accelerator()
+    gc.collect()  # the device memory of models that are gone, for the server
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     try:
-        values = tools.serve(model, label, servers).as_dict()
+        values = tools.serve(model, label).as_dict()
     except RacError as error:
         if label == DENSE:
             raise RacError(f"serve: true, and the dense model cannot be served: {error}") from error

@@ -6,23 +6,21 @@ timeout has an effect. The limit counts CPU time: a busy machine does not change
 
 from __future__ import annotations
 
-import atexit
 import importlib
 import importlib.util
 import os
 import signal
 import sys
 import threading
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeoutError
-from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
-from multiprocessing.context import SpawnContext, SpawnProcess
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+from queue import LifoQueue
 from types import ModuleType
 from typing import Any, Literal
 
 from loguru import logger
-from pebble import ProcessExpired, ProcessPool
 
 from rac_modifier.errors import RacError
 
@@ -35,9 +33,7 @@ _NEEDS: dict[Check, tuple[str, str, str]] = {
     "mathematics": ("math_verify", "comparing answers that are not plain integers", "eval"),
     "reasoning-gym": ("reasoning_gym", "scoring the answers of its tasks", "reasoning-gym"),
 }
-_lock = threading.Lock()  # of _pools
 _main_lock = threading.Lock()  # of sys.modules["__main__"]
-_pools: dict[Check, ProcessPool] = {}
 
 
 def check_answer(check: Check, *arguments: str | int) -> bool:
@@ -49,33 +45,16 @@ def check_answer(check: Check, *arguments: str | int) -> bool:
     Raises:
         RacError: the module of the check is not installed, or cannot be imported.
     """
-    seconds = SECONDS_PER_ANSWER
-    for _ in range(2):  # a pool that lost an idle worker is broken: a new one is started
-        pool = _pool(check)
-        try:
-            future = pool.schedule(
-                _run, args=(check, arguments, seconds), timeout=seconds * _WALL_FACTOR
-            )
-        except RuntimeError:
-            _discard(check, pool)
-            continue
-        try:
-            return bool(_result(pool, future))
-        except BrokenProcessPool:
-            _discard(check, pool)
-            continue
-        except FutureTimeoutError:
-            reason = f"no verdict within {seconds * _WALL_FACTOR:g} s"
-        except ProcessExpired as error:
-            slow = error.exitcode == -signal.SIGPROF
-            reason = f"the checking process ended with code {error.exitcode}"
-            reason = f"it takes over {seconds:g} s of CPU time" if slow else reason
-        except Exception as error:
-            reason = f"the check failed with {type(error).__name__}: {error}"
-        logger.warning(f"the answer {str(arguments[0])[:60]!r} counts as wrong: {reason}")
-        return False
-    module = _NEEDS[check][0]
-    raise RacError(f"{module} fails to start; see why with: {sys.executable} -c 'import {module}'")
+    check_installed(check)
+    worker = _workers.get()
+    try:
+        reply = worker.ask(check, arguments)
+    finally:
+        _workers.put(worker)
+    if isinstance(reply, bool):
+        return reply
+    logger.warning(f"the answer {str(arguments[0])[:60]!r} counts as wrong: {reply}")
+    return False
 
 
 def check_installed(check: Check) -> None:
@@ -86,43 +65,37 @@ def check_installed(check: Check) -> None:
         raise RacError(f"{purpose} needs {name}; pip install 'rac-modifier[{extra}]'")
 
 
-def _result(pool: ProcessPool, future: Future[bool]) -> bool:
-    """Wait for a verdict; a pool that breaks does not end the futures of its waiting tasks."""
-    while True:
+class _Worker:
+    """Checks one answer at a time, in a process that starts when it is needed."""
+
+    _process: _Process | None = None
+
+    def ask(self, check: Check, arguments: tuple[str | int, ...]) -> bool | str:
+        """Return whether an answer is right, or why there is no verdict."""
+        if self._process is None or not self._process.is_alive():
+            self._pipe, pipe = Pipe()
+            self._process = _Process(target=_work, args=(pipe,), daemon=True)
+            self._process.start()
+            pipe.close()
+        seconds, replied = SECONDS_PER_ANSWER, False
         try:
-            return future.result(timeout=1.0)
-        except FutureTimeoutError:
-            if future.done():
-                return future.result()
-            if not pool.active:
-                raise BrokenProcessPool("the pool ended") from None
-
-
-def _pool(check: Check) -> ProcessPool:
-    with _lock:
-        if check not in _pools:
-            check_installed(check)
-            _pools[check] = ProcessPool(
-                WORKERS, initializer=_prepare, initargs=(_NEEDS[check][0],), context=_Context()
-            )
-        return _pools[check]
-
-
-def _discard(check: Check, pool: ProcessPool) -> None:
-    """End a broken pool, unless another thread has done so."""
-    with _lock:
-        if _pools.get(check) is not pool:
-            return
-        del _pools[check]
-    pool.stop()
-    pool.join()
-
-
-@atexit.register  # else a worker that is just starting would print a traceback
-def close() -> None:
-    """End all worker processes."""
-    for check, pool in list(_pools.items()):
-        _discard(check, pool)
+            self._pipe.send((check, arguments, seconds))
+            if error := self._pipe.recv():
+                raise RacError(f"{_NEEDS[check][0]} cannot be imported ({error}); reinstall it")
+            if not self._pipe.poll(seconds * _WALL_FACTOR):
+                return f"no verdict within {seconds * _WALL_FACTOR:g} s"
+            verdict: bool | str = self._pipe.recv()
+            replied = True
+            return verdict
+        except (EOFError, OSError):
+            self._process.join()
+            if self._process.exitcode == -signal.SIGPROF:
+                return f"it takes over {seconds:g} s of CPU time"
+            return f"the checking process ended with code {self._process.exitcode}"
+        finally:
+            if not replied:
+                self._process.kill()
+                self._process.join()
 
 
 class _Process(SpawnProcess):
@@ -138,21 +111,33 @@ class _Process(SpawnProcess):
                 sys.modules["__main__"] = main
 
 
-class _Context(SpawnContext):
-    Process = _Process
+_workers: LifoQueue[_Worker] = LifoQueue()  # the last one first: few checks start few processes
+for _ in range(WORKERS):
+    _workers.put(_Worker())
 
 
-def _prepare(module: str) -> None:
-    """Silence a worker's standard error, and import the module before time counts."""
+def _work(pipe: Connection) -> None:
+    """Reply to each question: why its module cannot be imported, or None; then the verdict."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    importlib.import_module(module)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the parent ends it
+    while True:
+        check, arguments, seconds = pipe.recv()
+        try:
+            importlib.import_module(_NEEDS[check][0])  # before time counts
+        except Exception as error:
+            pipe.send(f"{type(error).__name__}: {error}")
+            return
+        pipe.send(None)
+        pipe.send(_verdict(check, arguments, seconds))
 
 
-def _run(check: Check, arguments: tuple[Any, ...], seconds: float) -> bool:
-    """Run a check in a worker. The default action of SIGPROF ends the process anywhere."""
+def _verdict(check: Check, arguments: tuple[Any, ...], seconds: float) -> bool | str:
+    """Run a check. The default action of SIGPROF ends the process anywhere."""
     signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         return _equal(*arguments) if check == "mathematics" else _solves(*arguments)
+    except Exception as error:
+        return f"the check failed with {type(error).__name__}: {error}"
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
 

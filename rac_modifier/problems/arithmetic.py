@@ -12,10 +12,10 @@ import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from typing import Literal
 
 Split = Literal["train", "calibration", "test"]
+_MOST_REPEATS = 10_000  # in a row, before a split counts as exhausted
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,11 @@ class Solved:
     question: str
     thinking: str
     answer: str
+
+    @property
+    def identity(self) -> str:
+        """Return the same text for the same operands in another order or phrasing."""
+        return f"{self.task}:{','.join(map(str, sorted(self.operands)))}"
 
 
 def split_of(task: str, operands: tuple[int, ...]) -> Split:
@@ -140,14 +145,14 @@ def generate(
             yield Solved(name, operands, question, thinking, answer)
 
 
-def generate_distinct(seed: int | str, split: Split, count: int) -> list[Solved]:
-    """Return `count` problems of a split; no two have the same operands in any order."""
-    distinct: dict[tuple[str, tuple[int, ...]], Solved] = {}
-    for problem in islice(generate(seed, split), 50 * count + 1000):
-        distinct.setdefault((problem.task, tuple(sorted(problem.operands))), problem)
-        if len(distinct) == count:
-            return list(distinct.values())
-    raise ValueError(
-        f"the {split} split gave only {len(distinct)} distinct problems of the {count} asked for; "
-        "ask for fewer"
-    )
+def generate_distinct(seed: int | str, split: Split) -> Iterator[Solved]:
+    """Yield problems of a split, no two with the same operands in any order, until none is new."""
+    seen: set[str] = set()
+    repeats = 0
+    for problem in generate(seed, split):
+        if problem.identity not in seen:
+            repeats = 0
+            seen.add(problem.identity)
+            yield problem
+        elif (repeats := repeats + 1) > _MOST_REPEATS:
+            return

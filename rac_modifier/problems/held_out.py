@@ -23,7 +23,7 @@ from rac_modifier.problems.source import (
     table_name,
 )
 from rac_modifier.settings.check import check_settings
-from rac_modifier.settings.problems import ProblemSource
+from rac_modifier.settings.problems import ARITHMETIC, ProblemSource
 
 LETTERS = "ABCDEFGH"
 _CHOICES_SEED = "choices/0"  # fixed: all runs show a question's choices in the same order
@@ -53,21 +53,22 @@ def held_out_problems(
         raise RacError(f"{count} problems cannot be evaluated; ask for at least 1")
     values = {"source": source, "column": column, "answer_column": answer_column, "split": split}
     checked = check_settings(ProblemSource, values, "problems")
-    if source == "arithmetic":
-        try:
-            solved = generate_distinct(seed, "test", count)
-        except ValueError as error:
-            raise RacError(str(error)) from error
-        return [
+    if source == ARITHMETIC:
+        problems = [
             Problem(f"{s.task}:{','.join(map(str, s.operands))}", s.question, s.answer, s.task)
-            for s in solved
+            for s in islice(generate_distinct(seed, "test"), count)
         ]
-    problems = list(islice(load_problems(checked, seed), count))
+    else:
+        problems = list(islice(load_problems(checked, seed), count))
+    _check_count(problems, count, source)
+    return problems
+
+
+def _check_count(problems: list[Problem], count: int, source: str) -> None:
     if len(problems) < count:
         raise RacError(
             f"{source} gave {len(problems)} problems of the {count} asked for; ask for fewer"
         )
-    return problems
 
 
 @dataclass(frozen=True)
@@ -100,25 +101,17 @@ def benchmark_problems(
         open_problem_table(source), source, (column, answer_column, *layout.wrong_columns), seed
     )
     problems = [
-        _problem(row, where, i, layout, question_in(row, where, column), answer_column)
+        _problem(row, where, i, layout, column, answer_column)
         for i, where, row in islice(rows, count)
     ]
-    if count is not None and len(problems) < count:
-        raise RacError(
-            f"{table_name(source)} gave {len(problems)} problems of the {count} asked for; ask for "
-            "fewer, or name another source"
-        )
+    _check_count(problems, count or 0, table_name(source))
     return problems
 
 
 def _problem(
-    row: Mapping[str, Any],
-    where: str,
-    index: int,
-    layout: Layout,
-    question: str,
-    answer_column: str,
+    row: Mapping[str, Any], where: str, index: int, layout: Layout, column: str, answer_column: str
 ) -> Problem:
+    question = question_in(row, where, column)
     answer = _filled(row, where, answer_column)
     if layout.answers == "last line":
         answer = _last_line(answer, where, answer_column)

@@ -11,7 +11,7 @@ from itertools import count, islice
 from typing import TYPE_CHECKING, Any
 
 from rac_modifier.errors import RacError
-from rac_modifier.problems import arithmetic
+from rac_modifier.problems.arithmetic import generate_distinct
 from rac_modifier.problems.tables import open_table
 from rac_modifier.settings.problems import ARITHMETIC, GYM_PREFIX, ProblemSource
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 QUESTION_COLUMNS = ("problem", "question", "prompt")
 _GYM_CHUNK = 500
-_REPEATS_BEFORE_EXHAUSTED = 10_000
 _EXACT_FLOATS = 2.0**53  # integers below are exact in the float64 that larger JSON integers become
 
 
@@ -45,27 +44,15 @@ def load_problems(source: ProblemSource, seed: int) -> Iterator[Problem]:
             while iterating, a question that is not text, or an answer that is neither text nor a
             number.
     """
+    problems: Iterator[Problem]
     if source.source == ARITHMETIC:
-        problems = _arithmetic(seed)
+        solved = generate_distinct(seed, "calibration")
+        problems = (Problem(s.identity, s.question, s.answer, s.task) for s in solved)
     elif source.source.startswith(GYM_PREFIX):
         problems = _reasoning_gym(source.source.removeprefix(GYM_PREFIX), seed)
     else:
         problems = _from_table(open_problem_table(source), source, seed)
     return islice(problems, source.limit)
-
-
-def _arithmetic(seed: int) -> Iterator[Problem]:
-    seen: set[str] = set()
-    repeats = 0
-    for solved in arithmetic.generate(seed, "calibration"):
-        # The same operands in another phrasing are the same problem.
-        identity = f"{solved.task}:{','.join(str(x) for x in sorted(solved.operands))}"
-        if identity not in seen:
-            repeats = 0
-            seen.add(identity)
-            yield Problem(identity, solved.question, solved.answer, solved.task)
-        elif (repeats := repeats + 1) > _REPEATS_BEFORE_EXHAUSTED:
-            return
 
 
 def _reasoning_gym(names: str, seed: int) -> Iterator[Problem]:
@@ -167,11 +154,9 @@ def question_in(row: Mapping[str, Any], where: str, column: str) -> str:
     """Return the question of a row; a row without text there is a RacError."""
     question = row[column]
     if not isinstance(question, str) or not question.strip():
-        kind = type(question).__name__
-        shown = "nothing" if question is None else f"{kind} {str(question)[:80]!r}"
         raise RacError(
-            f"{where}: column {column!r} must hold the question as text, it holds {shown}; choose "
-            "another column"
+            f"{where}: column {column!r} must hold the question as text, it holds "
+            f"{repr(question)[:80]}; choose another column"
         )
     return question
 
@@ -182,8 +167,7 @@ def answer_in(row: Mapping[str, Any], where: str, column: str) -> str | None:
     if answer is not None and not isinstance(answer, (str, int, float)):
         raise RacError(
             f"{where}: column {column!r} must hold text or a number, it holds a "
-            f"{type(answer).__name__}; write the answers as text in a Parquet file, or choose "
-            "another answer_column"
+            f"{type(answer).__name__}; write the answers as text in a Parquet file"
         )
     if isinstance(answer, float) and abs(answer) >= _EXACT_FLOATS:
         raise RacError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,28 +34,19 @@ def open_table(
 ) -> Dataset:
     """Open a .jsonl, .json (a list of objects), .parquet or .txt file, or a Hugging Face dataset.
 
-    The rows stay on disk until they are read. An empty file gives no rows and no columns.
-    `label` names the source in messages ("problem file").
+    The rows stay on disk until they are read. `label` names the source in messages
+    ("problem file").
     """
-    try:
+    with _named(source, label, config, split):
         return _load(source, label, config, split, streaming=False)
-    except RacError:
-        raise
-    # The errors of load_dataset depend on format, hub and network: they are passed on.
-    except Exception as error:
-        raise _unreadable(source, label, config, split, error) from error
 
 
 def stream_rows(
     source: str, *, label: str, config: str | None = None, split: str = "train"
 ) -> Iterator[Mapping[str, Any]]:
     """Yield the rows of a source, read (and downloaded) only as far as the iterator advances."""
-    try:
+    with _named(source, label, config, split):
         yield from _load(source, label, config, split, streaming=True)
-    except RacError:
-        raise
-    except Exception as error:
-        raise _unreadable(source, label, config, split, error) from error
 
 
 def _load(source: str, label: str, config: str | None, split: str, *, streaming: bool) -> Any:
@@ -64,13 +56,12 @@ def _load(source: str, label: str, config: str | None, split: str, *, streaming:
             raise RacError(
                 f"{label} {source!r}: no such file; check the path (it is relative to {Path.cwd()})"
             )
-        regular_file(path, label)
+        if regular_file(path, label).stat().st_size == 0:
+            raise RacError(f"{label} {source!r} is empty; name another file")
     import datasets  # takes half a second, and most runs read neither file nor dataset
 
     if not is_file(source):
         return datasets.load_dataset(source, config, split=split, streaming=streaming)
-    if _is_empty(path):
-        return datasets.Dataset.from_dict({})
     loader, options, _ = _LOADERS[path.suffix]
     files = glob.escape(str(path.absolute()))  # data_files takes patterns
     return datasets.load_dataset(
@@ -78,43 +69,35 @@ def _load(source: str, label: str, config: str | None, split: str, *, streaming:
     )
 
 
-def _is_empty(path: Path) -> bool:
-    """Tell whether a file holds no row; `datasets` has no clear error for that."""
-    if path.suffix == ".parquet":
-        return False
-    with path.open("rb") as file:
-        start = file.read(1 << 16).strip()
-    return not start or (path.suffix == ".json" and start in (b"[]", b"{}"))
-
-
-def _unreadable(
-    source: str, label: str, config: str | None, split: str, error: Exception
-) -> RacError:
-    cause = error.__cause__ or error
-    words = " ".join(f"{type(cause).__name__}: {cause}".split())[:500]
-    if not is_file(source):
-        return RacError(
-            f"{label} {source!r} (config {config!r}, split {split!r}) could not be loaded "
-            f"({words}); check the name, the split and the config, or name a local file or "
-            "a built-in source, none of which needs a download"
-        )
-    path = Path(source).expanduser()
-    if path.suffix == ".jsonl" and (bad := _first_bad_line(path)):
-        return RacError(f"{label} {source!r}, {bad}; repair or remove that line")
-    return RacError(
-        f"{label} {source!r} could not be read ({words}); it must hold {_LOADERS[path.suffix][2]}: "
-        "repair the file or name another"
-    )
+@contextmanager
+def _named(source: str, label: str, config: str | None, split: str) -> Iterator[None]:
+    """Name the source in errors of `datasets`, which depend on format, hub and network."""
+    try:
+        yield
+    except RacError:
+        raise
+    except Exception as error:
+        cause = error.__cause__ or error
+        words = " ".join(f"{type(cause).__name__}: {cause}".split())[:500]
+        if not is_file(source):
+            raise RacError(
+                f"{label} {source!r} (config {config!r}, split {split!r}) could not be loaded "
+                f"({words}); check the name, the split and the config, or name a local file or "
+                "a built-in source, none of which needs a download"
+            ) from error
+        path = Path(source).expanduser()
+        if path.suffix == ".jsonl" and (bad := _first_bad_line(path)):
+            raise RacError(f"{label} {source!r}, {bad}; repair or remove that line") from error
+        raise RacError(
+            f"{label} {source!r} could not be read ({words}); it must hold "
+            f"{_LOADERS[path.suffix][2]}: repair the file or name another"
+        ) from error
 
 
 def _first_bad_line(path: Path) -> str | None:
-    """Name the line of a JSONL file that is not a JSON object, else an empty line, else None."""
-    empty = None
+    """Name the first line of a JSONL file that is not a JSON object."""
     with path.open(encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
-            if not line.strip():
-                empty = empty or f"line {number} is empty"
-                continue
             try:
                 value = json.loads(line)
             except ValueError as error:
@@ -122,4 +105,4 @@ def _first_bad_line(path: Path) -> str | None:
             if not isinstance(value, dict):
                 kind = type(value).__name__
                 return f"line {number} is a {kind}, not an object with named columns"
-    return empty  # an empty line is an error only if the values of a column are of several types
+    return None

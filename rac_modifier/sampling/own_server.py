@@ -13,8 +13,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -165,43 +165,6 @@ def vllm_server(command: VllmCommand, model: str, dtype: str = "auto") -> Iterat
             assert watcher.stdin is not None
             watcher.stdin.close()
             watcher.wait()
-
-
-class ServerOnDemand:
-    """A server that starts when it is first asked, and stops at the end of the context.
-
-    A start that failed is not repeated. After an error of the body the server starts again. `start`
-    starts it, as `vllm_server` does.
-    """
-
-    def __init__(self, start: Callable[[], AbstractContextManager[str]]):
-        self._start, self._running = start, ExitStack()
-        self._url: str | None = None
-        self._failed: RacError | None = None
-
-    def __enter__(self) -> ServerOnDemand:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._running.close()
-
-    @contextmanager
-    def asked(self) -> Iterator[tuple[str]]:
-        """Yield its address."""
-        if self._failed is not None:
-            raise self._failed
-        if self._url is None:
-            try:
-                self._url = self._running.enter_context(self._start())
-            except RacError as error:
-                self._failed = error
-                raise
-        try:
-            yield (self._url,)
-        except RacError:
-            self._url = None
-            self._running.__exit__(*sys.exc_info())
-            raise
 
 
 def _wait_until_ready(

@@ -30,25 +30,6 @@ DENSE = "dense"
 FOLDER = Path(__file__).parents[1] / "grids"
 
 
-class GridBenchmark(Settings):
-    """A preset of `rac eval`; what is not set is as published."""
-
-    preset: str = Field(min_length=1)
-    """math-500, aime24 or another name that `rac eval --preset` takes."""
-
-    source: str | None = Field(None, min_length=1)
-    """A file with the preset's columns, or another dataset."""
-
-    problems: Count | None = None
-    """How many problems; default: all."""
-
-    samples: Batch | None = None
-    """Answers per problem; default: the preset's."""
-
-    cap: Count | None = None
-    """Most new tokens per answer; default: the preset's."""
-
-
 class GridEvaluation(Settings):
     """How every model of the grid is measured: on the same held-out problems, once each."""
 
@@ -77,19 +58,13 @@ class GridEvaluation(Settings):
     """Answers generated together."""
 
     serve: bool = False
-    """Measure tokens per second of a `vllm serve` of each model too, and ask it the benchmarks."""
+    """Measure tokens per second of a `vllm serve` of each model too."""
 
     concurrency: int | None = Field(None, ge=1, le=4096)
     """With serve: answers in progress at a time; default: batch_size."""
 
-    benchmarks: list[GridBenchmark] = []
-    """Published benchmarks that each model is asked too."""
-
     @model_validator(mode="after")
     def _only_what_counts(self) -> Self:
-        names = [benchmark.preset for benchmark in self.benchmarks]
-        if twice := next((name for name in names if names.count(name) > 1), None):
-            raise RacError(f"benchmarks names {twice} twice; name each once")
         if self.concurrency is not None and not self.serve:
             raise RacError(
                 f"concurrency={self.concurrency} is for a server; set serve: true, or set "
@@ -98,18 +73,9 @@ class GridEvaluation(Settings):
         ProblemSource(**self.where())
         return self
 
-    @property
-    def in_progress(self) -> int:
-        """Return the number of concurrent answers of a server."""
-        return self.concurrency or self.batch_size
-
     def where(self) -> dict[str, Any]:
         """Return the fields of `ProblemSource` that say where the problems come from."""
         return self.model_dump(include={"source", "column", "answer_column", "split"})
-
-    def of_rows(self) -> dict[str, Any]:
-        """Return what all rows of a folder share; benchmarks can be added later."""
-        return {**self.model_dump(exclude={"benchmarks"}), "seed": 0}
 
 
 class GridRow(Settings):
@@ -140,12 +106,6 @@ class GridRow(Settings):
             )
         return label
 
-    def labels(self) -> list[str]:
-        """Return the labels of the runs of this row."""
-        if self.seeds is None:
-            return [self.label]
-        return [f"{self.label}, seed {seed}" for seed in self.seeds]
-
 
 class Grid(Settings):
     """A file for `rac frontier --recipe-grid`."""
@@ -164,7 +124,7 @@ class Grid(Settings):
 class PlannedRow:
     """A run: a row of the grid, with one of its seeds where it names several.
 
-    `row` is the grid's label, which all seeds share; `sources` are the calibration's problems.
+    `row` is the grid's label, which all seeds share.
     """
 
     label: str
@@ -173,7 +133,6 @@ class PlannedRow:
     seed: int | None
     recipe: dict[str, Any]
     prompts: tuple[PromptSettings, ...] = ()
-    sources: frozenset[str] = frozenset()
 
 
 def grid_names() -> list[str]:
@@ -213,15 +172,19 @@ def plan_rows(
     """
     planned: list[PlannedRow] = []
     wrong: list[str] = []
+    labels = [DENSE]
     for row in grid.rows:
-        try:
-            runs = _runs(row, grid)
-            for run in runs:
+        seeds = [None] if row.seeds is None else row.seeds
+        for seed in seeds:
+            label = row.label if seed is None else f"{row.label}, seed {seed}"
+            labels.append(label)
+            try:
+                run = _run(row, grid, label, seed)
                 check(run.recipe)
-            planned += runs
-        except RacError as error:
-            wrong.append(f"{row.label}: {error}")
-    labels = [DENSE, *(label for row in grid.rows for label in row.labels())]
+                planned.append(run)
+            except RacError as error:
+                wrong.append(f"{row.label}: {error}")
+                break
     for label in dict.fromkeys(label for label in labels if labels.count(label) > 1):
         dense = " (it is that of the dense model)" if label == DENSE else ""
         wrong.append(f"{label}: this label is used twice{dense}; give each row its own")
@@ -250,52 +213,39 @@ def shared_prompt(planned: list[PlannedRow], where: str) -> PromptSettings:
     return next(iter(prompts.values()), PromptSettings())
 
 
-def _runs(row: GridRow, grid: Grid) -> list[PlannedRow]:
-    """Return the runs of a row, one per seed."""
-    recipe = _whole(row)
-    check_layout(recipe, "its recipe")
-    if has_entry(recipe):
-        seeds: list[int | None] = [None] if row.seeds is None else [*row.seeds]
-        return [
-            _run(row, grid, label, seed) for label, seed in zip(row.labels(), seeds, strict=True)
-        ]
-    for name, value in {"set": row.set, "seeds": row.seeds}.items():
-        if value:
-            raise RacError(
-                f"{name}: {value!r} changes an entry of ours, and its recipe has none; "
-                f"leave {name} out"
-            )
-    return [PlannedRow(row.label, row.label, row.group or "dense quantized", None, recipe)]
-
-
 def _run(row: GridRow, grid: Grid, label: str, seed: int | None) -> PlannedRow:
     """Return a run whose recipe has what is shared, what the row sets, and the seed."""
     recipe = _whole(row)
+    check_layout(recipe, "its recipe")
+    values = {**row.set, **({} if seed is None else {"calibration.seed": seed})}
+    group = "dense quantized"
+    if not has_entry(recipe):
+        if values:
+            raise RacError(
+                f"{', '.join(values)} changes an entry of ours, and its recipe has none; leave set "
+                "and seeds out"
+            )
+        return PlannedRow(label, row.label, row.group or group, None, recipe)
     name, entry = find_named_entry(recipe, "its recipe")
     for part, shared in grid.shared.items():
-        entry[part] = _merged(entry.get(part) or {}, shared)
-    values = {**row.set, **({} if seed is None else {"calibration.seed": seed})}
+        entry[part] = _merged(entry.get(part), shared)
     set_values(entry, {tuple(key.split(".")): value for key, value in values.items()})
     checked = check_entry(entry, "its recipe", name)
     asking = [
         checked.traces.named(part.name) for part in checked.calibration.parts("traces", "prompts")
     ]
-    sources = frozenset(part.problems.source for part in asking)
     evaluated = ProblemSource(source=grid.evaluation.source)
-    if evaluated.source in sources and not evaluated.is_generator:
+    if not evaluated.is_generator and any(p.problems.source == evaluated.source for p in asking):
         raise RacError(
             f"calibrates on {evaluated.source}, whose problems are those of the evaluation; name "
             "another file or dataset"
         )
-    modifiers = [m for groups in recipe.values() for group in groups.values() for m in group]
-    if name != NAME or not getattr(checked, "prunes", True):
-        group = "dense quantized"
-    elif getattr(checked, "quantization", None) or len(modifiers) > 1:
-        group = "sparse + quantized"
-    else:
-        group = "sparse"
+    if name == NAME and getattr(checked, "prunes", True):
+        modifiers = [m for groups in recipe.values() for group in groups.values() for m in group]
+        quantizes = getattr(checked, "quantization", None) or len(modifiers) > 1
+        group = "sparse + quantized" if quantizes else "sparse"
     prompts = tuple(PromptSettings.of(part.sampling) for part in asking)
-    return PlannedRow(label, row.label, row.group or group, seed, recipe, prompts, sources)
+    return PlannedRow(label, row.label, row.group or group, seed, recipe, prompts)
 
 
 def _whole(row: GridRow) -> Any:
@@ -310,8 +260,8 @@ def _whole(row: GridRow) -> Any:
 
 def _merged(below: Any, above: Mapping[str, Any]) -> dict[str, Any]:
     """Return `below` with the values of `above`, group by group."""
-    result = copy.deepcopy(dict(below)) if isinstance(below, Mapping) else {}
+    result = copy.deepcopy(below) if isinstance(below, dict) else {}
     for key, value in above.items():
-        nested = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
-        result[key] = _merged(result[key], value) if nested else copy.deepcopy(value)
+        is_group = isinstance(value, Mapping)
+        result[key] = _merged(result.get(key), value) if is_group else copy.deepcopy(value)
     return result

@@ -66,13 +66,6 @@ CASES += [
         ),
     ),
     Case(
-        "a grid with a benchmark twice",
-        "benchmarks names math-500 twice; name each once",
-        lambda b: frontier(
-            b, evaluation={"benchmarks": [{"preset": "math-500"}, {"preset": "math-500", "cap": 9}]}
-        ),
-    ),
-    Case(
         "a grid with a concurrency and no server",
         "concurrency=9 is for a server; set serve: true, or set batch_size",
         lambda b: frontier(b, evaluation={"concurrency": 9}),

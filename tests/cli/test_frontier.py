@@ -14,11 +14,11 @@ import yaml
 from safetensors.torch import load_file
 
 from rac_modifier import cli
-from rac_modifier.cli.frontier import Study, digest_of, protocol_of
+from rac_modifier.cli.frontier import digest_of, held_out_of, serve_and_time
 from rac_modifier.cli.options import Dtype
 from rac_modifier.errors import RacError
 from rac_modifier.problems.source import Problem
-from rac_modifier.settings.grid import GridBenchmark, GridEvaluation
+from rac_modifier.settings.grid import GridEvaluation
 from rac_modifier.settings.sampling import PromptSettings
 from tests.cli.conftest import Rac
 from tests.forked import start
@@ -172,20 +172,11 @@ def test_a_grid_that_was_killed_between_rows_goes_on(
     assert "was measured with another precision" in error
 
 
-def study(evaluation: GridEvaluation, out: Path) -> Study:
-    return Study("m", [], evaluation, PromptSettings(), out, Dtype.FLOAT32)
-
-
-def test_a_served_evaluation_needs_answers_and_a_vllm(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("RAC_VLLM", "/no/vllm")
-    with pytest.raises(RacError, match="is no command that can be run"):
-        study(GridEvaluation(serve=True), tmp_path).served()
+def test_a_served_evaluation_needs_answers(tmp_path: Path) -> None:
     (tmp_path / "open.jsonl").write_text('{"question": "why?"}\n')
     evaluation = GridEvaluation(source=str(tmp_path / "open.jsonl"), problems=1, serve=True)
     with pytest.raises(RacError, match="name their column"):
-        study(evaluation, tmp_path).held_out()
+        held_out_of(evaluation, PromptSettings())
 
 
 def test_a_changed_question_or_answer_is_another_list_of_problems() -> None:
@@ -195,43 +186,22 @@ def test_a_changed_question_or_answer_is_another_list_of_problems() -> None:
     assert len({digest_of([problem]) for problem in problems}) == 3
 
 
-def test_what_a_benchmark_does_not_set_is_as_published() -> None:
-    protocol = protocol_of(GridBenchmark(preset="math-500", samples=1, source="copy.jsonl"))
-    asked = (protocol.source, protocol.problems, protocol.samples, protocol.cap)
-    assert asked == ("copy.jsonl", None, 1, 32768)
-    assert protocol.changed == {"source": "HuggingFaceH4/MATH-500", "samples": 4}
-    with pytest.raises(RacError, match="no preset 'math'; use one of"):
-        protocol_of(GridBenchmark(preset="math"))
-
-
-def test_one_server_is_timed_and_answers_all_benchmarks_of_a_model_and_answers_are_kept(
+def test_a_model_is_served_and_timed(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = [{"problem": f"{i} + 1?", "answer": str(i + 1)} for i in range(3)]
-    (tmp_path / "copy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    small = {"source": str(tmp_path / "copy.jsonl"), "samples": 2, "cap": 6}
-    presets = [{"preset": name, **small} for name in ("math-500", "aime24")]
-    asked = study(
-        GridEvaluation(serve=True, concurrency=3, problems=2, cap=6, benchmarks=presets),
-        tmp_path / "out",
-    )
-    listed = [benchmark for benchmark, _, _ in asked.benchmarks.values()]
-    assert [benchmark.name for benchmark in listed] == ["math-500", "aime24"]
-    assert (listed[0].asked["source"], listed[0].asked["samples"]) == ("copy.jsonl", 2)
-    assert str(tmp_path) not in json.dumps(listed[0].asked)
+    evaluation = GridEvaluation(serve=True, concurrency=3, problems=2, cap=6)
+    held_out = held_out_of(evaluation, PromptSettings())
     monkeypatch.setenv("RAC_VLLM", str(fake_vllm.install(tmp_path)))
     shorten_pauses(monkeypatch)
-    tools = asked.served()
-    stale = tmp_path / "out" / "served" / "a-ca978112.jsonl"  # of the label "a", of a killed run
-    stale.parent.mkdir(parents=True)
+    stale = tmp_path / "served" / "a-ca978112.jsonl"  # of the label "a", of a killed run
+    stale.parent.mkdir()
     stale.write_text("its seconds would be lost\n")
-    with tools["servers"](tiny_folder) as servers:
-        assert tools["serve"](tiny_folder, "a", servers).problems == 2
-        results = [result for _, result in asked.ask(tiny_folder, "a", listed, servers)]
-    assert [(result.problems, result.samples) for result in results] == [(3, 2)] * 2
+    arguments = (evaluation, held_out, tmp_path, Dtype.FLOAT32)
+    result = serve_and_time(tiny_folder, "a", *arguments)
+    assert (result.label, result.problems) == ("a", 2)
+    assert result.tokens_per_second > 0
     assert [start["argv"][1] for start in fake_vllm.starts(tmp_path)] == [str(tiny_folder)]
     assert fake_vllm.left_over(tmp_path) == []
-    assert len(list((tmp_path / "out" / "benchmarks").glob("*.jsonl"))) == 2
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ import pytest
 from rac_modifier.frontier.folder import FrontierFolder
 from rac_modifier.frontier.page import page
 from tests.frontier.sample import ABOUT, HOSTILE, ROWS, dense_trace, own_trace, row, write_sample
-from tests.frontier.test_benchmarks import result
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -76,13 +75,9 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two studies: all rows with a benchmark, and a study without answers to check against."""
+    """Two studies: all rows, and a study without answers to check against."""
     folder = tmp_path_factory.mktemp("report")
     first, second = write_sample(folder / "a"), folder / "b"
-    with FrontierFolder(first) as results:
-        for label, right in (("dense", 4), ("50 %", 1)):
-            values = {"asked": {}, "result": result(label, right).as_dict()}
-            results.add_benchmark(label, HOSTILE, values)
     with FrontierFolder(second) as results:
         results.begin({**ABOUT, "model": "another"})
         for values, trace in zip(ROWS[:2], (dense_trace(1), own_trace(1, True)), strict=True):
@@ -129,9 +124,6 @@ def test_controls_are_set_in_all_charts(opened: Opened) -> None:
     opened.set("axis", "tokens per second")
     assert (opened.marks(1), opened.marks(2)) == (2, 2)
     opened.set("axis", "MB of the checkpoint")
-    opened.set("asked", HOSTILE)
-    assert (opened.marks(1), opened.marks(2)) == (2, len(ROWS) - 1)
-    opened.set("asked", "the held-out problems")
     assert opened.marks(1) == len(ROWS)
 
 
@@ -142,7 +134,6 @@ def test_a_mark_and_a_row_of_the_table_choose_a_row_and_a_point_a_problem(opened
     assert opened.row == "GPTQ int4"
     opened.set("row", "50 %")
     assert opened.texts("pre:not([hidden])")[0].startswith("stage:")
-    assert f"# {HOSTILE}: 4 problems, 1 samples each" in opened.texts("pre:not([hidden])")[0]
     opened.study.locator(MARKS.format(4)).last.click(force=True)
     assert opened.study.locator(".problem").input_value() == "3"
 

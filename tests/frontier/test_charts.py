@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from rac_modifier.frontier.charts import AXES, HELD_OUT, charts, points
+from rac_modifier.frontier.charts import AXES, charts, points
 from tests.frontier.sample import ROWS, row
 
 MB, MATRICES, SPEED = AXES
-START = {"row": "50 %", "axis": MB, "asked": HELD_OUT, "find": ""}
+START = {"row": "50 %", "axis": MB, "find": ""}
 
 
 def rows():
     return [
         row(*values)
         | {
-            "accuracies": {HELD_OUT: [values[3], values[3] - 0.05, values[3] + 0.05]},
+            "interval": [values[3], values[3] - 0.05, values[3] + 0.05],
             "endings": [{"kind": kind} for kind in ("right", "right", "looping", "going")],
         }
         for values in ROWS
@@ -30,7 +30,7 @@ def values_of(spec):
 
 def test_the_rows_that_no_other_row_beats():
     """Fewer MB and more accuracy: 50 % and 2:4 are beaten; against speed the faster row wins."""
-    drawn = points(rows(), lambda row: row["accuracies"][HELD_OUT], 1)
+    drawn = points(rows(), lambda row: row["interval"], 1)
 
     def front(axis):
         return [p["label"][:9] for p in drawn if p["axis"] == axis and p["front"]]

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from rac_modifier.errors import RacError
-from rac_modifier.frontier.benchmarks import Benchmark
+from rac_modifier.evaluation.results import EvalResult, Row, summarise
+from rac_modifier.evaluation.stopping import Ending
 from rac_modifier.frontier.folder import FrontierFolder
 from rac_modifier.frontier.measure import HeldOut
 from rac_modifier.frontier.run import Tools, run_grid
 from rac_modifier.problems.source import Problem
 from rac_modifier.settings.grid import PlannedRow
 from rac_modifier.settings.sampling import SamplingSettings
-from tests.frontier.test_benchmarks import result
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 
 HELD_OUT = HeldOut(
@@ -27,7 +26,7 @@ HELD_OUT = HeldOut(
 
 
 def planned(label: str, **recipe: object) -> PlannedRow:
-    return PlannedRow(label, label, "sparse", None, {"recipe": label, **recipe}, (), frozenset())
+    return PlannedRow(label, label, "sparse", None, {"recipe": label, **recipe})
 
 
 ROWS = [planned("a"), planned("b"), planned("c")]
@@ -77,8 +76,7 @@ def bench(tmp_path: Path, tiny_folder: Path) -> Bench:
 
 def comparable(rows: list[dict]) -> list[dict]:
     """Rows without what depends on the clock."""
-    text = json.dumps(rows)
-    rows = json.loads(text)
+    rows = json.loads(json.dumps(rows))
     for row in rows:
         for part in (row, row["accuracy"], row["divergence"] or {}):
             part.pop("seconds", None)
@@ -91,11 +89,8 @@ def test_every_row_is_compressed_and_measured_once(bench: Bench) -> None:
     said: list[str] = []
     rows = bench.run(report=lambda row: said.append(row["label"]))
     assert [row["label"] for row in rows] == said == ["dense", "a", "b", "c"]
-    assert [step for step in bench.did if "compress" in step] == [
-        "compress a",
-        "compress b",
-        "compress c",
-    ]
+    compressed = [step for step in bench.did if "compress" in step]
+    assert compressed == ["compress a", "compress b", "compress c"]
     dense, a, *_ = rows
     assert dense["divergence"] is None
     assert a["divergence"]["kl"] > 0
@@ -143,112 +138,38 @@ def test_paths_of_this_machine_are_not_written_down(bench: Bench) -> None:
     assert bench.run([planned("a", store=str(bench.dense / "traces.jsonl"))])[1:] == [row]
 
 
+def result(label: str) -> EvalResult:
+    rows = [Row("p", None, True, Ending("right", 2, 2, True))]
+    return summarise(rows, label=label, seconds=1.0, cap=9, temperature=0.6, seed=0)
+
+
 def test_a_compressed_model_that_cannot_be_served_has_a_reason_and_a_dense_one_stops_the_run(
     bench: Bench,
 ) -> None:
+    """The dense model is served before it is loaded: it would not fit next to its own server."""
     broken = {"dense"}
 
-    def serve(folder: Path, label: str, servers):
+    def serve(folder: Path, label: str) -> EvalResult:
         if label in broken:
             lines = "\n".join(f"line {number}" for number in range(9))
             raise RacError(f"vllm serve stopped:\n{lines}")
+        bench.did.append(f"serve {label}")
         return result(label)
 
     tools = replace(bench.tools(), serve=serve)
     with pytest.raises(RacError, match="the dense model cannot be served: vllm serve stopped"):
         bench.run(ROWS[:1], tools=tools)
     assert bench.did == []
-    broken.clear()
-    broken.add("a")
-    dense, a = bench.run(ROWS[:1], tools=tools)
-    names = ["tokens_per_second", "accuracy", "ci_low", "ci_high", "seconds"]
-    assert list(dense["served"]) == names
-    assert a["served"] == {"not_measured": "vllm serve stopped:\nline 6\nline 7\nline 8"}
-
-
-def test_benchmarks_are_asked_per_model_and_one_that_fails_stops_no_other(bench: Bench) -> None:
-    asked: list[str] = []
     broken = {"a"}
-
-    def ask(model: Path, label: str, wanted, servers):
-        asked.append(f"{label} of {model.name.partition('-')[0]}")
-        for benchmark in wanted:
-            if label in broken:
-                raise RacError("no kernel reads 3 bits")
-            yield benchmark, result(label)
-
-    tools = replace(bench.tools(), benchmarks=[Benchmark("math", {"cap": 9})], ask=ask)
-    with pytest.raises(
-        RacError,
-        match=r"not all benchmarks; run the same command again .*\n- a: no kernel reads 3 bits$",
-    ):
-        bench.run(ROWS[:2], tools=tools, remove_models=True)
-    assert asked == [f"dense of {bench.dense.name}", "a of a", "b of b"]
-    assert [path.name[0] for path in (bench.out / "models").iterdir()] == ["a"], (
-        "b was measured, a is still needed"
-    )
-    broken.clear()
-    asked.clear()
-    bench.run(ROWS[:2], tools=tools, remove_models=True)
-    assert asked == ["a of a"]
-    assert list((bench.out / "models").iterdir()) == []
-    more = replace(tools, benchmarks=[*tools.benchmarks, Benchmark("aime", {"cap": 9})])
-    with pytest.raises(
-        RacError, match="no checkpoint any more of a, b, so the benchmarks cannot be asked"
-    ):
-        bench.run(ROWS[:2], tools=more)
-
-
-def test_a_server_ends_before_the_dense_model_is_loaded_and_starts_when_a_row_is_measured(
-    bench: Bench,
-) -> None:
-    """vLLM reserves most of a device: the model would not fit beside its own server."""
-
-    @contextmanager
-    def servers(folder: Path):
-        name = "dense" if folder == bench.dense else folder.name[0]
-        asked: list[str] = []
-
-        def answering():
-            bench.did.extend(() if asked else [f"{name} starts"])
-            asked.append(name)
-            return nullcontext((name,))
-
-        yield answering
-        bench.did.extend([f"{name} ends"] if asked else ())
-
-    def serve(folder: Path, label: str, servers):
-        with servers() as urls:
-            bench.did.append(f"{label} is timed on {urls}")
-        return result(label)
-
-    def ask(model: Path, label: str, wanted, servers):
-        with servers() as urls:
-            bench.did.append(f"{label} is asked on {urls}")
-            yield wanted[0], result(label)
-
-    tools = replace(
-        bench.tools(),
-        servers=servers,
-        serve=serve,
-        benchmarks=[Benchmark("math", {"cap": 9})],
-        ask=ask,
-    )
-    bench.run(ROWS[:1], tools=tools, remove_models=True)
-
-    def served(name: str) -> list[str]:
-        return [
-            f"{name} starts",
-            f"{name} is timed on ('{name}',)",
-            f"{name} is asked on ('{name}',)",
-            f"{name} ends",
-        ]
-
-    assert bench.did == [
-        *served("dense"),
-        "load dense",
-        "compress a",
-        "load a",
-        "load dense",
-        *served("a"),
+    dense, a, _ = bench.run(ROWS[:2], tools=tools, remove_models=True)
+    assert list(dense["served"]) == [
+        "tokens_per_second",
+        "accuracy",
+        "ci_low",
+        "ci_high",
+        "seconds",
     ]
+    assert a["served"] == {"not_measured": "vllm serve stopped:\nline 6\nline 7\nline 8"}
+    assert bench.did[:2] == ["serve dense", "load dense"]
+    assert bench.did[-4:] == ["compress b", "load b", "load dense", "serve b"]
+    assert list((bench.out / "models").iterdir()) == []

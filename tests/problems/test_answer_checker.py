@@ -7,6 +7,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import LifoQueue
 
 import pytest
 from loguru import logger
@@ -14,18 +15,34 @@ from loguru import logger
 from rac_modifier.errors import RacError
 from rac_modifier.problems import answer_checker
 from rac_modifier.problems.answer_checker import check_answer
-from tests.problems import worker_state
 
 ROOT = Path(__file__).parents[2]
+FAKE = """
+import os, signal, threading
+LatexExtractionConfig = ExprExtractionConfig = object
+def parse(text, targets, parsing_timeout):
+    if "die" in text:
+        os._exit(7)
+    if "killed" in text:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if "hang" in text:
+        threading.Event().wait()  # without computing
+    return int(text[len("\\\\boxed{"):-1])
+def verify(gold, guess, timeout_seconds):
+    return gold == guess
+"""
 
 
 @pytest.fixture
-def fresh_workers(monkeypatch):
+def worker(monkeypatch):
     """One worker, started in this test and ended with it."""
-    answer_checker.close()
-    monkeypatch.setattr(answer_checker, "WORKERS", 1)
-    yield
-    answer_checker.close()
+    worker = answer_checker._Worker()
+    workers = LifoQueue()
+    workers.put(worker)
+    monkeypatch.setattr(answer_checker, "_workers", workers)
+    yield worker
+    if worker._process is not None:
+        worker._process.kill()
 
 
 @pytest.fixture
@@ -62,24 +79,17 @@ def test_reasoning_gym_scores_answers_of_its_tasks():
     assert not check_answer("reasoning-gym", "no number", "chain_sum", 3, 5, 2)
 
 
-@pytest.mark.parametrize(
-    ("check", "extra"), [("mathematics", "eval"), ("reasoning-gym", "reasoning-gym")]
-)
-def test_the_error_names_the_extra_to_install(fresh_workers, monkeypatch, check, extra):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(RacError, match=rf"pip install 'rac-modifier\[{extra}\]'"):
-        check_answer(check, "0.5", "1/2")
-
-
-def test_a_broken_math_verify_is_an_error_not_a_wrong_answer(fresh_workers, tmp_path, monkeypatch):
-    """Mathematics does not need reasoning-gym, which is broken too."""
-    (tmp_path / "reasoning_gym.py").write_text("raise ImportError('broken on purpose')\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    assert check_answer("mathematics", "0.5", "1/2")
-    answer_checker.close()
+def test_a_package_that_is_missing_or_broken_is_an_error_not_a_wrong_answer(
+    worker, tmp_path, monkeypatch
+):
     (tmp_path / "math_verify.py").write_text("raise ImportError('broken on purpose')\n")
-    with pytest.raises(RacError, match="math_verify fails to start; see why with"):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(RacError, match=r"math_verify cannot be imported \(ImportError: broken on"):
         check_answer("mathematics", "0.5", "1/2")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for check, extra in (("mathematics", "eval"), ("reasoning-gym", "reasoning-gym")):
+        with pytest.raises(RacError, match=rf"pip install 'rac-modifier\[{extra}\]'"):
+            check_answer(check, "0.5", "1/2")
 
 
 def test_a_script_without_a_main_guard_is_not_run_again(tmp_path):
@@ -97,46 +107,37 @@ def test_a_script_without_a_main_guard_is_not_run_again(tmp_path):
     assert ended.stderr == ""
 
 
-def test_a_worker_that_is_slow_dies_hangs_or_fails_counts_as_wrong(
-    fresh_workers, monkeypatch, reasons
+def test_a_worker_that_is_slow_counts_as_wrong_and_an_idle_one_that_was_killed_is_replaced(
+    worker, monkeypatch, reasons
 ):
-    """The next answer is checked. The limit is of CPU time, so a busy machine changes nothing."""
+    """The limit is of CPU time, so a busy machine changes nothing."""
     monkeypatch.setattr(answer_checker, "_WALL_FACTOR", 10_000)
     monkeypatch.setattr(answer_checker, "SECONDS_PER_ANSWER", 0.5)
     assert not check_answer("mathematics", "9^{9^{9^9}}", "1")
     assert "counts as wrong: it takes over 0.5 s of CPU time" in reasons.pop()
-    pool = answer_checker._pool("mathematics")
-    schedule = pool.schedule
-    for inside, arguments, reason in [
-        (worker_state.die, (7,), "the checking process ended with code 7"),
-        (worker_state.die_by_signal, (), "the checking process ended with code -9"),
-        (int, ("x",), "the check failed with ValueError: invalid literal"),
-        (worker_state.hang, (), "no verdict within 0.6 s"),  # it uses no CPU time
-    ]:
-
-        def instead(function, args, timeout, inside=inside, arguments=arguments):
-            return schedule(inside, arguments, timeout=timeout)
-
-        if inside is worker_state.hang:
-            monkeypatch.setattr(answer_checker, "_WALL_FACTOR", 1.2)
-        monkeypatch.setattr(pool, "schedule", instead)
-        assert not check_answer("mathematics", "0.5", "1/2")
-        assert reason in reasons.pop()
-    monkeypatch.setattr(pool, "schedule", schedule)
-    monkeypatch.setattr(answer_checker, "_WALL_FACTOR", 10_000)
     assert check_answer("mathematics", "0.5", "1/2")
-
-
-def test_a_pool_whose_idle_workers_were_killed_is_replaced(fresh_workers):
-    """Also if several threads notice it together."""
-    assert check_answer("mathematics", "0.5", "1/2")
-    pool = answer_checker._pool("mathematics")
-    for process in list(pool._pool_manager.worker_manager.workers.values()):
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
+    os.kill(worker._process.pid, signal.SIGKILL)
+    os.waitid(os.P_PID, worker._process.pid, os.WEXITED | os.WNOWAIT)
     with ThreadPoolExecutor(4) as threads:
         checks = threads.map(
             lambda i: check_answer("mathematics", f"{i}/4", f"{i * 0.25}"), range(1, 9)
         )
         assert all(checks)
-    assert answer_checker._pool("mathematics") is not pool
+    assert not reasons
+
+
+def test_a_worker_that_dies_hangs_or_fails_counts_as_wrong(worker, monkeypatch, tmp_path, reasons):
+    (tmp_path / "math_verify.py").write_text(FAKE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert check_answer("mathematics", "5", "5")
+    for answer, reason in [
+        ("die", "the checking process ended with code 7"),
+        ("killed", "the checking process ended with code -9"),
+        ("x", "the check failed with ValueError: invalid literal"),
+        ("hang", "no verdict within 1 s"),
+    ]:
+        if answer == "hang":
+            monkeypatch.setattr(answer_checker, "_WALL_FACTOR", 0.2)
+        assert not check_answer("mathematics", answer, "5")
+        assert reason in reasons.pop()
+    assert check_answer("mathematics", "5", "5")

@@ -51,6 +51,6 @@ def test_a_seed_gives_the_same_problems_and_another_seed_others():
     assert first == list(islice(generate(3, "train"), 40))
     assert first != list(islice(generate(4, "train"), 40))
     assert [p.task for p in first[:4]] == list(TASKS)
-    assert len({key(p) for p in generate_distinct(0, "test", 400)}) == 400
+    assert len({key(p) for p in islice(generate_distinct(0, "test"), 400)}) == 400
     with pytest.raises(ValueError, match="unknown task 'roots'; choose from addition"):
         next(generate(0, "train", ("roots",)))

@@ -125,8 +125,7 @@ def test_a_question_must_be_text(tmp_path, question):
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [
-        ("a.jsonl", "", "a.jsonl holds no problems; name a source that does"),
-        ("a.json", "[]", "a.json holds no problems"),
+        ("a.jsonl", "", "a.jsonl' is empty"),
         ("none.json", None, "problem file .*none.json': no such file"),
     ],
 )

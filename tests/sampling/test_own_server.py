@@ -13,7 +13,6 @@ import pytest
 
 from rac_modifier.errors import RacError
 from rac_modifier.sampling.own_server import (
-    ServerOnDemand,
     VllmCommand,
     check_serving,
     vllm_server,
@@ -172,27 +171,4 @@ def test_no_process_is_left_when_ours_ends_by_a_signal(vllm, tmp_path, monkeypat
         assert holder.stdout.readline() == b"ready\n"
     holder.send_signal(number)
     holder.wait()
-    assert fake_vllm.left_over(tmp_path) == []
-
-
-def test_a_server_on_demand_starts_when_it_is_asked_and_again_when_it_died(vllm, tmp_path):
-    def ask_and_kill(server):
-        with server.asked():
-            start = fake_vllm.starts(tmp_path)[-1]
-            os.kill(start["pid"], signal.SIGKILL)
-            os.waitid(os.P_PID, start["watcher"], os.WEXITED | os.WNOWAIT)
-            raise RacError("no answer")
-
-    with ServerOnDemand(lambda: vllm_server(vllm, "m")) as server:
-        assert fake_vllm.starts(tmp_path) == []
-        with server.asked() as first:
-            pass
-        with server.asked() as second:
-            assert second == first
-        assert len(fake_vllm.starts(tmp_path)) == 1
-        with pytest.raises(RacError, match=r"no answer\. vllm serve stopped with exit code 137"):
-            ask_and_kill(server)
-        with server.asked() as (url,):
-            assert urllib.request.urlopen(f"{url}/health").status == 200
-    assert len(fake_vllm.starts(tmp_path)) == 2
     assert fake_vllm.left_over(tmp_path) == []
