@@ -27,9 +27,13 @@ from rac_modifier.files import lock, public_name, write_text_atomic
 from rac_modifier.problems.answers import Verifier
 from rac_modifier.problems.source import Problem
 from rac_modifier.sampling.chat_api import ChatAnswer, chat_body, read_chat
-from rac_modifier.sampling.completions_api import check_limit, served_model
-from rac_modifier.sampling.openai_server import TRIES
-from rac_modifier.sampling.server_client import GaveUpError, RefusedError, ServerClient
+from rac_modifier.sampling.completions_api import (
+    RefusedError,
+    UnusableError,
+    check_limit,
+    served_model,
+)
+from rac_modifier.sampling.server_client import ServerClient, ask
 from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
 
@@ -122,7 +126,8 @@ class _ChatRun:
         try:
             card = served_model(await server.list_models(), self._engine.model, server.url)
             check_limit(card, None, self._sampling.max_new_tokens, server.url)
-            self.label = public_name(str(card["id"]))
+            server.model = str(card["id"])
+            self.label = public_name(server.model)
             header: dict[str, Any] = {
                 "server": server.url,
                 "model": self.label,
@@ -133,7 +138,7 @@ class _ChatRun:
             path = self._path or _default_path(header)
             file, stored = _open_answers(path, header)
             with file:
-                fresh = await self._ask_missing(server, str(card["id"]), file, stored, progress)
+                fresh = await self._ask_missing(server, file, stored, progress)
                 ordered = {key: stored[key] for key in self._questions} | stored
                 lines = (_line({"id": key, **asdict(a)}) for key, a in ordered.items())
                 write_text_atomic(path, _line(header) + "".join(lines))
@@ -144,7 +149,6 @@ class _ChatRun:
     async def _ask_missing(
         self,
         server: ServerClient,
-        model: str,
         file: BinaryIO,
         stored: dict[str, ChatAnswer],
         progress: bool,
@@ -161,8 +165,8 @@ class _ChatRun:
             nonlocal in_a_row, tokens
             for key in queue:
                 try:
-                    answer = await self._ask(server, model, key)
-                except (GaveUpError, RefusedError) as error:
+                    answer = await self._ask(server, key)
+                except (UnusableError, RefusedError) as error:
                     failed[key], in_a_row = str(error), in_a_row + 1
                     if in_a_row == _FAILURES_OF_AN_OUTAGE:
                         raise RacError(
@@ -188,14 +192,14 @@ class _ChatRun:
             )
         return tokens
 
-    async def _ask(self, server: ServerClient, model: str, key: str) -> ChatAnswer:
+    async def _ask(self, server: ServerClient, key: str) -> ChatAnswer:
         question, cap = self._questions[key], self._sampling.max_new_tokens
-        body = chat_body(question, key, model, self._sampling)
+        body = chat_body(question, key, self._sampling)
 
-        def read(content: bytes) -> ChatAnswer:
-            return read_chat(content, cap, server.url)
+        def read(content: bytes, url: str) -> ChatAnswer:
+            return read_chat(content, cap, url)
 
-        return await server.ask("/chat/completions", body, len(question) + cap, read, TRIES)
+        return await ask([server], "/chat/completions", body, len(question) + cap, read)
 
 
 def _default_path(header: Mapping[str, Any]) -> Path:

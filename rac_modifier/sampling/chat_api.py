@@ -8,13 +8,13 @@ from typing import Any
 from rac_modifier.errors import RacError
 from rac_modifier.problems.answers import THINK_END
 from rac_modifier.sampling.completions_api import (
+    RefusedError,
     UnusableError,
     only_choice,
     sampling_fields,
     trace_seed,
 )
 from rac_modifier.sampling.generate import FinishReason
-from rac_modifier.sampling.server_client import RefusedError
 from rac_modifier.settings.sampling import SamplingSettings
 
 _TEXTS = ("reasoning_content", "reasoning", "content")  # vLLM: the second
@@ -49,12 +49,12 @@ class ChatAnswer:
         return cls(text, finish, tokens, round(tokens * len(before + tag) / len(text)))
 
 
-def chat_body(question: str, key: str, model: str, sampling: SamplingSettings) -> dict[str, Any]:
-    """Return the JSON of /v1/chat/completions; `key` and the seed decide what is drawn."""
+def chat_body(question: str, key: str, sampling: SamplingSettings) -> dict[str, Any]:
+    """Return the JSON of /v1/chat/completions without the model; `key` and the seed decide."""
     system = sampling.system_prompt
     messages = [] if system is None else [{"role": "system", "content": system}]
     return {
-        **sampling_fields(model, sampling, sampling.max_new_tokens, trace_seed(sampling.seed, key)),
+        **sampling_fields(sampling, sampling.max_new_tokens, trace_seed(sampling.seed, key)),
         "messages": [*messages, {"role": "user", "content": question}],
         "chat_template_kwargs": {"enable_thinking": sampling.thinking},
     }

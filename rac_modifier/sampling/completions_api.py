@@ -29,15 +29,17 @@ PROBE_QUESTIONS = (
 )
 PROBE_TOKENS = 24
 PROBE_SAMPLING = SamplingSettings(temperature=0, top_p=1, top_k=0, max_new_tokens=PROBE_TOKENS)
-# Nats by which a token may be less likely than the model's own choice. The maximum over 96
-# tokens of the embedded reasoner is 0.0 if served in bfloat16, 0.1 in int8, 0.5 in int4
-# (round to nearest),
-# 4.9 with half of the weights pruned.
+# Nats by which a token may be less likely than the model's own choice. The maximum over 96 tokens
+# of the embedded reasoner is 0.5 if served in int4 (round to nearest), and 4.9 if half pruned.
 _REGRET = 1.0
 
 
 class UnusableError(Exception):
     """No answer, or one that fails a check; asking again may help."""
+
+
+class RefusedError(Exception):
+    """A server will not complete this prompt, however often it is asked."""
 
 
 @dataclass(frozen=True)
@@ -49,26 +51,23 @@ class Request:
     seed: int
     eos: tuple[int, ...]
 
-    def body(self, model: str, sampling: SamplingSettings) -> dict[str, Any]:
-        """Return the JSON of /v1/completions; `sampling` must be resolved.
+    def body(self, sampling: SamplingSettings) -> dict[str, Any]:
+        """Return the JSON of /v1/completions without the model; `sampling` must be resolved.
 
         Every setting that a server would take from the model's generation_config is named: only
         temperature, top_k and top_p shape the distribution, as in this process.
         """
         return {
-            **sampling_fields(model, sampling, self.max_tokens, self.seed),
+            **sampling_fields(sampling, self.max_tokens, self.seed),
             "prompt": list(self.prompt_ids),
             "stop_token_ids": list(self.eos),  # vLLM's, and the next one too
             "return_token_ids": True,
         }
 
 
-def sampling_fields(
-    model: str, sampling: SamplingSettings, max_tokens: int, seed: int
-) -> dict[str, Any]:
+def sampling_fields(sampling: SamplingSettings, max_tokens: int, seed: int) -> dict[str, Any]:
     """Return the fields of a request that decide how a completion is drawn."""
     return {
-        "model": model,
         "max_tokens": max_tokens,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
@@ -94,12 +93,12 @@ def read_answer(request: Request, content: bytes, vocab_size: int, server: str) 
     """Return the completion in the body of an answer with status 200.
 
     Raises:
-        UnusableError: the answer is cut short or contradicts itself.
+        UnusableError: the answer is truncated or contradicts itself.
         RacError: the server does not return token ids, changed the prompt, or ends completions
             without their EOS. Asking again would not help.
     """
     choice, usage = only_choice(content)
-    ids, reason = choice.get("token_ids"), choice.get("finish_reason")
+    ids, reason, eos = choice.get("token_ids"), choice.get("finish_reason"), set(request.eos)
     if ids is None:
         raise RacError(
             f"{server} returned text without token ids, and traces are never tokenized again "
@@ -112,10 +111,10 @@ def read_answer(request: Request, content: bytes, vocab_size: int, server: str) 
         raise UnusableError(
             f"token_ids {str(ids)[:60]} are not ids of the model's vocabulary of {vocab_size}"
         )
-    read = choice.get("prompt_token_ids")
-    if read is not None and read != list(request.prompt_ids):
+    prompt = choice.get("prompt_token_ids")
+    if prompt is not None and prompt != list(request.prompt_ids):
         raise RacError(
-            f"{server} read another prompt than it was sent ({len(read)} tokens, not "
+            f"{server} read another prompt than it was sent ({len(prompt)} tokens, not "
             f"{len(request.prompt_ids)}): switch off whatever cuts or extends prompts there"
         )
     counted = usage.get("completion_tokens", len(ids))
@@ -123,7 +122,22 @@ def read_answer(request: Request, content: bytes, vocab_size: int, server: str) 
         raise UnusableError(
             f"{len(ids)} token ids, {counted} counted, at most {request.max_tokens} asked for"
         )
-    return _ended(request, tuple(ids), reason, server)
+    if reason == "stop" and ids[-1] not in eos:
+        raise RacError(
+            f"{server} ended a completion on token {ids[-1]}, which is no EOS "
+            f"({', '.join(map(str, request.eos))}): it strips the EOS or has stop words of "
+            "its own; traces need the EOS that the model wrote"
+        )
+    if eos.intersection(ids[:-1]):
+        raise RacError(
+            f"{server} continued a completion after an EOS; switch off `ignore_eos` there"
+        )
+    if reason != "stop" and (reason != "length" or len(ids) < request.max_tokens):
+        raise UnusableError(
+            f"finish_reason {reason!r} after {len(ids)} of {request.max_tokens} tokens"
+        )
+    # Servers report either reason for an EOS that is the last token that fits.
+    return Generation(tuple(ids), "stop" if ids[-1] in eos else "length")
 
 
 def error_text(content: bytes) -> str:
@@ -151,26 +165,6 @@ def only_choice(content: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
             f"no completion in the answer ({type(error).__name__}: {str(error)[:80]})"
         ) from error
     return choice, usage
-
-
-def _ended(request: Request, ids: tuple[int, ...], reason: Any, server: str) -> Generation:
-    eos = set(request.eos)
-    if reason == "stop" and ids[-1] not in eos:
-        raise RacError(
-            f"{server} ended a completion on token {ids[-1]}, which is no EOS "
-            f"({', '.join(map(str, request.eos))}): it strips the EOS or has stop words of "
-            "its own; traces need the EOS that the model wrote"
-        )
-    if eos.intersection(ids[:-1]):
-        raise RacError(
-            f"{server} continued a completion after an EOS; switch off `ignore_eos` there"
-        )
-    if reason == "length" and len(ids) == request.max_tokens:
-        # Servers report either reason for an EOS that is the last token that fits.
-        return Generation(ids, "stop" if ids[-1] in eos else "length")
-    if reason == "stop":
-        return Generation(ids, "stop")
-    raise UnusableError(f"finish_reason {reason!r} after {len(ids)} of {request.max_tokens} tokens")
 
 
 def served_model(content: bytes, named: str | None, server: str) -> dict[str, Any]:

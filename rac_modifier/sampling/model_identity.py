@@ -31,19 +31,9 @@ _IF_THERE = {"_raise_exceptions_for_missing_entries": False}
 _EXPERT = ("gate_proj", "up_proj", "down_proj")
 # Only what shapes the computation: the rest of a config changes without the model.
 _ARCHITECTURE_FIELDS = (
-    "model_type",
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_act",
-    "rms_norm_eps",
-    "sliding_window",
-    "tie_word_embeddings",
-    "rope_parameters",
+    "model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
+    "num_key_value_heads head_dim hidden_act rms_norm_eps sliding_window tie_word_embeddings "
+    "rope_parameters"
 )
 # A tensor, or a merged tensor [experts, rows, columns] as the matrices of each expert.
 _Weights = torch.Tensor | list[list[torch.Tensor]]
@@ -132,7 +122,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _fingerprint_of(config: PreTrainedConfig, parameters: Iterable[tuple[str, _Weights]]) -> str:
     text = config.get_text_config()
-    fields = {name: getattr(text, name, None) for name in _ARCHITECTURE_FIELDS}
+    fields = {name: getattr(text, name, None) for name in _ARCHITECTURE_FIELDS.split()}
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode())
     for name, weights in parameters:
         shape, sample = _sample(weights)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from itertools import chain
 from pathlib import PurePath
-from queue import SimpleQueue
 
 from loguru import logger
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -20,10 +19,13 @@ from rac_modifier.sampling.completions_api import (
     PROBE_QUESTIONS,
     PROBE_SAMPLING,
     PROBE_TOKENS,
+    RefusedError,
     Request,
+    UnusableError,
     check_limit,
     check_name,
     check_probes,
+    read_answer,
     served_model,
     trace_seed,
 )
@@ -40,12 +42,9 @@ from rac_modifier.sampling.engine import (
 from rac_modifier.sampling.generate import Generation, eos_token_ids
 from rac_modifier.sampling.model_identity import ModelIdentity
 from rac_modifier.sampling.prompts import render_question
-from rac_modifier.sampling.server_client import GaveUpError, RefusedError, ServerClient
+from rac_modifier.sampling.server_client import ServerClient, ask
 from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
 
-# With several servers, tries at each before the next one: a server that hangs holds nothing up.
-_TRIES_BEFORE_ANOTHER = 2
-TRIES = 9  # requests per completion, after which its problem counts as failed
 # Prompts are started up to this many times the concurrency ahead of the oldest unfinished one. That
 # keeps the servers busy during one long completion, and bounds the finished ones in memory.
 _LOOK_AHEAD = 4
@@ -77,7 +76,6 @@ class ServerEngine:
         if settings.api_key_env is not None:
             urls = ", ".join(settings.base_urls)
             logger.warning(f"the key in {settings.api_key_env} is sent to {urls}")
-        self._served: dict[str, str] = {}  # by url, the name of the model there
         self._server_limit: int | None = None  # the shortest max_model_len
         self._record: EngineRecord | None = None
         # The event loop has a thread of its own: it runs on while traces are written, and a
@@ -100,7 +98,6 @@ class ServerEngine:
         """Complete prompts, `concurrency` at a time. Call `connect` first."""
         prompts = enumerate(chain.from_iterable(batches))
         under_way: dict[Future[Generation | Failure], tuple[int, Prompt]] = {}  # the oldest first
-        ended: SimpleQueue[Future[Generation | Failure]] = SimpleQueue()
         concurrency, started = self._settings.concurrency, 0
         while True:
             while len(under_way) < concurrency:
@@ -110,18 +107,14 @@ class ServerEngine:
                 if (numbered := next(prompts, None)) is None:
                     break
                 coroutine = self._complete(numbered[1])
-                future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-                under_way[future] = numbered
-                future.add_done_callback(ended.put)
+                under_way[asyncio.run_coroutine_threadsafe(coroutine, self._loop)] = numbered
                 started += 1
             if not under_way:
                 return
-            futures = [ended.get()]
-            while not ended.empty():
-                futures.append(ended.get())
+            ended, _ = wait(under_way, return_when=FIRST_COMPLETED)
             completions: list[Completion] = []
             stop: RacError | None = None
-            for future in sorted(futures, key=lambda future: under_way[future][0]):
+            for future in sorted(ended, key=lambda future: under_way[future][0]):
                 _, prompt = under_way.pop(future)
                 try:
                     completions.append(Completion(prompt, future.result()))
@@ -158,7 +151,7 @@ class ServerEngine:
             compares = self._evaluates or settings.verify_model
             if compares and self._model is None and settings.model is None:
                 check_name(card, self._identity.source, url)
-            self._served[url] = str(card["id"])
+            server.model = str(card["id"])
             if isinstance(limit := card.get("max_model_len"), int):
                 self._server_limit = min(limit, self._server_limit or limit)
             cards.append(card)
@@ -183,9 +176,9 @@ class ServerEngine:
         requests = [Request(ids, PROBE_TOKENS, 0, self._eos) for ids in prompts]
         try:
             answers = await asyncio.gather(
-                *(self._ask(server, request, PROBE_SAMPLING, TRIES) for request in requests)
+                *(self._ask([server], request, PROBE_SAMPLING) for request in requests)
             )
-        except (GaveUpError, RefusedError) as error:
+        except (UnusableError, RefusedError) as error:
             raise RacError(
                 f"{server.url} does not answer a short greedy prompt: {error}"
             ) from error
@@ -198,7 +191,6 @@ class ServerEngine:
         return probes
 
     async def _complete(self, prompt: Prompt) -> Generation | Failure:
-        """Ask one server after the other: a few tries each, and then the other tries."""
         length, limit = len(prompt.ids), self._sampling.max_new_tokens
         context, server_limit = self._identity.context, self._server_limit
         if context is not None and length >= context:
@@ -211,44 +203,19 @@ class ServerEngine:
                 f"servers' --max-model-len of {server_limit}; serve with a larger one"
             )
         request = Request(prompt.ids, limit, trace_seed(self._sampling.seed, prompt.key), self._eos)
-        first = min(_TRIES_BEFORE_ANOTHER, TRIES) if len(self._servers) > 1 else TRIES
-        reason = ""
-        for count in filter(None, (first, TRIES - first)):
-            tried: list[ServerClient] = []
-            while (server := least_busy(self._servers, tried)) is not None:
-                tried.append(server)
-                try:
-                    return await self._ask(server, request, self._sampling, count)
-                except RefusedError as error:
-                    return Failure(str(error))
-                except GaveUpError as error:
-                    reason = str(error)
-        where = f" at each of {len(self._servers)} servers" if len(self._servers) > 1 else ""
-        return Failure(f"{reason} (tried {TRIES} times{where})")
+        try:
+            return await self._ask(self._servers, request, self._sampling)
+        except (UnusableError, RefusedError) as error:
+            return Failure(str(error))
 
     async def _ask(
-        self, server: ServerClient, request: Request, sampling: SamplingSettings, tries: int
+        self, servers: Sequence[ServerClient], request: Request, sampling: SamplingSettings
     ) -> Generation:
-        model, vocab_size = self._served[server.url], self._identity.vocab_size
-        return await server.complete(
-            request, model=model, vocab_size=vocab_size, sampling=sampling, tries=tries
-        )
+        def read(content: bytes, url: str) -> Generation:
+            return read_answer(request, content, self._identity.vocab_size, url)
 
-
-def least_busy(
-    servers: Sequence[ServerClient], tried: Collection[ServerClient] = ()
-) -> ServerClient | None:
-    """Return the server with the fewest completions under way; None if all were tried.
-
-    A server that fails immediately always has few under way and would get every prompt. So
-    a failing server gets one prompt at a time while there is another server; its first
-    success ends that.
-    """
-    return min(
-        (server for server in servers if server not in tried),
-        key=lambda server: (server.failing and server.under_way > 0, server.under_way),
-        default=None,
-    )
+        tokens = len(request.prompt_ids) + request.max_tokens
+        return await ask(servers, "/completions", request.body(sampling), tokens, read)
 
 
 def engine_for(

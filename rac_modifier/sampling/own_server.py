@@ -25,9 +25,7 @@ from rac_modifier.errors import RacError
 
 HOST = "127.0.0.1"
 _LOOK_EVERY = 0.2  # seconds
-_LAST_LINES = 25
-_LAST_BYTES = 16384
-_FIRST_BYTES = 1 << 20
+_LAST_LINES, _LAST_BYTES, _FIRST_BYTES = 25, 16384, 1 << 20
 # The end of a traceback, alone or after a logger's prefix.
 _ERROR = re.compile(r"(?:^|\] )\s*(?:\w+\.)*[A-Z]\w*(?:Error|Exception): \S")
 _WATCHER = Path(__file__).with_name("server_watch.py")
@@ -46,16 +44,11 @@ class VllmCommand:
         """Read RAC_VLLM (else `vllm` on the PATH) and RAC_VLLM_OPTIONS."""
         named = variables.get("RAC_VLLM")
         path = shutil.which(named or "vllm", path=variables.get("PATH"))
-        if path is None and named:
-            raise RacError(
-                f"RAC_VLLM={named!r} is no command that can be run; name the vllm of the "
-                "environment that has it"
-            )
         if path is None:
+            problem = f"RAC_VLLM={named!r} is no command" if named else "no vllm on the PATH"
             raise RacError(
-                "no vllm on the PATH; install it in an environment of its own "
-                "(scripts/serve_cpu_env.sh does, for a CPU), and name it with "
-                "RAC_VLLM=/path/to/environment/bin/vllm"
+                f"{problem}; install it in an environment of its own (scripts/serve_cpu_env.sh "
+                "does, for a CPU), and name it with RAC_VLLM=/path/to/environment/bin/vllm"
             )
         try:
             options = tuple(shlex.split(variables.get("RAC_VLLM_OPTIONS", "")))
@@ -102,9 +95,10 @@ class VllmCommand:
 
     def environment(self) -> dict[str, str]:
         """Return this process's variables; PYTHONPATH is not for another environment."""
-        same = Path(self.path).parent == Path(sys.executable).parent
-        variables = {name: os.environ[name] for name in os.environ if same or name != "PYTHONPATH"}
-        return {"VLLM_NO_USAGE_STATS": "1", **variables}
+        variables = {"VLLM_NO_USAGE_STATS": "1", **os.environ}
+        if Path(self.path).parent != Path(sys.executable).parent:
+            variables.pop("PYTHONPATH", None)
+        return variables
 
 
 def _has_few_bits(model: str) -> bool:
@@ -202,16 +196,15 @@ def _stopped(watcher: subprocess.Popen[bytes], log: BinaryIO) -> str:
 
 def _end_of(log: BinaryIO) -> str:
     """Describe the last lines that a server printed, and its first error if they lack it."""
-    size = os.fstat(log.fileno()).st_size
-    lines = _lines(log, max(0, size - _LAST_BYTES), _LAST_BYTES)[-_LAST_LINES:]
+    start = max(0, os.fstat(log.fileno()).st_size - _LAST_BYTES)
+    # the position for writing stays
+    first, last = (
+        os.pread(log.fileno(), size, place).decode("utf-8", "replace").split("\n")
+        for size, place in ((_FIRST_BYTES, 0), (_LAST_BYTES, start))
+    )
+    lines = [line.rstrip() for line in last if line.strip()][-_LAST_LINES:]
     if not lines:
         return "It printed nothing"
-    cause = next((line for line in _lines(log, 0, _FIRST_BYTES) if _ERROR.search(line)), None)
+    cause = next((line.rstrip() for line in first if _ERROR.search(line)), None)
     named = "" if cause is None or cause in lines else f"Its first error:\n{cause}\n"
     return f"{named}Its last lines:\n" + "\n".join(lines)
-
-
-def _lines(log: BinaryIO, start: int, size: int) -> list[str]:
-    """Return the non-empty lines of a part of a file; the position for writing stays."""
-    text = os.pread(log.fileno(), size, start).decode("utf-8", "replace")
-    return [line.rstrip() for line in text.splitlines() if line.strip()]

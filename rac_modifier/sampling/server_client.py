@@ -1,9 +1,7 @@
-"""One OpenAI-compatible server: the models that it lists, and completions that pass our checks.
+"""OpenAI-compatible servers: the models that one lists, and answers that pass our checks.
 
-Every request has a deadline and a limit on the bytes of its answer. Faults of the
-connection, answers that fail a check of `completions_api`, and statuses that may pass are
-retried with growing pauses. The client is aiohttp: a completion of 1,000 tokens costs 0.4
-ms of CPU time, 3 ms with httpx.
+Every request has a deadline and a limit on the bytes of its answer. The client is aiohttp: a
+completion of 1,000 tokens costs 0.4 ms of CPU time, 3 ms with httpx.
 """
 
 from __future__ import annotations
@@ -13,7 +11,7 @@ import ipaddress
 import os
 import random
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -21,11 +19,11 @@ import aiohttp
 from loguru import logger
 
 from rac_modifier.errors import RacError
-from rac_modifier.sampling.completions_api import Request, UnusableError, error_text, read_answer
-from rac_modifier.sampling.generate import Generation
-from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
+from rac_modifier.sampling.completions_api import RefusedError, UnusableError, error_text
+from rac_modifier.settings.sampling import EngineSettings
 
 Answer = TypeVar("Answer")
+TRIES = 9  # requests per completion
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 8.0  # seconds between two tries; each pause doubles the last one
 _TRANSIENT = frozenset({408, 409, 425, 429})  # and every 5xx; other statuses stay the same
 _REFUSALS = frozenset({400, 413, 422})  # of this prompt, not of the next
@@ -37,21 +35,14 @@ _ANSWER_BYTES = 1 << 20  # of an answer, and for each token of prompt and comple
 _BYTES_PER_TOKEN = 256
 
 
-class GaveUpError(Exception):
-    """A server did not complete a prompt within the tries; another server, or a later try, may."""
-
-
-class RefusedError(Exception):
-    """A server will not complete this prompt, however often it is asked."""
-
-
 class ServerClient:
     """A base URL, which ends in /v1."""
 
     def __init__(self, url: str, settings: EngineSettings):
         self.url = url
+        self.model = ""  # the name of the model there
         self.under_way = 0  # completions that are waited for
-        self.failing = False  # whether the last completion failed in all its tries
+        self.failing = False  # whether the last completion failed
         self._deadline = settings.timeout
         self._key = _api_key(settings.api_key_env)
         self._proxy = _proxy_of(url)
@@ -77,62 +68,16 @@ class ServerClient:
             raise RacError(f"{self.url}/models answers {status} ({reason}); {_next_step(status)}")
         return content
 
-    async def complete(
-        self,
-        request: Request,
-        *,
-        model: str,
-        vocab_size: int,
-        sampling: SamplingSettings,
-        tries: int,
-    ) -> Generation:
-        """Return a completion of token ids; raises what `ask` raises."""
-
-        def read(content: bytes) -> Generation:
-            return read_answer(request, content, vocab_size, self.url)
-
-        body, tokens = request.body(model, sampling), len(request.prompt_ids) + request.max_tokens
-        return await self.ask("/completions", body, tokens, read, tries)
-
-    async def ask(
-        self,
-        path: str,
-        body: dict[str, Any],
-        tokens: int,
-        read: Callable[[bytes], Answer],
-        tries: int,
-    ) -> Answer:
-        """Post a request of up to `tokens` up to `tries` times, until `read` takes the answer.
+    async def post(self, path: str, body: dict[str, Any], tokens: int) -> bytes:
+        """Return the body of the answer with status 200 to a request of up to `tokens` tokens.
 
         Raises:
-            GaveUpError: no try succeeded.
+            UnusableError: another try may succeed.
             RefusedError: the server rejects the prompt.
-            RacError: the server cannot give such answers, or wants a key.
+            RacError: the server rejects every prompt, or wants a key.
         """
         most = _ANSWER_BYTES + _BYTES_PER_TOKEN * tokens
-        pause = FIRST_PAUSE
         self.under_way += 1
-        try:
-            while True:
-                try:
-                    answer = read(await self._completion(path, body, most))
-                    self.failing = False
-                    return answer
-                except UnusableError as error:
-                    tries -= 1
-                    if not tries:
-                        if not self.failing:
-                            logger.warning(f"{self.url}: {error}")
-                        self.failing = True
-                        raise GaveUpError(f"{self.url}: {error}") from error
-                jitter = 1 - random.random() / 4  # so that many requests do not return together
-                await asyncio.sleep(pause * jitter)
-                pause = min(2 * pause, LONGEST_PAUSE)
-        finally:
-            self.under_way -= 1
-
-    async def _completion(self, path: str, body: dict[str, Any], most: int) -> bytes:
-        """Return the body of an answer with status 200."""
         try:
             async with asyncio.timeout(self._deadline):
                 answer, content = await self._send("POST", path, body, most)
@@ -142,6 +87,8 @@ class ServerClient:
             raise UnusableError(
                 f"no answer within timeout={self._deadline:g} s; set a longer one"
             ) from error
+        finally:
+            self.under_way -= 1
         status = answer.status
         if status == 200:
             return content
@@ -183,6 +130,53 @@ class ServerClient:
         )
 
 
+async def ask(
+    servers: Sequence[ServerClient],
+    path: str,
+    body: dict[str, Any],
+    tokens: int,
+    read: Callable[[bytes, str], Answer],
+) -> Answer:
+    """Post a request to the least busy server, until `read` takes the answer of one.
+
+    `read` gets the body and the server's address. The next try waits longer, and asks a server
+    that has not been tried, while there is one.
+
+    Raises:
+        UnusableError: nine tries failed; another time they may not.
+        RefusedError: a server rejects the prompt.
+        RacError: a server cannot give such answers, or wants a key.
+    """
+    pause, failures = FIRST_PAUSE, 0
+    tried: list[ServerClient] = []
+    while True:
+        if len(tried) == len(servers):
+            tried = []
+        # A server that fails immediately always has few completions under way. It gets one at a
+        # time, until one succeeds.
+        server = min(
+            (server for server in servers if server not in tried),
+            key=lambda server: (server.failing and server.under_way > 0, server.under_way),
+        )
+        tried.append(server)
+        try:
+            content = await server.post(path, {"model": server.model, **body}, tokens)
+            answer = read(content, server.url)
+        except UnusableError as error:
+            failures += 1
+            if not server.failing:
+                logger.warning(f"{server.url}: {error}")
+            server.failing = True
+            if failures == TRIES:
+                raise UnusableError(f"{server.url}: {error} (tried {TRIES} times)") from error
+        else:
+            server.failing = False
+            return answer
+        jitter = 1 - random.random() / 4  # so that many requests do not return together
+        await asyncio.sleep(pause * jitter)
+        pause = min(2 * pause, LONGEST_PAUSE)
+
+
 def _proxy_of(url: str) -> str | None:
     """Return the proxy that the environment names for a server; None for this machine."""
     address = urlsplit(url)
@@ -207,8 +201,7 @@ def _api_key(variable: str | None) -> str | None:
 
 def _next_step(status: int) -> str:
     if status in (401, 403):
-        variable = "name the environment variable that holds it with engine.api_key_env"
-        return f"the server wants a key: {variable}"
+        return "the server wants a key: name the variable that holds it with engine.api_key_env"
     return (
         "check the address (it ends in /v1) and the model's name (--server and --served-as, or "
         "base_urls and model of traces.engine)"

@@ -6,8 +6,7 @@ import pytest
 
 from rac_modifier.errors import RacError
 from rac_modifier.sampling.chat_api import ChatAnswer, chat_body, read_chat
-from rac_modifier.sampling.completions_api import UnusableError
-from rac_modifier.sampling.server_client import RefusedError
+from rac_modifier.sampling.completions_api import RefusedError, UnusableError
 from rac_modifier.settings.sampling import SamplingSettings
 
 
@@ -89,11 +88,11 @@ def test_a_request_has_the_settings_of_the_completions_protocol_and_no_token_ids
         system_prompt="Be brief.",
         thinking=False,
     )
-    sent = chat_body("1+1?", "q#0", "m", sampling)
+    sent = chat_body("1+1?", "q#0", sampling)
     assert sent["messages"] == [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "1+1?"},
     ]
     assert (sent["max_tokens"], sent["temperature"], sent["top_k"]) == (5, 0.6, -1)
     assert sent["chat_template_kwargs"] == {"enable_thinking": False}
-    assert sent["seed"] != chat_body("1+1?", "q#1", "m", sampling)["seed"]
+    assert sent["seed"] != chat_body("1+1?", "q#1", sampling)["seed"]

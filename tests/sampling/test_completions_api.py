@@ -85,14 +85,14 @@ def test_answers_that_another_try_does_not_mend(content, words):
 
 
 def test_the_request_leaves_nothing_to_the_servers_defaults():
-    assert REQUEST.body("m", SamplingSettings(temperature=0.6, top_p=0.95, top_k=20)) == {
-        "model": "m", "prompt": [3, 4], "max_tokens": 4, "temperature": 0.6, "top_p": 0.95,
+    assert REQUEST.body(SamplingSettings(temperature=0.6, top_p=0.95, top_k=20)) == {
+        "prompt": [3, 4], "max_tokens": 4, "temperature": 0.6, "top_p": 0.95,
         "presence_penalty": 0.0,
         "frequency_penalty": 0.0, "seed": 0, "stream": False, "n": 1,
         "top_k": 20, "min_p": 0.0, "repetition_penalty": 1.0, "stop_token_ids": [1, 2],
         "return_token_ids": True,
     }  # fmt: skip
-    assert REQUEST.body("m", SamplingSettings(temperature=0.6, top_p=0.95, top_k=0))["top_k"] == -1
+    assert REQUEST.body(SamplingSettings(temperature=0.6, top_p=0.95, top_k=0))["top_k"] == -1
 
 
 def test_seeds_follow_seed_and_key():

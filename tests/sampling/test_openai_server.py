@@ -8,7 +8,6 @@ from concurrent.futures import CancelledError
 import pytest
 
 from rac_modifier.errors import RacError
-from rac_modifier.sampling import openai_server
 from rac_modifier.sampling.completions_api import trace_seed
 from rac_modifier.sampling.engine import Failure, Prompt
 from rac_modifier.sampling.generate import generate
@@ -91,7 +90,7 @@ def test_an_error_ends_it_after_what_was_finished(make, server):
 
 
 def test_failures_are_outcomes(make, server, monkeypatch):
-    monkeypatch.setattr(openai_server, "TRIES", 2)
+    monkeypatch.setattr("rac_modifier.sampling.server_client.TRIES", 2)
     refused, broken = trace_seed(0, "p1#0"), trace_seed(0, "p2#0")
     server.fault = lambda number, body: {refused: "400", broken: "500"}.get(body["seed"])
     answers = outcomes(make(), prompts(4))

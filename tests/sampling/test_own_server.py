@@ -80,7 +80,7 @@ def test_which_vllm(tmp_path):
     ("variables", "message"),
     [
         ({}, "no vllm on the PATH; .* name it with RAC_VLLM=/path"),
-        ({"RAC_VLLM": "/no/vllm"}, "RAC_VLLM='/no/vllm' is no command that can be run"),
+        ({"RAC_VLLM": "/no/vllm"}, "RAC_VLLM='/no/vllm' is no command; .*name it with"),
         (
             {"RAC_VLLM": "sh", "RAC_VLLM_OPTIONS": "--a 'x", "PATH": "/bin:/usr/bin"},
             "RAC_VLLM_OPTIONS=.*No closing quotation",

@@ -7,12 +7,13 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 
 from rac_modifier.errors import RacError
-from rac_modifier.sampling.completions_api import Request
-from rac_modifier.sampling.server_client import (
-    GaveUpError,
+from rac_modifier.sampling.completions_api import (
     RefusedError,
-    ServerClient,
+    Request,
+    UnusableError,
+    read_answer,
 )
+from rac_modifier.sampling.server_client import ServerClient, ask
 from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
 from tests.sampling.fake_server import NAME, rule
 
@@ -34,12 +35,20 @@ def run(url, use, **settings):
     return asyncio.run(inside())
 
 
-def ask(client, tries=3):
-    return client.complete(REQUEST, model=NAME, vocab_size=102, sampling=SAMPLING, tries=tries)
+@pytest.fixture(autouse=True)
+def three_tries(monkeypatch):
+    monkeypatch.setattr("rac_modifier.sampling.server_client.TRIES", 3)
 
 
-def complete(server, tries=3, **settings):
-    return run(server.url, lambda client: ask(client, tries), **settings)
+def complete(server, **settings):
+    def use(client):
+        def read(content, url):
+            return read_answer(REQUEST, content, 102, url)
+
+        client.model = NAME
+        return ask([client], "/completions", REQUEST.body(SAMPLING), 23, read)
+
+    return run(server.url, use, **settings)
 
 
 def models(url, **settings):
@@ -57,7 +66,7 @@ def faults(server, *kinds):
 def test_a_fault_is_mended_by_another_try(server, kind):
     faults(server, kind, kind)
     assert complete(server).ids == EXPECTED
-    assert server.bodies == [REQUEST.body(NAME, SAMPLING)] * (3 if kind else 1)
+    assert server.bodies == [{"model": NAME, **REQUEST.body(SAMPLING)}] * (3 if kind else 1)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +84,7 @@ def test_tries_are_counted_whatever_the_faults(server, kinds, words):
     """A deadline is for the whole answer: a byte now and then does not extend it."""
     faults(server, *kinds)
     late = {"timeout": 0.3} if {"hang", "drip"} & {*kinds} else {}
-    with pytest.raises(GaveUpError, match=rf"^{server.url}.*{words}"):
+    with pytest.raises(UnusableError, match=rf"^{server.url}.*{words}"):
         complete(server, **late)
 
 
@@ -118,11 +127,11 @@ def test_only_a_key_that_the_settings_name_is_sent_and_it_is_cut_from_errors(ser
         complete(server, **key)
     monkeypatch.setenv("RAC_TEST_KEY", "sk-1234")
     server.cards = [{"id": "sk-1234"}]
-    faults(server, None, "echo")
-    with pytest.raises(GaveUpError, match=r"answers 500: Bearer \*\*\*$"):
-        complete(server, tries=1, **key)
+    faults(server, None, *["echo"] * 3)
+    with pytest.raises(UnusableError, match=r"answers 500: Bearer \*\*\* \(tried"):
+        complete(server, **key)
     assert b"sk-1234" not in models(server.url, **key)
-    assert [headers["authorization"] for headers in server.headers] == ["Bearer sk-1234"] * 2
+    assert [headers["authorization"] for headers in server.headers] == ["Bearer sk-1234"] * 4
 
 
 def test_prompts_for_this_machine_never_reach_a_proxy(server, monkeypatch):
