@@ -160,12 +160,6 @@ def _store_record(pool: TracePool) -> dict[str, Any]:
         "sha256": pool.store.sha256(),
         "model": header.model,
         "engine": header.engine.kind,
-        "prompt": {
-            "template": header.sampling.template,
-            "chat_template": header.chat_template,
-            "system_prompt": header.sampling.system_prompt,
-            "enable_thinking": header.sampling.thinking,
-            "add_generation_prompt": header.sampling.template == "chat",
-        },
+        "chat_template": header.chat_template,
         "selection": pool.selection.as_dict(),
     }

@@ -22,14 +22,14 @@ from rac_modifier.settings.calibration import CalibrationSettings
 from rac_modifier.settings.check import check_settings
 from rac_modifier.settings.traces import SelectSettings, TraceSettings
 from rac_modifier.traces.records import Trace
-from rac_modifier.traces.selection import Judge, Selection, select, without_repeats
+from rac_modifier.traces.selection import Judge, Selection, without_repeats
 from rac_modifier.traces.store import TraceStore
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
 
 Row = dict[str, Any]
-FORMATS = ("parquet", "jsonl")
+SUFFIXES = (".parquet", ".jsonl")
 _TRACE_COLUMNS = ("id", "problem_id", "finish_reason", "question", "answer")
 _BATCH = 1000  # rows that are written at a time
 
@@ -78,14 +78,13 @@ def trace_dataset(
         server = {"base_urls": [server]}
     elif server is not None and not isinstance(server, Mapping):
         server = {"base_urls": list(server)}
-    written: dict[str, Any] = {
+    written = {
         "problems": {"source": problems} if isinstance(problems, str) else problems,
         "engine": server,
         "store": None if store is None else str(store),
-        "sampling": sampling,
-        "select": selection,
+        "sampling": sampling or {},
+        "select": selection or {},
     }
-    written = {name: value for name, value in written.items() if value is not None}
     settings = check_settings(TraceSettings, written, "trace_dataset")
     budget = {"tokens": tokens, "held_out_tokens": 0, "seed": seed}
     calibration = check_settings(CalibrationSettings, budget, "trace_dataset")
@@ -107,14 +106,11 @@ def trace_dataset(
         raise RacError(f"the traces do not fill a row of length={length}; give a shorter length")
     from datasets import Dataset, DatasetInfo
 
-    header = pool.store.header
     record = {
-        "model": header.model,
-        "fingerprint": header.fingerprint,
-        "tokenizer": header.tokenizer,
-        "engine": header.engine.kind,
-        "problems": header.problems.model_dump(mode="json"),
-        "sampling": header.sampling.model_dump(mode="json"),
+        **pool.store.header.model_dump(
+            mode="json", include={"model", "fingerprint", "tokenizer", "problems", "sampling"}
+        ),
+        "engine": pool.store.header.engine.kind,
         "store": public_name(pool.store.path),
         "sha256": pool.store.sha256(),
         "selection": pool.selection.as_dict(),
@@ -128,51 +124,51 @@ def trace_dataset(
 def export_store(
     store: TraceStore,
     output: Path,
-    file_format: str | None = None,
     *,
     settings: SelectSettings | None = None,
-    length: int | None = None,
     tokenizer: Any = None,
     text: bool = False,
 ) -> int:
     """Write the traces of a store as a Parquet or JSON Lines file; return the number of rows.
 
-    The file has its name only when it is complete. Its format follows `file_format` or its suffix.
-    With a `length`, rows hold packed traces; else a row is a trace, with id, problem_id,
+    The file has its name only when it is complete. A row is a trace, with id, problem_id,
     finish_reason, question and answer. `text` adds the columns prompt and completion, with tags and
     EOS. The tokenizer is needed for `text`, and for a selection by answers.
 
     Raises:
-        RacError: another format, no trace to write, or the file cannot be written.
+        RacError: another suffix, no trace to write, or the file cannot be written.
     """
-    file_format = file_format or output.suffix.removeprefix(".")
-    if file_format not in FORMATS:
-        raise RacError(
-            f"{str(output)!r}: the format {file_format!r} is not known; name a file that ends in "
-            ".parquet or .jsonl, or give --format"
-        )
+    if output.suffix not in SUFFIXES:
+        raise RacError(f"{str(output)!r}: name a file that ends in {' or '.join(SUFFIXES)}")
     if not output.absolute().parent.is_dir():
         raise RacError(f"{str(output)!r}: its folder does not exist; create it first")
     selection = Selection(settings or SelectSettings())
     judge = Judge(tokenizer, store.header)
+    columns = [*_TRACE_COLUMNS, *(("prompt", "completion") if text else ())]
     count = 0
 
     def rows() -> Iterator[Row]:
         nonlocal count
         count = 0
-        traces = select(map(without_repeats, store), selection, judge)
-        described = (_described(trace, tokenizer if text else None) for trace in traces)
-        for row in packed(described, length) if length else described:
+        traces = selection.keep(map(without_repeats, store), judge)
+        for trace in traces:
             count += 1
-            yield row
+            yield _described(trace, tokenizer if text else None)
 
     partial = output.with_name(f"{output.name}.partial")
     try:
-        _write(rows, _features(not length, text), partial, file_format)
+        if output.suffix == ".jsonl":
+            with partial.open("w", encoding="utf-8") as file:
+                file.writelines(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows())
+        else:
+            from datasets import IterableDataset
+
+            dataset = IterableDataset.from_generator(rows, features=_features(*columns))
+            dataset.to_parquet(str(partial), batch_size=_BATCH)
         if not count:
             raise RacError(
                 f"trace store {str(store.path)!r}: {selection.describe()}, and no row to "
-                "write; collect more traces, loosen the selection, or give a shorter length"
+                "write; collect more traces, or loosen the selection"
             )
         os.replace(partial, output)
     except OSError as error:
@@ -182,17 +178,6 @@ def export_store(
     finally:
         partial.unlink(missing_ok=True)
     return count
-
-
-def _write(rows: Any, features: Features, path: Path, file_format: str) -> None:
-    if file_format == "jsonl":
-        with path.open("w", encoding="utf-8") as file:
-            file.writelines(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows())
-        return
-    from datasets import IterableDataset
-
-    dataset = IterableDataset.from_generator(rows, features=features)
-    dataset.to_parquet(str(path), batch_size=_BATCH)
 
 
 def packed(rows: Iterable[Row], length: int) -> Iterator[Row]:
@@ -229,13 +214,10 @@ def _described(trace: Trace, tokenizer: Any) -> Row:
     return row
 
 
-def _features(described: bool = False, text: bool = False) -> Features:
+def _features(*texts: str) -> Features:
     from datasets import Features, Sequence, Value
 
-    columns: dict[str, Any] = {
-        "input_ids": Sequence(Value("int32")),
-        "attention_mask": Sequence(Value("int8")),
-        "loss_mask": Sequence(Value("int8")),
-    }
-    names = [*(_TRACE_COLUMNS if described else ()), *(("prompt", "completion") if text else ())]
-    return Features(columns | {name: Value("string") for name in names})
+    masks = ("attention_mask", "loss_mask")
+    columns: dict[str, Any] = {"input_ids": Sequence(Value("int32"))}
+    columns |= {name: Sequence(Value("int8")) for name in masks}
+    return Features(columns | {name: Value("string") for name in texts})

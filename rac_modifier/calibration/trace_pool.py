@@ -18,7 +18,7 @@ from rac_modifier.settings.calibration import CalibrationSettings, Part, part_to
 from rac_modifier.settings.traces import SelectSettings, TraceSettings
 from rac_modifier.traces.collect import collect_traces
 from rac_modifier.traces.records import Trace
-from rac_modifier.traces.selection import Judge, Selection, select, without_repeats
+from rac_modifier.traces.selection import Judge, Selection, without_repeats
 from rac_modifier.traces.store import TraceStore
 
 _HELD_OUT_PROMPTS = 4  # at least, so that an unusual trace does not decide the result
@@ -78,7 +78,7 @@ class TracePool:
         hold_out, reserve = HoldOut(held_out_tokens), HoldOut(reserved_tokens)
         self.repeated_tokens = store.counts.tokens
         candidates = reserve.others(hold_out.others(self._counted(map(without_repeats, store))))
-        for trace in select(candidates, self.selection, judge):
+        for trace in self.selection.keep(candidates, judge):
             self.lengths.append(trace.tokens)
             self._ids.append(trace.id)
         self.held_out, self.reserved = tuple(hold_out.held), tuple(reserve.held)

@@ -168,7 +168,7 @@ def inspect(
             "store": opened.path,
             "header": opened.header.model_dump(mode="json"),
             "counts": asdict(opened.counts),
-            "endings": vars(count_endings(opened)),
+            "endings": count_endings(opened),
         }
         print_json(figures | verified | ({"samples": shown} if shown else {}))
         return
@@ -190,10 +190,6 @@ def export(
     store: Store,
     output: Annotated[Path, typer.Argument(help="file to write, .parquet or .jsonl")],
     select: Select = None,
-    length: Annotated[
-        int | None,
-        typer.Option(min=1, help="pack traces into rows of this many tokens; default: a row each"),
-    ] = None,
     text: Annotated[bool, typer.Option("--text", help="add prompt and completion as text")] = False,
     model: StoresModel = None,
     as_json: AsJson = False,
@@ -208,19 +204,13 @@ def export(
     from rac_modifier.traces.report import read_select
     from rac_modifier.traces.store import TraceStore
 
-    if text and length:
-        raise RacError(
-            f"--text adds text to each trace, and --length {length} packs them; drop one"
-        )
     settings = read_select(select)
     needs_tokenizer = text or (settings is not None and settings.checks_answers)
     if model is not None and not needs_tokenizer:
         raise RacError(f"--model {model} has no effect without --text; leave it out, or add --text")
     opened = TraceStore.read(store)
     tokenizer = _tokenizer_of(opened, model, "or leave --text out") if needs_tokenizer else None
-    rows = export_store(
-        opened, output, None, settings=settings, length=length, tokenizer=tokenizer, text=text
-    )
+    rows = export_store(opened, output, settings=settings, tokenizer=tokenizer, text=text)
     if as_json:
         print_json({"output": output, "rows": rows})
     else:

@@ -15,6 +15,7 @@ from rac_modifier.sampling.completions_api import (
     trace_seed,
 )
 from rac_modifier.sampling.generate import FinishReason
+from rac_modifier.sampling.prompts import messages_of
 from rac_modifier.settings.sampling import SamplingSettings
 
 _TEXTS = ("reasoning_content", "reasoning", "content")  # vLLM: the second
@@ -51,11 +52,9 @@ class ChatAnswer:
 
 def chat_body(question: str, key: str, sampling: SamplingSettings) -> dict[str, Any]:
     """Return the JSON of /v1/chat/completions without the model; `key` and the seed decide."""
-    system = sampling.system_prompt
-    messages = [] if system is None else [{"role": "system", "content": system}]
     return {
         **sampling_fields(sampling, sampling.max_new_tokens, trace_seed(sampling.seed, key)),
-        "messages": [*messages, {"role": "user", "content": question}],
+        "messages": messages_of(question, sampling.system_prompt),
         "chat_template_kwargs": {"enable_thinking": sampling.thinking},
     }
 

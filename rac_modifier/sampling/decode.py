@@ -53,11 +53,8 @@ def decode(
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     cache = roomy_cache(model.config)
-    only_last = (
-        {"logits_to_keep": 1}
-        if "logits_to_keep" in inspect.signature(model.forward).parameters
-        else {}
-    )
+    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+    only_last = {"logits_to_keep": 1} if keeps else {}
     ends, longest = torch.tensor(eos, device=device), torch.tensor(limits, device=device)
     output = torch.full((len(prompts), max(limits)), pad, device=device)
     present = torch.arange(len(prompts), device=device)  # the prompt of each row of the batch

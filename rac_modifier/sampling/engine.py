@@ -1,8 +1,7 @@
 """What an engine is, and the engine on the model in memory: batches of prompts in, completions out.
 
-Of several processes, the first one hands out whole batches and collects the completions.
-Batches are the same for any number of processes, so the completions are the same too (on
-one kind of device).
+Of several processes, the first one hands out whole batches and collects the completions. Their
+number does not change the batches, so it does not change the completions (on one kind of device).
 """
 
 from __future__ import annotations
@@ -53,19 +52,19 @@ class Completion:
     outcome: Generation | Failure
 
 
-class Probe(BaseModel):
-    """A server's greedy completion of a known prompt, by which its model is told from another."""
-
+class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Probe(_Record):
+    """A server's greedy completion of a known prompt, by which its model is told from another."""
 
     prompt_ids: tuple[int, ...]
     completion_ids: tuple[int, ...]
 
 
-class EngineRecord(BaseModel):
+class EngineRecord(_Record):
     """The engine that filled a store, as recorded in the header of the store."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: EngineKind = "transformers"
     served_model: str | None = None
@@ -87,8 +86,8 @@ class Engine(Protocol):
     ) -> Iterator[Sequence[Completion]]:
         """Complete prompts; yields whenever some are finished, until every prompt is.
 
-        Prompts of a batch are computed together if that matters for rounding. Batches are taken in
-        the caller's thread, only when they can be worked on: they may depend on completions so far.
+        Batches are taken in the caller's thread, only when they can be worked on: they may depend
+        on completions so far.
         """
 
     def close(self) -> None:
@@ -114,13 +113,14 @@ class InProcessEngine:
         self.batch_size = sampling.batch_size
         self._model, self._tokenizer, self._sampling = model, tokenizer, sampling
         self._processes = processes
-        self._placed: contextlib.ExitStack | None = None
+        self._placed = contextlib.ExitStack()
+        self._is_placed = False
 
     def connect(self) -> EngineRecord:
         """Move the model to the accelerator; return an empty record."""
-        if self._placed is None:
-            self._placed = contextlib.ExitStack()
+        if not self._is_placed:
             self._placed.enter_context(on_accelerator(self._model, _SERVE))
+            self._is_placed = True
         return EngineRecord()
 
     def iter_completions(
@@ -141,8 +141,7 @@ class InProcessEngine:
 
     def close(self) -> None:
         """Move the model back to where it was."""
-        if self._placed is not None:
-            self._placed.close()
+        self._placed.close()
 
 
 def help_sampling(

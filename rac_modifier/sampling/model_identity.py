@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -59,8 +59,8 @@ class ModelIdentity:
     def of_files(cls, source: str) -> ModelIdentity:
         """Return the identity of a model folder or hub id, equal to `of_model` of it loaded.
 
-        It reads 64 numbers per parameter from safetensors files. If the tensors have other names
-        there than in the model (fused experts), the weights are loaded, with a warning.
+        It reads 64 numbers per parameter. If tensors have other names in the files than in the
+        model (fused experts), the weights are loaded, with a warning.
         """
         try:
             config = AutoConfig.from_pretrained(source, trust_remote_code=False)
@@ -154,10 +154,7 @@ def _stride(shape: tuple[int, ...]) -> int:
 
 
 def _named_parameters(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the parameters of each module under their full names.
-
-    A parameter that two modules share comes twice, since offloading hides that it is shared.
-    """
+    """Yield the parameters of each module; a shared one twice, since offloading hides sharing."""
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             yield f"{prefix}.{name}" if prefix else name, parameter
@@ -180,10 +177,9 @@ def _offloaded(model: PreTrainedModel, full: str) -> torch.Tensor:
 def _with_merged_experts(
     model: torch.nn.Module, parameters: Iterable[tuple[str, torch.Tensor]]
 ) -> Iterator[tuple[str, _Weights]]:
-    """Yield parameters in their order; split experts come as merged tensors.
+    """Yield parameters in their order, split experts as merged tensors, as transformers loads them.
 
-    So a model has the same fingerprint before and after. Experts with other matrices, biases or
-    transposed weights stay as they are.
+    Experts with other matrices, biases or transposed weights stay as they are.
     """
     layers = {name: module for name, module in model.named_modules() if _is_separate(module)}
     pending: dict[str, torch.Tensor] = {}
@@ -218,12 +214,10 @@ def _fingerprint_of_files(skeleton: PreTrainedModel, files: list[str]) -> str | 
     from safetensors import safe_open
 
     with ExitStack() as stack:
-        opened = [
-            stack.enter_context(safe_open(file, framework="pt"))
-            for file in files
-            if Path(file).exists()
-        ]
-        holder: dict[str, Any] = {name: file for file in opened for name in file.keys()}  # noqa: SIM118 - no mapping
+        holder: dict[str, Any] = {}
+        for path in filter(os.path.exists, files):
+            file = stack.enter_context(safe_open(path, framework="pt"))
+            holder.update(dict.fromkeys(file.keys(), file))
         # Tied parameters are one object; the first of its names that the files hold counts.
         parameters = list(_named_parameters(skeleton))
         stored = {id(parameter): name for name, parameter in reversed(parameters) if name in holder}

@@ -6,7 +6,7 @@ import asyncio
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from itertools import chain
+from itertools import chain, islice
 from pathlib import PurePath
 
 from loguru import logger
@@ -44,10 +44,6 @@ from rac_modifier.sampling.model_identity import ModelIdentity
 from rac_modifier.sampling.prompts import render_question
 from rac_modifier.sampling.server_client import ServerClient, ask
 from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
-
-# Prompts are started up to this many times the concurrency ahead of the oldest unfinished one. That
-# keeps the servers busy during one long completion, and bounds the finished ones in memory.
-_LOOK_AHEAD = 4
 
 
 class ServerEngine:
@@ -97,18 +93,11 @@ class ServerEngine:
     ) -> Iterator[Sequence[Completion]]:
         """Complete prompts, `concurrency` at a time. Call `connect` first."""
         prompts = enumerate(chain.from_iterable(batches))
-        under_way: dict[Future[Generation | Failure], tuple[int, Prompt]] = {}  # the oldest first
-        concurrency, started = self._settings.concurrency, 0
+        under_way: dict[Future[Generation | Failure], tuple[int, Prompt]] = {}
         while True:
-            while len(under_way) < concurrency:
-                oldest = next(iter(under_way.values()))[0] if under_way else started
-                if started - oldest >= _LOOK_AHEAD * concurrency:
-                    break
-                if (numbered := next(prompts, None)) is None:
-                    break
+            for numbered in islice(prompts, self._settings.concurrency - len(under_way)):
                 coroutine = self._complete(numbered[1])
                 under_way[asyncio.run_coroutine_threadsafe(coroutine, self._loop)] = numbered
-                started += 1
             if not under_way:
                 return
             ended, _ = wait(under_way, return_when=FIRST_COMPLETED)

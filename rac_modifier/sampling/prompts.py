@@ -21,8 +21,7 @@ def render_prompt(
     """Return the token ids of a question's prompt, made by the template, never decoded to text.
 
     "chat" applies the tokenizer's chat template with `enable_thinking=thinking`, which some
-    templates ignore. "none" tokenizes the bare question, with the tokenizer's own special
-    tokens (a BOS).
+    templates ignore. "none" tokenizes the bare question with the tokenizer's own BOS.
     """
     if template == "none":
         ids = tokenizer(question)["input_ids"]
@@ -45,15 +44,10 @@ def _apply_chat_template(
             "(traces.sampling.template: none in a recipe, --template none of rac eval), or set "
             "tokenizer.chat_template"
         )
-    messages = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
-    messages.append({"role": "user", "content": question})
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
     try:
         ids = tokenizer.apply_chat_template(
-            messages,
-            add_generation_prompt=True,
-            enable_thinking=thinking,
-            tokenize=True,
-            return_dict=False,
+            messages_of(question, system_prompt), enable_thinking=thinking, **options
         )
     except TemplateError as error:
         hint = "; it may not take a system prompt: leave system_prompt out" if system_prompt else ""
@@ -61,6 +55,12 @@ def _apply_chat_template(
             f"the chat template of tokenizer {name!r} rejects the question: {error}{hint}"
         ) from error
     return cast(list[int], ids)
+
+
+def messages_of(question: str, system_prompt: str | None) -> list[dict[str, str]]:
+    """Return a question as a chat."""
+    system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+    return [*system, {"role": "user", "content": question}]
 
 
 def render_question(

@@ -23,7 +23,7 @@ KINDS: tuple[Kind, ...] = ("traces", "prompts", "generic")
 _SYNONYMS = {"text": "generic"}
 # A comma inside a name ("reasoning-gym:gcd,chain_sum") does not end a part.
 _BETWEEN_PARTS = re.compile(r"\s*,\s*(?=(?:traces|prompts|generic|text)\s*[:@])")
-_EXAMPLE = '"traces:math@0.7, traces:code@0.2, text:allenai/c4@0.1"'
+_EXAMPLE = 'write it like "traces:math@0.7, traces:code@0.2, text:allenai/c4@0.1"'
 
 TEXT_FILES = (".txt", ".jsonl", ".parquet")
 _Sequence = Annotated[int, Field(ge=16, le=10**9)]
@@ -46,10 +46,7 @@ class Part:
         word, colon, name = (piece.strip() for piece in key.partition(":"))
         kind = _SYNONYMS.get(word, word)
         if kind not in KINDS or (colon and not name):
-            raise RacError(
-                f"mixture names {key!r}; the kinds are {', '.join(KINDS)}, and kind:name for a "
-                f"source, as in {_EXAMPLE}"
-            )
+            raise RacError(f"mixture names {key!r}; the kinds are {', '.join(KINDS)}; {_EXAMPLE}")
         return cls(kind, name or None)
 
     @property
@@ -68,16 +65,11 @@ def read_mixture(value: Any) -> Any:
         return value
     mixture: dict[str, float] = {}
     for part in _BETWEEN_PARTS.split(value.strip().rstrip(",")):
-        key, at, share = part.rpartition("@")
+        key, _, share = part.rpartition("@")
         try:
             mixture[key.strip()] = mixture.get(key.strip(), 0.0) + float(share)
-        except ValueError:
-            at = ""
-        if not at:
-            raise RacError(
-                f"mixture: {part!r} has no share; write each part as kind@share or "
-                f"kind:name@share, as in {_EXAMPLE}"
-            )
+        except ValueError as error:
+            raise RacError(f"mixture: {part!r} has no share; {_EXAMPLE}") from error
     return mixture
 
 
@@ -136,16 +128,6 @@ class GenericText(Settings):
 
     sequence_tokens: _Sequence = 512
     """Tokens per sequence into which the text is cut."""
-
-    @property
-    def has_columns(self) -> bool:
-        """Return whether the source is a table, rather than one long text."""
-        return self.source != "python-docs" and not self.source.endswith(".txt")
-
-    @property
-    def is_dataset(self) -> bool:
-        """Return whether the source is a Hugging Face dataset."""
-        return self.source != "python-docs" and not self.source.endswith(TEXT_FILES)
 
 
 class CalibrationSettings(Settings):
@@ -208,6 +190,6 @@ class CalibrationSettings(Settings):
         if name != "python-docs" and "/" not in name and not name.endswith(TEXT_FILES):
             raise RacError(
                 f"mixture names text:{name}, which is no text: name python-docs, a file or a "
-                "dataset id, or set calibration.generic and name text alone"
+                "dataset id"
             )
         return GenericText(source=name)

@@ -4,34 +4,16 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
 
 from rac_modifier.errors import RacError
-
-
-def check_is_text(mask_structure: Any) -> Any:
-    """Refuse a number, such as 124, which YAML makes of 2:4 without quotes (RacError)."""
-    if isinstance(mask_structure, int) and mask_structure >= 60:
-        # in YAML 1.1, colons separate digits of base 60
-        written = ":".join(map(str, divmod(mask_structure, 60)))
-        raise RacError(
-            f'{mask_structure} is what YAML reads {written} as; write "{written}", in quotes'
-        )
-    if isinstance(mask_structure, int | float):
-        raise RacError(
-            f'{mask_structure} is no pattern; write "2:4", or for a share of the weights sparsity: '
-            "0.5"
-        )
-    return mask_structure
 
 
 @dataclass(frozen=True)
 class Pattern:
     """A sparsity pattern; build it with `parse` (values of a recipe), `n_of_m` or `unstructured`.
 
-    `n` of every `m` consecutive input weights of an output row are zero. As in llm-compressor's
-    `mask_structure`, N is the number *pruned*: "1:4" prunes 25 %. Unstructured patterns have
-    n = m = 0. `sparsity` is the share of zeros, 0 where nothing is pruned.
+    `n` of every `m` consecutive input weights of an output row are zero: as in llm-compressor, N is
+    the number *pruned*. Unstructured patterns have n = m = 0. `sparsity` is the share of zeros.
     """
 
     sparsity: float
@@ -58,8 +40,7 @@ class Pattern:
         if not 0 < n < m:
             raise RacError(
                 f'mask_structure "{n}:{m}": prunes {n} of every {m} weights, and N must be at '
-                'least 1 and less than M; use "2:4" for half of the weights or "0:0" for an '
-                "unstructured pattern"
+                'least 1 and less than M; use "2:4" for half of the weights'
             )
         return cls(sparsity=n / m, n=n, m=m)
 
@@ -87,9 +68,8 @@ class Pattern:
         pattern = cls.n_of_m(n, m)
         if sparsity is not None:
             raise RacError(
-                f'sparsity: {sparsity} has no effect with mask_structure "{n}:{m}", which prunes '
-                f"{pattern.sparsity:.4g} of the weights; leave sparsity out, or set mask_structure "
-                '"0:0" for that sparsity without a structure'
+                f'sparsity: {sparsity} has no effect with mask_structure "{n}:{m}"; leave '
+                "sparsity out, or the structure"
             )
         return pattern
 
@@ -111,7 +91,7 @@ class Pattern:
         return (
             f"{percent} of the weights are zero, anywhere"
             if self.sparsity
-            else ("no weight is pruned")
+            else "no weight is pruned"
         )
 
     def check_shape(self, name: str, rows: int, columns: int) -> None:

@@ -16,7 +16,7 @@ from pydantic import (
 
 from rac_modifier.errors import RacError
 from rac_modifier.settings.check import CONFIG, check_names, refuse_idle
-from rac_modifier.settings.pattern import Pattern, check_is_text
+from rac_modifier.settings.pattern import Pattern
 from rac_modifier.settings.quantization import QuantizationSettings
 
 Preset = Literal["quality", "fast", "paper"]
@@ -113,7 +113,13 @@ class PruningSettings(BaseModel):
     @field_validator("mask_structure", mode="before")
     @classmethod
     def _is_text(cls, value: Any) -> Any:
-        return check_is_text(value)
+        if isinstance(value, int) and value >= 60:
+            # in YAML 1.1, colons separate digits of base 60
+            text = ":".join(map(str, divmod(value, 60)))
+            raise RacError(f'{value} is what YAML reads {text} as; write "{text}", in quotes')
+        if isinstance(value, int | float):
+            raise RacError(f'{value} is no pattern; write "2:4", or sparsity: 0.5 for a share')
+        return value
 
     @field_validator("targets", "ignore", mode="before")
     @classmethod
@@ -157,9 +163,8 @@ class PruningSettings(BaseModel):
         if self.solver == "none":
             if self.quantization is None:
                 raise RacError(
-                    "solver: none prunes nothing, and without quantization nothing is left to do; "
-                    "set quantization, such as {scheme: W4A16}, or leave solver out and set a "
-                    "sparsity"
+                    "solver: none without quantization does nothing; set quantization, such as "
+                    "{scheme: W4A16}, or leave solver out and set a sparsity"
                 )
             self._pattern = Pattern.nothing()
         elif self.solver != "keep":

@@ -11,7 +11,7 @@ from rac_modifier.errors import RacError
 from rac_modifier.settings.check import Batch, Count, Seed, Settings
 
 Template = Literal["chat", "none"]
-DEFAULT_TEMPERATURE, DEFAULT_TOP_P, DEFAULT_TOP_K = 0.6, 0.95, 0
+_DEFAULTS = {"temperature": 0.6, "top_p": 0.95, "top_k": 0}
 _EXAMPLE = "http://127.0.0.1:8000/v1"
 
 
@@ -73,11 +73,7 @@ class SamplingSettings(Settings):
         """
         samples = generation_config is not None and generation_config.do_sample
         filled = self.model_dump()
-        for name, default in {
-            "temperature": DEFAULT_TEMPERATURE,
-            "top_p": DEFAULT_TOP_P,
-            "top_k": DEFAULT_TOP_K,
-        }.items():
+        for name, default in _DEFAULTS.items():
             if filled[name] is None:
                 value = getattr(generation_config, name, None) if samples else None
                 filled[name] = default if value is None else value
@@ -132,10 +128,7 @@ class EngineSettings(Settings):
     @classmethod
     def _are_urls(cls, urls: list[str]) -> list[str]:
         if not urls:
-            raise RacError(
-                f"base_urls is empty; name at least one server, such as {_EXAMPLE}, or "
-                "leave engine out"
-            )
+            raise RacError(f"base_urls is empty; name a server, such as {_EXAMPLE}")
         normal = list(dict.fromkeys(map(_normal, urls)))
         if len(normal) < len(urls):
             raise RacError(f"base_urls names a server twice: {', '.join(urls)}; name each once")

@@ -63,17 +63,8 @@ def collect_traces(
         filler = f"the server that filled trace store {str(path)!r}"
         check_probes(in_memory, stored.engine.probes, filler)
     questions = load_problems(problems, sampling.seed)
-    longest, context = problems.max_prompt_tokens, identity.context
-
-    def refuse(length: int) -> str | None:
-        if longest is not None and length > longest:
-            return (
-                f"a prompt of {length} tokens is longer than problems.max_prompt_tokens={longest}"
-            )
-        if context is not None and length >= context:
-            return f"a prompt of {length} tokens fills the model's context of {context}"
-        return None
-
+    limits = [problems.max_prompt_tokens, identity.context and identity.context - 1]
+    longest = min((limit for limit in limits if limit is not None), default=None)
     with contextlib.closing(
         engine_for(engine, identity, in_memory, tokenizer, sampling, processes)
     ) as sampler:
@@ -89,22 +80,21 @@ def collect_traces(
                 sampler,
                 questions,
                 lambda problem: render_question(tokenizer, problem.question, sampling),
-                refuse,
+                longest,
             )
             total = filling.run(tokens, progress)
     # A store that was filled with a larger limit can hold enough although these problems do not.
     held = max(total, store.counts.tokens)
     if held < tokens:
         failed = len(filling.failed)
-        again = "remove the .failed.jsonl file to try them again"
-        lost = f" {failed} problems failed: {again}." if failed else ""
+        lost = (
+            f" {failed} failed: remove the .failed.jsonl file to try them again." if failed else ""
+        )
         raise RacError(
-            f"the problems of {store.header.problems.source!r} are used up: {held:,} "
-            f"tokens in {len(store)} traces, of {tokens:,} asked for (all kept in "
-            f"{str(store.path)!r}).{lost} Give more problems (a larger limit, another "
-            "source), sample each more often "
-            f"(samples_per_problem={store.header.sampling.samples_per_problem} now; in a "
-            f"new store), or ask for tokens={held}"
+            f"the problems of {problems.source!r} are used up: {held:,} tokens in {len(store)} "
+            f"traces, of {tokens:,} asked for (all kept in {str(path)!r}).{lost} Give more "
+            f"problems (a larger limit, another source), ask for tokens={held}, or sample each "
+            f"more often in a new store (samples_per_problem={sampling.samples_per_problem} now)"
         )
     return store
 
@@ -116,10 +106,9 @@ def _read_off_policy(
     if not allowed:
         raise RacError(
             f"{name} holds traces of another model ({stored.model!r}, fingerprint "
-            f"{stored.fingerprint[:12]}), not of {header.model!r} ({header.fingerprint[:12]}). A "
-            "model is best calibrated on its own traces: the paper's R1-Qwen-7B at 50 % sparsity "
-            "scores .900 on its own, .876 on a bigger model's. Name another path to collect them, "
-            "or set allow_off_policy=True to use this store as it is"
+            f"{stored.fingerprint[:12]}), not of {header.model!r} ({header.fingerprint[:12]}): "
+            "name another path to collect its own, on which it is best calibrated, or set "
+            "allow_off_policy=True to use this store as it is"
         )
     if stored.tokenizer != header.tokenizer:
         raise RacError(
@@ -129,9 +118,8 @@ def _read_off_policy(
     store = TraceStore.read(path)
     if store.counts.tokens < tokens:
         raise RacError(
-            f"{name} of {stored.model!r} holds {store.counts.tokens:,} tokens, {tokens:,} "
-            "asked for; another model's store is never appended to: ask for fewer tokens, "
-            "or collect more with that model"
+            f"{name} of {stored.model!r} holds {store.counts.tokens:,} tokens, {tokens:,} asked "
+            "for: ask for fewer tokens, or collect more with that model"
         )
     logger.warning(f"calibrating off-policy: {name} holds traces of {stored.model!r}")
     return store

@@ -49,8 +49,7 @@ class _Sample:
 class FillStore:
     """Fills a store, open to append to, from an engine, which is connected when it is needed.
 
-    `render` returns the token ids of a problem's prompt, `refuse` why a prompt of this
-    length is not sampled (None: it is).
+    `render` returns the token ids of a problem's prompt; longer ones than `longest` fail.
     """
 
     def __init__(
@@ -59,9 +58,9 @@ class FillStore:
         engine: Engine,
         problems: Iterator[Problem],
         render: Callable[[Problem], list[int]],
-        refuse: Callable[[int], str | None] = lambda length: None,
+        longest: int | None = None,
     ):
-        self._store, self._engine, self._render, self._refuse = store, engine, render, refuse
+        self._store, self._engine, self._render, self._longest = store, engine, render, longest
         samples = store.header.sampling.samples_per_problem
         self._samples = (
             (f"{problem.id}#{i}", problem) for problem in problems for i in range(samples)
@@ -147,12 +146,13 @@ class FillStore:
         refused: list[FailedProblem] = []
         for sample in batch:
             ids = self._render(sample.problem)
-            if (reason := self._refuse(len(ids))) is None:
+            if self._longest is None or len(ids) <= self._longest:
                 prompts.append(Prompt(sample.id, tuple(ids)))
                 if not sample.settled:
                     self._asked[sample.id] = sample
             elif not sample.settled:
                 sample.settled = True
+                reason = f"a prompt of {len(ids)} tokens; the limit is {self._longest}"
                 refused.append(sample.failed(reason))
         self._record_failures(refused)
         return prompts

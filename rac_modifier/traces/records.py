@@ -97,10 +97,7 @@ class StoreHeader(BaseModel):
 
 
 def header_differences(stored: StoreHeader, current: StoreHeader) -> list[str]:
-    """List the fields that keep two runs from sharing a store.
-
-    Example: "sampling.seed: 0 in the store, 1 asked for".
-    """
+    """List what keeps two runs from sharing a store: "seed: 0 in the store, 1 asked for"."""
     pairs = [
         (name, getattr(stored, name), getattr(current, name))
         for name in ("fingerprint", "tokenizer", "chat_template")
@@ -111,7 +108,7 @@ def header_differences(stored: StoreHeader, current: StoreHeader) -> list[str]:
     return [
         f"{name}: {_short(old)} in the store, {_short(new)} asked for"
         for name, old, new in pairs
-        if old != new and not (name == "problems.source" and _one_file(old, new))
+        if old != new
     ]
 
 
@@ -208,11 +205,6 @@ def read_line(file: BinaryIO, path: Path) -> bytes:
 
 def _prefix(kind: str, payload: bytes) -> bytes:
     return f'{{"crc32":"{zlib.crc32(payload):08x}","{kind}":'.encode()
-
-
-def _one_file(first: str, second: str) -> bool:
-    """Tell whether two sources name the same file by different paths."""
-    return os.path.isfile(first) and os.path.isfile(second) and os.path.samefile(first, second)
 
 
 def _short(value: Any) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
 from rac_modifier.errors import RacError
@@ -13,36 +12,32 @@ from rac_modifier.settings.recipe_files import parse_yaml
 from rac_modifier.settings.sampling import PromptSettings
 from rac_modifier.settings.traces import SelectSettings
 from rac_modifier.traces.records import Trace
-from rac_modifier.traces.selection import Judge, Selection, repeated_tail, select, without_repeats
+from rac_modifier.traces.selection import Judge, Selection, repeated_tail, without_repeats
 from rac_modifier.traces.store import TraceStore, read_failures
 
-_BAR = 40
 _PROMPT = {"template", "thinking", "system_prompt"}
 
 
-@dataclass
-class Endings:
-    """Traces by completion tokens (lower bounds of a histogram's bars) and by finish reason.
+def count_endings(traces: Iterable[Trace]) -> dict[str, Any]:
+    """Count the endings of traces.
 
-    `repeating` traces were truncated while they repeated themselves, by `repeated_tokens`.
+    Returns:
+        `ended_by` finish reason; `median` and `longest` completion, in tokens; `repeating` traces,
+        which were truncated while they repeated themselves, by `repeated_tokens`.
     """
-
-    lengths: Counter[int] = field(default_factory=Counter)
-    ended_by: Counter[str] = field(default_factory=Counter)
-    repeating: int = 0
-    repeated_tokens: int = 0
-
-
-def count_endings(traces: Iterable[Trace]) -> Endings:
-    """Count the endings of traces."""
-    endings = Endings()
+    lengths, tails = [], []
+    ended_by: Counter[str] = Counter()
     for trace in traces:
-        endings.lengths[_bucket(len(trace.completion_ids))] += 1
-        endings.ended_by[trace.finish_reason] += 1
-        tail = repeated_tail(trace.completion_ids, trace.finish_reason)
-        endings.repeating += tail > 0
-        endings.repeated_tokens += tail
-    return endings
+        lengths.append(len(trace.completion_ids))
+        tails.append(repeated_tail(trace.completion_ids, trace.finish_reason))
+        ended_by[trace.finish_reason] += 1
+    return {
+        "ended_by": ended_by,
+        "median": sorted(lengths)[len(lengths) // 2] if lengths else 0,
+        "longest": max(lengths, default=0),
+        "repeating": sum(tail > 0 for tail in tails),
+        "repeated_tokens": sum(tails),
+    }
 
 
 def describe_store(store: TraceStore) -> str:
@@ -63,15 +58,17 @@ def describe_store(store: TraceStore) -> str:
         again = "remove the .failed.jsonl file to try them again"
         lines.append(f"failed      {failed:,} problems, skipped ({again})")
     endings = count_endings(store)
-    if endings.ended_by:
-        ended_by = ", ".join(f"{reason} {n:,}" for reason, n in endings.ended_by.most_common())
-        lines.append(f"ended by    {ended_by}")
-        if endings.repeating:
-            lines.append(
-                f"repeating   {endings.repeating:,} that were cut end in repetitions, "
-                f"{endings.repeated_tokens:,} tokens"
-            )
-        lines += ["completion tokens", *_histogram(endings.lengths)]
+    if ended_by := endings["ended_by"]:
+        reasons = ", ".join(f"{reason} {count:,}" for reason, count in ended_by.most_common())
+        lines.append(f"ended by    {reasons}")
+        lines.append(
+            f"completion  {endings['median']:,} tokens (median), {endings['longest']:,} (longest)"
+        )
+    if endings["repeating"]:
+        lines.append(
+            f"repeating   {endings['repeating']:,} that were cut end in repetitions, "
+            f"{endings['repeated_tokens']:,} tokens"
+        )
     return "\n".join(lines)
 
 
@@ -84,7 +81,7 @@ def verified_figures(
         figures["right"] = sum(right for _, right in judge(store))
     if settings is not None:
         selection = Selection(settings)
-        traces = select(map(without_repeats, store), selection, judge)
+        traces = selection.keep(map(without_repeats, store), judge)
         figures["selected_tokens"] = sum(trace.tokens for trace in traces)
         figures |= {"selected": selection.kept, "selection": selection.describe()}
     return figures
@@ -113,18 +110,3 @@ def read_select(text: str | None) -> SelectSettings | None:
     if not isinstance(values, dict):
         raise RacError(message)
     return check_settings(SelectSettings, values, f"--select {text!r}")
-
-
-def _bucket(length: int) -> int:
-    """Return the lower bound of a length's bar: 1, 2, 3, 4, 6, 8, 12, 16, 24, ..."""
-    low = 1 << max(length.bit_length() - 1, 0)
-    return low + low // 2 if low >= 2 and length >= low + low // 2 else low
-
-
-def _histogram(lengths: Counter[int]) -> list[str]:
-    most = max(lengths.values())
-    width = len(f"{max(lengths):,}")
-    return [
-        f"  from {low:>{width},} {count:>8,} {'#' * max(1, round(_BAR * count / most))}"
-        for low, count in sorted(lengths.items())
-    ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import groupby, islice
@@ -19,8 +19,6 @@ from rac_modifier.settings.traces import SelectSettings
 from rac_modifier.traces.records import StoreHeader, Trace
 from rac_modifier.traces.store import TraceStore
 
-Judging = Callable[[Iterable[Trace]], Iterator[tuple[Trace, bool]]]
-
 _TOGETHER = 256  # traces in memory while their answers are checked
 LONGEST_PERIOD = 128  # tokens of a repeated stretch
 COPIES, TAIL = 3, 64  # copies and tokens that a repeating tail has at least
@@ -29,8 +27,8 @@ COPIES, TAIL = 3, 64  # copies and tokens that a repeating tail has at least
 def loop_at_end(items: Sequence[int] | Sequence[str]) -> tuple[int, int] | None:
     """Return the index where the repeating end begins, and its period; None if no end repeats.
 
-    The end repeats if it is at least `COPIES` copies, the last of them perhaps cut, of a
-    stretch of at most `LONGEST_PERIOD` items, and at least `TAIL` items long.
+    It repeats if it has `COPIES` copies or more, the last one perhaps cut, of up to
+    `LONGEST_PERIOD` items, and at least `TAIL` items.
     """
     for period in range(1, min(LONGEST_PERIOD, len(items) // COPIES) + 1):
         same = 0
@@ -56,8 +54,8 @@ def without_repeats(trace: Trace) -> Trace:
 class Judge:
     """Judges the traces of a store and caches each verdict.
 
-    Answers to problems of reasoning-gym are scored by their task. Other answers are compared as
-    text, as integers or as mathematics. An answer that takes too long counts as wrong.
+    Answers to reasoning-gym are scored by their task, others compared as text, as integers or as
+    mathematics. An answer that takes too long counts as wrong.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, header: StoreHeader):
@@ -104,32 +102,32 @@ class Selection:
         self.kept = 0
         self.dropped: Counter[str] = Counter()
 
-    def keep(self, judged: Iterable[tuple[Trace, bool | None]]) -> Iterator[Trace]:
-        """Yield the selected traces in order, each with its verdict (None: unchecked)."""
-        for _, samples in groupby(judged, key=lambda pair: pair[0].problem_id):
-            for trace, reason in self._reasons(samples):
+    def keep(self, traces: Iterable[Trace], judge: Judge) -> Iterator[Trace]:
+        """Yield the selected traces in order; answers are judged only if the settings need it."""
+        judged: Iterable[tuple[Trace, bool]] = ((trace, False) for trace in traces)
+        if self.settings.checks_answers:
+            judged = judge(traces)
+        for _, problem in groupby(judged, key=lambda pair: pair[0].problem_id):
+            samples = list(problem)
+            of_problem = self._reason_of_problem([right for _, right in samples])
+            for trace, right in samples:
                 self.total += 1
-                if reason is not None:
+                if reason := of_problem or self._reason(trace, right):
                     self.dropped[reason] += 1
-                    continue
-                self.kept += 1
-                yield trace
+                else:
+                    self.kept += 1
+                    yield trace
 
-    def _reasons(
-        self, samples: Iterable[tuple[Trace, bool | None]]
-    ) -> Iterator[tuple[Trace, str | None]]:
-        """Yield each sample of a problem with the first reason against it."""
-        if (bounds := self.settings.pass_rate) is not None:
-            samples = list(samples)
-            rate = sum(bool(right) for _, right in samples) / len(samples)
-            if not bounds[0] <= rate <= bounds[1]:
-                reason = "too easy" if rate > bounds[1] else "too hard"
-                yield from ((trace, reason) for trace, _ in samples)
-                return
-        for trace, right in samples:
-            yield trace, self._reason(trace, right)
+    def _reason_of_problem(self, verdicts: list[bool]) -> str | None:
+        if (bounds := self.settings.pass_rate) is None:
+            return None
+        rate = sum(verdicts) / len(verdicts)
+        if rate > bounds[1]:
+            return "too easy"
+        return "too hard" if rate < bounds[0] else None
 
-    def _reason(self, trace: Trace, right: bool | None) -> str | None:
+    def _reason(self, trace: Trace, right: bool) -> str | None:
+        """Return the first reason against a trace."""
         settings, length = self.settings, len(trace.completion_ids)
         if settings.finished and trace.finish_reason != "stop":
             return "unfinished"
@@ -151,13 +149,6 @@ class Selection:
     def as_dict(self) -> dict[str, int | dict[str, int]]:
         """Return the counts for the run record."""
         return {"kept": self.kept, "of": self.total, "dropped": dict(self.dropped.most_common())}
-
-
-def select(traces: Iterable[Trace], selection: Selection, judge: Judging) -> Iterator[Trace]:
-    """Yield the traces that `selection` keeps; judge answers only if settings need it."""
-    if selection.settings.checks_answers:
-        return selection.keep(judge(traces))
-    return selection.keep((trace, None) for trace in traces)
 
 
 def used_traces(store: TraceStore, hashes: Collection[str]) -> int:

@@ -33,7 +33,7 @@ __all__ = ["StoreHeader", "Trace", "TraceCounts", "TraceStore", "read_header"]
 _PATIENCE = 10.0  # seconds that another process may hold the lock: it may only read the traces
 
 
-@dataclass(frozen=True)
+@dataclass
 class TraceCounts:
     """The size of a store; `finished` counts the traces that ended with an EOS."""
 
@@ -56,10 +56,8 @@ class TraceStore:
     """
 
     def __init__(self, path: Path, header: StoreHeader, fd: int | None = None):
-        self.path = path
-        self.header = header
-        self._fd = fd
-        self._end = 0
+        self.path, self.header = path, header
+        self._fd, self._end = fd, 0
         self.tokens_by_id: dict[str, int] = {}
         self.counts = TraceCounts()
 
@@ -156,11 +154,10 @@ class TraceStore:
 
     def sha256(self) -> str:
         """Hash the file's valid part, for the run record."""
-        digest, remaining = hashlib.sha256(), self._end
+        digest = hashlib.sha256()
         with self.path.open("rb") as file:
-            while remaining and (block := file.read(min(remaining, 1 << 20))):
+            while block := file.read(min(self._end - file.tell(), 1 << 20)):
                 digest.update(block)
-                remaining -= len(block)
         return digest.hexdigest()
 
     def _open_locked(self, header: StoreHeader) -> None:
@@ -217,13 +214,10 @@ class TraceStore:
 
     def _count(self, trace: Trace) -> None:
         self.tokens_by_id[trace.id] = trace.tokens
-        old = self.counts
-        self.counts = TraceCounts(
-            old.traces + 1,
-            old.prompt_tokens + len(trace.prompt_ids),
-            old.completion_tokens + len(trace.completion_ids),
-            old.finished + (trace.finish_reason == "stop"),
-        )
+        self.counts.traces += 1
+        self.counts.prompt_tokens += len(trace.prompt_ids)
+        self.counts.completion_tokens += len(trace.completion_ids)
+        self.counts.finished += trace.finish_reason == "stop"
 
     def _write(self, data: bytes) -> None:
         if self._fd is None:

@@ -33,8 +33,7 @@ CASES += [
     ),
     Case(
         "a share as `mask_structure`",
-        'mask_structure: 0.5 is no pattern; write "2:4", or for a share of the weights '
-        "sparsity: 0.5",
+        'mask_structure: 0.5 is no pattern; write "2:4", or sparsity: 0.5 for a share',
         lambda b: b.check(mask_structure=0.5),
     ),
     Case(

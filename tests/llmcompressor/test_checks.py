@@ -198,7 +198,7 @@ def test_the_given_tokenizer_renders_the_traces(prune, tmp_path):
         oneshot_options={"tokenizer": other},
         preset="paper",
     )
-    assert record_of(tmp_path / "out")["trace_stores"]["traces"]["prompt"]["chat_template"]
+    assert record_of(tmp_path / "out")["trace_stores"]["traces"]["chat_template"]
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == OTHER
     prompts = [trace.prompt_ids for trace in TraceStore.read(tmp_path / "t.jsonl")]
     user = other.convert_tokens_to_ids("<user>")

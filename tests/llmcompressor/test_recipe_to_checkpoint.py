@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rac_modifier
 from rac_modifier import RacError, ReasoningAwareSparseGPTModifier, cli
+from rac_modifier.settings.sampling import PromptSettings
 from rac_modifier.traces.store import TraceStore
 from tests.llmcompressor.conftest import fp8, quantization_config, record_of
 from tests.llmcompressor.modifier_helpers import (
@@ -104,7 +105,7 @@ def test_the_run_record_says_how_the_model_was_made(pruned, tiny_folder, trace_s
     assert record["calibration"]["trace_tokens"] > TOKENS / 3
     store = record["trace_stores"]["traces"]
     assert (store["path"], store["sha256"]) == (trace_store.name, read.sha256())
-    assert store["prompt"]["add_generation_prompt"] is store["prompt"]["enable_thinking"] is True
+    assert record["prompts"]["traces"] == PromptSettings().model_dump()
     assert store["selection"]["kept"] == len(read)
     sequences = record["calibration"]["sequences"]
     parts = {"traces": {"tokens": TOKENS, "sequences": sequences}}

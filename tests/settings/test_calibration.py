@@ -1,7 +1,7 @@
 import pytest
 from pydantic import ValidationError
 
-from rac_modifier.settings.calibration import CalibrationSettings, GenericText, part_tokens
+from rac_modifier.settings.calibration import CalibrationSettings, part_tokens
 
 
 @pytest.mark.parametrize(
@@ -19,7 +19,7 @@ from rac_modifier.settings.calibration import CalibrationSettings, GenericText, 
         ({"token": 10}, "Extra inputs"),
         ({"generic": {"sequence_tokens": 1}}, "greater than or equal to 16"),
         ({"mixture": "traces@0.7, text:c4@0.3"}, "text:c4, which is no text"),
-        ({"mixture": "traces, generic@0.5"}, "'traces' has no share; write each part as kind@"),
+        ({"mixture": "traces, generic@0.5"}, "'traces' has no share; write it like"),
         ({"mixture": "traces@much"}, "'traces@much' has no share"),
         ({"mixture": "traces@inf"}, "finite number"),
         ({"mixture": "traces:@1"}, "'traces:'; the kinds are"),
@@ -53,17 +53,3 @@ def test_names_may_hold_commas_colons_and_at_signs():
     assert settings.share("generic") == 0.5
     assert [part.name for part in settings.parts("prompts", "generic")] == ["a@b/c.jsonl", None]
     assert list(part_tokens(settings.mixture, 103).values()) == [26, 26, 51]
-
-
-@pytest.mark.parametrize(
-    ("source", "columns", "dataset"),
-    [
-        ("python-docs", False, False),
-        ("a.txt", False, False),
-        ("a.jsonl", True, False),
-        ("allenai/c4", True, True),
-    ],
-)
-def test_kinds_of_text(source, columns, dataset):
-    text = GenericText(source=source)
-    assert (text.has_columns, text.is_dataset) == (columns, dataset)

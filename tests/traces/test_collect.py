@@ -95,7 +95,7 @@ def test_another_models_store_is_refused_with_the_reason(run, tmp_path):
     run()
     before = (tmp_path / "store.jsonl").read_bytes()
     off_policy = {"model": tiny_model(seed=1), "allow_off_policy": True}
-    with pytest.raises(RacError, match=r"another model.*own traces.*\.900.*allow_off_policy"):
+    with pytest.raises(RacError, match=r"another model.*collect its own.*allow_off_policy"):
         run(model=off_policy["model"])
     assert run(**off_policy).counts.tokens >= 500
     with pytest.raises(RacError, match="never appended to"):
@@ -144,7 +144,7 @@ def test_prompts_that_are_too_long_are_passed_over_and_noted(run, tokenizer, tmp
     assert all(t.prompt_ids in prompts and len(t.prompt_ids) <= 100 for t in store)
     failures = read_failures(store.path)
     assert failures
-    assert all("longer than problems.max_prompt_tokens=100" in f.reason for f in failures)
+    assert all("the limit is 100" in f.reason for f in failures)
     assert run(problems=source, tokens=250).counts.tokens >= 250
     failures = read_failures(store.path)
     assert len({failed.id for failed in failures}) == len(failures)
@@ -154,7 +154,7 @@ def test_prompts_that_are_too_long_are_passed_over_and_noted(run, tokenizer, tmp
         "q-store.jsonl", problems=ProblemSource(source=str(tmp_path / "q.jsonl")), tokens=300
     )
     assert [failed.reason for failed in read_failures(store.path)] == [
-        "a prompt of 603 tokens fills the model's context of 512"
+        "a prompt of 603 tokens; the limit is 511"
     ]
 
 

@@ -60,18 +60,20 @@ class Script:
         return [key for batch in self.asked for key in batch]
 
 
+def prompt_of(problem):
+    return [3, int(problem.question[:-1])]
+
+
 @pytest.fixture
 def fill(tmp_path):
     path = tmp_path / "s.jsonl"
 
-    def fill(engine, tokens, *, count=100, samples=1, refuse=lambda length: None, kind="openai"):
+    def fill(engine, tokens, *, count=100, samples=1, longest=None, kind="openai"):
         sampling = SamplingSettings(samples_per_problem=samples).resolved(None)
         header = HEADER.model_copy(update={"sampling": sampling, "engine": EngineRecord(kind=kind)})
         problems = (Problem(f"p{i}", f"{i}?", str(i), None) for i in range(count))
         with TraceStore.open_append(path, header) as store:
-            filling = FillStore(
-                store, engine, problems, lambda problem: [3, int(problem.question[:-1])], refuse
-            )
+            filling = FillStore(store, engine, problems, prompt_of, longest)
             return filling.run(tokens, progress=False), len(filling.failed)
 
     fill.path = path
@@ -164,12 +166,15 @@ def test_sixteen_failures_in_a_row_are_an_outage_and_no_problems_failed(fill, fa
     assert stored(fill.path) == ids(*range(5))
 
 
-def test_prompts_that_are_refused_are_recorded_and_not_asked(fill):
+def test_prompts_that_are_too_long_are_recorded_and_not_asked(fill, monkeypatch):
+    monkeypatch.setattr(
+        "tests.traces.test_fill_store.prompt_of",
+        lambda problem: [3, int(problem.id[1:]), *([4] * (problem.id == "p1"))],
+    )
     engine = Script(batch_size=3)
-    refused = iter([None, "too long", None, None])
-    assert fill(engine, 3 * TOKENS, refuse=lambda length: next(refused, None)) == (3 * TOKENS, 1)
+    assert fill(engine, 3 * TOKENS, longest=2) == (3 * TOKENS, 1)
     assert engine.asked == [ids(0, 2), ids(3, 4, 5)]
     assert stored(fill.path) == ids(0, 2, 3)
     assert [(failed.id, failed.reason) for failed in read_failures(fill.path)] == [
-        ("p1#0", "too long")
+        ("p1#0", "a prompt of 3 tokens; the limit is 2")
     ]

@@ -95,15 +95,3 @@ def test_what_keeps_two_runs_from_sharing_a_store():
         "sampling.seed: 0 in the store, 1 asked for",
         "problems.source: 'arithmetic' in the store, 'a.jsonl' asked for",
     ]
-
-
-def test_one_file_of_problems_may_be_named_by_another_path(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in ("a.jsonl", "b.jsonl"):
-        (tmp_path / name).write_text('{"problem": "1 + 1"}\n')
-    first, same, other, missing = (
-        HEADER.model_copy(update={"problems": ProblemSource(source=path)})
-        for path in ("a.jsonl", str(tmp_path / "a.jsonl"), "b.jsonl", "c/a.jsonl")
-    )
-    assert header_differences(first, same) == header_differences(same, first) == []
-    assert len(header_differences(first, other)) == len(header_differences(first, missing)) == 1

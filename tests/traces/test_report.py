@@ -18,9 +18,7 @@ def test_a_store_in_words(long_store):
     text = describe_store(long_store)
     assert "chat template abc, no system prompt, thinking on" in text
     assert "ended by    stop 332, length 167" in text
-    bars = [line.split() for line in text.splitlines() if line.startswith("  from")]
-    assert sum(int(count.replace(",", "")) for _, _, count, _ in bars) == len(long_store)
-    assert [int(low) for _, low, _, _ in bars] == sorted(int(low) for _, low, _, _ in bars)
+    assert f"tokens (median), {max(len(t.completion_ids) for t in long_store):,} (longest)" in text
 
 
 def test_cut_traces_that_repeat_themselves_are_counted(tmp_path, long_store):

@@ -16,7 +16,6 @@ from rac_modifier.traces.selection import (
     Selection,
     fresh_traces,
     repeated_tail,
-    select,
     used_traces,
     without_repeats,
 )
@@ -40,13 +39,13 @@ def run(traces, wrong=(), **settings):
         return ((trace, trace.id not in wrong) for trace in traces)
 
     chosen = Selection(SelectSettings(**settings))
-    return [trace.id for trace in select(traces, chosen, judge)], chosen
+    return [trace.id for trace in chosen.keep(traces, judge)], chosen
 
 
 def test_by_default_everything_is_kept_and_nothing_is_judged():
     everything = Selection(SelectSettings())
     traces = [trace("a"), trace("b", finish="length")]
-    assert list(select(traces, everything, None)) == traces
+    assert list(everything.keep(traces, None)) == traces
     assert everything.describe() == "kept 2 of 2"
     assert everything.as_dict() == {"kept": 2, "of": 2, "dropped": {}}
 
