@@ -13,7 +13,10 @@ from tests.tiny import entry, recipe, save_tiny
 CASES = Cases()
 
 
-@CASES.case("a store of another model's traces", "A model is best calibrated on its own traces")
+@CASES.case(
+    "a store of another model's traces",
+    "name another path to collect its own, on which it is best calibrated",
+)
 def _(b: Bench) -> None:
     b.prune(str(save_tiny(b.tmp / "other", seed=1)))
 
