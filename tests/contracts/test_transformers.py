@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
+import subprocess
+import sys
 from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +29,7 @@ from transformers.quantizers.quantizer_compressed_tensors import CompressedTenso
 from transformers.utils import quantization_config as upstream
 
 import rac_modifier  # noqa: F401
+from rac_modifier.checkpoint.packing import pack_checkpoint
 from tests.tiny import tiny_model
 
 METHOD = "compressed-tensors"
@@ -39,6 +43,32 @@ def test_seam_the_two_tables_that_from_pretrained_looks_into():
     config = auto.AutoQuantizationConfig.from_dict({"quant_method": METHOD, "format": "dense"})
     assert type(config) is auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD]
     assert type(auto.AutoHfQuantizer.from_config(config)) is auto.AUTO_QUANTIZER_MAPPING[METHOD]
+
+
+UNKNOWN = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+assert "rac_modifier" not in sys.modules
+loaded = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+print(bool((loaded.model.layers[0].mlp.up_proj.weight == 0).any()))
+"""
+
+
+def test_seam_an_unknown_method_is_skipped_with_a_warning(tmp_path):
+    """Why packed checkpoints say "compressed-tensors": "rac" would start the weights at random."""
+    model = tiny_model()
+    model.model.layers[0].mlp.up_proj.weight.data[:, ::2] = 0
+    model.save_pretrained(tmp_path)
+    pack_checkpoint(tmp_path, {"model.layers.0.mlp.up_proj": "unstructured"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    for method, refused in ((METHOD, True), ("rac", False)):
+        config["quantization_config"]["quant_method"] = method
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        command = [sys.executable, "-c", UNKNOWN, str(tmp_path)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (result.returncode != 0) == refused, result.stderr
+    assert "Unknown quantization type, got rac" in result.stderr
+    assert result.stdout.strip() == "False"  # no pruned weight is left
 
 
 def test_seam_a_taken_name_cannot_be_registered():
