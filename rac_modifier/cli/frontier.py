@@ -94,7 +94,7 @@ def frontier(
     if check:
         typer.echo("\n".join(f"{run.label}: {run.group}" for run in planned))
         return
-    tools = _tools(model, grid.evaluation, held_out, out, precision)
+    tools = tools_of(model, grid.evaluation, held_out, out, precision)
     with resumable(_KEPT), folder:
         folder.begin(about)
         run_grid(folder, planned, held_out, tools, remove_models=remove_models, report=_say)
@@ -152,13 +152,17 @@ def _about(
     }
 
 
-def _tools(
+def tools_of(
     model: str, evaluation: GridEvaluation, held_out: HeldOut, out: Path, precision: Dtype
 ) -> Tools:
+    """Return what compresses, loads and serves the models of a grid."""
     import yaml
 
     from rac_modifier.checkpoint.output_folder import local_folder
+    from rac_modifier.evaluation.accuracy import evaluate
+    from rac_modifier.frontier.folder import slug
     from rac_modifier.frontier.run import Tools
+    from rac_modifier.settings.problems import ProblemSource
 
     source = local_folder(resolve(model))
 
@@ -173,7 +177,20 @@ def _tools(
         )
 
     def serve(folder: Path, label: str) -> EvalResult:
-        return serve_and_time(folder, label, evaluation, held_out, out, precision)
+        answers = out / "served" / f"{slug(label)}.jsonl"
+        # answers of a killed run would be counted without the seconds that they took
+        answers.unlink(missing_ok=True)
+        concurrency = evaluation.concurrency or evaluation.batch_size
+        with own_server(str(folder), precision, concurrency, evaluation.cap) as engine:
+            return evaluate(
+                *subject_of(str(folder)),
+                held_out.problems,
+                label=label,
+                source=ProblemSource(**evaluation.where()),
+                sampling=held_out.sampling,
+                path=answers,
+                engine=engine,
+            )
 
     return Tools(
         source=source,
@@ -181,37 +198,6 @@ def _tools(
         compress=compress,
         serve=serve if evaluation.serve else None,
     )
-
-
-def serve_and_time(
-    folder: Path,
-    label: str,
-    evaluation: GridEvaluation,
-    held_out: HeldOut,
-    out: Path,
-    precision: Dtype,
-) -> EvalResult:
-    """Ask a `vllm serve` of a model the held-out problems."""
-    from rac_modifier.evaluation.accuracy import evaluate
-    from rac_modifier.frontier.folder import slug
-    from rac_modifier.settings.problems import ProblemSource
-
-    answers = out / "served" / f"{slug(label)}.jsonl"
-    # answers of a killed run would be counted without the seconds that they took
-    answers.unlink(missing_ok=True)
-    identity, tokenizer = subject_of(str(folder))
-    concurrency = evaluation.concurrency or evaluation.batch_size
-    with own_server(str(folder), precision, concurrency, evaluation.cap) as engine:
-        return evaluate(
-            identity,
-            tokenizer,
-            held_out.problems,
-            label=label,
-            source=ProblemSource(**evaluation.where()),
-            sampling=held_out.sampling,
-            path=answers,
-            engine=engine,
-        )
 
 
 def digest_of(problems: Sequence[Problem]) -> str:

@@ -29,7 +29,6 @@ KIND_NAMES = dict(
 )
 _KIND_COLOURS = ["#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#999999"]
 _MATCHES = "indexof(lower(datum.label), lower(find)) >= 0"
-_MOST_POINTS = 3000  # of the scatter; more are thinned
 _HEIGHT = 280  # pixels
 
 
@@ -39,7 +38,7 @@ def charts(
     """Return specifications by caption.
 
     `rows` are of a study, each with `interval` ([mean, low, high] of its accuracy, or None);
-    `traces` are what `page.study_traces` returns; `start` holds the parameters of the opened page.
+    `traces` are what `page.shown_traces` returns; `start` holds the parameters of the opened page.
     """
     groups = list(dict.fromkeys(row["group"] for row in rows))
     drawn = {
@@ -49,8 +48,7 @@ def charts(
         ),
         "How answers end": _stopping(rows),
         "Tokens per answer: the chosen row against the dense model": _tokens(traces),
-        "Relative error of each layer's output": _layers(rows, "error", log=True),
-        "Sparsity of each layer": _layers(rows, "sparsity", log=False),
+        "Relative error of each layer's output": _layers(rows),
     }
     parameters = [alt.param(name=name, value=value) for name, value in start.items()]
     legend = {"orient": "bottom", "columns": 2, "labelLimit": 160, "title": None}
@@ -100,11 +98,10 @@ def _against(values: list[dict[str, Any]], groups: list[str], form: str, *, log:
         return None
     picked = alt.selection_point(fields=["group"], bind="legend")
     base = alt.Chart(alt.Data(values=values)).transform_filter(f"datum.axis == axis && {_MATCHES}")
-    scale = alt.Scale(zero=False, padding=12)
-    if log:
-        scale = alt.Scale(type="log", padding=12)
+    linear = alt.Scale(zero=False, padding=12)
+    scale = alt.Scale(type="log", padding=12) if log else linear
     base = base.encode(
-        x=alt.X("x:Q", title=None, scale=alt.Scale(zero=False, padding=12)),
+        x=alt.X("x:Q", title=None, scale=linear),
         y=alt.Y("y:Q", title=None, scale=scale, axis=alt.Axis(format=form, tickCount=6)),
         opacity=alt.condition(picked, alt.value(1), alt.value(0.1)),
     )
@@ -184,7 +181,6 @@ def _tokens(traces: Mapping[str, Any]) -> Any:
     marks = (
         alt.Chart(alt.Data(values=values))
         .transform_filter("datum.label == row")
-        .transform_sample(_MOST_POINTS)
         .mark_point(filled=True, opacity=0.6, cursor="pointer")
         .encode(
             x=alt.X("dense:Q", title="tokens of the dense model", scale=alt.Scale(padding=12)),
@@ -197,21 +193,19 @@ def _tokens(traces: Mapping[str, Any]) -> Any:
     return alt.layer(diagonal.encode(x="at:Q", y="at:Q"), marks, height=_HEIGHT)
 
 
-def _layers(rows: Sequence[Mapping[str, Any]], column: str, *, log: bool) -> Any:
+def _layers(rows: Sequence[Mapping[str, Any]]) -> Any:
     """Draw a map of the chosen row's layers; experts of a layer are a mean."""
     values = []
     for row in rows:
         for name, figures in row["layers"].items():
             match = re.match(r"\D*(\d+)\.(.+)$", name)
             block, kind = (int(match[1]), match[2]) if match else (0, name)
-            if (value := figures[column]) is not None:
+            if (error := figures["error"]) is not None:
                 place = {"block": block, "kind": re.sub(r"\d+", "*", kind)}
-                values.append({"label": row["label"], **place, "value": max(value, 1e-9)})
+                values.append({"label": row["label"], **place, "error": max(error, 1e-9)})
     if not values:
         return None
     scale = alt.Scale(scheme="oranges", type="log")
-    if not log:
-        scale = alt.Scale(scheme="oranges", domain=[0, 1])
     height = 18 * len({value["block"] for value in values})
     return (
         alt.Chart(alt.Data(values=values), height=height)
@@ -220,7 +214,7 @@ def _layers(rows: Sequence[Mapping[str, Any]], column: str, *, log: bool) -> Any
         .encode(
             x=alt.X("kind:N", title=None, sort=None, axis=alt.Axis(labelAngle=-30)),
             y=alt.Y("block:O", title="block"),
-            color=alt.Color("mean(value):Q", scale=scale),
-            tooltip=["block:O", "kind:N", alt.Tooltip("mean(value):Q", format=".3~g")],
+            color=alt.Color("mean(error):Q", scale=scale),
+            tooltip=["block:O", "kind:N", alt.Tooltip("mean(error):Q", format=".3~g")],
         )
     )

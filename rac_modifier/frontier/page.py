@@ -36,34 +36,21 @@ _PARTS = ("values", "bitmask", "offsets", "scales", "zero_points", "order", "hea
 
 
 def page(folders: Sequence[Path], most_traces: int) -> str:
-    """Return the page of folders of `rac frontier`.
-
-    Folders that share model, evaluation and the dense model's answers are a study. On another
-    processor the same model may write other answers, and KL on other answers cannot be compared.
+    """Return the page of folders of `rac frontier`, a section each.
 
     Args:
         folders: of `rac frontier`.
         most_traces: problems per folder whose answers can be read on the page.
 
     Raises:
-        RacError: a folder without results or of another version, a label in two folders of a
-            study, Altair is missing, or a page that is too large.
+        RacError: a folder without results or of another version, Altair is missing, or a page
+            that is too large.
     """
     if not all(map(importlib.util.find_spec, ("altair", "vl_convert"))):
         raise RacError("the page needs altair and vl-convert; pip install 'rac-modifier[eval]'")
-    studies: dict[str, list[FrontierFolder]] = {}
-    for path in folders:
-        folder = FrontierFolder.read(path)
-        if folder.row(DENSE) is None:
-            raise RacError(f"{path}: the dense model was not measured; run its grid again")
-        shared = [folder.about, [trace["ids"] for trace in folder.traces(DENSE)]]
-        studies.setdefault(json.dumps(shared, sort_keys=True), []).append(folder)
-    sections, data = [], []
-    for number, group in enumerate(studies.values(), 1):
-        rows, traces = _rows(group), study_traces(group, most_traces)
-        section, values = _study(rows, traces, group[0].about, number)
-        sections.append(section)
-        data.append(values)
+    results = list(map(FrontierFolder.read, folders))
+    studies = [_study(folder, most_traces, number) for number, folder in enumerate(results, 1)]
+    sections, data = zip(*studies, strict=True)
     packed = gzip.compress(json.dumps(data, separators=(",", ":")).encode(), 9, mtime=0)
     style, script, library = _asset("page.css"), _asset("page.js"), _vega()
     text = Template(_asset("page.html")).substitute(
@@ -107,20 +94,6 @@ def _hash(text: str) -> str:
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 
-def _rows(group: list[FrontierFolder]) -> list[dict[str, Any]]:
-    """Return the rows of a study, the dense model first and once, with intervals and notes."""
-    rows = {row["label"]: row for row in group[0].rows if row["label"] == DENSE}
-    for folder in group:
-        for row in folder.rows:
-            if row["label"] in rows and row["label"] != DENSE:
-                raise RacError(
-                    f"{folder.folder}: {row['label']!r} is also a row of another of these folders; "
-                    "show them apart"
-                )
-            rows.setdefault(row["label"], row)
-    return [row | _described(row) for row in rows.values()]
-
-
 def _described(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return the accuracy of a row as [mean, low, high], its endings, and notes."""
     interval, notes, endings = None, [], []
@@ -134,12 +107,12 @@ def _described(row: Mapping[str, Any]) -> dict[str, Any]:
     return {"interval": interval, "notes": notes, "endings": endings}
 
 
-def _study(
-    rows: list[dict[str, Any]], traces: dict[str, Any], about: Mapping[str, Any], number: int
-) -> tuple[str, dict[str, Any]]:
-    """Return the markup of a study, and what its script reads."""
+def _study(folder: FrontierFolder, most_traces: int, number: int) -> tuple[str, dict[str, Any]]:
+    """Return the markup of a folder, and what its script reads."""
     from rac_modifier.frontier.charts import AXES, charts
 
+    about, traces = folder.about, shown_traces(folder, most_traces)
+    rows = [row | _described(row) for row in folder.rows]
     evaluation = about["evaluation"]
     sampling = (
         f"temperature {evaluation['temperature']:g}" if evaluation["temperature"] else "greedy"
@@ -213,27 +186,25 @@ def _cells(row: Mapping[str, Any]) -> dict[str, str | None]:
     }
 
 
-def study_traces(group: list[FrontierFolder], most: int) -> dict[str, Any]:
+def shown_traces(folder: FrontierFolder, most: int) -> dict[str, Any]:
     """Return the answers of the dense model, and by label the answers of each row."""
-    names = ("same_tokens", "same_characters")
     rows = {
         row["label"]: [
-            _trace(trace, names) | {"kl": "".join(map(kl_digit, trace.get("kl", [])))}
+            _trace(trace, "same_tokens", "same_characters")
+            | {"kl": "".join(map(kl_digit, trace["kl"]))}
             for trace in folder.traces(row["label"])[:most]
         ]
-        for folder in group
         for row in folder.rows
         if row["label"] != DENSE
     }
     dense = [
-        _trace(trace, ("id", "question", "answer", "pieces"))
-        for trace in group[0].traces(DENSE)[:most]
+        _trace(trace, "id", "question", "answer", "pieces") for trace in folder.traces(DENSE)[:most]
     ]
     return {"dense": dense, "rows": rows}
 
 
-def _trace(trace: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    names = ("text", "correct", "finish", "kind", "loop", *names)
+def _trace(trace: Mapping[str, Any], *more: str) -> dict[str, Any]:
+    names = ("text", "correct", "finish", "kind", "loop", *more)
     return {name: trace[name] for name in names} | {"tokens": len(trace["ids"])}
 
 

@@ -14,7 +14,7 @@ import yaml
 from safetensors.torch import load_file
 
 from rac_modifier import cli
-from rac_modifier.cli.frontier import digest_of, held_out_of, serve_and_time
+from rac_modifier.cli.frontier import digest_of, held_out_of, tools_of
 from rac_modifier.cli.options import Dtype
 from rac_modifier.errors import RacError
 from rac_modifier.problems.source import Problem
@@ -196,8 +196,8 @@ def test_a_model_is_served_and_timed(
     stale = tmp_path / "served" / "a-ca978112.jsonl"  # of the label "a", of a killed run
     stale.parent.mkdir()
     stale.write_text("its seconds would be lost\n")
-    arguments = (evaluation, held_out, tmp_path, Dtype.FLOAT32)
-    result = serve_and_time(tiny_folder, "a", *arguments)
+    tools = tools_of(str(tiny_folder), evaluation, held_out, tmp_path, Dtype.FLOAT32)
+    result = tools.serve(tiny_folder, "a")
     assert (result.label, result.problems) == ("a", 2)
     assert result.tokens_per_second > 0
     assert [start["argv"][1] for start in fake_vllm.starts(tmp_path)] == [str(tiny_folder)]

@@ -108,13 +108,12 @@ def test_everything_is_drawn(opened: Opened) -> None:
         "How answers end",
         "Tokens per answer: the chosen row against the dense model",
         "Relative error of each layer's output",
-        "Sparsity of each layer",
     ]
     assert (opened.marks(1), opened.marks(2), opened.marks(4)) == (len(ROWS), len(ROWS) - 1, 4)
     assert opened.study.locator("figure:nth-child(3) .mark-rect.role-mark path").count() == 30
     assert opened.study.locator("figure:nth-child(5) .mark-rect.role-mark path").count() == 4
     assert opened.texts("tr.chosen td:first-child") == ["50 %"]
-    assert opened.page.locator(".vega-actions a").count() == 2 * 10  # SVG and PNG of each chart
+    assert opened.page.locator(".vega-actions a").count() == 2 * 8  # SVG and PNG of each chart
 
 
 def test_controls_are_set_in_all_charts(opened: Opened) -> None:
@@ -181,7 +180,6 @@ def test_a_study_without_reference_answers_has_no_accuracy(opened: Opened) -> No
         "KL from the dense model",
         "Tokens per answer",
         "Relative error of each layer's output",
-        "Sparsity of each layer",
     ]
     heads = bare.locator("th").all_text_contents()
     assert {"row", "MB", "KL", "truncated"} <= set(heads)

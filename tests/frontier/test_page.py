@@ -106,22 +106,10 @@ def test_fewer_answers_are_shown_where_asked(tmp_path: Path) -> None:
     assert studies_of(page([folder], 0))[0]["traces"]["dense"] == []
 
 
-def test_folders_of_one_evaluation_are_shown_together(tmp_path: Path) -> None:
-    """Apart with other answers of the dense model, as another processor writes them."""
+def test_a_folder_is_a_section(tmp_path: Path) -> None:
     a = write_sample(tmp_path / "a", rows=ROWS[:3])
-    b = write_sample(tmp_path / "b", rows=[ROWS[0], *ROWS[3:5]])
     other = write_sample(tmp_path / "c", {**ABOUT, "model": "another"}, ROWS[:2])
-    together = [row[0] for row in ROWS[:5]]
-    assert labels_of(page([a, b, other], 300)) == [together, ["dense", "50 %"]]
-    with pytest.raises(RacError, match="'50 %' is also a row of another of these folders"):
-        page([a, write_sample(tmp_path / "d", rows=ROWS[:2])], 300)
-    path = next((b / "traces").glob("dense*.json"))
-    content = json.loads(path.read_text())
-    content["traces"][0]["ids"][0] += 1
-    path.write_text(json.dumps(content))
-    assert labels_of(page([a, b], 300)) == [together[:3], ["dense", *together[3:]]]
-    with pytest.raises(RacError, match="the dense model was not measured"):
-        page([write_sample(tmp_path / "e", rows=ROWS[1:2])], 300)
+    assert labels_of(page([a, other], 300)) == [["dense", "50 %", "2:4"], ["dense", "50 %"]]
 
 
 def test_a_page_of_many_answers_fits_or_says_how_many_do(tmp_path: Path) -> None:
