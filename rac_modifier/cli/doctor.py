@@ -27,7 +27,6 @@ _REINSTALL = f"pip install --force-reinstall --no-deps {DISTRIBUTION}"
 class Finding:
     """A line of the report. `install`: what to type; missing is no fault, broken is."""
 
-    topic: str
     name: str
     status: Status
     detail: str
@@ -60,15 +59,11 @@ def render(findings: list[Finding]) -> str:
     """Return a line per finding, and the line that installs it below."""
     lines = []
     width = max(len(finding.name) for finding in findings)
-    topic = ""
     for finding in findings:
-        if finding.topic != topic:
-            topic = finding.topic
-            lines.append(f"{topic}:")
         mark = {"ok": "ok", "missing": "-", "broken": "BROKEN"}[finding.status]
-        lines.append(f"  {finding.name:{width}}  {mark:6}  {finding.detail}".rstrip())
+        lines.append(f"{finding.name:{width}}  {mark:6}  {finding.detail}")
         if finding.install is not None:
-            lines.append(f"  {'':{width}}          {finding.install}")
+            lines.append(f"{'':{width}}          {finding.install}")
     return "\n".join(lines)
 
 
@@ -76,9 +71,9 @@ def _versions() -> Iterator[Finding]:
     import rac_modifier
 
     where = os.path.dirname(rac_modifier.__file__)
-    yield Finding("versions", DISTRIBUTION, "ok", f"{rac_modifier.__version__}, in {where}")
+    yield Finding(DISTRIBUTION, "ok", f"{rac_modifier.__version__}, in {where}")
     python = f"{platform.python_version()}, {platform.platform()}, {os.cpu_count()} CPUs"
-    yield Finding("versions", "python", "ok", python)
+    yield Finding("python", "ok", python)
 
 
 def _extras() -> Iterator[Finding]:
@@ -87,7 +82,7 @@ def _extras() -> Iterator[Finding]:
         requirements = _requirements(extra)
         if not requirements:
             detail = "unknown: rac-modifier runs from a source tree that is not installed"
-            yield Finding("extras", extra, "missing", detail)
+            yield Finding(extra, "missing", detail)
             continue
         packages = [_package(name, versions) for name, versions in requirements.items()]
         statuses = [status for status, _ in packages]
@@ -95,7 +90,7 @@ def _extras() -> Iterator[Finding]:
         shown = [text for package, text in packages if status == "ok" or package != "ok"]
         name = DISTRIBUTION if extra == _BASE else f"'{DISTRIBUTION}[{extra}]'"
         install = None if status == "ok" else f"pip install {name}"
-        yield Finding("extras", extra, status, ", ".join(shown), install)
+        yield Finding(extra, status, ", ".join(shown), install)
 
 
 def _requirements(extra: str) -> dict[str, str]:
@@ -136,10 +131,10 @@ def _kernels() -> Iterator[Finding]:
     try:
         kernels = support()
     except RacError as error:
-        yield Finding("kernels", name, "broken", str(error), "unset RAC_KERNEL")
+        yield Finding(name, "broken", str(error), "unset RAC_KERNEL")
     else:
         install = None if kernels.status == "ok" else _REINSTALL
-        yield Finding("kernels", name, kernels.status, kernels.reason, install)
+        yield Finding(name, kernels.status, kernels.reason, install)
 
 
 def _plugin() -> Iterator[Finding]:
@@ -149,7 +144,7 @@ def _plugin() -> Iterator[Finding]:
         return
     names = [entry.name for entry in metadata.entry_points(group="vllm.general_plugins")]
     if "rac_modifier" in names:
-        yield Finding("plugin", "vllm plugin", "ok", f"registered with vLLM {versions[0]}")
+        yield Finding("vllm plugin", "ok", f"registered with vLLM {versions[0]}")
     else:
         detail = f"vLLM {versions[0]} does not find it"
-        yield Finding("plugin", "vllm plugin", "broken", detail, _REINSTALL)
+        yield Finding("vllm plugin", "broken", detail, _REINSTALL)

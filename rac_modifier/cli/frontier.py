@@ -97,7 +97,7 @@ def frontier(
     tools = tools_of(model, grid.evaluation, held_out, out, precision)
     with resumable(_KEPT), folder:
         folder.begin(about)
-        run_grid(folder, planned, held_out, tools, remove_models=remove_models, report=_say)
+        run_grid(folder, planned, held_out, tools, remove_models=remove_models)
     typer.echo(
         f"{len(planned) + 1} rows in {out}; look at them with: rac report {out} -o report.html"
     )
@@ -204,15 +204,6 @@ def digest_of(problems: Sequence[Problem]) -> str:
     """Return a digest of questions and answers: a folder is not gone on with after they change."""
     content = [[problem.id, problem.question, problem.answer] for problem in problems]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
-
-
-def _say(row: dict[str, Any]) -> None:
-    words = [f"{row['label']}: {row['bytes']['total'] / 1e6:,.2f} MB"]
-    if divergence := row["divergence"]:
-        words.append(f"KL {divergence['kl']:.3g}, top-1 {divergence['agreement']:.1%}")
-    if row["accuracy"]:
-        words.append(f"accuracy {row['accuracy']['accuracy']:.1%}")
-    typer.echo(", ".join(words))
 
 
 def report(

@@ -128,7 +128,7 @@ def _choose_activations(
     if dense is not None:
         original, _ = load_on_accelerator(dense, Dtype.FLOAT32)
         check_original(model, original, layers)
-    problems = held_out_problems(source, _SAMPLES, 0, column, None)
+    problems = held_out_problems(source, _SAMPLES, column=column)
     prompt = choose_prompt({str(folder): recorded_prompts(str(folder))}).prompt
     sampling = SamplingSettings(max_new_tokens=_CAP, **prompt.model_dump())
     samples = sample_sequences(model, tokenizer, problems, sampling)

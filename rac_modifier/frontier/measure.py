@@ -30,21 +30,16 @@ from rac_modifier.settings.sampling import SamplingSettings
 MOST_TRACES = 300  # problems whose traces are kept; figures are of all problems
 _BROKEN = "\ufffd"  # what a decoder writes for a part of a character
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output)$")
-# Last part of a tensor's name: what it holds.
+# Last part of the names of a matrix that is packed or quantized.
 _PARTS = {
-    "weight": "values",
-    "compressed": "values",
-    "weight_packed": "values",
-    "bitmask": "bitmask",
-    "row_offsets": "offsets",
-    "weight_scale": "scales",
-    "weight_zero_point": "zero_points",
-    "weight_g_idx": "order",
+    "compressed",
+    "bitmask",
+    "row_offsets",
+    "weight_packed",
+    "weight_scale",
+    "weight_zero_point",
+    "weight_g_idx",
 }
-# What the compressible matrices consist of; `order` is the group of each column (actorder).
-KINDS = ("values", "bitmask", "offsets", "scales", "zero_points", "order")
-# `other` is norms, biases and shapes. A tied head has no bytes.
-APART = ("head", "embeddings", "other")
 
 
 @dataclass(frozen=True)
@@ -199,32 +194,31 @@ def layers_of(record: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
 
 
 def checkpoint_bytes(folder: str | Path) -> dict[str, int | float]:
-    """Return bytes by `KINDS` and `APART`, `matrices`, `total`, and `bits_per_weight`.
+    """Return bytes by kind, their `total`, and the `bits_per_weight` of the matrices.
 
-    `matrices` is the sum of `KINDS`, and `bits_per_weight` is theirs.
+    `matrices` include masks, offsets and scales; `other` is norms, biases and shapes. A tied head
+    has no bytes.
 
     Raises:
         RacError: no safetensors, or a damaged file.
     """
-    sizes: dict[str, int | float] = dict.fromkeys((*KINDS, *APART), 0)
+    sizes = dict.fromkeys(("matrices", "head", "embeddings", "other"), 0)
     weights = 0
     with TensorFiles(folder) as files:
         for name in files.where:
             module, _, part = name.rpartition(".")
-            kind = _PARTS.get(part, "other")
+            shape = files.shape(name)
+            kind = "matrices" if part in _PARTS else "other"
             if is_embedding(module):
                 kind = "embeddings"
             elif _HEAD.search(module):
                 kind = "head"
-            elif part == "weight":
-                shape = files.shape(name)
-                kind = "values" if len(shape) == 2 else "other"
-                weights += shape[0] * shape[1] if len(shape) == 2 else 0
+            elif part == "weight" and len(shape) == 2:
+                kind = "matrices"
+                weights += shape[0] * shape[1]
             elif part in ("shape", "weight_shape"):
                 rows, columns = files.tensor(name).flatten().tolist()
                 weights += rows * columns
             sizes[kind] += files.nbytes(name)
-    sizes["matrices"] = sum(sizes[kind] for kind in KINDS)
-    sizes["total"] = sizes["matrices"] + sum(sizes[kind] for kind in APART)
-    sizes["bits_per_weight"] = 8 * sizes["matrices"] / weights if weights else 0.0
-    return sizes
+    bits = 8 * sizes["matrices"] / weights if weights else 0.0
+    return {**sizes, "total": sum(sizes.values()), "bits_per_weight": bits}

@@ -32,7 +32,6 @@ MOST_BYTES = 1_500_000  # of a page; more is slow to open and to send
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 # KL in nats: digit 0 is below, digit 1 starts there, digit z is at 10 or above
 _SMALLEST, _DECADES = 1e-3, 4
-_PARTS = ("values", "bitmask", "offsets", "scales", "zero_points", "order", "head", "embeddings")
 
 
 def page(folders: Sequence[Path], most_traces: int) -> str:
@@ -175,6 +174,7 @@ def _cells(row: Mapping[str, Any]) -> dict[str, str | None]:
     return {
         "row": row["label"],
         "MB": f"{sizes['total'] / 1e6:.3f}",
+        "MB without head and embeddings": f"{sizes['matrices'] / 1e6:.3f}",
         "bits per weight": f"{sizes['bits_per_weight']:.2f}",
         "KL": kl or None,
         "top-1": divergence and f"{divergence['agreement']:.2%}",
@@ -182,7 +182,6 @@ def _cells(row: Mapping[str, Any]) -> dict[str, str | None]:
         "thinking tokens": f"{row['thinking']:.0f}",
         "truncated": f"{row['truncated']:.1%}",
         "tokens/s": speed and f"{speed:.0f}",
-        **{f"MB {part}": sizes[part] and f"{sizes[part] / 1e6:.3f}" for part in _PARTS},
     }
 
 

@@ -74,17 +74,10 @@ def run_grid(
     tools: Tools,
     *,
     remove_models: bool = False,
-    report: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> None:
     """Run and measure every row that is not finished, the dense model first.
 
-    Args:
-        folder: open for writing.
-        planned: the runs, all checked.
-        held_out: problems and sampling.
-        tools: see there.
-        remove_models: remove each checkpoint when it is measured.
-        report: called with each new row.
+    `folder` is open for writing. With `remove_models` a checkpoint is removed when it is measured.
 
     Raises:
         RacError: what compressing and measuring raise. Finished rows stay.
@@ -92,12 +85,10 @@ def run_grid(
     check_finished(folder, planned)
     if folder.row(DENSE) is None:
         _finish_dense(folder, held_out, tools)
-        report(folder.rows[-1])
     for number, run in enumerate(planned, 1):
         if folder.row(run.label) is None:
             logger.info(f"{run.label}: row {number} of {len(planned)}")
             _finish(folder, run, held_out, tools)
-            report(folder.rows[-1])
             if remove_models:
                 remove_folder(folder.model(run.label))
 
@@ -118,7 +109,7 @@ def _finish_dense(folder: FrontierFolder, held_out: HeldOut, tools: Tools) -> No
         "served": served,
         "seconds": time.monotonic() - started,
     }
-    folder.add(row, measured.traces)
+    _add(folder, row, measured)
 
 
 def _finish(folder: FrontierFolder, run: PlannedRow, held_out: HeldOut, tools: Tools) -> None:
@@ -145,7 +136,17 @@ def _finish(folder: FrontierFolder, run: PlannedRow, held_out: HeldOut, tools: T
         "compressing": compressing,
         "seconds": time.monotonic() - started,
     }
+    _add(folder, row, measured)
+
+
+def _add(folder: FrontierFolder, row: dict[str, Any], measured: Measured) -> None:
     folder.add(without_paths(row), measured.traces)
+    words = [f"{row['label']}: {row['bytes']['total'] / 1e6:,.2f} MB"]
+    if divergence := row["divergence"]:
+        words.append(f"KL {divergence['kl']:.3g}, top-1 {divergence['agreement']:.1%}")
+    if row["accuracy"]:
+        words.append(f"accuracy {row['accuracy']['accuracy']:.1%}")
+    logger.info(", ".join(words))
 
 
 def _compress(model_folder: Path, recipe: dict[str, Any], tools: Tools) -> float | None:

@@ -33,26 +33,18 @@ _LETTER = re.compile(r"\(?([A-Za-z])(?:\)?\s*[.:)]?|\)?\s*[.:)]\s.*)", re.DOTALL
 
 
 def held_out_problems(
-    source: str,
-    count: int,
-    seed: int = 0,
-    column: str | None = None,
-    answer_column: str | None = None,
-    split: str = "train",
+    source: str, count: int, seed: int = 0, **fields: str | None
 ) -> list[Problem]:
     """Return `count` problems: the test split of "arithmetic", or the first of another source.
 
     Only "arithmetic" is disjoint from calibration by construction. With another source, calibrate
-    on other problems.
+    on other problems. `fields` are others of `ProblemSource`: column, answer_column, split.
 
     Raises:
         RacError: settings that do not apply to the source, fewer problems than `count`, or what
             `load_problems` raises.
     """
-    if count < 1:
-        raise RacError(f"{count} problems cannot be evaluated; ask for at least 1")
-    values = {"source": source, "column": column, "answer_column": answer_column, "split": split}
-    checked = check_settings(ProblemSource, values, "problems")
+    checked = check_settings(ProblemSource, {"source": source, **fields}, "problems")
     if source == ARITHMETIC:
         problems = [
             Problem(f"{s.task}:{','.join(map(str, s.operands))}", s.question, s.answer, s.task)

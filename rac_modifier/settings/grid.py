@@ -148,14 +148,8 @@ def load_grid(named: str | Path) -> Grid:
     """
     path = FOLDER / f"{named}.yaml" if str(named) in grid_names() else Path(named)
     content = read_yaml(path, "grid", f"name a YAML file, or one of {', '.join(grid_names())}")
-    if has_entry(content) and "rows" not in content:
-        raise RacError(
-            f"{path} is a recipe and no grid; write a grid with rows: [{{label: one, "
-            f"recipe: {path}}}]"
-        )
-    if not isinstance(content, dict):
-        problem = "is empty" if content is None else f"holds no grid but {type(content).__name__}"
-        raise RacError(f"{path} {problem}; write it as rows: [{{label: one, recipe: rac_2of4}}]")
+    if not isinstance(content, dict) or (has_entry(content) and "rows" not in content):
+        raise RacError(f"{path} is no grid; write it as rows: [{{label: one, recipe: rac_2of4}}]")
     return check_settings(Grid, content, str(path))
 
 

@@ -53,7 +53,7 @@ def copy_of(b: Bench, *rows: dict[str, Any]) -> Path:
 CASES += [
     Case(
         "a recipe in the place of a grid",
-        "is a recipe and no grid; write a grid with rows: [{label: one, recipe: ",
+        "is no grid; write it as rows: [{label: one, recipe: rac_2of4}]",
         lambda b: b.rac(
             "frontier", b.folder, "--recipe-grid", recipe("rac_2of4"), "--out", b.tmp / "out"
         ),

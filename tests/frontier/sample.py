@@ -32,15 +32,7 @@ def row(
     label: str, group: str, megabytes: float, accuracy: float, kl: float | None
 ) -> dict[str, Any]:
     total = int(megabytes * 1e6)
-    sizes = dict.fromkeys(
-        ("bitmask", "offsets", "scales", "zero_points", "order", "head", "embeddings", "other"), 0
-    )
-    sizes |= {
-        "values": total - 500_000,
-        "embeddings": 500_000,
-        "matrices": total - 500_000,
-        "total": total,
-    }
+    sizes = {"matrices": total - 500_000, "embeddings": 500_000, "total": total}
     kinds = ["right", "looping"] if group == "sparse" else ["right", "wrong"]
     endings = {f"p{i}": [{"kind": kind}] for i, kind in enumerate(kinds)}
     interval = {"accuracy": accuracy, "ci_low": accuracy - 0.05, "ci_high": accuracy + 0.05}

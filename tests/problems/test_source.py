@@ -4,7 +4,7 @@ from itertools import islice
 import pytest
 
 from rac_modifier.errors import RacError
-from rac_modifier.problems.arithmetic import split_of
+from rac_modifier.problems.arithmetic import Solved
 from rac_modifier.problems.source import load_problems
 from rac_modifier.settings.problems import ProblemSource
 
@@ -31,7 +31,8 @@ def test_arithmetic_is_distinct_and_from_the_calibration_split():
     assert len({p.id for p in problems}) == 300
     for problem in problems:
         task, operands = problem.id.split(":")
-        assert split_of(task, tuple(map(int, operands.split(",")))) == "calibration"
+        solved = Solved(task, tuple(map(int, operands.split(","))), "", "", "")
+        assert solved.split == "calibration"
         assert problem.answer is not None
         assert problem.task == task
 

@@ -215,7 +215,7 @@ def test_the_grids_that_documents_name_measure_what_they_say():
             "rows: [{label: 2:4, recipe: b}]",
             "label 124 is a number (YAML reads 2:4 as 124); write it in quotes",
         ),
-        ("- 1", "holds no grid but list; write it as rows: "),
+        ("- 1", "is no grid; write it as rows: "),
     ],
 )
 def test_a_file_that_is_no_grid(tmp_path: Path, text: str, says: str):
