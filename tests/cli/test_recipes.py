@@ -30,19 +30,6 @@ def test_show_prints_the_file_as_it_is(rac, tmp_path):
     assert "did you mean rac_2of4" in stderr
 
 
-def test_a_recipe_is_named_without_a_path(rac, tiny_folder, tmp_path):
-    small = ["calibration.tokens=300", "traces.sampling.max_new_tokens=20",
-             "traces.sampling.temperature=1.0", f"traces.store={tmp_path / 's.jsonl'}"]  # fmt: skip
-    settings = [argument for setting in small for argument in ("--set", setting)]
-    out = tmp_path / "out"
-    code, stdout, _ = rac("prune", tiny_folder, out, "--recipe", "rac_2of4", *settings)
-    assert code == 0
-    assert f"rac inspect {out}" in stdout
-    code, _, stderr = rac("prune", "no-such-model", tmp_path / "new", "--recipe", "rac_2of5")
-    assert code == 1
-    assert "no recipe at rac_2of5; did you mean rac_2of4" in stderr
-
-
 def test_check_names_each_valid_recipe_and_every_mistake_of_the_others(rac, tmp_path):
     for name, settings in {
         "a": {"sparsty": 0.5},

@@ -123,18 +123,16 @@ def test_a_run_that_is_stopped_anywhere_ends_as_an_undisturbed_one(
 
 def test_a_new_row_is_added_and_a_changed_one_is_refused(bench: Bench) -> None:
     bench.run(ROWS[:1])
-    assert [row["label"] for row in bench.run([ROWS[1]])] == ["dense", "a", "b"]
+    added = planned("b", store=str(bench.dense / "traces.jsonl"))
+    rows = bench.run([added])
+    assert [row["label"] for row in rows] == ["dense", "a", "b"]
+    assert rows[2]["recipe"]["store"] == "traces.jsonl", "no path of this machine"
+    assert bench.run([added]) == rows
     with pytest.raises(
         RacError, match="rows that were run with another recipe: a; give the new ones another label"
     ):
         bench.run([planned("a", sparsity=0.6), planned("d")])
     assert "compress d" not in bench.did
-
-
-def test_paths_of_this_machine_are_not_written_down(bench: Bench) -> None:
-    (row,) = bench.run([planned("a", store=str(bench.dense / "traces.jsonl"))])[1:]
-    assert row["recipe"]["store"] == "traces.jsonl"
-    assert bench.run([planned("a", store=str(bench.dense / "traces.jsonl"))])[1:] == [row]
 
 
 def result(label: str) -> EvalResult:

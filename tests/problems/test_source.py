@@ -58,25 +58,15 @@ def test_table_ids_do_not_shift_with_the_limit_or_the_order(questions):
 
 
 def test_an_edited_row_is_another_problem(tmp_path):
-    before, after = (
-        take(1, source=write(tmp_path / "a.jsonl", [{"problem": text}]))
-        for text in ("1 + 1?", "2?")
-    )
-    assert before[0].id != after[0].id
+    paths = [write(tmp_path / f"{i}.jsonl", [{"problem": f"{i} + 1?"}]) for i in range(2)]
+    assert take(1, source=paths[0])[0].id != take(1, source=paths[1])[0].id
 
 
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
-        (
-            "2024-01-05",
-            "must hold text or a number, it holds a datetime; write the answers as text",
-        ),
-        ([1], "must hold text or a number, it holds a list"),
-        (
-            123456789012345678901234567890,
-            r"holds the number 1\.2345678901234568e\+29, some digits of which may have been lost",
-        ),
+        ("2024-01-05", "must hold text or a number, it holds a datetime; write the answers as"),
+        (10**30, r"holds the number 1e\+30, some digits of which may have been lost"),
     ],
 )
 def test_an_answer_that_is_not_read_as_it_was_written_is_refused(tmp_path, answer, words):
@@ -116,26 +106,16 @@ def test_the_question_column_is_not_guessed_where_it_is_unclear(tmp_path, row):
         load_problems(ProblemSource(source=write(tmp_path / "a.jsonl", [row])), 0)
 
 
-@pytest.mark.parametrize("question", [7, None, "  ", [{"role": "user", "content": "x"}]])
+@pytest.mark.parametrize("question", [None, "  ", [{"role": "user", "content": "x"}]])
 def test_a_question_must_be_text(tmp_path, question):
     path = write(tmp_path / "a.jsonl", [{"problem": question}])
     with pytest.raises(RacError, match="row 0: column 'problem' must hold the question as text"):
         take(1, source=path)
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "words"),
-    [
-        ("a.jsonl", "", "a.jsonl' is empty"),
-        ("none.json", None, "problem file .*none.json': no such file"),
-    ],
-)
-def test_files_without_problems(tmp_path, name, text, words):
-    """At once, before anything is sampled."""
-    if text is not None:
-        (tmp_path / name).write_text(text)
-    with pytest.raises(RacError, match=words):
-        load_problems(ProblemSource(source=str(tmp_path / name)), 0)
+def test_a_missing_file_is_refused_before_anything_is_sampled(tmp_path):
+    with pytest.raises(RacError, match=r"problem file .*none\.json': no such file"):
+        load_problems(ProblemSource(source=str(tmp_path / "none.json")), 0)
 
 
 def test_the_papers_data_sets_need_only_their_names(monkeypatch):
