@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from rac_modifier.errors import RacError
@@ -245,3 +247,20 @@ def check_index(folder: str | Path) -> None:
     if (Path(folder) / INDEX_FILE).is_file():
         with TensorFiles(folder):
             pass
+
+
+def write_tensors_atomic(path: Path, tensors: Mapping[str, Tensor], about: dict[str, str]) -> None:
+    """Write tensors with metadata `about`; a reader sees the old file or the new one.
+
+    Raises:
+        OSError, SafetensorError: the file cannot be written, and the old file is unchanged.
+    """
+    new = path.with_suffix(".new")
+    try:
+        save_file(dict(tensors), new, about)
+        with new.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(new, path)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise

@@ -27,9 +27,9 @@ from rac_modifier.llmcompressor.checks import (
     given_tokenizer,
 )
 from rac_modifier.llmcompressor.pipeline import SessionRun, put_in_place, take_away
-from rac_modifier.llmcompressor.recovery_stage import RecoveryStage, before_sampling
+from rac_modifier.llmcompressor.recovery_stage import RecoveryStage
 from rac_modifier.llmcompressor.resume import made_with
-from rac_modifier.llmcompressor.solving import Run
+from rac_modifier.llmcompressor.run import Run
 from rac_modifier.llmcompressor.trained_codes import LaterCodes
 from rac_modifier.model_tools import accelerator, streamed_to_accelerator
 from rac_modifier.platform import keep_freed_memory
@@ -48,7 +48,6 @@ class CalibratingModifier(CalibrationEntry, Modifier):
     _oneshot: Oneshot | None = PrivateAttr(default=None)
     _processes: Processes = PrivateAttr(default_factory=Processes)
     _calibration: CalibrationSet | None = PrivateAttr(default=None)
-    _share: CalibrationLoader | None = PrivateAttr(default=None)  # of this rank
     _given_tokenizer: Any = PrivateAttr(default=None)
     _session: CompressionSession | None = PrivateAttr(default=None)
     _divergence: RunDivergence | None = PrivateAttr(default=None)
@@ -123,9 +122,15 @@ class CalibratingModifier(CalibrationEntry, Modifier):
         `quantizes` says whether recovery trains weights through codes.
         """
         model, recover, processes = state.model, self.recover, self._processes
-        text = before_sampling(
-            model, lambda: self._load_tokenizer(model), recover, processes, quantizes
-        )
+        if recover is not None:
+            self._recovery = RecoveryStage(
+                model,
+                recover,
+                lambda: self._load_tokenizer(model),
+                processes,
+                quantizes=quantizes,
+                keep=self._oneshot is not None and self._oneshot.output_dir is not None,
+            )
         keep_freed_memory()
         if self._calibration is None:
             self._calibration = build_calibration_set(
@@ -136,29 +141,21 @@ class CalibratingModifier(CalibrationEntry, Modifier):
                 reserved_tokens=recover.reserved_tokens if recover else 0,
                 processes=processes,
             )
-        loader = self._calibration.loader
-        self._share = loader.share(processes.rank, processes.count)
         off_policy = self.traces.allow_off_policy
         measures = processes.from_first(bool(self._calibration.held_out) and not off_policy)
         with streamed_to_accelerator(model) if measures else contextlib.nullcontext():
             if processes.is_first:
                 self._divergence = RunDivergence(model, self._calibration, off_policy=off_policy)
             processes.wait()
-        if recover is not None:
-            keep = self._oneshot is not None and self._oneshot.output_dir is not None
-            reserved = self._calibration.reserved
-            self._recovery = RecoveryStage(
-                model, reserved, recover, keep, processes, quantizes, text
-            )
+        if self._recovery is not None:
+            self._recovery.read_dense(model, self._calibration.reserved)
 
     def calibrate_session(self, state: State, run: Run | None = None) -> None:
-        """Calibrate the session on our set; `run` is this modifier's, if it prunes."""
+        """Calibrate the session's modifiers on our set; `run` is this one's, if it prunes."""
         self._session = active_session()
-        assert self._share is not None
-        state.data.calib = self._share
-        modifier = None if run is None else self
-        identity = self.calibration_set.identity()
-        put_in_place(self._session, SessionRun(self._share, modifier, run, identity))
+        share = self.calibration_set.loader.share(self._processes.rank, self._processes.count)
+        state.data.calib = share
+        put_in_place(self._session, SessionRun(self, self.calibration_set, share, run))
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         """Take the pipeline away, and measure the result of a run that has ended.
@@ -190,19 +187,19 @@ class CalibratingModifier(CalibrationEntry, Modifier):
     def run_record(self, method: str, more: Mapping[str, Any]) -> dict[str, Any]:
         """Return the run record, with `more` entries."""
         count, seed = self._processes.count, self.traces.sampling.seed
-        record: dict[str, Any] = strict_json(
-            {
-                "method": method,
-                "seed": f"{seed} for sampling, {self.calibration.seed} for the mixture",
-                "modifier": self.model_dump(mode="json"),
-                **({"processes": count} if count > 1 else {}),
-                **self.calibration_set.as_dict(),
-                "divergence": self._measured,
-                **({"recovery": self._recovered} if self._recovered else {}),
-                **more,
-            }
-        )
-        return record
+        record: dict[str, Any] = {
+            "method": method,
+            "seed": f"{seed} for sampling, {self.calibration.seed} for the mixture",
+            "modifier": self.model_dump(mode="json"),
+            **self.calibration_set.as_dict(),
+            "divergence": self._measured,
+            **more,
+        }
+        if count > 1:
+            record["processes"] = count
+        if self._recovered:
+            record["recovery"] = self._recovered
+        return dict(strict_json(record))
 
     @property
     def tokenizer_name(self) -> str | None:

@@ -7,8 +7,6 @@ among the callers.
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import inspect
 import reprlib
 from collections.abc import Iterable, Sequence
@@ -17,13 +15,13 @@ from typing import Any
 
 import torch
 import yaml
+from compressed_tensors.quantization import QuantizationScheme
 from compressed_tensors.registry import standardize_lookup_name
 from compressed_tensors.utils import match_named_modules
 from llmcompressor.entrypoints.oneshot import Oneshot
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.quantization import QuantizationMixin
 from llmcompressor.recipe import Recipe
-from loguru import logger
 from pydantic import ValidationError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -32,34 +30,9 @@ from rac_modifier.errors import RacError
 from rac_modifier.llmcompressor.quantizer import Quantizer
 from rac_modifier.llmcompressor.targets import find_targets
 from rac_modifier.settings.entries import CalibrationEntry, PruningEntry
-from rac_modifier.settings.recipe import overlooked
-from rac_modifier.settings.recipe_files import parse_yaml
 
-# Arguments about data that our calibration set replaces, by what to do instead.
-_INSTEAD = {
-    "name the data in the recipe (traces.problems, calibration.generic)": (
-        "dataset dataset_path dataset_config_name dvc_data_repository splits text_column "
-        "remove_columns preprocessing_func preprocessing_num_workers raw_kwargs streaming "
-        "overwrite_cache"
-    ),
-    "sequences stay apart: each trace is calibrated on with its own prompt": "concatenate_data",
-    "set calibration.tokens in the recipe, which counts tokens": "num_calibration_samples",
-    "set calibration.max_sequence_tokens in the recipe": "max_seq_length",
-    "sequences are always shuffled, by calibration.seed": "shuffle_calibration_samples",
-    "set calibration.batch_tokens in the recipe, which is the size of a padded batch": (
-        "batch_size data_collator pad_to_max_length"
-    ),
-    "the calibration set is in memory already": "dataloader_num_workers",
-    "set calibration.prompt_weight in the recipe": "use_loss_mask",
-    "a module that no calibration token reaches is an error here": "min_tokens_per_module",
-}
-REFUSED = {name: instead for instead, names in _INSTEAD.items() for name in names.split()}
-# Arguments of upstream's sequential pipeline; only the pruning modifier refuses them.
-REFUSED_BY_PRUNING = {
-    "propagate_error": "a pruned layer's outputs are always what the next layer is calibrated on",
-    "sequential_prefetch": "our loops load no batch ahead",
-}
-# By our loops, or by upstream around them (one is deprecated, and upstream warns).
+# Arguments of `oneshot` that our loops read, or upstream around them (one is deprecated, and
+# upstream warns). Our calibration set and its settings replace all others about data.
 HONOURED = {
     "moe_calibrate_all_experts",
     "pipeline",
@@ -69,6 +42,8 @@ HONOURED = {
     "sequential_targets_per_subgraph",
     "tracing_ignore",
 }
+# These configure upstream's sequential pipeline, which other modifiers run in.
+_OF_UPSTREAMS_LOOP = {"propagate_error", "sequential_prefetch"}
 _CALIBRATES = "ReasoningAwareCalibrationModifier"
 
 
@@ -89,7 +64,7 @@ def check_arguments(oneshot: Oneshot, modifier: str, *, prunes: bool) -> None:
     An argument with its default value counts as not given.
 
     Raises:
-        RacError: naming every such argument with its value and what to do instead.
+        RacError: naming every such argument with its value.
     """
     pipeline = oneshot.dataset_args.pipeline
     if pipeline and standardize_lookup_name(pipeline) not in ("independent", "sequential"):
@@ -97,44 +72,25 @@ def check_arguments(oneshot: Oneshot, modifier: str, *, prunes: bool) -> None:
             f'pipeline="{pipeline}" does not prune layer by layer; use pipeline="independent" or '
             '"sequential"'
         )
-    honoured = HONOURED if prunes else HONOURED | REFUSED_BY_PRUNING.keys()
+    honoured = HONOURED if prunes else HONOURED | _OF_UPSTREAMS_LOOP
     problems = [
-        f"oneshot was given {name}={reprlib.repr(value)}, which has no effect with "
-        f"{modifier}: leave the {name} argument out; "
-        + (REFUSED | REFUSED_BY_PRUNING).get(name, "this version of rac-modifier does not know it")
+        f"oneshot was given {name}={reprlib.repr(value)}, which has no effect with {modifier}: "
+        f"leave the {name} argument out; data and batches are settings of the recipe (traces, "
+        "calibration)"
         for name, value in _changed(oneshot.dataset_args).items()
         if name not in honoured
     ]
     if problems:
         raise RacError("\n".join(problems))
-    arguments = oneshot.recipe_args
-    _warn_of_overlooked(arguments.recipe if arguments else None)
     if oneshot.output_dir is not None:  # upstream saves a stage to a folder of its name
-        stage = arguments.stage if arguments else None
+        stage = oneshot.recipe_args.stage if oneshot.recipe_args else None
         check_output_folder(Path(oneshot.output_dir, stage or ""), None, 0)
 
 
-def _warn_of_overlooked(recipe: Any) -> None:
-    """Warn of the stages of a recipe's text or file that upstream does not read."""
-    if not isinstance(recipe, str | Path):
-        return
-    is_file = len(str(recipe)) < 4096 and "\n" not in str(recipe) and Path(recipe).is_file()
-    text = Path(recipe).read_text(encoding="utf-8") if is_file else str(recipe)
-    with contextlib.suppress(RacError):  # upstream reads other layouts too
-        for part in overlooked(parse_yaml(text, "recipe")):
-            logger.warning(
-                f"llm-compressor does not read {part} of the recipe: a stage is named "
-                "NAME_stage, and its groups NAME_modifiers"
-            )
-
-
 def given_tokenizer(oneshot: Oneshot, recipes: str | None, model: str) -> Any:
-    """Return `oneshot`'s tokenizer; None if the recipe names one.
+    """Return `oneshot`'s tokenizer; None if the recipe names one (RacError: both do).
 
     `recipes` is the recipe's `tokenizer`, `model` the name or path of the model.
-
-    Raises:
-        RacError: both `oneshot` and the recipe name one.
     """
     tokenizer = getattr(oneshot.processor, "tokenizer", oneshot.processor)
     if recipes is None:
@@ -150,13 +106,14 @@ def given_tokenizer(oneshot: Oneshot, recipes: str | None, model: str) -> Any:
 
 def _changed(arguments: Any) -> dict[str, Any]:
     """Return the fields of a dataclass that do not have their default value."""
-    changed = {}
-    for field in dataclasses.fields(arguments):
-        value, factory = getattr(arguments, field.name), field.default_factory
-        default = field.default if factory is dataclasses.MISSING else factory()
-        if value is not default and not (isinstance(value, type(default)) and value == default):
-            changed[field.name] = value
-    return changed
+    defaults = vars(type(arguments)())
+    return {
+        name: value
+        for name, value in vars(arguments).items()
+        if name in defaults
+        and value is not defaults[name]
+        and not (isinstance(value, type(defaults[name])) and value == defaults[name])
+    }
 
 
 def check_first(modifiers: Sequence[Modifier]) -> None:
@@ -231,6 +188,8 @@ def check_recipe(recipe: dict[str, Any], model: PreTrainedModel) -> None:
     """Refuse a recipe that could not run on this model or skeleton (RacError)."""
     try:
         modifiers = Recipe.create_instance(yaml.safe_dump(recipe, sort_keys=False)).modifiers
+        quantizing = [m for m in modifiers if isinstance(m, QuantizationMixin)]
+        schemes = [list(m.resolved_config.config_groups.values()) for m in quantizing]
     except (ValueError, KeyError, TypeError, NotImplementedError) as error:
         problems = str(error)
         if isinstance(error, ValidationError):
@@ -247,8 +206,8 @@ def check_recipe(recipe: dict[str, Any], model: PreTrainedModel) -> None:
             quantizes = modifier.quantization is not None
             check_later_modifiers(modifier, modifiers[place + 1 :], quantizes=quantizes)
             Quantizer(modifier.quantization, model, names, prunes=modifier.prunes)
-        elif isinstance(modifier, QuantizationMixin):
-            _check_groups(modifier, model)
+    for modifier, of_modifier in zip(quantizing, schemes, strict=True):
+        _check_groups(modifier, of_modifier, model)
     if not any(isinstance(modifier, CalibrationEntry) for modifier in modifiers):
         for modifier in modifiers:
             if modifier.requires_calibration_data:
@@ -258,19 +217,16 @@ def check_recipe(recipe: dict[str, Any], model: PreTrainedModel) -> None:
                 )
 
 
-def _check_groups(modifier: Any, model: PreTrainedModel) -> None:
+def _check_groups(
+    modifier: Any, schemes: Sequence[QuantizationScheme], model: PreTrainedModel
+) -> None:
     """Refuse schemes that match nothing, or groups that do not divide the inputs."""
-    name = type(modifier).__name__
-    try:
-        config = modifier.resolved_config
-    except (ValueError, KeyError, TypeError, NotImplementedError) as error:
-        raise RacError(f"{name}: {error}") from error
-    matched = False
-    for scheme in config.config_groups.values():
-        group = getattr(scheme.weights, "group_size", None)
+    name, matched = type(modifier).__name__, False
+    for scheme in schemes:
+        group = getattr(scheme.weights, "group_size", None) or 0
         for module_name, module in match_named_modules(model, scheme.targets, modifier.ignore):
             matched, columns = True, getattr(module, "in_features", 0)
-            if group and group > 0 and columns % group:
+            if group > 0 and columns % group:
                 raise RacError(
                     f"{name}: {module_name} has {columns} inputs, no multiple of the "
                     f"group_size {group}; set one that divides them"

@@ -5,20 +5,17 @@ from __future__ import annotations
 import contextlib
 import statistics
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from compressed_tensors.utils import patch_attr
-from llmcompressor.entrypoints.oneshot import Oneshot
 from llmcompressor.modeling.moe import context
 from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
 from loguru import logger
 
-from rac_modifier.errors import RacError
 from rac_modifier.model_tools import StopForward
 from rac_modifier.pruning.routed_tokens import ExpertTokens
-from rac_modifier.settings.pruning import EXPERT_FLOOR, PruningSettings
 
 _FIRST, _LAST = ("gate_proj", "up_proj"), "down_proj"
 
@@ -86,9 +83,8 @@ def find_experts(
 ) -> list[RoutedExperts]:
     """Return the layers of routed experts that have modules among `names`.
 
-    A layer with a forward pass or children of another kind is left out: which of its linear
-        layers
-    reads what is not known.
+    A layer with a forward pass or children of another kind is left out: it is not known which
+    of its linear layers reads what.
     """
     layers = []
     for name, module in model.named_modules():
@@ -129,76 +125,22 @@ def only_routed_tokens() -> Iterator[None]:
         yield
 
 
-class ExpertReport:
-    """Log and record the tokens that calibrate routed experts; empty without experts."""
-
-    def __init__(self, entry: PruningSettings, has_experts: bool):
-        self._entry, self._has_experts, self._tokens = entry, has_experts, entry.experts
-        self._why: dict[str, str] = {}
-        self._layers: dict[str, dict[str, Any]] = {}
-
-    def check(self, oneshot: Oneshot | None) -> None:
-        """Refuse settings about experts without effect, or against `oneshot` (RacError)."""
-        entry = self._entry
-        for name, default in (("experts", "routed"), ("expert_floor", EXPERT_FLOOR)):
-            value = getattr(entry, name)
-            if value != default and name in entry.model_fields_set and not self._has_experts:
-                raise RacError(
-                    f"{name}: {value!r} has no effect here: no routed expert of this model "
-                    "is pruned; leave it out"
-                )
-        routed_only = oneshot is not None and not oneshot.dataset_args.moe_calibrate_all_experts
-        if self._has_experts and entry.experts == "all" and routed_only:
-            raise RacError(
-                "oneshot was given moe_calibrate_all_experts=False, and the recipe has "
-                "experts: all; leave one of them out"
-            )
-
-    def use_order(self, order: str, why: str) -> None:
-        """Record that a run layer by layer calibrates each expert on all tokens."""
-        if order == "group" or not self._has_experts:
-            return
-        self._tokens, self._why = "all", {"why": f"layer by layer ({why})"}
-        if self._entry.experts != "all" and self._entry.order != "layer":
-            logger.warning(
-                f"experts: {self._entry.experts} needs the model cut between its modules, "
-                f"which is not possible here ({why}): each expert is calibrated on all "
-                "tokens instead, which keeps less accuracy"
-            )
-
-    def add(self, name: str, tokens: Mapping[str, ExpertTokens]) -> None:
-        """Record the tokens of each expert of the layer `name`, by the expert's name."""
-        routed = [counts.routed for counts in tokens.values()]
-        least, median, most = min(routed), statistics.median(routed), max(routed)
-        starved = {e: counts for e, counts in tokens.items() if counts.added}
-        starved = starved if self._tokens == "routed" else {}
-        self._layers[name] = {
-            "experts": len(tokens),
-            "routed": {"least": least, "median": median, "most": most},
-            "starved": {
-                expert: {"routed": counts.routed, "added": counts.added}
-                | ({"evenly": True} if counts.evenly else {})
-                for expert, counts in starved.items()
-            },
-        }
-        logger.info(
-            f"{name}: {least:,} to {most:,} tokens are routed to each of {len(tokens)} "
-            f"experts, median {median:,}"
+def report_tokens(layer: str, tokens: Mapping[str, ExpertTokens], floor: int) -> dict[str, Any]:
+    """Log the tokens that calibrate the experts of a layer, by name; return the record's entry."""
+    routed = [counts.routed for counts in tokens.values()]
+    least, median, most = min(routed), statistics.median(routed), max(routed)
+    logger.info(
+        f"{layer}: {least:,} to {most:,} tokens are routed to each of {len(tokens)} "
+        f"experts, median {median:,}"
+    )
+    starved = {expert: asdict(counts) for expert, counts in tokens.items() if counts.added}
+    if starved:
+        evenly = any(counts["evenly"] for counts in starved.values())
+        added = "evenly spread tokens (the router is unknown)" if evenly else "the nearest ones"
+        logger.warning(
+            f"{layer}: fewer than expert_floor ({floor:,}) tokens are routed to "
+            f"{len(starved)} experts; {added} were added to calibrate them; raise "
+            "calibration.tokens for more of their own"
         )
-        if starved:
-            evenly = any(counts.evenly for counts in starved.values())
-            added = "evenly spread tokens (the router is unknown)" if evenly else "the nearest ones"
-            logger.warning(
-                f"{name}: fewer than expert_floor ({self._entry.expert_floor:,}) tokens "
-                f"are routed to {len(starved)} experts; {added} were added to calibrate "
-                "them; raise calibration.tokens for more of their own"
-            )
-
-    def record(self) -> dict[str, Any]:
-        """Return the entry of the run record; empty without routed experts."""
-        if not self._has_experts:
-            return {}
-        floor = {"floor": self._entry.expert_floor} if self._tokens == "routed" else {}
-        return {
-            "experts": {"calibrated on": self._tokens, **self._why, **floor, "layers": self._layers}
-        }
+    of_layer = {"least": least, "median": median, "most": most}
+    return {"experts": len(tokens), "routed": of_layer, "starved": starved}

@@ -5,18 +5,16 @@ A run goes from group to group: modules that read the same input of d columns. I
     activations   tokens (d + hidden) numbers: the input of the group and the residual stream; layer
                   by layer the residual stream alone; with the dense target also the dense
                   model's; masks and positions of attention
-    statistics    Hessian and cross moment while batches are added and run
-    solving       Hessian, factor, buffers of the solver and of rounding
+    work          the larger of statistics with a forward pass, and solving
 
 Statistics, solver and a forward pass are rehearsed (rehearsal.py); activations are counted.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,10 +26,10 @@ from rac_modifier.calibration.loader import CalibrationLoader
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.teacher_forcing import input_of_head
 from rac_modifier.llmcompressor.experts import find_experts
-from rac_modifier.llmcompressor.solving import Run, solve_problems
+from rac_modifier.llmcompressor.run import Run
+from rac_modifier.llmcompressor.solving import problems_per_call, solve_problems
 from rac_modifier.model_tools import free_bytes
 from rac_modifier.platform import HEAP_GAPS, expect_growth
-from rac_modifier.pruning import sparsegpt
 from rac_modifier.pruning.hessian import ROWS, Statistics, numbers_of_shard
 from rac_modifier.pruning.solve import Problem
 from rac_modifier.quantization.grid import Grid
@@ -52,7 +50,8 @@ class Group:
         columns: inputs.
         rows: outputs of each module.
         grids: of each module, None if it is not rounded.
-        routed: whether they are experts that are calibrated on their own tokens.
+        experts: how many experts of the layer have such a group; 0 for other modules.
+        per_call: groups that a solver call takes.
     """
 
     name: str
@@ -60,26 +59,36 @@ class Group:
     columns: int
     rows: tuple[int, ...]
     grids: tuple[Grid | None, ...]
-    routed: bool = False
+    experts: int = 0
+    per_call: int = 1
+
+    def weights(self, width: int, dtype: torch.dtype) -> list[torch.Tensor]:
+        """Return weights of the group's shapes, scaled to `width` inputs, with 2:4 zeros."""
+        weights = []
+        for rows in self.rows:
+            count = max(round(rows * width / self.columns), 1)
+            weight = torch.arange(1.0, count * width + 1).sin_().view(count, width).to(dtype)
+            weight[:, ::2] = 0.0
+            weights.append(weight)
+        return weights
 
 
-def groups_of(
-    model: PreTrainedModel,
-    names: Mapping[torch.nn.Module, str],
-    grids: Mapping[torch.nn.Module, Grid],
-) -> list[Group]:
+def groups_of(run: Run, model: PreTrainedModel) -> list[Group]:
     """Return the groups of a run, as far as names show them."""
-    routed = {m for layer in find_experts(model, names) for m in layer.modules}
+    experts_of = {m: len(x.experts) for x in find_experts(model, run.names) for m in x.modules}
     by_parent: dict[tuple[str, int], list[torch.nn.Module]] = {}
-    for module, name in names.items():
+    for module, name in run.names.items():
         columns = module.get_parameter("weight").shape[1]
         by_parent.setdefault((name.rpartition(".")[0], columns), []).append(module)
     groups = []
     for (parent, columns), modules in by_parent.items():
+        name, experts = run.names[modules[0]], experts_of.get(modules[0], 0)
         layer = next((int(part) for part in parent.split(".") if part.isdecimal()), 0)
         rows = tuple(module.get_parameter("weight").shape[0] for module in modules)
-        of_modules, first = tuple(grids.get(module) for module in modules), modules[0]
-        groups.append(Group(names[first], layer, columns, rows, of_modules, first in routed))
+        grids = tuple(run.quantizer.grids.get(module) for module in modules)
+        per_call = problems_per_call(modules, torch.device("cpu"), run.entry) if experts else 1
+        per_call = min(per_call, max(experts, 1))
+        groups.append(Group(name, layer, columns, rows, grids, experts, per_call))
     return groups
 
 
@@ -106,7 +115,10 @@ class Forecast:
     batches: Sequence[tuple[int, int]]
     attention: int = 0
     forward: int = 0
-    _rehearsed: dict[Any, tuple[int, int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.dense_target = self.entry.reconstruct == "dense" and not self.by_layer
+        self._rehearsed: dict[Any, tuple[int, int]] = {}
 
     @classmethod
     def of(
@@ -114,24 +126,16 @@ class Forecast:
     ) -> Forecast:
         """Forecast a run on `loader`; None: before sampling, without a forward pass."""
         embedding: torch.Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
-        calibration, groups = (
-            run.entry.calibration,
-            groups_of(model, run.names, run.quantizer.grids),
-        )
-        tokens = -(-calibration.tokens // run.processes.count)
-        batches, numbers, forward = [(1, tokens)], 0, 0
+        batches = [(1, -(-run.entry.calibration.tokens // run.processes.count))]
+        attention = forward = 0
         if loader is not None:
             batches = [(len(weights), weights.shape[1]) for weights in loader.token_weights]
-            numbers = _attention_numbers(model, batches)
+            attention = _attention_numbers(model, batches) * embedding.element_size()
             forward = _forward_bytes(model, *max(batches, key=lambda b: b[0] * b[1] ** 2))
-        dtype, attention = embedding.dtype, numbers * embedding.element_size()
-        hidden = embedding.shape[1]
-        return cls(run.entry, groups, hidden, dtype, by_layer, batches, attention, forward)
-
-    @property
-    def dense_target(self) -> bool:
-        """Return whether the dense model's activations are kept, too."""
-        return self.entry.reconstruct == "dense" and not self.by_layer
+        hidden, groups = embedding.shape[1], groups_of(run, model)
+        return cls(
+            run.entry, groups, hidden, embedding.dtype, by_layer, batches, attention, forward
+        )
 
     def activations(self, number: int) -> int:
         """Return the bytes of activations that are kept while group `number` is pruned."""
@@ -140,34 +144,34 @@ class Forecast:
             group, before = self.groups[number], self.groups[max(number - 1, 0)]
             width += group.columns
             if self.dense_target:  # its stream waits before a wider group (statistics.py)
-                waits = not group.routed and before.columns < group.columns
+                waits = group.experts == 0 and before.columns < group.columns
                 width += self.hidden + (before.columns if waits else group.columns)
-                width += self.hidden if group.routed else 0
+                width += self.hidden if group.experts else 0
         tokens = sum(rows * length for rows, length in self.batches)
         return tokens * width * self.dtype.itemsize + self.attention
 
     def work(self, number: int) -> int:
         """Return the bytes of statistics with a forward pass, or of the solver."""
         group = self.groups[number]
-        summed = hessians = 0
+        widths = []
         if self.by_layer:  # the statistics of a layer's groups live together
             widths = [g.columns for g in self.groups if g.layer == group.layer and g is not group]
-            hessians = _FLOAT32 * sum(width**2 for width in widths)
-            summed = hessians + _FLOAT32 * sum(map(numbers_of_shard, widths))
-        key = group.columns, group.rows, group.grids
-        if key not in self._rehearsed:
-            sizes = [grid.group_size for grid in group.grids if grid is not None]
-            sizes += [self.entry.pattern.m if self.entry.pattern else 0]
-            multiple = math.lcm(*(size for size in sizes if size))
-            self._rehearsed[key] = (
+        hessians = _FLOAT32 * sum(width**2 for width in widths)
+        summed = _FLOAT32 * sum(map(numbers_of_shard, widths))
+        shape = group.columns, group.rows, group.grids
+        if shape not in self._rehearsed:
+            sizes = [grid.group_size or 1 for grid in group.grids if grid is not None]
+            pattern = self.entry.pattern
+            multiple = math.lcm(*sizes, pattern.m if pattern and pattern.m else 1)
+            self._rehearsed[shape] = (
                 widened_peak(lambda w: self._statistics(group, w), group.columns, multiple),
                 widened_peak(lambda w: self._solver(group, w), group.columns, multiple),
             )
-        statistics, solving = self._rehearsed[key]
-        return max(summed + statistics + self.forward, hessians + solving)
+        statistics, solving = self._rehearsed[shape]
+        return hessians + max(summed + statistics + self.forward, group.per_call * solving)
 
     def _statistics(self, group: Group, width: int) -> int:
-        weights = _weights(group, width, self.dtype)
+        weights = group.weights(width, self.dtype)
         tokens = min(max(rows * length for rows, length in self.batches), ROWS)
         x = torch.ones(tokens, width, dtype=self.dtype)
         with LiveBytes() as live:
@@ -178,25 +182,17 @@ class Forecast:
         return live.peak
 
     def _solver(self, group: Group, width: int) -> int:
-        weights = _weights(group, width, self.dtype)
-        rows = [len(w) for w in weights]
-        together = 1
-        if self.entry.gains_at_once and group.routed:
-            alike = sum(g.layer == group.layer and g.rows == group.rows for g in self.groups)
-            at_once = sparsegpt.problems_per_batch(
-                group.columns, sum(group.rows), torch.device("cpu")
-            )
-            together = min(at_once, alike)
+        weights = group.weights(width, self.dtype)
         with LiveBytes() as live:
             problem = Problem(
                 [w.float() for w in weights] if self.entry.quantization else weights,
                 torch.eye(width) + 1.0 / width,
-                [self.entry.pattern or Pattern.unstructured(0.5)] * len(rows),
-                [f"rehearsal of {group.name}"] * len(rows),
-                [torch.zeros(r, width) for r in rows] if self.dense_target else None,
+                [self.entry.pattern or Pattern.unstructured(0.5)] * len(weights),
+                [f"rehearsal of {group.name}"] * len(weights),
+                [torch.zeros(len(w), width) for w in weights] if self.dense_target else None,
             )
             solve_problems(self.entry, [problem], [group.grids], self.dtype)
-        return together * live.peak
+        return live.peak
 
     def check(self, onload: torch.device, offload: torch.device, processes: int = 1) -> None:
         """Refuse a run that takes more memory than is free, and log what it takes.
@@ -216,42 +212,20 @@ class Forecast:
                 for i in range(len(self.groups))
             ]
             needed = max(needs)
-            group = self.groups[needs.index(needed)]
-            doing = "pruning" if self.entry.prunes else "quantizing"
-            message = f"{doing} {group.name} needs {_gib(needed)} on {device} next to the model"
+            group = self.groups[needs.index(needed)].name
+            message = f"pruning {group} needs {_gib(needed)} on {device} next to the model"
             free = free_bytes(device)
             if free is not None and needed > free // shares:
-                steps = ", or ".join(self._next_steps(group))
+                now = self.entry.calibration
                 raise RacError(
-                    f"{message}, as forecast, and {_gib(free // shares)} are free: {steps}"
+                    f"{message}, as forecast, and {_gib(free // shares)} are free: set a lower "
+                    f"calibration.tokens (now {now.tokens:,}), a lower calibration.batch_tokens "
+                    f"(now {now.batch_tokens:,}) or preset: paper, which keeps activations "
+                    f"between layers only, or add {group} to ignore"
                 )
             logger.info(message)
             if device.type == "cpu":
                 expect_growth(needed)
-
-    def _next_steps(self, group: Group) -> list[str]:
-        """Return what would help: fewer activations, smaller batches, a lighter method."""
-        now = self.entry.calibration
-        steps = [
-            f"set a lower calibration.tokens (now {now.tokens:,})",
-            f"set a lower calibration.batch_tokens (now {now.batch_tokens:,})",
-        ]
-        if self.dense_target:
-            steps.append("set reconstruct: pruned, which keeps one model's activations, not two")
-        if not self.by_layer:
-            steps.append("set preset: paper, which keeps activations between layers only")
-        return [*steps, f"add {group.name} to ignore"]
-
-
-def _weights(group: Group, width: int, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Return weights of the group's shapes, scaled to `width` inputs, with 2:4 zeros."""
-    weights = []
-    for rows in group.rows:
-        count = max(round(rows * width / group.columns), 1)
-        weight = torch.arange(1.0, count * width + 1).sin_().view(count, width).to(dtype)
-        weight[:, ::2] = 0.0
-        weights.append(weight)
-    return weights
 
 
 def _attention_numbers(model: PreTrainedModel, batches: Sequence[tuple[int, int]]) -> int:
@@ -269,10 +243,12 @@ def _forward_bytes(model: PreTrainedModel, rows: int, length: int) -> int:
     Return 0, and log it, if the model does not run without data (routed experts).
     """
     try:
-        with without_data(model, attn_implementation="eager") as fake, contextlib.ExitStack() as s:
-            s.enter_context(calibration_forward_context(fake))
-            with LiveBytes() as live:
-                input_of_head(fake, torch.zeros(rows, length, dtype=torch.long))
+        with (
+            without_data(model, attn_implementation="eager") as fake,
+            calibration_forward_context(fake),
+            LiveBytes() as live,
+        ):
+            input_of_head(fake, torch.zeros(rows, length, dtype=torch.long))
     except (RuntimeError, RacError) as error:
         logger.info(f"the memory of a forward pass is not counted ({error})")
         return 0

@@ -8,22 +8,20 @@ in the pruned model. By group, each module runs once, after it was pruned.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator
 
 import torch
 from compressed_tensors.offload import disable_offloading
-from compressed_tensors.utils import align_module_device
 from llmcompressor.core import LifecycleCallbacks
 from llmcompressor.modifiers.utils.hooks import HooksMixin
 from llmcompressor.pipelines.cache import IntermediatesCache
 from llmcompressor.utils.helpers import DisableQuantization, calibration_forward_context
 
 from rac_modifier.calibration.loader import CalibrationLoader
-from rac_modifier.llmcompressor.experts import Expert, RoutedExperts, only_routed_tokens
+from rac_modifier.llmcompressor.expert_stage import prune_experts, read_router
+from rac_modifier.llmcompressor.experts import only_routed_tokens
 from rac_modifier.llmcompressor.plan import Plan, Stage
-from rac_modifier.llmcompressor.solving import Run, problems_per_call
+from rac_modifier.llmcompressor.run import Run
 from rac_modifier.llmcompressor.statistics import (
     Collector,
     DenseStream,
@@ -32,7 +30,6 @@ from rac_modifier.llmcompressor.statistics import (
     check_same_groups,
 )
 from rac_modifier.platform import FasterLinears, return_freed_memory
-from rac_modifier.pruning.routed_tokens import ExpertTokens, all_rows, filled_up, routed_rows
 
 
 def run_plan(
@@ -49,22 +46,30 @@ def run_plan(
     """
     by_group = plan.order == "group"
     LifecycleCallbacks.calibration_start()
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(calibration_forward_context(model))
-        stack.enter_context(DisableQuantization(model))
-        stack.enter_context(FasterLinears())
-        stack.enter_context(HooksMixin.disable_hooks())
-        stack.enter_context(only_routed_tokens() if by_group else contextlib.nullcontext())
+    with _calibrating(model, by_group):
         cache = IntermediatesCache.from_dataloader(loader, onload, offload)
         dense = NoStream()
         for stage, after in zip(plan.stages, [*plan.stages[1:], None], strict=True):
             with disable_offloading():
-                if stage.modules:
-                    return_freed_memory()
-                    if by_group and run.dense_target and not dense.carries:
-                        dense = DenseStream(model, cache, loader)
-                    dense.enter(stage, after)
-                    _prune_stage(stage, model, cache, dense, loader, run, onload)
+                return_freed_memory()
+                if stage.modules and by_group and run.dense_target and not dense.carries:
+                    dense = DenseStream(model, cache, loader)
+                dense.enter(stage, after)
+                if not stage.modules:
+                    pass  # as before the first group
+                elif run.has_pruned(stage.modules):
+                    dense.advance_all(stage)
+                    run.restore(stage.modules)
+                elif stage.experts is not None:
+                    batches = read_router(stage, cache, dense.cache, loader)
+                    dense.advance_all(stage)
+                    prune_experts(stage.experts, batches, run, onload)
+                elif by_group:
+                    group = collect(stage, cache, dense, loader, run)
+                    dense.leave(stage)
+                    run.prune([group])
+                else:
+                    run.prune(collect_layer(stage, model, cache, loader, run))
                 if after is not None:
                     return_freed_memory()
                     for batch in range(len(loader)):
@@ -72,29 +77,17 @@ def run_plan(
         LifecycleCallbacks.calibration_end()
 
 
-def _prune_stage(
-    stage: Stage,
-    model: torch.nn.Module,
-    cache: IntermediatesCache,
-    dense: NoStream,
-    loader: CalibrationLoader,
-    run: Run,
-    device: torch.device,
-) -> None:
-    """Restore the modules of a stage, or prune them on what they read."""
-    if run.has_pruned(stage.modules):
-        dense.advance_all(stage)
-        run.restore(stage.modules)
-    elif stage.experts is not None:
-        batches = read_router(stage, cache, dense.cache, loader)
-        dense.advance_all(stage)
-        prune_experts(stage.experts, batches, run, device)
-    elif stage.reads is not None:
-        group = collect(stage, cache, dense, loader, run)
-        dense.leave(stage)
-        run.prune([group])
-    else:
-        run.prune(collect_layer(stage, model, cache, loader, run))
+@contextlib.contextmanager
+def _calibrating(model: torch.nn.Module, by_group: bool) -> Iterator[None]:
+    """Run modules without hooks, gradients and quantization; experts on their own tokens."""
+    with (
+        calibration_forward_context(model),
+        DisableQuantization(model),
+        FasterLinears(),
+        HooksMixin.disable_hooks(),
+        only_routed_tokens() if by_group else contextlib.nullcontext(),
+    ):
+        yield
 
 
 def collect(
@@ -146,178 +139,3 @@ def collect_layer(
         for hook in hooks:
             hook.remove()
     return collector.groups
-
-
-@dataclass(frozen=True)
-class RouterBatch:
-    """Hold what the router reads in a batch, tokens in rows, on the cache's device.
-
-    Attributes:
-        x: [tokens, hidden] in the pruned model.
-        dense: the same in the dense model; None if it is not needed.
-        chosen: [tokens, k], the numbers of each token's experts in the pruned model.
-        weights: [tokens], of the calibration set.
-        number: place of the batch in the calibration set of all ranks.
-        shards_ended: how many shards of the calibration set end with it.
-    """
-
-    x: torch.Tensor
-    dense: torch.Tensor | None
-    chosen: torch.Tensor
-    weights: torch.Tensor
-    number: int
-    shards_ended: int
-
-
-def read_router(
-    stage: Stage,
-    pruned: IntermediatesCache,
-    dense: IntermediatesCache | None,
-    loader: CalibrationLoader,
-) -> list[RouterBatch]:
-    """Return what the router of a stage reads, which the caches drop later."""
-
-    def value(cache: IntermediatesCache, number: int, name: str | None) -> torch.Tensor:
-        tensor: torch.Tensor = cache.batch_intermediates[number][str(name)].value  # type: ignore[assignment]
-        return tensor.reshape(-1, tensor.shape[-1])
-
-    return [
-        RouterBatch(
-            value(pruned, number, stage.reads),
-            None if dense is None else value(dense, number, stage.reads),
-            value(pruned, number, stage.chosen),
-            weights.reshape(-1),
-            loader.numbers[number],
-            loader.shards_ended[number],
-        )
-        for number, weights in enumerate(loader.token_weights)
-    ]
-
-
-# what modules read in a batch in the pruned and in the dense model; None without tokens
-_Inputs = Iterator[tuple[torch.Tensor, torch.Tensor | None] | None]
-
-
-def prune_experts(
-    layer: RoutedExperts, batches: Sequence[RouterBatch], run: Run, device: torch.device
-) -> None:
-    """Prune the experts of a layer: gate and up, then down on what these make.
-
-    An expert is calibrated on the tokens that the router sends to it in the pruned model,
-    and below `expert_floor` on the nearest others; or on all tokens with `experts: all`.
-    The dense model's inputs belong to the same tokens.
-    """
-    tokens = _ExpertTokens(layer, batches, run, device)
-    per_call = min(problems_per_call(g, device, run.entry) for g in layer.experts[0].groups)
-    step = run.processes.count * per_call
-    for start in range(0, len(layer.experts), step):
-        experts = layer.experts[start : start + step]
-        rows = [tokens.rows(expert) for expert in experts]
-        # while gate and up are dense
-        dense = [tokens.dense_of_down(e, r) for e, r in zip(experts, rows, strict=True)]
-        for down in (False, True):
-            groups = []
-            for expert, of_expert, x_dense in zip(experts, rows, dense, strict=True):
-                modules = expert.last if down else expert.first
-                if run.has_pruned(modules):
-                    run.restore(modules)
-                elif modules:
-                    inputs = tokens.inputs(expert if down else None, of_expert, x_dense)
-                    groups.append(tokens.group(modules, of_expert, inputs))
-            if groups:
-                run.prune(groups, per_call)
-    run.experts.add(layer.name, tokens.counts)
-
-
-class _ExpertTokens:
-    """Choose the tokens of each expert, and collect what its modules read."""
-
-    def __init__(
-        self, layer: RoutedExperts, batches: Sequence[RouterBatch], run: Run, device: torch.device
-    ):
-        self.counts: dict[str, ExpertTokens] = {}
-        self._batches, self._run, self._device = batches, run, device
-        self._counted = [(batch.weights > 0).to(batch.chosen.device) for batch in batches]
-        self._routed = [
-            routed_rows(batch.chosen, real, layer.module.num_experts)
-            for batch, real in zip(batches, self._counted, strict=True)
-        ]
-        self._router: torch.Tensor | None = None
-        if layer.router is not None:
-            with align_module_device(layer.router):
-                weight = layer.router.get_parameter("weight").detach()
-                self._router = weight.to(device, torch.float32)
-        self._least: list[torch.Tensor] | None = None
-
-    def rows(self, expert: Expert) -> Sequence[torch.Tensor]:
-        """Return the numbers of an expert's tokens in each batch."""
-        routed, entry = [rows[expert.number] for rows in self._routed], self._run.entry
-        if entry.experts == "all":
-            rows, counts = all_rows(routed, self._counted, self._run.processes)
-        else:
-            near = None if self._router is None else partial(self._nearness, expert.number)
-            numbers = [batch.number for batch in self._batches]
-            rows, counts = filled_up(
-                routed, self._counted, entry.expert_floor, self._run.processes, near, numbers
-            )
-        self.counts[expert.name] = counts
-        return rows
-
-    def _nearness(self, number: int) -> list[torch.Tensor]:
-        """Return per token an expert's logit, less the least of the chosen experts."""
-        assert self._router is not None
-        if self._least is None:
-            k = self._batches[0].chosen.shape[1]
-            self._least = [x.topk(k).values[:, -1] for x in self._logits(self._router)]
-        logits = self._logits(self._router[number : number + 1])
-        return [
-            (x[:, 0] - least).to(batch.chosen.device)
-            for x, least, batch in zip(logits, self._least, self._batches, strict=True)
-        ]
-
-    def _logits(self, weight: torch.Tensor) -> Iterator[torch.Tensor]:
-        return (batch.x.to(self._device).float() @ weight.T for batch in self._batches)
-
-    def dense_of_down(
-        self, expert: Expert, rows: Sequence[torch.Tensor]
-    ) -> list[torch.Tensor | None]:
-        """Return what an expert's down reads in the dense model, if needed."""
-        inputs: list[torch.Tensor | None] = [None] * len(rows)
-        if expert.last and not self._run.has_pruned(expert.last):
-            for i, (chosen, batch) in enumerate(zip(rows, self._batches, strict=True)):
-                if batch.dense is not None and len(chosen):
-                    x = expert.input_of_down(batch.dense[chosen].to(self._device))
-                    inputs[i] = x.to(batch.dense.device)
-        return inputs
-
-    def inputs(
-        self,
-        expert: Expert | None,
-        rows: Sequence[torch.Tensor],
-        dense: Sequence[torch.Tensor | None],
-    ) -> _Inputs:
-        """Yield what the down of `expert` reads, or without it what gate and up read."""
-        for chosen, batch, x_dense in zip(rows, self._batches, dense, strict=True):
-            if not len(chosen):
-                yield None
-                continue
-            x = batch.x[chosen].to(self._device)
-            if expert is not None:
-                x = expert.input_of_down(x)
-            elif batch.dense is not None:
-                x_dense = batch.dense[chosen]
-            yield x, None if x_dense is None else x_dense.to(self._device)
-
-    def group(
-        self, modules: list[torch.nn.Module], rows: Sequence[torch.Tensor], inputs: _Inputs
-    ) -> InputGroup:
-        """Collect the statistics of modules that read `inputs`."""
-        run = self._run
-        group = InputGroup.of(modules, self._device, run.processes, dense_target=run.dense_target)
-        for chosen, batch, pair in zip(rows, self._batches, inputs, strict=True):
-            if pair is not None:
-                x, x_dense = pair
-                group.statistics.add(x, batch.weights[chosen.to(batch.weights.device)], x_dense)
-            group.statistics.end_shards(batch.shards_ended)
-        group.statistics.finish()  # before the next takes memory
-        return group

@@ -1,6 +1,6 @@
 """Enter llm-compressor's calibration, and leave it again.
 
-`oneshot` initializes the recipe's modifiers, asks `CalibrationPipeline.from_modifiers` for
+`oneshot` initializes the recipe's modifiers, asks `CalibrationPipeline.from_runs` for
 a pipeline by name, and calls it with a dataloader of its dataset arguments. A modifier
 cannot bring another. So, while a run of ours lasts, the pipeline registered as "sequential"
 runs on our calibration set: a modifier puts it in place when it is initialized, and takes
@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from compressed_tensors.offload import set_onload_device
@@ -23,6 +21,7 @@ from compressed_tensors.registry.registry import _REGISTRY
 from compressed_tensors.utils import patch_attr
 from llmcompressor.args import DatasetArguments
 from llmcompressor.core import CompressionSession, active_session
+from llmcompressor.modifiers import Modifier
 from llmcompressor.pipelines.cache import IntermediatesCache
 from llmcompressor.pipelines.registry import CalibrationPipeline
 from llmcompressor.pipelines.sequential.pipeline import SequentialPipeline
@@ -31,12 +30,13 @@ from loguru import logger
 from torch.fx import _symbolic_trace
 from transformers import PreTrainedModel
 
+from rac_modifier.calibration.calibration_set import CalibrationSet
 from rac_modifier.calibration.loader import CalibrationLoader
 from rac_modifier.llmcompressor.checks import is_autoround
 from rac_modifier.llmcompressor.forecast import Forecast
 from rac_modifier.llmcompressor.loop import run_plan
 from rac_modifier.llmcompressor.plan import make_plan
-from rac_modifier.llmcompressor.solving import Run
+from rac_modifier.llmcompressor.run import Run
 
 _NAME = "sequential"
 
@@ -46,16 +46,14 @@ class SessionRun:
     """Hold our run in a session.
 
     Attributes:
-        loader: every modifier is calibrated on it.
-        modifier: the one that prunes; None if none does.
-        run: of that modifier.
-        identity: of the calibration set, for a run that is resumed.
+        modifier: ours; it prunes in `run`, or all modifiers run in upstream's loop.
+        calibration: what they are calibrated on; `loader` is this rank's share.
     """
 
+    modifier: Modifier
+    calibration: CalibrationSet
     loader: CalibrationLoader
-    modifier: object = None
     run: Run | None = None
-    identity: Mapping[str, Any] = field(default_factory=dict)
 
 
 _runs: weakref.WeakKeyDictionary[CompressionSession, SessionRun] = weakref.WeakKeyDictionary()
@@ -77,8 +75,8 @@ def take_away(session: CompressionSession) -> bool:
 
 def _pipeline_of_active_session() -> SequentialPipeline:
     """Make a pipeline, as the registry calls it."""
-    run = _runs.get(active_session())
-    return SequentialPipeline() if run is None else ReasoningAwareSequentialPipeline(run)
+    ours = _runs.get(active_session())
+    return SequentialPipeline() if ours is None else ReasoningAwareSequentialPipeline(ours)
 
 
 class ReasoningAwareSequentialPipeline(SequentialPipeline):
@@ -88,8 +86,8 @@ class ReasoningAwareSequentialPipeline(SequentialPipeline):
     weights, run in upstream's loop over unpadded batches.
     """
 
-    def __init__(self, run: SessionRun):
-        self._run = run
+    def __init__(self, ours: SessionRun):
+        self._ours = ours
 
     def __call__(  # type: ignore[override]
         self, model: PreTrainedModel, dataloader: object, dataset_args: DatasetArguments
@@ -107,11 +105,10 @@ class ReasoningAwareSequentialPipeline(SequentialPipeline):
                 del wrapped[key]
 
     def _calibrate(self, model: PreTrainedModel, dataset_args: DatasetArguments) -> None:
-        session, ours = active_session(), self._run
+        session, ours = active_session(), self._ours
         modifiers = session.lifecycle.recipe.modifiers
-        run = ours.run if any(modifier is ours.modifier for modifier in modifiers) else None
-        if run is not None:
-            _prune(model, ours, run, dataset_args)
+        if ours.run is not None and any(modifier is ours.modifier for modifier in modifiers):
+            _prune(model, ours, ours.run, dataset_args)
             return
         loader = ours.loader.unpadded()
         if any(map(is_autoround, modifiers)):
@@ -138,5 +135,5 @@ def _prune(
     run.use_order(plan.order, plan.why)
     forecast = Forecast.of(run, model, ours.loader, by_layer=plan.order == "layer")
     forecast.check(onload, offload, run.processes.count)
-    run.resume.begin({"order": plan.order, **ours.identity})
+    run.resume.begin({"order": plan.order, **ours.calibration.identity()})
     run_plan(model, ours.loader, plan, run, onload, offload)

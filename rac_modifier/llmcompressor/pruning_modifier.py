@@ -18,13 +18,14 @@ from rac_modifier.checkpoint.saving import SavePlan, save_with_record
 from rac_modifier.errors import RacError
 from rac_modifier.llmcompressor.calibration_modifier import CalibratingModifier
 from rac_modifier.llmcompressor.checks import check_later_modifiers
-from rac_modifier.llmcompressor.experts import ExpertReport, find_experts
+from rac_modifier.llmcompressor.experts import find_experts
 from rac_modifier.llmcompressor.forecast import Forecast
 from rac_modifier.llmcompressor.quantizer import Quantizer
 from rac_modifier.llmcompressor.resume import Resume, check_disk
-from rac_modifier.llmcompressor.solving import Run
+from rac_modifier.llmcompressor.run import Run
 from rac_modifier.llmcompressor.targets import find_targets, patterns_of
 from rac_modifier.settings.entries import PruningEntry
+from rac_modifier.settings.pruning import EXPERT_FLOOR
 
 
 class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
@@ -55,8 +56,8 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
         check_later_modifiers(self, self.other_modifiers(later=True), quantizes=quantizes)
         run = self._run = self._make_run(state.model)
         loader = self._calibration.loader if self._calibration else None  # None: to be sampled
-        forecast = Forecast.of(run, state.model, loader, by_layer=self.order == "layer")
         offload = oneshot.dataset_args.sequential_offload_device if oneshot else "cpu"
+        forecast = Forecast.of(run, state.model, loader, by_layer=self.order == "layer")
         forecast.check(get_main_device(), torch.device(offload), self._processes.count)
         self.prepare(state, quantizes=quantizes)
         run.quantizer.attach(state.model)
@@ -68,14 +69,18 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
         """Resolve targets, patterns and schemes, and open the folder of finished groups."""
         oneshot = self._oneshot
         names = find_targets(model, self.targets, self.ignore, self.pattern)
-        patterns, self._described = patterns_of(self, model, names)
+        patterns, self._described = patterns_of(self, names)
         quantizer = Quantizer(self.quantization, model, names, prunes=self.prunes)
         if not self.prunes:  # what no scheme matches stays as it is
             names = {module: name for module, name in names.items() if module in quantizer.grids}
         doing = f"pruning: {self._described}" if self.prunes else "quantizing, without pruning"
         logger.info(f"{len(names)} modules, {doing}")
-        experts = ExpertReport(self, bool(find_experts(model, names)))
-        experts.check(oneshot)
+        experts = bool(find_experts(model, names))
+        if not experts and self.expert_floor != EXPERT_FLOOR:
+            raise RacError(
+                f"expert_floor: {self.expert_floor} has no effect here: no routed expert of this "
+                "model is pruned; leave it out"
+            )
         resume = Resume()
         if oneshot is not None and oneshot.output_dir is not None:
             masters = self.recover is not None and self.quantization is not None

@@ -15,7 +15,7 @@ from rac_modifier.errors import RacError
 from rac_modifier.evaluation.teacher_forcing import TokenSequence, sequence_of
 from rac_modifier.files import remove_folder
 from rac_modifier.model_tools import on_accelerator
-from rac_modifier.processes import ALONE, Processes
+from rac_modifier.processes import Processes
 from rac_modifier.pruning.linalg import bf16_is_fast
 from rac_modifier.recovery.distill import recover
 from rac_modifier.recovery.memory import check_recovery_memory
@@ -28,38 +28,47 @@ from rac_modifier.traces.records import Trace
 
 
 class RecoveryStage:
-    """Store the dense model's hidden states on traces, and train on them when it is pruned.
+    """Train a compressed model towards the dense one, on traces that calibration does not use.
 
     Args:
         model: the dense model.
-        traces: of it, which calibration does not use.
-        keep: leave the state after training to `remove`, so that a run that is killed while
-            it saves goes on from there.
+        tokenizer: loads its tokenizer, for generic text.
         processes: train together, all on this machine.
         quantizes: whether weights are trained through codes.
-        generic: text to train on next to the traces; none of it decides what is kept.
+        keep: leave the state after training to `remove`, so that a run that is killed while
+            it saves goes on from there.
 
     Raises:
-        RacError: too few traces, an unsupported head, too little memory or disk space, or
-            another run in the same folder.
+        RacError: too little memory to train the model in, or too little generic text.
     """
 
     def __init__(
         self,
         model: Any,
-        traces: Sequence[Trace],
         settings: RecoverySettings,
-        keep: bool = False,
-        processes: Processes = ALONE,
-        quantizes: bool = False,
-        generic: Sequence[TokenSequence] = (),
+        tokenizer: Callable[[], Any],
+        processes: Processes,
+        *,
+        quantizes: bool,
+        keep: bool,
     ):
-        self._settings, self._keep, self._processes = settings, keep, processes
+        self._settings, self._processes = settings, processes
+        self._quantizes, self._keep = quantizes, keep
+        check_recovery_memory(model, settings, processes, quantizes=quantizes)
+        self._generic = _generic_text(settings, tokenizer)
+
+    def read_dense(self, model: Any, traces: Sequence[Trace]) -> None:
+        """Store the dense model's hidden states on its traces.
+
+        Raises:
+            RacError: too few traces, an unsupported head, too little memory or disk space, or
+                another run in the same folder.
+        """
+        settings, processes = self._settings, self._processes
         self._held_out, training = split_traces(traces, settings.held_out_tokens)
-        self._training = [*training, *generic]
-        self._generic_tokens = sum(len(ids) for ids, _ in generic)
+        self._training = [*training, *self._generic]
         check_recovery_memory(
-            model, settings, processes, training=self._training, quantizes=quantizes
+            model, settings, processes, training=self._training, quantizes=self._quantizes
         )
         fingerprint = model_fingerprint(model)
         self.folder = Path(settings.folder or f"rac_recovery/{fingerprint[:16]}")
@@ -68,10 +77,9 @@ class RecoveryStage:
             self._teacher = StoredTeacher.write(
                 model, [*self._held_out, *self._training], self.folder / "teacher", key=fingerprint
             )
-        text = f" and {self._generic_tokens:,} tokens of generic text" if generic else ""
         logger.info(
-            f"recovery: {len(training)} traces{text} to train on, and "
-            f"{len(self._held_out)} others that decide what is kept"
+            f"recovery: {len(training)} traces and {len(self._generic)} generic sequences to "
+            f"train on, and {len(self._held_out)} other traces that decide what is kept"
         )
 
     def run(
@@ -80,7 +88,7 @@ class RecoveryStage:
         weights: Mapping[str, torch.nn.Module],
         quantized: Mapping[str, QuantizedWeight],
     ) -> dict[str, Any]:
-        """Train the pruned model, and return the run record's entry.
+        """Train the compressed model, and return the run record's entry.
 
         `weights` are the pruned modules, whose zeros stay zero.
         """
@@ -101,10 +109,10 @@ class RecoveryStage:
             )
         if not self._keep and self._processes.is_first:
             self.remove()
-        text = " and generic text" if self._generic_tokens else ""
+        text = " and generic text" if self._generic else ""
         return {
             **result.as_dict(),
-            "generic_tokens": self._generic_tokens,
+            "generic_tokens": sum(len(ids) for ids, _ in self._generic),
             "trained_on": f"the model's own traces{text}, KL to the dense model",
         }
 
@@ -117,24 +125,8 @@ class RecoveryStage:
             self.folder.parent.rmdir()
 
 
-def before_sampling(
-    model: Any,
-    tokenizer: Callable[[], Any],
-    settings: RecoverySettings | None,
-    processes: Processes = ALONE,
-    quantizes: bool = False,
-) -> list[TokenSequence]:
-    """Refuse what can be refused before sampling, and return the generic text to train on.
-
-    `quantizes` says whether weights are trained through codes; `tokenizer` is called for
-    text.
-
-    Raises:
-        RacError: too little memory to train the model in, or too little generic text.
-    """
-    if settings is None:
-        return []
-    check_recovery_memory(model, settings, processes, quantizes=quantizes)
+def _generic_text(settings: RecoverySettings, tokenizer: Callable[[], Any]) -> list[TokenSequence]:
+    """Return the generic text to train on, which decides nothing (RacError: too little)."""
     sequences: list[TokenSequence] = []
     missing = settings.generic_tokens
     if missing:

@@ -7,9 +7,10 @@ set, versions and the number of threads are compared.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ from compressed_tensors.offload import disable_onloading
 from compressed_tensors.utils import align_module_device, update_offload_parameter
 from loguru import logger
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from rac_modifier.checkpoint.files import write_tensors_atomic
 from rac_modifier.checkpoint.output_folder import check_room
 from rac_modifier.errors import RacError
 from rac_modifier.files import read_json, remove_folder, write_json_atomic
@@ -77,22 +78,15 @@ class Resume:
                 raise self._unwritable(f"{place} is not a folder that can be written to")
 
     def begin(self, about: Mapping[str, Any]) -> None:
-        """Write and restore groups from here on; `about` was not known before sampling.
-
-        Raises:
-            RacError: as for the class.
-        """
+        """Write and restore groups from here on; `about` was not known before sampling."""
         if self._folder is None:
             return
         self._check(about)
         self._about |= about
         self._begun = True
         for path in sorted(self._folder.glob("group-*.safetensors")):
-            try:
-                with safe_open(path, framework="pt") as file:
-                    self.names |= dict.fromkeys(file.metadata() or (), path)
-            except (OSError, SafetensorError) as error:
-                raise self._damaged(path, error) from error
+            with self._reading(path), safe_open(path, framework="pt") as file:
+                self.names |= dict.fromkeys(file.metadata() or (), path)
         if self.names:
             logger.info(
                 f"{len(self.names)} modules were pruned before the last run was stopped "
@@ -106,29 +100,21 @@ class Resume:
     def restore(
         self, name: str, module: torch.nn.Module, masters: dict[str, torch.Tensor]
     ) -> dict[str, Any]:
-        """Restore a module, and into `masters` its master; return its record.
-
-        Raises:
-            RacError: the file is damaged, or holds another shape than the module.
-        """
+        """Restore a module, and into `masters` its master; return its record."""
         path = self.names[name]
-        try:
-            with safe_open(path, framework="pt") as file:
-                record: dict[str, Any] = json.loads(file.metadata()[name])
-                tensors = {
-                    part: file.get_tensor(f"{name}.{part}")
-                    for part in (*_PARAMETERS, _MASTER)
-                    if f"{name}.{part}" in file.keys()  # noqa: SIM118 - no mapping
-                }
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise self._damaged(path, error) from error
-        if _MASTER in tensors:
-            masters[name] = tensors.pop(_MASTER)
-        for part, tensor in tensors.items():
-            parameter = getattr(module, part, None)
-            if parameter is None or parameter.shape != tensor.shape:
-                raise self._damaged(path, f"{name}.{part} has the shape {tuple(tensor.shape)}")
-            update_offload_parameter(module, part, tensor)
+        with self._reading(path), safe_open(path, framework="pt") as file:
+            record: dict[str, Any] = json.loads(file.metadata()[name])
+            for key in file.keys():  # noqa: SIM118 - no mapping
+                owner, _, part = key.rpartition(".")
+                if owner != name:
+                    continue
+                tensor = file.get_tensor(key)
+                if part == _MASTER:
+                    masters[name] = tensor
+                    continue
+                if module.get_parameter(part).shape != tensor.shape:
+                    raise ValueError(f"{key} has the shape {tuple(tensor.shape)}")
+                update_offload_parameter(module, part, tensor)
         return record
 
     def add(
@@ -140,9 +126,6 @@ class Resume:
         """Write groups that were solved in one call to one file.
 
         Solved again without the others, a group of the call would have other bits.
-
-        Raises:
-            RacError: the disk is full, or the folder cannot be written to.
         """
         if self._folder is None or not self._begun:
             return
@@ -161,15 +144,7 @@ class Resume:
                 write_json_atomic(self._folder / _ABOUT, self._about)
             numbers = [int(p.stem[6:]) for p in self._folder.glob("group-*.safetensors")]
             path = self._folder / f"group-{max(numbers, default=-1) + 1:05}.safetensors"
-            new = path.with_suffix(".new")
-            try:
-                save_file(tensors, new, {name: json.dumps(records[name]) for name in modules})
-                with new.open("rb") as file:
-                    os.fsync(file.fileno())
-                os.replace(new, path)
-            except BaseException:
-                new.unlink(missing_ok=True)
-                raise
+            write_tensors_atomic(path, tensors, {n: json.dumps(records[n]) for n in modules})
         except (OSError, SafetensorError, RacError) as error:
             raise self._unwritable(error) from error
 
@@ -187,12 +162,11 @@ class Resume:
         for key, value in about.items():
             if before.get(key) == value or key == _STORES:
                 continue
-            changes = _changes(before.get(key), value)
-            if key == _CALIBRATION:
-                changes = _changes(before.get(_STORES), about.get(_STORES))
+            shown = _STORES if key == _CALIBRATION else key
             raise RacError(
-                f"{self._folder} holds what a run with another {key} has pruned{changes}; "
-                "start that run again to go on with it, or remove the folder to start anew"
+                f"{self._folder} holds what a run with another {key} has pruned"
+                f"{_changes(before.get(shown), about.get(shown))}; start that run again to go on "
+                "with it, or remove the folder to start anew"
             )
 
     def _unwritable(self, why: object) -> RacError:
@@ -202,17 +176,24 @@ class Resume:
             "the groups that were written"
         )
 
-    def _damaged(self, path: Path, error: object) -> RacError:
-        return RacError(f"{path}: cannot be read ({error}); remove {self._folder} to start anew")
+    @contextlib.contextmanager
+    def _reading(self, path: Path) -> Iterator[None]:
+        """Refuse a damaged file (RacError)."""
+        try:
+            yield
+        except (OSError, SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
+            raise RacError(
+                f"{path}: cannot be read ({error}); remove {self._folder} to start anew"
+            ) from error
 
 
-def _changes(old: Any, new: Any) -> str:
-    """Return the first settings that differ, for a message; "" if they are not known."""
-    if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
+def _changes(before: Any, now: Any) -> str:
+    """Return the settings that differ, for a message; "" if they are not known."""
+    if not (isinstance(before, Mapping) and isinstance(now, Mapping)):
         return ""
-    before, now = _flat(old), _flat(new)
-    changed = sorted(key for key in {**before, **now} if before.get(key) != now.get(key))
-    shown = [f"{key}: {before.get(key)!r} there, {now.get(key)!r} here" for key in changed[:3]]
+    old, new = _flat(before), _flat(now)
+    changed = sorted(key for key in {**old, **new} if old.get(key) != new.get(key))
+    shown = [f"{key}: {old.get(key)!r} there, {new.get(key)!r} here" for key in changed[:3]]
     return f" ({'; '.join(shown)})" if shown else ""
 
 

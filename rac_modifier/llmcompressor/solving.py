@@ -1,31 +1,21 @@
-"""Prune groups from their statistics, on this rank or each call on one of several.
-
-`Run` is what a pruning run shares: the modifier makes it, the loop prunes through it, and
-the run record is made of it.
-"""
+"""Prune groups from their statistics, on this rank or each call on one of several."""
 
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 import torch
 from compressed_tensors.distributed import greedy_bin_packing
-from compressed_tensors.utils import align_module_device, update_offload_parameter
-from loguru import logger
+from compressed_tensors.utils import align_module_device
 
-from rac_modifier.errors import RacError
-from rac_modifier.llmcompressor.experts import ExpertReport
 from rac_modifier.llmcompressor.quantizer import Quantizer
-from rac_modifier.llmcompressor.resume import Resume
 from rac_modifier.llmcompressor.statistics import InputGroup, check_same_groups
 from rac_modifier.platform import return_freed_memory
 from rac_modifier.processes import Processes
-from rac_modifier.progress import StepProgress
 from rac_modifier.pruning import sparsegpt
 from rac_modifier.pruning.solve import Problem, Solution, solve_many
 from rac_modifier.quantization.grid import Grid
@@ -33,8 +23,6 @@ from rac_modifier.quantization.solve import PrunedProblem, Quantized, quantize_m
 from rac_modifier.recovery.on_grid import codes_of, master_in_cell
 from rac_modifier.settings.entries import PruningEntry
 from rac_modifier.settings.pattern import Pattern
-
-_TENSORS = ("weight", "scale", "zero_point", "master")
 
 
 @dataclass(frozen=True)
@@ -60,132 +48,7 @@ class Pruned:
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return what is stored, by attribute."""
-        tensors = {name: getattr(self, name) for name in _TENSORS}
-        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
-
-
-@dataclass
-class Run:
-    """Run a recipe entry on a model.
-
-    Attributes:
-        entry: the recipe's.
-        names: the modules to prune, in the model's order, and their names.
-        quantizer: empty if the recipe does not quantize.
-        records: the run record's entry of each pruned module, by name.
-        masters: float32 weights before they were rounded, by name, for recovery.
-        plan: the order of the run and why, for the run record.
-    """
-
-    entry: PruningEntry
-    names: dict[torch.nn.Module, str]
-    patterns: dict[str, Pattern]
-    quantizer: Quantizer
-    processes: Processes
-    experts: ExpertReport
-    resume: Resume
-    records: dict[str, dict[str, Any]] = field(default_factory=dict)
-    masters: dict[str, torch.Tensor] = field(default_factory=dict)
-    plan: dict[str, str] = field(default_factory=dict)
-    _progress: Any = None
-    _start: float = 0.0
-    _seconds: float = 0.0
-
-    @property
-    def doing(self) -> str:
-        """Return what the run does, for messages."""
-        return "pruning" if self.entry.prunes else "quantizing"
-
-    def begin(self) -> None:
-        """Begin the times and the progress bar."""
-        self._start = time.monotonic()
-        shown, restored = self.processes.is_first, len(self.resume.names)
-        self._progress = StepProgress(self.doing, len(self.names), restored, shown=shown)
-
-    @property
-    def dense_target(self) -> bool:
-        """Return whether modules aim at the dense model's outputs."""
-        return self.plan.get("reconstruct", self.entry.reconstruct) == "dense"
-
-    def use_order(self, order: str, why: str) -> None:
-        """Record the order of the run; RacError if `order: group` is impossible."""
-        if self.entry.order == "group" and order != "group":
-            raise RacError(f"order: group is not possible here: {why}; set order: layer")
-        self.plan = {"order": order, "why": why, "reconstruct": self.entry.reconstruct}
-        if order == "layer" and self.entry.reconstruct == "dense":
-            self.plan["reconstruct"] = "pruned"
-            logger.warning(
-                "reconstruct: dense needs the model cut between its modules, which is not "
-                f"possible here ({why}): pruning layer by layer towards the pruned model's "
-                "own outputs, which keeps less accuracy"
-            )
-        self.experts.use_order(order, why)
-        logger.info(f"{self.doing} {order} by {order} ({why})")
-
-    def has_pruned(self, modules: Sequence[torch.nn.Module]) -> bool:
-        """Return whether a killed run has pruned all of these modules."""
-        return self.resume.has([self.names[module] for module in modules])
-
-    def restore(self, modules: Sequence[torch.nn.Module]) -> None:
-        """Restore the pruned weights of these modules from the earlier run."""
-        self.processes.meet()  # until now, ranks with shared memory may read dense weights
-        for module in modules:
-            name = self.names[module]
-            self.records[name] = self.resume.restore(name, module, self.masters)
-
-    def prune(self, groups: Sequence[InputGroup], per_call: int | None = None) -> None:
-        """Prune, and quantize if asked for, groups that do not depend on each other.
-
-        `per_call` is the number of groups that one solver call takes (default: chosen for
-        speed).
-        """
-
-        def solve(call: Sequence[InputGroup]) -> list[list[Pruned]]:
-            return solve_groups(self.entry, call, self.names, self.patterns, self.quantizer)
-
-        def count(group: InputGroup) -> int:
-            device = group.statistics.hessian.device
-            return per_call or problems_per_call(group.modules, device, self.entry)
-
-        for group, pruned in solve_on_all_ranks(groups, self.names, self.processes, solve, count):
-            for module, result in zip(group.modules, pruned, strict=True):
-                self._store(module, result)
-        if self.processes.is_first:
-            modules = {self.names[module]: module for group in groups for module in group.modules}
-            self.resume.add(modules, self.records, self.masters)
-
-    def _store(self, module: torch.nn.Module, result: Pruned) -> None:
-        name = self.names[module]
-        self.records[name] = result.record
-        if result.scale is None:
-            update_offload_parameter(module, "weight", result.weight)
-        else:
-            self.quantizer.store(module, result.weight, result.scale, result.zero_point)
-        if result.master is not None:
-            self.masters[name] = result.master
-        self._progress.step(name)
-
-    def end(self) -> None:
-        """End pruning; RacError for a module that no calibration token reached."""
-        self._seconds = round(time.monotonic() - self._start, 3)
-        self._progress.close()
-        missed = [name for name in self.names.values() if name not in self.records]
-        if missed:
-            raise RacError(
-                f"{len(missed)} modules saw no calibration token, the first is "
-                f"{missed[0]}; add them to ignore, or calibrate on more tokens if they are "
-                "experts"
-            )
-
-    def record(self) -> dict[str, Any]:
-        """Return the entries of the run record about pruning."""
-        return {
-            "order": self.plan,
-            "preset": self.entry.preset,
-            **self.experts.record(),
-            "time": {"seconds": self._seconds},
-            "modules": [self.records[n] for n in self.names.values() if n in self.records],
-        }
+        return {name: x for name, x in vars(self).items() if isinstance(x, torch.Tensor)}
 
 
 def solve_problems(

@@ -1,18 +1,11 @@
-"""Choose the modules to prune, and the pattern of each.
-
-A pattern is the recipe's for all modules, a share of an `allocation`, or the zeros that a
-model has already. Shares are of unstructured patterns. Each module gets a number of weights
-to prune; the numbers add up to floor(all weights * sparsity).
-"""
+"""Choose the modules to prune, and the pattern of each: the recipe's, or a model's zeros."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping
 
 import torch
 from compressed_tensors.utils import align_module_device, match_named_modules
-from loguru import logger
 from transformers import PreTrainedModel
 
 from rac_modifier.errors import RacError
@@ -22,7 +15,6 @@ from rac_modifier.settings.pattern import Pattern
 from rac_modifier.settings.pruning import PruningSettings
 
 ROUTERS = (r"re:.*\.gate$", r"re:.*router.*", r"re:.*\.shared_expert_gate$")
-_AGREEMENT = 1e-3  # between the mean of a list that names every module and the sparsity
 _LEAST_ZEROS = 0.05  # share of zeros of a sparse module; rounding makes a few
 _2OF4 = Pattern.n_of_m(2, 4)
 
@@ -90,101 +82,18 @@ def _has_merged_experts(model: PreTrainedModel) -> bool:
 
 
 def patterns_of(
-    entry: PruningSettings, model: PreTrainedModel, names: Mapping[torch.nn.Module, str]
+    entry: PruningSettings, names: Mapping[torch.nn.Module, str]
 ) -> tuple[dict[str, Pattern], str]:
     """Return the pattern of each module by name, and all in words, "" if nothing is pruned.
 
     Raises:
-        RacError: an allocation that cannot be kept, or with `solver: keep` a module without
-            the zeros of its pattern.
+        RacError: with `solver: keep` a module without the zeros of its pattern.
     """
-    pattern = entry.pattern
     if entry.solver == "keep":
-        return patterns_of_zeros(names, pattern, detect=entry.mask_structure is None)
-    if entry.solver == "none":
-        return dict.fromkeys(names.values(), Pattern.nothing()), ""
-    assert pattern is not None, "PruningSettings has checked it"
-    if not entry.allocation:
-        return dict.fromkeys(names.values(), pattern), pattern.describe()
-    sizes = {name: module.get_parameter("weight").numel() for module, name in names.items()}
-    listed: dict[str, float] = {}  # the last match of a module counts
-    for target, share in entry.allocation.items():
-        matched = [name for name, module in match_named_modules(model, [target]) if module in names]
-        if not matched:
-            raise RacError(
-                f"allocation names {target!r}, which matches none of the {len(names)} "
-                f"modules to be pruned, such as {next(iter(names.values()))}"
-            )
-        listed |= dict.fromkeys(matched, share)
-    shares = allocated_shares(listed, sizes, pattern.sparsity)
-    patterns = patterns_for(shares, sizes, pattern.sparsity)
-    least, most = (f(patterns, key=lambda name: patterns[name].sparsity) for f in (min, max))
-    logger.info(
-        f"allocation: from {patterns[least].sparsity:.1%} of {least} to "
-        f"{patterns[most].sparsity:.1%} of {most}, {pattern.sparsity:.4g} together"
-    )
-    return patterns, f"{pattern.describe()}, more in some modules than in others, as listed"
-
-
-def allocated_shares(
-    listed: Mapping[str, float], sizes: Mapping[str, int], sparsity: float
-) -> dict[str, float]:
-    """Return `listed` shares, and for others the one that makes the mean `sparsity`.
-
-    Raises:
-        RacError: no such share is possible, or a list of all modules has another mean.
-    """
-    total, pruned = sum(sizes.values()), sum(sizes[name] * share for name, share in listed.items())
-    unlisted = total - sum(sizes[name] for name in listed)
-    if not unlisted:
-        if abs(pruned / total - sparsity) > _AGREEMENT:
-            raise RacError(
-                f"allocation names every module and prunes {pruned / total:.4f} of their "
-                f"weights, but sparsity is {sparsity}: set that sparsity, or leave modules "
-                "out"
-            )
-        return dict(listed)
-    share = (total * sparsity - pruned) / unlisted
-    if not 0.0 < share < 1.0:
-        raise RacError(
-            f"allocation leaves the {len(sizes) - len(listed)} modules that it does not "
-            f"name a share of {share:.3f} to make the average {sparsity}; it must lie "
-            "between 0 and 1: change the shares or the sparsity"
-        )
-    return {name: listed.get(name, share) for name in sizes}
-
-
-def patterns_for(
-    shares: Mapping[str, float], sizes: Mapping[str, int], sparsity: float
-) -> dict[str, Pattern]:
-    """Return unstructured patterns whose counts sum to floor(sum(sizes) * sparsity).
-
-    Counts are the shares rounded down; those with the largest remainders are raised.
-
-    Raises:
-        RacError: a module would keep no weight.
-    """
-    exact = {name: shares[name] * size for name, size in sizes.items()}
-    counts = {
-        name: min(max(math.floor(count), 1), sizes[name] - 1) for name, count in exact.items()
-    }
-    by_need = sorted(sizes, key=lambda name: counts[name] - exact[name])
-    budget = math.floor(sum(sizes.values()) * sparsity)
-    while missing := budget - sum(counts.values()):
-        step = 1 if missing > 0 else -1
-        able = [name for name in by_need[::step] if 1 <= counts[name] + step < sizes[name]]
-        if not able:
-            raise RacError(
-                f"sparsity {sparsity} leaves some of {len(sizes)} modules without a "
-                "weight; lower it"
-            )
-        for name in able[: abs(missing)]:
-            counts[name] += step
-    # nextafter: a quotient that is rounded down, times the size, would give one weight less
-    return {
-        name: Pattern.unstructured(math.nextafter(count / sizes[name], 1.0))
-        for name, count in counts.items()
-    }
+        return patterns_of_zeros(names, entry.pattern, detect=entry.mask_structure is None)
+    assert entry.pattern is not None, "PruningSettings has checked it"
+    described = entry.pattern.describe() if entry.prunes else ""
+    return dict.fromkeys(names.values(), entry.pattern), described
 
 
 def patterns_of_zeros(
@@ -223,8 +132,8 @@ def patterns_of_zeros(
 
 
 def sparse_modules(
-    model: torch.nn.Module, quantized: Collection[str] = (), pruned: Collection[str] = ()
-) -> tuple[dict[str, torch.nn.Module], dict[str, Pattern]]:
+    model: torch.nn.Module, quantized: Collection[str], pruned: Collection[str]
+) -> tuple[dict[str, torch.nn.Linear], dict[str, Pattern]]:
     """Return the linear layers of a sparse model by name, and their patterns.
 
     Of the `quantized` modules only those that are `pruned` count, because rounding makes
@@ -234,11 +143,8 @@ def sparse_modules(
         RacError: no layer is sparse, nor quantized.
     """
     masks = masks_of_zeros(model, _LEAST_ZEROS) if quantized else sparse_masks(model, _LEAST_ZEROS)
-    names = [mask.removesuffix(".weight") for mask in masks]
-    modules = {
-        name: model.get_submodule(name) for name in names if name not in quantized or name in pruned
-    }
-    if not modules:
-        return {}, {}
-    by_module = {module: name for name, module in modules.items()}
-    return modules, patterns_of_zeros(by_module, None, detect=True)[0]
+    sparse = {mask.removesuffix(".weight") for mask in masks} - (set(quantized) - set(pruned))
+    linears = ((n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear))
+    modules = {name: module for name, module in linears if name in sparse}
+    names: dict[torch.nn.Module, str] = {module: name for name, module in modules.items()}
+    return modules, patterns_of_zeros(names, None, detect=True)[0] if names else {}

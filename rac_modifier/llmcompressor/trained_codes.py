@@ -27,28 +27,6 @@ from rac_modifier.recovery.on_grid import (
 )
 
 _PRUNED = 0.05  # least share of zeros, without rounded ones, of a pruned module
-# why a module with a tensor of this name cannot be trained
-_REASONS = {
-    "weight_g_idx": "the columns of a group are not neighbours (activation order); quantize with "
-    "actorder: weight or none",
-    "weight_global_scale": "it has a second scale (NVFP4), which is not trained here; quantize to "
-    "int or to float8",
-}
-
-
-def check_trainable(tensor_names: Collection[str], folder: str) -> None:
-    """Refuse, before a model is loaded, a layout whose codes cannot be trained.
-
-    Raises:
-        RacError: an order of columns by activations (g_idx), or global scales.
-    """
-    for name in sorted(tensor_names):
-        module, _, part = name.rpartition(".")
-        if part in _REASONS:
-            raise RacError(
-                f"{folder}: {module} has a {part}: {_REASONS[part]}, or recover it before "
-                "it is quantized"
-            )
 
 
 def quantized_names(tensors: Collection[str]) -> set[str]:
@@ -66,14 +44,14 @@ def check_layers(model: Any, stored: Collection[str]) -> None:
             known.
     """
     modules = _modules_with_codes(model)
-    for fixed in (model.get_input_embeddings(), model.get_output_embeddings()):
-        for name, module in modules.items():
-            if module is fixed:
-                raise RacError(
-                    f"{name} is quantized; embeddings and head are not trained and have to "
-                    f"be the dense model's: add {name} to ignore where the model is "
-                    "quantized"
-                )
+    fixed = (model.get_input_embeddings(), model.get_output_embeddings())
+    for name, module in modules.items():
+        if any(module is end for end in fixed):
+            raise RacError(
+                f"{name} is quantized; embeddings and head are not trained and have to be the "
+                f"dense model's: add {name} to ignore where the model is quantized"
+            )
+        stored_grid(module.quantization_scheme, name)
     if len(stored) > len(modules):  # names may differ: transformers renames modules of some models
         missing = sorted(set(stored) - set(modules))
         raise RacError(
@@ -81,8 +59,6 @@ def check_layers(model: Any, stored: Collection[str]) -> None:
             "layer once it is loaded (merged experts), so its codes cannot be trained; "
             "recover the model before it is quantized"
         )
-    for name, module in modules.items():
-        stored_grid(module.quantization_scheme, name)
 
 
 def _modules_with_codes(model: torch.nn.Module) -> dict[str, Any]:
@@ -120,14 +96,16 @@ class QuantizedCheckpoint:
         for name, module in self._modules.items():
             grid = stored_grid(module.quantization_scheme, name)
             decompress_module(module)
-            weight, scale, zero, codes = _decoded(module, grid, name)
-            original = originals[name].weight.detach().to(codes.device)
-            master = master_in_cell(codes, scale, grid, original)
-            if name in recorded or pruned_share(codes, scale, grid, original) >= _PRUNED:
+            original = originals[name].weight.detach()
+            weight, codes = _decoded(module, grid, name, original)
+            zeros = pruned_share(codes, weight.scale, grid, original.to(codes.device))
+            if name in recorded or zeros >= _PRUNED:
+                assert weight.master is not None
                 self.pruned.add(name)
-                master.mul_(codes != 0)
-            module.weight = torch.nn.Parameter(weight.to(original.dtype), requires_grad=False)
-            self.quantized[name] = QuantizedWeight(grid, scale, master, zero)
+                weight.master.mul_(codes != 0)
+            plain = module.weight.data.to(original.dtype)
+            module.weight = torch.nn.Parameter(plain, requires_grad=False)
+            self.quantized[name] = weight
         if hasattr(model, "ct_decompress_hook"):
             model.ct_decompress_hook.remove()
             del model.ct_decompress_hook
@@ -158,28 +136,27 @@ class LaterCodes:
     """
 
     def __init__(self, modifiers: Sequence[Modifier], model: PreTrainedModel):
-        self._model = model
         self._grids: dict[str, Grid] = {}
+        self._modules: dict[str, torch.nn.Module] = {}
         self._dense: dict[str, torch.Tensor] = {}
         fixed = (model.get_input_embeddings(), model.get_output_embeddings())
         for modifier in modifiers:
+            kind = type(modifier).__name__
             if not isinstance(modifier, GPTQModifier | QuantizationModifier):
                 raise RacError(
-                    f"recover next to {type(modifier).__name__}: it trains what "
-                    "GPTQModifier or QuantizationModifier has rounded; leave recover out, "
-                    "and run `rac recover` on the saved checkpoint"
+                    f"recover next to {kind}: it trains what GPTQModifier or "
+                    "QuantizationModifier has rounded; leave recover out, and run `rac recover` "
+                    "on the saved checkpoint"
                 )
             for scheme in modifier.resolved_config.config_groups.values():
-                for name, module in match_named_modules(model, scheme.targets, modifier.ignore):
-                    if scheme.weights is None:
-                        continue
-                    if any(module is part for part in fixed):
+                matched = match_named_modules(model, scheme.targets, modifier.ignore)
+                for name, module in matched if scheme.weights is not None else ():
+                    if any(module is end for end in fixed):
                         raise RacError(
                             f"recover: {name} is to be quantized; embeddings and head are "
-                            f"not trained: add {name} to ignore of "
-                            f"{type(modifier).__name__}"
+                            f"not trained: add {name} to ignore of {kind}"
                         )
-                    self._grids[name] = stored_grid(scheme, name)
+                    self._grids[name], self._modules[name] = stored_grid(scheme, name), module
                     with align_module_device(module):
                         weight = module.get_parameter("weight").detach()
                         self._dense[name] = weight.to("cpu", copy=True)
@@ -191,24 +168,21 @@ class LaterCodes:
 
     def quantized(self) -> dict[str, QuantizedWeight]:
         """Return grid, scales and masters by name; the dense copies are freed."""
-        quantized = {}
-        for name, grid in self._grids.items():
-            module = self._model.get_submodule(name)
-            weight, scale, zero, codes = _decoded(module, grid, name)
-            master = master_in_cell(codes, scale, grid, self._dense.pop(name).to(weight.device))
-            quantized[name] = QuantizedWeight(grid, scale, master, zero)
-        return quantized
+        return {
+            name: _decoded(module, self._grids[name], name, self._dense.pop(name))[0]
+            for name, module in self._modules.items()
+        }
 
     def compress(self) -> None:
         """Compress as llm-compressor does, with the codes that were trained."""
-        for name in self._grids:
-            compress_exactly(self._model.get_submodule(name))
+        for module in self._modules.values():
+            compress_exactly(module)
 
 
 def _decoded(
-    module: torch.nn.Module, grid: Grid, name: str
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """Return weight, scales, zero points (or None) and codes of a module."""
+    module: torch.nn.Module, grid: Grid, name: str, dense: torch.Tensor
+) -> tuple[QuantizedWeight, torch.Tensor]:
+    """Return how a module is quantized, its master on the side of `dense`; and its codes."""
     weight = module.get_parameter("weight").data
     scale = checked_scale(module.get_parameter(SCALE).data, weight, grid, name).clone()
     zero = None
@@ -220,7 +194,9 @@ def _decoded(
                 f"{list(scale.shape)}; restore it"
             )
         zero = zero.reshape(scale.shape).clone()
-    return weight, scale, zero, codes_of(weight, scale, grid, zero)
+    codes = codes_of(weight, scale, grid, zero)
+    master = master_in_cell(codes, scale, grid, dense.to(weight.device))
+    return QuantizedWeight(grid, scale, master, zero), codes
 
 
 def checked_scale(scale: torch.Tensor, weight: torch.Tensor, grid: Grid, name: str) -> torch.Tensor:

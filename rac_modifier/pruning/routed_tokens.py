@@ -105,12 +105,3 @@ def _nearest(
         if number in picked:
             picked[number].append(place)
     return [picked[number] for number in numbers]
-
-
-def all_rows(
-    rows: Rows, counted: Rows, processes: Processes
-) -> tuple[list[torch.Tensor], ExpertTokens]:
-    """Take all `counted` tokens, whether they are routed to the expert (`rows`) or not."""
-    routed, every = processes.sums(sum(map(len, rows)), sum(int(real.sum()) for real in counted))
-    tokens = [real.nonzero().flatten() for real in counted]
-    return tokens, ExpertTokens(int(routed), int(every - routed))

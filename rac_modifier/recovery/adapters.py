@@ -46,34 +46,30 @@ def mask_adapters(model: torch.nn.Module, masks: Mapping[torch.nn.Parameter, tor
         mask = None if weight is None else masks.get(weight)
         if mask is not None and not hasattr(layer, _MASKED):
             _check(name, layer)
-            setattr(layer, _MASKED, _MaskedLora(layer, mask))
+            _mask(layer, mask)
 
 
-class _MaskedLora:
-    """Changes the output of a LoRA layer, and what it merges."""
+def _mask(layer: Any, mask: torch.Tensor) -> None:
+    """Subtract the part of pruned weights from the output of a LoRA layer, and at a merge."""
+    unmasked = layer.get_delta_weight  # what an adapter adds to the weight, [rows, columns]
 
-    def __init__(self, layer: Any, mask: torch.Tensor):
-        self.mask, self._whole = mask, layer.get_delta_weight
-        layer.get_delta_weight = self.delta
-        layer.register_forward_hook(self.hook)
+    def delta(adapter: str) -> torch.Tensor:
+        weight: torch.Tensor = unmasked(adapter)
+        return weight * mask.to(weight.device)
 
-    def delta(self, adapter: str) -> torch.Tensor:
-        """Return what an adapter adds to the weight [rows, columns], zero where it is pruned."""
-        unmasked: torch.Tensor = self._whole(adapter)
-        return unmasked * self.mask.to(unmasked.device)
-
-    def hook(
-        self, layer: Any, args: tuple[torch.Tensor, ...], output: torch.Tensor
-    ) -> torch.Tensor:
-        """Subtract the part of pruned weights from the output of an active adapter."""
+    def hook(layer: Any, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         if layer.merged or layer.disable_adapters:
             return output
         for adapter in layer.active_adapters:
             if adapter in layer.lora_A:
-                unmasked: torch.Tensor = self._whole(adapter)
-                part = unmasked.masked_fill(self.mask.to(unmasked.device), 0.0)
+                weight: torch.Tensor = unmasked(adapter)
+                part = weight.masked_fill(mask.to(weight.device), 0.0)
                 output = output - functional.linear(args[0].to(part.dtype), part).to(output.dtype)
         return output
+
+    layer.get_delta_weight = delta
+    layer.register_forward_hook(hook)
+    setattr(layer, _MASKED, True)
 
 
 def _tuner_layers(model: torch.nn.Module) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from rac_modifier.recovery.fixed_mask import fixed_mask, sparse_masks
 from rac_modifier.recovery.loss import check_head
 from rac_modifier.recovery.on_grid import QuantizedWeight, on_grid, trained_name
 from rac_modifier.recovery.schedule import default_learning_rate, plan_steps
-from rac_modifier.recovery.student import ShardedStudent, Student, in_float32, recomputing
+from rac_modifier.recovery.student import Student, in_float32, recomputing
 from rac_modifier.recovery.teacher import StoredTeacher, name_of
 from rac_modifier.recovery.training_loop import TrainingLoop
 from rac_modifier.settings.recovery import RecoverySettings
@@ -42,7 +42,6 @@ class Recovery:
         tokens: prompt and completion tokens of the steps.
         sequences: distinct training traces.
         curve: (step, held-out KL) of every check.
-        seconds: of training and checks.
     """
 
     kl_before: float
@@ -62,14 +61,6 @@ class Recovery:
         """Return plain values for JSON; a KL that is not finite is None."""
         curve = [(step, kl if math.isfinite(kl) else None) for step, kl in self.curve]
         return {**asdict(self), "curve": curve}
-
-    def describe(self) -> str:
-        """Return the result in one line."""
-        return (
-            f"recovery: KL {self.kl_before:.4f} -> {self.kl_after:.4f} nats per held-out token "
-            f"({self.kept}; {self.steps} steps, {self.tokens:,} tokens, learning rate "
-            f"{self.learning_rate:.2g}, {self.seconds:.0f} s)"
-        )
 
 
 def recover(
@@ -99,11 +90,11 @@ def recover(
         held_out: traces of other problems, which decide what is kept.
         settings: steps, learning rate, batches.
         masks: bool by parameter name, True = kept; default: the nonzero weights of linear layers.
-        quantized: grid and scales of quantized weights, by module name. These are trained through
-            their codes, and end as code times scale.
+        quantized: by module name; trained through codes, these end as code times scale.
         state: folder that a killed run goes on from; None keeps no state.
         autocast: dtype of matmuls in forward and backward passes; None: the weights' dtype.
-        processes: train together, each with the same arguments; all get the result.
+        processes: train together, each with the same arguments.
+        progress: whether a bar is shown.
         save_seconds: how often the state is written.
 
     Raises:
@@ -136,7 +127,7 @@ def recover(
         key = _key(training, held_out, settings, parameters, f"{autocast} {teacher.key}")
         student = Student(model, parameters)
         if processes.count > 1:
-            student = ShardedStudent(model, parameters, mask, processes)
+            student = Student.sharded(model, parameters, mask, processes)
         loop = TrainingLoop(
             student=student,
             teacher=teacher,
@@ -166,7 +157,11 @@ def recover(
         curve=tuple(run.curve),
         seconds=time.monotonic() - started,
     )
-    logger.info(result.describe())
+    logger.info(
+        f"recovery: KL {result.kl_before:.4f} -> {result.kl_after:.4f} nats per held-out token "
+        f"({result.kept}; {result.steps} steps, {result.tokens:,} tokens, learning rate "
+        f"{result.learning_rate:.2g}, {result.seconds:.0f} s)"
+    )
     return result
 
 
@@ -189,15 +184,10 @@ def _key(
     parameters: Mapping[str, torch.nn.Parameter],
     context: str,
 ) -> str:
-    """Hash everything that the result depends on: sequences, settings, weights, dtype and teacher.
-
-    Settings that change no result (folder, activation_checkpointing) are left out.
-    """
-    digest = hashlib.blake2b(context.encode(), digest_size=16)
-    for sequence in (*training, *held_out):
-        digest.update(name_of(sequence).encode())
+    """Hash everything that the result depends on, without settings that do not change it."""
     changing = settings.model_dump_json(exclude={"folder", "activation_checkpointing"})
-    digest.update(changing.encode())
+    names = map(name_of, (*training, *held_out))
+    digest = hashlib.blake2b("".join((context, *names, changing)).encode(), digest_size=16)
     for name, parameter in parameters.items():
         digest.update(name.encode())
         digest.update(parameter.detach().cpu().numpy().tobytes())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,8 +32,7 @@ def sparse_masks(model: torch.nn.Module, least_sparsity: float = 0.05) -> dict[s
     if any(getattr(m, "quantization_scheme", None) is not None for m in model.modules()):
         raise RacError(
             f"the linear layers of this {name} hold codes, which no trainer of weights can train; "
-            "recover it with rac recover, which trains through the codes, or train it before it is "
-            "quantized"
+            "recover it with rac recover, or train it before it is quantized"
         )
     raise RacError(
         f"no linear layer of this {name} has {least_sparsity:.0%} of zeros or more, so there is no "
@@ -78,7 +78,7 @@ class FixedMask:
             self.masks[name] = mask.to(parameter.device)
         self.check()
         self._hooks: list[Any] = [
-            self._parameters[name].register_hook(_masked(mask))
+            self._parameters[name].register_hook(partial(_masked, mask))
             for name, mask in self.masks.items()
             if self._parameters[name].requires_grad
         ]
@@ -149,8 +149,5 @@ def fixed_mask(
         held.release()
 
 
-def _masked(mask: torch.Tensor) -> Any:
-    def hook(gradient: torch.Tensor) -> torch.Tensor:
-        return gradient * mask.to(gradient.device).view(torch.uint8)
-
-    return hook
+def _masked(mask: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    return gradient * mask.to(gradient.device).view(torch.uint8)

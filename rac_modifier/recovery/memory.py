@@ -66,14 +66,9 @@ def check_recovery_memory(
     training: Sequence[TokenSequence] | None = None,
     quantizes: bool = False,
 ) -> RecoveryNeed:
-    """Refuse to start where training does not fit; all `processes` are taken to be on this machine.
+    """Refuse training of the dense `model` that does not fit; all processes are on this machine.
 
-    Args:
-        model: the dense model.
-        settings: of recovery.
-        processes: that train together.
-        training: the traces to train on; None before they are known.
-        quantizes: whether weights are trained through codes.
+    `training` is None before the traces are known. `quantizes`: through codes.
 
     Raises:
         RacError: with the bytes needed and free, and what to change.
@@ -161,11 +156,10 @@ def recovery_need(
 
 
 def step_bytes(model: Any, batch: Batch, recomputes: bool, *, bf16: bool, frees: bool) -> int:
-    """Rehearse a training step and return its bytes at the peak next to weights and moments.
+    """Rehearse a training step; return its bytes at the peak next to weights and moments.
 
-    From fake tensors transformers cannot tell that attention needs no mask: about 8 bytes x
-    length^2 are counted that a run does not take. `frees`: a gradient is freed as soon as its
-    parameter has it. `bf16`: under autocast.
+    `bf16`: under autocast. `frees`: a gradient is freed as soon as its parameter has it. Without
+    data transformers makes a mask that a run may not need, of about 8 bytes x length^2.
     """
     with without_data(model) as student:
         frozen = frozen_parameters(student)

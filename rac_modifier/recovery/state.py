@@ -13,8 +13,8 @@ from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from rac_modifier.checkpoint.files import write_tensors_atomic
 from rac_modifier.errors import RacError
 from rac_modifier.files import lock
 from rac_modifier.recovery.student import Student
@@ -25,13 +25,12 @@ _LOCK = ".lock"
 
 @dataclass
 class Progress:
-    """Where a run is.
+    """Hold where a run is.
 
     Attributes:
         key: hash of model, sequences and settings; a state with another key is not used.
         step: steps of the present try.
-        best: weights with the lowest held-out KL by parameter name; empty before the first check.
-        best_step, best_kl: their step, and their KL in nats per token.
+        best: weights with the lowest held-out KL (nats per token) by parameter name.
         curve: (step, held-out KL) of every check.
         stopped: why the present try ended early, or "".
         tries: how often the learning rate was lowered.
@@ -58,9 +57,9 @@ def hold(folder: Path) -> IO[str]:
         file = (folder / _LOCK).open("a+")
     except OSError as error:
         raise RacError(f"{folder}: {error}; name another folder (recover.folder)") from error
+    file.seek(0)
+    holder = file.read()
     if not lock(file.fileno(), folder, patience=0):
-        file.seek(0)
-        holder = file.read()
         if holder == str(os.getpid()):  # an earlier run of this process, which failed
             return file
         file.close()
@@ -82,13 +81,11 @@ def save_state(
     Raises:
         RacError: the disk is full or the folder cannot be written; the old file remains.
     """
-    tensors: dict[str, torch.Tensor] = {}
-
     entries = [("best", name, tensor) for name, tensor in progress.best.items()]
     for name, parameter in student.parameters.items():
         entries.append(("weight", name, parameter))
-        moments = optimizer.state[parameter].items()
-        entries += [(part, name, value) for part, value in moments]
+        entries += [(part, name, value) for part, value in optimizer.state[parameter].items()]
+    tensors = {}
     for part, name, tensor in entries:
         gathered = student.whole(name, student.local(tensor)) if tensor.dim() else tensor.cpu()
         if student.processes.is_first:
@@ -96,15 +93,10 @@ def save_state(
     if not student.processes.is_first:
         return
     about = {name: value for name, value in vars(progress).items() if name != "best"}
-    new = folder / f"{_FILE}.new"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, new, metadata={"about": json.dumps(about)})
-        with new.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(new, folder / _FILE)
+        write_tensors_atomic(folder / _FILE, tensors, {"about": json.dumps(about)})
     except (OSError, SafetensorError) as error:
-        new.unlink(missing_ok=True)
         raise RacError(
             f"{folder}: the state of the recovery run cannot be written ({error}); make room, then "
             "start the same command again: it goes on after the last state"
@@ -128,9 +120,8 @@ def load_state(
             about: dict[str, Any] = json.loads(file.metadata()["about"])
             if about.pop("key") != key:
                 return Progress(key)
-            progress = Progress(
-                key, **{**about, "curve": [(step, kl) for step, kl in about["curve"]]}
-            )
+            about["curve"] = [(step, kl) for step, kl in about["curve"]]
+            progress = Progress(key, **about)
             for name in file.keys():  # noqa: SIM118 - not a dict
                 part, _, of = name.partition("/")
                 tensor, parameter = file.get_tensor(name), student.parameters[of]
@@ -141,9 +132,8 @@ def load_state(
                 elif part == "weight":
                     student.local(parameter).copy_(student.shard(tensor))
                 else:
-                    optimizer.state[parameter][part] = student.like(
-                        of, student.shard(tensor).clone()
-                    )
+                    moment = student.shard(tensor).clone()
+                    optimizer.state[parameter][part] = student.like(of, moment)
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
         raise RacError(
             f"{path}: the state of a recovery run cannot be read ({error}); remove it to start anew"

@@ -22,7 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.teacher_forcing import TokenSequence
-from rac_modifier.processes import Processes
+from rac_modifier.processes import ALONE, Processes
 from rac_modifier.recovery.fixed_mask import FixedMask
 
 Batch = Sequence[TokenSequence]
@@ -105,62 +105,42 @@ def _twice(forward: Any) -> Any:
 
 
 class Student:
-    """The model in one process: `parameters` are trained, and hooks of `fixed_mask` hold the zeros.
+    """The model in training, and this process's shards of its `parameters`.
 
-    `ShardedStudent` has the same methods for several processes.
-    """
-
-    def __init__(self, model: Any, parameters: Mapping[str, torch.nn.Parameter]):
-        self.model, self.parameters, self.processes = model, dict(parameters), Processes()
-
-    def share(self, batches: Sequence[Batch]) -> list[tuple[Batch, float]]:
-        """Return the batches of this process, each with the weight of its loss."""
-        return [(batch, 1.0) for batch in batches]
-
-    def local(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return this process's shard of a parameter, gradient or moment; memory is shared."""
-        return tensor.detach()
-
-    def shard(self, full: torch.Tensor) -> torch.Tensor:
-        """Return this process's shard of a tensor like a parameter."""
-        return full
-
-    def like(self, name: str, shard: torch.Tensor) -> torch.Tensor:
-        """Return a tensor like the parameter `name` from the shards of all processes."""
-        return shard.to(self.parameters[name].device)
-
-    def whole(self, name: str, shard: torch.Tensor) -> torch.Tensor:
-        """Gather the shards on the CPU; all processes call it."""
-        return shard.cpu()
-
-    def mask_gradients(self) -> None:
-        """Mask gradients before they are clipped."""
-
-    def mask_weights(self) -> None:
-        """Mask weights after an optimizer step."""
-
-    def put_back(self) -> None:
-        """Give the model the weights of the trained copy."""
-
-
-class ShardedStudent(Student):
-    """A copy of the model, sharded over several processes.
-
-    Raises:
-        RacError: a model without marked layers, or a trained parameter outside of its decoder.
+    In one process hooks of `fixed_mask` hold the zeros; `sharded` is for several.
     """
 
     def __init__(
         self,
         model: Any,
         parameters: Mapping[str, torch.nn.Parameter],
+        processes: Processes = ALONE,
+        masks: Mapping[str, torch.Tensor] | None = None,
+        originals: Mapping[str, torch.nn.Parameter] | None = None,
+    ):
+        self.model, self.parameters, self.processes = model, dict(parameters), processes
+        self._masks = {
+            n: self.shard(mask).to(processes.device) for n, mask in (masks or {}).items()
+        }
+        self._originals = originals or {}
+
+    @classmethod
+    def sharded(
+        cls,
+        model: Any,
+        parameters: Mapping[str, torch.nn.Parameter],
         mask: FixedMask,
         processes: Processes,
-    ):
-        """Shard `model`; `put_back` fills `parameters`, the hooks of `mask` are released."""
+    ) -> Student:
+        """Return a copy of `model`, sharded; `put_back` fills `parameters`.
+
+        The hooks of `mask` are released.
+
+        Raises:
+            RacError: a model without marked layers, or a trained parameter outside of its decoder.
+        """
         assert processes.device is not None
         mask.release()
-        self._originals = dict(parameters)
         student = copy.deepcopy(model)
         layers = decoder_layers(student, "torchrun")
         frozen = {p for p in student.parameters() if not p.requires_grad}
@@ -170,56 +150,61 @@ class ShardedStudent(Student):
         fully_shard(student.get_decoder(), mesh=mesh, ignored_params=frozen)
         for end in (student.get_input_embeddings(), student.get_output_embeddings()):
             end.to(processes.device)
-        super().__init__(student, {n: p for n, p in student.named_parameters() if p.requires_grad})
-        self.processes = processes
-        if outside := [name for name, p in self.parameters.items() if not isinstance(p, DTensor)]:
+        trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
+        if outside := [name for name, p in trained.items() if not isinstance(p, DTensor)]:
             raise RacError(
                 f"{outside[0]} is trained and not part of the decoder of {type(model).__name__}, "
                 "which processes shard; start rac recover without torchrun"
             )
-        masks = mask.masks.items()
-        self._masks = {name: self.shard(keep).to(processes.device) for name, keep in masks}
+        return cls(student, trained, processes, mask.masks, parameters)
 
     def share(self, batches: Sequence[Batch]) -> list[tuple[Batch, float]]:
-        """Take every `count`-th sequence of each batch; a rank without one has weight 0."""
+        """Return this process's sequences of each batch, with the weight of their loss.
+
+        Every `count`-th sequence is this process's; without one it runs the first for weight 0.
+        """
         shares = [(b[self.processes.rank :: self.processes.count], b[:1]) for b in batches]
         return [(share, 1.0) if share else (first, 0.0) for share, first in shares]
 
     def local(self, tensor: torch.Tensor) -> torch.Tensor:
-        """See `Student`."""
+        """Return this process's shard of a parameter, gradient or moment; memory is shared."""
         return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
 
     def shard(self, full: torch.Tensor) -> torch.Tensor:
-        """See `Student`: equal chunks of rows; the last ones may be smaller or empty."""
+        """Return this process's equal chunk of rows; the last chunks may be smaller or empty."""
+        if self.processes.count == 1:
+            return full
         chunks = full.chunk(self.processes.count)
         return chunks[self.processes.rank] if self.processes.rank < len(chunks) else full[:0]
 
     def like(self, name: str, shard: torch.Tensor) -> torch.Tensor:
-        """See `Student`."""
+        """Return a tensor like the parameter `name` from the shards of all processes."""
         p: Any = self.parameters[name]
+        if not isinstance(p, DTensor):
+            return shard.to(p.device)
         sizes = {"shape": p.shape, "stride": p.stride()}
         return DTensor.from_local(shard.to(p.device), p.device_mesh, p.placements, **sizes)
 
     def whole(self, name: str, shard: torch.Tensor) -> torch.Tensor:
-        """See `Student`."""
-        gathered: Any = self.like(name, shard)
-        return gathered.full_tensor().cpu()
+        """Gather the shards on the CPU; all processes call it."""
+        gathered = self.like(name, shard)
+        return (gathered.full_tensor() if isinstance(gathered, DTensor) else gathered).cpu()
 
     @torch.no_grad()
     def mask_gradients(self) -> None:
-        """See `Student`: FSDP sets gradients of shards itself, so no hook of a parameter runs."""
+        """Mask gradients before they are clipped: FSDP sets those of shards without hooks."""
         for name, keep in self._masks.items():
             if (gradient := self.parameters[name].grad) is not None:
                 self.local(gradient).mul_(keep)
 
     @torch.no_grad()
     def mask_weights(self) -> None:
-        """See `Student`."""
+        """Mask weights after an optimizer step."""
         for name, keep in self._masks.items():
             self.local(self.parameters[name]).mul_(keep)
 
     @torch.no_grad()
     def put_back(self) -> None:
-        """See `Student`."""
-        for name, parameter in self.parameters.items():
-            self._originals[name].copy_(self.whole(name, self.local(parameter)))
+        """Give the model the weights of a trained copy."""
+        for name, original in self._originals.items():
+            original.copy_(self.whole(name, self.local(self.parameters[name])))

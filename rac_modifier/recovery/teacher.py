@@ -57,14 +57,14 @@ class StoredTeacher:
             RacError: a full disk, or a folder that cannot be written.
         """
         index = folder / _INDEX
-        about = json.dumps({"model": key, "sequences": [name_of(s) for s in sequences]})
-        if index.exists() and index.read_bytes() == about.encode():
+        about = json.dumps({"model": key, "sequences": [name_of(s) for s in sequences]}).encode()
+        if index.exists() and index.read_bytes() == about:
             return cls(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             _remove_states(folder)
             _write_states(dense, sequences, folder)
-            index.write_bytes(about.encode())  # last: without it the files do not count
+            index.write_bytes(about)  # last: without it the files do not count
         except (OSError, SafetensorError) as error:
             _remove_states(folder)
             raise RacError(
@@ -74,11 +74,7 @@ class StoredTeacher:
         return cls(folder)
 
     def states(self, batch: Sequence[TokenSequence]) -> torch.Tensor:
-        """Return hidden states [completion tokens, d] of a batch, row by row.
-
-        Raises:
-            RacError: a sequence that was not written.
-        """
+        """Return hidden states [completion tokens, d] of a batch, row by row (RacError: none)."""
         states = []
         for sequence in batch:
             name = name_of(sequence)
@@ -104,11 +100,9 @@ def _write_states(dense: Any, sequences: Sequence[TokenSequence], folder: Path) 
     with evaluating(dense), contextlib.closing(progress):
         for number, batch in enumerate(batches):
             states = predicting_states(dense, batch).cpu()
-            lengths = [len(ids) - prompt for ids, prompt in batch]
-            by_name = {
-                name_of(sequence): part.clone()  # a view would be written with its whole batch
-                for sequence, part in zip(batch, states.split(lengths), strict=True)
-            }
+            shares = states.split([len(ids) - prompt for ids, prompt in batch])
+            # clone: a view would be written with its whole batch
+            by_name = {name_of(s): share.clone() for s, share in zip(batch, shares, strict=True)}
             save_file(by_name, folder / f"states-{number:05}.safetensors")
             tokens += len(states)
             progress.step(f"{tokens:,} tokens")
@@ -116,24 +110,16 @@ def _write_states(dense: Any, sequences: Sequence[TokenSequence], folder: Path) 
 
 def name_of(sequence: TokenSequence) -> str:
     """Hash a sequence's ids and its prompt's length."""
-    ids, prompt = sequence
-    return hashlib.blake2b(
-        f"{prompt}:{','.join(map(str, ids))}".encode(), digest_size=16
-    ).hexdigest()
+    text = f"{sequence[1]}:{','.join(map(str, sequence[0]))}"
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def check_dense(model: Any, name: str) -> None:
-    """Check that the teacher is not compressed; the two models may be swapped.
-
-    Raises:
-        RacError: it is.
-    """
+    """Refuse a teacher that is compressed: the two models may be swapped (RacError)."""
     sparse = len(masks_of_zeros(model, least_sparsity=0.05))
     linears = sum(isinstance(module, torch.nn.Linear) for module in model.modules())
     how = f"sparse ({sparse} of its {linears} linear layers)" if 2 * sparse > linears else ""
-    if getattr(model.config, "quantization_config", None) is not None and any(
-        getattr(module, "quantization_scheme", None) is not None for module in model.modules()
-    ):
+    if any(getattr(module, "quantization_scheme", None) is not None for module in model.modules()):
         how = "quantized"
     if how:
         raise RacError(
@@ -144,11 +130,7 @@ def check_dense(model: Any, name: str) -> None:
 
 
 def check_made_from(pruned: Any, dense: Any) -> None:
-    """Check that a compressed model has the embeddings and head of its dense model.
-
-    Raises:
-        RacError: they differ.
-    """
+    """Refuse a compressed model with another type, embedding or head than the dense (RacError)."""
     same = type(pruned) is type(dense)
     for end in ("get_input_embeddings", "get_output_embeddings"):
         modules = [getattr(m, end)() for m in (pruned, dense)]

@@ -22,7 +22,6 @@ from rac_modifier.settings.quantization import QuantizationSettings
 Preset = Literal["quality", "fast", "paper"]
 Order = Literal["auto", "group", "layer"]
 Method = Literal["sparsegpt", "alps", "wanda", "magnitude", "keep", "none"]
-Allocation = dict[str, float]  # by module name or "re:" pattern
 UNSTRUCTURED = "0:0"
 PRESETS: dict[str, dict[str, Any]] = {
     "quality": {"solver": "alps", "refit": False, "reconstruct": "dense", "order": "auto"},
@@ -50,11 +49,6 @@ class PruningSettings(BaseModel):
     mask_structure: str | None = None
     """N:M prunes N of every M consecutive inputs, as in SparseGPTModifier; "0:0" is
     unstructured, the default. With solver: keep, 2:4 if all pruned modules have it."""
-
-    allocation: Allocation | None = None
-    """For an unstructured sparsity: shares of modules that differ from it, by module name or re:
-    pattern (the last match counts); the others get the share that makes the average the sparsity
-    asked for."""
 
     quantization: QuantizationSettings | None = None
     """Also quantize the pruned modules, in the same pass: kept weights are rounded to the scheme's
@@ -89,13 +83,10 @@ class PruningSettings(BaseModel):
     paper's code; auto: group where the model's code can be traced inside its layers, else layer
     (default: the preset's)."""
 
-    experts: Literal["routed", "all"] = "routed"
-    """Tokens that an expert of a mixture is calibrated on. routed: those that the router sends to
-    it, in group order; all: every token."""
-
     expert_floor: int = Field(EXPERT_FLOOR, ge=1, le=10**9)
-    """Least tokens of a routed expert: where the router sends fewer to it, those are added that it
-    all but sends there, by its logits; the log and the run record name these experts."""
+    """Least tokens that calibrate a routed expert: where the router sends fewer to it, those are
+    added that it all but sends there, by its logits; the log and the run record name these
+    experts."""
 
     targets: list[str] = ["Linear"]
     """Modules to prune: class names, names, or re: patterns."""
@@ -128,28 +119,6 @@ class PruningSettings(BaseModel):
         check_names(names, str(info.field_name))
         return names
 
-    @field_validator("allocation", mode="before")
-    @classmethod
-    def _is_by_module(cls, allocation: Any) -> Any:
-        if allocation is not None and (not isinstance(allocation, dict) or not allocation):
-            raise RacError(
-                f"allocation is {str(allocation)[:80]}, and must be shares by module, such as "
-                "{'re:.*down_proj': 0.4}; leave it out to prune the same share of each"
-            )
-        check_names(allocation or (), "allocation")
-        return allocation
-
-    @field_validator("allocation")
-    @classmethod
-    def _shares_are_possible(cls, allocation: Allocation | None) -> Allocation | None:
-        for target, share in (allocation or {}).items():
-            if not 0.0 < share < 1.0:
-                raise RacError(
-                    f"allocation gives {target!r} the share {share}: must lie strictly between 0 "
-                    "and 1; name a module that is to stay dense in ignore"
-                )
-        return allocation
-
     @model_validator(mode="before")
     @classmethod
     def _preset_fills_in(cls, values: Any) -> Any:
@@ -176,16 +145,13 @@ class PruningSettings(BaseModel):
                 "order: layer has no dense activations to aim at; set reconstruct: pruned, or "
                 "order: auto"
             )
-        structured = self._pattern is not None and self._pattern.is_structured
-        routed = self.experts == "routed" and self.order != "layer"
         refuse_idle(
             self,
-            (structured, "allocation", "with an N:M mask_structure"),
-            (self.solver == "keep", "sparsity allocation", "with solver: keep, the model's zeros"),
-            (self.solver == "none", "sparsity mask_structure allocation", "with solver: none"),
+            (self.solver == "keep", "sparsity", "with solver: keep, the model's zeros"),
+            (self.solver == "none", "sparsity mask_structure", "with solver: none"),
             (self.solver != "alps", "iterations", f"with solver: {self.solver}; alps uses it"),
             (not self.fits_weights, "dampening_frac", "with a solver that fits no weight"),
-            (not routed, "expert_floor", "with experts: all or order: layer"),
+            (self.order == "layer", "expert_floor", "with order: layer"),
         )
         return self
 

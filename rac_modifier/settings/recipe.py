@@ -92,15 +92,6 @@ def has_entry(recipe: Any) -> bool:
     return bool(ENTRIES.keys() & recipe.keys()) or any(map(has_entry, recipe.values()))
 
 
-def overlooked(recipe: Any) -> list[str]:
-    """Return the stages, and groups of stages, that llm-compressor would not read."""
-    if not isinstance(recipe, dict):
-        return [repr(recipe)[:80]]
-    return [
-        where for where, modifiers in _groups_of(recipe) if modifiers is None or not _is_read(where)
-    ]
-
-
 def check_layout(recipe: Any, where: str) -> None:
     """Refuse a recipe of which llm-compressor would overlook a part; add settings left empty.
 

@@ -41,21 +41,6 @@ CASES += [
         'mask_structure "0:0" with no sparsity',
         lambda b: b.check(mask_structure="0:0"),
     ),
-    Case(
-        "a share of 0 in `allocation`",
-        "name a module that is to stay dense in ignore",
-        lambda b: b.check(**UNSTRUCTURED, allocation={"re:.*q_proj": 0.0}),
-    ),
-    Case(
-        "`allocation` of a module that is not there",
-        "matches none of the 14 modules to be pruned",
-        lambda b: b.prune_with(**UNSTRUCTURED, allocation={"re:.*c_proj": 0.4}),
-    ),
-    Case(
-        "`allocation` that leaves the other modules too little",
-        "to make the average 0.5; it must lie between 0 and 1",
-        lambda b: b.prune_with(**UNSTRUCTURED, allocation={"re:.*mlp.*": 0.99}),
-    ),
     Case("an unknown solver", "did you mean 'sparsegpt'?", lambda b: b.check(solver="sparsegtp")),
     Case(
         "a preset that does not exist",

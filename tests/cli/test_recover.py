@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM
 
 import rac_modifier
 from rac_modifier import cli
-from rac_modifier.cli.recover import _asked, _collected
+from rac_modifier.cli.recover import _asked
 from rac_modifier.llmcompressor import recovery_stage
+from rac_modifier.llmcompressor.recover_checkpoint import collect_unused
 from rac_modifier.processes import ALONE
 from rac_modifier.recovery.training_loop import TrainingLoop
 from rac_modifier.settings.problems import ProblemSource
@@ -201,12 +202,12 @@ def test_as_many_tokens_are_collected_as_are_left_without_repeated_tails(
         selection, "repeated_tail", lambda ids, finish_reason: 6 * (finish_reason == "length")
     )  # of each completion that was cut at 12 tokens
     sampling = SamplingSettings(max_new_tokens=12, batch_size=4, temperature=1.0)
-    asked = (ALONE, model, tokenizer, tmp_path / "store.jsonl", ProblemSource(), sampling)
-    store = _collected(*asked, tokens=300, hashes=set())
+    asked = (model, tokenizer, tmp_path / "store.jsonl", ProblemSource(), sampling, 300)
+    store = collect_unused(*asked, set(), ALONE)
     assert store.counts.tokens > 300 + 6
     assert sum(trace.tokens for trace in fresh_traces(store, 0, 10**6)) >= 300
     used, whole = len(store), store.counts.tokens
-    more = _collected(*asked, tokens=300, hashes={store.sha256()})
+    more = collect_unused(*asked, {store.sha256()}, ALONE)
     assert len(more) > used
     assert more.counts.tokens >= whole + 300
     assert sum(trace.tokens for trace in fresh_traces(more, used, 10**6)) >= 300

@@ -25,9 +25,9 @@ from torch import distributed
 
 import rac_modifier  # noqa: F401 - registers the modifier
 from rac_modifier import cli
-from rac_modifier.checkpoint import saving
+from rac_modifier.checkpoint import files, saving
 from rac_modifier.errors import RacError
-from rac_modifier.llmcompressor import resume, solving
+from rac_modifier.llmcompressor import run as pruning_run
 
 Before = Callable[[], None]
 
@@ -128,13 +128,13 @@ def upstream(model: str, recipe: Path, output: str) -> Before:
 
 def group(call: int, how: Callable[..., None]) -> Before:
     """Do something instead of pruning a group."""
-    return at(solving, "solve_on_all_ranks", call, lambda *_: how())
+    return at(pruning_run, "solve_on_all_ranks", call, lambda *_: how())
 
 
 KILLS: dict[str, dict[int, Before]] = {
     "before the first file": {1: group(1, die)},
     "between two files": {0: group(3, die)},
-    "while a file is written": {0: at(resume, "save_file", 3, half_written)},
+    "while a file is written": {0: at(files, "save_file", 3, half_written)},
     "while the result is saved": {0: at(saving, "pack_checkpoint", 1, lambda *_: die())},
 }
 

@@ -1,13 +1,12 @@
 """What upstream's `oneshot` is given next to our recipe, and whole recipes: honoured or refused."""
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
 from llmcompressor.args import DatasetArguments, RecipeArguments
 from llmcompressor.modifiers.quantization import GPTQModifier
-from loguru import logger
 from transformers import AutoTokenizer
 
 from rac_modifier import RacError
@@ -27,23 +26,13 @@ from tests.tiny import save_tiny_experts, tiny_tokenizer
 NAME = "ReasoningAwareSparseGPTModifier"
 CALIBRATES = "ReasoningAwareCalibrationModifier"
 OTHER = "{% for m in messages %}<user><user>{{ m.content }}{% endfor %}<assistant>"
-INSTEAD = {
-    "dataset": "traces.problems",
-    "text_column": "traces.problems",
-    "num_calibration_samples": "calibration.tokens",
-    "max_seq_length": "calibration.max_sequence_tokens",
-    "shuffle_calibration_samples": "calibration.seed",
-    "batch_size": "calibration.batch_tokens",
-    "use_loss_mask": "calibration.prompt_weight",
-    "propagate_error": "always what the next layer is calibrated on",
-}
 
 
-def arguments(output_dir=None, stage=None, processor=None, recipe=None, **given):
+def arguments(output_dir=None, stage=None, processor=None, **given):
     """What `Oneshot` holds, without loading a model."""
     return SimpleNamespace(
         dataset_args=DatasetArguments(**given),
-        recipe_args=RecipeArguments(stage=stage, recipe=recipe),
+        recipe_args=RecipeArguments(stage=stage),
         output_dir=None if output_dir is None else str(output_dir),
         processor=processor,
     )
@@ -58,11 +47,8 @@ def test_every_argument_without_effect_is_refused_by_name_with_what_to_do():
     with pytest.raises(RacError) as caught:
         check_arguments(given, NAME, prunes=True)
     lines = str(caught.value).splitlines()
-    assert len(lines) == len(names)
-    for name in names:
-        (line,) = [line for line in lines if line.startswith(f"oneshot was given {name}='a value'")]
-        assert f"leave the {name} argument out; " in line
-        assert INSTEAD.get(name, "") in line
+    assert sorted(names) == sorted(line.split()[3].partition("=")[0] for line in lines)
+    assert all("argument out; data and batches are settings of the recipe" in x for x in lines)
 
 
 def test_defaults_and_what_is_honoured_pass():
@@ -77,20 +63,6 @@ def test_defaults_and_what_is_honoured_pass():
     check_arguments(arguments(), NAME, prunes=True)
     check_arguments(arguments(**honoured), NAME, prunes=True)
     check_arguments(arguments(propagate_error=False, sequential_prefetch=True), NAME, prunes=False)
-
-
-@dataclass
-class LaterArguments(DatasetArguments):
-    new_one: int = 0
-
-
-def test_an_argument_of_a_later_version_is_refused():
-    given = arguments()
-    given.dataset_args = LaterArguments()
-    check_arguments(given, NAME, prunes=True)
-    given.dataset_args = LaterArguments(new_one=7)
-    with pytest.raises(RacError, match=r"new_one=7.*does not know it"):
-        check_arguments(given, NAME, prunes=True)
 
 
 @pytest.mark.parametrize("pipeline", ["basic", "datafree"])
@@ -111,21 +83,6 @@ def test_an_output_folder_in_use_is_refused(tmp_path):
     check_arguments(arguments(tmp_path, stage="second"), NAME, prunes=True)
     with pytest.raises(RacError, match="full is in use"):  # the folder of a stage
         check_arguments(arguments(tmp_path, stage="full"), NAME, prunes=True)
-
-
-def test_a_stage_that_upstream_does_not_read_is_named(tmp_path):
-    warnings = []
-    sink = logger.add(warnings.append, format="{message}", level="WARNING")
-    stage = "a_stage: {pruning_modifiers: {ReasoningAwareSparseGPTModifier: {sparsity: 0.5}}}"
-    (tmp_path / "r.yaml").write_text(
-        f"{stage}\nquant_stag: {{q_modifiers: {{GPTQModifier: {{}}}}}}"
-    )
-    for recipe in (str(tmp_path / "r.yaml"), stage):
-        check_arguments(arguments(recipe=recipe), NAME, prunes=True)
-    logger.remove(sink)
-    assert [line.partition(":")[0] for line in warnings] == [
-        "llm-compressor does not read quant_stag"
-    ]
 
 
 @pytest.mark.usefixtures("nothing_is_sampled")

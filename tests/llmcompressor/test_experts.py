@@ -1,7 +1,5 @@
 """Which modules are routed experts, what they read, and what is said of their tokens."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,10 +9,9 @@ from loguru import logger
 from transformers import AutoModelForCausalLM
 
 from rac_modifier import RacError
-from rac_modifier.llmcompressor.experts import ExpertReport, find_experts, only_routed_tokens
+from rac_modifier.llmcompressor.experts import find_experts, only_routed_tokens, report_tokens
 from rac_modifier.pruning.routed_tokens import ExpertTokens
-from rac_modifier.settings.entries import PruningEntry
-from tests.tiny import EXPERTS, entry, linears, save_tiny_experts, tiny_model
+from tests.tiny import EXPERTS, linears, save_tiny_experts, tiny_model
 
 LAYER = "model.layers.0.mlp.experts"
 
@@ -101,9 +98,6 @@ def test_each_expert_runs_on_its_own_tokens_only(model):
     torch.testing.assert_close(every, routed)
 
 
-# the report
-
-
 @pytest.fixture
 def said():
     lines = []
@@ -114,63 +108,23 @@ def said():
     logger.remove(handler)
 
 
-def report(has_experts=True, **settings) -> ExpertReport:
-    return ExpertReport(PruningEntry(**entry(**settings)), has_experts)
-
-
 def test_starved_experts_are_named(said):
-    made = report(expert_floor=100)
-    routed = [400, 30, 100, 0, 250, 9, 8, 7, 6, 5]
-    made.use_order("group", "order: auto")
-    made.add(
-        LAYER, {f"{LAYER}.{i}": ExpertTokens(n, max(100 - n, 0)) for i, n in enumerate(routed)}
-    )
-    record = made.record()["experts"]
-    assert (record["calibrated on"], record["floor"]) == ("routed", 100)
-    layer = record["layers"][LAYER]
-    assert layer["routed"] == {"least": 0, "median": 8.5, "most": 400}
-    assert layer["starved"] == {
-        f"{LAYER}.{i}": {"routed": routed[i], "added": 100 - routed[i]}
-        for i in (1, 3, 5, 6, 7, 8, 9)
+    routed = [400, 30, 100, 0, 250, 9]
+    tokens = {
+        f"{LAYER}.{i}": ExpertTokens(n, max(100 - n, 0), i == 5) for i, n in enumerate(routed)
+    }
+    record = report_tokens(LAYER, tokens, 100)
+    assert record["routed"] == {"least": 0, "median": 65.0, "most": 400}
+    assert record["starved"] == {
+        f"{LAYER}.{i}": {"routed": routed[i], "added": 100 - routed[i], "evenly": i == 5}
+        for i in (1, 3, 5)
     }
     (line,) = [line for line in said if line.startswith("WARNING")]
     assert "expert_floor (100)" in line
-    assert "are routed to 7 experts; the nearest ones were added" in line
+    assert "are routed to 3 experts; evenly spread tokens" in line
 
 
-def test_tokens_that_were_added_without_asking_the_router_are_said_to_be_so():
-    made = report()
-    counts = {f"{LAYER}.0": ExpertTokens(1, 511, evenly=True), f"{LAYER}.1": ExpertTokens(900, 0)}
-    made.add(LAYER, counts)
-    starved = made.record()["experts"]["layers"][LAYER]["starved"]
-    assert starved == {f"{LAYER}.0": {"routed": 1, "added": 511, "evenly": True}}
-
-
-def test_layer_by_layer_says_that_all_tokens_are_used(said):
-    made = report(reconstruct="pruned")
-    made.use_order("layer", "tracing failed: x")
-    why = "layer by layer (tracing failed: x)"
-    assert made.record() == {"experts": {"calibrated on": "all", "why": why, "layers": {}}}
-    assert any(line.startswith("WARNING experts: routed needs the model cut") for line in said)
-
-
-@pytest.mark.parametrize(("name", "value"), [("experts", "all"), ("expert_floor", 64)])
-def test_what_a_model_without_experts_does_not_use_is_refused(name, value):
-    with pytest.raises(
-        RacError, match=rf"{name}: .*{value}.* has no effect here: no routed expert"
-    ):
-        report(False, **{name: value}).check(None)
-    report(True, **{name: value}).check(None)
-    report(False).check(None)
-    assert report(False).record() == {}
-
-
-@pytest.mark.parametrize("switch", [False, True])
-def test_upstreams_switch_against_all_experts(switch):
-    given = SimpleNamespace(dataset_args=SimpleNamespace(moe_calibrate_all_experts=switch))
-    report().check(given)
-    if switch:
-        report(experts="all").check(given)
-    else:
-        with pytest.raises(RacError, match="experts: all; leave one of them out"):
-            report(experts="all").check(given)
+@pytest.mark.usefixtures("nothing_is_sampled")
+def test_a_floor_without_experts_is_refused(prune):
+    with pytest.raises(RacError, match="expert_floor: 64 has no effect here: no routed expert"):
+        prune(expert_floor=64)

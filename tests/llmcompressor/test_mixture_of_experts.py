@@ -6,8 +6,7 @@ from llmcompressor import oneshot
 from transformers import AutoModelForCausalLM
 
 import rac_modifier
-from rac_modifier import RacError
-from rac_modifier.llmcompressor.solving import Run
+from rac_modifier.llmcompressor.run import Run
 from tests.llmcompressor.conftest import record_of
 from tests.llmcompressor.modifier_helpers import INT8, assert_same_weights, weights
 from tests.llmcompressor.test_resume import result
@@ -79,7 +78,7 @@ def test_the_record_has_the_tokens_of_each_expert(mixture):
     assert record["order"] == {"order": "group", "why": "order: auto", "reconstruct": "dense"}
     said, tokens = record["experts"], {row["name"]: row["tokens"] for row in record["modules"]}
     total = tokens["model.layers.0.self_attn.q_proj"]
-    assert (said["calibrated on"], said["floor"]) == ("routed", 512)
+    assert said["calibrated on"] == "routed"
     assert sorted(said["layers"]) == ["model.layers.0.mlp.experts", "model.layers.1.mlp.experts"]
     for name, layer in said["layers"].items():
         own = [tokens[f"{name}.{number}.down_proj"] for number in range(EXPERTS)]
@@ -101,23 +100,10 @@ def test_quantized_experts_are_pruned_and_rounded(base):
     assert_close(rac_modifier.load_model(folder, dtype="float32"), model)
 
 
-@pytest.mark.parametrize(
-    ("settings", "order"),
-    [
-        ({"experts": "all"}, ("group", "dense")),
-        (
-            {"oneshot_options": {"sequential_targets": ["Qwen3MoeDecoderLayer"]}},
-            ("layer", "pruned"),
-        ),
-    ],
-)
-def test_every_expert_gets_all_tokens_if_asked_for_or_layer_by_layer(base, settings, order):
-    folder, _ = run(base[0], name=f"all-{order[0]}", **settings)
+def test_every_expert_gets_all_tokens_layer_by_layer(base):
+    folder, _ = run(base[0], name="all", preset="paper")
     record = record_of(folder)
-    assert (record["order"]["order"], record["order"]["reconstruct"]) == order
-    assert record["experts"]["calibrated on"] == "all"
-    assert "floor" not in record["experts"]
-    assert order[0] == "group" or "sequential_targets" in record["experts"]["why"]
+    assert record["experts"] == {"calibrated on": "all", "layers": {}}
     assert len({row["tokens"] for row in record["modules"]}) == 1
 
 
@@ -131,12 +117,6 @@ def test_a_part_of_the_experts_can_be_left_dense_whatever_upstreams_switch_says(
         assert is_2of4(module.weight) is not dense, name
         if "layers.0" in name and not dense:
             assert torch.equal(module.weight, base[1].get_submodule(name).weight), name
-
-
-def test_all_experts_and_only_the_routed_ones_contradict_each_other(base):
-    options = {"moe_calibrate_all_experts": False}
-    with pytest.raises(RacError, match="moe_calibrate_all_experts=False, and the recipe has exp"):
-        run(base[0], name="both", experts="all", oneshot_options=options)
 
 
 def test_a_run_killed_among_experts_ends_with_the_same_bytes(base, monkeypatch):

@@ -30,8 +30,8 @@ def loaded() -> type:
 def test_it_is_in_place_for_its_session_only():
     with create_session() as ours, create_session() as second:
         assert loaded() is SequentialPipeline
-        put_in_place(second, SessionRun(None))
-        put_in_place(ours, SessionRun(None))
+        put_in_place(second, SessionRun(None, None, None))
+        put_in_place(ours, SessionRun(None, None, None))
         assert loaded() is ReasoningAwareSequentialPipeline
         with create_session():
             assert loaded() is SequentialPipeline

@@ -62,7 +62,7 @@ def test_what_other_modifiers_may_be_next_to_ours(
 
 def test_a_failed_run_leaves_nothing_behind_that_breaks_the_next(prune, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("rac_modifier.llmcompressor.solving.solve_groups", None)
+        patch.setattr("rac_modifier.llmcompressor.run.solve_groups", None)
         with pytest.raises(TypeError):
             prune()
     assert all(is_2of4(m.weight) for m in linears(prune(preset="paper")).values())

@@ -8,12 +8,12 @@ import torch
 import rac_modifier
 from rac_modifier import RacError
 from rac_modifier.llmcompressor import calibration_modifier, recovery_stage
-from rac_modifier.llmcompressor.recovery_stage import before_sampling, split_traces
+from rac_modifier.llmcompressor.recovery_stage import split_traces
 from rac_modifier.recovery import memory
 from rac_modifier.traces.store import TraceStore
 from tests.llmcompressor.conftest import record_of
 from tests.llmcompressor.modifier_helpers import gptq_w4, int4
-from tests.tiny import linears, tiny_tokenizer
+from tests.tiny import linears
 
 RECOVER = {
     "tokens": 600,
@@ -117,7 +117,6 @@ def test_too_little_text_is_refused_before_anything_is_sampled(prune, tmp_path):
     with pytest.raises(RacError, match=r"short\.txt' has \d+ tokens, .* name a longer text"):
         prune(recover=RECOVER | text, traces={"store": str(tmp_path / "new.jsonl")})
     assert not (tmp_path / "new.jsonl").exists()
-    assert before_sampling(None, tiny_tokenizer, None) == []
 
 
 @pytest.mark.parametrize("entry", ["prune", "calibrate"])

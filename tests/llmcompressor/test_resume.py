@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from rac_modifier import RacError
+from rac_modifier.checkpoint import files
 from rac_modifier.llmcompressor import resume
 from rac_modifier.llmcompressor.resume import Resume
 from rac_modifier.settings.traces import TraceSettings
@@ -227,7 +228,7 @@ def test_a_full_disk_loses_nothing(prune, pruned, solved, tmp_path, monkeypatch)
             raise OSError(28, "No space left on device")
         save_file(tensors, path, metadata)
 
-    monkeypatch.setattr(resume, "save_file", full)
+    monkeypatch.setattr(files, "save_file", full)
     with pytest.raises(RacError, match=r"cannot be kept .*No space left.*make room"):
         prune(output_dir=tmp_path / "out")
     assert len(list((tmp_path / "out.unfinished").iterdir())) == 3 + 1  # and about.json

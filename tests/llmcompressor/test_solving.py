@@ -7,9 +7,9 @@ import torch
 
 from rac_modifier.errors import RacError
 from rac_modifier.llmcompressor.quantizer import Quantizer
+from rac_modifier.llmcompressor.run import Run
 from rac_modifier.llmcompressor.solving import (
     Pruned,
-    Run,
     problems_per_call,
     solve_groups,
     solve_on_all_ranks,

@@ -18,7 +18,6 @@ from rac_modifier.llmcompressor.trained_codes import (
     LaterCodes,
     QuantizedCheckpoint,
     check_layers,
-    check_trainable,
     quantized_names,
 )
 from rac_modifier.recovery.distill import recover
@@ -197,16 +196,9 @@ def test_layers_that_are_not_trained_are_refused(tmp_path, scheme, options, stor
         check_layers(model, {*linears(model), *stored})
 
 
-@pytest.mark.parametrize(
-    ("part", "reason"),
-    [("weight_g_idx", "activation order"), ("weight_global_scale", "a second scale")],
-)
-def test_layouts_that_are_not_trained_are_refused_by_their_names(part, reason):
-    names = ["model.norm.weight", "a.b.weight_packed", f"a.b.{part}"]
-    with pytest.raises(RacError, match=rf"folder: a\.b has a {part}: .*{reason}"):
-        check_trainable(names, "folder")
-    check_trainable(names[:2], "folder")
-    assert quantized_names(names) == {"a.b"}
+def test_modules_are_quantized_that_have_scales_or_words():
+    names = ["model.norm.weight", "a.b.weight_packed", "a.c.weight_scale"]
+    assert quantized_names(names) == {"a.b", "a.c"}
 
 
 # codes of other modifiers

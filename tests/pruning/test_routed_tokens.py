@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rac_modifier.processes import Processes
-from rac_modifier.pruning.routed_tokens import ExpertTokens, all_rows, filled_up, routed_rows
+from rac_modifier.pruning.routed_tokens import ExpertTokens, filled_up, routed_rows
 from tests.meeting import together
 
 ALONE = Processes()
@@ -47,12 +47,6 @@ def test_free_tokens_are_added_up_to_the_floor(floor, near, expected, tokens):
     filled, counts = filled_up(ROWS, COUNTED, floor, ALONE, near)
     assert [rows.tolist() for rows in filled] == expected
     assert counts == tokens
-
-
-def test_all_rows_are_the_counted_ones():
-    rows, counts = all_rows(ROWS, COUNTED, ALONE)
-    assert [x.tolist() for x in rows] == ALL
-    assert counts == ExpertTokens(3, 21)
 
 
 SHARES = [[0], [1, 4], [2, 5, 3]]  # the numbers of the batches of each of three processes

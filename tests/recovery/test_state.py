@@ -4,8 +4,8 @@ import sys
 import pytest
 import torch
 
+from rac_modifier.checkpoint import files
 from rac_modifier.errors import RacError
-from rac_modifier.recovery import state as module
 from rac_modifier.recovery.state import Progress, hold, load_state, save_state
 from rac_modifier.recovery.student import Student
 
@@ -60,7 +60,7 @@ def test_a_full_disk_leaves_the_old_state(tmp_path, monkeypatch):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module, "save_file", full)
+    monkeypatch.setattr(files, "save_file", full)
     with pytest.raises(RacError, match=r"cannot be written \(.*No space left.*start the same"):
         save_state(tmp_path, Progress("key", 4), *trained(4))
     assert (tmp_path / "recovery.safetensors").read_bytes() == before

@@ -13,7 +13,7 @@ from rac_modifier.errors import RacError
 from rac_modifier.processes import Processes
 from rac_modifier.recovery.fixed_mask import FixedMask
 from rac_modifier.recovery.student import (
-    ShardedStudent,
+    Student,
     in_float32,
     recomputing,
 )
@@ -96,13 +96,11 @@ def test_a_model_whose_layers_are_unknown_is_refused():
         pass
     args = dict(model.named_parameters()), FixedMask(model), Processes(0, 2, torch.device("cpu"))
     with pytest.raises(RacError, match=r"Sequential has no layers .* leave torchrun out"):
-        ShardedStudent(model, *args)
+        Student.sharded(model, *args)
 
 
-def of_rank(rank: int, count: int) -> ShardedStudent:
-    student = ShardedStudent.__new__(ShardedStudent)
-    student.processes = Processes(rank, count)
-    return student
+def of_rank(rank: int, count: int) -> Student:
+    return Student(None, {}, Processes(rank, count))
 
 
 @pytest.mark.parametrize(("rows", "sizes"), [(6, [2, 2, 2]), (5, [2, 2, 1]), (2, [1, 1, 0])])

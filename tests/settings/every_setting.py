@@ -55,7 +55,6 @@ PLAIN = {"mask_structure": None, "sparsity": 0.5}
 PRUNED = [
     Row("sparsity", 0.7, PLAIN),
     Row("mask_structure", "1:4"),
-    Row("allocation", {"re:.*q_proj": 0.8}, PLAIN),
     Row("quantization.scheme", "W8A8", {"quantization": {"scheme": "FP8_DYNAMIC"}}),
     Row("quantization.config_groups", INT4_16, {"quantization": INT4}),
     Row("preset", "paper"),
@@ -65,7 +64,6 @@ PRUNED = [
     Row("iterations", 2),
     Row("dampening_frac", 0.5),
     Row("order", "layer", {"reconstruct": "pruned"}),
-    Row("experts", "all", {"calibration": {"tokens": 2000}}),
     Row("expert_floor", 64),
     Row("targets", ["re:.*mlp.*"]),
     Row("ignore", ["re:.*q_proj"]),

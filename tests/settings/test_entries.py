@@ -17,7 +17,6 @@ SETTINGS = [
     {"sparsity": 0.6, "preset": "fast", "dampening_frac": 0.1},
     {"sparsity": 0.6, "preset": "paper", "solver": "magnitude"},
     {"solver": "keep", "quantization": {"scheme": "W4A16"}},
-    {"sparsity": 0.5, "allocation": {"a": 0.25}},
     {"sparsity": 0.5, "calibration": {"mixture": "prompts@1"}, "traces": {"sampling": {"seed": 4}}},
     {"sparsity": 0.5, "calibration": {"mixture": "text:python-docs@1", "seed": 5}},
     {
@@ -80,12 +79,10 @@ NAMED = {"traces": {"sources": {"s": {"problems": {}, "select": {}}}}, **mixture
 REFUSED = [
     ("sparsity", 0.5, {}),
     ("sparsity", 0.5, KEEP),
-    ("allocation", {"a": 0.4}, KEEP),
     ("sparsity", 0.5, ALONE),
     ("mask_structure", "2:4", ALONE),
     ("iterations", 2, {"solver": "wanda"}),
     ("dampening_frac", 0.5, {**PAPER, "solver": "magnitude"}),
-    ("expert_floor", 64, {"experts": "all"}),
     ("expert_floor", 64, PAPER),
     ("traces.store", "other.jsonl", PROMPTS),
     ("traces.store", "other.jsonl", NAMED),

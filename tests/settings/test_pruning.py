@@ -39,9 +39,6 @@ def test_the_pattern(values, pattern):
         ({}, "unstructured needs one"),
         ({"solver": "keep", "mask_structure": "4:4"}, "N must be at least 1 and less than M"),
         ({"mask_structure": "2:4", "order": "layer"}, "set reconstruct: pruned, or order: auto"),
-        ({"sparsity": 0.5, "allocation": "kl"}, "such as {'re:.*down_proj': 0.4}"),
-        ({"sparsity": 0.5, "allocation": {}}, "allocation is {}, and must be shares by module"),
-        ({"sparsity": 0.5, "allocation": {"x": 1.0}}, "must lie strictly between 0 and 1"),
         ({"sparsity": 0.5, "dampening_frac": 0}, "greater than 0"),
         ({"sparsity": 0.5, "preset": ["paper"]}, "'quality', 'fast' or 'paper'"),
         (

@@ -1,0 +1,188 @@
+"""Recover a saved checkpoint: `rac recover`, with the stage that a recipe trains in."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+from loguru import logger
+from safetensors import SafetensorError
+
+from rac_modifier.checkpoint.files import TensorFiles
+from rac_modifier.checkpoint.quantization_config import (
+    CONFIG_FILE,
+    METHOD,
+    QUANTIZATION_KEY,
+    RAC_METHOD,
+    SparsityRecord,
+    weight_schemes,
+)
+from rac_modifier.checkpoint.record import RUN_RECORD_NAME
+from rac_modifier.checkpoint.saving import SavePlan, save_with_record
+from rac_modifier.errors import RacError
+from rac_modifier.files import read_json
+from rac_modifier.llmcompressor.recovery_stage import RecoveryStage
+from rac_modifier.llmcompressor.targets import sparse_modules
+from rac_modifier.llmcompressor.trained_codes import (
+    QuantizedCheckpoint,
+    check_layers,
+    quantized_names,
+)
+from rac_modifier.model_tools import on_accelerator
+from rac_modifier.processes import Processes
+from rac_modifier.recovery.teacher import check_dense, check_made_from
+from rac_modifier.sampling.engine import end_sampling, help_sampling
+from rac_modifier.settings.problems import ProblemSource
+from rac_modifier.settings.recovery import RecoverySettings
+from rac_modifier.settings.sampling import PromptSettings, SamplingSettings
+from rac_modifier.traces.collect import collect_traces
+from rac_modifier.traces.selection import fresh_traces, used_traces
+from rac_modifier.traces.store import TraceStore
+
+Load = Callable[[str], tuple[Any, Any]]  # a model and its tokenizer
+
+
+def recover_checkpoint(
+    dense: str,
+    sparse: Path,
+    output: Path,
+    settings: RecoverySettings,
+    processes: Processes,
+    load: Load,
+    store: Path | None,
+    problems: ProblemSource,
+    sampling: SamplingSettings,
+) -> tuple[float, float] | None:
+    """Train a checkpoint towards its dense model, and save it.
+
+    Args:
+        dense: folder or id of the dense model.
+        sparse: folder of the checkpoint.
+        output: folder of the result, new or empty.
+        load: loads a model by folder or id.
+        store: of the dense model's traces; missing traces are sampled into it.
+
+    Returns:
+        Held-out KL before and after; None on ranks other than the first.
+
+    Raises:
+        RacError: models that do not belong together, codes that cannot be trained, too little
+            memory, disk space or traces.
+    """
+    stored = _quantized_modules(sparse)
+    model, tokenizer = load(dense)
+    check_dense(model, dense)
+    pruned, _ = load(str(sparse))
+    check_layers(pruned, stored)
+    check_made_from(pruned, model)
+    structures = SparsityRecord.of(pruned.config.to_dict()).modules
+    checkpoint = QuantizedCheckpoint(pruned, model, structures)
+    modules, patterns = sparse_modules(pruned, checkpoint.quantized, checkpoint.pruned)
+    stage = RecoveryStage(
+        model,
+        settings,
+        lambda: tokenizer,
+        processes,
+        quantizes=bool(checkpoint.quantized),
+        keep=True,
+    )
+    path = sparse / RUN_RECORD_NAME
+    before = read_json(path) if path.is_file() else {}
+    stores = before.get("trace_stores") or {}
+    hashes = {str(entry.get("sha256")) for entry in stores.values()}
+    tokens = settings.reserved_tokens
+    traces = collect_unused(model, tokenizer, store, problems, sampling, tokens, hashes, processes)
+    stage.read_dense(model, fresh_traces(traces, used_traces(traces, hashes), tokens))
+    del model
+    recovery = stage.run(pruned, modules, checkpoint.quantized)
+    if not processes.is_first:
+        return None
+
+    name = "recovery" if "recovery" not in stores else f"recovery {len(stores)}"
+    about = {"path": str(traces.path), "sha256": traces.sha256(), "model": traces.header.model}
+    prompt = PromptSettings.of(traces.header.sampling).model_dump()
+    record = {
+        "method": "recover",
+        "recovered_from": str(sparse),
+        "recovery": recovery,
+        "trace_stores": {**stores, name: about},
+        "prompts": before.get("prompts") or {"recovery": prompt},
+    }
+    if patterns:  # none for a model that is quantized alone
+        first = next(iter(patterns.values()))
+        described = f"{first.describe()} (of the first module)"
+        record |= {"pattern": described, "mask_structure": first.mask_structure}
+    plan = SavePlan(
+        record=record,
+        patterns=patterns,
+        modules=modules,
+        storage="packed" if checkpoint.packs else "dense",
+        tokenizer=dense,
+        prepare=lambda *_: checkpoint.encode(),
+        after=[stage.remove],
+    )
+    pruned.config._name_or_path = dense
+    save_with_record(pruned, lambda: plan)
+    try:
+        tokenizer.save_pretrained(output)
+        pruned.save_pretrained(output)  # last: an output with a card is complete
+    except (OSError, SafetensorError, RacError) as error:
+        shutil.rmtree(output, ignore_errors=True)  # it was new or empty
+        raise RacError(
+            f"{output}: the recovered model cannot be written ({error}); what was trained "
+            f"is kept in {stage.folder}: make room, and run the same command again, which does "
+            "not train again"
+        ) from error
+    return recovery["kl_before"], recovery["kl_after"]
+
+
+def collect_unused(
+    model: Any,
+    tokenizer: Any,
+    path: Path | None,
+    problems: ProblemSource,
+    sampling: SamplingSettings,
+    tokens: int,
+    hashes: Collection[str],
+    processes: Processes,
+) -> TraceStore:
+    """Return a store of the dense model with `tokens` tokens that no run of `hashes` used."""
+    if not processes.is_first:
+        return TraceStore.read(help_sampling(model, tokenizer, processes))
+    budget, missing, used = tokens, 1, 0
+    with on_accelerator(model):
+        while missing > 0:
+            store = collect_traces(
+                model,
+                tokenizer,
+                path,
+                tokens=budget,
+                problems=problems,
+                sampling=sampling,
+                processes=processes,
+            )
+            used = used_traces(store, hashes)
+            missing = tokens - sum(trace.tokens for trace in fresh_traces(store, used, tokens))
+            budget = store.counts.tokens + missing
+    if used:
+        logger.info(f"{store.path}: its first {used:,} traces were used before; others are taken")
+    end_sampling(processes, str(store.path))
+    return store
+
+
+def _quantized_modules(sparse: Path) -> set[str]:
+    """Return the names of the quantized modules (RacError: another format's)."""
+    if not sparse.is_dir():
+        return set()
+    quantization = read_json(sparse / CONFIG_FILE).get(QUANTIZATION_KEY) or {}
+    if (method := quantization.get("quant_method", METHOD)) not in (METHOD, RAC_METHOD):
+        raise RacError(
+            f"{sparse}: quantized by {method!r}; recovery reads and writes {METHOD} alone: "
+            "quantize with llm-compressor"
+        )
+    if not weight_schemes(quantization):
+        return set()
+    with TensorFiles(sparse) as files:
+        return quantized_names(files.where)
