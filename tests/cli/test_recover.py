@@ -15,13 +15,7 @@ import rac_modifier
 from rac_modifier import cli
 from rac_modifier.cli.recover import _asked
 from rac_modifier.llmcompressor import recovery_stage
-from rac_modifier.llmcompressor.recover_checkpoint import collect_unused
-from rac_modifier.processes import ALONE
 from rac_modifier.recovery.training_loop import TrainingLoop
-from rac_modifier.settings.problems import ProblemSource
-from rac_modifier.settings.sampling import SamplingSettings
-from rac_modifier.traces import selection
-from rac_modifier.traces.selection import fresh_traces
 from rac_modifier.traces.store import TraceStore
 from tests import tiny
 from tests.checkpoint.checkpoint_helpers import dense_tensors
@@ -192,25 +186,6 @@ def test_a_store_that_is_not_there_is_named(tmp_path, trace_store):
         f"there is no trace store at {tmp_path / 'typo.jsonl'} yet: all traces are "
         "sampled, and kept there"
     ]
-
-
-def test_as_many_tokens_are_collected_as_are_left_without_repeated_tails(
-    tiny_folder, tmp_path, monkeypatch
-):
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_folder), tiny.tiny_tokenizer()
-    monkeypatch.setattr(
-        selection, "repeated_tail", lambda ids, finish_reason: 6 * (finish_reason == "length")
-    )  # of each completion that was cut at 12 tokens
-    sampling = SamplingSettings(max_new_tokens=12, batch_size=4, temperature=1.0)
-    asked = (model, tokenizer, tmp_path / "store.jsonl", ProblemSource(), sampling, 300)
-    store = collect_unused(*asked, set(), ALONE)
-    assert store.counts.tokens > 300 + 6
-    assert sum(trace.tokens for trace in fresh_traces(store, 0, 10**6)) >= 300
-    used, whole = len(store), store.counts.tokens
-    more = collect_unused(*asked, {store.sha256()}, ALONE)
-    assert len(more) > used
-    assert more.counts.tokens >= whole + 300
-    assert sum(trace.tokens for trace in fresh_traces(more, used, 10**6)) >= 300
 
 
 @pytest.mark.parametrize(

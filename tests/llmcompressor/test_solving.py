@@ -7,7 +7,6 @@ import torch
 
 from rac_modifier.errors import RacError
 from rac_modifier.llmcompressor.quantizer import Quantizer
-from rac_modifier.llmcompressor.run import Run
 from rac_modifier.llmcompressor.solving import (
     Pruned,
     problems_per_call,
@@ -21,10 +20,8 @@ from rac_modifier.pruning.hessian import Statistics
 from rac_modifier.quantization.grid import Grid
 from rac_modifier.settings.entries import PruningEntry
 from rac_modifier.settings.pattern import Pattern
-from tests.llmcompressor.conftest import record_of
 from tests.llmcompressor.modifier_helpers import int4
 from tests.meeting import together
-from tests.tiny import TOKENS, linears
 
 ROWS = {"q": 24, "k": 8, "v": 8, "down": 16}
 COLUMNS = 16
@@ -225,32 +222,3 @@ def test_training_starts_with_the_codes_that_are_saved(modules, batches, solver,
                 assert bool((result.master.unflatten(1, (-1, 4)) == 0).sum(-1).ge(2).all())
             else:
                 assert (result.master != 0).float().mean() > 0.99
-
-
-# a whole run
-
-
-def test_modules_that_no_token_reached_are_an_error(prune, monkeypatch):
-    original = Run.prune
-
-    def all_but_up(self, groups, per_call=None):
-        original(self, [g for g in groups if "up_proj" not in self.names[g.modules[-1]]])
-
-    monkeypatch.setattr(Run, "prune", all_but_up)
-    with pytest.raises(RacError, match=r"4 modules saw no calibration token, the first is .*gate"):
-        prune()
-
-
-def test_every_module_and_every_group_has_a_row_in_the_record(prune, pruned, tmp_path):
-    prune(output_dir=tmp_path / "layer", preset="paper")
-    by_layer = record_of(tmp_path / "layer")
-    assert pruned.record["method"] == "alps"
-    why = {"order": "group", "why": "order: auto", "reconstruct": "dense"}
-    assert pruned.record["order"] == why
-    for record in (pruned.record, by_layer):
-        assert {row["name"] for row in record["modules"]} == set(linears(pruned.model))
-        for row in record["modules"]:
-            assert row["tokens"] == TOKENS
-            assert row["sparsity"] == pytest.approx(0.5, abs=0.01)
-            assert 0 < row["relative_error"] < 1
-        assert record["time"]["seconds"] > 0
