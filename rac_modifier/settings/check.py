@@ -39,15 +39,12 @@ class Settings(BaseModel):
     model_config = ConfigDict(**CONFIG, frozen=True)
 
 
-def refuse_idle(settings: BaseModel, *rules: tuple[bool, str, str]) -> None:
-    """Refuse settings that have no effect and differ from their defaults.
+def idle_settings(settings: BaseModel, *rules: tuple[bool, str, str]) -> dict[str, str]:
+    """Return a line by setting that has no effect and differs from its default.
 
     A rule says whether it holds, names settings as "key.sub other", and tells why.
-
-    Raises:
-        RacError: with all such settings in one message.
     """
-    lines = []
+    lines = {}
     for holds, names, why in rules:
         for name in names.split() if holds else ():
             *groups, last = name.split(".")
@@ -57,9 +54,14 @@ def refuse_idle(settings: BaseModel, *rules: tuple[bool, str, str]) -> None:
                 continue
             if isinstance(value, BaseModel):
                 value = value.model_dump(mode="json", exclude_defaults=True)
-            lines.append(f"{name}: {value!r} has no effect {why}; leave it out")
-    if lines:
-        raise RacError("\n".join(lines))
+            lines[name] = f"{name}: {value!r} has no effect {why}; leave it out"
+    return lines
+
+
+def refuse_idle(settings: BaseModel, *rules: tuple[bool, str, str]) -> None:
+    """Refuse settings that have no effect (RacError: all of them)."""
+    if lines := idle_settings(settings, *rules):
+        raise RacError("\n".join(lines.values()))
 
 
 def check_settings(settings: type[S], values: Any, where: str) -> S:

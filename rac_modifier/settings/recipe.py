@@ -9,9 +9,12 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from loguru import logger
+from pydantic import ValidationError
+
 from rac_modifier.errors import RacError
 from rac_modifier.settings.check import check_settings
-from rac_modifier.settings.entries import ENTRIES, CalibrationEntry
+from rac_modifier.settings.entries import ENTRIES, KEEP_IDLE, CalibrationEntry
 from rac_modifier.settings.recipe_files import find_recipe, parse_yaml, read_yaml
 
 NAME = "ReasoningAwareSparseGPTModifier"
@@ -35,7 +38,7 @@ def load_recipe(named: str | Path, overrides: Sequence[str] = ()) -> dict[str, A
     """
     recipe = read_recipe(named)
     name, entry = find_named_entry(recipe, str(named))
-    apply_overrides(entry, overrides)
+    apply_overrides(entry, overrides, name)
     check_entry(entry, str(named), name)
     return dict(recipe)
 
@@ -140,13 +143,27 @@ def schema(name: str = NAME) -> str:
     return json.dumps(ENTRIES[name].model_json_schema(), indent=2) + "\n"
 
 
-def apply_overrides(entry: dict[str, Any], overrides: Sequence[str]) -> None:
+def apply_overrides(entry: dict[str, Any], overrides: Sequence[str], name: str = NAME) -> None:
     """Change settings in place, each written as `key.sub=value`; `null` takes a setting out.
+
+    An override of calibration.mixture drops what only the mixture before used, and logs it.
 
     Raises:
         RacError: an override that is not `key=value`, or names a setting below a value.
     """
-    set_values(entry, dict(map(_read_override, overrides)))
+    changes = dict(map(_read_override, overrides))
+    set_values(entry, changes)
+    if ("calibration", "mixture") not in changes:
+        return
+    try:
+        idle = ENTRIES[name].model_validate(entry, context=KEEP_IDLE).idle()
+    except ValidationError:  # `check_entry` reports it
+        return
+    for setting, line in idle.items():
+        path = tuple(setting.split("."))
+        if not any(changed[: len(path)] == path for changed in changes):
+            set_values(entry, {path: None})
+            logger.warning(f"{line.removesuffix('leave it out')}it is dropped")
 
 
 def set_values(entry: dict[str, Any], changes: dict[tuple[str, ...], Any]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 import yaml
+from loguru import logger
 
 from rac_modifier.errors import RacError
 from rac_modifier.settings.recipe import check_entry, find_named_entry, load_recipe, schema
@@ -155,6 +156,34 @@ def test_overrides_that_cannot_be(tmp_path, override, message):
 def test_a_key_that_is_no_text_is_refused():
     with pytest.raises(RacError, match=r"r\.yaml: "):
         check_entry({"sparsity": 0.5, 3: 4}, "r.yaml")  # type: ignore[dict-item]
+
+
+SAMPLED = {
+    "sparsity": 0.5,
+    "traces": {"store": "a.jsonl", "sampling": {"temperature": 1.0, "seed": 3}},
+    "calibration": {"tokens": 100, "prompt_weight": 0.5},
+}
+
+
+def test_a_mixture_that_is_set_drops_what_it_does_not_use_and_says_so(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(recipe(SAMPLED))
+    lines: list[str] = []
+    handler = logger.add(lines.append, format="{message}")
+    content = load_recipe(path, ["calibration.mixture=text@1"])
+    logger.remove(handler)
+    assert find_named_entry(content, "r")[1] == {
+        "sparsity": 0.5,
+        "calibration": {"tokens": 100, "mixture": "text@1"},
+    }
+    said = "".join(lines)
+    assert "calibration.prompt_weight: 0.5 has no effect" in said
+    assert "with a mixture without traces and prompts; it is dropped" in said
+    with pytest.raises(RacError, match=r"traces\.sampling\.temperature: 0.3 has no effect"):
+        load_recipe(path, ["calibration.mixture=prompts@1", "traces.sampling.temperature=0.3"])
+    path.write_text(recipe({**SAMPLED, "calibration": {"mixture": "text@1"}}))
+    with pytest.raises(RacError, match=r"traces: .* has no effect"):
+        load_recipe(path)  # in a file it stays an error
 
 
 @pytest.mark.parametrize(
