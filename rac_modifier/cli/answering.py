@@ -84,13 +84,11 @@ class Answering:
             ),
             (
                 bool(needless),
-                f"--{min(needless, default='')} needs a model folder, and servers alone are named; "
-                "leave it out",
+                f"--{min(needless, default='')} needs a model folder; leave it out",
             ),
             (
                 "precision" in written and bool(self.servers),
-                "--precision is for a model that is loaded here, and a server has one loaded; "
-                "leave it out",
+                "--precision is for a model that is loaded here; leave it out with --server",
             ),
             (
                 divergence and (self.serve or bool(self.servers)),
@@ -98,8 +96,7 @@ class Answering:
             ),
             (
                 self.serve and bool(self.servers),
-                f"--serve starts a server, and --server {', '.join(self.servers)} names one; leave "
-                "one of them out",
+                f"--serve and --server {', '.join(self.servers)}: leave one of them out",
             ),
             (
                 len(models) > 1 and (bool(self.servers) or self.path is not None),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from enum import StrEnum
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -29,13 +28,6 @@ if TYPE_CHECKING:
     from rac_modifier.evaluation.results import EvalResult, PairedDifference
     from rac_modifier.problems.source import Problem
     from rac_modifier.settings.sampling import SamplingSettings
-
-
-class TemplateName(StrEnum):
-    """What `--template` takes."""
-
-    CHAT = "chat"
-    NONE = "none"
 
 
 def evaluate(
@@ -73,7 +65,7 @@ def evaluate(
         str | None, typer.Option(help='for all models, "" for none; default: as in calibration')
     ] = None,
     template: Annotated[
-        TemplateName | None,
+        Literal["chat", "none"] | None,
         typer.Option(help="chat, or none for the bare question; default: as in calibration"),
     ] = None,
     thinking: Annotated[
@@ -109,7 +101,6 @@ def evaluate(
         bool,
         typer.Option("--divergence", help="instead: KL and top-1 agreement with the dense model"),
     ] = False,
-    plot: Annotated[Path | None, typer.Option(help="draw the results; .png, .svg or .pdf")] = None,
     card: Annotated[
         bool, typer.Option("--card", help="write the figures into README.md of the models")
     ] = False,
@@ -127,20 +118,17 @@ def evaluate(
     Example: rac eval reasoner reasoner-2of4 --problems 300 --cap 512
     """
     from rac_modifier.checkpoint.record import card_folder
+    from rac_modifier.evaluation.accuracy import check_problems
     from rac_modifier.evaluation.calibrated_prompt import choose_prompt, recorded_prompts
-    from rac_modifier.evaluation.report import (
-        divergence_table,
-        plot_bars,
-        plot_divergence,
-        plot_file,
-    )
+    from rac_modifier.evaluation.report import divergence_table
     from rac_modifier.evaluation.results import paired_difference, read_results
     from rac_modifier.evaluation.stopping import summary
     from rac_modifier.files import write_json_atomic
 
     models, written = models or [], _written_options(context)
-    protocol = Protocol(source, column, answer_column, problems, samples, cap, temperature, top_p)
-    protocol = protocol.with_preset(preset, written)
+    protocol = Protocol(
+        *(source, column, answer_column, problems, samples, cap, temperature, top_p, seed)
+    ).with_preset(preset, written)
     servers, names = tuple(server or ()), tuple(served_as or ())
     answering = Answering(servers, names, serve, concurrency, answers, precision)
     answering.check(models, written, divergence=divergence)
@@ -151,31 +139,27 @@ def evaluate(
     to_stdout = json_out == Path("-")
     if json_out is not None and not to_stdout and not json_out.absolute().parent.is_dir():
         raise RacError(f"--json {json_out}: its folder does not exist; create it first")
-    if not divergence:
-        protocol.check_installed()
     paired_with = [] if baseline is None or divergence else read_results(baseline)
-    if plot is not None:
-        plot_file(plot)
     carded = models if len(models) == 1 or paired_with else models[1:]
     folders = [card_folder(name) for name in carded] if card else []
     for name in models:
         check_model(resolve(name))
-    choice = choose_prompt(
+    prompt, described = choose_prompt(
         {name: recorded_prompts(resolve(name)) for name in models},
-        template=None if template is None else template.value,
+        template=template,
         system_prompt=system_prompt,
         thinking=thinking,
     )
-    sampling = protocol.sampling(choice.prompt, batch_size, seed, divergence=divergence)
-    asked = protocol.load(seed)
+    sampling = protocol.sampling(prompt, batch_size, divergence=divergence)
+    asked = protocol.load()
+    if not divergence:
+        check_problems(asked, protocol.verifiers())
 
     pairs: list[PairedDifference] = []
-    content: dict[str, Any] = {"prompt": choice.prompt.model_dump()}
+    content: dict[str, Any] = {"prompt": prompt.model_dump()}
     reference: dict[str, Any] | None = None
     if divergence:
         compared = _divergences(models, asked, sampling, precision)
-        if plot is not None:
-            plot_divergence(compared, plot)
         content["divergence"] = results = [result.as_dict() for result in compared]
         reference = {"label": models[0]}
         lines = [render_results(divergence_table(compared))]
@@ -183,30 +167,25 @@ def evaluate(
         answered = answering.run(
             models, asked, protocol.problem_source, sampling, protocol.verifiers()
         )
-        if plot is not None:
-            plot_bars(answered, plot)
         content["results"] = results = [result.as_dict() for result in answered]
-        content["protocol"] = protocol.record(len(asked))
+        content["protocol"] = protocol.record(len(asked), sampling)
         content["stopping"] = [summary(result.endings) for result in answered]
         first, *others = [*paired_with[:1], *answered]
         if pairs := [paired_difference(first, result) for result in others]:
             content["paired"] = [pair.as_dict() for pair in pairs]
             reference = first.as_dict()
         lines = _accuracy_lines(answered, pairs)
-    described = protocol.describe(len(asked))
+    on_preset = protocol.describe(len(asked))
     if to_stdout:
         print_json(content)
     else:
         counted = [] if models else ["Tokens are the counts of the servers."]
-        typer.echo("\n".join([*lines, *counted, choice.describe(), *described]))
+        typer.echo("\n".join([*lines, *counted, *described, *on_preset]))
         if json_out is not None:
             write_json_atomic(json_out, content)
     if card:
-        conditions = {
-            "source": protocol.source,
-            "prompt": choice.prompt.describe(),
-            "protocol": described,
-        }
+        conditions: dict[str, Any] = {"source": protocol.source, "prompt": prompt.describe()}
+        conditions["protocol"] = on_preset
         _write_cards(folders, results, pairs, conditions, reference)
         typer.echo(f"written into the model card of {', '.join(carded)}", err=to_stdout)
 

@@ -129,7 +129,7 @@ def _choose_activations(
         original, _ = load_on_accelerator(dense, Dtype.FLOAT32)
         check_original(model, original, layers)
     problems = held_out_problems(source, _SAMPLES, column=column)
-    prompt = choose_prompt({str(folder): recorded_prompts(str(folder))}).prompt
+    prompt, _ = choose_prompt({str(folder): recorded_prompts(str(folder))})
     sampling = SamplingSettings(max_new_tokens=_CAP, **prompt.model_dump())
     samples = sample_sequences(model, tokenizer, problems, sampling)
     choice = choose_activations(model, layers, samples, limit, original)
@@ -141,7 +141,7 @@ def _choose_activations(
     typer.echo(render_results(choice.table()))
     for reason, count in left_out.items():
         typer.echo(f"left out: {count} modules: {reason}")
-    typer.echo(f"{choice.describe()}\nwritten into config.json of {folder}")
+    typer.echo(f"written into config.json of {folder}")
 
 
 def render_report(report: CheckpointReport) -> str:

@@ -32,8 +32,6 @@ def check_model(source: str) -> None:
     is_path = folder.exists() or source.count("/") > 1 or source[0] in "./~"
     if is_path and (problem := folder_problem(folder)):
         raise refused(problem)
-    if not folder.is_dir() and (problem := _hub_problem(source)):
-        raise refused(f"no folder here, and {problem}")
     from transformers import AutoConfig, __version__  # takes seconds
 
     try:
@@ -41,30 +39,13 @@ def check_model(source: str) -> None:
     except (OSError, ValueError) as error:
         if "trust_remote_code" in str(error):
             raise RacError(
-                f"the model {source!r} brings code of its own (auto_map in its config.json), which "
-                f"is not run here; take a model of an architecture that transformers {__version__} "
-                "has"
+                f"the model {source!r} needs code of its own (auto_map in config.json), which is "
+                f"not run; take a model of an architecture that transformers {__version__} has"
             ) from error
         if folder.is_dir():
             step = f"transformers {__version__} must be able to read its config.json"
             raise refused(_first_line(error), step) from error
         raise refused(f"no folder here, and from the hub: {_first_line(error)}") from error
-
-
-def _hub_problem(name: str) -> str | None:
-    """Say why a model outside the cache cannot be downloaded; transformers waits 30 s."""
-    import httpx
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
-
-    try:
-        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
-            get_hf_file_metadata(hf_hub_url(name, "config.json"))
-    except (httpx.TransportError, OfflineModeIsEnabled) as error:
-        return f"the hub cannot be reached: {_first_line(error)}"
-    except (HfHubHTTPError, HFValidationError):  # transformers reports it
-        pass
-    return None
 
 
 def load_tokenizer(source: str, next_step: str = _SAVE_TOKENIZER) -> Any:
@@ -104,12 +85,8 @@ def load_on_accelerator(model: str, precision: Dtype) -> tuple[Any, Any]:
 
     loaded, tokenizer = load(model, precision)
     if (device := accelerator()) is not None:
-        check_fits(
-            loaded,
-            device,
-            "use a device with more memory, or hide it (CUDA_VISIBLE_DEVICES=) to compute "
-            "on the CPU",
-        )
+        step = "use a device with more memory, or CUDA_VISIBLE_DEVICES= to compute on the CPU"
+        check_fits(loaded, device, step)
         loaded = loaded.to(device)
     return loaded, tokenizer
 
@@ -128,20 +105,16 @@ def unpacked(source: str, precision: Dtype) -> Any:
             f"{source}: no weights are in it; complete the download, or save the model as "
             "safetensors"
         )
-    if (
-        not (folder / CONFIG_FILE).is_file()
-        or packed_format(read_json(folder / CONFIG_FILE)) is None
-    ):
-        return source
-    return load_model(source, dtype=precision.value)
+    config = folder / CONFIG_FILE
+    packed = config.is_file() and packed_format(read_json(config)) is not None
+    return load_model(source, dtype=precision.value) if packed else source
 
 
 def check_loading(source: str, precision: Dtype) -> None:
-    """Refuse a model that does not fit into the memory of the host while it is loaded (RacError).
+    """Refuse a model that does not fit into the host's memory while it is loaded (RacError).
 
-    The processes of a run share the pages of its files. Weights of another dtype, and experts,
-    which transformers merges, each process has for itself until pruning begins. A model that is not
-    in the hub's cache is not checked.
+    Processes share the pages of its files. Each converts weights to another dtype, and merges
+    experts, for itself. A model that is not in the hub's cache is not checked.
     """
     import psutil
     import torch
@@ -165,19 +138,12 @@ def check_loading(source: str, precision: Dtype) -> None:
             else:
                 shared += nbytes
     needed, available = shared + count * private, int(psutil.virtual_memory().available)
-    if needed <= available:
-        return
-    why, step = "", "use a machine with more memory"
-    if count > 1 and private:
-        why = (
-            f" in {count} processes, each with {private / 2**30:.1f} GiB of converted weights or "
-            "merged experts for itself,"
+    if needed > available:
+        fewer = f"start fewer than {count} processes, or " if count > 1 and private else ""
+        raise RacError(
+            f"loading {source} takes {needed / 2**30:.1f} GiB of the host's memory, and "
+            f"{available / 2**30:.1f} GiB are available: {fewer}use a machine with more memory"
         )
-        step = f"start fewer than {count} processes, or {step}"
-    raise RacError(
-        f"loading {source}{why} takes {needed / 2**30:.1f} GiB of the host's memory, and "
-        f"{available / 2**30:.1f} GiB are available: {step}"
-    )
 
 
 def subject_of(model: str) -> tuple[Any, Any]:
@@ -186,8 +152,7 @@ def subject_of(model: str) -> tuple[Any, Any]:
 
     source = resolve(model)
     check_model(source)
-    tokenizer = load_tokenizer(source)
-    return ModelIdentity.of_files(source), tokenizer
+    return ModelIdentity.of_files(source), load_tokenizer(source)
 
 
 def check_output(output: Path, source: str, *, keeps_groups: bool = False) -> None:
@@ -207,8 +172,7 @@ def check_output(output: Path, source: str, *, keeps_groups: bool = False) -> No
     check_output_folder(output, Path(source) if Path(source).is_dir() else None, 0)
     if size is None:
         logger.info(
-            f"{source} is not in the hub's cache yet: the disk is checked for room once "
-            "the model is loaded"
+            f"{source} is not in the hub's cache yet: the disk is checked once it is loaded"
         )
         return
     # the dense weights and the packed ones, while they are packed in place

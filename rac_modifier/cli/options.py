@@ -72,10 +72,7 @@ def printable(text: str) -> str:
 
 
 def render_table(head: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int = 1) -> str:
-    """Return a table as plain text: the same on a terminal, in a pipe and in a file.
-
-    The first `text_columns` columns and "note" are aligned to the left, numbers to the right.
-    """
+    """Return a table as plain text; the first `text_columns` and "note" are aligned to the left."""
     table = [[printable(cell) for cell in row] for row in (head, *rows)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = [
@@ -97,10 +94,7 @@ def render_results(table: ResultTable) -> str:
 
 @contextmanager
 def resumable(next_step: str | Callable[[], str]) -> Iterator[None]:
-    """Turn Ctrl-C in the body into one line on standard error and exit code 130.
-
-    A function as `next_step` is called after the interruption, and looks at what was written.
-    """
+    """Turn Ctrl-C in the body into one line, which ends in `next_step`, and exit code 130."""
     try:
         yield
     except KeyboardInterrupt:
@@ -111,9 +105,9 @@ def resumable(next_step: str | Callable[[], str]) -> Iterator[None]:
 
 
 def saving_step(output: Path, results: str) -> str:
-    """Return the next step after a command that saves a model was interrupted.
+    """Return the next step after Ctrl-C, for the files in the folder that a model is saved in.
 
-    The folder `output` was new or empty; the next run goes on from `results`, such as "the traces".
+    `results` are kept elsewhere, such as "the traces".
     """
     from rac_modifier.checkpoint.files import CONFIG_FILE
 

@@ -27,6 +27,7 @@ class Protocol:
         cap: most new tokens.
         temperature: None: greedy, or with --divergence the model's own.
         top_p: None: 0.95, or with --divergence the model's own.
+        seed: of the order of the problems, and of sampling.
         preset: where the values come from that no option sets.
         changed: by option that the user set, the preset's value.
     """
@@ -39,6 +40,7 @@ class Protocol:
     cap: int
     temperature: float | None
     top_p: float | None
+    seed: int
     preset: Preset | None = None
     changed: Mapping[str, Any] = field(default_factory=dict)
 
@@ -80,32 +82,19 @@ class Protocol:
             )
         return protocol
 
-    def check_installed(self) -> None:
-        """Refuse a preset whose answers cannot be checked, before its problems are loaded."""
-        if self.preset is not None and not self.verifiers():
-            from rac_modifier.problems.answer_checker import check_installed
-
-            check_installed("mathematics")
-
-    def where(self) -> dict[str, Any]:
-        """Return the fields of `ProblemSource` that say where the problems come from."""
-        from rac_modifier.settings.problems import ProblemSource
-
-        fields = {"source": self.source, "column": self.column, "answer_column": self.answer_column}
-        if self.preset is None or ProblemSource(source=self.source).is_file:
-            return fields
-        # a mirror of the dataset has its splits, but not its configurations
-        config = self.preset.config if self.source == self.preset.source else None
-        return {**fields, "split": self.preset.split, "config": config}
-
     @property
     def problem_source(self) -> ProblemSource:
         """Return where the problems come from."""
         from rac_modifier.settings.problems import ProblemSource
 
-        return ProblemSource(**self.where())
+        fields: dict[str, Any] = {"column": self.column, "answer_column": self.answer_column}
+        if self.preset is not None and not ProblemSource(source=self.source).is_file:
+            fields["split"] = self.preset.split
+            if self.source == self.preset.source:  # a mirror has no configurations
+                fields["config"] = self.preset.config
+        return ProblemSource(source=self.source, **fields)
 
-    def load(self, seed: int) -> list[Problem]:
+    def load(self) -> list[Problem]:
         """Return the problems, in an order that the seed decides.
 
         Raises:
@@ -115,42 +104,32 @@ class Protocol:
 
         if (preset := self.preset) is None:
             assert self.problems is not None
-            return held_out_problems(count=self.problems, seed=seed, **self.where())
+            columns = {"column": self.column, "answer_column": self.answer_column}
+            return held_out_problems(self.source, self.problems, self.seed, **columns)
         try:
-            return benchmark_problems(self.problem_source, preset.layout, seed, self.problems)
+            return benchmark_problems(self.problem_source, preset.layout, self.seed, self.problems)
         except RacError as error:
             asks = preset.access and "source" not in self.changed
             access = f" ({preset.access})" if asks else ""
             raise RacError(
-                f"--preset {preset.name}: {error}. Its problems are those of {preset.source}"
+                f"--preset {preset.layout.task}: {error}. Its problems are those of {preset.source}"
                 f"{access}; a copy with the same columns is read with --source FILE"
             ) from error
 
-    def limits(self) -> dict[str, Any]:
-        """Return the sampling where answers are checked: cap, temperature and top-p."""
-        from rac_modifier.evaluation.accuracy import TOP_P
-
-        top_p = TOP_P if self.top_p is None else self.top_p
-        return {"max_new_tokens": self.cap, "temperature": self.temperature or 0.0, "top_p": top_p}
-
     def sampling(
-        self, prompt: PromptSettings, batch_size: int, seed: int, *, divergence: bool = False
+        self, prompt: PromptSettings, batch_size: int, *, divergence: bool = False
     ) -> SamplingSettings:
-        """Return the settings, with `divergence` the model's own for None (RacError: a range)."""
+        """Return the settings of sampling (RacError: out of range)."""
+        from rac_modifier.evaluation.accuracy import TOP_P
         from rac_modifier.settings.check import check_settings
         from rac_modifier.settings.sampling import SamplingSettings
 
-        values = {
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "max_new_tokens": self.cap,
-            "samples_per_problem": self.samples,
-            "batch_size": batch_size,
-            "seed": seed,
-            **prompt.model_dump(),
-        }
+        values: dict[str, Any] = {"temperature": self.temperature, "top_p": self.top_p}
         if not divergence:
-            values |= {"top_k": 0, **self.limits()}
+            top_p = TOP_P if self.top_p is None else self.top_p
+            values = {"temperature": self.temperature or 0.0, "top_p": top_p, "top_k": 0}
+        values |= {"max_new_tokens": self.cap, "samples_per_problem": self.samples}
+        values |= {"seed": self.seed, "batch_size": batch_size, **prompt.model_dump()}
         return check_settings(SamplingSettings, values, "rac eval")
 
     def verifiers(self) -> dict[str, Verifier]:
@@ -164,7 +143,7 @@ class Protocol:
         if self.preset is None:
             return []
         text = (
-            f"Preset {self.preset.name}: {count} problems, {self.samples} "
+            f"Preset {self.preset.layout.task}: {count} problems, {self.samples} "
             f"answer{'s' if self.samples > 1 else ''} each, temperature {self.temperature or 0:g}, "
             f"top-p {self.top_p:g}, at most {self.cap:,} new tokens."
         )
@@ -174,10 +153,16 @@ class Protocol:
         different = [f"{name.replace('_', '-')} is {value!r}" for name, value in changed.items()]
         return [f"{text} Not as published ({', '.join(different)} there)." if different else text]
 
-    def record(self, count: int) -> dict[str, Any]:
+    def record(self, count: int, sampling: SamplingSettings) -> dict[str, Any]:
         """Return plain values for JSON: what was asked, how, and what the preset has instead."""
-        values = {**self.where(), "problems": count, "samples": self.samples, **self.limits()}
+        columns = {"source", "column", "answer_column", "split", "config"}
+        values = {
+            **self.problem_source.model_dump(include=columns),
+            "problems": count,
+            "samples": self.samples,
+            **sampling.model_dump(include={"max_new_tokens", "temperature", "top_p"}),
+        }
         if (preset := self.preset) is not None:
             published = {"problems": preset.problems, **self.changed}
-            values |= {"preset": preset.name, "published": published}
+            values |= {"preset": preset.layout.task, "published": published}
         return values

@@ -43,7 +43,6 @@ def evaluate(
     path: Path | None = None,
     engine: EngineSettings | None = None,
     verifiers: Mapping[str, Verifier] | None = None,
-    progress: bool = True,
 ) -> EvalResult:
     """Measure accuracy, thinking length, endings and speed over `problems`.
 
@@ -54,13 +53,11 @@ def evaluate(
         tokenizer: the model's tokenizer.
         problems: each with an answer; ids distinct.
         label: the result's name in tables.
-        source: where the problems come from, for the header of the file.
-        sampling: temperature, cap, seed, answers per problem (`samples_per_problem`). An answer
-            cut off at the cap is unfinished, and right only if it already holds the answer.
+        source: of the problems, for the header of the file.
+        sampling: an answer that reaches `max_new_tokens` is right only if it holds the answer.
         path: a .jsonl file; default: `default_path`.
         engine: servers; None is the model in this process.
         verifiers: by task name, a function that compares answers instead of math-verify.
-        progress: show a bar.
 
     Raises:
         RacError: problems that cannot be graded; a file of another model, engine or other
@@ -96,14 +93,12 @@ def evaluate(
                 chosen,
                 iter(problems),
                 lambda problem: render_question(tokenizer, problem.question, sampling),
-            ).run(None, progress)
+            ).run(None, progress=True)
     return summarise(
         _stored_rows(store, tokenizer, problems, sampling.samples_per_problem, verifiers),
         label=label,
         seconds=time.monotonic() - started,
-        cap=sampling.max_new_tokens,
-        temperature=sampling.temperature or 0.0,
-        seed=sampling.seed,
+        sampling=sampling,
         generated=store.counts.completion_tokens - before,
     )
 
@@ -123,11 +118,10 @@ def default_path(
 
 
 def check_problems(problems: Sequence[Problem], verifiers: Mapping[str, Verifier]) -> None:
-    """Check that problems can be graded; `verifiers` replace math-verify for their tasks.
+    """Refuse problems that cannot be graded; `verifiers` replace math-verify for their tasks.
 
     Raises:
-        RacError: no problems, a problem without an answer, an id twice, or math-verify is not
-            installed.
+        RacError: no problems, one without an answer, an id twice, or no math-verify.
     """
     if not problems:
         raise RacError(

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,17 +21,14 @@ from torch import Tensor
 from rac_modifier.checkpoint.dense_codes import OF_VOCABULARY, why_not_codes
 from rac_modifier.checkpoint.quantization_config import (
     CONFIG_FILE,
-    METHOD,
     QUANTIZATION_KEY,
-    RAC_METHOD,
     packed_format,
     weight_schemes,
 )
 from rac_modifier.checkpoint.record import RUN_RECORD_NAME
 from rac_modifier.errors import RacError
-from rac_modifier.evaluation.divergence import check_ids
+from rac_modifier.evaluation.divergence import DenseReference
 from rac_modifier.evaluation.report import ResultTable
-from rac_modifier.evaluation.run_divergence import DenseReference
 from rac_modifier.evaluation.teacher_forcing import TokenSequence, check_sequences
 from rac_modifier.files import read_json
 from rac_modifier.kernels.cpu import UNIT, encoding_of
@@ -41,10 +38,6 @@ from rac_modifier.kernels.plan import PlanRow, plan_checkpoint, plan_dense_codes
 from rac_modifier.model_tools import evaluating
 
 LEVELS = {8: 127, 16: 127 * 256 + 127}  # the largest integer of x (csrc/gemm/kernel.h)
-_STEP = (
-    "give the folder of a packed int8 or int4 checkpoint, or of a dense W4A16 one of "
-    "compressed-tensors"
-)
 
 
 @dataclass(frozen=True)
@@ -58,27 +51,8 @@ class IntegerLayer:
 
     module: str
     block: int
-    own_error: float | None
+    own_error: float | None = None
     error: float = float("nan")
-
-    @classmethod
-    def of(
-        cls,
-        module: str,
-        stored: torch.dtype,
-        group: int,
-        columns: int,
-        own_error: float | None,
-        word_bits: int = 4,
-    ) -> Self | None:
-        """Return the layer of values of dtype `stored`, in int32 words of `word_bits` bits.
-
-        None where the CPU kernels multiply floats, and for a routed expert.
-        """
-        encoding = encoding_of(stored, group, columns, torch.bfloat16, word_bits)
-        if EXPERT.search(module) or encoding.dtype != torch.int8:
-            return None
-        return cls(module, block_of(columns, group, UNIT[encoding.bits]), own_error)
 
     @property
     def share(self) -> float:
@@ -89,16 +63,15 @@ class IntegerLayer:
 def layers_of(folder: Path, *, recorded: bool = True) -> tuple[list[IntegerLayer], dict[str, int]]:
     """Return the linear layers of a checkpoint that the CPU kernels multiply as integers.
 
-    Also return how many other compressed modules keep 16 bits for each reason. No weight is
-    read. `recorded`: with the own errors of its run record.
+    Also count the other compressed modules by the reason why they keep 16 bits. `recorded`: with
+    the own errors of the run record.
 
     Raises:
         RacError: no checkpoint with such layers, or its run record lacks an error.
     """
     if not (folder / CONFIG_FILE).is_file():
         raise RacError(
-            f"{folder}: no folder of a checkpoint; {_STEP} (hf download ID --local-dir FOLDER "
-            "makes one)"
+            f"{folder}: no folder of a checkpoint; hf download ID --local-dir FOLDER makes one"
         )
     config = read_json(folder / CONFIG_FILE)
     if packed_format(config) is not None:
@@ -106,9 +79,9 @@ def layers_of(folder: Path, *, recorded: bool = True) -> tuple[list[IntegerLayer
     else:
         _check_dense(folder, config)
         rows = plan_dense_codes(folder)
-    read = {row.module: _layer(row) for row in rows}
-    layers = [layer for layer in read.values() if isinstance(layer, IntegerLayer)]
-    left_out = {module: reason for module, reason in read.items() if isinstance(reason, str)}
+    planned = {row.module: _layer(row) for row in rows}
+    layers = [layer for layer in planned.values() if isinstance(layer, IntegerLayer)]
+    left_out = {module: why for module, why in planned.items() if isinstance(why, str)}
     if not layers:
         reasons = [f"{module}: {reason}" for module, reason in left_out.items()]
         raise RacError(
@@ -129,34 +102,42 @@ def _layer(row: PlanRow) -> IntegerLayer | str:
         return "heads and embeddings take 16 bits"
     if row.layer is None:
         return row.decision.reason
-    columns, group, stored = row.layer.columns, row.layer.group, row.layer.stored
+    columns, group = row.layer.columns, row.layer.group
     if columns % group:
         return f"its {columns} columns are no multiple of its groups of {group}"
-    layer = IntegerLayer.of(row.module, stored, group, columns, None, row.layer.word_bits)
-    return layer or "the kernels multiply its values as floats"
+    block = activation_block(row.layer.stored, group, columns, row.layer.word_bits)
+    return IntegerLayer(row.module, block) if block else "the kernels multiply its values as floats"
+
+
+def activation_block(
+    stored: torch.dtype, group: int, columns: int, word_bits: int = 4
+) -> int | None:
+    """Return the columns of x that share a scale; None where the kernels multiply floats.
+
+    `word_bits`: of a value in weights `stored` as int32 words.
+    """
+    encoding = encoding_of(stored, group, columns, torch.bfloat16, word_bits)
+    if encoding.dtype != torch.int8:
+        return None
+    return block_of(columns, group, UNIT[encoding.bits])
 
 
 def _check_dense(folder: Path, config: Mapping[str, Any]) -> None:
     """Refuse a checkpoint without dense weights of 2 to 4 bits, or with quantized activations."""
-    quantization = config.get(QUANTIZATION_KEY)
-    if not isinstance(quantization, Mapping):
-        raise RacError(f"{folder}: its weights are neither quantized nor packed; {_STEP}")
-    if (method := quantization.get("quant_method", METHOD)) not in (METHOD, RAC_METHOD):
-        raise RacError(f"{folder}: quantized by {method!r}, of which no layer is measured; {_STEP}")
-    reasons = {
-        s: why_not_codes(
-            s.kind, s.bits, s.strategy, s.format, activations=s.activations is not None
-        )
-        for s in weight_schemes(quantization)
-    }
+    schemes = weight_schemes(config.get(QUANTIZATION_KEY))
+    refused = []
+    for s in schemes:
+        rounds = s.activations is not None
+        if why := why_not_codes(s.kind, s.bits, s.strategy, s.format, activations=rounds):
+            refused.append(f"{why}: {s.describe()}")
     # which modules a scheme quantizes is not known from the tensors
-    rounds = any(scheme.activations is not None for scheme in reasons)
-    if rounds or None not in reasons.values():
-        refused = [f"{why}: {scheme.describe()}" for scheme, why in reasons.items() if why]
-        reason = refused[0] if refused else "it quantizes no weights"
+    rounds = any(scheme.activations is not None for scheme in schemes)
+    if rounds or len(refused) == len(schemes):
+        reason = refused[0] if refused else "config.json has no config_groups with weights"
         raise RacError(
             f"{folder}: no kernel multiplies its dense weights with rounded activations "
-            f"({reason}); {_STEP}"
+            f"({reason}); give the folder of a packed int8 or int4 checkpoint, or of a dense W4A16 "
+            "one of compressed-tensors"
         )
 
 
@@ -202,30 +183,18 @@ class ActivationChoice:
         divergence = {name: self.divergence[name] for name in names}
         return {"limit": self.limit, "source": source, "layers": layers, **divergence}
 
-    def describe(self) -> str:
-        """Describe the choice."""
-        count = f"{len(self.modules)} of {len(self.layers)} layers in 8 bits"
-        if not self.modules:
-            least = min((layer.share for layer in self.layers), default=float("inf"))
-            return (
-                f"{count}: 8 bits add at least {least:.3g} of a layer's own error, and the limit "
-                f"is {self.limit:g}; a larger limit takes more layers"
-            )
-        kl, agreement, tokens = (self.divergence[name] for name in ("kl", "agreement", "tokens"))
-        return (
-            f"{count}: KL {kl:.2e} nats per token from the model with none, and the most likely "
-            f"token is the same for {agreement:.2%} of {tokens:,}"
-        )
-
     def table(self) -> ResultTable:
-        """Return a row per layer."""
+        """Return a row per layer, and a note on the choice."""
         rows = tuple(
             (x.module, f"{x.error:.2e}", f"{x.own_error:.2e}", str(self._bits(x)))
             for x in self.layers
         )
+        kl, agreement, tokens = (self.divergence[name] for name in ("kl", "agreement", "tokens"))
         note = (
-            f"8 bits where they add at most {self.limit:g} of the layer's own error; both are "
-            "relative squared errors of its output."
+            f"{len(self.modules)} of {len(self.layers)} layers in 8 bits, where these add at most "
+            f"{self.limit:g} of the layer's own error (both relative squared errors of its "
+            f"output): KL {kl:.2e} nats per token from the model with none, and the most likely "
+            f"token is the same for {agreement:.2%} of {tokens:,}."
         )
         return ResultTable(("layer", "error of 8 bits", "own error", "bits"), rows, note)
 
@@ -278,8 +247,7 @@ def measure_activations(
         for i, output in enumerate(outputs):
             sums[layer.module][i] += float(output.square().sum(dtype=torch.float64))
 
-    check_sequences(sequences)
-    check_ids("quantized", model, sequences)
+    check_sequences(sequences, model)
     with _hooks(model, layers, add), evaluating(model):
         for ids, _ in sequences:
             model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False)
@@ -333,15 +301,12 @@ def check_original(model: Any, dense: Any, layers: Sequence[IntegerLayer]) -> No
     """
     modules, originals = dict(model.named_modules()), dict(dense.named_modules())
     for name in (layer.module for layer in layers if layer.module in modules):
-        if getattr(originals.get(name), "quantization_scheme", None) is not None:
+        original, shape = originals.get(name), _shape(modules[name])
+        quantized = getattr(original, "quantization_scheme", None) is not None
+        if quantized or not isinstance(original, torch.nn.Linear) or _shape(original) != shape:
             raise RacError(
-                f"{name}: quantized in the dense model too; name the model that was quantized"
-            )
-        ours, theirs = (_shape(of.get(name)) for of in (modules, originals))
-        if ours != theirs:
-            raise RacError(
-                f"{name}: {ours} here and {theirs} in the dense model; name the model that was "
-                "quantized"
+                f"{name}: no dense layer of shape {shape} in the dense model; name the model that "
+                "was quantized"
             )
     vectors = {name: p for name, p in dense.named_parameters() if p.dim() == 1}
     for name, vector in model.named_parameters():
@@ -354,7 +319,5 @@ def check_original(model: Any, dense: Any, layers: Sequence[IntegerLayer]) -> No
             )
 
 
-def _shape(module: Any) -> str:
-    if not isinstance(module, torch.nn.Linear):
-        return "no linear layer"
-    return f"[{module.out_features}, {module.in_features}]"  # a compressed layer has no weight yet
+def _shape(linear: Any) -> list[int]:
+    return [linear.out_features, linear.in_features]  # a compressed layer has no weight yet

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from loguru import logger
@@ -19,23 +18,8 @@ from rac_modifier.settings.sampling import PromptSettings, Template
 Prompts = Mapping[str, PromptSettings]
 
 
-@dataclass(frozen=True)
-class PromptChoice:
-    """The prompt settings for all models, and a line per model calibrated with others."""
-
-    prompt: PromptSettings
-    differences: tuple[str, ...]
-
-    def describe(self) -> str:
-        """Describe the prompt and each difference from the calibration, a line each."""
-        return "\n".join([f"Prompt: {self.prompt.describe()}.", *self.differences])
-
-
 def recorded_prompts(source: str) -> Prompts | None:
-    """Read a model's run record; None where there is none, as for a dense model.
-
-    Args:
-        source: a model folder or a Hugging Face id.
+    """Read the run record of a folder or hub id; None: there is none, as for a dense model.
 
     Raises:
         RacError: the run record is damaged.
@@ -50,9 +34,7 @@ def recorded_prompts(source: str) -> Prompts | None:
         return None
     recorded = read_json(path).get("prompts")
     if recorded is None:
-        logger.warning(
-            f"{path} does not record the prompt settings of the calibration; the defaults are used"
-        )
+        logger.warning(f"{path} records no prompt settings; the defaults are used")
         return None
     try:
         return {part: PromptSettings(**settings) for part, settings in recorded.items()}
@@ -69,14 +51,14 @@ def choose_prompt(
     template: Template | None = None,
     system_prompt: str | None = None,
     thinking: bool | None = None,
-) -> PromptChoice:
+) -> tuple[PromptSettings, list[str]]:
     """Choose the prompt settings for all models: None takes the recorded value of a setting.
 
+    Also return lines that describe them, and models that were calibrated with others.
     `recorded`: `recorded_prompts` by model. An empty system prompt is none.
 
     Raises:
-        RacError: several recorded values and none from the caller; a system prompt or `thinking`
-            without a template.
+        RacError: several recorded values and none from the caller.
     """
     by_name = {
         f"{model} ({part})" if len(prompts) > 1 else model: prompt
@@ -84,40 +66,29 @@ def choose_prompt(
         if prompts
         for part, prompt in prompts.items()
     }
-    if (template or _only("template", by_name)) == "none":
-        if system_prompt:
-            raise RacError(
-                f"system prompt {system_prompt!r} has no place without a chat template; leave "
-                "--system-prompt out, or use --template chat"
-            )
-        if thinking is not None:
-            raise RacError(
-                "--thinking and --no-thinking are for a chat template, and the questions are asked "
-                "without one; leave them out, or use --template chat"
-            )
-        chosen = PromptSettings(template="none")
+    if (template or _recorded_value("template", by_name)) == "none":
+        chosen = PromptSettings(template="none", system_prompt=system_prompt or None)
     else:
-        system = _only("system_prompt", by_name) if system_prompt is None else system_prompt
-        thinks = _only("thinking", by_name) if thinking is None else thinking
-        chosen = PromptSettings(template="chat", system_prompt=system or None, thinking=thinks)
-    differences = (
+        if system_prompt is None:
+            system_prompt = _recorded_value("system_prompt", by_name)
+        if thinking is None:
+            thinking = _recorded_value("thinking", by_name)
+        chosen = PromptSettings(system_prompt=system_prompt or None, thinking=thinking)
+    differences = [
         f"{name} was calibrated with another prompt: {prompt.describe()}."
         for name, prompt in by_name.items()
         if prompt.describe() != chosen.describe()
-    )
-    return PromptChoice(chosen, tuple(differences))
+    ]
+    return chosen, [f"Prompt: {chosen.describe()}.", *differences]
 
 
-def _only(field: str, by_name: Prompts) -> Any:
+def _recorded_value(field: str, by_name: Prompts) -> Any:
     """Return the recorded value of a field, or its default; refuse several values."""
     values = {getattr(prompt, field): name for name, prompt in by_name.items()}
     if len(values) > 1:
-        option = {"thinking": "--thinking or --no-thinking"}.get(
-            field, f"--{field.replace('_', '-')}"
-        )
         prompts = "; ".join(f"{name}: {by_name[name].describe()}" for name in values.values())
         raise RacError(
             "calibrated with different prompts, and all models must be asked with the same "
-            f"({prompts}); choose it with {option}"
+            f"({prompts}); choose it with --{field.replace('_', '-')}"
         )
     return next(iter(values), PromptSettings.model_fields[field].default)

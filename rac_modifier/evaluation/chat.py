@@ -1,7 +1,6 @@
 """Evaluate a server that is known by address and name alone: no model folder, no tokenizer.
 
-Each answer is appended to a file as it arrives, so that a killed evaluation goes on. At the end the
-file is rewritten in the order of the problems: kills do not change it.
+Each answer is appended to a file as it arrives, so that a killed evaluation goes on.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,7 +22,7 @@ from tqdm import tqdm
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.accuracy import check_problems, row_of_text
 from rac_modifier.evaluation.results import EvalResult, summarise
-from rac_modifier.files import lock, public_name, write_text_atomic
+from rac_modifier.files import lock, public_name
 from rac_modifier.problems.answers import Verifier
 from rac_modifier.problems.source import Problem
 from rac_modifier.sampling.chat_api import ChatAnswer, chat_body, read_chat
@@ -38,7 +37,16 @@ from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
 
 _FAILURES_OF_AN_OUTAGE = 16  # without an answer between them
-_ANSWER = TypeAdapter(ChatAnswer)
+
+
+@dataclass(frozen=True)
+class _Line(ChatAnswer):
+    """A line of the file of answers, after the header."""
+
+    id: str  # "<problem id>#<sample>"
+
+
+_HEADER, _LINE = TypeAdapter(dict[str, Any]), TypeAdapter(_Line)
 
 
 def evaluate_chat(
@@ -49,166 +57,129 @@ def evaluate_chat(
     sampling: SamplingSettings,
     path: Path | None = None,
     verifiers: Mapping[str, Verifier] | None = None,
-    progress: bool = True,
 ) -> EvalResult:
     """Measure what `evaluate` does, from the texts of a chat server and its token counts.
 
     Loops are counted in words. The result's label is the name under which the server has the model.
-
-    Args:
-        problems: each with an answer; ids distinct.
-        engine: one server, and the name of the model there.
-        source: where the problems come from; the file of answers is named after it.
-        sampling: temperature, top-p, cap, seed, answers per problem, system prompt, thinking.
-        path: the file of answers; default: in rac_answers/, named after server and settings.
-        verifiers: by task name, a function that compares answers instead of math-verify.
-        progress: show a bar.
+    `engine` holds one server; `path` is by default in rac_answers/, named after server and
+    settings.
 
     Raises:
-        RacError: problems that cannot be graded; a file of other settings, damaged, or in use; a
-            server that cannot be reached, counts no tokens, or left problems without an answer.
-            Answers so far are kept.
+        RacError: what `evaluate` raises; a server that counts no tokens; a damaged file.
     """
-    check_problems(problems, verifiers or {})
+    verifiers = verifiers or {}
+    check_problems(problems, verifiers)
+    samples = range(sampling.samples_per_problem)
+    asked = {f"{problem.id}#{i}": problem for problem in problems for i in samples}
     started = time.monotonic()
-    run = _ChatRun(problems, engine, source, sampling, path)
-    answers, generated = asyncio.run(run.answers(progress))
+    label, answers, tokens = asyncio.run(_answers(asked, engine, source, sampling, path))
     seconds = time.monotonic() - started
-    rows = []
-    for problem in problems:
-        verifier = (verifiers or {}).get(problem.task or "")
-        for i in range(sampling.samples_per_problem):
-            answer = answers[f"{problem.id}#{i}"]
-            row = row_of_text(
-                problem,
-                answer.text,
-                verifier,
-                finish=answer.finish_reason,
-                tokens=answer.tokens,
-                thinking_tokens=answer.thinking_tokens,
-            )
-            rows.append(row)
+    rows = [
+        row_of_text(
+            problem,
+            answers[key].text,
+            verifiers.get(problem.task or ""),
+            finish=answers[key].finish_reason,
+            tokens=answers[key].tokens,
+            thinking_tokens=answers[key].thinking_tokens,
+        )
+        for key, problem in asked.items()
+    ]
     return summarise(
         rows,
-        label=run.label,
+        label=label,
         seconds=seconds,
-        cap=sampling.max_new_tokens,
-        temperature=sampling.temperature or 0.0,
-        seed=sampling.seed,
-        generated=generated,
+        sampling=sampling,
+        generated=tokens,
     )
 
 
-class _ChatRun:
-    """Asks one server all problems; `label` is known after `answers`."""
-
-    label = ""
-
-    def __init__(
-        self,
-        problems: Sequence[Problem],
-        engine: EngineSettings,
-        source: ProblemSource,
-        sampling: SamplingSettings,
-        path: Path | None,
-    ):
-        self._engine, self._source, self._sampling = engine, source, sampling
-        self._path = path
-        self._questions = {
-            f"{problem.id}#{i}": problem.question
-            for problem in problems
-            for i in range(sampling.samples_per_problem)
+async def _answers(
+    asked: Mapping[str, Problem],
+    engine: EngineSettings,
+    source: ProblemSource,
+    sampling: SamplingSettings,
+    path: Path | None,
+) -> tuple[str, dict[str, ChatAnswer], int]:
+    """Return the model's public name, all answers by key, and the tokens of this run."""
+    server = ServerClient(engine.base_urls[0], engine)
+    try:
+        card = served_model(await server.list_models(), engine.model, server.url)
+        check_limit(card, None, sampling.max_new_tokens, server.url)
+        server.model = str(card["id"])
+        header = {
+            "server": server.url,
+            "model": public_name(server.model),
+            "sampling": sampling.model_dump(exclude={"batch_size"}),
+            "problems": source.model_dump(exclude={"limit"}),
         }
-
-    async def answers(self, progress: bool) -> tuple[dict[str, ChatAnswer], int]:
-        """Return the answers by "<problem id>#<sample>", and the tokens of this run."""
-        server = ServerClient(self._engine.base_urls[0], self._engine)
-        try:
-            card = served_model(await server.list_models(), self._engine.model, server.url)
-            check_limit(card, None, self._sampling.max_new_tokens, server.url)
-            server.model = str(card["id"])
-            self.label = public_name(server.model)
-            header: dict[str, Any] = {
-                "server": server.url,
-                "model": self.label,
-                "sampling": self._sampling.model_dump(exclude={"batch_size"}),
-                "problems": self._source.model_dump(exclude={"limit"}),
-            }
-            header = json.loads(_line(header))  # as it is read back
-            path = self._path or _default_path(header)
-            file, stored = _open_answers(path, header)
-            with file:
-                fresh = await self._ask_missing(server, file, stored, progress)
-                ordered = {key: stored[key] for key in self._questions} | stored
-                lines = (_line({"id": key, **asdict(a)}) for key, a in ordered.items())
-                write_text_atomic(path, _line(header) + "".join(lines))
-            return stored, fresh
-        finally:
-            await server.close()
-
-    async def _ask_missing(
-        self,
-        server: ServerClient,
-        file: BinaryIO,
-        stored: dict[str, ChatAnswer],
-        progress: bool,
-    ) -> int:
-        """Add the missing answers to `stored` and to the file; return their tokens."""
-        missing = [key for key in self._questions if key not in stored]
-        if len(stored):
-            logger.info(f"{file.name} holds {len(stored)} answers already: going on from there")
-        failed: dict[str, str] = {}
-        in_a_row, tokens, queue = 0, 0, iter(missing)
-        bar = tqdm(total=len(missing), desc=self.label, unit="answer", disable=not progress or None)
-
-        async def work() -> None:
-            nonlocal in_a_row, tokens
-            for key in queue:
-                try:
-                    answer = await self._ask(server, key)
-                except (UnusableError, RefusedError) as error:
-                    failed[key], in_a_row = str(error), in_a_row + 1
-                    if in_a_row == _FAILURES_OF_AN_OUTAGE:
-                        raise RacError(
-                            f"{in_a_row} answers in a row failed, the last one: {error}. Answers "
-                            f"so far are kept in {file.name}; see to the server, then run again"
-                        ) from error
-                    continue
-                in_a_row = 0
-                file.write(_line({"id": key, **asdict(answer)}).encode())
-                file.flush()
-                os.fsync(file.fileno())
-                stored[key], tokens = answer, tokens + answer.tokens
-                bar.update()
-
-        with bar:
-            await asyncio.gather(*(work() for _ in range(self._engine.concurrency)))
-        if failed:
-            key, reason = next(iter(failed.items()))
-            raise RacError(
-                f"{len(failed)} of {len(self._questions)} answers are missing (the first: "
-                f"{key!r}, {reason}); answers so far are kept in {file.name}: run again to "
-                "ask for the others"
-            )
-        return tokens
-
-    async def _ask(self, server: ServerClient, key: str) -> ChatAnswer:
-        question, cap = self._questions[key], self._sampling.max_new_tokens
-        body = chat_body(question, key, self._sampling)
-
-        def read(content: bytes, url: str) -> ChatAnswer:
-            return read_chat(content, cap, url)
-
-        return await ask([server], "/chat/completions", body, len(question) + cap, read)
+        digest = hashlib.sha256(_encoded(header)).hexdigest()
+        path = path or Path("rac_answers") / f"chat-{digest[:12]}.jsonl"
+        file, answers = _open_answers(path, header)
+        with file:
+            if answers:
+                logger.info(f"{path} holds {len(answers)} answers already: going on from there")
+            before = sum(answer.tokens for answer in answers.values())
+            missing = {key: problem for key, problem in asked.items() if key not in answers}
+            await _ask(server, missing, sampling, engine.concurrency, file, answers)
+        tokens = sum(answer.tokens for answer in answers.values()) - before
+        return header["model"], answers, tokens
+    finally:
+        await server.close()
 
 
-def _default_path(header: Mapping[str, Any]) -> Path:
-    digest = hashlib.sha256(_line(header).encode()).hexdigest()
-    return Path("rac_answers") / f"chat-{digest[:12]}.jsonl"
+async def _ask(
+    server: ServerClient,
+    missing: Mapping[str, Problem],
+    sampling: SamplingSettings,
+    concurrency: int,
+    file: BinaryIO,
+    answers: dict[str, ChatAnswer],
+) -> None:
+    """Append the missing answers to the file, and add them to `answers`."""
+    cap, queue = sampling.max_new_tokens, iter(missing.items())
+    failed: dict[str, str] = {}
+    failures_in_a_row = 0
+    bar = tqdm(total=len(missing), desc=server.model, unit="answer", disable=None)
+
+    def read(content: bytes, url: str) -> ChatAnswer:
+        return read_chat(content, cap, url)
+
+    async def work() -> None:
+        nonlocal failures_in_a_row
+        for key, problem in queue:
+            body = chat_body(problem.question, key, sampling)
+            size = len(problem.question) + cap
+            try:
+                answer = await ask([server], "/chat/completions", body, size, read)
+            except (UnusableError, RefusedError) as error:
+                failed[key] = str(error)
+                failures_in_a_row += 1
+                if failures_in_a_row == _FAILURES_OF_AN_OUTAGE:
+                    raise RacError(
+                        f"{failures_in_a_row} answers in a row failed, the last one: {error}. "
+                        f"Answers so far are kept in {file.name}; see to the server, then run again"
+                    ) from error
+                continue
+            failures_in_a_row = 0
+            file.write(_encoded({"id": key, **asdict(answer)}))
+            file.flush()
+            os.fsync(file.fileno())
+            answers[key] = answer
+            bar.update()
+
+    with bar:
+        await asyncio.gather(*(work() for _ in range(concurrency)))
+    if failed:
+        key, reason = next(iter(failed.items()))
+        raise RacError(
+            f"{len(failed)} answers are missing (the first: {key!r}, {reason}); answers so far are "
+            f"kept in {file.name}: run again to ask for the others"
+        )
 
 
-def _line(value: Mapping[str, Any]) -> str:
-    return json.dumps(value, sort_keys=True) + "\n"
+def _encoded(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, sort_keys=True) + "\n").encode()
 
 
 def _open_answers(path: Path, header: Mapping[str, Any]) -> tuple[BinaryIO, dict[str, ChatAnswer]]:
@@ -226,45 +197,37 @@ def _open_answers(path: Path, header: Mapping[str, Any]) -> tuple[BinaryIO, dict
         file.seek(0)
         content = file.read()
         whole = content[: content.rfind(b"\n") + 1]
-        stored = _read_answers(path, whole or content, header)
+        answers = _read_answers(path, whole or content, _encoded(header))
         file.truncate(len(whole))
         if not whole:
-            file.write(_line(header).encode())
+            file.write(_encoded(header))
             file.flush()
     except BaseException:
         file.close()
         raise
-    return file, stored
+    return file, answers
 
 
-def _read_answers(path: Path, content: bytes, header: Mapping[str, Any]) -> dict[str, ChatAnswer]:
-    """Return the answers by id (RacError: other settings, or a damaged line)."""
-    if not content:
-        return {}
-    first, *lines = content.splitlines()
-    try:
-        recorded = json.loads(first)
-        different = [name for name in header if recorded[name] != header[name]]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise RacError(f"{path} is no file of chat answers; name another file") from error
-    if different:
-        name = different[0]
-        raise RacError(
-            f"{path} holds answers under other settings ({name}: {recorded[name]} there, "
-            f"{header[name]} asked for); name another file"
-        )
-    stored = {}
-    for number, line in enumerate(lines, 2):
+def _read_answers(path: Path, content: bytes, header: bytes) -> dict[str, ChatAnswer]:
+    """Return the answers by key (RacError: other settings, or a damaged line)."""
+    recorded: dict[str, Any] = {}
+    answers: dict[str, ChatAnswer] = {}
+    for number, line in enumerate((content or header).splitlines(), 1):
         try:
-            fields = json.loads(line)
-            stored[str(fields.pop("id"))] = _ANSWER.validate_python(fields)
-        except (
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            RecursionError,
-            ValidationError,
-        ) as e:
-            raise RacError(f"{path}: line {number} is damaged; remove that line") from e
-    return stored
+            if number == 1:
+                recorded = _HEADER.validate_json(line)
+            else:
+                answer = _LINE.validate_json(line)
+                answers[answer.id] = answer
+        except ValidationError as error:
+            raise RacError(
+                f"{path}: line {number} is not of a file of answers; name another file, or remove "
+                "the line"
+            ) from error
+    for name, value in _HEADER.validate_json(header).items():
+        if recorded.get(name) != value:
+            raise RacError(
+                f"{path} holds answers under other settings ({name}: {recorded.get(name)} there, "
+                f"{value} asked for); name another file"
+            )
+    return answers

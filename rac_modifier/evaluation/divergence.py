@@ -9,7 +9,6 @@ distribution p over the vocabulary is compared with the pruned model's, q:
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,15 +16,21 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from loguru import logger
 from tqdm import tqdm
 
+from rac_modifier.calibration.calibration_set import CalibrationSet
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.intervals import mean_over_tokens
 from rac_modifier.evaluation.teacher_forcing import (
     TokenSequence,
     batches_of_like_length,
     check_sequences,
+    input_of_head,
+    output_head,
     padded,
+    sequence_of,
+    vocabulary,
 )
 from rac_modifier.model_tools import evaluating
 
@@ -47,20 +52,6 @@ class TokenDivergence:
 
 
 @dataclass(frozen=True)
-class PositionBin:
-    """The completion tokens from position `start`, counted from 0, to before `end`."""
-
-    start: int
-    end: int
-    sequences: int  # completions that are long enough to have tokens here
-    tokens: int
-    kl: float
-    kl_stderr: float | None  # None with fewer than 16 such completions
-    agreement: float
-    agreement_stderr: float | None
-
-
-@dataclass(frozen=True)
 class DivergenceResult:
     """Divergence of a pruned model; compare it only with results on the same sequences.
 
@@ -74,7 +65,6 @@ class DivergenceResult:
     kl_stderr: float | None  # None with fewer than 16 sequences
     agreement: float  # share of tokens where both models rank the same token first
     agreement_stderr: float | None
-    bins: tuple[PositionBin, ...]  # of equal width, up to the end of the longest completion
     seconds: float
 
     def as_dict(self) -> dict[str, Any]:
@@ -83,13 +73,7 @@ class DivergenceResult:
 
 
 def divergence(
-    dense: Any,
-    pruned: Any,
-    sequences: Sequence[TokenSequence],
-    *,
-    label: str,
-    bins: int = 16,
-    progress: bool = True,
+    dense: Any, pruned: Any, sequences: Sequence[TokenSequence], *, label: str
 ) -> DivergenceResult:
     """Measure KL(dense || pruned) per completion token and top-1 agreement.
 
@@ -99,43 +83,28 @@ def divergence(
     Args:
         dense: a transformers causal LM.
         pruned: another causal LM with the same vocabulary, on any device.
-        sequences: samples of the dense model (see `sample_sequences`).
+        sequences: samples of the dense model (`sample_sequences`).
         label: the result's name in tables.
-        bins: the number of equally wide bins of positions.
-        progress: show a progress bar.
 
     Raises:
-        RacError: no sequences, a sequence without prompt or completion, a token id beyond a
-            vocabulary, vocabularies of different sizes, or logits that are not finite.
+        RacError: what `check_sequences` and `compare` raise.
     """
     started = time.monotonic()
-    rows = divergence_per_token(dense, pruned, sequences, label=label, progress=progress)
-    return summarise_divergence(rows, label=label, bins=bins, seconds=time.monotonic() - started)
+    rows = divergence_per_token(dense, pruned, sequences, label=label)
+    return summarise_divergence(rows, label=label, seconds=time.monotonic() - started)
 
 
 @torch.no_grad()
 def divergence_per_token(
-    dense: Any,
-    pruned: Any,
-    sequences: Sequence[TokenSequence],
-    *,
-    label: str,
-    progress: bool = True,
+    dense: Any, pruned: Any, sequences: Sequence[TokenSequence], *, label: str
 ) -> list[TokenDivergence]:
     """Return the values of each completion, in the order of `sequences`; see `divergence`."""
-    check_sequences(sequences)
-    for role, model in (("dense", dense), ("pruned", pruned)):
-        check_ids(role, model, sequences)
+    check_sequences(sequences, dense, pruned)
     rows: list[TokenDivergence] = []
-    with (
-        evaluating(dense, pruned),
-        tqdm(
-            total=len(sequences), desc=label, unit="sequence", disable=not progress or None
-        ) as bar,
-    ):
-        for batch in batches_of_like_length(sequences, BATCH_TOKENS):
+    batches = list(batches_of_like_length(sequences, BATCH_TOKENS))
+    with evaluating(dense, pruned):
+        for batch in tqdm(batches, desc=label, unit="batch", disable=None):
             rows += compare(batch, _both(dense, pruned, batch), label)
-            bar.update(len(batch))
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i][0]))  # of the batches
     return [row for _, row in sorted(zip(order, rows, strict=True), key=lambda pair: pair[0])]
 
@@ -196,10 +165,9 @@ def compare(batch: list[TokenSequence], logits: Windows, label: str) -> list[Tok
 
 
 def windows(model: Any, ids: torch.Tensor, width: int) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yield windows of positions: the first position, and logits [rows, up to width, vocabulary].
+    """Yield the first position of each window, and its logits [rows, up to width, vocabulary].
 
-    The key-value cache carries the context from window to window; a batch of a single window is
-    an ordinary forward pass.
+    The key-value cache carries the context from window to window.
     """
     cache = None
     several = ids.shape[1] > width
@@ -213,35 +181,12 @@ def windows(model: Any, ids: torch.Tensor, width: int) -> Iterator[tuple[int, to
         yield start, output.logits
 
 
-def vocabulary(model: Any) -> int:
-    """Count the tokens of the model's input embedding."""
-    return model.get_input_embeddings().num_embeddings
-
-
-def check_ids(role: str, model: Any, sequences: Sequence[TokenSequence]) -> None:
-    """Check that token ids are within the model's vocabulary.
-
-    Raises:
-        RacError: one is not.
-    """
-    largest, size = max(max(ids) for ids, _ in sequences), vocabulary(model)
-    if largest >= size:
-        raise RacError(
-            f"the sequences hold token id {largest}, beyond the vocabulary of the {role} model "
-            f"({size} tokens); give sequences that the dense model wrote, and a model pruned from "
-            "it"
-        )
-
-
 def summarise_divergence(
-    rows: Sequence[TokenDivergence], *, label: str, bins: int = 16, seconds: float
+    rows: Sequence[TokenDivergence], *, label: str, seconds: float
 ) -> DivergenceResult:
     """Summarise completions, none of them empty, measured in `seconds`."""
-    assert rows, "a measurement without sequences is refused earlier"
     kl, kl_stderr = mean_over_tokens([row.kl for row in rows])
     agreement, agreement_stderr = mean_over_tokens([row.agrees for row in rows])
-    longest = max(len(row.kl) for row in rows)
-    width = math.ceil(longest / bins)
     return DivergenceResult(
         label=label,
         sequences=len(rows),
@@ -250,14 +195,118 @@ def summarise_divergence(
         kl_stderr=kl_stderr,
         agreement=agreement,
         agreement_stderr=agreement_stderr,
-        bins=tuple(_bin(rows, start, start + width) for start in range(0, longest, width)),
         seconds=seconds,
     )
 
 
-def _bin(rows: Sequence[TokenDivergence], start: int, end: int) -> PositionBin:
-    reaching = [row for row in rows if len(row.kl) > start]
-    kl = mean_over_tokens([row.kl[start:end] for row in reaching])
-    agreement = mean_over_tokens([row.agrees[start:end] for row in reaching])
-    tokens = sum(len(row.kl[start:end]) for row in reaching)
-    return PositionBin(start, end, len(reaching), tokens, *kl, *agreement)
+class DenseReference:
+    """Inputs of a dense model's output head on its samples, [tokens, d], on the CPU.
+
+    For a model that is pruned in place: logits would take gigabytes. After pruning, these inputs
+    pass through the head in a batch with the pruned model's, so that scales and soft caps of
+    logits apply to both.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: Any, sequences: Sequence[TokenSequence]):
+        """Run the dense model without its head.
+
+        Raises:
+            RacError: sequences that `divergence` refuses, or a model without an output head.
+        """
+        check_sequences(sequences, model)
+        self._batches = list(batches_of_like_length(sequences, BATCH_TOKENS))
+        self._head = _probe(output_head(model))
+        with evaluating(model):
+            self._entering = [
+                input_of_head(model, padded(batch)[0][:, :-1]).cpu() for batch in self._batches
+            ]
+
+    @torch.no_grad()
+    def divergence(self, pruned: Any, *, label: str) -> DivergenceResult:
+        """Measure what `evaluation.divergence` does, in a forward pass of the pruned model.
+
+        Raises:
+            RacError: the output head has changed, or logits are not finite.
+        """
+        head = output_head(pruned)
+        quantized = getattr(head, "quantization_scheme", None) is not None
+        if quantized or not torch.equal(_probe(head), self._head):
+            raise RacError(
+                "the output head was changed too, and with it what the dense model would have "
+                "predicted"
+            )
+        started = time.monotonic()
+        rows = []
+        with evaluating(pruned):
+            for batch, entering in zip(self._batches, self._entering, strict=True):
+                rows += compare(batch, _windows_of_both(pruned, head, batch, entering), label)
+        return summarise_divergence(rows, label=label, seconds=time.monotonic() - started)
+
+
+def _windows_of_both(
+    pruned: Any, head: Any, batch: list[TokenSequence], entering: torch.Tensor
+) -> Windows:
+    """Yield windows of logits of the dense model, by its input of the head, and of the pruned."""
+    ids, position = padded(batch)[0][:, :-1], 0
+
+    def append_dense(module: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+        nonlocal position
+        x = args[0]
+        dense = entering[:, position : position + x.shape[1]].to(x)
+        position += x.shape[1]
+        return (torch.cat([dense, x]),)
+
+    width = max(1, WINDOW_ELEMENTS // (2 * len(batch) * vocabulary(pruned)))
+    hook = head.register_forward_pre_hook(append_dense)
+    try:
+        for start, logits in windows(pruned, ids, width):
+            of_dense, of_pruned = logits.chunk(2)
+            yield start, of_dense, of_pruned
+    finally:
+        hook.remove()
+
+
+def _probe(head: Any) -> torch.Tensor:
+    """Return a sample of the head's weights, to detect a change."""
+    return head.weight.detach().flatten()[:: max(head.weight.numel() // 4096, 1)].cpu().clone()
+
+
+class RunDivergence:
+    """KL and top-1 agreement on held-out traces, or the reason why they are not measured."""
+
+    def __init__(self, model: Any, calibration: CalibrationSet, *, off_policy: bool):
+        """Run the dense model over these traces, unless another model wrote them (`off_policy`)."""
+        self._reference: DenseReference | str
+        if not calibration.held_out:
+            self._reference = (
+                "no traces were held out (calibration.held_out_tokens, or a mixture without traces)"
+            )
+        elif off_policy:
+            self._reference = "the traces may be another model's (traces.allow_off_policy)"
+        else:
+            try:
+                self._reference = DenseReference(
+                    model, [sequence_of(trace) for trace in calibration.held_out]
+                )
+            except RacError as error:
+                self._reference = str(error)
+        if isinstance(self._reference, str):
+            logger.info(f"divergence from the dense model will not be measured: {self._reference}")
+
+    def measure(self, model: Any) -> dict[str, Any]:
+        """Return the entry of the run record; a failure is recorded and does not stop the run."""
+        if isinstance(self._reference, str):
+            return {"not_measured": self._reference}
+        try:
+            result = self._reference.divergence(model, label="pruned")
+        except (RacError, RuntimeError) as error:
+            logger.warning(f"divergence from the dense model was not measured: {error}")
+            return {"not_measured": str(error)}
+        logger.info(
+            f"divergence from the dense model on {result.tokens:,} held-out tokens of its own: "
+            f"KL {result.kl:.4f} nats per token, top-1 agreement {result.agreement:.1%}"
+        )
+        record = result.as_dict()
+        del record["label"]
+        return record

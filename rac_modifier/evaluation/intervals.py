@@ -17,8 +17,7 @@ Interval = tuple[float, float]
 def share_interval(shares: Sequence[float]) -> Interval:
     """Return the interval of the mean of `shares`, the share of right answers of each problem.
 
-    A bootstrap over problems; Wilson's interval with an answer per problem, or if all shares
-    are equal, since a bootstrap of equal values is a point.
+    A bootstrap over problems. With an answer per problem, or equal shares: Wilson's interval.
     """
     if set(shares) <= {0.0, 1.0} or len(set(shares)) == 1:
         return wilson_interval(math.fsum(shares), len(shares))
@@ -28,8 +27,7 @@ def share_interval(shares: Sequence[float]) -> Interval:
 def difference_interval(differences: Sequence[float]) -> Interval:
     """Return the interval of the mean of paired differences, -1 to 1, one per problem.
 
-    A bootstrap over problems; Tango's interval with an answer per problem, or if all
-    differences are equal.
+    A bootstrap over problems. With an answer per problem, or equal differences: Tango's interval.
     """
     if set(differences) <= {-1.0, 0.0, 1.0} or len(set(differences)) == 1:
         lost = -math.fsum(min(value, 0.0) for value in differences)
@@ -38,9 +36,9 @@ def difference_interval(differences: Sequence[float]) -> Interval:
     return ratio_interval(differences, [1.0] * len(differences))
 
 
-def wilson_interval(correct: float, total: int, z: float = Z) -> Interval:
+def wilson_interval(correct: float, total: int) -> Interval:
     """Return Wilson's score interval of a proportion, which is valid near 0 and 1 too."""
-    share, spread = correct / total, z * z / total
+    share, spread = correct / total, Z * Z / total
     centre = (share + spread / 2) / (1 + spread)
     half = math.sqrt(spread * (share * (1 - share) + spread / 4)) / (1 + spread)
     # without this, rounding could put a perfect score outside its own interval

@@ -15,12 +15,10 @@ def main() -> None:
     try:
         from lighteval.__main__ import app
     except ModuleNotFoundError as error:
-        print(
+        sys.exit(
             f"error: {error.name} is not installed; lighteval needs an environment of its own "
-            "(`make lighteval`, docs/harnesses.md)",
-            file=sys.stderr,
+            "(`make lighteval`, docs/harnesses.md)"
         )
-        sys.exit(1)
     app()
 
 

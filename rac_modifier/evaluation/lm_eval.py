@@ -14,11 +14,7 @@ def main() -> None:
     try:
         from lm_eval.__main__ import cli_evaluate
     except ModuleNotFoundError as error:
-        print(
-            f"error: {error.name} is not installed; pip install 'rac-modifier[harness]'",
-            file=sys.stderr,
-        )
-        sys.exit(1)
+        sys.exit(f"error: {error.name} is not installed; pip install 'rac-modifier[harness]'")
     cli_evaluate()
 
 

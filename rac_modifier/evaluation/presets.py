@@ -39,11 +39,6 @@ class Preset:
     cap: int = 32768  # new tokens
     access: str = ""  # what a user must do before the dataset can be read
 
-    @property
-    def name(self) -> str:
-        """Return the benchmark's name on the command line."""
-        return self.layout.task
-
 
 _ALL = (
     Preset(
@@ -71,15 +66,11 @@ _ALL = (
         "HuggingFaceH4/MATH-500", Layout("math-500", "problem", "answer", BOXED), 500, 4, "test"
     ),
 )
-PRESETS = {preset.name: preset for preset in _ALL}
+PRESETS = {preset.layout.task: preset for preset in _ALL}
 
 
 def preset_of(name: str) -> Preset:
-    """Return the preset of that name.
-
-    Raises:
-        RacError: there is none.
-    """
+    """Return the preset of that name (RacError: there is none)."""
     if name not in PRESETS:
         raise RacError(f"no preset {name!r}; use one of {', '.join(PRESETS)}")
     return PRESETS[name]

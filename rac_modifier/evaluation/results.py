@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, ClassVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.intervals import (
@@ -18,6 +20,7 @@ from rac_modifier.evaluation.intervals import (
 )
 from rac_modifier.evaluation.stopping import Ending, TokenInflation, token_inflation
 from rac_modifier.files import read_json
+from rac_modifier.settings.sampling import SamplingSettings
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class Row:
 class EvalResult:
     """Accuracy and length of a model's answers; compare only results at the same cap."""
 
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
     label: str
     problems: int
     samples: int  # answers per problem
@@ -63,20 +67,19 @@ class EvalResult:
         """Return the result of `as_dict`'s values.
 
         Raises:
-            RacError: a field is missing or unknown.
+            RacError: a field is missing, unknown or of another type.
         """
-        names = {f.name for f in dataclasses.fields(cls)}
-        if values.keys() != names:
-            missing, unknown = sorted(names - values.keys()), sorted(values.keys() - names)
+        try:
+            return _RESULT.validate_python(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(map(str, first["loc"]))
             raise RacError(
-                f"not an evaluation result: missing {missing}, unknown {unknown}; evaluate again "
-                "with this version"
-            )
-        endings = {
-            name: [Ending.from_dict(ending) for ending in samples]
-            for name, samples in values["endings"].items()
-        }
-        return cls(**{**values, "endings": endings})
+                f"no evaluation result ({field}: {first['msg']}); evaluate again with this version"
+            ) from error
+
+
+_RESULT = TypeAdapter(EvalResult)
 
 
 def summarise(
@@ -84,16 +87,13 @@ def summarise(
     *,
     label: str,
     seconds: float,
-    cap: int,
-    temperature: float,
-    seed: int,
+    sampling: SamplingSettings,
     generated: int | None = None,
 ) -> EvalResult:
     """Summarise a non-empty list of rows, with the same number for each problem.
 
-    `generated` tokens took `seconds`; None: all tokens did.
+    `generated`: the tokens that took `seconds`; None: all.
     """
-    assert rows, "an evaluation without problems is refused earlier"
     by_problem: dict[str, list[Row]] = {}
     for row in rows:
         by_problem.setdefault(row.id, []).append(row)
@@ -117,9 +117,9 @@ def summarise(
         unfinished_share=fmean(row.ending.truncated for row in rows),
         tokens_per_second=tokens / seconds if tokens else 0.0,
         seconds=seconds,
-        cap=cap,
-        temperature=temperature,
-        seed=seed,
+        cap=sampling.max_new_tokens,
+        temperature=sampling.temperature or 0.0,
+        seed=sampling.seed,
         per_task={task: fmean(row.correct for row in rows if row.task == task) for task in tasks},
         correct_answers=correct,
         endings={name: [row.ending for row in answers] for name, answers in by_problem.items()},
@@ -162,11 +162,7 @@ class PairedDifference:
 
 
 def paired_difference(first: EvalResult, second: EvalResult) -> PairedDifference:
-    """Compare two results on the same problems, with the same answers per problem and cap.
-
-    Raises:
-        RacError: other problems, numbers of answers, or caps.
-    """
+    """Compare two results on the same problems (RacError: other problems, samples or caps)."""
     for name in ("cap", "samples"):
         if getattr(first, name) != getattr(second, name):
             raise RacError(
@@ -204,15 +200,11 @@ def paired_difference(first: EvalResult, second: EvalResult) -> PairedDifference
 
 
 def read_results(path: Path) -> list[EvalResult]:
-    """Read the results of a file that `rac eval --json FILE` wrote.
-
-    Raises:
-        RacError: not such a file, or one of another version.
-    """
+    """Read the file that `rac eval --json FILE` wrote (RacError: none, or of another version)."""
     results = read_json(path, "write it with: rac eval DENSE --json FILE").get("results")
     if not isinstance(results, list) or not results:
         raise RacError(f"{path} holds no accuracies; write it with: rac eval DENSE --json {path}")
     try:
         return [EvalResult.from_dict(values) for values in results]
-    except (RacError, AttributeError, KeyError, TypeError) as error:
+    except RacError as error:
         raise RacError(f"{path}: {error}") from error

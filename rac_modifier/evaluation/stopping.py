@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from rac_modifier.evaluation.intervals import Interval, ratio_interval
 from rac_modifier.evaluation.statements import states_answer
@@ -57,12 +57,6 @@ class Ending:
         """Return the tokens; a truncated answer counts as `cap`."""
         return cap if self.truncated else self.tokens
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Ending:
-        """Return the ending of `dataclasses.asdict`'s values."""
-        loop = values.get("loop")
-        return cls(**{**values, "loop": None if loop is None else Loop(**loop)})
-
 
 Endings = Mapping[str, Sequence[Ending]]  # by problem, one per sample
 
@@ -103,11 +97,8 @@ class TokenInflation:
         """Describe both ratios."""
         finished = self.both_finish
         text = f"tokens of {second} over {first}: "
-        text += (
-            f"{finished.describe()} on {finished.answers} answers that both finish; "
-            if finished
-            else ""
-        )
+        if finished is not None:
+            text += f"{finished.describe()} on {finished.answers} answers that both finish; "
         return f"{text}{self.at_cap.describe()} on all {self.at_cap.answers} (truncated: the cap)"
 
 
@@ -167,17 +158,17 @@ def ending_of(
     question: str = "",
     verifier: Verifier | None = None,
 ) -> Ending:
-    """Classify a completion.
+    """Classify a completion of a problem with this `question` and `answer`.
 
     Args:
         text: the completion.
         answer: the problem's answer.
         correct: the verdict of `answers.is_correct`.
         finish: "length" if the cap truncated the completion.
-        tokens: its length.
-        thinking_tokens: its length up to and including `</think>`.
-        ids: its tokens; without them, loops are looked for in words.
-        question: of the problem; its statements do not count as the model's.
+        tokens: of the completion.
+        thinking_tokens: those up to and including `</think>`.
+        ids: of the tokens; without them, a loop is counted in words.
+        question: its statements do not count as the model's.
         verifier: compares answers instead of math-verify.
     """
     closes, loop = THINK_END in text, None

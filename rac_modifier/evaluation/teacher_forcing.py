@@ -30,44 +30,32 @@ def sample_sequences(
     tokenizer: Any,
     problems: Sequence[Problem],
     sampling: SamplingSettings,
-    *,
-    progress: bool = True,
 ) -> list[TokenSequence]:
     """Complete each problem `samples_per_problem` times, as traces are sampled.
 
-    Use problems that were not calibrated on (`held_out_problems`).
-
     Raises:
-        RacError: no problems, a prompt that cannot be rendered, or what `generate` raises.
+        RacError: a prompt that cannot be rendered, or what `generate` raises.
     """
-    if not problems:
-        raise RacError(
-            "no problems to sample on; give at least one (check the problem source and its limit)"
-        )
     requests = [
         (f"{p.id}#{i}", p.question) for p in problems for i in range(sampling.samples_per_problem)
     ]
+    size = sampling.batch_size
+    batches = [requests[i : i + size] for i in range(0, len(requests), size)]
     sequences: list[TokenSequence] = []
-    with tqdm(
-        total=len(requests), desc="own samples", unit="sample", disable=None if progress else True
-    ) as bar:
-        for start in range(0, len(requests), sampling.batch_size):
-            batch = requests[start : start + sampling.batch_size]
-            prompts = [render_question(tokenizer, q, sampling) for _, q in batch]
-            generations = generate(model, tokenizer, prompts, sampling, [key for key, _ in batch])
-            sequences.extend(
-                ((*p, *g.ids), len(p)) for p, g in zip(prompts, generations, strict=True)
-            )
-            bar.update(len(batch))
+    for batch in tqdm(batches, desc="samples", unit="batch", disable=None):
+        prompts = [render_question(tokenizer, question, sampling) for _, question in batch]
+        generations = generate(model, tokenizer, prompts, sampling, [key for key, _ in batch])
+        sequences.extend(((*p, *g.ids), len(p)) for p, g in zip(prompts, generations, strict=True))
     return sequences
 
 
-def check_sequences(sequences: Sequence[TokenSequence]) -> None:
-    """Check that there are sequences, each with a prompt and a completion.
+def vocabulary(model: Any) -> int:
+    """Count the tokens of the model's input embedding."""
+    return model.get_input_embeddings().num_embeddings
 
-    Raises:
-        RacError: there are none, or a sequence lacks a prompt or a completion.
-    """
+
+def check_sequences(sequences: Sequence[TokenSequence], *models: Any) -> None:
+    """Refuse no sequences, and one without a prompt or completion in each model's vocabulary."""
     if not sequences:
         raise RacError("no sequences to measure on; give at least one")
     for ids, prompt_length in sequences:
@@ -75,6 +63,14 @@ def check_sequences(sequences: Sequence[TokenSequence]) -> None:
             raise RacError(
                 f"prompt_length {prompt_length} of a sequence of {len(ids)} tokens leaves no "
                 "prompt or no completion; give sequences with at least one token of each"
+            )
+    largest = max(max(ids) for ids, _ in sequences)
+    for model in models:
+        if largest >= vocabulary(model):
+            raise RacError(
+                f"the sequences hold token id {largest}, beyond a model's vocabulary of "
+                f"{vocabulary(model)}; give sequences that the dense model wrote, and a model "
+                "pruned from it"
             )
 
 
@@ -94,7 +90,7 @@ def batches_of_like_length(
 def padded(batch: Sequence[TokenSequence]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return ids, int64 [rows, length], padded with 0 on the right, and the completion mask.
 
-    A causal model does not read padding on the right, so no attention mask is needed.
+    A causal model needs no attention mask for padding on the right.
     """
     length = max(len(ids) for ids, _ in batch)
     ids = torch.zeros(len(batch), length, dtype=torch.long)
@@ -106,11 +102,7 @@ def padded(batch: Sequence[TokenSequence]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def output_head(model: Any) -> Any:
-    """Return the output embeddings of a causal LM.
-
-    Raises:
-        RacError: the model has none.
-    """
+    """Return the output embeddings of a causal LM (RacError: it has none)."""
     head = model.get_output_embeddings()
     if head is None:
         raise RacError(
@@ -121,9 +113,7 @@ def output_head(model: Any) -> Any:
 
 
 def input_of_head(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """Return what enters the output head, [rows, tokens, d], of `ids` [rows, tokens].
-
-    The forward pass ends there.
+    """Return the input of the output head, [rows, tokens, d], for `ids` [rows, tokens].
 
     Raises:
         RacError: the model has no output embeddings, or does not call them.

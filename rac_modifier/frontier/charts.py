@@ -11,7 +11,6 @@ from typing import Any
 
 import altair as alt
 
-from rac_modifier.evaluation.report import COLOURS
 from rac_modifier.evaluation.stopping import KINDS
 
 # What the horizontal axis shows: value of a row, and whether more is better.
@@ -27,6 +26,8 @@ KIND_NAMES = dict(
         strict=True,
     )
 )
+# The palette of Okabe and Ito, which differs for every common colour blindness.
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 _KIND_COLOURS = ["#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#999999"]
 _MATCHES = "indexof(lower(datum.label), lower(find)) >= 0"
 _HEIGHT = 280  # pixels

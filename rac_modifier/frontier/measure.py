@@ -125,9 +125,7 @@ def _answer(
         rows,
         label=label,
         seconds=seconds,
-        cap=sampling.max_new_tokens,
-        temperature=sampling.temperature or 0.0,
-        seed=sampling.seed,
+        sampling=sampling,
     ).as_dict()
     return answers, figures, rows
 

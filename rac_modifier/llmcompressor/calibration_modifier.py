@@ -18,7 +18,7 @@ from rac_modifier.calibration.calibration_set import CalibrationSet, build_calib
 from rac_modifier.calibration.loader import CalibrationLoader
 from rac_modifier.checkpoint.saving import SavePlan, save_with_record
 from rac_modifier.errors import RacError
-from rac_modifier.evaluation.run_divergence import RunDivergence
+from rac_modifier.evaluation.divergence import RunDivergence
 from rac_modifier.llmcompressor.checks import (
     check_arguments,
     check_autoround,

@@ -83,7 +83,7 @@ def _(b: Bench) -> None:
 
 @CASES.case(
     "activations of a model in floats",
-    "its weights are neither quantized nor packed; give the folder",
+    "config.json has no config_groups with weights); give the folder",
 )
 def _(b: Bench) -> None:
     b.rac("inspect", b.folder, "--activations", 0.01)

@@ -134,9 +134,7 @@ def _(b: Bench) -> None:
     b.rac_prune(model=of_type(b))
 
 
-@CASES.case(
-    "a model that brings code of its own", "auto_map in its config.json), which is not run here"
-)
+@CASES.case("a model that brings code of its own", "auto_map in config.json), which is not run")
 def _(b: Bench) -> None:
     def asked(*args: Any) -> str:
         raise AssertionError("asked whether to run the code")

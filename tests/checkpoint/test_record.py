@@ -30,7 +30,7 @@ SPARSE = {
 }
 DIVERGENCE = {
     **{"label": "/models/sparse", "sequences": 9, "tokens": 5000, "kl": 0.02, "kl_stderr": 0.001},
-    **{"agreement": 0.97, "agreement_stderr": None, "bins": []},
+    **{"agreement": 0.97, "agreement_stderr": None},
 }
 CONDITIONS = {"source": "arithmetic", "prompt": "chat template, no system prompt, thinking on"}
 ROW = "| this model | 81.2% | 78.9% to 83.4% | 140 | 2.0% |"

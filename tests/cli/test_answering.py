@@ -29,7 +29,7 @@ def answering(**changes) -> Answering:
     ("changes", "options", "message"),
     [
         (SERVER, {"divergence": True}, "--divergence asks .* leave --server and --serve out"),
-        ({"serve": True, **SERVER}, {}, "--serve starts a server, and --server http://a names one"),
+        ({"serve": True, **SERVER}, {}, "--serve and --server http://a: leave one"),
         (SERVER, {"models": ("a", "b")}, "2 models are named, and --server and --answers are for"),
         (SERVER, {"written": {"precision"}}, "--precision is for a model that is loaded here"),
         ({"servers": ("a",)}, {}, "--server: base_urls: 'a' is no address of a server"),

@@ -16,19 +16,6 @@ def test_the_reasoner_has_a_name_and_all_else_is_a_path_or_id():
     assert models.resolve("org/model") == "org/model"
 
 
-@pytest.mark.parametrize("name", ["gone", "owner/gone"])
-def test_a_name_on_a_hub_that_cannot_be_reached_is_refused_without_waiting(monkeypatch, name):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(
-        "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
-        "http://127.0.0.1:9/{repo_id}/{filename}",
-    )
-    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail(f"waited {seconds} s"))
-    match = rf"no model at '{name}' \(no folder here, and the hub cannot be reached: .+\); give"
-    with pytest.raises(RacError, match=match):
-        models.check_model(name)
-
-
 @pytest.mark.parametrize("kept", ["config.json", "generation_config.json"])
 def test_a_missing_tokenizer_ends_in_the_next_step(tiny_folder, tmp_path, kept):
     """With config.json alone, transformers returns a tokenizer without a vocabulary."""

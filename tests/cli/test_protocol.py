@@ -10,11 +10,12 @@ import pytest
 from rac_modifier.cli.protocol import Protocol
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.presets import PRESETS
+from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.sampling import PromptSettings
 
 DEFAULTS = {
     "source": "arithmetic", "column": None, "answer_column": None, "problems": 300, "samples": 1,
-    "cap": 512, "temperature": None, "top_p": None,
+    "cap": 512, "temperature": None, "top_p": None, "seed": 0,
 }  # fmt: skip
 
 
@@ -22,35 +23,45 @@ def asked(preset=None, **written) -> Protocol:
     return Protocol(**{**DEFAULTS, **written}).with_preset(preset, set(written))
 
 
+def sampled(protocol, **options):
+    """Cap, temperature, top-p and top-k."""
+    sampling = protocol.sampling(PromptSettings(), 4, **options)
+    return sampling.max_new_tokens, sampling.temperature, sampling.top_p, sampling.top_k
+
+
 def test_without_a_preset_the_options_count():
     protocol = asked(problems=4, temperature=0.7)
-    assert protocol.where() == {"source": "arithmetic", "column": None, "answer_column": None}
-    assert protocol.limits() == {"max_new_tokens": 512, "temperature": 0.7, "top_p": 0.95}
+    assert protocol.problem_source == ProblemSource(source="arithmetic")
+    assert sampled(protocol) == (512, 0.7, 0.95, 0)
+    assert sampled(asked()) == (512, 0.0, 0.95, 0)
     assert (protocol.describe(4), protocol.verifiers()) == ([], {})
-    assert len(protocol.load(0)) == 4
+    assert len(protocol.load()) == 4
+
+
+def test_divergence_leaves_to_the_model_what_no_option_sets():
+    assert sampled(asked(), divergence=True) == (512, None, None, None)
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_sets_all_of_it(name):
     preset, protocol = PRESETS[name], asked(name)
     assert (protocol.problems, protocol.samples) == (None, preset.samples)
-    assert protocol.limits() == {"max_new_tokens": 32768, "temperature": 0.6, "top_p": 0.95}
-    assert protocol.where() == {
-        "source": preset.source, "config": preset.config, "split": preset.split,
-        "column": preset.layout.column, "answer_column": preset.layout.answer_column,
-    }  # fmt: skip
+    assert sampled(protocol) == (32768, 0.6, 0.95, 0)
+    assert protocol.problem_source == ProblemSource(
+        source=preset.source, config=preset.config, split=preset.split,
+        column=preset.layout.column, answer_column=preset.layout.answer_column,
+    )  # fmt: skip
     (line,) = protocol.describe(preset.problems)
     assert line.startswith(f"Preset {name}: {preset.problems} problems, {preset.samples} answer")
     assert "Not as published" not in line
-    assert protocol.record(preset.problems)["published"] == {"problems": preset.problems}
 
 
 def test_options_replace_it_and_are_named():
-    protocol = asked("math-500", samples=2, cap=512, temperature=0.0, top_p=0.9, problems=7)
-    assert protocol.limits() == {"max_new_tokens": 512, "temperature": 0.0, "top_p": 0.9}
+    protocol = asked("math-500", samples=2, cap=512, temperature=0.1, top_p=0.9, problems=7)
+    assert sampled(protocol) == (512, 0.1, 0.9, 0)
     (line,) = protocol.describe(7)
     assert line == (
-        "Preset math-500: 7 problems, 2 answers each, temperature 0, top-p 0.9, at most 512 new "
+        "Preset math-500: 7 problems, 2 answers each, temperature 0.1, top-p 0.9, at most 512 new "
         "tokens. Not as published (samples is 4, cap is 32768, temperature is 0.6, top-p is 0.95, "
         "problems is 500 there)."
     )
@@ -60,32 +71,20 @@ def test_options_replace_it_and_are_named():
 
 def test_a_copy_is_read_without_the_datasets_configuration():
     columns = {"column": "question", "answer_column": "answer"}
-    assert asked("gsm8k", source="my.parquet").where() == {"source": "my.parquet", **columns}
+    file = asked("gsm8k", source="my.parquet").problem_source
+    assert file == ProblemSource(source="my.parquet", **columns)
     for source, config in (("me/mirror", None), ("openai/gsm8k", "main")):
-        where = asked("gsm8k", source=source).where()
-        assert (where["split"], where["config"]) == ("test", config)
+        actual = asked("gsm8k", source=source).problem_source
+        assert (actual.split, actual.config) == ("test", config)
 
 
 def test_a_generator_of_problems_and_a_wrong_range_are_refused():
     with pytest.raises(RacError, match="cannot ask --source reasoning-gym:gcd, which generates"):
         asked("gsm8k", source="reasoning-gym:gcd")
     with pytest.raises(RacError, match=r"rac eval: top_p: must be .* 1"):
-        asked("gsm8k", top_p=1.5).sampling(PromptSettings(), 4, 0)
+        sampled(asked("gsm8k", top_p=1.5))
     with pytest.raises(RacError, match="samples_per_problem=4 at temperature 0"):
-        asked(samples=4).sampling(PromptSettings(), 4, 0)
-
-
-def test_divergence_leaves_to_the_model_what_no_option_sets():
-    sampling = asked(samples=4).sampling(PromptSettings(), 4, 0, divergence=True)
-    values = (sampling.temperature, sampling.top_p, sampling.top_k, sampling.samples_per_problem)
-    assert values == (None, None, None, 4)
-
-
-def test_what_checks_answers_must_be_installed(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(RacError, match=r"needs math-verify; pip install 'rac-modifier\[eval\]'"):
-        asked("math-500").check_installed()
-    asked("gpqa-diamond").check_installed()
+        sampled(asked(samples=4))
 
 
 def test_a_dataset_that_cannot_be_loaded_says_what_to_do(monkeypatch):
@@ -96,7 +95,7 @@ def test_a_dataset_that_cannot_be_loaded_says_what_to_do(monkeypatch):
     with pytest.raises(
         RacError, match=r"--preset gpqa-diamond: .*no network.*accept their terms.*--source FILE"
     ):
-        asked("gpqa-diamond").load(0)
+        asked("gpqa-diamond").load()
 
 
 def test_the_command_asks_a_copy_and_checks_letters_as_letters(

@@ -52,7 +52,7 @@ def sampling(**changes):
 def run(model, tokenizer, path, problems=SUMS, verifiers=None, engine=None, **changes):
     return evaluate(
         model, tokenizer, problems, label="x", source=SOURCE, sampling=sampling(**changes),
-        path=path, engine=engine, verifiers=verifiers, progress=False,
+        path=path, engine=engine, verifiers=verifiers,
     )  # fmt: skip
 
 

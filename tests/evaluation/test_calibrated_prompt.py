@@ -45,54 +45,41 @@ def test_a_damaged_record_is_an_error(tmp_path, prompts):
 
 def test_the_compressed_models_decide_and_the_dense_one_follows():
     known = {"dense": None, "a": {"traces": BRIEF}, "b": {"traces": BRIEF}, "text": {}}
-    choice = choose_prompt(known)
-    assert choice.prompt == BRIEF
-    assert choice.describe() == "Prompt: chat template, system prompt 'Be brief.', thinking off."
-    assert choose_prompt({"a": {"traces": BARE}}).prompt == BARE
-    assert choose_prompt({"dense": None, "text": {}}).prompt == PLAIN
+    line = "Prompt: chat template, system prompt 'Be brief.', thinking off."
+    assert choose_prompt(known) == (BRIEF, [line])
+    assert choose_prompt({"a": {"traces": BARE}})[0] == BARE
+    assert choose_prompt({"dense": None, "text": {}})[0] == PLAIN
 
 
 def test_an_option_replaces_what_is_recorded_field_by_field():
     known = {"dense": None, "a": {"traces": BRIEF}}
-    assert choose_prompt(known, thinking=True).prompt == PromptSettings(system_prompt="Be brief.")
-    assert choose_prompt(known, system_prompt="").prompt == PromptSettings(thinking=False)
-    assert choose_prompt(known, template="none").prompt == BARE
-    assert choose_prompt({"a": {"traces": BARE}}, template="chat").prompt == PLAIN
-    assert choose_prompt(known, template="chat").prompt == BRIEF
+    assert choose_prompt(known, thinking=True)[0] == PromptSettings(system_prompt="Be brief.")
+    assert choose_prompt(known, system_prompt="")[0] == PromptSettings(thinking=False)
+    assert choose_prompt(known, template="none")[0] == BARE
+    assert choose_prompt({"a": {"traces": BARE}}, template="chat")[0] == PLAIN
+    assert choose_prompt(known, template="chat")[0] == BRIEF
 
 
 def test_each_model_that_was_calibrated_otherwise_gets_a_line():
     known = {"dense": None, "a": {"traces": BRIEF}, "b": {"traces": PLAIN, "prompts": PLAIN}}
-    choice = choose_prompt(known, system_prompt="Be brief.", thinking=False)
+    _, lines = choose_prompt(known, system_prompt="Be brief.", thinking=False)
     other = "was calibrated with another prompt: chat template, no system prompt, thinking on."
-    assert choice.differences == (f"b (traces) {other}", f"b (prompts) {other}")
-    (line,) = choose_prompt({"a": {"traces": BRIEF}}, template="none").differences
+    assert lines[1:] == [f"b (traces) {other}", f"b (prompts) {other}"]
+    _, (_, line) = choose_prompt({"a": {"traces": BRIEF}}, template="none")
     assert line.startswith("a was calibrated with another prompt: ")
     no_effect = PromptSettings(template="none", thinking=False)
-    assert choose_prompt({"a": {"traces": no_effect}}).differences == ()
-
-
-OTHER = PromptSettings(system_prompt="X")
+    assert len(choose_prompt({"a": {"traces": no_effect}})[1]) == 1
 
 
 @pytest.mark.parametrize(
-    ("known", "options", "message"),
+    ("one", "other", "option"),
     [
-        ({"a": {"traces": PLAIN}, "b": {"traces": OTHER}}, {}, "different.* with --system-prompt$"),
-        ({"a": {"t": PLAIN, "p": BARE}}, {}, "different prompts.* with --template$"),
-        (
-            {"a": {"t": PLAIN}, "b": {"t": PromptSettings(thinking=False)}},
-            {},
-            "different prompts.* choose it with --thinking or --no-thinking$",
-        ),
-        (
-            {"a": {"t": BRIEF}},
-            {"template": "none", "system_prompt": "X"},
-            "system prompt 'X' has no place without a chat template",
-        ),
-        ({}, {"template": "none", "thinking": False}, "--no-thinking are for a chat template"),
+        (PLAIN, PromptSettings(system_prompt="X"), "--system-prompt"),
+        (PLAIN, BARE, "--template"),
+        (PLAIN, PromptSettings(thinking=False), "--thinking"),
     ],
 )
-def test_prompts_that_do_not_go_together(known, options, message):
-    with pytest.raises(RacError, match=message):
-        choose_prompt(known, **options)
+def test_models_calibrated_with_different_prompts_need_a_choice(one, other, option):
+    for known in ({"a": {"t": one}, "b": {"t": other}}, {"a": {"t": one, "p": other}}):
+        with pytest.raises(RacError, match=f"different prompts.* choose it with {option}$"):
+            choose_prompt(known)

@@ -1,19 +1,23 @@
 import copy
-import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation import divergence as module
 from rac_modifier.evaluation.divergence import (
+    DenseReference,
+    RunDivergence,
     TokenDivergence,
     divergence,
     summarise_divergence,
     token_divergence,
 )
+from rac_modifier.traces.records import Trace
 from tests.tiny import linears, tiny_model
 
 VOCABULARY = 300
@@ -64,30 +68,20 @@ def reference(dense, pruned, sequences):
 def test_against_one_sequence_at_a_time(dense, pruned, batch_tokens, window, monkeypatch):
     monkeypatch.setattr(module, "BATCH_TOKENS", batch_tokens)
     monkeypatch.setattr(module, "WINDOW_ELEMENTS", window)
-    actual = divergence(dense, pruned, SEQUENCES, label="x", bins=5, progress=False)
+    actual = divergence(dense, pruned, SEQUENCES, label="x")
     kls, agrees = reference(dense, pruned, SEQUENCES)
     assert (actual.sequences, actual.tokens) == (5, 1 + 37 + 1 + 4 + 13)
     assert actual.kl == pytest.approx(torch.cat(kls).mean().item(), rel=1e-4)
     assert actual.kl > 0.01
     assert actual.agreement == pytest.approx(torch.cat(agrees).mean().item())
     assert 0 < actual.agreement < 1
-    assert [(b.start, b.end) for b in actual.bins] == [
-        (0, 8),
-        (8, 16),
-        (16, 24),
-        (24, 32),
-        (32, 40),
-    ]
-    for b in actual.bins:
-        part = torch.cat([k[b.start : b.end] for k in kls])
-        assert (b.tokens, b.kl) == (len(part), pytest.approx(part.mean().item(), rel=1e-4))
 
 
 def test_the_logits_held_at_once_are_bounded(dense, monkeypatch):
     sizes = []
     handle = dense.lm_head.register_forward_hook(lambda m, a, output: sizes.append(output.numel()))
     monkeypatch.setattr(module, "WINDOW_ELEMENTS", 20 * VOCABULARY)
-    actual = divergence(dense, dense, SEQUENCES, label="x", progress=False)
+    actual = divergence(dense, dense, SEQUENCES, label="x")
     handle.remove()
     assert (actual.kl, actual.agreement) == (0.0, 1.0)
     assert max(sizes) <= 20 * VOCABULARY
@@ -95,7 +89,7 @@ def test_the_logits_held_at_once_are_bounded(dense, monkeypatch):
 
 def test_models_of_other_dtypes_and_in_training_mode(dense):
     half = copy.deepcopy(dense).to(torch.bfloat16).train()
-    actual = divergence(dense, half, SEQUENCES, label="bf16", progress=False)
+    actual = divergence(dense, half, SEQUENCES, label="bf16")
     assert 0 < actual.kl < 0.01
     assert half.training
     assert not dense.training
@@ -121,48 +115,123 @@ def test_bad_input(dense, pruned):
     for model, sequences, message in (
         (pruned, [], "no sequences"),
         (pruned, [([1, 2], 0)], "prompt_length 0"),
-        (pruned, [([1, 300], 1)], r"token id 300, beyond the vocabulary of the dense model \(300"),
+        (pruned, [([1, 300], 1)], r"token id 300, beyond a model's vocabulary of 300"),
         (tiny_model(vocab_size=320), SEQUENCES, "x: a vocabulary of 320 tokens, the dense .* 300"),
         (broken, SEQUENCES, r"x: the logits .* are not finite"),
     ):
         with pytest.raises(RacError, match=message):
-            divergence(dense, model, sequences, label="x", progress=False)
+            divergence(dense, model, sequences, label="x")
 
 
-values = st.floats(0, 50)
-rows_of_any_length = st.lists(st.lists(values, min_size=1, max_size=40), min_size=1, max_size=8)
-
-
-def result(rows=((0.5, 0.1, 0.3), (0.2,)), label="2:4, RAC", bins=2):
-    return summarise_divergence(
-        [TokenDivergence(row, [k < 0.25 for k in row]) for row in rows],
-        label=label,
-        bins=bins,
-        seconds=1.5,
-    )
-
-
-def test_summary():
-    actual = result()
-    assert (actual.sequences, actual.tokens) == (2, 4)
+def test_the_summary_is_over_tokens_not_over_sequences():
+    rows = [TokenDivergence([0.5, 0.1, 0.3], [True, True, False]), TokenDivergence([0.2], [True])]
+    actual = summarise_divergence(rows, label="2:4", seconds=1.0)
+    assert (actual.sequences, actual.tokens, actual.agreement) == (2, 4, 0.75)
     assert actual.kl == pytest.approx(1.1 / 4)
-    assert actual.agreement == 0.5
-    assert [(b.start, b.end, b.sequences, b.tokens) for b in actual.bins] == [
-        (0, 2, 2, 3),
-        (2, 4, 1, 1),
-    ]
-    assert [b.kl for b in actual.bins] == pytest.approx([0.8 / 3, 0.3])
-    assert [b.agreement for b in actual.bins] == pytest.approx([2 / 3, 0.0])
     assert actual.kl_stderr is None  # of two completions
 
 
-@given(rows_of_any_length, st.integers(1, 20))
-def test_bins_partition_the_tokens(rows, bins):
-    actual = result(rows, bins=bins)
-    assert 1 <= len(actual.bins) <= bins
-    assert sum(b.tokens for b in actual.bins) == actual.tokens == sum(map(len, rows))
-    assert len({b.end - b.start for b in actual.bins}) == 1
-    assert [b.start for b in actual.bins[1:]] == [b.end for b in actual.bins[:-1]]
-    for name in ("kl", "agreement"):
-        total = math.fsum(b.tokens * getattr(b, name) for b in actual.bins)
-        assert total / actual.tokens == pytest.approx(getattr(actual, name))
+def sequences(vocabulary: int = 300):
+    generator = torch.Generator().manual_seed(1)
+    lengths = ((30, 9), (52, 10), (75, 4), (21, 20))
+    return [
+        (torch.randint(2, vocabulary, (n,), generator=generator).tolist(), prompt)
+        for n, prompt in lengths
+    ]
+
+
+def shaken(model, scale: float = 0.03):
+    other = copy.deepcopy(model)
+    torch.manual_seed(7)
+    for linear in linears(other).values():
+        linear.weight.data.add_(torch.randn_like(linear.weight) * scale)
+    return other
+
+
+def softcapped():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "head_dim": 16}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    caps = {"final_logit_softcapping": 3.0, "initializer_range": 0.4}
+    return Gemma2ForCausalLM(Gemma2Config(**sizes, **heads, **caps)).eval()
+
+
+@pytest.mark.parametrize("make", [tiny_model, softcapped])
+@pytest.mark.parametrize("elements", [None, 4000])
+def test_the_same_as_with_both_models_at_hand(make, elements, monkeypatch):
+    """Also with logits capped behind the head, and computed window by window."""
+    dense = make()
+    pruned = shaken(dense)
+    expected = divergence(dense, pruned, sequences(), label="x")
+    if elements:
+        monkeypatch.setattr(module, "WINDOW_ELEMENTS", elements)
+    monkeypatch.setattr(module, "BATCH_TOKENS", 160)
+    result = DenseReference(dense.train(), sequences()).divergence(pruned.train(), label="x")
+    assert result.tokens == expected.tokens
+    assert result.kl == pytest.approx(expected.kl, rel=1e-3)
+    assert result.kl > 1e-3
+    assert result.agreement == expected.agreement
+    assert dense.training
+    assert pruned.training
+    assert not pruned.get_output_embeddings()._forward_pre_hooks
+
+
+def test_the_logits_in_memory_are_bounded_and_the_bound_is_used(monkeypatch):
+    """Both models' logits count: 20 positions of a sequence and 300 tokens, twice."""
+    model, sizes = tiny_model(), []
+    monkeypatch.setattr(module, "WINDOW_ELEMENTS", 2 * 20 * 300)
+    monkeypatch.setattr(module, "BATCH_TOKENS", 1)
+    reference = DenseReference(model, sequences())
+    model.lm_head.register_forward_hook(lambda module, args, output: sizes.append(output.numel()))
+    assert reference.divergence(model, label="x").kl == pytest.approx(0.0, abs=1e-6)
+    assert max(sizes) == 2 * 20 * 300
+
+
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        (lambda: None, "Qwen3ForCausalLM has no output embeddings"),
+        (lambda: torch.nn.Linear(64, 300), "does not call its output embeddings"),
+    ],
+)
+def test_a_model_without_a_usable_head_is_refused(head, message):
+    model = tiny_model()
+    model.get_output_embeddings = head
+    with pytest.raises(RacError, match=message):
+        DenseReference(model, sequences())
+
+
+def held_out(count: int = 4) -> SimpleNamespace:
+    """As much of a calibration set as is read here."""
+    traces = [
+        Trace(f"{i}#0", str(i), tuple(ids[:prompt]), tuple(ids[prompt:]), "stop", 0, "?", None)
+        for i, (ids, prompt) in enumerate(sequences())
+    ]
+    return SimpleNamespace(held_out=tuple(traces[:count]))
+
+
+def test_a_run_records_its_divergence_on_the_held_out_traces():
+    dense = tiny_model()
+    pruned = shaken(dense)
+    expected = divergence(dense, pruned, sequences(), label="x")
+    record = RunDivergence(dense, held_out(), off_policy=False).measure(pruned)
+    assert record["kl"] == pytest.approx(expected.kl, rel=1e-3)
+    assert (record["sequences"], record["tokens"]) == (4, expected.tokens)
+    assert "label" not in record
+
+
+def test_a_run_that_measures_nothing_says_why_and_goes_on():
+    def reason(calibration, model, off_policy=False, change=lambda model: None):
+        run = RunDivergence(model, calibration, off_policy=off_policy)
+        change(model)
+        record = run.measure(model)
+        assert record.keys() == {"not_measured"}
+        return record["not_measured"]
+
+    assert "no traces were held out" in reason(held_out(0), tiny_model())
+    assert "may be another model's" in reason(held_out(), tiny_model(), off_policy=True)
+    headless = tiny_model()
+    headless.get_output_embeddings = lambda: None
+    assert "no output embeddings" in reason(held_out(), headless)
+    changed = reason(held_out(), tiny_model(), change=lambda m: m.lm_head.weight.data.mul_(1.01))
+    assert "the output head was changed too" in changed

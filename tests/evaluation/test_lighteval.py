@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import rac_modifier
 from rac_modifier.evaluation.accuracy import evaluate
 from rac_modifier.problems.held_out import held_out_problems
+from rac_modifier.settings.problems import ProblemSource
+from rac_modifier.settings.sampling import SamplingSettings
 
 LIGHTEVAL = os.environ.get("RAC_LIGHTEVAL") or shutil.which("lighteval")
 EXAMPLE = Path(__file__).parents[2] / "examples" / "lighteval" / "arithmetic.py"
@@ -44,15 +46,15 @@ def test_the_problems_are_those_of_rac_eval(
 
 
 @pytest.fixture(scope="module")
-def accuracy(packed_reasoner: Path) -> float:
-    model = AutoModelForCausalLM.from_pretrained(packed_reasoner, dtype="float32")
-    tokenizer = AutoTokenizer.from_pretrained(packed_reasoner)
+def accuracy(packed_reasoner: Path, tmp_path_factory: pytest.TempPathFactory) -> float:
     actual = evaluate(
-        model,
-        tokenizer,
+        AutoModelForCausalLM.from_pretrained(packed_reasoner, dtype="float32"),
+        AutoTokenizer.from_pretrained(packed_reasoner),
         held_out_problems("arithmetic", COUNT, 0),
         label="here",
-        max_new_tokens=512,
+        source=ProblemSource(source="arithmetic"),
+        sampling=SamplingSettings(temperature=0, max_new_tokens=512),
+        path=tmp_path_factory.mktemp("answers") / "a.jsonl",
     )
     assert actual.accuracy >= 0.5
     return actual.accuracy

@@ -123,10 +123,9 @@ def test_as_a_command_it_needs_no_import_and_no_network(
     ("harness", "step"),
     [(lm_eval, "pip install 'rac-modifier[harness]'"), (lighteval, "of its own (`make lighteval`")],
 )
-def test_without_the_harness_it_says_what_installs_it(monkeypatch, capsys, harness, step) -> None:
+def test_without_the_harness_it_says_what_installs_it(monkeypatch, harness, step) -> None:
     for name in ("lm_eval", "lm_eval.__main__", "lighteval", "lighteval.__main__"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(SystemExit) as ended:
         harness.main()
-    assert ended.value.code == 1
-    assert step in capsys.readouterr().err
+    assert step in str(ended.value.code)

@@ -1,16 +1,7 @@
-import pytest
+"""Tables of results."""
 
-from rac_modifier.errors import RacError
-from rac_modifier.evaluation import report
-from rac_modifier.evaluation.report import (
-    accuracy_table,
-    divergence_table,
-    plot_bars,
-    plot_divergence,
-    plot_file,
-    stopping_table,
-)
-from tests.evaluation.test_divergence import result as divergence_result
+from rac_modifier.evaluation.divergence import TokenDivergence, summarise_divergence
+from rac_modifier.evaluation.report import accuracy_table, divergence_table, stopping_table
 from tests.evaluation.test_results import result, row
 
 
@@ -42,95 +33,15 @@ def test_several_answers_have_a_column_for_the_largest_k():
 
 
 def test_divergence_with_its_standard_error():
-    table = divergence_table([divergence_result(((0.1, 0.2), (0.5, 0.3)) * 8)])
-    ((label, kl, agreement),) = table.rows
-    assert label == "2:4, RAC"
+    def row(label, rows):
+        completions = [TokenDivergence(kl, [kl[0] < 0.2] * len(kl)) for kl in rows]
+        return summarise_divergence(completions, label=label, seconds=1.0)
+
+    rows = ((0.1, 0.2), (0.5, 0.3)) * 8
+    table = divergence_table([row("2:4", rows), row("one sequence", rows[:1])])
+    (label, kl, agreement), (_, *alone) = table.rows
+    assert label == "2:4"
     assert kl.startswith("0.275 ± 0.0")
     assert agreement.startswith("50.0% ± ")
     assert table.note.startswith("KL(dense || model) on 32 completion tokens of 16 sequences")
-    assert "±" not in "".join(
-        divergence_table([divergence_result(((0.5,),))]).rows[0]
-    )  # no error of one sequence
-
-
-A, B = divergence_result(label="a"), divergence_result(label="b", bins=3)
-OTHER = r"different sequences or bins .*a: 4 tokens of 2 sequences, b: 1 tokens"
-
-
-@pytest.mark.parametrize(
-    ("show", "results", "message"),
-    [
-        (accuracy_table, [], "no results"),
-        (plot_bars, [], "no results"),
-        (accuracy_table, [result([row()]), result([row()], cap=128)], r"caps \(64, 128 new tok"),
-        (plot_bars, [result([row()]), result([row()], cap=128)], r"caps \(64, 128 new tokens\)"),
-        (
-            accuracy_table,
-            [result([row()]), result([row(name="q") for i in range(2)])],
-            "results of 1 and 2 answers per problem",
-        ),
-        (divergence_table, [], "no divergence results"),
-        (plot_divergence, [], "no divergence results"),
-        (divergence_table, [A, divergence_result(((0.5,),), "b")], OTHER),
-        (plot_divergence, [A, B], "different sequences or bins"),
-    ],
-)
-def test_what_cannot_be_compared_is_refused(show, results, message, tmp_path):
-    path = [tmp_path / "plot.png"] if show in (plot_bars, plot_divergence) else []
-    with pytest.raises(RacError, match=message):
-        show(results, *path)
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """The Vega-Lite specifications that were drawn."""
-    specs = []
-    monkeypatch.setattr(report, "save", lambda chart, path: specs.append(chart.to_dict()))
-    return specs
-
-
-def values_of(panel, name):
-    return [value[name] for value in panel["data"]["values"]]
-
-
-def test_divergence_is_drawn_at_the_middle_of_each_bin_with_its_error(drawn, monkeypatch, tmp_path):
-    """Nine positions in three bins; the second completion does not reach the last bin."""
-    monkeypatch.setattr("rac_modifier.evaluation.intervals.LEAST_ROWS", 2)
-    kl = ((0.5, 0.1, 0.3, 0.2, 0.6, 0.1, 0.8, 0.4, 0.9), (0.2, 0.6, 0.1, 0.3, 0.5))
-    shown = divergence_result(kl, bins=3)
-    plot_divergence([shown, divergence_result(kl, "b", 3)], tmp_path / "plot.png")
-    for panel, name in zip(drawn[0]["hconcat"], ("kl", "agreement"), strict=True):
-        panel = panel["layer"][0] | panel
-        assert values_of(panel, "position") == [1.5, 4.5, 7.5] * 2
-        assert values_of(panel, "model") == ["2:4, RAC"] * 3 + ["b"] * 3
-        assert values_of(panel, "mean")[:3] == [getattr(b, name) for b in shown.bins]
-        errors = [getattr(b, f"{name}_stderr") or 0 for b in shown.bins]
-        ends = zip(values_of(panel, "low"), values_of(panel, "high"), strict=True)
-        width = [(high - low) / 2 for low, high in ends][:3]
-        assert width == pytest.approx(errors)
-        assert errors[0] > 0 == errors[2]
-
-
-def test_bars_are_accuracy_with_its_interval_and_the_unfinished_share(drawn, tmp_path):
-    results = [result([row()]), result([row(), row(correct=False, kind="going")], label="RAC")]
-    plot_bars(results, tmp_path / "bars.png")
-    assert values_of(drawn[0], "share") == [1.0, 0.5]
-    assert values_of(drawn[0], "unfinished") == [0.0, 0.5]
-    assert values_of(drawn[0], "low") == [r.ci_low for r in results]
-    assert "Not finished within 64 tokens" in str(drawn[0])
-
-
-@pytest.mark.parametrize("suffix", [".svg", ".png", ".pdf"])
-def test_a_plot_is_written_in_a_new_folder(tmp_path, suffix):
-    path = plot_divergence([A], tmp_path / "new" / f"plot{suffix}")
-    assert path.stat().st_size > 4000
-    if suffix == ".svg":
-        assert "position in the completion, tokens" in path.read_text()
-
-
-def test_a_plot_that_cannot_be_written(monkeypatch):
-    with pytest.raises(RacError, match=r"plot\.txt.*\.png, \.svg, \.pdf"):
-        plot_file("plot.txt")
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(RacError, match=r"rac-modifier\[eval\]"):
-        plot_bars([result([row()])], "plot.png")
+    assert alone == ["0.150", "100.0%"]

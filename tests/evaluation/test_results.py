@@ -14,6 +14,7 @@ from rac_modifier.evaluation.results import (
     summarise,
 )
 from rac_modifier.evaluation.stopping import Ending, Loop
+from rac_modifier.settings.sampling import SamplingSettings
 
 NUMBERS = itertools.count()
 
@@ -24,11 +25,9 @@ def row(correct=True, kind=None, tokens=10, thinking=8, task="addition", name=No
     return Row(name or f"p{next(NUMBERS)}", task, correct, ending)
 
 
-def result(rows, **changes):
-    return summarise(
-        rows,
-        **{"label": "dense", "seconds": 2.0, "cap": 64, "temperature": 0.0, "seed": 0} | changes,
-    )
+def result(rows, label="dense", cap=64, temperature=0.0, generated=None):
+    sampling = SamplingSettings(max_new_tokens=cap, temperature=temperature)
+    return summarise(rows, label=label, seconds=2.0, sampling=sampling, generated=generated)
 
 
 def test_summary():
@@ -59,7 +58,9 @@ def test_results_come_back_from_a_file_and_those_of_another_version_are_named(tm
     values = found.as_dict()
     assert read({"results": [values]}) == [found]
     other = {name: value for name, value in values.items() if name != "cap"} | {"limit": 3}
-    with pytest.raises(RacError, match=r"dense\.json: .*missing \['cap'\], unknown \['limit'\]"):
+    with pytest.raises(
+        RacError, match=r"dense\.json: no evaluation result \(cap: Field required\)"
+    ):
         read({"results": [other]})
     for damaged in ({"results": [3]}, {"results": [values | {"endings": {"a": [{"loop": 1}]}}]}):
         with pytest.raises(RacError, match=r"dense\.json: "):
