@@ -22,6 +22,7 @@ from llmcompressor.entrypoints.oneshot import Oneshot
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.quantization import QuantizationMixin
 from llmcompressor.recipe import Recipe
+from loguru import logger
 from pydantic import ValidationError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -30,6 +31,7 @@ from rac_modifier.errors import RacError
 from rac_modifier.llmcompressor.quantizer import Quantizer
 from rac_modifier.llmcompressor.targets import find_targets
 from rac_modifier.settings.entries import CalibrationEntry, PruningEntry
+from rac_modifier.settings.recipe import check_layout, read_recipe
 
 # Arguments of `oneshot` that our loops read, or upstream around them (one is deprecated, and
 # upstream warns). Our calibration set and its settings replace all others about data.
@@ -61,7 +63,8 @@ def find_oneshot() -> Oneshot | None:
 def check_arguments(oneshot: Oneshot, modifier: str, *, prunes: bool) -> None:
     """Refuse arguments without effect with our `modifier`, and a used output folder.
 
-    An argument with its default value counts as not given.
+    An argument with its default value counts as not given. A stage that upstream does not read is
+    a warning.
 
     Raises:
         RacError: naming every such argument with its value.
@@ -82,8 +85,14 @@ def check_arguments(oneshot: Oneshot, modifier: str, *, prunes: bool) -> None:
     ]
     if problems:
         raise RacError("\n".join(problems))
+    arguments = oneshot.recipe_args
+    if arguments and isinstance(arguments.recipe, str | Path):
+        try:
+            check_layout(read_recipe(arguments.recipe), "recipe")
+        except RacError as error:  # upstream reads other layouts too, and may have more modifiers
+            logger.warning(str(error))
     if oneshot.output_dir is not None:  # upstream saves a stage to a folder of its name
-        stage = oneshot.recipe_args.stage if oneshot.recipe_args else None
+        stage = arguments.stage if arguments else None
         check_output_folder(Path(oneshot.output_dir, stage or ""), None, 0)
 
 

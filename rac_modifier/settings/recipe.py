@@ -44,7 +44,13 @@ def load_recipe(named: str | Path, overrides: Sequence[str] = ()) -> dict[str, A
 
 
 def read_recipe(named: str | Path) -> Any:
-    """Return what a recipe's file holds, unchecked (RacError: no such recipe, or not YAML)."""
+    """Return what a recipe holds, unchecked; a text of several lines is the recipe itself.
+
+    Raises:
+        RacError: no such recipe, or not YAML.
+    """
+    if "\n" in str(named):
+        return parse_yaml(str(named), "recipe")
     return read_yaml(find_recipe(named), "recipe", "name a YAML file")
 
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 from llmcompressor.args import DatasetArguments, RecipeArguments
 from llmcompressor.modifiers.quantization import GPTQModifier
+from loguru import logger
 from transformers import AutoTokenizer
 
 from rac_modifier import RacError
@@ -28,11 +29,11 @@ CALIBRATES = "ReasoningAwareCalibrationModifier"
 OTHER = "{% for m in messages %}<user><user>{{ m.content }}{% endfor %}<assistant>"
 
 
-def arguments(output_dir=None, stage=None, processor=None, **given):
+def arguments(output_dir=None, stage=None, processor=None, recipe=None, **given):
     """What `Oneshot` holds, without loading a model."""
     return SimpleNamespace(
         dataset_args=DatasetArguments(**given),
-        recipe_args=RecipeArguments(stage=stage),
+        recipe_args=RecipeArguments(stage=stage, recipe=recipe),
         output_dir=None if output_dir is None else str(output_dir),
         processor=processor,
     )
@@ -83,6 +84,19 @@ def test_an_output_folder_in_use_is_refused(tmp_path):
     check_arguments(arguments(tmp_path, stage="second"), NAME, prunes=True)
     with pytest.raises(RacError, match="full is in use"):  # the folder of a stage
         check_arguments(arguments(tmp_path, stage="full"), NAME, prunes=True)
+
+
+def test_a_stage_that_upstream_does_not_read_is_named(tmp_path):
+    warnings = []
+    sink = logger.add(warnings.append, format="{message}", level="WARNING")
+    stage = "a_stage: {pruning_modifiers: {ReasoningAwareSparseGPTModifier: {sparsity: 0.5}}}\n"
+    (tmp_path / "r.yaml").write_text(f"{stage}quant_stag: {{q_modifiers: {{GPTQModifier: {{}}}}}}")
+    for recipe in (str(tmp_path / "r.yaml"), stage):
+        check_arguments(arguments(recipe=recipe), NAME, prunes=True)
+    logger.remove(sink)
+    assert [line.partition(";")[0] for line in warnings] == [
+        "recipe: llm-compressor would overlook quant_stag: q_modifiers"
+    ]
 
 
 @pytest.mark.usefixtures("nothing_is_sampled")
