@@ -4,24 +4,14 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, Literal
+from typing import Literal
 
 from rac_modifier.errors import RacError
 from rac_modifier.problems.answers import Verifier
 from rac_modifier.problems.arithmetic import generate_distinct
-from rac_modifier.problems.source import (
-    Problem,
-    answer_in,
-    load_problems,
-    open_problem_table,
-    question_in,
-    row_id,
-    shuffled_rows,
-    table_name,
-)
+from rac_modifier.problems.source import Problem, ProblemTable, TableRow, load_problems
 from rac_modifier.settings.check import check_settings
 from rac_modifier.settings.problems import ARITHMETIC, ProblemSource
 
@@ -87,49 +77,42 @@ def benchmark_problems(
 
     The source's `column` and `answer_column`, if set, replace the layout's. `count` None: all.
     """
-    column = source.column or layout.column
-    answer_column = source.answer_column or layout.answer_column
-    rows = shuffled_rows(
-        open_problem_table(source), source, (column, answer_column, *layout.wrong_columns), seed
+    layout = replace(
+        layout,
+        column=source.column or layout.column,
+        answer_column=source.answer_column or layout.answer_column,
     )
-    problems = [
-        _problem(row, where, i, layout, column, answer_column)
-        for i, where, row in islice(rows, count)
-    ]
-    _check_count(problems, count or 0, table_name(source))
+    table = ProblemTable(source)
+    rows = table.shuffled([layout.column, layout.answer_column, *layout.wrong_columns], seed)
+    problems = [_problem(row, layout) for row in islice(rows, count)]
+    _check_count(problems, count or 0, table.name)
     return problems
 
 
-def _problem(
-    row: Mapping[str, Any], where: str, index: int, layout: Layout, column: str, answer_column: str
-) -> Problem:
-    question = question_in(row, where, column)
-    answer = _filled(row, where, answer_column)
+def _problem(row: TableRow, layout: Layout) -> Problem:
+    question = row.question(layout.column)
+    answer = _filled(row, layout.answer_column)
     if layout.answers == "last line":
-        answer = _last_line(answer, where, answer_column)
+        last = _LAST_LINE.search(answer)
+        if last is None or not last[1].strip():
+            raise RacError(
+                f"{row.where}: column {layout.answer_column!r} must end in a line '#### answer', "
+                f"it ends in {answer[-40:]!r}"
+            )
+        answer = last[1].strip().replace(",", "")  # thousands
     elif layout.answers == "choices":
-        choices = [answer, *(_filled(row, where, name) for name in layout.wrong_columns)]
+        choices = [answer, *(_filled(row, name) for name in layout.wrong_columns)]
         question, answer = with_choices(question, choices)
-    question = f"{question.strip()}\n\n{layout.instruction}"
-    return Problem(row_id(index, question), question, answer, layout.task)
+    return row.problem(f"{question.strip()}\n\n{layout.instruction}", answer, layout.task)
 
 
-def _filled(row: Mapping[str, Any], where: str, column: str) -> str:
-    text = (answer_in(row, where, column) or "").strip()
+def _filled(row: TableRow, column: str) -> str:
+    text = (row.answer(column) or "").strip()
     if not text:
-        raise RacError(f"{where}: column {column!r} holds nothing; complete the row, or remove it")
-    return text
-
-
-def _last_line(solution: str, where: str, column: str) -> str:
-    last = _LAST_LINE.search(solution)
-    answer = last[1].strip() if last else ""
-    if not answer:
         raise RacError(
-            f"{where}: column {column!r} must end in a line '#### answer', it ends in "
-            f"{solution[-40:]!r}"
+            f"{row.where}: column {column!r} holds nothing; complete the row, or remove it"
         )
-    return answer.replace(",", "")  # thousands
+    return text
 
 
 def with_choices(question: str, choices: list[str]) -> tuple[str, str]:

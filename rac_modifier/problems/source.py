@@ -5,18 +5,15 @@ from __future__ import annotations
 import difflib
 import hashlib
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rac_modifier.errors import RacError
 from rac_modifier.problems.arithmetic import generate_distinct
 from rac_modifier.problems.tables import open_table
 from rac_modifier.settings.problems import ARITHMETIC, GYM_PREFIX, ProblemSource
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 QUESTION_COLUMNS = ("problem", "question", "prompt")
 _GYM_CHUNK = 500
@@ -51,7 +48,7 @@ def load_problems(source: ProblemSource, seed: int) -> Iterator[Problem]:
     elif source.source.startswith(GYM_PREFIX):
         problems = _reasoning_gym(source.source.removeprefix(GYM_PREFIX), seed)
     else:
-        problems = _from_table(open_problem_table(source), source, seed)
+        problems = _from_table(source, seed)
     return islice(problems, source.limit)
 
 
@@ -100,86 +97,91 @@ def gym_item(source: ProblemSource, seed: int, problem_id: str) -> tuple[str, in
     return name, _gym_seed(name, seed, chunk), _GYM_CHUNK, index
 
 
-def _from_table(table: Dataset, source: ProblemSource, seed: int) -> Iterator[Problem]:
+def _from_table(source: ProblemSource, seed: int) -> Iterator[Problem]:
+    table = ProblemTable(source)
     column, answer_column = source.column, source.answer_column
     if column is None:
-        candidates = [name for name in QUESTION_COLUMNS if name in table.column_names]
+        candidates = [name for name in QUESTION_COLUMNS if name in table.columns]
         if len(candidates) != 1:
             raise RacError(
-                f"{table_name(source)}: which column holds the question? Set `column` to one of: "
-                f"{', '.join(table.column_names)}"
+                f"{table.name}: which column holds the question? Set `column` to one of: "
+                f"{', '.join(table.columns)}"
             )
         column = candidates[0]
 
-    def problem(index: int, where: str, row: Mapping[str, Any]) -> Problem:
-        question = question_in(row, where, column)
-        answer = None if answer_column is None else answer_in(row, where, answer_column)
-        return Problem(row_id(index, question), question, answer, None)
+    def problem(row: TableRow) -> Problem:
+        answer = None if answer_column is None else row.answer(answer_column)
+        return row.problem(row.question(column), answer)
 
-    columns = (column,) if answer_column is None else (column, answer_column)
-    return (problem(*row) for row in shuffled_rows(table, source, columns, seed))
-
-
-def open_problem_table(source: ProblemSource) -> Dataset:
-    """Open the table of a source that is a file or a dataset."""
-    label = "problem file" if source.is_file else "problem dataset"
-    table = open_table(source.source, label=label, config=source.config, split=source.split)
-    if not len(table):
-        raise RacError(f"{table_name(source)} holds no problems; name a source that does")
-    return table
+    columns = [column] if answer_column is None else [column, answer_column]
+    return map(problem, table.shuffled(columns, seed))
 
 
-def table_name(source: ProblemSource) -> str:
-    """Name a file or dataset in messages."""
-    return source.source if source.is_file else f"{source.source} [{source.split}]"
+class ProblemTable:
+    """The table of a source that is a file or a dataset; `name` is its name in messages."""
+
+    def __init__(self, source: ProblemSource):
+        """Open the table (RacError: it cannot be opened, or is empty)."""
+        label = "problem file" if source.is_file else "problem dataset"
+        self.name = source.source if source.is_file else f"{source.source} [{source.split}]"
+        self._table = open_table(
+            source.source, label=label, config=source.config, split=source.split
+        )
+        if not len(self._table):
+            raise RacError(f"{self.name} holds no problems; name a source that does")
+        self.columns = self._table.column_names
+
+    def shuffled(self, columns: Sequence[str], seed: int) -> Iterator[TableRow]:
+        """Return the rows in the seed's order (RacError: the table lacks a column)."""
+        for name in columns:
+            if name not in self.columns:
+                raise RacError(
+                    f"{self.name} has no column {name!r}; its columns are: "
+                    f"{', '.join(self.columns)}"
+                )
+        rows = self._table.select_columns(list(columns))
+        order = list(range(len(rows)))
+        random.Random(f"{seed}").shuffle(order)
+        return (TableRow(i, f"{self.name}, row {i}", rows[i]) for i in order)
 
 
-def shuffled_rows(
-    table: Dataset, source: ProblemSource, columns: tuple[str, ...], seed: int
-) -> Iterator[tuple[int, str, Mapping[str, Any]]]:
-    """Return number, name for messages and values of each row, in the seed's order."""
-    where = table_name(source)
-    for name in columns:
-        if name not in table.column_names:
+@dataclass(frozen=True)
+class TableRow:
+    """A row of a table; `where` names it in messages."""
+
+    index: int
+    where: str
+    values: Mapping[str, Any]
+
+    def question(self, column: str) -> str:
+        """Return the question; a row without text there is a RacError."""
+        question = self.values[column]
+        if not isinstance(question, str) or not question.strip():
             raise RacError(
-                f"{where} has no column {name!r}; its columns are: {', '.join(table.column_names)}"
+                f"{self.where}: column {column!r} must hold the question as text, it holds "
+                f"{repr(question)[:80]}; choose another column"
             )
-    rows = table.select_columns(list(columns))
-    order = list(range(len(rows)))
-    random.Random(f"{seed}").shuffle(order)
-    return ((i, f"{where}, row {i}", rows[i]) for i in order)
+        return question
 
+    def answer(self, column: str) -> str | None:
+        """Return the answer as text, None for null (RacError: not text, or digits were lost)."""
+        answer = self.values[column]
+        if answer is not None and not isinstance(answer, (str, int, float)):
+            raise RacError(
+                f"{self.where}: column {column!r} must hold text or a number, it holds a "
+                f"{type(answer).__name__}; write the answers as text in a Parquet file"
+            )
+        if isinstance(answer, float) and abs(answer) >= _EXACT_FLOATS:
+            raise RacError(
+                f"{self.where}: column {column!r} holds the number {answer!r}, some digits of "
+                "which may have been lost when it was read; write the answers as text, in quotes"
+            )
+        return None if answer is None else str(answer)
 
-def question_in(row: Mapping[str, Any], where: str, column: str) -> str:
-    """Return the question of a row; a row without text there is a RacError."""
-    question = row[column]
-    if not isinstance(question, str) or not question.strip():
-        raise RacError(
-            f"{where}: column {column!r} must hold the question as text, it holds "
-            f"{repr(question)[:80]}; choose another column"
-        )
-    return question
-
-
-def answer_in(row: Mapping[str, Any], where: str, column: str) -> str | None:
-    """Return the answer of a row as text, None for null."""
-    answer = row[column]
-    if answer is not None and not isinstance(answer, (str, int, float)):
-        raise RacError(
-            f"{where}: column {column!r} must hold text or a number, it holds a "
-            f"{type(answer).__name__}; write the answers as text in a Parquet file"
-        )
-    if isinstance(answer, float) and abs(answer) >= _EXACT_FLOATS:
-        raise RacError(
-            f"{where}: column {column!r} holds the number {answer!r}, some digits of which "
-            "may have been lost when it was read; write the answers as text, in quotes"
-        )
-    return None if answer is None else str(answer)
-
-
-def row_id(index: int, question: str) -> str:
-    """Return the id of a row; its hash makes an edited row another problem for a resumed run."""
-    return f"row{index}-{_hash_int(question) % 16**8:08x}"
+    def problem(self, question: str, answer: str | None, task: str | None = None) -> Problem:
+        """Return a problem; its id makes an edited row another problem for a resumed run."""
+        name = f"row{self.index}-{_hash_int(question) % 16**8:08x}"
+        return Problem(name, question, answer, task)
 
 
 def _hash_int(text: str) -> int:
