@@ -55,35 +55,18 @@ def test_torchrun_itself_saves_the_bytes_of_one_process(tiny_folder, trace_store
     processes that look alike."""
     calibration = {"tokens": 1500, "batch_tokens": 128, "held_out_tokens": 100}
     (tmp_path / "recipe.yaml").write_text(recipe(entry(trace_store, calibration=calibration)))
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--master-port",
-        str(free_port()),
-    ]
+    options = f"--nproc-per-node 2 --master-port {free_port()}"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *options.split()]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1"}
     saved = {}
-    for name, start in {"one": [sys.executable], "two": command}.items():
-        words = [
-            "-m",
-            "rac_modifier.cli",
-            "prune",
-            tiny_folder,
-            tmp_path / name,
-            "--recipe",
-            tmp_path / "recipe.yaml",
-        ]
-        variables = {**os.environ, "OMP_NUM_THREADS": "1"}
-        process = subprocess.run(
-            [*start, *map(str, words)], capture_output=True, text=True, env=variables
-        )
+    for name, start in {"one": [sys.executable], "two": torchrun}.items():
+        words = ["prune", tiny_folder, tmp_path / name, "--recipe", tmp_path / "recipe.yaml"]
+        command = [*start, "-m", "rac_modifier.cli", *map(str, words)]
+        process = subprocess.run(command, capture_output=True, text=True, env=variables)
         assert process.returncode == 0, process.stderr[-3000:]
         assert process.stdout.count(f"saved to {tmp_path / name}") == 1
-        saved[name] = {
-            path.name: path.read_bytes() for path in (tmp_path / name).glob("*.safetensors")
-        }
+        files = (tmp_path / name).glob("*.safetensors")
+        saved[name] = {path.name: path.read_bytes() for path in files}
     assert saved["two"] == saved["one"] != {}
     record = json.loads((tmp_path / "two" / "rac_run.json").read_text())
     assert record["processes"] == 2

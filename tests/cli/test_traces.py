@@ -38,10 +38,8 @@ def test_traces_collect_and_inspect(rac, tiny_folder, recipe_file, tmp_path):
 
     out = tmp_path / "new.parquet"
     held = longer
-    assert (
-        f"{out}: {len(held)} rows"
-        in rac("traces", "export", store, out, "--text", "--model", tiny_folder)[1]
-    )
+    stdout = rac("traces", "export", store, out, "--text", "--model", tiny_folder)[1]
+    assert f"{out}: {len(held)} rows" in stdout
 
     code, stdout, _ = rac(*inspect, "--samples", 2)
     assert code == 0
@@ -73,17 +71,8 @@ def test_traces_of_a_server_of_our_own_are_kept_and_compared_with_the_model(
     monkeypatch.setenv("RAC_VLLM", str(fake_vllm.install(tmp_path)))
     shorten_pauses(monkeypatch)
     options = ("-r", recipe_file, "-s", "traces.store=new.jsonl", "-s", "calibration.tokens=120")
-    served = (
-        "traces",
-        "collect",
-        tiny_folder,
-        *options,
-        "--serve",
-        "--concurrency",
-        3,
-        "--precision",
-        "float32",
-    )
+    serve = ("--serve", "--concurrency", 3, "--precision", "float32")
+    served = ("traces", "collect", tiny_folder, *options, *serve)
     code, _, error = rac(*served)
     assert code == 0, error
     assert len(fake_vllm.starts(tmp_path)) == 1

@@ -42,15 +42,6 @@ def studies_of(text: str) -> Any:
     return json.loads(gzip.decompress(base64.b64decode(packed)))
 
 
-def tables_of(text: str) -> list[str]:
-    return re.findall(r"<table>(.*?)</table>", text.partition('id="data"')[0])
-
-
-def labels_of(text: str) -> list[list[str]]:
-    """The labels of each study's table."""
-    return [re.findall(r'<tr data-label="([^"]*)', table) for table in tables_of(text)]
-
-
 def test_the_page_has_its_scripts_no_address_and_a_policy_that_allows_no_more(tmp_path) -> None:
     text = page([write_sample(tmp_path / "a")], 300)
     parsed = Parsed(text)
@@ -76,7 +67,7 @@ def test_figures_and_answers_are_those_of_the_folder(tmp_path) -> None:
     about = {**ABOUT, "evaluation": {**ABOUT["evaluation"], "temperature": 0.6}}
     text = page([write_sample(tmp_path / "a", about)], 300)
     assert "same 4 held-out problems, temperature 0.6, at most 50 new tokens" in text
-    (table,) = tables_of(text)
+    (table,) = re.findall(r"<table>(.*?)</table>", text.partition('id="data"')[0])
     head, *lines = [re.findall(r"<t[hd]>(.*?)</t[hd]>", line) for line in table.split("<tr")[1:]]
     sparse = dict(zip(head, lines[1], strict=True))
     assert sparse["row"] == "50 %"
@@ -103,12 +94,6 @@ def test_fewer_answers_are_shown_where_asked(tmp_path: Path) -> None:
     assert [trace["id"] for trace in traces["dense"]] == ["p1", "p2"]
     assert {len(own) for own in traces["rows"].values()} == {2}
     assert studies_of(page([folder], 0))[0]["traces"]["dense"] == []
-
-
-def test_a_folder_is_a_section(tmp_path: Path) -> None:
-    a = write_sample(tmp_path / "a", rows=ROWS[:3])
-    other = write_sample(tmp_path / "c", {**ABOUT, "model": "another"}, ROWS[:2])
-    assert labels_of(page([a, other], 300)) == [["dense", "50 %", "2:4"], ["dense", "50 %"]]
 
 
 def test_a_page_of_many_answers_fits_or_says_how_many_do(tmp_path: Path) -> None:

@@ -163,11 +163,6 @@ def test_a_row_of_upstreams_modifiers_alone_calibrates_on_nothing():
             {"set": {"calibration.tokens": 9}},
             "calibration.tokens changes an entry of ours, and its recipe has none",
         ),
-        (
-            {"recipe": {"q_stage": {"q": NEAREST}}},
-            "overlook q_stage: q; write it as pruning_stage: pruning_modifiers: Quantization",
-        ),
-        ({"recipe": {"q_stge": {"q_modifiers": NEAREST}}}, "has no modifier 'q_stge'; it has"),
         ({"recipe": {"q_stage": []}}, "llm-compressor would overlook q_stage"),
     ],
 )
