@@ -48,23 +48,14 @@ def engine_of(
 
 @dataclass(frozen=True)
 class Answering:
-    """The options of `rac eval` about servers and the file of answers.
+    """The options of `rac eval` about servers and the file of answers."""
 
-    Attributes:
-        servers: of one model; without a model folder, each has a model, the dense one first.
-        served_as: the servers' names of the model or models.
-        serve: start a server for each model.
-        concurrency: answers of a server in progress.
-        path: the file of answers; None: in rac_answers/.
-        precision: of a model that is loaded or served here.
-    """
-
-    servers: tuple[str, ...]
-    served_as: tuple[str, ...]
-    serve: bool
-    concurrency: int
-    path: Path | None
-    precision: Dtype
+    servers: tuple[str, ...]  # of one model; without a folder, each has one, the dense one first
+    served_as: tuple[str, ...]  # the servers' names of the model or models
+    serve: bool  # start a server for each model
+    concurrency: int  # answers of a server in progress
+    path: Path | None  # of the file of answers; None: in rac_answers/
+    precision: Dtype  # of a model that is loaded or served here
 
     def check(self, models: Sequence[str], written: Set[str], *, divergence: bool) -> None:
         """Refuse options that contradict each other, before anything is loaded (RacError).
@@ -106,7 +97,7 @@ class Answering:
         ):
             if holds:
                 raise RacError(message)
-        if models and self.servers:
+        if self.servers:
             engine_of(self.servers, self.concurrency, 1)
         if not models and len(self._subjects()) > 1 and self.path is not None:
             raise RacError(
@@ -142,21 +133,30 @@ class Answering:
     ) -> EvalResult:
         from rac_modifier.evaluation.accuracy import evaluate
 
+        cap = how["sampling"].max_new_tokens
+        engine: AbstractContextManager[EngineSettings | None] = nullcontext()
+        if self.serve:
+            engine = own_server(name, self.precision, self.concurrency, cap)
+        elif self.servers:
+            engine = nullcontext(engine_of(self.servers, self.concurrency, cap, *self.served_as))
         served = self.serve or self.servers
         model = subject_of(name) if served else load_on_accelerator(name, self.precision)
-        with self.engine(name, how["sampling"].max_new_tokens) as engine:
-            return evaluate(*model, problems, label=name, engine=engine, **how)
+        with engine as settings:
+            return evaluate(*model, problems, label=name, engine=settings, **how)
 
     def _ask_servers(self, problems: Sequence[Problem], how: Mapping[str, Any]) -> list[EvalResult]:
         from rac_modifier.evaluation.chat import evaluate_chat
 
-        cap, results = how["sampling"].max_new_tokens, {}
-        for url, name in self._subjects():
-            engine = engine_of((url,), self.concurrency, cap, name)
-            results[url, name] = evaluate_chat(problems, engine=engine, **how)
-        if len({result.label for result in results.values()}) == len(results):
-            return list(results.values())
-        return [replace(r, label=f"{r.label} at {url}") for (url, _), r in results.items()]
+        results, subjects = [], self._subjects()
+        for url, name in subjects:
+            engine = engine_of((url,), self.concurrency, how["sampling"].max_new_tokens, name)
+            results.append(evaluate_chat(problems, engine=engine, **how))
+        if len({result.label for result in results}) == len(results):
+            return results
+        urls = (url for url, _ in subjects)
+        return [
+            replace(r, label=f"{r.label} at {url}") for r, url in zip(results, urls, strict=True)
+        ]
 
     def _subjects(self) -> list[tuple[str, str | None]]:
         """Return address and name of each model without a folder (RacError: they do not match)."""
@@ -167,19 +167,4 @@ class Answering:
                 f"--server names {len(urls)} servers and --served-as {len(names)} models; give one "
                 "name per server, in the order of the servers"
             )
-        pairs = list(zip(urls, names, strict=True))
-        engines = [engine_of((url,), self.concurrency, 1, name) for url, name in pairs]
-        if any(engine in engines[:i] for i, engine in enumerate(engines)):
-            raise RacError(
-                f"--server {urls[-1]} names a model twice; tell two models of a server apart with "
-                "--served-as, once for each"
-            )
-        return pairs
-
-    def engine(self, name: str, cap: int) -> AbstractContextManager[EngineSettings | None]:
-        """Return the servers that are asked, in a context; None: the model in this process."""
-        if self.serve:
-            return own_server(name, self.precision, self.concurrency, cap)
-        if self.servers:
-            return nullcontext(engine_of(self.servers, self.concurrency, cap, *self.served_as))
-        return nullcontext()
+        return list(zip(urls, names, strict=True))

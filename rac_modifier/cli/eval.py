@@ -41,7 +41,7 @@ def evaluate(
     problems: Annotated[int, typer.Option(min=1, help="number of problems")] = 300,
     source: Source = "arithmetic",
     preset: Annotated[
-        str | None,
+        Literal["aime24", "aime25", "gpqa-diamond", "gsm8k", "math-500"] | None,
         typer.Option(metavar="NAME", help="aime24, aime25, gpqa-diamond, gsm8k or math-500"),
     ] = None,
     column: Column = None,

@@ -10,7 +10,6 @@ from rac_modifier.cli.options import Dtype
 from rac_modifier.errors import RacError
 
 _NAMES = 'give a model folder, a Hugging Face id, or "reasoner"'
-_SAVE_TOKENIZER = "save the model's tokenizer next to it"
 _NUMBERED_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
@@ -48,7 +47,7 @@ def check_model(source: str) -> None:
         raise refused(f"no folder here, and from the hub: {_first_line(error)}") from error
 
 
-def load_tokenizer(source: str, next_step: str = _SAVE_TOKENIZER) -> Any:
+def load_tokenizer(source: str, next_step: str = "save the model's next to it") -> Any:
     """Return the tokenizer of a model (RacError: none; its text ends in `next_step`)."""
     from transformers import AutoTokenizer
 

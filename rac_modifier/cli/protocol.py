@@ -18,44 +18,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Protocol:
-    """Problems and sampling of an evaluation.
-
-    Attributes:
-        source, column, answer_column: where the problems come from.
-        problems: how many; None: all that the source has.
-        samples: answers per problem.
-        cap: most new tokens.
-        temperature: None: greedy, or with --divergence the model's own.
-        top_p: None: 0.95, or with --divergence the model's own.
-        seed: of the order of the problems, and of sampling.
-        preset: where the values come from that no option sets.
-        changed: by option that the user set, the preset's value.
-    """
+    """Problems and sampling of an evaluation."""
 
     source: str
     column: str | None
     answer_column: str | None
-    problems: int | None
-    samples: int
-    cap: int
-    temperature: float | None
-    top_p: float | None
+    problems: int | None  # None: all that the source has
+    samples: int  # answers per problem
+    cap: int  # most new tokens
+    temperature: float | None  # None: greedy, or with --divergence the model's own
+    top_p: float | None  # None: 0.95, or with --divergence the model's own
     seed: int
-    preset: Preset | None = None
-    changed: Mapping[str, Any] = field(default_factory=dict)
+    preset: Preset | None = None  # has the values that no option sets
+    changed: Mapping[str, Any] = field(default_factory=dict)  # by option set, the preset's value
 
     def with_preset(self, name: str | None, options: Collection[str]) -> Protocol:
-        """Fill from a preset what is not among the user's `options`.
-
-        Raises:
-            RacError: no such preset, or it cannot ask the user's source.
-        """
+        """Fill from a preset what is not among the user's `options` (RacError: a generator)."""
         if name is None:
             return self
-        from rac_modifier.evaluation.presets import preset_of
+        from rac_modifier.evaluation.presets import PRESETS
         from rac_modifier.settings.problems import ProblemSource
 
-        preset = preset_of(name)
+        preset = PRESETS[name]
         published: dict[str, Any] = {
             "source": preset.source,
             "column": preset.layout.column,

@@ -71,7 +71,7 @@ def evaluate(
     sampling = sampling.resolved(identity.generation_config)
     header = StoreHeader.of(identity, tokenizer, sampling, source)
     dtype = None if engine is not None or in_memory is None else in_memory.dtype
-    path = path or default_path(identity, sampling, source, dtype)
+    path = path or default_path(header, dtype)
     started = time.monotonic()
     with contextlib.closing(
         engine_for(engine, identity, in_memory, tokenizer, sampling, evaluates=True)
@@ -103,17 +103,12 @@ def evaluate(
     )
 
 
-def default_path(
-    identity: ModelIdentity,
-    sampling: SamplingSettings,
-    source: ProblemSource,
-    dtype: torch.dtype | None = None,
-) -> Path:
+def default_path(header: StoreHeader, dtype: torch.dtype | None = None) -> Path:
     """Return rac_answers/<fingerprint>-<hash of the settings>.jsonl, a relative path.
 
     `dtype`: of a model in this process, which computes other answers in another dtype.
     """
-    path = settings_path("rac_answers", identity.fingerprint, sampling, source)
+    path = settings_path("rac_answers", header.fingerprint, header.sampling, header.problems)
     return path if dtype is None else path.with_stem(f"{path.stem}-{str(dtype)[6:]}")
 
 
@@ -121,7 +116,7 @@ def check_problems(problems: Sequence[Problem], verifiers: Mapping[str, Verifier
     """Refuse problems that cannot be graded; `verifiers` replace math-verify for their tasks.
 
     Raises:
-        RacError: no problems, one without an answer, an id twice, or no math-verify.
+        RacError: no problems, one without an answer, or no math-verify.
     """
     if not problems:
         raise RacError(
@@ -134,11 +129,6 @@ def check_problems(problems: Sequence[Problem], verifiers: Mapping[str, Verifier
             f"{without[0]!r}); name the column that holds the answers (answer_column), or leave "
             "these problems out"
         )
-    seen: set[str] = set()
-    for p in problems:
-        if p.id in seen:
-            raise RacError(f"problem id {p.id!r} appears twice; give each problem once")
-        seen.add(p.id)
     if any((p.task or "") not in verifiers for p in problems):
         check_installed("mathematics")
 

@@ -1,8 +1,7 @@
 """Which layers lose nothing when their inputs are rounded to 8 bits instead of 16.
 
-The CPU kernels of integers round x to integers of at most `LEVELS`, with a scale per token and
-block of columns. Here the inputs of a model's layers are rounded in the same way. config.json
-records the chosen layers (`rac_sparsity.int8_activations`); the vLLM plugin obeys that record.
+The CPU kernels round x to integers of at most `LEVELS`, with a scale per token and block of
+columns. config.json records the chosen layers (`rac_sparsity.int8_activations`) for the plugin.
 """
 
 from __future__ import annotations
@@ -64,10 +63,7 @@ def layers_of(folder: Path, *, recorded: bool = True) -> tuple[list[IntegerLayer
     """Return the linear layers of a checkpoint that the CPU kernels multiply as integers.
 
     Also count the other compressed modules by the reason why they keep 16 bits. `recorded`: with
-    the own errors of the run record.
-
-    Raises:
-        RacError: no checkpoint with such layers, or its run record lacks an error.
+    the own errors of the run record (RacError: it lacks one; there are no such layers).
     """
     if not (folder / CONFIG_FILE).is_file():
         raise RacError(
@@ -83,11 +79,10 @@ def layers_of(folder: Path, *, recorded: bool = True) -> tuple[list[IntegerLayer
     layers = [layer for layer in planned.values() if isinstance(layer, IntegerLayer)]
     left_out = {module: why for module, why in planned.items() if isinstance(why, str)}
     if not layers:
-        reasons = [f"{module}: {reason}" for module, reason in left_out.items()]
+        module, why = next(iter(left_out.items()), ("it", "has no quantized linear layer"))
         raise RacError(
-            f"{folder}: none of its layers may have activations of 8 bits "
-            f"({(reasons or ['it has no quantized linear layer'])[0]}); quantize linear layers to "
-            "int8 or int4"
+            f"{folder}: none of its layers may have activations of 8 bits ({module}: {why}); "
+            "quantize linear layers to int8 or int4"
         )
     errors = _recorded_errors(folder, layers) if recorded else {}
     layers = [replace(layer, own_error=errors.get(layer.module)) for layer in layers]
@@ -209,9 +204,6 @@ def choose_activations(
     """Measure each layer, choose layers that lose nothing, and measure their divergence.
 
     `dense`: the model before pruning and rounding (`check_original`), for unknown own errors.
-
-    Raises:
-        RacError: what `measure_activations` and `DenseReference` raise.
     """
     measured = measure_activations(model, layers, sequences, dense)
     reference = DenseReference(model, sequences)
@@ -231,8 +223,7 @@ def measure_activations(
     """Return the layers with their errors on all tokens of `sequences`, in float32.
 
     Raises:
-        RacError: a layer that the model does not have, sequences that `divergence` refuses, or
-            activations that are not finite.
+        RacError: a layer that the model does not have, or activations that are not finite.
     """
     sums = {layer.module: [0.0, 0.0, 0.0, 0.0] for layer in layers}
     originals: Mapping[str, Any] = {} if dense is None else dict(dense.named_modules())

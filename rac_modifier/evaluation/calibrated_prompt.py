@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from loguru import logger
 from pydantic import ValidationError
 from transformers.utils.hub import cached_file
 
@@ -32,10 +31,7 @@ def recorded_prompts(source: str) -> Prompts | None:
     )
     if path is None:
         return None
-    recorded = read_json(path).get("prompts")
-    if recorded is None:
-        logger.warning(f"{path} records no prompt settings; the defaults are used")
-        return None
+    recorded = read_json(path).get("prompts") or {}
     try:
         return {part: PromptSettings(**settings) for part, settings in recorded.items()}
     except (AttributeError, TypeError, ValidationError) as error:

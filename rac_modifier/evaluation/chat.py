@@ -6,6 +6,7 @@ Each answer is appended to a file as it arrives, so that a killed evaluation goe
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import os
@@ -35,8 +36,6 @@ from rac_modifier.sampling.completions_api import (
 from rac_modifier.sampling.server_client import ServerClient, ask
 from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
-
-_FAILURES_OF_AN_OUTAGE = 16  # without an answer between them
 
 
 @dataclass(frozen=True)
@@ -136,46 +135,35 @@ async def _ask(
     file: BinaryIO,
     answers: dict[str, ChatAnswer],
 ) -> None:
-    """Append the missing answers to the file, and add them to `answers`."""
+    """Append the missing answers to the file, and add them to `answers`.
+
+    Raises:
+        RacError: an answer failed after all its tries.
+    """
     cap, queue = sampling.max_new_tokens, iter(missing.items())
-    failed: dict[str, str] = {}
-    failures_in_a_row = 0
-    bar = tqdm(total=len(missing), desc=server.model, unit="answer", disable=None)
 
     def read(content: bytes, url: str) -> ChatAnswer:
         return read_chat(content, cap, url)
 
     async def work() -> None:
-        nonlocal failures_in_a_row
         for key, problem in queue:
             body = chat_body(problem.question, key, sampling)
             size = len(problem.question) + cap
             try:
                 answer = await ask([server], "/chat/completions", body, size, read)
             except (UnusableError, RefusedError) as error:
-                failed[key] = str(error)
-                failures_in_a_row += 1
-                if failures_in_a_row == _FAILURES_OF_AN_OUTAGE:
-                    raise RacError(
-                        f"{failures_in_a_row} answers in a row failed, the last one: {error}. "
-                        f"Answers so far are kept in {file.name}; see to the server, then run again"
-                    ) from error
-                continue
-            failures_in_a_row = 0
+                raise RacError(
+                    f"the answer {key!r} is missing ({error}); answers so far are kept in "
+                    f"{file.name}: see to the server, and run again to ask for the others"
+                ) from error
             file.write(_encoded({"id": key, **asdict(answer)}))
             file.flush()
             os.fsync(file.fileno())
             answers[key] = answer
             bar.update()
 
-    with bar:
+    with tqdm(total=len(missing), desc=server.model, unit="answer", disable=None) as bar:
         await asyncio.gather(*(work() for _ in range(concurrency)))
-    if failed:
-        key, reason = next(iter(failed.items()))
-        raise RacError(
-            f"{len(failed)} answers are missing (the first: {key!r}, {reason}); answers so far are "
-            f"kept in {file.name}: run again to ask for the others"
-        )
 
 
 def _encoded(value: Mapping[str, Any]) -> bytes:
@@ -191,7 +179,8 @@ def _open_answers(path: Path, header: Mapping[str, Any]) -> tuple[BinaryIO, dict
         raise RacError(
             f"{path} cannot be opened ({error.strerror}); name a file that can be written"
         ) from error
-    try:
+    with contextlib.ExitStack() as on_error:
+        on_error.callback(file.close)
         if not lock(file.fileno(), path, 0.0):
             raise RacError(f"{path} is in use by another evaluation; wait for it to end")
         file.seek(0)
@@ -202,9 +191,7 @@ def _open_answers(path: Path, header: Mapping[str, Any]) -> tuple[BinaryIO, dict
         if not whole:
             file.write(_encoded(header))
             file.flush()
-    except BaseException:
-        file.close()
-        raise
+        on_error.pop_all()
     return file, answers
 
 

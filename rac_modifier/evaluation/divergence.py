@@ -53,10 +53,7 @@ class TokenDivergence:
 
 @dataclass(frozen=True)
 class DivergenceResult:
-    """Divergence of a pruned model; compare it only with results on the same sequences.
-
-    Standard errors treat completions, not tokens, as independent.
-    """
+    """Divergence of a pruned model; compare it only with results on the same sequences."""
 
     label: str
     sequences: int
@@ -87,7 +84,8 @@ def divergence(
         label: the result's name in tables.
 
     Raises:
-        RacError: what `check_sequences` and `compare` raise.
+        RacError: what `check_sequences` raises, vocabularies of different sizes, or logits that
+            are not finite.
     """
     started = time.monotonic()
     rows = divergence_per_token(dense, pruned, sequences, label=label)
@@ -133,11 +131,7 @@ def _both(dense: Any, pruned: Any, batch: list[TokenSequence]) -> Windows:
 
 
 def compare(batch: list[TokenSequence], logits: Windows, label: str) -> list[TokenDivergence]:
-    """Return the divergence at every completion token of a batch, a row per sequence.
-
-    Raises:
-        RacError: vocabularies of different sizes, or logits that are not finite.
-    """
+    """Return the divergence at every completion token of a batch, a row per sequence."""
     predicts = padded(batch)[1][:, 1:]  # the logits at a position predict the next token
     kl = torch.zeros(predicts.shape, dtype=torch.float64)
     agrees = torch.zeros(predicts.shape, dtype=torch.bool)
@@ -209,11 +203,7 @@ class DenseReference:
 
     @torch.no_grad()
     def __init__(self, model: Any, sequences: Sequence[TokenSequence]):
-        """Run the dense model without its head.
-
-        Raises:
-            RacError: sequences that `divergence` refuses, or a model without an output head.
-        """
+        """Run the dense model up to its head (RacError: it has none, or unfit sequences)."""
         check_sequences(sequences, model)
         self._batches = list(batches_of_like_length(sequences, BATCH_TOKENS))
         self._head = _probe(output_head(model))
@@ -224,11 +214,7 @@ class DenseReference:
 
     @torch.no_grad()
     def divergence(self, pruned: Any, *, label: str) -> DivergenceResult:
-        """Measure what `evaluation.divergence` does, in a forward pass of the pruned model.
-
-        Raises:
-            RacError: the output head has changed, or logits are not finite.
-        """
+        """Measure what `divergence` does (RacError: the head changed, logits are not finite)."""
         head = output_head(pruned)
         quantized = getattr(head, "quantization_scheme", None) is not None
         if quantized or not torch.equal(_probe(head), self._head):

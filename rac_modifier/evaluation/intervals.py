@@ -48,11 +48,8 @@ def wilson_interval(correct: float, total: int) -> Interval:
 def tango_interval(lost: float, gained: float, total: int) -> Interval:
     """Return Tango's score interval of (gained - lost) / total (Statistics in Medicine 17, 1998).
 
-    Its bounds are the differences d whose score statistic is Z:
-
-        |gained - lost - total d| = Z sqrt(total (2 p + d (1 - d)))
-
-    where p is the likeliest probability of `lost` under the difference d.
+    |gained - lost - total d| = Z sqrt(total (2 p + d (1 - d))) at its bounds d, where p is the
+    likeliest probability of `lost` under the difference d.
     """
     difference = (gained - lost) / total
 
@@ -106,10 +103,8 @@ def mean_pass_at(counts: Sequence[int], samples: int) -> dict[str, float]:
 def mean_over_tokens(rows: Sequence[Sequence[float]]) -> tuple[float, float | None]:
     """Return the mean over all tokens of all rows, and its standard error over rows.
 
-    The error is None below 16 rows, where its interval covers too little.
-
-    The mean is a ratio of two random sums. With residuals r_i = sum_i - mean * n_i of m rows the
-    error is sqrt(m / (m - 1) * sum r_i^2) / sum n_i (Cochran, Sampling Techniques, 1977, 6.3).
+    The error is None below 16 rows. With residuals r_i = sum_i - mean * n_i of m rows it is
+    sqrt(m / (m - 1) * sum r_i^2) / sum n_i (Cochran, Sampling Techniques, 1977, 6.3).
     """
     mean = fmean(chain.from_iterable(rows))
     m, count = len(rows), sum(map(len, rows))

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rac_modifier.errors import RacError
 from rac_modifier.problems.held_out import Layout
 
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -67,10 +66,3 @@ _ALL = (
     ),
 )
 PRESETS = {preset.layout.task: preset for preset in _ALL}
-
-
-def preset_of(name: str) -> Preset:
-    """Return the preset of that name (RacError: there is none)."""
-    if name not in PRESETS:
-        raise RacError(f"no preset {name!r}; use one of {', '.join(PRESETS)}")
-    return PRESETS[name]

@@ -53,11 +53,7 @@ def states_answer(
 ) -> bool:
     """Tell whether the last answer that `text` states is the reference answer.
 
-    Args:
-        text: a completion, perhaps truncated.
-        reference: the problem's answer.
-        verifier: compares answers instead of math-verify.
-        question: its statements are not counted for the model.
+    `verifier` compares answers instead of math-verify. Statements of the `question` do not count.
     """
     text = text.replace(THINK_END, "\n")
     in_words = verifier is not None or not _VALUE.search(reference)

@@ -103,10 +103,7 @@ class TokenInflation:
 
 
 def token_inflation(first: Endings, second: Endings, cap: int) -> TokenInflation:
-    """Compare the lengths of answers to the same problems, with equally many samples of each.
-
-    Sample i of the first model is paired with sample i of the second.
-    """
+    """Compare the lengths of answers to the same problems, sample by sample."""
     finished, everything = [], []
     for problem in first:
         pairs = list(zip(first[problem], second[problem], strict=True))
@@ -165,11 +162,9 @@ def ending_of(
         answer: the problem's answer.
         correct: the verdict of `answers.is_correct`.
         finish: "length" if the cap truncated the completion.
-        tokens: of the completion.
-        thinking_tokens: those up to and including `</think>`.
+        tokens, thinking_tokens: fields of `Ending`.
         ids: of the tokens; without them, a loop is counted in words.
-        question: its statements do not count as the model's.
-        verifier: compares answers instead of math-verify.
+        question, verifier: see `states_answer`.
     """
     closes, loop = THINK_END in text, None
     kind: Kind = "right" if correct else "wrong"
@@ -181,9 +176,9 @@ def ending_of(
 
 
 def _loop(text: str, ids: Sequence[int]) -> tuple[Loop | None, str]:
-    """Return the loop at the end (None: none), and the text without a loop that counts.
+    """Return the loop at the end, and the text without a loop that counts through numbers.
 
-    A loop that counts through numbers passes the answer without stating it.
+    Such a loop passes the answer without stating it.
     """
     if repeated := loop_at_end(ids):
         return Loop(*repeated, "tokens"), text

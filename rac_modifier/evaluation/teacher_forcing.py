@@ -31,11 +31,7 @@ def sample_sequences(
     problems: Sequence[Problem],
     sampling: SamplingSettings,
 ) -> list[TokenSequence]:
-    """Complete each problem `samples_per_problem` times, as traces are sampled.
-
-    Raises:
-        RacError: a prompt that cannot be rendered, or what `generate` raises.
-    """
+    """Complete each problem `samples_per_problem` times, as traces are sampled."""
     requests = [
         (f"{p.id}#{i}", p.question) for p in problems for i in range(sampling.samples_per_problem)
     ]
@@ -105,19 +101,12 @@ def output_head(model: Any) -> Any:
     """Return the output embeddings of a causal LM (RacError: it has none)."""
     head = model.get_output_embeddings()
     if head is None:
-        raise RacError(
-            f"{type(model).__name__} has no output embeddings, so its predictions cannot be "
-            "compared"
-        )
+        raise RacError(f"{type(model).__name__} has no output embeddings to compare")
     return head
 
 
 def input_of_head(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """Return the input of the output head, [rows, tokens, d], for `ids` [rows, tokens].
-
-    Raises:
-        RacError: the model has no output embeddings, or does not call them.
-    """
+    """Return the input of the output head, [rows, tokens, d], for `ids` [rows, tokens]."""
     inputs: list[torch.Tensor] = []
 
     def keep(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
@@ -131,7 +120,4 @@ def input_of_head(model: Any, ids: torch.Tensor) -> torch.Tensor:
         return inputs[0]
     finally:
         hook.remove()
-    raise RacError(
-        f"{type(model).__name__} does not call its output embeddings, so its predictions cannot "
-        "be read from what enters them"
-    )
+    raise RacError(f"{type(model).__name__} does not call its output embeddings")

@@ -64,54 +64,17 @@ def test_all_models_are_asked_as_the_compressed_one_was_calibrated(
     assert json.loads(results.read_text())["prompt"] == prompt
 
 
-def test_a_dense_model_alone_is_asked_with_the_defaults(rac, tiny_folder, asked):
-    code, out, _ = rac("eval", tiny_folder, *FEW)
-    assert code == 0
-    assert {(text[:6], text[-18:]) for text in asked} == {("<user>", "<assistant><think>")}
-    assert "Prompt: chat template, no system prompt, thinking on." in out
-
-
-@pytest.mark.parametrize(
-    ("options", "first", "last", "words"),
-    [
-        (
-            ("--system-prompt", "", "--thinking"),
-            "<user>",
-            "<think>",
-            "no system prompt, thinking on",
-        ),
-        (("--template", "none"), "", "", "the bare question, without a template"),
-    ],
-    ids=["chat", "none"],
-)
-def test_options_replace_the_calibrated_prompt_and_a_line_says_so(
-    rac, tiny_folder, brief_folder, asked, options, first, last, words
+def test_an_option_replaces_the_calibrated_prompt_and_a_line_says_so(
+    rac, tiny_folder, brief_folder, asked
 ):
-    code, out, err = rac("eval", tiny_folder, brief_folder, "--divergence", *FEW, *options)
+    options = ("--divergence", *FEW, "--template", "none")
+    code, out, err = rac("eval", tiny_folder, brief_folder, *options)
     assert code == 0, err
-    assert all(text.startswith(first) and text.endswith(last) for text in asked)
-    assert {"<" in text for text in asked} == {bool(first)}
-    assert f"{words}." in out
+    assert asked
+    assert all("<" not in text for text in asked)
+    assert "the bare question, without a template." in out
     was = "chat template, system prompt 'Be brief.', thinking off"
     assert f"{brief_folder} was calibrated with another prompt: {was}." in out
-
-
-def test_models_that_were_calibrated_with_different_prompts_need_a_choice(
-    rac, tiny_folder, sparse_folder, brief_folder, asked
-):
-    code, _, err = rac("eval", tiny_folder, sparse_folder, brief_folder, *FEW)
-    assert code == 1
-    assert "calibrated with different prompts" in err
-    assert "choose it with --system-prompt" in err
-    assert not asked
-    options = ("--system-prompt", "Be brief.", "--no-thinking")
-    code, out, _ = rac("eval", sparse_folder, brief_folder, *FEW, *options)
-    assert code == 0
-    assert out.count("another prompt") == 1
-    assert (
-        f"{sparse_folder} was calibrated with another prompt: chat template, no system "
-        "prompt, thinking on" in out
-    )
 
 
 def test_eval_compares_models(rac, tiny_folder, sparse_folder, tmp_path):

@@ -23,7 +23,7 @@ def test_the_prompts_of_a_run_record_by_part(tmp_path):
     prompts = {"traces": BRIEF.model_dump(), "prompts:math": BARE.model_dump()}
     assert recorded(tmp_path, {"prompts": prompts}) == {"traces": BRIEF, "prompts:math": BARE}
     assert recorded(tmp_path, {"prompts": {}}) == {}  # calibrated on generic text
-    assert recorded(tmp_path, {"method": "alps"}) is None
+    assert recorded(tmp_path, {"method": "alps"}) == {}
 
 
 def test_a_hub_id_without_a_connection_is_taken_for_a_model_without_a_record(monkeypatch):

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -98,25 +96,6 @@ def test_it_measures_the_weights_that_are_stored(
     assert [len(rows) for rows in dense.values()] == [6, 6]
     assert packed == dense
     assert len({str(row) for row in dense["samples_rac_choice"]}) == 6
-
-
-@pytest.mark.slow
-def test_as_a_command_it_needs_no_import_and_no_network(
-    models: dict[str, Path], tasks: Path, tmp_path: Path
-) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "rac_modifier.evaluation.lm_eval",
-        *words(models["packed"], tasks, tmp_path / "o"),
-    ]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    process = subprocess.run(
-        command, cwd=Path(__file__).parents[2], capture_output=True, text=True, env=environment
-    )
-    assert process.returncode == 0, process.stderr
-    assert "|rac_choice|" in process.stdout
-    assert len(answers(tmp_path / "o")) == 2
 
 
 @pytest.mark.parametrize(
