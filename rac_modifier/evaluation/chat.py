@@ -106,9 +106,10 @@ async def _answers(
         card = served_model(await server.list_models(), engine.model, server.url)
         check_limit(card, None, sampling.max_new_tokens, server.url)
         server.model = str(card["id"])
+        name = public_name(server.model)
         header = {
             "server": server.url,
-            "model": public_name(server.model),
+            "model": name,
             "sampling": sampling.model_dump(exclude={"batch_size"}),
             "problems": source.model_dump(exclude={"limit"}),
         }
@@ -122,7 +123,7 @@ async def _answers(
             missing = {key: problem for key, problem in asked.items() if key not in answers}
             await _ask(server, missing, sampling, engine.concurrency, file, answers)
         tokens = sum(answer.tokens for answer in answers.values()) - before
-        return header["model"], answers, tokens
+        return name, answers, tokens
     finally:
         await server.close()
 

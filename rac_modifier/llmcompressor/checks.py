@@ -197,7 +197,7 @@ def check_recipe(recipe: dict[str, Any], model: PreTrainedModel) -> None:
     """Refuse a recipe that could not run on this model or skeleton (RacError)."""
     try:
         modifiers = Recipe.create_instance(yaml.safe_dump(recipe, sort_keys=False)).modifiers
-        quantizing = [m for m in modifiers if isinstance(m, QuantizationMixin)]
+        quantizing: list[Any] = [m for m in modifiers if isinstance(m, QuantizationMixin)]
         schemes = [list(m.resolved_config.config_groups.values()) for m in quantizing]
     except (ValueError, KeyError, TypeError, NotImplementedError) as error:
         problems = str(error)

@@ -182,8 +182,10 @@ class Student:
         p: Any = self.parameters[name]
         if not isinstance(p, DTensor):
             return shard.to(p.device)
-        sizes = {"shape": p.shape, "stride": p.stride()}
-        return DTensor.from_local(shard.to(p.device), p.device_mesh, p.placements, **sizes)
+        local = shard.to(p.device)
+        return DTensor.from_local(
+            local, p.device_mesh, p.placements, shape=p.shape, stride=p.stride()
+        )
 
     def whole(self, name: str, shard: torch.Tensor) -> torch.Tensor:
         """Gather the shards on the CPU; all processes call it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -44,7 +44,11 @@ def _apply_chat_template(
             "(traces.sampling.template: none in a recipe, --template none of rac eval), or set "
             "tokenizer.chat_template"
         )
-    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
+    options: dict[str, Any] = {
+        "add_generation_prompt": True,
+        "tokenize": True,
+        "return_dict": False,
+    }
     try:
         ids = tokenizer.apply_chat_template(
             messages_of(question, system_prompt), enable_thinking=thinking, **options
