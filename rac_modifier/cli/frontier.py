@@ -29,11 +29,6 @@ if TYPE_CHECKING:
     from rac_modifier.settings.grid import GridEvaluation
     from rac_modifier.settings.sampling import PromptSettings
 
-_KEPT = (
-    "rows that are finished are kept, and so is what was pruned of the last one; run the same "
-    "command again to go on"
-)
-
 
 def frontier(
     model: Model,
@@ -95,7 +90,7 @@ def frontier(
         typer.echo("\n".join(f"{run.label}: {run.group}" for run in planned))
         return
     tools = tools_of(model, grid.evaluation, held_out, out, precision)
-    with resumable(_KEPT), folder:
+    with resumable("finished rows are kept; run the same command again to go on"), folder:
         folder.begin(about)
         run_grid(folder, planned, held_out, tools, remove_models=remove_models)
     typer.echo(

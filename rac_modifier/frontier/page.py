@@ -145,7 +145,7 @@ def _options(names: Iterable[str]) -> str:
 
 def _recipe(row: Mapping[str, Any]) -> str:
     recipe = "the dense model"
-    if row["recipe"] is not None:
+    if row["recipe"]:
         recipe = yaml.safe_dump(row["recipe"], sort_keys=False, allow_unicode=True, width=100)
     text = "\n".join([recipe.strip(), *(f"# {note}" for note in row["notes"])])
     return f'<pre data-label="{escape(row["label"])}" hidden>{escape(text)}</pre>'

@@ -83,9 +83,8 @@ def run_grid(
         RacError: what compressing and measuring raise. Finished rows stay.
     """
     check_finished(folder, planned)
-    if folder.row(DENSE) is None:
-        _finish_dense(folder, held_out, tools)
-    for number, run in enumerate(planned, 1):
+    dense = PlannedRow(DENSE, DENSE, DENSE, None, {})
+    for number, run in enumerate([dense, *planned]):
         if folder.row(run.label) is None:
             logger.info(f"{run.label}: row {number} of {len(planned)}")
             _finish(folder, run, held_out, tools)
@@ -93,37 +92,23 @@ def run_grid(
                 remove_folder(folder.model(run.label))
 
 
-def _finish_dense(folder: FrontierFolder, held_out: HeldOut, tools: Tools) -> None:
-    """Measure the dense model, and write its row."""
-    started = time.monotonic()
-    # First, because what stops the server would stop every row; and it ends before the model is
-    # loaded, because it reserves most of the device.
-    served = _served(tools, tools.source, DENSE)
-    measured = measure_dense(*tools.load(tools.source), held_out)
-    row = {
-        **dict.fromkeys(("label", "row", "group"), DENSE),
-        **dict.fromkeys(("seed", "recipe", "compressing")),
-        **measured.figures,
-        "bytes": checkpoint_bytes(tools.source),
-        "layers": {},
-        "served": served,
-        "seconds": time.monotonic() - started,
-    }
-    _add(folder, row, measured)
-
-
 def _finish(folder: FrontierFolder, run: PlannedRow, held_out: HeldOut, tools: Tools) -> None:
     """Compress and measure a model, and write its row."""
     started = time.monotonic()
-    model_folder = folder.model(run.label)
-    compressing = _compress(model_folder, run.recipe, tools)
+    model_folder, compressing = tools.source, None
+    if run.recipe:
+        model_folder = folder.model(run.label)
+        compressing = _compress(model_folder, run.recipe, tools)
+    # The server ends before the model is loaded, because it reserves most of the device.
+    served = _served(tools, model_folder, run.label)
     model, tokenizer = tools.load(model_folder)
-    dense, _ = tools.load(tools.source)
-    dense_row = folder.row(DENSE)
-    assert dense_row is not None
-    reference = Measured(dense_row, folder.traces(DENSE))
-    measured = measure(run.label, model, dense, tokenizer, held_out, reference)
-    del model, dense
+    reference = folder.row(DENSE)
+    if reference is None:
+        measured = measure_dense(model, tokenizer, held_out)
+    else:
+        dense, _ = tools.load(tools.source)
+        dense_measured = Measured(reference, folder.traces(DENSE))
+        measured = measure(run.label, model, dense, tokenizer, held_out, dense_measured)
     path = model_folder / RUN_RECORD_NAME
     record = read_json(path) if path.is_file() else {}  # upstream's modifiers alone write none
     row = {
@@ -132,16 +117,12 @@ def _finish(folder: FrontierFolder, run: PlannedRow, held_out: HeldOut, tools: T
         "bytes": checkpoint_bytes(model_folder),
         "layers": layers_of(record),
         "calibration": record.get("calibration"),
-        "served": _served(tools, model_folder, run.label),
+        "served": served,
         "compressing": compressing,
         "seconds": time.monotonic() - started,
     }
-    _add(folder, row, measured)
-
-
-def _add(folder: FrontierFolder, row: dict[str, Any], measured: Measured) -> None:
     folder.add(without_paths(row), measured.traces)
-    words = [f"{row['label']}: {row['bytes']['total'] / 1e6:,.2f} MB"]
+    words = [f"{run.label}: {row['bytes']['total'] / 1e6:,.2f} MB"]
     if divergence := row["divergence"]:
         words.append(f"KL {divergence['kl']:.3g}, top-1 {divergence['agreement']:.1%}")
     if row["accuracy"]:

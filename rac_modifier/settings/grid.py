@@ -124,7 +124,7 @@ class Grid(Settings):
 class PlannedRow:
     """A run: a row of the grid, with one of its seeds where it names several.
 
-    `row` is the grid's label, which all seeds share.
+    `row` is the grid's label, which all seeds share; `recipe` is empty for the dense model.
     """
 
     label: str

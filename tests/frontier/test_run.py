@@ -169,5 +169,5 @@ def test_a_compressed_model_that_cannot_be_served_has_a_reason_and_a_dense_one_s
     ]
     assert a["served"] == {"not_measured": "vllm serve stopped:\nline 6\nline 7\nline 8"}
     assert bench.did[:2] == ["serve dense", "load dense"]
-    assert bench.did[-4:] == ["compress b", "load b", "load dense", "serve b"]
+    assert bench.did[-4:] == ["compress b", "serve b", "load b", "load dense"]
     assert list((bench.out / "models").iterdir()) == []
