@@ -129,9 +129,6 @@ def inspect(
         int | None,
         typer.Option(min=0, help="how many traces to print as text; default: 1, with --json 0"),
     ] = None,
-    verify: Annotated[
-        bool, typer.Option("--verify", help="also check every answer and print how many are right")
-    ] = False,
     select: Select = None,
     model: StoresModel = None,
     as_json: AsJson = False,
@@ -145,9 +142,8 @@ def inspect(
     from rac_modifier.traces.report import (
         count_endings,
         describe_store,
-        describe_verified,
         read_select,
-        verified_figures,
+        selected_figures,
     )
     from rac_modifier.traces.store import TraceStore
 
@@ -156,12 +152,12 @@ def inspect(
     count = (0 if as_json else 1) if samples is None else samples
     if not as_json:  # before the tokenizer is loaded, which may be missing
         typer.echo(describe_store(opened))
-    verified: dict[str, Any] = {}
+    selected: dict[str, Any] = {}
     shown: list[dict[str, Any]] = []
-    if count or verify or settings is not None:
+    if count or settings is not None:
         tokenizer = _tokenizer_of(opened, model, "or give --samples 0 alone for the counts")
-        if verify or settings is not None:
-            verified = verified_figures(opened, tokenizer, verify, settings)
+        if settings is not None:
+            selected = selected_figures(opened, tokenizer, settings)
         shown = [_sample(trace, tokenizer) for trace in islice(opened, count)]
     if as_json:
         figures = {
@@ -170,10 +166,10 @@ def inspect(
             "counts": asdict(opened.counts),
             "endings": count_endings(opened),
         }
-        print_json(figures | verified | ({"samples": shown} if shown else {}))
+        print_json(figures | selected | ({"samples": shown} if shown else {}))
         return
-    if verified:
-        typer.echo(describe_verified(verified, len(opened)))
+    if selected:
+        typer.echo(f"selection   {selected['selection']}; {selected['selected_tokens']:,} tokens")
     for sample in shown:
         typer.echo(f"\n--- {sample['id']} ({sample['finish_reason']}, answer: {sample['answer']})")
         typer.echo(sample["text"])

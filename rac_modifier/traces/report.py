@@ -72,30 +72,13 @@ def describe_store(store: TraceStore) -> str:
     return "\n".join(lines)
 
 
-def verified_figures(
-    store: TraceStore, tokenizer: Any, verify: bool, settings: SelectSettings | None
-) -> dict[str, Any]:
-    """Count right answers if `verify`, and what a selection keeps."""
-    judge, figures = Judge(tokenizer, store.header), dict[str, Any]()
-    if verify and len(store):
-        figures["right"] = sum(right for _, right in judge(store))
-    if settings is not None:
-        selection = Selection(settings)
-        traces = selection.keep(map(without_repeats, store), judge)
-        figures["selected_tokens"] = sum(trace.tokens for trace in traces)
-        figures |= {"selected": selection.kept, "selection": selection.describe()}
-    return figures
-
-
-def describe_verified(figures: dict[str, Any], traces: int) -> str:
-    """Describe `verified_figures` of a store with this number of traces."""
-    lines = []
-    if "right" in figures:
-        right = figures["right"]
-        lines.append(f"verified    {right:,} of {traces:,} right ({right / traces:.1%})")
-    if "selection" in figures:
-        lines.append(f"selection   {figures['selection']}; {figures['selected_tokens']:,} tokens")
-    return "\n".join(lines)
+def selected_figures(store: TraceStore, tokenizer: Any, settings: SelectSettings) -> dict[str, Any]:
+    """Count the traces and tokens that a selection keeps, and describe what it drops."""
+    selection = Selection(settings)
+    traces = selection.keep(map(without_repeats, store), Judge(tokenizer, store.header))
+    tokens = sum(trace.tokens for trace in traces)
+    description = selection.describe()
+    return {"selected": selection.kept, "selected_tokens": tokens, "selection": description}
 
 
 def read_select(text: str | None) -> SelectSettings | None:

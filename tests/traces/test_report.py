@@ -5,12 +5,7 @@ import pytest
 from rac_modifier.errors import RacError
 from rac_modifier.settings.traces import SelectSettings
 from rac_modifier.traces.records import Trace
-from rac_modifier.traces.report import (
-    describe_store,
-    describe_verified,
-    read_select,
-    verified_figures,
-)
+from rac_modifier.traces.report import describe_store, read_select, selected_figures
 from rac_modifier.traces.store import TraceStore
 
 
@@ -32,22 +27,20 @@ def test_cut_traces_that_repeat_themselves_are_counted(tmp_path, long_store):
     text = describe_store(store)
     assert "repeating   1 that were cut end in repetitions, 98 tokens" in text
     assert "repeating" not in describe_store(long_store)
-    figures = verified_figures(store, None, False, SelectSettings())
+    figures = selected_figures(store, None, SelectSettings())
     assert figures["selected_tokens"] == 3 * 104 - 98
 
 
-def test_what_is_right_and_what_a_selection_keeps(long_store, byte_tokenizer):
+def test_what_a_selection_keeps(long_store, byte_tokenizer):
     selection = SelectSettings(answers="correct", finished=True)
-    figures = verified_figures(long_store, byte_tokenizer, True, selection)
-    text = describe_verified(figures, len(long_store))
+    figures = selected_figures(long_store, byte_tokenizer, selection)
     right = [t for t in long_store if int(t.answer) % 4]
-    assert f"verified    {len(right):,} of 499 right" in text
     selected = [t for t in right if t.finish_reason == "stop"]
-    assert (
-        f"selection   kept {len(selected):,} of 499: 167 unfinished, "
-        f"{499 - 167 - len(selected)} wrong" in text
-    )
-    assert f"{sum(t.tokens for t in selected):,} tokens" in text
+    assert figures["selected"] == len(selected)
+    wrong = 499 - 167 - len(selected)
+    text = f"kept {len(selected):,} of 499: 167 unfinished, {wrong} wrong"
+    assert figures["selection"] == text
+    assert figures["selected_tokens"] == sum(t.tokens for t in selected)
 
 
 def test_a_selection_on_the_command_line():
