@@ -25,7 +25,7 @@ from rac_modifier.kernels.choose import backend_of
 from rac_modifier.kernels.cpu import operator
 from rac_modifier.kernels.cpu.support import support
 from rac_modifier.kernels.interface import Decision
-from rac_modifier.vllm_plugin import METHOD
+from rac_modifier.vllm_plugin import METHOD, OLD_METHOD
 from rac_modifier.vllm_plugin.layouts import (
     CodesLayout,
     Layout,
@@ -105,7 +105,9 @@ class RacConfig(QuantizationConfig):
         cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
     ) -> str | None:
         """Claim checkpoints that this package wrote, and on request those of other tools."""
-        if is_packed(hf_quant_cfg) or user_quant == METHOD:
+        if user_quant == OLD_METHOD:
+            logger.warning_once("--quantization %s is now called %s", OLD_METHOD, METHOD)
+        if is_packed(hf_quant_cfg) or user_quant in (METHOD, OLD_METHOD):
             return METHOD
         recorded = getattr(hf_config, RAC_KEY, None) is not None
         return METHOD if recorded and not user_quant and _runs_codes(hf_quant_cfg) else None

@@ -205,19 +205,16 @@ class RacLinearMethod(LinearMethodBase):
         loaded = self.shards.take(layer)
         rows = self.shards.row_numbers(layer, self.loader, loaded, self.rows)
         order = self.shards.order(loaded)
-        sharded = self.columns < self.all_columns
-        first = getattr(layer, "tp_rank", 0) * self.columns if sharded else 0
-        share = self._share(list(loaded.values()), rows, first)
+        share = self._share(list(loaded.values()), rows, self._first_column(layer))
         if isinstance(share, str):
             decision, backend = stay_dense(share, self.dtype), None
         else:
             decision, backend = choose(Layer.of(share, self.dtype), self.device.type)
         if backend is None:
-            dense = torch.cat([weight.dense(self.dtype) for weight in loaded.values()])
+            dense = self._dense_weight(layer, loaded, rows)
             with self.device:
                 self.dense.create_weights(layer, *self.sizes, **self.attributes)
-            columns = slice(first, first + self.columns)
-            layer.get_parameter("weight").data.copy_(dense[rows, columns])
+            layer.get_parameter("weight").data.copy_(dense)
             self.dense.process_weights_after_loading(layer)
         else:
             assert isinstance(share, StoredWeight)
@@ -235,6 +232,21 @@ class RacLinearMethod(LinearMethodBase):
         if self.reordered:
             x = x.index_select(-1, layer.get_parameter("column_order"))
         return self.packed.linear(layer, x, bias)
+
+    def dequantize_weight(self, layer: torch.nn.Module) -> Tensor:
+        """Return this rank's dense weight [N, K] of a loaded layer, which vLLM quantizes anew."""
+        loaded = self.shards.take(layer)
+        rows = self.shards.row_numbers(layer, self.loader, loaded, self.rows)
+        return self._dense_weight(layer, loaded, rows).to(self.device)
+
+    def _dense_weight(self, layer: Any, loaded: _Loaded, rows: Tensor) -> Tensor:
+        dense = torch.cat([weight.dense(self.dtype) for weight in loaded.values()])
+        first = self._first_column(layer)
+        return dense[rows, first : first + self.columns]
+
+    def _first_column(self, layer: Any) -> int:
+        sharded = self.columns < self.all_columns
+        return getattr(layer, "tp_rank", 0) * self.columns if sharded else 0
 
     def _share(self, loaded: list[LoadedWeight], rows: Tensor, first: int) -> StoredWeight | str:
         """Return this rank's share, from its `first` column on, or why it runs dense."""

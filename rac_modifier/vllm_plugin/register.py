@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from typing import get_args
 
-from rac_modifier.vllm_plugin import METHOD
+from rac_modifier.vllm_plugin import METHOD, OLD_METHOD
 
 _logger = logging.getLogger(f"vllm.{__name__}")  # below "vllm", so that vLLM's handlers print it
 
@@ -36,4 +36,5 @@ def _register() -> None:
         return
     from rac_modifier.vllm_plugin.config import RacConfig
 
-    quantization.register_quantization_config(METHOD)(RacConfig)
+    for name in (METHOD, OLD_METHOD):
+        quantization.register_quantization_config(name)(RacConfig)

@@ -3,6 +3,8 @@ sharding of the dense weight."""
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 
@@ -11,6 +13,8 @@ from tests.kernels import fake_backend
 from tests.vllm_plugin.vllm_fixtures import needs_vllm, on_rank, without_kernels
 
 needs_vllm()
+
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase  # noqa: E402
 
 from rac_modifier.checkpoint.formats import FORMAT_24, FORMAT_BITMASK, pack  # noqa: E402
 from rac_modifier.errors import RacError  # noqa: E402
@@ -83,6 +87,23 @@ def test_without_kernels_a_layer_is_dense(monkeypatch, kind, form):
     (decision,) = config.report.decisions.values()
     assert not decision.sparse
     check(ours, dense, k)
+
+
+def test_dequantize_weight_is_vllms_seam(monkeypatch):
+    """An online method makes our parameters, and asks for the dense weight when they are loaded."""
+    on_rank(monkeypatch, 1, 2)
+    dense, ours, _ = loaded("row", "gptq reordered")
+    torch.testing.assert_close(ours.quant_method.dequantize_weight(ours), dense.weight.data)
+    seam = getattr(QuantizeMethodBase, "dequantize_weight", None)
+    if seam is None:
+        pytest.skip("this vLLM quantizes no checkpoint anew")
+    fp8 = pytest.importorskip("vllm.model_executor.layers.quantization.online.fp8")
+    assert list(inspect.signature(seam).parameters) == ["self", "layer"]
+    dense, ours, _ = loaded("merged", "2:4 int8")
+    online = fp8.Fp8PerTensorOnlineLinearMethod.__new__(fp8.Fp8PerTensorOnlineLinearMethod)
+    online.requantization_source_parameters = {}
+    online.set_requantization_source(ours.quant_method)
+    torch.testing.assert_close(online.get_weight_for_quantization(ours), dense.weight.data)
 
 
 @pytest.mark.parametrize(

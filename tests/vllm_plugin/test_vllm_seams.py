@@ -190,9 +190,10 @@ def test_a_draft_model_is_loaded_with_a_prefix():
     assert "quantization" in {field.name for field in dataclasses.fields(SpeculativeConfig)}
 
 
-@pytest.mark.parametrize("user_quant", [None, "rac"])
+@pytest.mark.parametrize("user_quant", [None, "rac", "rac-sparse"])
 def test_a_packed_checkpoint_is_claimed_by_both_names_of_its_method(user_quant):
-    """`quant_method: rac`, and compressed-tensors in older files."""
+    """`quant_method: rac`, and compressed-tensors; `rac-sparse` is the former option."""
+    quantization.get_quantization_config("rac-sparse")
     for config in (PACKED, {**PACKED, "quant_method": "rac"}):
         assert RacConfig.override_quantization_method(config, user_quant) == "rac"
         layout = RacConfig.from_config(config).layout
