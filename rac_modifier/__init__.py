@@ -1,7 +1,7 @@
 """Prune reasoning models: calibrate on their own chain of thought, save, load and serve sparse.
 
-Importing this package is light. Before or after llm-compressor and transformers, it makes our
-modifiers known to llm-compressor's recipes, and packed sparse checkpoints to `from_pretrained`:
+Importing this package is light. It makes our modifiers known to llm-compressor's recipes, and
+packed sparse checkpoints to `from_pretrained`:
 
     import rac_modifier
     from llmcompressor import oneshot
@@ -53,11 +53,7 @@ def __getattr__(name: str) -> Any:
 
 
 class _ImportAfter(MetaPathFinder):
-    """Import `module` right after `trigger` is loaded, in the way of the other finders.
-
-    This extends a library that has a registry and no entry point for extensions: the user
-    imports it first or later, and the order of imports does not matter.
-    """
+    """Import `module`, which extends a library, right after `trigger` of that library is loaded."""
 
     def __init__(self, trigger: str, module: str) -> None:
         self.trigger, self.module = trigger, module
@@ -87,13 +83,9 @@ class _ImportAfter(MetaPathFinder):
         try:
             importlib.import_module(self.module)
         except Exception as error:
-            warnings.warn(
-                f"{self.module} cannot extend {self.trigger} of the installed version "
-                f"({error!r}); packed sparse checkpoints are not loaded: install the "
-                "versions that rac-modifier pins",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            text = f"{self.module} cannot extend {self.trigger} of the installed version: {error!r}"
+            text += "; packed sparse checkpoints are not loaded: install what rac-modifier pins"
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
 
 
 def _import_after(trigger: str, module: str) -> None:

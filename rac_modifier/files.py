@@ -7,7 +7,6 @@ import fcntl
 import json
 import os
 import shutil
-import stat
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -27,11 +26,7 @@ def write_json_atomic(path: str | Path, obj: Any) -> None:
 
 
 def write_text_atomic(path: str | Path, text: str) -> None:
-    """Write UTF-8 text through a temporary file, mode 644; a reader sees the old or new file.
-
-    Raises:
-        RacError: the file cannot be written, and the old file is unchanged.
-    """
+    """Write UTF-8 text through a temporary file, mode 644; the old file stays on a RacError."""
     path = Path(path)
     try:
         handle, temporary = tempfile.mkstemp(".tmp", f".{path.name}.", path.parent)
@@ -53,14 +48,10 @@ def write_text_atomic(path: str | Path, text: str) -> None:
 
 
 def read_json(path: str | Path, next_step: str = "is this a saved model folder?") -> dict[str, Any]:
-    """Return a JSON object from a file; `next_step` ends the message where there is none.
-
-    Raises:
-        RacError: no such file, not JSON, or not an object.
-    """
+    """Return a JSON object from a file (RacError: there is none; it ends in `next_step`)."""
+    if not os.path.isfile(path):  # a pipe or a device might never end
+        raise RacError(f"{path}: cannot be read as JSON (no regular file is there); {next_step}")
     try:
-        if kind := _special_kind(Path(path)):
-            raise ValueError(f"it is a {kind}")
         obj = json.loads(Path(path).read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else error  # without the path
@@ -71,29 +62,10 @@ def read_json(path: str | Path, next_step: str = "is this a saved model folder?"
 
 
 def regular_file(path: str | Path, label: str) -> Path:
-    """Return the path of a user's regular file; links are followed.
-
-    Raises:
-        RacError: nothing is at `path`, or a folder, device, pipe or socket; it begins with `label`.
-    """
-    path = Path(path)
-    try:
-        kind = _special_kind(path)
-    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the path
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise RacError(f"{label} {path}: {reason}; name an existing file") from error
-    if kind is not None:
-        raise RacError(f"{label} {path} is a {kind}; name a regular file")
-    return path
-
-
-def _special_kind(path: Path) -> str | None:
-    """Return what is at `path`, links followed; None for a regular file."""
-    mode = path.stat().st_mode
-    if stat.S_ISREG(mode):
-        return None
-    kinds = {stat.S_ISDIR: "folder", stat.S_ISFIFO: "pipe", stat.S_ISSOCK: "socket"}
-    return next((kind for is_kind, kind in kinds.items() if is_kind(mode)), "device")
+    """Return the path of a user's regular file, links followed (RacError, from `label` on)."""
+    if not os.path.isfile(path):
+        raise RacError(f"{label} {path}: no regular file is there; name an existing one")
+    return Path(path)
 
 
 def remove_folder(folder: Path) -> None:
@@ -106,11 +78,7 @@ def remove_folder(folder: Path) -> None:
 
 
 def lock(descriptor: int, path: Path, patience: float) -> bool:
-    """Lock an open file until it is closed; return False if `patience` seconds did not suffice.
-
-    Raises:
-        RacError: the file system has no locks.
-    """
+    """Lock an open file until it is closed; return False if `patience` seconds did not suffice."""
     give_up = time.monotonic() + patience
     while True:
         try:
@@ -121,21 +89,15 @@ def lock(descriptor: int, path: Path, patience: float) -> bool:
                 return False
             time.sleep(0.05)
         except OSError as error:
-            raise RacError(
-                f"{path} cannot be locked ({error.strerror}); name one on a file system that has "
-                "locks"
-            ) from error
+            next_step = "name one on a file system that has locks"
+            raise RacError(f"{path} cannot be locked ({error.strerror}); {next_step}") from error
 
 
 _REASONER = ("rac_modifier", "reasoner", "assets")  # the embedded model; its name is "reasoner"
 
 
 def public_name(name: str | Path) -> str:
-    """Return a name without a machine's folders, for models, records, cards and trace stores.
-
-    A hub id or relative path stays. An absolute path becomes the hub id, in the hub's
-    cache, or else its last name: "/data/models/Qwen3-8B" becomes "Qwen3-8B".
-    """
+    """Return the last name of an absolute path, or in the hub's cache the hub id; else `name`."""
     text = str(name)
     if not _is_absolute(text):
         return text
@@ -148,10 +110,7 @@ def public_name(name: str | Path) -> str:
 
 
 def without_paths(value: Any) -> Any:
-    """Return a copy of a record in which each absolute path is replaced by its public name.
-
-    A path is recognized as a whole string, and replaced in other strings too.
-    """
+    """Return a copy of a record with the public names of its absolute paths, also within texts."""
     return _replaced(value, sorted(set(_paths(value)), key=len, reverse=True))
 
 

@@ -52,11 +52,7 @@ def is_placed(model: PreTrainedModel) -> bool:
 
 @contextlib.contextmanager
 def on_accelerator(model: PreTrainedModel, next_step: str = _OTHER_DEVICE) -> Iterator[None]:
-    """Move a model that is not placed to the accelerator, and afterwards back to the CPU.
-
-    Raises:
-        RacError: the weights do not fit into its free memory; the text ends in `next_step`.
-    """
+    """Move a model that is not placed to the accelerator, and afterwards back to the CPU."""
     device = accelerator()
     if device is None or is_placed(model):
         yield
@@ -102,7 +98,7 @@ def check_fits(
     if free is not None and weights + max(weights // 20, 10**9) > free:
         raise RacError(
             f"the weights of the model take {weights / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB "
-            f"are free on {device}, where there must be room for a forward pass, too: {next_step}"
+            f"are free on {device}, also for a forward pass: {next_step}"
         )
 
 

@@ -1,7 +1,6 @@
 """The processes that one run shares: those that torchrun started, or this one alone.
 
-Decisions go as JSON through a gloo group, tensors through the default group (NCCL on GPUs,
-else gloo). pruning/shard_sum.py fixes the order of sums, so no result depends on slow ranks.
+Decisions go as JSON through a gloo group, tensors through the default group (NCCL on GPUs).
 """
 
 from __future__ import annotations
@@ -27,11 +26,7 @@ _FAILED = "rac_modifier/failed"  # key of the store with the message of the rank
 
 
 class ProcessFailedError(RacError):
-    """Another process has failed; `reported` is whether that process reports it itself."""
-
-    def __init__(self, message: str, reported: bool = False):
-        super().__init__(message)
-        self.reported = reported
+    """Another process has failed."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +37,6 @@ class Processes:
     count: int = 1
     device: torch.device | None = None
     _group: Any = field(default=None, repr=False, compare=False)  # gloo, with `_PATIENCE`
-    _meeting: Any = field(default=None, repr=False, compare=False)  # gloo, with `_ANSWER`
 
     @property
     def is_first(self) -> bool:
@@ -65,23 +59,14 @@ class Processes:
             with self._answered():
                 distributed.barrier(group=self._group)
 
-    def meet(self) -> None:
-        """Wait for all ranks, which have worked on the same: for an hour at most."""
-        if self.count > 1:
-            with self._answered():
-                distributed.barrier(group=self._meeting)
-
     def from_first(self, value: Any = None) -> Any:
         """Return on all ranks the `value`, which is JSON, of the first."""
-        if self.count == 1:
-            return value
-        return self._objects(value if self.is_first else None)[0]
+        return self.from_all(value if self.is_first else None)[0]
 
     def from_all(self, value: Any) -> list[Any]:
         """Return on all ranks the `value`, which is JSON, of each, by rank."""
-        return self._objects(value) if self.count > 1 else [value]
-
-    def _objects(self, value: Any) -> list[Any]:
+        if self.count == 1:
+            return [value]
         text = json.dumps(value).encode()
         with self._answered():
             sizes = [torch.tensor([0]) for _ in range(self.count)]
@@ -143,12 +128,11 @@ class Processes:
         failed = _failure()
         if failed is not None and failed["rank"] != self.rank:
             message = f"process {failed['rank']} of {self.count} has failed: {failed['message']}"
-            return ProcessFailedError(message, reported=True)
+            return ProcessFailedError(message)
         why = str(error).splitlines()[0][:200]
         return ProcessFailedError(
-            f"another of the {self.count} processes has ended, or did not answer within "
-            f"{_ANSWER.total_seconds():,.0f} s ({why}). It may have been killed, for example where "
-            "memory ran out; start the same command again: it goes on from what was written"
+            f"another of the {self.count} processes has ended or does not answer ({why}), perhaps "
+            "because memory ran out; start the same command again: it goes on from what was written"
         )
 
 
@@ -173,11 +157,7 @@ _joined: tuple[Any, Processes] | None = None  # with the default group that it b
 
 
 def present_processes() -> Processes:
-    """Return the processes that this one has joined; all ranks call it.
-
-    Raises:
-        RacError: torchrun started several that have not joined, or on several machines.
-    """
+    """Return the processes that this one has joined (RacError: they have not, or cannot)."""
     global _joined
     count = started_processes()
     local = int(os.environ.get("LOCAL_WORLD_SIZE") or count)
@@ -185,9 +165,8 @@ def present_processes() -> Processes:
         if count > 1:
             raise RacError(
                 f"torchrun started {count} processes, and they have not joined: call "
-                "torch.distributed.init_process_group() first (on GPUs "
-                "compressed_tensors.offload.init_dist()), or start "
-                "torchrun -m rac_modifier.cli prune"
+                "torch.distributed.init_process_group() first (on GPUs compressed_tensors.offload."
+                "init_dist()), or start torchrun -m rac_modifier.cli prune"
             )
         return Processes()
     if local != count:
@@ -204,24 +183,17 @@ def _join() -> Processes:
     device = torch.device("cpu")
     if distributed.get_backend() == "nccl":
         device = torch.device("cuda", torch.cuda.current_device())
-    groups = [
-        distributed.new_group(backend="gloo", timeout=timeout) for timeout in (_PATIENCE, _ANSWER)
-    ]
+    group = distributed.new_group(backend="gloo", timeout=_PATIENCE)
     # gloo connects at a group's first use, and misses a process that is killed before: all
     # connect now
-    for group in groups:
-        distributed.barrier(group=group)
+    distributed.barrier(group=group)
     distributed.all_reduce(torch.zeros(1, device=device))
     _keep_sockets()
-    return Processes(distributed.get_rank(), distributed.get_world_size(), device, *groups)
+    return Processes(distributed.get_rank(), distributed.get_world_size(), device, group)
 
 
 def _keep_sockets() -> None:
-    """Let no child program inherit the sockets.
-
-    torch starts one for shared memory. It outlives a killed rank, and while it holds the
-    sockets, the other ranks wait for that rank.
-    """
+    """Let no child program inherit the sockets: torch's outlives a killed rank, and others wait."""
     for name in os.listdir("/dev/fd"):
         with contextlib.suppress(OSError):  # the descriptor of the folder itself, closed by now
             if stat.S_ISSOCK(os.fstat(int(name)).st_mode):
@@ -230,11 +202,7 @@ def _keep_sockets() -> None:
 
 @contextlib.contextmanager
 def joined_processes() -> Iterator[Processes]:
-    """Join the processes that torchrun started (NCCL on GPUs, else gloo); the first rank logs.
-
-    Raises:
-        ProcessFailedError: another rank has failed, or did not answer in time.
-    """
+    """Join the processes that torchrun started (NCCL on GPUs, else gloo); the first rank logs."""
     global _joined
     if started_processes() == 1:
         yield Processes()
@@ -275,6 +243,5 @@ def _failure() -> dict[str, Any] | None:
         store = distributed.distributed_c10d._get_default_store()
         store.set_timeout(datetime.timedelta(seconds=5))
         if store.check([_FAILED]):
-            message: dict[str, Any] = json.loads(store.get(_FAILED))
-            return message
+            return dict(json.loads(store.get(_FAILED)))
     return None

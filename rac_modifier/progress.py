@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
 from loguru import logger
 from tqdm import tqdm
@@ -15,47 +14,33 @@ _BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {unit}s [{elapsed}
 class StepProgress:
     """Count the steps of a run, and estimate the time left from the mean time of its steps.
 
-    `what` names the run ("recovery"); `first_step` of its `total` steps were done by an
+    `title` names the run ("recovery"); `first_step` of its `total` steps were done by an
     earlier run. Without `shown` it logs nothing and draws no bar.
     """
 
-    def __init__(
-        self,
-        title: str,
-        total: int,
-        first_step: int = 0,
-        *,
-        shown: bool = True,
-        clock: Callable[[], float] = time.monotonic,
-    ):
-        self._title, self._total, self._first, self._done = title, total, first_step, first_step
-        self._shown, self._clock, self._start = shown, clock, clock()
-        self._next_line = first_step * _LINES // max(total, 1) + 1
-        hidden = None if shown else True  # None: no bar without a terminal
+    def __init__(self, title: str, total: int, first_step: int = 0, *, shown: bool = True):
+        self._title, self._total, self._shown = title, total, shown
+        self._first = self._done = first_step
+        self._start = time.monotonic()
         self._bar = tqdm(
             total=total,
             initial=first_step,
             desc=title,
             unit="step",
             bar_format=_BAR,
-            disable=hidden,
+            disable=None if shown else True,  # None: no bar without a terminal
         )
-
-    @property
-    def seconds_left(self) -> float:
-        """Return the estimate for the steps that are left."""
-        elapsed = self._clock() - self._start
-        return elapsed / max(self._done - self._first, 1) * (self._total - self._done)
 
     def step(self, text: str) -> None:
         """Count a step; `text` is shown, such as "loss 0.0312"."""
+        lines_before = self._done * _LINES // self._total
         self._done += 1
-        remaining = f"about {readable_time(self.seconds_left)} left"
+        per_step = (time.monotonic() - self._start) / (self._done - self._first)
+        remaining = f"about {readable_time(per_step * (self._total - self._done))} left"
         self._bar.set_postfix_str(f"{text}, {remaining}", refresh=False)
         self._bar.update()
-        due = self._done * _LINES >= self._next_line * self._total
+        due = self._done * _LINES // self._total > lines_before
         if self._shown and self._bar.disable and due:
-            self._next_line = self._done * _LINES // self._total + 1
             logger.info(f"{self._title}: step {self._done} of {self._total}, {text}, {remaining}")
 
     def close(self) -> None:

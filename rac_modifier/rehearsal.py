@@ -1,8 +1,4 @@
-"""Count the memory of work before it runs, on fake tensors or on a narrow problem.
-
-No algorithm is described a second time: the code of the run itself is rehearsed, so a new
-solver or a new architecture is counted without an edit here.
-"""
+"""Count the memory of work before it runs: its own code, on fake tensors or a narrow problem."""
 
 from __future__ import annotations
 
@@ -23,12 +19,7 @@ _WIDTH = 512  # inputs of the narrower of two rehearsed problems
 
 
 class LiveBytes(TorchDispatchMode):
-    """Count the bytes of all storages that operators create, while they live.
-
-    Attributes:
-        now: bytes that live.
-        peak: the maximum of `now`.
-    """
+    """Count the bytes of all storages that operators create while they live: `now` and `peak`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,16 +55,10 @@ class LiveBytes(TorchDispatchMode):
 
 
 def widened_peak(rehearse: Callable[[int], int], columns: int, multiple: int = 1) -> int:
-    """Return the peak of `rehearse(columns)`, which returns bytes for that many inputs.
+    """Return the peak in bytes of `rehearse(columns)`, for a problem of that width.
 
-    A wide problem is not rehearsed as it is: a parabola a w^2 + b w passes through the
-    peaks at two smaller widths. Matrices [w, w] and [w, rows] grow with w^2 where
-    `rehearse` scales rows with the width, blocks and batches of tokens with w.
-
-    Args:
-        rehearse: returns the peak in bytes for a width.
-        columns: width of the problem.
-        multiple: divides all rehearsed widths (groups of a grid, M of N:M).
+    A wide problem is not rehearsed as it is: a parabola a w^2 + b w passes through the peaks at two
+    smaller widths. `multiple` divides all rehearsed widths (groups of a grid, M of N:M).
     """
     narrow = max(_WIDTH // multiple, 1) * multiple
     if columns <= 2 * narrow:
@@ -86,10 +71,7 @@ def widened_peak(rehearse: Callable[[int], int], columns: int, multiple: int = 1
 
 @contextlib.contextmanager
 def without_data(model: Any, **options: Any) -> Iterator[Any]:
-    """Yield a copy of a transformers model with fake tensors, like all new ones meanwhile.
-
-    `options` go to transformers' `from_config`, such as `attn_implementation`.
-    """
+    """Yield a copy of a transformers model with fake tensors, like all new ones meanwhile."""
     log = logging.getLogger("torch._subclasses.fake_tensor")
     before, log.disabled = log.disabled, True  # it logs a traceback before the error is raised
     try:

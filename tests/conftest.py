@@ -1,5 +1,4 @@
-"""Shared fixtures: a tiny model on disk and a store of its own traces, both made once; seeds and
-settings of all tests."""
+"""Shared fixtures: a tiny model on disk and a store of its own traces, both made once."""
 
 from __future__ import annotations
 
@@ -30,8 +29,7 @@ SERVING_TESTS = (
 
 
 class TorchRandom:
-    """Torch's global generator, as `hypothesis.register_random` wants it: each example starts from
-    the same state."""
+    """Torch's global generator, as `hypothesis.register_random` wants it."""
 
     seed = staticmethod(torch.manual_seed)
     getstate = staticmethod(torch.get_rng_state)
@@ -112,16 +110,14 @@ def pytest_fixture_setup(
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
-    """One thread, unless OMP_NUM_THREADS asks for more: matrices are tiny, and a second thread
-    costs more than it saves."""
+    """One thread, unless OMP_NUM_THREADS asks for more."""
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
 
 
 @pytest.fixture
 def float32_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For what is compared with a float32 reference, on every machine; tests/pruning/test_linalg.py
-    has those in bfloat16."""
+    """For what is compared with a float32 reference, on every machine."""
     from rac_modifier.pruning import linalg
 
     monkeypatch.setattr(linalg, "bf16_is_fast", lambda device: False)

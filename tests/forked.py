@@ -1,5 +1,4 @@
-"""Programs in processes that are forks of one that has imported what they need: a new Python would
-take seconds for that."""
+"""Programs in processes that are forks of one that has imported what they need."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Processes that are threads of this one, for tests of what each of several does; torch.distributed
-is not used."""
+"""Processes that are threads of this one, for tests of what each of several does."""
 
 from __future__ import annotations
 
@@ -14,8 +13,7 @@ from rac_modifier.processes import Processes
 
 
 class Meeting:
-    """What the threads of `together` share: a place for each, and the times at which all are
-    there."""
+    """What the threads of `together` share."""
 
     def __init__(self, count: int):
         self.barrier = threading.Barrier(count)
@@ -30,9 +28,6 @@ class Threads(Processes):
     def wait(self) -> None:
         self.meeting.barrier.wait()
 
-    def meet(self) -> None:
-        self.wait()
-
     def _exchange(self, value: Any) -> list[Any]:
         self.meeting.places[self.rank] = value
         self.wait()
@@ -42,9 +37,6 @@ class Threads(Processes):
 
     def from_all(self, value: Any) -> list[Any]:
         return [json.loads(text) for text in self._exchange(json.dumps(value))]
-
-    def from_first(self, value: Any = None) -> Any:
-        return self.from_all(value)[0]
 
     def sums(self, *values: float) -> list[float]:
         return [sum(column) for column in zip(*self.from_all(values), strict=True)]
@@ -60,8 +52,7 @@ class Threads(Processes):
 
 
 def together(count: int, run: Callable[[Threads], Any]) -> list[Any]:
-    """What `run` returns in each of so many threads; an error in one of them is raised here, the
-    first by rank."""
+    """What `run` returns in each of so many threads."""
     meeting, results = Meeting(count), [None] * count
     errors: list[BaseException | None] = [None] * count
 

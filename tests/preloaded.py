@@ -1,5 +1,4 @@
-"""What a run of llm-compressor on a tiny model imports late, for the fork server: each fork would
-import it anew."""
+"""What a run of llm-compressor on a tiny model imports late, for the fork server."""
 
 import transformers.models.qwen3.modeling_qwen3  # noqa: F401
 from llmcompressor.modifiers import ModifierFactory

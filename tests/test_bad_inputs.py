@@ -1,5 +1,4 @@
-"""What a user can do wrong, and what the message must say. `python -m tests.test_bad_inputs` writes
-docs/errors.md."""
+"""What a user can do wrong, and what the message must say."""
 
 from __future__ import annotations
 

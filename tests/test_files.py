@@ -72,19 +72,9 @@ def test_a_link_to_a_regular_file_is_a_regular_file(tmp_path: Path) -> None:
     assert read_json(tmp_path / "link") == {}
 
 
-@pytest.mark.parametrize(
-    ("kind", "message"),
-    [
-        ("folder", "is a folder; name a regular file"),
-        ("pipe", "is a pipe; name a regular file"),
-        ("device", "is a device; name a regular file"),
-        ("missing", "No such file or directory; name an existing file"),
-    ],
-)
-def test_a_file_that_cannot_be_read_to_its_end_is_refused(
-    tmp_path: Path, kind: str, message: str
-) -> None:
-    path = tmp_path / "a"
+@pytest.mark.parametrize("kind", ["folder", "pipe", "device", "missing", "null\0byte"])
+def test_a_file_that_cannot_be_read_to_its_end_is_refused(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / kind
     match kind:
         case "folder":
             path.mkdir()
@@ -92,7 +82,7 @@ def test_a_file_that_cannot_be_read_to_its_end_is_refused(
             os.mkfifo(path)
         case "device":
             path.symlink_to("/dev/zero")
-    with pytest.raises(RacError, match=f"^recipe .*{message}$"):
+    with pytest.raises(RacError, match=r"^recipe .*: no regular file is there"):
         regular_file(path, "recipe")
     with pytest.raises(RacError, match="cannot be read as JSON"):
         read_json(path)

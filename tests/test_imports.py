@@ -82,8 +82,7 @@ def test_what_serving_needs_imports_no_transformers():
 
 
 def imported(path: Path, prefix: str = "rac_modifier.") -> list[tuple[str, int]]:
-    """What a file imports from this package, inside functions too, as `folder.module` with its
-    line."""
+    """What a file imports from this package, also inside functions, with its line."""
     imports = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

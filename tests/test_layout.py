@@ -1,7 +1,5 @@
-"""Where tests are, how long files may be, and that each test draws numbers of its own."""
+"""Where tests are, and how long files may be."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 from tests.conftest import SERVING_TESTS
@@ -20,8 +18,7 @@ MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 
 
 def mirror(module: Path) -> Path:
-    """kernels/cpu/linear.py -> kernels/cpu/test_linear.py; kernels/__init__.py ->
-    kernels/test_kernels.py."""
+    """kernels/cpu/linear.py -> kernels/cpu/test_linear.py."""
     name = module.parent.name if module.name == "__init__.py" else module.stem
     return module.with_name(f"test_{name}.py")
 
@@ -50,24 +47,6 @@ def test_every_module_has_a_mirrored_test_file():
     assert not missing, "\n".join(missing)
 
 
-def test_a_mirrored_test_file_has_tests():
-    empty = [
-        str(mirror(module))
-        for module in MODULES
-        if (TESTS / mirror(module)).is_file()
-        and "def test_" not in (TESTS / mirror(module)).read_text()
-    ]
-    assert empty == []
-
-
-def test_exceptions_are_of_files_that_exist():
-    assert [name for name in NO_MIRROR if not (PACKAGE / name).is_file()] == []
-    assert [name for name in NO_MIRROR if (TESTS / mirror(Path(name))).is_file()] == [], (
-        "has a test file now"
-    )
-    assert all(len(reason) > 20 for reason in NO_MIRROR.values())
-
-
 def test_no_file_of_the_package_is_too_long():
     lengths = {str(module): len((PACKAGE / module).read_text().splitlines()) for module in MODULES}
     assert {name: length for name, length in lengths.items() if length > LONGEST} == {}
@@ -85,52 +64,3 @@ def test_every_folder_of_tests_is_a_package():
 
 def test_what_the_serving_environment_runs_exists():
     assert [name for name in SERVING_TESTS if not (TESTS / name).exists()] == []
-
-
-PROBE = """
-import random
-import numpy
-import pytest
-import torch
-from hypothesis import given, strategies
-
-def draw():
-    return [torch.rand(1).item(), numpy.random.random(), random.random()]
-
-@pytest.fixture(scope="module")
-def shared():
-    return draw()
-
-def test_before(shared):
-    draw()
-
-@given(strategies.integers(0, 1))
-def test_examples(number):
-    print("EXAMPLE", draw())
-
-def test_after(shared):
-    print("DRAWS", shared, draw())
-"""
-
-
-def draws(folder: Path, *selected: str) -> dict[str, set[str]]:
-    """What the tests of the probe printed, by their first word."""
-    (folder / "test_probe.py").write_text(PROBE)
-    command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "tests.conftest"]
-    command += [f"--rootdir={folder}", *selected, str(folder / "test_probe.py")]
-    process = subprocess.run(command, cwd=TESTS.parent, capture_output=True, text=True)
-    assert process.returncode == 0, process.stdout + process.stderr
-    printed: dict[str, set[str]] = {}
-    for line in process.stdout.splitlines():
-        word, _, numbers = line.lstrip(".").partition(" ")
-        printed.setdefault(word, set()).add(numbers)
-    return printed
-
-
-def test_a_test_draws_the_same_numbers_alone_and_behind_others(tmp_path):
-    """Its own numbers and those of a fixture that it shares; from torch, numpy and random."""
-    together = draws(tmp_path)
-    (alone,) = draws(tmp_path, "-k", "test_after")["DRAWS"]
-    assert together["DRAWS"] == {alone}
-    assert len(set(alone.replace("[", "").replace("]", "").split())) == 6
-    assert len(together["EXAMPLE"]) == 1  # so that hypothesis can repeat a failure

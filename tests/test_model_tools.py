@@ -5,7 +5,6 @@ from compressed_tensors.offload import set_onload_device
 from rac_modifier import model_tools
 from rac_modifier.errors import RacError
 from rac_modifier.model_tools import (
-    StopForward,
     check_fits,
     evaluating,
     is_placed,
@@ -25,20 +24,6 @@ def test_evaluating_gives_each_model_its_own_mode_back():
     with pytest.raises(KeyError), evaluating(training):
         raise KeyError
     assert training.training
-
-
-def test_stop_forward_ends_a_forward_pass():
-    model, seen = tiny_model(), []
-
-    def stop(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        seen.append(args[0].shape)
-        raise StopForward
-
-    model.model.layers[0].mlp.register_forward_pre_hook(stop)
-    model.model.layers[1].register_forward_pre_hook(lambda module, args: seen.append("too far"))
-    with pytest.raises(StopForward):
-        model(input_ids=torch.arange(5)[None])
-    assert seen == [(1, 5, 64)]
 
 
 def test_a_model_on_the_cpu_is_moved_to_the_accelerator_and_back(monkeypatch):
@@ -70,8 +55,7 @@ def test_a_model_that_is_placed_already_is_not_moved(monkeypatch):
 
 
 def test_offloaded_weights_are_placed_wherever_they_are_computed_with():
-    """What oneshot makes of a model with a device_map: hf_device_map is gone, and the parameters
-    may be on the CPU."""
+    """What oneshot makes of a model with a device_map."""
     model = tiny_model()
     assert not is_placed(model)
     set_onload_device(model, "cpu")

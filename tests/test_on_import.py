@@ -11,8 +11,7 @@ import pytest
 
 @pytest.fixture
 def run(tmp_path: Path):
-    """Run code where `library`, `library.part` and `extension` can be imported; each prints its
-    name when it is run."""
+    """Run code where `library`, `library.part` and `extension` can be imported."""
     (tmp_path / "library").mkdir()
     (tmp_path / "library" / "__init__.py").write_text("print('library')\n")
     (tmp_path / "library" / "part.py").write_text("REGISTRY = {}\nprint('part')\n")

@@ -1,7 +1,6 @@
 """What speeds up a run on a CPU: oneDNN's matmuls, matrices by blocks, and memory that is kept."""
 
 import ctypes
-import mmap
 import os
 import subprocess
 import sys
@@ -15,19 +14,12 @@ from rac_modifier.platform import (
     FasterLinears,
     add_matmul_,
     expect_growth,
-    keep_freed_memory,
     matmul,
     padded_size,
     return_freed_memory,
     with_zero_rows,
 )
-from tests.pruning.pruning_reference import (
-    assert_near,
-    dampened,
-    gaussian,
-    random_problem,
-    solve_tolerance,
-)
+from tests.pruning.pruning_reference import assert_near, gaussian
 
 glibc = pytest.mark.skipif(libc_ver()[0] != "glibc", reason="glibc alone has these settings")
 choose = platform._is_amd_with_avx512.__wrapped__
@@ -35,8 +27,7 @@ choose = platform._is_amd_with_avx512.__wrapped__
 
 @pytest.fixture
 def calls(monkeypatch) -> list[tuple[int, ...]]:
-    """Gives all float32 products to oneDNN, whatever the processor; the shapes of those that it
-    computed."""
+    """Gives all float32 products to oneDNN, whatever the processor."""
     shapes, inner = list[tuple[int, ...]](), platform._linear_by_onednn
 
     def noting(x, weight, bias=None):
@@ -122,8 +113,7 @@ def test_it_is_chosen_by_processor(has, chosen, monkeypatch):
 
 
 def test_torch_still_has_the_operator_and_names_the_processor():
-    """The operator that torch's compiler uses for linear layers; the name is in the table of
-    capabilities."""
+    """The operator that torch's compiler uses for linear layers."""
     schema = str(torch.ops.mkldnn._linear_pointwise.default._schema)
     assert schema.startswith("mkldnn::_linear_pointwise(Tensor X, Tensor W, Tensor? B, str attr, ")
     capabilities = torch.cpu.get_capabilities()
@@ -142,98 +132,6 @@ def test_numbers_of_tokens_become_a_few_sizes():
     assert torch.equal(longer[:1000], x)
     assert longer.shape == (1024, 3)
     assert not longer[1000:].any()
-
-
-SIZES = [1, 16, 17, 130]
-
-
-@pytest.fixture
-def small_blocks(monkeypatch):
-    monkeypatch.setattr(platform, "BLOCK", 16)
-    monkeypatch.setattr(platform, "_FACTOR_CHUNK", 40)
-    monkeypatch.setattr(platform, "_SMALL_TRIANGLE", 5)
-
-
-def problem(d: int, dampening: float = 0.01) -> torch.Tensor:
-    return dampened(random_problem(3, d, 2 * d)[1], dampening)
-
-
-def garbled(matrix: torch.Tensor) -> torch.Tensor:
-    """In float32, with other numbers above the diagonal: only the lower triangle is read."""
-    return matrix.float().tril() + torch.full(matrix.shape, 7.0).triu(1)
-
-
-@pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("d", SIZES)
-def test_factor_inverse_and_solve_by_blocks(d):
-    exact, right = problem(d), gaussian(5, d).T
-    tolerance = solve_tolerance(exact, torch.float32)
-    matrix = garbled(exact)
-    lower = platform.cholesky_(matrix)
-    assert lower.data_ptr() == matrix.data_ptr()
-    assert torch.equal(lower, lower.tril())
-    rounding = solve_tolerance(torch.eye(1), torch.float32) * d
-    assert_near(lower.double() @ lower.double().T, exact, rounding)
-    matrix = garbled(exact)
-    inverse = platform.inverse_(matrix)
-    assert inverse.data_ptr() == matrix.data_ptr()
-    assert torch.equal(inverse, inverse.T)
-    assert_near(inverse, torch.linalg.inv(exact), tolerance)
-    before = right.clone()
-    solution = platform.cholesky_solve(right, torch.linalg.cholesky(exact).float())
-    assert torch.equal(right, before)
-    assert_near(solution, torch.linalg.solve(exact, right.double()), tolerance)
-
-
-@pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("d", SIZES)
-def test_a_factor_by_matmuls_in_bfloat16_is_near(d):
-    exact = problem(d, 0.2)
-    plain, rounded = (platform.cholesky_(exact.float(), bf16=b).double() for b in (False, True))
-    assert torch.equal(plain, rounded) == (
-        d <= 32
-    )  # a second block has the first alone to its left
-    tolerance = solve_tolerance(torch.eye(1), torch.bfloat16) * d**0.5
-    assert_near(rounded @ rounded.T, exact, tolerance)
-
-
-@pytest.mark.usefixtures("small_blocks")
-def test_what_all_inputs_share_is_not_rounded():
-    d = 512
-    sizes = torch.rand(d, generator=torch.Generator().manual_seed(0)) + 0.5
-    exact = sizes * sizes[:, None] + 0.05 * torch.diag(sizes**2)
-    lower = platform.cholesky_(exact.clone(), bf16=True)
-    assert_near(lower @ lower.T, exact, 1e-3)
-    apart = torch.eye(d + 16)
-    apart[16:, 16:] = exact  # now the first block has nothing of it
-    assert platform.cholesky_(apart, bf16=True) is None
-
-
-@pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize(("dtype", "margin"), [(torch.float32, 50.0), (torch.bfloat16, 1.0)])
-@pytest.mark.parametrize("d", SIZES)
-def test_a_solve_in_place_takes_a_factor_with_inverted_corners(d, dtype, margin):
-    exact, right = problem(d), gaussian(5, d).T.contiguous().to(dtype)
-    expected = torch.linalg.solve(exact, right.double())
-    lower = platform.invert_corners_(torch.linalg.cholesky(exact).float())
-    solution = platform.solve_with_corners_(right, lower.to(dtype))
-    assert solution.data_ptr() == right.data_ptr()
-    assert_near(solution, expected, solve_tolerance(exact, dtype, margin))
-
-
-@pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("at", [0, 20, 69])
-def test_a_matrix_that_is_not_positive_definite_has_none(at):
-    matrix = problem(70).float()
-    matrix[at, at] = -1.0
-    assert platform.cholesky_(matrix.clone()) is None
-    assert platform.inverse_(matrix.clone()) is None
-
-
-def test_the_lower_triangle_is_mirrored():
-    matrix = gaussian(50, 50)
-    expected = matrix.tril() + matrix.tril(-1).T
-    assert torch.equal(platform.mirror_lower_(matrix, 16), expected)
 
 
 # 20 times 64 MiB, written and freed: as many bytes of pages each time where they are new.
@@ -295,29 +193,6 @@ class CLibrary:
         return 1
 
 
-SET_BY_USERS = [
-    "MALLOC_MMAP_THRESHOLD_",
-    "MALLOC_TRIM_THRESHOLD_",
-    "MALLOC_ARENA_MAX",
-    "GLIBC_TUNABLES",
-]
-
-
-@pytest.mark.parametrize("variable", [None, *SET_BY_USERS])
-@pytest.mark.parametrize("glibc", [True, False])
-def test_what_is_set(monkeypatch: pytest.MonkeyPatch, glibc: bool, variable: str | None) -> None:
-    """M_MMAP_THRESHOLD, M_TRIM_THRESHOLD and M_ARENA_MAX of glibc's malloc.h."""
-    library = CLibrary(glibc)
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
-    for name in SET_BY_USERS:
-        monkeypatch.delenv(name, raising=False)
-    if variable is not None:
-        monkeypatch.setenv(variable, "")
-    assert keep_freed_memory() == (glibc and variable is None)
-    expected = {-3: 256 << 20, -1: 1 << 30, -8: 1} if glibc and variable is None else {}
-    assert dict(library.told) == expected
-
-
 def test_memory_is_given_back_where_a_process_outgrows_its_forecast(monkeypatch) -> None:
     library, resident = CLibrary(), [10**6]
 
@@ -336,10 +211,3 @@ def test_memory_is_given_back_where_a_process_outgrows_its_forecast(monkeypatch)
         resident[0] = grown
         return_freed_memory()
     assert [grown for _, grown in library.told] == [1801, 1851], "the limit rises by 50"
-
-
-def test_resident_memory_is_read_from_the_system() -> None:
-    before = platform.resident_bytes()
-    with mmap.mmap(-1, 256 << 20) as block:  # new pages: malloc could hand out resident ones
-        block.write(bytes(256 << 20))
-        assert platform.resident_bytes() - before > 200 << 20

@@ -5,12 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rac_modifier.processes import (
-    Processes,
-    joined_processes,
-    refuse_processes,
-    started_processes,
-)
+from rac_modifier.processes import Processes, joined_processes, refuse_processes, started_processes
 from tests.started import started
 
 SCRIPT = """
@@ -33,7 +28,6 @@ with joined_processes() as processes:
     sent = processes.send(torch.full((2,), processes.rank, dtype=torch.bfloat16), 1)
     rank = processes.rank
     told = [processes.from_first({"rank": rank}), processes.from_all(["x" * (1 + 5 * rank)])]
-    processes.meet()
     same = present_processes() is processes
     exchanged = [shard.tolist() for shard in exchanged]
     results = [sums, joined.tolist(), sent.tolist(), told, same, exchanged]
@@ -50,7 +44,7 @@ def test_without_torchrun_there_is_one(monkeypatch):
         assert processes == Processes(0, 1, None)
         assert processes.is_first
         with processes.first_before_others():
-            processes.wait(), processes.meet()
+            processes.wait()
         tensor = torch.ones(2)
         assert processes.joined(tensor) is processes.send(tensor, 0) is tensor
         assert processes.exchanged(tensor)[0] is tensor
@@ -79,9 +73,9 @@ try:
     with joined_processes() as processes:
         if processes.rank == 1:
             raise RacError("no room")
-        processes.meet()
+        processes.wait()
 except ProcessFailedError as error:
-    print(error.reported, error, file=sys.stderr, flush=True)
+    print(error, file=sys.stderr, flush=True)
     sys.exit(3)
 """
 
@@ -89,7 +83,7 @@ except ProcessFailedError as error:
 def test_an_error_in_one_reaches_the_others(tmp_path: Path):
     (code, said), (other, error) = started(["-c", FAILS], tmp_path)
     assert (code, other) == (3, 1)
-    assert "True process 1 of 2 has failed: no room" in said
+    assert "process 1 of 2 has failed: no room" in said
     assert "RacError: no room" in error
 
 
@@ -102,7 +96,7 @@ try:
         if processes.is_first:  # with all that is open, as torch's program for shared memory
             os.posix_spawn("/bin/sh", ["sh", "-c", "exec 2>&1; sleep 30; touch over"], os.environ)
             os.kill(os.getpid(), signal.SIGKILL)
-        processes.meet()
+        processes.wait()
 except ProcessFailedError as error:
     print(Path("over").exists(), error, file=sys.stderr, flush=True)
     os._exit(3)

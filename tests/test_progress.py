@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from loguru import logger
 
@@ -16,9 +18,10 @@ def lines():
     logger.remove(handler)
 
 
-def test_a_run_logs_ten_lines_with_the_time_left(lines):
+def test_a_run_logs_ten_lines_with_the_time_left(lines, monkeypatch):
     now = [0.0]
-    progress = StepProgress("recovery", 40, clock=lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    progress = StepProgress("recovery", 40)
     for number in range(40):
         now[0] += 3.0
         progress.step(f"loss {number}")
@@ -27,9 +30,10 @@ def test_a_run_logs_ten_lines_with_the_time_left(lines):
     assert lines[-1] == "recovery: step 40 of 40, loss 39, about 0 s left"
 
 
-def test_steps_of_an_earlier_run_say_nothing_about_the_time(lines):
+def test_steps_of_an_earlier_run_say_nothing_about_the_time(lines, monkeypatch):
     now = [0.0]
-    progress = StepProgress("recovery", 10, first_step=8, clock=lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    progress = StepProgress("recovery", 10, first_step=8)
     now[0] = 5.0
     progress.step("loss 1")
     StepProgress("silent", 1, shown=False).step("loss 1")

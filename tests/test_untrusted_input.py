@@ -1,5 +1,4 @@
-"""No text that a user or a download brings can run code: where the package could do so at all, and
-why each place is safe."""
+"""No text that a user or a download brings can run code."""
 
 import ast
 import re
@@ -70,15 +69,3 @@ def test_allowed_places_exist():
     """The list holds what is there and no more. A room that is gone takes its line along."""
     assert not ALLOWED.keys() - found()
     assert all(len(reason) > 20 for reason in ALLOWED.values())
-
-
-def test_the_search_finds_what_it_is_for():
-    for line in (
-        "importlib.import_module(name)", "x = eval(text)", "exec(code)", "import pickle",
-        "torch.load(path)", "yaml.load(text)",
-        "from_pretrained(x, trust_remote_code=True)", "yaml.unsafe_load(f)",
-        "subprocess.run(x, shell=True)",
-    ):  # fmt: skip
-        assert RUNS_CODE.search(line), line
-    for line in ("model.eval()", "re.compile(x)", "yaml.safe_load(text)", "retrieval(x)"):
-        assert not RUNS_CODE.search(line), line

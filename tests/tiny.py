@@ -1,5 +1,4 @@
-"""Tiny random Qwen3 models with their tokenizers, for all tests, and what recipes for them look
-like."""
+"""Tiny random Qwen3 models with their tokenizers, for all tests."""
 
 from __future__ import annotations
 
@@ -52,8 +51,7 @@ def tiny_tokenizer(chat_template: str | None = TEMPLATE) -> PreTrainedTokenizerF
 
 
 def byte_tokenizer(*, thinking_tags: bool = True) -> PreTrainedTokenizerFast:
-    """A token a byte, so that any text can be read back; with or without thinking tags as tokens of
-    their own."""
+    """A token a byte, so that any text can be read back."""
     special = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"]
     letters = special + sorted(pre_tokenizers.ByteLevel.alphabet())
     core = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
@@ -143,8 +141,7 @@ def save_tiny(
 
 
 def entry(store: Path | None = None, **changes: Any) -> dict[str, Any]:
-    """The settings of a small 2:4 run that holds no traces out; `changes` replace whole
-    settings."""
+    """The settings of a small 2:4 run that holds no traces out."""
     traces: dict[str, Any] = {
         "sampling": {"temperature": 1.0, "max_new_tokens": 40, "batch_size": 16}
     }
@@ -165,8 +162,7 @@ def entry(store: Path | None = None, **changes: Any) -> dict[str, Any]:
 
 
 def calibration_entry(store: Path | None = None, **changes: Any) -> dict[str, Any]:
-    """The same for the modifier that calibrates others, which has no pattern and counts every token
-    alike."""
+    """The same for the modifier that calibrates others."""
     settings = entry(store, **changes)
     del settings["mask_structure"], settings["calibration"]["batch_tokens"]
     return settings

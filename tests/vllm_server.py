@@ -1,5 +1,4 @@
-"""`vllm serve` as a process of its own, for the tests that ask a real server: named by RAC_VLLM, or
-`vllm` on the PATH."""
+"""`vllm serve` as a process of its own, for the tests that ask a real server."""
 
 from __future__ import annotations
 

@@ -16,16 +16,11 @@ BACKENDS: dict[str, Backend] = {"cpu": cpu}
 
 def choose(layer: Layer, device: str) -> tuple[Decision, Backend | None]:
     """Decide how a layer runs on a device type such as "cpu"; backend None: dense."""
-    backend = backend_of(device)
+    backend = BACKENDS.get(device) or _from_entry_point(device)
     if isinstance(backend, str):
         return stay_dense(backend, layer.served), None
     decision = backend.can_run(layer)
     return decision, backend if decision.sparse else None
-
-
-def backend_of(device: str) -> Backend | str:
-    """Return the backend of a device type, or a sentence why there is none."""
-    return BACKENDS.get(device) or _from_entry_point(device)
 
 
 @lru_cache(maxsize=16)

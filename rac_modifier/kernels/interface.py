@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from rac_modifier.checkpoint.stored_weight import StoredWeight
-from rac_modifier.errors import RacError
 
 EXPERT = re.compile(r"\.experts\.\d+\.")  # in the name of a module of a routed expert
 
@@ -27,12 +26,8 @@ class Layer:
         group: columns that share a scale.
         group_bytes: bytes of the scale, and of the zero point if there is one, per row and group.
         two_of_four: at most two of each four neighbouring columns are stored.
-        zero_points: groups have one.
         activation_bits: 16 or 8, to which an integer kernel may round activations.
         word_bits: 4; without a mask also 3 or 2.
-
-    Raises:
-        RacError: impossible sizes or density.
     """
 
     rows: int
@@ -46,13 +41,6 @@ class Layer:
     zero_points: bool = False
     activation_bits: int = 16
     word_bits: int = 4
-
-    def __post_init__(self) -> None:
-        if self.rows < 1 or self.columns < 1 or not 0.0 <= self.density <= 1.0:
-            raise RacError(
-                f"a weight [{self.rows}, {self.columns}] of density {self.density}: sizes must be "
-                "positive and the density between 0 and 1; the checkpoint is damaged"
-            )
 
     @classmethod
     def of(cls, weight: StoredWeight, served: torch.dtype) -> Layer:

@@ -45,9 +45,6 @@ def plan_checkpoint(folder: str | Path) -> list[PlanRow]:
     """Plan each pruned or ignored linear module of a checkpoint, served in its own dtype.
 
     vLLM decides for the fused layer of q, k and v, or of gate and up, by the same rules.
-
-    Raises:
-        RacError: no readable checkpoint, or a packed module whose tensors do not fit together.
     """
     config = read_json(Path(folder) / CONFIG_FILE)
     sparsity, record = SparsityConfig.of(config.get(QUANTIZATION_KEY)), SparsityRecord.of(config)
@@ -70,10 +67,7 @@ def plan_checkpoint(folder: str | Path) -> list[PlanRow]:
 
 
 def plan_dense_codes(folder: str | Path) -> list[PlanRow]:
-    """Plan each module of 2-, 3- or 4-bit weights without a mask, served with `--quantization rac`.
-
-    Modules of other widths, and damaged ones, are left out (RacError: no readable checkpoint).
-    """
+    """Plan each sound module of 2-, 3- or 4-bit weights without a mask, served by our kernels."""
     rows = []
     int8 = SparsityRecord.of(read_json(Path(folder) / CONFIG_FILE)).int8_activations
     with TensorFiles(folder) as files:

@@ -102,7 +102,7 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
         if self._recovery is None:
             return
         if self._processes.count > 1:
-            self._processes.meet()
+            self._processes.wait()
             remove_dispatch(model)  # FSDP places the weights itself
         run = self.run
         quantized = run.quantizer.take_masters(run.names, run.masters)

@@ -97,7 +97,7 @@ class Run:
 
     def restore(self, modules: Sequence[torch.nn.Module]) -> None:
         """Restore the pruned weights of these modules from the earlier run."""
-        self.processes.meet()  # until now, ranks with shared memory may read dense weights
+        self.processes.wait()  # until now, ranks with shared memory may read dense weights
         for module in modules:
             name = self.names[module]
             self.records[name] = self.resume.restore(name, module, self.masters)

@@ -98,8 +98,8 @@ def solve_groups(
             weights: list[torch.Tensor] = [m.get_parameter("weight") for m in group.modules]
             if entry.quantization is not None:  # which rounds to their dtype later
                 weights = [weight.float() for weight in weights]
-            hessian = group.statistics.hessian.matrix(labels[0], take=True)
-            cross_moment = group.statistics.cross_moment(take=True)
+            hessian = group.statistics.hessian.take(labels[0])
+            cross_moment = group.statistics.take_cross_moment()
             pattern = [patterns[label] for label in labels]
             problems.append(Problem(weights, hessian, pattern, labels, cross_moment))
             grids.append([quantizer.grids.get(module) for module in group.modules])
@@ -159,7 +159,7 @@ def solve_on_all_ranks(
         RacError: the ranks have calibrated different modules.
     """
     if processes.count > 1:
-        processes.meet()
+        processes.wait()
         check_same_groups(groups, names, processes)
     for group in groups:
         group.statistics.finish()
@@ -186,7 +186,7 @@ def solve_on_all_ranks(
         if rank_of[i] == processes.rank:
             for group, pruned in zip(call, solve(call), strict=True):
                 results |= zip(group.modules, pruned, strict=True)
-    processes.meet()
+    processes.wait()
     for i, call in enumerate(calls):
         for group in call:
             mine = [results.get(module) for module in group.modules]

@@ -12,16 +12,15 @@ rho_j = rho * H_jj, and no copy is needed. With the scaled dual U, an iteration 
 U is what Z has beyond D, so Z alone holds the state: D - U = 2 D - Z. Over-relaxation, a > 1 (Boyd
 et al., 2011, section 3.4.3), lowers the error by 2 %. A small rho follows the data, a large one
 makes W and D agree: rho rises in fixed stages, and U is rescaled with it. The last iterations keep
-the final mask, so they are ADMM for the values alone. The refit follows.
+the final mask, so they are ADMM for the values alone.
 
 What limits the cost:
-- A factor per stage, instead of the paper's eigendecomposition of H (10 d^3 operations).
-- The inverse instead of the factor, where it takes fewer multiply-adds.
-- bfloat16 matmuls where these are fast (linalg.py). Scaled as above, H + diag(rho_j) has no
-  eigenvalue below rho, so rounding changes the summed error by 0.1 %. A factor that rounding spoilt
-  is computed again in float32.
+- A factor per stage, or the inverse where it takes fewer multiply-adds; the paper's
+  eigendecomposition of H takes 10 d^3.
+- bfloat16 matmuls with the inverse or factor where these are fast (linalg.py). Scaled as above,
+  H + diag(rho_j) has no eigenvalue below rho, so rounding changes the summed error by 0.1 %.
 - Thresholds of unstructured patterns come from a sample, but for the final mask.
-- D is not stored: it is computed from Z for a few inputs at a time, which stay in the caches.
+- D is computed from Z for a few inputs at a time, which stay in the caches.
 """
 
 from __future__ import annotations
@@ -30,8 +29,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from rac_modifier import platform
-from rac_modifier.pruning import linalg
+from rac_modifier.pruning import cholesky, linalg
 from rac_modifier.pruning.linalg import Dampening
 from rac_modifier.pruning.masks import lowest, ranks_in_groups, sampled_places, sampled_threshold
 from rac_modifier.settings.pattern import Pattern
@@ -59,8 +57,7 @@ def prune(
     """Prune `weight` [d, sum(rows)] (transposed, the target) in place, modules side by side.
 
     Each module has its `rows` and its pattern. Unstructured: exactly floor(numel * sparsity)
-    weights of it, anywhere; N:M, the same for all modules: the N lowest of each group. Memory next
-    to the arguments: d^2, and two buffers like `weight` (three for the final mask).
+    weights of it, anywhere; N:M, the same for all modules: the N lowest of each group.
 
     Returns:
         The mask of the pruned weights, bool [d, sum(rows)], and the dampening of the factor.
@@ -95,11 +92,10 @@ def prune(
                 above = _thresholds(z, scale, rows, patterns)
             pull = torch.empty_like(z, dtype=torch.bfloat16 if bf16 else z.dtype)
             for part in linalg.cached_slices(z, max(patterns[0].m, 1)):
-                keep = (
-                    _keep(z[part], scale[part], patterns[0], above)
-                    if pruned is None
-                    else (~pruned[part]).to(z)
-                )
+                if pruned is None:
+                    keep = _keep(z[part], scale[part], patterns[0], above)
+                else:
+                    keep = (~pruned[part]).to(z)
                 _pull(z[part], target[part], keep, penalty[part], pull[part], rho, before)
             before, iteration = rho, iteration + 1
             add_solution(z, pull)
@@ -120,8 +116,7 @@ def _pull(
 ) -> None:
     """Write Z - a D + a T to `z` and a diag(rho_j) (D - U - T) to `pull`, for a few inputs.
 
-    The solution is added afterwards. U is rescaled from rho = `before`. `keep`, 1.0 for what D
-    keeps of Z, is overwritten.
+    U is rescaled from rho = `before`. `keep`, 1.0 for what D keeps of Z, is overwritten.
     """
     d = keep.mul_(z)
     if rho != before:
@@ -180,18 +175,10 @@ def _stages(iterations: int) -> list[tuple[float, int]]:
 
 
 def _forms_inverse(d: int, rows: int, repeats: int) -> bool:
-    """Return whether the inverse takes fewer multiply-adds than the factor for `repeats` matmuls.
-
-    With a factor its corners of b inputs are multiplied twice.
-    """
-    b = min(platform.BLOCK, d)
+    """Return whether the inverse takes fewer multiply-adds than a factor for `repeats` matmuls."""
+    b = min(cholesky.BLOCK, d)  # corners of a factor are multiplied twice
     by_factor = d**3 / 6 + repeats * (d**2 + d * b) * rows
     return d**3 / 2 + repeats * d**2 * rows < by_factor
-
-
-def _is_spoilt(lower: torch.Tensor, dampening: Dampening, rho: float) -> bool:
-    """Return whether a squared pivot is below half of rho diag; exactly, all reach rho diag."""
-    return bool((lower.diagonal().square() < dampening.diagonal * (rho / 2)).any())
 
 
 def _solver(
@@ -214,7 +201,7 @@ def _solver(
         return matrix
 
     if _forms_inverse(len(hessian), columns, repeats):
-        inverse = linalg.inverse_(shifted())
+        inverse = cholesky.inverse_(shifted())
         if inverse is None:
             return None
         if not bf16:
@@ -222,12 +209,9 @@ def _solver(
         rounded = inverse.bfloat16()
         del inverse
         return lambda x, y: [x[r].add_(rounded[r] @ y) for r in linalg.row_blocks(x)]
-    lower = linalg.cholesky_(shifted(), bf16=bf16)
-    if bf16 and (lower is None or _is_spoilt(lower, dampening, rho)):
-        lower = None  # before the next is computed
-        lower = linalg.cholesky_(shifted())
+    lower = cholesky.cholesky_(shifted())
     if lower is None:
         return None
-    factor = platform.invert_corners_(lower)
+    factor = cholesky.invert_corners_(lower)
     factor = factor.bfloat16() if bf16 else factor
-    return lambda x, y: x.add_(platform.solve_with_corners_(y, factor))
+    return lambda x, y: x.add_(cholesky.solve_with_corners_(y, factor))

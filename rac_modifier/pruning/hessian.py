@@ -6,17 +6,11 @@ from collections.abc import Sequence
 
 import torch
 
-from rac_modifier.errors import RacError
-from rac_modifier.platform import (
-    add_matmul_,
-    matmul,
-    mirror_lower_,
-    onednn_is_faster,
-    padded_size,
-    with_zero_rows,
-)
+from rac_modifier.platform import add_matmul_, matmul, onednn_is_faster, padded_size, with_zero_rows
 from rac_modifier.processes import ALONE, Processes
 from rac_modifier.pruning import linalg
+from rac_modifier.pruning.checks import refuse
+from rac_modifier.pruning.cholesky import mirror_lower_
 from rac_modifier.pruning.shard_sum import Block, ShardSum
 
 CAP = 100.0  # times the median squared norm; `cap_weights`
@@ -44,18 +38,16 @@ class Hessian:
     """Accumulates H = 2 / sum(w) * X^T diag(w) X for inputs X [tokens, columns] and weights w.
 
     Only the lower block triangle of X^T X is computed, one block row of a quarter of the columns at
-    a time: 5/8 of the work (smaller blocks have slower matmuls). bfloat16 and float16 inputs are
-    converted to float32, `ROWS` tokens at a time. Shards (shard_sum.py) order the sum.
-
-    Attributes:
-        tokens: number of rows with a weight above zero.
-        weight_sum: sum of the weights.
+    a time: 5/8 of the work (smaller blocks have slower matmuls). Inputs are converted to float32,
+    `ROWS` tokens at a time. Shards (shard_sum.py) order the sum. `tokens` counts the rows with a
+    weight above zero.
     """
 
     def __init__(
         self, columns: int, device: torch.device | str = "cpu", processes: Processes = ALONE
     ):
         self.columns, self.tokens, self.weight_sum = columns, 0, 0.0
+        self.device = torch.device(device)
         self._blocks = blocks_of_triangle(columns)
         self._sums = ShardSum(columns, columns, device, self._blocks, processes)
         self._processes = processes
@@ -67,26 +59,16 @@ class Hessian:
         """Add inputs `x` [..., columns], with a weight >= 0 per token, `weights` [...].
 
         Rows with weight 0 (padding) are removed first, so they may hold any value, even nan.
-
-        Raises:
-            RacError: shapes that do not fit, or a weight that is negative or not finite.
         """
-        if x.shape[-1] != self.columns:
-            raise RacError(
-                f"activations {list(x.shape)} do not end in the {self.columns} inputs of "
-                "this module"
-            )
+        inputs = f"the {self.columns} inputs of this module"
+        refuse(x.shape[-1] != self.columns, f"activations {list(x.shape)} do not end in {inputs}")
         x = x.reshape(-1, self.columns).to(self.device)
         weights = x.new_ones(len(x)) if weights is None else weights
         weights = weights.reshape(-1).to(self.device, torch.float32)
-        if len(weights) != len(x):
-            raise RacError(
-                f"{len(weights)} token weights for {len(x)} tokens; give one weight per token"
-            )
-        if not bool(((weights >= 0) & weights.isfinite()).all()):
-            raise RacError(
-                f"token weights must be finite and >= 0; the smallest is {float(weights.min())}"
-            )
+        one_each = len(weights) == len(x)
+        refuse(not one_each, f"{len(weights)} token weights for {len(x)} tokens; give one each")
+        usable = bool(((weights >= 0) & weights.isfinite()).all())
+        refuse(not usable, "token weights must be finite and >= 0; check the trace weighting")
         counted = weights > 0
         tokens, weight = int(counted.sum()), float(weights.sum(dtype=torch.float64))
         self.tokens, self.weight_sum = self.tokens + tokens, self.weight_sum + weight
@@ -127,43 +109,30 @@ class Hessian:
             for tokens, weight in shards:
                 self.tokens, self.weight_sum = self.tokens + tokens, self.weight_sum + weight
 
-    @property
-    def device(self) -> torch.device:
-        """Return the device of the sum."""
-        return self._sums.device
-
-    def matrix(self, name: str = "this module", *, take: bool = False) -> torch.Tensor:
-        """Return the symmetric Hessian [columns, columns], scaled by 2 / sum(weights).
-
-        With `take` it is the memory of the sum, which is dropped here; else a new tensor.
+    def take(self, name: str = "this module") -> torch.Tensor:
+        """Return the symmetric Hessian [columns, columns], and drop the sum.
 
         Raises:
             RacError: naming the module, if no token was counted or an activation was not finite.
         """
-        if self.weight_sum == 0.0:
-            raise RacError(
-                f"{name}: no calibration token reached it; use more traces, or add it to "
-                "ignore (an unused expert)"
-            )
+        unused = "use more traces, or add it to ignore (an unused expert)"
+        refuse(self.weight_sum == 0.0, f"{name}: no calibration token reached it; {unused}")
         bad = int((~self._sums.total.diagonal().isfinite()).sum())  # an inf makes its square inf
-        if bad:
-            raise RacError(
-                f"{name}: activations of {bad} of {self.columns} inputs are not finite; run the "
-                "model in bfloat16 or float32, or find the layer that overflows"
-            )
-        full = (self._sums.take() if take else self._sums.total.clone()).mul_(2.0 / self.weight_sum)
-        return mirror_lower_(full, block_columns(self.columns))
+        refuse(
+            bad > 0,
+            f"{name}: activations of {bad} of {self.columns} inputs are not finite; run the model "
+            "in bfloat16 or float32, or find the layer that overflows",
+        )
+        scaled = self._sums.take().mul_(2.0 / self.weight_sum)
+        return mirror_lower_(scaled, block_columns(self.columns))
 
 
-def cap_weights(
-    weights: torch.Tensor, x: torch.Tensor, cap: float = CAP
-) -> tuple[torch.Tensor, int]:
+def cap_weights(weights: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, int]:
     """Cap the weights [...] of tokens whose input `x` [..., columns] is far larger than usual.
 
     The first token of a sequence can have an input whose squared norm is 10^5 times the median
-    (massive activations, arXiv 2402.17762). It then owns the Hessian, and every other token counts
-    for nothing. w_t becomes w_t min(1, cap median(||x||^2) / ||x_t||^2), with the median over the
-    tokens of the batch whose weight is above zero.
+    (massive activations, arXiv 2402.17762), and would own the Hessian. w_t becomes w_t min(1, `CAP`
+    median(||x||^2) / ||x_t||^2), with the median over the tokens of the batch that count.
 
     Returns:
         The weights, and how many of them are lower than before.
@@ -174,27 +143,25 @@ def cap_weights(
     norms = norms.reshape(weights.shape)
     weights = weights.to(norms.device)
     counted = norms[weights > 0]
-    limit = cap * counted.median() if counted.numel() else norms.new_zeros(())
+    limit = CAP * counted.median() if counted.numel() else norms.new_zeros(())
     over = (weights > 0) & (norms > limit) & norms.isfinite() & (limit > 0)
     return torch.where(over, weights * (limit / norms), weights), int(over.sum())
 
 
 class Statistics:
-    """Second moments for modules that read the same input.
+    """Second moments for modules that read the same input: their Hessian, and with `weights` more.
 
-    `hessian` is the Hessian. If the `weights` W [rows, d] of the modules are given, with the inputs
-    X_d in the dense model, X_p in the pruned model, both [tokens, d], and token weights w, there is
-    the cross moment of each module,
+    With the `weights` W [rows, d] of the modules, the inputs X_d in the dense and X_p in the pruned
+    model, both [tokens, d], and token weights w, each module has a cross moment: how the output
+    error before this module is pruned correlates with the inputs,
 
-        C = 2 / sum(w) * W (X_d - X_p)^T diag(w) X_p        [rows, d]:
+        C = 2 / sum(w) * W (X_d - X_p)^T diag(w) X_p        [rows, d].
 
-    how the output error before this module is pruned correlates with the inputs (solve.py uses it).
     It is summed as [d, d] and multiplied by W at the end, or as [rows, d], whichever costs less, by
     bfloat16 matmuls where these are fast: they change C by less than a hundredth of what other
     tokens would. The Hessian takes float32, to stay positive definite.
 
-    With `weights`, token weights are capped (`cap_weights`), in the Hessian too; `capped` counts
-    these tokens. Without them (the paper's way) every token counts as its weight says.
+    Token weights are then capped (`cap_weights`), in the Hessian too; `capped` counts these tokens.
     """
 
     def __init__(
@@ -220,11 +187,7 @@ class Statistics:
     def add(
         self, x: torch.Tensor, token_weights: torch.Tensor, dense: torch.Tensor | None = None
     ) -> None:
-        """Add inputs `x` of the pruned and `dense` of the dense model, [..., d], weighted [...].
-
-        Raises:
-            RacError: see `Hessian.add`.
-        """
+        """Add inputs `x` of the pruned and `dense` of the dense model, [..., d], weighted [...]."""
         if self._weights is not None:
             token_weights, capped = cap_weights(token_weights, x)
             self.capped += capped
@@ -270,12 +233,11 @@ class Statistics:
         if self._sums is not None:
             self._sums.finish()
 
-    def cross_moment(self, *, take: bool = False) -> list[torch.Tensor] | None:
-        """Return C of each module, [rows, d] float32; None without weights."""
+    def take_cross_moment(self) -> list[torch.Tensor] | None:
+        """Return C of each module, [rows, d] float32, and drop the sum; None without weights."""
         if self._sums is None:
             return None
-        scaled = self._sums.take() if take else self._sums.total.clone()
-        scaled.mul_(2.0 / self.hessian.weight_sum)
+        scaled = self._sums.take().mul_(2.0 / self.hessian.weight_sum)
         if self._before:
             return [matmul(weight.to(scaled), scaled) for weight in self._weights or ()]
         return list(scaled.split(self._rows))

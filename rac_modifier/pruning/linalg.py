@@ -1,4 +1,4 @@
-"""Linear algebra that the solvers share: dampening, the Cholesky factor, quadratic forms."""
+"""Linear algebra that the solvers share: dampening, the factor, slices, quadratic forms."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import TypeVar
 
 import torch
 
-from rac_modifier import platform
 from rac_modifier.errors import RacError
-from rac_modifier.platform import add_matmul_, matmul, onednn_is_faster
+from rac_modifier.platform import add_matmul_, matmul
+from rac_modifier.pruning.cholesky import cholesky_, cholesky_solve
 
 # Each retry multiplies the dampening by ten, up to the mean of the diagonal. With more, H would
 # hardly matter, and the result would be magnitude pruning under another name.
@@ -30,7 +30,6 @@ class Dampening:
     """What is added to the diagonal of a Hessian [d, d]: lambda = `frac` * mean(diag H).
 
     Attributes:
-        frac: share of the mean of the diagonal.
         retries: how often `frac` was raised to reach this value.
         uniform: lambda, a tensor with one number.
         added: [d], lambda, and the mean on top of it for inputs that are 0 on every token.
@@ -59,11 +58,7 @@ def raise_until_it_works(
     dampening: Dampening,
     label: str,
 ) -> tuple[T, Dampening]:
-    """Return the result of `attempt` and its dampening, raised tenfold while the result is None.
-
-    Raises:
-        RacError: naming `label`, when the mean of the diagonal is not enough.
-    """
+    """Return the result of `attempt` and its dampening, raised tenfold while the result is None."""
     while (result := attempt(dampening)) is None:
         larger = max(dampening.frac * 10, _FIRST_RETRY)
         if larger > MAX_DAMPENING * (1 + 1e-9):
@@ -113,12 +108,9 @@ def diagonal_blocks(
 def factorise(
     hessian: torch.Tensor, dampening: Dampening, label: str, *, largest_first: bool = False
 ) -> Factor:
-    """Factor H with this dampening, or a larger one where it needs it; d^3 / 6 multiply-adds.
+    """Factor H with this dampening, or a larger one where it needs it (RacError names `label`).
 
     `largest_first` orders the inputs by the diagonal of H, falling.
-
-    Raises:
-        RacError: naming `label`, when it is not positive definite even with the largest dampening.
     """
     order = dampening.diagonal.argsort(descending=True, stable=True) if largest_first else None
     inputs = torch.arange(len(hessian), device=hessian.device) if order is None else order
@@ -132,47 +124,10 @@ def factorise(
     return Factor(*raise_until_it_works(attempt, hessian, dampening, label), order)
 
 
-def cholesky_(matrix: torch.Tensor, *, bf16: bool = False) -> torch.Tensor | None:
-    """Compute the lower factor of a symmetric `matrix` [d, d] in its memory.
-
-    Return None where it is not positive definite. `bf16` rounds matmuls of blocks (platform.py).
-    """
-    if _in_blocks(matrix):
-        return platform.cholesky_(matrix, bf16=bf16)
-    by_columns = matrix.mT  # LAPACK's layout: a matrix by rows would be copied
-    lower, info = torch.linalg.cholesky_ex(
-        by_columns, out=(by_columns, matrix.new_empty((), dtype=torch.int32))
-    )
-    return lower if int(info) == 0 else None
-
-
-def cholesky_solve(b: torch.Tensor, lower: torch.Tensor) -> torch.Tensor:
-    """Return (`lower` `lower`^T)^-1 `b` [d, rows]; torch.cholesky_solve would copy `lower`."""
-    if _in_blocks(lower):
-        return platform.cholesky_solve(b, lower)
-    solved = torch.linalg.solve_triangular(lower, b, upper=False)
-    return torch.linalg.solve_triangular(lower.mT, solved, upper=True)
-
-
-def inverse_(matrix: torch.Tensor) -> torch.Tensor | None:
-    """Invert a symmetric `matrix` [d, d] in its memory; None where it is not positive definite."""
-    if _in_blocks(matrix):
-        return platform.inverse_(matrix)
-    factor = cholesky_(matrix)
-    return None if factor is None else torch.cholesky_inverse(factor, out=factor)
-
-
-def _in_blocks(matrix: torch.Tensor) -> bool:
-    """Return whether matmuls of blocks are faster than LAPACK."""
-    large = matrix.shape[0] >= 2 * platform.BLOCK
-    return large and matrix.dtype == torch.float32 and onednn_is_faster(matrix.device)
-
-
 def bf16_is_fast(device: torch.device) -> bool:
     """Return whether the device has units for bfloat16 matmuls that are summed in float32.
 
-    CPUs with AVX512-BF16 or AMX (4.3 times float32 on a Zen 5), and CUDA from capability 8. torch
-    2.10 cannot name a CPU's units: float32 there.
+    CPUs with AVX512-BF16 or AMX (4.3 times float32 on a Zen 5), and CUDA from capability 8.
     """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
@@ -225,10 +180,7 @@ def quadratic_form(
 
 
 def stacked(weights: Sequence[torch.Tensor], hessian: torch.Tensor) -> torch.Tensor:
-    """Transpose weights [rows_i, d] to [d, sum(rows)], in the Hessian's dtype and device.
-
-    An input is then a contiguous row, which the solvers read and write at a time.
-    """
+    """Transpose weights [rows_i, d] to [d, sum(rows)], in the Hessian's dtype and device."""
     result = hessian.new_empty(hessian.shape[0], sum(w.shape[0] for w in weights))
     for part, w in zip(result.split([w.shape[0] for w in weights], dim=1), weights, strict=True):
         part.copy_(w.T)

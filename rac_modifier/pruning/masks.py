@@ -16,9 +16,8 @@ _SAMPLE = 1 << 15
 def holds(weight: torch.Tensor, pattern: Pattern) -> bool:
     """Return whether `weight` [rows, columns] has the zeros of `pattern`.
 
-    N:M: at least N zeros in each group of M consecutive columns. Unstructured: zeros > numel *
-    sparsity - max(rows, ceil(columns / 128)), because solvers round the number of pruned weights
-    down per row (Wanda) or per block of 128 columns (SparseGPT).
+    Unstructured: zeros > numel * sparsity - max(rows, ceil(columns / 128)), because solvers round
+    the number of pruned weights down per row (Wanda) or per block of 128 columns (SparseGPT).
     """
     rows, columns = weight.shape
     if pattern.is_structured:
@@ -48,10 +47,10 @@ def lowest_along(scores: torch.Tensor, count: int, dim: int) -> torch.Tensor:
 
 
 def ranks_in_groups(scores: torch.Tensor, m: int) -> torch.Tensor:
-    """Rank each entry of `scores` [groups * m, columns] in its group, from 0 for the lowest.
+    """Rank each entry of `scores` [groups * m, columns] among m rows of its column, from 0 up.
 
-    A group is `m` consecutive rows of a column. The ranks have the dtype of `scores`; ties by
-    position. Comparing all pairs of a short group takes a quarter of topk's time on a CPU.
+    The ranks have the dtype of `scores`; ties by position. Comparing all pairs of a short group
+    takes a quarter of topk's time on a CPU.
     """
     groups = scores.view(-1, m, scores.shape[1])
     if m > _RANKED_BY_PAIRS:
@@ -78,9 +77,5 @@ def sampled_places(
 
 
 def sampled_threshold(sample: torch.Tensor, share: float) -> float:
-    """Return a value that about a `share` of a matrix's scores do not exceed.
-
-    `sample` holds the scores at `sampled_places`. The share is exact for up to 32,768 scores; for
-    more its standard deviation is 0.3 %.
-    """
+    """Return what about a `share` of the scores do not exceed, from those at `sampled_places`."""
     return float(sample.kthvalue(max(int(sample.numel() * share), 1)).values)

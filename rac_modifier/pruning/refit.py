@@ -46,17 +46,8 @@ def refit(
     refit ends when all rows are below `tolerance`, after a step that lowered the errors of the
     rows by less than `gain` of each on average, or after `steps`.
 
-    Args:
-        weight: start of the refit.
-        pruned: bool [d, rows], True = stays zero.
-        target: [d, rows], overwritten.
-        hessian: [d, d], undamped.
-        dampening: of the Hessian.
-        steps: most steps.
-        tolerance: largest residual of a finished row.
-        gain: least gain of a step that is followed by another.
-        bf16: round the matmuls of the steps, and with `LARGE` inputs the first gradient: 0.2 % of
-            the error.
+    `pruned` is True for what stays zero; `target` is overwritten; `hessian` is undamped. `bf16`
+    rounds the matmuls of the steps, and with `LARGE` inputs the first gradient: 0.2 % of the error.
 
     Returns:
         The steps taken, each a matmul with H.

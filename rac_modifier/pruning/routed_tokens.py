@@ -14,8 +14,8 @@ from rac_modifier.processes import Processes
 def routed_rows(chosen: torch.Tensor, counted: torch.Tensor, experts: int) -> list[torch.Tensor]:
     """Return for each expert the numbers of the tokens that are routed to it, ascending.
 
-    `chosen` [tokens, k] has the numbers of each token's experts, bool `counted` [tokens] is False
-    for padding. Some routers give a number beyond the experts to dropped tokens.
+    `chosen` [tokens, k] has the numbers of each token's experts, beyond the experts where it is
+    dropped; `counted` [tokens] is False for padding.
     """
     chosen = chosen.masked_fill(~counted.unsqueeze(1), experts).flatten()
     order = chosen.sort(stable=True).indices // (chosen.numel() // max(counted.numel(), 1) or 1)
@@ -47,7 +47,7 @@ def filled_up(
 
     Add `counted` tokens that are routed elsewhere: those with the highest `nearness`, a number per
     token, or without it evenly spread tokens. Several processes share the batches; `numbers` are
-    the places of this one's among all. They add the tokens that one process would.
+    the places of this one's among all.
     """
     routed = int(processes.sums(sum(map(len, rows)))[0])
     missing = max(floor - routed, 0)

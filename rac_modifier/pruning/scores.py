@@ -46,10 +46,7 @@ def prune(
     rows: Sequence[int],
     patterns: Sequence[Pattern],
 ) -> torch.Tensor:
-    """Prune `weight` [d, sum(rows)] (transposed) in place; return the mask of the pruned weights.
-
-    The modules are side by side, `rows` rows each.
-    """
+    """Prune `weight` [d, sum(rows)] (transposed) in place; return the mask of pruned weights."""
     modules = zip(weight.split(list(rows), dim=1), patterns, strict=True)
     masks = [MASKS[method](module.T.contiguous(), hessian, pattern) for module, pattern in modules]
     pruned = torch.cat(masks).T

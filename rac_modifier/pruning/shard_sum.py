@@ -1,14 +1,13 @@
 """Sums over a calibration set whose bits do not depend on how many processes share it.
 
-Float32 addition is not associative, so a sum depends on the order of its terms. Here the data fix
-the order: the calibration set is cut into shards (`CalibrationLoader.share`), a process adds up a
-whole shard batch by batch, and the sums of the shards are added in the order of their numbers,
+Float32 addition is not associative, so the data fix its order: the calibration set is cut into
+shards (`CalibrationLoader.share`), a process adds up a whole shard batch by batch, and the sums of
+the shards are added in the order of their numbers,
 
     S = ((shard 0 + shard 1) + shard 2) + ...
 
 Rank r of N has the shards r, r + N, r + 2 N, ... The first N shards end on all ranks, are exchanged
-and added, then the next N. Each rank adds a part of the elements: it holds a shard and its
-part of S.
+and added, then the next N. Each rank adds a part of the elements.
 """
 
 from __future__ import annotations
@@ -24,10 +23,7 @@ _PIECE = 1 << 22  # elements per exchange
 
 
 class ShardSum:
-    """A sum of float32 matrices [rows, columns], which are 0 outside of `blocks`.
-
-    Batches are added to `shard` in place; `end_shard` adds it to the sum of the shards before.
-    """
+    """A sum of float32 matrices [rows, columns], which are 0 outside of `blocks`."""
 
     def __init__(
         self,

@@ -23,21 +23,18 @@ modules, with s steps of the refit and i iterations, the multiply-adds are about
 
     factor of H' d^3 / 6    target d^2 r    sparsegpt d^2 r / 2
     alps i d^3 / 24 + (i + 2) d^2 r    refit (s + 1) d^2 r
-
-Memory next to the weights: d^2 for a factor, and as much for a matrix of ALPS.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
-from rac_modifier.errors import RacError
 from rac_modifier.pruning import alps, linalg, scores, sparsegpt
-from rac_modifier.pruning.checks import check_problem, check_settings, is_finite
+from rac_modifier.pruning.checks import check_problem, is_finite, refuse
 from rac_modifier.pruning.linalg import Dampening, Factor, factorise, quadratic_form, stacked
 from rac_modifier.pruning.refit import refit as refit_kept
 from rac_modifier.settings.pattern import Pattern
@@ -49,7 +46,6 @@ class Solution:
     """A pruned module, with what quantization needs to go on.
 
     Attributes:
-        name: of the module, for messages and the run record.
         weight: [rows, d] in the dtype and on the device of the original.
         mask: bool [rows, d], True = kept by the method; a kept weight may still round to zero.
         target: [rows, d], W* of step 2.
@@ -58,7 +54,6 @@ class Solution:
         dampening_used: dampening_frac of H'; 0 when no step used H'.
         retries: how often dampening_frac was raised, because H' could not be factored.
         dead_inputs: number of inputs that are 0 on every calibration token.
-        refit_steps: steps that the refit took; 0 without a refit.
         factor: of H', when a step needed it.
     """
 
@@ -90,14 +85,10 @@ class Solution:
 
 @dataclass(frozen=True)
 class Problem:
-    """Modules that read the same input.
+    """Modules that read the same input: weights [rows_i, d], Hessian [d, d] in float32, names.
 
-    Attributes:
-        weights: of each module, [rows_i, d].
-        hessian: H [d, d], float32, symmetric.
-        patterns: one per module: the same N:M, or unstructured with a sparsity per module.
-        names: of the modules, for messages.
-        cross_moment: C of each module (hessian.py); without it the target is `weights`.
+    patterns: one per module: the same N:M, or unstructured with a sparsity per module.
+    cross_moment: C of each module (hessian.py); without it the target is `weights`.
     """
 
     weights: Sequence[torch.Tensor]
@@ -150,25 +141,19 @@ def solve_many(
 
     Each module gets what it would get alone, except that the refit ends for all modules of a
     problem together. SparseGPT solves problems of one shape (routed experts) as a batch. ALPS and
-    the refit use bfloat16 matmuls where those are fast.
+    the refit use bfloat16 matmuls where those are fast. alps and keep always end with a refit;
+    wanda and magnitude change kept weights only with `refit`. keep prunes what is zero in `weights`
+    already, and none nothing, so that the result is the target.
 
-    Args:
-        method: alps and keep always end with a refit; keep prunes what is zero in `weights`
-            already, and none nothing, so that the result is the target; wanda and magnitude do not
-            change kept weights, unless `refit` is set.
-        problems: what to prune.
-        block_size: of sparsegpt.
-        dampening_frac: lambda / mean(diag H).
-        refit: whether to refit.
-        iterations: of alps.
-        refit_steps: most steps of the refit.
-        keep_factor: whether solutions have their `factor`; it takes the memory of a Hessian.
+    `block_size` is of sparsegpt, `iterations` of alps, `dampening_frac` lambda / mean(diag H), and
+    `refit_steps` the most steps of the refit. With `keep_factor` solutions have their factor, which
+    takes the memory of a Hessian.
 
     Raises:
-        RacError: shapes, numbers or a pattern that cannot work, values that are not finite, or a
-            Hessian that cannot be factored. No method falls back to another.
+        RacError: shapes, values or a pattern that cannot work, or a Hessian without a factor.
     """
-    check_settings(method, block_size, dampening_frac, iterations, refit_steps)
+    known = get_args(Method)
+    refuse(method not in known, f"pruning method {method!r}: choose from {', '.join(known)}")
     states = [_aim(method, problem, dampening_frac) for problem in problems]  # steps 1 and 2
     if method == "sparsegpt":
         _sparsegpt(states, block_size)
@@ -199,7 +184,7 @@ class _State:
 def _aim(method: Method, problem: Problem, dampening_frac: float) -> _State:
     """Run steps 1 and 2."""
     hessian, cross_moment = problem.hessian, problem.cross_moment
-    check_problem(problem.weights, hessian, problem.names, problem.patterns, cross_moment)
+    check_problem(problem.weights, hessian, problem.names, problem.patterns, cross_moment or ())
 
     # 1. Damped Hessian. Where a step needs the factor U of H' = U U^T, lambda is raised until it
     #    exists. Rounding alone takes the inputs in the order of the factor.
@@ -214,11 +199,8 @@ def _aim(method: Method, problem: Problem, dampening_frac: float) -> _State:
         moves = factor.solve(torch.cat([c.to(hessian) for c in cross_moment]))
         targets = [w.to(m) + m for w, m in zip(targets, moves.split(problem.rows), strict=True)]
         for name, target in zip(problem.names, targets, strict=True):
-            if not is_finite(target):
-                raise RacError(
-                    f"{name}: the dense target overflows; raise dampening_frac "
-                    f"({dampening.frac:.4g})"
-                )
+            raised = f"raise dampening_frac ({dampening.frac:.4g})"
+            refuse(not is_finite(target), f"{name}: the dense target overflows; {raised}")
 
     # Weights of dead inputs are pruned too: they never matter. Scores do not change kept weights.
     working, dead = stacked(targets, hessian), hessian.diagonal() == 0
@@ -280,26 +262,22 @@ def _finish(method: Method, state: _State, refit_steps: int | None) -> list[Solu
     if errors is None or steps is not None or dtype != working.dtype:
         change = stacked(state.targets, hessian).sub_(working.to(dtype))
         errors = quadratic_form(change, hessian)
-    solutions = []
-    columns = (x.split(problem.rows, dim=1) for x in (working, pruned))
-    sums = (x.split(problem.rows) for x in (errors, state.totals))
-    for name, original, target, w, mask, error, total in zip(
-        problem.names, problem.weights, state.targets, *columns, *sums, strict=True
-    ):
-        weight = w.T.contiguous().to(original)
-        if not is_finite(weight):
-            raise RacError(
-                f"{name}: the pruned weight overflows {dtype}; raise dampening_frac "
-                f"({dampening.frac})"
-            )
-        loss, reference = max(float(error.sum()), 0.0), float(total.sum())  # rounding: 0 may be < 0
+    solutions, first = [], 0
+    for name, original, target in zip(problem.names, problem.weights, state.targets, strict=True):
+        rows = slice(first, first + len(original))
+        first = rows.stop
+        weight = working[:, rows].T.contiguous().to(original)
+        raised = f"raise dampening_frac ({dampening.frac})"
+        refuse(not is_finite(weight), f"{name}: the pruned weight overflows {dtype}; {raised}")
+        error = max(float(errors[rows].sum()), 0.0)  # rounding: 0 may be < 0
+        total = float(state.totals[rows].sum())
         solution = Solution(
             name=name,
             weight=weight,
-            mask=mask.T.logical_not().contiguous().to(original.device),
+            mask=pruned[:, rows].T.logical_not().contiguous().to(original.device),
             target=target,
-            error=loss,
-            relative_error=loss / reference if reference > 0 else 0.0,
+            error=error,
+            relative_error=error / total if total > 0 else 0.0,
             dampening_used=dampening.frac if state.damped or steps is not None else 0.0,
             retries=dampening.retries,
             dead_inputs=int(state.dead.sum()),

@@ -7,12 +7,11 @@ w_k - e_j R_jk. Scores are (w_j / R_jj)^2. What reduces the cost changes nothing
 - *One Cholesky, no inverse.* U = R^-1 is the upper factor of H = U U^T: the Cholesky factor of H
   read from the last input to the first. The errors of all rows are E = D U, where D = W - W' is the
   change. So when block B is reached, the inputs before it have turned its weights into
-  W_B + (D_before U_before,B) R_BB, and R_BB is the inverse of the small U_BB. This takes d^3 / 3
-  operations, where forming H^-1 and factoring it takes 4 d^3 / 3, and it rounds better. It also
-  gives the error of the layer: trace(D H D^T) = ||E||^2, less the share of the dampening.
+  W_B + (D_before U_before,B) R_BB, and R_BB is the inverse of the small U_BB. This takes a quarter
+  of the operations of factoring H^-1, and it rounds better. It also gives the error of the layer:
+  trace(D H D^T) = ||E||^2, less the share of the dampening.
 - *Few, long operations.* Weights are transposed, [d, rows], so that an input is contiguous. An
   input costs a multiplication and a rank-1 update in a sub-block, a sub-block costs one matmul.
-- *Modules that share H are side by side*; only the unstructured threshold is per module.
 - *A batch of small problems*, with an H each (routed experts): for short rows the calls take as
   long as the work. `weight` and `lower` may have a leading dimension.
 """
@@ -66,17 +65,12 @@ def prune(
     """Prune `weight` [..., d, sum(rows)] (transposed) in place, modules side by side.
 
     Unstructured: in each block of inputs exactly floor(block numel * sparsity) weights of a module
-    are pruned, with the lowest scores (llm-compressor's `score <= threshold` prunes one more, which
-    can change the rest of a row). N:M: the N lowest of each group, scored when the inputs before
-    are done; the block size is rounded down to a multiple of M.
+    are pruned, with the lowest scores (llm-compressor's `score <= threshold` prunes one more). N:M:
+    the N lowest of each group, scored when the inputs before are done; the block size is rounded
+    down to a multiple of M.
 
-    Args:
-        weight: of each problem.
-        lower: `reversed_lower` [..., d, d] of each factor (linalg.py).
-        uniform: dampening in each factor, [...].
-        rows: of each module.
-        patterns: of each module.
-        block_size: inputs per block.
+    `lower` [..., d, d] are the `reversed_lower` of the factors (linalg.py), `uniform` [...] their
+    dampening, `rows` and `patterns` those of the modules.
 
     Returns:
         The mask of the pruned weights, [..., d, sum(rows)], and the error d H d^T of each row,
@@ -146,10 +140,7 @@ def _scores(block: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
 def _settle(
     block: torch.Tensor, r: torch.Tensor, mask: torch.Tensor, start: int, stop: int
 ) -> None:
-    """Add the errors of the pruned weights of inputs [start, stop) to later inputs, in place.
-
-    A pruned weight keeps the value that it had when it was pruned; the caller sets it to zero.
-    """
+    """Add the errors of the pruned weights of inputs [start, stop), which stay, to later inputs."""
     diagonal = r.diagonal(dim1=-2, dim2=-1)[..., start:stop, None]
     inverse = mask[..., start:stop, :] / diagonal  # 1 / R_jj where pruned, else 0
     errors = torch.empty_like(inverse)

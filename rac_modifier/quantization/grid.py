@@ -57,10 +57,7 @@ class Grid:
         return self.codes_(weight.div_(scale), zero).mul_(scale)
 
     def codes_(self, scaled: torch.Tensor, zero: torch.Tensor | None = None) -> torch.Tensor:
-        """Round weights divided by scales, in place, to code - `zero`.
-
-        As compressed-tensors does: clamp, then round half to even.
-        """
+        """Round weights divided by scales, in place, to code - `zero`, half to even."""
         if zero is not None:
             return self.codes_(scaled.add_(zero)).sub_(zero)
         if self.kind == "float":

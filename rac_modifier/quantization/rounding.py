@@ -7,16 +7,14 @@ weights W of the refit:
    R = U^-1 as in sparsegpt.py: the error of input j, e_j = (w_j - q_j) / R_jj, changes every later
    input k by -e_j R_jk. Pruned weights take part: the corrections that a pruned weight received
    are an error too, since it is set to zero again. Where nothing was pruned, inputs with the
-   largest second moments come first, while most others can still correct them (`actorder: static`
-   elsewhere). The checkpoint does not depend on the order: scales belong to neighbouring inputs.
+   largest second moments come first (`actorder: static` elsewhere), while others can correct them.
 2. *Coordinate descent.* R does not depend on the mask, so the corrections of pruned weights were
    not placed best. Each sweep sets every kept weight, with the others fixed, to the grid point
    nearest to the minimum of the error along it, q_j - ((Q - T) H)_j / H_jj. The error falls with
    each move.
 
-Both take a batch of problems of one shape (routed experts): work on a row of weights is shared,
-because its calls take longer than it does; matmuls are per problem, so each gets the bits that it
-gets alone.
+Both take a batch of problems of one shape (routed experts) and share the calls on a row of weights;
+matmuls are per problem, so each gets the bits that it gets alone.
 """
 
 from __future__ import annotations

@@ -33,13 +33,8 @@ def search_steps(
 ) -> Steps:
     """Search scales, exact in `dtype`, and zero points [groups, rows] with the least error.
 
-    Minimise sum_j importance_j (w_j - (c_j - z) s)^2 over the candidates of each group.
-
-    Args:
-        weight: [d, rows] with zeros where pruned.
-        grid: symmetric (both signs of the scale are tried) or with zero points.
-        importance: [d], the diagonal of the Hessian.
-        dtype: of the stored scales.
+    Minimise sum_j importance_j (w_j - (c_j - z) s)^2 over the candidates of each group, for a
+    weight [d, rows] with zeros where pruned. `importance` [d] is the diagonal of the Hessian.
     """
     *batch, d, rows = weight.shape
     size, candidates = grid.group_size or d, _symmetric if grid.symmetric else _asymmetric
@@ -64,14 +59,11 @@ def search_steps(
 def _symmetric(
     part: torch.Tensor, grid: Grid, dtype: torch.dtype
 ) -> Iterator[tuple[torch.Tensor, None]]:
-    """Yield scales [rows] of a group of columns, `part` [columns, rows].
-
-    An integer grid has one more code below zero than above: with the right sign of the scale it
-    serves the larger weights.
-    """
+    """Yield scales [rows] of a group of columns, `part` [columns, rows]."""
     largest = part.abs().amax(dim=-2) / grid.half_range
     largest = torch.where(largest == 0, 1.0, largest)  # only zeros: every scale is right
     for factor in _FACTORS:
+        # With the right sign of the scale, the extra code below zero serves the larger weights.
         for sign in (1, -1) if grid.is_lopsided else (1,):
             yield stored(largest * (sign * factor), dtype), None
 

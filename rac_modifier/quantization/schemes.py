@@ -14,8 +14,7 @@ def grid_of(scheme: QuantizationScheme, name: str, *, prunes: bool) -> Grid:
     """Return the grid of a scheme's weights; `prunes`: they will be stored with a mask.
 
     Raises:
-        RacError: naming `name`, when this package cannot round to it, or when activations need
-            calibrated scales.
+        RacError: weights that cannot be rounded here, or activations with calibrated scales.
     """
     weights = scheme.weights
     if weights is None:
@@ -24,44 +23,31 @@ def grid_of(scheme: QuantizationScheme, name: str, *, prunes: bool) -> Grid:
             "QuantizationModifier"
         )
     if not weights.symmetric and (prunes or scheme.input_activations is not None):
-        why = "no kernel multiplies them with quantized activations"
-        if prunes:
-            why = "sparse kernels take a pruned weight for the code 0"
         raise RacError(
-            f"{name}: weights {_describe(weights)}, so a zero is its zero point, and {why}; set "
-            "symmetric: true (W4A16 instead of W4A16_ASYM)"
+            f"{name}: weights {_describe(weights)}, which no kernel multiplies with a mask or with "
+            "quantized activations; set symmetric: true (W4A16 instead of W4A16_ASYM)"
         )
     # integers that are stored with a mask, and without one
     bits = ((4, 8) if prunes else range(2, 9)) if weights.type == "int" else (8,)
-    if (
-        not _is_stored_form(weights)
-        or weights.num_bits not in bits
-        or weights.actorder is not None
-        or weights.scale_dtype is not None
-        or weights.dynamic
-    ):
-        fits = "2 to 8 bits (2 to 7 with zero points: bfloat16 does not hold the values of 8)"
+    plain = weights.actorder is None and weights.scale_dtype is None and not weights.dynamic
+    if not _is_stored_form(weights) or weights.num_bits not in bits or not plain:
+        integers = "4 or 8 bits" if prunes else "2 to 8 bits (2 to 7 with zero points)"
         raise RacError(
-            f"{name}: weights {_describe(weights)} cannot be rounded here; use int of "
-            f"{'4 or 8 bits' if prunes else fits}, or float of 8 (e4m3), symmetric, one scale per "
-            "channel or group, such as W4A16, W8A8 or FP8_DYNAMIC"
+            f"{name}: weights {_describe(weights)} cannot be rounded here; use int of {integers}, "
+            "or float of 8 (e4m3), symmetric, one scale per channel or group, such as W4A16, W8A8 "
+            "or FP8_DYNAMIC"
         )
-    for part in ("input_activations", "output_activations"):
-        args = getattr(scheme, part)
+    for args in (scheme.input_activations, scheme.output_activations):
         if args is not None and args.dynamic is not True:
             raise RacError(
-                f"{name}: {part} with static scales are not calibrated here; set dynamic: true "
-                "(FP8_DYNAMIC instead of FP8)"
+                f"{name}: activations with static scales are not calibrated here; set dynamic: "
+                "true (FP8_DYNAMIC instead of FP8)"
             )
     return _grid(weights)
 
 
 def stored_grid(scheme: QuantizationScheme, name: str) -> Grid:
-    """Return the grid of weights that are quantized already, to train them through their codes.
-
-    Raises:
-        RacError: naming `name`, for one scale per tensor or block, or other numbers.
-    """
+    """Return the grid of quantized weights, to train them through their codes (RacError: none)."""
     weights = scheme.weights
     assert weights is not None
     if not _is_stored_form(weights):
@@ -90,13 +76,13 @@ def describe_scheme(scheme: QuantizationScheme) -> str:
 
 def _grid(weights: QuantizationArgs) -> Grid:
     group = weights.group_size if weights.strategy == "group" else None
-    kind: Literal["int", "float"] = "float" if _text(weights.type) == "float" else "int"
+    kind: Literal["int", "float"] = "float" if weights.type == "float" else "int"
     return Grid(kind, weights.num_bits, group, bool(weights.symmetric))
 
 
 def _is_stored_form(weights: QuantizationArgs) -> bool:
     """Return whether a checkpoint can hold these codes: zero points of 8 bits are not exact."""
-    if _text(weights.type) == "float":
+    if weights.type == "float":
         fits = weights.num_bits == 8 and weights.symmetric
     else:
         fits = 2 <= weights.num_bits <= (8 if weights.symmetric else 7)

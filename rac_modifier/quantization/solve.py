@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from rac_modifier.errors import RacError
-from rac_modifier.pruning.checks import check_problem, is_finite
+from rac_modifier.pruning.checks import check_problem, is_finite, refuse
 from rac_modifier.pruning.linalg import Dampening, factorise, quadratic_form, stacked
 from rac_modifier.pruning.solve import Solution
 from rac_modifier.quantization.grid import Grid, Steps
@@ -22,16 +21,12 @@ _REFITS = 2  # fits of the scales to the codes, each with a sweep after it
 
 @dataclass(frozen=True)
 class Quantized:
-    """A quantized module.
+    """A quantized module: `weight` [rows, d] is (code - zero point) times scale, in their dtype.
 
     Attributes:
-        weight: [rows, d], (code - zero point) times scale, in the dtype of the scales; zero where
-            pruned.
         scale: [rows, groups], as compressed-tensors' `weight_scale`; per row: 1 group.
-        zero_point: int8 [rows, groups], as its `weight_zero_point` before it is packed; None on a
-            symmetric grid.
-        relative_error: trace((T - Q) H (T - Q)^T) / trace(T H T^T) for the target T; 0 when both
-            are 0.
+        zero_point: int8 [rows, groups], as its `weight_zero_point`; None on a symmetric grid.
+        relative_error: trace((T - Q) H (T - Q)^T) / trace(T H T^T) for the target T, or 0.
     """
 
     weight: torch.Tensor
@@ -73,11 +68,8 @@ def quantize_many(
     weights become nonzero. Problems of one shape with the same grids are rounded as a batch, with
     the bits that they get alone.
 
-    Args:
-        problems: what to round.
-        dtype: of the weights and scales returned; scales are exact in it.
-        dampening_frac: of the Hessian, where the pruning left no factor.
-        sweeps: of coordinate descent.
+    Weights and scales are exact in `dtype`. `dampening_frac` is of a Hessian without a factor,
+    `sweeps` of coordinate descent.
 
     Raises:
         RacError: shapes or numbers that cannot work, or a result that `dtype` cannot hold.
@@ -118,12 +110,11 @@ def _on_one_grid(
 ) -> list[list[Quantized]]:
     """Round the modules of problems of one shape."""
     d = len(hessians[0])
-    if grid.group_size and d % grid.group_size:
-        raise RacError(
-            f"{problems[0][0].name}: {d} inputs are no multiple of the group_size "
-            f"{grid.group_size}; set a group_size that divides them (config_groups), or add the "
-            "module to ignore"
-        )
+    refuse(
+        d % (grid.group_size or 1) != 0,
+        f"{problems[0][0].name}: {d} inputs are no multiple of the group_size {grid.group_size}; "
+        "set a group_size that divides them (config_groups), or add the module to ignore",
+    )
     factors = [
         solutions[0].factor
         or factorise(
@@ -180,25 +171,18 @@ def _results(
     zeros: torch.Tensor | None,
 ) -> list[Quantized]:
     """Return the modules of one problem; weights and `target`, overwritten, are [d, rows]."""
-    rows = [s.weight.shape[0] for s in solutions]
     totals = quadratic_form(target, hessian)
     errors = quadratic_form(target.sub_(working), hessian)
-    points = (
-        [None] * len(rows) if zeros is None else [z.T.contiguous() for z in zeros.split(rows, 1)]
-    )
-    columns = (x.split(rows, 1) for x in (working, scales))
-    sums = (x.split(rows) for x in (errors, totals))
-    results = []
-    for solution, zero_point, w, scale, error, total in zip(
-        solutions, points, *columns, *sums, strict=True
-    ):
-        weight = w.T.contiguous().to(dtype)
-        if not is_finite(weight):
-            raise RacError(
-                f"{solution.name}: the quantized weight overflows {dtype}; raise dampening_frac "
-                f"({dampening_frac})"
-            )
-        reference = float(total.sum())
-        relative = max(float(error.sum()), 0.0) / reference if reference > 0 else 0.0
-        results.append(Quantized(weight, scale.T.contiguous().to(dtype), relative, zero_point))
+    results, first = [], 0
+    for solution in solutions:
+        rows = slice(first, first + solution.weight.shape[0])
+        first = rows.stop
+        weight = working[:, rows].T.contiguous().to(dtype)
+        why = f"the quantized weight overflows {dtype}; raise dampening_frac ({dampening_frac})"
+        refuse(not is_finite(weight), f"{solution.name}: {why}")
+        error, total = float(errors[rows].sum()), float(totals[rows].sum())
+        relative = max(error, 0.0) / total if total > 0 else 0.0
+        scale = scales[:, rows].T.contiguous().to(dtype)
+        zero_point = None if zeros is None else zeros[:, rows].T.contiguous()
+        results.append(Quantized(weight, scale, relative, zero_point))
     return results

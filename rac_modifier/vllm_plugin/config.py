@@ -21,7 +21,6 @@ from rac_modifier.checkpoint.files import check_index
 from rac_modifier.checkpoint.quantization_config import METHOD as COMPRESSED_TENSORS
 from rac_modifier.checkpoint.quantization_config import RAC_KEY, SparsityRecord
 from rac_modifier.errors import RacError
-from rac_modifier.kernels.choose import backend_of
 from rac_modifier.kernels.cpu import operator
 from rac_modifier.kernels.cpu.support import support
 from rac_modifier.kernels.interface import Decision
@@ -45,20 +44,11 @@ DRAFT = "draft_model"  # vLLM's prefix of all layers of a draft (vllm.v1.spec_de
 
 @dataclass
 class LoadReport:
-    """Collect the decisions of one model's layers, and log them with the last of `expected` layers.
+    """Collect the decisions of one model's layers, and log them with the last of `expected`."""
 
-    requested: by `--quantization rac`; a model without a layer on a kernel is then a warning.
-    """
-
-    requested: bool = False
+    requested: bool = False  # by --quantization rac, which must have an effect
     expected: int = 0
     decisions: dict[str, Decision] = field(default_factory=dict)
-
-    def leave(self, layer: str, reason: str) -> None:
-        """Record that vLLM's own method runs a layer."""
-        self.expected += 1
-        reason = f"vLLM's own method because {reason}"
-        self.decisions[layer] = Decision(False, "vLLM", reason, 1.0, 1.0)
 
     def add(self, layer: str, decision: Decision | None) -> None:
         """Record an expected layer's decision (None: not compressed), and log after the last."""
@@ -68,23 +58,18 @@ class LoadReport:
             self.decisions[layer] = decision
         if not self.decisions or len(self.decisions) < self.expected:
             return
-        if self.requested and not any(d.sparse for d in self.decisions.values()):
-            vain = f"--quantization {METHOD} has no effect on this model here; leave it out"
-            logger.warning("%s\n  %s", self.render(), vain)
-        else:
-            logger.info("%s", self.render())
-
-    def render(self) -> str:
-        """Return a line per kernel, and one per reason not to use a kernel."""
         layers: dict[str, list[str]] = {}
-        sparse = 0
-        for name, decision in self.decisions.items():
-            sparse += decision.sparse
-            text = decision.kernel if decision.sparse else decision.reason
+        for name, of_layer in self.decisions.items():
+            text = of_layer.kernel if of_layer.sparse else of_layer.reason
             layers.setdefault(text, []).append(name)
-        lines = [f"{text}: {len(names)}, such as {names[0]}" for text, names in layers.items()]
-        head = f"rac: {sparse} of {len(self.decisions)} compressed layers run on a kernel"
-        return "\n  ".join([head, *lines])
+        sparse = sum(of_layer.sparse for of_layer in self.decisions.values())
+        lines = [f"rac: {sparse} of {len(self.decisions)} compressed layers run on a kernel"]
+        lines += [f"{text}: {len(names)}, such as {names[0]}" for text, names in layers.items()]
+        log = logger.info
+        if self.requested and not sparse:
+            log = logger.warning
+            lines.append(f"--quantization {METHOD} has no effect on this model here; leave it out")
+        log("%s", "\n  ".join(lines))
 
 
 class RacConfig(QuantizationConfig):
@@ -127,29 +112,15 @@ class RacConfig(QuantizationConfig):
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None
     ) -> None:
-        """Read what config.json records, before vLLM loads the folder `model_name`.
-
-        Raises:
-            RacError: the folder lacks a tensor of its index. vLLM checks this for
-                unquantized models only, and would otherwise serve, for example, an
-                embedding that was never loaded.
-        """
-        from vllm.platforms import current_platform
-
-        check_index(model_name)
+        """Read what config.json records, before vLLM loads the folder `model_name`."""
+        check_index(model_name)  # vLLM notices missing tensors of unquantized models only
         self.report.requested &= not hasattr(hf_config, RAC_KEY)
         record = SparsityRecord.of({RAC_KEY: getattr(hf_config, RAC_KEY, None)})
         if self.layout is None:
             self.layout = PrunedLayout(record)
         elif isinstance(self.layout, CodesLayout) and record.modules:
-            logger.info(
-                "this checkpoint is pruned, but stored dense; pack it with `rac pack` for "
-                "the sparse kernels"
-            )
+            logger.info("this checkpoint is pruned and stored dense; `rac pack` makes it sparse")
         self.int8_activations = record.int8_activations
-        backend = backend_of(current_platform.device_type)
-        if isinstance(self.layout, WordsLayout) and isinstance(backend, str):
-            raise no_effect(backend)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         """Rename modules as vLLM does."""
@@ -225,7 +196,9 @@ class RacConfig(QuantizationConfig):
         """Return vLLM's own method, if any; `reason`: why no kernel of ours runs the layer."""
         inner = self._with_mapping().inner
         if reason is not None:
-            self.report.leave(prefix, reason)
+            self.report.expected += 1
+            reason = f"vLLM's own method because {reason}"
+            self.report.decisions[prefix] = Decision(False, "vLLM", reason, 1.0, 1.0)
         return None if inner is None else inner.get_quant_method(layer, prefix)
 
     def _with_mapping(self) -> Layout:

@@ -1,8 +1,7 @@
 """The packed experts of a mixture-of-experts layer, each run on the tokens that are routed to it.
 
-While weights are loaded, tensors are only collected. Afterwards they are checked, the
-rank's share is cut out, and one decision is made for all experts of the layer: they run on
-a kernel, in one opaque torch operator, or vLLM's method runs all of them, dense.
+Tensors are collected while weights are loaded. Afterwards they are checked, the rank's share is cut
+out, and all experts of the layer run on a kernel, in one opaque torch operator, or dense.
 """
 
 from __future__ import annotations
@@ -66,10 +65,7 @@ class PackedExperts(torch.nn.Module):
         _SERVED[self.name] = self
 
     def forward(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
-        """Run x [T, hidden] through the experts `topk_ids` [T, k], weighted by `topk_weights`.
-
-        Each expert gets its tokens in one batch. Sums are float32, in a token's order.
-        """
+        """Run x [T, hidden] through the experts `topk_ids` [T, k], weighted by `topk_weights`."""
         return torch.ops.rac_modifier.sparse_experts(x, topk_weights, topk_ids, self.name)
 
     def _forward(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
@@ -84,7 +80,7 @@ class PackedExperts(torch.nn.Module):
         gate_up = _matmuls(x[order // k], numbers, counts, self.up)
         gate, up = gate_up.float().chunk(2, dim=1)
         results = _matmuls((self.gate(gate) * up).to(x.dtype), numbers, counts, self.down)
-        # Sum by token.
+        # Sum by token, in float32 and in the token's order.
         by_token = torch.empty_like(results)
         by_token[order] = results
         out = torch.zeros(x.shape, dtype=torch.float32)
@@ -154,11 +150,7 @@ class RacExpertsMethod(FusedMoEMethodBase):
         return
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Check what was collected, decide, and keep the experts in one form, packed or dense.
-
-        Raises:
-            RacError: naming a tensor that is damaged or missing, or does not fit the model.
-        """
+        """Check what was collected (RacError), and keep it in one form, packed or dense."""
         tensors, self._tensors, self._finished = self._tensors, {}, True
         loaded = {
             name: self.reader.read(stored, f"{self.prefix}.{name}")
@@ -202,11 +194,10 @@ class RacExpertsMethod(FusedMoEMethodBase):
         if any(isinstance(item.weight, Tensor) for item in loaded.values()):
             return "some of its experts are stored dense"
         if layer.activation not in _GATES or layer.swiglu_limit is not None:
-            return f"experts with the activation {layer.activation.value} have no sparse kernel"
-        balanced = moe.moe_parallel_config.enable_eplb
-        if moe.has_bias or moe.is_lora_enabled or layer.apply_router_weight_on_input or balanced:
-            features = "biases, LoRA, weighted inputs or load balancing"
-            return f"experts with {features} have no sparse kernel"
+            return f"experts with the activation {layer.activation.value} have no kernel"
+        weighted, balanced = layer.apply_router_weight_on_input, moe.moe_parallel_config.enable_eplb
+        if moe.has_bias or moe.is_lora_enabled or weighted or balanced:
+            return "experts with biases, LoRA, weighted inputs or load balancing have no kernel"
         return None
 
     def _pack(self, layer: Any, loaded: dict[str, LoadedWeight]) -> Decision:
@@ -245,16 +236,13 @@ class RacExpertsMethod(FusedMoEMethodBase):
         shapes[layer.ckpt_down_proj_name] = wide[::-1]
         weights = []
         for name, shape in shapes.items():
-            item = loaded.get(f"{number}.{name}")
+            module, item = f"{self.prefix}.{number}.{name}", loaded.get(f"{number}.{name}")
             if item is None or not isinstance(item.weight, StoredWeight):
-                raise RacError(
-                    f"{self.prefix}.{number}.{name}: missing from the checkpoint; copy or save it "
-                    "again"
-                )
+                raise RacError(f"{module}: missing from the checkpoint; copy or save it again")
             if list(item.shape) != shape:
                 raise RacError(
-                    f"{item.weight.name}: the checkpoint has a weight {list(item.shape)}, the "
-                    f"model's config.json has {shape}; they do not belong together"
+                    f"{module}: the checkpoint has a weight {list(item.shape)}, the model's "
+                    f"config.json has {shape}; they do not belong together"
                 )
             weights.append(item.weight)
         gate, up, down = weights

@@ -16,16 +16,11 @@ from rac_modifier.checkpoint import dense_codes, gptq_awq
 from rac_modifier.checkpoint.formats import FORMAT_BITMASK, PARTS, check
 from rac_modifier.checkpoint.quantization_config import METHOD as COMPRESSED_TENSORS
 from rac_modifier.checkpoint.quantization_config import SparsityConfig, SparsityRecord
-from rac_modifier.checkpoint.stored_weight import (
-    FLOATS,
-    SCALE,
-    check_scale,
-    dequantize,
-    from_dense,
-)
+from rac_modifier.checkpoint.stored_weight import FLOATS, SCALE, check_scale, dequantize, from_dense
 from rac_modifier.errors import RacError
 from rac_modifier.vllm_plugin import METHOD
 from rac_modifier.vllm_plugin.readers import (
+    RESTORE,
     CodesReader,
     LoadedWeight,
     WeightReader,
@@ -39,15 +34,10 @@ _UNUSED = ("input_scale", "input_zero_point")
 
 
 class Layout:
-    """How a checkpoint stores its layers. Most layouts read all layers themselves.
+    """How a checkpoint stores its layers. Most layouts read all layers themselves."""
 
-    Attributes:
-        inner: vLLM's config for the layers that no reader reads.
-        targets, ignore: names, "re:" patterns or "Linear" for all, of the compressed modules.
-        dtypes: of a module's tensors, by name, as in `WeightReader`.
-    """
-
-    inner: Any = None
+    inner: Any = None  # vLLM's config for the layers that no reader reads
+    # Names, "re:" patterns or "Linear" for all, of the compressed modules.
     targets: tuple[str, ...] = ("Linear",)
     ignore: tuple[str, ...] = ()
     dtypes: Mapping[str, torch.dtype | None]
@@ -85,13 +75,9 @@ class PackedLayout(Layout):
     """Packed sparse weights of a `quantization_config` with a `sparsity_config`."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        """Parse the entry (RacError: it has no sparsity_config, or a malformed one)."""
         sparsity = SparsityConfig.of(config)
         if sparsity is None:
-            raise RacError(
-                "config.json: quantization_config has no sparsity_config; restore the config.json "
-                "that was saved with the checkpoint"
-            )
+            raise RacError(f"config.json: quantization_config has no sparsity_config; {RESTORE}")
         self.targets, self.ignore = sparsity.targets, sparsity.ignore
         self.format, self.quantized = sparsity.format, bool(config.get("config_groups"))
         stored = {"bitmask": torch.uint8, "row_offsets": torch.int64, "shape": torch.int64}
@@ -147,7 +133,6 @@ class CodesLayout(Layout):
     """Dense weights of 2 to 4 bits (W4A16) of compressed-tensors."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        """Parse the entry (RacError: no weights that the kernels read)."""
         self.inner = _compressed_tensors(config)
         reasons = [
             why_not_codes(
@@ -176,10 +161,7 @@ class CodesLayout(Layout):
 
 
 class WordsLayout(Layout):
-    """GPTQ of 2, 3, 4 or 8 bits, reordered and asymmetric ones too, and AWQ of 4 bits.
-
-    The tensors say which layers are quantized.
-    """
+    """GPTQ of 2, 3, 4 or 8 bits and AWQ of 4; the tensors say which layers are quantized."""
 
     dtypes: Mapping[str, torch.dtype | None] = {
         **dict.fromkeys(gptq_awq.PARTS, torch.int32),
@@ -187,7 +169,6 @@ class WordsLayout(Layout):
     }
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        """Parse the entry (RacError: malformed, or words of another layout)."""
         of_gptq = config["quant_method"] == "gptq"
         self.gptq = gptq_awq.GptqEntries.of(config) if of_gptq else None
         self.awq = None if of_gptq else gptq_awq.AwqEntries.of(config)
@@ -214,25 +195,19 @@ class WordsLayout(Layout):
 
 
 def is_packed(quantization: object) -> bool:
-    """Return whether a `quantization_config`, of any type, means packed sparse weights.
-
-    `quant_method` is "rac"; older files have "compressed-tensors".
-    """
+    """Return whether a `quantization_config`, of any type, means packed sparse weights."""
     if not isinstance(quantization, Mapping):
         return False
-    method = quantization.get("quant_method")
-    sparsity = quantization.get("sparsity_config")
+    method, sparsity = quantization.get("quant_method"), quantization.get("sparsity_config")
     format = sparsity.get("format") if isinstance(sparsity, Mapping) else None
     ours = isinstance(format, str) and format in PARTS
-    return method == METHOD or (method == COMPRESSED_TENSORS and ours)
+    return method == METHOD or (method == COMPRESSED_TENSORS and ours)  # of older files
 
 
 def no_effect(reason: str) -> RacError:
     """Return the error for a checkpoint on which the option changes nothing."""
-    return RacError(
-        f"--quantization {METHOD}: it has no effect on this checkpoint, since {reason}; "
-        "leave it out"
-    )
+    effect = "it has no effect on this checkpoint"
+    return RacError(f"--quantization {METHOD}: {effect}, since {reason}; leave it out")
 
 
 def _compressed_tensors(config: Mapping[str, Any]) -> Any:
@@ -247,9 +222,5 @@ def _compressed_tensors(config: Mapping[str, Any]) -> Any:
 
 def _matches(module: str, entries: Iterable[str]) -> bool:
     """Match the whole name, or a pattern from its start; "Linear" matches all."""
-    return any(
-        re.match(entry[3:], module) is not None
-        if entry.startswith("re:")
-        else entry in (module, "Linear")
-        for entry in entries
-    )
+    patterns = (entry[3:] for entry in entries if entry.startswith("re:"))
+    return bool({module, "Linear"} & {*entries}) or any(re.match(p, module) for p in patterns)

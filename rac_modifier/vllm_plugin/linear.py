@@ -1,7 +1,7 @@
 """A linear layer of vLLM whose weight is compressed in the checkpoint, in any format.
 
-While weights are loaded, `Shards` only collects the tensors. Afterwards they are checked,
-the rank's rows are cut out, and one decision is made: the layer runs on a kernel, or dense.
+`Shards` collects the tensors. Afterwards they are checked, the rank's rows are cut out, and the
+layer runs on a kernel, or dense.
 """
 
 from __future__ import annotations
@@ -33,10 +33,7 @@ _QKV = {"q": 0, "k": 1, "v": 2}
 
 
 class PackedWeight:
-    """A weight in the layout of `backend`, kept in parameters of `layer`.
-
-    Memory accounting and torch.compile find them there. `served` is the dtype of the activations.
-    """
+    """A weight in the layout of `backend`, kept in parameters of `layer`."""
 
     def __init__(
         self, layer: torch.nn.Module, backend: Backend, weight: StoredWeight, served: torch.dtype
@@ -59,8 +56,7 @@ class PackedWeight:
 class Shards:
     """Collect what is loaded into a layer with the shards `modules` (names on disk), for `reader`.
 
-    vLLM's own loader cannot cut a packed weight, so it is given row numbers instead of the
-    rows: all its layouts (merged, QKV with replicated heads, fused on disk) are sharded.
+    vLLM's own loader cannot cut a packed weight, so it is given row numbers instead of rows.
     """
 
     def __init__(self, prefix: str, modules: list[str], reader: WeightReader) -> None:
@@ -76,11 +72,7 @@ class Shards:
             layer.register_parameter(part, parameter)
 
     def take(self, layer: Any) -> _Loaded:
-        """Remove these parameters; return the checked weight of each shard, in the layer's order.
-
-        Raises:
-            RacError: naming the damaged tensor.
-        """
+        """Remove these parameters; return each shard's checked weight, in the layer's order."""
         for part in self.reader.dtypes:
             delattr(layer, part)
         tensors, self._tensors, self._finished = self._tensors, {}, True
@@ -92,12 +84,9 @@ class Shards:
     def row_numbers(
         self, layer: Any, load: Callable[..., None], loaded: _Loaded, rows: int
     ) -> Tensor:
-        """Return the row number in the stacked shards of each of this rank's `rows`, int64 [rows].
+        """Return the number in the stacked shards of each of this rank's `rows`, int64 [rows].
 
-        `load` is the layer's loader.
-
-        Raises:
-            RacError: a shard is missing, or its shape does not fit the model.
+        `load` is the layer's loader (RacError: a shard is missing, or does not fit the model).
         """
         numbers = ModelWeightParameter(
             data=torch.full((rows, 1), -1), input_dim=1, output_dim=0, weight_loader=load
@@ -166,10 +155,7 @@ class Shards:
 
 @register_weight_loader_v2_supported_method
 class RacLinearMethod(LinearMethodBase):
-    """The method of one layer; `add` records its decision.
-
-    A kernel of integers may round its inputs to `activation_bits`, 16 or 8.
-    """
+    """The method of one layer; a kernel may round its inputs to `activation_bits`, 16 or 8."""
 
     def __init__(self, shards: Shards, add: AddDecision, activation_bits: int = 16) -> None:
         self.shards, self.add, self.activation_bits = shards, add, activation_bits
@@ -197,11 +183,7 @@ class RacLinearMethod(LinearMethodBase):
         self.shards.register(layer, params_dtype)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Check what was collected, decide, and keep the weight in one form, packed or dense.
-
-        Raises:
-            RacError: a tensor is damaged or missing, or does not fit the model.
-        """
+        """Check what was collected (RacError), and keep the weight in one form, packed or dense."""
         loaded = self.shards.take(layer)
         rows = self.shards.row_numbers(layer, self.loader, loaded, self.rows)
         order = self.shards.order(loaded)
@@ -270,9 +252,8 @@ class RacLinearMethod(LinearMethodBase):
 def loaded_again(prefix: str) -> RacError:
     """Return the error for weights that arrive after packing (reload, or sleep level 2)."""
     return RacError(
-        f"{prefix}: packed weights cannot be loaded into a running server again (reload_weights; "
-        "sleep at level 2 drops them), so end this server and start another one. Sleep at level 1 "
-        "keeps the weights"
+        f"{prefix}: packed weights cannot be loaded into a running server again; start another "
+        "one, and let it sleep at level 1, which keeps the weights"
     )
 
 

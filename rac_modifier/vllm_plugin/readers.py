@@ -75,9 +75,8 @@ class CodesReader:
         arguments = self.weights.get(module, next(iter(self.weights.values())))
         if arguments is None:
             return LoadedWeight(floats_of(tensors, module))
-        group, bits = None, arguments.num_bits
-        if arguments.strategy == "group":
-            group = arguments.group_size
+        bits = arguments.num_bits
+        group = arguments.group_size if arguments.strategy == "group" else None
         if bits == 8:
             return LoadedWeight(dense_codes.check_int8(tensors, module, group))
         if "weight" in tensors:
@@ -85,8 +84,9 @@ class CodesReader:
                 f"{module}.weight: not quantized, but config.json says that it is "
                 f"int{bits}; {RESTORE}"
             )
-        symmetric = bool(arguments.symmetric)
-        return LoadedWeight(dense_codes.check_codes(tensors, module, group, symmetric, bits))
+        return LoadedWeight(
+            dense_codes.check_codes(tensors, module, group, bool(arguments.symmetric), bits)
+        )
 
 
 def why_not_codes(

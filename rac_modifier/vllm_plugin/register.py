@@ -1,8 +1,4 @@
-"""The entry point `vllm.general_plugins`: vLLM calls `register` in every process.
-
-Importing this module loads nothing heavy. An error becomes a warning: it must not stop a server of
-other models.
-"""
+"""The light entry point `vllm.general_plugins`: vLLM calls `register` in every process."""
 
 from __future__ import annotations
 

@@ -33,11 +33,9 @@ class VocabularyMethod(QuantizeMethodBase):
         self.packed: PackedWeight | None = None
         self.tied: torch.nn.Module | None = None  # the embedding that a head is tied to
 
-    def create_weights(
-        self, layer: torch.nn.Module, *weight_args: Any, **extra_weight_attrs: Any
-    ) -> None:
+    def create_weights(self, layer: torch.nn.Module, *sizes: Any, **attributes: Any) -> None:
         """Create a weight in floats."""
-        self.floats.create_weights(layer, *weight_args, **extra_weight_attrs)
+        self.floats.create_weights(layer, *sizes, **attributes)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Share the packed weight of the tied embedding, if it has one."""
@@ -106,11 +104,7 @@ class StoredMethod(VocabularyMethod):
         self.shards.register(layer, params_dtype)
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Check what was collected, then keep it packed; without a kernel, in floats.
-
-        Raises:
-            RacError: a damaged or missing tensor, or a shape that is not the model's.
-        """
+        """Check what was collected (RacError), then keep it packed; without a kernel, in floats."""
         name = self.shards.prefix
         loaded = self.shards.take(layer)
         if not loaded and self.tied is not None:  # only the embedding is on disk

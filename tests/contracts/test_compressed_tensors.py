@@ -31,8 +31,7 @@ def test_no_setting_has_the_name_of_something_that_upstreams_modifier_has():
     ("name", "settings"), [(NAME, {"mask_structure": "2:4"}), (CALIBRATES, {})]
 )
 def test_a_modifiers_dump_is_a_recipe_entry(name, settings):
-    """What llm-compressor writes into recipe.yaml beside a checkpoint, and what it passes on when
-    it reads one."""
+    """What llm-compressor writes into recipe.yaml beside a checkpoint."""
     recipe = Recipe.create_instance(yaml.safe_dump({"a_stage": {"a_modifiers": {name: settings}}}))
     written = yaml.safe_load(recipe.yaml())
     (actual, entry), whole = (

@@ -1,5 +1,4 @@
-"""llm-compressor's linear experts: how they are called, and the switch that says on which tokens
-they run."""
+"""llm-compressor's linear experts."""
 
 import inspect
 

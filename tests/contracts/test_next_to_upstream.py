@@ -1,5 +1,4 @@
-"""Other recipes in the same process run upstream's own pipelines, before a run of ours and
-after."""
+"""Other recipes in the same process run upstream's own pipelines, also after a run of ours."""
 
 import pytest
 import torch

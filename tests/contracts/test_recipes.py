@@ -1,7 +1,5 @@
 """llm-compressor's recipes: how they find our modifiers, and what they overlook."""
 
-import pytest
-
 from rac_modifier import ReasoningAwareSparseGPTModifier
 from rac_modifier.settings.entries import ENTRIES
 from rac_modifier.settings.recipe import MODIFIERS
@@ -22,21 +20,6 @@ def test_seam_modifier_factory_refresh_keeps_registered_modifiers():
     ModifierFactory.refresh()
     made = ModifierFactory.create(NAME, True, True, mask_structure="2:4")
     assert type(made) is ReasoningAwareSparseGPTModifier
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "pruning: {pruning_modifiers: {%s: {sparsity: 0.5}}}",
-        "pruning_stage: {pruning: {%s: {sparsity: 0.5}}}",
-    ],
-)
-def test_seam_recipe_without_suffixes_silently_has_no_modifier(text):
-    """Why settings/recipe.py refuses such a recipe; once upstream does, that check can be
-    removed."""
-    from llmcompressor.recipe import Recipe
-
-    assert Recipe.create_instance(text % NAME).modifiers == []
 
 
 def test_seam_modifiers_of_llm_compressor():

@@ -6,8 +6,6 @@ import pytest
 import torch
 
 from rac_modifier import ReasoningAwareSparseGPTModifier
-from rac_modifier.llmcompressor import checks
-from rac_modifier.llmcompressor.checks import find_oneshot
 
 
 def test_seam_state_data_calib_is_there_and_kept_as_it_is():
@@ -63,37 +61,6 @@ def test_seam_modifier_has_no_method_of_a_name_that_is_ours():
     assert not ours & set(dir(Modifier))
 
 
-def test_seam_oneshot_resets_the_session_before_it_starts():
-    """A calibration set left in the session by an earlier run would look like a dataset given by
-    the user."""
-    from llmcompressor.entrypoints.oneshot import Oneshot
-
-    source = inspect.getsource(Oneshot.apply_recipe_modifiers)
-    assert source.index("session.reset()") < source.index("session.initialize(")
-
-
-def test_seam_the_recipe_is_in_the_session_when_a_modifier_is_initialized(tiny_folder, monkeypatch):
-    """From it follows what comes after pruning."""
-    from llmcompressor import oneshot
-    from llmcompressor.core import active_session
-    from llmcompressor.modifiers.quantization import QuantizationModifier
-
-    seen = []
-    original = QuantizationModifier.on_initialize
-
-    def spy(self, state, **kwargs):
-        seen.append([m is self for m in active_session().lifecycle.recipe.modifiers])
-        return original(self, state, **kwargs)
-
-    monkeypatch.setattr(QuantizationModifier, "on_initialize", spy)
-    made = [
-        QuantizationModifier(scheme="W8A8", targets=[t], ignore=["lm_head"])
-        for t in ("re:.*q_proj", "re:.*k_proj")
-    ]
-    oneshot(model=str(tiny_folder), recipe=made)
-    assert seen == [[True, False], [False, True]]
-
-
 def test_seam_reset_finalizes_a_modifier_whose_run_failed():
     """With that our pipeline is taken away at the latest."""
     from llmcompressor.core import create_session
@@ -111,29 +78,3 @@ def test_seam_reset_finalizes_a_modifier_whose_run_failed():
         session.lifecycle.recipe.modifiers = [modifier]
         session.reset()
     assert finalized == [False]
-
-
-def test_seam_a_modifier_is_initialized_inside_a_method_of_oneshot(tiny_folder, monkeypatch):
-    """Which holds the arguments that upstream passes to no modifier."""
-    from llmcompressor import oneshot
-    from llmcompressor.modifiers.quantization import QuantizationModifier
-
-    seen = []
-    monkeypatch.setattr(
-        QuantizationModifier,
-        "on_initialize",
-        lambda self, state, **kw: not seen.append(find_oneshot()),
-    )
-    oneshot(
-        model=str(tiny_folder),
-        recipe=QuantizationModifier(targets=["Linear"], ignore=["lm_head"], scheme="FP8_DYNAMIC"),
-        pipeline="datafree",
-        max_seq_length=77,
-    )
-    (actual,) = seen
-    assert type(actual) is checks.Oneshot
-    assert actual.dataset_args.max_seq_length == 77
-    assert actual.dataset_args.num_calibration_samples == 512
-    assert actual.output_dir is None
-    assert actual.recipe_args.stage is None
-    assert actual.processor.name_or_path == str(tiny_folder)

@@ -9,13 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from rac_modifier.checkpoint.formats import check, pack
 from rac_modifier.kernels import choose as choose_module
 from rac_modifier.kernels import cpu
 from rac_modifier.kernels.choose import BACKENDS, choose
 from rac_modifier.kernels.cpu.support import Support
 from rac_modifier.kernels.interface import Backend, Layer
-from tests.checkpoint.test_stored_weight import random_weight
 from tests.kernels import fake_backend
 
 PACKAGE = Path(__file__).parents[2] / "rac_modifier"
@@ -29,18 +27,6 @@ def test_a_backend_has_the_three_functions(backend, name):
         return [(p.name, p.default) for p in inspect.signature(function).parameters.values()]
 
     assert arguments(getattr(backend, name)) == arguments(getattr(Backend, name))[1:]
-
-
-def test_a_layer_is_served_through_a_registered_backend(monkeypatch):
-    monkeypatch.setitem(BACKENDS, "fake", fake_backend)
-    dense = random_weight(24, 40, 0, True, torch.float32)
-    weight = check(pack(dense, "sparse-bitmask", "a"), "sparse-bitmask", "a")
-    decision, backend = choose(Layer.of(weight, torch.float32), "fake")
-    assert decision.sparse
-    packed = backend.pack(weight, torch.float32)
-    x, bias = torch.randn(3, 40), torch.randn(24)
-    y = backend.linear(x, packed, weight.rows, weight.columns, bias)
-    torch.testing.assert_close(y, torch.nn.functional.linear(x, dense, bias))
 
 
 def test_no_other_place_names_the_folder_of_a_backend():

@@ -2,20 +2,10 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 from rac_modifier.checkpoint.stored_weight import from_dense
-from rac_modifier.errors import RacError
 from rac_modifier.kernels.interface import Decision, Layer, stay_dense
-
-
-@pytest.mark.parametrize(
-    ("rows", "columns", "density"), [(0, 8, 0.5), (8, -1, 0.5), (8, 8, 1.5), (8, 8, float("nan"))]
-)
-def test_impossible_numbers_are_refused(rows, columns, density):
-    with pytest.raises(RacError, match=rf"a weight \[{rows}, {columns}\] of .*: .*damaged"):
-        Layer(rows, columns, density, torch.bfloat16, torch.bfloat16, 8)
 
 
 def test_values():

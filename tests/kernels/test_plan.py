@@ -121,8 +121,7 @@ def test_a_damaged_checkpoint(tmp_path, shape):
 
 
 def test_dense_codes(tmp_path):
-    """Groups of 64 columns with a bfloat16 scale. What the kernel does not read is named or left
-    out."""
+    """Groups of 64 columns with a bfloat16 scale."""
     tensors = {}
     for name, words in (("a", 16), ("reordered", 16), ("eight_bits", 32), ("three", 12)):
         tensors[f"{name}.weight_packed"] = torch.zeros(64, words, dtype=torch.int32)

@@ -34,9 +34,9 @@ def test_modules_that_get_the_same_tensor_are_one_group_with_one_hessian(collect
     assert (pair.modules, alone.modules) == ([modules["q"], modules["k"]], [modules["o"]])
     assert pair.statistics.hessian.tokens == alone.statistics.hessian.tokens == 10
     x = torch.cat([rows(0), rows(1)]).flatten(0, 1).double()
-    hessian = pair.statistics.hessian.matrix().double()
+    hessian = pair.statistics.hessian.take().double()
     torch.testing.assert_close(hessian, 2 / 10 * x.T @ x, rtol=1e-5, atol=1e-5)
-    assert pair.statistics.cross_moment() is None
+    assert pair.statistics.take_cross_moment() is None
 
 
 def test_equal_values_in_another_tensor_are_another_group(collector, modules):

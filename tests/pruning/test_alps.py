@@ -3,8 +3,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from rac_modifier import platform
-from rac_modifier.pruning import Pattern, alps, holds, linalg, solve
+from rac_modifier.pruning import Pattern, alps, cholesky, holds, linalg, solve
 from tests.pruning.pruning_reference import (
     assert_near,
     correlated_problem,
@@ -56,38 +55,12 @@ def test_is_the_papers_iteration(pattern):
     assert_near(solution.weight, expected, solve_tolerance(dampened(hessian, 0.01), torch.float64))
 
 
-@pytest.mark.parametrize("spoilt", [False, True])
-def test_a_factor_that_rounding_spoils_is_computed_in_float32(spoilt, monkeypatch):
-    """Spoilt: 512 inputs share nearly all, and the first block of inputs has nothing of it."""
-    monkeypatch.setattr(platform, "BLOCK", 16)
-    monkeypatch.setattr(linalg, "onednn_is_faster", lambda device: True)
-    monkeypatch.setattr(alps, "_forms_inverse", lambda *sizes: False)
-    hessian, sizes = torch.eye(528), torch.rand(512) + 0.5
-    shared = torch.full((512, 512), 1.0 if spoilt else 1e-3).fill_diagonal_(1.0)
-    hessian[16:, 16:] = shared * sizes * sizes[:, None]
-    rounded, inner = [], platform.cholesky_
-
-    def noted(matrix, bf16):
-        rounded.append(bf16)
-        return inner(matrix, bf16=bf16)
-
-    monkeypatch.setattr(platform, "cholesky_", noted)
-    dampening = linalg.Dampening.of(hessian, 0.01)
-    add_solution = alps._solver(hessian, dampening, 0.02, 4, 3, bf16=True)
-    assert rounded == ([True, False] if spoilt else [True])
-    right, x = gaussian(528, 3), torch.zeros(528, 3)
-    shift = torch.diag(dampening.added + 0.02 * dampening.diagonal)
-    exact = torch.linalg.solve(hessian + shift, right)
-    add_solution(x, right.bfloat16())
-    assert_near(x, exact, 0.05 * float(exact.abs().max()))
-
-
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
 @pytest.mark.parametrize("pattern", [TWO, SHARE])
 def test_the_factor_and_the_inverse_agree(pattern, bf16, monkeypatch):
     """Rounding to bfloat16 moves 3 to 6 % of a mask by itself, and the error by 0.1 %."""
     weight, hessian = correlated_problem(20, 96, 400)
-    monkeypatch.setattr(platform, "BLOCK", 32)
+    monkeypatch.setattr(cholesky, "BLOCK", 32)
     monkeypatch.setattr(linalg, "bf16_is_fast", lambda device: bf16)
     monkeypatch.setattr(linalg, "_ROW_BLOCK", 40)
     solutions = []
@@ -102,7 +75,7 @@ def test_the_factor_and_the_inverse_agree(pattern, bf16, monkeypatch):
 @pytest.mark.parametrize("repeats", [1, 4])
 @pytest.mark.parametrize(("inputs", "rows"), [(64, 8), (600, 40), (1536, 576), (8960, 1536)])
 def test_the_inverse_is_formed_where_it_takes_fewer_multiply_adds(inputs, rows, repeats):
-    b = min(platform.BLOCK, inputs)
+    b = min(cholesky.BLOCK, inputs)
     corners, before = inputs * b, (inputs**2 - inputs * b) / 2
     factor = inputs**3 / 6 + repeats * rows * 2 * (corners + before)
     inverse = inputs**3 / 2 + repeats * rows * inputs**2

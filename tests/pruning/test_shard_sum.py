@@ -90,8 +90,8 @@ def test_statistics_are_those_of_one_process(count):
                 statistics.add(x, w, x * 1.1)
             statistics.end_shards(1)
         statistics.finish()
-        hessian, moments = statistics.hessian, statistics.cross_moment()
-        return hessian.matrix(), torch.cat(moments), hessian.weight_sum, hessian.tokens
+        hessian, moments = statistics.hessian, statistics.take_cross_moment()
+        return hessian.take(), torch.cat(moments), hessian.weight_sum, hessian.tokens
 
     hessian, cross, *counts = of(Processes())
     for result in together(count, of):
@@ -101,5 +101,6 @@ def test_statistics_are_those_of_one_process(count):
     unsharded = Hessian(70)
     for x, w in inputs:
         unsharded.add(x, w)
-    torch.testing.assert_close(unsharded.matrix(), hessian)
-    assert not torch.equal(unsharded.matrix(), hessian)
+    matrix = unsharded.take()
+    torch.testing.assert_close(matrix, hessian)
+    assert not torch.equal(matrix, hessian)

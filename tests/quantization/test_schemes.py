@@ -51,8 +51,7 @@ STATIC = {"num_bits": 8, "dynamic": False, "strategy": "tensor"}
 GROUP = {"strategy": "group", "group_size": 32}
 ASYMMETRIC = {"symmetric": False}
 REFUSED = [
-    (ASYMMETRIC, {}, PRUNED, r"q_proj: weights int of 8 bits, strategy channel, asymmetric, so a"),
-    (ASYMMETRIC, {}, PRUNED, "zero is its zero point, and sparse kernels take a pruned weight"),
+    (ASYMMETRIC, {}, PRUNED, r"q_proj: weights int of 8 bits, strategy channel, asymmetric, which"),
     ({"num_bits": 3}, {}, PRUNED, "weights int of 3 bits, .* use int of 4 or 8 bits"),
     ({"num_bits": 4, "type": "float"}, {}, PRUNED, "weights float of 4 bits"),
     ({"strategy": "tensor"}, {}, PRUNED, "strategy tensor cannot be rounded here"),
@@ -64,11 +63,13 @@ REFUSED = [
         ASYMMETRIC,
         {"input_activations": TOKENS},
         DENSE,
-        "no kernel multiplies them with quantized activations; set symmetric: true",
+        "which no kernel multiplies .* with quantized activations; set symmetric: true",
     ),
     (None, {"input_activations": TOKENS}, PRUNED, "q_proj: its scheme has no weights; quantize"),
-    ({}, {"input_activations": STATIC}, PRUNED, "input_activations with static scales are not"),
-    ({}, {"output_activations": STATIC}, PRUNED, "output_activations .*; set dynamic: true"),
+    *(
+        ({}, {f"{side}_activations": STATIC}, PRUNED, "static scales .*; set dynamic: true")
+        for side in ("input", "output")
+    ),
 ]
 
 

@@ -226,7 +226,7 @@ def test_rows_without_a_kept_weight_dead_inputs_and_targets_of_zeros_stay_zero()
 def test_what_cannot_work_is_refused():
     weight, keep, target, hessian = problem()
     solution, args = solved(weight, keep, target), {"grids": [INT4], "dtype": FLOAT32}
-    with pytest.raises(RacError, match=r"w: weight .* and a Hessian of 44 inputs do not fit"):
+    with pytest.raises(RacError, match=r"w: weight .* and Hessian \[44, 44\] do not fit"):
         quantize([solution], hessian[:44, :44], **args)
     with pytest.raises(RacError, match=r"w: 48 inputs are no multiple of the group_size 20; set"):
         quantize([solution], hessian, [Grid("int", 4, 20)], dtype=FLOAT32)

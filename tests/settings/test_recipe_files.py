@@ -121,7 +121,7 @@ def test_a_file_that_is_no_regular_small_text_is_refused(tmp_path):
     (tmp_path / "large.yaml").write_text("#" * (1 << 20) + "#")
     (tmp_path / "bytes.yaml").write_bytes(b"\xff")
     for name, message in {
-        "pipe.yaml": "is a pipe; name a regular file",
+        "pipe.yaml": "no regular file is there",
         "large.yaml": "has over 1048576 bytes",
         "bytes.yaml": "cannot be read",
         "no.yaml": "No such file",

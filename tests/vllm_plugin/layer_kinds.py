@@ -1,5 +1,4 @@
-"""Each kind of vLLM's linear layers, each form of a stored weight, and loading weights. Imported
-after `needs_vllm()`."""
+"""Each kind of vLLM's linear layers, each form of a stored weight, and loading weights."""
 
 from __future__ import annotations
 
@@ -139,8 +138,7 @@ FORMS = {
 def loaded(
     kind: str, form: str | Form, bias: bool = False
 ) -> tuple[LinearBase, LinearBase, RacConfig]:
-    """A layer of vLLM with dense weights in floats, one of `form` with the same weights, and its
-    config."""
+    """A layer of vLLM with dense weights in floats, one of `form` with the same weights."""
     form = FORMS[form] if isinstance(form, str) else form
     config = form.config()
     dense, ours = make(kind, None, bias), make(kind, config, bias)
@@ -159,8 +157,7 @@ def weights_of(kind: str, two_of_four: bool) -> list[tuple[Any, str, torch.Tenso
 
 
 def config_of(format: str | None, scheme: str | None = None) -> RacConfig:
-    """The config of packed weights, quantized or not; of pruned ones that are stored dense for
-    None."""
+    """The config of packed weights, quantized or not."""
     if format is None:
         return RacConfig(PrunedLayout(SparsityRecord(modules={"Linear": "unstructured"})))
     if scheme is not None:

@@ -126,8 +126,7 @@ def quantize(weight: torch.Tensor, scheme: str) -> tuple[torch.Tensor, torch.Ten
 
 
 def int32_words(values: torch.Tensor, bits: int) -> torch.Tensor:
-    """Signed values [N, K] as int32 words, bit after bit (compressed-tensors 0.17 leaves gaps at
-    3)."""
+    """Signed values [N, K] as int32 words, bit after bit."""
     codes = values.long() + (1 << (bits - 1))
     stream = (codes[..., None] >> torch.arange(bits) & 1).flatten(-2)
     stream = torch.nn.functional.pad(stream, (0, -stream.shape[-1] % 32)).view(len(values), -1, 32)

@@ -187,12 +187,6 @@ def test_batch_invariance_reaches_the_kernels(monkeypatch, invariant):
     assert operator.batch_invariant == invariant
 
 
-def test_gptq_on_a_device_without_a_kernel_is_refused(monkeypatch, tmp_path):
-    monkeypatch.setattr(plugin_config, "backend_of", lambda device: f"no kernel for {device}")
-    with pytest.raises(RacError, match="since no kernel for cpu; leave it out"):
-        RacConfig.from_config(gptq_config()).maybe_update_config(str(tmp_path), SimpleNamespace())
-
-
 def test_the_order_of_columns_reaches_the_layers():
     """vLLM's own mapper drops it from the weights that are loaded."""
     base = super(RacConfig, RacConfig).get_checkpoint_weight_mapper()
@@ -201,8 +195,8 @@ def test_the_order_of_columns_reaches_the_layers():
 
 
 def test_the_report_comes_with_the_last_layer_and_has_every_decision(said):
-    report = LoadReport(expected=5)
-    report.leave("e", "its weights are int8")
+    report = LoadReport(expected=6)
+    report.add("e", Decision(False, "vLLM", "vLLM's own method", 1.0, 1.0))
     report.add("a", Decision(True, "sparse kernel avx2", "", 1.1, 1.98))
     report.add("b", Decision(True, "sparse kernel avx2", "", 1.3, 1.95))
     report.add("c", None)  # not compressed
@@ -212,7 +206,7 @@ def test_the_report_comes_with_the_last_layer_and_has_every_decision(said):
     (text,) = said
     assert text.splitlines() == [
         "rac: 2 of 5 compressed layers run on a kernel",
-        "  vLLM's own method because its weights are int8: 1, such as e",
+        "  vLLM's own method: 1, such as e",
         "  sparse kernel avx2: 2, such as a",
         "  dense because it is small: 2, such as f",
     ]

@@ -1,5 +1,4 @@
-"""Packed experts: each is run on the tokens routed to it, compared with one token and expert at a
-time in float64."""
+"""Packed experts, compared with one token and expert at a time in float64."""
 
 from __future__ import annotations
 
@@ -29,11 +28,7 @@ from tests.vllm_plugin.test_layouts import packed  # noqa: E402
 
 pytestmark = pytest.mark.skipif(support().isa is None, reason=support().reason)
 EXPERTS, HIDDEN, WIDTH, CHOSEN = 5, 64, 96, 2
-SHAPES = {
-    "gate_proj": (WIDTH, HIDDEN),
-    "up_proj": (WIDTH, HIDDEN),
-    "down_proj": (HIDDEN, WIDTH),
-}
+SHAPES = {"gate_proj": (WIDTH, HIDDEN), "up_proj": (WIDTH, HIDDEN), "down_proj": (HIDDEN, WIDTH)}
 Weights = dict[str, torch.Tensor]
 
 
@@ -199,11 +194,8 @@ class Dense:
     ("why", "reason"),
     [
         ("kernels", "switched off by a test"),
-        ("activation", "experts with the activation relu2 have no sparse kernel"),
-        (
-            "router",
-            "experts with biases, LoRA, weighted inputs or load balancing have no sparse kernel",
-        ),
+        ("activation", "experts with the activation relu2 have no kernel"),
+        ("router", "experts with biases, LoRA, weighted inputs or load balancing have no kernel"),
         ("one stored dense", "some of its experts are stored dense"),
         ("too dense", "it is more than half stored"),
     ],

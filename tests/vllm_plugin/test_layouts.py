@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from tests.vllm_plugin.vllm_fixtures import needs_vllm
 
@@ -58,25 +56,6 @@ def test_what_packing_writes_is_packed(format, method):
     assert (layout.targets, layout.ignore) == (("Linear",), ("lm_head",))
     assert layout.format == format
     assert layout.inner is None
-
-
-ANYTHING = st.recursive(
-    st.none() | st.integers() | st.sampled_from(["compressed-tensors", "sparse-bitmask", "fp8"]),
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from(["quant_method", "sparsity_config", "format"]), inner)
-    ),
-    max_leaves=8,
-)
-
-
-@given(ANYTHING)
-def test_others_are_left_alone_and_asking_never_raises(entry):
-    ours = False
-    if isinstance(entry, dict) and isinstance(sparsity := entry.get("sparsity_config"), dict):
-        names = (entry.get("quant_method"), sparsity.get("format"))
-        ours = names == ("compressed-tensors", "sparse-bitmask")
-    assert is_packed(entry) == ours
 
 
 def test_names_patterns_and_classes():

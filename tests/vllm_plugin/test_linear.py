@@ -1,5 +1,4 @@
-"""Each kind of vLLM's linear layers in each stored form, on ranks, compared with vLLM's own
-sharding of the dense weight."""
+"""Each kind of vLLM's linear layers in each stored form, compared with vLLM's own sharding."""
 
 from __future__ import annotations
 
@@ -287,8 +286,7 @@ def test_columns_in_different_orders(monkeypatch):
 
 
 def test_weights_that_are_loaded_again_are_refused(monkeypatch):
-    """vLLM's reload takes the packed parameters away, restores those of loading, and calls their
-    loaders."""
+    """vLLM's reload takes the packed parameters away, restores those of loading."""
     from vllm.model_executor.model_loader.reload.layerwise import (
         initialize_layerwise_reload,
         record_metadata_for_reloading,

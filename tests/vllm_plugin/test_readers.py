@@ -1,5 +1,4 @@
-"""Each reader against vLLM's own reading of the same words, and what of a module's tensors is
-refused."""
+"""Each reader against vLLM's own reading of the same words."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The entry point: light to import, registers once, and never stops a server. What the plugin
-imports."""
+"""The entry point: light to import, registers once, and never stops a server."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""One test per place where the plugin depends on vLLM, named after it: what an upgrade breaks fails
-here by name."""
+"""One test per place where the plugin depends on vLLM, named after it."""
 
 from __future__ import annotations
 
@@ -10,10 +9,8 @@ from types import SimpleNamespace
 from typing import get_args
 
 import pytest
-import torch
 
-from tests.vllm_plugin.stored_forms import quantization as codes_entry
-from tests.vllm_plugin.vllm_fixtures import needs_vllm, on_rank, save_model
+from tests.vllm_plugin.vllm_fixtures import needs_vllm, save_model
 
 needs_vllm()
 
@@ -84,8 +81,7 @@ def test_without_a_quantization_config_get_quant_config_makes_an_empty_one():
 
 
 def test_a_lost_tensor_or_file_is_noticed_before_loading(tmp_path):
-    """vLLM looks for missing weights in unquantized models only; `maybe_update_config` gets the
-    folder."""
+    """vLLM looks for missing weights in unquantized models only."""
     from safetensors.torch import load_file, save_file
     from vllm.model_executor.model_loader import default_loader
 
@@ -108,36 +104,14 @@ def test_a_lost_tensor_or_file_is_noticed_before_loading(tmp_path):
 
 
 def test_weight_loader_v2_is_registered():
-    """Where a method is not in this list, the loaders of layers cut another parameter than they are
-    given."""
+    """Without it, the loaders of layers cut another parameter than they are given."""
     import rac_modifier.vllm_plugin.linear  # noqa: F401
 
     assert "RacLinearMethod" in linear.WEIGHT_LOADER_V2_SUPPORTED
 
 
-@pytest.mark.parametrize(("bits", "symmetric"), [(3, True), (2, False)])
-def test_a_config_of_few_bits_is_read_and_refused_when_weights_are_made(
-    monkeypatch, bits, symmetric
-):
-    """So our config gets its say first. Without it there is no kernel on a CPU, which
-    docs/serving.md says."""
-    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
-        CompressedTensorsConfig,
-    )
-
-    on_rank(monkeypatch, 0, 1)
-    config = CompressedTensorsConfig.from_config(codes_entry(32, symmetric, bits))
-    scheme = config.get_scheme(torch.nn.Linear(64, 64), "model.a")
-    assert (scheme.num_bits, scheme.symmetric, scheme.group_size) == (bits, symmetric, 32)
-    with pytest.raises(
-        ValueError, match="Failed to find a kernel that can implement the WNA16 linear layer"
-    ):
-        linear.ReplicatedLinear(64, 64, quant_config=config, prefix="model.a")
-
-
 def test_routed_experts_ask_their_method_for_weights_and_matmuls():
-    """What `RacExpertsMethod` implements, and what it reads of the layer: the names are set in its
-    constructor."""
+    """What `RacExpertsMethod` implements, and what it reads of the layer."""
     from vllm.model_executor.layers.fused_moe import RoutedExperts
     from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
     from vllm.model_executor.layers.fused_moe.expert_map_manager import ExpertMapManager
@@ -179,8 +153,7 @@ def test_routed_experts_ask_their_method_for_weights_and_matmuls():
 
 
 def test_a_draft_model_is_loaded_with_a_prefix():
-    """`get_quant_method` takes it off; the speculative config may ask for our kernels by
-    `quantization`."""
+    """`get_quant_method` takes it off."""
     from vllm.config import SpeculativeConfig
     from vllm.v1.spec_decode.draft_model import DraftModelProposer
 

@@ -1,5 +1,4 @@
-"""Tiny models of each stored form served by vLLM: greedy tokens in float32 equal transformers' on
-the meant weights."""
+"""Tiny models of each stored form served by vLLM."""
 
 from __future__ import annotations
 
@@ -19,7 +18,6 @@ import torch
 from tests.vllm_plugin.stored_forms import (
     int4,
     quantization,
-    rounded_here,
     stored_words,
     words_config,
 )
@@ -183,23 +181,6 @@ def test_greedy_tokens_of_codes(tmp_path, said, form, group, symmetric, reorder)
     assert summary(said).startswith(SUMMARY)
 
 
-@needs_kernel
-@pytest.mark.parametrize(("form", "bits"), [("gptq_v2", 3), ("compressed-tensors", 2)])
-def test_log_probabilities_of_few_bits(tmp_path, said, form, bits):
-    if form == "gptq_v2":
-        entry = words_config(form, 32, False, bits)
-        store = partial(stored_words, group=32, symmetric=False, bits=bits, form=form)
-    else:
-        entry = quantization(32, False, bits)
-        store = partial(rounded_here, group=32, symmetric=False, bits=bits)
-    save_codes(tmp_path / "model", tmp_path / "meant", entry, store)
-    sequences = torch.randint(0, 256, (4, 32), generator=torch.Generator().manual_seed(0))
-    result = served_log_probabilities(tmp_path / "model", sequences, quantization="rac")
-    expected = log_probabilities(tmp_path / "meant", sequences)
-    torch.testing.assert_close(result, expected, rtol=0, atol=1e-3)
-    assert summary(said).startswith(f"{SUMMARY}  int{bits} kernel {support().isa}: 7,")
-
-
 def test_without_kernels_awq_runs_dense_and_the_log_says_so(monkeypatch, tmp_path, said):
     without_kernels(monkeypatch)
     store = partial(stored_words, group=32, symmetric=False, form="awq")
@@ -207,23 +188,6 @@ def test_without_kernels_awq_runs_dense_and_the_log_says_so(monkeypatch, tmp_pat
     tokens, _ = serve(tmp_path / "model", TOKENS, quantization="rac")
     assert tokens == reference(tmp_path / "meant", TOKENS)
     assert summary(said).endswith("has no effect on this model here; leave it out")
-
-
-def test_stock_vllm_serves_what_is_rounded_here(tmp_path):
-    """Its CPU kernel takes 4 bits in bfloat16: errors are near those of the same weights, dense."""
-    if not hasattr(torch.ops._C, "cpu_gemm_wna16"):
-        pytest.skip("vLLM has no int4 kernel for this processor")
-    store = partial(rounded_here, group=32, symmetric=False)
-    save_codes(tmp_path / "model", tmp_path / "meant", quantization(32, False), store)
-    sequences = torch.randint(0, 256, (4, 64), generator=torch.Generator().manual_seed(0))
-    expected = log_probabilities(tmp_path / "meant", sequences)
-    ours, dense = (
-        (served_log_probabilities(tmp_path / name, sequences, dtype="bfloat16") - expected)
-        .abs()
-        .mean()
-        for name in ("model", "meant")
-    )
-    assert 0 < ours <= 4 * dense
 
 
 def test_a_stored_embedding_and_head(tmp_path):
@@ -269,8 +233,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("form", ["packed", "gptq"])
 def test_two_ranks(tmp_path, form):
-    """Each worker is a process and loads the plugin by its entry point. 100 / 2 is not a multiple
-    of 8."""
+    """Each worker is a process and loads the plugin by its entry point."""
     folder = meant = tmp_path / "model"
     if form == "packed":
         save_model(folder, "qwen3", "unstructured", intermediate_size=100)
@@ -302,8 +265,7 @@ def search_path(folder: Path) -> str:
 
 
 def test_vllm_serve_over_http(tmp_path):
-    """The demo: `vllm serve` with the embedded reasoner, a third of its weights pruned, which costs
-    little accuracy."""
+    """The demo: `vllm serve` with the embedded reasoner, a third of its weights pruned."""
     from safetensors.torch import load_file
 
     from rac_modifier.checkpoint.packing import pack_checkpoint

@@ -1,5 +1,4 @@
-"""Shared by the tests that need vLLM: layers on a simulated rank, and models served inside the
-test's process."""
+"""Shared by the tests that need vLLM."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The CPU backend: whether its C++ kernels (csrc/) run a layer, packing, and the matmul.
-
-The compiled library is searched for at the first use, not at import.
-"""
+"""The CPU backend: whether its C++ kernels (csrc/) run a layer, packing, and the matmul."""
 
 from __future__ import annotations
 
@@ -44,12 +41,8 @@ class ValueEncoding:
 def encoding_of(
     stored: torch.dtype, group: int, columns: int, served: torch.dtype, word_bits: int = 4
 ) -> ValueEncoding:
-    """Return the encoding of values of dtype `stored`; `group` of `columns` columns share a scale.
-
-    int32: words of values of `word_bits` bits. bfloat16 values that are served in float32
-    stay bfloat16: the same numbers in half of the bytes.
-    """
-    if stored in FLOATS:
+    """Return the encoding of values of dtype `stored` (int32: words of values of `word_bits`)."""
+    if stored in FLOATS:  # float32 activations need no float32 weights: the same numbers
         narrow = (stored, served) == (torch.bfloat16, torch.float32)
         return ValueEncoding(stored if narrow else served)
     bits = {torch.int8: "int8", torch.int32: f"int{word_bits}"}.get(stored, "fp8")
@@ -140,12 +133,13 @@ def lookup(
 def _name(layer: Layer, encoding: ValueEncoding, isa: str, multiplies_bytes: bool) -> str:
     """Return a name such as "sparse int8 kernel avx2", with what is unusual in brackets."""
     integers = encoding.dtype == torch.int8
-    sparse = "" if _without_masks(encoding.dtype, layer.density) else "sparse "
     notes = [encoding.note] if encoding.note else []
     if integers and layer.activation_bits == 8:
         refused = "activations in 16 bits, since it multiplies no bytes"
         notes.append("activations in 8 bits" if multiplies_bytes else refused)
-    kernel = f"{sparse}{f'int{encoding.bits} ' if integers else ''}kernel {isa}"
+    kernel = f"int{encoding.bits} kernel {isa}" if integers else f"kernel {isa}"
+    if not _without_masks(encoding.dtype, layer.density):
+        kernel = f"sparse {kernel}"
     return f"{kernel} ({'; '.join(notes)})" if notes else kernel
 
 

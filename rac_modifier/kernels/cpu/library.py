@@ -1,7 +1,4 @@
-"""The compiled library: finding it, and its functions with torch tensors.
-
-Each tensor is passed with its size in bytes.
-"""
+"""The compiled library and its functions, with torch tensors; each is passed with its bytes."""
 
 from __future__ import annotations
 
@@ -64,9 +61,8 @@ _NEXT_STEPS = {
 class Kernel:
     """What the library says about the kernel of an instruction set.
 
-    multiplies_bytes: x may be rounded to 8 bits, not only to 16. dense_bf16: torch's dense
-    matmuls are faster in bfloat16 than in float32. floats, int8, int4: up to how many
-    tokens the kernel is faster than a dense matmul with expanded panels; -1: always.
+    multiplies_bytes: x may be rounded to 8 bits, not only to 16. dense_bf16: torch's dense matmuls
+    are faster in bfloat16 than in float32. floats, int8, int4: most tokens of the kernel; -1: any.
     """
 
     number: int
@@ -84,13 +80,7 @@ class Library:
     """The functions of a compiled library, for contiguous CPU tensors; they raise RacError."""
 
     def __init__(self, path: Path) -> None:
-        """Load a library.
-
-        Raises:
-            OSError: the file is no library.
-            AttributeError: it lacks a function.
-            RacError: it was built for another version of this package.
-        """
+        """Load a library (OSError, AttributeError, RacError: another file, or another version)."""
         self._calls = ctypes.CDLL(str(path))
         abi = self._calls.rac_abi() if hasattr(self._calls, "rac_abi") else "1 or none"
         if abi != ABI:
@@ -115,21 +105,6 @@ class Library:
         """Return the kernels that this machine runs; the last is the best."""
         return tuple(kernel.name for kernel in self.kernels.values() if kernel.runs)
 
-    def packed_bytes(
-        self,
-        rows: int,
-        columns: int,
-        values: int,
-        value_type: int,
-        bitmask: Tensor | None = None,
-        zero_groups: int = 0,
-    ) -> int:
-        """Return the bytes of a packed weight; -1: impossible. `INT4` needs the bitmask."""
-        if not all(-(1 << 62) < size < 1 << 62 for size in (rows, columns, values)):
-            return -1
-        sizes = (rows, columns, values, value_type)
-        return self._calls.rac_packed_bytes(*sizes, *_buffer(bitmask), zero_groups)
-
     def pack(
         self,
         values: Tensor,
@@ -137,15 +112,24 @@ class Library:
         zeros: Tensor | None,
         shape: tuple[int, int],
         value_type: int,
-        data: Tensor,
-    ) -> None:
-        """Fill `data`, uint8 [packed_bytes]. `zeros` of codes: uint8 [panels, groups, 16]."""
+    ) -> Tensor:
+        """Return a packed weight, uint8 [bytes]. `zeros` of codes: uint8 [panels, groups, 16]."""
+        groups = 0 if zeros is None else zeros.shape[1]
+        sizes = (*shape, values.numel(), value_type, *_buffer(bitmask), groups)
+        nbytes = self._calls.rac_packed_bytes(*sizes)
+        if nbytes < 0:
+            raise RacError(
+                f"{values.numel()} values for a weight {list(shape)}: impossible; the checkpoint "
+                "is damaged"
+            )
+        data = torch.empty(nbytes, dtype=torch.uint8)
         status = self._calls.rac_pack_weight(
-            *(*_buffer(values), *_buffer(bitmask)),
-            *(*_buffer(zeros), 0 if zeros is None else zeros.shape[1]),
+            *(*_buffer(values), *_buffer(bitmask), *_buffer(zeros), groups),
             *(*shape, value_type, *_buffer(data), torch.get_num_threads()),
         )
         self._raise_if(status, f"weight {list(shape)}: cannot be packed")
+        self.check(data, *shape, value_type)
+        return data
 
     def check(self, data: Tensor, rows: int, columns: int, value_type: int) -> None:
         """Check everything in packed data that a kernel relies on."""

@@ -2,8 +2,7 @@
 
 `sparse_linear`: for few tokens (decoding, limited by the bytes that are read) the kernel multiplies
 packed panels. For many (prefill), chunks of panels are expanded into a buffer that torch
-multiplies. `packed_rows` expands a panel of 16 rows to take one row: an embedding that is
-the output head, too, needs no second copy of the weight.
+multiplies. `packed_rows` expands a panel of 16 rows to take one row of an embedding.
 """
 
 from __future__ import annotations
@@ -34,11 +33,9 @@ def sparse_linear(
 ) -> Tensor:
     """Return x [..., columns] W^T + bias [rows], summed in float32, in x's dtype.
 
-    `data`: the packed weight [rows, columns]. x and bias are bfloat16 or float32, whatever the
-    weight's dtype. `scale`, from `pack_scale`: integers need one, floats may have one group. For
-    integers x is rounded to 16-bit integers with a scale per token and 512 columns or group, which
-    is more accurate than bfloat16. (Many tokens of bfloat16 are not rounded where the processor
-    multiplies bfloat16.)
+    x and bias are bfloat16 or float32, whatever the weight's dtype. `scale`, from `pack_scale`:
+    integers need one, floats may have one group. For integers x is rounded to 16-bit integers with
+    a scale per token and 512 columns or group, which is more accurate than bfloat16.
 
     Raises:
         RacError: other dtypes, or shapes that do not fit.
@@ -64,8 +61,7 @@ def expand_and_multiply(
     """Fill `out` by dense matmuls with chunks of the weight.
 
     In bfloat16 where x is bfloat16, torch multiplies it faster on this processor, and the values
-    are exact in it: integers, or bfloat16 without a scale. Scales, scaled values and bias are then
-    rounded like the weights of a dense bfloat16 model. Otherwise in float32. Sums are in float32.
+    are exact in it; scales and bias are rounded like a dense bfloat16 model's. Else in float32.
     """
     rows, columns, value_type = out.shape[1], x.shape[1], library.value_type(data)
     in_bf16 = value_type >= INT8 or (value_type == VALUE_TYPES[torch.bfloat16] and scale is None)

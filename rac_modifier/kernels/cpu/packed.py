@@ -23,8 +23,7 @@ def pack_values(
     """Pack a weight of `shape` [N, K]: uint8 [bytes].
 
     Args:
-        values: the stored values, row-major, of any shape; bfloat16, float32, int8, or
-            float16, which becomes float32.
+        values: the stored values, row-major; bfloat16, float32, int8, or float16 (as float32).
         bitmask: uint8 [N, ceil(K / 8)]; bit i of byte j is column 8j + i. None: all int8 values
             are stored.
         shape: of the weight.
@@ -48,20 +47,13 @@ def pack_values(
         value_type = INT4
     if zeros is None and bits < 4:  # these always have codes of zero
         zeros = torch.full((shape[0], 1), 1 << (bits - 1), dtype=torch.uint8)
-    groups = 0 if zeros is None else zeros.shape[1]
-    zeros = None if zeros is None else _panels(zeros)
-    bitmask = None if bitmask is None else bitmask.contiguous()
-    library, _ = library_and_isa()
-    nbytes = library.packed_bytes(*shape, values.numel(), value_type, bitmask, groups)
-    if nbytes < 0:
-        raise RacError(
-            f"{values.numel()} values for a weight {list(shape)}: impossible; the checkpoint is "
-            "damaged"
-        )
-    data = torch.empty(nbytes, dtype=torch.uint8)
-    library.pack(values.detach().contiguous(), bitmask, zeros, shape, value_type, data)
-    library.check(data, *shape, value_type)
-    return data
+    return library_and_isa()[0].pack(
+        values.detach().contiguous(),
+        None if bitmask is None else bitmask.contiguous(),
+        None if zeros is None else _panels(zeros),
+        shape,
+        value_type,
+    )
 
 
 def split_groups(scale: Tensor, group: int, unit: int = 4) -> Tensor:

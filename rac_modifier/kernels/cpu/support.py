@@ -1,8 +1,7 @@
 """What runs on this machine: the compiled library, the kernel in use, and torch's C++ operator.
 
-RAC_KERNEL=NAME uses another kernel than the best, RAC_KERNEL=off none. `rac inspect` prints the
-names. csrc/torch_operator.cpp multiplies few tokens without entering Python. It is built without
-torch, and is given the functions of torch's stable C interface that `FUNCTIONS` lists.
+RAC_KERNEL=NAME uses another kernel than the best, RAC_KERNEL=off none. csrc/torch_operator.cpp
+multiplies few tokens without entering Python, through torch's stable C interface (`FUNCTIONS`).
 """
 
 from __future__ import annotations
@@ -35,10 +34,7 @@ TOKENS = 8  # up to which the C++ operator multiplies itself
 
 @dataclass(frozen=True)
 class Support:
-    """What runs on this machine: `isa` is the name of a kernel or None; `reason` is readable.
-
-    status: "missing" where nothing was compiled or RAC_KERNEL=off, "broken" where it does not load.
-    """
+    """What runs on this machine: `isa` is the name of a kernel or None; `reason` is readable."""
 
     isa: str | None
     reason: str
@@ -48,11 +44,7 @@ class Support:
 
 @lru_cache(maxsize=1)
 def support() -> Support:
-    """Return what runs on this machine, decided once per process.
-
-    Raises:
-        RacError: a RAC_KERNEL that this machine or library cannot run.
-    """
+    """Return what runs on this machine, decided once (RacError: RAC_KERNEL names another)."""
     name = os.environ.get("RAC_KERNEL") or None
     if name == "off":
         reason = "no compiled kernel: RAC_KERNEL=off; unset it to use the sparse kernels"

@@ -1,5 +1,4 @@
-"""Each instruction set as a fixture: native where the processor has it, else AVX512 and AMX
-emulated."""
+"""Each instruction set as a fixture."""
 
 from __future__ import annotations
 

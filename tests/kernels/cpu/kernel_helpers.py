@@ -1,5 +1,4 @@
-"""Shared by the kernel tests: compiling csrc/ without installing, random packed weights, and an
-error bound."""
+"""Shared by the kernel tests: compiling csrc/ without installing, random packed weights."""
 
 from __future__ import annotations
 
@@ -45,8 +44,7 @@ class Packed(NamedTuple):
 def compile_sources(
     out: Path, *flags: str, drive: bool = False, compiler: str = "g++", machine: str = "x86_64"
 ) -> Path:
-    """Compile csrc/, with emulated_intrinsics.h for AVX512 and AMX; `drive`: a program,
-    drive.cpp."""
+    """Compile csrc/, with emulated_intrinsics.h for AVX512 and AMX."""
     if shutil.which(compiler) is None or (compiler == "g++" and platform.machine() != machine):
         pytest.skip(f"needs {compiler} for {machine}")
 
@@ -76,8 +74,7 @@ def sources_digest() -> str:
 
 
 def kept_build(name: str, build: Callable[[Path], object]) -> Path:
-    """Return build/test-libraries/NAME, made by one of the test processes and kept for the next
-    run."""
+    """Return build/test-libraries/NAME, made once and kept for the next run."""
     path = BUILDS / name
     BUILDS.mkdir(parents=True, exist_ok=True)
     with open(BUILDS / f"{name}.lock", "w") as lock:
@@ -90,8 +87,7 @@ def kept_build(name: str, build: Callable[[Path], object]) -> Path:
 
 
 def emulated_library(folder: Path) -> Path:
-    """The library on emulated_intrinsics.h. Compiled once: build/ keeps it for the next run of the
-    tests."""
+    """The library on emulated_intrinsics.h."""
 
     def build(out: Path) -> None:
         shutil.copy(compile_sources(folder / "emulated.so", "-O0", *SHARED), out)
@@ -184,8 +180,7 @@ def multiply(
 
 
 def unpacked(weight: Packed) -> Tensor:
-    """Return the dense weight with every stored bit, after checking all that the kernels rely
-    on."""
+    """Return the dense weight with every stored bit, after the check of packed data."""
     used, isa = support.library_and_isa()
     value_type = used.value_type(weight.data)
     used.check(*weight, value_type)
@@ -213,8 +208,7 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantize_groups(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """Round [N, K] to -8..7 in groups of columns: int8 [N, K], scales [N, K / group], bfloat16
-    numbers."""
+    """Round [N, K] to -8..7 in groups of columns."""
     groups = weight.unflatten(1, (-1, group))
     scale = (groups.abs().amax(2) / 7).clamp_min(1e-9).bfloat16().float()
     values = (groups / scale[..., None]).round().clamp(-8, 7).to(torch.int8)
@@ -300,8 +294,7 @@ def assert_integer_product(
     bias: Tensor | None = None,
     levels: int = LEVELS[16],
 ) -> None:
-    """Y is x W^T + bias, x within half a step of its blocks' integers, at most `levels`; `weight`
-    is the scaled one."""
+    """Y is x W^T + bias, x within half a step of its blocks' integers, at most `levels`."""
     exact, terms = x.double() @ weight.T, x.double().abs() @ weight.abs().T
     block, bound = weight.shape[1] // groups if groups > 1 else BLOCK, torch.zeros_like(exact)
     for x_block, w_block in zip(

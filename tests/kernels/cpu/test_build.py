@@ -8,13 +8,12 @@ import subprocess
 
 import pytest
 
-from tests.kernels.cpu.kernel_helpers import CSRC, FLAGS, HERE, ROOT, run, run_setup
+from tests.kernels.cpu.kernel_helpers import CSRC, FLAGS, HERE, run, run_setup
 
 
 @pytest.mark.parametrize("name", ["avx2", "avx512"])
 def test_no_function_of_an_instruction_set_is_shared(tmp_path, name):
-    """The linker keeps one copy of a shared inline function: not that of AVX512, which others would
-    call."""
+    """The linker keeps one copy of a shared inline function."""
     if shutil.which("g++") is None or platform.machine() != "x86_64":
         pytest.skip("needs g++ on x86-64")
     source, out = CSRC / "isa" / f"{name}.cpp", str(tmp_path / "object.o")
@@ -41,8 +40,3 @@ def test_every_panel_is_in_one_share(tmp_path, differ):
     run("g++", *FLAGS, "-O1", "-fopenmp", f"-DDIFFER={differ}", source, "-o", program)
     process = subprocess.run([program], capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
-
-
-def test_a_source_distribution_would_hold_every_source():
-    assert "graft csrc" in (ROOT / "MANIFEST.in").read_text()
-    assert {path.suffix for path in CSRC.rglob("*") if path.is_file()} == {".cpp", ".h"}

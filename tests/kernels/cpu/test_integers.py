@@ -1,5 +1,4 @@
-"""Integer weights of every form, on every kernel: exact sums, scales and zeros in groups,
-activations in 16 and 8 bits."""
+"""Integer weights of every form, on every kernel."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from rac_modifier.kernels.cpu.library import ABI, Library, load
 from rac_modifier.kernels.cpu.support import support
 from tests.kernels.cpu.kernel_helpers import Packed, random_mask, run, sparse, take
 
-BF16, FP32, INT4 = 0, 1, 4  # of csrc/format/layout.h
+BF16 = 0  # of csrc/format/layout.h
 
 
 def test_importing_the_backend_is_light_and_loads_no_library():
@@ -79,4 +79,3 @@ def test_a_refusal_names_the_buffer_and_the_next_step(native_path, weight):
         library.expand(*weight, 0, 2, torch.zeros(40, 31), "portable")
     assert library.value_type(weight.data) == BF16
     assert library.value_type(weight.data[:-64]) == -1
-    assert library.packed_bytes(20, 40, 2**70, FP32) == -1

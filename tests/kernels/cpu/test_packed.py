@@ -12,11 +12,9 @@ from hypothesis import strategies as st
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.cpu.packed import pack_values
 from tests.kernels.cpu.kernel_helpers import (
-    FORMS,
     Packed,
     bitmask_of,
     check_form,
-    integers,
     pack,
     pack_dense,
     random_mask,
@@ -104,45 +102,6 @@ def test_forged_data_is_refused(best):
     for message, data in cases.items():
         with pytest.raises(RacError, match=message):
             check_form(Packed(data, 40, 50), "bf16")
-
-
-@pytest.mark.parametrize(
-    ("form", "at", "change", "message"),
-    [
-        ("int8", 12, 2, "its header has 2 where activations are rounded to bytes or not"),
-        ("int4", 64 + 64 + 3 * 48 * 4 + 5, 16, "a code of zero is"),
-        ("int4", 48, 2, "impossible sizes"),  # groups of zeros
-        ("int4", 40, -1, "bytes where its header needs|last offset"),  # bytes of codes
-        ("int4", 72, 1, "panel 0: its masks and its offset disagree"),
-        ("int4", 32, 1, "last offset is not the number"),  # values, of which two share a byte
-        ("dense8", 72, 1, "panel 1: its offset is not that of a dense weight"),
-        ("dense3", 128, 8, "a code of zero is .*, more than 7"),
-        ("dense2", 48, -3, "sizes"),
-    ],
-)
-def test_forged_integers_are_refused(best, form, at, change, message):
-    _, weight = integers(form, 40, 96, 3, zeros=True)
-    check_form(weight, form)
-    with pytest.raises(RacError, match="its header says"):
-        check_form(weight, "dense4" if FORMS[form][1] else "int4")
-    with pytest.raises(RacError, match="its header says"):
-        check_form(weight._replace(columns=88), form)
-    weight.data[at] = (int(weight.data[at]) + change) % 256
-    with pytest.raises(RacError, match=message):
-        check_form(weight, form)
-
-
-def test_a_moved_bit_beyond_the_last_row_or_column_is_refused(best):
-    """The number of bits is unchanged."""
-    for shape, message in (((17, 32), "beyond the last row"), ((16, 33), "beyond the last column")):
-        mask = torch.zeros(shape, dtype=torch.bool)
-        mask[-1, -1] = True
-        _, weight = sparse(mask, torch.bfloat16)
-        words = weight.data[128:-128].view(torch.int32)
-        place = int(words.nonzero()[-1])
-        raw = struct.pack("<I", int(words[place]) << (2 if shape[0] == 17 else 1))
-        with pytest.raises(RacError, match=message):
-            check_form(Packed(forged(weight, 128 + 4 * place, raw), *shape), "bf16")
 
 
 @pytest.mark.parametrize("bits", [4, 3, 2])
