@@ -68,10 +68,7 @@ def on_accelerator(model: PreTrainedModel, next_step: str = _OTHER_DEVICE) -> It
 
 @contextlib.contextmanager
 def streamed_to_accelerator(model: PreTrainedModel) -> Iterator[None]:
-    """Compute on the accelerator with weights that stay on the CPU, copied when a module runs.
-
-    All ranks call it, since the weights become shared memory. A placed model does not move.
-    """
+    """Compute on the accelerator with weights in shared memory, copied when a module runs."""
     device = accelerator()
     if device is None or is_placed(model):
         yield
@@ -88,13 +85,11 @@ def streamed_to_accelerator(model: PreTrainedModel) -> Iterator[None]:
 def check_fits(
     model: PreTrainedModel, device: torch.device, next_step: str = _OTHER_DEVICE
 ) -> None:
-    """Refuse to move a model to a device without memory for it (RacError; ends in `next_step`).
-
-    A forward pass needs 5 % of the weights as well, and at least 1 GB, like in compressed-tensors.
-    """
+    """Refuse to move a model to a device without memory for it (RacError; ends in `next_step`)."""
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
     weights = sum(t.numel() * t.element_size() for t in tensors.values())
     free = free_bytes(device)
+    # A forward pass needs 5 % of the weights as well, and at least 1 GB (compressed-tensors).
     if free is not None and weights + max(weights // 20, 10**9) > free:
         raise RacError(
             f"the weights of the model take {weights / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB "

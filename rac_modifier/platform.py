@@ -118,10 +118,7 @@ def _linear_by_onednn(
 
 
 def keep_freed_memory() -> bool:
-    """Have glibc keep freed blocks of up to 256 MiB, and 1 GiB at the end of all threads' heap.
-
-    Return whether it was set: not with another C library, or where the user has set one of these.
-    """
+    """Have glibc keep freed blocks, and return whether it does; a user's own settings win."""
     library = ctypes.CDLL(None)
     by_user = any(name in os.environ for name in (*_MALLOC_VARIABLES, "GLIBC_TUNABLES"))
     if by_user or not hasattr(library, "gnu_get_libc_version"):

@@ -165,8 +165,8 @@ def present_processes() -> Processes:
         if count > 1:
             raise RacError(
                 f"torchrun started {count} processes, and they have not joined: call "
-                "torch.distributed.init_process_group() first (on GPUs compressed_tensors.offload."
-                "init_dist()), or start torchrun -m rac_modifier.cli prune"
+                "torch.distributed.init_process_group() first, or start torchrun -m "
+                "rac_modifier.cli prune"
             )
         return Processes()
     if local != count:

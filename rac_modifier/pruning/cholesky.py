@@ -97,8 +97,7 @@ def solve_with_corners_(b: torch.Tensor, lower: torch.Tensor) -> torch.Tensor:
 def inverse_(matrix: torch.Tensor) -> torch.Tensor | None:
     """Compute the inverse [d, d] in the memory of `matrix`; None where it is not positive definite.
 
-    By blocks, d^3 / 2 multiply-adds: the factor L, X = L^-1 by rows of blocks, X_k = [-L_kk^-1 L_k
-    X, L_kk^-1], then X^T X.
+    By blocks: the factor L, X = L^-1 row by row, X_k = [-L_kk^-1 L_k X, L_kk^-1], then X^T X.
     """
     lower = cholesky_(matrix)
     if lower is None:

@@ -40,8 +40,8 @@ def filled_up(
     counted: Rows,
     floor: int,
     processes: Processes,
-    nearness: Callable[[], Rows] | None = None,
-    numbers: Sequence[int] | None = None,
+    nearness: Callable[[], Rows] | None,
+    numbers: Sequence[int],
 ) -> tuple[list[torch.Tensor], ExpertTokens]:
     """Fill up the `rows` that are routed to an expert in each batch to `floor` tokens.
 
@@ -57,7 +57,6 @@ def filled_up(
         real.index_fill(0, places, False).nonzero().flatten()
         for places, real in zip(rows, counted, strict=True)
     ]
-    numbers = range(len(rows)) if numbers is None else numbers
     if nearness is None:
         picked = _evenly([len(places) for places in free], missing, numbers, processes)
     else:

@@ -229,9 +229,9 @@ def _choose(method: Method, state: _State, iterations: int) -> None:
     problem, working = state.problem, state.working
     rows, patterns, hessian = problem.rows, problem.patterns, problem.hessian
     if method == "alps":
-        options: dict[str, Any] = {"iterations": iterations, "label": problem.label}
+        weight = (working, hessian, rows, patterns, state.dampening)
         state.pruned, state.dampening = alps.prune(
-            working, hessian, rows, patterns, state.dampening, **options
+            *weight, iterations=iterations, label=problem.label
         )
     elif method in scores.MASKS:
         state.pruned = scores.prune(method, working, hessian, rows, patterns)

@@ -71,10 +71,7 @@ def _symmetric(
 def _asymmetric(
     part: torch.Tensor, grid: Grid, dtype: torch.dtype
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield scales and zero points [rows] of a group of columns, `part` [columns, rows].
-
-    With scale s and zero point z the values (c - z) s reach from (lowest - z) s to (highest - z) s.
-    """
+    """Yield scales and zero points [rows] of a group of columns, `part` [columns, rows]."""
     lowest, highest = grid.lowest, -grid.lowest - 1
     low, high = part.amin(dim=-2).clamp_(max=0.0), part.amax(dim=-2).clamp_(min=0.0)
     finest = (high - low) / (highest - lowest)

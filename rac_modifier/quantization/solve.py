@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -42,16 +41,6 @@ class PrunedProblem:
     solutions: Sequence[Solution]
     hessian: torch.Tensor
     grids: Sequence[Grid | None]
-
-
-def quantize(
-    solutions: Sequence[Solution],
-    hessian: torch.Tensor,
-    grids: Sequence[Grid | None],
-    **settings: Any,
-) -> list[Quantized | None]:
-    """Round the modules of one problem; `settings`: see `quantize_many`."""
-    return quantize_many([PrunedProblem(solutions, hessian, grids)], **settings)[0]
 
 
 @torch.no_grad()

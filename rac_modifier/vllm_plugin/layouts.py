@@ -1,7 +1,4 @@
-"""How a checkpoint stores its layers: a layout gives a layer's reader, or why there is none.
-
-Modules that need vLLM's layers are imported in functions: at registration vLLM has not loaded them.
-"""
+"""How a checkpoint stores its layers: a layout gives a layer's reader, or why there is none."""
 
 from __future__ import annotations
 

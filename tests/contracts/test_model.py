@@ -15,13 +15,6 @@ def test_seam_match_named_modules_takes_names_classes_and_patterns():
     assert some == ["model.layers.1.self_attn.q_proj"]
 
 
-def test_seam_upstream_sparsegpt_takes_an_nm_structure_as_n_pruned():
-    from llmcompressor.modifiers.pruning import SparseGPTModifier
-
-    modifier = SparseGPTModifier(sparsity=0.25, mask_structure="1:4")
-    assert (modifier._prune_n, modifier._prune_m) == (1, 4)
-
-
 def test_seam_quantization_modifier_attaches_schemes_without_being_run():
     """What llmcompressor/quantizer.py uses of it, and what it leaves on a module."""
     from compressed_tensors.quantization import QuantizationStatus

@@ -44,7 +44,7 @@ ALL = [counted.nonzero().flatten().tolist() for counted in COUNTED]
     ids=["enough", "evenly", "nearest", "all"],
 )
 def test_free_tokens_are_added_up_to_the_floor(floor, near, expected, tokens):
-    filled, counts = filled_up(ROWS, COUNTED, floor, ALONE, near)
+    filled, counts = filled_up(ROWS, COUNTED, floor, ALONE, near, range(len(ROWS)))
     assert [rows.tolist() for rows in filled] == expected
     assert counts == tokens
 

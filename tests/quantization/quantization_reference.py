@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 
 from rac_modifier.pruning.solve import Solution
 from rac_modifier.quantization.grid import Grid
+from rac_modifier.quantization.solve import PrunedProblem, Quantized, quantize_many
 
 GRIDS = {"int4": Grid("int", 4, 16), "int8": Grid("int", 8), "fp8": Grid("float", 8)}
 HALF_RANGE = {"int4": 7.5, "int8": 127.5, "fp8": 448.0}  # (max - min) / 2 of the codes
@@ -56,3 +60,13 @@ def nearest(weight: torch.Tensor, name: str) -> torch.Tensor:
 def error_of(weight: torch.Tensor, target: torch.Tensor, hessian: torch.Tensor) -> float:
     change = (weight - target).double()
     return float((change @ hessian.double() * change).sum())
+
+
+def quantize(
+    solutions: Sequence[Solution],
+    hessian: torch.Tensor,
+    grids: Sequence[Grid | None],
+    **settings: Any,
+) -> list[Quantized | None]:
+    """Round the modules of one problem."""
+    return quantize_many([PrunedProblem(solutions, hessian, grids)], **settings)[0]

@@ -9,13 +9,13 @@ import torch
 from rac_modifier.pruning.linalg import Dampening
 from rac_modifier.quantization.grid import Grid
 from rac_modifier.quantization.scales import refit_scales, search_steps
-from rac_modifier.quantization.solve import quantize
 from tests.quantization.quantization_reference import (
     GRIDS,
     HALF_RANGE,
     error_of,
     nearest_code,
     problem,
+    quantize,
     solved,
 )
 

@@ -18,9 +18,16 @@ from rac_modifier.pruning import solve as prune
 from rac_modifier.pruning.linalg import Dampening, factorise
 from rac_modifier.quantization import solve
 from rac_modifier.quantization.grid import Grid
-from rac_modifier.quantization.solve import PrunedProblem, quantize, quantize_many
+from rac_modifier.quantization.solve import PrunedProblem, quantize_many
 from tests.pruning.pruning_reference import assert_near, dampened, quadratic_tolerance
-from tests.quantization.quantization_reference import GRIDS, error_of, nearest, problem, solved
+from tests.quantization.quantization_reference import (
+    GRIDS,
+    error_of,
+    nearest,
+    problem,
+    quantize,
+    solved,
+)
 
 INT4, FLOAT32 = GRIDS["int4"], torch.float32
 

@@ -157,36 +157,3 @@ def int4(
     if not symmetric:
         tensors["weight_zero_point"] = int32_words(zero.T, bits).T.contiguous()
     return tensors, meant
-
-
-def rounded_here(
-    weight: torch.Tensor, group: int | None = GROUP, symmetric: bool = True, bits: int = 4
-) -> Stored:
-    """As `int4`, but rounded by our own quantization, and packed as when a model is saved."""
-    from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
-    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
-    from compressed_tensors.quantization import QuantizationScheme
-
-    from rac_modifier.pruning.solve import Solution
-    from rac_modifier.quantization.grid import Grid
-    from rac_modifier.quantization.solve import quantize
-
-    weight = weight.float()
-    mask = torch.ones_like(weight, dtype=torch.bool)
-    solution = Solution(name="w", weight=weight, mask=mask, target=weight)
-    grid = Grid("int", bits, group, symmetric)
-    (result,) = quantize([solution], torch.eye(weight.shape[1]), [grid], dtype=torch.float32)
-    assert result is not None
-    state = {
-        "weight": result.weight,
-        "weight_scale": result.scale,
-        "weight_zero_point": result.zero_point,
-    }
-    scheme = QuantizationScheme(**quantization(group, symmetric, bits)["config_groups"]["group_0"])
-    tensors = PackedQuantizationCompressor.compress(state, scheme)
-    if bits == 3:
-        values = unpack_from_int32(tensors["weight_packed"], bits, weight.shape)
-        tensors["weight_packed"] = int32_words(values, bits)
-        if not symmetric:
-            tensors["weight_zero_point"] = int32_words(result.zero_point.T, bits).T.contiguous()
-    return tensors, result.weight

@@ -19,7 +19,6 @@ from rac_modifier.checkpoint.formats import FORMAT_24, FORMAT_BITMASK, pack  # n
 from rac_modifier.errors import RacError  # noqa: E402
 from rac_modifier.kernels.choose import BACKENDS  # noqa: E402
 from rac_modifier.kernels.cpu.support import library_and_isa, support  # noqa: E402
-from rac_modifier.vllm_plugin.config import RacConfig  # noqa: E402
 from tests.vllm_plugin.layer_kinds import (  # noqa: E402
     FORMS,
     KINDS,
@@ -33,7 +32,7 @@ from tests.vllm_plugin.layer_kinds import (  # noqa: E402
     weights_of,
     words,
 )
-from tests.vllm_plugin.stored_forms import quantization, quantize, rounded_here  # noqa: E402
+from tests.vllm_plugin.stored_forms import quantize  # noqa: E402
 
 needs_kernel = pytest.mark.skipif(support().isa in (None, "portable"), reason=support().reason)
 
@@ -190,22 +189,6 @@ def test_a_fused_layer_takes_8_bits_where_all_parts_are_recorded(monkeypatch, fo
     error = float((layer.quant_method.apply(layer, x) - exact).norm() / exact.norm())
     assert error < 0.02
     assert (error > 1e-3) == (bits == 8)
-
-
-@needs_kernel
-@pytest.mark.parametrize(("bits", "symmetric"), [(4, False), (3, True), (2, False)])
-def test_what_is_rounded_here_runs_on_the_kernel(monkeypatch, symmetric, bits):
-    on_rank(monkeypatch, 0, 1)
-    config = RacConfig.from_config(quantization(32, symmetric, bits))
-    layer = make("column", config)
-    tensors, meant = rounded_here(torch.randn(64, K) + 0.5, 32, symmetric, bits)
-    assert ("weight_zero_point" in tensors) != symmetric
-    load(layer, None, tensors)
-    finish(layer)
-    assert config.report.decisions["a.column"].kernel == f"int{bits} kernel {support().isa}"
-    x = torch.randn(5, K)
-    y = layer.quant_method.apply(layer, x)
-    torch.testing.assert_close(y, x @ meant.T, rtol=1e-3, atol=2e-3)
 
 
 @needs_kernel
