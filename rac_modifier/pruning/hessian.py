@@ -60,8 +60,8 @@ class Hessian:
 
         Rows with weight 0 (padding) are removed first, so they may hold any value, even nan.
         """
-        inputs = f"the {self.columns} inputs of this module"
-        refuse(x.shape[-1] != self.columns, f"activations {list(x.shape)} do not end in {inputs}")
+        width = f"the {self.columns} inputs of this module"
+        refuse(x.shape[-1] != self.columns, f"activations {list(x.shape)} do not end in {width}")
         x = x.reshape(-1, self.columns).to(self.device)
         weights = x.new_ones(len(x)) if weights is None else weights
         weights = weights.reshape(-1).to(self.device, torch.float32)
