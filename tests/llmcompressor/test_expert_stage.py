@@ -34,7 +34,7 @@ def prune_mixture(mixture, monkeypatch):
     def spy(self, groups, per_call=None):
         for group in groups:
             for module in group.modules:
-                hessians[self.names[module]] = group.statistics.hessian.matrix().double()
+                hessians[self.names[module]] = group.statistics.hessian.take().double()
         inner(self, groups, per_call)
 
     monkeypatch.setattr(Run, "prune", spy)
