@@ -93,14 +93,6 @@ def test_a_failed_answer_ends_the_run_and_is_asked_again(servers, tmp_path):
     assert len(server.bodies) == 12 - kept
 
 
-def test_a_server_whose_context_is_shorter_than_the_cap_is_refused(servers, tmp_path):
-    servers[0].cards = [{"id": "m", "max_model_len": CAP}]
-    with pytest.raises(RacError, match=f"takes sequences of up to {CAP} tokens"):
-        ask(servers[0], tmp_path / "a.jsonl")
-    with pytest.raises(RacError, match=r"serves '2of4', 'another'; set .*--served-as"):
-        ask(servers[1], tmp_path / "b.jsonl")
-
-
 @pytest.mark.parametrize(
     ("content", "line"),
     [

@@ -45,62 +45,40 @@ def test_the_problems_are_those_of_rac_eval(
     assert names["last_box"]("17") == ""
 
 
-@pytest.fixture(scope="module")
-def accuracy(packed_reasoner: Path, tmp_path_factory: pytest.TempPathFactory) -> float:
-    actual = evaluate(
+@pytest.mark.slow
+@needs_lighteval
+def test_in_its_process_the_accuracy_is_that_of_rac_eval(
+    packed_reasoner, tmp_path, monkeypatch
+) -> None:
+    here = evaluate(
         AutoModelForCausalLM.from_pretrained(packed_reasoner, dtype="float32"),
         AutoTokenizer.from_pretrained(packed_reasoner),
         held_out_problems("arithmetic", COUNT, 0),
         label="here",
         source=ProblemSource(source="arithmetic"),
         sampling=SamplingSettings(temperature=0, max_new_tokens=512),
-        path=tmp_path_factory.mktemp("answers") / "a.jsonl",
+        path=tmp_path / "a.jsonl",
     )
-    assert actual.accuracy >= 0.5
-    return actual.accuracy
+    assert here.accuracy >= 0.5
 
-
-def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *command: str) -> float:
-    """lighteval's accuracy; `command` up to its task."""
     write(tmp_path / "problems", COUNT, monkeypatch)
-    paths = os.pathsep.join(
-        filter(None, [str(Path(rac_modifier.__file__).parents[1]), os.environ.get("PYTHONPATH")])
-    )
-    # lighteval keeps answers under HOME
-    places = {
-        "RAC_PROBLEMS": str(tmp_path / "problems"),
-        "HOME": str(tmp_path),
-        "PYTHONPATH": paths,
-    }
-    where = (
-        "rac_arithmetic|0",
-        "--custom-tasks",
-        str(EXAMPLE),
-        "--output-dir",
-        str(tmp_path / "out"),
-    )
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", **places}
-    process = subprocess.run(
-        [*command, *where], cwd=tmp_path, capture_output=True, text=True, env=environment
-    )
-    assert process.returncode == 0, process.stderr[-3000:] + process.stdout[-3000:]
-    (results,) = (tmp_path / "out").rglob("results_*.json")
-    return json.loads(results.read_text())["results"]["rac_arithmetic|0"]["boxed"]
-
-
-@pytest.mark.slow
-@needs_lighteval
-def test_in_its_process_the_accuracy_is_that_of_rac_eval(
-    packed_reasoner, accuracy, tmp_path, monkeypatch
-) -> None:
     model = f"model_name={packed_reasoner},dtype=float32,batch_size={COUNT},max_length=1024"
     generation = "generation_parameters={temperature:0,max_new_tokens:512}"
-    python = str(Path(str(LIGHTEVAL)).with_name("python"))
-    command = (
-        python,
-        "-m",
-        "rac_modifier.evaluation.lighteval",
-        "accelerate",
-        f"{model},{generation}",
-    )
-    assert asked(tmp_path, monkeypatch, *command) == pytest.approx(accuracy)
+    command = [
+        str(Path(str(LIGHTEVAL)).with_name("python")), "-m", "rac_modifier.evaluation.lighteval",
+        "accelerate", f"{model},{generation}", "rac_arithmetic|0", "--custom-tasks", str(EXAMPLE),
+        "--output-dir", str(tmp_path / "out"),
+    ]  # fmt: skip
+    package = str(Path(rac_modifier.__file__).parents[1])
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "RAC_PROBLEMS": str(tmp_path / "problems"),
+        "HOME": str(tmp_path),  # lighteval keeps answers there
+        "PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")])),
+    }
+    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert process.returncode == 0, process.stderr[-3000:] + process.stdout[-3000:]
+    (results,) = (tmp_path / "out").rglob("results_*.json")
+    accuracy = json.loads(results.read_text())["results"]["rac_arithmetic|0"]["boxed"]
+    assert accuracy == pytest.approx(here.accuracy)
