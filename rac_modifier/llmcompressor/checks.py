@@ -168,16 +168,15 @@ def check_autoround(modifiers: Iterable[Modifier]) -> None:
     rounding: list[Any] = [modifier for modifier in modifiers if is_autoround(modifier)]
     for modifier in rounding:
         for scheme in modifier.resolved_config.config_groups.values():
-            weights = scheme.weights
-            if weights is not None and not weights.symmetric:
+            weights, alone = scheme.weights, scheme.input_activations is None
+            if weights is None:
+                continue
+            if not weights.symmetric:
                 raise RacError(
                     "AutoRoundModifier with symmetric: false: llm-compressor 0.14 saves "
                     f"its weights without their zero points; set symmetric: true, {instead}"
                 )
-            alone = scheme.input_activations is None
-            if weights is not None and (
-                weights.strategy == "block" or (weights.strategy == "tensor_group" and alone)
-            ):
+            if weights.strategy == "block" or (weights.strategy == "tensor_group" and alone):
                 raise RacError(
                     f"AutoRoundModifier with strategy: {weights.strategy}: it has no rounding "
                     f"for these weights; set another, such as FP8_DYNAMIC or NVFP4, {instead}"

@@ -21,23 +21,14 @@ from rac_modifier.pruning.routed_tokens import ExpertTokens, filled_up, routed_r
 
 @dataclass(frozen=True)
 class RouterBatch:
-    """Hold what the router reads in a batch, tokens in rows, on the cache's device.
+    """Hold what the router reads in a batch, tokens in rows, on the cache's device."""
 
-    Attributes:
-        x: [tokens, hidden] in the pruned model.
-        dense: the same in the dense model; None if it is not needed.
-        chosen: [tokens, k], the numbers of each token's experts in the pruned model.
-        weights: [tokens], of the calibration set.
-        number: place of the batch in the calibration set of all ranks.
-        shards_ended: how many shards of the calibration set end with it.
-    """
-
-    x: torch.Tensor
-    dense: torch.Tensor | None
-    chosen: torch.Tensor
-    weights: torch.Tensor
-    number: int
-    shards_ended: int
+    x: torch.Tensor  # [tokens, hidden] in the pruned model
+    dense: torch.Tensor | None  # the same in the dense model, if it is needed
+    chosen: torch.Tensor  # [tokens, k], the numbers of each token's experts
+    weights: torch.Tensor  # [tokens], of the calibration set
+    number: int  # place in the calibration set of all ranks
+    shards_ended: int  # how many shards of the calibration set end with it
 
 
 def read_router(
@@ -65,10 +56,6 @@ def read_router(
     ]
 
 
-# what modules read in a batch in the pruned and in the dense model; None without tokens
-_Inputs = Iterator[tuple[torch.Tensor, torch.Tensor | None] | None]
-
-
 def prune_experts(
     layer: RoutedExperts, batches: Sequence[RouterBatch], run: Run, device: torch.device
 ) -> None:
@@ -93,8 +80,8 @@ def prune_experts(
                 if run.has_pruned(modules):
                     run.restore(modules)
                 elif modules:
-                    inputs = tokens.inputs(expert if down else None, of_expert, x_dense)
-                    groups.append(tokens.group(modules, of_expert, inputs))
+                    reader = expert if down else None
+                    groups.append(tokens.collect(modules, reader, of_expert, x_dense))
             if groups:
                 run.prune(groups, per_call)
     run.experts[layer.name] = report_tokens(layer.name, tokens.counts, run.entry.expert_floor)
@@ -158,34 +145,25 @@ class _ExpertTokens:
                     inputs[i] = x.to(batch.dense.device)
         return inputs
 
-    def inputs(
+    def collect(
         self,
+        modules: list[torch.nn.Module],
         expert: Expert | None,
         rows: Sequence[torch.Tensor],
         dense: Sequence[torch.Tensor | None],
-    ) -> _Inputs:
-        """Yield what the down of `expert` reads, or without it what gate and up read."""
-        for chosen, batch, x_dense in zip(rows, self._batches, dense, strict=True):
-            if not len(chosen):
-                yield None
-                continue
-            x = batch.x[chosen].to(self._device)
-            if expert is not None:
-                x = expert.input_of_down(x)
-            elif batch.dense is not None:
-                x_dense = batch.dense[chosen]
-            yield x, None if x_dense is None else x_dense.to(self._device)
-
-    def group(
-        self, modules: list[torch.nn.Module], rows: Sequence[torch.Tensor], inputs: _Inputs
     ) -> InputGroup:
-        """Collect the statistics of modules that read `inputs`."""
-        run = self._run
-        group = InputGroup.of(modules, self._device, run.processes, dense_target=run.dense_target)
-        for chosen, batch, pair in zip(rows, self._batches, inputs, strict=True):
-            if pair is not None:
-                x, x_dense = pair
-                group.statistics.add(x, batch.weights[chosen.to(batch.weights.device)], x_dense)
+        """Collect the statistics of the down of `expert`, or without it of gate and up."""
+        run, device = self._run, self._device
+        group = InputGroup.of(modules, device, run.processes, dense_target=run.dense_target)
+        for chosen, batch, x_dense in zip(rows, self._batches, dense, strict=True):
+            if len(chosen):
+                x = batch.x[chosen].to(device)
+                weights = batch.weights[chosen.to(batch.weights.device)]
+                if expert is not None:
+                    x = expert.input_of_down(x)
+                elif batch.dense is not None:
+                    x_dense = batch.dense[chosen]
+                group.statistics.add(x, weights, None if x_dense is None else x_dense.to(device))
             group.statistics.end_shards(batch.shards_ended)
         group.statistics.finish()  # before the next takes memory
         return group

@@ -22,18 +22,13 @@ _FIRST, _LAST = ("gate_proj", "up_proj"), "down_proj"
 
 @dataclass(frozen=True)
 class Expert:
-    """Hold the modules of an expert that are pruned.
-
-    Attributes:
-        first: gate and up, which read the tokens.
-        last: down, which reads what the activation makes of gate and up.
-    """
+    """Hold the modules of an expert that are pruned."""
 
     name: str
     number: int
     module: torch.nn.Module
-    first: list[torch.nn.Module]
-    last: list[torch.nn.Module]
+    first: list[torch.nn.Module]  # gate and up, which read the tokens
+    last: list[torch.nn.Module]  # down, which reads what the activation makes of these
 
     @property
     def groups(self) -> list[list[torch.nn.Module]]:
@@ -59,18 +54,12 @@ class Expert:
 
 @dataclass(frozen=True)
 class RoutedExperts:
-    """Hold the experts of a layer; it is called with all tokens and their routes.
-
-    Attributes:
-        experts: those with modules that are pruned.
-        router: has a weight [experts, hidden] that gives the logits; None if it is not
-            known.
-    """
+    """Hold the experts of a layer; it is called with all tokens and their routes."""
 
     name: str
     module: LinearExperts2D
-    experts: list[Expert]
-    router: torch.nn.Module | None
+    experts: list[Expert]  # those with modules that are pruned
+    router: torch.nn.Module | None  # its weight [experts, hidden] gives the logits
 
     @property
     def modules(self) -> list[torch.nn.Module]:
@@ -92,10 +81,9 @@ def find_experts(
             continue
         experts = []
         for number in range(module.num_experts):
+            children = module[number].named_modules()
             linears: dict[str, torch.nn.Module] = {
-                child: m
-                for child, m in module[number].named_modules()
-                if isinstance(m, torch.nn.Linear)
+                child: m for child, m in children if isinstance(m, torch.nn.Linear)
             }
             if not linears.keys() <= {*_FIRST, _LAST} or _LAST not in linears:
                 break

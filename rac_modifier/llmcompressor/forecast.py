@@ -1,13 +1,8 @@
 """Forecast the memory that pruning takes, and refuse a run that does not fit.
 
-A run goes from group to group: modules that read the same input of d columns. It holds
-
-    activations   tokens (d + hidden) numbers: the input of the group and the residual stream; layer
-                  by layer the residual stream alone; with the dense target also the dense
-                  model's; masks and positions of attention
-    work          the larger of statistics with a forward pass, and solving
-
-Statistics, solver and a forward pass are rehearsed (rehearsal.py); activations are counted.
+Activations are counted: tokens (d + hidden) numbers for a group that reads d columns, layer by
+layer tokens hidden; with the dense target also the dense model's; masks and positions of
+attention. Statistics, solver and a forward pass are rehearsed (rehearsal.py).
 """
 
 from __future__ import annotations
@@ -25,9 +20,8 @@ from transformers import PreTrainedModel
 from rac_modifier.calibration.loader import CalibrationLoader
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.teacher_forcing import input_of_head
-from rac_modifier.llmcompressor.experts import find_experts
 from rac_modifier.llmcompressor.run import Run
-from rac_modifier.llmcompressor.solving import problems_per_call, solve_problems
+from rac_modifier.llmcompressor.solving import solve_problems
 from rac_modifier.model_tools import free_bytes
 from rac_modifier.platform import HEAP_GAPS, expect_growth
 from rac_modifier.pruning.hessian import ROWS, Statistics, numbers_of_shard
@@ -42,16 +36,10 @@ _FLOAT32 = 4
 
 @dataclass(frozen=True)
 class Group:
-    """Describe modules of one parent that read inputs of one width.
+    """Describe modules of one parent and decoder layer that read inputs of one width.
 
-    Attributes:
-        name: of the first module.
-        layer: number of the decoder layer.
-        columns: inputs.
-        rows: outputs of each module.
-        grids: of each module, None if it is not rounded.
-        experts: how many experts of the layer have such a group; 0 for other modules.
-        per_call: groups that a solver call takes.
+    `name` is the first module's. `rows` are the outputs of each module, `grids` is None for one
+    that is not rounded.
     """
 
     name: str
@@ -59,8 +47,6 @@ class Group:
     columns: int
     rows: tuple[int, ...]
     grids: tuple[Grid | None, ...]
-    experts: int = 0
-    per_call: int = 1
 
     def weights(self, width: int, dtype: torch.dtype) -> list[torch.Tensor]:
         """Return weights of the group's shapes, scaled to `width` inputs, with 2:4 zeros."""
@@ -73,48 +59,33 @@ class Group:
         return weights
 
 
-def groups_of(run: Run, model: PreTrainedModel) -> list[Group]:
+def groups_of(run: Run) -> list[Group]:
     """Return the groups of a run, as far as names show them."""
-    experts_of = {m: len(x.experts) for x in find_experts(model, run.names) for m in x.modules}
     by_parent: dict[tuple[str, int], list[torch.nn.Module]] = {}
     for module, name in run.names.items():
         columns = module.get_parameter("weight").shape[1]
         by_parent.setdefault((name.rpartition(".")[0], columns), []).append(module)
     groups = []
     for (parent, columns), modules in by_parent.items():
-        name, experts = run.names[modules[0]], experts_of.get(modules[0], 0)
         layer = next((int(part) for part in parent.split(".") if part.isdecimal()), 0)
         rows = tuple(module.get_parameter("weight").shape[0] for module in modules)
         grids = tuple(run.quantizer.grids.get(module) for module in modules)
-        per_call = problems_per_call(modules, torch.device("cpu"), run.entry) if experts else 1
-        per_call = min(per_call, max(experts, 1))
-        groups.append(Group(name, layer, columns, rows, grids, experts, per_call))
+        groups.append(Group(run.names[modules[0]], layer, columns, rows, grids))
     return groups
 
 
 @dataclass
 class Forecast:
-    """Count the bytes of a run, by group.
-
-    Attributes:
-        entry: the recipe's.
-        groups: in the order of the run.
-        hidden: width of the residual stream.
-        dtype: of weights and activations.
-        by_layer: whether activations are kept between layers only.
-        batches: rows and length of each batch of this rank.
-        attention: bytes of masks and positions of all batches.
-        forward: bytes of a forward pass of the largest batch at its peak.
-    """
+    """Count the bytes of a run, by group."""
 
     entry: PruningEntry
-    groups: Sequence[Group]
-    hidden: int
-    dtype: torch.dtype
-    by_layer: bool
-    batches: Sequence[tuple[int, int]]
-    attention: int = 0
-    forward: int = 0
+    groups: Sequence[Group]  # in the order of the run
+    hidden: int  # width of the residual stream
+    dtype: torch.dtype  # of weights and activations
+    by_layer: bool  # whether activations are kept between layers only
+    batches: Sequence[tuple[int, int]]  # rows and length of each batch of this rank
+    attention: int = 0  # bytes of masks and positions of all batches
+    forward: int = 0  # bytes at the peak of a forward pass of the largest batch
 
     def __post_init__(self) -> None:
         self.dense_target = self.entry.reconstruct == "dense" and not self.by_layer
@@ -132,7 +103,7 @@ class Forecast:
             batches = [(len(weights), weights.shape[1]) for weights in loader.token_weights]
             attention = _attention_numbers(model, batches) * embedding.element_size()
             forward = _forward_bytes(model, *max(batches, key=lambda b: b[0] * b[1] ** 2))
-        hidden, groups = embedding.shape[1], groups_of(run, model)
+        hidden, groups = embedding.shape[1], groups_of(run)
         return cls(
             run.entry, groups, hidden, embedding.dtype, by_layer, batches, attention, forward
         )
@@ -144,9 +115,7 @@ class Forecast:
             group, before = self.groups[number], self.groups[max(number - 1, 0)]
             width += group.columns
             if self.dense_target:  # its stream waits before a wider group (statistics.py)
-                waits = group.experts == 0 and before.columns < group.columns
-                width += self.hidden + (before.columns if waits else group.columns)
-                width += self.hidden if group.experts else 0
+                width += self.hidden + min(before.columns, group.columns)
         tokens = sum(rows * length for rows, length in self.batches)
         return tokens * width * self.dtype.itemsize + self.attention
 
@@ -168,7 +137,7 @@ class Forecast:
                 widened_peak(lambda w: self._solver(group, w), group.columns, multiple),
             )
         statistics, solving = self._rehearsed[shape]
-        return hessians + max(summed + statistics + self.forward, group.per_call * solving)
+        return hessians + max(summed + statistics + self.forward, solving)
 
     def _statistics(self, group: Group, width: int) -> int:
         weights = group.weights(width, self.dtype)
@@ -195,14 +164,10 @@ class Forecast:
         return live.peak
 
     def check(self, onload: torch.device, offload: torch.device, processes: int = 1) -> None:
-        """Refuse a run that takes more memory than is free, and log what it takes.
+        """Refuse a run that takes more memory than is free, and log what it takes (RacError).
 
         Statistics and solver use `onload`, activations are kept on `offload`. Each rank has
         a device of its own, and an equal part of the host's memory.
-
-        Raises:
-            RacError: naming the largest group, the bytes needed and free, and what to
-                change.
         """
         for device in dict.fromkeys((onload, offload)):
             gaps, shares = (HEAP_GAPS, processes) if device.type == "cpu" else (1.0, 1)

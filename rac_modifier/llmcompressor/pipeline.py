@@ -43,17 +43,12 @@ _NAME = "sequential"
 
 @dataclass(frozen=True)
 class SessionRun:
-    """Hold our run in a session.
+    """Hold our run in a session."""
 
-    Attributes:
-        modifier: ours; it prunes in `run`, or all modifiers run in upstream's loop.
-        calibration: what they are calibrated on; `loader` is this rank's share.
-    """
-
-    modifier: Modifier
+    modifier: Modifier  # ours
     calibration: CalibrationSet
-    loader: CalibrationLoader
-    run: Run | None = None
+    loader: CalibrationLoader  # this rank's share of it
+    run: Run | None = None  # None: `modifier` prunes nothing
 
 
 _runs: weakref.WeakKeyDictionary[CompressionSession, SessionRun] = weakref.WeakKeyDictionary()

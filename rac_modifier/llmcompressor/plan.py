@@ -18,7 +18,6 @@ import torch
 from llmcompressor.args import DatasetArguments
 from llmcompressor.pipelines.cache import IntermediatesCache
 from llmcompressor.pipelines.sequential.helpers import Subgraph, trace_subgraphs
-from llmcompressor.pipelines.sequential.transformers_helpers import HFTracer
 from llmcompressor.utils.pytorch.module import infer_sequential_targets
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -35,29 +34,22 @@ class UntraceableError(Exception):
 class Stage:
     """Hold modules that are pruned together, and the model up to the next stage.
 
-    Attributes:
-        modules: may be empty at the beginning and the end of the model.
-        reads: name in the cache of the tensor that the modules, or the router, read; None
-            by layer.
-        subgraphs: upstream's subgraphs, which run one after another.
-        configs: the model's configs, by the names of the graph's nodes that return them.
-        experts: the layer of routed experts that the stage begins with.
-        chosen: name in the cache of the tensor with the numbers of each token's experts.
+    `reads` and `chosen` name tensors in the cache of activations.
     """
 
-    modules: list[torch.nn.Module]
-    reads: str | None
-    subgraphs: list[Subgraph]
+    modules: list[torch.nn.Module]  # may be empty at the beginning and the end of the model
+    reads: str | None  # by the modules or the router; None by layer
+    subgraphs: list[Subgraph]  # of upstream, which run one after another
+    # the model's configs, by the names of the graph's nodes that return them
     configs: Mapping[str, PreTrainedConfig] = field(default_factory=dict)
-    experts: RoutedExperts | None = None
-    chosen: str | None = None
+    experts: RoutedExperts | None = None  # the layer of experts that the stage begins with
+    chosen: str | None = None  # the numbers of each token's experts
 
     @property
     def columns(self) -> int:
         """Return the inputs of its modules; 0 for none, a layer and routed experts."""
-        if self.reads is None or self.experts is not None or not self.modules:
-            return 0
-        return self.modules[0].get_parameter("weight").shape[1]
+        is_group = self.reads is not None and self.experts is None and self.modules
+        return self.modules[0].get_parameter("weight").shape[1] if is_group else 0
 
     def run(
         self, model: torch.nn.Module, cache: IntermediatesCache, batch: int, keep: bool = False
@@ -140,8 +132,8 @@ def trace_groups(
     output of an earlier subgraph.
 
     Raises:
-        UntraceableError: the code cannot be traced that far, does not call each module
-            once, or changes tensors in place.
+        UntraceableError: the code cannot be traced, does not call each module once, or changes
+            tensors in place.
     """
     experts = {layer.name: layer for layer in find_experts(model, names)}
     inside = {module for layer in experts.values() for module in layer.modules}
@@ -197,23 +189,13 @@ def _restoring_after_failure(model: PreTrainedModel) -> Iterator[None]:
     These are functions of torch, and cache classes in model code, without which `generate`
     fails.
     """
-    functions = {name: getattr(torch, name) for name in HFTracer._TORCH_METHODS_TO_PATCH}
-    namespaces = {
-        id(space): space for space in (module.forward.__globals__ for module in model.modules())
-    }
-    classes = [
-        (space, name, value)
-        for space in namespaces.values()
-        for name, value in space.items()
-        if any(value is replaced for replaced in HFTracer._CLASSES_TO_PATCH)
-    ]
+    spaces = (vars(torch), *(module.forward.__globals__ for module in model.modules()))
+    before = [(space, dict(space)) for space in {id(s): s for s in spaces}.values()]
     try:
         yield
     except BaseException:
-        for name, function in functions.items():
-            setattr(torch, name, function)
-        for space, name, value in classes:
-            space[name] = value
+        for space, values in before:
+            space.update(values)
         raise
 
 
@@ -225,13 +207,12 @@ def _refuse_changes_in_place(subgraphs: Sequence[Subgraph]) -> None:
     for node in (node for subgraph in subgraphs for node in subgraph.graph.nodes):
         name = node.target if node.op == "call_method" else ""
         in_place = name.endswith("_") and not name.endswith("__")
-        if not (in_place or node.target is operator.setitem):
-            continue
-        changed = node.args[0]
-        if changed.op == "placeholder" or len(changed.users) > 1:
-            raise UntraceableError(
-                f"the model changes a tensor in place ({node.name}) that is read elsewhere too"
-            )
+        if in_place or node.target is operator.setitem:
+            changed = node.args[0]
+            if changed.op == "placeholder" or len(changed.users) > 1:
+                raise UntraceableError(
+                    f"the model changes a tensor in place ({node.name}) that is read elsewhere too"
+                )
 
 
 def use_own_configs(
@@ -243,17 +224,16 @@ def use_own_configs(
     the attention implementation that calibration sets, and so the causal mask (seen in
     Qwen3-MoE).
     """
-    configs_by_type: dict[Any, Any] = {
-        type(m.config): m.config for m in reversed(list(model.modules())) if hasattr(m, "config")
-    }
+    modules = [m for m in reversed(list(model.modules())) if hasattr(m, "config")]
+    by_type: dict[Any, Any] = {type(module.config): module.config for module in modules}
     configs: dict[str, PreTrainedConfig] = {}
     for node in (node for subgraph in subgraphs for node in subgraph.graph.nodes):
         if isinstance(node.target, type) and issubclass(node.target, PreTrainedConfig):
-            if node.target not in configs_by_type:
+            if node.target not in by_type:
                 raise UntraceableError(
                     f"the traced model builds a {node.target.__name__}, which no module of it has"
                 )
-            config = configs[node.name] = configs_by_type[node.target]
+            config = configs[node.name] = by_type[node.target]
             node.target, node.args, node.kwargs = _returning(config), (), {}
     return configs
 

@@ -8,10 +8,7 @@ from typing import Any
 import torch
 from compressed_tensors.compressors.base import BaseCompressor
 from compressed_tensors.compressors.format import infer_module_format
-from compressed_tensors.quantization import (
-    QuantizationScheme,
-    QuantizationStatus,
-)
+from compressed_tensors.quantization import QuantizationScheme, QuantizationStatus
 from compressed_tensors.utils import (
     get_direct_state_dict,
     match_named_modules,
@@ -29,19 +26,17 @@ from rac_modifier.settings.quantization import QuantizationSettings
 
 
 class Quantizer:
-    """Hold the schemes of a recipe entry for its modules; none without `settings`.
+    """Hold the schemes of a recipe entry for its modules `names`; none without `settings`.
 
-    A QuantizationModifier that is never run resolves the schemes and attaches them. Modules
-    that are not in `names` are ignored, even if the schemes' targets match; `prunes`: these
-    are pruned, too.
+    A QuantizationModifier that is never run resolves the schemes and attaches them.
 
     Attributes:
         grids: of the modules that are rounded.
         described: their schemes in words, by name.
 
     Raises:
-        RacError: a scheme that cannot be rounded here, groups that do not divide a module's
-            inputs, or no module matched.
+        RacError: a scheme that cannot be rounded here (`prunes`: with zeros), groups that do
+            not divide a module's inputs, or no module matched.
     """
 
     def __init__(
@@ -127,20 +122,17 @@ class Quantizer:
 def compress_exactly(module: Any) -> None:
     """Compress a module as llm-compressor does, but divide by the scales in float32.
 
-    A bfloat16 weight divided by a bfloat16 scale can be half a code off, and so become
-    another code.
+    In bfloat16 the quotient can be half a code off, and so become another code.
     """
     if module.quantization_status >= QuantizationStatus.COMPRESSED:
         return
     scheme = module.quantization_scheme
     scheme.format = scheme.format or infer_module_format(type(module), scheme)
     state = get_direct_state_dict(module)
-    compressor = BaseCompressor.get_value_from_registry(
-        str(getattr(scheme.format, "value", scheme.format))
-    )
-    replace_direct_state_dict(
-        module, compressor.compress({**state, "weight": state["weight"].float()}, scheme)
-    )
+    name = str(getattr(scheme.format, "value", scheme.format))
+    compressor = BaseCompressor.get_value_from_registry(name)
+    exact = {**state, "weight": state["weight"].float()}
+    replace_direct_state_dict(module, compressor.compress(exact, scheme))
     module.quantization_status = QuantizationStatus.COMPRESSED
 
 

@@ -55,14 +55,9 @@ def recover_checkpoint(
     problems: ProblemSource,
     sampling: SamplingSettings,
 ) -> tuple[float, float] | None:
-    """Train a checkpoint towards its dense model, and save it.
+    """Train the checkpoint `sparse` towards the model `dense`, and save it to `output`.
 
-    Args:
-        dense: folder or id of the dense model.
-        sparse: folder of the checkpoint.
-        output: folder of the result, new or empty.
-        load: loads a model by folder or id.
-        store: of the dense model's traces; missing traces are sampled into it.
+    Missing traces of the dense model are sampled into `store`.
 
     Returns:
         Held-out KL before and after; None on ranks other than the first.
@@ -80,13 +75,9 @@ def recover_checkpoint(
     structures = SparsityRecord.of(pruned.config.to_dict()).modules
     checkpoint = QuantizedCheckpoint(pruned, model, structures)
     modules, patterns = sparse_modules(pruned, checkpoint.quantized, checkpoint.pruned)
+    quantizes = bool(checkpoint.quantized)
     stage = RecoveryStage(
-        model,
-        settings,
-        lambda: tokenizer,
-        processes,
-        quantizes=bool(checkpoint.quantized),
-        keep=True,
+        model, settings, lambda: tokenizer, processes, quantizes=quantizes, keep=True
     )
     path = sparse / RUN_RECORD_NAME
     before = read_json(path) if path.is_file() else {}

@@ -33,10 +33,8 @@ class RecoveryStage:
     Args:
         model: the dense model.
         tokenizer: loads its tokenizer, for generic text.
-        processes: train together, all on this machine.
         quantizes: whether weights are trained through codes.
-        keep: leave the state after training to `remove`, so that a run that is killed while
-            it saves goes on from there.
+        keep: leave the state to `remove`: a run that is killed while it saves goes on from it.
 
     Raises:
         RacError: too little memory to train the model in, or too little generic text.

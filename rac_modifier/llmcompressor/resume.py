@@ -46,8 +46,7 @@ def check_disk(
 ) -> None:
     """Refuse a run whose disk has too little room, before anything is sampled (RacError).
 
-    Counted are the weights, dense and packed, the weights of the pruned `modules`, and with
-    `masters` their float32 weights before rounding.
+    `masters`: weights of the pruned `modules` before rounding are kept too, in float32.
     """
     with disable_onloading():
         model_bytes = sum(p.numel() * p.element_size() for p in model.parameters())

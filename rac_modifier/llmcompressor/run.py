@@ -29,30 +29,20 @@ from rac_modifier.settings.pattern import Pattern
 
 @dataclass
 class Run:
-    """Run a recipe entry on a model.
-
-    Attributes:
-        entry: the recipe's.
-        names: the modules to prune, in the model's order, and their names.
-        quantizer: empty if the recipe does not quantize.
-        has_experts: whether any of the modules is a routed expert's.
-        records: the run record's entry of each pruned module, by name.
-        masters: float32 weights before they were rounded, by name, for recovery.
-        plan: the order of the run and why, for the run record.
-        experts: the tokens that calibrate routed experts, by layer.
-    """
+    """Run a recipe entry on a model."""
 
     entry: PruningEntry
-    names: dict[torch.nn.Module, str]
+    names: dict[torch.nn.Module, str]  # of the modules to prune, in the model's order
     patterns: dict[str, Pattern]
-    quantizer: Quantizer
+    quantizer: Quantizer  # empty if the recipe does not quantize
     processes: Processes
-    has_experts: bool
+    has_experts: bool  # whether any of the modules is a routed expert's
     resume: Resume
+    # the run record's entry of each pruned module, and weights before rounding, by name
     records: dict[str, dict[str, Any]] = field(default_factory=dict)
     masters: dict[str, torch.Tensor] = field(default_factory=dict)
-    plan: dict[str, str] = field(default_factory=dict)
-    experts: dict[str, Any] = field(default_factory=dict)
+    plan: dict[str, str] = field(default_factory=dict)  # the order of the run, and why
+    experts: dict[str, Any] = field(default_factory=dict)  # tokens that calibrate them, by layer
     _progress: Any = None
     _start: float = 0.0
     _seconds: float = 0.0

@@ -29,21 +29,15 @@ from rac_modifier.settings.pattern import Pattern
 class Pruned:
     """Hold a pruned module, as it is stored.
 
-    Attributes:
-        record: its entry of the run record.
-        weight: [rows, columns] in the dtype of the module.
-        scale: of the rounded weight; None if it is not rounded.
-        zero_point: int8, in the shape of the scales, on an asymmetric grid; else None.
-        master: float32 [rows, columns] on the CPU: where recovery of a rounded weight
-            starts, within the cells of its codes, towards the weight before rounding; None
-            without recovery.
+    `master` is where recovery of a rounded weight starts: within the cells of its codes,
+    towards the weight before rounding.
     """
 
-    record: dict[str, Any]
-    weight: torch.Tensor
-    scale: torch.Tensor | None = None
-    zero_point: torch.Tensor | None = None
-    master: torch.Tensor | None = None
+    record: dict[str, Any]  # its entry of the run record
+    weight: torch.Tensor  # [rows, columns] in the dtype of the module
+    scale: torch.Tensor | None = None  # of a rounded weight
+    zero_point: torch.Tensor | None = None  # int8, of an asymmetric grid
+    master: torch.Tensor | None = None  # float32 [rows, columns] on the CPU
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -92,7 +86,7 @@ def solve_groups(
         for module in (module for group in groups for module in group.modules):
             stack.enter_context(align_module_device(module))
         dtype = groups[0].modules[0].get_parameter("weight").dtype
-        problems, grids = [], []
+        problems = []
         for group in groups:
             labels = [names[module] for module in group.modules]
             weights: list[torch.Tensor] = [m.get_parameter("weight") for m in group.modules]
@@ -102,7 +96,7 @@ def solve_groups(
             cross_moment = group.statistics.take_cross_moment()
             pattern = [patterns[label] for label in labels]
             problems.append(Problem(weights, hessian, pattern, labels, cross_moment))
-            grids.append([quantizer.grids.get(module) for module in group.modules])
+        grids = [[quantizer.grids.get(module) for module in group.modules] for group in groups]
         solved = solve_problems(entry, problems, grids, dtype)
         return [
             [
@@ -151,9 +145,9 @@ def solve_on_all_ranks(
 ) -> Iterator[tuple[InputGroup, list[Pruned]]]:
     """Yield each group with its pruned modules: the same bits for any rank count.
 
-    Neighbours of one shape are solved in one call, `per_call` of them. The ranks'
-    statistics are added up (shard_sum.py), each call is solved on one rank, and its result
-    is sent to the others, after all have solved, because weights may be shared memory.
+    `per_call` neighbours of one shape are solved in one call. The ranks' statistics are added
+    up (shard_sum.py), and each call is solved on one rank. Its result is sent to the others
+    after all have solved, because weights may be shared memory.
 
     Raises:
         RacError: the ranks have calibrated different modules.
@@ -178,9 +172,8 @@ def solve_on_all_ranks(
         for call in calls
     ]
     # the largest call first, to the rank with the fewest weights so far
-    rank_of: dict[int, int] = greedy_bin_packing(
-        list(range(len(calls))), processes.count, lambda i: sizes[i]
-    )[2]
+    places = list(range(len(calls)))
+    rank_of: dict[int, int] = greedy_bin_packing(places, processes.count, sizes.__getitem__)[2]
     results: dict[torch.nn.Module, Pruned] = {}
     for i, call in enumerate(calls):
         if rank_of[i] == processes.rank:

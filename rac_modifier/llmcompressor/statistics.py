@@ -12,8 +12,9 @@ batch of the wide inputs lives.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from compressed_tensors.utils import align_module_device, patch_attr
@@ -50,13 +51,7 @@ class NoStream:
 
 
 class DenseStream(NoStream):
-    """Hold the dense model's inputs of a stage, beginning while nothing is pruned.
-
-    Args:
-        model: has dense modules until a stage is left.
-        cache: activations of the pruned model, copied.
-        loader: of all batches.
-    """
+    """Hold the dense model's inputs of a stage; made with a copy of `cache` of the dense model."""
 
     carries = True
     cache: IntermediatesCache
@@ -108,12 +103,11 @@ class DenseStream(NoStream):
 
     def _catch_up(self, batch: int) -> None:
         """Run the stage that waited for a batch, with its dense weights."""
-        if self._late is None or batch not in self._behind:
-            return
-        self._behind.remove(batch)
-        with _with_weights(self._weights):
-            self._late.run(self._model, self.cache, batch)
-        return_freed_memory()
+        if self._late is not None and batch in self._behind:
+            self._behind.remove(batch)
+            with _with_weights(self._weights):
+                self._late.run(self._model, self.cache, batch)
+            return_freed_memory()
 
 
 def saves_by_waiting(stage: Stage, after: Stage, tokens: int) -> bool:
@@ -129,16 +123,12 @@ def _with_weights(weights: dict[torch.nn.Module, torch.Tensor]) -> Iterator[None
     """Make linear layers compute with these weights."""
     with contextlib.ExitStack() as stack:
         for module, weight in weights.items():
-
-            def forward(
-                x: torch.Tensor,
-                bias: torch.Tensor | None = module.bias,  # type: ignore[assignment]
-                weight: torch.Tensor = weight,
-            ) -> torch.Tensor:
-                return torch.nn.functional.linear(x, weight, bias)
-
-            stack.enter_context(patch_attr(module, "forward", forward))
+            stack.enter_context(patch_attr(module, "forward", _linear(weight, module.bias)))
         yield
+
+
+def _linear(weight: torch.Tensor, bias: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda x: torch.nn.functional.linear(x, weight, bias)
 
 
 @dataclass(eq=False)
@@ -167,14 +157,10 @@ class InputGroup:
 
 
 class Collector:
-    """Collect the groups of a layer while it runs.
+    """Collect the `groups` of a layer while it runs; `inputs` are those of the present batch.
 
     Two modules are one group if they read the same tensor object in the first batch. Later
     batches are checked, because a Hessian cannot be split afterwards.
-
-    Attributes:
-        groups: in the order in which they ran first.
-        inputs: of each group in the present batch.
     """
 
     def __init__(self, names: Mapping[torch.nn.Module, str], processes: Processes):
@@ -189,8 +175,7 @@ class Collector:
         """Add a module's input `x` [..., columns] with token `weights` [rows, length].
 
         Raises:
-            RacError: the module reads only some tokens (a routed expert), or no longer what
-                its group reads.
+            RacError: the module reads some tokens only, or no longer what its group reads.
         """
         group = self._group_of.get(module)
         if group is None:

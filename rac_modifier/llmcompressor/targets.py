@@ -105,8 +105,7 @@ def patterns_of_zeros(
     otherwise an unstructured pattern with each module's share of zeros.
 
     Raises:
-        RacError: a module that lacks the pattern asked for, or has hardly any zeros, or no
-            others.
+        RacError: a module without the required pattern, or with hardly any zeros.
     """
     shares: dict[str, Pattern] = {}
     zeros, total, structured = 0, 0, detect

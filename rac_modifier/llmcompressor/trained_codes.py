@@ -73,11 +73,8 @@ def _modules_with_codes(model: torch.nn.Module) -> dict[str, Any]:
 class QuantizedCheckpoint:
     """Make a loaded model's quantized linear layers hold code times scale, until `encode`.
 
-    Args:
-        model: as it was loaded, its weights compressed, after `check_layers`.
-        dense: the dense model that it was made from; masters start on the side of its
-            weights.
-        recorded: modules that config.json says are pruned.
+    Masters start on the side of the `dense` model's weights. `recorded` are the modules that
+    config.json says are pruned.
 
     Attributes:
         quantized: grid, scales and master weights by module name, for `recover`.
@@ -124,11 +121,7 @@ class QuantizedCheckpoint:
 
 
 class LaterCodes:
-    """Copy to the CPU the dense weights that a recipe's other modifiers quantize.
-
-    Args:
-        modifiers: the recipe's others.
-        model: while it is dense.
+    """Copy to the CPU the dense weights that a recipe's other `modifiers` quantize later.
 
     Raises:
         RacError: another modifier than GPTQModifier and QuantizationModifier, nothing

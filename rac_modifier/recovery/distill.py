@@ -32,29 +32,19 @@ _SAVE_SECONDS = 300.0
 
 @dataclass(frozen=True)
 class Recovery:
-    """What a recovery run did; for the run record.
-
-    Attributes:
-        kl_before, kl_after: held-out KL(dense || model), nats per completion token.
-        kept: "after step N", or "before" where training did not help.
-        stopped: why the last try ended early, or "".
-        tries: how often training started again at a lower learning rate.
-        tokens: prompt and completion tokens of the steps.
-        sequences: distinct training traces.
-        curve: (step, held-out KL) of every check.
-    """
+    """What a recovery run did; for the run record. KL is held-out, nats per completion token."""
 
     kl_before: float
     kl_after: float
-    kept: str
-    stopped: str
-    tries: int
+    kept: str  # "after step N", or "before" where training did not help
+    stopped: str  # why the last try ended early
+    tries: int  # how often training started again at a lower learning rate
     steps: int
-    tokens: int
-    sequences: int
+    tokens: int  # prompt and completion tokens of the steps
+    sequences: int  # distinct training traces
     learning_rate: float
     processes: int
-    curve: tuple[tuple[int, float], ...]
+    curve: tuple[tuple[int, float], ...]  # step and KL of every check
     seconds: float
 
     def as_dict(self) -> dict[str, Any]:

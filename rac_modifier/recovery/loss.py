@@ -74,10 +74,7 @@ def head_kl(
 ) -> torch.Tensor:
     """Return the sum over tokens of KL(dense || student), in nats, with a gradient for `hidden`.
 
-    Args:
-        hidden: input of the student's head, [tokens, d].
-        dense_hidden: input of the dense model's head, [tokens, d], on any device.
-        head: the output head of both, applied without gradient for its own weights.
+    `hidden` and `dense_hidden`, on any device, are inputs [tokens, d] of the `head` of both.
     """
     return _HeadKL.apply(hidden, dense_hidden, head)
 

@@ -45,17 +45,11 @@ class Batch(NamedTuple):
 
 
 class RecoveryNeed(NamedTuple):
-    """Bytes that training takes next to the model as it is loaded.
+    """Bytes that training takes next to the model as it is loaded."""
 
-    Attributes:
-        device: of each process, on the device that it trains on.
-        host: on the CPU, of all processes together, next to these.
-        step: peak of a step, part of `device`; None where the model does not run without data.
-    """
-
-    device: int
-    host: int
-    step: int | None
+    device: int  # of each process, on the device that it trains on
+    host: int  # on the CPU, of all processes together, next to these
+    step: int | None  # peak of a step, part of `device`; None: unknown
 
 
 def check_recovery_memory(

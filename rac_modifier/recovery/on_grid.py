@@ -33,18 +33,14 @@ _MANTISSA, _LEAST_EXPONENT = 3, -6  # of e4m3
 class QuantizedWeight:
     """How a module's weight is quantized.
 
-    Attributes:
-        grid: of the codes.
-        scale: [rows, groups], in the dtype that is stored.
-        master: the weight that training starts from, with the same codes and zeros; None: code
-            times scale.
-        zero: zero points [rows, groups] of an asymmetric grid, which are not trained.
+    `master` is the weight that training starts from, with the same codes and zeros; None: code
+    times scale. Zero points are not trained.
     """
 
     grid: Grid
-    scale: torch.Tensor
+    scale: torch.Tensor  # [rows, groups], in the dtype that is stored
     master: torch.Tensor | None = None
-    zero: torch.Tensor | None = None
+    zero: torch.Tensor | None = None  # [rows, groups], of an asymmetric grid
 
 
 def codes_of(
@@ -53,12 +49,7 @@ def codes_of(
     """Return the codes [rows, columns], float32, of code times scale, counted from zero points.
 
     Exact also for weights that were rounded to bfloat16 or float16, by less than half a step.
-
-    Args:
-        weight: code times scale, [rows, columns].
-        scale: of either sign, [rows, groups].
-        grid: of the codes.
-        zero: zero points [rows, groups] of an asymmetric grid.
+    `scale` and `zero`, the points of an asymmetric grid, are [rows, groups].
     """
     points = None if zero is None else _spread(zero.float(), grid, weight)
     return grid.codes_(weight.float() / _spread(scale.float(), grid, weight), points)
@@ -153,12 +144,9 @@ def on_grid(model: torch.nn.Module, quantized: Mapping[str, QuantizedWeight]) ->
     scale, and `weight_scale`, if the module has it, the scales.
     """
     modules: dict[str, Any] = {name: model.get_submodule(name) for name in quantized}
-    enabled: dict[Any, Any] = {
-        module: module.quantization_enabled
-        for module in model.modules()
-        if hasattr(module, "quantization_enabled")
-    }
-    for module in enabled:
+    faked: list[Any] = [m for m in model.modules() if hasattr(m, "quantization_enabled")]
+    enabled = {module: module.quantization_enabled for module in faked}
+    for module in faked:
         module.quantization_enabled = False
     for name, module in modules.items():
         form = OnGrid(quantized[name]).to(module.weight.device)

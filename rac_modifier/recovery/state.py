@@ -25,25 +25,16 @@ _LOCK = ".lock"
 
 @dataclass
 class Progress:
-    """Hold where a run is.
+    """Hold where a run is."""
 
-    Attributes:
-        key: hash of model, sequences and settings; a state with another key is not used.
-        step: steps of the present try.
-        best: weights with the lowest held-out KL (nats per token) by parameter name.
-        curve: (step, held-out KL) of every check.
-        stopped: why the present try ended early, or "".
-        tries: how often the learning rate was lowered.
-    """
-
-    key: str
-    step: int = 0
-    best: dict[str, torch.Tensor] = field(default_factory=dict)
+    key: str  # hash of model, sequences and settings; a state with another key is not used
+    step: int = 0  # of the present try
+    best: dict[str, torch.Tensor] = field(default_factory=dict)  # weights, lowest held-out KL
     best_step: int = 0
-    best_kl: float = float("inf")
-    curve: list[tuple[int, float]] = field(default_factory=list)
-    stopped: str = ""
-    tries: int = 0
+    best_kl: float = float("inf")  # nats per token
+    curve: list[tuple[int, float]] = field(default_factory=list)  # step and KL of every check
+    stopped: str = ""  # why the present try ended early
+    tries: int = 0  # how often the learning rate was lowered
 
 
 def hold(folder: Path) -> IO[str]:

@@ -31,23 +31,16 @@ _TOO_HIGH = 1.5  # times the KL before: the learning rate is too high
 
 @dataclass
 class TrainingLoop:
-    """One run over `steps`: `train` ends with the weights of the lowest held-out KL.
+    """One run over `steps`: `train` ends with the weights of the lowest held-out KL."""
 
-    Attributes:
-        student: the model, in evaluation mode, and this process's shards of its parameters.
-        masters: weights that training starts from; the first check measures the model's own.
-        rates: learning rates, tried one after another.
-        state: folder of the state, which is written every `save_seconds`.
-    """
-
-    student: Student
+    student: Student  # in evaluation mode
     teacher: StoredTeacher
     held_out: Sequence[TokenSequence]
-    masters: Mapping[str, torch.Tensor]
+    masters: Mapping[str, torch.Tensor]  # training starts from these, after the first check
     autocast: torch.dtype | None
     steps: Sequence[Step]
-    rates: Sequence[float]
-    state: Path | None
+    rates: Sequence[float]  # learning rates, tried one after another
+    state: Path | None  # folder
     save_seconds: float
     progress: bool
 

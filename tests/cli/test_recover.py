@@ -7,13 +7,11 @@ import shutil
 
 import pytest
 import torch
-from loguru import logger
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import rac_modifier
 from rac_modifier import cli
-from rac_modifier.cli.recover import _asked
 from rac_modifier.llmcompressor import recovery_stage
 from rac_modifier.recovery.training_loop import TrainingLoop
 from rac_modifier.traces.store import TraceStore
@@ -175,19 +173,6 @@ def test_what_calibration_or_an_earlier_recovery_used_is_neither_trained_on_nor_
     assert record["prompts"].keys() == {"traces"}
 
 
-def test_a_store_that_is_not_there_is_named(tmp_path, trace_store):
-    said: list[str] = []
-    sink = logger.add(said.append, format="{message}")
-    _asked(trace_store, None, None, None)
-    assert not said
-    _asked(tmp_path / "typo.jsonl", None, None, None)
-    logger.remove(sink)
-    assert [line.strip() for line in said] == [
-        f"there is no trace store at {tmp_path / 'typo.jsonl'} yet: all traces are "
-        "sampled, and kept there"
-    ]
-
-
 @pytest.mark.parametrize(
     ("models", "says"),
     [
@@ -221,10 +206,3 @@ def test_models_that_do_not_belong_together_are_refused(
     assert says in " ".join(stderr.split())
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "rac_traces").exists()
-
-
-def test_a_setting_without_an_effect_is_refused(rac, tiny_folder, sparse_folder, tmp_path):
-    words = ("recover", tiny_folder, sparse_folder, tmp_path / "out", "--set")
-    code, _, stderr = rac(*words, "generic.sequence_tokens=64")
-    assert code == 1
-    assert "has no effect with generic_share: 0; leave it out" in stderr

@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 from accelerate import dispatch_model
-from llmcompressor import oneshot
 from llmcompressor.core import create_session
 from llmcompressor.core.state import State
 from llmcompressor.modifiers.autoround import AutoRoundModifier
@@ -24,10 +23,9 @@ from rac_modifier.calibration.trace_pool import HoldOut
 from rac_modifier.evaluation.divergence import DenseReference, divergence
 from rac_modifier.llmcompressor.calibration_modifier import strict_json
 from rac_modifier.traces.store import TraceStore
-from tests.llmcompressor.conftest import BUILD, fp8, record_of
+from tests.llmcompressor.conftest import fp8, record_of
 from tests.llmcompressor.modifier_helpers import (
     generic_loader,
-    gptq_w4,
     int4,
 )
 from tests.tiny import TOKENS, entry, is_2of4, linears
@@ -70,36 +68,12 @@ def test_autoround_learns_its_rounding(calibrate, dense):
     assert 0.001 < moved / total < 0.2
 
 
-@pytest.mark.parametrize("place", [0, 1, 2])
-def test_later_modifiers_are_those_behind_in_the_recipe(place):
-    ours, others = ReasoningAwareSparseGPTModifier(**entry()), [gptq_w4(), fp8()]
-    with create_session() as session:
-        session.lifecycle.recipe.modifiers = [*others[:place], ours, *others[place:]]
-        assert ours.other_modifiers() == others
-        assert ours.other_modifiers(later=True) == others[place:]
-
-
 def test_a_session_with_calibration_data_is_refused(dense):
     """Without `oneshot`, which has the argument under another name."""
     state = State(model=dense)
     state.data.calib = generic_loader()
     with create_session(), pytest.raises(RacError, match="leave calib_data out"):
         ReasoningAwareSparseGPTModifier(**entry()).initialize(state)
-
-
-def test_a_given_calibration_set_replaces_the_recipes(
-    pruned, trace_store, tiny_folder, monkeypatch
-):
-    first = ReasoningAwareSparseGPTModifier(**entry(trace_store))
-    oneshot(model=str(tiny_folder), recipe=first)
-    monkeypatch.setattr(BUILD, None)
-    settings = entry()
-    settings["calibration"]["tokens"] = 10**9  # far more than fit; without effect
-    second = ReasoningAwareSparseGPTModifier(**settings)
-    second.use_calibration_set(first.calibration_set)
-    model = oneshot(model=str(tiny_folder), recipe=second)
-    for name, module in linears(model).items():
-        assert torch.equal(module.weight, pruned.model.get_submodule(name).weight), name
 
 
 # divergence on held-out traces
@@ -128,13 +102,6 @@ def test_the_record_holds_what_measuring_again_measures(held, dense):
     assert measured["sequences"] == len(hold_out.held)
     card = (folder / "out" / "README.md").read_text()
     assert f"{measured['kl']:.4f} nats per token" in card
-
-
-def test_what_a_later_modifier_does_counts_too(prune, held, tmp_path):
-    folder, _, settings = held
-    prune(output_dir=tmp_path / "both", later=[fp8()], **settings)
-    both, alone = (record_of(f)["divergence"]["kl"] for f in (tmp_path / "both", folder / "out"))
-    assert both != alone
 
 
 def test_what_is_not_measured_says_why_and_costs_no_model(

@@ -3,8 +3,6 @@ checkpoint."""
 
 import pytest
 import torch
-import yaml
-from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from llmcompressor.modifiers.quantization import GPTQModifier
 from transformers import AutoModelForCausalLM
 
@@ -21,7 +19,7 @@ from tests.llmcompressor.modifier_helpers import (
     weights,
 )
 from tests.llmcompressor.quantized_helpers import decoded
-from tests.tiny import calibration_entry, is_2of4, linears, recipe
+from tests.tiny import is_2of4, linears, recipe
 
 SCHEMES = {  # and the format of the file
     "int4": (int4(), "pack-quantized"),
@@ -103,14 +101,6 @@ def test_in_bfloat16_no_weight_is_rounded_anew_when_it_is_saved(
             assert torch.equal(module.weight_scale, before[name][1]), name
 
 
-def test_dense_storage_of_sparse_and_quantized_loads_in_stock_transformers(prune, tmp_path):
-    model = prune(output_dir=tmp_path / "out", storage="dense", quantization=int4())
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert_same_weights(weights(loaded), weights(model))
-    assert inspect_checkpoint(tmp_path / "out").sound
-    assert all(row.pattern_ok for row in inspect_checkpoint(tmp_path / "out").sparse)
-
-
 def test_the_command_line_quantizes_a_packed_model_as_it_is(pruned, tmp_path, off_policy):
     """In two steps: pruned and saved, loaded and quantized."""
     settings = {"mask_structure": "2:4", "solver": "keep", "quantization": int4()}
@@ -129,14 +119,6 @@ def test_the_command_line_quantizes_a_packed_model_as_it_is(pruned, tmp_path, of
         assert module.weight[~zero].any()
 
 
-def test_keep_without_quantization_leaves_the_weights_that_fit_already(prune, off_policy):
-    sparse = prune(reconstruct="pruned", solver="sparsegpt")
-    before = weights(sparse)
-    again = prune(model=sparse, solver="keep", reconstruct="pruned", traces=off_policy)
-    for name, value in weights(again).items():
-        torch.testing.assert_close(value, before[name], rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize("prunes", [True, False])
 def test_only_what_the_schemes_target_is_quantized(prune, dense, tmp_path, prunes):
     settings = {} if prunes else {"solver": "none", "mask_structure": None}
@@ -149,28 +131,6 @@ def test_only_what_the_schemes_target_is_quantized(prune, dense, tmp_path, prune
             same = torch.equal(module.weight, dense.get_submodule(name).weight)
             assert (is_2of4(module.weight), same) == (prunes, not prunes), name
     assert inspect_checkpoint(tmp_path / "out").sound
-
-
-def test_the_papers_layer_order_quantizes_too(prune):
-    model = prune(preset="paper", quantization=int4())
-    for module in linears(model).values():
-        assert is_2of4(module.weight)
-        args = module.quantization_scheme.weights
-        on_grid = fake_quantize(module.weight, module.weight_scale, None, args)
-        torch.testing.assert_close(module.weight, on_grid)
-
-
-def test_a_recipe_of_gptq_takes_the_command_line(tiny_folder, trace_store, tmp_path):
-    modifiers = {
-        "ReasoningAwareCalibrationModifier": calibration_entry(trace_store),
-        "GPTQModifier": {"ignore": ["lm_head"], **int4()},
-    }
-    stage = {"q_stage": {"q_modifiers": modifiers}}
-    (tmp_path / "r.yaml").write_text(yaml.safe_dump(stage, sort_keys=False))
-    command = ["prune", tiny_folder, tmp_path / "out", "-r", tmp_path / "r.yaml"]
-    command += ["-s", "calibration.tokens=400"]
-    cli.app([str(part) for part in command], standalone_mode=False)
-    assert record_of(tmp_path / "out")["calibration"]["tokens"] == 400
 
 
 # nothing is pruned

@@ -39,13 +39,6 @@ def test_modules_that_get_the_same_tensor_are_one_group_with_one_hessian(collect
     assert pair.statistics.take_cross_moment() is None
 
 
-def test_equal_values_in_another_tensor_are_another_group(collector, modules):
-    x = rows(0)
-    collector.observe(modules["q"], x, ONES, first=True)
-    collector.observe(modules["k"], x.clone(), ONES, first=True)
-    assert [len(group.modules) for group in collector.groups] == [1, 1]
-
-
 def test_a_module_that_first_runs_in_a_later_batch_joins_no_older_group(collector, modules):
     collector.observe(modules["q"], rows(0), ONES, first=True)
     x = rows(1)

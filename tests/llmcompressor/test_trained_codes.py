@@ -196,11 +196,6 @@ def test_layers_that_are_not_trained_are_refused(tmp_path, scheme, options, stor
         check_layers(model, {*linears(model), *stored})
 
 
-def test_modules_are_quantized_that_have_scales_or_words():
-    names = ["model.norm.weight", "a.b.weight_packed", "a.c.weight_scale"]
-    assert quantized_names(names) == {"a.b", "a.c"}
-
-
 # codes of other modifiers
 
 
@@ -235,27 +230,6 @@ def test_the_file_holds_the_codes_that_were_trained_and_the_divergence_falls(
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-5)
     assert not (tmp_path / "rac_recovery").exists()
-
-
-def test_training_starts_at_the_codes_of_gptq_and_on_the_side_of_the_dense_weight():
-    model = tiny_model()
-    before = {name: module.weight.detach().clone() for name, module in linears(model).items()}
-    codes = LaterCodes([gptq_w4()], model)
-    for module in linears(model).values():  # rounded to the nearest by hand: groups of 32, -8 to 7
-        groups = module.weight.detach().reshape(len(module.weight), -1, 32)
-        scale = groups.abs().amax(2) / 7.5
-        module.weight_scale = torch.nn.Parameter(scale, requires_grad=False)
-        rounded = (groups / scale[..., None]).round().clamp(-8, 7) * scale[..., None]
-        module.weight.data = rounded.reshape(module.weight.shape)
-    quantized = codes.quantized()
-    assert quantized.keys() == before.keys()
-    for name, module in linears(model).items():
-        master, step = quantized[name].master, module.weight_scale.repeat_interleave(32, dim=1)
-        away, rounded = (master - before[name]).abs(), (module.weight - before[name]).abs()
-        assert bool(((master / step).round() == (module.weight / step).round()).all())
-        assert bool((away <= rounded + 1e-6).all())
-        inside = (before[name] / step - (module.weight / step).round()).abs() < 0.4
-        torch.testing.assert_close(master[inside], before[name][inside], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
