@@ -61,13 +61,10 @@ def find_oneshot() -> Oneshot | None:
 
 
 def check_arguments(oneshot: Oneshot, modifier: str, *, prunes: bool) -> None:
-    """Refuse arguments without effect with our `modifier`, and a used output folder.
+    """Refuse arguments without effect with our `modifier`, and a used output folder (RacError).
 
     An argument with its default value counts as not given. A stage that upstream does not read is
     a warning.
-
-    Raises:
-        RacError: naming every such argument with its value.
     """
     pipeline = oneshot.dataset_args.pipeline
     if pipeline and standardize_lookup_name(pipeline) not in ("independent", "sequential"):

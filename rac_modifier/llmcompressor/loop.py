@@ -115,11 +115,7 @@ def collect_layer(
     loader: CalibrationLoader,
     run: Run,
 ) -> list[InputGroup]:
-    """Collect the groups of a stage by layer, in one pass over the batches.
-
-    Raises:
-        RacError: the ranks have calibrated different modules.
-    """
+    """Collect the groups of a stage by layer in one pass (RacError: ranks have other groups)."""
     collector, batch = Collector(run.names, run.processes), 0
 
     def observe(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:

@@ -144,11 +144,7 @@ def _generic_text(settings: RecoverySettings, tokenizer: Callable[[], Any]) -> l
 def split_traces(
     traces: Sequence[Trace], held_out_tokens: int
 ) -> tuple[list[TokenSequence], list[TokenSequence]]:
-    """Return the problems that decide what is kept, `held_out_tokens`, and others.
-
-    Raises:
-        RacError: nothing is left to train on.
-    """
+    """Return problems of `held_out_tokens`, which decide what is kept, and others to train on."""
     held_out: list[TokenSequence] = []
     training: list[TokenSequence] = []
     problems: set[tuple[str, str]] = set()

@@ -172,11 +172,7 @@ class Collector:
     def observe(
         self, module: torch.nn.Module, x: torch.Tensor, weights: torch.Tensor, *, first: bool
     ) -> None:
-        """Add a module's input `x` [..., columns] with token `weights` [rows, length].
-
-        Raises:
-            RacError: the module reads some tokens only, or no longer what its group reads.
-        """
+        """Add a module's input `x` [..., columns] with token `weights` [rows, length]."""
         group = self._group_of.get(module)
         if group is None:
             group = next((g for g in self.groups if first and self.inputs.get(g) is x), None)

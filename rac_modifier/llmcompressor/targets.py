@@ -84,11 +84,7 @@ def _has_merged_experts(model: PreTrainedModel) -> bool:
 def patterns_of(
     entry: PruningSettings, names: Mapping[torch.nn.Module, str]
 ) -> tuple[dict[str, Pattern], str]:
-    """Return the pattern of each module by name, and all in words, "" if nothing is pruned.
-
-    Raises:
-        RacError: with `solver: keep` a module without the zeros of its pattern.
-    """
+    """Return the pattern of each module by name, and all in words, "" if nothing is pruned."""
     if entry.solver == "keep":
         return patterns_of_zeros(names, entry.pattern, detect=entry.mask_structure is None)
     assert entry.pattern is not None, "PruningSettings has checked it"
@@ -136,10 +132,7 @@ def sparse_modules(
     """Return the linear layers of a sparse model by name, and their patterns.
 
     Of the `quantized` modules only those that are `pruned` count, because rounding makes
-    zeros too.
-
-    Raises:
-        RacError: no layer is sparse, nor quantized.
+    zeros too. RacError if no layer is sparse or quantized.
     """
     masks = masks_of_zeros(model, _LEAST_ZEROS) if quantized else sparse_masks(model, _LEAST_ZEROS)
     sparse = {mask.removesuffix(".weight") for mask in masks} - (set(quantized) - set(pruned))

@@ -37,12 +37,7 @@ def quantized_names(tensors: Collection[str]) -> set[str]:
 
 
 def check_layers(model: Any, stored: Collection[str]) -> None:
-    """Refuse a model whose codes cannot be trained; its files quantize `stored`.
-
-    Raises:
-        RacError: a quantized embedding or head, merged experts, or a grid that is not
-            known.
-    """
+    """Refuse a model whose codes cannot be trained (RacError); its files quantize `stored`."""
     modules = _modules_with_codes(model)
     fixed = (model.get_input_embeddings(), model.get_output_embeddings())
     for name, module in modules.items():
@@ -193,11 +188,9 @@ def _decoded(
 
 
 def checked_scale(scale: torch.Tensor, weight: torch.Tensor, grid: Grid, name: str) -> torch.Tensor:
-    """Return scales [rows, groups] to train; 1 for zeros with a wrong scale.
+    """Return scales [rows, groups] to train; 1 for a group of zeros with a wrong scale.
 
-    Raises:
-        RacError: another number of scales than the grid has groups, or a used scale that is
-            zero, subnormal or not finite.
+    RacError if their number is wrong, or a used scale is zero, subnormal or not finite.
     """
     groups = grid.groups(weight.shape[1])
     if scale.numel() != weight.shape[0] * groups:

@@ -104,11 +104,7 @@ class FixedMask:
 
     @torch.no_grad()
     def check(self) -> None:
-        """Check that weights outside the mask are zero.
-
-        Raises:
-            RacError: naming the first parameter with another value there.
-        """
+        """Refuse weights outside the mask that are not zero (RacError)."""
         for name, mask in self.masks.items():
             moved = int((self._parameters[name].ne(0) & ~mask).sum())
             if moved:

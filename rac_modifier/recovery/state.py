@@ -40,8 +40,7 @@ class Progress:
 def hold(folder: Path) -> IO[str]:
     """Lock a folder of recovery until the returned file is closed, or this process ends.
 
-    Raises:
-        RacError: another process is there, or the folder cannot be written.
+    RacError if another process has it, or the folder cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -67,11 +66,7 @@ def hold(folder: Path) -> IO[str]:
 def save_state(
     folder: Path, progress: Progress, student: Student, optimizer: torch.optim.Optimizer
 ) -> None:
-    """Write a new file, and replace the old one.
-
-    Raises:
-        RacError: the disk is full or the folder cannot be written; the old file remains.
-    """
+    """Write a new file, and replace the old one, which remains on an error (RacError)."""
     entries = [("best", name, tensor) for name, tensor in progress.best.items()]
     for name, parameter in student.parameters.items():
         entries.append(("weight", name, parameter))
@@ -98,10 +93,9 @@ def save_state(
 def load_state(
     folder: Path, key: str, student: Student, optimizer: torch.optim.Optimizer
 ) -> Progress:
-    """Restore weights and moments; return a new `Progress` where there is no state of this run.
+    """Restore weights and moments; without a state of this run return a new `Progress`.
 
-    Raises:
-        RacError: a state that cannot be read.
+    RacError if the state cannot be read.
     """
     path = folder / _FILE
     if not path.exists():
