@@ -58,16 +58,12 @@ class Answering:
     precision: Dtype  # of a model that is loaded or served here
 
     def check(self, models: Sequence[str], written: Set[str], *, divergence: bool) -> None:
-        """Refuse options that contradict each other, before anything is loaded (RacError).
-
-        `written`: the names of the options that the user wrote.
-        """
+        """Refuse contradictions, also among the options `written` by the user (RacError)."""
         needless = () if models else written & {"card", "template"}
         for holds, message in (
             (
                 not models and not self.servers,
-                'no model is named; give a model folder, a Hugging Face id or "reasoner", or '
-                "--server URL",
+                "no model is named; give a model folder, a Hugging Face id, or --server URL",
             ),
             (
                 len(self.served_as) > 1 and bool(models),

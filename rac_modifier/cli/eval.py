@@ -184,8 +184,7 @@ def evaluate(
         if json_out is not None:
             write_json_atomic(json_out, content)
     if card:
-        conditions: dict[str, Any] = {"source": protocol.source, "prompt": prompt.describe()}
-        conditions["protocol"] = on_preset
+        conditions = {"source": protocol.source, "prompt": prompt.describe(), "protocol": on_preset}
         _write_cards(folders, results, pairs, conditions, reference)
         typer.echo(f"written into the model card of {', '.join(carded)}", err=to_stdout)
 

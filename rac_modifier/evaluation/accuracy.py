@@ -104,10 +104,7 @@ def evaluate(
 
 
 def default_path(header: StoreHeader, dtype: torch.dtype | None = None) -> Path:
-    """Return rac_answers/<fingerprint>-<hash of the settings>.jsonl, a relative path.
-
-    `dtype`: of a model in this process, which computes other answers in another dtype.
-    """
+    """Return rac_answers/<fingerprint>-<hash of the settings>.jsonl, or with the model's dtype."""
     path = settings_path("rac_answers", header.fingerprint, header.sampling, header.problems)
     return path if dtype is None else path.with_stem(f"{path.stem}-{str(dtype)[6:]}")
 

@@ -286,10 +286,7 @@ def _hooks(
 
 
 def check_original(model: Any, dense: Any, layers: Sequence[IntegerLayer]) -> None:
-    """Refuse a dense model against which the own errors of these layers cannot be measured.
-
-    Other norms mean another model, or weights that AWQ rescaled, so that inputs differ.
-    """
+    """Refuse a dense model against which the own errors of these layers cannot be measured."""
     modules, originals = dict(model.named_modules()), dict(dense.named_modules())
     for name in (layer.module for layer in layers if layer.module in modules):
         original, shape = originals.get(name), _shape(modules[name])

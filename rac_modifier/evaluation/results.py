@@ -128,10 +128,7 @@ def summarise(
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """What the second of two models lost or gained, on the same problems.
-
-    With several answers per problem, `only_first`, `only_second` and `p_value` are None.
-    """
+    """What the second of two models lost or gained, on the same problems."""
 
     first: str
     second: str
@@ -139,7 +136,7 @@ class PairedDifference:
     difference: float  # accuracy of the second minus accuracy of the first
     ci_low: float  # 95 %, of `intervals.difference_interval`
     ci_high: float
-    only_first: int | None  # problems that the first model alone solves
+    only_first: int | None  # problems that the first model alone solves; None: several answers
     only_second: int | None
     p_value: float | None  # McNemar's exact two-sided test
     inflation: TokenInflation

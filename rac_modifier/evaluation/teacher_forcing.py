@@ -84,10 +84,7 @@ def batches_of_like_length(
 
 
 def padded(batch: Sequence[TokenSequence]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return ids, int64 [rows, length], padded with 0 on the right, and the completion mask.
-
-    A causal model needs no attention mask for padding on the right.
-    """
+    """Return ids, int64 [rows, length], padded with 0 on the right, and the completion mask."""
     length = max(len(ids) for ids, _ in batch)
     ids = torch.zeros(len(batch), length, dtype=torch.long)
     completion = torch.zeros(len(batch), length, dtype=torch.bool)
