@@ -84,14 +84,14 @@ def prune(case: str, layers: int, pattern: str, who: str, tokens: int) -> dict[s
     import rac_modifier
     from rac_modifier.calibration.calibration_set import CalibrationSet
     from rac_modifier.calibration.loader import CalibrationLoader
-    from rac_modifier.calibration.mixture import CalibrationSequence, compose
+    from rac_modifier.calibration.mixture import CalibrationSequence
     from rac_modifier.settings.calibration import CalibrationSettings
 
     model, ids = model_and_rows(case, layers, tokens)
     dense = copy.deepcopy(model)
     sequences = [CalibrationSequence(tuple(row), 0, "traces") for row in ids]
     settings = CalibrationSettings(batch_tokens=4096)
-    loader = CalibrationLoader(sequences, compose(sequences), settings, 0)
+    loader = CalibrationLoader(sequences, settings, 0)
     if who == UPSTREAM:
         recipe = SparseGPTModifier(sparsity=0.5, mask_structure=pattern, ignore=["re:.*lm_head"])
         batches = [dict(batch) for batch in loader]

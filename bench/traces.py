@@ -102,24 +102,26 @@ def collection(server: Server, options: argparse.Namespace) -> tuple[float, floa
     from rac_modifier.sampling.model_identity import ModelIdentity
     from rac_modifier.settings.problems import ProblemSource
     from rac_modifier.settings.sampling import EngineSettings
+    from rac_modifier.settings.traces import TraceSettings
     from rac_modifier.traces.collect import collect_traces
     from rac_modifier.traces.store import TraceStore
 
     path = options.work / f"rate-{time.time_ns()}.jsonl"
     model = reasoner_path()
     url = f"{server.url}/v1"
-    engine = EngineSettings(base_urls=(url,), concurrency=options.concurrency)
+    settings = TraceSettings(
+        store=str(path),
+        problems=ProblemSource(limit=options.problems),
+        sampling=sampling(options.round),
+        engine=EngineSettings(base_urls=[url], concurrency=options.concurrency),
+    )
     started, cpu = time.perf_counter(), time.process_time()
     with suppress(RacError):  # the problems are used up before the budget is reached
         collect_traces(
             ModelIdentity.of_files(str(model)),
             AutoTokenizer.from_pretrained(model),
-            path,
-            problems=ProblemSource(limit=options.problems),
-            sampling=sampling(options.round),
-            tokens=10**9,
-            engine=engine,
-            progress=False,
+            settings,
+            10**9,
         )
     seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
     tokens = TraceStore.read(path).counts.completion_tokens

@@ -145,11 +145,8 @@ def trace_store(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     collect_traces(
         AutoModelForCausalLM.from_pretrained(tiny_folder),
         AutoTokenizer.from_pretrained(tiny_folder),
-        path,
-        problems=settings.problems,
-        sampling=settings.sampling,
-        tokens=4000,
-        progress=False,
+        settings.model_copy(update={"store": str(path)}),
+        4000,
     )
     SHARED_STORES[path] = path.read_bytes()
     return path

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rac_modifier.calibration.loader import CalibrationLoader
 from rac_modifier.calibration.mixture import (
     CalibrationSequence,
-    Composition,
+    describe_counts,
     generic_token_sequences,
     mix,
 )
@@ -38,6 +38,7 @@ class CalibrationSet:
     """
 
     loader: CalibrationLoader
+    counts: Mapping[str, Any] = field(default_factory=dict)
     pools: Mapping[str, TracePool] = field(default_factory=dict)
     prompts: Mapping[str, PromptSettings] = field(default_factory=dict)
     received: tuple[Trace, ...] = ()
@@ -63,7 +64,7 @@ class CalibrationSet:
     def as_dict(self) -> dict[str, Any]:
         """Return counts, prompt settings and trace stores for the run record."""
         return {
-            "calibration": self.loader.composition.as_dict(),
+            "calibration": self.counts,
             "prompts": {part: prompt.model_dump() for part, prompt in self.prompts.items()},
             "trace_stores": {key: _store_record(pool) for key, pool in self.pools.items()},
         }
@@ -74,15 +75,13 @@ def build_calibration_set(
     tokenizer: PreTrainedTokenizerBase,
     traces: TraceSettings,
     calibration: CalibrationSettings,
-    progress: bool = True,
     reserved_tokens: int = 0,
     processes: Processes = ALONE,
 ) -> CalibrationSet:
     """Sample the traces that are missing, and mix the calibration set that `calibration` describes.
 
-    Traces of about `reserved_tokens` more tokens are in `CalibrationSet.reserved`, out of
-    the loader. All `processes` sample. The first one reads and writes the stores, and sends
-    the set to the others: it does not depend on their number.
+    Traces of about `reserved_tokens` more tokens are in `CalibrationSet.reserved`. All `processes`
+    sample. The first one reads and writes the stores, and sends the set to the others.
 
     Raises:
         RacError: see `collect_for_calibration` and `mix`.
@@ -101,23 +100,23 @@ def build_calibration_set(
     pools: dict[str, TracePool] = {}
     if calibration.parts("traces"):
         pools = collect_for_calibration(
-            model, tokenizer, traces, calibration, progress, reserved_tokens, processes
+            model, tokenizer, traces, calibration, reserved_tokens, processes
         )
     budgets = part_tokens(calibration.mixture, calibration.tokens)
     for key, pool in pools.items():
         by_part[key] = pool.draw(key, budgets[key])
         prompts[key] = PromptSettings.of(pool.store.header.sampling)
-    sequences, composition = mix(by_part, calibration)
-    logger.info(composition.describe())
-    if composition.unfinished_share >= _MANY_UNFINISHED:
+    sequences, counts = mix(by_part, calibration)
+    logger.info(describe_counts(counts))
+    unfinished = counts["unfinished_traces"]
+    if unfinished >= _MANY_UNFINISHED * sum(s.kind == "traces" for s in sequences) > 0:
         logger.warning(
-            f"{composition.unfinished_share:.0%} of the traces were cut at "
-            "traces.sampling.max_new_tokens, so that calibration sees few endings of "
-            "answers; raise it"
+            f"{unfinished:,} traces were cut at traces.sampling.max_new_tokens: calibration sees "
+            "few endings of answers; raise it"
         )
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    loader = CalibrationLoader(sequences, composition, calibration, pad)
-    calibration_set = CalibrationSet(loader, pools, prompts)
+    loader = CalibrationLoader(sequences, calibration, pad)
+    calibration_set = CalibrationSet(loader, counts, pools, prompts)
     if processes.count > 1:
         end_sampling(processes, _sent(calibration_set))
     return calibration_set
@@ -128,7 +127,7 @@ def _sent(calibration_set: CalibrationSet) -> dict[str, Any]:
     loader = calibration_set.loader
     return {
         "sequences": [asdict(sequence) for sequence in loader.sequences],
-        "composition": asdict(loader.composition),
+        "counts": dict(calibration_set.counts),
         "pad_token_id": loader.pad_token_id,
         "reserved": [asdict(trace) for trace in calibration_set.reserved],
     }
@@ -140,9 +139,9 @@ def _received(sent: dict[str, Any], settings: CalibrationSettings) -> Calibratio
         CalibrationSequence(**{**fields, "ids": tuple(fields["ids"])})
         for fields in sent["sequences"]
     ]
-    composition = Composition(**sent["composition"])
-    loader = CalibrationLoader(sequences, composition, settings, sent["pad_token_id"])
-    return CalibrationSet(loader, received=tuple(map(trace_of, sent["reserved"])))
+    loader = CalibrationLoader(sequences, settings, sent["pad_token_id"])
+    received = tuple(map(trace_of, sent["reserved"]))
+    return CalibrationSet(loader, sent["counts"], received=received)
 
 
 def _prompts(

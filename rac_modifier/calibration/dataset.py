@@ -46,7 +46,6 @@ def trace_dataset(
     length: int | None = None,
     tokenizer: Any = None,
     seed: int = 0,
-    progress: bool = True,
 ) -> Dataset:
     """Sample a model's own chains of thought, or read them from a store, as a dataset.
 
@@ -63,7 +62,6 @@ def trace_dataset(
         length: pack the traces into rows of this many tokens; default: a row per trace.
         tokenizer: default: the folder's or id's.
         seed: of the order in which traces are drawn.
-        progress: show a bar.
 
     Returns:
         Columns `input_ids`, `attention_mask`, `loss_mask`. `info.description` is JSON: model, store
@@ -99,7 +97,7 @@ def trace_dataset(
         )
     elif tokenizer is None:
         raise RacError("trace_dataset: a model in memory needs its tokenizer; give tokenizer=")
-    pool = collect_for_calibration(subject, tokenizer, settings, calibration, progress)["traces"]
+    pool = collect_for_calibration(subject, tokenizer, settings, calibration)["traces"]
     drawn = (_row(sequence.ids, sequence.prompt_tokens) for sequence in pool.draw("traces", tokens))
     rows = list(packed(drawn, length) if length else drawn)
     if not rows:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from rac_modifier.calibration.mixture import CalibrationSequence, Composition
+from rac_modifier.calibration.mixture import CalibrationSequence
 from rac_modifier.errors import RacError
 from rac_modifier.settings.calibration import CalibrationSettings
 
@@ -34,14 +34,12 @@ class CalibrationLoader(DataLoader):
     def __init__(
         self,
         sequences: list[CalibrationSequence],
-        composition: Composition,
         settings: CalibrationSettings,
         pad_token_id: int,
         batches: list[list[CalibrationSequence]] | None = None,
     ):
         """Take `batches` of the sequences; default: of at most `settings.batch_tokens` each."""
-        self.sequences, self.composition, self.settings = sequences, composition, settings
-        self.pad_token_id = pad_token_id
+        self.sequences, self.settings, self.pad_token_id = sequences, settings, pad_token_id
         self._batches = self._batched() if batches is None else batches
         self.token_weights: list[torch.Tensor] = []
         inputs: list[dict[str, torch.Tensor]] = []
@@ -62,9 +60,7 @@ class CalibrationLoader(DataLoader):
 
     def _with(self, batches: list[list[CalibrationSequence]]) -> CalibrationLoader:
         sequences = [sequence for batch in batches for sequence in batch]
-        return CalibrationLoader(
-            sequences, self.composition, self.settings, self.pad_token_id, batches
-        )
+        return CalibrationLoader(sequences, self.settings, self.pad_token_id, batches)
 
     def unpadded(self) -> CalibrationLoader:
         """Return the same sequences, one per batch, for modifiers that read no token weights."""
@@ -73,8 +69,8 @@ class CalibrationLoader(DataLoader):
     def joined(self) -> CalibrationLoader:
         """Return the same tokens in rows of equal length, one per batch; the remainder is left out.
 
-        A row has as many tokens as the longest sequence, at most 2,048. For AutoRound, which counts
-        padding in its loss and takes the rotary positions of the first row for all.
+        For AutoRound, which counts padding in its loss and takes the rotary positions of the first
+        row for all.
         """
         length = min(ROW_TOKENS, max(len(sequence.ids) for sequence in self.sequences))
         ids = [token for sequence in self.sequences for token in sequence.ids]
@@ -83,21 +79,16 @@ class CalibrationLoader(DataLoader):
         return self._with([[row] for row in rows])
 
     def share(self, rank: int, count: int) -> CalibrationLoader:
-        """Return the batches of process `rank` of `count`, of about as many padded tokens for each.
+        """Return the batches of process `rank` of `count`: every `count`-th of the shards.
 
-        Batches are divided into shards, as many with any `count`; a process has every `count`-th.
-        It ends as many shards as the others, the last ones perhaps without a batch.
+        Each process ends as many shards as the others, the last ones perhaps without a batch.
         """
-        if len(self._batches) < count:
+        most = min(len(self._batches), SHARDS)
+        if count > most:
             raise RacError(
-                f"{count} processes share {len(self._batches)} batches of the calibration set, and "
-                f"each needs one: start at most {len(self._batches)}, or set a lower "
-                f"calibration.batch_tokens (now {self.settings.batch_tokens:,})"
-            )
-        if count > SHARDS:
-            raise RacError(
-                f"{count} processes: at most {SHARDS} share a calibration set; start "
-                f"{SHARDS} or fewer"
+                f"{count} processes share {len(self._batches)} batches of the calibration set: "
+                f"start at most {most}, or set a lower calibration.batch_tokens (now "
+                f"{self.settings.batch_tokens:,})"
             )
         shards = self._shards()
         places = iter(range(len(self._batches)))

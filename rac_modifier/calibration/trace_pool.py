@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-from array import array
 from collections.abc import Iterable, Iterator
 
 from loguru import logger
@@ -30,8 +29,8 @@ _GROWTH = 4.0  # largest growth of the judged traces between two checks
 class HoldOut:
     """Keeps the first prompts of a store out of calibration, each with all its samples.
 
-    It takes at least `tokens` tokens and at least four prompts; 0 tokens hold out nothing. A prompt
-    that comes again later is held out again. A store that grows holds out the same prompts.
+    They have at least `tokens` tokens, and are four or more; 0 tokens hold out nothing. A store
+    that grows holds out the same prompts.
     """
 
     def __init__(self, tokens: int):
@@ -55,7 +54,7 @@ class HoldOut:
 
 
 class TracePool:
-    """The traces that a selection keeps of a store: ids and `lengths` in memory, not their tokens.
+    """The traces that a selection keeps of a store: their `lengths` by id, not their tokens.
 
     `held_out` are the first traces of the store, with any selection; `reserved` the traces
     after them, for recovery. `repeated_tokens` of the store are cut as repeating tails.
@@ -70,27 +69,22 @@ class TracePool:
         held_out_tokens: int = 0,
         reserved_tokens: int = 0,
     ):
-        self.store = store
+        self.store, self._calibration = store, calibration
         self.selection = Selection(settings)
-        self.lengths = array("q")
-        self._calibration = calibration
-        self._ids: list[str] = []
         hold_out, reserve = HoldOut(held_out_tokens), HoldOut(reserved_tokens)
         self.repeated_tokens = store.counts.tokens
-        candidates = reserve.others(hold_out.others(self._counted(map(without_repeats, store))))
-        for trace in self.selection.keep(candidates, judge):
-            self.lengths.append(trace.tokens)
-            self._ids.append(trace.id)
+        candidates = reserve.others(hold_out.others(self._without_repeats()))
+        self.lengths = {t.id: t.tokens for t in self.selection.keep(candidates, judge)}
         self.held_out, self.reserved = tuple(hold_out.held), tuple(reserve.held)
 
-    def _counted(self, traces: Iterable[Trace]) -> Iterator[Trace]:
-        for trace in traces:
+    def _without_repeats(self) -> Iterator[Trace]:
+        for trace in map(without_repeats, self.store):
             self.repeated_tokens -= trace.tokens
             yield trace
 
     def usable_tokens(self) -> int:
         """Count the tokens of all selected traces, each cut to `max_sequence_tokens`."""
-        return sum(map(self._cut_length, self.lengths))
+        return sum(map(self._cut_length, self.lengths.values()))
 
     @property
     def kept_out_tokens(self) -> int:
@@ -98,26 +92,24 @@ class TracePool:
         return sum(trace.tokens for trace in (*self.held_out, *self.reserved))
 
     def draw(self, part: str, tokens: int) -> list[CalibrationSequence]:
-        """Draw traces of `tokens` tokens over the whole pool; only these are read into memory.
+        """Draw traces of `tokens` tokens over the whole pool, or all; only these are in memory.
 
-        The order depends on the seed and on the name of the part alone. Returns fewer tokens if the
-        pool has fewer.
+        The order depends on the seed and on the name of the part alone.
         """
-        count = len(self.lengths)
-        places: dict[str, int] = {}  # by id, the place in the order
-        for index in random.Random(f"{self._calibration.seed}/{part}").sample(range(count), count):
+        rng = random.Random(f"{self._calibration.seed}/{part}")
+        drawn: dict[str, CalibrationSequence | None] = {}
+        for name in rng.sample(list(self.lengths), len(self.lengths)):
             if tokens <= 0:
                 break
-            places[self._ids[index]] = len(places)
-            tokens -= self._cut_length(self.lengths[index])
-        drawn: dict[int, CalibrationSequence] = {}
+            drawn[name] = None
+            tokens -= self._cut_length(self.lengths[name])
         for trace in map(without_repeats, self.store):
-            if (place := places.get(trace.id)) is not None:
+            if trace.id in drawn:
                 ids, finished = (*trace.prompt_ids, *trace.completion_ids), trace.finish_reason
-                drawn[place] = CalibrationSequence(
+                drawn[trace.id] = CalibrationSequence(
                     ids, len(trace.prompt_ids), "traces", finished == "stop"
                 )
-        return [drawn[place] for place in range(len(places))]
+        return [sequence for sequence in drawn.values() if sequence is not None]
 
     def _cut_length(self, length: int) -> int:
         return min(length, self._calibration.max_sequence_tokens or length)
@@ -128,26 +120,23 @@ def collect_for_calibration(
     tokenizer: PreTrainedTokenizerBase,
     traces: TraceSettings,
     calibration: CalibrationSettings,
-    progress: bool = True,
     reserved_tokens: int = 0,
     processes: Processes = ALONE,
 ) -> dict[str, TracePool]:
     """Fill a store for each part of the mixture that consists of traces; return their pools.
 
     A pool has tokens for the part's share of the budget next to the traces that are held out or
-    reserved. If servers sample (`traces.engine`), a `ModelIdentity` replaces the model.
+    reserved. If servers sample, a `ModelIdentity` replaces the model.
 
     Raises:
         RacError: see `collect_traces`; a mixture without traces; a selection of almost nothing.
     """
-    trace_parts = calibration.parts("traces")
-    if not trace_parts:
-        raise RacError(
-            f"the mixture {calibration.mixture} gives traces no share, so there is nothing "
-            "to collect"
-        )
     # an unknown name is an early error
-    by_part = {part: traces.named(part.name) for part in trace_parts}
+    by_part = {part: traces.named(part.name) for part in calibration.parts("traces")}
+    if not by_part:
+        raise RacError(
+            f"the mixture {calibration.mixture} gives traces no share: nothing to collect"
+        )
     budgets = part_tokens(calibration.mixture, calibration.tokens)
     pools: dict[str, TracePool] = {}
     for part, settings in by_part.items():
@@ -162,18 +151,7 @@ def collect_for_calibration(
         selected = ""  # for the message when the problems end
         while True:
             try:
-                store = collect_traces(
-                    model,
-                    tokenizer,
-                    settings.store,
-                    problems=settings.problems,
-                    sampling=settings.sampling,
-                    tokens=goal,
-                    engine=settings.engine,
-                    allow_off_policy=settings.allow_off_policy,
-                    progress=progress,
-                    processes=processes,
-                )
+                store = collect_traces(model, tokenizer, settings, goal, processes)
             except RacError as error:
                 raise RacError(f"{error}{selected}") from error
             judge = judge or Judge(tokenizer, store.header)
@@ -204,7 +182,7 @@ def _store_tokens(pool: TracePool, budget: int, kept_out: int) -> int:
 
 
 def _check_hopeful(pool: TracePool, part: Part) -> None:
-    share = sum(pool.lengths) / max(pool.store.counts.tokens - pool.kept_out_tokens, 1)
+    share = sum(pool.lengths.values()) / max(pool.store.counts.tokens - pool.kept_out_tokens, 1)
     if pool.selection.total >= _ENOUGH_TO_JUDGE and share < _LEAST_SHARE:
         raise RacError(
             f"{part.key}: traces.select {pool.selection.describe()}, {share:.1%} of the tokens "

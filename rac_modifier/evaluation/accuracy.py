@@ -26,7 +26,7 @@ from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
 from rac_modifier.traces.fill_store import FillStore
 from rac_modifier.traces.records import StoreHeader, settings_path
-from rac_modifier.traces.store import TraceStore, forget_failures, read_failures
+from rac_modifier.traces.store import TraceStore, failures_path, read_failures
 
 # At a temperature above 0; the reference evaluation has 0.6 and 0.95 (arXiv 2509.12464).
 TOP_P = 0.95
@@ -87,13 +87,13 @@ def evaluate(
             before = store.counts.completion_tokens
             if len(store):
                 logger.info(f"{path} holds {len(store)} answers already: going on from there")
-            forget_failures(path)
+            failures_path(path).unlink(missing_ok=True)
             FillStore(
                 store,
                 chosen,
                 iter(problems),
                 lambda problem: render_question(tokenizer, problem.question, sampling),
-            ).run(None, progress=True)
+            ).run(None)
     return summarise(
         _stored_rows(store, tokenizer, problems, sampling.samples_per_problem, verifiers),
         label=label,

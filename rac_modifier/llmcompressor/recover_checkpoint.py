@@ -33,10 +33,10 @@ from rac_modifier.llmcompressor.trained_codes import (
 from rac_modifier.model_tools import on_accelerator
 from rac_modifier.processes import Processes
 from rac_modifier.recovery.teacher import check_dense, check_made_from
-from rac_modifier.sampling.engine import end_sampling, help_sampling
 from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.recovery import RecoverySettings
 from rac_modifier.settings.sampling import PromptSettings, SamplingSettings
+from rac_modifier.settings.traces import TraceSettings
 from rac_modifier.traces.collect import collect_traces
 from rac_modifier.traces.selection import fresh_traces, used_traces
 from rac_modifier.traces.store import TraceStore
@@ -141,25 +141,20 @@ def collect_unused(
 ) -> TraceStore:
     """Return a store of the dense model with `tokens` tokens that no run of `hashes` used."""
     if not processes.is_first:
-        return TraceStore.read(help_sampling(model, tokenizer, processes))
+        return TraceStore.read(processes.from_first())
+    settings = TraceSettings(
+        store=None if path is None else str(path), problems=problems, sampling=sampling
+    )
     budget, missing, used = tokens, 1, 0
     with on_accelerator(model):
         while missing > 0:
-            store = collect_traces(
-                model,
-                tokenizer,
-                path,
-                tokens=budget,
-                problems=problems,
-                sampling=sampling,
-                processes=processes,
-            )
+            store = collect_traces(model, tokenizer, settings, budget)
             used = used_traces(store, hashes)
             missing = tokens - sum(trace.tokens for trace in fresh_traces(store, used, tokens))
             budget = store.counts.tokens + missing
     if used:
         logger.info(f"{store.path}: its first {used:,} traces were used before; others are taken")
-    end_sampling(processes, str(store.path))
+    processes.from_first(str(store.path))
     return store
 
 

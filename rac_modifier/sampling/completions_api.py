@@ -52,11 +52,7 @@ class Request:
     eos: tuple[int, ...]
 
     def body(self, sampling: SamplingSettings) -> dict[str, Any]:
-        """Return the JSON of /v1/completions without the model; `sampling` must be resolved.
-
-        Every setting that a server would take from the model's generation_config is named: only
-        temperature, top_k and top_p shape the distribution, as in this process.
-        """
+        """Return the JSON of /v1/completions without the model; `sampling` must be resolved."""
         return {
             **sampling_fields(sampling, self.max_tokens, self.seed),
             "prompt": list(self.prompt_ids),
@@ -66,7 +62,10 @@ class Request:
 
 
 def sampling_fields(sampling: SamplingSettings, max_tokens: int, seed: int) -> dict[str, Any]:
-    """Return the fields of a request that decide how a completion is drawn."""
+    """Return the fields of a request that decide how a completion is drawn.
+
+    They name every setting that a server would take from the model's generation_config.
+    """
     return {
         "max_tokens": max_tokens,
         "temperature": sampling.temperature,
@@ -101,9 +100,9 @@ def read_answer(request: Request, content: bytes, vocab_size: int, server: str) 
     ids, reason, eos = choice.get("token_ids"), choice.get("finish_reason"), set(request.eos)
     if ids is None:
         raise RacError(
-            f"{server} returned text without token ids, and traces are never tokenized again "
-            "from text: it must support `return_token_ids` in /v1/completions (vllm serve "
-            "does); rac eval without the model folder reads text"
+            f"{server} returned text without token ids: traces need a server with "
+            "`return_token_ids` in /v1/completions, such as vllm serve; rac eval without the model "
+            "folder reads text"
         )
     if not (
         isinstance(ids, list) and ids and all(type(i) is int and 0 <= i < vocab_size for i in ids)
@@ -125,8 +124,7 @@ def read_answer(request: Request, content: bytes, vocab_size: int, server: str) 
     if reason == "stop" and ids[-1] not in eos:
         raise RacError(
             f"{server} ended a completion on token {ids[-1]}, which is no EOS "
-            f"({', '.join(map(str, request.eos))}): it strips the EOS or has stop words of "
-            "its own; traces need the EOS that the model wrote"
+            f"({', '.join(map(str, request.eos))}): let it return the EOS, and use no stop words"
         )
     if eos.intersection(ids[:-1]):
         raise RacError(
@@ -173,8 +171,7 @@ def served_model(content: bytes, named: str | None, server: str) -> dict[str, An
         cards = {str(card["id"]): dict(card) for card in json.loads(content)["data"]}
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise RacError(
-            f"{server}/models is not a list of models; is this an OpenAI-compatible "
-            "server, and does the address end in /v1?"
+            f"{server}/models is not a list of models; is this an OpenAI-compatible server?"
         ) from error
     names = ", ".join(map(repr, cards)) or "none"
     bases = [name for name, card in cards.items() if not card.get("parent")]
@@ -196,11 +193,10 @@ def check_limit(
     """Refuse a server whose longest sequence is too short for the completions (RacError)."""
     limit = card.get("max_model_len")
     if isinstance(limit, int) and limit <= max_new_tokens and limit < (context or limit + 1):
-        longest = f" (the model has {context})" if context else ""
         raise RacError(
-            f"{server} takes sequences of up to {limit} tokens, and "
-            f"max_new_tokens={max_new_tokens} does not fit: start it with a larger "
-            f"--max-model-len{longest}, or sample fewer tokens"
+            f"{server} takes sequences of up to {limit} tokens, and max_new_tokens="
+            f"{max_new_tokens} does not fit: start it with a larger --max-model-len, or sample "
+            "fewer tokens"
         )
 
 
@@ -210,16 +206,14 @@ def check_name(card: dict[str, Any], model: str, server: str) -> None:
     A folder counts by its last name, a hub id and its cache by the name after the "/".
     """
     root = card.get("root")
-    root = root if isinstance(root, str) else ""
-    served, local = (
-        PurePath(public_name(name)).name.lower()
-        for name in (root, os.path.abspath(model) if model else "")
-    )
-    if served and local and served != local:
+    if not isinstance(root, str) or not model:
+        return
+    served, local = (public_name(name) for name in (root, os.path.abspath(model)))
+    if PurePath(served).name.lower() != PurePath(local).name.lower():
         raise RacError(
-            f"{server} serves {public_name(root)!r}, and the model is {public_name(model)!r}; name "
-            "the model that is served, or, if they are the same under two names, set engine.model "
-            f"(rac eval: --served-as) to {card['id']!r}"
+            f"{server} serves {served!r}, and the model is {local!r}; name the model that is "
+            "served, or, if they are the same under two names, set engine.model (rac eval: "
+            f"--served-as) to {card['id']!r}"
         )
 
 
@@ -241,7 +235,6 @@ def check_probes(model: PreTrainedModel, probes: Sequence[Probe], server: str) -
         name = model.config.name_or_path or type(model).__name__
         raise RacError(
             f"{server} holds another model than {name!r}: {wrong} of its {len(regrets)} greedy "
-            f"tokens are far from what this one would write (up to {max(regrets):.1f} nats less "
-            "likely than its own choice); serve the model that is to be compressed, or set "
-            "engine.verify_model: false if you know that it is the same"
+            f"tokens are up to {max(regrets):.1f} nats less likely than this one's choice; serve "
+            "the model that is to be compressed, or set engine.verify_model: false"
         )

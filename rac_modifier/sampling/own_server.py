@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.client
-import json
 import os
 import re
 import shlex
@@ -53,26 +52,18 @@ class VllmCommand:
         try:
             options = tuple(shlex.split(variables.get("RAC_VLLM_OPTIONS", "")))
         except ValueError as error:
-            raise RacError(
-                f"RAC_VLLM_OPTIONS={variables['RAC_VLLM_OPTIONS']!r}: {error}; write it as for a "
-                "shell"
-            ) from error
+            raise RacError(f"RAC_VLLM_OPTIONS: {error}; write them as for a shell") from error
         return cls(path, options)
 
     def arguments(self, model: str, dtype: str, port: int) -> list[str]:
         """Return the whole command line."""
         command = [self.path, "serve", model, "--host", HOST, "--port", str(port), "--dtype", dtype]
         names = {option.split("=")[0].replace("--no-", "--") for option in self.options}
-        if _has_few_bits(model) and not names & {"--quantization", "-q"}:
-            command += ["--quantization", "rac"]
         # On a CPU, vLLM 0.32 fails if it reads the prompt of a request with a seed in chunks.
-        if "--enable-chunked-prefill" not in names and self.is_cpu_build():
+        is_cpu_build = (self.version_of("vllm") or "").endswith("+cpu")
+        if "--enable-chunked-prefill" not in names and is_cpu_build:
             command.append("--no-enable-chunked-prefill")
         return [*command, *self.options]
-
-    def is_cpu_build(self) -> bool:
-        """Tell by its version whether vLLM computes on the CPU; False without `python()`."""
-        return (self.version_of("vllm") or "").endswith("+cpu")
 
     def python(self) -> Path | None:
         """Return the python of the command's environment; None if it is not next to the command."""
@@ -84,13 +75,8 @@ class VllmCommand:
         if (python := self.python()) is None:
             return None
         code = f"from importlib.metadata import version; print(version({package!r}))"
-        answer = subprocess.run(
-            [str(python), "-I", "-c", code],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        command = [str(python), "-I", "-c", code]
+        answer = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
         return answer.stdout.strip() if answer.returncode == 0 else None
 
     def environment(self) -> dict[str, str]:
@@ -101,22 +87,10 @@ class VllmCommand:
         return variables
 
 
-def _has_few_bits(model: str) -> bool:
-    """Tell whether a folder has weights of 2 or 3 bits, for which vLLM has no CPU kernel."""
-    try:
-        config = json.loads((Path(model) / "config.json").read_text())["quantization_config"]
-        bits = {group["weights"]["num_bits"] for group in config["config_groups"].values()}
-        return bool(bits & {2, 3})
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return False  # no folder, or a broken one, which vLLM reports
-
-
 def check_serving() -> None:
     """Refuse a missing vLLM, or one without this package, before hours of work (RacError)."""
     command = VllmCommand.from_environment()
-    if command.python() is None:
-        logger.info(f"{command.path} has no python next to it to ask for rac-modifier")
-    elif command.version_of("rac-modifier") is None:
+    if command.python() is not None and command.version_of("rac-modifier") is None:
         raise RacError(
             f"the environment of {command.path} lacks rac-modifier, whose plugin reads packed "
             f"checkpoints; {command.python()} -m pip install 'rac-modifier[serve]'"

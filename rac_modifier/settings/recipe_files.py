@@ -15,10 +15,6 @@ FOLDER = Path(__file__).parents[1] / "recipes"
 _BYTES = 1 << 20
 _NODES = 100_000  # with the target of an alias counted at each alias
 _INTEGER_BITS = 63
-_TAGS = tuple(
-    f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str", "seq", "map")
-)
-_MERGE = "tag:yaml.org,2002:merge"
 
 
 def recipe_names() -> list[str]:
@@ -60,16 +56,7 @@ def _suggestion(name: str) -> str:
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Dates stay text; tags such as !!binary or !!set are refused."""
-
-    yaml_constructors = {
-        **{tag: yaml.SafeLoader.yaml_constructors[tag] for tag in _TAGS},
-        None: yaml.SafeLoader.yaml_constructors[None],
-    }
-    yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if tag in (*_TAGS, _MERGE)]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
+    """Each key once, and integers of bounded size."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Return the mapping of a node; a key that is written twice is refused."""
@@ -114,12 +101,12 @@ def read_yaml(path: Path, kind: str, next_step: str) -> Any:
 
 
 def parse_yaml(text: str, message: str) -> Any:
-    """Return the mappings, lists, texts, numbers, booleans and None that a YAML text holds.
+    """Return the plain values that a YAML text holds.
 
     Raises:
-        RacError: begins with `message`; the text is not YAML, or holds a key twice, a tag of
-            another type, an integer of over 63 bits, values that are nested too deep, or too
-            many values behind its aliases.
+        RacError: begins with `message`; the text is not YAML, or holds a key twice, a tag that
+            names code, an integer of over 63 bits, values that are nested too deep, or too many
+            values behind its aliases.
     """
     try:
         loader = _PlainLoader(text)

@@ -15,8 +15,7 @@ from rac_modifier.sampling.completions_api import check_probes
 from rac_modifier.sampling.model_identity import ModelIdentity
 from rac_modifier.sampling.openai_server import engine_for
 from rac_modifier.sampling.prompts import render_question
-from rac_modifier.settings.problems import ProblemSource
-from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
+from rac_modifier.settings.traces import TraceSettings
 from rac_modifier.traces.fill_store import FillStore
 from rac_modifier.traces.records import StoreHeader, read_header, settings_path
 from rac_modifier.traces.store import TraceStore
@@ -25,23 +24,15 @@ from rac_modifier.traces.store import TraceStore
 def collect_traces(
     model: PreTrainedModel | ModelIdentity,
     tokenizer: PreTrainedTokenizerBase,
-    store_path: str | Path | None,
-    *,
-    problems: ProblemSource,
-    sampling: SamplingSettings,
+    settings: TraceSettings,
     tokens: int,
-    engine: EngineSettings | None = None,
-    allow_off_policy: bool = False,
-    progress: bool = True,
     processes: Processes = ALONE,
 ) -> TraceStore:
     """Fill a store up to `tokens` prompt and completion tokens, and return it, closed for writing.
 
-    It holds the traces of the first problems, in order, up to the one that reaches the
-    budget. A store that holds enough is returned as it is. Without a path, rac_traces/ has
-    a name that the settings decide. `model` is in memory, or its `ModelIdentity` if the
-    servers of `engine` sample it. A store of another model is read with `allow_off_policy`,
-    and never appended to. All but the first of `processes` run `help_sampling` meanwhile.
+    It holds the traces of the first problems, in order, up to the one that reaches the budget. A
+    store that holds enough is returned as it is. `model` is in memory, or its `ModelIdentity` if
+    servers sample it. All but the first of `processes` run `help_sampling` meanwhile.
 
     Raises:
         RacError: bad problems, settings or prompts; a store of another model or other settings, in
@@ -52,13 +43,14 @@ def collect_traces(
         raise RacError(f"tokens={tokens}: ask for at least one token to calibrate on")
     in_memory = None if isinstance(model, ModelIdentity) else model
     identity = model if isinstance(model, ModelIdentity) else ModelIdentity.of_model(model)
-    sampling = sampling.resolved(identity.generation_config)
+    problems, engine = settings.problems, settings.engine
+    sampling = settings.sampling.resolved(identity.generation_config)
     header = StoreHeader.of(identity, tokenizer, sampling, problems)
     path = settings_path("rac_traces", identity.fingerprint, sampling, problems)
-    path = path if store_path is None else Path(store_path)
+    path = path if settings.store is None else Path(settings.store)
     stored = read_header(path)
     if stored is not None and stored.fingerprint != header.fingerprint:
-        return _read_off_policy(path, stored, header, tokens, allow_off_policy)
+        return _read_off_policy(path, stored, header, tokens, settings.allow_off_policy)
     if stored is not None and in_memory is not None and (engine is None or engine.verify_model):
         filler = f"the server that filled trace store {str(path)!r}"
         check_probes(in_memory, stored.engine.probes, filler)
@@ -82,7 +74,7 @@ def collect_traces(
                 lambda problem: render_question(tokenizer, problem.question, sampling),
                 longest,
             )
-            total = filling.run(tokens, progress)
+            total = filling.run(tokens)
     # A store that was filled with a larger limit can hold enough although these problems do not.
     held = max(total, store.counts.tokens)
     if held < tokens:

@@ -1,8 +1,8 @@
 """Fill a store: which problems to ask next, and the order in which their traces are stored.
 
-The store holds the traces in the order of their problems, whatever the order in which an engine
-finishes them. So the file is the same for any number of servers and kills. A trace that is finished
-before an earlier one goes to a second store (`x.pending.jsonl`), so that a kill does not lose it.
+The store holds the traces in the order of their problems, so it is the same for any number of
+servers and kills. A trace that is finished before an earlier one goes to a second store
+(`x.pending.jsonl`), so that a kill does not lose it.
 """
 
 from __future__ import annotations
@@ -79,18 +79,15 @@ class FillStore:
             self._pending = TraceStore.open_append(pending_path(store.path), store.header)
             self._early = {trace.id: trace for trace in self._pending if trace.id not in store}
 
-    def run(self, tokens: int | None, progress: bool) -> int:
+    def run(self, tokens: int | None) -> int:
         """Store the shortest run of problems that holds `tokens` (None: all problems).
 
         Returns its tokens: fewer than `tokens` if the problems end.
         """
         goal, tokens = tokens, 2**62 if tokens is None else tokens
         completions = self._engine.iter_completions(self._batches(tokens))
-        hidden = None if progress else True
         try:
-            with tqdm(
-                total=goal, desc="traces", unit="tok", unit_scale=True, disable=hidden
-            ) as bar:
+            with tqdm(total=goal, desc="traces", unit="tok", unit_scale=True, disable=None) as bar:
                 while self._total < tokens and (batch := next(completions, None)) is not None:
                     self._receive(batch, tokens)
                     bar.update(min(self._total, tokens) - bar.n)
@@ -138,9 +135,8 @@ class FillStore:
             served = filled != "transformers"
             step = "give its servers (traces.engine)" if served else "leave traces.engine out"
             raise RacError(
-                f"trace store {str(self._store.path)!r} holds too few tokens, and was "
-                f"filled by another engine ({filled}, not {kind}), which draws other "
-                f"samples: {step}, or name another path"
+                f"trace store {str(self._store.path)!r} holds too few tokens, and was filled by "
+                f"another engine ({filled}, not {kind}): {step}, or name another path"
             )
         prompts: list[Prompt] = []
         refused: list[FailedProblem] = []
@@ -168,9 +164,8 @@ class FillStore:
                 if len(self._doubtful) >= _FAILURES_OF_AN_OUTAGE:
                     outage = RacError(
                         f"{len(self._doubtful)} completions in a row failed, the last one: "
-                        f"{outcome.reason}. What was finished before is kept in "
-                        f"{str(self._store.path)!r}: see to the servers, then run again to "
-                        "go on from there"
+                        f"{outcome.reason}. Earlier ones are kept in {str(self._store.path)!r}: "
+                        "see to the servers, then run again"
                     )
                 continue
             self._record_doubtful()  # a success: earlier failures were bad problems, not an outage

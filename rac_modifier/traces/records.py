@@ -187,8 +187,7 @@ def read_header(path: str | os.PathLike[str]) -> StoreHeader | None:
         ) from error
     except ValueError as error:
         raise RacError(
-            f"{str(path)!r} is no trace store, or its first line is corrupt ({error}); "
-            "name another path"
+            f"{str(path)!r} is no trace store ({error} in its first line); name another path"
         ) from error
 
 
@@ -197,8 +196,7 @@ def read_line(file: BinaryIO, path: Path) -> bytes:
     line = file.readline(LONGEST_LINE + 1)
     if len(line) > LONGEST_LINE:
         raise RacError(
-            f"{str(path)!r} is no trace store: a line of it has more than {LONGEST_LINE:,} bytes; "
-            "name another path"
+            f"{str(path)!r} is no trace store: a line of it has more than {LONGEST_LINE:,} bytes"
         )
     return line
 

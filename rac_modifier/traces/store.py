@@ -172,15 +172,14 @@ class TraceStore:
         if differences := header_differences(stored, header):
             raise RacError(
                 f"trace store {str(self.path)!r} was filled under other settings "
-                f"({'; '.join(differences)}); use the settings of the store, or name another path "
-                "(traces.store)"
+                f"({'; '.join(differences)}); use these, or name another path (traces.store)"
             )
         self.header = stored
         torn = self._scan()
         if torn:
             logger.warning(
-                f"trace store {str(self.path)!r}: the last line was cut short ({torn} bytes; a run "
-                f"was killed while writing): removed it, {len(self)} traces kept"
+                f"trace store {str(self.path)!r}: a killed run left a last line of {torn} bytes: "
+                f"removed it, {len(self)} traces kept"
             )
             self._truncate()
 
@@ -209,7 +208,7 @@ class TraceStore:
     def _corrupt(self, number: int, why: str) -> RacError:
         return RacError(
             f"trace store {str(self.path)!r}, line {number} is corrupt: {why}. Remove that line "
-            f"(`sed -i {number}d {self.path}`) and collect again: only what is missing is sampled"
+            f"(`sed -i {number}d {self.path}`) and collect again"
         )
 
     def _count(self, trace: Trace) -> None:
@@ -220,11 +219,7 @@ class TraceStore:
         self.counts.finished += trace.finish_reason == "stop"
 
     def _write(self, data: bytes) -> None:
-        if self._fd is None:
-            raise RacError(
-                f"trace store {str(self.path)!r} is open for reading only; open it with "
-                "TraceStore.open_append"
-            )
+        assert self._fd is not None, "open the store with TraceStore.open_append"
         try:
             view = memoryview(data)
             while view:
@@ -234,8 +229,8 @@ class TraceStore:
             self._truncate()
             raise RacError(
                 f"trace store {str(self.path)!r}: {len(data)} bytes could not be written "
-                f"({error.strerror}); the {len(self)} traces stored before are kept and "
-                "valid: make room, then run again to go on from there"
+                f"({error.strerror}); the {len(self)} traces stored before are kept: make room, "
+                "then run again"
             ) from error
         self._end += len(data)
 
@@ -273,9 +268,7 @@ def read_failures(store: Path) -> list[FailedProblem]:
         lines = text[: text.rfind(b"\n") + 1].splitlines()
         return [FailedProblem(**json.loads(line)) for line in lines if line.strip()]
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise RacError(
-            f"{str(path)!r} is not a list of failed problems ({error}); remove it to try them again"
-        ) from error
+        raise RacError(f"{str(path)!r} is not a list of failed problems ({error})") from error
 
 
 def append_failures(store: Path, failed: Sequence[FailedProblem]) -> None:
@@ -289,11 +282,4 @@ def append_failures(store: Path, failed: Sequence[FailedProblem]) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise RacError(
-            f"{str(path)!r} cannot be written: {error}; make room, then run again"
-        ) from error
-
-
-def forget_failures(store: Path) -> None:
-    """Delete the list of failed problems, so that they are tried again."""
-    failures_path(store).unlink(missing_ok=True)
+        raise RacError(f"{str(path)!r} cannot be written: {error}; make room") from error

@@ -20,7 +20,6 @@ def build(model, tokenizer, trace_store):
             tokenizer,
             traces,
             CalibrationSettings(**{"tokens": 600, "held_out_tokens": 0, **calibration}),
-            progress=False,
         )
 
     return build
@@ -84,7 +83,7 @@ def test_several_processes_get_the_set_of_one(model, tokenizer, tmp_path):
 
     def build(store, processes):
         settings = TraceSettings(**entry(store)["traces"])
-        return build_calibration_set(model, tokenizer, settings, calibration, False, 100, processes)
+        return build_calibration_set(model, tokenizer, settings, calibration, 100, processes)
 
     alone = build(tmp_path / "alone.jsonl", Processes())
     first, *others = together(3, lambda processes: build(tmp_path / "three.jsonl", processes))
@@ -94,7 +93,7 @@ def test_several_processes_get_the_set_of_one(model, tokenizer, tmp_path):
     assert len(alone.reserved) >= 1
     for built in (first, *others):
         assert built.loader.sequences == alone.loader.sequences
-        assert built.loader.composition == alone.loader.composition
+        assert built.counts == alone.counts
         assert built.loader.sha256() == alone.loader.sha256()
         assert built.reserved == alone.reserved
     assert not any(built.pools for built in others)

@@ -20,7 +20,7 @@ from tests.traces.long_store import HEADER, fill
 def dataset(model, trace_store, **options):
     sampling = entry(trace_store)["traces"]["sampling"]
     options = {"tokens": 400, "sampling": sampling, "store": trace_store, **options}
-    return rac_modifier.trace_dataset(model, **options, progress=False)
+    return rac_modifier.trace_dataset(model, **options)
 
 
 def test_rows_are_the_ids_of_the_store_and_completions_are_marked(tiny_folder, trace_store):
@@ -82,7 +82,7 @@ server = FakeServer()
 rows = rac_modifier.trace_dataset(
     sys.argv[1], tokens=300, store=sys.argv[2],
     server={"base_urls": [server.url], "verify_model": False},
-    sampling={"max_new_tokens": 20}, progress=False,
+    sampling={"max_new_tokens": 20},
 )
 server.close()
 print(sum(map(len, rows["input_ids"])) >= 300, "torch.nn" in sys.modules)

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from rac_modifier.calibration.mixture import (
     CalibrationSequence,
+    describe_counts,
     generic_token_sequences,
     mix,
 )
@@ -41,16 +42,16 @@ def tokens_by_kind(sequences: list[CalibrationSequence]) -> dict[str, int]:
 
 
 def test_a_mixture_is_exact_to_the_token_in_each_kind():
-    chosen, composition = mix(
+    chosen, counts = mix(
         candidates(), settings(mixture={"traces": 0.5, "prompts": 0.2, "generic": 0.3})
     )
     assert tokens_by_kind(chosen) == {"traces": 50, "prompts": 20, "generic": 30}
-    assert composition.tokens == 100
-    assert composition.generic_tokens == 30
-    assert composition.trace_tokens == 5 * 7
-    assert composition.prompt_tokens == 5 * 3 + 20
-    assert composition.sequences == len(chosen) == 5 + 5 + 2
-    assert composition.parts == {
+    assert counts["tokens"] == 100
+    assert counts["generic_tokens"] == 30
+    assert counts["trace_tokens"] == 5 * 7
+    assert counts["prompt_tokens"] == 5 * 3 + 20
+    assert counts["sequences"] == len(chosen) == 5 + 5 + 2
+    assert counts["parts"] == {
         "traces": {"tokens": 50, "sequences": 5},
         "prompts": {"tokens": 20, "sequences": 5},
         "generic": {"tokens": 30, "sequences": 2},
@@ -77,15 +78,15 @@ def test_the_budget_is_met_exactly_or_refused(lengths, tokens, share, longest):
     budgets = {"traces": round(tokens * share) if share < 1 else tokens}
     budgets["prompts"] = tokens - budgets["traces"]
     if any(most[kind] < budget for kind, budget in budgets.items() if wanted.mixture.get(kind)):
-        with pytest.raises(RacError, match=r"part .* has .* but .* lower calibration\.tokens"):
+        with pytest.raises(RacError, match=r"part .* has .* and .* lower calibration\.tokens"):
             mix(pools, wanted)
         return
     if not budgets["traces"] and wanted.mixture.get("traces"):
-        with pytest.raises(RacError, match="no token of any"):
+        with pytest.raises(RacError, match="no token of a chain"):
             mix(pools, wanted)
         return
-    chosen, composition = mix(pools, wanted)
-    assert sum(len(s.ids) for s in chosen) == composition.tokens == tokens
+    chosen, counts = mix(pools, wanted)
+    assert sum(len(s.ids) for s in chosen) == counts["tokens"] == tokens
     assert abs(tokens_by_kind(chosen)["traces"] - tokens * share) <= 1
     if longest:
         assert max(len(s.ids) for s in chosen) <= longest
@@ -119,15 +120,15 @@ def test_a_part_is_read_in_its_order_and_only_as_far_as_needed():
 
 def test_truncated_and_unfinished_are_counted():
     pool = {"traces": [trace(i, 3, 7, i >= 2) for i in range(5)]}
-    _, composition = mix(pool, settings(tokens=45))
-    assert composition.unfinished_traces == 2
-    assert "2 traces (40%) hit the sampling cap" in composition.describe()
-    assert composition.truncated_sequences == 1  # the last one, to meet the budget
+    _, counts = mix(pool, settings(tokens=45))
+    assert counts["unfinished_traces"] == 2
+    assert "2 traces hit the sampling cap" in describe_counts(counts)
+    assert counts["truncated_sequences"] == 1  # the last one, to meet the budget
     pool = {"traces": [trace(i, 12, 30) for i in range(5)]}
-    _, composition = mix(pool, settings(tokens=80, max_sequence_tokens=16))
-    assert composition.truncated_sequences == 5
-    assert composition.unfinished_traces == 0  # cut by us, not by the sampling cap
-    assert (composition.prompt_tokens, composition.trace_tokens) == (60, 20)
+    _, counts = mix(pool, settings(tokens=80, max_sequence_tokens=16))
+    assert counts["truncated_sequences"] == 5
+    assert counts["unfinished_traces"] == 0  # cut by us, not by the sampling cap
+    assert (counts["prompt_tokens"], counts["trace_tokens"]) == (60, 20)
     cut = trace(0, 3, 7).cut(2)  # inside a prompt
     assert (cut.ids, cut.prompt_tokens, cut.finished) == ((1, 1), 2, False)
 
@@ -140,7 +141,7 @@ def test_weights_by_token():
 
 def test_a_set_without_any_trace_token_is_not_called_reasoning_aware():
     prompts_alone = {"traces": [trace(i, 20, 7) for i in range(9)]}
-    with pytest.raises(RacError, match="no token of any"):
+    with pytest.raises(RacError, match="no token of a chain"):
         mix(prompts_alone, settings(max_sequence_tokens=16))
 
 
@@ -176,7 +177,7 @@ def test_text_of_a_file_is_cut_into_sequences(tokenizer, tmp_path):
             {"source": "t.jsonl", "column": "body"},
             "row 1 has no text in column 'body'; its columns are text",
         ),
-        ({"source": "empty.jsonl", "column": "text"}, "holds no text"),
+        ({"source": "empty.jsonl", "column": "text"}, "is empty"),
         ({"source": "bad.jsonl", "column": "text"}, "line 2 is not JSON"),
     ],
 )

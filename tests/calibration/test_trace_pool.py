@@ -87,7 +87,7 @@ def test_the_pool_counts_what_the_selection_keeps_and_what_is_held_out(pool_of):
     pool = pool_of(traces, {"max_tokens": 12}, held_out_tokens=30)
     assert [t.id for t in pool.held_out] == ["0#0", "1#0", "2#0", "3#0"]
     assert pool.kept_out_tokens == 10 + 11 + 12 + 13
-    assert list(pool.lengths) == [14, 15, 16]  # completions of 10, 11 and 12 tokens
+    assert list(pool.lengths.values()) == [14, 15, 16]  # completions of 10, 11 and 12 tokens
     assert (pool.selection.kept, pool.selection.total) == (3, 16)
     assert pool.usable_tokens() == 45
     assert pool_of(traces, {"max_tokens": 12}, 30, max_sequence_tokens=15).usable_tokens() == 44
@@ -140,7 +140,7 @@ def collect(model, tokenizer, tmp_path, monkeypatch):
     def collect(traces, **calibration):
         settings = CalibrationSettings(**{"tokens": 600, "held_out_tokens": 0, **calibration})
         traces = TraceSettings(**{"sampling": SAMPLING, **traces})
-        return collect_for_calibration(model, tokenizer, traces, settings, progress=False)
+        return collect_for_calibration(model, tokenizer, traces, settings)
 
     return collect
 
@@ -199,7 +199,7 @@ def test_an_unknown_name_is_refused_before_anything_is_sampled(collect, tmp_path
     with pytest.raises(RacError, match="traces:maths, which is not among"):
         collect({}, mixture="traces@0.5, traces:maths@0.5")
     assert not (tmp_path / "rac_traces").exists()
-    with pytest.raises(RacError, match="gives traces no share, so there is nothing to collect"):
+    with pytest.raises(RacError, match="gives traces no share: nothing to collect"):
         collect({}, mixture="prompts@1")
 
 
@@ -207,7 +207,7 @@ def test_collection_continues_until_what_is_selected_fills_the_budget(collect):
     pool = collect({"store": "s.jsonl", "select": {"min_tokens": 12}}, tokens=600)["traces"]
     held = list(TraceStore.read("s.jsonl"))
     fit = [t for t in held if len(t.completion_ids) >= 12]
-    assert sum(t.tokens for t in fit) == sum(pool.lengths) >= 600
+    assert sum(t.tokens for t in fit) == sum(pool.lengths.values()) >= 600
     assert 0 < len(fit) < len(held)
     assert pool.selection.as_dict() == {
         "kept": len(fit), "of": len(held), "dropped": {"too short": len(held) - len(fit)},
@@ -272,10 +272,10 @@ def test_pruning_reads_what_was_collected_without_the_weights(
     settings = TraceSettings(sampling=SAMPLING, engine=engine)
     budget = CalibrationSettings(tokens=400, max_sequence_tokens=40, held_out_tokens=0)
     identity = ModelIdentity.of_files(str(tiny_folder))
-    pools = collect_for_calibration(identity, tokenizer, settings, budget, progress=False)
+    pools = collect_for_calibration(identity, tokenizer, settings, budget)
     server.close()
     for engine in (settings.engine, None):
         settings = settings.model_copy(update={"engine": engine})
-        built = build_calibration_set(model, tokenizer, settings, budget, progress=False)
+        built = build_calibration_set(model, tokenizer, settings, budget)
         assert built.pools["traces"].store.path == pools["traces"].store.path
-        assert built.loader.composition.tokens == 400
+        assert built.counts["tokens"] == 400

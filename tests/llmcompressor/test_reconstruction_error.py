@@ -51,7 +51,6 @@ def test_no_worse_than_upstreams_sparsegpt_on_the_same_batches(
     loader = build_calibration_set(
         dense, tokenizer, TraceSettings(**options["traces"]),
         CalibrationSettings(**options["calibration"]),
-        progress=False,
     ).loader.unpadded()  # fmt: skip
     ours = prune(preset="paper", **structure)
     upstream = oneshot(

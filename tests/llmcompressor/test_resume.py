@@ -149,10 +149,10 @@ def another_store(dense: Any, folder: Path) -> dict[str, Any]:
     """The same file, to which another run has added traces."""
     settings = TraceSettings(**entry()["traces"])
     tokenizer = AutoTokenizer.from_pretrained(dense.config.name_or_path)
-    how = {"problems": settings.problems, "sampling": settings.sampling, "progress": False}
     store = folder / "own.jsonl"
     held = sum(len(t.prompt_ids) + len(t.completion_ids) for t in TraceStore.read(store))
-    collect_traces(dense, tokenizer, store, tokens=held + 1000, **how)
+    settings = settings.model_copy(update={"store": str(store)})
+    collect_traces(dense, tokenizer, settings, held + 1000)
     return {}
 
 

@@ -4,8 +4,8 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rac_modifier.reasoner import reasoner_path
-from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
+from rac_modifier.settings.traces import TraceSettings
 from rac_modifier.traces.collect import collect_traces
 from tests.vllm_server import NEEDS_SERVER, served
 
@@ -30,16 +30,12 @@ def model():
 
 
 def collect(path, model, tokenizer, url, sampling):
-    return collect_traces(
-        model,
-        tokenizer,
-        path,
-        problems=ProblemSource(),
+    settings = TraceSettings(
+        store=str(path),
         sampling=sampling,
-        tokens=4000,
-        engine=None if url is None else EngineSettings(base_urls=(url,), concurrency=16),
-        progress=False,
+        engine=None if url is None else EngineSettings(base_urls=[url], concurrency=16),
     )
+    return collect_traces(model, tokenizer, settings, 4000)
 
 
 def test_greedy_traces_are_those_of_this_process(url, model, tokenizer, tmp_path):

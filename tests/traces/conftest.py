@@ -8,6 +8,7 @@ from rac_modifier.sampling.model_identity import ModelIdentity
 from rac_modifier.sampling.prompts import render_prompt
 from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
+from rac_modifier.settings.traces import TraceSettings
 from rac_modifier.traces.collect import collect_traces
 from tests import tiny
 from tests.sampling.fake_server import FakeServer, rule, shorten_pauses
@@ -44,16 +45,12 @@ def server(monkeypatch):
 def collect(server, identity, tokenizer, tmp_path):
     def collect(name="s.jsonl", *, of=identity, urls=None, tokens=3000, engine=True, **changes):
         servers = {"base_urls": urls or (server.url,), "concurrency": 8, "verify_model": False}
-        return collect_traces(
-            of,
-            tokenizer,
-            tmp_path / name,
-            problems=ProblemSource(),
+        settings = TraceSettings(
+            store=str(tmp_path / name),
             sampling=SamplingSettings(temperature=1.0, max_new_tokens=LONGEST),
-            tokens=tokens,
             engine=EngineSettings(**{**servers, **changes}) if engine else None,
-            progress=False,
         )
+        return collect_traces(of, tokenizer, settings, tokens)
 
     return collect
 

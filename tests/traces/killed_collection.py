@@ -16,8 +16,8 @@ def collect(
     Lines are written in pieces; the process ends by SIGKILL within a line, after `pieces` of them.
     """
     from rac_modifier.sampling.model_identity import ModelIdentity
-    from rac_modifier.settings.problems import ProblemSource
     from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
+    from rac_modifier.settings.traces import TraceSettings
     from rac_modifier.traces.collect import collect_traces
 
     torch.set_num_threads(1)
@@ -34,13 +34,10 @@ def collect(
     if pieces is not None:
         os.write = write_piece  # type: ignore[assignment]
     model = tiny_model()
-    collect_traces(
-        ModelIdentity.of_model(model) if url else model,
-        tiny_tokenizer(),
-        path,
-        problems=ProblemSource(),
+    trace_settings = TraceSettings(
+        store=path,
         sampling=SamplingSettings(**settings),  # type: ignore[arg-type]
-        tokens=tokens,
-        engine=EngineSettings(base_urls=(url,), concurrency=8) if url else None,
-        progress=False,
+        engine=EngineSettings(base_urls=[url], concurrency=8) if url else None,
     )
+    identity = ModelIdentity.of_model(model) if url else model
+    collect_traces(identity, tiny_tokenizer(), trace_settings, tokens)

@@ -12,6 +12,7 @@ from rac_modifier.sampling.generate import generate
 from rac_modifier.sampling.prompts import render_prompt
 from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.sampling import SamplingSettings
+from rac_modifier.settings.traces import TraceSettings
 from rac_modifier.traces.collect import collect_traces
 from rac_modifier.traces.records import settings_path
 from rac_modifier.traces.store import read_failures
@@ -25,8 +26,9 @@ SAMPLING = SamplingSettings(temperature=1.0, max_new_tokens=10, batch_size=4)
 def run(model, tokenizer, tmp_path):
     def run(name="store.jsonl", *, model=model, tokenizer=tokenizer, **options):
         options = {"problems": ProblemSource(), "sampling": SAMPLING, "tokens": 500, **options}
-        path = None if name is None else tmp_path / name
-        return collect_traces(model, tokenizer, path, progress=False, **options)
+        tokens = options.pop("tokens")
+        settings = TraceSettings(store=name and str(tmp_path / name), **options)
+        return collect_traces(model, tokenizer, settings, tokens)
 
     return run
 

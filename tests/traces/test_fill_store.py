@@ -74,7 +74,7 @@ def fill(tmp_path):
         problems = (Problem(f"p{i}", f"{i}?", str(i), None) for i in range(count))
         with TraceStore.open_append(path, header) as store:
             filling = FillStore(store, engine, problems, prompt_of, longest)
-            return filling.run(tokens, progress=False), len(filling.failed)
+            return filling.run(tokens), len(filling.failed)
 
     fill.path = path
     return fill

@@ -17,7 +17,6 @@ from rac_modifier.traces.store import (
     TraceStore,
     append_failures,
     failures_path,
-    forget_failures,
     read_failures,
     read_header,
 )
@@ -150,8 +149,6 @@ def test_other_settings_are_refused_by_name(filled, header, words):
 
 
 def test_files_that_are_no_store(tmp_path, filled):
-    with pytest.raises(RacError, match="open for reading only"):
-        TraceStore.read(filled).append_many([trace(9)])
     filled.write_bytes(encode("header", HEADER.model_copy(update={"version": 2})))
     with pytest.raises(RacError, match="another version"):
         TraceStore.read(filled)
@@ -214,8 +211,6 @@ def test_failures_come_back_and_a_torn_line_does_not(tmp_path):
     assert read_failures(store) == [first]
     append_failures(store, [second])
     assert read_failures(store) == [first, second]
-    forget_failures(store)
-    assert read_failures(store) == []
     failures_path(store).write_text("notes\n")
     with pytest.raises(RacError, match="not a list of failed problems"):
         read_failures(store)
