@@ -19,7 +19,6 @@ from rac_modifier.calibration.mixture import (
 from rac_modifier.calibration.trace_pool import TracePool, collect_for_calibration
 from rac_modifier.problems.source import load_problems
 from rac_modifier.processes import ALONE, Processes
-from rac_modifier.sampling.engine import end_sampling, help_sampling
 from rac_modifier.sampling.prompts import render_question
 from rac_modifier.settings.calibration import CalibrationSettings, part_tokens
 from rac_modifier.settings.sampling import PromptSettings
@@ -33,8 +32,7 @@ _MANY_UNFINISHED = 0.5  # of the traces: then a warning says so
 class CalibrationSet:
     """The loader, and by part of the mixture the pool of its traces and the prompt settings.
 
-    With several processes, only the first one has pools. The other ones get its loader, and the
-    `received` traces to train on.
+    Of several processes, only the first has pools; the others get the `received` traces.
     """
 
     loader: CalibrationLoader
@@ -78,16 +76,13 @@ def build_calibration_set(
     reserved_tokens: int = 0,
     processes: Processes = ALONE,
 ) -> CalibrationSet:
-    """Sample the traces that are missing, and mix the calibration set that `calibration` describes.
+    """Sample the traces that are missing, and mix the set (RacError: as `collect_traces`, `mix`).
 
-    Traces of about `reserved_tokens` more tokens are in `CalibrationSet.reserved`. All `processes`
-    sample. The first one reads and writes the stores, and sends the set to the others.
-
-    Raises:
-        RacError: see `collect_for_calibration` and `mix`.
+    Traces of about `reserved_tokens` more tokens are in `CalibrationSet.reserved`. The first of
+    `processes` samples, reads and writes the stores, and sends the set to the others.
     """
     if not processes.is_first:
-        return _received(help_sampling(model, tokenizer, processes), calibration)
+        return _received(processes.from_first(), calibration)
     by_part: dict[str, Iterable[CalibrationSequence]] = {}
     prompts: dict[str, PromptSettings] = {}
     for part in calibration.parts("prompts"):
@@ -99,9 +94,7 @@ def build_calibration_set(
         by_part[part.key] = (CalibrationSequence(tuple(i), len(i), "generic") for i in ids)
     pools: dict[str, TracePool] = {}
     if calibration.parts("traces"):
-        pools = collect_for_calibration(
-            model, tokenizer, traces, calibration, reserved_tokens, processes
-        )
+        pools = collect_for_calibration(model, tokenizer, traces, calibration, reserved_tokens)
     budgets = part_tokens(calibration.mixture, calibration.tokens)
     for key, pool in pools.items():
         by_part[key] = pool.draw(key, budgets[key])
@@ -118,7 +111,7 @@ def build_calibration_set(
     loader = CalibrationLoader(sequences, calibration, pad)
     calibration_set = CalibrationSet(loader, counts, pools, prompts)
     if processes.count > 1:
-        end_sampling(processes, _sent(calibration_set))
+        processes.from_first(_sent(calibration_set))
     return calibration_set
 
 

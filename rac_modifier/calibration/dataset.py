@@ -68,7 +68,7 @@ def trace_dataset(
         with its hash, sampling settings and counts.
 
     Raises:
-        RacError: a setting that is wrong, or what collecting raises (`collect_for_calibration`).
+        RacError: a wrong setting, or what `collect_traces` raises.
     """
     if length is not None and length < 1:
         raise RacError(f"length={length}: a row holds at least one token; give a larger length")
@@ -105,10 +105,7 @@ def trace_dataset(
     from datasets import Dataset, DatasetInfo
 
     record = {
-        **pool.store.header.model_dump(
-            mode="json", include={"model", "fingerprint", "tokenizer", "problems", "sampling"}
-        ),
-        "engine": pool.store.header.engine.kind,
+        **pool.store.header.model_dump(mode="json"),
         "store": public_name(pool.store.path),
         "sha256": pool.store.sha256(),
         "selection": pool.selection.as_dict(),
@@ -129,9 +126,8 @@ def export_store(
 ) -> int:
     """Write the traces of a store as a Parquet or JSON Lines file; return the number of rows.
 
-    The file has its name only when it is complete. A row is a trace, with id, problem_id,
-    finish_reason, question and answer. `text` adds the columns prompt and completion, with tags and
-    EOS. The tokenizer is needed for `text`, and for a selection by answers.
+    A row has also id, problem_id, finish_reason, question and answer; with `text` prompt and
+    completion. The tokenizer is needed for `text`, and for a selection by answers.
 
     Raises:
         RacError: another suffix, no trace to write, or the file cannot be written.
@@ -186,11 +182,7 @@ def packed(rows: Iterable[Row], length: int) -> Iterator[Row]:
         ids += row["input_ids"]
         loss += row["loss_mask"]
         while len(ids) >= length:
-            yield {
-                "input_ids": ids[:length],
-                "attention_mask": [1] * length,
-                "loss_mask": loss[:length],
-            }
+            yield {**_row(ids[:length], 0), "loss_mask": loss[:length]}
             ids, loss = ids[length:], loss[length:]
 
 

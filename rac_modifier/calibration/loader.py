@@ -69,8 +69,7 @@ class CalibrationLoader(DataLoader):
     def joined(self) -> CalibrationLoader:
         """Return the same tokens in rows of equal length, one per batch; the remainder is left out.
 
-        For AutoRound, which counts padding in its loss and takes the rotary positions of the first
-        row for all.
+        AutoRound counts padding in its loss, and takes the first row's rotary positions for all.
         """
         length = min(ROW_TOKENS, max(len(sequence.ids) for sequence in self.sequences))
         ids = [token for sequence in self.sequences for token in sequence.ids]

@@ -41,8 +41,6 @@ def mix(
 ) -> tuple[list[CalibrationSequence], dict[str, Any]]:
     """Fill each part's share of the budget, exactly to the token, and shuffle.
 
-    The last sequence of a part is cut to fit; no further ones are read.
-
     Returns:
         The sequences, and counts for the run record: tokens of each kind (padding is none),
         sequences, `truncated_sequences`, `unfinished_traces` (cut by the cap of sampling), and

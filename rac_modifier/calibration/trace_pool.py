@@ -11,7 +11,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rac_modifier.calibration.mixture import CalibrationSequence
 from rac_modifier.errors import RacError
-from rac_modifier.processes import ALONE, Processes
 from rac_modifier.sampling.model_identity import ModelIdentity
 from rac_modifier.settings.calibration import CalibrationSettings, Part, part_tokens
 from rac_modifier.settings.traces import SelectSettings, TraceSettings
@@ -27,10 +26,9 @@ _GROWTH = 4.0  # largest growth of the judged traces between two checks
 
 
 class HoldOut:
-    """Keeps the first prompts of a store out of calibration, each with all its samples.
+    """Keeps the first prompts of a store, four or more, out of calibration, with all samples.
 
-    They have at least `tokens` tokens, and are four or more; 0 tokens hold out nothing. A store
-    that grows holds out the same prompts.
+    They have at least `tokens` tokens; 0 tokens hold out nothing.
     """
 
     def __init__(self, tokens: int):
@@ -56,8 +54,8 @@ class HoldOut:
 class TracePool:
     """The traces that a selection keeps of a store: their `lengths` by id, not their tokens.
 
-    `held_out` are the first traces of the store, with any selection; `reserved` the traces
-    after them, for recovery. `repeated_tokens` of the store are cut as repeating tails.
+    `held_out` are the first traces of the store, with any selection, `reserved` the next ones, for
+    recovery. `repeated_tokens` of the store are cut as repeating tails.
     """
 
     def __init__(
@@ -121,15 +119,13 @@ def collect_for_calibration(
     traces: TraceSettings,
     calibration: CalibrationSettings,
     reserved_tokens: int = 0,
-    processes: Processes = ALONE,
 ) -> dict[str, TracePool]:
     """Fill a store for each part of the mixture that consists of traces; return their pools.
 
-    A pool has tokens for the part's share of the budget next to the traces that are held out or
-    reserved. If servers sample, a `ModelIdentity` replaces the model.
+    A pool has tokens for the part's share of the budget next to those held out or reserved.
 
     Raises:
-        RacError: see `collect_traces`; a mixture without traces; a selection of almost nothing.
+        RacError: as `collect_traces`; a mixture without traces; a selection of almost nothing.
     """
     # an unknown name is an early error
     by_part = {part: traces.named(part.name) for part in calibration.parts("traces")}
@@ -151,7 +147,7 @@ def collect_for_calibration(
         selected = ""  # for the message when the problems end
         while True:
             try:
-                store = collect_traces(model, tokenizer, settings, goal, processes)
+                store = collect_traces(model, tokenizer, settings, goal)
             except RacError as error:
                 raise RacError(f"{error}{selected}") from error
             judge = judge or Judge(tokenizer, store.header)

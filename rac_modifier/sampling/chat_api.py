@@ -31,24 +31,6 @@ class ChatAnswer:
     tokens: int
     thinking_tokens: int
 
-    @classmethod
-    def of(
-        cls, thinking: str, content: str, finish: FinishReason, tokens: int, counted: Any
-    ) -> ChatAnswer:
-        """Join the texts, and divide the tokens.
-
-        `counted` is the server's count of thinking tokens. Where it has none, the tokens
-        are divided by characters. Thinking counts as closed if content follows it.
-        """
-        text = thinking + THINK_END + content if thinking and content else thinking or content
-        text = text.encode("utf-8", "replace").decode()  # a lone surrogate cannot be written
-        before, tag, _ = text.partition(THINK_END)
-        if not tag:
-            return cls(text, finish, tokens, tokens)
-        if type(counted) is int and 0 < counted <= tokens:
-            return cls(text, finish, tokens, counted)
-        return cls(text, finish, tokens, round(tokens * len(before + tag) / len(text)))
-
 
 def chat_body(question: str, key: str, sampling: SamplingSettings) -> dict[str, Any]:
     """Return the JSON of /v1/chat/completions without the model; `key` and the seed decide."""
@@ -63,7 +45,7 @@ def read_chat(content: bytes, cap: int, server: str) -> ChatAnswer:
     """Return the answer in a body with status 200.
 
     Raises:
-        UnusableError: the body is no answer, or has a field of a wrong type or range.
+        UnusableError: no answer, or a field of a wrong type or range.
         RefusedError: the server hides its text, or truncated the answer before the cap.
         RacError: the server does not count tokens.
     """
@@ -98,4 +80,13 @@ def read_chat(content: bytes, cap: int, server: str) -> ChatAnswer:
         raise RefusedError(
             f"{server} returned {tokens} tokens without a text; let it return its reasoning"
         )
-    return ChatAnswer.of(thinking, answer, finish, max(tokens, 1), counted)
+    # Thinking counts as closed if content follows it.
+    text = thinking + THINK_END + answer if thinking and answer else thinking or answer
+    text = text.encode("utf-8", "replace").decode()  # a lone surrogate cannot be written
+    tokens = max(tokens, 1)
+    before, tag, _ = text.partition(THINK_END)
+    if not tag:
+        counted = tokens
+    elif type(counted) is not int or not 0 < counted <= tokens:
+        counted = round(tokens * len(before + tag) / len(text))  # without a count, by characters
+    return ChatAnswer(text, finish, tokens, counted)

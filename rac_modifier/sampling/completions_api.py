@@ -93,8 +93,7 @@ def read_answer(request: Request, content: bytes, vocab_size: int, server: str) 
 
     Raises:
         UnusableError: the answer is truncated or contradicts itself.
-        RacError: the server does not return token ids, changed the prompt, or ends completions
-            without their EOS. Asking again would not help.
+        RacError: no token ids, another prompt, or no EOS: asking again would not help.
     """
     choice, usage = only_choice(content)
     ids, reason, eos = choice.get("token_ids"), choice.get("finish_reason"), set(request.eos)

@@ -1,8 +1,7 @@
 """Decode a batch whose rows end at different times: ended rows are taken out of the batch.
 
-Without the ended rows, the cost of a batch is about proportional to its tokens. Two copies of the
-key-value cache are avoided: `grouped_sdpa` does not repeat it per query head, as
-transformers' "sdpa" does for padded rows, and `RoomyLayer` does not copy it at every step.
+Two copies of the key-value cache are avoided: `grouped_sdpa` does not repeat it per query head,
+and `RoomyLayer` does not copy it at every step.
 """
 
 from __future__ import annotations
@@ -45,8 +44,8 @@ def decode(
 ) -> list[list[int]]:
     """Complete left-padded prompts of a causal LM in evaluation mode.
 
-    `limits` are the largest numbers of new tokens, `eos` the ids that end a row, `rows` the keys of
-    `draw.row_keys`. Returns the new tokens of each row, up to its limit, not yet cut at its EOS.
+    `limits` are the most new tokens of each row, `eos` the ids that end one, `rows` the keys of
+    `draw.row_keys`. Returns the new tokens of each row, not yet cut at its EOS.
     """
     device, width = model.device, max(map(len, prompts))
     inputs = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
@@ -99,7 +98,7 @@ def grouped_sdpa(
     """Compute what `sdpa_attention_forward` computes; several queries per head are left to it.
 
     `query` is [rows, heads, 1, d], `key` and `value` [rows, key-value heads, length, d], the mask
-    broadcasts to [rows, 1, 1, length]. Returns [rows, 1, heads, d].
+    [rows, 1, 1, length]. Returns [rows, 1, heads, d].
     """
     rows, heads, queries, size = query.shape
     shared = key.shape[1]
@@ -129,33 +128,12 @@ def grouped_attention(model: PreTrainedModel) -> Iterator[None]:
         model.set_attn_implementation("sdpa")
 
 
-class _Growing:
-    """States [rows, heads, length, d] at the start of a longer tensor."""
-
-    def __init__(self) -> None:
-        self._buffer: torch.Tensor | None = None
-        self._filled: torch.Tensor | None = None
-
-    def append(self, states: torch.Tensor | None, further: torch.Tensor) -> torch.Tensor:
-        """Return `states` and then `further`; no copy if `states` is the last result."""
-        start = 0 if states is None or not states.numel() else states.shape[-2]
-        end = start + further.shape[-2]
-        buffer = self._buffer if states is self._filled else None  # else rows were taken out
-        if buffer is None or buffer.shape[-2] < end:
-            buffer = further.new_empty(*further.shape[:-2], end + _ROOM, further.shape[-1])
-            if states is not None and start:
-                buffer[..., :start, :] = states
-        buffer[..., start:end, :] = further
-        self._buffer, self._filled = buffer, buffer[..., :end, :]
-        return self._filled
-
-
 class RoomyLayer(DynamicLayer):
     """A `DynamicLayer` whose `keys` and `values` are views into longer tensors."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._growing_keys, self._growing_values = _Growing(), _Growing()
+        self._room: list[torch.Tensor | None] = [None, None]
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **options: Any
@@ -163,9 +141,22 @@ class RoomyLayer(DynamicLayer):
         """Add states [rows, heads, further, d]; return the states of all tokens."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.keys = self._growing_keys.append(self.keys, key_states)
-        self.values = self._growing_values.append(self.values, value_states)
+        self.keys = self._append(0, self.keys, key_states)
+        self.values = self._append(1, self.values, value_states)
         return self.keys, self.values
+
+    def _append(self, index: int, states: torch.Tensor, further: torch.Tensor) -> torch.Tensor:
+        """Return `states` and then `further`; no copy if `states` are in the longer tensor."""
+        room = self._room[index]
+        start = states.shape[-2] if states.numel() else 0
+        end = start + further.shape[-2]
+        if room is None or room.data_ptr() != states.data_ptr() or room.shape[-2] < end:
+            room = further.new_empty(*further.shape[:-2], end + _ROOM, further.shape[-1])
+            if start:
+                room[..., :start, :] = states
+        room[..., start:end, :] = further
+        self._room[index] = room
+        return room[..., :end, :]
 
 
 def roomy_cache(config: PreTrainedConfig) -> DynamicCache:

@@ -34,13 +34,11 @@ def generate(
 ) -> list[Generation]:
     """Complete one batch of prompts (left-padded, see `decode`); `keys` seed the rows.
 
-    A row's draw depends on (seed, key, position) alone. Its logits depend on the batch's shape by
-    rounding: in float32 that almost never changes a token, in bfloat16 near-ties can flip. A
+    A draw depends on (seed, key, position) alone, logits on the batch's shape too, by rounding. A
     completion that would leave the model's context ends there with finish_reason "length".
 
     Raises:
-        RacError: an empty prompt, a prompt that fills the context, token ids beyond the model's
-            vocabulary, no EOS token.
+        RacError: an empty prompt, one that fills the context, unknown token ids, or no EOS token.
     """
     if not prompts:
         return []

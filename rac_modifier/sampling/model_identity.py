@@ -59,8 +59,8 @@ class ModelIdentity:
     def of_files(cls, source: str) -> ModelIdentity:
         """Return the identity of a model folder or hub id, equal to `of_model` of it loaded.
 
-        It reads 64 numbers per parameter. If tensors have other names in the files than in the
-        model (fused experts), the weights are loaded, with a warning.
+        If tensors have other names in the files than in the model (fused experts), the weights are
+        loaded, with a warning.
         """
         try:
             config = AutoConfig.from_pretrained(source, trust_remote_code=False)
@@ -75,15 +75,11 @@ class ModelIdentity:
                 index = cached_file(source, "model.safetensors.index.json")
                 files = list(get_checkpoint_shard_files(source, index)[0])
         except (OSError, ValueError) as error:
-            raise RacError(
-                f"the model {source!r} cannot be read ({str(error).strip().splitlines()[0]})"
-            ) from error
+            reason = str(error).strip().splitlines()[0]
+            raise RacError(f"the model {source!r} cannot be read ({reason})") from error
         fingerprint = _fingerprint_of_files(skeleton, files)
         if fingerprint is None:
-            logger.warning(
-                f"{source!r}: tensors in its files have other names than in the model; loading the "
-                "weights to identify it"
-            )
+            logger.warning(f"{source!r}: its tensors have other names in files; loading them")
             return cls.of_model(
                 AutoModelForCausalLM.from_pretrained(source, dtype="auto", trust_remote_code=False)
             )
@@ -106,9 +102,8 @@ class ModelIdentity:
 def model_fingerprint(model: PreTrainedModel) -> str:
     """Hash (64 hex digits) the architecture and up to 64 strided elements of each parameter.
 
-    Elements are rounded to bfloat16, so a model has the same fingerprint loaded in float32 and in
-    bfloat16. Pruning and fine-tuning change it; an edit that misses all elements does not.
-    Parameters offloaded by accelerate or compressed-tensors are read where they are stored.
+    They are rounded to bfloat16: a model has the same fingerprint in float32 and in bfloat16.
+    Pruning and fine-tuning change it. Offloaded parameters are read where they are stored.
     """
     values = ((n, _offloaded(model, n) if p.is_meta else p) for n, p in _named_parameters(model))
     return _fingerprint_of(model.config, _with_merged_experts(model, values))
@@ -140,11 +135,8 @@ def _sample(weights: _Weights) -> tuple[tuple[int, ...], torch.Tensor]:
     numbers = []
     for flat in range(0, math.prod(shape), _stride(shape)):
         expert, row = divmod(flat // columns, rows)
-        for matrix in weights[expert]:
-            if row < len(matrix):
-                numbers.append(float(matrix.detach()[row, flat % columns]))
-                break
-            row -= len(matrix)
+        column = [matrix.detach()[:, flat % columns] for matrix in weights[expert]]
+        numbers.append(float(torch.cat(column)[row]))
     return shape, torch.tensor(numbers)
 
 
@@ -168,10 +160,7 @@ def _offloaded(model: PreTrainedModel, full: str) -> torch.Tensor:
         weights = getattr(attached, "weights_map", None)
         if weights is not None:
             return weights[name]
-    raise RacError(
-        f"parameter {full!r} is on the meta device and holds no values; load the model's "
-        "weights first"
-    )
+    raise RacError(f"parameter {full!r} is on the meta device; load the model's weights first")
 
 
 def _with_merged_experts(

@@ -14,7 +14,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rac_modifier.errors import RacError
 from rac_modifier.files import public_name
-from rac_modifier.processes import ALONE, Processes
 from rac_modifier.sampling.completions_api import (
     PROBE_QUESTIONS,
     PROBE_SAMPLING,
@@ -30,7 +29,7 @@ from rac_modifier.sampling.completions_api import (
     trace_seed,
 )
 from rac_modifier.sampling.engine import (
-    Completion,
+    Completions,
     Engine,
     EngineKind,
     EngineRecord,
@@ -49,8 +48,8 @@ from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
 class ServerEngine:
     """Completes prompts, sent as token ids, on one or several servers of the model `identity`.
 
-    Greedy tokens of the servers are compared with `model`, if it is in memory. `sampling` must be
-    resolved. With `evaluates`, answers are judged, and nothing is calibrated on them.
+    Their greedy tokens are compared with `model`, if it is in memory. `sampling` must be resolved.
+    With `evaluates`, answers are judged, and nothing is calibrated on them.
     """
 
     kind: EngineKind = "openai"
@@ -69,9 +68,6 @@ class ServerEngine:
         self._sampling, self._model, self._evaluates = sampling, model, evaluates
         self._eos = tuple(eos_token_ids(identity, tokenizer))
         self._servers = [ServerClient(url, settings) for url in settings.base_urls]
-        if settings.api_key_env is not None:
-            urls = ", ".join(settings.base_urls)
-            logger.warning(f"the key in {settings.api_key_env} is sent to {urls}")
         self._server_limit: int | None = None  # the shortest max_model_len
         self._record: EngineRecord | None = None
         # The event loop has a thread of its own: it runs on while traces are written, and a
@@ -88,9 +84,7 @@ class ServerEngine:
             self._record = asyncio.run_coroutine_threadsafe(self._connect(), self._loop).result()
         return self._record
 
-    def iter_completions(
-        self, batches: Iterable[Sequence[Prompt]]
-    ) -> Iterator[Sequence[Completion]]:
+    def iter_completions(self, batches: Iterable[Sequence[Prompt]]) -> Iterator[Completions]:
         """Complete prompts, `concurrency` at a time. Call `connect` first."""
         prompts = enumerate(chain.from_iterable(batches))
         under_way: dict[Future[Generation | Failure], tuple[int, Prompt]] = {}
@@ -101,12 +95,12 @@ class ServerEngine:
             if not under_way:
                 return
             ended, _ = wait(under_way, return_when=FIRST_COMPLETED)
-            completions: list[Completion] = []
+            completions: list[tuple[Prompt, Generation | Failure]] = []
             stop: RacError | None = None
             for future in sorted(ended, key=lambda future: under_way[future][0]):
                 _, prompt = under_way.pop(future)
                 try:
-                    completions.append(Completion(prompt, future.result()))
+                    completions.append((prompt, future.result()))
                 except RacError as error:
                     stop = error
             if completions:
@@ -158,11 +152,15 @@ class ServerEngine:
 
     async def _probe(self, server: ServerClient) -> list[Probe]:
         """Return greedy tokens of the server, compared with the model if that is in memory."""
-        prompts = [
-            tuple(render_question(self._tokenizer, question, self._sampling))
+        requests = [
+            Request(
+                tuple(render_question(self._tokenizer, question, self._sampling)),
+                PROBE_TOKENS,
+                0,
+                self._eos,
+            )
             for question in PROBE_QUESTIONS
         ]
-        requests = [Request(ids, PROBE_TOKENS, 0, self._eos) for ids in prompts]
         try:
             answers = await asyncio.gather(
                 *(self._ask([server], request, PROBE_SAMPLING) for request in requests)
@@ -172,8 +170,8 @@ class ServerEngine:
                 f"{server.url} does not answer a short greedy prompt: {error}"
             ) from error
         probes = [
-            Probe(prompt_ids=ids, completion_ids=answer.ids)
-            for ids, answer in zip(prompts, answers, strict=True)
+            Probe(prompt_ids=request.prompt_ids, completion_ids=answer.ids)
+            for request, answer in zip(requests, answers, strict=True)
         ]
         if self._model is not None and not self._evaluates:
             await asyncio.to_thread(check_probes, self._model, probes, server.url)
@@ -213,7 +211,6 @@ def engine_for(
     model: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase,
     sampling: SamplingSettings,
-    processes: Processes = ALONE,
     evaluates: bool = False,
 ) -> Engine:
     """Return an engine on the servers of `settings`, or without settings on the model in memory.
@@ -226,4 +223,4 @@ def engine_for(
         raise RacError(
             "the model's weights are not in memory: load it, or name servers that sample it"
         )
-    return InProcessEngine(model, tokenizer, sampling, processes)
+    return InProcessEngine(model, tokenizer, sampling)

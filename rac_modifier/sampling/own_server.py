@@ -99,14 +99,12 @@ def check_serving() -> None:
 
 @contextmanager
 def vllm_server(command: VllmCommand, model: str, dtype: str = "auto") -> Iterator[str]:
-    """Run `vllm serve` inside the context, and yield its address.
+    """Run `vllm serve` inside the context, and yield its address; `dtype` as vLLM names it.
 
-    It ends with the context, and with this process (see `server_watch`). `model` is a folder or a
-    Hugging Face id, `dtype` as vLLM names it.
+    It ends with the context, and with this process (see `server_watch`).
 
     Raises:
-        RacError: with its last lines: it stops, is not ready in time, or has stopped when the body
-            raises a RacError.
+        RacError: it stops, or is not ready in time; the message has its last lines.
     """
     with socket.socket() as free:
         free.bind((HOST, 0))

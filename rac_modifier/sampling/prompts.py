@@ -20,8 +20,7 @@ def render_prompt(
 ) -> list[int]:
     """Return the token ids of a question's prompt, made by the template, never decoded to text.
 
-    "chat" applies the tokenizer's chat template with `enable_thinking=thinking`, which some
-    templates ignore. "none" tokenizes the bare question with the tokenizer's own BOS.
+    "chat" applies the tokenizer's chat template, "none" tokenizes the bare question with its BOS.
     """
     if template == "none":
         ids = tokenizer(question)["input_ids"]

@@ -1,8 +1,7 @@
 """Run a command, and end it with all processes that it started when standard input closes.
 
-`own_server.py` starts this file as a script, so it imports nothing of this package. The
-process that wants the command holds the other end of standard input: however it ends, the
-system closes that.
+`own_server.py` starts this file as a script. The process that wants the command holds the other end
+of standard input: however it ends, the system closes that.
 """
 
 from __future__ import annotations

@@ -38,11 +38,7 @@ class Part:
 
     @classmethod
     def parse(cls, key: str) -> Part:
-        """Read "traces", "traces:math", "text:c4" or "prompts:open-r1/OpenR1-Math-220k".
-
-        Raises:
-            RacError: another kind.
-        """
+        """Read "traces", "traces:math" or "text:allenai/c4" (RacError: another kind)."""
         word, colon, name = (piece.strip() for piece in key.partition(":"))
         kind = _SYNONYMS.get(word, word)
         if kind not in KINDS or (colon and not name):
@@ -56,11 +52,7 @@ class Part:
 
 
 def read_mixture(value: Any) -> Any:
-    """Return a mixture as a mapping, from one line of text; the schema checks any other value.
-
-    Raises:
-        RacError: a part of the line without its share.
-    """
+    """Return a mixture as a mapping, also from a line of text (RacError: a part has no share)."""
     if not isinstance(value, str):
         return value
     mixture: dict[str, float] = {}
@@ -180,11 +172,7 @@ class CalibrationSettings(Settings):
         return sum(self.mixture[part.key] for part in self.parts(kind))
 
     def text(self, name: str | None) -> GenericText:
-        """Return the text of a part of the mixture: `generic`, or a source of this name.
-
-        Raises:
-            RacError: a name that is no text.
-        """
+        """Return `generic`, or the text of this name in the mixture (RacError: no text)."""
         if name is None:
             return self.generic
         if name != "python-docs" and "/" not in name and not name.endswith(TEXT_FILES):

@@ -118,24 +118,19 @@ def _names(settings: type[BaseModel], group: str = "") -> Iterator[str]:
 
 
 def check_names(names: Any, where: str) -> None:
-    """Check module names, class names and `re:` patterns from a recipe or a checkpoint's config.
-
-    A pattern is accepted if matching it against a name ends soon: at most four of `*`, `+` and
-    wide `{m,n}`, no groups with choices or repeats inside a repeat, and no back references.
+    """Check module names, class names and `re:` patterns; `where` is the setting.
 
     Raises:
-        RacError: no list of texts, no regular expression, or one that takes too long to match;
-            `where` is the setting.
+        RacError: no list of texts, no regular expression, or one that could take too long to match.
     """
     if not isinstance(names, Iterable) or isinstance(names, (str, bytes)):
         raise RacError(f"{where} is {str(names)[:80]!r}; write a list of names or re: patterns")
     for name in names:
-        if not isinstance(name, str) or not name:
-            raise RacError(f"{where} holds {str(name)[:80]!r}; write names or re: patterns as text")
-        if len(name) > _NAME_LENGTH or not name.isprintable():
+        is_text = isinstance(name, str) and name.isprintable()
+        if not is_text or not 0 < len(name) <= _NAME_LENGTH:
             raise RacError(
-                f"{where}: {name[:80]!r} has over {_NAME_LENGTH} characters, or unprintable ones; "
-                "write a shorter pattern"
+                f"{where} holds {str(name)[:80]!r}; write names or re: patterns of up to "
+                f"{_NAME_LENGTH} printable characters"
             )
         if not name.startswith(PREFIX):
             continue

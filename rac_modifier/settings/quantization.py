@@ -1,7 +1,7 @@
 """What a user sets about quantization: llm-compressor's own schemes.
 
-compressed-tensors is not imported, so that a recipe is checked fast. It checks its settings, and
-which can be rounded here, where the modifier starts (llmcompressor/quantizer.py).
+compressed-tensors is not imported, so that a recipe is checked fast. It checks the schemes where
+the modifier starts (llmcompressor/quantizer.py).
 """
 
 from __future__ import annotations

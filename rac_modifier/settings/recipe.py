@@ -24,7 +24,7 @@ _NAMES = (
     "REAPPruning SmoothQuant SparseGPT SpinQuant WandaPruning"
 )
 MODIFIERS = ENTRIES.keys() | {f"{name}Modifier" for name in _NAMES.split()}
-_LAYOUT = "write it as pruning_stage: pruning_modifiers: {}: {{...}}"
+_LAYOUT = f"write it as pruning_stage: pruning_modifiers: {NAME}: {{...}}"
 
 
 def load_recipe(named: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -33,8 +33,8 @@ def load_recipe(named: str | Path, overrides: Sequence[str] = ()) -> dict[str, A
     `named` is a path or a shipped recipe. Neither recipe nor override can name code.
 
     Raises:
-        RacError: no such recipe, not YAML, a layout in which llm-compressor finds no modifier, an
-            entry with settings that cannot work, or an override that is not `key=value`.
+        RacError: no such recipe, not YAML, another layout, settings that cannot work, or an
+            override that is not `key=value`.
     """
     recipe = read_recipe(named)
     name, entry = find_named_entry(recipe, str(named))
@@ -55,7 +55,11 @@ def read_recipe(named: str | Path) -> Any:
 
 
 def _groups_of(recipe: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any] | None]]:
-    """Yield "stage: group" with its modifiers; None where llm-compressor finds no modifiers."""
+    """Yield "stage: group" with its modifiers; None where llm-compressor overlooks them.
+
+    It reads `<stage>_stage: <group>_modifiers: <Modifier>: {...}`, and runs a recipe without those
+    suffixes without the modifier and without a message.
+    """
     for stage, groups in recipe.items():
         if stage == "args":
             continue
@@ -63,12 +67,9 @@ def _groups_of(recipe: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any] | N
             yield str(stage), None
             continue
         for group, modifiers in groups.items():
-            yield f"{stage}: {group}", (isinstance(modifiers, dict) and modifiers) or None
-
-
-def _is_read(where: str) -> bool:
-    """Tell whether llm-compressor reads the group "stage: group"."""
-    return re.fullmatch(r".*_stage: .*_modifiers", where, re.DOTALL) is not None
+            is_read = str(stage).endswith("_stage") and str(group).endswith("_modifiers")
+            is_read = is_read and isinstance(modifiers, dict) and bool(modifiers)
+            yield f"{stage}: {group}", modifiers if is_read else None
 
 
 def find_named_entry(recipe: Any, where: str) -> tuple[str, dict[str, Any]]:
@@ -86,11 +87,9 @@ def find_named_entry(recipe: Any, where: str) -> tuple[str, dict[str, Any]]:
     ]
     if len(entries) > 1:
         names = " and ".join(sorted(name for name, _ in entries))
-        raise RacError(
-            f"{where} has {names}; leave one of them out: one calibrates the whole recipe"
-        )
+        raise RacError(f"{where} has {names}; leave one out: one calibrates the whole recipe")
     if not entries:
-        raise RacError(f"{where} has no {' or '.join(ENTRIES)}; {_LAYOUT.format(NAME)}")
+        raise RacError(f"{where} has no {' or '.join(ENTRIES)}; {_LAYOUT}")
     return entries[0]
 
 
@@ -104,34 +103,24 @@ def has_entry(recipe: Any) -> bool:
 def check_layout(recipe: Any, where: str) -> None:
     """Refuse a recipe of which llm-compressor would overlook a part; add settings left empty.
 
-    llm-compressor reads `<stage>_stage: <group>_modifiers: <Modifier>: {...}`. Where those suffixes
-    are missing it runs the recipe without the modifier and without a message.
-
     Raises:
-        RacError: another layout, a modifier that llm-compressor does not have, or its settings are
-            no mapping.
+        RacError: another layout, an unknown modifier, or settings that are no mapping.
     """
     if not isinstance(recipe, dict):
         problem = "is empty" if recipe is None else f"holds no recipe but {type(recipe).__name__}"
-        raise RacError(f"{where} {problem}; {_LAYOUT.format(NAME)}")
+        raise RacError(f"{where} {problem}; {_LAYOUT}")
     for group, modifiers in _groups_of(recipe):
-        if modifiers is None or not _is_read(group):
-            name = next(iter(MODIFIERS & (modifiers or {}).keys()), NAME)
-            raise RacError(
-                f"{where}: llm-compressor would overlook {group}; {_LAYOUT.format(name)}"
-            )
+        if modifiers is None:
+            raise RacError(f"{where}: llm-compressor would overlook {group}; {_LAYOUT}")
         for name, settings in modifiers.items():
             if name not in MODIFIERS:
                 close = get_close_matches(str(name), MODIFIERS, 1, 0.6)
-                meant = f"did you mean {close[0]}? It" if close else "it"
+                known = f"did you mean {close[0]}?" if close else f"it has {sorted(MODIFIERS)}"
                 raise RacError(
-                    f"{where}: {group}: llm-compressor has no modifier {name!r}; {meant} has "
-                    f"{', '.join(sorted(MODIFIERS))}"
+                    f"{where}: {group}: llm-compressor has no modifier {name!r}; {known}"
                 )
             if not isinstance(settings, dict | None):
-                raise RacError(
-                    f"{where}: {name} holds {settings!r}, not settings; {_LAYOUT.format(name)}"
-                )
+                raise RacError(f"{where}: {name} holds {settings!r}, not settings; {_LAYOUT}")
             modifiers[name] = settings or {}
 
 

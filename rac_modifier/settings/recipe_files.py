@@ -23,12 +23,9 @@ def recipe_names() -> list[str]:
 
 
 def recipe(name: str) -> str:
-    """Return the path of a shipped recipe, as llm-compressor's `oneshot` takes it.
+    """Return the path of a shipped recipe (RacError: no such recipe).
 
     oneshot("path/or/id", recipe=rac_modifier.recipe("rac_2of4"), output_dir="out")
-
-    Raises:
-        RacError: no recipe of this name; the message has the names that are close.
     """
     if name not in recipe_names():
         raise RacError(f"no recipe is named {name!r}; {_suggestion(name)}")
@@ -36,11 +33,7 @@ def recipe(name: str) -> str:
 
 
 def find_recipe(named: str | Path) -> Path:
-    """Return the existing file that a user named, or else the shipped recipe of this name.
-
-    Raises:
-        RacError: neither; the message has the names that are close.
-    """
+    """Return the user's file, or else the shipped recipe of this name (RacError: neither)."""
     path = Path(named)
     if not path.is_file() and str(named) in recipe_names():
         return FOLDER / f"{named}.yaml"
@@ -85,12 +78,7 @@ def _refused(problem: str, where: Any) -> yaml.YAMLError:
 
 
 def read_yaml(path: Path, kind: str, next_step: str) -> Any:
-    """Return what a YAML file holds.
-
-    Raises:
-        RacError: no such file (the message ends in `next_step`), a file that is no regular one,
-            or what `parse_yaml` refuses.
-    """
+    """Return what a YAML file holds (RacError: no such file, or what `parse_yaml` refuses)."""
     try:
         if path.exists() and regular_file(path, kind).stat().st_size > _BYTES:
             raise RacError(f"{kind} {path} has over {_BYTES} bytes; {next_step}")
@@ -104,9 +92,8 @@ def parse_yaml(text: str, message: str) -> Any:
     """Return the plain values that a YAML text holds.
 
     Raises:
-        RacError: begins with `message`; the text is not YAML, or holds a key twice, a tag that
-            names code, an integer of over 63 bits, values that are nested too deep, or too many
-            values behind its aliases.
+        RacError: begins with `message`; the text is not YAML, holds a key twice or a tag that names
+            code, or is too large behind its aliases.
     """
     try:
         loader = _PlainLoader(text)

@@ -129,10 +129,7 @@ class EngineSettings(Settings):
     def _are_urls(cls, urls: list[str]) -> list[str]:
         if not urls:
             raise RacError(f"base_urls is empty; name a server, such as {_EXAMPLE}")
-        normal = list(dict.fromkeys(map(_normal, urls)))
-        if len(normal) < len(urls):
-            raise RacError(f"base_urls names a server twice: {', '.join(urls)}; name each once")
-        return normal
+        return list(dict.fromkeys(map(_normal, urls)))
 
 
 def _normal(url: str) -> str:

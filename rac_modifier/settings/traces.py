@@ -39,34 +39,15 @@ class SelectSettings(Settings):
     @model_validator(mode="after")
     def _can_be_met(self) -> SelectSettings:
         if self.min_tokens and self.max_tokens and self.min_tokens > self.max_tokens:
-            raise RacError(
-                f"min_tokens={self.min_tokens} and max_tokens={self.max_tokens} leave no length "
-                "between them"
-            )
+            raise RacError(f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}")
         if self.pass_rate is not None and self.pass_rate[0] > self.pass_rate[1]:
-            raise RacError(
-                f"pass_rate {self.pass_rate}: give the lowest and the highest share, such as "
-                "[0.2, 0.8]"
-            )
+            raise RacError(f"pass_rate {self.pass_rate}: give the lowest share first")
         return self
 
     @property
     def checks_answers(self) -> bool:
         """Return whether every answer has to be checked."""
         return self.answers != "any" or self.pass_rate is not None
-
-    def check_against(self, max_new_tokens: int, samples_per_problem: int) -> None:
-        """Refuse what no trace sampled so can meet (RacError: naming both settings)."""
-        if self.min_tokens is not None and self.min_tokens > max_new_tokens:
-            raise RacError(
-                f"select.min_tokens={self.min_tokens} can never be met with "
-                f"sampling.max_new_tokens={max_new_tokens}"
-            )
-        if self.pass_rate is not None and samples_per_problem < 2:
-            raise RacError(
-                "select.pass_rate needs several samples of each problem; set "
-                "sampling.samples_per_problem to 2 or more"
-            )
 
 
 class TraceSource(Settings):
@@ -106,19 +87,20 @@ class TraceSettings(Settings):
 
     @model_validator(mode="after")
     def _can_be_selected(self) -> TraceSettings:
+        longest, samples = self.sampling.max_new_tokens, self.sampling.samples_per_problem
         for name in (None, *self.sources):
             select = self.named(name).select
-            select.check_against(self.sampling.max_new_tokens, self.sampling.samples_per_problem)
+            if (select.min_tokens or 0) > longest:
+                raise RacError(
+                    f"select.min_tokens={select.min_tokens} can never be met with "
+                    f"sampling.max_new_tokens={longest}"
+                )
+            if select.pass_rate is not None and samples < 2:
+                raise RacError("select.pass_rate: set sampling.samples_per_problem to 2 or more")
         return self
 
     def named(self, name: str | None) -> TraceSettings:
-        """Return the settings of a part of the mixture.
-
-        A declared source or a name that is a source itself has its own problems and store.
-
-        Raises:
-            RacError: a name that is neither declared nor a source of problems.
-        """
+        """Return the settings of a declared source or of a name that is one (RacError: neither)."""
         if name is None:
             return self
         if (source := self.sources.get(name)) is None:

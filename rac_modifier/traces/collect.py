@@ -10,7 +10,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rac_modifier.errors import RacError
 from rac_modifier.problems.source import load_problems
-from rac_modifier.processes import ALONE, Processes
 from rac_modifier.sampling.completions_api import check_probes
 from rac_modifier.sampling.model_identity import ModelIdentity
 from rac_modifier.sampling.openai_server import engine_for
@@ -26,18 +25,16 @@ def collect_traces(
     tokenizer: PreTrainedTokenizerBase,
     settings: TraceSettings,
     tokens: int,
-    processes: Processes = ALONE,
 ) -> TraceStore:
     """Fill a store up to `tokens` prompt and completion tokens, and return it, closed for writing.
 
-    It holds the traces of the first problems, in order, up to the one that reaches the budget. A
-    store that holds enough is returned as it is. `model` is in memory, or its `ModelIdentity` if
-    servers sample it. All but the first of `processes` run `help_sampling` meanwhile.
+    It holds the traces of the first problems, in order. A store that holds enough is returned as it
+    is. `model` is in memory, or its `ModelIdentity` if servers sample it.
 
     Raises:
         RacError: bad problems, settings or prompts; a store of another model or other settings, in
-            use or corrupt; the problems end before the budget is reached; servers that hold another
-            model, return no token ids, or cannot be reached.
+            use or corrupt; too few problems; servers of another model, without token ids, or that
+            cannot be reached.
     """
     if tokens < 1:
         raise RacError(f"tokens={tokens}: ask for at least one token to calibrate on")
@@ -58,7 +55,7 @@ def collect_traces(
     limits = [problems.max_prompt_tokens, identity.context and identity.context - 1]
     longest = min((limit for limit in limits if limit is not None), default=None)
     with contextlib.closing(
-        engine_for(engine, identity, in_memory, tokenizer, sampling, processes)
+        engine_for(engine, identity, in_memory, tokenizer, sampling)
     ) as sampler:
         if stored is None:
             header = header.model_copy(update={"engine": sampler.connect()})

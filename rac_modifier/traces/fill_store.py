@@ -1,14 +1,13 @@
 """Fill a store: which problems to ask next, and the order in which their traces are stored.
 
-The store holds the traces in the order of their problems, so it is the same for any number of
-servers and kills. A trace that is finished before an earlier one goes to a second store
-(`x.pending.jsonl`), so that a kill does not lose it.
+The store holds the traces in the order of their problems. A trace that is finished before an
+earlier one goes to a second store (`x.pending.jsonl`), so that a kill does not lose it.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
@@ -17,7 +16,7 @@ from tqdm import tqdm
 
 from rac_modifier.errors import RacError
 from rac_modifier.problems.source import Problem
-from rac_modifier.sampling.engine import Completion, Engine, Failure, Prompt
+from rac_modifier.sampling.engine import Completions, Engine, Failure, Prompt
 from rac_modifier.traces.records import Trace
 from rac_modifier.traces.store import (
     FailedProblem,
@@ -41,9 +40,8 @@ class _Sample:
     settled: bool = False
     trace: Trace | None = None
     """Finished, but not stored yet."""
-
-    def failed(self, reason: str) -> FailedProblem:
-        return FailedProblem(self.id, self.problem.question, reason)
+    reason: str = ""
+    """Why it failed."""
 
 
 class FillStore:
@@ -72,7 +70,7 @@ class FillStore:
         self.failed = {failed.id for failed in read_failures(store.path)}
         # Failures since the last success are not written yet: they may be an outage, which must not
         # change the order. They hold up later samples.
-        self._doubtful: list[tuple[_Sample, FailedProblem]] = []
+        self._doubtful: list[_Sample] = []
         self._pending: TraceStore | None = None
         self._early: dict[str, Trace] = {}
         if pending_path(store.path).exists():
@@ -139,7 +137,7 @@ class FillStore:
                 f"another engine ({filled}, not {kind}): {step}, or name another path"
             )
         prompts: list[Prompt] = []
-        refused: list[FailedProblem] = []
+        refused: list[_Sample] = []
         for sample in batch:
             ids = self._render(sample.problem)
             if self._longest is None or len(ids) <= self._longest:
@@ -147,20 +145,19 @@ class FillStore:
                 if not sample.settled:
                     self._asked[sample.id] = sample
             elif not sample.settled:
-                sample.settled = True
-                reason = f"a prompt of {len(ids)} tokens; the limit is {self._longest}"
-                refused.append(sample.failed(reason))
+                sample.reason = f"a prompt of {len(ids)} tokens; the limit is {self._longest}"
+                refused.append(sample)
         self._record_failures(refused)
         return prompts
 
-    def _receive(self, completions: Sequence[Completion], tokens: int) -> None:
+    def _receive(self, completions: Completions, tokens: int) -> None:
         outage: RacError | None = None
-        for completion in completions:
-            sample, outcome = self._asked.pop(completion.prompt.key, None), completion.outcome
-            if sample is None:
+        for prompt, outcome in completions:
+            if (sample := self._asked.pop(prompt.key, None)) is None:
                 continue  # stored before; sampled again for the shape of its batch
             if isinstance(outcome, Failure):
-                self._doubtful.append((sample, sample.failed(outcome.reason)))
+                sample.reason = outcome.reason
+                self._doubtful.append(sample)
                 if len(self._doubtful) >= _FAILURES_OF_AN_OUTAGE:
                     outage = RacError(
                         f"{len(self._doubtful)} completions in a row failed, the last one: "
@@ -172,7 +169,7 @@ class FillStore:
             sample.trace = Trace(
                 id=sample.id,
                 problem_id=sample.problem.id,
-                prompt_ids=completion.prompt.ids,
+                prompt_ids=prompt.ids,
                 completion_ids=outcome.ids,
                 finish_reason=outcome.finish_reason,
                 seed=self._store.header.sampling.seed,
@@ -187,19 +184,19 @@ class FillStore:
             raise outage
 
     def _record_doubtful(self) -> None:
-        doubtful, self._doubtful = self._doubtful, []
-        self._record_failures([failed for _, failed in doubtful])
-        for sample, _ in doubtful:
-            sample.settled = True
+        self._record_failures(self._doubtful)
+        self._doubtful = []
 
-    def _record_failures(self, failures: list[FailedProblem]) -> None:
-        if failures:
-            append_failures(self._store.path, failures)
-            self.failed.update(failed.id for failed in failures)
-            logger.warning(
-                f"{len(failures)} problems failed ({failures[-1].reason}); see "
-                f"{str(failures_path(self._store.path))!r}"
-            )
+    def _record_failures(self, samples: list[_Sample]) -> None:
+        if not samples:
+            return
+        failed = [FailedProblem(s.id, s.problem.question, s.reason) for s in samples]
+        append_failures(self._store.path, failed)
+        self.failed.update(sample.id for sample in samples)
+        for sample in samples:
+            sample.settled = True
+        path = str(failures_path(self._store.path))
+        logger.warning(f"{len(samples)} problems failed ({samples[-1].reason}); see {path!r}")
 
     def _store_in_order(self, tokens: int) -> None:
         fresh: list[Trace] = []

@@ -169,26 +169,19 @@ def read_header(path: str | os.PathLike[str]) -> StoreHeader | None:
     try:
         with regular_file(path, "trace store").open("rb") as file:
             line = read_line(file, path)
-    except OSError as error:
+        if line.endswith(b"\n"):
+            return StoreHeader(**decode("header", line[:-1]))
+    except (OSError, ValueError) as error:
+        if isinstance(error, RacError):
+            raise
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
         raise RacError(
-            f"trace store {str(path)!r} cannot be read ({error.strerror}); name another path"
+            f"{str(path)!r} is no trace store of this version ({reason}); name another path"
         ) from error
-    if not line.endswith(b"\n"):
-        # Only what looks like our own beginning may be overwritten.
-        if line and not line.startswith(b'{"crc32":"'[: len(line)]) and line.strip(b"\0"):
-            raise RacError(f"{str(path)!r} is no trace store; name another path")
-        return None
-    try:
-        return StoreHeader(**decode("header", line[:-1]))
-    except ValidationError as error:
-        raise RacError(
-            f"trace store {str(path)!r} was written by another version of this package "
-            f"({error.errors()[0]['msg']}); name another path"
-        ) from error
-    except ValueError as error:
-        raise RacError(
-            f"{str(path)!r} is no trace store ({error} in its first line); name another path"
-        ) from error
+    # Only what looks like our own beginning may be overwritten.
+    if line and not line.startswith(b'{"crc32":"'[: len(line)]) and line.strip(b"\0"):
+        raise RacError(f"{str(path)!r} is no trace store; name another path")
+    return None
 
 
 def read_line(file: BinaryIO, path: Path) -> bytes:

@@ -19,12 +19,7 @@ _PROMPT = {"template", "thinking", "system_prompt"}
 
 
 def count_endings(traces: Iterable[Trace]) -> dict[str, Any]:
-    """Count the endings of traces.
-
-    Returns:
-        `ended_by` finish reason; `median` and `longest` completion, in tokens; `repeating` traces,
-        which were truncated while they repeated themselves, by `repeated_tokens`.
-    """
+    """Count by finish reason; lengths in tokens; truncated traces that repeat themselves."""
     lengths, tails = [], []
     ended_by: Counter[str] = Counter()
     for trace in traces:

@@ -27,8 +27,7 @@ COPIES, TAIL = 3, 64  # copies and tokens that a repeating tail has at least
 def loop_at_end(items: Sequence[int] | Sequence[str]) -> tuple[int, int] | None:
     """Return the index where the repeating end begins, and its period; None if no end repeats.
 
-    It repeats if it has `COPIES` copies or more, the last one perhaps cut, of up to
-    `LONGEST_PERIOD` items, and at least `TAIL` items.
+    It has `COPIES` or more of up to `LONGEST_PERIOD` items, the last perhaps cut; `TAIL` or more.
     """
     for period in range(1, min(LONGEST_PERIOD, len(items) // COPIES) + 1):
         same = 0
@@ -52,11 +51,7 @@ def without_repeats(trace: Trace) -> Trace:
 
 
 class Judge:
-    """Judges the traces of a store and caches each verdict.
-
-    Answers to reasoning-gym are scored by their task, others compared as text, as integers or as
-    mathematics. An answer that takes too long counts as wrong.
-    """
+    """Judges traces and caches each verdict; an answer that takes too long to check is wrong."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, header: StoreHeader):
         self._tokenizer, self._header = tokenizer, header

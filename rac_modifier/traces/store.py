@@ -1,7 +1,7 @@
 """The trace store: an append-only JSONL file, valid after a kill of its writer; side files.
 
-Next to traces.jsonl there may be traces.pending.jsonl, a store of traces that finished
-before an earlier one, and traces.failed.jsonl, which has a JSON object per failed problem.
+Next to x.jsonl there may be x.pending.jsonl, a store of traces that finished before an earlier one,
+and x.failed.jsonl, which has a JSON object per failed problem.
 """
 
 from __future__ import annotations
@@ -51,8 +51,7 @@ class TraceCounts:
 class TraceStore:
     """Traces of one model under one set of sampling settings and problems.
 
-    `read` and `open_append` check every line; iterating reads the file again. In memory are ids and
-    token counts.
+    Every line is checked when it is opened. In memory are ids and token counts.
     """
 
     def __init__(self, path: Path, header: StoreHeader, fd: int | None = None):
@@ -80,9 +79,7 @@ class TraceStore:
 
     @classmethod
     def open_append(cls, path: str | os.PathLike[str], header: StoreHeader) -> TraceStore:
-        """Open a store to append, or create it; the file is locked for other writers until `close`.
-
-        An incomplete last line is cut off.
+        """Open a store to append, or create it; locked for other writers until `close`.
 
         Raises:
             RacError: in use by another process, another header (`header_differences`), a corrupt
@@ -113,11 +110,7 @@ class TraceStore:
         return store
 
     def append_many(self, traces: Sequence[Trace]) -> None:
-        """Append traces with one write and one fsync: they are on the disk when this returns.
-
-        Raises:
-            RacError: the disk is full or fails; the file is cut back to what it held before.
-        """
+        """Append traces with one write and fsync (RacError: disk full; the file is cut back)."""
         for trace in traces:
             assert trace.id not in self.tokens_by_id, f"trace {trace.id} is stored already"
         if traces:

@@ -95,7 +95,7 @@ CASES += [
     ),
     Case(
         "both of this package's modifiers in one recipe file",
-        f"has ReasoningAwareCalibrationModifier and {NAME}; leave one of them out",
+        f"has ReasoningAwareCalibrationModifier and {NAME}; leave one out",
         lambda b: b.rac_prune(
             f"s_stage: {{a_modifiers: {{{NAME}: }}, "
             "b_modifiers: {ReasoningAwareCalibrationModifier: }}"

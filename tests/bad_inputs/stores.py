@@ -23,8 +23,8 @@ def _(b: Bench) -> None:
 
 @CASES.case(
     "a store that was filled under other settings",
-    "sampling.max_new_tokens: 40 in the store, 41 asked for); use the settings of the "
-    "store, or name another path (traces.store)",
+    "sampling.max_new_tokens: 40 in the store, 41 asked for); use these, or name "
+    "another path (traces.store)",
 )
 def _(b: Bench) -> None:
     b.prune_with(
@@ -63,7 +63,7 @@ def _(b: Bench) -> None:
         b.prune()
 
 
-@CASES.case("no room on disk while sampling", "make room, then run again to go on from there")
+@CASES.case("no room on disk while sampling", "make room, then run again")
 def _(b: Bench) -> None:
     def full(fd: int, data: Any) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -95,7 +95,7 @@ def _(b: Bench) -> None:
     b.rac("traces", "inspect", b.store, "--select", "correct")
 
 
-@CASES.case("collecting for a recipe without traces", "so there is nothing to collect")
+@CASES.case("collecting for a recipe without traces", "gives traces no share: nothing to collect")
 def _(b: Bench) -> None:
     path = b.tmp / "r.yaml"
     path.write_text(recipe({"sparsity": 0.5, "calibration": {"mixture": {"generic": 1.0}}}))

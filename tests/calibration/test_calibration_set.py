@@ -76,7 +76,7 @@ def test_the_parts_are_counted_in_real_tokens_and_recorded(build, tmp_path, monk
 
 
 def test_several_processes_get_the_set_of_one(model, tokenizer, tmp_path):
-    """They sample together, and the first one chooses; the store is that of one process, too."""
+    """The first one samples; the store is that of one process, too."""
     calibration = CalibrationSettings(
         tokens=300, held_out_tokens=60, mixture="traces@0.8, generic@0.2"
     )

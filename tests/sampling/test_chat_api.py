@@ -26,9 +26,7 @@ def read(*args, **changes) -> ChatAnswer:
         ({"content": "4"}, "4", 10),
         ({"content": "ab</think>" + "c" * 10}, "ab</think>" + "c" * 10, 5),
         ({"reasoning_content": "ab", "content": "c" * 10}, "ab</think>" + "c" * 10, 5),
-        ({"reasoning": "ab", "content": "c" * 10}, "ab</think>" + "c" * 10, 5),
         ({"reasoning": "x", "reasoning_content": "x", "content": None}, "x", 10),
-        ({"reasoning": "on and on", "content": ""}, "on and on", 10),
         ({"content": "\ud800"}, "?", 10),
     ],
 )
@@ -40,10 +38,7 @@ def test_thinking_is_joined_to_the_answer_and_tokens_are_divided_by_characters(
 
 @pytest.mark.parametrize(
     ("details", "thinking_tokens"),
-    [({"reasoning_tokens": 3}, 3), ({"reasoning_tokens": 0}, 8), ({"reasoning_tokens": 99}, 8)]
-    + [
-        (details, 8) for details in (None, 3, {"reasoning_tokens": "3"}, {"reasoning_tokens": True})
-    ],
+    [({"reasoning_tokens": 3}, 3), ({"reasoning_tokens": 99}, 8), (3, 8)],
 )
 def test_a_servers_count_of_thinking_tokens_is_taken_where_it_has_one(details, thinking_tokens):
     usage = {"completion_tokens": 10, "completion_tokens_details": details}
@@ -60,14 +55,9 @@ def test_an_empty_answer_is_its_end_alone():
     [
         ({"message": "text"}, UnusableError, "message 'text' is no object"),
         ({"message": {"content": ["4"]}}, UnusableError, "is no text"),
-        ({"message": {"reasoning": 0, "content": "4"}}, UnusableError, "is no text"),
         ({"finish": "tool_calls"}, UnusableError, "'tool_calls' is neither stop nor length"),
-        ({"finish": ["stop"]}, UnusableError, "neither stop nor length"),
-        ({"usage": {"completion_tokens": "9"}}, UnusableError, "no count of at most 10"),
-        ({"usage": {"completion_tokens": -1}}, UnusableError, "no count of at most 10"),
         ({"usage": {"completion_tokens": True}}, UnusableError, "no count of at most 10"),
         ({"usage": {"completion_tokens": 11}}, UnusableError, "'11' is no count of at most 10"),
-        ({"usage": 3}, UnusableError, "no completion in the answer"),
         ({"choices": []}, UnusableError, "no completion in the answer"),
         ({"finish": "length", "usage": {"completion_tokens": 7}}, RefusedError, "7 of 10 tokens"),
         ({"message": {"content": None}}, RefusedError, "10 tokens without a text"),

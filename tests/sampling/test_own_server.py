@@ -40,7 +40,6 @@ def vllm(tmp_path):
     [
         ("0.32.0+cpu", ("--max-model-len=8192",), True),
         ("0.32.0", (), False),
-        ("", (), False),
         ("0.32.0+cpu", ("--enable-chunked-prefill",), False),
     ],
 )

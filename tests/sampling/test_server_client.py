@@ -73,7 +73,6 @@ def test_a_fault_is_mended_by_another_try(server, kind):
     ("kinds", "words"),
     [
         (["500"] * 3, "answers 500: told to answer 500"),
-        (["reset"] * 3, "Error"),
         (["hang"] * 3, r"no answer within timeout=0\.3 s; set a longer one"),
         (["drip"] * 3, r"no answer within timeout=0\.3 s; set a longer one"),
         (["large"] * 3, r"an answer of more than 1,0\d\d,\d{3} bytes"),

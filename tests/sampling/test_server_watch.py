@@ -17,17 +17,13 @@ def watch(command: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
 
-@pytest.mark.parametrize(("command", "code"), [("exit 7", 7), ("kill -9 $$", 137)])
-def test_the_exit_code_is_that_of_the_command(command, code):
-    assert watch(command).wait() == code
-
-
 @pytest.mark.parametrize(
     ("command", "end", "code"),
     [
         ("sleep 600 & echo started; wait", lambda watcher: watcher.stdin.close(), 143),
         ("sleep 600 & echo started; wait", lambda watcher: watcher.terminate(), 143),
-        ("sleep 600 & echo started", lambda watcher: None, 0),  # left behind by its shell
+        ("sleep 600 & echo started; exit 7", lambda watcher: None, 7),  # left by its shell
+        ("echo started; kill -9 $$", lambda watcher: None, 137),
     ],
 )
 def test_all_processes_end_with_the_pipe_the_watcher_or_the_command(command, end, code):

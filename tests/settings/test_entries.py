@@ -14,10 +14,8 @@ from tests.settings.every_setting import merged, mixture, nested, traces
 ENGINE = {"base_urls": ["http://127.0.0.1:9/v1"]}
 SETTINGS = [
     {"mask_structure": "2:4"},
-    {"sparsity": 0.6, "preset": "fast", "dampening_frac": 0.1},
     {"sparsity": 0.6, "preset": "paper", "solver": "magnitude"},
     {"solver": "keep", "quantization": {"scheme": "W4A16"}},
-    {"sparsity": 0.5, "calibration": {"mixture": "prompts@1"}, "traces": {"sampling": {"seed": 4}}},
     {"sparsity": 0.5, "calibration": {"mixture": "text:python-docs@1", "seed": 5}},
     {
         "sparsity": 0.5,

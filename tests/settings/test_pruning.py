@@ -41,10 +41,6 @@ def test_the_pattern(values, pattern):
         ({"mask_structure": "2:4", "order": "layer"}, "set reconstruct: pruned, or order: auto"),
         ({"sparsity": 0.5, "dampening_frac": 0}, "greater than 0"),
         ({"sparsity": 0.5, "preset": ["paper"]}, "'quality', 'fast' or 'paper'"),
-        (
-            {"sparsity": 0.5, "solver": "admm"},
-            "'sparsegpt', 'alps', 'wanda', 'magnitude', 'keep' or 'none'",
-        ),
     ],
 )
 def test_what_cannot_work_is_refused(values, message):

@@ -96,11 +96,8 @@ def test_patterns_need_no_quotes_and_missing_groups_can_be_set(tmp_path, overrid
     [
         f"pruning: {{pruning_modifiers: {{{NAME}: {{sparsity: 0.5}}}}}}",
         f"pruning_stage: {{pruning: {{{NAME}: {{sparsity: 0.5}}}}}}",
-        f"pruning_stage: {{1: {{{NAME}: {{sparsity: 0.5}}}}}}",
-        f"pruning_modifiers: {{{NAME}: {{sparsity: 0.5}}}}",
         f"{NAME}: {{sparsity: 0.5}}",
         f"pruning_stage: {{pruning_modifiers: [{NAME}]}}",
-        f"pruning_stage: {{pruning_modifiers: {{{NAME}: [0.5]}}}}",
         "- a list",
         "",
     ],
@@ -132,7 +129,7 @@ def test_a_recipe_has_one_of_our_modifiers(tmp_path, second):
     path.write_text(
         f"a_stage: {{a_modifiers: {{{NAME}: {{sparsity: 0.5}}}}, b_modifiers: {{{second}: }}}}"
     )
-    with pytest.raises(RacError, match=f"has .*{NAME}.*leave one of them out"):
+    with pytest.raises(RacError, match=f"has .*{NAME}.*leave one out"):
         load_recipe(path)
 
 
@@ -189,21 +186,10 @@ def test_a_mixture_that_is_set_drops_what_it_does_not_use_and_says_so(tmp_path):
 @pytest.mark.parametrize(
     ("later", "says"),
     [
-        (
-            "quant_stag: {q_modifiers: {GPTQModifier: {}}}",
-            "overlook quant_stag: q_modifiers; write",
-        ),
+        ("q_stag: {q_modifiers: {GPTQModifier: {}}}", "overlook q_stag: q_modifiers; write it"),
         ("q_stage: {q_modifiers: {}}", "overlook q_stage: q_modifiers; write it as"),
-        ("q_stage: {}", "overlook q_stage; write it as"),
-        (
-            "q_stage: {q_modifiers: {GTPQModifier: {}}}",
-            "no modifier 'GTPQModifier'; did you mean GPTQ",
-        ),
-        ("q_stage: {q_modifiers: {x: {}}}", "no modifier 'x'; it has AWQModifier, .*GPTQModifier"),
-        (
-            "q_stage: {q_modifiers: {GPTQModifier: W4A16}}",
-            "GPTQModifier holds 'W4A16', not settings",
-        ),
+        ("q_stage: {q_modifiers: {GTPQModifier: {}}}", "no modifier 'GTPQModifier'.*mean GPTQ"),
+        ("q_stage: {q_modifiers: {GPTQModifier: W4A16}}", "holds 'W4A16', not settings"),
     ],
 )
 def test_what_llm_compressor_would_not_run_is_refused(tmp_path, later, says):

@@ -97,16 +97,12 @@ def test_plain_data():
         (LAUGHS, "its aliases repeat over 100000 values"),
         ("a: &a [*a]", "its aliases repeat"),
         ("[" * 2000, "nested too deep"),
-        ("{a: " * 2000, "nested too deep"),
         ("a: 1\nb: 2\na: 3", "'a' is written twice"),
         ("? [a]\n: 1", "a key is no text"),
         ("a: " + "9" * 5000, "4300 digits"),
         ("a: 0x" + "f" * 5000, "an integer is too large"),
-        ("a: !!int x", "invalid literal"),
-        ("a: !!bool x", ""),
         ("!!python/name:os.system", "could not determine a constructor"),
         ("a: \x00", "unacceptable character"),
-        ("a: b: c", "mapping values are not allowed"),
     ],
 )
 def test_what_is_refused(text, message):

@@ -7,7 +7,7 @@ import pytest
 
 from rac_modifier.errors import RacError
 from rac_modifier.problems.source import Problem
-from rac_modifier.sampling.engine import Completion, EngineRecord, Failure
+from rac_modifier.sampling.engine import EngineRecord, Failure
 from rac_modifier.sampling.generate import Generation
 from rac_modifier.settings.sampling import SamplingSettings
 from rac_modifier.traces.fill_store import FillStore
@@ -46,7 +46,7 @@ class Script:
             for batch in reversed(taken):
                 if any(prompt.key in self.fatal for prompt in batch):
                     raise RacError("no server will do it")
-                yield [Completion(prompt, self.outcome(prompt)) for prompt in reversed(batch)]
+                yield [(prompt, self.outcome(prompt)) for prompt in reversed(batch)]
 
     def outcome(self, prompt):
         return (

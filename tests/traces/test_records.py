@@ -65,10 +65,8 @@ FIELDS = json.loads(encode("trace", trace(1)))["trace"]
     [
         [1],
         {"id": "a"},
-        {**FIELDS, "prompt_ids": 1},
         {**FIELDS, "prompt_ids": [[1]]},
         {**FIELDS, "completion_ids": [-1]},
-        {**FIELDS, "completion_ids": [1.5]},
         {**FIELDS, "finish_reason": "abort"},
         {**FIELDS, "extra": 1},
         "[" * 100_000,

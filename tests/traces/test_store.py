@@ -89,9 +89,8 @@ def test_a_corrupt_line_is_named_with_the_way_out(filled):
         TraceStore.read(filled)
     lines[2] = lines[2].replace(b"p1", b"p7")
     filled.write_bytes(b"".join(lines))
-    for opened in (lambda: TraceStore.read(filled), lambda: TraceStore.open_append(filled, HEADER)):
-        with pytest.raises(RacError, match=r"store\.jsonl', line 3 is corrupt.*sed -i 3d"):
-            opened()
+    with pytest.raises(RacError, match=r"store\.jsonl', line 3 is corrupt.*sed -i 3d"):
+        TraceStore.open_append(filled, HEADER)
     filled.write_bytes(b"".join(lines[:2] + lines[3:]))  # the way out works
     assert TraceStore.read(filled).tokens_by_id.keys() == {"p0#0", "p2#0"}
 
@@ -102,7 +101,9 @@ def test_only_one_writer(filled, monkeypatch):
         with pytest.raises(RacError, match="in use by another process"):
             TraceStore.open_append(filled, HEADER)
         assert len(TraceStore.read(filled)) == 3
-    with pytest.raises(RacError, match="other settings"):
+    with pytest.raises(
+        RacError, match=r"other settings \(sampling\.seed: 0 in the store, 1 asked for"
+    ):
         TraceStore.open_append(filled, with_settings(seed=1))
     TraceStore.open_append(filled, HEADER).close()  # a failed open leaves no lock
 
@@ -135,22 +136,9 @@ def test_no_room_on_the_disk_keeps_what_was_stored(filled):
     assert list(TraceStore.read(filled))[-1] == trace(3)
 
 
-@pytest.mark.parametrize(
-    ("header", "words"),
-    [
-        (with_settings(seed=1), r"sampling\.seed: 0 in the store, 1 asked for"),
-        (HEADER.model_copy(update={"tokenizer": "0" * 64}), "tokenizer"),
-        (HEADER.model_copy(update={"chat_template": "0"}), "chat_template"),
-    ],
-)
-def test_other_settings_are_refused_by_name(filled, header, words):
-    with pytest.raises(RacError, match=words):
-        TraceStore.open_append(filled, header)
-
-
 def test_files_that_are_no_store(tmp_path, filled):
     filled.write_bytes(encode("header", HEADER.model_copy(update={"version": 2})))
-    with pytest.raises(RacError, match="another version"):
+    with pytest.raises(RacError, match="no trace store of this version"):
         TraceStore.read(filled)
     with pytest.raises(RacError, match="does not exist or holds no header"):
         TraceStore.read(tmp_path / "none.jsonl")
@@ -216,13 +204,9 @@ def test_failures_come_back_and_a_torn_line_does_not(tmp_path):
         read_failures(store)
 
 
-def test_a_list_that_cannot_be_written_or_read_is_an_error(tmp_path, monkeypatch):
-    def fail(*_args):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(RacError, match=r"s\.failed\.jsonl' cannot be written: .*make room"):
-        append_failures(tmp_path / "s.jsonl", [FailedProblem("a#0", "1+1?", "why")])
+def test_a_list_that_cannot_be_written_or_read_is_an_error(tmp_path):
     failures_path(tmp_path / "other.jsonl").mkdir()
     with pytest.raises(RacError, match="no regular file is there"):
         read_failures(tmp_path / "other.jsonl")
+    with pytest.raises(RacError, match=r"other\.failed\.jsonl' cannot be written: .*make room"):
+        append_failures(tmp_path / "other.jsonl", [FailedProblem("a#0", "1+1?", "why")])
