@@ -22,8 +22,8 @@ ROW_TOKENS = 2048
 class CalibrationLoader(DataLoader):
     """The dataloader that RAC uses instead of upstream's.
 
-    Yields `{"input_ids": int64 [rows, length]}`, padded on the right: with causal attention no real
-    token reads what comes after it, so no attention mask is needed and activations are exact.
+    Yields `{"input_ids": int64 [rows, length]}`, padded on the right: causal attention needs no
+    attention mask there.
 
     Attributes:
         token_weights: of each batch, float32 [rows, length]: 0 for padding.
@@ -86,8 +86,7 @@ class CalibrationLoader(DataLoader):
         if count > most:
             raise RacError(
                 f"{count} processes share {len(self._batches)} batches of the calibration set: "
-                f"start at most {most}, or set a lower calibration.batch_tokens (now "
-                f"{self.settings.batch_tokens:,})"
+                f"start at most {most}, or set a lower calibration.batch_tokens"
             )
         shards = self._shards()
         places = iter(range(len(self._batches)))

@@ -131,12 +131,9 @@ def _texts(source: GenericText) -> Iterator[str]:
         return
     column = "text" if Path(source.source).suffix == ".txt" else source.column
     if column is None:
-        raise RacError(
-            f'generic text {source.source!r} needs the name of its text column, e.g. column: "text"'
-        )
-    rows = stream_rows(
-        source.source, label="generic text", config=source.config, split=source.split
-    )
+        raise RacError(f"generic text {source.source!r} needs the name of its text column")
+    where: dict[str, Any] = {"config": source.config, "split": source.split}
+    rows = stream_rows(source.source, label="generic text", **where)
     for number, row in enumerate(rows, 1):
         text = row.get(column)
         if not isinstance(text, str):

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rac_modifier.calibration.mixture import CalibrationSequence
 from rac_modifier.errors import RacError
 from rac_modifier.sampling.model_identity import ModelIdentity
-from rac_modifier.settings.calibration import CalibrationSettings, Part, part_tokens
+from rac_modifier.settings.calibration import CalibrationSettings, part_tokens
 from rac_modifier.settings.traces import SelectSettings, TraceSettings
 from rac_modifier.traces.collect import collect_traces
 from rac_modifier.traces.records import Trace
@@ -159,7 +159,12 @@ def collect_for_calibration(
                 selected = f". For {part.key}, traces.select {described}, {tokens}"
             if usable >= budget:
                 break
-            _check_hopeful(pool, part)
+            share = sum(pool.lengths.values()) / max(store.counts.tokens - pool.kept_out_tokens, 1)
+            if pool.selection.total >= _ENOUGH_TO_JUDGE and share < _LEAST_SHARE:
+                raise RacError(
+                    f"{part.key}: traces.select {described}, {share:.1%} of the tokens sampled: "
+                    "loosen the selection, or choose other problems"
+                )
             goal = max(store.counts.tokens + 1, _store_tokens(pool, budget, held_out + reserved))
         if pool.repeated_tokens:
             logger.info(f"{part.key}: {pool.repeated_tokens:,} tokens of repeating tails are cut")
@@ -175,12 +180,3 @@ def _store_tokens(pool: TracePool, budget: int, kept_out: int) -> int:
     most = max(judged * _GROWTH, budget)
     pool_tokens = min(judged * budget / usable, most) if usable else most
     return math.ceil((max(pool.kept_out_tokens, kept_out) + pool_tokens) * sampled / without_tails)
-
-
-def _check_hopeful(pool: TracePool, part: Part) -> None:
-    share = sum(pool.lengths.values()) / max(pool.store.counts.tokens - pool.kept_out_tokens, 1)
-    if pool.selection.total >= _ENOUGH_TO_JUDGE and share < _LEAST_SHARE:
-        raise RacError(
-            f"{part.key}: traces.select {pool.selection.describe()}, {share:.1%} of the tokens "
-            "sampled, so the budget takes too long: loosen the selection, or choose other problems"
-        )

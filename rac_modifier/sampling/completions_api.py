@@ -99,9 +99,8 @@ def read_answer(request: Request, content: bytes, vocab_size: int, server: str) 
     ids, reason, eos = choice.get("token_ids"), choice.get("finish_reason"), set(request.eos)
     if ids is None:
         raise RacError(
-            f"{server} returned text without token ids: traces need a server with "
-            "`return_token_ids` in /v1/completions, such as vllm serve; rac eval without the model "
-            "folder reads text"
+            f"{server} returned text without token ids: it must have `return_token_ids`, as vllm "
+            "serve; rac eval without the model folder reads text"
         )
     if not (
         isinstance(ids, list) and ids and all(type(i) is int and 0 <= i < vocab_size for i in ids)
@@ -194,8 +193,7 @@ def check_limit(
     if isinstance(limit, int) and limit <= max_new_tokens and limit < (context or limit + 1):
         raise RacError(
             f"{server} takes sequences of up to {limit} tokens, and max_new_tokens="
-            f"{max_new_tokens} does not fit: start it with a larger --max-model-len, or sample "
-            "fewer tokens"
+            f"{max_new_tokens} does not fit: start it with a larger --max-model-len"
         )
 
 

@@ -145,14 +145,17 @@ class RoomyLayer(DynamicLayer):
         self.values = self._append(1, self.values, value_states)
         return self.keys, self.values
 
-    def _append(self, index: int, states: torch.Tensor, further: torch.Tensor) -> torch.Tensor:
+    def _append(
+        self, index: int, states: torch.Tensor | None, further: torch.Tensor
+    ) -> torch.Tensor:
         """Return `states` and then `further`; no copy if `states` are in the longer tensor."""
         room = self._room[index]
-        start = states.shape[-2] if states.numel() else 0
+        start = states.shape[-2] if states is not None and states.numel() else 0
         end = start + further.shape[-2]
-        if room is None or room.data_ptr() != states.data_ptr() or room.shape[-2] < end:
+        inside = room is not None and states is not None and room.data_ptr() == states.data_ptr()
+        if room is None or not inside or room.shape[-2] < end:
             room = further.new_empty(*further.shape[:-2], end + _ROOM, further.shape[-1])
-            if start:
+            if states is not None and start:
                 room[..., :start, :] = states
         room[..., start:end, :] = further
         self._room[index] = room

@@ -17,9 +17,8 @@ from rac_modifier.settings.sampling import SamplingSettings
 EngineKind = Literal["transformers", "openai"]
 
 _SERVE = (
-    "fill the trace store with a server first, which can divide the model over several devices "
-    "(rac traces collect MODEL --recipe RECIPE --serve), and start this run again; or name servers "
-    "in traces.engine"
+    "fill the trace store with a server first (rac traces collect MODEL --recipe RECIPE --serve), "
+    "or name servers in traces.engine"
 )
 
 

@@ -60,17 +60,11 @@ def generate(
 
 
 def eos_token_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return every token id that ends a completion, of the generation_config or the tokenizer.
-
-    `model` is a model or a `ModelIdentity`.
-    """
+    """Return every token id that ends a completion of a model, or of its `ModelIdentity`."""
     named = model.generation_config.eos_token_id if model.generation_config is not None else None
     ids = named if isinstance(named, list) else [tokenizer.eos_token_id if named is None else named]
     if not ids or ids[0] is None:
-        raise RacError(
-            "neither the model's generation_config nor its tokenizer names an EOS token: no "
-            "completion would ever end; set model.generation_config.eos_token_id"
-        )
+        raise RacError("the model has no EOS token; set model.generation_config.eos_token_id")
     return [int(i) for i in ids]
 
 
@@ -85,17 +79,14 @@ def _completion_limits(
         if max(prompt) >= vocab:
             raise RacError(
                 f"a prompt holds token id {max(prompt)}, beyond the model's vocabulary of {vocab}; "
-                "load the tokenizer that belongs to this model"
+                "load this model's tokenizer"
             )
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if context is None:
         return [max_new_tokens] * len(prompts)
     longest = max(map(len, prompts))
     if longest >= context:
-        raise RacError(
-            f"a prompt of {longest} tokens fills the model's context of {context}; leave that "
-            "problem out"
-        )
+        raise RacError(f"a prompt of {longest} tokens fills the model's context of {context}")
     return [min(max_new_tokens, context - len(prompt)) for prompt in prompts]
 
 

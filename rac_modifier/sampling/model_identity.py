@@ -29,7 +29,6 @@ from rac_modifier.files import public_name
 _ELEMENTS = 64
 _IF_THERE = {"_raise_exceptions_for_missing_entries": False}
 _EXPERT = ("gate_proj", "up_proj", "down_proj")
-# Only what shapes the computation: the rest of a config changes without the model.
 _ARCHITECTURE_FIELDS = (
     "model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
     "num_key_value_heads head_dim hidden_act rms_norm_eps sliding_window tie_word_embeddings "
@@ -218,10 +217,8 @@ def _fingerprint_of_files(skeleton: PreTrainedModel, files: list[str]) -> str | 
                 key = stored[id(parameter)]
                 tensor = holder[key].get_tensor(key)  # mapped: only the sampled elements are read
                 if tensor.shape != parameter.shape:
-                    raise RacError(
-                        f"{key!r} has the shape {tuple(tensor.shape)}, not "
-                        f"{tuple(parameter.shape)} as config.json"
-                    )
+                    shapes = f"{tuple(tensor.shape)}, not {tuple(parameter.shape)} as config.json"
+                    raise RacError(f"{key!r} has the shape {shapes}")
                 yield name, tensor
 
         return _fingerprint_of(skeleton.config, values())

@@ -9,7 +9,6 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from itertools import chain, islice
 from pathlib import PurePath
 
-from loguru import logger
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rac_modifier.errors import RacError
@@ -140,8 +139,6 @@ class ServerEngine:
             cards.append(card)
             if settings.verify_model:
                 probes += await self._probe(server)
-            else:
-                logger.warning(f"{url}: the served model is not compared (verify_model: false)")
         root = cards[0].get("root")
         return EngineRecord(
             kind=self.kind,
@@ -152,15 +149,10 @@ class ServerEngine:
 
     async def _probe(self, server: ServerClient) -> list[Probe]:
         """Return greedy tokens of the server, compared with the model if that is in memory."""
-        requests = [
-            Request(
-                tuple(render_question(self._tokenizer, question, self._sampling)),
-                PROBE_TOKENS,
-                0,
-                self._eos,
-            )
-            for question in PROBE_QUESTIONS
-        ]
+        requests = []
+        for question in PROBE_QUESTIONS:
+            ids = render_question(self._tokenizer, question, self._sampling)
+            requests.append(Request(tuple(ids), PROBE_TOKENS, 0, self._eos))
         try:
             answers = await asyncio.gather(
                 *(self._ask([server], request, PROBE_SAMPLING) for request in requests)
@@ -213,14 +205,9 @@ def engine_for(
     sampling: SamplingSettings,
     evaluates: bool = False,
 ) -> Engine:
-    """Return an engine on the servers of `settings`, or without settings on the model in memory.
-
-    With `evaluates`, the completions are answers to be judged; see `ServerEngine`.
-    """
+    """Return an engine on the servers of `settings`, or without settings on the model in memory."""
     if settings is not None:
         return ServerEngine(settings, identity, tokenizer, sampling, model, evaluates)
     if model is None:
-        raise RacError(
-            "the model's weights are not in memory: load it, or name servers that sample it"
-        )
+        raise RacError("the model is not in memory: load it, or name servers that sample it")
     return InProcessEngine(model, tokenizer, sampling)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import os
-import re
 import shlex
 import shutil
 import socket
@@ -24,9 +23,7 @@ from rac_modifier.errors import RacError
 
 HOST = "127.0.0.1"
 _LOOK_EVERY = 0.2  # seconds
-_LAST_LINES, _LAST_BYTES, _FIRST_BYTES = 25, 16384, 1 << 20
-# The end of a traceback, alone or after a logger's prefix.
-_ERROR = re.compile(r"(?:^|\] )\s*(?:\w+\.)*[A-Z]\w*(?:Error|Exception): \S")
+_LAST_LINES, _LAST_BYTES = 100, 1 << 16  # the error of a worker comes before that of the server
 _WATCHER = Path(__file__).with_name("server_watch.py")
 
 
@@ -167,16 +164,8 @@ def _stopped(watcher: subprocess.Popen[bytes], log: BinaryIO) -> str:
 
 
 def _end_of(log: BinaryIO) -> str:
-    """Describe the last lines that a server printed, and its first error if they lack it."""
+    """Describe the last lines that a server printed; the position for writing stays."""
     start = max(0, os.fstat(log.fileno()).st_size - _LAST_BYTES)
-    # the position for writing stays
-    first, last = (
-        os.pread(log.fileno(), size, place).decode("utf-8", "replace").split("\n")
-        for size, place in ((_FIRST_BYTES, 0), (_LAST_BYTES, start))
-    )
-    lines = [line.rstrip() for line in last if line.strip()][-_LAST_LINES:]
-    if not lines:
-        return "It printed nothing"
-    cause = next((line.rstrip() for line in first if _ERROR.search(line)), None)
-    named = "" if cause is None or cause in lines else f"Its first error:\n{cause}\n"
-    return f"{named}Its last lines:\n" + "\n".join(lines)
+    text = os.pread(log.fileno(), _LAST_BYTES, start).decode("utf-8", "replace")
+    lines = [line.rstrip() for line in text.splitlines() if line.strip()][-_LAST_LINES:]
+    return "Its last lines:\n" + "\n".join(lines) if lines else "It printed nothing"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -27,9 +27,7 @@ def render_prompt(
     else:
         ids = _apply_chat_template(tokenizer, question, system_prompt, thinking)
     if not ids:
-        raise RacError(
-            f"the question {question[:80]!r} gives an empty prompt; remove it from the problems"
-        )
+        raise RacError(f"the question {question[:80]!r} gives an empty prompt; leave it out")
     return [int(i) for i in ids]
 
 
@@ -40,17 +38,14 @@ def _apply_chat_template(
     if tokenizer.chat_template is None:
         raise RacError(
             f"tokenizer {name!r} has no chat template; give the model the bare question "
-            "(traces.sampling.template: none in a recipe, --template none of rac eval), or set "
-            "tokenizer.chat_template"
+            "(traces.sampling.template: none in a recipe, --template none of rac eval)"
         )
-    options: dict[str, Any] = {
-        "add_generation_prompt": True,
-        "tokenize": True,
-        "return_dict": False,
-    }
     try:
         ids = tokenizer.apply_chat_template(
-            messages_of(question, system_prompt), enable_thinking=thinking, **options
+            messages_of(question, system_prompt),
+            add_generation_prompt=True,
+            enable_thinking=thinking,
+            return_dict=False,
         )
     except TemplateError as error:
         hint = "; it may not take a system prompt: leave system_prompt out" if system_prompt else ""

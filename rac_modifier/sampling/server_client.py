@@ -96,7 +96,7 @@ class ServerClient:
         if self._session is None:
             self._session = self._open_session()
         content, url = bytearray(), f"{self.url}{path}"
-        options = {"json": body, "allow_redirects": False, "proxy": self._proxy}
+        options: dict[str, Any] = {"json": body, "allow_redirects": False, "proxy": self._proxy}
         try:
             async with (
                 asyncio.timeout(seconds),
@@ -195,7 +195,4 @@ def _api_key(variable: str | None) -> str | None:
 def _next_step(status: int) -> str:
     if status in (401, 403):
         return "the server wants a key: name the variable that holds it with engine.api_key_env"
-    return (
-        "check the address (it ends in /v1) and the model's name (--server and --served-as, or "
-        "base_urls and model of traces.engine)"
-    )
+    return "check the address (it ends in /v1) and the model (--served-as, traces.engine.model)"

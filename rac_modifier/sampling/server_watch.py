@@ -18,10 +18,7 @@ GRACE = 20.0  # seconds between SIGTERM and SIGKILL
 
 
 def main(command: list[str]) -> int:
-    """Run `command` in a session of its own until it ends, standard input closes or SIGTERM comes.
-
-    Returns its exit code; 128 + n after signal n.
-    """
+    """Run `command` in a session of its own; return its exit code, 128 + n after signal n."""
     terminated: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: terminated.append(number))
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)

@@ -59,9 +59,8 @@ class CalibrationEntry(BaseModel):
             self.traces.named(part.name)
         if self.recover is not None and not self.calibration.parts("traces"):
             raise RacError(
-                "recover: it trains on the model's own traces, and the mixture "
-                f"{self.calibration.mixture} has none; give traces a share of "
-                "calibration.mixture, or leave recover out"
+                f"recover: it trains on traces, and the mixture {self.calibration.mixture} has "
+                "none; give traces a share of calibration.mixture, or leave recover out"
             )
         return self
 

@@ -24,9 +24,7 @@ class Pattern:
     def unstructured(cls, sparsity: float) -> Pattern:
         """Prune any weights, a share `sparsity` of them, 0 < sparsity < 1."""
         if not 0.0 < sparsity < 1.0:  # also refuses nan
-            raise RacError(
-                f"sparsity {sparsity}: must lie strictly between 0 and 1; use 0.5 to prune half"
-            )
+            raise RacError(f"sparsity {sparsity}: must lie strictly between 0 and 1; use 0.5")
         return cls(sparsity=float(sparsity))
 
     @classmethod
@@ -60,10 +58,7 @@ class Pattern:
         n, m = int(match[1]), int(match[2])
         if n == m == 0:
             if sparsity is None:
-                raise RacError(
-                    'mask_structure "0:0" with no sparsity: unstructured needs one; add '
-                    '"sparsity: 0.5"'
-                )
+                raise RacError('mask_structure "0:0" with no sparsity: add "sparsity: 0.5"')
             return cls.unstructured(sparsity)
         pattern = cls.n_of_m(n, m)
         if sparsity is not None:
@@ -99,6 +94,5 @@ class Pattern:
         if self.is_structured and columns % self.m:
             raise RacError(
                 f"{name}: weight [{rows}, {columns}] cannot hold {self.mask_structure}, since "
-                f'{columns} inputs are no multiple of {self.m}; add "{name}" to ignore or choose '
-                "another mask_structure"
+                f'{columns} inputs are no multiple of {self.m}; add "{name}" to ignore'
             )

@@ -40,17 +40,13 @@ class QuantizationSettings(Settings):
     config_groups: dict[str, dict[str, Any]] | None = None
     """Instead of a preset: compressed-tensors' schemes by name, each with its targets."""
 
-    @property
-    def _presets(self) -> list[str]:
-        return [self.scheme] if isinstance(self.scheme, str) else list(self.scheme or ())
-
     @model_validator(mode="after")
     def _names_are_known(self) -> QuantizationSettings:
         if (self.scheme is None) == (self.config_groups is None):
             raise RacError(
                 "quantization: set either scheme or config_groups, for example scheme: W4A16"
             )
-        for name in self._presets:
+        for name in [self.scheme] if isinstance(self.scheme, str) else self.scheme or ():
             if name.upper() not in PRESET_SCHEMES:
                 raise RacError(
                     f"scheme {name!r}: no preset of llm-compressor; use W4A16, W8A8, FP8_DYNAMIC, "

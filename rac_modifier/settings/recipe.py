@@ -132,9 +132,7 @@ def check_entry(entry: dict[str, Any], where: str, name: str = NAME) -> Calibrat
 def schema(name: str = NAME) -> str:
     """Return the JSON Schema of our modifier of this name (RacError: not our modifier)."""
     if name not in ENTRIES:
-        raise RacError(
-            f"{name!r} is none of this package's modifiers; name one of {', '.join(ENTRIES)}"
-        )
+        raise RacError(f"{name!r} is none of our modifiers; name one of {', '.join(ENTRIES)}")
     return json.dumps(ENTRIES[name].model_json_schema(), indent=2) + "\n"
 
 
@@ -170,9 +168,7 @@ def set_values(entry: dict[str, Any], changes: dict[tuple[str, ...], Any]) -> No
                 group[parent] = {}
             group = group[parent]
             if not isinstance(group, dict):
-                raise RacError(
-                    f"{'.'.join(path)} cannot be set: {parent} is not a group of settings"
-                )
+                raise RacError(f"{'.'.join(path)}: {parent} is not a group of settings")
         if value is None:
             group.pop(path[-1], None)
         else:
@@ -183,9 +179,7 @@ def _read_override(override: str) -> tuple[tuple[str, ...], Any]:
     """Return path and value of `key.sub=value`."""
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise RacError(
-            f"--set {override!r} is not key=value, for example --set calibration.tokens=32768"
-        )
+        raise RacError(f"--set {override!r} is not key=value, as in calibration.tokens=32768")
     if re.fullmatch(r"[0-9]+:[0-9]+", text):  # YAML would read 2:4 as the number 124
         return tuple(key.split(".")), text
     value = parse_yaml(text, f"--set {override[:100]!r}: the value is not YAML")

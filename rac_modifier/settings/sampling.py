@@ -18,8 +18,7 @@ _EXAMPLE = "http://127.0.0.1:8000/v1"
 class SamplingSettings(Settings):
     """How completions are sampled. None: as in the model's own generation_config (see `resolved`).
 
-    Only temperature, top_k and top_p shape the distribution. A repetition penalty in the model's
-    generation_config is not applied.
+    Only temperature, top_k and top_p shape the distribution, no repetition penalty.
     """
 
     temperature: float | None = Field(None, ge=0, le=100)
@@ -68,8 +67,7 @@ class SamplingSettings(Settings):
     def resolved(self, generation_config: Any) -> SamplingSettings:
         """Return these settings with a value for each that is None.
 
-        The model's generation_config decides, if it samples (do_sample) and has the value;
-        else temperature 0.6, top_p 0.95 and top_k 0. (transformers' own defaults are not used.)
+        The model's generation_config decides, if it samples (do_sample) and has the value.
         """
         samples = generation_config is not None and generation_config.do_sample
         filled = self.model_dump()

@@ -15,8 +15,7 @@ from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
 class SelectSettings(Settings):
     """Which traces are calibrated on. What is sampled and stored does not change.
 
-    A trace that is not selected has been sampled all the same: a selection that keeps one in three
-    costs three times the sampling. `answers` and `pass_rate` check every answer.
+    A selection that keeps one in three costs three times the sampling.
     """
 
     answers: Literal["any", "correct", "wrong"] = "any"
@@ -108,8 +107,7 @@ class TraceSettings(Settings):
                 declared = ", ".join(self.sources) or "none"
                 raise RacError(
                     f"mixture names traces:{name}, which is not among traces.sources ({declared}) "
-                    "and is no problem source by itself (arithmetic, reasoning-gym:<task>, a file "
-                    "or a dataset id)"
+                    "and no source itself (arithmetic, reasoning-gym:<task>, a file, a dataset id)"
                 )
             source = TraceSource(problems=ProblemSource(source=name))
         update: dict[str, Any] = {"store": None, "sources": {}, "problems": source.problems}

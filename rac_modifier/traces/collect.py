@@ -75,10 +75,8 @@ def collect_traces(
     # A store that was filled with a larger limit can hold enough although these problems do not.
     held = max(total, store.counts.tokens)
     if held < tokens:
-        failed = len(filling.failed)
-        lost = (
-            f" {failed} failed: remove the .failed.jsonl file to try them again." if failed else ""
-        )
+        again = "remove the .failed.jsonl file to try them again"
+        lost = f" {len(filling.failed)} failed: {again}." if filling.failed else ""
         raise RacError(
             f"the problems of {problems.source!r} are used up: {held:,} tokens in {len(store)} "
             f"traces, of {tokens:,} asked for (all kept in {str(path)!r}).{lost} Give more "

@@ -78,10 +78,7 @@ class FillStore:
             self._early = {trace.id: trace for trace in self._pending if trace.id not in store}
 
     def run(self, tokens: int | None) -> int:
-        """Store the shortest run of problems that holds `tokens` (None: all problems).
-
-        Returns its tokens: fewer than `tokens` if the problems end.
-        """
+        """Store the shortest run of problems with `tokens` (None: all); return their tokens."""
         goal, tokens = tokens, 2**62 if tokens is None else tokens
         completions = self._engine.iter_completions(self._batches(tokens))
         try:

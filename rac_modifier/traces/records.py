@@ -28,8 +28,6 @@ from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.sampling import SamplingSettings
 
 LONGEST_LINE = 1 << 25  # bytes, about four million tokens
-# Settings that may differ between two runs on one store: they change no trace.
-_FREE_FIELDS = {"sampling": {"batch_size"}, "problems": {"limit"}}
 
 TokenIds = tuple[Annotated[int, Field(ge=0)], ...]
 
@@ -98,13 +96,11 @@ class StoreHeader(BaseModel):
 
 def header_differences(stored: StoreHeader, current: StoreHeader) -> list[str]:
     """List what keeps two runs from sharing a store: "seed: 0 in the store, 1 asked for"."""
-    pairs = [
-        (name, getattr(stored, name), getattr(current, name))
-        for name in ("fingerprint", "tokenizer", "chat_template")
-    ]
-    for section, free in _FREE_FIELDS.items():
-        old, new = getattr(stored, section).model_dump(), getattr(current, section).model_dump()
-        pairs += [(f"{section}.{name}", old[name], new[name]) for name in old if name not in free]
+    names = ("fingerprint", "tokenizer", "chat_template")
+    pairs = [(name, getattr(stored, name), getattr(current, name)) for name in names]
+    before, now = (_deciding(header.sampling, header.problems) for header in (stored, current))
+    for section, values in before.items():
+        pairs += [(f"{section}.{name}", old, now[section][name]) for name, old in values.items()]
     return [
         f"{name}: {_short(old)} in the store, {_short(new)} asked for"
         for name, old, new in pairs
@@ -112,15 +108,20 @@ def header_differences(stored: StoreHeader, current: StoreHeader) -> list[str]:
     ]
 
 
+def _deciding(sampling: SamplingSettings, problems: ProblemSource) -> dict[str, dict[str, Any]]:
+    """Return the settings that decide a trace; batch_size and limit do not."""
+    return {
+        "sampling": sampling.model_dump(exclude={"batch_size"}),
+        "problems": problems.model_dump(exclude={"limit"}),
+    }
+
+
 def settings_path(
     folder: str, fingerprint: str, sampling: SamplingSettings, problems: ProblemSource
 ) -> Path:
     """Return folder/<fingerprint>-<hash of the settings that decide a trace>.jsonl."""
-    settings = {
-        "sampling": sampling.model_dump(exclude=_FREE_FIELDS["sampling"]),
-        "problems": problems.model_dump(exclude=_FREE_FIELDS["problems"]),
-    }
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    text = json.dumps(_deciding(sampling, problems), sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()
     return Path(folder) / f"{fingerprint[:12]}-{digest[:12]}.jsonl"
 
 

@@ -72,9 +72,8 @@ class Judge:
     def _check(self, trace: Trace) -> bool:
         if trace.answer is None:
             raise RacError(
-                f"trace {trace.id!r} has no reference answer, so it cannot be told whether it is "
-                "right: name the column of the answers (problems.answer_column) in a new store, or "
-                "select without answers"
+                f"trace {trace.id!r} has no reference answer: name the column of the answers "
+                "(problems.answer_column) in a new store, or select without answers"
             )
         text = self._tokenizer.decode(list(trace.completion_ids), skip_special_tokens=True)
         answer = extract_answer(str(text))
@@ -147,10 +146,7 @@ class Selection:
 
 
 def used_traces(store: TraceStore, hashes: Collection[str]) -> int:
-    """Count the first traces of a store that earlier runs used, by the hashes in their run records.
-
-    A store only grows: a run used the part of the file that has its `TraceStore.sha256`.
-    """
+    """Count the first traces of a store, of which an earlier run recorded one of the hashes."""
     digest, used = hashlib.sha256(), 0
     with store.path.open("rb") as file:
         digest.update(file.readline())  # the header
@@ -162,10 +158,7 @@ def used_traces(store: TraceStore, hashes: Collection[str]) -> int:
 
 
 def fresh_traces(store: TraceStore, used: int, tokens: int) -> list[Trace]:
-    """Return the traces after the first `used`, up to the trace that reaches `tokens` tokens.
-
-    Tails that repeat are cut.
-    """
+    """Return traces of `tokens` tokens after the first `used`; tails that repeat are cut."""
     chosen: list[Trace] = []
     for trace in map(without_repeats, islice(store, used, None)):
         if tokens <= 0:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,8 +28,6 @@ from rac_modifier.traces.records import (
     read_line,
     trace_of,
 )
-
-__all__ = ["StoreHeader", "Trace", "TraceCounts", "TraceStore", "read_header"]
 
 _PATIENCE = 10.0  # seconds that another process may hold the lock: it may only read the traces
 
@@ -48,7 +47,7 @@ class TraceCounts:
         return self.prompt_tokens + self.completion_tokens
 
 
-class TraceStore:
+class TraceStore(AbstractContextManager["TraceStore"]):
     """Traces of one model under one set of sampling settings and problems.
 
     Every line is checked when it is opened. In memory are ids and token counts.
@@ -70,9 +69,7 @@ class TraceStore:
         path = Path(path)
         header = read_header(path)
         if header is None:
-            raise RacError(
-                f"trace store {str(path)!r} does not exist or holds no header; collect traces first"
-            )
+            raise RacError(f"trace store {str(path)!r} does not exist or holds no header")
         store = cls(path, header)
         store._scan()
         return store
@@ -100,8 +97,7 @@ class TraceStore:
         try:
             if not lock(fd, path, _PATIENCE):
                 raise RacError(
-                    f"trace store {str(path)!r} is in use by another process; wait for it to end, "
-                    "or name another path"
+                    f"trace store {str(path)!r} is in use by another process; wait for it to end"
                 )
             store._open_locked(header)
         except BaseException:
@@ -123,9 +119,6 @@ class TraceStore:
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None
-
-    def __enter__(self) -> TraceStore:
-        return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
@@ -221,9 +214,8 @@ class TraceStore:
         except OSError as error:
             self._truncate()
             raise RacError(
-                f"trace store {str(self.path)!r}: {len(data)} bytes could not be written "
-                f"({error.strerror}); the {len(self)} traces stored before are kept: make room, "
-                "then run again"
+                f"trace store {str(self.path)!r} cannot be written ({error.strerror}); the "
+                f"{len(self)} traces stored before are kept: make room, then run again"
             ) from error
         self._end += len(data)
 

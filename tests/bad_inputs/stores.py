@@ -49,7 +49,7 @@ def _(b: Bench) -> None:
     b.prune()
 
 
-@CASES.case("looking into an empty store", "holds no header; collect traces first")
+@CASES.case("looking into an empty store", "does not exist or holds no header")
 def _(b: Bench) -> None:
     b.store.write_bytes(b"")
     b.rac("traces", "inspect", b.store)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-FAULT = "FAKE_VLLM"  # variable: crash, crash of a worker, silent, never, dies, or nothing
+FAULT = "FAKE_VLLM"  # variable: crash, silent, never, dies, or nothing
 DELAY = "FAKE_VLLM_DELAY"  # variable: seconds per completion
 
 
@@ -55,13 +55,8 @@ def left_over(folder: Path) -> list[int]:
 def main(folder: str) -> None:
     fault = os.environ.get(FAULT)
     if fault == "crash":
-        print("\n".join(f"loading part {i}" for i in range(40)), flush=True)
+        print("\n".join(f"loading part {i}" for i in range(149)), flush=True)
         sys.exit("ValueError: the KV cache does not fit")
-    if fault == "crash of a worker":
-        print("WARNING limits can cause errors like `OSError: [Errno 24] Too many open files`")
-        print("(Worker pid=7) ERROR 11-26 [executor.py:953] ValueError: no memory on node 0")
-        print("\n".join(f"  File part{i}.py" for i in range(40)), flush=True)
-        sys.exit("RuntimeError: Engine core initialization failed. See root cause above.")
     if fault == "silent":
         sys.exit(7)
     print("still loading", flush=True)

@@ -110,20 +110,13 @@ def test_it_serves_inside_the_context_and_is_gone_after_it(vllm, tmp_path, monke
     [
         (
             "crash",
-            r"\Avllm serve stopped with exit code 1; its options \(such as --max-model-len 8192\) "
-            r"are "
-            r"set in RAC_VLLM_OPTIONS. Its last lines:\nloading part 16\n(.|\n)*"
-            r"loading part 39\nValueError: the KV cache does not fit\Z",
-        ),
-        (
-            "crash of a worker",
-            r"Its first error:\n\(Worker pid=7\) ERROR .* ValueError: no memory on node 0\n"
-            r"Its last lines:\n  File part16.py\n(.|\n)*See root cause above.\Z",
+            r"\Avllm serve stopped with exit code 1; its options .* are set in RAC_VLLM_OPTIONS. "
+            r"Its last lines:\nloading part 50\n(.|\n)*ValueError: the KV cache does not fit\Z",
         ),
         ("silent", r"exit code 7; .* It printed nothing\Z"),
     ],
 )
-def test_a_failed_start_shows_its_last_lines_and_its_first_error(vllm, monkeypatch, fault, words):
+def test_a_failed_start_shows_its_last_lines(vllm, monkeypatch, fault, words):
     monkeypatch.setenv(fake_vllm.FAULT, fault)
     with pytest.raises(RacError, match=words), vllm_server(vllm, "m"):
         pass

@@ -36,7 +36,7 @@ def test_the_pattern(values, pattern):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({}, "unstructured needs one"),
+        ({}, "with no sparsity: add"),
         ({"solver": "keep", "mask_structure": "4:4"}, "N must be at least 1 and less than M"),
         ({"mask_structure": "2:4", "order": "layer"}, "set reconstruct: pruned, or order: auto"),
         ({"sparsity": 0.5, "dampening_frac": 0}, "greater than 0"),

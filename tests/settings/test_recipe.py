@@ -26,7 +26,7 @@ def test_the_published_schemas_are_the_entries(file, name):
 
 
 def test_another_modifier_has_no_schema():
-    with pytest.raises(RacError, match="'GPTQModifier' is none of this package's modifiers; name"):
+    with pytest.raises(RacError, match="'GPTQModifier' is none of our modifiers; name"):
         schema("GPTQModifier")
 
 
