@@ -63,8 +63,8 @@ class QuantizationSettings(Settings):
 
 
 def _check_arguments(arguments: Mapping[str, Any], where: str) -> None:
-    bits = arguments.get("num_bits", 1)
-    if type(bits) is not int or not 1 <= bits <= _MOST_BITS:
+    bits = arguments.get("num_bits")
+    if bits is not None and (type(bits) is not int or not 1 <= bits <= _MOST_BITS):
         raise RacError(f"{where}.num_bits is {bits!r}; use a whole number up to {_MOST_BITS}")
     for name, why in _WITHOUT_EFFECT.items():
         if arguments.get(name):

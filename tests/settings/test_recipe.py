@@ -150,11 +150,6 @@ def test_overrides_that_cannot_be(tmp_path, override, message):
         load_recipe(path, [override])
 
 
-def test_a_key_that_is_no_text_is_refused():
-    with pytest.raises(RacError, match=r"r\.yaml: "):
-        check_entry({"sparsity": 0.5, 3: 4}, "r.yaml")  # type: ignore[dict-item]
-
-
 SAMPLED = {
     "sparsity": 0.5,
     "traces": {"store": "a.jsonl", "sampling": {"temperature": 1.0, "seed": 3}},
