@@ -167,18 +167,14 @@ def test_a_model_is_not_moved_where_the_store_holds_enough(collect, trace_store)
 
 
 @pytest.mark.usefixtures("small_accelerator")
-@pytest.mark.parametrize("there", [False, True], ids=["no store", "a store with too few"])
-def test_a_model_that_does_not_fit_is_refused_before_it_samples(
-    collect, trace_store, tmp_path, there
-):
-    if there:
-        (tmp_path / "own.jsonl").write_bytes(trace_store.read_bytes())
-    with pytest.raises(RacError, match=r"are free on cuda, .*: fill the trace store .*--serve"):
-        collect(entry(tmp_path / "own.jsonl")["traces"], tokens=10**5)
-    if there:
-        assert (tmp_path / "own.jsonl").read_bytes() == trace_store.read_bytes()
-    else:
-        assert not (tmp_path / "own.jsonl").exists()
+def test_a_model_that_does_not_fit_is_refused_before_it_samples(collect, trace_store, tmp_path):
+    for content in (None, trace_store.read_bytes()):
+        path = tmp_path / f"{content is None}.jsonl"
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(RacError, match=r"are free on cuda, .*: fill the trace store .*--serve"):
+            collect(entry(path)["traces"], tokens=10**5)
+        assert (path.read_bytes() if path.exists() else None) == content
 
 
 def test_traces_are_held_out_of_each_part_next_to_its_share(collect):
