@@ -195,4 +195,4 @@ def _api_key(variable: str | None) -> str | None:
 def _next_step(status: int) -> str:
     if status in (401, 403):
         return "the server wants a key: name the variable that holds it with engine.api_key_env"
-    return "check the address (it ends in /v1) and the model (--served-as, traces.engine.model)"
+    return "check address (it ends in /v1) and model (--server and --served-as, or traces.engine)"

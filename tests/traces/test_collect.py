@@ -152,7 +152,7 @@ def test_prompts_that_are_too_long_are_passed_over_and_noted(run, tokenizer, tmp
     rows[4] = {"problem": "1" * 600}
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[1:5:3]))
     with pytest.raises(RacError, match=r"used up.* 1 failed: remove the \.failed\.jsonl"):
-        run("q.jsonl", problems=ProblemSource(source=str(tmp_path / "q.jsonl")), tokens=300)
+        run("q-store.jsonl", problems=ProblemSource(source=str(tmp_path / "q.jsonl")), tokens=300)
 
 
 def test_the_store_holds_what_the_server_generated(collect, server, is_exact):
