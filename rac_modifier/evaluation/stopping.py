@@ -162,9 +162,11 @@ def ending_of(
         answer: the problem's answer.
         correct: the verdict of `answers.is_correct`.
         finish: "length" if the cap truncated the completion.
-        tokens, thinking_tokens: fields of `Ending`.
+        tokens: of the completion, as `thinking_tokens` a field of `Ending`.
+        thinking_tokens: of its thinking part.
         ids: of the tokens; without them, a loop is counted in words.
-        question, verifier: see `states_answer`.
+        question: see `states_answer`.
+        verifier: see `states_answer`.
     """
     closes, loop = THINK_END in text, None
     kind: Kind = "right" if correct else "wrong"
