@@ -14,12 +14,12 @@ CASES = Cases()
 CASES += [
     Case(
         "`oneshot(num_calibration_samples=...)` next to the recipe",
-        "leave the num_calibration_samples argument out; set calibration.tokens in the recipe",
+        "leave the num_calibration_samples argument out; data and batches are settings",
         lambda b: b.prune(num_calibration_samples=64),
     ),
     Case(
         "`oneshot(max_seq_length=...)` next to the recipe",
-        "leave the max_seq_length argument out; set calibration.max_sequence_tokens in the recipe",
+        "leave the max_seq_length argument out; data and batches are settings",
         lambda b: b.prune(max_seq_length=2048),
     ),
     Case(
