@@ -48,22 +48,20 @@ def part_of(tensors: Mapping[str, Tensor], module: str, part: str) -> Tensor:
     return tensors[part]
 
 
-def compress(
-    weight: Tensor, count: int, keep: Callable[[Tensor, int], Tensor]
-) -> tuple[Tensor, Tensor]:
+def compress(weight: Tensor, count: int, keep: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
     """Return the `count` stored values of a weight [N, K], 1-D, and its bitmask.
 
-    `keep` maps rows of the weight, and the number of the first, to a mask of what is stored.
+    `keep` maps rows of the weight to a mask of what is stored.
     """
     rows, columns = weight.shape
     values = torch.empty(count, dtype=weight.dtype, device=weight.device)
     bitmask = torch.empty(rows, -(-columns // 8), dtype=torch.uint8, device=weight.device)
     start = 0
-    for part in row_chunks(rows, columns):
-        mask = keep(weight[part], part.start)
-        chosen = as_integers(weight[part])[mask]
+    for chunk in row_chunks(rows, columns):
+        mask = keep(weight[chunk])
+        chosen = as_integers(weight[chunk])[mask]
         as_integers(values)[start : start + len(chosen)] = chosen
-        bitmask[part] = _to_bits(mask)
+        bitmask[chunk] = _to_bits(mask)
         start += len(chosen)
     return values, bitmask
 
@@ -71,29 +69,21 @@ def compress(
 def expand(values: Tensor, bitmask: Tensor, columns: int) -> Tensor:
     """Return the dense weight [N, columns] of stored values, 1-D."""
     dense = torch.zeros(len(bitmask), columns, dtype=values.dtype, device=values.device)
-    for rows, cut, block in dense_blocks(values, bitmask, columns):
-        dense[rows, cut] = block
+    for rows, block in dense_blocks(values, bitmask, columns):
+        dense[rows] = block
     return dense
 
 
-def dense_blocks(
-    values: Tensor, bitmask: Tensor, columns: int, multiple: int = 1
-) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Yield the dense weight block by block: its rows, its columns, and their values.
-
-    Blocks of part of a row start at a multiple of `multiple`.
-    """
-    start, step = 0, max(_BLOCK // (8 * multiple), 1) * 8 * multiple
+def dense_blocks(values: Tensor, bitmask: Tensor, columns: int) -> Iterator[tuple[slice, Tensor]]:
+    """Yield the dense weight block by block: its rows, and their values."""
+    start = 0
     for rows in row_chunks(len(bitmask), columns):
-        for first in range(0, columns, step):
-            cut = slice(first, min(first + step, columns))
-            mask = _from_bits(bitmask[rows, first // 8 : -(-cut.stop // 8)], cut.stop - first)
-            block = torch.zeros(mask.shape, dtype=values.dtype, device=values.device)
-            count = int(mask.sum())
-            stored = as_integers(values)[start : start + count]
-            as_integers(block).masked_scatter_(mask, stored)
-            yield rows, cut, block
-            start += count
+        mask = _from_bits(bitmask[rows], columns)
+        block = torch.zeros(mask.shape, dtype=values.dtype, device=values.device)
+        count = int(mask.sum())
+        as_integers(block).masked_scatter_(mask, as_integers(values)[start : start + count])
+        yield rows, block
+        start += count
 
 
 def row_chunks(rows: int, columns: int) -> Iterator[slice]:
@@ -117,10 +107,8 @@ def as_integers(tensor: Tensor) -> Tensor:
 def row_counts(bitmask: Tensor) -> Tensor:
     """Count the set bits of each row, int64 [N]."""
     counts = _half_byte_counts(bitmask, per_byte=True)
-    total = torch.zeros(len(counts), dtype=torch.int64, device=counts.device)
-    for block in counts.split(_BLOCK, dim=1):  # a sum in int64 takes eight times its memory
-        total += block.sum(dim=1, dtype=torch.int64)
-    return total
+    # a sum in int64 takes eight times the memory
+    return torch.cat([rows.sum(dim=1, dtype=torch.int64) for rows in counts.split(1024)])
 
 
 def most_of_four(bitmask: Tensor) -> int:
@@ -131,17 +119,14 @@ def most_of_four(bitmask: Tensor) -> int:
 
 def keeps_two_of_four(bitmask: Tensor, columns: int) -> bool:
     """Tell whether every four columns have two set bits; `columns` is a multiple of four."""
-    counts = _half_byte_counts(bitmask)
-    last = 0x02 if columns % 8 else 0x22
-    return bool((counts[:, :-1] == 0x22).all()) and bool((counts[:, -1] == last).all())
+    count = len(bitmask) * columns // 2
+    return most_of_four(bitmask) <= 2 and int(row_counts(bitmask).sum()) == count
 
 
-def column_sums(counts: Tensor, width: int) -> Tensor:
-    """Sum each `width` (2, 4, 8 or 16) consecutive columns; torch.sum is several times slower."""
-    while width > 1:
-        counts = counts[:, ::2] + counts[:, 1::2]
-        width //= 2
-    return counts
+def sums_of_four(counts: Tensor) -> Tensor:
+    """Sum each four consecutive columns; torch.sum is several times slower."""
+    pairs = counts[:, ::2] + counts[:, 1::2]
+    return pairs[:, ::2] + pairs[:, 1::2]
 
 
 def _half_byte_counts(bitmask: Tensor, per_byte: bool = False) -> Tensor:

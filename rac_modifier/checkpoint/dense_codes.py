@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from rac_modifier.checkpoint.bitmask import contradicts, damaged, part_of
-from rac_modifier.checkpoint.files import TensorFiles
 from rac_modifier.checkpoint.quantization_config import PACK_QUANTIZED, WeightScheme
 from rac_modifier.checkpoint.stored_weight import SCALE, StoredWeight, all_stored, check_scale
 from rac_modifier.errors import RacError
@@ -34,8 +33,6 @@ OF_VOCABULARY = re.compile("lm_head|embed", re.IGNORECASE)
 
 def pack_words(values: Tensor, bits: int) -> Tensor:
     """Pack int8 [..., n] of 4 or 8 bits into int32 [..., ceil(n * bits / 32)], filled up with 0."""
-    if bits not in PACKED_BITS:
-        raise RacError(f"{bits} bits per value cannot be packed sparse; quantize to 4 or 8 bits")
     if values.dtype != torch.int8:
         raise RacError(
             f"values of {values.dtype} cannot be packed into int32 words; quantized values must "
@@ -60,15 +57,11 @@ def unpack_words(words: Tensor, bits: int, count: int) -> Tensor:
 
     `words`: int32 [..., ceil(count * bits / 32)].
     """
-    if bits == 3 and _is_ten_per_word(words, count):
-        raise RacError(
-            f"{words.shape[-1]} words of {count} values of 3 bits are ten in each, as "
-            "compressed-tensors 0.17 packs them; save the model with 0.19 or later"
-        )
     if words.dtype != torch.int32 or not words.dim() or words.shape[-1] != word_count(count, bits):
         raise RacError(
             f"{words.dtype} {list(words.shape)} does not hold {count} values of {bits} bits, "
-            f"which take {word_count(count, bits)} int32; the checkpoint is damaged"
+            f"which take {word_count(count, bits)} int32; the checkpoint is damaged, or "
+            "compressed-tensors before 0.19 packed it"
         )
     # a copy: a row of a transposed matrix may count as contiguous, and cannot be viewed as bytes
     codes = words.clone(memory_format=torch.contiguous_format).view(torch.uint8)
@@ -88,11 +81,6 @@ def word_count(count: int, bits: int) -> int:
     return -(-count * bits // 32)
 
 
-def _is_ten_per_word(words: Tensor, count: int) -> bool:
-    """Tell whether words hold ten values of 3 bits each, as compressed-tensors 0.17 packs them."""
-    return bool(words.dim()) and words.shape[-1] == -(-count // 10) != word_count(count, 3)
-
-
 def to_words(weight: Tensor, bits: int) -> dict[str, Tensor]:
     """Return the tensors of an int8 weight [N, K] by part, as upstream stores them."""
     shape = weight.new_tensor(weight.shape, dtype=torch.int64)
@@ -104,11 +92,8 @@ def words_weight(
 ) -> tuple[Tensor, int] | None:
     """Return the values int8 [N, K] of `weight_packed` and `weight_shape`, and bits per value.
 
-    `schemes` and the number of words decide the bits (without schemes: 4 or 8).
-    None: a layout that is not read here.
-
-    Raises:
-        RacError: parts that contradict each other or the schemes.
+    `schemes` and the number of words decide the bits (without schemes: 4 or 8). None: a layout that
+    is not read here (RacError: parts that contradict each other or the schemes).
     """
     words = tensors.get(WORDS)
     if words is None or WORDS_SHAPE not in tensors or words.dtype != torch.int32:
@@ -121,20 +106,11 @@ def words_weight(
     if len(fitting) == 1:
         bits = fitting[0]
         return _unpacked(words, rows, columns, f"{module}.{WORDS}", bits), bits
-    if stated != widths or (3 in widths and _is_ten_per_word(words, columns)):
+    if stated != widths:
         return None
     fault = f"{count} int32 words per row do not hold {columns} values of"
     allowed = " or ".join(map(str, sorted(widths)))
     raise contradicts(f"{module}.{WORDS}", f"{fault} {allowed} bits")
-
-
-def words_of(
-    files: TensorFiles, module: str, schemes: Iterable[WeightScheme]
-) -> tuple[Tensor, int] | None:
-    """Return `words_weight` of a module's tensors in files."""
-    names = {part: f"{module}.{part}" for part in (WORDS, WORDS_SHAPE)}
-    tensors = {part: files.tensor(name) for part, name in names.items() if name in files}
-    return words_weight(tensors, module, schemes)
 
 
 def check_codes(
@@ -144,11 +120,12 @@ def check_codes(
     symmetric: bool = True,
     bits: int = 4,
 ) -> StoredWeight:
-    """Check a dense weight of 2, 3 or 4 `bits` as untrusted input; return it, every value stored.
+    """Check a dense weight of 2, 3, 4 or 8 `bits` as untrusted input; return it, all stored.
 
     `tensors`: `weight_packed` int32 [N, ceil(K bits / 32)], `weight_scale` [N, K / group],
     `weight_shape` [2]; without `symmetric` also `weight_zero_point` int32
-    [ceil(N bits / 32), K / group]. `group` None: one scale per row.
+    [ceil(N bits / 32), K / group]. 8 bits are symmetric, and may be `weight` int8 [N, K] instead
+    of words. `group` None: one scale per row.
 
     Raises:
         RacError: naming `{name}.{part}`, which is missing, malformed or contradicts the others.
@@ -159,18 +136,24 @@ def check_codes(
             "groups of neighbouring columns; leave out --quantization rac, or quantize with "
             "actorder: static"
         )
-    rows, columns = _shape(tensors, name)
-    codes = _unpacked(part_of(tensors, name, WORDS), rows, columns, f"{name}.{WORDS}", bits)
+    if bits == 8 and "weight" in tensors:
+        codes = tensors["weight"]
+        if codes.dtype != torch.int8 or codes.dim() != 2 or not codes.numel():
+            fault = f"{codes.dtype} {list(codes.shape)}, but config.json says that it is int8"
+            raise contradicts(f"{name}.weight", fault)
+    else:
+        rows, columns = _shape(tensors, name)
+        codes = _unpacked(part_of(tensors, name, WORDS), rows, columns, f"{name}.{WORDS}", bits)
     scale = _check_groups(tensors, codes, name, group)
-    if not symmetric:
-        words, groups = part_of(tensors, name, ZEROS), scale.shape[1]
-        words = words.t() if words.dim() == 2 else words
-        zeros = _unpacked(words, groups, rows, f"{name}.{ZEROS}", bits)
-        return with_zeros(codes, scale, zeros, bits, name)
-    if ZEROS in tensors:
+    if symmetric and ZEROS in tensors:
         fault = "must not be there, since config.json quantizes it symmetrically"
         raise contradicts(f"{name}.{ZEROS}", fault)
-    return with_zeros(codes, scale, None, bits, name)
+    if symmetric:
+        return with_zeros(codes, scale, None, bits, name)
+    words, (rows, groups) = part_of(tensors, name, ZEROS), scale.shape
+    words = words.t() if words.dim() == 2 else words
+    zeros = _unpacked(words, groups, rows, f"{name}.{ZEROS}", bits)
+    return with_zeros(codes, scale, zeros, bits, name)
 
 
 def with_zeros(
@@ -203,29 +186,6 @@ def why_not_codes(
     if strategy not in ("group", "channel"):
         return f"its scales are per {strategy}"
     return None
-
-
-def check_int8(tensors: Mapping[str, Tensor], name: str, group: int | None = None) -> StoredWeight:
-    """Check a symmetric dense int8 weight as untrusted input; return it, every value stored.
-
-    `tensors`: `weight` int8 [N, K], or `weight_packed` int32 [N, ceil(K/4)] and `weight_shape`
-    [2]; and `weight_scale` [N, K / group]. `group` None: one scale per row, or one for all.
-    """
-    for part in (ZEROS, ORDER):
-        if part in tensors:
-            raise RacError(
-                f"{name}.{part}: the int8 kernels read symmetric weights with neighbouring columns "
-                "in a group; quantize it so, or to int4"
-            )
-    if "weight" in tensors:
-        values = tensors["weight"]
-        if values.dtype != torch.int8 or values.dim() != 2 or not values.numel():
-            fault = f"{values.dtype} {list(values.shape)}, but config.json says that it is int8"
-            raise contradicts(f"{name}.weight", fault)
-    else:
-        rows, columns = _shape(tensors, name)
-        values = _unpacked(part_of(tensors, name, WORDS), rows, columns, f"{name}.{WORDS}", 8)
-    return replace(all_stored(values, name), scale=_check_groups(tensors, values, name, group))
 
 
 def _check_groups(

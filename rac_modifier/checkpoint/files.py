@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import math
 import os
-from collections.abc import Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -42,22 +40,10 @@ _DTYPES = {
 }
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where a tensor is in its file; `dtype` is in safetensors' spelling, `count` in bytes."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    first: int
-    count: int
-
-
 class TensorFiles:
     """All tensors of a folder by name; opening reads only the headers. A context manager.
 
-    A tensor is read into memory of its own: the pages of a mapped file would stay in the
-    process. `where` maps tensor names to file names; `index` is the index file, None for a
-    single file.
+    `where` maps tensor names to file names; `index` is the index file, None for a single file.
 
     Raises:
         RacError: no safetensors, a malformed index or file, or a tensor that is in the index
@@ -72,15 +58,8 @@ class TensorFiles:
                 "it first)"
             )
         self.index: dict[str, Any] | None = None
-        self._stack = ExitStack()
-        self._files: dict[str, BinaryIO] = {}
-        self._metadata: dict[str, dict[str, str]] = {}
-        self._places: dict[str, dict[str, _Place]] = {}
-        try:
-            self.where = self._locate()
-        except BaseException:
-            self._stack.close()
-            raise
+        self._files: dict[str, Any] = {}
+        self.where = self._locate()
 
     def _locate(self) -> dict[str, str]:
         index, single = self.folder / INDEX_FILE, self.folder / SINGLE_FILE
@@ -98,7 +77,7 @@ class TensorFiles:
             )
         self.index = read_json(index)
         where = _check_weight_map(self.index, index)
-        names = {file: self._open(file) for file in sorted(set(where.values()))}
+        names = {file: set(self._open(file)) for file in sorted(set(where.values()))}
         for name, file in where.items():
             if name not in names[file]:
                 raise RacError(
@@ -107,40 +86,29 @@ class TensorFiles:
                 )
         return where
 
-    def _open(self, file: str) -> dict[str, _Place]:
-        """Open a file, and return the places of its tensors; its header is a length, then JSON."""
+    def _open(self, file: str) -> list[str]:
+        """Open a file, whose header safetensors checks, and return the names of its tensors."""
         path = regular_file(self.folder / file, "safetensors file")
         try:
-            with safe_open(path, framework="pt"):
-                pass  # safetensors checks that the header's offsets cover the file
-            opened = self._stack.enter_context(path.open("rb", buffering=0))
-            self._files[file] = opened
-            length = int.from_bytes(opened.read(8), "little")
-            header = json.loads(os.pread(opened.fileno(), length, 8))
-            self._metadata[file] = header.pop("__metadata__", None) or {"format": "pt"}
-            places = {}
-            for name, entry in header.items():
-                first, end = entry["data_offsets"]
-                shape = tuple(entry["shape"])
-                places[name] = _Place(entry["dtype"], shape, 8 + length + first, end - first)
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            self._files[file] = safe_open(path, framework="pt", backend="pread")
+        except (SafetensorError, OSError) as error:
             raise RacError(
                 f"{path}: cannot be read as safetensors ({error}); copy the model again"
             ) from error
-        for name in places:
+        names: list[str] = self._files[file].keys()
+        for name in names:
             if not name.isprintable():  # a terminal would obey an escape sequence
                 raise RacError(
                     f"{path}: the tensor name {name!r} holds control characters; "
                     "the checkpoint is damaged, copy it again"
                 )
-        self._places[file] = places
-        return places
+        return names
 
     def __enter__(self) -> TensorFiles:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stack.close()
+        self._files.clear()  # which closes them
 
     def by_file(self) -> list[str]:
         """List all names, sorted by file."""
@@ -150,37 +118,32 @@ class TensorFiles:
         return name in self.where
 
     def tensor(self, name: str) -> Tensor:
-        """Read one tensor into memory of its own.
-
-        Raises:
-            RacError: no such tensor, or it cannot be read.
-        """
-        place, dtype = self._place(name), self.dtype(name)
-        file = self.where[name]
-        # on the CPU also within transformers, which loads on the meta device
-        data = torch.empty(place.count, dtype=torch.uint8, device="cpu")
+        """Read one tensor into memory of its own (RacError: it is missing, or cannot be read)."""
+        file = self._file(name)
         try:
-            _read_into(data, self._files[file], place.first)
-            return data.view(dtype).view(place.shape)
-        except (OSError, ValueError, RuntimeError) as error:
+            tensor: Tensor = file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
             raise RacError(
-                f"{name}: cannot be read from {self.folder / file} ({error}); copy the model again"
+                f"{name}: cannot be read from {self.folder / self.where[name]} ({error}); "
+                "copy the model again"
             ) from error
+        return tensor
+
+    def tensors(self, module: str, parts: Iterable[str]) -> dict[str, Tensor]:
+        """Read the tensors `{module}.{part}` that exist, by part (RacError: as `tensor`)."""
+        names = {part: f"{module}.{part}" for part in parts}
+        return {part: self.tensor(name) for part, name in names.items() if name in self.where}
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape in the file's header."""
-        return self._place(name).shape
+        return tuple(self._file(name).get_slice(name).get_shape())
 
     def dtype_name(self, name: str) -> str:
         """Return the dtype in safetensors' spelling, such as "BF16"."""
-        return self._place(name).dtype
+        return str(self._file(name).get_slice(name).get_dtype())
 
     def dtype(self, name: str) -> torch.dtype:
-        """Return the dtype as torch has it.
-
-        Raises:
-            RacError: a dtype that is not supported.
-        """
+        """Return the dtype as torch has it (RacError: it is not supported)."""
         spelt = self.dtype_name(name)
         if spelt not in _DTYPES:
             raise RacError(
@@ -191,37 +154,18 @@ class TensorFiles:
 
     def nbytes(self, name: str) -> int:
         """Return the bytes that the tensor takes in the file."""
-        return self._place(name).count
-
-    def metadata(self, file: str) -> dict[str, str]:
-        """Return the free text in a file's header, `{"format": "pt"}` where there is none."""
-        return self._metadata[file]
+        return math.prod(self.shape(name)) * self.dtype(name).itemsize
 
     def new_index(self, where: dict[str, str], grown: int) -> dict[str, Any]:
         """Return the index of tensors in the files `where`; `grown`: bytes that were added."""
-        assert self.index is not None
-        metadata = self.index.get("metadata")
-        metadata = dict(metadata) if isinstance(metadata, dict) else {}
-        total = metadata.get("total_size")
-        if not isinstance(total, (int, float)):
-            total = sum(map(self.nbytes, self.where))
-        metadata["total_size"] = int(total) + grown
-        return {**self.index, "metadata": metadata, "weight_map": dict(sorted(where.items()))}
+        total = sum(map(self.nbytes, self.where)) + grown
+        return {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
 
-    def _place(self, name: str) -> _Place:
+    def _file(self, name: str) -> Any:
+        """Return the open file of a tensor."""
         if name not in self.where:
             raise RacError(f"{name}: not in {self.folder}; copy or save the model again")
-        return self._places[self.where[name]][name]
-
-
-def _read_into(data: Tensor, file: BinaryIO, first: int) -> None:
-    """Fill a tensor of bytes from a file."""
-    view, count = memoryview(data.numpy().data), 0
-    while count < len(view):  # one call of the system reads at most 2 GiB
-        added = os.preadv(file.fileno(), [view[count:]], first + count)
-        if not added:
-            raise OSError(f"the file ends {len(view) - count} bytes too early")
-        count += added
+        return self._files[self.where[name]]
 
 
 def _check_weight_map(index: dict[str, Any], path: Path) -> dict[str, str]:
@@ -236,17 +180,6 @@ def _check_weight_map(index: dict[str, Any], path: Path) -> dict[str, str]:
                 "folder; copy the model again"
             )
     return dict(weight_map)
-
-
-def check_index(folder: str | Path) -> None:
-    """Compare a folder's index of tensors with its files, where it has an index.
-
-    Raises:
-        RacError: a file or a tensor of the index is missing.
-    """
-    if (Path(folder) / INDEX_FILE).is_file():
-        with TensorFiles(folder):
-            pass
 
 
 def write_tensors_atomic(path: Path, tensors: Mapping[str, Tensor], about: dict[str, str]) -> None:

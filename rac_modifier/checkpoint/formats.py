@@ -1,23 +1,33 @@
-"""The packed formats of a sparse weight by name, and the packed modules of a checkpoint's files.
+"""The two packed formats of a sparse weight, and the packed modules of a checkpoint's files.
 
-A new format is a class with the members of `PackedFormat` and an entry of `PACKED`. transformers,
-vLLM and `rac inspect` read every packed module through `check`, which takes the tensors for
-untrusted input: nothing is indexed by a number from a file before it was compared with the
-bitmask. compressed-tensors up to 0.14 called the layouts sparse-24-bitmask and sparse-bitmask.
+- sparse-24-bitmask: `compressed` [N, K/2], two values of each four columns, and `shape` int64
+  [2, 1], which vLLM up to 0.18 loads into such a parameter. A group with fewer than two nonzeros
+  stores zeros, first -0.0, then +0.0 from the left. A -0.0 without a place becomes +0.0.
+- sparse-bitmask: `compressed` 1-D, its row starts `row_offsets` int64 [N], `shape` int64 [2].
+
+Both have `bitmask` uint8 [N, ceil(K/8)]. Values of 4 bits are in int32 words. transformers, vLLM
+and `rac inspect` read every packed module through `check`, which takes the tensors for untrusted
+input: nothing is indexed by a number from a file before it was compared with the bitmask. The
+names are those of compressed-tensors up to 0.14.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import Protocol
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from rac_modifier.checkpoint import bitmask as layout
 from rac_modifier.checkpoint.bitmask import damaged, part_of
-from rac_modifier.checkpoint.dense_codes import WORDS, pack_words, unpack_words, word_count
+from rac_modifier.checkpoint.dense_codes import (
+    WORDS,
+    pack_words,
+    to_words,
+    unpack_words,
+    word_count,
+)
 from rac_modifier.checkpoint.files import TensorFiles
 from rac_modifier.checkpoint.quantization_config import FORMAT_24 as FORMAT_24
 from rac_modifier.checkpoint.quantization_config import FORMAT_BITMASK as FORMAT_BITMASK
@@ -30,7 +40,7 @@ from rac_modifier.checkpoint.stored_weight import (
     check_finite,
     check_scale,
     check_scale_values,
-    compress_nonzero,
+    from_dense,
     row_starts,
 )
 from rac_modifier.errors import RacError
@@ -40,178 +50,95 @@ from rac_modifier.settings.pattern import Pattern
 _MARKERS = ("compressed", "bitmask", "row_offsets")
 
 
-class PackedFormat(Protocol):
-    """A sparse format: its name in config.json, and the tensors that replace `<module>.weight`."""
-
-    @property
-    def name(self) -> str: ...  # noqa: D102
-
-    @property
-    def parts(self) -> tuple[str, ...]: ...  # noqa: D102
-
-    def pack(self, weight: Tensor, module: str, bits: int | None = None) -> dict[str, Tensor]:
-        """Return the tensors of a dense weight [N, K] by part.
-
-        `bits` 4: the weight is int8, its values have four bits, and are stored in int32 words.
-
-        Raises:
-            RacError: the weight does not fit the format.
-        """
-
-    def size(self, rows: int, columns: int, stored: int, bits: int) -> int:
-        """Return the bytes of all parts of a weight with `stored` values of `bits` bits."""
-
-    def check(
-        self, tensors: Mapping[str, Tensor], module: str, scaled: bool = True
-    ) -> StoredWeight:
-        """Check the tensors of a module as untrusted input and return its weight.
-
-        Args:
-            tensors: by part, and `weight_scale` where the values are quantized.
-            module: its name, for messages.
-            scaled: False where another reader checks the scales; the result then has none.
-
-        Raises:
-            RacError: naming `{module}.{part}`, where parts are missing, malformed or contradict
-                each other.
-        """
-
-
-class BitmaskFormat(ABC):
-    """A format with `bitmask`, `shape`, and `compressed`: the values, or int32 words of 4 bits."""
-
-    @abstractmethod
-    def _compress(self, weight: Tensor, module: str) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the stored values, and the other parts."""
-
-    @abstractmethod
-    def _layout(
-        self, tensors: Mapping[str, Tensor], bitmask: Tensor, columns: int, module: str
-    ) -> tuple[tuple[int, ...], Tensor]:
-        """Return the shape of the values, and row starts, int64 [N + 1]; refuse contradictions."""
-
-    def pack(self, weight: Tensor, module: str, bits: int | None = None) -> dict[str, Tensor]:  # noqa: D102
-        if weight.dim() != 2 or not weight.numel():
-            raise RacError(
-                f"{module}: shape {list(weight.shape)}; only non-empty matrices [N, K] can be "
-                "packed, so leave it dense"
-            )
-        if weight.dtype not in layout.DTYPES:
-            allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in layout.DTYPES)
-            raise RacError(
-                f"{module}: dtype {weight.dtype} cannot be packed; convert it to one of {allowed}, "
-                "or leave it dense"
-            )
-        values, index = self._compress(weight, module)
-        return {"compressed": pack_words(values, 4) if bits == 4 else values, **index}
-
-    def check(  # noqa: D102
-        self, tensors: Mapping[str, Tensor], module: str, scaled: bool = True
-    ) -> StoredWeight:
-        compressed = part_of(tensors, module, "compressed")
-        bitmask, rows, columns = _check_mask(tensors, module)
-        if compressed.dtype not in (torch.int32, *layout.DTYPES):
-            fault = f"no weight is packed in dtype {compressed.dtype}"
-            raise damaged(f"{module}.compressed", fault)
-        shape, starts = self._layout(tensors, bitmask, columns, module)
-        in_words = compressed.dtype == torch.int32
-        expected = (*shape[:-1], word_count(shape[-1], 4)) if in_words else shape
-        if tuple(compressed.shape) != expected:
-            fault = f"shape {list(compressed.shape)} does not fit the bitmask, which keeps"
-            raise damaged(f"{module}.compressed", f"{fault} {list(expected)}")
-        values = (unpack_words(compressed, 4, shape[-1]) if in_words else compressed).reshape(-1)
-        check_finite(values, f"{module}.compressed")
-        scale = check_scale(tensors, values.dtype, rows, columns, module) if scaled else None
-        bits = 4 if in_words else 8
-        return StoredWeight(values, bitmask, columns, starts, module, scale, bits)
-
-
-class Bitmask24(BitmaskFormat):
-    """2:4: `compressed` [N, K/2], two values of each four columns; `shape` int64 [2, 1].
-
-    A group with fewer than two nonzeros stores zeros, first -0.0, then +0.0 from the left. A -0.0
-    without a place comes back as +0.0. `shape` is a column because vLLM up to 0.18 loads it into
-    a [2, 1] parameter.
-    """
-
-    name = FORMAT_24
-    parts = ("compressed", "bitmask", "shape")
-
-    def _compress(self, weight: Tensor, module: str) -> tuple[Tensor, dict[str, Tensor]]:
-        rows, columns = weight.shape
-        if columns % 4:
-            raise RacError(
-                f"{module}: {columns} columns are no multiple of 4, so it cannot be packed as 2:4; "
-                "pack as unstructured"
-            )
-
-        def keep(part: Tensor, first_row: int) -> Tensor:
-            return _two_of_four(part, module, first_row)
-
-        values, bitmask = layout.compress(weight, rows * columns // 2, keep)
-        shape = torch.tensor([[rows], [columns]], dtype=torch.int64)
-        return values.view(rows, columns // 2), {"bitmask": bitmask, "shape": shape}
-
-    def _layout(
-        self, tensors: Mapping[str, Tensor], bitmask: Tensor, columns: int, module: str
-    ) -> tuple[tuple[int, ...], Tensor]:
-        if columns % 4 or not layout.keeps_two_of_four(bitmask, columns):
-            fault = "a group of four columns does not keep exactly two"
-            raise damaged(f"{module}.bitmask", fault)
-        rows, half = len(bitmask), columns // 2
-        return (rows, half), torch.arange(rows + 1, device=bitmask.device) * half
-
-    def size(self, rows: int, columns: int, stored: int, bits: int) -> int:  # noqa: D102
-        half = columns // 2
-        per_row = 4 * word_count(half, 4) if bits == 4 else half * bits // 8
-        return rows * (per_row + -(-columns // 8)) + 16
-
-
-class Bitmask(BitmaskFormat):
-    """Unstructured: `compressed` 1-D, its row starts `row_offsets` int64 [N], `shape` int64 [2]."""
-
-    name = FORMAT_BITMASK
-    parts = ("compressed", "bitmask", "row_offsets", "shape")
-
-    def _compress(self, weight: Tensor, module: str) -> tuple[Tensor, dict[str, Tensor]]:
-        values, bitmask, starts = compress_nonzero(weight)
-        shape = torch.tensor(weight.shape, dtype=torch.int64)
-        return values, {"bitmask": bitmask, "row_offsets": starts[:-1], "shape": shape}
-
-    def _layout(
-        self, tensors: Mapping[str, Tensor], bitmask: Tensor, columns: int, module: str
-    ) -> tuple[tuple[int, ...], Tensor]:
-        starts = row_starts(layout.row_counts(bitmask))
-        offsets = part_of(tensors, module, "row_offsets")
-        if offsets.dtype != torch.int64 or not torch.equal(offsets, starts[:-1]):
-            raise damaged(f"{module}.row_offsets", "not the row starts that the bitmask has")
-        return (int(starts[-1]),), starts
-
-    def size(self, rows: int, columns: int, stored: int, bits: int) -> int:  # noqa: D102
-        values = 4 * word_count(stored, 4) if bits == 4 else stored * bits // 8
-        return values + rows * (-(-columns // 8) + 8) + 16
-
-
-_FORMATS: tuple[PackedFormat, ...] = (Bitmask24(), Bitmask())
-PACKED = {form.name: form for form in _FORMATS}
-PARTS = {name: form.parts for name, form in PACKED.items()}
+PARTS = {
+    FORMAT_24: ("compressed", "bitmask", "shape"),
+    FORMAT_BITMASK: ("compressed", "bitmask", "row_offsets", "shape"),
+}
 
 
 def pack(weight: Tensor, format: str, module: str, bits: int | None = None) -> dict[str, Tensor]:
-    """Return the tensors of a dense weight [N, K] in a format (`PackedFormat.pack`)."""
-    return PACKED[format].pack(weight, module, bits)
+    """Return the tensors of a dense weight [N, K] by part.
+
+    `bits` 4: the weight is int8, its values have four bits, and are stored in int32 words.
+
+    Raises:
+        RacError: the weight does not fit the format.
+    """
+    if weight.dim() != 2 or not weight.numel():
+        raise RacError(
+            f"{module}: shape {list(weight.shape)}; only non-empty matrices [N, K] can be "
+            "packed, so leave it dense"
+        )
+    if weight.dtype not in layout.DTYPES:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in layout.DTYPES)
+        raise RacError(
+            f"{module}: dtype {weight.dtype} cannot be packed; convert it to one of {allowed}, "
+            "or leave it dense"
+        )
+    shape = torch.tensor(weight.shape, dtype=torch.int64)
+    if format == FORMAT_24:
+        values, bitmask = _compress_24(weight, module)
+        index = {"bitmask": bitmask, "shape": shape[:, None]}
+    else:
+        stored = from_dense(weight, module)
+        values, starts = stored.values, stored.starts
+        index = {"bitmask": stored.bitmask, "row_offsets": starts[:-1], "shape": shape}
+    return {"compressed": pack_words(values, 4) if bits == 4 else values, **index}
+
+
+def packed_size(format: str, rows: int, columns: int, stored: int, bits: int) -> int:
+    """Return the bytes of all parts of a weight with `stored` values of `bits` bits."""
+
+    def values(count: int) -> int:
+        return 4 * word_count(count, 4) if bits == 4 else count * bits // 8
+
+    masks = rows * -(-columns // 8) + 16  # and the shape
+    if format == FORMAT_24:
+        return rows * values(columns // 2) + masks
+    return values(stored) + 8 * rows + masks
 
 
 def check(
     tensors: Mapping[str, Tensor], format: str, module: str, scaled: bool = True
 ) -> StoredWeight:
-    """Check the tensors of a module in the packed format of this name (`PackedFormat.check`)."""
-    return PACKED[format].check(tensors, module, scaled)
+    """Check the tensors of a module as untrusted input and return its weight.
 
+    `tensors`: by part, and `weight_scale` where the values are quantized. Not `scaled`: the caller
+    checks the scales, and the result has none.
 
-def choose_format(structures: Iterable[str]) -> str:
-    """Choose one format for a whole checkpoint: 2:4 only where every module is 2:4."""
-    return FORMAT_24 if all(structure == "2:4" for structure in structures) else FORMAT_BITMASK
+    Raises:
+        RacError: naming `{module}.{part}`, which is missing, malformed or contradicts the others.
+    """
+    compressed = part_of(tensors, module, "compressed")
+    bitmask, rows, columns = _check_mask(tensors, module)
+    if compressed.dtype not in (torch.int32, *layout.DTYPES):
+        fault = f"no weight is packed in dtype {compressed.dtype}"
+        raise damaged(f"{module}.compressed", fault)
+    shape: tuple[int, ...]
+    if format == FORMAT_24:
+        if columns % 4 or not layout.keeps_two_of_four(bitmask, columns):
+            fault = "a group of four columns does not keep exactly two"
+            raise damaged(f"{module}.bitmask", fault)
+        shape, starts = (
+            (rows, columns // 2),
+            torch.arange(rows + 1, device=bitmask.device) * (columns // 2),
+        )
+    else:
+        starts = row_starts(layout.row_counts(bitmask))
+        offsets = part_of(tensors, module, "row_offsets")
+        if offsets.dtype != torch.int64 or not torch.equal(offsets, starts[:-1]):
+            raise damaged(f"{module}.row_offsets", "not the row starts that the bitmask has")
+        shape = (int(starts[-1]),)
+    in_words = compressed.dtype == torch.int32
+    expected = (*shape[:-1], word_count(shape[-1], 4)) if in_words else shape
+    if tuple(compressed.shape) != expected:
+        fault = f"shape {list(compressed.shape)} does not fit the bitmask, which keeps"
+        raise damaged(f"{module}.compressed", f"{fault} {list(expected)}")
+    values = (unpack_words(compressed, 4, shape[-1]) if in_words else compressed).reshape(-1)
+    check_finite(values, f"{module}.compressed")
+    scale = check_scale(tensors, values.dtype, rows, columns, module) if scaled else None
+    bits = 4 if in_words else 8
+    return StoredWeight(values, bitmask, columns, starts, module, scale, bits)
 
 
 def structure_of(value: str, module: str) -> str:
@@ -268,29 +195,23 @@ def check_packed(
 def packed_weight(
     files: TensorFiles, format: str, module: str, schemes: tuple[WeightScheme, ...] = ()
 ) -> StoredWeight:
-    """Read and check the weight of a packed module and its scales (RacError)."""
-    stored_parts = [part for part in PARTS[format] if f"{module}.{part}" in files]
-    tensors = {part: files.tensor(f"{module}.{part}") for part in stored_parts}
-    weight = check(tensors, format, module, scaled=False)
-    check_scale_of(files, module, weight.rows, weight.columns, schemes)
+    """Read a packed module; check its weight and scales; return it without scales (RacError)."""
+    tensors = files.tensors(module, (*PARTS[format], SCALE))
+    weight, dtype = check(tensors, format, module, scaled=False), tensors["compressed"].dtype
+    # scales of blocks of rows and columns have another shape, which vLLM and transformers check
+    if dtype not in FLOATS and SCALE in tensors and any(s.strategy == "block" for s in schemes):
+        check_scale_values(tensors[SCALE], f"{module}.{SCALE}")
+    else:
+        check_scale(tensors, dtype, weight.rows, weight.columns, module)
     return weight
 
 
-def check_scale_of(
-    files: TensorFiles,
-    module: str,
-    rows: int,
-    columns: int,
-    schemes: tuple[WeightScheme, ...],
-) -> None:
-    """Check the scales of a packed module [rows, columns] (RacError names them)."""
-    name, dtype = f"{module}.{SCALE}", files.dtype(f"{module}.compressed")
-    tensors = {SCALE: files.tensor(name)} if name in files else {}
-    # scales of blocks of rows and columns have another shape, which vLLM and transformers check
-    if dtype not in FLOATS and tensors and any(s.strategy == "block" for s in schemes):
-        check_scale_values(tensors[SCALE], name)
-    else:
-        check_scale(tensors, dtype, rows, columns, module)
+def unpacked(weight: StoredWeight, in_words: bool) -> dict[str, Tensor]:
+    """Return the dense tensors of a weight by part, as upstream stores them.
+
+    `in_words`: upstream stores this weight as int32 words (`check_packed` lists such modules).
+    """
+    return to_words(weight.dense(), weight.bits) if in_words else {"weight": weight.dense()}
 
 
 def _check_mask(tensors: Mapping[str, Tensor], module: str) -> tuple[Tensor, int, int]:
@@ -309,19 +230,29 @@ def _check_mask(tensors: Mapping[str, Tensor], module: str) -> tuple[Tensor, int
     return bitmask, rows, columns
 
 
-def _two_of_four(weight: Tensor, module: str, first_row: int) -> Tensor:
+def _compress_24(weight: Tensor, module: str) -> tuple[Tensor, Tensor]:
+    """Return the values [N, K/2] of a 2:4 weight, and its bitmask."""
+    rows, columns = weight.shape
+    if columns % 4:
+        raise RacError(
+            f"{module}: {columns} columns are no multiple of 4, so it cannot be packed as 2:4; "
+            "pack as unstructured"
+        )
+    mask = partial(_two_of_four, module=module)
+    values, bitmask = layout.compress(weight, rows * columns // 2, mask)
+    return values.view(rows, columns // 2), bitmask
+
+
+def _two_of_four(weight: Tensor, module: str) -> Tensor:
     """Choose two of every four columns: first nonzeros, then -0.0, then +0.0, from the left."""
     keep = layout.nonzero(weight)
-    counts = layout.column_sums(keep.view(torch.uint8), 4)
+    counts = layout.sums_of_four(keep.view(torch.uint8))
     if bool((counts == 2).all()):  # the usual case, and much cheaper than choosing
         return keep
-    crowded = (counts > 2).nonzero()
-    if len(crowded):
-        row, group = crowded[0].tolist()
+    if bool((counts > 2).any()):
         raise RacError(
-            f"{module}: {len(crowded)} or more groups hold more than 2 nonzeros, the first in row "
-            f"{first_row + row}, columns {4 * group}-{4 * group + 3}; the weight is not 2:4: "
-            "pack it as unstructured, or prune it again"
+            f"{module}: groups of four columns hold more than 2 nonzeros, so the weight is not "
+            "2:4; pack it as unstructured, or prune it again"
         )
     groups, keep = layout.as_integers(weight).reshape(-1, 4), keep.view(-1, 4)
     for candidates in (groups != 0, torch.ones_like(keep)):

@@ -13,24 +13,21 @@ from collections.abc import Mapping
 from typing import Any, Literal, Self
 
 import torch
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
 from rac_modifier.checkpoint.bitmask import contradicts, damaged, part_of
 from rac_modifier.checkpoint.dense_codes import unpack_words, with_zeros, word_count
+from rac_modifier.checkpoint.quantization_config import parse_entries
 from rac_modifier.checkpoint.stored_weight import FLOATS, StoredWeight
 from rac_modifier.errors import RacError
 
 WORDS, ZEROS, SCALES, ORDER = "qweight", "qzeros", "scales", "g_idx"
 PARTS = (WORDS, ZEROS, SCALES, ORDER)
 _AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # where each of eight neighbouring codes lies in a word
-# What GPTQModel adds to the words of format 1. Of 3 bits it is not one per code; the three repeat.
-_ADDED = {
-    2: (0x55555555,),
-    3: (0x24924924, 0x92492492, 0x49249249),
-    4: (0x11111111,),
-    8: (0x01010101,),
-}
+# What format 1 has less in each word of codes of zero.
+_SUBTRACTED = {2: 0x55555555, 4: 0x11111111}
+_STEP = "leave out --quantization rac, or restore the config.json that was saved with these files"
 
 
 class _Entries(BaseModel):
@@ -41,16 +38,7 @@ class _Entries(BaseModel):
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Self:
         """Parse a `quantization_config` (RacError: an entry is missing or malformed)."""
-        try:
-            return cls.model_validate(config)
-        except ValidationError as error:
-            first = error.errors()[0]
-            name = ".".join(str(key) for key in first["loc"])
-            value = "missing" if first["type"] == "missing" else f"{first['input']!r:.200}"
-            raise RacError(
-                f"config.json: quantization_config.{name} is {value} ({first['msg']}); leave out "
-                "--quantization rac, or restore the config.json that was saved with these files"
-            ) from error
+        return parse_entries(cls, config, "quantization_config", _STEP)
 
     @field_validator("group_size", check_fields=False)
     @classmethod
@@ -146,21 +134,24 @@ def check_gptq(
     scale = _scales(tensors, name, entries.group_size, rows, columns)
     groups = scale.shape[1]
     zeros = _words(tensors, name, ZEROS, [groups, word_count(rows, bits)])
-    if entries.sym:
-        _check_symmetric(zeros, bits, rows, f"{name}.{ZEROS}")
-    elif bits == 8:
+    # a code of zero is 2^(bits-1), or one less in format 1; GPTQModel has its own way of 3 bits
+    if entries.sym and bits != 3:
+        if unpack_words(zeros, bits, rows).unique().tolist() not in ([0], [-1]):
+            fault = f"not {1 << (bits - 1)} everywhere, but config.json says that it is symmetric"
+            raise contradicts(f"{name}.{ZEROS}", fault)
+    elif not entries.sym and bits == 8:
         raise RacError(
             f"{name}.{ZEROS}: asymmetric weights of 8 bits have no kernel; leave out "
             "--quantization rac, or quantize them symmetrically"
         )
-    elif entries.checkpoint_format == "gptq" and bits == 3:
-        raise RacError(
-            f"{name}.{ZEROS}: zero points of 3 bits in format gptq have two meanings, "
-            "since AutoGPTQ and GPTQModel subtract different numbers from them; save the "
-            "model in format gptq_v2 (checkpoint_format), or symmetric"
-        )
-    elif entries.checkpoint_format == "gptq":
-        zeros = _added(zeros, bits)
+    if not entries.sym and entries.checkpoint_format == "gptq":
+        if bits == 3:
+            raise RacError(
+                f"{name}.{ZEROS}: zero points of 3 bits in format gptq have two meanings, "
+                "since AutoGPTQ and GPTQModel subtract different numbers from them; save the "
+                "model in format gptq_v2 (checkpoint_format), or symmetric"
+            )
+        zeros = zeros + _SUBTRACTED[bits]
     if entries.desc_act and groups > 1:
         part_of(tensors, name, ORDER)
     codes = unpack_words(words.t(), bits, columns)
@@ -171,12 +162,9 @@ def check_gptq(
 
 
 def check_awq(tensors: Mapping[str, Tensor], name: str, entries: AwqEntries) -> StoredWeight:
-    """Check the tensors of an AWQ weight as untrusted input; return it with every value stored.
+    """Check the tensors of an AWQ weight as untrusted input, as `check_gptq` does.
 
     `tensors`: int32 `qweight` [K, N / 8] and `qzeros` [K / group, N / 8], `scales` [K / group, N].
-
-    Raises:
-        RacError: as `check_gptq`.
     """
     if ORDER in tensors:
         fault = "AWQ does not reorder columns, so this is another format"
@@ -222,28 +210,6 @@ def _check_shape(tensor: Tensor, expected: list[int], name: str) -> None:
     if list(tensor.shape) != expected:
         fault = f"shape {list(tensor.shape)}, but a weight of this size and config.json's groups"
         raise contradicts(name, f"{fault} have {expected}")
-
-
-def _added(zeros: Tensor, bits: int) -> Tensor:
-    """Convert words of format 1 to format 2, as GPTQModel does: whole words, modulo 2^32."""
-    added = [number - (number >> 31 << 32) for number in _ADDED[bits]]
-    repeats = -(-zeros.shape[1] // len(added))
-    return zeros + torch.tensor(added, dtype=torch.int32).repeat(repeats)[: zeros.shape[1]]
-
-
-def _check_symmetric(zeros: Tensor, bits: int, rows: int, name: str) -> None:
-    """Refuse codes of zero other than 2^(bits-1), in any way in which writers store it.
-
-    vLLM does not read them. Format 1 has one less, some writers name the wrong format, and
-    GPTQModel has its own way of 3 bits.
-    """
-    codes = unpack_words(zeros, bits, rows)  # minus 2^(bits-1)
-    if bool((codes == 0).all()) or bool((codes == -1).all()):
-        return
-    if bits == 3 and not bool(unpack_words(_added(zeros, bits), bits, rows).any()):
-        return
-    fault = f"not {1 << (bits - 1)} everywhere, but config.json says that it is symmetric (sym)"
-    raise contradicts(name, fault)
 
 
 def _order(tensors: Mapping[str, Tensor], name: str, columns: int, groups: int) -> Tensor | None:

@@ -1,8 +1,8 @@
 """Packed checkpoints in transformers: `load_model`, and a quantizer for `from_pretrained`.
 
-The packed tensors of a module are freed before the next module is unpacked, so a load takes the
-memory of the dense model and of one module. Importing this module replaces transformers' entry
-for "compressed-tensors" by a subclass of it, which loads a checkpoint without a
+`from_pretrained` gets the tensors of the dense checkpoint, each unpacked when transformers takes
+it, so everything after that is transformers' own. Importing this module replaces transformers'
+entry for "compressed-tensors" by a subclass of it, which loads a checkpoint without a
 `sparsity_config` as before.
 
 Nothing of `transformers.modeling_utils` may be imported here: this module is imported while
@@ -11,24 +11,27 @@ that one is.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache, partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    WeightTransform,
-    build_glob_alternation,
-    rename_source_key,
-)
+from torch import Tensor
 from transformers.quantizers import auto
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 from transformers.utils import quantization_config as upstream
 
+from rac_modifier.checkpoint.dense_codes import WORDS, WORDS_SHAPE
 from rac_modifier.checkpoint.files import TensorFiles
-from rac_modifier.checkpoint.formats import check_packed, check_scale_of, packed_modules
+from rac_modifier.checkpoint.formats import (
+    PARTS,
+    check_packed,
+    packed_modules,
+    packed_weight,
+    unpacked,
+)
 from rac_modifier.checkpoint.output_folder import check_is_id
 from rac_modifier.checkpoint.quantization_config import (
     CONFIG_FILE,
@@ -36,15 +39,11 @@ from rac_modifier.checkpoint.quantization_config import (
     RAC_KEY,
     RAC_METHOD,
     SparsityConfig,
+    WeightScheme,
     packed_format,
     weight_schemes,
 )
-from rac_modifier.checkpoint.weight_conversion import (
-    Unpack,
-    conversions_for_saving,
-    misfit,
-    updated_conversions,
-)
+from rac_modifier.checkpoint.stored_weight import FLOATS
 from rac_modifier.errors import RacError
 from rac_modifier.files import read_json
 
@@ -78,21 +77,19 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
+    config: dict[str, Any] = {}
     if local := Path(model).is_dir():
         with TensorFiles(model) as files:
             config = read_json(Path(model) / CONFIG_FILE)
             check_packed(files, packed_format(config))
-            _check_rotations(model, config)
     else:
         check_is_id(model)
-    kwargs = {
-        **from_pretrained_kwargs,
-        "trust_remote_code": trust_remote_code,
-        "ignore_mismatched_sizes": True,
-    }
+    options = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    options["trust_remote_code"] = trust_remote_code
     try:
+        _check_rotations(model, config)
         loading: Any = AutoModelForCausalLM.from_pretrained(
-            str(model), output_loading_info=True, **kwargs
+            str(model), **from_pretrained_kwargs | options
         )
     except (RacError, torch.OutOfMemoryError):
         raise
@@ -105,7 +102,7 @@ def load_model(
             "index with those that were saved with the weights"
         ) from error
     loaded, info = loading
-    check_complete(info, model)
+    _check_complete(info, model)
     return cast("PreTrainedModel", loaded)
 
 
@@ -113,14 +110,10 @@ def _check_rotations(model: str | Path, config: Mapping[str, Any]) -> None:
     """Refuse rotations of activations, which transformers 5.17 leaves out (RacError)."""
     from compressed_tensors.transform import TransformConfig, TransformLocation
 
-    settings = config.get("quantization_config")
-    transforms = settings.get("transform_config") if isinstance(settings, Mapping) else None
+    transforms = (config.get("quantization_config") or {}).get("transform_config")
     if not transforms:
         return
-    try:
-        schemes = TransformConfig.model_validate(transforms).config_groups.values()
-    except ValueError as error:
-        raise RacError(f"{model}: transform_config of its config.json: {error}") from error
+    schemes = TransformConfig.model_validate(transforms).config_groups.values()
     if any(TransformLocation(a.location).is_online() for s in schemes for a in s.apply):
         raise RacError(
             f"{model}: its config.json has rotations of activations (QuIPModifier, or R3 and R4 of "
@@ -129,7 +122,7 @@ def _check_rotations(model: str | Path, config: Mapping[str, Any]) -> None:
 
 
 class CompressedTensorsConfig(upstream.CompressedTensorsConfig):
-    """Upstream's config and, of a packed checkpoint, its `sparsity`.
+    """Upstream's config and, of a packed checkpoint, its `sparsity` and weight schemes.
 
     The name is upstream's: transformers compares it with the class name of a
     `quantization_config` that the user gives.
@@ -138,7 +131,7 @@ class CompressedTensorsConfig(upstream.CompressedTensorsConfig):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.sparsity = SparsityConfig.of(kwargs)
         if self.sparsity is not None:
-            weight_schemes(kwargs)  # before upstream matches the patterns in it
+            self.schemes = weight_schemes(kwargs)  # before upstream matches the patterns in it
             del kwargs["sparsity_config"]
         elif kwargs.get("quant_method") == RAC_METHOD:
             raise RacError(
@@ -165,13 +158,11 @@ class SparseHfQuantizer(CompressedTensorsHfQuantizer):
     def __init__(self, quantization_config: CompressedTensorsConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._sparsity: SparsityConfig | None = getattr(quantization_config, "sparsity", None)
-        self._unpack: Unpack | None = None
-        self._int32_modules: list[str] = []
-        self._misfits: dict[str, RacError] = {}
+        # upstream has nothing to do then
+        self._only_packed = self._sparsity is not None and not quantization_config.is_quantized
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        """Check what the headers of the files show before a weight is read (RacError)."""
-        if self._sparsity is None or self.quantization_config.is_quantized:
+        if not self._only_packed:
             super()._process_model_before_weight_loading(model, **kwargs)
         if self._sparsity is None:
             return
@@ -185,117 +176,127 @@ class SparseHfQuantizer(CompressedTensorsHfQuantizer):
                 "packed weights cannot be sharded while they are loaded; save the model with "
                 "storage: dense"
             )
-        self._unpack = Unpack(self._sparsity.format, dtypes_to_load(model))
-        groups = self.quantization_config.quantization_config
-        schemes = weight_schemes(groups.model_dump(mode="json")) if groups is not None else ()
-        with TensorFiles(Path(kwargs["checkpoint_files"][0]).parent) as files:
-            self._int32_modules = check_packed(files, self._sparsity.format, schemes)
-            for module in packed_modules(files.where):
-                shape = files.tensor(f"{module}.shape")
-                if shape.dtype == torch.int64 and shape.numel() == 2:  # else `check` refuses it
-                    rows, columns = shape.flatten().tolist()
-                    check_scale_of(files, module, rows, columns, schemes)
-            self._misfits = _misfits(files, model)
-        _check_before_init(model, self._unpack, files.folder)
+        _extend_loading()
 
-    def update_weight_conversions(
-        self, weight_conversions: list[WeightTransform]
-    ) -> list[WeightTransform]:
-        """Return the model's conversions and ours for packed weights.
-
-        Raises:
-            RacError: a tensor has another shape than in the model, which no converter changes.
-        """
-        if self._unpack is None or self.quantization_config.is_quantized:
-            weight_conversions = super().update_weight_conversions(weight_conversions)
-        if self._unpack is None:
+    def update_weight_conversions(self, weight_conversions: list[Any]) -> list[Any]:
+        """Return the conversions of a model whose weights are dense, quantized or not."""
+        if self._only_packed:
             return weight_conversions
-        converters = [c for c in weight_conversions if isinstance(c, WeightConverter)]
-        for name, error in self._misfits.items():
-            if not any(c.compiled_sources.search(name) for c in converters):
-                raise error
-        renamings = [c for c in weight_conversions if isinstance(c, WeightRenaming)]
-        int32_modules = [rename_source_key(name, renamings, [])[0] for name in self._int32_modules]
-        return updated_conversions(weight_conversions, self._unpack, int32_modules)
+        conversions: list[Any] = super().update_weight_conversions(weight_conversions)
+        return conversions
+
+    def load_packed(
+        self, load: Callable[..., Any], model: Any, files: list[str], config: Any, *rest: Any
+    ) -> Any:
+        """Call transformers' `load` with the dense tensors (RacError: they are not the model's)."""
+        assert self._sparsity is not None
+        folder, schemes = Path(files[0]).parent, getattr(self.quantization_config, "schemes", ())
+        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        if self._only_packed:
+            config = replace(config, hf_quantizer=None)
+        with TensorFiles(folder) as tensor_files:
+            state_dict = _dense_state_dict(tensor_files, self._sparsity.format, schemes)
+            loaded = load(model, state_dict, files, config, *rest)
+        info = loaded[0]
+        for name, text in sorted(info.conversion_errors.items()):
+            raise RacError(f"{name}: cannot be loaded ({text.strip().splitlines()[-1]})")
+        # with a quantizer, transformers compares no shapes
+        state = model.state_dict().items()
+        misfits = {name for name, tensor in state if tensor.shape != shapes[name]}
+        keys = {"mismatched_keys": {*info.mismatched_keys, *misfits}}
+        if type(model).__name__ in (model.config.architectures or ()):
+            model._adjust_missing_and_unexpected_keys(info)
+            keys["missing_keys"] = info.missing_keys - model.all_tied_weights_keys.keys()
+            keys["unexpected_keys"] = info.unexpected_keys
+        _check_complete(keys, folder)
+        return loaded
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        """Leave an ordinary model."""
-        if self._unpack is not None:
-            loaded: Any = model  # whose attributes torch declares as tensors and modules
-            loaded._weight_conversions = conversions_for_saving(loaded._weight_conversions or ())
-            if isinstance(record := getattr(model.config, RAC_KEY, None), dict):
-                setattr(model.config, RAC_KEY, {**record, "storage": "dense"})
-            if not self.quantization_config.is_quantized:
-                _cast_renamed(model, self._unpack.dtypes)
+        record = getattr(model.config, RAC_KEY, None)
+        if self._sparsity is not None and isinstance(record, dict):
+            setattr(model.config, RAC_KEY, {**record, "storage": "dense"})
         super()._process_model_after_weight_loading(model, **kwargs)
 
 
-def _check_before_init(model: PreTrainedModel, unpack: Unpack, folder: Path) -> None:
-    """Have `model` raise what is wrong with the files before missing weights are drawn at random.
+@cache
+def _extend_loading() -> None:
+    """Have `from_pretrained` read packed files through their quantizer."""
+    from transformers.modeling_utils import PreTrainedModel
 
-    The hook is the first method that transformers calls with the names of missing tensors.
-    """
-    loaded: Any = model
-    mark = loaded.mark_tied_weights_as_initialized
+    inner = PreTrainedModel._load_pretrained_model
 
-    def checked(info: Any) -> None:
-        del loaded.mark_tied_weights_as_initialized
-        mark(info)
-        if unpack.errors:
-            raise unpack.errors[0]
-        for name, text in sorted(info.conversion_errors.items()):
-            raise RacError(f"{name}: cannot be loaded ({text.strip().splitlines()[-1]})")
-        if type(model).__name__ in (model.config.architectures or ()):
-            loaded._adjust_missing_and_unexpected_keys(info)
-            check_complete(
-                {
-                    "mismatched_keys": info.mismatched_keys,
-                    "missing_keys": info.missing_keys - loaded.all_tied_weights_keys.keys(),
-                    "unexpected_keys": info.unexpected_keys,
-                },
-                folder,
+    @wraps(inner)
+    def load(
+        model: Any,
+        state_dict: Any,
+        checkpoint_files: Any,
+        load_config: Any,
+        expected_keys: Any = None,
+    ) -> Any:
+        quantizer = load_config.hf_quantizer
+        if state_dict is None and getattr(quantizer, "_sparsity", None) is not None:
+            return quantizer.load_packed(inner, model, checkpoint_files, load_config, expected_keys)
+        return inner(model, state_dict, checkpoint_files, load_config, expected_keys)
+
+    PreTrainedModel._load_pretrained_model = staticmethod(load)  # type: ignore[method-assign]
+
+
+@dataclass(frozen=True)
+class _LazyTensor:
+    """A tensor that is read when transformers indexes it, as it does with safetensors' slices."""
+
+    read: Callable[[], Tensor]
+    dtype_name: str
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.read()[index]
+
+    def get_dtype(self) -> str:
+        return self.dtype_name
+
+
+def _dense_state_dict(
+    files: TensorFiles, format: str, schemes: tuple[WeightScheme, ...]
+) -> dict[str, _LazyTensor]:
+    """Return the tensors of the dense checkpoint that was packed."""
+    in_words = set(check_packed(files, format, schemes))
+    modules = packed_modules(files.where)
+    packed = {f"{module}.{part}" for module in modules for part in PARTS[format]}
+
+    def weight(module: str, part: str) -> Tensor:
+        stored = packed_weight(files, format, module, schemes)
+        return unpacked(stored, module in in_words)[part]
+
+    def shape(module: str) -> Tensor:
+        return files.tensor(f"{module}.shape").flatten()
+
+    state = {}
+    for name in files.where.keys() - packed:
+        state[name] = _LazyTensor(partial(files.tensor, name), files.dtype_name(name))
+    for module in modules:
+        compressed = f"{module}.compressed"
+        if not schemes and files.dtype(compressed) not in FLOATS:
+            raise RacError(
+                f"{compressed}: its values are {files.dtype(compressed)}, but no config group of "
+                "config.json's quantization_config quantizes this module; restore the "
+                "config.json that was saved with the weights"
             )
+        if module in in_words:
+            state[f"{module}.{WORDS}"] = _LazyTensor(partial(weight, module, WORDS), "I32")
+            state[f"{module}.{WORDS_SHAPE}"] = _LazyTensor(partial(shape, module), "I64")
+        else:
+            dense = partial(weight, module, "weight")
+            state[f"{module}.weight"] = _LazyTensor(dense, files.dtype_name(compressed))
+    return state
 
-    loaded.mark_tied_weights_as_initialized = checked
 
-
-def check_complete(info: Mapping[str, Iterable[Any]], folder: str | Path) -> None:
+def _check_complete(info: Mapping[str, Iterable[Any]], folder: str | Path) -> None:
     """Refuse a checkpoint with missing, unexpected or mismatched keys in transformers' `info`."""
     for kind, text in _MISMATCHES:
-        if names := sorted(str(key[0] if isinstance(key, tuple) else key) for key in info[kind]):
+        keys = (key[0] if isinstance(key, tuple) else key for key in info.get(kind, ()))
+        if names := sorted(map(str, keys)):
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise RacError(f"{', '.join(names[:3])}{more}: {text} {folder}")
-
-
-def dtypes_to_load(model: PreTrainedModel) -> dict[str, torch.dtype]:
-    """Return the dtype to load each tensor of an empty model in; modules may stay in float32."""
-    dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
-    loaded_in = model.config.dtype
-    assert isinstance(loaded_in, torch.dtype)
-    if plan := model._get_dtype_plan(loaded_in):
-        pattern, names, _ = build_glob_alternation(list(plan))
-        for name, dtype in dtypes.items():
-            if dtype.is_floating_point and (match := pattern.search(name)) is not None:
-                dtypes[name] = plan[names[match.lastgroup or ""]]
-    return dtypes
-
-
-def _misfits(files: TensorFiles, model: PreTrainedModel) -> dict[str, RacError]:
-    """Return an error per weight and bias of another shape: transformers compares none here."""
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items() if name in files}
-    return {
-        name: misfit(name, files.shape(name), shape)
-        for name, shape in shapes.items()
-        if name.endswith((".weight", ".bias")) and files.shape(name) != tuple(shape)
-    }
-
-
-@torch.no_grad()
-def _cast_renamed(model: PreTrainedModel, dtypes: Mapping[str, torch.dtype]) -> None:
-    """Cast the tensors that transformers renamed and left in the dtype of the file."""
-    for name, parameter in model.named_parameters():
-        if name in dtypes and not parameter.is_meta and parameter.dtype != dtypes[name]:
-            parameter.data = parameter.data.to(dtypes[name])
 
 
 auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = CompressedTensorsConfig

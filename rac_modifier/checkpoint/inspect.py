@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from rac_modifier.checkpoint.bitmask import DTYPES
-from rac_modifier.checkpoint.dense_codes import WORDS, WORDS_SHAPE, ZEROS, words_of
+from rac_modifier.checkpoint.dense_codes import WORDS, WORDS_SHAPE, ZEROS, words_weight
 from rac_modifier.checkpoint.files import TensorFiles
 from rac_modifier.checkpoint.formats import (
     FORMAT_24,
@@ -23,12 +24,11 @@ from rac_modifier.checkpoint.formats import (
 from rac_modifier.checkpoint.quantization_config import (
     CONFIG_FILE,
     QUANTIZATION_KEY,
-    SparsityConfig,
     SparsityRecord,
     WeightScheme,
+    packed_format,
     weight_schemes,
 )
-from rac_modifier.checkpoint.record import RUN_RECORD_NAME
 from rac_modifier.checkpoint.stored_weight import (
     SCALE,
     UNSTRUCTURED,
@@ -54,10 +54,8 @@ class ModuleRow:
     dense_bytes: of the same matrix stored dense, with scales and zero points.
     scale_bytes: of the scales and zero points.
     structure: the recorded mask structure, None without a record.
-    pattern_ok: whether the zeros keep it; None: unstructured, or not checked.
     reason: why a matrix is not packed.
-    problem: what is damaged.
-    read_per_token: False: decoding reads one row of the matrix per token.
+    problem: what is damaged, or that the zeros do not keep the recorded structure.
     """
 
     name: str
@@ -70,15 +68,8 @@ class ModuleRow:
     dense_bytes: int
     scale_bytes: int = 0
     structure: str | None = None
-    pattern_ok: bool | None = None
     reason: str | None = None
     problem: str | None = None
-    read_per_token: bool = True
-
-    @property
-    def bytes_per_weight(self) -> float:
-        """Return the bytes on disk per weight, masks and offsets included."""
-        return self.stored_bytes / (self.rows * self.columns)
 
 
 @dataclass(frozen=True)
@@ -86,32 +77,25 @@ class CheckpointReport:
     """What a folder holds.
 
     format: a packed format, or "dense".
-    run_record: the parsed run record, or None.
+    stored_bytes: of all tensors, with those that are no matrices.
     quantization: the schemes of its quantized weights.
     """
 
     folder: Path
     format: str
     modules: tuple[ModuleRow, ...]
-    other_bytes: int
-    run_record: dict[str, Any] | None
+    stored_bytes: int
     quantization: tuple[WeightScheme, ...] = ()
-
-    @property
-    def stored_bytes(self) -> int:
-        """Return the bytes of all tensors as they are stored."""
-        return sum(row.stored_bytes for row in self.modules) + self.other_bytes
 
     @property
     def dense_bytes(self) -> int:
         """Return the bytes of all tensors if every matrix were dense, in its own dtype."""
-        return sum(row.dense_bytes for row in self.modules) + self.other_bytes
+        return self.stored_bytes + sum(row.dense_bytes - row.stored_bytes for row in self.modules)
 
     @property
     def sparse(self) -> tuple[ModuleRow, ...]:
         """Return the matrices that are packed or recorded as pruned."""
-        rows = self.modules
-        return tuple(row for row in rows if row.structure is not None or row.stored in PARTS)
+        return tuple(row for row in self.modules if row.structure is not None)
 
     @property
     def sparsity(self) -> float | None:
@@ -123,7 +107,7 @@ class CheckpointReport:
     @property
     def sound(self) -> bool:
         """Return whether no matrix is damaged and every recorded pattern holds."""
-        return all(row.problem is None and row.pattern_ok is not False for row in self.modules)
+        return all(row.problem is None for row in self.modules)
 
 
 def is_embedding(module: str) -> bool:
@@ -134,25 +118,17 @@ def is_embedding(module: str) -> bool:
 def inspect_checkpoint(folder: str | Path) -> CheckpointReport:
     """Read a packed, a dense-stored sparse or an ordinary checkpoint, one matrix at a time.
 
-    A damaged matrix becomes a row with a `problem`; what makes the whole folder unreadable raises.
-
-    Raises:
-        RacError: no checkpoint, or a malformed config.json, index or file.
+    A damaged matrix becomes a row with a `problem`; RacError: the whole folder is unreadable.
     """
     folder = Path(folder)
     config = read_json(folder / CONFIG_FILE)
-    record = folder / RUN_RECORD_NAME
-    run_record = read_json(record) if record.exists() else None
     with TensorFiles(folder) as files:
         matrices = Matrices(files, config)
         rows = [matrices.packed_row(name) for name in matrices.packed]
         rows += [matrices.dense_row(name) for name in files.by_file() if matrices.is_matrix(name)]
         total = sum(map(files.nbytes, files.where))
-    other_bytes = total - sum(row.stored_bytes for row in rows)
     rows.sort(key=natural_order)
-    return CheckpointReport(
-        folder, matrices.layout, tuple(rows), other_bytes, run_record, matrices.schemes
-    )
+    return CheckpointReport(folder, matrices.layout, tuple(rows), total, matrices.schemes)
 
 
 def natural_order(row: ModuleRow) -> list[tuple[int, str]]:
@@ -166,11 +142,10 @@ class Matrices:
 
     def __init__(self, files: TensorFiles, config: dict[str, Any]) -> None:
         self.files, self.config = files, config
-        self.sparsity = SparsityConfig.of(config.get(QUANTIZATION_KEY))
         self.schemes = weight_schemes(config.get(QUANTIZATION_KEY))
         self.record = SparsityRecord.of(config)
         self.packed = packed_modules(files.where)
-        self.layout = self.sparsity.format if self.sparsity else "dense"
+        self.layout = packed_format(config) or "dense"
         if self.layout == "dense":
             check_packed(files, None)  # refuses packed weights
 
@@ -192,13 +167,12 @@ class Matrices:
             weight = packed_weight(self.files, self.layout, name, self.schemes)
         except RacError as error:
             return replace(row, problem=str(error))
-        row = _counted(row, weight)
-        dtype, size = self.files.dtype_name(f"{name}.compressed"), weight.rows * weight.columns
-        dense_bytes = size * weight.values.itemsize
+        dtype, (rows, columns) = self.files.dtype_name(f"{name}.compressed"), weight.shape
+        dense_bytes = rows * columns * weight.values.itemsize
         if dtype == "I32":
             dtype, dense_bytes = "I4", dense_bytes // 2
-        row = replace(row, rows=weight.rows, columns=weight.columns)
-        return replace(row, dtype=dtype, dense_bytes=dense_bytes + scales)
+        row = replace(row, rows=rows, columns=columns, dtype=dtype)
+        return _counted(replace(row, dense_bytes=dense_bytes + scales), weight)
 
     def dense_row(self, tensor_name: str) -> ModuleRow:
         """Check a matrix that is not packed."""
@@ -213,8 +187,6 @@ class Matrices:
         """Return the row of a matrix that is not packed, before its values are read."""
         name, _, part = tensor_name.rpartition(".")
         stored_bytes = self._bytes_of(name, part, WORDS_SHAPE, SCALE, ZEROS)
-        # A tied embedding is also the output matrix, which each step reads whole.
-        untied = {"lm_head.weight", "lm_head.compressed", f"lm_head.{WORDS}"}
         rows, columns = self.files.shape(tensor_name)
         return ModuleRow(
             name,
@@ -227,20 +199,17 @@ class Matrices:
             dense_bytes=stored_bytes,
             scale_bytes=self._bytes_of(name, SCALE, ZEROS),
             structure=self.record.modules.get(name),
-            read_per_token=not is_embedding(name) or not untied & self.files.where.keys(),
         )
 
     def read(self, tensor_name: str) -> tuple[ModuleRow, Tensor | None]:
-        """Return the row of a matrix that is not packed, and its weight.
+        """Return the row of a matrix that is not packed, and its weight (RacError: it is damaged).
 
         The weight is None where its zeros are not counted.
-
-        Raises:
-            RacError: naming the tensor that is damaged.
         """
         files, row, weight = self.files, self._row(tensor_name), None
         if row.stored == "quantized":
-            words = words_of(files, row.name, self.schemes)
+            tensors = files.tensors(row.name, (WORDS, WORDS_SHAPE))
+            words = words_weight(tensors, row.name, self.schemes)
             if words is None:
                 return row, None
             weight, bits = words
@@ -256,22 +225,15 @@ class Matrices:
             return (replace(row, stored="quantized") if row.stored == "words" else row), None
         return row, weight
 
-    def _why_dense(self, row: ModuleRow, countable: bool) -> str:
+    @staticmethod
+    def _why_dense(row: ModuleRow, countable: bool) -> str:
         if row.structure is not None:
-            if self.record.storage == "dense":
-                return "pruned, stored dense so that stock loaders read it"
-            return "pruned, but not packed"
-        if is_embedding(row.name):
-            return "an embedding, never pruned"
+            return "pruned, stored dense so that stock loaders read it"
         if not countable:
             return "quantized to a layout whose zeros are not counted"
-        if self.sparsity is not None and row.name in self.sparsity.ignore:
-            return "left dense when the model was packed (in ignore)"
-        # Rounding to 4 bits makes a sixth of a dense weight zero, to 3 bits a third.
-        rounded = row.stored == "words"
-        if row.sparsity and row.sparsity >= (0.45 if rounded else 0.05):
+        if row.stored == "dense" and row.sparsity and row.sparsity >= 0.05:
             return "has zeros, but no record of pruning"
-        return "quantized, not pruned" if rounded else "not pruned"
+        return "not pruned"
 
     def _bytes_of(self, module: str, *part_names: str) -> int:
         names = (f"{module}.{part}" for part in part_names)
@@ -280,16 +242,12 @@ class Matrices:
 
 def _counted(row: ModuleRow, weight: Tensor | StoredWeight) -> ModuleRow:
     """Return the row with its sparsity, and whether its zeros keep the recorded structure."""
-    rows, columns = weight.shape if isinstance(weight, Tensor) else (weight.rows, weight.columns)
-    row = replace(row, sparsity=count_zeros(weight) / (rows * columns))
+    row = replace(row, sparsity=count_zeros(weight) / math.prod(weight.shape))
     if row.structure is None:
         return row
     try:
         structure = structure_of(row.structure, row.name)
         broken = count_broken_groups(weight, structure, row.name)
     except RacError as error:
-        return replace(row, pattern_ok=False, problem=str(error))
-    if structure == UNSTRUCTURED:
-        return row
-    problem = f"{broken} groups break {structure}" if broken else None
-    return replace(row, pattern_ok=broken == 0, problem=problem)
+        return replace(row, problem=str(error))
+    return replace(row, problem=f"{broken} groups break {structure}") if broken else row

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from rac_modifier.checkpoint.files import CONFIG_FILE
 from rac_modifier.errors import RacError
-from rac_modifier.files import lock, write_json_atomic
+from rac_modifier.files import lock
 
 STAGING = ".rac_saving"
 # What a checkpoint of safetensors consists of; the weights in other formats are not downloaded.
@@ -30,72 +31,49 @@ _DOWNLOADED = [
 ]
 
 
-class NewFiles:
-    """The new files of a folder, moved into place together at the end. A context manager.
+@contextmanager
+def new_files(folder: Path) -> Iterator[Path]:
+    """Yield a folder for the new files of `folder`, which are moved into place together at the end.
 
-    An error in its body removes what was written. It locks the folder against other processes.
-
-    Raises:
-        RacError: another process writes to the folder, or it cannot be written to.
+    An error in the body removes what was written (RacError: another process writes to the folder,
+    or it cannot be written to).
     """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self._staging = folder, folder / STAGING
-        self._is_new = not folder.exists()
-
-    def __enter__(self) -> NewFiles:
-        try:
-            self._staging.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self._staging, os.O_RDONLY)  # locked until it is closed
-        except OSError as error:
+    staging, is_new = folder / STAGING, not folder.exists()
+    try:
+        staging.mkdir(parents=True, exist_ok=True)
+        locked = os.open(staging, os.O_RDONLY)  # until it is closed
+    except OSError as error:
+        raise RacError(f"{folder}: cannot be written to ({error}); name another folder") from error
+    try:
+        if not lock(locked, folder, patience=0):
             raise RacError(
-                f"{self.folder}: cannot be written to ({error}); name another folder"
-            ) from error
-        if not lock(self._lock, self.folder, patience=0):
-            os.close(self._lock)
-            raise RacError(
-                f"{self.folder}: another process is writing to it; wait for that one to end, "
+                f"{folder}: another process is writing to it; wait for that one to end, "
                 "or name another folder"
             )
-        for path in self._staging.iterdir():  # what a kill left
+        for path in staging.iterdir():  # what a kill left
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        return self
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         try:
-            if error is None:
-                move_into_place(self._staging, self.folder)
-                return
-            shutil.rmtree(self._staging, ignore_errors=True)
-            if self._is_new and not any(self.folder.iterdir()):
-                self.folder.rmdir()
-        finally:
-            os.close(self._lock)
-        if isinstance(error, (OSError, SafetensorError)):
-            raise RacError(
-                f"{self.folder}: cannot be written ({error}); it is as before, make room and try "
-                "again"
-            ) from error
+            yield staging
+        except BaseException as error:
+            shutil.rmtree(staging, ignore_errors=True)
+            if is_new and not any(folder.iterdir()):
+                folder.rmdir()
+            if isinstance(error, (OSError, SafetensorError)):
+                raise RacError(
+                    f"{folder}: cannot be written ({error}); it is as before, make room and try "
+                    "again"
+                ) from error
+            raise
+        move_into_place(staging, folder)
+    finally:
+        os.close(locked)
 
-    def path(self, name: str) -> Path:
-        """Return where the new file `name` is written."""
-        return self._staging / name
 
-    def write_json(self, name: str, obj: Any) -> None:
-        """Write a new JSON file."""
-        write_json_atomic(self.path(name), obj)
-
-    def write_tensors(
-        self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str]
-    ) -> None:
-        """Write a new safetensors file, mode 644."""
-        contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
-        save_file(contiguous, self.path(name), metadata=metadata)
-        self.path(name).chmod(0o644)
-
-    def copy(self, source: Path) -> None:
-        """Write a new file of the same name with the content of `source`."""
-        shutil.copyfile(source, self.path(source.name))
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file, mode 644."""
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, path, {"format": "pt"})
+    path.chmod(0o644)
 
 
 def move_into_place(staging: Path, folder: Path) -> None:
@@ -125,10 +103,7 @@ def folder_problem(folder: Path) -> str | None:
         return None
     files = [folder] if folder.is_file() else folder.glob("*")
     if any(file.suffix.lower() == ".gguf" for file in files):
-        return (
-            "GGUF, which is not read; take the model that it was made from, with its "
-            "safetensors files"
-        )
+        return "GGUF, which is not read; take the safetensors files that it was made from"
     if folder.is_file():
         return "a file; name the folder that it is in"
     return f"no {CONFIG_FILE} is in it" if folder.is_dir() else "no such folder"
@@ -163,50 +138,34 @@ def local_folder(model: str | Path) -> Path:
 def check_output_folder(folder: Path, source: Path | None, need: int) -> None:
     """Refuse a folder that the result could not be written to, before hours of work (RacError).
 
-    Args:
-        folder: need not exist. The hidden folder of a job that was killed is no obstacle.
-        source: the folder that is read.
-        need: bytes that must be free.
+    `folder` need not exist; the hidden folder of a killed job is no obstacle. `need`: free bytes.
     """
-    if folder.exists() and not folder.is_dir():
-        raise RacError(f"output {folder} is a file; name a folder")
+    existing = _existing(folder)
+    if not existing.is_dir():
+        raise RacError(f"output {folder}: {existing} is a file; name another folder")
     if source is not None and folder.resolve() == source.resolve():
         raise RacError(
             f"output folder {folder} is the model itself, which is left as it is; name "
             "another folder"
         )
-    if folder.is_dir() and any(path.name != STAGING for path in folder.iterdir()):
-        raise RacError(f"output folder {folder} is in use; {_next_step(folder)}")
-    parent = _existing(folder)
-    if not parent.is_dir():
-        raise RacError(
-            f"output {folder}: {parent} is a file, so no folder can be made in it; name "
-            "another folder"
-        )
+    if existing == folder.absolute() and any(path.name != STAGING for path in folder.iterdir()):
+        raise RacError(f"output folder {folder} is in use; name an empty or a new one")
     check_room(folder, need)
 
 
 def check_room(folder: Path, need: int, groups: int = 0) -> None:
-    """Refuse a folder on a disk with too little space (RacError).
+    """Refuse a folder on a disk with too little space (RacError); it need not exist.
 
-    Args:
-        folder: need not exist.
-        need: bytes that the checkpoint takes at most while it is packed.
-        groups: bytes that a pruning run keeps next to the folder. Files of an earlier run count
-            as written.
+    `need`: bytes that the checkpoint takes at most while it is packed. `groups`: bytes that a
+    pruning run keeps next to the folder; files of an earlier run count as written.
     """
     groups -= sum(file.stat().st_size for file in unfinished(folder).glob("*.safetensors"))
-    free = shutil.disk_usage(_existing(folder)).free
-    if free < need + max(groups, 0):
-        also = (
-            f", and what is pruned so far up to {groups / 2**30:.1f} GiB next to it"
-            if groups > 0
-            else ""
-        )
+    groups, free = max(groups, 0), shutil.disk_usage(_existing(folder)).free
+    if free < need + groups:
         raise RacError(
             f"{folder}: {free / 2**30:.1f} GiB are free, the checkpoint needs up to "
-            f"{need / 2**30:.1f} GiB while it is packed{also}; free some or name a folder "
-            "on another disk"
+            f"{need / 2**30:.1f} GiB while it is packed, and what is pruned so far up to "
+            f"{groups / 2**30:.1f} GiB next to it; free some or name a folder on another disk"
         )
 
 
@@ -244,13 +203,3 @@ def unfinished(output: str | Path) -> Path:
     """Return where a pruning run keeps what it has pruned until its result is saved."""
     folder = Path(output)
     return folder.with_name(f"{folder.name}.unfinished")
-
-
-def _next_step(folder: Path) -> str:
-    if not unfinished(folder).is_dir():
-        return "name an empty or a new one"
-    return (
-        f"the run that keeps what is pruned so far in {unfinished(folder)} was stopped while it "
-        f"saved, or another process is at it now. If it was stopped, remove {folder} and start "
-        "the same run again: what is pruned is not pruned again"
-    )

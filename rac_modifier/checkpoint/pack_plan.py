@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rac_modifier.checkpoint.bitmask import as_integers, column_sums, nonzero, row_chunks
-from rac_modifier.checkpoint.dense_codes import PACKED_BITS, to_words
+from rac_modifier.checkpoint.bitmask import as_integers, nonzero, row_chunks, sums_of_four
+from rac_modifier.checkpoint.dense_codes import PACKED_BITS, WORDS, WORDS_SHAPE, to_words
 from rac_modifier.checkpoint.files import TensorFiles
 from rac_modifier.checkpoint.formats import (
     FORMAT_24,
     FORMAT_BITMASK,
-    PACKED,
     packed_modules,
+    packed_size,
     structure_of,
 )
 from rac_modifier.checkpoint.inspect import Matrices, ModuleRow, is_embedding, natural_order
@@ -34,14 +34,13 @@ from rac_modifier.errors import RacError
 from rac_modifier.files import read_json
 
 # Tensors that no symmetric scheme has: with them a zero weight is not stored as the value 0.
-ASYMMETRIC = ("weight_zero_point", "weight_g_idx", "weight_global_scale")
-_HEAD = re.compile(r"(^|\.)(lm_head|embed_out)$")
-_ROUTER = re.compile(r"(^|\.)(gate|router|shared_expert_gate)$")
-_EXPERT = re.compile(r"(?P<experts>.*\.experts)\.\d+\.")
+_ASYMMETRIC = ("weight_zero_point", "weight_g_idx", "weight_global_scale")
+_SERVED_DENSE = {
+    re.compile(r"(^|\.)(lm_head|embed_out)$"): "the output matrix, which is served dense",
+    re.compile(r"(^|\.)(gate|router|shared_expert_gate)$"): "a router, which is served dense",
+}
 _TRANSPOSED = ("gpt2", "openai-gpt")  # models whose linear layers are stored [inputs, outputs]
-_GROUPS = (4, 8, 16)  # the M of N:M, each twice the one before
-# Of all zeros: with fewer in the pattern, it is what a broken pattern of smaller groups leaves.
-_LEAST_SHARE = 0.8
+_MOST_ZEROS_24 = 0.625  # with more, 2:4 explains less than 80 % of the zeros
 
 
 @dataclass(frozen=True)
@@ -52,13 +51,13 @@ class MatrixPlan(ModuleRow):
     reason: why it stays dense; None: it is packed.
     negative_zeros: of the zeros, those that are -0.0.
     values: how many are stored when it is packed.
-    fits_24: whether the 2:4 layout keeps all of them.
+    is_24: the structure is 2:4, and the 2:4 layout keeps all values.
     packed_bytes: with scales; None where it cannot be packed.
     """
 
     negative_zeros: int = 0
     values: int = 0
-    fits_24: bool = False
+    is_24: bool = False
     packed_bytes: int | None = None
 
 
@@ -92,23 +91,16 @@ class PackPlan:
         if self.packed:
             return
         counted = [row for row in self.matrices if row.sparsity is not None]
-        if not counted:
-            raise RacError(
-                f"{self.folder}: has no weight matrix that can be packed; give a model with "
-                "linear layers"
-            )
-        most = max(counted, key=lambda row: row.sparsity or 0.0)
+        most = max(counted, key=lambda row: row.sparsity or 0.0, default=None)
+        example = f": {most.name} has {most.sparsity:.1%} zeros ({most.reason})" if most else ""
         raise RacError(
-            f"{self.folder}: nothing to pack: no module would get smaller. The most zeros "
-            f"are in {most.name}, {most.sparsity:.1%} ({most.reason}); prune the model first "
-            "(rac prune), or use it as it is"
+            f"{self.folder}: nothing to pack: no module would get smaller{example}; prune the "
+            "model first (rac prune), or use it as it is"
         )
 
 
 def plan_packing(folder: str | Path, drop_negative_zeros: bool = False) -> PackPlan:
-    """Look at every matrix of a dense-stored model, one at a time.
-
-    `drop_negative_zeros`: -0.0 will be stored as +0.0.
+    """Look at every matrix of a dense-stored model; `drop_negative_zeros`: -0.0 becomes +0.0.
 
     Raises:
         RacError: no readable checkpoint, one that is packed already, another quantization than
@@ -135,6 +127,11 @@ def check_unpacked(files: TensorFiles, config: Mapping[str, Any]) -> None:
         raise RacError(f"{files.folder}: is packed already; start from the dense checkpoint")
 
 
+def asymmetric_part(files: TensorFiles, module: str) -> str | None:
+    """Return a part by which zeros of a module are not stored as zeros; None: they are."""
+    return next((part for part in _ASYMMETRIC if f"{module}.{part}" in files), None)
+
+
 def _plan(matrices: Matrices, tensor_name: str, drop: bool) -> MatrixPlan:
     """Read a matrix; return its row, without `packed_bytes`. `drop`: store -0.0 as +0.0."""
     row, weight = matrices.read(tensor_name)
@@ -145,13 +142,15 @@ def _plan(matrices: Matrices, tensor_name: str, drop: bool) -> MatrixPlan:
     negative = zeros + stored - weight.numel()
     if drop and negative:
         weight, stored = without_negative_zeros(weight), stored - negative
+    structure = _structure(row, weight, zeros)
+    is_24 = structure == "2:4" and _most_of_four(weight, lambda w: as_integers(w) != 0) <= 2
     planned = {
-        "structure": _structure(row.name, weight, row.structure),
+        "structure": structure,
         "sparsity": zeros / weight.numel(),
         "reason": _never_packed(row.name, matrices.config),
         "negative_zeros": negative,
         "values": stored,
-        "fits_24": fits_24(weight),
+        "is_24": is_24,
     }
     return MatrixPlan(**vars(row) | planned)
 
@@ -161,17 +160,16 @@ def _unreadable(files: TensorFiles, row: ModuleRow, weight: Tensor | None) -> st
 
     Int32 words that unpacking would not make again, bit for bit, stay as they are.
     """
-    for part in ASYMMETRIC:
-        if f"{row.name}.{part}" in files:
-            return f"quantized with a {part}: its zeros are not stored as zeros"
+    if part := asymmetric_part(files, row.name):
+        return f"quantized with a {part}: its zeros are not stored as zeros"
     if row.stored == "dense":
         return f"stored as {row.dtype}, which cannot be packed" if weight is None else None
     bits, reason = _bits_of(row.dtype), "quantized to a layout that cannot be stored sparse"
     if weight is None or bits not in PACKED_BITS:
         return reason
-    words = {f"{row.name}.{part}": tensor for part, tensor in to_words(weight, bits).items()}
-    for name, tensor in words.items():
-        if files.dtype(name) != tensor.dtype or not files.tensor(name).equal(tensor):
+    stored = files.tensors(row.name, (WORDS, WORDS_SHAPE))
+    for part, tensor in to_words(weight, bits).items():
+        if stored[part].dtype != tensor.dtype or not stored[part].equal(tensor):
             return reason
     return None
 
@@ -180,56 +178,33 @@ def _never_packed(name: str, config: Mapping[str, Any]) -> str | None:
     """Say why a matrix of this name is served dense, None where it is not."""
     if is_embedding(name):
         return "an embedding"
-    if _HEAD.search(name):
-        return "the output matrix, which is served dense"
-    if _ROUTER.search(name):
-        return "a router of experts, which is served dense"
+    for pattern, reason in _SERVED_DENSE.items():
+        if pattern.search(name):
+            return reason
     transposed = config.get("model_type") in _TRANSPOSED
     return "stored as [inputs, outputs], which is served dense" if transposed else None
 
 
-def _structure(name: str, weight: Tensor, recorded: str | None) -> str:
-    """Return the recorded structure if the weight keeps it, else the detected one."""
-    if recorded is not None:
+def _structure(row: ModuleRow, weight: Tensor, zeros: int) -> str:
+    """Return the recorded structure if the weight keeps it, else "2:4" or "unstructured"."""
+    if row.structure is not None:
         try:
-            structure = structure_of(recorded, name)
-            if count_broken_groups(weight, structure, name) == 0:
+            structure = structure_of(row.structure, row.name)
+            if count_broken_groups(weight, structure, row.name) == 0:
                 return structure
         except RacError:
             pass  # a record that does not fit the weight
-    return find_structure(weight)
+    is_24 = zeros <= _MOST_ZEROS_24 * weight.numel() and _most_of_four(weight, nonzero) <= 2
+    return "2:4" if is_24 else UNSTRUCTURED
 
 
-def find_structure(weight: Tensor) -> str:
-    """Return the strongest pattern "N:M" (N pruned) of a weight [rows, columns], or "unstructured".
-
-    M is 4, 8 or 16. -0.0 counts as zero. A pattern is stated only if it accounts for 80 % of the
-    zeros, and a larger M only if it prunes at least 1/16 more.
-    """
-    rows, columns = weight.shape
-    least = {m: m for m in _GROUPS if columns % m == 0}
-    zeros = 0
-    for chunk in row_chunks(rows, columns):
-        zero = ~nonzero(weight[chunk])
-        zeros += int(zero.sum())
-        counts = zero.view(torch.uint8)
-        for m in least:  # ascending
-            counts = column_sums(counts, m * counts.shape[1] // columns)
-            least[m] = min(least[m], int(counts.min()))
-    best, pruned = UNSTRUCTURED, 0.0
-    for m, n in least.items():
-        share = n / m
-        if share >= pruned + 1 / 16 and n < m and share >= _LEAST_SHARE * zeros / weight.numel():
-            best, pruned = f"{n}:{m}", share
-    return best
-
-
-def fits_24(weight: Tensor) -> bool:
-    """Tell whether the 2:4 layout keeps all bits: at most two of four values are not +0.0."""
+def _most_of_four(weight: Tensor, mask: Callable[[Tensor], Tensor]) -> int:
+    """Return the most weights in the mask of four neighbouring columns, 4 without such columns."""
     if weight.shape[1] % 4:
-        return False
-    stored = (as_integers(weight[chunk]) != 0 for chunk in row_chunks(*weight.shape))
-    return all(int(column_sums(mask.view(torch.uint8), 4).max()) <= 2 for mask in stored)
+        return 4
+    chunks = row_chunks(*weight.shape)
+    counts = (sums_of_four(mask(weight[rows]).view(torch.uint8)) for rows in chunks)
+    return max(int(count.max()) for count in counts)
 
 
 def without_negative_zeros(weight: Tensor) -> Tensor:
@@ -242,21 +217,17 @@ def without_negative_zeros(weight: Tensor) -> Tensor:
 
 def _choose(rows: list[MatrixPlan]) -> tuple[str | None, list[MatrixPlan]]:
     """Return the format of all packed matrices, None for none, and the rows with their sizes."""
-    while True:
-        packed = [row for row in rows if row.reason is None]
-        if not packed:
-            return None, rows
-        all_24 = all(row.structure == "2:4" and row.fits_24 for row in packed)
-        format = FORMAT_24 if all_24 else FORMAT_BITMASK
-        sized = [_sized(row, format) if row.reason is None else row for row in rows]
-        sized = _keep_experts_alike(sized)
-        if [row.reason for row in sized] == [row.reason for row in rows]:
-            return format, sized
-        rows = sized
+    sized = [_sized(row, FORMAT_24 if row.is_24 else FORMAT_BITMASK) for row in rows]
+    packed = [row for row in sized if row.reason is None]
+    if all(row.is_24 for row in packed):
+        return (FORMAT_24 if packed else None), sized
+    return FORMAT_BITMASK, [_sized(row, FORMAT_BITMASK) for row in rows]
 
 
 def _sized(row: MatrixPlan, format: str) -> MatrixPlan:
-    size = PACKED[format].size(row.rows, row.columns, row.values, _bits_of(row.dtype))
+    if row.reason is not None:
+        return row
+    size = packed_size(format, row.rows, row.columns, row.values, _bits_of(row.dtype))
     size += row.scale_bytes
     if size < row.dense_bytes:
         return replace(row, packed_bytes=size)
@@ -267,22 +238,6 @@ def _sized(row: MatrixPlan, format: str) -> MatrixPlan:
             "(see --drop-negative-zeros)"
         )
     return replace(row, packed_bytes=size, reason=why)
-
-
-def _keep_experts_alike(rows: list[MatrixPlan]) -> list[MatrixPlan]:
-    """Pack all experts of a layer or none, since transformers merges them."""
-    dense: dict[str, str] = {}
-    for row in rows:
-        if row.reason is not None and (expert := _EXPERT.match(row.name)):
-            dense.setdefault(expert["experts"], row.name)
-    alike = []
-    for row in rows:
-        expert = _EXPERT.match(row.name)
-        if row.reason is None and expert and (dense_expert := dense.get(expert["experts"])):
-            why = f"experts of a layer are stored alike, and {dense_expert} stays dense"
-            row = replace(row, reason=why)
-        alike.append(row)
-    return alike
 
 
 def _bits_of(dtype: str) -> int:

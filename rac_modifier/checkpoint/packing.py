@@ -6,33 +6,34 @@ of one file and for one tensor that is read. The source of a new folder is only 
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from rac_modifier.checkpoint.card import packed_card, unpacked_card
-from rac_modifier.checkpoint.dense_codes import WORDS, WORDS_SHAPE, to_words, words_of
+from rac_modifier.checkpoint.card import CARD_NAME, converted_card
+from rac_modifier.checkpoint.dense_codes import PACKED_BITS, WORDS, WORDS_SHAPE, words_weight
 from rac_modifier.checkpoint.files import CONFIG_FILE, INDEX_FILE, TensorFiles
 from rac_modifier.checkpoint.formats import (
     FORMAT_24,
+    FORMAT_BITMASK,
     PARTS,
     check_packed,
-    choose_format,
     pack,
     packed_modules,
     packed_weight,
     structure_of,
+    unpacked,
 )
-from rac_modifier.checkpoint.output_folder import NewFiles, check_output_folder
+from rac_modifier.checkpoint.output_folder import check_output_folder, new_files, write_tensors
 from rac_modifier.checkpoint.pack_plan import (
-    ASYMMETRIC,
     PackPlan,
+    asymmetric_part,
     check_unpacked,
     without_negative_zeros,
 )
@@ -45,8 +46,8 @@ from rac_modifier.checkpoint.quantization_config import (
     with_dense_mark,
     with_packed,
 )
-from rac_modifier.checkpoint.record import CARD_NAME, RUN_RECORD_NAME, environment
-from rac_modifier.checkpoint.stored_weight import UNSTRUCTURED, count_broken_groups, count_zeros
+from rac_modifier.checkpoint.record import RUN_RECORD_NAME, environment
+from rac_modifier.checkpoint.stored_weight import UNSTRUCTURED, count_broken_groups
 from rac_modifier.errors import RacError
 from rac_modifier.files import read_json, without_paths, write_json_atomic, write_text_atomic
 
@@ -60,13 +61,11 @@ class PackSummary:
     """What was packed or unpacked.
 
     modules: mask structure by module.
-    global_sparsity: share of zeros in these modules.
     dense_bytes, packed_bytes: of their weights; scales are not counted.
     """
 
     format: str
     modules: dict[str, str]
-    global_sparsity: float
     dense_bytes: int
     packed_bytes: int
 
@@ -74,30 +73,20 @@ class PackSummary:
 def pack_checkpoint(
     folder: str | Path, modules: dict[str, str], dense_linears: Iterable[str] = ()
 ) -> PackSummary:
-    """Pack the weights of `modules` in the folder.
+    """Pack the weights of `modules` in the folder of a saved model.
 
-    Args:
-        folder: a saved model, one safetensors file or shards with an index.
-        modules: mask structure by module ("2:4", another "N:M", or "unstructured"), named as on
-            disk: `<name>.weight` holds the pruned weight, quantized (int8, fp8) or not, or
-            `<name>.weight_packed` in int32 words (int4, int8).
-        dense_linears: the other linear modules, which stay dense.
+    `modules`: mask structure by module ("2:4", another "N:M", or "unstructured"), as named on
+    disk. Weights may be int8, fp8 or int4. `dense_linears`: the linear modules that stay dense.
 
     Raises:
         RacError: a module that cannot be packed, a folder that is packed already or that another
             process writes to, or a full disk. The folder is then unchanged.
     """
-    folder = Path(folder)
-    config = read_json(folder / CONFIG_FILE)
     structures = {name: structure_of(value, name) for name, value in sorted(modules.items())}
-    ignore = set(dense_linears)
-    if not structures:
-        raise RacError(f"{folder}: no modules to pack were named; name the pruned linear modules")
-    if duplicates := sorted(ignore & structures.keys()):
-        raise RacError(f"{duplicates[0]}: named both as pruned and as left dense; name it once")
-    with TensorFiles(folder) as files, NewFiles(folder) as new:
-        format = choose_format(structures.values())
-        return _write_packed(files, config, structures, ignore, format, new)
+    with TensorFiles(folder) as files, new_files(Path(folder)) as new:
+        all_24 = all(structure == "2:4" for structure in structures.values())
+        format = FORMAT_24 if all_24 else FORMAT_BITMASK
+        return _write_packed(files, structures, dense_linears, format, new)
 
 
 def mark_dense(folder: str | Path, modules: dict[str, str]) -> None:
@@ -110,21 +99,18 @@ def mark_dense(folder: str | Path, modules: dict[str, str]) -> None:
 
 
 def pack_model(plan: PackPlan, out: str | Path, base_model: str) -> PackSummary:
-    """Write a packed checkpoint as planned.
+    """Write a packed checkpoint as planned into `out`, a new or empty folder.
 
-    `out` is a new or empty folder; `base_model` is the hub id or folder that the card names.
-
-    Raises:
-        RacError: nothing gains from packing, or `out` cannot be written to and is as before.
+    `base_model`: what the record names. RacError: nothing gains from packing, or `out` cannot be
+    written to and is as before.
     """
     plan.check_gain()
     source, dropped = plan.folder, plan.drop_negative_zeros
-    config = read_json(source / CONFIG_FILE)
     need = sum(file.stat().st_size for file in source.glob("*.safetensors"))
     with _new_folder(source, Path(out), need) as (files, new):
         convert = without_negative_zeros if dropped else None
         summary = _write_packed(
-            files, config, plan.structures, plan.ignore, plan.format or "", new, convert
+            files, plan.structures, plan.ignore, plan.format or "", new, convert
         )
         figures = {
             **asdict(summary),
@@ -132,9 +118,7 @@ def pack_model(plan: PackPlan, out: str | Path, base_model: str) -> PackSummary:
             "negative_zeros": "dropped" if dropped else "kept",
         }
         run = {"base_model": base_model, "packing": figures, "versions": environment()}
-        record = without_paths(_record(source) or run)
-        new.write_json(RUN_RECORD_NAME, record)
-        write_text_atomic(new.path(CARD_NAME), packed_card(record, source))
+        _write_record(source, new, _record(source) or run, packed=True)
     return summary
 
 
@@ -142,9 +126,7 @@ def unpack_model(source: str | Path, out: str | Path) -> PackSummary:
     """Write a packed checkpoint dense, which stock transformers and vLLM load.
 
     Quantized weights have upstream's layout; `rac_sparsity` still lists the pruned modules.
-
-    Raises:
-        RacError: the source is not packed or damaged, and as `pack_model`.
+    RacError: the source is not packed or damaged, or as in `pack_model`.
     """
     source = Path(source)
     config = read_json(source / CONFIG_FILE)
@@ -157,87 +139,70 @@ def unpack_model(source: str | Path, out: str | Path) -> PackSummary:
         )
     schemes = weight_schemes(config.get(QUANTIZATION_KEY))
     recorded = SparsityRecord.of(config).modules
-    zeros = weights = 0
     with _new_folder(source, Path(out), 0) as (files, new):
         in_words = set(check_packed(files, format, schemes))
 
         def dense(module: str) -> dict[str, Tensor]:
-            nonlocal zeros, weights
             stored = packed_weight(files, format, module, schemes)
-            zeros, weights = zeros + count_zeros(stored), weights + stored.rows * stored.columns
-            weight = stored.dense()
-            return to_words(weight, stored.bits) if module in in_words else {"weight": weight}
+            return unpacked(stored, module in in_words)
 
         modules = packed_modules(files.where)
-        replacements = {module: partial(dense, module) for module in modules}
-        before, after = _rewrite(files, new, PARTS[format], replacements)
-        new.write_json(CONFIG_FILE, with_dense_mark(config, recorded))
+        before, after = _rewrite(files, new, PARTS[format], modules, dense)
+        write_json_atomic(new / CONFIG_FILE, with_dense_mark(config, recorded))
         if record := _record(source):
-            unpacked = {key: value for key, value in record.items() if key != "packing"}
-            new.write_json(RUN_RECORD_NAME, without_paths(unpacked))
-            write_text_atomic(new.path(CARD_NAME), unpacked_card(record, source))
+            _write_record(source, new, record, packed=False)
     default = "2:4" if format == FORMAT_24 else UNSTRUCTURED
     structures = {**dict.fromkeys(modules, default), **recorded}
-    return PackSummary(format, structures, zeros / weights, after, before)
-
-
-def left_out(source: Path) -> list[str]:
-    """List what of a folder is not part of the new one: folders, and weights in other files."""
-    with TensorFiles(source) as files:
-        used = {*files.where.values(), *(path.name for path in _others(source))}
-    used |= {INDEX_FILE, CONFIG_FILE, RUN_RECORD_NAME, CARD_NAME}
-    names = (path.name for path in source.iterdir())
-    return sorted(name for name in names if name not in used and name[0] != ".")
+    return PackSummary(format, structures, after, before)
 
 
 @contextmanager
-def _new_folder(source: Path, out: Path, need: int) -> Iterator[tuple[TensorFiles, NewFiles]]:
+def _new_folder(source: Path, out: Path, need: int) -> Iterator[tuple[TensorFiles, Path]]:
     """Copy what the body does not write: the other files of the source."""
     _check_links(source)
     with TensorFiles(source) as files:
         check_output_folder(out, source, need + _SMALL_FILES)
-        with NewFiles(out) as new:
+        with new_files(out) as new:
             yield files, new
             weights = [*files.where.values(), *([INDEX_FILE] if files.index else [])]
             for path in {*(source / name for name in weights), *_others(source)}:
-                if not new.path(path.name).exists():
-                    new.copy(path)
+                if not (new / path.name).exists():
+                    shutil.copyfile(path, new / path.name)
 
 
 def _write_packed(
     files: TensorFiles,
-    config: dict[str, Any],
     structures: dict[str, str],
     ignore: Iterable[str],
     format: str,
-    new: NewFiles,
+    new: Path,
     convert: Callable[[Tensor], Tensor] | None = None,
 ) -> PackSummary:
     """Write the files that packing changes; `convert` is applied to each weight before it."""
+    config = read_json(files.folder / CONFIG_FILE)
     check_unpacked(files, config)
     schemes = weight_schemes(config.get(QUANTIZATION_KEY))
     int8_in_words(schemes)  # refuses both layouts of int8 in one checkpoint
-    zeros = weights = 0
 
     def packed(module: str) -> dict[str, Tensor]:
-        nonlocal zeros, weights
-        for part in ASYMMETRIC:
-            if f"{module}.{part}" in files:
-                raise RacError(
-                    f"{module}: has a {part}, so its zeros are not stored as zeros and cannot be "
-                    "left out; quantize with a symmetric scheme (symmetric: true, such as W4A16 "
-                    "instead of W4A16_ASYM), or set storage: dense"
-                )
+        if part := asymmetric_part(files, module):
+            raise RacError(
+                f"{module}: has a {part}, so its zeros are not stored as zeros and cannot be "
+                "left out; quantize with a symmetric scheme (symmetric: true, such as W4A16 "
+                "instead of W4A16_ASYM), or set storage: dense"
+            )
         name, bits = f"{module}.weight", None
         if name in files:
             weight = files.tensor(name)
-        elif (stored := words_of(files, module, schemes)) is not None:
-            weight, bits = stored
         else:
-            raise RacError(
-                f"{module}: quantized to a layout that cannot be stored sparse; quantize to int "
-                "of 4 or 8 bits or to float8, or store it dense (storage: dense)"
-            )
+            words = files.tensors(module, (WORDS, WORDS_SHAPE))
+            stored = words_weight(words, module, schemes)
+            if stored is None or stored[1] not in PACKED_BITS:
+                raise RacError(
+                    f"{module}: quantized to a layout that cannot be stored sparse; quantize to "
+                    "int of 4 or 8 bits or to float8, or store it dense (storage: dense)"
+                )
+            weight, bits = stored
         weight = weight if convert is None else convert(weight)
         tensors = pack(weight, format, module, bits)  # first: it refuses other shapes
         structure = structures[module]
@@ -246,31 +211,29 @@ def _write_packed(
                 f"{module}: {broken} groups break {structure}; prune it again, or name it "
                 "unstructured"
             )
-        zeros, weights = zeros + count_zeros(weight), weights + weight.numel()
         return tensors
 
-    replacements = {module: partial(packed, module) for module in structures}
-    before, after = _rewrite(files, new, ("weight", WORDS, WORDS_SHAPE), replacements)
-    summary = PackSummary(format, structures, zeros / weights, before, after)
-    packed_config = with_packed(config, format, structures, summary.global_sparsity, ignore)
-    new.write_json(CONFIG_FILE, packed_config)
-    return summary
+    before, after = _rewrite(files, new, ("weight", WORDS, WORDS_SHAPE), structures, packed)
+    packed_config = with_packed(config, format, structures, ignore)
+    write_json_atomic(new / CONFIG_FILE, packed_config)
+    return PackSummary(format, structures, before, after)
 
 
 def _rewrite(
     files: TensorFiles,
-    new: NewFiles,
+    new: Path,
     replaced_parts: Iterable[str],
-    replacements: Mapping[str, Callable[[], dict[str, Tensor]]],
+    modules: Iterable[str],
+    replacement: Callable[[str], dict[str, Tensor]],
 ) -> tuple[int, int]:
     """Write each file that holds a replaced tensor anew, and the index; return bytes before, after.
 
-    A function of `replacements` returns the tensors, by part, that replace the
-    `replaced_parts` of its module, in the file of the first of them.
+    `replacement` returns the tensors of a module by part, which replace its `replaced_parts` in
+    the file of the first of them.
     """
     replaced: set[str] = set()
     first: dict[str, str] = {}
-    for module in replacements:
+    for module in modules:
         names = [name for part in replaced_parts if (name := f"{module}.{part}") in files]
         if not names:
             raise RacError(
@@ -288,14 +251,14 @@ def _rewrite(
             continue
         tensors = {name: files.tensor(name) for name in unchanged}
         for module in (first[name] for name in names if name in first):
-            for part, tensor in replacements[module]().items():
+            for part, tensor in replacement(module).items():
                 tensors[f"{module}.{part}"] = tensor
                 after += tensor.nbytes
         where |= dict.fromkeys(tensors, file)
-        new.write_tensors(file, tensors, files.metadata(file))
+        write_tensors(new / file, tensors)
     before = sum(map(files.nbytes, replaced))
     if files.index is not None:
-        new.write_json(INDEX_FILE, files.new_index(where, after - before))
+        write_json_atomic(new / INDEX_FILE, files.new_index(where, after - before))
     return before, after
 
 
@@ -322,3 +285,11 @@ def _check_links(folder: Path) -> None:
 def _record(folder: Path) -> dict[str, Any]:
     path = folder / RUN_RECORD_NAME
     return read_json(path) if path.is_file() else {}
+
+
+def _write_record(source: Path, new: Path, record: Mapping[str, Any], packed: bool) -> None:
+    """Write the run record and the card of a model that was packed or unpacked."""
+    record = without_paths(record)
+    card = converted_card(record, source, packed)
+    write_json_atomic(new / RUN_RECORD_NAME, record)
+    write_text_atomic(new / CARD_NAME, card)

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from rac_modifier.checkpoint.files import CONFIG_FILE as CONFIG_FILE
-from rac_modifier.checkpoint.stored_weight import UNSTRUCTURED
 from rac_modifier.errors import RacError
 from rac_modifier.settings.check import check_names
 
@@ -28,45 +27,32 @@ FORMAT_24, FORMAT_BITMASK = "sparse-24-bitmask", "sparse-bitmask"
 PACK_QUANTIZED = "pack-quantized"
 VERSION = 1  # of the packed layouts; raised with every change that an older reader would misread
 
-_EXPECTED = {
-    "format": "which cannot be read; known are sparse-24-bitmask and sparse-bitmask",
-    "targets": "not a list of module names",
-    "ignore": "not a list of module names",
-    "modules": "not an object with the mask structure of each module",
-    "int8_activations": "not a list of module names",
-}
+
+_Model = TypeVar("_Model", bound=BaseModel)
 
 
-class _Entry(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-    @classmethod
-    def _read(cls, value: object, key: str) -> Self:
-        if not isinstance(value, Mapping):
-            raise RacError(
-                f"{CONFIG_FILE}: {key} is {value!r}, not an object; save the model again"
-            )
-        try:
-            return cls.model_validate(value)
-        except ValidationError as error:
-            first = error.errors()[0]
-            field = str(first["loc"][0])
-            if first["type"] == "value_error":  # of a validator below
-                problem = str(first["ctx"]["error"])
-            else:
-                problem = f"is {value.get(field)!r}, {_EXPECTED.get(field, first['msg'])}"
-            step = "pip install -U rac-modifier" if field == "version" else "save the model again"
-            raise RacError(f"{CONFIG_FILE}: {key}.{field} {problem}; {step}") from error
+def parse_entries(model: type[_Model], value: object, key: str, step: str) -> _Model:
+    """Validate what config.json has under `key` (RacError names the entry and its value)."""
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join([key, *map(str, first["loc"])])
+        actual = "missing" if first["type"] == "missing" else f"{first['input']!r:.200}"
+        if name == "sparsity_config.version":
+            step = "a newer version wrote it: pip install -U rac-modifier"
+        problem = first["msg"].removeprefix("Value error, ")
+        raise RacError(f"{CONFIG_FILE}: {name} is {actual}: {problem}; {step}") from error
 
 
-class SparsityConfig(_Entry):
+class SparsityConfig(BaseModel, frozen=True):
     """`sparsity_config`: the format of packed weights, and which linear modules are packed.
 
     `targets` and `ignore` hold module names, patterns ("re:...") or, as compressed-tensors has
     it, "Linear" for all. Other entries of older compressed-tensors versions are skipped.
     """
 
-    version: int = VERSION  # not written while it is 1
+    version: int = Field(VERSION, ge=1, le=VERSION)  # not written while it is 1
     format: Literal["sparse-24-bitmask", "sparse-bitmask"]
     targets: tuple[str, ...] = ("Linear",)
     ignore: tuple[str, ...] = ()
@@ -81,17 +67,7 @@ class SparsityConfig(_Entry):
         sparsity = quantization.get("sparsity_config")
         if not sparsity or (isinstance(sparsity, Mapping) and sparsity.get("format") == "dense"):
             return None
-        return cls._read(sparsity, "sparsity_config")
-
-    @field_validator("version")
-    @classmethod
-    def _not_newer(cls, version: int) -> int:
-        if not 1 <= version <= VERSION:
-            raise ValueError(
-                f"is {version}, and this rac-modifier reads versions up to {VERSION}: a newer "
-                "one wrote it"
-            )
-        return version
+        return parse_entries(cls, sparsity, "sparsity_config", "save the model again")
 
     @field_validator("targets", "ignore", mode="before")
     @classmethod
@@ -105,7 +81,7 @@ class SparsityConfig(_Entry):
         return entries
 
 
-class SparsityRecord(_Entry):
+class SparsityRecord(BaseModel, frozen=True):
     """`rac_sparsity`: how pruned weights are stored, and the mask structure of each module.
 
     `int8_activations`: quantized modules whose inputs may be rounded to 8 bits.
@@ -118,7 +94,7 @@ class SparsityRecord(_Entry):
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Self:
         """Return the record of a parsed config.json; without modules for a foreign model."""
-        return cls._read(config.get(RAC_KEY) or {}, RAC_KEY)
+        return parse_entries(cls, config.get(RAC_KEY) or {}, RAC_KEY, "save the model again")
 
 
 def packed_format(config: Mapping[str, Any]) -> str | None:
@@ -143,21 +119,15 @@ def with_packed(
     config: dict[str, Any],
     format: str,
     structures: dict[str, str],
-    global_sparsity: float,
     ignore: Iterable[str],
 ) -> dict[str, Any]:
-    """Return a copy of the config for packed weights; what quantization wrote there is kept.
-
-    `global_sparsity` is the share of zeros in the packed modules.
-    """
+    """Return a copy of the config for packed weights; what quantization wrote there is kept."""
     check_method(config)
     quantization = {
         **(config.get(QUANTIZATION_KEY) or {"format": "dense"}),
         "quant_method": METHOD,
         "sparsity_config": {
             "format": format,
-            "sparsity_structure": "2:4" if format == FORMAT_24 else UNSTRUCTURED,
-            "global_sparsity": round(global_sparsity, 6),
             "targets": ["Linear"],
             "ignore": sorted(ignore),
         },
@@ -205,53 +175,58 @@ class WeightScheme:
         return f"{text}, activations {self.activations}" if self.activations else text
 
 
+class _Arguments(BaseModel, strict=True):
+    """What compressed-tensors' QuantizationArgs hold of weights or activations."""
+
+    num_bits: int = Field(8, ge=1, le=64)
+    type: str = "int"
+    strategy: str | None = None
+    group_size: int | None = Field(None, ge=-1, lt=1 << 31)
+    symmetric: bool = True
+
+
+class _Group(BaseModel):
+    weights: _Arguments | None = None
+    input_activations: _Arguments | None = None
+    format: str | None = None
+    targets: list[str] = []
+
+
+class _Quantization(BaseModel):
+    config_groups: dict[str, _Group] | None = None
+    format: str | None = None
+    ignore: list[str] | None = None
+
+
 def weight_schemes(quantization: object) -> tuple[WeightScheme, ...]:
     """List the schemes of weights in a `quantization_config` (any value of a file)."""
-    groups = quantization.get("config_groups") if isinstance(quantization, Mapping) else None
-    if not groups:
+    if not isinstance(quantization, Mapping) or not quantization.get("config_groups"):
         return ()
-    assert isinstance(quantization, Mapping)
-    try:
-        schemes = [
-            _scheme(group, quantization) for group in groups.values() if group.get("weights")
-        ]
-    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
-        raise RacError(
-            f"config.json: the config_groups of quantization_config are malformed ({error!r}); "
-            "restore the config.json that was saved with the weights"
-        ) from error
-    check_names(quantization.get("ignore") or (), "config.json: ignore of quantization_config")
-    for name, group in groups.items():
-        check_names(group.get("targets") or (), f"config.json: targets of config group {name!r}")
+    step = "restore the config.json that was saved with the weights"
+    parsed = parse_entries(_Quantization, quantization, QUANTIZATION_KEY, step)
+    check_names(parsed.ignore or (), f"{CONFIG_FILE}: ignore of {QUANTIZATION_KEY}")
+    schemes = []
+    for name, group in (parsed.config_groups or {}).items():
+        check_names(group.targets, f"{CONFIG_FILE}: targets of config group {name!r}")
+        if (weights := group.weights) is not None:
+            inputs = group.input_activations
+            scheme = WeightScheme(
+                weights.type,
+                weights.num_bits,
+                weights.strategy or ("group" if weights.group_size else "tensor"),
+                weights.group_size,
+                weights.symmetric,
+                str(group.format or parsed.format),
+                f"{inputs.type}{inputs.num_bits} per {inputs.strategy}" if inputs else None,
+            )
+            schemes.append(scheme)
     return tuple(dict.fromkeys(schemes))
-
-
-def _scheme(group: Mapping[str, Any], quantization: Mapping[str, Any]) -> WeightScheme:
-    weights, inputs = group["weights"], group.get("input_activations")
-    bits, group_size = weights["num_bits"], weights.get("group_size")
-    for name, value in {"num_bits": bits, "group_size": group_size}.items():
-        if value is not None and (type(value) is not int or not -1 <= value < 1 << 31):
-            raise ValueError(f"{name} is {value!r:.50}")
-    activations = None
-    if inputs:
-        kind, strategy = inputs.get("type", "int"), inputs.get("strategy")
-        activations = f"{kind}{inputs.get('num_bits', 8)} per {strategy}"
-    return WeightScheme(
-        kind=str(weights.get("type", "int")),
-        bits=int(bits),
-        strategy=str(weights.get("strategy") or ("group" if group_size else "tensor")),
-        group_size=group_size,
-        symmetric=bool(weights.get("symmetric", True)),
-        format=str(group.get("format") or quantization.get("format")),
-        activations=activations,
-    )
 
 
 def int8_in_words(schemes: Iterable[WeightScheme]) -> bool:
     """Tell whether upstream stores dense int8 weights in int32 words.
 
-    Raises:
-        RacError: both in words and as plain int8. Packed, both look the same.
+    RacError: both in words and as plain int8. Packed, both look the same.
     """
     formats = {scheme.format for scheme in schemes if (scheme.kind, scheme.bits) == ("int", 8)}
     if PACK_QUANTIZED in formats and len(formats) > 1:

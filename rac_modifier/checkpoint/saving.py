@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import math
+import json
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 import yaml
 from loguru import logger
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -24,7 +24,7 @@ from transformers.core_model_loading import (
 )
 
 from rac_modifier.checkpoint.bitmask import nonzero
-from rac_modifier.checkpoint.card import model_card
+from rac_modifier.checkpoint.card import CARD_NAME, license_of, model_card
 from rac_modifier.checkpoint.dense_codes import WORDS, WORDS_SHAPE, words_weight
 from rac_modifier.checkpoint.output_folder import STAGING, move_into_place
 from rac_modifier.checkpoint.packing import mark_dense, pack_checkpoint
@@ -33,12 +33,7 @@ from rac_modifier.checkpoint.quantization_config import (
     QUANTIZATION_KEY,
     weight_schemes,
 )
-from rac_modifier.checkpoint.record import (
-    CARD_NAME,
-    RUN_RECORD_NAME,
-    environment,
-    license_of,
-)
+from rac_modifier.checkpoint.record import RUN_RECORD_NAME, environment
 from rac_modifier.errors import RacError
 from rac_modifier.files import (
     read_json,
@@ -69,7 +64,6 @@ class SavePlan:
 
     record: the run's part of the record; versions and the base model are added when it is written.
     patterns: by module of `modules`.
-    tokenizer: a path or id, None: the base model's.
     prepare: called with the model and `save_compressed` before saving.
     after: called when everything is written.
     processes: all save, and the first one writes.
@@ -79,7 +73,6 @@ class SavePlan:
     patterns: Mapping[str, Pattern] = field(default_factory=dict)
     modules: Mapping[str, torch.nn.Linear] = field(default_factory=dict)
     storage: Literal["packed", "dense"] = "packed"
-    tokenizer: str | None = None
     prepare: Callable[[PreTrainedModel, bool], None] = lambda *_: None
     after: Sequence[Callable[[], None]] = ()
     processes: Processes = field(default_factory=Processes)
@@ -88,11 +81,9 @@ class SavePlan:
 def save_with_record(model: PreTrainedModel, plan: Callable[[], SavePlan]) -> None:
     """Replace `model.save_pretrained` by one that also checks the pattern and packs.
 
-    `plan` is called when the model is saved, after all modifiers of a recipe. The present
-    `save_pretrained` is wrapped, so upstream's for quantized models is still used. A
-    second call only replaces the plan.
-
-    No file that is written holds an absolute path: models, records and cards are passed on.
+    `plan` is called when the model is saved, after all modifiers of a recipe. Upstream's
+    `save_pretrained` is still used; a second call only replaces the plan. No file that is written
+    holds an absolute path: models, records and cards are passed on.
     """
     inner = getattr(model.save_pretrained, "_rac_inner", model.save_pretrained)
 
@@ -104,11 +95,14 @@ def save_with_record(model: PreTrainedModel, plan: Callable[[], SavePlan]) -> No
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
-        current = plan()
+        current, folder = plan(), Path(save_directory)
         _check_patterns(current)
-        folder = _free_folder(Path(save_directory))
         staging = folder / STAGING  # the folder is no model before all of it is written
         if current.processes.is_first:
+            if any(folder.glob("*.safetensors")):
+                raise RacError(
+                    f"{folder}: holds a checkpoint, which is left as it is; name another folder"
+                )
             shutil.rmtree(staging, ignore_errors=True)
         linears = (name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear))
         dense = [name for name in linears if name not in current.modules]
@@ -120,14 +114,8 @@ def save_with_record(model: PreTrainedModel, plan: Callable[[], SavePlan]) -> No
             packed = bool(current.modules) and current.storage == "packed" and save_compressed
             _record_sparsity(model, staging, current, dense, packed)
             _write_record(model, staging, current, packed)
-            if folder != Path(save_directory):  # oneshot saves its tokenizer to save_directory
-                source = current.tokenizer or model.config._name_or_path
-                tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-                tokenizer.save_pretrained(staging)
             move_into_place(staging, folder)
-            count = len(current.modules)
-            saved = f"{count} pruned modules ({current.storage})" if count else "the model"
-            logger.info(f"saved {saved} to {folder}")
+            logger.info(f"saved the model to {folder}")
             for step in current.after:
                 step()
         current.processes.wait()
@@ -165,25 +153,16 @@ def _write_record(model: PreTrainedModel, folder: Path, plan: SavePlan, packed: 
         record = {"base_model": source, **plan.record, "versions": environment()}
         if schemes := weight_schemes(read_json(folder / CONFIG_FILE).get(QUANTIZATION_KEY)):
             record["quantization"] = [scheme.describe() for scheme in schemes]
-        record = without_paths(plain(record))
+        _clean_recipe(folder / _RECIPE_NAME)
+        # JSON has no NaN and no objects of Python: their names
+        plain = json.loads(json.dumps(record, default=str), parse_constant=str)
+        record = without_paths(plain)
         write_json_atomic(folder / RUN_RECORD_NAME, record)
         write_text_atomic(folder / CARD_NAME, model_card(record, license_of(source), packed))
-        _clean_recipe(folder / _RECIPE_NAME)
     except Exception as error:
         logger.opt(exception=error).error(
             f"the record of the run and the card are incomplete ({error}); the weights are saved"
         )
-
-
-def plain(value: Any) -> Any:
-    """Return a value as JSON takes it; other objects, NaN and infinities become text."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value if value is None or isinstance(value, (str, int, float)) else str(value)
 
 
 def _clean_recipe(path: Path) -> None:
@@ -196,12 +175,7 @@ def _clean_recipe(path: Path) -> None:
 
 
 def _check_patterns(plan: SavePlan) -> None:
-    """Check every pruned module against its pattern, also if it is quantized.
-
-    Raises:
-        RacError: naming the first module whose zeros are gone, as after a GPTQModifier, which
-            does not keep them.
-    """
+    """Check every pruned module against its pattern, also if it is quantized (RacError)."""
     modules = plan.modules.items()
     broken = [name for name, module in modules if not _holds(name, module, plan.patterns[name])]
     if broken:
@@ -220,19 +194,6 @@ def _holds(name: str, module: torch.nn.Linear, pattern: Pattern) -> bool:
     tensors = {part: getattr(module, part) for part in (WORDS, WORDS_SHAPE)}  # of an earlier save
     stored = words_weight(tensors, name)
     return stored is None or holds(nonzero(stored[0]), pattern)
-
-
-def _free_folder(folder: Path) -> Path:
-    """Return the folder, or a new one next to it if it holds weights already."""
-    free, number = folder, 0
-    while any(free.glob("*.safetensors")):
-        number += 1
-        free = folder.with_name(f"{folder.name}-{number}")
-    if number:
-        logger.warning(
-            f"{folder} holds a checkpoint already and is left as it is: saving to {free}"
-        )
-    return free
 
 
 def keep_expert_names(model: torch.nn.Module) -> None:

@@ -49,9 +49,14 @@ class StoredWeight:
         return len(self.bitmask)
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """Return N and columns."""
+        return self.rows, self.columns
+
+    @property
     def density(self) -> float:
         """Return the share of the weights that are stored."""
-        return self.values.numel() / (self.rows * self.columns)
+        return self.values.numel() / math.prod(self.shape)
 
     @property
     def group(self) -> int:
@@ -68,11 +73,6 @@ class StoredWeight:
         """Return the bytes of a group's scale, 2 (bfloat16, if exact) or 4, and zero code."""
         narrow = self.scale is not None and torch.equal(self.scale.bfloat16().float(), self.scale)
         return (2 if narrow else 4) + (self.zeros is not None)
-
-    def zero_masks(self, multiple: int = 1) -> Iterator[Tensor]:
-        """Yield bool masks of the weights that are 0.0 or -0.0, block by block (`dense_blocks`)."""
-        blocks = layout.dense_blocks(self.values, self.bitmask, self.columns, multiple)
-        return (~layout.nonzero(block) for _, _, block in blocks)
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """Return the dense weight times its scales, in float32, rounded once to `dtype`."""
@@ -164,18 +164,12 @@ def check_scale_values(scale: Tensor, name: str) -> None:
 
 def check_finite(values: Tensor, name: str) -> None:
     """Refuse floats that are NaN or infinite (RacError)."""
-    if not all(map(_finite, values.reshape(-1).split(_CHUNK))):
-        raise layout.damaged(name, "holds values that are not finite (NaN or infinite)")
-
-
-def _finite(values: Tensor) -> bool:
     if not values.is_floating_point():
-        return True
-    if values.dtype == torch.float8_e4m3fn:  # no infinity: all bits but the sign are set in NaN
-        return not bool((values.view(torch.uint8) & 0x7F == 0x7F).any())
-    if values.dtype == torch.float8_e5m2:
-        return not bool((values.view(torch.uint8) & 0x7C == 0x7C).any())
-    return bool(values.isfinite().all())
+        return
+    for chunk in values.reshape(-1).split(_CHUNK):
+        known = chunk.float() if chunk.itemsize == 1 else chunk  # torch tests no 8-bit floats
+        if not bool(known.isfinite().all()):
+            raise layout.damaged(name, "holds values that are not finite (NaN or infinite)")
 
 
 def dequantize(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -186,15 +180,9 @@ def dequantize(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tens
     return (grouped * scale[:, :, None]).view(weight.shape).to(dtype)
 
 
-def dense_zero_masks(weight: Tensor) -> Iterator[Tensor]:
-    """Yield bool masks of the weights that are 0.0 or -0.0, by chunks of rows."""
-    return (~layout.nonzero(weight[part]) for part in layout.row_chunks(*weight.shape))
-
-
 def count_zeros(weight: Tensor | StoredWeight) -> int:
     """Count the weights that are 0.0 or -0.0."""
-    masks = dense_zero_masks(weight) if isinstance(weight, Tensor) else weight.zero_masks()
-    return sum(int(mask.sum()) for mask in masks)
+    return sum(int(mask.sum()) for mask in _zero_masks(weight))
 
 
 def count_broken_groups(weight: Tensor | StoredWeight, structure: str, module: str) -> int:
@@ -202,20 +190,17 @@ def count_broken_groups(weight: Tensor | StoredWeight, structure: str, module: s
     if structure == UNSTRUCTURED:
         return 0
     pattern = Pattern.parse(structure, None)
-    if isinstance(weight, Tensor):
-        pattern.check_shape(module, *weight.shape)
-        masks = dense_zero_masks(weight)
-    else:
-        pattern.check_shape(module, weight.rows, weight.columns)
-        masks = weight.zero_masks(pattern.m)
-    counts = (mask.view(-1, pattern.m).sum(dim=1) for mask in masks)
+    pattern.check_shape(module, *weight.shape)
+    counts = (mask.view(-1, pattern.m).sum(dim=1) for mask in _zero_masks(weight))
     return sum(int((count < pattern.n).sum()) for count in counts)
 
 
-def compress_nonzero(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the values other than +0.0 of a weight, its bitmask, and its row starts."""
-    values, bitmask = layout.compress(weight, count_stored(weight), _stored)
-    return values, bitmask, row_starts(layout.row_counts(bitmask))
+def _zero_masks(weight: Tensor | StoredWeight) -> Iterator[Tensor]:
+    """Yield masks of the weights that are 0.0 or -0.0, some rows at a time."""
+    if isinstance(weight, Tensor):
+        return (~layout.nonzero(weight[rows]) for rows in layout.row_chunks(*weight.shape))
+    blocks = layout.dense_blocks(weight.values, weight.bitmask, weight.columns)
+    return (~layout.nonzero(block) for _, block in blocks)
 
 
 def count_stored(weight: Tensor) -> int:
@@ -223,13 +208,14 @@ def count_stored(weight: Tensor) -> int:
     return sum(int(_stored(weight[part]).sum()) for part in layout.row_chunks(*weight.shape))
 
 
-def _stored(weight: Tensor, first_row: int = 0) -> Tensor:
+def _stored(weight: Tensor) -> Tensor:
     return layout.as_integers(weight) != 0
 
 
 def from_dense(weight: Tensor, name: str) -> StoredWeight:
-    """Return the sparse form of a dense weight [N, columns]."""
-    values, bitmask, starts = compress_nonzero(weight)
+    """Return the sparse form of a dense weight [N, columns]: all values but +0.0 are stored."""
+    values, bitmask = layout.compress(weight, count_stored(weight), _stored)
+    starts = row_starts(layout.row_counts(bitmask))
     return StoredWeight(values, bitmask, weight.shape[1], starts, name)
 
 

@@ -117,7 +117,7 @@ def evaluate(
 
     Example: rac eval reasoner reasoner-2of4 --problems 300 --cap 512
     """
-    from rac_modifier.checkpoint.record import card_folder
+    from rac_modifier.checkpoint.card import card_folder
     from rac_modifier.evaluation.accuracy import check_problems
     from rac_modifier.evaluation.calibrated_prompt import choose_prompt, recorded_prompts
     from rac_modifier.evaluation.report import divergence_table
@@ -234,7 +234,7 @@ def _write_cards(
     reference: dict[str, Any] | None,
 ) -> None:
     """Write the last `results` into the cards of `folders`; the first may be the reference."""
-    from rac_modifier.checkpoint.record import add_measured
+    from rac_modifier.checkpoint.card import add_measured
     from rac_modifier.files import public_name
 
     measured = results[len(results) - len(folders) :]

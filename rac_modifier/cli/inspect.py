@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,22 +26,12 @@ if TYPE_CHECKING:
     from rac_modifier.checkpoint.inspect import CheckpointReport, ModuleRow
     from rac_modifier.kernels.plan import PlanRow
 
-_HEAD = (
-    "module",
-    "shape",
-    "dtype",
-    "stored",
-    "pattern",
-    "sparsity",
-    "bytes/weight",
-    "bytes",
-    "note",
-)
+_HEAD = ("module", "shape", "dtype", "stored", "pattern", "sparsity", "bytes", "note")
 _SAMPLES, _CAP = 64, 256  # own answers on which activations are measured, and tokens of each
 
 
 def inspect(
-    checkpoint: Annotated[Path, typer.Argument(help="folder of a checkpoint, sparse or not")],
+    checkpoint: Annotated[str, typer.Argument(help="a checkpoint, sparse or not: folder or id")],
     activations: Annotated[
         float | None,
         typer.Option(
@@ -70,41 +61,30 @@ def inspect(
     Example: rac inspect Qwen3-1.7B-W4A16 --activations 0.01 --dense Qwen/Qwen3-1.7B
     """
     from rac_modifier.checkpoint.inspect import inspect_checkpoint
-    from rac_modifier.checkpoint.output_folder import folder_problem
+    from rac_modifier.checkpoint.output_folder import local_folder
     from rac_modifier.kernels.plan import plan_checkpoint, plan_dense_codes, render_plan
 
-    checkpoint = Path(resolve(str(checkpoint)))
-    if problem := folder_problem(checkpoint):
-        raise RacError(
-            f"{checkpoint}: {problem}; give the folder of a saved model (hf download ID "
-            "--local-dir FOLDER makes one)"
-        )
+    folder = local_folder(resolve(checkpoint))
     if activations is not None:
-        _choose_activations(checkpoint, activations, dense, source, column, as_json)
+        _choose_activations(folder, activations, dense, source, column, as_json)
         return
-    report = inspect_checkpoint(checkpoint)
+    report = inspect_checkpoint(folder)
+    rows = plan_checkpoint(folder) if report.sound else []
     if as_json:
-        rows = plan_checkpoint(checkpoint) if report.sound else []
-        print_json(figures(report, rows))
-        if not report.sound:
-            raise typer.Exit(1)
-        return
-    typer.echo(render_report(report))
+        print_json(_as_dict(report, rows))
+    else:
+        typer.echo(render_report(report))
     if not report.sound:  # nothing of it is planned: its numbers may be anything
-        raise RacError(f"{checkpoint}: not sound, see the notes of the table; copy it again")
-    if rows := plan_checkpoint(checkpoint):
+        raise RacError(f"{folder}: not sound, see the notes of its matrices; copy it again")
+    if as_json:
+        return
+    if rows:
         typer.echo(
-            f"\nServed with vLLM on this machine's CPU:\n{render_plan(rows)}\n"
-            f"{speed_line(report, rows)}"
+            f"\nServed with vLLM on this machine's CPU:\n{render_plan(rows)}\n{speed_line(rows)}"
         )
-    elif codes := plan_dense_codes(checkpoint):
-        bits = {row.layer.word_bits for row in codes if row.layer and row.layer.word_bits < 4}
-        support = "runs the int4 weights on kernels of its own"
-        if bits:
-            names = " and int".join(map(str, sorted(bits)))
-            support = f"has no kernel for int{names} weights on a CPU"
+    elif codes := plan_dense_codes(folder):
         typer.echo(
-            f"\nvLLM {support}. With --quantization rac, on this machine's CPU:\n"
+            "\nWith --quantization rac, which 2 and 3 bits need, on this machine's CPU:\n"
             f"{render_plan(codes)}"
         )
 
@@ -150,11 +130,9 @@ def render_report(report: CheckpointReport) -> str:
     return "\n".join([f"{report.folder}: {report.format}", table, *map(printable, totals(report))])
 
 
-def figures(report: CheckpointReport, rows: Sequence[PlanRow]) -> dict[str, Any]:
+def _as_dict(report: CheckpointReport, rows: Sequence[PlanRow]) -> dict[str, Any]:
     """Return what is printed as values for JSON; `served`: the plan of each linear module."""
-    from dataclasses import asdict
-
-    computed = ("stored_bytes", "dense_bytes", "sparsity", "sound")
+    computed = ("dense_bytes", "sparsity", "sound")
     return {
         **asdict(report),
         **{name: getattr(report, name) for name in computed},
@@ -166,15 +144,13 @@ def figures(report: CheckpointReport, rows: Sequence[PlanRow]) -> dict[str, Any]
 
 
 def _cells(row: ModuleRow) -> tuple[str, ...]:
-    ok = {True: " ok", False: " BROKEN", None: ""}[row.pattern_ok]
     return (
         row.name,
         f"{row.rows}x{row.columns}" if row.rows else "?",
         row.dtype,
         row.stored,
-        f"{row.structure}{ok}" if row.structure else "-",
+        row.structure or "-",
         "-" if row.sparsity is None else f"{row.sparsity:.4f}",
-        f"{row.bytes_per_weight:.4f}" if row.rows * row.columns else "-",
         f"{row.stored_bytes:,}",
         f"DAMAGED: {row.problem}" if row.problem else row.reason or "",
     )
@@ -183,8 +159,7 @@ def _cells(row: ModuleRow) -> tuple[str, ...]:
 def totals(report: CheckpointReport) -> list[str]:
     """Return the lines below the table."""
     stored, dense = report.stored_bytes, report.dense_bytes
-    also = "" if dense == stored else f" stored, {dense:,} with every matrix dense"
-    lines = [f"all tensors: {stored:,} bytes{also}"]
+    lines = [f"all tensors: {stored:,} bytes, {dense:,} with every matrix dense"]
     lines += [f"quantized weights: {scheme.describe()}" for scheme in report.quantization]
     if report.sparsity is None:
         lines.append("no matrix is recorded as pruned")
@@ -192,41 +167,25 @@ def totals(report: CheckpointReport) -> list[str]:
         lines.append(
             f"{len(report.sparse)} pruned matrices, {report.sparsity:.2%} of their weights are zero"
         )
-    if not report.sound:
-        lines.append("NOT SOUND: see the notes of the rows above")
-    if (record := report.run_record) is None:
-        return lines
-    model, counts = record.get("base_model", "?"), record.get("calibration")
-    if "packing" in record:
-        return [*lines, f"packed by rac pack from {model}, which was pruned elsewhere"]
-    items = counts.items() if isinstance(counts, dict) else ()
-    calibration = ", ".join(f"{key} {value}" for key, value in items) or "?"
-    method = record.get("method", "?")
-    return [*lines, f"run record: {method} on {model}; calibration: {calibration}"]
+    return lines
 
 
-def speed_line(report: CheckpointReport, rows: Sequence[PlanRow]) -> str:
+def speed_line(rows: Sequence[PlanRow]) -> str:
     """Return the most that decoding can gain: bytes per token with the kernels, and dense.
 
-    The baseline is every matrix dense in the dtype that it would be served in. Matrices without
-    a plan (the output matrix, say) are read in both cases as they are stored.
+    The baseline is every planned matrix dense in the dtype that it would be served in. The others,
+    such as the output matrix, are read in both cases.
     """
     sparse = [row for row in rows if row.decision.sparse]
     if not sparse:
-        return (
-            "No module runs on a sparse kernel here, so decoding is as fast as that of the dense "
-            "model."
-        )
-    planned = {row.module for row in rows}
-    unplanned = [r for r in report.modules if r.read_per_token and r.name not in planned]
-    dense = read = float(sum(row.stored_bytes for row in unplanned))
+        return "No module runs on a sparse kernel here, so decoding is as fast as when dense."
+    dense = read = 0.0
     for row in rows:
         stored = row.rows * row.columns * row.decision.bytes_per_weight
         dense += stored * row.decision.ceiling
         read += stored * (1 if row.decision.sparse else row.decision.ceiling)
     kernels = ", ".join(dict.fromkeys(row.decision.kernel for row in sparse))
     return (
-        f"Decoding reads {read / 1e6:,.1f} MB of weights per token with the {kernels}, and "
-        f"{dense / 1e6:,.1f} MB with every matrix dense in the dtype that is served: at most "
-        f"{dense / read:.2f}x as fast as the dense model, at batch size 1."
+        f"Of these, decoding reads {read / 1e6:,.1f} MB per token with the {kernels}, and "
+        f"{dense / 1e6:,.1f} MB dense: at most {dense / read:.2f}x as fast at batch size 1."
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rac_modifier.checkpoint.pack_plan import MatrixPlan, PackPlan
 
 _HEAD = ("module", "shape", "dtype", "pattern", "zeros", "bytes", "packed", "note")
+_AGAIN = "nothing is written; run the same command again"
 
 
 def pack(
@@ -54,31 +55,24 @@ def pack(
         )
     from rac_modifier.checkpoint.output_folder import check_output_folder, local_folder
     from rac_modifier.checkpoint.pack_plan import plan_packing
-    from rac_modifier.checkpoint.packing import left_out, pack_model
+    from rac_modifier.checkpoint.packing import pack_model
 
-    with resumable(lambda: packing_step(None if check else out)):
+    target = None if check else out
+    with resumable(_AGAIN):
         source = local_folder(resolve(model))
-        if out is not None and not check:
-            check_output_folder(out, source, 0)
+        if target is not None:
+            check_output_folder(target, source, 0)
         plan = plan_packing(source, drop_negative_zeros)
-        content: dict[str, Any] = {
-            "model": str(plan.folder),
-            "format": plan.format,
-            "matrices": [asdict(row) for row in plan.matrices],
-        }
-        skipped = left_out(source)
-        if out is not None and not check:
-            summary = asdict(pack_model(plan, out, model))
-            content |= {"out": str(out), "left_out": skipped, "summary": summary}
+        summary = None if target is None else asdict(pack_model(plan, target, model))
     if as_json:
-        print_json(content)
+        matrices = [asdict(row) for row in plan.matrices]
+        about = {"model": source, "format": plan.format, "out": target, "summary": summary}
+        print_json({**about, "matrices": matrices})
     else:
         typer.echo(render_plan(plan))
-    if check:
+    if target is None:
         plan.check_gain()
     elif not as_json:
-        if skipped:
-            typer.echo(f"not copied (no part of a safetensors checkpoint): {', '.join(skipped)}")
         typer.echo(f"packed into {out}; look at it with: rac inspect {out}")
 
 
@@ -101,7 +95,7 @@ def unpack(
     from rac_modifier.checkpoint.output_folder import local_folder
     from rac_modifier.checkpoint.packing import unpack_model
 
-    with resumable(lambda: packing_step(out)):
+    with resumable(_AGAIN):
         summary = unpack_model(local_folder(resolve(packed)), out)
     if as_json:
         print_json({"out": str(out), **asdict(summary)})
@@ -112,38 +106,25 @@ def unpack(
     )
 
 
-def packing_step(out: Path | None) -> str:
-    """Return the next step after an interruption, from the output folder (None: checked)."""
-    from rac_modifier.checkpoint.files import CONFIG_FILE
-
-    if out is None:
-        return "nothing is written; run the same command again"
-    if (out / CONFIG_FILE).exists():
-        return f"{out} is complete; nothing is left to do"
-    if out.is_dir() and any(out.iterdir()):
-        return f"{out} is not complete: remove it, and run the same command again"
-    return f"{out} is not written; run the same command again"
-
-
 def render_plan(plan: PackPlan) -> str:
     """Return a row per matrix and the totals."""
-    lines = [render_table(_HEAD, [_cells(row) for row in plan.matrices], text_columns=4)]
     counts = Counter(row.structure for row in plan.packed)
     patterns = ", ".join(
         f"{count} {structure}" for structure, count in sorted(counts.items(), key=str)
     )
     before = sum(row.dense_bytes for row in plan.matrices)
     after = before - sum(row.dense_bytes - (row.packed_bytes or 0) for row in plan.packed)
-    lines.append(
+    lines = [
+        render_table(_HEAD, [_cells(row) for row in plan.matrices], text_columns=4),
         f"to be packed: {len(plan.packed)} of {len(plan.matrices)} matrices "
-        f"({patterns or 'none'}), as {plan.format}"
-    )
-    lines.append(f"all matrices: {before:,} bytes dense, {after:,} packed")
-    if negative := sum(row.negative_zeros for row in plan.matrices):
-        state = "are kept, as values; --drop-negative-zeros saves their bytes"
-        if plan.drop_negative_zeros:
-            state = "are stored as 0.0"
-        lines.append(f"{negative:,} of the zeros are -0.0: they {state}")
+        f"({patterns or 'none'}), as {plan.format}",
+        f"all matrices: {before:,} bytes dense, {after:,} packed",
+    ]
+    negative = sum(row.negative_zeros for row in plan.matrices)
+    if negative and not plan.drop_negative_zeros:
+        lines.append(
+            f"{negative:,} of the zeros are -0.0 and are stored; --drop-negative-zeros saves them"
+        )
     return "\n".join(lines)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -199,12 +198,7 @@ class CalibratingModifier(CalibrationEntry, Modifier):
             record["processes"] = count
         if self._recovered:
             record["recovery"] = self._recovered
-        return dict(strict_json(record))
-
-    @property
-    def tokenizer_name(self) -> str | None:
-        """Return the tokenizer that the recipe or `oneshot` names; None: the model's."""
-        return self.tokenizer or getattr(self._given_tokenizer, "name_or_path", None) or None
+        return record
 
     def _load_tokenizer(self, model: Any) -> Any:
         if self._given_tokenizer is not None:
@@ -259,19 +253,7 @@ class ReasoningAwareCalibrationModifier(CalibratingModifier):
         calibrating = [m for m in self.other_modifiers() if m.requires_calibration_data]
         method = ", ".join(type(modifier).__name__ for modifier in calibrating)
         return SavePlan(
-            tokenizer=self.tokenizer_name,
             prepare=prepare,
             after=[] if self._recovery is None else [self._recovery.remove],
             record=self.run_record(method, {}),
         )
-
-
-def strict_json(record: Any) -> Any:
-    """Return a copy of a record with nan and infinity, which JSON lacks, by their names."""
-    if isinstance(record, Mapping):
-        return {key: strict_json(value) for key, value in record.items()}
-    if isinstance(record, list | tuple):
-        return [strict_json(value) for value in record]
-    if isinstance(record, float) and not math.isfinite(record):
-        return str(record)
-    return record

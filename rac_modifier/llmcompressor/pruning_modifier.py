@@ -129,7 +129,6 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
             patterns=run.patterns,
             modules=pruned,
             storage=self.storage,
-            tokenizer=self.tokenizer_name,
             prepare=prepare,
             after=[run.resume.remove, *([self._recovery.remove] if self._recovery else [])],
             processes=self._processes,

@@ -110,7 +110,6 @@ def recover_checkpoint(
         patterns=patterns,
         modules=modules,
         storage="packed" if checkpoint.packs else "dense",
-        tokenizer=dense,
         prepare=lambda *_: checkpoint.encode(),
         after=[stage.remove],
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,7 @@ from vllm.model_executor.layers.quantization.base_config import (
     QuantizeMethodBase,
 )
 
-from rac_modifier.checkpoint.files import check_index
+from rac_modifier.checkpoint.files import INDEX_FILE, TensorFiles
 from rac_modifier.checkpoint.quantization_config import METHOD as COMPRESSED_TENSORS
 from rac_modifier.checkpoint.quantization_config import RAC_KEY, SparsityRecord
 from rac_modifier.errors import RacError
@@ -113,7 +114,9 @@ class RacConfig(QuantizationConfig):
         self, model_name: str, hf_config: Any = None, revision: str | None = None
     ) -> None:
         """Read what config.json records, before vLLM loads the folder `model_name`."""
-        check_index(model_name)  # vLLM notices missing tensors of unquantized models only
+        if (Path(model_name) / INDEX_FILE).is_file():
+            with TensorFiles(model_name):  # vLLM misses tensors of unquantized models only
+                pass
         self.report.requested &= not hasattr(hf_config, RAC_KEY)
         record = SparsityRecord.of({RAC_KEY: getattr(hf_config, RAC_KEY, None)})
         if self.layout is None:

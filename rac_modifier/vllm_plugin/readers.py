@@ -77,9 +77,7 @@ class CodesReader:
             return LoadedWeight(floats_of(tensors, module))
         bits = arguments.num_bits
         group = arguments.group_size if arguments.strategy == "group" else None
-        if bits == 8:
-            return LoadedWeight(dense_codes.check_int8(tensors, module, group))
-        if "weight" in tensors:
+        if bits != 8 and "weight" in tensors:
             raise RacError(
                 f"{module}.weight: not quantized, but config.json says that it is "
                 f"int{bits}; {RESTORE}"

@@ -13,9 +13,7 @@ CASES = Cases()
 
 @CASES.case("an output folder that is in use", "is in use; name an empty or a new one")
 def _(b: Bench) -> None:
-    (b.tmp / "out").mkdir()
-    (b.tmp / "out" / "notes.txt").write_text("mine")
-    b.rac_prune()
+    b.prune(output_dir=str(b.tmp))
 
 
 @CASES.case("no room on disk for the checkpoint", "GiB are free, the checkpoint needs up to")
@@ -89,15 +87,6 @@ def _(b: Bench) -> None:
     b.rac("inspect", b.folder, "--activations", 0.01)
 
 
-def _activations_of(b: Bench, quantization: dict[str, object]) -> None:
-    shutil.copytree(b.folder, b.tmp / "model")
-    config = json.loads((b.tmp / "model" / "config.json").read_text())
-    (b.tmp / "model" / "config.json").write_text(
-        json.dumps({**config, "quantization_config": quantization})
-    )
-    b.rac("inspect", b.tmp / "model", "--activations", 0.01)
-
-
 @CASES.case(
     "activations of a dense model whose activations are quantized",
     "no kernel multiplies its dense weights with rounded activations (its activations are "
@@ -106,10 +95,11 @@ def _activations_of(b: Bench, quantization: dict[str, object]) -> None:
 def _(b: Bench) -> None:
     inputs = {"num_bits": 8, "type": "float", "strategy": "token"}
     weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
-    group = {
-        "targets": ["Linear"],
-        "weights": weights,
-        "input_activations": inputs,
-        "format": "pack-quantized",
-    }
-    _activations_of(b, {"quant_method": "compressed-tensors", "config_groups": {"g": group}})
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
+    quantization = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+    shutil.copytree(b.folder, b.tmp / "model")
+    file = b.tmp / "model" / "config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"] = {**quantization, "config_groups": {"g": group}}
+    file.write_text(json.dumps(config))
+    b.rac("inspect", b.tmp / "model", "--activations", 0.01)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,6 @@ from tests.tiny import NAME
 
 CASES = Cases()
 GOOD = {"label": "good", "recipe": {NAME: {"sparsity": 0.5}}}
-GPTQ = {"scheme": "W4A16", "ignore": ["lm_head"]}
-BYTES = {"targets": ["Linear"], "weights": {"num_bits": 8, "strategy": "channel"}}
 
 
 def frontier(b: Bench, *rows: dict[str, Any], **parts: Any) -> None:
@@ -25,29 +22,11 @@ def frontier(b: Bench, *rows: dict[str, Any], **parts: Any) -> None:
     b.rac("frontier", b.folder, "--recipe-grid", path, "--out", b.tmp / "out")
 
 
-def written(b: Bench, text: str) -> Path:
-    """A grid file with this text."""
-    path = b.tmp / "text.yaml"
-    path.write_text(text)
-    return path
-
-
-def collect(b: Bench, *options: str) -> None:
-    b.rac("traces", "collect", b.folder, "-r", "rac_2of4", *options)
-
-
 def changed(b: Bench, name: str, old: str, new: str) -> Path:
     """A folder of results with another text in one of its files."""
     path = write_sample(b.tmp / "sample") / name
     path.write_text(path.read_text().replace(old, new))
     return path.parent
-
-
-def copy_of(b: Bench, *rows: dict[str, Any]) -> Path:
-    """A user's copy of a benchmark."""
-    path = b.tmp / "copy.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 CASES += [
@@ -77,19 +56,10 @@ CASES += [
             "report", changed(b, "rows.jsonl", '{"version"', '"version"'), "-o", "report.html"
         ),
     ),
-]
-CASES += [
     Case(
         "`rac eval --preset` of generated problems",
         "which generates problems of its own",
         lambda b: b.rac("eval", b.folder, "--preset", "math-500", "--source", "arithmetic"),
-    ),
-    Case(
-        "`rac eval --preset` with a copy that lacks a column",
-        "has no column 'answer'",
-        lambda b: b.rac(
-            "eval", b.folder, "--preset", "math-500", "--source", copy_of(b, {"problem": "1 + 1?"})
-        ),
     ),
     Case(
         "`rac eval --top-p` above 1",

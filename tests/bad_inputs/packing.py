@@ -46,7 +46,7 @@ def _(b: Bench) -> None:
     b.rac("pack", b.tmp / "sparse", b.tmp / "out")
 
 
-@CASES.case("a packed checkpoint of a newer version", "and this rac-modifier reads versions up to")
+@CASES.case("a packed checkpoint of a newer version", "a newer version wrote it: pip install -U")
 def _(b: Bench) -> None:
     b.rac("pack", sparse(b), b.tmp / "out")
     config = json.loads((b.tmp / "out" / "config.json").read_text())
@@ -71,9 +71,9 @@ def _(b: Bench) -> None:
     "another process is writing to it; wait for that one to end",
 )
 def _(b: Bench) -> None:
-    from rac_modifier.checkpoint.output_folder import NewFiles
+    from rac_modifier.checkpoint.output_folder import new_files
 
-    with NewFiles(b.tmp / "out"):
+    with new_files(b.tmp / "out"):
         b.rac("pack", sparse(b), b.tmp / "out")
 
 

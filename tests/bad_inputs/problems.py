@@ -95,9 +95,7 @@ def _(b: Bench) -> None:
     )
 
 
-@CASES.case(
-    "a folder of GGUF files", "GGUF, which is not read; take the model that it was made from"
-)
+@CASES.case("a folder of GGUF files", "GGUF, which is not read; take the safetensors files")
 def _(b: Bench) -> None:
     (b.tmp / "model").mkdir()
     (b.tmp / "model" / "model.gguf").write_bytes(b"GGUF")

@@ -1,175 +1,216 @@
-"""Model cards: of a run, and of a model that others pruned and `rac pack` packed."""
+"""Model cards: of a run, of a model that others pruned, and what was measured later."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard, ModelCardData
 
-from rac_modifier.checkpoint.card import model_card, packed_card, unpacked_card
-from rac_modifier.checkpoint.record import split_card
+from rac_modifier.checkpoint.card import (
+    add_measured,
+    card_folder,
+    converted_card,
+    license_of,
+    model_card,
+)
 from rac_modifier.errors import RacError
 
+MIT = {"license": "mit"}
+LICENSE = {"license": "other", "license_name": "llama3", "license_link": "https://example.org/L"}
+OTHER = "\n".join(f"{key}: {value}" for key, value in LICENSE.items())
 RECORD = {
     "base_model": "org/Model-1B",
     "pattern": "2 of every 4 consecutive input weights are zero (0.5 of all)",
     "method": "sparsegpt",
-    "calibration": {"tokens": 32768, "trace_tokens": 30000, "generic_tokens": 0, "sequences": 12},
-    "trace_stores": {
-        "traces": {"path": "traces.jsonl", "sha256": "abc123", "selection": {"kept": 7, "of": 9}}
-    },
-    "modules": [
-        {"name": f"layers.{i}.q_proj", "sparsity": 0.5, "relative_error": i / 100} for i in range(9)
-    ],
+    "calibration": {"tokens": 32768, "trace_tokens": 30000, "parts": {}},
+    "trace_stores": {"traces": {"path": "traces.jsonl", "sha256": "abc123"}},
     "versions": {"torch": "2.13", "llmcompressor": None},
     "seed": 0,
 }
-PACKED = {
-    "base_model": "owner/pruned",
-    "packing": {"negative_zeros": "kept", "modules": {"2:4": 3}},
-    "versions": {"torch": "2.13"},
-}
-BEFORE = """---
-license: mit
-language: [en, de]
-tags: [wanda, sparse]
-base_model: someone/else
-pipeline_tag: text2text-generation
----
-# Their model
-
-Text with --- dashes.
-
----
-More.
-"""
+FOREIGN = {"base_model": "owner/pruned", "packing": {"negative_zeros": "kept"}}
 
 
 def test_full_record() -> None:
-    card = model_card(RECORD)
+    card = model_card(RECORD, MIT)
     for expected in (
-        "| License | unknown |",
-        "2 of every 4 consecutive",
-        "32,768 tokens in all; 30,000 of the model's own chain of thought; 0 of generic text; 12",
-        "| Traces | `traces.jsonl`, sha256 `abc123`, 7 of its 9 traces selected |",
-        "| Seed | 0 |",
-        "9 linear modules were pruned, each to a sparsity of 0.5000 to 0.5000.",
-        "| `layers.8.q_proj` | 0.08 |",
         "# org/Model-1B pruned",
-        "Made with torch 2.13.",
+        "| License | mit |",
+        "| Pattern | 2 of every 4 consecutive",
+        "| Calibration | tokens 32,768, trace tokens 30,000 |",
+        "| Traces | `traces.jsonl`, sha256 `abc123` |",
+        "| Seed | 0 |",
+        "| Made with | torch 2.13 |",
         "`rac unpack` writes an ordinary dense checkpoint",
-        "its plugin reads the packed weights",
     ):
         assert expected in card
-    assert "layers.3.q_proj" not in card  # only the five worst
-    assert "not recorded" not in card
-    dense = model_card(RECORD, packed=False)
+    dense = model_card(RECORD, MIT, packed=False)
     assert "stock vLLM serves them" in dense
     assert "rac_modifier" not in dense
+    assert "|  |" not in model_card({}, MIT)
 
 
 def test_the_front_matter_is_what_the_hub_parses() -> None:
-    license = {"license": "other", "license_name": "llama3", "license_link": "https://x.org"}
-    card = ModelCard(model_card({**RECORD, "quantization": ["int8"]}, license))
+    card = ModelCard(model_card({**RECORD, "quantization": ["int8"]}, LICENSE))
     assert isinstance(card.data, ModelCardData)
     actual = {key: value for key, value in card.data.to_dict().items() if value is not None}
-    tags = ["quantized", "pruned", "sparse", "reasoning", "rac"]
+    tags = ["pruned", "quantized", "sparse", "reasoning", "rac"]
     assert actual == {
-        **license,
+        **LICENSE,
         "base_model": "org/Model-1B",
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": [*tags, "llm-compressor", "compressed-tensors"],
     }
     assert "| License | llama3 |" in card.text
+    local = ModelCard(model_card({**RECORD, "base_model": "Model: 1B"}, MIT))
+    assert local.data.base_model is None  # the hub refuses it
+    assert "| Base model | Model: 1B |" in local.text
 
 
-@pytest.mark.parametrize("base", ["Model: 1B", "a/b/c", "a model"])
-def test_a_base_model_that_cannot_be_of_the_hub_is_named_in_the_text_alone(base: str) -> None:
-    card = model_card({**RECORD, "base_model": base})
-    assert "base_model" not in split_card(card)[0]
-    assert f"| Base model | {base} |" in card
-
-
-def test_nothing_is_invented() -> None:
-    card = model_card({})
-    assert card.count("not recorded") == 5
-    assert "linear modules" not in card
-
-
-def test_a_malformed_record_is_refused_and_a_cell_is_one_cell() -> None:
-    for record in ({"modules": ["x"]}, {"calibration": {"tokens": "many"}}, {"versions": [1]}):
-        with pytest.raises(RacError, match=r"^rac_run\.json: is malformed .* restore the file"):
-            model_card(record)
-    assert "| Pattern | a \\| b c |" in model_card({"pattern": "a | b\nc"})
+def test_a_cell_is_one_cell() -> None:
+    assert "| Pattern | a \\| b c |" in model_card({"pattern": "a | b\nc"}, MIT)
 
 
 def test_kl_with_its_interval() -> None:
-    """95 % of a normal distribution: 1.96 standard errors to both sides, within what is
-    possible."""
-    errors = {"kl_stderr": 0.001, "agreement_stderr": 0.01}
-    measured = {"kl": 0.01, "agreement": 0.99, "tokens": 2100, **errors}
-    card = model_card({**RECORD, "divergence": measured})
+    """95 % of a normal distribution: 1.96 standard errors to both sides."""
+    measured = {"kl": 0.01, "agreement": 0.99, "tokens": 2100, "kl_stderr": 0.001}
+    card = model_card({**RECORD, "divergence": measured}, MIT)
     assert "On 2,100 tokens" in card
-    assert "0.0100 nats per token (KL divergence, 95 % interval 0.0080 to 0.0120)" in card
-    assert "99.0% of the tokens (95 % interval 97.0% to 100.0%)" in card
-    alone = measured | dict.fromkeys(errors)
-    assert "interval" not in model_card({**RECORD, "divergence": alone})
-    without = {"not_measured": "no traces were held out"}
-    assert "nats" not in model_card({**RECORD, "divergence": without})
+    assert "0.0100 nats per token (95 % interval 0.0080 to 0.0120)" in card
+    assert "99.0% of the tokens." in card
+    alone = {**measured, "kl_stderr": None}
+    assert "interval" not in model_card({**RECORD, "divergence": alone}, MIT)
+    assert "nats" not in model_card({**RECORD, "divergence": {"not_measured": "no traces"}}, MIT)
 
 
-@pytest.mark.parametrize(
-    ("scheme", "name"),
-    [("int3 in groups of 64", "int3"), ("int2 one scale per channel, asymmetric", "int2")],
-)
-def test_how_to_serve_few_bits(scheme: str, name: str) -> None:
-    record = {**RECORD, "quantization": [f"{scheme} (pack-quantized)"]}
-    card = model_card(record, packed=False)
+@pytest.mark.parametrize("bits", [3, 2])
+def test_how_to_serve_few_bits(bits: int) -> None:
+    record = {**RECORD, "quantization": [f"int{bits} in groups of 64 (pack-quantized)"]}
+    card = model_card(record, MIT, packed=False)
     assert "vllm serve path/to/this/folder --quantization rac\n" in card
-    assert f"vLLM, which has no kernel for {name} weights on a CPU." in card
+    assert f"vLLM, which has no kernel for int{bits} weights on a CPU." in card
     assert "stock vLLM" not in card
 
 
-@pytest.mark.parametrize("before", [BEFORE, None])
-def test_the_card_before_is_kept_and_comes_back(tmp_path: Path, before: str | None) -> None:
+@pytest.mark.parametrize("before", ["---\nlicense: mit\n---\n\n# Theirs\n\nText.\n", None])
+def test_the_card_of_others_is_kept_and_comes_back(tmp_path: Path, before: str | None) -> None:
     if before is not None:
         (tmp_path / "README.md").write_text(before)
-    packed = packed_card(PACKED, tmp_path)
-    for expected in ("# owner/pruned, packed", "bit for bit", "import rac_modifier", "torch 2.13"):
-        assert expected in packed
+    before = before or "# owner/pruned\n"
+    packed = converted_card(FOREIGN, tmp_path, packed=True)
+    assert packed.startswith(before)
+    assert "import rac_modifier" in packed
     (tmp_path / "README.md").write_text(packed)
-    unpacked = ModelCard(unpacked_card(PACKED, tmp_path))
-    assert "rac_modifier" not in unpacked.content
-    if before is None:
-        assert (unpacked.text.strip(), unpacked.data.tags) == ("# owner/pruned", ["sparse"])
-        return
-    data = ModelCard(packed).data.to_dict()
-    assert (data["license"], data["language"], data["base_model"]) == (
-        *("mit", ["en", "de"], "owner/pruned"),
-    )
-    assert data["pipeline_tag"] == "text2text-generation"
-    assert data["tags"] == ["wanda", "sparse", "compressed-tensors", "rac"]
-    text = "# Their model\n\nText with --- dashes.\n\n---\nMore."
-    assert packed.endswith(f"## Card of the base model\n\n{text}\n")
-    assert unpacked.text.strip() == text
-    assert (unpacked.data.license, unpacked.data.tags) == ("mit", ["wanda", "sparse"])
-
-
-@pytest.mark.parametrize(
-    "before", ["---\n{broken: [\n---\n# Theirs\n", "# Theirs\n", "---\n- a list\n---\n# Theirs"]
-)
-def test_a_card_with_odd_front_matter(tmp_path: Path, before: str) -> None:
-    (tmp_path / "README.md").write_text(before)
-    card = ModelCard(packed_card(PACKED, tmp_path))
-    assert card.data.base_model == "owner/pruned"
-    assert card.content.rstrip().endswith("# Theirs")
+    assert converted_card(FOREIGN, tmp_path, packed=False) == before
 
 
 def test_a_model_that_was_pruned_here_has_the_card_of_its_run(tmp_path: Path) -> None:
     record = {"base_model": "a/b", "pattern": "2:4", "method": "alps"}
-    for card in (packed_card(record, tmp_path), unpacked_card(record, tmp_path)):
-        assert "# a/b pruned" in card
-        assert "| Solver | alps |" in card
-    assert "stock vLLM serves them" in card
+    for packed in (True, False):
+        (tmp_path / "README.md").write_text(model_card(record, MIT, packed=not packed))
+        assert converted_card(record, tmp_path, packed) == model_card(record, MIT, packed)
+
+
+@pytest.mark.parametrize(
+    ("card", "config", "expected"),
+    [
+        (f"---\n{OTHER}\n---\n# Card\n", '{"license": "mit"}', LICENSE),
+        ("# A card without front matter\n", '{"license": "mit"}', MIT),
+        ("---\nlicense: [a, b]\n---\n", "{}", {"license": "unknown"}),
+        ("---\nlicense: {broken\n---\n", "not JSON", {"license": "unknown"}),
+    ],
+)
+def test_the_license_in_the_card_comes_before_that_in_the_config(
+    tmp_path: Path, card: str, config: str, expected: dict[str, str]
+) -> None:
+    (tmp_path / "README.md").write_text(card)
+    (tmp_path / "config.json").write_text(config)
+    assert license_of(tmp_path) == expected
+    assert license_of("owner/not-cached") == {"license": "unknown"}
+
+
+DENSE = {
+    **{"label": "/models/org|dense", "problems": 1200, "samples": 1, "accuracy": 0.9},
+    **{"ci_low": 0.88, "ci_high": 0.915, "pass_at": {"1": 0.9}, "mean_thinking_tokens": 140.4},
+    **{"unfinished_share": 0.0, "cap": 2048, "temperature": 0.0, "seed": 3},
+    "correct_answers": {"p1": 1},
+}
+SPARSE = {
+    **DENSE,
+    **{"label": "/models/sparse", "accuracy": 0.8125, "ci_low": 0.789, "ci_high": 0.834},
+    "unfinished_share": 0.02,
+}
+DIVERGENCE = {
+    **{"label": "/models/sparse", "tokens": 5000, "kl": 0.02, "kl_stderr": 0.001},
+    **{"agreement": 0.97, "bins": []},
+}
+CONDITIONS = {"source": "arithmetic", "prompt": "chat template", "protocol": ["As published."]}
+ROW = "| this model | 81.2% | 78.9% to 83.4% | 140 | 2.0% |"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    record = {"base_model": "org/dense", "method": "alps", "pattern": "2:4"}
+    (tmp_path / "rac_run.json").write_text(json.dumps(record))
+    (tmp_path / "README.md").write_text(model_card(record, MIT) + "\nA note of the owner.\n")
+    return tmp_path
+
+
+def add_accuracy(folder: Path, **changes: object) -> str:
+    paired = "sparse against org|dense: -8.8 points (-11.0 to -6.6)"
+    measured = {"conditions": CONDITIONS, "reference": DENSE, "paired": paired}
+    add_measured(folder, "accuracy", {**SPARSE, **changes}, **measured)
+    return (folder / "README.md").read_text()
+
+
+def test_accuracy_with_its_interval_and_conditions(folder: Path) -> None:
+    before = (folder / "README.md").read_text()
+    card = add_accuracy(folder)
+    for line in (
+        "## Measured after compression",
+        "| org\\|dense | 90.0% | 88.0% to 91.5% | 140 | 0.0% |",
+        ROW,
+        "1,200 problems (arithmetic, seed 3), 1 answers to each, at most 2,048 new tokens, "
+        "greedy; prompt: chat template. Measured with `rac eval`.",
+        "As published.",
+        "sparse against org|dense: -8.8 points (-11.0 to -6.6).",
+    ):
+        assert line in card.splitlines()
+    assert card.startswith(before)
+    record = json.loads((folder / "rac_run.json").read_text())
+    actual = record["evaluation"]["accuracy"]
+    assert (actual["ci_high"], actual["reference"]["accuracy"]) == (0.834, 0.9)
+    assert record["method"] == "alps"
+    assert "/models" not in json.dumps(record) + card  # no path of this machine
+    assert "correct_answers" not in actual
+    assert ROW in converted_card(record, folder, packed=False)  # the weights are the same
+    (folder / "README.md").unlink()
+    assert add_accuracy(folder).startswith("<!-- measured by rac eval -->\n## Measured after")
+
+
+def test_a_second_run_replaces_its_own_kind_and_keeps_the_other(folder: Path) -> None:
+    add_accuracy(folder, accuracy=0.5)
+    reference = {"label": "org/dense"}
+    add_measured(folder, "divergence", DIVERGENCE, conditions=CONDITIONS, reference=reference)
+    card = add_accuracy(folder)
+    assert card.count("## Measured after compression") == card.count(ROW) == 1
+    assert "50.0%" not in card
+    assert (
+        "On 5,000 tokens that org/dense generated (arithmetic): KL divergence from the base model "
+        "0.0200 nats per token (95 % interval 0.0180 to 0.0220); the most likely token is the same "
+        "for 97.0% of the tokens. Prompt: chat template. Measured with `rac eval`."
+    ) in card
+    assert "\nA note of the owner.\n" in card
+
+
+def test_only_folders_with_a_run_record_have_a_card(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert card_folder(str(folder)) == folder
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(RacError, match="cannot be written to; copy the model, or leave --card out"):
+        card_folder(str(folder))
+    with pytest.raises(RacError, match=r"--card: org/model is not the folder of a model that rac"):
+        card_folder("org/model")

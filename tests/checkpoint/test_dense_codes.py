@@ -18,43 +18,23 @@ from rac_modifier.checkpoint.dense_codes import (
 )
 from rac_modifier.checkpoint.quantization_config import WeightScheme
 from rac_modifier.errors import RacError
-
-
-def words(codes: list[list[int]], bits: int = 4) -> torch.Tensor:
-    """Rows of codes as int32, the first code in the lowest bits; the last word is filled up with
-    zeros."""
-    packed = []
-    for row in codes:
-        number = sum(code << bits * i for i, code in enumerate(row))
-        numbers = [number >> 32 * at & 0xFFFFFFFF for at in range(-(-len(row) * bits // 32))]
-        packed.append([n - (1 << 32) if n >= 1 << 31 else n for n in numbers])
-    return torch.tensor(packed, dtype=torch.int32)
+from tests.checkpoint import gptq_awq_tensors
+from tests.checkpoint.gptq_awq_tensors import words
 
 
 def drawn(
     rows: int, columns: int, groups: int, bits: int = 4, symmetric: bool = False
-) -> tuple[dict[str, torch.Tensor], list[list[float]]]:
-    """The tensors of a weight, and the weight, code by code."""
-    codes = torch.randint(0, 1 << bits, (rows, columns)).tolist()
-    zeros = torch.randint(0, 1 << bits, (rows, groups)).tolist()
-    if symmetric:
-        zeros = [[1 << (bits - 1)] * groups] * rows
-    scale = torch.rand(rows, groups) + 0.5
-    width = columns // groups
-    weight = [
-        [(codes[n][k] - zeros[n][k // width]) * float(scale[n, k // width]) for k in range(columns)]
-        for n in range(rows)
-    ]
-    by_group = [[zeros[n][g] for n in range(rows)] for g in range(groups)]
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """The tensors of a weight, and the weight that they mean."""
+    weight = gptq_awq_tensors.drawn(rows, columns, columns // groups, symmetric, bits)
     tensors = {
-        "weight_packed": words(codes, bits),
-        "weight_scale": scale,
+        "weight_packed": words(weight.codes, bits),
+        "weight_scale": weight.scale,
         "weight_shape": torch.tensor([rows, columns]),
     }
-    if not symmetric:  # as read from a file: the words of a line lie side by side
-        lines = words(by_group, bits).T.tolist()
-        tensors["weight_zero_point"] = torch.tensor(lines, dtype=torch.int32)
-    return tensors, weight
+    if not symmetric:
+        tensors["weight_zero_point"] = words(weight.zeros.T, bits).T.contiguous()
+    return tensors, weight.meant
 
 
 @pytest.mark.parametrize("bits", [4, 3, 2])
@@ -67,12 +47,10 @@ def test_the_weight_is_that_of_its_codes(rows, columns, groups, symmetric, bits)
     actual = check_codes(tensors, "w", None if groups == 1 else columns // groups, symmetric, bits)
     assert (actual.rows, actual.columns, actual.bits, actual.density) == (rows, columns, bits, 1.0)
     assert (actual.zeros is None) == symmetric
-    torch.testing.assert_close(actual.dequantized(torch.float32), torch.tensor(weight))
+    torch.testing.assert_close(actual.dequantized(torch.float32), weight)
     if actual.zeros is not None:  # what the kernels keep: a code is a value and its code of zero
         codes = actual.dense().view(rows, groups, -1) + actual.zeros[:, :, None].to(torch.int8)
-        assert torch.equal(
-            words(codes.view(rows, columns).tolist(), bits), tensors["weight_packed"]
-        )
+        assert torch.equal(words(codes.view(rows, columns), bits), tensors["weight_packed"])
 
 
 @pytest.mark.parametrize("bits", [4, 3, 2])
@@ -101,7 +79,7 @@ def test_what_compressed_tensors_compresses(group, symmetric, bits):
     if tensors["weight_packed"].shape[1] == -(-96 // 10):  # 0.17, which vLLM 0.32 asks for
         with pytest.raises(
             RacError,
-            match=r"^w\.weight_packed: 10 words of 96 values of 3 bits are ten in each, .*0\.19 or",
+            match=r"^w\.weight_packed: .* does not hold 96 values of 3 bits, .*before 0\.19",
         ):
             check_codes(tensors, "w", group, symmetric, bits)
         return
@@ -141,18 +119,16 @@ DAMAGE = [
     ("weight_scale", None, ": missing"),
     ("weight_zero_point", None, ": missing"),
     ("weight_shape", torch.tensor([9, 0]), ": .* is not the shape of a matrix"),
+    ("weight_packed", zeros(8, 4), ": shape .* does not have 9 rows"),
     ("weight_shape", torch.tensor([9, 32, 1]), ": .* is not the shape of a matrix"),
-    ("weight_shape", torch.tensor([9.0, 32.0]), ": torch.float32"),
     ("weight_packed", zeros(9, 3), ": .* does not hold 32 values of 4 bits"),
     ("weight_packed", zeros(9, 4, dtype=torch.int64), ": torch.int64 .* take 4 int32"),
     ("weight_packed", zeros(36), r": shape \[36\]"),
-    ("weight_scale", torch.ones(9, 4), ": 4 per row of 32 columns.*groups of 16 columns"),
     ("weight_scale", torch.ones(8, 2), ": shape"),
     ("weight_scale", torch.full((9, 2), float("nan")), ": .*not finite"),
     ("weight_zero_point", zeros(9, 2, dtype=torch.int8), ": torch.int8"),
     ("weight_zero_point", zeros(2, 3), ": shape .* does not have 2 rows"),
     ("weight_zero_point", zeros(3, 2), ": .* does not hold 9 values"),
-    ("weight_zero_point", zeros(2, 2, 1), ": shape"),
     ("weight_g_idx", zeros(32), ": its columns were reordered"),
 ]
 
@@ -165,32 +141,17 @@ def test_damaged_parts(part, tensor, message):
 
 
 @pytest.mark.parametrize(
-    ("shape", "message"),
+    ("group", "symmetric", "message"),
     [
-        ([2**40, 32], "shape .* does not have 1099511627776 rows"),
-        ([9, 2**40], ".* does not hold 1099511627776 values"),
+        (None, True, r"zero_point: must not be there, .*; restore the config\.json"),
+        (None, False, r"scale: 2 per row .* config\.json has one per row; restore"),
+        (12, False, r"scale: 2 per row .* config\.json has groups of 12 columns"),
     ],
 )
-def test_a_shape_that_no_words_have(shape, message):
-    tensors = {**drawn(9, 32, 2)[0], "weight_shape": torch.tensor(shape)}
-    with pytest.raises(RacError, match=rf"^m\.weight_packed: {message}"):
-        check_codes(tensors, "m", 16, False)
-
-
-def test_zero_points_of_a_symmetric_weight_and_groups_that_config_json_does_not_have():
-    tensors, _ = drawn(4, 32, 2)
-    with pytest.raises(
-        RacError, match=r"^m.weight_zero_point: must not be there, .*; restore the config\.json"
-    ):
-        check_codes(tensors, "m", 16)
-    with pytest.raises(
-        RacError, match=r"^m.weight_scale: 2 per row .* config\.json has one per row; restore"
-    ):
-        check_codes(tensors, "m", None, False)
-    with pytest.raises(
-        RacError, match=r"^m.weight_scale: 2 per row .* config\.json has groups of 12 columns"
-    ):
-        check_codes(tensors, "m", 12, False)
+def test_what_contradicts_config_json(group, symmetric, message):
+    tensors, _ = drawn(4, 32, 1 if symmetric else 2)
+    with pytest.raises(RacError, match=rf"^m.weight_{message}"):
+        check_codes(tensors, "m", group, symmetric)
 
 
 def random_values(rows: int, columns: int, bits: int, seed: int) -> torch.Tensor:
@@ -230,26 +191,10 @@ def test_words_of_few_bits_are_read_as_compressed_tensors_writes_them(rows, colu
         unpack_words(words, bits, columns + 90)
 
 
-def test_known_nibbles():
-    values = torch.tensor([-8, 7, 0, 1, -1, 2, 3, 4, 5], dtype=torch.int8)
-    # lowest nibble first, each + 8; the second word is filled up with the value 0
-    assert [word & 0xFFFFFFFF for word in pack_words(values, 4).tolist()] == [
-        0xCBA798F0,
-        0x8888888D,
-    ]
-
-
-@pytest.mark.parametrize(
-    ("values", "bits", "message"),
-    [
-        (torch.tensor([8], dtype=torch.int8), 4, "outside"),
-        (torch.tensor([1.0]), 4, "int8"),
-        (torch.tensor([1], dtype=torch.int8), 3, "3 bits"),
-    ],
-)
-def test_what_cannot_be_packed_is_refused(values, bits, message):
-    with pytest.raises(RacError, match=message):
-        pack_words(values, bits)
+def test_what_cannot_be_packed_is_refused():
+    for values, message in ((torch.tensor([8], dtype=torch.int8), "outside"), ([1.0], "int8")):
+        with pytest.raises(RacError, match=message):
+            pack_words(torch.as_tensor(values), 4)
 
 
 INT4 = (WeightScheme("int", 4, "group", 32, True, "pack-quantized", None),)

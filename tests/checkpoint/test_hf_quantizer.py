@@ -4,7 +4,6 @@ of the dense ones."""
 from __future__ import annotations
 
 import json
-import weakref
 from pathlib import Path
 
 import pytest
@@ -14,10 +13,8 @@ from transformers import AutoModel, AutoModelForCausalLM
 from transformers.utils.quantization_config import CompressedTensorsConfig
 
 from rac_modifier.checkpoint.packing import pack_checkpoint
-from rac_modifier.checkpoint.weight_conversion import Unpack
 from rac_modifier.errors import RacError
 from tests.checkpoint.checkpoint_helpers import (
-    SCHEMES,
     Q,
     Saved,
     assert_same_state,
@@ -55,48 +52,28 @@ def test_bit_identical(
     assert model(IDS).logits.isfinite().all()
 
 
-@pytest.mark.parametrize("structure", ["2:4", "unstructured"])
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_quantized_and_packed_equals_the_stock_load_of_the_dense_one(
-    tmp_path: Path, structure: str, scheme: str
-) -> None:
-    modules = save_quantized(tmp_path, structure, scheme)
-    dense = stock(tmp_path)
-    expected = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
-    kind = expected[f"{Q}.weight" if f"{Q}.weight" in expected else f"{Q}.weight_packed"].dtype
-    assert kind == {"w8a8": torch.int8, "fp8": torch.float8_e4m3fn}.get(scheme, torch.int32)
-    pack_checkpoint(tmp_path, modules, ["lm_head"])
-    packed, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert not any(info.values())
-    assert_same_state(packed, expected)
-    assert packed.config.quantization_config.to_dict() == dense.config.quantization_config.to_dict()
-    assert torch.equal(packed(IDS).logits, dense(IDS).logits)
-
-
 @pytest.mark.parametrize(
     ("scheme", "options"), [("w8a8", {}), ("fp8", {}), ("w4", {}), ("w4", {"dequantize": True})]
 )
-def test_a_stock_quantized_checkpoint_is_loaded_as_before(
+def test_a_quantized_checkpoint_is_loaded_as_before_and_packed_too(
     tmp_path: Path, scheme: str, options: dict
 ) -> None:
-    save_quantized(tmp_path, "2:4", scheme)
+    modules = save_quantized(tmp_path, "2:4", scheme)
     given = {"quantization_config": CompressedTensorsConfig(**options)} if options else {}
     before, after = (
         stock(tmp_path, **given),
         AutoModelForCausalLM.from_pretrained(tmp_path, **given),
     )
-    assert_same_state(after, before.state_dict())
+    expected = {name: tensor.clone() for name, tensor in before.state_dict().items()}
+    assert_same_state(after, expected)
     assert after.config.to_dict() == before.config.to_dict()
     assert hasattr(after, "hf_quantizer") == hasattr(before, "hf_quantizer")
-    assert torch.equal(after(IDS).logits, before(IDS).logits)
-
-
-def test_a_packed_checkpoint_is_dequantized_where_the_user_asks_for_it(tmp_path: Path) -> None:
-    modules = save_quantized(tmp_path, "2:4", "w4")
-    options = {"quantization_config": CompressedTensorsConfig(dequantize=True)}
-    expected = stock(tmp_path, **options).state_dict()
     pack_checkpoint(tmp_path, modules, ["lm_head"])
-    assert_same_state(AutoModelForCausalLM.from_pretrained(tmp_path, **options), expected)
+    packed = AutoModelForCausalLM.from_pretrained(tmp_path, **given)
+    assert_same_state(packed, expected)
+    logits = before(IDS).logits
+    assert torch.equal(after(IDS).logits, logits)
+    assert torch.equal(packed(IDS).logits, logits)
 
 
 def test_quantized_and_plain_packed_modules_in_one_model(tmp_path: Path) -> None:
@@ -141,28 +118,6 @@ def test_a_module_that_stays_in_float32(saved: Saved, monkeypatch: pytest.Monkey
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16)
     assert torch.equal(model.get_submodule(Q).weight, expected[f"{Q}.weight"].float())
     assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.float16
-
-
-def test_packed_parts_are_freed_before_the_next_module(
-    saved: Saved, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What bounds the memory to the dense model and one module: each is unpacked once, and its
-    parts are gone by then."""
-    folder, _, modules = saved()
-    parts_of: dict[str, list[weakref.ref]] = {}
-    inner = Unpack.dense
-
-    def spy(self: Unpack, parts: dict[str, torch.Tensor], module: str) -> tuple[torch.Tensor, bool]:
-        assert not [
-            name for name, refs in parts_of.items() if any(ref() is not None for ref in refs)
-        ]
-        assert module not in parts_of
-        parts_of[module] = [weakref.ref(part) for part in parts.values()]
-        return inner(self, parts, module)
-
-    monkeypatch.setattr(Unpack, "dense", spy)
-    AutoModelForCausalLM.from_pretrained(folder)
-    assert parts_of.keys() == modules.keys()
 
 
 def test_the_base_model_without_its_head(saved: Saved) -> None:

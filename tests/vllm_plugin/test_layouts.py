@@ -48,7 +48,7 @@ def group(
     ("format", "method"), [("sparse-24-bitmask", "compressed-tensors"), ("sparse-bitmask", "rac")]
 )
 def test_what_packing_writes_is_packed(format, method):
-    written = with_packed({}, format, {"a.b": "2:4"}, 0.5, ["lm_head"])["quantization_config"]
+    written = with_packed({}, format, {"a.b": "2:4"}, ["lm_head"])["quantization_config"]
     written["quant_method"] = method
     assert is_packed(written)
     layout = PackedLayout(written)
@@ -71,9 +71,9 @@ def test_names_patterns_and_classes():
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ({"targets": "Linear"}, r"targets is .*not a list of module names"),
-        ({"ignore": [1]}, r"ignore is .*not a list of module names"),
-        ({"ignore": ["re:("]}, r"ignore has a name: 're:\(' is no regular expression"),
+        ({"targets": "Linear"}, r"targets is .*: Input should be a valid tuple"),
+        ({"ignore": [1]}, r"ignore\.0 is 1: Input should be a valid string"),
+        ({"ignore": ["re:("]}, r"ignore is .*: has a name: 're:\(' is no regular expression"),
         (None, r"no sparsity_config; restore"),
     ],
 )

@@ -23,7 +23,7 @@ from rac_modifier.vllm_plugin.config import RacConfig  # noqa: E402
 from rac_modifier.vllm_plugin.layouts import PackedLayout  # noqa: E402
 from rac_modifier.vllm_plugin.register import METHOD, register  # noqa: E402
 
-PACKED = with_packed({}, "sparse-bitmask", {"model.a": "unstructured"}, 0.5, ["lm_head"])[
+PACKED = with_packed({}, "sparse-bitmask", {"model.a": "unstructured"}, ["lm_head"])[
     "quantization_config"
 ]
 

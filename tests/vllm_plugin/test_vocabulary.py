@@ -158,7 +158,7 @@ FEWER = torch.zeros(60, COLUMNS, dtype=torch.int8), torch.ones(60, 1)
         (
             "int8 in words",
             {"weight_zero_point": torch.zeros(ROWS, 1)},
-            ".weight_zero_point: the int8",
+            ".weight_zero_point: must not be there",
         ),
         ("int4", {"weight_shape": torch.tensor([3, 64])}, ".weight_packed"),
         (

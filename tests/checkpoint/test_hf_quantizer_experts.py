@@ -1,4 +1,4 @@
-"""Converters on their own, and those of a mixture of experts in `from_pretrained`."""
+"""Packed experts in `from_pretrained`, which merges them."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def mixture_of_experts(folder: Path, packed: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("packed", ["proj", "experts", "self_attn"])
+@pytest.mark.parametrize("packed", ["proj", "experts", "experts.1", "self_attn"])
 def test_experts_are_unpacked_before_they_are_merged(
     tmp_path: Path, packed: str, dtype: torch.dtype
 ) -> None:
@@ -74,15 +74,7 @@ def test_a_damaged_expert_is_named(tmp_path: Path) -> None:
     with edited(tmp_path) as tensors:
         name = "model.layers.0.mlp.experts.2.up_proj.bitmask"
         tensors[name] = torch.zeros_like(tensors[name])
-    with pytest.raises(
-        RacError, match=r"^model\.layers\.0\.mlp\.experts\.gate_up_proj of expert 2\.row_offsets"
-    ):
-        AutoModelForCausalLM.from_pretrained(tmp_path)
-
-
-def test_experts_of_which_some_are_packed_cannot_be_merged(tmp_path: Path) -> None:
-    mixture_of_experts(tmp_path, "experts.1")
-    with pytest.raises(RacError, match="some of its experts are packed and some are stored dense"):
+    with pytest.raises(RacError, match=r"^model\.layers\.0\.mlp\.experts\.2\.up_proj\.row_offsets"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
