@@ -61,7 +61,7 @@ def test_transformers_never_asks_whether_to_run_code():
         call
         for call in calls
         if "trust_remote_code=False" not in call
-        and "output_loading_info=True, **kwargs" not in call
+        and "trust_remote_code=trust_remote_code" not in call
     ]
 
 

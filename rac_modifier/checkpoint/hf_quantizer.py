@@ -84,12 +84,14 @@ def load_model(
             check_packed(files, packed_format(config))
     else:
         check_is_id(model)
-    options = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    options["trust_remote_code"] = trust_remote_code
     try:
         _check_rotations(model, config)
         loading: Any = AutoModelForCausalLM.from_pretrained(
-            str(model), **from_pretrained_kwargs | options
+            str(model),
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **from_pretrained_kwargs,
         )
     except (RacError, torch.OutOfMemoryError):
         raise

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from rac_modifier.checkpoint.pack_plan import MatrixPlan, PackPlan
 
 _HEAD = ("module", "shape", "dtype", "pattern", "zeros", "bytes", "packed", "note")
-_AGAIN = "nothing is written; run the same command again"
 
 
 def pack(
@@ -58,7 +57,7 @@ def pack(
     from rac_modifier.checkpoint.packing import pack_model
 
     target = None if check else out
-    with resumable(_AGAIN):
+    with resumable(lambda: _next_step(target)):
         source = local_folder(resolve(model))
         if target is not None:
             check_output_folder(target, source, 0)
@@ -95,7 +94,7 @@ def unpack(
     from rac_modifier.checkpoint.output_folder import local_folder
     from rac_modifier.checkpoint.packing import unpack_model
 
-    with resumable(_AGAIN):
+    with resumable(lambda: _next_step(out)):
         summary = unpack_model(local_folder(resolve(packed)), out)
     if as_json:
         print_json({"out": str(out), **asdict(summary)})
@@ -104,6 +103,15 @@ def unpack(
         f"{len(summary.modules)} modules unpacked, {summary.packed_bytes:,} -> "
         f"{summary.dense_bytes:,} bytes; {out} loads without rac_modifier"
     )
+
+
+def _next_step(out: Path | None) -> str:
+    """Return the next step after Ctrl-C; config.json is the last file of a folder."""
+    if out is None or not out.is_dir() or not any(out.iterdir()):
+        return "nothing is written; run the same command again"
+    if (out / "config.json").exists():
+        return f"{out} is complete; nothing is left to do"
+    return f"{out} is not complete: remove it, and run the same command again"
 
 
 def render_plan(plan: PackPlan) -> str:

@@ -112,6 +112,11 @@ class Protocol:
         if not divergence:
             top_p = TOP_P if self.top_p is None else self.top_p
             values = {"temperature": self.temperature or 0.0, "top_p": top_p, "top_k": 0}
+        if self.samples > 1 and values["temperature"] == 0:
+            raise RacError(
+                f"--samples {self.samples} at temperature 0 are the same answer; give "
+                "--temperature 0.6"
+            )
         values |= {"max_new_tokens": self.cap, "samples_per_problem": self.samples}
         values |= {"seed": self.seed, "batch_size": batch_size, **prompt.model_dump()}
         return check_settings(SamplingSettings, values, "rac eval")

@@ -102,8 +102,9 @@ def recover(
     steps = plan_steps(training, settings, model.device, processes.count)
     started = time.monotonic()
     quantized, masks = quantized or {}, sparse_masks(model) if masks is None else masks
-    rates = [settings.learning_rate or 0.0]
-    if not settings.learning_rate:
+    if settings.learning_rate:
+        rates = [settings.learning_rate]
+    else:
         highest = default_learning_rate(sum(p.numel() for p in model.parameters()))
         rates = [highest / _LOWER**n for n in range(_TRIES)]
     trained_masks = {trained_name(name, quantized): mask for name, mask in masks.items()}

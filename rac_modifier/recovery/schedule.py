@@ -21,7 +21,7 @@ _BATCH_COST = 64
 
 def default_learning_rate(parameters: int) -> float:
     """Return the highest learning rate by the power law; 3.6e-5 at 7 B, which was not tried."""
-    return _RATE * (max(parameters, 1) / _PARAMETERS) ** _EXPONENT
+    return _RATE * (parameters / _PARAMETERS) ** _EXPONENT
 
 
 def rate_at(step: int, steps: int) -> float:

@@ -164,8 +164,11 @@ def test_text_of_a_file_is_cut_into_sequences(tokenizer, tmp_path):
     sequences = read(tokenizer, source=str(tmp_path / "t.jsonl"), column="body")
     assert len(sequences) == sum(len(tokenizer(text)["input_ids"]) for text in TEXTS) // 32
     (tmp_path / "t.txt").write_text("".join(TEXTS))
+    whole = tokenizer("".join(TEXTS))["input_ids"]
+    text = GenericText(source=str(tmp_path / "t.txt"), sequence_tokens=len(whole))
+    assert list(generic_token_sequences(tokenizer, text, 0)) == [whole]
     ids = [i for sequence in read(tokenizer, source=str(tmp_path / "t.txt")) for i in sequence]
-    assert ids == tokenizer("".join(TEXTS))["input_ids"][: len(ids)]
+    assert ids == whole[: len(ids)]
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,7 @@ def test_the_first_prompts_are_held_out_with_all_their_samples():
     traces = [trace(str(i)) for i in range(10)]
     held, others = split(traces, 55)
     assert ids(held) == ["0#0", "1#0", "2#0", "3#0", "4#0", "5#0"]
+    assert split(traces, 51)[0] == split(traces, 60)[0] == held
     assert ids(held) + ids(others) == ids(traces)
     assert split(traces[:7], 55)[0] == held
     samples = [trace(str(i), sample, length=50) for i in range(6) for sample in range(2)]

@@ -16,7 +16,6 @@ from tests.sampling.fake_server import FakeServer, shorten_pauses
 
 SERVER, FILE = {"servers": ("http://a",)}, {"path": Path("a.jsonl")}
 TWO, NO_MODEL = {"servers": ("http://a", "http://b")}, {"models": ()}
-TWICE = {"servers": ("http://a", "http://a/v1")}
 FEW = ("--problems", 3, "--cap", 8)
 
 
@@ -36,7 +35,6 @@ def answering(**changes) -> Answering:
         ({}, NO_MODEL, "no model is named; give a model folder"),
         (TWO | FILE, NO_MODEL, "--answers a.jsonl is for one server, and several are named"),
         (TWO | {"served_as": ("m",)}, NO_MODEL, "2 servers and --served-as 1 models; give one"),
-        (TWICE, NO_MODEL, "base_urls names a server twice"),
         (SERVER | {"served_as": ("m", "n")}, {}, "--served-as m and n name one model; give one"),
         (SERVER, {"models": (), "written": {"card"}}, "--card needs a model folder"),
     ],

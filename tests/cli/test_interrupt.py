@@ -44,7 +44,7 @@ def interrupt(*args: object, **options: object) -> None:
         (
             ["unpack", "MODEL", "out"],
             "checkpoint.output_folder.local_folder",
-            "out is not written; run the same",
+            "nothing is written; run the same",
         ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -153,7 +153,7 @@ def test_ctrl_c_while_a_model_is_packed_leaves_no_config(
     monkeypatch.chdir(tmp_path)
     words = ["pack", str(dense_folder), "out"]
     said = stopped_at("out/.rac_saving/rac_run.json", words, tmp_path)
-    assert said == "out is not written; run the same command again"
+    assert said == "nothing is written; run the same command again"
     assert not Path("out").exists()
     said = stopped_at("out/model.safetensors", words, tmp_path)
     assert said == "out is not complete: remove it, and run the same command again"

@@ -50,6 +50,15 @@ def test_equals_the_direct_sum(columns, tokens, batches, seed):
     assert hessian.tokens == hessian.weight_sum == batches * tokens
 
 
+def test_the_tokens_of_all_shards_are_counted():
+    hessian = Hessian(3)
+    for tokens in (2, 5):
+        hessian.add(gaussian(tokens, 3), torch.full((tokens,), 0.5))
+        hessian.end_shard()
+    hessian.finish()
+    assert (hessian.tokens, hessian.weight_sum) == (7, 3.5)
+
+
 @pytest.mark.parametrize("rows", [16, 4096])
 def test_weights_are_repeated_tokens(rows, monkeypatch):
     monkeypatch.setattr(module, "ROWS", rows)
