@@ -61,6 +61,7 @@ def test_unpadded_and_joined_have_the_same_tokens_in_order(lengths):
     chosen = sequences(lengths)
     alone = loader(chosen).unpadded()
     assert [tuple(b["input_ids"][0].tolist()) for b in alone] == [s.ids for s in chosen]
+    assert all(row.prompt_tokens == 0 for row in loader(chosen).joined().sequences)
     rows = [batch["input_ids"] for batch in loader(chosen).joined()]
     assert {tuple(row.shape) for row in rows} == {(1, max(lengths))}
     joined = torch.cat(rows, dim=1)[0].tolist()

@@ -57,6 +57,12 @@ def test_a_longer_sequence_begins_a_batch_where_padding_would_cost_more():
         assert lengths(step) == [[10, 12, 80, 100, 130]]
 
 
+def test_a_batch_may_have_exactly_batch_tokens():
+    data = [(list(range(30)), 2)] * 6
+    (step,) = planned(data, step_tokens=1000, batch_tokens=90)
+    assert lengths(step) == [[30, 30, 30], [30, 30, 30]]
+
+
 def test_a_small_set_makes_one_step():
     (step,) = planned(sequences(2), step_tokens=10_000)
     assert sum(map(len, step.batches)) == 2
