@@ -181,6 +181,6 @@ constexpr Floats floats() {
 }  // namespace
 
 extern const Floats avx2_floats = floats();
-extern const Kernel avx2_kernel = {"avx2", "AVX2", &avx2_floats, nullptr, &avx2_integers, nullptr, {-1, 512, 512}};
+extern const Kernel avx2_kernel = {"avx2", "AVX2", &avx2_floats, nullptr, &avx2_integers, nullptr, {-1, -1, -1}};
 
 }  // namespace rac

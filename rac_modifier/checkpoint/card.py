@@ -54,7 +54,7 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", dtype="auto"
 ## Serve
 
 ```bash
-vllm serve path/to/this/folder{option}
+vllm serve path/to/this/folder
 ```
 
 {serve}"""
@@ -198,8 +198,7 @@ def _with_part(card: str, marks: tuple[str, str], text: str) -> str:
 def _how_to_use(packed: bool, schemes: Iterable[str] = ()) -> str:
     """Return the sections with the commands for loading and serving."""
     few_bits = sorted({bits[0] for scheme in schemes if (bits := _FEW_BITS.search(scheme))})
-    first = option = ""
-    serve = "The weights are stored dense, so stock vLLM serves them."
+    first, serve = "", "Stock vLLM serves these weights where it has a kernel for them."
     if packed:
         first = "import rac_modifier  # lets transformers read packed sparse weights\n"
         serve = (
@@ -207,12 +206,11 @@ def _how_to_use(packed: bool, schemes: Iterable[str] = ()) -> str:
             "`rac unpack` writes an ordinary dense checkpoint, which needs no rac_modifier."
         )
     elif few_bits:
-        option = " --quantization rac"
         serve = (
             "rac_modifier must be installed next to vLLM, which has no kernel for "
             f"{' or '.join(few_bits)} weights on a CPU."
         )
-    return _HOW_TO_USE.format(first=first, option=option, serve=serve)
+    return _HOW_TO_USE.format(first=first, serve=serve)
 
 
 def _table(rows: Mapping[str, Any]) -> str:

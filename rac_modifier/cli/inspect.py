@@ -84,8 +84,8 @@ def inspect(
         )
     elif codes := plan_dense_codes(folder):
         typer.echo(
-            "\nWith --quantization rac, which 2 and 3 bits need, on this machine's CPU:\n"
-            f"{render_plan(codes)}"
+            "\nServed with vLLM on this machine's CPU (with --quantization rac if another tool "
+            f"saved it):\n{render_plan(codes)}"
         )
 
 

@@ -46,7 +46,7 @@ def test_full_record() -> None:
     ):
         assert expected in card
     dense = model_card(RECORD, MIT, packed=False)
-    assert "stock vLLM serves them" in dense
+    assert "Stock vLLM serves these weights" in dense
     assert "rac_modifier" not in dense
     assert "|  |" not in model_card({}, MIT)
 
@@ -89,9 +89,9 @@ def test_kl_with_its_interval() -> None:
 def test_how_to_serve_few_bits(bits: int) -> None:
     record = {**RECORD, "quantization": [f"int{bits} in groups of 64 (pack-quantized)"]}
     card = model_card(record, MIT, packed=False)
-    assert "vllm serve path/to/this/folder --quantization rac\n" in card
+    assert "vllm serve path/to/this/folder\n" in card
     assert f"vLLM, which has no kernel for int{bits} weights on a CPU." in card
-    assert "stock vLLM" not in card
+    assert "Stock vLLM" not in card
 
 
 @pytest.mark.parametrize("before", ["---\nlicense: mit\n---\n\n# Theirs\n\nText.\n", None])
