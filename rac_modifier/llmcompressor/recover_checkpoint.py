@@ -119,7 +119,8 @@ def recover_checkpoint(
         tokenizer.save_pretrained(output)
         pruned.save_pretrained(output)  # last: an output with a card is complete
     except (OSError, SafetensorError, RacError) as error:
-        shutil.rmtree(output, ignore_errors=True)  # it was new or empty
+        if not (output / CONFIG_FILE).exists():  # else another run has saved there meanwhile
+            shutil.rmtree(output, ignore_errors=True)
         raise RacError(
             f"{output}: the recovered model cannot be written ({error}); what was trained "
             f"is kept in {stage.folder}: make room, and run the same command again, which does "

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import rac_modifier
 from rac_modifier import cli
+from rac_modifier.errors import RacError
 from rac_modifier.llmcompressor import recovery_stage
 from rac_modifier.recovery.training_loop import TrainingLoop
 from rac_modifier.traces.store import TraceStore
@@ -70,6 +71,16 @@ def test_the_result_keeps_every_zero_and_an_output_that_cannot_be_written_costs_
     assert "out: the recovered model cannot be written ([Errno 28] No space left on device)" in text
     assert "run the same command again, which does not train again" in text
     assert not (tmp_path / "out").exists()
+
+    def another_run(*args, **options):
+        shutil.copytree(sparse_folder, "out", dirs_exist_ok=True)
+        raise RacError("out holds a checkpoint")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("rac_modifier.checkpoint.saving.pack_checkpoint", another_run)
+        assert rac("recover", tiny_folder, sparse_folder, "out", *OPTIONS)[0] == 1
+    assert (tmp_path / "out" / "config.json").exists()
+    shutil.rmtree("out")
     assert steps.pop()
     steps.clear()
     code, stdout, stderr = rac("recover", tiny_folder, sparse_folder, "out", *OPTIONS)
