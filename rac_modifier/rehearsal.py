@@ -33,17 +33,13 @@ class LiveBytes(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        inputs = {
-            id(t.untyped_storage())
-            for t in tree_leaves((args, kwargs))
-            if isinstance(t, torch.Tensor)
-        }
         result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
+        outputs = [result] if isinstance(result, torch.Tensor) else tree_leaves(result)
+        for tensor in outputs:
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
                 key = id(storage)
-                if key not in inputs and key not in self._storages:
+                if key not in self._storages and not _is_of_input(key, args, kwargs):
                     reference = weakref.ref(storage, partial(self._forget, key))
                     self._storages[key] = reference, storage.nbytes()
                     self.now += storage.nbytes()
@@ -52,6 +48,12 @@ class LiveBytes(TorchDispatchMode):
 
     def _forget(self, key: int, _: object) -> None:
         self.now -= self._storages.pop(key)[1]
+
+
+def _is_of_input(storage: int, args: Any, kwargs: Any) -> bool:
+    """Return whether an operator's input has the storage with this id."""
+    inputs = (t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor))
+    return any(id(tensor.untyped_storage()) == storage for tensor in inputs)
 
 
 def widened_peak(rehearse: Callable[[int], int], columns: int, multiple: int = 1) -> int:

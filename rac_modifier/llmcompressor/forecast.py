@@ -8,8 +8,9 @@ attention. Statistics, solver and a forward pass are rehearsed (rehearsal.py).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from rac_modifier.calibration.loader import CalibrationLoader
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.teacher_forcing import input_of_head
 from rac_modifier.llmcompressor.run import Run
-from rac_modifier.llmcompressor.solving import solve_problems
+from rac_modifier.llmcompressor.solving import solve_problems, solver_settings
 from rac_modifier.model_tools import free_bytes
 from rac_modifier.platform import HEAP_GAPS, expect_growth
 from rac_modifier.pruning.hessian import ROWS, Statistics, numbers_of_shard
@@ -32,6 +33,7 @@ from rac_modifier.settings.entries import PruningEntry
 from rac_modifier.settings.pattern import Pattern
 
 _FLOAT32 = 4
+_SOLVER_PEAKS: dict[Any, int] = {}  # a run asks twice, and later runs of the process ask again
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ class Forecast:
 
     def __post_init__(self) -> None:
         self.dense_target = self.entry.reconstruct == "dense" and not self.by_layer
-        self._rehearsed: dict[Any, tuple[int, int]] = {}
+        self._statistics_peaks: dict[Any, int] = {}
 
     @classmethod
     def of(
@@ -127,16 +129,19 @@ class Forecast:
             widths = [g.columns for g in self.groups if g.layer == group.layer and g is not group]
         hessians = _FLOAT32 * sum(width**2 for width in widths)
         summed = _FLOAT32 * sum(map(numbers_of_shard, widths))
+        sizes = [grid.group_size or 1 for grid in group.grids if grid is not None]
+        pattern = self.entry.pattern
+        multiple = math.lcm(*sizes, pattern.m if pattern and pattern.m else 1)
+
+        def peak(peaks: dict[Any, int], key: Any, rehearse: Callable[[Group, int], int]) -> int:
+            if key not in peaks:
+                peaks[key] = widened_peak(partial(rehearse, group), group.columns, multiple)
+            return peaks[key]
+
         shape = group.columns, group.rows, group.grids
-        if shape not in self._rehearsed:
-            sizes = [grid.group_size or 1 for grid in group.grids if grid is not None]
-            pattern = self.entry.pattern
-            multiple = math.lcm(*sizes, pattern.m if pattern and pattern.m else 1)
-            self._rehearsed[shape] = (
-                widened_peak(lambda w: self._statistics(group, w), group.columns, multiple),
-                widened_peak(lambda w: self._solver(group, w), group.columns, multiple),
-            )
-        statistics, solving = self._rehearsed[shape]
+        solver = (*solver_settings(self.entry).values(), pattern, self.dtype, self.dense_target)
+        statistics = peak(self._statistics_peaks, shape, self._statistics)
+        solving = peak(_SOLVER_PEAKS, (shape, solver), self._solver)
         return hessians + max(summed + statistics + self.forward, solving)
 
     def _statistics(self, group: Group, width: int) -> int:

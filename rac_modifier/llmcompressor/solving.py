@@ -45,6 +45,18 @@ class Pruned:
         return {name: x for name, x in vars(self).items() if isinstance(x, torch.Tensor)}
 
 
+def solver_settings(entry: PruningEntry) -> dict[str, Any]:
+    """Return the arguments of `solve_many`; they decide what its work takes."""
+    return {
+        "method": entry.solver,
+        "dampening_frac": entry.dampening_frac,
+        "refit": entry.refit,
+        "iterations": entry.iterations,
+        "refit_steps": entry.refit_steps,
+        "keep_factor": entry.quantization is not None,
+    }
+
+
 def solve_problems(
     entry: PruningEntry,
     problems: Sequence[Problem],
@@ -52,15 +64,7 @@ def solve_problems(
     dtype: torch.dtype,
 ) -> list[list[tuple[Solution, Quantized | None]]]:
     """Prune the modules of each problem; round those with a grid to `dtype`."""
-    solved = solve_many(
-        entry.solver,
-        problems,
-        dampening_frac=entry.dampening_frac,
-        refit=entry.refit,
-        iterations=entry.iterations,
-        refit_steps=entry.refit_steps,
-        keep_factor=entry.quantization is not None,
-    )
+    solved = solve_many(problems=problems, **solver_settings(entry))
     if entry.quantization is None:
         return [[(solution, None) for solution in solutions] for solutions in solved]
     rounded = quantize_many(
