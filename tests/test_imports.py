@@ -25,7 +25,7 @@ FLOORS = [
     ["evaluation", "vllm_plugin"],
     ["recovery", "frontier"],
     ["llmcompressor"],
-    ["__init__"],
+    ["__init__", "__main__"],
     ["cli"],
 ]
 COMPRESS_ONLY = ("llmcompressor",)  # the room that imports llmcompressor

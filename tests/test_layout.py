@@ -11,6 +11,7 @@ LONGEST = 360  # lines
 # class needs no entry.
 NO_MIRROR = {
     "__init__.py": "the public names and what importing them costs: tests/test_imports.py",
+    "__main__.py": "runs another tool: tests/evaluation/test_lm_eval.py",
     "cli/__main__.py": "calls rac_modifier.cli:main, which tests/cli runs as a process",
     "errors.py": "the class RacError alone; every test of a message raises it",
 }

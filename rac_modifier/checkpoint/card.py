@@ -163,7 +163,7 @@ def add_measured(
 ) -> None:
     """Write figures into the record and the card of a model; they replace figures of the same kind.
 
-    result, reference: `as_dict()` of an EvalResult or a DivergenceResult.
+    result, reference: `asdict` of an EvalResult or a DivergenceResult.
     conditions: `source` (of the problems) and `prompt` in words; `protocol`: further lines.
     paired: the comparison of both models, problem by problem, in words, without paths.
     """

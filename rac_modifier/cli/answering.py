@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence, Set
+import os
+from collections.abc import Iterator, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,11 +15,11 @@ from rac_modifier.errors import RacError
 
 if TYPE_CHECKING:
     from rac_modifier.evaluation.results import EvalResult
-    from rac_modifier.problems.answers import Verifier
     from rac_modifier.problems.source import Problem
     from rac_modifier.settings.problems import ProblemSource
-    from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
+    from rac_modifier.settings.sampling import EngineSettings
 
+API_KEY = "OPENAI_API_KEY"  # as in OpenAI's own client
 _TIMEOUT = 600.0  # seconds per answer, at least
 _SECONDS_PER_TOKEN = 0.25  # of one answer among many, on a slow server
 
@@ -41,9 +42,14 @@ def engine_of(
     from rac_modifier.settings.check import check_settings
     from rac_modifier.settings.sampling import EngineSettings
 
-    timeout = max(_TIMEOUT, cap * _SECONDS_PER_TOKEN)
-    values = {"model": served_as, "concurrency": concurrency, "timeout": timeout}
-    return check_settings(EngineSettings, {"base_urls": urls, **values}, "--server")
+    values = {
+        "base_urls": urls,
+        "model": served_as,
+        "concurrency": concurrency,
+        "timeout": max(_TIMEOUT, cap * _SECONDS_PER_TOKEN),
+        "api_key_env": API_KEY if os.environ.get(API_KEY) else None,
+    }
+    return check_settings(EngineSettings, values, "--server")
 
 
 @dataclass(frozen=True)
@@ -59,46 +65,37 @@ class Answering:
 
     def check(self, models: Sequence[str], written: Set[str], *, divergence: bool) -> None:
         """Refuse contradictions, also among the options `written` by the user (RacError)."""
-        needless = () if models else written & {"card", "template"}
-        for holds, message in (
-            (
-                not models and not self.servers,
-                "no model is named; give a model folder, a Hugging Face id, or --server URL",
+        served, count = bool(self.servers), len(self.served_as)
+        contradictions = {
+            "no model is named; give a model folder, a Hugging Face id, or --server URL": (
+                not models and not served
             ),
-            (
-                len(self.served_as) > 1 and bool(models),
-                f"--served-as {' and '.join(self.served_as)} name one model; give one of them",
+            f"--served-as names {count} models; give one name, that of the model folder": (
+                bool(models) and count > 1
             ),
-            (
-                bool(needless),
-                f"--{min(needless, default='')} needs a model folder; leave it out",
+            f"--served-as names {count} models for {len(self.servers)} servers; give one per "
+            "server, in their order": not models and count not in (0, len(self.servers)),
+            "--card and --template need a model folder; leave them out": (
+                not models and bool(written & {"card", "template"})
             ),
-            (
-                "precision" in written and bool(self.servers),
-                "--precision is for a model that is loaded here; leave it out with --server",
+            "--precision is for a model that is loaded here; leave it out with --server": (
+                served and "precision" in written
             ),
-            (
-                divergence and (self.serve or bool(self.servers)),
-                "--divergence asks the model in this process; leave --server and --serve out",
+            "--divergence asks the model in this process; leave --server and --serve out": (
+                divergence and (self.serve or served)
             ),
-            (
-                self.serve and bool(self.servers),
-                f"--serve and --server {', '.join(self.servers)}: leave one of them out",
+            f"--serve and --server {', '.join(self.servers)}: leave one of them out": (
+                self.serve and served
             ),
-            (
-                len(models) > 1 and (bool(self.servers) or self.path is not None),
-                f"{len(models)} models are named, and --server and --answers are for one; evaluate "
-                "each alone, the dense one with --json FILE, the others with --baseline FILE",
+            f"{len(models)} models are named, and --server and --answers are for one; evaluate "
+            "each alone, the dense one with --json FILE, the others with --baseline FILE": (
+                len(models) > 1 and (served or self.path is not None)
             ),
-        ):
-            if holds:
-                raise RacError(message)
-        if self.servers:
+        }
+        if message := next((text for text, holds in contradictions.items() if holds), None):
+            raise RacError(message)
+        if served:
             engine_of(self.servers, self.concurrency, 1)
-        if not models and len(self._subjects()) > 1 and self.path is not None:
-            raise RacError(
-                f"--answers {self.path} is for one server, and several are named; leave it out"
-            )
         if self.serve:
             from rac_modifier.sampling.own_server import VllmCommand
 
@@ -109,24 +106,18 @@ class Answering:
         models: Sequence[str],
         problems: Sequence[Problem],
         source: ProblemSource,
-        sampling: SamplingSettings,
-        verifiers: Mapping[str, Verifier],
+        **how: Any,
     ) -> list[EvalResult]:
-        """Evaluate the models, or without models the servers, in their order."""
-        how: dict[str, Any] = {
-            "source": source,
-            "sampling": sampling,
-            "path": self.path,
-            "verifiers": verifiers,
-        }
-        with resumable("the answers so far are kept; run the same command again to go on"):
-            if not models:
-                return self._ask_servers(problems, how)
-            return [self._ask_model(name, problems, how) for name in models]
+        """Evaluate the models, or without models the servers, in their order.
 
-    def _ask_model(
-        self, name: str, problems: Sequence[Problem], how: Mapping[str, Any]
-    ) -> EvalResult:
+        `how`: sampling and verifier, as `evaluate` takes them.
+        """
+        with resumable("the answers so far are kept; run the same command again to go on"):
+            if models:
+                return [self._ask_model(name, problems, source=source, **how) for name in models]
+            return self._ask_servers(problems, **how)
+
+    def _ask_model(self, name: str, problems: Sequence[Problem], **how: Any) -> EvalResult:
         from rac_modifier.evaluation.accuracy import evaluate
 
         cap = how["sampling"].max_new_tokens
@@ -138,29 +129,17 @@ class Answering:
         served = self.serve or self.servers
         model = subject_of(name) if served else load_on_accelerator(name, self.precision)
         with engine as settings:
-            return evaluate(*model, problems, label=name, engine=settings, **how)
+            return evaluate(*model, problems, label=name, engine=settings, path=self.path, **how)
 
-    def _ask_servers(self, problems: Sequence[Problem], how: Mapping[str, Any]) -> list[EvalResult]:
+    def _ask_servers(self, problems: Sequence[Problem], **how: Any) -> list[EvalResult]:
         from rac_modifier.evaluation.chat import evaluate_chat
 
-        results, subjects = [], self._subjects()
-        for url, name in subjects:
-            engine = engine_of((url,), self.concurrency, how["sampling"].max_new_tokens, name)
-            results.append(evaluate_chat(problems, engine=engine, **how))
+        names, cap = self.served_as or (None,) * len(self.servers), how["sampling"].max_new_tokens
+        results = []
+        for url, name in zip(self.servers, names, strict=True):
+            engine = engine_of((url,), self.concurrency, cap, name)
+            results.append(evaluate_chat(problems, engine=engine, path=self.path, **how))
         if len({result.label for result in results}) == len(results):
             return results
-        urls = (url for url, _ in subjects)
-        return [
-            replace(r, label=f"{r.label} at {url}") for r, url in zip(results, urls, strict=True)
-        ]
-
-    def _subjects(self) -> list[tuple[str, str | None]]:
-        """Return address and name of each model without a folder (RacError: they do not match)."""
-        names = self.served_as or (None,) * len(self.servers)
-        urls = self.servers * len(names) if len(self.servers) == 1 else self.servers
-        if len(urls) != len(names):
-            raise RacError(
-                f"--server names {len(urls)} servers and --served-as {len(names)} models; give one "
-                "name per server, in the order of the servers"
-            )
-        return list(zip(urls, names, strict=True))
+        pairs = zip(results, self.servers, strict=True)
+        return [replace(result, label=f"{result.label} at {url}") for result, url in pairs]

@@ -79,12 +79,12 @@ def _versions() -> Iterator[Finding]:
 def _extras() -> Iterator[Finding]:
     """Examine each extra: whole, missing, or with packages of a version that does not fit."""
     for extra in _EXTRAS:
-        requirements = _requirements(extra)
-        if not requirements:
+        try:
+            packages = list(_packages(extra))
+        except metadata.PackageNotFoundError:
             detail = "unknown: rac-modifier runs from a source tree that is not installed"
             yield Finding(extra, "missing", detail)
             continue
-        packages = [_package(name, versions) for name, versions in requirements.items()]
         statuses = [status for status, _ in packages]
         status = next(status for status in _WORST_FIRST if status in statuses)
         shown = [text for package, text in packages if status == "ok" or package != "ok"]
@@ -93,34 +93,23 @@ def _extras() -> Iterator[Finding]:
         yield Finding(extra, status, ", ".join(shown), install)
 
 
-def _requirements(extra: str) -> dict[str, str]:
-    """Return version ranges by package; empty where this package is not installed."""
+def _packages(extra: str) -> Iterator[tuple[Status, str]]:
+    """Yield status and description of each package of an extra."""
     from packaging.requirements import Requirement
 
-    try:
-        lines = metadata.requires(DISTRIBUTION) or []
-    except metadata.PackageNotFoundError:
-        return {}
-    ranges = {}
-    for requirement in map(Requirement, lines):
-        marker = str(requirement.marker or "")
+    for requirement in map(Requirement, metadata.requires(DISTRIBUTION) or []):
+        name, marker = requirement.name, str(requirement.marker or "")
         needed = "extra" not in marker if extra == _BASE else f'"{extra}"' in marker
-        if needed and requirement.name != DISTRIBUTION:
-            ranges[requirement.name] = str(requirement.specifier)
-    return ranges
-
-
-def _package(name: str, versions: str) -> tuple[Status, str]:
-    """Tell whether a package is installed in a version of the range `versions`."""
-    from packaging.specifiers import SpecifierSet
-
-    try:
-        version = metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "missing", f"{name} not installed"
-    if SpecifierSet(versions).contains(version, prereleases=True):
-        return "ok", f"{name} {version}"
-    return "broken", f"{name} {version}, but {versions} is needed"
+        if not needed or name == DISTRIBUTION:
+            continue
+        try:
+            version = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            yield "missing", f"{name} not installed"
+            continue
+        fits = requirement.specifier.contains(version, prereleases=True)
+        text = f"{name} {version}" + ("" if fits else f", but {requirement.specifier} is needed")
+        yield "ok" if fits else "broken", text
 
 
 def _kernels() -> Iterator[Finding]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -153,29 +153,28 @@ def evaluate(
     sampling = protocol.sampling(prompt, batch_size, divergence=divergence)
     asked = protocol.load()
     if not divergence:
-        check_problems(asked, protocol.verifiers())
+        check_problems(asked, protocol.verifier)
 
     pairs: list[PairedDifference] = []
     content: dict[str, Any] = {"prompt": prompt.model_dump()}
     reference: dict[str, Any] | None = None
     if divergence:
         compared = _divergences(models, asked, sampling, precision)
-        content["divergence"] = results = [result.as_dict() for result in compared]
+        content["divergence"] = results = list(map(asdict, compared))
         reference = {"label": models[0]}
         lines = [render_results(divergence_table(compared))]
     else:
-        answered = answering.run(
-            models, asked, protocol.problem_source, sampling, protocol.verifiers()
-        )
-        content["results"] = results = [result.as_dict() for result in answered]
-        content["protocol"] = protocol.record(len(asked), sampling)
+        how = {"sampling": sampling, "verifier": protocol.verifier}
+        answered = answering.run(models, asked, protocol.problem_source, **how)
+        content["results"] = results = list(map(asdict, answered))
+        content["protocol"] = protocol.record(sampling)
         content["stopping"] = [summary(result.endings) for result in answered]
         first, *others = [*paired_with[:1], *answered]
         if pairs := [paired_difference(first, result) for result in others]:
-            content["paired"] = [pair.as_dict() for pair in pairs]
-            reference = first.as_dict()
+            content["paired"] = list(map(asdict, pairs))
+            reference = asdict(first)
         lines = _accuracy_lines(answered, pairs)
-    on_preset = protocol.describe(len(asked))
+    on_preset = protocol.describe()
     if to_stdout:
         print_json(content)
     else:

@@ -84,7 +84,7 @@ def frontier(
     held_out = held_out_of(grid.evaluation, prompt)
     about = _about(model, grid.evaluation, held_out, prompt, precision)
     folder = FrontierFolder(out)
-    folder.check(about)
+    folder.begin(about, check=True)
     check_finished(folder, planned)
     if check:
         typer.echo("\n".join(f"{run.label}: {run.group}" for run in planned))

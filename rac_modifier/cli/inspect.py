@@ -94,13 +94,18 @@ def _choose_activations(
 ) -> None:
     """Measure layers with 8-bit activations on the model's answers; record the choice."""
     from rac_modifier.checkpoint.record import record_activations
-    from rac_modifier.evaluation.activations import check_original, choose_activations, layers_of
+    from rac_modifier.evaluation.activations import (
+        activations_table,
+        check_original,
+        choose_activations,
+        layers_of,
+    )
     from rac_modifier.evaluation.calibrated_prompt import choose_prompt, recorded_prompts
     from rac_modifier.evaluation.teacher_forcing import sample_sequences
     from rac_modifier.problems.held_out import held_out_problems
     from rac_modifier.settings.sampling import SamplingSettings
 
-    layers, left_out = layers_of(folder, recorded=dense is None)
+    layers = layers_of(folder, recorded=dense is None)
     original = None
     if dense is not None:
         check_model(resolve(dense))
@@ -112,15 +117,13 @@ def _choose_activations(
     prompt, _ = choose_prompt({str(folder): recorded_prompts(str(folder))})
     sampling = SamplingSettings(max_new_tokens=_CAP, **prompt.model_dump())
     samples = sample_sequences(model, tokenizer, problems, sampling)
-    choice = choose_activations(model, layers, samples, limit, original)
-    entry = {**choice.as_dict(source), "left_out": left_out}
-    record_activations(folder, choice.modules, entry)
+    entry = {"source": source, **choose_activations(model, layers, samples, limit, original)}
+    chosen = [name for name, row in entry["layers"].items() if row["bits"] == 8]
+    record_activations(folder, chosen, entry)
     if as_json:
         print_json(entry)
         return
-    typer.echo(render_results(choice.table()))
-    for reason, count in left_out.items():
-        typer.echo(f"left out: {count} modules: {reason}")
+    typer.echo(render_results(activations_table(entry)))
     typer.echo(f"written into config.json of {folder}")
 
 

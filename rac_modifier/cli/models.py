@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ from rac_modifier.cli.options import Dtype
 from rac_modifier.errors import RacError
 
 _NAMES = 'give a model folder, a Hugging Face id, or "reasoner"'
-_NUMBERED_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 def resolve(model: str) -> str:
@@ -109,39 +107,20 @@ def unpacked(source: str, precision: Dtype) -> Any:
     return load_model(source, dtype=precision.value) if packed else source
 
 
-def check_loading(source: str, precision: Dtype) -> None:
-    """Refuse a model that does not fit into the host's memory while it is loaded (RacError).
+def check_loading(source: str) -> None:
+    """Refuse a model whose weights do not fit into the host's memory (RacError).
 
-    Processes share the pages of its files. Each converts weights to another dtype, and merges
-    experts, for itself. A model that is not in the hub's cache is not checked.
+    A model that is not in the hub's cache is not checked.
     """
     import psutil
-    import torch
 
-    from rac_modifier.checkpoint.files import INDEX_FILE, SINGLE_FILE, TensorFiles
-    from rac_modifier.checkpoint.output_folder import cached_folder
-    from rac_modifier.processes import started_processes
+    from rac_modifier.checkpoint.output_folder import bytes_of_weights
 
-    folder, count = cached_folder(source), started_processes()
-    if folder is None or not any((folder / name).is_file() for name in (SINGLE_FILE, INDEX_FILE)):
-        return
-    shared = private = 0
-    with TensorFiles(folder) as files:
-        for name in files.by_file():
-            stored, nbytes = files.dtype(name), files.nbytes(name)
-            as_stored = precision is Dtype.AUTO or not stored.is_floating_point
-            loaded = stored if as_stored else getattr(torch, precision.value)
-            nbytes = nbytes // stored.itemsize * loaded.itemsize
-            if loaded is not stored or _NUMBERED_EXPERT.search(name):
-                private += nbytes
-            else:
-                shared += nbytes
-    needed, available = shared + count * private, int(psutil.virtual_memory().available)
-    if needed > available:
-        fewer = f"start fewer than {count} processes, or " if count > 1 and private else ""
+    size, available = bytes_of_weights(source), int(psutil.virtual_memory().available)
+    if size is not None and size > available:
         raise RacError(
-            f"loading {source} takes {needed / 2**30:.1f} GiB of the host's memory, and "
-            f"{available / 2**30:.1f} GiB are available: {fewer}use a machine with more memory"
+            f"the weights of {source} take {size / 2**30:.1f} GiB of the host's memory, and "
+            f"{available / 2**30:.1f} GiB are available: use a machine with more memory"
         )
 
 

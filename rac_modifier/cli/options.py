@@ -104,16 +104,15 @@ def resumable(next_step: str | Callable[[], str]) -> Iterator[None]:
         raise typer.Exit(130) from None  # 128 + SIGINT, as shells have it
 
 
-def saving_step(output: Path, results: str) -> str:
-    """Return the next step after Ctrl-C, for the files in the folder that a model is saved in.
+def saving_step(output: Path | None, kept: str = "nothing is written") -> str:
+    """Return the next step after Ctrl-C, for the folder that a model is saved in.
 
-    `results` are kept elsewhere, such as "the traces".
+    `kept` says what a next run goes on with while that folder is empty.
     """
     from rac_modifier.checkpoint.files import CONFIG_FILE
 
-    text = f"{results} are kept and will be used; run the same command again"
-    if not output.is_dir() or not any(output.iterdir()):
-        return text
+    if output is None or not output.is_dir() or not any(output.iterdir()):
+        return f"{kept}; run the same command again"
     if (output / CONFIG_FILE).exists():  # the last file
         return f"{output} holds the whole model; if it has no tokenizer, copy the dense model's"
-    return f"{output} is not complete: remove it. Then, {text}"
+    return f"{output} is not complete: remove it, and run the same command again"

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rac_modifier.cli.models import resolve
-from rac_modifier.cli.options import AsJson, Model, print_json, render_table, resumable
+from rac_modifier.cli.options import (
+    AsJson,
+    Model,
+    print_json,
+    render_table,
+    resumable,
+    saving_step,
+)
 
 if TYPE_CHECKING:
     from rac_modifier.checkpoint.pack_plan import MatrixPlan, PackPlan
@@ -57,7 +64,7 @@ def pack(
     from rac_modifier.checkpoint.packing import pack_model
 
     target = None if check else out
-    with resumable(lambda: _next_step(target)):
+    with resumable(lambda: saving_step(target)):
         source = local_folder(resolve(model))
         if target is not None:
             check_output_folder(target, source, 0)
@@ -94,7 +101,7 @@ def unpack(
     from rac_modifier.checkpoint.output_folder import local_folder
     from rac_modifier.checkpoint.packing import unpack_model
 
-    with resumable(lambda: _next_step(out)):
+    with resumable(lambda: saving_step(out)):
         summary = unpack_model(local_folder(resolve(packed)), out)
     if as_json:
         print_json({"out": str(out), **asdict(summary)})
@@ -103,15 +110,6 @@ def unpack(
         f"{len(summary.modules)} modules unpacked, {summary.packed_bytes:,} -> "
         f"{summary.dense_bytes:,} bytes; {out} loads without rac_modifier"
     )
-
-
-def _next_step(out: Path | None) -> str:
-    """Return the next step after Ctrl-C; config.json is the last file of a folder."""
-    if out is None or not out.is_dir() or not any(out.iterdir()):
-        return "nothing is written; run the same command again"
-    if (out / "config.json").exists():
-        return f"{out} is complete; nothing is left to do"
-    return f"{out} is not complete: remove it, and run the same command again"
 
 
 def render_plan(plan: PackPlan) -> str:

@@ -54,7 +54,7 @@ def prune(
     content, source = load_recipe(recipe, overrides), resolve(model)
     check_model(source)
     check_output(output, source, keeps_groups=True)
-    check_loading(source, precision)
+    check_loading(source)
     if check:
         typer.echo(f"{recipe}, {model} and {output} are fine; run the command without --check")
         return
@@ -82,4 +82,4 @@ def _how_to_go_on(output: Path) -> str:
     results = "the traces that were collected"
     if unfinished(output).is_dir():
         results += f" and what is pruned so far ({unfinished(output)})"
-    return saving_step(output, results)
+    return saving_step(output, f"{results} are kept and will be used")

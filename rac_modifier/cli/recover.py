@@ -81,8 +81,8 @@ def recover(
     check_output(output, str(sparse))
     # llm-compressor logs to the standard output that it finds when it is imported
     quiet = redirect_stdout(sys.stderr) if as_json else nullcontext()
-    results = "the traces, and training up to its last state,"
-    with quiet, resumable(lambda: saving_step(output, results)):
+    kept = "the traces, and training up to its last state, are kept and will be used"
+    with quiet, resumable(lambda: saving_step(output, kept)):
         from rac_modifier.llmcompressor.recover_checkpoint import recover_checkpoint
         from rac_modifier.processes import joined_processes
 

@@ -102,24 +102,23 @@ def collect(
             settings.calibration,
             reserved_tokens=settings.recover.reserved_tokens if settings.recover else 0,
         )
-    if as_json:
-        figures = {
-            part: {
-                "store": pool.store.path,
-                "traces": len(pool.store),
-                "tokens": pool.store.counts.tokens,
-                "selected": pool.selection.kept,
-                "usable_tokens": pool.usable_tokens(),
-            }
-            for part, pool in pools.items()
+    figures = {
+        part: {
+            "store": pool.store.path,
+            "traces": len(pool.store),
+            "tokens": pool.store.counts.tokens,
+            "selected": pool.selection.kept,
+            "usable_tokens": pool.usable_tokens(),
         }
+        for part, pool in pools.items()
+    }
+    if as_json:
         print_json({"parts": figures})
         return
-    for part, pool in pools.items():
-        store, selection = pool.store, pool.selection
-        typer.echo(f"{store.path}: {len(store):,} traces, {store.counts.tokens:,} tokens")
-        if selection.kept < selection.total:
-            typer.echo(f"{part}: {selection.describe()}, {pool.usable_tokens():,} tokens")
+    for part, row in figures.items():
+        typer.echo(f"{row['store']}: {row['traces']:,} traces, {row['tokens']:,} tokens")
+        if row["selected"] < row["traces"]:
+            typer.echo(f"{part}: {row['selected']:,} selected, {row['usable_tokens']:,} tokens")
 
 
 @app.command("inspect", short_help="Print what a trace store holds.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,12 @@ from loguru import logger
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rac_modifier.errors import RacError
-from rac_modifier.evaluation.results import EvalResult, Row, summarise
-from rac_modifier.evaluation.stopping import ending_of
+from rac_modifier.evaluation.results import EvalResult, summarise
+from rac_modifier.evaluation.stopping import Row, row_of_text
 from rac_modifier.problems.answer_checker import check_installed
-from rac_modifier.problems.answers import Verifier, is_correct, thinking_length
+from rac_modifier.problems.answers import Verifier, thinking_length
 from rac_modifier.problems.source import Problem
-from rac_modifier.sampling.generate import FinishReason, Generation
+from rac_modifier.sampling.generate import Generation
 from rac_modifier.sampling.model_identity import ModelIdentity
 from rac_modifier.sampling.openai_server import engine_for
 from rac_modifier.sampling.prompts import render_question
@@ -42,7 +42,7 @@ def evaluate(
     sampling: SamplingSettings,
     path: Path | None = None,
     engine: EngineSettings | None = None,
-    verifiers: Mapping[str, Verifier] | None = None,
+    verifier: Verifier | None = None,
 ) -> EvalResult:
     """Measure accuracy, thinking length, endings and speed over `problems`.
 
@@ -54,18 +54,17 @@ def evaluate(
         problems: each with an answer; ids distinct.
         label: the result's name in tables.
         source: of the problems, for the header of the file.
-        sampling: an answer that reaches `max_new_tokens` is right only if it holds the answer.
+        sampling: how answers are sampled.
         path: a .jsonl file; default: `default_path`.
         engine: servers; None is the model in this process.
-        verifiers: by task name, a function that compares answers instead of math-verify.
+        verifier: compares answers instead of math-verify.
 
     Raises:
         RacError: problems that cannot be graded; a file of another model, engine or other
             settings, or in use; servers that cannot be reached, hold another model, or left
             problems without an answer. Answers so far are kept.
     """
-    verifiers = verifiers or {}
-    check_problems(problems, verifiers)
+    check_problems(problems, verifier)
     in_memory = None if isinstance(model, ModelIdentity) else model
     identity = model if isinstance(model, ModelIdentity) else ModelIdentity.of_model(model)
     sampling = sampling.resolved(identity.generation_config)
@@ -95,7 +94,7 @@ def evaluate(
                 lambda problem: render_question(tokenizer, problem.question, sampling),
             ).run(None)
     return summarise(
-        _stored_rows(store, tokenizer, problems, sampling.samples_per_problem, verifiers),
+        _stored_rows(store, tokenizer, problems, sampling.samples_per_problem, verifier),
         label=label,
         seconds=time.monotonic() - started,
         sampling=sampling,
@@ -109,12 +108,8 @@ def default_path(header: StoreHeader, dtype: torch.dtype | None = None) -> Path:
     return path if dtype is None else path.with_stem(f"{path.stem}-{str(dtype)[6:]}")
 
 
-def check_problems(problems: Sequence[Problem], verifiers: Mapping[str, Verifier]) -> None:
-    """Refuse problems that cannot be graded; `verifiers` replace math-verify for their tasks.
-
-    Raises:
-        RacError: no problems, one without an answer, or no math-verify.
-    """
+def check_problems(problems: Sequence[Problem], verifier: Verifier | None) -> None:
+    """Refuse problems that cannot be graded by `verifier`, or without one by math-verify."""
     if not problems:
         raise RacError(
             "no problems to evaluate on; give at least one (check the problem source and its limit)"
@@ -126,7 +121,7 @@ def check_problems(problems: Sequence[Problem], verifiers: Mapping[str, Verifier
             f"{without[0]!r}); name the column that holds the answers (answer_column), or leave "
             "these problems out"
         )
-    if any((p.task or "") not in verifiers for p in problems):
+    if verifier is None:
         check_installed("mathematics")
 
 
@@ -147,39 +142,12 @@ def row_of(
     )
 
 
-def row_of_text(
-    problem: Problem,
-    text: str,
-    verifier: Verifier | None,
-    *,
-    finish: FinishReason,
-    tokens: int,
-    thinking_tokens: int,
-    ids: Sequence[int] = (),
-) -> Row:
-    """Check the answer in a text, and classify its ending; see `ending_of`."""
-    assert problem.answer is not None
-    correct = is_correct(text, problem.answer, verifier)
-    ending = ending_of(
-        text,
-        problem.answer,
-        correct=correct,
-        finish=finish,
-        tokens=tokens,
-        thinking_tokens=thinking_tokens,
-        ids=ids,
-        question=problem.question,
-        verifier=verifier,
-    )
-    return Row(problem.id, problem.task, correct, ending)
-
-
 def _stored_rows(
     store: TraceStore,
     tokenizer: Any,
     problems: Sequence[Problem],
     samples: int,
-    verifiers: Mapping[str, Verifier],
+    verifier: Verifier | None,
 ) -> list[Row]:
     """Check the answers of these problems, in their order; the file may hold more."""
     expected = {f"{problem.id}#{i}": problem for problem in problems for i in range(samples)}
@@ -195,5 +163,5 @@ def _stored_rows(
     for trace in store:
         if problem := expected.get(trace.id):
             answer = Generation(trace.completion_ids, trace.finish_reason)
-            rows[trace.id] = row_of(tokenizer, problem, answer, verifiers.get(problem.task or ""))
+            rows[trace.id] = row_of(tokenizer, problem, answer, verifier)
     return [rows[name] for name in expected]

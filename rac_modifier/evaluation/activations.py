@@ -7,9 +7,8 @@ columns. config.json records the chosen layers (`rac_sparsity.int8_activations`)
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rac_modifier.checkpoint.dense_codes import OF_VOCABULARY, why_not_codes
+from rac_modifier.checkpoint.dense_codes import OF_VOCABULARY
 from rac_modifier.checkpoint.quantization_config import (
     CONFIG_FILE,
     QUANTIZATION_KEY,
@@ -53,17 +52,16 @@ class IntegerLayer:
     own_error: float | None = None
     error: float = float("nan")
 
-    @property
-    def share(self) -> float:
-        """Return the error of 8 bits over the layer's own error; infinite if that is zero."""
-        return self.error / self.own_error if self.own_error else float("inf")
+    def bits(self, limit: float) -> int:
+        """Return 8 if the error of 8 bits is at most `limit` times the own error, else 16."""
+        return 8 if self.own_error and self.error <= limit * self.own_error else 16
 
 
-def layers_of(folder: Path, *, recorded: bool = True) -> tuple[list[IntegerLayer], dict[str, int]]:
+def layers_of(folder: Path, *, recorded: bool = True) -> list[IntegerLayer]:
     """Return the linear layers of a checkpoint that the CPU kernels multiply as integers.
 
-    Also count the other compressed modules by the reason why they keep 16 bits. `recorded`: with
-    the own errors of the run record (RacError: it lacks one; there are no such layers).
+    Experts, heads and embeddings keep 16 bits. `recorded`: with the own errors of the run record
+    (RacError: it lacks one; there are no such layers; activations are quantized already).
     """
     if not (folder / CONFIG_FILE).is_file():
         raise RacError(
@@ -71,37 +69,30 @@ def layers_of(folder: Path, *, recorded: bool = True) -> tuple[list[IntegerLayer
         )
     config = read_json(folder / CONFIG_FILE)
     if packed_format(config) is not None:
-        rows = [row for row in plan_checkpoint(folder) if row.layer is not None]
+        rows = plan_checkpoint(folder)
     else:
-        _check_dense(folder, config)
         rows = plan_dense_codes(folder)
-    planned = {row.module: _layer(row) for row in rows}
-    layers = [layer for layer in planned.values() if isinstance(layer, IntegerLayer)]
-    left_out = {module: why for module, why in planned.items() if isinstance(why, str)}
-    if not layers:
-        module, why = next(iter(left_out.items()), ("it", "has no quantized linear layer"))
+        schemes = weight_schemes(config.get(QUANTIZATION_KEY))
+        if any(scheme.activations is not None for scheme in schemes):
+            raise RacError(
+                f"{folder}: its activations are quantized already, and no kernel takes them; give "
+                "the folder of a packed int8 or int4 checkpoint, or of a dense W4A16 one"
+            )
+    blocks = {row.module: block for row in rows if (block := _block(row))}
+    if not blocks:
         raise RacError(
-            f"{folder}: none of its layers may have activations of 8 bits ({module}: {why}); "
-            "quantize linear layers to int8 or int4"
+            f"{folder}: the kernels multiply none of its layers as integers, so that none may have "
+            "activations of 8 bits; quantize linear layers to int8 or int4"
         )
-    errors = _recorded_errors(folder, layers) if recorded else {}
-    layers = [replace(layer, own_error=errors.get(layer.module)) for layer in layers]
-    return layers, dict(Counter(left_out.values()))
+    errors = _recorded_errors(folder, blocks) if recorded else {}
+    return [IntegerLayer(name, block, errors.get(name)) for name, block in blocks.items()]
 
 
-def _layer(row: PlanRow) -> IntegerLayer | str:
-    """Return the layer of a row, or why its activations keep 16 bits."""
-    if EXPERT.search(row.module):
-        return "routed experts take 16 bits"
-    if OF_VOCABULARY.search(row.module):
-        return "heads and embeddings take 16 bits"
-    if row.layer is None:
-        return row.decision.reason
-    columns, group = row.layer.columns, row.layer.group
-    if columns % group:
-        return f"its {columns} columns are no multiple of its groups of {group}"
-    block = activation_block(row.layer.stored, group, columns, row.layer.word_bits)
-    return IntegerLayer(row.module, block) if block else "the kernels multiply its values as floats"
+def _block(row: PlanRow) -> int | None:
+    layer, of_16_bits = row.layer, EXPERT.search(row.module) or OF_VOCABULARY.search(row.module)
+    if layer is None or of_16_bits or layer.columns % layer.group:
+        return None
+    return activation_block(layer.stored, layer.group, layer.columns, layer.word_bits)
 
 
 def activation_block(
@@ -117,30 +108,11 @@ def activation_block(
     return block_of(columns, group, UNIT[encoding.bits])
 
 
-def _check_dense(folder: Path, config: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint without dense weights of 2 to 4 bits, or with quantized activations."""
-    schemes = weight_schemes(config.get(QUANTIZATION_KEY))
-    refused = []
-    for s in schemes:
-        rounds = s.activations is not None
-        if why := why_not_codes(s.kind, s.bits, s.strategy, s.format, activations=rounds):
-            refused.append(f"{why}: {s.describe()}")
-    # which modules a scheme quantizes is not known from the tensors
-    rounds = any(scheme.activations is not None for scheme in schemes)
-    if rounds or len(refused) == len(schemes):
-        reason = refused[0] if refused else "config.json has no config_groups with weights"
-        raise RacError(
-            f"{folder}: no kernel multiplies its dense weights with rounded activations "
-            f"({reason}); give the folder of a packed int8 or int4 checkpoint, or of a dense W4A16 "
-            "one of compressed-tensors"
-        )
-
-
-def _recorded_errors(folder: Path, layers: list[IntegerLayer]) -> dict[str, float]:
+def _recorded_errors(folder: Path, names: Iterable[str]) -> dict[str, float]:
     path = folder / RUN_RECORD_NAME
     modules = (read_json(path) if path.is_file() else {}).get("modules") or []
     errors = {m["name"]: float(m["relative_error"]) for m in modules if "relative_error" in m}
-    if missing := [layer.module for layer in layers if layer.module not in errors]:
+    if missing := [name for name in names if name not in errors]:
         raise RacError(
             f"{folder}: {RUN_RECORD_NAME} has no error of {missing[0]} ({len(missing)} layers in "
             "all), and 8 bits are compared with it; name the model that was quantized "
@@ -149,68 +121,46 @@ def _recorded_errors(folder: Path, layers: list[IntegerLayer]) -> dict[str, floa
     return errors
 
 
-@dataclass(frozen=True)
-class ActivationChoice:
-    """The measured layers; a layer gets 8 bits if its `share` is at most `limit`.
-
-    `divergence`: of the model with these in 8 bits from the model with none, as a dict.
-    """
-
-    limit: float
-    layers: tuple[IntegerLayer, ...]
-    divergence: Mapping[str, Any]
-
-    @property
-    def modules(self) -> list[str]:
-        """Return the names of the chosen layers."""
-        return [layer.module for layer in self.layers if self._bits(layer) == 8]
-
-    def _bits(self, layer: IntegerLayer) -> int:
-        return 8 if layer.share <= self.limit else 16
-
-    def as_dict(self, source: str) -> dict[str, Any]:
-        """Return the entry of the run record; `source`: of the sequences."""
-        layers = {
-            x.module: {"error": x.error, "own_error": x.own_error, "bits": self._bits(x)}
-            for x in self.layers
-        }
-        names = ("sequences", "tokens", "kl", "kl_stderr", "agreement")
-        divergence = {name: self.divergence[name] for name in names}
-        return {"limit": self.limit, "source": source, "layers": layers, **divergence}
-
-    def table(self) -> ResultTable:
-        """Return a row per layer, and a note on the choice."""
-        rows = tuple(
-            (x.module, f"{x.error:.2e}", f"{x.own_error:.2e}", str(self._bits(x)))
-            for x in self.layers
-        )
-        kl, agreement, tokens = (self.divergence[name] for name in ("kl", "agreement", "tokens"))
-        note = (
-            f"{len(self.modules)} of {len(self.layers)} layers in 8 bits, where these add at most "
-            f"{self.limit:g} of the layer's own error (both relative squared errors of its "
-            f"output): KL {kl:.2e} nats per token from the model with none, and the most likely "
-            f"token is the same for {agreement:.2%} of {tokens:,}."
-        )
-        return ResultTable(("layer", "error of 8 bits", "own error", "bits"), rows, note)
-
-
 def choose_activations(
     model: Any,
     layers: Sequence[IntegerLayer],
     sequences: Sequence[TokenSequence],
     limit: float,
     dense: Any = None,
-) -> ActivationChoice:
+) -> dict[str, Any]:
     """Measure each layer, choose layers that lose nothing, and measure their divergence.
 
-    `dense`: the model before pruning and rounding (`check_original`), for unknown own errors.
+    Return the entry of the run record: the `limit`, by layer its errors and `bits`, and the
+    divergence of the model with the chosen layers in 8 bits from the model with none. `dense`: the
+    model before pruning and rounding (`check_original`), for unknown own errors.
     """
     measured = measure_activations(model, layers, sequences, dense)
     reference = DenseReference(model, sequences)
-    chosen = [layer for layer in measured if layer.share <= limit]
+    chosen = [layer for layer in measured if layer.bits(limit) == 8]
     with _hooks(model, chosen, lambda layer, _, x: (rounded(x, layer.block, 8).to(x.dtype),)):
-        divergence = reference.divergence(model, label="8 bits")
-    return ActivationChoice(limit, measured, divergence.as_dict())
+        divergence = asdict(reference.divergence(model, label="8 bits"))
+    rows = {
+        x.module: {"error": x.error, "own_error": x.own_error, "bits": x.bits(limit)}
+        for x in measured
+    }
+    names = ("sequences", "tokens", "kl", "kl_stderr", "agreement")
+    return {"limit": limit, "layers": rows, **{name: divergence[name] for name in names}}
+
+
+def activations_table(entry: Mapping[str, Any]) -> ResultTable:
+    """Return a row per layer of what `choose_activations` returned, and a note on the choice."""
+    rows = tuple(
+        (name, f"{row['error']:.2e}", f"{row['own_error']:.2e}", str(row["bits"]))
+        for name, row in entry["layers"].items()
+    )
+    chosen = sum(row["bits"] == 8 for row in entry["layers"].values())
+    note = (
+        f"{chosen} of {len(rows)} layers in 8 bits, where these add at most {entry['limit']:g} of "
+        "the layer's own error (both relative squared errors of its output): KL "
+        f"{entry['kl']:.2e} nats per token from the model with none, and the most likely token is "
+        f"the same for {entry['agreement']:.2%} of {entry['tokens']:,}."
+    )
+    return ResultTable(("layer", "error of 8 bits", "own error", "bits"), rows, note)
 
 
 @torch.no_grad()
@@ -219,12 +169,8 @@ def measure_activations(
     layers: Sequence[IntegerLayer],
     sequences: Sequence[TokenSequence],
     dense: Any = None,
-) -> tuple[IntegerLayer, ...]:
-    """Return the layers with their errors on all tokens of `sequences`, in float32.
-
-    Raises:
-        RacError: a layer that the model does not have, or activations that are not finite.
-    """
+) -> list[IntegerLayer]:
+    """Return the layers with their errors on all tokens of `sequences`, in float32."""
     sums = {layer.module: [0.0, 0.0, 0.0, 0.0] for layer in layers}
     originals: Mapping[str, Any] = {} if dense is None else dict(dense.named_modules())
 
@@ -252,7 +198,7 @@ def measure_activations(
         if layer.own_error is None:
             layer = replace(layer, own_error=lost / original if original else 0.0)
         measured.append(replace(layer, error=error))
-    return tuple(measured)
+    return measured
 
 
 def rounded(x: Tensor, block: int, bits: int) -> Tensor:
@@ -289,12 +235,15 @@ def check_original(model: Any, dense: Any, layers: Sequence[IntegerLayer]) -> No
     """Refuse a dense model against which the own errors of these layers cannot be measured."""
     modules, originals = dict(model.named_modules()), dict(dense.named_modules())
     for name in (layer.module for layer in layers if layer.module in modules):
-        original, shape = originals.get(name), _shape(modules[name])
+        # a compressed layer has no weight yet
+        shape = (modules[name].out_features, modules[name].in_features)
+        original = originals.get(name)
         quantized = getattr(original, "quantization_scheme", None) is not None
-        if quantized or not isinstance(original, torch.nn.Linear) or _shape(original) != shape:
+        weight = getattr(original, "weight", None)
+        if quantized or weight is None or weight.shape != shape:
             raise RacError(
-                f"{name}: no dense layer of shape {shape} in the dense model; name the model that "
-                "was quantized"
+                f"{name}: no dense layer of shape {list(shape)} in the dense model; name the model "
+                "that was quantized"
             )
     vectors = {name: p for name, p in dense.named_parameters() if p.dim() == 1}
     for name, vector in model.named_parameters():
@@ -305,7 +254,3 @@ def check_original(model: Any, dense: Any, layers: Sequence[IntegerLayer]) -> No
                 "were rescaled before they were rounded (as by AWQ), and own errors cannot be "
                 "measured; name the model that was quantized"
             )
-
-
-def _shape(linear: Any) -> list[int]:
-    return [linear.out_features, linear.in_features]  # a compressed layer has no weight yet

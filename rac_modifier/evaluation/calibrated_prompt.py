@@ -18,11 +18,7 @@ Prompts = Mapping[str, PromptSettings]
 
 
 def recorded_prompts(source: str) -> Prompts | None:
-    """Read the run record of a folder or hub id; None: there is none, as for a dense model.
-
-    Raises:
-        RacError: the run record is damaged.
-    """
+    """Read the run record of a folder or hub id (RacError: it is damaged); None: there is none."""
     path = cached_file(
         source,
         RUN_RECORD_NAME,
@@ -51,10 +47,8 @@ def choose_prompt(
     """Choose the prompt settings for all models: None takes the recorded value of a setting.
 
     Also return lines that describe them, and models that were calibrated with others.
-    `recorded`: `recorded_prompts` by model. An empty system prompt is none.
-
-    Raises:
-        RacError: several recorded values and none from the caller.
+    `recorded`: `recorded_prompts` by model (RacError: several values of a setting that is None).
+    An empty system prompt is none.
     """
     by_name = {
         f"{model} ({part})" if len(prompts) > 1 else model: prompt
@@ -62,29 +56,26 @@ def choose_prompt(
         if prompts
         for part, prompt in prompts.items()
     }
-    if (template or _recorded_value("template", by_name)) == "none":
+
+    def value(field: str, option: Any) -> Any:
+        values = {getattr(prompt, field): name for name, prompt in by_name.items()}
+        if option is None and len(values) > 1:
+            prompts = "; ".join(f"{name}: {by_name[name].describe()}" for name in values.values())
+            raise RacError(
+                "calibrated with different prompts, and all models must be asked with the same "
+                f"({prompts}); choose it with --{field.replace('_', '-')}"
+            )
+        default = PromptSettings.model_fields[field].default
+        return next(iter(values), default) if option is None else option
+
+    if value("template", template) == "none":
         chosen = PromptSettings(template="none", system_prompt=system_prompt or None)
     else:
-        if system_prompt is None:
-            system_prompt = _recorded_value("system_prompt", by_name)
-        if thinking is None:
-            thinking = _recorded_value("thinking", by_name)
-        chosen = PromptSettings(system_prompt=system_prompt or None, thinking=thinking)
+        system, thinks = value("system_prompt", system_prompt), value("thinking", thinking)
+        chosen = PromptSettings(system_prompt=system or None, thinking=thinks)
     differences = [
         f"{name} was calibrated with another prompt: {prompt.describe()}."
         for name, prompt in by_name.items()
         if prompt.describe() != chosen.describe()
     ]
     return chosen, [f"Prompt: {chosen.describe()}.", *differences]
-
-
-def _recorded_value(field: str, by_name: Prompts) -> Any:
-    """Return the recorded value of a field, or its default; refuse several values."""
-    values = {getattr(prompt, field): name for name, prompt in by_name.items()}
-    if len(values) > 1:
-        prompts = "; ".join(f"{name}: {by_name[name].describe()}" for name in values.values())
-        raise RacError(
-            "calibrated with different prompts, and all models must be asked with the same "
-            f"({prompts}); choose it with --{field.replace('_', '-')}"
-        )
-    return next(iter(values), PromptSettings.model_fields[field].default)

@@ -8,10 +8,9 @@ distribution p over the vocabulary is compared with the pruned model's, q:
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -64,10 +63,6 @@ class DivergenceResult:
     agreement_stderr: float | None
     seconds: float
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
-        return dataclasses.asdict(self)
-
 
 def divergence(
     dense: Any, pruned: Any, sequences: Sequence[TokenSequence], *, label: str
@@ -84,8 +79,7 @@ def divergence(
         label: the result's name in tables.
 
     Raises:
-        RacError: what `check_sequences` raises, vocabularies of different sizes, or logits that
-            are not finite.
+        RacError: unfit sequences, vocabularies of different sizes, or logits that are not finite.
     """
     started = time.monotonic()
     rows = divergence_per_token(dense, pruned, sequences, label=label)
@@ -102,7 +96,10 @@ def divergence_per_token(
     batches = list(batches_of_like_length(sequences, BATCH_TOKENS))
     with evaluating(dense, pruned):
         for batch in tqdm(batches, desc=label, unit="batch", disable=None):
-            rows += compare(batch, _both(dense, pruned, batch), label)
+            ids = padded(batch)[0][:, :-1]
+            width = max(1, WINDOW_ELEMENTS // (len(batch) * vocabulary(dense)))
+            both = zip(windows(dense, ids, width), windows(pruned, ids, width), strict=True)
+            rows += compare(batch, ((start, p, q) for (start, p), (_, q) in both), label)
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i][0]))  # of the batches
     return [row for _, row in sorted(zip(order, rows, strict=True), key=lambda pair: pair[0])]
 
@@ -119,15 +116,6 @@ def token_divergence(p: torch.Tensor, q: torch.Tensor) -> tuple[torch.Tensor, to
         )
         agrees.append(a.argmax(-1) == b.argmax(-1))
     return torch.cat(kl), torch.cat(agrees)
-
-
-def _both(dense: Any, pruned: Any, batch: list[TokenSequence]) -> Windows:
-    ids = padded(batch)[0][:, :-1]
-    width = max(1, WINDOW_ELEMENTS // (len(batch) * vocabulary(dense)))
-    for (start, p), (_, q) in zip(
-        windows(dense, ids, width), windows(pruned, ids, width), strict=True
-    ):
-        yield start, p, q
 
 
 def compare(batch: list[TokenSequence], logits: Windows, label: str) -> list[TokenDivergence]:
@@ -271,10 +259,9 @@ class RunDivergence:
         elif off_policy:
             self._reference = "the traces may be another model's (traces.allow_off_policy)"
         else:
+            sequences = list(map(sequence_of, calibration.held_out))
             try:
-                self._reference = DenseReference(
-                    model, [sequence_of(trace) for trace in calibration.held_out]
-                )
+                self._reference = DenseReference(model, sequences)
             except RacError as error:
                 self._reference = str(error)
         if isinstance(self._reference, str):
@@ -293,6 +280,6 @@ class RunDivergence:
             f"divergence from the dense model on {result.tokens:,} held-out tokens of its own: "
             f"KL {result.kl:.4f} nats per token, top-1 agreement {result.agreement:.1%}"
         )
-        record = result.as_dict()
+        record = asdict(result)
         del record["label"]
         return record

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from rac_modifier.problems.held_out import Layout
 
@@ -37,6 +38,13 @@ class Preset:
     top_p: float = 0.95
     cap: int = 32768  # new tokens
     access: str = ""  # what a user must do before the dataset can be read
+
+    @property
+    def published(self) -> dict[str, Any]:
+        """Return the published values, by option of `rac eval`."""
+        names = ("source", "samples", "cap", "temperature", "top_p", "problems")
+        columns = {name: getattr(self.layout, name) for name in ("column", "answer_column")}
+        return columns | {name: getattr(self, name) for name in names}
 
 
 _ALL = (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,19 +17,9 @@ from rac_modifier.evaluation.intervals import (
     mean_pass_at,
     share_interval,
 )
-from rac_modifier.evaluation.stopping import Ending, TokenInflation, token_inflation
+from rac_modifier.evaluation.stopping import Ending, Row, TokenInflation, token_inflation
 from rac_modifier.files import read_json
 from rac_modifier.settings.sampling import SamplingSettings
-
-
-@dataclass(frozen=True)
-class Row:
-    """An answer to a problem."""
-
-    id: str  # of the problem
-    task: str | None
-    correct: bool
-    ending: Ending
 
 
 @dataclass(frozen=True)
@@ -58,17 +47,9 @@ class EvalResult:
     correct_answers: dict[str, int]  # by problem; what two results are paired by
     endings: dict[str, list[Ending]]  # by problem, an ending per sample
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON; `from_dict` is the inverse."""
-        return dataclasses.asdict(self)
-
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> EvalResult:
-        """Return the result of `as_dict`'s values.
-
-        Raises:
-            RacError: a field is missing, unknown or of another type.
-        """
+        """Return the result of `asdict` (RacError: a field is missing, unknown or no such type)."""
         try:
             return _RESULT.validate_python(values)
         except ValidationError as error:
@@ -140,10 +121,6 @@ class PairedDifference:
     only_second: int | None
     p_value: float | None  # McNemar's exact two-sided test
     inflation: TokenInflation
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
-        return dataclasses.asdict(self)
 
     def describe(self) -> str:
         """Describe the difference in a line."""

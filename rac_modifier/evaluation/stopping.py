@@ -10,7 +10,8 @@ from typing import Literal, get_args
 
 from rac_modifier.evaluation.intervals import Interval, ratio_interval
 from rac_modifier.evaluation.statements import states_answer
-from rac_modifier.problems.answers import THINK_END, Verifier
+from rac_modifier.problems.answers import THINK_END, Verifier, is_correct
+from rac_modifier.problems.source import Problem
 from rac_modifier.traces.selection import loop_at_end
 
 # The model ended its answer: right, wrong. The cap truncated it: after a right statement of the
@@ -56,6 +57,16 @@ class Ending:
     def at_cap(self, cap: int) -> int:
         """Return the tokens; a truncated answer counts as `cap`."""
         return cap if self.truncated else self.tokens
+
+
+@dataclass(frozen=True)
+class Row:
+    """An answer to a problem."""
+
+    id: str  # of the problem
+    task: str | None
+    correct: bool
+    ending: Ending
 
 
 Endings = Mapping[str, Sequence[Ending]]  # by problem, one per sample
@@ -133,9 +144,8 @@ def describe_loops(label: str, endings: Endings) -> list[str]:
     lines = []
     for unit in ("tokens", "words"):
         if alike := [loop for loop in loops if loop.unit == unit]:
-            begin, period = (
-                median(getattr(loop, name) for loop in alike) for name in ("begin", "period")
-            )
+            begin = median(loop.begin for loop in alike)
+            period = median(loop.period for loop in alike)
             lines.append(
                 f"{label}: {len(alike)} truncated answers repeat themselves, from {begin:.0f} "
                 f"{unit} on, every {period:.0f} {unit} (medians)."
@@ -143,38 +153,37 @@ def describe_loops(label: str, endings: Endings) -> list[str]:
     return lines
 
 
-def ending_of(
+def row_of_text(
+    problem: Problem,
     text: str,
-    answer: str,
+    verifier: Verifier | None = None,
     *,
-    correct: bool,
     finish: str,
     tokens: int,
     thinking_tokens: int,
     ids: Sequence[int] = (),
-    question: str = "",
-    verifier: Verifier | None = None,
-) -> Ending:
-    """Classify a completion of a problem with this `question` and `answer`.
+) -> Row:
+    """Check the answer in a completion of a problem, and classify its ending.
 
     Args:
+        problem: with its answer.
         text: the completion.
-        answer: the problem's answer.
-        correct: the verdict of `answers.is_correct`.
+        verifier: compares answers instead of math-verify.
         finish: "length" if the cap truncated the completion.
         tokens: of the completion, as `thinking_tokens` a field of `Ending`.
         thinking_tokens: of its thinking part.
         ids: of the tokens; without them, a loop is counted in words.
-        question: see `states_answer`.
-        verifier: see `states_answer`.
     """
-    closes, loop = THINK_END in text, None
+    assert problem.answer is not None
+    correct, loop = is_correct(text, problem.answer, verifier), None
     kind: Kind = "right" if correct else "wrong"
     if finish == "length":
         loop, before_counting = _loop(text, ids)
-        reached = correct or states_answer(before_counting, answer, verifier, question)
+        stated = (before_counting, problem.answer, verifier, problem.question)
+        reached = correct or states_answer(*stated)
         kind = "reached" if reached else "looping" if loop else "going"
-    return Ending(kind, tokens, thinking_tokens, closes, loop)
+    ending = Ending(kind, tokens, thinking_tokens, THINK_END in text, loop)
+    return Row(problem.id, problem.task, correct, ending)
 
 
 def _loop(text: str, ids: Sequence[int]) -> tuple[Loop | None, str]:

@@ -9,11 +9,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
+
 from rac_modifier.errors import RacError
 from rac_modifier.files import lock, read_json, write_json_atomic, write_text_atomic
 
 VERSION = 2  # changes when a reader of the old files would misread the new ones
 ROWS, ABOUT, TRACES, MODELS = "rows.jsonl", "frontier.json", "traces", "models"
+
+
+class _Row(TypedDict):
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    label: str
+
+
+_ROW = TypeAdapter(_Row)
 
 
 class FrontierFolder:
@@ -25,11 +36,7 @@ class FrontierFolder:
     """
 
     def __init__(self, folder: Path):
-        """Read the folder.
-
-        Raises:
-            RacError: results of another version, or a damaged file.
-        """
+        """Read the folder (RacError: results of another version, or a damaged file)."""
         self.folder = folder
         self._read()
 
@@ -47,11 +54,7 @@ class FrontierFolder:
 
     @classmethod
     def read(cls, folder: Path) -> FrontierFolder:
-        """Read a folder with at least one row, for the page.
-
-        Raises:
-            RacError: no results, or results of another version.
-        """
+        """Read a folder for the page (RacError: no results, or results of another version)."""
         results = cls(folder)
         if not results.rows:
             raise RacError(
@@ -60,19 +63,8 @@ class FrontierFolder:
             )
         return results
 
-    def begin(self, about: Mapping[str, Any]) -> None:
-        """Write what all rows share, or `check` it."""
-        self.check(about)
-        if not self.rows:
-            self.about = {"version": VERSION, **about}
-            write_json_atomic(self.folder / ABOUT, self.about)
-
-    def check(self, about: Mapping[str, Any]) -> None:
-        """Check that the finished rows share this; nothing is written.
-
-        Raises:
-            RacError: the folder is of another model, other problems or other sampling.
-        """
+    def begin(self, about: Mapping[str, Any], *, check: bool = False) -> None:
+        """Write what all rows share (RacError: the rows have another); `check`: write nothing."""
         for key, value in about.items():
             if self.rows and self.about.get(key) != value:
                 recorded, now = (json.dumps(v)[:200] for v in (self.about.get(key), value))
@@ -80,28 +72,23 @@ class FrontierFolder:
                     f"{self.folder} was measured with another {key} ({recorded} there, {now} now), "
                     "and rows of both cannot be compared; name another folder"
                 )
+        if not self.rows and not check:
+            self.about = {"version": VERSION, **about}
+            write_json_atomic(self.folder / ABOUT, self.about)
 
     def row(self, label: str) -> dict[str, Any] | None:
         """Return the finished row of this label."""
         return next((row for row in self.rows if row["label"] == label), None)
 
     def add(self, row: Mapping[str, Any], traces: list[dict[str, Any]]) -> None:
-        """Keep a finished row; its traces are written first, so that a row never lacks them.
-
-        Raises:
-            RacError: nothing can be written.
-        """
+        """Keep a finished row; its traces are written first, so that a row never lacks them."""
         write_text_atomic(self._traces(row["label"]), _line({"version": VERSION, "traces": traces}))
         rows = [*self.rows, json.loads(_line({"version": VERSION, **row}))]
         write_text_atomic(self.folder / ROWS, "".join(map(_line, rows)))
         self.rows = rows
 
     def traces(self, label: str) -> list[dict[str, Any]]:
-        """Return the traces of a finished row.
-
-        Raises:
-            RacError: the file is missing or damaged.
-        """
+        """Return the traces of a finished row (RacError: the file is missing or damaged)."""
         path = self._traces(label)
         next_step = f"remove the line of {label!r} in {ROWS}, and run the grid again"
         traces = read_json(path, next_step).get("traces")
@@ -151,21 +138,13 @@ def _line(content: Mapping[str, Any]) -> str:
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    rows = []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else (), 1):
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            rows.append(dict(_ROW.validate_json(line)))
+        except ValidationError as error:
             raise RacError(
-                f"{path}, line {number}: not JSON ({error}); remove this line, and run the grid "
-                "again"
+                f"{path}, line {number}: no row of rac frontier ({error.errors()[0]['msg']}); "
+                "remove this line, and run the grid again"
             ) from error
-        if not isinstance(row, dict) or not isinstance(row.get("label"), str):
-            raise RacError(
-                f"{path}, line {number}: no row of rac frontier; remove this line, and run the "
-                "grid again"
-            )
-        rows.append(row)
     return rows

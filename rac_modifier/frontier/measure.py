@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import takewhile
 from pathlib import Path
 from statistics import fmean
@@ -76,9 +76,6 @@ def measure(
     """Measure a compressed model's answers, and its divergence on the dense model's answers.
 
     `reference` is of the dense model on the same problems, with the traces of all.
-
-    Raises:
-        RacError: what sampling and `divergence` raise.
     """
     answers, figures, rows = _answer(model, tokenizer, held_out, label)
     dense_answers = [Generation(tuple(trace["ids"]), trace["finish"]) for trace in reference.traces]
@@ -89,12 +86,12 @@ def measure(
     started = time.monotonic()
     tokens = divergence_per_token(dense, model, sequences, label=label)
     seconds = time.monotonic() - started
-    figures["divergence"] = summarise_divergence(tokens, label=label, seconds=seconds).as_dict()
+    figures["divergence"] = asdict(summarise_divergence(tokens, label=label, seconds=seconds))
     if held_out.graded:
         first, second = (
             EvalResult.from_dict(row["accuracy"]) for row in (reference.figures, figures)
         )
-        figures["paired"] = paired_difference(first, second).as_dict()
+        figures["paired"] = asdict(paired_difference(first, second))
     shown = list(zip(held_out.problems, answers, rows, dense_answers, tokens, strict=True))
     return Measured(figures, [trace_of(tokenizer, *values) for values in shown[:MOST_TRACES]])
 
@@ -121,12 +118,8 @@ def _answer(
         row_of(tokenizer, problem, answer, None)
         for problem, answer in zip(held_out.problems, answers, strict=True)
     ]
-    figures["accuracy"] = summarise(
-        rows,
-        label=label,
-        seconds=seconds,
-        sampling=sampling,
-    ).as_dict()
+    result = summarise(rows, label=label, seconds=seconds, sampling=sampling)
+    figures["accuracy"] = asdict(result)
     return answers, figures, rows
 
 
@@ -196,9 +189,6 @@ def checkpoint_bytes(folder: str | Path) -> dict[str, int | float]:
 
     `matrices` include masks, offsets and scales; `other` is norms, biases and shapes. A tied head
     has no bytes.
-
-    Raises:
-        RacError: no safetensors, or a damaged file.
     """
     sizes = dict.fromkeys(("matrices", "head", "embeddings", "other"), 0)
     weights = 0

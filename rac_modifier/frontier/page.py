@@ -37,13 +37,8 @@ _SMALLEST, _DECADES = 1e-3, 4
 def page(folders: Sequence[Path], most_traces: int) -> str:
     """Return the page of folders of `rac frontier`, a section each.
 
-    Args:
-        folders: of `rac frontier`.
-        most_traces: problems per folder whose answers can be read on the page.
-
-    Raises:
-        RacError: a folder without results or of another version, Altair is missing, or a page
-            that is too large.
+    It shows the answers to up to `most_traces` problems per folder. RacError: a folder without
+    results or of another version, Altair is missing, or the page is too large.
     """
     if not all(map(importlib.util.find_spec, ("altair", "vl_convert"))):
         raise RacError("the page needs altair and vl-convert; pip install 'rac-modifier[eval]'")

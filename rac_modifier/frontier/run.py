@@ -50,11 +50,7 @@ class Tools:
 
 
 def check_finished(folder: FrontierFolder, planned: Sequence[PlannedRow]) -> None:
-    """Refuse a grid in which a finished row has another recipe now.
-
-    Raises:
-        RacError: naming the rows.
-    """
+    """Refuse a grid in which a finished row has another recipe now (RacError: naming the rows)."""
     changed = [
         run.label
         for run in planned
@@ -78,9 +74,6 @@ def run_grid(
     """Run and measure every row that is not finished, the dense model first.
 
     `folder` is open for writing. With `remove_models` a checkpoint is removed when it is measured.
-
-    Raises:
-        RacError: what compressing and measuring raise. Finished rows stay.
     """
     check_finished(folder, planned)
     dense = PlannedRow(DENSE, DENSE, DENSE, None, {})
@@ -149,19 +142,17 @@ def _compress(model_folder: Path, recipe: dict[str, Any], tools: Tools) -> float
 
 
 def _served(tools: Tools, model: Path, label: str) -> dict[str, Any] | None:
-    """Return speed and accuracy of a served run, or why a compressed model cannot be served."""
+    """Return tokens per second of a served run, or why a compressed model cannot be served."""
     if tools.serve is None:
         return None
     gc.collect()  # the device memory of models that are gone, for the server
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     try:
-        values = tools.serve(model, label).as_dict()
+        return {"tokens_per_second": tools.serve(model, label).tokens_per_second}
     except RacError as error:
         if label == DENSE:
             raise RacError(f"serve: true, and the dense model cannot be served: {error}") from error
         logger.warning(f"{label}: not served ({error})")
         first, *lines = str(error).splitlines()
         return {"not_measured": "\n".join([first, *lines[-_LAST_LINES:]])}
-    names = ("tokens_per_second", "accuracy", "ci_low", "ci_high", "seconds")
-    return {name: values[name] for name in names}

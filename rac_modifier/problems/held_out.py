@@ -9,7 +9,6 @@ from itertools import islice
 from typing import Literal
 
 from rac_modifier.errors import RacError
-from rac_modifier.problems.answers import Verifier
 from rac_modifier.problems.arithmetic import generate_distinct
 from rac_modifier.problems.source import Problem, ProblemTable, TableRow, load_problems
 from rac_modifier.settings.check import check_settings
@@ -29,10 +28,6 @@ def held_out_problems(
 
     Only "arithmetic" is disjoint from calibration by construction. With another source, calibrate
     on other problems. `fields` are others of `ProblemSource`: column, answer_column, split.
-
-    Raises:
-        RacError: settings that do not apply to the source, fewer problems than `count`, or what
-            `load_problems` raises.
     """
     checked = check_settings(ProblemSource, {"source": source, **fields}, "problems")
     if source == ARITHMETIC:
@@ -71,11 +66,12 @@ class Layout:
 
 
 def benchmark_problems(
-    source: ProblemSource, layout: Layout, seed: int, count: int | None = None
+    source: ProblemSource, layout: Layout, seed: int, count: int
 ) -> list[Problem]:
-    """Return the problems of a benchmark, or of a file with its columns, in an order of the seed.
+    """Return `count` problems of a benchmark, or of a file with its columns.
 
-    The source's `column` and `answer_column`, if set, replace the layout's. `count` None: all.
+    The seed decides their order. The source's `column` and `answer_column`, if set, replace the
+    layout's.
     """
     layout = replace(
         layout,
@@ -85,7 +81,7 @@ def benchmark_problems(
     table = ProblemTable(source)
     rows = table.shuffled([layout.column, layout.answer_column, *layout.wrong_columns], seed)
     problems = [_problem(row, layout) for row in islice(rows, count)]
-    _check_count(problems, count or 0, table.name)
+    _check_count(problems, count, table.name)
     return problems
 
 
@@ -137,8 +133,3 @@ def same_letter(answer: str, reference: str) -> bool:
         bare = wrapped[1].strip()
     letter = _LETTER.fullmatch(bare)
     return letter is not None and letter[1].upper() == reference
-
-
-def verifiers_of(layout: Layout) -> dict[str, Verifier]:
-    """Return, by task, the comparison that replaces the mathematical one for these problems."""
-    return {layout.task: same_letter} if layout.answers == "choices" else {}

@@ -33,13 +33,8 @@ class Problem:
 def load_problems(source: ProblemSource, seed: int) -> Iterator[Problem]:
     """Return the problems of a source in an order that the seed decides.
 
-    Generators without a limit never end. The source is opened and its columns are checked first;
-    rows are read as the iterator advances.
-
-    Raises:
-        RacError: a missing or malformed file, an unknown dataset, task or column, an empty table;
-            while iterating, a question that is not text, or an answer that is neither text nor a
-            number.
+    Generators without a limit never end. The source is opened and its columns are checked first
+    (RacError); rows are read and checked as the iterator advances.
     """
     problems: Iterator[Problem]
     if source.source == ARITHMETIC:
@@ -166,15 +161,12 @@ class TableRow:
     def answer(self, column: str) -> str | None:
         """Return the answer as text, None for null (RacError: not text, or digits were lost)."""
         answer = self.values[column]
-        if answer is not None and not isinstance(answer, (str, int, float)):
+        inexact = isinstance(answer, float) and abs(answer) >= _EXACT_FLOATS
+        if inexact or not isinstance(answer, str | int | float | None):
             raise RacError(
-                f"{self.where}: column {column!r} must hold text or a number, it holds a "
-                f"{type(answer).__name__}; write the answers as text in a Parquet file"
-            )
-        if isinstance(answer, float) and abs(answer) >= _EXACT_FLOATS:
-            raise RacError(
-                f"{self.where}: column {column!r} holds the number {answer!r}, some digits of "
-                "which may have been lost when it was read; write the answers as text, in quotes"
+                f"{self.where}: column {column!r} holds the {type(answer).__name__} "
+                f"{repr(answer)[:80]}, which may not be what was written; write the answers as "
+                "text, in quotes"
             )
         return None if answer is None else str(answer)
 

@@ -194,5 +194,8 @@ def _api_key(variable: str | None) -> str | None:
 
 def _next_step(status: int) -> str:
     if status in (401, 403):
-        return "the server wants a key: name the variable that holds it with engine.api_key_env"
+        return (
+            "the server wants a key: export it as OPENAI_API_KEY for rac eval, or in a recipe name "
+            "its variable with engine.api_key_env"
+        )
     return "check address (it ends in /v1) and model (--server and --served-as, or traces.engine)"

@@ -66,11 +66,7 @@ def read_mixture(value: Any) -> Any:
 
 
 def check_mixture(mixture: Mapping[str, float]) -> dict[str, float]:
-    """Return the parts that have a share, in the order of their kinds.
-
-    Raises:
-        RacError: an unknown kind, a share out of range, or shares that do not sum to 1.
-    """
+    """Return the parts with a share, by kind (RacError: no such kind; shares do not sum to 1)."""
     shares: dict[Part, float] = {}
     for key, share in mixture.items():
         if not 0 <= share <= 1:

@@ -8,10 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from rac_modifier.errors import RacError
-from rac_modifier.settings.check import Batch, Count, Seed, Settings, check_settings
+from rac_modifier.settings.check import (
+    Batch,
+    Count,
+    Seed,
+    Settings,
+    check_settings,
+    refuse_idle,
+)
 from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.recipe import (
     NAME,
@@ -65,11 +72,7 @@ class GridEvaluation(Settings):
 
     @model_validator(mode="after")
     def _only_what_counts(self) -> Self:
-        if self.concurrency is not None and not self.serve:
-            raise RacError(
-                f"concurrency={self.concurrency} is for a server; set serve: true, or set "
-                "batch_size"
-            )
+        refuse_idle(self, (not self.serve, "concurrency", "without serve: true"))
         ProblemSource(**self.where())
         return self
 
@@ -95,16 +98,6 @@ class GridRow(Settings):
 
     set: dict[str, Any] = {}
     """Changed settings of our entry, such as {sparsity: 0.6}; null takes one out."""
-
-    @field_validator("label", mode="before")
-    @classmethod
-    def _is_text(cls, label: Any) -> Any:
-        if isinstance(label, int | float):
-            raise RacError(
-                f"label {label} is a number (YAML reads 2:4 as 124); write it in quotes, such as "
-                '"2:4"'
-            )
-        return label
 
 
 class Grid(Settings):
@@ -141,15 +134,9 @@ def grid_names() -> list[str]:
 
 
 def load_grid(named: str | Path) -> Grid:
-    """Return a grid, its layout checked; `named` is a path, or the name of a shipped grid.
-
-    Raises:
-        RacError: no such file, not YAML, no grid, or settings that do not exist.
-    """
+    """Return the grid of a path or of a shipped grid's name (RacError: it is no grid)."""
     path = FOLDER / f"{named}.yaml" if str(named) in grid_names() else Path(named)
     content = read_yaml(path, "grid", f"name a YAML file, or one of {', '.join(grid_names())}")
-    if not isinstance(content, dict) or (has_entry(content) and "rows" not in content):
-        raise RacError(f"{path} is no grid; write it as rows: [{{label: one, recipe: rac_2of4}}]")
     return check_settings(Grid, content, str(path))
 
 
@@ -159,10 +146,7 @@ def plan_rows(
     """Return every run of the grid, checked before any of them starts.
 
     `where` is the grid's name, for messages; `check` raises a RacError for a recipe that the model
-    cannot run.
-
-    Raises:
-        RacError: with the mistakes of all rows, and the labels of those that could run.
+    cannot run. RacError: with the mistakes of all rows, and the labels of those that could run.
     """
     planned: list[PlannedRow] = []
     wrong: list[str] = []
@@ -192,11 +176,7 @@ def plan_rows(
 
 
 def shared_prompt(planned: list[PlannedRow], where: str) -> PromptSettings:
-    """Return the prompt settings that the rows calibrate with, to ask all models with.
-
-    Raises:
-        RacError: rows that differ.
-    """
+    """Return the prompt settings that all rows calibrate with (RacError: rows differ)."""
     prompts = {prompt.describe(): prompt for run in planned for prompt in run.prompts}
     if len(prompts) > 1:
         raise RacError(

@@ -44,11 +44,7 @@ class Pattern:
 
     @classmethod
     def parse(cls, mask_structure: str, sparsity: float | None) -> Pattern:
-        """Return the pattern of a recipe: "N:M" (N pruned), or "0:0" with a `sparsity`.
-
-        Raises:
-            RacError: not "N:M", an impossible N:M, a sparsity outside (0, 1), or one with N:M.
-        """
+        """Return the pattern of a recipe: "N:M" (N pruned), or "0:0" with a `sparsity`."""
         match = re.fullmatch(r"([0-9]{1,6}):([0-9]{1,6})", mask_structure)
         if match is None:
             raise RacError(

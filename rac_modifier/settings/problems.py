@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from pydantic import Field, field_validator, model_validator
 
 from rac_modifier.errors import RacError
@@ -13,13 +11,6 @@ ARITHMETIC = "arithmetic"
 GYM_PREFIX = "reasoning-gym:"
 FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
 _OTHER_TABLES = (".csv", ".tsv", ".xlsx")  # without types: an answer 007 would become 7
-
-# What is set for the data sets of the paper where the user sets nothing.
-PRESETS: dict[str, dict[str, str]] = {
-    "open-r1/OpenR1-Math-220k": {"column": "problem", "answer_column": "answer"},
-    # Its default configuration has no column with the whole question. It has no answers.
-    "open-r1/codeforces": {"config": "verifiable-prompts", "column": "prompt"},
-}
 
 
 class ProblemSource(Settings):
@@ -67,17 +58,6 @@ class ProblemSource(Settings):
         """Return whether a name is a source of problems by itself, not a declared one."""
         source = cls(source=name)
         return source.is_generator or source.is_file or "/" in name
-
-    @model_validator(mode="before")
-    @classmethod
-    def _preset_fills_in(cls, values: Any) -> Any:
-        preset = PRESETS.get(str(values.get("source"))) if isinstance(values, dict) else None
-        if preset is None:
-            return values
-        written = {name: value for name, value in values.items() if value is not None}
-        if "config" in preset and written.get("config", preset["config"]) != preset["config"]:
-            return values  # another configuration has other columns
-        return {**values, **preset, **written}
 
     @field_validator("source")
     @classmethod

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -30,11 +29,8 @@ _LAYOUT = f"write it as pruning_stage: pruning_modifiers: {NAME}: {{...}}"
 def load_recipe(named: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Return a recipe's content, checked, with `key.sub=value` overrides of our entry applied.
 
-    `named` is a path or a shipped recipe. Neither recipe nor override can name code.
-
-    Raises:
-        RacError: no such recipe, not YAML, another layout, settings that cannot work, or an
-            override that is not `key=value`.
+    `named` is a path or a shipped recipe. Neither recipe nor override can name code. RacError: no
+    such recipe, not YAML, another layout, or settings that cannot work.
     """
     recipe = read_recipe(named)
     name, entry = find_named_entry(recipe, str(named))
@@ -44,11 +40,7 @@ def load_recipe(named: str | Path, overrides: Sequence[str] = ()) -> dict[str, A
 
 
 def read_recipe(named: str | Path) -> Any:
-    """Return what a recipe holds, unchecked; a text of several lines is the recipe itself.
-
-    Raises:
-        RacError: no such recipe, or not YAML.
-    """
+    """Return what a recipe holds, unchecked; a text of several lines is the recipe itself."""
     if "\n" in str(named):
         return parse_yaml(str(named), "recipe")
     return read_yaml(find_recipe(named), "recipe", "name a YAML file")
@@ -73,11 +65,7 @@ def _groups_of(recipe: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any] | N
 
 
 def find_named_entry(recipe: Any, where: str) -> tuple[str, dict[str, Any]]:
-    """Return name and settings of our modifier inside a recipe; the settings can be changed.
-
-    Raises:
-        RacError: what `check_layout` refuses, none of our modifiers, or more than one.
-    """
+    """Return name and settings, to be changed in place, of our one modifier inside a recipe."""
     check_layout(recipe, where)
     entries = [
         (name, settings)
@@ -101,11 +89,7 @@ def has_entry(recipe: Any) -> bool:
 
 
 def check_layout(recipe: Any, where: str) -> None:
-    """Refuse a recipe of which llm-compressor would overlook a part; add settings left empty.
-
-    Raises:
-        RacError: another layout, an unknown modifier, or settings that are no mapping.
-    """
+    """Refuse a recipe of which llm-compressor would overlook a part; add settings left empty."""
     if not isinstance(recipe, dict):
         problem = "is empty" if recipe is None else f"holds no recipe but {type(recipe).__name__}"
         raise RacError(f"{where} {problem}; {_LAYOUT}")
@@ -140,9 +124,6 @@ def apply_overrides(entry: dict[str, Any], overrides: Sequence[str], name: str =
     """Change settings in place, each written as `key.sub=value`; `null` takes a setting out.
 
     An override of calibration.mixture drops what only the mixture before used, and logs it.
-
-    Raises:
-        RacError: an override that is not `key=value`, or names a setting below a value.
     """
     changes = dict(map(_read_override, overrides))
     set_values(entry, changes)
@@ -180,7 +161,5 @@ def _read_override(override: str) -> tuple[tuple[str, ...], Any]:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise RacError(f"--set {override!r} is not key=value, as in calibration.tokens=32768")
-    if re.fullmatch(r"[0-9]+:[0-9]+", text):  # YAML would read 2:4 as the number 124
-        return tuple(key.split(".")), text
     value = parse_yaml(text, f"--set {override[:100]!r}: the value is not YAML")
     return tuple(key.split(".")), value

@@ -49,7 +49,7 @@ def _suggestion(name: str) -> str:
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Each key once, and integers of bounded size."""
+    """Each key once, integers of bounded size, and 2:4 is a text."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Return the mapping of a node; a key that is written twice is refused."""
@@ -62,8 +62,12 @@ class _PlainLoader(yaml.SafeLoader):
             seen.add((key.tag, key.value))
         return super().construct_mapping(node, deep)
 
-    def construct_integer(self, node: yaml.ScalarNode) -> int:
+    def construct_integer(self, node: yaml.ScalarNode) -> int | str:
         """Return the integer of a node; one that 64 bits do not hold is refused."""
+        if (
+            ":" in node.value
+        ):  # YAML 1.1 reads 2:4 as 124, with digits of base 60; YAML 1.2 does not
+            return str(node.value)
         value: int = self.construct_yaml_int(node)
         if value.bit_length() > _INTEGER_BITS:
             raise _refused("an integer is too large", node)
@@ -89,12 +93,7 @@ def read_yaml(path: Path, kind: str, next_step: str) -> Any:
 
 
 def parse_yaml(text: str, message: str) -> Any:
-    """Return the plain values that a YAML text holds.
-
-    Raises:
-        RacError: begins with `message`; the text is not YAML, holds a key twice or a tag that names
-            code, or is too large behind its aliases.
-    """
+    """Return the plain values that a YAML text holds; a RacError begins with `message`."""
     try:
         loader = _PlainLoader(text)
         node = loader.get_single_node()

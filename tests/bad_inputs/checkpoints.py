@@ -81,7 +81,7 @@ def _(b: Bench) -> None:
 
 @CASES.case(
     "activations of a model in floats",
-    "config.json has no config_groups with weights); give the folder",
+    "the kernels multiply none of its layers as integers",
 )
 def _(b: Bench) -> None:
     b.rac("inspect", b.folder, "--activations", 0.01)
@@ -89,8 +89,7 @@ def _(b: Bench) -> None:
 
 @CASES.case(
     "activations of a dense model whose activations are quantized",
-    "no kernel multiplies its dense weights with rounded activations (its activations are "
-    "quantized too: int4 in groups of 32",
+    "its activations are quantized already, and no kernel takes them",
 )
 def _(b: Bench) -> None:
     inputs = {"num_bits": 8, "type": "float", "strategy": "token"}

@@ -32,7 +32,7 @@ def changed(b: Bench, name: str, old: str, new: str) -> Path:
 CASES += [
     Case(
         "a recipe in the place of a grid",
-        "is no grid; write it as rows: [{label: one, recipe: rac_2of4}]",
+        "rows: is missing; add it",
         lambda b: b.rac(
             "frontier", b.folder, "--recipe-grid", recipe("rac_2of4"), "--out", b.tmp / "out"
         ),
@@ -46,7 +46,7 @@ CASES += [
     ),
     Case(
         "a grid with a concurrency and no server",
-        "concurrency=9 is for a server; set serve: true, or set batch_size",
+        "concurrency: 9 has no effect without serve: true; leave it out",
         lambda b: frontier(b, evaluation={"concurrency": 9}),
     ),
     Case(
@@ -58,7 +58,7 @@ CASES += [
     ),
     Case(
         "`rac eval --preset` of generated problems",
-        "which generates problems of its own",
+        "has no effect since source 'arithmetic' generates its problems",
         lambda b: b.rac("eval", b.folder, "--preset", "math-500", "--source", "arithmetic"),
     ),
     Case(

@@ -4,7 +4,6 @@ one."""
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 
@@ -14,7 +13,7 @@ from rac_modifier.errors import RacError
 from tests.sampling import fake_vllm
 from tests.sampling.fake_server import FakeServer, shorten_pauses
 
-SERVER, FILE = {"servers": ("http://a",)}, {"path": Path("a.jsonl")}
+SERVER = {"servers": ("http://a",)}
 TWO, NO_MODEL = {"servers": ("http://a", "http://b")}, {"models": ()}
 FEW = ("--problems", 3, "--cap", 8)
 
@@ -33,10 +32,9 @@ def answering(**changes) -> Answering:
         (SERVER, {"written": {"precision"}}, "--precision is for a model that is loaded here"),
         ({"servers": ("a",)}, {}, "--server: base_urls: 'a' is no address of a server"),
         ({}, NO_MODEL, "no model is named; give a model folder"),
-        (TWO | FILE, NO_MODEL, "--answers a.jsonl is for one server, and several are named"),
-        (TWO | {"served_as": ("m",)}, NO_MODEL, "2 servers and --served-as 1 models; give one"),
-        (SERVER | {"served_as": ("m", "n")}, {}, "--served-as m and n name one model; give one"),
-        (SERVER, {"models": (), "written": {"card"}}, "--card needs a model folder"),
+        (TWO | {"served_as": ("m",)}, NO_MODEL, "--served-as names 1 models for 2 servers; give"),
+        (SERVER | {"served_as": ("m", "n")}, {}, "--served-as names 2 models; give one name"),
+        (SERVER, {"models": (), "written": {"card"}}, "--card and --template need a model folder"),
     ],
 )
 def test_what_cannot_be_is_refused(changes, options, message) -> None:

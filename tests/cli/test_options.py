@@ -42,9 +42,10 @@ def test_an_interruption_is_one_line_and_130(capsys):
 
 
 def test_what_is_said_of_a_folder_that_was_being_saved_to(tmp_path):
-    go_on = "they are kept and will be used; run the same command again"
-    assert saving_step(tmp_path / "out", "they") == saving_step(tmp_path, "they") == go_on
+    steps = [saving_step(path, "they are kept") for path in (None, tmp_path / "out", tmp_path)]
+    assert set(steps) == {"they are kept; run the same command again"}
     (tmp_path / "README.md").touch()
-    assert saving_step(tmp_path, "they") == f"{tmp_path} is not complete: remove it. Then, {go_on}"
+    again = f"{tmp_path} is not complete: remove it, and run the same command again"
+    assert saving_step(tmp_path, "they are kept") == again
     (tmp_path / "config.json").touch()
-    assert saving_step(tmp_path, "they").startswith(f"{tmp_path} holds the whole model; if it has")
+    assert saving_step(tmp_path).startswith(f"{tmp_path} holds the whole model; if it has")

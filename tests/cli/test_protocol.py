@@ -34,7 +34,7 @@ def test_without_a_preset_the_options_count():
     assert protocol.problem_source == ProblemSource(source="arithmetic")
     assert sampled(protocol) == (512, 0.7, 0.95, 0)
     assert sampled(asked()) == (512, 0.0, 0.95, 0)
-    assert (protocol.describe(4), protocol.verifiers()) == ([], {})
+    assert (protocol.describe(), protocol.verifier) == ([], None)
     assert len(protocol.load()) == 4
 
 
@@ -45,13 +45,13 @@ def test_divergence_leaves_to_the_model_what_no_option_sets():
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_sets_all_of_it(name):
     preset, protocol = PRESETS[name], asked(name)
-    assert (protocol.problems, protocol.samples) == (None, preset.samples)
+    assert (protocol.problems, protocol.samples) == (preset.problems, preset.samples)
     assert sampled(protocol) == (32768, 0.6, 0.95, 0)
     assert protocol.problem_source == ProblemSource(
         source=preset.source, config=preset.config, split=preset.split,
         column=preset.layout.column, answer_column=preset.layout.answer_column,
     )  # fmt: skip
-    (line,) = protocol.describe(preset.problems)
+    (line,) = protocol.describe()
     assert line.startswith(f"Preset {name}: {preset.problems} problems, {preset.samples} answer")
     assert "Not as published" not in line
 
@@ -59,14 +59,14 @@ def test_a_preset_sets_all_of_it(name):
 def test_options_replace_it_and_are_named():
     protocol = asked("math-500", samples=2, cap=512, temperature=0.1, top_p=0.9, problems=7)
     assert sampled(protocol) == (512, 0.1, 0.9, 0)
-    (line,) = protocol.describe(7)
+    (line,) = protocol.describe()
     assert line == (
         "Preset math-500: 7 problems, 2 answers each, temperature 0.1, top-p 0.9, at most 512 new "
         "tokens. Not as published (samples is 4, cap is 32768, temperature is 0.6, top-p is 0.95, "
         "problems is 500 there)."
     )
     published = asked("math-500", samples=4, cap=32768, problems=500)
-    assert "Not as published" not in published.describe(500)[0]
+    assert published.changed == {}
 
 
 def test_a_copy_is_read_without_the_datasets_configuration():
@@ -79,11 +79,11 @@ def test_a_copy_is_read_without_the_datasets_configuration():
 
 
 def test_a_generator_of_problems_and_a_wrong_range_are_refused():
-    with pytest.raises(RacError, match="cannot ask --source reasoning-gym:gcd, which generates"):
-        asked("gsm8k", source="reasoning-gym:gcd")
+    with pytest.raises(RacError, match="source 'reasoning-gym:gcd' generates its problems"):
+        asked("gsm8k", source="reasoning-gym:gcd").load()
     with pytest.raises(RacError, match=r"rac eval: top_p: must be .* 1"):
         sampled(asked("gsm8k", top_p=1.5))
-    with pytest.raises(RacError, match="--samples 4 at temperature 0"):
+    with pytest.raises(RacError, match="samples_per_problem=4 at temperature 0"):
         sampled(asked(samples=4))
 
 
@@ -113,8 +113,9 @@ def test_the_command_asks_a_copy_and_checks_letters_as_letters(
         seen.append(verifier(f"({answer}) y", answer))
         return True
 
-    monkeypatch.setattr("rac_modifier.evaluation.accuracy.is_correct", check_letter)
-    options = ("--source", "gpqa.jsonl", "--samples", 1, "--cap", 4, "--json", "r.json")
+    monkeypatch.setattr("rac_modifier.evaluation.stopping.is_correct", check_letter)
+    options = ("--source", "gpqa.jsonl", "--samples", 1, "--cap", 4, "--problems", 3)
+    options += ("--json", "r.json")
     code, out, err = rac("eval", tiny_folder, "--preset", "gpqa-diamond", *options)
     assert code == 0, err
     assert seen == [True] * 3

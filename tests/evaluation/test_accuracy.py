@@ -50,10 +50,10 @@ def sampling(**changes):
     return SamplingSettings(**values | changes)
 
 
-def run(model, tokenizer, path, problems=SUMS, verifiers=None, engine=None, **changes):
+def run(model, tokenizer, path, problems=SUMS, verifier=None, engine=None, **changes):
     return evaluate(
         model, tokenizer, problems, label="x", source=SOURCE, sampling=sampling(**changes),
-        path=path, engine=engine, verifiers=verifiers,
+        path=path, engine=engine, verifier=verifier,
     )  # fmt: skip
 
 
@@ -112,9 +112,9 @@ def test_the_loop_of_a_truncated_answer_is_located_in_its_tokens(scripted, rows)
     assert [r.ending.kind for r in rows] == ["looping", "wrong", "wrong", "right"]
 
 
-def test_another_verifier_compares_the_answers_of_its_task(scripted):
-    always = {"a": lambda answer, reference: True}
-    assert scripted(verifiers=always).per_task == {"a": 1.0, "b": 0.0}
+def test_another_verifier_compares_the_answers(scripted):
+    always = scripted(verifier=lambda answer, reference: True)
+    assert always.per_task == {"a": 1.0, "b": 0.0}  # the answer to b has no box
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_nothing_is_generated_where_answers_could_not_be_checked(scripted, monke
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(RacError, match="needs math-verify; pip install"):
         run(None, None, None, PROBLEMS)
-    assert scripted(problems=PROBLEMS[:2], verifiers={"a": str.__eq__}).correct == 1
+    assert scripted(problems=PROBLEMS[:2], verifier=str.__eq__).correct == 1
 
 
 @pytest.fixture

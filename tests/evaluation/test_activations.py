@@ -12,14 +12,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from rac_modifier.checkpoint.packing import pack_checkpoint
 from rac_modifier.checkpoint.stored_weight import all_stored
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.activations import (
     LEVELS,
-    ActivationChoice,
     IntegerLayer,
     activation_block,
+    activations_table,
     check_original,
     choose_activations,
     layers_of,
@@ -29,7 +28,7 @@ from rac_modifier.evaluation.activations import (
 from rac_modifier.kernels import cpu
 from rac_modifier.kernels.cpu.support import support
 from tests.evaluation.test_divergence import sequences
-from tests.tiny import linears, tiny_model
+from tests.tiny import tiny_model
 
 DOWN = "model.layers.0.mlp.down_proj"
 UP = "model.layers.0.mlp.up_proj"
@@ -49,8 +48,8 @@ def words(rows: int, columns: int, group: int, bits: int = 4, order: bool = Fals
     return tensors | ({"weight_g_idx": torch.zeros(columns, dtype=torch.int32)} if order else {})
 
 
-def quantization(bits: int = 4, inputs: dict[str, Any] | None = None, **weights: Any):
-    weights = {"num_bits": bits, "type": "int", "strategy": "group", "group_size": 32, **weights}
+def quantization(inputs: dict[str, Any] | None = None):
+    weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
     form = {"format": "pack-quantized"}
     group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs, **form}
     return {"quant_method": "compressed-tensors", **form, "config_groups": {"g": group}}
@@ -73,8 +72,8 @@ def test_the_layers_of_a_dense_checkpoint(tmp_path: Path) -> None:
         UP: words(8, 64, 32),
         DOWN: words(8, 1056, 1056, bits=3),
         "model.layers.0.mlp.gate": words(8, 128, 64, bits=2),
+        # those below keep 16 bits: experts, other bits, an order, odd groups, the vocabulary's
         "model.layers.1.mlp.experts.0.up_proj": words(8, 64, 32),
-        "model.layers.1.mlp.experts.1.up_proj": words(8, 64, 32),
         "model.layers.2.mlp.up_proj": words(8, 64, 32, bits=8),
         "model.layers.2.mlp.down_proj": words(8, 64, 64, order=True),
         "model.layers.3.mlp.up_proj": words(8, 60, 30),
@@ -82,58 +81,29 @@ def test_the_layers_of_a_dense_checkpoint(tmp_path: Path) -> None:
         "lm_head": words(8, 64, 32),
         "model.embed_tokens": words(8, 64, 32),
     }
-    layers, left_out = layers_of(folder_of(tmp_path, modules), recorded=False)
+    layers = layers_of(folder_of(tmp_path, modules), recorded=False)
     gate = ("model.layers.0.mlp.gate", 64, None)
     actual = [(x.module, x.block, x.own_error) for x in layers]
     assert actual == [(DOWN, 512, None), gate, (UP, 32, None)]
-    assert left_out == {
-        "heads and embeddings take 16 bits": 2,
-        "routed experts take 16 bits": 2,
-        "dense because its columns were reordered (actorder: group)": 1,
-        "its 100 columns are no multiple of its groups of 33": 1,
-        "the kernels multiply its values as floats": 1,
-    }
 
 
 def test_own_errors_come_from_the_run_record(tmp_path: Path) -> None:
     modules = {UP: words(8, 64, 32), DOWN: words(8, 64, 32)}
     folder = folder_of(tmp_path, modules, own={UP: 0.25, DOWN: 0.5})
-    assert {x.module: x.own_error for x in layers_of(folder)[0]} == {UP: 0.25, DOWN: 0.5}
+    assert {x.module: x.own_error for x in layers_of(folder)} == {UP: 0.25, DOWN: 0.5}
     folder_of(tmp_path, modules, own={UP: 0.25})
     with pytest.raises(RacError, match=rf"no error of {DOWN} \(1 layers in all\).*--dense MODEL"):
         layers_of(folder)
 
 
-BOTH = quantization()
-BOTH["config_groups"]["other"] = quantization(inputs=FP8)["config_groups"]["g"]
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        (None, "config.json has no config_groups with weights.; give the folder"),
-        (quantization(bits=8), r"\(its weights are int8: int8 in groups of 32 \(pack-q.*; give"),
-        (BOTH, "its activations are quantized too"),
-        (quantization(strategy="tensor"), r"\(its scales are per tensor: "),
-        (quantization(), r"none of its layers .* \(lm_head: heads and embeddings take 16 bits\)"),
-    ],
-)
-def test_a_checkpoint_that_is_refused(tmp_path: Path, config: Any, message: str) -> None:
-    modules = {"lm_head": words(8, 64, 32)}
-    with pytest.raises(RacError, match=message):
-        layers_of(folder_of(tmp_path, modules, quantization_config=config))
-
-
-def test_no_folder_and_packed_floats_are_refused(tmp_path: Path) -> None:
+def test_checkpoints_without_such_layers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RacError, match=r"owner/name: no folder of a checkpoint; .*hf download ID"):
         layers_of(Path("owner/name"))
-    model = tiny_model()
-    for linear in linears(model).values():
-        linear.weight.data.view(-1, 4)[:, :2] = 0
-    model.save_pretrained(tmp_path)
-    pack_checkpoint(tmp_path, dict.fromkeys(linears(model), "2:4"), dense_linears=["lm_head"])
-    with pytest.raises(RacError, match=r"the kernels multiply its values as floats\); quantize"):
-        layers_of(tmp_path)
+    head = {"lm_head": words(8, 64, 32)}
+    with pytest.raises(RacError, match="multiply none of its layers as integers"):
+        layers_of(folder_of(tmp_path, head))
+    with pytest.raises(RacError, match="its activations are quantized already"):
+        layers_of(folder_of(tmp_path, head, quantization_config=quantization(inputs=FP8)))
 
 
 @pytest.mark.parametrize(
@@ -208,35 +178,30 @@ def test_the_errors_of_a_layer():
 def test_an_outlier_channel_needs_16_bits():
     """A channel x1000 that the layer hardly uses: what the others lose is all of the output."""
     model = tiny_model()
-    errors = []
-    for _ in range(2):
-        errors.append(measure_activations(model, [layer()], sequences())[0])
-        model.get_submodule(UP).weight.data[5] *= 1000
-        model.get_submodule(DOWN).weight.data[:, 5] *= 1e-4
-    assert errors[0].share <= 0.01 < errors[1].share
-    assert errors[1].error > 100 * errors[0].error
+    (before,) = measure_activations(model, [layer()], sequences())
+    model.get_submodule(UP).weight.data[5] *= 1000
+    model.get_submodule(DOWN).weight.data[:, 5] *= 1e-4
+    (after,) = measure_activations(model, [layer()], sequences())
+    assert (before.bits(0.01), after.bits(0.01)) == (8, 16)
+    assert after.error > 100 * before.error
 
 
 def test_the_limit_is_a_share_of_the_layers_own_error():
-    layers = tuple(
-        IntegerLayer(name, 48, own, error)
-        for name, own, error in (("a", 0.1, 5e-3), ("b", 0.4, 8e-3), ("c", 0.0, 1e-9))
-    )
-    divergence = {"kl": 1e-6, "agreement": 1.0, "tokens": 9}
-    assert ActivationChoice(0.01, layers, divergence).modules == []
-    choice = ActivationChoice(0.03, layers, divergence)
-    assert choice.modules == ["b"]
-    assert [row[-1] for row in choice.table().rows] == ["16", "8", "16"]
-    assert choice.table().note.startswith("1 of 3 layers in 8 bits, where these add at most 0.03")
+    layers = [IntegerLayer("a", 48, 0.1, 5e-3), IntegerLayer("b", 48, 0.4, 8e-3)]
+    layers.append(IntegerLayer("c", 48, 0.0, 1e-9))
+    assert [layer.bits(0.01) for layer in layers] == [16, 16, 16]
+    assert [layer.bits(0.03) for layer in layers] == [16, 8, 16]
 
 
 def test_the_divergence_is_that_of_rounded_inputs_of_the_chosen_layers_alone():
     model = tiny_model()
     chosen = choose_activations(model, [layer(own_error=1.0), layer(UP, 1e-9)], sequences(), 0.1)
-    assert chosen.modules == [DOWN]
-    assert 0 < chosen.divergence["kl"] < 1e-2
+    assert {name: row["bits"] for name, row in chosen["layers"].items()} == {DOWN: 8, UP: 16}
+    assert 0 < chosen["kl"] < 1e-2
+    assert [row[-1] for row in activations_table(chosen).rows] == ["8", "16"]
+    assert activations_table(chosen).note.startswith("1 of 2 layers in 8 bits, where these add")
     none = choose_activations(model, [layer(UP, 1e-9)], sequences(), 0.1)
-    assert none.divergence["kl"] == pytest.approx(0.0, abs=1e-9)
+    assert none["kl"] == pytest.approx(0.0, abs=1e-9)
     assert not model.get_submodule(DOWN)._forward_pre_hooks
 
 
@@ -249,22 +214,13 @@ def test_layers_that_cannot_be_measured():
         measure_activations(model, [layer()], sequences())
 
 
-NO_LAYER = rf"{DOWN}: no dense layer of shape \[64, 128\] in the dense model; name the model"
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ("norm", r"model\.layers\.0\.post_attention_layernorm\.weight: differs .*\(as by AWQ\)"),
-        ("shape", NO_LAYER),
-        ("missing", NO_LAYER),
-        ("quantized", NO_LAYER),
-    ],
-)
-def test_a_dense_model_that_own_errors_cannot_be_measured_against(change, message):
+@pytest.mark.parametrize("change", ["norm", "shape", "missing", "quantized"])
+def test_a_dense_model_that_own_errors_cannot_be_measured_against(change):
     dense, model = original_and_rounded()
+    message = rf"{DOWN}: no dense layer of shape \[64, 128\] in the dense model; name the model"
     if change == "norm":
         dense.get_submodule("model.layers.0.post_attention_layernorm").weight.data[3] *= 1.1
+        message = r"model\.layers\.0\.post_attention_layernorm\.weight: differs .*\(as by AWQ\)"
     elif change == "shape":
         dense = tiny_model(intermediate_size=256)
     elif change == "missing":

@@ -65,7 +65,7 @@ def test_in_its_process_the_accuracy_is_that_of_rac_eval(
     model = f"model_name={packed_reasoner},dtype=float32,batch_size={COUNT},max_length=1024"
     generation = "generation_parameters={temperature:0,max_new_tokens:512}"
     command = [
-        str(Path(str(LIGHTEVAL)).with_name("python")), "-m", "rac_modifier.evaluation.lighteval",
+        str(Path(str(LIGHTEVAL)).with_name("python")), "-m", "rac_modifier", "lighteval",
         "accelerate", f"{model},{generation}", "rac_arithmetic|0", "--custom-tasks", str(EXAMPLE),
         "--output-dir", str(tmp_path / "out"),
     ]  # fmt: skip

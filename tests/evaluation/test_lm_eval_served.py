@@ -20,7 +20,7 @@ COUNT = 8
 def run(module: str, arguments: dict[str, Any], kind: str, out: Path) -> tuple[float, list[str]]:
     """Accuracy, and the answer to each problem that the regular expression found."""
     command = [
-        sys.executable, "-m", module, "run", "--model", kind, "--apply_chat_template",
+        sys.executable, "-m", *module.split(), "run", "--model", kind, "--apply_chat_template",
         "--batch_size", str(COUNT),
         "--model_args", ",".join(f"{key}={value}" for key, value in arguments.items()), "--device",
         "cpu",
@@ -65,7 +65,7 @@ def test_served_answers_are_those_of_transformers(packed_reasoner: Path, tmp_pat
             assert "think>" not in row["resps"][0][0]  # the parser has taken the thinking out
     assert "sparse kernel" in (tmp_path / "log").read_text()
     here = {"pretrained": packed, "dtype": "float32", "think_end_token": "</think>"}
-    assert run("rac_modifier.evaluation.lm_eval", here, "hf", tmp_path / "here") == (
+    assert run("rac_modifier lm_eval", here, "hf", tmp_path / "here") == (
         accuracy,
         answers,
     )

@@ -1,6 +1,6 @@
 import itertools
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -55,7 +55,7 @@ def test_results_come_back_from_a_file_and_those_of_another_version_are_named(tm
         path.write_text(json.dumps(content))
         return read_results(path)
 
-    values = found.as_dict()
+    values = asdict(found)
     assert read({"results": [values]}) == [found]
     other = {name: value for name, value in values.items() if name != "cap"} | {"limit": 3}
     with pytest.raises(

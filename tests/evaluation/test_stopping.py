@@ -8,10 +8,11 @@ from rac_modifier.evaluation.stopping import (
     Inflation,
     Loop,
     describe_loops,
-    ending_of,
+    row_of_text,
     summary,
     token_inflation,
 )
+from rac_modifier.problems.source import Problem
 
 # the answer of each text is 42; {loop} and {counter} are replaced by `text_of`
 TEXTS = {
@@ -104,17 +105,9 @@ def text_of(template: str) -> str:
 
 
 def ended(text: str, finish: str, ids: tuple[int, ...] = ()) -> Ending:
-    correct = "\\boxed{42}" in text.partition("</think>")[2] and finish == "stop"
-    return ending_of(
-        text,
-        "42",
-        correct=correct,
-        finish=finish,
-        tokens=9,
-        thinking_tokens=5,
-        ids=ids,
-        question="Solve 6 * 7. Is it 42?",
-    )
+    problem = Problem("p", "Solve 6 * 7. Is it 42?", "42", None)
+    lengths = {"tokens": 9, "thinking_tokens": 5}
+    return row_of_text(problem, text, finish=finish, ids=ids, **lengths).ending
 
 
 @pytest.mark.parametrize(("kind", "text"), CASES)
@@ -129,9 +122,7 @@ def test_the_kind_of_an_ending_is_read_from_text_alone(kind, text):
 
 
 def test_a_truncated_answer_that_accuracy_counts_as_right_had_reached_it():
-    lengths = {"tokens": 9, "thinking_tokens": 5}
-    text = "\\boxed{42}. Now the answer is 41. So"
-    assert ending_of(text, "42", correct=True, finish="length", **lengths).kind == "reached"
+    assert ended("\\boxed{42}. Now the answer is 41. So", "length").kind == "reached"
 
 
 @pytest.mark.parametrize(

@@ -33,10 +33,11 @@ def gpqa_row(number, **changes):
     return {**row, **{name: f"{number + i}" for i, name in enumerate(WRONG, 1)}, **changes}
 
 
-def read(tmp_path, layout, rows, seed=0, count=None, **fields):
+def read(tmp_path, layout, rows, seed=0, count=None):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return benchmark_problems(ProblemSource(source=str(path), **fields), layout, seed, count)
+    source = ProblemSource(source=str(path))
+    return benchmark_problems(source, layout, seed, count or len(rows))
 
 
 def identity(problem):

@@ -193,11 +193,8 @@ def test_the_grids_of_speed_are_served():
             "rows: [{label: a, recipe: b}]\nevaluation: {problem: 3}",
             "evaluation.problem: there is no such setting",
         ),
-        (
-            "rows: [{label: 2:4, recipe: b}]",
-            "label 124 is a number (YAML reads 2:4 as 124); write it in quotes",
-        ),
-        ("- 1", "is no grid; write it as rows: "),
+        ("rows: [{label: 50, recipe: b}]", "rows.0.label: must be a valid string (value 50)"),
+        ("- 1", "must be a valid dictionary"),
     ],
 )
 def test_a_file_that_is_no_grid(tmp_path: Path, text: str, says: str):

@@ -33,13 +33,3 @@ def test_what_does_not_apply_is_refused(values, message):
     with pytest.raises(ValidationError) as caught:
         ProblemSource(**values)
     assert message in str(caught.value)
-
-
-def test_a_known_dataset_has_its_columns():
-    made = ProblemSource(source="open-r1/OpenR1-Math-220k", limit=3)
-    assert (made.column, made.answer_column) == ("problem", "answer")
-    assert ProblemSource(source="open-r1/OpenR1-Math-220k", column="question").column == "question"
-    assert ProblemSource(source="open-r1/OpenR1-Math-220k", column=None).column == "problem"
-    assert ProblemSource(source="open-r1/codeforces").config == "verifiable-prompts"
-    other = ProblemSource(source="open-r1/codeforces", config="default")
-    assert (other.config, other.column) == ("default", None), "another configuration"

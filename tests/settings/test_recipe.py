@@ -73,7 +73,7 @@ def test_overrides_reach_any_depth_and_leave_the_rest(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "settings"),
     [
-        (["mask_structure=1:4", "sparsity=null"], {"mask_structure": "1:4"}),  # 64, reads YAML
+        (["mask_structure=1:4", "sparsity=null"], {"mask_structure": "1:4"}),
         (
             ["calibration.seed=4", "traces.store=s"],
             {"sparsity": 0.5, "calibration": {"seed": 4}, "traces": {"store": "s"}},

@@ -71,9 +71,9 @@ def test_upstream_reads_what_the_public_function_returns():
 
 
 def test_plain_data():
-    text = "a: [1, 2.5, .inf, yes, null, x]\nbase: &b {c: 1}\nd: {<<: *b, e: 2}\n"
+    text = "a: [1, 2.5, .inf, yes, null, x, 2:4]\nbase: &b {c: 1}\nd: {<<: *b, e: 2}\n"
     assert parse_yaml(text, "bad") == {
-        "a": [1, 2.5, float("inf"), True, None, "x"],
+        "a": [1, 2.5, float("inf"), True, None, "x", "2:4"],
         "base": {"c": 1},
         "d": {"c": 1, "e": 2},
     }
