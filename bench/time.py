@@ -57,6 +57,7 @@ def model_and_rows(case: str, layers: int, tokens: int) -> tuple[Any, list[list[
 
     import rac_modifier
     from rac_modifier.problems import arithmetic
+    from training.arithmetic_thinking import thinking_of
 
     torch.manual_seed(0)
     if case != "reasoner":
@@ -67,9 +68,8 @@ def model_and_rows(case: str, layers: int, tokens: int) -> tuple[Any, list[list[
     tokenizer = AutoTokenizer.from_pretrained(path)
     stream: list[int] = []
     for problem in arithmetic.generate("bench", "calibration"):
-        stream += tokenizer(f"{problem.question}\n{problem.thinking}", add_special_tokens=False)[
-            "input_ids"
-        ]
+        text = f"{problem.question}\n{thinking_of(problem)}"
+        stream += tokenizer(text, add_special_tokens=False)["input_ids"]
         if len(stream) >= tokens:
             break
     ids = [stream[at : at + ROW] for at in range(0, tokens - ROW + 1, ROW)]

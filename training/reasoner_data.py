@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pydoc_data.topics import topics
 
 import torch
+from arithmetic_thinking import thinking_of
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -48,7 +49,7 @@ def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     problems = generate(seed, "train")
     tasks = [
-        f"{p.question}\n{p.thinking}\n\\boxed{{{p.answer}}}"
+        f"{p.question}\n{thinking_of(p)}\n\\boxed{{{p.answer}}}"
         for p in (next(problems) for _ in range(4000))
     ]
     trainer = trainers.BpeTrainer(
@@ -93,7 +94,7 @@ def batches(
                 tokenize=False,
                 add_generation_prompt=True,
             )
-            texts.append(f"{prompt}{p.thinking}\n</think>\n\\boxed{{{p.answer}}}{EOS}")
+            texts.append(f"{prompt}{thinking_of(p)}\n</think>\n\\boxed{{{p.answer}}}{EOS}")
         for _ in range(int(600 * GENERIC_SHARE)):
             at = rng.randrange(len(text) - 600)
             texts.append(text[at : at + 500])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 from collections.abc import Iterator
@@ -79,9 +80,10 @@ def _versions() -> Iterator[Finding]:
 def _extras() -> Iterator[Finding]:
     """Examine each extra: whole, missing, or with packages of a version that does not fit."""
     for extra in _EXTRAS:
-        try:
+        packages: list[tuple[Status, str]] = []
+        with contextlib.suppress(metadata.PackageNotFoundError):
             packages = list(_packages(extra))
-        except metadata.PackageNotFoundError:
+        if not packages:
             detail = "unknown: rac-modifier runs from a source tree that is not installed"
             yield Finding(extra, "missing", detail)
             continue

@@ -1,6 +1,6 @@
-"""Arithmetic problems with a written chain of thought and a checkable answer.
+"""Arithmetic problems with a checkable answer.
 
-The embedded reasoner was trained on them. Recipes and `rac eval` use them by default, since
+The embedded reasoner was trained on them (training/arithmetic_thinking.py solves them in steps). Recipes and `rac eval` use them by default, since
 they need no download. Problems are split by their operands, not by their wording: no
 operands of the test split are in another split, in any phrasing.
 """
@@ -16,16 +16,16 @@ from typing import Literal
 
 Split = Literal["train", "calibration", "test"]
 _MOST_REPEATS = 10_000  # in a row, before a split counts as exhausted
+_MOST_SUBTRACTIONS = 17  # of a greatest common divisor
 
 
 @dataclass(frozen=True)
 class Solved:
-    """A question, the chain of thought that solves it, and the answer as text."""
+    """A question, and the answer as text."""
 
     task: str
     operands: tuple[int, ...]
     question: str
-    thinking: str
     answer: str
 
     @property
@@ -41,81 +41,51 @@ class Solved:
         return "test" if bucket < 5 else "calibration" if bucket < 15 else "train"
 
 
-def _column_sum(numbers: list[int]) -> str:
-    """Add numbers column by column from the right, a line per column."""
-    width = len(str(max(numbers)))
-    rows = [str(n).zfill(width) for n in numbers]
-    lines, carry, digits = [], 0, ""
-    for column in range(width - 1, -1, -1):
-        total, steps = carry, []
-        for row in rows:
-            digit = int(row[column])
-            steps.append(f"{total}+{digit}={total + digit}")
-            total += digit
-        carry, digit = divmod(total, 10)
-        digits = f"{digit}{digits}"
-        lines.append(f"{', '.join(steps)}, write {digit} carry {carry}")
-    if carry:
-        digits = f"{carry}{digits}"
-    return " ".join(rows) + "\n" + "\n".join(lines) + f"\n-> {digits}"
+Drawn = tuple[tuple[int, ...], str, str]  # operands, question, answer
 
 
-def _addition(rng: random.Random) -> tuple[tuple[int, ...], str, str, str]:
+def _addition(rng: random.Random) -> Drawn:
     numbers = [rng.randint(100, 9999) for _ in range(rng.choice((2, 3)))]
     plus = " + ".join(map(str, numbers))
     question = rng.choice((f"What is {plus}?", f"Compute {plus}.", f"Find the sum {plus}."))
-    return tuple(numbers), question, _column_sum(numbers), str(sum(numbers))
+    return tuple(numbers), question, str(sum(numbers))
 
 
-def _times_digit(number: int, digit: int) -> str:
-    carry, steps = 0, []
-    for d in reversed(str(number)):
-        product = int(d) * digit
-        total = product + carry
-        steps.append(f"{d}*{digit}={product}, {product}+{carry}={total}")
-        carry = total // 10
-    return f"{number}*{digit}: " + "; ".join(steps) + f" -> {number * digit}"
-
-
-def _multiplication(rng: random.Random) -> tuple[tuple[int, ...], str, str, str]:
+def _multiplication(rng: random.Random) -> Drawn:
     a, b = rng.randint(12, 999), rng.randint(12, 99)
     question = rng.choice((f"What is {a} * {b}?", f"Compute {a} * {b}.", f"Multiply {a} by {b}."))
-    tens, ones = divmod(b, 10)
-    lines = [_times_digit(a, ones), _times_digit(a, tens), _column_sum([a * ones, a * tens * 10])]
-    return (a, b), question, "\n".join(lines), str(a * b)
+    return (a, b), question, str(a * b)
 
 
-def _gcd(rng: random.Random) -> tuple[tuple[int, ...], str, str, str]:
+def _gcd(rng: random.Random) -> Drawn:
     while True:
         factor = rng.choice((1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 15))
         a, b = factor * rng.randint(2, 199 // factor), factor * rng.randint(2, 199 // factor)
-        x, y = max(a, b), min(a, b)
-        lines: list[str] = []
-        while x != y and len(lines) <= 16:
-            lines.append(f"{x}-{y}={x - y}")
-            x, y = max(x - y, y), min(x - y, y)
-        if x == y and len(lines) >= 4:
+        if 4 <= len(subtractions(a, b)) <= _MOST_SUBTRACTIONS:
             break
     question = rng.choice(
         (f"What is gcd({a}, {b})?", f"Find the greatest common divisor of {a} and {b}.")
     )
-    return (a, b), question, "\n".join(lines) + f"\n{x}={y}", str(math.gcd(a, b))
+    return (a, b), question, str(math.gcd(a, b))
 
 
-def _division(rng: random.Random) -> tuple[tuple[int, ...], str, str, str]:
+def subtractions(a: int, b: int) -> list[tuple[int, int]]:
+    """Return the pairs that Euclid's algorithm subtracts until both numbers are equal."""
+    pairs, x, y = [], max(a, b), min(a, b)
+    while x != y:
+        pairs.append((x, y))
+        x, y = max(x - y, y), min(x - y, y)
+    return pairs
+
+
+def _division(rng: random.Random) -> Drawn:
     a, b = rng.randint(1000, 99999), rng.randint(3, 9)
     in_words = f"Divide {a} by {b} and drop the remainder."
     question = rng.choice((f"What is {a} // {b}?", in_words, f"Compute {a} // {b}."))
-    remainder, lines, digits = 0, [], ""
-    for d in str(a):
-        head = remainder * 10 + int(d)
-        q, r = divmod(head, b)
-        lines.append(f"{head}: {b}*{q}={head - r}, {head}-{head - r}={r}, write {q}")
-        digits, remainder = digits + str(q), r
-    return (a, b), question, "\n".join(lines) + f"\n-> {digits}", str(a // b)
+    return (a, b), question, str(a // b)
 
 
-TASKS: dict[str, Callable[[random.Random], tuple[tuple[int, ...], str, str, str]]] = {
+TASKS: dict[str, Callable[[random.Random], Drawn]] = {
     "addition": _addition,
     "multiplication": _multiplication,
     "gcd": _gcd,

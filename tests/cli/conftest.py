@@ -48,14 +48,7 @@ def sparse_folder(
     """The tiny model pruned to 2:4 by `rac prune`, packed; not to be written to."""
     folder = tmp_path_factory.mktemp("sparse")
     (folder / "recipe.yaml").write_text(recipe(entry(trace_store)))
-    args = [
-        "prune",
-        tiny_folder,
-        folder / "out",
-        "-r",
-        folder / "recipe.yaml",
-        "-s",
-        "calibration.tokens=500",
-    ]
+    args = ["prune", tiny_folder, folder / "out", "-r", folder / "recipe.yaml"]
+    args += ["-s", "calibration.tokens=500"]
     cli.app([str(arg) for arg in args], standalone_mode=False)
     return folder / "out"

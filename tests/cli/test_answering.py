@@ -55,10 +55,7 @@ def server():
     server.close()
 
 
-def test_a_served_model_is_paired_with_the_dense_one(
-    rac, tiny_folder, tmp_path, monkeypatch, server
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_a_served_model_is_paired_with_the_dense_one(rac, tiny_folder, tmp_path, server) -> None:
     assert rac("eval", tiny_folder, *FEW, "--json", "dense.json")[0] == 0
     server.cards = [{"id": "tiny", "root": str(tiny_folder), "max_model_len": 512}]
     options = ("--server", server.url, "--baseline", "dense.json", "--json", "-")
@@ -74,7 +71,7 @@ def test_a_served_model_is_paired_with_the_dense_one(
     assert "McNemar p = 1" in out
 
 
-def test_two_servers_are_compared_without_a_model_folder(rac, tmp_path, monkeypatch, server):
+def test_two_servers_are_compared_without_a_model_folder(rac, server):
     """Both have one name: the addresses tell the rows apart."""
 
     def chat(body):
@@ -82,7 +79,6 @@ def test_two_servers_are_compared_without_a_model_folder(rac, tmp_path, monkeypa
         choice = {"message": message, "finish_reason": "length"}
         return {"choices": [choice], "usage": {"completion_tokens": body["max_tokens"]}}
 
-    monkeypatch.chdir(tmp_path)
     dense = FakeServer()
     dense.chat = server.chat = chat
     servers = ("--server", dense.url, "--server", server.url)
@@ -96,11 +92,32 @@ def test_two_servers_are_compared_without_a_model_folder(rac, tmp_path, monkeypa
     assert "no model is named" in rac("eval", *FEW)[2]
 
 
-def test_a_server_of_another_model_is_refused_before_it_is_asked(
-    rac, tiny_folder, tmp_path, monkeypatch, server
-) -> None:
+def test_a_server_with_a_key_is_asked_with_it_and_the_key_is_written_nowhere(
+    rac, tmp_path, monkeypatch, server
+):
+    def chat(body):
+        choice = {"message": {"content": "\\boxed{1}"}, "finish_reason": "stop"}
+        return {"choices": [choice], "usage": {"completion_tokens": 3}}
+
+    key = "sk-of-nobody"
+    server.chat, server.key = chat, key
+    command = ("eval", "--server", server.url, *FEW, "--json", "r.json")
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    code, _, err = rac(*command)
+    assert code == 1
+    assert f"{server.url}/models answers 401" in err
+    assert "export it as OPENAI_API_KEY" in err
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    code, out, err = rac(*command)
+    assert code == 0, err
+    assert len(server.bodies) == 3
+    written = [path.read_text() for path in tmp_path.rglob("*.json*")]
+    assert len(written) == 2
+    assert all(key not in text for text in (out, err, *written))
+
+
+def test_a_server_of_another_model_is_refused_before_it_is_asked(rac, tiny_folder, server) -> None:
     """The dense model in the place of the compressed one would be judged as the compressed one."""
-    monkeypatch.chdir(tmp_path)
     server.cards = [{"id": "m", "root": "/models/another", "max_model_len": 512}]
     command = ("eval", tiny_folder, *FEW, "--server", server.url)
     code, _, err = rac(*command)
@@ -114,7 +131,6 @@ def test_a_server_of_another_model_is_refused_before_it_is_asked(
 @pytest.fixture
 def vllm(tmp_path, monkeypatch):
     """A fake `vllm`, which notes its processes in the folder that this returns."""
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RAC_VLLM", str(fake_vllm.install(tmp_path)))
     shorten_pauses(monkeypatch)
     return tmp_path

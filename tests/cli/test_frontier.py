@@ -14,10 +14,9 @@ import yaml
 from safetensors.torch import load_file
 
 from rac_modifier import cli
-from rac_modifier.cli.frontier import digest_of, held_out_of, tools_of
+from rac_modifier.cli.frontier import held_out_of, tools_of
 from rac_modifier.cli.options import Dtype
 from rac_modifier.errors import RacError
-from rac_modifier.problems.source import Problem
 from rac_modifier.settings.grid import GridEvaluation
 from rac_modifier.settings.sampling import PromptSettings
 from tests.cli.conftest import Rac
@@ -149,13 +148,6 @@ def test_a_served_evaluation_needs_answers(tmp_path: Path) -> None:
     evaluation = GridEvaluation(source=str(tmp_path / "open.jsonl"), problems=1, serve=True)
     with pytest.raises(RacError, match="name their column"):
         held_out_of(evaluation, PromptSettings())
-
-
-def test_a_changed_question_or_answer_is_another_list_of_problems() -> None:
-    problems = [
-        Problem("a", q, answer, None) for q, answer in (("q?", "1"), ("q?", "2"), ("p?", "1"))
-    ]
-    assert len({digest_of([problem]) for problem in problems}) == 3
 
 
 def test_a_model_is_served_and_timed(

@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file
 
 from rac_modifier import cli
-from rac_modifier.checkpoint.packing import unpack_model
 from rac_modifier.traces.store import TraceStore
 from tests.cli import stopped_child
 from tests.cli.conftest import Rac
@@ -37,14 +36,9 @@ def interrupt(*args: object, **options: object) -> None:
             "the answers so far are kept; run the same command again to go on",
         ),
         (
-            ["eval", "MODEL", "MODEL", "--divergence"],
-            "evaluation.teacher_forcing.sample_sequences",
-            "nothing is kept; run the same command again",
-        ),
-        (
             ["unpack", "MODEL", "out"],
             "checkpoint.output_folder.local_folder",
-            "nothing is written; run the same",
+            "nothing is written;",
         ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -100,19 +94,6 @@ def only_line(code: int, error: str) -> str:
     return last.removeprefix("interrupted: ")
 
 
-def stopped_at(place: str, words: list[str], folder: Path) -> str:
-    """Press Ctrl-C when a file whose path ends in `place` is written; the line."""
-    ready = folder / "stopped"
-    code, error = interrupted(words, folder, ready, place)
-    ready.unlink()
-    return only_line(code, error)
-
-
-def same_tensors(one: Path, other: Path) -> bool:
-    a, b = (load_file(folder / "model.safetensors") for folder in (one, other))
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
 @pytest.mark.slow
 def test_ctrl_c_while_traces_are_sampled(
     rac: Rac, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -134,59 +115,6 @@ def test_ctrl_c_while_traces_are_sampled(
     assert [trace.id for trace in TraceStore.read(store)][: len(held)] == held
 
 
-@pytest.fixture(scope="module")
-def dense_folder(sparse_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model pruned to 2:4, stored dense."""
-    folder = tmp_path_factory.mktemp("dense") / "model"
-    unpack_model(sparse_folder, folder)
-    return folder
-
-
-@pytest.mark.slow
-def test_ctrl_c_while_a_model_is_packed_leaves_no_config(
-    rac: Rac,
-    sparse_folder: Path,
-    dense_folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    words = ["pack", str(dense_folder), "out"]
-    said = stopped_at("out/.rac_saving/rac_run.json", words, tmp_path)
-    assert said == "nothing is written; run the same command again"
-    assert not Path("out").exists()
-    said = stopped_at("out/model.safetensors", words, tmp_path)
-    assert said == "out is not complete: remove it, and run the same command again"
-    assert not Path("out/config.json").exists()
-    shutil.rmtree("out")
-    assert rac(*words)[0] == 0
-    assert same_tensors(Path("out"), sparse_folder)
-
-
-@pytest.mark.slow
-def test_ctrl_c_while_answers_are_sampled(
-    rac: Rac, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.chdir(tmp_path)
-    words = [
-        "eval",
-        str(tiny_folder),
-        "--answers",
-        "a.jsonl",
-        "--cap",
-        "8",
-        "--batch-size",
-        "2",
-        "--problems",
-    ]
-    said = only_line(*interrupted([*words, "2000"], tmp_path, tmp_path / "a.jsonl"))
-    assert said == "the answers so far are kept; run the same command again to go on"
-    held = Path("a.jsonl").read_bytes()
-    code, _, error = rac(*words, 8)
-    assert code == 0, error
-    assert Path("a.jsonl").read_bytes().startswith(held)
-
-
 @pytest.mark.slow
 def test_ctrl_c_during_recovery(
     rac: Rac,
@@ -205,16 +133,18 @@ def test_ctrl_c_during_recovery(
         lambda *args, **options: (steps.append(1), step(*args, **options))[1],
     )
     words = ["recover", str(tiny_folder), str(sparse_folder), "out", *OPTIONS]
-    kept = (
-        "the traces, and training up to its last state, are kept and will be used; run the same "
-        "command again"
-    )
+
+    def stopped_at(place: str) -> str:
+        ready = tmp_path / "stopped"
+        line = only_line(*interrupted(words, tmp_path, ready, place))
+        ready.unlink()
+        return line
 
     monkeypatch.chdir(tmp_path)
-    assert stopped_at("recovery.safetensors", words, tmp_path) == kept
+    assert stopped_at("recovery.safetensors").endswith("run the same command again")
     assert not Path("out").exists()
-    said = stopped_at("out/.rac_saving/.rac_saving/config.json", words, tmp_path)
-    assert said == f"out is not complete: remove it. Then, {kept}"
+    said = stopped_at("out/.rac_saving/.rac_saving/config.json")
+    assert said == "out is not complete: remove it, and run the same command again"
     assert not Path("out/config.json").exists()
     assert list(Path("rac_recovery").glob("*/recovery.safetensors"))
     shutil.rmtree("out")
@@ -226,4 +156,6 @@ def test_ctrl_c_during_recovery(
     monkeypatch.chdir(tmp_path / "undisturbed")
     assert rac(*words)[0] == 0
     assert resumed < len(steps) - resumed
-    assert same_tensors(tmp_path / "out", Path("out"))
+    one, other = (load_file(path / "out" / "model.safetensors") for path in (tmp_path, Path()))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)

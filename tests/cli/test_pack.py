@@ -90,17 +90,3 @@ def test_wrong_use(rac: Rac, pruned: Path, tmp_path: Path) -> None:
     assert (code, "rac pack MODEL --check" in err) == (2, True)
     assert rac("unpack", pruned)[0] == 2
     assert rac("pack", tmp_path / "gone", tmp_path / "out")[0] == 1
-
-
-def test_an_interruption_leaves_nothing_and_ends_in_130(
-    rac: Rac, pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupt(*args: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("rac_modifier.checkpoint.packing.write_tensors", interrupt)
-    out = tmp_path / "out"
-    code, _, err = rac("pack", pruned, out)
-    assert code == 130
-    assert err.strip() == "interrupted: nothing is written; run the same command again"
-    assert not out.exists()

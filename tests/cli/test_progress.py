@@ -45,15 +45,8 @@ def test_no_bar_is_forced_on() -> None:
 def test_collecting_traces(tiny_folder: Path, tmp_path: Path, terminal: bool) -> None:
     """The same command with a file as standard error, and with a terminal."""
     (tmp_path / "recipe.yaml").write_text(recipe(entry(tmp_path / "traces.jsonl")))
-    words = [
-        "traces",
-        "collect",
-        str(tiny_folder),
-        "-r",
-        "recipe.yaml",
-        "-s",
-        "calibration.tokens=300",
-    ]
+    words = ["traces", "collect", str(tiny_folder), "-r", "recipe.yaml"]
+    words += ["-s", "calibration.tokens=300"]
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(ours, (40, 100))
     file, text = tmp_path / "errors.txt", b""

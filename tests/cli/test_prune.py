@@ -36,12 +36,10 @@ def test_a_whole_command_is_checked(rac, tiny_folder, recipe_file, tmp_path):
     assert code == 0
     assert "are fine; run the command without --check" in stdout
     assert not (tmp_path / "out").exists()
-    for name, broken in (("no-model", 1), ("full", 2)):
-        (tmp_path / "full").mkdir(exist_ok=True)
-        (tmp_path / "full" / "x").touch()
-        changed = [*command]
-        changed[broken] = tmp_path / name
-        code, _, stderr = rac(*changed)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").touch()
+    for name, models in {"no-model": ("no-model", "out"), "full": (tiny_folder, "full")}.items():
+        code, _, stderr = rac("prune", *models, *command[3:])
         assert code != 0
         assert name in stderr
     code, _, stderr = rac(*command, "--preset", "paper", "-s", "iterations=4")

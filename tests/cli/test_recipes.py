@@ -42,9 +42,8 @@ def test_check_names_each_valid_recipe_and_every_mistake_of_the_others(rac, tmp_
     assert "b.yaml: valid" in stdout
     assert "a.yaml: sparsty: there is no such setting" in stderr
     assert "c.yaml: iterations: " in stderr
-    code, stdout, stderr = rac(
-        "recipes", "check", "rac_2of4", "rac_gptq_w4a16", "-s", "tokenizer=a"
-    )
+    checked = ("recipes", "check", "rac_2of4", "rac_gptq_w4a16", "-s", "tokenizer=a")
+    code, stdout, stderr = rac(*checked)
     assert (code, stderr) == (0, "")
     assert stdout.splitlines() == [
         f"rac_2of4: valid ({NAME})",

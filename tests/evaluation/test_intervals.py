@@ -85,23 +85,13 @@ def test_without_a_discordant_pair_tango_is_the_rule_of_four():
     assert tango_interval(0, 0, 60) == pytest.approx((-bound, bound), abs=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("values", "interval"),
-    [
-        ([1.0] * 60, share_interval),
-        ([0.0] * 60, share_interval),
-        ([0.75] * 60, share_interval),
-        ([0.5], share_interval),
-        ([0.0] * 60, difference_interval),
-        ([-0.25] * 60, difference_interval),
-        ([1.0] * 60, difference_interval),
-        ([0.5], difference_interval),
-    ],
-)
-def test_an_interval_of_equal_values_is_no_point(values, interval):
-    low, high = interval(values)
-    assert low <= values[0] <= high
-    assert high - low > 0.02
+@pytest.mark.parametrize("interval", [share_interval, difference_interval])
+@pytest.mark.parametrize("value", [0.0, 0.25, 1.0])
+def test_an_interval_of_equal_values_is_no_point(interval, value):
+    for count in (1, 60):
+        low, high = interval([value] * count)
+        assert low <= value <= high
+        assert high - low > 0.02
 
 
 def test_several_answers_are_bootstrapped_over_problems():
@@ -113,17 +103,11 @@ def test_several_answers_are_bootstrapped_over_problems():
     assert difference_interval(values) == share_interval(values)
 
 
-@pytest.mark.parametrize(("lost", "gained"), [(1, 0), (3, 9), (9, 3), (5, 5), (0, 7), (2, 3)])
+@pytest.mark.parametrize(("lost", "gained"), [(0, 0), (1, 0), (3, 9), (5, 5), (0, 7)])
 def test_mcnemar_is_the_share_of_all_coin_tosses_that_are_as_uneven(lost, gained):
     tosses = list(itertools.product((0, 1), repeat=lost + gained))
     as_uneven = [abs(2 * sum(t) - len(t)) >= abs(lost - gained) for t in tosses]
     assert mcnemar(lost, gained) == pytest.approx(sum(as_uneven) / len(tosses))
-
-
-def test_mcnemar_of_equal_models_and_of_many_problems():
-    assert mcnemar(0, 0) == 1.0
-    # the chi-square with continuity: (61 - 40 - 1)^2 / 101
-    assert mcnemar(40, 61) == pytest.approx(0.0466, abs=0.001)
 
 
 @given(

@@ -2,7 +2,6 @@ import itertools
 import json
 from dataclasses import asdict, replace
 
-import numpy as np
 import pytest
 
 from rac_modifier.errors import RacError
@@ -57,14 +56,9 @@ def test_results_come_back_from_a_file_and_those_of_another_version_are_named(tm
 
     values = asdict(found)
     assert read({"results": [values]}) == [found]
-    other = {name: value for name, value in values.items() if name != "cap"} | {"limit": 3}
-    with pytest.raises(
-        RacError, match=r"dense\.json: no evaluation result \(cap: Field required\)"
-    ):
-        read({"results": [other]})
-    for damaged in ({"results": [3]}, {"results": [values | {"endings": {"a": [{"loop": 1}]}}]}):
-        with pytest.raises(RacError, match=r"dense\.json: "):
-            read(damaged)
+    for damaged in ({"cap": "x"}, {"limit": 3}, {"endings": {"a": [{"loop": 1}]}}):
+        with pytest.raises(RacError, match=r"dense\.json: no evaluation result \("):
+            read({"results": [values | damaged]})
     with pytest.raises(RacError, match="holds no accuracies; write it with: rac eval DENSE"):
         read({"divergence": []})
 
@@ -81,19 +75,6 @@ def test_several_answers_per_problem():
     assert found.pass_at == pytest.approx({"1": 0.5, "2": (5 / 6 + 0 + 1) / 3, "4": 2 / 3})
     assert found.correct_answers == {"a": 2, "b": 0, "c": 4}
     assert (found.ci_low, found.ci_high) == ratio_interval([0.5, 0.0, 1.0], [1.0] * 3)
-
-
-def test_the_interval_of_several_answers_is_that_of_all_resamples_of_problems():
-    """Answers of a problem are alike: an interval over single answers is too narrow."""
-    right = [4, 4, 3, 0, 0, 1]
-    rows = [row(correct=i < count, name=f"q{q}") for q, count in enumerate(right) for i in range(4)]
-    found = result(rows)
-    means = [sum(counts) / 24 for counts in itertools.product(right, repeat=6)]
-    expected = np.quantile(means, [0.025, 0.975])
-    assert (found.ci_low, found.ci_high) == pytest.approx(expected, abs=0.5 / 24)
-    narrow = wilson_interval(12, 24)
-    assert found.ci_low < narrow[0] - 0.1
-    assert found.ci_high > narrow[1] + 0.1
 
 
 def test_speed_is_that_of_what_this_run_generated():

@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 
-from rac_modifier.frontier.folder import FrontierFolder
 from rac_modifier.frontier.page import page
-from tests.frontier.sample import ABOUT, HOSTILE, ROWS, dense_trace, own_trace, row, write_sample
+from tests.frontier.sample import HOSTILE, ROWS, write_sample
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -75,15 +74,9 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two studies: all rows, and a study without answers to check against."""
     folder = tmp_path_factory.mktemp("report")
-    first, second = write_sample(folder / "a"), folder / "b"
-    with FrontierFolder(second) as results:
-        results.begin({**ABOUT, "model": "another"})
-        for values, trace in zip(ROWS[:2], (dense_trace(1), own_trace(1, True)), strict=True):
-            bare = {"kind": None, "correct": None}
-            results.add(row(*values) | {"accuracy": None, "served": None}, [trace | bare])
-    (folder / "report.html").write_text(page([first, second], 300))
+    text = page([write_sample(folder / "a"), write_sample(folder / "b", rows=ROWS[:2])], 300)
+    (folder / "report.html").write_text(text)
     return folder / "report.html"
 
 
@@ -113,7 +106,7 @@ def test_everything_is_drawn(opened: Opened) -> None:
     assert opened.study.locator("figure:nth-child(3) .mark-rect.role-mark path").count() == 30
     assert opened.study.locator("figure:nth-child(5) .mark-rect.role-mark path").count() == 4
     assert opened.texts("tr.chosen td:first-child") == ["50 %"]
-    assert opened.page.locator(".vega-actions a").count() == 2 * 8  # SVG and PNG of each chart
+    assert opened.page.locator(".vega-actions a").count() == 2 * 9  # SVG and PNG of each chart
 
 
 def test_controls_are_set_in_all_charts(opened: Opened) -> None:
@@ -171,20 +164,6 @@ def test_the_answers_next_to_each_other(opened: Opened) -> None:
         options = opened.study.locator(".problem option")
         assert [option.get_attribute("value") for option in options.all()] == problems
     opened.study.locator(".which").select_option("all")
-
-
-def test_a_study_without_reference_answers_has_no_accuracy(opened: Opened) -> None:
-    bare = opened.page.locator(".study").nth(1)
-    captions = bare.locator(".charts figcaption").all_text_contents()
-    assert [text.partition(",")[0].partition(":")[0] for text in captions] == [
-        "KL from the dense model",
-        "Tokens per answer",
-        "Relative error of each layer's output",
-    ]
-    heads = bare.locator("th").all_text_contents()
-    assert {"row", "MB", "KL", "truncated"} <= set(heads)
-    assert not [head for head in heads if head.startswith(("right", "tokens/s"))]
-    assert bare.locator(".answers figcaption").first.text_content() == "dense: finished, 8 tokens"
 
 
 @pytest.mark.parametrize(

@@ -49,15 +49,7 @@ def test_the_rows_that_no_other_row_beats():
     ],
 )
 def test_a_row_that_is_equal_in_one_direction_and_better_in_the_other_beats(places, better, front):
-    made = [
-        {
-            "label": "x",
-            "group": "g",
-            "bytes": {"total": x * 1e6, "matrices": 0, "bits_per_weight": 4},
-        }
-        | {"y": y, "served": None}
-        for x, y in places
-    ]
+    made = [row("x", "g", x, 0.5, None) | {"y": y} for x, y in places]
     drawn = points(made, lambda row: [row["y"]] * 3, better)
     assert [(p["x"], p["y"]) for p in drawn if p["axis"] == MB and p["front"]] == front
 
@@ -80,6 +72,12 @@ def test_the_intervals_and_endings_of_each_row():
     }
     layer = {"label": "2:4", "block": 1, "kind": "self_attn.k_proj"}
     assert {**layer, "error": 0.02} in values_of(errors)
+    bare = [row | {"interval": None, "endings": []} for row in rows()]
+    without = charts(bare, {"dense": [], "rows": {}}, START)
+    assert [caption.partition(",")[0] for caption in without] == [
+        "KL from the dense model",
+        "Relative error of each layer's output",
+    ]
     for spec in specs.values():
         assert {p["name"]: p.get("value") for p in spec["params"]}.items() >= START.items()
 

@@ -31,7 +31,7 @@ def test_arithmetic_is_distinct_and_from_the_calibration_split():
     assert len({p.id for p in problems}) == 300
     for problem in problems:
         task, operands = problem.id.split(":")
-        solved = Solved(task, tuple(map(int, operands.split(","))), "", "", "")
+        solved = Solved(task, tuple(map(int, operands.split(","))), "", "")
         assert solved.split == "calibration"
         assert problem.answer is not None
         assert problem.task == task
@@ -59,7 +59,7 @@ def test_table_ids_do_not_shift_with_the_limit_or_the_order(questions):
 
 def test_an_edited_row_is_another_problem(tmp_path):
     paths = [write(tmp_path / f"{i}.jsonl", [{"problem": f"{i} + 1?"}]) for i in range(2)]
-    assert take(1, source=paths[0])[0].id != take(1, source=paths[1])[0].id
+    assert len({take(1, source=path)[0].id for path in paths}) == 2
 
 
 @pytest.mark.parametrize(
@@ -111,8 +111,3 @@ def test_a_question_must_be_text(tmp_path, question):
     path = write(tmp_path / "a.jsonl", [{"problem": question}])
     with pytest.raises(RacError, match="row 0: column 'problem' must hold the question as text"):
         take(1, source=path)
-
-
-def test_a_missing_file_is_refused_before_anything_is_sampled(tmp_path):
-    with pytest.raises(RacError, match=r"problem file .*none\.json': no such file"):
-        load_problems(ProblemSource(source=str(tmp_path / "none.json")), 0)

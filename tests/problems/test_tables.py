@@ -53,38 +53,31 @@ def test_columns_with_the_names_of_agent_traces_stay_columns(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.jsonl", "", "is empty; name another file"),
+        ("a.jsonl", b"", "is empty; name another file"),
         (
             "a.jsonl",
-            '{"problem": "x"}\n{broken\n',
-            r"a\.jsonl', line 2 is not JSON \(.*\); repair or",
+            b'{"problem": "x"}\n{broken\n',
+            r"a\.jsonl', line 2 is not JSON \(.*\); repair",
         ),
-        ("a.jsonl", '{"a": "x"}\n[1]\n', "line 2 is a list, not an object with named columns"),
-        ("a.jsonl", '{"problem": 1}\n\n{"problem": "x"}\n', "line 2 is not JSON"),
-        (
-            "a.json",
-            '[{"problem": "x"},',
-            r"could not be read \(.*must hold a list of objects in JSON",
-        ),
-        ("a.parquet", "text", r"could not be read \(ArrowInvalid.*must hold Parquet"),
+        ("a.jsonl", b'{"a": "x"}\n[1]\n', "line 2 is a list, not an object with named columns"),
+        ("a.json", b'[{"problem": "x"},', r"could not be read \(.*must hold a list of objects"),
+        ("a.parquet", b"text", r"could not be read \(ArrowInvalid.*must hold Parquet"),
         ("a.txt", b"\xff\xfe", r"a\.txt' could not be read .*it must hold text in UTF-8"),
     ],
 )
 def test_malformed_files_are_named_with_the_place(tmp_path, name, text, message):
-    (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(RacError, match=f"^my file .*{message}"):
-        open_table(str(tmp_path / name), label="my file")
-    with pytest.raises(RacError, match=f"^my file .*{message}"):
-        list(stream_rows(str(tmp_path / name), label="my file"))
+    (tmp_path / name).write_bytes(text)
+    for read in (open_table, stream_rows):
+        with pytest.raises(RacError, match=f"^my file .*{message}"):
+            list(read(str(tmp_path / name), label="my file"))
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet", "a.txt"])
-def test_a_missing_file_is_not_looked_for_on_the_hub(name, tmp_path, monkeypatch):
+def test_a_missing_file_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets, "load_dataset", None)
-    assert is_file(name)
-    with pytest.raises(RacError, match=rf"my file '{name}': no such file; .*{tmp_path}\)"):
-        open_table(name, label="my file")
+    for name in ("a.jsonl", "a.json", "a.parquet", "a.txt"):
+        with pytest.raises(RacError, match=rf"my file '{name}': no such file; .*{tmp_path}\)"):
+            open_table(name, label="my file")
 
 
 def test_a_dataset_is_loaded_by_name_config_and_split(monkeypatch):

@@ -47,6 +47,7 @@ class FakeServer:
             {"id": NAME, "root": "/models/tiny", "max_model_len": 512}
         ]
         self.list_status = 200
+        self.key: str | None = None  # the API key that every request must have
         self.delay: Callable[[dict[str, Any]], float] = lambda body: 0.0
         self.bodies: list[dict[str, Any]] = []
         self.faults: Counter[str] = Counter()
@@ -89,13 +90,24 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *_args: Any) -> None:
         pass
 
-    def do_GET(self) -> None:
+    def refused(self) -> bool:
+        """Note the headers; refuse a request without the key."""
         self.fake.headers.append({name.lower(): value for name, value in self.headers.items()})
+        key = self.fake.key
+        if key is None or self.headers["authorization"] == f"Bearer {key}":
+            return False
+        self.send(401, {"error": {"message": "no key"}})
+        return True
+
+    def do_GET(self) -> None:
+        if self.refused():
+            return
         self.send(self.fake.list_status, {"object": "list", "data": self.fake.cards})
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        self.fake.headers.append({name.lower(): value for name, value in self.headers.items()})
+        if self.refused():
+            return
         with self.fake.counted(body) as number:
             self.fake.arrived.release()
             time.sleep(self.fake.delay(body))

@@ -1,15 +1,39 @@
 """Whole entries: their dumps can be run again, and settings without an effect are refused."""
 
 import json
+from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import yaml
 from pydantic import ValidationError
 
 from rac_modifier.errors import RacError
-from rac_modifier.settings.entries import ENTRIES, CalibrationEntry, PruningEntry
+from rac_modifier.settings.entries import CalibrationEntry, PruningEntry
 from rac_modifier.settings.recipe import check_entry
-from tests.settings.every_setting import merged, mixture, nested, traces
+
+
+def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings with those of `above` over those of `below`; None takes one out."""
+    result = dict(below)
+    for name, value in above.items():
+        old = result.pop(name, None)
+        if value is not None:
+            both = isinstance(value, Mapping) and isinstance(old, Mapping)
+            result[name] = merged(old, value) if both else value
+    return result
+
+
+def nested(path: str, value: Any) -> dict[str, Any]:
+    """{"a": {"b": value}} for "a.b"."""
+    for name in reversed(path.split(".")):
+        value = {name: value}
+    return dict(value)
+
+
+def mixture(line: str, **settings: Any) -> dict[str, Any]:
+    return {"calibration": {"mixture": line, **settings}}
+
 
 ENGINE = {"base_urls": ["http://127.0.0.1:9/v1"]}
 SETTINGS = [
@@ -61,12 +85,6 @@ def test_what_calibration_alone_does_not_take(settings, message):
         CalibrationEntry(**settings)
 
 
-@pytest.mark.parametrize("name", ENTRIES)
-def test_upstreams_fields_are_no_settings(name):
-    upstream = {"index", "group", "start", "end", "update", "initialized_"}
-    assert not upstream & ENTRIES[name].model_fields.keys()
-
-
 ALONE = {"solver": "none", "mask_structure": None, "quantization": {"scheme": "W4A16"}}
 KEEP = {"solver": "keep", "mask_structure": None}
 PAPER = {"preset": "paper"}
@@ -88,7 +106,7 @@ REFUSED = [
     ("traces.problems.limit", 3, NAMED),
     ("traces.select.finished", True, NAMED),
     ("traces.sampling.max_new_tokens", 8, PROMPTS),
-    ("traces.sampling.top_p", 0.3, traces(sampling={"temperature": 0})),
+    ("traces.sampling.top_p", 0.3, {"traces": {"sampling": {"temperature": 0}}}),
     ("traces.select.finished", True, PROMPTS),
     ("traces.engine", ENGINE, PROMPTS),
     ("calibration.prompt_weight", 0.5, PROMPTS),
@@ -117,22 +135,12 @@ def test_all_of_them_are_in_one_message_with_their_values_and_why():
         "iterations: 3 has no effect with solver: none; alps uses it; leave it out",
     ]
     check_entry({"sparsity": 0.5, "preset": "fast", "solver": "alps"}, "r")  # the preset's refit
-
-
-def test_a_source_that_the_mixture_does_not_name_is_refused():
-    settings = {"sparsity": 0.5, "traces": {"sources": {"math": {"problems": {}}}}}
     with pytest.raises(RacError, match=r"traces\.sources\.math has no effect unless the mixture"):
-        check_entry(settings, "recipe.yaml")
+        check_entry({**settings, "traces": {"sources": {"math": {"problems": {}}}}}, "r")
 
 
-@pytest.mark.parametrize(
-    ("settings", "others"),
-    [
-        ({"problems": {"limit": 3}}, PROMPTS),
-        ({"select": {"finished": True}}, mixture("traces@0.5, traces:arithmetic@0.5")),
-    ],
-)
-def test_what_has_an_effect_is_not_refused(settings, others):
-    check_entry({"sparsity": 0.5, "traces": settings, **others}, "recipe.yaml")
-    weights = mixture("prompts@0.5, text@0.5", prompt_weight=0.5)
-    check_entry({"sparsity": 0.5, **weights}, "recipe.yaml")
+def test_what_has_an_effect_is_not_refused():
+    selected = {"traces": {"select": {"finished": True}}}
+    check_entry({"sparsity": 0.5, "traces": {"problems": {"limit": 3}}, **PROMPTS}, "r")
+    check_entry({"sparsity": 0.5, **selected, **mixture("traces@0.5, traces:arithmetic@0.5")}, "r")
+    check_entry({"sparsity": 0.5, **mixture("prompts@0.5, text@0.5", prompt_weight=0.5)}, "r")

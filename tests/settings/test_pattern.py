@@ -45,16 +45,12 @@ def test_a_sparsity_next_to_n_of_m_is_refused_even_if_it_agrees():
         Pattern.parse("2:4", 0.5)
 
 
-@pytest.mark.parametrize(
-    ("pattern", "words"),
-    [
-        (Pattern.n_of_m(2, 4), "2 of every 4 consecutive input weights are zero (50 %)"),
-        (Pattern.unstructured(0.6), "60 % of the weights are zero, anywhere"),
-        (Pattern.nothing(), "no weight is pruned"),
-    ],
-)
-def test_describe(pattern, words):
-    assert pattern.describe() == words
+def test_describe():
+    described = [p.describe() for p in (Pattern.n_of_m(2, 4), Pattern.unstructured(0.6))]
+    assert described == [
+        "2 of every 4 consecutive input weights are zero (50 %)",
+        "60 % of the weights are zero, anywhere",
+    ]
 
 
 def test_check_shape_names_the_module():

@@ -34,23 +34,14 @@ def test_every_file_of_the_folder_is_a_recipe():
 
 
 @pytest.mark.parametrize("function", [recipe, find_recipe])
-@pytest.mark.parametrize(
-    ("name", "next_step"),
-    [
-        ("rac_2of5", r"did you mean .*\brac_2of4\b.*`rac recipes`"),
-        ("zzz", "name a YAML file, or one of the recipes that `rac recipes` lists"),
-    ],
-)
-def test_an_unknown_name_is_refused(function, name, next_step, tmp_path, monkeypatch):
+def test_an_unknown_name_is_refused(function, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(RacError, match=rf"{name}'?; {next_step}"):
-        function(name)
-
-
-@pytest.mark.parametrize("name", ["../rac_2of4", "rac_2of4.yaml", ""])
-def test_the_public_function_takes_names_only(name):
-    with pytest.raises(RacError, match="no recipe is named"):
-        recipe(name)
+    with pytest.raises(RacError, match=r"rac_2of5'?; did you mean .*\brac_2of4\b.*`rac recipes`"):
+        function("rac_2of5")
+    with pytest.raises(RacError, match=r"zzz'?; name a YAML file, or one of the recipes that"):
+        function("zzz")
+    with pytest.raises(RacError, match="no recipe"):
+        function("../rac_2of4")
 
 
 def test_a_file_of_the_user_comes_before_a_shipped_recipe_and_a_folder_does_not(
