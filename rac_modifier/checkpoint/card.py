@@ -163,9 +163,9 @@ def add_measured(
 ) -> None:
     """Write figures into the record and the card of a model; they replace figures of the same kind.
 
-    result, reference: `asdict` of an EvalResult or a DivergenceResult.
+    result, reference: an EvalResult or a DivergenceResult as a dict.
     conditions: `source` (of the problems) and `prompt` in words; `protocol`: further lines.
-    paired: the comparison of both models, problem by problem, in words, without paths.
+    paired: the comparison of both models, problem by problem, in words.
     """
     entry = {**_figures(result), **conditions, "paired": paired}
     entry["reference"] = None if reference is None else _figures(reference)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -142,4 +142,4 @@ class Answering:
         if len({result.label for result in results}) == len(results):
             return results
         pairs = zip(results, self.servers, strict=True)
-        return [replace(result, label=f"{result.label} at {url}") for result, url in pairs]
+        return [r.model_copy(update={"label": f"{r.label} at {url}"}) for r, url in pairs]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -166,13 +166,13 @@ def evaluate(
     else:
         how = {"sampling": sampling, "verifier": protocol.verifier}
         answered = answering.run(models, asked, protocol.problem_source, **how)
-        content["results"] = results = list(map(asdict, answered))
+        content["results"] = results = [result.model_dump() for result in answered]
         content["protocol"] = protocol.record(sampling)
         content["stopping"] = [summary(result.endings) for result in answered]
         first, *others = [*paired_with[:1], *answered]
         if pairs := [paired_difference(first, result) for result in others]:
             content["paired"] = list(map(asdict, pairs))
-            reference = asdict(first)
+            reference = first.model_dump()
         lines = _accuracy_lines(answered, pairs)
     on_preset = protocol.describe()
     if to_stdout:
@@ -184,7 +184,7 @@ def evaluate(
             write_json_atomic(json_out, content)
     if card:
         conditions = {"source": protocol.source, "prompt": prompt.describe(), "protocol": on_preset}
-        _write_cards(folders, results, pairs, conditions, reference)
+        _write_cards(folders, results, pairs, conditions=conditions, reference=reference)
         typer.echo(f"written into the model card of {', '.join(carded)}", err=to_stdout)
 
 
@@ -229,20 +229,12 @@ def _write_cards(
     folders: list[Path],
     results: list[dict[str, Any]],
     pairs: list[PairedDifference],
-    conditions: dict[str, Any],
-    reference: dict[str, Any] | None,
+    **how: Any,
 ) -> None:
     """Write the last `results` into the cards of `folders`; the first may be the reference."""
     from rac_modifier.checkpoint.card import add_measured
-    from rac_modifier.files import public_name
 
-    measured = results[len(results) - len(folders) :]
-    for folder, result, pair in zip_longest(folders, measured, pairs):
-        paired = None
-        if pair is not None:
-            first, second = public_name(pair.first), public_name(pair.second)
-            paired = replace(pair, first=first, second=second).describe()
+    for folder, result, pair in zip_longest(folders, results[-len(folders) :], pairs):
+        paired = None if pair is None else pair.describe()
         kind: Literal["accuracy", "divergence"] = "divergence" if "kl" in result else "accuracy"
-        add_measured(
-            folder, kind, result, conditions=conditions, reference=reference, paired=paired
-        )
+        add_measured(folder, kind, result, paired=paired, **how)

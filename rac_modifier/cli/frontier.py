@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from rac_modifier.evaluation.results import EvalResult
     from rac_modifier.frontier.measure import HeldOut
     from rac_modifier.frontier.run import Tools
-    from rac_modifier.problems.source import Problem
     from rac_modifier.settings.grid import GridEvaluation
     from rac_modifier.settings.sampling import PromptSettings
 
@@ -137,13 +135,15 @@ def _about(
     from rac_modifier.sampling.model_identity import ModelIdentity
 
     source = public_name(evaluation.source)
+    asked = [[problem.id, problem.question, problem.answer] for problem in held_out.problems]
     return {
         "model": public_name(model),
         "fingerprint": ModelIdentity.of_files(str(local_folder(resolve(model)))).fingerprint,
         "evaluation": {**evaluation.model_dump(), "seed": 0, "source": source},
         "prompt": prompt.model_dump(),
         "precision": precision.value,
-        "problems": digest_of(held_out.problems),
+        # questions and answers: a folder is not gone on with after they change
+        "problems": hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16],
     }
 
 
@@ -193,12 +193,6 @@ def tools_of(
         compress=compress,
         serve=serve if evaluation.serve else None,
     )
-
-
-def digest_of(problems: Sequence[Problem]) -> str:
-    """Return a digest of questions and answers: a folder is not gone on with after they change."""
-    content = [[problem.id, problem.question, problem.answer] for problem in problems]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def report(

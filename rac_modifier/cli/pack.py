@@ -90,7 +90,6 @@ def unpack(
     out: Annotated[
         Path, typer.Argument(metavar="OUT", help="folder for the new checkpoint; new or empty")
     ],
-    as_json: AsJson = False,
 ) -> None:
     """Write a packed checkpoint with dense weights, which stock transformers and stock vLLM load.
 
@@ -103,9 +102,6 @@ def unpack(
 
     with resumable(lambda: saving_step(out)):
         summary = unpack_model(local_folder(resolve(packed)), out)
-    if as_json:
-        print_json({"out": str(out), **asdict(summary)})
-        return
     typer.echo(
         f"{len(summary.modules)} modules unpacked, {summary.packed_bytes:,} -> "
         f"{summary.dense_bytes:,} bytes; {out} loads without rac_modifier"

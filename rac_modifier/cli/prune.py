@@ -7,13 +7,7 @@ from typing import Annotated
 
 import typer
 
-from rac_modifier.cli.models import (
-    check_loading,
-    check_model,
-    check_output,
-    resolve,
-    unpacked,
-)
+from rac_modifier.cli.models import check_loading, check_model, check_output, resolve, unpacked
 from rac_modifier.cli.options import (
     Dtype,
     Model,
@@ -29,12 +23,6 @@ def prune(
     model: Model,
     output: Annotated[Path, typer.Argument(help="folder for the checkpoint; new or empty")],
     recipe: Recipe,
-    preset: Annotated[
-        str | None,
-        typer.Option(
-            help="in place of the recipe's: quality (the default), fast, or paper, as in the paper"
-        ),
-    ] = None,
     set_: Overrides = None,
     precision: Precision = Dtype.AUTO,
     check: Annotated[
@@ -50,8 +38,7 @@ def prune(
     """
     from rac_modifier.settings.recipe import load_recipe
 
-    overrides = [*(set_ or []), *([f"preset={preset}"] if preset else [])]
-    content, source = load_recipe(recipe, overrides), resolve(model)
+    content, source = load_recipe(recipe, set_ or []), resolve(model)
     check_model(source)
     check_output(output, source, keeps_groups=True)
     check_loading(source)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from contextlib import nullcontext, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rac_modifier.cli.models import check_model, check_output, load, resolve
-from rac_modifier.cli.options import AsJson, Dtype, Precision, print_json, resumable, saving_step
+from rac_modifier.cli.options import Dtype, Precision, resumable, saving_step
 
 if TYPE_CHECKING:
     from rac_modifier.settings.problems import ProblemSource
@@ -58,7 +56,6 @@ def recover(
         ),
     ] = None,
     precision: Precision = Dtype.AUTO,
-    as_json: AsJson = False,
 ) -> None:
     """Recover a sparse or quantized model: train its kept weights on the dense model's own traces.
 
@@ -79,10 +76,8 @@ def recover(
     check_model(resolve(dense))
     check_model(resolve(str(sparse)))
     check_output(output, str(sparse))
-    # llm-compressor logs to the standard output that it finds when it is imported
-    quiet = redirect_stdout(sys.stderr) if as_json else nullcontext()
     kept = "the traces, and training up to its last state, are kept and will be used"
-    with quiet, resumable(lambda: saving_step(output, kept)):
+    with resumable(lambda: saving_step(output, kept)):
         from rac_modifier.llmcompressor.recover_checkpoint import recover_checkpoint
         from rac_modifier.processes import joined_processes
 
@@ -102,10 +97,7 @@ def recover(
     if divergence is None:  # the first process says so
         return
     before, after = divergence
-    if as_json:
-        print_json({"output": output, "kl_before": before, "kl_after": after})
-    else:
-        typer.echo(f"saved to {output}; held-out KL {before:.4f} -> {after:.4f} nats per token")
+    typer.echo(f"saved to {output}; held-out KL {before:.4f} -> {after:.4f} nats per token")
 
 
 def _asked(

@@ -187,7 +187,6 @@ def export(
     select: Select = None,
     text: Annotated[bool, typer.Option("--text", help="add prompt and completion as text")] = False,
     model: StoresModel = None,
-    as_json: AsJson = False,
 ) -> None:
     """Write a store with the columns input_ids, attention_mask and loss_mask (1 for completions).
 
@@ -206,10 +205,7 @@ def export(
     opened = TraceStore.read(store)
     tokenizer = _tokenizer_of(opened, model, "or leave --text out") if needs_tokenizer else None
     rows = export_store(opened, output, settings=settings, tokenizer=tokenizer, text=text)
-    if as_json:
-        print_json({"output": output, "rows": rows})
-    else:
-        typer.echo(f"{output}: {rows:,} rows")
+    typer.echo(f"{output}: {rows:,} rows")
 
 
 def _tokenizer_of(store: TraceStore, model: str | None, otherwise: str) -> Any:

@@ -50,7 +50,7 @@ def evaluate(
 
     Args:
         model: in memory, or its `ModelIdentity` where servers answer.
-        tokenizer: the model's tokenizer.
+        tokenizer: of the model.
         problems: each with an answer; ids distinct.
         label: the result's name in tables.
         source: of the problems, for the header of the file.

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any, ClassVar
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.intervals import (
@@ -22,11 +21,11 @@ from rac_modifier.files import read_json
 from rac_modifier.settings.sampling import SamplingSettings
 
 
-@dataclass(frozen=True)
-class EvalResult:
+class EvalResult(BaseModel):
     """Accuracy and length of a model's answers; compare only results at the same cap."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
     label: str
     problems: int
     samples: int  # answers per problem
@@ -46,21 +45,6 @@ class EvalResult:
     per_task: dict[str, float]  # accuracy of each named task
     correct_answers: dict[str, int]  # by problem; what two results are paired by
     endings: dict[str, list[Ending]]  # by problem, an ending per sample
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> EvalResult:
-        """Return the result of `asdict` (RacError: a field is missing, unknown or no such type)."""
-        try:
-            return _RESULT.validate_python(values)
-        except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(map(str, first["loc"]))
-            raise RacError(
-                f"no evaluation result ({field}: {first['msg']}); evaluate again with this version"
-            ) from error
-
-
-_RESULT = TypeAdapter(EvalResult)
 
 
 def summarise(
@@ -179,6 +163,11 @@ def read_results(path: Path) -> list[EvalResult]:
     if not isinstance(results, list) or not results:
         raise RacError(f"{path} holds no accuracies; write it with: rac eval DENSE --json {path}")
     try:
-        return [EvalResult.from_dict(values) for values in results]
-    except RacError as error:
-        raise RacError(f"{path}: {error}") from error
+        return list(map(EvalResult.model_validate, results))
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        raise RacError(
+            f"{path}: no evaluation result ({field}: {first['msg']}); evaluate again with this "
+            "version"
+        ) from error

@@ -30,9 +30,7 @@ _ROW = TypeAdapter(_Row)
 class FrontierFolder:
     """The results of `rac frontier`. As a context manager it holds the folder's lock, for writing.
 
-    Attributes:
-        about: what all rows share (frontier.json): the dense model, the problems, the sampling.
-        rows: the finished rows (rows.jsonl), in the order in which they finished.
+    `about` is what all rows share (frontier.json); `rows` are the finished rows (rows.jsonl).
     """
 
     def __init__(self, folder: Path):

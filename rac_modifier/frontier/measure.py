@@ -31,15 +31,7 @@ MOST_TRACES = 300  # problems whose traces are kept; figures are of all problems
 _BROKEN = "\ufffd"  # what a decoder writes for a part of a character
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output)$")
 # Last part of the names of a matrix that is packed or quantized.
-_PARTS = {
-    "compressed",
-    "bitmask",
-    "row_offsets",
-    "weight_packed",
-    "weight_scale",
-    "weight_zero_point",
-    "weight_g_idx",
-}
+_PART = re.compile(r"compressed|bitmask|row_offsets|weight_(packed|scale|zero_point|g_idx)")
 
 
 @dataclass(frozen=True)
@@ -55,19 +47,14 @@ class HeldOut:
         return all(problem.answer and problem.answer.strip() for problem in self.problems)
 
 
-@dataclass(frozen=True)
-class Measured:
-    """Figures for a row, and its traces."""
-
-    figures: dict[str, Any]
-    traces: list[dict[str, Any]]
+Measured = tuple[dict[str, Any], list[dict[str, Any]]]  # figures for a row, and its traces
 
 
 def measure_dense(model: Any, tokenizer: Any, held_out: HeldOut) -> Measured:
     """Measure the dense model's answers, which all other models are compared with."""
     answers, figures, rows = _answer(model, tokenizer, held_out, "dense")
     pairs = zip(held_out.problems, answers, rows, strict=True)
-    return Measured(figures, [trace_of(tokenizer, *pair) for pair in pairs])
+    return figures, [trace_of(tokenizer, *pair) for pair in pairs]
 
 
 def measure(
@@ -78,7 +65,8 @@ def measure(
     `reference` is of the dense model on the same problems, with the traces of all.
     """
     answers, figures, rows = _answer(model, tokenizer, held_out, label)
-    dense_answers = [Generation(tuple(trace["ids"]), trace["finish"]) for trace in reference.traces]
+    dense_figures, dense_traces = reference
+    dense_answers = [Generation(tuple(trace["ids"]), trace["finish"]) for trace in dense_traces]
     sequences = []
     for problem, answer in zip(held_out.problems, dense_answers, strict=True):
         prompt = render_question(tokenizer, problem.question, held_out.sampling)
@@ -88,12 +76,11 @@ def measure(
     seconds = time.monotonic() - started
     figures["divergence"] = asdict(summarise_divergence(tokens, label=label, seconds=seconds))
     if held_out.graded:
-        first, second = (
-            EvalResult.from_dict(row["accuracy"]) for row in (reference.figures, figures)
-        )
+        both = (dense_figures, figures)
+        first, second = (EvalResult.model_validate(row["accuracy"]) for row in both)
         figures["paired"] = asdict(paired_difference(first, second))
     shown = list(zip(held_out.problems, answers, rows, dense_answers, tokens, strict=True))
-    return Measured(figures, [trace_of(tokenizer, *values) for values in shown[:MOST_TRACES]])
+    return figures, [trace_of(tokenizer, *values) for values in shown[:MOST_TRACES]]
 
 
 def _answer(
@@ -119,7 +106,7 @@ def _answer(
         for problem, answer in zip(held_out.problems, answers, strict=True)
     ]
     result = summarise(rows, label=label, seconds=seconds, sampling=sampling)
-    figures["accuracy"] = asdict(result)
+    figures["accuracy"] = result.model_dump()
     return answers, figures, rows
 
 
@@ -196,7 +183,7 @@ def checkpoint_bytes(folder: str | Path) -> dict[str, int | float]:
         for name in files.where:
             module, _, part = name.rpartition(".")
             shape = files.shape(name)
-            kind = "matrices" if part in _PARTS else "other"
+            kind = "matrices" if _PART.fullmatch(part) else "other"
             if is_embedding(module):
                 kind = "embeddings"
             elif _HEAD.search(module):

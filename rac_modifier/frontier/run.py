@@ -21,7 +21,6 @@ from rac_modifier.files import read_json, remove_folder, without_paths
 from rac_modifier.frontier.folder import FrontierFolder
 from rac_modifier.frontier.measure import (
     HeldOut,
-    Measured,
     checkpoint_bytes,
     layers_of,
     measure,
@@ -34,19 +33,12 @@ _LAST_LINES = 3  # of a long reason that are kept in a row; the log has all
 
 @dataclass(frozen=True)
 class Tools:
-    """What a row needs of other libraries.
+    """What a row needs of other libraries."""
 
-    Attributes:
-        source: the folder of the dense model.
-        load: from a model folder to the model in memory and its tokenizer.
-        compress: applies a recipe to the dense model, and saves the result to a folder.
-        serve: evaluates a served model folder for its tokens per second; None: not asked for.
-    """
-
-    source: Path
-    load: Callable[[Path], tuple[Any, Any]]
-    compress: Callable[[dict[str, Any], Path], None]
-    serve: Callable[[Path, str], EvalResult] | None = None
+    source: Path  # of the dense model
+    load: Callable[[Path], tuple[Any, Any]]  # the model of a folder in memory, and its tokenizer
+    compress: Callable[[dict[str, Any], Path], None]  # apply a recipe, and save to a folder
+    serve: Callable[[Path, str], EvalResult] | None = None  # None: not asked for
 
 
 def check_finished(folder: FrontierFolder, planned: Sequence[PlannedRow]) -> None:
@@ -97,16 +89,16 @@ def _finish(folder: FrontierFolder, run: PlannedRow, held_out: HeldOut, tools: T
     model, tokenizer = tools.load(model_folder)
     reference = folder.row(DENSE)
     if reference is None:
-        measured = measure_dense(model, tokenizer, held_out)
+        figures, traces = measure_dense(model, tokenizer, held_out)
     else:
         dense, _ = tools.load(tools.source)
-        dense_measured = Measured(reference, folder.traces(DENSE))
-        measured = measure(run.label, model, dense, tokenizer, held_out, dense_measured)
+        of_dense = (reference, folder.traces(DENSE))
+        figures, traces = measure(run.label, model, dense, tokenizer, held_out, of_dense)
     path = model_folder / RUN_RECORD_NAME
     record = read_json(path) if path.is_file() else {}  # upstream's modifiers alone write none
     row = {
         **{key: getattr(run, key) for key in ("label", "row", "group", "seed", "recipe")},
-        **measured.figures,
+        **figures,
         "bytes": checkpoint_bytes(model_folder),
         "layers": layers_of(record),
         "calibration": record.get("calibration"),
@@ -114,7 +106,7 @@ def _finish(folder: FrontierFolder, run: PlannedRow, held_out: HeldOut, tools: T
         "compressing": compressing,
         "seconds": time.monotonic() - started,
     }
-    folder.add(without_paths(row), measured.traces)
+    folder.add(without_paths(row), traces)
     words = [f"{run.label}: {row['bytes']['total'] / 1e6:,.2f} MB"]
     if divergence := row["divergence"]:
         words.append(f"KL {divergence['kl']:.3g}, top-1 {divergence['agreement']:.1%}")

@@ -1,8 +1,8 @@
 """Arithmetic problems with a checkable answer.
 
-The embedded reasoner was trained on them (training/arithmetic_thinking.py solves them in steps). Recipes and `rac eval` use them by default, since
-they need no download. Problems are split by their operands, not by their wording: no
-operands of the test split are in another split, in any phrasing.
+The embedded reasoner was trained on them; training/arithmetic_thinking.py solves them in steps.
+Recipes and `rac eval` use them by default, since they need no download. Problems are split by their
+operands, not by their wording: no operands of the test split are in another split, in any phrasing.
 """
 
 from __future__ import annotations

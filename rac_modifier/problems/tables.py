@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -85,24 +84,7 @@ def _named(source: str, label: str, config: str | None, split: str) -> Iterator[
                 f"({words}); check the name, the split and the config, or name a local file or "
                 "a built-in source, none of which needs a download"
             ) from error
-        path = Path(source).expanduser()
-        if path.suffix == ".jsonl" and (bad := _first_bad_line(path)):
-            raise RacError(f"{label} {source!r}, {bad}; repair or remove that line") from error
         raise RacError(
             f"{label} {source!r} could not be read ({words}); it must hold "
-            f"{_LOADERS[path.suffix][2]}: repair the file or name another"
+            f"{_LOADERS[Path(source).suffix][2]}: repair the file or name another"
         ) from error
-
-
-def _first_bad_line(path: Path) -> str | None:
-    """Name the first line of a JSONL file that is not a JSON object."""
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                value = json.loads(line)
-            except ValueError as error:
-                return f"line {number} is not JSON ({error})"
-            if not isinstance(value, dict):
-                kind = type(value).__name__
-                return f"line {number} is a {kind}, not an object with named columns"
-    return None

@@ -77,7 +77,7 @@ def _(b: Bench) -> None:
     b.prune(str(bare), settings={"traces": {"store": str(b.tmp / "new.jsonl")}})
 
 
-@CASES.case("a problem file with a broken line", "problems.jsonl', line 2 is not JSON")
+@CASES.case("a problem file with a broken line", "it must hold one JSON object per line")
 def _(b: Bench) -> None:
     traces = b.problems({"problem": "1+1?"})
     with (b.tmp / "problems.jsonl").open("a") as file:

@@ -42,7 +42,7 @@ def test_a_whole_command_is_checked(rac, tiny_folder, recipe_file, tmp_path):
         code, _, stderr = rac("prune", *models, *command[3:])
         assert code != 0
         assert name in stderr
-    code, _, stderr = rac(*command, "--preset", "paper", "-s", "iterations=4")
+    code, _, stderr = rac(*command, "-s", "preset=paper", "-s", "iterations=4")
     assert code == 1
     assert "iterations: 4 has no effect with solver: sparsegpt" in stderr
 

@@ -1,6 +1,6 @@
 import itertools
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 
@@ -54,7 +54,7 @@ def test_results_come_back_from_a_file_and_those_of_another_version_are_named(tm
         path.write_text(json.dumps(content))
         return read_results(path)
 
-    values = asdict(found)
+    values = found.model_dump()
     assert read({"results": [values]}) == [found]
     for damaged in ({"cap": "x"}, {"limit": 3}, {"endings": {"a": [{"loop": 1}]}}):
         with pytest.raises(RacError, match=r"dense\.json: no evaluation result \("):

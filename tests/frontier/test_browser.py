@@ -106,7 +106,7 @@ def test_everything_is_drawn(opened: Opened) -> None:
     assert opened.study.locator("figure:nth-child(3) .mark-rect.role-mark path").count() == 30
     assert opened.study.locator("figure:nth-child(5) .mark-rect.role-mark path").count() == 4
     assert opened.texts("tr.chosen td:first-child") == ["50 %"]
-    assert opened.page.locator(".vega-actions a").count() == 2 * 9  # SVG and PNG of each chart
+    assert opened.page.locator(".vega-actions a").count() == 2 * 10  # SVG and PNG of each chart
 
 
 def test_controls_are_set_in_all_charts(opened: Opened) -> None:

@@ -51,24 +51,24 @@ def test_divergence_is_measured_on_the_dense_answers_and_answers_are_graded(mode
     reference = measure_dense(dense, tokenizer, held_out)
     result = measure("other", other, dense, tokenizer, held_out, reference)
     values = []
-    for problem, of_dense, own in zip(PROBLEMS, reference.traces, result.traces, strict=True):
+    for problem, of_dense, own in zip(PROBLEMS, reference[1], result[1], strict=True):
         assert own["id"] == of_dense["id"] == problem.id
         prompt = render_question(tokenizer, problem.question, SAMPLING)
         kl = kl_along(dense, other, prompt, of_dense["ids"])
         assert own["kl"] == pytest.approx(kl, abs=1e-4)
         values += kl
-    figures = result.figures
+    figures, traces = result
     assert figures["divergence"]["kl"] == pytest.approx(sum(values) / len(values), rel=1e-3)
     assert figures["divergence"]["tokens"] == len(values)
     assert sum(values) > 0.01, "the models differ, so that this says something"
-    assert reference.figures["divergence"] is reference.figures["paired"] is None
+    assert reference[0]["divergence"] is reference[0]["paired"] is None
     assert figures["accuracy"]["label"] == "other"
     assert figures["accuracy"]["problems"] == figures["paired"]["problems"] == 5
-    truncated = [trace["finish"] == "length" for trace in result.traces]
+    truncated = [trace["finish"] == "length" for trace in traces]
     assert figures["truncated"] == pytest.approx(sum(truncated) / 5)
     assert figures["thinking"] == figures["accuracy"]["mean_thinking_tokens"]
     kinds = [samples[0]["kind"] for samples in figures["accuracy"]["endings"].values()]
-    assert kinds == [trace["kind"] for trace in result.traces]
+    assert kinds == [trace["kind"] for trace in traces]
 
 
 def test_answers_say_whether_they_ended_and_without_a_reference_nothing_is_graded():
@@ -76,14 +76,14 @@ def test_answers_say_whether_they_ended_and_without_a_reference_nothing_is_grade
     problems = [Problem(str(i), f"{i}?", None, None) for i in range(12)]
     model, tokenizer = tiny_model(), tiny_tokenizer()
     result = measure_dense(model, tokenizer, HeldOut(problems, sampling))
-    assert {trace["finish"] for trace in result.traces} == {"stop", "length"}
-    for trace in result.traces:
+    assert {trace["finish"] for trace in result[1]} == {"stop", "length"}
+    for trace in result[1]:
         assert (trace["ids"][-1] == 1) == (trace["finish"] == "stop")
         assert len(trace["ids"]) == 40 or trace["finish"] == "stop"
         assert trace["correct"] is trace["kind"] is trace["loop"] is None
-    other = measure("other", model, model, tokenizer, HeldOut(problems, sampling), result)
-    assert other.figures["accuracy"] is other.figures["paired"] is None
-    assert other.figures["divergence"]["sequences"] == 12
+    other, _ = measure("other", model, model, tokenizer, HeldOut(problems, sampling), result)
+    assert other["accuracy"] is other["paired"] is None
+    assert other["divergence"]["sequences"] == 12
 
 
 PROBLEM = Problem("p", "1 + 1?", "2", None)
