@@ -165,7 +165,7 @@ def add_measured(
 
     result, reference: an EvalResult or a DivergenceResult as a dict.
     conditions: `source` (of the problems) and `prompt` in words; `protocol`: further lines.
-    paired: the comparison of both models, problem by problem, in words.
+    paired: the comparison of both models, problem by problem, in words, without paths.
     """
     entry = {**_figures(result), **conditions, "paired": paired}
     entry["reference"] = None if reference is None else _figures(reference)

@@ -70,11 +70,12 @@ class Answering:
             "no model is named; give a model folder, a Hugging Face id, or --server URL": (
                 not models and not served
             ),
-            f"--served-as names {count} models; give one name, that of the model folder": (
+            "--served-as names several models; give the one of the model folder": (
                 bool(models) and count > 1
             ),
-            f"--served-as names {count} models for {len(self.servers)} servers; give one per "
-            "server, in their order": not models and count not in (0, len(self.servers)),
+            f"--served-as names {count} models for {len(self.servers)} servers; give one each": (
+                not models and count not in (0, len(self.servers))
+            ),
             "--card and --template need a model folder; leave them out": (
                 not models and bool(written & {"card", "template"})
             ),
@@ -84,11 +85,11 @@ class Answering:
             "--divergence asks the model in this process; leave --server and --serve out": (
                 divergence and (self.serve or served)
             ),
-            f"--serve and --server {', '.join(self.servers)}: leave one of them out": (
+            "--serve starts a server, and --server names one; leave one of them out": (
                 self.serve and served
             ),
-            f"{len(models)} models are named, and --server and --answers are for one; evaluate "
-            "each alone, the dense one with --json FILE, the others with --baseline FILE": (
+            "--server and --answers are for one model; evaluate each alone, the dense one with "
+            "--json FILE, the others with --baseline FILE": (
                 len(models) > 1 and (served or self.path is not None)
             ),
         }

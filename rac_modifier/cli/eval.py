@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -233,8 +233,12 @@ def _write_cards(
 ) -> None:
     """Write the last `results` into the cards of `folders`; the first may be the reference."""
     from rac_modifier.checkpoint.card import add_measured
+    from rac_modifier.files import public_name
 
     for folder, result, pair in zip_longest(folders, results[-len(folders) :], pairs):
-        paired = None if pair is None else pair.describe()
+        paired = None
+        if pair is not None:
+            first, second = public_name(pair.first), public_name(pair.second)
+            paired = replace(pair, first=first, second=second).describe()
         kind: Literal["accuracy", "divergence"] = "divergence" if "kl" in result else "accuracy"
         add_measured(folder, kind, result, paired=paired, **how)

@@ -8,7 +8,6 @@ distribution p over the vocabulary is compared with the pruned model's, q:
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -61,7 +60,6 @@ class DivergenceResult:
     kl_stderr: float | None  # None with fewer than 16 sequences
     agreement: float  # share of tokens where both models rank the same token first
     agreement_stderr: float | None
-    seconds: float
 
 
 def divergence(
@@ -81,14 +79,12 @@ def divergence(
     Raises:
         RacError: unfit sequences, vocabularies of different sizes, or logits that are not finite.
     """
-    started = time.monotonic()
-    rows = divergence_per_token(dense, pruned, sequences, label=label)
-    return summarise_divergence(rows, label=label, seconds=time.monotonic() - started)
+    return summarise_divergence(divergence_per_token(dense, pruned, sequences, label), label)
 
 
 @torch.no_grad()
 def divergence_per_token(
-    dense: Any, pruned: Any, sequences: Sequence[TokenSequence], *, label: str
+    dense: Any, pruned: Any, sequences: Sequence[TokenSequence], label: str
 ) -> list[TokenDivergence]:
     """Return the values of each completion, in the order of `sequences`; see `divergence`."""
     check_sequences(sequences, dense, pruned)
@@ -163,10 +159,8 @@ def windows(model: Any, ids: torch.Tensor, width: int) -> Iterator[tuple[int, to
         yield start, output.logits
 
 
-def summarise_divergence(
-    rows: Sequence[TokenDivergence], *, label: str, seconds: float
-) -> DivergenceResult:
-    """Summarise completions, none of them empty, measured in `seconds`."""
+def summarise_divergence(rows: Sequence[TokenDivergence], label: str) -> DivergenceResult:
+    """Summarise completions, none of them empty."""
     kl, kl_stderr = mean_over_tokens([row.kl for row in rows])
     agreement, agreement_stderr = mean_over_tokens([row.agrees for row in rows])
     return DivergenceResult(
@@ -177,7 +171,6 @@ def summarise_divergence(
         kl_stderr=kl_stderr,
         agreement=agreement,
         agreement_stderr=agreement_stderr,
-        seconds=seconds,
     )
 
 
@@ -210,12 +203,11 @@ class DenseReference:
                 "the output head was changed too, and with it what the dense model would have "
                 "predicted"
             )
-        started = time.monotonic()
         rows = []
         with evaluating(pruned):
             for batch, entering in zip(self._batches, self._entering, strict=True):
                 rows += compare(batch, _windows_of_both(pruned, head, batch, entering), label)
-        return summarise_divergence(rows, label=label, seconds=time.monotonic() - started)
+        return summarise_divergence(rows, label)
 
 
 def _windows_of_both(

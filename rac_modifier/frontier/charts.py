@@ -5,7 +5,6 @@ All charts have the parameters row, axis and find, so that a control is set in e
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -49,7 +48,6 @@ def charts(
         ),
         "How answers end": _stopping(rows),
         "Tokens per answer: the chosen row against the dense model": _tokens(traces),
-        "Relative error of each layer's output": _layers(rows),
     }
     parameters = [alt.param(name=name, value=value) for name, value in start.items()]
     legend = {"orient": "bottom", "columns": 2, "labelLimit": 160, "title": None}
@@ -192,30 +190,3 @@ def _tokens(traces: Mapping[str, Any]) -> Any:
         .add_params(alt.selection_interval(bind="scales"))
     )
     return alt.layer(diagonal.encode(x="at:Q", y="at:Q"), marks, height=_HEIGHT)
-
-
-def _layers(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """Draw a map of the chosen row's layers; experts of a layer are a mean."""
-    values = []
-    for row in rows:
-        for name, figures in row["layers"].items():
-            match = re.match(r"\D*(\d+)\.(.+)$", name)
-            block, kind = (int(match[1]), match[2]) if match else (0, name)
-            if (error := figures["error"]) is not None:
-                place = {"block": block, "kind": re.sub(r"\d+", "*", kind)}
-                values.append({"label": row["label"], **place, "error": max(error, 1e-9)})
-    if not values:
-        return None
-    scale = alt.Scale(scheme="oranges", type="log")
-    height = 18 * len({value["block"] for value in values})
-    return (
-        alt.Chart(alt.Data(values=values), height=height)
-        .transform_filter("datum.label == row")
-        .mark_rect()
-        .encode(
-            x=alt.X("kind:N", title=None, sort=None, axis=alt.Axis(labelAngle=-30)),
-            y=alt.Y("block:O", title="block"),
-            color=alt.Color("mean(error):Q", scale=scale),
-            tooltip=["block:O", "kind:N", alt.Tooltip("mean(error):Q", format=".3~g")],
-        )
-    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -71,10 +71,8 @@ def measure(
     for problem, answer in zip(held_out.problems, dense_answers, strict=True):
         prompt = render_question(tokenizer, problem.question, held_out.sampling)
         sequences.append(((*prompt, *answer.ids), len(prompt)))
-    started = time.monotonic()
-    tokens = divergence_per_token(dense, model, sequences, label=label)
-    seconds = time.monotonic() - started
-    figures["divergence"] = asdict(summarise_divergence(tokens, label=label, seconds=seconds))
+    tokens = divergence_per_token(dense, model, sequences, label)
+    figures["divergence"] = asdict(summarise_divergence(tokens, label))
     if held_out.graded:
         both = (dense_figures, figures)
         first, second = (EvalResult.model_validate(row["accuracy"]) for row in both)
@@ -163,37 +161,26 @@ def pieces_of(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     return pieces
 
 
-def layers_of(record: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
-    """Return relative error and sparsity of each pruned module of a run record."""
-    return {
-        module["name"]: {"error": module.get("relative_error"), "sparsity": module.get("sparsity")}
-        for module in record.get("modules", [])
-    }
-
-
 def checkpoint_bytes(folder: str | Path) -> dict[str, int | float]:
-    """Return bytes by kind, their `total`, and the `bits_per_weight` of the matrices.
+    """Return the `total` bytes, those of `matrices`, and the `bits_per_weight` of the matrices.
 
-    `matrices` include masks, offsets and scales; `other` is norms, biases and shapes. A tied head
-    has no bytes.
+    `matrices` include masks, offsets and scales, and neither head nor embeddings.
     """
-    sizes = dict.fromkeys(("matrices", "head", "embeddings", "other"), 0)
-    weights = 0
+    total = matrices = weights = 0
     with TensorFiles(folder) as files:
         for name in files.where:
             module, _, part = name.rpartition(".")
-            shape = files.shape(name)
-            kind = "matrices" if _PART.fullmatch(part) else "other"
-            if is_embedding(module):
-                kind = "embeddings"
-            elif _HEAD.search(module):
-                kind = "head"
-            elif part == "weight" and len(shape) == 2:
-                kind = "matrices"
+            size, shape = files.nbytes(name), files.shape(name)
+            total += size
+            if is_embedding(module) or _HEAD.search(module):
+                continue
+            if part == "weight" and len(shape) == 2:
+                matrices += size
                 weights += shape[0] * shape[1]
+            elif _PART.fullmatch(part):
+                matrices += size
             elif part in ("shape", "weight_shape"):
                 rows, columns = files.tensor(name).flatten().tolist()
                 weights += rows * columns
-            sizes[kind] += files.nbytes(name)
-    bits = 8 * sizes["matrices"] / weights if weights else 0.0
-    return {**sizes, "total": sum(sizes.values()), "bits_per_weight": bits}
+    bits = 8 * matrices / weights if weights else 0.0
+    return {"total": total, "matrices": matrices, "bits_per_weight": bits}

@@ -56,19 +56,13 @@ def page(folders: Sequence[Path], most_traces: int) -> str:
         library=library,
         script=script,
     )
-    _check_size(text, max(len(study["traces"]["dense"]) for study in data))
-    return text
-
-
-def _check_size(text: str, problems: int) -> None:
-    """Refuse a page that is too large, with the number of problems that fits (RacError)."""
-    size, without = len(text.encode()), len(_vega())
-    if size > MOST_BYTES:
-        fits = problems * max(MOST_BYTES - without, 0) // max(size - without, 1) * 9 // 10
+    if (size := len(text.encode())) > MOST_BYTES:
+        problems = max(len(study["traces"]["dense"]) for study in data)
         raise RacError(
             f"the page has {size / 1e6:.1f} MB, more than {MOST_BYTES / 1e6:.1f} MB; show the "
-            f"answers of fewer problems than {problems} (--traces {fits}), or fewer folders"
+            f"answers of fewer problems than {problems} (--traces), or fewer folders"
         )
+    return text
 
 
 @functools.cache

@@ -14,21 +14,17 @@ from typing import Any
 import torch
 from loguru import logger
 
-from rac_modifier.checkpoint.record import RUN_RECORD_NAME
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.results import EvalResult
-from rac_modifier.files import read_json, remove_folder, without_paths
+from rac_modifier.files import remove_folder, without_paths
 from rac_modifier.frontier.folder import FrontierFolder
 from rac_modifier.frontier.measure import (
     HeldOut,
     checkpoint_bytes,
-    layers_of,
     measure,
     measure_dense,
 )
 from rac_modifier.settings.grid import DENSE, PlannedRow
-
-_LAST_LINES = 3  # of a long reason that are kept in a row; the log has all
 
 
 @dataclass(frozen=True)
@@ -79,7 +75,6 @@ def run_grid(
 
 def _finish(folder: FrontierFolder, run: PlannedRow, held_out: HeldOut, tools: Tools) -> None:
     """Compress and measure a model, and write its row."""
-    started = time.monotonic()
     model_folder, compressing = tools.source, None
     if run.recipe:
         model_folder = folder.model(run.label)
@@ -94,17 +89,12 @@ def _finish(folder: FrontierFolder, run: PlannedRow, held_out: HeldOut, tools: T
         dense, _ = tools.load(tools.source)
         of_dense = (reference, folder.traces(DENSE))
         figures, traces = measure(run.label, model, dense, tokenizer, held_out, of_dense)
-    path = model_folder / RUN_RECORD_NAME
-    record = read_json(path) if path.is_file() else {}  # upstream's modifiers alone write none
     row = {
         **{key: getattr(run, key) for key in ("label", "row", "group", "seed", "recipe")},
         **figures,
         "bytes": checkpoint_bytes(model_folder),
-        "layers": layers_of(record),
-        "calibration": record.get("calibration"),
         "served": served,
         "compressing": compressing,
-        "seconds": time.monotonic() - started,
     }
     folder.add(without_paths(row), traces)
     words = [f"{run.label}: {row['bytes']['total'] / 1e6:,.2f} MB"]
@@ -146,5 +136,4 @@ def _served(tools: Tools, model: Path, label: str) -> dict[str, Any] | None:
         if label == DENSE:
             raise RacError(f"serve: true, and the dense model cannot be served: {error}") from error
         logger.warning(f"{label}: not served ({error})")
-        first, *lines = str(error).splitlines()
-        return {"not_measured": "\n".join([first, *lines[-_LAST_LINES:]])}
+        return {"not_measured": str(error)}

@@ -51,7 +51,7 @@ CASES += [
     ),
     Case(
         "`rac report` of a damaged line",
-        "line 1: not JSON",
+        "line 1: no row of rac frontier",
         lambda b: b.rac(
             "report", changed(b, "rows.jsonl", '{"version"', '"version"'), "-o", "report.html"
         ),

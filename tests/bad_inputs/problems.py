@@ -87,7 +87,7 @@ def _(b: Bench) -> None:
 
 @CASES.case(
     "an answer column of dates",
-    "must hold text or a number, it holds a datetime; write the answers as text",
+    "which may not be what was written; write the answers as text, in quotes",
 )
 def _(b: Bench) -> None:
     b.prune_with(

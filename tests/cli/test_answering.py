@@ -27,13 +27,13 @@ def answering(**changes) -> Answering:
     ("changes", "options", "message"),
     [
         (SERVER, {"divergence": True}, "--divergence asks .* leave --server and --serve out"),
-        ({"serve": True, **SERVER}, {}, "--serve and --server http://a: leave one"),
-        (SERVER, {"models": ("a", "b")}, "2 models are named, and --server and --answers are for"),
+        ({"serve": True, **SERVER}, {}, "--serve starts a server, and --server"),
+        (SERVER, {"models": ("a", "b")}, "--server and --answers are for one model; evaluate"),
         (SERVER, {"written": {"precision"}}, "--precision is for a model that is loaded here"),
         ({"servers": ("a",)}, {}, "--server: base_urls: 'a' is no address of a server"),
         ({}, NO_MODEL, "no model is named; give a model folder"),
         (TWO | {"served_as": ("m",)}, NO_MODEL, "--served-as names 1 models for 2 servers; give"),
-        (SERVER | {"served_as": ("m", "n")}, {}, "--served-as names 2 models; give one name"),
+        (SERVER | {"served_as": ("m", "n")}, {}, "--served-as names several models; give the one"),
         (SERVER, {"models": (), "written": {"card"}}, "--card and --template need a model folder"),
     ],
 )

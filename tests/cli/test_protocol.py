@@ -34,12 +34,9 @@ def test_without_a_preset_the_options_count():
     assert protocol.problem_source == ProblemSource(source="arithmetic")
     assert sampled(protocol) == (512, 0.7, 0.95, 0)
     assert sampled(asked()) == (512, 0.0, 0.95, 0)
+    assert sampled(asked(), divergence=True) == (512, None, None, None), "the model's own"
     assert (protocol.describe(), protocol.verifier) == ([], None)
     assert len(protocol.load()) == 4
-
-
-def test_divergence_leaves_to_the_model_what_no_option_sets():
-    assert sampled(asked(), divergence=True) == (512, None, None, None)
 
 
 @pytest.mark.parametrize("name", PRESETS)

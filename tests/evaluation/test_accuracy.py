@@ -98,7 +98,6 @@ def test_each_answer_is_matched_to_its_problem_and_counted_in_tokens(scripted, r
         ("longer", False, "going"),
         ("half", True, "right"),
     ]
-    assert (result.correct, result.unfinished_share) == (2, 0.25)
     assert result.per_task == {"a": 0.5, "b": 0.0}
     assert rows[0].ending.thinking_tokens == len("think") + 1
     assert rows[0].ending.tokens == len("think") + 1 + len("\\boxed{1}") + 1  # with EOS
@@ -110,11 +109,6 @@ def test_the_loop_of_a_truncated_answer_is_located_in_its_tokens(scripted, rows)
     scripted(script, max_new_tokens=200)
     assert [r.ending.loop for r in rows] == [Loop(0, len("and on "), "tokens"), None, None, None]
     assert [r.ending.kind for r in rows] == ["looping", "wrong", "wrong", "right"]
-
-
-def test_another_verifier_compares_the_answers(scripted):
-    always = scripted(verifier=lambda answer, reference: True)
-    assert always.per_task == {"a": 1.0, "b": 0.0}  # the answer to b has no box
 
 
 def test_problems_that_cannot_be_graded(scripted, monkeypatch):

@@ -70,14 +70,14 @@ def test_each_model_that_was_calibrated_otherwise_gets_a_line():
 
 
 @pytest.mark.parametrize(
-    ("one", "other", "option"),
+    ("other", "option"),
     [
-        (PLAIN, PromptSettings(system_prompt="X"), "--system-prompt"),
-        (PLAIN, BARE, "--template"),
-        (PLAIN, PromptSettings(thinking=False), "--thinking"),
+        (PromptSettings(system_prompt="X"), "--system-prompt"),
+        (BARE, "--template"),
+        (PromptSettings(thinking=False), "--thinking"),
     ],
 )
-def test_models_calibrated_with_different_prompts_need_a_choice(one, other, option):
-    for known in ({"a": {"t": one}, "b": {"t": other}}, {"a": {"t": one, "p": other}}):
+def test_models_calibrated_with_different_prompts_need_a_choice(other, option):
+    for known in ({"a": {"t": PLAIN}, "b": {"t": other}}, {"a": {"t": PLAIN, "p": other}}):
         with pytest.raises(RacError, match=f"different prompts.* choose it with {option}$"):
             choose_prompt(known)

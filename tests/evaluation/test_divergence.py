@@ -123,7 +123,7 @@ def test_bad_input(dense, pruned):
 
 def test_the_summary_is_over_tokens_not_over_sequences():
     rows = [TokenDivergence([0.5, 0.1, 0.3], [True, True, False]), TokenDivergence([0.2], [True])]
-    actual = summarise_divergence(rows, label="2:4", seconds=1.0)
+    actual = summarise_divergence(rows, "2:4")
     assert (actual.sequences, actual.tokens, actual.agreement) == (2, 4, 0.75)
     assert actual.kl == pytest.approx(1.1 / 4)
     assert actual.kl_stderr is None  # of two completions

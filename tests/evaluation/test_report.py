@@ -35,7 +35,7 @@ def test_several_answers_have_a_column_for_the_largest_k():
 def test_divergence_with_its_standard_error():
     def row(label, rows):
         completions = [TokenDivergence(kl, [kl[0] < 0.2] * len(kl)) for kl in rows]
-        return summarise_divergence(completions, label=label, seconds=1.0)
+        return summarise_divergence(completions, label)
 
     rows = ((0.1, 0.2), (0.5, 0.3)) * 8
     table = divergence_table([row("2:4", rows), row("one sequence", rows[:1])])

@@ -42,6 +42,8 @@ def test_summary():
     assert (found.unfinished_share, found.tokens_per_second) == (0.25, 60)
     assert found.per_task == {"addition": 0.5, "gcd": 1.0}
     assert (found.ci_low, found.ci_high) == wilson_interval(3, 4)
+    assert result(rows, generated=30).tokens_per_second == 15  # of this run, in 2 s
+    assert result(rows, generated=0).tokens_per_second == 0.0
 
 
 def test_results_come_back_from_a_file_and_those_of_another_version_are_named(tmp_path):
@@ -75,12 +77,6 @@ def test_several_answers_per_problem():
     assert found.pass_at == pytest.approx({"1": 0.5, "2": (5 / 6 + 0 + 1) / 3, "4": 2 / 3})
     assert found.correct_answers == {"a": 2, "b": 0, "c": 4}
     assert (found.ci_low, found.ci_high) == ratio_interval([0.5, 0.0, 1.0], [1.0] * 3)
-
-
-def test_speed_is_that_of_what_this_run_generated():
-    rows = [row(tokens=10), row(tokens=30)]
-    assert result(rows, generated=30).tokens_per_second == 15
-    assert result(rows, generated=0).tokens_per_second == 0.0
 
 
 def answers(outcomes, label, **changes):

@@ -32,16 +32,11 @@ def row(
     label: str, group: str, megabytes: float, accuracy: float, kl: float | None
 ) -> dict[str, Any]:
     total = int(megabytes * 1e6)
-    sizes = {"matrices": total - 500_000, "embeddings": 500_000, "total": total}
+    sizes = {"matrices": total - 500_000, "total": total}
     kinds = ["right", "looping"] if group == "sparse" else ["right", "wrong"]
     endings = {f"p{i}": [{"kind": kind}] for i, kind in enumerate(kinds)}
     interval = {"accuracy": accuracy, "ci_low": accuracy - 0.05, "ci_high": accuracy + 0.05}
     divergence = {"kl": kl, "kl_stderr": (kl or 0) / 10, "agreement": 0.9, "agreement_stderr": 0.01}
-    layers = {
-        f"model.layers.{block}.self_attn.{name}": {"error": 0.01 * (block + 1), "sparsity": 0.5}
-        for block in range(2)
-        for name in ("q_proj", "k_proj")
-    }
     return {
         "label": label,
         "row": label,
@@ -54,7 +49,6 @@ def row(
         "paired": None,
         "thinking": 20.0,
         "truncated": 0.25,
-        "layers": layers if "sparse" in group else {},
         "served": {"tokens_per_second": 100.0 * megabytes} if group == "sparse" else None,
     }
 

@@ -100,13 +100,11 @@ def test_everything_is_drawn(opened: Opened) -> None:
         "KL from the dense model",
         "How answers end",
         "Tokens per answer: the chosen row against the dense model",
-        "Relative error of each layer's output",
     ]
     assert (opened.marks(1), opened.marks(2), opened.marks(4)) == (len(ROWS), len(ROWS) - 1, 4)
     assert opened.study.locator("figure:nth-child(3) .mark-rect.role-mark path").count() == 30
-    assert opened.study.locator("figure:nth-child(5) .mark-rect.role-mark path").count() == 4
     assert opened.texts("tr.chosen td:first-child") == ["50 %"]
-    assert opened.page.locator(".vega-actions a").count() == 2 * 10  # SVG and PNG of each chart
+    assert opened.page.locator(".vega-actions a").count() == 2 * 8  # SVG and PNG of each chart
 
 
 def test_controls_are_set_in_all_charts(opened: Opened) -> None:

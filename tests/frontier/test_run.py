@@ -57,10 +57,6 @@ class Bench:
         (folder / "half").touch()
         self.step(f"compress {recipe['recipe']}")
         save_tiny(folder)
-        modules = [{"name": "m", "relative_error": 0.1, "sparsity": 0.5}]
-        (folder / "rac_run.json").write_text(
-            json.dumps({"modules": modules, "calibration": {"tokens": 9}})
-        )
 
     def run(self, rows=ROWS, **options) -> list[dict]:
         with FrontierFolder(self.out) as folder:
@@ -93,8 +89,6 @@ def test_every_row_is_compressed_and_measured_once(bench: Bench) -> None:
     dense, a, *_ = rows
     assert dense["divergence"] is None
     assert a["divergence"]["kl"] > 0
-    assert a["layers"] == {"m": {"error": 0.1, "sparsity": 0.5}}
-    assert a["calibration"] == {"tokens": 9}
     assert a["recipe"] == {"recipe": "a"}
     assert a["bytes"]["total"] == dense["bytes"]["total"] > 0
     assert a["paired"]["first"] == "dense"
@@ -149,8 +143,7 @@ def test_a_compressed_model_that_cannot_be_served_has_a_reason_and_a_dense_one_s
 
     def serve(folder: Path, label: str) -> EvalResult:
         if label in broken:
-            lines = "\n".join(f"line {number}" for number in range(9))
-            raise RacError(f"vllm serve stopped:\n{lines}")
+            raise RacError("vllm serve stopped:\nline 1")
         bench.did.append(f"serve {label}")
         return result(label)
 
@@ -161,7 +154,7 @@ def test_a_compressed_model_that_cannot_be_served_has_a_reason_and_a_dense_one_s
     broken = {"a"}
     dense, a, _ = bench.run(ROWS[:2], tools=tools, remove_models=True)
     assert dense["served"]["tokens_per_second"] > 0
-    assert a["served"] == {"not_measured": "vllm serve stopped:\nline 6\nline 7\nline 8"}
+    assert a["served"] == {"not_measured": "vllm serve stopped:\nline 1"}
     assert bench.did[:2] == ["serve dense", "load dense"]
     assert bench.did[-4:] == ["compress b", "serve b", "load b", "load dense"]
     assert list((bench.out / "models").iterdir()) == []

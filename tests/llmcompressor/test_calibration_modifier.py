@@ -132,8 +132,6 @@ def test_a_model_larger_than_the_accelerator_is_measured_as_any_other(
     request.getfixturevalue("accelerator")
     prune(output_dir=tmp_path / "streamed", **held[2])
     plain, streamed = (record_of(tmp_path / name)["divergence"] for name in ("plain", "streamed"))
-    assert plain.pop("seconds") > 0
-    assert streamed.pop("seconds") > 0
     assert streamed == plain
 
 

@@ -58,12 +58,9 @@ def reasons():
     [
         ("0.5", r"\frac{1}{2}", True),
         ("1,234", "1234", True),
-        (r"\sqrt{8}", r"2\sqrt 2", True),
         ("(1,2)", "(1, 2)", True),
-        ("x=5", "5", True),
         ("0.51", r"\frac{1}{2}", False),
         (r"\frac{1", "1", False),
-        ("no", "yes", False),
         ("len('seventeen letters')", "17", False),  # code is not run
     ],
 )
