@@ -10,14 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rac_modifier.cli.models import resolve
-from rac_modifier.cli.options import (
-    AsJson,
-    Model,
-    print_json,
-    render_table,
-    resumable,
-    saving_step,
-)
+from rac_modifier.cli.options import AsJson, Model, print_json, render_table, resumable, saving_step
 
 if TYPE_CHECKING:
     from rac_modifier.checkpoint.pack_plan import MatrixPlan, PackPlan

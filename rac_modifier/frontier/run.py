@@ -18,12 +18,7 @@ from rac_modifier.errors import RacError
 from rac_modifier.evaluation.results import EvalResult
 from rac_modifier.files import remove_folder, without_paths
 from rac_modifier.frontier.folder import FrontierFolder
-from rac_modifier.frontier.measure import (
-    HeldOut,
-    checkpoint_bytes,
-    measure,
-    measure_dense,
-)
+from rac_modifier.frontier.measure import HeldOut, checkpoint_bytes, measure, measure_dense
 from rac_modifier.settings.grid import DENSE, PlannedRow
 
 

@@ -11,14 +11,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from rac_modifier.errors import RacError
-from rac_modifier.settings.check import (
-    Batch,
-    Count,
-    Seed,
-    Settings,
-    check_settings,
-    refuse_idle,
-)
+from rac_modifier.settings.check import Batch, Count, Seed, Settings, check_settings, refuse_idle
 from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.recipe import (
     NAME,

@@ -6,12 +6,7 @@ import pytest
 
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.intervals import ratio_interval, tango_interval, wilson_interval
-from rac_modifier.evaluation.results import (
-    Row,
-    paired_difference,
-    read_results,
-    summarise,
-)
+from rac_modifier.evaluation.results import Row, paired_difference, read_results, summarise
 from rac_modifier.evaluation.stopping import Ending, Loop
 from rac_modifier.settings.sampling import SamplingSettings
 

@@ -1,10 +1,6 @@
 import torch
 
-from rac_modifier.evaluation.teacher_forcing import (
-    batches_of_like_length,
-    padded,
-    sample_sequences,
-)
+from rac_modifier.evaluation.teacher_forcing import batches_of_like_length, padded, sample_sequences
 from rac_modifier.problems.held_out import held_out_problems
 from rac_modifier.sampling.generate import generate
 from rac_modifier.sampling.prompts import render_prompt

@@ -3,12 +3,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rac_modifier.problems import answer_checker
-from rac_modifier.problems.answers import (
-    equal_answers,
-    extract_answer,
-    is_correct,
-    thinking_length,
-)
+from rac_modifier.problems.answers import equal_answers, extract_answer, is_correct, thinking_length
 from tests.tiny import byte_tokenizer
 
 

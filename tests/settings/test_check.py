@@ -7,12 +7,7 @@ import pytest
 from pydantic import Field, ValidationError, field_validator
 
 from rac_modifier.errors import RacError
-from rac_modifier.settings.check import (
-    Settings,
-    check_names,
-    check_settings,
-    describe_errors,
-)
+from rac_modifier.settings.check import Settings, check_names, check_settings, describe_errors
 
 
 class Inner(Settings):
