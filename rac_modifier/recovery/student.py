@@ -86,13 +86,16 @@ def recomputing(model: torch.nn.Module, enabled: bool = True) -> Iterator[None]:
         RacError: a model without marked layers.
     """
     layers = decoder_layers(model, "recover.activation_checkpointing") if enabled else []
+    before = [vars(layer).get("forward") for layer in layers]  # an offloaded layer has its own
     for layer in layers:
         layer.forward = _twice(layer.forward)
     try:
         yield
     finally:
-        for layer in layers:
+        for layer, forward in zip(layers, before, strict=True):
             del layer.forward  # the method of its class is used again
+            if forward is not None:
+                layer.forward = forward
 
 
 def _twice(forward: Any) -> Any:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from compressed_tensors.offload import offload_module
 from safetensors.torch import load_file
 
 from rac_modifier.errors import RacError
@@ -71,6 +72,18 @@ def saved_bytes(model, enabled):
     gradients = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     return size, loss.detach(), gradients
+
+
+def test_an_offloaded_layer_stays_offloaded_after_recomputing():
+    model = tiny_model()
+    layer = model.model.layers[0]
+    offload_module(layer.mlp.up_proj, "cpu", "cpu")
+    offload_module(layer, "cpu", "cpu")
+    before = layer.forward
+    with recomputing(model):
+        assert layer.forward is not before
+    assert layer.forward is before
+    assert "forward" not in vars(model.model.layers[1])
 
 
 def test_recomputing_gives_the_same_loss_and_gradients_and_saves_less():
