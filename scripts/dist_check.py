@@ -44,7 +44,7 @@ KERNEL = """
 import re, sys
 from pathlib import Path
 import torch
-from rac_modifier.checkpoint.formats import check, pack
+from rac_modifier.checkpoint.formats import FORMATS
 from rac_modifier.kernels import cpu
 from rac_modifier.kernels.cpu.support import support
 
@@ -52,7 +52,8 @@ assert support().isa, support().reason
 print(support().reason)
 dense = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
 dense[:, ::2] = 0.0
-weight = check(pack(dense, "sparse-bitmask", "w"), "sparse-bitmask", "w")
+bitmask = FORMATS["sparse-bitmask"]
+weight = bitmask.check(bitmask.compress(dense, "w"), "w")
 x = torch.randn(3, 128, generator=torch.Generator().manual_seed(1))
 torch.testing.assert_close(cpu.linear(x, cpu.pack(weight, torch.float32), 64, 128), x @ dense.T)
 loaded = set(re.findall(r"/.*libgomp.*", Path("/proc/self/maps").read_text()))

@@ -1,5 +1,1 @@
-"""Saved models: packed sparse weights, loading and inspecting them, and their records.
-
-Nothing is re-exported here, so that serving can import a module of this package without importing
-transformers.
-"""
+"""Saved models; nothing is re-exported, so that serving imports no transformers."""

@@ -2,8 +2,7 @@
 
 The mask is uint8 [N, ceil(K/8)]: bit i of byte j is column 8j+i. Stored values are in row-major
 order. Only +0.0 is left out: -0.0 is a value, so that unpacking returns the same bits. Weights
-are handled as integers of the same width, so that NaN payloads are not changed, and one block
-at a time, so that little memory is needed.
+are handled as integers, so that NaN payloads stay, and block by block, to need little memory.
 """
 
 from __future__ import annotations
@@ -115,12 +114,6 @@ def most_of_four(bitmask: Tensor) -> int:
     """Return the most set bits of four neighbouring columns."""
     counts = _half_byte_counts(bitmask)
     return max(int((counts & 0x0F).max()), int((counts >> 4).max()))
-
-
-def keeps_two_of_four(bitmask: Tensor, columns: int) -> bool:
-    """Tell whether every four columns have two set bits; `columns` is a multiple of four."""
-    count = len(bitmask) * columns // 2
-    return most_of_four(bitmask) <= 2 and int(row_counts(bitmask).sum()) == count
 
 
 def sums_of_four(counts: Tensor) -> Tensor:

@@ -7,21 +7,26 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
+from huggingface_hub import metadata_load
 
 from rac_modifier.checkpoint.files import CONFIG_FILE
 from rac_modifier.checkpoint.output_folder import cached_file
 from rac_modifier.checkpoint.record import RUN_RECORD_NAME
 from rac_modifier.errors import RacError
-from rac_modifier.files import read_json, without_paths, write_json_atomic, write_text_atomic
+from rac_modifier.files import (
+    read_json,
+    text_without_paths,
+    without_paths,
+    write_json_atomic,
+    write_text_atomic,
+)
 
 CARD_NAME = "README.md"
-# Parts of a card that are replaced: the lines before and behind.
-_MEASURED = ("<!-- measured by rac eval -->", "<!-- end of what rac eval measured -->")
+# The lines before and behind a part of a card that is replaced.
 _USE = ("<!-- how to use these weights -->", "<!-- end of how to use these weights -->")
-_FEW_BITS = re.compile(r"int[23]\b")  # in the text of a scheme; vLLM has no CPU kernel for them
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _LICENSE_KEYS = ("license", "license_name", "license_link")
 
@@ -58,6 +63,14 @@ vllm serve path/to/this/folder
 ```
 
 {serve}"""
+_SERVE_PACKED = (
+    "rac_modifier must be installed next to vLLM: its plugin reads the packed weights. "
+    "`rac unpack` writes an ordinary dense checkpoint, which needs no rac_modifier."
+)
+_SERVE_DENSE = (
+    "Stock vLLM serves these weights where it has a kernel for them. rac_modifier, installed next "
+    "to it, adds CPU kernels for int4, int3 and int2."
+)
 
 
 def model_card(record: Mapping[str, Any], license: Mapping[str, str], packed: bool = True) -> str:
@@ -77,11 +90,9 @@ def model_card(record: Mapping[str, Any], license: Mapping[str, str], packed: bo
         **license,
         "tags": tags,
     }
-    counts, versions = record.get("calibration") or {}, record.get("versions") or {}
-    stores = (record.get("trace_stores") or {}).items()
+    counts = record.get("calibration") or {}
     rows = {
         "Base model": base,
-        "License": license.get("license_name") or license["license"],
         "Pattern": record.get("pattern"),
         "Quantization": "; ".join(schemes),
         "Solver": record.get("method"),
@@ -90,27 +101,18 @@ def model_card(record: Mapping[str, Any], license: Mapping[str, str], packed: bo
             for name, count in counts.items()
             if name != "parts"
         ),
-        **{
-            name.capitalize(): f"`{s.get('path')}`, sha256 `{s.get('sha256')}`"
-            for name, s in stores
-        },
-        "Seed": record.get("seed"),
         "Recipe": record.get("recipe"),
-        "Made with": ", ".join(f"{name} {v}" for name, v in versions.items() if v is not None),
     }
-    measured = _divergence(
-        record.get("divergence") or {},
-        "that the base model generated and that were not used for calibration",
-    )
+    divergence = _divergence(record.get("divergence") or {})
     card = _RUN.format(
         front_matter=yaml.safe_dump(front_matter, sort_keys=False, allow_unicode=True),
         title=f"{base} {verb}" if base else f"A {verb} language model",
         Verb=verb.capitalize(),
         record=RUN_RECORD_NAME,
         table=_table(rows),
-        divergence=measured and f"{measured}\n\n",
+        divergence=divergence and f"{divergence}\n\n",
     )
-    return _with_part(card, _USE, _how_to_use(packed, schemes))
+    return _with_part(card, _USE, _how_to_use(packed))
 
 
 def converted_card(record: Mapping[str, Any], source: Path, packed: bool) -> str:
@@ -122,12 +124,16 @@ def converted_card(record: Mapping[str, Any], source: Path, packed: bool) -> str
     card = _text(source, CARD_NAME) or f"# {record.get('base_model')}\n"
     if "packing" in record and not packed:
         return _with_part(card, _USE, "")
-    return _with_part(card, _USE, _how_to_use(packed, record.get("quantization") or ()))
+    return _with_part(card, _USE, _how_to_use(packed))
 
 
 def license_of(model: str | Path) -> dict[str, str]:
     """Return the license entries of a model's card, or of its config.json; no network is used."""
-    entries = _front_matter(_text(model, CARD_NAME))
+    card = _file(model, CARD_NAME)
+    try:
+        entries = (metadata_load(card) if card else None) or {}
+    except (ValueError, yaml.YAMLError):
+        entries = {}
     if isinstance(entries.get("license"), str):
         return {key: str(entries[key]) for key in _LICENSE_KEYS if entries.get(key)}
     try:
@@ -152,36 +158,26 @@ def card_folder(model: str) -> Path:
     return folder
 
 
-def add_measured(
-    folder: Path,
-    kind: Literal["accuracy", "divergence"],
-    result: Mapping[str, Any],
-    *,
-    conditions: Mapping[str, Any],
-    reference: Mapping[str, Any] | None = None,
-    paired: str | None = None,
-) -> None:
-    """Write figures into the record and the card of a model; they replace figures of the same kind.
+def add_measured(folder: Path, lines: Iterable[str], content: Mapping[str, Any]) -> None:
+    """Write the lines that `rac eval` prints into a model's card, and the figures into its record.
 
-    result, reference: an EvalResult or a DivergenceResult as a dict.
-    conditions: `source` (of the problems) and `prompt` in words; `protocol`: further lines.
-    paired: the comparison of both models, problem by problem, in words, without paths.
+    `content`: what `rac eval --json` writes. Figures of the same kind are replaced; absolute paths
+    become names.
     """
-    entry = {**_figures(result), **conditions, "paired": paired}
-    entry["reference"] = None if reference is None else _figures(reference)
+    kind = "divergence" if "divergence" in content else "accuracy"
+    results = content.get(kind) or content["results"]
+    figures = [
+        {name: value for name, value in result.items() if isinstance(value, (str, int, float))}
+        for result in results
+    ]
     record = read_json(folder / RUN_RECORD_NAME)
     before = record.get("evaluation")
-    before = before if isinstance(before, dict) else {}
-    record["evaluation"] = without_paths({**before, kind: entry})
-    measured, sections = record["evaluation"], ["## Measured after compression"]
-    if "accuracy" in measured:
-        sections.append(_accuracy(measured["accuracy"]))
-    if result := measured.get("divergence"):
-        label = (result.get("reference") or {}).get("label", "the base model")
-        text = _divergence(result, f"that {label} generated ({result['source']})")
-        sections.append(f"{text} Prompt: {result['prompt']}. Measured with `rac eval`.")
-    card = _with_part(_text(folder, CARD_NAME), _MEASURED, "\n\n".join(sections))
-    write_json_atomic(folder / RUN_RECORD_NAME, record)
+    record["evaluation"] = {**(before if isinstance(before, dict) else {}), kind: figures}
+    text = text_without_paths("\n".join(lines), content)
+    marks = (f"<!-- {kind} by rac eval -->", f"<!-- end of {kind} by rac eval -->")
+    section = f"## Measured with rac eval: {kind}\n\n```text\n{text}\n```"
+    card = _with_part(_text(folder, CARD_NAME), marks, section)
+    write_json_atomic(folder / RUN_RECORD_NAME, without_paths(record))
     write_text_atomic(folder / CARD_NAME, card)
 
 
@@ -195,22 +191,12 @@ def _with_part(card: str, marks: tuple[str, str], text: str) -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def _how_to_use(packed: bool, schemes: Iterable[str] = ()) -> str:
+def _how_to_use(packed: bool) -> str:
     """Return the sections with the commands for loading and serving."""
-    few_bits = sorted({bits[0] for scheme in schemes if (bits := _FEW_BITS.search(scheme))})
-    first, serve = "", "Stock vLLM serves these weights where it has a kernel for them."
-    if packed:
-        first = "import rac_modifier  # lets transformers read packed sparse weights\n"
-        serve = (
-            "rac_modifier must be installed next to vLLM: its plugin reads the packed weights. "
-            "`rac unpack` writes an ordinary dense checkpoint, which needs no rac_modifier."
-        )
-    elif few_bits:
-        serve = (
-            "rac_modifier must be installed next to vLLM, which has no kernel for "
-            f"{' or '.join(few_bits)} weights on a CPU."
-        )
-    return _HOW_TO_USE.format(first=first, serve=serve)
+    first = "import rac_modifier  # lets transformers read packed sparse weights\n"
+    return _HOW_TO_USE.format(
+        first=first if packed else "", serve=_SERVE_PACKED if packed else _SERVE_DENSE
+    )
 
 
 def _table(rows: Mapping[str, Any]) -> str:
@@ -223,55 +209,19 @@ def _table(rows: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _front_matter(card: str) -> dict[str, Any]:
-    """Return the front matter of a card, {} where it cannot be read."""
-    match = re.match(r"---\n(.*?)\n---", card, re.DOTALL)
-    try:
-        entries = yaml.safe_load(match[1]) if match else None
-    except yaml.YAMLError:
-        entries = None
-    return entries if isinstance(entries, dict) else {}
+def _file(model: str | Path, name: str) -> Path | None:
+    """Return a file of a folder, or of a hub id in the cache; None without one."""
+    path = Path(model) / name if Path(model).is_dir() else cached_file(str(model), name)
+    return path if path is not None and path.is_file() else None
 
 
 def _text(model: str | Path, name: str) -> str:
-    """Return the text of a file of a folder or of a hub id in the cache, "" without one."""
-    path = Path(model) / name if Path(model).is_dir() else cached_file(str(model), name)
-    if path is None or not path.is_file():
-        return ""
-    return path.read_text(encoding="utf-8", errors="replace")
+    """Return the text of such a file, "" without one."""
+    path = _file(model, name)
+    return "" if path is None else path.read_text(encoding="utf-8", errors="replace")
 
 
-def _figures(result: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the numbers and words of a result, without its lists of answers."""
-    figures = {name: v for name, v in result.items() if isinstance(v, (str, int, float))}
-    return figures | {name: result[name] for name in ("pass_at",) if name in result}
-
-
-def _accuracy(measured: Mapping[str, Any]) -> str:
-    rows = {"this model": measured}
-    if reference := measured.get("reference"):
-        rows = {str(reference["label"]).replace("|", "\\|"): reference, **rows}
-    lines = ["| | correct answers | 95 % interval | thinking tokens | unfinished |"]
-    lines.append("|---|---|---|---|---|")
-    for name, row in rows.items():
-        interval = f"{row['ci_low']:.1%} to {row['ci_high']:.1%}"
-        tokens, unfinished = f"{row['mean_thinking_tokens']:.0f}", f"{row['unfinished_share']:.1%}"
-        lines.append(f"| {name} | {row['accuracy']:.1%} | {interval} | {tokens} | {unfinished} |")
-    temperature = measured["temperature"]
-    how = "greedy" if temperature == 0 else f"temperature {temperature}"
-    lines += [
-        "",
-        f"{measured['problems']:,} problems ({measured['source']}, seed {measured['seed']}), "
-        f"{measured['samples']} answers to each, at most {measured['cap']:,} new tokens, {how}; "
-        f"prompt: {measured['prompt']}. Measured with `rac eval`.",
-    ]
-    lines += measured.get("protocol") or []
-    if measured.get("paired"):
-        lines += ["", f"{measured['paired']}."]
-    return "\n".join(lines)
-
-
-def _divergence(measured: Mapping[str, Any], tokens_of: str) -> str:
+def _divergence(measured: Mapping[str, Any]) -> str:
     """Return KL with its 95 % interval, and agreement; "" where they were not measured."""
     if "kl" not in measured:
         return ""
@@ -280,7 +230,7 @@ def _divergence(measured: Mapping[str, Any], tokens_of: str) -> str:
         low, high = max(0.0, kl - 1.96 * error), kl + 1.96 * error
         interval = f" (95 % interval {low:.4f} to {high:.4f})"
     return (
-        f"On {measured['tokens']:,} tokens {tokens_of}: KL divergence from the base model "
-        f"{kl:.4f} nats per token{interval}; the most likely token is the same for "
-        f"{measured['agreement']:.1%} of the tokens."
+        f"On {measured['tokens']:,} tokens that the base model generated and that were not used "
+        f"for calibration: KL divergence from the base model {kl:.4f} nats per token{interval}; "
+        f"the most likely token is the same for {measured['agreement']:.1%} of the tokens."
     )

@@ -18,14 +18,13 @@ import torch
 from torch import Tensor
 
 from rac_modifier.checkpoint.bitmask import contradicts, damaged, part_of
-from rac_modifier.checkpoint.quantization_config import PACK_QUANTIZED, WeightScheme
+from rac_modifier.checkpoint.quantization_config import BITS, PACK_QUANTIZED, WeightScheme
 from rac_modifier.checkpoint.stored_weight import SCALE, StoredWeight, all_stored, check_scale
 from rac_modifier.errors import RacError
 
 # What a module stores instead of `weight` where its format is pack-quantized.
 WORDS, WORDS_SHAPE = "weight_packed", "weight_shape"
 ZEROS, ORDER = "weight_zero_point", "weight_g_idx"
-BITS = (2, 3, 4)  # of dense weights that a kernel reads
 PACKED_BITS = (4, 8)  # of values that are packed here, as sparse weights
 # In the name of a head or an embedding, or of a target for these.
 OF_VOCABULARY = re.compile("lm_head|embed", re.IGNORECASE)
@@ -81,79 +80,93 @@ def word_count(count: int, bits: int) -> int:
     return -(-count * bits // 32)
 
 
-def to_words(weight: Tensor, bits: int) -> dict[str, Tensor]:
-    """Return the tensors of an int8 weight [N, K] by part, as upstream stores them."""
-    shape = weight.new_tensor(weight.shape, dtype=torch.int64)
-    return {WORDS: pack_words(weight, bits), WORDS_SHAPE: shape}
+class PackQuantized:
+    """Dense codes of 2, 3, 4 or 8 bits [N, K]. `dtypes` names the tensors (None: floats):
 
-
-def words_weight(
-    tensors: Mapping[str, Tensor], module: str, schemes: Iterable[WeightScheme] = ()
-) -> tuple[Tensor, int] | None:
-    """Return the values int8 [N, K] of `weight_packed` and `weight_shape`, and bits per value.
-
-    `schemes` and the number of words decide the bits (without schemes: 4 or 8). None: a layout that
-    is not read here (RacError: parts that contradict each other or the schemes).
+    `weight_packed` [N, ceil(K bits / 32)], `weight_scale` [N, K / group], `weight_shape` [2], and
+    without symmetry `weight_zero_point` [ceil(N bits / 32), K / group]. 8 bits are symmetric, and
+    may be `weight` int8 [N, K] instead of words.
     """
-    words = tensors.get(WORDS)
-    if words is None or WORDS_SHAPE not in tensors or words.dtype != torch.int32:
-        return None
-    rows, columns = _shape(tensors, module)
-    stated = {scheme.bits for scheme in schemes if scheme.format == PACK_QUANTIZED}
-    widths = stated & {*BITS, *PACKED_BITS} if stated else set(PACKED_BITS)
-    count = words.shape[-1] if words.dim() else 0
-    fitting = [bits for bits in widths if count == word_count(columns, bits)]
-    if len(fitting) == 1:
-        bits = fitting[0]
-        return _unpacked(words, rows, columns, f"{module}.{WORDS}", bits), bits
-    if stated != widths:
-        return None
-    fault = f"{count} int32 words per row do not hold {columns} values of"
-    allowed = " or ".join(map(str, sorted(widths)))
-    raise contradicts(f"{module}.{WORDS}", f"{fault} {allowed} bits")
 
+    name = PACK_QUANTIZED
+    dtypes: Mapping[str, torch.dtype | None] = {
+        WORDS: torch.int32,
+        SCALE: None,
+        WORDS_SHAPE: torch.int64,
+        ZEROS: torch.int32,
+        ORDER: torch.int32,
+        "weight": None,
+    }
 
-def check_codes(
-    tensors: Mapping[str, Tensor],
-    name: str,
-    group: int | None = None,
-    symmetric: bool = True,
-    bits: int = 4,
-) -> StoredWeight:
-    """Check a dense weight of 2, 3, 4 or 8 `bits` as untrusted input; return it, all stored.
+    @staticmethod
+    def compress(weight: Tensor, bits: int) -> dict[str, Tensor]:
+        """Return the words of an int8 weight [N, K], and its shape, by part."""
+        shape = weight.new_tensor(weight.shape, dtype=torch.int64)
+        return {WORDS: pack_words(weight, bits), WORDS_SHAPE: shape}
 
-    `tensors`: `weight_packed` int32 [N, ceil(K bits / 32)], `weight_scale` [N, K / group],
-    `weight_shape` [2]; without `symmetric` also `weight_zero_point` int32
-    [ceil(N bits / 32), K / group]. 8 bits are symmetric, and may be `weight` int8 [N, K] instead
-    of words. `group` None: one scale per row.
+    @staticmethod
+    def check(tensors: Mapping[str, Tensor], module: str, scheme: WeightScheme) -> StoredWeight:
+        """Check the tensors of a module as untrusted input; return its weight, all stored.
 
-    Raises:
-        RacError: naming `{name}.{part}`, which is missing, malformed or contradicts the others.
-    """
-    if ORDER in tensors:
-        raise RacError(
-            f"{name}.{ORDER}: its columns were reordered (actorder: group), and the kernels read "
-            "groups of neighbouring columns; leave out --quantization rac, or quantize with "
-            "actorder: static"
-        )
-    if bits == 8 and "weight" in tensors:
-        codes = tensors["weight"]
-        if codes.dtype != torch.int8 or codes.dim() != 2 or not codes.numel():
-            fault = f"{codes.dtype} {list(codes.shape)}, but config.json says that it is int8"
-            raise contradicts(f"{name}.weight", fault)
-    else:
-        rows, columns = _shape(tensors, name)
-        codes = _unpacked(part_of(tensors, name, WORDS), rows, columns, f"{name}.{WORDS}", bits)
-    scale = _check_groups(tensors, codes, name, group)
-    if symmetric and ZEROS in tensors:
-        fault = "must not be there, since config.json quantizes it symmetrically"
-        raise contradicts(f"{name}.{ZEROS}", fault)
-    if symmetric:
-        return with_zeros(codes, scale, None, bits, name)
-    words, (rows, groups) = part_of(tensors, name, ZEROS), scale.shape
-    words = words.t() if words.dim() == 2 else words
-    zeros = _unpacked(words, groups, rows, f"{name}.{ZEROS}", bits)
-    return with_zeros(codes, scale, zeros, bits, name)
+        RacError names `{module}.{part}`, which is missing, malformed or contradicts others.
+        """
+        if ORDER in tensors:
+            raise RacError(
+                f"{module}.{ORDER}: its columns were reordered (actorder: group), and the kernels "
+                "read groups of neighbouring columns; leave out --quantization rac, or quantize "
+                "with actorder: static"
+            )
+        bits = scheme.bits
+        if bits == 8 and WORDS not in tensors:
+            codes = part_of(tensors, module, "weight")
+            if codes.dtype != torch.int8 or codes.dim() != 2 or not codes.numel():
+                fault = f"{codes.dtype} {list(codes.shape)}, but config.json says that it is int8"
+                raise contradicts(f"{module}.weight", fault)
+        else:
+            rows, columns = _shape(tensors, module)
+            words = part_of(tensors, module, WORDS)
+            codes = _unpacked(words, rows, columns, f"{module}.{WORDS}", bits)
+        scale = _check_groups(tensors, codes, module, scheme)
+        if scheme.symmetric and ZEROS in tensors:
+            fault = "must not be there, since config.json quantizes it symmetrically"
+            raise contradicts(f"{module}.{ZEROS}", fault)
+        if scheme.symmetric:
+            return with_zeros(codes, scale, None, bits, module)
+        words, (rows, groups) = part_of(tensors, module, ZEROS), scale.shape
+        words = words.t() if words.dim() == 2 else words
+        zeros = _unpacked(words, groups, rows, f"{module}.{ZEROS}", bits)
+        return with_zeros(codes, scale, zeros, bits, module)
+
+    @classmethod
+    def read(
+        cls, tensors: Mapping[str, Tensor], module: str, schemes: Iterable[WeightScheme] = ()
+    ) -> StoredWeight | None:
+        """Return the weight of a module whose own scheme is not known; None: it is not read here.
+
+        `schemes` and the number of words decide the bits (without schemes: 4 or 8), the scales the
+        groups (RacError: parts that contradict each other or the schemes).
+        """
+        words, scale = tensors.get(WORDS), tensors.get(SCALE)
+        if words is None or words.dtype != torch.int32:
+            return None
+        if WORDS_SHAPE not in tensors or ORDER in tensors:
+            return None
+        _, columns = _shape(tensors, module)
+        stated = {scheme.bits for scheme in schemes if scheme.format == PACK_QUANTIZED}
+        widths = stated & {*BITS, *PACKED_BITS} if stated else set(PACKED_BITS)
+        count = words.shape[-1] if words.dim() else 0
+        fitting = [bits for bits in widths if count == word_count(columns, bits)]
+        if len(fitting) != 1:
+            if stated != widths:
+                return None
+            fault = f"{count} int32 words per row do not hold {columns} values of"
+            allowed = " or ".join(map(str, sorted(widths)))
+            raise contradicts(f"{module}.{WORDS}", f"{fault} {allowed} bits")
+        per_row = scale.shape[1] if scale is not None and scale.dim() == 2 else 1
+        group = columns // max(per_row, 1)
+        symmetric = ZEROS not in tensors
+        scheme = WeightScheme("int", fitting[0], "group", group, symmetric, PACK_QUANTIZED)
+        return cls.check(tensors, module, scheme)
 
 
 def with_zeros(
@@ -170,34 +183,16 @@ def with_zeros(
     return replace(all_stored(codes, name), scale=scale, bits=bits, zeros=zeros)
 
 
-def why_not_codes(
-    kind: str, bits: int, strategy: str, format: str | None, *, activations: bool
-) -> str | None:
-    """Say why no kernel reads dense weights of a scheme; None where one does.
-
-    `kind`: int or float; `strategy`: what shares a scale; `activations`: these are quantized too.
-    """
-    if kind != "int" or bits not in BITS:
-        return f"its weights are {kind}{bits}"
-    if activations:
-        return "its activations are quantized too"
-    if format != PACK_QUANTIZED:
-        return f"its format is {format}, not {PACK_QUANTIZED}"
-    if strategy not in ("group", "channel"):
-        return f"its scales are per {strategy}"
-    return None
-
-
 def _check_groups(
-    tensors: Mapping[str, Tensor], codes: Tensor, name: str, group: int | None
+    tensors: Mapping[str, Tensor], codes: Tensor, name: str, scheme: WeightScheme
 ) -> Tensor:
-    """Return the scales float32 [N, K / group] of codes [N, K]; `group` None: [N, 1]."""
+    """Return the scales of codes [N, K], float32 [N, K / group] or [N, 1]."""
     rows, columns = codes.shape
     scale = check_scale(tensors, codes.dtype, rows, columns, name)
     assert scale is not None  # since the values are integers
-    groups = 1 if group is None else columns // group
-    if scale.shape[1] != groups or groups * (group or columns) != columns:
-        stated = "one per row" if group is None else f"groups of {group} columns"
+    group = (scheme.group_size or columns) if scheme.strategy == "group" else columns
+    if scale.shape[1] * group != columns:
+        stated = "one per row" if group == columns else f"groups of {group} columns"
         fault = f"{scale.shape[1]} per row of {columns} columns, but config.json has {stated}"
         raise contradicts(f"{name}.{SCALE}", fault)
     return scale

@@ -44,10 +44,7 @@ class TensorFiles:
     """All tensors of a folder by name; opening reads only the headers. A context manager.
 
     `where` maps tensor names to file names; `index` is the index file, None for a single file.
-
-    Raises:
-        RacError: no safetensors, a malformed index or file, or a tensor that is in the index
-            and not in its file.
+    RacError: no safetensors, a malformed index or file, a tensor of the index that its file lacks.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -109,10 +106,6 @@ class TensorFiles:
 
     def __exit__(self, *_: object) -> None:
         self._files.clear()  # which closes them
-
-    def by_file(self) -> list[str]:
-        """List all names, sorted by file."""
-        return sorted(self.where, key=lambda name: (self.where[name], name))
 
     def __contains__(self, name: str) -> bool:
         return name in self.where
@@ -183,14 +176,14 @@ def _check_weight_map(index: dict[str, Any], path: Path) -> dict[str, str]:
 
 
 def write_tensors_atomic(path: Path, tensors: Mapping[str, Tensor], about: dict[str, str]) -> None:
-    """Write tensors with metadata `about`; a reader sees the old file or the new one.
+    """Write tensors with metadata `about`, mode 644; a reader sees the old file or the new one.
 
-    Raises:
-        OSError, SafetensorError: the file cannot be written, and the old file is unchanged.
+    OSError, SafetensorError: the file cannot be written, and the old file is unchanged.
     """
     new = path.with_suffix(".new")
     try:
-        save_file(dict(tensors), new, about)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, new, about)
+        new.chmod(0o644)
         with new.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(new, path)

@@ -1,20 +1,16 @@
-"""The two packed formats of a sparse weight, and the packed modules of a checkpoint's files.
+"""The packed formats, a class each, and the packed modules of a checkpoint's files.
 
-- sparse-24-bitmask: `compressed` [N, K/2], two values of each four columns, and `shape` int64
-  [2, 1], which vLLM up to 0.18 loads into such a parameter. A group with fewer than two nonzeros
-  stores zeros, first -0.0, then +0.0 from the left. A -0.0 without a place becomes +0.0.
-- sparse-bitmask: `compressed` 1-D, its row starts `row_offsets` int64 [N], `shape` int64 [2].
-
-Both have `bitmask` uint8 [N, ceil(K/8)]. Values of 4 bits are in int32 words. transformers, vLLM
-and `rac inspect` read every packed module through `check`, which takes the tensors for untrusted
-input: nothing is indexed by a number from a file before it was compared with the bitmask. The
-names are those of compressed-tensors up to 0.14.
+transformers, vLLM and `rac inspect` read a packed module through the `check` of its format. It
+takes the tensors for untrusted input: nothing is indexed by a number from a file before it was
+compared with the bitmask. The names are those of compressed-tensors up to 0.14.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,15 +19,20 @@ from rac_modifier.checkpoint import bitmask as layout
 from rac_modifier.checkpoint.bitmask import damaged, part_of
 from rac_modifier.checkpoint.dense_codes import (
     WORDS,
+    PackQuantized,
     pack_words,
-    to_words,
     unpack_words,
     word_count,
 )
 from rac_modifier.checkpoint.files import TensorFiles
 from rac_modifier.checkpoint.quantization_config import FORMAT_24 as FORMAT_24
 from rac_modifier.checkpoint.quantization_config import FORMAT_BITMASK as FORMAT_BITMASK
-from rac_modifier.checkpoint.quantization_config import WeightScheme, int8_in_words
+from rac_modifier.checkpoint.quantization_config import (
+    QUANTIZATION_KEY,
+    int8_in_words,
+    packed_format,
+    weight_schemes,
+)
 from rac_modifier.checkpoint.stored_weight import (
     FLOATS,
     SCALE,
@@ -50,95 +51,197 @@ from rac_modifier.settings.pattern import Pattern
 _MARKERS = ("compressed", "bitmask", "row_offsets")
 
 
-PARTS = {
-    FORMAT_24: ("compressed", "bitmask", "shape"),
-    FORMAT_BITMASK: ("compressed", "bitmask", "row_offsets", "shape"),
-}
+class SparseBitmask:
+    """All values but +0.0. `parts` names the tensors of a weight [N, K]:
 
-
-def pack(weight: Tensor, format: str, module: str, bits: int | None = None) -> dict[str, Tensor]:
-    """Return the tensors of a dense weight [N, K] by part.
-
-    `bits` 4: the weight is int8, its values have four bits, and are stored in int32 words.
-
-    Raises:
-        RacError: the weight does not fit the format.
+    `compressed`, the values, 1-D, those of 4 bits in int32 words. `bitmask`, uint8 [N, ceil(K/8)].
+    `row_offsets`, int64 [N], where each row starts in the values. `shape`, int64, N and K.
     """
-    if weight.dim() != 2 or not weight.numel():
-        raise RacError(
-            f"{module}: shape {list(weight.shape)}; only non-empty matrices [N, K] can be "
-            "packed, so leave it dense"
-        )
-    if weight.dtype not in layout.DTYPES:
-        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in layout.DTYPES)
-        raise RacError(
-            f"{module}: dtype {weight.dtype} cannot be packed; convert it to one of {allowed}, "
-            "or leave it dense"
-        )
-    shape = torch.tensor(weight.shape, dtype=torch.int64)
-    if format == FORMAT_24:
-        values, bitmask = _compress_24(weight, module)
-        index = {"bitmask": bitmask, "shape": shape[:, None]}
-    else:
-        stored = from_dense(weight, module)
-        values, starts = stored.values, stored.starts
-        index = {"bitmask": stored.bitmask, "row_offsets": starts[:-1], "shape": shape}
-    return {"compressed": pack_words(values, 4) if bits == 4 else values, **index}
 
+    name = FORMAT_BITMASK
+    parts: tuple[str, ...] = ("compressed", "bitmask", "row_offsets", "shape")
+    structure = UNSTRUCTURED  # of modules whose mask structure is not recorded
 
-def packed_size(format: str, rows: int, columns: int, stored: int, bits: int) -> int:
-    """Return the bytes of all parts of a weight with `stored` values of `bits` bits."""
+    def compress(self, weight: Tensor, module: str, bits: int | None = None) -> dict[str, Tensor]:
+        """Return the tensors of a dense weight [N, K] by part (RacError: it does not fit).
 
-    def values(count: int) -> int:
-        return 4 * word_count(count, 4) if bits == 4 else count * bits // 8
+        `bits` 4: the weight is int8, and its values have four bits.
+        """
+        if weight.dim() != 2 or not weight.numel():
+            raise RacError(
+                f"{module}: shape {list(weight.shape)}; only non-empty matrices [N, K] can be "
+                "packed, so leave it dense"
+            )
+        if weight.dtype not in layout.DTYPES:
+            allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in layout.DTYPES)
+            raise RacError(
+                f"{module}: dtype {weight.dtype} cannot be packed; convert it to one of {allowed}, "
+                "or leave it dense"
+            )
+        tensors = self._compress(weight, module)
+        if bits == 4:
+            tensors["compressed"] = pack_words(tensors["compressed"], 4)
+        return tensors
 
-    masks = rows * -(-columns // 8) + 16  # and the shape
-    if format == FORMAT_24:
-        return rows * values(columns // 2) + masks
-    return values(stored) + 8 * rows + masks
+    def check(
+        self, tensors: Mapping[str, Tensor], module: str, block_scales: bool = False
+    ) -> StoredWeight:
+        """Check the tensors of a module as untrusted input and return its weight.
 
-
-def check(
-    tensors: Mapping[str, Tensor], format: str, module: str, scaled: bool = True
-) -> StoredWeight:
-    """Check the tensors of a module as untrusted input and return its weight.
-
-    `tensors`: by part, and `weight_scale` where the values are quantized. Not `scaled`: the caller
-    checks the scales, and the result has none.
-
-    Raises:
-        RacError: naming `{module}.{part}`, which is missing, malformed or contradicts the others.
-    """
-    compressed = part_of(tensors, module, "compressed")
-    bitmask, rows, columns = _check_mask(tensors, module)
-    if compressed.dtype not in (torch.int32, *layout.DTYPES):
-        fault = f"no weight is packed in dtype {compressed.dtype}"
-        raise damaged(f"{module}.compressed", fault)
-    shape: tuple[int, ...]
-    if format == FORMAT_24:
-        if columns % 4 or not layout.keeps_two_of_four(bitmask, columns):
-            fault = "a group of four columns does not keep exactly two"
-            raise damaged(f"{module}.bitmask", fault)
-        shape, starts = (
-            (rows, columns // 2),
-            torch.arange(rows + 1, device=bitmask.device) * (columns // 2),
-        )
-    else:
+        `tensors`: by part, and `weight_scale` where the values are quantized. `block_scales`: they
+        are per block of rows and columns; the result has none. RacError names `{module}.{part}`,
+        which is missing, malformed or contradicts others.
+        """
+        compressed = part_of(tensors, module, "compressed")
+        bitmask, rows, columns = _mask_of(tensors, module)
+        if compressed.dtype not in (torch.int32, *layout.DTYPES):
+            fault = f"no weight is packed in dtype {compressed.dtype}"
+            raise damaged(f"{module}.compressed", fault)
         starts = row_starts(layout.row_counts(bitmask))
+        self._check_mask(tensors, bitmask, columns, starts, module)
+        *lines, count = self._values_shape(rows, columns, int(starts[-1]))
+        in_words = compressed.dtype == torch.int32
+        expected = [*lines, word_count(count, 4) if in_words else count]
+        if list(compressed.shape) != expected:
+            fault = f"shape {list(compressed.shape)} does not fit the bitmask, which keeps"
+            raise damaged(f"{module}.compressed", f"{fault} {expected}")
+        values = (unpack_words(compressed, 4, count) if in_words else compressed).reshape(-1)
+        check_finite(values, f"{module}.compressed")
+        scale = None
+        if block_scales and SCALE in tensors and values.dtype not in FLOATS:
+            check_scale_values(tensors[SCALE], f"{module}.{SCALE}")
+        else:
+            scale = check_scale(tensors, values.dtype, rows, columns, module)
+        return StoredWeight(values, bitmask, columns, starts, module, scale, 4 if in_words else 8)
+
+    def size(self, rows: int, columns: int, stored: int, bits: int) -> int:
+        """Return the bytes of all parts of a weight with `stored` values of `bits` bits."""
+        *lines, count = self._values_shape(rows, columns, stored)
+        values = 4 * word_count(count, 4) if bits == 4 else count * bits // 8
+        offsets = 8 * rows if "row_offsets" in self.parts else 0
+        return math.prod(lines) * values + offsets + rows * -(-columns // 8) + 16
+
+    def _compress(self, weight: Tensor, module: str) -> dict[str, Tensor]:
+        stored = from_dense(weight, module)
+        return {
+            "compressed": stored.values,
+            "bitmask": stored.bitmask,
+            "row_offsets": stored.starts[:-1],
+            "shape": torch.tensor(weight.shape),
+        }
+
+    def _check_mask(
+        self,
+        tensors: Mapping[str, Tensor],
+        bitmask: Tensor,
+        columns: int,
+        starts: Tensor,
+        module: str,
+    ) -> None:
+        """Refuse a bitmask that does not belong to this format or to the other parts."""
         offsets = part_of(tensors, module, "row_offsets")
         if offsets.dtype != torch.int64 or not torch.equal(offsets, starts[:-1]):
             raise damaged(f"{module}.row_offsets", "not the row starts that the bitmask has")
-        shape = (int(starts[-1]),)
-    in_words = compressed.dtype == torch.int32
-    expected = (*shape[:-1], word_count(shape[-1], 4)) if in_words else shape
-    if tuple(compressed.shape) != expected:
-        fault = f"shape {list(compressed.shape)} does not fit the bitmask, which keeps"
-        raise damaged(f"{module}.compressed", f"{fault} {list(expected)}")
-    values = (unpack_words(compressed, 4, shape[-1]) if in_words else compressed).reshape(-1)
-    check_finite(values, f"{module}.compressed")
-    scale = check_scale(tensors, values.dtype, rows, columns, module) if scaled else None
-    bits = 4 if in_words else 8
-    return StoredWeight(values, bitmask, columns, starts, module, scale, bits)
+
+    def _values_shape(self, rows: int, columns: int, stored: int) -> tuple[int, ...]:
+        return (stored,)
+
+
+class Sparse24Bitmask(SparseBitmask):
+    """Two values of each four columns: `compressed` [N, K/2], `shape` [2, 1] as of vLLM 0.18.
+
+    A group with fewer than two nonzeros stores zeros, first -0.0, then +0.0 from the left. A -0.0
+    without a place becomes +0.0.
+    """
+
+    name = FORMAT_24
+    parts = ("compressed", "bitmask", "shape")
+    structure = "2:4"
+
+    def _compress(self, weight: Tensor, module: str) -> dict[str, Tensor]:
+        rows, columns = weight.shape
+        if columns % 4:
+            raise RacError(
+                f"{module}: {columns} columns are no multiple of 4, so it cannot be packed as 2:4; "
+                "pack as unstructured"
+            )
+        mask = partial(_two_of_four, module=module)
+        values, bitmask = layout.compress(weight, rows * columns // 2, mask)
+        shape = torch.tensor([[rows], [columns]])
+        return {"compressed": values.view(rows, -1), "bitmask": bitmask, "shape": shape}
+
+    def _check_mask(
+        self,
+        tensors: Mapping[str, Tensor],
+        bitmask: Tensor,
+        columns: int,
+        starts: Tensor,
+        module: str,
+    ) -> None:
+        half = len(bitmask) * columns // 2
+        if columns % 4 or layout.most_of_four(bitmask) > 2 or int(starts[-1]) != half:
+            fault = "a group of four columns does not keep exactly two"
+            raise damaged(f"{module}.bitmask", fault)
+
+    def _values_shape(self, rows: int, columns: int, stored: int) -> tuple[int, ...]:
+        return (rows, columns // 2)
+
+
+FORMATS = {format.name: format for format in (Sparse24Bitmask(), SparseBitmask())}
+
+
+class PackedFiles:
+    """The packed modules of a checkpoint; `format` None: it is stored dense.
+
+    RacError: config.json and the names of the tensors contradict each other.
+    """
+
+    def __init__(self, files: TensorFiles, config: Mapping[str, Any]) -> None:
+        self.files, self.modules = files, packed_modules(files.where)
+        self.schemes = weight_schemes(config.get(QUANTIZATION_KEY))
+        name = packed_format(config)
+        self.format = None if name is None else FORMATS[name]
+        if name is None and self.modules:
+            raise RacError(
+                f"{files.folder}: {self.modules[0]} is packed but config.json has no "
+                "sparsity_config; restore the config.json that packing wrote"
+            )
+        if name is not None and not self.modules:
+            raise RacError(
+                f"{files.folder}: config.json says {name}, but no tensor is packed; "
+                "copy the whole model again"
+            )
+        dense = {f"{module}.{part}" for module in self.modules for part in ("weight", WORDS)}
+        if duplicates := sorted(dense & files.where.keys()):
+            raise RacError(
+                f"{duplicates[0]}: stored both dense and packed in {files.folder}; save the model "
+                "again"
+            )
+
+    def weight(self, module: str) -> StoredWeight:
+        """Read and check a packed module (RacError)."""
+        assert self.format is not None
+        tensors = self.files.tensors(module, (*self.format.parts, SCALE))
+        blocks = any(scheme.strategy == "block" for scheme in self.schemes)
+        return self.format.check(tensors, module, blocks)
+
+    def in_words(self, module: str) -> bool:
+        """Return whether upstream stores the dense form of a packed module as int32 words."""
+        dtype = self.files.dtype(f"{module}.compressed")
+        return dtype == torch.int32 or (dtype == torch.int8 and int8_in_words(self.schemes))
+
+    def dense(self, module: str) -> dict[str, Tensor]:
+        """Return the dense tensors of a packed module by part, as upstream stores them."""
+        weight = self.weight(module)
+        if self.in_words(module):
+            return PackQuantized.compress(weight.dense(), weight.bits)
+        return {"weight": weight.dense()}
+
+
+def packed_modules(tensor_names: Iterable[str]) -> list[str]:
+    """List the modules that are packed according to these tensor names, sorted."""
+    split = (name.rpartition(".") for name in tensor_names)
+    return sorted({module for module, _, part in split if module and part in _MARKERS})
 
 
 def structure_of(value: str, module: str) -> str:
@@ -151,70 +254,7 @@ def structure_of(value: str, module: str) -> str:
         raise RacError(f"{module}: {error}") from error
 
 
-def packed_modules(tensor_names: Iterable[str]) -> list[str]:
-    """List the modules that are packed according to these tensor names, sorted."""
-    split = (name.rpartition(".") for name in tensor_names)
-    return sorted({module for module, _, part in split if module and part in _MARKERS})
-
-
-def check_packed(
-    files: TensorFiles, format: str | None, schemes: tuple[WeightScheme, ...] = ()
-) -> list[str]:
-    """Check names and dtypes of packed tensors; list the modules whose dense form is int32 words.
-
-    `format` and `schemes` come from config.json; `format` is None for dense weights.
-
-    Raises:
-        RacError: config.json and the tensors contradict each other, or a part is missing.
-    """
-    modules = packed_modules(files.where)
-    if format is None:
-        if modules:
-            raise RacError(
-                f"{files.folder}: {modules[0]} is packed but config.json has no sparsity_config; "
-                "restore the config.json that packing wrote"
-            )
-        return []
-    if not modules:
-        raise RacError(
-            f"{files.folder}: config.json says {format}, but no tensor is packed; "
-            "copy the whole model again"
-        )
-    tensor_names = {f"{module}.{part}" for module in modules for part in PARTS[format]}
-    if lost := sorted(tensor_names - files.where.keys()):
-        raise RacError(f"{lost[0]}: missing from {files.folder}; copy or save the checkpoint again")
-    dense = {f"{module}.{part}" for module in modules for part in ("weight", WORDS)}
-    if duplicates := sorted(dense & files.where.keys()):
-        raise RacError(
-            f"{duplicates[0]}: stored both dense and packed in {files.folder}; save the model again"
-        )
-    in_words = (torch.int32, torch.int8) if int8_in_words(schemes) else (torch.int32,)
-    return [module for module in modules if files.dtype(f"{module}.compressed") in in_words]
-
-
-def packed_weight(
-    files: TensorFiles, format: str, module: str, schemes: tuple[WeightScheme, ...] = ()
-) -> StoredWeight:
-    """Read a packed module; check its weight and scales; return it without scales (RacError)."""
-    tensors = files.tensors(module, (*PARTS[format], SCALE))
-    weight, dtype = check(tensors, format, module, scaled=False), tensors["compressed"].dtype
-    # scales of blocks of rows and columns have another shape, which vLLM and transformers check
-    if dtype not in FLOATS and SCALE in tensors and any(s.strategy == "block" for s in schemes):
-        check_scale_values(tensors[SCALE], f"{module}.{SCALE}")
-    else:
-        check_scale(tensors, dtype, weight.rows, weight.columns, module)
-    return weight
-
-
-def unpacked(weight: StoredWeight, in_words: bool) -> dict[str, Tensor]:
-    """Return the dense tensors of a weight by part, as upstream stores them.
-
-    `in_words`: upstream stores this weight as int32 words (`check_packed` lists such modules).
-    """
-    return to_words(weight.dense(), weight.bits) if in_words else {"weight": weight.dense()}
-
-
-def _check_mask(tensors: Mapping[str, Tensor], module: str) -> tuple[Tensor, int, int]:
+def _mask_of(tensors: Mapping[str, Tensor], module: str) -> tuple[Tensor, int, int]:
     """Return the bitmask, N and K, which fit each other; refuse others."""
     bitmask, shape = part_of(tensors, module, "bitmask"), part_of(tensors, module, "shape")
     if shape.dtype != torch.int64 or shape.numel() != 2:
@@ -228,19 +268,6 @@ def _check_mask(tensors: Mapping[str, Tensor], module: str) -> tuple[Tensor, int
     if columns % 8 and bool((bitmask[:, -1] >> (columns % 8)).any()):
         raise damaged(f"{module}.bitmask", f"bits are set beyond column {columns}")
     return bitmask, rows, columns
-
-
-def _compress_24(weight: Tensor, module: str) -> tuple[Tensor, Tensor]:
-    """Return the values [N, K/2] of a 2:4 weight, and its bitmask."""
-    rows, columns = weight.shape
-    if columns % 4:
-        raise RacError(
-            f"{module}: {columns} columns are no multiple of 4, so it cannot be packed as 2:4; "
-            "pack as unstructured"
-        )
-    mask = partial(_two_of_four, module=module)
-    values, bitmask = layout.compress(weight, rows * columns // 2, mask)
-    return values.view(rows, columns // 2), bitmask
 
 
 def _two_of_four(weight: Tensor, module: str) -> Tensor:

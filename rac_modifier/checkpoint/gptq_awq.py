@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from dataclasses import replace
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator
@@ -21,6 +22,7 @@ from rac_modifier.checkpoint.dense_codes import unpack_words, with_zeros, word_c
 from rac_modifier.checkpoint.quantization_config import parse_entries
 from rac_modifier.checkpoint.stored_weight import FLOATS, StoredWeight
 from rac_modifier.errors import RacError
+from rac_modifier.settings.check import check_names
 
 WORDS, ZEROS, SCALES, ORDER = "qweight", "qzeros", "scales", "g_idx"
 PARTS = (WORDS, ZEROS, SCALES, ORDER)
@@ -57,8 +59,8 @@ class GptqRule(_Entries):
     desc_act: bool | None = None
 
 
-class GptqEntries(_Entries):
-    """The entries of a GPTQ checkpoint that its weights are read by."""
+class Gptq(_Entries):
+    """The format GPTQ: the entries of config.json that weights are read by, and their check."""
 
     bits: Literal[2, 3, 4, 8]
     group_size: int
@@ -73,25 +75,69 @@ class GptqEntries(_Entries):
 
     @field_validator("dynamic")
     @classmethod
-    def _patterns_compile(cls, rules: dict[str, GptqRule] | None) -> dict[str, GptqRule] | None:
-        for pattern in rules or {}:
-            try:
-                re.compile(pattern.removeprefix("-:").removeprefix("+:"))
-            except re.error as error:
-                raise ValueError(f"{pattern!r} is no pattern: {error}") from error
+    def _patterns_end(cls, rules: dict[str, GptqRule] | None) -> dict[str, GptqRule] | None:
+        patterns = [rule.removeprefix("-:").removeprefix("+:") for rule in rules or {}]
+        check_names([f"re:{pattern}" for pattern in patterns], "has a rule")
         return rules
 
-    def of_module(self, module: str) -> GptqEntries:
+    def of_module(self, module: str) -> Gptq:
         """Return the entries of a module: the first match counts; "-:" rules name floats."""
         for pattern, rule in (self.dynamic or {}).items():
             if not pattern.startswith("-:") and re.match(pattern.removeprefix("+:"), module):
                 return self.model_copy(update=rule.model_dump(exclude_none=True))
         return self
 
+    def check(self, tensors: Mapping[str, Tensor], name: str) -> StoredWeight:
+        """Check the tensors of a module as untrusted input; return its weight, all stored.
 
-class AwqEntries(_Entries):
-    """The entries of an AWQ checkpoint that its weights are read by."""
+        `tensors`: `qweight` int32 [K bits / 32, N], `qzeros` int32 [K / group, N bits / 32],
+        `scales` [K / group, N], and, if the writer stored it, `g_idx` [K], each column's group.
+        RacError names `{name}.{part}`, which is missing, malformed or contradicts config.json.
+        """
+        entries = self.of_module(name)
+        bits = entries.bits
+        words = _words(tensors, name, WORDS)
+        columns, rows = len(words) * 32 // bits, words.shape[1]
+        if columns * bits != len(words) * 32:
+            fault = f"{len(words)} words per row hold no whole number of {bits}-bit codes"
+            raise contradicts(f"{name}.{WORDS}", fault)
+        scale = _scales(tensors, name, entries.group_size, rows, columns)
+        groups = scale.shape[1]
+        zeros = _words(tensors, name, ZEROS, [groups, word_count(rows, bits)])
+        # a code of zero is 2^(bits-1), or one less in format 1; GPTQModel has its own way of 3 bits
+        if entries.sym and bits != 3:
+            if unpack_words(zeros, bits, rows).unique().tolist() not in ([0], [-1]):
+                fault = (
+                    f"not {1 << (bits - 1)} everywhere, but config.json says that it is symmetric"
+                )
+                raise contradicts(f"{name}.{ZEROS}", fault)
+        elif not entries.sym and bits == 8:
+            raise RacError(
+                f"{name}.{ZEROS}: asymmetric weights of 8 bits have no kernel; leave out "
+                "--quantization rac, or quantize them symmetrically"
+            )
+        if not entries.sym and entries.checkpoint_format == "gptq":
+            if bits == 3:
+                raise RacError(
+                    f"{name}.{ZEROS}: zero points of 3 bits in format gptq have two meanings, "
+                    "since AutoGPTQ and GPTQModel subtract different numbers from them; save the "
+                    "model in format gptq_v2 (checkpoint_format), or symmetric"
+                )
+            zeros = zeros + _SUBTRACTED[bits]
+        if entries.desc_act and groups > 1:
+            part_of(tensors, name, ORDER)
+        codes = unpack_words(words.t(), bits, columns)
+        order = _order(tensors, name, columns, groups)
+        codes = (codes if order is None else codes[:, order]).contiguous()
+        code_of_zero = None if entries.sym else unpack_words(zeros, bits, rows)
+        weight = with_zeros(codes, scale, code_of_zero, bits, name)
+        return replace(weight, order=order)
 
+
+class Awq(_Entries):
+    """The format AWQ: the entries of config.json that weights are read by, and their check."""
+
+    lm_head: ClassVar[bool] = False  # never quantized
     bits: Literal[4] = Field(validation_alias=AliasChoices("w_bit", "bits"))
     group_size: int = Field(validation_alias=AliasChoices("q_group_size", "group_size"))
     zero_point: bool
@@ -108,76 +154,24 @@ class AwqEntries(_Entries):
             raise ValueError("only words of version gemm are read")
         return value
 
+    def check(self, tensors: Mapping[str, Tensor], name: str) -> StoredWeight:
+        """Check the tensors of a module as untrusted input; return its weight, all stored.
 
-def check_gptq(
-    tensors: Mapping[str, Tensor], name: str, entries: GptqEntries
-) -> tuple[StoredWeight, Tensor | None]:
-    """Check the tensors of a GPTQ weight as untrusted input; return it with every value stored.
-
-    `tensors`: `qweight` int32 [K bits / 32, N], `qzeros` int32 [K / group, N bits / 32], `scales`
-    [K / group, N], and, if the writer stored it, `g_idx` [K], the group of each column.
-
-    Returns:
-        The weight, whose groups are of neighbouring columns, and the input column of each of its
-        columns, int64 [K]; None where they are in the order of the inputs.
-
-    Raises:
-        RacError: `{name}.{part}` is missing, malformed or contradicts config.json.
-    """
-    entries = entries.of_module(name)
-    bits = entries.bits
-    words = _words(tensors, name, WORDS)
-    columns, rows = len(words) * 32 // bits, words.shape[1]
-    if columns * bits != len(words) * 32:
-        fault = f"{len(words)} words per row hold no whole number of {bits}-bit codes"
-        raise contradicts(f"{name}.{WORDS}", fault)
-    scale = _scales(tensors, name, entries.group_size, rows, columns)
-    groups = scale.shape[1]
-    zeros = _words(tensors, name, ZEROS, [groups, word_count(rows, bits)])
-    # a code of zero is 2^(bits-1), or one less in format 1; GPTQModel has its own way of 3 bits
-    if entries.sym and bits != 3:
-        if unpack_words(zeros, bits, rows).unique().tolist() not in ([0], [-1]):
-            fault = f"not {1 << (bits - 1)} everywhere, but config.json says that it is symmetric"
+        `tensors`: `qweight` int32 [K, N / 8], `qzeros` int32 [K / group, N / 8], `scales`
+        [K / group, N]. RacError as of GPTQ.
+        """
+        if ORDER in tensors:
+            fault = "AWQ does not reorder columns, so this is another format"
+            raise contradicts(f"{name}.{ORDER}", fault)
+        words = _words(tensors, name, WORDS)
+        columns, rows = len(words), words.shape[1] * 8
+        scale = _scales(tensors, name, self.group_size, rows, columns)
+        zeros = _in_order(_words(tensors, name, ZEROS, [scale.shape[1], rows // 8]))
+        if not self.zero_point and bool((zeros != 0).any()):
+            fault = "not all 8, but config.json says zero_point: false"
             raise contradicts(f"{name}.{ZEROS}", fault)
-    elif not entries.sym and bits == 8:
-        raise RacError(
-            f"{name}.{ZEROS}: asymmetric weights of 8 bits have no kernel; leave out "
-            "--quantization rac, or quantize them symmetrically"
-        )
-    if not entries.sym and entries.checkpoint_format == "gptq":
-        if bits == 3:
-            raise RacError(
-                f"{name}.{ZEROS}: zero points of 3 bits in format gptq have two meanings, "
-                "since AutoGPTQ and GPTQModel subtract different numbers from them; save the "
-                "model in format gptq_v2 (checkpoint_format), or symmetric"
-            )
-        zeros = zeros + _SUBTRACTED[bits]
-    if entries.desc_act and groups > 1:
-        part_of(tensors, name, ORDER)
-    codes = unpack_words(words.t(), bits, columns)
-    order = _order(tensors, name, columns, groups)
-    codes = (codes if order is None else codes[:, order]).contiguous()
-    code_of_zero = None if entries.sym else unpack_words(zeros, bits, rows)
-    return with_zeros(codes, scale, code_of_zero, bits, name), order
-
-
-def check_awq(tensors: Mapping[str, Tensor], name: str, entries: AwqEntries) -> StoredWeight:
-    """Check the tensors of an AWQ weight as untrusted input, as `check_gptq` does.
-
-    `tensors`: int32 `qweight` [K, N / 8] and `qzeros` [K / group, N / 8], `scales` [K / group, N].
-    """
-    if ORDER in tensors:
-        fault = "AWQ does not reorder columns, so this is another format"
-        raise contradicts(f"{name}.{ORDER}", fault)
-    words = _words(tensors, name, WORDS)
-    columns, rows = len(words), words.shape[1] * 8
-    scale = _scales(tensors, name, entries.group_size, rows, columns)
-    zeros = _in_order(_words(tensors, name, ZEROS, [scale.shape[1], rows // 8]))
-    if not entries.zero_point and bool((zeros != 0).any()):
-        fault = "not all 8, but config.json says zero_point: false"
-        raise contradicts(f"{name}.{ZEROS}", fault)
-    codes = _in_order(words).t().contiguous()
-    return with_zeros(codes, scale, zeros if entries.zero_point else None, 4, name)
+        codes = _in_order(words).t().contiguous()
+        return with_zeros(codes, scale, zeros if self.zero_point else None, 4, name)
 
 
 def _words(

@@ -1,12 +1,9 @@
 """Packed checkpoints in transformers: `load_model`, and a quantizer for `from_pretrained`.
 
 `from_pretrained` gets the tensors of the dense checkpoint, each unpacked when transformers takes
-it, so everything after that is transformers' own. Importing this module replaces transformers'
-entry for "compressed-tensors" by a subclass of it, which loads a checkpoint without a
-`sparsity_config` as before.
-
-Nothing of `transformers.modeling_utils` may be imported here: this module is imported while
-that one is.
+it. Importing this module replaces transformers' entry for "compressed-tensors" by a subclass,
+which loads a checkpoint without a `sparsity_config` as before. Nothing of
+`transformers.modeling_utils` may be imported here: this module is imported while that one is.
 """
 
 from __future__ import annotations
@@ -25,13 +22,7 @@ from transformers.utils import quantization_config as upstream
 
 from rac_modifier.checkpoint.dense_codes import WORDS, WORDS_SHAPE
 from rac_modifier.checkpoint.files import TensorFiles
-from rac_modifier.checkpoint.formats import (
-    PARTS,
-    check_packed,
-    packed_modules,
-    packed_weight,
-    unpacked,
-)
+from rac_modifier.checkpoint.formats import PackedFiles
 from rac_modifier.checkpoint.output_folder import check_is_id
 from rac_modifier.checkpoint.quantization_config import (
     CONFIG_FILE,
@@ -39,8 +30,6 @@ from rac_modifier.checkpoint.quantization_config import (
     RAC_KEY,
     RAC_METHOD,
     SparsityConfig,
-    WeightScheme,
-    packed_format,
     weight_schemes,
 )
 from rac_modifier.checkpoint.stored_weight import FLOATS
@@ -81,7 +70,7 @@ def load_model(
     if local := Path(model).is_dir():
         with TensorFiles(model) as files:
             config = read_json(Path(model) / CONFIG_FILE)
-            check_packed(files, packed_format(config))
+            PackedFiles(files, config)
     else:
         check_is_id(model)
     try:
@@ -124,7 +113,7 @@ def _check_rotations(model: str | Path, config: Mapping[str, Any]) -> None:
 
 
 class CompressedTensorsConfig(upstream.CompressedTensorsConfig):
-    """Upstream's config and, of a packed checkpoint, its `sparsity` and weight schemes.
+    """Upstream's config and, of a packed checkpoint, its `sparsity`.
 
     The name is upstream's: transformers compares it with the class name of a
     `quantization_config` that the user gives.
@@ -133,7 +122,7 @@ class CompressedTensorsConfig(upstream.CompressedTensorsConfig):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.sparsity = SparsityConfig.of(kwargs)
         if self.sparsity is not None:
-            self.schemes = weight_schemes(kwargs)  # before upstream matches the patterns in it
+            weight_schemes(kwargs)  # before upstream matches the patterns in it
             del kwargs["sparsity_config"]
         elif kwargs.get("quant_method") == RAC_METHOD:
             raise RacError(
@@ -192,12 +181,13 @@ class SparseHfQuantizer(CompressedTensorsHfQuantizer):
     ) -> Any:
         """Call transformers' `load` with the dense tensors (RacError: they are not the model's)."""
         assert self._sparsity is not None
-        folder, schemes = Path(files[0]).parent, getattr(self.quantization_config, "schemes", ())
+        folder = Path(files[0]).parent
         shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         if self._only_packed:
             config = replace(config, hf_quantizer=None)
         with TensorFiles(folder) as tensor_files:
-            state_dict = _dense_state_dict(tensor_files, self._sparsity.format, schemes)
+            packed = PackedFiles(tensor_files, read_json(folder / CONFIG_FILE))
+            state_dict = _dense_state_dict(packed)
             loaded = load(model, state_dict, files, config, *rest)
         info = loaded[0]
         for name, text in sorted(info.conversion_errors.items()):
@@ -257,33 +247,29 @@ class _LazyTensor:
         return self.dtype_name
 
 
-def _dense_state_dict(
-    files: TensorFiles, format: str, schemes: tuple[WeightScheme, ...]
-) -> dict[str, _LazyTensor]:
+def _dense_state_dict(packed: PackedFiles) -> dict[str, _LazyTensor]:
     """Return the tensors of the dense checkpoint that was packed."""
-    in_words = set(check_packed(files, format, schemes))
-    modules = packed_modules(files.where)
-    packed = {f"{module}.{part}" for module in modules for part in PARTS[format]}
+    files, parts = packed.files, packed.format.parts if packed.format else ()
+    replaced = {f"{module}.{part}" for module in packed.modules for part in parts}
 
     def weight(module: str, part: str) -> Tensor:
-        stored = packed_weight(files, format, module, schemes)
-        return unpacked(stored, module in in_words)[part]
+        return packed.dense(module)[part]
 
     def shape(module: str) -> Tensor:
         return files.tensor(f"{module}.shape").flatten()
 
     state = {}
-    for name in files.where.keys() - packed:
+    for name in files.where.keys() - replaced:
         state[name] = _LazyTensor(partial(files.tensor, name), files.dtype_name(name))
-    for module in modules:
+    for module in packed.modules:
         compressed = f"{module}.compressed"
-        if not schemes and files.dtype(compressed) not in FLOATS:
+        if not packed.schemes and files.dtype(compressed) not in FLOATS:
             raise RacError(
                 f"{compressed}: its values are {files.dtype(compressed)}, but no config group of "
                 "config.json's quantization_config quantizes this module; restore the "
                 "config.json that was saved with the weights"
             )
-        if module in in_words:
+        if packed.in_words(module):
             state[f"{module}.{WORDS}"] = _LazyTensor(partial(weight, module, WORDS), "I32")
             state[f"{module}.{WORDS_SHAPE}"] = _LazyTensor(partial(shape, module), "I64")
         else:

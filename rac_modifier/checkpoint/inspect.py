@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,27 +12,12 @@ from typing import Any
 from torch import Tensor
 
 from rac_modifier.checkpoint.bitmask import DTYPES
-from rac_modifier.checkpoint.dense_codes import WORDS, WORDS_SHAPE, ZEROS, words_weight
+from rac_modifier.checkpoint.dense_codes import WORDS, WORDS_SHAPE, ZEROS, PackQuantized
 from rac_modifier.checkpoint.files import TensorFiles
-from rac_modifier.checkpoint.formats import (
-    FORMAT_24,
-    PARTS,
-    check_packed,
-    packed_modules,
-    packed_weight,
-    structure_of,
-)
-from rac_modifier.checkpoint.quantization_config import (
-    CONFIG_FILE,
-    QUANTIZATION_KEY,
-    SparsityRecord,
-    WeightScheme,
-    packed_format,
-    weight_schemes,
-)
+from rac_modifier.checkpoint.formats import PackedFiles, structure_of
+from rac_modifier.checkpoint.quantization_config import CONFIG_FILE, SparsityRecord, WeightScheme
 from rac_modifier.checkpoint.stored_weight import (
     SCALE,
-    UNSTRUCTURED,
     StoredWeight,
     check_finite,
     check_scale_values,
@@ -48,26 +34,26 @@ _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|wpe)$
 class ModuleRow:
     """One weight matrix.
 
-    stored: a packed format, "dense", "words" (int32 that hold several values each, of `dtype`),
-        or "quantized" (a layout whose zeros are not counted).
+    stored: a packed format, "dense", or "words" (int32 that hold several values each).
     stored_bytes: bytes with masks, offsets, scales and zero points.
-    dense_bytes: of the same matrix stored dense, with scales and zero points.
     scale_bytes: of the scales and zero points.
     structure: the recorded mask structure, None without a record.
+    dense_bytes: of the same matrix stored dense, with scales and zero points.
+    sparsity: share of zeros, None where they are not counted.
     reason: why a matrix is not packed.
     problem: what is damaged, or that the zeros do not keep the recorded structure.
     """
 
     name: str
-    rows: int
-    columns: int
-    dtype: str
     stored: str
-    sparsity: float | None
     stored_bytes: int
-    dense_bytes: int
     scale_bytes: int = 0
     structure: str | None = None
+    rows: int = 0
+    columns: int = 0
+    dtype: str = "?"
+    dense_bytes: int = 0
+    sparsity: float | None = None
     reason: str | None = None
     problem: str | None = None
 
@@ -115,26 +101,42 @@ def is_embedding(module: str) -> bool:
     return bool(_EMBEDDING.search(module))
 
 
-def inspect_checkpoint(folder: str | Path) -> CheckpointReport:
+def inspect_checkpoint(
+    folder: str | Path, visit: Callable[[StoredWeight], object] = lambda weight: None
+) -> CheckpointReport:
     """Read a packed, a dense-stored sparse or an ordinary checkpoint, one matrix at a time.
 
-    A damaged matrix becomes a row with a `problem`; RacError: the whole folder is unreadable.
+    `visit` is called with each sound weight that is packed or in words. A damaged matrix becomes a
+    row with a `problem`; RacError: the whole folder is unreadable.
     """
     folder = Path(folder)
-    config = read_json(folder / CONFIG_FILE)
     with TensorFiles(folder) as files:
-        matrices = Matrices(files, config)
-        rows = [matrices.packed_row(name) for name in matrices.packed]
-        rows += [matrices.dense_row(name) for name in files.by_file() if matrices.is_matrix(name)]
+        matrices = Matrices(files, read_json(folder / CONFIG_FILE))
+        rows = [_inspected(matrices, row, visit) for row in matrices.rows()]
         total = sum(map(files.nbytes, files.where))
-    rows.sort(key=natural_order)
-    return CheckpointReport(folder, matrices.layout, tuple(rows), total, matrices.schemes)
+    format = matrices.packed.format
+    name = "dense" if format is None else format.name
+    return CheckpointReport(folder, name, tuple(rows), total, matrices.packed.schemes)
 
 
-def natural_order(row: ModuleRow) -> list[tuple[int, str]]:
-    """Return the key that sorts rows by name, with layer 10 after layer 9."""
-    # numbers by their length first: int() refuses very long ones, and digits such as "²"
-    return [(len(word) if word.isdecimal() else 0, word) for word in row.name.split(".")]
+def _inspected(
+    matrices: Matrices, row: ModuleRow, visit: Callable[[StoredWeight], object]
+) -> ModuleRow:
+    """Return a row with its sparsity, or with what is damaged."""
+    try:
+        row, weight = matrices.read(row)
+        if isinstance(weight, StoredWeight):
+            visit(weight)
+        if weight is None or (isinstance(weight, StoredWeight) and weight.zeros is not None):
+            return replace(row, reason="quantized to a layout whose zeros are not counted")
+        row = replace(row, sparsity=count_zeros(weight) / math.prod(weight.shape))
+        if row.structure is None:
+            return row
+        structure = structure_of(row.structure, row.name)
+        broken = count_broken_groups(weight, structure, row.name)
+    except RacError as error:
+        return replace(row, problem=str(error))
+    return replace(row, problem=f"{broken} groups break {structure}") if broken else row
 
 
 class Matrices:
@@ -142,112 +144,68 @@ class Matrices:
 
     def __init__(self, files: TensorFiles, config: dict[str, Any]) -> None:
         self.files, self.config = files, config
-        self.schemes = weight_schemes(config.get(QUANTIZATION_KEY))
+        self.packed = PackedFiles(files, config)
         self.record = SparsityRecord.of(config)
-        self.packed = packed_modules(files.where)
-        self.layout = packed_format(config) or "dense"
-        if self.layout == "dense":
-            check_packed(files, None)  # refuses packed weights
 
-    def is_matrix(self, name: str) -> bool:
-        """Tell whether a tensor is a non-empty matrix that is not packed."""
-        module, _, part = name.rpartition(".")
-        shape = self.files.shape(name)
-        matrix = part in ("weight", WORDS) and len(shape) == 2 and min(shape) > 0
-        return matrix and module not in self.packed
+    def rows(self) -> list[ModuleRow]:
+        """List all matrices, before their values are read; layer 10 comes after layer 9."""
+        rows = []
+        if self.packed.format is not None:
+            format = self.packed.format
+            for module in self.packed.modules:
+                rows.append(self._row(module, format.name, format.parts, format.structure))
+        for name in self.files.where:
+            module, _, part = name.rpartition(".")
+            shape = self.files.shape(name)
+            if part in ("weight", WORDS) and len(shape) == 2 and min(shape) > 0:
+                stored = "dense" if part == "weight" else "words"
+                row = self._row(module, stored, (part, WORDS_SHAPE))
+                dtype = self.files.dtype_name(name)
+                row = replace(row, rows=shape[0], columns=shape[1], dtype=dtype)
+                rows.append(replace(row, dense_bytes=row.stored_bytes))
+        return sorted(rows, key=_natural_order)
 
-    def packed_row(self, name: str) -> ModuleRow:
-        """Check a packed module."""
-        scales = self._bytes_of(name, SCALE, ZEROS)
-        stored_bytes = self._bytes_of(name, *PARTS[self.layout]) + scales
-        default = "2:4" if self.layout == FORMAT_24 else UNSTRUCTURED
-        row = ModuleRow(name, 0, 0, "?", self.layout, None, stored_bytes, 0, scales)
-        row = replace(row, structure=self.record.modules.get(name, default))
-        try:
-            weight = packed_weight(self.files, self.layout, name, self.schemes)
-        except RacError as error:
-            return replace(row, problem=str(error))
-        dtype, (rows, columns) = self.files.dtype_name(f"{name}.compressed"), weight.shape
-        dense_bytes = rows * columns * weight.values.itemsize
-        if dtype == "I32":
-            dtype, dense_bytes = "I4", dense_bytes // 2
-        row = replace(row, rows=rows, columns=columns, dtype=dtype)
-        return _counted(replace(row, dense_bytes=dense_bytes + scales), weight)
+    def read(self, row: ModuleRow) -> tuple[ModuleRow, StoredWeight | Tensor | None]:
+        """Return the row with the shape of its weight, and the weight (RacError: it is damaged).
 
-    def dense_row(self, tensor_name: str) -> ModuleRow:
-        """Check a matrix that is not packed."""
-        try:
-            row, weight = self.read(tensor_name)
-        except RacError as error:
-            return replace(self._row(tensor_name), problem=str(error))
-        row = row if weight is None else _counted(row, weight)
-        return replace(row, reason=self._why_dense(row, weight is not None))
-
-    def _row(self, tensor_name: str) -> ModuleRow:
-        """Return the row of a matrix that is not packed, before its values are read."""
-        name, _, part = tensor_name.rpartition(".")
-        stored_bytes = self._bytes_of(name, part, WORDS_SHAPE, SCALE, ZEROS)
-        rows, columns = self.files.shape(tensor_name)
-        return ModuleRow(
-            name,
-            rows,
-            columns,
-            dtype=self.files.dtype_name(tensor_name),
-            stored="quantized" if part == WORDS else "dense",
-            sparsity=None,
-            stored_bytes=stored_bytes,
-            dense_bytes=stored_bytes,
-            scale_bytes=self._bytes_of(name, SCALE, ZEROS),
-            structure=self.record.modules.get(name),
-        )
-
-    def read(self, tensor_name: str) -> tuple[ModuleRow, Tensor | None]:
-        """Return the row of a matrix that is not packed, and its weight (RacError: it is damaged).
-
-        The weight is None where its zeros are not counted.
+        The weight is None where it is not read here.
         """
-        files, row, weight = self.files, self._row(tensor_name), None
-        if row.stored == "quantized":
-            tensors = files.tensors(row.name, (WORDS, WORDS_SHAPE))
-            words = words_weight(tensors, row.name, self.schemes)
-            if words is None:
-                return row, None
-            weight, bits = words
-            rows, columns = weight.shape
-            row = replace(row, rows=rows, columns=columns, dtype=f"I{bits}", stored="words")
-        elif files.dtype(tensor_name) in DTYPES:
-            weight = files.tensor(tensor_name)
-            check_finite(weight, tensor_name)
-        scale = f"{row.name}.{SCALE}"
-        if self.schemes and weight is not None and scale in files:
-            check_scale_values(files.tensor(scale), scale)
-        if f"{row.name}.{ZEROS}" in files:  # which a zero weight is stored as
-            return (replace(row, stored="quantized") if row.stored == "words" else row), None
+        weight: StoredWeight | Tensor | None = None
+        if row.stored == "words":
+            tensors = self.files.tensors(row.name, PackQuantized.dtypes)
+            weight = PackQuantized.read(tensors, row.name, self.packed.schemes)
+            if weight is not None:
+                rows, columns = weight.shape
+                row = replace(row, rows=rows, columns=columns, dtype=f"I{weight.bits}")
+        elif row.stored != "dense":
+            weight = self.packed.weight(row.name)
+            (rows, columns), bits = weight.shape, weight.bits
+            dtype = "I4" if bits == 4 else self.files.dtype_name(f"{row.name}.compressed")
+            nbytes = rows * columns * weight.values.itemsize // (2 if bits == 4 else 1)
+            size = nbytes + row.scale_bytes
+            row = replace(row, rows=rows, columns=columns, dtype=dtype, dense_bytes=size)
+        elif self.files.dtype(f"{row.name}.weight") in DTYPES:
+            weight = self.files.tensor(f"{row.name}.weight")
+            check_finite(weight, f"{row.name}.weight")
+            scale = f"{row.name}.{SCALE}"
+            if self.packed.schemes and scale in self.files:
+                check_scale_values(self.files.tensor(scale), scale)
+            if f"{row.name}.{ZEROS}" in self.files:  # which a zero weight is stored as
+                weight = None
         return row, weight
 
-    @staticmethod
-    def _why_dense(row: ModuleRow, countable: bool) -> str:
-        if row.structure is not None:
-            return "pruned, stored dense so that stock loaders read it"
-        if not countable:
-            return "quantized to a layout whose zeros are not counted"
-        if row.stored == "dense" and row.sparsity and row.sparsity >= 0.05:
-            return "has zeros, but no record of pruning"
-        return "not pruned"
+    def _row(
+        self, module: str, stored: str, parts: Iterable[str], structure: str | None = None
+    ) -> ModuleRow:
+        structure = self.record.modules.get(module, structure)
+        scales = self._bytes_of(module, (SCALE, ZEROS))
+        return ModuleRow(module, stored, self._bytes_of(module, parts) + scales, scales, structure)
 
-    def _bytes_of(self, module: str, *part_names: str) -> int:
-        names = (f"{module}.{part}" for part in part_names)
+    def _bytes_of(self, module: str, parts: Iterable[str]) -> int:
+        names = (f"{module}.{part}" for part in parts)
         return sum(self.files.nbytes(name) for name in names if name in self.files)
 
 
-def _counted(row: ModuleRow, weight: Tensor | StoredWeight) -> ModuleRow:
-    """Return the row with its sparsity, and whether its zeros keep the recorded structure."""
-    row = replace(row, sparsity=count_zeros(weight) / math.prod(weight.shape))
-    if row.structure is None:
-        return row
-    try:
-        structure = structure_of(row.structure, row.name)
-        broken = count_broken_groups(weight, structure, row.name)
-    except RacError as error:
-        return replace(row, problem=str(error))
-    return replace(row, problem=f"{broken} groups break {structure}") if broken else row
+def _natural_order(row: ModuleRow) -> list[tuple[int, str]]:
+    # numbers by their length first: int() refuses very long ones, and digits such as "²"
+    return [(len(word) if word.isdecimal() else 0, word) for word in row.name.split(".")]

@@ -1,8 +1,7 @@
 """The folders that a command reads a model from and writes to, checked before the work.
 
 New files are first written into a hidden folder in the output folder: a full disk or a crash
-leaves the output folder unchanged. Then they are moved up, config.json last. Without config.json
-no loader takes the folder for a model.
+leaves it unchanged. Then they are moved up, config.json last, without which it is no model.
 """
 
 from __future__ import annotations
@@ -16,8 +15,6 @@ from pathlib import Path
 from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
 
 from rac_modifier.checkpoint.files import CONFIG_FILE
 from rac_modifier.errors import RacError
@@ -67,13 +64,6 @@ def new_files(folder: Path) -> Iterator[Path]:
         move_into_place(staging, folder)
     finally:
         os.close(locked)
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file, mode 644."""
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, path, {"format": "pt"})
-    path.chmod(0o644)
 
 
 def move_into_place(staging: Path, folder: Path) -> None:

@@ -17,20 +17,17 @@ from typing import Any
 from torch import Tensor
 
 from rac_modifier.checkpoint.card import CARD_NAME, converted_card
-from rac_modifier.checkpoint.dense_codes import PACKED_BITS, WORDS, WORDS_SHAPE, words_weight
-from rac_modifier.checkpoint.files import CONFIG_FILE, INDEX_FILE, TensorFiles
+from rac_modifier.checkpoint.dense_codes import PACKED_BITS, WORDS, WORDS_SHAPE, PackQuantized
+from rac_modifier.checkpoint.files import CONFIG_FILE, INDEX_FILE, TensorFiles, write_tensors_atomic
 from rac_modifier.checkpoint.formats import (
     FORMAT_24,
     FORMAT_BITMASK,
-    PARTS,
-    check_packed,
-    pack,
-    packed_modules,
-    packed_weight,
+    FORMATS,
+    PackedFiles,
+    SparseBitmask,
     structure_of,
-    unpacked,
 )
-from rac_modifier.checkpoint.output_folder import check_output_folder, new_files, write_tensors
+from rac_modifier.checkpoint.output_folder import check_output_folder, new_files
 from rac_modifier.checkpoint.pack_plan import (
     PackPlan,
     asymmetric_part,
@@ -41,13 +38,12 @@ from rac_modifier.checkpoint.quantization_config import (
     QUANTIZATION_KEY,
     SparsityRecord,
     int8_in_words,
-    packed_format,
     weight_schemes,
     with_dense_mark,
     with_packed,
 )
 from rac_modifier.checkpoint.record import RUN_RECORD_NAME, environment
-from rac_modifier.checkpoint.stored_weight import UNSTRUCTURED, count_broken_groups
+from rac_modifier.checkpoint.stored_weight import count_broken_groups
 from rac_modifier.errors import RacError
 from rac_modifier.files import read_json, without_paths, write_json_atomic, write_text_atomic
 
@@ -77,15 +73,13 @@ def pack_checkpoint(
 
     `modules`: mask structure by module ("2:4", another "N:M", or "unstructured"), as named on
     disk. Weights may be int8, fp8 or int4. `dense_linears`: the linear modules that stay dense.
-
-    Raises:
-        RacError: a module that cannot be packed, a folder that is packed already or that another
-            process writes to, or a full disk. The folder is then unchanged.
+    RacError, with the folder unchanged: a module that cannot be packed, a folder that is packed or
+    that another process writes to, a full disk.
     """
     structures = {name: structure_of(value, name) for name, value in sorted(modules.items())}
     with TensorFiles(folder) as files, new_files(Path(folder)) as new:
         all_24 = all(structure == "2:4" for structure in structures.values())
-        format = FORMAT_24 if all_24 else FORMAT_BITMASK
+        format = FORMATS[FORMAT_24 if all_24 else FORMAT_BITMASK]
         return _write_packed(files, structures, dense_linears, format, new)
 
 
@@ -109,9 +103,8 @@ def pack_model(plan: PackPlan, out: str | Path, base_model: str) -> PackSummary:
     need = sum(file.stat().st_size for file in source.glob("*.safetensors"))
     with _new_folder(source, Path(out), need) as (files, new):
         convert = without_negative_zeros if dropped else None
-        summary = _write_packed(
-            files, plan.structures, plan.ignore, plan.format or "", new, convert
-        )
+        format = FORMATS[plan.format or FORMAT_BITMASK]
+        summary = _write_packed(files, plan.structures, plan.ignore, format, new, convert)
         figures = {
             **asdict(summary),
             "modules": dict(sorted(Counter(summary.modules.values()).items())),
@@ -130,30 +123,19 @@ def unpack_model(source: str | Path, out: str | Path) -> PackSummary:
     """
     source = Path(source)
     config = read_json(source / CONFIG_FILE)
-    format = packed_format(config)
-    if format is None:
-        with TensorFiles(source) as files:
-            check_packed(files, None)  # weights that are packed although config.json lost its entry
-        raise RacError(
-            f"{source}: is not packed, so stock loaders read it as it is; nothing to unpack"
-        )
-    schemes = weight_schemes(config.get(QUANTIZATION_KEY))
     recorded = SparsityRecord.of(config).modules
     with _new_folder(source, Path(out), 0) as (files, new):
-        in_words = set(check_packed(files, format, schemes))
-
-        def dense(module: str) -> dict[str, Tensor]:
-            stored = packed_weight(files, format, module, schemes)
-            return unpacked(stored, module in in_words)
-
-        modules = packed_modules(files.where)
-        before, after = _rewrite(files, new, PARTS[format], modules, dense)
+        packed = PackedFiles(files, config)
+        if packed.format is None:
+            raise RacError(
+                f"{source}: is not packed, so stock loaders read it as it is; nothing to unpack"
+            )
+        before, after = _rewrite(files, new, packed.format.parts, packed.modules, packed.dense)
         write_json_atomic(new / CONFIG_FILE, with_dense_mark(config, recorded))
         if record := _record(source):
             _write_record(source, new, record, packed=False)
-    default = "2:4" if format == FORMAT_24 else UNSTRUCTURED
-    structures = {**dict.fromkeys(modules, default), **recorded}
-    return PackSummary(format, structures, after, before)
+    structures = {**dict.fromkeys(packed.modules, packed.format.structure), **recorded}
+    return PackSummary(packed.format.name, structures, after, before)
 
 
 @contextmanager
@@ -174,7 +156,7 @@ def _write_packed(
     files: TensorFiles,
     structures: dict[str, str],
     ignore: Iterable[str],
-    format: str,
+    format: SparseBitmask,
     new: Path,
     convert: Callable[[Tensor], Tensor] | None = None,
 ) -> PackSummary:
@@ -195,18 +177,18 @@ def _write_packed(
         if name in files:
             weight = files.tensor(name)
         else:
-            words = files.tensors(module, (WORDS, WORDS_SHAPE))
-            stored = words_weight(words, module, schemes)
-            if stored is None or stored[1] not in PACKED_BITS:
+            words = files.tensors(module, PackQuantized.dtypes)
+            stored = PackQuantized.read(words, module, schemes)
+            if stored is None or stored.bits not in PACKED_BITS:
                 raise RacError(
                     f"{module}: quantized to a layout that cannot be stored sparse; quantize to "
                     "int of 4 or 8 bits or to float8, or store it dense (storage: dense)"
                 )
-            weight, bits = stored
+            weight, bits = stored.dense(), stored.bits
         weight = weight if convert is None else convert(weight)
-        tensors = pack(weight, format, module, bits)  # first: it refuses other shapes
+        tensors = format.compress(weight, module, bits)  # first: it refuses other shapes
         structure = structures[module]
-        if format != FORMAT_24 and (broken := count_broken_groups(weight, structure, module)):
+        if format.name != FORMAT_24 and (broken := count_broken_groups(weight, structure, module)):
             raise RacError(
                 f"{module}: {broken} groups break {structure}; prune it again, or name it "
                 "unstructured"
@@ -214,9 +196,9 @@ def _write_packed(
         return tensors
 
     before, after = _rewrite(files, new, ("weight", WORDS, WORDS_SHAPE), structures, packed)
-    packed_config = with_packed(config, format, structures, ignore)
+    packed_config = with_packed(config, format.name, structures, ignore)
     write_json_atomic(new / CONFIG_FILE, packed_config)
-    return PackSummary(format, structures, before, after)
+    return PackSummary(format.name, structures, before, after)
 
 
 def _rewrite(
@@ -228,8 +210,7 @@ def _rewrite(
 ) -> tuple[int, int]:
     """Write each file that holds a replaced tensor anew, and the index; return bytes before, after.
 
-    `replacement` returns the tensors of a module by part, which replace its `replaced_parts` in
-    the file of the first of them.
+    The `replacement` of a module, by part, replaces its parts in the file of the first of them.
     """
     replaced: set[str] = set()
     first: dict[str, str] = {}
@@ -255,7 +236,7 @@ def _rewrite(
                 tensors[f"{module}.{part}"] = tensor
                 after += tensor.nbytes
         where |= dict.fromkeys(tensors, file)
-        write_tensors(new / file, tensors)
+        write_tensors_atomic(new / file, tensors, {"format": "pt"})
     before = sum(map(files.nbytes, replaced))
     if files.index is not None:
         write_json_atomic(new / INDEX_FILE, files.new_index(where, after - before))

@@ -1,10 +1,9 @@
 """What config.json says about sparsity and quantization: reader and writers of its two entries.
 
 `quantization_config.sparsity_config` means packed weights. `quant_method` next to it is
-"compressed-tensors", with which transformers and vLLM without this package refuse it. "rac" is
-read too, and not written: transformers only warns of a method that it does not know, and then
-starts the weights at random. Nothing else reads our own entry, `rac_sparsity`: the mask structure
-of each pruned module, packed or stored dense, and the modules with activations in 8 bits.
+"compressed-tensors", which transformers and vLLM without this package refuse. "rac" is read too,
+and not written: transformers would only warn, and start the weights at random. Our own entry is
+`rac_sparsity`: the mask structure of each pruned module, and the modules with 8-bit activations.
 """
 
 from __future__ import annotations
@@ -25,6 +24,8 @@ METHOD = "compressed-tensors"
 RAC_METHOD = "rac"  # of packed checkpoints, which are read under both names
 FORMAT_24, FORMAT_BITMASK = "sparse-24-bitmask", "sparse-bitmask"
 PACK_QUANTIZED = "pack-quantized"
+BITS = (2, 3, 4)  # of dense weights that a kernel reads
+_INT8_FORMATS = (PACK_QUANTIZED, "int-quantized", "naive-quantized")
 VERSION = 1  # of the packed layouts; raised with every change that an older reader would misread
 
 
@@ -154,27 +155,6 @@ def with_int8_activations(config: dict[str, Any], modules: Iterable[str]) -> dic
     return {**config, RAC_KEY: {**record, "int8_activations": sorted(modules)}}
 
 
-@dataclass(frozen=True)
-class WeightScheme:
-    """How a config group stores weights; `group_size` None: a scale per row or tensor."""
-
-    kind: str
-    bits: int
-    strategy: str
-    group_size: int | None
-    symmetric: bool
-    format: str
-    activations: str | None
-
-    def describe(self) -> str:
-        """Describe the scheme in a few words, such as `int4 in groups of 128 (pack-quantized)`."""
-        groups = self.strategy == "group"
-        scales = f"in groups of {self.group_size}" if groups else f"one scale per {self.strategy}"
-        asymmetric = "" if self.symmetric else ", asymmetric"
-        text = f"{self.kind}{self.bits} {scales}{asymmetric} ({self.format})"
-        return f"{text}, activations {self.activations}" if self.activations else text
-
-
 class _Arguments(BaseModel, strict=True):
     """What compressed-tensors' QuantizationArgs hold of weights or activations."""
 
@@ -198,6 +178,65 @@ class _Quantization(BaseModel):
     ignore: list[str] | None = None
 
 
+@dataclass(frozen=True)
+class WeightScheme:
+    """How a config group stores weights; `group_size` None: a scale per row or tensor."""
+
+    kind: str
+    bits: int
+    strategy: str
+    group_size: int | None
+    symmetric: bool
+    format: str
+    activations: str | None = None
+
+    @classmethod
+    def of(cls, group: object, format: str | None) -> Self:
+        """Read a config group with weights; `format`: of the checkpoint, for one without."""
+        parsed = _Group.model_validate(group)
+        weights, inputs = parsed.weights or _Arguments(), parsed.input_activations
+        return cls(
+            weights.type,
+            weights.num_bits,
+            weights.strategy or ("group" if weights.group_size else "tensor"),
+            weights.group_size,
+            weights.symmetric,
+            str(parsed.format or format),
+            f"{inputs.type}{inputs.num_bits} per {inputs.strategy}" if inputs else None,
+        )
+
+    def describe(self) -> str:
+        """Describe the scheme in a few words, such as `int4 in groups of 128 (pack-quantized)`."""
+        groups = self.strategy == "group"
+        scales = f"in groups of {self.group_size}" if groups else f"one scale per {self.strategy}"
+        asymmetric = "" if self.symmetric else ", asymmetric"
+        text = f"{self.kind}{self.bits} {scales}{asymmetric} ({self.format})"
+        return f"{text}, activations {self.activations}" if self.activations else text
+
+    def why_no_kernel(self, vocabulary: bool = False) -> str | None:
+        """Say why no kernel reads dense weights of this scheme; None where one does.
+
+        `vocabulary`: of a head or an embedding, which may have 8 or 4 bits; linear layers have 4,
+        3 or 2.
+        """
+        if vocabulary and (self.kind, self.bits) == ("int", 8):
+            if not self.symmetric:
+                return "its weights are asymmetric int8"
+            if self.format not in _INT8_FORMATS:
+                return f"its format is {self.format}"
+            known = self.strategy in ("group", "channel", "tensor")
+            return None if known else f"its scales are {self.strategy}"
+        if self.kind != "int" or self.bits not in ((4,) if vocabulary else BITS):
+            return f"its weights are {self.kind}{self.bits}"
+        if self.activations is not None:
+            return "its activations are quantized too"
+        if self.format != PACK_QUANTIZED:
+            return f"its format is {self.format}, not {PACK_QUANTIZED}"
+        if self.strategy not in ("group", "channel"):
+            return f"its scales are per {self.strategy}"
+        return None
+
+
 def weight_schemes(quantization: object) -> tuple[WeightScheme, ...]:
     """List the schemes of weights in a `quantization_config` (any value of a file)."""
     if not isinstance(quantization, Mapping) or not quantization.get("config_groups"):
@@ -208,18 +247,8 @@ def weight_schemes(quantization: object) -> tuple[WeightScheme, ...]:
     schemes = []
     for name, group in (parsed.config_groups or {}).items():
         check_names(group.targets, f"{CONFIG_FILE}: targets of config group {name!r}")
-        if (weights := group.weights) is not None:
-            inputs = group.input_activations
-            scheme = WeightScheme(
-                weights.type,
-                weights.num_bits,
-                weights.strategy or ("group" if weights.group_size else "tensor"),
-                weights.group_size,
-                weights.symmetric,
-                str(group.format or parsed.format),
-                f"{inputs.type}{inputs.num_bits} per {inputs.strategy}" if inputs else None,
-            )
-            schemes.append(scheme)
+        if group.weights is not None:
+            schemes.append(WeightScheme.of(group, parsed.format))
     return tuple(dict.fromkeys(schemes))
 
 

@@ -19,21 +19,15 @@ _PACKAGES = "rac-modifier torch transformers safetensors compressed-tensors llmc
 
 def environment() -> dict[str, str | int | None]:
     """Return versions by package (None: not installed), Python, platform and number of CPUs."""
-    versions = {name.replace("-", "_"): _version(name) for name in _PACKAGES.split()}
-    versions["rac_modifier"] = versions["rac_modifier"] or "run from a source tree"
+    installed = {dist.name: dist.version for dist in metadata.distributions()}
+    versions = {name.replace("-", "_"): installed.get(name) for name in _PACKAGES.split()}
     return {
         **versions,
+        "rac_modifier": versions["rac_modifier"] or "run from a source tree",
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def record_activations(folder: Path, modules: Sequence[str], entry: Mapping[str, Any]) -> None:

@@ -25,7 +25,7 @@ from transformers.core_model_loading import (
 
 from rac_modifier.checkpoint.bitmask import nonzero
 from rac_modifier.checkpoint.card import CARD_NAME, license_of, model_card
-from rac_modifier.checkpoint.dense_codes import WORDS, WORDS_SHAPE, words_weight
+from rac_modifier.checkpoint.dense_codes import WORDS, PackQuantized
 from rac_modifier.checkpoint.output_folder import STAGING, move_into_place
 from rac_modifier.checkpoint.packing import mark_dense, pack_checkpoint
 from rac_modifier.checkpoint.quantization_config import (
@@ -81,9 +81,8 @@ class SavePlan:
 def save_with_record(model: PreTrainedModel, plan: Callable[[], SavePlan]) -> None:
     """Replace `model.save_pretrained` by one that also checks the pattern and packs.
 
-    `plan` is called when the model is saved, after all modifiers of a recipe. Upstream's
-    `save_pretrained` is still used; a second call only replaces the plan. No file that is written
-    holds an absolute path: models, records and cards are passed on.
+    `plan` is called when the model is saved, after all modifiers of a recipe. A second call only
+    replaces it. No file that is written holds an absolute path: models and cards are passed on.
     """
     inner = getattr(model.save_pretrained, "_rac_inner", model.save_pretrained)
 
@@ -112,7 +111,14 @@ def save_with_record(model: PreTrainedModel, plan: Callable[[], SavePlan]) -> No
         inner(str(staging), *args, save_compressed=save_compressed, **kwargs)
         if current.processes.is_first:
             packed = bool(current.modules) and current.storage == "packed" and save_compressed
-            _record_sparsity(model, staging, current, dense, packed)
+            saved = names_on_disk(model, [*current.modules, *dense])
+            structures = {
+                saved[name]: current.patterns[name].mask_structure for name in current.modules
+            }
+            if packed:
+                pack_checkpoint(staging, structures, [saved[name] for name in dense])
+            else:  # by this record the vLLM plugin also knows a checkpoint that is only quantized
+                mark_dense(staging, structures)
             _write_record(model, staging, current, packed)
             move_into_place(staging, folder)
             logger.info(f"saved the model to {folder}")
@@ -126,21 +132,6 @@ def save_with_record(model: PreTrainedModel, plan: Callable[[], SavePlan]) -> No
     # llm-compressor reads this before it wraps save_pretrained once more
     save_pretrained._overridden = getattr(inner, "_overridden", False)  # type: ignore[attr-defined]
     model.save_pretrained = save_pretrained  # type: ignore[method-assign, assignment]
-
-
-def _record_sparsity(
-    model: PreTrainedModel, folder: Path, plan: SavePlan, dense: Sequence[str], packed: bool
-) -> None:
-    """Pack the weights that upstream has written, or record which of them are pruned.
-
-    By this record the vLLM plugin also knows a checkpoint of ours that is only quantized.
-    """
-    saved = names_on_disk(model, [*plan.modules, *dense])
-    modules = {saved[name]: plan.patterns[name].mask_structure for name in plan.modules}
-    if packed:
-        pack_checkpoint(folder, modules, dense_linears=[saved[name] for name in dense])
-    else:
-        mark_dense(folder, modules)
 
 
 def _write_record(model: PreTrainedModel, folder: Path, plan: SavePlan, packed: bool) -> None:
@@ -191,9 +182,9 @@ def _check_patterns(plan: SavePlan) -> None:
 def _holds(name: str, module: torch.nn.Linear, pattern: Pattern) -> bool:
     if not hasattr(module, WORDS):
         return holds(nonzero(module.weight.detach()), pattern)
-    tensors = {part: getattr(module, part) for part in (WORDS, WORDS_SHAPE)}  # of an earlier save
-    stored = words_weight(tensors, name)
-    return stored is None or holds(nonzero(stored[0]), pattern)
+    parts = (part for part in PackQuantized.dtypes if hasattr(module, part))  # of an earlier save
+    stored = PackQuantized.read({part: getattr(module, part) for part in parts}, name)
+    return stored is None or holds(nonzero(stored.dense()), pattern)
 
 
 def keep_expert_names(model: torch.nn.Module) -> None:

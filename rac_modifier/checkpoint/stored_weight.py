@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,6 +31,7 @@ class StoredWeight:
         (every value is stored) may have 3 or 2.
     zeros: codes of zero, uint8 [N, groups].
     activation_bits: bits that a kernel of integers may round the inputs of this layer to, 16 or 8.
+    order: int64 [columns]; column i multiplies x[..., order[i]]. None: in the order of the inputs.
     """
 
     values: Tensor
@@ -42,6 +43,7 @@ class StoredWeight:
     bits: int = 8
     zeros: Tensor | None = None
     activation_bits: int = 16
+    order: Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -78,12 +80,10 @@ class StoredWeight:
         """Return the dense weight times its scales, in float32, rounded once to `dtype`."""
         return dequantize(self.dense(), self.scale, dtype)
 
-    def floats(self, dtype: torch.dtype) -> StoredWeight:
-        """Return the same weight with values of `dtype` and no scale."""
-        return from_dense(self.dequantized(dtype), self.name)
-
     def dense(self) -> Tensor:
         """Return the dense weight [N, columns]; quantized values without their scales."""
+        if self.density == 1.0:
+            return self.values.view(self.shape)
         return layout.expand(self.values, self.bitmask, self.columns)
 
     def select_rows(self, rows: Tensor) -> StoredWeight:
@@ -182,7 +182,9 @@ def dequantize(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tens
 
 def count_zeros(weight: Tensor | StoredWeight) -> int:
     """Count the weights that are 0.0 or -0.0."""
-    return sum(int(mask.sum()) for mask in _zero_masks(weight))
+    values = weight if isinstance(weight, Tensor) else weight.values
+    kept = sum(int(layout.nonzero(chunk).sum()) for chunk in values.reshape(-1).split(_CHUNK))
+    return math.prod(weight.shape) - kept
 
 
 def count_broken_groups(weight: Tensor | StoredWeight, structure: str, module: str) -> int:
@@ -191,32 +193,27 @@ def count_broken_groups(weight: Tensor | StoredWeight, structure: str, module: s
         return 0
     pattern = Pattern.parse(structure, None)
     pattern.check_shape(module, *weight.shape)
-    counts = (mask.view(-1, pattern.m).sum(dim=1) for mask in _zero_masks(weight))
-    return sum(int((count < pattern.n).sum()) for count in counts)
-
-
-def _zero_masks(weight: Tensor | StoredWeight) -> Iterator[Tensor]:
-    """Yield masks of the weights that are 0.0 or -0.0, some rows at a time."""
+    blocks: Iterable[Tensor]
     if isinstance(weight, Tensor):
-        return (~layout.nonzero(weight[rows]) for rows in layout.row_chunks(*weight.shape))
-    blocks = layout.dense_blocks(weight.values, weight.bitmask, weight.columns)
-    return (~layout.nonzero(block) for _, block in blocks)
-
-
-def count_stored(weight: Tensor) -> int:
-    """Count the values of a weight that are not +0.0, which are stored to keep all bits."""
-    return sum(int(_stored(weight[part]).sum()) for part in layout.row_chunks(*weight.shape))
-
-
-def _stored(weight: Tensor) -> Tensor:
-    return layout.as_integers(weight) != 0
+        blocks = (weight[rows] for rows in layout.row_chunks(*weight.shape))
+    else:
+        stored = layout.dense_blocks(weight.values, weight.bitmask, weight.columns)
+        blocks = (block for _, block in stored)
+    kept = (layout.nonzero(block).view(-1, pattern.m).sum(dim=1) for block in blocks)
+    return sum(int((count > pattern.m - pattern.n).sum()) for count in kept)
 
 
 def from_dense(weight: Tensor, name: str) -> StoredWeight:
     """Return the sparse form of a dense weight [N, columns]: all values but +0.0 are stored."""
-    values, bitmask = layout.compress(weight, count_stored(weight), _stored)
+    chunks = layout.row_chunks(*weight.shape)
+    count = sum(int(_stored(weight[rows]).sum()) for rows in chunks)
+    values, bitmask = layout.compress(weight, count, _stored)
     starts = row_starts(layout.row_counts(bitmask))
     return StoredWeight(values, bitmask, weight.shape[1], starts, name)
+
+
+def _stored(weight: Tensor) -> Tensor:
+    return layout.as_integers(weight) != 0
 
 
 def all_stored(weight: Tensor, name: str) -> StoredWeight:
@@ -229,16 +226,15 @@ def all_stored(weight: Tensor, name: str) -> StoredWeight:
 
 
 def stack(weights: Sequence[StoredWeight], name: str) -> StoredWeight:
-    """Stack the rows of these weights, in order (RacError: they differ in columns or dtype)."""
+    """Stack the rows of these weights, in order (RacError: they are stored in different ways)."""
     first = weights[0]
     if len(weights) == 1:
         return first
     for further in weights[1:]:
         if _kind(further) != _kind(first):
             raise RacError(
-                f"{further.name}: {further.columns} columns of {further.values.dtype}, which "
-                f"cannot be fused with {first.name}, {first.columns} columns of "
-                f"{first.values.dtype}; the checkpoint does not fit this model"
+                f"{further.name} cannot be fused with {first.name}: their columns, their order, "
+                "dtypes, bits, groups or zero points differ; quantize both in the same way"
             )
     scales = [weight.scale for weight in weights if weight.scale is not None]
     zeros = [weight.zeros for weight in weights if weight.zeros is not None]
@@ -254,8 +250,10 @@ def stack(weights: Sequence[StoredWeight], name: str) -> StoredWeight:
     )
 
 
-def _kind(weight: StoredWeight) -> tuple[int, torch.dtype, int, int, bool]:
-    return weight.columns, weight.values.dtype, weight.group, weight.bits, weight.zeros is None
+def _kind(weight: StoredWeight) -> tuple[object, ...]:
+    order = None if weight.order is None else tuple(weight.order.tolist())
+    numbers = weight.columns, weight.values.dtype, weight.group, weight.bits
+    return *numbers, weight.zeros is None, order
 
 
 def row_starts(counts: Tensor) -> Tensor:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
-from itertools import zip_longest
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -117,7 +116,7 @@ def evaluate(
 
     Example: rac eval reasoner reasoner-2of4 --problems 300 --cap 512
     """
-    from rac_modifier.checkpoint.card import card_folder
+    from rac_modifier.checkpoint.card import add_measured, card_folder
     from rac_modifier.evaluation.accuracy import check_problems
     from rac_modifier.evaluation.calibrated_prompt import choose_prompt, recorded_prompts
     from rac_modifier.evaluation.report import divergence_table
@@ -157,22 +156,19 @@ def evaluate(
 
     pairs: list[PairedDifference] = []
     content: dict[str, Any] = {"prompt": prompt.model_dump()}
-    reference: dict[str, Any] | None = None
     if divergence:
         compared = _divergences(models, asked, sampling, precision)
-        content["divergence"] = results = list(map(asdict, compared))
-        reference = {"label": models[0]}
+        content["divergence"] = list(map(asdict, compared))
         lines = [render_results(divergence_table(compared))]
     else:
         how = {"sampling": sampling, "verifier": protocol.verifier}
         answered = answering.run(models, asked, protocol.problem_source, **how)
-        content["results"] = results = [result.model_dump() for result in answered]
+        content["results"] = [result.model_dump() for result in answered]
         content["protocol"] = protocol.record(sampling)
         content["stopping"] = [summary(result.endings) for result in answered]
         first, *others = [*paired_with[:1], *answered]
         if pairs := [paired_difference(first, result) for result in others]:
             content["paired"] = list(map(asdict, pairs))
-            reference = first.model_dump()
         lines = _accuracy_lines(answered, pairs)
     on_preset = protocol.describe()
     if to_stdout:
@@ -183,8 +179,8 @@ def evaluate(
         if json_out is not None:
             write_json_atomic(json_out, content)
     if card:
-        conditions = {"source": protocol.source, "prompt": prompt.describe(), "protocol": on_preset}
-        _write_cards(folders, results, pairs, conditions=conditions, reference=reference)
+        for folder in folders:
+            add_measured(folder, [*lines, *described, *on_preset], content)
         typer.echo(f"written into the model card of {', '.join(carded)}", err=to_stdout)
 
 
@@ -223,22 +219,3 @@ def _accuracy_lines(answered: list[EvalResult], pairs: list[PairedDifference]) -
         *(f"{pair.describe()}." for pair in pairs),
         *(f"{pair.inflation.describe(pair.first, pair.second)}." for pair in pairs),
     ]
-
-
-def _write_cards(
-    folders: list[Path],
-    results: list[dict[str, Any]],
-    pairs: list[PairedDifference],
-    **how: Any,
-) -> None:
-    """Write the last `results` into the cards of `folders`; the first may be the reference."""
-    from rac_modifier.checkpoint.card import add_measured
-    from rac_modifier.files import public_name
-
-    for folder, result, pair in zip_longest(folders, results[-len(folders) :], pairs):
-        paired = None
-        if pair is not None:
-            first, second = public_name(pair.first), public_name(pair.second)
-            paired = replace(pair, first=first, second=second).describe()
-        kind: Literal["accuracy", "divergence"] = "divergence" if "kl" in result else "accuracy"
-        add_measured(folder, kind, result, paired=paired, **how)

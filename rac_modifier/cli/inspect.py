@@ -60,33 +60,24 @@ def inspect(
 
     Example: rac inspect Qwen3-1.7B-W4A16 --activations 0.01 --dense Qwen/Qwen3-1.7B
     """
-    from rac_modifier.checkpoint.inspect import inspect_checkpoint
     from rac_modifier.checkpoint.output_folder import local_folder
-    from rac_modifier.kernels.plan import plan_checkpoint, plan_dense_codes, render_plan
+    from rac_modifier.kernels.plan import plan_checkpoint, render_plan
 
     folder = local_folder(resolve(checkpoint))
     if activations is not None:
         _choose_activations(folder, activations, dense, source, column, as_json)
         return
-    report = inspect_checkpoint(folder)
-    rows = plan_checkpoint(folder) if report.sound else []
+    report, rows = plan_checkpoint(folder)
     if as_json:
         print_json(_as_dict(report, rows))
     else:
         typer.echo(render_report(report))
-    if not report.sound:  # nothing of it is planned: its numbers may be anything
+    if not report.sound:
         raise RacError(f"{folder}: not sound, see the notes of its matrices; copy it again")
-    if as_json:
-        return
-    if rows:
-        typer.echo(
-            f"\nServed with vLLM on this machine's CPU:\n{render_plan(rows)}\n{speed_line(rows)}"
-        )
-    elif codes := plan_dense_codes(folder):
-        typer.echo(
-            "\nServed with vLLM on this machine's CPU (with --quantization rac if another tool "
-            f"saved it):\n{render_plan(codes)}"
-        )
+    if rows and not as_json:
+        option = " (with --quantization rac if another tool saved it)"
+        option = option if report.format == "dense" else ""
+        typer.echo(f"\nServed with vLLM on this machine's CPU{option}:\n{render_plan(rows)}")
 
 
 def _choose_activations(
@@ -139,10 +130,7 @@ def _as_dict(report: CheckpointReport, rows: Sequence[PlanRow]) -> dict[str, Any
     return {
         **asdict(report),
         **{name: getattr(report, name) for name in computed},
-        "served": [
-            {"module": row.module, **asdict(row.decision), "ceiling": row.decision.ceiling}
-            for row in rows
-        ],
+        "served": [{"module": row.module, **asdict(row.decision)} for row in rows],
     }
 
 
@@ -170,25 +158,6 @@ def totals(report: CheckpointReport) -> list[str]:
         lines.append(
             f"{len(report.sparse)} pruned matrices, {report.sparsity:.2%} of their weights are zero"
         )
+        if report.format == "dense":
+            lines.append("they are stored dense: rac pack makes them smaller")
     return lines
-
-
-def speed_line(rows: Sequence[PlanRow]) -> str:
-    """Return the most that decoding can gain: bytes per token with the kernels, and dense.
-
-    The baseline is every planned matrix dense in the dtype that it would be served in. The others,
-    such as the output matrix, are read in both cases.
-    """
-    sparse = [row for row in rows if row.decision.sparse]
-    if not sparse:
-        return "No module runs on a sparse kernel here, so decoding is as fast as when dense."
-    dense = read = 0.0
-    for row in rows:
-        stored = row.rows * row.columns * row.decision.bytes_per_weight
-        dense += stored * row.decision.ceiling
-        read += stored * (1 if row.decision.sparse else row.decision.ceiling)
-    kernels = ", ".join(dict.fromkeys(row.decision.kernel for row in sparse))
-    return (
-        f"Of these, decoding reads {read / 1e6:,.1f} MB per token with the {kernels}, and "
-        f"{dense / 1e6:,.1f} MB dense: at most {dense / read:.2f}x as fast at batch size 1."
-    )

@@ -17,22 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rac_modifier.checkpoint.dense_codes import OF_VOCABULARY
-from rac_modifier.checkpoint.quantization_config import (
-    CONFIG_FILE,
-    QUANTIZATION_KEY,
-    packed_format,
-    weight_schemes,
-)
+from rac_modifier.checkpoint.quantization_config import CONFIG_FILE
 from rac_modifier.checkpoint.record import RUN_RECORD_NAME
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.divergence import DenseReference
 from rac_modifier.evaluation.report import ResultTable
 from rac_modifier.evaluation.teacher_forcing import TokenSequence, check_sequences
 from rac_modifier.files import read_json
-from rac_modifier.kernels.cpu import UNIT, encoding_of
-from rac_modifier.kernels.cpu.packed import block_of
+from rac_modifier.kernels.cpu import encoding_of
+from rac_modifier.kernels.cpu.packed import MOST_GROUP
 from rac_modifier.kernels.interface import EXPERT
-from rac_modifier.kernels.plan import PlanRow, plan_checkpoint, plan_dense_codes
+from rac_modifier.kernels.plan import PlanRow, plan_checkpoint
 from rac_modifier.model_tools import evaluating
 
 LEVELS = {8: 127, 16: 127 * 256 + 127}  # the largest integer of x (csrc/gemm/kernel.h)
@@ -67,17 +62,13 @@ def layers_of(folder: Path, *, recorded: bool = True) -> list[IntegerLayer]:
         raise RacError(
             f"{folder}: no folder of a checkpoint; hf download ID --local-dir FOLDER makes one"
         )
-    config = read_json(folder / CONFIG_FILE)
-    if packed_format(config) is not None:
-        rows = plan_checkpoint(folder)
-    else:
-        rows = plan_dense_codes(folder)
-        schemes = weight_schemes(config.get(QUANTIZATION_KEY))
-        if any(scheme.activations is not None for scheme in schemes):
-            raise RacError(
-                f"{folder}: its activations are quantized already, and no kernel takes them; give "
-                "the folder of a packed int8 or int4 checkpoint, or of a dense W4A16 one"
-            )
+    report, rows = plan_checkpoint(folder)
+    rounds = any(scheme.activations is not None for scheme in report.quantization)
+    if report.format == "dense" and rounds:
+        raise RacError(
+            f"{folder}: its activations are quantized already, and no kernel takes them; give "
+            "the folder of a packed int8 or int4 checkpoint, or of a dense W4A16 one"
+        )
     blocks = {row.module: block for row in rows if (block := _block(row))}
     if not blocks:
         raise RacError(
@@ -90,7 +81,7 @@ def layers_of(folder: Path, *, recorded: bool = True) -> list[IntegerLayer]:
 
 def _block(row: PlanRow) -> int | None:
     layer, of_16_bits = row.layer, EXPERT.search(row.module) or OF_VOCABULARY.search(row.module)
-    if layer is None or of_16_bits or layer.columns % layer.group:
+    if of_16_bits:
         return None
     return activation_block(layer.stored, layer.group, layer.columns, layer.word_bits)
 
@@ -103,9 +94,9 @@ def activation_block(
     `word_bits`: of a value in weights `stored` as int32 words.
     """
     encoding = encoding_of(stored, group, columns, torch.bfloat16, word_bits)
-    if encoding.dtype != torch.int8:
+    if isinstance(encoding, str) or encoding.dtype != torch.int8:
         return None
-    return block_of(columns, group, UNIT[encoding.bits])
+    return min(group, MOST_GROUP)
 
 
 def _recorded_errors(folder: Path, names: Iterable[str]) -> dict[str, float]:

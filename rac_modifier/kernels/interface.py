@@ -74,11 +74,6 @@ class Decision:
     bytes_per_weight: float
     dense_bytes: float
 
-    @property
-    def ceiling(self) -> float:
-        """Return the largest speed-up over the dense layer that reading fewer bytes can give."""
-        return self.dense_bytes / self.bytes_per_weight
-
 
 def stay_dense(reason: str, served: torch.dtype) -> Decision:
     """Return the decision "dense" for a reason that no backend was asked about."""

@@ -30,7 +30,6 @@ from rac_modifier.vllm_plugin.layouts import (
     CodesLayout,
     Layout,
     PackedLayout,
-    PrunedLayout,
     WordsLayout,
     is_packed,
     no_effect,
@@ -74,13 +73,13 @@ class LoadReport:
 
 
 class RacConfig(QuantizationConfig):
-    """Packed sparse checkpoints, and with `--quantization rac` dense weights that a kernel reads.
-
-    Without a `layout`, `maybe_update_config` makes one from the record in config.json.
-    """
+    """Packed sparse checkpoints, and on request dense weights that a kernel reads."""
 
     def __init__(self, layout: Layout | None = None, requested: bool = True) -> None:
+        """Take a layout; vLLM has none for a model without a `quantization_config` (RacError)."""
         super().__init__()
+        if layout is None:
+            raise no_effect("it is not quantized; if it is pruned, rac pack makes it sparse first")
         self.layout = layout
         self.int8_activations: tuple[str, ...] = ()  # modules whose inputs may be rounded to 8 bits
         self.report = LoadReport(requested)
@@ -119,9 +118,7 @@ class RacConfig(QuantizationConfig):
                 pass
         self.report.requested &= not hasattr(hf_config, RAC_KEY)
         record = SparsityRecord.of({RAC_KEY: getattr(hf_config, RAC_KEY, None)})
-        if self.layout is None:
-            self.layout = PrunedLayout(record)
-        elif isinstance(self.layout, CodesLayout) and record.modules:
+        if isinstance(self.layout, CodesLayout) and record.modules:
             logger.info("this checkpoint is pruned and stored dense; `rac pack` makes it sparse")
         self.int8_activations = record.int8_activations
 
@@ -136,7 +133,6 @@ class RacConfig(QuantizationConfig):
                 for entry in entries
             )
 
-        assert self.layout is not None
         self.layout.targets = renamed(self.layout.targets)
         self.layout.ignore = renamed(self.layout.ignore)
         self.int8_activations = renamed(self.int8_activations)
@@ -151,6 +147,8 @@ class RacConfig(QuantizationConfig):
 
         prefix = prefix.removeprefix(f"{DRAFT}.")  # the checkpoint's name of the layer
         operator.batch_invariant = envs.VLLM_BATCH_INVARIANT
+        if self.layout.inner is not None:  # the model has set the mapping
+            self.layout.inner.packed_modules_mapping = self.packed_modules_mapping
         if isinstance(layer, VocabParallelEmbedding):
             return self._vocabulary(layer, prefix)
         if isinstance(layer, RoutedExperts):
@@ -160,7 +158,7 @@ class RacConfig(QuantizationConfig):
         parent, _, name = prefix.rpartition(".")
         shards = self.packed_modules_mapping.get(name) or [name]
         modules = [f"{parent}.{shard}" if parent else shard for shard in shards]
-        reader = self._with_mapping().reader(layer, modules)
+        reader = self.layout.reader(layer, modules)
         if reader is None or isinstance(reader, str):
             return self._vllms(layer, prefix, reader) or UnquantizedLinearMethod()
         from rac_modifier.vllm_plugin.linear import RacLinearMethod, Shards
@@ -170,7 +168,7 @@ class RacConfig(QuantizationConfig):
         return RacLinearMethod(Shards(prefix, modules, reader), self.report.add, bits)
 
     def _experts(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:
-        reader = self._with_mapping().experts_reader()
+        reader = self.layout.experts_reader()
         if reader is None or isinstance(reader, str):
             return self._vllms(layer, prefix, reader)
         from rac_modifier.vllm_plugin.experts import RacExpertsMethod
@@ -181,35 +179,28 @@ class RacConfig(QuantizationConfig):
     def _vocabulary(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-        from rac_modifier.vllm_plugin.vocabulary import StoredMethod, VocabularyMethod
+        from rac_modifier.vllm_plugin.vocabulary import VocabularyMethod
 
         is_head = isinstance(layer, ParallelLMHead)
-        reader = self._with_mapping().vocabulary_reader(layer, prefix)
+        reader = self.layout.vocabulary_reader(layer, prefix)
         if reader is not None:
             self.embedding_is_stored |= not is_head
-            return StoredMethod(prefix, reader)
+            return VocabularyMethod(prefix, reader)
         method = self._vllms(layer, prefix)
         if method is None and is_head and self.embedding_is_stored:
-            return VocabularyMethod()  # the head may be tied to it
+            return VocabularyMethod(prefix, None)  # the head may be tied to it
         return method
 
     def _vllms(
         self, layer: torch.nn.Module, prefix: str, reason: str | None = None
     ) -> QuantizeMethodBase | None:
         """Return vLLM's own method, if any; `reason`: why no kernel of ours runs the layer."""
-        inner = self._with_mapping().inner
+        inner = self.layout.inner
         if reason is not None:
             self.report.expected += 1
             reason = f"vLLM's own method because {reason}"
             self.report.decisions[prefix] = Decision(False, "vLLM", reason, 1.0, 1.0)
         return None if inner is None else inner.get_quant_method(layer, prefix)
-
-    def _with_mapping(self) -> Layout:
-        """Return the layout; its inner config gets the mapping that the model has set."""
-        assert self.layout is not None
-        if self.layout.inner is not None:
-            self.layout.inner.packed_modules_mapping = self.packed_modules_mapping
-        return self.layout
 
     def get_name(self) -> str:
         """Return the method's name."""

@@ -24,8 +24,8 @@ from rac_modifier.checkpoint.stored_weight import StoredWeight, stack
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.choose import choose
 from rac_modifier.kernels.interface import Backend, Decision, Layer, stay_dense
-from rac_modifier.vllm_plugin.linear import AddDecision, PackedWeight, loaded_again
-from rac_modifier.vllm_plugin.readers import LoadedWeight, WeightReader
+from rac_modifier.vllm_plugin.layouts import Weight, WeightReader
+from rac_modifier.vllm_plugin.linear import AddDecision, PackedWeight, loaded_again, to_floats
 
 _GATES: dict[MoEActivation, Callable[[Tensor], Tensor]] = {
     MoEActivation.SILU: torch.nn.functional.silu,
@@ -186,12 +186,12 @@ class RacExpertsMethod(FusedMoEMethodBase):
                 self._unpacked.append((name, tensor))
         return iter(())
 
-    def _unsupported(self, layer: Any, loaded: dict[str, LoadedWeight]) -> str | None:
+    def _unsupported(self, layer: Any, loaded: dict[str, Weight]) -> str | None:
         """Return why this layer cannot run on any kernel; None where it can."""
         moe = layer.moe_config
         if self._unpacked:
             return f"its experts have {self._unpacked[0][0]}, which is not packed"
-        if any(isinstance(item.weight, Tensor) for item in loaded.values()):
+        if any(isinstance(weight, Tensor) for weight in loaded.values()):
             return "some of its experts are stored dense"
         if layer.activation not in _GATES or layer.swiglu_limit is not None:
             return f"experts with the activation {layer.activation.value} have no kernel"
@@ -200,7 +200,7 @@ class RacExpertsMethod(FusedMoEMethodBase):
             return "experts with biases, LoRA, weighted inputs or load balancing have no kernel"
         return None
 
-    def _pack(self, layer: Any, loaded: dict[str, LoadedWeight]) -> Decision:
+    def _pack(self, layer: Any, loaded: dict[str, Weight]) -> Decision:
         """Decide for the rank's experts, and pack them if a kernel runs all."""
         packable = []
         for number in self._numbers(layer):
@@ -227,7 +227,7 @@ class RacExpertsMethod(FusedMoEMethodBase):
         return numbers[local[numbers].argsort()].tolist()
 
     def _shares(
-        self, layer: Any, loaded: dict[str, LoadedWeight], number: int
+        self, layer: Any, loaded: dict[str, Weight], number: int
     ) -> tuple[StoredWeight, StoredWeight]:
         """Return this rank's rows of gate and up, stacked, and its columns of down."""
         moe = layer.moe_config
@@ -236,22 +236,22 @@ class RacExpertsMethod(FusedMoEMethodBase):
         shapes[layer.ckpt_down_proj_name] = wide[::-1]
         weights = []
         for name, shape in shapes.items():
-            module, item = f"{self.prefix}.{number}.{name}", loaded.get(f"{number}.{name}")
-            if item is None or not isinstance(item.weight, StoredWeight):
+            module, weight = f"{self.prefix}.{number}.{name}", loaded.get(f"{number}.{name}")
+            if not isinstance(weight, StoredWeight):
                 raise RacError(f"{module}: missing from the checkpoint; copy or save it again")
-            if list(item.shape) != shape:
+            if list(weight.shape) != shape:
                 raise RacError(
-                    f"{module}: the checkpoint has a weight {list(item.shape)}, the model's "
+                    f"{module}: the checkpoint has a weight {list(weight.shape)}, the model's "
                     f"config.json has {shape}; they do not belong together"
                 )
-            weights.append(item.weight)
+            weights.append(weight)
         gate, up, down = weights
         first = moe.tp_rank * self.width
         rows = torch.arange(first, first + self.width)
         gate_up = stack([gate.select_rows(rows), up.select_rows(rows)], f"{self.prefix}.{number}")
         return gate_up, down.select_columns(first, self.width)
 
-    def _expand(self, layer: Any, loaded: dict[str, LoadedWeight]) -> None:
+    def _expand(self, layer: Any, loaded: dict[str, Weight]) -> None:
         """Have vLLM's own method run the experts, dense, created with the sizes that it needs."""
         method, moe = UnquantizedFusedMoEMethod(layer.moe_config), layer.moe_config
         sizes = method.maybe_roundup_sizes(
@@ -267,7 +267,7 @@ class RacExpertsMethod(FusedMoEMethodBase):
             method.create_weights(
                 layer, hidden_size=sizes[0], intermediate_size_per_partition=sizes[1], **self.sizes
             )
-        dense = ((f"{name}.weight", item.dense(self.dtype)) for name, item in loaded.items())
+        dense = ((f"{name}.weight", to_floats(w, self.dtype)) for name, w in loaded.items())
         for _ in self._load(chain(self._unpacked, dense)):  # expands one expert at a time
             pass
         method.process_weights_after_loading(layer)

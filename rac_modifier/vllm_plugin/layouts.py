@@ -1,33 +1,70 @@
-"""How a checkpoint stores its layers: a layout gives a layer's reader, or why there is none."""
+"""How a checkpoint stores its layers: a layout gives a layer's reader, or why there is none.
+
+A reader checks the tensors of a module as untrusted input.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from rac_modifier.checkpoint import dense_codes, gptq_awq
-from rac_modifier.checkpoint.formats import FORMAT_BITMASK, PARTS, check
+from rac_modifier.checkpoint import gptq_awq
+from rac_modifier.checkpoint.bitmask import damaged, part_of
+from rac_modifier.checkpoint.dense_codes import OF_VOCABULARY, ORDER, ZEROS, PackQuantized
+from rac_modifier.checkpoint.formats import FORMAT_BITMASK, FORMATS
 from rac_modifier.checkpoint.quantization_config import METHOD as COMPRESSED_TENSORS
-from rac_modifier.checkpoint.quantization_config import SparsityConfig, SparsityRecord
-from rac_modifier.checkpoint.stored_weight import FLOATS, SCALE, check_scale, dequantize, from_dense
+from rac_modifier.checkpoint.quantization_config import SparsityConfig, WeightScheme
+from rac_modifier.checkpoint.stored_weight import (
+    FLOATS,
+    SCALE,
+    StoredWeight,
+    check_scale,
+    dequantize,
+)
 from rac_modifier.errors import RacError
 from rac_modifier.vllm_plugin import METHOD
-from rac_modifier.vllm_plugin.readers import (
-    RESTORE,
-    CodesReader,
-    LoadedWeight,
-    WeightReader,
-    floats_of,
-    matrix_of,
-    why_not_codes,
-)
 
+_RESTORE = "restore the config.json that was saved with the checkpoint"
 # Scales of activations are not used: the kernels round activations less than any scheme does.
 _UNUSED = ("input_scale", "input_zero_point")
+
+Weight = StoredWeight | Tensor  # compressed, or in floats [N, K]
+
+
+class WeightReader(Protocol):
+    """Reads one module; `dtypes`: its tensors' names and dtypes on disk (None: the model's)."""
+
+    dtypes: Mapping[str, torch.dtype | None]
+
+    def read(self, tensors: Mapping[str, Tensor], module: str) -> Weight:
+        """Check the tensors of `module`; return its weight (RacError names a damaged one)."""
+        ...
+
+
+class CodesReader:
+    """Dense weights of compressed-tensors; `schemes` by module, None for a module in floats."""
+
+    dtypes = PackQuantized.dtypes
+
+    def __init__(self, schemes: Mapping[str, WeightScheme | None]) -> None:
+        self.schemes = schemes
+
+    def read(self, tensors: Mapping[str, Tensor], module: str) -> Weight:
+        """Return the weight with every value stored; a tensor where nothing is quantized."""
+        # A layer that is fused on disk, too, has its own name, and the scheme of its shards.
+        scheme = self.schemes.get(module, next(iter(self.schemes.values())))
+        if scheme is None:
+            return _floats_of(tensors, module)
+        if scheme.bits != 8 and "weight" in tensors:
+            raise RacError(
+                f"{module}.weight: not quantized, but config.json says that it is "
+                f"int{scheme.bits}; {_RESTORE}"
+            )
+        return PackQuantized.check(tensors, module, scheme)
 
 
 class Layout:
@@ -39,7 +76,7 @@ class Layout:
     ignore: tuple[str, ...] = ()
     dtypes: Mapping[str, torch.dtype | None]
 
-    def read(self, tensors: Mapping[str, Tensor], module: str) -> LoadedWeight:
+    def read(self, tensors: Mapping[str, Tensor], module: str) -> Weight:
         """Check the tensors of `module`; return its weight (RacError names a damaged one)."""
         raise NotImplementedError
 
@@ -52,20 +89,23 @@ class Layout:
 
     def experts_reader(self) -> WeightReader | str | None:
         """Return what reads routed experts; a text and None like `reader`."""
-        return None
+        return self
 
     def vocabulary_reader(self, layer: Any, prefix: str) -> WeightReader | None:
         """Return what reads a head or an embedding; None where vLLM's own method runs it."""
-        scheme = None if self.inner is None else self.inner.get_scheme_dict(layer, prefix)
+        scheme = self._scheme(layer, prefix)
         if scheme is None or torch.empty(0).device.type != "cpu":
             return None
-        if why_not_codes(scheme, self.inner.quant_format, vocabulary=True) is not None:
-            return None
-        return CodesReader({prefix: scheme["weights"]})
+        return None if scheme.why_no_kernel(vocabulary=True) else CodesReader({prefix: scheme})
 
     def holds(self, module: str) -> bool:
         """Return whether the weight of a linear module, by its name on disk, is compressed."""
         return _matches(module, self.targets) and not _matches(module, self.ignore)
+
+    def _scheme(self, layer: Any, module: str) -> WeightScheme | None:
+        """Return the scheme that vLLM's config has for a module; None: it is not quantized."""
+        scheme = None if self.inner is None else self.inner.get_scheme_dict(layer, module)
+        return None if scheme is None else _scheme_of(scheme, self.inner.quant_format)
 
 
 class PackedLayout(Layout):
@@ -74,56 +114,34 @@ class PackedLayout(Layout):
     def __init__(self, config: Mapping[str, Any]) -> None:
         sparsity = SparsityConfig.of(config)
         if sparsity is None:
-            raise RacError(f"config.json: quantization_config has no sparsity_config; {RESTORE}")
+            raise RacError(f"config.json: quantization_config has no sparsity_config; {_RESTORE}")
         self.targets, self.ignore = sparsity.targets, sparsity.ignore
-        self.format, self.quantized = sparsity.format, bool(config.get("config_groups"))
+        self.format, self.quantized = FORMATS[sparsity.format], bool(config.get("config_groups"))
         stored = {"bitmask": torch.uint8, "row_offsets": torch.int64, "shape": torch.int64}
-        names = [*PARTS[self.format], "weight"]  # an ignored shard of a fused layer has a weight
+        names = [*self.format.parts, "weight"]  # an ignored shard of a fused layer has a weight
         if self.quantized:
             self.inner = _compressed_tensors(config)
-            names += [SCALE, *_UNUSED, dense_codes.ZEROS, dense_codes.ORDER]
+            names += [SCALE, *_UNUSED, ZEROS, ORDER]
         self.dtypes = {name: stored.get(name) for name in names}
 
-    def experts_reader(self) -> WeightReader:
-        """Return the layout itself."""
-        return self
-
-    def read(self, tensors: Mapping[str, Tensor], module: str) -> LoadedWeight:
+    def read(self, tensors: Mapping[str, Tensor], module: str) -> Weight:
         """Return the sparse weight; a tensor where it is stored dense."""
-        for part in (dense_codes.ZEROS, dense_codes.ORDER):
+        for part in (ZEROS, ORDER):
             if part in tensors:
                 raise RacError(
                     f"{module}.{part}: zeros of a weight that is not quantized symmetrically are "
                     "not zero, so it cannot be sparse; quantize it symmetrically"
                 )
         if "weight" not in tensors:
-            return LoadedWeight(check(tensors, self.format, module))
-        weight = matrix_of(tensors, module)
-        if tensors.keys() & {*PARTS[FORMAT_BITMASK]}:
+            return self.format.check(tensors, module)
+        weight = _matrix_of(tensors, module)
+        if tensors.keys() & {*FORMATS[FORMAT_BITMASK].parts}:
             raise RacError(f"{module}.weight: stored both dense and packed; save the model again")
         if not self.quantized or (weight.dtype in FLOATS and SCALE not in tensors):
-            return LoadedWeight(weight)
+            return weight
         rows, columns = weight.shape
         scale = check_scale(tensors, weight.dtype, rows, columns, module)
-        return LoadedWeight(dequantize(weight, scale, torch.float32))
-
-
-class PrunedLayout(Layout):
-    """Pruned weights that are stored dense: the modules that `rac_sparsity` lists."""
-
-    dtypes: Mapping[str, torch.dtype | None] = {"weight": None}
-
-    def __init__(self, record: SparsityRecord) -> None:
-        if not record.modules:
-            raise RacError(
-                "config.json: rac_sparsity names no pruned module, so there is nothing to serve "
-                f"sparse; leave out --quantization {METHOD}, or save the model with rac-modifier"
-            )
-        self.targets = tuple(record.modules)
-
-    def read(self, tensors: Mapping[str, Tensor], module: str) -> LoadedWeight:
-        """Return the sparse form of the dense weight."""
-        return LoadedWeight(from_dense(matrix_of(tensors, module), module))
+        return dequantize(weight, scale, torch.float32)
 
 
 class CodesLayout(Layout):
@@ -131,12 +149,10 @@ class CodesLayout(Layout):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.inner = _compressed_tensors(config)
-        reasons = [
-            why_not_codes(
-                scheme, self.inner.quant_format, bool(dense_codes.OF_VOCABULARY.search(target))
-            )
-            for target, scheme in self.inner.target_scheme_map.items()
-        ]
+        reasons = []
+        for target, scheme in self.inner.target_scheme_map.items():
+            vocabulary = bool(OF_VOCABULARY.search(target))
+            reasons.append(_scheme_of(scheme, self.inner.quant_format).why_no_kernel(vocabulary))
         if config.get("transform_config"):
             reasons = ["its inputs or outputs are transformed"]
         if None not in reasons:
@@ -144,13 +160,12 @@ class CodesLayout(Layout):
 
     def reader(self, layer: Any, modules: list[str]) -> WeightReader | str | None:
         """Return a reader of codes; vLLM runs other schemes."""
-        schemes = {module: self.inner.get_scheme_dict(layer, module) for module in modules}
+        schemes = {module: self._scheme(layer, module) for module in modules}
         quantized = [scheme for scheme in schemes.values() if scheme is not None]
         for scheme in quantized:
-            if reason := why_not_codes(scheme, self.inner.quant_format):
+            if reason := scheme.why_no_kernel():
                 return reason
-        weights = {name: scheme and scheme["weights"] for name, scheme in schemes.items()}
-        return CodesReader(weights) if quantized else None
+        return CodesReader(schemes) if quantized else None
 
     def experts_reader(self) -> str:
         """Leave experts to vLLM."""
@@ -166,9 +181,8 @@ class WordsLayout(Layout):
     }
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        of_gptq = config["quant_method"] == "gptq"
-        self.gptq = gptq_awq.GptqEntries.of(config) if of_gptq else None
-        self.awq = None if of_gptq else gptq_awq.AwqEntries.of(config)
+        gptq = config["quant_method"] == "gptq"
+        self.format = (gptq_awq.Gptq if gptq else gptq_awq.Awq).of(config)
 
     def experts_reader(self) -> WeightReader:
         """Refuse experts."""
@@ -178,17 +192,13 @@ class WordsLayout(Layout):
         """Return the layout itself for a head that config.json quantizes."""
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-        quantized = self.gptq is not None and self.gptq.lm_head
-        return self if quantized and isinstance(layer, ParallelLMHead) else None
+        return self if self.format.lm_head and isinstance(layer, ParallelLMHead) else None
 
-    def read(self, tensors: Mapping[str, Tensor], module: str) -> LoadedWeight:
+    def read(self, tensors: Mapping[str, Tensor], module: str) -> Weight:
         """Return the weight with every value stored; a tensor where it is in floats."""
         if "weight" in tensors:
-            return LoadedWeight(floats_of(tensors, module))
-        if self.awq is not None:
-            return LoadedWeight(gptq_awq.check_awq(tensors, module, self.awq))
-        assert self.gptq is not None
-        return LoadedWeight(*gptq_awq.check_gptq(tensors, module, self.gptq))
+            return _floats_of(tensors, module)
+        return self.format.check(tensors, module)
 
 
 def is_packed(quantization: object) -> bool:
@@ -197,7 +207,7 @@ def is_packed(quantization: object) -> bool:
         return False
     method, sparsity = quantization.get("quant_method"), quantization.get("sparsity_config")
     format = sparsity.get("format") if isinstance(sparsity, Mapping) else None
-    ours = isinstance(format, str) and format in PARTS
+    ours = isinstance(format, str) and format in FORMATS
     return method == METHOD or (method == COMPRESSED_TENSORS and ours)  # of older files
 
 
@@ -215,6 +225,36 @@ def _compressed_tensors(config: Mapping[str, Any]) -> Any:
 
     without = {key: value for key, value in config.items() if key != "sparsity_config"}
     return CompressedTensorsConfig.from_config(without)
+
+
+def _scheme_of(scheme: Mapping[str, Any], format: str | None) -> WeightScheme:
+    """Convert a scheme of vLLM's config; `format`: of the checkpoint, for one without."""
+    rounded = scheme.get("input_activations") or scheme.get("output_activations")
+    group = {
+        "weights": scheme["weights"].model_dump(mode="json"),  # names instead of enums
+        "input_activations": rounded and rounded.model_dump(mode="json"),
+        "format": scheme.get("format"),
+    }
+    return WeightScheme.of(group, format)
+
+
+def _floats_of(tensors: Mapping[str, Tensor], module: str) -> Tensor:
+    """Return a module's only tensor, `weight` [N, K] in floats."""
+    weight = _matrix_of(tensors, module)
+    if weight.dtype not in FLOATS or len(tensors) > 1:
+        raise RacError(
+            f"{module}.weight: {weight.dtype} next to {sorted(tensors)}, but config.json does not "
+            f"quantize it so; {_RESTORE}"
+        )
+    return weight
+
+
+def _matrix_of(tensors: Mapping[str, Tensor], module: str) -> Tensor:
+    """Return the tensor `weight` [N, K] of a module."""
+    weight = part_of(tensors, module, "weight")
+    if weight.dim() != 2 or not weight.numel():
+        raise damaged(f"{module}.weight", f"shape {list(weight.shape)} is not that of a matrix")
+    return weight
 
 
 def _matches(module: str, entries: Iterable[str]) -> bool:

@@ -24,11 +24,11 @@ from rac_modifier.checkpoint.stored_weight import StoredWeight, stack
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.choose import choose
 from rac_modifier.kernels.interface import Backend, Decision, Layer, stay_dense
-from rac_modifier.vllm_plugin.readers import LoadedWeight, WeightReader
+from rac_modifier.vllm_plugin.layouts import Weight, WeightReader
 
 AddDecision = Callable[[str, Decision | None], None]
 ShardId = Any  # None (the whole layer), an index, a tuple of indices, or "q", "k", "v"
-_Loaded = dict[ShardId, LoadedWeight]
+_Loaded = dict[ShardId, Weight]
 _QKV = {"q": 0, "k": 1, "v": 2}
 
 
@@ -124,21 +124,6 @@ class Shards:
             )
         return numbers.data.flatten()
 
-    def order(self, loaded: _Loaded) -> Tensor | None:
-        """Return the column order that all shards share, int64 [K]; None: the inputs' order."""
-        (first, weight), *remaining = loaded.items()
-        for shard, second in remaining:
-            same = weight.order is second.order
-            if weight.order is not None and second.order is not None:
-                same = torch.equal(weight.order, second.order)
-            if not same:
-                raise RacError(
-                    f"{self.name(shard)}.g_idx: its columns are in another order than those of "
-                    f"{self.name(first)}, and one matmul reads both; quantize the model with "
-                    "desc_act: false"
-                )
-        return weight.order
-
     def name(self, shard: ShardId) -> str:
         """Return the shard's module on disk."""
         index = _position(shard) if isinstance(shard, (str, int)) else len(self.modules)
@@ -186,7 +171,6 @@ class RacLinearMethod(LinearMethodBase):
         """Check what was collected (RacError), and keep the weight in one form, packed or dense."""
         loaded = self.shards.take(layer)
         rows = self.shards.row_numbers(layer, self.loader, loaded, self.rows)
-        order = self.shards.order(loaded)
         share = self._share(list(loaded.values()), rows, self._first_column(layer))
         if isinstance(share, str):
             decision, backend = stay_dense(share, self.dtype), None
@@ -201,10 +185,11 @@ class RacLinearMethod(LinearMethodBase):
         else:
             assert isinstance(share, StoredWeight)
             self.packed = PackedWeight(layer, backend, share, self.dtype)
-            if order is not None:
-                layer.register_parameter("column_order", Parameter(order, requires_grad=False))
+            if share.order is not None:
+                order = Parameter(share.order, requires_grad=False)
+                layer.register_parameter("column_order", order)
                 self.reordered = True
-        in_floats = all(isinstance(item.weight, Tensor) for item in loaded.values())
+        in_floats = all(isinstance(weight, Tensor) for weight in loaded.values())
         self.add(self.shards.prefix, None if in_floats else decision)
 
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -222,7 +207,7 @@ class RacLinearMethod(LinearMethodBase):
         return self._dense_weight(layer, loaded, rows).to(self.device)
 
     def _dense_weight(self, layer: Any, loaded: _Loaded, rows: Tensor) -> Tensor:
-        dense = torch.cat([weight.dense(self.dtype) for weight in loaded.values()])
+        dense = torch.cat([to_floats(weight, self.dtype) for weight in loaded.values()])
         first = self._first_column(layer)
         return dense[rows, first : first + self.columns]
 
@@ -230,23 +215,27 @@ class RacLinearMethod(LinearMethodBase):
         sharded = self.columns < self.all_columns
         return getattr(layer, "tp_rank", 0) * self.columns if sharded else 0
 
-    def _share(self, loaded: list[LoadedWeight], rows: Tensor, first: int) -> StoredWeight | str:
+    def _share(self, loaded: list[Weight], rows: Tensor, first: int) -> StoredWeight | str:
         """Return this rank's share, from its `first` column on, or why it runs dense."""
-        compressed = [item.weight for item in loaded if isinstance(item.weight, StoredWeight)]
-        kinds = {(w.values.dtype, w.bits, w.group, w.zeros is None) for w in compressed}
+        compressed = [weight for weight in loaded if isinstance(weight, StoredWeight)]
         if len(compressed) < len(loaded):
             return "a part of this fused layer is stored dense"
-        if len(kinds) > 1:
-            return "the parts of this fused layer are quantized differently"
-        if loaded[0].order is not None and self.columns < self.all_columns:
+        try:
+            share = stack(compressed, self.shards.prefix).select_rows(rows)
+        except RacError as error:
+            return str(error)
+        if share.order is not None and self.columns < self.all_columns:
             return "its columns are reordered (desc_act), and ranks share them"
-        share = stack(compressed, self.shards.prefix).select_rows(rows)
         share = share.select_columns(first, self.columns)
-        codes = share.density == 1.0 and share.bits < 8
-        if codes and share.group < share.columns and share.group % 4:
-            # The backend would round such values to bfloat16.
-            return f"its groups have {share.group} columns on a rank, no multiple of 4"
         return replace(share, activation_bits=self.activation_bits)
+
+
+def to_floats(weight: Weight, dtype: torch.dtype) -> Tensor:
+    """Return a loaded weight [N, K] in floats, its columns in the order of the inputs."""
+    if isinstance(weight, Tensor):
+        return weight.to(dtype)
+    dense = weight.dequantized(dtype)
+    return dense if weight.order is None else dense[:, weight.order.argsort()]
 
 
 def loaded_again(prefix: str) -> RacError:

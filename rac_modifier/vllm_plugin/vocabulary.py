@@ -19,29 +19,56 @@ from rac_modifier.errors import RacError
 from rac_modifier.kernels.choose import choose
 from rac_modifier.kernels.cpu import lookup
 from rac_modifier.kernels.interface import Layer
-from rac_modifier.vllm_plugin.linear import PackedWeight, Shards
-from rac_modifier.vllm_plugin.readers import WeightReader
+from rac_modifier.vllm_plugin.layouts import Weight, WeightReader
+from rac_modifier.vllm_plugin.linear import PackedWeight, Shards, to_floats
 
 logger = init_logger(f"vllm.{__name__}")
 
 
 class VocabularyMethod(QuantizeMethodBase):
-    """The method of a head in floats that may be tied to an embedding in 8 or 4 bits."""
+    """The method of a head or embedding in 8 or 4 bits, or of a head that may be tied to one.
 
-    def __init__(self) -> None:
+    `reader` None: the weight is in floats, or is the tied embedding's.
+    """
+
+    def __init__(self, prefix: str, reader: WeightReader | None) -> None:
+        self.prefix = prefix
+        self.shards = None if reader is None else Shards(prefix, [prefix], reader)
         self.floats = UnquantizedEmbeddingMethod()
         self.packed: PackedWeight | None = None
         self.tied: torch.nn.Module | None = None  # the embedding that a head is tied to
 
-    def create_weights(self, layer: torch.nn.Module, *sizes: Any, **attributes: Any) -> None:
-        """Create a weight in floats."""
-        self.floats.create_weights(layer, *sizes, **attributes)
+    def create_weights(
+        self,
+        layer: torch.nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Register the parameters that collect the tensors, or create a weight in floats."""
+        self.rows, self.columns, self.dtype = sum(output_partition_sizes), input_size, params_dtype
+        self.device = torch.empty(0).device  # vLLM sets the default device
+        if self.shards is not None:
+            self.shards.register(layer, params_dtype)
+            return
+        sizes = (input_size_per_partition, output_partition_sizes, input_size, output_size)
+        self.floats.create_weights(layer, *sizes, params_dtype, **extra_weight_attrs)
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Share the packed weight of the tied embedding, if it has one."""
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Check what was collected (RacError), then keep it packed; without a kernel, in floats."""
+        loaded = {} if self.shards is None else self.shards.take(layer)
+        if loaded:
+            (weight,) = loaded.values()
+            self._pack(layer, weight)
+            return
+        if self.shards is not None and self.tied is None:
+            raise RacError(f"{self.prefix}: the checkpoint lacks its weight; copy or save it again")
         method = getattr(self.tied, "quant_method", None)
         if self.tied is None or not isinstance(method, VocabularyMethod) or method.packed is None:
-            self.keep_floats(layer)
+            self._keep_floats(layer)
             return
         if hasattr(layer, "weight"):
             del layer.weight
@@ -55,14 +82,6 @@ class VocabularyMethod(QuantizeMethodBase):
         if hasattr(embed_tokens, "weight"):
             layer.weight = embed_tokens.weight
         return layer
-
-    def keep_floats(self, layer: torch.nn.Module, weight: Tensor | None = None) -> None:
-        """Leave the weight to vLLM's method: `weight`, the tied embedding's, or the layer's own."""
-        if weight is not None:
-            layer.register_parameter("weight", Parameter(weight, requires_grad=False))
-        elif self.tied is not None:
-            layer.weight = self.tied.weight
-        self.floats.process_weights_after_loading(layer)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return the logits of x [..., K]."""
@@ -80,55 +99,33 @@ class VocabularyMethod(QuantizeMethodBase):
         packed = self.packed.parameters(layer)
         return lookup(input_, packed, self.packed.rows, self.packed.columns, layer.params_dtype)
 
-
-class StoredMethod(VocabularyMethod):
-    """Packs this rank's rows of a stored head or embedding, or expands them to floats."""
-
-    def __init__(self, prefix: str, reader: WeightReader) -> None:
-        super().__init__()
-        self.shards = Shards(prefix, [prefix], reader)
-
-    def create_weights(
-        self,
-        layer: torch.nn.Module,
-        input_size_per_partition: int,
-        output_partition_sizes: list[int],
-        input_size: int,
-        output_size: int,
-        params_dtype: torch.dtype,
-        **extra_weight_attrs: Any,
-    ) -> None:
-        """Register the parameters that collect the tensors."""
-        self.rows, self.columns, self.dtype = sum(output_partition_sizes), input_size, params_dtype
-        self.device = torch.empty(0).device  # vLLM sets the default device
-        self.shards.register(layer, params_dtype)
-
-    def process_weights_after_loading(self, layer: Any) -> None:
-        """Check what was collected (RacError), then keep it packed; without a kernel, in floats."""
-        name = self.shards.prefix
-        loaded = self.shards.take(layer)
-        if not loaded and self.tied is not None:  # only the embedding is on disk
-            super().process_weights_after_loading(layer)
-            return
-        if not loaded:
-            raise RacError(f"{name}: the checkpoint lacks its weight; copy or save it again")
-        (weight,) = loaded.values()
+    def _pack(self, layer: Any, weight: Weight) -> None:
+        """Pack this rank's rows of a stored weight, or expand them to floats."""
         if weight.shape != (layer.org_vocab_size, self.columns):
             raise RacError(
-                f"{name}: the checkpoint has a weight {list(weight.shape)}, the model's "
+                f"{self.prefix}: the checkpoint has a weight {list(weight.shape)}, the model's "
                 f"config.json has [{layer.org_vocab_size}, {self.columns}]; they do not "
                 "belong together"
             )
         shard = layer.shard_indices
         rows = torch.arange(shard.org_vocab_start_index, shard.org_vocab_end_index)
         backend = None
-        if isinstance(weight.weight, StoredWeight) and weight.order is None:
-            share = weight.weight.select_rows(rows)
+        if isinstance(weight, StoredWeight) and weight.order is None:
+            share = weight.select_rows(rows)
             decision, backend = choose(Layer.of(share, self.dtype), self.device.type)
-            logger.info("%s: int%d from the checkpoint: %s", name, share.bits, decision.reason)
-        if backend is None:
-            floats = weight.dense(self.dtype)[rows]
-            padding = (0, 0, 0, self.rows - len(floats))
-            self.keep_floats(layer, torch.nn.functional.pad(floats, padding).to(self.device))
-        else:
+            stored = (self.prefix, share.bits, decision.reason)
+            logger.info("%s: int%d from the checkpoint: %s", *stored)
+        if backend is not None:
             self.packed = PackedWeight(layer, backend, share, self.dtype)
+            return
+        floats = to_floats(weight, self.dtype)[rows]
+        padding = (0, 0, 0, self.rows - len(floats))
+        self._keep_floats(layer, torch.nn.functional.pad(floats, padding).to(self.device))
+
+    def _keep_floats(self, layer: torch.nn.Module, weight: Tensor | None = None) -> None:
+        """Leave the weight to vLLM's method: `weight`, the tied embedding's, or the layer's own."""
+        if weight is not None:
+            layer.register_parameter("weight", Parameter(weight, requires_grad=False))
+        elif self.tied is not None:
+            layer.weight = self.tied.weight
+        self.floats.process_weights_after_loading(layer)

@@ -24,7 +24,8 @@ def _(b: Bench) -> None:
 
 def dense_int4(symmetric: bool = False, **changes: Tensor) -> None:
     """Read a dense int4 weight [16, 64] of a checkpoint, with some of its parts replaced."""
-    from rac_modifier.checkpoint.dense_codes import check_codes
+    from rac_modifier.checkpoint.dense_codes import PackQuantized
+    from rac_modifier.checkpoint.quantization_config import WeightScheme
 
     parts = {
         "weight_packed": torch.zeros(16, 8, dtype=torch.int32),
@@ -32,12 +33,13 @@ def dense_int4(symmetric: bool = False, **changes: Tensor) -> None:
         "weight_shape": torch.tensor([16, 64]),
         "weight_zero_point": torch.zeros(2, 2, dtype=torch.int32),
     }
-    check_codes(parts | changes, NAME, 32, symmetric)
+    scheme = WeightScheme("int", 4, "group", 32, symmetric, "pack-quantized")
+    PackQuantized.check(parts | changes, NAME, scheme)
 
 
 def gptq(symmetric: bool, bits: int, **changes: Tensor) -> None:
     """Read a GPTQ weight [32, 64] in groups of 32 columns, with some of its parts replaced."""
-    from rac_modifier.checkpoint.gptq_awq import GptqEntries, check_gptq
+    from rac_modifier.checkpoint.gptq_awq import Gptq
 
     parts = {
         "qweight": torch.zeros(2 * bits, 32, dtype=torch.int32),
@@ -45,7 +47,7 @@ def gptq(symmetric: bool, bits: int, **changes: Tensor) -> None:
         "scales": torch.ones(2, 32),
     }
     entries = {"bits": bits, "group_size": 32, "sym": symmetric, "desc_act": False}
-    check_gptq(parts | changes, NAME, GptqEntries.of(entries))
+    Gptq.of(entries).check(parts | changes, NAME)
 
 
 CASES += [

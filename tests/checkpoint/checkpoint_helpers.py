@@ -13,8 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rac_modifier.checkpoint.files import TensorFiles
-from rac_modifier.checkpoint.formats import check_packed, packed_modules, packed_weight
-from rac_modifier.checkpoint.quantization_config import packed_format
+from rac_modifier.checkpoint.formats import PackedFiles
 from tests import tiny
 from tests.tiny import linears
 
@@ -24,8 +23,7 @@ Q = "model.layers.0.self_attn.q_proj"
 
 
 def tiny_model(tied: bool = True, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
-    """With weights as small as real ones, 96 = 3 x 32 columns in down_proj, and an EOS of its
-    own."""
+    """With weights as small as real ones, and 96 = 3 x 32 columns in down_proj."""
     model = tiny.tiny_model(
         vocab_size=128,
         intermediate_size=96,
@@ -67,8 +65,7 @@ SCHEMES: dict[str, dict] = {
 
 
 def save_quantized(folder: Path, structure: str, scheme: str) -> dict[str, str]:
-    """Save a pruned and quantized tiny model in upstream's dense layout; returns the mask
-    structures by module."""
+    """Save a pruned, quantized model in upstream's dense layout; return structures by module."""
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
     from compressed_tensors.quantization.utils import calculate_qparams
@@ -111,15 +108,13 @@ def assert_same_state(model: torch.nn.Module, expected: dict[str, torch.Tensor])
 
 
 def dense_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint; a packed weight as `<module>.weight`, with quantized values as
-    int8."""
-    format = packed_format(config_of(folder))
+    """Every tensor of a checkpoint; a packed weight as `<module>.weight`, its codes as int8."""
     with TensorFiles(folder) as files:
-        check_packed(files, format)
-        packed = packed_modules(files.where)
-        tensors = {f"{name}.weight": packed_weight(files, format, name).dense() for name in packed}
-        others = (name for name in files.where if name.rpartition(".")[0] not in packed)
-        scales = (f"{name}.weight_scale" for name in packed if f"{name}.weight_scale" in files)
+        packed = PackedFiles(files, config_of(folder))
+        modules = packed.modules
+        tensors = {f"{name}.weight": packed.weight(name).dense() for name in modules}
+        others = (name for name in files.where if name.rpartition(".")[0] not in modules)
+        scales = (f"{name}.weight_scale" for name in modules if f"{name}.weight_scale" in files)
         return tensors | {name: files.tensor(name) for name in [*others, *scales]}
 
 

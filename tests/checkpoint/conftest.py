@@ -12,8 +12,7 @@ from tests.tiny import linears
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Saved:
-    """Save a pruned tiny model, packed unless told otherwise: its folder, its state dict and the
-    mask structures."""
+    """Save a pruned tiny model: its folder, its state dict and the mask structures."""
 
     def save(
         structure: str = "2:4",

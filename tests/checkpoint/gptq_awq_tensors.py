@@ -1,4 +1,4 @@
-"""Random weights, and how GPTQ and AWQ write them, packed value by value with Python's integers."""
+"""Random weights, and how GPTQ, AWQ and compressed-tensors write them, with Python's integers."""
 
 from __future__ import annotations
 
@@ -60,8 +60,7 @@ def rounded(weight: torch.Tensor, group: int | None, symmetric: bool, bits: int 
 
 
 def words(lines: torch.Tensor, bits: int) -> torch.Tensor:
-    """Lines of codes as int32, the first code in the lowest bits; some of 3 bits lie in two
-    words."""
+    """Lines of codes as int32, the first in the lowest bits; some of 3 bits lie in two words."""
     packed = []
     for line in lines.tolist():
         number = sum(code << bits * i for i, code in enumerate(line))
@@ -70,8 +69,7 @@ def words(lines: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def minus_one(zeros: torch.Tensor, bits: int) -> torch.Tensor:
-    """The words of codes of zero [lines, count] less one each, as GPTQModel stores them: subtracted
-    from whole words."""
+    """The words of codes of zero less one each, subtracted from whole words as by GPTQModel."""
     ones = [sum(1 << at for at in range(0, 32, bits))] if bits != 3 else _GPTQMODEL_3_BITS
     actual = words(zeros, bits).tolist()
     return _int32(
@@ -110,6 +108,18 @@ def awq(weight: Rounded) -> dict[str, torch.Tensor]:
         "qzeros": words(_interleaved(weight.zeros.T), 4),
         "scales": weight.scale.T.contiguous().half(),
     }
+
+
+def pack_quantized(weight: Rounded, symmetric: bool) -> dict[str, torch.Tensor]:
+    """The tensors on disk, as compressed-tensors'."""
+    tensors = {
+        "weight_packed": words(weight.codes, weight.bits),
+        "weight_scale": weight.scale,
+        "weight_shape": torch.tensor(weight.codes.shape),
+    }
+    if not symmetric:
+        tensors["weight_zero_point"] = words(weight.zeros.T, weight.bits).T.contiguous()
+    return tensors
 
 
 def _interleaved(lines: torch.Tensor) -> torch.Tensor:

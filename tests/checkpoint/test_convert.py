@@ -51,13 +51,11 @@ def assert_same_tensors(folder: Path, other: Path) -> None:
         assert same_bits(actual[name], tensor), name
 
 
-@pytest.mark.parametrize("shard", [None, "60KB"])
-@pytest.mark.parametrize("structure", ["2:4", "unstructured"])
+@pytest.mark.parametrize(("structure", "shard"), [("2:4", None), ("unstructured", "60KB")])
 def test_a_dense_stored_model_of_others(
     saved: Saved, tmp_path: Path, structure: str, shard: str | None
 ) -> None:
-    """Packed, loaded by both loaders, and unpacked again: the same bits; the source is as
-    before."""
+    """Packed, loaded, and unpacked again: the same bits; the source is as before."""
     folder, expected, modules = saved(structure, packed=False, shard=shard, dtype=torch.bfloat16)
     tiny_tokenizer().save_pretrained(folder)
     before = contents(folder)
@@ -67,22 +65,10 @@ def test_a_dense_stored_model_of_others(
     assert contents(folder) == before
     assert_restores(out, expected)
     assert_same_state(load_model(out), expected)
-    model, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
-    assert not any(info.values())
-    assert_same_state(model, expected)
     assert (out / "tokenizer.json").read_bytes() == before["tokenizer.json"]
     assert {path.name[0] for path in out.iterdir()} & {"."} == set()
-    config = config_of(out)
-    assert config["rac_sparsity"] == {"storage": "packed", "modules": modules}
-    assert config["quantization_config"] == {
-        "format": "dense",
-        "quant_method": "compressed-tensors",
-        "sparsity_config": {
-            "format": "sparse-24-bitmask" if structure == "2:4" else "sparse-bitmask",
-            "targets": ["Linear"],
-            "ignore": ["model.layers.0.self_attn.o_proj"],
-        },
-    }
+    sparsity = config_of(out)["quantization_config"]["sparsity_config"]
+    assert sparsity["ignore"] == ["model.layers.0.self_attn.o_proj"]
     record = json.loads((out / "rac_run.json").read_text())
     assert record["base_model"] == "owner/base"
     assert record["packing"]["modules"] == {structure: len(modules)}
@@ -104,9 +90,10 @@ def test_a_dense_stored_model_of_others(
         assert again["metadata"]["total_size"] == index["metadata"]["total_size"]
 
 
-@pytest.mark.parametrize("structure", ["2:4", "unstructured"])
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_a_quantized_model_of_others(tmp_path: Path, structure: str, scheme: str) -> None:
+@pytest.mark.parametrize(
+    ("scheme", "structure"), zip(SCHEMES, 2 * ["2:4", "unstructured"], strict=True)
+)
+def test_a_quantized_model_of_others(tmp_path: Path, scheme: str, structure: str) -> None:
     modules = save_quantized(tmp_path / "model", structure, scheme)
     dense = stock(tmp_path / "model")
     expected = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
@@ -175,12 +162,11 @@ def test_the_links_of_the_hubs_cache_are_followed(saved: Saved, tmp_path: Path) 
     assert contents(out) == contents(packed(folder, tmp_path / "other"))
 
 
-@pytest.mark.parametrize("structure", ["2:4", "unstructured"])
 def test_the_tensors_of_two_files_at_most_are_in_memory(
-    saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, structure: str
+    saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A checkpoint is read tensor by tensor and written file by file."""
-    folder, _, modules = saved(structure, packed=False, shard="30KB", tied=False)
+    folder, _, modules = saved("unstructured", packed=False, shard="30KB", tied=False)
     largest = max(path.stat().st_size for path in folder.glob("*.safetensors"))
     assert sum(path.stat().st_size for path in folder.glob("*.safetensors")) > 4 * largest
     alive: list[tuple[weakref.ref[torch.Tensor], int]] = []

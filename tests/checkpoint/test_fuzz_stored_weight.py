@@ -7,11 +7,11 @@ import random
 import pytest
 import torch
 
-from rac_modifier.checkpoint.formats import check, pack
+from rac_modifier.checkpoint.formats import FORMATS
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.cpu.packed import pack_values
 from rac_modifier.kernels.cpu.support import support
-from tests.checkpoint.test_stored_weight import FORMATS, consistent, random_weight
+from tests.checkpoint.test_stored_weight import consistent, random_weight
 from tests.kernels.cpu.kernel_helpers import Packed, unpacked
 
 CASES = 1000
@@ -43,12 +43,12 @@ def mutated(tensors: Parts, rng: random.Random) -> Parts:
 def clean_parts(rng: random.Random, seed: int, format: str, bits: int | None) -> Parts:
     """A sound weight: floats, or quantized to so many bits with scales."""
     rows, columns = rng.randrange(1, 20), 4 * rng.randrange(1, 12)
-    weight = random_weight(rows, columns, seed, format == FORMATS[0], torch.float32)
+    weight = random_weight(rows, columns, seed, format == "sparse-24-bitmask", torch.float32)
     if bits is None:
-        return pack(weight.bfloat16(), format, "layer")
+        return FORMATS[format].compress(weight.bfloat16(), "layer")
     most = (1 << (bits - 1)) - 1
     values = (weight * most / 4).round().clamp(-most, most).to(torch.int8)
-    parts = pack(values, format, "layer", bits if bits == 4 else None)
+    parts = FORMATS[format].compress(values, "layer", bits if bits == 4 else None)
     return {**parts, "weight_scale": torch.rand(rows, 1) / most + 0.01}
 
 
@@ -62,7 +62,7 @@ def test_mutated_tensors(format: str, bits: int | None) -> None:
         if case % 50 == 0:
             clean = clean_parts(rng, case, format, bits)
         try:
-            weight = check(mutated(clean, rng), format, "layer")
+            weight = FORMATS[format].check(mutated(clean, rng), "layer")
         except RacError as error:
             unnamed += not str(error).startswith("layer.")
             refused += 1

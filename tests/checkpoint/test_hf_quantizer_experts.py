@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from rac_modifier.checkpoint.dense_codes import to_words
+from rac_modifier.checkpoint.dense_codes import PackQuantized
 from rac_modifier.checkpoint.packing import pack_checkpoint
 from rac_modifier.errors import RacError
 from tests.checkpoint.checkpoint_helpers import (
@@ -21,23 +21,12 @@ from tests.checkpoint.checkpoint_helpers import (
     prune_half,
     stock,
 )
+from tests.tiny import save_tiny_experts
 
 
 def mixture_of_experts(folder: Path, packed: str) -> dict[str, torch.Tensor]:
-    """Save a tiny mixture of experts whose modules with `packed` in their names are packed; what
-    stock loads of it."""
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-    torch.manual_seed(0)
-    config = Qwen3MoeConfig(
-        vocab_size=64, hidden_size=32, moe_intermediate_size=16, num_experts=3,
-        num_experts_per_tok=2,
-        num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
-        tie_word_embeddings=False,
-    )  # fmt: skip
-    model = Qwen3MoeForCausalLM(config).bfloat16()
-    model.config.dtype = torch.bfloat16
-    model.save_pretrained(folder)
+    """Save tiny experts, pack the modules with `packed` in their names; what stock loads of it."""
+    save_tiny_experts(folder, num_hidden_layers=1)
     with edited(folder) as tensors:
         names = [
             n.removesuffix(".weight") for n in tensors if packed in n and n.endswith("proj.weight")
@@ -50,13 +39,14 @@ def mixture_of_experts(folder: Path, packed: str) -> dict[str, torch.Tensor]:
     return expected
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("packed", ["proj", "experts", "experts.1", "self_attn"])
+@pytest.mark.parametrize(
+    ("packed", "dtype"),
+    [("proj", torch.bfloat16), ("experts.1", torch.float32), ("self_attn", torch.float32)],
+)
 def test_experts_are_unpacked_before_they_are_merged(
     tmp_path: Path, packed: str, dtype: torch.dtype
 ) -> None:
-    """Where only the attention is packed, transformers renames the experts and would leave them in
-    the file's dtype."""
+    """Of packed attention alone, transformers would leave the experts in the file's dtype."""
     expected = mixture_of_experts(tmp_path / "a", packed)
     model, info = AutoModelForCausalLM.from_pretrained(
         tmp_path / "a", dtype=dtype, output_loading_info=True
@@ -95,7 +85,7 @@ def test_quantized_experts_are_multiplied_with_their_scales(tmp_path: Path, sche
         if scheme == "fp8":
             tensors[f"{name}.weight"] = codes.to(torch.float8_e4m3fn)
         else:
-            words = to_words(codes.round().clamp(-8, 7).to(torch.int8), 4)
+            words = PackQuantized.compress(codes.round().clamp(-8, 7).to(torch.int8), 4)
             tensors |= {f"{name}.{part}": tensor for part, tensor in words.items()}
         tensors[f"{name}.weight_scale"] = scale.bfloat16()
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
@@ -114,4 +104,3 @@ def test_quantized_experts_are_multiplied_with_their_scales(tmp_path: Path, sche
     model, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values())
     assert_same_state(model, expected)
-    assert model.model.layers[0].mlp.experts.down_proj.dtype == torch.bfloat16

@@ -1,5 +1,4 @@
-"""The quantizer is in transformers' tables whatever is imported first; a process per case, hence
-slow."""
+"""The quantizer is in transformers' tables whatever is imported first."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from rac_modifier.checkpoint.files import write_tensors_atomic
 from rac_modifier.checkpoint.output_folder import (
     STAGING,
     bytes_of_weights,
@@ -21,7 +22,6 @@ from rac_modifier.checkpoint.output_folder import (
     move_into_place,
     new_files,
     unfinished,
-    write_tensors,
 )
 from rac_modifier.errors import RacError
 from tests.checkpoint.checkpoint_helpers import contents
@@ -115,7 +115,7 @@ def test_the_bytes_of_weights_are_those_of_the_folder_or_in_the_cache(
 def write(new: Path, text: str = "new") -> None:
     (new / "a.txt").write_text(text)
     (new / "b.json").write_text("{}")
-    write_tensors(new / "c.safetensors", {"x": torch.ones(2, 2).T})
+    write_tensors_atomic(new / "c.safetensors", {"x": torch.ones(2, 2).T}, {})
 
 
 def test_all_files_are_put_in_place(tmp_path: Path) -> None:

@@ -51,12 +51,9 @@ WEIGHTS = INT4["weights"]
     "groups",
     [
         {"g": {"weights": 4}},
-        {"g": None},
         ["W4A16"],
         {"g": {"weights": {**WEIGHTS, "num_bits": 1e30}}},
-        {"g": {"weights": {**WEIGHTS, "num_bits": "4"}}},
         {"g": {"weights": {**WEIGHTS, "group_size": 2**62}}},
-        {"g": {"weights": {**WEIGHTS, "group_size": [1]}}},
     ],
 )
 def test_malformed_groups(groups: object) -> None:
@@ -133,7 +130,6 @@ def test_entries_of_older_versions() -> None:
         ({"format": "new"}, "format is 'new': Input should be 'sparse-24-bitmask' or"),
         ({"targets": "Linear"}, "targets is 'Linear': Input should be a valid tuple; save the"),
         ({"ignore": ["re:("]}, r"ignore is .*: has a name: 're:\(' is no regular expression"),
-        ({"targets": ["re:(a+)+$"]}, "targets is .* could take too long to match"),
         (
             {"version": 2},
             "version is 2: .*; a newer version wrote it: pip install -U rac-modifier$",
@@ -147,9 +143,7 @@ def test_a_malformed_sparsity_config(changes: dict, message: str) -> None:
         SparsityConfig.of({"sparsity_config": [1]})
 
 
-@pytest.mark.parametrize(
-    "record", ["dense", {"modules": ["a"]}, {"modules": {"a": 5}}, {"storage": "zip"}]
-)
+@pytest.mark.parametrize("record", ["dense", {"modules": {"a": 5}}, {"storage": "zip"}])
 def test_a_malformed_record(record: object) -> None:
     with pytest.raises(RacError, match=r"config\.json: rac_sparsity.* is .*; save the model again"):
         SparsityRecord.of({"rac_sparsity": record})

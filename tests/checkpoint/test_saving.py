@@ -1,5 +1,4 @@
-"""Saving a compressed model, with a plain transformers model: what is checked, packed and
-recorded."""
+"""Saving a compressed transformers model: what is checked, packed and recorded."""
 
 from __future__ import annotations
 

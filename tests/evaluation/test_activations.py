@@ -77,11 +77,13 @@ def test_the_layers_of_a_dense_checkpoint(tmp_path: Path) -> None:
         "model.layers.2.mlp.up_proj": words(8, 64, 32, bits=8),
         "model.layers.2.mlp.down_proj": words(8, 64, 64, order=True),
         "model.layers.3.mlp.up_proj": words(8, 60, 30),
-        "model.layers.3.mlp.down_proj": words(8, 100, 33),
         "lm_head": words(8, 64, 32),
         "model.embed_tokens": words(8, 64, 32),
     }
-    layers = layers_of(folder_of(tmp_path, modules), recorded=False)
+    every = quantization()
+    others = {str(bits): quantization(bits=bits)["config_groups"]["g"] for bits in (2, 3, 8)}
+    every["config_groups"] |= others
+    layers = layers_of(folder_of(tmp_path, modules, quantization_config=every), recorded=False)
     gate = ("model.layers.0.mlp.gate", 64, None)
     actual = [(x.module, x.block, x.own_error) for x in layers]
     assert actual == [(DOWN, 512, None), gate, (UP, 32, None)]
@@ -109,16 +111,15 @@ def test_checkpoints_without_such_layers_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("stored", "group", "columns", "bits", "block"),
     [
-        (torch.int32, 1024, 4096, 4, 512),
-        (torch.int32, 1280, 2560, 4, 320),  # thirds are no multiple of 8
-        (torch.int32, 1056, 2112, 3, 352),
-        (torch.int32, 1040, 2080, 3, 208),  # no multiple of 32, so four bits each, in fifths
-        (torch.int8, 1020, 2040, 4, 340),
-        (torch.int32, 30, 120, 4, None),  # multiplied as floats
+        (torch.int32, 64, 256, 4, 64),
+        (torch.int32, 4096, 4096, 4, 512),  # one scale per row
+        (torch.int8, 340, 2040, 4, 340),
+        (torch.int32, 1024, 4096, 4, None),
+        (torch.int32, 30, 120, 4, None),
+        (torch.float8_e4m3fn, 120, 120, 4, None),
     ],
 )
 def test_the_columns_that_share_a_scale_of_x(stored, group, columns, bits, block):
-    """The largest equal divisors of a group: at most 512, a multiple of the kernel's step."""
     assert activation_block(stored, group, columns, bits) == block
 
 

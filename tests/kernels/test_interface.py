@@ -13,6 +13,5 @@ def test_values():
     dense[:, ::4] = 1
     layer = Layer(4, 8, 0.25, torch.bfloat16, torch.float32, 8, two_of_four=True)
     assert Layer.of(from_dense(dense, "a"), torch.float32) == layer
-    assert Decision(True, "sparse kernel x", "why", 1.25, 2.0).ceiling == 1.6
     decision = stay_dense("it is small", torch.float32)
     assert decision == Decision(False, "dense", "dense because it is small", 4.0, 4.0)

@@ -15,10 +15,8 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
 )
 
-from rac_modifier.checkpoint.formats import FORMAT_24, FORMAT_BITMASK, pack
-from rac_modifier.checkpoint.quantization_config import SparsityRecord
+from rac_modifier.checkpoint.formats import FORMAT_24, FORMAT_BITMASK, FORMATS
 from rac_modifier.vllm_plugin.config import RacConfig
-from rac_modifier.vllm_plugin.layouts import PrunedLayout
 from tests.checkpoint.test_stored_weight import random_weight
 from tests.vllm_plugin import stored_forms
 from tests.vllm_plugin.stored_forms import Stored, quantize, quantized_sparse
@@ -61,16 +59,12 @@ def load(layer: LinearBase, shard: Any, tensors: dict[str, torch.Tensor]) -> Non
 
 
 class Form(NamedTuple):
-    """How a weight [N, K] is stored: its config, its tensors with what they mean, and its name in
-    the report.
-
-    two_of_four: the weight must be 2:4.
-    """
+    """How a weight [N, K] is stored: its config, tensors and meaning, and the kernel's name."""
 
     config: Callable[[], RacConfig]
     store: Callable[[torch.Tensor], Stored]
     kernel: str
-    two_of_four: bool = False
+    two_of_four: bool = False  # what the weight must be
 
 
 def sparse(format: str, scheme: str | None = None) -> Form:
@@ -78,9 +72,9 @@ def sparse(format: str, scheme: str | None = None) -> Form:
 
     def store(weight: torch.Tensor) -> Stored:
         if scheme is None:
-            return pack(weight, format, "m"), weight
+            return FORMATS[format].compress(weight, "m"), weight
         values, scale, meant = quantize(weight, scheme)
-        parts = pack(values, format, "m", bits=4 if scheme == "int4" else None)
+        parts = FORMATS[format].compress(values, "m", 4 if scheme == "int4" else None)
         return {**parts, "weight_scale": scale}, meant
 
     kernel = f"{scheme} kernel" if scheme in ("int8", "int4") else "sparse kernel"
@@ -114,9 +108,6 @@ def words(
 FORMS = {
     "2:4": sparse(FORMAT_24),
     "unstructured": sparse(FORMAT_BITMASK),
-    "pruned": Form(
-        lambda: config_of(None), lambda weight: ({"weight": weight}, weight), "sparse kernel"
-    ),
     "2:4 int8": sparse(FORMAT_24, "int8"),
     "unstructured int4": sparse(FORMAT_BITMASK, "int4"),
     "unstructured fp8": sparse(FORMAT_BITMASK, "fp8"),
@@ -156,10 +147,8 @@ def weights_of(kind: str, two_of_four: bool) -> list[tuple[Any, str, torch.Tenso
     ]
 
 
-def config_of(format: str | None, scheme: str | None = None) -> RacConfig:
+def config_of(format: str, scheme: str | None = None) -> RacConfig:
     """The config of packed weights, quantized or not."""
-    if format is None:
-        return RacConfig(PrunedLayout(SparsityRecord(modules={"Linear": "unstructured"})))
     if scheme is not None:
         return RacConfig.from_config(quantized_sparse(format, scheme, []))
     sparsity = {"format": format, "targets": ["Linear"], "ignore": []}

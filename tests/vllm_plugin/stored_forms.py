@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from tests.checkpoint.gptq_awq_tensors import awq, gptq, rounded
+from tests.checkpoint.gptq_awq_tensors import awq, gptq, pack_quantized, rounded
 
 GROUP = 32  # columns that share a scale
 Stored = tuple[dict[str, Any], torch.Tensor]  # tensors on disk, and the weight that they mean
@@ -63,8 +63,6 @@ def gptq_config(
         "sym": symmetric,
         "lm_head": False,
         "checkpoint_format": "gptq" if version == 1 else "gptq_v2",
-        "pack_dtype": "int32",
-        "meta": {"quantizer": ["gptqmodel:2.0.0"], "damp_percent": 0.01},
         **changes,
     }
 
@@ -79,8 +77,6 @@ def awq_config(
         "group_size": -1 if group is None else group,
         "zero_point": not symmetric,
         "version": "gemm",
-        "backend": "autoawq",
-        "modules_to_not_convert": None,
         **changes,
     }
 
@@ -125,35 +121,9 @@ def quantize(weight: torch.Tensor, scheme: str) -> tuple[torch.Tensor, torch.Ten
     return values, scale, values.float() * wide
 
 
-def int32_words(values: torch.Tensor, bits: int) -> torch.Tensor:
-    """Signed values [N, K] as int32 words, bit after bit."""
-    codes = values.long() + (1 << (bits - 1))
-    stream = (codes[..., None] >> torch.arange(bits) & 1).flatten(-2)
-    stream = torch.nn.functional.pad(stream, (0, -stream.shape[-1] % 32)).view(len(values), -1, 32)
-    return (stream << torch.arange(32)).sum(-1).to(torch.int32)
-
-
 def int4(
     weight: torch.Tensor, group: int | None = GROUP, symmetric: bool = True, bits: int = 4
 ) -> Stored:
     """A weight [N, K] rounded to `bits`, as compressed-tensors stores it."""
-    rows, columns = weight.shape
-    width = group or columns
-    grouped = weight.float().view(rows, columns // width, width)
-    high = grouped.abs().amax(-1) if symmetric else grouped.amax(-1)
-    low = -high if symmetric else grouped.amin(-1)
-    least, most = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
-    scale = ((high - low) / (most - least)).clamp_min(1e-6).bfloat16().float()
-    zero = torch.zeros_like(scale)
-    if not symmetric:
-        zero = (least - low / scale).round().clamp(least, most)
-    codes = (grouped / scale[..., None] + zero[..., None]).round().clamp(least, most)
-    meant = ((codes - zero[..., None]) * scale[..., None]).view(rows, columns)
-    tensors = {
-        "weight_packed": int32_words(codes.view(rows, columns), bits),
-        "weight_scale": scale,
-        "weight_shape": torch.tensor([rows, columns]),
-    }
-    if not symmetric:
-        tensors["weight_zero_point"] = int32_words(zero.T, bits).T.contiguous()
-    return tensors, meant
+    numbers = rounded(weight, group, symmetric, bits)
+    return pack_quantized(numbers, symmetric), numbers.meant

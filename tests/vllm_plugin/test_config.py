@@ -34,7 +34,7 @@ from rac_modifier.vllm_plugin import config as plugin_config  # noqa: E402
 from rac_modifier.vllm_plugin.config import LoadReport, RacConfig  # noqa: E402
 from rac_modifier.vllm_plugin.layouts import CodesLayout, PackedLayout, WordsLayout  # noqa: E402
 from rac_modifier.vllm_plugin.linear import RacLinearMethod  # noqa: E402
-from rac_modifier.vllm_plugin.vocabulary import StoredMethod, VocabularyMethod  # noqa: E402
+from rac_modifier.vllm_plugin.vocabulary import VocabularyMethod  # noqa: E402
 from tests.vllm_plugin.layer_kinds import make  # noqa: E402
 from tests.vllm_plugin.stored_forms import (  # noqa: E402
     awq_config,
@@ -131,15 +131,11 @@ def test_the_method_of_each_layer(monkeypatch, within):
     assert config.report.expected == 2
     reason = config.report.decisions["a.gate_up"].reason
     assert reason == "vLLM's own method because its weights are int8"
-
-
-def test_quantized_layers_that_are_not_packed_are_vllms(monkeypatch):
-    on_rank(monkeypatch, 0, 1)
+    # quantized, and not packed
     entry = quantized_sparse("sparse-bitmask", "int8", [])
     entry["sparsity_config"]["ignore"] = ["a.row"]
-    config = RacConfig.from_config(entry)
-    assert type(make("row", config).quant_method) is CompressedTensorsLinearMethod
-    assert type(make("column", config).quant_method) is RacLinearMethod
+    method = make("row", RacConfig.from_config(entry), within=within).quant_method
+    assert type(method) is CompressedTensorsLinearMethod
 
 
 @pytest.mark.parametrize("entry", [PACKED, quantization(), gptq_config(), awq_config()])
@@ -153,11 +149,11 @@ def test_stored_heads_and_embeddings():
     groups = {"g": group(["Linear"]), "h": group(["re:.*embed"], bits=8)}
     config = RacConfig.from_config(quantization(config_groups=groups))
     embedding = bare(VocabParallelEmbedding)
-    assert type(config.get_quant_method(embedding, "model.embed_tokens")) is StoredMethod
+    assert type(config.get_quant_method(embedding, "model.embed_tokens")) is VocabularyMethod
     # in floats, but it may be tied
     assert type(config.get_quant_method(bare(ParallelLMHead), "lm_head")) is VocabularyMethod
     gptq = RacConfig.from_config(gptq_config(lm_head=True))
-    assert type(gptq.get_quant_method(bare(ParallelLMHead), "lm_head")) is StoredMethod
+    assert type(gptq.get_quant_method(bare(ParallelLMHead), "lm_head")) is VocabularyMethod
     assert gptq.get_quant_method(embedding, "model.embed_tokens") is None
 
 
@@ -191,7 +187,7 @@ def test_the_order_of_columns_reaches_the_layers():
     """vLLM's own mapper drops it from the weights that are loaded."""
     base = super(RacConfig, RacConfig).get_checkpoint_weight_mapper()
     assert base.map_name("a.q.g_idx") is None
-    assert RacConfig().get_checkpoint_weight_mapper().map_name("a.q.g_idx") == "a.q.g_idx"
+    assert RacConfig.get_checkpoint_weight_mapper().map_name("a.q.g_idx") == "a.q.g_idx"
 
 
 def test_the_report_comes_with_the_last_layer_and_has_every_decision(said):

@@ -16,7 +16,7 @@ needs_vllm()
 
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation  # noqa: E402
 
-from rac_modifier.checkpoint.formats import FORMAT_24, FORMAT_BITMASK, pack  # noqa: E402
+from rac_modifier.checkpoint.formats import FORMAT_24, FORMAT_BITMASK, FORMATS  # noqa: E402
 from rac_modifier.errors import RacError  # noqa: E402
 from rac_modifier.kernels.choose import BACKENDS  # noqa: E402
 from rac_modifier.kernels.cpu.support import support  # noqa: E402
@@ -85,7 +85,7 @@ def method_of(layer: Any, format: str, quantized: bool = False, count: int = EXP
 
 def load(layer: Any, weights: Weights, format: str) -> None:
     """In two calls, as vLLM does for each file, with the parts mixed."""
-    packed = {name: pack(weight, format, name) for name, weight in weights.items()}
+    packed = {name: FORMATS[format].compress(weight, name) for name, weight in weights.items()}
     named = [(f"{name}.{part}", t) for name, parts in packed.items() for part, t in parts.items()]
     named.sort(key=lambda pair: pair[0].rpartition(".")[2])
     assert [*layer.load_weights(named[:20])] == []
@@ -145,7 +145,7 @@ def test_quantized_experts_with_their_scales(scheme):
     layer, meant, named = FakeLayer(), {}, []
     for name, weight in weights_of().items():
         values, scale, meant[name] = quantize(weight, scheme)
-        parts = pack(values, FORMAT_BITMASK, name, bits=4 if scheme == "int4" else None)
+        parts = FORMATS[FORMAT_BITMASK].compress(values, name, 4 if scheme == "int4" else None)
         named += [(f"{name}.{part}", t) for part, t in {**parts, "weight_scale": scale}.items()]
     method = method_of(layer, FORMAT_BITMASK, quantized=True)
     [*layer.load_weights(named)]

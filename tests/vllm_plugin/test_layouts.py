@@ -1,4 +1,4 @@
-"""Which checkpoints are ours, which of their layers are compressed, and what reads them."""
+"""Which checkpoints are ours, which of their layers are compressed, and how readers read them."""
 
 from __future__ import annotations
 
@@ -7,25 +7,29 @@ from typing import Any
 import pytest
 import torch
 
-from tests.vllm_plugin.vllm_fixtures import needs_vllm
+from tests.vllm_plugin.vllm_fixtures import needs_vllm, on_rank
 
 needs_vllm()
 
-from rac_modifier.checkpoint.quantization_config import (  # noqa: E402
-    SparsityRecord,
-    with_dense_mark,
-    with_packed,
+from vllm.model_executor.layers.quantization import auto_awq  # noqa: E402
+from vllm.model_executor.layers.quantization.utils.quant_utils import (  # noqa: E402
+    unpack_quantized_values_into_int32,
 )
+from vllm.scalar_type import scalar_types  # noqa: E402
+
+from rac_modifier.checkpoint.quantization_config import with_packed  # noqa: E402
 from rac_modifier.errors import RacError  # noqa: E402
 from rac_modifier.vllm_plugin.layouts import (  # noqa: E402
     CodesLayout,
+    CodesReader,
+    Layout,
     PackedLayout,
-    PrunedLayout,
     WordsLayout,
     is_packed,
 )
-from rac_modifier.vllm_plugin.readers import CodesReader, why_not_codes  # noqa: E402
-from tests.vllm_plugin.stored_forms import gptq_config, quantization  # noqa: E402
+from tests.checkpoint.gptq_awq_tensors import awq, drawn, gptq  # noqa: E402
+from tests.vllm_plugin.layer_kinds import FORMS, K  # noqa: E402
+from tests.vllm_plugin.stored_forms import awq_config, gptq_config, quantization  # noqa: E402
 
 INPUTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
 LINEAR = torch.nn.Linear(96, 64)
@@ -54,7 +58,7 @@ def test_what_packing_writes_is_packed(format, method):
     layout = PackedLayout(written)
     assert layout.experts_reader() is layout
     assert (layout.targets, layout.ignore) == (("Linear",), ("lm_head",))
-    assert layout.format == format
+    assert layout.format.name == format
     assert layout.inner is None
 
 
@@ -68,29 +72,12 @@ def test_names_patterns_and_classes():
     assert [name for name in ("a.b", "a.bc", "c.d", "x.c") if named.holds(name)] == ["a.b", "c.d"]
 
 
-@pytest.mark.parametrize(
-    ("entry", "message"),
-    [
-        ({"targets": "Linear"}, r"targets is .*: Input should be a valid tuple"),
-        ({"ignore": [1]}, r"ignore\.0 is 1: Input should be a valid string"),
-        ({"ignore": ["re:("]}, r"ignore is .*: has a name: 're:\(' is no regular expression"),
-        (None, r"no sparsity_config; restore"),
-    ],
-)
-def test_malformed_entries(entry, message):
-    config = {"quant_method": "rac"} if entry is None else packed(**entry)
-    with pytest.raises(RacError, match=message):
-        PackedLayout(config)
+def test_a_config_that_lost_its_entry():
+    with pytest.raises(RacError, match=r"no sparsity_config; restore"):
+        PackedLayout({"quant_method": "rac"})
 
 
-def test_pruned_weights_that_are_stored_dense():
-    written = with_dense_mark({}, {"model.a": "2:4", "model.b": "unstructured"})
-    layout = PrunedLayout(SparsityRecord.of(written))
-    assert layout.reader(LINEAR, ["model.a"]) is layout
-    assert layout.reader(LINEAR, ["model.c"]) is None
-    assert layout.experts_reader() is None
-    with pytest.raises(RacError, match="leave out --quantization rac"):
-        PrunedLayout(SparsityRecord())
+def test_experts_of_gptq_are_refused():
     with pytest.raises(RacError, match="experts of this format have no kernel; leave it out"):
         WordsLayout(gptq_config()).experts_reader()
 
@@ -120,34 +107,97 @@ def test_what_reads_each_layer_of_codes():
     assert layout.reader(LINEAR, ["a.gate", "a.up"]) == "its weights are int8"
     column = layout.reader(LINEAR, ["a.column"])
     assert isinstance(column, CodesReader)
-    assert (column.weights["a.column"].num_bits, column.weights["a.column"].group_size) == (4, 32)
+    assert (column.schemes["a.column"].bits, column.schemes["a.column"].group_size) == (4, 32)
     qkv = layout.reader(LINEAR, ["a.q", "a.k", "a.v"])
     assert isinstance(qkv, CodesReader)
-    assert qkv.weights["a.k"] is None  # in floats
-    assert qkv.weights["a.q"].num_bits == 3
+    assert qkv.schemes["a.k"] is None  # in floats
+    assert qkv.schemes["a.q"].bits == 3
     assert layout.experts_reader() == "dense experts of few bits have no kernel"
 
 
+@pytest.mark.parametrize(("bits", "inputs", "read"), [(8, True, True), (3, False, False)])
+def test_a_quantized_head(bits, inputs, read):
+    """A head alone is enough for the option, int8 too, which linear layers have no kernel for."""
+    head = group(["re:.*lm_head"], bits, INPUTS if inputs else None)
+    groups = {"g": group(["Linear"]), "h": head}
+    layout = CodesLayout(quantization(config_groups=groups, ignore=[]))
+    assert isinstance(layout.vocabulary_reader(LINEAR, "lm_head"), CodesReader) == read
+    if read:
+        CodesLayout(quantization(config_groups={"h": head}, ignore=[]))
+
+
+def reader_of(form: str):
+    """The reader of a layer "m"."""
+    layout = FORMS[form].config().layout
+    assert isinstance(layout, Layout)
+    return layout.reader(torch.nn.Linear(K, 64), ["m"])
+
+
 @pytest.mark.parametrize(
-    ("changes", "reason"),
+    ("form", "change", "message"),
     [
-        ({}, None),
-        ({"bits": 8}, None),
-        ({"bits": 8, "inputs": INPUTS}, None),
-        ({"bits": 3}, "its weights are int3"),
-        ({"bits": 8, "symmetric": False}, "its weights are asymmetric int8"),
-        ({"type": "float"}, "its weights are float4"),
-        ({"inputs": INPUTS}, "its activations are quantized too"),
-        ({"strategy": "tensor", "group_size": None}, "its scales are per tensor"),
+        ("2:4", {"weight": torch.ones(64, K)}, "weight: stored both dense and packed"),
+        ("gptq", {"weight": torch.ones(K)}, r"weight: shape \[96\] is not that of a matrix"),
+        ("2:4 int8", {"weight_scale": None}, "weight_scale: missing"),
+        ("2:4 int8", {"weight_zero_point": torch.zeros(64, 1)}, "weight_zero_point: .*symmetric"),
+        ("int4", {"weight": torch.ones(64, K)}, "weight: not quantized, but .* it is int4"),
+        ("int4", {"weight_zero_point": torch.zeros(8, 3)}, "weight_zero_point: must not be there"),
+        ("gptq", {"weight": torch.ones(64, K)}, r"weight: torch.float32 next to .*'qweight'"),
+        ("awq", {"g_idx": torch.zeros(K)}, "g_idx: AWQ does not reorder columns"),
     ],
 )
-def test_a_quantized_head(changes, reason):
-    """A head alone is enough for the option, int8 too, which linear layers have no kernel for."""
-    groups = {"g": group(["Linear"]), "h": group(["re:.*lm_head"], **changes)}
-    layout = CodesLayout(quantization(config_groups=groups, ignore=[]))
-    scheme = layout.inner.get_scheme_dict(LINEAR, "lm_head")
-    assert why_not_codes(scheme, "pack-quantized", vocabulary=True) == reason
-    reader = layout.vocabulary_reader(LINEAR, "lm_head")
-    assert isinstance(reader, CodesReader) == (reason is None)
-    if reason is None:
-        CodesLayout(quantization(config_groups={"h": groups["h"]}, ignore=[]))
+def test_what_is_damaged_is_named(form, change, message):
+    weight = torch.randn(64, K)
+    weight.view(-1, 2)[:, 0] = 0
+    tensors = {**FORMS[form].store(weight)[0], **change}
+    with pytest.raises(RacError, match=f"^m.{message}"):
+        reader_of(form).read({k: v for k, v in tensors.items() if v is not None}, "m")
+
+
+def test_codes_in_floats_where_config_json_quantizes_them():
+    layout = CodesLayout(quantization(config_groups={"g": group(["a.q"])}))
+    reader = layout.reader(torch.nn.Linear(K, 64), ["a.q", "a.k"])
+    weight = torch.randn(64, K)
+    assert reader.read({"weight": weight}, "a.k") is weight
+    with pytest.raises(RacError, match=r"a\.k\.weight: torch.int8 next to"):
+        reader.read({"weight": weight.to(torch.int8)}, "a.k")
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_awq_as_vllm_reads_it(monkeypatch, symmetric):
+    """vLLM's own conversion gives the same codes and codes of zero."""
+    on_rank(monkeypatch, 0, 1)
+    parts = awq(drawn(32, 64, 32, symmetric))
+    layer = torch.nn.Module()
+    for part, tensor in parts.items():
+        layer.register_parameter(part, torch.nn.Parameter(tensor.clone(), requires_grad=False))
+    auto_awq._convert_awq_to_standard_format(layer, "qweight", "qzeros", 4)
+    codes = unpack_quantized_values_into_int32(layer.qweight.data, scalar_types.uint4, 0).T
+    zeros = unpack_quantized_values_into_int32(layer.qzeros.data, scalar_types.uint4, 0)
+    meant = (codes.view(32, 2, 32) - zeros[:, :, None]) * parts["scales"].T.float()[:, :, None]
+    result = WordsLayout(awq_config(32, symmetric)).read(parts, "m")
+    torch.testing.assert_close(
+        result.dequantized(torch.float32), meant.view(32, 64), rtol=0, atol=0
+    )
+
+
+def test_gptq_as_vllm_reads_it():
+    """vLLM's own unpacking, with the code of zero of its type for symmetric weights."""
+    parts = gptq(drawn(32, 64, 32, True))
+    bias = scalar_types.uint4b8.bias
+    words = unpack_quantized_values_into_int32(parts["qweight"], scalar_types.uint4b8, 0)
+    codes = words.T - bias
+    meant = codes.reshape(32, 2, 32) * parts["scales"].T.float()[:, :, None]
+    result = WordsLayout(gptq_config()).read(parts, "m")
+    torch.testing.assert_close(
+        result.dequantized(torch.float32), meant.view(32, 64), rtol=0, atol=0
+    )
+
+
+def test_the_bits_of_a_module_are_those_of_its_rule():
+    layout = WordsLayout(gptq_config(dynamic={r"+:a\.down": {"bits": 3}}))
+    weight = drawn(64, 96, 32, True, 3)
+    result = layout.read(gptq(weight), "a.down")
+    torch.testing.assert_close(result.dequantized(torch.float32), weight.meant, rtol=0, atol=0)
+    with pytest.raises(RacError, match=r"^a\.up\."):
+        layout.read(gptq(weight), "a.up")

@@ -25,7 +25,6 @@ from tests.vllm_plugin.vllm_fixtures import (
     engine,
     generated,
     greedy,
-    log_probabilities,
     needs_vllm,
     reference,
     rewrite,
@@ -33,8 +32,6 @@ from tests.vllm_plugin.vllm_fixtures import (
     save_model,
     save_quantized,
     serve,
-    served_log_probabilities,
-    without_kernels,
 )
 
 needs_vllm()
@@ -103,14 +100,6 @@ def test_greedy_tokens_of_quantized_weights(tmp_path, kind, structure, scheme):
     assert tokens == reference(tmp_path / "meant", TOKENS)
 
 
-def test_dense_stored_weights_on_request(tmp_path):
-    folder = save_model(tmp_path / "model", "qwen3", "unstructured", packed=False)
-    tokens, methods = serve(folder, TOKENS, quantization="rac")
-    assert tokens == reference(folder, TOKENS)
-    assert methods["model.layers.0.mlp.down_proj"] == SPARSE
-    assert methods["model.layers.0.self_attn.o_proj"] == "UnquantizedLinearMethod"
-
-
 def test_a_draft_runs_sparse_and_the_tokens_are_those_of_the_dense_model(tmp_path, said):
     # the draft often errs: its weights have another mask
     target = save_model(tmp_path / "target", "qwen3", "2:4", packed=False)
@@ -123,19 +112,6 @@ def test_a_draft_runs_sparse_and_the_tokens_are_those_of_the_dense_model(tmp_pat
     accepted = counts["vllm:spec_decode_num_accepted_tokens"]
     assert 0 < accepted < counts["vllm:spec_decode_num_draft_tokens"]
     assert summary(said).startswith(SUMMARY)
-
-
-def test_bfloat16_is_as_close_as_stock_vllm(tmp_path):
-    """Teacher-forced log-probabilities in bfloat16, ours and those of vLLM's dense layers."""
-    packed = save_model(tmp_path / "packed", "qwen3", "unstructured")
-    dense = save_model(tmp_path / "dense", "qwen3", "unstructured", packed=False)
-    sequences = torch.randint(2, 256, (16, 100), generator=torch.Generator().manual_seed(0))
-    expected = log_probabilities(packed, sequences)
-    ours, stock = (
-        (served_log_probabilities(folder, sequences, dtype="bfloat16") - expected).abs().mean()
-        for folder in (packed, dense)
-    )
-    assert 0 < ours <= 1.05 * stock
 
 
 @pytest.mark.parametrize(("kind", "structure"), [("qwen3", "2:4"), ("qwen3_moe", "unstructured")])
@@ -181,15 +157,6 @@ def test_greedy_tokens_of_codes(tmp_path, said, form, group, symmetric, reorder)
     assert summary(said).startswith(SUMMARY)
 
 
-def test_without_kernels_awq_runs_dense_and_the_log_says_so(monkeypatch, tmp_path, said):
-    without_kernels(monkeypatch)
-    store = partial(stored_words, group=32, symmetric=False, form="awq")
-    save_codes(tmp_path / "model", tmp_path / "meant", words_config("awq", 32, False), store)
-    tokens, _ = serve(tmp_path / "model", TOKENS, quantization="rac")
-    assert tokens == reference(tmp_path / "meant", TOKENS)
-    assert summary(said).endswith("has no effect on this model here; leave it out")
-
-
 def test_a_stored_embedding_and_head(tmp_path):
     """The embedding in int4 and an untied head in int8, in a packed sparse checkpoint."""
     from tests.vllm_plugin.test_vocabulary import scheme_of, stored
@@ -211,7 +178,7 @@ def test_a_stored_embedding_and_head(tmp_path):
     config["quantization_config"].setdefault("ignore", [])
     (folder / "config.json").write_text(json.dumps(config))
     tokens, methods = serve(folder, TOKENS)
-    assert methods["lm_head"] == ("packed" if KERNELS else "StoredMethod")
+    assert methods["lm_head"] == ("packed" if KERNELS else "VocabularyMethod")
     assert methods["model.layers.0.mlp.down_proj"] == SPARSE
     assert tokens == greedy(model, TOKENS)
 

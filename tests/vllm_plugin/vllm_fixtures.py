@@ -155,7 +155,7 @@ def save_quantized(
     folder: Path, meant: Path, structure: str, scheme: str, kind: str = "qwen3"
 ) -> None:
     """A packed model with quantized weights ("int8", "fp8" or "int4"); `meant` gets them dense."""
-    from rac_modifier.checkpoint.formats import FORMAT_24, FORMAT_BITMASK, pack
+    from rac_modifier.checkpoint.formats import FORMAT_24, FORMAT_BITMASK, FORMATS
 
     shutil.copytree(save_model(folder, kind, structure, packed=False), meant)
     format = FORMAT_24 if structure == "2:4" else FORMAT_BITMASK
@@ -163,7 +163,7 @@ def save_quantized(
 
     def store(weight: torch.Tensor) -> Stored:
         values, scale, dense = quantize(weight.float(), scheme)
-        parts = pack(values, format, "m", bits=4 if scheme == "int4" else None)
+        parts = FORMATS[format].compress(values, "m", 4 if scheme == "int4" else None)
         return {**parts, "weight_scale": scale}, dense
 
     rewrite(folder, meant, modules, store)
@@ -208,15 +208,6 @@ def greedy(model: Any, tokens: int) -> list[list[int]]:
     ]
 
 
-def log_probabilities(folder: Path, sequences: torch.Tensor) -> torch.Tensor:
-    """Those of transformers for each token but the first, in float32: [B, T - 1]."""
-    from rac_modifier.checkpoint.hf_quantizer import load_model
-
-    with torch.inference_mode():
-        scores = load_model(folder, dtype="float32")(sequences).logits.log_softmax(-1)
-    return scores[:, :-1].gather(-1, sequences[:, 1:, None])[..., 0]
-
-
 @contextmanager
 def engine(folder: Path, **options: Any) -> Iterator[Any]:
     """A vLLM in this process; in float32 and eager by default."""
@@ -256,24 +247,6 @@ def serve(folder: Path, tokens: int, **options: Any) -> tuple[list[list[int]], d
     with engine(folder, **options) as model:
         alone = "tensor_parallel_size" not in options
         return generated(model, tokens), model.apply_model(methods_of)[0] if alone else {}
-
-
-def served_log_probabilities(folder: Path, sequences: torch.Tensor, **options: Any) -> torch.Tensor:
-    """Teacher-forced log-probabilities of vLLM for each token but the first: [B, T - 1]."""
-    from vllm import SamplingParams
-
-    with engine(folder, **options) as model:
-        params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-        prompts = [{"prompt_token_ids": sequence} for sequence in sequences.tolist()]
-        outputs = model.generate(prompts, params, use_tqdm=False)
-    rows = [
-        [
-            by_id[token].logprob
-            for token, by_id in zip(ids[1:], out.prompt_logprobs[1:], strict=True)
-        ]
-        for ids, out in zip(sequences.tolist(), outputs, strict=True)
-    ]
-    return torch.tensor(rows)
 
 
 def methods_of(model: torch.nn.Module) -> dict[str, str]:

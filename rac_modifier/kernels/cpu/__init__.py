@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from rac_modifier.checkpoint.stored_weight import FLOATS, StoredWeight
+from rac_modifier.errors import RacError
 from rac_modifier.kernels.cpu import operator
-from rac_modifier.kernels.cpu.packed import pack_scale, pack_values, split_groups
+from rac_modifier.kernels.cpu.packed import MOST_GROUP, pack_scale, pack_values
 from rac_modifier.kernels.cpu.support import library_and_isa
 from rac_modifier.kernels.cpu.support import support as machine_support
-from rac_modifier.kernels.interface import Decision, Layer
+from rac_modifier.kernels.interface import Decision, Layer, stay_dense
 
 # By bits of values: groups have a multiple of this number of columns (csrc/format/layout.h).
 UNIT = {8: 4, 4: 8, 3: 32, 2: 32}
@@ -27,42 +28,47 @@ _LEAST_CEILING = 1.1  # below this, a kernel would have to be perfect to gain an
 
 @dataclass(frozen=True)
 class ValueEncoding:
-    """How values are packed: as `dtype`, with scales in groups if `scaled`, else multiplied in.
+    """How values are packed: as `dtype`; integers and fp8 with their scales.
 
     `bits` 4, 3 or 2: int8 values are packed as codes. `note` describes another form than on disk.
     """
 
     dtype: torch.dtype
-    scaled: bool = False
     note: str = ""
     bits: int = 8
 
 
 def encoding_of(
     stored: torch.dtype, group: int, columns: int, served: torch.dtype, word_bits: int = 4
-) -> ValueEncoding:
-    """Return the encoding of values of dtype `stored` (int32: words of values of `word_bits`)."""
+) -> ValueEncoding | str:
+    """Return the encoding of values of dtype `stored` (int32: words of values of `word_bits`).
+
+    A text is the reason why no kernel reads them.
+    """
     if stored in FLOATS:  # float32 activations need no float32 weights: the same numbers
         narrow = (stored, served) == (torch.bfloat16, torch.float32)
         return ValueEncoding(stored if narrow else served)
-    bits = {torch.int8: "int8", torch.int32: f"int{word_bits}"}.get(stored, "fp8")
-    if stored in _FP8 and group == columns:
-        return ValueEncoding(torch.bfloat16, True, "fp8 values as bfloat16, exactly")
-    in_groups = f"{bits} values in groups of {group}"
-    if stored in _FP8 or (group < columns and group % 4):
-        return ValueEncoding(torch.bfloat16, False, f"{in_groups}, rounded to bfloat16")
+    in_groups = f"in groups of {group}"
+    if stored in _FP8:
+        exact = ValueEncoding(torch.bfloat16, "fp8 values as bfloat16, exactly")
+        return exact if group == columns else f"no kernel reads fp8 values {in_groups}"
+    if group < columns and (group % 4 or group > MOST_GROUP):
+        return f"no kernel reads values {in_groups} columns, only of a multiple of 4 up to 512"
     if stored == torch.int8:
-        return ValueEncoding(torch.int8, True)
+        return ValueEncoding(torch.int8)
     if group == columns or group % UNIT[word_bits] == 0:
-        return ValueEncoding(torch.int8, True, bits=word_bits)
+        return ValueEncoding(torch.int8, bits=word_bits)
+    values = f"int{word_bits} values {in_groups}"
     if group % UNIT[4] == 0:
-        return ValueEncoding(torch.int8, True, f"{in_groups}, four bits each", bits=4)
-    return ValueEncoding(torch.int8, True, f"{in_groups}, one byte each")
+        return ValueEncoding(torch.int8, f"{values}, four bits each", bits=4)
+    return ValueEncoding(torch.int8, f"{values}, one byte each")
 
 
 def can_run(layer: Layer) -> Decision:
     """Decide for a kernel if it reads the values and the packed weight is 1.1 times smaller."""
     encoding = encoding_of(layer.stored, layer.group, layer.columns, layer.served, layer.word_bits)
+    if isinstance(encoding, str):
+        return stay_dense(encoding, layer.served)
     dense_bytes, bytes_per_weight = layer.served.itemsize, _bytes_per_weight(layer, encoding)
     ceiling = dense_bytes / bytes_per_weight
     of_dense = f"instead of the {dense_bytes} of dense {str(layer.served).removeprefix('torch.')}"
@@ -93,23 +99,21 @@ def pack(weight: StoredWeight, served: torch.dtype) -> dict[str, Tensor]:
     """Return `weight_packed`, and `weight_packed_scale` of scaled values (RacError: no kernel)."""
     layer = Layer.of(weight, served)
     encoding = encoding_of(layer.stored, weight.group, weight.columns, served, layer.word_bits)
-    if weight.scale is not None and not encoding.scaled:
-        weight = weight.floats(encoding.dtype)
-    codes, unit, zeros = encoding.bits < 8, UNIT[encoding.bits], None
-    if weight.zeros is not None and codes:
-        zeros = split_groups(weight.zeros, weight.group, unit)
+    if isinstance(encoding, str):
+        raise RacError(f"{weight.name}: {encoding}; keep it dense")
+    codes = encoding.bits < 8
     data = pack_values(
         weight.values.to(encoding.dtype),
         None if _without_masks(encoding.dtype, weight.density) else weight.bitmask,
         (weight.rows, weight.columns),
         encoding.bits,
-        zeros,
+        weight.zeros if codes else None,
     )
     if encoding.dtype == torch.int8 and weight.activation_bits == 8:
         library_and_isa()[0].set_activation_bits(data, 8)
     if weight.scale is None:
         return {DATA: data}
-    return {DATA: data, SCALE: pack_scale(weight.scale, weight.group, narrow=codes, unit=unit)}
+    return {DATA: data, SCALE: pack_scale(weight.scale, narrow=codes)}
 
 
 def linear(
@@ -151,7 +155,7 @@ def _without_masks(dtype: torch.dtype, density: float) -> bool:
 def _bytes_per_weight(layer: Layer, encoding: ValueEncoding) -> float:
     panels, weights = -(-layer.rows // 16), layer.rows * layer.columns
     groups = layer.columns // layer.group
-    scales = layer.group_bytes * panels * 16 * groups if encoding.scaled and groups > 1 else 0
+    scales = layer.group_bytes * panels * 16 * groups if groups > 1 else 0
     if _without_masks(encoding.dtype, layer.density):
         values = panels * 16 * -(-layer.columns // 64) * 64 * encoding.bits // 8
         return (scales + values) / weights

@@ -35,10 +35,8 @@ def sparse_linear(
 
     x and bias are bfloat16 or float32, whatever the weight's dtype. `scale`, from `pack_scale`:
     integers need one, floats may have one group. For integers x is rounded to 16-bit integers with
-    a scale per token and 512 columns or group, which is more accurate than bfloat16.
-
-    Raises:
-        RacError: other dtypes, or shapes that do not fit.
+    a scale per token and 512 columns or group, which is more accurate than bfloat16. RacError:
+    other dtypes, or shapes that do not fit.
     """
     if not cpp_operator.active:
         return torch.ops.rac_modifier.sparse_linear(x, data, rows, columns, bias, scale)

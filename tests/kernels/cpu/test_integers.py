@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.cpu import operator
-from rac_modifier.kernels.cpu.packed import block_of, pack_scale, pack_values, split_groups
+from rac_modifier.kernels.cpu.packed import pack_scale, pack_values
 from rac_modifier.kernels.cpu.support import library_and_isa, support
 from tests.kernels.cpu.kernel_helpers import (
     BLOCK,
@@ -171,13 +171,6 @@ def test_which_kernels_multiply_bytes(kernel):
     _, floats = sparse(random_mask(20, 64, 0.5), torch.bfloat16)
     with pytest.raises(RacError, match="activations are rounded for weights of integers only"):
         set_activation_bits(floats, 8)
-
-
-def test_columns_that_share_a_scale_of_x():
-    assert [block_of(columns, columns) for columns in (100, 512, 513, 8960)] == [100, 512, 512, 512]
-    for columns, group, unit in ((1024, 128, 8), (2080, 1040, 4), (2080, 1040, 8)):
-        groups = split_groups(torch.ones(1, columns // group), group, unit).shape[1]
-        assert columns // block_of(columns, group, unit) == groups
 
 
 @pytest.mark.parametrize(

@@ -197,7 +197,7 @@ def in_python(monkeypatch):
 
 def dense4() -> tuple[torch.Tensor, torch.Tensor]:
     values, scale = quantize_groups(torch.randn(40, 96), 32)
-    return pack_dense(values, 4), pack_scale(scale, 32, narrow=True)
+    return pack_dense(values, 4), pack_scale(scale, narrow=True)
 
 
 def dense8() -> tuple[torch.Tensor, torch.Tensor]:
