@@ -81,8 +81,9 @@ def test_the_layers_of_a_dense_checkpoint(tmp_path: Path) -> None:
         "model.embed_tokens": words(8, 64, 32),
     }
     every = quantization()
-    others = {str(bits): quantization(bits=bits)["config_groups"]["g"] for bits in (2, 3, 8)}
-    every["config_groups"] |= others
+    for bits in (2, 3, 8):
+        group = {"weights": {"num_bits": bits}, "format": "pack-quantized"}
+        every["config_groups"][f"g{bits}"] = group
     layers = layers_of(folder_of(tmp_path, modules, quantization_config=every), recorded=False)
     gate = ("model.layers.0.mlp.gate", 64, None)
     actual = [(x.module, x.block, x.own_error) for x in layers]
