@@ -32,7 +32,7 @@ _MANY_UNFINISHED = 0.5  # of the traces: then a warning says so
 class CalibrationSet:
     """The loader, and by part of the mixture the pool of its traces and the prompt settings.
 
-    Of several processes, only the first has pools; the others get the `received` traces.
+    Only the first process has pools; the others get the `received` traces.
     """
 
     loader: CalibrationLoader
@@ -78,8 +78,8 @@ def build_calibration_set(
 ) -> CalibrationSet:
     """Sample the traces that are missing, and mix the set (RacError: as `collect_traces`, `mix`).
 
-    Traces of about `reserved_tokens` more tokens are in `CalibrationSet.reserved`. The first of
-    `processes` samples, reads and writes the stores, and sends the set to the others.
+    `CalibrationSet.reserved` has traces of about `reserved_tokens` more. The first of `processes`
+    samples, and sends the set to the others.
     """
     if not processes.is_first:
         return _received(processes.from_first(), calibration)

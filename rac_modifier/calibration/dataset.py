@@ -49,6 +49,9 @@ def trace_dataset(
 ) -> Dataset:
     """Sample a model's own chains of thought, or read them from a store, as a dataset.
 
+    `info.description` is JSON: model, store with its hash, sampling settings and counts. RacError
+    for a wrong setting, and as `collect_traces`.
+
     Args:
         model: a folder, a Hugging Face id, or a model in memory. With `server`, the weights of a
             folder or id are not loaded.
@@ -62,13 +65,6 @@ def trace_dataset(
         length: pack the traces into rows of this many tokens; default: a row per trace.
         tokenizer: default: the folder's or id's.
         seed: of the order in which traces are drawn.
-
-    Returns:
-        Columns `input_ids`, `attention_mask`, `loss_mask`. `info.description` is JSON: model, store
-        with its hash, sampling settings and counts.
-
-    Raises:
-        RacError: a wrong setting, or what `collect_traces` raises.
     """
     if length is not None and length < 1:
         raise RacError(f"length={length}: a row holds at least one token; give a larger length")
@@ -126,11 +122,8 @@ def export_store(
 ) -> int:
     """Write the traces of a store as a Parquet or JSON Lines file; return the number of rows.
 
-    A row has also id, problem_id, finish_reason, question and answer; with `text` prompt and
-    completion. The tokenizer is needed for `text`, and for a selection by answers.
-
-    Raises:
-        RacError: another suffix, no trace to write, or the file cannot be written.
+    The tokenizer is needed for `text`, and for a selection by answers. RacError for another suffix,
+    no trace to write, or a file that cannot be written.
     """
     if output.suffix not in SUFFIXES:
         raise RacError(f"{str(output)!r}: name a file that ends in {' or '.join(SUFFIXES)}")
@@ -139,14 +132,9 @@ def export_store(
     selection = Selection(settings or SelectSettings())
     judge = Judge(tokenizer, store.header)
     columns = [*_TRACE_COLUMNS, *(("prompt", "completion") if text else ())]
-    count = 0
 
     def rows() -> Iterator[Row]:
-        nonlocal count
-        count = 0
-        traces = selection.keep(map(without_repeats, store), judge)
-        for trace in traces:
-            count += 1
+        for trace in selection.keep(map(without_repeats, store), judge):
             yield _described(trace, tokenizer if text else None)
 
     partial = output.with_name(f"{output.name}.partial")
@@ -159,7 +147,7 @@ def export_store(
 
             dataset = IterableDataset.from_generator(rows, features=_features(*columns))
             dataset.to_parquet(str(partial), batch_size=_BATCH)
-        if not count:
+        if not selection.kept:
             raise RacError(
                 f"trace store {str(store.path)!r}: {selection.describe()}, and no row to "
                 "write; collect more traces, or loosen the selection"
@@ -171,7 +159,7 @@ def export_store(
         ) from error
     finally:
         partial.unlink(missing_ok=True)
-    return count
+    return selection.kept
 
 
 def packed(rows: Iterable[Row], length: int) -> Iterator[Row]:

@@ -20,10 +20,7 @@ ROW_TOKENS = 2048
 
 
 class CalibrationLoader(DataLoader):
-    """The dataloader that RAC uses instead of upstream's.
-
-    Yields `{"input_ids": int64 [rows, length]}`, padded on the right: causal attention needs no
-    attention mask there.
+    """Yields `{"input_ids": int64 [rows, length]}`, padded on the right, without attention mask.
 
     Attributes:
         token_weights: of each batch, float32 [rows, length]: 0 for padding.

@@ -41,13 +41,8 @@ def mix(
 ) -> tuple[list[CalibrationSequence], dict[str, Any]]:
     """Fill each part's share of the budget, exactly to the token, and shuffle.
 
-    Returns:
-        The sequences, and counts for the run record: tokens of each kind (padding is none),
-        sequences, `truncated_sequences`, `unfinished_traces` (cut by the cap of sampling), and
-        `parts`, the tokens and sequences of each part.
-
-    Raises:
-        RacError: a part that has fewer tokens than its share, or traces without completions.
+    Return the sequences, and counts for the run record. RacError for a part that has fewer tokens
+    than its share, or traces without completions.
     """
     sequences: list[CalibrationSequence] = []
     parts: dict[str, dict[str, int]] = {}
@@ -101,10 +96,7 @@ def describe_counts(counts: Mapping[str, Any]) -> str:
 
 
 def generic_token_sequences(tokenizer: Any, source: GenericText, seed: int) -> Iterator[list[int]]:
-    """Yield `source.sequence_tokens` ids at a time; documents are shuffled by seed, read as needed.
-
-    More documents than the shuffling buffer holds are shuffled within it, as `datasets` does.
-    """
+    """Yield `source.sequence_tokens` ids at a time; documents are shuffled by seed in a buffer."""
     ids: list[int] = []
     for document in _shuffled(_texts(source), random.Random(f"{seed}/generic")):
         ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]

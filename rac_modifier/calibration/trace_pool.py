@@ -26,7 +26,7 @@ _GROWTH = 4.0  # largest growth of the judged traces between two checks
 
 
 class HoldOut:
-    """Keeps the first prompts of a store, four or more, out of calibration, with all samples.
+    """Keeps the first prompts of a store out of calibration: four or more, with all samples.
 
     They have at least `tokens` tokens; 0 tokens hold out nothing.
     """
@@ -54,8 +54,7 @@ class HoldOut:
 class TracePool:
     """The traces that a selection keeps of a store: their `lengths` by id, not their tokens.
 
-    `held_out` are the first traces of the store, with any selection, `reserved` the next ones, for
-    recovery. `repeated_tokens` of the store are cut as repeating tails.
+    `held_out` are the first traces of the store, `reserved` the next ones, for recovery.
     """
 
     def __init__(
@@ -122,10 +121,7 @@ def collect_for_calibration(
 ) -> dict[str, TracePool]:
     """Fill a store for each part of the mixture that consists of traces; return their pools.
 
-    A pool has tokens for the part's share of the budget next to those held out or reserved.
-
-    Raises:
-        RacError: as `collect_traces`; a mixture without traces; a selection of almost nothing.
+    RacError as `collect_traces`, and for a selection of almost nothing.
     """
     # an unknown name is an early error
     by_part = {part: traces.named(part.name) for part in calibration.parts("traces")}

@@ -1,8 +1,7 @@
 """Adapt llm-compressor: importing this package makes our modifiers known to its recipes.
 
-llm-compressor looks modifiers up in its own package, or in what `ModifierFactory.register`
-was given. The registered classes are stand-ins that import a modifier's module when a
-recipe names it, so any module of this package can be imported first.
+The registered classes are stand-ins that import a modifier's module when a recipe names it, so any
+module of this package can be imported first.
 """
 
 from __future__ import annotations

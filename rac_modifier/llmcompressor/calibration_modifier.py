@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Mapping
 from typing import Any, Self
 
-import torch
 from llmcompressor.core import CompressionSession, State, active_session
 from llmcompressor.entrypoints.oneshot import Oneshot
 from llmcompressor.modifiers import Modifier
@@ -27,13 +26,11 @@ from rac_modifier.llmcompressor.checks import (
 )
 from rac_modifier.llmcompressor.pipeline import SessionRun, put_in_place, take_away
 from rac_modifier.llmcompressor.recovery_stage import RecoveryStage
-from rac_modifier.llmcompressor.resume import made_with
 from rac_modifier.llmcompressor.run import Run
 from rac_modifier.llmcompressor.trained_codes import LaterCodes
-from rac_modifier.model_tools import accelerator, streamed_to_accelerator
+from rac_modifier.model_tools import streamed_to_accelerator
 from rac_modifier.platform import keep_freed_memory
 from rac_modifier.processes import Processes, present_processes
-from rac_modifier.sampling.model_identity import model_fingerprint
 from rac_modifier.settings.entries import CalibrationEntry
 
 # Fields of upstream's Modifier are its state; it sets two itself when it reads a recipe.
@@ -118,17 +115,13 @@ class CalibratingModifier(CalibrationEntry, Modifier):
     def prepare(self, state: State, *, quantizes: bool) -> None:
         """Build the calibration set, measure the dense model, and prepare recovery.
 
-        `quantizes` says whether recovery trains weights through codes.
+        With `quantizes` recovery trains weights through codes.
         """
         model, recover, processes = state.model, self.recover, self._processes
         if recover is not None:
+            keep = self._oneshot is not None and self._oneshot.output_dir is not None
             self._recovery = RecoveryStage(
-                model,
-                recover,
-                lambda: self._load_tokenizer(model),
-                processes,
-                quantizes=quantizes,
-                keep=self._oneshot is not None and self._oneshot.output_dir is not None,
+                model, recover, processes, quantizes=quantizes, keep=keep
             )
         keep_freed_memory()
         if self._calibration is None:
@@ -154,13 +147,10 @@ class CalibratingModifier(CalibrationEntry, Modifier):
         self._session = active_session()
         share = self.calibration_set.loader.share(self._processes.rank, self._processes.count)
         state.data.calib = share
-        put_in_place(self._session, SessionRun(self, self.calibration_set, share, run))
+        put_in_place(self._session, SessionRun(self.calibration_set, share, run))
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
-        """Take the pipeline away, and measure the result of a run that has ended.
-
-        The session's next reset finalizes a run that failed.
-        """
+        """Take the pipeline away, and measure the result of a run that has not failed."""
         if self._session is not None and take_away(self._session) and self.ended_:
             self.after_pruning(state.model)
             if self._divergence is not None:
@@ -171,17 +161,6 @@ class CalibratingModifier(CalibrationEntry, Modifier):
 
     def after_pruning(self, model: PreTrainedModel) -> None:
         """Follow the recipe's modifiers, before the model is measured."""
-
-    def about_run(self, model: PreTrainedModel) -> dict[str, Any]:
-        """Return what the weights of a run depend on, as known before sampling.
-
-        The calibration set shows whether the traces are the same.
-        """
-        return {
-            "recipe": self.model_dump(mode="json", exclude={"traces", "tokenizer"}),
-            "model": model_fingerprint(model),
-            **made_with(accelerator() or torch.device("cpu")),
-        }
 
     def run_record(self, method: str, more: Mapping[str, Any]) -> dict[str, Any]:
         """Return the run record, with `more` entries."""

@@ -1,9 +1,4 @@
-"""Refuse what cannot run: `oneshot`'s arguments, a recipe's other modifiers, whole recipes.
-
-llm-compressor passes the arguments of `oneshot` to no modifier. A modifier is initialized
-inside a method of `Oneshot`, which holds them, so `find_oneshot` looks for that object
-among the callers.
-"""
+"""Refuse what cannot run: `oneshot`'s arguments, a recipe's other modifiers, whole recipes."""
 
 from __future__ import annotations
 
@@ -18,6 +13,7 @@ import yaml
 from compressed_tensors.quantization import QuantizationScheme
 from compressed_tensors.registry import standardize_lookup_name
 from compressed_tensors.utils import match_named_modules
+from llmcompressor.args import DatasetArguments
 from llmcompressor.entrypoints.oneshot import Oneshot
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.quantization import QuantizationMixin
@@ -33,8 +29,7 @@ from rac_modifier.llmcompressor.targets import find_targets
 from rac_modifier.settings.entries import CalibrationEntry, PruningEntry
 from rac_modifier.settings.recipe import check_layout, read_recipe
 
-# Arguments of `oneshot` that our loops read, or upstream around them (one is deprecated, and
-# upstream warns). Our calibration set and its settings replace all others about data.
+# Arguments of `oneshot` that our loops read, or upstream around them.
 HONOURED = {
     "moe_calibrate_all_experts",
     "pipeline",
@@ -50,7 +45,10 @@ _CALIBRATES = "ReasoningAwareCalibrationModifier"
 
 
 def find_oneshot() -> Oneshot | None:
-    """Return the `Oneshot` among the callers; None for a session without it."""
+    """Return the `Oneshot` among the callers; None for a session without it.
+
+    llm-compressor passes the arguments of `oneshot` to no modifier.
+    """
     frame = inspect.currentframe()
     while frame is not None:
         caller = frame.f_locals.get("self")
@@ -61,11 +59,7 @@ def find_oneshot() -> Oneshot | None:
 
 
 def check_arguments(oneshot: Oneshot, modifier: str, *, prunes: bool) -> None:
-    """Refuse arguments without effect with our `modifier`, and a used output folder (RacError).
-
-    An argument with its default value counts as not given. A stage that upstream does not read is
-    a warning.
-    """
+    """Refuse arguments without effect with our `modifier`, and a used output folder (RacError)."""
     pipeline = oneshot.dataset_args.pipeline
     if pipeline and standardize_lookup_name(pipeline) not in ("independent", "sequential"):
         raise RacError(
@@ -73,12 +67,13 @@ def check_arguments(oneshot: Oneshot, modifier: str, *, prunes: bool) -> None:
             '"sequential"'
         )
     honoured = HONOURED if prunes else HONOURED | _OF_UPSTREAMS_LOOP
+    given, defaults = vars(oneshot.dataset_args), vars(DatasetArguments())
     problems = [
-        f"oneshot was given {name}={reprlib.repr(value)}, which has no effect with {modifier}: "
-        f"leave the {name} argument out; data and batches are settings of the recipe (traces, "
-        "calibration)"
-        for name, value in _changed(oneshot.dataset_args).items()
-        if name not in honoured
+        f"oneshot was given {name}={reprlib.repr(given[name])}, which has no effect with "
+        f"{modifier}: leave the {name} argument out; data and batches are settings of the recipe "
+        "(traces, calibration)"
+        for name, default in defaults.items()
+        if name not in honoured and not (given[name] is default or given[name] == default)
     ]
     if problems:
         raise RacError("\n".join(problems))
@@ -94,10 +89,7 @@ def check_arguments(oneshot: Oneshot, modifier: str, *, prunes: bool) -> None:
 
 
 def given_tokenizer(oneshot: Oneshot, recipes: str | None, model: str) -> Any:
-    """Return `oneshot`'s tokenizer; None if the recipe names one (RacError: both do).
-
-    `recipes` is the recipe's `tokenizer`, `model` the name or path of the model.
-    """
+    """Return `oneshot`'s tokenizer; None if the recipe names one, `recipes` (RacError: both do)."""
     tokenizer = getattr(oneshot.processor, "tokenizer", oneshot.processor)
     if recipes is None:
         return tokenizer
@@ -108,18 +100,6 @@ def given_tokenizer(oneshot: Oneshot, recipes: str | None, model: str) -> Any:
             "leave one of them out"
         )
     return None
-
-
-def _changed(arguments: Any) -> dict[str, Any]:
-    """Return the fields of a dataclass that do not have their default value."""
-    defaults = vars(type(arguments)())
-    return {
-        name: value
-        for name, value in vars(arguments).items()
-        if name in defaults
-        and value is not defaults[name]
-        and not (isinstance(value, type(defaults[name])) and value == defaults[name])
-    }
 
 
 def check_first(modifiers: Sequence[Modifier]) -> None:
@@ -134,14 +114,10 @@ def check_first(modifiers: Sequence[Modifier]) -> None:
 
 
 def check_later_modifiers(ours: Modifier, later: Iterable[Modifier], *, quantizes: bool) -> None:
-    """Refuse modifiers of the recipe after `ours` that would undo its work (RacError).
-
-    GPTQModifier moves pruned weights, too, to compensate for rounding (llm-compressor
-    #2860).
-    """
+    """Refuse modifiers of the recipe after `ours` that would undo its work (RacError)."""
     for modifier in later:
         name = type(modifier).__name__
-        if name == "GPTQModifier":
+        if name == "GPTQModifier":  # llm-compressor #2860
             raise RacError(
                 f"{name} after {type(ours).__name__} fills pruned weights again; leave it "
                 "out and set quantization: {scheme: W4A16} (or its scheme) in the pruning "

@@ -14,7 +14,6 @@ from rac_modifier.calibration.loader import CalibrationLoader
 from rac_modifier.llmcompressor.experts import Expert, RoutedExperts, report_tokens
 from rac_modifier.llmcompressor.plan import Stage
 from rac_modifier.llmcompressor.run import Run
-from rac_modifier.llmcompressor.solving import problems_per_call
 from rac_modifier.llmcompressor.statistics import InputGroup
 from rac_modifier.pruning.routed_tokens import ExpertTokens, filled_up, routed_rows
 
@@ -61,12 +60,11 @@ def prune_experts(
 ) -> None:
     """Prune the experts of a layer: gate and up, then down on what these make.
 
-    An expert is calibrated on the tokens that the router sends to it in the pruned model,
-    and below `expert_floor` on the nearest others. The dense model's inputs belong to the
-    same tokens.
+    An expert is calibrated on the tokens that the router sends to it in the pruned model, and below
+    `expert_floor` on the nearest others. The dense model's inputs are those of the same tokens.
     """
     tokens = _ExpertTokens(layer, batches, run, device)
-    per_call = min(problems_per_call(g, device, run.entry) for g in layer.experts[0].groups)
+    per_call = min(run.problems_per_call(group, device) for group in layer.experts[0].groups)
     step = run.processes.count * per_call
     for start in range(0, len(layer.experts), step):
         experts = layer.experts[start : start + step]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -72,8 +72,7 @@ def find_experts(
 ) -> list[RoutedExperts]:
     """Return the layers of routed experts that have modules among `names`.
 
-    A layer with a forward pass or children of another kind is left out: it is not known which
-    of its linear layers reads what.
+    A layer with a forward pass or children of another kind is left out.
     """
     layers = []
     for name, module in model.named_modules():
@@ -106,11 +105,9 @@ def _router(model: torch.nn.Module, name: str, experts: int) -> torch.nn.Module 
     return None
 
 
-@contextlib.contextmanager
-def only_routed_tokens() -> Iterator[None]:
+def only_routed_tokens() -> contextlib.AbstractContextManager[None]:
     """Run each expert on its own tokens, against moe_calibrate_all_experts."""
-    with patch_attr(context, "_CALIBRATE_ALL_EXPERTS", False):
-        yield
+    return patch_attr(context, "_CALIBRATE_ALL_EXPERTS", False)
 
 
 def report_tokens(layer: str, tokens: Mapping[str, ExpertTokens], floor: int) -> dict[str, Any]:

@@ -1,8 +1,7 @@
 """Forecast the memory that pruning takes, and refuse a run that does not fit.
 
 Activations are counted: tokens (d + hidden) numbers for a group that reads d columns, layer by
-layer tokens hidden; with the dense target also the dense model's; masks and positions of
-attention. Statistics, solver and a forward pass are rehearsed (rehearsal.py).
+layer tokens hidden. Statistics, solver and a forward pass are rehearsed (rehearsal.py).
 """
 
 from __future__ import annotations
@@ -171,8 +170,8 @@ class Forecast:
     def check(self, onload: torch.device, offload: torch.device, processes: int = 1) -> None:
         """Refuse a run that takes more memory than is free, and log what it takes (RacError).
 
-        Statistics and solver use `onload`, activations are kept on `offload`. Each rank has
-        a device of its own, and an equal part of the host's memory.
+        Statistics and solver use `onload`, activations are kept on `offload`. The ranks share the
+        host's memory.
         """
         for device in dict.fromkeys((onload, offload)):
             gaps, shares = (HEAP_GAPS, processes) if device.type == "cpu" else (1.0, 1)
@@ -208,10 +207,7 @@ def _attention_numbers(model: PreTrainedModel, batches: Sequence[tuple[int, int]
 
 
 def _forward_bytes(model: PreTrainedModel, rows: int, length: int) -> int:
-    """Return the peak bytes of a forward pass under eager attention.
-
-    Return 0, and log it, if the model does not run without data (routed experts).
-    """
+    """Return the peak bytes of a forward pass under eager attention; 0 if it needs data."""
     try:
         with (
             without_data(model, attn_implementation="eager") as fake,

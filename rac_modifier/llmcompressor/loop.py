@@ -1,8 +1,8 @@
 """Run a plan: per stage restore or collect, solve and store, then advance the activations.
 
-Upstream takes all Hessians of a decoder layer before it prunes any of its modules. That
-costs a second pass, and o_proj and the MLP are calibrated on inputs that they do not have
-in the pruned model. By group, each module runs once, after it was pruned.
+Upstream takes all Hessians of a decoder layer before it prunes any of its modules, so o_proj and
+the MLP are calibrated on inputs that they do not have in the pruned model. By group, each module
+runs once, after it was pruned.
 """
 
 from __future__ import annotations
@@ -40,10 +40,7 @@ def run_plan(
     onload: torch.device,
     offload: torch.device,
 ) -> None:
-    """Prune each stage on its inputs in the pruned model, then run it.
-
-    Activations are kept on `offload`.
-    """
+    """Prune each stage on its inputs in the pruned model, then run it."""
     by_group = plan.order == "group"
     LifecycleCallbacks.calibration_start()
     with _calibrating(model, by_group):

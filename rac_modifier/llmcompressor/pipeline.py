@@ -1,12 +1,10 @@
 """Enter llm-compressor's calibration, and leave it again.
 
-`oneshot` initializes the recipe's modifiers, asks `CalibrationPipeline.from_runs` for
-a pipeline by name, and calls it with a dataloader of its dataset arguments. A modifier
-cannot bring another. So, while a run of ours lasts, the pipeline registered as "sequential"
-runs on our calibration set: a modifier puts it in place when it is initialized, and takes
-it away when it is finalized or the pipeline fails. (A run that fails elsewhere is finalized
-by the session's next reset, with which each `oneshot` begins.) Other sessions always get
-upstream's pipeline.
+`oneshot` initializes the recipe's modifiers, and runs a pipeline on a dataloader of its own. A
+modifier cannot bring another. So the pipeline registered as "sequential" runs on our calibration
+set from when a modifier is initialized until it is finalized or the pipeline fails. (A run that
+fails elsewhere is finalized by the session's next reset, with which each `oneshot` begins.) Other
+sessions always get upstream's pipeline.
 """
 
 from __future__ import annotations
@@ -21,7 +19,6 @@ from compressed_tensors.registry.registry import _REGISTRY
 from compressed_tensors.utils import patch_attr
 from llmcompressor.args import DatasetArguments
 from llmcompressor.core import CompressionSession, active_session
-from llmcompressor.modifiers import Modifier
 from llmcompressor.pipelines.cache import IntermediatesCache
 from llmcompressor.pipelines.registry import CalibrationPipeline
 from llmcompressor.pipelines.sequential.pipeline import SequentialPipeline
@@ -45,10 +42,9 @@ _NAME = "sequential"
 class SessionRun:
     """Hold our run in a session."""
 
-    modifier: Modifier  # ours
     calibration: CalibrationSet
     loader: CalibrationLoader  # this rank's share of it
-    run: Run | None = None  # None: `modifier` prunes nothing
+    run: Run | None = None  # None: our modifier prunes nothing
 
 
 _runs: weakref.WeakKeyDictionary[CompressionSession, SessionRun] = weakref.WeakKeyDictionary()
@@ -100,10 +96,10 @@ class ReasoningAwareSequentialPipeline(SequentialPipeline):
                 del wrapped[key]
 
     def _calibrate(self, model: PreTrainedModel, dataset_args: DatasetArguments) -> None:
-        session, ours = active_session(), self._ours
+        session, ours, run = active_session(), self._ours, self._ours.run
         modifiers = session.lifecycle.recipe.modifiers
-        if ours.run is not None and any(modifier is ours.modifier for modifier in modifiers):
-            _prune(model, ours, ours.run, dataset_args)
+        if run is not None and any(modifier is run.entry for modifier in modifiers):
+            _prune(model, ours, run, dataset_args)
             return
         loader = ours.loader.unpadded()
         if any(map(is_autoround, modifiers)):
@@ -115,8 +111,8 @@ class ReasoningAwareSequentialPipeline(SequentialPipeline):
         with contextlib.ExitStack() as stack:
             stack.enter_context(patch_attr(session.state.data, "calib", loader))
             if not torch.accelerator.is_available():  # torch refuses to pin, AWQModifier pins
-                nothing = patch_attr(IntermediatesCache, "pin_memory", lambda *_, **__: None)
-                stack.enter_context(nothing)
+                no_pin = patch_attr(IntermediatesCache, "pin_memory", lambda *_, **__: None)
+                stack.enter_context(no_pin)
             SequentialPipeline.__call__(model, loader, dataset_args)
 
 

@@ -1,8 +1,7 @@
 """Cut a model into stages: the plan of a run.
 
-By group, a stage begins where modules read one tensor (q/k/v, o, gate/up, down). The routed
-experts of a layer are one stage, because no tensor of the traced model is what their
-modules read. By layer, a stage is a decoder layer, as in upstream.
+By group, a stage begins where modules read one tensor (q/k/v, o, gate/up, down); the routed
+experts of a layer are one stage. By layer, a stage is a decoder layer, as in upstream.
 """
 
 from __future__ import annotations
@@ -56,8 +55,7 @@ class Stage:
     ) -> None:
         """Run the stage for a batch; outputs replace inputs that no later stage reads.
 
-        With `keep` the cache is not changed: a stage by layer runs for the hooks of its
-        modules.
+        With `keep` the cache is not changed: the stage runs for the hooks of its modules.
         """
         for subgraph in self.subgraphs:
             inputs = cache.fetch(batch, subgraph.input_names)  # type: ignore[arg-type]
@@ -128,12 +126,8 @@ def trace_groups(
 ) -> list[Stage]:
     """Trace the model down to the modules of `names`, and cut before each group.
 
-    Upstream starts a subgraph at each target, so the tensor that a target reads is an
-    output of an earlier subgraph.
-
-    Raises:
-        UntraceableError: the code cannot be traced, does not call each module once, or changes
-            tensors in place.
+    Upstream starts a subgraph at each target, so an earlier one makes the tensor that it reads.
+    UntraceableError if the code does not call each module once, or changes tensors in place.
     """
     experts = {layer.name: layer for layer in find_experts(model, names)}
     inside = {module for layer in experts.values() for module in layer.modules}
@@ -184,11 +178,7 @@ def _argument(node: torch.fx.Node, place: int) -> str:
 
 @contextlib.contextmanager
 def _restoring_after_failure(model: PreTrainedModel) -> Iterator[None]:
-    """Restore what upstream's tracer leaves replaced if tracing fails.
-
-    These are functions of torch, and cache classes in model code, without which `generate`
-    fails.
-    """
+    """Restore functions of torch and cache classes, which a failed tracer leaves replaced."""
     spaces = (vars(torch), *(module.forward.__globals__ for module in model.modules()))
     before = [(space, dict(space)) for space in {id(s): s for s in spaces}.values()]
     try:
@@ -200,10 +190,7 @@ def _restoring_after_failure(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _refuse_changes_in_place(subgraphs: Sequence[Subgraph]) -> None:
-    """Refuse a graph in which a tensor is changed in place and read elsewhere.
-
-    Upstream orders nodes by what they read, not by what they change.
-    """
+    """Refuse a changed tensor that is read elsewhere: upstream orders nodes by reads alone."""
     for node in (node for subgraph in subgraphs for node in subgraph.graph.nodes):
         name = node.target if node.op == "call_method" else ""
         in_place = name.endswith("_") and not name.endswith("__")
@@ -220,9 +207,8 @@ def use_own_configs(
 ) -> dict[str, PreTrainedConfig]:
     """Make each node that builds a config return the model's; return these by node.
 
-    Upstream's tracer writes a call that builds a config argument from its entries. It lacks
-    the attention implementation that calibration sets, and so the causal mask (seen in
-    Qwen3-MoE).
+    The traced one lacks the attention implementation that calibration sets, and so the causal mask
+    (seen in Qwen3-MoE).
     """
     modules = [m for m in reversed(list(model.modules())) if hasattr(m, "config")]
     by_type: dict[Any, Any] = {type(module.config): module.config for module in modules}
@@ -234,12 +220,5 @@ def use_own_configs(
                     f"the traced model builds a {node.target.__name__}, which no module of it has"
                 )
             config = configs[node.name] = by_type[node.target]
-            node.target, node.args, node.kwargs = _returning(config), (), {}
+            node.target, node.args, node.kwargs = (lambda config=config: config), (), {}
     return configs
-
-
-def _returning(value: Any) -> Any:
-    def constant() -> Any:
-        return value
-
-    return constant

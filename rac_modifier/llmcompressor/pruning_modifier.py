@@ -21,9 +21,10 @@ from rac_modifier.llmcompressor.checks import check_later_modifiers
 from rac_modifier.llmcompressor.experts import find_experts
 from rac_modifier.llmcompressor.forecast import Forecast
 from rac_modifier.llmcompressor.quantizer import Quantizer
-from rac_modifier.llmcompressor.resume import Resume, check_disk
+from rac_modifier.llmcompressor.resume import Resume, check_disk, made_with
 from rac_modifier.llmcompressor.run import Run
 from rac_modifier.llmcompressor.targets import find_targets, patterns_of
+from rac_modifier.sampling.model_identity import model_fingerprint
 from rac_modifier.settings.entries import PruningEntry
 from rac_modifier.settings.pruning import EXPERT_FLOOR
 
@@ -85,7 +86,9 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
         if oneshot is not None and oneshot.output_dir is not None:
             masters = self.recover is not None and self.quantization is not None
             check_disk(Path(oneshot.output_dir), model, names, masters=masters)
-            resume = Resume(unfinished(oneshot.output_dir), self.about_run(model))
+            recipe = self.model_dump(mode="json", exclude={"traces", "tokenizer"})
+            about = {"recipe": recipe, "model": model_fingerprint(model), **made_with()}
+            resume = Resume(unfinished(oneshot.output_dir), about)
         return Run(self, names, patterns, quantizer, self._processes, experts, resume)
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:

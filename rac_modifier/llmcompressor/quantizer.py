@@ -28,15 +28,9 @@ from rac_modifier.settings.quantization import QuantizationSettings
 class Quantizer:
     """Hold the schemes of a recipe entry for its modules `names`; none without `settings`.
 
-    A QuantizationModifier that is never run resolves the schemes and attaches them.
-
-    Attributes:
-        grids: of the modules that are rounded.
-        described: their schemes in words, by name.
-
-    Raises:
-        RacError: a scheme that cannot be rounded here (`prunes`: with zeros), groups that do
-            not divide a module's inputs, or no module matched.
+    A QuantizationModifier that is never run resolves the schemes and attaches them. `grids` are of
+    the modules that are rounded, `described` are their schemes in words, by name. RacError for a
+    scheme that cannot be rounded (with zeros if `prunes`), or groups that do not divide the inputs.
     """
 
     def __init__(
@@ -120,10 +114,7 @@ class Quantizer:
 
 
 def compress_exactly(module: Any) -> None:
-    """Compress a module as llm-compressor does, but divide by the scales in float32.
-
-    In bfloat16 the quotient can be half a code off, and so become another code.
-    """
+    """Compress a module as llm-compressor does, but divide in float32: bfloat16 changes codes."""
     if module.quantization_status >= QuantizationStatus.COMPRESSED:
         return
     scheme = module.quantization_scheme

@@ -57,14 +57,9 @@ def recover_checkpoint(
 ) -> tuple[float, float] | None:
     """Train the checkpoint `sparse` towards the model `dense`, and save it to `output`.
 
-    Missing traces of the dense model are sampled into `store`.
-
-    Returns:
-        Held-out KL before and after; None on ranks other than the first.
-
-    Raises:
-        RacError: models that do not belong together, codes that cannot be trained, too little
-            memory, disk space or traces.
+    Missing traces of the dense model are sampled into `store`. Return the held-out KL before and
+    after; None on ranks other than the first. RacError for models that do not belong together,
+    codes that cannot be trained, too little memory, disk space or traces.
     """
     stored = _quantized_modules(sparse)
     model, tokenizer = load(dense)
@@ -76,9 +71,7 @@ def recover_checkpoint(
     checkpoint = QuantizedCheckpoint(pruned, model, structures)
     modules, patterns = sparse_modules(pruned, checkpoint.quantized, checkpoint.pruned)
     quantizes = bool(checkpoint.quantized)
-    stage = RecoveryStage(
-        model, settings, lambda: tokenizer, processes, quantizes=quantizes, keep=True
-    )
+    stage = RecoveryStage(model, settings, processes, quantizes=quantizes, keep=True)
     path = sparse / RUN_RECORD_NAME
     before = read_json(path) if path.is_file() else {}
     stores = before.get("trace_stores") or {}

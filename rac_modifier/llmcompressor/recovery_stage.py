@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from loguru import logger
 
-from rac_modifier.calibration.mixture import generic_token_sequences
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.teacher_forcing import TokenSequence, sequence_of
 from rac_modifier.files import remove_folder
@@ -28,23 +27,16 @@ from rac_modifier.traces.records import Trace
 
 
 class RecoveryStage:
-    """Train a compressed model towards the dense one, on traces that calibration does not use.
+    """Train a compressed model towards the dense `model`, on traces that calibration does not use.
 
-    Args:
-        model: the dense model.
-        tokenizer: loads its tokenizer, for generic text.
-        quantizes: whether weights are trained through codes.
-        keep: leave the state to `remove`: a run that is killed while it saves goes on from it.
-
-    Raises:
-        RacError: too little memory to train the model in, or too little generic text.
+    With `quantizes` weights are trained through codes. With `keep` the state is left to `remove`:
+    a run that is killed while it saves goes on from it. RacError for too little memory.
     """
 
     def __init__(
         self,
         model: Any,
         settings: RecoverySettings,
-        tokenizer: Callable[[], Any],
         processes: Processes,
         *,
         quantizes: bool,
@@ -53,18 +45,15 @@ class RecoveryStage:
         self._settings, self._processes = settings, processes
         self._quantizes, self._keep = quantizes, keep
         check_recovery_memory(model, settings, processes, quantizes=quantizes)
-        self._generic = _generic_text(settings, tokenizer)
 
     def read_dense(self, model: Any, traces: Sequence[Trace]) -> None:
         """Store the dense model's hidden states on its traces.
 
-        Raises:
-            RacError: too few traces, an unsupported head, too little memory or disk space, or
-                another run in the same folder.
+        RacError for too few traces, an unsupported head, too little memory or disk space, or
+        another run in the same folder.
         """
         settings, processes = self._settings, self._processes
-        self._held_out, training = split_traces(traces, settings.held_out_tokens)
-        self._training = [*training, *self._generic]
+        self._held_out, self._training = split_traces(traces, settings.held_out_tokens)
         check_recovery_memory(
             model, settings, processes, training=self._training, quantizes=self._quantizes
         )
@@ -76,8 +65,8 @@ class RecoveryStage:
                 model, [*self._held_out, *self._training], self.folder / "teacher", key=fingerprint
             )
         logger.info(
-            f"recovery: {len(training)} traces and {len(self._generic)} generic sequences to "
-            f"train on, and {len(self._held_out)} other traces that decide what is kept"
+            f"recovery: {len(self._training)} traces to train on, and {len(self._held_out)} other "
+            "traces that decide what is kept"
         )
 
     def run(
@@ -107,12 +96,8 @@ class RecoveryStage:
             )
         if not self._keep and self._processes.is_first:
             self.remove()
-        text = " and generic text" if self._generic else ""
-        return {
-            **result.as_dict(),
-            "generic_tokens": sum(len(ids) for ids, _ in self._generic),
-            "trained_on": f"the model's own traces{text}, KL to the dense model",
-        }
+        trained_on = "the model's own traces, KL to the dense model"
+        return {**result.as_dict(), "trained_on": trained_on}
 
     def remove(self) -> None:
         """Remove the hidden states and the state of training, when all is saved."""
@@ -121,24 +106,6 @@ class RecoveryStage:
             self._lock.close()
         with contextlib.suppress(OSError):  # another run's folder is next to it
             self.folder.parent.rmdir()
-
-
-def _generic_text(settings: RecoverySettings, tokenizer: Callable[[], Any]) -> list[TokenSequence]:
-    """Return the generic text to train on, which decides nothing (RacError: too little)."""
-    sequences: list[TokenSequence] = []
-    missing = settings.generic_tokens
-    if missing:
-        texts = generic_token_sequences(tokenizer(), settings.generic, 0)
-        while missing > 0 and (ids := next(texts, None)) is not None:
-            sequences.append((ids, 1))
-            missing -= len(ids)
-    if missing > 0:
-        raise RacError(
-            f"recover.generic: {settings.generic.source!r} has "
-            f"{settings.generic_tokens - missing:,} tokens, and recover.generic_share asks "
-            f"for {settings.generic_tokens:,}; lower the share, or name a longer text"
-        )
-    return sequences
 
 
 def split_traces(

@@ -1,13 +1,13 @@
 """Keep what a run has pruned next to its output, for a run that is killed.
 
-Activations are not kept. A run that goes on restores the pruned weights and repeats the
-forward passes, so it ends with the same weights. The model, the recipe, the calibration
-set, versions and the number of threads are compared.
+A run that goes on restores the pruned weights and repeats the forward passes, so it ends with the
+same weights. The model, the recipe, the calibration set, versions and threads are compared.
 """
 
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,29 +25,28 @@ from rac_modifier.checkpoint.files import write_tensors_atomic
 from rac_modifier.checkpoint.output_folder import check_room
 from rac_modifier.errors import RacError
 from rac_modifier.files import read_json, remove_folder, write_json_atomic
+from rac_modifier.model_tools import accelerator
 
 _ABOUT = "about.json"
 _CALIBRATION = "calibration set"
 _STORES = "trace stores"  # may have grown; named if the calibration set differs
-_MADE_WITH = "environment"
 _PARAMETERS = ("weight", "weight_scale", "weight_zero_point")
 _MASTER = "master"  # the weight before it was rounded
 
 
-def made_with(device: torch.device) -> dict[str, Any]:
-    """Return versions, and on a CPU threads, that the bits of a run depend on."""
+def made_with() -> dict[str, Any]:
+    """Return versions, and without an accelerator threads, that the bits of a run depend on."""
     packages = ("rac-modifier", "torch", "transformers", "llmcompressor", "compressed-tensors")
-    threads = {"threads (OMP_NUM_THREADS)": torch.get_num_threads()} if device.type == "cpu" else {}
-    return {_MADE_WITH: {**{name: version(name) for name in packages}, **threads}}
+    environment: dict[str, Any] = {name: version(name) for name in packages}
+    if accelerator() is None:
+        environment["threads (OMP_NUM_THREADS)"] = torch.get_num_threads()
+    return {"environment": environment}
 
 
 def check_disk(
     output: Path, model: torch.nn.Module, modules: Iterable[torch.nn.Module], *, masters: bool
 ) -> None:
-    """Refuse a run whose disk has too little room, before anything is sampled (RacError).
-
-    `masters`: weights of the pruned `modules` before rounding are kept too, in float32.
-    """
+    """Refuse a run whose disk has too little room (RacError); float32 `masters` are kept too."""
     with disable_onloading():
         model_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
         weights = [module.get_parameter("weight") for module in modules]
@@ -56,15 +55,10 @@ def check_disk(
 
 
 class Resume:
-    """Write pruned groups to files of `folder`, and restore a killed run's groups.
+    """Write pruned groups to files of `folder`, if there is one; restore a killed run's groups.
 
-    Without a folder nothing is written.
-
-    Attributes:
-        names: the modules that were pruned before, with their files.
-
-    Raises:
-        RacError: the folder holds another run, or cannot be read or written.
+    `names` are the modules that were pruned before, with their files. RacError if the folder holds
+    another run, or cannot be read or written.
     """
 
     def __init__(self, folder: Path | None = None, about: Mapping[str, Any] | None = None):
@@ -122,10 +116,7 @@ class Resume:
         records: Mapping[str, dict[str, Any]],
         masters: Mapping[str, torch.Tensor],
     ) -> None:
-        """Write groups that were solved in one call to one file.
-
-        Solved again without the others, a group of the call would have other bits.
-        """
+        """Write groups that were solved in one call to one file: alone they have other bits."""
         if self._folder is None or not self._begun:
             return
         tensors: dict[str, torch.Tensor] = {}
@@ -162,10 +153,15 @@ class Resume:
             if before.get(key) == value or key == _STORES:
                 continue
             shown = _STORES if key == _CALIBRATION else key
+            theirs, ours = (
+                json.dumps(of.get(shown), indent=0, sort_keys=True).splitlines()
+                for of in (before, about)
+            )
+            lines = [line.rstrip(",") for line in difflib.ndiff(theirs, ours) if line[0] in "-+"]
             raise RacError(
-                f"{self._folder} holds what a run with another {key} has pruned"
-                f"{_changes(before.get(shown), about.get(shown))}; start that run again to go on "
-                "with it, or remove the folder to start anew"
+                f"{self._folder} holds what a run with another {key} has pruned (-: there, +: "
+                f"here; {'; '.join(lines[:6])}); start that run again to go on with it, or remove "
+                "the folder to start anew"
             )
 
     def _unwritable(self, why: object) -> RacError:
@@ -184,21 +180,3 @@ class Resume:
             raise RacError(
                 f"{path}: cannot be read ({error}); remove {self._folder} to start anew"
             ) from error
-
-
-def _changes(before: Any, now: Any) -> str:
-    """Return the settings that differ, for a message; "" if they are not known."""
-    if not (isinstance(before, Mapping) and isinstance(now, Mapping)):
-        return ""
-    old, new = _flat(before), _flat(now)
-    changed = sorted(key for key in {**old, **new} if old.get(key) != new.get(key))
-    shown = [f"{key}: {old.get(key)!r} there, {new.get(key)!r} here" for key in changed[:3]]
-    return f" ({'; '.join(shown)})" if shown else ""
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        name = f"{prefix}{key}"
-        flat |= _flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
-    return flat

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import torch
+from compressed_tensors.distributed import greedy_bin_packing
 from compressed_tensors.utils import update_offload_parameter
 from loguru import logger
 
 from rac_modifier.errors import RacError
 from rac_modifier.llmcompressor.quantizer import Quantizer
 from rac_modifier.llmcompressor.resume import Resume
-from rac_modifier.llmcompressor.solving import (
-    Pruned,
-    problems_per_call,
-    solve_groups,
-    solve_on_all_ranks,
-)
-from rac_modifier.llmcompressor.statistics import InputGroup
+from rac_modifier.llmcompressor.solving import Pruned, solve_groups
+from rac_modifier.llmcompressor.statistics import InputGroup, check_same_groups
+from rac_modifier.platform import return_freed_memory
 from rac_modifier.processes import Processes
 from rac_modifier.progress import StepProgress
+from rac_modifier.pruning import sparsegpt
 from rac_modifier.settings.entries import PruningEntry
 from rac_modifier.settings.pattern import Pattern
 
@@ -48,10 +47,6 @@ class Run:
     _seconds: float = 0.0
 
     @property
-    def _doing(self) -> str:
-        return "pruning" if self.entry.prunes else "quantizing"
-
-    @property
     def dense_target(self) -> bool:
         """Return whether modules aim at the dense model's outputs."""
         return self.plan.get("reconstruct", self.entry.reconstruct) == "dense"
@@ -73,13 +68,14 @@ class Run:
                 "each expert is calibrated on all tokens instead of its own, which keeps less "
                 f"accuracy: that needs the model cut between its modules ({why})"
             )
-        logger.info(f"{self._doing} {order} by {order} ({why})")
+        logger.info(f"{order} by {order} ({why})")
 
     def begin(self) -> None:
         """Begin the times and the progress bar."""
         self._start = time.monotonic()
         shown, restored = self.processes.is_first, len(self.resume.names)
-        self._progress = StepProgress(self._doing, len(self.names), restored, shown=shown)
+        doing = "pruning" if self.entry.prunes else "quantizing"
+        self._progress = StepProgress(doing, len(self.names), restored, shown=shown)
 
     def has_pruned(self, modules: Sequence[torch.nn.Module]) -> bool:
         """Return whether a killed run has pruned all of these modules."""
@@ -95,23 +91,68 @@ class Run:
     def prune(self, groups: Sequence[InputGroup], per_call: int | None = None) -> None:
         """Prune, and quantize if asked for, groups that do not depend on each other.
 
-        `per_call` is the number of groups that one solver call takes (default: chosen for
-        speed).
+        `per_call` groups of one shape are solved in one call (default: chosen for speed).
         """
-
-        def solve(call: Sequence[InputGroup]) -> list[list[Pruned]]:
-            return solve_groups(self.entry, call, self.names, self.patterns, self.quantizer)
-
-        def count(group: InputGroup) -> int:
-            device = group.statistics.hessian.device
-            return per_call or problems_per_call(group.modules, device, self.entry)
-
-        for group, pruned in solve_on_all_ranks(groups, self.names, self.processes, solve, count):
+        for group, pruned in self.solve_on_all_ranks(groups, per_call):
             for module, result in zip(group.modules, pruned, strict=True):
                 self._store(module, result)
         if self.processes.is_first:
             modules = {self.names[module]: module for group in groups for module in group.modules}
             self.resume.add(modules, self.records, self.masters)
+
+    def solve_on_all_ranks(
+        self, groups: Sequence[InputGroup], per_call: int | None = None
+    ) -> Iterator[tuple[InputGroup, list[Pruned]]]:
+        """Yield each group with its pruned modules: the same bits for any rank count.
+
+        The ranks' statistics are added up (shard_sum.py), and each call is solved on one rank. Its
+        result is sent to the others after all have solved, because weights may be shared memory.
+        RacError if the ranks have calibrated different modules.
+        """
+        processes = self.processes
+        if processes.count > 1:
+            processes.wait()
+            check_same_groups(groups, self.names, processes)
+        for group in groups:
+            group.statistics.finish()
+        calls: list[list[InputGroup]] = []
+        for _, same in groupby(groups, lambda g: [module.weight.shape for module in g.modules]):
+            alike = list(same)
+            device = alike[0].statistics.hessian.device
+            step = per_call or self.problems_per_call(alike[0].modules, device)
+            calls += [alike[i : i + step] for i in range(0, len(alike), step)]
+        return_freed_memory()
+        if processes.count == 1:
+            for call in calls:
+                yield from zip(call, self._solve(call), strict=True)
+            return
+        sizes = [
+            sum(m.get_parameter("weight").numel() for group in call for m in group.modules)
+            for call in calls
+        ]
+        # the largest call first, to the rank with the fewest weights so far
+        places = list(range(len(calls)))
+        rank_of: dict[int, int] = greedy_bin_packing(places, processes.count, sizes.__getitem__)[2]
+        results: dict[torch.nn.Module, Pruned] = {}
+        for i, call in enumerate(calls):
+            if rank_of[i] == processes.rank:
+                for group, pruned in zip(call, self._solve(call), strict=True):
+                    results |= zip(group.modules, pruned, strict=True)
+        processes.wait()
+        for i, call in enumerate(calls):
+            for group in call:
+                mine = [results.get(module) for module in group.modules]
+                yield group, _broadcast(mine, rank_of[i], processes)
+
+    def problems_per_call(self, modules: Sequence[torch.nn.Module], device: torch.device) -> int:
+        """Return how many groups of this shape a solver call takes, for speed."""
+        if not self.entry.gains_at_once:
+            return 1
+        shapes = [module.get_parameter("weight").shape for module in modules]
+        return sparsegpt.problems_per_batch(shapes[0][1], sum(s[0] for s in shapes), device)
+
+    def _solve(self, call: Sequence[InputGroup]) -> list[list[Pruned]]:
+        return solve_groups(self.entry, call, self.names, self.patterns, self.quantizer)
 
     def _store(self, module: torch.nn.Module, result: Pruned) -> None:
         name = self.names[module]
@@ -148,3 +189,21 @@ class Run:
             tokens = "routed" if self.plan.get("order") == "group" else "all"
             record["experts"] = {"calibrated on": tokens, "layers": self.experts}
         return record
+
+
+def _broadcast(results: Sequence[Pruned | None], source: int, processes: Processes) -> list[Pruned]:
+    """Return on every rank the results of the rank `source`."""
+    about = [
+        result and [result.record, {n: [*t.shape, str(t.dtype)] for n, t in result.tensors.items()}]
+        for result in results
+    ]
+    received = []
+    for result, (record, forms) in zip(results, processes.from_all(about)[source], strict=True):
+        tensors: dict[str, torch.Tensor] = {}
+        for name, (*shape, dtype) in forms.items():
+            kind = getattr(torch, dtype.removeprefix("torch."))
+            empty = torch.empty(shape, dtype=kind, device=processes.device)
+            tensor = processes.send(getattr(result, name, empty), source)
+            tensors[name] = tensor.cpu() if name == "master" else tensor
+        received.append(Pruned(record, **tensors))
+    return received

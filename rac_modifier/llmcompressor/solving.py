@@ -1,22 +1,17 @@
-"""Prune groups from their statistics, on this rank or each call on one of several."""
+"""Prune groups from their statistics."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import torch
-from compressed_tensors.distributed import greedy_bin_packing
 from compressed_tensors.utils import align_module_device
 
 from rac_modifier.llmcompressor.quantizer import Quantizer
-from rac_modifier.llmcompressor.statistics import InputGroup, check_same_groups
-from rac_modifier.platform import return_freed_memory
-from rac_modifier.processes import Processes
-from rac_modifier.pruning import sparsegpt
+from rac_modifier.llmcompressor.statistics import InputGroup
 from rac_modifier.pruning.solve import Problem, Solution, solve_many
 from rac_modifier.quantization.grid import Grid
 from rac_modifier.quantization.solve import PrunedProblem, Quantized, quantize_many
@@ -27,11 +22,7 @@ from rac_modifier.settings.pattern import Pattern
 
 @dataclass(frozen=True)
 class Pruned:
-    """Hold a pruned module, as it is stored.
-
-    `master` is where recovery of a rounded weight starts: within the cells of its codes,
-    towards the weight before rounding.
-    """
+    """Hold a pruned module, as it is stored, and the `master` that recovery starts from."""
 
     record: dict[str, Any]  # its entry of the run record
     weight: torch.Tensor  # [rows, columns] in the dtype of the module
@@ -138,81 +129,3 @@ def _pruned(
         codes = codes_of(result.weight, result.scale, grid, result.zero_point)
         master = master_in_cell(codes, result.scale, grid, solution.weight).cpu()
     return Pruned(record, result.weight, result.scale, result.zero_point, master)
-
-
-def solve_on_all_ranks(
-    groups: Sequence[InputGroup],
-    names: Mapping[torch.nn.Module, str],
-    processes: Processes,
-    solve: Callable[[Sequence[InputGroup]], list[list[Pruned]]],
-    per_call: Callable[[InputGroup], int],
-) -> Iterator[tuple[InputGroup, list[Pruned]]]:
-    """Yield each group with its pruned modules: the same bits for any rank count.
-
-    `per_call` neighbours of one shape are solved in one call. The ranks' statistics are added
-    up (shard_sum.py), and each call is solved on one rank. Its result is sent to the others
-    after all have solved, because weights may be shared memory.
-
-    Raises:
-        RacError: the ranks have calibrated different modules.
-    """
-    if processes.count > 1:
-        processes.wait()
-        check_same_groups(groups, names, processes)
-    for group in groups:
-        group.statistics.finish()
-    calls: list[list[InputGroup]] = []
-    for _, same_shape in groupby(groups, lambda g: [module.weight.shape for module in g.modules]):
-        alike = list(same_shape)
-        step = per_call(alike[0])
-        calls += [alike[i : i + step] for i in range(0, len(alike), step)]
-    return_freed_memory()
-    if processes.count == 1:
-        for call in calls:
-            yield from zip(call, solve(call), strict=True)
-        return
-    sizes = [
-        sum(m.get_parameter("weight").numel() for group in call for m in group.modules)
-        for call in calls
-    ]
-    # the largest call first, to the rank with the fewest weights so far
-    places = list(range(len(calls)))
-    rank_of: dict[int, int] = greedy_bin_packing(places, processes.count, sizes.__getitem__)[2]
-    results: dict[torch.nn.Module, Pruned] = {}
-    for i, call in enumerate(calls):
-        if rank_of[i] == processes.rank:
-            for group, pruned in zip(call, solve(call), strict=True):
-                results |= zip(group.modules, pruned, strict=True)
-    processes.wait()
-    for i, call in enumerate(calls):
-        for group in call:
-            mine = [results.get(module) for module in group.modules]
-            yield group, _broadcast(mine, rank_of[i], processes)
-
-
-def problems_per_call(
-    modules: Sequence[torch.nn.Module], device: torch.device, entry: PruningEntry
-) -> int:
-    """Return how many groups of this shape a solver call takes, for speed."""
-    if not entry.gains_at_once:
-        return 1
-    shapes = [tuple(module.weight.shape) for module in modules]  # type: ignore[arg-type]
-    return sparsegpt.problems_per_batch(shapes[0][1], sum(rows for rows, _ in shapes), device)
-
-
-def _broadcast(results: Sequence[Pruned | None], source: int, processes: Processes) -> list[Pruned]:
-    """Return on every rank the results of the rank `source`."""
-    about = [
-        result and [result.record, {n: [*t.shape, str(t.dtype)] for n, t in result.tensors.items()}]
-        for result in results
-    ]
-    received = []
-    for result, (record, forms) in zip(results, processes.from_all(about)[source], strict=True):
-        tensors: dict[str, torch.Tensor] = {}
-        for name, (*shape, dtype) in forms.items():
-            kind = getattr(torch, dtype.removeprefix("torch."))
-            empty = torch.empty(shape, dtype=kind, device=processes.device)
-            tensor = processes.send(getattr(result, name, empty), source)
-            tensors[name] = tensor.cpu() if name == "master" else tensor
-        received.append(Pruned(record, **tensors))
-    return received

@@ -24,13 +24,9 @@ def find_targets(
 ) -> dict[torch.nn.Module, str]:
     """Return the linear modules to prune, in model order, with their names.
 
-    The output head, often tied to the embedding, and router gates are left out unless
-    `targets` has their exact names. `targets` and `ignore` are class names, module names,
-    or regular expressions after "re:", as in llm-compressor.
-
-    Raises:
-        RacError: nothing matches, or a match is not a linear layer with a floating-point
-            weight of a fitting shape.
+    The output head and router gates are left out unless `targets` has their exact names. `targets`
+    and `ignore` are class names, module names, or regular expressions after "re:". RacError if
+    nothing matches, or a match is not a linear layer with a float weight of a fitting shape.
     """
     head = model.get_output_embeddings()
     protected = {module for _, module in match_named_modules(model, list(ROUTERS))} | {head}
@@ -97,11 +93,8 @@ def patterns_of_zeros(
 ) -> tuple[dict[str, Pattern], str]:
     """Return the pattern of each module that `solver: keep` keeps, and all in words.
 
-    That is `required`, if given; else with `detect` 2:4 if every module holds it, and
-    otherwise an unstructured pattern with each module's share of zeros.
-
-    Raises:
-        RacError: a module without the required pattern, or with hardly any zeros.
+    That is `required`, or with `detect` 2:4 if every module holds it, and otherwise an unstructured
+    pattern with each module's share of zeros. RacError for a module that lacks them.
     """
     shares: dict[str, Pattern] = {}
     zeros, total, structured = 0, 0, detect
@@ -131,8 +124,8 @@ def sparse_modules(
 ) -> tuple[dict[str, torch.nn.Linear], dict[str, Pattern]]:
     """Return the linear layers of a sparse model by name, and their patterns.
 
-    Of the `quantized` modules only those that are `pruned` count, because rounding makes
-    zeros too. RacError if no layer is sparse or quantized.
+    Of the `quantized` modules, with zeros of rounding, only those that are `pruned` count. RacError
+    if no layer is sparse or quantized.
     """
     masks = masks_of_zeros(model, _LEAST_ZEROS) if quantized else sparse_masks(model, _LEAST_ZEROS)
     sparse = {mask.removesuffix(".weight") for mask in masks} - (set(quantized) - set(pruned))

@@ -19,12 +19,7 @@ from rac_modifier.errors import RacError
 from rac_modifier.llmcompressor.quantizer import compress_exactly
 from rac_modifier.quantization.grid import Grid
 from rac_modifier.quantization.schemes import stored_grid
-from rac_modifier.recovery.on_grid import (
-    QuantizedWeight,
-    codes_of,
-    master_in_cell,
-    pruned_share,
-)
+from rac_modifier.recovery.on_grid import QuantizedWeight, codes_of, master_in_cell, pruned_share
 
 _PRUNED = 0.05  # least share of zeros, without rounded ones, of a pruned module
 
@@ -69,15 +64,8 @@ class QuantizedCheckpoint:
     """Make a loaded model's quantized linear layers hold code times scale, until `encode`.
 
     Masters start on the side of the `dense` model's weights. `recorded` are the modules that
-    config.json says are pruned.
-
-    Attributes:
-        quantized: grid, scales and master weights by module name, for `recover`.
-        pruned: the modules among these whose zeros have to stay.
-
-    Raises:
-        RacError: scales that are too small for their dtype, or another number of zero
-            points.
+    config.json says are pruned. `quantized` has grid, scales and masters by module name, and
+    `pruned` the modules whose zeros have to stay. RacError for scales that are too small.
     """
 
     def __init__(self, model: Any, dense: Any, recorded: Collection[str]):
@@ -118,9 +106,7 @@ class QuantizedCheckpoint:
 class LaterCodes:
     """Copy to the CPU the dense weights that a recipe's other `modifiers` quantize later.
 
-    Raises:
-        RacError: another modifier than GPTQModifier and QuantizationModifier, nothing
-            quantized, an embedding or head that is, or a grid that cannot be trained.
+    RacError for codes that cannot be trained: another modifier's, an embedding's or head's.
     """
 
     def __init__(self, modifiers: Sequence[Modifier], model: PreTrainedModel):
@@ -190,7 +176,7 @@ def _decoded(
 def checked_scale(scale: torch.Tensor, weight: torch.Tensor, grid: Grid, name: str) -> torch.Tensor:
     """Return scales [rows, groups] to train; 1 for a group of zeros with a wrong scale.
 
-    RacError if their number is wrong, or a used scale is zero, subnormal or not finite.
+    RacError if a used scale is zero, subnormal or not finite.
     """
     groups = grid.groups(weight.shape[1])
     if scale.numel() != weight.shape[0] * groups:

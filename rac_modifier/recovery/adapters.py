@@ -31,15 +31,10 @@ def inside_adapters(model: torch.nn.Module) -> set[torch.nn.Module]:
 
 
 def mask_adapters(model: torch.nn.Module, masks: Mapping[torch.nn.Parameter, torch.Tensor]) -> None:
-    """Mask the adapters of `model` until they are removed; a later merge is masked too.
+    """Mask the adapters of `model`, if any, until they are removed; a later merge is masked too.
 
-    Args:
-        model: with or without adapters.
-        masks: bool by pruned parameter, True = kept.
-
-    Raises:
-        RacError: an adapter of a pruned weight that is no plain LoRA of a linear layer, or has
-            dropout.
+    `masks` are bool by pruned parameter, True = kept. RacError for an adapter of a pruned weight
+    that is no plain LoRA of a linear layer, or has dropout.
     """
     for name, layer in _tuner_layers(model).items():
         weight: Any = getattr(layer.get_base_layer(), "weight", None)

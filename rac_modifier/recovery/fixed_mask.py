@@ -21,10 +21,8 @@ from rac_modifier.recovery.adapters import inside_adapters, mask_adapters
 def sparse_masks(model: torch.nn.Module, least_sparsity: float = 0.05) -> dict[str, torch.Tensor]:
     """Return the masks of a sparse model: bool like the weight, True = kept, by parameter name.
 
-    Only matrices of linear layers with at least `least_sparsity` zeros count as pruned.
-
-    Raises:
-        RacError: no matrix is sparse, or the layers are quantized.
+    Only linear layers with at least `least_sparsity` zeros count. RacError if none is sparse, or
+    they are quantized.
     """
     if masks := masks_of_zeros(model, least_sparsity):
         return masks
@@ -56,12 +54,8 @@ def masks_of_zeros(model: torch.nn.Module, least_sparsity: float) -> dict[str, t
 class FixedMask:
     """Hold the zeros of a model's parameters while an optimizer trains them, until `release`.
 
-    Args:
-        model: the sparse model; its parameters are watched, not copied.
-        masks: bool by parameter name, True = kept; default: `sparse_masks(model)`.
-
-    Raises:
-        RacError: a mask that fits no parameter, or a nonzero weight that its mask prunes.
+    `masks` are bool by parameter name, True = kept; default: `sparse_masks(model)`. RacError for a
+    mask that fits no parameter, or a nonzero weight that its mask prunes.
     """
 
     def __init__(self, model: torch.nn.Module, masks: Mapping[str, torch.Tensor] | None = None):
@@ -130,12 +124,9 @@ def fixed_mask(
         with rac_modifier.fixed_mask(model):
             SFTTrainer(model=model, ...).train()
 
-    LoRA adapters of PEFT are masked too, also those that a trainer adds inside the context: they
-    add nothing to a pruned weight, in training and when they are merged into this model. An adapter
-    that is saved alone is not masked where it is loaded: merge it, and save the model.
-
-    Raises:
-        RacError: see `FixedMask`; at the end, a pruned weight that was moved without the hooks.
+    LoRA adapters of PEFT are masked too, in training and when they are merged into this model. An
+    adapter that is saved alone is not masked where it is loaded: merge it, and save the model.
+    RacError as `FixedMask`, and for a pruned weight that was moved without the hooks.
     """
     held = FixedMask(model, masks)
     try:

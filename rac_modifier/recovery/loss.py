@@ -26,11 +26,7 @@ _CACHED_ELEMENTS = 1 << 19  # of these in float32 per softmax on a CPU: 2 MiB
 
 
 def output_head(model: Any) -> torch.nn.Module:
-    """Return the output embeddings of a causal LM.
-
-    Raises:
-        RacError: it has none, or it is not a plain linear layer without a bias.
-    """
+    """Return the output embeddings of a causal LM (RacError: no linear layer without a bias)."""
     head = any_head(model)
     if not isinstance(head, torch.nn.Linear) or head.bias is not None:
         raise RacError(
@@ -49,11 +45,7 @@ def predicting_states(model: Any, batch: Sequence[TokenSequence]) -> torch.Tenso
 
 @torch.no_grad()
 def check_head(model: Any, sequence: TokenSequence) -> None:
-    """Check that the model's logits are finite, and equal to the output of its head.
-
-    Raises:
-        RacError: logits that are not finite, or changed after the head (a soft cap, a scale).
-    """
+    """Refuse logits that are not finite, or not the output of the model's head (RacError)."""
     head, ids = output_head(model), torch.tensor([list(sequence[0][:-1])], device=model.device)
     predicted = head(predicting_states(model, [sequence])[-1:]).float()
     expected = model(input_ids=ids, use_cache=False).logits[:, -1].float()
@@ -108,9 +100,8 @@ class _HeadKL(torch.autograd.Function):
 def _kl_(student: torch.Tensor, dense: torch.Tensor, trained: bool) -> torch.Tensor:
     """Return the sum over tokens of the KL of logits [tokens, vocabulary], float64.
 
-    KL = sum_v p_v (t_v - s_v) - lse(t) + lse(s), with lse the logarithm of the sum of exponentials:
-    the largest logit less the logarithm of its probability. Both are overwritten; with `trained`,
-    `student` becomes the gradient q - p.
+    KL = sum_v p_v (t_v - s_v) - lse(t) + lse(s), with lse the largest logit less the logarithm of
+    its probability. Both are overwritten; with `trained`, `student` becomes the gradient q - p.
     """
     rows = len(student)
     if student.device.type == "cpu":

@@ -1,9 +1,6 @@
 """Forecast the memory of recovery, and refuse a run that does not fit.
 
-Bytes per trained weight: float32 weight 4, moments of AdamW 8, mask 1, and on the CPU the best
-weights 4. A quantized weight is trained through its code: its master twice (8), and code, scaled
-weight and clamp for the backward pass (9). A GPU's state is copied to the CPU to be written (12).
-Activations, gradients and loss of a step are rehearsed (rehearsal.py). Each of several processes
+A step is rehearsed (rehearsal.py); bytes per trained weight are counted. Each of several processes
 loads the model and copies it, trains a part of the weights, and holds three whole layers.
 """
 
@@ -27,21 +24,19 @@ from rac_modifier.recovery.student import decoder_layers, frozen_parameters, rec
 from rac_modifier.rehearsal import LiveBytes, without_data
 from rac_modifier.settings.recovery import RecoverySettings
 
+# Bytes per trained weight. The state is the weight and AdamW's moments, of a GPU copied to the CPU
+# to be written. Of a weight with codes there are two masters, and code, scaled weight and clamp.
 _FLOAT32, _STATE, _MASK, _BEST, _CODE, _MASTERS = 4, 12, 1, 4, 9, 8
 _MARGIN = 0.9  # of the free memory
 _GIB = 2**30
 
 
 class Batch(NamedTuple):
-    """A batch to train on: sequences, padded length, completion tokens in the loss.
-
-    `follows`: the gradients of an earlier batch of its step live meanwhile.
-    """
+    """A batch to train on: sequences, padded length, completion tokens in the loss."""
 
     rows: int
     length: int
     predicted: int
-    follows: bool = True
 
 
 class RecoveryNeed(NamedTuple):
@@ -60,12 +55,9 @@ def check_recovery_memory(
     training: Sequence[TokenSequence] | None = None,
     quantizes: bool = False,
 ) -> RecoveryNeed:
-    """Refuse training of the dense `model` that does not fit; all processes are on this machine.
+    """Refuse training of the dense `model` that does not fit on this machine (RacError).
 
     `training` is None before the traces are known. `quantizes`: through codes.
-
-    Raises:
-        RacError: with the bytes needed and free, and what to change.
     """
     device = processes.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     count, on_gpu = processes.count, device.type == "cuda"
@@ -99,13 +91,12 @@ def largest_batch(
     device: torch.device,
     processes: int,
 ) -> Batch:
-    """Return the largest batch of the steps; it follows another where any step has several."""
+    """Return the largest batch of the steps."""
     steps = plan_steps(training, settings, device, processes)
     batches = (batch for step in steps for batch in step.batches)
     largest = max(batches, key=lambda batch: len(batch) * max(len(ids) for ids, _ in batch))
     predicted = sum(len(ids) - prompt for ids, prompt in largest)
-    follows = any(len(step.batches) > 1 for step in steps)
-    return Batch(len(largest), max(len(ids) for ids, _ in largest), predicted, follows)
+    return Batch(len(largest), max(len(ids) for ids, _ in largest), predicted)
 
 
 def recovery_need(
@@ -150,10 +141,9 @@ def recovery_need(
 
 
 def step_bytes(model: Any, batch: Batch, recomputes: bool, *, bf16: bool, frees: bool) -> int:
-    """Rehearse a training step; return its bytes at the peak next to weights and moments.
+    """Rehearse a step of two batches; return its bytes at the peak next to weights and moments.
 
-    `bf16`: under autocast. `frees`: a gradient is freed as soon as its parameter has it. Without
-    data transformers makes a mask that a run may not need, of about 8 bytes x length^2.
+    `bf16`: under autocast. `frees`: a gradient is freed as soon as its parameter has it.
     """
     with without_data(model) as student:
         frozen = frozen_parameters(student)
@@ -167,7 +157,7 @@ def step_bytes(model: Any, batch: Batch, recomputes: bool, *, bf16: bool, frees:
         head: Any = output_head(student)
         states = head.weight.new_empty(batch.predicted, head.weight.shape[1])
         with LiveBytes() as live, recomputing(student, recomputes):
-            for _ in range(2 if batch.follows else 1):
+            for _ in range(2):
                 with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
                     hidden = input_of_head(student, ids).flatten(0, 1)[: batch.predicted].clone()
                 head_kl(hidden, states, head).backward()

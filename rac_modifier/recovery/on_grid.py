@@ -1,4 +1,4 @@
-"""Training through the codes of a quantized weight: the forward pass uses the stored weight.
+"""Train through the codes of a quantized weight: the forward pass uses the stored weight.
 
 With a float32 master weight w, a scale s of either sign per row or group, and codes
 c = round(clamp(w / s)), the forward pass uses c s, and gradients pass straight through:
@@ -9,8 +9,7 @@ c = round(clamp(w / s)), the forward pass uses c s, and gradients pass straight 
 (LSQ, arXiv 1902.08153). A pruned weight is 0, so its code is 0 whatever its scale is.
 
 Master weights start in the cell of their code, which holds all values that round to it, on the side
-of the dense weight. From the middle of a cell they would move half a step of the grid before a code
-changes, which takes many steps of training.
+of the dense weight: from its middle, a code changes after many steps of training.
 """
 
 from __future__ import annotations
@@ -31,16 +30,12 @@ _MANTISSA, _LEAST_EXPONENT = 3, -6  # of e4m3
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """How a module's weight is quantized.
-
-    `master` is the weight that training starts from, with the same codes and zeros; None: code
-    times scale. Zero points are not trained.
-    """
+    """How a module's weight is quantized, and what training starts from."""
 
     grid: Grid
     scale: torch.Tensor  # [rows, groups], in the dtype that is stored
-    master: torch.Tensor | None = None
-    zero: torch.Tensor | None = None  # [rows, groups], of an asymmetric grid
+    master: torch.Tensor | None = None  # with the same codes and zeros; None: code times scale
+    zero: torch.Tensor | None = None  # [rows, groups], of an asymmetric grid; it is not trained
 
 
 def codes_of(
@@ -49,7 +44,6 @@ def codes_of(
     """Return the codes [rows, columns], float32, of code times scale, counted from zero points.
 
     Exact also for weights that were rounded to bfloat16 or float16, by less than half a step.
-    `scale` and `zero`, the points of an asymmetric grid, are [rows, groups].
     """
     points = None if zero is None else _spread(zero.float(), grid, weight)
     return grid.codes_(weight.float() / _spread(scale.float(), grid, weight), points)

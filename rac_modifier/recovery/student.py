@@ -1,9 +1,8 @@
 """The model in training: which parameters, in float32, with layers recomputed, over processes.
 
-With several processes a copy of the model is trained by FSDP2: weights, gradients and moments of
-each decoder layer are sharded, and its weights are gathered while it runs; embeddings and head are
-whole on every rank. Each rank takes its share of every batch, and gradients are summed, so the
-result differs from one process only in the order of sums.
+With several processes a copy of the model is trained by FSDP2; embeddings and head are whole on
+every rank. Each rank takes its share of every batch, and gradients are summed, so the result
+differs from one process only in the order of sums.
 """
 
 from __future__ import annotations
@@ -32,8 +31,7 @@ Batch = Sequence[TokenSequence]
 def in_float32(model: Any) -> Iterator[None]:
     """Train all weights but embeddings and head, in float32, inside this context.
 
-    Dtypes and `requires_grad` come back at the end. Buffers are not changed: rotary frequencies
-    would lose precision on their way through bfloat16.
+    Buffers are not changed: rotary frequencies would lose precision in bfloat16.
     """
     frozen = frozen_parameters(model)
     before = {name: (p.dtype, p.requires_grad) for name, p in model.named_parameters()}
@@ -61,11 +59,7 @@ def frozen_parameters(model: Any) -> set[int]:
 
 
 def decoder_layers(model: torch.nn.Module, setting: str) -> list[torch.nn.Module]:
-    """Return the decoder layers of a transformers model.
-
-    Raises:
-        RacError: transformers marks none; `setting` needs them.
-    """
+    """Return the layers that transformers marks (RacError: none, and `setting` needs them)."""
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     if not layers:
         raise RacError(
@@ -79,11 +73,7 @@ def decoder_layers(model: torch.nn.Module, setting: str) -> list[torch.nn.Module
 def recomputing(model: torch.nn.Module, enabled: bool = True) -> Iterator[None]:
     """Run each layer's forward pass again in the backward pass, with the same bits.
 
-    Only the inputs of layers are kept. transformers' own switch works in training mode alone, in
-    which dropout is on.
-
-    Raises:
-        RacError: a model without marked layers.
+    transformers' own switch works in training mode alone, in which dropout is on.
     """
     layers = decoder_layers(model, "recover.activation_checkpointing") if enabled else []
     before = [vars(layer).get("forward") for layer in layers]  # an offloaded layer has its own
@@ -108,10 +98,7 @@ def _twice(forward: Any) -> Any:
 
 
 class Student:
-    """The model in training, and this process's shards of its `parameters`.
-
-    In one process hooks of `fixed_mask` hold the zeros; `sharded` is for several.
-    """
+    """The model in training, and this process's shards of its `parameters`."""
 
     def __init__(
         self,
@@ -135,12 +122,9 @@ class Student:
         mask: FixedMask,
         processes: Processes,
     ) -> Student:
-        """Return a copy of `model`, sharded; `put_back` fills `parameters`.
+        """Return a copy of `model`, sharded, without the hooks of `mask`.
 
-        The hooks of `mask` are released.
-
-        Raises:
-            RacError: a model without marked layers, or a trained parameter outside of its decoder.
+        RacError for a model without marked layers, or a trained parameter outside of its decoder.
         """
         assert processes.device is not None
         mask.release()
@@ -164,7 +148,7 @@ class Student:
     def share(self, batches: Sequence[Batch]) -> list[tuple[Batch, float]]:
         """Return this process's sequences of each batch, with the weight of their loss.
 
-        Every `count`-th sequence is this process's; without one it runs the first for weight 0.
+        A process without a sequence runs the first for weight 0.
         """
         shares = [(b[self.processes.rank :: self.processes.count], b[:1]) for b in batches]
         return [(share, 1.0) if share else (first, 0.0) for share, first in shares]
@@ -196,17 +180,13 @@ class Student:
         return (gathered.full_tensor() if isinstance(gathered, DTensor) else gathered).cpu()
 
     @torch.no_grad()
-    def mask_gradients(self) -> None:
-        """Mask gradients before they are clipped: FSDP sets those of shards without hooks."""
+    def mask(self) -> None:
+        """Mask weights, and gradients before they are clipped: FSDP sets them without hooks."""
         for name, keep in self._masks.items():
-            if (gradient := self.parameters[name].grad) is not None:
-                self.local(gradient).mul_(keep)
-
-    @torch.no_grad()
-    def mask_weights(self) -> None:
-        """Mask weights after an optimizer step."""
-        for name, keep in self._masks.items():
-            self.local(self.parameters[name]).mul_(keep)
+            parameter = self.parameters[name]
+            for tensor in (parameter, parameter.grad):
+                if tensor is not None:
+                    self.local(tensor).mul_(keep)
 
     @torch.no_grad()
     def put_back(self) -> None:

@@ -1,7 +1,6 @@
 """The dense model: its hidden states on the training traces, on disk, and checks that it is dense.
 
-2 bytes x hidden size per completion token (7 kB at 7B), a hundredth of its logits. The
-student's head is the dense model's, so nothing is lost.
+They take a hundredth of its logits. The student's head is the dense model's, so nothing is lost.
 """
 
 from __future__ import annotations
@@ -49,12 +48,9 @@ class StoredTeacher:
     def write(
         cls, dense: Any, sequences: Sequence[TokenSequence], folder: Path, *, key: str
     ) -> StoredTeacher:
-        """Run the dense model over `sequences`, unless `folder` holds their states already.
+        """Run the dense model `key` over `sequences`, unless `folder` holds their states already.
 
-        States of another model (`key`) or of other sequences are computed again.
-
-        Raises:
-            RacError: a full disk, or a folder that cannot be written.
+        RacError for a folder that cannot be written.
         """
         index = folder / _INDEX
         about = json.dumps({"model": key, "sequences": [name_of(s) for s in sequences]}).encode()

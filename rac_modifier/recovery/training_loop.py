@@ -133,12 +133,12 @@ class TrainingLoop:
             (loss * (counts * processes.count)).backward()  # FSDP takes the mean over the processes
             total += loss.item() * counts
         total = processes.sums(total)[0]
-        self.student.mask_gradients()
+        self.student.mask()
         torch.nn.utils.clip_grad_norm_(self.parameters.values(), _CLIP)
         if math.isfinite(total):
             self.optimizer.step()
-            self.student.mask_weights()
         self.optimizer.zero_grad(set_to_none=True)
+        self.student.mask()
         return total
 
     @torch.no_grad()

@@ -44,10 +44,8 @@ def chat_body(question: str, key: str, sampling: SamplingSettings) -> dict[str, 
 def read_chat(content: bytes, cap: int, server: str) -> ChatAnswer:
     """Return the answer in a body with status 200.
 
-    Raises:
-        UnusableError: no answer, or a field of a wrong type or range.
-        RefusedError: the server hides its text, or truncated the answer before the cap.
-        RacError: the server does not count tokens.
+    UnusableError for a field of a wrong type or range; RefusedError if the server hides its text,
+    or truncated the answer before the cap; RacError if it does not count tokens.
     """
     choice, usage = only_choice(content)
     message, finish = choice.get("message"), choice.get("finish_reason")

@@ -44,7 +44,7 @@ class RefusedError(Exception):
 
 @dataclass(frozen=True)
 class Request:
-    """One completion to ask for."""
+    """A completion to ask for."""
 
     prompt_ids: tuple[int, ...]
     max_tokens: int
@@ -52,7 +52,7 @@ class Request:
     eos: tuple[int, ...]
 
     def body(self, sampling: SamplingSettings) -> dict[str, Any]:
-        """Return the JSON of /v1/completions without the model; `sampling` must be resolved."""
+        """Return the JSON of /v1/completions without the model."""
         return {
             **sampling_fields(sampling, self.max_tokens, self.seed),
             "prompt": list(self.prompt_ids),
@@ -62,10 +62,7 @@ class Request:
 
 
 def sampling_fields(sampling: SamplingSettings, max_tokens: int, seed: int) -> dict[str, Any]:
-    """Return the fields of a request that decide how a completion is drawn.
-
-    They name every setting that a server would take from the model's generation_config.
-    """
+    """Return every setting that a server would take from the model's generation_config."""
     return {
         "max_tokens": max_tokens,
         "temperature": sampling.temperature,
@@ -91,9 +88,8 @@ def trace_seed(seed: int, key: str) -> int:
 def read_answer(request: Request, content: bytes, vocab_size: int, server: str) -> Generation:
     """Return the completion in the body of an answer with status 200.
 
-    Raises:
-        UnusableError: the answer is truncated or contradicts itself.
-        RacError: no token ids, another prompt, or no EOS: asking again would not help.
+    UnusableError if it is truncated or contradicts itself; RacError for no token ids, another
+    prompt, or no EOS: asking again would not help.
     """
     choice, usage = only_choice(content)
     ids, reason, eos = choice.get("token_ids"), choice.get("finish_reason"), set(request.eos)
@@ -198,10 +194,7 @@ def check_limit(
 
 
 def check_name(card: dict[str, Any], model: str, server: str) -> None:
-    """Refuse a server that loaded a model of another name (RacError), if both names are known.
-
-    A folder counts by its last name, a hub id and its cache by the name after the "/".
-    """
+    """Refuse a server whose model has another last name (RacError), if both names are known."""
     root = card.get("root")
     if not isinstance(root, str) or not model:
         return
@@ -216,9 +209,9 @@ def check_name(card: dict[str, Any], model: str, server: str) -> None:
 
 @torch.no_grad()
 def check_probes(model: PreTrainedModel, probes: Sequence[Probe], server: str) -> None:
-    """Compare greedy tokens of a server with the model's own choices: a forward pass per probe.
+    """Refuse greedy tokens of another model or of much changed weights (RacError).
 
-    Another model and much changed weights fail. The same weights in fewer bits pass.
+    The same weights in fewer bits pass. A probe costs a forward pass.
     """
     regrets: list[float] = []
     with evaluating(model):

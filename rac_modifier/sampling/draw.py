@@ -76,9 +76,8 @@ def gumbel_noise(rows: torch.Tensor, position: int, tokens: torch.Tensor) -> tor
     """Compute standard Gumbel noise [rows, tokens], float32, of (row key, position, token).
 
     `rows` are int64 keys [rows], `tokens` ids [tokens], or [rows, tokens] if each row has its own.
-    Added to scores, the noise makes their arg max a draw from their softmax (Gumbel-max). A uniform
-    v = (63 hashed bits) / 2^63 becomes -log(-log1p(-v)): the large values come from small v, where
-    float32 is fine-grained.
+    A uniform v = (63 hashed bits) / 2^63 becomes -log(-log1p(-v)): the large values come from small
+    v, where float32 is fine-grained.
     """
     row = _mix(rows + (position + 1) * _POSITION_STEP)
     token = _mix((tokens.to(torch.int64) + 1) * _GOLDEN)

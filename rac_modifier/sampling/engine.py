@@ -1,13 +1,13 @@
-"""What an engine is, and the engine on the model in memory, which takes batches of prompts."""
+"""Prompts, completions, the record of an engine, and the engine on the model in memory."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rac_modifier.model_tools import on_accelerator
@@ -40,18 +40,14 @@ class Failure:
 Completions = Sequence[tuple[Prompt, Generation | Failure]]
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Probe(_Record):
+class Probe(BaseModel, extra="forbid", frozen=True):
     """A server's greedy completion of a known prompt, by which its model is told from another."""
 
     prompt_ids: tuple[int, ...]
     completion_ids: tuple[int, ...]
 
 
-class EngineRecord(_Record):
+class EngineRecord(BaseModel, extra="forbid", frozen=True):
     """The engine that filled a store, as recorded in the header of the store."""
 
     kind: EngineKind = "transformers"
@@ -60,35 +56,16 @@ class EngineRecord(_Record):
     probes: tuple[Probe, ...] = ()  # empty without a server, or without the check
 
 
-class Engine(Protocol):
-    """Completes prompts. An engine is made for one collection and closed at its end."""
-
-    kind: EngineKind
-    batch_size: int  # prompts per batch of `iter_completions`
-
-    def connect(self) -> EngineRecord:
-        """Check, before the first completion, that the engine has the right model (RacError)."""
-
-    def iter_completions(self, batches: Iterable[Sequence[Prompt]]) -> Iterator[Completions]:
-        """Complete prompts; yields whenever some are finished, until every prompt is.
-
-        Batches are taken in the caller's thread, only when they can be worked on.
-        """
-
-    def close(self) -> None:
-        """Give up unfinished prompts, and free what the engine holds."""
-
-
 class InProcessEngine:
-    """Samples from a transformers model; deterministic for a given batch size (see `generate`)."""
+    """Samples from a transformers model; deterministic for a given batch size (see `generate`).
+
+    `batch_size` is the number of prompts per batch of `iter_completions`.
+    """
 
     kind: EngineKind = "transformers"
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        sampling: SamplingSettings,
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: SamplingSettings
     ):
         self.batch_size = sampling.batch_size
         self._model, self._tokenizer, self._sampling = model, tokenizer, sampling

@@ -32,13 +32,11 @@ def generate(
     settings: SamplingSettings,
     keys: list[str],
 ) -> list[Generation]:
-    """Complete one batch of prompts (left-padded, see `decode`); `keys` seed the rows.
+    """Complete a batch of prompts; `keys` seed the rows.
 
     A draw depends on (seed, key, position) alone, logits on the batch's shape too, by rounding. A
-    completion that would leave the model's context ends there with finish_reason "length".
-
-    Raises:
-        RacError: an empty prompt, one that fills the context, unknown token ids, or no EOS token.
+    completion that would leave the model's context ends there with finish_reason "length". RacError
+    for an empty prompt, one that fills the context, unknown token ids, or no EOS token.
     """
     if not prompts:
         return []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
@@ -34,8 +33,6 @@ _ARCHITECTURE_FIELDS = (
     "num_key_value_heads head_dim hidden_act rms_norm_eps sliding_window tie_word_embeddings "
     "rope_parameters"
 )
-# A tensor, or a merged tensor [experts, rows, columns] as the matrices of each expert.
-_Weights = torch.Tensor | list[list[torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -114,34 +111,19 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(vocab.encode()).hexdigest()
 
 
-def _fingerprint_of(config: PreTrainedConfig, parameters: Iterable[tuple[str, _Weights]]) -> str:
+def _fingerprint_of(
+    config: PreTrainedConfig, parameters: Iterable[tuple[str, torch.Tensor]]
+) -> str:
     text = config.get_text_config()
     fields = {name: getattr(text, name, None) for name in _ARCHITECTURE_FIELDS.split()}
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode())
-    for name, weights in parameters:
-        shape, sample = _sample(weights)
-        digest.update(f"{name}{shape}".encode())
-        digest.update(sample.to(torch.bfloat16).float().numpy().astype("<f4").tobytes())
+    for name, weight in parameters:
+        # odd: a multiple of the row length would only ever read one column
+        stride = -(-weight.numel() // _ELEMENTS) | 1
+        sample = weight.detach().reshape(-1)[::stride].cpu().to(torch.bfloat16).float()
+        digest.update(f"{name}{tuple(weight.shape)}".encode())
+        digest.update(sample.numpy().astype("<f4").tobytes())
     return digest.hexdigest()
-
-
-def _sample(weights: _Weights) -> tuple[tuple[int, ...], torch.Tensor]:
-    """Return the shape of a tensor, and its elements at a stride, on the CPU."""
-    if isinstance(weights, torch.Tensor):
-        return tuple(weights.shape), weights.detach().reshape(-1)[:: _stride(weights.shape)].cpu()
-    rows, columns = sum(map(len, weights[0])), weights[0][0].shape[1]
-    shape = (len(weights), rows, columns)
-    numbers = []
-    for flat in range(0, math.prod(shape), _stride(shape)):
-        expert, row = divmod(flat // columns, rows)
-        column = [matrix.detach()[:, flat % columns] for matrix in weights[expert]]
-        numbers.append(float(torch.cat(column)[row]))
-    return shape, torch.tensor(numbers)
-
-
-def _stride(shape: tuple[int, ...]) -> int:
-    """Return an odd number: a multiple of the row length would only ever read one column."""
-    return -(-math.prod(shape) // _ELEMENTS) | 1
 
 
 def _named_parameters(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
@@ -164,7 +146,7 @@ def _offloaded(model: PreTrainedModel, full: str) -> torch.Tensor:
 
 def _with_merged_experts(
     model: torch.nn.Module, parameters: Iterable[tuple[str, torch.Tensor]]
-) -> Iterator[tuple[str, _Weights]]:
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield parameters in their order, split experts as merged tensors, as transformers loads them.
 
     Experts with other matrices, biases or transposed weights stay as they are.
@@ -181,10 +163,11 @@ def _with_merged_experts(
         count: int = layers[layer].num_experts
         if len(pending) == count * len(_EXPERT):
             gate, up, down = (
-                [pending[f"{layer}.{i}.{name}.weight"] for i in range(count)] for name in _EXPERT
+                torch.stack([pending[f"{layer}.{i}.{name}.weight"] for i in range(count)])
+                for name in _EXPERT
             )
-            yield f"{layer}.gate_up_proj", [list(pair) for pair in zip(gate, up, strict=True)]
-            yield f"{layer}.down_proj", [[weight] for weight in down]
+            yield f"{layer}.gate_up_proj", torch.cat([gate, up], dim=1)
+            yield f"{layer}.down_proj", down
             pending.clear()
 
 

@@ -29,7 +29,6 @@ from rac_modifier.sampling.completions_api import (
 )
 from rac_modifier.sampling.engine import (
     Completions,
-    Engine,
     EngineKind,
     EngineRecord,
     Failure,
@@ -47,8 +46,7 @@ from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
 class ServerEngine:
     """Completes prompts, sent as token ids, on one or several servers of the model `identity`.
 
-    Their greedy tokens are compared with `model`, if it is in memory. `sampling` must be resolved.
-    With `evaluates`, answers are judged, and nothing is calibrated on them.
+    Their greedy tokens are compared with `model`, if it is in memory and nothing is evaluated.
     """
 
     kind: EngineKind = "openai"
@@ -78,13 +76,16 @@ class ServerEngine:
         self._thread.start()
 
     def connect(self) -> EngineRecord:
-        """Ask each server, the first time, which model it serves, and compare that with ours."""
+        """Ask each server once which model it serves, and compare that with ours (RacError)."""
         if self._record is None:
             self._record = asyncio.run_coroutine_threadsafe(self._connect(), self._loop).result()
         return self._record
 
     def iter_completions(self, batches: Iterable[Sequence[Prompt]]) -> Iterator[Completions]:
-        """Complete prompts, `concurrency` at a time. Call `connect` first."""
+        """Complete prompts, `concurrency` at a time, and yield them as they finish.
+
+        Batches are taken in the caller's thread, only when they can be worked on.
+        """
         prompts = enumerate(chain.from_iterable(batches))
         under_way: dict[Future[Generation | Failure], tuple[int, Prompt]] = {}
         while True:
@@ -197,6 +198,9 @@ class ServerEngine:
         return await ask(servers, "/completions", request.body(sampling), tokens, read)
 
 
+Engine = ServerEngine | InProcessEngine
+
+
 def engine_for(
     settings: EngineSettings | None,
     identity: ModelIdentity,
@@ -205,7 +209,10 @@ def engine_for(
     sampling: SamplingSettings,
     evaluates: bool = False,
 ) -> Engine:
-    """Return an engine on the servers of `settings`, or without settings on the model in memory."""
+    """Return an engine on the servers of `settings`, or on the model in memory.
+
+    `sampling` must be resolved. Answers that are evaluated come from a model that may differ.
+    """
     if settings is not None:
         return ServerEngine(settings, identity, tokenizer, sampling, model, evaluates)
     if model is None:

@@ -98,10 +98,8 @@ def check_serving() -> None:
 def vllm_server(command: VllmCommand, model: str, dtype: str = "auto") -> Iterator[str]:
     """Run `vllm serve` inside the context, and yield its address; `dtype` as vLLM names it.
 
-    It ends with the context, and with this process (see `server_watch`).
-
-    Raises:
-        RacError: it stops, or is not ready in time; the message has its last lines.
+    It ends with the context, and with this process (see `server_watch`). RacError, with its last
+    lines, if it stops or is not ready in time.
     """
     with socket.socket() as free:
         free.bind((HOST, 0))

@@ -69,10 +69,8 @@ class ServerClient:
     async def post(self, path: str, body: dict[str, Any], tokens: int) -> bytes:
         """Return the body of the answer with status 200 to a request of up to `tokens` tokens.
 
-        Raises:
-            UnusableError: another try may succeed.
-            RefusedError: the server rejects the prompt.
-            RacError: the server rejects every prompt, or wants a key.
+        UnusableError if another try may succeed, RefusedError if the server rejects the prompt,
+        RacError if it rejects every prompt.
         """
         most = _ANSWER_BYTES + _BYTES_PER_TOKEN * tokens
         self.under_way += 1
@@ -139,10 +137,7 @@ async def ask(
     """Post a request until `read` takes the answer, of which it gets body and address.
 
     Each try goes to the least busy server that has not been tried, and waits longer than the last.
-
-    Raises:
-        UnusableError: nine tries failed; another time they may not.
-        RefusedError, RacError: as `ServerClient.post` and `read`.
+    UnusableError after `TRIES` failures; other errors are those of `ServerClient.post` and `read`.
     """
     pause, failures = FIRST_PAUSE, 0
     tried: list[ServerClient] = []

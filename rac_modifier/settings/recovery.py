@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from rac_modifier.settings.calibration import GenericText
-from rac_modifier.settings.check import Count, Settings, refuse_idle
+from rac_modifier.settings.check import Count, Settings
 
 _Tokens = Annotated[Count, Field(ge=64)]
 
@@ -17,12 +16,6 @@ class RecoverySettings(Settings):
 
     tokens: Count = 131_072
     """Prompt and completion tokens of the traces to train on; calibration does not use these."""
-
-    generic_share: float = Field(0.0, ge=0, le=0.5)
-    """Share of generic text in tokens, for a model that has other work than reasoning too."""
-
-    generic: GenericText = GenericText()
-    """That text."""
 
     passes: int = Field(1, ge=1, le=16)
     """Passes over the traces; more than two overfit a small set."""
@@ -47,17 +40,7 @@ class RecoverySettings(Settings):
     """Compute each layer's activations again in the backward pass: less memory, a third more time,
     the same result."""
 
-    @model_validator(mode="after")
-    def _generic_text_is_used(self) -> RecoverySettings:
-        refuse_idle(self, (not self.generic_share, "generic", "with generic_share: 0"))
-        return self
-
     @property
     def reserved_tokens(self) -> int:
         """Return the tokens of the traces for recovery, held-out ones included."""
-        return self.tokens - self.generic_tokens + self.held_out_tokens
-
-    @property
-    def generic_tokens(self) -> int:
-        """Return the tokens of generic text to train on."""
-        return round(self.tokens * self.generic_share)
+        return self.tokens + self.held_out_tokens

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from rac_modifier.errors import RacError
-from rac_modifier.settings.check import Count, Settings, Share
+from rac_modifier.settings.check import Count, Settings
 from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
 
@@ -18,35 +18,19 @@ class SelectSettings(Settings):
     A selection that keeps one in three costs three times the sampling.
     """
 
-    answers: Literal["any", "correct", "wrong"] = "any"
-    """correct: keep traces with the right final answer; wrong: keep those whose answer is wrong or
-    missing; both need reference answers."""
+    answers: Literal["any", "correct"] = "any"
+    """correct: keep traces with the right final answer, which needs reference answers."""
 
     finished: bool = False
     """Keep only traces that end with an end-of-sequence token, and none that was cut."""
 
-    min_tokens: Count | None = None
-    """Keep traces with at least this many completion tokens."""
-
     max_tokens: Count | None = None
     """Keep traces with at most this many completion tokens."""
-
-    pass_rate: Annotated[list[Share], Field(min_length=2, max_length=2)] | None = None
-    """Keep problems whose share of right samples lies within these bounds, e.g. [0.2, 0.8]; needs
-    reference answers and samples_per_problem of at least 2."""
-
-    @model_validator(mode="after")
-    def _can_be_met(self) -> SelectSettings:
-        if self.min_tokens and self.max_tokens and self.min_tokens > self.max_tokens:
-            raise RacError(f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}")
-        if self.pass_rate is not None and self.pass_rate[0] > self.pass_rate[1]:
-            raise RacError(f"pass_rate {self.pass_rate}: give the lowest share first")
-        return self
 
     @property
     def checks_answers(self) -> bool:
         """Return whether every answer has to be checked."""
-        return self.answers != "any" or self.pass_rate is not None
+        return self.answers == "correct"
 
 
 class TraceSource(Settings):
@@ -83,20 +67,6 @@ class TraceSettings(Settings):
 
     sources: dict[str, TraceSource] = Field({})
     """Further sources by name, for use in a mixture: traces:math, prompts:math."""
-
-    @model_validator(mode="after")
-    def _can_be_selected(self) -> TraceSettings:
-        longest, samples = self.sampling.max_new_tokens, self.sampling.samples_per_problem
-        for name in (None, *self.sources):
-            select = self.named(name).select
-            if (select.min_tokens or 0) > longest:
-                raise RacError(
-                    f"select.min_tokens={select.min_tokens} can never be met with "
-                    f"sampling.max_new_tokens={longest}"
-                )
-            if select.pass_rate is not None and samples < 2:
-                raise RacError("select.pass_rate: set sampling.samples_per_problem to 2 or more")
-        return self
 
     def named(self, name: str | None) -> TraceSettings:
         """Return the settings of a declared source or of a name that is one (RacError: neither)."""

@@ -28,13 +28,9 @@ def collect_traces(
 ) -> TraceStore:
     """Fill a store up to `tokens` prompt and completion tokens, and return it, closed for writing.
 
-    It holds the traces of the first problems, in order. A store that holds enough is returned as it
-    is. `model` is in memory, or its `ModelIdentity` if servers sample it.
-
-    Raises:
-        RacError: bad problems, settings or prompts; a store of another model or other settings, in
-            use or corrupt; too few problems; servers of another model, without token ids, or that
-            cannot be reached.
+    It holds the traces of the first problems, in order. `model` is in memory, or its
+    `ModelIdentity` if servers sample it. RacError for bad problems, settings or prompts; a store of
+    another model or other settings, in use or corrupt; servers that do not sample this model.
     """
     if tokens < 1:
         raise RacError(f"tokens={tokens}: ask for at least one token to calibrate on")

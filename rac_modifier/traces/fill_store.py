@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from rac_modifier.errors import RacError
 from rac_modifier.problems.source import Problem
-from rac_modifier.sampling.engine import Completions, Engine, Failure, Prompt
+from rac_modifier.sampling.engine import Completions, Failure, Prompt
+from rac_modifier.sampling.openai_server import Engine
 from rac_modifier.traces.records import Trace
 from rac_modifier.traces.store import (
     FailedProblem,
@@ -38,10 +39,8 @@ class _Sample:
     problem: Problem
     tokens: int = 0
     settled: bool = False
-    trace: Trace | None = None
-    """Finished, but not stored yet."""
-    reason: str = ""
-    """Why it failed."""
+    trace: Trace | None = None  # finished, but not stored yet
+    reason: str = ""  # why it failed
 
 
 class FillStore:
@@ -120,10 +119,7 @@ class FillStore:
         return _Sample(trace_id, problem, settled=trace_id in self.failed)
 
     def _prompts(self, batch: list[_Sample]) -> list[Prompt]:
-        """Return the prompts of a whole batch, also if part of it is stored.
-
-        Rounding depends on the shape of a batch, and a resumed run must give the same traces.
-        """
+        """Return the prompts of a whole batch, stored or not: rounding depends on its shape."""
         self._engine.connect()
         filled, kind = self._store.header.engine.kind, self._engine.kind
         if filled != kind:

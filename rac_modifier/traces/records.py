@@ -1,9 +1,7 @@
 """The header and the traces of a store, and its lines: JSON objects that begin with a checksum.
 
-    {"crc32":"1f2e3d4c","header":{...}}      the first line
-    {"crc32":"5a6b7c8d","trace":{...}}       every other line
-
-The checksum is over the bytes of the value as they are in the file.
+{"crc32":"1f2e3d4c","header":{...}} is the first line, {"crc32":"5a6b7c8d","trace":{...}} every
+other one. The checksum is over the bytes of the value as they are in the file.
 """
 
 from __future__ import annotations
@@ -37,17 +35,14 @@ class Trace:
     """One sampled chain of thought: the token ids of prompt and completion, with the EOS."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
-    id: str
-    """"<problem id>#<sample>"."""
+    id: str  # "<problem id>#<sample>"
     problem_id: str
     prompt_ids: TokenIds
     completion_ids: TokenIds
     finish_reason: FinishReason
     seed: int
-    question: str
-    """For review only: calibration reads the ids."""
-    answer: str | None
-    """The reference answer, if the source has it; used by selections and reports."""
+    question: str  # for review only: calibration reads the ids
+    answer: str | None  # the reference answer, if the source has it
 
     @property
     def tokens(self) -> int:
@@ -58,10 +53,8 @@ class Trace:
 _TRACE = TypeAdapter(Trace)
 
 
-class StoreHeader(BaseModel):
+class StoreHeader(BaseModel, extra="forbid", frozen=True):
     """Where the traces of a store come from."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     format: Literal["rac-traces"] = "rac-traces"
     version: Literal[1] = 1
@@ -71,8 +64,7 @@ class StoreHeader(BaseModel):
     chat_template: str | None = None
     sampling: SamplingSettings
     problems: ProblemSource
-    engine: EngineRecord = EngineRecord()
-    """A run may read a store of any kind of engine; only the kind that filled it may append."""
+    engine: EngineRecord = EngineRecord()  # only an engine of this kind may append
 
     @classmethod
     def of(
@@ -161,8 +153,7 @@ def trace_of(fields: dict[str, Any]) -> Trace:
 def read_header(path: str | os.PathLike[str]) -> StoreHeader | None:
     """Read the header of a store; None if the file is missing, or ends within its first line.
 
-    Raises:
-        RacError: the file is not a trace store, or is of another version.
+    RacError if the file is no trace store of this version.
     """
     path = Path(path)
     if not path.exists():

@@ -36,7 +36,7 @@ def count_endings(traces: Iterable[Trace]) -> dict[str, Any]:
 
 
 def describe_store(store: TraceStore) -> str:
-    """Describe model, problems, settings, counts, endings and lengths of a store."""
+    """Describe a store in lines of text."""
     header, counts, sampling = store.header, store.counts, store.header.sampling
     template = f"template {header.chat_template}" if header.chat_template else "template"
     prompt = PromptSettings.of(sampling).describe().replace("template", template, 1)

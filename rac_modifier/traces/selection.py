@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from itertools import groupby, islice
+from itertools import islice
 
 from transformers import PreTrainedTokenizerBase
 
@@ -25,10 +25,7 @@ COPIES, TAIL = 3, 64  # copies and tokens that a repeating tail has at least
 
 
 def loop_at_end(items: Sequence[int] | Sequence[str]) -> tuple[int, int] | None:
-    """Return the index where the repeating end begins, and its period; None if no end repeats.
-
-    It has `COPIES` or more of up to `LONGEST_PERIOD` items, the last perhaps cut; `TAIL` or more.
-    """
+    """Return the index where the repeating end begins, and its period; None if no end repeats."""
     for period in range(1, min(LONGEST_PERIOD, len(items) // COPIES) + 1):
         same = 0
         while period + same < len(items) and items[-1 - same] == items[-1 - same - period]:
@@ -62,14 +59,13 @@ class Judge:
         remaining = iter(traces)
         with ThreadPoolExecutor(WORKERS) as pool:
             while batch := list(islice(remaining, _TOGETHER)):
-                yield from zip(batch, pool.map(self._verdict, batch), strict=True)
+                for trace, right in zip(batch, pool.map(self._verdict, batch), strict=True):
+                    self._verdicts[trace.id] = right
+                    yield trace, right
 
     def _verdict(self, trace: Trace) -> bool:
-        if trace.id not in self._verdicts:
-            self._verdicts[trace.id] = self._check(trace)
-        return self._verdicts[trace.id]
-
-    def _check(self, trace: Trace) -> bool:
+        if trace.id in self._verdicts:
+            return self._verdicts[trace.id]
         if trace.answer is None:
             raise RacError(
                 f"trace {trace.id!r} has no reference answer: name the column of the answers "
@@ -85,10 +81,7 @@ class Judge:
 
 
 class Selection:
-    """Filters traces by settings, and counts the dropped traces by reason.
-
-    The traces of a problem must be neighbours, as they are in a store.
-    """
+    """Filters traces by settings, and counts the dropped traces by reason."""
 
     def __init__(self, settings: SelectSettings):
         self.settings = settings
@@ -98,42 +91,21 @@ class Selection:
 
     def keep(self, traces: Iterable[Trace], judge: Judge) -> Iterator[Trace]:
         """Yield the selected traces in order; answers are judged only if the settings need it."""
-        judged: Iterable[tuple[Trace, bool]] = ((trace, False) for trace in traces)
+        judged: Iterable[tuple[Trace, bool]] = ((trace, True) for trace in traces)
         if self.settings.checks_answers:
             judged = judge(traces)
-        for _, problem in groupby(judged, key=lambda pair: pair[0].problem_id):
-            samples = list(problem)
-            of_problem = self._reason_of_problem([right for _, right in samples])
-            for trace, right in samples:
-                self.total += 1
-                if reason := of_problem or self._reason(trace, right):
-                    self.dropped[reason] += 1
-                else:
-                    self.kept += 1
-                    yield trace
-
-    def _reason_of_problem(self, verdicts: list[bool]) -> str | None:
-        if (bounds := self.settings.pass_rate) is None:
-            return None
-        rate = sum(verdicts) / len(verdicts)
-        if rate > bounds[1]:
-            return "too easy"
-        return "too hard" if rate < bounds[0] else None
-
-    def _reason(self, trace: Trace, right: bool) -> str | None:
-        """Return the first reason against a trace."""
-        settings, length = self.settings, len(trace.completion_ids)
-        if settings.finished and trace.finish_reason != "stop":
-            return "unfinished"
-        if settings.min_tokens is not None and length < settings.min_tokens:
-            return "too short"
-        if settings.max_tokens is not None and length > settings.max_tokens:
-            return "too long"
-        if settings.answers == "correct" and not right:
-            return "wrong"
-        if settings.answers == "wrong" and right:
-            return "right"
-        return None
+        longest = self.settings.max_tokens
+        for trace, right in judged:
+            self.total += 1
+            if self.settings.finished and trace.finish_reason != "stop":
+                self.dropped["unfinished"] += 1
+            elif longest is not None and len(trace.completion_ids) > longest:
+                self.dropped["too long"] += 1
+            elif not right:
+                self.dropped["wrong"] += 1
+            else:
+                self.kept += 1
+                yield trace
 
     def describe(self) -> str:
         """Describe the counts, for example "kept 812 of 1,024: 150 wrong, 62 unfinished"."""

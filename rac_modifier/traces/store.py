@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -63,8 +63,7 @@ class TraceStore(AbstractContextManager["TraceStore"]):
     def read(cls, path: str | os.PathLike[str]) -> TraceStore:
         """Open a store for reading, without an incomplete last line: its writer may be at work.
 
-        Raises:
-            RacError: no such file, not a store, or a corrupt line.
+        RacError if there is no such file, it is no store, or a line is corrupt.
         """
         path = Path(path)
         header = read_header(path)
@@ -78,9 +77,8 @@ class TraceStore(AbstractContextManager["TraceStore"]):
     def open_append(cls, path: str | os.PathLike[str], header: StoreHeader) -> TraceStore:
         """Open a store to append, or create it; locked for other writers until `close`.
 
-        Raises:
-            RacError: in use by another process, another header (`header_differences`), a corrupt
-                line, or the file cannot be written.
+        RacError if another process uses it, its header differs, a line is corrupt, or it cannot be
+        written.
         """
         path = Path(path)
         if path.exists():
@@ -178,24 +176,21 @@ class TraceStore(AbstractContextManager["TraceStore"]):
                 number += 1
                 if not line.endswith(b"\n"):
                     return len(line)
-                trace = self._decode(line, number)
-                if trace.id in self.tokens_by_id:
-                    raise self._corrupt(number, f"trace {trace.id!r} is there twice")
-                self._count(trace)
+                self._count(self._decode(line, number, seen=self.tokens_by_id))
                 self._end += len(line)
         return 0
 
-    def _decode(self, line: bytes, number: int) -> Trace:
+    def _decode(self, line: bytes, number: int, seen: Container[str] = ()) -> Trace:
         try:
-            return trace_of(decode("trace", line.rstrip(b"\n")))
+            trace = trace_of(decode("trace", line.rstrip(b"\n")))
+            if trace.id in seen:
+                raise ValueError(f"trace {trace.id!r} is there twice")
         except ValueError as error:
-            raise self._corrupt(number, str(error)) from error
-
-    def _corrupt(self, number: int, why: str) -> RacError:
-        return RacError(
-            f"trace store {str(self.path)!r}, line {number} is corrupt: {why}. Remove that line "
-            f"(`sed -i {number}d {self.path}`) and collect again"
-        )
+            raise RacError(
+                f"trace store {str(self.path)!r}, line {number} is corrupt: {error}. Remove that "
+                f"line (`sed -i {number}d {self.path}`) and collect again"
+            ) from error
+        return trace
 
     def _count(self, trace: Trace) -> None:
         self.tokens_by_id[trace.id] = trace.tokens

@@ -74,15 +74,6 @@ def _(b: Bench) -> None:
     b.prune()
 
 
-@CASES.case(
-    "a selection that sampling can never meet",
-    "select.min_tokens=41 can never be met with sampling.max_new_tokens=40",
-)
-def _(b: Bench) -> None:
-    sampling = {"max_new_tokens": 40}
-    b.check(traces={"sampling": sampling, "select": {"min_tokens": 41}})
-
-
 @CASES.case("correct answers only, from a model that gives none", "traces.select kept 0 of")
 def _(b: Bench) -> None:
     b.prune_with(traces={**entry(b.store)["traces"], "select": {"answers": "correct"}})

@@ -11,7 +11,6 @@ import pytest
 import rac_modifier
 from rac_modifier.calibration.dataset import export_store, packed
 from rac_modifier.errors import RacError
-from rac_modifier.settings.traces import SelectSettings
 from rac_modifier.traces.store import TraceStore
 from tests.tiny import byte_tokenizer, entry
 from tests.traces.long_store import HEADER, fill
@@ -119,13 +118,6 @@ def test_a_file_holds_the_traces_and_what_is_known_about_them(store, tmp_path, s
         assert known == (trace.id, trace.question, trace.answer, trace.finish_reason)
     assert rows[1]["completion"] == "12 </think>\\boxed{1}<|end|>"
     assert [file.name for file in tmp_path.glob("out*")] == [path.name]
-
-
-def test_a_selection_in_a_file(store, tmp_path):
-    path = tmp_path / "a.jsonl"
-    selected = export_store(store, path, settings=SelectSettings(finished=True))
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert selected == len(rows) == store.counts.finished
 
 
 def test_what_cannot_be_exported(store, tmp_path, monkeypatch):

@@ -10,18 +10,13 @@ import torch
 
 from rac_modifier import model_tools
 from rac_modifier.calibration import trace_pool
-from rac_modifier.calibration.calibration_set import build_calibration_set
 from rac_modifier.calibration.trace_pool import HoldOut, TracePool, collect_for_calibration
 from rac_modifier.errors import RacError
-from rac_modifier.sampling.generate import generate
-from rac_modifier.sampling.model_identity import ModelIdentity
 from rac_modifier.settings.calibration import CalibrationSettings
-from rac_modifier.settings.sampling import SamplingSettings
 from rac_modifier.settings.traces import SelectSettings, TraceSettings
 from rac_modifier.traces.records import Trace
 from rac_modifier.traces.selection import Judge
 from rac_modifier.traces.store import TraceStore
-from tests.sampling.fake_server import FakeServer, rule
 from tests.tiny import byte_tokenizer, entry
 from tests.traces.long_store import HEADER
 
@@ -201,13 +196,13 @@ def test_an_unknown_name_is_refused_before_anything_is_sampled(collect, tmp_path
 
 
 def test_collection_continues_until_what_is_selected_fills_the_budget(collect):
-    pool = collect({"store": "s.jsonl", "select": {"min_tokens": 12}}, tokens=600)["traces"]
+    pool = collect({"store": "s.jsonl", "select": {"max_tokens": 11}}, tokens=600)["traces"]
     held = list(TraceStore.read("s.jsonl"))
-    fit = [t for t in held if len(t.completion_ids) >= 12]
+    fit = [t for t in held if len(t.completion_ids) <= 11]
     assert sum(t.tokens for t in fit) == sum(pool.lengths.values()) >= 600
     assert 0 < len(fit) < len(held)
     assert pool.selection.as_dict() == {
-        "kept": len(fit), "of": len(held), "dropped": {"too short": len(held) - len(fit)},
+        "kept": len(fit), "of": len(held), "dropped": {"too long": len(held) - len(fit)},
     }  # fmt: skip
 
 
@@ -248,31 +243,3 @@ def test_problems_that_end_before_a_selection_is_met_say_so(collect):
     traces = {"select": {"answers": "correct"}, "problems": {"limit": 20}}
     with pytest.raises(RacError, match=r"used up.* kept 0 of \d+: \d+ wrong, 0 tokens of 300"):
         collect(traces, tokens=300)
-
-
-def test_pruning_reads_what_was_collected_without_the_weights(
-    model, tokenizer, tiny_folder, tmp_path, monkeypatch
-):
-    """As `rac traces collect` and `rac prune` with one recipe: the same store, and no server in the
-    end."""
-
-    def greedy(body):
-        if body["temperature"] > 0:
-            return rule(body)
-        settings = SamplingSettings(temperature=0, max_new_tokens=body["max_tokens"])
-        return list(generate(model, tokenizer, [body["prompt"]], settings, [""])[0].ids)
-
-    monkeypatch.chdir(tmp_path)
-    server = FakeServer()
-    server.answer, server.cards[0]["root"] = greedy, str(tiny_folder)
-    engine = {"base_urls": [server.url], "concurrency": 4}
-    settings = TraceSettings(sampling=SAMPLING, engine=engine)
-    budget = CalibrationSettings(tokens=400, max_sequence_tokens=40, held_out_tokens=0)
-    identity = ModelIdentity.of_files(str(tiny_folder))
-    pools = collect_for_calibration(identity, tokenizer, settings, budget)
-    server.close()
-    for engine in (settings.engine, None):
-        settings = settings.model_copy(update={"engine": engine})
-        built = build_calibration_set(model, tokenizer, settings, budget)
-        assert built.pools["traces"].store.path == pools["traces"].store.path
-        assert built.counts["tokens"] == 400

@@ -27,7 +27,7 @@ import rac_modifier  # noqa: F401 - registers the modifier
 from rac_modifier import cli
 from rac_modifier.checkpoint import files, saving
 from rac_modifier.errors import RacError
-from rac_modifier.llmcompressor import run as pruning_run
+from rac_modifier.llmcompressor.run import Run
 
 Before = Callable[[], None]
 
@@ -128,7 +128,7 @@ def upstream(model: str, recipe: Path, output: str) -> Before:
 
 def group(call: int, how: Callable[..., None]) -> Before:
     """Do something instead of pruning a group."""
-    return at(pruning_run, "solve_on_all_ranks", call, lambda *_: how())
+    return at(Run, "solve_on_all_ranks", call, lambda *_: how())
 
 
 KILLS: dict[str, dict[int, Before]] = {

@@ -5,25 +5,14 @@ import torch
 from accelerate import dispatch_model
 from llmcompressor.core import create_session
 from llmcompressor.core.state import State
-from llmcompressor.modifiers.autoround import AutoRoundModifier
-from llmcompressor.modifiers.quantization import QuantizationModifier
-from llmcompressor.modifiers.transform.awq import AWQModifier
-from llmcompressor.pipelines.cache import IntermediatesCache
 from transformers import PreTrainedModel
 
-from rac_modifier import (
-    RacError,
-    ReasoningAwareSparseGPTModifier,
-    model_tools,
-)
+from rac_modifier import RacError, ReasoningAwareSparseGPTModifier, model_tools
 from rac_modifier.calibration.trace_pool import HoldOut
 from rac_modifier.evaluation.divergence import DenseReference, divergence
 from rac_modifier.traces.store import TraceStore
 from tests.llmcompressor.conftest import fp8, record_of
-from tests.llmcompressor.modifier_helpers import (
-    generic_loader,
-    int4,
-)
+from tests.llmcompressor.modifier_helpers import generic_loader
 from tests.tiny import TOKENS, entry, is_2of4, linears
 
 
@@ -31,37 +20,6 @@ def test_a_recipe_without_a_modifier_that_calibrates_is_refused(calibrate):
     for later, says in (([], "nothing else"), ([fp8()], "QuantizationModifier")):
         with pytest.raises(RacError, match=f"calibrates nothing: the recipe has {says}"):
             calibrate(later=later)
-
-
-def test_awq_runs_where_there_is_no_device_to_copy_to(calibrate, dense):
-    """Upstream's AWQModifier pins memory, which torch refuses there."""
-    pin = IntermediatesCache.pin_memory
-    nearest = QuantizationModifier(ignore=["lm_head"], **int4())
-    model = calibrate(later=[AWQModifier(), nearest])
-    assert IntermediatesCache.pin_memory is pin
-    norms = [name for name, _ in model.named_parameters() if name.endswith("layernorm.weight")]
-    scaled = [not torch.equal(model.get_parameter(n), dense.get_parameter(n)) for n in norms]
-    assert any(scaled)
-    for name, module in linears(model).items():
-        codes = module.weight.view(len(module.weight), -1, 32) / module.weight_scale[..., None]
-        assert 7.0 < float(codes.abs().max()) <= 7.51, name
-
-
-def test_autoround_learns_its_rounding(calibrate, dense):
-    """Some codes are not those nearest to the dense weights."""
-    settings = {"iters": 8, "enable_torch_compile": False, "batch_size": 4, "ignore": ["lm_head"]}
-    model = calibrate(later=[AutoRoundModifier(**settings, **int4())])
-    moved = total = 0
-    for name, module in linears(model).items():
-        weight, nearest = (
-            w.detach().float().view(len(w), -1, 32) / module.weight_scale.float()[..., None]
-            for w in (module.weight, linears(dense)[name].weight)
-        )
-        assert float((weight - weight.round()).abs().max()) < 0.05, name
-        away = (weight.round() - nearest.round().clamp(-8, 7)).abs()
-        assert int(away.max()) <= 1, name
-        moved, total = moved + int(away.sum()), total + away.numel()
-    assert 0.001 < moved / total < 0.2
 
 
 def test_a_session_with_calibration_data_is_refused(dense):

@@ -10,12 +10,7 @@ from llmcompressor.modifiers.quantization import GPTQModifier
 from loguru import logger
 
 from rac_modifier import RacError
-from rac_modifier.llmcompressor.checks import (
-    HONOURED,
-    check_arguments,
-    check_recipe,
-    skeleton_of,
-)
+from rac_modifier.llmcompressor.checks import HONOURED, check_arguments, check_recipe, skeleton_of
 from tests.llmcompressor.conftest import BUILD
 from tests.llmcompressor.modifier_helpers import gptq_w4, int4
 from tests.tiny import save_tiny_experts, tiny_tokenizer

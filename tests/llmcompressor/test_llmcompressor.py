@@ -2,8 +2,6 @@
 
 import pytest
 
-from rac_modifier import ReasoningAwareSparseGPTModifier
-from rac_modifier.llmcompressor import MODULES
 from tests.import_orders import last_lines
 
 ORDERS = [
@@ -39,14 +37,3 @@ def test_both_modifiers_are_registered_and_imported_when_they_are_made(printed):
         expected = f"{package}.pruning_modifier {package}.calibration_modifier"
         assert printed[f"{order}\n{MAKE_BOTH}"] == expected, order
     assert printed[f"{ORDERS[1]}\n{NAMES}"] == "[]"
-
-
-def test_a_stand_in_makes_the_modifier_itself():
-    from llmcompressor.modifiers import ModifierFactory
-
-    made = ModifierFactory.create(
-        "ReasoningAwareSparseGPTModifier", True, True, mask_structure="2:4", group="pruning"
-    )
-    assert type(made) is ReasoningAwareSparseGPTModifier
-    assert (made.mask_structure, made.group) == ("2:4", "pruning")
-    assert set(MODULES) == {"ReasoningAwareSparseGPTModifier", "ReasoningAwareCalibrationModifier"}

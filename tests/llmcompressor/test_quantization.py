@@ -12,12 +12,7 @@ from rac_modifier.checkpoint.inspect import inspect_checkpoint
 from rac_modifier.llmcompressor.quantizer import Quantizer
 from tests.checkpoint.checkpoint_helpers import dense_tensors
 from tests.llmcompressor.conftest import quantization_config, record_of
-from tests.llmcompressor.modifier_helpers import (
-    INT8,
-    assert_same_weights,
-    int4,
-    weights,
-)
+from tests.llmcompressor.modifier_helpers import INT8, assert_same_weights, int4, weights
 from tests.llmcompressor.quantized_helpers import decoded
 from tests.tiny import is_2of4, linears, recipe
 
@@ -117,20 +112,6 @@ def test_the_command_line_quantizes_a_packed_model_as_it_is(pruned, tmp_path, of
         zero = pruned.model.get_submodule(name).weight == 0
         assert not module.weight[zero].any()
         assert module.weight[~zero].any()
-
-
-@pytest.mark.parametrize("prunes", [True, False])
-def test_only_what_the_schemes_target_is_quantized(prune, dense, tmp_path, prunes):
-    settings = {} if prunes else {"solver": "none", "mask_structure": None}
-    quantization = int4(targets=("re:.*mlp.*",))
-    model = prune(quantization=quantization, output_dir=tmp_path / "out", **settings)
-    quantized = {name for name, module in model.named_modules() if hasattr(module, "weight_scale")}
-    assert quantized == {name for name in linears(model) if ".mlp." in name}
-    for name, module in linears(model).items():
-        if name not in quantized:
-            same = torch.equal(module.weight, dense.get_submodule(name).weight)
-            assert (is_2of4(module.weight), same) == (prunes, not prunes), name
-    assert inspect_checkpoint(tmp_path / "out").sound
 
 
 # nothing is pruned

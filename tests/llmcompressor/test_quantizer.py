@@ -49,12 +49,6 @@ def test_what_cannot_be_rounded_is_refused(settings, says):
         made(tiny_model(), **settings)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 5, 6, 7])
-def test_other_integers_where_nothing_is_pruned(bits):
-    grids = made(tiny_model(), prunes=False, **int4(bits)).grids
-    assert {grid.bits for grid in grids.values()} == {bits}
-
-
 def test_codes_are_read_back_exactly_from_a_bfloat16_module():
     """Rounded in bfloat16, 65 * 1.0546875 would become another code."""
     model = tiny_model().bfloat16()

@@ -6,13 +6,11 @@ import pytest
 import torch
 
 from rac_modifier.errors import RacError
+from rac_modifier.llmcompressor import run as pruning_run
 from rac_modifier.llmcompressor.quantizer import Quantizer
-from rac_modifier.llmcompressor.solving import (
-    Pruned,
-    problems_per_call,
-    solve_groups,
-    solve_on_all_ranks,
-)
+from rac_modifier.llmcompressor.resume import Resume
+from rac_modifier.llmcompressor.run import Run
+from rac_modifier.llmcompressor.solving import Pruned, solve_groups
 from rac_modifier.llmcompressor.statistics import InputGroup
 from rac_modifier.processes import ALONE
 from rac_modifier.pruning import sparsegpt
@@ -41,10 +39,6 @@ def batches():
     return [(x, x + 0.1 * torch.randn(x.shape)) for x in inputs]
 
 
-def alone_in_a_call(group):
-    return 1
-
-
 def groups_of(members_and_factors, batches, processes=ALONE):
     """A group per list of modules, which reads its factor times x. Each batch is a shard."""
     groups = []
@@ -58,28 +52,33 @@ def groups_of(members_and_factors, batches, processes=ALONE):
     return groups
 
 
+def run_of(modules, processes=ALONE, entry=ENTRY):
+    names = {module: name for name, module in modules.items()}
+    patterns = dict.fromkeys(modules, Pattern.n_of_m(2, 4))
+    return Run(entry, names, patterns, NO_SCHEMES, processes, False, Resume())
+
+
 def attention_and_down(modules):
     return [([modules[n] for n in ("q", "k", "v")], 1.0), ([modules["down"]], 0.5)]
 
 
 def pruned(modules, batches, processes, slow=None):
     """What becomes of each module, by name; `slow` is busy now and then."""
-    names = {module: name for name, module in modules.items()}
-    patterns = dict.fromkeys(modules, Pattern.n_of_m(2, 4))
-    solved = []
+    run, solved, results = run_of(modules, processes), [], {}
 
     def solve(call):
         for _ in range(slow.randrange(10**5) if slow else 0):  # others go on meanwhile
             pass
-        solved.extend(names[module] for group in call for module in group.modules)
-        return solve_groups(ENTRY, call, names, patterns, NO_SCHEMES)
+        solved.extend(run.names[module] for group in call for module in group.modules)
+        return solve_groups(ENTRY, call, run.names, run.patterns, NO_SCHEMES)
 
+    run._solve = solve
     own = batches[processes.rank :: processes.count]
     if len(own) < -(-len(batches) // processes.count):  # a shard without tokens
         own = [*own, (batches[0][0][:0], batches[0][1][:0])]
-    groups, results = groups_of(attention_and_down(modules), own, processes), {}
-    for group, result in solve_on_all_ranks(groups, names, processes, solve, alone_in_a_call):
-        results |= zip((names[module] for module in group.modules), result, strict=True)
+    groups = groups_of(attention_and_down(modules), own, processes)
+    for group, result in run.solve_on_all_ranks(groups, per_call=1):
+        results |= zip((run.names[module] for module in group.modules), result, strict=True)
     return results, solved
 
 
@@ -102,7 +101,7 @@ def test_they_end_as_one_rank_on_all_tokens_bit_by_bit(modules, batches, count):
                 assert result.record["tokens"] == 300
 
 
-def test_scales_masters_and_records_reach_all(modules, batches):
+def test_scales_masters_and_records_reach_all(modules, batches, monkeypatch):
     names = {module: name for name, module in modules.items()}
 
     def made(module):
@@ -113,16 +112,16 @@ def test_scales_masters_and_records_reach_all(modules, batches):
         master = weight * 2 if rounded else None
         return Pruned({"name": names[module]}, weight + 1, scale, zeros, master)
 
-    def solve(call):
+    def solve(entry, call, *_):
         return [[made(module) for module in group.modules] for group in call]
+
+    monkeypatch.setattr(pruning_run, "solve_groups", solve)
 
     def run(processes):
         groups = groups_of(attention_and_down(modules), batches, processes)
         return {
             module: result
-            for group, results in solve_on_all_ranks(
-                groups, names, processes, solve, alone_in_a_call
-            )
+            for group, results in run_of(modules, processes).solve_on_all_ranks(groups, 1)
             for module, result in zip(group.modules, results, strict=True)
         }
 
@@ -143,9 +142,11 @@ def test_small_neighbours_of_one_shape_are_solved_together(monkeypatch, batches,
     monkeypatch.setattr(sparsegpt, "_BATCH_ON_CPU", 2 * COLUMNS * 8 + 1)
     rows = (8, 8, 8, 16, 8, 8)
     modules = {str(i): torch.nn.Linear(COLUMNS, r, bias=False) for i, r in enumerate(rows)}
-    names = {module: name for name, module in modules.items()}
-    entry, calls = ENTRY.model_copy(update={"solver": solver}), []
-    patterns = dict.fromkeys(modules, Pattern.n_of_m(2, 4))
+    calls, entry = [], ENTRY.model_copy(update={"solver": solver})
+    run = run_of(modules, entry=entry)
+
+    def solved(call):
+        return solve_groups(entry, call, run.names, run.patterns, NO_SCHEMES)
 
     def made():
         members = [([module], 1 + i) for i, module in enumerate(modules.values())]
@@ -154,31 +155,22 @@ def test_small_neighbours_of_one_shape_are_solved_together(monkeypatch, batches,
             group.statistics.finish()
         return groups
 
-    def per_call(group):
-        return problems_per_call(group.modules, torch.device("cpu"), entry)
-
-    def solve(call):
-        calls.append(len(call))
-        return solve_groups(entry, call, names, patterns, NO_SCHEMES)
-
+    run._solve = lambda call: (calls.append(len(call)), solved(call))[1]
     results = {
-        names[group.modules[0]]: result
-        for group, (result,) in solve_on_all_ranks(made(), names, ALONE, solve, per_call)
+        run.names[group.modules[0]]: result for group, (result,) in run.solve_on_all_ranks(made())
     }
     assert calls == expected
     for name, group in zip(modules, made(), strict=True):
-        ((alone,),) = solve_groups(entry, [group], names, patterns, NO_SCHEMES)
+        ((alone,),) = solved([group])
         assert results[name].record["name"] == name
         assert torch.equal(results[name].weight != 0, alone.weight != 0)
         torch.testing.assert_close(results[name].weight, alone.weight)
 
 
 def test_ranks_that_calibrated_other_modules_are_refused(modules):
-    names = {module: name for name, module in modules.items()}
-
     def run(processes):
         groups = groups_of(attention_and_down(modules), [], processes)[: 2 - processes.rank]
-        return list(solve_on_all_ranks(groups, names, processes, lambda call: [], alone_in_a_call))
+        return list(run_of(modules, processes).solve_on_all_ranks(groups, 1))
 
     with pytest.raises(RacError, match=r"have not calibrated the same modules \(down\): .*fewer"):
         together(2, run)

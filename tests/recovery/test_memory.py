@@ -67,8 +67,7 @@ def test_the_largest_batch_is_one_that_is_trained_on():
     traces = [([1] * n, 2) for n in (20, 22, 100, 900)]
     settings = RecoverySettings(step_tokens=2000, batch_tokens=400)
     assert largest_batch(traces, settings, CPU, 1) == Batch(1, 900, 898)
-    on_gpu = largest_batch(traces[:3], settings, torch.device("cuda"), 1)
-    assert on_gpu == Batch(3, 100, 136, follows=False)
+    assert largest_batch(traces[:3], settings, torch.device("cuda"), 1) == Batch(3, 100, 136)
 
 
 def test_too_little_memory_is_refused_with_what_would_help(monkeypatch):
@@ -102,7 +101,7 @@ def test_a_rehearsal_counts_activations_and_leaves_the_model_as_it_is():
     before = {name: (p, p.clone()) for name, p in dense.named_parameters()}
 
     def taken(length, recomputes):
-        batch = Batch(1, length, length - 1, follows=False)
+        batch = Batch(1, length, length - 1)
         return step_bytes(dense, batch, recomputes, bf16=False, frees=True)
 
     assert 1.8 * taken(100, False) < taken(200, False) < 2.2 * taken(100, False)

@@ -11,7 +11,6 @@ from rac_modifier.recovery.on_grid import (
     master_in_cell,
     on_grid,
     pruned_share,
-    trained_name,
 )
 from rac_modifier.settings.recovery import RecoverySettings
 from tests.recovery.recovery_helpers import dense_and_sparse, kl_of, run, sequences
@@ -176,9 +175,3 @@ def test_training_starts_from_the_master_weights_and_keeps_the_better_ones(worse
     result = run(sparse, dense, settings, masks=masks, quantized={name: quantized})
     assert result.kept.startswith("before" if worse == "master" else "after step")
     assert torch.equal(linear.weight.detach(), good)
-
-
-def test_the_name_of_a_quantized_weight_is_that_of_its_master():
-    quantized = {"a.b": QuantizedWeight(Grid("int", 4, 32), torch.ones(1, 1))}
-    names = [trained_name(name, quantized) for name in ("a.b.weight", "a.b.bias", "a.c.weight")]
-    assert names == ["a.b.parametrizations.weight.original", "a.b.bias", "a.c.weight"]

@@ -13,7 +13,6 @@ from rac_modifier.sampling.completions_api import (
     check_limit,
     check_name,
     check_probes,
-    error_text,
     read_answer,
     served_model,
     trace_seed,
@@ -98,18 +97,6 @@ def test_seeds_follow_seed_and_key():
     assert (
         trace_seed(0, "addition:1,2#0") == 2074697376
     )  # stores that exist were sampled with these
-
-
-@pytest.mark.parametrize(
-    ("body", "text"),
-    [
-        (b'{"error": {"message": "too\\n long"}}', "too long"),
-        (b"", "no reason given"),
-        (b"[" * 100_000, "[" * 300),
-    ],
-)
-def test_the_message_of_an_error(body, text):
-    assert error_text(body) == text
 
 
 def listed(*cards):

@@ -1,17 +1,9 @@
 """The model in memory as an engine, and the record of an engine."""
 
-import json
-
 import pytest
-from pydantic import ValidationError
 
 from rac_modifier.sampling import engine as engines
-from rac_modifier.sampling.engine import (
-    EngineRecord,
-    InProcessEngine,
-    Probe,
-    Prompt,
-)
+from rac_modifier.sampling.engine import InProcessEngine, Prompt
 from rac_modifier.sampling.generate import generate
 from rac_modifier.settings.sampling import SamplingSettings
 
@@ -47,12 +39,3 @@ def test_a_batch_is_computed_together_and_only_when_it_is_wanted(model, tokenize
             ids, key = list(prompt.ids), prompt.key
             assert outcome == generate(model, tokenizer, [ids], SAMPLING, [key])[0]
     assert next(completions, None) is None
-
-
-def test_the_record_in_the_header_of_a_store():
-    probe = Probe(prompt_ids=(1, 2), completion_ids=(3,))
-    record = EngineRecord(kind="openai", served_model="m", root="/models/m", probes=(probe,))
-    assert EngineRecord(**json.loads(json.dumps(record.model_dump()))) == record
-    for fields in ({"kind": "vllm"}, {"url": "http://a"}, {"probes": [{"prompt_ids": [1]}]}):
-        with pytest.raises(ValidationError):
-            EngineRecord(**fields)

@@ -12,15 +12,6 @@ PROMPTS = [[2, 40, 50], [2, 60], [2, 10, 11, 12, 13, 14, 15, 16], [2, 33, 34, 35
 KEYS = [f"p{i}#0" for i in range(len(PROMPTS))]
 
 
-def test_seed_and_key_both_matter(model, tokenizer):
-    same = [PROMPTS[0]] * 2
-    first, second = generate(model, tokenizer, same, HOT, ["a#0", "a#1"])
-    assert first != second
-    assert generate(model, tokenizer, same, HOT, ["a#0", "a#0"])[1] == first
-    reseeded = HOT.model_copy(update={"seed": 1})
-    assert generate(model, tokenizer, same, reseeded, ["a#0", "a#1"])[0] != first
-
-
 def test_every_eos_ends_a_completion_and_is_kept_without_pads():
     """Also if the id of the padding is an EOS."""
     model, tokenizer = tiny_model(vocab_size=128), tiny_tokenizer()
@@ -45,19 +36,6 @@ def test_the_context_caps_each_row_by_its_own_prompt(tokenizer):
     assert generate(model, tokenizer, PROMPTS[:1], GREEDY, KEYS[:1])[0] == answers[0]
     with pytest.raises(RacError, match="16 tokens fills the model's context of 16"):
         generate(model, tokenizer, [[2] * 16], GREEDY, ["k"])
-
-
-def test_the_models_own_generation_config_does_not_leak_in_and_comes_back(model, tokenizer):
-    expected = generate(model, tokenizer, PROMPTS, GREEDY, KEYS)
-    model = tiny_model(vocab_size=128)
-    config = GenerationConfig(
-        eos_token_id=1, repetition_penalty=5.0, num_beams=3, min_new_tokens=20, suppress_tokens=[3]
-    )
-    model.generation_config = config
-    model.train()
-    assert generate(model, tokenizer, PROMPTS, GREEDY, KEYS) == expected
-    assert model.generation_config is config
-    assert model.training
 
 
 def test_what_cannot_be_sampled_is_refused(model, tokenizer):

@@ -9,10 +9,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from rac_modifier.errors import RacError
 from rac_modifier.sampling import model_identity
-from rac_modifier.sampling.model_identity import (
-    ModelIdentity,
-    model_fingerprint,
-)
+from rac_modifier.sampling.model_identity import ModelIdentity, model_fingerprint
 from rac_modifier.settings.sampling import SamplingSettings
 from tests.tiny import save_tiny_experts, tiny_model
 

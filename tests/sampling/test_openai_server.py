@@ -67,11 +67,7 @@ def test_an_error_ends_it_after_what_was_finished(make, server):
     engine = make(concurrency=1)
     engine.connect()
     answers = engine.iter_completions([[p] for p in prompts(5)])
-    assert [prompt.key for _ in range(3) for prompt, _ in next(answers)] == [
-        "p0#0",
-        "p1#0",
-        "p2#0",
-    ]
+    assert [prompt.key for _ in range(3) for prompt, _ in next(answers)] == ["p0#0", "p1#0", "p2#0"]
     with pytest.raises(RacError, match="api_key_env"):
         next(answers)
     assert len(server.bodies) == 4

@@ -11,11 +11,7 @@ import urllib.request
 import pytest
 
 from rac_modifier.errors import RacError
-from rac_modifier.sampling.own_server import (
-    VllmCommand,
-    check_serving,
-    vllm_server,
-)
+from rac_modifier.sampling.own_server import VllmCommand, check_serving, vllm_server
 from tests.sampling import fake_vllm
 
 HOLDER = """

@@ -10,10 +10,6 @@ def text(ids):
     return tiny_tokenizer().decode(ids).replace(" ", "")
 
 
-def test_the_prompt_ends_where_the_model_starts_to_think():
-    assert text(render_prompt(tiny_tokenizer(), "2+2?")) == "<user>2+2?<assistant><think>"
-
-
 def test_a_system_prompt_stands_first_and_there_is_none_by_default():
     tokenizer = tiny_tokenizer("{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}")
     assert text(render_prompt(tokenizer, "q", "s")) == "[system]s[user]q"

@@ -5,12 +5,7 @@ import asyncio
 import pytest
 
 from rac_modifier.errors import RacError
-from rac_modifier.sampling.completions_api import (
-    RefusedError,
-    Request,
-    UnusableError,
-    read_answer,
-)
+from rac_modifier.sampling.completions_api import RefusedError, Request, UnusableError, read_answer
 from rac_modifier.sampling.server_client import ServerClient, ask
 from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
 from tests.sampling.fake_server import NAME, rule

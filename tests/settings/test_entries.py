@@ -45,7 +45,7 @@ SETTINGS = [
         "sparsity": 0.5,
         "traces": {
             "engine": ENGINE,
-            "select": {"pass_rate": (0.2, 0.8)},
+            "select": {"answers": "correct"},
             "sampling": {"samples_per_problem": 4, "temperature": 0.7},
             "sources": {"math": {"problems": {"source": "open-r1/OpenR1-Math-220k"}}},
         },

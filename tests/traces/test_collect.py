@@ -1,7 +1,5 @@
 """Collecting up to a budget, in this process and from servers, also from servers that fail."""
 
-import json
-
 import pytest
 import torch
 
@@ -15,7 +13,6 @@ from rac_modifier.settings.sampling import SamplingSettings
 from rac_modifier.settings.traces import TraceSettings
 from rac_modifier.traces.collect import collect_traces
 from rac_modifier.traces.records import settings_path
-from rac_modifier.traces.store import read_failures
 from tests.sampling.fake_server import NAME, rule
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -72,19 +69,6 @@ def test_enough_already_samples_nothing(run, sampled):
     assert sampled == []
 
 
-@pytest.mark.parametrize("lost", [1, 6])
-def test_lost_lines_are_sampled_again_and_come_out_the_same(run, tmp_path, sampled, lost):
-    run(tokens=700)
-    path = tmp_path / "store.jsonl"
-    before = path.read_bytes()
-    lines = before.splitlines(keepends=True)
-    path.write_bytes(b"".join(lines[:-lost]) + lines[-lost][:40])
-    sampled.clear()
-    run(tokens=700)
-    assert path.read_bytes() == before
-    assert len(sampled) <= 1 + (lost + 3) // 4
-
-
 def test_problems_that_end_too_early_say_how_far_they_go(run, sampled):
     words = r"used up: (\d+) tokens in 6 traces, of 5,000 asked for.*ask for tokens=\1"
     with pytest.raises(RacError, match=words) as caught:
@@ -137,24 +121,6 @@ def test_the_default_path_follows_what_decides_the_sampling(run, tmp_path, monke
     assert len({path(), path(seed=1), path(fingerprint="0" * 64)}) == 3
 
 
-def test_prompts_that_are_too_long_are_passed_over_and_noted(run, tokenizer, tmp_path):
-    """Neither cut nor a reason to stop: the others are collected, in the same order."""
-    rows = [{"problem": f"{i}" + " + 1" * (60 if i % 3 == 0 else 1)} for i in range(30)]
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    source = ProblemSource(source=str(tmp_path / "p.jsonl"), max_prompt_tokens=100)
-    for tokens in (200, 250):
-        store = run(problems=source, tokens=tokens)
-        assert store.counts.tokens >= tokens
-        assert all(len(t.prompt_ids) <= 100 for t in store)
-        failures = read_failures(store.path)
-        assert all("the limit is 100" in f.reason for f in failures)
-        assert len({failed.id for failed in failures}) == len(failures) > 0
-    rows[4] = {"problem": "1" * 600}
-    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[1:5:3]))
-    with pytest.raises(RacError, match=r"used up.* 1 failed: remove the \.failed\.jsonl"):
-        run("q-store.jsonl", problems=ProblemSource(source=str(tmp_path / "q.jsonl")), tokens=300)
-
-
 def test_the_store_holds_what_the_server_generated(collect, server, is_exact):
     store = collect()
     assert store.counts.tokens >= 3000 > store.counts.tokens - list(store)[-1].tokens
@@ -194,19 +160,3 @@ def test_two_kinds_of_engines_do_not_fill_one_store(collect, model):
     words = r"another engine \(openai, not transformers\).*traces.engine"
     with pytest.raises(RacError, match=words):
         collect(of=model, engine=False, tokens=5000)
-
-
-def test_twenty_faults_leave_the_same_file(collect, server, is_exact):
-    quiet = collect("a.jsonl")
-    kinds = ["500", "429", "reset", "truncate", "garbage", "503", "short", "miscount"]
-    first = len(server.bodies)
-    server.fault = lambda number, body: (
-        kinds[(number - first) // 3 % 8]
-        if (number - first) % 3 == 1 and number < first + 60
-        else None
-    )
-    noisy = collect("b.jsonl")
-    assert server.faults.total() == 20
-    assert noisy.sha256() == quiet.sha256()
-    assert is_exact(noisy)
-    assert read_failures(noisy.path) == []

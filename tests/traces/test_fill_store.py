@@ -9,14 +9,8 @@ from rac_modifier.errors import RacError
 from rac_modifier.problems.source import Problem
 from rac_modifier.sampling.engine import EngineRecord, Failure
 from rac_modifier.sampling.generate import Generation
-from rac_modifier.settings.sampling import SamplingSettings
 from rac_modifier.traces.fill_store import FillStore
-from rac_modifier.traces.store import (
-    TraceStore,
-    failures_path,
-    pending_path,
-    read_failures,
-)
+from rac_modifier.traces.store import TraceStore, failures_path, pending_path, read_failures
 from tests.traces.long_store import HEADER
 
 TOKENS = 10  # of each trace: 2 of the prompt and 8 of the completion
@@ -68,10 +62,9 @@ def prompt_of(problem):
 def fill(tmp_path):
     path = tmp_path / "s.jsonl"
 
-    def fill(engine, tokens, *, count=100, samples=1, longest=None, kind="openai"):
-        sampling = SamplingSettings(samples_per_problem=samples).resolved(None)
-        header = HEADER.model_copy(update={"sampling": sampling, "engine": EngineRecord(kind=kind)})
-        problems = (Problem(f"p{i}", f"{i}?", str(i), None) for i in range(count))
+    def fill(engine, tokens, *, longest=None):
+        header = HEADER.model_copy(update={"engine": EngineRecord(kind="openai")})
+        problems = (Problem(f"p{i}", f"{i}?", str(i), None) for i in range(100))
         with TraceStore.open_append(path, header) as store:
             filling = FillStore(store, engine, problems, prompt_of, longest)
             return filling.run(tokens), len(filling.failed)
@@ -99,24 +92,12 @@ def test_the_store_is_in_the_order_of_the_problems(fill, together):
     assert traces[1].answer == "1"
 
 
-def test_many_stored_traces_are_passed_over(fill):
-    fill(Script(), 31 * TOKENS)
-    engine = Script()
-    assert fill(engine, 32 * TOKENS) == (32 * TOKENS, 0)
-    assert engine.keys == ids(31)
-
-
 def test_a_batch_is_asked_for_as_a_whole_where_part_of_it_is_stored(fill):
     fill(Script(batch_size=4), 6 * TOKENS)
     engine = Script(batch_size=4)
     fill(engine, 7 * TOKENS)
     assert engine.asked == [ids(4, 5, 6, 7)]
     assert stored(fill.path) == ids(*range(7))
-
-
-def test_every_problem_is_sampled_as_often_as_the_settings_say(fill):
-    fill(Script(), 5 * TOKENS, samples=2)
-    assert stored(fill.path) == ["p0#0", "p0#1", "p1#0", "p1#1", "p2#0"]
 
 
 def test_what_is_finished_before_an_earlier_one_is_kept_beside_the_store(fill):

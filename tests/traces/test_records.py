@@ -8,13 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rac_modifier.settings.problems import ProblemSource
-from rac_modifier.traces.records import (
-    Trace,
-    decode,
-    encode,
-    header_differences,
-    trace_of,
-)
+from rac_modifier.traces.records import Trace, decode, encode, header_differences, trace_of
 from tests.traces.long_store import HEADER
 
 

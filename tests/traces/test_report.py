@@ -45,8 +45,8 @@ def test_what_a_selection_keeps(long_store, byte_tokenizer):
 
 def test_a_selection_on_the_command_line():
     assert read_select(None) is None
-    assert read_select("{answers: wrong, max_tokens: 9}") == SelectSettings(
-        answers="wrong", max_tokens=9
+    assert read_select("{answers: correct, max_tokens: 9}") == SelectSettings(
+        answers="correct", max_tokens=9
     )
     for text in ("correct", "{answers: [", "[1]", "{max_tokens: 0}"):
         with pytest.raises(RacError, match="--select"):

@@ -3,7 +3,6 @@
 import hashlib
 import os
 import resource
-import threading
 
 import pytest
 
@@ -108,18 +107,6 @@ def test_only_one_writer(filled, monkeypatch):
     TraceStore.open_append(filled, HEADER).close()  # a failed open leaves no lock
 
 
-def test_a_second_writer_waits_for_one_that_is_done_soon(filled, monkeypatch):
-    monkeypatch.setattr(stores, "_PATIENCE", 1e9)
-    first = TraceStore.open_append(filled, HEADER)
-    opened = []
-    waiting = threading.Thread(target=lambda: opened.append(TraceStore.open_append(filled, HEADER)))
-    waiting.start()
-    first.close()
-    waiting.join()
-    assert len(opened[0]) == 3
-    opened[0].close()
-
-
 def test_no_room_on_the_disk_keeps_what_was_stored(filled):
     before = filled.read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -202,11 +189,3 @@ def test_failures_come_back_and_a_torn_line_does_not(tmp_path):
     failures_path(store).write_text("notes\n")
     with pytest.raises(RacError, match="not a list of failed problems"):
         read_failures(store)
-
-
-def test_a_list_that_cannot_be_written_or_read_is_an_error(tmp_path):
-    failures_path(tmp_path / "other.jsonl").mkdir()
-    with pytest.raises(RacError, match="no regular file is there"):
-        read_failures(tmp_path / "other.jsonl")
-    with pytest.raises(RacError, match=r"other\.failed\.jsonl' cannot be written: .*make room"):
-        append_failures(tmp_path / "other.jsonl", [FailedProblem("a#0", "1+1?", "why")])
