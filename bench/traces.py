@@ -141,12 +141,12 @@ def round_prompts(options: argparse.Namespace) -> list[list[int]]:
 
     from rac_modifier.problems.source import load_problems
     from rac_modifier.reasoner import reasoner_path
-    from rac_modifier.sampling.prompts import render_prompt
+    from rac_modifier.sampling.prompts import render_question
     from rac_modifier.settings.problems import ProblemSource
 
     tokenizer = AutoTokenizer.from_pretrained(reasoner_path())
     problems = islice(load_problems(ProblemSource(), options.round), options.problems)
-    return [render_prompt(tokenizer, problem.question) for problem in problems]
+    return [render_question(tokenizer, problem.question) for problem in problems]
 
 
 def bare_load(server: Server, options: argparse.Namespace) -> tuple[float, float]:

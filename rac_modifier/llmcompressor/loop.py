@@ -8,7 +8,7 @@ runs once, after it was pruned.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 import torch
 from compressed_tensors.offload import disable_offloading
@@ -20,7 +20,7 @@ from llmcompressor.utils.helpers import DisableQuantization, calibration_forward
 from rac_modifier.calibration.loader import CalibrationLoader
 from rac_modifier.llmcompressor.expert_stage import prune_experts, read_router
 from rac_modifier.llmcompressor.experts import only_routed_tokens
-from rac_modifier.llmcompressor.plan import Plan, Stage
+from rac_modifier.llmcompressor.plan import Stage
 from rac_modifier.llmcompressor.run import Run
 from rac_modifier.llmcompressor.statistics import (
     Collector,
@@ -32,21 +32,27 @@ from rac_modifier.llmcompressor.statistics import (
 from rac_modifier.platform import FasterLinears, return_freed_memory
 
 
-def run_plan(
+def run_stages(
     model: torch.nn.Module,
     loader: CalibrationLoader,
-    plan: Plan,
+    stages: Sequence[Stage],
     run: Run,
     onload: torch.device,
     offload: torch.device,
 ) -> None:
     """Prune each stage on its inputs in the pruned model, then run it."""
-    by_group = plan.order == "group"
+    by_group = run.plan["order"] == "group"
     LifecycleCallbacks.calibration_start()
-    with _calibrating(model, by_group):
+    with (
+        calibration_forward_context(model),
+        DisableQuantization(model),
+        FasterLinears(),
+        HooksMixin.disable_hooks(),
+        only_routed_tokens() if by_group else contextlib.nullcontext(),
+    ):
         cache = IntermediatesCache.from_dataloader(loader, onload, offload)
         dense = NoStream()
-        for stage, after in zip(plan.stages, [*plan.stages[1:], None], strict=True):
+        for stage, after in zip(stages, [*stages[1:], None], strict=True):
             with disable_offloading():
                 return_freed_memory()
                 if stage.modules and by_group and run.dense_target and not dense.carries:
@@ -72,19 +78,6 @@ def run_plan(
                     for batch in range(len(loader)):
                         stage.run(model, cache, batch)
         LifecycleCallbacks.calibration_end()
-
-
-@contextlib.contextmanager
-def _calibrating(model: torch.nn.Module, by_group: bool) -> Iterator[None]:
-    """Run modules without hooks, gradients and quantization; experts on their own tokens."""
-    with (
-        calibration_forward_context(model),
-        DisableQuantization(model),
-        FasterLinears(),
-        HooksMixin.disable_hooks(),
-        only_routed_tokens() if by_group else contextlib.nullcontext(),
-    ):
-        yield
 
 
 def collect(

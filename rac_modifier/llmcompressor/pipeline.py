@@ -31,7 +31,7 @@ from rac_modifier.calibration.calibration_set import CalibrationSet
 from rac_modifier.calibration.loader import CalibrationLoader
 from rac_modifier.llmcompressor.checks import is_autoround
 from rac_modifier.llmcompressor.forecast import Forecast
-from rac_modifier.llmcompressor.loop import run_plan
+from rac_modifier.llmcompressor.loop import run_stages
 from rac_modifier.llmcompressor.plan import make_plan
 from rac_modifier.llmcompressor.run import Run
 
@@ -122,9 +122,10 @@ def _prune(
     """Plan the run, check its memory, and go through it in our own loop."""
     onload, offload = get_main_device(), torch.device(dataset_args.sequential_offload_device)
     set_onload_device(model, onload)
-    plan = make_plan(model, next(iter(ours.loader)), run.names, run.entry.order, dataset_args)
-    run.use_order(plan.order, plan.why)
-    forecast = Forecast.of(run, model, ours.loader, by_layer=plan.order == "layer")
+    sample = next(iter(ours.loader))
+    stages, order, why = make_plan(model, sample, run.names, run.entry.order, dataset_args)
+    run.use_order(order, why)
+    forecast = Forecast.of(run, model, ours.loader, by_layer=order == "layer")
     forecast.check(onload, offload, run.processes.count)
-    run.resume.begin({"order": plan.order, **ours.calibration.identity()})
-    run_plan(model, ours.loader, plan, run, onload, offload)
+    run.resume.begin({"order": order, **ours.calibration.identity()})
+    run_stages(model, ours.loader, stages, run, onload, offload)

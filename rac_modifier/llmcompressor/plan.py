@@ -22,8 +22,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from rac_modifier.llmcompressor.experts import RoutedExperts, find_experts
 
-Order = Literal["group", "layer"]
-
 
 class UntraceableError(Exception):
     """Say why a model cannot be cut into stages by group."""
@@ -74,25 +72,17 @@ class Stage:
         return x
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Hold the stages up to the last that prunes, their order, and why it is so."""
-
-    stages: list[Stage]
-    order: Order
-    why: str
-
-
 def make_plan(
     model: PreTrainedModel,
     sample: dict[str, Any],
     names: Mapping[torch.nn.Module, str],
     order: Literal["auto", "group", "layer"],
     arguments: DatasetArguments,
-) -> Plan:
+) -> tuple[list[Stage], str, str]:
     """Cut the model by group if recipe, arguments and code allow, else by layer.
 
-    `sample` is a batch, `names` are the modules to prune.
+    Return the stages up to the last that prunes, their order ("group" or "layer"), and why it is
+    so. `sample` is a batch, `names` are the modules to prune.
     """
     stages, why = None, f"order: {order}"
     targets, count = arguments.sequential_targets, arguments.sequential_targets_per_subgraph
@@ -115,7 +105,7 @@ def make_plan(
             for subgraph in subgraphs
         ]
     last = max((i for i, stage in enumerate(stages) if stage.modules), default=-1)
-    return Plan(stages[: last + 1], "group" if by_group else "layer", why)
+    return stages[: last + 1], "group" if by_group else "layer", why
 
 
 def trace_groups(

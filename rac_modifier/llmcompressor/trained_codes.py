@@ -34,14 +34,8 @@ def quantized_names(tensors: Collection[str]) -> set[str]:
 def check_layers(model: Any, stored: Collection[str]) -> None:
     """Refuse a model whose codes cannot be trained (RacError); its files quantize `stored`."""
     modules = _modules_with_codes(model)
-    fixed = (model.get_input_embeddings(), model.get_output_embeddings())
     for name, module in modules.items():
-        if any(module is end for end in fixed):
-            raise RacError(
-                f"{name} is quantized; embeddings and head are not trained and have to be the "
-                f"dense model's: add {name} to ignore where the model is quantized"
-            )
-        stored_grid(module.quantization_scheme, name)
+        _trainable_grid(model, name, module, module.quantization_scheme)
     if len(stored) > len(modules):  # names may differ: transformers renames modules of some models
         missing = sorted(set(stored) - set(modules))
         raise RacError(
@@ -49,6 +43,16 @@ def check_layers(model: Any, stored: Collection[str]) -> None:
             "layer once it is loaded (merged experts), so its codes cannot be trained; "
             "recover the model before it is quantized"
         )
+
+
+def _trainable_grid(model: Any, name: str, module: Any, scheme: QuantizationScheme) -> Grid:
+    """Return the grid of a module (RacError: an embedding or head, or it cannot be trained)."""
+    if module is model.get_input_embeddings() or module is model.get_output_embeddings():
+        raise RacError(
+            f"recover: {name} is quantized; embeddings and head are not trained and have to be the "
+            f"dense model's: add {name} to ignore where the model is quantized"
+        )
+    return stored_grid(scheme, name)
 
 
 def _modules_with_codes(model: torch.nn.Module) -> dict[str, Any]:
@@ -113,7 +117,6 @@ class LaterCodes:
         self._grids: dict[str, Grid] = {}
         self._modules: dict[str, torch.nn.Module] = {}
         self._dense: dict[str, torch.Tensor] = {}
-        fixed = (model.get_input_embeddings(), model.get_output_embeddings())
         for modifier in modifiers:
             kind = type(modifier).__name__
             if not isinstance(modifier, GPTQModifier | QuantizationModifier):
@@ -125,12 +128,8 @@ class LaterCodes:
             for scheme in modifier.resolved_config.config_groups.values():
                 matched = match_named_modules(model, scheme.targets, modifier.ignore)
                 for name, module in matched if scheme.weights is not None else ():
-                    if any(module is end for end in fixed):
-                        raise RacError(
-                            f"recover: {name} is to be quantized; embeddings and head are "
-                            f"not trained: add {name} to ignore of {kind}"
-                        )
-                    self._grids[name], self._modules[name] = stored_grid(scheme, name), module
+                    self._grids[name] = _trainable_grid(model, name, module, scheme)
+                    self._modules[name] = module
                     with align_module_device(module):
                         weight = module.get_parameter("weight").detach()
                         self._dense[name] = weight.to("cpu", copy=True)

@@ -73,7 +73,7 @@ def _completion_limits(
     vocab = cast(torch.nn.Embedding, model.get_input_embeddings()).num_embeddings
     for prompt in prompts:
         if not prompt:
-            raise RacError("a prompt has no tokens; render it with render_prompt")
+            raise RacError("a prompt has no tokens; render it with render_question")
         if max(prompt) >= vocab:
             raise RacError(
                 f"a prompt holds token id {max(prompt)}, beyond the model's vocabulary of {vocab}; "

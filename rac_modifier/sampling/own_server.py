@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -144,14 +145,12 @@ def _wait_until_ready(
 
 
 def _is_healthy(port: int) -> bool:
-    connection = http.client.HTTPConnection(HOST, port, timeout=5)  # urllib would ask a proxy
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # asks no proxy
     try:
-        connection.request("GET", "/health")
-        return connection.getresponse().status == 200
+        with opener.open(f"http://{HOST}:{port}/health", timeout=5) as answer:
+            return bool(answer.status == 200)
     except (OSError, http.client.HTTPException):
         return False
-    finally:
-        connection.close()
 
 
 def _stopped(watcher: subprocess.Popen[bytes], log: BinaryIO) -> str:

@@ -82,7 +82,7 @@ def test_upstreams_recipes_give_the_same_bits_before_and_after_ours(
     initialize = "llmcompressor.modifiers.quantization.QuantizationModifier.on_initialize"
     for run in (
         ours,
-        lambda: failed("rac_modifier.llmcompressor.pipeline.run_plan"),
+        lambda: failed("rac_modifier.llmcompressor.pipeline.run_stages"),
         lambda: failed(initialize, ORDINARY["basic"]()),
     ):
         run()

@@ -11,7 +11,7 @@ from rac_modifier.evaluation.stopping import Loop
 from rac_modifier.problems.source import Problem
 from rac_modifier.sampling.generate import Generation, generate
 from rac_modifier.sampling.model_identity import ModelIdentity
-from rac_modifier.sampling.prompts import render_prompt
+from rac_modifier.sampling.prompts import render_question
 from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
 from rac_modifier.traces.records import StoreHeader
@@ -184,7 +184,7 @@ def test_several_answers_differ_and_are_counted_per_problem(tokenizer, model, tm
     result = run(model, tokenizer, path, SUMS[:4], temperature=1.0, samples_per_problem=3)
     assert (result.problems, result.samples, set(result.pass_at)) == (4, 3, {"1", "2", "3"})
     keys = [f"q{i}#{j}" for i in range(4) for j in range(3)]
-    prompts = [render_prompt(tokenizer, p.question) for p in SUMS[:4] for _ in range(3)]
+    prompts = [render_question(tokenizer, p.question) for p in SUMS[:4] for _ in range(3)]
     expected = generate(model, tokenizer, prompts, sampling(temperature=1.0), keys)
     traces = list(TraceStore.read(path))
     assert [trace.id for trace in traces] == keys

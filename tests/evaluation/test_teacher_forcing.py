@@ -3,7 +3,7 @@ import torch
 from rac_modifier.evaluation.teacher_forcing import batches_of_like_length, padded, sample_sequences
 from rac_modifier.problems.held_out import held_out_problems
 from rac_modifier.sampling.generate import generate
-from rac_modifier.sampling.prompts import render_prompt
+from rac_modifier.sampling.prompts import render_question
 from rac_modifier.settings.sampling import SamplingSettings
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -26,7 +26,7 @@ def test_samples_are_the_models_completions_of_the_rendered_problems():
     values = {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 12, "batch_size": 2, "seed": 3}
     settings = SamplingSettings(**values, samples_per_problem=2)
     samples = sample_sequences(model, tokenizer, problems, settings)
-    prompts = [render_prompt(tokenizer, p.question) for p in problems for _ in range(2)]
+    prompts = [render_question(tokenizer, p.question) for p in problems for _ in range(2)]
     keys = [f"{p.id}#{i}" for p in problems for i in range(2)]
     expected = generate(model, tokenizer, prompts, settings, keys)
     assert [list(ids[:n]) for ids, n in samples] == prompts

@@ -6,14 +6,18 @@ from types import SimpleNamespace
 
 import pytest
 from llmcompressor.args import DatasetArguments, RecipeArguments
-from llmcompressor.modifiers.quantization import GPTQModifier
 from loguru import logger
 
 from rac_modifier import RacError
-from rac_modifier.llmcompressor.checks import HONOURED, check_arguments, check_recipe, skeleton_of
-from tests.llmcompressor.conftest import BUILD
+from rac_modifier.llmcompressor.checks import (
+    HONOURED,
+    check_arguments,
+    check_recipe,
+    given_tokenizer,
+    skeleton_of,
+)
 from tests.llmcompressor.modifier_helpers import gptq_w4, int4
-from tests.tiny import save_tiny_experts, tiny_tokenizer
+from tests.tiny import save_tiny_experts
 
 NAME = "ReasoningAwareSparseGPTModifier"
 CALIBRATES = "ReasoningAwareCalibrationModifier"
@@ -97,36 +101,16 @@ def test_oneshot_refuses_them_before_anything_is_sampled(prune, calibrate, tmp_p
         prune(oneshot_options=given)
     with pytest.raises(RacError, match=says):
         calibrate(later=[gptq_w4()], oneshot_options=given)
-    for name in ("recipes", "given"):
-        tiny_tokenizer().save_pretrained(tmp_path / name)
-    options = {"tokenizer": str(tmp_path / "given")}
-    with pytest.raises(
-        RacError, match=r"the tokenizer '.*given', and the recipe names '.*recipes'"
-    ):
-        prune(tokenizer=str(tmp_path / "recipes"), oneshot_options=options)
 
 
-def test_the_tokenizer_of_oneshot_or_of_the_recipe_is_used(prune, calibrate, tmp_path, monkeypatch):
-    class Used(Exception):  # noqa: N818 - a result, not an error
-        pass
-
-    def build(model, tokenizer, *args, **kwargs):
-        raise Used(tokenizer)
-
-    def used(run, **options):
-        with pytest.raises(Used) as caught:
-            run(**options)
-        return caught.value.args[0]
-
-    monkeypatch.setattr(BUILD, build)
-    other = tiny_tokenizer(OTHER)
-    other.save_pretrained(tmp_path / "tokenizer")
-    assert used(prune, oneshot_options={"processor": other}) is other
-    gptq = GPTQModifier(targets=["Linear"], ignore=["lm_head"], scheme="W8A8")
-    assert used(calibrate, later=[gptq], oneshot_options={"tokenizer": other}) is other
-    path = str(tmp_path / "tokenizer")
-    for options in ({"oneshot_options": {"tokenizer": path}}, {"tokenizer": path}):
-        assert used(prune, **options).chat_template == OTHER
+def test_the_tokenizer_of_oneshot_or_of_the_recipe_is_used():
+    given = SimpleNamespace(name_or_path="given")
+    assert given_tokenizer(arguments(processor=given), None, "model") is given
+    for processor in (given, SimpleNamespace(tokenizer=given)):
+        assert given_tokenizer(arguments(processor=processor), "given", "model") is None
+        assert given_tokenizer(arguments(processor=processor), "recipes", "given") is None
+    with pytest.raises(RacError, match="the tokenizer 'given', and the recipe names 'recipes'"):
+        given_tokenizer(arguments(processor=given), "recipes", "model")
 
 
 @pytest.mark.parametrize(

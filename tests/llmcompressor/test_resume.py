@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from rac_modifier import RacError
 from rac_modifier.checkpoint import files
 from rac_modifier.llmcompressor import resume
-from rac_modifier.llmcompressor.resume import Resume
 from rac_modifier.settings.traces import TraceSettings
 from rac_modifier.traces.collect import collect_traces
 from rac_modifier.traces.store import TraceStore
@@ -51,22 +50,6 @@ def everything(folder: Path) -> dict[str, tuple[str, int]]:
     }
 
 
-def modules() -> list[torch.nn.Linear]:
-    torch.manual_seed(0)
-    return [torch.nn.Linear(3, 2, bias=False) for _ in range(3)]
-
-
-def begun(folder: Path, about: dict[str, Any]) -> Resume:
-    groups = Resume(folder, about)
-    groups.begin({"calibration set": "a"})
-    return groups
-
-
-def written(folder: Path, about: dict[str, Any]) -> Path:
-    begun(folder, about).add({"m": modules()[0]}, {"m": {}}, {})
-    return next(folder.glob("*.safetensors"))
-
-
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_it_goes_on_where_it_was_killed(prune, solved, tmp_path, monkeypatch, settings):
     monkeypatch.chdir(tmp_path)
@@ -84,42 +67,6 @@ def test_it_goes_on_where_it_was_killed(prune, solved, tmp_path, monkeypatch, se
     assert solved == expected[:5] + expected[whole:]
     assert result(tmp_path / "killed") == result(tmp_path / "undisturbed")
     assert list(tmp_path.glob("killed.unfinished*")) == []
-
-
-def test_groups_of_one_call_are_one_file(tmp_path):
-    groups, (a, b, c) = begun(tmp_path / "state", {}), modules()
-    groups.add({"a": a, "b": b}, {"a": {"error": 0}, "b": {"error": 1}}, {"b": b.weight.detach()})
-    groups.add({"c": c}, {"c": {"error": 2}}, {})
-    held = sorted((tmp_path / "state").glob("*.safetensors"))
-    assert [sorted(load_file(file)) for file in held] == [
-        ["a.weight", "b.master", "b.weight"],
-        ["c.weight"],
-    ]
-    again = Resume(tmp_path / "state", {})
-    assert not again.has(["a"])
-    again.begin({})
-    assert again.has(["a", "c"])
-    assert not again.has(["a", "d"])
-    module, masters = torch.nn.Linear(3, 2, bias=False), dict[str, torch.Tensor]()
-    assert again.restore("b", module, masters) == {"error": 1}
-    assert torch.equal(module.weight, b.weight)
-    assert torch.equal(masters.pop("b"), b.weight)
-    assert again.restore("c", module, masters) == {"error": 2}
-    assert not masters
-
-
-def test_a_damaged_file_is_named(tmp_path):
-    file = written(tmp_path / "state", {})
-    whole = file.read_bytes()
-    file.write_bytes(whole[:20])
-    with pytest.raises(
-        RacError, match=r"00000\.safetensors: cannot be read .*remove .*state to st"
-    ):
-        begun(tmp_path / "state", {})
-    file.write_bytes(whole)
-    groups = begun(tmp_path / "state", {})
-    with pytest.raises(RacError, match=r"m\.weight has the shape \(2, 3\)"):
-        groups.restore("m", torch.nn.Linear(4, 2), {})
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from rac_modifier.evaluation import accuracy
 from rac_modifier.evaluation.results import Row, summarise
 from rac_modifier.problems.held_out import held_out_problems
 from rac_modifier.reasoner import reasoner_path
-from rac_modifier.sampling.prompts import render_prompt
+from rac_modifier.sampling.prompts import render_question
 from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.sampling import SamplingSettings
 from tests import forked
@@ -76,7 +76,7 @@ def test_it_solves_held_out_problems_of_every_task(answered):
 def test_its_completions_are_long_next_to_its_prompts(reasoner, answered):
     _, rows = answered
     prompts = (
-        render_prompt(reasoner[1], p.question) for p in held_out_problems("arithmetic", PROBLEMS)
+        render_question(reasoner[1], p.question) for p in held_out_problems("arithmetic", PROBLEMS)
     )
     tokens = sum(r.ending.tokens for r in rows)
     assert tokens >= 5 * sum(map(len, prompts))
@@ -86,7 +86,7 @@ def test_its_completions_are_long_next_to_its_prompts(reasoner, answered):
 @pytest.mark.slow
 def test_it_fails_without_thinking(reasoner, tmp_path, monkeypatch):
     def closed(tokenizer, question, sampling):
-        prompt = tokenizer.decode(render_prompt(tokenizer, question))
+        prompt = tokenizer.decode(render_question(tokenizer, question))
         return tokenizer.encode(f"{prompt}</think>\n", add_special_tokens=False)
 
     monkeypatch.setattr(accuracy, "render_question", closed)
@@ -95,7 +95,7 @@ def test_it_fails_without_thinking(reasoner, tmp_path, monkeypatch):
 
 def test_a_trace_renders_token_for_token_as_in_training(reasoner):
     _, tokenizer = reasoner
-    ids = render_prompt(tokenizer, "What is 12 + 34?")
+    ids = render_question(tokenizer, "What is 12 + 34?")
     assert tokenizer.decode(ids) == "<|User|>What is 12 + 34?<|Assistant|><think>\n"
     for tag in ("<think>", "</think>"):
         assert len(tokenizer.encode(tag, add_special_tokens=False)) == 1

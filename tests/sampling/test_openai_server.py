@@ -1,7 +1,6 @@
 """The engine on servers: how many prompts are under way, which server completes which, and how it
 ends."""
 
-import contextlib
 import threading
 from concurrent.futures import CancelledError
 
@@ -11,12 +10,9 @@ from rac_modifier.errors import RacError
 from rac_modifier.sampling.completions_api import trace_seed
 from rac_modifier.sampling.engine import Failure, Prompt
 from rac_modifier.sampling.generate import generate
-from rac_modifier.sampling.model_identity import ModelIdentity
-from rac_modifier.sampling.openai_server import ServerEngine
-from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
-from tests.sampling.conftest import SAMPLING
+from rac_modifier.settings.sampling import SamplingSettings
 from tests.sampling.fake_server import NAME, FakeServer, rule
-from tests.tiny import save_tiny, tiny_model
+from tests.tiny import tiny_model
 
 
 def prompts(count, start=0):
@@ -133,30 +129,6 @@ def test_closing_drops_what_is_under_way(make, server):
     thread.join()
     assert ended == ["cancelled"]
     assert not engine._thread.is_alive()
-
-
-@pytest.mark.parametrize(
-    ("folder", "verify", "words"),
-    [
-        ("own", True, "does not answer a short greedy prompt"),
-        ("other", True, "serves 'other', and the model is 'own'"),
-        ("other", False, None),
-    ],
-)
-def test_a_folder_of_another_name_is_refused_where_the_weights_are_elsewhere(
-    server, tokenizer, tmp_path, folder, verify, words
-):
-    identity = ModelIdentity.of_files(str(save_tiny(tmp_path / "own")))
-    server.cards[0]["root"] = server.cards[0]["id"] = str(tmp_path / folder)
-    server.fault = lambda number, body: "400"
-    settings = EngineSettings(base_urls=(server.url,), verify_model=verify)
-    with contextlib.closing(ServerEngine(settings, identity, tokenizer, SAMPLING)) as engine:
-        if words is None:
-            record = engine.connect()  # no folder of this machine is in it
-            assert (record.root, record.served_model) == (folder, folder)
-            return
-        with pytest.raises(RacError, match=words):
-            engine.connect()
 
 
 def test_the_record_holds_greedy_tokens_that_are_compared_with_the_model(make, server, tokenizer):

@@ -110,7 +110,6 @@ REFUSED = [
     ("traces.select.finished", True, PROMPTS),
     ("traces.engine", ENGINE, PROMPTS),
     ("calibration.prompt_weight", 0.5, PROMPTS),
-    ("recover.generic.sequence_tokens", 64, {"recover": {}}),
     ("calibration.generic.sequence_tokens", 64, {}),
 ]
 

@@ -5,7 +5,7 @@ import pytest
 from rac_modifier.problems.source import load_problems
 from rac_modifier.sampling.completions_api import trace_seed
 from rac_modifier.sampling.model_identity import ModelIdentity
-from rac_modifier.sampling.prompts import render_prompt
+from rac_modifier.sampling.prompts import render_question
 from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
 from rac_modifier.settings.traces import TraceSettings
@@ -64,7 +64,7 @@ def is_exact(tokenizer):
         problems = load_problems(ProblemSource(), 0)
         for trace in store:
             problem = next(p for p in problems if p.id == trace.problem_id)
-            prompt = render_prompt(tokenizer, problem.question)
+            prompt = render_question(tokenizer, problem.question)
             body = {"seed": trace_seed(0, trace.id), "prompt": prompt, "max_tokens": LONGEST}
             assert list(trace.prompt_ids) == prompt
             assert list(trace.completion_ids) == rule(body)

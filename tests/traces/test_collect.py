@@ -7,7 +7,7 @@ from rac_modifier.errors import RacError
 from rac_modifier.problems.source import load_problems
 from rac_modifier.sampling import engine as engines
 from rac_modifier.sampling.generate import generate
-from rac_modifier.sampling.prompts import render_prompt
+from rac_modifier.sampling.prompts import render_question
 from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.sampling import SamplingSettings
 from rac_modifier.settings.traces import TraceSettings
@@ -50,7 +50,7 @@ def test_the_budget_is_reached_by_the_shortest_run_of_problems(run, model, token
     assert store.counts.tokens >= 500 > store.counts.tokens - traces[-1].tokens
     problems = load_problems(ProblemSource(limit=len(traces)), 0)
     for trace, problem in zip(traces, problems, strict=True):
-        prompt = render_prompt(tokenizer, problem.question)
+        prompt = render_question(tokenizer, problem.question)
         (completion,) = generate(model, tokenizer, [prompt], SAMPLING, [trace.id])
         assert (trace.id, trace.problem_id) == (f"{problem.id}#0", problem.id)
         assert (list(trace.prompt_ids), trace.completion_ids) == (prompt, completion.ids)
