@@ -21,7 +21,7 @@ def test_seam_calibration_pipeline_registry_is_what_from_modifiers_loads():
     names it."""
     ours = ReasoningAwareSparseGPTModifier(**entry())
     with create_session() as session:
-        put_in_place(session, SessionRun(ours, None, None))
+        put_in_place(session, SessionRun(None, None))
         try:
             for user in (None, "sequential", "Sequential"):
                 made = CalibrationPipeline.from_modifiers([ours], user=user)
