@@ -59,6 +59,8 @@ def run_grid(
     tokens: int,
     problems: int | None = None,
     cap: int | None = None,
+    temperature: float = 0.0,
+    remove_models: bool = True,
 ) -> list[dict[str, Any]]:
     """Run or resume rows with `rac frontier`; return its finished rows, the dense one first.
 
@@ -69,12 +71,15 @@ def run_grid(
         tokens: of calibration, where a row does not say otherwise.
         problems: held-out problems; default: the subject's.
         cap: most new tokens of an answer or trace; default: the subject's.
+        temperature: of the answers.
+        remove_models: remove each checkpoint when it is measured.
     """
     content = copy.deepcopy(
         {"shared": subject.shared, "evaluation": subject.evaluation, "rows": list(rows)}
     )
     shared, evaluation = content["shared"], content["evaluation"]
     shared["calibration"] = {**shared.get("calibration", {}), "tokens": tokens}
+    evaluation["temperature"] = temperature
     if problems is not None:
         evaluation["problems"] = problems
     if cap is not None:
@@ -84,7 +89,9 @@ def run_grid(
     grid = out / "grid.yaml"
     grid.write_text(yaml.safe_dump(content, sort_keys=False))
     command = ["frontier", subject.model, "--recipe-grid", str(grid), "--out", str(out)]
-    subprocess.run([*RAC, *command, "--remove-models"], check=True)
+    if remove_models:
+        command.append("--remove-models")
+    subprocess.run([*RAC, *command], check=True)
     lines = (out / "rows.jsonl").read_text().splitlines()
     measured = {row["label"]: row for row in map(json.loads, lines)}
     labels = {row["label"] for row in rows}

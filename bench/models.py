@@ -42,7 +42,7 @@ class Subject:
 def reasoner(work: Path) -> Subject:
     """Return the embedded reasoner on its arithmetic problems."""
     traces = {"problems": {"source": "arithmetic"}, "sampling": {"max_new_tokens": 512}}
-    evaluation = {"source": "arithmetic", "problems": 300, "cap": 512}
+    evaluation = {"source": "arithmetic", "problems": 300, "cap": 512, "batch_size": 256}
     return Subject(
         "embedded reasoner (3.4 M parameters)", "reasoner", {"traces": traces}, evaluation
     )

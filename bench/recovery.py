@@ -1,7 +1,10 @@
-"""Recovery: divergence and accuracy by calibration tokens and recovery tokens.
+"""Recovery: divergence, accuracy and endings by calibration tokens and recovery tokens.
 
-python -m bench recovery --patterns 0.9 --recover 0 640000
+python -m bench recovery --patterns 0.8 0.9 2:4+int4+paper --recover 0 640000
 python -m bench recovery --model smollm2 --patterns 0.6 2:4 --tokens 65536 --recover 0 131072
+
+All models are float32, because a CPU multiplies these faster than bfloat16. Every checkpoint
+answers the same held-out problems greedily, and at temperature 0.6 where they can be graded.
 """
 
 from __future__ import annotations
@@ -12,7 +15,9 @@ from typing import Any
 
 from bench.common import save
 from bench.grid import COLUMNS, OURS, cells, pattern, run_grid
-from bench.models import SUBJECTS
+from bench.models import SUBJECTS, float32_copy
+from rac_modifier.evaluation.results import EvalResult
+from rac_modifier.evaluation.stopping import FINISHED, KINDS, summary
 
 TINY: dict[str, Any] = {
     "patterns": ["0.9"],
@@ -22,13 +27,27 @@ TINY: dict[str, Any] = {
     "problems": 2,
     "cap": 24,
 }
+TRUNCATED = [kind for kind in KINDS if kind not in FINISHED]
+ENDINGS = {
+    "right, %": ".1f",
+    f"truncated, %: {' + '.join(TRUNCATED)}": "",
+    "closes thinking, %": ".1f",
+    "token inflation": ".2f",
+}
+STOPPING = {
+    "row": "",
+    "KL": ".4f",
+    **{f"greedy: {column}": form for column, form in ENDINGS.items()},
+    **{f"at 0.6: {column}": form for column, form in ENDINGS.items()},
+}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this suite."""
     parser.add_argument("--model", choices=SUBJECTS, default="reasoner")
-    parser.add_argument("--patterns", nargs="+", default=["0.8", "0.9"])
-    parser.add_argument("--bits", type=int, help="of the weights, rounded in the same pass")
+    parser.add_argument(
+        "--patterns", nargs="+", default=["0.8", "0.9"], help="such as 2:4 or 0.5+int4+paper"
+    )
     parser.add_argument("--tokens", nargs="+", type=int, default=[32768], help="of calibration")
     parser.add_argument("--recover", nargs="+", type=int, default=[0, 80000], help="0: no recovery")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
@@ -36,32 +55,66 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cap", type=int, help="most new tokens of an answer")
 
 
+def stopping(greedy: dict[str, Any], sampled: dict[str, Any]) -> list[Any]:
+    """Return the cells of STOPPING for a checkpoint's two rows."""
+    row: list[Any] = cells(greedy)[:1] + cells(greedy)[2:3]
+    for measured in (greedy, sampled):
+        shares = summary(EvalResult.from_dict(measured["accuracy"]).endings)
+        kinds = [100 * shares[kind] for kind in TRUNCATED]
+        described = " + ".join(f"{share:.1f}" for share in kinds)
+        inflation = (measured["paired"] or {}).get("inflation", {}).get("at_cap")
+        row += [
+            100 * shares["right"],
+            f"{sum(kinds):.1f}: {described}",
+            100 * shares["closes_thinking"],
+            inflation and [inflation[key] for key in ("ratio", "ci_low", "ci_high")],
+        ]
+    return row
+
+
+def entry_of(text: str) -> dict[str, Any]:
+    """Return the settings of "0.9+int4+paper": a pattern, bits in groups of 64, a preset."""
+    share, *words = text.split("+")
+    entry = pattern(share)
+    for word in words:
+        if word.startswith("int"):
+            weights = {"num_bits": int(word[3:]), "strategy": "group", "group_size": 64}
+            entry["quantization"] = {"config_groups": {"w": {"weights": weights}}}
+        else:
+            entry["preset"] = word
+    return entry
+
+
 def run(options: argparse.Namespace) -> None:
-    """Run the rows and write the table."""
-    subject = SUBJECTS[options.model](options.work)
+    """Run the rows and write the tables."""
+    cap = options.cap or SUBJECTS[options.model](options.work).evaluation["cap"]
+    subject = float32_copy(options.model, options.work, cap)
     rows = []
-    for share, tokens, recover in itertools.product(
+    for text, tokens, recover in itertools.product(
         options.patterns, options.tokens, options.recover
     ):
-        entry: dict[str, Any] = pattern(share)
-        if options.bits:
-            weights = {"num_bits": options.bits, "strategy": "group", "group_size": 64}
-            entry["quantization"] = {"config_groups": {"w": {"weights": weights}}}
         changes: dict[str, Any] = {"calibration.tokens": tokens}
         if recover:
             changes["recover"] = {"tokens": recover, "step_tokens": min(512, recover)}
-        label = f"{share}, {tokens:,} + {recover:,} tokens"
-        row = {"label": label, "recipe": {OURS: entry}, "set": changes, "seeds": options.seeds}
-        rows.append(row)
-    finished = run_grid(
-        subject,
-        rows,
-        options.work / f"recovery-{options.model}",
-        tokens=max(options.tokens),
-        problems=options.problems,
-        cap=options.cap,
-    )
-
+        label = f"{text}, {tokens:,} + {recover:,} tokens"
+        row = {"label": label, "recipe": {OURS: entry_of(text)}, "set": changes}
+        rows.append(row | {"seeds": options.seeds})
+    out = options.work / f"recovery-{options.model}"
+    shared: dict[str, Any] = {
+        "tokens": max(options.tokens),
+        "problems": options.problems,
+        "cap": cap,
+    }
+    greedy = run_grid(subject, rows, out / "greedy", **shared, remove_models=False)
     columns = {**COLUMNS, "seconds of compressing": ".0f"}
-    table = [[*cells(row), row["compressing"]] for row in finished]
+    table = [[*cells(row), row["compressing"]] for row in greedy]
     save(options.out, f"recovery_{options.model}", subject.name, columns, table)
+    if greedy[0]["accuracy"] is None:
+        return
+
+    if (models := out / "greedy" / "models").exists():
+        (out / "sampled").mkdir(exist_ok=True)
+        models.rename(out / "sampled" / "models")  # these are not compressed again
+    sampled = run_grid(subject, rows, out / "sampled", **shared, temperature=0.6)
+    table = [stopping(*pair) for pair in zip(greedy, sampled, strict=True)]
+    save(options.out, f"stopping_{options.model}", subject.name, STOPPING, table)

@@ -20,9 +20,13 @@ from bench.formats import FORMATS, kl_per_token
 from bench.gguf_rows import in_gguf_order, in_torch_order
 from bench.grid import MIXTURES, OURS, VARIANTS, calibrated_on, pattern
 from bench.models import chat_subject, reasoner
+from bench.recovery import STOPPING, entry_of, stopping
 from bench.render import render
 from bench.shapes import Form, random_mask, random_model
+from rac_modifier.evaluation.results import Row, paired_difference, summarise
+from rac_modifier.evaluation.stopping import Ending
 from rac_modifier.settings.grid import Grid, plan_rows
+from rac_modifier.settings.sampling import SamplingSettings
 
 ROOT = Path(__file__).parents[2]
 
@@ -102,6 +106,31 @@ def test_rows_of_the_grids_are_settings_that_exist(tmp_path: Path) -> None:
         shared = {**subject.shared, "calibration": calibration}
         grid = {"shared": shared, "evaluation": subject.evaluation, "rows": its_rows}
         assert len(plan_rows(Grid.model_validate(grid), "bench")) == len(its_rows)
+
+
+def test_a_pattern_names_bits_and_preset() -> None:
+    """The settings are those of a recipe."""
+    entry = entry_of("2:4+int4+paper")
+    assert (entry["mask_structure"], entry["preset"]) == ("2:4", "paper")
+    row = {"label": "x", "recipe": {OURS: entry}}
+    assert plan_rows(Grid.model_validate({"rows": [row]}), "bench")
+
+
+def test_the_stopping_table_counts_the_kinds_of_truncated_answers() -> None:
+    """Of two answers a loop ends one; the other is right."""
+    endings = [Ending("right", 10, 5, True), Ending("looping", 20, 20, False)]
+    rows = [
+        Row(str(number), None, ending.kind == "right", ending)
+        for number, ending in enumerate(endings)
+    ]
+    sampling = SamplingSettings(max_new_tokens=20)
+    result = summarise(rows, label="x", seconds=1.0, sampling=sampling)
+    row = {"label": "x", "accuracy": result.as_dict(), "divergence": None}
+    row |= {"bytes": {"bits_per_weight": 4.0}, "truncated": 0.5, "thinking": 12.5}
+    row["paired"] = paired_difference(result, result).as_dict()
+    cells = stopping(row, row)
+    assert cells == ["x", None, *[50.0, "50.0: 0.0 + 50.0 + 0.0", 50.0, [1.0, 1.0, 1.0]] * 2]
+    assert len(cells) == len(STOPPING)
 
 
 def test_kl_per_token_is_that_of_the_dense_model_from_the_compressed_one() -> None:
