@@ -7,7 +7,6 @@ same weights. The model, the recipe, the calibration set, versions and threads a
 from __future__ import annotations
 
 import contextlib
-import difflib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -153,15 +152,10 @@ class Resume:
             if before.get(key) == value or key == _STORES:
                 continue
             shown = _STORES if key == _CALIBRATION else key
-            theirs, ours = (
-                json.dumps(of.get(shown), indent=0, sort_keys=True).splitlines()
-                for of in (before, about)
-            )
-            lines = [line.rstrip(",") for line in difflib.ndiff(theirs, ours) if line[0] in "-+"]
             raise RacError(
-                f"{self._folder} holds what a run with another {key} has pruned (-: there, +: "
-                f"here; {'; '.join(lines[:6])}); start that run again to go on with it, or remove "
-                "the folder to start anew"
+                f"{self._folder} holds what a run with another {key} has pruned"
+                f"{_changes(before.get(shown), about.get(shown))}; start that run again to go on "
+                "with it, or remove the folder to start anew"
             )
 
     def _unwritable(self, why: object) -> RacError:
@@ -180,3 +174,21 @@ class Resume:
             raise RacError(
                 f"{path}: cannot be read ({error}); remove {self._folder} to start anew"
             ) from error
+
+
+def _changes(before: Any, now: Any) -> str:
+    """Return the settings that differ, for a message; "" if they are not known."""
+    if not (isinstance(before, Mapping) and isinstance(now, Mapping)):
+        return ""
+    old, new = _flat(before), _flat(now)
+    changed = sorted(key for key in {**old, **new} if old.get(key) != new.get(key))
+    shown = [f"{key}: {old.get(key)!r} there, {new.get(key)!r} here" for key in changed[:3]]
+    return f" ({'; '.join(shown)})" if shown else ""
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        name = f"{prefix}{key}"
+        flat |= _flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return flat

@@ -118,8 +118,8 @@ def _killed(b: Bench, **recipe: object) -> None:
 
 @CASES.case(
     "a killed run that goes on with another recipe",
-    "holds what a run with another recipe has pruned (-: there, +: here; "
-    '- "sparsity": 0.5; + "sparsity": 0.6); start that run again to go on with it',
+    "holds what a run with another recipe has pruned (sparsity: 0.5 there, 0.6 here); "
+    "start that run again to go on with it",
 )
 def _(b: Bench) -> None:
     _killed(b, sparsity=0.6)
