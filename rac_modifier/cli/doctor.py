@@ -41,7 +41,7 @@ def doctor(as_json: AsJson = False) -> None:
 
     Example: rac doctor
     """
-    findings = examine()
+    findings = [*_versions(), *_extras(), *_kernels(), *_plugin()]
     broken = [finding.name for finding in findings if finding.status == "broken"]
     if as_json:
         print_json({"usable": not broken, "findings": [asdict(finding) for finding in findings]})
@@ -49,11 +49,6 @@ def doctor(as_json: AsJson = False) -> None:
         typer.echo(render(findings))
     if broken:
         raise RacError(f"{len(broken)} broken: {', '.join(broken)}; see the lines marked BROKEN")
-
-
-def examine() -> list[Finding]:
-    """Return all findings, in the order of the report."""
-    return [*_versions(), *_extras(), *_kernels(), *_plugin()]
 
 
 def render(findings: list[Finding]) -> str:

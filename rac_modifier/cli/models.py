@@ -136,22 +136,16 @@ def subject_of(model: str) -> tuple[Any, Any]:
 def check_output(output: Path, source: str, *, keeps_groups: bool = False) -> None:
     """Refuse an output folder that the result could not be written to (RacError).
 
-    With `keeps_groups`, what is pruned so far is kept next to it: at most the model's size.
+    With `keeps_groups`, what is pruned so far is kept next to it: at most the model's size. The
+    room on the disk is not checked here for a model that is not in the hub's cache yet.
     """
-    from loguru import logger
-
     from rac_modifier.checkpoint.output_folder import (
         bytes_of_weights,
         check_output_folder,
         check_room,
     )
 
-    size = bytes_of_weights(source)
     check_output_folder(output, Path(source) if Path(source).is_dir() else None, 0)
-    if size is None:
-        logger.info(
-            f"{source} is not in the hub's cache yet: the disk is checked once it is loaded"
-        )
-        return
-    # the dense weights and the packed ones, while they are packed in place
-    check_room(output, 2 * size, size if keeps_groups else 0)
+    if (size := bytes_of_weights(source)) is not None:
+        # the dense weights and the packed ones, while they are packed in place
+        check_room(output, 2 * size, size if keeps_groups else 0)

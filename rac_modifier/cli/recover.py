@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rac_modifier.cli.models import check_model, check_output, load, resolve
-from rac_modifier.cli.options import Dtype, Precision, resumable, saving_step
+from rac_modifier.cli.options import Column, Dtype, Precision, resumable, saving_step
 
 if TYPE_CHECKING:
     from rac_modifier.settings.problems import ProblemSource
@@ -42,7 +42,7 @@ def recover(
             "(default; or the store's)"
         ),
     ] = None,
-    column: Annotated[str | None, typer.Option(help="column of the problems' text")] = None,
+    column: Column = None,
     max_new_tokens: Annotated[
         int | None,
         typer.Option(min=1, help="cap of a sampled completion; default: the store's, or 8192"),

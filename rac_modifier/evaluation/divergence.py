@@ -67,14 +67,9 @@ def divergence(
 ) -> DivergenceResult:
     """Measure KL(dense || pruned) per completion token and top-1 agreement.
 
-    Memory next to the two models: a window of logits per model, the key-value caches of a batch
-    of several windows, and about 256 MiB.
-
-    Args:
-        dense: a transformers causal LM.
-        pruned: another causal LM with the same vocabulary, on any device.
-        sequences: samples of the dense model (`sample_sequences`).
-        label: the result's name in tables.
+    Both are causal LMs of one vocabulary, on any devices; `sequences` are samples of the dense one.
+    Memory next to them: a window of logits per model, the key-value caches of a batch of several
+    windows, and about 256 MiB.
 
     Raises:
         RacError: unfit sequences, vocabularies of different sizes, or logits that are not finite.

@@ -165,14 +165,8 @@ def row_of_text(
 ) -> Row:
     """Check the answer in a completion of a problem, and classify its ending.
 
-    Args:
-        problem: with its answer.
-        text: the completion.
-        verifier: compares answers instead of math-verify.
-        finish: "length" if the cap truncated the completion.
-        tokens: of the completion, as `thinking_tokens` a field of `Ending`.
-        thinking_tokens: of its thinking part.
-        ids: of the tokens; without them, a loop is counted in words.
+    `verifier` compares answers instead of math-verify; `finish` is "length" if the cap truncated
+    the completion; without `ids` of its tokens, a loop is counted in words.
     """
     assert problem.answer is not None
     correct, loop = is_correct(text, problem.answer, verifier), None

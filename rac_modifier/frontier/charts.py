@@ -18,13 +18,13 @@ AXES: dict[str, tuple[Any, bool]] = {
     "MB without head and embeddings": (lambda row: row["bytes"]["matrices"] / 1e6, False),
     "tokens per second": (lambda row: (row["served"] or {}).get("tokens_per_second"), True),
 }
-KIND_NAMES = dict(
-    zip(
-        KINDS,
-        ("right", "wrong", "truncated: had the answer", "truncated: looping", "truncated: going"),
-        strict=True,
-    )
-)
+KIND_NAMES = {
+    "right": "right",
+    "wrong": "wrong",
+    "reached": "truncated: had the answer",
+    "looping": "truncated: looping",
+    "going": "truncated: going",
+}
 # The palette of Okabe and Ito, which differs for every common colour blindness.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 _KIND_COLOURS = ["#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#999999"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from rac_modifier.errors import RacError
 from rac_modifier.settings.check import Batch, Count, Seed, Settings
@@ -78,10 +78,8 @@ class SamplingSettings(Settings):
         return SamplingSettings(**filled)
 
 
-class PromptSettings(BaseModel):
+class PromptSettings(Settings):
     """The part of `SamplingSettings` that decides a prompt's tokens; evaluation shares it."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     template: Template = "chat"
     system_prompt: str | None = None

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from rac_modifier.cli.doctor import Finding, _plugin, examine
+from rac_modifier.cli.doctor import Finding, _extras, _kernels, _plugin
 from rac_modifier.kernels.cpu import library, support
 from tests.cli.conftest import Rac
 
@@ -43,7 +43,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
 
 def named(name: str) -> Finding:
-    (finding,) = [finding for finding in examine() if finding.name == name]
+    (finding,) = [finding for finding in (*_extras(), *_kernels()) if finding.name == name]
     return finding
 
 
