@@ -139,7 +139,8 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else (), 1):
         try:
-            rows.append(dict(_ROW.validate_json(line)))
+            _ROW.validate_json(line)
+            rows.append(json.loads(line))  # with its keys in their order
         except ValidationError as error:
             raise RacError(
                 f"{path}, line {number}: no row of rac frontier ({error.errors()[0]['msg']}); "
