@@ -102,7 +102,7 @@ def collect(
             settings.calibration,
             reserved_tokens=settings.recover.reserved_tokens if settings.recover else 0,
         )
-    figures = {
+    figures: dict[str, dict[str, Any]] = {
         part: {
             "store": pool.store.path,
             "traces": len(pool.store),
