@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import random
@@ -15,6 +16,8 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that asks the hub would wait for a network
 
 TESTS = Path(__file__).parent
 # What runs in the serving environment, which has vLLM and no llm-compressor: folders and
@@ -60,6 +63,18 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     if any(collection_path.is_relative_to(path) for path in named):
         return None
     return True
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run files with slow tests first: no process is left with a long test at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_collection_finish() -> None:
+    """Leave what the imports made out of garbage collections: AutoRound asks for dozens."""
+    gc.collect()
+    gc.freeze()
 
 
 @contextmanager
