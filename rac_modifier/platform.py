@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,9 +17,8 @@ HEAP_GAPS = 1.15  # pages of a process / bytes of its blocks, whose sizes leave 
 _LEAST_WORK = 1 << 26  # multiply-adds below which a call of oneDNN costs more than it gains
 _LEAST_ROWS = 256  # rows of the first factor below which copying the second costs too much
 _SIZES_PER_DOUBLING = 8  # of the number of tokens
-_CHUNK = 2048  # rows of a matmul that is added to a matrix; bounds its temporary memory
-_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # mallopt's numbers in malloc.h
-_LARGEST_KEPT_BLOCK, _KEPT_AT_END_OF_HEAP = 256 << 20, 1 << 30
+# mallopt's numbers in malloc.h: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_ARENA_MAX
+_MALLOPT = {-3: 256 << 20, -1: 1 << 30, -8: 1}
 _MALLOC_VARIABLES = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_ARENA_MAX")
 _resident_limit: int | None = None  # bytes; None: no forecast was made
 _raise = 0  # bytes
@@ -47,17 +45,11 @@ def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def add_matmul_(
-    out: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    *,
-    alpha: float = 1.0,
-    chunk: int | None = None,
+    out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, alpha: float = 1.0, chunk: int = 2048
 ) -> torch.Tensor:
     """Add `alpha` `a` [m, k] @ `b` [k, n] to `out` [m, n] in place, `chunk` rows at a time."""
     if not _onednn_gains(a, b.T):
         return out.addmm_(a, b, alpha=alpha)
-    chunk = chunk or _CHUNK
     weight = b.T.contiguous()
     for out_rows, a_rows in zip(out.split(chunk), a.split(chunk), strict=True):
         out_rows.add_(_linear_by_onednn(a_rows, weight), alpha=alpha)
@@ -82,13 +74,7 @@ def with_zero_rows(x: torch.Tensor) -> torch.Tensor:
 class FasterLinears(TorchFunctionMode):
     """Send float32 `linear` without gradients to oneDNN where that is faster."""
 
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.nn.functional.linear and not kwargs and not torch.is_grad_enabled():
             x, weight, *bias = args
             plain = all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in (x, weight))
@@ -123,12 +109,7 @@ def keep_freed_memory() -> bool:
     by_user = any(name in os.environ for name in (*_MALLOC_VARIABLES, "GLIBC_TUNABLES"))
     if by_user or not hasattr(library, "gnu_get_libc_version"):
         return False
-    options = {
-        _MMAP_THRESHOLD: _LARGEST_KEPT_BLOCK,
-        _TRIM_THRESHOLD: _KEPT_AT_END_OF_HEAP,
-        _ARENA_MAX: 1,
-    }
-    return all(library.mallopt(option, value) == 1 for option, value in options.items())
+    return all(library.mallopt(option, value) == 1 for option, value in _MALLOPT.items())
 
 
 def expect_growth(forecast: int) -> None:
@@ -149,9 +130,7 @@ def return_freed_memory() -> None:
 
 
 def resident_bytes() -> int:
-    """Return the bytes of memory that this process occupies; 0 without Linux's /proc."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except OSError:
-        return 0
-    return pages * os.sysconf("SC_PAGE_SIZE")
+    """Return the bytes of memory that this process occupies."""
+    import psutil  # of the compressing environment
+
+    return int(psutil.Process().memory_info().rss)

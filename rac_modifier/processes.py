@@ -67,15 +67,10 @@ class Processes:
         """Return on all ranks the `value`, which is JSON, of each, by rank."""
         if self.count == 1:
             return [value]
-        text = json.dumps(value).encode()
+        texts = [""] * self.count
         with self._answered():
-            sizes = [torch.tensor([0]) for _ in range(self.count)]
-            distributed.all_gather(sizes, torch.tensor([len(text)]), group=self._group)
-            longest = max(int(size) for size in sizes)
-            texts = [torch.zeros(longest, dtype=torch.uint8) for _ in sizes]
-            padded = torch.frombuffer(bytearray(text.ljust(longest)), dtype=torch.uint8)
-            distributed.all_gather(texts, padded, group=self._group)
-        return [json.loads(data.numpy().tobytes()) for data in texts]
+            distributed.all_gather_object(texts, json.dumps(value), group=self._group)
+        return [json.loads(text) for text in texts]
 
     def sums(self, *values: float) -> list[float]:
         """Return each value summed over the ranks; the same bits on all of them."""

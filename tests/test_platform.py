@@ -57,13 +57,12 @@ def of_layout(kind: str, rows: int, columns: int, seed: int) -> torch.Tensor:
     ("of_a", "of_b"),
     [("rows", "columns"), ("columns", "part"), ("part", "part of columns")],
 )
-def test_matmuls_are_those_of_torch_in_every_layout(of_a, of_b, calls, monkeypatch):
-    monkeypatch.setattr(platform, "_CHUNK", 20)
+def test_matmuls_are_those_of_torch_in_every_layout(of_a, of_b, calls):
     a, b, out = of_layout(of_a, 50, 40, 1), of_layout(of_b, 40, 30, 2), of_layout("part", 50, 30, 3)
     terms, before = 40 * torch.finfo(torch.float32).eps, out.double()
     exact = a.double() @ b.double()
     assert_near(matmul(a, b), exact, terms)
-    assert add_matmul_(out, a, b, alpha=-2.0).data_ptr() == out.data_ptr()
+    assert add_matmul_(out, a, b, alpha=-2.0, chunk=20).data_ptr() == out.data_ptr()
     assert_near(out, before - 2 * exact, terms)
     assert calls == [(50, 40, 30), (20, 40, 30), (20, 40, 30), (10, 40, 30)]
 
@@ -130,8 +129,8 @@ def test_numbers_of_tokens_become_a_few_sizes():
     assert not longer[1000:].any()
 
 
-# 20 times 64 MiB, written and freed: as many bytes of pages each time where they are new.
-BYTES = 20 * (64 << 20)
+# 8 times 64 MiB, written and freed: as many bytes of pages each time where they are new.
+BYTES = 8 * (64 << 20)
 CODE = """
 import ctypes, resource, sys, threading
 import torch
@@ -139,7 +138,7 @@ from rac_modifier.platform import keep_freed_memory
 print(keep_freed_memory() if sys.argv[1] == "keep" else None)
 assert ctypes.CDLL(None).prctl(41, 1, 0, 0, 0) == 0  # no huge pages: they hide faults
 def work():
-    for _ in range(20):
+    for _ in range(8):
         torch.ones(16 << 20)
 def faults(run):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -14,7 +14,7 @@ from rac_modifier.llmcompressor.quantizer import Quantizer
 from rac_modifier.llmcompressor.statistics import InputGroup
 from rac_modifier.pruning.solve import Problem, Solution, solve_many
 from rac_modifier.quantization.grid import Grid
-from rac_modifier.quantization.solve import PrunedProblem, Quantized, quantize_many
+from rac_modifier.quantization.solve import Quantized, quantize_many
 from rac_modifier.recovery.on_grid import codes_of, master_in_cell
 from rac_modifier.settings.entries import PruningEntry
 from rac_modifier.settings.pattern import Pattern
@@ -58,13 +58,9 @@ def solve_problems(
     solved = solve_many(problems=problems, **solver_settings(entry))
     if entry.quantization is None:
         return [[(solution, None) for solution in solutions] for solutions in solved]
+    hessians = [problem.hessian for problem in problems]
     rounded = quantize_many(
-        [
-            PrunedProblem(solutions, problem.hessian, of_modules)
-            for solutions, problem, of_modules in zip(solved, problems, grids, strict=True)
-        ],
-        dtype=dtype,
-        dampening_frac=entry.dampening_frac,
+        solved, hessians, grids, dtype=dtype, dampening_frac=entry.dampening_frac
     )
     return [list(zip(*pair, strict=True)) for pair in zip(solved, rounded, strict=True)]
 

@@ -36,18 +36,16 @@ def cholesky_(matrix: torch.Tensor) -> torch.Tensor | None:
     for start in range(0, d, BLOCK):
         stop = min(start + BLOCK, d)
         block, below = slice(start, stop), slice(stop, d)
-        if start:
-            lower_rows, right = matrix[start:], matrix[block, :start].T
-            add_matmul_(lower_rows[:, block], lower_rows[:, :start], right, alpha=-1, chunk=_CHUNK)
+        rows, right = matrix[start:], matrix[block, :start].T
+        add_matmul_(rows[:, block], rows[:, :start], right, alpha=-1, chunk=_CHUNK)
         corner = matrix[block, block]
         lower, info = torch.linalg.cholesky_ex(corner)
         if int(info):
             return None
         corner.copy_(lower)
-        if stop < d:
-            inverse = _inverse_of_triangle(lower).T
-            for rows in matrix[below, block].split(_CHUNK):
-                rows.copy_(matmul(rows, inverse))
+        inverse = _inverse_of_triangle(lower).T
+        for rows in matrix[below, block].split(_CHUNK):
+            rows.copy_(matmul(rows, inverse))
     return matrix.tril_()
 
 
@@ -61,13 +59,11 @@ def cholesky_solve(b: torch.Tensor, lower: torch.Tensor) -> torch.Tensor:
     corners = [_inverse_of_triangle(lower[s : s + BLOCK, s : s + BLOCK]) for s in starts]
     for start, corner in zip(starts, corners, strict=True):
         block = slice(start, start + BLOCK)
-        if start:
-            add_matmul_(x[:, block], x[:, :start], lower[block, :start].T, alpha=-1)
+        add_matmul_(x[:, block], x[:, :start], lower[block, :start].T, alpha=-1)
         x[:, block] = matmul(x[:, block], corner.T)
     for start, corner in reversed(list(zip(starts, corners, strict=True))):
         block, after = slice(start, start + BLOCK), slice(start + BLOCK, d)
-        if start + BLOCK < d:
-            add_matmul_(x[:, block], x[:, after], lower[after, block], alpha=-1)
+        add_matmul_(x[:, block], x[:, after], lower[after, block], alpha=-1)
         x[:, block] = matmul(x[:, block], corner)
     return x.T
 
@@ -81,16 +77,13 @@ def invert_corners_(lower: torch.Tensor) -> torch.Tensor:
 
 def solve_with_corners_(b: torch.Tensor, lower: torch.Tensor) -> torch.Tensor:
     """Compute (L L^T)^-1 `b` in the memory of b [d, rows], for L after `invert_corners_`."""
-    d = len(b)
-    starts = range(0, d, BLOCK)
+    starts = range(0, len(b), BLOCK)
     for start in starts:
         block = slice(start, start + BLOCK)
-        remainder = b[block] - lower[block, :start] @ b[:start] if start else b[block]
-        b[block] = lower[block, block] @ remainder
+        b[block] = lower[block, block] @ (b[block] - lower[block, :start] @ b[:start])
     for start in reversed(starts):
-        block, after = slice(start, start + BLOCK), slice(start + BLOCK, d)
-        remainder = b[block] - lower[after, block].T @ b[after] if start + BLOCK < d else b[block]
-        b[block] = lower[block, block].T @ remainder
+        block, after = slice(start, start + BLOCK), slice(start + BLOCK, len(b))
+        b[block] = lower[block, block].T @ (b[block] - lower[after, block].T @ b[after])
     return b
 
 

@@ -47,10 +47,11 @@ def prune_batch(
 ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Prune problems of one shape with the same patterns; return weights, mask, errors of each."""
     lower, uniform = [f.reversed_lower for f in factors], [f.dampening.uniform for f in factors]
+    settings = rows, patterns, block_size
     if len(weights) == 1:
-        return [(weights[0], *prune(weights[0], lower[0], uniform[0], rows, patterns, block_size))]
+        return [(weights[0], *prune(weights[0], lower[0], uniform[0], *settings))]
     batch = torch.stack(list(weights))
-    results = prune(batch, torch.stack(lower), torch.stack(uniform), rows, patterns, block_size)
+    results = prune(batch, torch.stack(lower), torch.stack(uniform), *settings)
     return list(zip(batch, *results, strict=True))
 
 
@@ -90,11 +91,10 @@ def prune(
         passed_on = (lower[..., before, reversed_block].mT @ change[..., before, :]).flip(-2)
         block = weight[..., start:stop, :].clone()
         _add_matmul(block, r.mT, passed_on)
-        mask = (
-            _settle_groups(block, r, pattern)
-            if pattern.is_structured
-            else _settle_lowest(block, r, rows, patterns)
-        )
+        if pattern.is_structured:
+            mask = _settle_groups(block, r, pattern)
+        else:
+            mask = _settle_lowest(block, r, rows, patterns)
         block.masked_fill_(mask, 0.0)
         moved = weight[..., start:stop, :] - block
         _add_matmul(passed_on, u.mT, moved)
@@ -147,10 +147,8 @@ def _settle(
     for j in range(start, stop):
         error = errors[..., j - start, :]
         torch.mul(block[..., j, :], inverse[..., j - start, :], out=error)
-        if j + 1 < stop:
-            _subtract_outer(block[..., j + 1 : stop, :], r[..., j, j + 1 : stop], error)
-    if stop < block.shape[-2]:
-        _add_matmul(block[..., stop:, :], r[..., start:stop, stop:].mT, errors, alpha=-1)
+        _subtract_outer(block[..., j + 1 : stop, :], r[..., j, j + 1 : stop], error)
+    _add_matmul(block[..., stop:, :], r[..., start:stop, stop:].mT, errors, alpha=-1)
 
 
 def _add_matmul(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, alpha: float = 1) -> None:

@@ -63,15 +63,7 @@ def describe_scheme(scheme: QuantizationScheme) -> str:
     """Describe a scheme: `int8, one scale per channel, activations int8, one scale per token`."""
     weights, inputs = scheme.weights, scheme.input_activations
     assert weights is not None
-    scales = f", one scale per {_text(weights.strategy)}"
-    if weights.strategy == "group":
-        scales = f" in groups of {weights.group_size}"
-    zeros = "" if weights.symmetric else ", with zero points"
-    text = f"{_text(weights.type)}{weights.num_bits}{scales}{zeros}"
-    if inputs is None:
-        return text
-    bits = f"{_text(inputs.type)}{inputs.num_bits}"
-    return f"{text}, activations {bits}, one scale per {_text(inputs.strategy)}"
+    return _describe(weights) + (f", activations {_describe(inputs)}" if inputs else "")
 
 
 def _grid(weights: QuantizationArgs) -> Grid:
@@ -90,14 +82,17 @@ def _is_stored_form(weights: QuantizationArgs) -> bool:
 
 
 def _describe(weights: QuantizationArgs) -> str:
-    words = [
-        f"{_text(weights.type)} of {weights.num_bits} bits",
-        f"strategy {_text(weights.strategy)}",
-        "" if weights.symmetric else "asymmetric",
-        f"actorder {_text(weights.actorder)}" if weights.actorder else "",
-        f"scales of {weights.scale_dtype}" if weights.scale_dtype else "",
-    ]
-    return ", ".join(word for word in words if word)
+    grouped = weights.strategy == "group"
+    scales = f" in groups of {weights.group_size}"
+    return "".join(
+        (
+            f"{_text(weights.type)}{weights.num_bits}",
+            scales if grouped else f", one scale per {_text(weights.strategy)}",
+            "" if weights.symmetric else ", with zero points",
+            f", actorder {_text(weights.actorder)}" if weights.actorder else "",
+            f", scales of {weights.scale_dtype}" if weights.scale_dtype else "",
+        )
+    )
 
 
 def _text(value: object) -> str:

@@ -34,18 +34,11 @@ class Quantized:
     zero_point: torch.Tensor | None = None
 
 
-@dataclass(frozen=True)
-class PrunedProblem:
-    """Modules that read the same input, their Hessian [d, d], and a grid or None each."""
-
-    solutions: Sequence[Solution]
-    hessian: torch.Tensor
-    grids: Sequence[Grid | None]
-
-
 @torch.no_grad()
 def quantize_many(
-    problems: Sequence[PrunedProblem],
+    problems: Sequence[Sequence[Solution]],
+    hessians: Sequence[torch.Tensor],
+    grids: Sequence[Sequence[Grid | None]],
     *,
     dtype: torch.dtype,
     dampening_frac: float = 0.01,
@@ -53,9 +46,10 @@ def quantize_many(
 ) -> list[list[Quantized | None]]:
     """Round the pruned modules of each problem to their grids; one with None is left as it is.
 
-    Outputs stay close to the targets' outputs (rounding.py has the equations), and only kept
-    weights become nonzero. Problems of one shape with the same grids are rounded as a batch, with
-    the bits that they get alone.
+    A problem has pruned modules that read the same input, their Hessian [d, d] and grids. Outputs
+    stay close to the targets' outputs (rounding.py has the equations), and only kept weights become
+    nonzero. Problems of one shape with the same grids are rounded as a batch, with the bits that
+    they get alone.
 
     Weights and scales are exact in `dtype`. `dampening_frac` is of a Hessian without a factor,
     `sweeps` of coordinate descent.
@@ -63,30 +57,30 @@ def quantize_many(
     Raises:
         RacError: shapes or numbers that cannot work, or a result that `dtype` cannot hold.
     """
-    for problem in problems:
-        names = [s.name for s in problem.solutions]
-        check_problem([s.weight for s in problem.solutions], problem.hessian, names)
-    results: list[list[Quantized | None]] = [[None] * len(p.solutions) for p in problems]
+    for solutions, hessian in zip(problems, hessians, strict=True):
+        check_problem([s.weight for s in solutions], hessian, [s.name for s in solutions])
+    results: list[list[Quantized | None]] = [[None] * len(solutions) for solutions in problems]
     numbers = range(len(problems))
-    alike = len({_kind(problem) for problem in problems}) == 1
-    for batch in [list(numbers)] if alike else [[number] for number in numbers]:
-        grids = problems[batch[0]].grids
-        for grid in dict.fromkeys(grid for grid in grids if grid is not None):
-            members = [i for i, g in enumerate(grids) if g == grid]
-            modules = [[problems[n].solutions[i] for i in members] for n in batch]
-            hessians = [problems[n].hessian for n in batch]
-            rounded = _on_one_grid(modules, hessians, grid, dtype, dampening_frac, sweeps)
+    kinds = {
+        (
+            *(s.weight.shape for s in solutions),
+            *of_modules,
+            solutions[0].factor is None or solutions[0].factor.order is not None,
+        )
+        for solutions, of_modules in zip(problems, grids, strict=True)
+    }
+    for batch in [list(numbers)] if len(kinds) == 1 else [[number] for number in numbers]:
+        of_modules = grids[batch[0]]
+        for grid in dict.fromkeys(grid for grid in of_modules if grid is not None):
+            members = [i for i, g in enumerate(of_modules) if g == grid]
+            modules = [[problems[n][i] for i in members] for n in batch]
+            rounded = _on_one_grid(
+                modules, [hessians[n] for n in batch], grid, dtype, dampening_frac, sweeps
+            )
             for number, quantized in zip(batch, rounded, strict=True):
                 for i, result in zip(members, quantized, strict=True):
                     results[number][i] = result
     return results
-
-
-def _kind(problem: PrunedProblem) -> tuple[object, ...]:
-    """Return what is equal for problems that can be rounded as a batch."""
-    shapes = (problem.hessian.shape, *(s.weight.shape for s in problem.solutions))
-    factor = problem.solutions[0].factor
-    return (*shapes, *problem.grids, factor is None or factor.order is not None)
 
 
 def _on_one_grid(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections import namedtuple
 
 from tests.bad_inputs.bench import Bench, Cases
 
@@ -14,13 +13,6 @@ CASES = Cases()
 @CASES.case("an output folder that is in use", "is in use; name an empty or a new one")
 def _(b: Bench) -> None:
     b.prune(output_dir=str(b.tmp))
-
-
-@CASES.case("no room on disk for the checkpoint", "GiB are free, the checkpoint needs up to")
-def _(b: Bench) -> None:
-    usage = namedtuple("usage", "total used free")
-    b.monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1, 1, 0))
-    b.rac_prune()
 
 
 @CASES.case("saving 2:4 weights whose zeros another run filled", "no longer holds its pattern")
@@ -48,19 +40,6 @@ def _(b: Bench) -> None:
     AutoModelForCausalLM.from_pretrained(b.tmp / "out")
 
 
-@CASES.case("a checkpoint that lacks a weight", "needed by the model but missing from")
-def _(b: Bench) -> None:
-    from safetensors.torch import load_file, save_file
-
-    from rac_modifier import load_model
-
-    shutil.copytree(b.folder, b.tmp / "model")
-    tensors = load_file(b.tmp / "model" / "model.safetensors")
-    del tensors["model.norm.weight"]
-    save_file(tensors, b.tmp / "model" / "model.safetensors", {"format": "pt"})
-    load_model(b.tmp / "model")
-
-
 @CASES.case(
     "a packed checkpoint beside another config.json", "restore the config.json that packing wrote"
 )
@@ -70,21 +49,6 @@ def _(b: Bench) -> None:
     b.prune(output_dir=str(b.tmp / "out"))
     shutil.copy(b.folder / "config.json", b.tmp / "out" / "config.json")
     load_model(b.tmp / "out")
-
-
-@CASES.case(
-    "looking into a folder that is not there", "no such folder; give the folder of a saved model"
-)
-def _(b: Bench) -> None:
-    b.rac("inspect", b.tmp / "nowhere")
-
-
-@CASES.case(
-    "activations of a model in floats",
-    "the kernels multiply none of its layers as integers",
-)
-def _(b: Bench) -> None:
-    b.rac("inspect", b.folder, "--activations", 0.01)
 
 
 @CASES.case(

@@ -23,36 +23,11 @@ def sparse(b: Bench, shard: str | None = None) -> Path:
     return b.tmp / "sparse"
 
 
-@CASES.case("`rac pack` of a dense model", "nothing to pack: no module would get smaller")
-def _(b: Bench) -> None:
-    b.rac("pack", b.folder, b.tmp / "out")
-
-
-@CASES.case("`rac pack` of a model with NaN", "model.norm.weight: holds values that are not finite")
-def _(b: Bench) -> None:
-    from safetensors.torch import load_file, save_file
-
-    file = sparse(b) / "model.safetensors"
-    tensors = load_file(file)
-    tensors["model.norm.weight"][3] = float("nan")
-    save_file(tensors, file, {"format": "pt"})
-    b.rac("pack", file.parent, b.tmp / "out")
-
-
 @CASES.case("`rac pack` of a download that was cut off in a file", "cannot be read as safetensors")
 def _(b: Bench) -> None:
     file = sparse(b) / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
     b.rac("pack", b.tmp / "sparse", b.tmp / "out")
-
-
-@CASES.case("a packed checkpoint of a newer version", "a newer version wrote it: pip install -U")
-def _(b: Bench) -> None:
-    b.rac("pack", sparse(b), b.tmp / "out")
-    config = json.loads((b.tmp / "out" / "config.json").read_text())
-    config["quantization_config"]["sparsity_config"]["version"] = 99
-    (b.tmp / "out" / "config.json").write_text(json.dumps(config))
-    b.rac("unpack", b.tmp / "out", b.tmp / "again")
 
 
 @CASES.case(
@@ -67,33 +42,8 @@ def _(b: Bench) -> None:
 
 
 @CASES.case(
-    "two processes that write to one folder",
-    "another process is writing to it; wait for that one to end",
-)
-def _(b: Bench) -> None:
-    from rac_modifier.checkpoint.output_folder import new_files
-
-    with new_files(b.tmp / "out"):
-        b.rac("pack", sparse(b), b.tmp / "out")
-
-
-@CASES.case(
-    "`rac pack` into the folder of the model", "is the model itself, which is left as it is"
-)
-def _(b: Bench) -> None:
-    b.rac("pack", sparse(b), b.tmp / "sparse")
-
-
-@CASES.case(
     "`rac pack` of what is packed already", "is packed already; start from the dense checkpoint"
 )
 def _(b: Bench) -> None:
     b.rac("pack", sparse(b), b.tmp / "out")
     b.rac("pack", b.tmp / "out", b.tmp / "again")
-
-
-@CASES.case(
-    "`rac unpack` of what is not packed", "is not packed, so stock loaders read it as it is"
-)
-def _(b: Bench) -> None:
-    b.rac("unpack", b.folder, b.tmp / "out")

@@ -13,45 +13,12 @@ CASES = Cases()
 
 CASES += [
     Case(
-        "a column that the problem file lacks",
-        "has no column 'quest'; its columns are: problem",
-        lambda b: b.prune_with(traces=b.problems({"problem": "1+1?"}, column="quest")),
-    ),
-    Case(
-        "a problem file whose values have no types",
-        "traces.problems.source: 'my.csv' is a table of a kind that is not read; save it "
-        "as one of .jsonl, .json, .parquet",
-        lambda b: b.check(traces={"problems": {"source": "my.csv"}}),
-    ),
-    Case(
-        "an unknown reasoning-gym task",
-        "unknown reasoning-gym task 'chain_sums'; did you mean chain_sum",
-        lambda b: b.prune_with(
-            traces={
-                "problems": {"source": "reasoning-gym:chain_sums"},
-                "store": str(b.tmp / "new.jsonl"),
-            }
-        ),
-    ),
-    Case(
         "a model that is not there", "no model at", lambda b: b.rac_prune(model="./no-such-model")
     ),
     Case(
         "a tokenizer that is not there",
         "name one in the recipe (tokenizer: path or id)",
         lambda b: b.prune_with(tokenizer="./no-such-tokenizer"),
-    ),
-    Case(
-        "evaluating on problems without answers",
-        "problems have no answer to check against",
-        lambda b: b.rac(
-            "eval",
-            b.folder,
-            "--source",
-            b.problems({"problem": "1+1?"})["problems"]["source"],
-            "--problems",
-            1,
-        ),
     ),
 ]
 
@@ -75,24 +42,6 @@ def _(b: Bench) -> None:
 def _(b: Bench) -> None:
     bare = save_tiny(b.tmp / "bare", chat_template=None)
     b.prune(str(bare), settings={"traces": {"store": str(b.tmp / "new.jsonl")}})
-
-
-@CASES.case("a problem file with a broken line", "it must hold one JSON object per line")
-def _(b: Bench) -> None:
-    traces = b.problems({"problem": "1+1?"})
-    with (b.tmp / "problems.jsonl").open("a") as file:
-        file.write("{broken\n")
-    b.prune_with(traces=traces)
-
-
-@CASES.case(
-    "an answer column of dates",
-    "which may not be what was written; write the answers as text, in quotes",
-)
-def _(b: Bench) -> None:
-    b.prune_with(
-        traces=b.problems({"problem": "When?", "answer": "2024-01-05"}, answer_column="answer")
-    )
 
 
 @CASES.case("a folder of GGUF files", "GGUF, which is not read; take the safetensors files")

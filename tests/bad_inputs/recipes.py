@@ -31,26 +31,11 @@ CASES += [
         'mask_structure: 0.5 is no pattern; write "2:4", or sparsity: 0.5 for a share',
         lambda b: b.check(mask_structure=0.5),
     ),
-    Case(
-        "neither `sparsity` nor an N:M `mask_structure`",
-        'mask_structure "0:0" with no sparsity',
-        lambda b: b.check(mask_structure="0:0"),
-    ),
     Case("an unknown solver", "did you mean 'sparsegpt'?", lambda b: b.check(solver="sparsegtp")),
-    Case(
-        "a preset that does not exist",
-        "preset: must be 'quality', 'fast' or 'paper'",
-        lambda b: b.check(preset="best"),
-    ),
     Case(
         "shares that do not sum to 1",
         "sum to 0.9; make them sum to 1",
         lambda b: b.check(calibration={"mixture": {"traces": 0.5, "prompts": 0.4}}),
-    ),
-    Case(
-        "`traces` with a mixture without traces and prompts",
-        "traces: {'store': 's.jsonl'} has no effect with a mixture without traces and prompts",
-        lambda b: b.check(traces={"store": "s.jsonl"}, calibration={"mixture": {"generic": 1.0}}),
     ),
     Case(
         "a budget larger than the problems give",

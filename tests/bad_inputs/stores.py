@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 from typing import Any
 
 from tests.bad_inputs.bench import Bench, Cases
-from tests.tiny import entry, recipe, save_tiny
+from tests.tiny import save_tiny
 
 CASES = Cases()
 
@@ -32,35 +31,10 @@ def _(b: Bench) -> None:
     )
 
 
-@CASES.case(
-    "a store with a corrupt line",
-    "line 5 is corrupt: checksum or layout is wrong. Remove that line",
-)
-def _(b: Bench) -> None:
-    lines = b.store.read_bytes().splitlines(keepends=True)
-    lines[4] = lines[4].replace(b"completion_ids", b"completion_idz")
-    b.store.write_bytes(b"".join(lines))
-    b.prune()
-
-
 @CASES.case("another file in the place of the store", "is no trace store; name another path")
 def _(b: Bench) -> None:
     b.store.write_text("my diary")
     b.prune()
-
-
-@CASES.case("looking into an empty store", "does not exist or holds no header")
-def _(b: Bench) -> None:
-    b.store.write_bytes(b"")
-    b.rac("traces", "inspect", b.store)
-
-
-@CASES.case("a store that another process fills", "is in use by another process")
-def _(b: Bench) -> None:
-    b.monkeypatch.setattr("rac_modifier.traces.store._PATIENCE", 0.0)
-    with b.store.open("rb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        b.prune()
 
 
 @CASES.case("no room on disk while sampling", "make room, then run again")
@@ -76,7 +50,9 @@ def _(b: Bench) -> None:
 
 @CASES.case("correct answers only, from a model that gives none", "traces.select kept 0 of")
 def _(b: Bench) -> None:
-    b.prune_with(traces={**entry(b.store)["traces"], "select": {"answers": "correct"}})
+    sampling = {"temperature": 1.0, "max_new_tokens": 4, "batch_size": 64}
+    store = str(b.tmp / "new.jsonl")
+    b.prune_with(traces={"store": store, "sampling": sampling, "select": {"answers": "correct"}})
 
 
 @CASES.case(
@@ -84,10 +60,3 @@ def _(b: Bench) -> None:
 )
 def _(b: Bench) -> None:
     b.rac("traces", "inspect", b.store, "--select", "correct")
-
-
-@CASES.case("collecting for a recipe without traces", "gives traces no share: nothing to collect")
-def _(b: Bench) -> None:
-    path = b.tmp / "r.yaml"
-    path.write_text(recipe({"sparsity": 0.5, "calibration": {"mixture": {"generic": 1.0}}}))
-    b.rac("traces", "collect", b.folder, "-r", path)

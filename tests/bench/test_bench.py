@@ -3,6 +3,7 @@ models are what their forms say."""
 
 import ast
 import importlib
+import itertools
 import json
 import math
 import subprocess
@@ -90,15 +91,10 @@ def test_a_table_is_written_between_its_marks(tmp_path: Path) -> None:
 
 
 def test_rows_of_the_grids_are_settings_that_exist(tmp_path: Path) -> None:
-    rows = [
-        {
-            "label": f"{name}, {kind}",
-            "recipe": {OURS: {**pattern("2:4"), **entry}},
-            "set": calibrated_on(kind),
-        }
-        for name, entry in VARIANTS.items()
-        for kind in MIXTURES
-    ]
+    rows = []
+    for (name, entry), kind in itertools.product(VARIANTS.items(), MIXTURES):
+        recipe = {OURS: {**pattern("2:4"), **entry}}
+        rows.append({"label": f"{name}, {kind}", "recipe": recipe, "set": calibrated_on(kind)})
     formats = yaml.safe_load(FORMATS.read_text())["rows"]
     chat = chat_subject("chat", tmp_path, tmp_path)
     for subject, its_rows in ((reasoner(tmp_path), rows), (chat, formats)):

@@ -48,27 +48,28 @@ def test_a_whole_command_is_checked(rac, tiny_folder, recipe_file, tmp_path):
 
 
 @pytest.mark.slow
-def test_torchrun_itself_saves_the_bytes_of_one_process(tiny_folder, trace_store, tmp_path):
+def test_torchrun_itself_saves_the_bytes_of_one_process(rac, tiny_folder, trace_store, tmp_path):
     """Its agent, its variables and processes that import all anew, where the other tests fork
     processes that look alike."""
     calibration = {"tokens": 1500, "batch_tokens": 128, "held_out_tokens": 100}
     (tmp_path / "recipe.yaml").write_text(recipe(entry(trace_store, calibration=calibration)))
-    options = f"--nproc-per-node 2 --master-port {free_port()}"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", *options.split()]
-    variables = {**os.environ, "OMP_NUM_THREADS": "1"}
-    saved = {}
-    for name, start in {"one": [sys.executable], "two": torchrun}.items():
-        words = ["prune", tiny_folder, tmp_path / name, "--recipe", tmp_path / "recipe.yaml"]
-        command = [*start, "-m", "rac_modifier.cli", *map(str, words)]
-        process = subprocess.run(command, capture_output=True, text=True, env=variables)
-        assert process.returncode == 0, process.stderr[-3000:]
-        assert process.stdout.count(f"saved to {tmp_path / name}") == 1
-        files = (tmp_path / name).glob("*.safetensors")
-        saved[name] = {path.name: path.read_bytes() for path in files}
-    assert saved["two"] == saved["one"] != {}
+    options = f"--nproc-per-node 2 --master-port {free_port()} -m rac_modifier.cli"
+    words = ["--recipe", str(tmp_path / "recipe.yaml")]
+    process = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *options.split(),
+         "prune", str(tiny_folder), str(tmp_path / "two"), *words],
+        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert process.stdout.count(f"saved to {tmp_path / 'two'}") == 1
+    assert rac("prune", tiny_folder, tmp_path / "one", *words)[0] == 0
+    one, two = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).glob("*.safetensors")}
+        for name in ("one", "two")
+    )
+    assert two == one != {}
     record = json.loads((tmp_path / "two" / "rac_run.json").read_text())
     assert record["processes"] == 2
-    assert "processes" not in json.loads((tmp_path / "one" / "rac_run.json").read_text())
 
 
 def free_port() -> int:

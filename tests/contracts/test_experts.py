@@ -37,11 +37,8 @@ def test_seam_an_expert_is_gate_and_up_then_down(tmp_path):
     assert isinstance(experts, LinearExperts2D)
     assert experts.num_experts == EXPERTS < len(experts), "the activation is among the children"
     assert isinstance(experts[0], ExpertMLPWithGate)
-    assert {name for name, _ in experts[0].named_children()} == {
-        "gate_proj",
-        "up_proj",
-        "down_proj",
-    }
+    children = {name for name, _ in experts[0].named_children()}
+    assert children == {"gate_proj", "up_proj", "down_proj"}
     assert "self.down_proj(" in inspect.getsource(ExpertMLPWithGate.forward)
     assert "self.down_proj(" in inspect.getsource(ExpertMLPWithoutGate.forward)
 

@@ -35,12 +35,8 @@ def test_seam_calibration_pipeline_registry_is_what_from_modifiers_loads():
 
 def test_seam_no_other_pipeline_than_the_known_ones_is_registered():
     """A new one might calibrate without our loader."""
-    assert set(CalibrationPipeline.registered_names()) == {
-        "basic",
-        "datafree",
-        "independent",
-        "sequential",
-    }
+    known = {"basic", "datafree", "independent", "sequential"}
+    assert set(CalibrationPipeline.registered_names()) == known
 
 
 def test_seam_independent_pipeline_asks_from_modifiers_for_each_modifier(monkeypatch):
@@ -52,9 +48,8 @@ def test_seam_independent_pipeline_asks_from_modifiers_for_each_modifier(monkeyp
 
     def from_modifiers(modifiers, user=None):
         asked.append([type(m).__name__ for m in modifiers])
-        assert (
-            active_session().lifecycle.recipe.modifiers == modifiers
-        )  # what pipeline.py reads the modifiers from
+        # what pipeline.py reads the modifiers from
+        assert active_session().lifecycle.recipe.modifiers == modifiers
         return lambda model, loader, args: None
 
     monkeypatch.setattr(CalibrationPipeline, "from_modifiers", from_modifiers)

@@ -37,9 +37,8 @@ def test_seam_state_data_calib_is_there_and_kept_as_it_is():
 def test_seam_modifier_lifecycle_hooks(name, parameters):
     from llmcompressor.modifiers import Modifier
 
-    assert (
-        list(inspect.signature(getattr(Modifier, name)).parameters)[: len(parameters)] == parameters
-    )
+    actual = list(inspect.signature(getattr(Modifier, name)).parameters)
+    assert actual[: len(parameters)] == parameters
 
 
 def test_seam_modifier_has_no_method_of_a_name_that_is_ours():
@@ -48,13 +47,8 @@ def test_seam_modifier_has_no_method_of_a_name_that_is_ours():
     from rac_modifier import ReasoningAwareCalibrationModifier
 
     modifiers = ReasoningAwareSparseGPTModifier, ReasoningAwareCalibrationModifier
-    ours = {
-        name
-        for m in modifiers
-        for c in m.__mro__
-        if "rac_modifier" in c.__module__
-        for name in vars(c)
-    }
+    classes = {c for m in modifiers for c in m.__mro__ if "rac_modifier" in c.__module__}
+    ours = {name for c in classes for name in vars(c)}
     overridden = {name for name in ours if name.startswith(("on_", "__", "model_", "_abc"))}
     ours -= overridden | {"requires_calibration_data"}
     assert len(ours) > 10

@@ -15,7 +15,7 @@ from rac_modifier.traces.store import TraceStore
 from tests.pruning.pruning_reference import correlated_problem
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-TOKENS = 4096
+TOKENS = 2048
 
 
 def example(name):

@@ -1,39 +1,46 @@
-"""A recipe of the real llm-compressor finds both modifiers, whatever is imported first."""
+"""Recipes find both modifiers, and transformers the quantizer, whatever is imported first."""
 
 import pytest
 
 from tests.import_orders import last_lines
 
-ORDERS = [
-    "import llmcompressor, rac_modifier",
-    "import rac_modifier, llmcompressor",
-    "import rac_modifier, llmcompressor.modifiers",
-    "from rac_modifier import ReasoningAwareSparseGPTModifier",
-    "import rac_modifier.llmcompressor.pipeline",
-    "import rac_modifier.llmcompressor.targets",
-]
-NAMES = """
-import sys
-print([name for name in sys.modules if name.startswith("rac_modifier.llmcompressor.")])
+QUANTIZER = """
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+tables = AUTO_QUANTIZER_MAPPING, AUTO_QUANTIZATION_CONFIG_MAPPING
+print(*(table["compressed-tensors"].__module__ for table in tables))
 """
-MAKE_BOTH = """
-from llmcompressor.modifiers import ModifierFactory
+BOTH_MODIFIERS = """
+import sys
 name = "ReasoningAwareSparseGPTModifier"
+early = [name for name in sys.modules if name.startswith("rac_modifier.llmcompressor.")]
+from llmcompressor.modifiers import ModifierFactory
 pruning = ModifierFactory.create(name, True, True, mask_structure="2:4")
 calibration = ModifierFactory.create("ReasoningAwareCalibrationModifier", True, True)
-print(type(pruning).__module__, type(calibration).__module__)
+print(type(pruning).__module__, type(calibration).__module__, len(early))
 """
-
-
-@pytest.fixture(scope="module")
-def printed() -> dict[str, str]:
-    return last_lines([*(f"{order}\n{MAKE_BOTH}" for order in ORDERS), f"{ORDERS[1]}\n{NAMES}"])
+IN_TRANSFORMERS = " ".join(["rac_modifier.checkpoint.hf_quantizer"] * 2)
+PACKAGE = "rac_modifier.llmcompressor"
+IN_LLMCOMPRESSOR = f"{PACKAGE}.pruning_modifier {PACKAGE}.calibration_modifier"
+PRINTED = {
+    f"import llmcompressor, rac_modifier\n{BOTH_MODIFIERS}": f"{IN_LLMCOMPRESSOR} 0",
+    f"import rac_modifier, llmcompressor\n{BOTH_MODIFIERS}": f"{IN_LLMCOMPRESSOR} 0",
+    f"from rac_modifier import ReasoningAwareSparseGPTModifier\n{BOTH_MODIFIERS}": (
+        f"{IN_LLMCOMPRESSOR} "
+    ),
+    f"import rac_modifier.llmcompressor.pipeline\n{BOTH_MODIFIERS}": f"{IN_LLMCOMPRESSOR} ",
+    "import sys, rac_modifier; assert 'transformers' not in sys.modules; "
+    f"from transformers import AutoModelForCausalLM\n{QUANTIZER}": IN_TRANSFORMERS,
+    f"from transformers import AutoModelForCausalLM; import rac_modifier\n{QUANTIZER}": (
+        IN_TRANSFORMERS
+    ),
+    "import transformers; import rac_modifier; transformers.AutoModelForCausalLM\n"
+    f"{QUANTIZER}": IN_TRANSFORMERS,
+    f"import rac_modifier.checkpoint.hf_quantizer\n{QUANTIZER}": IN_TRANSFORMERS,
+}
 
 
 @pytest.mark.slow
-def test_both_modifiers_are_registered_and_imported_when_they_are_made(printed):
-    package = "rac_modifier.llmcompressor"
-    for order in ORDERS:
-        expected = f"{package}.pruning_modifier {package}.calibration_modifier"
-        assert printed[f"{order}\n{MAKE_BOTH}"] == expected, order
-    assert printed[f"{ORDERS[1]}\n{NAMES}"] == "[]"
+def test_modifiers_and_the_quantizer_are_registered_in_any_order_of_imports():
+    """Modifiers are imported when they are made."""
+    for program, line in last_lines(list(PRINTED)).items():
+        assert line.startswith(PRINTED[program]), program

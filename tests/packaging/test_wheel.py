@@ -115,15 +115,10 @@ def test_the_sdist_holds_what_the_wheel_is_built_from_and_no_more(unpacked):
     actual = {str(path.relative_to(unpacked)) for path in unpacked.rglob("*") if path.is_file()}
     sources = files_of(ROOT / "csrc")
     assert len(sources) > 15
-    assert (
-        sources
-        | files_of(ROOT / "rac_modifier")
-        | {"LICENSE", "README.md", "setup.py", "pyproject.toml"}
-        <= actual
-    )
-    assert [
-        name for name in actual if name.endswith((".so", ".o", ".pyc")) or name.startswith("tests/")
-    ] == []
+    files = {"LICENSE", "README.md", "setup.py", "pyproject.toml"}
+    assert sources | files_of(ROOT / "rac_modifier") | files <= actual
+    assert not [name for name in actual if name.endswith((".so", ".o", ".pyc"))]
+    assert not [name for name in actual if name.startswith("tests/")]
 
 
 def test_entry_points(wheel):
@@ -145,9 +140,8 @@ def test_metadata(wheel):
     assert {"compress", "serve", "serve-cpu", "eval"} <= set(head.get_all("Provides-Extra"))
     always = [line for line in head.get_all("Requires-Dist") if "extra ==" not in line]
     assert not [line for line in always if line.startswith(("llmcompressor", "vllm"))]
-    assert len(always) == len(
-        tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    )
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert len(always) == len(project["dependencies"])
 
 
 def test_without_a_compiler_the_wheel_is_for_any_machine_and_says_what_it_lacks(
@@ -185,16 +179,8 @@ def test_recipes_and_the_reasoner_are_found_away_from_the_clone(installed, tmp_p
     assert [line.split()[0] for line in listed.splitlines()] == sorted(
         path.stem for path in (ROOT / "rac_modifier" / "recipes").iterdir()
     )
-    checked = run(
-        installed,
-        tmp_path,
-        "-m",
-        "rac_modifier.cli",
-        "recipes",
-        "check",
-        "rac_2of4",
-        "rac_gptq_w4a16",
-    )
+    words = "-m rac_modifier.cli recipes check rac_2of4 rac_gptq_w4a16"
+    checked = run(installed, tmp_path, *words.split())
     assert (checked.returncode, checked.stdout.count("valid")) == (0, 2)
     assert list(tmp_path.iterdir()) == []
 

@@ -9,7 +9,7 @@ import torch
 
 from rac_modifier.pruning.solve import Solution
 from rac_modifier.quantization.grid import Grid
-from rac_modifier.quantization.solve import PrunedProblem, Quantized, quantize_many
+from rac_modifier.quantization.solve import Quantized, quantize_many
 
 GRIDS = {"int4": Grid("int", 4, 16), "int8": Grid("int", 8), "fp8": Grid("float", 8)}
 HALF_RANGE = {"int4": 7.5, "int8": 127.5, "fp8": 448.0}  # (max - min) / 2 of the codes
@@ -69,4 +69,4 @@ def quantize(
     **settings: Any,
 ) -> list[Quantized | None]:
     """Round the modules of one problem."""
-    return quantize_many([PrunedProblem(solutions, hessian, grids)], **settings)[0]
+    return quantize_many([solutions], [hessian], [grids], **settings)[0]

@@ -161,6 +161,13 @@ def test_unusable_solutions_leave_the_scale():
     assert not torch.equal(refitted[:, 3:], scale[:, 3:])
 
 
+@pytest.mark.parametrize(("old", "new"), [(1.0, 3.0), (3.0, 1.0)])
+def test_a_scale_that_would_change_by_a_factor_of_three_stays(old, new):
+    one = torch.ones(1, 1, dtype=torch.float64)
+    args = (Grid("int", 4), one, Dampening.of(one, 0.0), torch.float64)
+    assert float(refit_scales(one, new * one, old * one, *args)) == old
+
+
 def test_a_row_whose_gain_is_lost_in_rounding_keeps_its_scales():
     """Scales that are exact already, in a dtype of 8 bits of mantissa, near the optimum."""
     codes, _, scale, hessian = coded(1)

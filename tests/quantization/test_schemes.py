@@ -51,14 +51,19 @@ STATIC = {"num_bits": 8, "dynamic": False, "strategy": "tensor"}
 GROUP = {"strategy": "group", "group_size": 32}
 ASYMMETRIC = {"symmetric": False}
 REFUSED = [
-    (ASYMMETRIC, {}, PRUNED, r"q_proj: weights int of 8 bits, strategy channel, asymmetric, which"),
-    ({"num_bits": 3}, {}, PRUNED, "weights int of 3 bits, .* use int of 4 or 8 bits"),
-    ({"num_bits": 4, "type": "float"}, {}, PRUNED, "weights float of 4 bits"),
-    ({"strategy": "tensor"}, {}, PRUNED, "strategy tensor cannot be rounded here"),
+    (
+        ASYMMETRIC,
+        {},
+        PRUNED,
+        "q_proj: weights int8, .* per channel, with zero points, which",
+    ),
+    ({"num_bits": 3}, {}, PRUNED, "weights int3, .* use int of 4 or 8 bits"),
+    ({"num_bits": 4, "type": "float"}, {}, PRUNED, "weights float4"),
+    ({"strategy": "tensor"}, {}, PRUNED, "scale per tensor cannot be rounded here"),
     ({**GROUP, "actorder": "weight"}, {}, PRUNED, "actorder weight cannot be rounded here"),
     ({**GROUP, "scale_dtype": "float8_e4m3fn"}, {}, PRUNED, "scales of torch.float8_e4m3fn"),
-    (ASYMMETRIC, {}, DENSE, r"int of 8 bits, .* use int of 2 to 8 bits \(2 to 7 with zero points"),
-    ({**ASYMMETRIC, "type": "float"}, {}, DENSE, "float of 8 bits, strategy channel, asymmetric"),
+    (ASYMMETRIC, {}, DENSE, r"int8, .* use int of 2 to 8 bits \(2 to 7 with zero points"),
+    ({**ASYMMETRIC, "type": "float"}, {}, DENSE, "float8, one scale per channel, with zero points"),
     (
         ASYMMETRIC,
         {"input_activations": TOKENS},

@@ -18,7 +18,7 @@ from rac_modifier.pruning import solve as prune
 from rac_modifier.pruning.linalg import Dampening, factorise
 from rac_modifier.quantization import solve
 from rac_modifier.quantization.grid import Grid
-from rac_modifier.quantization.solve import PrunedProblem, quantize_many
+from rac_modifier.quantization.solve import quantize_many
 from tests.pruning.pruning_reference import assert_near, dampened, quadratic_tolerance
 from tests.quantization.quantization_reference import (
     GRIDS,
@@ -74,11 +74,11 @@ def test_a_batch_of_problems_gets_the_bits_that_each_gets_alone(grid, pruned, mo
             factor = factorise(hessian, Dampening.of(hessian, 0.01 * (1 + seed)), "w")
         modules = zip("ab", *(t.split([37, 13]) for t in tensors[:3]), strict=True)
         solutions = [replace(solved(w, k, t, name), factor=factor) for name, w, k, t in modules]
-        problems.append(PrunedProblem(solutions, hessian, grids))
-    batch = quantize_many(problems, dtype=torch.bfloat16)
+        problems.append((solutions, hessian, grids))
+    batch = quantize_many(*zip(*problems, strict=True), dtype=torch.bfloat16)
     assert calls == [(3, 176, 37), (3, 176, 13)]
-    for given_, results in zip(problems, batch, strict=True):
-        alone = quantize(given_.solutions, given_.hessian, grids, dtype=torch.bfloat16)
+    for arguments, results in zip(problems, batch, strict=True):
+        alone = quantize(*arguments, dtype=torch.bfloat16)
         for a, b in zip(alone, results, strict=True):
             assert torch.equal(a.weight, b.weight)
             assert torch.equal(a.scale, b.scale)
@@ -92,15 +92,15 @@ def test_problems_of_other_shapes_or_grids_are_rounded_one_after_the_other():
     for rows, of_second in ((8, INT4), (12, INT4), (8, None)):
         weight, keep, target, hessian = problem(rows=rows, seed=rows)
         solutions = [solved(weight, keep, target, name) for name in "ab"]
-        problems.append(PrunedProblem(solutions, hessian, [INT4, of_second]))
-    results = quantize_many(problems, dtype=FLOAT32)
+        problems.append((solutions, hessian, [INT4, of_second]))
+    results = quantize_many(*zip(*problems, strict=True), dtype=FLOAT32)
     assert [[r and len(r.weight) for r in pair] for pair in results] == [
         [8, 8],
         [12, 12],
         [8, None],
     ]
     for one, pair in zip(problems, results, strict=True):
-        alone = quantize(one.solutions, one.hessian, one.grids, dtype=FLOAT32)
+        alone = quantize(*one, dtype=FLOAT32)
         assert torch.equal(alone[0].weight, pair[0].weight)
 
 

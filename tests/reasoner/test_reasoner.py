@@ -98,13 +98,9 @@ def test_a_trace_renders_token_for_token_as_in_training(reasoner):
     ids = render_question(tokenizer, "What is 12 + 34?")
     assert tokenizer.decode(ids) == "<|User|>What is 12 + 34?<|Assistant|><think>\n"
     for tag in ("<think>", "</think>"):
-        assert len(tokenizer.encode(tag, add_special_tokens=False)) == 1
-        assert (
-            tokenizer.decode(
-                tokenizer.encode(tag, add_special_tokens=False), skip_special_tokens=True
-            )
-            == tag
-        )
+        ids = tokenizer.encode(tag, add_special_tokens=False)
+        assert len(ids) == 1
+        assert tokenizer.decode(ids, skip_special_tokens=True) == tag
 
 
 def test_its_files_are_small_readable_and_safe():
@@ -150,17 +146,10 @@ def train(folder, *options):
 @pytest.mark.slow
 def test_training_is_deterministic_and_resumes_bit_by_bit(tmp_path):
     """As a command that runs to the end, and in two parts."""
-    command = [
-        sys.executable,
-        str(TRAINING),
-        "--out",
-        str(tmp_path / "a/out"),
-        "--work",
-        str(tmp_path / "a/work"),
-    ]
-    subprocess.run(
-        [*command, *SETTINGS], check=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
+    folders = ["--out", str(tmp_path / "a/out"), "--work", str(tmp_path / "a/work")]
+    command = [sys.executable, str(TRAINING), *folders, *SETTINGS]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run(command, check=True, cwd=ROOT, env=environment)
     train(tmp_path / "b", "--stop-after", "2")
     assert not (tmp_path / "b" / "out").exists()
     train(tmp_path / "b")
