@@ -29,7 +29,7 @@ from rac_modifier.llmcompressor.statistics import (
     NoStream,
     check_same_groups,
 )
-from rac_modifier.platform import FasterLinears, return_freed_memory
+from rac_modifier.platform import FasterLinears, onednn_is_faster, return_freed_memory
 
 
 def run_stages(
@@ -42,11 +42,12 @@ def run_stages(
 ) -> None:
     """Prune each stage on its inputs in the pruned model, then run it."""
     by_group = run.plan["order"] == "group"
+    gains = onednn_is_faster(torch.device("cpu"))  # else the mode only costs each call some time
     LifecycleCallbacks.calibration_start()
     with (
         calibration_forward_context(model),
         DisableQuantization(model),
-        FasterLinears(),
+        FasterLinears() if gains else contextlib.nullcontext(),
         HooksMixin.disable_hooks(),
         only_routed_tokens() if by_group else contextlib.nullcontext(),
     ):
