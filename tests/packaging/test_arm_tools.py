@@ -10,20 +10,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "arm_tools.sh"
-USED = [
-    "sh",
-    "dirname",
-    "mktemp",
-    "mkdir",
-    "rm",
-    "ln",
-    "chmod",
-    "mv",
-    "cat",
-    "uname",
-    "find",
-    "touch",
-]
+USED = "sh dirname mktemp mkdir rm ln chmod mv cat uname find touch"
 COMPILER = "aarch64-linux-gnu-g++"
 APT = """#!/bin/sh
 echo "$@" >>"{log}"
