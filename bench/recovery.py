@@ -59,7 +59,7 @@ def stopping(greedy: dict[str, Any], sampled: dict[str, Any]) -> list[Any]:
     """Return the cells of STOPPING for a checkpoint's two rows."""
     row: list[Any] = cells(greedy)[:1] + cells(greedy)[2:3]
     for measured in (greedy, sampled):
-        shares = summary(EvalResult.from_dict(measured["accuracy"]).endings)
+        shares = summary(EvalResult.model_validate(measured["accuracy"]).endings)
         kinds = [100 * shares[kind] for kind in TRUNCATED]
         described = " + ".join(f"{share:.1f}" for share in kinds)
         inflation = (measured["paired"] or {}).get("inflation", {}).get("at_cap")

@@ -8,6 +8,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,8 +25,8 @@ from bench.models import chat_subject, reasoner
 from bench.recovery import STOPPING, entry_of, stopping
 from bench.render import render
 from bench.shapes import Form, random_mask, random_model
-from rac_modifier.evaluation.results import Row, paired_difference, summarise
-from rac_modifier.evaluation.stopping import Ending
+from rac_modifier.evaluation.results import paired_difference, summarise
+from rac_modifier.evaluation.stopping import Ending, Row
 from rac_modifier.settings.grid import Grid, plan_rows
 from rac_modifier.settings.sampling import SamplingSettings
 
@@ -121,9 +122,9 @@ def test_the_stopping_table_counts_the_kinds_of_truncated_answers() -> None:
     ]
     sampling = SamplingSettings(max_new_tokens=20)
     result = summarise(rows, label="x", seconds=1.0, sampling=sampling)
-    row = {"label": "x", "accuracy": result.as_dict(), "divergence": None}
+    row = {"label": "x", "accuracy": result.model_dump(), "divergence": None}
     row |= {"bytes": {"bits_per_weight": 4.0}, "truncated": 0.5, "thinking": 12.5}
-    row["paired"] = paired_difference(result, result).as_dict()
+    row["paired"] = asdict(paired_difference(result, result))
     cells = stopping(row, row)
     assert cells == ["x", None, *[50.0, "50.0: 0.0 + 50.0 + 0.0", 50.0, [1.0, 1.0, 1.0]] * 2]
     assert len(cells) == len(STOPPING)
