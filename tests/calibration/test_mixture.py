@@ -181,7 +181,7 @@ def test_text_of_a_file_is_cut_into_sequences(tokenizer, tmp_path):
             "row 1 has no text in column 'body'; its columns are text",
         ),
         ({"source": "empty.jsonl", "column": "text"}, "is empty"),
-        ({"source": "bad.jsonl", "column": "text"}, "line 2 is not JSON"),
+        ({"source": "bad.jsonl", "column": "text"}, "one JSON object per line"),
     ],
 )
 def test_what_cannot_be_read_is_refused(tokenizer, tmp_path, monkeypatch, source, message):
