@@ -28,17 +28,15 @@ TINY: dict[str, Any] = {
     "cap": 24,
 }
 TRUNCATED = [kind for kind in KINDS if kind not in FINISHED]
-ENDINGS = {
-    "right, %": ".1f",
-    f"truncated, %: {' + '.join(TRUNCATED)}": "",
-    "closes thinking, %": ".1f",
-    "token inflation": ".2f",
-}
 STOPPING = {
     "row": "",
+    "temperature": "",
     "KL": ".4f",
-    **{f"greedy: {column}": form for column, form in ENDINGS.items()},
-    **{f"at 0.6: {column}": form for column, form in ENDINGS.items()},
+    "right, %": ".1f",
+    "truncated, %": ".1f",
+    "looping, %": ".1f",
+    "closes thinking, %": ".1f",
+    "token inflation": ".2f",
 }
 
 
@@ -55,21 +53,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cap", type=int, help="most new tokens of an answer")
 
 
-def stopping(greedy: dict[str, Any], sampled: dict[str, Any]) -> list[Any]:
-    """Return the cells of STOPPING for a checkpoint's two rows."""
-    row: list[Any] = cells(greedy)[:1] + cells(greedy)[2:3]
-    for measured in (greedy, sampled):
-        shares = summary(EvalResult.model_validate(measured["accuracy"]).endings)
-        kinds = [100 * shares[kind] for kind in TRUNCATED]
-        described = " + ".join(f"{share:.1f}" for share in kinds)
-        inflation = (measured["paired"] or {}).get("inflation", {}).get("at_cap")
-        row += [
-            100 * shares["right"],
-            f"{sum(kinds):.1f}: {described}",
-            100 * shares["closes_thinking"],
-            inflation and [inflation[key] for key in ("ratio", "ci_low", "ci_high")],
-        ]
-    return row
+def stopping(measured: dict[str, Any], temperature: str) -> list[Any]:
+    """Return the cells of STOPPING for a checkpoint's row at one temperature."""
+    shares = summary(EvalResult.model_validate(measured["accuracy"]).endings)
+    inflation = (measured["paired"] or {}).get("inflation", {}).get("at_cap")
+    label, _, kl, *_ = cells(measured)
+    return [
+        label,
+        temperature,
+        kl,
+        100 * shares["right"],
+        100 * sum(shares[kind] for kind in TRUNCATED),
+        100 * shares["looping"],
+        100 * shares["closes_thinking"],
+        inflation and [inflation[key] for key in ("ratio", "ci_low", "ci_high")],
+    ]
 
 
 def entry_of(text: str) -> dict[str, Any]:
@@ -116,5 +114,7 @@ def run(options: argparse.Namespace) -> None:
         (out / "sampled").mkdir(exist_ok=True)
         models.rename(out / "sampled" / "models")  # these are not compressed again
     sampled = run_grid(subject, rows, out / "sampled", **shared, temperature=0.6)
-    table = [stopping(*pair) for pair in zip(greedy, sampled, strict=True)]
+    table = []
+    for row, at_temperature in zip(greedy, sampled, strict=True):
+        table += [stopping(row, "0"), stopping(at_temperature, "0.6")]
     save(options.out, f"stopping_{options.model}", subject.name, STOPPING, table)

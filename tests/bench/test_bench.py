@@ -125,8 +125,8 @@ def test_the_stopping_table_counts_the_kinds_of_truncated_answers() -> None:
     row = {"label": "x", "accuracy": result.model_dump(), "divergence": None}
     row |= {"bytes": {"bits_per_weight": 4.0}, "truncated": 0.5, "thinking": 12.5}
     row["paired"] = asdict(paired_difference(result, result))
-    cells = stopping(row, row)
-    assert cells == ["x", None, *[50.0, "50.0: 0.0 + 50.0 + 0.0", 50.0, [1.0, 1.0, 1.0]] * 2]
+    cells = stopping(row, "0.6")
+    assert cells == ["x", "0.6", None, 50.0, 50.0, 50.0, 50.0, [1.0, 1.0, 1.0]]
     assert len(cells) == len(STOPPING)
 
 
