@@ -13,9 +13,10 @@ def main() -> None:
     """Run the module that the first argument names, with the other arguments."""
     arguments = sys.argv[1:]
     if not arguments or importlib.util.find_spec(arguments[0]) is None:
+        fault = f"{arguments[0]} is not installed" if arguments else "no tool is named"
         sys.exit(
-            f"error: {' '.join(arguments[:1]) or 'nothing'} is not installed; name lm_eval (pip "
-            "install 'rac-modifier[harness]') or lighteval (`make lighteval`, docs/harnesses.md)"
+            f"error: {fault}; name lm_eval (pip install 'rac-modifier[harness]') or lighteval "
+            "(`make lighteval`, docs/harnesses.md)"
         )
     sys.argv = arguments
     runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
