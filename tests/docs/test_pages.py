@@ -144,7 +144,7 @@ COUNTED = {"README.md": {"3.4"}, "choosing.md": {"3.4"}}
 
 @pytest.mark.parametrize("name", COUNTED)
 def test_figures_are_those_of_the_results(name):
-    """Every number with a decimal point in the tables and text also stands in docs/results."""
+    """Each number with a decimal point also stands in docs/results or docs/stopping.md."""
     page = next(page for page in PAGES if page.name == name)
     text = re.sub(
         r"`[^`]*`|\]\([^)]*\)|arXiv [\d.]+|Apache-2.0|Python 3\.\d+|Qwen2?-[\d.]+B|[-\d.]+B\b",
@@ -152,7 +152,8 @@ def test_figures_are_those_of_the_results(name):
         page.read_text(),
     )
     figures = set(re.findall(r"\d+\.\d+", text)) - COUNTED[name]
-    results = " ".join(path.read_text() for path in (ROOT / "docs" / "results").glob("*.md"))
+    pages = [*(ROOT / "docs" / "results").glob("*.md"), ROOT / "docs" / "stopping.md"]
+    results = " ".join(path.read_text() for path in pages)
     assert len(figures) >= 5
     for figure in figures:
         assert re.search(rf"(?<![\d.]){re.escape(figure)}(?![\d.]*\d)", results), figure
