@@ -74,6 +74,28 @@ def test_one_entry_prunes_and_quantizes_and_the_checkpoint_gives_the_same_model(
     ReasoningAwareSparseGPTModifier(**record["modifier"])  # the record can be run again
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_in_bfloat16_no_weight_is_rounded_anew_when_it_is_saved(
+    prune, tmp_path, scheme, off_policy
+):
+    """Codes are read back from the stored tensors, in one shard or several, saved once or twice."""
+    options = {"oneshot_options": {"precision": "bfloat16"}, "traces": off_policy}
+    quantization = SCHEMES[scheme][0]
+    model = prune(quantization=quantization, solver="sparsegpt", **options)
+    before = {
+        name: (module.weight.detach().clone(), module.weight_scale.detach().clone())
+        for name, module in linears(model).items()
+    }
+    model.save_pretrained(tmp_path / "out")
+    model.save_pretrained(tmp_path / "again", max_shard_size="5KB")
+    for folder in ("out", "again"):
+        loaded = rac_modifier.load_model(tmp_path / folder, dtype=torch.bfloat16)
+        hidden(loaded)  # decompresses
+        for name, module in linears(loaded).items():
+            assert torch.equal(module.weight, before[name][0]), name
+            assert torch.equal(module.weight_scale, before[name][1]), name
+
+
 def test_the_command_line_quantizes_a_packed_model_as_it_is(pruned, tmp_path, off_policy):
     """In two steps: pruned and saved, loaded and quantized."""
     settings = {"mask_structure": "2:4", "solver": "keep", "quantization": int4()}

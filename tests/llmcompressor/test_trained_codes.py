@@ -21,6 +21,8 @@ from rac_modifier.llmcompressor.trained_codes import (
     quantized_names,
 )
 from rac_modifier.recovery.distill import recover
+from rac_modifier.recovery.on_grid import on_grid
+from rac_modifier.recovery.student import in_float32
 from rac_modifier.recovery.training_loop import TrainingLoop
 from rac_modifier.settings.recovery import RecoverySettings
 from tests.llmcompressor.conftest import quantization_config, record_of
@@ -129,6 +131,22 @@ def test_codes_that_are_not_trained_are_written_back_bit_for_bit(tmp_path):
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("in", "out"))
     assert before.keys() == after.keys()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_negative_scales_are_trained_and_stay_negative(tmp_path):
+    """As AutoRound writes them: half of the groups, with the codes negated."""
+    model = loaded(tmp_path)
+    scales = model.get_submodule(UP).weight_scale.data
+    scales[::2] *= -1
+    start = scales.float()  # `on_grid` writes the trained scales back
+    quantized = QuantizedCheckpoint(model, dense(), ()).quantized[UP]
+    assert torch.equal(quantized.scale.float(), start)
+    with in_float32(model), on_grid(model, {UP: quantized}):
+        form = model.get_submodule(UP).parametrizations.weight[0]
+        form.log_change.data.fill_(0.1)
+        changed = form.scale()
+    assert torch.equal(changed < 0, start < 0)
+    torch.testing.assert_close(changed, start * 1.10517, rtol=1e-2, atol=0.0)
 
 
 def test_a_group_of_zeros_may_have_any_scale(tmp_path):
