@@ -1,7 +1,5 @@
 """Shared fixtures: a tiny model on disk and a store of its own traces, both made once."""
 
-from __future__ import annotations
-
 import gc
 import importlib.util
 import os
@@ -94,7 +92,7 @@ def seeded(name: str) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def seeded_by_name(request: pytest.FixtureRequest) -> Iterator[None]:
+def seeded_by_name(request) -> Iterator[None]:
     """Each test draws the same numbers, whatever ran before it."""
     with seeded(request.node.name):
         yield
@@ -131,7 +129,7 @@ def one_thread() -> None:
 
 
 @pytest.fixture
-def float32_products(monkeypatch: pytest.MonkeyPatch) -> None:
+def float32_products(monkeypatch) -> None:
     """For what is compared with a float32 reference, on every machine."""
     from rac_modifier.pruning import linalg
 
@@ -139,7 +137,7 @@ def float32_products(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_folder(tmp_path_factory) -> Path:
     """A tiny random Qwen3 (untied head, float32) with its tokenizer; not to be written to."""
     from tests.tiny import save_tiny  # the process that hands out the tests needs no transformers
 
@@ -147,7 +145,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def trace_store(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trace_store(tiny_folder, tmp_path_factory) -> Path:
     """A store of the tiny model's traces, filled as far as most of the tests' recipes need."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -1,7 +1,5 @@
 """Programs in processes that are forks of one that has imported what they need."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

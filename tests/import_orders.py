@@ -5,8 +5,6 @@ Each is a fork of one process, which has imported what those are built on: that 
 the time that they take.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import json

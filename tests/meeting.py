@@ -1,7 +1,5 @@
 """Processes that are threads of this one, for tests of what each of several does."""
 
-from __future__ import annotations
-
 import json
 import threading
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """What a user can do wrong, and what the message must say."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The worked examples of CONTRIBUTING.md, applied to a copy of the package."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil
@@ -62,7 +60,7 @@ EXAMPLES = examples()
 
 
 @pytest.fixture(scope="session")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def ran(tmp_path_factory) -> dict[str, str]:
     """The outcome of each test, by `path::name`, of the copy with all examples."""
     tree = tmp_path_factory.mktemp("tree")
     ignore = shutil.ignore_patterns("__pycache__", "assets")

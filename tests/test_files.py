@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import fcntl
 import os
 import shutil
@@ -22,7 +20,7 @@ from rac_modifier.files import (
 )
 
 
-def test_round_trip_and_mode(tmp_path: Path) -> None:
+def test_round_trip_and_mode(tmp_path):
     path = tmp_path / "a.json"
     for obj in ({"a": [1, 2.5, None, "ä"]}, {}):
         write_json_atomic(path, obj)
@@ -33,9 +31,7 @@ def test_round_trip_and_mode(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_a_failed_write_leaves_the_old_file_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
-) -> None:
+def test_a_failed_write_leaves_the_old_file_alone(tmp_path, monkeypatch, call):
     path = tmp_path / "a.txt"
     write_text_atomic(path, "old")
 
@@ -53,14 +49,14 @@ def test_a_failed_write_leaves_the_old_file_alone(
 
 
 @pytest.mark.parametrize("text", ["", "{", "\xff", "[" * 100_000, "null", "3"])
-def test_unreadable_json(tmp_path: Path, text: str) -> None:
+def test_unreadable_json(tmp_path, text):
     (tmp_path / "a.json").write_text(text, encoding="latin-1")
     with pytest.raises(RacError, match=r"a\.json"):
         read_json(tmp_path / "a.json")
 
 
 @pytest.mark.parametrize("kind", ["folder", "pipe", "device", "missing", "null\0byte"])
-def test_a_file_that_cannot_be_read_to_its_end_is_refused(tmp_path: Path, kind: str) -> None:
+def test_a_file_that_cannot_be_read_to_its_end_is_refused(tmp_path, kind):
     path = tmp_path / kind
     match kind:
         case "folder":
@@ -82,9 +78,7 @@ class Killed(BaseException):
     """Ends a run as a kill does."""
 
 
-def test_a_kill_while_a_folder_is_removed_leaves_no_part_of_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_kill_while_a_folder_is_removed_leaves_no_part_of_it(tmp_path, monkeypatch):
     folder = tmp_path / "state"
 
     def make() -> None:
@@ -109,7 +103,7 @@ def test_a_kill_while_a_folder_is_removed_leaves_no_part_of_it(
     remove_folder(folder)  # it is not there
 
 
-def test_a_lock_is_had_once(tmp_path: Path) -> None:
+def test_a_lock_is_had_once(tmp_path):
     (tmp_path / "a").touch()
     with (tmp_path / "a").open() as first, (tmp_path / "a").open() as second:
         assert lock(first.fileno(), tmp_path / "a", 0.0)
@@ -118,7 +112,7 @@ def test_a_lock_is_had_once(tmp_path: Path) -> None:
         assert lock(second.fileno(), tmp_path / "a", 60.0)
 
 
-def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch) -> None:
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
     def none(*_: object) -> None:
         raise OSError(37, "No locks available")
 
@@ -143,11 +137,11 @@ def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch) -> No
         ("https://host/v1/models", "https://host/v1/models"),
     ],
 )
-def test_public_name(name: str, expected: str) -> None:
+def test_public_name(name, expected):
     assert public_name(name) == expected
 
 
-def test_a_record() -> None:
+def test_a_record():
     record = {
         "base_model": "/home/me/models/a",
         "modifier": {"store": "/home/me/models/a/traces.jsonl", "seed": 3, "suffix": "/no_think"},
@@ -163,7 +157,7 @@ def test_a_record() -> None:
     assert record["modifier"]["store"].startswith("/home")
 
 
-def test_a_text_keeps_its_form() -> None:
+def test_a_text_keeps_its_form():
     text = "# mine\nstore:   /data/t.jsonl # there\nmodel: a/b\n"
     parsed = {"store": "/data/t.jsonl", "model": "a/b"}
     assert text_without_paths(text, parsed) == "# mine\nstore:   t.jsonl # there\nmodel: a/b\n"

@@ -1,16 +1,13 @@
 """A module that is imported right after another one, each case in a process of its own."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 
 @pytest.fixture
-def run(tmp_path: Path):
+def run(tmp_path):
     """Run code where `library`, `library.part` and `extension` can be imported."""
     (tmp_path / "library").mkdir()
     (tmp_path / "library" / "__init__.py").write_text("print('library')\n")
@@ -63,11 +60,11 @@ BEFORE = "import_after('library.part', 'extension'); "
          "print(len(hooks('no_such_library')))", "no_such_library no_such_library 1"),
     ],
 )  # fmt: skip
-def test_when_the_extension_is_imported(run, code: str, printed: str) -> None:
+def test_when_the_extension_is_imported(run, code, printed):
     assert run(code).stdout.split() == printed.split()
 
 
-def test_an_extension_that_fails_warns_and_leaves_the_library_as_it_is(run) -> None:
+def test_an_extension_that_fails_warns_and_leaves_the_library_as_it_is(run):
     order = ("import_after('library', 'failing')", "import library")
     for code in (order, order[::-1]):
         process = run("; ".join(code))

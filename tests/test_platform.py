@@ -162,7 +162,7 @@ print(faults(work), faults(in_thread))
         ("keep", {"MALLOC_TRIM_THRESHOLD_": "131072"}, "False"),
     ],
 )
-def test_freed_blocks_are_used_again_unless_the_user_decides(how, variables, set_by_us) -> None:
+def test_freed_blocks_are_used_again_unless_the_user_decides(how, variables, set_by_us):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
     command = [sys.executable, "-c", CODE, how]
     process = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
@@ -175,7 +175,7 @@ def test_freed_blocks_are_used_again_unless_the_user_decides(how, variables, set
         assert max(map(int, faults)) < pages / 40
 
 
-def test_memory_is_given_back_where_a_process_outgrows_its_forecast(monkeypatch) -> None:
+def test_memory_is_given_back_where_a_process_outgrows_its_forecast(monkeypatch):
     trimmed, resident = [], [10**6]
 
     def trim(pad: int) -> None:

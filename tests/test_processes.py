@@ -1,6 +1,5 @@
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -53,7 +52,7 @@ def test_without_torchrun_there_is_one(monkeypatch):
         assert not torch.distributed.is_initialized()
 
 
-def test_two_processes_exchange_and_the_first_goes_first(tmp_path: Path):
+def test_two_processes_exchange_and_the_first_goes_first(tmp_path):
     ends = started(["-c", SCRIPT], tmp_path)
     assert [code for code, _ in ends] == [0, 0], ends
     actual = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
@@ -80,7 +79,7 @@ except ProcessFailedError as error:
 """
 
 
-def test_an_error_in_one_reaches_the_others(tmp_path: Path):
+def test_an_error_in_one_reaches_the_others(tmp_path):
     (code, said), (other, error) = started(["-c", FAILS], tmp_path)
     assert (code, other) == (3, 1)
     assert "process 1 of 2 has failed: no room" in said
@@ -103,7 +102,7 @@ except ProcessFailedError as error:
 """
 
 
-def test_a_killed_process_is_noticed_while_a_program_that_it_started_goes_on(tmp_path: Path):
+def test_a_killed_process_is_noticed_while_a_program_that_it_started_goes_on(tmp_path):
     (code, _), (other, said) = started(["-c", KILLED], tmp_path)
     assert (code, other) == (-9, 3)
     assert "False another of the 2 processes has ended" in said

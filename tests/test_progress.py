@@ -1,7 +1,5 @@
 """Log lines of a long run without a terminal."""
 
-from __future__ import annotations
-
 import time
 
 import pytest

@@ -1,7 +1,5 @@
 """Tiny random Qwen3 models with their tokenizers, for all tests."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

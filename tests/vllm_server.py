@@ -1,7 +1,5 @@
 """`vllm serve` as a process of its own, for the tests that ask a real server."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal

@@ -1,7 +1,5 @@
 """Mistakes about the checkpoint."""
 
-from __future__ import annotations
-
 import json
 import shutil
 

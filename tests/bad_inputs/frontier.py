@@ -1,7 +1,5 @@
 """Mistakes about `rac eval`, `rac frontier` and `rac report`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

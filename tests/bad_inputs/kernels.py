@@ -1,7 +1,5 @@
 """Mistakes about quantized weights of other tools."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Mistakes about packing and unpacking."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Mistakes about problems and models."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

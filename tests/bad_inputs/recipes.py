@@ -1,7 +1,5 @@
 """Mistakes in a recipe: pattern, targets, calibration, quantization, modifiers."""
 
-from __future__ import annotations
-
 import yaml
 
 from tests.bad_inputs.bench import Bench, Case, Cases

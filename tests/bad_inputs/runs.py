@@ -1,7 +1,5 @@
 """Mistakes about a run: oneshot's arguments, folders, memory, processes, resuming, recovery."""
 
-from __future__ import annotations
-
 from tests.bad_inputs.bench import Bench, Case, Cases
 from tests.tiny import NAME, entry
 

@@ -1,7 +1,5 @@
 """Mistakes about the trace store."""
 
-from __future__ import annotations
-
 import errno
 import os
 from typing import Any

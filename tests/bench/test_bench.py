@@ -33,13 +33,13 @@ from rac_modifier.settings.sampling import SamplingSettings
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_list_names_every_suite(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_list_names_every_suite(capsys):
     assert main(["--list"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == len(SUITES)
 
 
 @pytest.mark.parametrize("name", SUITES)
-def test_a_suite_has_options_and_a_tiny_mode(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_suite_has_options_and_a_tiny_mode(name, capsys):
     suite = importlib.import_module(f"bench.{name}")
     with pytest.raises(SystemExit) as stop:
         main([name, "--help"])
@@ -49,7 +49,7 @@ def test_a_suite_has_options_and_a_tiny_mode(name: str, capsys: pytest.CaptureFi
     assert missing == []
 
 
-def test_what_a_suite_imports_late_exists() -> None:
+def test_what_a_suite_imports_late_exists():
     for path in (ROOT / "bench").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("rac_modifier"):
@@ -59,7 +59,7 @@ def test_what_a_suite_imports_late_exists() -> None:
                     assert hasattr(module, alias.name) or importlib.import_module(name), path
 
 
-def test_the_tables_of_the_docs_are_those_of_results() -> None:
+def test_the_tables_of_the_docs_are_those_of_results():
     """If this fails: make results."""
     process = subprocess.run(
         [sys.executable, "-m", "bench.render", "--check"], cwd=ROOT, capture_output=True, text=True
@@ -67,7 +67,7 @@ def test_the_tables_of_the_docs_are_those_of_results() -> None:
     assert process.returncode == 0, process.stdout
 
 
-def test_every_result_names_its_measurement_and_is_shown() -> None:
+def test_every_result_names_its_measurement_and_is_shown():
     pages = "".join(page.read_text() for page in (ROOT / "docs").rglob("*.md"))
     for path in (ROOT / "results").glob("*.json"):
         result = json.loads(path.read_text())
@@ -78,7 +78,7 @@ def test_every_result_names_its_measurement_and_is_shown() -> None:
         assert f"<!-- table {path.stem} -->" in pages, path.name
 
 
-def test_a_table_is_written_between_its_marks(tmp_path: Path) -> None:
+def test_a_table_is_written_between_its_marks(tmp_path):
     about = dict.fromkeys(("model", "machine", "date", "commit", "command"), "x")
     result = {
         **about,
@@ -91,7 +91,7 @@ def test_a_table_is_written_between_its_marks(tmp_path: Path) -> None:
     assert "old" not in page
 
 
-def test_rows_of_the_grids_are_settings_that_exist(tmp_path: Path) -> None:
+def test_rows_of_the_grids_are_settings_that_exist(tmp_path):
     rows = []
     for (name, entry), kind in itertools.product(VARIANTS.items(), MIXTURES):
         recipe = {OURS: {**pattern("2:4"), **entry}}
@@ -105,7 +105,7 @@ def test_rows_of_the_grids_are_settings_that_exist(tmp_path: Path) -> None:
         assert len(plan_rows(Grid.model_validate(grid), "bench")) == len(its_rows)
 
 
-def test_a_pattern_names_bits_and_preset() -> None:
+def test_a_pattern_names_bits_and_preset():
     """The settings are those of a recipe."""
     entry = entry_of("2:4+int4+paper")
     assert (entry["mask_structure"], entry["preset"]) == ("2:4", "paper")
@@ -113,7 +113,7 @@ def test_a_pattern_names_bits_and_preset() -> None:
     assert plan_rows(Grid.model_validate({"rows": [row]}), "bench")
 
 
-def test_the_stopping_table_counts_the_kinds_of_truncated_answers() -> None:
+def test_the_stopping_table_counts_the_kinds_of_truncated_answers():
     """Of two answers a loop ends one; the other is right."""
     endings = [Ending("right", 10, 5, True), Ending("looping", 20, 20, False)]
     rows = [
@@ -130,7 +130,7 @@ def test_the_stopping_table_counts_the_kinds_of_truncated_answers() -> None:
     assert len(cells) == len(STOPPING)
 
 
-def test_kl_per_token_is_that_of_the_dense_model_from_the_compressed_one() -> None:
+def test_kl_per_token_is_that_of_the_dense_model_from_the_compressed_one():
     heads = torch.nn.Linear(4, 7), torch.nn.Linear(4, 7)
     dense, pruned = (SimpleNamespace(lm_head=head) for head in heads)
     x, y = torch.randn(3, 4), torch.randn(3, 4)
@@ -142,7 +142,7 @@ def test_kl_per_token_is_that_of_the_dense_model_from_the_compressed_one() -> No
     assert kl_per_token(dense, x, pruned, y) == pytest.approx(expected, rel=1e-4)
 
 
-def test_gguf_interleaves_the_two_halves_of_a_head() -> None:
+def test_gguf_interleaves_the_two_halves_of_a_head():
     """The rotary embedding pairs row i with row i + 3 here, with its neighbour in GGUF."""
     config = SimpleNamespace(num_attention_heads=2, num_key_value_heads=1)
     weight, name = torch.arange(12.0)[:, None] * torch.ones(2), "model.layers.0.self_attn.q_proj"
@@ -152,7 +152,7 @@ def test_gguf_interleaves_the_two_halves_of_a_head() -> None:
     assert torch.equal(in_gguf_order(weight, name.replace("q_", "v_"), config), weight)
 
 
-def test_a_random_model_has_the_form_that_was_asked_for(tmp_path: Path) -> None:
+def test_a_random_model_has_the_form_that_was_asked_for(tmp_path):
     mask = random_mask(8, 64, "2:4").view(8, 16, 4)
     assert torch.equal(mask.sum(-1), torch.full((8, 16), 2))
     folder = random_model(tmp_path, Form.parse("int4"), 1, 64)

@@ -1,7 +1,5 @@
 """Pruned tiny models, quantized or not, and comparisons to the bit."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
@@ -11,7 +9,7 @@ from tests.tiny import linears
 
 
 @pytest.fixture
-def saved(tmp_path: Path) -> Saved:
+def saved(tmp_path) -> Saved:
     """Save a pruned tiny model: its folder, its state dict and the mask structures."""
 
     def save(

@@ -1,7 +1,5 @@
 """Random weights, and how GPTQ, AWQ and compressed-tensors write them, with Python's integers."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

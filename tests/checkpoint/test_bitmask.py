@@ -1,7 +1,5 @@
 """The bitmask layout against loops over bits."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -58,9 +56,7 @@ def slow_pack(weight: torch.Tensor) -> tuple[list[int], list[list[int]], list[in
     seed=st.integers(0, 1000),
     block=st.sampled_from([1, 30, 200, 1 << 20]),
 )
-def test_the_layout_is_that_of_the_loops_and_comes_back(
-    rows: int, columns: int, dtype: torch.dtype, density: float, seed: int, block: int
-) -> None:
+def test_the_layout_is_that_of_the_loops_and_comes_back(rows, columns, dtype, density, seed, block):
     """Also where a row is longer than a block."""
     weight = random_weight(rows, columns, dtype, density, seed)
     before = weight.clone()
@@ -78,7 +74,7 @@ def test_the_layout_is_that_of_the_loops_and_comes_back(
 
 @settings(max_examples=60, deadline=None)
 @given(rows=st.integers(1, 3), fours=st.integers(1, 5), seed=st.integers(0, 10_000))
-def test_counts_of_four(rows: int, fours: int, seed: int) -> None:
+def test_counts_of_four(rows, fours, seed):
     mask = torch.rand(rows, 4 * fours, generator=torch.Generator().manual_seed(seed)) < 0.5
     _, bits = compress(mask.float(), int(mask.sum()), lambda part: part != 0)
     counts = mask.view(-1, 4).sum(dim=1)
@@ -86,7 +82,7 @@ def test_counts_of_four(rows: int, fours: int, seed: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_nonzero_knows_both_zeros(dtype: torch.dtype) -> None:
+def test_nonzero_knows_both_zeros(dtype):
     weight = torch.tensor([0.0, -0.0, 1.0, -2.0]).to(dtype)
     assert nonzero(weight).tolist() == [False, False, True, True]
     assert nonzero(torch.tensor([-128], dtype=torch.int8)).tolist() == [True]

@@ -1,7 +1,5 @@
 """Model cards: of a run, of a model that others pruned, and what was measured later."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -29,7 +27,7 @@ RECORD = {
 FOREIGN = {"base_model": "owner/pruned", "packing": {"negative_zeros": "kept"}}
 
 
-def test_full_record() -> None:
+def test_full_record():
     card = model_card(RECORD, MIT)
     for expected in (
         "# org/Model-1B pruned",
@@ -45,7 +43,7 @@ def test_full_record() -> None:
     assert "| Pattern | a \\| b c |" in model_card({"pattern": "a | b\nc"}, MIT)
 
 
-def test_the_front_matter_is_what_the_hub_parses() -> None:
+def test_the_front_matter_is_what_the_hub_parses():
     card = ModelCard(model_card({**RECORD, "quantization": ["int8"]}, LICENSE))
     assert isinstance(card.data, ModelCardData)
     actual = {key: value for key, value in card.data.to_dict().items() if value is not None}
@@ -62,7 +60,7 @@ def test_the_front_matter_is_what_the_hub_parses() -> None:
     assert "| Base model | Model: 1B |" in local.text
 
 
-def test_kl_with_its_interval() -> None:
+def test_kl_with_its_interval():
     """95 % of a normal distribution: 1.96 standard errors to both sides."""
     measured = {"kl": 0.01, "agreement": 0.99, "tokens": 2100, "kl_stderr": 0.001}
     card = model_card({**RECORD, "divergence": measured}, MIT)
@@ -75,7 +73,7 @@ def test_kl_with_its_interval() -> None:
 
 
 @pytest.mark.parametrize("before", ["---\nlicense: mit\n---\n\n# Theirs\n\nText.\n", None])
-def test_the_card_of_others_is_kept_and_comes_back(tmp_path: Path, before: str | None) -> None:
+def test_the_card_of_others_is_kept_and_comes_back(tmp_path, before):
     if before is not None:
         (tmp_path / "README.md").write_text(before)
     before = before or "# owner/pruned\n"
@@ -86,7 +84,7 @@ def test_the_card_of_others_is_kept_and_comes_back(tmp_path: Path, before: str |
     assert converted_card(FOREIGN, tmp_path, packed=False) == before
 
 
-def test_a_model_that_was_pruned_here_has_the_card_of_its_run(tmp_path: Path) -> None:
+def test_a_model_that_was_pruned_here_has_the_card_of_its_run(tmp_path):
     record = {"base_model": "a/b", "pattern": "2:4", "method": "alps"}
     for packed in (True, False):
         (tmp_path / "README.md").write_text(model_card(record, MIT, packed=not packed))
@@ -102,9 +100,7 @@ def test_a_model_that_was_pruned_here_has_the_card_of_its_run(tmp_path: Path) ->
         ("---\nlicense: {broken\n---\n", "not JSON", {"license": "unknown"}),
     ],
 )
-def test_the_license_in_the_card_comes_before_that_in_the_config(
-    tmp_path: Path, card: str, config: str, expected: dict[str, str]
-) -> None:
+def test_the_license_in_the_card_comes_before_that_in_the_config(tmp_path, card, config, expected):
     (tmp_path / "README.md").write_text(card)
     (tmp_path / "config.json").write_text(config)
     assert license_of(tmp_path) == expected
@@ -112,14 +108,14 @@ def test_the_license_in_the_card_comes_before_that_in_the_config(
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path) -> Path:
     record = {"base_model": "org/dense", "method": "alps", "pattern": "2:4"}
     (tmp_path / "rac_run.json").write_text(json.dumps(record))
     (tmp_path / "README.md").write_text(model_card(record, MIT) + "\nA note of the owner.\n")
     return tmp_path
 
 
-def test_a_second_run_replaces_its_own_kind_and_keeps_the_other(folder: Path) -> None:
+def test_a_second_run_replaces_its_own_kind_and_keeps_the_other(folder):
     before = (folder / "README.md").read_text()
     model = {"label": "/models/org/own", "kl": 0.02, "correct_answers": {"p1": 1}}
     for content in ({"results": [model]}, {"divergence": [model]}, {"results": [model]}):
@@ -134,9 +130,7 @@ def test_a_second_run_replaces_its_own_kind_and_keeps_the_other(folder: Path) ->
     assert "a line" in converted_card(record, folder, packed=False)  # the weights are the same
 
 
-def test_only_folders_with_a_run_record_have_a_card(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_folders_with_a_run_record_have_a_card(folder, monkeypatch):
     assert card_folder(str(folder)) == folder
     monkeypatch.setattr("os.access", lambda path, mode: False)
     with pytest.raises(RacError, match="cannot be written to; copy the model, or leave --card out"):

@@ -1,7 +1,5 @@
 """Models of others packed into a new folder, and unpacked to what stock loaders read."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import weakref
@@ -20,7 +18,6 @@ from rac_modifier.checkpoint.packing import mark_dense, pack_checkpoint, pack_mo
 from rac_modifier.errors import RacError
 from tests.checkpoint.checkpoint_helpers import (
     SCHEMES,
-    Saved,
     assert_restores,
     assert_same_state,
     config_of,
@@ -52,9 +49,7 @@ def assert_same_tensors(folder: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize(("structure", "shard"), [("2:4", None), ("unstructured", "60KB")])
-def test_a_dense_stored_model_of_others(
-    saved: Saved, tmp_path: Path, structure: str, shard: str | None
-) -> None:
+def test_a_dense_stored_model_of_others(saved, tmp_path, structure, shard):
     """Packed, loaded, and unpacked again: the same bits; the source is as before."""
     folder, expected, modules = saved(structure, packed=False, shard=shard, dtype=torch.bfloat16)
     tiny_tokenizer().save_pretrained(folder)
@@ -93,7 +88,7 @@ def test_a_dense_stored_model_of_others(
 @pytest.mark.parametrize(
     ("scheme", "structure"), zip(SCHEMES, 2 * ["2:4", "unstructured"], strict=True)
 )
-def test_a_quantized_model_of_others(tmp_path: Path, scheme: str, structure: str) -> None:
+def test_a_quantized_model_of_others(tmp_path, scheme, structure):
     modules = save_quantized(tmp_path / "model", structure, scheme)
     dense = stock(tmp_path / "model")
     expected = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
@@ -111,7 +106,7 @@ def test_a_quantized_model_of_others(tmp_path: Path, scheme: str, structure: str
     assert_same_state(stock(tmp_path / "dense"), expected)
 
 
-def test_negative_zeros_are_kept_or_dropped_as_asked(tmp_path: Path) -> None:
+def test_negative_zeros_are_kept_or_dropped_as_asked(tmp_path):
     """A mask that is multiplied in leaves -0.0 where a negative weight was."""
     model = tiny_model(tied=False)
     for linear in linears(model).values():
@@ -128,7 +123,7 @@ def test_negative_zeros_are_kept_or_dropped_as_asked(tmp_path: Path) -> None:
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
 
 
-def test_files_that_are_no_part_of_a_checkpoint_are_left(saved: Saved, tmp_path: Path) -> None:
+def test_files_that_are_no_part_of_a_checkpoint_are_left(saved, tmp_path):
     folder, _, _ = saved(packed=False)
     left = {"pytorch_model.bin", "consolidated.safetensors", ".cache"}
     for name in (*left, "LICENSE", "vocab.txt"):
@@ -139,7 +134,7 @@ def test_files_that_are_no_part_of_a_checkpoint_are_left(saved: Saved, tmp_path:
     assert not names & {*left, "original"}
 
 
-def test_a_link_to_a_file_of_elsewhere_is_not_copied(saved: Saved, tmp_path: Path) -> None:
+def test_a_link_to_a_file_of_elsewhere_is_not_copied(saved, tmp_path):
     """A folder of somebody else must not carry the user's files into a new model."""
     folder, _, _ = saved(packed=False)
     (tmp_path / "secret.txt").write_text("mine")
@@ -149,7 +144,7 @@ def test_a_link_to_a_file_of_elsewhere_is_not_copied(saved: Saved, tmp_path: Pat
     assert not (tmp_path / "out").exists()
 
 
-def test_the_links_of_the_hubs_cache_are_followed(saved: Saved, tmp_path: Path) -> None:
+def test_the_links_of_the_hubs_cache_are_followed(saved, tmp_path):
     folder, _, _ = saved(packed=False)
     snapshot = tmp_path / "hub" / "snapshots" / "abc"
     blobs = tmp_path / "hub" / "blobs"
@@ -162,9 +157,7 @@ def test_the_links_of_the_hubs_cache_are_followed(saved: Saved, tmp_path: Path) 
     assert contents(out) == contents(packed(folder, tmp_path / "other"))
 
 
-def test_the_tensors_of_two_files_at_most_are_in_memory(
-    saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_tensors_of_two_files_at_most_are_in_memory(saved, tmp_path, monkeypatch):
     """A checkpoint is read tensor by tensor and written file by file."""
     folder, _, modules = saved("unstructured", packed=False, shard="30KB", tied=False)
     largest = max(path.stat().st_size for path in folder.glob("*.safetensors"))

@@ -1,7 +1,5 @@
 """Dense weights of 4 bits and fewer, as compressed-tensors writes them, and damaged ones."""
 
-from __future__ import annotations
-
 import re
 
 import pytest
@@ -193,7 +191,7 @@ SCALE = {"weight_scale": torch.ones(2, 1)}
 
 
 @pytest.mark.parametrize("schemes", [(), INT4])
-def test_the_width_follows_from_the_number_of_words(schemes: tuple) -> None:
+def test_the_width_follows_from_the_number_of_words(schemes):
     weight = torch.randint(-8, 8, (2, 32), dtype=torch.int8)
     actual = PackQuantized.read(PackQuantized.compress(weight, 4) | SCALE, "a", schemes)
     assert actual is not None
@@ -213,7 +211,7 @@ def test_the_width_follows_from_the_number_of_words(schemes: tuple) -> None:
         ({"weight_shape": torch.tensor([2, 800])}, "packed: 1 int32 words per row do not hold 800"),
     ],
 )
-def test_words_that_contradict_their_shape(parts: dict, message: str) -> None:
+def test_words_that_contradict_their_shape(parts, message):
     good = PackQuantized.compress(torch.zeros(2, 8, dtype=torch.int8), 4)
     with pytest.raises(RacError, match=rf"^a\.weight_{message}"):
         PackQuantized.read({**good, **SCALE, **parts}, "a", INT4)

@@ -1,7 +1,5 @@
 """The safetensors files of a folder: read by name, and what is malformed or lost."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path
@@ -14,7 +12,6 @@ from rac_modifier.checkpoint.files import INDEX_FILE, SINGLE_FILE, TensorFiles
 from rac_modifier.checkpoint.hf_quantizer import load_model
 from rac_modifier.checkpoint.inspect import inspect_checkpoint
 from rac_modifier.errors import RacError
-from tests.checkpoint.checkpoint_helpers import Saved
 
 TENSORS = {
     "a.weight": torch.arange(6, dtype=torch.float32).view(2, 3),
@@ -42,7 +39,7 @@ def sharded(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("layout", [single, sharded])
-def test_tensors_and_what_the_headers_show(tmp_path: Path, layout) -> None:
+def test_tensors_and_what_the_headers_show(tmp_path, layout):
     with TensorFiles(layout(tmp_path)) as files:
         assert files.where.keys() == TENSORS.keys()
         assert (files.index is None) == (layout is single)
@@ -68,14 +65,14 @@ def test_tensors_and_what_the_headers_show(tmp_path: Path, layout) -> None:
         ({"weight_map": {"a.weight": "lost.safetensors"}}, r"lost\.safetensors: no regular file"),
     ],
 )
-def test_a_malformed_index(tmp_path: Path, index: dict, message: str) -> None:
+def test_a_malformed_index(tmp_path, index, message):
     sharded(tmp_path)
     (tmp_path / INDEX_FILE).write_text(json.dumps(index))
     with pytest.raises(RacError, match=message):
         TensorFiles(tmp_path)
 
 
-def test_folders_that_hold_no_checkpoint(tmp_path: Path) -> None:
+def test_folders_that_hold_no_checkpoint(tmp_path):
     for folder, message in (
         (tmp_path / "nowhere", "no such folder"),
         (tmp_path, r"neither model\.safetensors nor model\.safetensors\.index\.json is there"),
@@ -84,7 +81,7 @@ def test_folders_that_hold_no_checkpoint(tmp_path: Path) -> None:
             TensorFiles(folder)
 
 
-def test_a_file_that_is_cut_off_while_it_is_open(tmp_path: Path) -> None:
+def test_a_file_that_is_cut_off_while_it_is_open(tmp_path):
     """With a memory-mapped file, the process would end with SIGBUS."""
     save_file({"big": torch.zeros(1000)}, tmp_path / SINGLE_FILE)
     with TensorFiles(tmp_path) as files:
@@ -97,7 +94,7 @@ def test_a_file_that_is_cut_off_while_it_is_open(tmp_path: Path) -> None:
             files.tensor("big")
 
 
-def test_two_answers_to_what_the_weights_are_refused(saved: Saved) -> None:
+def test_two_answers_to_what_the_weights_are_refused(saved):
     """This package and vLLM would read the index, and transformers the single file."""
     folder, _, _ = saved(shard="60KB", packed=False)
     save_file({"a": torch.ones(1)}, folder / "model.safetensors")
@@ -107,7 +104,7 @@ def test_two_answers_to_what_the_weights_are_refused(saved: Saved) -> None:
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json", INDEX_FILE])
-def test_a_pipe_is_not_waited_for(saved: Saved, file: str) -> None:
+def test_a_pipe_is_not_waited_for(saved, file):
     folder, _, _ = saved(shard="60KB" if file == INDEX_FILE else None)
     (folder / file).unlink()
     os.mkfifo(folder / file)
@@ -115,7 +112,7 @@ def test_a_pipe_is_not_waited_for(saved: Saved, file: str) -> None:
         inspect_checkpoint(folder)
 
 
-def test_control_characters_in_a_name_are_damage(tmp_path: Path) -> None:
+def test_control_characters_in_a_name_are_damage(tmp_path):
     """A terminal would obey them: a table with a forged line."""
     save_file({"a\x1b[2Kb": torch.ones(1)}, tmp_path / "model.safetensors")
     with pytest.raises(RacError, match="holds control characters") as error:

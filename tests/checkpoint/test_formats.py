@@ -1,7 +1,5 @@
 """Names of formats and structures; packed tensors against what config.json describes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,9 +57,7 @@ def config(sparse: str | None, **entries: object) -> dict:
         (torch.float8_e4m3fn, WORDS8, False),
     ],
 )
-def test_modules_that_are_int32_words_to_upstream(
-    tmp_path: Path, dtype: torch.dtype, entries: dict, in_words: bool
-) -> None:
+def test_modules_that_are_int32_words_to_upstream(tmp_path, dtype, entries, in_words):
     with files(tmp_path, dtype) as tensor_files:
         packed = PackedFiles(tensor_files, config(FORMAT_24, **entries))
         assert (packed.modules, packed.in_words("up")) == (["up"], in_words)
@@ -79,12 +75,12 @@ def test_modules_that_are_int32_words_to_upstream(
         ),
     ],
 )
-def test_contradictions(tmp_path: Path, format: str | None, changes: dict, message: str) -> None:
+def test_contradictions(tmp_path, format, changes, message):
     with files(tmp_path, **changes) as tensor_files, pytest.raises(RacError, match=message):
         PackedFiles(tensor_files, config(format))
 
 
-def test_structures() -> None:
+def test_structures():
     for value, expected in (("2:4", "2:4"), ("04:8", "4:8"), ("0:0", "unstructured")):
         assert structure_of(value, "a") == expected
     for value in ("", "dense", "5:4", "-1:4", "2:4:8", "1:10000000"):
@@ -93,7 +89,7 @@ def test_structures() -> None:
         assert value in str(caught.value)
 
 
-def test_packed_modules_are_known_by_any_part_that_only_they_have() -> None:
+def test_packed_modules_are_known_by_any_part_that_only_they_have():
     names = ["b.compressed", "b.shape", "a.row_offsets", "c.bitmask", "d.shape", "e.weight"]
     assert packed_modules([*names, "bitmask", "f.bitmasks"]) == ["a", "b", "c"]
 
@@ -121,9 +117,7 @@ def sparse(rows: int, columns: int, dtype: torch.dtype, seed: int = 0) -> torch.
     seed=st.integers(0, 1000),
     block=st.sampled_from([1, 40, 1 << 20]),
 )
-def test_a_weight_comes_back_to_the_bit(
-    format: str, rows: int, fours: int, dtype: torch.dtype, seed: int, block: int
-) -> None:
+def test_a_weight_comes_back_to_the_bit(format, rows, fours, dtype, seed, block):
     weight = sparse(rows, 4 * fours, dtype, seed)
     before = weight.clone()
     with pytest.MonkeyPatch.context() as patch:
@@ -140,7 +134,7 @@ def test_a_weight_comes_back_to_the_bit(
     assert FORMATS[format].size(rows, 4 * fours, stored, 8 * dtype.itemsize) == nbytes
 
 
-def test_known_bytes() -> None:
+def test_known_bytes():
     weight = torch.tensor([[0, 1.0, 0, 2, 3, 4, 0, 0], [0, 0, 0, 5, 0, 0, 0, 0]])
     packed = TWO_OF_FOUR.compress(weight, "w")
     # Row 1 fills up with the leftmost zeros: columns 0 and 3, then 4 and 5.
@@ -154,7 +148,7 @@ def test_known_bytes() -> None:
     assert packed["shape"].tolist() == [2, 8]
 
 
-def test_minus_zero_is_kept_where_there_is_room() -> None:
+def test_minus_zero_is_kept_where_there_is_room():
     """Two values leave no room for the -0.0 of the last group in 2:4."""
     weight = torch.tensor([[-0.0, 1.0, 0.0, 0.0], [0.0, 0.0, -0.0, -0.0], [2.0, -0.0, 3.0, 0.0]])
     restored = TWO_OF_FOUR.check(TWO_OF_FOUR.compress(weight, "w"), "w").dense()
@@ -164,7 +158,7 @@ def test_minus_zero_is_kept_where_there_is_room() -> None:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_four_bit_values_are_stored_in_words(format: str) -> None:
+def test_four_bit_values_are_stored_in_words(format):
     weight = sparse(6, 20, torch.int8).clamp(-8, 7)
     parts = FORMATS[format].compress(weight, "w", 4)
     assert parts["compressed"].dtype == torch.int32
@@ -185,9 +179,7 @@ def test_four_bit_values_are_stored_in_words(format: str) -> None:
         (torch.zeros(2, 8, dtype=torch.complex64), "complex64"),
     ],
 )
-def test_what_cannot_be_packed_as_24(
-    weight: torch.Tensor, message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_be_packed_as_24(weight, message, monkeypatch):
     monkeypatch.setattr(bitmask, "_BLOCK", 8)
     with pytest.raises(RacError, match=message):
         TWO_OF_FOUR.compress(weight, "some.module")
@@ -235,7 +227,7 @@ OFFSETS = [
 
 @pytest.mark.parametrize("case", DAMAGE)
 @pytest.mark.parametrize("format", FORMATS)
-def test_damage_is_refused_by_name(format: str, case: str) -> None:
+def test_damage_is_refused_by_name(format, case):
     weight = torch.tensor([[0, 1.0, 0, 2] * 5] * 6)  # K = 20: three bytes, the last one half used
     part, damage = DAMAGE[case]
     with pytest.raises(RacError, match=rf"^some\.module\.{part}: "):
@@ -243,14 +235,14 @@ def test_damage_is_refused_by_name(format: str, case: str) -> None:
 
 
 @pytest.mark.parametrize("damage", OFFSETS)
-def test_damaged_offsets_are_refused(damage: Callable[[Parts], Parts]) -> None:
+def test_damaged_offsets_are_refused(damage):
     parts = damage(BITMASK.compress(torch.eye(6, 20), "w"))
     with pytest.raises(RacError, match=r"^some\.module\.row_offsets"):
         BITMASK.check(parts, "some.module")
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
-def test_nan_of_eight_bits_is_refused(dtype: torch.dtype) -> None:
+def test_nan_of_eight_bits_is_refused(dtype):
     parts = BITMASK.compress(sparse(4, 8, dtype), "w")
     largest = torch.finfo(dtype).max
     parts["compressed"][0] = torch.tensor(largest).to(dtype)
@@ -262,7 +254,7 @@ def test_nan_of_eight_bits_is_refused(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_shape_may_be_flat_or_a_column(format: str) -> None:
+def test_shape_may_be_flat_or_a_column(format):
     weight = torch.tensor([[0, 1.0, 0, 2]])
     parts = FORMATS[format].compress(weight, "w")
     for shape in (parts["shape"].reshape(2), parts["shape"].reshape(2, 1)):

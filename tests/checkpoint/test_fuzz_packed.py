@@ -1,7 +1,5 @@
 """Random damage to all parts of a checkpoint, with a fixed seed: a RacError, or other numbers."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import random
@@ -87,7 +85,7 @@ READERS: list[Callable[[Path], Any]] = [inspected, packed, unpacked, load_model]
 
 
 @pytest.mark.parametrize("kind", ["floats", "w4", "w8a8", "w4 dense"])
-def test_no_error_but_ours(tmp_path: Path, kind: str) -> None:
+def test_no_error_but_ours(tmp_path, kind):
     clean = checkpoint(tmp_path / "clean", kind)
     rng = random.Random(kind)
     refused = 0

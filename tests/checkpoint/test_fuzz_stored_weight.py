@@ -1,7 +1,5 @@
 """Mutated tensors between the file and the kernel: a named error, or a sound weight."""
 
-from __future__ import annotations
-
 import random
 
 import pytest
@@ -54,7 +52,7 @@ def clean_parts(rng: random.Random, seed: int, format: str, bits: int | None) ->
 
 @pytest.mark.parametrize("bits", [None, 8, 4])
 @pytest.mark.parametrize("format", FORMATS)
-def test_mutated_tensors(format: str, bits: int | None) -> None:
+def test_mutated_tensors(format, bits):
     rng = random.Random(f"{format} {bits}")
     torch.manual_seed(0)
     refused = unnamed = 0

@@ -1,7 +1,5 @@
 """Weights of GPTQ and AWQ checkpoints, as their tools write them, and damaged ones."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

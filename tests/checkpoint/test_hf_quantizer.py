@@ -1,9 +1,6 @@
 """Packed checkpoints in `from_pretrained`, against dense ones in stock transformers."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +12,6 @@ from rac_modifier.checkpoint.packing import pack_checkpoint
 from rac_modifier.errors import RacError
 from tests.checkpoint.checkpoint_helpers import (
     Q,
-    Saved,
     assert_same_state,
     config_of,
     edited_config,
@@ -34,9 +30,7 @@ IDS = torch.tensor([[1, 2, 3]])
         ("unstructured", "60KB", False, torch.float32),
     ],
 )
-def test_bit_identical(
-    saved: Saved, structure: str, shard: str | None, tied: bool, dtype: torch.dtype
-) -> None:
+def test_bit_identical(saved, structure, shard, tied, dtype):
     folder, expected, _ = saved(structure, tied=tied, shard=shard, dtype=dtype)
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values())
@@ -52,9 +46,7 @@ def test_bit_identical(
 @pytest.mark.parametrize(
     ("scheme", "options"), [("w8a8", {}), ("fp8", {}), ("w4", {}), ("w4", {"dequantize": True})]
 )
-def test_a_quantized_checkpoint_is_loaded_as_before_and_packed_too(
-    tmp_path: Path, scheme: str, options: dict
-) -> None:
+def test_a_quantized_checkpoint_is_loaded_as_before_and_packed_too(tmp_path, scheme, options):
     modules = save_quantized(tmp_path, "2:4", scheme)
     given = {"quantization_config": CompressedTensorsConfig(**options)} if options else {}
     before, after = (
@@ -73,7 +65,7 @@ def test_a_quantized_checkpoint_is_loaded_as_before_and_packed_too(
     assert torch.equal(packed(IDS).logits, logits)
 
 
-def test_quantized_and_plain_packed_modules_in_one_model(tmp_path: Path) -> None:
+def test_quantized_and_plain_packed_modules_in_one_model(tmp_path):
     """int32 words become `weight_packed`, the others `weight`."""
     modules = save_quantized(tmp_path, "2:4", "w4")
     config, tensors = config_of(tmp_path), load_file(tmp_path / "model.safetensors")
@@ -99,14 +91,14 @@ def test_quantized_and_plain_packed_modules_in_one_model(tmp_path: Path) -> None
     ],
     ids=str,
 )
-def test_dtype_and_device_map_are_honoured(saved: Saved, kwargs: dict) -> None:
+def test_dtype_and_device_map_are_honoured(saved, kwargs):
     folder, expected, _ = saved(tied=False)
     model = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
     dtype = torch.bfloat16 if kwargs["dtype"] == "auto" else kwargs["dtype"]
     assert_same_state(model, {name: tensor.to(dtype) for name, tensor in expected.items()})
 
 
-def test_a_module_that_stays_in_float32(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_module_that_stays_in_float32(saved, monkeypatch):
     """As some models ask for; the bits of the file are not rounded to float16 on the way."""
     folder, expected, _ = saved(tied=False)
     monkeypatch.setattr(type(tiny_model()), "_keep_in_fp32_modules", ["q_proj"])
@@ -115,7 +107,7 @@ def test_a_module_that_stays_in_float32(saved: Saved, monkeypatch: pytest.Monkey
     assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.float16
 
 
-def test_the_base_model_without_its_head(saved: Saved) -> None:
+def test_the_base_model_without_its_head(saved):
     """Names lose their prefix there."""
     folder, expected, _ = saved()
     model = AutoModel.from_pretrained(folder)
@@ -124,7 +116,7 @@ def test_the_base_model_without_its_head(saved: Saved) -> None:
     )
 
 
-def test_the_loaded_model_is_an_ordinary_one_and_saved_dense(saved: Saved, tmp_path: Path) -> None:
+def test_the_loaded_model_is_an_ordinary_one_and_saved_dense(saved, tmp_path):
     """Its weights may be changed, so `save_pretrained` does not pack."""
     folder, expected, modules = saved("unstructured", shard="60KB")
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -140,7 +132,7 @@ def test_the_loaded_model_is_an_ordinary_one_and_saved_dense(saved: Saved, tmp_p
     model.half().float()
 
 
-def test_the_method_of_our_own_is_read_too(saved: Saved) -> None:
+def test_the_method_of_our_own_is_read_too(saved):
     folder, expected, _ = saved()
     with edited_config(folder) as config:
         config["quantization_config"]["quant_method"] = "rac"

@@ -1,7 +1,5 @@
 """Packed experts in `from_pretrained`, which merges them."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 
@@ -43,9 +41,7 @@ def mixture_of_experts(folder: Path, packed: str) -> dict[str, torch.Tensor]:
     ("packed", "dtype"),
     [("proj", torch.bfloat16), ("experts.1", torch.float32), ("self_attn", torch.float32)],
 )
-def test_experts_are_unpacked_before_they_are_merged(
-    tmp_path: Path, packed: str, dtype: torch.dtype
-) -> None:
+def test_experts_are_unpacked_before_they_are_merged(tmp_path, packed, dtype):
     """Of packed attention alone, transformers would leave the experts in the file's dtype."""
     expected = mixture_of_experts(tmp_path / "a", packed)
     model, info = AutoModelForCausalLM.from_pretrained(
@@ -59,7 +55,7 @@ def test_experts_are_unpacked_before_they_are_merged(
     )
 
 
-def test_a_damaged_expert_is_named(tmp_path: Path) -> None:
+def test_a_damaged_expert_is_named(tmp_path):
     mixture_of_experts(tmp_path, "experts")
     with edited(tmp_path) as tensors:
         name = "model.layers.0.mlp.experts.2.up_proj.bitmask"
@@ -69,7 +65,7 @@ def test_a_damaged_expert_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["fp8", "w4"])
-def test_quantized_experts_are_multiplied_with_their_scales(tmp_path: Path, scheme: str) -> None:
+def test_quantized_experts_are_multiplied_with_their_scales(tmp_path, scheme):
     """Upstream's own operation does it, on the codes that were unpacked."""
     mixture_of_experts(tmp_path, "nothing")
     tensors, modules = load_file(tmp_path / "model.safetensors"), {}

@@ -1,9 +1,6 @@
 """What `load_model` and transformers' `from_pretrained` refuse."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +17,6 @@ from rac_modifier.checkpoint.packing import pack_checkpoint
 from rac_modifier.errors import RacError
 from tests.checkpoint.checkpoint_helpers import (
     Q,
-    Saved,
     assert_same_state,
     edited,
     edited_config,
@@ -31,7 +27,7 @@ from tests.checkpoint.checkpoint_helpers import (
 
 
 @pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.self_attn.o_proj.shape"])
-def test_another_shape_than_the_models_is_an_error(saved: Saved, name: str) -> None:
+def test_another_shape_than_the_models_is_an_error(saved, name):
     """With a quantizer, transformers would put it into the model."""
     folder, _, _ = saved("unstructured")
     with edited(folder) as tensors:
@@ -49,7 +45,7 @@ def test_another_shape_than_the_models_is_an_error(saved: Saved, name: str) -> N
         AutoModelForCausalLM.from_pretrained(folder)
 
 
-def test_codes_without_their_config_group_are_not_taken_for_weights(tmp_path: Path) -> None:
+def test_codes_without_their_config_group_are_not_taken_for_weights(tmp_path):
     modules = save_quantized(tmp_path, "2:4", "w8a8")
     pack_checkpoint(tmp_path, modules, ["lm_head"])
     with edited_config(tmp_path) as config:
@@ -61,9 +57,7 @@ def test_codes_without_their_config_group_are_not_taken_for_weights(tmp_path: Pa
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
-def test_what_is_not_read_from_files_whole_is_refused(
-    saved: Saved, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_not_read_from_files_whole_is_refused(saved, monkeypatch):
     folder, expected, _ = saved()
     config = AutoConfig.from_pretrained(folder)
     with pytest.raises(RacError, match="give from_pretrained a folder or a hub id"):
@@ -74,7 +68,7 @@ def test_what_is_not_read_from_files_whole_is_refused(
         AutoModelForCausalLM.from_pretrained(folder, config=config)
 
 
-def test_stock_transformers_refuses_a_packed_folder(saved: Saved) -> None:
+def test_stock_transformers_refuses_a_packed_folder(saved):
     """A property of transformers: nobody gets random weights without an error."""
     folder, _, _ = saved()
     with pytest.raises(Exception):  # noqa: B017, PT011
@@ -90,9 +84,7 @@ def test_stock_transformers_refuses_a_packed_folder(saved: Saved) -> None:
         ("fp8", f"{Q}.weight_scale"),
     ],
 )
-def test_transformers_and_load_model_give_the_same_error(
-    tmp_path: Path, scheme: str, name: str
-) -> None:
+def test_transformers_and_load_model_give_the_same_error(tmp_path, scheme, name):
     """For every number format: integers cannot be started at random, which transformers tries."""
     pack_checkpoint(tmp_path, save_quantized(tmp_path, "2:4", scheme), ["lm_head"])
     with edited(tmp_path) as tensors:
@@ -111,14 +103,14 @@ def test_transformers_and_load_model_give_the_same_error(
     assert errors[0].startswith(name)
 
 
-def test_a_missing_head_of_another_class_is_left_to_transformers(saved: Saved) -> None:
+def test_a_missing_head_of_another_class_is_left_to_transformers(saved):
     folder, _, _ = saved(tied=False)
     model = AutoModelForSequenceClassification.from_pretrained(folder)
     assert model.score.weight.numel()
     assert AutoModel.from_pretrained(folder).layers
 
 
-def test_a_checkpoint_of_older_compressed_tensors(saved: Saved) -> None:
+def test_a_checkpoint_of_older_compressed_tensors(saved):
     """As compressed-tensors up to 0.14 wrote them: `shape` flat or a column, no rac_sparsity."""
     folder, expected, modules = saved()
     with edited(folder) as tensors:
@@ -129,7 +121,7 @@ def test_a_checkpoint_of_older_compressed_tensors(saved: Saved) -> None:
     assert_same_state(load_model(folder), expected)
 
 
-def test_a_model_of_the_hub(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_of_the_hub(saved, monkeypatch):
     folder, expected, _ = saved()
     asked: list[tuple] = []
     inner = AutoModelForCausalLM.from_pretrained
@@ -146,7 +138,7 @@ def test_a_model_of_the_hub(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> No
         load_model("owner/none", local_files_only=True)
 
 
-def test_code_that_the_checkpoint_brings_is_not_run_unasked(saved: Saved) -> None:
+def test_code_that_the_checkpoint_brings_is_not_run_unasked(saved):
     """Neither for a packed nor for an ordinary one."""
     for packed in (True, False):
         folder, _, _ = saved(packed=packed)
@@ -176,9 +168,7 @@ MISSING = f"{Q}.weight: needed by the model but missing"
         (False, {"model.norm.weight": torch.ones(3)}, r"model\.norm\.weight: its shape does not"),
     ],
 )
-def test_missing_damaged_and_unknown_tensors_are_errors(
-    saved: Saved, packed: bool, changes: dict[str, torch.Tensor | None], message: str
-) -> None:
+def test_missing_damaged_and_unknown_tensors_are_errors(saved, packed, changes, message):
     folder, _, _ = saved(packed=packed)
     with edited(folder) as tensors:
         for name, tensor in changes.items():
@@ -189,7 +179,7 @@ def test_missing_damaged_and_unknown_tensors_are_errors(
         load_model(folder)
 
 
-def test_whatever_transformers_raises_names_the_model(saved: Saved) -> None:
+def test_whatever_transformers_raises_names_the_model(saved):
     folder, _, _ = saved()
     with edited_config(folder) as config:
         config["hidden_act"] = "none"

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
@@ -12,7 +10,6 @@ from rac_modifier.checkpoint.packing import mark_dense, pack_checkpoint
 from rac_modifier.errors import RacError
 from tests.checkpoint.checkpoint_helpers import (
     Q,
-    Saved,
     edited,
     edited_config,
     save_quantized,
@@ -27,7 +24,7 @@ def total_bytes(folder: Path) -> int:
 
 
 @pytest.mark.parametrize(("structure", "shard"), [("2:4", None), ("unstructured", "60KB")])
-def test_packed(saved: Saved, structure: str, shard: str | None) -> None:
+def test_packed(saved, structure, shard):
     folder, expected, modules = saved(structure, shard=shard)
     visited: list[str] = []
     report = inspect_checkpoint(folder, lambda weight: visited.append(weight.name))
@@ -50,7 +47,7 @@ def test_packed(saved: Saved, structure: str, shard: str | None) -> None:
     assert report.dense_bytes == sum(t.nbytes for n, t in expected.items() if n != "lm_head.weight")
 
 
-def test_dense_marked_and_a_pattern_that_broke_later(saved: Saved) -> None:
+def test_dense_marked_and_a_pattern_that_broke_later(saved):
     folder, _, modules = saved(packed=False)
     mark_dense(folder, modules)
     report = inspect_checkpoint(folder)
@@ -66,7 +63,7 @@ def test_dense_marked_and_a_pattern_that_broke_later(saved: Saved) -> None:
     assert problems[Q] == "1 groups break 2:4"
 
 
-def test_a_damaged_module_is_one_bad_row(saved: Saved) -> None:
+def test_a_damaged_module_is_one_bad_row(saved):
     folder, _, modules = saved()
     with edited(folder) as tensors:
         del tensors[f"{Q}.bitmask"]
@@ -79,7 +76,7 @@ def test_a_damaged_module_is_one_bad_row(saved: Saved) -> None:
     assert report.stored_bytes == total_bytes(folder)
 
 
-def test_layouts_whose_zeros_are_not_counted(tmp_path: Path) -> None:
+def test_layouts_whose_zeros_are_not_counted(tmp_path):
     tensors = {
         "a.weight_packed": torch.zeros(4, 4, dtype=torch.int32),
         "a.weight_scale": torch.ones(4, 1),
@@ -110,7 +107,7 @@ def test_layouts_whose_zeros_are_not_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("scheme", "dtype", "per_weight"), [("w4", "I4", 0.5), ("w8", "I8", 1.0)])
 def test_a_quantized_packed_weight_is_compared_with_its_dense_codes(
     tmp_path, scheme, dtype, per_weight
-) -> None:
+):
     """Half a byte per int4 weight and the scales is what it would take without the zeros' mask."""
     modules = save_quantized(tmp_path, "unstructured", scheme)
     before = {
@@ -126,7 +123,7 @@ def test_a_quantized_packed_weight_is_compared_with_its_dense_codes(
         assert rows[name].dense_bytes == rows[name].rows * rows[name].columns * per_weight + scales
 
 
-def test_names_with_digits_that_are_no_numbers(tmp_path: Path) -> None:
+def test_names_with_digits_that_are_no_numbers(tmp_path):
     names = ["layers.\u00b2", "layers." + "9" * 5000, "layers.10", "layers.9"]
     write(tmp_path, {f"{name}.weight": torch.ones(2, 2) for name in names})
     rows = [row.name for row in inspect_checkpoint(tmp_path).modules]
@@ -142,9 +139,7 @@ def test_names_with_digits_that_are_no_numbers(tmp_path: Path) -> None:
         ("b.weight", 3, float("inf")),
     ],
 )
-def test_a_damaged_dense_matrix_is_named(
-    tmp_path: Path, name: str, index: int | None, value: float | None
-) -> None:
+def test_a_damaged_dense_matrix_is_named(tmp_path, name, index, value):
     """A shape of 2^62, scales of zero or NaN, and values that are not finite."""
     tensors = {
         "a.weight_packed": torch.zeros(4, 4, dtype=torch.int32),
@@ -165,7 +160,7 @@ def test_a_damaged_dense_matrix_is_named(
     assert problem.startswith(f"{name}: ")
 
 
-def test_packed_weights_of_a_config_that_lost_its_entry_are_refused(saved: Saved) -> None:
+def test_packed_weights_of_a_config_that_lost_its_entry_are_refused(saved):
     folder, _, _ = saved()
     with edited_config(folder) as config:
         del config["quantization_config"]

@@ -1,7 +1,5 @@
 """The folder of a model that is named, and folders that cannot be written to."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil
@@ -28,7 +26,7 @@ from tests.checkpoint.checkpoint_helpers import contents
 
 
 @pytest.fixture
-def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cached(tmp_path, monkeypatch) -> Path:
     """The folder of owner/model in an empty cache of the hub, which cannot be reached."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -39,7 +37,7 @@ def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return snapshot
 
 
-def test_a_hub_id_is_its_snapshot_in_the_cache(cached: Path, tmp_path: Path) -> None:
+def test_a_hub_id_is_its_snapshot_in_the_cache(cached, tmp_path):
     assert cached_folder("owner/model") is None
     (cached / "config.json").write_text("{}")
     assert local_folder("owner/model") == cached_folder("owner/model") == cached
@@ -53,14 +51,14 @@ def test_a_hub_id_is_its_snapshot_in_the_cache(cached: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", ["gone", "a/b/c", "/gone/model", "./gone", "~/gone"])
-def test_a_folder_that_is_not_there_needs_no_network(name: str) -> None:
+def test_a_folder_that_is_not_there_needs_no_network(name):
     with pytest.raises(
         RacError, match=rf"^{name}: no such folder; give the folder of a saved model, or a hub id"
     ):
         local_folder(name)
 
 
-def test_what_can_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_can_be_written_to(tmp_path, monkeypatch):
     source, out = tmp_path / "model", tmp_path / "out"
     for folder in (source, out, out / ".rac_saving"):  # left by a job that was killed
         folder.mkdir()
@@ -84,9 +82,7 @@ def test_what_can_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         check_output_folder(tmp_path / "new", source, 7 * 2**29)
 
 
-def test_groups_that_are_kept_need_space_until_they_are_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_groups_that_are_kept_need_space_until_they_are_there(tmp_path, monkeypatch):
     out, free = tmp_path / "out", shutil._ntuple_diskusage(0, 0, 5 * 2**30)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
     check_room(out, 3 * 2**30, 2 * 2**30)
@@ -98,9 +94,7 @@ def test_groups_that_are_kept_need_space_until_they_are_there(
     check_room(out, 3 * 2**30, 5 * 2**29)
 
 
-def test_the_bytes_of_weights_are_those_of_the_folder_or_in_the_cache(
-    cached: Path, tmp_path: Path
-) -> None:
+def test_the_bytes_of_weights_are_those_of_the_folder_or_in_the_cache(cached, tmp_path):
     assert bytes_of_weights("owner/model") is None  # not there yet
     assert bytes_of_weights("no hub id//") is None
     for folder, name in ((cached, "owner/model"), (tmp_path, str(tmp_path))):
@@ -118,7 +112,7 @@ def write(new: Path, text: str = "new") -> None:
     write_tensors_atomic(new / "c.safetensors", {"x": torch.ones(2, 2).T}, {})
 
 
-def test_all_files_are_put_in_place(tmp_path: Path) -> None:
+def test_all_files_are_put_in_place(tmp_path):
     (tmp_path / "a.txt").write_text("old")
     (tmp_path / STAGING / "left").mkdir(parents=True)  # by a kill
     with new_files(tmp_path) as new:
@@ -131,9 +125,7 @@ def test_all_files_are_put_in_place(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("is_new", [True, False])
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
-def test_after_an_error_the_folder_is_as_before(
-    tmp_path: Path, is_new: bool, error: BaseException
-) -> None:
+def test_after_an_error_the_folder_is_as_before(tmp_path, is_new, error):
     folder = tmp_path / "out"
     if not is_new:
         folder.mkdir()
@@ -154,7 +146,7 @@ def test_after_an_error_the_folder_is_as_before(
         assert contents(folder) == {"a.txt": b"old"}
 
 
-def test_a_second_one_is_refused_as_long_as_the_first_one_runs(tmp_path: Path) -> None:
+def test_a_second_one_is_refused_as_long_as_the_first_one_runs(tmp_path):
     message = rf"{tmp_path}: another process is writing to it; wait"
     with new_files(tmp_path) as first:
         write(first, "of the first")
@@ -166,7 +158,7 @@ def test_a_second_one_is_refused_as_long_as_the_first_one_runs(tmp_path: Path) -
         pass
 
 
-def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
     message = r"cannot be written to \(.*\); name another folder"
     with pytest.raises(RacError, match=message), new_files(tmp_path / "file" / "out"):
@@ -174,7 +166,7 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("moves", range(4))
-def test_a_kill_while_a_saved_model_is_moved_leaves_no_config(tmp_path, monkeypatch, moves) -> None:
+def test_a_kill_while_a_saved_model_is_moved_leaves_no_config(tmp_path, monkeypatch, moves):
     """Of a folder without config.json no loader makes a model."""
     staging = tmp_path / STAGING
     staging.mkdir()

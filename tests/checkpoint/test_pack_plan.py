@@ -1,7 +1,5 @@
 """What packing would do: patterns, sizes, reasons; and models that cannot be packed."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,6 @@ from rac_modifier.errors import RacError
 from tests.checkpoint.checkpoint_helpers import (
     PRUNERS,
     Q,
-    Saved,
     contents,
     edited,
     prune_24,
@@ -48,9 +45,7 @@ def by_name(plan: PackPlan) -> dict[str, MatrixPlan]:
         ("2:4", "fp8"),
     ],
 )
-def test_patterns_and_sizes_are_those_that_packing_makes(
-    saved: Saved, tmp_path: Path, structure: str, scheme: str
-) -> None:
+def test_patterns_and_sizes_are_those_that_packing_makes(saved, tmp_path, structure, scheme):
     if scheme is None:
         folder, _, modules = saved(structure, packed=False)
     else:
@@ -67,7 +62,7 @@ def test_patterns_and_sizes_are_those_that_packing_makes(
     )
 
 
-def test_each_module_has_a_pattern_of_its_own(tmp_path: Path) -> None:
+def test_each_module_has_a_pattern_of_its_own(tmp_path):
     model = tiny_model(tied=False)
     pruned = dict(zip(linears(model), ["2:4", "unstructured", "dense"] * 5, strict=False))
     for name, linear in linears(model).items():
@@ -81,7 +76,7 @@ def test_each_module_has_a_pattern_of_its_own(tmp_path: Path) -> None:
     assert plan.ignore == sorted([*dense, "lm_head"])
 
 
-def test_the_reasons_of_what_stays_dense(tmp_path: Path) -> None:
+def test_the_reasons_of_what_stays_dense(tmp_path):
     few = torch.randn(32, 64).masked_fill(torch.rand(32, 64) < 0.02, 0.0)
     names = ("model.up", "model.embed_tokens", "lm_head", "model.mlp.gate")
     weights = {name: two_of_four() for name in names}
@@ -102,7 +97,7 @@ def test_the_reasons_of_what_stays_dense(tmp_path: Path) -> None:
     assert transposed["model.up"].reason == reason
 
 
-def test_a_weight_with_zero_points_stays_dense(tmp_path: Path) -> None:
+def test_a_weight_with_zero_points_stays_dense(tmp_path):
     save_quantized(tmp_path, "2:4", "w8a8")
     with edited(tmp_path) as tensors:
         tensors[f"{Q}.weight_zero_point"] = torch.ones(64, 1)
@@ -110,7 +105,7 @@ def test_a_weight_with_zero_points_stays_dense(tmp_path: Path) -> None:
     assert reason == "quantized with a weight_zero_point: its zeros are not stored as zeros"
 
 
-def test_negative_zeros(tmp_path: Path) -> None:
+def test_negative_zeros(tmp_path):
     kept = two_of_four() != 0
     folder = saved_with(tmp_path, {"up": -torch.rand(32, 64) * kept})
     (row,) = plan_packing(folder).matrices
@@ -126,9 +121,7 @@ def test_negative_zeros(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("recorded", "stated"), [("3:5", "3:5"), ("4:5", "2:4"), ("3:7", "2:4"), ("x", "2:4")]
 )
-def test_a_recorded_pattern_is_stated_where_it_holds(
-    tmp_path: Path, recorded: str, stated: str
-) -> None:
+def test_a_recorded_pattern_is_stated_where_it_holds(tmp_path, recorded, stated):
     weight = torch.randn(64, 60)
     weight.view(-1, 5)[:, :3] = 0
     record = {"storage": "dense", "modules": {"up": recorded}}
@@ -136,13 +129,13 @@ def test_a_recorded_pattern_is_stated_where_it_holds(
     assert plan.structures == {"up": stated}
 
 
-def test_a_model_without_matrices_is_refused(tmp_path: Path) -> None:
+def test_a_model_without_matrices_is_refused(tmp_path):
     with pytest.raises(RacError, match="nothing to pack"):
         plan_packing(saved_with(tmp_path, {"norm": torch.ones(4)})).check_gain()
 
 
 @pytest.mark.parametrize("name", ["up", "norm", "embed_tokens"])
-def test_nan_is_refused(tmp_path: Path, name: str) -> None:
+def test_nan_is_refused(tmp_path, name):
     weights = {"up": two_of_four(), "norm": torch.ones(8), "embed_tokens": torch.randn(8, 8)}
     weights[name].view(-1)[-1] = float("nan")
     folder = saved_with(tmp_path, weights)
@@ -162,17 +155,17 @@ def structure_of(weight: torch.Tensor, folder: Path) -> str | None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int8, torch.float8_e4m3fn])
-def test_two_of_four_is_seen(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_two_of_four_is_seen(tmp_path, dtype):
     assert structure_of(two_of_four_values(dtype), tmp_path) == "2:4"
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.9, 1.0])
-def test_zeros_at_random_places_are_unstructured(tmp_path: Path, share: float) -> None:
+def test_zeros_at_random_places_are_unstructured(tmp_path, share):
     weight = torch.randn(256, 64).masked_fill(torch.rand(256, 64) < share, 0)
     assert structure_of(weight, tmp_path) == "unstructured"
 
 
-def test_a_broken_group_breaks_the_pattern_and_more_zeros_do_not(tmp_path: Path) -> None:
+def test_a_broken_group_breaks_the_pattern_and_more_zeros_do_not(tmp_path):
     """Rounding to int4 makes one kept weight in six zero."""
     weight = two_of_four_values()
     assert structure_of(weight.masked_fill(torch.rand(128, 256) < 1 / 6, 0), tmp_path) == "2:4"

@@ -1,7 +1,4 @@
-from __future__ import annotations
-
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +11,6 @@ from rac_modifier.checkpoint.packing import mark_dense, pack_checkpoint
 from rac_modifier.errors import RacError
 from tests.checkpoint.checkpoint_helpers import (
     Q,
-    Saved,
     assert_restores,
     config_of,
     contents,
@@ -27,7 +23,7 @@ from tests.checkpoint.checkpoint_helpers import (
 from tests.tiny import linears
 
 
-def test_a_packed_folder_of_shards(saved: Saved) -> None:
+def test_a_packed_folder_of_shards(saved):
     folder, expected, modules = saved("unstructured", shard="60KB")
     where, size = {}, 0
     for file in folder.glob("*.safetensors"):
@@ -42,7 +38,7 @@ def test_a_packed_folder_of_shards(saved: Saved) -> None:
     assert (index["weight_map"], index["metadata"]["total_size"]) == (where, size)
 
 
-def test_one_format_for_a_mixed_checkpoint(tmp_path: Path) -> None:
+def test_one_format_for_a_mixed_checkpoint(tmp_path):
     model = tiny_model()
     modules = {}
     for index, (name, linear) in enumerate(linears(model).items()):
@@ -57,7 +53,7 @@ def test_one_format_for_a_mixed_checkpoint(tmp_path: Path) -> None:
     assert_restores(tmp_path, model.state_dict())
 
 
-def test_other_n_of_m_is_checked_and_stored_as_bitmask(tmp_path: Path) -> None:
+def test_other_n_of_m_is_checked_and_stored_as_bitmask(tmp_path):
     model = tiny_model()
     weight = linears(model)[Q].weight.data
     weight.view(-1, 8)[:, [0, 2, 5]] = 0
@@ -68,7 +64,7 @@ def test_other_n_of_m_is_checked_and_stored_as_bitmask(tmp_path: Path) -> None:
     assert_restores(tmp_path, model.state_dict())
 
 
-def test_mark_dense_stays_loadable_by_stock_transformers(saved: Saved) -> None:
+def test_mark_dense_stays_loadable_by_stock_transformers(saved):
     folder, expected, modules = saved(packed=False)
     with edited_config(folder) as config:
         config["quantization_config"] = {
@@ -95,9 +91,7 @@ def test_mark_dense_stays_loadable_by_stock_transformers(saved: Saved) -> None:
         ({Q: "2:4", "model.layers.0.self_attn.o_proj": "2:4"}, "more than 2 nonzeros"),
     ],
 )
-def test_refusals_leave_the_folder_as_it_was(
-    saved: Saved, modules: dict[str, str], message: str
-) -> None:
+def test_refusals_leave_the_folder_as_it_was(saved, modules, message):
     folder, _, _ = saved(packed=False, shard="60KB")
     before = contents(folder)
     with pytest.raises(RacError, match=message):
@@ -105,7 +99,7 @@ def test_refusals_leave_the_folder_as_it_was(
     assert contents(folder) == before
 
 
-def test_weights_of_few_bits_are_refused_with_a_way_out(saved: Saved) -> None:
+def test_weights_of_few_bits_are_refused_with_a_way_out(saved):
     folder, _, _ = saved(packed=False)
     tensors = load_file(folder / "model.safetensors")
     tensors[f"{Q}.weight_packed"] = torch.zeros(8, 8, dtype=torch.int32)

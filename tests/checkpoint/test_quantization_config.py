@@ -1,7 +1,5 @@
 """What config.json says about quantization, and weights in int32 words."""
 
-from __future__ import annotations
-
 import pytest
 
 from rac_modifier.checkpoint.quantization_config import (
@@ -32,7 +30,7 @@ def quantization(*groups: dict, format: str = "pack-quantized") -> dict:
     }
 
 
-def test_schemes_in_their_order_each_once() -> None:
+def test_schemes_in_their_order_each_once():
     activations_only = {"input_activations": {"num_bits": 8}, "weights": None}
     assert weight_schemes(quantization(INT4, W8A8, INT4, activations_only)) == (
         WeightScheme("int", 4, "group", 128, True, "pack-quantized", None),
@@ -56,14 +54,14 @@ WEIGHTS = INT4["weights"]
         {"g": {"weights": {**WEIGHTS, "group_size": 2**62}}},
     ],
 )
-def test_malformed_groups(groups: object) -> None:
+def test_malformed_groups(groups):
     with pytest.raises(
         RacError, match=r"^config\.json: quantization_config\.config_groups.* is .*; restore"
     ):
         weight_schemes({"config_groups": groups})
 
 
-def test_patterns_that_match_without_end() -> None:
+def test_patterns_that_match_without_end():
     """vLLM and transformers would match them against each module."""
     with pytest.raises(RacError, match=r"targets of config group 'group_0': .*too long to match"):
         weight_schemes(quantization({**INT4, "targets": ["re:(a+)+$"]}))
@@ -71,7 +69,7 @@ def test_patterns_that_match_without_end() -> None:
         weight_schemes({**quantization(INT4), "ignore": ["re:(a|a)*$"]})
 
 
-def test_int8_in_words_beside_plain_int8_is_refused() -> None:
+def test_int8_in_words_beside_plain_int8_is_refused():
     words = {"weights": {"num_bits": 8}}
     floats = {"weights": {"num_bits": 8, "type": "float"}}
     assert int8_in_words(weight_schemes(quantization(words)))
@@ -85,7 +83,7 @@ def test_int8_in_words_beside_plain_int8_is_refused() -> None:
 INT8 = {"config_groups": {"group_0": {"weights": {"num_bits": 8}}}, "format": "int-quantized"}
 
 
-def test_modules_with_activations_of_8_bits() -> None:
+def test_modules_with_activations_of_8_bits():
     pruned = with_packed({"model_type": "x"}, "sparse-bitmask", {"a.b": "2:4"}, [])
     for config in (pruned, {"model_type": "x", "quantization_config": INT8}):
         written = with_int8_activations(config, ["c", "a.b"])
@@ -101,7 +99,7 @@ def test_modules_with_activations_of_8_bits() -> None:
 
 
 @pytest.mark.parametrize("format", ["sparse-24-bitmask", "sparse-bitmask"])
-def test_what_packing_writes_is_read_back(format: str) -> None:
+def test_what_packing_writes_is_read_back(format):
     written = with_packed({"quantization_config": INT8}, format, {"a.b": "2:4"}, ["lm_head"])
     assert packed_format(written) == format
     sparsity = SparsityConfig.of(written["quantization_config"])
@@ -116,7 +114,7 @@ def test_what_packing_writes_is_read_back(format: str) -> None:
     assert dense["quantization_config"] == {**INT8, "quant_method": "compressed-tensors"}
 
 
-def test_entries_of_older_versions() -> None:
+def test_entries_of_older_versions():
     sparsity = {"format": "sparse-bitmask", "targets": None, "registry_requires_subclass": False}
     for version in ({}, {"version": 1}):
         actual = SparsityConfig.of({"sparsity_config": {**sparsity, **version}})
@@ -136,7 +134,7 @@ def test_entries_of_older_versions() -> None:
         ),
     ],
 )
-def test_a_malformed_sparsity_config(changes: dict, message: str) -> None:
+def test_a_malformed_sparsity_config(changes, message):
     with pytest.raises(RacError, match=rf"^config\.json: sparsity_config\.{message}"):
         SparsityConfig.of({"sparsity_config": {"format": "sparse-bitmask", **changes}})
     with pytest.raises(RacError, match=r"sparsity_config is \[1\]: .*; save the model"):
@@ -144,6 +142,6 @@ def test_a_malformed_sparsity_config(changes: dict, message: str) -> None:
 
 
 @pytest.mark.parametrize("record", ["dense", {"modules": {"a": 5}}, {"storage": "zip"}])
-def test_a_malformed_record(record: object) -> None:
+def test_a_malformed_record(record):
     with pytest.raises(RacError, match=r"config\.json: rac_sparsity.* is .*; save the model again"):
         SparsityRecord.of({"rac_sparsity": record})

@@ -1,14 +1,11 @@
 """The run record: versions, and activations that were chosen later."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
 
 from rac_modifier.checkpoint.record import environment, record_activations
 
 
-def test_environment_is_json_and_complete() -> None:
+def test_environment_is_json_and_complete():
     versions = environment()
     assert json.loads(json.dumps(versions)) == versions
     names = {"torch", "transformers", "llmcompressor", "python", "platform", "cpu_count"}
@@ -16,7 +13,7 @@ def test_environment_is_json_and_complete() -> None:
     assert versions["rac_modifier"]
 
 
-def test_activations_of_a_model_with_and_without_a_run_record(tmp_path: Path) -> None:
+def test_activations_of_a_model_with_and_without_a_run_record(tmp_path):
     config, record = tmp_path / "config.json", tmp_path / "rac_run.json"
     config.write_text("{}")
     record.write_text('{"method": "alps"}')

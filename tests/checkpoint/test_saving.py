@@ -1,9 +1,6 @@
 """Saving a compressed transformers model: what is checked, packed and recorded."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -53,7 +50,7 @@ def pruned(structure: str = "2:4", **plan: object) -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("structure", PATTERNS)
-def test_packed_with_record_and_card(tmp_path: Path, structure: str) -> None:
+def test_packed_with_record_and_card(tmp_path, structure):
     model = pruned(structure)
     model.config._name_or_path = "owner/base"
     model.save_pretrained(tmp_path / "out")
@@ -71,16 +68,14 @@ def test_packed_with_record_and_card(tmp_path: Path, structure: str) -> None:
 @pytest.mark.parametrize(
     ("plan", "options"), [({"storage": "dense"}, {}), ({}, {"save_compressed": False})]
 )
-def test_stored_dense_and_marked(tmp_path: Path, plan: dict, options: dict) -> None:
+def test_stored_dense_and_marked(tmp_path, plan, options):
     pruned(**plan).save_pretrained(tmp_path / "out", **options)
     config = config_of(tmp_path / "out")
     assert "quantization_config" not in config
     assert config["rac_sparsity"]["storage"] == "dense"
 
 
-def test_what_is_not_pruned_is_recorded_without_the_activations_of_the_model_before(
-    tmp_path: Path,
-) -> None:
+def test_what_is_not_pruned_is_recorded_without_the_activations_of_the_model_before(tmp_path):
     """They were measured with other weights. The vLLM plugin knows our checkpoints by the entry."""
     model = pruned(patterns={}, modules={})
     before = {"storage": "dense", "modules": {}, "int8_activations": ["model.layers.0.mlp.up_proj"]}
@@ -91,9 +86,7 @@ def test_what_is_not_pruned_is_recorded_without_the_activations_of_the_model_bef
 
 
 @pytest.mark.parametrize("structure", PATTERNS)
-def test_zeros_that_are_gone_are_refused_before_anything_is_written(
-    tmp_path: Path, structure: str
-) -> None:
+def test_zeros_that_are_gone_are_refused_before_anything_is_written(tmp_path, structure):
     model = pruned(structure)
     model.model.layers[1].mlp.up_proj.weight.data.fill_(1.0)
     with pytest.raises(
@@ -105,7 +98,7 @@ def test_zeros_that_are_gone_are_refused_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_with_weights_is_left_as_it_is(tmp_path: Path) -> None:
+def test_a_folder_with_weights_is_left_as_it_is(tmp_path):
     model = pruned()
     model.save_pretrained(tmp_path / "out")
     before = contents(tmp_path / "out")
@@ -114,7 +107,7 @@ def test_a_folder_with_weights_is_left_as_it_is(tmp_path: Path) -> None:
     assert contents(tmp_path / "out") == before
 
 
-def test_wrapped_twice_it_saves_once_with_the_last_plan(tmp_path: Path) -> None:
+def test_wrapped_twice_it_saves_once_with_the_last_plan(tmp_path):
     model = pruned()
     save_with_record(model, lambda: SavePlan({"method": "wanda"}))
     model.save_pretrained(tmp_path / "out")
@@ -122,7 +115,7 @@ def test_wrapped_twice_it_saves_once_with_the_last_plan(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_no_file_holds_an_absolute_path(tmp_path: Path) -> None:
+def test_no_file_holds_an_absolute_path(tmp_path):
     """The recipe is upstream's copy, which is written with the weights."""
     private = tmp_path / "private"
     record = {
@@ -152,9 +145,7 @@ def test_no_file_holds_an_absolute_path(tmp_path: Path) -> None:
     assert "# Base-1B compressed" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_a_record_that_is_no_json_never_costs_the_weights(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_record_that_is_no_json_never_costs_the_weights(tmp_path, monkeypatch):
     """A loss of NaN after hours of training; and a card that cannot be made."""
     record = {"loss": float("nan"), "losses": (1.5, float("inf")), "device": torch.device("cpu")}
     pruned(record=record).save_pretrained(tmp_path / "a")
@@ -206,7 +197,7 @@ def test_the_names_are_those_in_the_files(kind, tmp_path):
         assert all(name == saved for name, saved in actual.items())
 
 
-def test_an_upload_is_refused_with_the_next_step_once_the_model_is_saved(tmp_path: Path) -> None:
+def test_an_upload_is_refused_with_the_next_step_once_the_model_is_saved(tmp_path):
     """Upstream would upload the weights before they are packed."""
     model = pruned()
     with pytest.raises(RacError, match=r"out: saved, and not uploaded; hf upload OWNER/NAME"):

@@ -1,7 +1,5 @@
 """A stored weight against the dense one it stands for."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest
@@ -141,13 +139,13 @@ def test_codes_of_zero_are_cut_with_their_rows_and_groups():
         (None, "missing, but its values are torch.int8"),
     ],
 )
-def test_scales_that_are_refused(scale: torch.Tensor | None, message: str) -> None:
+def test_scales_that_are_refused(scale, message):
     with pytest.raises(RacError, match=rf"^a\.weight_scale: .*{message}"):
         check_scale({} if scale is None else {"weight_scale": scale}, torch.int8, 6, 8, "a")
 
 
 @pytest.mark.parametrize("scale", [-torch.ones(6), torch.ones(1), torch.ones(6, 4)])
-def test_scales_that_are_taken(scale: torch.Tensor) -> None:
+def test_scales_that_are_taken(scale):
     """Negative ones too, which AutoRound writes."""
     actual = check_scale({"weight_scale": scale}, torch.int8, 6, 8, "a")
     assert actual is not None
@@ -157,7 +155,7 @@ def test_scales_that_are_taken(scale: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("structure", ["2:4", "1:3", "4:8", "unstructured"])
-def test_zeros_and_broken_groups_are_those_of_the_dense_weight(structure: str) -> None:
+def test_zeros_and_broken_groups_are_those_of_the_dense_weight(structure):
     weight = random_weight(5, 48, 1, False)
     weight[0, ::5] = -0.0
     form = from_dense(weight, "a")

@@ -1,8 +1,6 @@
 """The command as the shell runs it, a recipe for the tiny model, and the tiny model pruned by
 it."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +15,7 @@ Rac = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def rac(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Rac:
+def rac(monkeypatch, capsys, tmp_path) -> Rac:
     """Run the command in an empty folder: exit code, standard output, standard error."""
     monkeypatch.chdir(tmp_path)
 
@@ -36,15 +34,13 @@ def rac(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
 
 
 @pytest.fixture
-def recipe_file(trace_store: Path, tmp_path: Path) -> Path:
+def recipe_file(trace_store, tmp_path) -> Path:
     (tmp_path / "recipe.yaml").write_text(recipe(entry(trace_store)))
     return tmp_path / "recipe.yaml"
 
 
 @pytest.fixture(scope="session")
-def sparse_folder(
-    tiny_folder: Path, trace_store: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def sparse_folder(tiny_folder, trace_store, tmp_path_factory) -> Path:
     """The tiny model pruned to 2:4 by `rac prune`, packed; not to be written to."""
     folder = tmp_path_factory.mktemp("sparse")
     (folder / "recipe.yaml").write_text(recipe(entry(trace_store)))

@@ -1,7 +1,5 @@
 """A run of `rac` that waits for Ctrl-C at a certain moment."""
 
-from __future__ import annotations
-
 import functools
 import os
 import signal

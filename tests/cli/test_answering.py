@@ -1,8 +1,6 @@
 """`rac eval` with answers in a file: what is refused early, and a served model paired with a dense
 one."""
 
-from __future__ import annotations
-
 import json
 
 import pytest
@@ -37,13 +35,13 @@ def answering(**changes) -> Answering:
         (SERVER, {"models": (), "written": {"card"}}, "--card and --template need a model folder"),
     ],
 )
-def test_what_cannot_be_is_refused(changes, options, message) -> None:
+def test_what_cannot_be_is_refused(changes, options, message):
     given = {"models": ("a",), "written": frozenset(), "divergence": False, **options}
     with pytest.raises(RacError, match=message):
         answering(**changes).check(**given)
 
 
-def test_a_long_answer_has_time() -> None:
+def test_a_long_answer_has_time():
     for cap, seconds in ((100, 600), (32768, 8192)):
         assert engine_of(("http://127.0.0.1:1",), 4, cap).timeout == seconds
 
@@ -55,7 +53,7 @@ def server():
     server.close()
 
 
-def test_a_served_model_is_paired_with_the_dense_one(rac, tiny_folder, tmp_path, server) -> None:
+def test_a_served_model_is_paired_with_the_dense_one(rac, tiny_folder, tmp_path, server):
     assert rac("eval", tiny_folder, *FEW, "--json", "dense.json")[0] == 0
     server.cards = [{"id": "tiny", "root": str(tiny_folder), "max_model_len": 512}]
     options = ("--server", server.url, "--baseline", "dense.json", "--json", "-")
@@ -116,7 +114,7 @@ def test_a_server_with_a_key_is_asked_with_it_and_the_key_is_written_nowhere(
     assert all(key not in text for text in (out, err, *written))
 
 
-def test_a_server_of_another_model_is_refused_before_it_is_asked(rac, tiny_folder, server) -> None:
+def test_a_server_of_another_model_is_refused_before_it_is_asked(rac, tiny_folder, server):
     """The dense model in the place of the compressed one would be judged as the compressed one."""
     server.cards = [{"id": "m", "root": "/models/another", "max_model_len": 512}]
     command = ("eval", tiny_folder, *FEW, "--server", server.url)
@@ -138,7 +136,7 @@ def vllm(tmp_path, monkeypatch):
 
 def test_each_model_is_served_in_turn_by_a_server_that_is_stopped(
     rac, tiny_folder, sparse_folder, vllm
-) -> None:
+):
     models = [str(tiny_folder), str(sparse_folder)]
     code, out, err = rac("eval", *models, "--serve", *FEW, "--precision", "float32", "--json", "-")
     assert code == 0, err
@@ -150,7 +148,7 @@ def test_each_model_is_served_in_turn_by_a_server_that_is_stopped(
 
 def test_a_server_that_fails_is_an_error_with_its_last_lines_and_keeps_the_answers_so_far(
     rac, tiny_folder, vllm, monkeypatch
-) -> None:
+):
     options = ("--serve", "--problems", 12, "--cap", 8, "--concurrency", 1, "--answers", "a.jsonl")
     monkeypatch.setenv(fake_vllm.FAULT, "dies")
     code, _, err = rac("eval", tiny_folder, *options, "--json", "-")

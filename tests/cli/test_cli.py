@@ -1,7 +1,5 @@
 """`--help` of every command, wrong use, and packages that are not installed."""
 
-from __future__ import annotations
-
 import json
 import re
 import shlex

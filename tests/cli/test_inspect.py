@@ -1,7 +1,5 @@
 """`rac inspect`: the table, the totals, and what is printed of speed."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import re
@@ -36,7 +34,7 @@ def report(*modules: ModuleRow, **changes: object) -> CheckpointReport:
 EMBEDDING = matrix("embed", stored="dense", sparsity=0.0, stored_bytes=400_000, structure=None)
 
 
-def test_the_table_has_a_row_per_matrix_and_whole_lines() -> None:
+def test_the_table_has_a_row_per_matrix_and_whole_lines():
     damaged = matrix("layers.1.up", rows=0, columns=0, sparsity=None, problem="\x1b[2K" + "x" * 300)
     first, head, *rows = render_report(report(matrix("[red]up"), damaged)).splitlines()
     assert first == "out: sparse-24-bitmask"
@@ -53,7 +51,7 @@ def test_the_table_has_a_row_per_matrix_and_whole_lines() -> None:
     assert rows[1].split()[-2:] == ["DAMAGED:", "\\x1b[2K" + "x" * 300]
 
 
-def test_totals() -> None:
+def test_totals():
     scheme = WeightScheme("int", 8, "channel", None, True, "int-quantized", "int8 per token")
     assert totals(report(matrix(), EMBEDDING, quantization=(scheme,))) == [
         "all tensors: 613,500 bytes, 801,000 with every matrix dense",
@@ -63,7 +61,7 @@ def test_totals() -> None:
     assert "no matrix is recorded as pruned" in totals(report(EMBEDDING))
 
 
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(tmp_path, capsys):
     """A float32 checkpoint is compared with float32: no ceiling below one beside kernels that
     gain."""
     model = tiny_model()
@@ -82,9 +80,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 @pytest.mark.parametrize("bits", [4, 3])
-def test_dense_weights_of_few_bits(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], bits: int
-) -> None:
+def test_dense_weights_of_few_bits(tmp_path, capsys, bits):
     grid = {"num_bits": bits, "strategy": "group", "group_size": 64}
     quantization = {
         "quant_method": "compressed-tensors",
@@ -119,7 +115,7 @@ def test_json_has_what_is_printed(rac, sparse_folder):
     assert all(row["reason"] for row in actual["served"])
 
 
-def test_a_checkpoint_that_is_not_sound_ends_with_status_1(rac, sparse_folder, tmp_path) -> None:
+def test_a_checkpoint_that_is_not_sound_ends_with_status_1(rac, sparse_folder, tmp_path):
     shutil.copytree(sparse_folder, tmp_path / "damaged")
     file = tmp_path / "damaged" / "model.safetensors"
     tensors = load_file(file)
@@ -137,7 +133,7 @@ INT4 = {"weights": {"num_bits": 4, "strategy": "group", "group_size": 32}}
 
 
 @pytest.fixture
-def few(monkeypatch: pytest.MonkeyPatch) -> None:
+def few(monkeypatch) -> None:
     """Two short samples are enough here."""
     module = importlib.import_module("rac_modifier.cli.inspect")
     monkeypatch.setattr(module, "_SAMPLES", 2)
@@ -145,9 +141,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def quantized(
-    tiny_folder: Path, trace_store: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Path]:
+def quantized(tiny_folder, trace_store, tmp_path_factory) -> dict[str, Path]:
     """The tiny model at 2:4 in int8, packed, and in int4 without pruning; not to be written to."""
     folder = tmp_path_factory.mktemp("quantized")
     dense = {"solver": "none", "mask_structure": None}
@@ -166,8 +160,8 @@ def config_of(folder: Path) -> dict:
 
 @pytest.mark.parametrize(("kind", "limit"), [("sparse", 0.01), ("dense", 0.05)])
 def test_activations_are_measured_recorded_and_read_again(
-    rac, few: None, quantized: dict[str, Path], tmp_path: Path, kind: str, limit: float
-) -> None:
+    rac, few, quantized, tmp_path, kind, limit
+):
     folder = shutil.copytree(quantized[kind], tmp_path / "model")
     before = config_of(folder)
     code, out, _ = rac("inspect", folder, "--activations", limit, "--json")
@@ -195,9 +189,7 @@ def test_activations_are_measured_recorded_and_read_again(
     assert SparsityRecord.of(config_of(folder)).int8_activations == ()
 
 
-def test_activations_of_a_checkpoint_of_another_tool(
-    rac, few: None, quantized: dict[str, Path], tiny_folder: Path, tmp_path: Path
-) -> None:
+def test_activations_of_a_checkpoint_of_another_tool(rac, few, quantized, tiny_folder, tmp_path):
     """Without a run record own errors are measured against the dense model."""
     folder = shutil.copytree(quantized["dense"], tmp_path / "model")
     recorded = json.loads((folder / "rac_run.json").read_text())

@@ -1,7 +1,5 @@
 """Ctrl-C: one line, no traceback, exit code 130, and the next run goes on."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal
@@ -16,7 +14,6 @@ from safetensors.torch import load_file
 from rac_modifier import cli
 from rac_modifier.traces.store import TraceStore
 from tests.cli import stopped_child
-from tests.cli.conftest import Rac
 from tests.cli.recover_options import OPTIONS
 from tests.forked import start
 from tests.tiny import entry, recipe
@@ -43,14 +40,7 @@ def interrupt(*args: object, **options: object) -> None:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_every_command_ends_in_one_line(
-    rac: Rac,
-    tiny_folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    words: list[str],
-    where: str,
-    line: str,
-) -> None:
+def test_every_command_ends_in_one_line(rac, tiny_folder, monkeypatch, words, where, line):
     monkeypatch.setattr(f"rac_modifier.{where}", interrupt)
     code, _, error = rac(*(tiny_folder if word == "MODEL" else word for word in words))
     assert only_line(code, error).startswith(line)
@@ -95,9 +85,7 @@ def only_line(code: int, error: str) -> str:
 
 
 @pytest.mark.slow
-def test_ctrl_c_while_traces_are_sampled(
-    rac: Rac, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ctrl_c_while_traces_are_sampled(rac, tiny_folder, tmp_path, monkeypatch):
     """The traces so far are in the store; the same command, with a smaller budget, ends from
     there."""
     store, out = tmp_path / "traces.jsonl", tmp_path / "out"
@@ -116,13 +104,7 @@ def test_ctrl_c_while_traces_are_sampled(
 
 
 @pytest.mark.slow
-def test_ctrl_c_during_recovery(
-    rac: Rac,
-    tiny_folder: Path,
-    sparse_folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_ctrl_c_during_recovery(rac, tiny_folder, sparse_folder, tmp_path, monkeypatch):
     """In training and while the result is saved: the same command goes on, and ends as an
     undisturbed run."""
     steps: list[int] = []

@@ -1,7 +1,5 @@
 """`rac pack` and `rac unpack`: what is printed, written and refused."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -9,12 +7,11 @@ import pytest
 import torch
 
 from rac_modifier.checkpoint.hf_quantizer import load_model
-from tests.cli.conftest import Rac
 from tests.tiny import linears, tiny_model
 
 
 @pytest.fixture
-def pruned(tmp_path: Path) -> Path:
+def pruned(tmp_path) -> Path:
     """A model that somebody else pruned to 2:4, one layer of it unstructured, stored dense."""
     model = tiny_model()
     for name, linear in linears(model).items():
@@ -30,7 +27,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_pack_then_unpack(rac: Rac, pruned: Path, tmp_path: Path) -> None:
+def test_pack_then_unpack(rac, pruned, tmp_path):
     code, out, err = rac("pack", pruned, tmp_path / "packed")
     assert (code, err) == (0, "")
     rows = {
@@ -63,7 +60,7 @@ def test_pack_then_unpack(rac: Rac, pruned: Path, tmp_path: Path) -> None:
     )
 
 
-def test_check_only_looks(rac: Rac, pruned: Path, tmp_path: Path) -> None:
+def test_check_only_looks(rac, pruned, tmp_path):
     before = files(pruned)
     code, out, _ = rac("pack", pruned, "--check")
     assert (code, "to be packed: 14 of 16" in out) == (0, True)
@@ -75,8 +72,8 @@ def test_check_only_looks(rac: Rac, pruned: Path, tmp_path: Path) -> None:
 
 
 def test_a_dense_model_is_refused_with_the_same_code_when_it_is_only_checked(
-    rac: Rac, tiny_folder: Path, tmp_path: Path
-) -> None:
+    rac, tiny_folder, tmp_path
+):
     for words in (("--check",), (tmp_path / "out",)):
         code, _, err = rac("pack", tiny_folder, *words)
         assert code == 1
@@ -85,7 +82,7 @@ def test_a_dense_model_is_refused_with_the_same_code_when_it_is_only_checked(
     assert not (tmp_path / "out").exists()
 
 
-def test_wrong_use(rac: Rac, pruned: Path, tmp_path: Path) -> None:
+def test_wrong_use(rac, pruned, tmp_path):
     code, _, err = rac("pack", pruned)
     assert (code, "rac pack MODEL --check" in err) == (2, True)
     assert rac("unpack", pruned)[0] == 2

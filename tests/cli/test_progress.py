@@ -1,7 +1,5 @@
 """Progress bars are for a terminal: in a file there is none."""
 
-from __future__ import annotations
-
 import ast
 import os
 import pty
@@ -28,7 +26,7 @@ def bars() -> list[tuple[str, ast.Call]]:
     ]
 
 
-def test_no_bar_is_forced_on() -> None:
+def test_no_bar_is_forced_on():
     """tqdm shows a bar everywhere unless `disable` is None, or a variable or expression that can be
     None."""
     shown = bars()
@@ -42,7 +40,7 @@ def test_no_bar_is_forced_on() -> None:
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_collecting_traces(tiny_folder: Path, tmp_path: Path, terminal: bool) -> None:
+def test_collecting_traces(tiny_folder, tmp_path, terminal):
     """The same command with a file as standard error, and with a terminal."""
     (tmp_path / "recipe.yaml").write_text(recipe(entry(tmp_path / "traces.jsonl")))
     words = ["traces", "collect", str(tiny_folder), "-r", "recipe.yaml"]

@@ -1,8 +1,6 @@
 """`rac eval --preset`: what the preset sets, what an option replaces, and that the output says
 so."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """`examples/r1_distill_1_5b.py` on the embedded reasoner."""
 
-from __future__ import annotations
-
 import json
 import runpy
 import sys
@@ -20,8 +18,8 @@ def main(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
 
 @pytest.mark.slow
 def test_the_dry_run_takes_all_steps_and_a_second_one_takes_none_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+    tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     main(monkeypatch, "--dry-run", "--out", "out")
     assert "2:4 + int4" in capsys.readouterr().out

@@ -1,7 +1,5 @@
 """`rac recipes` and `rac recipes show NAME`."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

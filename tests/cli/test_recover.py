@@ -1,7 +1,5 @@
 """`rac recover`: what it trains on, and what it writes."""
 
-from __future__ import annotations
-
 import json
 import shutil
 

@@ -1,7 +1,5 @@
 """What this package takes for granted about transformers, one test per seam."""
 
-from __future__ import annotations
-
 import inspect
 import json
 import subprocess
@@ -85,7 +83,7 @@ def test_seam_upstreams_quantizer_has_no_name_that_is_ours():
     assert not hasattr(config, "schemes")
 
 
-def test_seam_hooks_of_a_quantizer_and_their_order(tmp_path: Path, monkeypatch):
+def test_seam_hooks_of_a_quantizer_and_their_order(tmp_path, monkeypatch):
     """Before the weights with their files, then the conversions, then after the weights."""
     calls = []
     model = tiny_model()
@@ -146,7 +144,7 @@ def test_seam_a_quantizer_that_dequantizes_leaves_an_ordinary_model():
     assert model.is_quantized is False
 
 
-def test_seam_a_state_dict_is_indexed_like_slices_of_files(tmp_path: Path, monkeypatch):
+def test_seam_a_state_dict_is_indexed_like_slices_of_files(tmp_path, monkeypatch):
     """Why packed tensors can be unpacked where they are taken; an error is raised as it is."""
     state = tiny_model().state_dict()
     tiny_model().save_pretrained(tmp_path)

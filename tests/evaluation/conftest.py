@@ -1,7 +1,5 @@
 """A packed model that other people's harnesses measure."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,7 @@ from tests.tiny import linears
 
 
 @pytest.fixture(scope="session")
-def packed_reasoner(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def packed_reasoner(tmp_path_factory) -> Path:
     """The reasoner without the smallest 30 % of each layer's weights, packed; it still reasons."""
     folder = tmp_path_factory.mktemp("packed")
     model = AutoModelForCausalLM.from_pretrained(reasoner_path())

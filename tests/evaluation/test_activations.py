@@ -1,8 +1,6 @@
 """Activations of 8 bits: which layers of a folder, the rounding, the error of each layer, and the
 choice."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -67,7 +65,7 @@ def folder_of(folder: Path, modules, own: dict[str, float] | None = None, **conf
     return folder
 
 
-def test_the_layers_of_a_dense_checkpoint(tmp_path: Path) -> None:
+def test_the_layers_of_a_dense_checkpoint(tmp_path):
     modules = {
         UP: words(8, 64, 32),
         DOWN: words(8, 1056, 1056, bits=3),
@@ -90,7 +88,7 @@ def test_the_layers_of_a_dense_checkpoint(tmp_path: Path) -> None:
     assert actual == [(DOWN, 512, None), gate, (UP, 32, None)]
 
 
-def test_own_errors_come_from_the_run_record(tmp_path: Path) -> None:
+def test_own_errors_come_from_the_run_record(tmp_path):
     modules = {UP: words(8, 64, 32), DOWN: words(8, 64, 32)}
     folder = folder_of(tmp_path, modules, own={UP: 0.25, DOWN: 0.5})
     assert {x.module: x.own_error for x in layers_of(folder)} == {UP: 0.25, DOWN: 0.5}
@@ -99,7 +97,7 @@ def test_own_errors_come_from_the_run_record(tmp_path: Path) -> None:
         layers_of(folder)
 
 
-def test_checkpoints_without_such_layers_are_refused(tmp_path: Path) -> None:
+def test_checkpoints_without_such_layers_are_refused(tmp_path):
     with pytest.raises(RacError, match=r"owner/name: no folder of a checkpoint; .*hf download ID"):
         layers_of(Path("owner/name"))
     head = {"lm_head": words(8, 64, 32)}

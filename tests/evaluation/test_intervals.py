@@ -1,7 +1,5 @@
 """Intervals against published values, brute force and counting."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import statistics

@@ -1,7 +1,5 @@
 """lighteval on the packed reasoner has the accuracy of rac eval (`make lighteval` installs it)."""
 
-from __future__ import annotations
-
 import json
 import os
 import runpy
@@ -33,9 +31,7 @@ def write(folder: Path, count: int, monkeypatch: pytest.MonkeyPatch) -> dict[str
     return runpy.run_path(str(EXAMPLE), run_name="__main__")
 
 
-def test_the_problems_are_those_of_rac_eval(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_problems_are_those_of_rac_eval(tmp_path, monkeypatch):
     names = write(tmp_path, 5, monkeypatch)
     rows = [json.loads(line) for line in (tmp_path / "test.jsonl").read_text().splitlines()]
     assert rows == [
@@ -47,9 +43,7 @@ def test_the_problems_are_those_of_rac_eval(
 
 @pytest.mark.slow
 @needs_lighteval
-def test_in_its_process_the_accuracy_is_that_of_rac_eval(
-    packed_reasoner, tmp_path, monkeypatch
-) -> None:
+def test_in_its_process_the_accuracy_is_that_of_rac_eval(packed_reasoner, tmp_path, monkeypatch):
     here = evaluate(
         AutoModelForCausalLM.from_pretrained(packed_reasoner, dtype="float32"),
         AutoTokenizer.from_pretrained(packed_reasoner),

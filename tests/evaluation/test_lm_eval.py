@@ -1,7 +1,5 @@
 """lm-eval on a packed checkpoint: it measures what stock transformers gives on the same weights."""
 
-from __future__ import annotations
-
 import functools
 import json
 import sys
@@ -39,7 +37,7 @@ metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def models(tmp_path_factory) -> dict[str, Path]:
     """A tiny 2:4 model, stored dense and packed."""
     folder = tmp_path_factory.mktemp("models")
     model = tiny_model()
@@ -52,7 +50,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture
-def tasks(tmp_path: Path) -> Path:
+def tasks(tmp_path) -> Path:
     problems = tmp_path / "problems.jsonl"
     rows = [{"question": f"{a}+{b}=", "answer": a + b} for a in range(2) for b in range(3)]
     problems.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -79,9 +77,7 @@ def answers(out: Path) -> dict[str, list[Any]]:
     return responses
 
 
-def test_it_measures_the_weights_that_are_stored(
-    models: dict[str, Path], tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_measures_the_weights_that_are_stored(models, tasks, tmp_path, monkeypatch):
     from lm_eval.tasks import TaskManager
 
     # without the index of lm-eval's own 14,000 tasks, which takes 5 s
@@ -98,7 +94,7 @@ def test_it_measures_the_weights_that_are_stored(
     assert len({str(row) for row in dense["samples_rac_choice"]}) == 6
 
 
-def test_without_the_harness_it_says_what_installs_it(monkeypatch) -> None:
+def test_without_the_harness_it_says_what_installs_it(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["rac_modifier", "no_harness", "run"])
     with pytest.raises(SystemExit) as ended:
         main()

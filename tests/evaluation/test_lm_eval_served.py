@@ -1,8 +1,6 @@
 """Stock lm-eval asks `vllm serve` about a packed checkpoint, where there is a vLLM: the answers are
 those of transformers."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
@@ -44,7 +42,7 @@ def run(module: str, arguments: dict[str, Any], kind: str, out: Path) -> tuple[f
     return accuracy, [row["filtered_resps"][0] for row in rows]
 
 
-def test_served_answers_are_those_of_transformers(packed_reasoner: Path, tmp_path: Path) -> None:
+def test_served_answers_are_those_of_transformers(packed_reasoner, tmp_path):
     packed = packed_reasoner
     with served(packed, tmp_path / "log", "--reasoning-parser", "deepseek_r1") as url:
         there = {

@@ -1,7 +1,5 @@
 """The table of presets: figures as published, and columns as the page of the command has them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import get_args, get_type_hints
 

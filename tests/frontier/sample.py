@@ -1,7 +1,5 @@
 """Results of a frontier that nothing was run for, with texts that try to be more than text."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The page in a real browser: drawn, quiet, without a request, and with every text as text."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,7 +71,7 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def report(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("report")
     text = page([write_sample(folder / "a"), write_sample(folder / "b", rows=ROWS[:2])], 300)
     (folder / "report.html").write_text(text)
@@ -81,20 +79,20 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def shared(browser: Any, report: Path) -> Iterator[Opened]:
+def shared(browser, report) -> Iterator[Opened]:
     opened = Opened(browser, report)
     yield opened
     opened.page.close()
 
 
 @pytest.fixture
-def opened(shared: Opened) -> Iterator[Opened]:
+def opened(shared) -> Iterator[Opened]:
     shared.set("row", "50 %")
     yield shared
     shared.check()
 
 
-def test_everything_is_drawn(opened: Opened) -> None:
+def test_everything_is_drawn(opened):
     assert [text.partition(",")[0] for text in opened.texts(".charts figcaption")] == [
         "Accuracy",
         "KL from the dense model",
@@ -107,7 +105,7 @@ def test_everything_is_drawn(opened: Opened) -> None:
     assert opened.page.locator(".vega-actions a").count() == 2 * 8  # SVG and PNG of each chart
 
 
-def test_controls_are_set_in_all_charts(opened: Opened) -> None:
+def test_controls_are_set_in_all_charts(opened):
     opened.set("find", "INT4")
     assert (opened.marks(1), opened.marks(2)) == (2, 2)
     opened.set("find", "")
@@ -117,7 +115,7 @@ def test_controls_are_set_in_all_charts(opened: Opened) -> None:
     assert opened.marks(1) == len(ROWS)
 
 
-def test_a_mark_and_a_row_of_the_table_choose_a_row_and_a_point_a_problem(opened: Opened) -> None:
+def test_a_mark_and_a_row_of_the_table_choose_a_row_and_a_point_a_problem(opened):
     opened.study.locator(MARKS.format(1)).nth(2).click(force=True)
     assert opened.row == "2:4"
     opened.study.locator("tr[data-label='GPTQ int4']").click()
@@ -128,7 +126,7 @@ def test_a_mark_and_a_row_of_the_table_choose_a_row_and_a_point_a_problem(opened
     assert opened.study.locator(".problem").input_value() == "3"
 
 
-def test_the_tooltip_and_hostile_texts_stay_text(opened: Opened) -> None:
+def test_the_tooltip_and_hostile_texts_stay_text(opened):
     hostile = next(label for label, *_ in ROWS if HOSTILE in label)
     opened.study.locator(MARKS.format(2)).last.hover(force=True)
     tip = opened.page.locator("#vg-tooltip-element.visible")
@@ -142,7 +140,7 @@ def test_the_tooltip_and_hostile_texts_stay_text(opened: Opened) -> None:
     assert opened.texts(".answer")[1].endswith(HOSTILE[1:])
 
 
-def test_the_answers_next_to_each_other(opened: Opened) -> None:
+def test_the_answers_next_to_each_other(opened):
     opened.study.locator(".which").select_option("all")
     opened.study.locator(".problem").select_option("0")
     assert opened.study.locator(".answers mark").count() == 0, "problem 1 is answered alike"
@@ -167,9 +165,7 @@ def test_the_answers_next_to_each_other(opened: Opened) -> None:
 @pytest.mark.parametrize(
     ("scheme", "paper"), [("light", "rgb(255, 255, 255)"), ("dark", "rgb(23, 23, 23)")]
 )
-def test_a_narrow_page_in_light_and_dark_does_not_scroll_sideways(
-    browser: Any, report: Path, scheme: str, paper: str
-) -> None:
+def test_a_narrow_page_in_light_and_dark_does_not_scroll_sideways(browser, report, scheme, paper):
     narrow = Opened(browser, report, width=400, color_scheme=scheme)
     assert narrow.page.evaluate("getComputedStyle(document.body).backgroundColor") == paper
     assert narrow.page.evaluate("document.documentElement.scrollWidth") == 400

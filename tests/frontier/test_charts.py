@@ -1,7 +1,5 @@
 """The charts' specifications: what they show, and which rows no other row beats."""
 
-from __future__ import annotations
-
 import pytest
 
 from rac_modifier.frontier.charts import AXES, charts, points

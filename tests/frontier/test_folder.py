@@ -1,7 +1,5 @@
 """The folder of a frontier survives kills, and refuses what cannot be compared."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
@@ -20,7 +18,7 @@ def filled(path: Path) -> FrontierFolder:
     return folder
 
 
-def test_rows_and_traces_come_back(tmp_path: Path) -> None:
+def test_rows_and_traces_come_back(tmp_path):
     filled(tmp_path / "new" / "out")
     actual = FrontierFolder.read(tmp_path / "new" / "out")
     assert actual.about == {"version": 2, **ABOUT}
@@ -30,7 +28,7 @@ def test_rows_and_traces_come_back(tmp_path: Path) -> None:
     assert actual.traces("a") == [{"id": "1", "text": "ä"}]
 
 
-def test_results_of_another_version_are_refused(tmp_path: Path) -> None:
+def test_results_of_another_version_are_refused(tmp_path):
     filled(tmp_path)
     path = tmp_path / "frontier.json"
     path.write_text(path.read_text().replace('"version": 2', '"version": 1'))
@@ -39,7 +37,7 @@ def test_results_of_another_version_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("line", ["{", '{"version": 2, "label": 5}'])
-def test_a_damaged_line_is_named(tmp_path: Path, line: str) -> None:
+def test_a_damaged_line_is_named(tmp_path, line):
     filled(tmp_path)
     path = tmp_path / "rows.jsonl"
     path.write_text(path.read_text() + line + "\n")
@@ -47,14 +45,14 @@ def test_a_damaged_line_is_named(tmp_path: Path, line: str) -> None:
         FrontierFolder(tmp_path)
 
 
-def test_damaged_traces_are_named(tmp_path: Path) -> None:
+def test_damaged_traces_are_named(tmp_path):
     folder = filled(tmp_path)
     next((tmp_path / "traces").glob("a-*")).write_text('{"version": 2, "traces": 3}')
     with pytest.raises(RacError, match="remove the line of 'a' in rows"):
         folder.traces("a")
 
 
-def test_a_folder_of_another_evaluation_is_refused(tmp_path: Path) -> None:
+def test_a_folder_of_another_evaluation_is_refused(tmp_path):
     filled(tmp_path)
     words = r'another evaluation \(\{"problems": 3\} there, \{"problems": 4\} now\)'
     with FrontierFolder(tmp_path) as folder, pytest.raises(RacError, match=words):
@@ -64,7 +62,7 @@ def test_a_folder_of_another_evaluation_is_refused(tmp_path: Path) -> None:
         FrontierFolder(tmp_path)
 
 
-def test_a_second_writer_is_refused_and_one_that_waited_keeps_all_rows(tmp_path: Path) -> None:
+def test_a_second_writer_is_refused_and_one_that_waited_keeps_all_rows(tmp_path):
     late = FrontierFolder(tmp_path)
     filled(tmp_path)
     with FrontierFolder(tmp_path), pytest.raises(RacError, match="in use by another rac frontier"):
@@ -74,7 +72,7 @@ def test_a_second_writer_is_refused_and_one_that_waited_keeps_all_rows(tmp_path:
     assert [row["label"] for row in FrontierFolder(tmp_path).rows] == ["a", "b/ü", "late"]
 
 
-def test_a_folder_without_results_or_that_cannot_be_written(tmp_path: Path) -> None:
+def test_a_folder_without_results_or_that_cannot_be_written(tmp_path):
     with pytest.raises(RacError, match="holds no results of rac frontier; make them with"):
         FrontierFolder.read(tmp_path)
     (tmp_path / "file").touch()
@@ -82,7 +80,7 @@ def test_a_folder_without_results_or_that_cannot_be_written(tmp_path: Path) -> N
         FrontierFolder(tmp_path / "file").__enter__()
 
 
-def test_names_of_files_keep_labels_apart() -> None:
+def test_names_of_files_keep_labels_apart():
     names = {slug(label) for label in ("2:4", "2-4", "50 %", "50", "../x", "ü" * 300, "")}
     assert len(names) == 7
     assert all(len(name) <= 70 and "/" not in name and ".." not in name for name in names)

@@ -1,9 +1,5 @@
 """A model measured next to its dense model, compared with plain loops; bytes against sums."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -98,7 +94,7 @@ class DropsTheFirstSpace:
         return "".join(self.words[i] for i in ids).replace("▁", " ").removeprefix(" ")
 
 
-def test_the_pieces_are_the_text_token_by_token() -> None:
+def test_the_pieces_are_the_text_token_by_token():
     """A character of several tokens belongs to the last one; the last may be half of one."""
     tokenizer = byte_tokenizer()
     for text in ("", "abc", "naïve 漢字 🙂!", "🙂🙂"):
@@ -109,7 +105,7 @@ def test_the_pieces_are_the_text_token_by_token() -> None:
     assert pieces_of(DropsTheFirstSpace(), [0, 1, 2, 1]) == ["a", " b", "c", " b"]
 
 
-def test_where_two_answers_part_and_where_a_loop_begins() -> None:
+def test_where_two_answers_part_and_where_a_loop_begins():
     tokenizer = byte_tokenizer()
     end = tokenizer.eos_token_id
     dense = Generation((*tokenizer.encode("<think>ü1</think>2"), end), "stop")
@@ -131,7 +127,7 @@ def test_where_two_answers_part_and_where_a_loop_begins() -> None:
     assert equal["loop"] is None
 
 
-def test_every_tensor_is_counted_once_and_by_what_it_holds(tmp_path: Path) -> None:
+def test_every_tensor_is_counted_once_and_by_what_it_holds(tmp_path):
     bf16 = torch.bfloat16
     tensors = {
         "model.embed_tokens.weight": torch.zeros(10, 4, dtype=bf16),  # 80

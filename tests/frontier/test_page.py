@@ -1,7 +1,5 @@
 """The page as text: it asks for nothing, and texts of models stay text. See test_browser.py."""
 
-from __future__ import annotations
-
 import base64
 import gzip
 import hashlib
@@ -42,7 +40,7 @@ def studies_of(text: str) -> Any:
     return json.loads(gzip.decompress(base64.b64decode(packed)))
 
 
-def test_the_page_has_its_scripts_no_address_and_a_policy_that_allows_no_more(tmp_path) -> None:
+def test_the_page_has_its_scripts_no_address_and_a_policy_that_allows_no_more(tmp_path):
     text = page([write_sample(tmp_path / "a")], 300)
     parsed = Parsed(text)
     tags = [name for name, _ in parsed.tags]
@@ -63,7 +61,7 @@ def test_the_page_has_its_scripts_no_address_and_a_policy_that_allows_no_more(tm
     assert len(text.encode()) < 1_000_000
 
 
-def test_figures_and_answers_are_those_of_the_folder(tmp_path) -> None:
+def test_figures_and_answers_are_those_of_the_folder(tmp_path):
     about = {**ABOUT, "evaluation": {**ABOUT["evaluation"], "temperature": 0.6}}
     text = page([write_sample(tmp_path / "a", about)], 300)
     assert "same 4 held-out problems, temperature 0.6, at most 50 new tokens" in text
@@ -83,12 +81,12 @@ def test_figures_and_answers_are_those_of_the_folder(tmp_path) -> None:
     assert (own["same_tokens"], own["kind"], own["loop"], own["tokens"]) == (3, "looping", 12, 4)
 
 
-def test_digits_of_divergence() -> None:
+def test_digits_of_divergence():
     digits = [kl_digit(kl) for kl in (0.0, 0.00099, 0.001, 0.01, 0.1, 1.0, 10.0, 1e9)]
     assert digits == list("0019irzz")
 
 
-def test_a_page_of_many_answers_fits_or_is_refused(tmp_path: Path) -> None:
+def test_a_page_of_many_answers_fits_or_is_refused(tmp_path):
     """Words of random letters pack worse than chains of thought; 300 tokens per answer, 2 rows."""
     folder = write_sample(tmp_path, rows=ROWS[:1], problems=1)
     rng = random.Random(0)
@@ -111,7 +109,7 @@ def test_a_page_of_many_answers_fits_or_is_refused(tmp_path: Path) -> None:
     assert len(page([folder], 50).encode()) < MOST_BYTES == 1_500_000
 
 
-def test_without_altair_the_error_says_what_to_install(monkeypatch) -> None:
+def test_without_altair_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(RacError, match=r"pip install 'rac-modifier\[eval\]'"):
         page([Path("x")], 1)

@@ -1,7 +1,5 @@
 """A grid row by row: what is finished is not done again, wherever the run was stopped."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -66,7 +64,7 @@ class Bench:
 
 
 @pytest.fixture
-def bench(tmp_path: Path, tiny_folder: Path) -> Bench:
+def bench(tmp_path, tiny_folder) -> Bench:
     return Bench(tmp_path, tiny_folder)
 
 
@@ -81,7 +79,7 @@ def comparable(rows: list[dict]) -> list[dict]:
     return rows
 
 
-def test_every_row_is_compressed_and_measured_once(bench: Bench) -> None:
+def test_every_row_is_compressed_and_measured_once(bench):
     rows = bench.run()
     assert [row["label"] for row in rows] == ["dense", "a", "b", "c"]
     compressed = [step for step in bench.did if "compress" in step]
@@ -99,14 +97,12 @@ def test_every_row_is_compressed_and_measured_once(bench: Bench) -> None:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+def undisturbed(tiny_folder, tmp_path_factory) -> list[dict]:
     return comparable(Bench(tmp_path_factory.mktemp("undisturbed"), tiny_folder).run(ROWS[:2]))
 
 
 @pytest.mark.parametrize("step", ["load dense", "compress a", "load a"])
-def test_a_run_that_is_stopped_anywhere_ends_as_an_undisturbed_one(
-    bench: Bench, undisturbed, step: str
-) -> None:
+def test_a_run_that_is_stopped_anywhere_ends_as_an_undisturbed_one(bench, undisturbed, step):
     bench.stop_at = step
     with pytest.raises(KeyboardInterrupt):
         bench.run(ROWS[:2])
@@ -115,7 +111,7 @@ def test_a_run_that_is_stopped_anywhere_ends_as_an_undisturbed_one(
     assert sum("compress" in did for did in bench.did) == 2 + step.startswith("compress")
 
 
-def test_a_new_row_is_added_and_a_changed_one_is_refused(bench: Bench) -> None:
+def test_a_new_row_is_added_and_a_changed_one_is_refused(bench):
     bench.run(ROWS[:1])
     added = planned("b", store=str(bench.dense / "traces.jsonl"))
     rows = bench.run([added])
@@ -135,9 +131,7 @@ def result(label: str) -> EvalResult:
     return summarise(rows, label=label, seconds=1.0, sampling=sampling)
 
 
-def test_a_compressed_model_that_cannot_be_served_has_a_reason_and_a_dense_one_stops_the_run(
-    bench: Bench,
-) -> None:
+def test_a_compressed_model_that_cannot_be_served_has_a_reason_and_a_dense_one_stops_the_run(bench):
     """The dense model is served before it is loaded: it would not fit next to its own server."""
     broken = {"dense"}
 

@@ -1,7 +1,5 @@
 """A backend as a third one would be: three functions, and a layout of its own."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

@@ -1,7 +1,5 @@
 """The one place that chooses a backend: built in, from an entry point, or none with the reason."""
 
-from __future__ import annotations
-
 import inspect
 from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path

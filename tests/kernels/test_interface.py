@@ -1,7 +1,5 @@
 """A layer's numbers, and decisions as values."""
 
-from __future__ import annotations
-
 import torch
 
 from rac_modifier.checkpoint.stored_weight import from_dense

@@ -1,7 +1,5 @@
 """The decisions for a whole checkpoint, ahead of serving."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from tests.checkpoint.test_stored_weight import random_weight
 
 
 @pytest.fixture(autouse=True)
-def avx2(monkeypatch: pytest.MonkeyPatch) -> None:
+def avx2(monkeypatch) -> None:
     """A machine with AVX2."""
     monkeypatch.setattr(cpu, "machine_support", lambda: Support("avx2", "a test's"))
 

@@ -1,7 +1,5 @@
 """A tiny model quantized by upstream, and what a file of codes holds, read again for the tests."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

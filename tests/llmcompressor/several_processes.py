@@ -6,8 +6,6 @@ a folder of recipes, and a mixture of experts. Processes that are killed kill th
 reach a given point, so no scenario depends on time. Prints exit codes by scenario as JSON.
 """
 
-from __future__ import annotations
-
 import gc
 import json
 import os

@@ -1,7 +1,5 @@
 """What a run that was killed goes on from, what it refuses, and where it writes."""
 
-from __future__ import annotations
-
 import shutil
 from hashlib import sha256
 from pathlib import Path

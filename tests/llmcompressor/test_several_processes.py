@@ -1,7 +1,5 @@
 """Pruning in several processes over gloo: the bits of one, killed or not, and one clear end."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

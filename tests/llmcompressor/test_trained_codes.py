@@ -1,7 +1,5 @@
 """Codes that recovery trains: of a checkpoint, and of other modifiers."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

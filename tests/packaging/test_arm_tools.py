@@ -1,7 +1,5 @@
 """scripts/arm_tools.sh with a package manager that only writes down what it was asked for."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess
@@ -27,7 +25,7 @@ touch "$3/usr/bin/qemu-aarch64" "$3/usr/bin/qemu-x86_64" "$3/usr/bin/qemu-riscv6
 
 
 @pytest.fixture
-def machine(tmp_path: Path):
+def machine(tmp_path):
     """A PATH with what the script uses, no compiler and no emulator. Runs it as the user of this
     number."""
     bin = tmp_path / "bin"

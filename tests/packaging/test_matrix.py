@@ -1,7 +1,5 @@
 """The parts of scripts/matrix.py that need no environments."""
 
-from __future__ import annotations
-
 import tomllib
 from pathlib import Path
 

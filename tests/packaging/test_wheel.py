@@ -4,8 +4,6 @@ compiler, which is quick.
 `make test-dist` installs both in environments of their own.
 """
 
-from __future__ import annotations
-
 import configparser
 import email
 import os
@@ -39,7 +37,7 @@ def build(kind: str, source: Path, out: Path, **environment: str) -> Path:
 
 
 @pytest.fixture(scope="session")
-def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sdist(tmp_path_factory) -> Path:
     """Built from a copy, since building writes into the source tree."""
     clone = tmp_path_factory.mktemp("clone")
     for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
@@ -50,7 +48,7 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def unpacked(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def unpacked(sdist, tmp_path_factory) -> Path:
     """The sdist's source tree."""
     folder = tmp_path_factory.mktemp("unpacked")
     with tarfile.open(sdist) as archive:
@@ -60,19 +58,19 @@ def unpacked(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def wheel(unpacked: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def wheel(unpacked, tmp_path_factory) -> Path:
     return build("wheel", unpacked, tmp_path_factory.mktemp("wheel"), **NO_COMPILER)
 
 
 @pytest.fixture(scope="session")
-def names(wheel: Path) -> set[str]:
+def names(wheel) -> set[str]:
     """The files of the wheel."""
     with zipfile.ZipFile(wheel) as archive:
         return {name for name in archive.namelist() if not name.endswith("/")}
 
 
 @pytest.fixture(scope="session")
-def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def installed(wheel, tmp_path_factory) -> Path:
     """The wheel's files in a folder with a space in its name; not to be written to."""
     folder = tmp_path_factory.mktemp("site packages")
     with zipfile.ZipFile(wheel) as archive:

@@ -1,7 +1,5 @@
 """The plain algorithms in float64, a weight or a column at a time, and tolerances of rounding."""
 
-from __future__ import annotations
-
 import itertools
 import math
 

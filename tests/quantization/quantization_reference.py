@@ -1,7 +1,5 @@
 """Problems of pruned weights on a grid, and the slow ways to round them, in float64."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

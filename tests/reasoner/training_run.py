@@ -1,7 +1,5 @@
 """A run of training/train_reasoner.py in a fork; forked.py starts it."""
 
-from __future__ import annotations
-
 import runpy
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A tiny dense model, a sparse copy of it, and traces for both."""
 
-from __future__ import annotations
-
 import copy
 import hashlib
 from typing import Any

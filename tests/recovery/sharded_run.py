@@ -1,7 +1,5 @@
 """What test_student.py starts in each of two processes."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What is trained and in which dtype, recomputed layers, and shards of parameters and batches."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
@@ -119,7 +117,7 @@ def test_sequences_of_a_batch_are_shared_and_all_run_as_many_batches(count):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory) -> Path:
     """What two processes with gloo left (sharded_run.py)."""
     folder = tmp_path_factory.mktemp("sharded")
     ends = started_forks(sharded_run.main, [str(folder)], folder)

@@ -1,7 +1,5 @@
 """Every setting of pruning changes the result. A new setting needs a row in PRUNED."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from pathlib import Path
@@ -80,7 +78,7 @@ def pruned(model: Path, settings: dict[str, Any], save_to: Path) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PRUNED)
-def test_a_setting_changes_the_result(name: str, models, results, tmp_path, monkeypatch):
+def test_a_setting_changes_the_result(name, models, results, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     value, changes = PRUNED[name]
     model = models / ("experts" if name.startswith("expert") else "dense")

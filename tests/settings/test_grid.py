@@ -1,10 +1,6 @@
 """Grids of recipes: what they share, what they set, and every mistake named before anything
 runs."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import pytest
 import yaml
 
@@ -150,7 +146,7 @@ def test_what_has_no_effect_on_such_a_row_is_refused():
 
 
 @pytest.mark.parametrize("name", grid_names())
-def test_shipped_grids_can_be_run(name: str):
+def test_shipped_grids_can_be_run(name):
     planned = plan_rows(load_grid(name), name)
     assert len({run.label for run in planned}) == len(planned) >= 4
     assert load_grid(name).evaluation.serve == (name in ("r1_distill_1_5b", "served"))
@@ -170,7 +166,7 @@ def test_shipped_grids_can_be_run(name: str):
         ("- 1", "must be a valid dictionary"),
     ],
 )
-def test_a_file_that_is_no_grid(tmp_path: Path, text: str, says: str):
+def test_a_file_that_is_no_grid(tmp_path, text, says):
     (tmp_path / "grid.yaml").write_text(text)
     with pytest.raises(RacError) as caught:
         load_grid(tmp_path / "grid.yaml")

@@ -1,8 +1,6 @@
 """Recipes that are named without a path, and YAML that could hang, hide a setting or change its
 type."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,12 +1,10 @@
 """What the plugin logs, for the tests of this folder."""
 
-from __future__ import annotations
-
 import pytest
 
 
 @pytest.fixture
-def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def said(monkeypatch) -> list[str]:
     """The lines; vLLM configures logging anew in each engine, which drops handlers."""
     from rac_modifier.vllm_plugin import config
 

@@ -1,7 +1,5 @@
 """Each kind of vLLM's linear layers, each form of a stored weight, and loading weights."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """Weights as compressed-tensors, GPTQ and AWQ store them, with their `quantization_config`."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """The config: whose checkpoints, the method of each layer, what is read before loading."""
 
-from __future__ import annotations
-
 import copy
 from types import SimpleNamespace
 
@@ -12,37 +10,32 @@ from tests.vllm_plugin.vllm_fixtures import needs_vllm, on_rank
 
 needs_vllm()
 
-from vllm.model_executor.layers import linear  # noqa: E402
-from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (  # noqa: E402
+from vllm.model_executor.layers import linear
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
     CompressedTensorsLinearMethod,
 )
-from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (  # noqa: E402
+from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
     CompressedTensorsWNA16,
 )
-from vllm.model_executor.layers.vocab_parallel_embedding import (  # noqa: E402
+from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
     VocabParallelEmbedding,
 )
-from vllm.model_executor.models.utils import WeightsMapper  # noqa: E402
+from vllm.model_executor.models.utils import WeightsMapper
 
-from rac_modifier.checkpoint.quantization_config import with_int8_activations, with_packed  # noqa: E402
-from rac_modifier.errors import RacError  # noqa: E402
-from rac_modifier.kernels.cpu import operator  # noqa: E402
-from rac_modifier.kernels.cpu.support import Support  # noqa: E402
-from rac_modifier.kernels.interface import Decision, stay_dense  # noqa: E402
-from rac_modifier.vllm_plugin import config as plugin_config  # noqa: E402
-from rac_modifier.vllm_plugin.config import LoadReport, RacConfig  # noqa: E402
-from rac_modifier.vllm_plugin.layouts import CodesLayout, PackedLayout, WordsLayout  # noqa: E402
-from rac_modifier.vllm_plugin.linear import RacLinearMethod  # noqa: E402
-from rac_modifier.vllm_plugin.vocabulary import VocabularyMethod  # noqa: E402
-from tests.vllm_plugin.layer_kinds import make  # noqa: E402
-from tests.vllm_plugin.stored_forms import (  # noqa: E402
-    awq_config,
-    gptq_config,
-    quantization,
-    quantized_sparse,
-)
-from tests.vllm_plugin.test_layouts import group  # noqa: E402
+from rac_modifier.checkpoint.quantization_config import with_int8_activations, with_packed
+from rac_modifier.errors import RacError
+from rac_modifier.kernels.cpu import operator
+from rac_modifier.kernels.cpu.support import Support
+from rac_modifier.kernels.interface import Decision, stay_dense
+from rac_modifier.vllm_plugin import config as plugin_config
+from rac_modifier.vllm_plugin.config import LoadReport, RacConfig
+from rac_modifier.vllm_plugin.layouts import CodesLayout, PackedLayout, WordsLayout
+from rac_modifier.vllm_plugin.linear import RacLinearMethod
+from rac_modifier.vllm_plugin.vocabulary import VocabularyMethod
+from tests.vllm_plugin.layer_kinds import make
+from tests.vllm_plugin.stored_forms import awq_config, gptq_config, quantization, quantized_sparse
+from tests.vllm_plugin.test_layouts import group
 
 PACKED = with_packed({}, "sparse-bitmask", {"model.a": "unstructured"}, ["lm_head"])[
     "quantization_config"

@@ -1,7 +1,5 @@
 """Packed experts, compared with one token and expert at a time in float64."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,17 +12,17 @@ from tests.vllm_plugin.vllm_fixtures import needs_vllm, without_kernels
 
 needs_vllm()
 
-from vllm.model_executor.layers.fused_moe.activation import MoEActivation  # noqa: E402
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 
-from rac_modifier.checkpoint.formats import FORMAT_24, FORMAT_BITMASK, FORMATS  # noqa: E402
-from rac_modifier.errors import RacError  # noqa: E402
-from rac_modifier.kernels.choose import BACKENDS  # noqa: E402
-from rac_modifier.kernels.cpu.support import support  # noqa: E402
-from rac_modifier.vllm_plugin import experts  # noqa: E402
-from rac_modifier.vllm_plugin.experts import RacExpertsMethod  # noqa: E402
-from rac_modifier.vllm_plugin.layouts import PackedLayout  # noqa: E402
-from tests.vllm_plugin.stored_forms import quantize, quantized_sparse  # noqa: E402
-from tests.vllm_plugin.test_layouts import packed  # noqa: E402
+from rac_modifier.checkpoint.formats import FORMAT_24, FORMAT_BITMASK, FORMATS
+from rac_modifier.errors import RacError
+from rac_modifier.kernels.choose import BACKENDS
+from rac_modifier.kernels.cpu.support import support
+from rac_modifier.vllm_plugin import experts
+from rac_modifier.vllm_plugin.experts import RacExpertsMethod
+from rac_modifier.vllm_plugin.layouts import PackedLayout
+from tests.vllm_plugin.stored_forms import quantize, quantized_sparse
+from tests.vllm_plugin.test_layouts import packed
 
 pytestmark = pytest.mark.skipif(support().isa is None, reason=support().reason)
 EXPERTS, HIDDEN, WIDTH, CHOSEN = 5, 64, 96, 2

@@ -1,7 +1,5 @@
 """Which checkpoints are ours, which of their layers are compressed, and how readers read them."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
@@ -11,15 +9,15 @@ from tests.vllm_plugin.vllm_fixtures import needs_vllm, on_rank
 
 needs_vllm()
 
-from vllm.model_executor.layers.quantization import auto_awq  # noqa: E402
-from vllm.model_executor.layers.quantization.utils.quant_utils import (  # noqa: E402
+from vllm.model_executor.layers.quantization import auto_awq
+from vllm.model_executor.layers.quantization.utils.quant_utils import (
     unpack_quantized_values_into_int32,
 )
-from vllm.scalar_type import scalar_types  # noqa: E402
+from vllm.scalar_type import scalar_types
 
-from rac_modifier.checkpoint.quantization_config import with_packed  # noqa: E402
-from rac_modifier.errors import RacError  # noqa: E402
-from rac_modifier.vllm_plugin.layouts import (  # noqa: E402
+from rac_modifier.checkpoint.quantization_config import with_packed
+from rac_modifier.errors import RacError
+from rac_modifier.vllm_plugin.layouts import (
     CodesLayout,
     CodesReader,
     Layout,
@@ -27,9 +25,9 @@ from rac_modifier.vllm_plugin.layouts import (  # noqa: E402
     WordsLayout,
     is_packed,
 )
-from tests.checkpoint.gptq_awq_tensors import awq, drawn, gptq  # noqa: E402
-from tests.vllm_plugin.layer_kinds import FORMS, K  # noqa: E402
-from tests.vllm_plugin.stored_forms import awq_config, gptq_config, quantization  # noqa: E402
+from tests.checkpoint.gptq_awq_tensors import awq, drawn, gptq
+from tests.vllm_plugin.layer_kinds import FORMS, K
+from tests.vllm_plugin.stored_forms import awq_config, gptq_config, quantization
 
 INPUTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
 LINEAR = torch.nn.Linear(96, 64)

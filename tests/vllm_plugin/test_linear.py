@@ -1,7 +1,5 @@
 """Each kind of vLLM's linear layers in each stored form, compared with vLLM's own sharding."""
 
-from __future__ import annotations
-
 import inspect
 
 import pytest
@@ -13,14 +11,14 @@ from tests.vllm_plugin.vllm_fixtures import needs_vllm, on_rank, without_kernels
 
 needs_vllm()
 
-from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase  # noqa: E402
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
-from rac_modifier.checkpoint.formats import FORMAT_24, FORMAT_BITMASK  # noqa: E402
-from rac_modifier.checkpoint.formats import FORMATS as PACKED  # noqa: E402
-from rac_modifier.errors import RacError  # noqa: E402
-from rac_modifier.kernels.choose import BACKENDS  # noqa: E402
-from rac_modifier.kernels.cpu.support import library_and_isa, support  # noqa: E402
-from tests.vllm_plugin.layer_kinds import (  # noqa: E402
+from rac_modifier.checkpoint.formats import FORMAT_24, FORMAT_BITMASK
+from rac_modifier.checkpoint.formats import FORMATS as PACKED
+from rac_modifier.errors import RacError
+from rac_modifier.kernels.choose import BACKENDS
+from rac_modifier.kernels.cpu.support import library_and_isa, support
+from tests.vllm_plugin.layer_kinds import (
     FORMS,
     KINDS,
     K,
@@ -33,7 +31,7 @@ from tests.vllm_plugin.layer_kinds import (  # noqa: E402
     weights_of,
     words,
 )
-from tests.vllm_plugin.stored_forms import quantize  # noqa: E402
+from tests.vllm_plugin.stored_forms import quantize
 
 needs_kernel = pytest.mark.skipif(support().isa in (None, "portable"), reason=support().reason)
 

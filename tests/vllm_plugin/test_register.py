@@ -1,7 +1,5 @@
 """The entry point: light to import, registers once, and never stops a server."""
 
-from __future__ import annotations
-
 import logging
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """One test per place where the plugin depends on vLLM, named after it."""
 
-from __future__ import annotations
-
 import dataclasses
 import importlib.metadata
 import inspect
@@ -13,14 +11,14 @@ from tests.vllm_plugin.vllm_fixtures import needs_vllm, save_model
 
 needs_vllm()
 
-from vllm.model_executor.layers import linear, quantization  # noqa: E402
+from vllm.model_executor.layers import linear, quantization
 
-from rac_modifier.checkpoint.quantization_config import with_packed  # noqa: E402
-from rac_modifier.errors import RacError  # noqa: E402
-from rac_modifier.files import read_json  # noqa: E402
-from rac_modifier.vllm_plugin.config import RacConfig  # noqa: E402
-from rac_modifier.vllm_plugin.layouts import PackedLayout  # noqa: E402
-from rac_modifier.vllm_plugin.register import METHOD, register  # noqa: E402
+from rac_modifier.checkpoint.quantization_config import with_packed
+from rac_modifier.errors import RacError
+from rac_modifier.files import read_json
+from rac_modifier.vllm_plugin.config import RacConfig
+from rac_modifier.vllm_plugin.layouts import PackedLayout
+from rac_modifier.vllm_plugin.register import METHOD, register
 
 PACKED = with_packed({}, "sparse-bitmask", {"model.a": "unstructured"}, ["lm_head"])[
     "quantization_config"

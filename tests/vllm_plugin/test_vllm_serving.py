@@ -1,7 +1,5 @@
 """Tiny models of each stored form served by vLLM."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -15,12 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.vllm_plugin.stored_forms import (
-    int4,
-    quantization,
-    stored_words,
-    words_config,
-)
+from tests.vllm_plugin.stored_forms import int4, quantization, stored_words, words_config
 from tests.vllm_plugin.vllm_fixtures import (
     engine,
     generated,
@@ -36,9 +29,9 @@ from tests.vllm_plugin.vllm_fixtures import (
 
 needs_vllm()
 
-from rac_modifier.checkpoint.hf_quantizer import load_model  # noqa: E402
-from rac_modifier.checkpoint.packing import mark_dense  # noqa: E402
-from rac_modifier.kernels.cpu.support import support  # noqa: E402
+from rac_modifier.checkpoint.hf_quantizer import load_model
+from rac_modifier.checkpoint.packing import mark_dense
+from rac_modifier.kernels.cpu.support import support
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]

@@ -1,7 +1,5 @@
 """Heads and embeddings that a checkpoint has in int8 or int4: alone, and as shards of ranks."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 
@@ -9,15 +7,15 @@ from tests.vllm_plugin.vllm_fixtures import needs_vllm, on_rank, without_kernels
 
 needs_vllm()
 
-from vllm.model_executor.layers.vocab_parallel_embedding import (  # noqa: E402
+from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
     VocabParallelEmbedding,
 )
 
-from rac_modifier.errors import RacError  # noqa: E402
-from rac_modifier.kernels.cpu.support import support  # noqa: E402
-from rac_modifier.vllm_plugin.config import RacConfig  # noqa: E402
-from tests.vllm_plugin.stored_forms import int4, quantization  # noqa: E402
+from rac_modifier.errors import RacError
+from rac_modifier.kernels.cpu.support import support
+from rac_modifier.vllm_plugin.config import RacConfig
+from tests.vllm_plugin.stored_forms import int4, quantization
 
 ROWS, COLUMNS = 70, 64  # vLLM pads the rows to 128
 SCHEMES = ["int4", "int4 per row", "int4 asymmetric", "int8", "int8 in words", "int8 in groups"]

@@ -1,7 +1,5 @@
 """Shared by the tests that need vLLM."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Each instruction set as a fixture."""
 
-from __future__ import annotations
-
 import platform
 from pathlib import Path
 
@@ -27,25 +25,25 @@ def _decided_anew_afterwards():
 
 
 @pytest.fixture(scope="session")
-def native_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def native_path(tmp_path_factory) -> Path:
     """Build the library as it is installed."""
     return setup_library(tmp_path_factory.mktemp("native"))
 
 
 @pytest.fixture(scope="session")
-def emulated_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def emulated_path(tmp_path_factory) -> Path:
     """Build the library on emulated_intrinsics.h."""
     return emulated_library(tmp_path_factory.mktemp("emulated"))
 
 
 @pytest.fixture(params=KERNELS)
-def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def kernel(request, monkeypatch) -> str:
     """Run the calls of a test on each kernel."""
     return use_kernel(request, monkeypatch)
 
 
 @pytest.fixture(params=[name for name in KERNELS if name not in OTHERS_FLOATS])
-def float_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def float_kernel(request, monkeypatch) -> str:
     """Run the calls of a test on each kernel with a matmul of floats."""
     return use_kernel(request, monkeypatch)
 
@@ -62,6 +60,6 @@ def use_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.fixture
-def best(native_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def best(native_path, monkeypatch) -> None:
     """Use the best kernel of this machine, for what does not depend on the instruction set."""
     take(native_path, None, monkeypatch)

@@ -1,7 +1,5 @@
 """Shared by the kernel tests: compiling csrc/ without installing, random packed weights."""
 
-from __future__ import annotations
-
 import fcntl
 import hashlib
 import os

@@ -3,8 +3,6 @@
 AVX512 and AMX are emulated, so that the sanitizers see their memory accesses.
 """
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """How the library is built. tests/packaging/test_wheel.py has the build by setup.py."""
 
-from __future__ import annotations
-
 import platform
 import shutil
 import subprocess

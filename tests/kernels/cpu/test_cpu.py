@@ -1,7 +1,5 @@
 """The CPU backend: encodings, decisions, and packing compared with the dense weight."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """Integer weights of every form, on every kernel."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """The compiled library: which files are accepted, and what a refusal of its functions becomes."""
 
-from __future__ import annotations
-
 import re
 
 import pytest
@@ -47,7 +45,7 @@ def test_a_library_of_another_version_is_a_reason(tmp_path, monkeypatch, best, s
 
 
 @pytest.fixture
-def weight(best: None) -> Packed:
+def weight(best) -> Packed:
     return sparse(random_mask(20, 40, 0.5), torch.bfloat16)[1]
 
 

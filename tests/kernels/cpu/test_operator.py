@@ -1,7 +1,5 @@
 """The operators compared with float64 on every instruction set, in C++ and in Python."""
 
-from __future__ import annotations
-
 import importlib
 import sys
 from dataclasses import replace

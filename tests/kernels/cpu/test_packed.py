@@ -1,7 +1,5 @@
 """Packing and unpacking, and data that was damaged or forged."""
 
-from __future__ import annotations
-
 import struct
 
 import pytest

@@ -4,8 +4,6 @@ emulates.
 qemu stops a program at an instruction that its processor lacks. It has no AVX512 and no AMX.
 """
 
-from __future__ import annotations
-
 import os
 import platform
 import shutil

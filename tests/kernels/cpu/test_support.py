@@ -1,7 +1,5 @@
 """What is said about this machine, RAC_KERNEL, and which operator torch has."""
 
-from __future__ import annotations
-
 import platform
 from pathlib import Path
 
