@@ -11,6 +11,7 @@ from bench.common import add_common
 SUITES = (
     "accuracy",
     "formats",
+    "schemes",
     "time",
     "kernels",
     "serving",

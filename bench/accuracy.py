@@ -10,7 +10,16 @@ import itertools
 from typing import Any
 
 from bench.common import save
-from bench.grid import COLUMNS, MIXTURES, OURS, VARIANTS, calibrated_on, cells, pattern, run_grid
+from bench.grid import (
+    CALIBRATIONS,
+    COLUMNS,
+    OURS,
+    VARIANTS,
+    calibrated_on,
+    cells,
+    pattern,
+    run_grid,
+)
 from bench.models import SUBJECTS
 
 TINY: dict[str, Any] = {
@@ -28,7 +37,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this suite."""
     parser.add_argument("--model", choices=SUBJECTS, default="reasoner")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["paper", "quality"])
-    parser.add_argument("--calibrations", nargs="+", choices=MIXTURES, default=["traces"])
+    parser.add_argument("--calibrations", nargs="+", choices=CALIBRATIONS, default=["traces"])
     parser.add_argument("--patterns", nargs="+", default=["0.5", "0.7", "2:4"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--tokens", type=int, default=32768, help="of calibration")
@@ -43,7 +52,7 @@ def run(options: argparse.Namespace) -> None:
         {
             "label": f"{share}, {variant}, {kind}",
             "recipe": {OURS: {**pattern(share), **VARIANTS[variant]}},
-            "set": calibrated_on(kind),
+            "set": calibrated_on(kind, subject),
             "seeds": options.seeds,
         }
         for share, variant, kind in itertools.product(

@@ -21,7 +21,7 @@ import torch
 import yaml
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from bench.common import child, save
 from bench.gguf_rows import GGUF, IMATRIX, quantized_by_llama_cpp
@@ -69,10 +69,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Measure the rows that are missing, and write the table of all rows."""
     subject = float32_copy(options.model, options.work, options.cap)
-    calibration = {**subject.shared.get("calibration", {}), "tokens": options.tokens}
-    shared = {**subject.shared, "calibration": {**calibration, "held_out_tokens": 0}}
-    grid = Grid(shared=shared, rows=yaml.safe_load(FORMATS.read_text())["rows"])
-    recipes = {row.label: row.recipe for row in plan_rows(grid, str(FORMATS))}
+    recipes = recipes_of(subject, options.tokens, yaml.safe_load(FORMATS.read_text())["rows"])
     labels = options.labels or [*recipes, *GGUF]
     if unknown := set(labels) - {*recipes, *GGUF}:
         raise SystemExit(f"--labels: {sorted(unknown)} are no rows; there are {[*recipes, *GGUF]}")
@@ -103,6 +100,15 @@ def run(options: argparse.Namespace) -> None:
     names = ("sampled", "sampled outside", "greedy")
     rows = [[label, row["bits"], *(row[name] for name in names)] for label, row in finished.items()]
     save(options.out, f"formats_{options.model}", subject.name, COLUMNS, rows)
+
+
+def recipes_of(
+    subject: Subject, tokens: int, rows: list[dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Return the checked recipe of each row by its label, as `rac frontier` plans them."""
+    calibration = {**subject.shared.get("calibration", {}), "tokens": tokens}
+    shared = {**subject.shared, "calibration": {**calibration, "held_out_tokens": 0}}
+    return {row.label: row.recipe for row in plan_rows(Grid(shared=shared, rows=rows), "bench")}
 
 
 def bits_per_weight(folder: Path, model: Any) -> float:
@@ -138,11 +144,20 @@ def traces(subject: Subject) -> list[list[int]]:
 
 
 def load(folder: Path, dense: Path) -> Any:
-    """Load a checkpoint's weights into a float32 model of the dense architecture."""
+    """Load a checkpoint as a float32 model, with quantized activations where it has them.
+
+    Other checkpoints become a plain model of the dense architecture.
+    """
     import rac_modifier  # noqa: F401
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    scheme = getattr(AutoConfig.from_pretrained(folder), "quantization_config", {})
+    blocks = scheme.get("format", "").startswith(("nvfp", "mxfp"))  # these load in bfloat16 alone
+    dtype = torch.bfloat16 if blocks else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     model(torch.tensor([[0]]))  # compressed-tensors unpacks in the first call
+    schemes = [getattr(module, "quantization_scheme", None) for module in model.modules()]
+    if any(scheme and scheme.input_activations for scheme in schemes):
+        return nn.Module.float(model).eval()  # transformers refuses .float() of such a model
     plain = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
     weights = model.state_dict()
     plain.load_state_dict({name: weights[name] for name in plain.state_dict()})

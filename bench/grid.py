@@ -15,11 +15,7 @@ from bench.common import RAC
 from bench.models import Subject
 
 OURS = "ReasoningAwareSparseGPTModifier"
-MIXTURES: dict[str, dict[str, float]] = {
-    "traces": {},
-    "prompts": {"prompts": 1.0},
-    "generic": {"generic": 1.0},
-}
+CALIBRATIONS = ("traces", "prompts", "generic")
 VARIANTS: dict[str, dict[str, Any]] = {  # settings of the pruning entry
     "paper": {"preset": "paper"},
     "paper + refit": {"preset": "paper", "refit": True},
@@ -43,12 +39,15 @@ def pattern(text: str) -> dict[str, Any]:
     return {"mask_structure": text} if ":" in text else {"sparsity": float(text)}
 
 
-def calibrated_on(kind: str) -> dict[str, Any]:
+def calibrated_on(kind: str, subject: Subject) -> dict[str, Any]:
     """Return the changed settings that calibrate on traces, prompts or generic text."""
     if kind == "traces":
         return {}
-    unused = {"prompts": {"traces.sampling": None}, "generic": {"traces": None}}[kind]
-    return {**unused, "calibration.mixture": MIXTURES[kind]}
+    if kind == "generic":
+        return {"traces": None, "calibration.mixture": {"generic": 1.0}}
+    mixture = subject.shared.get("calibration", {}).get("mixture", {"traces": 1.0})
+    prompts = {part.replace("traces", "prompts"): share for part, share in mixture.items()}
+    return {"traces.sampling": None, "calibration.mixture": prompts}
 
 
 def run_grid(
