@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,6 @@ def served(model: Any, tokenizer: Any, folder: Path, vllm: Path) -> str:
     except RacError as error:
         return f"no: {error}"
     except SystemExit:
-        errors = [line for line in log.read_text().splitlines() if "Error: " in line]
-        return f"no: {errors[-1].partition('Error: ')[2]}"
+        cause = re.search(r"\] \w+Error: (.+)", log.read_text())
+        return f"no: {cause[1] if cause else 'the server ended'}"
     return "yes"

@@ -19,7 +19,7 @@ from rac_modifier.calibration.mixture import (
 from rac_modifier.calibration.trace_pool import TracePool, collect_for_calibration
 from rac_modifier.problems.source import load_problems
 from rac_modifier.processes import ALONE, Processes
-from rac_modifier.sampling.prompts import render_question
+from rac_modifier.sampling.prompts import has_thinking_switch, render_question
 from rac_modifier.settings.calibration import CalibrationSettings, part_tokens
 from rac_modifier.settings.sampling import PromptSettings
 from rac_modifier.settings.traces import TraceSettings
@@ -106,6 +106,13 @@ def build_calibration_set(
         logger.warning(
             f"{unfinished:,} traces were cut at traces.sampling.max_new_tokens: calibration sees "
             "few endings of answers; raise it"
+        )
+    modes = {prompt.thinking for prompt in prompts.values() if prompt.template == "chat"}
+    if len(modes) == 1 and has_thinking_switch(tokenizer):
+        mode, other = ("on", "off") if modes == {True} else ("off", "on")
+        logger.warning(
+            f"every prompt has thinking {mode}, and this model also answers with thinking {other}: "
+            "give that mode a source of traces (docs/traces.md), or measure it with rac eval"
         )
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     loader = CalibrationLoader(sequences, calibration, pad)

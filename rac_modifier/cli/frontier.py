@@ -66,7 +66,7 @@ def frontier(
 
     skeleton = skeleton_of(resolve(model))
     planned = plan_rows(grid, recipe_grid, lambda recipe: check_recipe(recipe, skeleton))
-    prompt = shared_prompt(planned, recipe_grid)
+    prompt = shared_prompt(planned, grid.evaluation, recipe_grid)
     if grid.evaluation.serve:
         check_serving()
     # dense checkpoints, and one more while a row is packed; what is there already counts
@@ -133,7 +133,7 @@ def _about(
     return {
         "model": public_name(model),
         "fingerprint": ModelIdentity.of_files(str(local_folder(resolve(model)))).fingerprint,
-        "evaluation": {**evaluation.model_dump(), "seed": 0, "source": source},
+        "evaluation": {**evaluation.model_dump(exclude={"thinking"}), "seed": 0, "source": source},
         "prompt": prompt.model_dump(),
         "precision": precision.value,
         # questions and answers: a folder is not gone on with after they change

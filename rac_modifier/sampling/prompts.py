@@ -45,6 +45,12 @@ def render_question(
     return [int(i) for i in ids]
 
 
+def has_thinking_switch(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether the chat template gives another prompt with thinking off."""
+    on, off = (SamplingSettings(thinking=value) for value in (True, False))
+    return render_question(tokenizer, "1 + 1?", on) != render_question(tokenizer, "1 + 1?", off)
+
+
 def messages_of(question: str, system_prompt: str | None) -> list[dict[str, str]]:
     """Return a question as a chat."""
     system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]

@@ -57,6 +57,9 @@ class GridEvaluation(Settings):
     batch_size: Batch = 64
     """Answers generated together."""
 
+    thinking: bool | None = None
+    """The enable_thinking of the chat template; default: as in calibration."""
+
     serve: bool = False
     """Measure tokens per second of a `vllm serve` of each model too."""
 
@@ -168,16 +171,23 @@ def plan_rows(
     return planned
 
 
-def shared_prompt(planned: list[PlannedRow], where: str) -> PromptSettings:
-    """Return the prompt settings that all rows calibrate with (RacError: rows differ)."""
-    prompts = {prompt.describe(): prompt for run in planned for prompt in run.prompts}
-    if len(prompts) > 1:
+def shared_prompt(
+    planned: list[PlannedRow], evaluation: GridEvaluation, where: str
+) -> PromptSettings:
+    """Return the prompt settings of the evaluation (RacError: rows calibrate with different ones).
+
+    They are those of calibration, but for what `evaluation` sets.
+    """
+    asked = evaluation.model_dump(include={"thinking"}, exclude_none=True)
+    prompts = [prompt.model_copy(update=asked) for run in planned for prompt in run.prompts]
+    described = sorted({prompt.describe() for prompt in prompts})
+    if len(described) > 1:
         raise RacError(
-            f"{where}: its rows calibrate with different prompts ({'; '.join(prompts)}), and all "
-            "models must be asked with one; set template, system_prompt and thinking under "
-            "shared: traces: sampling"
+            f"{where}: its rows calibrate with different prompts ({'; '.join(described)}), and all "
+            "models must be asked with one; set template and system_prompt under shared: traces: "
+            "sampling, and thinking there or under evaluation"
         )
-    return next(iter(prompts.values()), PromptSettings())
+    return prompts[0] if prompts else PromptSettings(**asked)
 
 
 def _run(row: GridRow, grid: Grid, label: str, seed: int | None) -> PlannedRow:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from rac_modifier.errors import RacError
-from rac_modifier.settings.check import Count, Settings
+from rac_modifier.settings.check import Count, Settings, check_settings
 from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
 
@@ -41,6 +41,12 @@ class TraceSource(Settings):
 
     select: SelectSettings | None = None
     """Which of its traces are calibrated on; default: as in traces."""
+
+    thinking: bool | None = None
+    """The enable_thinking of the chat template; default: as in traces.sampling."""
+
+    system_prompt: str | None = None
+    """System message before each question; default: as in traces.sampling."""
 
 
 class TraceSettings(Settings):
@@ -80,5 +86,8 @@ class TraceSettings(Settings):
                     "and no source itself (arithmetic, reasoning-gym:<task>, a file, a dataset id)"
                 )
             source = TraceSource(problems=ProblemSource(source=name))
+        prompt = source.model_dump(include={"thinking", "system_prompt"}, exclude_none=True)
         update: dict[str, Any] = {"store": None, "sources": {}, "problems": source.problems}
+        written = {**self.sampling.model_dump(exclude_unset=True), **prompt}
+        update["sampling"] = check_settings(SamplingSettings, written, f"traces.sources.{name}")
         return self.model_copy(update={**update, "select": source.select or self.select})

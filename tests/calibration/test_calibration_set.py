@@ -1,6 +1,7 @@
 import json
 
 import pytest
+from loguru import logger
 
 from rac_modifier.calibration.calibration_set import build_calibration_set
 from rac_modifier.processes import Processes
@@ -73,6 +74,34 @@ def test_the_parts_are_counted_in_real_tokens_and_recorded(build, tmp_path, monk
     prompt = {"template": "chat", "system_prompt": "Be brief.", "thinking": True}
     names = {"traces:arithmetic", "traces:code.jsonl", "prompts:code.jsonl"}
     assert record["prompts"] == dict.fromkeys(names, prompt)
+
+
+def test_traces_with_and_without_thinking_fill_their_shares(build, tmp_path, monkeypatch):
+    """The tiny template ends a prompt with <think> (id 4), or with thinking off it does not."""
+    monkeypatch.chdir(tmp_path)
+    sources = {
+        name: {"problems": {"source": "arithmetic"}, "thinking": name == "on"}
+        for name in ("on", "off")
+    }
+    traces = {"sampling": {"temperature": 1.0, "max_new_tokens": 20}, "sources": sources}
+    built = build(traces, mixture="traces:on@0.75, traces:off@0.25")
+    thought = sum(len(s.ids) for s in built.loader.sequences if 4 in s.ids[: s.prompt_tokens])
+    assert 450 - 20 < thought <= 450, "the last prompt is cut to fit"
+    assert {part: prompt.thinking for part, prompt in built.prompts.items()} == {
+        "traces:on": True,
+        "traces:off": False,
+    }
+
+
+def test_a_mode_of_the_template_that_no_prompt_has_is_warned_of(build, trace_store):
+    warnings = []
+    sink = logger.add(warnings.append, format="{message}", level="WARNING")
+    sources = {"off": {"problems": {"source": "arithmetic"}, "thinking": False}}
+    build({**entry(trace_store)["traces"], "sources": sources}, mixture="traces@.7, prompts:off@.3")
+    assert "thinking" not in str(warnings)
+    build({"sources": sources}, mixture="prompts:off@1")
+    logger.remove(sink)
+    assert "every prompt has thinking off, and this model also answers with" in str(warnings)
 
 
 def test_several_processes_get_the_set_of_one(model, tokenizer, tmp_path):

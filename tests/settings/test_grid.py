@@ -5,7 +5,14 @@ import pytest
 import yaml
 
 from rac_modifier.errors import RacError
-from rac_modifier.settings.grid import Grid, grid_names, load_grid, plan_rows, shared_prompt
+from rac_modifier.settings.grid import (
+    Grid,
+    GridEvaluation,
+    grid_names,
+    load_grid,
+    plan_rows,
+    shared_prompt,
+)
 from tests.tiny import NAME
 
 SPARSE = {NAME: {"sparsity": 0.5}}
@@ -112,13 +119,22 @@ def test_a_file_that_is_calibrated_on_is_not_evaluated_on():
 
 
 def test_all_models_are_asked_with_the_prompt_of_the_rows():
+    def asked(*rows, **evaluation):
+        planned = plan_rows(grid(*rows), "grid")
+        return shared_prompt(planned, GridEvaluation(**evaluation), "grid")
+
     brief = {"traces.sampling.system_prompt": "Be brief."}
-    same = plan_rows(grid({"set": brief}, {"set": brief}), "grid")
-    assert shared_prompt(same, "grid").system_prompt == "Be brief."
+    assert asked({"set": brief}, {"set": brief}).system_prompt == "Be brief."
+    assert not asked({"set": brief}, thinking=False).thinking
     generic = {"calibration.mixture": {"generic": 1.0}}
-    assert shared_prompt(plan_rows(grid({"set": generic}), "grid"), "grid").system_prompt is None
+    assert asked({"set": generic}).system_prompt is None
+    assert not asked({"set": generic}, thinking=False).thinking
     with pytest.raises(RacError, match="its rows calibrate with different prompts"):
-        shared_prompt(plan_rows(grid({"set": brief}, {}), "grid"), "grid")
+        asked({"set": brief}, {})
+    mixed = {"traces.sampling.thinking": False}
+    with pytest.raises(RacError, match="thinking there or under evaluation"):
+        asked({"set": mixed}, {})
+    assert asked({"set": mixed}, {}, thinking=True).thinking
 
 
 NEAREST = {"QuantizationModifier": {"scheme": "W4A16", "ignore": ["lm_head"]}}

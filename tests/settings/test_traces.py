@@ -25,3 +25,19 @@ def test_a_named_source_has_its_own_problems_and_store():
         assert (named.select.finished, named.sampling) == (finished, settings.sampling)
     with pytest.raises(RacError, match=r"traces:maths, .* traces\.sources \(math, code\)"):
         settings.named("maths")
+
+
+def test_a_source_has_its_own_prompt():
+    settings = TraceSettings(
+        sampling={"system_prompt": "Reason.", "temperature": 0.5},
+        sources={
+            "plain": {"problems": {}, "thinking": False},
+            "brief": {"problems": {}, "system_prompt": ""},
+        },
+    )
+    plain, brief = (settings.named(name).sampling for name in ("plain", "brief"))
+    assert (plain.thinking, plain.system_prompt, plain.temperature) == (False, "Reason.", 0.5)
+    assert (brief.thinking, brief.system_prompt, brief.temperature) == (True, "", 0.5)
+    bare = TraceSettings(sampling={"template": "none"}, sources=settings.sources)
+    with pytest.raises(RacError, match="has no place for a system_prompt"):
+        bare.named("brief")
