@@ -6,16 +6,7 @@ from pathlib import Path
 import pytest
 
 from rac_modifier.errors import RacError
-from tests.bad_inputs import (
-    checkpoints,
-    frontier,
-    kernels,
-    packing,
-    problems,
-    recipes,
-    runs,
-    stores,
-)
+from tests.bad_inputs import checkpoints, packing, problems, recipes, runs, stores
 from tests.bad_inputs.bench import Bench
 
 TABLE = Path(__file__).parents[1] / "docs" / "errors.md"
@@ -28,7 +19,7 @@ command line the message is printed without a traceback, with exit code 1.
 | mistake | the message contains |
 |---|---|
 """
-MODULES = (recipes, problems, stores, runs, checkpoints, packing, kernels, frontier)
+MODULES = (recipes, problems, stores, runs, checkpoints, packing)
 CASES = [case for module in MODULES for case in module.CASES]
 
 

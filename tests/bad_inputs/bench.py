@@ -24,16 +24,9 @@ class Case:
 class Cases(list[Case]):
     """The cases of one theme, in the order of the table."""
 
-    def case(
-        self, did: str, says: str
-    ) -> Callable[[Callable[[Bench], Any]], Callable[[Bench], Any]]:
+    def case(self, did: str, says: str) -> Callable[[Callable[[Bench], Any]], None]:
         """Add the decorated function as a case."""
-
-        def add(run: Callable[[Bench], Any]) -> Callable[[Bench], Any]:
-            self.append(Case(did, says, run))
-            return run
-
-        return add
+        return lambda run: self.append(Case(did, says, run))
 
 
 class Bench:
@@ -57,9 +50,7 @@ class Bench:
         from rac_modifier import ReasoningAwareSparseGPTModifier
 
         ours = ReasoningAwareSparseGPTModifier(**entry(self.store, **options.pop("settings", {})))
-        oneshot(
-            model=str(self.folder) if model is None else model, recipe=[ours, *later], **options
-        )
+        oneshot(model=model or str(self.folder), recipe=[ours, *later], **options)
 
     def prune_with(self, **settings: Any) -> None:
         self.prune(settings=settings)
@@ -70,14 +61,10 @@ class Bench:
 
         cli.app([str(arg) for arg in args], standalone_mode=False)
 
-    def rac_prune(
-        self, text: str | None = None, out: str = "out", model: Any = None, *options: str
-    ) -> None:
+    def rac_prune(self, text: str | None = None, model: Any = None) -> None:
         path = self.tmp / "recipe.yaml"
-        path.write_text(recipe(entry(self.store)) if text is None else text)
-        self.rac(
-            "prune", self.folder if model is None else model, self.tmp / out, "-r", path, *options
-        )
+        path.write_text(text or recipe(entry(self.store)))
+        self.rac("prune", model or self.folder, self.tmp / "out", "-r", path)
 
     def problems(self, *rows: dict[str, Any], **source: Any) -> dict[str, Any]:
         """Trace settings whose problems are a file of these rows."""

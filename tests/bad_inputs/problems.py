@@ -10,36 +10,13 @@ from tests.tiny import save_tiny
 CASES = Cases()
 
 CASES += [
-    Case(
-        "a model that is not there", "no model at", lambda b: b.rac_prune(model="./no-such-model")
-    ),
+    Case("a model that is not there", "no model at", lambda b: b.rac_prune(model="./no-model")),
     Case(
         "a tokenizer that is not there",
         "name one in the recipe (tokenizer: path or id)",
         lambda b: b.prune_with(tokenizer="./no-such-tokenizer"),
     ),
 ]
-
-
-@CASES.case("a dataset that cannot be loaded", "none of which needs a download")
-def _(b: Bench) -> None:
-    import datasets
-
-    def fail(*args: Any, **kwargs: Any) -> None:
-        raise ConnectionError("no network")
-
-    b.monkeypatch.setattr(datasets, "load_dataset", fail)
-    b.prune_with(traces={"problems": {"source": "some/dataset"}, "store": str(b.tmp / "new.jsonl")})
-
-
-@CASES.case(
-    "a model whose tokenizer has no chat template",
-    "has no chat template; give the model the bare question (traces.sampling.template: "
-    "none in a recipe, --template none",
-)
-def _(b: Bench) -> None:
-    bare = save_tiny(b.tmp / "bare", chat_template=None)
-    b.prune(str(bare), settings={"traces": {"store": str(b.tmp / "new.jsonl")}})
 
 
 @CASES.case("a folder of GGUF files", "GGUF, which is not read; take the safetensors files")
@@ -65,9 +42,8 @@ def _(b: Bench) -> None:
 def of_type(b: Bench, **changes: Any) -> Path:
     """The tiny model with another config.json."""
     config = save_tiny(b.tmp / "model") / "config.json"
-    config.write_text(
-        json.dumps({**json.loads(config.read_text()), "model_type": "new", **changes})
-    )
+    content = json.loads(config.read_text()) | {"model_type": "new", **changes}
+    config.write_text(json.dumps(content))
     return config.parent
 
 

@@ -1,17 +1,9 @@
 """Mistakes about a run: oneshot's arguments, folders, memory, processes, resuming, recovery."""
 
-from tests.bad_inputs.bench import Bench, Case, Cases
+from tests.bad_inputs.bench import Bench, Cases
 from tests.tiny import NAME, entry
 
 CASES = Cases()
-
-CASES += [
-    Case(
-        "`oneshot(num_calibration_samples=...)` next to the recipe",
-        "leave the num_calibration_samples argument out",
-        lambda b: b.prune(num_calibration_samples=64),
-    ),
-]
 
 
 @CASES.case(
@@ -43,16 +35,12 @@ def _(b: Bench) -> None:
     present_processes()
 
 
-@CASES.case(
-    "torchrun with other modifiers that calibrate", "next to GPTQModifier runs in one process"
-)
+@CASES.case("torchrun with other modifiers that calibrate", "GPTQModifier runs in one process")
 def _(b: Bench) -> None:
     from llmcompressor.modifiers.quantization import GPTQModifier
 
+    from rac_modifier.llmcompressor import calibration_modifier
     from rac_modifier.processes import Processes
 
-    two = Processes(0, 2)
-    b.monkeypatch.setattr(
-        "rac_modifier.llmcompressor.calibration_modifier.present_processes", lambda: two
-    )
+    b.monkeypatch.setattr(calibration_modifier, "present_processes", lambda: Processes(0, 2))
     b.prune(later=(GPTQModifier(scheme="W4A16", ignore=["lm_head"]),))

@@ -5,17 +5,8 @@ import os
 from typing import Any
 
 from tests.bad_inputs.bench import Bench, Cases
-from tests.tiny import save_tiny
 
 CASES = Cases()
-
-
-@CASES.case(
-    "a store of another model's traces",
-    "name another path to collect its own, on which it is best calibrated",
-)
-def _(b: Bench) -> None:
-    b.prune(str(save_tiny(b.tmp / "other", seed=1)))
 
 
 @CASES.case(
@@ -24,9 +15,8 @@ def _(b: Bench) -> None:
     "another path (traces.store)",
 )
 def _(b: Bench) -> None:
-    b.prune_with(
-        traces={"store": str(b.store), "sampling": {"temperature": 1.0, "max_new_tokens": 41}}
-    )
+    sampling = {"temperature": 1.0, "max_new_tokens": 41}
+    b.prune_with(traces={"store": str(b.store), "sampling": sampling})
 
 
 @CASES.case("another file in the place of the store", "is no trace store; name another path")
@@ -53,8 +43,6 @@ def _(b: Bench) -> None:
     b.prune_with(traces={"store": store, "sampling": sampling, "select": {"answers": "correct"}})
 
 
-@CASES.case(
-    "a text that is not a selection on the command line", "--select 'correct' is not a selection"
-)
+@CASES.case("a text that is no selection in a command", "--select 'correct' is not a selection")
 def _(b: Bench) -> None:
     b.rac("traces", "inspect", b.store, "--select", "correct")

@@ -16,16 +16,13 @@ from rac_modifier.settings.grid import (
 from tests.tiny import NAME
 
 SPARSE = {NAME: {"sparsity": 0.5}}
-GPTQ = {
-    "ReasoningAwareCalibrationModifier": {},
-    "GPTQModifier": {"scheme": "W4A16", "ignore": ["lm_head"]},
-}
+W4A16 = {"scheme": "W4A16", "ignore": ["lm_head"]}
+GPTQ = {"ReasoningAwareCalibrationModifier": {}, "GPTQModifier": W4A16}
 
 
 def grid(*rows, **parts):
-    return Grid(
-        rows=[{"label": f"row {i}", "recipe": SPARSE, **row} for i, row in enumerate(rows)], **parts
-    )
+    whole = [{"label": f"row {i}", "recipe": SPARSE, **row} for i, row in enumerate(rows)]
+    return Grid(rows=whole, **parts)
 
 
 def entry_of(planned):
@@ -38,27 +35,20 @@ def test_shared_settings_replace_those_of_a_recipe_and_a_row_replaces_both():
     shared = {"traces": {"sampling": {"max_new_tokens": 64}}, "calibration": {"tokens": 1000}}
     given = grid(
         {"recipe": "rac_2of4"},
-        {
-            "recipe": SPARSE,
-            "set": {"calibration.tokens": 2000, "sparsity": 0.6, "traces.sampling.seed": 3},
-        },
-        {"recipe": SPARSE, "set": {"traces": None, "calibration.mixture": {"generic": 1.0}}},
+        {"set": {"calibration.tokens": 2000, "sparsity": 0.6, "traces.sampling.seed": 3}},
+        {"set": {"traces": None, "calibration.mixture": {"generic": 1.0}}},
         shared=shared,
     )
     shipped, changed, generic = map(entry_of, plan_rows(given, "grid"))
     assert shipped["mask_structure"] == "2:4"
-    assert shipped["traces"] == {
-        "problems": {"source": "arithmetic"},
-        "sampling": {"max_new_tokens": 64},
-    }
+    problems = {"problems": {"source": "arithmetic"}}
+    assert shipped["traces"] == {**problems, "sampling": {"max_new_tokens": 64}}
     assert shipped["calibration"]["tokens"] == 1000
     assert changed["sparsity"] == 0.6
     assert changed["calibration"] == {"tokens": 2000}
     assert changed["traces"] == {"sampling": {"max_new_tokens": 64, "seed": 3}}
-    assert generic == {
-        "sparsity": 0.5,
-        "calibration": {"tokens": 1000, "mixture": {"generic": 1.0}},
-    }
+    calibration = {"tokens": 1000, "mixture": {"generic": 1.0}}
+    assert generic == {"sparsity": 0.5, "calibration": calibration}
 
 
 def test_a_row_with_seeds_is_run_once_per_seed():
@@ -137,22 +127,17 @@ def test_all_models_are_asked_with_the_prompt_of_the_rows():
     assert asked({"set": mixed}, {}, thinking=True).thinking
 
 
-NEAREST = {"QuantizationModifier": {"scheme": "W4A16", "ignore": ["lm_head"]}}
+NEAREST = {"QuantizationModifier": W4A16}
 
 
 def test_a_row_of_upstreams_modifiers_alone_calibrates_on_nothing():
-    shared = {"calibration": {"tokens": 1000}}
-    nearest, whole = plan_rows(
-        grid(
-            {"recipe": NEAREST},
-            {"recipe": {"q_stage": {"q_modifiers": NEAREST}}, "group": "other"},
-            shared=shared,
-        ),
-        "grid",
-    )
-    assert entry_of(nearest) == NEAREST["QuantizationModifier"]
+    staged = {"q_stage": {"q_modifiers": NEAREST}}
+    rows = {"recipe": NEAREST}, {"recipe": staged, "group": "other"}
+    given = grid(*rows, shared={"calibration": {"tokens": 1000}})
+    nearest, whole = plan_rows(given, "grid")
+    assert entry_of(nearest) == W4A16
     assert (nearest.group, nearest.prompts) == ("dense quantized", ())
-    assert (whole.recipe, whole.group) == ({"q_stage": {"q_modifiers": NEAREST}}, "other")
+    assert (whole.recipe, whole.group) == (staged, "other")
 
 
 def test_what_has_no_effect_on_such_a_row_is_refused():
@@ -168,16 +153,17 @@ def test_shipped_grids_can_be_run(name):
     assert load_grid(name).evaluation.serve == (name in ("r1_distill_1_5b", "served"))
 
 
+ROW = "rows: [{label: a, recipe: b}]"
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
         ("rows: [", "is not YAML"),
         ("rows: []", "rows: "),
         ("rows: [{label: a}]", "rows.0.recipe: is missing; add it"),
-        (
-            "rows: [{label: a, recipe: b}]\nevaluation: {problem: 3}",
-            "evaluation.problem: there is no such setting",
-        ),
+        (f"{ROW}\nevaluation: {{problem: 3}}", "evaluation.problem: there is no such setting"),
+        (f"{ROW}\nevaluation: {{concurrency: 9}}", "concurrency: 9 has no effect without serve"),
         ("rows: [{label: 50, recipe: b}]", "rows.0.label: must be a valid string (value 50)"),
         ("- 1", "must be a valid dictionary"),
     ],
@@ -187,8 +173,5 @@ def test_a_file_that_is_no_grid(tmp_path, text, says):
     with pytest.raises(RacError) as caught:
         load_grid(tmp_path / "grid.yaml")
     assert says in str(caught.value)
-    with pytest.raises(
-        RacError,
-        match="name a YAML file, or one of contenders, paper, quantization, r1_distill_1_5b,",
-    ):
+    with pytest.raises(RacError, match="name a YAML file, or one of contenders, paper, quant"):
         load_grid(tmp_path / "none.yaml")
