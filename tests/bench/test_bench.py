@@ -8,7 +8,6 @@ import json
 import math
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,13 +21,9 @@ from bench.formats import FORMATS, kl_per_token
 from bench.gguf_rows import in_gguf_order, in_torch_order
 from bench.grid import CALIBRATIONS, OURS, VARIANTS, calibrated_on, pattern
 from bench.models import chat_subject, reasoner
-from bench.recovery import STOPPING, entry_of, stopping
-from bench.render import render
+from bench.recovery import entry_of
 from bench.shapes import Form, random_mask, random_model
-from rac_modifier.evaluation.results import paired_difference, summarise
-from rac_modifier.evaluation.stopping import Ending, Row
 from rac_modifier.settings.grid import Grid, plan_rows
-from rac_modifier.settings.sampling import SamplingSettings
 
 ROOT = Path(__file__).parents[2]
 
@@ -61,9 +56,8 @@ def test_what_a_suite_imports_late_exists():
 
 def test_the_tables_of_the_docs_are_those_of_results():
     """If this fails: make results."""
-    process = subprocess.run(
-        [sys.executable, "-m", "bench.render", "--check"], cwd=ROOT, capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", "bench.render", "--check"]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert process.returncode == 0, process.stdout
 
 
@@ -76,19 +70,6 @@ def test_every_result_names_its_measurement_and_is_shown():
         assert {"model", "machine", "date", "commit", "command"} <= result.keys(), path.name
         assert all(len(row) == len(result["columns"]) for row in result["rows"]), path.name
         assert f"<!-- table {path.stem} -->" in pages, path.name
-
-
-def test_a_table_is_written_between_its_marks(tmp_path):
-    about = dict.fromkeys(("model", "machine", "date", "commit", "command"), "x")
-    result = {
-        **about,
-        "columns": {"a": ".1f"},
-        "rows": [[[2, 1, 3]], [[1, 0.25]], [None], ["50 %"]],
-    }
-    (tmp_path / "t.json").write_text(json.dumps(result))
-    page = render("<!-- table t -->\nold\n<!-- end -->", tmp_path)
-    assert "| 2.0 (1.0-3.0) |\n| 1.0 ± 0.2 |\n| - |\n| 50 % |" in page
-    assert "old" not in page
 
 
 def test_rows_of_the_grids_are_settings_that_exist(tmp_path):
@@ -111,23 +92,6 @@ def test_a_pattern_names_bits_and_preset():
     assert (entry["mask_structure"], entry["preset"]) == ("2:4", "paper")
     row = {"label": "x", "recipe": {OURS: entry}}
     assert plan_rows(Grid.model_validate({"rows": [row]}), "bench")
-
-
-def test_the_stopping_table_counts_the_kinds_of_truncated_answers():
-    """Of two answers a loop ends one; the other is right."""
-    endings = [Ending("right", 10, 5, True), Ending("looping", 20, 20, False)]
-    rows = [
-        Row(str(number), None, ending.kind == "right", ending)
-        for number, ending in enumerate(endings)
-    ]
-    sampling = SamplingSettings(max_new_tokens=20)
-    result = summarise(rows, label="x", seconds=1.0, sampling=sampling)
-    row = {"label": "x", "accuracy": result.model_dump(), "divergence": None}
-    row |= {"bytes": {"bits_per_weight": 4.0}, "truncated": 0.5, "thinking": 12.5}
-    row["paired"] = asdict(paired_difference(result, result))
-    cells = stopping(row, "0.6")
-    assert cells == ["x", "0.6", None, 50.0, 50.0, 50.0, 50.0, [1.0, 1.0, 1.0]]
-    assert len(cells) == len(STOPPING)
 
 
 def test_kl_per_token_is_that_of_the_dense_model_from_the_compressed_one():

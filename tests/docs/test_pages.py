@@ -18,11 +18,7 @@ from rac_modifier.settings.recipe import find_named_entry
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-RECIPES = {
-    path.stem
-    for folder in ("recipes", "rac_modifier/recipes")
-    for path in (ROOT / folder).glob("*.yaml")
-}
+RECIPES = {path.stem for path in (ROOT / "rac_modifier" / "recipes").glob("*.yaml")}
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
 COMMANDS = typer.main.get_command(app)
 each_page = pytest.mark.parametrize("page", PAGES, ids=IDS)
@@ -38,9 +34,8 @@ def command_lines(page: Path) -> Iterator[str]:
     for block in [*blocks(page, "bash"), *blocks(page)]:
         for line in block.replace("\\\n", " ").splitlines():
             yield line.partition(" #")[0].strip()
-    yield from (
-        " ".join(code.split()) for code in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", page.read_text())
-    )
+    in_text = re.findall(r"(?<!`)`([^`\n]+)`(?!`)", page.read_text())
+    yield from (" ".join(code.split()) for code in in_text)
 
 
 def test_the_readme_takes_a_minute():
@@ -146,11 +141,8 @@ COUNTED = {"README.md": {"3.4"}, "choosing.md": {"3.4"}}
 def test_figures_are_those_of_the_results(name):
     """Each number with a decimal point also stands in docs/results or docs/stopping.md."""
     page = next(page for page in PAGES if page.name == name)
-    text = re.sub(
-        r"`[^`]*`|\]\([^)]*\)|arXiv [\d.]+|Apache-2.0|Python 3\.\d+|Qwen2?-[\d.]+B|[-\d.]+B\b",
-        "",
-        page.read_text(),
-    )
+    names = r"`[^`]*`|\]\([^)]*\)|arXiv [\d.]+|Apache-2.0|Python 3\.\d+|Qwen2?-[\d.]+B|[-\d.]+B\b"
+    text = re.sub(names, "", page.read_text())
     figures = set(re.findall(r"\d+\.\d+", text)) - COUNTED[name]
     pages = [*(ROOT / "docs" / "results").glob("*.md"), ROOT / "docs" / "stopping.md"]
     results = " ".join(path.read_text() for path in pages)

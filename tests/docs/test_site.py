@@ -16,9 +16,7 @@ import typer
 from rac_modifier.cli import app
 
 ROOT = Path(__file__).parents[2]
-RECIPES = next(
-    folder for folder in (ROOT / "rac_modifier" / "recipes", ROOT / "recipes") if folder.is_dir()
-)
+RECIPES = ROOT / "rac_modifier" / "recipes"
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +38,7 @@ def text_of(page: Path) -> str:
     return " ".join(html.unescape(re.sub(r"<[^>]+>", "", page.read_text())).split())
 
 
-def leaves(
-    schema: dict, definitions: dict, path: tuple[str, ...] = ()
-) -> Iterator[tuple[tuple[str, ...], str]]:
+def leaves(schema: dict, definitions: dict, path=()) -> Iterator[tuple[tuple[str, ...], str]]:
     """Every setting of a JSON Schema with its description, groups included."""
     for name, entry in schema.get("properties", {}).items():
         yield (*path, name), entry["description"]

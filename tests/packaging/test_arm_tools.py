@@ -5,8 +5,6 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import pytest
-
 SCRIPT = Path(__file__).parents[2] / "scripts" / "arm_tools.sh"
 USED = "sh dirname mktemp mkdir rm ln chmod mv cat uname find touch"
 COMPILER = "aarch64-linux-gnu-g++"
@@ -24,63 +22,28 @@ touch "$3/usr/bin/qemu-aarch64" "$3/usr/bin/qemu-x86_64" "$3/usr/bin/qemu-riscv6
 """
 
 
-@pytest.fixture
-def machine(tmp_path):
-    """A PATH with what the script uses, no compiler and no emulator. Runs it as the user of this
-    number."""
-    bin = tmp_path / "bin"
+def test_a_user_without_root_unpacks_them_into_a_folder(tmp_path):
+    bin, tools = tmp_path / "bin", tmp_path / "tools"
     bin.mkdir()
     for name in USED.split():
         (bin / name).symlink_to(shutil.which(name))
-
-    def command(name: str, text: str) -> None:
+    commands = {"id": "#!/bin/sh\necho 1000\n", "dpkg": DPKG}
+    commands["apt-get"] = APT.format(log=tmp_path / "asked")
+    for name, text in commands.items():
         (bin / name).write_text(text)
         (bin / name).chmod(0o755)
+    environment = {**os.environ, "PATH": str(bin)}
 
-    def run(user: int) -> subprocess.CompletedProcess[str]:
-        command("id", f"#!/bin/sh\necho {user}\n")
-        command("apt-get", APT.format(log=tmp_path / "asked"))
-        command("dpkg", DPKG)
-        return subprocess.run(
-            [str(SCRIPT), str(tmp_path / "tools")],
-            env={**os.environ, "PATH": str(bin)},
-            capture_output=True,
-            text=True,
-        )
+    def output(*command) -> str:
+        words = [str(word) for word in command]
+        return subprocess.run(words, env=environment, stdout=subprocess.PIPE, text=True).stdout
 
-    return run
-
-
-def asked(tmp_path: Path) -> list[str]:
-    """The calls of apt-get."""
-    return (tmp_path / "asked").read_text().splitlines() if (tmp_path / "asked").exists() else []
-
-
-def test_root_installs_two_packages(machine, tmp_path):
-    process = machine(0)
-    assert process.returncode == 0, process.stderr
-    update, install = asked(tmp_path)
-    assert update.endswith(" update")
-    assert install.endswith("install --yes --no-install-recommends g++-aarch64-linux-gnu qemu-user")
-    assert not (tmp_path / "tools").exists()
-
-
-def test_others_unpack_them_into_a_folder(machine, tmp_path):
-    process = machine(1000)
-    assert process.returncode == 0, process.stderr
-    assert all(f"Dir::Cache={os.environ.get('TMPDIR', '/tmp')}" in call for call in asked(tmp_path))
-    tools = tmp_path / "tools"
+    output(SCRIPT, tools)
     programs = {path.name for path in (tools / "bin").iterdir()}
     assert programs == {COMPILER, "qemu-aarch64", "qemu-x86_64"}
     assert not (tools / "root" / "usr" / "bin" / "qemu-riscv64").exists()
-    compiled = subprocess.run(
-        [str(tools / "bin" / COMPILER), "-O2", "a b.cpp"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    libraries, sysroot, *rest = compiled.stdout.split(" ", 2)
+    libraries, sysroot, *rest = output(tools / "bin" / COMPILER, "-O2", "a b.cpp").split(" ", 2)
     assert libraries.startswith(f"{tools}/root/usr/lib/")
     assert (sysroot, rest) == (f"--sysroot={tools}/root", ["-O2 a b.cpp\n"])
-    assert "the tools for ARM are there" in machine(1000).stdout
-    assert len(asked(tmp_path)) == 2
+    assert "the tools for ARM are there" in output(SCRIPT, tools)
+    assert len((tmp_path / "asked").read_text().splitlines()) == 2

@@ -19,20 +19,9 @@ def test_the_serving_environment_runs_what_the_makefile_and_conftest_name():
 
 
 def test_every_requirement_of_the_matrix_has_a_lower_end():
-    found = matrix.requirements(PROJECT)
-    names = [Requirement(line).name for line in found]
-    assert {"torch", "llmcompressor", "math-verify", "reasoning-gym", "pytest"} <= set(names)
-    assert len(set(names)) == len(names)
-    assert all("==" in matrix.lowest(line) for line in found)
-
-
-def test_the_rows_are_all_supported_pythons_and_both_ends():
-    named = [line.rpartition(" ")[2] for line in PROJECT["classifiers"] if "Python :: 3." in line]
-    assert len(named) == 3
-    names = {row.name for row in matrix.rows()}
-    lowest = {f"{named[0]} lowest", f"{named[0]} vllm"}
-    assert names == lowest | {f"{python} newest" for python in named}
-    assert PROJECT["requires-python"] == f">={named[0]}"
+    requirements = matrix.requirements(PROJECT)
+    assert len({Requirement(line).name for line in requirements}) == len(requirements) > 5
+    assert all("==" in matrix.lowest(line) for line in requirements)
 
 
 def test_a_missing_interpreter_is_a_named_result():
@@ -46,17 +35,7 @@ def test_a_missing_interpreter_is_a_named_result():
     ("log", "code", "result"),
     [
         ("...\n12 passed, 1 skipped in 3.20s", 0, "12 passed, 1 skipped"),
-        (
-            "=== 1 failed, 12 passed, 2 warnings in 3.20s (0:00:03) ===",
-            1,
-            "FAILED: 1 failed, 12 passed, 2 warnings",
-        ),
-        (
-            "$ pip\nERROR: No matching distribution found for x\nhint",
-            1,
-            "FAILED: ERROR: No matching",
-        ),
-        ("$ pip", 1, "FAILED: $ pip"),
+        ("=== 1 failed, 12 passed in 3.20s (0:00:03) ===", 1, "FAILED: 1 failed, 12 passed"),
         ("$ sh", 137, "FAILED: ended by signal 9"),
     ],
 )

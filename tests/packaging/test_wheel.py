@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import tomllib
 import zipfile
 from pathlib import Path
 
@@ -86,27 +85,13 @@ def metadata(wheel: Path, name: str) -> str:
 
 def files_of(folder: Path) -> set[str]:
     """The files of the package in a source tree that are not built."""
-    paths = (path for path in folder.rglob("*") if path.is_file())
-    return {
-        str(p.relative_to(ROOT))
-        for p in paths
-        if "__pycache__" not in p.parts and p.suffix != ".so"
-    }
+    paths = (path for path in folder.rglob("*") if "__pycache__" not in path.parts)
+    return {str(p.relative_to(ROOT)) for p in paths if p.is_file() and p.suffix != ".so"}
 
 
 def test_the_wheel_holds_every_file_of_the_package(names):
     package = files_of(ROOT / "rac_modifier")
     assert {name for name in names if ".dist-info/" not in name} == package
-    wanted = {
-        "py.typed",
-        "recipes/rac_2of4.yaml",
-        "grids/served.yaml",
-        "grids/small.yaml",
-        "frontier/assets/page.html",
-        "reasoner/assets/model.safetensors",
-        "reasoner/assets/chat_template.jinja",
-    }
-    assert {f"rac_modifier/{name}" for name in wanted} <= names
 
 
 def test_the_sdist_holds_what_the_wheel_is_built_from_and_no_more(unpacked):
@@ -119,42 +104,23 @@ def test_the_sdist_holds_what_the_wheel_is_built_from_and_no_more(unpacked):
     assert not [name for name in actual if name.startswith("tests/")]
 
 
-def test_entry_points(wheel):
+def test_entry_points_and_what_is_always_installed(wheel):
     parsed = configparser.ConfigParser()
     parsed.read_string(metadata(wheel, "entry_points.txt"))
     assert dict(parsed["console_scripts"]) == {"rac": "rac_modifier.cli:main"}
-    assert dict(parsed["vllm.general_plugins"]) == {
-        "rac_modifier": "rac_modifier.vllm_plugin.register:register"
-    }
-
-
-def test_metadata(wheel):
-    from rac_modifier import __version__
-
+    plugin = {"rac_modifier": "rac_modifier.vllm_plugin.register:register"}
+    assert dict(parsed["vllm.general_plugins"]) == plugin
     head = email.message_from_string(metadata(wheel, "METADATA"))
-    assert head["Version"] == __version__
-    assert head["Requires-Python"] == ">=3.11"
-    assert head["License-Expression"] == "Apache-2.0"
-    assert {"compress", "serve", "serve-cpu", "eval"} <= set(head.get_all("Provides-Extra"))
     always = [line for line in head.get_all("Requires-Dist") if "extra ==" not in line]
+    assert always
     assert not [line for line in always if line.startswith(("llmcompressor", "vllm"))]
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert len(always) == len(project["dependencies"])
 
 
-def test_without_a_compiler_the_wheel_is_for_any_machine_and_says_what_it_lacks(
-    wheel, installed, tmp_path
-):
+def test_without_a_compiler_the_wheel_is_for_any_machine(wheel, installed, tmp_path):
+    """What such an installation says of its kernels: tests/kernels/cpu/test_support.py."""
     assert wheel.name.endswith("-py3-none-any.whl")
-    code = (
-        "from rac_modifier.kernels.cpu.support import support; print(support().isa, "
-        "support().reason)"
-    )
-    process = run(installed, tmp_path, "-c", code)
-    assert process.stdout.startswith(
-        "None no compiled kernel: it was not built when rac-modifier was installed; install a C++"
-    )
-    assert len(process.stdout.splitlines()) == 1
+    code = "from rac_modifier.kernels.cpu.support import support; print(support().isa)"
+    assert run(installed, tmp_path, "-c", code).stdout == "None\n"
 
 
 def run(installed: Path, cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -166,11 +132,8 @@ def run(installed: Path, cwd: Path, *arguments: str) -> subprocess.CompletedProc
 
 
 def test_recipes_and_the_reasoner_are_found_away_from_the_clone(installed, tmp_path):
-    code = (
-        "import rac_modifier; from pathlib import Path\nprint(rac_modifier.__file__, "
-        "rac_modifier.recipe('rac_2of4'), rac_modifier.reasoner_path(), sep='\\n')"
-    )
-    paths = run(installed, tmp_path, "-c", code).stdout.splitlines()
+    code = "import rac_modifier as r; print(r.__file__, r.recipe('rac_2of4'), r.reasoner_path(), "
+    paths = run(installed, tmp_path, "-c", rf"{code}sep='\n')").stdout.splitlines()
     assert len(paths) == 3
     assert all(Path(path).is_relative_to(installed) and Path(path).exists() for path in paths)
     listed = run(installed, tmp_path, "-m", "rac_modifier.cli", "recipes").stdout
