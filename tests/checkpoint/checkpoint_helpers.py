@@ -43,51 +43,62 @@ def prune_half(weight: torch.Tensor) -> None:
     weight[torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) < 0.5] = 0.0
 
 
-_CHANNEL = {"strategy": "channel", "symmetric": True}
-_TOKEN = {"strategy": "token", "dynamic": True, "symmetric": True}
+PRUNERS = {"2:4": prune_24, "unstructured": prune_half}
+CHANNEL = {"num_bits": 8, "strategy": "channel", "symmetric": True}
+TOKEN = {"num_bits": 8, "strategy": "token", "dynamic": True, "symmetric": True}
+
+
+def grouped(bits: int, symmetric: bool = True, **changes: object) -> dict[str, dict]:
+    """A config group of codes in groups of 32 columns."""
+    arguments = {"num_bits": bits, "strategy": "group", "group_size": 32, "symmetric": symmetric}
+    return {"weights": {**arguments, **changes}}
+
+
 # Config groups of compressed-tensors; the comment is what upstream stores a weight as.
 SCHEMES: dict[str, dict] = {
-    "w8a8": {
-        "weights": {"num_bits": 8, **_CHANNEL},
-        "input_activations": {"num_bits": 8, **_TOKEN},
-    },  # int8
-    "w8": {"weights": {"num_bits": 8, **_CHANNEL}},  # int32 words of four values
-    "w4": {
-        "weights": {"num_bits": 4, "strategy": "group", "group_size": 32, "symmetric": True}
-    },  # words of eight values
+    "w8a8": {"weights": CHANNEL, "input_activations": TOKEN},  # int8
+    "w8": {"weights": CHANNEL},  # int32 words of four values
+    "w4": grouped(4),  # words of eight values
     "fp8": {  # float8_e4m3fn
-        "weights": {"num_bits": 8, "type": "float", **_CHANNEL},
-        "input_activations": {"num_bits": 8, "type": "float", **_TOKEN},
+        "weights": {**CHANNEL, "type": "float"},
+        "input_activations": {**TOKEN, "type": "float"},
     },
 }
 
 
-def save_quantized(folder: Path, structure: str, scheme: str) -> dict[str, str]:
-    """Save a pruned, quantized model in upstream's dense layout; return structures by module."""
+def save_rounded(model: PreTrainedModel, folder: Path, scheme: dict, ignore=("lm_head",)) -> None:
+    """Round to the nearest codes of a config group, and save in upstream's dense layout."""
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
     from compressed_tensors.quantization.utils import calculate_qparams
 
-    model = tiny_model(tied=False)
-    modules = dict.fromkeys(linears(model), structure)
-    groups = {"group_0": {"targets": ["Linear"], **SCHEMES[scheme]}}
-    apply_quantization_config(model, QuantizationConfig(config_groups=groups, ignore=["lm_head"]))
-    for module in linears(model).values():
-        PRUNERS[structure](module.weight.data)
-        args = module.quantization_scheme.weights
-        grouped = module.weight.float().view(
-            len(module.weight), -1, args.group_size or module.weight.shape[1]
-        )
-        scale, _ = calculate_qparams(grouped.amin(dim=2), grouped.amax(dim=2), args)
-        module.weight_scale = torch.nn.Parameter(scale.to(module.weight.dtype), requires_grad=False)
+    groups = {"group_0": {"targets": ["Linear"], **scheme}}
+    apply_quantization_config(model, QuantizationConfig(config_groups=groups, ignore=list(ignore)))
+    for module in model.modules():
+        if not hasattr(module, "quantization_scheme"):
+            continue
+        args, weight = module.quantization_scheme.weights, module.weight.float()
+        parts = weight.view(len(weight), -1, args.group_size or weight.shape[1])
+        scale, zero = calculate_qparams(parts.amin(dim=2), parts.amax(dim=2), args)
+        scale = scale.amax() if args.strategy == "tensor" else scale
+        module.weight_scale.data.copy_(scale.to(torch.bfloat16))
+        if hasattr(module, "weight_zero_point"):
+            point = module.weight_zero_point.data
+            point.copy_(zero if zero.shape == point.shape else 0)
     compressor = ModelCompressor.from_pretrained_model(model)
     compressor.compress_model(model)
     model.save_pretrained(folder)
     compressor.update_config(str(folder))
+
+
+def save_quantized(folder: Path, structure: str, scheme: str) -> dict[str, str]:
+    """Save a pruned, quantized model in upstream's dense layout; return structures by module."""
+    model = tiny_model(tied=False)
+    for module in linears(model).values():
+        PRUNERS[structure](module.weight.data)
+    modules = dict.fromkeys(linears(model), structure)
+    save_rounded(model, folder, SCHEMES[scheme])
     return modules
-
-
-PRUNERS = {"2:4": prune_24, "unstructured": prune_half}
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -163,11 +174,8 @@ def stock(folder: Path, **kwargs: object) -> PreTrainedModel:
     from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
     from transformers.utils.quantization_config import CompressedTensorsConfig
 
+    method = "compressed-tensors"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(
-            auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "compressed-tensors", CompressedTensorsConfig
-        )
-        patch.setitem(
-            auto.AUTO_QUANTIZER_MAPPING, "compressed-tensors", CompressedTensorsHfQuantizer
-        )
+        patch.setitem(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, method, CompressedTensorsConfig)
+        patch.setitem(auto.AUTO_QUANTIZER_MAPPING, method, CompressedTensorsHfQuantizer)
         return AutoModelForCausalLM.from_pretrained(folder, **kwargs)

@@ -29,9 +29,7 @@ def saved(tmp_path) -> Saved:
         model.save_pretrained(folder, **({"max_shard_size": shard} if shard else {}))
         expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         if packed:
-            pack_checkpoint(
-                folder, modules, dense_linears=["model.layers.0.self_attn.o_proj", "lm_head"]
-            )
+            pack_checkpoint(folder, modules, ["model.layers.0.self_attn.o_proj", "lm_head"])
         return folder, expected, modules
 
     return save

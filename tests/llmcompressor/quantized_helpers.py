@@ -6,34 +6,17 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from tests.tiny import tiny_model
-
-CHANNEL = {"num_bits": 8, "strategy": "channel", "symmetric": True}
-TOKEN = {"num_bits": 8, "strategy": "token", "dynamic": True, "symmetric": True}
-
-
-def grouped(bits: int, **changes: Any) -> dict[str, Any]:
-    return {
-        "weights": {
-            "num_bits": bits,
-            "strategy": "group",
-            "group_size": 32,
-            "symmetric": True,
-            **changes,
-        }
-    }
-
+from tests.checkpoint.checkpoint_helpers import SCHEMES as STORED
+from tests.checkpoint.checkpoint_helpers import grouped, save_rounded
+from tests.tiny import linears, tiny_model
 
 SCHEMES: dict[str, dict[str, Any]] = {
-    "int4": grouped(4),
+    "int4": STORED["w4"],
     "int3": grouped(3, actorder="weight"),  # the order of rounding, not of columns
     "asymmetric int4": grouped(4, symmetric=False),
     "asymmetric int2": grouped(2, symmetric=False),
-    "int8": {"weights": CHANNEL, "input_activations": TOKEN},
-    "fp8": {
-        "weights": {**CHANNEL, "type": "float"},
-        "input_activations": {**TOKEN, "type": "float"},
-    },
+    "int8": STORED["w8a8"],
+    "fp8": STORED["fp8"],
 }
 
 
@@ -42,31 +25,10 @@ def saved(
 ) -> Path:
     """`tiny_model()` rounded to the nearest codes by upstream, half of its weights zero before if
     `pruned`."""
-    from compressed_tensors.compressors import ModelCompressor
-    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
-    from compressed_tensors.quantization.utils import calculate_qparams
-
     model = tiny_model().to(torch.bfloat16)
-    groups = {"group_0": {"targets": ["Linear"], **scheme}}
-    apply_quantization_config(model, QuantizationConfig(config_groups=groups, ignore=list(ignore)))
-    for module in model.modules():
-        if not hasattr(module, "quantization_scheme"):
-            continue
-        if pruned:
-            module.weight.data[module.weight.abs() < module.weight.abs().float().median()] = 0.0
-        args, weight = module.quantization_scheme.weights, module.weight.float()
-        parts = weight.view(len(weight), -1, args.group_size or weight.shape[1])
-        scale, zero = calculate_qparams(parts.amin(dim=2), parts.amax(dim=2), args)
-        scale = scale.amax() if args.strategy == "tensor" else scale
-        module.weight_scale.data.copy_(scale.to(torch.bfloat16))
-        if hasattr(module, "weight_zero_point"):
-            module.weight_zero_point.data.copy_(
-                zero if zero.shape == module.weight_zero_point.shape else 0
-            )
-    compressor = ModelCompressor.from_pretrained_model(model)
-    compressor.compress_model(model)
-    model.save_pretrained(folder)
-    compressor.update_config(str(folder))
+    for module in linears(model).values() if pruned else ():
+        module.weight.data[module.weight.abs() < module.weight.abs().float().median()] = 0.0
+    save_rounded(model, folder, scheme, ignore)
     return folder
 
 
@@ -74,26 +36,21 @@ def decoded(folder: Path, bits: int) -> dict[str, tuple[torch.Tensor, torch.Tens
     """Codes and their values in float32 of every quantized module, from the file's bits; codes are
     counted from zero points."""
     tensors = load_file(folder / "model.safetensors")
-    actual = {}
-    for name in sorted(
-        key.removesuffix(".weight_scale") for key in tensors if key.endswith(".weight_scale")
-    ):
+    actual, least = {}, 2 ** (bits - 1)
+    for key in sorted(key for key in tensors if key.endswith(".weight_scale")):
+        name = key.removesuffix(".weight_scale")
         if f"{name}.weight" in tensors:
             codes = tensors[f"{name}.weight"].float()
         else:
-            rows, columns = tensors[f"{name}.weight_shape"].tolist()
-            codes = (
-                _unpacked(tensors[f"{name}.weight_packed"], rows, columns, bits) - 2 ** (bits - 1)
-            ).float()
+            shape = tensors[f"{name}.weight_shape"].tolist()
+            codes = (_unpacked(tensors[f"{name}.weight_packed"], *shape, bits) - least).float()
         if f"{name}.weight_zero_point" in tensors:
             zeros = tensors[f"{name}.weight_zero_point"].T
-            zeros = (_unpacked(zeros, len(zeros), len(codes), bits) - 2 ** (bits - 1)).T
+            zeros = (_unpacked(zeros, len(zeros), len(codes), bits) - least).T
             codes -= zeros.repeat_interleave(codes.shape[1] // zeros.shape[1], dim=1)
-        scale = tensors[f"{name}.weight_scale"].float()
-        actual[name] = (
-            codes,
-            codes * scale.repeat_interleave(codes.shape[1] // scale.shape[1], dim=1),
-        )
+        scale = tensors[key].float()
+        wide = scale.repeat_interleave(codes.shape[1] // scale.shape[1], dim=1)
+        actual[name] = codes, codes * wide
     return actual
 
 

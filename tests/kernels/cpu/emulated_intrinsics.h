@@ -31,28 +31,23 @@ struct __m256i {
     uint16_t lane[16];
 };
 
-template <class To, class From>
-inline To rac_bits(const From& from) {
+template <class To>
+inline To rac_load(const void* from) {
     To to;
-    static_assert(sizeof to == sizeof from, "same bits");
-    std::memcpy(&to, &from, sizeof to);
+    std::memcpy(&to, from, sizeof to);
     return to;
 }
-
-inline __m512i _mm512_loadu_si512(const void* from) {
-    __m512i to;
-    std::memcpy(&to, from, 64);
-    return to;
-}
-inline __m512 _mm512_loadu_ps(const void* from) {
-    __m512 to;
-    std::memcpy(&to, from, 64);
-    return to;
-}
+inline __m512i _mm512_loadu_si512(const void* from) { return rac_load<__m512i>(from); }
+inline __m512 _mm512_loadu_ps(const void* from) { return rac_load<__m512>(from); }
 inline void _mm512_storeu_ps(void* to, __m512 value) { std::memcpy(to, &value, 64); }
 inline void _mm512_store_si512(void* to, __m512i value) {
     RAC_REQUIRE(reinterpret_cast<uintptr_t>(to) % 64 == 0);
     std::memcpy(to, &value, 64);
+}
+template <class To, class From>
+inline To rac_bits(const From& from) {
+    static_assert(sizeof(To) == sizeof from, "same bits");
+    return rac_load<To>(&from);
 }
 inline void _mm256_storeu_si256(__m256i* to, __m256i value) { std::memcpy(to, &value, 32); }
 inline __m512 _mm512_castsi512_ps(__m512i value) { return rac_bits<__m512>(value); }
@@ -112,16 +107,8 @@ RAC_INTEGERS(_mm512_sub_epi32, (__m512i a, __m512i b), a.lane[i] - b.lane[i])
 struct __m128i {
     uint8_t lane[16];
 };
-inline __m128i _mm_loadu_si128(const __m128i* from) {
-    __m128i to;
-    std::memcpy(&to, from, 16);
-    return to;
-}
-inline __m256i _mm256_loadu_si256(const __m256i* from) {
-    __m256i to;
-    std::memcpy(&to, from, 32);
-    return to;
-}
+inline __m128i _mm_loadu_si128(const __m128i* from) { return rac_load<__m128i>(from); }
+inline __m256i _mm256_loadu_si256(const __m256i* from) { return rac_load<__m256i>(from); }
 RAC_INTEGERS(_mm512_cvtepu8_epi32, (__m128i a), uint32_t{a.lane[i]})
 RAC_INTEGERS(_mm512_cvtepu16_epi32, (__m256i a), uint32_t{a.lane[i]})
 RAC_INTEGERS(_mm512_cvtepu8_epi16, (__m256i a), (a.lane[i] & 0xffu) | (a.lane[i] & 0xff00u) << 8)
@@ -145,25 +132,22 @@ inline __m512i _mm512_ternarylogic_epi32(__m512i a, __m512i b, __m512i c, int ta
         return to;
     });
 }
-inline __m512i _mm512_mask_expand_epi8(__m512i rest, uint64_t mask, __m512i from) {
-    uint8_t stored[64], spread[64];
+// The lanes of `from` one after another at the set bits of the mask, and `rest` elsewhere.
+template <class Lane, class Register>
+inline Register rac_expand(Register rest, uint64_t mask, const Register& from) {
+    Lane stored[64 / sizeof(Lane)], spread[64 / sizeof(Lane)];
     std::memcpy(stored, &from, 64);
     std::memcpy(spread, &rest, 64);
-    for (int i = 0, next = 0; i < 64; i++)
+    for (size_t i = 0, next = 0; i < 64 / sizeof(Lane); i++)
         if (mask >> i & 1) spread[i] = stored[next++];
-    __m512i to;
-    std::memcpy(&to, spread, 64);
-    return to;
+    return rac_load<Register>(spread);
+}
+inline __m512i _mm512_mask_expand_epi8(__m512i rest, uint64_t mask, __m512i from) {
+    return rac_expand<uint8_t>(rest, mask, from);
 }
 inline void _mm512_storeu_si512(void* to, __m512i value) { std::memcpy(to, &value, 64); }
 inline __m512i _mm512_maskz_expand_epi8(uint64_t mask, __m512i from) {
-    uint8_t stored[64], spread[64] = {};
-    std::memcpy(stored, &from, 64);
-    for (int i = 0, next = 0; i < 64; i++)
-        if (mask >> i & 1) spread[i] = stored[next++];
-    __m512i to;
-    std::memcpy(&to, spread, 64);
-    return to;
+    return rac_expand<uint8_t>(__m512i{}, mask, from);
 }
 // acc[i] += the sum of four products of unsigned bytes of a and signed ones of b
 inline __m512i _mm512_dpbusd_epi32(__m512i acc, __m512i a, __m512i b) {
@@ -177,19 +161,10 @@ inline __m512i _mm512_dpbusd_epi32(__m512i acc, __m512i a, __m512i b) {
     });
 }
 inline __m512i _mm512_maskz_expand_epi16(__mmask32 mask, __m512i from) {
-    uint16_t stored[32], spread[32] = {};
-    std::memcpy(stored, &from, 64);
-    for (int i = 0, next = 0; i < 32; i++)
-        if (mask >> i & 1) spread[i] = stored[next++];
-    __m512i to;
-    std::memcpy(&to, spread, 64);
-    return to;
+    return rac_expand<uint16_t>(__m512i{}, mask, from);
 }
 inline __m512 _mm512_maskz_expand_ps(__mmask16 mask, __m512 from) {
-    __m512 to{};
-    for (int i = 0, next = 0; i < 16; i++)
-        if (mask >> i & 1) to.lane[i] = from.lane[next++];
-    return to;
+    return rac_expand<float>(__m512{}, mask, from);
 }
 
 struct RacTiles {
@@ -233,46 +208,34 @@ inline void _tile_stored(int tile, void* to, int64_t stride) {
     for (int row = 0; row < tiles.rows[tile]; row++)
         std::memcpy(static_cast<char*>(to) + row * stride, tiles.data[tile][row], tiles.bytes[tile]);
 }
-inline float rac_from_bf16(const uint8_t* from) {
-    uint16_t bits;
-    std::memcpy(&bits, from, 2);
-    return rac_bits<float>(static_cast<uint32_t>(bits) << 16);
+// acc[m][n] += the sums of `dot` over four bytes of a[m] and four of b[group][n]
+template <class Number, class Dot>
+inline void rac_multiply_tiles(int acc, int a, int b, Dot dot) {
+    RacTiles& tiles = rac_configured(acc);
+    RAC_REQUIRE(rac_configured(a).bytes[a] == 4 * rac_configured(b).rows[b]);
+    RAC_REQUIRE(tiles.rows[acc] == tiles.rows[a] && tiles.bytes[acc] == tiles.bytes[b]);
+    RAC_REQUIRE(acc != a && acc != b && a != b);
+    for (int m = 0; m < tiles.rows[acc]; m++)
+        for (int n = 0; n < tiles.bytes[acc] / 4; n++) {
+            Number sum = rac_load<Number>(tiles.data[acc][m] + 4 * n);
+            for (int group = 0; group < tiles.rows[b]; group++)
+                sum = dot(sum, tiles.data[a][m] + 4 * group, tiles.data[b][group] + 4 * n);
+            std::memcpy(tiles.data[acc][m] + 4 * n, &sum, 4);
+        }
 }
-// acc[m][n] += sum over pairs of a[m][2p] b[p][2n] + a[m][2p + 1] b[p][2n + 1]
 inline void _tile_dpbf16ps(int acc, int a, int b) {
-    RacTiles& tiles = rac_configured(acc);
-    RAC_REQUIRE(rac_configured(a).bytes[a] == 4 * rac_configured(b).rows[b]);
-    RAC_REQUIRE(tiles.rows[acc] == tiles.rows[a] && tiles.bytes[acc] == tiles.bytes[b]);
-    RAC_REQUIRE(acc != a && acc != b && a != b);
-    for (int m = 0; m < tiles.rows[acc]; m++)
-        for (int n = 0; n < tiles.bytes[acc] / 4; n++) {
-            float sum;
-            std::memcpy(&sum, tiles.data[acc][m] + 4 * n, 4);
-            for (int pair = 0; pair < tiles.rows[b]; pair++)
-                for (int k = 0; k < 2; k++)
-                    sum += rac_from_bf16(tiles.data[a][m] + 4 * pair + 2 * k) *
-                           rac_from_bf16(tiles.data[b][pair] + 4 * n + 2 * k);
-            std::memcpy(tiles.data[acc][m] + 4 * n, &sum, 4);
-        }
+    rac_multiply_tiles<float>(acc, a, b, [](float sum, const uint8_t* left, const uint8_t* right) {
+        for (int k = 0; k < 4; k += 2)
+            sum += rac_bf16_of(rac_load<uint16_t>(left + k)) * rac_bf16_of(rac_load<uint16_t>(right + k));
+        return sum;
+    });
 }
-// acc[m][n] += sum over quads of four products of signed bytes of a[m] and of b[quad][n]
 inline void _tile_dpbssd(int acc, int a, int b) {
-    RacTiles& tiles = rac_configured(acc);
-    RAC_REQUIRE(rac_configured(a).bytes[a] == 4 * rac_configured(b).rows[b]);
-    RAC_REQUIRE(tiles.rows[acc] == tiles.rows[a] && tiles.bytes[acc] == tiles.bytes[b]);
-    RAC_REQUIRE(acc != a && acc != b && a != b);
-    for (int m = 0; m < tiles.rows[acc]; m++)
-        for (int n = 0; n < tiles.bytes[acc] / 4; n++) {
-            uint32_t sum;
-            std::memcpy(&sum, tiles.data[acc][m] + 4 * n, 4);
-            for (int quad = 0; quad < tiles.rows[b]; quad++)
-                for (int k = 0; k < 4; k++) {
-                    const int left = static_cast<int8_t>(tiles.data[a][m][4 * quad + k]);
-                    const int right = static_cast<int8_t>(tiles.data[b][quad][4 * n + k]);
-                    sum += static_cast<uint32_t>(left * right);
-                }
-            std::memcpy(tiles.data[acc][m] + 4 * n, &sum, 4);
-        }
+    rac_multiply_tiles<uint32_t>(acc, a, b, [](uint32_t sum, const uint8_t* left, const uint8_t* right) {
+        for (int k = 0; k < 4; k++)
+            sum += static_cast<uint32_t>(static_cast<int8_t>(left[k]) * static_cast<int8_t>(right[k]));
+        return sum;
+    });
 }
 
 // The functions of csrc/isa/avx512.h that are assembly.
