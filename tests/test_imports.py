@@ -74,7 +74,7 @@ def test_what_serving_needs_imports_no_transformers():
     """In a serving process each module is imported again and again by workers."""
     statement = (
         "import rac_modifier.checkpoint.bitmask, rac_modifier.checkpoint.inspect, "
-        "rac_modifier.pruning.solve, rac_modifier.kernels.plan"
+        "rac_modifier.pruning.solve, rac_modifier.kernels.choose"
     )
     assert (
         loaded_by(statement, "transformers", "llmcompressor", "vllm", "compressed_tensors") == set()

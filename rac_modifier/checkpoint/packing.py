@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rac_modifier.checkpoint.card import CARD_NAME, converted_card
+from rac_modifier.checkpoint.card import CARD_NAME, RUN_RECORD_NAME, converted_card, environment
 from rac_modifier.checkpoint.dense_codes import PACKED_BITS, WORDS, WORDS_SHAPE, PackQuantized
 from rac_modifier.checkpoint.files import CONFIG_FILE, INDEX_FILE, TensorFiles, write_tensors_atomic
 from rac_modifier.checkpoint.formats import (
@@ -42,7 +42,6 @@ from rac_modifier.checkpoint.quantization_config import (
     with_dense_mark,
     with_packed,
 )
-from rac_modifier.checkpoint.record import RUN_RECORD_NAME, environment
 from rac_modifier.checkpoint.stored_weight import count_broken_groups
 from rac_modifier.errors import RacError
 from rac_modifier.files import read_json, without_paths, write_json_atomic, write_text_atomic

@@ -24,7 +24,13 @@ from transformers.core_model_loading import (
 )
 
 from rac_modifier.checkpoint.bitmask import nonzero
-from rac_modifier.checkpoint.card import CARD_NAME, license_of, model_card
+from rac_modifier.checkpoint.card import (
+    CARD_NAME,
+    RUN_RECORD_NAME,
+    environment,
+    license_of,
+    model_card,
+)
 from rac_modifier.checkpoint.dense_codes import WORDS, PackQuantized
 from rac_modifier.checkpoint.output_folder import STAGING, move_into_place
 from rac_modifier.checkpoint.packing import mark_dense, pack_checkpoint
@@ -33,7 +39,6 @@ from rac_modifier.checkpoint.quantization_config import (
     QUANTIZATION_KEY,
     weight_schemes,
 )
-from rac_modifier.checkpoint.record import RUN_RECORD_NAME, environment
 from rac_modifier.errors import RacError
 from rac_modifier.files import (
     read_json,

@@ -119,8 +119,7 @@ def evaluate(
     from rac_modifier.checkpoint.card import add_measured, card_folder
     from rac_modifier.evaluation.accuracy import check_problems
     from rac_modifier.evaluation.calibrated_prompt import choose_prompt, recorded_prompts
-    from rac_modifier.evaluation.report import divergence_table
-    from rac_modifier.evaluation.results import paired_difference, read_results
+    from rac_modifier.evaluation.results import divergence_table, paired_difference, read_results
     from rac_modifier.evaluation.stopping import summary
     from rac_modifier.files import write_json_atomic
 
@@ -209,7 +208,7 @@ def _divergences(
 
 def _accuracy_lines(answered: list[EvalResult], pairs: list[PairedDifference]) -> list[str]:
     """Return the tables, and lines on loops, differences and token inflation."""
-    from rac_modifier.evaluation.report import accuracy_table, stopping_table
+    from rac_modifier.evaluation.results import accuracy_table, stopping_table
     from rac_modifier.evaluation.stopping import describe_loops
 
     return [

@@ -24,7 +24,7 @@ from rac_modifier.errors import RacError
 
 if TYPE_CHECKING:
     from rac_modifier.checkpoint.inspect import CheckpointReport, ModuleRow
-    from rac_modifier.kernels.plan import PlanRow
+    from rac_modifier.kernels.choose import PlanRow
 
 _HEAD = ("module", "shape", "dtype", "stored", "pattern", "sparsity", "bytes", "note")
 _SAMPLES, _CAP = 64, 256  # own answers on which activations are measured, and tokens of each
@@ -61,7 +61,7 @@ def inspect(
     Example: rac inspect Qwen3-1.7B-W4A16 --activations 0.01 --dense Qwen/Qwen3-1.7B
     """
     from rac_modifier.checkpoint.output_folder import local_folder
-    from rac_modifier.kernels.plan import plan_checkpoint, render_plan
+    from rac_modifier.kernels.choose import plan_checkpoint, render_plan
 
     folder = local_folder(resolve(checkpoint))
     if activations is not None:
@@ -84,7 +84,7 @@ def _choose_activations(
     folder: Path, limit: float, dense: str | None, source: str, column: str | None, as_json: bool
 ) -> None:
     """Measure layers with 8-bit activations on the model's answers; record the choice."""
-    from rac_modifier.checkpoint.record import record_activations
+    from rac_modifier.checkpoint.card import record_activations
     from rac_modifier.evaluation.activations import (
         activations_table,
         check_original,

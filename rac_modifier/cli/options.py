@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from rac_modifier.evaluation.report import ResultTable
+    from rac_modifier.evaluation.results import ResultTable
 
 Model = Annotated[
     str,

@@ -16,18 +16,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rac_modifier.checkpoint.card import RUN_RECORD_NAME
 from rac_modifier.checkpoint.dense_codes import OF_VOCABULARY
 from rac_modifier.checkpoint.quantization_config import CONFIG_FILE
-from rac_modifier.checkpoint.record import RUN_RECORD_NAME
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.divergence import DenseReference
-from rac_modifier.evaluation.report import ResultTable
+from rac_modifier.evaluation.results import ResultTable
 from rac_modifier.evaluation.teacher_forcing import TokenSequence, check_sequences
 from rac_modifier.files import read_json
-from rac_modifier.kernels.cpu import encoding_of
-from rac_modifier.kernels.cpu.packed import MOST_GROUP
+from rac_modifier.kernels.choose import PlanRow, plan_checkpoint
+from rac_modifier.kernels.cpu import MOST_GROUP, encoding_of
 from rac_modifier.kernels.interface import EXPERT
-from rac_modifier.kernels.plan import PlanRow, plan_checkpoint
 from rac_modifier.model_tools import evaluating
 
 LEVELS = {8: 127, 16: 127 * 256 + 127}  # the largest integer of x (csrc/gemm/kernel.h)

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 from transformers.utils.hub import cached_file
 
-from rac_modifier.checkpoint.record import RUN_RECORD_NAME
+from rac_modifier.checkpoint.card import RUN_RECORD_NAME
 from rac_modifier.errors import RacError
 from rac_modifier.files import read_json
 from rac_modifier.settings.sampling import PromptSettings, Template

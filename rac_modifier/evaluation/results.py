@@ -1,4 +1,4 @@
-"""Results of an evaluation: a row per answer, their summary, and two models compared."""
+"""Results of an evaluation: a row per answer, their summary, two models compared, tables."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -16,9 +17,12 @@ from rac_modifier.evaluation.intervals import (
     mean_pass_at,
     share_interval,
 )
-from rac_modifier.evaluation.stopping import Ending, Row, TokenInflation, token_inflation
+from rac_modifier.evaluation.stopping import Ending, Row, TokenInflation, summary, token_inflation
 from rac_modifier.files import read_json
 from rac_modifier.settings.sampling import SamplingSettings
+
+if TYPE_CHECKING:  # a table of results needs no torch
+    from rac_modifier.evaluation.divergence import DivergenceResult
 
 
 class EvalResult(BaseModel):
@@ -171,3 +175,77 @@ def read_results(path: Path) -> list[EvalResult]:
             f"{path}: no evaluation result ({field}: {first['msg']}); evaluate again with this "
             "version"
         ) from error
+
+
+@dataclass(frozen=True)
+class ResultTable:
+    """A head, a row per model, and a line on what all rows share."""
+
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str
+
+
+def accuracy_table(results: Sequence[EvalResult]) -> ResultTable:
+    """Return a row per result of one cap, one temperature and one number of answers per problem.
+
+    `thinking` and `tokens` are means per answer; `unfinished` is the share of truncated answers.
+    With several answers per problem, accuracy is pass@1, and a column has pass@k for the largest
+    k.
+    """
+    first = results[0]
+    columns = {
+        "model": [r.label for r in results],
+        "accuracy": [f"{r.accuracy:.1%}" for r in results],
+        "95 % CI": [f"{100 * r.ci_low:.1f}-{100 * r.ci_high:.1f}" for r in results],
+        "thinking": [f"{r.mean_thinking_tokens:.0f}" for r in results],
+        "tokens": [f"{r.mean_completion_tokens:.0f}" for r in results],
+        "unfinished": [f"{r.unfinished_share:.1%}" for r in results],
+        "tokens/s": [f"{r.tokens_per_second:.0f}" if r.tokens_per_second else "-" for r in results],
+        "minutes": [f"{r.seconds / 60:.1f}" for r in results],
+        "problems": [str(r.problems) for r in results],
+    }
+    sampled = f"temperature {first.temperature:g}" if first.temperature else "greedy"
+    note = f"At most {first.cap} new tokens per answer; {sampled}"
+    if first.samples > 1:
+        columns[f"pass@{first.samples}"] = [f"{r.pass_at[str(r.samples)]:.1%}" for r in results]
+        note += f"; {first.samples} answers per problem"
+    return ResultTable(tuple(columns), tuple(zip(*columns.values(), strict=True)), f"{note}.")
+
+
+def stopping_table(results: Sequence[EvalResult]) -> ResultTable:
+    """Return the share of each kind of ending and the mean lengths, a row per result."""
+    rows = []
+    for result in results:
+        *shares, thinking, answer = summary(result.endings).values()
+        percentages = (f"{share:.1%}" for share in shares)
+        rows.append((result.label, *percentages, f"{thinking:.0f}", f"{answer:.0f}"))
+    truncated = ("truncated: reached", "truncated: looping", "truncated: going")
+    return ResultTable(
+        ("model", "right", "wrong", *truncated, "closes thinking", "thinking", "answer"),
+        tuple(rows),
+        "Reached: the last answer stated before the cap is right. Accuracy counts it if boxed.",
+    )
+
+
+def divergence_table(results: Sequence[DivergenceResult]) -> ResultTable:
+    """Return divergences with standard errors, on the same sequences, a row per result."""
+
+    def with_error(mean: float, error: float | None, form: str) -> str:
+        return f"{mean:{form}}" if error is None else f"{mean:{form}} ± {error:{form}}"
+
+    rows = tuple(
+        (
+            r.label,
+            with_error(r.kl, r.kl_stderr, ".3f"),
+            with_error(r.agreement, r.agreement_stderr, ".1%"),
+        )
+        for r in results
+    )
+    return ResultTable(
+        ("model", "KL, nats per token", "top-1 agreement"),
+        rows,
+        f"KL(dense || model) on {results[0].tokens:,} completion tokens of "
+        f"{results[0].sequences:,} sequences; ± one standard error over sequences, from 16 "
+        "sequences on.",
+    )

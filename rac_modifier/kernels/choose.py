@@ -1,11 +1,23 @@
-"""Choose the backend of a layer: the CPU's, or an entry point of an installed package."""
+"""Choose the backend of a layer, and of each compressed module of a checkpoint.
+
+A backend is the CPU's, or an entry point of an installed package.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import cast
 
+import torch
+
+from rac_modifier.checkpoint.inspect import CheckpointReport, inspect_checkpoint
+from rac_modifier.checkpoint.quantization_config import BITS, CONFIG_FILE, SparsityRecord
+from rac_modifier.checkpoint.stored_weight import FLOATS, StoredWeight
+from rac_modifier.files import read_json
 from rac_modifier.kernels import cpu
 from rac_modifier.kernels.interface import Backend, Decision, Layer, stay_dense
 
@@ -33,3 +45,43 @@ def _from_entry_point(device: str) -> Backend | str:
         except Exception as error:  # a foreign package: the layer runs dense
             return f"the backend of {package} cannot be imported ({type(error).__name__}: {error})"
     return f"there is no sparse kernel for {device}"
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """A compressed linear module of a checkpoint, and how it would run."""
+
+    module: str
+    layer: Layer
+    decision: Decision
+
+
+def plan_checkpoint(folder: str | Path) -> tuple[CheckpointReport, list[PlanRow]]:
+    """Inspect a checkpoint, and plan its packed modules and dense codes of 2 to 4 bits.
+
+    Each is served in its own dtype, codes in bfloat16. vLLM decides for the fused layer of q, k and
+    v, or of gate and up, by the same rules. Damaged modules are in the report alone.
+    """
+    int8 = SparsityRecord.of(read_json(Path(folder) / CONFIG_FILE)).int8_activations
+    rows: list[PlanRow] = []
+
+    def plan(weight: StoredWeight) -> None:
+        dtype = weight.values.dtype
+        bits = 8 if weight.name in int8 else 16
+        served = dtype if dtype in FLOATS else torch.bfloat16
+        layer = Layer.of(replace(weight, activation_bits=bits), served)
+        if weight.density < 1.0 or weight.bits in BITS:
+            rows.append(PlanRow(weight.name, layer, choose(layer, "cpu")[0]))
+
+    return inspect_checkpoint(folder, plan), rows
+
+
+def render_plan(rows: Sequence[PlanRow]) -> str:
+    """Return a line per decision, with the number of modules and the first of them."""
+    lines = []
+    for reason in dict.fromkeys(row.decision.reason for row in rows):
+        alike = [row for row in rows if row.decision.reason == reason]
+        first = alike[0]
+        name = f"{len(alike)} modules, from {first.module}" if len(alike) > 1 else first.module
+        lines.append(f"{name} ({first.layer.rows}x{first.layer.columns}): {reason}")
+    return "\n".join(lines)

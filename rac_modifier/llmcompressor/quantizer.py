@@ -22,7 +22,7 @@ from rac_modifier.errors import RacError
 from rac_modifier.quantization.grid import Grid
 from rac_modifier.quantization.schemes import describe_scheme, grid_of
 from rac_modifier.recovery.on_grid import QuantizedWeight
-from rac_modifier.settings.quantization import QuantizationSettings
+from rac_modifier.settings.pruning import QuantizationSettings
 
 
 class Quantizer:

@@ -10,6 +10,7 @@ from typing import Any
 from loguru import logger
 from safetensors import SafetensorError
 
+from rac_modifier.checkpoint.card import RUN_RECORD_NAME
 from rac_modifier.checkpoint.files import TensorFiles
 from rac_modifier.checkpoint.quantization_config import (
     CONFIG_FILE,
@@ -19,7 +20,6 @@ from rac_modifier.checkpoint.quantization_config import (
     SparsityRecord,
     weight_schemes,
 )
-from rac_modifier.checkpoint.record import RUN_RECORD_NAME
 from rac_modifier.checkpoint.saving import SavePlan, save_with_record
 from rac_modifier.errors import RacError
 from rac_modifier.files import read_json

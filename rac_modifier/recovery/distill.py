@@ -20,10 +20,9 @@ from rac_modifier.processes import ALONE, Processes
 from rac_modifier.recovery.fixed_mask import fixed_mask, sparse_masks
 from rac_modifier.recovery.loss import check_head
 from rac_modifier.recovery.on_grid import QuantizedWeight, on_grid, trained_name
-from rac_modifier.recovery.schedule import default_learning_rate, plan_steps
 from rac_modifier.recovery.student import Student, in_float32, recomputing
 from rac_modifier.recovery.teacher import StoredTeacher, name_of
-from rac_modifier.recovery.training_loop import TrainingLoop
+from rac_modifier.recovery.training_loop import TrainingLoop, default_learning_rate, plan_steps
 from rac_modifier.settings.recovery import RecoverySettings
 
 _LOWER, _TRIES = 3.0, 3  # factor by which the default learning rate is lowered; most tries

@@ -19,8 +19,8 @@ from rac_modifier.platform import HEAP_GAPS
 from rac_modifier.processes import ALONE, Processes
 from rac_modifier.pruning.linalg import bf16_is_fast
 from rac_modifier.recovery.loss import head_kl, output_head
-from rac_modifier.recovery.schedule import plan_steps
 from rac_modifier.recovery.student import decoder_layers, frozen_parameters, recomputing
+from rac_modifier.recovery.training_loop import plan_steps
 from rac_modifier.rehearsal import LiveBytes, without_data
 from rac_modifier.settings.recovery import RecoverySettings
 

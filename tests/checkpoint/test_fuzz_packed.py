@@ -14,7 +14,7 @@ from rac_modifier.checkpoint.hf_quantizer import load_model
 from rac_modifier.checkpoint.pack_plan import plan_packing
 from rac_modifier.checkpoint.packing import pack_checkpoint, pack_model, unpack_model
 from rac_modifier.errors import RacError
-from rac_modifier.kernels.plan import plan_checkpoint
+from rac_modifier.kernels.choose import plan_checkpoint
 from tests.checkpoint.checkpoint_helpers import PRUNERS, save_quantized, tiny_model
 from tests.tiny import linears
 

@@ -7,7 +7,7 @@ import torch
 
 from rac_modifier.checkpoint.formats import FORMATS
 from rac_modifier.errors import RacError
-from rac_modifier.kernels.cpu.packed import pack_values
+from rac_modifier.kernels.cpu import pack_values
 from rac_modifier.kernels.cpu.support import support
 from tests.checkpoint.test_stored_weight import consistent, random_weight
 from tests.kernels.cpu.kernel_helpers import Packed, unpacked

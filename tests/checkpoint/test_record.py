@@ -2,7 +2,7 @@
 
 import json
 
-from rac_modifier.checkpoint.record import environment, record_activations
+from rac_modifier.checkpoint.card import environment, record_activations
 
 
 def test_environment_is_json_and_complete():

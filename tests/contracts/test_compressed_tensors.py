@@ -9,7 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 from rac_modifier import ReasoningAwareSparseGPTModifier
 from rac_modifier.settings.entries import ENTRIES
-from rac_modifier.settings.quantization import PRESET_SCHEMES
+from rac_modifier.settings.pruning import PRESET_SCHEMES
 from rac_modifier.settings.recipe import check_entry, find_named_entry
 from tests.tiny import NAME
 
@@ -17,7 +17,7 @@ CALIBRATES = "ReasoningAwareCalibrationModifier"
 
 
 def test_the_names_of_preset_schemes():
-    """If this fails: write upstream's names into settings/quantization.py."""
+    """If this fails: write upstream's names into settings/pruning.py."""
     assert frozenset(UPSTREAM) == PRESET_SCHEMES
 
 

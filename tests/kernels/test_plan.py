@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from rac_modifier.checkpoint.formats import FORMATS
 from rac_modifier.checkpoint.packing import pack_checkpoint
 from rac_modifier.kernels import cpu
+from rac_modifier.kernels.choose import PlanRow, plan_checkpoint, render_plan
 from rac_modifier.kernels.cpu.support import Support
-from rac_modifier.kernels.plan import PlanRow, plan_checkpoint, render_plan
 from tests.checkpoint.test_stored_weight import random_weight
 
 

@@ -6,7 +6,7 @@ from compressed_tensors.quantization import QuantizationStatus
 
 from rac_modifier import RacError
 from rac_modifier.llmcompressor.quantizer import Quantizer
-from rac_modifier.settings.quantization import QuantizationSettings
+from rac_modifier.settings.pruning import QuantizationSettings
 from tests.llmcompressor.modifier_helpers import int4
 from tests.tiny import linears, tiny_model
 

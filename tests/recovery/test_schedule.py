@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from rac_modifier.recovery.schedule import default_learning_rate, plan_steps, rate_at
+from rac_modifier.recovery.training_loop import default_learning_rate, plan_steps, rate_at
 from rac_modifier.settings.recovery import RecoverySettings
 from tests.recovery.recovery_helpers import sequences
 

@@ -10,8 +10,7 @@ from llmcompressor import oneshot
 from transformers import AutoModelForCausalLM
 
 from rac_modifier import ReasoningAwareSparseGPTModifier
-from rac_modifier.settings.pruning import PruningSettings
-from rac_modifier.settings.quantization import QuantizationSettings
+from rac_modifier.settings.pruning import PruningSettings, QuantizationSettings
 from tests.settings.test_entries import merged, nested
 from tests.tiny import save_tiny, save_tiny_experts
 

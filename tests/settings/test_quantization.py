@@ -1,7 +1,7 @@
 import pytest
 from pydantic import ValidationError
 
-from rac_modifier.settings.quantization import QuantizationSettings
+from rac_modifier.settings.pruning import QuantizationSettings
 
 
 def group(**arguments):

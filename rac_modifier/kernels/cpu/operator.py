@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from rac_modifier.errors import RacError
-from rac_modifier.kernels.cpu.library import BITS, INT8, TYPES, VALUE_TYPES, Library
-from rac_modifier.kernels.cpu.packed import PANEL
+from rac_modifier.kernels.cpu.library import BITS, INT8, PANEL, TYPES, VALUE_TYPES, Library
 from rac_modifier.kernels.cpu.support import TOKENS, cpp_operator, library_and_isa
 
 SCRATCH_BYTES = 8 << 20  # of expanded panels at a time: they about fit into the last-level cache

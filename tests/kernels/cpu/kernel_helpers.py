@@ -18,10 +18,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from rac_modifier.kernels.cpu import library, support
+from rac_modifier.kernels.cpu import library, pack_values, support
 from rac_modifier.kernels.cpu.library import BITS, DENSE_TYPES, INT4, VALUE_TYPES
 from rac_modifier.kernels.cpu.operator import sparse_linear
-from rac_modifier.kernels.cpu.packed import pack_values
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from rac_modifier.errors import RacError
-from rac_modifier.kernels.cpu import operator
-from rac_modifier.kernels.cpu.packed import pack_scale, pack_values
+from rac_modifier.kernels.cpu import operator, pack_scale, pack_values
 from rac_modifier.kernels.cpu.support import library_and_isa, support
 from tests.kernels.cpu.kernel_helpers import (
     BLOCK,

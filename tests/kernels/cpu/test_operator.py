@@ -9,8 +9,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from rac_modifier.errors import RacError
-from rac_modifier.kernels.cpu import library, operator
-from rac_modifier.kernels.cpu.packed import pack_scale
+from rac_modifier.kernels.cpu import library, operator, pack_scale
 from rac_modifier.kernels.cpu.support import cpp_operator, library_and_isa
 from tests.kernels.cpu.kernel_helpers import (
     assert_product,

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rac_modifier.errors import RacError
-from rac_modifier.kernels.cpu.packed import pack_values
+from rac_modifier.kernels.cpu import pack_values
 from tests.kernels.cpu.kernel_helpers import (
     Packed,
     bitmask_of,
