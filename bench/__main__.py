@@ -9,17 +9,10 @@ import sys
 from bench.common import add_common
 
 SUITES = (
-    "accuracy",
-    "formats",
-    "schemes",
-    "time",
-    "kernels",
-    "serving",
-    "peers",
-    "recovery",
-    "traces",
+SUITES = (
+    "accuracy", "formats", "schemes", "time", "kernels", "serving", "peers", "recovery", "traces",
     "scale",
-)
+)  # fmt: skip
 
 
 def main(arguments: list[str]) -> int:
@@ -30,9 +23,7 @@ def main(arguments: list[str]) -> int:
             print(f"{name:10} {summary}")
         return 0
     if not arguments or arguments[0] not in SUITES:
-        print(
-            f"usage: python -m bench SUITE [options]; suites: {', '.join(SUITES)}; --list explains"
-        )
+        print(f"usage: python -m bench SUITE [options]; --list explains {', '.join(SUITES)}")
         return 2
     suite = importlib.import_module(f"bench.{arguments[0]}")
     parser = argparse.ArgumentParser(

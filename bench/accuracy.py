@@ -59,18 +59,7 @@ def run(options: argparse.Namespace) -> None:
             options.patterns, options.variants, options.calibrations
         )
     ]
-    finished = run_grid(
-        subject,
-        rows,
-        options.work / f"accuracy-{options.model}",
-        tokens=options.tokens,
-        problems=options.problems,
-        cap=options.cap,
-    )
-    save(
-        options.out,
-        f"accuracy_{options.model}",
-        subject.name,
-        COLUMNS,
-        [cells(row) for row in finished],
-    )
+    out = options.work / f"accuracy-{options.model}"
+    budgets = {name: getattr(options, name) for name in ("tokens", "problems", "cap")}
+    table = [cells(row) for row in run_grid(subject, rows, out, **budgets)]
+    save(options.out, f"accuracy_{options.model}", subject.name, COLUMNS, table)

@@ -47,11 +47,7 @@ def commit() -> str:
 
 
 def save(
-    folder: Path,
-    name: str,
-    model: str,
-    columns: Mapping[str, str],
-    rows: Sequence[Sequence[Any]],
+    folder: Path, name: str, model: str, columns: Mapping[str, str], rows: Sequence[Sequence[Any]]
 ) -> Path:
     """Write `folder/name.json`, which `bench.render` turns into a table.
 
@@ -87,6 +83,11 @@ def spread(values: Sequence[float]) -> list[float] | float:
     return [statistics.median(values), min(values), max(values)]
 
 
+def ratios(values: Sequence[float], base: Sequence[float]) -> list[float] | float:
+    """Return the spread of values over those of the first contender in the same rounds."""
+    return spread([value / of_base for value, of_base in zip(values, base, strict=False)])
+
+
 def in_turn(runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[Any]]:
     """Run each contender once per round, every second round reversed; return results by name.
 
@@ -103,9 +104,8 @@ def in_turn(runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, lis
                 results[name].append(runs[name]())
             except Exception as error:  # one contender must not end hours of work
                 failed.add(name)
-                print(
-                    f"{name} failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True
-                )
+                fault = f"{name} failed: {type(error).__name__}: {error}"
+                print(fault, file=sys.stderr, flush=True)
                 continue
             print(f"round {turn + 1}: {name}, {time.monotonic() - started:.0f} s", flush=True)
     return {name: values for name, values in results.items() if values}
@@ -127,6 +127,18 @@ def child(command: Sequence[str], **environment: str) -> tuple[str, float, float
     if process.returncode:
         raise RuntimeError(f"{shlex.join(command)[:200]} ended with {process.returncode}")
     return text, usage.ru_maxrss * 1024.0, usage.ru_utime + usage.ru_stime
+
+
+def called_in_child(function: Callable[..., Any], *values: Any, **environment: str) -> Any:
+    """Call a function of a module with `values` in a process of its own; both sides are JSON."""
+    code = (
+        f"import json, sys; sys.path.insert(0, {str(ROOT)!r}); "
+        f"from {function.__module__} import {function.__name__} as call; "
+        "print('\\n' + json.dumps(call(*json.loads(sys.argv[1]))))"
+    )
+    command = [sys.executable, "-c", code, json.dumps(values, default=str)]
+    text, _, _ = child(command, **environment)
+    return json.loads(text.splitlines()[-1])
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:

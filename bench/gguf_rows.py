@@ -113,16 +113,14 @@ def in_gguf_order(weight: torch.Tensor, module: str, config: Any) -> torch.Tenso
     heads = heads_of(module, config)
     if not heads:
         return weight.detach()
-    return (
-        weight.detach().reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
-    )
+    halves = weight.detach().reshape(heads, 2, -1, weight.shape[1])
+    return halves.swapaxes(1, 2).reshape(weight.shape)
 
 
 def heads_of(module: str, config: Any) -> int:
     """Return the number of heads of a q or k projection, 0 of any other module."""
-    return {"q": config.num_attention_heads, "k": config.num_key_value_heads}.get(
-        module.rpartition(".")[2].removesuffix("_proj"), 0
-    )
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    return heads.get(module.rpartition(".")[2], 0)
 
 
 @torch.no_grad()
@@ -155,25 +153,13 @@ def quantize_again(weight: torch.Tensor, kind: int, importance: np.ndarray) -> n
     library = ctypes.CDLL(str(next(Path(xllamacpp.__file__).parent.glob("*.so"))))
     quantize = library.ggml_quantize_chunk
     quantize.restype = ctypes.c_size_t
-    quantize.argtypes = [
-        ctypes.c_int,
-        ctypes.c_void_p,
-        ctypes.c_void_p,
-        *[ctypes.c_int64] * 3,
-        ctypes.c_void_p,
-    ]
+    address = ctypes.c_void_p
+    quantize.argtypes = [ctypes.c_int, address, address, *[ctypes.c_int64] * 3, address]
     values = weight.contiguous().numpy()
     rows, columns = values.shape
     block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
     stored = np.zeros((rows, columns // block * size), np.uint8)
-    columns_weights = np.ascontiguousarray(importance, np.float32)
-    quantize(
-        int(kind),
-        values.ctypes.data,
-        stored.ctypes.data,
-        0,
-        rows,
-        columns,
-        columns_weights.ctypes.data,
-    )
+    importance = np.ascontiguousarray(importance, np.float32)
+    source, target, weights = (array.ctypes.data for array in (values, stored, importance))
+    quantize(int(kind), source, target, 0, rows, columns, weights)
     return stored

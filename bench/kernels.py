@@ -31,7 +31,7 @@ Linear = Callable[[Tensor], Tensor]
 TINY: dict[str, Any] = {
     "forms": ["50%-bf16", "int4"],
     "tokens": [1],
-    "gigabytes": 0.001,
+    "gigabytes": 1e-3,
     "repeats": 1,
 }
 
@@ -54,12 +54,8 @@ def ours(form: Form, weight: Tensor) -> tuple[Linear, int]:
         stored = store(weight, form.text)
     else:
         values, scale = rounded(weight, form.bits, form.group)
-        stored = replace(
-            store(values, form.text),
-            scale=scale.float(),
-            bits=form.bits,
-            activation_bits=form.activations,
-        )
+        bits = {"bits": form.bits, "activation_bits": form.activations}
+        stored = replace(store(values, form.text), scale=scale.float(), **bits)
     packed = cpu.pack(stored, torch.bfloat16)
     rows, columns = weight.shape
     size = sum(tensor.nbytes for tensor in packed.values())

@@ -43,9 +43,8 @@ def reasoner(work: Path) -> Subject:
     """Return the embedded reasoner on its arithmetic problems."""
     traces = {"problems": {"source": "arithmetic"}, "sampling": {"max_new_tokens": 512}}
     evaluation = {"source": "arithmetic", "problems": 300, "cap": 512, "batch_size": 256}
-    return Subject(
-        "embedded reasoner (3.4 M parameters)", "reasoner", {"traces": traces}, evaluation
-    )
+    name = "embedded reasoner (3.4 M parameters)"
+    return Subject(name, "reasoner", {"traces": traces}, evaluation)
 
 
 def smollm2(work: Path) -> Subject:
@@ -69,15 +68,11 @@ def chat_subject(name: str, folder: Path, work: Path) -> Subject:
     ]
     write_prompts(held_out, questions)
     sampling = {"max_new_tokens": 1024, "batch_size": 64, "seed": 0}
-    sources = {
-        source: {"problems": {"source": problems}}
-        for source, problems in (("instructions", str(train)), ("arithmetic", "arithmetic"))
-    }
-    mixture = {"traces:instructions": 0.5, "traces:arithmetic": 0.5}
-    shared = {
-        "traces": {"sampling": sampling, "sources": sources},
-        "calibration": {"mixture": mixture},
-    }
+    named = {"instructions": str(train), "arithmetic": "arithmetic"}
+    sources = {name: {"problems": {"source": source}} for name, source in named.items()}
+    mixture = {f"traces:{source}": 0.5 for source in sources}
+    traces = {"sampling": sampling, "sources": sources}
+    shared = {"traces": traces, "calibration": {"mixture": mixture}}
     evaluation = {"source": str(held_out), "problems": 64, "cap": 1024}
     return Subject(name, str(folder), shared, evaluation)
 

@@ -30,13 +30,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTra
 from bench.common import save
 
 BLOCK, ANGLE, SEED = 4, 0.15, 0
-READERS = (
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    (
-        "mlp.gate_proj",
-        "mlp.up_proj",
-    ),
-)
+READERS = {  # by the norm whose output they read
+    "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
+}
 WRITERS = "self_attn.o_proj", "mlp.down_proj"
 GRIDS = {  # bits, group, what a group has besides its scale
     "int4 minimum 32": (4, 32, "minimum"),
@@ -77,9 +74,7 @@ def rotate(model: PreTrainedModel, turn: Tensor) -> None:
     replace(last, torch.ones_like(last.weight))
     model.config.tie_word_embeddings = False
     for layer in model.model.layers:
-        for names, norm in zip(
-            READERS, ("input_layernorm", "post_attention_layernorm"), strict=True
-        ):
+        for norm, names in READERS.items():
             reads([layer.get_submodule(name) for name in names], layer.get_submodule(norm))
         for name in WRITERS:
             linear = layer.get_submodule(name)
@@ -147,10 +142,8 @@ def kl(reference: Tensor, candidate: Tensor) -> float:
 def build(out: Path) -> dict[str, Any]:
     """Write the model, bfloat16, to `out`, and return what the rotation did."""
     model, tokenizer = from_gguf()
-    text = (
-        "The rain fell on the quiet town while she counted: 17 + 25 = 42, then 42 * 3 = 126. " * 6
-    )
-    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    text = "The rain fell on the quiet town while she counted: 17 + 25 = 42, then 42 * 3 = 126. "
+    ids = tokenizer(text * 6, return_tensors="pt")["input_ids"]
     report: dict[str, Any] = {"block": BLOCK, "angle": ANGLE, "seed": SEED, "layers": {}}
     report["layers"]["before"] = per_layer(model)
     report["residual"] = {"before": residual_norms(model, ids)}

@@ -16,7 +16,6 @@ import json
 import os
 import random
 import statistics
-import sys
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -26,7 +25,7 @@ from typing import Any
 import torch
 
 from bench import peers_others
-from bench.common import ROOT, child, in_turn, save, spread
+from bench.common import called_in_child, in_turn, ratios, save
 from bench.server import measure, serving
 from bench.serving import serve_options
 from bench.shapes import GROUP, SHAPES, Form, random_model
@@ -123,14 +122,13 @@ def linears(form: Form, options: argparse.Namespace) -> Figures:
         layers.append((linear, columns))
         size += nbytes
     inputs = {columns: torch.randn(1, columns).bfloat16() for _, columns in layers}
-    times = []
+
+    def step() -> None:
+        for linear, columns in layers:
+            linear(inputs[columns])
+
     with torch.inference_mode():
-        for _ in range(options.output_tokens):
-            started = time.perf_counter()
-            for linear, columns in layers:
-                linear(inputs[columns])
-            times.append(time.perf_counter() - started)
-    return Figures(size, 1e3 * statistics.median(times[2:]))
+        return Figures(size, peers_others.median_ms(step, options.output_tokens))
 
 
 def bytes_read(form: Form, options: argparse.Namespace) -> int:
@@ -145,13 +143,12 @@ def served(form: Form, options: argparse.Namespace) -> Figures:
     """Generate with `vllm serve`, engine and worker in one process; timed at the client."""
     folder = random_model(options.work, form, options.layers, options.vocab)
     arguments = [*serve_options(form, 2048), "--distributed-executor-backend", "uni"]
+    arguments.append("--disable-log-stats")
     environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     log = folder.with_suffix(".log")
-    arguments.append("--disable-log-stats")
+    lengths = (options.prompt_tokens, options.output_tokens)
     with serving(folder, arguments, log, environment=environment) as server:
-        ask = partial(
-            measure, server.url, options.vocab, options.prompt_tokens, options.output_tokens, 1
-        )
+        ask = partial(measure, server.url, options.vocab, *lengths, 1)
         ask(1)
         speed = ask(2)
     size = bytes_read(form, options)
@@ -194,41 +191,20 @@ def python(form: Form, options: argparse.Namespace) -> Figures:
     return figures(bytes_read(form, options), firsts, further, options)
 
 
-def run_one(name: str, options: argparse.Namespace) -> Figures:
+def run_one(name: str, values: dict[str, Any]) -> dict[str, Any]:
     """Run a contender in this process."""
+    options = argparse.Namespace(**{**values, "work": Path(values["work"])})
     torch.set_num_threads(options.threads)
     if name in LLAMA:
-        return llama(name, options)
+        return asdict(llama(name, options))
     shapes = [shape for _ in range(options.layers) for shape in SHAPES["1.5B"]]
     shapes.append((options.vocab, HIDDEN))
     if name in ("openvino", "torchao"):
         step = getattr(peers_others, f"{name}_step")
-        return Figures(*step(shapes, GROUP[4], options.threads, options.output_tokens))
+        return asdict(Figures(*step(shapes, GROUP[4], options.threads, options.output_tokens)))
     how, _, form = name.partition(" ")
     kinds = {"linears": linears, "python": python, "served": served}
-    return kinds[how](Form.parse(form), options)
-
-
-def in_child(name: str, options: argparse.Namespace) -> Figures:
-    """Run a contender in a process of its own."""
-    code = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from bench.peers import main; "
-        "main(sys.argv[1])"
-    )
-    values = {
-        key: str(value) if isinstance(value, Path) else value
-        for key, value in vars(options).items()
-    }
-    command = [sys.executable, "-c", code, json.dumps({**values, "name": name})]
-    text, _, _ = child(command, OMP_NUM_THREADS=str(options.threads))
-    return Figures(**json.loads(text.splitlines()[-1]))
-
-
-def main(text: str) -> None:
-    """Print the figures of one contender as JSON."""
-    values = json.loads(text)
-    options = argparse.Namespace(**{**values, "work": Path(values["work"])})
-    print("\n" + json.dumps(asdict(run_one(values["name"], options))))
+    return asdict(kinds[how](Form.parse(form), options))
 
 
 def run(options: argparse.Namespace) -> None:
@@ -237,21 +213,18 @@ def run(options: argparse.Namespace) -> None:
     names = [name for name in CONTENDERS if {name, name.split()[0]} & set(options.contenders)]
     if not names:
         raise SystemExit(f"--contenders: known are {', '.join(CONTENDERS)}")
-    runs = in_turn({name: partial(in_child, name, options) for name in names}, options.rounds)
-    first = next(iter(runs.values()), [])
+    call = partial(called_in_child, OMP_NUM_THREADS=str(options.threads))
+    contenders = {name: partial(call, run_one, name, vars(options)) for name in names}
+    runs = in_turn(contenders, options.rounds)
+    speeds = {name: [1 / run["ms_per_token"] for run in values] for name, values in runs.items()}
     rows = []
     for name, values in runs.items():
-        ratios = [
-            base.ms_per_token / run.ms_per_token for run, base in zip(values, first, strict=False)
-        ]
-        medians = [
-            statistics.median(numbers) if None not in numbers else None
-            for numbers in (
-                [getattr(run, key) for run in values] for key in Figures.__annotations__
-            )
-        ]
-        size, per_token, prompt, in_all = medians
-        rows.append([name, size / 1e9, prompt, per_token, in_all, spread(ratios)])
+        size, per_token, prompt, in_all = (
+            statistics.median(run[key] for run in values) if values[0][key] is not None else None
+            for key in Figures.__annotations__
+        )
+        ratio = ratios(speeds[name], speeds[next(iter(runs))])
+        rows.append([name, size / 1e9, prompt, per_token, in_all, ratio])
     columns = {
         "contender": "",
         "GB read per token": ".3f",

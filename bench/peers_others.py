@@ -14,14 +14,9 @@ import torch
 from bench.shapes import QWEN2
 
 Shapes = Sequence[tuple[int, int]]
-# largest value of a code (times a scale within the block), and where in a block its
-# float16 scales are
-LARGEST = {
-    "Q4_0": (8, (0,)),
-    "Q8_0": (127, (0,)),
-    "Q4_K": (15 * 63, (0, 2)),
-    "Q6_K": (32 * 127, (208,)),
-}
+# largest value of a code (times a scale within the block), and where its float16 scales are
+_K_QUANTS = {"Q4_K": (15 * 63, (0, 2)), "Q6_K": (32 * 127, (208,))}
+LARGEST = {"Q4_0": (8, (0,)), "Q8_0": (127, (0,)), **_K_QUANTS}
 ROWS = 1 << 14  # that torchao packs at a time: its codes are 32-bit integers before that
 
 
@@ -121,9 +116,7 @@ def openvino_step(shapes: Shapes, group: int, threads: int, repeats: int) -> tup
         return operations.convert(operations.reshape(product, size, special_zero=False), "f32")
 
     sizes = sorted({columns for _, columns in shapes})
-    inputs = {
-        columns: operations.parameter([1, 1, columns], openvino.Type.f32) for columns in sizes
-    }
+    inputs = {size: operations.parameter([1, 1, size], openvino.Type.f32) for size in sizes}
     layers = [
         operations.matmul(inputs[columns], weight(rows, columns), False, True)
         for rows, columns in shapes
@@ -132,11 +125,8 @@ def openvino_step(shapes: Shapes, group: int, threads: int, repeats: int) -> tup
     options = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": "1", "PERFORMANCE_HINT": "LATENCY"}
     request = openvino.Core().compile_model(graph, "CPU", options).create_infer_request()
     x = [draw.standard_normal((1, 1, columns)).astype(np.float32) for columns in sizes]
-    milliseconds = median_ms(
-        lambda: request.infer(x, share_inputs=True, share_outputs=True), repeats
-    )
     size = sum(int(rows * columns * (4 + 16 / group) / 8) for rows, columns in shapes)
-    return size, milliseconds
+    return size, median_ms(lambda: request.infer(x, share_inputs=True, share_outputs=True), repeats)
 
 
 def torchao_step(shapes: Shapes, group: int, threads: int, repeats: int) -> tuple[int, float]:

@@ -40,10 +40,9 @@ def draw(path: Path) -> None:
         labels, colours = zip(*LINES.values(), strict=True)
         scale = alt.Scale(domain=labels, range=colours)
         data = alt.Data(values=[point for point in points() if point["figure"] == figure])
+        flat = alt.Axis(labelAngle=0)
         base = alt.Chart(data, title=title, width=380, height=240).encode(
-            x=alt.X(
-                "pattern:N", sort=PATTERNS, title="pruned weights", axis=alt.Axis(labelAngle=0)
-            ),
+            x=alt.X("pattern:N", sort=PATTERNS, title="pruned weights", axis=flat),
             color=alt.Color("line:N", title=None, scale=scale, legend=alt.Legend(columns=2)),
         )
         y = alt.Y("mean:Q", title=None, scale=alt.Scale(domain=[0, 100]))
@@ -51,12 +50,9 @@ def draw(path: Path) -> None:
         interval = base.mark_rule().encode(y="low:Q", y2="high:Q")
         return line + interval + base.mark_point(filled=True, size=40, opacity=1).encode(y=y)
 
-    charts = alt.hconcat(
-        panel("right", "right answers, %"), panel("truncated", "truncated answers, %")
-    )
-    charts.configure_view(stroke=None).configure_legend(orient="bottom", labelLimit=300).save(
-        path, ppi=150
-    )
+    charts = panel("right", "right answers, %") | panel("truncated", "truncated answers, %")
+    charts = charts.configure_view(stroke=None)
+    charts.configure_legend(orient="bottom", labelLimit=300).save(path, ppi=150)
 
 
 if __name__ == "__main__":

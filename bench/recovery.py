@@ -43,9 +43,8 @@ STOPPING = {
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this suite."""
     parser.add_argument("--model", choices=SUBJECTS, default="reasoner")
-    parser.add_argument(
-        "--patterns", nargs="+", default=["0.8", "0.9"], help="such as 2:4 or 0.5+int4+paper"
-    )
+    example = "such as 2:4 or 0.5+int4+paper"
+    parser.add_argument("--patterns", nargs="+", default=["0.8", "0.9"], help=example)
     parser.add_argument("--tokens", nargs="+", type=int, default=[32768], help="of calibration")
     parser.add_argument("--recover", nargs="+", type=int, default=[0, 80000], help="0: no recovery")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
@@ -88,9 +87,8 @@ def run(options: argparse.Namespace) -> None:
     cap = options.cap or SUBJECTS[options.model](options.work).evaluation["cap"]
     subject = float32_copy(options.model, options.work, cap)
     rows = []
-    for text, tokens, recover in itertools.product(
-        options.patterns, options.tokens, options.recover
-    ):
+    axes = (options.patterns, options.tokens, options.recover)
+    for text, tokens, recover in itertools.product(*axes):
         changes: dict[str, Any] = {"calibration.tokens": tokens}
         if recover:
             changes["recover"] = {"tokens": recover, "step_tokens": min(512, recover)}
@@ -98,11 +96,8 @@ def run(options: argparse.Namespace) -> None:
         row = {"label": label, "recipe": {OURS: entry_of(text)}, "set": changes}
         rows.append(row | {"seeds": options.seeds})
     out = options.work / f"recovery-{options.model}"
-    shared: dict[str, Any] = {
-        "tokens": max(options.tokens),
-        "problems": options.problems,
-        "cap": cap,
-    }
+    shared: dict[str, Any] = {"tokens": max(options.tokens), "cap": cap}
+    shared["problems"] = options.problems
     greedy = run_grid(subject, rows, out / "greedy", **shared, remove_models=False)
     columns = {**COLUMNS, "seconds of compressing": ".0f"}
     table = [[*cells(row), row["compressing"]] for row in greedy]

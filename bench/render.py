@@ -24,11 +24,7 @@ def cell(value: Any, form: str) -> str:
     if isinstance(value, str):
         return value
     numbers = [format(number, form) for number in (value if isinstance(value, list) else [value])]
-    if len(numbers) == 2:
-        return f"{numbers[0]} ± {numbers[1]}"
-    if len(numbers) == 3:
-        return f"{numbers[0]} ({numbers[1]}-{numbers[2]})"
-    return numbers[0]
+    return ("{}", "{} ± {}", "{} ({}-{})")[len(numbers) - 1].format(*numbers)
 
 
 def table(result: dict[str, Any]) -> str:

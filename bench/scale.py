@@ -13,109 +13,73 @@ import argparse
 import json
 import multiprocessing
 import shutil
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
 from torch import Tensor
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from bench.common import RAC, child, save
 from bench.shapes import random_mask
 
-HIDDEN, INNER, VOCABULARY, KEYS = 5120, 13824, 152064, 1024
-SHAPES = {
-    "self_attn.q_proj": (HIDDEN, HIDDEN),
-    "self_attn.k_proj": (KEYS, HIDDEN),
-    "self_attn.v_proj": (KEYS, HIDDEN),
-    "self_attn.o_proj": (HIDDEN, HIDDEN),
-    "mlp.gate_proj": (INNER, HIDDEN),
-    "mlp.up_proj": (INNER, HIDDEN),
-    "mlp.down_proj": (HIDDEN, INNER),
-}
-CONFIG = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "model_type": "qwen2",
-    "hidden_size": HIDDEN,
-    "intermediate_size": INNER,
-    "num_attention_heads": 40,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 4096,
-    "tie_word_embeddings": False,
-    "dtype": "bfloat16",
-}
+HIDDEN = 5120
 TINY: dict[str, Any] = {"gb": 0.6, "shard_gb": 0.3, "vocab": 64, "steps": ["check"]}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this suite."""
-    parser.add_argument(
-        "--gb", type=float, default=6.0, help="size of the dense checkpoint, 1e9 bytes"
-    )
+    parser.add_argument("--gb", type=float, default=6.0, help="of the dense checkpoint")
     parser.add_argument("--shard-gb", type=float, default=1.6, help="largest file, 1e9 bytes")
-    parser.add_argument("--vocab", type=int, default=VOCABULARY)
+    parser.add_argument("--vocab", type=int, default=152064)
     steps = ["check", "pack", "inspect", "unpack"]
     parser.add_argument("--steps", nargs="+", choices=steps, default=steps)
 
 
-def tensors(layers: int, vocab: int) -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor of the model; equal ones are one object."""
-    torch.manual_seed(0)
-    table = torch.randn(vocab, HIDDEN, dtype=torch.bfloat16)
-    linear: dict[tuple[int, int], Tensor] = {}
-    for shape in SHAPES.values():
-        linear[shape] = torch.randn(shape, dtype=torch.bfloat16) * random_mask(*shape, "2:4")
-    yield "model.embed_tokens.weight", table
-    for layer in range(layers):
-        stem = f"model.layers.{layer}"
-        for name, shape in SHAPES.items():
-            yield f"{stem}.{name}.weight", linear[shape]
-            if name.endswith(("q_proj", "k_proj", "v_proj")):
-                yield f"{stem}.{name}.bias", torch.zeros(shape[0], dtype=torch.bfloat16)
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            yield f"{stem}.{norm}.weight", torch.ones(HIDDEN, dtype=torch.bfloat16)
-    yield "model.norm.weight", torch.ones(HIDDEN, dtype=torch.bfloat16)
-    yield "lm_head.weight", table
+def without_data(layers: int, vocab: int) -> Any:
+    """Return a model of Qwen2.5-14B's layers on the meta device."""
+    config = Qwen2Config(
+        hidden_size=HIDDEN,
+        intermediate_size=13824,
+        num_attention_heads=40,
+        num_key_value_heads=8,
+        num_hidden_layers=layers,
+        vocab_size=vocab,
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+        architectures=["Qwen2ForCausalLM"],
+        dtype="bfloat16",
+    )
+    with torch.device("meta"):
+        return Qwen2ForCausalLM._from_config(config, dtype=torch.bfloat16)
+
+
+@cache
+def values(shape: torch.Size, sparse: bool) -> Tensor:
+    """Return the values of every tensor of a shape; `sparse`: 2:4."""
+    weight = torch.randn(shape, dtype=torch.bfloat16)
+    return weight * random_mask(*shape, "2:4") if sparse else weight
 
 
 def make(folder: Path, options: argparse.Namespace) -> None:
     """Write the dense checkpoint of about `gb` 1e9 bytes in files of at most `shard_gb`."""
-    layer = 2 * sum(rows * columns for rows, columns in SHAPES.values())
+    torch.manual_seed(0)
+    layer = 2 * sum(p.numel() for p in without_data(1, 64).model.layers[0].parameters())
     layers = max(1, round((options.gb * 1e9 - 4 * options.vocab * HIDDEN) / layer))
-    folder.mkdir(parents=True)
-    shards: list[list[tuple[str, Tensor]]] = [[]]
-    size = 0
-    for name, tensor in tensors(layers, options.vocab):
-        if shards[-1] and size + tensor.nbytes > options.shard_gb * 1e9:
-            shards.append([])
-            size = 0
-        shards[-1].append((name, tensor))
-        size += tensor.nbytes
-    where = {}
-    for number, shard in enumerate(shards):
-        file = f"model-{number:05}.safetensors"
-        write_shard(folder / file, shard)
-        where |= dict.fromkeys((name for name, _ in shard), file)
-    index = {"metadata": {}, "weight_map": where}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    config = {**CONFIG, "num_hidden_layers": layers, "vocab_size": options.vocab}
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-def write_shard(path: Path, shard: list[tuple[str, Tensor]]) -> None:
-    """Write a safetensors file; `save_file` refuses tensors that share memory."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, tensor in shard:
-        place = [end, end + tensor.nbytes]
-        header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": place}
-        end += tensor.nbytes
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for _, tensor in shard:
-            file.write(tensor.view(torch.uint8).numpy().data)
+    model = without_data(layers, options.vocab)
+    state = model.state_dict()
+    plan = split_torch_state_dict_into_shards(state, max_shard_size=int(options.shard_gb * 1e9))
+    model.config.save_pretrained(folder)
+    for file, names in plan.filename_to_tensors.items():
+        shapes = {name: state[name].shape for name in names}
+        shard = {n: values(s, len(s) == 2 and "layers" in n).clone() for n, s in shapes.items()}
+        save_file(shard, folder / file, {"format": "pt"})
+    index = {"metadata": {}, "weight_map": plan.tensor_to_filename}
+    if plan.is_sharded:
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def run(options: argparse.Namespace) -> None:

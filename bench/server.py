@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import psutil
@@ -81,9 +82,7 @@ def serving(
     executable = vllm.absolute() if vllm else Path(sys.executable).with_name("vllm")
     command = [str(executable), "serve", str(checkpoint), "--host", "127.0.0.1"]
     command += ["--port", str(port), "--served-model-name", NAME, *options]
-    inherited = {
-        key: value for key, value in os.environ.items() if not (vllm and key == "PYTHONPATH")
-    }
+    inherited = {k: value for k, value in os.environ.items() if not (vllm and k == "PYTHONPATH")}
     with open(log, "wb") as output:
         process = subprocess.Popen(
             command,
@@ -162,32 +161,26 @@ def measure(
     )
 
 
+def body(prompt: list[int], tokens: int, stream: bool = False) -> dict[str, Any]:
+    """Return a request of exactly `tokens` greedy tokens, as ids: there may be no tokenizer."""
+    fixed = {"model": NAME, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+    return {**fixed, "prompt": prompt, "max_tokens": tokens, "stream": stream}
+
+
 async def stream(
     session: aiohttp.ClientSession, url: str, prompt: list[int], tokens: int
 ) -> tuple[float, float]:
     """Return the seconds to the first token and to the last."""
-    body = {
-        "model": NAME,
-        "prompt": prompt,
-        "max_tokens": tokens,
-        "temperature": 0,
-        "ignore_eos": True,
-        "stream": True,
-        "return_token_ids": True,  # without a tokenizer there is no text to send
-    }
     started, first, last, count = time.perf_counter(), 0.0, 0.0, 0
-    async with session.post(f"{url}/v1/completions", json=body) as reply:
+    streamed = body(prompt, tokens, stream=True)
+    async with session.post(f"{url}/v1/completions", json=streamed) as reply:
         reply.raise_for_status()
         async for line in reply.content:
             if not line.startswith(b"data: {"):
                 continue
-            ids = [
-                token
-                for choice in json.loads(line[6:])["choices"]
-                for token in choice.get("token_ids") or ()
-            ]
-            if ids:
-                count += len(ids)
+            choices = json.loads(line[6:])["choices"]
+            if ids := sum(len(choice.get("token_ids") or ()) for choice in choices):
+                count += ids
                 last = time.perf_counter() - started
                 first = first or last
     if count != tokens:

@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench.common import in_turn, save, spread
+from bench.common import in_turn, ratios, save
 from bench.server import Speed, measure, serving
 from bench.shapes import Form, random_model
 from bench.soak import soak
@@ -49,28 +49,19 @@ class Run:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this suite."""
-    parser.add_argument(
-        "--forms", nargs="+", default=["bf16", "w8a8", "int4", "50%-bf16", "50%-int8"]
-    )
+    forms = ["bf16", "w8a8", "int4", "50%-bf16", "50%-int8"]
+    parser.add_argument("--forms", nargs="+", default=forms)
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--vocab", type=int, default=151936)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--output-tokens", type=int, default=64)
-    parser.add_argument(
-        "--prompts", type=int, nargs="+", default=[], help="lengths of single prompts"
-    )
-    parser.add_argument(
-        "--serve-options", default="", help="more options of `vllm serve`, in one text"
-    )
-    parser.add_argument(
-        "--soak", type=Path, metavar="FOLDER", help="a checkpoint to send requests to"
-    )
+    parser.add_argument("--prompts", type=int, nargs="+", default=[], help="lengths, one by one")
+    parser.add_argument("--serve-options", default="", help="of `vllm serve`, in one text")
+    parser.add_argument("--soak", type=Path, metavar="FOLDER", help="a checkpoint to soak")
     parser.add_argument("--requests", type=int, default=5000, help="of the soak")
-    parser.add_argument(
-        "--settle", type=int, default=500, help="requests before memory must be flat"
-    )
+    parser.add_argument("--settle", type=int, default=500, help="requests until memory is flat")
     parser.add_argument("--leave", type=float, default=0.2, help="share of clients that leave")
 
 
@@ -85,19 +76,13 @@ def serve_options(form: Form, length: int) -> list[str]:
 def run_form(form: Form, options: argparse.Namespace) -> Run:
     """Start a server of one form, measure it, and end it."""
     folder = random_model(options.work, form, options.layers, options.vocab)
-    length = max(
-        options.prompt_tokens + options.output_tokens, *(n + 2 for n in options.prompts), 0
-    )
-    arguments = [*serve_options(form, length), *shlex.split(options.serve_options)]
+    lengths = [options.prompt_tokens + options.output_tokens, *(n + 2 for n in options.prompts)]
+    arguments = [*serve_options(form, max(lengths)), *shlex.split(options.serve_options)]
     with serving(folder, arguments, folder.with_suffix(".log")) as server:
         resident = server.resident()
         ask = partial(measure, server.url, options.vocab)
-        ask(
-            options.prompt_tokens,
-            min(8, options.output_tokens),
-            max(options.concurrency),
-            max(options.concurrency),
-        )
+        most = max(options.concurrency)
+        ask(options.prompt_tokens, min(8, options.output_tokens), most, most)
         speeds = {
             count: ask(options.prompt_tokens, options.output_tokens, count, max(2 * count, FEWEST))
             for count in options.concurrency
@@ -113,41 +98,25 @@ def run(options: argparse.Namespace) -> None:
         sys.exit(soak(options))
     forms = [Form.parse(text) for text in options.forms]
     runs = in_turn({form.text: partial(run_form, form, options) for form in forms}, options.rounds)
-    first = next(iter(runs.values()))
+    base = next(iter(runs.values()))
     model = f"shape of Qwen2-1.5B with {options.layers} layers, random weights"
     rows, prompts, memory = [], [], []
     for name, values in runs.items():
         for count in options.concurrency:
             speeds = [run.speeds[count] for run in values]
-            ratios = [
-                speed.tokens_per_second / base.speeds[count].tokens_per_second
-                for speed, base in zip(speeds, first, strict=False)
-            ]
+            per_second = [speed.tokens_per_second for speed in speeds]
+            ratio = ratios(per_second, [run.speeds[count].tokens_per_second for run in base])
             times = [
                 statistics.median(getattr(speed, key) for speed in speeds)
                 for key in ("first_ms", "further_ms")
             ]
-            per_second = statistics.median(speed.tokens_per_second for speed in speeds)
-            rows.append([count, name, per_second, spread(ratios), *times])
+            rows.append([count, name, statistics.median(per_second), ratio, *times])
         for length in options.prompts:
-            ratios = [
-                run.first_ms[length] / base.first_ms[length]
-                for run, base in zip(values, first, strict=False)
-            ]
-            prompts.append(
-                [
-                    length,
-                    name,
-                    statistics.median(run.first_ms[length] for run in values),
-                    spread(ratios),
-                ]
-            )
-        disk = sum(
-            file.stat().st_size
-            for file in random_model(
-                options.work, Form.parse(name), options.layers, options.vocab
-            ).glob("*.safetensors")
-        )
+            first = [run.first_ms[length] for run in values]
+            ratio = ratios(first, [run.first_ms[length] for run in base])
+            prompts.append([length, name, statistics.median(first), ratio])
+        folder = random_model(options.work, Form.parse(name), options.layers, options.vocab)
+        disk = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         memory.append([name, disk / 1e9, statistics.median(run.resident for run in values) / 1e9])
     columns = {
         "requests at a time": ".0f",
@@ -158,15 +127,9 @@ def run(options: argparse.Namespace) -> None:
         "each further token, ms": ".1f",
     }
     save(options.out, "serving", model, columns, sorted(rows, key=lambda row: row[0]))
-    save(
-        options.out,
-        "serving_memory",
-        model,
-        {"form": "", "on disk, GB": ".2f", "resident, GB": ".2f"},
-        memory,
-    )
+    columns = {"form": "", "on disk, GB": ".2f", "resident, GB": ".2f"}
+    save(options.out, "serving_memory", model, columns, memory)
     if prompts:
         columns = {"prompt tokens": ",.0f", "form": "", "first token, ms": ",.0f", "ratio": ".2f"}
-        save(
-            options.out, "serving_prompts", model, columns, sorted(prompts, key=lambda row: row[0])
-        )
+        prompts.sort(key=lambda row: row[0])
+        save(options.out, "serving_prompts", model, columns, prompts)

@@ -16,24 +16,16 @@ from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from bench.common import RAC
+from rac_modifier.checkpoint.quantization_config import with_int8_activations
 
 SHAPES = {  # rows and columns of qkv, o, gate_up and down, as vLLM fuses them
     "1.5B": [(2048, 1536), (1536, 1536), (17920, 1536), (1536, 8960)],
     "7B": [(4608, 3584), (3584, 3584), (37888, 3584), (3584, 18944)],
 }
+_SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
 QWEN2: dict[str, dict[str, int]] = {
-    "1.5B": {
-        "hidden_size": 1536,
-        "intermediate_size": 8960,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 2,
-    },
-    "7B": {
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-    },
+    "1.5B": dict(zip(_SIZES, (1536, 8960, 12, 2), strict=True)),
+    "7B": dict(zip(_SIZES, (3584, 18944, 28, 4), strict=True)),
 }
 GROUP = {4: 128, 3: 64}  # columns that share a scale, by bits
 CHUNK = 1 << 13  # rows that are packed at a time
@@ -89,10 +81,8 @@ def rounded(weight: Tensor, bits: int, group: int | None) -> tuple[Tensor, Tenso
 
     Zeros stay zero, and other weights never become zero, so that the density stays.
     """
-    groups, most = (
-        weight.float().view(len(weight), -1, group or weight.shape[1]),
-        2 ** (bits - 1) - 1,
-    )
+    groups = weight.float().view(len(weight), -1, group or weight.shape[1])
+    most = 2 ** (bits - 1) - 1
     scale = (groups.abs().amax(-1) / most).clamp_min(1e-30).bfloat16()
     values = (groups / scale.float()[:, :, None]).round().clamp(-most, most).to(torch.int8)
     values = torch.where((values == 0) & (groups != 0), groups.sign().to(torch.int8), values)
@@ -131,36 +121,29 @@ def random_model(folder: Path, form: Form, layers: int, vocab: int) -> Path:
     )
     model = Qwen2ForCausalLM._from_config(config, dtype=torch.bfloat16)
     state = dict(model.state_dict())
-    linears = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and name != "lm_head"
-    ]
+    modules = model.named_modules()
+    linears = [n for n, m in modules if isinstance(m, torch.nn.Linear) and n != "lm_head"]
     for name in linears:
         weight = state[f"{name}.weight"]
         state[f"{name}.weight"] = weight * random_mask(*weight.shape, form.pruned)
         if integers:
             state |= stored(name, state.pop(f"{name}.weight"), form.bits, form.group)
     if own_head:
-        state |= stored(
-            "lm_head", state.pop("lm_head.weight"), max(form.bits, 4), GROUP.get(max(form.bits, 4))
-        )
+        bits = max(form.bits, 4)
+        state |= stored("lm_head", state.pop("lm_head.weight"), bits, GROUP.get(bits))
     if integers:
         model.config.quantization_config = quantization(form)
     unfinished = out.with_name(out.name + ".unfinished")
     model.save_pretrained(unfinished, state_dict=state, max_shard_size="1GB")
     if form.pruned:
-        subprocess.run(
-            [*RAC, "pack", str(unfinished), str(out)], check=True, stdout=subprocess.DEVNULL
-        )
+        command = [*RAC, "pack", str(unfinished), str(out)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         shutil.rmtree(unfinished)
     else:
         unfinished.rename(out)
     if form.activations == 8:
         path = out / "config.json"
-        content = json.loads(path.read_text())
-        record = content.get("rac_sparsity") or {"storage": "dense", "modules": {}}
-        content["rac_sparsity"] = {**record, "int8_activations": sorted(linears)}
+        content = with_int8_activations(json.loads(path.read_text()), linears)
         path.write_text(json.dumps(content))
     return out
 
@@ -170,32 +153,19 @@ def stored(name: str, weight: Tensor, bits: int, group: int | None) -> dict[str,
     values, scale = rounded(weight, bits, group)
     if bits == 8:
         return {f"{name}.weight": values, f"{name}.weight_scale": scale}
-    shape = torch.tensor(weight.shape)
-    words = packed_words(values, bits)
-    return {
-        f"{name}.weight_packed": words,
-        f"{name}.weight_scale": scale,
-        f"{name}.weight_shape": shape,
-    }
+    tensors = {"packed": packed_words(values, bits), "scale": scale}
+    tensors["shape"] = torch.tensor(weight.shape)
+    return {f"{name}.weight_{part}": tensor for part, tensor in tensors.items()}
 
 
 def quantization(form: Form) -> dict[str, Any]:
     """Return the `quantization_config` of a form."""
 
     def scheme(bits: int) -> dict[str, Any]:
-        group = (
-            {"strategy": "group", "group_size": GROUP[bits]}
-            if bits in GROUP
-            else {"strategy": "channel"}
-        )
-        weights = {"num_bits": bits, "type": "int", "symmetric": True, **group}
-        inputs = {
-            "num_bits": 8,
-            "type": "int",
-            "symmetric": True,
-            "strategy": "token",
-            "dynamic": True,
-        }
+        weights = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "channel"}
+        if bits in GROUP:
+            weights |= {"strategy": "group", "group_size": GROUP[bits]}
+        inputs = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True}
         return {"weights": weights, "input_activations": inputs if form.vllm else None}
 
     groups = {"layers": {"targets": ["Linear"], **scheme(form.bits)}}

@@ -12,12 +12,13 @@ import asyncio
 import json
 import random
 import shlex
+from contextlib import suppress
 from pathlib import Path
 
 import aiohttp
 
 from bench.common import save
-from bench.server import NAME, Server, serving
+from bench.server import Server, body, serving
 
 OPTIONS = ["--max-model-len", "512", "--gpu-memory-utilization", "0.2", "--enforce-eager"]
 OPTIONS += ["--num-gpu-blocks-override", "256", "--dtype", "float32"]
@@ -32,16 +33,7 @@ async def answer(
     session: aiohttp.ClientSession, url: str, prompt: list[int], tokens: int
 ) -> list[int]:
     """Return the greedy tokens of a complete answer."""
-    body = {
-        "model": NAME,
-        "prompt": prompt,
-        "max_tokens": tokens,
-        "ignore_eos": True,
-        "temperature": 0,
-    }
-    async with session.post(
-        f"{url}/v1/completions", json={**body, "return_token_ids": True}
-    ) as reply:
+    async with session.post(f"{url}/v1/completions", json=body(prompt, tokens)) as reply:
         reply.raise_for_status()
         ids: list[int] = (await reply.json())["choices"][0]["token_ids"]
     return ids
@@ -51,10 +43,8 @@ async def leave_in_stream(
     session: aiohttp.ClientSession, url: str, prompt: list[int], chunks: int
 ) -> None:
     """Read some chunks of a stream and close the connection."""
-    body = {"model": NAME, "prompt": prompt, "max_tokens": LONG, "ignore_eos": True, "stream": True}
-    async with session.post(
-        f"{url}/v1/completions", json={**body, "return_token_ids": True}
-    ) as reply:
+    streamed = body(prompt, LONG, stream=True)
+    async with session.post(f"{url}/v1/completions", json=streamed) as reply:
         reply.raise_for_status()
         async for line in reply.content:
             chunks -= line.startswith(b"data: {")
@@ -74,8 +64,7 @@ async def in_the_engine(session: aiohttp.ClientSession, url: str) -> float:
 async def load(
     server: Server, vocab: int, options: argparse.Namespace
 ) -> tuple[list[str], list[int], int]:
-    """Send the requests; return what went wrong, the samples of memory in bytes, and how many
-    clients left."""
+    """Send the requests; return what went wrong, memory in bytes, and how many clients left."""
     draw, wrong, samples = random.Random(0), [], []
     ended, departed, waiting = 0, 0, options.requests
 
@@ -87,11 +76,9 @@ async def load(
             await leave_in_stream(session, server.url, prompt, draw.randint(1, 20))
         elif kind < 1:
             call = answer(session, server.url, prompt, LONG)
-            try:
+            with suppress(TimeoutError):
                 await asyncio.wait_for(call, draw.uniform(0.001, 0.05))
                 return
-            except TimeoutError:
-                pass
         else:
             await answer(session, server.url, prompt, draw.randint(1, 32))
             return

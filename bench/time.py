@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -21,8 +19,9 @@ from typing import Any
 
 import torch
 
-from bench.common import ROOT, child, in_turn, save, spread
+from bench.common import called_in_child, in_turn, ratios, save, spread
 from bench.grid import VARIANTS
+from bench.grid import pattern as settings_of
 from bench.shapes import QWEN2
 
 UPSTREAM = "upstream"
@@ -39,13 +38,10 @@ TINY: dict[str, Any] = {
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this suite."""
     who = [UPSTREAM, *VARIANTS]
-    parser.add_argument(
-        "--cases", nargs="+", choices=["reasoner", *QWEN2], default=["reasoner", "1.5B"]
-    )
+    cases = ["reasoner", *QWEN2]
+    parser.add_argument("--cases", nargs="+", choices=cases, default=["reasoner", "1.5B"])
     parser.add_argument("--layers", type=int, default=2, help="of the shapes 1.5B and 7B")
-    parser.add_argument(
-        "--patterns", nargs="+", choices=["2:4", "0:0"], default=["0:0"], help="0:0 is 50 %%"
-    )
+    parser.add_argument("--patterns", nargs="+", choices=["2:4", "0:0"], default=["0:0"])
     parser.add_argument("--who", nargs="+", choices=who, default=[UPSTREAM, "paper", "quality"])
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--rounds", type=int, default=3)
@@ -97,12 +93,10 @@ def prune(case: str, layers: int, pattern: str, who: str, tokens: int) -> dict[s
         batches = [dict(batch) for batch in loader]
         call = partial(oneshot, dataset=torch.utils.data.DataLoader(batches, batch_size=None))
     else:
-        share: dict[str, Any] = (
-            {"sparsity": 0.5} if pattern == "0:0" else {"mask_structure": pattern}
-        )
+        share = settings_of("0.5" if pattern == "0:0" else pattern)
         recipe = rac_modifier.ReasoningAwareSparseGPTModifier(**share, **VARIANTS[who])
         recipe.use_calibration_set(CalibrationSet(loader))
-        call = partial(oneshot)
+        call = oneshot
     Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew
     before = resident("VmRSS")
     started, cpu = time.perf_counter(), time.process_time()
@@ -127,25 +121,17 @@ def run(options: argparse.Namespace) -> None:
     rows = []
     for case in options.cases:
         for pattern in options.patterns:
-            arguments = [case, str(options.layers), pattern]
-            results = in_turn(
-                {
-                    who: partial(in_child, [*arguments, who, str(options.tokens)])
-                    for who in options.who
-                },
-                options.rounds,
-            )
-            first = next(iter(results.values()))
-            for who, runs in results.items():
-                ratios = [
-                    run["seconds"] / base["seconds"] for run, base in zip(runs, first, strict=False)
-                ]
-                seconds, cpu = (spread([run[key] for run in runs]) for key in ("seconds", "cpu"))
-                label = (
-                    f"{case}, {'50 %' if pattern == '0:0' else pattern}, {options.tokens:,} tokens"
-                )
+            call = partial(called_in_child, prune, case, options.layers, pattern)
+            runs = {who: partial(call, who, options.tokens) for who in options.who}
+            results = in_turn(runs, options.rounds)
+            share = "50 %" if pattern == "0:0" else pattern
+            label = f"{case}, {share}, {options.tokens:,} tokens"
+            first = [run["seconds"] for run in next(iter(results.values()))]
+            for who, measured in results.items():
+                seconds, cpu = ([run[key] for run in measured] for key in ("seconds", "cpu"))
+                last = (measured[-1]["error"], measured[-1]["mib"])
                 rows.append(
-                    [label, who, seconds, spread(ratios), cpu, runs[-1]["error"], runs[-1]["mib"]]
+                    [label, who, spread(seconds), ratios(seconds, first), spread(cpu), *last]
                 )
     columns = {
         "case": "",
@@ -157,20 +143,3 @@ def run(options: argparse.Namespace) -> None:
         "peak memory over the start, MiB": ",.0f",
     }
     save(options.out, "time", "reasoner; Qwen2 shapes with random weights", columns, rows)
-
-
-def in_child(arguments: list[str]) -> dict[str, float]:
-    """Run `prune` in a process of its own."""
-    code = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from bench.time import main; "
-        "main(sys.argv[1:])"
-    )
-    text, _, _ = child([sys.executable, "-c", code, *arguments])
-    result: dict[str, float] = json.loads(text.splitlines()[-1])
-    return result
-
-
-def main(arguments: list[str]) -> None:
-    """Print the figures of one contender as JSON."""
-    case, layers, pattern, who, tokens = arguments
-    print(json.dumps(prune(case, int(layers), pattern, who, int(tokens))))

@@ -20,16 +20,29 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bench.common import in_turn, save, spread
+from bench.common import in_turn, ratios, save, spread
 from bench.grid import COLUMNS, OURS, cells, pattern, run_grid
 from bench.models import SUBJECTS
 from bench.server import NAME, Server, serving
+from rac_modifier.errors import RacError
+from rac_modifier.problems.source import load_problems
+from rac_modifier.reasoner import reasoner_path
+from rac_modifier.sampling.model_identity import ModelIdentity
+from rac_modifier.sampling.prompts import render_question
+from rac_modifier.settings.problems import ProblemSource
+from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
+from rac_modifier.settings.traces import TraceSettings
+from rac_modifier.traces.collect import collect_traces
+from rac_modifier.traces.store import TraceStore
 
 OPTIONS = ["--dtype", "float32", "--max-model-len", "1024", "--gpu-memory-utilization", "0.3"]
 BATCH = 8  # of transformers' generate
 CAP = 512  # most new tokens
+SAMPLING: dict[str, Any] = {"temperature": 0.6, "top_p": 0.95, "top_k": 0}
 CHANGES: dict[str, dict[str, Any]] = {  # changed settings of the pruning entry
     "baseline: whole traces": {},
     "prompt tokens weigh 0": {"calibration.prompt_weight": 0.0},
@@ -53,15 +66,12 @@ TINY: dict[str, Any] = {
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this suite."""
-    parser.add_argument(
-        "what", nargs="?", choices=["rates", "client", "changes"], default="changes"
-    )
+    what = ["rates", "client", "changes"]
+    parser.add_argument("what", nargs="?", choices=what, default="changes")
     parser.add_argument("--vllm", type=Path, help="the `vllm` of a serving environment")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--concurrency", type=int, default=128, help="requests in progress")
-    parser.add_argument(
-        "--problems", type=int, default=200, help="per round; of the evaluation of changes"
-    )
+    parser.add_argument("--problems", type=int, default=200, help="per round or evaluation")
     parser.add_argument("--patterns", nargs="+", default=["2:4", "0.6"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--changes", nargs="+", choices=CHANGES, default=list(CHANGES))
@@ -82,68 +92,36 @@ def changes(options: argparse.Namespace) -> None:
         for share in options.patterns
         for name in options.changes
     ]
-    finished = run_grid(
-        subject,
-        rows,
-        options.work / "traces-changes",
-        tokens=options.tokens,
-        problems=options.problems,
-        cap=options.cap,
-    )
+    budgets = {name: getattr(options, name) for name in ("tokens", "problems", "cap")}
+    finished = run_grid(subject, rows, options.work / "traces-changes", **budgets)
     save(options.out, "traces_changes", subject.name, COLUMNS, [cells(row) for row in finished])
 
 
 def collection(server: Server, options: argparse.Namespace) -> tuple[float, float]:
     """Collect a round of problems; return tokens per second, CPU ms per 1,000 tokens."""
-    from transformers import AutoTokenizer
-
-    from rac_modifier.errors import RacError
-    from rac_modifier.reasoner import reasoner_path
-    from rac_modifier.sampling.model_identity import ModelIdentity
-    from rac_modifier.settings.problems import ProblemSource
-    from rac_modifier.settings.sampling import EngineSettings
-    from rac_modifier.settings.traces import TraceSettings
-    from rac_modifier.traces.collect import collect_traces
-    from rac_modifier.traces.store import TraceStore
-
     path = options.work / f"rate-{time.time_ns()}.jsonl"
     model = reasoner_path()
-    url = f"{server.url}/v1"
     settings = TraceSettings(
         store=str(path),
         problems=ProblemSource(limit=options.problems),
-        sampling=sampling(options.round),
-        engine=EngineSettings(base_urls=[url], concurrency=options.concurrency),
+        sampling=SamplingSettings(**SAMPLING, max_new_tokens=CAP, seed=options.round),
+        engine=EngineSettings(base_urls=[f"{server.url}/v1"], concurrency=options.concurrency),
     )
+    identity, tokenizer = ModelIdentity.of_files(str(model)), AutoTokenizer.from_pretrained(model)
     started, cpu = time.perf_counter(), time.process_time()
     with suppress(RacError):  # the problems are used up before the budget is reached
-        collect_traces(
-            ModelIdentity.of_files(str(model)),
-            AutoTokenizer.from_pretrained(model),
-            settings,
-            10**9,
-        )
+        collect_traces(identity, tokenizer, settings, 10**9)
+    return rates(TraceStore.read(path).counts.completion_tokens, started, cpu)
+
+
+def rates(tokens: int, started: float, cpu: float) -> tuple[float, float]:
+    """Return tokens per second and CPU ms per 1,000 tokens since `started` and `cpu`."""
     seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
-    tokens = TraceStore.read(path).counts.completion_tokens
     return tokens / seconds, 1e6 * cpu / tokens
-
-
-def sampling(seed: int) -> Any:
-    """Return the settings of all contenders."""
-    from rac_modifier.settings.sampling import SamplingSettings
-
-    return SamplingSettings(temperature=0.6, top_p=0.95, top_k=0, max_new_tokens=CAP, seed=seed)
 
 
 def round_prompts(options: argparse.Namespace) -> list[list[int]]:
     """Return the prompts of a round as token ids."""
-    from transformers import AutoTokenizer
-
-    from rac_modifier.problems.source import load_problems
-    from rac_modifier.reasoner import reasoner_path
-    from rac_modifier.sampling.prompts import render_question
-    from rac_modifier.settings.problems import ProblemSource
-
     tokenizer = AutoTokenizer.from_pretrained(reasoner_path())
     problems = islice(load_problems(ProblemSource(), options.round), options.problems)
     return [render_question(tokenizer, problem.question) for problem in problems]
@@ -151,8 +129,6 @@ def round_prompts(options: argparse.Namespace) -> list[list[int]]:
 
 def bare_load(server: Server, options: argparse.Namespace) -> tuple[float, float]:
     """Send the same prompts with nothing but a counter of tokens."""
-    import aiohttp
-
     body = {"model": NAME, "temperature": 0.6, "top_p": 0.95, "max_tokens": CAP}
     bodies = [
         json.dumps({**body, "prompt": ids, "seed": at})
@@ -176,17 +152,12 @@ def bare_load(server: Server, options: argparse.Namespace) -> tuple[float, float
         return tokens
 
     started, cpu = time.perf_counter(), time.process_time()
-    tokens = asyncio.run(load())
-    return tokens / (time.perf_counter() - started), 1e6 * (time.process_time() - cpu) / tokens
+    return rates(asyncio.run(load()), started, cpu)
 
 
 @torch.no_grad()
 def generate(options: argparse.Namespace) -> tuple[float, float]:
     """Sample with transformers in batches; only the first 48 prompts of a round."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from rac_modifier.reasoner import reasoner_path
-
     tokenizer = AutoTokenizer.from_pretrained(reasoner_path(), padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(reasoner_path(), dtype=torch.float32)
     prompts, eos, tokens = round_prompts(options)[:48], model.generation_config.eos_token_id, 0
@@ -194,24 +165,20 @@ def generate(options: argparse.Namespace) -> tuple[float, float]:
     started, cpu = time.perf_counter(), time.process_time()
     for start in range(0, len(prompts), BATCH):
         batch = tokenizer.pad({"input_ids": prompts[start : start + BATCH]}, return_tensors="pt")
-        sampled = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "top_k": 0}
-        output = model.generate(**batch, **sampled, max_new_tokens=CAP)
+        output = model.generate(**batch, **SAMPLING, do_sample=True, max_new_tokens=CAP)
         for row in output[:, batch["input_ids"].shape[1] :].tolist():
             tokens += row.index(eos) + 1 if eos in row else len(row)
-    return tokens / (time.perf_counter() - started), 1e6 * (time.process_time() - cpu) / tokens
+    return rates(tokens, started, cpu)
 
 
 def run(options: argparse.Namespace) -> None:
     """Measure and write the table."""
-    from rac_modifier.reasoner import reasoner_path
-
     options.work.mkdir(parents=True, exist_ok=True)
     if options.what == "changes":
         changes(options)
         return
-    with serving(
-        reasoner_path(), OPTIONS, options.work / "traces.log", vllm=options.vllm
-    ) as server:
+    log = options.work / "traces.log"
+    with serving(reasoner_path(), OPTIONS, log, vllm=options.vllm) as server:
         results: dict[str, list[tuple[float, float]]] = {}
         for number in range(options.rounds):
             options.round = number
@@ -222,24 +189,15 @@ def run(options: argparse.Namespace) -> None:
                 runs["bare load generator"] = partial(bare_load, server, options)
             for name, values in in_turn(runs, 1).items():
                 results.setdefault(name, []).extend(values)
-    base = list(results.values())[-1]
-    rows = [
-        [
-            name,
-            spread([rate for rate, _ in values]),
-            spread(
-                [rate / reference for (rate, _), (reference, _) in zip(values, base, strict=False)]
-            ),
-            spread([cpu for _, cpu in values]),
-        ]
-        for name, values in results.items()
-    ]
+    rows, (last, _) = [], zip(*list(results.values())[-1], strict=True)
+    for name, values in results.items():
+        per_second, cpu = zip(*values, strict=True)
+        rows.append([name, spread(per_second), ratios(per_second, last), spread(cpu)])
     columns = {
         "client": "",
         "completion tokens/s": ",.0f",
         "ratio to the last row": ".3f",
         "CPU ms per 1,000 tokens": ".1f",
     }
-    save(
-        options.out, f"traces_{options.what}", "embedded reasoner (3.4 M parameters)", columns, rows
-    )
+    name = SUBJECTS["reasoner"](options.work).name
+    save(options.out, f"traces_{options.what}", name, columns, rows)

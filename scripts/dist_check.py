@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 NOBODY = 65534
@@ -64,17 +65,13 @@ LOAD = """
 import sys
 import torch
 import rac_modifier
+from llmcompressor.recipe import Recipe
 from transformers import AutoModelForCausalLM
 assert "site-packages" in rac_modifier.__file__, rac_modifier.__file__
 a, b = rac_modifier.load_model(sys.argv[1]), AutoModelForCausalLM.from_pretrained(sys.argv[1])
 assert all(torch.equal(t, b.state_dict()[name]) for name, t in a.state_dict().items())
 layer = a.model.layers[0].mlp.up_proj.weight
 assert (layer.view(-1, 4) == 0).sum(1).min() >= 2
-"""
-ONESHOT = """
-import sys, yaml
-import rac_modifier
-from llmcompressor.recipe import Recipe
 (modifier,) = Recipe.create_instance(rac_modifier.recipe("rac_2of4")).modifiers
 assert type(modifier).__name__ == "ReasoningAwareSparseGPTModifier"
 """
@@ -104,24 +101,15 @@ class Environment:
 
     def install(self, *packages: str, path: str | None = None) -> None:
         """pip install, by the owner; `path` is a PATH with compilers."""
+        env = clean(os.environ | {"PATH": path or self.path})
         command = [str(self.bin / "python"), "-m", "pip", "install", "--quiet", *packages]
-        check(
-            subprocess.run(
-                command, env=clean(os.environ | {"PATH": path or self.path}), cwd=self.home.parent
-            )
-        )
+        check(command, env=env, cwd=self.home.parent)
 
     def run(self, *command: str) -> str:
         """What a program of this environment prints, run by the user, in the user's own folder."""
-        env = clean(
-            {**os.environ, "PATH": self.path, "HOME": str(self.home), "HF_HUB_OFFLINE": "1"}
-        )
-        env |= {
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_NO_USAGE_STATS": "1",
-            "OMP_WAIT_POLICY": "PASSIVE",
-        }
-        env.pop("XDG_CACHE_HOME", None)
+        env = clean(os.environ | {"PATH": self.path, "HOME": str(self.home)})
+        env |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+        env |= {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
         full = [*as_user(), str(self.bin / command[0]), *command[1:]]
         process = subprocess.run(full, env=env, cwd=self.home, capture_output=True, text=True)
         if process.returncode:
@@ -137,10 +125,13 @@ class Environment:
         file.write_text(code)
         return self.run("python", str(file), *args)
 
-    def is_read_only(self) -> bool:
-        """Whether the user is kept from writing to site-packages."""
+    def make_read_only(self) -> None:
+        """Keep this user from writing to it; nobody cannot write to root's files already."""
+        if os.geteuid() != 0:
+            check(["chmod", "-R", "a-w", str(self.folder)])
         code = "import os, sysconfig; print(os.access(sysconfig.get_path('platlib'), os.W_OK))"
-        return self.run("python", "-c", code).strip() == "False"
+        if self.run("python", "-c", code).strip() != "False":
+            sys.exit(f"the user may write to {self.folder}; this would test nothing")
 
 
 def main() -> None:
@@ -149,12 +140,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("dist", type=Path, help="folder with the wheel and the sdist")
-    parser.add_argument(
-        "--python", help="interpreter for the environments (default: this one, or one in /usr/bin)"
-    )
-    parser.add_argument(
-        "--skip-serving", action="store_true", help="leave out step 4, which installs vLLM"
-    )
+    parser.add_argument("--python", help="default: this one, or one in /usr/bin")
+    parser.add_argument("--skip-serving", action="store_true", help="leave out step 4")
     args = parser.parse_args()
     (wheel,), (sdist,) = args.dist.resolve().glob("*.whl"), args.dist.resolve().glob("*.tar.gz")
     python = find_python(args.python)
@@ -169,8 +156,9 @@ def main() -> None:
         # The files come along, so that nothing is read from the clone.
         wheel, sdist = (Path(shutil.copy(path, folder)) for path in (wheel, sdist))
         try:
-            compress(Environment(folder / "compress", home), python, wheel)
-            from_source(Environment(folder / "compress", home), sdist)
+            environment = Environment(folder / "compress", home)
+            compress(environment, python, wheel)
+            from_source(environment, sdist)
             if not args.skip_serving:
                 serve(Environment(folder / "serving", home), python, wheel)
         finally:
@@ -181,31 +169,19 @@ def main() -> None:
 def compress(environment: Environment, python: str, wheel: Path) -> None:
     """Step 1, and 2: what the README's user does."""
     step(f"{wheel.name}[compress] into {environment.folder}, no compiler on PATH")
-    create(python, environment)
+    check([python, "-m", "venv", str(environment.folder)])
+    environment.install("--upgrade", "pip")
     environment.install(f"{wheel}[compress]")
-    make_read_only(environment)
-    if not environment.is_read_only():
-        sys.exit(f"the user may write to {environment.folder}; this would test nothing")
+    environment.make_read_only()
     step("rac recipes")
     print(environment.run("rac", "recipes").splitlines()[0])
     settings = [argument for setting in SETTINGS for argument in ("--set", setting)]
     step("rac prune reasoner 'out put' --recipe rac_2of4")
-    command = [
-        "rac",
-        "prune",
-        "reasoner",
-        "out put",
-        "--recipe",
-        "rac_2of4",
-        "--precision",
-        "float32",
-        *settings,
-    ]
-    print(environment.run(*command).splitlines()[-1])
+    options = ["--recipe", "rac_2of4", "--precision", "float32", *settings]
+    print(environment.run("rac", "prune", "reasoner", "out put", *options).splitlines()[-1])
     step("rac inspect 'out put', load_model, from_pretrained, rac_modifier.recipe")
     print(environment.run("rac", "inspect", "out put").strip().splitlines()[-1])
     environment.python(LOAD, "out put")
-    environment.python(ONESHOT)
     step("the compiled kernel")
     print(environment.python(KERNEL), end="")
 
@@ -231,15 +207,12 @@ def serve(environment: Environment, python: str, wheel: Path) -> None:
     step(f"{wheel.name} and vLLM for a CPU into {environment.folder}; serve the checkpoint")
     env = clean({**os.environ, "PYTHON": python, "PACKAGE": str(wheel)})
     script = [str(ROOT / "scripts" / "serve_cpu_env.sh"), str(environment.folder)]
-    check(subprocess.run(script, env=env, cwd=environment.home.parent))
-    make_read_only(environment)
+    check(script, env=env, cwd=environment.home.parent)
+    environment.make_read_only()
     print(environment.python(KERNEL), end="")
     output = environment.python(SERVE, str(environment.home / "out put"))
-    print(
-        *[line for line in output.splitlines() if "rac:" in line or "SERVED" in line],
-        sep="\n",
-    )
-    if not ("SERVED" in output and "pruned layers run on a sparse kernel" in output):
+    print(*[line for line in output.splitlines() if "rac:" in line or "SERVED" in line], sep="\n")
+    if not ("SERVED" in output and "compressed layers run on a kernel" in output):
         sys.exit(f"vLLM did not log that it uses a sparse kernel:\n{output[-5000:]}")
 
 
@@ -259,15 +232,10 @@ def find_python(version: str | None) -> str:
     usual = [f"/usr/bin/python3.{minor}" for minor in (11, 12, 13)]
     for candidate in [version] if version else [os.path.realpath(sys.executable), *usual]:
         command = [*as_user(), candidate, "-c", "import ensurepip"]
-        if (
-            shutil.which(candidate)
-            and not subprocess.run(command, capture_output=True, cwd="/").returncode
-        ):
+        runs = shutil.which(candidate) and subprocess.run(command, capture_output=True, cwd="/")
+        if runs and not runs.returncode:
             return candidate
-    sys.exit(
-        "no Python that the unprivileged user can run; name one with --python, such as "
-        "/usr/bin/python3.11"
-    )
+    sys.exit("no Python that the unprivileged user can run; name one with --python")
 
 
 def as_user() -> list[str]:
@@ -276,42 +244,27 @@ def as_user() -> list[str]:
         return []
     setpriv = shutil.which("setpriv")
     if setpriv is None:
-        sys.exit(
-            "as root this needs setpriv (of util-linux), to become an unprivileged user; "
-            "or run it as another user"
-        )
+        sys.exit("as root this needs setpriv (of util-linux), or run it as another user")
     # Through env, since setpriv itself may still start what only root can reach.
     return [setpriv, f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "/usr/bin/env"]
-
-
-def create(python: str, environment: Environment) -> None:
-    """Make the environment, with a current pip."""
-    check(subprocess.run([python, "-m", "venv", str(environment.folder)]))
-    environment.install("--upgrade", "pip")
-
-
-def make_read_only(environment: Environment) -> None:
-    """Make folders read-only for this user; for nobody, root's files are already."""
-    if os.geteuid() != 0:
-        check(subprocess.run(["chmod", "-R", "a-w", str(environment.folder)]))
 
 
 def make_writable(folder: Path) -> None:
     """Undo `make_read_only`."""
     if os.geteuid() != 0:
-        check(subprocess.run(["chmod", "-R", "u+w", str(folder)]))
+        check(["chmod", "-R", "u+w", str(folder)])
 
 
 def clean(environment: dict[str, str]) -> dict[str, str]:
-    """Without what would lead back to the clone or to a compiler."""
-    dropped = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "CC", "CXX")
+    """Without what would lead back to the clone, to a compiler or to another user's cache."""
+    dropped = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "CC", "CXX", "XDG_CACHE_HOME")
     return {name: value for name, value in environment.items() if name not in dropped}
 
 
-def check(process: subprocess.CompletedProcess[bytes]) -> None:
-    """End the script if a program failed."""
-    if process.returncode:
-        sys.exit(f"failed with exit code {process.returncode}: {' '.join(map(str, process.args))}")
+def check(command: list[str], **options: Any) -> None:
+    """Run a program, and end the script if it fails."""
+    if code := subprocess.run(command, **options).returncode:
+        sys.exit(f"failed with exit code {code}: {' '.join(command)}")
 
 
 def step(text: str) -> None:

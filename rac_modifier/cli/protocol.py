@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from rac_modifier.errors import RacError
 
 if TYPE_CHECKING:
-    from rac_modifier.evaluation.presets import Preset
     from rac_modifier.problems.answers import Verifier
+    from rac_modifier.problems.held_out import Preset
     from rac_modifier.problems.source import Problem
     from rac_modifier.settings.problems import ProblemSource
     from rac_modifier.settings.sampling import PromptSettings, SamplingSettings
@@ -35,11 +35,11 @@ class Protocol:
         """Fill from a preset what is not among the user's `options`."""
         if name is None:
             return self
-        from rac_modifier.evaluation.presets import PRESETS
+        from rac_modifier.problems.held_out import PRESETS
 
-        published = PRESETS[name].published
-        values = {option: value for option, value in published.items() if option not in options}
-        return replace(self, **values, preset=PRESETS[name])
+        preset = PRESETS[name]
+        values = {key: value for key, value in preset.published.items() if key not in options}
+        return replace(self, **values, preset=preset)
 
     @property
     def changed(self) -> dict[str, Any]:
@@ -69,12 +69,12 @@ class Protocol:
             columns = {"column": self.column, "answer_column": self.answer_column}
             return held_out_problems(self.source, self.problems, self.seed, **columns)
         try:
-            return benchmark_problems(self.problem_source, preset.layout, self.seed, self.problems)
+            return benchmark_problems(self.problem_source, preset, self.seed, self.problems)
         except RacError as error:
             asks = preset.access and "source" not in self.changed
             access = f" ({preset.access})" if asks else ""
             raise RacError(
-                f"--preset {preset.layout.task}: {error}. Its problems are those of {preset.source}"
+                f"--preset {preset.name}: {error}. Its problems are those of {preset.source}"
                 f"{access}; a copy with the same columns is read with --source FILE"
             ) from error
 
@@ -99,7 +99,7 @@ class Protocol:
         """Return what replaces the mathematical comparison of answers."""
         from rac_modifier.problems.held_out import same_letter
 
-        lettered = self.preset is not None and self.preset.layout.answers == "choices"
+        lettered = self.preset is not None and self.preset.answers == "choices"
         return same_letter if lettered else None
 
     def describe(self) -> list[str]:
@@ -107,7 +107,7 @@ class Protocol:
         if self.preset is None:
             return []
         text = (
-            f"Preset {self.preset.layout.task}: {self.problems} problems, {self.samples} "
+            f"Preset {self.preset.name}: {self.problems} problems, {self.samples} "
             f"answer{'s' if self.samples > 1 else ''} each, temperature {self.temperature or 0:g}, "
             f"top-p {self.top_p:g}, at most {self.cap:,} new tokens."
         )
@@ -124,5 +124,5 @@ class Protocol:
             **sampling.model_dump(include={"max_new_tokens", "temperature", "top_p"}),
         }
         if self.preset is not None:
-            values |= {"preset": self.preset.layout.task, "published": self.changed}
+            values |= {"preset": self.preset.name, "published": self.changed}
         return values

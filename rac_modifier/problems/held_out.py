@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import random
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
-from typing import Literal
+from typing import Any, Literal
 
 from rac_modifier.errors import RacError
 from rac_modifier.problems.arithmetic import generate_distinct
@@ -49,57 +49,100 @@ def _check_count(problems: list[Problem], count: int, source: str) -> None:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """The columns and the instruction that make a benchmark's rows problems.
+class Preset:
+    """A benchmark: a dataset on the Hugging Face hub, and how it is asked.
 
     The answer column holds the "whole" answer, a solution whose "last line" is "####
     answer", or the right one of the "choices": then the answer is its letter, and
     `wrong_columns` hold the others.
     """
 
-    task: str
+    name: str
     column: str
     answer_column: str
     instruction: str
     answers: Literal["whole", "last line", "choices"] = "whole"
     wrong_columns: tuple[str, ...] = ()
+    source: str = ""
+    config: str | None = None
+    split: str = "test"
+    problems: int = 30  # as published
+    samples: int = 64  # answers per problem
+    temperature: float = 0.6
+    top_p: float = 0.95
+    cap: int = 32768  # new tokens
+    access: str = ""  # what a user must do before the dataset can be read
+
+    @property
+    def published(self) -> dict[str, Any]:
+        """Return the published values, by option of `rac eval`."""
+        names = ("source", "samples", "cap", "temperature", "top_p", "problems")
+        return {name: getattr(self, name) for name in ("column", "answer_column", *names)}
+
+
+# The protocol by which reasoning models are compared:
+# - temperature 0.6, top-p 0.95, at most 32,768 new tokens: DeepSeek-R1 (arXiv 2501.12948,
+#   section 3), and open-r1's commands.
+# - answers per problem: open-r1's README (AIME 2024 64, MATH-500 4, GPQA Diamond 8). It has no
+#   figure for AIME 2025, which gets 64, and for GSM8K, which gets 1.
+# - the instruction: DeepSeek-R1's README, in the user's turn. For GPQA the letter is asked for in
+#   the same box, where open-r1 has a last line "Answer: LETTER".
+# - data sets: those that lighteval reads.
+_BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
+_BOXED_LETTER = (
+    "Please reason step by step, and put the letter of the right choice, and nothing else, "
+    "within \\boxed{}."
+)
+_WRONG = ("Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
+_PLAIN = ("problem", "answer", _BOXED)
+_ALL = (
+    Preset("aime24", *_PLAIN, source="HuggingFaceH4/aime_2024", split="train"),
+    Preset("aime25", *_PLAIN, source="yentinglin/aime_2025", split="train"),
+    Preset(
+        *("gpqa-diamond", "Question", "Correct Answer", _BOXED_LETTER, "choices", _WRONG),
+        *("Idavidrein/gpqa", "gpqa_diamond", "train", 198, 8),
+        access="its owners ask to accept their terms on its page, then: hf auth login",
+    ),
+    Preset(
+        *("gsm8k", "question", "answer", _BOXED, "last line", (), "openai/gsm8k", "main"),
+        problems=1319,
+        samples=1,
+    ),
+    Preset("math-500", *_PLAIN, source="HuggingFaceH4/MATH-500", problems=500, samples=4),
+)
+PRESETS = {preset.name: preset for preset in _ALL}
 
 
 def benchmark_problems(
-    source: ProblemSource, layout: Layout, seed: int, count: int
+    source: ProblemSource, preset: Preset, seed: int, count: int
 ) -> list[Problem]:
     """Return `count` problems of a benchmark, or of a file with its columns.
 
     The seed decides their order. The source's `column` and `answer_column`, if set, replace the
-    layout's.
+    preset's.
     """
-    layout = replace(
-        layout,
-        column=source.column or layout.column,
-        answer_column=source.answer_column or layout.answer_column,
-    )
+    column = source.column or preset.column
+    answer_column = source.answer_column or preset.answer_column
     table = ProblemTable(source)
-    rows = table.shuffled([layout.column, layout.answer_column, *layout.wrong_columns], seed)
-    problems = [_problem(row, layout) for row in islice(rows, count)]
+    rows = table.shuffled([column, answer_column, *preset.wrong_columns], seed)
+    problems = []
+    for row in islice(rows, count):
+        question, answer = row.question(column), _filled(row, answer_column)
+        if preset.answers == "last line":
+            last = _LAST_LINE.search(answer)
+            if last is None or not last[1].strip():
+                raise RacError(
+                    f"{row.where}: column {answer_column!r} must end in a line '#### answer', "
+                    f"it ends in {answer[-40:]!r}"
+                )
+            answer = last[1].strip().replace(",", "")  # thousands
+        elif preset.answers == "choices":
+            choices = [answer, *(_filled(row, name) for name in preset.wrong_columns)]
+            question, answer = with_choices(question, choices)
+        text = f"{question.strip()}\n\n{preset.instruction}"
+        problems.append(row.problem(text, answer, preset.name))
     _check_count(problems, count, table.name)
     return problems
-
-
-def _problem(row: TableRow, layout: Layout) -> Problem:
-    question = row.question(layout.column)
-    answer = _filled(row, layout.answer_column)
-    if layout.answers == "last line":
-        last = _LAST_LINE.search(answer)
-        if last is None or not last[1].strip():
-            raise RacError(
-                f"{row.where}: column {layout.answer_column!r} must end in a line '#### answer', "
-                f"it ends in {answer[-40:]!r}"
-            )
-        answer = last[1].strip().replace(",", "")  # thousands
-    elif layout.answers == "choices":
-        choices = [answer, *(_filled(row, name) for name in layout.wrong_columns)]
-        question, answer = with_choices(question, choices)
-    return row.problem(f"{question.strip()}\n\n{layout.instruction}", answer, layout.task)
 
 
 def _filled(row: TableRow, column: str) -> str:

@@ -7,7 +7,7 @@ import pytest
 
 from rac_modifier.cli.protocol import Protocol
 from rac_modifier.errors import RacError
-from rac_modifier.evaluation.presets import PRESETS
+from rac_modifier.problems.held_out import PRESETS
 from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.sampling import PromptSettings
 
@@ -44,7 +44,7 @@ def test_a_preset_sets_all_of_it(name):
     assert sampled(protocol) == (32768, 0.6, 0.95, 0)
     assert protocol.problem_source == ProblemSource(
         source=preset.source, config=preset.config, split=preset.split,
-        column=preset.layout.column, answer_column=preset.layout.answer_column,
+        column=preset.column, answer_column=preset.answer_column,
     )  # fmt: skip
     (line,) = protocol.describe()
     assert line.startswith(f"Preset {name}: {preset.problems} problems, {preset.samples} answer")

@@ -106,4 +106,4 @@ def test_a_setting_without_a_description_stops_the_build():
         shout: int = 1
 
     with pytest.raises(ValueError, match="shout: this setting has no description"):
-        list(render_settings(Mute, (), {}))
+        list(render_settings(Mute.model_json_schema(), {}, (), {}))

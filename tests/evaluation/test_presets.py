@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import get_args, get_type_hints
 
 from rac_modifier.cli.eval import evaluate
-from rac_modifier.evaluation.presets import PRESETS
+from rac_modifier.problems.held_out import PRESETS
 
 
 def test_the_figures_are_those_of_the_protocol():
@@ -26,8 +26,8 @@ def test_the_page_of_the_command_has_each_preset():
         (row,) = [line for line in page.splitlines() if line.startswith(f"| `{name}` ")]
         assert f"`{preset.source}` ({preset.problems:,}" in row
         assert f" | {preset.samples} | " in row
-        assert f"`{preset.layout.column}`" in row
-        assert f"`{preset.layout.answer_column}`" in row
+        assert f"`{preset.column}`" in row
+        assert f"`{preset.answer_column}`" in row
 
 
 def test_the_command_takes_each_preset():

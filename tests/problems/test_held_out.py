@@ -1,4 +1,4 @@
-"""Problems held out of calibration; rows in published layouts, and what is wrong with a row."""
+"""Problems held out of calibration; rows in published presets, and what is wrong with a row."""
 
 import json
 from dataclasses import replace
@@ -8,7 +8,7 @@ import pytest
 from rac_modifier.errors import RacError
 from rac_modifier.problems.answers import is_correct
 from rac_modifier.problems.held_out import (
-    Layout,
+    Preset,
     benchmark_problems,
     held_out_problems,
     same_letter,
@@ -17,10 +17,10 @@ from rac_modifier.problems.held_out import (
 from rac_modifier.problems.source import load_problems
 from rac_modifier.settings.problems import ProblemSource
 
-PLAIN = Layout("plain", "problem", "answer", "Use a box.")
-SOLUTION = Layout("solution", "question", "answer", "Use a box.", "last line")
+PLAIN = Preset("plain", "problem", "answer", "Use a box.")
+SOLUTION = Preset("solution", "question", "answer", "Use a box.", "last line")
 WRONG = ("Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
-CHOICES = Layout("choices", "Question", "Correct Answer", "Use a box.", "choices", WRONG)
+CHOICES = Preset("choices", "Question", "Correct Answer", "Use a box.", "choices", WRONG)
 
 
 def gpqa_row(number, **changes):
@@ -33,11 +33,11 @@ def gpqa_row(number, **changes):
     return {**row, **{name: f"{number + i}" for i, name in enumerate(WRONG, 1)}, **changes}
 
 
-def read(tmp_path, layout, rows, seed=0, count=None):
+def read(tmp_path, preset, rows, seed=0, count=None):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = ProblemSource(source=str(path))
-    return benchmark_problems(source, layout, seed, count or len(rows))
+    return benchmark_problems(source, preset, seed, count or len(rows))
 
 
 def identity(problem):
