@@ -9,7 +9,6 @@ import sys
 from bench.common import add_common
 
 SUITES = (
-SUITES = (
     "accuracy", "formats", "schemes", "time", "kernels", "serving", "peers", "recovery", "traces",
     "scale",
 )  # fmt: skip
