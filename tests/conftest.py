@@ -54,9 +54,8 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
         return None
     named = [TESTS / name for name in SERVING_TESTS]
     if config.args_source is pytest.Config.ArgsSource.ARGS:
-        named += [
-            Path(config.invocation_params.dir, arg.split("::")[0]).resolve() for arg in config.args
-        ]
+        folder = config.invocation_params.dir
+        named += [Path(folder, arg.split("::")[0]).resolve() for arg in config.args]
         named = [path for path in named if path != TESTS]
     if any(collection_path.is_relative_to(path) for path in named):
         return None

@@ -27,9 +27,8 @@ def last_lines(programs: list[str]) -> dict[str, str]:
     """The last line that each program prints, or its traceback."""
     command, root = [sys.executable, "-m", "tests.import_orders"], Path(__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": str(root)}
-    process = subprocess.run(
-        command, input=json.dumps(programs), capture_output=True, text=True, env=environment
-    )
+    options = {"capture_output": True, "text": True, "env": environment}
+    process = subprocess.run(command, input=json.dumps(programs), **options)
     assert process.returncode == 0, process.stderr
     return dict(zip(programs, json.loads(process.stdout), strict=True))
 

@@ -17,8 +17,8 @@ def places(count: int) -> list[dict[str, str]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count)}
-    shared["OMP_NUM_THREADS"] = "1"
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    shared |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(count))
     return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
 
 
@@ -48,6 +48,8 @@ def started_forks(
 ) -> list[tuple[int | None, str]]:
     """The same of forks that call a function of a module with these words; see forked.py."""
     errors = [folder.with_name(f"{folder.name}.{count}.{rank}.err") for rank in range(count)]
+    for path in errors:
+        path.unlink(missing_ok=True)
     processes = [
         forked.start(main, words, folder, path, place)
         for path, place in zip(errors, places(count), strict=True)
@@ -58,7 +60,5 @@ def started_forks(
     finally:
         for process in processes:
             process.kill()
-    return [
-        (process.exitcode, path.read_text())
-        for process, path in zip(processes, errors, strict=True)
-    ]
+    ends = zip(processes, errors, strict=True)
+    return [(process.exitcode, path.read_text()) for process, path in ends]

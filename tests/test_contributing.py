@@ -28,9 +28,8 @@ def examples() -> list[Example]:
     sections = []
     for section in re.split(r"^### ", TEXT.partition(HEADING)[2], flags=re.MULTILINE)[1:]:
         files, changes = {}, []
-        for kind, body in re.findall(
-            r"^```(\w+)\n(.*?)^```$", section, flags=re.MULTILINE | re.DOTALL
-        ):
+        code = re.findall(r"^```(\w+)\n(.*?)^```$", section, flags=re.MULTILINE | re.DOTALL)
+        for kind, body in code:
             if kind == "diff":
                 changes += changes_of(body)
             else:
@@ -80,10 +79,7 @@ def ran(tmp_path_factory) -> dict[str, str]:
             (tree / path).write_text(text.replace(old, new))
     new = [path for example in EXAMPLES for path in example.files]
     tests = [path for path in new if path.startswith("tests/")]
-    order = (
-        "test_imports_run_one_way or test_no_modules_import_each_other_in_a_circle or not "
-        "test_imports"
-    )
+    order = "imports_run_one_way or import_each_other_in_a_circle or not test_imports"
     environment = {**os.environ, "PYTHONPATH": str(tree)}
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rA", "-q"]
     command += [*tests, "tests/test_imports.py", "-k", order]
@@ -98,11 +94,8 @@ def ran(tmp_path_factory) -> dict[str, str]:
             r"^(PASSED|FAILED|ERROR) (\S+)", process.stdout, re.MULTILINE
         )
     }
-    return {
-        **outcomes,
-        "output": process.stdout + process.stderr,
-        "lint": lint.stdout + lint.stderr,
-    }
+    said = {"output": process.stdout + process.stderr, "lint": lint.stdout + lint.stderr}
+    return {**outcomes, **said}
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.title)
@@ -119,9 +112,8 @@ def test_the_tests_of_an_example_pass(example, ran):
 
 
 def test_the_examples_keep_the_order_of_imports(ran):
-    house = {
-        test: outcome for test, outcome in ran.items() if test.startswith("tests/test_imports.py")
-    }
+    imports = "tests/test_imports.py"
+    house = {test: outcome for test, outcome in ran.items() if test.startswith(imports)}
     assert set(house.values()) == {"PASSED"}, ran["output"]
     assert len(house) == 2
 

@@ -45,19 +45,20 @@ def loaded_by(statement: str, *names: str) -> set[str]:
 
 
 def test_the_package_alone_is_light():
-    heavy = (
-        "llmcompressor",
-        "vllm",
-        "torch",
-        "transformers",
-        "numpy",
-        "pydantic",
-        "yaml",
-        "compressed_tensors",
-    )
-    assert loaded_by("import rac_modifier, rac_modifier.errors, rac_modifier.cli", *heavy) <= {
-        "yaml"
-    }
+    upstream = ("llmcompressor", "vllm", "transformers", "compressed_tensors")
+    heavy = (*upstream, "torch", "numpy", "pydantic")
+    modules = "import rac_modifier, rac_modifier.errors, rac_modifier.cli"
+    assert loaded_by(modules, *heavy) == set()
+
+
+def test_settings_recipes_and_the_schema_load_nothing_heavy():
+    """They are checked before anything else is loaded."""
+    imports = [f"import rac_modifier.{name}" for name in MODULES if name.startswith("settings.")]
+    commands = (["schema"], ["recipes", "check", "rac_2of4", "-s", "sparsity=null"])
+    calls = [f"app({words!r}, standalone_mode=False)" for words in commands]
+    heavy = ("torch", "transformers", "compressed_tensors", "llmcompressor", "numpy", "datasets")
+    program = "\n".join([*imports, "from rac_modifier.cli import app", *calls, "print()"])
+    assert loaded_by(program, *heavy) == set()
 
 
 def test_no_module_but_the_compressing_ones_imports_llmcompressor_and_none_vllm():
@@ -76,9 +77,8 @@ def test_what_serving_needs_imports_no_transformers():
         "import rac_modifier.checkpoint.bitmask, rac_modifier.checkpoint.inspect, "
         "rac_modifier.pruning.solve, rac_modifier.kernels.choose"
     )
-    assert (
-        loaded_by(statement, "transformers", "llmcompressor", "vllm", "compressed_tensors") == set()
-    )
+    heavy = ("transformers", "llmcompressor", "vllm", "compressed_tensors")
+    assert loaded_by(statement, *heavy) == set()
 
 
 def imported(path: Path, prefix: str = "rac_modifier.") -> list[tuple[str, int]]:
@@ -92,9 +92,8 @@ def imported(path: Path, prefix: str = "rac_modifier.") -> list[tuple[str, int]]
             names = [f"{node.module}.{alias.name}" for alias in node.names]
         else:
             continue
-        imports += [
-            (n.removeprefix(prefix), node.lineno) for n in names if f"{n}.".startswith(prefix)
-        ]
+        ours = [name for name in names if f"{name}.".startswith(prefix)]
+        imports += [(name.removeprefix(prefix), node.lineno) for name in ours]
     return imports
 
 
@@ -129,9 +128,7 @@ def test_no_modules_import_each_other_in_a_circle():
             del edges[name]
         for targets in edges.values():
             targets.difference_update(ends)
-    assert not edges, (
-        f"modules that import each other in a circle, or are imported by one: {sorted(edges)}"
-    )
+    assert not edges, f"modules that import each other in a circle, or such: {sorted(edges)}"
 
 
 def test_llmcompressor_and_vllm_are_imported_where_they_may_be():

@@ -63,9 +63,8 @@ def test_offloaded_weights_are_placed_wherever_they_are_computed_with():
 def test_room_for_a_forward_pass_is_left(monkeypatch, gigabytes, room):
     """A twentieth of the weights, and at least 1 GB."""
     model = torch.nn.Module()
-    model.register_parameter(
-        "weight", torch.nn.Parameter(torch.empty(gigabytes * 10**9 // 4, device="meta"))
-    )
+    weight = torch.empty(gigabytes * 10**9 // 4, device="meta")
+    model.register_parameter("weight", torch.nn.Parameter(weight))
     model.alias = model.weight  # counted once
     needed = int((gigabytes + room) * 10**9)
     monkeypatch.setattr(model_tools, "free_bytes", lambda device: needed)

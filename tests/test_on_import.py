@@ -18,15 +18,12 @@ def run(tmp_path):
     (tmp_path / "failing.py").write_text("raise RuntimeError('broken extension')\n")
 
     def run(code: str) -> subprocess.CompletedProcess[str]:
-        head = (
-            f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import importlib.util, inspect\n"
-        )
+        head = f"import importlib.util, inspect, sys; sys.path.insert(0, {str(tmp_path)!r})\n"
         head += "from rac_modifier import _import_after as import_after\n"
         head += "def hooks(name):\n"
         head += "  return [f for f in sys.meta_path if getattr(f, 'trigger', '') == name]\n"
-        process = subprocess.run(
-            [sys.executable, "-c", head + code], capture_output=True, text=True
-        )
+        command = [sys.executable, "-c", head + code]
+        process = subprocess.run(command, capture_output=True, text=True)
         assert process.returncode == 0, process.stderr
         return process
 

@@ -42,9 +42,7 @@ def found() -> set[tuple[str, str]]:
 
 def test_code_is_run_at_known_places_only():
     unknown = found() - ALLOWED.keys()
-    assert not unknown, (
-        f"show why no untrusted text reaches it, and write it down here: {sorted(unknown)}"
-    )
+    assert not unknown, f"say here why no untrusted text reaches it: {sorted(unknown)}"
 
 
 def test_transformers_never_asks_whether_to_run_code():

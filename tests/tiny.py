@@ -34,9 +34,8 @@ TOKENS = 1500
 def tiny_tokenizer(chat_template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
     """A token a printable ASCII character; 102 in all."""
     letters = SPECIAL + ["\n"] + [chr(c) for c in range(32, 127)] + ["<unk>"]
-    core = Tokenizer(
-        models.WordLevel({token: i for i, token in enumerate(letters)}, unk_token="<unk>")
-    )
+    vocabulary = {token: i for i, token in enumerate(letters)}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     core.add_special_tokens(SPECIAL)
     return PreTrainedTokenizerFast(
@@ -57,9 +56,7 @@ def byte_tokenizer(*, thinking_tags: bool = True) -> PreTrainedTokenizerFast:
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens(special)
     if thinking_tags:
-        core.add_tokens(
-            [AddedToken("<think>", normalized=False), AddedToken("</think>", normalized=False)]
-        )
+        core.add_tokens([AddedToken(tag, normalized=False) for tag in ("<think>", "</think>")])
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         eos_token="<|end|>",
@@ -69,61 +66,39 @@ def byte_tokenizer(*, thinking_tags: bool = True) -> PreTrainedTokenizerFast:
     )
 
 
+_SIZES: dict[str, Any] = {
+    "vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512,
+    "tie_word_embeddings": False, "eos_token_id": 1, "pad_token_id": 0, "bos_token_id": None,
+    "initializer_range": 0.1,  # so that logits differ and activations have a structure
+}  # fmt: skip
+
+
 def tiny_model(seed: int = 0, **changes: Any) -> PreTrainedModel:
     """In evaluation mode; `changes` to its config. Head and embedding are tied only if told to."""
     torch.manual_seed(seed)
-    settings = {
-        "vocab_size": 300,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "max_position_embeddings": 512,
-        "tie_word_embeddings": False,
-        "eos_token_id": 1,
-        "pad_token_id": 0,
-        "bos_token_id": None,
-        # large enough that logits differ and the activations of layers have a structure to
-        # calibrate on
-        "initializer_range": 0.1,
-    }
-    model = Qwen3ForCausalLM(Qwen3Config(**{**settings, **changes})).eval()
+    settings = {**_SIZES, "intermediate_size": 128, **changes}
+    model = Qwen3ForCausalLM(Qwen3Config(**settings)).eval()
     model.generation_config.eos_token_id = 1
     return model
 
 
 EXPERTS = 4
+_QWEN = {"moe_intermediate_size": 32, "num_experts": EXPERTS}
+_MIXTRAL = {"intermediate_size": 32, "num_local_experts": EXPERTS, "sliding_window": None}
 _OF_EXPERTS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "qwen3": (Qwen3MoeConfig, {"moe_intermediate_size": 32, "num_experts": EXPERTS}),
-    "qwen2": (
-        Qwen2MoeConfig,
-        {
-            "moe_intermediate_size": 32,
-            "num_experts": EXPERTS,
-            "shared_expert_intermediate_size": 48,
-        },
-    ),
-    "mixtral": (
-        MixtralConfig,
-        {"intermediate_size": 32, "num_local_experts": EXPERTS, "sliding_window": None},
-    ),
+    "qwen3": (Qwen3MoeConfig, _QWEN),
+    "qwen2": (Qwen2MoeConfig, {**_QWEN, "shared_expert_intermediate_size": 48}),
+    "mixtral": (MixtralConfig, _MIXTRAL),
 }
 
 
 def save_tiny_experts(folder: Path, kind: str = "qwen3", seed: int = 0, **changes: Any) -> Path:
     """A tiny mixture of experts with its tokenizer: two of four experts per token."""
     torch.manual_seed(seed)
-    config, own = _OF_EXPERTS[kind]
-    settings = {
-        "vocab_size": 300, "hidden_size": 64, "num_experts_per_tok": 2, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
-        "max_position_embeddings": 512,
-        "eos_token_id": 1, "pad_token_id": 0, "bos_token_id": None, "initializer_range": 0.1,
-        "tie_word_embeddings": False,
-    }  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config(**{**settings, **own, **changes}))
+    config, sizes = _OF_EXPERTS[kind]
+    settings = {**_SIZES, "num_experts_per_tok": 2, **sizes, **changes}
+    model = AutoModelForCausalLM.from_config(config(**settings))
     model.generation_config.eos_token_id = 1
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
@@ -140,9 +115,8 @@ def save_tiny(
 
 def entry(store: Path | None = None, **changes: Any) -> dict[str, Any]:
     """The settings of a small 2:4 run that holds no traces out."""
-    traces: dict[str, Any] = {
-        "sampling": {"temperature": 1.0, "max_new_tokens": 40, "batch_size": 16}
-    }
+    sampling = {"temperature": 1.0, "max_new_tokens": 40, "batch_size": 16}
+    traces: dict[str, Any] = {"sampling": sampling}
     if store is not None:
         traces["store"] = str(store)
     settings: dict[str, Any] = {
@@ -176,9 +150,8 @@ def recipe(settings: dict[str, Any], **later: dict[str, Any]) -> str:
 
 def linears(model: PreTrainedModel) -> dict[str, torch.nn.Linear]:
     """The linear layers that are pruned by default."""
-    return {
-        n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"
-    }
+    modules = [(n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+    return {name: module for name, module in modules if name != "lm_head"}
 
 
 def is_2of4(weight: torch.Tensor) -> bool:

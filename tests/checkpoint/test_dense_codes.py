@@ -55,9 +55,8 @@ def test_what_compressed_tensors_compresses(group, symmetric, bits):
     from compressed_tensors.compressors import PackedQuantizationCompressor
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
-    arguments = (
-        {"strategy": "channel"} if group is None else {"strategy": "group", "group_size": group}
-    )
+    grouped = {"strategy": "group", "group_size": group}
+    arguments = {"strategy": "channel"} if group is None else grouped
     scheme = QuantizationScheme(
         targets=["Linear"],
         weights=QuantizationArgs(num_bits=bits, symmetric=symmetric, **arguments),
@@ -65,9 +64,8 @@ def test_what_compressed_tensors_compresses(group, symmetric, bits):
     shape = (20, 1 if group is None else 96 // group)
     state = {"weight": torch.randn(20, 96), "weight_scale": torch.rand(shape) / 4 + 0.1}
     if not symmetric:
-        state["weight_zero_point"] = torch.randint(
-            -(1 << (bits - 1)), 1 << (bits - 1), shape, dtype=torch.int8
-        )
+        half = 1 << (bits - 1)
+        state["weight_zero_point"] = torch.randint(-half, half, shape, dtype=torch.int8)
     compressor = PackedQuantizationCompressor
     tensors = compressor.compress(state, scheme)
     if tensors["weight_packed"].shape[1] == -(-96 // 10):  # 0.17, which vLLM 0.32 asks for

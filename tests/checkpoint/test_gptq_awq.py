@@ -173,9 +173,7 @@ def test_parts_of_another_shape_are_refused_by_name(bits, part, change):
     weight = drawn(32, 192, 32, False, bits)
     tensors = gptq(weight, 2)
     tensors[part] = change(tensors[part])
-    with pytest.raises(
-        RacError, match=r"^m\.(qweight|qzeros|scales|g_idx): .*(copy|restore|save|damaged)"
-    ):
+    with pytest.raises(RacError, match=r"^m\.[a-z_]+: .*(copy|restore|save|damaged)"):
         read_gptq(tensors, weight.bits, 32, False, 2)
 
 

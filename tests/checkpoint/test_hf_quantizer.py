@@ -49,10 +49,8 @@ def test_bit_identical(saved, structure, shard, tied, dtype):
 def test_a_quantized_checkpoint_is_loaded_as_before_and_packed_too(tmp_path, scheme, options):
     modules = save_quantized(tmp_path, "2:4", scheme)
     given = {"quantization_config": CompressedTensorsConfig(**options)} if options else {}
-    before, after = (
-        stock(tmp_path, **given),
-        AutoModelForCausalLM.from_pretrained(tmp_path, **given),
-    )
+    before = stock(tmp_path, **given)
+    after = AutoModelForCausalLM.from_pretrained(tmp_path, **given)
     expected = {name: tensor.clone() for name, tensor in before.state_dict().items()}
     assert_same_state(after, expected)
     assert after.config.to_dict() == before.config.to_dict()
@@ -111,9 +109,8 @@ def test_the_base_model_without_its_head(saved):
     """Names lose their prefix there."""
     folder, expected, _ = saved()
     model = AutoModel.from_pretrained(folder)
-    assert_same_state(
-        model, {n.removeprefix("model."): t for n, t in expected.items() if n.startswith("model.")}
-    )
+    inner = {name: tensor for name, tensor in expected.items() if name.startswith("model.")}
+    assert_same_state(model, {name.removeprefix("model."): t for name, t in inner.items()})
 
 
 def test_the_loaded_model_is_an_ordinary_one_and_saved_dense(saved, tmp_path):

@@ -69,9 +69,8 @@ def test_quantized_experts_are_multiplied_with_their_scales(tmp_path, scheme):
     """Upstream's own operation does it, on the codes that were unpacked."""
     mixture_of_experts(tmp_path, "nothing")
     tensors, modules = load_file(tmp_path / "model.safetensors"), {}
-    for name in [
-        n.removesuffix(".weight") for n in tensors if "experts" in n and n.endswith("proj.weight")
-    ]:
+    experts = [n for n in tensors if "experts" in n and n.endswith("proj.weight")]
+    for name in (n.removesuffix(".weight") for n in experts):
         weight = tensors.pop(f"{name}.weight").float()
         prune_half(weight)
         modules[name] = "unstructured"

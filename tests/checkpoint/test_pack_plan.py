@@ -118,9 +118,10 @@ def test_negative_zeros(tmp_path):
     assert (plan.format, plan.structures) == ("sparse-24-bitmask", {"up": "2:4"})
 
 
-@pytest.mark.parametrize(
-    ("recorded", "stated"), [("3:5", "3:5"), ("4:5", "2:4"), ("3:7", "2:4"), ("x", "2:4")]
-)
+PATTERNS = [("3:5", "3:5"), ("4:5", "2:4"), ("3:7", "2:4"), ("x", "2:4")]
+
+
+@pytest.mark.parametrize(("recorded", "stated"), PATTERNS)
 def test_a_recorded_pattern_is_stated_where_it_holds(tmp_path, recorded, stated):
     weight = torch.randn(64, 60)
     weight.view(-1, 5)[:, :3] = 0

@@ -47,9 +47,10 @@ def test_one_format_for_a_mixed_checkpoint(tmp_path):
     model.save_pretrained(tmp_path)
     assert pack_checkpoint(tmp_path, modules).format == "sparse-bitmask"
     config = config_of(tmp_path)
-    assert config["rac_sparsity"]["modules"] == {
-        n: s.replace("0:0", "unstructured") for n, s in modules.items()
+    recorded = {
+        name: structure.replace("0:0", "unstructured") for name, structure in modules.items()
     }
+    assert config["rac_sparsity"]["modules"] == recorded
     assert_restores(tmp_path, model.state_dict())
 
 

@@ -37,14 +37,8 @@ def pruned(structure: str = "2:4", **plan: object) -> PreTrainedModel:
     for linear in modules.values():
         PRUNERS[structure](linear.weight.data)
     patterns = dict.fromkeys(modules, PATTERNS[structure])
-    made = SavePlan(
-        **{
-            "record": {"method": "alps", "seed": 3},
-            "patterns": patterns,
-            "modules": modules,
-            **plan,
-        }
-    )
+    values = {"record": {"method": "alps", "seed": 3}, "patterns": patterns, "modules": modules}
+    made = SavePlan(**{**values, **plan})
     save_with_record(model, lambda: made)
     return model
 
@@ -65,10 +59,9 @@ def test_packed_with_record_and_card(tmp_path, structure):
     assert_same_state(load_model(tmp_path / "out"), model.state_dict())
 
 
-@pytest.mark.parametrize(
-    ("plan", "options"), [({"storage": "dense"}, {}), ({}, {"save_compressed": False})]
-)
-def test_stored_dense_and_marked(tmp_path, plan, options):
+@pytest.mark.parametrize("plan", [{"storage": "dense"}, {}])
+def test_stored_dense_and_marked(tmp_path, plan):
+    options = {} if plan else {"save_compressed": False}
     pruned(**plan).save_pretrained(tmp_path / "out", **options)
     config = config_of(tmp_path / "out")
     assert "quantization_config" not in config
@@ -139,9 +132,8 @@ def test_no_file_holds_an_absolute_path(tmp_path):
     written = json.loads((tmp_path / "out" / "rac_run.json").read_text())
     assert written["base_model"] == "Base-1B"
     assert written["note"] == "from t.jsonl"
-    assert (tmp_path / "out" / "recipe.yaml").read_text() == recipe.replace(
-        str(private / "t.jsonl"), "t.jsonl"
-    )
+    shown = recipe.replace(str(private / "t.jsonl"), "t.jsonl")
+    assert (tmp_path / "out" / "recipe.yaml").read_text() == shown
     assert "# Base-1B compressed" in (tmp_path / "out" / "README.md").read_text()
 
 
@@ -150,11 +142,8 @@ def test_a_record_that_is_no_json_never_costs_the_weights(tmp_path, monkeypatch)
     record = {"loss": float("nan"), "losses": (1.5, float("inf")), "device": torch.device("cpu")}
     pruned(record=record).save_pretrained(tmp_path / "a")
     written = json.loads((tmp_path / "a" / "rac_run.json").read_text())
-    assert (written["loss"], written["losses"], written["device"]) == (
-        "NaN",
-        [1.5, "Infinity"],
-        "cpu",
-    )
+    values = [written[name] for name in ("loss", "losses", "device")]
+    assert values == ["NaN", [1.5, "Infinity"], "cpu"]
     monkeypatch.setattr("rac_modifier.checkpoint.saving.model_card", lambda *_: 1 / 0)
     model = pruned()
     model.save_pretrained(tmp_path / "b")

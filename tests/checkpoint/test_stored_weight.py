@@ -27,9 +27,8 @@ def random_weight(
     weight = torch.randn(rows, columns, generator=generator)
     if two_of_four:
         groups = weight.view(-1, 4)
-        groups.scatter_(
-            1, torch.rand(groups.shape, generator=generator).topk(2, dim=1).indices, 0.0
-        )
+        order = torch.rand(groups.shape, generator=generator)
+        groups.scatter_(1, order.topk(2, dim=1).indices, 0.0)
     else:
         weight[torch.rand(rows, columns, generator=generator) < 0.5] = 0
     return weight.to(dtype)
@@ -98,10 +97,8 @@ def test_two_of_four_looks_at_each_four():
 def test_four_bit_values_stay_known_as_such(format):
     floats = random_weight(6, 64, 0, format == "sparse-24-bitmask", torch.float32)
     weight = (3 * floats).round().clamp(-7, 7).to(torch.int8)
-    parts = {
-        **FORMATS[format].compress(weight, "a", 4),
-        "weight_scale": torch.ones(6, 2, dtype=torch.bfloat16),
-    }
+    scale = {"weight_scale": torch.ones(6, 2, dtype=torch.bfloat16)}
+    parts = {**FORMATS[format].compress(weight, "a", 4), **scale}
     four = FORMATS[format].check(parts, "a")
     assert (four.bits, four.group_bytes) == (4, 2)
     # 0.1 in float32 is no bfloat16

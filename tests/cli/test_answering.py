@@ -9,7 +9,7 @@ from rac_modifier.cli.answering import Answering, engine_of
 from rac_modifier.cli.options import Dtype
 from rac_modifier.errors import RacError
 from tests.sampling import fake_vllm
-from tests.sampling.fake_server import FakeServer, shorten_pauses
+from tests.sampling.fake_server import FakeServer
 
 SERVER = {"servers": ("http://a",)}
 TWO, NO_MODEL = {"servers": ("http://a", "http://b")}, {"models": ()}
@@ -57,14 +57,11 @@ def test_a_served_model_is_paired_with_the_dense_one(rac, tiny_folder, tmp_path,
     assert rac("eval", tiny_folder, *FEW, "--json", "dense.json")[0] == 0
     server.cards = [{"id": "tiny", "root": str(tiny_folder), "max_model_len": 512}]
     options = ("--server", server.url, "--baseline", "dense.json", "--json", "-")
-    code, out, err = rac("eval", tiny_folder, *FEW, *options)
-    assert code == 0, err
-    results = json.loads(out)
+    results = json.loads(rac.output("eval", tiny_folder, *FEW, *options))
     assert results["results"][0]["problems"] == results["paired"][0]["problems"] == 3
     assert len(list((tmp_path / "rac_answers").glob("*.jsonl"))) == 2
     asked = len(server.bodies)
-    code, out, err = rac("eval", tiny_folder, *FEW, *options[:4])
-    assert code == 0, err
+    out = rac.output("eval", tiny_folder, *FEW, *options[:4])
     assert len(server.bodies) == asked
     assert "McNemar p = 1" in out
 
@@ -126,20 +123,11 @@ def test_a_server_of_another_model_is_refused_before_it_is_asked(rac, tiny_folde
     assert rac(*command, "--served-as", "m")[0] == 0
 
 
-@pytest.fixture
-def vllm(tmp_path, monkeypatch):
-    """A fake `vllm`, which notes its processes in the folder that this returns."""
-    monkeypatch.setenv("RAC_VLLM", str(fake_vllm.install(tmp_path)))
-    shorten_pauses(monkeypatch)
-    return tmp_path
-
-
 def test_each_model_is_served_in_turn_by_a_server_that_is_stopped(
     rac, tiny_folder, sparse_folder, vllm
 ):
     models = [str(tiny_folder), str(sparse_folder)]
-    code, out, err = rac("eval", *models, "--serve", *FEW, "--precision", "float32", "--json", "-")
-    assert code == 0, err
+    out = rac.output("eval", *models, "--serve", *FEW, "--precision", "float32", "--json", "-")
     assert [result["label"] for result in json.loads(out)["results"]] == models
     assert [start["argv"][1] for start in fake_vllm.starts(vllm)] == models
     assert {start["argv"][-1] for start in fake_vllm.starts(vllm)} == {"float32"}
@@ -158,8 +146,7 @@ def test_a_server_that_fails_is_an_error_with_its_last_lines_and_keeps_the_answe
     kept = (vllm / "a.jsonl").read_bytes()
     assert len(kept.splitlines()) > 1
     monkeypatch.delenv(fake_vllm.FAULT)
-    code, out, err = rac("eval", tiny_folder, *options, "--json", "-")
-    assert code == 0, err
+    out = rac.output("eval", tiny_folder, *options, "--json", "-")
     assert json.loads(out)["results"][0]["problems"] == 12
     assert (vllm / "a.jsonl").read_bytes().startswith(kept)
     assert fake_vllm.left_over(vllm) == []

@@ -57,15 +57,6 @@ def test_help_fits_a_screen_and_has_an_example_with_options_that_exist(path):
             assert option in whole
 
 
-@pytest.mark.parametrize(
-    "args",
-    [("eval", "x", "--problems", "0"), ("eval", "x", "--precision", "fp99"), ("prune",)],
-    ids=" ".join,
-)
-def test_what_typer_refuses(rac, args):
-    assert rac(*args)[0] == 2
-
-
 @pytest.mark.slow
 def test_the_embedded_reasoner_end_to_end(rac, recipe_file, tmp_path):
     """The README's commands, small: the pruned reasoner still reasons."""

@@ -5,9 +5,9 @@ import shutil
 import pytest
 from transformers import AutoTokenizer
 
-from rac_modifier import cli
 from rac_modifier.sampling import generate as generate_module
-from tests.tiny import entry, recipe
+from tests.cli.conftest import prune
+from tests.tiny import entry
 
 FEW = ("--problems", 2, "--cap", 4)
 
@@ -18,11 +18,7 @@ def brief_folder(tiny_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("brief")
     settings = entry(folder / "traces.jsonl")
     settings["traces"]["sampling"] |= {"system_prompt": "Be brief.", "thinking": False}
-    (folder / "recipe.yaml").write_text(recipe(settings))
-    args = ["prune", tiny_folder, folder / "out", "-r", folder / "recipe.yaml"]
-    args += ["-s", "calibration.tokens=300"]
-    cli.app([str(arg) for arg in args], standalone_mode=False)
-    return folder / "out"
+    return prune(tiny_folder, folder, settings, tokens=300)
 
 
 @pytest.fixture
@@ -46,8 +42,7 @@ def test_all_models_are_asked_as_the_compressed_one_was_calibrated(
     rac, tiny_folder, brief_folder, asked, tmp_path
 ):
     results = tmp_path / "eval.json"
-    code, out, err = rac("eval", tiny_folder, brief_folder, *FEW, "--json", results)
-    assert code == 0, err
+    out = rac.output("eval", tiny_folder, brief_folder, *FEW, "--json", results)
     assert len(asked) == 4
     assert {text[:17] for text in asked} == {"<system>Bebrief.<"}
     assert {text[-11:] for text in asked} == {"<assistant>"}  # no <think>
@@ -57,24 +52,25 @@ def test_all_models_are_asked_as_the_compressed_one_was_calibrated(
     assert json.loads(results.read_text())["prompt"] == prompt
 
 
-def test_an_option_replaces_the_calibrated_prompt_and_a_line_says_so(
-    rac, tiny_folder, brief_folder, asked
+def test_divergence_with_an_option_that_replaces_the_calibrated_prompt(
+    rac, tiny_folder, brief_folder, asked, tmp_path
 ):
-    options = ("--divergence", *FEW, "--template", "none")
-    code, out, err = rac("eval", tiny_folder, brief_folder, *options)
-    assert code == 0, err
+    options = ("--divergence", *FEW, "--template", "none", "--json", "d.json")
+    out = rac.output("eval", tiny_folder, brief_folder, *options)
     assert asked
     assert all("<" not in text for text in asked)
     assert "the bare question, without a template." in out
     was = "chat template, system prompt 'Be brief.', thinking off"
     assert f"{brief_folder} was calibrated with another prompt: {was}." in out
+    assert "KL" in out
+    (measured,) = json.loads((tmp_path / "d.json").read_text())["divergence"]
+    assert measured["kl"] > 0
 
 
 def test_eval_compares_models(rac, tiny_folder, sparse_folder, tmp_path):
     results = tmp_path / "eval.json"
     options = ("--problems", 4, "--cap", 8, "--json", results)
-    code, stdout, _ = rac("eval", tiny_folder, sparse_folder, *options)
-    assert code == 0
+    stdout = rac.output("eval", tiny_folder, sparse_folder, *options)
     assert re.search(rf"{re.escape(str(sparse_folder))}\s.*%", stdout)
     content = json.loads(results.read_text())
     rows = content["results"]
@@ -84,17 +80,6 @@ def test_eval_compares_models(rac, tiny_folder, sparse_folder, tmp_path):
     assert f"tokens of {sparse_folder} over {tiny_folder}: x1.00 (1.00 to 1.00) on all 4" in stdout
     assert [row["going"] for row in content["stopping"]] == [1.0, 1.0]
     assert content["paired"][0]["inflation"]["both_finish"] is None
-
-
-def test_eval_divergence(rac, tiny_folder, tmp_path):
-    results = tmp_path / "d.json"
-    options = ("--divergence", "--problems", 4, "--cap", 12)
-    code, stdout, _ = rac("eval", tiny_folder, tiny_folder, *options, "--json", results)
-    assert code == 0
-    assert "KL" in stdout
-    (actual,) = json.loads(results.read_text())["divergence"]
-    assert actual["kl"] == pytest.approx(0.0, abs=1e-5)  # of a model with itself
-    assert actual["agreement"] == 1.0
 
 
 def test_figures_on_the_card(rac, tiny_folder, sparse_folder, tmp_path):
@@ -112,9 +97,8 @@ def test_figures_on_the_card(rac, tiny_folder, sparse_folder, tmp_path):
     assert card.count("Measured with rac eval") == 2
     assert str(tmp_path) not in card + json.dumps(record)
     # alone, with what was measured of the dense model
-    code, out, err = rac(
-        "eval", own, *FEW, "--card", "--baseline", tmp_path / "r.json", "--json", "-"
-    )
+    options = ("--card", "--baseline", tmp_path / "r.json", "--json", "-")
+    code, out, err = rac("eval", own, *FEW, *options)
     names = ["prompt", "results", "protocol", "stopping", "paired"]
     assert (code, list(json.loads(out))) == (0, names)
     assert err.splitlines()[-1] == f"written into the model card of {own}"

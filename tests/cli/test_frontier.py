@@ -20,33 +20,24 @@ from rac_modifier.settings.sampling import PromptSettings
 from tests.forked import start
 from tests.frontier.sample import write_sample
 from tests.sampling import fake_vllm
-from tests.sampling.fake_server import shorten_pauses
 from tests.tiny import NAME, entry
 
-W4 = {
-    "w": {"targets": ["Linear"], "weights": {"num_bits": 4, "strategy": "group", "group_size": 32}}
-}
-GPTQ = {
-    "ReasoningAwareCalibrationModifier": {},
-    "GPTQModifier": {"config_groups": W4, "ignore": ["lm_head"]},
-}
-ROWS = [
-    {"label": "2:4", "recipe": {NAME: {"mask_structure": "2:4"}}},
-    {"label": "int4", "recipe": GPTQ},
-]
+GROUPS = {"num_bits": 4, "strategy": "group", "group_size": 32}
+W4 = {"config_groups": {"w": {"targets": ["Linear"], "weights": GROUPS}}, "ignore": ["lm_head"]}
+GPTQ = {"ReasoningAwareCalibrationModifier": {}, "GPTQModifier": W4}
+SPARSE = {"label": "2:4", "recipe": {NAME: {"mask_structure": "2:4"}}}
+ROWS = [SPARSE, {"label": "int4", "recipe": GPTQ}]
 
 
 @pytest.fixture
 def grid(trace_store, tmp_path) -> Any:
     """Writes a grid of the tiny model; its rows read a copy of the store."""
     store = shutil.copy(trace_store, tmp_path / "traces.jsonl")
+    calibration = {"tokens": 500, "held_out_tokens": 0}
 
     def write(rows: list[dict[str, Any]], **evaluation: Any) -> Path:
         content = {
-            "shared": {
-                "traces": entry(store)["traces"],
-                "calibration": {"tokens": 500, "held_out_tokens": 0},
-            },
+            "shared": {"traces": entry(store)["traces"], "calibration": calibration},
             "evaluation": {"problems": 3, "cap": 20, **evaluation},
             "rows": rows,
         }
@@ -82,10 +73,8 @@ def test_a_whole_grid_is_checked_before_anything_runs(rac, grid, tiny_folder, tm
 
 def test_round_to_nearest_is_a_row_too(rac, grid, tiny_folder, tmp_path):
     """It calibrates on nothing, so that its recipe has no entry of ours."""
-    recipe = {"QuantizationModifier": {"config_groups": W4, "ignore": ["lm_head"]}}
-    path = grid([{"label": "nearest", "recipe": recipe}])
-    code, _, error = rac("frontier", tiny_folder, "--recipe-grid", path, "--out", tmp_path / "out")
-    assert code == 0, error
+    path = grid([{"label": "nearest", "recipe": {"QuantizationModifier": W4}}])
+    rac.output("frontier", tiny_folder, "--recipe-grid", path, "--out", tmp_path / "out")
     dense, row = read(tmp_path / "out")
     assert row["group"] == "dense quantized"
     # a scale of 32 bits for 32 weights
@@ -108,8 +97,7 @@ def test_a_grid_that_was_killed_between_rows_goes_on(rac, grid, tiny_folder, tmp
     before = rows.read_bytes()
     assert b'"int4"' not in before
 
-    code, out, error = rac(*words)
-    assert code == 0, error
+    out = rac.output(*words)
     assert "3 rows in " in out
     assert rows.read_bytes().startswith(before), "finished rows are not run again"
     dense, sparse, int4 = read(tmp_path / "out")
@@ -132,11 +120,9 @@ def test_a_served_evaluation_needs_answers(tmp_path):
         held_out_of(evaluation, PromptSettings())
 
 
-def test_a_model_is_served_and_timed(tiny_folder, tmp_path, monkeypatch):
+def test_a_model_is_served_and_timed(tiny_folder, tmp_path, vllm):
     evaluation = GridEvaluation(serve=True, concurrency=3, problems=2, cap=6)
     held_out = held_out_of(evaluation, PromptSettings())
-    monkeypatch.setenv("RAC_VLLM", str(fake_vllm.install(tmp_path)))
-    shorten_pauses(monkeypatch)
     stale = tmp_path / "served" / "a-ca978112.jsonl"  # of the label "a", of a killed run
     stale.parent.mkdir()
     stale.write_text("its seconds would be lost\n")

@@ -1,10 +1,6 @@
-"""Tables, and what Ctrl-C prints."""
+"""Tables, and the next step after Ctrl-C, which tests/cli/test_interrupt.py presses."""
 
-import pytest
-import torch
-import typer
-
-from rac_modifier.cli.options import Dtype, render_table, resumable, saving_step
+from rac_modifier.cli.options import render_table, saving_step
 
 HEAD = ("model", "accuracy", "note")
 ROWS = [("dense", "100.0%", "8"), ("a much longer label", "5.0%", "[red]")]
@@ -28,17 +24,6 @@ def test_control_characters_are_escaped_and_a_cell_stays_on_one_line():
     long = "x" * 3000
     _, row = render_table(HEAD, [("a\x1b[2K", "1", f"{long}\nforged line")]).splitlines()
     assert row == f"a\\x1b[2K         1  {long}\\nforged line"
-
-
-def test_precisions_are_dtypes_of_torch_or_auto():
-    assert all(name == "auto" or isinstance(getattr(torch, name), torch.dtype) for name in Dtype)
-
-
-def test_an_interruption_is_one_line_and_130(capsys):
-    with pytest.raises(typer.Exit) as ended, resumable(lambda: "run it again"):
-        raise KeyboardInterrupt
-    assert ended.value.exit_code == 130
-    assert capsys.readouterr().err.strip() == "interrupted: run it again"
 
 
 def test_what_is_said_of_a_folder_that_was_being_saved_to(tmp_path):

@@ -87,9 +87,7 @@ def test_a_dataset_that_cannot_be_loaded_says_what_to_do(monkeypatch):
         raise ConnectionError("no network")
 
     monkeypatch.setattr("datasets.load_dataset", offline)
-    with pytest.raises(
-        RacError, match=r"--preset gpqa-diamond: .*no network.*accept their terms.*--source FILE"
-    ):
+    with pytest.raises(RacError, match=r"--preset gpqa-diamond: .*no network.*--source FILE"):
         asked("gpqa-diamond").load()
 
 
@@ -98,9 +96,8 @@ def test_the_command_asks_a_copy_and_checks_letters_as_letters(
 ):
     """A letter among words would not be equal as mathematics."""
     wrong = ("Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
-    rows = [
-        {"Question": f"Q{i}?", "Correct Answer": "y", **dict.fromkeys(wrong, "n")} for i in range(3)
-    ]
+    same = {"Correct Answer": "y", **dict.fromkeys(wrong, "n")}
+    rows = [{"Question": f"Q{i}?", **same} for i in range(3)]
     (tmp_path / "gpqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     seen = []
 
@@ -111,8 +108,7 @@ def test_the_command_asks_a_copy_and_checks_letters_as_letters(
     monkeypatch.setattr("rac_modifier.evaluation.stopping.is_correct", check_letter)
     options = ("--source", "gpqa.jsonl", "--samples", 1, "--cap", 4, "--problems", 3)
     options += ("--json", "r.json")
-    code, out, err = rac("eval", tiny_folder, "--preset", "gpqa-diamond", *options)
-    assert code == 0, err
+    out = rac.output("eval", tiny_folder, "--preset", "gpqa-diamond", *options)
     assert seen == [True] * 3
     assert "Preset gpqa-diamond: 3 problems, 1 answer each, temperature 0.6, top-p 0.95" in out
     results = json.loads((tmp_path / "r.json").read_text())

@@ -21,8 +21,7 @@ def test_prune_writes_a_checkpoint_and_says_where(rac, tiny_folder, recipe_file,
     assert "'admm'" in stderr
     assert "Traceback" not in stderr
     assert not out.exists()
-    code, stdout, _ = rac(*words, "calibration.tokens=500")
-    assert code == 0
+    stdout = rac.output(*words, "calibration.tokens=500")
     assert f"rac inspect {out}" in stdout
     record = json.loads((out / "rac_run.json").read_text())
     assert record["calibration"]["tokens"] == 500
@@ -32,8 +31,7 @@ def test_a_whole_command_is_checked(rac, tiny_folder, recipe_file, tmp_path):
     """With a model and an output folder `--check` reads and writes nothing, and refuses what the
     run would refuse."""
     command = ["prune", tiny_folder, tmp_path / "out", "-r", recipe_file, "--check"]
-    code, stdout, _ = rac(*command)
-    assert code == 0
+    stdout = rac.output(*command)
     assert "are fine; run the command without --check" in stdout
     assert not (tmp_path / "out").exists()
     (tmp_path / "full").mkdir()

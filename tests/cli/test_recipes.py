@@ -1,7 +1,5 @@
 """`rac recipes` and `rac recipes show NAME`."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 from tests.tiny import NAME, entry, recipe
@@ -29,11 +27,8 @@ def test_show_prints_the_file_as_it_is(rac, tmp_path):
 
 
 def test_check_names_each_valid_recipe_and_every_mistake_of_the_others(rac, tmp_path):
-    for name, settings in {
-        "a": {"sparsty": 0.5},
-        "b": entry(),
-        "c": entry(refit=True, iterations=0),
-    }.items():
+    recipes = {"a": {"sparsty": 0.5}, "b": entry(), "c": entry(refit=True, iterations=0)}
+    for name, settings in recipes.items():
         (tmp_path / f"{name}.yaml").write_text(recipe(settings))
     code, stdout, stderr = rac("recipes", "check", *(tmp_path / f"{name}.yaml" for name in "abc"))
     assert code == 1
@@ -49,9 +44,6 @@ def test_check_names_each_valid_recipe_and_every_mistake_of_the_others(rac, tmp_
     ]
 
 
-def test_schema_prints_the_published_file_and_nothing_else():
-    """In a process of its own, where nothing else writes to standard output."""
+def test_schema_prints_the_published_file_and_nothing_else(rac):
     published = FOLDER.parents[1] / "docs" / "recipe.schema.json"
-    command = [sys.executable, "-m", "rac_modifier.cli", "schema"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, published.read_text())
+    assert rac.output("schema") == published.read_text()

@@ -3,14 +3,12 @@ from collections import Counter
 
 from rac_modifier.traces.store import TraceStore
 from tests.sampling import fake_vllm
-from tests.sampling.fake_server import shorten_pauses
 
 
 def test_traces_collect_and_inspect(rac, tiny_folder, recipe_file, tmp_path):
     store = tmp_path / "new.jsonl"
     options = ("-r", recipe_file, "-s", f"traces.store={store}", "-s", "calibration.tokens=300")
-    code, stdout, _ = rac("traces", "collect", tiny_folder, *options, "--json")
-    assert code == 0
+    stdout = rac.output("traces", "collect", tiny_folder, *options, "--json")
     held = TraceStore.read(store)
     assert held.counts.tokens >= 300
     (part,) = json.loads(stdout)["parts"].values()
@@ -18,8 +16,7 @@ def test_traces_collect_and_inspect(rac, tiny_folder, recipe_file, tmp_path):
     assert figures == (str(store), len(held), held.counts.tokens)
     inspect = ("traces", "inspect", store, "--model", tiny_folder)
     checked = (*inspect, "--select", "{finished: true}")
-    code, stdout, _ = rac(*checked, "--samples", 0)
-    assert code == 0
+    stdout = rac.output(*checked, "--samples", 0)
     assert f"selection   kept {held.counts.finished} of {len(held)}" in stdout
     figures = json.loads(rac(*checked, "--json", "--samples", 2)[1])
     assert figures["counts"]["traces"] == len(held)
@@ -31,17 +28,15 @@ def test_traces_collect_and_inspect(rac, tiny_folder, recipe_file, tmp_path):
     assert rac("traces", "collect", tiny_folder, *options, *recovers)[0] == 0
     longer = TraceStore.read(store)
     assert longer.counts.tokens >= 300 + 400 + 200
-    assert [trace.completion_ids for trace in longer][: len(held)] == [
-        trace.completion_ids for trace in held
-    ]
+    completions = [[trace.completion_ids for trace in traces] for traces in (held, longer)]
+    assert completions[1][: len(held)] == completions[0]
 
     out = tmp_path / "new.parquet"
     held = longer
     stdout = rac("traces", "export", store, out, "--text", "--model", tiny_folder)[1]
     assert f"{out}: {len(held)} rows" in stdout
 
-    code, stdout, _ = rac(*inspect, "--samples", 2)
-    assert code == 0
+    stdout = rac.output(*inspect, "--samples", 2)
     assert f"{held.counts.prompt_tokens} prompt" in stdout
     assert tiny_folder.name in stdout
     assert str(tiny_folder) not in stdout
@@ -64,23 +59,18 @@ def test_traces_inspect_without_the_model(rac, trace_store, tiny_folder, tmp_pat
 
 
 def test_traces_of_a_server_of_our_own_are_kept_and_compared_with_the_model(
-    rac, tiny_folder, recipe_file, tmp_path, monkeypatch
+    rac, tiny_folder, recipe_file, tmp_path, vllm
 ):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("RAC_VLLM", str(fake_vllm.install(tmp_path)))
-    shorten_pauses(monkeypatch)
     options = ("-r", recipe_file, "-s", "traces.store=new.jsonl", "-s", "calibration.tokens=120")
     serve = ("--serve", "--concurrency", 3, "--precision", "float32")
     served = ("traces", "collect", tiny_folder, *options, *serve)
-    code, _, error = rac(*served)
-    assert code == 0, error
+    rac.output(*served)
     assert len(fake_vllm.starts(tmp_path)) == 1
     assert fake_vllm.left_over(tmp_path) == []
     store = TraceStore.read(tmp_path / "new.jsonl")
     assert store.header.engine.kind == "openai"
     before = (tmp_path / "new.jsonl").read_bytes()
-    code, out, error = rac(*served)
-    assert code == 0, error
+    out = rac.output(*served)
     assert out.startswith(f"new.jsonl: {len(store)} traces")
     assert (tmp_path / "new.jsonl").read_bytes() == before
     code, _, error = rac("traces", "collect", tiny_folder, *options)

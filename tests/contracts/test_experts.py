@@ -30,9 +30,8 @@ def test_seam_the_switch_is_a_variable_of_its_module(monkeypatch):
 
 
 def test_seam_an_expert_is_gate_and_up_then_down(tmp_path):
-    model = linearize_moe(
-        AutoModelForCausalLM.from_pretrained(save_tiny_experts(tmp_path, num_hidden_layers=1))
-    )
+    folder = save_tiny_experts(tmp_path, num_hidden_layers=1)
+    model = linearize_moe(AutoModelForCausalLM.from_pretrained(folder))
     experts = model.model.layers[0].mlp.experts
     assert isinstance(experts, LinearExperts2D)
     assert experts.num_experts == EXPERTS < len(experts), "the activation is among the children"

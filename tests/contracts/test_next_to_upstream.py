@@ -5,7 +5,6 @@ import torch
 from compressed_tensors.registry.registry import _REGISTRY
 from llmcompressor import oneshot
 from llmcompressor.core import active_session
-from llmcompressor.modifiers.pruning import SparseGPTModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.pipelines.basic.pipeline import BasicPipeline
 from llmcompressor.pipelines.registry import CalibrationPipeline
@@ -17,14 +16,13 @@ from tests.llmcompressor.modifier_helpers import (
     assert_same_weights,
     generic_loader,
     gptq_w4,
+    upstreams_sparsegpt,
     weights,
 )
 from tests.tiny import entry
 
 ORDINARY = {
-    "sequential": lambda: SparseGPTModifier(
-        sparsity=0.5, mask_structure="2:4", targets=["Linear"], ignore=["lm_head"]
-    ),
+    "sequential": upstreams_sparsegpt,
     "independent": gptq_w4,
     "basic": lambda: QuantizationModifier(targets=["Linear"], ignore=["lm_head"], scheme="W8A8"),
 }

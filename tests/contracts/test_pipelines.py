@@ -75,9 +75,8 @@ def test_seam_partition_starts_a_subgraph_at_each_target():
     model = tiny_model()
     targets = list(linears(model))
     ids = torch.arange(2, 22).reshape(2, 10)
-    subgraphs = trace_subgraphs(
-        model, {"input_ids": ids}, targets, DatasetArguments().tracing_ignore, 1
-    )
+    ignore = DatasetArguments().tracing_ignore
+    subgraphs = trace_subgraphs(model, {"input_ids": ids}, targets, ignore, 1)
     assert len(subgraphs) == len(targets) + 1
     for subgraph, target in zip(subgraphs[1:], targets, strict=True):
         (node,) = [n for n in subgraph.graph.nodes if n.op == "call_module" and n.target in targets]

@@ -23,9 +23,8 @@ METHOD = "compressed-tensors"
 
 def test_seam_the_two_tables_that_from_pretrained_looks_into():
     assert issubclass(auto.AUTO_QUANTIZER_MAPPING[METHOD], CompressedTensorsHfQuantizer)
-    assert issubclass(
-        auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD], upstream.CompressedTensorsConfig
-    )
+    config = auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD]
+    assert issubclass(config, upstream.CompressedTensorsConfig)
     config = auto.AutoQuantizationConfig.from_dict({"quant_method": METHOD, "format": "dense"})
     assert type(config) is auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD]
     assert type(auto.AutoHfQuantizer.from_config(config)) is auto.AUTO_QUANTIZER_MAPPING[METHOD]

@@ -150,9 +150,8 @@ def test_the_errors_of_a_layer():
     dense, model = original_and_rounded()
     (ids, prompt), *_ = sequences()
     seen = []
-    handle = model.get_submodule(DOWN).register_forward_pre_hook(
-        lambda module, args: seen.append(args[0])
-    )
+    down = model.get_submodule(DOWN)
+    handle = down.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     with torch.no_grad():
         model(input_ids=torch.tensor([ids]))
     handle.remove()

@@ -70,9 +70,10 @@ def reference(dense, pruned, sequences):
     return kls, agrees
 
 
-@pytest.mark.parametrize(
-    ("batch_tokens", "window"), [(1, 1), (64, 7 * VOCABULARY), (4096, 1 << 26)]
-)
+SIZES = [(1, 1), (64, 7 * VOCABULARY), (4096, 1 << 26)]
+
+
+@pytest.mark.parametrize(("batch_tokens", "window"), SIZES)
 def test_against_one_sequence_at_a_time(dense, pruned, batch_tokens, window, monkeypatch):
     monkeypatch.setattr(module, "BATCH_TOKENS", batch_tokens)
     monkeypatch.setattr(module, "WINDOW_ELEMENTS", window)

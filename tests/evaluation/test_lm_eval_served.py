@@ -26,12 +26,8 @@ def run(module: str, arguments: dict[str, Any], kind: str, out: Path) -> tuple[f
         f'{{"count": {COUNT}}}',
         "--output_path", str(out), "--log_samples",
     ]  # fmt: skip
-    environment = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "HF_DATASETS_OFFLINE": "1",
-        "PYTHONPATH": str(ROOT),
-    }
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    environment = {**os.environ, **offline, "PYTHONPATH": str(ROOT)}
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert process.returncode == 0, process.stderr
     (results,), (samples,) = (
@@ -54,10 +50,8 @@ def test_served_answers_are_those_of_transformers(packed_reasoner, tmp_path):
         there |= {"tokenizer_backend": "huggingface", "max_length": 1024}
         accuracy, answers = run("lm_eval", there, "local-completions", tmp_path / "served")
         chat = {"model": packed, "base_url": f"{url}/v1/chat/completions", "num_concurrent": COUNT}
-        assert run("lm_eval", chat, "local-chat-completions", tmp_path / "chat") == (
-            accuracy,
-            answers,
-        )
+        of_chat = run("lm_eval", chat, "local-chat-completions", tmp_path / "chat")
+        assert of_chat == (accuracy, answers)
         (samples,) = (tmp_path / "chat").rglob("samples_*.json*")
         for row in map(json.loads, samples.read_text().splitlines()):
             assert "think>" not in row["resps"][0][0]  # the parser has taken the thinking out

@@ -116,9 +116,8 @@ def test_the_kind_of_an_ending_is_read_from_text_alone(kind, text):
     assert ending.kind == kind
     assert ending.closes == ("</think>" in text)
     assert ending.truncated == (kind not in ("right", "wrong"))
-    assert (ending.loop is not None) == (
-        ending.truncated and ("{" + text.rpartition("{")[2]) in LOOPS
-    )
+    loops = "{" + text.rpartition("{")[2] in LOOPS
+    assert (ending.loop is not None) == (ending.truncated and loops)
 
 
 def test_a_truncated_answer_that_accuracy_counts_as_right_had_reached_it():

@@ -10,14 +10,11 @@ import pytest
 from rac_modifier.frontier.page import page
 from tests.frontier.sample import HOSTILE, ROWS, write_sample
 
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
 if CHROMIUM is None:
     pytest.skip("needs a chromium on the PATH (apt-get install chromium)", allow_module_level=True)
-sync_api = pytest.importorskip(
-    "playwright.sync_api", reason="needs playwright (pip install playwright)"
-)
+sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 MARKS = "figure:nth-child({}) .mark-symbol.role-mark path"
 
 
@@ -162,12 +159,13 @@ def test_the_answers_next_to_each_other(opened):
     opened.study.locator(".which").select_option("all")
 
 
-@pytest.mark.parametrize(
-    ("scheme", "paper"), [("light", "rgb(255, 255, 255)"), ("dark", "rgb(23, 23, 23)")]
-)
-def test_a_narrow_page_in_light_and_dark_does_not_scroll_sideways(browser, report, scheme, paper):
+PAPER = {"light": "rgb(255, 255, 255)", "dark": "rgb(23, 23, 23)"}
+
+
+@pytest.mark.parametrize("scheme", PAPER)
+def test_a_narrow_page_in_light_and_dark_does_not_scroll_sideways(browser, report, scheme):
     narrow = Opened(browser, report, width=400, color_scheme=scheme)
-    assert narrow.page.evaluate("getComputedStyle(document.body).backgroundColor") == paper
+    assert narrow.page.evaluate("getComputedStyle(document.body).backgroundColor") == PAPER[scheme]
     assert narrow.page.evaluate("document.documentElement.scrollWidth") == 400
     narrow.check()
     narrow.page.emulate_media(media="print")

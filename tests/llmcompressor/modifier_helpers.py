@@ -1,6 +1,7 @@
 """What tests of modifiers share: models as plain weights, other modifiers, and data for those."""
 
 import torch
+from llmcompressor.modifiers.pruning import SparseGPTModifier
 from llmcompressor.modifiers.quantization import GPTQModifier
 from torch.utils.data import DataLoader
 
@@ -21,6 +22,11 @@ def int4(bits: int = 4, symmetric: bool = True, targets: tuple[str, ...] = ("Lin
     has."""
     weights = {"num_bits": bits, "strategy": "group", "group_size": 32, "symmetric": symmetric}
     return {"config_groups": {"group_0": {"targets": list(targets), "weights": weights}}}
+
+
+def upstreams_sparsegpt(mask_structure: str = "2:4") -> SparseGPTModifier:
+    where = {"targets": ["Linear"], "ignore": ["lm_head"]}
+    return SparseGPTModifier(sparsity=0.5, mask_structure=mask_structure, **where)
 
 
 def gptq_w4() -> GPTQModifier:

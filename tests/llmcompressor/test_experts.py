@@ -26,9 +26,8 @@ def named(model):
 def test_every_layer_of_experts_is_found(model):
     names = named(model)
     layers = find_experts(model, names)
-    assert [layer.name for layer in layers] == [
-        f"model.layers.{number}.mlp.experts" for number in range(2)
-    ]
+    expected = [f"model.layers.{number}.mlp.experts" for number in range(2)]
+    assert [layer.name for layer in layers] == expected
     for layer in layers:
         assert [expert.number for expert in layer.experts] == list(range(EXPERTS))
         for expert in layer.experts:
@@ -49,9 +48,8 @@ def test_experts_of_unknown_code_are_left_out(model, monkeypatch):
         assert find_experts(model, named(model)) == []
     expert = model.model.layers[0].mlp.experts[2]
     monkeypatch.setattr(expert, "gated", torch.nn.Linear(2, 2), raising=False)
-    assert [layer.name for layer in find_experts(model, named(model))] == [
-        "model.layers.1.mlp.experts"
-    ]
+    left = find_experts(model, named(model))
+    assert [layer.name for layer in left] == ["model.layers.1.mlp.experts"]
 
 
 def test_starved_experts_are_named():

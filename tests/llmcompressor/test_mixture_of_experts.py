@@ -1,5 +1,7 @@
 """A mixture of experts: every expert pruned on its own tokens; packed, loaded back, resumed."""
 
+import functools
+
 import pytest
 import torch
 from llmcompressor import oneshot
@@ -26,18 +28,22 @@ def run(folder, kind="qwen3", name="out", oneshot_options=None, **settings):
     return folder / name, model
 
 
+@pytest.fixture(scope="module")
+def pruned_once(tmp_path_factory):
+    """The folder of a pruned model of a kind, and the model."""
+    return functools.cache(lambda kind: run(tmp_path_factory.mktemp(kind), kind))
+
+
 @pytest.fixture(scope="module", params=["qwen3", "mixtral", "qwen2"])
-def mixture(request, tmp_path_factory):
-    """The folder of a pruned model, and the model."""
-    return run(tmp_path_factory.mktemp(request.param), request.param)
+def mixture(request, pruned_once):
+    return pruned_once(request.param)
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
+def base(pruned_once):
     """A folder with a dense model and its traces, and a pruned model of it."""
-    folder = tmp_path_factory.mktemp("base")
-    _, model = run(folder)
-    return folder, model
+    folder, model = pruned_once("qwen3")
+    return folder.parent, model
 
 
 def routers(model):

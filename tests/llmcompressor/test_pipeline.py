@@ -90,8 +90,7 @@ def test_layer_by_layer_where_it_must_be_and_the_record_says_why(prune, tmp_path
         "why": "tracing failed: a loop over experts",
         "reconstruct": "pruned",
     }
-    assert_same_weights(
-        weights(model), weights(prune(order="layer", reconstruct="pruned", solver="sparsegpt"))
-    )
+    settings = {"order": "layer", "reconstruct": "pruned", "solver": "sparsegpt"}
+    assert_same_weights(weights(model), weights(prune(**settings)))
     with pytest.raises(RacError, match=r"order: group is not possible here: .*set order: layer"):
         prune(order="group")

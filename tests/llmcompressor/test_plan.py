@@ -67,9 +67,8 @@ def test_each_layer_is_calibrated_under_the_models_own_attention(tmp_path, kind)
     """Upstream's tracer loses it where a config is passed on, and with it the causal mask."""
     model, seen = mixture(tmp_path, kind), []
     sample = {"input_ids": torch.arange(5, 45).reshape(2, 20)}
-    model.model.layers[1].self_attn.q_proj.register_forward_pre_hook(
-        lambda _, args: seen.append(args[0])
-    )
+    query = model.model.layers[1].self_attn.q_proj
+    query.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     with torch.no_grad(), calibration_forward_context(model), moe_calibration_context():
         layer = type(model.model.layers[0]).__name__
         subgraphs = trace_subgraphs(model, sample, [layer], ["create_causal_mask"], 1)

@@ -44,12 +44,7 @@ def refused_or_sampled(tiny_folder, trace_store, monkeypatch):
         ([gptq_w4], [], {}, None),
         ([fp8, gptq_w4], [fp8], {}, None),
         ([], [fp8], {"quantization": {"scheme": "W8A16"}}, "after .* would quantize twice"),
-        (
-            [],
-            [fp8],
-            {"pipeline": "sequential"},
-            "pruning needs its own; use pipeline='independent'",
-        ),
+        ([], [fp8], {"pipeline": "sequential"}, "pruning needs its own; use pipeline='independ"),
         ([], [], {"pipeline": "sequential"}, None),
     ],
 )

@@ -3,13 +3,13 @@
 import pytest
 import torch
 from llmcompressor import oneshot
-from llmcompressor.modifiers.pruning import SparseGPTModifier
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
 from rac_modifier.calibration.calibration_set import build_calibration_set
 from rac_modifier.settings.calibration import CalibrationSettings
 from rac_modifier.settings.traces import TraceSettings
+from tests.llmcompressor.modifier_helpers import upstreams_sparsegpt
 from tests.tiny import entry, linears
 
 
@@ -40,9 +40,10 @@ def relative_errors(model, dense, inputs) -> dict[str, float]:
     return errors
 
 
-@pytest.mark.parametrize(
-    "structure", [{"mask_structure": "2:4"}, {"mask_structure": "0:0", "sparsity": 0.5}]
-)
+STRUCTURES = [{"mask_structure": "2:4"}, {"mask_structure": "0:0", "sparsity": 0.5}]
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
 def test_no_worse_than_upstreams_sparsegpt_on_the_same_batches(
     tiny_folder, trace_store, dense, prune, structure
 ):
@@ -55,12 +56,7 @@ def test_no_worse_than_upstreams_sparsegpt_on_the_same_batches(
     ours = prune(preset="paper", **structure)
     upstream = oneshot(
         model=str(tiny_folder),
-        recipe=SparseGPTModifier(
-            sparsity=0.5,
-            mask_structure=structure["mask_structure"],
-            targets=["Linear"],
-            ignore=["lm_head"],
-        ),
+        recipe=upstreams_sparsegpt(structure["mask_structure"]),
         dataset=DataLoader([{"input_ids": b["input_ids"][0]} for b in loader], batch_size=1),
         num_calibration_samples=len(loader),
     )

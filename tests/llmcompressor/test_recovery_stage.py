@@ -13,13 +13,8 @@ from tests.llmcompressor.conftest import record_of
 from tests.llmcompressor.modifier_helpers import gptq_w4
 from tests.tiny import linears
 
-RECOVER = {
-    "tokens": 600,
-    "held_out_tokens": 150,
-    "step_tokens": 100,
-    "batch_tokens": 400,
-    "learning_rate": 1e-3,
-}
+RECOVER = {"tokens": 600, "held_out_tokens": 150, "step_tokens": 100, "batch_tokens": 400}
+RECOVER["learning_rate"] = 1e-3
 
 
 @pytest.fixture
@@ -45,9 +40,8 @@ def seen(monkeypatch, tmp_path):
 def test_no_trace_is_trained_on_and_held_out_and_none_was_calibrated_on(prune, seen, tmp_path):
     """The pattern holds, and the weights moved."""
     model = prune(recover=RECOVER, output_dir=tmp_path / "out")
-    training, held_out = (
-        {tuple(ids) for ids, _ in seen[name]} for name in ("training", "held_out")
-    )
+    names = ("training", "held_out")
+    training, held_out = ({tuple(ids) for ids, _ in seen[name]} for name in names)
     calibrated = {tuple(s.ids) for s in seen["set"].loader.sequences}
     assert training
     assert held_out

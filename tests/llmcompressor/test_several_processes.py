@@ -1,22 +1,24 @@
 """Pruning in several processes over gloo: the bits of one, killed or not, and one clear end."""
 
-import json
 from pathlib import Path
 
 import pytest
 
-from tests import forked
 from tests.llmcompressor import several_processes
 from tests.llmcompressor.modifier_helpers import INT8
-from tests.llmcompressor.several_processes import KILLS
+from tests.llmcompressor.several_processes import FAULTS
 from tests.llmcompressor.test_resume import result
+from tests.started import started_forks
 from tests.tiny import entry, recipe, save_tiny_experts
 
 pytestmark = pytest.mark.slow
+FULL, SCRIPT = "full disk", "a user's script"
+KILLS = [name for name in FAULTS if name != FULL]
+Ends = dict[str, list[tuple[int, str]]]  # exit code and standard error by rank, by scenario
 
 
 @pytest.fixture(scope="module")
-def ran(tiny_folder, trace_store, tmp_path_factory) -> tuple[Path, dict[str, list[int]]]:
+def ran(tiny_folder, trace_store, tmp_path_factory) -> tuple[Path, Ends]:
     folder = tmp_path_factory.mktemp("processes")
     # about 14 batches, so that two and four processes have some in each of several shards
     calibration = {"tokens": 1500, "batch_tokens": 128, "held_out_tokens": 100}
@@ -28,24 +30,42 @@ def ran(tiny_folder, trace_store, tmp_path_factory) -> tuple[Path, dict[str, lis
     }
     for name, changes in settings.items():
         (folder / f"{name}.yaml").write_text(recipe(entry(trace_store, **changes)))
-    save_tiny_experts(folder / "mixture")
+    mixture = save_tiny_experts(folder / "mixture")
     of_experts = {"solver": "sparsegpt", "expert_floor": 700, "calibration": calibration}
     (folder / "experts.yaml").write_text(recipe(entry(folder / "mixture.jsonl", **of_experts)))
-    process = forked.run(several_processes.main, [str(tiny_folder), str(folder)], folder)
-    assert process.returncode == 0, process.stderr[-3000:]
-    return folder, json.loads(process.stdout.splitlines()[-1])
+    ends: Ends = {}
+
+    def run(name: str, recipe: str, count: int = 2, output: str = "", model=tiny_folder) -> None:
+        words = [name, str(model), output or name, f"{recipe}.yaml"]
+        ends[name] = started_forks(several_processes.main, words, folder, count)
+
+    run("paper-4", "paper", 4)
+    for count in (1, 2):
+        run(f"quality-{count}", "quality", count)
+        run(f"experts-{count}", "experts", count, model=mixture)
+        run(f"recovered-{count}", "recovered", count)
+    run(SCRIPT, "paper", output="script")
+    run(FULL, "quality")
+    for moment in KILLS:  # each kill meets the run that those before it left
+        run(moment, "quality", output="killed")
+    run("killed", "quality")
+    return folder, ends
 
 
-def errors(folder: Path, name: str, rank: int) -> list[str]:
+def codes(ran, name: str) -> list[int]:
+    return [code for code, _ in ran[1][name]]
+
+
+def errors(ran, name: str, rank: int) -> list[str]:
     """The lines of a process that are errors or of a traceback."""
-    text = (folder / f"{name}.{rank}.txt").read_text()
-    return [line for line in text.splitlines() if line.startswith(("error:", "Traceback"))]
+    lines = ran[1][name][rank][1].splitlines()
+    return [line for line in lines if line.startswith(("error:", "Traceback"))]
 
 
 def assert_as_one(ran, name: str, one: str) -> None:
     """The run of two processes ended well, with the bytes and the record of one."""
-    folder, codes = ran
-    assert codes[name] == [0, 0], (folder / f"{name}.0.txt").read_text()[-2000:]
+    folder, ends = ran
+    assert codes(ran, name) == [0, 0], ends[name]
     (expected, bytes_of_one), (record, actual) = result(folder / one), result(folder / name)
     assert actual == bytes_of_one
     assert record.pop("processes") == 2
@@ -64,15 +84,13 @@ def test_any_number_of_processes_saves_the_bytes_of_one(ran):
 
 def test_oneshot_of_upstream_under_torchrun_does_the_same(ran):
     """Two processes of a user's script, next to four of `rac prune`."""
-    folder, codes = ran
-    assert codes["upstream-2"] == [0, 0], (folder / "upstream-2.0.txt").read_text()[-2000:]
-    assert codes["paper-4"] == [0] * 4
-    assert result(folder / "upstream-2")[1] == result(folder / "paper-4")[1]
+    assert (codes(ran, SCRIPT), codes(ran, "paper-4")) == ([0] * 2, [0] * 4), ran[1][SCRIPT]
+    assert result(ran[0] / "script")[1] == result(ran[0] / "paper-4")[1]
 
 
 def test_recovery_of_quantized_weights_ends_as_in_one_process(ran):
-    folder, codes = ran
-    assert codes["recovered-2"] == [0, 0], (folder / "recovered-2.0.txt").read_text()[-2000:]
+    folder, ends = ran
+    assert codes(ran, "recovered-2") == [0, 0], ends["recovered-2"]
     one, two = (result(folder / f"recovered-{count}")[0]["recovery"] for count in (1, 2))
     assert (one["processes"], two["processes"]) == (1, 2)
     assert two["kl_after"] < two["kl_before"]
@@ -83,22 +101,19 @@ def test_recovery_of_quantized_weights_ends_as_in_one_process(ran):
 
 
 def test_an_error_in_one_process_ends_all_with_its_message(ran):
-    folder, codes = ran
-    assert codes["full"] == [1, 1]
-    assert errors(folder, "full", 1) == ["error: the disk of this process is full; make room"]
+    assert codes(ran, FULL) == [1, 1]
+    assert errors(ran, FULL, 1) == ["error: the disk of this process is full; make room"]
     # the other one repeats it, or says nothing where it can know that the first has said it
     repeated = "error: process 1 of 2 has failed: the disk of this process is full; make room"
-    assert errors(folder, "full", 0) in ([], [repeated])
+    assert errors(ran, FULL, 0) in ([], [repeated])
 
 
 def test_a_run_that_is_killed_at_any_moment_ends_as_an_undisturbed_one(ran):
     """The other process ends with one line; the next start goes on from what was written."""
-    folder, codes = ran
-    for moment, kill in KILLS.items():
-        (rank,) = kill
-        ends = codes[moment]
-        assert ends.pop(rank) == -9, moment
+    for moment in KILLS:
+        ends = codes(ran, moment)
+        assert ends.pop(FAULTS[moment][0]) == -9, moment
         assert ends == [1], moment
-    (line,) = errors(folder, next(iter(KILLS)), 0)
+    (line,) = errors(ran, KILLS[0], 0)
     assert "another of the 2 processes has ended" in line
     assert_as_one(ran, "killed", "quality-1")

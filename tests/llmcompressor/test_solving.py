@@ -156,9 +156,8 @@ def test_small_neighbours_of_one_shape_are_solved_together(monkeypatch, batches,
         return groups
 
     run._solve = lambda call: (calls.append(len(call)), solved(call))[1]
-    results = {
-        run.names[group.modules[0]]: result for group, (result,) in run.solve_on_all_ranks(made())
-    }
+    solved_groups = run.solve_on_all_ranks(made())
+    results = {run.names[group.modules[0]]: result for group, (result,) in solved_groups}
     assert calls == expected
     for name, group in zip(modules, made(), strict=True):
         ((alone,),) = solved([group])

@@ -47,27 +47,11 @@ def quantized(model):
 @pytest.mark.parametrize(
     ("model", "targets", "says"),
     [
-        (
-            tiny_model,
-            ["re:.*no_such"],
-            "match no linear layer of this Qwen3ForCausalLM; it has, for",
-        ),
+        (tiny_model, ["re:.*no_such"], "match no linear layer of this Qwen3ForCausalLM; it has"),
         (tiny_model, ["model.norm"], "targets name model.norm, a Qwen3RMSNorm; only Linear layers"),
-        (
-            tiny_model,
-            ["Linear", "no_such"],
-            "targets: 'no_such' has no effect, since it matches no",
-        ),
-        (
-            lambda: tiny_model(tie_word_embeddings=True),
-            ["lm_head"],
-            "shares its weight with the in",
-        ),
-        (
-            lambda: quantized(tiny_model()),
-            ["Linear"],
-            "up_proj has a torch.int8 weight; prune the m",
-        ),
+        (tiny_model, ["Linear", "no_such"], "targets: 'no_such' has no effect, since it match"),
+        (lambda: tiny_model(tie_word_embeddings=True), ["lm_head"], "shares its weight with the"),
+        (lambda: quantized(tiny_model()), ["Linear"], "up_proj has a torch.int8 weight; prune"),
     ],
 )
 def test_targets_that_cannot_be_pruned_are_refused(model, targets, says):

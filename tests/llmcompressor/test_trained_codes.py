@@ -53,19 +53,13 @@ def recovered(folder: Path, monkeypatch: pytest.MonkeyPatch, rate: float) -> Any
         return check(self, process)
 
     monkeypatch.setattr(TrainingLoop, "check", watched)
-    result = recover(
-        model,
-        LiveTeacher(dense()),
-        sequences(80, seed=1),
-        HELD_OUT,
-        RecoverySettings(learning_rate=rate, step_tokens=200, batch_tokens=400),
-        masks={
-            f"{name}.weight": _mask(model.get_submodule(name), checkpoint.quantized[name])
-            for name in checkpoint.pruned
-        },
-        quantized=checkpoint.quantized,
-        progress=False,
-    )
+    settings = RecoverySettings(learning_rate=rate, step_tokens=200, batch_tokens=400)
+    masks, codes = {}, checkpoint.quantized
+    for name in checkpoint.pruned:
+        masks[f"{name}.weight"] = _mask(model.get_submodule(name), codes[name])
+    traces = (sequences(80, seed=1), HELD_OUT)
+    options = {"masks": masks, "quantized": codes, "progress": False}
+    result = recover(model, LiveTeacher(dense()), *traces, settings, **options)
     checkpoint.encode()
     model.save_pretrained(folder.parent / "out")
     return result, checkpoint, checked

@@ -126,9 +126,8 @@ def test_without_a_compiler_the_wheel_is_for_any_machine(wheel, installed, tmp_p
 def run(installed: Path, cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Python with the wheel's package and none of the clone's."""
     environment = {**os.environ, "PYTHONPATH": str(installed)}
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True
-    )
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
 
 
 def test_recipes_and_the_reasoner_are_found_away_from_the_clone(installed, tmp_path):

@@ -97,9 +97,8 @@ def test_a_script_without_a_main_guard_is_not_run_again(tmp_path):
         "print(check_answer('mathematics', '0.5', '1/2'))\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    ended = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, env=environment
-    )
+    command = [sys.executable, str(script)]
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert ended.stdout.splitlines() == ["runs", "True"]
     assert ended.stderr == ""
 

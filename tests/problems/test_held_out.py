@@ -118,10 +118,7 @@ def test_choices_are_lettered_in_an_order_of_the_question_alone(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"Correct Answer": None},
-            "row 0: column 'Correct Answer' holds nothing; complete the row",
-        ),
+        ({"Correct Answer": None}, "row 0: column 'Correct Answer' holds nothing; complete the"),
         ({"Question": 5}, "row 0: column 'Question' must hold the question as text, .* 5;"),
         ({WRONG[1]: "  "}, f"row 0: column '{WRONG[1]}' holds nothing"),
     ],

@@ -94,10 +94,8 @@ def column_loop(
 
 def best_group(scores: list[float], n: int) -> tuple[int, ...]:
     """The n positions of least total score, by trying all of them."""
-    return min(
-        itertools.combinations(range(len(scores)), n),
-        key=lambda chosen: sum(scores[i] for i in chosen),
-    )
+    choices = itertools.combinations(range(len(scores)), n)
+    return min(choices, key=lambda chosen: sum(scores[i] for i in chosen))
 
 
 def correlated_problem(
@@ -125,7 +123,6 @@ def rowwise_refit(kept: torch.Tensor, target: torch.Tensor, hessian: torch.Tenso
     result = torch.zeros_like(target, dtype=torch.float64)
     for i, (support, t) in enumerate(zip(kept, target.double(), strict=True)):
         if support.any():
-            result[i, support] = torch.linalg.solve(
-                hessian[support][:, support], hessian[support] @ t
-            )
+            of_row = hessian[support]
+            result[i, support] = torch.linalg.solve(of_row[:, support], of_row @ t)
     return result

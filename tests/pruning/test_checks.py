@@ -44,15 +44,10 @@ REFUSED = [
 
 @pytest.mark.parametrize(("change", "message"), REFUSED)
 def test_every_method_refuses(change, message):
-    arguments = {
-        "weights": [torch.ones(3, 8)],
-        "hessian": torch.eye(8),
-        "pattern": TWO,
-        "names": ["q_proj"],
-    }
+    problem = {"weights": [torch.ones(3, 8)], "hessian": torch.eye(8), "names": ["q_proj"]}
     for method in get_args(Method):
         with pytest.raises(RacError, match=message):
-            solve(**{"method": method, **arguments, **change})
+            solve(**{"method": method, "pattern": TWO, **problem, **change})
 
 
 def test_a_sum_that_overflows_is_no_value_that_is_not_finite():

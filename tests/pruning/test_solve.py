@@ -169,16 +169,10 @@ def test_the_dense_target_brings_a_pruned_layer_nearer_to_the_dense_output():
 
 
 def test_a_target_that_overflows_names_the_module_and_the_dampening():
-    moments = [torch.ones(3, 8), torch.full((3, 8), 3e38)]
+    weights, moments = [torch.ones(3, 8)] * 2, [torch.ones(3, 8), torch.full((3, 8), 3e38)]
+    options = {"names": ["a", "b"], "cross_moment": moments}
     with pytest.raises(RacError, match=r"b: the dense target overflows.*dampening_frac \(0\.01\)"):
-        solve(
-            "wanda",
-            [torch.ones(3, 8)] * 2,
-            torch.eye(8) * 1e-3,
-            PATTERN,
-            names=["a", "b"],
-            cross_moment=moments,
-        )
+        solve("wanda", weights, torch.eye(8) * 1e-3, PATTERN, **options)
 
 
 @pytest.mark.parametrize("frac", [0.01, 1.0])

@@ -11,9 +11,7 @@ from tests.pruning.pruning_reference import assert_near, dampened, solve_toleran
 from tests.quantization.quantization_reference import GRIDS, error_of, problem
 
 D = 176  # more than one block of 128, and no multiple of a sub-block
-WITH_ZERO_POINTS = {
-    f"int{bits} asymmetric": Grid("int", bits, 16, symmetric=False) for bits in (2, 4)
-}
+WITH_ZERO_POINTS = {f"int{n} asymmetric": Grid("int", n, 16, symmetric=False) for n in (2, 4)}
 ALL = {**GRIDS, **WITH_ZERO_POINTS}
 
 
@@ -61,14 +59,12 @@ def test_gptq_is_the_papers_column_loop(name, largest_first):
     damped = dampened(hessian, 0.01)
     factor = factorise(hessian, Dampening.of(hessian, 0.01), "w", largest_first=largest_first)
     gptq(working[None], keep.T.double()[None], alone(steps), grid, [factor])
-    order = (
-        sorted(range(D), key=lambda j: -float(hessian[j, j])) if largest_first else list(range(D))
-    )
+    falling = sorted(range(D), key=lambda j: -float(hessian[j, j]))
+    order = falling if largest_first else list(range(D))
     ordered = Steps(steps.scale[order], None if steps.zero is None else steps.zero[order])
     slow = torch.empty_like(weight)
-    slow[:, order] = slow_gptq(
-        weight[:, order], keep[:, order], ordered, grid, hessian[order][:, order], 0.01
-    )
+    inputs = (weight[:, order], keep[:, order], ordered, grid, hessian[order][:, order])
+    slow[:, order] = slow_gptq(*inputs, 0.01)
     assert_near(working.T, slow, solve_tolerance(damped, torch.float64))
 
 

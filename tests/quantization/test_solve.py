@@ -94,11 +94,8 @@ def test_problems_of_other_shapes_or_grids_are_rounded_one_after_the_other():
         solutions = [solved(weight, keep, target, name) for name in "ab"]
         problems.append((solutions, hessian, [INT4, of_second]))
     results = quantize_many(*zip(*problems, strict=True), dtype=FLOAT32)
-    assert [[r and len(r.weight) for r in pair] for pair in results] == [
-        [8, 8],
-        [12, 12],
-        [8, None],
-    ]
+    lengths = [[r and len(r.weight) for r in pair] for pair in results]
+    assert lengths == [[8, 8], [12, 12], [8, None]]
     for one, pair in zip(problems, results, strict=True):
         alone = quantize(*one, dtype=FLOAT32)
         assert torch.equal(alone[0].weight, pair[0].weight)

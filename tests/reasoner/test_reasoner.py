@@ -30,9 +30,8 @@ PROBLEMS = 240
 @pytest.fixture(scope="module")
 def reasoner():
     path = reasoner_path()
-    return AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float32
-    ), AutoTokenizer.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    return model, AutoTokenizer.from_pretrained(path)
 
 
 def evaluated(reasoner, count, cap, path):
@@ -75,9 +74,8 @@ def test_it_solves_held_out_problems_of_every_task(answered):
 @pytest.mark.slow
 def test_its_completions_are_long_next_to_its_prompts(reasoner, answered):
     _, rows = answered
-    prompts = (
-        render_question(reasoner[1], p.question) for p in held_out_problems("arithmetic", PROBLEMS)
-    )
+    questions = (problem.question for problem in held_out_problems("arithmetic", PROBLEMS))
+    prompts = (render_question(reasoner[1], question) for question in questions)
     tokens = sum(r.ending.tokens for r in rows)
     assert tokens >= 5 * sum(map(len, prompts))
     assert sum(r.ending.thinking_tokens for r in rows) >= 0.8 * tokens

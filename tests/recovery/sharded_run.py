@@ -25,12 +25,8 @@ def run(kind: str, processes: Processes, state: Path | None = None) -> tuple[Any
     Batches are of 1 to 3 sequences: in some, a process has none.
     """
     dense, model = dense_and_sparse()
-    settings = RecoverySettings(
-        learning_rate=3e-3,
-        step_tokens=150,
-        batch_tokens=90,
-        activation_checkpointing=kind == "recomputed",
-    )
+    sizes = {"learning_rate": 3e-3, "step_tokens": 150, "batch_tokens": 90}
+    settings = RecoverySettings(**sizes, activation_checkpointing=kind == "recomputed")
     quantized = {}
     for name, linear in linears(model).items() if kind == "quantized" else ():
         weight = linear.weight.detach()

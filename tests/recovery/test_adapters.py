@@ -44,14 +44,10 @@ def by_hand(start, steps=3):
         if hasattr(layer, "lora_A")
     }
     masks = {name.removesuffix(".weight"): mask for name, mask in sparse_masks(start).items()}
-    a = {
-        name: layer.lora_A["default"].weight.detach().clone().requires_grad_()
-        for name, layer in layers.items()
-    }
-    b = {
-        name: torch.zeros_like(layer.lora_B["default"].weight).requires_grad_()
-        for name, layer in layers.items()
-    }
+    a, b = {}, {}
+    for name, layer in layers.items():
+        a[name] = layer.lora_A["default"].weight.detach().clone().requires_grad_()
+        b[name] = torch.zeros_like(layer.lora_B["default"].weight).requires_grad_()
 
     def weights():
         return {
@@ -62,9 +58,8 @@ def by_hand(start, steps=3):
 
     optimizer = torch.optim.SGD([*a.values(), *b.values()], lr=0.5)
     for _ in range(steps):
-        loss = torch.func.functional_call(
-            model, weights(), kwargs={"input_ids": IDS, "labels": IDS}
-        ).loss
+        inputs = {"input_ids": IDS, "labels": IDS}
+        loss = torch.func.functional_call(model, weights(), kwargs=inputs).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

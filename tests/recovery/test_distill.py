@@ -148,11 +148,8 @@ def test_killed_runs_end_as_an_undisturbed_one(undisturbed, tmp_path, monkeypatc
     dense, model = dense_and_sparse()
     result = run(model, dense, **options)
     assert 0 < len(calls) < expected.steps  # it went on, and did not start again
-    assert (result.curve, result.kept, result.steps) == (
-        expected.curve,
-        expected.kept,
-        expected.steps,
-    )
+    for name in ("curve", "kept", "steps"):
+        assert getattr(result, name) == getattr(expected, name)
     assert_same_weights(model, model_of_it)
 
 

@@ -12,10 +12,8 @@ def test_states_are_those_that_predict_completion_tokens_in_order():
     dense, _ = dense_and_sparse()
     data = sequences(3)
     states = predicting_states(dense, data)
-    expected = [
-        dense.model(torch.tensor([ids])).last_hidden_state[0, prompt - 1 : -1]
-        for ids, prompt in data
-    ]
+    whole = [(dense.model(torch.tensor([ids])).last_hidden_state[0], n) for ids, n in data]
+    expected = [state[n - 1 : -1] for state, n in whole]
     torch.testing.assert_close(states, torch.cat(expected), rtol=1e-4, atol=1e-5)
     states.sum().backward()
     assert float(dense.model.layers[0].self_attn.q_proj.weight.grad.abs().sum()) > 0

@@ -49,15 +49,12 @@ def test_what_is_counted_per_weight(monkeypatch):
     gpu = recovery_need(DENSE, SETTINGS, SMALL, torch.device("cuda"))
     assert gpu.device == (4 + 8 + 1) * COUNT + gpu.step + other
     assert gpu.host == (4 + 12) * COUNT
-    alone, codes = (
-        recovery_need(DENSE, SETTINGS, SMALL, CPU, quantizes=quantizes)
-        for quantizes in (False, True)
-    )
+    alone = recovery_need(DENSE, SETTINGS, SMALL, CPU)
+    codes = recovery_need(DENSE, SETTINGS, SMALL, CPU, quantizes=True)
     coded = sum(p.numel() for name, p in DENSE.named_parameters() if "proj" in name)
     assert codes.device - alone.device == (9 + 8) * coded
-    two, four = (
-        recovery_need(DENSE, SETTINGS, Batch(4, 40, 150), CPU, processes=n) for n in (2, 4)
-    )
+    batch = Batch(4, 40, 150)
+    two, four = (recovery_need(DENSE, SETTINGS, batch, CPU, processes=n) for n in (2, 4))
     assert alone.host == 4 * COUNT
     assert four.host - two.host == 2 * 2 * 4 * COUNT
     assert four.device < two.device

@@ -12,10 +12,7 @@ from rac_modifier.processes import Processes
 from rac_modifier.recovery.fixed_mask import FixedMask
 from rac_modifier.recovery.student import Student, in_float32, recomputing
 from tests.recovery import sharded_run
-from tests.recovery.recovery_helpers import (
-    dense_and_sparse,
-    sequences,
-)
+from tests.recovery.recovery_helpers import dense_and_sparse, sequences
 from tests.started import started_forks
 from tests.tiny import tiny_model
 
@@ -156,9 +153,8 @@ def test_each_process_holds_half_and_a_killed_run_goes_on(folder):
     assert abs(held[0][0] - held[1][0]) < 0.01 * trained
     plain = load_file(folder / "plain.safetensors")
     steps = int(plain["steps"])
-    assert [int(end["steps"]) for end in ends] == [
-        steps - 2
-    ] * 2  # two were done when it was killed
+    left = steps - 2  # two were done when it was killed
+    assert [int(end["steps"]) for end in ends] == [left] * 2
     assert all(torch.equal(end["weight"], plain[f"{NAME}.weight"]) for end in ends)
     result, model = sharded_run.run("plain", Processes(), folder / "state")
     assert [kl for _, kl in result.curve] == plain["curve"].tolist()

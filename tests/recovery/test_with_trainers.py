@@ -26,20 +26,10 @@ def trained(model, tmp_path, **options):
     """After a few steps of TRL's SFTTrainer."""
     from datasets import Dataset
 
-    config = trl.SFTConfig(
-        output_dir=str(tmp_path),
-        max_steps=6,
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=2,
-        learning_rate=1e-2,
-        weight_decay=0.1,
-        report_to=[],
-        save_strategy="no",
-        use_cpu=True,
-        bf16=False,
-        max_length=64,
-        seed=0,
-    )
+    batches = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 6}
+    training = {"learning_rate": 1e-2, "weight_decay": 0.1, "max_length": 64, "seed": 0}
+    machine = {"report_to": [], "save_strategy": "no", "use_cpu": True, "bf16": False}
+    config = trl.SFTConfig(output_dir=str(tmp_path), **batches, **training, **machine)
     data = Dataset.from_dict({"text": [f"{i} plus {i} is {2 * i}" for i in range(40)]})
     options |= {"args": config, "train_dataset": data, "processing_class": tiny_tokenizer()}
     trainer = trl.SFTTrainer(model=model, **options)

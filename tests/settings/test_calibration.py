@@ -25,9 +25,8 @@ def test_what_makes_no_sense_is_refused(values, message):
 
 
 def test_a_mixture_in_one_line_is_the_same_mixture():
-    line = CalibrationSettings(
-        mixture="traces:math@0.7, text:a.txt@0.1 ,traces:code@0.2, prompts@0"
-    )
+    mixture = "traces:math@0.7, text:a.txt@0.1 ,traces:code@0.2, prompts@0"
+    line = CalibrationSettings(mixture=mixture)
     spelled = {"text:a.txt": 0.1, "traces:math": 0.7, "traces:code": 0.2, "prompts": 0.0}
     assert line == CalibrationSettings(mixture=spelled)
     assert list(line.mixture) == ["traces:math", "traces:code", "generic:a.txt"], "order of kinds"

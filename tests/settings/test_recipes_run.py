@@ -13,30 +13,22 @@ from rac_modifier.settings.recipe import find_named_entry, load_recipe
 from tests.tiny import is_2of4, linears, save_tiny
 
 RECIPES = sorted((Path(__file__).parents[2] / "rac_modifier" / "recipes").glob("*.yaml"))
-SMALL = [
-    "calibration.tokens=400",
-    "traces.sampling.max_new_tokens=20",
-    "traces.sampling.temperature=1.0",
-]
+SMALL = ["calibration.tokens=400"]
+SMALL += ["traces.sampling.max_new_tokens=20", "traces.sampling.temperature=1.0"]
 SMALL_RECOVERY = ["recover.tokens=2000", "recover.held_out_tokens=400"]
 
 
 def is_offline(path: Path) -> bool:
-    problems = find_named_entry(yaml.safe_load(path.read_text()), path.name)[1]["traces"][
-        "problems"
-    ]
+    _, entry = find_named_entry(yaml.safe_load(path.read_text()), path.name)
+    problems = entry["traces"]["problems"]
     return problems["source"] == "arithmetic" or problems["source"].startswith("reasoning-gym:")
 
 
 @pytest.fixture(scope="session")
 def wide_folder(tmp_path_factory):
     """A tiny model whose inputs are multiples of 128, the group size of W4A16."""
-    wide = {
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 8,
-    }
+    wide = {"hidden_size": 128, "intermediate_size": 256}
+    wide |= {"num_attention_heads": 8, "num_key_value_heads": 8}
     return save_tiny(tmp_path_factory.mktemp("wide") / "model", **wide)
 
 
@@ -73,9 +65,8 @@ def test_a_shipped_recipe_runs_without_download(path, wide_folder, tmp_path, mon
         row.sparsity == pytest.approx(0.6 if "_60" in path.stem else 0.5, abs=0.05)
         for row in report.sparse
     )  # small weights round to 0 as well
-    assert all(
-        row.structure == ("2:4" if "2of4" in path.stem else "unstructured") for row in report.sparse
-    )
+    structure = "2:4" if "2of4" in path.stem else "unstructured"
+    assert all(row.structure == structure for row in report.sparse)
     loaded = load_model(out)
     ids = torch.arange(2, 40).unsqueeze(0)
     with torch.no_grad():

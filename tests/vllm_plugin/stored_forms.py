@@ -4,8 +4,12 @@ from typing import Any
 
 import torch
 
+from rac_modifier.checkpoint.formats import FORMAT_BITMASK
+from rac_modifier.checkpoint.quantization_config import with_packed
 from tests.checkpoint.gptq_awq_tensors import awq, gptq, pack_quantized, rounded
 
+PACKED = with_packed({}, FORMAT_BITMASK, {"model.a": "unstructured"}, ["lm_head"])
+PACKED = PACKED["quantization_config"]  # as packing writes it
 GROUP = 32  # columns that share a scale
 Stored = tuple[dict[str, Any], torch.Tensor]  # tensors on disk, and the weight that they mean
 

@@ -34,12 +34,14 @@ from rac_modifier.vllm_plugin.layouts import CodesLayout, PackedLayout, WordsLay
 from rac_modifier.vllm_plugin.linear import RacLinearMethod
 from rac_modifier.vllm_plugin.vocabulary import VocabularyMethod
 from tests.vllm_plugin.layer_kinds import make
-from tests.vllm_plugin.stored_forms import awq_config, gptq_config, quantization, quantized_sparse
+from tests.vllm_plugin.stored_forms import (
+    PACKED,
+    awq_config,
+    gptq_config,
+    quantization,
+    quantized_sparse,
+)
 from tests.vllm_plugin.test_layouts import group
-
-PACKED = with_packed({}, "sparse-bitmask", {"model.a": "unstructured"}, ["lm_head"])[
-    "quantization_config"
-]
 
 
 def bare(kind: type) -> torch.nn.Module:
@@ -56,6 +58,7 @@ def bare(kind: type) -> torch.nn.Module:
         (gptq_config(), WordsLayout),
         (awq_config(), WordsLayout),
         (PACKED, PackedLayout),
+        ({**PACKED, "quant_method": "rac"}, PackedLayout),
     ],
 )
 def test_others_are_ours_on_request_only(config, layout):
@@ -63,7 +66,8 @@ def test_others_are_ours_on_request_only(config, layout):
     ours = layout is PackedLayout
     assert (RacConfig.override_quantization_method(config, None) == "rac") == ours
     assert (RacConfig.override_quantization_method(config, config["quant_method"]) == "rac") == ours
-    assert RacConfig.override_quantization_method(config, "rac") == "rac"
+    for name in ("rac", "rac-sparse"):  # its former name
+        assert RacConfig.override_quantization_method(config, name) == "rac"
     made = RacConfig.from_config(config)
     assert type(made.layout) is layout
     assert made.report.requested != ours
@@ -112,9 +116,8 @@ def test_the_method_of_each_layer(monkeypatch, within):
     monkeypatch.setattr(CompressedTensorsWNA16, "create_weights", lambda self, **sizes: None)
     groups = {"a": group(["re:.*column", "re:.*row"]), "c": group(["a.gate", "a.up"], bits=8)}
     config = RacConfig.from_config(quantization(config_groups=groups, ignore=["a.row"]))
-    methods = {
-        kind: make(kind, config, within=within).quant_method for kind in ("column", "row", "merged")
-    }
+    kinds = ("column", "row", "merged")
+    methods = {kind: make(kind, config, within=within).quant_method for kind in kinds}
     assert {kind: type(method) for kind, method in methods.items()} == {
         "column": RacLinearMethod,
         "row": linear.UnquantizedLinearMethod,

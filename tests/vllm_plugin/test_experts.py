@@ -132,9 +132,7 @@ def test_tokens_go_through_their_experts(format, tokens):
     assert all("weight_packed" in name for name in names)
     routing = routed(tokens)
     check(method.apply(layer, *routing), weights, routing)
-    with pytest.raises(
-        RacError, match=r"^a\.experts: packed weights cannot be loaded into a running"
-    ):
+    with pytest.raises(RacError, match=r"^a\.experts: packed weights cannot be loaded into a"):
         load(layer, weights, format)
 
 
@@ -229,11 +227,7 @@ def test_where_they_cannot_run_sparse_all_are_expanded_for_vllm(monkeypatch, why
     ("name", "replacement", "says"),
     [
         ("3.down_proj", None, r"3\.down_proj: missing from the checkpoint"),
-        (
-            "1.up_proj",
-            torch.ones(96, 32),
-            r"1\.up_proj: the checkpoint has a weight \[96, 32\], the model's",
-        ),
+        ("1.up_proj", torch.ones(96, 32), r"1\.up_proj: the checkpoint has a weight \[96, 32\]"),
     ],
 )
 def test_a_missing_expert_and_one_of_another_size_are_named(name, replacement, says):

@@ -174,9 +174,8 @@ def test_awq_as_vllm_reads_it(monkeypatch, symmetric):
     zeros = unpack_quantized_values_into_int32(layer.qzeros.data, scalar_types.uint4, 0)
     meant = (codes.view(32, 2, 32) - zeros[:, :, None]) * parts["scales"].T.float()[:, :, None]
     result = WordsLayout(awq_config(32, symmetric)).read(parts, "m")
-    torch.testing.assert_close(
-        result.dequantized(torch.float32), meant.view(32, 64), rtol=0, atol=0
-    )
+    dense = result.dequantized(torch.float32)
+    torch.testing.assert_close(dense, meant.view(32, 64), rtol=0, atol=0)
 
 
 def test_gptq_as_vllm_reads_it():
@@ -187,9 +186,8 @@ def test_gptq_as_vllm_reads_it():
     codes = words.T - bias
     meant = codes.reshape(32, 2, 32) * parts["scales"].T.float()[:, :, None]
     result = WordsLayout(gptq_config()).read(parts, "m")
-    torch.testing.assert_close(
-        result.dequantized(torch.float32), meant.view(32, 64), rtol=0, atol=0
-    )
+    dense = result.dequantized(torch.float32)
+    torch.testing.assert_close(dense, meant.view(32, 64), rtol=0, atol=0)
 
 
 def test_the_bits_of_a_module_are_those_of_its_rule():

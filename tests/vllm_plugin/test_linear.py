@@ -280,10 +280,8 @@ def test_weights_that_are_loaded_again_are_refused(monkeypatch):
     on_rank(monkeypatch, 0, 1)
     layer = make("qkv", config_of(FORMAT_24))
     record_metadata_for_reloading(layer)
-    shards = [
-        (shard, PACKED[FORMAT_24].compress(w, module))
-        for shard, module, w in weights_of("qkv", True)
-    ]
+    whole = weights_of("qkv", True)
+    shards = [(shard, PACKED[FORMAT_24].compress(w, module)) for shard, module, w in whole]
     for shard, parts in shards:
         load(layer, shard, parts)
     finish(layer)

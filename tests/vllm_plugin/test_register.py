@@ -16,9 +16,8 @@ def test_importing_it_is_light():
         "import sys, rac_modifier.vllm_plugin.register; print(*{'torch', 'vllm', 'transformers', "
         "'numpy'} & set(sys.modules))"
     )
-    process = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
+    command = [sys.executable, "-c", code]
+    process = subprocess.run(command, capture_output=True, text=True, check=True)
     assert process.stdout.split() == []
 
 

@@ -13,16 +13,11 @@ needs_vllm()
 
 from vllm.model_executor.layers import linear, quantization
 
-from rac_modifier.checkpoint.quantization_config import with_packed
 from rac_modifier.errors import RacError
 from rac_modifier.files import read_json
 from rac_modifier.vllm_plugin.config import RacConfig
-from rac_modifier.vllm_plugin.layouts import PackedLayout
 from rac_modifier.vllm_plugin.register import METHOD, register
-
-PACKED = with_packed({}, "sparse-bitmask", {"model.a": "unstructured"}, ["lm_head"])[
-    "quantization_config"
-]
+from tests.vllm_plugin.stored_forms import PACKED
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +42,8 @@ def test_entry_point_group():
 def test_register_quantization_config_twice():
     register()
     assert quantization.QUANTIZATION_METHODS.count(METHOD) == 1
-    assert quantization.get_quantization_config(METHOD) is RacConfig
+    for name in (METHOD, "rac-sparse"):  # its former name
+        assert issubclass(quantization.get_quantization_config(name), RacConfig)
     assert METHOD not in get_args(quantization.QuantizationMethods)
 
 
@@ -67,9 +63,7 @@ def test_without_a_quantization_config_get_quant_config_makes_an_empty_one():
 
     assert RacConfig.get_config_filenames() == []
     assert "quant_cls()" in inspect.getsource(weight_utils.get_quant_config)
-    with pytest.raises(
-        RacError, match=r"--quantization rac: .* rac pack makes it sparse first; leave"
-    ):
+    with pytest.raises(RacError, match=r"--quantization rac: .* rac pack makes it sparse first"):
         RacConfig()
 
 
@@ -78,9 +72,8 @@ def test_a_lost_tensor_or_file_is_noticed_before_loading(tmp_path):
     from safetensors.torch import load_file, save_file
     from vllm.model_executor.model_loader import default_loader
 
-    assert "model_config.quantization is None and loaded_weights is not None" in inspect.getsource(
-        default_loader
-    )
+    source = inspect.getsource(default_loader)
+    assert "model_config.quantization is None and loaded_weights is not None" in source
     folder = save_model(tmp_path / "model", "qwen3", "2:4")
     config = RacConfig.from_config(read_json(folder / "config.json")["quantization_config"])
     config.maybe_update_config(str(folder))
@@ -140,14 +133,3 @@ def test_a_draft_model_is_loaded_with_a_prefix():
 
     assert f'prefix="{DRAFT}"' in inspect.getsource(DraftModelProposer._get_model)
     assert "quantization" in {field.name for field in dataclasses.fields(SpeculativeConfig)}
-
-
-@pytest.mark.parametrize("user_quant", [None, "rac", "rac-sparse"])
-def test_a_packed_checkpoint_is_claimed_by_both_names_of_its_method(user_quant):
-    """`quant_method: rac`, and compressed-tensors; `rac-sparse` is the former option."""
-    quantization.get_quantization_config("rac-sparse")
-    for config in (PACKED, {**PACKED, "quant_method": "rac"}):
-        assert RacConfig.override_quantization_method(config, user_quant) == "rac"
-        layout = RacConfig.from_config(config).layout
-        assert isinstance(layout, PackedLayout)
-        assert layout.format.name == "sparse-bitmask"

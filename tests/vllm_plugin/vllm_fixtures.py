@@ -21,12 +21,8 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "OMP_WAIT_POLICY": "PASSIVE",
 }
-_PRUNED = (
-    "proj.weight",
-    ".w1.weight",
-    ".w2.weight",
-    ".w3.weight",
-)  # Mixtral's experts have w1 to w3
+# Mixtral's experts have w1 to w3.
+_PRUNED = ("proj.weight", ".w1.weight", ".w2.weight", ".w3.weight")
 _IGNORED = "model.layers.0.self_attn.o_proj"
 NEEDS_VLLM = "vllm is not installed here; run these in the serving environment: make test-serve"
 PROMPTS = [[5, 17, 40, 8], [60, 61, 62], [9] * 7, [33, 90, 12, 77, 30]]
@@ -55,13 +51,10 @@ def needs_vllm() -> None:
 
 def on_rank(monkeypatch: pytest.MonkeyPatch, rank: int, size: int) -> None:
     """Layers that are created after this call are rank `rank` of `size`."""
-    for module in ("linear", "vocab_parallel_embedding"):
-        path = f"vllm.model_executor.layers.{module}.get_tensor_model_parallel"
+    for module in ("layers.linear", "layers.vocab_parallel_embedding", "parameter"):
+        path = f"vllm.model_executor.{module}.get_tensor_model_parallel"
         monkeypatch.setattr(f"{path}_rank", lambda: rank)
         monkeypatch.setattr(f"{path}_world_size", lambda: size)
-    path = "vllm.model_executor.parameter.get_tensor_model_parallel"
-    monkeypatch.setattr(f"{path}_rank", lambda: rank)
-    monkeypatch.setattr(f"{path}_world_size", lambda: size)
 
 
 def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,11 +158,8 @@ def save_quantized(
         return {**parts, "weight_scale": scale}, dense
 
     rewrite(folder, meant, modules, store)
-    set_entry(
-        folder,
-        meant,
-        quantized_sparse(format, scheme, sorted({*saved_linears(meant)} - {*modules})),
-    )
+    ignored = sorted({*saved_linears(meant)} - {*modules})
+    set_entry(folder, meant, quantized_sparse(format, scheme, ignored))
 
 
 def save_codes(
@@ -200,10 +190,8 @@ def greedy(model: Any, tokens: int) -> list[list[int]]:
     """Greedy tokens of a transformers model."""
     model.generation_config.eos_token_id = None
     options = {"max_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
-    return [
-        model.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist()
-        for prompt in PROMPTS
-    ]
+    outputs = [model.generate(torch.tensor([prompt]), **options)[0] for prompt in PROMPTS]
+    return [ids[len(prompt) :].tolist() for ids, prompt in zip(outputs, PROMPTS, strict=True)]
 
 
 @contextmanager

@@ -110,9 +110,8 @@ def run_setup(folder: Path, **environment: str) -> subprocess.CompletedProcess[s
     """Build by setup.py, into lib/ of a folder."""
     command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(folder / "lib")]
     command += ["--build-temp", str(folder / "temp")]
-    return subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **environment}
-    )
+    whole = {**os.environ, **environment}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=whole)
 
 
 def run(*command: str) -> None:
@@ -142,11 +141,8 @@ def threads(number: int) -> Iterator[None]:
 def bitmask_of(mask: Tensor) -> Tensor:
     """Bool [N, K] to uint8 [N, ceil(K/8)], bit i of byte j is column 8j + i."""
     padded = torch.nn.functional.pad(mask.to(torch.uint8), (0, -mask.shape[1] % 8))
-    return (
-        (padded.view(len(mask), -1, 8) << torch.arange(8, dtype=torch.uint8))
-        .sum(-1)
-        .to(torch.uint8)
-    )
+    bits = padded.view(len(mask), -1, 8) << torch.arange(8, dtype=torch.uint8)
+    return bits.sum(-1).to(torch.uint8)
 
 
 def random_mask(rows: int, columns: int, density: float, seed: int = 0) -> Tensor:
@@ -278,9 +274,8 @@ def integers(
 
 def scaled(dense: Tensor, scale: Tensor) -> Tensor:
     """Integers [N, K] times `scale` [N, groups], in float64."""
-    return dense.double() * scale.double().repeat_interleave(
-        dense.shape[1] // scale.shape[1], dim=1
-    )
+    width = dense.shape[1] // scale.shape[1]
+    return dense.double() * scale.double().repeat_interleave(width, dim=1)
 
 
 def assert_integer_product(
@@ -294,9 +289,8 @@ def assert_integer_product(
     """Y is x W^T + bias, x within half a step of its blocks' integers, at most `levels`."""
     exact, terms = x.double() @ weight.T, x.double().abs() @ weight.abs().T
     block, bound = weight.shape[1] // groups if groups > 1 else BLOCK, torch.zeros_like(exact)
-    for x_block, w_block in zip(
-        x.double().abs().split(block, 1), weight.abs().split(block, 1), strict=True
-    ):
+    blocks = (tensor.split(block, 1) for tensor in (x.double().abs(), weight.abs()))
+    for x_block, w_block in zip(*blocks, strict=True):
         bound += 0.502 / levels * x_block.amax(1, keepdim=True) * w_block.sum(1)
     if bias is not None:
         exact, terms = exact + bias.double(), terms + bias.double().abs()

@@ -23,9 +23,7 @@ from tests.kernels.cpu.kernel_helpers import (
 DTYPES = [torch.bfloat16, torch.float32]
 
 
-@settings(
-    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     rows=st.integers(1, 60),
     columns=st.integers(1, 200),

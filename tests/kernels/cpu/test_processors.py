@@ -29,28 +29,20 @@ def need(*tools: str) -> None:
             pytest.skip(f"no {tool} on this machine: `make arm-tools` installs it")
 
 
-def emulated(
-    command: list[str], program: Path, *arguments: str
-) -> subprocess.CompletedProcess[str]:
+def said(*command: object) -> str:
+    """What a driver prints, which must succeed."""
     environment = {**os.environ, "PATH": PATH, "OMP_WAIT_POLICY": "PASSIVE"}
-    whole = [*command, str(program), *arguments]
-    return subprocess.run(whole, capture_output=True, text=True, env=environment)
+    whole = list(map(str, command))
+    process = subprocess.run(whole, capture_output=True, text=True, env=environment)
+    assert process.returncode == 0, process.stderr[-4000:]
+    return process.stdout
 
 
 def driver(folder: Path, shared: Path) -> Path:
     """Link drive.cpp to a library."""
     out, rpath = folder / "drive", f"-Wl,-rpath,{shared.parent}"
-    run(
-        "g++",
-        *FLAGS,
-        "-O1",
-        str(HERE / "drive.cpp"),
-        str(shared),
-        rpath,
-        "-fopenmp",
-        "-o",
-        str(out),
-    )
+    sources = (str(HERE / "drive.cpp"), str(shared))
+    run("g++", *FLAGS, "-O1", *sources, rpath, "-fopenmp", "-o", str(out))
     return out
 
 
@@ -70,17 +62,12 @@ def arm_driver(tmp_path_factory):
 
 
 def test_this_processor(native_driver):
-    process = subprocess.run([str(native_driver), "200"], capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr[-4000:]
-    assert "200 weights" in process.stdout
+    assert "200 weights" in said(native_driver, 200)
 
 
 def test_emulated_instructions(emulated_path, tmp_path):
     """AVX512 and AMX, wherever the tests run."""
-    program = str(driver(tmp_path, emulated_path))
-    process = subprocess.run([program, "50"], capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr[-4000:]
-    assert process.stdout.startswith("best amx: 50 weights")
+    assert said(driver(tmp_path, emulated_path), 50).startswith("best amx: 50 weights")
 
 
 @pytest.mark.parametrize("processor", X86)
@@ -88,14 +75,11 @@ def test_x86(native_driver, processor):
     if platform.machine() != "x86_64":
         pytest.skip("for a library of x86-64")
     need("qemu-x86_64")
-    process = emulated(["qemu-x86_64", "-cpu", processor], native_driver, "10")
-    assert process.returncode == 0, process.stderr[-4000:]
-    assert process.stdout.startswith(f"best {X86[processor]}: 10 weights")
+    text = said("qemu-x86_64", "-cpu", processor, native_driver, 10)
+    assert text.startswith(f"best {X86[processor]}: 10 weights")
 
 
 @pytest.mark.parametrize("processor", ARM)
 def test_arm(arm_driver, processor):
-    command = ["qemu-aarch64", "-cpu", processor, "-L", str(SYSROOT)]
-    process = emulated(command, arm_driver, "10")
-    assert process.returncode == 0, process.stderr[-4000:]
-    assert process.stdout.startswith(f"best {ARM[processor]}: 10 weights")
+    text = said("qemu-aarch64", "-cpu", processor, "-L", SYSROOT, arm_driver, 10)
+    assert text.startswith(f"best {ARM[processor]}: 10 weights")
