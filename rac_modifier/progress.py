@@ -12,11 +12,7 @@ _BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {unit}s [{elapsed}
 
 
 class StepProgress:
-    """Count the steps of a run, and estimate the time left from the mean time of its steps.
-
-    `title` names the run ("recovery"); `first_step` of its `total` steps were done by an
-    earlier run. Without `shown` it logs nothing and draws no bar.
-    """
+    """Count the steps of a run, and estimate the time left from the mean time of its steps."""
 
     def __init__(self, title: str, total: int, first_step: int = 0, *, shown: bool = True):
         self._title, self._total, self._shown = title, total, shown

@@ -57,11 +57,7 @@ def _is_of_input(storage: int, args: Any, kwargs: Any) -> bool:
 
 
 def widened_peak(rehearse: Callable[[int], int], columns: int, multiple: int = 1) -> int:
-    """Return the peak in bytes of `rehearse(columns)`, for a problem of that width.
-
-    A wide problem is not rehearsed as it is: a parabola a w^2 + b w passes through the peaks at two
-    smaller widths. `multiple` divides all rehearsed widths (groups of a grid, M of N:M).
-    """
+    """Return the peak bytes of `rehearse(columns)`, from two smaller widths: a w^2 + b w."""
     narrow = max(_WIDTH // multiple, 1) * multiple
     if columns <= 2 * narrow:
         return rehearse(columns)

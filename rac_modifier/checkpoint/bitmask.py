@@ -48,10 +48,7 @@ def part_of(tensors: Mapping[str, Tensor], module: str, part: str) -> Tensor:
 
 
 def compress(weight: Tensor, count: int, keep: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """Return the `count` stored values of a weight [N, K], 1-D, and its bitmask.
-
-    `keep` maps rows of the weight to a mask of what is stored.
-    """
+    """Return the `count` values of a weight [N, K] that `keep` masks, 1-D, and the bitmask."""
     rows, columns = weight.shape
     values = torch.empty(count, dtype=weight.dtype, device=weight.device)
     bitmask = torch.empty(rows, -(-columns // 8), dtype=torch.uint8, device=weight.device)

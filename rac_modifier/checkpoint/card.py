@@ -118,11 +118,7 @@ def model_card(record: Mapping[str, Any], license: Mapping[str, str], packed: bo
 
 
 def converted_card(record: Mapping[str, Any], source: Path, packed: bool) -> str:
-    """Return the card of `source` for its weights packed or unpacked; its other text is kept.
-
-    The record of a model that others pruned has the figures of `packing`; unpacked again, its
-    card is as before.
-    """
+    """Return the card of `source` for its weights packed or unpacked; its other text is kept."""
     card = _text(source, CARD_NAME) or f"# {record.get('base_model')}\n"
     if "packing" in record and not packed:
         return _with_part(card, _USE, "")
@@ -161,11 +157,7 @@ def card_folder(model: str) -> Path:
 
 
 def add_measured(folder: Path, lines: Iterable[str], content: Mapping[str, Any]) -> None:
-    """Write the lines that `rac eval` prints into a model's card, and the figures into its record.
-
-    `content`: what `rac eval --json` writes. Figures of the same kind are replaced; absolute paths
-    become names.
-    """
+    """Write what `rac eval` prints into a card, and `content`, its JSON, into the run record."""
     kind = "divergence" if "divergence" in content else "accuracy"
     results = content.get(kind) or content["results"]
     figures = [
@@ -256,10 +248,7 @@ def environment() -> dict[str, str | int | None]:
 
 
 def record_activations(folder: Path, modules: Sequence[str], entry: Mapping[str, Any]) -> None:
-    """Write the modules with activations in 8 bits into config.json and the run record.
-
-    A model of another tool has no run record, and gets none.
-    """
+    """Write modules with 8-bit activations into config.json and the run record, if there is one."""
     if (folder / RUN_RECORD_NAME).is_file():
         record = read_json(folder / RUN_RECORD_NAME)
         record["activations"] = without_paths(dict(entry))

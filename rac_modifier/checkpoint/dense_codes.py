@@ -52,10 +52,7 @@ def pack_words(values: Tensor, bits: int) -> Tensor:
 
 
 def unpack_words(words: Tensor, bits: int, count: int) -> Tensor:
-    """Return the first `count` values of 2, 3, 4 or 8 bits, int8 [..., count].
-
-    `words`: int32 [..., ceil(count * bits / 32)].
-    """
+    """Return `count` int8 of 2, 3, 4 or 8 bits from int32 [..., ceil(count * bits / 32)]."""
     if words.dtype != torch.int32 or not words.dim() or words.shape[-1] != word_count(count, bits):
         raise RacError(
             f"{words.dtype} {list(words.shape)} does not hold {count} values of {bits} bits, "
@@ -106,10 +103,7 @@ class PackQuantized:
 
     @staticmethod
     def check(tensors: Mapping[str, Tensor], module: str, scheme: WeightScheme) -> StoredWeight:
-        """Check the tensors of a module as untrusted input; return its weight, all stored.
-
-        RacError names `{module}.{part}`, which is missing, malformed or contradicts others.
-        """
+        """Check untrusted tensors; return the weight, all stored (RacError names a wrong part)."""
         if ORDER in tensors:
             raise RacError(
                 f"{module}.{ORDER}: its columns were reordered (actorder: group), and the kernels "
@@ -141,11 +135,7 @@ class PackQuantized:
     def read(
         cls, tensors: Mapping[str, Tensor], module: str, schemes: Iterable[WeightScheme] = ()
     ) -> StoredWeight | None:
-        """Return the weight of a module whose own scheme is not known; None: it is not read here.
-
-        `schemes` and the number of words decide the bits (without schemes: 4 or 8), the scales the
-        groups (RacError: parts that contradict each other or the schemes).
-        """
+        """Return the weight of a module by any of `schemes` (RacError), or None: not read here."""
         words, scale = tensors.get(WORDS), tensors.get(SCALE)
         if words is None or words.dtype != torch.int32:
             return None
@@ -172,10 +162,7 @@ class PackQuantized:
 def with_zeros(
     codes: Tensor, scale: Tensor, zeros: Tensor | None, bits: int, name: str
 ) -> StoredWeight:
-    """Return the weight of codes int8 [N, K] and codes of zero int8 [groups, N].
-
-    Both are less 2^(bits-1). `codes` is overwritten.
-    """
+    """Return the weight of codes int8 [N, K], overwritten, and codes of zero int8 [groups, N]."""
     if zeros is not None:
         zeros = zeros.t().contiguous()
         codes.view(*zeros.shape, -1).sub_(zeros[:, :, None])

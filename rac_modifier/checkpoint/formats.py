@@ -191,10 +191,7 @@ FORMATS = {format.name: format for format in (Sparse24Bitmask(), SparseBitmask()
 
 
 class PackedFiles:
-    """The packed modules of a checkpoint; `format` None: it is stored dense.
-
-    RacError: config.json and the names of the tensors contradict each other.
-    """
+    """The packed modules of a checkpoint (RacError: config.json contradicts the tensor names)."""
 
     def __init__(self, files: TensorFiles, config: Mapping[str, Any]) -> None:
         self.files, self.modules = files, packed_modules(files.where)

@@ -113,11 +113,7 @@ def _check_rotations(model: str | Path, config: Mapping[str, Any]) -> None:
 
 
 class CompressedTensorsConfig(upstream.CompressedTensorsConfig):
-    """Upstream's config and, of a packed checkpoint, its `sparsity`.
-
-    The name is upstream's: transformers compares it with the class name of a
-    `quantization_config` that the user gives.
-    """
+    """Upstream's config, and name, with the `sparsity` of a packed checkpoint."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.sparsity = SparsityConfig.of(kwargs)

@@ -60,12 +60,7 @@ class ModuleRow:
 
 @dataclass(frozen=True)
 class CheckpointReport:
-    """What a folder holds.
-
-    format: a packed format, or "dense".
-    stored_bytes: of all tensors, with those that are no matrices.
-    quantization: the schemes of its quantized weights.
-    """
+    """What a folder holds; `format`: a packed one or "dense"; `stored_bytes`: of all tensors."""
 
     folder: Path
     format: str
@@ -104,10 +99,9 @@ def is_embedding(module: str) -> bool:
 def inspect_checkpoint(
     folder: str | Path, visit: Callable[[StoredWeight], object] = lambda weight: None
 ) -> CheckpointReport:
-    """Read a packed, a dense-stored sparse or an ordinary checkpoint, one matrix at a time.
+    """Read any checkpoint, matrix by matrix; `visit` gets each packed weight, if it is sound.
 
-    `visit` is called with each sound weight that is packed or in words. A damaged matrix becomes a
-    row with a `problem`; RacError: the whole folder is unreadable.
+    A damaged matrix is a row with a `problem` (RacError: the whole folder is unreadable).
     """
     folder = Path(folder)
     with TensorFiles(folder) as files:
@@ -166,10 +160,7 @@ class Matrices:
         return sorted(rows, key=_natural_order)
 
     def read(self, row: ModuleRow) -> tuple[ModuleRow, StoredWeight | Tensor | None]:
-        """Return the row with the shape of its weight, and the weight (RacError: it is damaged).
-
-        The weight is None where it is not read here.
-        """
+        """Return the row with its shape, and the weight (RacError), None where it is not read."""
         weight: StoredWeight | Tensor | None = None
         if row.stored == "words":
             tensors = self.files.tensors(row.name, PackQuantized.dtypes)

@@ -30,10 +30,9 @@ _DOWNLOADED = [
 
 @contextmanager
 def new_files(folder: Path) -> Iterator[Path]:
-    """Yield a folder for the new files of `folder`, which are moved into place together at the end.
+    """Yield a folder for new files, which are moved into place at the end.
 
-    An error in the body removes what was written (RacError: another process writes to the folder,
-    or it cannot be written to).
+    RacError, with `folder` as before: another process writes to it, or it cannot be written to.
     """
     staging, is_new = folder / STAGING, not folder.exists()
     try:

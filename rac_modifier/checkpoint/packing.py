@@ -53,11 +53,7 @@ _SMALL_FILES = 1 << 20  # bytes
 
 @dataclass(frozen=True)
 class PackSummary:
-    """What was packed or unpacked.
-
-    modules: mask structure by module.
-    dense_bytes, packed_bytes: of their weights; scales are not counted.
-    """
+    """What was packed or unpacked: structure by module, and bytes of weights without scales."""
 
     format: str
     modules: dict[str, str]
@@ -68,12 +64,10 @@ class PackSummary:
 def pack_checkpoint(
     folder: str | Path, modules: dict[str, str], dense_linears: Iterable[str] = ()
 ) -> PackSummary:
-    """Pack the weights of `modules` in the folder of a saved model.
+    """Pack `modules` (by name on disk: "2:4", "N:M" or "unstructured") of a saved model in place.
 
-    `modules`: mask structure by module ("2:4", another "N:M", or "unstructured"), as named on
-    disk. Weights may be int8, fp8 or int4. `dense_linears`: the linear modules that stay dense.
-    RacError, with the folder unchanged: a module that cannot be packed, a folder that is packed or
-    that another process writes to, a full disk.
+    RacError, with the folder as before: a module that cannot be packed, a folder that is packed or
+    in use, a full disk. `dense_linears`: the linear modules that stay dense.
     """
     structures = {name: structure_of(value, name) for name, value in sorted(modules.items())}
     with TensorFiles(folder) as files, new_files(Path(folder)) as new:
@@ -92,11 +86,7 @@ def mark_dense(folder: str | Path, modules: dict[str, str]) -> None:
 
 
 def pack_model(plan: PackPlan, out: str | Path, base_model: str) -> PackSummary:
-    """Write a packed checkpoint as planned into `out`, a new or empty folder.
-
-    `base_model`: what the record names. RacError: nothing gains from packing, or `out` cannot be
-    written to and is as before.
-    """
+    """Write a packed checkpoint as planned into `out`, a new or empty folder (RacError)."""
     plan.check_gain()
     source, dropped = plan.folder, plan.drop_negative_zeros
     need = sum(file.stat().st_size for file in source.glob("*.safetensors"))
@@ -115,11 +105,7 @@ def pack_model(plan: PackPlan, out: str | Path, base_model: str) -> PackSummary:
 
 
 def unpack_model(source: str | Path, out: str | Path) -> PackSummary:
-    """Write a packed checkpoint dense, which stock transformers and vLLM load.
-
-    Quantized weights have upstream's layout; `rac_sparsity` still lists the pruned modules.
-    RacError: the source is not packed or damaged, or as in `pack_model`.
-    """
+    """Write a packed checkpoint dense, in upstream's layout, for stock loaders (RacError)."""
     source = Path(source)
     config = read_json(source / CONFIG_FILE)
     recorded = SparsityRecord.of(config).modules
@@ -207,10 +193,7 @@ def _rewrite(
     modules: Iterable[str],
     replacement: Callable[[str], dict[str, Tensor]],
 ) -> tuple[int, int]:
-    """Write each file that holds a replaced tensor anew, and the index; return bytes before, after.
-
-    The `replacement` of a module, by part, replaces its parts in the file of the first of them.
-    """
+    """Write the files that hold replaced tensors, and the index; return bytes before, after."""
     replaced: set[str] = set()
     first: dict[str, str] = {}
     for module in modules:

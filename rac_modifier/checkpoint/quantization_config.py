@@ -214,11 +214,7 @@ class WeightScheme:
         return f"{text}, activations {self.activations}" if self.activations else text
 
     def why_no_kernel(self, vocabulary: bool = False) -> str | None:
-        """Say why no kernel reads dense weights of this scheme; None where one does.
-
-        `vocabulary`: of a head or an embedding, which may have 8 or 4 bits; linear layers have 4,
-        3 or 2.
-        """
+        """Say why no kernel reads dense weights, of a head if `vocabulary`; None where one does."""
         if vocabulary and (self.kind, self.bits) == ("int", 8):
             if not self.symmetric:
                 return "its weights are asymmetric int8"

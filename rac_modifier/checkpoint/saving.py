@@ -86,8 +86,7 @@ class SavePlan:
 def save_with_record(model: PreTrainedModel, plan: Callable[[], SavePlan]) -> None:
     """Replace `model.save_pretrained` by one that also checks the pattern and packs.
 
-    `plan` is called when the model is saved, after all modifiers of a recipe. A second call only
-    replaces it. No file that is written holds an absolute path: models and cards are passed on.
+    `plan` is called when the model is saved. No file that is written holds an absolute path.
     """
     inner = getattr(model.save_pretrained, "_rac_inner", model.save_pretrained)
 
@@ -140,10 +139,7 @@ def save_with_record(model: PreTrainedModel, plan: Callable[[], SavePlan]) -> No
 
 
 def _write_record(model: PreTrainedModel, folder: Path, plan: SavePlan, packed: bool) -> None:
-    """Write the record, the card and a recipe without absolute paths next to the weights.
-
-    An error is logged: hours of work are not lost for a record.
-    """
+    """Write record, card and recipe without absolute paths; an error of theirs is only logged."""
     source = model.config._name_or_path
     try:
         record = {"base_model": source, **plan.record, "versions": environment()}
@@ -193,11 +189,7 @@ def _holds(name: str, module: torch.nn.Linear, pattern: Pattern) -> bool:
 
 
 def keep_expert_names(model: torch.nn.Module) -> None:
-    """Save the linear layers of separate experts under the names of merged experts.
-
-    llm-compressor cuts merged experts into linear layers, and transformers' conversions know the
-    merged ones alone: files with names like Mixtral's (w1, w2, w3) could not be loaded.
-    """
+    """Save separate experts under merged experts' names, which transformers' conversions know."""
     modules = model.named_modules()
     if any(isinstance(m, torch.nn.Linear) and _EXPERT.search(name) for name, m in modules):
         conversions: list[WeightTransform] = []

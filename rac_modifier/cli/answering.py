@@ -109,10 +109,7 @@ class Answering:
         source: ProblemSource,
         **how: Any,
     ) -> list[EvalResult]:
-        """Evaluate the models, or without models the servers, in their order.
-
-        `how`: sampling and verifier, as `evaluate` takes them.
-        """
+        """Evaluate the models, or without models the servers; `how`: as `evaluate` takes it."""
         with resumable("the answers so far are kept; run the same command again to go on"):
             if models:
                 return [self._ask_model(name, problems, source=source, **how) for name in models]

@@ -108,10 +108,7 @@ def unpacked(source: str, precision: Dtype) -> Any:
 
 
 def check_loading(source: str) -> None:
-    """Refuse a model whose weights do not fit into the host's memory (RacError).
-
-    A model that is not in the hub's cache is not checked.
-    """
+    """Refuse weights that do not fit into the host's memory, where they are cached (RacError)."""
     import psutil
 
     from rac_modifier.checkpoint.output_folder import bytes_of_weights
@@ -134,11 +131,7 @@ def subject_of(model: str) -> tuple[Any, Any]:
 
 
 def check_output(output: Path, source: str, *, keeps_groups: bool = False) -> None:
-    """Refuse an output folder that the result could not be written to (RacError).
-
-    With `keeps_groups`, what is pruned so far is kept next to it: at most the model's size. The
-    room on the disk is not checked here for a model that is not in the hub's cache yet.
-    """
+    """Refuse an unusable output folder, or a disk that is known to be too full (RacError)."""
     from rac_modifier.checkpoint.output_folder import (
         bytes_of_weights,
         check_output_folder,

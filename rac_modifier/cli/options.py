@@ -105,10 +105,7 @@ def resumable(next_step: str | Callable[[], str]) -> Iterator[None]:
 
 
 def saving_step(output: Path | None, kept: str = "nothing is written") -> str:
-    """Return the next step after Ctrl-C, for the folder that a model is saved in.
-
-    `kept` says what a next run goes on with while that folder is empty.
-    """
+    """Return the next step after Ctrl-C; `kept`: what a next run goes on with."""
     from rac_modifier.checkpoint.files import CONFIG_FILE
 
     if output is None or not output.is_dir() or not any(output.iterdir()):

@@ -52,10 +52,9 @@ class IntegerLayer:
 
 
 def layers_of(folder: Path, *, recorded: bool = True) -> list[IntegerLayer]:
-    """Return the linear layers of a checkpoint that the CPU kernels multiply as integers.
+    """Return the linear layers that the CPU kernels multiply as integers (RacError: none).
 
-    Experts, heads and embeddings keep 16 bits. `recorded`: with the own errors of the run record
-    (RacError: it lacks one; there are no such layers; activations are quantized already).
+    Experts, heads and embeddings keep 16 bits. `recorded`: with the own errors of the run record.
     """
     if not (folder / CONFIG_FILE).is_file():
         raise RacError(
@@ -88,10 +87,7 @@ def _block(row: PlanRow) -> int | None:
 def activation_block(
     stored: torch.dtype, group: int, columns: int, word_bits: int = 4
 ) -> int | None:
-    """Return the columns of x that share a scale; None where the kernels multiply floats.
-
-    `word_bits`: of a value in weights `stored` as int32 words.
-    """
+    """Return the columns of x that share a scale; None where the kernels multiply floats."""
     encoding = encoding_of(stored, group, columns, torch.bfloat16, word_bits)
     if isinstance(encoding, str) or encoding.dtype != torch.int8:
         return None
@@ -118,11 +114,10 @@ def choose_activations(
     limit: float,
     dense: Any = None,
 ) -> dict[str, Any]:
-    """Measure each layer, choose layers that lose nothing, and measure their divergence.
+    """Measure each layer, and the divergence with 8 bits where they lose nothing.
 
-    Return the entry of the run record: the `limit`, by layer its errors and `bits`, and the
-    divergence of the model with the chosen layers in 8 bits from the model with none. `dense`: the
-    model before pruning and rounding (`check_original`), for unknown own errors.
+    Return the entry of the run record. `dense`: the model before pruning and rounding
+    (`check_original`), for unknown own errors.
     """
     measured = measure_activations(model, layers, sequences, dense)
     reference = DenseReference(model, sequences)

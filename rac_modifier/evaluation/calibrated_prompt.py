@@ -44,11 +44,9 @@ def choose_prompt(
     system_prompt: str | None = None,
     thinking: bool | None = None,
 ) -> tuple[PromptSettings, list[str]]:
-    """Choose the prompt settings for all models: None takes the recorded value of a setting.
+    """Choose the prompt settings for all models: None takes the recorded value (RacError: several).
 
     Also return lines that describe them, and models that were calibrated with others.
-    `recorded`: `recorded_prompts` by model (RacError: several values of a setting that is None).
-    An empty system prompt is none.
     """
     by_name = {
         f"{model} ({part})" if len(prompts) > 1 else model: prompt

@@ -59,11 +59,7 @@ def evaluate_chat(
 ) -> EvalResult:
     """Measure what `evaluate` does, from the texts of a chat server and its token counts.
 
-    Loops are counted in words. The result's label is the name under which the server has the model.
-    `engine` holds one server; `path` is by default in rac_answers/, named after server and model.
-
-    Raises:
-        RacError: what `evaluate` raises; a server that counts no tokens; a damaged file.
+    Loops are counted in words. The label is the server's name of the model.
     """
     check_problems(problems, verifier)
     asked = [(problem, i) for problem in problems for i in range(sampling.samples_per_problem)]

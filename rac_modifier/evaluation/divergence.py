@@ -138,10 +138,7 @@ def compare(batch: list[TokenSequence], logits: Windows, label: str) -> list[Tok
 
 
 def windows(model: Any, ids: torch.Tensor, width: int) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yield the first position of each window, and its logits [rows, up to width, vocabulary].
-
-    The key-value cache carries the context from window to window.
-    """
+    """Yield the first position of each window, and its logits [rows, up to width, vocabulary]."""
     cache = None
     several = ids.shape[1] > width
     for start in range(0, ids.shape[1], width):

@@ -68,10 +68,7 @@ def tango_interval(lost: float, gained: float, total: int) -> Interval:
 
 
 def ratio_interval(above: Sequence[float], below: Sequence[float]) -> Interval:
-    """Return the percentile interval of sum(above) / sum(below), a pair per problem.
-
-    Problems are resampled 10,000 times with a fixed seed.
-    """
+    """Return the interval of sum(above) / sum(below): 10,000 bootstraps over problems."""
     pairs = np.asarray([above, below], dtype=np.float64)
     chance, count = np.random.default_rng(0), len(above)
     ratios = []

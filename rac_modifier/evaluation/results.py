@@ -59,10 +59,7 @@ def summarise(
     sampling: SamplingSettings,
     generated: int | None = None,
 ) -> EvalResult:
-    """Summarise a non-empty list of rows, with the same number for each problem.
-
-    `generated`: the tokens that took `seconds`; None: all.
-    """
+    """Summarise rows, as many per problem; `generated` tokens took `seconds` (None: all)."""
     by_problem: dict[str, list[Row]] = {}
     for row in rows:
         by_problem.setdefault(row.id, []).append(row)
@@ -187,12 +184,7 @@ class ResultTable:
 
 
 def accuracy_table(results: Sequence[EvalResult]) -> ResultTable:
-    """Return a row per result of one cap, one temperature and one number of answers per problem.
-
-    `thinking` and `tokens` are means per answer; `unfinished` is the share of truncated answers.
-    With several answers per problem, accuracy is pass@1, and a column has pass@k for the largest
-    k.
-    """
+    """Return a row per result of one cap, temperature and number of answers per problem."""
     first = results[0]
     columns = {
         "model": [r.label for r in results],

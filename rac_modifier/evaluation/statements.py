@@ -51,10 +51,7 @@ _ALTERNATIVE = re.compile(r"\s*(?:\b(?:or|oder|ou)\b|或|还是)")
 def states_answer(
     text: str, reference: str, verifier: Verifier | None = None, question: str = ""
 ) -> bool:
-    """Tell whether the last answer that `text` states is the reference answer.
-
-    `verifier` compares answers instead of math-verify. Statements of the `question` do not count.
-    """
+    """Tell whether the last answer that `text` states is the reference answer."""
     text = text.replace(THINK_END, "\n")
     in_words = verifier is not None or not _VALUE.search(reference)
     statements = sorted([*_boxes(text), *_matches(_PHRASE, text, question, in_words)])
@@ -74,10 +71,7 @@ def _boxes(text: str) -> Iterator[tuple[int, str]]:
 def _matches(
     pattern: re.Pattern[str], text: str, question: str, in_words: bool
 ) -> Iterator[tuple[int, str]]:
-    """Yield position and value of each statement that is no question, condition or alternative.
-
-    The value is the whole clause if answers are `in_words`, otherwise its first word.
-    """
+    """Yield position and value of each statement: the clause if `in_words`, or its first word."""
     for match in pattern.finditer(text):
         before = text[max(0, match.start() - 40) : match.start()]
         is_question = match.groupdict().get("end") in ("?", "？")

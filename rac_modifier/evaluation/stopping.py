@@ -163,10 +163,9 @@ def row_of_text(
     thinking_tokens: int,
     ids: Sequence[int] = (),
 ) -> Row:
-    """Check the answer in a completion of a problem, and classify its ending.
+    """Check the answer in a completion, and classify its ending; `finish` "length": truncated.
 
-    `verifier` compares answers instead of math-verify; `finish` is "length" if the cap truncated
-    the completion; without `ids` of its tokens, a loop is counted in words.
+    Without `ids` of its tokens, a loop is counted in words.
     """
     assert problem.answer is not None
     correct, loop = is_correct(text, problem.answer, verifier), None
@@ -181,10 +180,7 @@ def row_of_text(
 
 
 def _loop(text: str, ids: Sequence[int]) -> tuple[Loop | None, str]:
-    """Return the loop at the end, and the text without a loop that counts through numbers.
-
-    Such a loop passes the answer without stating it.
-    """
+    """Return the loop at the end, and the text without a loop that counts past the answer."""
     if repeated := loop_at_end(ids):
         return Loop(*repeated, "tokens"), text
     matches = list(_WORD.finditer(text))[:-1]  # the last word may be cut

@@ -35,11 +35,7 @@ _HEIGHT = 280  # pixels
 def charts(
     rows: Sequence[Mapping[str, Any]], traces: Mapping[str, Any], start: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Return specifications by caption.
-
-    `rows` are of a study, each with `interval` ([mean, low, high] of its accuracy, or None);
-    `traces` are what `page.shown_traces` returns; `start` holds the parameters of the opened page.
-    """
+    """Return specifications by caption; `start` holds the parameters of the opened page."""
     groups = list(dict.fromkeys(row["group"] for row in rows))
     drawn = {
         "Accuracy": _against(points(rows, lambda row: row["interval"], 1), groups, "%", log=False),
@@ -71,10 +67,7 @@ def _kl(row: Mapping[str, Any]) -> list[float] | None:
 
 
 def points(rows: Sequence[Mapping[str, Any]], value: Any, better: int) -> list[dict[str, Any]]:
-    """Return a point per row and axis; `front` marks the rows that no other row beats.
-
-    `value` returns [mean, low, high] of a row, or None; `better` is 1 if more is better, or -1.
-    """
+    """Return a point per row and axis; `value` gives [mean, low, high]; `better` is 1 or -1."""
     shown = []
     for axis, (place, more) in AXES.items():
         on_axis = [

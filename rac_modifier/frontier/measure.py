@@ -60,10 +60,7 @@ def measure_dense(model: Any, tokenizer: Any, held_out: HeldOut) -> Measured:
 def measure(
     label: str, model: Any, dense: Any, tokenizer: Any, held_out: HeldOut, reference: Measured
 ) -> Measured:
-    """Measure a compressed model's answers, and its divergence on the dense model's answers.
-
-    `reference` is of the dense model on the same problems, with the traces of all.
-    """
+    """Measure a model's answers, and its divergence on the dense model's, the `reference`."""
     answers, figures, rows = _answer(model, tokenizer, held_out, label)
     dense_figures, dense_traces = reference
     dense_answers = [Generation(tuple(trace["ids"]), trace["finish"]) for trace in dense_traces]
@@ -116,11 +113,7 @@ def trace_of(
     dense: Generation | None = None,
     divergence: TokenDivergence | None = None,
 ) -> dict[str, Any]:
-    """Return a trace in plain values.
-
-    `row` is None without a reference answer. For a compressed model, `dense` is the dense model's
-    answer, and `divergence` is measured on it.
-    """
+    """Return a trace in plain values; `divergence` is on the answer `dense`."""
     pieces = pieces_of(tokenizer, answer.ids)
     loop = row and row.ending.loop
     trace: dict[str, Any] = {
@@ -144,10 +137,7 @@ def trace_of(
 
 
 def pieces_of(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """Return the text of each token, special tokens included.
-
-    A character that several tokens share belongs to the last of them.
-    """
+    """Return the text of each token; a character of several tokens belongs to the last of them."""
     pieces, before, read = [], 0, 0
     for i in range(len(ids)):
         # from the token before, since some tokenizers drop the space of a first token

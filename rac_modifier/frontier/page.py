@@ -35,11 +35,7 @@ _SMALLEST, _DECADES = 1e-3, 4
 
 
 def page(folders: Sequence[Path], most_traces: int) -> str:
-    """Return the page of folders of `rac frontier`, a section each.
-
-    It shows the answers to up to `most_traces` problems per folder. RacError: a folder without
-    results or of another version, Altair is missing, or the page is too large.
-    """
+    """Return the page of folders of `rac frontier`, with up to `most_traces` answers each."""
     if not all(map(importlib.util.find_spec, ("altair", "vl_convert"))):
         raise RacError("the page needs altair and vl-convert; pip install 'rac-modifier[eval]'")
     results = list(map(FrontierFolder.read, folders))

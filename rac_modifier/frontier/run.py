@@ -54,10 +54,7 @@ def run_grid(
     *,
     remove_models: bool = False,
 ) -> None:
-    """Run and measure every row that is not finished, the dense model first.
-
-    `folder` is open for writing. With `remove_models` a checkpoint is removed when it is measured.
-    """
+    """Run and measure every row that is not finished, the dense model first."""
     check_finished(folder, planned)
     dense = PlannedRow(DENSE, DENSE, DENSE, None, {})
     for number, run in enumerate([dense, *planned]):
@@ -101,11 +98,7 @@ def _finish(folder: FrontierFolder, run: PlannedRow, held_out: HeldOut, tools: T
 
 
 def _compress(model_folder: Path, recipe: dict[str, Any], tools: Tools) -> float | None:
-    """Write the checkpoint of a row; return the seconds, None if it was there.
-
-    It gets its name when it is whole. The groups that a killed run has pruned are stored apart,
-    and compressing goes on from them.
-    """
+    """Write the checkpoint of a row under its name when it is whole; return the seconds, if any."""
     if model_folder.exists():
         return None
     started = time.monotonic()

@@ -59,8 +59,7 @@ class PlanRow:
 def plan_checkpoint(folder: str | Path) -> tuple[CheckpointReport, list[PlanRow]]:
     """Inspect a checkpoint, and plan its packed modules and dense codes of 2 to 4 bits.
 
-    Each is served in its own dtype, codes in bfloat16. vLLM decides for the fused layer of q, k and
-    v, or of gate and up, by the same rules. Damaged modules are in the report alone.
+    vLLM decides for fused layers by the same rules. Damaged modules are in the report alone.
     """
     int8 = SparsityRecord.of(read_json(Path(folder) / CONFIG_FILE)).int8_activations
     rows: list[PlanRow] = []

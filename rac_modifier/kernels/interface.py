@@ -62,11 +62,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Decision:
-    """How a layer runs: on a `kernel` such as "sparse kernel avx2", or "dense", with the reason.
-
-    bytes_per_weight: packed, with masks, padding and scales, also where the decision is dense.
-    dense_bytes: of a weight in the dtype that the layer is served in.
-    """
+    """How a layer runs: on a `kernel` or "dense", with the reason; bytes per weight of both."""
 
     sparse: bool
     kernel: str

@@ -113,10 +113,7 @@ class CalibratingModifier(CalibrationEntry, Modifier):
             )
 
     def prepare(self, state: State, *, quantizes: bool) -> None:
-        """Build the calibration set, measure the dense model, and prepare recovery.
-
-        With `quantizes` recovery trains weights through codes.
-        """
+        """Build the calibration set, measure the dense model, and prepare recovery."""
         model, recover, processes = state.model, self.recover, self._processes
         if recover is not None:
             keep = self._oneshot is not None and self._oneshot.output_dir is not None

@@ -45,10 +45,7 @@ _CALIBRATES = "ReasoningAwareCalibrationModifier"
 
 
 def find_oneshot() -> Oneshot | None:
-    """Return the `Oneshot` among the callers; None for a session without it.
-
-    llm-compressor passes the arguments of `oneshot` to no modifier.
-    """
+    """Return the `Oneshot` among the callers, whose arguments no modifier gets, or None."""
     frame = inspect.currentframe()
     while frame is not None:
         caller = frame.f_locals.get("self")

@@ -58,11 +58,7 @@ def read_router(
 def prune_experts(
     layer: RoutedExperts, batches: Sequence[RouterBatch], run: Run, device: torch.device
 ) -> None:
-    """Prune the experts of a layer: gate and up, then down on what these make.
-
-    An expert is calibrated on the tokens that the router sends to it in the pruned model, and below
-    `expert_floor` on the nearest others. The dense model's inputs are those of the same tokens.
-    """
+    """Prune the experts of a layer, each on its tokens: gate and up, then down on their output."""
     tokens = _ExpertTokens(layer, batches, run, device)
     per_call = min(run.problems_per_call(group, device) for group in layer.experts[0].groups)
     step = run.processes.count * per_call

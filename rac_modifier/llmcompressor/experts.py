@@ -70,10 +70,7 @@ class RoutedExperts:
 def find_experts(
     model: torch.nn.Module, names: Mapping[torch.nn.Module, str]
 ) -> list[RoutedExperts]:
-    """Return the layers of routed experts that have modules among `names`.
-
-    A layer with a forward pass or children of another kind is left out.
-    """
+    """Return the layers of routed experts that have modules among `names`."""
     layers = []
     for name, module in model.named_modules():
         if getattr(type(module), "forward", None) is not LinearExperts2D.forward:

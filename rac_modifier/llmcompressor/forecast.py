@@ -37,11 +37,7 @@ _SOLVER_PEAKS: dict[Any, int] = {}  # a run asks twice, and later runs of the pr
 
 @dataclass(frozen=True)
 class Group:
-    """Describe modules of one parent and decoder layer that read inputs of one width.
-
-    `name` is the first module's. `rows` are the outputs of each module, `grids` is None for one
-    that is not rounded.
-    """
+    """Describe modules of one parent that read inputs of one width: outputs and grids of each."""
 
     name: str
     layer: int
@@ -168,11 +164,7 @@ class Forecast:
         return live.peak
 
     def check(self, onload: torch.device, offload: torch.device, processes: int = 1) -> None:
-        """Refuse a run that takes more memory than is free, and log what it takes (RacError).
-
-        Statistics and solver use `onload`, activations are kept on `offload`. The ranks share the
-        host's memory.
-        """
+        """Refuse a run that takes more memory than is free; `processes` share it (RacError)."""
         for device in dict.fromkeys((onload, offload)):
             gaps, shares = (HEAP_GAPS, processes) if device.type == "cpu" else (1.0, 1)
             needs = [

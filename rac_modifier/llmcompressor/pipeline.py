@@ -71,11 +71,7 @@ def _pipeline_of_active_session() -> SequentialPipeline:
 
 
 class ReasoningAwareSequentialPipeline(SequentialPipeline):
-    """Run upstream's sequential pipeline on our calibration set.
-
-    Our pruning modifier runs in our own loop. Other modifiers, which do not read token
-    weights, run in upstream's loop over unpadded batches.
-    """
+    """Run upstream's sequential pipeline on our calibration set; our modifier has its own loop."""
 
     def __init__(self, ours: SessionRun):
         self._ours = ours

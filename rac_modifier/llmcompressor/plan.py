@@ -29,10 +29,7 @@ class UntraceableError(Exception):
 
 @dataclass(frozen=True)
 class Stage:
-    """Hold modules that are pruned together, and the model up to the next stage.
-
-    `reads` and `chosen` name tensors in the cache of activations.
-    """
+    """Hold modules pruned together, and the model up to the next stage; `reads` names a tensor."""
 
     modules: list[torch.nn.Module]  # may be empty at the beginning and the end of the model
     reads: str | None  # by the modules or the router; None by layer
@@ -51,10 +48,7 @@ class Stage:
     def run(
         self, model: torch.nn.Module, cache: IntermediatesCache, batch: int, keep: bool = False
     ) -> None:
-        """Run the stage for a batch; outputs replace inputs that no later stage reads.
-
-        With `keep` the cache is not changed: the stage runs for the hooks of its modules.
-        """
+        """Run the stage for a batch; its outputs replace its inputs, unless with `keep`."""
         for subgraph in self.subgraphs:
             inputs = cache.fetch(batch, subgraph.input_names)  # type: ignore[arg-type]
             config_names = self.configs.keys() & subgraph.input_names
@@ -81,8 +75,7 @@ def make_plan(
 ) -> tuple[list[Stage], str, str]:
     """Cut the model by group if recipe, arguments and code allow, else by layer.
 
-    Return the stages up to the last that prunes, their order ("group" or "layer"), and why it is
-    so. `sample` is a batch, `names` are the modules to prune.
+    Return the stages up to the last that prunes, their order ("group" or "layer"), and why.
     """
     stages, why = None, f"order: {order}"
     targets, count = arguments.sequential_targets, arguments.sequential_targets_per_subgraph
@@ -195,11 +188,7 @@ def _refuse_changes_in_place(subgraphs: Sequence[Subgraph]) -> None:
 def use_own_configs(
     model: PreTrainedModel, subgraphs: Sequence[Subgraph]
 ) -> dict[str, PreTrainedConfig]:
-    """Make each node that builds a config return the model's; return these by node.
-
-    The traced one lacks the attention implementation that calibration sets, and so the causal mask
-    (seen in Qwen3-MoE).
-    """
+    """Make nodes that build a config return the model's, which has the attention that was set."""
     modules = [m for m in reversed(list(model.modules())) if hasattr(m, "config")]
     by_type: dict[Any, Any] = {type(module.config): module.config for module in modules}
     configs: dict[str, PreTrainedConfig] = {}

@@ -26,11 +26,9 @@ from rac_modifier.settings.pruning import QuantizationSettings
 
 
 class Quantizer:
-    """Hold the schemes of a recipe entry for its modules `names`; none without `settings`.
+    """Hold schemes (`described`) and `grids` of the modules `names`; none without `settings`.
 
-    A QuantizationModifier that is never run resolves the schemes and attaches them. `grids` are of
-    the modules that are rounded, `described` are their schemes in words, by name. RacError for a
-    scheme that cannot be rounded (with zeros if `prunes`), or groups that do not divide the inputs.
+    RacError for a scheme that cannot be rounded, or groups that do not divide the inputs.
     """
 
     def __init__(

@@ -55,11 +55,10 @@ def recover_checkpoint(
     problems: ProblemSource,
     sampling: SamplingSettings,
 ) -> tuple[float, float] | None:
-    """Train the checkpoint `sparse` towards the model `dense`, and save it to `output`.
+    """Train the checkpoint `sparse` towards the model `dense`, and save it to `output` (RacError).
 
-    Missing traces of the dense model are sampled into `store`. Return the held-out KL before and
-    after; None on ranks other than the first. RacError for models that do not belong together,
-    codes that cannot be trained, too little memory, disk space or traces.
+    Missing traces are sampled into `store`. Return the held-out KL before and after; None on ranks
+    other than the first.
     """
     stored = _quantized_modules(sparse)
     model, tokenizer = load(dense)

@@ -29,8 +29,7 @@ from rac_modifier.traces.records import Trace
 class RecoveryStage:
     """Train a compressed model towards the dense `model`, on traces that calibration does not use.
 
-    With `quantizes` weights are trained through codes. With `keep` the state is left to `remove`:
-    a run that is killed while it saves goes on from it. RacError for too little memory.
+    With `keep` the state is left to `remove`. RacError for too little memory.
     """
 
     def __init__(
@@ -47,11 +46,7 @@ class RecoveryStage:
         check_recovery_memory(model, settings, processes, quantizes=quantizes)
 
     def read_dense(self, model: Any, traces: Sequence[Trace]) -> None:
-        """Store the dense model's hidden states on its traces.
-
-        RacError for too few traces, an unsupported head, too little memory or disk space, or
-        another run in the same folder.
-        """
+        """Store the dense model's hidden states on its traces (RacError)."""
         settings, processes = self._settings, self._processes
         self._held_out, self._training = split_traces(traces, settings.held_out_tokens)
         check_recovery_memory(
@@ -75,10 +70,7 @@ class RecoveryStage:
         weights: Mapping[str, torch.nn.Module],
         quantized: Mapping[str, QuantizedWeight],
     ) -> dict[str, Any]:
-        """Train the compressed model, and return the run record's entry.
-
-        `weights` are the pruned modules, whose zeros stay zero.
-        """
+        """Train the model, whose pruned `weights` stay zero; return the run record's entry."""
         masks = {f"{name}.weight": _mask(m, quantized.get(name)) for name, m in weights.items()}
         device = self._processes.device
         with contextlib.nullcontext() if device is not None else on_accelerator(model):

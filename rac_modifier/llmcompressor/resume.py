@@ -54,11 +54,7 @@ def check_disk(
 
 
 class Resume:
-    """Write pruned groups to files of `folder`, if there is one; restore a killed run's groups.
-
-    `names` are the modules that were pruned before, with their files. RacError if the folder holds
-    another run, or cannot be read or written.
-    """
+    """Write pruned groups to files of `folder`, if any; restore those of a killed run."""
 
     def __init__(self, folder: Path | None = None, about: Mapping[str, Any] | None = None):
         self.names: dict[str, Path] = {}

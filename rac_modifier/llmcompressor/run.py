@@ -89,10 +89,7 @@ class Run:
             self.records[name] = self.resume.restore(name, module, self.masters)
 
     def prune(self, groups: Sequence[InputGroup], per_call: int | None = None) -> None:
-        """Prune, and quantize if asked for, groups that do not depend on each other.
-
-        `per_call` groups of one shape are solved in one call (default: chosen for speed).
-        """
+        """Prune, and quantize if asked for, independent groups; `per_call` in a solver call."""
         for group, pruned in self.solve_on_all_ranks(groups, per_call):
             for module, result in zip(group.modules, pruned, strict=True):
                 self._store(module, result)
@@ -105,9 +102,8 @@ class Run:
     ) -> Iterator[tuple[InputGroup, list[Pruned]]]:
         """Yield each group with its pruned modules: the same bits for any rank count.
 
-        The ranks' statistics are added up (shard_sum.py), and each call is solved on one rank. Its
-        result is sent to the others after all have solved, because weights may be shared memory.
-        RacError if the ranks have calibrated different modules.
+        Each call is solved on one rank, and sent to the others after all have solved, because
+        weights may be shared memory. RacError if the ranks have calibrated different modules.
         """
         processes = self.processes
         if processes.count > 1:

@@ -157,11 +157,7 @@ class InputGroup:
 
 
 class Collector:
-    """Collect the `groups` of a layer while it runs; `inputs` are those of the present batch.
-
-    Two modules are one group if they read the same tensor object in the first batch. Later
-    batches are checked, because a Hessian cannot be split afterwards.
-    """
+    """Collect the `groups` of a layer while it runs: modules that read the same tensor object."""
 
     def __init__(self, names: Mapping[torch.nn.Module, str], processes: Processes):
         self.groups: list[InputGroup] = []

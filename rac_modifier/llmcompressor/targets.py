@@ -22,11 +22,9 @@ _2OF4 = Pattern.n_of_m(2, 4)
 def find_targets(
     model: PreTrainedModel, targets: list[str], ignore: list[str], pattern: Pattern | None
 ) -> dict[torch.nn.Module, str]:
-    """Return the linear modules to prune, in model order, with their names.
+    """Return the linear modules to prune, in model order, with their names (RacError: not these).
 
-    The output head and router gates are left out unless `targets` has their exact names. `targets`
-    and `ignore` are class names, module names, or regular expressions after "re:". RacError if
-    nothing matches, or a match is not a linear layer with a float weight of a fitting shape.
+    The output head and router gates are left out unless `targets` has their exact names.
     """
     head = model.get_output_embeddings()
     protected = {module for _, module in match_named_modules(model, list(ROUTERS))} | {head}
@@ -91,10 +89,9 @@ def patterns_of(
 def patterns_of_zeros(
     names: Mapping[torch.nn.Module, str], required: Pattern | None, *, detect: bool
 ) -> tuple[dict[str, Pattern], str]:
-    """Return the pattern of each module that `solver: keep` keeps, and all in words.
+    """Return the pattern of each module that `solver: keep` keeps, and all in words (RacError).
 
-    That is `required`, or with `detect` 2:4 if every module holds it, and otherwise an unstructured
-    pattern with each module's share of zeros. RacError for a module that lacks them.
+    That is `required`, with `detect` 2:4 if every module holds it, or the share of zeros of each.
     """
     shares: dict[str, Pattern] = {}
     zeros, total, structured = 0, 0, detect
@@ -122,11 +119,7 @@ def patterns_of_zeros(
 def sparse_modules(
     model: torch.nn.Module, quantized: Collection[str], pruned: Collection[str]
 ) -> tuple[dict[str, torch.nn.Linear], dict[str, Pattern]]:
-    """Return the linear layers of a sparse model by name, and their patterns.
-
-    Of the `quantized` modules, with zeros of rounding, only those that are `pruned` count. RacError
-    if no layer is sparse or quantized.
-    """
+    """Return the linear layers of a sparse model by name, `quantized` if `pruned`, and patterns."""
     masks = masks_of_zeros(model, _LEAST_ZEROS) if quantized else sparse_masks(model, _LEAST_ZEROS)
     sparse = {mask.removesuffix(".weight") for mask in masks} - (set(quantized) - set(pruned))
     linears = ((n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear))

@@ -67,9 +67,8 @@ def _modules_with_codes(model: torch.nn.Module) -> dict[str, Any]:
 class QuantizedCheckpoint:
     """Make a loaded model's quantized linear layers hold code times scale, until `encode`.
 
-    Masters start on the side of the `dense` model's weights. `recorded` are the modules that
-    config.json says are pruned. `quantized` has grid, scales and masters by module name, and
-    `pruned` the modules whose zeros have to stay. RacError for scales that are too small.
+    `recorded`: modules that config.json says are pruned. `quantized` has grid, scales and masters
+    by module name, and `pruned` the modules whose zeros have to stay.
     """
 
     def __init__(self, model: Any, dense: Any, recorded: Collection[str]):
@@ -108,10 +107,7 @@ class QuantizedCheckpoint:
 
 
 class LaterCodes:
-    """Copy to the CPU the dense weights that a recipe's other `modifiers` quantize later.
-
-    RacError for codes that cannot be trained: another modifier's, an embedding's or head's.
-    """
+    """Hold the dense weights that other `modifiers` quantize later (RacError: not trainable)."""
 
     def __init__(self, modifiers: Sequence[Modifier], model: PreTrainedModel):
         self._grids: dict[str, Grid] = {}
@@ -173,10 +169,7 @@ def _decoded(
 
 
 def checked_scale(scale: torch.Tensor, weight: torch.Tensor, grid: Grid, name: str) -> torch.Tensor:
-    """Return scales [rows, groups] to train; 1 for a group of zeros with a wrong scale.
-
-    RacError if a used scale is zero, subnormal or not finite.
-    """
+    """Return usable scales [rows, groups]; RacError if a used one is zero or infinite."""
     groups = grid.groups(weight.shape[1])
     if scale.numel() != weight.shape[0] * groups:
         raise RacError(

@@ -37,13 +37,9 @@ _main_lock = threading.Lock()  # of sys.modules["__main__"]
 
 
 def check_answer(check: Check, *arguments: str | int) -> bool:
-    """Tell whether an answer is right; an answer whose check fails or takes too long is wrong.
+    """Tell whether an answer is right; one whose check fails or takes too long is wrong (RacError).
 
-    `arguments` are (answer, reference) for mathematics, else (answer, task, seed, size,
-    index). May be called from any thread; up to `WORKERS` checks run at the same time.
-
-    Raises:
-        RacError: the module of the check is not installed, or cannot be imported.
+    `arguments`: (answer, reference) for mathematics, else (answer, task, seed, size, index).
     """
     check_installed(check)
     worker = _workers.get()

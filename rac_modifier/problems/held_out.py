@@ -26,8 +26,7 @@ def held_out_problems(
 ) -> list[Problem]:
     """Return `count` problems: the test split of "arithmetic", or the first of another source.
 
-    Only "arithmetic" is disjoint from calibration by construction. With another source, calibrate
-    on other problems. `fields` are others of `ProblemSource`: column, answer_column, split.
+    Only "arithmetic" is disjoint from calibration. `fields` are others of `ProblemSource`.
     """
     checked = check_settings(ProblemSource, {"source": source, **fields}, "problems")
     if source == ARITHMETIC:
@@ -116,11 +115,7 @@ PRESETS = {preset.name: preset for preset in _ALL}
 def benchmark_problems(
     source: ProblemSource, preset: Preset, seed: int, count: int
 ) -> list[Problem]:
-    """Return `count` problems of a benchmark, or of a file with its columns.
-
-    The seed decides their order. The source's `column` and `answer_column`, if set, replace the
-    preset's.
-    """
+    """Return `count` problems of a preset's columns; those that `source` names come first."""
     column = source.column or preset.column
     answer_column = source.answer_column or preset.answer_column
     table = ProblemTable(source)
@@ -155,10 +150,7 @@ def _filled(row: TableRow, column: str) -> str:
 
 
 def with_choices(question: str, choices: list[str]) -> tuple[str, str]:
-    """Return a question with its lettered choices, and the letter of `choices[0]`, the right one.
-
-    The order depends on the question alone.
-    """
+    """Return a question with its choices, shuffled by it alone, and the letter of `choices[0]`."""
     order = list(range(len(choices)))
     random.Random(f"{_CHOICES_SEED}/{question}").shuffle(order)
     lines = [f"{letter}) {choices[i]}" for letter, i in zip(LETTERS, order, strict=False)]

@@ -31,11 +31,7 @@ class Problem:
 
 
 def load_problems(source: ProblemSource, seed: int) -> Iterator[Problem]:
-    """Return the problems of a source in an order that the seed decides.
-
-    Generators without a limit never end. The source is opened and its columns are checked first
-    (RacError); rows are read and checked as the iterator advances.
-    """
+    """Open a source (RacError), and return its problems in the seed's order."""
     problems: Iterator[Problem]
     if source.source == ARITHMETIC:
         solved = generate_distinct(seed, "calibration")

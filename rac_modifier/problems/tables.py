@@ -31,11 +31,7 @@ def is_file(source: str) -> bool:
 def open_table(
     source: str, *, label: str, config: str | None = None, split: str = "train"
 ) -> Dataset:
-    """Open a .jsonl, .json (a list of objects), .parquet or .txt file, or a Hugging Face dataset.
-
-    The rows stay on disk until they are read. `label` names the source in messages
-    ("problem file").
-    """
+    """Open a .jsonl, .json, .parquet or .txt file, or a Hugging Face dataset; rows stay on disk."""
     with _named(source, label, config, split):
         return _load(source, label, config, split, streaming=False)
 

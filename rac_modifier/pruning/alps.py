@@ -190,10 +190,7 @@ def _solver(
     *,
     bf16: bool,
 ) -> AddSolution | None:
-    """Return a function that adds (H + dampening + rho diag)^-1 y to x and may overwrite y.
-
-    None when that matrix is not positive definite. With `bf16` y is bfloat16.
-    """
+    """Return what adds (H + dampening + rho diag)^-1 y to x; None: not positive definite."""
 
     def shifted() -> torch.Tensor:
         matrix = hessian.clone()

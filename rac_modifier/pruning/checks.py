@@ -30,11 +30,7 @@ def check_problem(
     patterns: Sequence[Pattern] = (),
     cross_moment: Sequence[torch.Tensor] = (),
 ) -> None:
-    """Refuse modules that cannot be solved together with this Hessian.
-
-    Raises:
-        RacError: naming the module, for shapes, patterns or values that cannot work.
-    """
+    """Refuse modules that cannot be solved together with this Hessian (RacError names one)."""
     d, label = hessian.shape[0], ", ".join(names)
     for name, w in zip(names, weights, strict=True):
         fits = w.ndim == 2 and w.shape[1] == d == hessian.shape[1]

@@ -110,11 +110,7 @@ class Hessian:
                 self.tokens, self.weight_sum = self.tokens + tokens, self.weight_sum + weight
 
     def take(self, name: str = "this module") -> torch.Tensor:
-        """Return the symmetric Hessian [columns, columns], and drop the sum.
-
-        Raises:
-            RacError: naming the module, if no token was counted or an activation was not finite.
-        """
+        """Return the symmetric Hessian [columns, columns], and drop the sum (RacError: no sum)."""
         unused = "use more traces, or add it to ignore (an unused expert)"
         refuse(self.weight_sum == 0.0, f"{name}: no calibration token reached it; {unused}")
         bad = int((~self._sums.total.diagonal().isfinite()).sum())  # an inf makes its square inf

@@ -68,10 +68,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Steps:
-    """Scales and zero points: [groups, rows], or [columns, rows] where each weight has its own.
-
-    `zero` holds whole numbers in the dtype of the scales; None on a symmetric grid.
-    """
+    """Scales and zero points (None: symmetric): [groups, rows], or [columns, rows] if spread."""
 
     scale: torch.Tensor
     zero: torch.Tensor | None = None

@@ -34,10 +34,7 @@ _SUB_BLOCK = 32
 def gptq(
     weight: torch.Tensor, keep: torch.Tensor, steps: Steps, grid: Grid, factors: Sequence[Factor]
 ) -> None:
-    """Round `weight` [problems, d, rows] in place, with a factor for each problem.
-
-    `keep` is in its shape and dtype: 1.0 = kept, 0.0 = pruned. `steps` has a value per weight.
-    """
+    """Round `weight` [problems, d, rows] in place; `keep`: 1.0 = kept; `steps`: one per weight."""
     orders = [factor.order for factor in factors if factor.order is not None]
     if orders:
         ordered, zero = _sorted(weight, orders), steps.zero

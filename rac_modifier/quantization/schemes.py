@@ -11,11 +11,7 @@ from rac_modifier.quantization.grid import Grid
 
 
 def grid_of(scheme: QuantizationScheme, name: str, *, prunes: bool) -> Grid:
-    """Return the grid of a scheme's weights; `prunes`: they will be stored with a mask.
-
-    Raises:
-        RacError: weights that cannot be rounded here, or activations with calibrated scales.
-    """
+    """Return the grid of a scheme's weights (RacError); `prunes`: stored with a mask."""
     weights = scheme.weights
     if weights is None:
         raise RacError(

@@ -9,11 +9,7 @@ from rac_modifier.errors import RacError
 
 
 def reasoner_path() -> Path:
-    """Return the folder of the embedded reasoner, for `from_pretrained`.
-
-    Raises:
-        RacError: the weights are missing (a source tree in which they were not trained).
-    """
+    """Return the folder of the embedded reasoner, for `from_pretrained` (RacError: no weights)."""
     folder = Path(str(resources.files(__name__))) / "assets"
     if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
         raise RacError(

@@ -80,15 +80,14 @@ def recover(
         settings: steps, learning rate, batches.
         masks: bool by parameter name, True = kept; default: the nonzero weights of linear layers.
         quantized: by module name; trained through codes, these end as code times scale.
-        state: folder that a killed run goes on from; None keeps no state.
+        state: folder that a killed run goes on from, written each `save_seconds`; None: no state.
         autocast: dtype of matmuls in forward and backward passes; None: the weights' dtype.
-        processes: train together, each with the same arguments.
         progress: whether a bar is shown.
+        processes: train together, each with the same arguments.
         save_seconds: how often the state is written.
 
     Raises:
-        RacError: no sequences, or sequences in both sets; a head that is not supported; logits that
-            are not finite; a state that cannot be read.
+        RacError: sequences, a head, logits or a state that cannot be used.
     """
     check_sequences(training)
     check_sequences(held_out)

@@ -27,11 +27,7 @@ from rac_modifier.errors import RacError
 
 
 def sparse_masks(model: torch.nn.Module, least_sparsity: float = 0.05) -> dict[str, torch.Tensor]:
-    """Return the masks of a sparse model: bool like the weight, True = kept, by parameter name.
-
-    Only linear layers with at least `least_sparsity` zeros count. RacError if none is sparse, or
-    they are quantized.
-    """
+    """Return masks, True = kept, of linear layers with `least_sparsity` zeros (RacError: none)."""
     if masks := masks_of_zeros(model, least_sparsity):
         return masks
     name = type(model).__name__
@@ -160,11 +156,7 @@ def inside_adapters(model: torch.nn.Module) -> set[torch.nn.Module]:
 
 
 def mask_adapters(model: torch.nn.Module, masks: Mapping[torch.nn.Parameter, torch.Tensor]) -> None:
-    """Mask the adapters of `model`, if any, until they are removed; a later merge is masked too.
-
-    `masks` are bool by pruned parameter, True = kept. RacError for an adapter of a pruned weight
-    that is no plain LoRA of a linear layer, or has dropout.
-    """
+    """Mask the adapters of `model`, also when they are merged (RacError: no plain LoRA)."""
     for name, layer in _tuner_layers(model).items():
         weight: Any = getattr(layer.get_base_layer(), "weight", None)
         mask = None if weight is None else masks.get(weight)

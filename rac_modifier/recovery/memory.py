@@ -55,10 +55,7 @@ def check_recovery_memory(
     training: Sequence[TokenSequence] | None = None,
     quantizes: bool = False,
 ) -> RecoveryNeed:
-    """Refuse training of the dense `model` that does not fit on this machine (RacError).
-
-    `training` is None before the traces are known. `quantizes`: through codes.
-    """
+    """Refuse training of the dense `model` that does not fit on this machine (RacError)."""
     device = processes.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     count, on_gpu = processes.count, device.type == "cuda"
     tokens = min(settings.batch_tokens, 2 * settings.step_tokens)
@@ -141,10 +138,7 @@ def recovery_need(
 
 
 def step_bytes(model: Any, batch: Batch, recomputes: bool, *, bf16: bool, frees: bool) -> int:
-    """Rehearse a step of two batches; return its bytes at the peak next to weights and moments.
-
-    `bf16`: under autocast. `frees`: a gradient is freed as soon as its parameter has it.
-    """
+    """Rehearse a step of two batches; return its peak bytes next to weights and moments."""
     with without_data(model) as student:
         frozen = frozen_parameters(student)
         for weight in student.parameters():

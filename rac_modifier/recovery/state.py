@@ -38,10 +38,7 @@ class Progress:
 
 
 def hold(folder: Path) -> IO[str]:
-    """Lock a folder of recovery until the returned file is closed, or this process ends.
-
-    RacError if another process has it, or the folder cannot be written.
-    """
+    """Lock a folder until the file is closed (RacError: another process has it, not writable)."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / _LOCK).open("a+")
@@ -93,10 +90,7 @@ def save_state(
 def load_state(
     folder: Path, key: str, student: Student, optimizer: torch.optim.Optimizer
 ) -> Progress:
-    """Restore weights and moments; without a state of this run return a new `Progress`.
-
-    RacError if the state cannot be read.
-    """
+    """Restore weights and moments (RacError); without this state return a new `Progress`."""
     path = folder / _FILE
     if not path.exists():
         return Progress(key)

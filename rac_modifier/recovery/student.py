@@ -122,10 +122,7 @@ class Student:
         mask: FixedMask,
         processes: Processes,
     ) -> Student:
-        """Return a copy of `model`, sharded, without the hooks of `mask`.
-
-        RacError for a model without marked layers, or a trained parameter outside of its decoder.
-        """
+        """Return a sharded copy of `model` (RacError: it cannot be sharded by its layers)."""
         assert processes.device is not None
         mask.release()
         student = copy.deepcopy(model)
@@ -146,10 +143,7 @@ class Student:
         return cls(student, trained, processes, mask.masks, parameters)
 
     def share(self, batches: Sequence[Batch]) -> list[tuple[Batch, float]]:
-        """Return this process's sequences of each batch, with the weight of their loss.
-
-        A process without a sequence runs the first for weight 0.
-        """
+        """Return this rank's sequences of each batch, and their weight: 0 if it has none."""
         shares = [(b[self.processes.rank :: self.processes.count], b[:1]) for b in batches]
         return [(share, 1.0) if share else (first, 0.0) for share, first in shares]
 

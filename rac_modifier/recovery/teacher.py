@@ -48,10 +48,7 @@ class StoredTeacher:
     def write(
         cls, dense: Any, sequences: Sequence[TokenSequence], folder: Path, *, key: str
     ) -> StoredTeacher:
-        """Run the dense model `key` over `sequences`, unless `folder` holds their states already.
-
-        RacError for a folder that cannot be written.
-        """
+        """Run the dense model `key` over `sequences`, unless `folder` holds their states."""
         index = folder / _INDEX
         about = json.dumps({"model": key, "sequences": [name_of(s) for s in sequences]}).encode()
         if index.exists() and index.read_bytes() == about:

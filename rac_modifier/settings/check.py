@@ -39,10 +39,7 @@ class Settings(BaseModel):
 
 
 def idle_settings(settings: BaseModel, *rules: tuple[bool, str, str]) -> dict[str, str]:
-    """Return a line by setting that has no effect and differs from its default.
-
-    A rule says whether it holds, names settings as "key.sub other", and tells why.
-    """
+    """Return a line per changed setting without effect; a rule: (holds, "key.sub other", why)."""
     lines = {}
     for holds, names, why in rules:
         for name in names.split() if holds else ():
@@ -117,11 +114,7 @@ def _names(settings: type[BaseModel], group: str = "") -> Iterator[str]:
 
 
 def check_names(names: Any, where: str) -> None:
-    """Check module names, class names and `re:` patterns; `where` is the setting.
-
-    Raises:
-        RacError: no list of texts, no regular expression, or one that could take too long to match.
-    """
+    """Check module names, class names and `re:` patterns of the setting `where` (RacError)."""
     if not isinstance(names, Iterable) or isinstance(names, (str, bytes)):
         raise RacError(f"{where} is {str(names)[:80]!r}; write a list of names or re: patterns")
     for name in names:

@@ -139,11 +139,7 @@ def load_grid(named: str | Path) -> Grid:
 def plan_rows(
     grid: Grid, where: str, check: Callable[[dict[str, Any]], None] = lambda recipe: None
 ) -> list[PlannedRow]:
-    """Return every run of the grid, checked before any of them starts.
-
-    `where` is the grid's name, for messages; `check` raises a RacError for a recipe that the model
-    cannot run. RacError: with the mistakes of all rows, and the labels of those that could run.
-    """
+    """Return every run of the grid `where`, each checked before the first starts (RacError)."""
     planned: list[PlannedRow] = []
     wrong: list[str] = []
     labels = [DENSE]

@@ -27,10 +27,9 @@ _LAYOUT = f"write it as pruning_stage: pruning_modifiers: {NAME}: {{...}}"
 
 
 def load_recipe(named: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Return a recipe's content, checked, with `key.sub=value` overrides of our entry applied.
+    """Return a recipe's content, checked, with `key.sub=value` overrides applied (RacError).
 
-    `named` is a path or a shipped recipe. Neither recipe nor override can name code. RacError: no
-    such recipe, not YAML, another layout, or settings that cannot work.
+    `named` is a path or a shipped recipe. Neither recipe nor override can name code.
     """
     recipe = read_recipe(named)
     name, entry = find_named_entry(recipe, str(named))
@@ -121,10 +120,7 @@ def schema(name: str = NAME) -> str:
 
 
 def apply_overrides(entry: dict[str, Any], overrides: Sequence[str], name: str = NAME) -> None:
-    """Change settings in place, each written as `key.sub=value`; `null` takes a setting out.
-
-    An override of calibration.mixture drops what only the mixture before used, and logs it.
-    """
+    """Set each `key.sub=value` in place; a new mixture drops, and logs, what it does not use."""
     changes = dict(map(_read_override, overrides))
     set_values(entry, changes)
     if ("calibration", "mixture") not in changes:

@@ -81,10 +81,7 @@ class Layout:
         raise NotImplementedError
 
     def reader(self, layer: Any, modules: list[str]) -> WeightReader | str | None:
-        """Return what reads a linear layer of these modules; None: it is not compressed.
-
-        A text is the reason why vLLM's own method runs a quantized layer.
-        """
+        """Return what reads these modules, or why vLLM's method runs them; None: dense."""
         return self if any(self.holds(module) for module in modules) else None
 
     def experts_reader(self) -> WeightReader | str | None:

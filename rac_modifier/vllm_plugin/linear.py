@@ -84,10 +84,7 @@ class Shards:
     def row_numbers(
         self, layer: Any, load: Callable[..., None], loaded: _Loaded, rows: int
     ) -> Tensor:
-        """Return the number in the stacked shards of each of this rank's `rows`, int64 [rows].
-
-        `load` is the layer's loader (RacError: a shard is missing, or does not fit the model).
-        """
+        """Return the number of each of this rank's `rows` in the stacked shards (RacError)."""
         numbers = ModelWeightParameter(
             data=torch.full((rows, 1), -1), input_dim=1, output_dim=0, weight_loader=load
         )

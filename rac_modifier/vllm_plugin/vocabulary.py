@@ -26,10 +26,7 @@ logger = init_logger(f"vllm.{__name__}")
 
 
 class VocabularyMethod(QuantizeMethodBase):
-    """The method of a head or embedding in 8 or 4 bits, or of a head that may be tied to one.
-
-    `reader` None: the weight is in floats, or is the tied embedding's.
-    """
+    """The method of a head or embedding in 8 or 4 bits; without `reader` tied, or in floats."""
 
     def __init__(self, prefix: str, reader: WeightReader | None) -> None:
         self.prefix = prefix

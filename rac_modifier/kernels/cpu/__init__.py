@@ -41,10 +41,7 @@ class ValueEncoding:
 def encoding_of(
     stored: torch.dtype, group: int, columns: int, served: torch.dtype, word_bits: int = 4
 ) -> ValueEncoding | str:
-    """Return the encoding of values of dtype `stored` (int32: words of values of `word_bits`).
-
-    A text is the reason why no kernel reads them.
-    """
+    """Return the encoding of `stored` values (int32: words), or why no kernel reads them."""
     if stored in FLOATS:  # float32 activations need no float32 weights: the same numbers
         narrow = (stored, served) == (torch.bfloat16, torch.float32)
         return ValueEncoding(stored if narrow else served)
@@ -207,11 +204,7 @@ def pack_values(
 
 
 def pack_scale(scale: Tensor, narrow: bool = False) -> Tensor:
-    """Return scales [N, groups] in the kernels' layout: float32 [panels, groups, 16].
-
-    `narrow`: bfloat16 where it holds every scale exactly; only values of 4 bits or less may have
-    such scales.
-    """
+    """Return scales [N, groups] as float32 [panels, groups, 16]; `narrow`: bfloat16 where exact."""
     packed = _panels(scale.float())
     exact = narrow and torch.equal(packed.bfloat16().float(), packed)
     return packed.bfloat16() if exact else packed

@@ -55,11 +55,7 @@ def expand_and_multiply(
     bias: Tensor | None,
     out: Tensor,
 ) -> None:
-    """Fill `out` by dense matmuls with chunks of the weight.
-
-    In bfloat16 where x is bfloat16, torch multiplies it faster on this processor, and the values
-    are exact in it; scales and bias are rounded like a dense bfloat16 model's. Else in float32.
-    """
+    """Fill `out` by dense matmuls with chunks of the weight, where exact and fast in bfloat16."""
     rows, columns, value_type = out.shape[1], x.shape[1], library.value_type(data)
     in_bf16 = value_type >= INT8 or (value_type == VALUE_TYPES[torch.bfloat16] and scale is None)
     fast = x.dtype == torch.bfloat16 and in_bf16 and library.kernels[isa].dense_bf16
