@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from rac_modifier.errors import RacError
+from rac_modifier.errors import RacError, refusing
 
 
 def write_json_atomic(path: str | Path, obj: Any) -> None:
@@ -28,7 +28,8 @@ def write_json_atomic(path: str | Path, obj: Any) -> None:
 def write_text_atomic(path: str | Path, text: str) -> None:
     """Write UTF-8 text through a temporary file, mode 644; the old file stays on a RacError."""
     path = Path(path)
-    try:
+    step = "make room or choose another folder"
+    with refusing(f"{path}: cannot be written", step, OSError, UnicodeError):
         handle, temporary = tempfile.mkstemp(".tmp", f".{path.name}.", path.parent)
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -41,10 +42,6 @@ def write_text_atomic(path: str | Path, text: str) -> None:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary)
             raise
-    except (OSError, UnicodeError) as error:
-        raise RacError(
-            f"{path}: cannot be written ({error}); make room or choose another folder"
-        ) from error
 
 
 def read_json(path: str | Path, next_step: str = "is this a saved model folder?") -> dict[str, Any]:

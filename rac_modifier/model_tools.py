@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,8 +17,25 @@ _OTHER_DEVICE = (
 )
 
 
-class StopForward(Exception):  # noqa: N818 - control flow, not an error
+class _StopForward(Exception):  # noqa: N818 - control flow, not an error
     """Raised by a hook that has its activations, to skip the rest of a forward pass."""
+
+
+def input_of(module: torch.nn.Module, forward: Callable[[], object]) -> torch.Tensor | None:
+    """Run `forward` up to `module`; return what that is called with, None where it is not."""
+    inputs: list[torch.Tensor] = []
+
+    def stop(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        inputs.append(args[0])
+        raise _StopForward
+
+    hook = module.register_forward_pre_hook(stop)
+    try:
+        with contextlib.suppress(_StopForward):
+            forward()
+    finally:
+        hook.remove()
+    return inputs[0] if inputs else None
 
 
 @contextlib.contextmanager

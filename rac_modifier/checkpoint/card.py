@@ -14,17 +14,11 @@ from typing import Any
 import yaml
 from huggingface_hub import metadata_load
 
+from rac_modifier import files
 from rac_modifier.checkpoint.files import CONFIG_FILE
 from rac_modifier.checkpoint.output_folder import cached_file
 from rac_modifier.checkpoint.quantization_config import with_int8_activations
 from rac_modifier.errors import RacError
-from rac_modifier.files import (
-    read_json,
-    text_without_paths,
-    without_paths,
-    write_json_atomic,
-    write_text_atomic,
-)
 
 CARD_NAME = "README.md"
 # The lines before and behind a part of a card that is replaced.
@@ -164,15 +158,15 @@ def add_measured(folder: Path, lines: Iterable[str], content: Mapping[str, Any])
         {name: value for name, value in result.items() if isinstance(value, (str, int, float))}
         for result in results
     ]
-    record = read_json(folder / RUN_RECORD_NAME)
+    record = files.read_json(folder / RUN_RECORD_NAME)
     before = record.get("evaluation")
     record["evaluation"] = {**(before if isinstance(before, dict) else {}), kind: figures}
-    text = text_without_paths("\n".join(lines), content)
+    text = files.text_without_paths("\n".join(lines), content)
     marks = (f"<!-- {kind} by rac eval -->", f"<!-- end of {kind} by rac eval -->")
     section = f"## Measured with rac eval: {kind}\n\n```text\n{text}\n```"
     card = _with_part(_text(folder, CARD_NAME), marks, section)
-    write_json_atomic(folder / RUN_RECORD_NAME, without_paths(record))
-    write_text_atomic(folder / CARD_NAME, card)
+    files.write_json_atomic(folder / RUN_RECORD_NAME, files.without_paths(record))
+    files.write_text_atomic(folder / CARD_NAME, card)
 
 
 def _with_part(card: str, marks: tuple[str, str], text: str) -> str:
@@ -250,8 +244,8 @@ def environment() -> dict[str, str | int | None]:
 def record_activations(folder: Path, modules: Sequence[str], entry: Mapping[str, Any]) -> None:
     """Write modules with 8-bit activations into config.json and the run record, if there is one."""
     if (folder / RUN_RECORD_NAME).is_file():
-        record = read_json(folder / RUN_RECORD_NAME)
-        record["activations"] = without_paths(dict(entry))
-        write_json_atomic(folder / RUN_RECORD_NAME, record)
-    config = with_int8_activations(read_json(folder / CONFIG_FILE), modules)
-    write_json_atomic(folder / CONFIG_FILE, config)
+        record = files.read_json(folder / RUN_RECORD_NAME)
+        record["activations"] = files.without_paths(dict(entry))
+        files.write_json_atomic(folder / RUN_RECORD_NAME, record)
+    config = with_int8_activations(files.read_json(folder / CONFIG_FILE), modules)
+    files.write_json_atomic(folder / CONFIG_FILE, config)

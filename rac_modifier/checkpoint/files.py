@@ -13,30 +13,23 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rac_modifier.errors import RacError
+from rac_modifier.errors import RacError, refusing
 from rac_modifier.files import read_json, regular_file
 
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_UNREADABLE = ("copy the model again", SafetensorError, OSError)
 
 _DTYPES = {
     "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F64": torch.float64,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
     "F8_E8M0": torch.float8_e8m0fnu,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "U16": torch.uint16,
-    "U32": torch.uint32,
-    "U64": torch.uint64,
     "BOOL": torch.bool,
+    **{f"F{bits}": getattr(torch, f"float{bits}") for bits in (16, 32, 64)},
+    **{f"I{bits}": getattr(torch, f"int{bits}") for bits in (8, 16, 32, 64)},
+    **{f"U{bits}": getattr(torch, f"uint{bits}") for bits in (8, 16, 32, 64)},
 }
 
 
@@ -86,12 +79,8 @@ class TensorFiles:
     def _open(self, file: str) -> list[str]:
         """Open a file, whose header safetensors checks, and return the names of its tensors."""
         path = regular_file(self.folder / file, "safetensors file")
-        try:
+        with refusing(f"{path}: cannot be read as safetensors", *_UNREADABLE):
             self._files[file] = safe_open(path, framework="pt", backend="pread")
-        except (SafetensorError, OSError) as error:
-            raise RacError(
-                f"{path}: cannot be read as safetensors ({error}); copy the model again"
-            ) from error
         names: list[str] = self._files[file].keys()
         for name in names:
             if not name.isprintable():  # a terminal would obey an escape sequence
@@ -113,13 +102,9 @@ class TensorFiles:
     def tensor(self, name: str) -> Tensor:
         """Read one tensor into memory of its own (RacError: it is missing, or cannot be read)."""
         file = self._file(name)
-        try:
+        path = self.folder / self.where[name]
+        with refusing(f"{name}: cannot be read from {path}", *_UNREADABLE):
             tensor: Tensor = file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise RacError(
-                f"{name}: cannot be read from {self.folder / self.where[name]} ({error}); "
-                "copy the model again"
-            ) from error
         return tensor
 
     def tensors(self, module: str, parts: Iterable[str]) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -98,7 +99,8 @@ class SparseBitmask:
             fault = f"no weight is packed in dtype {compressed.dtype}"
             raise damaged(f"{module}.compressed", fault)
         starts = row_starts(layout.row_counts(bitmask))
-        self._check_mask(tensors, bitmask, columns, starts, module)
+        weight = StoredWeight(compressed, bitmask, columns, starts, module)
+        self._check_mask(tensors, weight)
         *lines, count = self._values_shape(rows, columns, int(starts[-1]))
         in_words = compressed.dtype == torch.int32
         expected = [*lines, word_count(count, 4) if in_words else count]
@@ -112,7 +114,7 @@ class SparseBitmask:
             check_scale_values(tensors[SCALE], f"{module}.{SCALE}")
         else:
             scale = check_scale(tensors, values.dtype, rows, columns, module)
-        return StoredWeight(values, bitmask, columns, starts, module, scale, 4 if in_words else 8)
+        return replace(weight, values=values, scale=scale, bits=4 if in_words else 8)
 
     def size(self, rows: int, columns: int, stored: int, bits: int) -> int:
         """Return the bytes of all parts of a weight with `stored` values of `bits` bits."""
@@ -130,18 +132,11 @@ class SparseBitmask:
             "shape": torch.tensor(weight.shape),
         }
 
-    def _check_mask(
-        self,
-        tensors: Mapping[str, Tensor],
-        bitmask: Tensor,
-        columns: int,
-        starts: Tensor,
-        module: str,
-    ) -> None:
+    def _check_mask(self, tensors: Mapping[str, Tensor], weight: StoredWeight) -> None:
         """Refuse a bitmask that does not belong to this format or to the other parts."""
-        offsets = part_of(tensors, module, "row_offsets")
-        if offsets.dtype != torch.int64 or not torch.equal(offsets, starts[:-1]):
-            raise damaged(f"{module}.row_offsets", "not the row starts that the bitmask has")
+        offsets = part_of(tensors, weight.name, "row_offsets")
+        if offsets.dtype != torch.int64 or not torch.equal(offsets, weight.starts[:-1]):
+            raise damaged(f"{weight.name}.row_offsets", "not the row starts that the bitmask has")
 
     def _values_shape(self, rows: int, columns: int, stored: int) -> tuple[int, ...]:
         return (stored,)
@@ -170,18 +165,10 @@ class Sparse24Bitmask(SparseBitmask):
         shape = torch.tensor([[rows], [columns]])
         return {"compressed": values.view(rows, -1), "bitmask": bitmask, "shape": shape}
 
-    def _check_mask(
-        self,
-        tensors: Mapping[str, Tensor],
-        bitmask: Tensor,
-        columns: int,
-        starts: Tensor,
-        module: str,
-    ) -> None:
-        half = len(bitmask) * columns // 2
-        if columns % 4 or layout.most_of_four(bitmask) > 2 or int(starts[-1]) != half:
+    def _check_mask(self, tensors: Mapping[str, Tensor], weight: StoredWeight) -> None:
+        if not weight.two_of_four or int(weight.starts[-1]) != weight.rows * weight.columns // 2:
             fault = "a group of four columns does not keep exactly two"
-            raise damaged(f"{module}.bitmask", fault)
+            raise damaged(f"{weight.name}.bitmask", fault)
 
     def _values_shape(self, rows: int, columns: int, stored: int) -> tuple[int, ...]:
         return (rows, columns // 2)

@@ -17,7 +17,7 @@ from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 
 from rac_modifier.checkpoint.files import CONFIG_FILE
-from rac_modifier.errors import RacError
+from rac_modifier.errors import RacError, refusing
 from rac_modifier.files import lock
 
 STAGING = ".rac_saving"
@@ -35,11 +35,9 @@ def new_files(folder: Path) -> Iterator[Path]:
     RacError, with `folder` as before: another process writes to it, or it cannot be written to.
     """
     staging, is_new = folder / STAGING, not folder.exists()
-    try:
+    with refusing(f"{folder}: cannot be written to", "name another folder", OSError):
         staging.mkdir(parents=True, exist_ok=True)
         locked = os.open(staging, os.O_RDONLY)  # until it is closed
-    except OSError as error:
-        raise RacError(f"{folder}: cannot be written to ({error}); name another folder") from error
     try:
         if not lock(locked, folder, patience=0):
             raise RacError(
@@ -124,22 +122,18 @@ def local_folder(model: str | Path) -> Path:
         ) from error
 
 
-def check_output_folder(folder: Path, source: Path | None, need: int) -> None:
-    """Refuse a folder that the result could not be written to, before hours of work (RacError).
-
-    `folder` need not exist; the hidden folder of a killed job is no obstacle. `need`: free bytes.
-    """
+def check_output_folder(folder: Path, source: Path | None = None) -> None:
+    """Refuse a folder that the result could not be written to, before hours of work (RacError)."""
     existing = _existing(folder)
     if not existing.is_dir():
         raise RacError(f"output {folder}: {existing} is a file; name another folder")
-    if source is not None and folder.resolve() == source.resolve():
+    if source is not None and source.is_dir() and folder.resolve() == source.resolve():
         raise RacError(
             f"output folder {folder} is the model itself, which is left as it is; name "
             "another folder"
         )
     if existing == folder.absolute() and any(path.name != STAGING for path in folder.iterdir()):
         raise RacError(f"output folder {folder} is in use; name an empty or a new one")
-    check_room(folder, need)
 
 
 def check_room(folder: Path, need: int, groups: int = 0) -> None:

@@ -27,7 +27,7 @@ from rac_modifier.checkpoint.formats import (
     SparseBitmask,
     structure_of,
 )
-from rac_modifier.checkpoint.output_folder import check_output_folder, new_files
+from rac_modifier.checkpoint.output_folder import check_output_folder, check_room, new_files
 from rac_modifier.checkpoint.pack_plan import (
     PackPlan,
     asymmetric_part,
@@ -128,7 +128,8 @@ def _new_folder(source: Path, out: Path, need: int) -> Iterator[tuple[TensorFile
     """Copy what the body does not write: the other files of the source."""
     _check_links(source)
     with TensorFiles(source) as files:
-        check_output_folder(out, source, need + _SMALL_FILES)
+        check_output_folder(out, source)
+        check_room(out, need + _SMALL_FILES)
         with new_files(out) as new:
             yield files, new
             weights = [*files.where.values(), *([INDEX_FILE] if files.index else [])]

@@ -23,6 +23,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
+from rac_modifier import files
 from rac_modifier.checkpoint.bitmask import nonzero
 from rac_modifier.checkpoint.card import (
     CARD_NAME,
@@ -40,13 +41,6 @@ from rac_modifier.checkpoint.quantization_config import (
     weight_schemes,
 )
 from rac_modifier.errors import RacError
-from rac_modifier.files import (
-    read_json,
-    text_without_paths,
-    without_paths,
-    write_json_atomic,
-    write_text_atomic,
-)
 from rac_modifier.processes import Processes
 from rac_modifier.pruning.masks import holds
 from rac_modifier.settings.pattern import Pattern
@@ -143,14 +137,14 @@ def _write_record(model: PreTrainedModel, folder: Path, plan: SavePlan, packed: 
     source = model.config._name_or_path
     try:
         record = {"base_model": source, **plan.record, "versions": environment()}
-        if schemes := weight_schemes(read_json(folder / CONFIG_FILE).get(QUANTIZATION_KEY)):
+        if schemes := weight_schemes(files.read_json(folder / CONFIG_FILE).get(QUANTIZATION_KEY)):
             record["quantization"] = [scheme.describe() for scheme in schemes]
         _clean_recipe(folder / _RECIPE_NAME)
         # JSON has no NaN and no objects of Python: their names
         plain = json.loads(json.dumps(record, default=str), parse_constant=str)
-        record = without_paths(plain)
-        write_json_atomic(folder / RUN_RECORD_NAME, record)
-        write_text_atomic(folder / CARD_NAME, model_card(record, license_of(source), packed))
+        record = files.without_paths(plain)
+        files.write_json_atomic(folder / RUN_RECORD_NAME, record)
+        files.write_text_atomic(folder / CARD_NAME, model_card(record, license_of(source), packed))
     except Exception as error:
         logger.opt(exception=error).error(
             f"the record of the run and the card are incomplete ({error}); the weights are saved"
@@ -163,7 +157,7 @@ def _clean_recipe(path: Path) -> None:
         text = path.read_text(encoding="utf-8")
         # tokens, not objects: upstream writes enums with Python tags
         scalars = [token.value for token in yaml.scan(text) if isinstance(token, yaml.ScalarToken)]
-        write_text_atomic(path, text_without_paths(text, scalars))
+        files.write_text_atomic(path, files.text_without_paths(text, scalars))
 
 
 def _check_patterns(plan: SavePlan) -> None:

@@ -8,17 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from rac_modifier.cli import options
 from rac_modifier.cli.answering import Answering
 from rac_modifier.cli.models import check_model, load_on_accelerator, resolve
-from rac_modifier.cli.options import (
-    Column,
-    Dtype,
-    Precision,
-    Source,
-    print_json,
-    render_results,
-    resumable,
-)
 from rac_modifier.cli.protocol import Protocol
 from rac_modifier.errors import RacError
 
@@ -38,12 +30,12 @@ def evaluate(
         ),
     ] = None,
     problems: Annotated[int, typer.Option(min=1, help="number of problems")] = 300,
-    source: Source = "arithmetic",
+    source: options.Source = "arithmetic",
     preset: Annotated[
         Literal["aime24", "aime25", "gpqa-diamond", "gsm8k", "math-500"] | None,
         typer.Option(metavar="NAME", help="aime24, aime25, gpqa-diamond, gsm8k or math-500"),
     ] = None,
-    column: Column = None,
+    column: options.Column = None,
     answer_column: Annotated[
         str | None, typer.Option(help="column of the answer (file or dataset)")
     ] = None,
@@ -95,7 +87,7 @@ def evaluate(
         Path | None,
         typer.Option(help="the dense model's --json FILE, to pair accuracies with"),
     ] = None,
-    precision: Precision = Dtype.AUTO,
+    precision: options.Precision = options.Dtype.AUTO,
     divergence: Annotated[
         bool,
         typer.Option("--divergence", help="instead: KL and top-1 agreement with the dense model"),
@@ -158,7 +150,7 @@ def evaluate(
     if divergence:
         compared = _divergences(models, asked, sampling, precision)
         content["divergence"] = list(map(asdict, compared))
-        lines = [render_results(divergence_table(compared))]
+        lines = [options.render_results(divergence_table(compared))]
     else:
         how = {"sampling": sampling, "verifier": protocol.verifier}
         answered = answering.run(models, asked, protocol.problem_source, **how)
@@ -171,7 +163,7 @@ def evaluate(
         lines = _accuracy_lines(answered, pairs)
     on_preset = protocol.describe()
     if to_stdout:
-        print_json(content)
+        options.print_json(content)
     else:
         counted = [] if models else ["Tokens are the counts of the servers."]
         typer.echo("\n".join([*lines, *counted, *described, *on_preset]))
@@ -190,14 +182,14 @@ def _written_options(context: typer.Context) -> set[str]:
 
 
 def _divergences(
-    models: list[str], problems: list[Problem], sampling: SamplingSettings, precision: Dtype
+    models: list[str], problems: list[Problem], sampling: SamplingSettings, precision: options.Dtype
 ) -> list[DivergenceResult]:
     """Compare the other models with the first, on samples of the first."""
     from rac_modifier.evaluation.divergence import divergence
     from rac_modifier.evaluation.teacher_forcing import sample_sequences
 
     first, *compressed = models
-    with resumable("nothing is kept; run the same command again"):
+    with options.resumable("nothing is kept; run the same command again"):
         dense, tokenizer = load_on_accelerator(first, precision)
         sequences = sample_sequences(dense, tokenizer, problems, sampling)
         return [
@@ -212,8 +204,8 @@ def _accuracy_lines(answered: list[EvalResult], pairs: list[PairedDifference]) -
     from rac_modifier.evaluation.stopping import describe_loops
 
     return [
-        render_results(accuracy_table(answered)),
-        render_results(stopping_table(answered)),
+        options.render_results(accuracy_table(answered)),
+        options.render_results(stopping_table(answered)),
         *(line for r in answered for line in describe_loops(r.label, r.endings)),
         *(f"{pair.describe()}." for pair in pairs),
         *(f"{pair.inflation.describe(pair.first, pair.second)}." for pair in pairs),

@@ -9,17 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rac_modifier.cli import options
 from rac_modifier.cli.models import check_model, load_on_accelerator, resolve
-from rac_modifier.cli.options import (
-    AsJson,
-    Column,
-    Dtype,
-    Source,
-    print_json,
-    printable,
-    render_results,
-    render_table,
-)
 from rac_modifier.errors import RacError
 
 if TYPE_CHECKING:
@@ -50,9 +41,9 @@ def inspect(
             "default: the errors in rac_run.json",
         ),
     ] = None,
-    source: Source = "arithmetic",
-    column: Column = None,
-    as_json: AsJson = False,
+    source: options.Source = "arithmetic",
+    column: options.Column = None,
+    as_json: options.AsJson = False,
 ) -> None:
     """Show the content of a checkpoint, and whether serving it here is faster; if not, why not.
 
@@ -69,7 +60,7 @@ def inspect(
         return
     report, rows = plan_checkpoint(folder)
     if as_json:
-        print_json(_as_dict(report, rows))
+        options.print_json(_as_dict(report, rows))
     else:
         typer.echo(render_report(report))
     if not report.sound:
@@ -100,9 +91,9 @@ def _choose_activations(
     original = None
     if dense is not None:
         check_model(resolve(dense))
-    model, tokenizer = load_on_accelerator(str(folder), Dtype.FLOAT32)
+    model, tokenizer = load_on_accelerator(str(folder), options.Dtype.FLOAT32)
     if dense is not None:
-        original, _ = load_on_accelerator(dense, Dtype.FLOAT32)
+        original, _ = load_on_accelerator(dense, options.Dtype.FLOAT32)
         check_original(model, original, layers)
     problems = held_out_problems(source, _SAMPLES, column=column)
     prompt, _ = choose_prompt({str(folder): recorded_prompts(str(folder))})
@@ -112,16 +103,18 @@ def _choose_activations(
     chosen = [name for name, row in entry["layers"].items() if row["bits"] == 8]
     record_activations(folder, chosen, entry)
     if as_json:
-        print_json(entry)
+        options.print_json(entry)
         return
-    typer.echo(render_results(activations_table(entry)))
+    typer.echo(options.render_results(activations_table(entry)))
     typer.echo(f"written into config.json of {folder}")
 
 
 def render_report(report: CheckpointReport) -> str:
     """Return a table with a row per matrix, and the totals; lines are not broken."""
-    table = render_table(_HEAD, [_cells(row) for row in report.modules], text_columns=5)
-    return "\n".join([f"{report.folder}: {report.format}", table, *map(printable, totals(report))])
+    table = options.render_table(_HEAD, [_cells(row) for row in report.modules], text_columns=5)
+    return "\n".join(
+        [f"{report.folder}: {report.format}", table, *map(options.printable, totals(report))]
+    )
 
 
 def _as_dict(report: CheckpointReport, rows: Sequence[PlanRow]) -> dict[str, Any]:

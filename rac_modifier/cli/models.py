@@ -138,7 +138,7 @@ def check_output(output: Path, source: str, *, keeps_groups: bool = False) -> No
         check_room,
     )
 
-    check_output_folder(output, Path(source) if Path(source).is_dir() else None, 0)
+    check_output_folder(output, Path(source))
     if (size := bytes_of_weights(source)) is not None:
         # the dense weights and the packed ones, while they are packed in place
         check_room(output, 2 * size, size if keeps_groups else 0)

@@ -60,7 +60,7 @@ def pack(
     with resumable(lambda: saving_step(target)):
         source = local_folder(resolve(model))
         if target is not None:
-            check_output_folder(target, source, 0)
+            check_output_folder(target, source)
         plan = plan_packing(source, drop_negative_zeros)
         summary = None if target is None else asdict(pack_model(plan, target, model))
     if as_json:

@@ -7,24 +7,16 @@ from typing import Annotated
 
 import typer
 
+from rac_modifier.cli import options
 from rac_modifier.cli.models import check_loading, check_model, check_output, resolve, unpacked
-from rac_modifier.cli.options import (
-    Dtype,
-    Model,
-    Overrides,
-    Precision,
-    Recipe,
-    resumable,
-    saving_step,
-)
 
 
 def prune(
-    model: Model,
+    model: options.Model,
     output: Annotated[Path, typer.Argument(help="folder for the checkpoint; new or empty")],
-    recipe: Recipe,
-    set_: Overrides = None,
-    precision: Precision = Dtype.AUTO,
+    recipe: options.Recipe,
+    set_: options.Overrides = None,
+    precision: options.Precision = options.Dtype.AUTO,
     check: Annotated[
         bool, typer.Option("--check", help="only check the command: nothing is written")
     ] = False,
@@ -45,7 +37,7 @@ def prune(
     if check:
         typer.echo(f"{recipe}, {model} and {output} are fine; run the command without --check")
         return
-    with resumable(lambda: _how_to_go_on(output)):
+    with options.resumable(lambda: _how_to_go_on(output)):
         import yaml
         from llmcompressor import oneshot
 
@@ -69,4 +61,4 @@ def _how_to_go_on(output: Path) -> str:
     results = "the traces that were collected"
     if unfinished(output).is_dir():
         results += f" and what is pruned so far ({unfinished(output)})"
-    return saving_step(output, f"{results} are kept and will be used")
+    return options.saving_step(output, f"{results} are kept and will be used")

@@ -9,18 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rac_modifier.cli import options
 from rac_modifier.cli.answering import own_server
 from rac_modifier.cli.models import load, load_tokenizer, resolve, subject_of
-from rac_modifier.cli.options import (
-    AsJson,
-    Dtype,
-    Model,
-    Overrides,
-    Precision,
-    Recipe,
-    print_json,
-    resumable,
-)
 from rac_modifier.errors import RacError
 
 if TYPE_CHECKING:
@@ -52,17 +43,17 @@ Select = Annotated[
 
 @app.command("collect", short_help="Sample the traces that a recipe will calibrate on.")
 def collect(
-    model: Model,
-    recipe: Recipe,
-    set_: Overrides = None,
+    model: options.Model,
+    recipe: options.Recipe,
+    set_: options.Overrides = None,
     serve: Annotated[
         bool, typer.Option("--serve", help="sample with a vllm serve, which is stopped at the end")
     ] = False,
     concurrency: Annotated[
         int, typer.Option(min=1, max=4096, help="with --serve: traces in progress at once")
     ] = _CONCURRENCY,
-    precision: Precision = Dtype.AUTO,
-    as_json: AsJson = False,
+    precision: options.Precision = options.Dtype.AUTO,
+    as_json: options.AsJson = False,
 ) -> None:
     """Sample the traces that a recipe will calibrate on, and with `recover:` train on.
 
@@ -91,7 +82,7 @@ def collect(
     if serve:
         server = own_server(model, precision, concurrency, traces.sampling.max_new_tokens)
     with (
-        resumable("the traces that were collected are kept; run the same command again to go on"),
+        options.resumable("the traces so far are kept; run the same command again to go on"),
         server as engine,
     ):
         loaded, tokenizer = subject_of(model) if engine else load(model, precision)
@@ -113,7 +104,7 @@ def collect(
         for part, pool in pools.items()
     }
     if as_json:
-        print_json({"parts": figures})
+        options.print_json({"parts": figures})
         return
     for part, row in figures.items():
         typer.echo(f"{row['store']}: {row['traces']:,} traces, {row['tokens']:,} tokens")
@@ -130,7 +121,7 @@ def inspect(
     ] = None,
     select: Select = None,
     model: StoresModel = None,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Print what a trace store holds: model, problems, settings, counts, lengths, first traces.
 
@@ -138,34 +129,29 @@ def inspect(
     """
     from dataclasses import asdict
 
-    from rac_modifier.traces.report import (
-        count_endings,
-        describe_store,
-        read_select,
-        selected_figures,
-    )
+    from rac_modifier.traces import report
     from rac_modifier.traces.store import TraceStore
 
     opened = TraceStore.read(store)
-    settings = read_select(select)
+    settings = report.read_select(select)
     count = (0 if as_json else 1) if samples is None else samples
     if not as_json:  # before the tokenizer is loaded, which may be missing
-        typer.echo(describe_store(opened))
+        typer.echo(report.describe_store(opened))
     selected: dict[str, Any] = {}
     shown: list[dict[str, Any]] = []
     if count or settings is not None:
         tokenizer = _tokenizer_of(opened, model, "or give --samples 0 alone for the counts")
         if settings is not None:
-            selected = selected_figures(opened, tokenizer, settings)
+            selected = report.selected_figures(opened, tokenizer, settings)
         shown = [_sample(trace, tokenizer) for trace in islice(opened, count)]
     if as_json:
         figures = {
             "store": opened.path,
             "header": opened.header.model_dump(mode="json"),
             "counts": asdict(opened.counts),
-            "endings": count_endings(opened),
+            "endings": report.count_endings(opened),
         }
-        print_json(figures | selected | ({"samples": shown} if shown else {}))
+        options.print_json(figures | selected | ({"samples": shown} if shown else {}))
         return
     if selected:
         typer.echo(f"selection   {selected['selection']}; {selected['selected_tokens']:,} tokens")
@@ -195,10 +181,10 @@ def export(
     Example: rac traces export traces.jsonl traces.parquet --text
     """
     from rac_modifier.calibration.dataset import export_store
-    from rac_modifier.traces.report import read_select
+    from rac_modifier.traces import report
     from rac_modifier.traces.store import TraceStore
 
-    settings = read_select(select)
+    settings = report.read_select(select)
     needs_tokenizer = text or (settings is not None and settings.checks_answers)
     if model is not None and not needs_tokenizer:
         raise RacError(f"--model {model} has no effect without --text; leave it out, or add --text")

@@ -20,7 +20,7 @@ from loguru import logger
 from pydantic import TypeAdapter, ValidationError
 from tqdm import tqdm
 
-from rac_modifier.errors import RacError
+from rac_modifier.errors import RacError, refusing
 from rac_modifier.evaluation.accuracy import check_problems
 from rac_modifier.evaluation.results import EvalResult, summarise
 from rac_modifier.evaluation.stopping import row_of_text
@@ -151,13 +151,9 @@ def _digest(value: object) -> str:
 @contextlib.contextmanager
 def _open_answers(path: Path) -> Iterator[tuple[BinaryIO, dict[str, ChatAnswer]]]:
     """Open, lock and read a file of answers; a line that a kill cut is removed."""
-    try:
+    with refusing(f"{path} cannot be opened", "name a file that can be written", OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a+b")
-    except OSError as error:
-        raise RacError(
-            f"{path} cannot be opened ({error.strerror}); name a file that can be written"
-        ) from error
     with file:
         if not lock(file.fileno(), path, 0.0):
             raise RacError(f"{path} is in use by another evaluation; wait for it to end")

@@ -11,12 +11,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from rac_modifier.errors import RacError
-from rac_modifier.evaluation.intervals import (
-    difference_interval,
-    mcnemar,
-    mean_pass_at,
-    share_interval,
-)
+from rac_modifier.evaluation import intervals
 from rac_modifier.evaluation.stopping import Ending, Row, TokenInflation, summary, token_inflation
 from rac_modifier.files import read_json
 from rac_modifier.settings.sampling import SamplingSettings
@@ -66,7 +61,7 @@ def summarise(
     correct = {name: sum(row.correct for row in answers) for name, answers in by_problem.items()}
     (samples,) = {len(answers) for answers in by_problem.values()}
     shares = [count / samples for count in correct.values()]
-    low, high = share_interval(shares)
+    low, high = intervals.share_interval(shares)
     tasks = sorted({row.task for row in rows if row.task is not None})
     tokens = sum(row.ending.tokens for row in rows) if generated is None else generated
     return EvalResult(
@@ -77,7 +72,7 @@ def summarise(
         accuracy=fmean(shares),
         ci_low=low,
         ci_high=high,
-        pass_at=mean_pass_at(list(correct.values()), samples),
+        pass_at=intervals.mean_pass_at(list(correct.values()), samples),
         mean_thinking_tokens=fmean(row.ending.thinking_tokens for row in rows),
         mean_completion_tokens=fmean(row.ending.tokens for row in rows),
         unfinished_share=fmean(row.ending.truncated for row in rows),
@@ -139,11 +134,11 @@ def paired_difference(first: EvalResult, second: EvalResult) -> PairedDifference
         (first.correct_answers[name] / samples, count / samples)
         for name, count in second.correct_answers.items()
     ]
-    low, high = difference_interval([b - a for a, b in pairs])
+    low, high = intervals.difference_interval([b - a for a, b in pairs])
     lost = gained = p_value = None
     if samples == 1:
         lost, gained = sum(a > b for a, b in pairs), sum(b > a for a, b in pairs)
-        p_value = mcnemar(lost, gained)
+        p_value = intervals.mcnemar(lost, gained)
     return PairedDifference(
         first=first.label,
         second=second.label,

@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from rac_modifier.errors import RacError
-from rac_modifier.model_tools import StopForward
+from rac_modifier.model_tools import input_of
 from rac_modifier.problems.source import Problem
 from rac_modifier.sampling.generate import generate
 from rac_modifier.sampling.prompts import render_question
@@ -104,17 +104,8 @@ def output_head(model: Any) -> Any:
 
 def input_of_head(model: Any, ids: torch.Tensor) -> torch.Tensor:
     """Return the input of the output head, [rows, tokens, d], for `ids` [rows, tokens]."""
-    inputs: list[torch.Tensor] = []
-
-    def keep(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        inputs.append(args[0])
-        raise StopForward
-
-    hook = output_head(model).register_forward_pre_hook(keep)
-    try:
-        model(input_ids=ids.to(model.device), use_cache=False)
-    except StopForward:
-        return inputs[0]
-    finally:
-        hook.remove()
-    raise RacError(f"{type(model).__name__} does not call its output embeddings")
+    head, ids = output_head(model), ids.to(model.device)
+    states = input_of(head, lambda: model(input_ids=ids, use_cache=False))
+    if states is None:
+        raise RacError(f"{type(model).__name__} does not call its output embeddings")
+    return states

@@ -9,22 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
-from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
-
-from rac_modifier.errors import RacError
+from rac_modifier.errors import RacError, refusing
 from rac_modifier.files import lock, read_json, write_json_atomic, write_text_atomic
 
 VERSION = 2  # changes when a reader of the old files would misread the new ones
 ROWS, ABOUT, TRACES, MODELS = "rows.jsonl", "frontier.json", "traces", "models"
-
-
-class _Row(TypedDict):
-    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
-    label: str
-
-
-_ROW = TypeAdapter(_Row)
 
 
 class FrontierFolder:
@@ -102,13 +91,9 @@ class FrontierFolder:
         return self.folder / TRACES / f"{slug(label)}.json"
 
     def __enter__(self) -> FrontierFolder:
-        try:
+        with refusing(f"{self.folder}: cannot be written to", "name another folder", OSError):
             (self.folder / TRACES).mkdir(parents=True, exist_ok=True)
             self._lock = (self.folder / ".lock").open("w")
-        except OSError as error:
-            raise RacError(
-                f"{self.folder}: cannot be written to ({error}); name another folder"
-            ) from error
         try:
             if not lock(self._lock.fileno(), self.folder, patience=0):
                 raise RacError(
@@ -137,13 +122,11 @@ def _line(content: Mapping[str, Any]) -> str:
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
+    step = "remove this line, and run the grid again"
     for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else (), 1):
-        try:
-            _ROW.validate_json(line)
-            rows.append(json.loads(line))  # with its keys in their order
-        except ValidationError as error:
-            raise RacError(
-                f"{path}, line {number}: no row of rac frontier ({error.errors()[0]['msg']}); "
-                "remove this line, and run the grid again"
-            ) from error
+        problem = f"{path}, line {number}: no row of rac frontier"
+        with refusing(problem, step, ValueError, TypeError, LookupError, RecursionError):
+            rows.append(json.loads(line))
+            if not isinstance(rows[-1]["label"], str):
+                raise ValueError("its label is no text")
     return rows

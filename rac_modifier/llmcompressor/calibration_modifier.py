@@ -15,15 +15,9 @@ from transformers import AutoTokenizer, PreTrainedModel
 from rac_modifier.calibration.calibration_set import CalibrationSet, build_calibration_set
 from rac_modifier.calibration.loader import CalibrationLoader
 from rac_modifier.checkpoint.saving import SavePlan, save_with_record
-from rac_modifier.errors import RacError
+from rac_modifier.errors import RacError, refusing
 from rac_modifier.evaluation.divergence import RunDivergence
-from rac_modifier.llmcompressor.checks import (
-    check_arguments,
-    check_autoround,
-    check_first,
-    find_oneshot,
-    given_tokenizer,
-)
+from rac_modifier.llmcompressor import checks
 from rac_modifier.llmcompressor.pipeline import SessionRun, put_in_place, take_away
 from rac_modifier.llmcompressor.recovery_stage import RecoveryStage
 from rac_modifier.llmcompressor.run import Run
@@ -85,7 +79,7 @@ class CalibratingModifier(CalibrationEntry, Modifier):
     def check_run(self, state: State, *, prunes: bool) -> None:
         """Refuse what cannot work, before anything is sampled (RacError)."""
         name, modifiers = type(self).__name__, self.other_modifiers()
-        check_autoround(modifiers)
+        checks.check_autoround(modifiers)
         self._processes = present_processes()
         alone = not any(modifier.requires_calibration_data for modifier in modifiers)
         if self._processes.count > 1 and not (prunes and alone):
@@ -100,11 +94,11 @@ class CalibratingModifier(CalibrationEntry, Modifier):
                 f"{name} has no effect next to another modifier that calibrates the whole "
                 "recipe: write one, with targets that cover both"
             )
-        self._oneshot = find_oneshot()
+        self._oneshot = checks.find_oneshot()
         if self._oneshot is not None:
-            check_arguments(self._oneshot, name, prunes=prunes)
+            checks.check_arguments(self._oneshot, name, prunes=prunes)
             model = state.model.config._name_or_path
-            self._given_tokenizer = given_tokenizer(self._oneshot, self.tokenizer, model)
+            self._given_tokenizer = checks.given_tokenizer(self._oneshot, self.tokenizer, model)
         if state.data.calib is not None:
             raise RacError(
                 f"the session was given calibration data, and {name} brings its own: leave "
@@ -180,13 +174,10 @@ class CalibratingModifier(CalibrationEntry, Modifier):
         if self._given_tokenizer is not None:
             return self._given_tokenizer
         source = self.tokenizer or model.config._name_or_path
-        try:
+        problem = f"no tokenizer could be loaded from {source!r}"
+        step = "name one in the recipe (tokenizer: path or id)"
+        with refusing(problem, step, OSError, ValueError):
             return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise RacError(
-                f"no tokenizer could be loaded from {source!r} ({error}); name one in the "
-                "recipe (tokenizer: path or id)"
-            ) from error
 
 
 class ReasoningAwareCalibrationModifier(CalibratingModifier):
@@ -197,7 +188,7 @@ class ReasoningAwareCalibrationModifier(CalibratingModifier):
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """Check that some modifier calibrates, then build the calibration set."""
         self.check_run(state, prunes=False)
-        check_first(active_session().lifecycle.recipe.modifiers)
+        checks.check_first(active_session().lifecycle.recipe.modifiers)
         modifiers = self.other_modifiers()
         if not any(modifier.requires_calibration_data for modifier in modifiers):
             names = ", ".join(type(m).__name__ for m in modifiers) or "nothing else"

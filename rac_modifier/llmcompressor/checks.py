@@ -82,7 +82,7 @@ def check_arguments(oneshot: Oneshot, modifier: str, *, prunes: bool) -> None:
             logger.warning(str(error))
     if oneshot.output_dir is not None:  # upstream saves a stage to a folder of its name
         stage = arguments.stage if arguments else None
-        check_output_folder(Path(oneshot.output_dir, stage or ""), None, 0)
+        check_output_folder(Path(oneshot.output_dir, stage or ""))
 
 
 def given_tokenizer(oneshot: Oneshot, recipes: str | None, model: str) -> Any:

@@ -94,18 +94,16 @@ class _ExpertTokens:
             routed_rows(batch.chosen, real, layer.module.num_experts)
             for batch, real in zip(batches, self._counted, strict=True)
         ]
-        self._router: torch.Tensor | None = None
-        if layer.router is not None:
-            with align_module_device(layer.router):
-                weight = layer.router.get_parameter("weight").detach()
-                self._router = weight.to(device, torch.float32)
+        with align_module_device(layer.router):
+            weight = layer.router.get_parameter("weight").detach()
+            self._router = weight.to(device, torch.float32)
         self._least: list[torch.Tensor] | None = None
 
     def rows(self, expert: Expert) -> Sequence[torch.Tensor]:
         """Return the numbers of an expert's tokens in each batch."""
         floor, processes = self._run.entry.expert_floor, self._run.processes
         routed = [rows[expert.number] for rows in self._routed]
-        near = None if self._router is None else partial(self._nearness, expert.number)
+        near = partial(self._nearness, expert.number)
         numbers = [batch.number for batch in self._batches]
         rows, self.counts[expert.name] = filled_up(
             routed, self._counted, floor, processes, near, numbers
@@ -114,7 +112,6 @@ class _ExpertTokens:
 
     def _nearness(self, number: int) -> list[torch.Tensor]:
         """Return per token an expert's logit, less the least of the chosen experts."""
-        assert self._router is not None
         if self._least is None:
             k = self._batches[0].chosen.shape[1]
             self._least = [x.topk(k).values[:, -1] for x in self._logits(self._router)]

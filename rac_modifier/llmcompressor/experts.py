@@ -14,7 +14,7 @@ from llmcompressor.modeling.moe import context
 from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
 from loguru import logger
 
-from rac_modifier.model_tools import StopForward
+from rac_modifier.model_tools import input_of
 from rac_modifier.pruning.routed_tokens import ExpertTokens
 
 _FIRST, _LAST = ("gate_proj", "up_proj"), "down_proj"
@@ -37,19 +37,9 @@ class Expert:
 
     def input_of_down(self, x: torch.Tensor) -> torch.Tensor:
         """Return what down reads [tokens, width] for tokens `x` [tokens, hidden]."""
-        inputs: list[torch.Tensor] = []
-
-        def stop(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            inputs.append(args[0])
-            raise StopForward
-
-        hook = getattr(self.module, _LAST).register_forward_pre_hook(stop)
-        try:
-            with contextlib.suppress(StopForward):
-                self.module(x)
-        finally:
-            hook.remove()
-        return inputs[0]
+        inputs = input_of(getattr(self.module, _LAST), lambda: self.module(x))
+        assert inputs is not None
+        return inputs
 
 
 @dataclass(frozen=True)
@@ -59,7 +49,7 @@ class RoutedExperts:
     name: str
     module: LinearExperts2D
     experts: list[Expert]  # those with modules that are pruned
-    router: torch.nn.Module | None  # its weight [experts, hidden] gives the logits
+    router: torch.nn.Module  # its weight [experts, hidden] gives the logits
 
     @property
     def modules(self) -> list[torch.nn.Module]:
@@ -70,7 +60,7 @@ class RoutedExperts:
 def find_experts(
     model: torch.nn.Module, names: Mapping[torch.nn.Module, str]
 ) -> list[RoutedExperts]:
-    """Return the layers of routed experts that have modules among `names`."""
+    """Return the layers of routed experts, of known form, that have modules among `names`."""
     layers = []
     for name, module in model.named_modules():
         if getattr(type(module), "forward", None) is not LinearExperts2D.forward:
@@ -87,17 +77,19 @@ def find_experts(
             last = [linears[_LAST]] if linears[_LAST] in names else []
             experts.append(Expert(f"{name}.{number}", number, module[number], first, last))
         else:
-            if targeted := [expert for expert in experts if expert.groups]:
-                router = _router(model, name, module.num_experts)
+            targeted, router = [e for e in experts if e.groups], _router(model, name, module)
+            if targeted and router is not None:
                 layers.append(RoutedExperts(name, module, targeted, router))
     return layers
 
 
-def _router(model: torch.nn.Module, name: str, experts: int) -> torch.nn.Module | None:
-    """Return the module next to the experts with a row of weights per expert."""
-    for module in model.get_submodule(name.rpartition(".")[0]).children():
+def _router(model: torch.nn.Module, name: str, experts: LinearExperts2D) -> torch.nn.Module | None:
+    """Return the module next to the experts, or inside of such a one, with a row per expert."""
+    siblings = model.get_submodule(name.rpartition(".")[0]).children()
+    for module in (m for sibling in siblings if sibling is not experts for m in sibling.modules()):
         weight = getattr(module, "weight", None)
-        if isinstance(weight, torch.Tensor) and weight.ndim == 2 and weight.shape[0] == experts:
+        is_matrix = isinstance(weight, torch.Tensor) and weight.ndim == 2
+        if is_matrix and weight.shape[0] == experts.num_experts:
             return module
     return None
 
@@ -117,11 +109,9 @@ def report_tokens(layer: str, tokens: Mapping[str, ExpertTokens], floor: int) ->
     )
     starved = {expert: asdict(counts) for expert, counts in tokens.items() if counts.added}
     if starved:
-        evenly = any(counts["evenly"] for counts in starved.values())
-        added = "evenly spread tokens (the router is unknown)" if evenly else "the nearest ones"
         logger.warning(
             f"{layer}: fewer than expert_floor ({floor:,}) tokens are routed to "
-            f"{len(starved)} experts; {added} were added to calibrate them; raise "
+            f"{len(starved)} experts; the nearest ones were added to calibrate them; raise "
             "calibration.tokens for more of their own"
         )
     of_layer = {"least": least, "median": median, "most": most}

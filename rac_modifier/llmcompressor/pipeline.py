@@ -95,7 +95,17 @@ class ReasoningAwareSequentialPipeline(SequentialPipeline):
         session, ours, run = active_session(), self._ours, self._ours.run
         modifiers = session.lifecycle.recipe.modifiers
         if run is not None and any(modifier is run.entry for modifier in modifiers):
-            _prune(model, ours, run, dataset_args)
+            onload = get_main_device()
+            offload = torch.device(dataset_args.sequential_offload_device)
+            set_onload_device(model, onload)
+            sample = next(iter(ours.loader))
+            plan = make_plan(model, sample, run.names, run.entry.order, dataset_args)
+            stages, order, why = plan
+            run.use_order(order, why)
+            forecast = Forecast.of(run, model, ours.loader, by_layer=order == "layer")
+            forecast.check(onload, offload, run.processes.count)
+            run.resume.begin({"order": order, **ours.calibration.identity()})
+            run_stages(model, ours.loader, stages, run, onload, offload)
             return
         loader = ours.loader.unpadded()
         if any(map(is_autoround, modifiers)):
@@ -110,18 +120,3 @@ class ReasoningAwareSequentialPipeline(SequentialPipeline):
                 no_pin = patch_attr(IntermediatesCache, "pin_memory", lambda *_, **__: None)
                 stack.enter_context(no_pin)
             SequentialPipeline.__call__(model, loader, dataset_args)
-
-
-def _prune(
-    model: PreTrainedModel, ours: SessionRun, run: Run, dataset_args: DatasetArguments
-) -> None:
-    """Plan the run, check its memory, and go through it in our own loop."""
-    onload, offload = get_main_device(), torch.device(dataset_args.sequential_offload_device)
-    set_onload_device(model, onload)
-    sample = next(iter(ours.loader))
-    stages, order, why = make_plan(model, sample, run.names, run.entry.order, dataset_args)
-    run.use_order(order, why)
-    forecast = Forecast.of(run, model, ours.loader, by_layer=order == "layer")
-    forecast.check(onload, offload, run.processes.count)
-    run.resume.begin({"order": order, **ours.calibration.identity()})
-    run_stages(model, ours.loader, stages, run, onload, offload)

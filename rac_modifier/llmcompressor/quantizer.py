@@ -18,7 +18,7 @@ from compressed_tensors.utils import (
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from transformers import PreTrainedModel
 
-from rac_modifier.errors import RacError
+from rac_modifier.errors import RacError, refusing
 from rac_modifier.quantization.grid import Grid
 from rac_modifier.quantization.schemes import describe_scheme, grid_of
 from rac_modifier.recovery.on_grid import QuantizedWeight
@@ -133,10 +133,7 @@ def _checked_groups(settings: QuantizationSettings) -> dict[str, dict[str, Any]]
         name: {"targets": ["Linear"], **group} for name, group in settings.config_groups.items()
     }
     for name, group in groups.items():
-        try:
+        step = "see compressed-tensors' QuantizationScheme"
+        with refusing(f"config_groups.{name}: no scheme", step, ValueError, NotImplementedError):
             QuantizationScheme.model_validate(group)
-        except (ValueError, NotImplementedError) as error:
-            raise RacError(
-                f"config_groups.{name}: {error}; see compressed-tensors' QuantizationScheme"
-            ) from error
     return groups

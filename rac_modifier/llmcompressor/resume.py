@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 
 from rac_modifier.checkpoint.files import write_tensors_atomic
 from rac_modifier.checkpoint.output_folder import check_room
-from rac_modifier.errors import RacError
+from rac_modifier.errors import RacError, refusing
 from rac_modifier.files import read_json, remove_folder, write_json_atomic
 from rac_modifier.model_tools import accelerator
 
@@ -161,15 +161,10 @@ class Resume:
             "the groups that were written"
         )
 
-    @contextlib.contextmanager
-    def _reading(self, path: Path) -> Iterator[None]:
-        """Refuse a damaged file (RacError)."""
-        try:
-            yield
-        except (OSError, SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
-            raise RacError(
-                f"{path}: cannot be read ({error}); remove {self._folder} to start anew"
-            ) from error
+    def _reading(self, path: Path) -> contextlib.AbstractContextManager[None]:
+        step = f"remove {self._folder} to start anew"
+        damage = (OSError, SafetensorError, AttributeError, KeyError, TypeError, ValueError)
+        return refusing(f"{path}: cannot be read", step, *damage)
 
 
 def _changes(before: Any, now: Any) -> str:

@@ -96,34 +96,20 @@ def prune(
                     keep = _keep(z[part], scale[part], patterns[0], above)
                 else:
                     keep = (~pruned[part]).to(z)
-                _pull(z[part], target[part], keep, penalty[part], pull[part], rho, before)
+                # Z - a D + a T, and a diag(rho_j) (D - U - T); U is rescaled from rho = `before`
+                kept = keep.mul_(z[part])
+                if rho != before:
+                    z[part].sub_(kept).mul_(before / rho).add_(kept)
+                moved = kept - target[part]
+                kept.sub_(z[part]).add_(moved)
+                pull[part].copy_(kept.mul_(penalty[part] * (rho * _RELAXATION)))
+                z[part].sub_(moved, alpha=_RELAXATION)
             before, iteration = rho, iteration + 1
             add_solution(z, pull)
             del pull  # while there are scores
     assert pruned is not None, "the last iterations have the final mask"
     z.masked_fill_(pruned, 0.0)
     return pruned, dampening
-
-
-def _pull(
-    z: torch.Tensor,
-    target: torch.Tensor,
-    keep: torch.Tensor,
-    penalty: torch.Tensor,
-    pull: torch.Tensor,
-    rho: float,
-    before: float,
-) -> None:
-    """Write Z - a D + a T to `z` and a diag(rho_j) (D - U - T) to `pull`, for a few inputs.
-
-    U is rescaled from rho = `before`. `keep`, 1.0 for what D keeps of Z, is overwritten.
-    """
-    d = keep.mul_(z)
-    if rho != before:
-        z.sub_(d).mul_(before / rho).add_(d)
-    moved = d - target
-    pull.copy_(d.sub_(z).add_(moved).mul_(penalty * (rho * _RELAXATION)))
-    z.sub_(moved, alpha=_RELAXATION)
 
 
 def _thresholds(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -25,11 +24,10 @@ def routed_rows(chosen: torch.Tensor, counted: torch.Tensor, experts: int) -> li
 
 @dataclass(frozen=True)
 class ExpertTokens:
-    """Tokens that calibrate an expert: `routed` to it, and `added` `evenly` or by nearness."""
+    """Tokens that calibrate an expert: `routed` to it, and `added` by nearness."""
 
     routed: int
     added: int
-    evenly: bool = False
 
 
 Rows = Sequence[torch.Tensor]  # a tensor per batch
@@ -40,14 +38,13 @@ def filled_up(
     counted: Rows,
     floor: int,
     processes: Processes,
-    nearness: Callable[[], Rows] | None,
+    nearness: Callable[[], Rows],
     numbers: Sequence[int],
 ) -> tuple[list[torch.Tensor], ExpertTokens]:
     """Fill up the `rows` that are routed to an expert in each batch to `floor` tokens.
 
-    Add `counted` tokens that are routed elsewhere: those with the highest `nearness`, a number per
-    token, or without it evenly spread tokens. Several processes share the batches; `numbers` are
-    the places of this one's among all.
+    Add `counted` tokens that are routed elsewhere, with the highest `nearness`, a number per token.
+    Several processes share the batches; `numbers` are the places of this one's among all.
     """
     routed = int(processes.sums(sum(map(len, rows)))[0])
     missing = max(floor - routed, 0)
@@ -57,34 +54,14 @@ def filled_up(
         real.index_fill(0, places, False).nonzero().flatten()
         for places, real in zip(rows, counted, strict=True)
     ]
-    if nearness is None:
-        picked = _evenly([len(places) for places in free], missing, numbers, processes)
-    else:
-        near = [values[places] for values, places in zip(nearness(), free, strict=True)]
-        picked = _nearest(near, missing, numbers, processes)
+    near = [values[places] for values, places in zip(nearness(), free, strict=True)]
+    picked = _nearest(near, missing, numbers, processes)
     filled = [
         torch.cat([before, places[torch.tensor(chosen, device=places.device, dtype=torch.long)]])
         for before, places, chosen in zip(rows, free, picked, strict=True)
     ]
     added = int(processes.sums(sum(map(len, picked)))[0])
-    return [x.sort().values for x in filled], ExpertTokens(routed, added, nearness is None)
-
-
-def _evenly(
-    sizes: Sequence[int], missing: int, numbers: Sequence[int], processes: Processes
-) -> list[list[int]]:
-    """Pick evenly spread places of the free tokens of each batch; `sizes` counts these."""
-    pairs = [list(pair) for pair in zip(numbers, sizes, strict=True)]
-    before, total = {}, 0
-    for number, size in sorted(pair for rank in processes.from_all(pairs) for pair in rank):
-        before[number], total = total, total + size
-    added = min(missing, total)
-    spread = [i * total // added for i in range(added)]
-    picked = []
-    for number, size in pairs:
-        first, last = (bisect_left(spread, before[number] + end) for end in (0, size))
-        picked.append([place - before[number] for place in spread[first:last]])
-    return picked
+    return [x.sort().values for x in filled], ExpertTokens(routed, added)
 
 
 def _nearest(

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from rac_modifier.checkpoint.files import write_tensors_atomic
-from rac_modifier.errors import RacError
+from rac_modifier.errors import RacError, refusing
 from rac_modifier.files import lock
 from rac_modifier.recovery.student import Student
 
@@ -39,11 +39,10 @@ class Progress:
 
 def hold(folder: Path) -> IO[str]:
     """Lock a folder until the file is closed (RacError: another process has it, not writable)."""
-    try:
+    step = "name another folder (recover.folder)"
+    with refusing(f"{folder}: cannot be written to", step, OSError):
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / _LOCK).open("a+")
-    except OSError as error:
-        raise RacError(f"{folder}: {error}; name another folder (recover.folder)") from error
     file.seek(0)
     holder = file.read()
     if not lock(file.fileno(), folder, patience=0):
@@ -52,7 +51,7 @@ def hold(folder: Path) -> IO[str]:
         file.close()
         raise RacError(
             f"{folder} is in use by another process (pid {holder}), which recovers the same model; "
-            "wait for it to end, or name another folder (recover.folder)"
+            f"wait for it to end, or {step}"
         )
     file.truncate(0)
     file.write(str(os.getpid()))
@@ -76,14 +75,11 @@ def save_state(
     if not student.processes.is_first:
         return
     about = {name: value for name, value in vars(progress).items() if name != "best"}
-    try:
+    problem = f"{folder}: the state of the recovery run cannot be written"
+    step = "make room, then start the same command again: it goes on after the last state"
+    with refusing(problem, step, OSError, SafetensorError):
         folder.mkdir(parents=True, exist_ok=True)
         write_tensors_atomic(folder / _FILE, tensors, {"about": json.dumps(about)})
-    except (OSError, SafetensorError) as error:
-        raise RacError(
-            f"{folder}: the state of the recovery run cannot be written ({error}); make room, then "
-            "start the same command again: it goes on after the last state"
-        ) from error
 
 
 @torch.no_grad()
@@ -94,27 +90,27 @@ def load_state(
     path = folder / _FILE
     if not path.exists():
         return Progress(key)
-    try:
-        with safe_open(path, framework="pt") as file:
-            about: dict[str, Any] = json.loads(file.metadata()["about"])
-            if about.pop("key") != key:
-                return Progress(key)
-            about["curve"] = [(step, kl) for step, kl in about["curve"]]
-            progress = Progress(key, **about)
-            for name in file.keys():  # noqa: SIM118 - not a dict
-                part, _, of = name.partition("/")
-                tensor, parameter = file.get_tensor(name), student.parameters[of]
-                if part == "step":
-                    optimizer.state[parameter][part] = tensor.to(parameter.device)
-                elif part == "best":
-                    progress.best[of] = student.shard(tensor).clone()
-                elif part == "weight":
-                    student.local(parameter).copy_(student.shard(tensor))
-                else:
-                    moment = student.shard(tensor).clone()
-                    optimizer.state[parameter][part] = student.like(of, moment)
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
-        raise RacError(
-            f"{path}: the state of a recovery run cannot be read ({error}); remove it to start anew"
-        ) from error
+    problem = f"{path}: the state of a recovery run cannot be read"
+    damage = (OSError, SafetensorError, KeyError, ValueError, TypeError)
+    with (
+        refusing(problem, "remove it to start anew", *damage),
+        safe_open(path, framework="pt") as file,
+    ):
+        about: dict[str, Any] = json.loads(file.metadata()["about"])
+        if about.pop("key") != key:
+            return Progress(key)
+        about["curve"] = [(step, kl) for step, kl in about["curve"]]
+        progress = Progress(key, **about)
+        for name in file.keys():  # noqa: SIM118 - not a dict
+            part, _, of = name.partition("/")
+            tensor, parameter = file.get_tensor(name), student.parameters[of]
+            if part == "step":
+                optimizer.state[parameter][part] = tensor.to(parameter.device)
+            elif part == "best":
+                progress.best[of] = student.shard(tensor).clone()
+            elif part == "weight":
+                student.local(parameter).copy_(student.shard(tensor))
+            else:
+                moment = student.shard(tensor).clone()
+                optimizer.state[parameter][part] = student.like(of, moment)
     return progress

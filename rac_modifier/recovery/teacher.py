@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from rac_modifier.errors import RacError
+from rac_modifier.errors import RacError, refusing
 from rac_modifier.evaluation.teacher_forcing import TokenSequence, batches_of_like_length
 from rac_modifier.model_tools import evaluating
 from rac_modifier.progress import StepProgress
@@ -33,15 +33,13 @@ class StoredTeacher:
     def __init__(self, folder: Path):
         self._folder = folder
         self._place: dict[str, str] = {}
-        try:
+        problem = f"{folder}: the dense model's states cannot be read"
+        damage = (OSError, SafetensorError, ValueError, KeyError)
+        with refusing(problem, "remove the folder", *damage):
             self.key = str(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["model"])
             for file in sorted(folder.glob("states-*.safetensors")):
                 with safe_open(file, framework="pt") as states:
                     self._place |= dict.fromkeys(states.keys(), file.name)
-        except (OSError, SafetensorError, ValueError, KeyError) as error:
-            raise RacError(
-                f"{folder}: the dense model's states cannot be read ({error}); remove the folder"
-            ) from error
 
     @classmethod
     @torch.no_grad()

@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from rac_modifier.errors import RacError
+from rac_modifier.errors import RacError, refusing
 
 Count = Annotated[int, Field(ge=1, le=10**9)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]  # as numpy takes it
@@ -127,13 +127,10 @@ def check_names(names: Any, where: str) -> None:
         if not name.startswith(PREFIX):
             continue
         pattern = name.removeprefix(PREFIX)
-        try:
+        problem = f"{where}: {name[:80]!r} is no regular expression"
+        step = "put a \\ before each of ( ) [ ] that is part of a name"
+        with refusing(problem, step, re.error, OverflowError, RecursionError):
             re.compile(pattern)
-        except (re.error, OverflowError, RecursionError) as error:
-            raise RacError(
-                f"{where}: {name[:80]!r} is no regular expression ({error}); put a \\ before each "
-                "of ( ) [ ] that is part of a name"
-            ) from error
         if _ways(pattern) > _WAYS:
             raise RacError(
                 f"{where}: {name[:80]!r} could take too long to match; use fewer of * and +, none "

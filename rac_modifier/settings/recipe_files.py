@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from rac_modifier.errors import RacError
+from rac_modifier.errors import RacError, refusing
 from rac_modifier.files import regular_file
 
 FOLDER = Path(__file__).parents[1] / "recipes"
@@ -82,12 +82,10 @@ def _refused(problem: str, where: Any) -> yaml.YAMLError:
 
 def read_yaml(path: Path, kind: str, next_step: str) -> Any:
     """Return what a YAML file holds (RacError: no such file, or what `parse_yaml` refuses)."""
-    try:
+    with refusing(f"{kind} {path} cannot be read", next_step, OSError, UnicodeDecodeError):
         if path.exists() and regular_file(path, kind).stat().st_size > _BYTES:
             raise RacError(f"{kind} {path} has over {_BYTES} bytes; {next_step}")
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RacError(f"{kind} {path} cannot be read ({error}); {next_step}") from error
     return parse_yaml(text, f"{path} is not YAML; repair it, or name another file")
 
 

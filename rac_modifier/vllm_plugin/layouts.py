@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,17 +35,17 @@ _UNUSED = ("input_scale", "input_zero_point")
 Weight = StoredWeight | Tensor  # compressed, or in floats [N, K]
 
 
-class WeightReader(Protocol):
+class WeightReader:
     """Reads one module; `dtypes`: its tensors' names and dtypes on disk (None: the model's)."""
 
     dtypes: Mapping[str, torch.dtype | None]
 
     def read(self, tensors: Mapping[str, Tensor], module: str) -> Weight:
         """Check the tensors of `module`; return its weight (RacError names a damaged one)."""
-        ...
+        raise NotImplementedError
 
 
-class CodesReader:
+class CodesReader(WeightReader):
     """Dense weights of compressed-tensors; `schemes` by module, None for a module in floats."""
 
     dtypes = PackQuantized.dtypes
@@ -67,18 +67,13 @@ class CodesReader:
         return PackQuantized.check(tensors, module, scheme)
 
 
-class Layout:
+class Layout(WeightReader):
     """How a checkpoint stores its layers. Most layouts read all layers themselves."""
 
     inner: Any = None  # vLLM's config for the layers that no reader reads
     # Names, "re:" patterns or "Linear" for all, of the compressed modules.
     targets: tuple[str, ...] = ("Linear",)
     ignore: tuple[str, ...] = ()
-    dtypes: Mapping[str, torch.dtype | None]
-
-    def read(self, tensors: Mapping[str, Tensor], module: str) -> Weight:
-        """Check the tensors of `module`; return its weight (RacError names a damaged one)."""
-        raise NotImplementedError
 
     def reader(self, layer: Any, modules: list[str]) -> WeightReader | str | None:
         """Return what reads these modules, or why vLLM's method runs them; None: dense."""

@@ -64,8 +64,8 @@ def test_what_can_be_written_to(tmp_path, monkeypatch):
         folder.mkdir()
     (tmp_path / "link").symlink_to(source)
     (tmp_path / "file").touch()
-    check_output_folder(tmp_path / "new" / "deep", source, 0)
-    check_output_folder(out, source, 0)
+    check_output_folder(tmp_path / "new" / "deep", source)
+    check_output_folder(out, source)
     (out / "model.safetensors").touch()
     for folder, message in (
         (out, "is in use"),
@@ -74,12 +74,12 @@ def test_what_can_be_written_to(tmp_path, monkeypatch):
         (tmp_path / "file" / "out", "out: .*file is a file; name another folder"),
     ):
         with pytest.raises(RacError, match=message):
-            check_output_folder(folder, source, 0)
+            check_output_folder(folder, source)
     free = shutil._ntuple_diskusage(0, 0, 3 * 2**30)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
-    check_output_folder(tmp_path / "new", source, 3 * 2**30)
+    check_room(tmp_path / "new", 3 * 2**30)
     with pytest.raises(RacError, match=r"3\.0 GiB are free, the checkpoint needs up to 3\.5 GiB"):
-        check_output_folder(tmp_path / "new", source, 7 * 2**29)
+        check_room(tmp_path / "new", 7 * 2**29)
 
 
 def test_groups_that_are_kept_need_space_until_they_are_there(tmp_path, monkeypatch):

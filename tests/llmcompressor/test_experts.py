@@ -54,14 +54,11 @@ def test_experts_of_unknown_code_are_left_out(model, monkeypatch):
 
 def test_starved_experts_are_named():
     routed = [400, 30, 100, 0, 250, 9]
-    tokens = {
-        f"{LAYER}.{i}": ExpertTokens(n, max(100 - n, 0), i == 5) for i, n in enumerate(routed)
-    }
+    tokens = {f"{LAYER}.{i}": ExpertTokens(n, max(100 - n, 0)) for i, n in enumerate(routed)}
     record = report_tokens(LAYER, tokens, 100)
     assert record["routed"] == {"least": 0, "median": 65.0, "most": 400}
     assert record["starved"] == {
-        f"{LAYER}.{i}": {"routed": routed[i], "added": 100 - routed[i], "evenly": i == 5}
-        for i in (1, 3, 5)
+        f"{LAYER}.{i}": {"routed": routed[i], "added": 100 - routed[i]} for i in (1, 3, 5)
     }
 
 

@@ -37,11 +37,10 @@ ALL = [counted.nonzero().flatten().tolist() for counted in COUNTED]
     ("floor", "near", "expected", "tokens"),
     [
         (3, None, [[1, 4], [3]], ExpertTokens(3, 0)),
-        (10, None, [[1, 2, 4, 7], [1, 3, 6, 9, 13, 17]], ExpertTokens(3, 7, evenly=True)),
         (10, lambda: NEAR, [[1, 4, 6, 7, 8, 9], [3, 17, 18, 19]], ExpertTokens(3, 7)),
-        (1000, None, ALL, ExpertTokens(3, 21, evenly=True)),
+        (1000, lambda: NEAR, ALL, ExpertTokens(3, 21)),
     ],
-    ids=["enough", "evenly", "nearest", "all"],
+    ids=["enough", "nearest", "all"],
 )
 def test_free_tokens_are_added_up_to_the_floor(floor, near, expected, tokens):
     filled, counts = filled_up(ROWS, COUNTED, floor, ALONE, near, range(len(ROWS)))
@@ -52,8 +51,7 @@ def test_free_tokens_are_added_up_to_the_floor(floor, near, expected, tokens):
 SHARES = [[0], [1, 4], [2, 5, 3]]  # the numbers of the batches of each of three processes
 
 
-@pytest.mark.parametrize("near", [False, True])
-def test_several_processes_add_the_tokens_that_one_would(near):
+def test_several_processes_add_the_tokens_that_one_would():
     sizes = (50, 40, 30, 1, 9, 20)
     counted = [torch.rand(size) > 0.2 for size in sizes]
     rows = [real.nonzero().flatten()[:: 7 + i] for i, real in enumerate(counted)]
@@ -62,12 +60,12 @@ def test_several_processes_add_the_tokens_that_one_would(near):
 
     def of(processes, numbers):
         batches = [[tensors[i] for i in numbers] for tensors in (rows, counted)]
-        values = (lambda: [nearness[i] for i in numbers]) if near else None
-        filled, tokens = filled_up(*batches, floor, processes, values, numbers)
+        values = [nearness[i] for i in numbers]
+        filled, tokens = filled_up(*batches, floor, processes, lambda: values, numbers)
         return dict(zip(numbers, (x.tolist() for x in filled), strict=True)), tokens
 
     expected, tokens = of(ALONE, list(range(6)))
-    assert tokens == ExpertTokens(floor - 30, 30, evenly=not near)
+    assert tokens == ExpertTokens(floor - 30, 30)
     assert sum(map(len, expected.values())) == floor
     results = together(3, lambda processes: of(processes, SHARES[processes.rank]))
     assert [counts for _, counts in results] == [tokens] * 3
