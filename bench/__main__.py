@@ -9,8 +9,8 @@ import sys
 from bench.common import add_common
 
 SUITES = (
-    "accuracy", "formats", "schemes", "time", "kernels", "serving", "peers", "recovery", "traces",
-    "scale",
+    "accuracy", "formats", "schemes", "experts", "time", "kernels", "serving", "peers", "recovery",
+    "traces", "scale",
 )  # fmt: skip
 
 

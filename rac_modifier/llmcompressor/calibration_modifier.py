@@ -70,11 +70,9 @@ class CalibratingModifier(CalibrationEntry, Modifier):
         assert self._calibration is not None
         return self._calibration
 
-    def other_modifiers(self, *, later: bool = False) -> list[Modifier]:
-        """Return the recipe's other modifiers; with `later` those after this one."""
-        modifiers = list(active_session().lifecycle.recipe.modifiers)
-        place = next((i for i, modifier in enumerate(modifiers) if modifier is self), -1)
-        return modifiers[place + 1 :] if later else [m for m in modifiers if m is not self]
+    def other_modifiers(self) -> list[Modifier]:
+        """Return the recipe's other modifiers."""
+        return [m for m in active_session().lifecycle.recipe.modifiers if m is not self]
 
     def check_run(self, state: State, *, prunes: bool) -> None:
         """Refuse what cannot work, before anything is sampled (RacError)."""
@@ -219,8 +217,13 @@ class ReasoningAwareCalibrationModifier(CalibratingModifier):
 
         calibrating = [m for m in self.other_modifiers() if m.requires_calibration_data]
         method = ", ".join(type(modifier).__name__ for modifier in calibrating)
+        experts = {  # REAPPruningModifier's: numbers of the experts that a layer kept
+            layer: kept
+            for modifier in calibrating
+            for layer, kept in getattr(modifier, "_retained_experts", {}).items()
+        }
         return SavePlan(
             prepare=prepare,
             after=[] if self._recovery is None else [self._recovery.remove],
-            record=self.run_record(method, {}),
+            record=self.run_record(method, {"experts_kept": experts} if experts else {}),
         )

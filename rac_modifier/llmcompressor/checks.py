@@ -110,10 +110,18 @@ def check_first(modifiers: Sequence[Modifier]) -> None:
         )
 
 
-def check_later_modifiers(ours: Modifier, later: Iterable[Modifier], *, quantizes: bool) -> None:
-    """Refuse modifiers of the recipe after `ours` that would undo its work (RacError)."""
-    for modifier in later:
-        name = type(modifier).__name__
+def check_other_modifiers(
+    ours: Modifier, modifiers: Sequence[Modifier], *, quantizes: bool
+) -> None:
+    """Refuse modifiers of the recipe that would undo the work of `ours`, or spoil it (RacError)."""
+    names = [type(modifier).__name__ for modifier in modifiers]
+    if "REAPPruningModifier" in names:
+        raise RacError(
+            f"REAPPruningModifier removes experts while {type(ours).__name__} works on them; "
+            "remove experts in a run of its own (rac_reap_50), and run this recipe on the result"
+        )
+    place = next((i for i, modifier in enumerate(modifiers) if modifier is ours), -1)
+    for name, modifier in zip(names[place + 1 :], modifiers[place + 1 :], strict=True):
         if name == "GPTQModifier":  # llm-compressor #2860
             raise RacError(
                 f"{name} after {type(ours).__name__} fills pruned weights again; leave it "
@@ -178,11 +186,11 @@ def check_recipe(recipe: dict[str, Any], model: PreTrainedModel) -> None:
         raise RacError("its recipe has no modifier; name one, such as QuantizationModifier")
     check_first(modifiers)
     check_autoround(modifiers)
-    for place, modifier in enumerate(modifiers):
+    for modifier in modifiers:
         if isinstance(modifier, PruningEntry):
             names = find_targets(model, modifier.targets, modifier.ignore, modifier.pattern)
             quantizes = modifier.quantization is not None
-            check_later_modifiers(modifier, modifiers[place + 1 :], quantizes=quantizes)
+            check_other_modifiers(modifier, modifiers, quantizes=quantizes)
             Quantizer(modifier.quantization, model, names, prunes=modifier.prunes)
     for modifier, of_modifier in zip(quantizing, schemes, strict=True):
         _check_groups(modifier, of_modifier, model)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from compressed_tensors.offload import remove_dispatch
-from llmcompressor.core import Event, State
+from llmcompressor.core import Event, State, active_session
 from llmcompressor.utils.dev import get_main_device
 from loguru import logger
 from pydantic import PrivateAttr
@@ -17,7 +17,7 @@ from rac_modifier.checkpoint.output_folder import unfinished
 from rac_modifier.checkpoint.saving import SavePlan, save_with_record
 from rac_modifier.errors import RacError
 from rac_modifier.llmcompressor.calibration_modifier import CalibratingModifier
-from rac_modifier.llmcompressor.checks import check_later_modifiers
+from rac_modifier.llmcompressor.checks import check_other_modifiers
 from rac_modifier.llmcompressor.experts import find_experts
 from rac_modifier.llmcompressor.forecast import Forecast
 from rac_modifier.llmcompressor.quantizer import Quantizer
@@ -54,7 +54,9 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
                 f"pipeline={oneshot.dataset_args.pipeline!r} runs all modifiers in one "
                 "pass, and pruning needs its own; use pipeline='independent'"
             )
-        check_later_modifiers(self, self.other_modifiers(later=True), quantizes=quantizes)
+        check_other_modifiers(
+            self, active_session().lifecycle.recipe.modifiers, quantizes=quantizes
+        )
         run = self._run = self._make_run(state.model)
         loader = self._calibration.loader if self._calibration else None  # None: to be sampled
         offload = oneshot.dataset_args.sequential_offload_device if oneshot else "cpu"

@@ -170,6 +170,10 @@ UNFIT = [
     ({NAME: {"sparsity": 0.5, "ignore": ["re:.*experts.2.*"]}}, "ignore: 're:.*experts.2.*'"),
     ({NAME: {"sparsity": 0.5, "quantization": {"scheme": "W4A16"}}}, "the group_size 128"),
     ({NAME: {"sparsity": 0.5}, "GPTQModifier": {"scheme": "W4A16"}}, "fills pruned weights again"),
+    (
+        {"REAPPruningModifier": {"sparsity": 0.5}, NAME: {"sparsity": 0.5}},
+        "remove experts in a run of its own",
+    ),
     ({"GPTQModifier": {"scheme": "W4A16", "ignore": ["lm_head"]}}, "the group_size 128"),
     ({"GPTQModifier": {"scheme": "W5A16"}}, "GPTQModifier"),
     ({"GPTQModifier": {"config_groups": {"w": {**WORDS, "targets": ["re:none"]}}}}, "no module"),

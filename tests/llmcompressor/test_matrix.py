@@ -201,6 +201,12 @@ def test_a_modifier_runs_on_our_traces(case, folders, tmp_path, monkeypatch):
         with pytest.raises(RacError, match="rotations"):
             load_model(out)
         return
+    if case.modifiers == "REAPPruning":
+        dense = load_model(folder)
+        for layer, kept in record["experts_kept"].items():
+            before, after = (m.get_submodule(layer).gate.weight for m in (dense, model))
+            torch.testing.assert_close(after.float(), before[kept].float())
+        assert len(record["experts_kept"]) == len(model.model.layers)
     for name, weight in model.named_parameters():
         if name.endswith("norm.weight"):  # AutoRound leaves those of its last layer in float32
             weight.data = weight.data.to(torch.bfloat16)

@@ -1,0 +1,146 @@
+"""Experts removed by REAP: right answers by calibration set, on the reasoner with 16 experts.
+
+    python -m bench experts --shares 0.25 0.5 --calibrations traces prompts generic
+
+The model is the embedded reasoner with each MLP cut into experts of 192 neurons, four copies of
+each quarter, four experts per token. It is trained for some minutes on the reasoner's problems.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+from bench.common import ROOT, save
+from bench.grid import COLUMNS, cells, run_grid
+from bench.models import Subject, reasoner
+from rac_modifier.reasoner import reasoner_path
+
+EXPERTS, ACTIVE = 16, 4
+STEPS, STEP_TOKENS, RATE = 200, 2048, 2e-4
+CALIBRATIONS: dict[str, dict[str, Any]] = {  # changed settings of the calibration entry
+    "traces": {},
+    "prompts": {"traces.sampling": None, "calibration.mixture": {"prompts": 1.0}},
+    "generic text": {"traces": None, "calibration.mixture": {"generic": 1.0}},
+    "half traces, half prompts": {"calibration.mixture": {"traces": 0.5, "prompts": 0.5}},
+    "right answers": {"traces.select.answers": "correct"},
+}
+TINY: dict[str, Any] = {
+    "steps": 1,
+    "shares": [0.5],
+    "calibrations": ["prompts"],
+    "seeds": [0],
+    "tokens": 512,
+    "problems": 2,
+    "cap": 24,
+}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this suite."""
+    parser.add_argument("--steps", type=int, default=STEPS, help="of training the model")
+    parser.add_argument("--shares", nargs="+", type=float, default=[0.25, 0.5, 0.75])
+    parser.add_argument(
+        "--calibrations", nargs="+", choices=CALIBRATIONS, default=list(CALIBRATIONS)
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--tokens", type=int, default=32768, help="of calibration")
+    parser.add_argument("--problems", type=int, default=600, help="held-out problems")
+    parser.add_argument("--cap", type=int, default=512, help="most new tokens of an answer")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Make the model, run the rows, and write the table."""
+    folder = options.work / "experts"
+    if not (folder / "config.json").exists():
+        make(folder, options.steps)
+    dense = reasoner(options.work)
+    subject = Subject(
+        "embedded reasoner with 16 experts", str(folder), dense.shared, dense.evaluation
+    )
+    rows = [
+        {
+            "label": f"{share:.0%} removed, {name}",
+            "recipe": {
+                "ReasoningAwareCalibrationModifier": {},
+                "REAPPruningModifier": {"sparsity": share},
+            },
+            "set": CALIBRATIONS[name],
+            "seeds": options.seeds,
+        }
+        for share, name in itertools.product(options.shares, options.calibrations)
+    ]
+    out = options.work / "experts-rows"
+    finished = run_grid(
+        subject, rows, out, tokens=options.tokens, problems=options.problems, cap=options.cap
+    )
+    save(options.out, "experts_reap", subject.name, COLUMNS, [cells(row) for row in finished])
+
+
+def make(folder: Path, steps: int) -> None:
+    """Write the model; equal steps give equal weights on one kind of machine."""
+    sys.path.insert(0, str(ROOT / "training"))
+    from reasoner_data import IGNORED, batches
+
+    tokenizer = AutoTokenizer.from_pretrained(reasoner_path())
+    dense = AutoModelForCausalLM.from_pretrained(reasoner_path(), dtype=torch.float32)
+    model = with_experts(dense)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, max(steps, 2))
+    for step, ids in enumerate(itertools.islice(batches(tokenizer, 1, 0, STEP_TOKENS), steps)):
+        output = model(
+            input_ids=ids.clamp_min(0),
+            attention_mask=(ids != IGNORED).long(),
+            labels=ids,
+            output_router_logits=True,
+        )
+        output.loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        if step % 50 == 0:
+            print(f"experts: step {step} of {steps}, loss {output.loss:.4f}", flush=True)
+    model.generation_config = dense.generation_config
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def with_experts(dense: Qwen3ForCausalLM) -> Qwen3MoeForCausalLM:
+    """Return a mixture that equals the dense model while each token meets all four quarters."""
+    torch.manual_seed(0)
+    settings = dense.config.to_dict()
+    for name in ("model_type", "architectures", "dtype"):
+        settings.pop(name, None)
+    width = dense.config.intermediate_size // ACTIVE
+    config = Qwen3MoeConfig(
+        **settings,
+        num_experts=EXPERTS,
+        num_experts_per_tok=ACTIVE,
+        moe_intermediate_size=width,
+        norm_topk_prob=True,
+    )
+    model = Qwen3MoeForCausalLM(config).float()
+    model.load_state_dict(dense.state_dict(), strict=False)
+    with torch.no_grad():
+        for layer, source in zip(model.model.layers, dense.model.layers, strict=True):
+            experts, mlp = layer.mlp.experts, source.mlp
+            for number in range(EXPERTS):
+                at = slice(width * (number % ACTIVE), width * (number % ACTIVE + 1))
+                gate_up = torch.cat([mlp.gate_proj.weight[at], mlp.up_proj.weight[at]])
+                experts.gate_up_proj[number] = gate_up
+                # the router's weights sum to 1
+                experts.down_proj[number] = ACTIVE * mlp.down_proj.weight[:, at]
+    return model

@@ -1,0 +1,77 @@
+"""Tokens that each expert of a mixture of experts reads from traces."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from transformers import PreTrainedModel
+
+from rac_modifier.errors import RacError
+from rac_modifier.model_tools import evaluating
+from rac_modifier.traces.records import Trace
+
+ENOUGH = 512  # tokens that calibrate an expert without help, as in pruning
+
+
+@torch.no_grad()
+def tokens_per_expert(
+    model: PreTrainedModel, traces: Iterable[Trace], most: int
+) -> tuple[torch.Tensor, int]:
+    """Count the tokens that each expert reads of the first `most` tokens.
+
+    Shared experts read every token and are not counted.
+
+    Returns:
+        Counts [layers, experts], and the number of tokens.
+
+    Raises:
+        RacError: the model returns no router logits, or there are no traces.
+    """
+    active = getattr(model.config.get_text_config(), "num_experts_per_tok", None)
+    counts: torch.Tensor | None = None
+    tokens = 0
+    with evaluating(model):
+        for trace in traces:
+            if tokens >= most:
+                break
+            ids = torch.tensor([[*trace.prompt_ids, *trace.completion_ids]], device=model.device)
+            routers = active and _router_logits(model, ids[:, : most - tokens])
+            if not routers:
+                raise RacError(
+                    f"{type(model).__name__} returns no router logits; leave --experts out"
+                )
+            chosen = torch.stack([logits.flatten(0, -2).topk(active).indices for logits in routers])
+            experts = routers[0].shape[-1]
+            rows = [layer.flatten().bincount(minlength=experts).cpu() for layer in chosen]
+            counts = torch.stack(rows) + (0 if counts is None else counts)
+            tokens += chosen.shape[1]
+    if counts is None:
+        raise RacError("the store holds no traces; collect some first (rac traces collect)")
+    return counts, tokens
+
+
+def _router_logits(model: PreTrainedModel, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    try:
+        output = model(input_ids=ids, output_router_logits=True)
+    except TypeError:  # a model without experts has no such argument
+        return ()
+    return tuple(output.get("router_logits") or ())
+
+
+def describe_experts(counts: torch.Tensor, tokens: int) -> list[str]:
+    """Describe `tokens_per_expert` in two lines: the extremes, and the budget that is enough."""
+    layers, experts = counts.shape
+    layer, expert = divmod(int(counts.argmin()), experts)
+    least, largest = int(counts.min()), int(counts.max())
+    if least == 0:
+        unread = int((counts == 0).sum())
+        budget = f"{unread:,} read nothing: collect more traces, or of other problems"
+    else:
+        budget = f"{math.ceil(tokens * ENOUGH / least):,} tokens give every expert {ENOUGH}"
+    return [
+        f"experts     {experts} in each of {layers} layers; of {tokens:,} tokens, one reads "
+        f"{least:,} (layer {layer}, expert {expert}) to {largest:,}",
+        f"budget      {budget}",
+    ]
