@@ -3,8 +3,6 @@
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,14 +19,7 @@ class Done(NamedTuple):
     stderr: str
 
 
-def start(
-    main: Callable[[], None],
-    words: Sequence[str],
-    folder: Path,
-    errors: Path,
-    variables: Mapping[str, str] | None = None,
-    output: Path = Path(os.devnull),
-) -> BaseProcess:
+def start(main, words, folder, errors, variables=None, output=Path(os.devnull)):
     """Call `main`, a function of a module, with these words on its command line, in `folder` and in
     a session of its own.
 
@@ -41,12 +32,7 @@ def start(
     return process
 
 
-def run(
-    main: Callable[[], None],
-    words: Sequence[str],
-    folder: Path,
-    variables: Mapping[str, str] | None = None,
-) -> Done:
+def run(main, words, folder, variables=None):
     """The same until it ends. Its output is kept in `folder`.out and `folder`.err."""
     output, errors = folder.with_name(f"{folder.name}.out"), folder.with_name(f"{folder.name}.err")
     process = start(main, words, folder, errors, variables, output)
@@ -57,14 +43,7 @@ def run(
     return Done(process.exitcode, output.read_text(), errors.read_text())
 
 
-def _child(
-    main: Callable[[], None],
-    words: list[str],
-    folder: str,
-    variables: dict[str, str],
-    output: str,
-    errors: str,
-) -> None:
+def _child(main, words, folder, variables, output, errors):
     os.setsid()
     os.chdir(folder)
     os.environ.update(variables)

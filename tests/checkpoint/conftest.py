@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -12,13 +10,7 @@ from tests.tiny import linears
 def saved(tmp_path) -> Saved:
     """Save a pruned tiny model: its folder, its state dict and the mask structures."""
 
-    def save(
-        structure: str = "2:4",
-        tied: bool = True,
-        shard: str | None = None,
-        packed: bool = True,
-        dtype: torch.dtype = torch.bfloat16,
-    ) -> tuple[Path, dict[str, torch.Tensor], dict[str, str]]:
+    def save(structure="2:4", tied=True, shard=None, packed=True, dtype=torch.bfloat16):
         model = tiny_model(tied, dtype)
         modules = {}
         for name, linear in linears(model).items():

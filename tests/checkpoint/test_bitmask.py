@@ -19,9 +19,7 @@ from tests.checkpoint.checkpoint_helpers import same_bits
 INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
-def random_weight(
-    rows: int, columns: int, dtype: torch.dtype, density: float, seed: int
-) -> torch.Tensor:
+def random_weight(rows, columns, dtype, density, seed):
     """Draw bit patterns, infinities and NaNs too; a share `density` of them is not +0.0."""
     generator = torch.Generator().manual_seed(seed)
     count = rows * columns * dtype.itemsize

@@ -9,23 +9,18 @@ from hypothesis import strategies as st
 
 from rac_modifier.checkpoint.dense_codes import PackQuantized, pack_words, unpack_words
 from rac_modifier.checkpoint.quantization_config import WeightScheme
-from rac_modifier.checkpoint.stored_weight import StoredWeight
 from rac_modifier.errors import RacError
 from tests.checkpoint import gptq_awq_tensors
 from tests.checkpoint.gptq_awq_tensors import pack_quantized, words
 
 
-def check_codes(
-    tensors: dict[str, torch.Tensor], module: str, group: int | None, symmetric: bool, bits: int = 4
-) -> StoredWeight:
+def check_codes(tensors, module, group, symmetric, bits=4):
     strategy = "channel" if group is None else "group"
     scheme = WeightScheme("int", bits, strategy, group, symmetric, "pack-quantized")
     return PackQuantized.check(tensors, module, scheme)
 
 
-def drawn(
-    rows: int, columns: int, groups: int, bits: int = 4, symmetric: bool = False
-) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+def drawn(rows, columns, groups, bits=4, symmetric=False):
     """The tensors of a weight, and the weight that they mean."""
     weight = gptq_awq_tensors.drawn(rows, columns, columns // groups, symmetric, bits)
     return pack_quantized(weight, symmetric), weight.meant

@@ -1,7 +1,6 @@
 """Names of formats and structures; packed tensors against what config.json describes."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -27,9 +26,7 @@ BITMASK, TWO_OF_FOUR = FORMATS[FORMAT_BITMASK], FORMATS[FORMAT_24]
 WORDS8 = {"config_groups": {"g": {"weights": {"num_bits": 8}}}, "format": "pack-quantized"}
 
 
-def files(
-    folder: Path, dtype: torch.dtype = torch.bfloat16, **changes: torch.Tensor | None
-) -> TensorFiles:
+def files(folder, dtype=torch.bfloat16, **changes):
     tensors = {
         "up.compressed": torch.ones(2, 2, dtype=dtype),
         "up.bitmask": torch.ones(2, 1, dtype=torch.uint8),

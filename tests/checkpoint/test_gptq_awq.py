@@ -11,14 +11,7 @@ from tests.checkpoint.gptq_awq_tensors import Rounded, awq, drawn, gptq, words
 Tensors = dict[str, torch.Tensor]
 
 
-def read_gptq(
-    tensors: Tensors,
-    bits: int,
-    group: int | None,
-    symmetric: bool,
-    version: int = 1,
-    **more: object,
-) -> StoredWeight:
+def read_gptq(tensors, bits, group, symmetric, version=1, **more):
     """The weight of module "m" in a checkpoint with these entries."""
     entries = {
         "bits": bits,

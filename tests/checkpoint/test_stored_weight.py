@@ -20,9 +20,7 @@ from rac_modifier.checkpoint.stored_weight import (
 from rac_modifier.errors import RacError
 
 
-def random_weight(
-    rows: int, columns: int, seed: int, two_of_four: bool, dtype=torch.bfloat16
-) -> torch.Tensor:
+def random_weight(rows, columns, seed, two_of_four, dtype=torch.bfloat16):
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, columns, generator=generator)
     if two_of_four:

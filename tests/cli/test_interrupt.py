@@ -50,9 +50,7 @@ def ctrl_c(pid: int, ready: Path, ended: Callable[[], bool]) -> None:
     os.killpg(pid, signal.SIGINT)  # to the whole group, as a terminal does
 
 
-def interrupted(
-    command: list[str], folder: Path, ready: Path, stop_at: str = ""
-) -> tuple[int, str]:
+def interrupted(command, folder, ready, stop_at=""):
     """Start a command in a fork and interrupt it when it is `ready`: exit code, standard error."""
     errors = folder / "errors.txt"
     errors.unlink(missing_ok=True)

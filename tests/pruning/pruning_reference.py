@@ -60,16 +60,7 @@ def trace_error(change: torch.Tensor, hessian: torch.Tensor) -> float:
     return float(torch.trace(change @ hessian @ change.T))
 
 
-def column_loop(
-    weight: torch.Tensor,
-    hessian: torch.Tensor,
-    *,
-    n: int = 0,
-    m: int = 0,
-    sparsity: float = 0.0,
-    block: int = 128,
-    frac: float = 0.01,
-) -> torch.Tensor:
+def column_loop(weight, hessian, *, n=0, m=0, sparsity=0.0, block=128, frac=0.01):
     """SparseGPT as in the code of the paper: explicit inverse, column after column, exact
     counts."""
     w, h = weight.double().clone(), hessian.double().clone()

@@ -19,9 +19,7 @@ def direct(x: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor
     return 2 / w.double().sum() * torch.einsum("ti,t,tj->ij", x, w.double(), x)
 
 
-def assert_is_the_sum(
-    matrix: torch.Tensor, x: torch.Tensor, weights: torch.Tensor | None = None
-) -> None:
+def assert_is_the_sum(matrix, x, weights=None):
     """Within the rounding of a float32 sum of as many terms, entry by entry."""
     bound = (x.numel() // x.shape[-1] + 4) * EPS * direct(x.abs(), weights)
     assert ((matrix.double() - direct(x, weights)).abs() <= bound).all()

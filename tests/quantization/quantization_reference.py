@@ -1,25 +1,16 @@
 """Problems of pruned weights on a grid, and the slow ways to round them, in float64."""
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 
 from rac_modifier.pruning.solve import Solution
 from rac_modifier.quantization.grid import Grid
-from rac_modifier.quantization.solve import Quantized, quantize_many
+from rac_modifier.quantization.solve import quantize_many
 
 GRIDS = {"int4": Grid("int", 4, 16), "int8": Grid("int", 8), "fp8": Grid("float", 8)}
 HALF_RANGE = {"int4": 7.5, "int8": 127.5, "fp8": 448.0}  # (max - min) / 2 of the codes
 
 
-def problem(
-    rows: int = 12,
-    d: int = 48,
-    seed: int = 0,
-    sparsity: float = 0.5,
-    dtype: torch.dtype = torch.float32,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def problem(rows=12, d=48, seed=0, sparsity=0.5, dtype=torch.float32):
     """Pruned weights with their mask, target and Hessian, of correlated inputs."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(300, d, generator=generator) @ torch.randn(d, d, generator=generator)
@@ -60,11 +51,6 @@ def error_of(weight: torch.Tensor, target: torch.Tensor, hessian: torch.Tensor) 
     return float((change @ hessian.double() * change).sum())
 
 
-def quantize(
-    solutions: Sequence[Solution],
-    hessian: torch.Tensor,
-    grids: Sequence[Grid | None],
-    **settings: Any,
-) -> list[Quantized | None]:
+def quantize(solutions, hessian, grids, **settings):
     """Round the modules of one problem."""
     return quantize_many([solutions], [hessian], [grids], **settings)[0]

@@ -20,21 +20,16 @@ def scheme(weights: dict | None, **parts) -> QuantizationScheme:
     )
 
 
+CHANNEL, TOKEN = "one scale per channel", "one scale per token"
+
+
 @pytest.mark.parametrize(
     ("preset", "grid", "text"),
     [
         ("W4A16", Grid("int", 4, 128), "int4 in groups of 128"),
-        ("W8A16", Grid("int", 8), "int8, one scale per channel"),
-        (
-            "W8A8",
-            Grid("int", 8),
-            "int8, one scale per channel, activations int8, one scale per token",
-        ),
-        (
-            "FP8_DYNAMIC",
-            Grid("float", 8),
-            "float8, one scale per channel, activations float8, one scale per token",
-        ),
+        ("W8A16", Grid("int", 8), f"int8, {CHANNEL}"),
+        ("W8A8", Grid("int", 8), f"int8, {CHANNEL}, activations int8, {TOKEN}"),
+        ("FP8_DYNAMIC", Grid("float", 8), f"float8, {CHANNEL}, activations float8, {TOKEN}"),
     ],
 )
 def test_presets(preset, grid, text):
@@ -47,16 +42,12 @@ def test_presets(preset, grid, text):
 
 PRUNED, DENSE = {"prunes": True}, {"prunes": False}
 TOKENS = {"num_bits": 8, "dynamic": True, "strategy": "token"}
+ROUNDED = {"input_activations": TOKENS}
 STATIC = {"num_bits": 8, "dynamic": False, "strategy": "tensor"}
 GROUP = {"strategy": "group", "group_size": 32}
 ASYMMETRIC = {"symmetric": False}
 REFUSED = [
-    (
-        ASYMMETRIC,
-        {},
-        PRUNED,
-        "q_proj: weights int8, .* per channel, with zero points, which",
-    ),
+    (ASYMMETRIC, {}, PRUNED, "q_proj: weights int8, .* per channel, with zero points, which"),
     ({"num_bits": 3}, {}, PRUNED, "weights int3, .* use int of 4 or 8 bits"),
     ({"num_bits": 4, "type": "float"}, {}, PRUNED, "weights float4"),
     ({"strategy": "tensor"}, {}, PRUNED, "scale per tensor cannot be rounded here"),
@@ -64,13 +55,8 @@ REFUSED = [
     ({**GROUP, "scale_dtype": "float8_e4m3fn"}, {}, PRUNED, "scales of torch.float8_e4m3fn"),
     (ASYMMETRIC, {}, DENSE, r"int8, .* use int of 2 to 8 bits \(2 to 7 with zero points"),
     ({**ASYMMETRIC, "type": "float"}, {}, DENSE, "float8, one scale per channel, with zero points"),
-    (
-        ASYMMETRIC,
-        {"input_activations": TOKENS},
-        DENSE,
-        "which no kernel multiplies .* with quantized activations; set symmetric: true",
-    ),
-    (None, {"input_activations": TOKENS}, PRUNED, "q_proj: its scheme has no weights; quantize"),
+    (ASYMMETRIC, ROUNDED, DENSE, "which no kernel .* quantized activations; set symmetric: true"),
+    (None, ROUNDED, PRUNED, "q_proj: its scheme has no weights; quantize"),
     *(
         ({}, {f"{side}_activations": STATIC}, PRUNED, "static scales .*; set dynamic: true")
         for side in ("input", "output")

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from rac_modifier.recovery.distill import Recovery, recover
+from rac_modifier.recovery.distill import recover
 from rac_modifier.recovery.loss import predicting_states
 from rac_modifier.settings.recovery import RecoverySettings
 from tests.tiny import linears, tiny_model
@@ -74,13 +74,7 @@ class LiveTeacher:
         return predicting_states(self._dense, batch)
 
 
-def run(
-    model: Any,
-    dense: Any,
-    settings: RecoverySettings = SETTINGS,
-    counts: tuple[int, int] = (40, 10),
-    **options: Any,
-) -> Recovery:
+def run(model, dense, settings=SETTINGS, counts=(40, 10), **options):
     """Recover `model` on so many random training and held-out sequences."""
     traces = {"training": sequences(counts[0], seed=1), "held_out": sequences(counts[1], seed=2)}
     options = {**traces, "progress": False, **options}

@@ -39,9 +39,7 @@ def case(tokens: int = 7, d: int = 5, vocabulary: int = 11):
     return torch.randn(tokens, d).requires_grad_(), torch.randn(tokens, d), head
 
 
-def oracle(
-    hidden: torch.Tensor, dense: torch.Tensor, weight: torch.Tensor
-) -> tuple[float, torch.Tensor]:
+def oracle(hidden, dense, weight):
     """KL(dense || student) and its gradient by autograd, in float64."""
     h = hidden.detach().double().requires_grad_()
     p = (dense.double() @ weight.double().T).softmax(-1)

@@ -8,8 +8,8 @@ from rac_modifier.checkpoint.formats import FORMAT_BITMASK
 from rac_modifier.checkpoint.quantization_config import with_packed
 from tests.checkpoint.gptq_awq_tensors import awq, gptq, pack_quantized, rounded
 
-PACKED = with_packed({}, FORMAT_BITMASK, {"model.a": "unstructured"}, ["lm_head"])
-PACKED = PACKED["quantization_config"]  # as packing writes it
+_WRITTEN = with_packed({}, FORMAT_BITMASK, {"model.a": "unstructured"}, ["lm_head"])
+PACKED = _WRITTEN["quantization_config"]  # as packing writes it
 GROUP = 32  # columns that share a scale
 Stored = tuple[dict[str, Any], torch.Tensor]  # tensors on disk, and the weight that they mean
 
@@ -49,13 +49,7 @@ def quantized_sparse(format: str, scheme: str, ignore: list[str]) -> dict[str, A
     return entry
 
 
-def gptq_config(
-    group: int | None = GROUP,
-    symmetric: bool = True,
-    bits: int = 4,
-    version: int = 1,
-    **changes: Any,
-) -> dict[str, Any]:
+def gptq_config(group=GROUP, symmetric=True, bits=4, version=1, **changes):
     """The entry that GPTQModel writes."""
     return {
         "quant_method": "gptq",
@@ -92,14 +86,7 @@ def words_config(
     return gptq_config(group, symmetric, bits, 2 if form == "gptq_v2" else 1, **changes)
 
 
-def stored_words(
-    weight: torch.Tensor,
-    group: int | None,
-    symmetric: bool,
-    bits: int = 4,
-    form: str = "gptq",
-    order: torch.Tensor | None = None,
-) -> Stored:
+def stored_words(weight, group, symmetric, bits=4, form="gptq", order=None):
     """A weight [N, K] as "gptq", "gptq_v2" or "awq" store it. `order` [K]: of columns in groups."""
     columns = torch.arange(weight.shape[1]) if order is None else order
     numbers = rounded(weight[:, columns], group, symmetric, bits)

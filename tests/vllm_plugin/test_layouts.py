@@ -37,9 +37,7 @@ def packed(method: str = "compressed-tensors", **sparsity: Any) -> dict[str, Any
     return {"quant_method": method, "sparsity_config": {"format": "sparse-bitmask", **sparsity}}
 
 
-def group(
-    targets: list[str], bits: int = 4, inputs: dict[str, object] | None = None, **changes: object
-) -> dict[str, Any]:
+def group(targets, bits=4, inputs=None, **changes):
     """A config group of compressed-tensors."""
     first = quantization(bits=bits)["config_groups"]["group_0"]
     first["weights"] |= changes

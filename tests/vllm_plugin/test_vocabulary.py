@@ -50,9 +50,7 @@ def stored(weight: torch.Tensor, name: str) -> tuple[dict[str, torch.Tensor], to
     return tensors, values.float() * wide
 
 
-def made(
-    monkeypatch, kind: type, name: str, rank: int = 0, size: int = 1, targets=("lm_head", "embed")
-):
+def made(monkeypatch, kind, name, rank=0, size=1, targets=("lm_head", "embed")):
     """A head or embedding as a model makes it, and its config."""
     on_rank(monkeypatch, rank, size)
     groups = {"g": {**scheme_of(name), "targets": [*targets]}}

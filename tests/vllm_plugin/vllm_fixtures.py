@@ -162,13 +162,7 @@ def save_quantized(
     set_entry(folder, meant, quantized_sparse(format, scheme, ignored))
 
 
-def save_codes(
-    folder: Path,
-    meant: Path,
-    entry: dict[str, Any],
-    store: Callable[[torch.Tensor], Stored],
-    **changes: Any,
-) -> None:
+def save_codes(folder, meant, entry, store, **changes):
     """A tiny Qwen3 whose linear layers but one are stored by `store`; `meant` gets them dense."""
     shutil.copytree(save_model(folder, "qwen3", "unstructured", packed=False, **changes), meant)
     modules = sorted(set(saved_linears(folder)) - {_IGNORED})

@@ -239,15 +239,7 @@ FORMS = {
 }
 
 
-def integers(
-    form: str,
-    rows: int,
-    columns: int,
-    groups: int = 1,
-    zeros: bool = False,
-    seed: int = 0,
-    density: float = 0.5,
-) -> tuple[Tensor, Packed]:
+def integers(form, rows, columns, groups=1, zeros=False, seed=0, density=0.5):
     """A random weight of a form, with zeros and the least value among the stored ones: dense int8,
     and packed.
 
@@ -278,14 +270,7 @@ def scaled(dense: Tensor, scale: Tensor) -> Tensor:
     return dense.double() * scale.double().repeat_interleave(width, dim=1)
 
 
-def assert_integer_product(
-    y: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    groups: int = 1,
-    bias: Tensor | None = None,
-    levels: int = LEVELS[16],
-) -> None:
+def assert_integer_product(y, x, weight, groups=1, bias=None, levels=LEVELS[16]):
     """Y is x W^T + bias, x within half a step of its blocks' integers, at most `levels`."""
     exact, terms = x.double() @ weight.T, x.double().abs() @ weight.abs().T
     block, bound = weight.shape[1] // groups if groups > 1 else BLOCK, torch.zeros_like(exact)

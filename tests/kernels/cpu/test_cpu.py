@@ -92,9 +92,7 @@ def floats(density: float, dtype: torch.dtype) -> StoredWeight:
     return from_dense(dense.masked_fill(~random_mask(37, 100, density), 0), "layer")
 
 
-def integers(
-    bits: int, columns: int, density: float, groups: int, asymmetric: bool = False, rows: int = 37
-) -> StoredWeight:
+def integers(bits, columns, density, groups, asymmetric=False, rows=37):
     """A random weight of values of `bits`, with a scale and possibly a code of zero per group."""
     generator = torch.Generator().manual_seed(3)
     dense = torch.randint(0, 1 << bits, (rows, columns), dtype=torch.int16, generator=generator)
