@@ -42,6 +42,8 @@ SCHEMES = (
     "int4",
     "GPTQ int3",
     "int3 with zero points",
+    "GPTQ int2",
+    "int2 with zero points",
 )
 OPTIONS = ["--dtype", "bfloat16", "--max-model-len", "1024", "--enforce-eager"]
 TINY: dict[str, Any] = {
