@@ -9,9 +9,18 @@ import sys
 from bench.common import add_common
 
 SUITES = (
-    "accuracy", "formats", "schemes", "experts", "time", "kernels", "serving", "peers", "recovery",
-    "traces", "scale",
-)  # fmt: skip
+    "accuracy",
+    "formats",
+    "schemes",
+    "experts",
+    "time",
+    "kernels",
+    "serving",
+    "peers",
+    "recovery",
+    "traces",
+    "scale",
+)
 
 
 def main(arguments: list[str]) -> int:

@@ -47,6 +47,9 @@ def _check_count(problems: list[Problem], count: int, source: str) -> None:
         )
 
 
+_BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
+
+
 @dataclass(frozen=True)
 class Preset:
     """A benchmark: a dataset on the Hugging Face hub, and how it is asked.
@@ -57,9 +60,9 @@ class Preset:
     """
 
     name: str
-    column: str
-    answer_column: str
-    instruction: str
+    column: str = "problem"
+    answer_column: str = "answer"
+    instruction: str = _BOXED
     answers: Literal["whole", "last line", "choices"] = "whole"
     wrong_columns: tuple[str, ...] = ()
     source: str = ""
@@ -87,27 +90,37 @@ class Preset:
 # - the instruction: DeepSeek-R1's README, in the user's turn. For GPQA the letter is asked for in
 #   the same box, where open-r1 has a last line "Answer: LETTER".
 # - data sets: those that lighteval reads.
-_BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
 _BOXED_LETTER = (
     "Please reason step by step, and put the letter of the right choice, and nothing else, "
     "within \\boxed{}."
 )
-_WRONG = ("Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
-_PLAIN = ("problem", "answer", _BOXED)
 _ALL = (
-    Preset("aime24", *_PLAIN, source="HuggingFaceH4/aime_2024", split="train"),
-    Preset("aime25", *_PLAIN, source="yentinglin/aime_2025", split="train"),
+    Preset("aime24", source="HuggingFaceH4/aime_2024", split="train"),
+    Preset("aime25", source="yentinglin/aime_2025", split="train"),
     Preset(
-        *("gpqa-diamond", "Question", "Correct Answer", _BOXED_LETTER, "choices", _WRONG),
-        *("Idavidrein/gpqa", "gpqa_diamond", "train", 198, 8),
+        "gpqa-diamond",
+        column="Question",
+        answer_column="Correct Answer",
+        instruction=_BOXED_LETTER,
+        answers="choices",
+        wrong_columns=("Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3"),
+        source="Idavidrein/gpqa",
+        config="gpqa_diamond",
+        split="train",
+        problems=198,
+        samples=8,
         access="its owners ask to accept their terms on its page, then: hf auth login",
     ),
     Preset(
-        *("gsm8k", "question", "answer", _BOXED, "last line", (), "openai/gsm8k", "main"),
+        "gsm8k",
+        column="question",
+        answers="last line",
+        source="openai/gsm8k",
+        config="main",
         problems=1319,
         samples=1,
     ),
-    Preset("math-500", *_PLAIN, source="HuggingFaceH4/MATH-500", problems=500, samples=4),
+    Preset("math-500", source="HuggingFaceH4/MATH-500", problems=500, samples=4),
 )
 PRESETS = {preset.name: preset for preset in _ALL}
 
