@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import torch
 from loguru import logger
 
 from rac_modifier.errors import RacError
@@ -68,3 +69,21 @@ def test_checks_take_about_a_tenth_of_the_time(counts, checks):
     dense, model = dense_and_sparse()
     result = run(model, dense, RecoverySettings(learning_rate=3e-3, step_tokens=64), counts)
     assert len(result.curve) == 1 + min(checks, result.steps)
+
+
+def test_the_gradient_of_a_step_is_clipped(monkeypatch):
+    norms, step = [], torch.optim.AdamW.step
+
+    def recorded(optimizer):
+        of = [parameter.grad for parameter in optimizer.param_groups[0]["params"]]
+        norms.append(torch.nn.utils.get_total_norm(of).item())
+        step(optimizer)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
+    for scale in (1, 8):
+        dense, model = dense_and_sparse()
+        for head in (dense.lm_head, model.lm_head):
+            head.weight.data.mul_(scale)
+        run(model, dense, counts=(10, 5))
+    assert 0.1 < norms[0] < 0.9
+    assert norms[1] == pytest.approx(1.0, abs=1e-3)
