@@ -49,13 +49,18 @@ def oracle(hidden, dense, weight):
     return total.item(), h.grad
 
 
-@pytest.mark.parametrize(("elements", "cached"), [(1 << 25, 1 << 19), (44, 11), (1 << 25, 22)])
-def test_loss_and_gradient_are_those_of_the_definition(elements, cached, monkeypatch):
+@pytest.mark.parametrize(
+    ("elements", "cached", "chunks"), [(1 << 25, 1 << 19, 1), (44, 11, 2), (1 << 25, 22, 1)]
+)
+def test_loss_and_gradient_are_those_of_the_definition(elements, cached, chunks, monkeypatch):
     """In one chunk, in chunks of four tokens with a shorter last one, by one token or two."""
     monkeypatch.setattr(loss, "_CHUNK_ELEMENTS", elements)
     monkeypatch.setattr(loss, "_CACHED_ELEMENTS", cached)
+    products = []
+    monkeypatch.setattr(loss, "matmul", lambda a, b: products.append(len(a)) or a @ b)
     hidden, dense, head = case()
     kl = head_kl(hidden, dense, head)
+    assert len(products) == 3 * chunks
     (3.0 * kl).backward()
     total, gradient = oracle(hidden, dense, head.weight.detach())
     assert kl.item() == pytest.approx(total, rel=1e-5)
