@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from loguru import logger
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from rac_modifier.errors import RacError
@@ -21,11 +22,11 @@ class _StopForward(Exception):  # noqa: N818 - control flow, not an error
     """Raised by a hook that has its activations, to skip the rest of a forward pass."""
 
 
-def input_of(module: torch.nn.Module, forward: Callable[[], object]) -> torch.Tensor | None:
+def input_of(module: torch.nn.Module, forward: Callable[[], object]) -> Tensor | None:
     """Run `forward` up to `module`; return what that is called with, None where it is not."""
-    inputs: list[torch.Tensor] = []
+    inputs: list[Tensor] = []
 
-    def stop(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+    def stop(module: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
         inputs.append(args[0])
         raise _StopForward
 

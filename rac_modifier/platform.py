@@ -11,6 +11,7 @@ import os
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 HEAP_GAPS = 1.15  # pages of a process / bytes of its blocks, whose sizes leave gaps in glibc's heap
@@ -39,14 +40,14 @@ def _is_amd_with_avx512() -> bool:
     return bool(built and has.get("avx512_f") and str(has.get("cpu_name", "")).startswith("AMD"))
 
 
-def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def matmul(a: Tensor, b: Tensor) -> Tensor:
     """Return `a` [m, k] @ `b` [k, n]."""
     return _linear_by_onednn(a, b.T) if _onednn_gains(a, b.T) else a @ b
 
 
 def add_matmul_(
-    out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, alpha: float = 1.0, chunk: int = 2048
-) -> torch.Tensor:
+    out: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, chunk: int = 2048
+) -> Tensor:
     """Add `alpha` `a` [m, k] @ `b` [k, n] to `out` [m, n] in place, `chunk` rows at a time."""
     if not _onednn_gains(a, b.T):
         return out.addmm_(a, b, alpha=alpha)
@@ -65,7 +66,7 @@ def padded_size(count: int) -> int:
     return -(-count // step) * step
 
 
-def with_zero_rows(x: torch.Tensor) -> torch.Tensor:
+def with_zero_rows(x: Tensor) -> Tensor:
     """Return `x` [rows, k] with zeros appended up to `padded_size(rows)`."""
     missing = padded_size(len(x)) - len(x)
     return torch.nn.functional.pad(x, (0, 0, 0, missing)) if missing else x
@@ -77,7 +78,7 @@ class FasterLinears(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.nn.functional.linear and not kwargs and not torch.is_grad_enabled():
             x, weight, *bias = args
-            plain = all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in (x, weight))
+            plain = all(type(t) in (Tensor, torch.nn.Parameter) for t in (x, weight))
             if plain and _onednn_gains(x, weight):
                 tokens = with_zero_rows(x.reshape(-1, x.shape[-1]))
                 result = _linear_by_onednn(tokens, weight, *bias)
@@ -85,18 +86,16 @@ class FasterLinears(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _onednn_gains(x: torch.Tensor, weight: torch.Tensor) -> bool:
+def _onednn_gains(x: Tensor, weight: Tensor) -> bool:
     """Return whether oneDNN is faster for `x` [..., k] @ `weight` [n, k]^T."""
     large = x.numel() * weight.shape[0] >= _LEAST_WORK and x.numel() >= _LEAST_ROWS * x.shape[-1]
     return large and x.dtype == weight.dtype == torch.float32 and onednn_is_faster(x.device)
 
 
-def _linear_by_onednn(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
-) -> torch.Tensor:
+def _linear_by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return `x` [..., k] @ `weight` [n, k]^T + `bias`, by the operator of torch's compiler."""
     weight = weight.contiguous()  # oneDNN is a hundred times slower on others
-    result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return result
 
 

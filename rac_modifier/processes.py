@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from loguru import logger
-from torch import distributed
+from torch import Tensor, distributed
 
 from rac_modifier.errors import RacError
 
@@ -81,7 +81,7 @@ class Processes:
             distributed.all_reduce(total)
         return [float(value) for value in total.cpu()]
 
-    def exchanged(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+    def exchanged(self, tensor: Tensor) -> list[Tensor]:
         """Cut `tensor` into `count` equal shards; return this rank's shard of each rank."""
         if self.count == 1:
             return [tensor]
@@ -91,7 +91,7 @@ class Processes:
             distributed.all_to_all_single(received, sent)
         return list(received.to(tensor.device).chunk(self.count))
 
-    def joined(self, tensor: torch.Tensor) -> torch.Tensor:
+    def joined(self, tensor: Tensor) -> Tensor:
         """Return the tensors of all ranks, of one shape, concatenated by rank."""
         if self.count == 1:
             return tensor
@@ -101,7 +101,7 @@ class Processes:
             distributed.all_gather(received, sent)
         return torch.cat(received).to(tensor.device)
 
-    def send(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
+    def send(self, tensor: Tensor, source: int) -> Tensor:
         """Return the tensor of rank `source`; others' `tensor` gives shape, dtype and device."""
         if self.count == 1:
             return tensor
@@ -160,8 +160,7 @@ def present_processes() -> Processes:
         if count > 1:
             raise RacError(
                 f"torchrun started {count} processes, and they have not joined: call "
-                "torch.distributed.init_process_group() first, or start torchrun -m "
-                "rac_modifier.cli prune"
+                "torch.distributed.init_process_group() first"
             )
         return Processes()
     if local != count:

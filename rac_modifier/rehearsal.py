@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -34,9 +34,9 @@ class LiveBytes(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        outputs = [result] if isinstance(result, torch.Tensor) else tree_leaves(result)
+        outputs = [result] if isinstance(result, Tensor) else tree_leaves(result)
         for tensor in outputs:
-            if isinstance(tensor, torch.Tensor):
+            if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
                 key = id(storage)
                 if key not in self._storages and not _is_of_input(key, args, kwargs):
@@ -52,7 +52,7 @@ class LiveBytes(TorchDispatchMode):
 
 def _is_of_input(storage: int, args: Any, kwargs: Any) -> bool:
     """Return whether an operator's input has the storage with this id."""
-    inputs = (t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor))
+    inputs = (t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
     return any(id(tensor.untyped_storage()) == storage for tensor in inputs)
 
 

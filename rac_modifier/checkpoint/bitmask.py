@@ -41,9 +41,7 @@ def contradicts(name: str, fault: str) -> RacError:
 def part_of(tensors: Mapping[str, Tensor], module: str, part: str) -> Tensor:
     """Return the tensor `part` of a module (RacError: it is missing)."""
     if part not in tensors:
-        raise RacError(
-            f"{module}.{part}: missing from the checkpoint; copy or save the checkpoint again"
-        )
+        raise RacError(f"{module}.{part}: missing from the checkpoint; copy or save it again")
     return tensors[part]
 
 

@@ -144,9 +144,7 @@ def card_folder(model: str) -> Path:
             f"{RUN_RECORD_NAME}); name such a folder, or leave --card out"
         )
     if not os.access(folder, os.W_OK):
-        raise RacError(
-            f"--card: {folder} cannot be written to; copy the model, or leave --card out"
-        )
+        raise RacError(f"--card: {folder} is not writable; copy the model, or leave --card out")
     return folder
 
 

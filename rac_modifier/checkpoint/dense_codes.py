@@ -33,15 +33,11 @@ OF_VOCABULARY = re.compile("lm_head|embed", re.IGNORECASE)
 def pack_words(values: Tensor, bits: int) -> Tensor:
     """Pack int8 [..., n] of 4 or 8 bits into int32 [..., ceil(n * bits / 32)], filled up with 0."""
     if values.dtype != torch.int8:
-        raise RacError(
-            f"values of {values.dtype} cannot be packed into int32 words; quantized values must "
-            "be int8"
-        )
+        raise RacError(f"values of {values.dtype} cannot be packed into int32 words; use int8")
     limit = 1 << (bits - 1)
     if bits < 8 and values.numel() and (int(values.min()) < -limit or int(values.max()) >= limit):
         raise RacError(
-            f"a value outside [{-limit}, {limit - 1}] does not fit {bits} bits; save the model "
-            "again"
+            f"a value outside [{-limit}, {limit - 1}] exceeds {bits} bits; save the model again"
         )
     count = values.shape[-1]
     padded = torch.nn.functional.pad(values, (0, word_count(count, bits) * 32 // bits - count))
@@ -55,9 +51,8 @@ def unpack_words(words: Tensor, bits: int, count: int) -> Tensor:
     """Return `count` int8 of 2, 3, 4 or 8 bits from int32 [..., ceil(count * bits / 32)]."""
     if words.dtype != torch.int32 or not words.dim() or words.shape[-1] != word_count(count, bits):
         raise RacError(
-            f"{words.dtype} {list(words.shape)} does not hold {count} values of {bits} bits, "
-            f"which take {word_count(count, bits)} int32; the checkpoint is damaged, or "
-            "compressed-tensors before 0.19 packed it"
+            f"{words.dtype} {list(words.shape)} does not hold {count} values of {bits} bits "
+            f"({word_count(count, bits)} int32); damaged, or of compressed-tensors before 0.19"
         )
     # a copy: a row of a transposed matrix may count as contiguous, and cannot be viewed as bytes
     codes = words.clone(memory_format=torch.contiguous_format).view(torch.uint8)
@@ -106,9 +101,8 @@ class PackQuantized:
         """Check untrusted tensors; return the weight, all stored (RacError names a wrong part)."""
         if ORDER in tensors:
             raise RacError(
-                f"{module}.{ORDER}: its columns were reordered (actorder: group), and the kernels "
-                "read groups of neighbouring columns; leave out --quantization rac, or quantize "
-                "with actorder: static"
+                f"{module}.{ORDER}: its columns are reordered (actorder: group), which no kernel "
+                "reads; leave out --quantization rac, or quantize with actorder: static"
             )
         bits = scheme.bits
         if bits == 8 and WORDS not in tensors:

@@ -44,8 +44,7 @@ class TensorFiles:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise RacError(
-                f"{self.folder}: no such folder; give the folder of a saved model (download "
-                "it first)"
+                f"{self.folder}: no such folder; give that of a saved model (download it first)"
             )
         self.index: dict[str, Any] | None = None
         self._files: dict[str, Any] = {}
@@ -62,8 +61,7 @@ class TensorFiles:
             return dict.fromkeys(self._open(SINGLE_FILE), SINGLE_FILE)
         if not index.exists():
             raise RacError(
-                f"{self.folder}: neither {SINGLE_FILE} nor {INDEX_FILE} is there; "
-                "save the model as safetensors"
+                f"{self.folder}: no {SINGLE_FILE} or {INDEX_FILE}; save the model as safetensors"
             )
         self.index = read_json(index)
         where = _check_weight_map(self.index, index)
@@ -71,8 +69,7 @@ class TensorFiles:
         for name, file in where.items():
             if name not in names[file]:
                 raise RacError(
-                    f"{name}: missing from {self.folder / file}, where the index says it is; "
-                    "copy the model again"
+                    f"{name}: in the index, but not in {self.folder / file}; copy the model again"
                 )
         return where
 
@@ -85,8 +82,7 @@ class TensorFiles:
         for name in names:
             if not name.isprintable():  # a terminal would obey an escape sequence
                 raise RacError(
-                    f"{path}: the tensor name {name!r} holds control characters; "
-                    "the checkpoint is damaged, copy it again"
+                    f"{path}: tensor name {name!r} holds control characters; copy the model again"
                 )
         return names
 
@@ -125,8 +121,7 @@ class TensorFiles:
         spelt = self.dtype_name(name)
         if spelt not in _DTYPES:
             raise RacError(
-                f"{name}: stored as {spelt}, which is not supported; save the model in one of "
-                f"{', '.join(_DTYPES)}"
+                f"{name}: {spelt} is not supported; save the model in one of {', '.join(_DTYPES)}"
             )
         return _DTYPES[spelt]
 
@@ -153,10 +148,7 @@ def _check_weight_map(index: dict[str, Any], path: Path) -> dict[str, str]:
     for name, file in weight_map.items():
         is_name = isinstance(file, str) and file not in ("", ".", "..") and file.isprintable()
         if not is_name or Path(file).name != file:
-            raise RacError(
-                f"{path}: {name!r} is in {file!r} according to the index, which is no file of this "
-                "folder; copy the model again"
-            )
+            raise RacError(f"{path}: {name!r}: no file {file!r} here; copy the model again")
     return dict(weight_map)
 
 

@@ -69,15 +69,11 @@ class SparseBitmask:
         `bits` 4: the weight is int8, and its values have four bits.
         """
         if weight.dim() != 2 or not weight.numel():
-            raise RacError(
-                f"{module}: shape {list(weight.shape)}; only non-empty matrices [N, K] can be "
-                "packed, so leave it dense"
-            )
+            raise RacError(f"{module}: {list(weight.shape)} is no non-empty matrix; leave it dense")
         if weight.dtype not in layout.DTYPES:
             allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in layout.DTYPES)
             raise RacError(
-                f"{module}: dtype {weight.dtype} cannot be packed; convert it to one of {allowed}, "
-                "or leave it dense"
+                f"{module}: {weight.dtype} cannot be packed; convert to {allowed}, or leave dense"
             )
         tensors = self._compress(weight, module)
         if bits == 4:
@@ -156,10 +152,7 @@ class Sparse24Bitmask(SparseBitmask):
     def _compress(self, weight: Tensor, module: str) -> dict[str, Tensor]:
         rows, columns = weight.shape
         if columns % 4:
-            raise RacError(
-                f"{module}: {columns} columns are no multiple of 4, so it cannot be packed as 2:4; "
-                "pack as unstructured"
-            )
+            raise RacError(f"{module}: {columns} columns, no multiple of 4; pack as unstructured")
         mask = partial(_two_of_four, module=module)
         values, bitmask = layout.compress(weight, rows * columns // 2, mask)
         shape = torch.tensor([[rows], [columns]])
@@ -192,14 +185,12 @@ class PackedFiles:
             )
         if name is not None and not self.modules:
             raise RacError(
-                f"{files.folder}: config.json says {name}, but no tensor is packed; "
-                "copy the whole model again"
+                f"{files.folder}: config.json says {name}, but no tensor is packed; copy it again"
             )
         dense = {f"{module}.{part}" for module in self.modules for part in ("weight", WORDS)}
         if duplicates := sorted(dense & files.where.keys()):
             raise RacError(
-                f"{duplicates[0]}: stored both dense and packed in {files.folder}; save the model "
-                "again"
+                f"{duplicates[0]}: both dense and packed in {files.folder}; save the model again"
             )
 
     def weight(self, module: str) -> StoredWeight:

@@ -107,9 +107,7 @@ class Gptq(_Entries):
         # a code of zero is 2^(bits-1), or one less in format 1; GPTQModel has its own way of 3 bits
         if entries.sym and bits != 3:
             if unpack_words(zeros, bits, rows).unique().tolist() not in ([0], [-1]):
-                fault = (
-                    f"not {1 << (bits - 1)} everywhere, but config.json says that it is symmetric"
-                )
+                fault = f"not {1 << (bits - 1)} everywhere, but config.json says symmetric"
                 raise contradicts(f"{name}.{ZEROS}", fault)
         elif not entries.sym and bits == 8:
             raise RacError(
@@ -212,9 +210,7 @@ def _order(tensors: Mapping[str, Tensor], name: str, columns: int, groups: int) 
         return None
     index = tensors[ORDER]
     if index.dtype not in (torch.int32, torch.int64) or list(index.shape) != [columns]:
-        fault = (
-            f"{index.dtype} {list(index.shape)} is not the group of each of its {columns} columns"
-        )
+        fault = f"{index.dtype} {list(index.shape)} is not the group of each of {columns} columns"
         raise damaged(f"{name}.{ORDER}", fault)
     index, in_order = index.long(), torch.arange(groups).repeat_interleave(columns // groups)
     if torch.equal(index, in_order):

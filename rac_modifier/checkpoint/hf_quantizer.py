@@ -122,8 +122,7 @@ class CompressedTensorsConfig(upstream.CompressedTensorsConfig):
             del kwargs["sparsity_config"]
         elif kwargs.get("quant_method") == RAC_METHOD:
             raise RacError(
-                "config.json: quantization_config has no sparsity_config; restore the "
-                "config.json that was saved with the weights"
+                "config.json has no sparsity_config; restore the one saved with the weights"
             )
         if kwargs.get("quant_method") == RAC_METHOD:  # to upstream it is a model of its own
             kwargs["quant_method"] = METHOD
@@ -155,14 +154,10 @@ class SparseHfQuantizer(CompressedTensorsHfQuantizer):
             return
         if not kwargs.get("checkpoint_files"):
             raise RacError(
-                "packed weights are read from files: give from_pretrained a folder or a hub "
-                "id, not a state_dict"
+                "packed weights are read from files: give a folder or a hub id, not a state_dict"
             )
         if getattr(model.config, "distributed_config", None) is not None:
-            raise RacError(
-                "packed weights cannot be sharded while they are loaded; save the model with "
-                "storage: dense"
-            )
+            raise RacError("packed weights cannot be sharded while loaded; set storage: dense")
         _extend_loading()
 
     def update_weight_conversions(self, weight_conversions: list[Any]) -> list[Any]:
@@ -261,9 +256,8 @@ def _dense_state_dict(packed: PackedFiles) -> dict[str, _LazyTensor]:
         compressed = f"{module}.compressed"
         if not packed.schemes and files.dtype(compressed) not in FLOATS:
             raise RacError(
-                f"{compressed}: its values are {files.dtype(compressed)}, but no config group of "
-                "config.json's quantization_config quantizes this module; restore the "
-                "config.json that was saved with the weights"
+                f"{compressed}: its values are {files.dtype(compressed)}, but config.json does not "
+                "quantize this module; restore the one that was saved with the weights"
             )
         if packed.in_words(module):
             state[f"{module}.{WORDS}"] = _LazyTensor(partial(weight, module, WORDS), "I32")

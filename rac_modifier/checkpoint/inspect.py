@@ -11,19 +11,13 @@ from typing import Any
 
 from torch import Tensor
 
+from rac_modifier.checkpoint import stored_weight
 from rac_modifier.checkpoint.bitmask import DTYPES
 from rac_modifier.checkpoint.dense_codes import WORDS, WORDS_SHAPE, ZEROS, PackQuantized
 from rac_modifier.checkpoint.files import TensorFiles
 from rac_modifier.checkpoint.formats import PackedFiles, structure_of
 from rac_modifier.checkpoint.quantization_config import CONFIG_FILE, SparsityRecord, WeightScheme
-from rac_modifier.checkpoint.stored_weight import (
-    SCALE,
-    StoredWeight,
-    check_finite,
-    check_scale_values,
-    count_broken_groups,
-    count_zeros,
-)
+from rac_modifier.checkpoint.stored_weight import StoredWeight
 from rac_modifier.errors import RacError
 from rac_modifier.files import read_json
 
@@ -123,11 +117,11 @@ def _inspected(
             visit(weight)
         if weight is None or (isinstance(weight, StoredWeight) and weight.zeros is not None):
             return replace(row, reason="quantized to a layout whose zeros are not counted")
-        row = replace(row, sparsity=count_zeros(weight) / math.prod(weight.shape))
+        row = replace(row, sparsity=stored_weight.count_zeros(weight) / math.prod(weight.shape))
         if row.structure is None:
             return row
         structure = structure_of(row.structure, row.name)
-        broken = count_broken_groups(weight, structure, row.name)
+        broken = stored_weight.count_broken_groups(weight, structure, row.name)
     except RacError as error:
         return replace(row, problem=str(error))
     return replace(row, problem=f"{broken} groups break {structure}") if broken else row
@@ -177,10 +171,10 @@ class Matrices:
             row = replace(row, rows=rows, columns=columns, dtype=dtype, dense_bytes=size)
         elif self.files.dtype(f"{row.name}.weight") in DTYPES:
             weight = self.files.tensor(f"{row.name}.weight")
-            check_finite(weight, f"{row.name}.weight")
-            scale = f"{row.name}.{SCALE}"
+            stored_weight.check_finite(weight, f"{row.name}.weight")
+            scale = f"{row.name}.{stored_weight.SCALE}"
             if self.packed.schemes and scale in self.files:
-                check_scale_values(self.files.tensor(scale), scale)
+                stored_weight.check_scale_values(self.files.tensor(scale), scale)
             if f"{row.name}.{ZEROS}" in self.files:  # which a zero weight is stored as
                 weight = None
         return row, weight
@@ -189,7 +183,7 @@ class Matrices:
         self, module: str, stored: str, parts: Iterable[str], structure: str | None = None
     ) -> ModuleRow:
         structure = self.record.modules.get(module, structure)
-        scales = self._bytes_of(module, (SCALE, ZEROS))
+        scales = self._bytes_of(module, (stored_weight.SCALE, ZEROS))
         return ModuleRow(module, stored, self._bytes_of(module, parts) + scales, scales, structure)
 
     def _bytes_of(self, module: str, parts: Iterable[str]) -> int:

@@ -41,8 +41,7 @@ def new_files(folder: Path) -> Iterator[Path]:
     try:
         if not lock(locked, folder, patience=0):
             raise RacError(
-                f"{folder}: another process is writing to it; wait for that one to end, "
-                "or name another folder"
+                f"{folder}: another process writes to it; wait for its end, or name another folder"
             )
         for path in staging.iterdir():  # what a kill left
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -54,8 +53,7 @@ def new_files(folder: Path) -> Iterator[Path]:
                 folder.rmdir()
             if isinstance(error, (OSError, SafetensorError)):
                 raise RacError(
-                    f"{folder}: cannot be written ({error}); it is as before, make room and try "
-                    "again"
+                    f"{folder}: cannot be written ({error}); it is as before; make room and retry"
                 ) from error
             raise
         move_into_place(staging, folder)
@@ -99,18 +97,14 @@ def folder_problem(folder: Path) -> str | None:
 def check_is_id(model: str | Path) -> None:
     """Refuse what can be no hub id without asking the network (RacError)."""
     if str(model).count("/") != 1 or str(model)[0] in "./~":
-        raise RacError(
-            f"{model}: no such folder; give the folder of a saved model, or a hub id as owner/name"
-        )
+        raise RacError(f"{model}: no such folder; give a saved model's, or a hub id as owner/name")
 
 
 def local_folder(model: str | Path) -> Path:
     """Return the folder itself, or a hub id's, downloaded if needed (RacError)."""
     if Path(model).exists():
         if problem := folder_problem(Path(model)):
-            raise RacError(
-                f"{model}: {problem}; give the folder of a saved model, or a hub id as owner/name"
-            )
+            raise RacError(f"{model}: {problem}; give a model's folder, or a hub id as owner/name")
         return Path(model)
     check_is_id(model)
     try:
@@ -129,8 +123,7 @@ def check_output_folder(folder: Path, source: Path | None = None) -> None:
         raise RacError(f"output {folder}: {existing} is a file; name another folder")
     if source is not None and source.is_dir() and folder.resolve() == source.resolve():
         raise RacError(
-            f"output folder {folder} is the model itself, which is left as it is; name "
-            "another folder"
+            f"output folder {folder} is the model itself, which is left as it is; name another"
         )
     if existing == folder.absolute() and any(path.name != STAGING for path in folder.iterdir()):
         raise RacError(f"output folder {folder} is in use; name an empty or a new one")

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from rac_modifier.checkpoint import pack_plan
 from rac_modifier.checkpoint.card import CARD_NAME, RUN_RECORD_NAME, converted_card, environment
 from rac_modifier.checkpoint.dense_codes import PACKED_BITS, WORDS, WORDS_SHAPE, PackQuantized
 from rac_modifier.checkpoint.files import CONFIG_FILE, INDEX_FILE, TensorFiles, write_tensors_atomic
@@ -28,12 +29,7 @@ from rac_modifier.checkpoint.formats import (
     structure_of,
 )
 from rac_modifier.checkpoint.output_folder import check_output_folder, check_room, new_files
-from rac_modifier.checkpoint.pack_plan import (
-    PackPlan,
-    asymmetric_part,
-    check_unpacked,
-    without_negative_zeros,
-)
+from rac_modifier.checkpoint.pack_plan import PackPlan
 from rac_modifier.checkpoint.quantization_config import (
     QUANTIZATION_KEY,
     SparsityRecord,
@@ -81,7 +77,7 @@ def mark_dense(folder: str | Path, modules: dict[str, str]) -> None:
     config = read_json(Path(folder) / CONFIG_FILE)
     structures = {name: structure_of(value, name) for name, value in sorted(modules.items())}
     with TensorFiles(folder) as files:
-        check_unpacked(files, config)
+        pack_plan.check_unpacked(files, config)
     write_json_atomic(Path(folder) / CONFIG_FILE, with_dense_mark(config, structures))
 
 
@@ -91,7 +87,7 @@ def pack_model(plan: PackPlan, out: str | Path, base_model: str) -> PackSummary:
     source, dropped = plan.folder, plan.drop_negative_zeros
     need = sum(file.stat().st_size for file in source.glob("*.safetensors"))
     with _new_folder(source, Path(out), need) as (files, new):
-        convert = without_negative_zeros if dropped else None
+        convert = pack_plan.without_negative_zeros if dropped else None
         format = FORMATS[plan.format or FORMAT_BITMASK]
         summary = _write_packed(files, plan.structures, plan.ignore, format, new, convert)
         figures = {
@@ -112,9 +108,7 @@ def unpack_model(source: str | Path, out: str | Path) -> PackSummary:
     with _new_folder(source, Path(out), 0) as (files, new):
         packed = PackedFiles(files, config)
         if packed.format is None:
-            raise RacError(
-                f"{source}: is not packed, so stock loaders read it as it is; nothing to unpack"
-            )
+            raise RacError(f"{source}: is not packed; stock loaders read it as it is")
         before, after = _rewrite(files, new, packed.format.parts, packed.modules, packed.dense)
         write_json_atomic(new / CONFIG_FILE, with_dense_mark(config, recorded))
         if record := _record(source):
@@ -148,16 +142,15 @@ def _write_packed(
 ) -> PackSummary:
     """Write the files that packing changes; `convert` is applied to each weight before it."""
     config = read_json(files.folder / CONFIG_FILE)
-    check_unpacked(files, config)
+    pack_plan.check_unpacked(files, config)
     schemes = weight_schemes(config.get(QUANTIZATION_KEY))
     int8_in_words(schemes)  # refuses both layouts of int8 in one checkpoint
 
     def packed(module: str) -> dict[str, Tensor]:
-        if part := asymmetric_part(files, module):
+        if part := pack_plan.asymmetric_part(files, module):
             raise RacError(
-                f"{module}: has a {part}, so its zeros are not stored as zeros and cannot be "
-                "left out; quantize with a symmetric scheme (symmetric: true, such as W4A16 "
-                "instead of W4A16_ASYM), or set storage: dense"
+                f"{module}: has a {part}, so its zeros cannot be left out; quantize with a "
+                "symmetric scheme (W4A16 instead of W4A16_ASYM), or set storage: dense"
             )
         name, bits = f"{module}.weight", None
         if name in files:
@@ -176,8 +169,7 @@ def _write_packed(
         structure = structures[module]
         if format.name != FORMAT_24 and (broken := count_broken_groups(weight, structure, module)):
             raise RacError(
-                f"{module}: {broken} groups break {structure}; prune it again, or name it "
-                "unstructured"
+                f"{module}: {broken} groups break {structure}; prune again, or name it unstructured"
             )
         return tensors
 
@@ -200,9 +192,7 @@ def _rewrite(
     for module in modules:
         names = [name for part in replaced_parts if (name := f"{module}.{part}") in files]
         if not names:
-            raise RacError(
-                f"{module}.weight: not in {files.folder}; name modules as the saved files do"
-            )
+            raise RacError(f"{module}.weight: not in {files.folder}; name modules as the files do")
         replaced.update(names)
         first[names[0]] = module
     where: dict[str, str] = {}
@@ -241,8 +231,7 @@ def _check_links(folder: Path) -> None:
         target = path.resolve()
         if path.is_symlink() and not any(target.is_relative_to(place) for place in homes):
             raise RacError(
-                f"{path}: is a link to {target}, outside of the model; copy that file to {folder}, "
-                "or remove the link"
+                f"{path}: links to {target}, outside the model; copy that file, or remove the link"
             )
 
 

@@ -111,27 +111,19 @@ def check_method(config: Mapping[str, Any]) -> None:
     method = quantization.get("quant_method", METHOD) if is_object else quantization
     if not is_object or method != METHOD:
         raise RacError(
-            f"{CONFIG_FILE}: quantized by {method!r}; only compressed-tensors checkpoints can "
-            "be packed"
+            f"{CONFIG_FILE}: quantized by {method!r}; only compressed-tensors models can be packed"
         )
 
 
 def with_packed(
-    config: dict[str, Any],
-    format: str,
-    structures: dict[str, str],
-    ignore: Iterable[str],
+    config: dict[str, Any], format: str, structures: dict[str, str], ignore: Iterable[str]
 ) -> dict[str, Any]:
     """Return a copy of the config for packed weights; what quantization wrote there is kept."""
     check_method(config)
     quantization = {
         **(config.get(QUANTIZATION_KEY) or {"format": "dense"}),
         "quant_method": METHOD,
-        "sparsity_config": {
-            "format": format,
-            "targets": ["Linear"],
-            "ignore": sorted(ignore),
-        },
+        "sparsity_config": {"format": format, "targets": ["Linear"], "ignore": sorted(ignore)},
     }
     record = {"storage": "packed", "modules": structures}
     return {**config, QUANTIZATION_KEY: quantization, RAC_KEY: record}
@@ -256,8 +248,7 @@ def int8_in_words(schemes: Iterable[WeightScheme]) -> bool:
     formats = {scheme.format for scheme in schemes if (scheme.kind, scheme.bits) == ("int", 8)}
     if PACK_QUANTIZED in formats and len(formats) > 1:
         raise RacError(
-            f"int8 weights in the formats {' and '.join(sorted(formats))} cannot be stored "
-            "sparse in one checkpoint; quantize activations in all of these config groups "
-            "or in none, or set storage: dense"
+            f"int8 weights in formats {' and '.join(sorted(formats))} cannot be stored sparse "
+            "together; quantize activations in all config groups or none, or set storage: dense"
         )
     return PACK_QUANTIZED in formats

@@ -24,14 +24,8 @@ from transformers.core_model_loading import (
 )
 
 from rac_modifier import files
+from rac_modifier.checkpoint import card
 from rac_modifier.checkpoint.bitmask import nonzero
-from rac_modifier.checkpoint.card import (
-    CARD_NAME,
-    RUN_RECORD_NAME,
-    environment,
-    license_of,
-    model_card,
-)
 from rac_modifier.checkpoint.dense_codes import WORDS, PackQuantized
 from rac_modifier.checkpoint.output_folder import STAGING, move_into_place
 from rac_modifier.checkpoint.packing import mark_dense, pack_checkpoint
@@ -110,9 +104,7 @@ def save_with_record(model: PreTrainedModel, plan: Callable[[], SavePlan]) -> No
         if current.processes.is_first:
             packed = bool(current.modules) and current.storage == "packed" and save_compressed
             saved = names_on_disk(model, [*current.modules, *dense])
-            structures = {
-                saved[name]: current.patterns[name].mask_structure for name in current.modules
-            }
+            structures = {saved[n]: current.patterns[n].mask_structure for n in current.modules}
             if packed:
                 pack_checkpoint(staging, structures, [saved[name] for name in dense])
             else:  # by this record the vLLM plugin also knows a checkpoint that is only quantized
@@ -136,15 +128,17 @@ def _write_record(model: PreTrainedModel, folder: Path, plan: SavePlan, packed: 
     """Write record, card and recipe without absolute paths; an error of theirs is only logged."""
     source = model.config._name_or_path
     try:
-        record = {"base_model": source, **plan.record, "versions": environment()}
+        record = {"base_model": source, **plan.record, "versions": card.environment()}
         if schemes := weight_schemes(files.read_json(folder / CONFIG_FILE).get(QUANTIZATION_KEY)):
             record["quantization"] = [scheme.describe() for scheme in schemes]
         _clean_recipe(folder / _RECIPE_NAME)
         # JSON has no NaN and no objects of Python: their names
         plain = json.loads(json.dumps(record, default=str), parse_constant=str)
         record = files.without_paths(plain)
-        files.write_json_atomic(folder / RUN_RECORD_NAME, record)
-        files.write_text_atomic(folder / CARD_NAME, model_card(record, license_of(source), packed))
+        files.write_json_atomic(folder / card.RUN_RECORD_NAME, record)
+        files.write_text_atomic(
+            folder / card.CARD_NAME, card.model_card(record, card.license_of(source), packed)
+        )
     except Exception as error:
         logger.opt(exception=error).error(
             f"the record of the run and the card are incomplete ({error}); the weights are saved"
@@ -169,8 +163,7 @@ def _check_patterns(plan: SavePlan) -> None:
             f"{broken[0]} ({len(broken)} modules in all) no longer holds its pattern: "
             f"{plan.patterns[broken[0]].describe()}. A modifier after pruning filled the zeros, as "
             "llm-compressor's GPTQModifier does. QuantizationModifier keeps them, and so does "
-            "quantization: {scheme: ...} in ReasoningAwareSparseGPTModifier, which compensates "
-            "errors as GPTQ does. Nothing was written"
+            "quantization: {scheme: ...} in ReasoningAwareSparseGPTModifier. Nothing was written"
         )
 
 

@@ -132,15 +132,12 @@ def check_scale(
     name, scale = f"{module}.{SCALE}", tensors.get(SCALE)
     if dtype in FLOATS:
         if scale is not None:
-            raise RacError(
-                f"{name}: must not be there, since the values are {dtype}; save the model again"
-            )
+            raise RacError(f"{name}: unexpected, as the values are {dtype}; save the model again")
         return None
     if scale is None:
         raise RacError(
-            f"{name}: missing, but its values are {dtype}; copy the checkpoint again, or "
-            "restore the config.json that was saved with it, whose config_groups describe "
-            "the quantization"
+            f"{name}: missing, but its values are {dtype}; copy the checkpoint again, or restore "
+            "the config.json that was saved with it"
         )
     check_scale_values(scale, name)
     if scale.numel() == 1:

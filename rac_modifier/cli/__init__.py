@@ -100,10 +100,7 @@ def main() -> None:
         missing = (error.name or "").partition(".")[0]
         if missing in ("", "rac_modifier") or missing in sys.stdlib_module_names:
             raise
-        _print(
-            f"this command needs {missing}, which is not installed; rac doctor shows which extra "
-            "installs it"
-        )
+        _print(f"this command needs {missing}; rac doctor shows which extra installs it")
         sys.exit(1)
     except ValidationError as error:
         from rac_modifier.settings.check import describe_errors

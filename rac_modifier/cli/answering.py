@@ -103,11 +103,7 @@ class Answering:
             VllmCommand.from_environment()
 
     def run(
-        self,
-        models: Sequence[str],
-        problems: Sequence[Problem],
-        source: ProblemSource,
-        **how: Any,
+        self, models: Sequence[str], problems: Sequence[Problem], source: ProblemSource, **how: Any
     ) -> list[EvalResult]:
         """Evaluate the models, or without models the servers; `how`: as `evaluate` takes it."""
         with resumable("the answers so far are kept; run the same command again to go on"):

@@ -84,8 +84,7 @@ def evaluate(
         Path | None, typer.Option(help="file of the answers; default: in rac_answers/")
     ] = None,
     baseline: Annotated[
-        Path | None,
-        typer.Option(help="the dense model's --json FILE, to pair accuracies with"),
+        Path | None, typer.Option(help="the dense model's --json FILE, to pair accuracies with")
     ] = None,
     precision: options.Precision = options.Dtype.AUTO,
     divergence: Annotated[
@@ -123,9 +122,7 @@ def evaluate(
     answering = Answering(servers, names, serve, concurrency, answers, precision)
     answering.check(models, written, divergence=divergence)
     if divergence and len(models) < 2:
-        raise RacError(
-            "--divergence compares pruned models with the first one; name at least two models"
-        )
+        raise RacError("--divergence compares models with the first one; name at least two")
     to_stdout = json_out == Path("-")
     if json_out is not None and not to_stdout and not json_out.absolute().parent.is_dir():
         raise RacError(f"--json {json_out}: its folder does not exist; create it first")

@@ -85,9 +85,7 @@ def frontier(
     with resumable("finished rows are kept; run the same command again to go on"), folder:
         folder.begin(about)
         run_grid(folder, planned, held_out, tools, remove_models=remove_models)
-    typer.echo(
-        f"{len(planned) + 1} rows in {out}; look at them with: rac report {out} -o report.html"
-    )
+    typer.echo(f"{len(planned) + 1} rows in {out}; see them with: rac report {out} -o report.html")
 
 
 def held_out_of(evaluation: GridEvaluation, prompt: PromptSettings) -> HeldOut:
@@ -110,8 +108,7 @@ def held_out_of(evaluation: GridEvaluation, prompt: PromptSettings) -> HeldOut:
     held_out = HeldOut(problems, sampling)
     if evaluation.serve and not held_out.graded:
         raise RacError(
-            "evaluation.serve asks problems with answers; name their column (answer_column), "
-            "or leave serve out"
+            "evaluation.serve needs answers; name their column (answer_column), or leave serve out"
         )
     return held_out
 

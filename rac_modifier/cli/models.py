@@ -20,14 +20,14 @@ def resolve(model: str) -> str:
 
 def check_model(source: str) -> None:
     """Refuse a model that does not exist, before hours of work (RacError)."""
-    from rac_modifier.checkpoint.output_folder import folder_problem
+    from rac_modifier.checkpoint import output_folder
 
     def refused(why: object, next_step: str = _NAMES) -> RacError:
         return RacError(f"no model at {source!r} ({why}); {next_step}")
 
     folder = Path(source)
     is_path = folder.exists() or source.count("/") > 1 or source[0] in "./~"
-    if is_path and (problem := folder_problem(folder)):
+    if is_path and (problem := output_folder.folder_problem(folder)):
         raise refused(problem)
     from transformers import AutoConfig, __version__  # takes seconds
 
@@ -99,8 +99,7 @@ def unpacked(source: str, precision: Dtype) -> Any:
         path.suffix in (".safetensors", ".bin") for path in folder.iterdir()
     ):
         raise RacError(
-            f"{source}: no weights are in it; complete the download, or save the model as "
-            "safetensors"
+            f"{source}: no weights in it; complete the download, or save the model as safetensors"
         )
     config = folder / CONFIG_FILE
     packed = config.is_file() and packed_format(read_json(config)) is not None
@@ -111,9 +110,9 @@ def check_loading(source: str) -> None:
     """Refuse weights that do not fit into the host's memory, where they are cached (RacError)."""
     import psutil
 
-    from rac_modifier.checkpoint.output_folder import bytes_of_weights
+    from rac_modifier.checkpoint import output_folder
 
-    size, available = bytes_of_weights(source), int(psutil.virtual_memory().available)
+    size, available = output_folder.bytes_of_weights(source), int(psutil.virtual_memory().available)
     if size is not None and size > available:
         raise RacError(
             f"the weights of {source} take {size / 2**30:.1f} GiB of the host's memory, and "
@@ -132,13 +131,9 @@ def subject_of(model: str) -> tuple[Any, Any]:
 
 def check_output(output: Path, source: str, *, keeps_groups: bool = False) -> None:
     """Refuse an unusable output folder, or a disk that is known to be too full (RacError)."""
-    from rac_modifier.checkpoint.output_folder import (
-        bytes_of_weights,
-        check_output_folder,
-        check_room,
-    )
+    from rac_modifier.checkpoint import output_folder
 
-    check_output_folder(output, Path(source))
-    if (size := bytes_of_weights(source)) is not None:
+    output_folder.check_output_folder(output, Path(source))
+    if (size := output_folder.bytes_of_weights(source)) is not None:
         # the dense weights and the packed ones, while they are packed in place
-        check_room(output, 2 * size, size if keeps_groups else 0)
+        output_folder.check_room(output, 2 * size, size if keeps_groups else 0)

@@ -104,9 +104,7 @@ def unpack(
 def render_plan(plan: PackPlan) -> str:
     """Return a row per matrix and the totals."""
     counts = Counter(row.structure for row in plan.packed)
-    patterns = ", ".join(
-        f"{count} {structure}" for structure, count in sorted(counts.items(), key=str)
-    )
+    patterns = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items(), key=str))
     before = sum(row.dense_bytes for row in plan.matrices)
     after = before - sum(row.dense_bytes - (row.packed_bytes or 0) for row in plan.packed)
     lines = [

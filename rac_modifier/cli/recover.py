@@ -116,9 +116,7 @@ def _asked(
         header = TraceStore.read(store).header
         source, sampling = header.problems, header.sampling
     elif store is not None:
-        logger.warning(
-            f"there is no trace store at {store} yet: all traces are sampled, and kept there"
-        )
+        logger.warning(f"no trace store at {store} yet: all traces are sampled, and kept there")
     if problems is not None or column is not None:
         source = ProblemSource(source=problems or source.source, column=column)
     if max_new_tokens is not None:

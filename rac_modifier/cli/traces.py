@@ -71,14 +71,10 @@ def collect(
     traces = settings.traces
     if serve and traces.engine:
         raise RacError(
-            f"--serve starts a server, and the recipe names {traces.engine.base_urls[0]}; leave "
-            "one out"
+            f"--serve starts a server; the recipe names {traces.engine.base_urls[0]}; leave one out"
         )
     if concurrency != _CONCURRENCY and not serve:
-        raise RacError(
-            f"--concurrency {concurrency} is for --serve; a recipe's servers have "
-            "traces.engine.concurrency"
-        )
+        raise RacError(f"--concurrency {concurrency} is for --serve; set traces.engine.concurrency")
     server: Any = nullcontext(traces.engine)
     if serve:
         server = own_server(model, precision, concurrency, traces.sampling.max_new_tokens)
@@ -218,7 +214,5 @@ def _tokenizer_of(store: TraceStore, model: str | None, otherwise: str) -> Any:
     name = resolve(model or store.header.model)
     tokenizer = load_tokenizer(name, f"name the store's model with --model, {otherwise}")
     if tokenizer_fingerprint(tokenizer) != store.header.tokenizer:
-        raise RacError(
-            f"{name!r} has another tokenizer than the store's model; name that model with --model"
-        )
+        raise RacError(f"{name!r}: another tokenizer than the store's model; name it with --model")
     return tokenizer

@@ -80,8 +80,7 @@ def evaluate(
         with TraceStore.open_append(path, header) as store:
             if (filled := store.header.engine.kind) != chosen.kind:
                 raise RacError(
-                    f"{path} holds answers of another engine ({filled}, not {chosen.kind}); name "
-                    "another file"
+                    f"{path} holds answers of {filled}, not of {chosen.kind}; name another file"
                 )
             before = store.counts.completion_tokens
             if len(store):
@@ -111,15 +110,12 @@ def default_path(header: StoreHeader, dtype: torch.dtype | None = None) -> Path:
 def check_problems(problems: Sequence[Problem], verifier: Verifier | None) -> None:
     """Refuse problems that cannot be graded by `verifier`, or without one by math-verify."""
     if not problems:
-        raise RacError(
-            "no problems to evaluate on; give at least one (check the problem source and its limit)"
-        )
+        raise RacError("no problems to evaluate on; check the problem source and its limit")
     without = [p.id for p in problems if p.answer is None or not p.answer.strip()]
     if without:
         raise RacError(
-            f"{len(without)} of {len(problems)} problems have no answer to check against (first: "
-            f"{without[0]!r}); name the column that holds the answers (answer_column), or leave "
-            "these problems out"
+            f"{len(without)} of {len(problems)} problems have no answer (first: {without[0]!r}); "
+            "name the column of answers (answer_column), or leave them out"
         )
     if verifier is None:
         check_installed("mathematics")
@@ -155,9 +151,8 @@ def _stored_rows(
     if missing:
         reasons = {failed.id: failed.reason for failed in read_failures(store.path)}
         raise RacError(
-            f"{len(missing)} of {len(expected)} answers are missing (the first: {missing[0]!r}, "
-            f"{reasons.get(missing[0], 'not asked')}); answers so far are kept in {store.path}: "
-            "run again to ask for the others"
+            f"{len(missing)} of {len(expected)} answers are missing (first: {missing[0]!r}, "
+            f"{reasons.get(missing[0], 'not asked')}); others are kept in {store.path}: run again"
         )
     rows = {}
     for trace in store:

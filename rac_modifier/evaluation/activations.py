@@ -57,9 +57,7 @@ def layers_of(folder: Path, *, recorded: bool = True) -> list[IntegerLayer]:
     Experts, heads and embeddings keep 16 bits. `recorded`: with the own errors of the run record.
     """
     if not (folder / CONFIG_FILE).is_file():
-        raise RacError(
-            f"{folder}: no folder of a checkpoint; hf download ID --local-dir FOLDER makes one"
-        )
+        raise RacError(f"{folder}: no such folder; hf download ID --local-dir FOLDER makes one")
     report, rows = plan_checkpoint(folder)
     rounds = any(scheme.activations is not None for scheme in report.quantization)
     if report.format == "dense" and rounds:
@@ -100,9 +98,8 @@ def _recorded_errors(folder: Path, names: Iterable[str]) -> dict[str, float]:
     errors = {m["name"]: float(m["relative_error"]) for m in modules if "relative_error" in m}
     if missing := [name for name in names if name not in errors]:
         raise RacError(
-            f"{folder}: {RUN_RECORD_NAME} has no error of {missing[0]} ({len(missing)} layers in "
-            "all), and 8 bits are compared with it; name the model that was quantized "
-            "(--dense MODEL)"
+            f"{folder}: {RUN_RECORD_NAME} has no error of {missing[0]} ({len(missing)} in all), "
+            "and 8 bits are compared with it; name the model that was quantized (--dense MODEL)"
         )
     return errors
 
@@ -177,9 +174,7 @@ def measure_activations(
     for layer, (change, output, lost, original) in zip(layers, sums.values(), strict=True):
         error = change / output if output else 0.0
         if not 0 <= error < float("inf"):
-            raise RacError(
-                f"{layer.module}: its activations are not finite; load the model in float32"
-            )
+            raise RacError(f"{layer.module}: activations are not finite; load the model in float32")
         if layer.own_error is None:
             layer = replace(layer, own_error=lost / original if original else 0.0)
         measured.append(replace(layer, error=error))
@@ -227,8 +222,7 @@ def check_original(model: Any, dense: Any, layers: Sequence[IntegerLayer]) -> No
         weight = getattr(original, "weight", None)
         if quantized or weight is None or weight.shape != shape:
             raise RacError(
-                f"{name}: no dense layer of shape {list(shape)} in the dense model; name the model "
-                "that was quantized"
+                f"{name}: no layer {list(shape)} in the dense model; name what was quantized"
             )
     vectors = {name: p for name, p in dense.named_parameters() if p.dim() == 1}
     for name, vector in model.named_parameters():

@@ -32,8 +32,7 @@ def recorded_prompts(source: str) -> Prompts | None:
         return {part: PromptSettings(**settings) for part, settings in recorded.items()}
     except (AttributeError, TypeError, ValidationError) as error:
         raise RacError(
-            f"{path}: its prompt settings cannot be read ({recorded!r}); restore the file, or "
-            "remove it to evaluate without it"
+            f"{path}: unreadable prompt settings {recorded!r}; restore the file, or remove it"
         ) from error
 
 

@@ -27,13 +27,8 @@ from rac_modifier.evaluation.stopping import row_of_text
 from rac_modifier.files import lock, public_name
 from rac_modifier.problems.answers import Verifier
 from rac_modifier.problems.source import Problem
+from rac_modifier.sampling import completions_api
 from rac_modifier.sampling.chat_api import ChatAnswer, chat_body, read_chat
-from rac_modifier.sampling.completions_api import (
-    RefusedError,
-    UnusableError,
-    check_limit,
-    served_model,
-)
 from rac_modifier.sampling.server_client import ServerClient, ask
 from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
 
@@ -89,8 +84,8 @@ async def _answers(
     """Return the model's public name, the answers in order, and the tokens of this run."""
     server = ServerClient(engine.base_urls[0], engine)
     try:
-        card = served_model(await server.list_models(), engine.model, server.url)
-        check_limit(card, None, sampling.max_new_tokens, server.url)
+        card = completions_api.served_model(await server.list_models(), engine.model, server.url)
+        completions_api.check_limit(card, None, sampling.max_new_tokens, server.url)
         server.model = str(card["id"])
         name = public_name(server.model)
         settings = [server.url, name, sampling.model_dump(exclude={"batch_size"})]
@@ -128,7 +123,7 @@ async def _ask(
             size = len(problem.question) + cap
             try:
                 answer = await ask([server], "/chat/completions", body, size, read)
-            except (UnusableError, RefusedError) as error:
+            except (completions_api.UnusableError, completions_api.RefusedError) as error:
                 raise RacError(
                     f"the answer {name!r} is missing ({error}); answers so far are kept in "
                     f"{file.name}: see to the server, and run again to ask for the others"
@@ -167,8 +162,7 @@ def _open_answers(path: Path) -> Iterator[tuple[BinaryIO, dict[str, ChatAnswer]]
                 answer = _LINE.validate_json(line)
             except ValidationError as error:
                 raise RacError(
-                    f"{path}: line {number} is not of a file of answers; name another file, or "
-                    "remove the line"
+                    f"{path}: line {number} is no answer; name another file, or remove the line"
                 ) from error
             answers[answer.asked] = answer
         file.truncate(len(whole))

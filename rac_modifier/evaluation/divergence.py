@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from loguru import logger
+from torch import Tensor
 from tqdm import tqdm
 
 from rac_modifier.calibration.calibration_set import CalibrationSet
@@ -38,7 +39,7 @@ _STEP_ELEMENTS = 1 << 24
 BATCH_TOKENS = 4096  # most padded tokens of a batch; a longer sequence is a batch
 
 # Per window of positions: the first position, the dense model's logits, the pruned model's.
-Windows = Iterator[tuple[int, torch.Tensor, torch.Tensor]]
+Windows = Iterator[tuple[int, Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def divergence_per_token(
     return [row for _, row in sorted(zip(order, rows, strict=True), key=lambda pair: pair[0])]
 
 
-def token_divergence(p: torch.Tensor, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def token_divergence(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     """Return KL(p || q), float64 [n] in nats, and top-1 agreement, bool [n], of logits [n, V]."""
     step = max(1, _STEP_ELEMENTS // p.shape[-1])
     kl, agrees = [], []
@@ -137,7 +138,7 @@ def compare(batch: list[TokenSequence], logits: Windows, label: str) -> list[Tok
     ]
 
 
-def windows(model: Any, ids: torch.Tensor, width: int) -> Iterator[tuple[int, torch.Tensor]]:
+def windows(model: Any, ids: Tensor, width: int) -> Iterator[tuple[int, Tensor]]:
     """Yield the first position of each window, and its logits [rows, up to width, vocabulary]."""
     cache = None
     several = ids.shape[1] > width
@@ -191,10 +192,7 @@ class DenseReference:
         head = output_head(pruned)
         quantized = getattr(head, "quantization_scheme", None) is not None
         if quantized or not torch.equal(_probe(head), self._head):
-            raise RacError(
-                "the output head was changed too, and with it what the dense model would have "
-                "predicted"
-            )
+            raise RacError("the output head changed too, and with it what the dense model predicts")
         rows = []
         with evaluating(pruned):
             for batch, entering in zip(self._batches, self._entering, strict=True):
@@ -203,12 +201,12 @@ class DenseReference:
 
 
 def _windows_of_both(
-    pruned: Any, head: Any, batch: list[TokenSequence], entering: torch.Tensor
+    pruned: Any, head: Any, batch: list[TokenSequence], entering: Tensor
 ) -> Windows:
     """Yield windows of logits of the dense model, by its input of the head, and of the pruned."""
     ids, position = padded(batch)[0][:, :-1], 0
 
-    def append_dense(module: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+    def append_dense(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor]:
         nonlocal position
         x = args[0]
         dense = entering[:, position : position + x.shape[1]].to(x)
@@ -225,7 +223,7 @@ def _windows_of_both(
         hook.remove()
 
 
-def _probe(head: Any) -> torch.Tensor:
+def _probe(head: Any) -> Tensor:
     """Return a sample of the head's weights, to detect a change."""
     return head.weight.detach().flatten()[:: max(head.weight.numel() // 4096, 1)].cpu().clone()
 

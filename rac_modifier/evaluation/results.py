@@ -164,8 +164,7 @@ def read_results(path: Path) -> list[EvalResult]:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"]))
         raise RacError(
-            f"{path}: no evaluation result ({field}: {first['msg']}); evaluate again with this "
-            "version"
+            f"{path}: no evaluation result ({field}: {first['msg']}); evaluate with this version"
         ) from error
 
 

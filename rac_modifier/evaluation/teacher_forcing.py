@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from rac_modifier.errors import RacError
@@ -26,10 +27,7 @@ def sequence_of(trace: Trace) -> TokenSequence:
 
 
 def sample_sequences(
-    model: Any,
-    tokenizer: Any,
-    problems: Sequence[Problem],
-    sampling: SamplingSettings,
+    model: Any, tokenizer: Any, problems: Sequence[Problem], sampling: SamplingSettings
 ) -> list[TokenSequence]:
     """Complete each problem `samples_per_problem` times, as traces are sampled."""
     requests = [
@@ -64,9 +62,8 @@ def check_sequences(sequences: Sequence[TokenSequence], *models: Any) -> None:
     for model in models:
         if largest >= vocabulary(model):
             raise RacError(
-                f"the sequences hold token id {largest}, beyond a model's vocabulary of "
-                f"{vocabulary(model)}; give sequences that the dense model wrote, and a model "
-                "pruned from it"
+                f"token id {largest} is beyond a model's vocabulary of {vocabulary(model)}; give "
+                "sequences that the dense model wrote, and a model pruned from it"
             )
 
 
@@ -83,7 +80,7 @@ def batches_of_like_length(
     yield batch
 
 
-def padded(batch: Sequence[TokenSequence]) -> tuple[torch.Tensor, torch.Tensor]:
+def padded(batch: Sequence[TokenSequence]) -> tuple[Tensor, Tensor]:
     """Return ids, int64 [rows, length], padded with 0 on the right, and the completion mask."""
     length = max(len(ids) for ids, _ in batch)
     ids = torch.zeros(len(batch), length, dtype=torch.long)
@@ -102,7 +99,7 @@ def output_head(model: Any) -> Any:
     return head
 
 
-def input_of_head(model: Any, ids: torch.Tensor) -> torch.Tensor:
+def input_of_head(model: Any, ids: Tensor) -> Tensor:
     """Return the input of the output head, [rows, tokens, d], for `ids` [rows, tokens]."""
     head, ids = output_head(model), ids.to(model.device)
     states = input_of(head, lambda: model(input_ids=ids, use_cache=False))

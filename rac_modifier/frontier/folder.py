@@ -45,8 +45,7 @@ class FrontierFolder:
         results = cls(folder)
         if not results.rows:
             raise RacError(
-                f"{folder} holds no results of rac frontier; make them with: rac frontier MODEL "
-                f"--out {folder} ..."
+                f"{folder} holds no results; make them with: rac frontier MODEL --out {folder} ..."
             )
         return results
 
@@ -97,8 +96,7 @@ class FrontierFolder:
         try:
             if not lock(self._lock.fileno(), self.folder, patience=0):
                 raise RacError(
-                    f"{self.folder} is in use by another rac frontier; wait for it, or name "
-                    "another folder"
+                    f"{self.folder} is in use by another rac frontier; wait, or name another folder"
                 )
             self._read()  # another rac frontier may have added rows until it released the lock
         except BaseException:

@@ -83,9 +83,8 @@ class CalibratingModifier(CalibrationEntry, Modifier):
         if self._processes.count > 1 and not (prunes and alone):
             names = ", ".join(type(m).__name__ for m in modifiers) or "nothing"
             raise RacError(
-                f"{name} next to {names} runs in one process, and torchrun started "
-                f"{self._processes.count}: other modifiers would calibrate on this "
-                "process's share of the data alone; start it without torchrun"
+                f"{name} next to {names} runs in one process, not in {self._processes.count}: "
+                "others calibrate on a share of the data; start without torchrun"
             )
         if isinstance(state.data.calib, CalibrationLoader):
             raise RacError(
@@ -99,9 +98,8 @@ class CalibratingModifier(CalibrationEntry, Modifier):
             self._given_tokenizer = checks.given_tokenizer(self._oneshot, self.tokenizer, model)
         if state.data.calib is not None:
             raise RacError(
-                f"the session was given calibration data, and {name} brings its own: leave "
-                "calib_data out, or name the data in the recipe (traces.problems, "
-                "calibration.generic)"
+                f"{name} brings its own calibration data: leave calib_data out, or name the data "
+                "in the recipe (traces.problems, calibration.generic)"
             )
 
     def prepare(self, state: State, *, quantizes: bool) -> None:
@@ -191,9 +189,8 @@ class ReasoningAwareCalibrationModifier(CalibratingModifier):
         if not any(modifier.requires_calibration_data for modifier in modifiers):
             names = ", ".join(type(m).__name__ for m in modifiers) or "nothing else"
             raise RacError(
-                "ReasoningAwareCalibrationModifier calibrates nothing: the recipe has "
-                f"{names}; add a modifier that calibrates, such as GPTQModifier or "
-                "AWQModifier"
+                f"ReasoningAwareCalibrationModifier calibrates nothing: the recipe has {names}; "
+                "add one that calibrates, such as GPTQModifier or AWQModifier"
             )
         if self.recover is not None:
             self._codes = LaterCodes(modifiers, state.model)

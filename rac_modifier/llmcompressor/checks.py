@@ -60,8 +60,7 @@ def check_arguments(oneshot: Oneshot, modifier: str, *, prunes: bool) -> None:
     pipeline = oneshot.dataset_args.pipeline
     if pipeline and standardize_lookup_name(pipeline) not in ("independent", "sequential"):
         raise RacError(
-            f'pipeline="{pipeline}" does not prune layer by layer; use pipeline="independent" or '
-            '"sequential"'
+            f'pipeline="{pipeline}" does not prune by layer; use "independent" or "sequential"'
         )
     honoured = HONOURED if prunes else HONOURED | _OF_UPSTREAMS_LOOP
     given, defaults = vars(oneshot.dataset_args), vars(DatasetArguments())
@@ -92,10 +91,7 @@ def given_tokenizer(oneshot: Oneshot, recipes: str | None, model: str) -> Any:
         return tokenizer
     name = getattr(tokenizer, "name_or_path", recipes)
     if name not in (recipes, model):  # upstream loads the model's if it was given none
-        raise RacError(
-            f"oneshot was given the tokenizer {name!r}, and the recipe names {recipes!r}; "
-            "leave one of them out"
-        )
+        raise RacError(f"oneshot has tokenizer {name!r}, and the recipe {recipes!r}; leave one out")
     return None
 
 
@@ -104,10 +100,7 @@ def check_first(modifiers: Sequence[Modifier]) -> None:
     names = [type(modifier).__name__ for modifier in modifiers]
     if _CALIBRATES in names[1:]:
         before = ", ".join(names[: names.index(_CALIBRATES)])
-        raise RacError(
-            f"{_CALIBRATES} is behind {before}, which changes the model before its traces "
-            "are taken; write it first"
-        )
+        raise RacError(f"{_CALIBRATES} is behind {before}, which changes the model; write it first")
 
 
 def check_other_modifiers(
@@ -124,15 +117,11 @@ def check_other_modifiers(
     for name, modifier in zip(names[place + 1 :], modifiers[place + 1 :], strict=True):
         if name == "GPTQModifier":  # llm-compressor #2860
             raise RacError(
-                f"{name} after {type(ours).__name__} fills pruned weights again; leave it "
-                "out and set quantization: {scheme: W4A16} (or its scheme) in the pruning "
-                "entry, which keeps the zeros"
+                f"{name} after {type(ours).__name__} fills pruned weights again; leave it out and "
+                "set quantization: {scheme: W4A16} (or its scheme) in the pruning entry"
             )
         if quantizes and isinstance(modifier, QuantizationMixin):
-            raise RacError(
-                f"{name} after {type(ours).__name__} with quantization would quantize "
-                "twice; leave one of them out"
-            )
+            raise RacError(f"{name} after {type(ours).__name__} quantizes twice; leave one out")
 
 
 def is_autoround(modifier: Modifier) -> bool:

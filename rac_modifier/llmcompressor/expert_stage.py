@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from compressed_tensors.utils import align_module_device
 from llmcompressor.pipelines.cache import IntermediatesCache
+from torch import Tensor
 
 from rac_modifier.calibration.loader import CalibrationLoader
 from rac_modifier.llmcompressor.experts import Expert, RoutedExperts, report_tokens
@@ -22,10 +23,10 @@ from rac_modifier.pruning.routed_tokens import ExpertTokens, filled_up, routed_r
 class RouterBatch:
     """Hold what the router reads in a batch, tokens in rows, on the cache's device."""
 
-    x: torch.Tensor  # [tokens, hidden] in the pruned model
-    dense: torch.Tensor | None  # the same in the dense model, if it is needed
-    chosen: torch.Tensor  # [tokens, k], the numbers of each token's experts
-    weights: torch.Tensor  # [tokens], of the calibration set
+    x: Tensor  # [tokens, hidden] in the pruned model
+    dense: Tensor | None  # the same in the dense model, if it is needed
+    chosen: Tensor  # [tokens, k], the numbers of each token's experts
+    weights: Tensor  # [tokens], of the calibration set
     number: int  # place in the calibration set of all ranks
     shards_ended: int  # how many shards of the calibration set end with it
 
@@ -38,8 +39,8 @@ def read_router(
 ) -> list[RouterBatch]:
     """Return what the router of a stage reads, which the caches drop later."""
 
-    def value(cache: IntermediatesCache, number: int, name: str | None) -> torch.Tensor:
-        tensor: torch.Tensor = cache.batch_intermediates[number][str(name)].value  # type: ignore[assignment]
+    def value(cache: IntermediatesCache, number: int, name: str | None) -> Tensor:
+        tensor: Tensor = cache.batch_intermediates[number][str(name)].value  # type: ignore[assignment]
         return tensor.reshape(-1, tensor.shape[-1])
 
     return [
@@ -97,9 +98,9 @@ class _ExpertTokens:
         with align_module_device(layer.router):
             weight = layer.router.get_parameter("weight").detach()
             self._router = weight.to(device, torch.float32)
-        self._least: list[torch.Tensor] | None = None
+        self._least: list[Tensor] | None = None
 
-    def rows(self, expert: Expert) -> Sequence[torch.Tensor]:
+    def rows(self, expert: Expert) -> Sequence[Tensor]:
         """Return the numbers of an expert's tokens in each batch."""
         floor, processes = self._run.entry.expert_floor, self._run.processes
         routed = [rows[expert.number] for rows in self._routed]
@@ -110,7 +111,7 @@ class _ExpertTokens:
         )
         return rows
 
-    def _nearness(self, number: int) -> list[torch.Tensor]:
+    def _nearness(self, number: int) -> list[Tensor]:
         """Return per token an expert's logit, less the least of the chosen experts."""
         if self._least is None:
             k = self._batches[0].chosen.shape[1]
@@ -121,14 +122,12 @@ class _ExpertTokens:
             for x, least, batch in zip(logits, self._least, self._batches, strict=True)
         ]
 
-    def _logits(self, weight: torch.Tensor) -> Iterator[torch.Tensor]:
+    def _logits(self, weight: Tensor) -> Iterator[Tensor]:
         return (batch.x.to(self._device).float() @ weight.T for batch in self._batches)
 
-    def dense_of_down(
-        self, expert: Expert, rows: Sequence[torch.Tensor]
-    ) -> list[torch.Tensor | None]:
+    def dense_of_down(self, expert: Expert, rows: Sequence[Tensor]) -> list[Tensor | None]:
         """Return what an expert's down reads in the dense model, if needed."""
-        inputs: list[torch.Tensor | None] = [None] * len(rows)
+        inputs: list[Tensor | None] = [None] * len(rows)
         if expert.last and not self._run.has_pruned(expert.last):
             for i, (chosen, batch) in enumerate(zip(rows, self._batches, strict=True)):
                 if batch.dense is not None and len(chosen):
@@ -140,8 +139,8 @@ class _ExpertTokens:
         self,
         modules: list[torch.nn.Module],
         expert: Expert | None,
-        rows: Sequence[torch.Tensor],
-        dense: Sequence[torch.Tensor | None],
+        rows: Sequence[Tensor],
+        dense: Sequence[Tensor | None],
     ) -> InputGroup:
         """Collect the statistics of the down of `expert`, or without it of gate and up."""
         run, device = self._run, self._device

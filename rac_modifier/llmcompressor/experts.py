@@ -13,6 +13,7 @@ from compressed_tensors.utils import patch_attr
 from llmcompressor.modeling.moe import context
 from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
 from loguru import logger
+from torch import Tensor
 
 from rac_modifier.model_tools import input_of
 from rac_modifier.pruning.routed_tokens import ExpertTokens
@@ -35,7 +36,7 @@ class Expert:
         """Return the modules that read the same input, in pruning order."""
         return [group for group in (self.first, self.last) if group]
 
-    def input_of_down(self, x: torch.Tensor) -> torch.Tensor:
+    def input_of_down(self, x: Tensor) -> Tensor:
         """Return what down reads [tokens, width] for tokens `x` [tokens, hidden]."""
         inputs = input_of(getattr(self.module, _LAST), lambda: self.module(x))
         assert inputs is not None
@@ -88,7 +89,7 @@ def _router(model: torch.nn.Module, name: str, experts: LinearExperts2D) -> torc
     siblings = model.get_submodule(name.rpartition(".")[0]).children()
     for module in (m for sibling in siblings if sibling is not experts for m in sibling.modules()):
         weight = getattr(module, "weight", None)
-        is_matrix = isinstance(weight, torch.Tensor) and weight.ndim == 2
+        is_matrix = isinstance(weight, Tensor) and weight.ndim == 2
         if is_matrix and weight.shape[0] == experts.num_experts:
             return module
     return None
@@ -103,16 +104,12 @@ def report_tokens(layer: str, tokens: Mapping[str, ExpertTokens], floor: int) ->
     """Log the tokens that calibrate the experts of a layer, by name; return the record's entry."""
     routed = [counts.routed for counts in tokens.values()]
     least, median, most = min(routed), statistics.median(routed), max(routed)
-    logger.info(
-        f"{layer}: {least:,} to {most:,} tokens are routed to each of {len(tokens)} "
-        f"experts, median {median:,}"
-    )
+    logger.info(f"{layer}: {least:,} to {most:,} tokens per expert, median {median:,}")
     starved = {expert: asdict(counts) for expert, counts in tokens.items() if counts.added}
     if starved:
         logger.warning(
-            f"{layer}: fewer than expert_floor ({floor:,}) tokens are routed to "
-            f"{len(starved)} experts; the nearest ones were added to calibrate them; raise "
-            "calibration.tokens for more of their own"
+            f"{layer}: fewer than expert_floor ({floor:,}) tokens are routed to {len(starved)} "
+            "experts; the nearest ones were added; raise calibration.tokens for more of their own"
         )
     of_layer = {"least": least, "median": median, "most": most}
     return {"experts": len(tokens), "routed": of_layer, "starved": starved}

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from llmcompressor.utils.helpers import calibration_forward_context
 from loguru import logger
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from rac_modifier.calibration.loader import CalibrationLoader
@@ -45,7 +46,7 @@ class Group:
     rows: tuple[int, ...]
     grids: tuple[Grid | None, ...]
 
-    def weights(self, width: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    def weights(self, width: int, dtype: torch.dtype) -> list[Tensor]:
         """Return weights of the group's shapes, scaled to `width` inputs, with 2:4 zeros."""
         weights = []
         for rows in self.rows:
@@ -93,7 +94,7 @@ class Forecast:
         cls, run: Run, model: PreTrainedModel, loader: CalibrationLoader | None, by_layer: bool
     ) -> Forecast:
         """Forecast a run on `loader`; None: before sampling, without a forward pass."""
-        embedding: torch.Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
+        embedding: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
         batches = [(1, -(-run.entry.calibration.tokens // run.processes.count))]
         attention = forward = 0
         if loader is not None:
@@ -179,10 +180,9 @@ class Forecast:
             if free is not None and needed > free // shares:
                 now = self.entry.calibration
                 raise RacError(
-                    f"{message}, as forecast, and {_gib(free // shares)} are free: set a lower "
-                    f"calibration.tokens (now {now.tokens:,}), a lower calibration.batch_tokens "
-                    f"(now {now.batch_tokens:,}) or preset: paper, which keeps activations "
-                    f"between layers only, or add {group} to ignore"
+                    f"{message}, and {_gib(free // shares)} are free: set lower calibration.tokens "
+                    f"(now {now.tokens:,}), calibration.batch_tokens (now {now.batch_tokens:,}) or "
+                    f"preset: paper (activations between layers only), or add {group} to ignore"
                 )
             logger.info(message)
             if device.type == "cpu":

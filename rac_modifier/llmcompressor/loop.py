@@ -16,6 +16,7 @@ from llmcompressor.core import LifecycleCallbacks
 from llmcompressor.modifiers.utils.hooks import HooksMixin
 from llmcompressor.pipelines.cache import IntermediatesCache
 from llmcompressor.utils.helpers import DisableQuantization, calibration_forward_context
+from torch import Tensor
 
 from rac_modifier.calibration.loader import CalibrationLoader
 from rac_modifier.llmcompressor.expert_stage import prune_experts, read_router
@@ -109,7 +110,7 @@ def collect_layer(
     """Collect the groups of a stage by layer in one pass (RacError: ranks have other groups)."""
     collector, batch = Collector(run.names, run.processes), 0
 
-    def observe(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+    def observe(module: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
         collector.observe(module, args[0], loader.token_weights[batch], first=batch == 0)
 
     hooks = [module.register_forward_pre_hook(observe) for module in stage.modules]

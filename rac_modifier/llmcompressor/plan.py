@@ -18,6 +18,7 @@ from llmcompressor.args import DatasetArguments
 from llmcompressor.pipelines.cache import IntermediatesCache
 from llmcompressor.pipelines.sequential.helpers import Subgraph, trace_subgraphs
 from llmcompressor.utils.pytorch.module import infer_sequential_targets
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from rac_modifier.llmcompressor.experts import RoutedExperts, find_experts
@@ -60,7 +61,7 @@ class Stage:
             cache.update(batch, {n: v for n, v in outputs.items() if n not in self.configs})
             cache.delete(batch, list(subgraph.consumed_names - self.configs.keys()))
 
-    def read(self, cache: IntermediatesCache, batch: int) -> torch.Tensor:
+    def read(self, cache: IntermediatesCache, batch: int) -> Tensor:
         """Return what a stage by group reads in a batch, [rows, length, columns]."""
         (x,) = cache.fetch(batch, [str(self.reads)]).values()
         return x

@@ -16,6 +16,7 @@ from compressed_tensors.utils import (
     update_offload_parameter,
 )
 from llmcompressor.modifiers.quantization import QuantizationModifier
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from rac_modifier.errors import RacError, refusing
@@ -59,14 +60,12 @@ class Quantizer:
                 columns = module.weight.shape[1]
                 if grid.group_size and columns % grid.group_size:
                     raise RacError(
-                        f"{name}: {columns} inputs are no multiple of the group_size "
-                        f"{grid.group_size} of its scheme; set a group_size that divides "
-                        "them (config_groups), or add the module to ignore"
+                        f"{name}: {columns} inputs are no multiple of group_size "
+                        f"{grid.group_size}; set one that divides them, or add the module to ignore"
                     )
         if not self.grids:
             raise RacError(
-                "quantization: its targets match none of the modules of this entry; leave "
-                "targets out for all of them"
+                "quantization: targets match no module of this entry; leave targets out for all"
             )
 
     def attach(self, model: PreTrainedModel) -> None:
@@ -82,9 +81,9 @@ class Quantizer:
     def store(
         self,
         module: torch.nn.Module,
-        weight: torch.Tensor,
-        scale: torch.Tensor,
-        zero_point: torch.Tensor | None = None,
+        weight: Tensor,
+        scale: Tensor,
+        zero_point: Tensor | None = None,
     ) -> None:
         """Put a rounded weight, scales and zero points (None: 0) into a module."""
         update_offload_parameter(module, "weight", weight)
@@ -94,7 +93,7 @@ class Quantizer:
         update_offload_parameter(module, "weight_zero_point", zeros)
 
     def take_masters(
-        self, names: Mapping[torch.nn.Module, str], masters: dict[str, torch.Tensor]
+        self, names: Mapping[torch.nn.Module, str], masters: dict[str, Tensor]
     ) -> dict[str, QuantizedWeight]:
         """Return by name what training through codes starts from; it takes `masters`."""
         weights = {}

@@ -23,13 +23,9 @@ from rac_modifier.checkpoint.quantization_config import (
 from rac_modifier.checkpoint.saving import SavePlan, save_with_record
 from rac_modifier.errors import RacError
 from rac_modifier.files import read_json
+from rac_modifier.llmcompressor import trained_codes
 from rac_modifier.llmcompressor.recovery_stage import RecoveryStage
 from rac_modifier.llmcompressor.targets import sparse_modules
-from rac_modifier.llmcompressor.trained_codes import (
-    QuantizedCheckpoint,
-    check_layers,
-    quantized_names,
-)
 from rac_modifier.model_tools import on_accelerator
 from rac_modifier.processes import Processes
 from rac_modifier.recovery.teacher import check_dense, check_made_from
@@ -64,10 +60,10 @@ def recover_checkpoint(
     model, tokenizer = load(dense)
     check_dense(model, dense)
     pruned, _ = load(str(sparse))
-    check_layers(pruned, stored)
+    trained_codes.check_layers(pruned, stored)
     check_made_from(pruned, model)
     structures = SparsityRecord.of(pruned.config.to_dict()).modules
-    checkpoint = QuantizedCheckpoint(pruned, model, structures)
+    checkpoint = trained_codes.QuantizedCheckpoint(pruned, model, structures)
     modules, patterns = sparse_modules(pruned, checkpoint.quantized, checkpoint.pruned)
     quantizes = bool(checkpoint.quantized)
     stage = RecoveryStage(model, settings, processes, quantizes=quantizes, keep=True)
@@ -114,9 +110,8 @@ def recover_checkpoint(
         if not (output / CONFIG_FILE).exists():  # else another run has saved there meanwhile
             shutil.rmtree(output, ignore_errors=True)
         raise RacError(
-            f"{output}: the recovered model cannot be written ({error}); what was trained "
-            f"is kept in {stage.folder}: make room, and run the same command again, which does "
-            "not train again"
+            f"{output}: the recovered model cannot be written ({error}); what was trained is kept "
+            f"in {stage.folder}: make room, and run the same command again"
         ) from error
     return recovery["kl_before"], recovery["kl_after"]
 
@@ -163,4 +158,4 @@ def _quantized_modules(sparse: Path) -> set[str]:
     if not weight_schemes(quantization):
         return set()
     with TensorFiles(sparse) as files:
-        return quantized_names(files.where)
+        return trained_codes.quantized_names(files.where)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from loguru import logger
+from torch import Tensor
 
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.teacher_forcing import TokenSequence, sequence_of
@@ -124,7 +125,7 @@ def split_traces(
     return held_out, training
 
 
-def _mask(module: torch.nn.Module, quantized: QuantizedWeight | None) -> torch.Tensor:
+def _mask(module: torch.nn.Module, quantized: QuantizedWeight | None) -> Tensor:
     """Return where a weight is not zero, or was not before it was rounded."""
     master = quantized.master if quantized is not None else None
     return (module.get_parameter("weight") if master is None else master).detach() != 0

@@ -19,6 +19,7 @@ from compressed_tensors.offload import disable_onloading
 from compressed_tensors.utils import align_module_device, update_offload_parameter
 from loguru import logger
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from rac_modifier.checkpoint.files import write_tensors_atomic
 from rac_modifier.checkpoint.output_folder import check_room
@@ -77,8 +78,7 @@ class Resume:
                 self.names |= dict.fromkeys(file.metadata() or (), path)
         if self.names:
             logger.info(
-                f"{len(self.names)} modules were pruned before the last run was stopped "
-                f"({self._folder})"
+                f"{len(self.names)} modules were pruned until the last run stopped ({self._folder})"
             )
 
     def has(self, names: Sequence[str]) -> bool:
@@ -86,7 +86,7 @@ class Resume:
         return bool(names) and all(name in self.names for name in names)
 
     def restore(
-        self, name: str, module: torch.nn.Module, masters: dict[str, torch.Tensor]
+        self, name: str, module: torch.nn.Module, masters: dict[str, Tensor]
     ) -> dict[str, Any]:
         """Restore a module, and into `masters` its master; return its record."""
         path = self.names[name]
@@ -109,12 +109,12 @@ class Resume:
         self,
         modules: Mapping[str, torch.nn.Module],
         records: Mapping[str, dict[str, Any]],
-        masters: Mapping[str, torch.Tensor],
+        masters: Mapping[str, Tensor],
     ) -> None:
         """Write groups that were solved in one call to one file: alone they have other bits."""
         if self._folder is None or not self._begun:
             return
-        tensors: dict[str, torch.Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         for name, module in modules.items():
             with align_module_device(module):
                 for part in _PARAMETERS:
@@ -156,9 +156,8 @@ class Resume:
 
     def _unwritable(self, why: object) -> RacError:
         return RacError(
-            f"{self._folder}: what is pruned so far cannot be kept there ({why}); make "
-            "room or name another output_dir. The same run, started again, goes on from "
-            "the groups that were written"
+            f"{self._folder}: what is pruned so far cannot be kept there ({why}); make room or "
+            "name another output_dir. The same run goes on from the groups that were written"
         )
 
     def _reading(self, path: Path) -> contextlib.AbstractContextManager[None]:

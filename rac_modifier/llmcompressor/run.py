@@ -12,6 +12,7 @@ import torch
 from compressed_tensors.distributed import greedy_bin_packing
 from compressed_tensors.utils import update_offload_parameter
 from loguru import logger
+from torch import Tensor
 
 from rac_modifier.errors import RacError
 from rac_modifier.llmcompressor.quantizer import Quantizer
@@ -39,7 +40,7 @@ class Run:
     resume: Resume
     # the run record's entry of each pruned module, and weights before rounding, by name
     records: dict[str, dict[str, Any]] = field(default_factory=dict)
-    masters: dict[str, torch.Tensor] = field(default_factory=dict)
+    masters: dict[str, Tensor] = field(default_factory=dict)
     plan: dict[str, str] = field(default_factory=dict)  # the order of the run, and why
     experts: dict[str, Any] = field(default_factory=dict)  # tokens that calibrate them, by layer
     _progress: Any = None
@@ -59,9 +60,8 @@ class Run:
         if order == "layer" and self.entry.reconstruct == "dense":
             self.plan["reconstruct"] = "pruned"
             logger.warning(
-                "reconstruct: dense needs the model cut between its modules, which is not "
-                f"possible here ({why}): pruning layer by layer towards the pruned model's "
-                "own outputs, which keeps less accuracy"
+                "reconstruct: dense needs the model cut between its modules, not possible here "
+                f"({why}): pruning by layer towards the pruned model's outputs, with less accuracy"
             )
         if order == "layer" and self.has_experts and self.entry.order != "layer":
             logger.warning(
@@ -168,9 +168,8 @@ class Run:
         missed = [name for name in self.names.values() if name not in self.records]
         if missed:
             raise RacError(
-                f"{len(missed)} modules saw no calibration token, the first is "
-                f"{missed[0]}; add them to ignore, or calibrate on more tokens if they are "
-                "experts"
+                f"{len(missed)} modules saw no calibration token, the first is {missed[0]}; add "
+                "them to ignore, or calibrate on more tokens"
             )
 
     def record(self) -> dict[str, Any]:
@@ -195,7 +194,7 @@ def _broadcast(results: Sequence[Pruned | None], source: int, processes: Process
     ]
     received = []
     for result, (record, forms) in zip(results, processes.from_all(about)[source], strict=True):
-        tensors: dict[str, torch.Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         for name, (*shape, dtype) in forms.items():
             kind = getattr(torch, dtype.removeprefix("torch."))
             empty = torch.empty(shape, dtype=kind, device=processes.device)

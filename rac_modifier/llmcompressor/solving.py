@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from compressed_tensors.utils import align_module_device
+from torch import Tensor
 
 from rac_modifier.llmcompressor.quantizer import Quantizer
 from rac_modifier.llmcompressor.statistics import InputGroup
@@ -25,15 +26,15 @@ class Pruned:
     """Hold a pruned module, as it is stored, and the `master` that recovery starts from."""
 
     record: dict[str, Any]  # its entry of the run record
-    weight: torch.Tensor  # [rows, columns] in the dtype of the module
-    scale: torch.Tensor | None = None  # of a rounded weight
-    zero_point: torch.Tensor | None = None  # int8, of an asymmetric grid
-    master: torch.Tensor | None = None  # float32 [rows, columns] on the CPU
+    weight: Tensor  # [rows, columns] in the dtype of the module
+    scale: Tensor | None = None  # of a rounded weight
+    zero_point: Tensor | None = None  # int8, of an asymmetric grid
+    master: Tensor | None = None  # float32 [rows, columns] on the CPU
 
     @property
-    def tensors(self) -> dict[str, torch.Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
         """Return what is stored, by attribute."""
-        return {name: x for name, x in vars(self).items() if isinstance(x, torch.Tensor)}
+        return {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
 
 
 def solver_settings(entry: PruningEntry) -> dict[str, Any]:
@@ -80,7 +81,7 @@ def solve_groups(
         problems = []
         for group in groups:
             labels = [names[module] for module in group.modules]
-            weights: list[torch.Tensor] = [m.get_parameter("weight") for m in group.modules]
+            weights: list[Tensor] = [m.get_parameter("weight") for m in group.modules]
             if entry.quantization is not None:  # which rounds to their dtype later
                 weights = [weight.float() for weight in weights]
             hessian = group.statistics.hessian.take(labels[0])

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from compressed_tensors.utils import align_module_device, patch_attr
 from llmcompressor.pipelines.cache import IntermediatesCache
+from torch import Tensor
 
 from rac_modifier.calibration.loader import CalibrationLoader
 from rac_modifier.errors import RacError
@@ -37,7 +38,7 @@ class NoStream:
     def enter(self, stage: Stage, after: Stage | None) -> None:
         """Begin `stage`; `after` is the next one, None at the end."""
 
-    def inputs(self, stage: Stage, batch: int) -> torch.Tensor | None:
+    def inputs(self, stage: Stage, batch: int) -> Tensor | None:
         """Return what `stage` reads in a batch in the dense model, or None."""
 
     def advance(self, stage: Stage, batch: int) -> None:
@@ -64,7 +65,7 @@ class DenseStream(NoStream):
         self._model = model
         self._tokens = sum(weights.numel() for weights in loader.token_weights)
         self._late: Stage | None = None  # the stage before, which waited
-        self._weights: dict[torch.nn.Module, torch.Tensor] = {}  # its dense weights
+        self._weights: dict[torch.nn.Module, Tensor] = {}  # its dense weights
         self._behind: set[int] = set()  # batches that it has not run for
         self._after: Stage | None = None
         self._waits = False
@@ -74,7 +75,7 @@ class DenseStream(NoStream):
         self._after = after
         self._waits = after is not None and saves_by_waiting(stage, after, self._tokens)
 
-    def inputs(self, stage: Stage, batch: int) -> torch.Tensor:
+    def inputs(self, stage: Stage, batch: int) -> Tensor:
         """Return what `stage` reads in the dense model, [rows, length, columns]."""
         self._catch_up(batch)
         return stage.read(self.cache, batch)
@@ -119,7 +120,7 @@ def saves_by_waiting(stage: Stage, after: Stage, tokens: int) -> bool:
 
 
 @contextlib.contextmanager
-def _with_weights(weights: dict[torch.nn.Module, torch.Tensor]) -> Iterator[None]:
+def _with_weights(weights: dict[torch.nn.Module, Tensor]) -> Iterator[None]:
     """Make linear layers compute with these weights."""
     with contextlib.ExitStack() as stack:
         for module, weight in weights.items():
@@ -127,7 +128,7 @@ def _with_weights(weights: dict[torch.nn.Module, torch.Tensor]) -> Iterator[None
         yield
 
 
-def _linear(weight: torch.Tensor, bias: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+def _linear(weight: Tensor, bias: Any) -> Callable[[Tensor], Tensor]:
     return lambda x: torch.nn.functional.linear(x, weight, bias)
 
 
@@ -161,13 +162,11 @@ class Collector:
 
     def __init__(self, names: Mapping[torch.nn.Module, str], processes: Processes):
         self.groups: list[InputGroup] = []
-        self.inputs: dict[InputGroup, torch.Tensor] = {}
+        self.inputs: dict[InputGroup, Tensor] = {}
         self._names, self._processes = names, processes
         self._group_of: dict[torch.nn.Module, InputGroup] = {}
 
-    def observe(
-        self, module: torch.nn.Module, x: torch.Tensor, weights: torch.Tensor, *, first: bool
-    ) -> None:
+    def observe(self, module: torch.nn.Module, x: Tensor, weights: Tensor, *, first: bool) -> None:
         """Add a module's input `x` [..., columns] with token `weights` [rows, length]."""
         group = self._group_of.get(module)
         if group is None:
@@ -191,8 +190,7 @@ class Collector:
         elif self.inputs.get(group) is not x:
             raise RacError(
                 f"{self._names[module]} no longer reads the same input as "
-                f"{self._names[group.modules[0]]}, so one Hessian does not fit both: add "
-                "both to ignore"
+                f"{self._names[group.modules[0]]}, whose Hessian it shares: add both to ignore"
             )
 
 

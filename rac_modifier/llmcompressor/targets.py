@@ -34,14 +34,10 @@ def find_targets(
             continue
         if not isinstance(module, torch.nn.Linear):
             if any(t in (name, type(module).__name__) for t in targets):
-                raise RacError(
-                    f"targets name {name}, a {type(module).__name__}; only Linear layers are pruned"
-                )
+                raise RacError(f"targets: {name} is a {type(module).__name__}; name Linear layers")
             continue
         if not module.weight.is_floating_point():
-            raise RacError(
-                f"{name} has a {module.weight.dtype} weight; prune the model before it is quantized"
-            )
+            raise RacError(f"{name} has a {module.weight.dtype} weight; prune before quantization")
         if pattern is not None:
             pattern.check_shape(name, *module.weight.shape)
         targeted[module] = name
@@ -54,14 +50,11 @@ def find_targets(
         for name in patterns:
             matched = any(True for _ in match_named_modules(model, [name]))
             if not matched and not _has_merged_experts(model):
-                raise RacError(
-                    f"{setting}: {name!r} has no effect, since it matches no module {has}"
-                )
+                raise RacError(f"{setting}: {name!r} has no effect: it matches no module {has}")
     if head in targeted and model.get_input_embeddings().weight is head.weight:
         raise RacError(
-            f"{targeted[head]} shares its weight with the input embedding, so pruning it "
-            "prunes the embedding; leave it out of targets, or load the model with "
-            "tie_word_embeddings=False"
+            f"{targeted[head]} shares its weight with the input embedding, so pruning prunes the "
+            "embedding; leave it out of targets, or load the model with tie_word_embeddings=False"
         )
     return targeted
 
@@ -104,9 +97,9 @@ def patterns_of_zeros(
         if not held or not _LEAST_ZEROS <= count / weight.numel() < 1:
             lacking = f"{count:,} of its {weight.numel():,} weights are zero"
             raise RacError(
-                f"{name}: solver: keep keeps the zeros that a model has, and this module "
-                f"lacks them ({required.describe() if required else lacking}); leave solver out "
-                "to prune it, or add it to ignore"
+                f"{name}: solver: keep keeps a model's zeros, and this module lacks them "
+                f"({required.describe() if required else lacking}); leave solver out to prune it, "
+                "or add it to ignore"
             )
         shares[name] = Pattern.unstructured(count / weight.numel())
         zeros, total = zeros + count, total + weight.numel()

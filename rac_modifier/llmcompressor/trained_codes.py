@@ -11,6 +11,7 @@ from compressed_tensors.quantization import QuantizationScheme, QuantizationStat
 from compressed_tensors.utils import align_module_device, match_named_modules
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from rac_modifier.checkpoint.dense_codes import WORDS, ZEROS
@@ -26,9 +27,7 @@ _PRUNED = 0.05  # least share of zeros, without rounded ones, of a pruned module
 
 def quantized_names(tensors: Collection[str]) -> set[str]:
     """Return the modules that have scales or int32 words among tensor names."""
-    return {
-        name.rpartition(".")[0] for name in tensors if name.rpartition(".")[2] in (SCALE, WORDS)
-    }
+    return {n.rpartition(".")[0] for n in tensors if n.rpartition(".")[2] in (SCALE, WORDS)}
 
 
 def check_layers(model: Any, stored: Collection[str]) -> None:
@@ -39,9 +38,8 @@ def check_layers(model: Any, stored: Collection[str]) -> None:
     if len(stored) > len(modules):  # names may differ: transformers renames modules of some models
         missing = sorted(set(stored) - set(modules))
         raise RacError(
-            f"{missing[0]} ({len(missing)} modules in all) is quantized and no linear "
-            "layer once it is loaded (merged experts), so its codes cannot be trained; "
-            "recover the model before it is quantized"
+            f"{missing[0]} ({len(missing)} in all) is quantized and no linear layer once loaded "
+            "(merged experts), so its codes are not trained; recover before quantization"
         )
 
 
@@ -112,14 +110,13 @@ class LaterCodes:
     def __init__(self, modifiers: Sequence[Modifier], model: PreTrainedModel):
         self._grids: dict[str, Grid] = {}
         self._modules: dict[str, torch.nn.Module] = {}
-        self._dense: dict[str, torch.Tensor] = {}
+        self._dense: dict[str, Tensor] = {}
         for modifier in modifiers:
             kind = type(modifier).__name__
             if not isinstance(modifier, GPTQModifier | QuantizationModifier):
                 raise RacError(
-                    f"recover next to {kind}: it trains what GPTQModifier or "
-                    "QuantizationModifier has rounded; leave recover out, and run `rac recover` "
-                    "on the saved checkpoint"
+                    f"recover next to {kind}: it trains what GPTQModifier or QuantizationModifier "
+                    "has rounded; leave it out, and run `rac recover` on the checkpoint"
                 )
             for scheme in modifier.resolved_config.config_groups.values():
                 matched = match_named_modules(model, scheme.targets, modifier.ignore)
@@ -130,10 +127,7 @@ class LaterCodes:
                         weight = module.get_parameter("weight").detach()
                         self._dense[name] = weight.to("cpu", copy=True)
         if not self._grids:
-            raise RacError(
-                "recover: the recipe's other modifiers quantize no weight that could be "
-                "trained; leave recover out"
-            )
+            raise RacError("recover: other modifiers quantize no trainable weight; leave it out")
 
     def quantized(self) -> dict[str, QuantizedWeight]:
         """Return grid, scales and masters by name; the dense copies are freed."""
@@ -149,8 +143,8 @@ class LaterCodes:
 
 
 def _decoded(
-    module: torch.nn.Module, grid: Grid, name: str, dense: torch.Tensor
-) -> tuple[QuantizedWeight, torch.Tensor]:
+    module: torch.nn.Module, grid: Grid, name: str, dense: Tensor
+) -> tuple[QuantizedWeight, Tensor]:
     """Return how a module is quantized, its master on the side of `dense`; and its codes."""
     weight = module.get_parameter("weight").data
     scale = checked_scale(module.get_parameter(SCALE).data, weight, grid, name).clone()
@@ -159,8 +153,7 @@ def _decoded(
         zero = module.get_parameter(ZEROS).data if hasattr(module, ZEROS) else torch.empty(0)
         if zero.numel() != scale.numel():
             raise RacError(
-                f"{name}.{ZEROS}: shape {list(zero.shape)} does not fit scales "
-                f"{list(scale.shape)}; restore it"
+                f"{name}.{ZEROS}: {list(zero.shape)} fits no scales {list(scale.shape)}; restore it"
             )
         zero = zero.reshape(scale.shape).clone()
     codes = codes_of(weight, scale, grid, zero)
@@ -168,7 +161,7 @@ def _decoded(
     return QuantizedWeight(grid, scale, master, zero), codes
 
 
-def checked_scale(scale: torch.Tensor, weight: torch.Tensor, grid: Grid, name: str) -> torch.Tensor:
+def checked_scale(scale: Tensor, weight: Tensor, grid: Grid, name: str) -> Tensor:
     """Return usable scales [rows, groups]; RacError if a used one is zero or infinite."""
     groups = grid.groups(weight.shape[1])
     if scale.numel() != weight.shape[0] * groups:

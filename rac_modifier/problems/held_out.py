@@ -42,9 +42,7 @@ def held_out_problems(
 
 def _check_count(problems: list[Problem], count: int, source: str) -> None:
     if len(problems) < count:
-        raise RacError(
-            f"{source} gave {len(problems)} problems of the {count} asked for; ask for fewer"
-        )
+        raise RacError(f"{source} gave {len(problems)} of {count} problems; ask for fewer")
 
 
 _BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -156,9 +154,7 @@ def benchmark_problems(
 def _filled(row: TableRow, column: str) -> str:
     text = (row.answer(column) or "").strip()
     if not text:
-        raise RacError(
-            f"{row.where}: column {column!r} holds nothing; complete the row, or remove it"
-        )
+        raise RacError(f"{row.where}: column {column!r} is empty; complete the row, or remove it")
     return text
 
 

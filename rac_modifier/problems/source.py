@@ -49,8 +49,7 @@ def _reasoning_gym(names: str, seed: int) -> Iterator[Problem]:
         from reasoning_gym.factory import DATASETS
     except ImportError as error:
         raise RacError(
-            f"problem source {GYM_PREFIX + names!r} needs `pip install "
-            "'rac-modifier[reasoning-gym]'`"
+            f"source {GYM_PREFIX + names!r} needs `pip install 'rac-modifier[reasoning-gym]'`"
         ) from error
     tasks = [name.strip() for name in names.split(",")]
     for name in tasks:
@@ -95,8 +94,7 @@ def _from_table(source: ProblemSource, seed: int) -> Iterator[Problem]:
         candidates = [name for name in QUESTION_COLUMNS if name in table.columns]
         if len(candidates) != 1:
             raise RacError(
-                f"{table.name}: which column holds the question? Set `column` to one of: "
-                f"{', '.join(table.columns)}"
+                f"{table.name}: set `column` (the question's) to one of: {', '.join(table.columns)}"
             )
         column = candidates[0]
 
@@ -126,10 +124,7 @@ class ProblemTable:
         """Return the rows in the seed's order (RacError: the table lacks a column)."""
         for name in columns:
             if name not in self.columns:
-                raise RacError(
-                    f"{self.name} has no column {name!r}; its columns are: "
-                    f"{', '.join(self.columns)}"
-                )
+                raise RacError(f"{self.name} has no column {name!r}, but {', '.join(self.columns)}")
         rows = self._table.select_columns(list(columns))
         order = list(range(len(rows)))
         random.Random(f"{seed}").shuffle(order)
@@ -161,8 +156,7 @@ class TableRow:
         if inexact or not isinstance(answer, str | int | float | None):
             raise RacError(
                 f"{self.where}: column {column!r} holds the {type(answer).__name__} "
-                f"{repr(answer)[:80]}, which may not be what was written; write the answers as "
-                "text, in quotes"
+                f"{repr(answer)[:80]}, maybe not as written; write answers as text, in quotes"
             )
         return None if answer is None else str(answer)
 

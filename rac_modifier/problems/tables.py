@@ -48,9 +48,7 @@ def _load(source: str, label: str, config: str | None, split: str, *, streaming:
     path = Path(source).expanduser()
     if is_file(source):
         if not path.exists():
-            raise RacError(
-                f"{label} {source!r}: no such file; check the path (it is relative to {Path.cwd()})"
-            )
+            raise RacError(f"{label} {source!r}: no such file (paths are relative to {Path.cwd()})")
         if regular_file(path, label).stat().st_size == 0:
             raise RacError(f"{label} {source!r} is empty; name another file")
     import datasets  # takes half a second, and most runs read neither file nor dataset

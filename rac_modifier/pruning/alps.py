@@ -28,6 +28,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 from rac_modifier.pruning import cholesky, linalg
 from rac_modifier.pruning.linalg import Dampening
@@ -41,19 +42,19 @@ _RELAXATION = 1.5
 _STAGE = 4  # iterations at one rho
 SETTLING = 2  # iterations with the final mask; they gain more than as many steps of the refit
 
-AddSolution = Callable[[torch.Tensor, torch.Tensor], object]
+AddSolution = Callable[[Tensor, Tensor], object]
 
 
 def prune(
-    weight: torch.Tensor,
-    hessian: torch.Tensor,
+    weight: Tensor,
+    hessian: Tensor,
     rows: Sequence[int],
     patterns: Sequence[Pattern],
     dampening: Dampening,
     *,
     iterations: int,
     label: str,
-) -> tuple[torch.Tensor, Dampening]:
+) -> tuple[Tensor, Dampening]:
     """Prune `weight` [d, sum(rows)] (transposed, the target) in place, modules side by side.
 
     Each module has its `rows` and its pattern. Unstructured: exactly floor(numel * sparsity)
@@ -113,8 +114,8 @@ def prune(
 
 
 def _thresholds(
-    z: torch.Tensor, scale: torch.Tensor, rows: Sequence[int], patterns: Sequence[Pattern]
-) -> torch.Tensor:
+    z: Tensor, scale: Tensor, rows: Sequence[int], patterns: Sequence[Pattern]
+) -> Tensor:
     """Return the score that a kept weight exceeds, [1, sum(rows)]; its count is approximate."""
     thresholds = []
     for module, pattern in zip(z.split(list(rows), dim=1), patterns, strict=True):
@@ -125,17 +126,15 @@ def _thresholds(
     return torch.cat(thresholds, dim=1)
 
 
-def _keep(
-    z: torch.Tensor, scale: torch.Tensor, pattern: Pattern, above: torch.Tensor | None
-) -> torch.Tensor:
+def _keep(z: Tensor, scale: Tensor, pattern: Pattern, above: Tensor | None) -> Tensor:
     """Return 1.0 where the pattern keeps a few inputs of Z, else 0.0."""
     scores = torch.mul(z, scale).abs_()
     return ranks_in_groups(scores, pattern.m).ge_(pattern.n) if above is None else scores.gt_(above)
 
 
 def _final_mask(
-    z: torch.Tensor, scale: torch.Tensor, rows: Sequence[int], patterns: Sequence[Pattern]
-) -> torch.Tensor:
+    z: Tensor, scale: Tensor, rows: Sequence[int], patterns: Sequence[Pattern]
+) -> Tensor:
     """Return the exact mask, bool, of what the patterns prune."""
     mask, pattern = torch.empty_like(z, dtype=torch.bool), patterns[0]
     if pattern.is_structured:
@@ -168,17 +167,11 @@ def _forms_inverse(d: int, rows: int, repeats: int) -> bool:
 
 
 def _solver(
-    hessian: torch.Tensor,
-    dampening: Dampening,
-    rho: float,
-    repeats: int,
-    columns: int,
-    *,
-    bf16: bool,
+    hessian: Tensor, dampening: Dampening, rho: float, repeats: int, columns: int, *, bf16: bool
 ) -> AddSolution | None:
     """Return what adds (H + dampening + rho diag)^-1 y to x; None: not positive definite."""
 
-    def shifted() -> torch.Tensor:
+    def shifted() -> Tensor:
         matrix = hessian.clone()
         matrix.diagonal().add_(dampening.added).add_(dampening.diagonal, alpha=rho)
         return matrix

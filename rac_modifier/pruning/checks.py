@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
+from torch import Tensor
 
 from rac_modifier.errors import RacError
 from rac_modifier.settings.pattern import Pattern
@@ -18,17 +18,17 @@ def refuse(wrong: bool, message: str) -> None:
         raise RacError(message)
 
 
-def is_finite(x: torch.Tensor) -> bool:
+def is_finite(x: Tensor) -> bool:
     """Return whether all elements are finite; a finite sum proves it, but the sum can overflow."""
     return bool(x.sum().isfinite()) or bool(x.isfinite().all())
 
 
 def check_problem(
-    weights: Sequence[torch.Tensor],
-    hessian: torch.Tensor,
+    weights: Sequence[Tensor],
+    hessian: Tensor,
     names: Sequence[str],
     patterns: Sequence[Pattern] = (),
-    cross_moment: Sequence[torch.Tensor] = (),
+    cross_moment: Sequence[Tensor] = (),
 ) -> None:
     """Refuse modules that cannot be solved together with this Hessian (RacError names one)."""
     d, label = hessian.shape[0], ", ".join(names)

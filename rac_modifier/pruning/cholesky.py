@@ -7,6 +7,7 @@ nearly all matmuls: 1.3 times as fast as LAPACK, whose matmuls would be MKL's.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from rac_modifier.platform import add_matmul_, matmul, onednn_is_faster
 
@@ -15,12 +16,12 @@ _CHUNK = 1024  # rows of a matmul that is added to a matrix; bounds its temporar
 _SMALL_TRIANGLE = 64  # rows up to which LAPACK inverts a triangle
 
 
-def _in_blocks(matrix: torch.Tensor) -> bool:
+def _in_blocks(matrix: Tensor) -> bool:
     large = matrix.shape[0] >= 2 * BLOCK
     return large and matrix.dtype == torch.float32 and onednn_is_faster(matrix.device)
 
 
-def cholesky_(matrix: torch.Tensor) -> torch.Tensor | None:
+def cholesky_(matrix: Tensor) -> Tensor | None:
     """Compute the lower factor [d, d] in the memory of `matrix`; None: not positive definite.
 
     By blocks of columns, with L on the left of block k, d^3 / 6 multiply-adds:
@@ -49,7 +50,7 @@ def cholesky_(matrix: torch.Tensor) -> torch.Tensor | None:
     return matrix.tril_()
 
 
-def cholesky_solve(b: torch.Tensor, lower: torch.Tensor) -> torch.Tensor:
+def cholesky_solve(b: Tensor, lower: Tensor) -> Tensor:
     """Return (`lower` `lower`^T)^-1 `b` [d, rows]; torch.cholesky_solve would copy `lower`."""
     if not _in_blocks(lower):
         solved = torch.linalg.solve_triangular(lower, b, upper=False)
@@ -68,14 +69,14 @@ def cholesky_solve(b: torch.Tensor, lower: torch.Tensor) -> torch.Tensor:
     return x.T
 
 
-def invert_corners_(lower: torch.Tensor) -> torch.Tensor:
+def invert_corners_(lower: Tensor) -> Tensor:
     """Invert the diagonal blocks of a lower factor [d, d] in place, for `solve_with_corners_`."""
     for start in range(0, len(lower), BLOCK):
         _invert_triangle_(lower[start : start + BLOCK, start : start + BLOCK])
     return lower
 
 
-def solve_with_corners_(b: torch.Tensor, lower: torch.Tensor) -> torch.Tensor:
+def solve_with_corners_(b: Tensor, lower: Tensor) -> Tensor:
     """Compute (L L^T)^-1 `b` in the memory of b [d, rows], for L after `invert_corners_`."""
     starts = range(0, len(b), BLOCK)
     for start in starts:
@@ -87,7 +88,7 @@ def solve_with_corners_(b: torch.Tensor, lower: torch.Tensor) -> torch.Tensor:
     return b
 
 
-def inverse_(matrix: torch.Tensor) -> torch.Tensor | None:
+def inverse_(matrix: Tensor) -> Tensor | None:
     """Compute the inverse [d, d] in the memory of `matrix`; None where it is not positive definite.
 
     By blocks: the factor L, X = L^-1 row by row, X_k = [-L_kk^-1 L_k X, L_kk^-1], then X^T X.
@@ -116,7 +117,7 @@ def inverse_(matrix: torch.Tensor) -> torch.Tensor | None:
     return mirror_lower_(matrix, BLOCK)
 
 
-def mirror_lower_(matrix: torch.Tensor, block: int) -> torch.Tensor:
+def mirror_lower_(matrix: Tensor, block: int) -> Tensor:
     """Copy the lower triangle of `matrix` [d, d] to the upper one, `block` rows at a time."""
     for start in range(0, matrix.shape[0], block):
         stop = start + block
@@ -126,13 +127,13 @@ def mirror_lower_(matrix: torch.Tensor, block: int) -> torch.Tensor:
     return matrix
 
 
-def _inverse_of_triangle(lower: torch.Tensor) -> torch.Tensor:
+def _inverse_of_triangle(lower: Tensor) -> Tensor:
     inverse = lower.clone(memory_format=torch.contiguous_format)
     _invert_triangle_(inverse)
     return inverse
 
 
-def _invert_triangle_(lower: torch.Tensor) -> None:
+def _invert_triangle_(lower: Tensor) -> None:
     """Invert a triangle by halves: [[A, 0], [B, C]] gives [[A^-1, 0], [-C^-1 B A^-1, C^-1]]."""
     half = len(lower) // 2
     if len(lower) <= _SMALL_TRIANGLE:

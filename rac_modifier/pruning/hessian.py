@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from rac_modifier.platform import add_matmul_, matmul, onednn_is_faster, padded_size, with_zero_rows
 from rac_modifier.processes import ALONE, Processes
@@ -55,7 +56,7 @@ class Hessian:
         self._shards: list[tuple[int, float]] = []
 
     @torch.no_grad()
-    def add(self, x: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+    def add(self, x: Tensor, weights: Tensor | None = None) -> None:
         """Add inputs `x` [..., columns], with a weight >= 0 per token, `weights` [...].
 
         Rows with weight 0 (padding) are removed first, so they may hold any value, even nan.
@@ -81,7 +82,7 @@ class Hessian:
                 inputs, scale = inputs[counted[rows]], scale[counted[rows]]
             self._add(inputs, scale)
 
-    def _add(self, x: torch.Tensor, weights: torch.Tensor) -> None:
+    def _add(self, x: Tensor, weights: Tensor) -> None:
         """Add a few tokens, all with a weight above zero."""
         if onednn_is_faster(self.device):  # it multiplies what is contiguous input by input
             inputs = torch.zeros(self.columns, padded_size(len(x)), device=self.device)
@@ -109,7 +110,7 @@ class Hessian:
             for tokens, weight in shards:
                 self.tokens, self.weight_sum = self.tokens + tokens, self.weight_sum + weight
 
-    def take(self, name: str = "this module") -> torch.Tensor:
+    def take(self, name: str = "this module") -> Tensor:
         """Return the symmetric Hessian [columns, columns], and drop the sum (RacError: no sum)."""
         unused = "use more traces, or add it to ignore (an unused expert)"
         refuse(self.weight_sum == 0.0, f"{name}: no calibration token reached it; {unused}")
@@ -123,7 +124,7 @@ class Hessian:
         return mirror_lower_(scaled, block_columns(self.columns))
 
 
-def cap_weights(weights: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, int]:
+def cap_weights(weights: Tensor, x: Tensor) -> tuple[Tensor, int]:
     """Cap the weights [...] of tokens whose input `x` [..., columns] is far larger than usual.
 
     The first token of a sequence can have an input whose squared norm is 10^5 times the median
@@ -164,7 +165,7 @@ class Statistics:
         self,
         columns: int,
         device: torch.device | str,
-        weights: Sequence[torch.Tensor] | None = None,
+        weights: Sequence[Tensor] | None = None,
         processes: Processes = ALONE,
     ):
         self.hessian = Hessian(columns, device, processes)
@@ -180,9 +181,7 @@ class Statistics:
             self._sums = ShardSum(rows, columns, device, processes=processes)
 
     @torch.no_grad()
-    def add(
-        self, x: torch.Tensor, token_weights: torch.Tensor, dense: torch.Tensor | None = None
-    ) -> None:
+    def add(self, x: Tensor, token_weights: Tensor, dense: Tensor | None = None) -> None:
         """Add inputs `x` of the pruned and `dense` of the dense model, [..., d], weighted [...]."""
         if self._weights is not None:
             token_weights, capped = cap_weights(token_weights, x)
@@ -196,9 +195,7 @@ class Statistics:
         for batch in zip(*split, strict=True):
             self._add_cross(self._sums, *(t.to(self.hessian.device, torch.float32) for t in batch))
 
-    def _add_cross(
-        self, sums: ShardSum, x: torch.Tensor, dense: torch.Tensor, w: torch.Tensor
-    ) -> None:
+    def _add_cross(self, sums: ShardSum, x: Tensor, dense: Tensor, w: Tensor) -> None:
         if not bool((w == 1).all()):
             counted = w > 0
             x, dense, w = x[counted], dense[counted], w[counted]
@@ -229,7 +226,7 @@ class Statistics:
         if self._sums is not None:
             self._sums.finish()
 
-    def take_cross_moment(self) -> list[torch.Tensor] | None:
+    def take_cross_moment(self) -> list[Tensor] | None:
         """Return C of each module, [rows, d] float32, and drop the sum; None without weights."""
         if self._sums is None:
             return None

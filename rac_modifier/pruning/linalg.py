@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from rac_modifier.errors import RacError
 from rac_modifier.platform import add_matmul_, matmul
@@ -38,12 +39,12 @@ class Dampening:
 
     frac: float
     retries: int
-    uniform: torch.Tensor
-    added: torch.Tensor
-    diagonal: torch.Tensor
+    uniform: Tensor
+    added: Tensor
+    diagonal: Tensor
 
     @classmethod
-    def of(cls, hessian: torch.Tensor, frac: float, retries: int = 0) -> Dampening:
+    def of(cls, hessian: Tensor, frac: float, retries: int = 0) -> Dampening:
         """Dampen a Hessian whose diagonal is nowhere negative and somewhere positive."""
         diagonal = hessian.diagonal()
         mean = diagonal.mean()
@@ -53,10 +54,7 @@ class Dampening:
 
 
 def raise_until_it_works(
-    attempt: Callable[[Dampening], T | None],
-    hessian: torch.Tensor,
-    dampening: Dampening,
-    label: str,
+    attempt: Callable[[Dampening], T | None], hessian: Tensor, dampening: Dampening, label: str
 ) -> tuple[T, Dampening]:
     """Return the result of `attempt` and its dampening, raised tenfold while the result is None."""
     while (result := attempt(dampening)) is None:
@@ -64,8 +62,7 @@ def raise_until_it_works(
         if larger > MAX_DAMPENING * (1 + 1e-9):
             raise RacError(
                 f"{label}: the Hessian is not positive definite, even with dampening_frac "
-                f"{dampening.frac:.4g}; use more calibration tokens, or look for activations that "
-                "overflow in this layer"
+                f"{dampening.frac:.4g}; use more calibration tokens, or look for overflows"
             )
         dampening = Dampening.of(hessian, larger, dampening.retries + 1)
     return result, dampening
@@ -80,11 +77,11 @@ class Factor:
     input order[i] of H.
     """
 
-    reversed_lower: torch.Tensor
+    reversed_lower: Tensor
     dampening: Dampening
-    order: torch.Tensor | None = None
+    order: Tensor | None = None
 
-    def solve(self, b: torch.Tensor) -> torch.Tensor:
+    def solve(self, b: Tensor) -> Tensor:
         """Return `b` [rows, d] times the inverse of the damped Hessian."""
         if self.order is None:
             return cholesky_solve(b.T.flip(0), self.reversed_lower).flip(0).T
@@ -94,9 +91,7 @@ class Factor:
         return solved
 
 
-def diagonal_blocks(
-    reversed_lower: torch.Tensor, start: int, stop: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def diagonal_blocks(reversed_lower: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
     """Return the diagonal blocks of U and of R at inputs [start, stop), of factors [..., d, d]."""
     d = reversed_lower.shape[-1]
     block = slice(d - stop, d - start)
@@ -106,7 +101,7 @@ def diagonal_blocks(
 
 
 def factorise(
-    hessian: torch.Tensor, dampening: Dampening, label: str, *, largest_first: bool = False
+    hessian: Tensor, dampening: Dampening, label: str, *, largest_first: bool = False
 ) -> Factor:
     """Factor H with this dampening, or a larger one where it needs it (RacError names `label`).
 
@@ -116,7 +111,7 @@ def factorise(
     inputs = torch.arange(len(hessian), device=hessian.device) if order is None else order
     back = inputs.flip(0)
 
-    def attempt(dampening: Dampening) -> torch.Tensor | None:
+    def attempt(dampening: Dampening) -> Tensor | None:
         damped = hessian[back.unsqueeze(1), back]
         damped.diagonal().copy_(dampening.diagonal[back])
         return cholesky_(damped)
@@ -136,13 +131,13 @@ def bf16_is_fast(device: torch.device) -> bool:
     return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
 
 
-def cached_slices(matrix: torch.Tensor, group: int = 1) -> list[slice]:
+def cached_slices(matrix: Tensor, group: int = 1) -> list[slice]:
     """Cut the rows of `matrix` into whole groups of `group` rows that stay in the caches."""
     size = CACHED_ON_CPU if matrix.device.type == "cpu" else _CACHED_ON_GPU
     return _slices(len(matrix), max(size // max(matrix.shape[1], 1) // group * group, group))
 
 
-def row_blocks(matrix: torch.Tensor) -> list[slice]:
+def row_blocks(matrix: Tensor) -> list[slice]:
     """Cut the rows of a matmul that is added to `matrix`."""
     return _slices(len(matrix), _ROW_BLOCK)
 
@@ -151,9 +146,7 @@ def _slices(length: int, step: int) -> list[slice]:
     return [slice(start, min(start + step, length)) for start in range(0, length, step)]
 
 
-def quadratic_form(
-    vectors: torch.Tensor, hessian: torch.Tensor, *, bf16: bool = False
-) -> torch.Tensor:
+def quadratic_form(vectors: Tensor, hessian: Tensor, *, bf16: bool = False) -> Tensor:
     """Return v^T H v for each column v of `vectors` [d, rows], H [d, d]; float64 [rows].
 
     Uses the lower triangle and counts twice what is left of the diagonal blocks: half the work of
@@ -179,7 +172,7 @@ def quadratic_form(
     return result
 
 
-def stacked(weights: Sequence[torch.Tensor], hessian: torch.Tensor) -> torch.Tensor:
+def stacked(weights: Sequence[Tensor], hessian: Tensor) -> Tensor:
     """Transpose weights [rows_i, d] to [d, sum(rows)], in the Hessian's dtype and device."""
     result = hessian.new_empty(hessian.shape[0], sum(w.shape[0] for w in weights))
     for part, w in zip(result.split([w.shape[0] for w in weights], dim=1), weights, strict=True):

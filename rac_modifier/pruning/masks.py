@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import Tensor
 
 from rac_modifier.settings.pattern import Pattern
 
@@ -13,7 +14,7 @@ _RANKED_BY_PAIRS = 8  # largest M of N:M
 _SAMPLE = 1 << 15
 
 
-def holds(weight: torch.Tensor, pattern: Pattern) -> bool:
+def holds(weight: Tensor, pattern: Pattern) -> bool:
     """Return whether `weight` [rows, columns] has the zeros of `pattern`.
 
     Unstructured: zeros > numel * sparsity - max(rows, ceil(columns / 128)), because solvers round
@@ -28,7 +29,7 @@ def holds(weight: torch.Tensor, pattern: Pattern) -> bool:
     return int((weight == 0).sum()) > weight.numel() * pattern.sparsity - slack
 
 
-def lowest(scores: torch.Tensor, count: int) -> torch.Tensor:
+def lowest(scores: Tensor, count: int) -> Tensor:
     """Return the bool mask of the `count` lowest `scores`, of any shape; ties by position."""
     if count == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
@@ -40,13 +41,13 @@ def lowest(scores: torch.Tensor, count: int) -> torch.Tensor:
     return mask.view(scores.shape)
 
 
-def lowest_along(scores: torch.Tensor, count: int, dim: int) -> torch.Tensor:
+def lowest_along(scores: Tensor, count: int, dim: int) -> Tensor:
     """Return the bool mask of exactly the `count` lowest entries of `scores` along `dim`."""
     indices = scores.topk(count, dim=dim, largest=False, sorted=False).indices
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(dim, indices, True)
 
 
-def ranks_in_groups(scores: torch.Tensor, m: int) -> torch.Tensor:
+def ranks_in_groups(scores: Tensor, m: int) -> Tensor:
     """Rank each entry of `scores` [groups * m, columns] among m rows of its column, from 0 up.
 
     The ranks have the dtype of `scores`; ties by position. Comparing all pairs of a short group
@@ -65,9 +66,7 @@ def ranks_in_groups(scores: torch.Tensor, m: int) -> torch.Tensor:
     return ranks.view(scores.shape)
 
 
-def sampled_places(
-    rows: int, columns: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
+def sampled_places(rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return rows and columns of about 32,768 entries of a matrix; of a smaller one, of all."""
     step = max(rows * columns // _SAMPLE, 1)
     while math.gcd(step, columns) > 1 < step:  # a common divisor would leave columns out
@@ -76,6 +75,6 @@ def sampled_places(
     return places // columns, places % columns
 
 
-def sampled_threshold(sample: torch.Tensor, share: float) -> float:
+def sampled_threshold(sample: Tensor, share: float) -> float:
     """Return what about a `share` of the scores do not exceed, from those at `sampled_places`."""
     return float(sample.kthvalue(max(int(sample.numel() * share), 1)).values)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import Tensor
 
 from rac_modifier.platform import add_matmul_
 from rac_modifier.pruning import linalg
@@ -28,10 +29,10 @@ LARGE = 2048  # inputs from which the first gradient is rounded too
 
 
 def refit(
-    weight: torch.Tensor,
-    pruned: torch.Tensor,
-    target: torch.Tensor,
-    hessian: torch.Tensor,
+    weight: Tensor,
+    pruned: Tensor,
+    target: Tensor,
+    hessian: Tensor,
     dampening: Dampening,
     *,
     steps: int = STEPS,

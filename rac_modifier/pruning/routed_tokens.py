@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from rac_modifier.processes import Processes
 
 
-def routed_rows(chosen: torch.Tensor, counted: torch.Tensor, experts: int) -> list[torch.Tensor]:
+def routed_rows(chosen: Tensor, counted: Tensor, experts: int) -> list[Tensor]:
     """Return for each expert the numbers of the tokens that are routed to it, ascending.
 
     `chosen` [tokens, k] has the numbers of each token's experts, beyond the experts where it is
@@ -30,7 +31,7 @@ class ExpertTokens:
     added: int
 
 
-Rows = Sequence[torch.Tensor]  # a tensor per batch
+Rows = Sequence[Tensor]  # a tensor per batch
 
 
 def filled_up(
@@ -40,7 +41,7 @@ def filled_up(
     processes: Processes,
     nearness: Callable[[], Rows],
     numbers: Sequence[int],
-) -> tuple[list[torch.Tensor], ExpertTokens]:
+) -> tuple[list[Tensor], ExpertTokens]:
     """Fill up the `rows` that are routed to an expert in each batch to `floor` tokens.
 
     Add `counted` tokens that are routed elsewhere, with the highest `nearness`, a number per token.

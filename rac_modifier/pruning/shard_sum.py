@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from rac_modifier.processes import ALONE, Processes
 
@@ -36,19 +37,19 @@ class ShardSum:
         self.rows, self.columns, self.device = rows, columns, torch.device(device)
         self._processes = processes
         self._blocks = list(blocks or [(0, rows, columns)])
-        self._shard: list[torch.Tensor] | None = None
+        self._shard: list[Tensor] | None = None
         self._open = False  # whether something was added since the last shard ended
-        self._total: torch.Tensor | None = None
-        self._parts: list[torch.Tensor] = []  # of S by piece, with several processes
+        self._total: Tensor | None = None
+        self._parts: list[Tensor] = []  # of S by piece, with several processes
 
     @property
-    def shard(self) -> list[torch.Tensor]:
+    def shard(self) -> list[Tensor]:
         """Return the sum of the present shard, block by block, to be added to in place."""
         self._open = True
         return self._present()
 
     @property
-    def total(self) -> torch.Tensor:
+    def total(self) -> Tensor:
         """Return the sum of all shards; with several processes, after `finish`."""
         if self._total is None:
             assert not self._parts, "finish joins the parts of several processes"
@@ -56,7 +57,7 @@ class ShardSum:
         assert not self._open, "the last shard was not ended"
         return self._total
 
-    def take(self) -> torch.Tensor:
+    def take(self) -> Tensor:
         """Return the sum of all shards to be changed in place, and drop it here."""
         total = self.total
         self._total = self._shard = None
@@ -88,15 +89,15 @@ class ShardSum:
                 piece.copy_(self._processes.joined(part)[: piece.numel()].view_as(piece))
             self._parts = []
 
-    def _zeros(self, rows: int, columns: int) -> torch.Tensor:
+    def _zeros(self, rows: int, columns: int) -> Tensor:
         return torch.zeros(rows, columns, device=self.device)
 
-    def _present(self) -> list[torch.Tensor]:
+    def _present(self) -> list[Tensor]:
         if self._shard is None:
             self._shard = [self._zeros(last - first, width) for first, last, width in self._blocks]
         return self._shard
 
-    def _whole(self, shard: list[torch.Tensor]) -> torch.Tensor:
+    def _whole(self, shard: list[Tensor]) -> Tensor:
         """Return the matrix of a shard, in the shard's memory if it is one block."""
         if self._blocks == [(0, self.rows, self.columns)]:
             return shard[0]

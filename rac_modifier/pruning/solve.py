@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 import torch
+from torch import Tensor
 
 from rac_modifier.pruning import alps, linalg, scores, sparsegpt
 from rac_modifier.pruning.checks import check_problem, is_finite, refuse
@@ -58,9 +59,9 @@ class Solution:
     """
 
     name: str
-    weight: torch.Tensor
-    mask: torch.Tensor
-    target: torch.Tensor
+    weight: Tensor
+    mask: Tensor
+    target: Tensor
     error: float = 0.0
     relative_error: float = 0.0
     dampening_used: float = 0.0
@@ -91,11 +92,11 @@ class Problem:
     cross_moment: C of each module (hessian.py); without it the target is `weights`.
     """
 
-    weights: Sequence[torch.Tensor]
-    hessian: torch.Tensor
+    weights: Sequence[Tensor]
+    hessian: Tensor
     patterns: Sequence[Pattern]
     names: Sequence[str]
-    cross_moment: Sequence[torch.Tensor] | None = None
+    cross_moment: Sequence[Tensor] | None = None
 
     @property
     def rows(self) -> list[int]:
@@ -110,12 +111,12 @@ class Problem:
 
 def solve(
     method: Method,
-    weights: Sequence[torch.Tensor],
-    hessian: torch.Tensor,
+    weights: Sequence[Tensor],
+    hessian: Tensor,
     pattern: Pattern | Sequence[Pattern],
     *,
     names: Sequence[str] | None = None,
-    cross_moment: Sequence[torch.Tensor] | None = None,
+    cross_moment: Sequence[Tensor] | None = None,
     **settings: Any,
 ) -> list[Solution]:
     """Prune the modules of one problem, with a pattern for all or one per module."""
@@ -173,12 +174,12 @@ class _State:
     dampening: Dampening
     damped: bool
     factor: Factor | None
-    targets: list[torch.Tensor]
-    working: torch.Tensor
-    totals: torch.Tensor
-    dead: torch.Tensor
-    pruned: torch.Tensor
-    errors: torch.Tensor | None = None
+    targets: list[Tensor]
+    working: Tensor
+    totals: Tensor
+    dead: Tensor
+    pruned: Tensor
+    errors: Tensor | None = None
 
 
 def _aim(method: Method, problem: Problem, dampening_frac: float) -> _State:

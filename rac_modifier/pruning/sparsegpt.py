@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from rac_modifier.pruning.linalg import Factor, diagonal_blocks
 from rac_modifier.pruning.masks import lowest, lowest_along
@@ -39,12 +40,12 @@ def problems_per_batch(columns: int, rows: int, device: torch.device) -> int:
 
 
 def prune_batch(
-    weights: Sequence[torch.Tensor],
+    weights: Sequence[Tensor],
     factors: Sequence[Factor],
     rows: Sequence[int],
     patterns: Sequence[Pattern],
     block_size: int,
-) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Prune problems of one shape with the same patterns; return weights, mask, errors of each."""
     lower, uniform = [f.reversed_lower for f in factors], [f.dampening.uniform for f in factors]
     settings = rows, patterns, block_size
@@ -56,13 +57,13 @@ def prune_batch(
 
 
 def prune(
-    weight: torch.Tensor,
-    lower: torch.Tensor,
-    uniform: torch.Tensor,
+    weight: Tensor,
+    lower: Tensor,
+    uniform: Tensor,
     rows: Sequence[int],
     patterns: Sequence[Pattern],
     block_size: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Prune `weight` [..., d, sum(rows)] (transposed) in place, modules side by side.
 
     Unstructured: in each block of inputs exactly floor(block numel * sparsity) weights of a module
@@ -105,7 +106,7 @@ def prune(
     return pruned, error.clamp_(min=0.0)
 
 
-def _settle_groups(block: torch.Tensor, r: torch.Tensor, pattern: Pattern) -> torch.Tensor:
+def _settle_groups(block: Tensor, r: Tensor, pattern: Pattern) -> Tensor:
     """Choose and prune groups of M inputs, from the first to the last; return the mask."""
     mask = torch.empty_like(block, dtype=torch.bool)
     for start in range(0, block.shape[-2], pattern.m):
@@ -117,8 +118,8 @@ def _settle_groups(block: torch.Tensor, r: torch.Tensor, pattern: Pattern) -> to
 
 
 def _settle_lowest(
-    block: torch.Tensor, r: torch.Tensor, rows: Sequence[int], patterns: Sequence[Pattern]
-) -> torch.Tensor:
+    block: Tensor, r: Tensor, rows: Sequence[int], patterns: Sequence[Pattern]
+) -> Tensor:
     """Choose the mask of the block, with a threshold per module, and prune it; return the mask."""
     mask = torch.empty_like(block, dtype=torch.bool)
     columns = (x.split(list(rows), dim=-1) for x in (_scores(block, r), mask))
@@ -133,13 +134,11 @@ def _settle_lowest(
     return mask
 
 
-def _scores(block: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
+def _scores(block: Tensor, r: Tensor) -> Tensor:
     return (block / r.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)).square_()
 
 
-def _settle(
-    block: torch.Tensor, r: torch.Tensor, mask: torch.Tensor, start: int, stop: int
-) -> None:
+def _settle(block: Tensor, r: Tensor, mask: Tensor, start: int, stop: int) -> None:
     """Add the errors of the pruned weights of inputs [start, stop), which stay, to later inputs."""
     diagonal = r.diagonal(dim1=-2, dim2=-1)[..., start:stop, None]
     inverse = mask[..., start:stop, :] / diagonal  # 1 / R_jj where pruned, else 0
@@ -151,12 +150,12 @@ def _settle(
     _add_matmul(block[..., stop:, :], r[..., start:stop, stop:].mT, errors, alpha=-1)
 
 
-def _add_matmul(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, alpha: float = 1) -> None:
+def _add_matmul(out: Tensor, a: Tensor, b: Tensor, alpha: float = 1) -> None:
     """Add alpha `a` @ `b` to `out`, of one problem or of a batch."""
     (out.addmm_ if out.ndim == 2 else out.baddbmm_)(a, b, alpha=alpha)
 
 
-def _subtract_outer(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+def _subtract_outer(out: Tensor, a: Tensor, b: Tensor) -> None:
     """Subtract `a` [..., n] times `b` [..., rows] from `out` [..., n, rows]."""
     if out.ndim == 2:
         out.addr_(a, b, alpha=-1)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 _E4M3_MAX = 448.0
 
@@ -46,17 +47,15 @@ class Grid:
         """Return the number of scales of a row of `columns` weights."""
         return -(-columns // self.group_size) if self.group_size else 1
 
-    def column_scales(self, scales: torch.Tensor, columns: int) -> torch.Tensor:
+    def column_scales(self, scales: Tensor, columns: int) -> Tensor:
         """Repeat the scales [groups, rows] for every weight, [columns, rows]."""
         return scales.repeat_interleave(self.group_size or columns, dim=-2)[..., :columns, :]
 
-    def round_(
-        self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def round_(self, weight: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
         """Round `weight` in place to the nearest (code - `zero`) `scale`; both broadcast."""
         return self.codes_(weight.div_(scale), zero).mul_(scale)
 
-    def codes_(self, scaled: torch.Tensor, zero: torch.Tensor | None = None) -> torch.Tensor:
+    def codes_(self, scaled: Tensor, zero: Tensor | None = None) -> Tensor:
         """Round weights divided by scales, in place, to code - `zero`, half to even."""
         if zero is not None:
             return self.codes_(scaled.add_(zero)).sub_(zero)
@@ -70,21 +69,21 @@ class Grid:
 class Steps:
     """Scales and zero points (None: symmetric): [groups, rows], or [columns, rows] if spread."""
 
-    scale: torch.Tensor
-    zero: torch.Tensor | None = None
+    scale: Tensor
+    zero: Tensor | None = None
 
     def spread(self, grid: Grid, columns: int) -> Steps:
         """Repeat them for every weight."""
         zero = None if self.zero is None else grid.column_scales(self.zero, columns)
         return Steps(grid.column_scales(self.scale, columns), zero)
 
-    def of(self, column: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def of(self, column: int) -> tuple[Tensor, Tensor | None]:
         """Return scale and zero point, [rows], of one column."""
         zero = None if self.zero is None else self.zero.select(-2, column)
         return self.scale.select(-2, column), zero
 
 
-def stored(scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def stored(scales: Tensor, dtype: torch.dtype) -> Tensor:
     """Round scales to `dtype`, in which they are stored, away from 0; the sign stays."""
     sizes = scales.abs().to(dtype).clamp(min=torch.finfo(dtype).tiny).to(scales.dtype)
     return torch.where(scales < 0, -sizes, sizes)

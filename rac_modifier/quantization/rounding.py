@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from rac_modifier.pruning.linalg import Dampening, Factor, diagonal_blocks
 from rac_modifier.quantization.grid import Grid, Steps
@@ -31,9 +32,7 @@ _BLOCK = 128
 _SUB_BLOCK = 32
 
 
-def gptq(
-    weight: torch.Tensor, keep: torch.Tensor, steps: Steps, grid: Grid, factors: Sequence[Factor]
-) -> None:
+def gptq(weight: Tensor, keep: Tensor, steps: Steps, grid: Grid, factors: Sequence[Factor]) -> None:
     """Round `weight` [problems, d, rows] in place; `keep`: 1.0 = kept; `steps`: one per weight."""
     orders = [factor.order for factor in factors if factor.order is not None]
     if orders:
@@ -73,12 +72,12 @@ def gptq(
 
 
 def descend(
-    weight: torch.Tensor,
-    target: torch.Tensor,
-    keep: torch.Tensor,
+    weight: Tensor,
+    target: Tensor,
+    keep: Tensor,
     steps: Steps,
     grid: Grid,
-    hessians: Sequence[torch.Tensor],
+    hessians: Sequence[Tensor],
     dampenings: Sequence[Dampening],
     sweeps: int,
 ) -> None:
@@ -113,11 +112,11 @@ def descend(
                     gradient[number, last:].addmm_(later, moves[number, first:last])
 
 
-def _sorted(x: torch.Tensor, orders: Sequence[torch.Tensor]) -> torch.Tensor:
+def _sorted(x: Tensor, orders: Sequence[Tensor]) -> Tensor:
     """Sort the inputs of each problem of `x` [problems, d, rows] by its order; a new tensor."""
     return torch.stack([problem[order] for problem, order in zip(x, orders, strict=True)])
 
 
-def _add_outer(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, sign: int) -> None:
+def _add_outer(out: Tensor, a: Tensor, b: Tensor, sign: int) -> None:
     """Add `sign` `a` [problems, n] times `b` [problems, rows] to `out` [problems, n, rows]."""
     out.addcmul_(a.unsqueeze(2), b.unsqueeze(1), value=sign)

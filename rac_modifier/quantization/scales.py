@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from rac_modifier.pruning.linalg import Dampening
 from rac_modifier.quantization.grid import Grid, Steps, stored
@@ -28,9 +29,7 @@ _LARGEST_CHANGE = 3.0  # a scale that moves further belongs to a group with hard
 _ROWS = 256  # solved per call; bounds the memory of A, [rows, groups, groups] in float64
 
 
-def search_steps(
-    weight: torch.Tensor, grid: Grid, importance: torch.Tensor, dtype: torch.dtype
-) -> Steps:
+def search_steps(weight: Tensor, grid: Grid, importance: Tensor, dtype: torch.dtype) -> Steps:
     """Search scales, exact in `dtype`, and zero points [groups, rows] with the least error.
 
     Minimise sum_j importance_j (w_j - (c_j - z) s)^2 over the candidates of each group, for a
@@ -56,9 +55,7 @@ def search_steps(
     return Steps(scales, None if grid.symmetric else zeros)
 
 
-def _symmetric(
-    part: torch.Tensor, grid: Grid, dtype: torch.dtype
-) -> Iterator[tuple[torch.Tensor, None]]:
+def _symmetric(part: Tensor, grid: Grid, dtype: torch.dtype) -> Iterator[tuple[Tensor, None]]:
     """Yield scales [rows] of a group of columns, `part` [columns, rows]."""
     largest = part.abs().amax(dim=-2) / grid.half_range
     largest = torch.where(largest == 0, 1.0, largest)  # only zeros: every scale is right
@@ -68,9 +65,7 @@ def _symmetric(
             yield stored(largest * (sign * factor), dtype), None
 
 
-def _asymmetric(
-    part: torch.Tensor, grid: Grid, dtype: torch.dtype
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _asymmetric(part: Tensor, grid: Grid, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield scales and zero points [rows] of a group of columns, `part` [columns, rows]."""
     lowest, highest = grid.lowest, -grid.lowest - 1
     low, high = part.amin(dim=-2).clamp_(max=0.0), part.amax(dim=-2).clamp_(min=0.0)
@@ -89,14 +84,14 @@ def _asymmetric(
 
 
 def refit_scales(
-    codes: torch.Tensor,
-    target: torch.Tensor,
-    scale: torch.Tensor,
+    codes: Tensor,
+    target: Tensor,
+    scale: Tensor,
     grid: Grid,
-    hessian: torch.Tensor,
+    hessian: Tensor,
     dampening: Dampening,
     dtype: torch.dtype,
-) -> torch.Tensor:
+) -> Tensor:
     """Return the scales [groups, rows], exact in `dtype`, with the least error for the codes.
 
     `codes` [d, rows] are code minus zero point, `scale` [groups, rows] their scales, `hessian`
@@ -123,7 +118,7 @@ def refit_scales(
     return torch.where(after < before, result, scale)
 
 
-def _solve(gram: torch.Tensor, right: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+def _solve(gram: Tensor, right: Tensor, old: Tensor) -> Tensor:
     """Solve A s = b per row; [rows, groups, groups], [rows, groups] and the old scales, float64."""
     gram = (gram + gram.mT) / 2
     empty = gram.diagonal(dim1=1, dim2=2) <= 0  # a group without a code
@@ -135,12 +130,12 @@ def _solve(gram: torch.Tensor, right: torch.Tensor, old: torch.Tensor) -> torch.
     return torch.where(usable & (failed == 0).unsqueeze(1), new, old)
 
 
-def _error(gram: torch.Tensor, right: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def _error(gram: Tensor, right: Tensor, scale: Tensor) -> Tensor:
     """Return s A s - 2 b s per row, [rows]: the error without its constant."""
     image = torch.bmm(gram, scale.unsqueeze(2)).squeeze(2)
     return ((image - 2 * right) * scale).sum(dim=1)
 
 
-def _group_sums(values: torch.Tensor, groups: int, size: int) -> torch.Tensor:
+def _group_sums(values: Tensor, groups: int, size: int) -> Tensor:
     """Sum [d, rows] over the columns of each group: [groups, rows]."""
     return values.reshape(groups, size, -1).sum(dim=1)

@@ -15,8 +15,7 @@ def grid_of(scheme: QuantizationScheme, name: str, *, prunes: bool) -> Grid:
     weights = scheme.weights
     if weights is None:
         raise RacError(
-            f"{name}: its scheme has no weights; quantize activations alone with a "
-            "QuantizationModifier"
+            f"{name}: its scheme has no weights; quantize activations with QuantizationModifier"
         )
     if not weights.symmetric and (prunes or scheme.input_activations is not None):
         raise RacError(
@@ -29,9 +28,8 @@ def grid_of(scheme: QuantizationScheme, name: str, *, prunes: bool) -> Grid:
     if not _is_stored_form(weights) or weights.num_bits not in bits or not plain:
         integers = "4 or 8 bits" if prunes else "2 to 8 bits (2 to 7 with zero points)"
         raise RacError(
-            f"{name}: weights {_describe(weights)} cannot be rounded here; use int of {integers}, "
-            "or float of 8 (e4m3), symmetric, one scale per channel or group, such as W4A16, W8A8 "
-            "or FP8_DYNAMIC"
+            f"{name}: weights {_describe(weights)} cannot be rounded; use int of {integers}, or "
+            "float of 8 (e4m3), symmetric, a scale per channel or group (W4A16)"
         )
     for args in (scheme.input_activations, scheme.output_activations):
         if args is not None and args.dynamic is not True:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from rac_modifier.pruning.checks import check_problem, is_finite, refuse
 from rac_modifier.pruning.linalg import Dampening, factorise, quadratic_form, stacked
@@ -28,16 +29,16 @@ class Quantized:
         relative_error: trace((T - Q) H (T - Q)^T) / trace(T H T^T) for the target T, or 0.
     """
 
-    weight: torch.Tensor
-    scale: torch.Tensor
+    weight: Tensor
+    scale: Tensor
     relative_error: float
-    zero_point: torch.Tensor | None = None
+    zero_point: Tensor | None = None
 
 
 @torch.no_grad()
 def quantize_many(
     problems: Sequence[Sequence[Solution]],
-    hessians: Sequence[torch.Tensor],
+    hessians: Sequence[Tensor],
     grids: Sequence[Sequence[Grid | None]],
     *,
     dtype: torch.dtype,
@@ -85,7 +86,7 @@ def quantize_many(
 
 def _on_one_grid(
     problems: Sequence[Sequence[Solution]],
-    hessians: Sequence[torch.Tensor],
+    hessians: Sequence[Tensor],
     grid: Grid,
     dtype: torch.dtype,
     dampening_frac: float,
@@ -110,7 +111,7 @@ def _on_one_grid(
     ]
     dampenings = [factor.dampening for factor in factors]
 
-    def batch(part: Callable[[Solution], torch.Tensor]) -> torch.Tensor:
+    def batch(part: Callable[[Solution], Tensor]) -> Tensor:
         """Stack a part of all solutions, [problems, d, rows]; of one problem, without a copy."""
         pairs = zip(problems, hessians, strict=True)
         tensors = [stacked([part(s) for s in solutions], h) for solutions, h in pairs]
@@ -145,13 +146,13 @@ def _on_one_grid(
 
 def _results(
     solutions: Sequence[Solution],
-    hessian: torch.Tensor,
+    hessian: Tensor,
     dtype: torch.dtype,
     dampening_frac: float,
-    working: torch.Tensor,
-    target: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
+    working: Tensor,
+    target: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
 ) -> list[Quantized]:
     """Return the modules of one problem; weights and `target`, overwritten, are [d, rows]."""
     totals = quadratic_form(target, hessian)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from loguru import logger
+from torch import Tensor
 
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.teacher_forcing import TokenSequence, check_sequences
@@ -59,7 +60,7 @@ def recover(
     held_out: Sequence[TokenSequence],
     settings: RecoverySettings,
     *,
-    masks: Mapping[str, torch.Tensor] | None = None,
+    masks: Mapping[str, Tensor] | None = None,
     quantized: Mapping[str, QuantizedWeight] | None = None,
     state: Path | None = None,
     autocast: torch.dtype | None = None,
@@ -92,10 +93,7 @@ def recover(
     check_sequences(training)
     check_sequences(held_out)
     if shared := {name_of(s) for s in training} & {name_of(s) for s in held_out}:
-        raise RacError(
-            f"{len(shared)} held-out traces are among the training traces; give traces of other "
-            "problems"
-        )
+        raise RacError(f"{len(shared)} held-out traces are among the training traces; give others")
     check_head(model, min(held_out, key=lambda s: len(s[0])))
     steps = plan_steps(training, settings, model.device, processes.count)
     started = time.monotonic()
@@ -155,8 +153,8 @@ def recover(
 
 
 def _masters(
-    quantized: Mapping[str, QuantizedWeight], masks: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
+    quantized: Mapping[str, QuantizedWeight], masks: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """Return the masked master weights by trained parameter name."""
     masters = {}
     for module, weight in quantized.items():

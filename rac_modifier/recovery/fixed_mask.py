@@ -20,13 +20,14 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from rac_modifier.errors import RacError
 
 
-def sparse_masks(model: torch.nn.Module, least_sparsity: float = 0.05) -> dict[str, torch.Tensor]:
+def sparse_masks(model: torch.nn.Module, least_sparsity: float = 0.05) -> dict[str, Tensor]:
     """Return masks, True = kept, of linear layers with `least_sparsity` zeros (RacError: none)."""
     if masks := masks_of_zeros(model, least_sparsity):
         return masks
@@ -42,7 +43,7 @@ def sparse_masks(model: torch.nn.Module, least_sparsity: float = 0.05) -> dict[s
     )
 
 
-def masks_of_zeros(model: torch.nn.Module, least_sparsity: float) -> dict[str, torch.Tensor]:
+def masks_of_zeros(model: torch.nn.Module, least_sparsity: float) -> dict[str, Tensor]:
     """Return what `sparse_masks` does, or nothing where no matrix is sparse."""
     masks, adapters = {}, inside_adapters(model)
     for name, module in model.named_modules():
@@ -62,17 +63,14 @@ class FixedMask:
     mask that fits no parameter, or a nonzero weight that its mask prunes.
     """
 
-    def __init__(self, model: torch.nn.Module, masks: Mapping[str, torch.Tensor] | None = None):
+    def __init__(self, model: torch.nn.Module, masks: Mapping[str, Tensor] | None = None):
         self.masks = dict(sparse_masks(model) if masks is None else masks)
         self._parameters = dict(model.named_parameters())
         for name, mask in self.masks.items():
             parameter = self._parameters.get(name)
             if parameter is None or parameter.shape != mask.shape:
                 problem = "no such parameter" if parameter is None else "another shape"
-                raise RacError(
-                    f"mask of {name} {list(mask.shape)}: {problem}; use the masks of this "
-                    "very model"
-                )
+                raise RacError(f"mask of {name} {list(mask.shape)}: {problem}; use this model's")
             self.masks[name] = mask.to(parameter.device)
         self.check()
         self._hooks: list[Any] = [
@@ -107,8 +105,7 @@ class FixedMask:
             moved = int((self._parameters[name].ne(0) & ~mask).sum())
             if moved:
                 raise RacError(
-                    f"{name}: {moved} weights outside the mask are not zero; train with "
-                    "the mask of this model"
+                    f"{name}: {moved} weights outside the mask are not zero; use this model's mask"
                 )
 
     def release(self) -> None:
@@ -120,7 +117,7 @@ class FixedMask:
 
 @contextlib.contextmanager
 def fixed_mask(
-    model: torch.nn.Module, masks: Mapping[str, torch.Tensor] | None = None
+    model: torch.nn.Module, masks: Mapping[str, Tensor] | None = None
 ) -> Iterator[FixedMask]:
     """Hold the zeros of a sparse model inside this context, with any optimizer and trainer.
 
@@ -140,7 +137,7 @@ def fixed_mask(
         held.release()
 
 
-def _masked(mask: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+def _masked(mask: Tensor, gradient: Tensor) -> Tensor:
     return gradient * mask.to(gradient.device).view(torch.uint8)
 
 
@@ -155,7 +152,7 @@ def inside_adapters(model: torch.nn.Module) -> set[torch.nn.Module]:
     return added
 
 
-def mask_adapters(model: torch.nn.Module, masks: Mapping[torch.nn.Parameter, torch.Tensor]) -> None:
+def mask_adapters(model: torch.nn.Module, masks: Mapping[torch.nn.Parameter, Tensor]) -> None:
     """Mask the adapters of `model`, also when they are merged (RacError: no plain LoRA)."""
     for name, layer in _tuner_layers(model).items():
         weight: Any = getattr(layer.get_base_layer(), "weight", None)
@@ -165,20 +162,20 @@ def mask_adapters(model: torch.nn.Module, masks: Mapping[torch.nn.Parameter, tor
             _mask(layer, mask)
 
 
-def _mask(layer: Any, mask: torch.Tensor) -> None:
+def _mask(layer: Any, mask: Tensor) -> None:
     """Subtract the part of pruned weights from the output of a LoRA layer, and at a merge."""
     unmasked = layer.get_delta_weight  # what an adapter adds to the weight, [rows, columns]
 
-    def delta(adapter: str) -> torch.Tensor:
-        weight: torch.Tensor = unmasked(adapter)
+    def delta(adapter: str) -> Tensor:
+        weight: Tensor = unmasked(adapter)
         return weight * mask.to(weight.device)
 
-    def hook(layer: Any, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+    def hook(layer: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         if layer.merged or layer.disable_adapters:
             return output
         for adapter in layer.active_adapters:
             if adapter in layer.lora_A:
-                weight: torch.Tensor = unmasked(adapter)
+                weight: Tensor = unmasked(adapter)
                 part = weight.masked_fill(mask.to(weight.device), 0.0)
                 output = output - functional.linear(args[0].to(part.dtype), part).to(output.dtype)
         return output
@@ -204,8 +201,7 @@ def _check(name: str, layer: Any) -> None:
         why = f"{', '.join(layer.lora_variant)}, a variant of LoRA,"
     if why:
         raise RacError(
-            f"{name}: {why} would fill its zeros; train full parameters, or take a plain LoRA "
-            "(LoraConfig without variants)"
+            f"{name}: {why} fills its zeros; train full parameters, or plain LoRA (no variants)"
         )
     if any(getattr(dropout, "p", 0.0) for dropout in layer.lora_dropout.values()):
         raise RacError(f"{name}: lora_dropout cannot be masked; set lora_dropout=0.0")

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.teacher_forcing import TokenSequence, input_of_head, padded
@@ -36,7 +37,7 @@ def output_head(model: Any) -> torch.nn.Module:
     return head
 
 
-def predicting_states(model: Any, batch: Sequence[TokenSequence]) -> torch.Tensor:
+def predicting_states(model: Any, batch: Sequence[TokenSequence]) -> Tensor:
     """Return hidden states [completion tokens, d] of a batch, row by row, with their gradient."""
     ids, completion = padded(batch)
     states = input_of_head(model, ids[:, :-1])
@@ -61,9 +62,7 @@ def check_head(model: Any, sequence: TokenSequence) -> None:
         )
 
 
-def head_kl(
-    hidden: torch.Tensor, dense_hidden: torch.Tensor, head: torch.nn.Module
-) -> torch.Tensor:
+def head_kl(hidden: Tensor, dense_hidden: Tensor, head: torch.nn.Module) -> Tensor:
     """Return the sum over tokens of KL(dense || student), in nats, with a gradient for `hidden`.
 
     `hidden` and `dense_hidden`, on any device, are inputs [tokens, d] of the `head` of both.
@@ -73,9 +72,7 @@ def head_kl(
 
 class _HeadKL(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, hidden: torch.Tensor, dense_hidden: torch.Tensor, head: Any
-    ) -> torch.Tensor:
+    def forward(ctx: Any, hidden: Tensor, dense_hidden: Tensor, head: Any) -> Tensor:
         weight = head.weight
         step = max(1, _CHUNK_ELEMENTS // weight.shape[0])
         trained = ctx.needs_input_grad[0]
@@ -92,12 +89,12 @@ class _HeadKL(torch.autograd.Function):
         return total.float()
 
     @staticmethod
-    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * outer[0], None, None
 
 
-def _kl_(student: torch.Tensor, dense: torch.Tensor, trained: bool) -> torch.Tensor:
+def _kl_(student: Tensor, dense: Tensor, trained: bool) -> Tensor:
     """Return the sum over tokens of the KL of logits [tokens, vocabulary], float64.
 
     KL = sum_v p_v (t_v - s_v) - lse(t) + lse(s), with lse the largest logit less the logarithm of

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.utils import parametrize
 
 from rac_modifier.quantization.grid import Grid, stored
@@ -33,14 +34,12 @@ class QuantizedWeight:
     """How a module's weight is quantized, and what training starts from."""
 
     grid: Grid
-    scale: torch.Tensor  # [rows, groups], in the dtype that is stored
-    master: torch.Tensor | None = None  # with the same codes and zeros; None: code times scale
-    zero: torch.Tensor | None = None  # [rows, groups], of an asymmetric grid; it is not trained
+    scale: Tensor  # [rows, groups], in the dtype that is stored
+    master: Tensor | None = None  # with the same codes and zeros; None: code times scale
+    zero: Tensor | None = None  # [rows, groups], of an asymmetric grid; it is not trained
 
 
-def codes_of(
-    weight: torch.Tensor, scale: torch.Tensor, grid: Grid, zero: torch.Tensor | None = None
-) -> torch.Tensor:
+def codes_of(weight: Tensor, scale: Tensor, grid: Grid, zero: Tensor | None = None) -> Tensor:
     """Return the codes [rows, columns], float32, of code times scale, counted from zero points.
 
     Exact also for weights that were rounded to bfloat16 or float16, by less than half a step.
@@ -49,30 +48,26 @@ def codes_of(
     return grid.codes_(weight.float() / _spread(scale.float(), grid, weight), points)
 
 
-def master_in_cell(
-    codes: torch.Tensor, scale: torch.Tensor, grid: Grid, target: torch.Tensor
-) -> torch.Tensor:
+def master_in_cell(codes: Tensor, scale: Tensor, grid: Grid, target: Tensor) -> Tensor:
     """Return the float32 weight nearest to `target` [rows, columns] that rounds to `codes`."""
     scales = _spread(scale.float(), grid, codes)
     reach = _WIDTH * _step(codes, grid)
     return torch.clamp(target.float() / scales, codes - reach, codes + reach) * scales
 
 
-def pruned_share(
-    codes: torch.Tensor, scale: torch.Tensor, grid: Grid, dense: torch.Tensor
-) -> float:
+def pruned_share(codes: Tensor, scale: Tensor, grid: Grid, dense: Tensor) -> float:
     """Return the share of zeros whose dense weight is above 3/4 of a step: pruned, not rounded."""
     least = 0.75 * _spread(scale.float().abs(), grid, codes) * _step(codes, grid)
     return float(((codes == 0) & (dense.float().abs() > least)).float().mean())
 
 
-def _spread(part: torch.Tensor, grid: Grid, like: torch.Tensor) -> torch.Tensor:
+def _spread(part: Tensor, grid: Grid, like: Tensor) -> Tensor:
     """Repeat [rows, groups] for every weight of `like` [rows, columns]."""
     columns = like.shape[1]
     return part.repeat_interleave(grid.group_size or columns, dim=1)[:, :columns]
 
 
-def _step(codes: torch.Tensor, grid: Grid) -> torch.Tensor:
+def _step(codes: Tensor, grid: Grid) -> Tensor:
     """Return the distance from each code to its nearest neighbour."""
     if grid.kind == "int":
         return torch.ones_like(codes)
@@ -86,8 +81,8 @@ def _step(codes: torch.Tensor, grid: Grid) -> torch.Tensor:
 class OnGrid(torch.nn.Module):
     """Parametrize a weight [rows, columns] by a master weight and changes of its scales."""
 
-    start: torch.Tensor
-    zero: torch.Tensor | None
+    start: Tensor
+    zero: Tensor | None
 
     def __init__(self, quantized: QuantizedWeight):
         super().__init__()
@@ -96,12 +91,12 @@ class OnGrid(torch.nn.Module):
         self.register_buffer("zero", None if zero is None else zero.detach().float())
         self.log_change = torch.nn.Parameter(torch.zeros_like(self.start))
 
-    def scale(self) -> torch.Tensor:
+    def scale(self) -> Tensor:
         """Return the scales [rows, groups] as they would be stored; gradients pass the rounding."""
         exact = self.start * self.log_change.exp()
         return exact + (stored(exact.detach(), self.dtype) - exact).detach()
 
-    def forward(self, master: torch.Tensor) -> torch.Tensor:
+    def forward(self, master: Tensor) -> Tensor:
         """Return code times scale."""
         zero = None if self.zero is None else _spread(self.zero, self.grid, master)
         return _CodeTimesScale.apply(
@@ -111,9 +106,7 @@ class OnGrid(torch.nn.Module):
 
 class _CodeTimesScale(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, master: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid
-    ) -> torch.Tensor:
+    def forward(ctx: Any, master: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> Tensor:
         scaled = master / scale
         codes = grid.codes_(scaled.clone(), zero)
         lowest, highest = grid.codes_(scaled.new_tensor([-torch.inf, torch.inf]))
@@ -124,7 +117,7 @@ class _CodeTimesScale(torch.autograd.Function):
         return codes * scale
 
     @staticmethod
-    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, Tensor, None, None]:
         scaled, codes, clamped = ctx.saved_tensors
         for_scale = outer[0] * torch.where(clamped, codes, codes - scaled)
         return outer[0].masked_fill(clamped, 0.0), for_scale, None, None

@@ -13,6 +13,7 @@ from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from rac_modifier.checkpoint.files import write_tensors_atomic
 from rac_modifier.errors import RacError, refusing
@@ -29,7 +30,7 @@ class Progress:
 
     key: str  # hash of model, sequences and settings; a state with another key is not used
     step: int = 0  # of the present try
-    best: dict[str, torch.Tensor] = field(default_factory=dict)  # weights, lowest held-out KL
+    best: dict[str, Tensor] = field(default_factory=dict)  # weights, lowest held-out KL
     best_step: int = 0
     best_kl: float = float("inf")  # nats per token
     curve: list[tuple[int, float]] = field(default_factory=list)  # step and KL of every check
@@ -49,10 +50,7 @@ def hold(folder: Path) -> IO[str]:
         if holder == str(os.getpid()):  # an earlier run of this process, which failed
             return file
         file.close()
-        raise RacError(
-            f"{folder} is in use by another process (pid {holder}), which recovers the same model; "
-            f"wait for it to end, or {step}"
-        )
+        raise RacError(f"{folder} is in use by process {holder}; wait for it, or {step}")
     file.truncate(0)
     file.write(str(os.getpid()))
     file.flush()

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -63,8 +64,7 @@ def decoder_layers(model: torch.nn.Module, setting: str) -> list[torch.nn.Module
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     if not layers:
         raise RacError(
-            f"{type(model).__name__} has no layers that transformers can run one by one; leave "
-            f"{setting} out"
+            f"{type(model).__name__} has no layers that run one by one; leave {setting} out"
         )
     return layers  # type: ignore[return-value]
 
@@ -105,13 +105,11 @@ class Student:
         model: Any,
         parameters: Mapping[str, torch.nn.Parameter],
         processes: Processes = ALONE,
-        masks: Mapping[str, torch.Tensor] | None = None,
+        masks: Mapping[str, Tensor] | None = None,
         originals: Mapping[str, torch.nn.Parameter] | None = None,
     ):
         self.model, self.parameters, self.processes = model, dict(parameters), processes
-        self._masks = {
-            n: self.shard(mask).to(processes.device) for n, mask in (masks or {}).items()
-        }
+        self._masks = {n: self.shard(m).to(processes.device) for n, m in (masks or {}).items()}
         self._originals = originals or {}
 
     @classmethod
@@ -147,18 +145,18 @@ class Student:
         shares = [(b[self.processes.rank :: self.processes.count], b[:1]) for b in batches]
         return [(share, 1.0) if share else (first, 0.0) for share, first in shares]
 
-    def local(self, tensor: torch.Tensor) -> torch.Tensor:
+    def local(self, tensor: Tensor) -> Tensor:
         """Return this process's shard of a parameter, gradient or moment; memory is shared."""
         return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
 
-    def shard(self, full: torch.Tensor) -> torch.Tensor:
+    def shard(self, full: Tensor) -> Tensor:
         """Return this process's equal chunk of rows; the last chunks may be smaller or empty."""
         if self.processes.count == 1:
             return full
         chunks = full.chunk(self.processes.count)
         return chunks[self.processes.rank] if self.processes.rank < len(chunks) else full[:0]
 
-    def like(self, name: str, shard: torch.Tensor) -> torch.Tensor:
+    def like(self, name: str, shard: Tensor) -> Tensor:
         """Return a tensor like the parameter `name` from the shards of all processes."""
         p: Any = self.parameters[name]
         if not isinstance(p, DTensor):
@@ -168,7 +166,7 @@ class Student:
             local, p.device_mesh, p.placements, shape=p.shape, stride=p.stride()
         )
 
-    def whole(self, name: str, shard: torch.Tensor) -> torch.Tensor:
+    def whole(self, name: str, shard: Tensor) -> Tensor:
         """Gather the shards on the CPU; all processes call it."""
         gathered = self.like(name, shard)
         return (gathered.full_tensor() if isinstance(gathered, DTensor) else gathered).cpu()

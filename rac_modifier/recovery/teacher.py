@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from rac_modifier.errors import RacError, refusing
 from rac_modifier.evaluation.teacher_forcing import TokenSequence, batches_of_like_length
@@ -64,15 +65,14 @@ class StoredTeacher:
             ) from error
         return cls(folder)
 
-    def states(self, batch: Sequence[TokenSequence]) -> torch.Tensor:
+    def states(self, batch: Sequence[TokenSequence]) -> Tensor:
         """Return hidden states [completion tokens, d] of a batch, row by row (RacError: none)."""
         states = []
         for sequence in batch:
             name = name_of(sequence)
             if name not in self._place:
                 raise RacError(
-                    f"{self._folder}: no states of a sequence of {len(sequence[0])} tokens; remove "
-                    "the folder"
+                    f"{self._folder}: no states of {len(sequence[0])} tokens; remove the folder"
                 )
             with safe_open(self._folder / self._place[name], framework="pt") as file:
                 states.append(file.get_tensor(name))
@@ -114,9 +114,8 @@ def check_dense(model: Any, name: str) -> None:
         how = "quantized"
     if how:
         raise RacError(
-            f"{name} is {how}, and the first model has to be the dense one, which the other is "
-            "trained towards: rac recover DENSE SPARSE OUT (base_model in rac_run.json names the "
-            "dense one)"
+            f"{name} is {how}, and the first model has to be the dense one: rac recover DENSE "
+            "SPARSE OUT (base_model in rac_run.json names the dense one)"
         )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from loguru import logger
+from torch import Tensor
 
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.teacher_forcing import TokenSequence, batches_of_like_length
@@ -37,7 +38,7 @@ class TrainingLoop:
     student: Student  # in evaluation mode
     teacher: StoredTeacher
     held_out: Sequence[TokenSequence]
-    masters: Mapping[str, torch.Tensor]  # training starts from these, after the first check
+    masters: Mapping[str, Tensor]  # training starts from these, after the first check
     autocast: torch.dtype | None
     steps: Sequence[Step]
     rates: Sequence[float]  # learning rates, tried one after another
@@ -58,8 +59,7 @@ class TrainingLoop:
             if not math.isfinite(kl):
                 raise RacError(
                     f"the held-out KL before training is {kl}: the {type(self.model).__name__} or "
-                    "its dense model computes values that are not finite; load them with "
-                    "--precision float32, or leave recover out"
+                    "its dense model overflows; use --precision float32, or leave recover out"
                 )
             self._start_from(self.masters)
         while True:
@@ -74,7 +74,7 @@ class TrainingLoop:
             self.optimizer = self._new_optimizer()
 
     @torch.no_grad()
-    def _start_from(self, weights: Mapping[str, torch.Tensor], sharded: bool = False) -> None:
+    def _start_from(self, weights: Mapping[str, Tensor], sharded: bool = False) -> None:
         for name, weight in weights.items():
             shard = weight if sharded else self.student.shard(weight)
             self.student.local(self.parameters[name]).copy_(shard)
@@ -164,7 +164,7 @@ class TrainingLoop:
                     run.best[name] = weight.to("cpu", copy=True)
         return kl
 
-    def _kl(self, batch: Batch) -> tuple[torch.Tensor, int]:
+    def _kl(self, batch: Batch) -> tuple[Tensor, int]:
         """Return the KL summed over the completion tokens of a batch, and their number."""
         dtype, device = self.autocast, self.model.device.type
         with torch.autocast(device, dtype=dtype) if dtype else contextlib.nullcontext():

@@ -69,9 +69,7 @@ def check_mixture(mixture: Mapping[str, float]) -> dict[str, float]:
         shares[part] = shares.get(part, 0.0) + share
     total = sum(shares.values())
     if abs(total - 1) > 1e-6:
-        raise RacError(
-            f"the shares of mixture {dict(mixture)} sum to {total:g}; make them sum to 1"
-        )
+        raise RacError(f"shares of mixture {dict(mixture)} sum to {total:g}; make them sum to 1")
     ordered = sorted(shares, key=lambda part: KINDS.index(part.kind))
     return {part.key: shares[part] for part in ordered if shares[part] > 0}
 

@@ -210,8 +210,7 @@ def _run(row: GridRow, grid: Grid, label: str, seed: int | None) -> PlannedRow:
     evaluated = ProblemSource(source=grid.evaluation.source)
     if not evaluated.is_generator and any(p.problems.source == evaluated.source for p in asking):
         raise RacError(
-            f"calibrates on {evaluated.source}, whose problems are those of the evaluation; name "
-            "another file or dataset"
+            f"calibrates on {evaluated.source}, the problems of the evaluation; name another source"
         )
     if name == NAME and getattr(checked, "prunes", True):
         modifiers = [m for groups in recipe.values() for group in groups.values() for m in group]

@@ -48,8 +48,7 @@ class Pattern:
         match = re.fullmatch(r"([0-9]{1,6}):([0-9]{1,6})", mask_structure)
         if match is None:
             raise RacError(
-                f'mask_structure {mask_structure!r}: not of the form "N:M"; use "2:4", or '
-                '"0:0" with a sparsity'
+                f'mask_structure {mask_structure!r}: not "N:M"; use "2:4", or "0:0" with a sparsity'
             )
         n, m = int(match[1]), int(match[2])
         if n == m == 0:
@@ -59,8 +58,7 @@ class Pattern:
         pattern = cls.n_of_m(n, m)
         if sparsity is not None:
             raise RacError(
-                f'sparsity: {sparsity} has no effect with mask_structure "{n}:{m}"; leave '
-                "sparsity out, or the structure"
+                f'sparsity: {sparsity} has no effect with mask_structure "{n}:{m}"; leave one out'
             )
         return pattern
 

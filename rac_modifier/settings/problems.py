@@ -64,8 +64,7 @@ class ProblemSource(Settings):
     def _is_read(cls, source: str) -> str:
         if source.lower().endswith(_OTHER_TABLES):
             raise RacError(
-                f"{source!r} is a table of a kind that is not read; save it as one of "
-                f"{', '.join(FILE_SUFFIXES)}"
+                f"{source!r} is no table that is read; save it as one of {', '.join(FILE_SUFFIXES)}"
             )
         return source
 

@@ -52,14 +52,11 @@ class QuantizationSettings(Settings):
     @model_validator(mode="after")
     def _names_are_known(self) -> QuantizationSettings:
         if (self.scheme is None) == (self.config_groups is None):
-            raise RacError(
-                "quantization: set either scheme or config_groups, for example scheme: W4A16"
-            )
+            raise RacError("quantization: set scheme or config_groups, for example scheme: W4A16")
         for name in [self.scheme] if isinstance(self.scheme, str) else self.scheme or ():
             if name.upper() not in PRESET_SCHEMES:
                 raise RacError(
-                    f"scheme {name!r}: no preset of llm-compressor; use W4A16, W8A8, FP8_DYNAMIC, "
-                    "or config_groups"
+                    f"scheme {name!r}: no preset; use W4A16, W8A8, FP8_DYNAMIC, or config_groups"
                 )
         for name, targets in (self.scheme if isinstance(self.scheme, dict) else {}).items():
             check_names(targets, f"scheme.{name}")
@@ -205,8 +202,7 @@ class PruningSettings(BaseModel):
             self._pattern = Pattern.parse(self.mask_structure, None)
         if self.order == "layer" and self.reconstruct == "dense":
             raise RacError(
-                "order: layer has no dense activations to aim at; set reconstruct: pruned, or "
-                "order: auto"
+                "order: layer has no dense activations; set reconstruct: pruned, or order: auto"
             )
         refuse_idle(
             self,

@@ -100,7 +100,7 @@ def check_layout(recipe: Any, where: str) -> None:
                 close = get_close_matches(str(name), MODIFIERS, 1, 0.6)
                 known = f"did you mean {close[0]}?" if close else f"it has {sorted(MODIFIERS)}"
                 raise RacError(
-                    f"{where}: {group}: llm-compressor has no modifier {name!r}; {known}"
+                    f"{where}, {group}: llm-compressor has no modifier {name!r}; {known}"
                 )
             if not isinstance(settings, dict | None):
                 raise RacError(f"{where}: {name} holds {settings!r}, not settings; {_LAYOUT}")

@@ -59,9 +59,7 @@ class SamplingSettings(Settings):
                 "same completion each time; use samples_per_problem=1 or a temperature above 0"
             )
         if self.template == "none" and self.system_prompt is not None:
-            raise RacError(
-                "template='none' has no place for a system_prompt; drop it or use template='chat'"
-            )
+            raise RacError("template='none' has no system_prompt; drop it or use template='chat'")
         return self
 
     def resolved(self, generation_config: Any) -> SamplingSettings:
@@ -140,7 +138,6 @@ def _normal(url: str) -> str:
         raise RacError(f"base_urls: {url!r} is no address of a server; write it like {_EXAMPLE}")
     if address.username or address.password:
         raise RacError(
-            "base_urls: an address holds a user name or password; name a variable with "
-            "api_key_env instead"
+            "base_urls: an address holds a user name or password; name a variable with api_key_env"
         )
     return url.rstrip("/") + ("/v1" if not address.path.strip("/") else "")

@@ -25,15 +25,8 @@ from rac_modifier.errors import RacError
 from rac_modifier.kernels.cpu import operator
 from rac_modifier.kernels.cpu.support import support
 from rac_modifier.kernels.interface import Decision
-from rac_modifier.vllm_plugin import METHOD, OLD_METHOD
-from rac_modifier.vllm_plugin.layouts import (
-    CodesLayout,
-    Layout,
-    PackedLayout,
-    WordsLayout,
-    is_packed,
-    no_effect,
-)
+from rac_modifier.vllm_plugin import METHOD, OLD_METHOD, layouts
+from rac_modifier.vllm_plugin.layouts import Layout
 
 if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper
@@ -79,7 +72,7 @@ class RacConfig(QuantizationConfig):
         """Take a layout; vLLM has none for a model without a `quantization_config` (RacError)."""
         super().__init__()
         if layout is None:
-            raise no_effect("it is not quantized; if it is pruned, rac pack makes it sparse first")
+            raise layouts.no_effect("it is not quantized; if pruned, rac pack makes it sparse")
         self.layout = layout
         self.int8_activations: tuple[str, ...] = ()  # modules whose inputs may be rounded to 8 bits
         self.report = LoadReport(requested)
@@ -92,7 +85,7 @@ class RacConfig(QuantizationConfig):
         """Claim checkpoints that this package wrote, and on request those of other tools."""
         if user_quant == OLD_METHOD:
             logger.warning_once("--quantization %s is now called %s", OLD_METHOD, METHOD)
-        if is_packed(hf_quant_cfg) or user_quant in (METHOD, OLD_METHOD):
+        if layouts.is_packed(hf_quant_cfg) or user_quant in (METHOD, OLD_METHOD):
             return METHOD
         recorded = getattr(hf_config, RAC_KEY, None) is not None
         return METHOD if recorded and not user_quant and _runs_codes(hf_quant_cfg) else None
@@ -100,14 +93,14 @@ class RacConfig(QuantizationConfig):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> RacConfig:
         """Read the checkpoint's `quantization_config` (RacError: it has no effect)."""
-        if is_packed(config):
-            return cls(PackedLayout(config), requested=False)
+        if layouts.is_packed(config):
+            return cls(layouts.PackedLayout(config), requested=False)
         method = config.get("quant_method")
         if method == COMPRESSED_TENSORS:
-            return cls(CodesLayout(config))
+            return cls(layouts.CodesLayout(config))
         if method in ("gptq", "awq"):
-            return cls(WordsLayout(config))
-        raise no_effect(f"it is quantized by {method!r} and not packed sparse")
+            return cls(layouts.WordsLayout(config))
+        raise layouts.no_effect(f"it is quantized by {method!r} and not packed sparse")
 
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None
@@ -118,7 +111,7 @@ class RacConfig(QuantizationConfig):
                 pass
         self.report.requested &= not hasattr(hf_config, RAC_KEY)
         record = SparsityRecord.of({RAC_KEY: getattr(hf_config, RAC_KEY, None)})
-        if isinstance(self.layout, CodesLayout) and record.modules:
+        if isinstance(self.layout, layouts.CodesLayout) and record.modules:
             logger.info("this checkpoint is pruned and stored dense; `rac pack` makes it sparse")
         self.int8_activations = record.int8_activations
 

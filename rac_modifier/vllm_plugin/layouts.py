@@ -61,8 +61,7 @@ class CodesReader(WeightReader):
             return _floats_of(tensors, module)
         if scheme.bits != 8 and "weight" in tensors:
             raise RacError(
-                f"{module}.weight: not quantized, but config.json says that it is "
-                f"int{scheme.bits}; {_RESTORE}"
+                f"{module}.weight: not quantized, but config.json says int{scheme.bits}; {_RESTORE}"
             )
         return PackQuantized.check(tensors, module, scheme)
 

@@ -98,8 +98,7 @@ class Shards:
             if k != layer.input_size or n != (expected or n):
                 raise RacError(
                     f"{self.name(shard)}: the checkpoint has a weight [{n}, {k}], the model's "
-                    f"config.json has [{expected or '?'}, {layer.input_size}]; they do not belong "
-                    "together"
+                    f"config.json has [{expected or '?'}, {layer.input_size}]; they do not match"
                 )
             shard_rows = torch.arange(first, first + n)[:, None]
             try:
@@ -116,8 +115,7 @@ class Shards:
             first += n
         if bool((numbers.data < 0).any()):
             raise RacError(
-                f"{self.prefix}: the checkpoint lacks the weight of {' or '.join(self.modules)}; "
-                "copy or save it again"
+                f"{self.prefix}: the checkpoint lacks {' or '.join(self.modules)}; copy it again"
             )
         return numbers.data.flatten()
 

@@ -101,8 +101,7 @@ class VocabularyMethod(QuantizeMethodBase):
         if weight.shape != (layer.org_vocab_size, self.columns):
             raise RacError(
                 f"{self.prefix}: the checkpoint has a weight {list(weight.shape)}, the model's "
-                f"config.json has [{layer.org_vocab_size}, {self.columns}]; they do not "
-                "belong together"
+                f"config.json has [{layer.org_vocab_size}, {self.columns}]; they do not match"
             )
         shard = layer.shard_indices
         rows = torch.arange(shard.org_vocab_start_index, shard.org_vocab_end_index)

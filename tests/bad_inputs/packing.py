@@ -30,7 +30,7 @@ def _(b: Bench) -> None:
 
 @CASES.case(
     "`rac pack` of a model that another method quantized",
-    "only compressed-tensors checkpoints can be packed",
+    "only compressed-tensors models can be packed",
 )
 def _(b: Bench) -> None:
     config = json.loads((sparse(b) / "config.json").read_text())

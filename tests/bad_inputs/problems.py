@@ -32,7 +32,7 @@ def _(b: Bench) -> None:
     b.rac_prune(model=b.tmp / "model")
 
 
-@CASES.case("pruning a download without weights", "no weights are in it; complete the download")
+@CASES.case("pruning a download without weights", "no weights in it; complete the download")
 def _(b: Bench) -> None:
     folder = save_tiny(b.tmp / "model")
     (folder / "model.safetensors").unlink()

@@ -133,7 +133,7 @@ def test_a_second_run_replaces_its_own_kind_and_keeps_the_other(folder):
 def test_only_folders_with_a_run_record_have_a_card(folder, monkeypatch):
     assert card_folder(str(folder)) == folder
     monkeypatch.setattr("os.access", lambda path, mode: False)
-    with pytest.raises(RacError, match="cannot be written to; copy the model, or leave --card out"):
+    with pytest.raises(RacError, match="is not writable; copy the model, or leave --card out"):
         card_folder(str(folder))
     with pytest.raises(RacError, match=r"--card: org/model is not the folder of a model that rac"):
         card_folder("org/model")

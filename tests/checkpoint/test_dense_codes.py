@@ -106,12 +106,12 @@ DAMAGE = [
     ("weight_shape", torch.tensor([9, 0]), ": .* is not the shape of a matrix"),
     ("weight_packed", zeros(8, 4), ": shape .* does not have 9 rows"),
     ("weight_packed", zeros(9, 3), ": .* does not hold 32 values of 4 bits"),
-    ("weight_packed", zeros(9, 4, dtype=torch.int64), ": torch.int64 .* take 4 int32"),
+    ("weight_packed", zeros(9, 4, dtype=torch.int64), ": torch.int64 .*4 int32"),
     ("weight_scale", torch.ones(8, 2), ": shape"),
     ("weight_scale", torch.full((9, 2), float("nan")), ": .*not finite"),
     ("weight_zero_point", zeros(9, 2, dtype=torch.int8), ": torch.int8"),
     ("weight_zero_point", zeros(3, 2), ": .* does not hold 9 values"),
-    ("weight_g_idx", zeros(32), ": its columns were reordered"),
+    ("weight_g_idx", zeros(32), ": its columns are reordered"),
 ]
 
 

@@ -64,8 +64,8 @@ def test_modules_that_are_int32_words_to_upstream(tmp_path, dtype, entries, in_w
     ("format", "changes", "message"),
     [
         (None, {}, "up is packed but config.json has no sparsity_config"),
-        (FORMAT_24, {"up_weight": torch.ones(2, 4)}, r"up\.weight: stored both dense and packed"),
-        (FORMAT_24, {"up_compressed": None, "up_bitmask": None}, "no tensor is packed; copy the"),
+        (FORMAT_24, {"up_weight": torch.ones(2, 4)}, r"up\.weight: both dense and packed"),
+        (FORMAT_24, {"up_compressed": None, "up_bitmask": None}, "no tensor is packed; copy it"),
     ],
 )
 def test_contradictions(tmp_path, format, changes, message):
@@ -167,7 +167,7 @@ def test_four_bit_values_are_stored_in_words(format):
     ("weight", "message"),
     [
         (torch.tensor([[0.0] * 8, [0.0] * 4 + [1.0, 2, 3, 0]]), "hold more than 2 nonzeros"),
-        (torch.zeros(2, 6), "6 columns are no multiple of 4"),
+        (torch.zeros(2, 6), "6 columns, no multiple of 4"),
         (torch.zeros(0, 8), "non-empty"),
         (torch.zeros(2, 8, dtype=torch.complex64), "complex64"),
     ],

@@ -53,7 +53,7 @@ def test_a_hub_id_is_its_snapshot_in_the_cache(cached, tmp_path):
 @pytest.mark.parametrize("name", ["gone", "a/b/c", "/gone/model", "./gone", "~/gone"])
 def test_a_folder_that_is_not_there_needs_no_network(name):
     with pytest.raises(
-        RacError, match=rf"^{name}: no such folder; give the folder of a saved model, or a hub id"
+        RacError, match=rf"^{name}: no such folder; give a saved model's, or a hub id"
     ):
         local_folder(name)
 
@@ -69,7 +69,7 @@ def test_what_can_be_written_to(tmp_path, monkeypatch):
     (out / "model.safetensors").touch()
     for folder, message in (
         (out, "is in use"),
-        (tmp_path / "link", "is the model itself, which is left as it is; name another folder"),
+        (tmp_path / "link", "is the model itself, which is left as it is; name another"),
         (tmp_path / "file", "is a file; name another folder"),
         (tmp_path / "file" / "out", "out: .*file is a file; name another folder"),
     ):
@@ -130,7 +130,7 @@ def test_after_an_error_the_folder_is_as_before(tmp_path, is_new, error):
     if not is_new:
         folder.mkdir()
         (folder / "a.txt").write_text("old")
-    message = r"out: cannot be written \(.*No space left.*it is as before, make room"
+    message = r"out: cannot be written \(.*No space left.*it is as before; make room"
     expected, match = (RacError, message) if isinstance(error, OSError) else (type(error), None)
 
     def fail() -> None:
@@ -147,7 +147,7 @@ def test_after_an_error_the_folder_is_as_before(tmp_path, is_new, error):
 
 
 def test_a_second_one_is_refused_as_long_as_the_first_one_runs(tmp_path):
-    message = rf"{tmp_path}: another process is writing to it; wait"
+    message = rf"{tmp_path}: another process writes to it; wait"
     with new_files(tmp_path) as first:
         write(first, "of the first")
         for _ in range(2):

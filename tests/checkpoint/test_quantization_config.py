@@ -73,7 +73,7 @@ def test_int8_in_words_beside_plain_int8_is_refused():
     assert int8_in_words(weight_schemes(quantization(words)))
     assert not int8_in_words(weight_schemes(quantization(INT4, W8A8, floats)))
     with pytest.raises(
-        RacError, match="int-quantized and pack-quantized cannot be stored sparse in one checkpoint"
+        RacError, match="int-quantized and pack-quantized cannot be stored sparse together"
     ):
         int8_in_words(weight_schemes(quantization(words, W8A8)))
 

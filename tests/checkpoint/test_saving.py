@@ -144,7 +144,7 @@ def test_a_record_that_is_no_json_never_costs_the_weights(tmp_path, monkeypatch)
     written = json.loads((tmp_path / "a" / "rac_run.json").read_text())
     values = [written[name] for name in ("loss", "losses", "device")]
     assert values == ["NaN", [1.5, "Infinity"], "cpu"]
-    monkeypatch.setattr("rac_modifier.checkpoint.saving.model_card", lambda *_: 1 / 0)
+    monkeypatch.setattr("rac_modifier.checkpoint.card.model_card", lambda *_: 1 / 0)
     model = pruned()
     model.save_pretrained(tmp_path / "b")
     assert_same_state(load_model(tmp_path / "b"), model.state_dict())

@@ -145,7 +145,7 @@ def test_scales_that_are_taken(scale):
     actual = check_scale({"weight_scale": scale}, torch.int8, 6, 8, "a")
     assert actual is not None
     assert torch.equal(actual.mean(dim=1), scale.flatten()[:1].expand(6))
-    with pytest.raises(RacError, match="must not be there, since the values are"):
+    with pytest.raises(RacError, match="unexpected, as the values are"):
         check_scale({"weight_scale": scale}, torch.float32, 6, 8, "a")
 
 

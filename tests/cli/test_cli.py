@@ -77,8 +77,7 @@ def test_a_package_that_is_not_installed_is_one_message(rac, monkeypatch, tmp_pa
     code, out, err = rac("unpack", tmp_path, tmp_path / "out")
     assert (code, out) == (1, "")
     assert err == (
-        "error: this command needs huggingface_hub, which is not installed; rac doctor shows which "
-        "extra installs it\n"
+        "error: this command needs huggingface_hub; rac doctor shows which extra installs it\n"
     )
     monkeypatch.setitem(sys.modules, "rac_modifier.checkpoint.output_folder", None)
     with pytest.raises(ModuleNotFoundError):

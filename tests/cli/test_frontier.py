@@ -139,7 +139,7 @@ def test_a_model_is_served_and_timed(tiny_folder, tmp_path, vllm):
     [
         ("a", "report.txt", "use a name that ends in .html"),
         ("a", "no/report.html", "no/report.html: cannot be written"),
-        ("b", "report.html", "b holds no results of rac frontier; make them with: rac frontier"),
+        ("b", "report.html", "b holds no results; make them with: rac frontier"),
     ],
 )
 def test_a_page_that_cannot_be_written(rac, tmp_path, monkeypatch, folder, output, says):

@@ -39,7 +39,7 @@ def test_a_hub_id_without_a_connection_is_taken_for_a_model_without_a_record(mon
 
 @pytest.mark.parametrize("prompts", ["chat", {"traces": 3}, {"traces": {"a": 1}}])
 def test_a_damaged_record_is_an_error(tmp_path, prompts):
-    with pytest.raises(RacError, match=r"rac_run\.json: its prompt settings cannot be read"):
+    with pytest.raises(RacError, match=r"rac_run\.json: unreadable prompt settings"):
         recorded(tmp_path, {"prompts": prompts})
 
 

@@ -101,7 +101,7 @@ def test_a_file_that_is_not_of_answers_is_refused_and_unchanged(servers, tmp_pat
     ask(servers[0], path, SUMS[:1])
     content = content.replace("{first}", path.read_text().splitlines()[0])
     path.write_text(content)
-    with pytest.raises(RacError, match=f"line {line} is not of a file of answers"):
+    with pytest.raises(RacError, match=f"line {line} is no answer"):
         ask(servers[0], path)
     assert path.read_text() == content
     with pytest.raises(RacError, match="cannot be opened"):

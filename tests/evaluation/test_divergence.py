@@ -114,7 +114,7 @@ def test_bad_input(dense, pruned):
     for model, sequences, message in (
         (pruned, [], "no sequences"),
         (pruned, [([1, 2], 0)], "prompt_length 0"),
-        (pruned, [([1, 300], 1)], r"token id 300, beyond a model's vocabulary of 300"),
+        (pruned, [([1, 300], 1)], r"token id 300 is beyond a model's vocabulary of 300"),
         (tiny_model(vocab_size=320), SEQUENCES, "x: a vocabulary of 320 tokens, the dense .* 300"),
         (broken, SEQUENCES, r"x: the logits .* are not finite"),
     ):
@@ -211,4 +211,4 @@ def test_a_run_that_measures_nothing_says_why_and_goes_on():
     headless.get_output_embeddings = lambda: None
     assert "no output embeddings" in reason(held_out(), headless)
     changed = reason(held_out(), tiny_model(), change=lambda m: m.lm_head.weight.data.mul_(1.01))
-    assert "the output head was changed too" in changed
+    assert "the output head changed too" in changed

@@ -73,7 +73,7 @@ def test_a_second_writer_is_refused_and_one_that_waited_keeps_all_rows(tmp_path)
 
 
 def test_a_folder_without_results_or_that_cannot_be_written(tmp_path):
-    with pytest.raises(RacError, match="holds no results of rac frontier; make them with"):
+    with pytest.raises(RacError, match="holds no results; make them with"):
         FrontierFolder.read(tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(RacError, match="cannot be written to"):

@@ -63,7 +63,7 @@ def test_defaults_and_what_is_honoured_pass():
 
 @pytest.mark.parametrize("pipeline", ["basic", "datafree"])
 def test_pipelines_that_do_not_go_through_the_model_are_refused(pipeline):
-    with pytest.raises(RacError, match=f'pipeline="{pipeline}" does not prune layer by layer'):
+    with pytest.raises(RacError, match=f'pipeline="{pipeline}" does not prune by layer'):
         check_arguments(arguments(pipeline=pipeline), NAME, prunes=True)
 
 
@@ -109,7 +109,7 @@ def test_the_tokenizer_of_oneshot_or_of_the_recipe_is_used():
     for processor in (given, SimpleNamespace(tokenizer=given)):
         assert given_tokenizer(arguments(processor=processor), "given", "model") is None
         assert given_tokenizer(arguments(processor=processor), "recipes", "given") is None
-    with pytest.raises(RacError, match="the tokenizer 'given', and the recipe names 'recipes'"):
+    with pytest.raises(RacError, match="tokenizer 'given', and the recipe 'recipes'"):
         given_tokenizer(arguments(processor=given), "recipes", "model")
 
 
@@ -168,7 +168,7 @@ UNFIT = [
     ({NAME: {"mask_structure": "3:6"}}, "q_proj"),
     ({NAME: {"sparsity": 0.5, "targets": ["re:none"]}}, "match no linear layer"),
     ({NAME: {"sparsity": 0.5, "ignore": ["re:.*experts.2.*"]}}, "ignore: 're:.*experts.2.*'"),
-    ({NAME: {"sparsity": 0.5, "quantization": {"scheme": "W4A16"}}}, "the group_size 128"),
+    ({NAME: {"sparsity": 0.5, "quantization": {"scheme": "W4A16"}}}, "group_size 128"),
     ({NAME: {"sparsity": 0.5}, "GPTQModifier": {"scheme": "W4A16"}}, "fills pruned weights again"),
     (
         {"REAPPruningModifier": {"sparsity": 0.5}, NAME: {"sparsity": 0.5}},

@@ -43,7 +43,7 @@ def refused_or_sampled(tiny_folder, trace_store, monkeypatch):
         ([fp8], [gptq_w4], {}, "GPTQModifier after"),
         ([gptq_w4], [], {}, None),
         ([fp8, gptq_w4], [fp8], {}, None),
-        ([], [fp8], {"quantization": {"scheme": "W8A16"}}, "after .* would quantize twice"),
+        ([], [fp8], {"quantization": {"scheme": "W8A16"}}, "after .* quantizes twice"),
         ([], [fp8], {"pipeline": "sequential"}, "pruning needs its own; use pipeline='independ"),
         ([], [], {"pipeline": "sequential"}, None),
     ],

@@ -37,8 +37,8 @@ def uneven():
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        (uneven(), "q_proj: 64 inputs are no multiple of the group_size 48"),
-        (int4(targets=("re:.*experts.*",)), "its targets match none of the modules of this entry"),
+        (uneven(), "q_proj: 64 inputs are no multiple of group_size 48"),
+        (int4(targets=("re:.*experts.*",)), "targets match no module of this entry"),
         (int4(symmetric=False), "which no kernel multiplies with a mask .* set symm"),
         *((int4(bits), rf"weights int{bits} .* use int of 4 or 8 bits") for bits in (2, 3, 5, 7)),
     ],

@@ -48,8 +48,8 @@ def quantized(model):
     ("model", "targets", "says"),
     [
         (tiny_model, ["re:.*no_such"], "match no linear layer of this Qwen3ForCausalLM; it has"),
-        (tiny_model, ["model.norm"], "targets name model.norm, a Qwen3RMSNorm; only Linear layers"),
-        (tiny_model, ["Linear", "no_such"], "targets: 'no_such' has no effect, since it match"),
+        (tiny_model, ["model.norm"], "targets: model.norm is a Qwen3RMSNorm; name Linear layers"),
+        (tiny_model, ["Linear", "no_such"], "targets: 'no_such' has no effect: it match"),
         (lambda: tiny_model(tie_word_embeddings=True), ["lm_head"], "shares its weight with the"),
         (lambda: quantized(tiny_model()), ["Linear"], "up_proj has a torch.int8 weight; prune"),
     ],

@@ -60,7 +60,7 @@ def test_a_file_with_answers(tmp_path):
     path.write_text('{"question": "1+1?", "gold": 2}\n{"question": "2+2?", "gold": 4}\n')
     problems = held_out_problems(str(path), 2, answer_column="gold")
     assert {(p.question, p.answer) for p in problems} == {("1+1?", "2"), ("2+2?", "4")}
-    with pytest.raises(RacError, match="gave 2 problems of the 3 asked for"):
+    with pytest.raises(RacError, match="gave 2 of 3 problems"):
         held_out_problems(str(path), 3, answer_column="gold")
     with pytest.raises(RacError, match="split: 'test' has no effect"):
         held_out_problems(str(path), 1, split="test")
@@ -118,9 +118,9 @@ def test_choices_are_lettered_in_an_order_of_the_question_alone(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"Correct Answer": None}, "row 0: column 'Correct Answer' holds nothing; complete the"),
+        ({"Correct Answer": None}, "row 0: column 'Correct Answer' is empty; complete the"),
         ({"Question": 5}, "row 0: column 'Question' must hold the question as text, .* 5;"),
-        ({WRONG[1]: "  "}, f"row 0: column '{WRONG[1]}' holds nothing"),
+        ({WRONG[1]: "  "}, f"row 0: column '{WRONG[1]}' is empty"),
     ],
 )
 def test_a_row_that_lacks_something_is_named(tmp_path, changes, message):
@@ -129,9 +129,9 @@ def test_a_row_that_lacks_something_is_named(tmp_path, changes, message):
 
 
 def test_missing_columns_and_rows_are_named(tmp_path):
-    with pytest.raises(RacError, match="has no column 'Question'; its columns are: problem"):
+    with pytest.raises(RacError, match="has no column 'Question', but problem"):
         read(tmp_path, CHOICES, [{"problem": "1 + 1?"}])
-    with pytest.raises(RacError, match="gave 1 problems of the 2 asked for"):
+    with pytest.raises(RacError, match="gave 1 of 2 problems"):
         read(tmp_path, PLAIN, [{"problem": "1 + 1?", "answer": "2"}], count=2)
 
 

@@ -71,7 +71,7 @@ def test_a_missing_file_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets, "load_dataset", None)
     for name in ("a.jsonl", "a.json", "a.parquet", "a.txt"):
-        with pytest.raises(RacError, match=rf"my file '{name}': no such file; .*{tmp_path}\)"):
+        with pytest.raises(RacError, match=rf"my file '{name}': no such file \(.*{tmp_path}\)"):
             open_table(name, label="my file")
 
 

@@ -97,8 +97,8 @@ def test_training_and_merging_are_those_of_the_masked_matmul(wrapped):
     ("config", "says"),
     [
         (lora(lora_dropout=0.1), r"q_proj: lora_dropout cannot be masked; set lora_dropout=0\.0"),
-        (lora(use_dora=True), "a variant of LoRA, would fill its zeros; train full parameters"),
-        (peft.LoHaConfig(r=2, target_modules=["q_proj"]), "adapter of a pruned weight would fill"),
+        (lora(use_dora=True), "a variant of LoRA, fills its zeros; train full parameters"),
+        (peft.LoHaConfig(r=2, target_modules=["q_proj"]), "adapter of a pruned weight fills"),
     ],
     ids=["dropout", "DoRA", "LoHa"],
 )

@@ -102,7 +102,7 @@ def test_all_mistakes_are_in_one_message_with_the_rows_that_could_run():
 def test_a_file_that_is_calibrated_on_is_not_evaluated_on():
     shared = {"traces": {"problems": {"source": "questions.jsonl"}}}
     same, other = ({"source": name} for name in ("questions.jsonl", "other.jsonl"))
-    with pytest.raises(RacError, match=r"row 0: calibrates on questions\.jsonl, whose problems"):
+    with pytest.raises(RacError, match=r"row 0: calibrates on questions\.jsonl, the problems"):
         plan_rows(grid({}, shared=shared, evaluation=same), "grid")
     assert plan_rows(grid({}, shared=shared, evaluation=other), "grid")
     assert plan_rows(grid({}), "grid"), "the evaluation has problems of its own"

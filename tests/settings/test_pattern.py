@@ -41,7 +41,7 @@ def test_unstructured_refuses_sparsities(sparsity):
 
 
 def test_a_sparsity_next_to_n_of_m_is_refused_even_if_it_agrees():
-    with pytest.raises(RacError, match=r'has no effect with mask_structure "2:4".*leave sparsity'):
+    with pytest.raises(RacError, match=r'has no effect with mask_structure "2:4".*leave one out'):
         Pattern.parse("2:4", 0.5)
 
 

@@ -25,7 +25,7 @@ def test_kinds_of_sources(source, generator, file):
     [
         ({"column": "q"}, "column: 'q' has no effect since source 'arithmetic' generates its"),
         ({"source": "a.json", "config": "en"}, "config: 'en' has no effect since source 'a.json'"),
-        ({"source": "a.csv"}, "is a table of a kind that is not read"),
+        ({"source": "a.csv"}, "is no table that is read"),
         ({"source": ""}, "at least 1 character"),
     ],
 )

@@ -25,8 +25,8 @@ def test_what_is_accepted_stays_as_it_was_written(values):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({}, "set either scheme or config_groups"),
-        ({"scheme": "W4"}, "scheme 'W4': no preset of llm-compressor; use W4A16"),
+        ({}, "set scheme or config_groups"),
+        ({"scheme": "W4"}, "scheme 'W4': no preset; use W4A16"),
         ({"scheme": {"W4A16": ["re:("]}}, "scheme.W4A16: 're:(' is no regular expression"),
         (group(num_bits=10**18), "config_groups.g.weights.num_bits is 1000000000000000000; use a"),
         (group(observer="mse"), "config_groups.g.weights.observer: 'mse' has no effect here"),

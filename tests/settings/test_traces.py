@@ -39,5 +39,5 @@ def test_a_source_has_its_own_prompt():
     assert (plain.thinking, plain.system_prompt, plain.temperature) == (False, "Reason.", 0.5)
     assert (brief.thinking, brief.system_prompt, brief.temperature) == (True, "", 0.5)
     bare = TraceSettings(sampling={"template": "none"}, sources=settings.sources)
-    with pytest.raises(RacError, match="has no place for a system_prompt"):
+    with pytest.raises(RacError, match="has no system_prompt"):
         bare.named("brief")

@@ -225,7 +225,7 @@ def test_a_missing_shard_is_named(monkeypatch, kind):
     for shard, module, weight in weights_of(kind, True):
         if shard in ("q", "v"):
             load(layer, shard, PACKED[FORMAT_24].compress(weight, module))
-    with pytest.raises(RacError, match=r"the checkpoint lacks the weight of a\.(q or a\.k or a)?"):
+    with pytest.raises(RacError, match=r"the checkpoint lacks a\.(q or a\.k or a)?"):
         finish(layer)
 
 

@@ -63,7 +63,7 @@ def test_without_a_quantization_config_get_quant_config_makes_an_empty_one():
 
     assert RacConfig.get_config_filenames() == []
     assert "quant_cls()" in inspect.getsource(weight_utils.get_quant_config)
-    with pytest.raises(RacError, match=r"--quantization rac: .* rac pack makes it sparse first"):
+    with pytest.raises(RacError, match=r"--quantization rac: .* rac pack makes it sparse"):
         RacConfig()
 
 

@@ -184,8 +184,7 @@ def pack_values(
         values = values.float()
     if values.dtype not in VALUE_TYPES:
         raise RacError(
-            f"values of {values.dtype}: the kernels read bfloat16, float32, float16 and int8; "
-            "keep it dense"
+            f"{values.dtype}: the kernels read bfloat16, float32, float16 and int8; keep it dense"
         )
     value_type = VALUE_TYPES[values.dtype]
     if bitmask is None:

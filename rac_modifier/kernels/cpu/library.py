@@ -121,8 +121,7 @@ class Library:
         nbytes = self._calls.rac_packed_bytes(*sizes)
         if nbytes < 0:
             raise RacError(
-                f"{values.numel()} values for a weight {list(shape)}: impossible; the checkpoint "
-                "is damaged"
+                f"{values.numel()} values for a weight {list(shape)}: impossible; it is damaged"
             )
         data = torch.empty(nbytes, dtype=torch.uint8)
         status = self._calls.rac_pack_weight(

@@ -152,9 +152,7 @@ def _packed_rows(
     if not len(ordered):
         return out.view(*ids.shape, columns)
     if int(ordered[0]) < 0 or int(ordered[-1]) >= rows:
-        raise RacError(
-            f"ids {int(ordered[0])} to {int(ordered[-1])}: the weight has rows 0 to {rows - 1}"
-        )
+        raise RacError(f"ids {int(ordered[0])} to {int(ordered[-1])}: the weight has {rows} rows")
     panels, counts = (ordered // PANEL).unique_consecutive(return_counts=True)
     expanded = torch.empty(columns, PANEL)
     starts = (counts.cumsum(0) - counts).tolist()

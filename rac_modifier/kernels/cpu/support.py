@@ -73,8 +73,7 @@ def library_and_isa() -> tuple[Library, str]:
     library, _ = native.load()
     if available.isa is None or library is None:
         raise RacError(
-            f"a sparse weight needs the compiled kernel; {available.reason}, or keep the "
-            "weight dense"
+            f"a sparse weight needs the compiled kernel; {available.reason}, or keep it dense"
         )
     _activate(library, available.isa)
     return library, available.isa

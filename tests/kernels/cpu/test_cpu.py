@@ -173,13 +173,13 @@ def test_the_bytes_that_are_announced_are_those_that_are_packed(best, weight, gr
 
 
 def test_what_no_kernel_reads_is_refused(best):
-    with pytest.raises(RacError, match=r"values of torch\.float64: .*keep it dense"):
+    with pytest.raises(RacError, match=r"torch\.float64: .*keep it dense"):
         cpu.pack(WEIGHTS["fp32"], torch.float64)
     packed = cpu.pack(WEIGHTS["int8"], FP32)
     none = cpu.lookup(torch.empty(0, dtype=torch.int64), packed, 37, 100, FP32)
     assert none.shape == (0, 100)
     for ids, says in (([3, 37], "ids 3 to 37"), ([-1, 5], "ids -1 to 5")):
-        with pytest.raises(RacError, match=f"{says}: the weight has rows 0 to 36"):
+        with pytest.raises(RacError, match=f"{says}: the weight has 37 rows"):
             cpu.lookup(torch.tensor(ids), packed, 37, 100, FP32)
 
 

@@ -54,7 +54,7 @@ def test_a_kernel_that_this_machine_lacks_is_an_error(native_path, monkeypatch):
 def test_without_kernels_there_is_a_reason(native_path, monkeypatch, compiled, requested, reason):
     take(native_path if compiled else None, requested, monkeypatch)
     assert (support().isa, support().status) == (None, "missing")
-    with pytest.raises(RacError, match=f"{reason}.*keep the weight dense"):
+    with pytest.raises(RacError, match=f"{reason}.*keep it dense"):
         library_and_isa()
 
 
