@@ -132,11 +132,11 @@ def reader_of(form: str):
 @pytest.mark.parametrize(
     ("form", "change", "message"),
     [
-        ("2:4", {"weight": torch.ones(64, K)}, "weight: both dense and packed"),
+        ("2:4", {"weight": torch.ones(64, K)}, "weight: stored both dense and packed"),
         ("gptq", {"weight": torch.ones(K)}, r"weight: shape \[96\] is not that of a matrix"),
         ("2:4 int8", {"weight_scale": None}, "weight_scale: missing"),
         ("2:4 int8", {"weight_zero_point": torch.zeros(64, 1)}, "weight_zero_point: .*symmetric"),
-        ("int4", {"weight": torch.ones(64, K)}, "weight: not quantized, but .* it is int4"),
+        ("int4", {"weight": torch.ones(64, K)}, "weight: not quantized, but .* says int4"),
         ("int4", {"weight_zero_point": torch.zeros(8, 3)}, "weight_zero_point: must not be there"),
         ("gptq", {"weight": torch.ones(64, K)}, r"weight: torch.float32 next to .*'qweight'"),
         ("awq", {"g_idx": torch.zeros(K)}, "g_idx: AWQ does not reorder columns"),
