@@ -92,13 +92,18 @@ def run(options: argparse.Namespace) -> None:
                 result["bits"] = bits_per_weight(folder, model)
                 result["served"] = options.vllm and served(model, tokenizer, folder, options.vllm)
             path.write_text(json.dumps(finished, indent=1))
-    columns = {"scheme": "", "bits per weight": ".2f", "served": "", "answers": ""}
-    columns |= dict.fromkeys((f"KL, {kind}" for kind in CALIBRATIONS), ".5f")
+    columns = {"scheme": "", "bits per weight": ".2f", "vLLM serves it": "", "answers": ""}
+    columns |= dict.fromkeys((f"KL x 1000, {kind}" for kind in CALIBRATIONS), ".3f")
     table = []
     for label, result in finished.items():
         for name in ANSWERS:
-            kl = [result.get(kind, {}).get(name) for kind in CALIBRATIONS]
-            table.append([label, result.get("bits"), result.get("served"), name, *kl])
+            values = [result.get(kind, {}).get(name) for kind in CALIBRATIONS]
+            kl = [
+                value and [1000 * number for number in value if number is not None]
+                for value in values
+            ]
+            served_or_not = result.get("served") and result["served"].partition(":")[0]
+            table.append([label, result.get("bits"), served_or_not, name, *kl])
     save(options.out, f"schemes_{options.model}", subject.name, columns, table)
 
 
