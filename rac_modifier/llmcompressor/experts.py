@@ -89,8 +89,9 @@ def _router(model: torch.nn.Module, name: str, experts: LinearExperts2D) -> torc
     siblings = model.get_submodule(name.rpartition(".")[0]).children()
     for module in (m for sibling in siblings if sibling is not experts for m in sibling.modules()):
         weight = getattr(module, "weight", None)
-        is_matrix = isinstance(weight, Tensor) and weight.ndim == 2
-        if is_matrix and weight.shape[0] == experts.num_experts:
+        if not isinstance(weight, Tensor) or weight.ndim != 2:
+            continue
+        if weight.shape[0] == experts.num_experts:
             return module
     return None
 

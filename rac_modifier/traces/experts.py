@@ -29,7 +29,7 @@ def tokens_per_expert(
     Raises:
         RacError: the model returns no router logits, or there are no traces.
     """
-    active = getattr(model.config.get_text_config(), "num_experts_per_tok", None)
+    active: int = getattr(model.config.get_text_config(), "num_experts_per_tok", 0)
     counts: torch.Tensor | None = None
     tokens = 0
     with evaluating(model):
@@ -37,7 +37,7 @@ def tokens_per_expert(
             if tokens >= most:
                 break
             ids = torch.tensor([[*trace.prompt_ids, *trace.completion_ids]], device=model.device)
-            routers = active and _router_logits(model, ids[:, : most - tokens])
+            routers = _router_logits(model, ids[:, : most - tokens]) if active else ()
             if not routers:
                 raise RacError(
                     f"{type(model).__name__} returns no router logits; leave --experts out"
