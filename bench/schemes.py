@@ -2,9 +2,9 @@
 
 python -m bench schemes --vllm .venv-serve/bin/vllm
 
-Rows are those of `bench formats`, each calibrated on the model's own traces, on bare prompts and
-on generic text. A served checkpoint passes if four greedy answers are also those of transformers,
-as `rac traces collect` compares them. A finished row is not run again.
+Rows of `bench formats` are calibrated on the model's own traces, on bare prompts and on generic
+text. KL is in thousandths of a nat per token. A served checkpoint passes if `rac traces collect`
+would accept the server for the model that transformers loads. A finished row is not run again.
 """
 
 from __future__ import annotations
@@ -92,18 +92,17 @@ def run(options: argparse.Namespace) -> None:
                 result["bits"] = bits_per_weight(folder, model)
                 result["served"] = options.vllm and served(model, tokenizer, folder, options.vllm)
             path.write_text(json.dumps(finished, indent=1))
-    columns = {"scheme": "", "bits per weight": ".2f", "vLLM serves it": "", "answers": ""}
-    columns |= dict.fromkeys((f"KL x 1000, {kind}" for kind in CALIBRATIONS), ".3f")
+    columns = {"scheme": "", "bits per weight": ".2f", "vLLM serves it": ""}
+    cells = [*((kind, "sampled") for kind in CALIBRATIONS), ("traces", "greedy")]
+    columns |= dict.fromkeys((f"KL, {kind}, {name}" for kind, name in cells), ".3f")
     table = []
     for label, result in finished.items():
-        for name in ANSWERS:
-            values = [result.get(kind, {}).get(name) for kind in CALIBRATIONS]
-            kl = [
-                value and [1000 * number for number in value if number is not None]
-                for value in values
-            ]
-            served_or_not = result.get("served") and result["served"].partition(":")[0]
-            table.append([label, result.get("bits"), served_or_not, name, *kl])
+        values = [result.get(kind, {}).get(name) for kind, name in cells]
+        kl = [
+            value and [1000 * number for number in value if number is not None] for value in values
+        ]
+        served_or_not = result.get("served") and result["served"].partition(":")[0]
+        table.append([label, result.get("bits"), served_or_not, *kl])
     save(options.out, f"schemes_{options.model}", subject.name, columns, table)
 
 
