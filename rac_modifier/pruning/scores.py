@@ -34,7 +34,10 @@ def magnitude_mask(weight: Tensor, hessian: Tensor, pattern: Pattern) -> Tensor:
 
 
 # The methods by the recipe's name for them.
-MASKS: dict[str, Mask] = {"wanda": wanda_mask, "magnitude": magnitude_mask}
+MASKS: dict[str, Mask] = {
+    "wanda": wanda_mask,
+    "magnitude": magnitude_mask,
+}
 
 
 def prune(

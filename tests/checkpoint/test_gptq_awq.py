@@ -117,7 +117,7 @@ DAMAGE = [
     ("qweight", torch.zeros(8, 32), "torch.float32 .* no matrix of int32 words"),
     ("qweight", ints(7, 32), "56 columns are no multiple of config.json's groups of 32"),
     ("scales", torch.full((2, 32), float("nan")), "torch.float32, or not finite"),
-    ("g_idx", ints(63), r"torch.int32 \[63\] is not the group of each of its 64"),
+    ("g_idx", ints(63), r"torch.int32 \[63\] is not the group of each of 64"),
     ("g_idx", ints(64), "does not give 32 columns to each of 2 groups"),
 ]
 
