@@ -25,18 +25,13 @@ from transformers import (
 )
 
 from bench.common import ROOT, save, spread
-from bench.grid import run_grid
+from bench.grid import CALIBRATIONS, calibrated_on, run_grid
 from bench.models import Subject, reasoner
 from rac_modifier.reasoner import reasoner_path
 
 EXPERTS, ACTIVE = 16, 4
 STEPS, STEP_TOKENS, RATE = 200, 2048, 2e-4
-CALIBRATIONS: dict[str, dict[str, Any]] = {  # changed settings of the calibration entry
-    "traces": {},
-    "prompts": {"traces.sampling": None, "calibration.mixture": {"prompts": 1.0}},
-    "generic text": {"traces": None, "calibration.mixture": {"generic": 1.0}},
-    "half traces, half prompts": {"calibration.mixture": {"traces": 0.5, "prompts": 0.5}},
-}
+HALVES = "half traces, half prompts"
 COLUMNS = {"experts": "", "KL": ".4f", "right answers, %": ".1f", "truncated, %": ".1f"}
 TINY: dict[str, Any] = {
     "steps": 1,
@@ -51,11 +46,10 @@ TINY: dict[str, Any] = {
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this suite."""
+    kinds = [*CALIBRATIONS, HALVES]
     parser.add_argument("--steps", type=int, default=STEPS, help="of training the model")
     parser.add_argument("--shares", nargs="+", type=float, default=[0.25, 0.5])
-    parser.add_argument(
-        "--calibrations", nargs="+", choices=CALIBRATIONS, default=list(CALIBRATIONS)
-    )
+    parser.add_argument("--calibrations", nargs="+", choices=kinds, default=kinds)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--tokens", type=int, default=32768, help="of calibration")
     parser.add_argument("--problems", type=int, default=300, help="held-out problems")
@@ -71,6 +65,7 @@ def run(options: argparse.Namespace) -> None:
     subject = Subject(
         "embedded reasoner with 16 experts", str(folder), dense.shared, dense.evaluation
     )
+    halves = {"calibration.mixture": {"traces": 0.5, "prompts": 0.5}}
     rows = [
         {
             "label": f"{share:.0%} removed, {name}",
@@ -78,7 +73,7 @@ def run(options: argparse.Namespace) -> None:
                 "ReasoningAwareCalibrationModifier": {},
                 "REAPPruningModifier": {"sparsity": share},
             },
-            "set": CALIBRATIONS[name],
+            "set": halves if name == HALVES else calibrated_on(name, subject),
             "seeds": options.seeds,
         }
         for share, name in itertools.product(options.shares, options.calibrations)

@@ -108,7 +108,9 @@ def recipes_of(
     """Return the checked recipe of each row by its label, as `rac frontier` plans them."""
     calibration = {**subject.shared.get("calibration", {}), "tokens": tokens}
     shared = {**subject.shared, "calibration": {**calibration, "held_out_tokens": 0}}
-    return {row.label: row.recipe for row in plan_rows(Grid(shared=shared, rows=rows), "bench")}
+    return {
+        row.label: row.recipe for row in plan_rows(Grid(shared=shared, rows=rows), FORMATS.name)
+    }
 
 
 def bits_per_weight(folder: Path, model: Any) -> float:

@@ -55,7 +55,7 @@ def check_disk(
 
 
 class Resume:
-    """Write pruned groups to files of `folder`, if any; restore those of a killed run."""
+    """Write each pruned group to a file of `folder`, if there is one; restore a killed run."""
 
     def __init__(self, folder: Path | None = None, about: Mapping[str, Any] | None = None):
         self.names: dict[str, Path] = {}

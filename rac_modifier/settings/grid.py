@@ -172,7 +172,7 @@ def shared_prompt(
 ) -> PromptSettings:
     """Return the prompt settings of the evaluation (RacError: rows calibrate with different ones).
 
-    They are those of calibration, but for what `evaluation` sets.
+    `evaluation.thinking`, if it is set, replaces the value that rows calibrate with.
     """
     asked = evaluation.model_dump(include={"thinking"}, exclude_none=True)
     prompts = [prompt.model_copy(update=asked) for run in planned for prompt in run.prompts]

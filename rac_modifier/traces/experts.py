@@ -12,7 +12,7 @@ from rac_modifier.errors import RacError
 from rac_modifier.model_tools import evaluating
 from rac_modifier.traces.records import Trace
 
-ENOUGH = 512  # tokens that calibrate an expert without help, as in pruning
+ENOUGH = 512  # the default of `expert_floor`
 
 
 @torch.no_grad()
@@ -71,7 +71,7 @@ def describe_experts(counts: torch.Tensor, tokens: int) -> list[str]:
     else:
         budget = f"{math.ceil(tokens * ENOUGH / least):,} tokens give every expert {ENOUGH}"
     return [
-        f"experts     {experts} in each of {layers} layers; of {tokens:,} tokens, one reads "
-        f"{least:,} (layer {layer}, expert {expert}) to {largest:,}",
+        f"experts     {experts} in each of {layers} layers; an expert reads {least:,} "
+        f"(expert {expert} of layer {layer}) to {largest:,} of {tokens:,} tokens",
         f"budget      {budget}",
     ]

@@ -15,14 +15,17 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from bench.__main__ import SUITES, main
+from bench.experts import with_experts
 from bench.formats import FORMATS, kl_per_token
 from bench.gguf_rows import in_gguf_order, in_torch_order
 from bench.grid import CALIBRATIONS, OURS, VARIANTS, calibrated_on, pattern
 from bench.models import chat_subject, reasoner
 from bench.recovery import entry_of
 from bench.shapes import Form, random_mask, random_model
+from rac_modifier.reasoner import reasoner_path
 from rac_modifier.settings.grid import Grid, plan_rows
 
 ROOT = Path(__file__).parents[2]
@@ -124,3 +127,16 @@ def test_a_random_model_has_the_form_that_was_asked_for(tmp_path):
     assert words.shape == (8960, 1536 * 4 // 32)
     codes = torch.stack([words >> 4 * at & 15 for at in range(8)], dim=-1)
     assert set(codes.unique().tolist()) == {*range(1, 16)}  # symmetric: -7 to 7, plus 8
+
+
+def test_the_mixture_is_the_dense_model_where_a_token_meets_every_quarter():
+    dense = AutoModelForCausalLM.from_pretrained(reasoner_path(), dtype=torch.float32).eval()
+    model = with_experts(dense).eval()
+    ids = torch.arange(4, 24)[None]
+    chosen = torch.tensor([[0, 5, 10, 15]]).expand(ids.numel(), 4)  # of each quarter a copy
+    for layer in model.model.layers:
+        layer.mlp.gate.register_forward_hook(
+            lambda _module, _inputs, output: (output[0], torch.full_like(output[1], 0.25), chosen)
+        )
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, dense(ids).logits, atol=1e-4, rtol=1e-4)

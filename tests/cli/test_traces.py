@@ -83,7 +83,7 @@ def test_the_command_counts_experts(rac, trace_store, tiny_folder, tmp_path):
     options = ("traces", "inspect", trace_store, "--samples", 0, "--experts", "--model")
     code, stdout, _ = rac(*options, save_tiny_experts(tmp_path / "experts"))
     assert code == 0
-    assert "experts     4 in each of 2 layers; of " in stdout
+    assert "experts     4 in each of 2 layers; an expert reads " in stdout
     code, _, stderr = rac(*options, tiny_folder)
     assert code == 1
     assert "returns no router logits; leave --experts out" in stderr

@@ -139,7 +139,7 @@ COUNTED = {"README.md": {"3.4"}, "choosing.md": {"3.4"}}
 
 @pytest.mark.parametrize("name", COUNTED)
 def test_figures_are_those_of_the_results(name):
-    """Each number with a decimal point also stands in docs/results or docs/stopping.md."""
+    """docs/results or docs/stopping.md has each number with a decimal point."""
     page = next(page for page in PAGES if page.name == name)
     names = r"`[^`]*`|\]\([^)]*\)|arXiv [\d.]+|Apache-2.0|Python 3\.\d+|Qwen2?-[\d.]+B|[-\d.]+B\b"
     text = re.sub(names, "", page.read_text())

@@ -1,4 +1,4 @@
-"""The table of presets is that of the page of the command, and the command takes each."""
+"""The page of the command lists every preset, and the command takes each."""
 
 from pathlib import Path
 from typing import get_args, get_type_hints

@@ -40,6 +40,6 @@ def test_each_choice_of_a_router_is_counted(experts, trace_store):
 
 def test_the_budget_is_that_of_the_least_used_expert():
     lines = describe_experts(torch.tensor([[300, 100], [350, 64]]), 200)
-    assert "of 200 tokens, one reads 64 (layer 1, expert 1) to 350" in lines[0]
+    assert "an expert reads 64 (expert 1 of layer 1) to 350 of 200 tokens" in lines[0]
     assert lines[1] == "budget      1,600 tokens give every expert 512"
     assert "1 read nothing" in describe_experts(torch.tensor([[400, 0]]), 200)[1]
