@@ -27,9 +27,15 @@ def tokens_per_expert(
         Counts [layers, experts], and the number of tokens.
 
     Raises:
-        RacError: the model returns no router logits, or there are no traces.
+        RacError: the model routes within groups or returns no router logits; no traces.
     """
-    active: int = getattr(model.config.get_text_config(), "num_experts_per_tok", 0)
+    config = model.config.get_text_config()
+    active: int = getattr(config, "num_experts_per_tok", 0)
+    if (getattr(config, "n_group", None) or 1) > 1:
+        raise RacError(
+            f"{type(model).__name__} routes within {config.n_group} groups of experts (n_group), "
+            "which cannot be counted; leave --experts out"
+        )
     counts: torch.Tensor | None = None
     tokens = 0
     with evaluating(model):

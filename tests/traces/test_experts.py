@@ -36,6 +36,9 @@ def test_each_choice_of_a_router_is_counted(experts, trace_store):
         ]
     with pytest.raises(RacError, match="the store holds no traces"):
         tokens_per_expert(model, [], 100)
+    model.config.n_group = 2
+    with pytest.raises(RacError, match=r"within 2 groups of experts .*; leave --experts out"):
+        tokens_per_expert(model, traces, 100)
 
 
 def test_the_budget_is_that_of_the_least_used_expert():
