@@ -44,6 +44,7 @@ def charts(
         ),
         "How answers end": _stopping(rows),
         "Tokens per answer: the chosen row against the dense model": _tokens(traces),
+        "Experts of the chosen row, by layer and saliency (REAP)": _experts(rows),
     }
     parameters = [alt.param(name=name, value=value) for name, value in start.items()]
     legend = {"orient": "bottom", "columns": 2, "labelLimit": 160, "title": None}
@@ -183,3 +184,35 @@ def _tokens(traces: Mapping[str, Any]) -> Any:
         .add_params(alt.selection_interval(bind="scales"))
     )
     return alt.layer(diagonal.encode(x="at:Q", y="at:Q"), marks, height=_HEIGHT)
+
+
+def _experts(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """Draw the saliency of every expert of a row, kept or removed."""
+    values = [
+        {
+            "label": row["label"],
+            "layer": number,
+            "expert": expert,
+            "saliency": saliency,
+            "outcome": "kept" if expert in set(removed["kept"][layer]) else "removed",
+        }
+        for row in rows
+        if (removed := row.get("experts_removed"))
+        for number, layer in enumerate(removed["kept"])
+        for expert, saliency in enumerate(removed["saliency"][layer])
+    ]
+    if not values:
+        return None
+    outcomes = alt.Scale(domain=["kept", "removed"], range=COLOURS)
+    return (
+        alt.Chart(alt.Data(values=values), height=_HEIGHT)
+        .transform_filter("datum.label == row")
+        .mark_point(filled=True, opacity=0.7)
+        .encode(
+            x=alt.X("layer:O", title="layer with experts", axis=alt.Axis(labelAngle=0)),
+            y=alt.Y("saliency:Q", title=None),
+            color=alt.Color("outcome:N", scale=outcomes),
+            shape=alt.Shape("outcome:N", scale=alt.Scale(domain=["kept", "removed"])),
+            tooltip=["expert:N", "layer:O", "outcome:N", alt.Tooltip("saliency:Q", format=".3~g")],
+        )
+    )

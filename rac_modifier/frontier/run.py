@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from loguru import logger
 
+from rac_modifier.checkpoint.card import RUN_RECORD_NAME
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.results import EvalResult
-from rac_modifier.files import remove_folder, without_paths
+from rac_modifier.files import read_json, remove_folder, without_paths
 from rac_modifier.frontier.folder import FrontierFolder
 from rac_modifier.frontier.measure import HeldOut, checkpoint_bytes, measure, measure_dense
 from rac_modifier.settings.grid import DENSE, PlannedRow
@@ -87,6 +88,7 @@ def _finish(folder: FrontierFolder, run: PlannedRow, held_out: HeldOut, tools: T
         "bytes": checkpoint_bytes(model_folder),
         "served": served,
         "compressing": compressing,
+        "experts_removed": _experts_removed(model_folder),
     }
     folder.add(without_paths(row), traces)
     words = [f"{run.label}: {row['bytes']['total'] / 1e6:,.2f} MB"]
@@ -109,6 +111,14 @@ def _compress(model_folder: Path, recipe: dict[str, Any], tools: Tools) -> float
     tools.compress(recipe, new)
     os.rename(new, model_folder)
     return time.monotonic() - started
+
+
+def _experts_removed(model_folder: Path) -> dict[str, Any] | None:
+    """Return which experts REAPPruningModifier has kept, and their saliency, by layer."""
+    path = model_folder / RUN_RECORD_NAME
+    record = read_json(path, "remove the checkpoint") if path.exists() else {}
+    removed: dict[str, Any] | None = record.get("experts_removed")
+    return removed
 
 
 def _served(tools: Tools, model: Path, label: str) -> dict[str, Any] | None:

@@ -19,6 +19,7 @@ from rac_modifier.errors import RacError, refusing
 from rac_modifier.evaluation.divergence import RunDivergence
 from rac_modifier.llmcompressor import checks
 from rac_modifier.llmcompressor.pipeline import SessionRun, put_in_place, take_away
+from rac_modifier.llmcompressor.reap import experts_record
 from rac_modifier.llmcompressor.recovery_stage import RecoveryStage
 from rac_modifier.llmcompressor.run import Run
 from rac_modifier.llmcompressor.trained_codes import LaterCodes
@@ -42,6 +43,7 @@ class CalibratingModifier(CalibrationEntry, Modifier):
     _session: CompressionSession | None = PrivateAttr(default=None)
     _divergence: RunDivergence | None = PrivateAttr(default=None)
     _measured: dict[str, Any] = PrivateAttr(default_factory=dict)
+    _saliency: dict[str, list[float]] = PrivateAttr(default_factory=dict)  # of experts, by layer
     _recovery: RecoveryStage | None = PrivateAttr(default=None)
     _recovered: dict[str, Any] = PrivateAttr(default_factory=dict)
 
@@ -134,7 +136,7 @@ class CalibratingModifier(CalibrationEntry, Modifier):
         self._session = active_session()
         share = self.calibration_set.loader.share(self._processes.rank, self._processes.count)
         state.data.calib = share
-        put_in_place(self._session, SessionRun(self.calibration_set, share, run))
+        put_in_place(self._session, SessionRun(self.calibration_set, share, run, self._saliency))
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         """Take the pipeline away, and measure the result of a run that has not failed."""
@@ -158,6 +160,7 @@ class CalibratingModifier(CalibrationEntry, Modifier):
             "modifier": self.model_dump(mode="json"),
             **self.calibration_set.as_dict(),
             "divergence": self._measured,
+            **experts_record(self.other_modifiers(), self._saliency),
             **more,
         }
         if count > 1:
@@ -214,13 +217,8 @@ class ReasoningAwareCalibrationModifier(CalibratingModifier):
 
         calibrating = [m for m in self.other_modifiers() if m.requires_calibration_data]
         method = ", ".join(type(modifier).__name__ for modifier in calibrating)
-        experts = {  # REAPPruningModifier's: numbers of the experts that a layer kept
-            layer: kept
-            for modifier in calibrating
-            for layer, kept in getattr(modifier, "_retained_experts", {}).items()
-        }
         return SavePlan(
             prepare=prepare,
             after=[] if self._recovery is None else [self._recovery.remove],
-            record=self.run_record(method, {"experts_kept": experts} if experts else {}),
+            record=self.run_record(method, {}),
         )

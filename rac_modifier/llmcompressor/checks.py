@@ -108,13 +108,10 @@ def check_other_modifiers(
 ) -> None:
     """Refuse modifiers of the recipe that would undo the work of `ours`, or spoil it (RacError)."""
     names = [type(modifier).__name__ for modifier in modifiers]
-    if "REAPPruningModifier" in names:
-        raise RacError(
-            f"REAPPruningModifier removes experts while {type(ours).__name__} works on them; "
-            "remove experts in a run of its own (rac_reap_50), and run this recipe on the result"
-        )
     place = next((i for i, modifier in enumerate(modifiers) if modifier is ours), -1)
     for name, modifier in zip(names[place + 1 :], modifiers[place + 1 :], strict=True):
+        if name == "REAPPruningModifier":
+            raise RacError(f"{name} after {type(ours).__name__} removes its work; write it first")
         if name == "GPTQModifier":  # llm-compressor #2860
             raise RacError(
                 f"{name} after {type(ours).__name__} fills pruned weights again; leave it out and "

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from compressed_tensors.offload import set_onload_device
@@ -33,6 +33,7 @@ from rac_modifier.llmcompressor.checks import is_autoround
 from rac_modifier.llmcompressor.forecast import Forecast
 from rac_modifier.llmcompressor.loop import run_stages
 from rac_modifier.llmcompressor.plan import make_plan
+from rac_modifier.llmcompressor.reap import recorded_saliency
 from rac_modifier.llmcompressor.run import Run
 
 _NAME = "sequential"
@@ -45,6 +46,7 @@ class SessionRun:
     calibration: CalibrationSet
     loader: CalibrationLoader  # this rank's share of it
     run: Run | None = None  # None: our modifier prunes nothing
+    saliency: dict[str, list[float]] = field(default_factory=dict)  # of REAP, by layer
 
 
 _runs: weakref.WeakKeyDictionary[CompressionSession, SessionRun] = weakref.WeakKeyDictionary()
@@ -98,13 +100,15 @@ class ReasoningAwareSequentialPipeline(SequentialPipeline):
             onload = get_main_device()
             offload = torch.device(dataset_args.sequential_offload_device)
             set_onload_device(model, onload)
+            run.follow_names(model)
             sample = next(iter(ours.loader))
             plan = make_plan(model, sample, run.names, run.entry.order, dataset_args)
             stages, order, why = plan
             run.use_order(order, why)
             forecast = Forecast.of(run, model, ours.loader, by_layer=order == "layer")
             forecast.check(onload, offload, run.processes.count)
-            run.resume.begin({"order": order, **ours.calibration.identity()})
+            removed = {"saliency": ours.saliency} if ours.saliency else {}
+            run.resume.begin({"order": order, **ours.calibration.identity(), **removed})
             run_stages(model, ours.loader, stages, run, onload, offload)
             return
         loader = ours.loader.unpadded()
@@ -116,6 +120,7 @@ class ReasoningAwareSequentialPipeline(SequentialPipeline):
             )
         with contextlib.ExitStack() as stack:
             stack.enter_context(patch_attr(session.state.data, "calib", loader))
+            stack.enter_context(recorded_saliency(ours.saliency))
             if not torch.accelerator.is_available():  # torch refuses to pin, AWQModifier pins
                 no_pin = patch_attr(IntermediatesCache, "pin_memory", lambda *_, **__: None)
                 stack.enter_context(no_pin)

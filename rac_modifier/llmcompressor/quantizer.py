@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
@@ -67,6 +67,14 @@ class Quantizer:
             raise RacError(
                 "quantization: targets match no module of this entry; leave targets out for all"
             )
+
+    def follow_names(
+        self, new_names: Mapping[str, str], modules: Container[torch.nn.Module]
+    ) -> None:
+        """Rename modules from `new_names`, and forget those that are not among `modules`."""
+        self.grids = {module: grid for module, grid in self.grids.items() if module in modules}
+        kept = new_names.items()
+        self.described = {new: self.described[old] for old, new in kept if old in self.described}
 
     def attach(self, model: PreTrainedModel) -> None:
         """Give the modules schemes and empty scales; no forward pass quantizes yet."""

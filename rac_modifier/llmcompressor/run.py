@@ -70,6 +70,14 @@ class Run:
             )
         logger.info(f"{order} by {order} ({why})")
 
+    def follow_names(self, model: torch.nn.Module) -> None:
+        """Take the modules' names anew: REAPPruningModifier removes and renumbers experts."""
+        names = {module: name for name, module in model.named_modules() if module in self.names}
+        new_names = {old: names[module] for module, old in self.names.items() if module in names}
+        self.patterns = {new: self.patterns[old] for old, new in new_names.items()}
+        self.quantizer.follow_names(new_names, names)
+        self.names = names
+
     def begin(self) -> None:
         """Begin the times and the progress bar."""
         self._start = time.monotonic()

@@ -10,6 +10,8 @@ from llmcompressor.modeling.moe.linear_experts import (
     LinearExperts2D,
 )
 from llmcompressor.modeling.moe.linearize import linearize_moe
+from llmcompressor.modifiers.pruning.reap import REAPPruningModifier
+from llmcompressor.modifiers.pruning.reap.utils import REAPSaliencyTracker
 from llmcompressor.pipelines.cache import IntermediatesCache
 from transformers import AutoModelForCausalLM
 
@@ -47,3 +49,15 @@ def test_seam_a_cache_holds_its_tensors_as_values_where_they_are_offloaded():
     x = torch.ones(2, 3)
     cache.update(0, {"x": x})
     assert torch.equal(cache.batch_intermediates[0]["x"].value, x)
+
+
+def test_seam_reap_holds_saliency_until_it_removes_a_layers_experts():
+    reap = REAPPruningModifier(sparsity=0.5)
+    assert (reap._saliency_trackers, reap._retained_experts) == ({}, {})
+    tracker = REAPSaliencyTracker(2)
+    assert tracker.total_count == 0
+    norms = {0: torch.tensor([2.0, 4.0])}
+    tracker.update(torch.tensor([[0], [0]]), torch.tensor([[1.0], [0.5]]), norms)
+    assert (tracker.total_count, tracker.mean_saliency.tolist()) == (2, [2.0, 0.0])
+    removing = inspect.getsource(REAPPruningModifier.on_sequential_epoch_end)
+    assert "del self._saliency_trackers[" in removing

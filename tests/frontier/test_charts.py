@@ -6,6 +6,7 @@ from rac_modifier.frontier.charts import AXES, charts, points
 from tests.frontier.sample import ROWS, row
 
 MB, MATRICES, SPEED = AXES
+EXPERTS = {"kept": {"model.layers.1.mlp": [0, 2]}, "saliency": {"model.layers.1.mlp": [3, 1, 2]}}
 START = {"row": "50 %", "axis": MB, "find": ""}
 
 
@@ -86,3 +87,10 @@ def test_a_point_per_problem_has_the_tokens_of_both_answers():
     assert [(v["problem"], v["dense"], v["tokens"]) for v in problems] == [(0, 10, 50), (1, 11, 7)]
     assert [v["kind"] for v in problems] == ["truncated: looping", "not graded"]
     assert {"at": 50} in values_of(spec)
+
+
+def test_each_expert_is_kept_or_removed():
+    drawn = charts([rows()[1] | {"experts_removed": EXPERTS}], {"dense": [], "rows": {}}, START)
+    (spec,) = [spec for caption, spec in drawn.items() if caption.startswith("Experts")]
+    shown = [(v["expert"], v["saliency"], v["outcome"]) for v in values_of(spec)]
+    assert shown == [(0, 3, "kept"), (1, 1, "removed"), (2, 2, "kept")]

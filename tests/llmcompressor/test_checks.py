@@ -171,8 +171,8 @@ UNFIT = [
     ({NAME: {"sparsity": 0.5, "quantization": {"scheme": "W4A16"}}}, "group_size 128"),
     ({NAME: {"sparsity": 0.5}, "GPTQModifier": {"scheme": "W4A16"}}, "fills pruned weights again"),
     (
-        {"REAPPruningModifier": {"sparsity": 0.5}, NAME: {"sparsity": 0.5}},
-        "remove experts in a run of its own",
+        {NAME: {"sparsity": 0.5}, "REAPPruningModifier": {"sparsity": 0.5}},
+        "removes its work; write it first",
     ),
     ({"GPTQModifier": {"scheme": "W4A16", "ignore": ["lm_head"]}}, "the group_size 128"),
     ({"GPTQModifier": {"scheme": "W5A16"}}, "GPTQModifier"),

@@ -203,10 +203,14 @@ def test_a_modifier_runs_on_our_traces(case, folders, tmp_path, monkeypatch):
         return
     if case.modifiers == "REAPPruning":
         dense = load_model(folder)
-        for layer, kept in record["experts_kept"].items():
+        removed = record["experts_removed"]
+        assert removed["kept"].keys() == removed["saliency"].keys()
+        for layer, kept in removed["kept"].items():
+            saliency = torch.tensor(removed["saliency"][layer])
+            assert sorted(kept) == sorted(saliency.topk(len(kept)).indices.tolist())
             before, after = (m.get_submodule(layer).gate.weight for m in (dense, model))
             torch.testing.assert_close(after.float(), before[kept].float())
-        assert len(record["experts_kept"]) == len(model.model.layers)
+        assert len(removed["kept"]) == len(model.model.layers)
     for name, weight in model.named_parameters():
         if name.endswith("norm.weight"):  # AutoRound leaves those of its last layer in float32
             weight.data = weight.data.to(torch.bfloat16)
