@@ -4,7 +4,6 @@ import functools
 
 import pytest
 import torch
-import yaml
 from llmcompressor import oneshot
 from transformers import AutoModelForCausalLM
 
@@ -13,18 +12,7 @@ from rac_modifier.llmcompressor.run import Run
 from tests.llmcompressor.conftest import record_of
 from tests.llmcompressor.modifier_helpers import INT8, assert_same_weights, weights
 from tests.llmcompressor.test_resume import result
-from tests.tiny import (
-    EXPERTS,
-    NAME,
-    calibration_entry,
-    entry,
-    is_2of4,
-    linears,
-    recipe,
-    save_tiny_experts,
-)
-
-CALIBRATES = "ReasoningAwareCalibrationModifier"
+from tests.tiny import EXPERTS, entry, is_2of4, linears, recipe, save_tiny_experts
 
 
 def run(folder, kind="qwen3", name="out", oneshot_options=None, **settings):
@@ -135,49 +123,6 @@ def test_a_part_of_the_experts_can_be_left_dense_whatever_upstreams_switch_says(
         assert is_2of4(module.weight) is not dense, name
         if "layers.0" in name and not dense:
             assert torch.equal(module.weight, base[1].get_submodule(name).weight), name
-
-
-def test_experts_left_by_reap_are_pruned_as_in_a_run_of_its_own(base, tmp_path):
-    """One recipe gives the bits of two runs on the same traces."""
-    dense, store = str(base[0] / "dense"), base[0] / "traces.jsonl"
-    reap = {"REAPPruningModifier": {"sparsity": 0.5}}
-    settings = {"solver": "sparsegpt", "quantization": INT8}
-    at_once = {
-        "reap_stage": {"reap_modifiers": reap},
-        "pruning_stage": {"pruning_modifiers": {NAME: entry(store, **settings)}},
-    }
-    alone = {CALIBRATES: calibration_entry(store), **reap}
-    shared = {"precision": "float32"}
-    model = oneshot(
-        model=dense,
-        recipe=yaml.safe_dump(at_once, sort_keys=False),
-        output_dir=str(tmp_path / "once"),
-        **shared,
-    )
-    oneshot(
-        model=dense,
-        recipe=yaml.safe_dump({"reap_stage": {"reap_modifiers": alone}}, sort_keys=False),
-        output_dir=str(tmp_path / "left"),
-        **shared,
-    )
-    second = entry(store, **settings)
-    second["traces"]["allow_off_policy"] = True
-    oneshot(
-        model=str(tmp_path / "left"),
-        recipe=recipe(second),
-        output_dir=str(tmp_path / "twice"),
-        **shared,
-    )
-    (record, weights_at_once), (separate, weights_of_two) = (
-        result(tmp_path / name) for name in ("once", "twice")
-    )
-    assert weights_at_once == weights_of_two
-    assert record["modules"] == separate["modules"]
-    names = {row["name"] for row in record["modules"]}
-    assert sum(".experts." in name for name in names) == 2 * 3 * EXPERTS // 2
-    assert not any(".experts.2." in name or ".experts.3." in name for name in names)
-    assert {len(kept) for kept in record["experts_removed"]["kept"].values()} == {EXPERTS // 2}
-    assert_close(rac_modifier.load_model(tmp_path / "once", dtype="float32"), model)
 
 
 def test_a_run_killed_among_experts_ends_with_the_same_bytes(base, monkeypatch):
