@@ -54,7 +54,7 @@ sanitize: $(VENV)/.installed ## random and hostile calls of the kernels under Ad
 lighteval: $(VENV)/.installed $(SERVE_VENV)/.installed $(LIGHTEVAL_VENV)/.installed ## install lighteval, and test it on a packed checkpoint; not part of `make test`
 	RAC_LIGHTEVAL=$(abspath $(LIGHTEVAL_BIN))/lighteval RAC_VLLM=$(abspath $(SERVE_BIN))/vllm $(BIN)/python -m pytest -rs tests/evaluation/test_lighteval.py
 
-arm-tools: ## what `make test` needs to run the ARM kernels too, in an emulator; Debian and Ubuntu, with root or without
+arm-tools: ## what `make test` needs to run the ARM kernels too, in an emulator; Debian and Ubuntu, without root
 	scripts/arm_tools.sh
 
 lint: $(VENV)/.installed ## ruff and mypy
@@ -76,7 +76,7 @@ results: $(VENV)/.installed ## write the tables of results/*.json into docs/; `p
 dist: $(DIST_VENV)/.installed ## wheel (with compiled kernels where there is a compiler) and sdist in dist/
 	$(DIST_BIN)/python scripts/dist.py
 
-test-dist: dist ## install wheel and sdist in fresh environments, without a compiler and without write access, and use them; 10 minutes, 6 GB
+test-dist: dist ## install the wheel in fresh environments without a compiler, and use it; 10 minutes, 6 GB
 	$(DIST_BIN)/python scripts/dist_check.py dist
 
 test-matrix: $(DIST_VENV)/.installed ## test with Python 3.11 to 3.13 and both ends of every version range; an hour; not part of `make test`

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import shlex
 import sys
 
 from bench.common import add_common
@@ -42,7 +43,7 @@ def main(arguments: list[str]) -> int:
     add_common(parser)
     suite.add_options(parser)
     if "--tiny" in arguments:  # explicit options win over the tiny mode's
-        parser.set_defaults(**suite.TINY)
+        parser.set_defaults(**vars(parser.parse_args(shlex.split(suite.TINY))))
     suite.run(parser.parse_args(arguments[1:]))
     return 0
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from typing import Any
 
 from bench.common import save
 from bench.grid import (
@@ -22,15 +21,7 @@ from bench.grid import (
 )
 from bench.models import SUBJECTS
 
-TINY: dict[str, Any] = {
-    "variants": ["paper"],
-    "calibrations": ["traces"],
-    "patterns": ["2:4"],
-    "seeds": [0],
-    "tokens": 512,
-    "problems": 2,
-    "cap": 24,
-}
+TINY = "--variants paper --patterns 2:4 --seeds 0 --tokens 512 --problems 2 --cap 24"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import shlex
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -51,12 +53,7 @@ def save(
 ) -> Path:
     """Write `folder/name.json`, which `bench.render` turns into a table.
 
-    Args:
-        folder: `results` for figures that the docs show.
-        name: of the table, as a page's marker has it.
-        model: what the figures were measured on.
-        columns: name and format of each column; the format is as in `format()`, such as ".2f".
-        rows: cells: text, a number, None, [value, error], or [value, lowest, highest].
+    `columns` has the name of each column, and the format of its cells, such as ".2f".
     """
     about = {
         "model": model,
@@ -102,7 +99,7 @@ def in_turn(runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, lis
             started = time.monotonic()
             try:
                 results[name].append(runs[name]())
-            except Exception as error:  # one contender must not end hours of work
+            except (Exception, SystemExit) as error:  # one must not end hours of work
                 failed.add(name)
                 fault = f"{name} failed: {type(error).__name__}: {error}"
                 print(fault, file=sys.stderr, flush=True)
@@ -111,34 +108,10 @@ def in_turn(runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, lis
     return {name: values for name, values in results.items() if values}
 
 
-def child(command: Sequence[str], **environment: str) -> tuple[str, float, float]:
-    """Run a command in a process; return stdout, peak memory in bytes, CPU seconds.
-
-    Raises:
-        RuntimeError: it ended with another status than 0.
-    """
-    process = subprocess.Popen(
-        list(command), stdout=subprocess.PIPE, text=True, env={**os.environ, **environment}
-    )
-    assert process.stdout is not None
-    text = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise RuntimeError(f"{shlex.join(command)[:200]} ended with {process.returncode}")
-    return text, usage.ru_maxrss * 1024.0, usage.ru_utime + usage.ru_stime
-
-
-def called_in_child(function: Callable[..., Any], *values: Any, **environment: str) -> Any:
-    """Call a function of a module with `values` in a process of its own; both sides are JSON."""
-    code = (
-        f"import json, sys; sys.path.insert(0, {str(ROOT)!r}); "
-        f"from {function.__module__} import {function.__name__} as call; "
-        "print('\\n' + json.dumps(call(*json.loads(sys.argv[1]))))"
-    )
-    command = [sys.executable, "-c", code, json.dumps(values, default=str)]
-    text, _, _ = child(command, **environment)
-    return json.loads(text.splitlines()[-1])
+def called_in_child(function: Callable[..., Any], *values: Any) -> Any:
+    """Call a function of a module with `values` in a new process."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *values).result()
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:

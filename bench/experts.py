@@ -33,15 +33,7 @@ EXPERTS, ACTIVE = 16, 4
 STEPS, STEP_TOKENS, RATE = 200, 2048, 2e-4
 HALVES = "half traces, half prompts"
 COLUMNS = {"experts": "", "KL": ".4f", "right answers, %": ".1f", "truncated, %": ".1f"}
-TINY: dict[str, Any] = {
-    "steps": 1,
-    "shares": [0.5],
-    "calibrations": ["prompts"],
-    "seeds": [0],
-    "tokens": 512,
-    "problems": 2,
-    "cap": 24,
-}
+TINY = "--steps 1 --shares 0.5 --calibrations prompts --seeds 0 --tokens 512 --problems 2 --cap 24"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,10 +22,11 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from bench.common import child, save
+from bench.common import called_in_child, save
 from bench.gguf_rows import GGUF, IMATRIX, quantized_by_llama_cpp
 from bench.models import Subject, float32_copy
 from rac_modifier import trace_dataset
+from rac_modifier.evaluation.divergence import divergence_per_token
 from rac_modifier.evaluation.intervals import mean_over_tokens
 from rac_modifier.evaluation.teacher_forcing import sample_sequences
 from rac_modifier.problems.source import load_problems
@@ -36,10 +36,6 @@ from rac_modifier.settings.sampling import SamplingSettings
 from rac_modifier.traces.selection import repeated_tail
 
 FORMATS = Path(__file__).with_name("formats.yaml")
-ONESHOT = (
-    "import sys\nfrom llmcompressor import oneshot\nimport rac_modifier\n"
-    "oneshot(model=sys.argv[1], recipe=sys.argv[2], output_dir=sys.argv[3], precision='float32')"
-)
 ANSWERS = {"sampled": 0.6, "greedy": 0.0}  # temperatures
 COLUMNS = {
     "format": "",
@@ -48,13 +44,7 @@ COLUMNS = {
     "KL, sampled, outside repetitions": ".4f",
     "KL, greedy": ".4f",
 }
-TINY: dict[str, Any] = {
-    "model": "reasoner",
-    "tokens": 512,
-    "answers": 2,
-    "cap": 16,
-    "labels": ["int4"],
-}
+TINY = "--model reasoner --tokens 512 --answers 2 --cap 16 --labels int4"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -173,14 +163,20 @@ def compress(model: Path, recipe: dict[str, Any], folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     path = folder.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(recipe, sort_keys=False))
-    child([sys.executable, "-c", ONESHOT, str(model), str(path), str(folder)])
+    called_in_child(oneshot, str(model), str(path), str(folder))
+
+
+def oneshot(model: str, recipe: str, folder: str) -> None:
+    """Compress with llm-compressor in this process."""
+    from llmcompressor import oneshot
+
+    import rac_modifier  # noqa: F401
+
+    oneshot(model=model, recipe=recipe, output_dir=folder, precision="float32")
 
 
 class Answers:
-    """The dense model's answers at one temperature, with its last hidden states.
-
-    Hidden states are kept instead of logits: 85 times fewer numbers, and the head is cheap.
-    """
+    """The dense model's answers at one temperature."""
 
     def __init__(
         self, dense: Any, tokenizer: Any, subject: Subject, options: argparse.Namespace, name: str
@@ -195,30 +191,14 @@ class Answers:
             )
             path.write_text(json.dumps(sample_sequences(dense, tokenizer, problems, sampling)))
         self.sequences = json.loads(path.read_text())
-        self.states = [hidden_states(dense, ids) for ids, _ in self.sequences]
 
     def divergence(self, pruned: Any) -> dict[str, tuple[float, float | None]]:
         """Return mean KL per token, in nats, with its standard error over answers."""
-        kl = []
-        for (ids, start), state in zip(self.sequences, self.states, strict=True):
-            states = hidden_states(pruned, ids)[start - 1 : -1]  # position i predicts token i + 1
-            kl.append(kl_per_token(self.dense, state[start - 1 : -1], pruned, states))
+        rows = divergence_per_token(self.dense, pruned, self.sequences, self.name)
         outside = []
-        for (ids, start), values in zip(self.sequences, kl, strict=True):
+        for (ids, start), row in zip(self.sequences, rows, strict=True):
             reason = "length" if ids[-1] != self.dense.config.eos_token_id else "stop"
             tail = repeated_tail(tuple(ids[start:]), reason)
-            outside.append(values[: len(values) - tail])
-        return {self.name: mean_over_tokens(kl), f"{self.name} outside": mean_over_tokens(outside)}
-
-
-@torch.no_grad()
-def hidden_states(model: Any, ids: list[int]) -> torch.Tensor:
-    """Return what the head reads, [tokens, hidden size]."""
-    return model.model(torch.tensor([ids])).last_hidden_state[0]
-
-
-@torch.no_grad()
-def kl_per_token(dense: Any, x: torch.Tensor, pruned: Any, y: torch.Tensor) -> list[float]:
-    """Return KL(dense || pruned) over the vocabulary, for each of the states x and y."""
-    p, q = dense.lm_head(x).log_softmax(-1), pruned.lm_head(y).log_softmax(-1)
-    return (p.exp() * (p - q)).sum(-1).tolist()
+            outside.append(row.kl[: len(row.kl) - tail])
+        overall = mean_over_tokens([row.kl for row in rows])
+        return {self.name: overall, f"{self.name} outside": mean_over_tokens(outside)}

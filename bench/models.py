@@ -24,18 +24,11 @@ PROMPTS = Path(__file__).with_name("prompts.yaml")
 
 @dataclass(frozen=True)
 class Subject:
-    """A model that answers, and the parts of a grid that belong to it.
+    """A model that answers, and the parts of a grid that belong to it."""
 
-    Attributes:
-        name: as tables have it.
-        model: hub id, folder, or "reasoner", as `rac` takes it.
-        shared: `shared` of a grid: traces and calibration.
-        evaluation: `evaluation` of a grid.
-    """
-
-    name: str
-    model: str
-    shared: dict[str, Any]
+    name: str  # in tables
+    model: str  # hub id, folder, or "reasoner"
+    shared: dict[str, Any]  # traces and calibration
     evaluation: dict[str, Any]
 
 
@@ -48,18 +41,10 @@ def reasoner(work: Path) -> Subject:
 
 
 def smollm2(work: Path) -> Subject:
-    """Return SmolLM2-135M-Instruct, rotated off the 4-bit grid that its package stores."""
+    """Return SmolLM2-135M-Instruct off its 4-bit grid, on instructions and arithmetic."""
     folder = work / "smollm2"
     if not (folder / "config.json").exists():
         build(folder)
-    return chat_subject("SmolLM2-135M off its grid", folder, work)
-
-
-SUBJECTS: dict[str, Callable[[Path], Subject]] = {"reasoner": reasoner, "smollm2": smollm2}
-
-
-def chat_subject(name: str, folder: Path, work: Path) -> Subject:
-    """Return a chat model on instructions and arithmetic; its prompts are written to `work`."""
     train, held_out = work.resolve() / "train.jsonl", work.resolve() / "held_out.jsonl"
     write_prompts(train, list(islice(prompts(held_out=False), 6000)))
     questions = [
@@ -74,7 +59,10 @@ def chat_subject(name: str, folder: Path, work: Path) -> Subject:
     traces = {"sampling": sampling, "sources": sources}
     shared = {"traces": traces, "calibration": {"mixture": mixture}}
     evaluation = {"source": str(held_out), "problems": 64, "cap": 1024}
-    return Subject(name, str(folder), shared, evaluation)
+    return Subject("SmolLM2-135M off its grid", str(folder), shared, evaluation)
+
+
+SUBJECTS: dict[str, Callable[[Path], Subject]] = {"reasoner": reasoner, "smollm2": smollm2}
 
 
 def float32_copy(name: str, work: Path, cap: int) -> Subject:

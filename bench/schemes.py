@@ -46,13 +46,7 @@ SCHEMES = (
     "int2 with zero points",
 )
 OPTIONS = ["--dtype", "bfloat16", "--max-model-len", "1024", "--enforce-eager"]
-TINY: dict[str, Any] = {
-    "tokens": 512,
-    "answers": 2,
-    "cap": 16,
-    "labels": ["FP8"],
-    "calibrations": ["prompts"],
-}
+TINY = "--tokens 512 --answers 2 --cap 16 --labels FP8 --calibrations prompts"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

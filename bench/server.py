@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import random
-import signal
 import socket
 import statistics
 import subprocess
@@ -14,13 +13,15 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import psutil
+
+from rac_modifier.sampling.server_watch import end_group
 
 NAME = "model"
 # vLLM's "auto" binding leaves a core out.
@@ -66,14 +67,9 @@ def serving(
     environment: dict[str, str] | None = None,
     vllm: Path | None = None,
 ) -> Iterator[Server]:
-    """Run `vllm serve` inside the context.
+    """Run `vllm serve` inside the context; `log` gets its output.
 
-    Args:
-        checkpoint: folder of the model.
-        options: of `vllm serve`.
-        log: file of its output.
-        environment: variables that are added.
-        vllm: the command of another Python environment; it runs without this one's PYTHONPATH.
+    `vllm` is the command of another Python environment: it runs without this one's PYTHONPATH.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -98,7 +94,7 @@ def serving(
             time.sleep(0.2)
         yield Server(url, process.pid)
     finally:
-        stop(process)
+        end_group(process)  # the next server needs cores and memory
 
 
 def is_ready(url: str) -> bool:
@@ -108,16 +104,6 @@ def is_ready(url: str) -> bool:
             return reply.status == 200
     except OSError:
         return False
-
-
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """End all processes of the server's group: the next server needs cores and memory."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGTERM)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(30)
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait(30)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from bench.common import in_turn, ratios, save
 from bench.server import Speed, measure, serving
@@ -27,15 +26,7 @@ from bench.shapes import Form, random_model
 from bench.soak import soak
 
 FEWEST = 4  # requests, so that the median time to the first token means something
-TINY: dict[str, Any] = {
-    "forms": ["50%-int4"],
-    "layers": 2,
-    "vocab": 4096,
-    "rounds": 1,
-    "concurrency": [1],
-    "output_tokens": 4,
-    "prompt_tokens": 8,
-}
+TINY = "--forms 50%-int4 --layers 2 --vocab 4096 --rounds 1 --concurrency 1 --output-tokens 4"
 
 
 @dataclass(frozen=True)
@@ -61,8 +52,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--serve-options", default="", help="of `vllm serve`, in one text")
     parser.add_argument("--soak", type=Path, metavar="FOLDER", help="a checkpoint to soak")
     parser.add_argument("--requests", type=int, default=5000, help="of the soak")
-    parser.add_argument("--settle", type=int, default=500, help="requests until memory is flat")
-    parser.add_argument("--leave", type=float, default=0.2, help="share of clients that leave")
 
 
 def serve_options(form: Form, length: int) -> list[str]:

@@ -26,13 +26,7 @@ from bench.shapes import QWEN2
 
 UPSTREAM = "upstream"
 ROW = 256  # tokens of a calibration sequence
-TINY: dict[str, Any] = {
-    "cases": ["reasoner"],
-    "who": [UPSTREAM, "paper"],
-    "tokens": 512,
-    "rounds": 1,
-    "patterns": ["2:4"],
-}
+TINY = "--cases reasoner --who upstream paper --tokens 512 --rounds 1 --patterns 2:4"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -53,15 +53,7 @@ CHANGES: dict[str, dict[str, Any]] = {  # changed settings of the pruning entry
     "an eighth of the tokens": {"calibration.tokens": 4096},
     "four times the tokens": {"calibration.tokens": 131072},
 }
-TINY: dict[str, Any] = {
-    "what": "changes",
-    "patterns": ["2:4"],
-    "seeds": [0],
-    "changes": ["baseline: whole traces"],
-    "tokens": 512,
-    "problems": 2,
-    "cap": 24,
-}
+TINY = "--patterns 2:4 --changes 'baseline: whole traces' --tokens 512 --problems 2 --cap 24"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -13,7 +13,6 @@ would bring a second pool of threads.
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
@@ -26,12 +25,8 @@ FROM_TORCH = "libgomp.so.1"
 
 def main() -> None:
     """Build, repair, and print the paths."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=ROOT / "dist")
-    out = parser.parse_args().out
-    out.mkdir(parents=True, exist_ok=True)
+    out = ROOT / "dist"
+    out.mkdir(exist_ok=True)
     for old in [*out.glob("rac_modifier-*.whl"), *out.glob("rac_modifier-*.tar.gz")]:
         old.unlink()
     with tempfile.TemporaryDirectory() as folder:

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from mkdocs.config.defaults import MkDocsConfig
 
 from rac_modifier.cli import app
 from rac_modifier.settings.entries import ENTRIES
@@ -36,19 +35,6 @@ _BOUNDS = {
     "exclusiveMaximum": "below",
 }
 _NAMES = {"string": "text", "boolean": "true or false", "object": "mapping by name"}
-
-
-def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Leave out the entries of nav whose page is not there."""
-    folder = Path(config.docs_dir)
-    config.nav = [
-        {
-            title: [page for page in pages if all((folder / p).is_file() for p in page.values())]
-            for title, pages in section.items()
-        }
-        for section in config.nav or []
-    ]
-    return config
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
