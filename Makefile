@@ -76,7 +76,7 @@ results: $(VENV)/.installed ## write the tables of results/*.json into docs/; `p
 dist: $(DIST_VENV)/.installed ## wheel (with compiled kernels where there is a compiler) and sdist in dist/
 	$(DIST_BIN)/python scripts/dist.py
 
-test-dist: dist ## install the wheel in fresh environments without a compiler, and use it; 10 minutes, 6 GB
+test-dist: dist ## install the wheel in fresh environments, without a compiler and without write access, and use it; 10 minutes, 6 GB
 	$(DIST_BIN)/python scripts/dist_check.py dist
 
 test-matrix: $(DIST_VENV)/.installed ## test with Python 3.11 to 3.13 and both ends of every version range; an hour; not part of `make test`

@@ -8,17 +8,8 @@ from __future__ import annotations
 import argparse
 import itertools
 
+from bench import grid
 from bench.common import save
-from bench.grid import (
-    CALIBRATIONS,
-    COLUMNS,
-    OURS,
-    VARIANTS,
-    calibrated_on,
-    cells,
-    pattern,
-    run_grid,
-)
 from bench.models import SUBJECTS
 
 TINY = "--variants paper --patterns 2:4 --seeds 0 --tokens 512 --problems 2 --cap 24"
@@ -27,8 +18,10 @@ TINY = "--variants paper --patterns 2:4 --seeds 0 --tokens 512 --problems 2 --ca
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this suite."""
     parser.add_argument("--model", choices=SUBJECTS, default="reasoner")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["paper", "quality"])
-    parser.add_argument("--calibrations", nargs="+", choices=CALIBRATIONS, default=["traces"])
+    parser.add_argument(
+        "--variants", nargs="+", choices=grid.VARIANTS, default=["paper", "quality"]
+    )
+    parser.add_argument("--calibrations", nargs="+", choices=grid.CALIBRATIONS, default=["traces"])
     parser.add_argument("--patterns", nargs="+", default=["0.5", "0.7", "2:4"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--tokens", type=int, default=32768, help="of calibration")
@@ -42,8 +35,8 @@ def run(options: argparse.Namespace) -> None:
     rows = [
         {
             "label": f"{share}, {variant}, {kind}",
-            "recipe": {OURS: {**pattern(share), **VARIANTS[variant]}},
-            "set": calibrated_on(kind, subject),
+            "recipe": {grid.OURS: {**grid.pattern(share), **grid.VARIANTS[variant]}},
+            "set": grid.calibrated_on(kind, subject),
             "seeds": options.seeds,
         }
         for share, variant, kind in itertools.product(
@@ -52,5 +45,5 @@ def run(options: argparse.Namespace) -> None:
     ]
     out = options.work / f"accuracy-{options.model}"
     budgets = {name: getattr(options, name) for name in ("tokens", "problems", "cap")}
-    table = [cells(row) for row in run_grid(subject, rows, out, **budgets)]
-    save(options.out, f"accuracy_{options.model}", subject.name, COLUMNS, table)
+    table = [grid.cells(row) for row in grid.run_grid(subject, rows, out, **budgets)]
+    save(options.out, f"accuracy_{options.model}", subject.name, grid.COLUMNS, table)

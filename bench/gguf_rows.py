@@ -24,15 +24,6 @@ from transformers import AutoModelForCausalLM
 FILE_TYPES = {"Q4_0": 2, "Q3_K_M": 12, "Q4_K_M": 15}  # llama_ftype
 IMATRIX = ", importance matrix"
 GGUF = ("Q4_0", "Q4_K_M", "Q3_K_M", *(name + IMATRIX for name in ("Q4_0", "Q4_K_M", "Q3_K_M")))
-NAMES = {
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
 QUANTIZE = (
     "import sys\nfrom cyllama.llama import llama_cpp\n"
     "how = llama_cpp.LlamaModelQuantizeParams()\nhow.ftype = int(sys.argv[3])\nhow.nthread = 1\n"
@@ -53,12 +44,16 @@ def quantized_by_llama_cpp(
     dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     kind = label.removesuffix(IMATRIX)
     importance = input_squares(dense, sequences) if label.endswith(IMATRIX) else {}
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, dense.config.num_hidden_layers)
+    layers = {
+        n: m for n, m in dense.model.named_modules(prefix="model") if isinstance(m, torch.nn.Linear)
+    }
+    modules = {f"{names.get_name(name)}.weight": name for name in layers}
     size = count = 0
     for tensor in gguf.GGUFReader(gguf_file(model, folder, kind)).tensors:
-        at = module_of(tensor.name)
-        if at is None:
+        if (at := modules.get(tensor.name)) is None:
             continue
-        linear = dense.get_submodule(at)
+        linear = layers[at]
         stored = quantize(linear.weight.detach(), tensor.tensor_type, importance.get(at))
         values = torch.from_numpy(gguf.dequantize(stored, tensor.tensor_type))
         with torch.no_grad():
@@ -82,13 +77,6 @@ def gguf_file(model: Path, folder: Path, kind: str) -> Path:
     command = [sys.executable, "-c", QUANTIZE, plain, quantized, str(FILE_TYPES[kind])]
     subprocess.run(command, check=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     return quantized
-
-
-def module_of(name: str) -> str | None:
-    """Return the module of a tensor such as blk.3.attn_q.weight; None for any other."""
-    words = name.split(".")
-    is_matrix = len(words) == 4 and words[0] == "blk" and words[2] in NAMES
-    return f"model.layers.{words[1]}.{NAMES[words[2]]}" if is_matrix else None
 
 
 @torch.no_grad()

@@ -6,9 +6,8 @@ The wheel is built from the sdist, so a file that the sdist lacks is missed here
 a user. Where a C++ compiler is found, the wheel holds the compiled CPU kernels, and
 auditwheel gives it the manylinux tag that its symbols allow.
 
-libgomp is left out of the wheel. The library is loaded after torch, whose own libgomp.so.1
-is then in the process already, and the dynamic linker takes it by its name. A second copy
-would bring a second pool of threads.
+libgomp is left out of the wheel: torch's own is in the process before the library is loaded, and
+a second copy would bring a second pool of threads.
 """
 
 from __future__ import annotations

@@ -5,16 +5,19 @@
 It works away from the clone, in a folder with a space in its name:
 
 1. The wheel with [compress] goes into a new environment, with no compiler on PATH.
-2. A user lists the recipes, prunes the embedded reasoner, inspects the result, loads it, and
-   multiplies on the compiled kernel. Only torch's libgomp is in the process.
-3. The wheel with vLLM for a CPU goes into a second environment, which serves the pruned reasoner
-   (--skip-serving leaves this out).
+2. A user who may not write there lists the recipes, prunes the embedded reasoner, inspects the
+   result, loads it, and multiplies on the compiled kernel. Only torch's libgomp is in the process.
+3. The wheel with vLLM for a CPU goes into a second environment, where the same user serves the
+   pruned reasoner (--skip-serving leaves this out).
+
+As root, the user is `nobody`; otherwise it is you, and the environments are made read-only.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,6 +25,9 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+NOBODY = 65534
+IS_ROOT = os.geteuid() == 0
+AS_USER = [str(shutil.which("setpriv")), f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
 SETTINGS = (
     "calibration.tokens=4096",
     "traces.sampling.max_new_tokens=128",
@@ -80,7 +86,7 @@ if __name__ == "__main__":
 
 
 class Environment:
-    """A virtual environment, whose programs are all that is on PATH."""
+    """A virtual environment, whose programs are all that is on PATH, for the user of `home`."""
 
     def __init__(self, folder: Path, home: Path) -> None:
         self.folder, self.home, self.bin = folder, home, folder / "bin"
@@ -88,7 +94,7 @@ class Environment:
     def run(self, *command: str, **variables: str) -> str:
         """Return what a program of this environment prints in the user's folder."""
         process = subprocess.run(
-            [str(self.bin / command[0]), *command[1:]],
+            [*(AS_USER if IS_ROOT else ()), str(self.bin / command[0]), *command[1:]],
             env={**INHERITED, "PATH": str(self.bin), "HOME": str(self.home), **variables},
             cwd=self.home,
             capture_output=True,
@@ -100,6 +106,12 @@ class Environment:
                 f"{process.stdout[-3000:]}\n{process.stderr[-5000:]}"
             )
         return process.stdout + process.stderr
+
+    def lock(self) -> None:
+        """Check that the user cannot write to the packages; `nobody` cannot, as root owns them."""
+        if not IS_ROOT:
+            subprocess.run(["chmod", "-R", "a-w", str(self.folder)], check=True)
+        self.python("import os, pip; assert not os.access(pip.__file__, os.W_OK)")
 
     def python(self, code: str, *args: str, **variables: str) -> str:
         """Return what a script prints; a file, because vLLM starts processes that import it."""
@@ -114,13 +126,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("dist", type=Path, help="folder with the wheel")
-    parser.add_argument("--python", default=sys.executable)
+    parser.add_argument("--python", default=sys.executable, help="one that the user may run")
     parser.add_argument("--skip-serving", action="store_true", help="leave out step 3")
     args = parser.parse_args()
     (wheel,) = args.dist.resolve().glob("*.whl")
     with tempfile.TemporaryDirectory(prefix="rac dist ") as name:
         home = Path(name) / "home"
         home.mkdir()
+        Path(name).chmod(0o755)
+        if IS_ROOT:
+            os.chown(home, NOBODY, NOBODY)
         compress(Environment(Path(name) / "compress", home), args.python, wheel)
         if not args.skip_serving:
             serve(Environment(Path(name) / "serving", home), args.python, wheel)
@@ -131,8 +146,11 @@ def compress(environment: Environment, python: str, wheel: Path) -> None:
     """Run steps 1 and 2."""
     step(f"{wheel.name}[compress] into {environment.folder}, no compiler on PATH")
     subprocess.run([python, "-m", "venv", str(environment.folder)], check=True)
+    variables = INHERITED | {"PATH": str(environment.bin)}
     for package in ("pip", f"{wheel}[compress]"):
-        environment.run("python", "-m", "pip", "install", "--quiet", "--upgrade", package)
+        install = [environment.bin / "pip", "install", "--quiet", "--upgrade", package]
+        subprocess.run(install, env=variables, check=True)
+    environment.lock()
     step("rac recipes")
     print(environment.run("rac", "recipes").splitlines()[0])
     settings = [argument for setting in SETTINGS for argument in ("--set", setting)]
@@ -153,6 +171,7 @@ def serve(environment: Environment, python: str, wheel: Path) -> None:
     variables = {"PYTHON": python, "PACKAGE": str(wheel)}
     script = [str(ROOT / "scripts" / "serve_cpu_env.sh"), str(environment.folder)]
     subprocess.run(script, env=INHERITED | variables, cwd=environment.home, check=True)
+    environment.lock()
     print(environment.python(KERNEL), end="")
     path = f"{environment.bin}{os.pathsep}{os.environ['PATH']}"
     output = environment.python(SERVE, "out put", PATH=path)
