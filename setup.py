@@ -103,7 +103,7 @@ setup(
             depends=sorted(str(path) for path in Path("csrc").rglob("*.h")),
             include_dirs=["csrc"],
             language="c++",
-            extra_compile_args=["-std=c++17", "-O3", "-fvisibility=hidden"],
+            extra_compile_args=["-std=c++17", "-O3", "-falign-loops=32", "-fvisibility=hidden"],
             py_limited_api=True,
             optional=True,
         )

@@ -233,10 +233,8 @@ void line_tokens(const IntMatmul& matmul, int64_t panel, float* acc) {
             for (int line = 0; line < LINES; line++) _mm_prefetch(codes + 1024 + QUAD * line, _MM_HINT_T0);
             multiply_tile<Isa, form, M>(codes, 4, x, sums);
         }
-        if (form == DENSE4 && lines) {
-            multiply_tile<Isa, form, M>(codes, lines, x, sums);
-            codes += QUAD * lines;
-        }
+        if constexpr (form == DENSE4)
+            for (; lines > 0; lines--, codes += QUAD, x += 2 * PAIR_OF_QUADS * M) multiply_tile<Isa, form, M>(codes, 1, x, sums);
         ends.add(sums);
     }
 }
