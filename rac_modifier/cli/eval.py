@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -91,6 +91,10 @@ def evaluate(
         bool,
         typer.Option("--divergence", help="instead: KL and top-1 agreement with the dense model"),
     ] = False,
+    stopping: Annotated[
+        bool,
+        typer.Option("--stopping", help="instead: how answers end and their lengths, not graded"),
+    ] = False,
     card: Annotated[
         bool, typer.Option("--card", help="write the figures into README.md of the models")
     ] = False,
@@ -111,7 +115,6 @@ def evaluate(
     from rac_modifier.evaluation.accuracy import check_problems
     from rac_modifier.evaluation.calibrated_prompt import choose_prompt, recorded_prompts
     from rac_modifier.evaluation.results import divergence_table, paired_difference, read_results
-    from rac_modifier.evaluation.stopping import summary
     from rac_modifier.files import write_json_atomic
 
     models, written = models or [], _written_options(context)
@@ -121,6 +124,8 @@ def evaluate(
     servers, names = tuple(server or ()), tuple(served_as or ())
     answering = Answering(servers, names, serve, concurrency, answers, precision)
     answering.check(models, written, divergence=divergence)
+    if stopping and (divergence or card):
+        raise RacError("--stopping prints its own tables; leave --divergence and --card out")
     if divergence and len(models) < 2:
         raise RacError("--divergence compares models with the first one; name at least two")
     to_stdout = json_out == Path("-")
@@ -139,7 +144,9 @@ def evaluate(
     )
     sampling = protocol.sampling(prompt, batch_size, divergence=divergence)
     asked = protocol.load()
-    if not divergence:
+    if stopping:
+        asked = [replace(problem, answer=None) for problem in asked]
+    elif not divergence:
         check_problems(asked, protocol.verifier)
 
     pairs: list[PairedDifference] = []
@@ -153,7 +160,7 @@ def evaluate(
         answered = answering.run(models, asked, protocol.problem_source, **how)
         content["results"] = [result.model_dump() for result in answered]
         content["protocol"] = protocol.record(sampling)
-        content["stopping"] = [summary(result.endings) for result in answered]
+        content["stopping"] = [result.stopping() for result in answered]
         first, *others = [*paired_with[:1], *answered]
         if pairs := [paired_difference(first, result) for result in others]:
             content["paired"] = list(map(asdict, pairs))
@@ -204,6 +211,6 @@ def _accuracy_lines(answered: list[EvalResult], pairs: list[PairedDifference]) -
         options.render_results(accuracy_table(answered)),
         options.render_results(stopping_table(answered)),
         *(line for r in answered for line in describe_loops(r.label, r.endings)),
-        *(f"{pair.describe()}." for pair in pairs),
+        *(f"{text}." for pair in pairs if (text := pair.describe())),
         *(f"{pair.inflation.describe(pair.first, pair.second)}." for pair in pairs),
     ]

@@ -51,7 +51,8 @@ def evaluate(
     Args:
         model: in memory, or its `ModelIdentity` where servers answer.
         tokenizer: of the model.
-        problems: each with an answer; ids distinct.
+        problems: each with an answer, or none with one: then endings and lengths are measured;
+            ids distinct.
         label: the result's name in tables.
         source: of the problems, for the header of the file.
         sampling: how answers are sampled.
@@ -64,7 +65,7 @@ def evaluate(
             settings, or in use; servers that cannot be reached, hold another model, or left
             problems without an answer. Answers so far are kept.
     """
-    check_problems(problems, verifier)
+    check_problems(problems, verifier, ungraded=True)
     in_memory = None if isinstance(model, ModelIdentity) else model
     identity = model if isinstance(model, ModelIdentity) else ModelIdentity.of_model(model)
     sampling = sampling.resolved(identity.generation_config)
@@ -107,15 +108,20 @@ def default_path(header: StoreHeader, dtype: torch.dtype | None = None) -> Path:
     return path if dtype is None else path.with_stem(f"{path.stem}-{str(dtype)[6:]}")
 
 
-def check_problems(problems: Sequence[Problem], verifier: Verifier | None) -> None:
+def check_problems(
+    problems: Sequence[Problem], verifier: Verifier | None, *, ungraded: bool = False
+) -> None:
     """Refuse problems that cannot be graded by `verifier`, or without one by math-verify."""
     if not problems:
         raise RacError("no problems to evaluate on; check the problem source and its limit")
+    if ungraded and all(problem.answer is None for problem in problems):
+        return
     without = [p.id for p in problems if p.answer is None or not p.answer.strip()]
     if without:
         raise RacError(
             f"{len(without)} of {len(problems)} problems have no answer (first: {without[0]!r}); "
-            "name the column of answers (answer_column), or leave them out"
+            "name the column of answers (answer_column), or measure without grading (rac eval "
+            "--stopping)"
         )
     if verifier is None:
         check_installed("mathematics")

@@ -56,7 +56,7 @@ def evaluate_chat(
 
     Loops are counted in words. The label is the server's name of the model.
     """
-    check_problems(problems, verifier)
+    check_problems(problems, verifier, ungraded=True)
     asked = [(problem, i) for problem in problems for i in range(sampling.samples_per_problem)]
     started = time.monotonic()
     label, answers, tokens = asyncio.run(_answers(asked, engine, sampling, path))

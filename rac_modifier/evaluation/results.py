@@ -21,17 +21,21 @@ if TYPE_CHECKING:  # a table of results needs no torch
 
 
 class EvalResult(BaseModel):
-    """Accuracy and length of a model's answers; compare only results at the same cap."""
+    """Accuracy and length of a model's answers; compare only results at the same cap.
+
+    Where the problems have no answers, accuracy and its interval are None and `pass_at`, `per_task`
+    and `correct_answers` are empty.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     label: str
     problems: int
     samples: int  # answers per problem
-    correct: int  # answers
-    accuracy: float  # pass@1: the mean over problems of the share of correct answers
-    ci_low: float  # 95 %, of `intervals.share_interval`
-    ci_high: float
+    correct: int | None  # answers
+    accuracy: float | None  # pass@1: the mean over problems of the share of correct answers
+    ci_low: float | None  # 95 %, of `intervals.share_interval`
+    ci_high: float | None
     pass_at: dict[str, float]  # pass@k for k = 1, 2, 4 ... up to `samples`
     mean_thinking_tokens: float
     mean_completion_tokens: float
@@ -44,6 +48,10 @@ class EvalResult(BaseModel):
     per_task: dict[str, float]  # accuracy of each named task
     correct_answers: dict[str, int]  # by problem; what two results are paired by
     endings: dict[str, list[Ending]]  # by problem, an ending per sample
+
+    def stopping(self) -> dict[str, float]:
+        """Return `stopping.summary` of the endings."""
+        return summary(self.endings, graded=self.accuracy is not None)
 
 
 def summarise(
@@ -58,21 +66,24 @@ def summarise(
     by_problem: dict[str, list[Row]] = {}
     for row in rows:
         by_problem.setdefault(row.id, []).append(row)
-    correct = {name: sum(row.correct for row in answers) for name, answers in by_problem.items()}
     (samples,) = {len(answers) for answers in by_problem.values()}
+    graded = [row for row in rows if row.correct is not None]
+    correct = {row.id: 0 for row in graded}
+    for row in graded:
+        correct[row.id] += bool(row.correct)
     shares = [count / samples for count in correct.values()]
-    low, high = intervals.share_interval(shares)
-    tasks = sorted({row.task for row in rows if row.task is not None})
+    low, high = intervals.share_interval(shares) if graded else (None, None)
+    tasks = sorted({row.task for row in graded if row.task is not None})
     tokens = sum(row.ending.tokens for row in rows) if generated is None else generated
     return EvalResult(
         label=label,
         problems=len(by_problem),
         samples=samples,
-        correct=sum(correct.values()),
-        accuracy=fmean(shares),
+        correct=sum(correct.values()) if graded else None,
+        accuracy=fmean(shares) if graded else None,
         ci_low=low,
         ci_high=high,
-        pass_at=intervals.mean_pass_at(list(correct.values()), samples),
+        pass_at=intervals.mean_pass_at(list(correct.values()), samples) if graded else {},
         mean_thinking_tokens=fmean(row.ending.thinking_tokens for row in rows),
         mean_completion_tokens=fmean(row.ending.tokens for row in rows),
         unfinished_share=fmean(row.ending.truncated for row in rows),
@@ -81,7 +92,9 @@ def summarise(
         cap=sampling.max_new_tokens,
         temperature=sampling.temperature or 0.0,
         seed=sampling.seed,
-        per_task={task: fmean(row.correct for row in rows if row.task == task) for task in tasks},
+        per_task={
+            task: fmean(bool(row.correct) for row in graded if row.task == task) for task in tasks
+        },
         correct_answers=correct,
         endings={name: [row.ending for row in answers] for name, answers in by_problem.items()},
     )
@@ -94,16 +107,18 @@ class PairedDifference:
     first: str
     second: str
     problems: int
-    difference: float  # accuracy of the second minus accuracy of the first
-    ci_low: float  # 95 %, of `intervals.difference_interval`
-    ci_high: float
+    difference: float | None  # accuracy of the second minus that of the first; None: not graded
+    ci_low: float | None  # 95 %, of `intervals.difference_interval`
+    ci_high: float | None
     only_first: int | None  # problems that the first model alone solves; None: several answers
     only_second: int | None
     p_value: float | None  # McNemar's exact two-sided test
     inflation: TokenInflation
 
-    def describe(self) -> str:
-        """Describe the difference in a line."""
+    def describe(self) -> str | None:
+        """Describe the difference in a line, if the answers were graded."""
+        if self.difference is None or self.ci_low is None or self.ci_high is None:
+            return None
         low, high = 100 * self.ci_low, 100 * self.ci_high
         text = f"{self.second} against {self.first}: {100 * self.difference:+.1f} points "
         text += f"({low:+.1f} to {high:+.1f})"
@@ -123,27 +138,29 @@ def paired_difference(first: EvalResult, second: EvalResult) -> PairedDifference
                 f"{first.label} and {second.label} cannot be paired: {name} "
                 f"{getattr(first, name)} and {getattr(second, name)}; evaluate both alike"
             )
-    if first.correct_answers.keys() != second.correct_answers.keys():
-        differing = sorted(first.correct_answers.keys() ^ second.correct_answers.keys())
+    if differing := sorted(first.endings.keys() ^ second.endings.keys()):
         raise RacError(
             f"{first.label} and {second.label} were asked other problems ({len(differing)} "
             f"differ, the first is {differing[0]!r}); evaluate both on the same"
         )
     samples = first.samples
+    difference = low = high = lost = gained = p_value = None
     pairs = [
         (first.correct_answers[name] / samples, count / samples)
         for name, count in second.correct_answers.items()
+        if name in first.correct_answers
     ]
-    low, high = intervals.difference_interval([b - a for a, b in pairs])
-    lost = gained = p_value = None
-    if samples == 1:
+    if pairs:
+        difference = fmean(b - a for a, b in pairs)
+        low, high = intervals.difference_interval([b - a for a, b in pairs])
+    if pairs and samples == 1:
         lost, gained = sum(a > b for a, b in pairs), sum(b > a for a, b in pairs)
         p_value = intervals.mcnemar(lost, gained)
     return PairedDifference(
         first=first.label,
         second=second.label,
-        problems=len(pairs),
-        difference=sum(b - a for a, b in pairs) / len(pairs),
+        problems=len(first.endings),
+        difference=difference,
         ci_low=low,
         ci_high=high,
         only_first=lost,
@@ -180,10 +197,12 @@ class ResultTable:
 def accuracy_table(results: Sequence[EvalResult]) -> ResultTable:
     """Return a row per result of one cap, temperature and number of answers per problem."""
     first = results[0]
-    columns = {
-        "model": [r.label for r in results],
-        "accuracy": [f"{r.accuracy:.1%}" for r in results],
-        "95 % CI": [f"{100 * r.ci_low:.1f}-{100 * r.ci_high:.1f}" for r in results],
+    columns = {"model": [r.label for r in results]}
+    if first.accuracy is not None:
+        bounds = [(100 * (r.ci_low or 0), 100 * (r.ci_high or 0)) for r in results]
+        columns["accuracy"] = [f"{r.accuracy:.1%}" for r in results]
+        columns["95 % CI"] = [f"{low:.1f}-{high:.1f}" for low, high in bounds]
+    columns |= {
         "thinking": [f"{r.mean_thinking_tokens:.0f}" for r in results],
         "tokens": [f"{r.mean_completion_tokens:.0f}" for r in results],
         "unfinished": [f"{r.unfinished_share:.1%}" for r in results],
@@ -194,7 +213,8 @@ def accuracy_table(results: Sequence[EvalResult]) -> ResultTable:
     sampled = f"temperature {first.temperature:g}" if first.temperature else "greedy"
     note = f"At most {first.cap} new tokens per answer; {sampled}"
     if first.samples > 1:
-        columns[f"pass@{first.samples}"] = [f"{r.pass_at[str(r.samples)]:.1%}" for r in results]
+        if first.accuracy is not None:
+            columns[f"pass@{first.samples}"] = [f"{r.pass_at[str(r.samples)]:.1%}" for r in results]
         note += f"; {first.samples} answers per problem"
     return ResultTable(tuple(columns), tuple(zip(*columns.values(), strict=True)), f"{note}.")
 
@@ -203,15 +223,19 @@ def stopping_table(results: Sequence[EvalResult]) -> ResultTable:
     """Return the share of each kind of ending and the mean lengths, a row per result."""
     rows = []
     for result in results:
-        *shares, thinking, answer = summary(result.endings).values()
+        *shares, thinking, answer = result.stopping().values()
         percentages = (f"{share:.1%}" for share in shares)
         rows.append((result.label, *percentages, f"{thinking:.0f}", f"{answer:.0f}"))
-    truncated = ("truncated: reached", "truncated: looping", "truncated: going")
-    return ResultTable(
-        ("model", "right", "wrong", *truncated, "closes thinking", "thinking", "answer"),
-        tuple(rows),
-        "Reached: the last answer stated before the cap is right. Accuracy counts it if boxed.",
-    )
+    looping, going = "truncated: looping", "truncated: going"
+    kinds: tuple[str, ...] = ("finished", looping, going)
+    note = "No answer was compared with a reference."
+    if results[0].accuracy is not None:
+        kinds = ("right", "wrong", "truncated: reached", looping, going)
+        note = (
+            "Reached: the last answer stated before the cap is right. Accuracy counts it if boxed."
+        )
+    head = ("model", *kinds, "closes thinking", "thinking", "answer")
+    return ResultTable(head, tuple(rows), note)
 
 
 def divergence_table(results: Sequence[DivergenceResult]) -> ResultTable:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
-from typing import Literal, get_args
+from typing import Literal
 
 from rac_modifier.evaluation.intervals import Interval, ratio_interval
 from rac_modifier.evaluation.statements import states_answer
@@ -14,11 +14,11 @@ from rac_modifier.problems.answers import THINK_END, Verifier, is_correct
 from rac_modifier.problems.source import Problem
 from rac_modifier.traces.selection import loop_at_end
 
-# The model ended its answer: right, wrong. The cap truncated it: after a right statement of the
-# answer, while its end repeated itself, or neither.
-Kind = Literal["right", "wrong", "reached", "looping", "going"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
-FINISHED: tuple[Kind, ...] = ("right", "wrong")
+# The model ended its answer: right, wrong, or not graded. The cap truncated it: after a right
+# statement of the answer, while its end repeated itself, or neither.
+Kind = Literal["right", "wrong", "finished", "reached", "looping", "going"]
+KINDS: tuple[Kind, ...] = ("right", "wrong", "reached", "looping", "going")  # of graded answers
+UNGRADED: tuple[Kind, ...] = ("finished", "looping", "going")
 # A number, a Chinese character, a word, or a mark.
 _WORD = re.compile(r"\d{1,18}|[\u2e80-\u9fff]|[^\W\d\u2e80-\u9fff]+|[^\w\s]")
 
@@ -52,7 +52,7 @@ class Ending:
     @property
     def truncated(self) -> bool:
         """Return whether the cap ended the answer."""
-        return self.kind not in FINISHED
+        return self.kind in ("reached", "looping", "going")
 
     def at_cap(self, cap: int) -> int:
         """Return the tokens; a truncated answer counts as `cap`."""
@@ -65,7 +65,7 @@ class Row:
 
     id: str  # of the problem
     task: str | None
-    correct: bool
+    correct: bool | None  # None: not graded
     ending: Ending
 
 
@@ -126,10 +126,11 @@ def token_inflation(first: Endings, second: Endings, cap: int) -> TokenInflation
     return TokenInflation(Inflation.of(clusters) if clusters else None, Inflation.of(everything))
 
 
-def summary(endings: Endings) -> dict[str, float]:
+def summary(endings: Endings, *, graded: bool = True) -> dict[str, float]:
     """Return the share of each kind, the share that closes its thinking, and mean lengths."""
     answers = [ending for samples in endings.values() for ending in samples]
-    shares = {kind: fmean(ending.kind == kind for ending in answers) for kind in KINDS}
+    kinds = KINDS if graded else UNGRADED
+    shares = {kind: fmean(ending.kind == kind for ending in answers) for kind in kinds}
     thinking = fmean(ending.thinking_tokens for ending in answers)
     return shares | {
         "closes_thinking": fmean(ending.closes for ending in answers),
@@ -165,16 +166,21 @@ def row_of_text(
 ) -> Row:
     """Check the answer in a completion, and classify its ending; `finish` "length": truncated.
 
-    Without `ids` of its tokens, a loop is counted in words.
+    Without `ids` of its tokens, a loop is counted in words. A problem without an answer is not
+    graded.
     """
-    assert problem.answer is not None
-    correct, loop = is_correct(text, problem.answer, verifier), None
-    kind: Kind = "right" if correct else "wrong"
+    reference, loop, correct = problem.answer, None, None
+    kind: Kind = "finished"
+    if reference is not None:
+        correct = is_correct(text, reference, verifier)
+        kind = "right" if correct else "wrong"
     if finish == "length":
         loop, before_counting = _loop(text, ids)
-        stated = (before_counting, problem.answer, verifier, problem.question)
-        reached = correct or states_answer(*stated)
-        kind = "reached" if reached else "looping" if loop else "going"
+        kind = "looping" if loop else "going"
+        if reference is not None and (
+            correct or states_answer(before_counting, reference, verifier, problem.question)
+        ):
+            kind = "reached"
     ending = Ending(kind, tokens, thinking_tokens, THINK_END in text, loop)
     return Row(problem.id, problem.task, correct, ending)
 

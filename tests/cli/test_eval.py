@@ -67,6 +67,26 @@ def test_divergence_with_an_option_that_replaces_the_calibrated_prompt(
     assert measured["kl"] > 0
 
 
+def test_prompts_without_answers_are_measured_by_how_their_answers_end(
+    rac, tiny_folder, sparse_folder, tmp_path
+):
+    source = tmp_path / "prompts.jsonl"
+    source.write_text("".join(json.dumps({"problem": f"Say {i}."}) + "\n" for i in range(3)))
+    asking = ("eval", tiny_folder, sparse_folder, "--source", source, "--problems", 3, "--cap", 4)
+    assert "rac eval --stopping" in rac(*asking)[2]
+    out = rac.output(*asking, "--stopping", "--json", "s.json")
+    assert "finished" in out
+    assert "accuracy" not in out
+    assert f"tokens of {sparse_folder} over {tiny_folder}: x" in out
+    content = json.loads((tmp_path / "s.json").read_text())
+    for result, shares in zip(content["results"], content["stopping"], strict=True):
+        assert result["accuracy"] is None
+        assert shares["finished"] + shares["looping"] + shares["going"] == pytest.approx(1)
+    (paired,) = content["paired"]
+    assert (paired["problems"], paired["difference"], paired["p_value"]) == (3, None, None)
+    assert "leave --divergence and --card out" in rac(*asking, "--stopping", "--card")[2]
+
+
 def test_eval_compares_models(rac, tiny_folder, sparse_folder, tmp_path):
     results = tmp_path / "eval.json"
     options = ("--problems", 4, "--cap", 8, "--json", results)

@@ -115,8 +115,8 @@ def test_problems_that_cannot_be_graded(scripted, monkeypatch):
     with pytest.raises(RacError, match="no problems"):
         run(None, None, None, [])
     for answer in (None, " "):
-        with pytest.raises(RacError, match=r"1 of 1 problems have no answer .*'q'"):
-            run(None, None, None, [Problem("q", "1?", answer, None)])
+        with pytest.raises(RacError, match=r"1 of 2 problems have no answer .*'q'"):
+            run(None, None, None, [Problem("q", "1?", answer, None), Problem("r", "1?", "1", None)])
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(RacError, match="needs math-verify; pip install"):
         run(None, None, None, PROBLEMS)
