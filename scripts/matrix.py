@@ -36,7 +36,7 @@ TESTS = (
     "contracts", "test_on_import.py", "settings", "pruning/test_solve.py",
     "quantization/test_solve.py", "problems/test_source.py", "problems/test_answer_checker.py",
     "sampling/test_engine.py", "sampling/test_openai_server.py", "traces/test_store.py",
-    "traces/test_collect.py", "calibration/test_calibration_set.py", "checkpoint/test_load.py",
+    "traces/test_collect.py", "calibration/test_calibration_set.py", "checkpoint/test_formats.py",
     "checkpoint/test_hf_quantizer.py", "kernels/cpu/test_operator.py",
     "evaluation/test_accuracy.py", "llmcompressor/test_recipe_to_checkpoint.py",
     "cli/test_prune.py",

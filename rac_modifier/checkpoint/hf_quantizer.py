@@ -31,6 +31,7 @@ from rac_modifier.checkpoint.quantization_config import (
     RAC_METHOD,
     SparsityConfig,
     weight_schemes,
+    without_sparsity,
 )
 from rac_modifier.checkpoint.stored_weight import FLOATS
 from rac_modifier.errors import RacError
@@ -119,7 +120,7 @@ class CompressedTensorsConfig(upstream.CompressedTensorsConfig):
         self.sparsity = SparsityConfig.of(kwargs)
         if self.sparsity is not None:
             weight_schemes(kwargs)  # before upstream matches the patterns in it
-            del kwargs["sparsity_config"]
+            kwargs = without_sparsity(kwargs)
         elif kwargs.get("quant_method") == RAC_METHOD:
             raise RacError(
                 "config.json has no sparsity_config; restore the one saved with the weights"
@@ -160,11 +161,11 @@ class SparseHfQuantizer(CompressedTensorsHfQuantizer):
             raise RacError("packed weights cannot be sharded while loaded; set storage: dense")
         _extend_loading()
 
-    def update_weight_conversions(self, weight_conversions: list[Any]) -> list[Any]:
-        """Return the conversions of a model whose weights are dense, quantized or not."""
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
+        """Return the conversions of dense weights; transformers passes the model from 5.21 on."""
         if self._only_packed:
             return weight_conversions
-        conversions: list[Any] = super().update_weight_conversions(weight_conversions)
+        conversions: list[Any] = super().update_weight_conversions(weight_conversions, *model)
         return conversions
 
     def load_packed(
@@ -183,7 +184,7 @@ class SparseHfQuantizer(CompressedTensorsHfQuantizer):
         info = loaded[0]
         for name, text in sorted(info.conversion_errors.items()):
             raise RacError(f"{name}: cannot be loaded ({text.strip().splitlines()[-1]})")
-        # with a quantizer, transformers compares no shapes
+        # with a quantizer, transformers compares no shapes until 5.22
         state = model.state_dict().items()
         misfits = {name for name, tensor in state if tensor.shape != shapes[name]}
         keys = {"mismatched_keys": {*info.mismatched_keys, *misfits}}

@@ -1,8 +1,9 @@
 """What config.json says about sparsity and quantization: reader and writers of its two entries.
 
 `quantization_config.sparsity_config` means packed weights. `quant_method` next to it is
-"compressed-tensors", which transformers and vLLM without this package refuse. "rac" is read too,
-and not written: transformers would only warn, and start the weights at random. Our own entry is
+"compressed-tensors", which vLLM without this package refuses. transformers without it refuses
+`NOT_A_SCHEME`; without that, 5.23 and later would only warn, and start the weights at random, as
+every version does where the method is "rac", which is read and not written. Our own entry is
 `rac_sparsity`: the mask structure of each pruned module, and the modules with 8-bit activations.
 """
 
@@ -24,6 +25,7 @@ METHOD = "compressed-tensors"
 RAC_METHOD = "rac"  # of packed checkpoints, which are read under both names
 FORMAT_24, FORMAT_BITMASK = "sparse-24-bitmask", "sparse-bitmask"
 PACK_QUANTIZED = "pack-quantized"
+NOT_A_SCHEME = {"packed sparse weights: install rac-modifier, then import rac_modifier": True}
 BITS = (2, 3, 4)  # of dense weights that a kernel reads
 _INT8_FORMATS = (PACK_QUANTIZED, "int-quantized", "naive-quantized")
 VERSION = 1  # of the packed layouts; raised with every change that an older reader would misread
@@ -120,8 +122,9 @@ def with_packed(
 ) -> dict[str, Any]:
     """Return a copy of the config for packed weights; what quantization wrote there is kept."""
     check_method(config)
+    unquantized = {"format": "dense", "kv_cache_scheme": NOT_A_SCHEME}
     quantization = {
-        **(config.get(QUANTIZATION_KEY) or {"format": "dense"}),
+        **(config.get(QUANTIZATION_KEY) or unquantized),
         "quant_method": METHOD,
         "sparsity_config": {"format": format, "targets": ["Linear"], "ignore": sorted(ignore)},
     }
@@ -129,12 +132,21 @@ def with_packed(
     return {**config, QUANTIZATION_KEY: quantization, RAC_KEY: record}
 
 
+def without_sparsity(quantization: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of a `quantization_config` without what packing wrote there."""
+    return {
+        key: value
+        for key, value in quantization.items()
+        if key != "sparsity_config" and value != NOT_A_SCHEME
+    }
+
+
 def with_dense_mark(config: dict[str, Any], structures: dict[str, str]) -> dict[str, Any]:
     """Return a copy of the config for sparse weights that are stored dense."""
     marked = {**config, RAC_KEY: {"storage": "dense", "modules": structures}}
     quantization = config.get(QUANTIZATION_KEY)
     if isinstance(quantization, dict) and quantization.get("quant_method") in (METHOD, RAC_METHOD):
-        base = {key: value for key, value in quantization.items() if key != "sparsity_config"}
+        base = without_sparsity(quantization)
         marked[QUANTIZATION_KEY] = {**base, "quant_method": METHOD}
         if not any(map(base.get, ("config_groups", "kv_cache_scheme", "transform_config"))):
             del marked[QUANTIZATION_KEY]  # it held only sparsity

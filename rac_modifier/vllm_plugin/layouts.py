@@ -17,7 +17,11 @@ from rac_modifier.checkpoint.bitmask import damaged, part_of
 from rac_modifier.checkpoint.dense_codes import OF_VOCABULARY, ORDER, ZEROS, PackQuantized
 from rac_modifier.checkpoint.formats import FORMAT_BITMASK, FORMATS
 from rac_modifier.checkpoint.quantization_config import METHOD as COMPRESSED_TENSORS
-from rac_modifier.checkpoint.quantization_config import SparsityConfig, WeightScheme
+from rac_modifier.checkpoint.quantization_config import (
+    SparsityConfig,
+    WeightScheme,
+    without_sparsity,
+)
 from rac_modifier.checkpoint.stored_weight import (
     FLOATS,
     SCALE,
@@ -214,8 +218,7 @@ def _compressed_tensors(config: Mapping[str, Any]) -> Any:
         CompressedTensorsConfig,
     )
 
-    without = {key: value for key, value in config.items() if key != "sparsity_config"}
-    return CompressedTensorsConfig.from_config(without)
+    return CompressedTensorsConfig.from_config(without_sparsity(config))
 
 
 def _scheme_of(scheme: Mapping[str, Any], format: str | None) -> WeightScheme:

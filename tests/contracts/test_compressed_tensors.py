@@ -18,7 +18,8 @@ CALIBRATES = "ReasoningAwareCalibrationModifier"
 
 def test_the_names_of_preset_schemes():
     """If this fails: write upstream's names into settings/pruning.py."""
-    assert frozenset(UPSTREAM) == PRESET_SCHEMES
+    later = {"MXFP4XFP8", "MXFP6A16", "MXFP6A8"}  # of 0.20, which llm-compressor 0.14 refuses
+    assert UPSTREAM.keys() - later == PRESET_SCHEMES
 
 
 def test_no_setting_has_the_name_of_something_that_upstreams_modifier_has():

@@ -36,7 +36,8 @@ from transformers import AutoModelForCausalLM
 assert "rac_modifier" not in sys.modules
 try:
     AutoModelForCausalLM.from_pretrained(sys.argv[1])
-except Exception:
+except ValueError as error:
+    assert "install rac-modifier, then import rac_modifier" in str(error)
     print("refused")
 loaded = AutoModelForCausalLM.from_pretrained(sys.argv[2])
 print(bool((loaded.model.layers[0].mlp.up_proj.weight == 0).any()))
@@ -44,7 +45,10 @@ print(bool((loaded.model.layers[0].mlp.up_proj.weight == 0).any()))
 
 
 def test_seam_an_unknown_method_is_skipped_with_a_warning(tmp_path):
-    """Why packed checkpoints say "compressed-tensors": "rac" would start the weights at random."""
+    """Why packed checkpoints say "compressed-tensors": "rac" would start the weights at random.
+
+    With "compressed-tensors" they are refused for an entry that is no scheme of a KV cache.
+    """
     model = tiny_model()
     model.model.layers[0].mlp.up_proj.weight.data[:, ::2] = 0
     folders = [str(tmp_path / method) for method in (METHOD, "rac")]
@@ -90,13 +94,9 @@ def test_seam_hooks_of_a_quantizer_and_their_order(tmp_path, monkeypatch):
     model.save_pretrained(tmp_path)
 
     def spy(name):
-        inner = getattr(CompressedTensorsHfQuantizer, name)
-
-        def hook(self, *args, **kwargs):
+        def hook(self, first, *args, **kwargs):
             calls.append((name, kwargs))
-            if name == "_process_model_before_weight_loading":
-                return None  # upstream's own needs a config group
-            return inner(self, *args, **kwargs)
+            return first  # upstream's own hooks need a config group
 
         monkeypatch.setattr(CompressedTensorsHfQuantizer, name, hook)
 
@@ -115,7 +115,6 @@ def test_seam_hooks_of_a_quantizer_and_their_order(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("owner", "name", "parameters"),
     [
-        (HfQuantizer, "update_weight_conversions", ["self", "weight_conversions"]),
         (HfQuantizer, "_process_model_before_weight_loading", ["self", "model", "kwargs"]),
         (HfQuantizer, "_process_model_after_weight_loading", ["self", "model", "kwargs"]),
         (
@@ -172,12 +171,3 @@ def test_seam_a_state_dict_is_indexed_like_slices_of_files(tmp_path, monkeypatch
     with pytest.raises(LookupError, match="ours"):
         Qwen3ForCausalLM.from_pretrained(tmp_path)
     assert set(indexed) == {...}
-
-
-def test_seam_with_a_quantizer_shapes_are_not_compared():
-    """Why they are compared here."""
-    from transformers import core_model_loading as loading
-
-    assert "param_value.shape != expected_shape and hf_quantizer is None" in inspect.getsource(
-        loading.set_param_for_module
-    )
