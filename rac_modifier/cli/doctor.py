@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Literal
@@ -22,6 +22,25 @@ _BASE = "base"  # what every command needs
 _EXTRAS = (_BASE, "traces", "compress", "serve", "serve-cpu", "eval", "reasoning-gym", "harness")
 _WORST_FIRST: tuple[Status, ...] = ("missing", "broken", "ok")
 _REINSTALL = f"pip install --force-reinstall --no-deps {DISTRIBUTION}"
+
+# Versions whose tests ran together, in `make test` or in the row "next" of `make test-matrix`.
+TESTED: dict[str, tuple[dict[str, str], ...]] = {
+    "compressing": (
+        {
+            "llmcompressor": "0.14.0.1",
+            "compressed-tensors": "0.19.0",
+            "transformers": "5.17.0",
+            "torch": "2.13.0",
+        },
+        {
+            "llmcompressor": "0.14.0.1",
+            "compressed-tensors": "0.20.1",
+            "transformers": "5.24.0",
+            "torch": "2.13.0",
+        },
+    ),
+    "serving": ({"vllm": "0.32.0", "transformers": "5.19.0", "torch": "2.13.0"},),
+}
 
 
 @dataclass(frozen=True)
@@ -41,7 +60,7 @@ def doctor(as_json: AsJson = False) -> None:
 
     Example: rac doctor
     """
-    findings = [*_versions(), *_extras(), *_kernels(), *_plugin()]
+    findings = [*_versions(), *_extras(), *_tested(), *_kernels(), *_plugin()]
     broken = [finding.name for finding in findings if finding.status == "broken"]
     if as_json:
         print_json({"usable": not broken, "findings": [asdict(finding) for finding in findings]})
@@ -107,6 +126,27 @@ def _packages(extra: str) -> Iterator[tuple[Status, str]]:
         fits = requirement.specifier.contains(version, prereleases=True)
         text = f"{name} {version}" + ("" if fits else f", but {requirement.specifier} is needed")
         yield "ok" if fits else "broken", text
+
+
+def _tested() -> Iterator[Finding]:
+    """Report whether the tests ran with the versions of the upstream packages."""
+    versions = {d.name: d.version.partition("+")[0] for d in metadata.distributions()}
+    for task, combinations in TESTED.items():
+        installed = {name: versions[name] for name in combinations[0] if name in versions}
+        if len(installed) < len(combinations[0]):
+            continue
+        nearest = max(combinations, key=lambda tested: len(tested.items() & installed.items()))
+        untested = [name for name in nearest if nearest[name] != installed[name]]
+        if untested:
+            tested = "; tested: ".join(map(_listed, combinations))
+            others = _listed({name: installed[name] for name in untested})
+            yield Finding(task, "missing", f"not tested with {others}; tested: {tested}")
+        else:
+            yield Finding(task, "ok", f"tested with {_listed(installed)}")
+
+
+def _listed(versions: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
 def _kernels() -> Iterator[Finding]:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from rac_modifier.cli.doctor import Finding, _extras, _kernels, _plugin
+from rac_modifier.cli.doctor import TESTED, Finding, _extras, _kernels, _plugin, _tested
 from rac_modifier.kernels.cpu import library, support
 
 REQUIRES = [
@@ -78,6 +78,27 @@ def test_extras_and_base_packages_and_how_to_install_them(installed, rac):
     assert "BROKEN" in out
     assert "pip install rac-modifier\n" in out
     assert "2 broken: base, compress" in err
+
+
+def test_the_versions_of_make_test_are_tested_ones():
+    """If this fails: let `make test` run with them, then write them into TESTED; any torch."""
+    for tested in TESTED["compressing"]:
+        if all(metadata.version(name) == tested[name] for name in tested.keys() - {"torch"}):
+            return
+    pytest.fail("none of TESTED")
+
+
+def test_whether_a_combination_of_versions_was_tested(installed):
+    installed |= {"compressed-tensors": "0.19.0", "transformers": "5.17.0"}
+    (finding,) = _tested()
+    assert (finding.name, finding.status) == ("compressing", "ok")
+    installed["transformers"] = "5.18.0"
+    (finding,) = _tested()
+    assert finding.status == "missing"
+    assert finding.detail.startswith(
+        "not tested with transformers 5.18.0; tested: llmcompressor 0.14.0.1, "
+        "compressed-tensors 0.19.0, transformers 5.17.0, torch 2.13.0; tested: llm"
+    )
 
 
 def test_whether_vllm_finds_the_plugin(installed, monkeypatch):

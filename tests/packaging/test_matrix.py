@@ -18,6 +18,10 @@ def test_the_serving_environment_runs_what_the_makefile_and_conftest_name():
     assert sorted(matrix.serving_tests()) == sorted(f"tests/{name}" for name in SERVING_TESTS)
 
 
+def test_every_test_of_the_matrix_is_there():
+    assert [name for name in matrix.TESTS if not (ROOT / "tests" / name).exists()] == []
+
+
 def test_every_requirement_of_the_matrix_has_a_lower_end():
     requirements = matrix.requirements(PROJECT)
     assert len({Requirement(line).name for line in requirements}) == len(requirements) > 5

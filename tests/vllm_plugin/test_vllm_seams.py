@@ -13,6 +13,7 @@ needs_vllm()
 
 from vllm.model_executor.layers import linear, quantization
 
+from rac_modifier.cli.doctor import TESTED
 from rac_modifier.errors import RacError
 from rac_modifier.files import read_json
 from rac_modifier.vllm_plugin.config import RacConfig
@@ -37,6 +38,12 @@ def test_entry_point_group():
     if not ours:
         pytest.skip("rac-modifier is not installed here, only on the path")
     assert set(ours) == {"rac_modifier.vllm_plugin.register:register"}
+
+
+def test_the_versions_of_this_environment_are_those_that_doctor_calls_tested():
+    names = TESTED["serving"][0]
+    versions = {name: importlib.metadata.version(name).partition("+")[0] for name in names}
+    assert versions in TESTED["serving"]
 
 
 def test_register_quantization_config_twice():
