@@ -4,7 +4,8 @@ python -m bench experts
 
 The model is the embedded reasoner with each MLP cut into experts of 192 neurons, four copies of
 each quarter, four experts per token. It is trained for some minutes on the reasoner's problems.
-Cells are medians over seeds, with the lowest and the highest value.
+Cells are medians over seeds, with the lowest and the highest value. Every seed samples traces of
+its own and draws its own text; all prompts are one set.
 """
 
 from __future__ import annotations
@@ -32,15 +33,16 @@ from rac_modifier.reasoner import reasoner_path
 EXPERTS, ACTIVE = 16, 4
 STEPS, STEP_TOKENS, RATE = 200, 2048, 2e-4
 HALVES = "half traces, half prompts"
+CORRECT = "correct traces"
 COLUMNS = {"experts": "", "KL": ".4f", "right answers, %": ".1f", "truncated, %": ".1f"}
 TINY = "--steps 1 --shares 0.5 --calibrations prompts --seeds 0 --tokens 512 --problems 2 --cap 24"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this suite."""
-    kinds = [*CALIBRATIONS, HALVES]
+    kinds = [*CALIBRATIONS, HALVES, CORRECT]
     parser.add_argument("--steps", type=int, default=STEPS, help="of training the model")
-    parser.add_argument("--shares", nargs="+", type=float, default=[0.25, 0.5])
+    parser.add_argument("--shares", nargs="+", type=float, default=[0.25, 0.5, 0.75])
     parser.add_argument("--calibrations", nargs="+", choices=kinds, default=kinds)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--tokens", type=int, default=32768, help="of calibration")
@@ -57,18 +59,20 @@ def run(options: argparse.Namespace) -> None:
     subject = Subject(
         "embedded reasoner with 16 experts", str(folder), dense.shared, dense.evaluation
     )
-    halves = {"calibration.mixture": {"traces": 0.5, "prompts": 0.5}}
     rows = [
         {
-            "label": f"{share:.0%} removed, {name}",
+            "label": f"{share:.0%} removed, {name}, seed {seed}",
+            "group": f"{share:.0%} removed, {name}",
             "recipe": {
                 "ReasoningAwareCalibrationModifier": {},
                 "REAPPruningModifier": {"sparsity": share},
             },
-            "set": halves if name == HALVES else calibrated_on(name, subject),
-            "seeds": options.seeds,
+            "set": calibration(name, seed, subject),
         }
-        for share, name in itertools.product(options.shares, options.calibrations)
+        for share, name, seed in itertools.product(
+            options.shares, options.calibrations, options.seeds
+        )
+        if name != "prompts" or seed == options.seeds[0]
     ]
     out = options.work / "experts-rows"
     finished = run_grid(
@@ -76,7 +80,7 @@ def run(options: argparse.Namespace) -> None:
     )
     by_label: dict[str, list[dict[str, Any]]] = {}
     for row in finished:
-        by_label.setdefault(row["row"], []).append(row)
+        by_label.setdefault(row["group"], []).append(row)
     table = []
     for label, of_seeds in by_label.items():
         kl = [row["divergence"]["kl"] for row in of_seeds if row["divergence"]]
@@ -84,6 +88,18 @@ def run(options: argparse.Namespace) -> None:
         truncated = [100 * row["truncated"] for row in of_seeds]
         table.append([label, spread(kl) if kl else None, spread(right), spread(truncated)])
     save(options.out, "experts_reap", subject.name, COLUMNS, table)
+
+
+def calibration(name: str, seed: int, subject: Subject) -> dict[str, Any]:
+    """Return the changed settings of a calibration set."""
+    sampled = {"calibration.seed": seed, "traces.sampling.seed": seed}
+    if name == HALVES:
+        return sampled | {"calibration.mixture": {"traces": 0.5, "prompts": 0.5}}
+    if name == CORRECT:
+        return sampled | {"traces.select.answers": "correct"}
+    if name == "traces":
+        return sampled
+    return calibrated_on(name, subject) | {"calibration.seed": seed}
 
 
 def make(folder: Path, steps: int) -> None:
