@@ -17,10 +17,8 @@ from bench.common import save
 from bench.grid import COLUMNS, OURS, cells, pattern, run_grid
 from bench.models import SUBJECTS, float32_copy
 from rac_modifier.evaluation.results import EvalResult
-from rac_modifier.evaluation.stopping import FINISHED, KINDS, summary
 
 TINY = "--patterns 0.9 --tokens 512 --recover 512 --seeds 0 --problems 2 --cap 24"
-TRUNCATED = [kind for kind in KINDS if kind not in FINISHED]
 STOPPING = {
     "row": "",
     "temperature": "",
@@ -47,7 +45,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def stopping(measured: dict[str, Any], temperature: str) -> list[Any]:
     """Return the cells of STOPPING for a checkpoint's row at one temperature."""
-    shares = summary(EvalResult.model_validate(measured["accuracy"]).endings)
+    result = EvalResult.model_validate(measured["accuracy"])
+    shares = result.stopping()
     inflation = (measured["paired"] or {}).get("inflation", {}).get("at_cap")
     label, _, kl, *_ = cells(measured)
     return [
@@ -55,7 +54,7 @@ def stopping(measured: dict[str, Any], temperature: str) -> list[Any]:
         temperature,
         kl,
         100 * shares["right"],
-        100 * sum(shares[kind] for kind in TRUNCATED),
+        100 * result.unfinished_share,
         100 * shares["looping"],
         100 * shares["closes_thinking"],
         inflation and [inflation[key] for key in ("ratio", "ci_low", "ci_high")],
