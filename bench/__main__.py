@@ -1,7 +1,5 @@
 """`python -m bench SUITE [...]` runs a suite of benchmarks; `--list` names them."""
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import shlex

@@ -3,8 +3,6 @@
 python -m bench accuracy --variants paper quality --patterns 0.5 0.7 2:4
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 

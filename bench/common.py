@@ -1,7 +1,5 @@
 """Shared by the suites: the result file, the machine, runs in turn, processes of their own."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import multiprocessing

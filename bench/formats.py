@@ -8,8 +8,6 @@ calibration tokens. The dense model answers each held-out prompt once at tempera
 greedily; both models then read these answers (teacher forcing). A finished row is not run again.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 from itertools import islice

@@ -6,8 +6,6 @@ Embedding and head stay the dense model's, as in every other row. llama.cpp choo
 tensor when it writes a file; its `ggml_quantize_chunk` then quantizes the tensor row by row.
 """
 
-from __future__ import annotations
-
 import ctypes
 import importlib.util
 import os

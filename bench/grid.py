@@ -1,7 +1,5 @@
 """Rows of recipes run by `rac frontier`, for the suites accuracy, recovery and traces."""
 
-from __future__ import annotations
-
 import copy
 import json
 import subprocess

@@ -7,8 +7,6 @@ no cache helps. Contenders run in turn, one step each; medians count. "of the pr
 share of the memory's reading speed that our kernel reaches.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib.util
 import itertools

@@ -1,7 +1,5 @@
 """The models that suites measure, with their problems: the embedded reasoner and SmolLM2."""
 
-from __future__ import annotations
-
 import json
 import random
 import re

@@ -15,8 +15,6 @@ For the residual x and the RMS norm n(x), which commutes with an orthogonal Q:
   head:           W' = W diag(g_f) Q, the last norm is 1     untied from the embedding
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib.util
 import json

@@ -9,8 +9,6 @@ is vLLM's `LLM` in the process, "served" is `vllm serve` in one process, timed a
 Contenders run in turn, each in a process of its own. A contender that is not installed fails alone.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -1,7 +1,5 @@
 """Other projects in `bench peers`: a file for llama.cpp, steps in OpenVINO and torchao."""
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Draw docs/accuracy.png from results/accuracy_calibration.json and accuracy_presets.json."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -7,8 +7,6 @@ All models are float32, because a CPU multiplies these faster than bfloat16. Eve
 answers the same held-out problems greedily, and at temperature 0.6 where they can be graded.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 from typing import Any

@@ -4,8 +4,6 @@ A page has `<!-- table NAME -->` and `<!-- end -->`; between them is the table o
 results/NAME.json. With --check nothing is written, and the exit status is 1 if a page would change.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import sys

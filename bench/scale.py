@@ -7,8 +7,6 @@ written file by file. Peak memory is the largest resident set of the process (`r
 importing torch included.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -1,7 +1,5 @@
 """`vllm serve` on the loopback interface, and a client that streams token ids."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import os

@@ -10,8 +10,6 @@ ratio is to the first form. --soak sends thousands of requests; some clients lea
 to a checkpoint, and exits with 1 where memory is not flat or a request fails.
 """
 
-from __future__ import annotations
-
 import argparse
 import shlex
 import statistics

@@ -1,14 +1,12 @@
 """Models in the shape of Qwen2 with random weights, stored in any form that we serve."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -46,7 +44,7 @@ class Form:
     vllm: bool = False
 
     @classmethod
-    def parse(cls, text: str) -> Form:
+    def parse(cls, text: str) -> Self:
         """Read "bf16", "w8a8" (vLLM's), "int4", "50%-bf16", "2:4-int8", "50%-int8-8" (x int8)."""
         if text in ("bf16", "w8a8"):
             return cls(text, bits=16 if text == "bf16" else 8, vllm=True)

@@ -5,8 +5,6 @@ for keys and values has few blocks, so that the first requests touch all of its 
 larger one looks like a leak.
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import json

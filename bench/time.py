@@ -8,8 +8,6 @@ rows of tokens without padding. Time is for the whole `oneshot` call. The error 
 the last hidden state with the dense model's.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import time

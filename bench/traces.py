@@ -8,8 +8,6 @@ The model is the embedded reasoner in float32. Each round completes other proble
 same order for both contenders.
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import json

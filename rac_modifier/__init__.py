@@ -9,8 +9,6 @@ packed sparse checkpoints to `from_pretrained`:
     oneshot("path/or/id", recipe=rac_modifier.recipe("rac_2of4"), output_dir="out")
 """
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import sys

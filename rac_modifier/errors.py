@@ -1,7 +1,5 @@
 """The error that a user's mistake raises, also for errors of libraries."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 

@@ -1,7 +1,5 @@
 """Files that are written whole or not at all, read to their end, and free of a machine's paths."""
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import json
@@ -26,22 +24,30 @@ def write_json_atomic(path: str | Path, obj: Any) -> None:
 
 
 def write_text_atomic(path: str | Path, text: str) -> None:
-    """Write UTF-8 text through a temporary file, mode 644; the old file stays on a RacError."""
-    path = Path(path)
+    """Write UTF-8 text by `replacing`; the old file stays on a RacError."""
     step = "make room or choose another folder"
-    with refusing(f"{path}: cannot be written", step, OSError, UnicodeError):
-        handle, temporary = tempfile.mkstemp(".tmp", f".{path.name}.", path.parent)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)  # mkstemp's 600 would hide the file from other readers
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
-            raise
+    with (
+        refusing(f"{path}: cannot be written", step, OSError, UnicodeError),
+        replacing(Path(path)) as new,
+    ):
+        new.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a new file that replaces `path`, mode 644; an error leaves the old file as it is."""
+    handle, name = tempfile.mkstemp(".tmp", f".{path.name}.", path.parent)
+    os.close(handle)
+    new = Path(name)
+    try:
+        yield new
+        new.chmod(0o644)  # mkstemp's 600 would hide the file from other readers
+        with new.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(new, path)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
 
 
 def read_json(path: str | Path, next_step: str = "is this a saved model folder?") -> dict[str, Any]:

@@ -1,7 +1,5 @@
 """Evaluation mode, the accelerator, and the early end of a forward pass of a model."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any

@@ -3,8 +3,6 @@
 docs/results/pruning_time.md and docs/results/scale.md have the measurements.
 """
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import os

@@ -3,8 +3,6 @@
 Decisions go as JSON through a gloo group, tensors through the default group (NCCL on GPUs).
 """
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import json

@@ -1,7 +1,5 @@
 """Progress of a long run: a bar on a terminal, some ten log lines elsewhere."""
 
-from __future__ import annotations
-
 import time
 
 from loguru import logger
@@ -32,7 +30,7 @@ class StepProgress:
         lines_before = self._done * _LINES // self._total
         self._done += 1
         per_step = (time.monotonic() - self._start) / (self._done - self._first)
-        remaining = f"about {readable_time(per_step * (self._total - self._done))} left"
+        remaining = f"about {tqdm.format_interval(per_step * (self._total - self._done))} left"
         self._bar.set_postfix_str(f"{text}, {remaining}", refresh=False)
         self._bar.update()
         due = self._done * _LINES // self._total > lines_before
@@ -42,12 +40,3 @@ class StepProgress:
     def close(self) -> None:
         """End the bar."""
         self._bar.close()
-
-
-def readable_time(seconds: float) -> str:
-    """Return a time such as "2 h 05 min", "3 min 07 s" or "12 s"."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"

@@ -1,7 +1,5 @@
 """Count the memory of work before it runs: its own code, on fake tensors or a narrow problem."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import logging
@@ -34,12 +32,15 @@ class LiveBytes(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         result = func(*args, **(kwargs or {}))
+        inputs = {
+            id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)
+        }
         outputs = [result] if isinstance(result, Tensor) else tree_leaves(result)
         for tensor in outputs:
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
                 key = id(storage)
-                if key not in self._storages and not _is_of_input(key, args, kwargs):
+                if key not in self._storages and key not in inputs:
                     reference = weakref.ref(storage, partial(self._forget, key))
                     self._storages[key] = reference, storage.nbytes()
                     self.now += storage.nbytes()
@@ -48,12 +49,6 @@ class LiveBytes(TorchDispatchMode):
 
     def _forget(self, key: int, _: object) -> None:
         self.now -= self._storages.pop(key)[1]
-
-
-def _is_of_input(storage: int, args: Any, kwargs: Any) -> bool:
-    """Return whether an operator's input has the storage with this id."""
-    inputs = (t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
-    return any(id(tensor.untyped_storage()) == storage for tensor in inputs)
 
 
 def widened_peak(rehearse: Callable[[int], int], columns: int, multiple: int = 1) -> int:

@@ -10,8 +10,6 @@ libgomp is left out of the wheel: torch's own is in the process before the libra
 a second copy would bring a second pool of threads.
 """
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -13,8 +13,6 @@ It works away from the clone, in a folder with a space in its name:
 As root, the user is `nobody`; otherwise it is you, and the environments are made read-only.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import shutil

@@ -9,8 +9,6 @@ never older than the code.
     <!-- commands -->          every command of `rac`: its help, its arguments and options
 """
 
-from __future__ import annotations
-
 import html
 import json
 import re

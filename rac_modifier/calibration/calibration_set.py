@@ -1,7 +1,5 @@
 """From settings to the calibration loader: collect the traces, mix, record the mixture."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any

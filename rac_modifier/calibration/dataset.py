@@ -4,8 +4,6 @@ A row has `input_ids` as the model wrote them (nothing is tokenized again), `att
 `loss_mask`, which is 1 for the tokens of completions. Neither llm-compressor nor vLLM is imported.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from rac_modifier.calibration.trace_pool import collect_for_calibration
-from rac_modifier.errors import RacError
-from rac_modifier.files import public_name
+from rac_modifier.errors import RacError, refusing
+from rac_modifier.files import public_name, replacing
 from rac_modifier.sampling.model_identity import ModelIdentity
 from rac_modifier.settings.calibration import CalibrationSettings
 from rac_modifier.settings.check import check_settings
@@ -46,7 +44,7 @@ def trace_dataset(
     length: int | None = None,
     tokenizer: Any = None,
     seed: int = 0,
-) -> Dataset:
+) -> "Dataset":
     """Sample a model's own chains of thought, or read them from a store, as a dataset.
 
     `info.description` is JSON: model, store with its hash, sampling settings and counts. RacError
@@ -137,28 +135,21 @@ def export_store(
         for trace in selection.keep(map(without_repeats, store), judge):
             yield _described(trace, tokenizer if text else None)
 
-    partial = output.with_name(f"{output.name}.partial")
-    try:
+    step = "make room, or name another file"
+    with refusing(f"{str(output)!r} cannot be written", step, OSError), replacing(output) as new:
         if output.suffix == ".jsonl":
-            with partial.open("w", encoding="utf-8") as file:
+            with new.open("w", encoding="utf-8") as file:
                 file.writelines(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows())
         else:
             from datasets import IterableDataset
 
             dataset = IterableDataset.from_generator(rows, features=_features(*columns))
-            dataset.to_parquet(str(partial), batch_size=_BATCH)
+            dataset.to_parquet(str(new), batch_size=_BATCH)
         if not selection.kept:
             raise RacError(
                 f"trace store {str(store.path)!r}: {selection.describe()}, and no row to "
                 "write; collect more traces, or loosen the selection"
             )
-        os.replace(partial, output)
-    except OSError as error:
-        raise RacError(
-            f"{str(output)!r} cannot be written ({error}); make room, or name another file"
-        ) from error
-    finally:
-        partial.unlink(missing_ok=True)
     return selection.kept
 
 
@@ -192,7 +183,7 @@ def _described(trace: Trace, tokenizer: Any) -> Row:
     return row
 
 
-def _features(*texts: str) -> Features:
+def _features(*texts: str) -> "Features":
     from datasets import Features, Sequence, Value
 
     masks = ("attention_mask", "loss_mask")

@@ -1,10 +1,10 @@
 """Calibration batches with a weight per token; padding weighs 0 and reaches no Hessian."""
 
-from __future__ import annotations
-
 import hashlib
+import math
 import random
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Self, TypeVar
 
 import torch
 from torch.utils.data import DataLoader
@@ -13,20 +13,37 @@ from rac_modifier.calibration.mixture import CalibrationSequence
 from rac_modifier.errors import RacError
 from rac_modifier.settings.calibration import CalibrationSettings
 
+S = TypeVar("S")
 # Shards of the batches, which processes share evenly if they are 2, 3, 4, 6, 8 or 12.
 SHARDS = 24
 # Tokens of a row of `joined()`: the length of a sequence that AutoRound takes by default.
 ROW_TOKENS = 2048
 
 
-class CalibrationLoader(DataLoader):
-    """Yields `{"input_ids": int64 [rows, length]}`, padded on the right, without attention mask.
+def batches_of_like_length(
+    sequences: Iterable[S],
+    most_tokens: int,
+    length: Callable[[S], int],
+    most_padding: float = math.inf,
+) -> Iterator[list[S]]:
+    """Yield batches of at most `most_tokens` padded tokens, shortest sequences first.
 
-    Attributes:
-        token_weights: of each batch, float32 [rows, length]: 0 for padding.
-        shards_ended: number of shards that end with each batch of a `share` (pruning/shard_sum.py).
-        numbers: of each batch of a `share`, its place in the share of one process alone.
+    A longer sequence is a batch. None adds more than `most_padding` tokens to the sequences before.
     """
+    batch: list[S] = []
+    for sequence in sorted(sequences, key=length):
+        size = length(sequence)
+        padding = len(batch) * (size - length(batch[-1])) if batch else 0
+        if batch and ((len(batch) + 1) * size > most_tokens or padding > most_padding):
+            yield batch
+            batch = []
+        batch.append(sequence)
+    if batch:
+        yield batch
+
+
+class CalibrationLoader(DataLoader):
+    """Yields `{"input_ids": int64 [rows, length]}`, padded on the right, without attention mask."""
 
     def __init__(
         self,
@@ -37,8 +54,12 @@ class CalibrationLoader(DataLoader):
     ):
         """Take `batches` of the sequences; default: of at most `settings.batch_tokens` each."""
         self.sequences, self.settings, self.pad_token_id = sequences, settings, pad_token_id
-        self._batches = self._batched() if batches is None else batches
-        self.token_weights: list[torch.Tensor] = []
+        if batches is None:
+            limit = settings.batch_tokens
+            batches = list(batches_of_like_length(sequences, limit, lambda s: len(s.ids)))
+            random.Random(settings.seed).shuffle(batches)
+        self._batches = batches
+        self.token_weights: list[torch.Tensor] = []  # float32 [rows, length]: 0 for padding
         inputs: list[dict[str, torch.Tensor]] = []
         for batch in self._batches:
             length = max(len(s.ids) for s in batch)
@@ -51,19 +72,21 @@ class CalibrationLoader(DataLoader):
                 )
             inputs.append({"input_ids": ids})
             self.token_weights.append(weights)
+        # Of each batch of a `share`: how many shards end with it (pruning/shard_sum.py), and its
+        # place in the share of one process alone.
         self.shards_ended, self.numbers = [0] * len(inputs), list(range(len(inputs)))
         dataset: Any = inputs  # a list has what torch needs of a Dataset
         super().__init__(dataset, batch_size=None, shuffle=False)
 
-    def _with(self, batches: list[list[CalibrationSequence]]) -> CalibrationLoader:
+    def _with(self, batches: list[list[CalibrationSequence]]) -> Self:
         sequences = [sequence for batch in batches for sequence in batch]
-        return CalibrationLoader(sequences, self.settings, self.pad_token_id, batches)
+        return type(self)(sequences, self.settings, self.pad_token_id, batches)
 
-    def unpadded(self) -> CalibrationLoader:
+    def unpadded(self) -> Self:
         """Return the same sequences, one per batch, for modifiers that read no token weights."""
         return self._with([[sequence] for sequence in self.sequences])
 
-    def joined(self) -> CalibrationLoader:
+    def joined(self) -> Self:
         """Return the same tokens in rows of equal length, one per batch; the remainder is left out.
 
         AutoRound counts padding in its loss, and takes the first row's rotary positions for all.
@@ -74,7 +97,7 @@ class CalibrationLoader(DataLoader):
         rows = [CalibrationSequence(tuple(ids[i : i + length]), 0, "joined") for i in starts]
         return self._with([[row] for row in rows])
 
-    def share(self, rank: int, count: int) -> CalibrationLoader:
+    def share(self, rank: int, count: int) -> Self:
         """Return the batches of process `rank` of `count`: every `count`-th of the shards.
 
         Each process ends as many shards as the others, the last ones perhaps without a batch.
@@ -115,14 +138,3 @@ class CalibrationLoader(DataLoader):
             digest.update(batch["input_ids"].numpy().astype("<i8").tobytes())
             digest.update(weights.numpy().astype("<f4").tobytes())
         return digest.hexdigest()
-
-    def _batched(self) -> list[list[CalibrationSequence]]:
-        """Batch sequences of similar length, at most `batch_tokens` padded tokens each."""
-        batches: list[list[CalibrationSequence]] = []
-        for sequence in sorted(self.sequences, key=lambda s: len(s.ids)):
-            longest = self.settings.batch_tokens
-            if not batches or (len(batches[-1]) + 1) * len(sequence.ids) > longest:
-                batches.append([])
-            batches[-1].append(sequence)
-        random.Random(self.settings.seed).shuffle(batches)
-        return batches

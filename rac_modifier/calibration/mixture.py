@@ -1,13 +1,11 @@
 """Take calibration sequences up to a budget of real tokens, and count their tokens."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from rac_modifier.errors import RacError
 from rac_modifier.problems.tables import stream_rows
@@ -25,7 +23,7 @@ class CalibrationSequence:
     kind: str
     finished: bool = True
 
-    def cut(self, length: int) -> CalibrationSequence:
+    def cut(self, length: int) -> Self:
         """Return the first `length` tokens."""
         prompt = min(self.prompt_tokens, length)
         return replace(self, ids=self.ids[:length], prompt_tokens=prompt, finished=False)

@@ -1,7 +1,5 @@
 """Decide how many tokens a store needs: traces for the calibration budget, and held out of it."""
 
-from __future__ import annotations
-
 import math
 import random
 from collections.abc import Iterable, Iterator

@@ -5,8 +5,6 @@ order. Only +0.0 is left out: -0.0 is a value, so that unpacking returns the sam
 are handled as integers, so that NaN payloads stay, and block by block, to need little memory.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 
 import torch

@@ -1,7 +1,5 @@
 """The run record of a saved model, and the card (README.md) that is written from it."""
 
-from __future__ import annotations
-
 import json
 import os
 import platform

@@ -8,8 +8,6 @@ A dense weight is (code - code of zero) * scale. Its codes are in words along th
 codes of zero, one per row and group of columns, are in words along the rows.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace

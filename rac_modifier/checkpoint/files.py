@@ -1,12 +1,9 @@
 """The safetensors files of a checkpoint folder, read one tensor at a time by name."""
 
-from __future__ import annotations
-
 import math
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rac_modifier.errors import RacError, refusing
-from rac_modifier.files import read_json, regular_file
+from rac_modifier.files import read_json, regular_file, replacing
 
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
@@ -86,7 +83,7 @@ class TensorFiles:
                 )
         return names
 
-    def __enter__(self) -> TensorFiles:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -129,11 +126,6 @@ class TensorFiles:
         """Return the bytes that the tensor takes in the file."""
         return math.prod(self.shape(name)) * self.dtype(name).itemsize
 
-    def new_index(self, where: dict[str, str], grown: int) -> dict[str, Any]:
-        """Return the index of tensors in the files `where`; `grown`: bytes that were added."""
-        total = sum(map(self.nbytes, self.where)) + grown
-        return {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
-
     def _file(self, name: str) -> Any:
         """Return the open file of a tensor."""
         if name not in self.where:
@@ -157,13 +149,5 @@ def write_tensors_atomic(path: Path, tensors: Mapping[str, Tensor], about: dict[
 
     OSError, SafetensorError: the file cannot be written, and the old file is unchanged.
     """
-    new = path.with_suffix(".new")
-    try:
+    with replacing(path) as new:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, new, about)
-        new.chmod(0o644)
-        with new.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(new, path)
-    except BaseException:
-        new.unlink(missing_ok=True)
-        raise

@@ -5,8 +5,6 @@ takes the tensors for untrusted input: nothing is indexed by a number from a fil
 compared with the bitmask. The names are those of compressed-tensors up to 0.14.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace

@@ -6,8 +6,6 @@ along N, in the order 0 2 4 6 1 3 5 7. Codes of zero are packed along N in the s
 Format 1 of GPTQ stores them minus one, format 2 (`gptq_v2`) as they are.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -80,7 +78,7 @@ class Gptq(_Entries):
         check_names([f"re:{pattern}" for pattern in patterns], "has a rule")
         return rules
 
-    def of_module(self, module: str) -> Gptq:
+    def of_module(self, module: str) -> Self:
         """Return the entries of a module: the first match counts; "-:" rules name floats."""
         for pattern, rule in (self.dynamic or {}).items():
             if not pattern.startswith("-:") and re.match(pattern.removeprefix("+:"), module):

@@ -6,8 +6,6 @@ which loads a checkpoint without a `sparsity_config` as before. Nothing of
 `transformers.modeling_utils` may be imported here: this module is imported while that one is.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial, wraps
@@ -50,7 +48,7 @@ _MISMATCHES = (
 
 def load_model(
     model: str | Path, *, trust_remote_code: bool = False, **from_pretrained_kwargs: Any
-) -> PreTrainedModel:
+) -> "PreTrainedModel":
     """Load a model as `AutoModelForCausalLM.from_pretrained` does, packed or not, but strictly.
 
     Args:
@@ -148,7 +146,7 @@ class SparseHfQuantizer(CompressedTensorsHfQuantizer):
         # upstream has nothing to do then
         self._only_packed = self._sparsity is not None and not quantization_config.is_quantized
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
         if not self._only_packed:
             super()._process_model_before_weight_loading(model, **kwargs)
         if self._sparsity is None:
@@ -163,10 +161,8 @@ class SparseHfQuantizer(CompressedTensorsHfQuantizer):
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
         """Return the conversions of dense weights; transformers passes the model from 5.21 on."""
-        if self._only_packed:
-            return weight_conversions
-        conversions: list[Any] = super().update_weight_conversions(weight_conversions, *model)
-        return conversions
+        update = super().update_weight_conversions
+        return weight_conversions if self._only_packed else list(update(weight_conversions, *model))
 
     def load_packed(
         self, load: Callable[..., Any], model: Any, files: list[str], config: Any, *rest: Any
@@ -195,7 +191,7 @@ class SparseHfQuantizer(CompressedTensorsHfQuantizer):
         _check_complete(keys, folder)
         return loaded
 
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+    def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
         record = getattr(model.config, RAC_KEY, None)
         if self._sparsity is not None and isinstance(record, dict):
             setattr(model.config, RAC_KEY, {**record, "storage": "dense"})

@@ -1,7 +1,5 @@
 """What a checkpoint folder holds: how each matrix is stored, its zeros and their pattern."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Iterable
@@ -90,43 +88,6 @@ def is_embedding(module: str) -> bool:
     return bool(_EMBEDDING.search(module))
 
 
-def inspect_checkpoint(
-    folder: str | Path, visit: Callable[[StoredWeight], object] = lambda weight: None
-) -> CheckpointReport:
-    """Read any checkpoint, matrix by matrix; `visit` gets each packed weight, if it is sound.
-
-    A damaged matrix is a row with a `problem` (RacError: the whole folder is unreadable).
-    """
-    folder = Path(folder)
-    with TensorFiles(folder) as files:
-        matrices = Matrices(files, read_json(folder / CONFIG_FILE))
-        rows = [_inspected(matrices, row, visit) for row in matrices.rows()]
-        total = sum(map(files.nbytes, files.where))
-    format = matrices.packed.format
-    name = "dense" if format is None else format.name
-    return CheckpointReport(folder, name, tuple(rows), total, matrices.packed.schemes)
-
-
-def _inspected(
-    matrices: Matrices, row: ModuleRow, visit: Callable[[StoredWeight], object]
-) -> ModuleRow:
-    """Return a row with its sparsity, or with what is damaged."""
-    try:
-        row, weight = matrices.read(row)
-        if isinstance(weight, StoredWeight):
-            visit(weight)
-        if weight is None or (isinstance(weight, StoredWeight) and weight.zeros is not None):
-            return replace(row, reason="quantized to a layout whose zeros are not counted")
-        row = replace(row, sparsity=stored_weight.count_zeros(weight) / math.prod(weight.shape))
-        if row.structure is None:
-            return row
-        structure = structure_of(row.structure, row.name)
-        broken = stored_weight.count_broken_groups(weight, structure, row.name)
-    except RacError as error:
-        return replace(row, problem=str(error))
-    return replace(row, problem=f"{broken} groups break {structure}") if broken else row
-
-
 class Matrices:
     """The matrices in the files of a checkpoint, and what its config.json says of them."""
 
@@ -189,6 +150,43 @@ class Matrices:
     def _bytes_of(self, module: str, parts: Iterable[str]) -> int:
         names = (f"{module}.{part}" for part in parts)
         return sum(self.files.nbytes(name) for name in names if name in self.files)
+
+
+def inspect_checkpoint(
+    folder: str | Path, visit: Callable[[StoredWeight], object] = lambda weight: None
+) -> CheckpointReport:
+    """Read any checkpoint, matrix by matrix; `visit` gets each packed weight, if it is sound.
+
+    A damaged matrix is a row with a `problem` (RacError: the whole folder is unreadable).
+    """
+    folder = Path(folder)
+    with TensorFiles(folder) as files:
+        matrices = Matrices(files, read_json(folder / CONFIG_FILE))
+        rows = [_inspected(matrices, row, visit) for row in matrices.rows()]
+        total = sum(map(files.nbytes, files.where))
+    format = matrices.packed.format
+    name = "dense" if format is None else format.name
+    return CheckpointReport(folder, name, tuple(rows), total, matrices.packed.schemes)
+
+
+def _inspected(
+    matrices: Matrices, row: ModuleRow, visit: Callable[[StoredWeight], object]
+) -> ModuleRow:
+    """Return a row with its sparsity, or with what is damaged."""
+    try:
+        row, weight = matrices.read(row)
+        if isinstance(weight, StoredWeight):
+            visit(weight)
+        if weight is None or (isinstance(weight, StoredWeight) and weight.zeros is not None):
+            return replace(row, reason="quantized to a layout whose zeros are not counted")
+        row = replace(row, sparsity=stored_weight.count_zeros(weight) / math.prod(weight.shape))
+        if row.structure is None:
+            return row
+        structure = structure_of(row.structure, row.name)
+        broken = stored_weight.count_broken_groups(weight, structure, row.name)
+    except RacError as error:
+        return replace(row, problem=str(error))
+    return replace(row, problem=f"{broken} groups break {structure}") if broken else row
 
 
 def _natural_order(row: ModuleRow) -> list[tuple[int, str]]:

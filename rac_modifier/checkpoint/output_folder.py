@@ -4,8 +4,6 @@ New files are first written into a hidden folder in the output folder: a full di
 leaves it unchanged. Then they are moved up, config.json last, without which it is no model.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Iterator
@@ -152,18 +150,11 @@ def _existing(folder: Path) -> Path:
 
 def bytes_of_weights(model: str) -> int | None:
     """Return the bytes of the weights of a folder, or of a hub id in the cache; else None."""
-    if (folder := cached_folder(model)) is None:
+    config = Path(model, CONFIG_FILE) if Path(model).is_dir() else cached_file(model, CONFIG_FILE)
+    if config is None:
         return None
-    files = list(folder.glob("*.safetensors")) or list(folder.glob("*.bin"))
+    files = list(config.parent.glob("*.safetensors")) or list(config.parent.glob("*.bin"))
     return sum(file.stat().st_size for file in files) or None
-
-
-def cached_folder(model: str) -> Path | None:
-    """Return the folder itself, or a hub id's folder in the cache; None: not cached."""
-    if Path(model).is_dir():
-        return Path(model)
-    config = cached_file(model, CONFIG_FILE)
-    return config.parent if config is not None else None
 
 
 def cached_file(model: str, name: str) -> Path | None:

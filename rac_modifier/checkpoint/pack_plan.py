@@ -1,7 +1,5 @@
 """What packing a model would do: the pattern of each matrix, and why it stays dense."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -44,20 +42,12 @@ _MOST_ZEROS_24 = 0.625  # with more, 2:4 explains less than 80 % of the zeros
 
 @dataclass(frozen=True)
 class MatrixPlan(ModuleRow):
-    """One weight matrix, and what packing it would do.
+    """One weight matrix, and what packing it would do; without a `reason` it is packed."""
 
-    structure: "N:M", "unstructured", or None where zeros are not counted.
-    reason: why it stays dense; None: it is packed.
-    negative_zeros: of the zeros, those that are -0.0.
-    values: how many are stored when it is packed.
-    is_24: the structure is 2:4, and the 2:4 layout keeps all values.
-    packed_bytes: with scales; None where it cannot be packed.
-    """
-
-    negative_zeros: int = 0
-    values: int = 0
-    is_24: bool = False
-    packed_bytes: int | None = None
+    negative_zeros: int = 0  # of the zeros, those that are -0.0
+    values: int = 0  # that are stored when it is packed
+    is_24: bool = False  # the structure is 2:4, and the 2:4 layout keeps all values
+    packed_bytes: int | None = None  # with scales; None where it cannot be packed
 
 
 @dataclass(frozen=True)

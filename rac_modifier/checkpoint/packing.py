@@ -4,8 +4,6 @@ The disk needs room for both copies of the changed files. Memory is needed for t
 of one file and for one tensor that is read. The source of a new folder is only read.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -212,7 +210,9 @@ def _rewrite(
         write_tensors_atomic(new / file, tensors, {"format": "pt"})
     before = sum(map(files.nbytes, replaced))
     if files.index is not None:
-        write_json_atomic(new / INDEX_FILE, files.new_index(where, after - before))
+        size = {"total_size": sum(map(files.nbytes, files.where)) + after - before}
+        index = {"metadata": size, "weight_map": dict(sorted(where.items()))}
+        write_json_atomic(new / INDEX_FILE, index)
     return before, after
 
 

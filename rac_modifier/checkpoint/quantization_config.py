@@ -7,8 +7,6 @@ every version does where the method is "rac", which is read and not written. Our
 `rac_sparsity`: the mask structure of each pruned module, and the modules with 8-bit activations.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self, TypeVar
@@ -74,13 +72,9 @@ class SparsityConfig(BaseModel, frozen=True):
 
     @field_validator("targets", "ignore", mode="before")
     @classmethod
-    def _null_is_the_default(cls, value: object, info: Any) -> object:
-        return cls.model_fields[info.field_name].default if value is None else value
-
-    @field_validator("targets", "ignore")
-    @classmethod
-    def _patterns_end(cls, entries: tuple[str, ...]) -> tuple[str, ...]:
-        check_names(entries, "has a name")
+    def _are_names(cls, entries: object, info: Any) -> object:
+        entries = cls.model_fields[info.field_name].default if entries is None else entries
+        check_names(entries, info.field_name)
         return entries
 
 

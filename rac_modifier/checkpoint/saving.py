@@ -1,7 +1,5 @@
 """Make `save_pretrained` write a checked, packed sparse checkpoint with record and card."""
 
-from __future__ import annotations
-
 import functools
 import json
 import re
@@ -53,22 +51,16 @@ _EXPERT_SOURCE = re.compile(r"\.experts\.\*\.(\w+)\.weight$")
 
 @dataclass(frozen=True)
 class SavePlan:
-    """What a compressed model must look like on disk; without `modules` nothing is packed.
+    """What a compressed model must look like on disk; without `modules` nothing is packed."""
 
-    record: the run's part of the record; versions and the base model are added when it is written.
-    patterns: by module of `modules`.
-    prepare: called with the model and `save_compressed` before saving.
-    after: called when everything is written.
-    processes: all save, and the first one writes.
-    """
-
-    record: dict[str, Any]
-    patterns: Mapping[str, Pattern] = field(default_factory=dict)
+    record: dict[str, Any]  # versions and the base model are added when it is written
+    patterns: Mapping[str, Pattern] = field(default_factory=dict)  # of `modules`
     modules: Mapping[str, torch.nn.Linear] = field(default_factory=dict)
     storage: Literal["packed", "dense"] = "packed"
+    # called with the model and `save_compressed` before saving
     prepare: Callable[[PreTrainedModel, bool], None] = lambda *_: None
-    after: Sequence[Callable[[], None]] = ()
-    processes: Processes = field(default_factory=Processes)
+    after: Sequence[Callable[[], None]] = ()  # called when everything is written
+    processes: Processes = field(default_factory=Processes)  # all save, the first one writes
 
 
 def save_with_record(model: PreTrainedModel, plan: Callable[[], SavePlan]) -> None:

@@ -1,7 +1,5 @@
 """A weight as a checkpoint stores it: its scales checked, cut to what a rank needs."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -86,7 +84,7 @@ class StoredWeight:
             return self.values.view(self.shape)
         return layout.expand(self.values, self.bitmask, self.columns)
 
-    def select_rows(self, rows: Tensor) -> StoredWeight:
+    def select_rows(self, rows: Tensor) -> "StoredWeight":
         """Return the rows of these numbers (int64) in this order; runs are copied together."""
         breaks = (torch.nonzero(rows.diff() != 1).flatten() + 1).tolist()
         runs = [
@@ -105,7 +103,7 @@ class StoredWeight:
             zeros=None if self.zeros is None else self.zeros[rows],
         )
 
-    def select_columns(self, first: int, count: int) -> StoredWeight:
+    def select_columns(self, first: int, count: int) -> "StoredWeight":
         """Return columns `first` to `first + count`; zeros that were stored are left out."""
         if (first, count) == (0, self.columns):
             return self

@@ -3,8 +3,6 @@
 Exit codes (docs/cli.md): 0 done, 1 RacError, 2 wrong use of the command, 130 Ctrl-C.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from typing import Any

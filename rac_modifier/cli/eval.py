@@ -117,7 +117,9 @@ def evaluate(
     from rac_modifier.evaluation.results import divergence_table, paired_difference, read_results
     from rac_modifier.files import write_json_atomic
 
-    models, written = models or [], _written_options(context)
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    written = {name for name, source in sources.items() if source and source.name != "DEFAULT"}
+    models = models or []
     protocol = Protocol(
         *(source, column, answer_column, problems, samples, cap, temperature, top_p, seed)
     ).with_preset(preset, written)
@@ -177,12 +179,6 @@ def evaluate(
         for folder in folders:
             add_measured(folder, [*lines, *described, *on_preset], content)
         typer.echo(f"written into the model card of {', '.join(carded)}", err=to_stdout)
-
-
-def _written_options(context: typer.Context) -> set[str]:
-    """Return the parameters of a command that the user wrote, by name."""
-    sources = {name: context.get_parameter_source(name) for name in context.params}
-    return {name for name, source in sources.items() if source and source.name != "DEFAULT"}
 
 
 def _divergences(

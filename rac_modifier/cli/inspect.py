@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,7 +14,6 @@ from rac_modifier.errors import RacError
 
 if TYPE_CHECKING:
     from rac_modifier.checkpoint.inspect import CheckpointReport, ModuleRow
-    from rac_modifier.kernels.choose import PlanRow
 
 _HEAD = ("module", "shape", "dtype", "stored", "pattern", "sparsity", "bytes", "note")
 _SAMPLES, _CAP = 64, 256  # own answers on which activations are measured, and tokens of each
@@ -60,7 +58,9 @@ def inspect(
         return
     report, rows = plan_checkpoint(folder)
     if as_json:
-        options.print_json(_as_dict(report, rows))
+        computed = {name: getattr(report, name) for name in ("dense_bytes", "sparsity", "sound")}
+        served = [{"module": row.module, **asdict(row.decision)} for row in rows]
+        options.print_json({**asdict(report), **computed, "served": served})
     else:
         typer.echo(render_report(report))
     if not report.sound:
@@ -115,16 +115,6 @@ def render_report(report: CheckpointReport) -> str:
     return "\n".join(
         [f"{report.folder}: {report.format}", table, *map(options.printable, totals(report))]
     )
-
-
-def _as_dict(report: CheckpointReport, rows: Sequence[PlanRow]) -> dict[str, Any]:
-    """Return what is printed as values for JSON; `served`: the plan of each linear module."""
-    computed = ("dense_bytes", "sparsity", "sound")
-    return {
-        **asdict(report),
-        **{name: getattr(report, name) for name in computed},
-        "served": [{"module": row.module, **asdict(row.decision)} for row in rows],
-    }
 
 
 def _cells(row: ModuleRow) -> tuple[str, ...]:

@@ -1,7 +1,5 @@
 """Find and load the models that a command names, and refuse early what cannot work."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What several commands share: arguments and options, tables and JSON, and what Ctrl-C prints."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -87,7 +85,7 @@ def render_table(head: Sequence[str], rows: Iterable[Sequence[str]], text_column
     return "\n".join(line.rstrip() for line in lines)
 
 
-def render_results(table: ResultTable) -> str:
+def render_results(table: "ResultTable") -> str:
     """Return results of models as a table, with the note below."""
     return f"{render_table(table.head, table.rows)}\n\n{table.note}"
 

@@ -1,7 +1,5 @@
 """`rac pack`: anybody's model with zeros becomes a packed checkpoint; `rac unpack`: back again."""
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -101,7 +99,7 @@ def unpack(
     )
 
 
-def render_plan(plan: PackPlan) -> str:
+def render_plan(plan: "PackPlan") -> str:
     """Return a row per matrix and the totals."""
     counts = Counter(row.structure for row in plan.packed)
     patterns = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items(), key=str))
@@ -121,7 +119,7 @@ def render_plan(plan: PackPlan) -> str:
     return "\n".join(lines)
 
 
-def _cells(row: MatrixPlan) -> tuple[str, ...]:
+def _cells(row: "MatrixPlan") -> tuple[str, ...]:
     return (
         row.name,
         f"{row.rows}x{row.columns}",

@@ -1,7 +1,5 @@
 """`rac prune`: a recipe applied to a model."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """`rac recipes`: list, print and check recipes; `rac schema`: what a recipe may set."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

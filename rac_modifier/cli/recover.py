@@ -1,7 +1,5 @@
 """`rac recover`: train the weights of a checkpoint towards its dense model."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -102,7 +100,7 @@ def recover(
 
 def _asked(
     store: Path | None, problems: str | None, column: str | None, max_new_tokens: int | None
-) -> tuple[ProblemSource, SamplingSettings]:
+) -> "tuple[ProblemSource, SamplingSettings]":
     """Return problems and sampling: the store's, where there is one, with the options' changes."""
     from loguru import logger
 

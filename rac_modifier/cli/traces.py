@@ -1,7 +1,5 @@
 """`rac traces`: collect a model's own chains of thought, inspect them, export them."""
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
@@ -174,7 +172,7 @@ def inspect(
         typer.echo(sample["text"])
 
 
-def _sample(trace: Trace, tokenizer: Any) -> dict[str, Any]:
+def _sample(trace: "Trace", tokenizer: Any) -> dict[str, Any]:
     text = tokenizer.decode([*trace.prompt_ids, *trace.completion_ids])
     shown = {name: getattr(trace, name) for name in ("id", "finish_reason", "answer")}
     return {**shown, "text": text}
@@ -208,7 +206,7 @@ def export(
     typer.echo(f"{output}: {rows:,} rows")
 
 
-def _tokenizer_of(store: TraceStore, model: str | None, otherwise: str) -> Any:
+def _tokenizer_of(store: "TraceStore", model: str | None, otherwise: str) -> Any:
     from rac_modifier.sampling.model_identity import tokenizer_fingerprint
 
     name = resolve(model or store.header.model)

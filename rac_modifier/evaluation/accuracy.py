@@ -1,7 +1,5 @@
 """Ask a model a list of problems and measure its answers, which are kept in a trace store."""
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections.abc import Sequence
@@ -50,12 +48,9 @@ def evaluate(
 
     Args:
         model: in memory, or its `ModelIdentity` where servers answer.
-        tokenizer: of the model.
         problems: each with an answer, or none with one: then endings and lengths are measured;
             ids distinct.
-        label: the result's name in tables.
         source: of the problems, for the header of the file.
-        sampling: how answers are sampled.
         path: a .jsonl file; default: `default_path`.
         engine: servers; None is the model in this process.
         verifier: compares answers instead of math-verify.

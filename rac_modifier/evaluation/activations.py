@@ -4,8 +4,6 @@ The CPU kernels round x to integers of at most `LEVELS`, with a scale per token 
 columns. config.json records the chosen layers (`rac_sparsity.int8_activations`) for the plugin.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -24,7 +22,7 @@ from rac_modifier.evaluation.divergence import DenseReference
 from rac_modifier.evaluation.results import ResultTable
 from rac_modifier.evaluation.teacher_forcing import TokenSequence, check_sequences
 from rac_modifier.files import read_json
-from rac_modifier.kernels.choose import PlanRow, plan_checkpoint
+from rac_modifier.kernels.choose import plan_checkpoint
 from rac_modifier.kernels.cpu import MOST_GROUP, encoding_of
 from rac_modifier.kernels.interface import EXPERT
 from rac_modifier.model_tools import evaluating
@@ -34,17 +32,12 @@ LEVELS = {8: 127, 16: 127 * 256 + 127}  # the largest integer of x (csrc/gemm/ke
 
 @dataclass(frozen=True)
 class IntegerLayer:
-    """A layer that the CPU kernels multiply as integers.
-
-    block: columns of x that share a scale. own_error: ||W x - Q x||^2 / ||W x||^2 for the
-    weight W before and Q after pruning and rounding; None until it is measured. error: ||Q
-    (x8 - x16)||^2 / ||Q x16||^2, for x rounded to 8 and 16 bits.
-    """
+    """A layer that the CPU kernels multiply as integers, with weights W, pruned and rounded Q."""
 
     module: str
-    block: int
-    own_error: float | None = None
-    error: float = float("nan")
+    block: int  # columns of x that share a scale
+    own_error: float | None = None  # ||W x - Q x||^2 / ||W x||^2; None until it is measured
+    error: float = float("nan")  # ||Q (x8 - x16)||^2 / ||Q x16||^2, x rounded to 8 and 16 bits
 
     def bits(self, limit: float) -> int:
         """Return 8 if the error of 8 bits is at most `limit` times the own error, else 16."""
@@ -65,7 +58,13 @@ def layers_of(folder: Path, *, recorded: bool = True) -> list[IntegerLayer]:
             f"{folder}: its activations are quantized already, and no kernel takes them; give "
             "the folder of a packed int8 or int4 checkpoint, or of a dense W4A16 one"
         )
-    blocks = {row.module: block for row in rows if (block := _block(row))}
+    blocks = {}
+    for row in rows:
+        of_16_bits = EXPERT.search(row.module) or OF_VOCABULARY.search(row.module)
+        layer = row.layer
+        block = activation_block(layer.stored, layer.group, layer.columns, layer.word_bits)
+        if block is not None and not of_16_bits:
+            blocks[row.module] = block
     if not blocks:
         raise RacError(
             f"{folder}: the kernels multiply none of its layers as integers, so that none may have "
@@ -73,13 +72,6 @@ def layers_of(folder: Path, *, recorded: bool = True) -> list[IntegerLayer]:
         )
     errors = _recorded_errors(folder, blocks) if recorded else {}
     return [IntegerLayer(name, block, errors.get(name)) for name, block in blocks.items()]
-
-
-def _block(row: PlanRow) -> int | None:
-    layer, of_16_bits = row.layer, EXPERT.search(row.module) or OF_VOCABULARY.search(row.module)
-    if of_16_bits:
-        return None
-    return activation_block(layer.stored, layer.group, layer.columns, layer.word_bits)
 
 
 def activation_block(

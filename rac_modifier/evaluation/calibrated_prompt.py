@@ -1,7 +1,5 @@
 """Prompt settings of an evaluation: the settings of the models' calibration."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -3,8 +3,6 @@
 Each answer is appended to a file as it arrives, so that a killed evaluation goes on.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import hashlib

@@ -6,8 +6,6 @@ distribution p over the vocabulary is compared with the pruned model's, q:
     KL(p || q) = sum_v p_v (log p_v - log q_v)
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any

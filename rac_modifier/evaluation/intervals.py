@@ -1,7 +1,5 @@
 """Errors of measured figures: 95 % intervals, tests and standard errors."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from itertools import chain

@@ -1,7 +1,5 @@
 """Results of an evaluation: a row per answer, their summary, two models compared, tables."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -238,7 +236,7 @@ def stopping_table(results: Sequence[EvalResult]) -> ResultTable:
     return ResultTable(head, tuple(rows), note)
 
 
-def divergence_table(results: Sequence[DivergenceResult]) -> ResultTable:
+def divergence_table(results: "Sequence[DivergenceResult]") -> ResultTable:
     """Return divergences with standard errors, on the same sequences, a row per result."""
 
     def with_error(mean: float, error: float | None, form: str) -> str:
@@ -256,6 +254,5 @@ def divergence_table(results: Sequence[DivergenceResult]) -> ResultTable:
         ("model", "KL, nats per token", "top-1 agreement"),
         rows,
         f"KL(dense || model) on {results[0].tokens:,} completion tokens of "
-        f"{results[0].sequences:,} sequences; ± one standard error over sequences, from 16 "
-        "sequences on.",
+        f"{results[0].sequences:,} sequences; ± one standard error over sequences, from 16 on.",
     )

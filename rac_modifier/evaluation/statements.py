@@ -4,8 +4,6 @@ A statement is `\boxed{X}`, or "the answer is X" in a sentence that ends. A text
 state its answer as `= X` or `-> X` at the end of a line. Other numbers do not count.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from itertools import pairwise

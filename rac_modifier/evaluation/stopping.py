@@ -1,12 +1,10 @@
 """Whether a model still stops: the kind of each ending, and the token inflation of two models."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
-from typing import Literal
+from typing import Literal, Self
 
 from rac_modifier.evaluation.intervals import Interval, ratio_interval
 from rac_modifier.evaluation.statements import states_answer
@@ -82,7 +80,7 @@ class Inflation:
     ci_high: float | None
 
     @classmethod
-    def of(cls, clusters: Sequence[Sequence[tuple[int, int]]]) -> Inflation:
+    def of(cls, clusters: Sequence[Sequence[tuple[int, int]]]) -> Self:
         """Return the ratio of pairs of lengths; the pairs of a problem are a cluster."""
         first = [sum(a for a, _ in cluster) for cluster in clusters]
         second = [sum(b for _, b in cluster) for cluster in clusters]

@@ -1,14 +1,14 @@
 """Sequences of prompt and completion: sampled from a model, checked, batched, padded."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from rac_modifier.calibration import loader
 from rac_modifier.errors import RacError
 from rac_modifier.model_tools import input_of
 from rac_modifier.problems.source import Problem
@@ -19,6 +19,7 @@ from rac_modifier.traces.records import Trace
 
 # Token ids, and the length of the prompt.
 TokenSequence = tuple[Sequence[int], int]
+batches_of_like_length = partial(loader.batches_of_like_length, length=lambda s: len(s[0]))
 
 
 def sequence_of(trace: Trace) -> TokenSequence:
@@ -65,19 +66,6 @@ def check_sequences(sequences: Sequence[TokenSequence], *models: Any) -> None:
                 f"token id {largest} is beyond a model's vocabulary of {vocabulary(model)}; give "
                 "sequences that the dense model wrote, and a model pruned from it"
             )
-
-
-def batches_of_like_length(
-    sequences: Sequence[TokenSequence], batch_tokens: int
-) -> Iterator[list[TokenSequence]]:
-    """Yield batches of at most `batch_tokens` padded tokens, shortest sequences first."""
-    batch: list[TokenSequence] = []
-    for sequence in sorted(sequences, key=lambda s: len(s[0])):
-        if batch and (len(batch) + 1) * len(sequence[0]) > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(sequence)
-    yield batch
 
 
 def padded(batch: Sequence[TokenSequence]) -> tuple[Tensor, Tensor]:

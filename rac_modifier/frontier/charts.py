@@ -3,8 +3,6 @@
 All charts have the parameters row, axis and find, so that a control is set in each.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

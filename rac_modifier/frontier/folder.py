@@ -1,13 +1,11 @@
 """The folder of a frontier: a line per finished row, the traces of each, and what all share."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from rac_modifier.errors import RacError, refusing
 from rac_modifier.files import lock, read_json, write_json_atomic, write_text_atomic
@@ -40,7 +38,7 @@ class FrontierFolder:
             )
 
     @classmethod
-    def read(cls, folder: Path) -> FrontierFolder:
+    def read(cls, folder: Path) -> Self:
         """Read a folder for the page (RacError: no results, or results of another version)."""
         results = cls(folder)
         if not results.rows:
@@ -89,7 +87,7 @@ class FrontierFolder:
     def _traces(self, label: str) -> Path:
         return self.folder / TRACES / f"{slug(label)}.json"
 
-    def __enter__(self) -> FrontierFolder:
+    def __enter__(self) -> Self:
         with refusing(f"{self.folder}: cannot be written to", "name another folder", OSError):
             (self.folder / TRACES).mkdir(parents=True, exist_ok=True)
             self._lock = (self.folder / ".lock").open("w")

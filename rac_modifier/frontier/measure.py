@@ -1,7 +1,5 @@
 """A model of a frontier measured: bytes, answers to the held-out problems, and divergence."""
 
-from __future__ import annotations
-
 import re
 import time
 from collections.abc import Sequence

@@ -5,8 +5,6 @@ its own (Content-Security-Policy with hashes, no eval). Nothing is read as marku
 and figures and answers are JSON, gzip in base64, which the script sets with textContent.
 """
 
-from __future__ import annotations
-
 import base64
 import functools
 import gzip

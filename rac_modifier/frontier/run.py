@@ -1,7 +1,5 @@
 """A grid of recipes, row by row: compressed, measured, written. Finished rows are not run again."""
 
-from __future__ import annotations
-
 import gc
 import os
 import shutil
@@ -75,6 +73,8 @@ def _finish(folder: FrontierFolder, run: PlannedRow, held_out: HeldOut, tools: T
     # The server ends before the model is loaded, because it reserves most of the device.
     served = _served(tools, model_folder, run.label)
     model, tokenizer = tools.load(model_folder)
+    record_path = model_folder / RUN_RECORD_NAME
+    record = read_json(record_path, "remove the checkpoint") if record_path.exists() else {}
     reference = folder.row(DENSE)
     if reference is None:
         figures, traces = measure_dense(model, tokenizer, held_out)
@@ -88,7 +88,8 @@ def _finish(folder: FrontierFolder, run: PlannedRow, held_out: HeldOut, tools: T
         "bytes": checkpoint_bytes(model_folder),
         "served": served,
         "compressing": compressing,
-        "experts_removed": _experts_removed(model_folder),
+        # which experts REAPPruningModifier has kept, and their saliency, by layer
+        "experts_removed": record.get("experts_removed"),
     }
     folder.add(without_paths(row), traces)
     words = [f"{run.label}: {row['bytes']['total'] / 1e6:,.2f} MB"]
@@ -111,14 +112,6 @@ def _compress(model_folder: Path, recipe: dict[str, Any], tools: Tools) -> float
     tools.compress(recipe, new)
     os.rename(new, model_folder)
     return time.monotonic() - started
-
-
-def _experts_removed(model_folder: Path) -> dict[str, Any] | None:
-    """Return which experts REAPPruningModifier has kept, and their saliency, by layer."""
-    path = model_folder / RUN_RECORD_NAME
-    record = read_json(path, "remove the checkpoint") if path.exists() else {}
-    removed: dict[str, Any] | None = record.get("experts_removed")
-    return removed
 
 
 def _served(tools: Tools, model: Path, label: str) -> dict[str, Any] | None:

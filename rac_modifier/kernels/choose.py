@@ -3,8 +3,6 @@
 A backend is the CPU's, or an entry point of an installed package.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache

@@ -1,11 +1,9 @@
 """A backend: three functions, the layer that they decide on, a decision with its reason."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -43,7 +41,7 @@ class Layer:
     word_bits: int = 4
 
     @classmethod
-    def of(cls, weight: StoredWeight, served: torch.dtype) -> Layer:
+    def of(cls, weight: StoredWeight, served: torch.dtype) -> Self:
         """Read the numbers of a stored weight."""
         return cls(
             weight.rows,

@@ -4,8 +4,6 @@ The registered classes are stand-ins that import a modifier's module when a reci
 module of this package can be imported first.
 """
 
-from __future__ import annotations
-
 import importlib
 
 from llmcompressor.modifiers import Modifier, ModifierFactory

@@ -1,7 +1,5 @@
 """Bring a recipe's calibration set: what both modifiers share, and one of them."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Mapping
 from typing import Any, Self

@@ -1,7 +1,5 @@
 """Refuse what cannot run: `oneshot`'s arguments, a recipe's other modifiers, whole recipes."""
 
-from __future__ import annotations
-
 import inspect
 import reprlib
 from collections.abc import Iterable, Sequence

@@ -1,7 +1,5 @@
 """Prune the routed experts of a layer, each on the tokens that its router sends to it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial

@@ -1,7 +1,5 @@
 """Find the routed experts of a model, and report the tokens that calibrate them."""
 
-from __future__ import annotations
-
 import contextlib
 import statistics
 from collections.abc import Mapping

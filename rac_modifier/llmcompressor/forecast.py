@@ -4,13 +4,11 @@ Activations are counted: tokens (d + hidden) numbers for a group that reads d co
 layer tokens hidden. Statistics, solver and a forward pass are rehearsed (rehearsal.py).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 from llmcompressor.utils.helpers import calibration_forward_context
@@ -92,7 +90,7 @@ class Forecast:
     @classmethod
     def of(
         cls, run: Run, model: PreTrainedModel, loader: CalibrationLoader | None, by_layer: bool
-    ) -> Forecast:
+    ) -> Self:
         """Forecast a run on `loader`; None: before sampling, without a forward pass."""
         embedding: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
         batches = [(1, -(-run.entry.calibration.tokens // run.processes.count))]

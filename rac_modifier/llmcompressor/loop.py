@@ -5,8 +5,6 @@ the MLP are calibrated on inputs that they do not have in the pruned model. By g
 runs once, after it was pruned.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Sequence
 

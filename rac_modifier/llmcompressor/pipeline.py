@@ -7,8 +7,6 @@ fails elsewhere is finalized by the session's next reset, with which each `onesh
 sessions always get upstream's pipeline.
 """
 
-from __future__ import annotations
-
 import contextlib
 import weakref
 from dataclasses import dataclass, field

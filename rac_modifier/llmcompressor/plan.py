@@ -4,8 +4,6 @@ By group, a stage begins where modules read one tensor (q/k/v, o, gate/up, down)
 experts of a layer are one stage. By layer, a stage is a decoder layer, as in upstream.
 """
 
-from __future__ import annotations
-
 import contextlib
 import operator
 from collections import Counter

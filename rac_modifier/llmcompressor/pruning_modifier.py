@@ -1,7 +1,5 @@
 """Calibrate, prune and quantize in one recipe entry."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Quantize in the pruning pass: upstream has the schemes, rounding is ours."""
 
-from __future__ import annotations
-
 from collections.abc import Container, Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Record what llm-compressor's REAPPruningModifier measures, and which experts it keeps."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import Any

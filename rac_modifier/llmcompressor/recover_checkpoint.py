@@ -1,7 +1,5 @@
 """Recover a saved checkpoint: `rac recover`, with the stage that a recipe trains in."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable, Collection
 from pathlib import Path

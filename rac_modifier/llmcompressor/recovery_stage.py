@@ -1,7 +1,5 @@
 """Recover in a recipe or a checkpoint: prepare on the dense model, then train."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path

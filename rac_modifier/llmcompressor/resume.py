@@ -4,13 +4,12 @@ A run that goes on restores the pruned weights and repeats the forward passes, s
 same weights. The model, the recipe, the calibration set, versions and threads are compared.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -148,10 +147,11 @@ class Resume:
             if before.get(key) == value or key == _STORES:
                 continue
             shown = _STORES if key == _CALIBRATION else key
+            changes = "; ".join(islice(_changes(before.get(shown), about.get(shown)), 3))
             raise RacError(
                 f"{self._folder} holds what a run with another {key} has pruned"
-                f"{_changes(before.get(shown), about.get(shown))}; start that run again to go on "
-                "with it, or remove the folder to start anew"
+                f"{changes and f' ({changes})'}; start that run again to go on with it, or remove "
+                "the folder to start anew"
             )
 
     def _unwritable(self, why: object) -> RacError:
@@ -166,19 +166,10 @@ class Resume:
         return refusing(f"{path}: cannot be read", step, *damage)
 
 
-def _changes(before: Any, now: Any) -> str:
-    """Return the settings that differ, for a message; "" if they are not known."""
-    if not (isinstance(before, Mapping) and isinstance(now, Mapping)):
-        return ""
-    old, new = _flat(before), _flat(now)
-    changed = sorted(key for key in {**old, **new} if old.get(key) != new.get(key))
-    shown = [f"{key}: {old.get(key)!r} there, {new.get(key)!r} here" for key in changed[:3]]
-    return f" ({'; '.join(shown)})" if shown else ""
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        name = f"{prefix}{key}"
-        flat |= _flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
-    return flat
+def _changes(before: Any, now: Any, name: str = "") -> Iterator[str]:
+    """Yield the settings that differ, below mappings."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for key in sorted({**before, **now}):
+            yield from _changes(before.get(key), now.get(key), f"{name}.{key}" if name else key)
+    elif name and before != now:
+        yield f"{name}: {before!r} there, {now!r} here"

@@ -1,7 +1,5 @@
 """Hold what a pruning run shares: the modifier makes it, the loop prunes through it."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -149,8 +147,8 @@ class Run:
                 yield group, _broadcast(mine, rank_of[i], processes)
 
     def problems_per_call(self, modules: Sequence[torch.nn.Module], device: torch.device) -> int:
-        """Return how many groups of this shape a solver call takes, for speed."""
-        if not self.entry.gains_at_once:
+        """Return how many groups of this shape a solver call takes; SparseGPT and rounding gain."""
+        if self.entry.solver != "sparsegpt" and self.entry.quantization is None:
             return 1
         shapes = [module.get_parameter("weight").shape for module in modules]
         return sparsegpt.problems_per_batch(shapes[0][1], sum(s[0] for s in shapes), device)

@@ -1,7 +1,5 @@
 """Prune groups from their statistics."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -9,12 +9,10 @@ the earlier stage runs, with a copy of its dense weights, when a batch is read, 
 batch of the wide inputs lives.
 """
 
-from __future__ import annotations
-
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from compressed_tensors.utils import align_module_device, patch_attr
@@ -124,12 +122,12 @@ def _with_weights(weights: dict[torch.nn.Module, Tensor]) -> Iterator[None]:
     """Make linear layers compute with these weights."""
     with contextlib.ExitStack() as stack:
         for module, weight in weights.items():
-            stack.enter_context(patch_attr(module, "forward", _linear(weight, module.bias)))
+
+            def forward(x: Tensor, weight: Tensor = weight, bias: Any = module.bias) -> Tensor:
+                return torch.nn.functional.linear(x, weight, bias)
+
+            stack.enter_context(patch_attr(module, "forward", forward))
         yield
-
-
-def _linear(weight: Tensor, bias: Any) -> Callable[[Tensor], Tensor]:
-    return lambda x: torch.nn.functional.linear(x, weight, bias)
 
 
 @dataclass(eq=False)
@@ -147,7 +145,7 @@ class InputGroup:
         processes: Processes,
         *,
         dense_target: bool,
-    ) -> InputGroup:
+    ) -> Self:
         """Return a group with empty statistics, for either target."""
         with contextlib.ExitStack() as stack:
             for module in modules:

@@ -1,7 +1,5 @@
 """Choose the modules to prune, and the pattern of each: the recipe's, or a model's zeros."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 
 import torch

@@ -1,7 +1,5 @@
 """Hold codes that recovery trains: of other modifiers, or of a checkpoint."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence
 from typing import Any
 

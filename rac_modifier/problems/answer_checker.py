@@ -4,8 +4,6 @@ A model can write `9^{9^{9^9}}`. Evaluating that blocks inside C code, where no 
 timeout has an effect. The limit counts CPU time: a busy machine does not change a verdict.
 """
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import os
@@ -61,6 +59,19 @@ def check_installed(check: Check) -> None:
         raise RacError(f"{purpose} needs {name}; pip install 'rac-modifier[{extra}]'")
 
 
+class _Process(SpawnProcess):
+    """A process that does not import `__main__`: a user's script may lack a main guard."""
+
+    @staticmethod
+    def _Popen(process_obj: Any) -> Any:  # noqa: N802 - the name in multiprocessing
+        with _main_lock:
+            main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
+            try:
+                return SpawnProcess._Popen(process_obj)
+            finally:
+                sys.modules["__main__"] = main
+
+
 class _Worker:
     """Checks one answer at a time, in a process that starts when it is needed."""
 
@@ -92,19 +103,6 @@ class _Worker:
             if not replied:
                 self._process.kill()
                 self._process.join()
-
-
-class _Process(SpawnProcess):
-    """A process that does not import `__main__`: a user's script may lack a main guard."""
-
-    @staticmethod
-    def _Popen(process_obj: Any) -> Any:  # noqa: N802 - the name in multiprocessing
-        with _main_lock:
-            main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
-            try:
-                return SpawnProcess._Popen(process_obj)
-            finally:
-                sys.modules["__main__"] = main
 
 
 _workers: LifoQueue[_Worker] = LifoQueue()  # the last one first: few checks start few processes

@@ -1,7 +1,5 @@
 """The end of the thinking and the final answer in a completion, and whether the answer is right."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Sequence
 from typing import Any

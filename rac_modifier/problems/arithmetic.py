@@ -5,8 +5,6 @@ Recipes and `rac eval` use them by default, since they need no download. Problem
 operands, not by their wording: no operands of the test split are in another split, in any phrasing.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 import random

@@ -1,7 +1,5 @@
 """Problems for evaluation: held out of calibration, or a published benchmark."""
 
-from __future__ import annotations
-
 import random
 import re
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Where questions come from: arithmetic, reasoning-gym, a file, or a hub dataset."""
 
-from __future__ import annotations
-
 import difflib
 import hashlib
 import random
@@ -106,31 +104,6 @@ def _from_table(source: ProblemSource, seed: int) -> Iterator[Problem]:
     return map(problem, table.shuffled(columns, seed))
 
 
-class ProblemTable:
-    """The table of a source that is a file or a dataset; `name` is its name in messages."""
-
-    def __init__(self, source: ProblemSource):
-        """Open the table (RacError: it cannot be opened, or is empty)."""
-        label = "problem file" if source.is_file else "problem dataset"
-        self.name = source.source if source.is_file else f"{source.source} [{source.split}]"
-        self._table = open_table(
-            source.source, label=label, config=source.config, split=source.split
-        )
-        if not len(self._table):
-            raise RacError(f"{self.name} holds no problems; name a source that does")
-        self.columns = self._table.column_names
-
-    def shuffled(self, columns: Sequence[str], seed: int) -> Iterator[TableRow]:
-        """Return the rows in the seed's order (RacError: the table lacks a column)."""
-        for name in columns:
-            if name not in self.columns:
-                raise RacError(f"{self.name} has no column {name!r}, but {', '.join(self.columns)}")
-        rows = self._table.select_columns(list(columns))
-        order = list(range(len(rows)))
-        random.Random(f"{seed}").shuffle(order)
-        return (TableRow(i, f"{self.name}, row {i}", rows[i]) for i in order)
-
-
 @dataclass(frozen=True)
 class TableRow:
     """A row of a table; `where` names it in messages."""
@@ -164,6 +137,31 @@ class TableRow:
         """Return a problem; its id makes an edited row another problem for a resumed run."""
         name = f"row{self.index}-{_hash_int(question) % 16**8:08x}"
         return Problem(name, question, answer, task)
+
+
+class ProblemTable:
+    """The table of a source that is a file or a dataset; `name` is its name in messages."""
+
+    def __init__(self, source: ProblemSource):
+        """Open the table (RacError: it cannot be opened, or is empty)."""
+        label = "problem file" if source.is_file else "problem dataset"
+        self.name = source.source if source.is_file else f"{source.source} [{source.split}]"
+        self._table = open_table(
+            source.source, label=label, config=source.config, split=source.split
+        )
+        if not len(self._table):
+            raise RacError(f"{self.name} holds no problems; name a source that does")
+        self.columns = self._table.column_names
+
+    def shuffled(self, columns: Sequence[str], seed: int) -> Iterator[TableRow]:
+        """Return the rows in the seed's order (RacError: the table lacks a column)."""
+        for name in columns:
+            if name not in self.columns:
+                raise RacError(f"{self.name} has no column {name!r}, but {', '.join(self.columns)}")
+        rows = self._table.select_columns(list(columns))
+        order = list(range(len(rows)))
+        random.Random(f"{seed}").shuffle(order)
+        return (TableRow(i, f"{self.name}, row {i}", rows[i]) for i in order)
 
 
 def _hash_int(text: str) -> int:

@@ -1,7 +1,5 @@
 """Rows of a file or of a hub dataset, read with `datasets`; files need no network."""
 
-from __future__ import annotations
-
 import glob
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -30,7 +28,7 @@ def is_file(source: str) -> bool:
 
 def open_table(
     source: str, *, label: str, config: str | None = None, split: str = "train"
-) -> Dataset:
+) -> "Dataset":
     """Open a .jsonl, .json, .parquet or .txt file, or a Hugging Face dataset; rows stay on disk."""
     with _named(source, label, config, split):
         return _load(source, label, config, split, streaming=False)

@@ -23,8 +23,6 @@ What limits the cost:
 - D is computed from Z for a few inputs at a time, which stay in the caches.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Checks of a solver's arguments, before anything is computed."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from torch import Tensor

@@ -4,8 +4,6 @@ Where float32 matmuls go to oneDNN (platform.py), large matrices are factored by
 nearly all matmuls: 1.3 times as fast as LAPACK, whose matmuls would be MKL's.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

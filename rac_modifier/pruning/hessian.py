@@ -1,7 +1,5 @@
 """Second moments of the inputs that a group of modules reads: what a solver needs of the data."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

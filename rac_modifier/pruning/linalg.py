@@ -1,10 +1,8 @@
 """Linear algebra that the solvers share: dampening, the factor, slices, quadratic forms."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,23 +26,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Dampening:
-    """What is added to the diagonal of a Hessian [d, d]: lambda = `frac` * mean(diag H).
-
-    Attributes:
-        retries: how often `frac` was raised to reach this value.
-        uniform: lambda, a tensor with one number.
-        added: [d], lambda, and the mean on top of it for inputs that are 0 on every token.
-        diagonal: [d], the damped diagonal; it is positive everywhere.
-    """
+    """What is added to the diagonal of a Hessian [d, d]: lambda = `frac` * mean(diag H)."""
 
     frac: float
-    retries: int
-    uniform: Tensor
-    added: Tensor
-    diagonal: Tensor
+    retries: int  # how often `frac` was raised
+    uniform: Tensor  # lambda, one number
+    added: Tensor  # [d], lambda, and the mean on top of it for inputs that are 0 on every token
+    diagonal: Tensor  # [d], the damped diagonal; it is positive everywhere
 
     @classmethod
-    def of(cls, hessian: Tensor, frac: float, retries: int = 0) -> Dampening:
+    def of(cls, hessian: Tensor, frac: float, retries: int = 0) -> Self:
         """Dampen a Hessian whose diagonal is nowhere negative and somewhere positive."""
         diagonal = hessian.diagonal()
         mean = diagonal.mean()

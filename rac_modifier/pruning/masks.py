@@ -1,7 +1,5 @@
 """Which weights a pattern prunes: selection of the lowest scores, and the check of a result."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -7,8 +7,6 @@ H for all rows of all modules: 2 d^2 operations per row and step. Few steps are 
 pruned weights are a good start (ALPS, arXiv 2406.07831, section 3.3).
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

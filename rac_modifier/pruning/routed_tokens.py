@@ -1,7 +1,5 @@
 """Which tokens calibrate a routed expert: its own and, below a floor, others as well."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 

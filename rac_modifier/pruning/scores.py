@@ -1,7 +1,5 @@
 """Methods that score every weight and leave the kept weights as they are: Wanda and magnitude."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

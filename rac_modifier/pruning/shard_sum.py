@@ -10,8 +10,6 @@ Rank r of N has the shards r, r + N, r + 2 N, ... The first N shards end on all 
 and added, then the next N. Each rank adds a part of the elements.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 import torch

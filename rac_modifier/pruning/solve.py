@@ -25,8 +25,6 @@ modules, with s steps of the refit and i iterations, the multiply-adds are about
     alps i d^3 / 24 + (i + 2) d^2 r    refit (s + 1) d^2 r
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, get_args

@@ -16,8 +16,6 @@ w_k - e_j R_jk. Scores are (w_j / R_jj)^2. What reduces the cost changes nothing
   long as the work. `weight` and `lower` may have a leading dimension.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -4,8 +4,6 @@ A symmetric grid has no zero points: they are 0. Weights are transposed here, [d
 solvers; scales and zero points are [groups, rows]. All may have a leading dimension: problems.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 
@@ -72,7 +70,7 @@ class Steps:
     scale: Tensor
     zero: Tensor | None = None
 
-    def spread(self, grid: Grid, columns: int) -> Steps:
+    def spread(self, grid: Grid, columns: int) -> "Steps":
         """Repeat them for every weight."""
         zero = None if self.zero is None else grid.column_scales(self.zero, columns)
         return Steps(grid.column_scales(self.scale, columns), zero)

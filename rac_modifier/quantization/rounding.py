@@ -17,8 +17,6 @@ Both take a batch of problems of one shape (routed experts) and share the calls 
 matmuls are per problem, so each gets the bits that it gets alone.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 

@@ -10,8 +10,6 @@ The search chooses scales from the weights alone; the fit uses the whole Hessian
 optimisation (arXiv 2602.02126) does the same for GPTQ. Weights are transposed, as in grid.py.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

@@ -1,7 +1,5 @@
 """llm-compressor's quantization schemes, and the grid of each scheme that can be rounded here."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme

@@ -1,7 +1,5 @@
 """Quantize pruned modules that read the same input: the one entry point of this package."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """A small genuine reasoning model that ships with the package, and the problems it solves."""
 
-from __future__ import annotations
-
 from importlib import resources
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Recovery: train the kept weights on KL to the dense model, mask fixed, and keep the best."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 import time
@@ -64,7 +62,6 @@ def recover(
     quantized: Mapping[str, QuantizedWeight] | None = None,
     state: Path | None = None,
     autocast: torch.dtype | None = None,
-    progress: bool = True,
     processes: Processes = ALONE,
     save_seconds: float = _SAVE_SECONDS,
 ) -> Recovery:
@@ -74,16 +71,13 @@ def recover(
     embeddings and head are trained, in float32. Zeros stay zero; dtypes come back at the end.
 
     Args:
-        model: a sparse causal LM.
         teacher: the dense model's hidden states on `training` and `held_out`.
         training: traces that calibration did not use.
         held_out: traces of other problems, which decide what is kept.
-        settings: steps, learning rate, batches.
         masks: bool by parameter name, True = kept; default: the nonzero weights of linear layers.
         quantized: by module name; trained through codes, these end as code times scale.
         state: folder that a killed run goes on from, written each `save_seconds`; None: no state.
         autocast: dtype of matmuls in forward and backward passes; None: the weights' dtype.
-        progress: whether a bar is shown.
         processes: train together, each with the same arguments.
         save_seconds: how often the state is written.
 
@@ -125,7 +119,6 @@ def recover(
             rates=rates,
             state=state,
             save_seconds=save_seconds,
-            progress=progress,
         )
         with recomputing(student.model, settings.activation_checkpointing):
             run = loop.train(key)

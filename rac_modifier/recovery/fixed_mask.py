@@ -11,8 +11,6 @@ so a hook subtracts the last term from its output, at the cost of a matmul of th
 PEFT merges M o s B A.
 """
 
-from __future__ import annotations
-
 import contextlib
 import sys
 from collections.abc import Iterator, Mapping

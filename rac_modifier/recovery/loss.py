@@ -9,8 +9,6 @@ needed. It is computed with the loss, in chunks of tokens: logits of 2,048 token
 a vocabulary of 150,000. A CPU takes fewer tokens per softmax, so that they stay in its cache.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

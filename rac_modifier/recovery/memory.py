@@ -4,8 +4,6 @@ A step is rehearsed (rehearsal.py); bytes per trained weight are counted. Each o
 loads the model and copies it, trains a part of the weights, and holds three whole layers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 

@@ -12,8 +12,6 @@ Master weights start in the cell of their code, which holds all values that roun
 of the dense weight: from its middle, a code changes after many steps of training.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass

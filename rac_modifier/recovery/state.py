@@ -3,8 +3,6 @@
 All processes gather it and the first writes it, so a run may go on with another number of them.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from dataclasses import dataclass, field

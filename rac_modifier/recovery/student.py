@@ -5,12 +5,10 @@ every rank. Each rank takes its share of every batch, and gradients are summed, 
 differs from one process only in the order of sums.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -119,7 +117,7 @@ class Student:
         parameters: Mapping[str, torch.nn.Parameter],
         mask: FixedMask,
         processes: Processes,
-    ) -> Student:
+    ) -> Self:
         """Return a sharded copy of `model` (RacError: it cannot be sharded by its layers)."""
         assert processes.device is not None
         mask.release()

@@ -3,14 +3,12 @@
 They take a hundredth of its logits. The student's head is the dense model's, so nothing is lost.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -46,7 +44,7 @@ class StoredTeacher:
     @torch.no_grad()
     def write(
         cls, dense: Any, sequences: Sequence[TokenSequence], folder: Path, *, key: str
-    ) -> StoredTeacher:
+    ) -> Self:
         """Run the dense model `key` over `sequences`, unless `folder` holds their states."""
         index = folder / _INDEX
         about = json.dumps({"model": key, "sequences": [name_of(s) for s in sequences]}).encode()

@@ -1,7 +1,5 @@
 """The steps of a recovery run, its checks on held-out traces, and its state on disk."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import random
@@ -31,6 +29,23 @@ _EVALUATION_TOKENS = 4096
 _TOO_HIGH = 1.5  # times the KL before: the learning rate is too high
 
 
+@dataclass(frozen=True)
+class Step:
+    """The sequences of an optimizer step, in micro-batches of like length."""
+
+    batches: tuple[tuple[TokenSequence, ...], ...]
+
+    @property
+    def completion_tokens(self) -> int:
+        """Return the tokens in the loss."""
+        return sum(len(ids) - prompt for batch in self.batches for ids, prompt in batch)
+
+    @property
+    def tokens(self) -> int:
+        """Return prompt and completion tokens."""
+        return sum(len(ids) for batch in self.batches for ids, _ in batch)
+
+
 @dataclass
 class TrainingLoop:
     """One run over `steps`: `train` ends with the weights of the lowest held-out KL."""
@@ -44,7 +59,6 @@ class TrainingLoop:
     rates: Sequence[float]  # learning rates, tried one after another
     state: Path | None  # folder
     save_seconds: float
-    progress: bool
 
     def __post_init__(self) -> None:
         self.model, self.parameters = self.student.model, self.student.parameters
@@ -93,7 +107,7 @@ class TrainingLoop:
         checks = max(round(3 * _CHECK_SHARE * trained / measured), _FEWEST_CHECKS)
         every = max(1, math.ceil(len(self.steps) / min(checks, _MOST_CHECKS)))
         before, saved, processes = run.curve[0][1], time.monotonic(), self.student.processes
-        shown = self.progress and processes.is_first
+        shown = processes.is_first
         progress = StepProgress("recovery", len(self.steps), run.step, shown=shown)
         with contextlib.closing(progress):
             while run.step < len(self.steps) and not run.stopped:
@@ -193,23 +207,6 @@ def rate_at(step: int, steps: int) -> float:
     return 1.0 - (1.0 - _LAST) * (step - rising + 1) / max(1, steps - rising)
 
 
-@dataclass(frozen=True)
-class Step:
-    """The sequences of an optimizer step, in micro-batches of like length."""
-
-    batches: tuple[tuple[TokenSequence, ...], ...]
-
-    @property
-    def completion_tokens(self) -> int:
-        """Return the tokens in the loss."""
-        return sum(len(ids) - prompt for batch in self.batches for ids, prompt in batch)
-
-    @property
-    def tokens(self) -> int:
-        """Return prompt and completion tokens."""
-        return sum(len(ids) for batch in self.batches for ids, _ in batch)
-
-
 def plan_steps(
     sequences: Sequence[TokenSequence],
     settings: RecoverySettings,
@@ -222,7 +219,13 @@ def plan_steps(
     limits its padding: a batch on a GPU costs the time of a thousand tokens, and several processes
     share each batch. Steps are not sorted by length: that would separate the kinds of problems.
     """
-    most_padding = _BATCH_COST if device.type == "cpu" and processes == 1 else None
+    most_padding = _BATCH_COST if device.type == "cpu" and processes == 1 else math.inf
+
+    def step(chosen: list[TokenSequence]) -> Step:
+        limit = settings.batch_tokens
+        batches = batches_of_like_length(chosen, limit, most_padding=most_padding)
+        return Step(tuple(map(tuple, batches)))
+
     steps: list[Step] = []
     for number in range(settings.passes):
         order = list(sequences)
@@ -233,21 +236,8 @@ def plan_steps(
             chosen.append(sequence)
             tokens += len(sequence[0])
             if tokens >= settings.step_tokens:
-                steps.append(_step(chosen, settings.batch_tokens, most_padding))
+                steps.append(step(chosen))
                 chosen, tokens = [], 0
         if chosen and (not steps or 2 * tokens >= settings.step_tokens):
-            steps.append(_step(chosen, settings.batch_tokens, most_padding))
+            steps.append(step(chosen))
     return steps
-
-
-def _step(chosen: Sequence[TokenSequence], batch_tokens: int, most_padding: int | None) -> Step:
-    batches: list[list[TokenSequence]] = [[]]
-    for sequence in sorted(chosen, key=lambda s: len(s[0])):
-        if last := batches[-1]:
-            length = len(sequence[0])
-            padding = len(last) * (length - len(last[-1][0]))
-            too_padded = most_padding is not None and padding > most_padding
-            if too_padded or (len(last) + 1) * length > batch_tokens:
-                batches.append([])
-        batches[-1].append(sequence)
-    return Step(tuple(map(tuple, batches)))

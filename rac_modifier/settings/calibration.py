@@ -1,11 +1,9 @@
 """What a user sets about calibration: the budget, the mixture that fills it, and token weights."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, WithJsonSchema, field_validator, model_validator
 
@@ -31,7 +29,7 @@ class Part:
     name: str | None = None
 
     @classmethod
-    def parse(cls, key: str) -> Part:
+    def parse(cls, key: str) -> Self:
         """Read "traces", "traces:math" or "text:allenai/c4" (RacError: another kind)."""
         word, colon, name = (piece.strip() for piece in key.partition(":"))
         kind = _SYNONYMS.get(word, word)
@@ -146,7 +144,7 @@ class CalibrationSettings(Settings):
         return check_mixture(mixture)
 
     @model_validator(mode="after")
-    def _texts_are_known(self) -> CalibrationSettings:
+    def _texts_are_known(self) -> Self:
         for part in self.parts("generic"):
             self.text(part.name)
         return self

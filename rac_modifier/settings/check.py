@@ -1,7 +1,5 @@
 """Shared by all settings: unknown names are refused; errors tell key, value, next step."""
 
-from __future__ import annotations
-
 import difflib
 import re
 from collections.abc import Iterable, Iterator

@@ -3,8 +3,6 @@
 Refused is what a user could believe to have shaped the result, not each harmless setting.
 """
 
-from __future__ import annotations
-
 from typing import ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, model_validator
@@ -127,11 +125,6 @@ class PruningEntry(CalibrationEntry, PruningSettings):
 
     model_config = ConfigDict(**CONFIG, title="ReasoningAwareSparseGPTModifier")
     weighs_tokens: ClassVar[bool] = True
-
-    @property
-    def gains_at_once(self) -> bool:
-        """Return whether small problems are solved faster in a batch: SparseGPT, rounding."""
-        return self.solver == "sparsegpt" or self.quantization is not None
 
 
 ENTRIES: dict[str, type[CalibrationEntry]] = {

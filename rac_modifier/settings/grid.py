@@ -1,7 +1,5 @@
 """What a user writes in a grid for `rac frontier`: rows, what they share, how they are measured."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

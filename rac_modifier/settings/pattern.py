@@ -1,9 +1,8 @@
 """Which zeros a pruned weight must have: N of every M consecutive inputs, or a share of all."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
+from typing import Self
 
 from rac_modifier.errors import RacError
 
@@ -21,19 +20,19 @@ class Pattern:
     m: int = 0
 
     @classmethod
-    def unstructured(cls, sparsity: float) -> Pattern:
+    def unstructured(cls, sparsity: float) -> Self:
         """Prune any weights, a share `sparsity` of them, 0 < sparsity < 1."""
         if not 0.0 < sparsity < 1.0:  # also refuses nan
             raise RacError(f"sparsity {sparsity}: must lie strictly between 0 and 1; use 0.5")
         return cls(sparsity=float(sparsity))
 
     @classmethod
-    def nothing(cls) -> Pattern:
+    def nothing(cls) -> Self:
         """Prune no weight, in modules that are only quantized."""
         return cls(sparsity=0.0)
 
     @classmethod
-    def n_of_m(cls, n: int, m: int) -> Pattern:
+    def n_of_m(cls, n: int, m: int) -> Self:
         """Put `n` zeros into every group of `m` consecutive inputs, 0 < n < m."""
         if not 0 < n < m:
             raise RacError(
@@ -43,7 +42,7 @@ class Pattern:
         return cls(sparsity=n / m, n=n, m=m)
 
     @classmethod
-    def parse(cls, mask_structure: str, sparsity: float | None) -> Pattern:
+    def parse(cls, mask_structure: str, sparsity: float | None) -> Self:
         """Return the pattern of a recipe: "N:M" (N pruned), or "0:0" with a `sparsity`."""
         match = re.fullmatch(r"([0-9]{1,6}):([0-9]{1,6})", mask_structure)
         if match is None:

@@ -1,6 +1,6 @@
 """What a user sets about the problems that the model is asked."""
 
-from __future__ import annotations
+from typing import Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -69,7 +69,7 @@ class ProblemSource(Settings):
         return source
 
     @model_validator(mode="after")
-    def _only_settings_that_apply(self) -> ProblemSource:
+    def _only_settings_that_apply(self) -> Self:
         if not (self.is_generator or self.is_file):
             return self
         kind = "generates its problems" if self.is_generator else "is a file"

@@ -4,8 +4,6 @@ compressed-tensors is not imported, so that a recipe is checked fast. It checks 
 the modifier starts (llmcompressor/quantizer.py).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Self
 
@@ -50,7 +48,7 @@ class QuantizationSettings(Settings):
     """Instead of a preset: compressed-tensors' schemes by name, each with its targets."""
 
     @model_validator(mode="after")
-    def _names_are_known(self) -> QuantizationSettings:
+    def _names_are_known(self) -> Self:
         if (self.scheme is None) == (self.config_groups is None):
             raise RacError("quantization: set scheme or config_groups, for example scheme: W4A16")
         for name in [self.scheme] if isinstance(self.scheme, str) else self.scheme or ():

@@ -1,7 +1,5 @@
 """Read, change and check a recipe before llm-compressor reads it, and our entry in it."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches

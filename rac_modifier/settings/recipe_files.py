@@ -1,7 +1,5 @@
 """Recipes and other YAML files that a user names: plain data, each key once, of bounded size."""
 
-from __future__ import annotations
-
 import difflib
 from pathlib import Path
 from typing import Any

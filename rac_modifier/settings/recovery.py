@@ -1,7 +1,5 @@
 """What a user sets about recovery: how long the kept weights are trained, and on what."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 from pydantic import Field

@@ -1,8 +1,6 @@
 """What a user sets about sampling: the distribution, the prompt, and the servers that sample."""
 
-from __future__ import annotations
-
-from typing import Any, Literal
+from typing import Any, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
@@ -52,7 +50,7 @@ class SamplingSettings(Settings):
     """The enable_thinking of the chat template; a template without this switch ignores it."""
 
     @model_validator(mode="after")
-    def _fits_together(self) -> SamplingSettings:
+    def _fits_together(self) -> Self:
         if self.temperature == 0 and self.samples_per_problem > 1:
             raise RacError(
                 f"samples_per_problem={self.samples_per_problem} at temperature 0 would give the "
@@ -62,7 +60,7 @@ class SamplingSettings(Settings):
             raise RacError("template='none' has no system_prompt; drop it or use template='chat'")
         return self
 
-    def resolved(self, generation_config: Any) -> SamplingSettings:
+    def resolved(self, generation_config: Any) -> Self:
         """Return these settings with a value for each that is None.
 
         The model's generation_config decides, if it samples (do_sample) and has the value.
@@ -73,7 +71,7 @@ class SamplingSettings(Settings):
             if filled[name] is None:
                 value = getattr(generation_config, name, None) if samples else None
                 filled[name] = default if value is None else value
-        return SamplingSettings(**filled)
+        return type(self)(**filled)
 
 
 class PromptSettings(Settings):
@@ -84,7 +82,7 @@ class PromptSettings(Settings):
     thinking: bool = True
 
     @classmethod
-    def of(cls, sampling: SamplingSettings) -> PromptSettings:
+    def of(cls, sampling: SamplingSettings) -> Self:
         """Return the prompt settings among the settings of sampling."""
         return cls(**sampling.model_dump(include={"template", "system_prompt", "thinking"}))
 

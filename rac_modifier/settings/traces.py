@@ -1,8 +1,6 @@
 """What a user sets about traces: where they come from, and which of them are calibrated on."""
 
-from __future__ import annotations
-
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import Field
 
@@ -74,7 +72,7 @@ class TraceSettings(Settings):
     sources: dict[str, TraceSource] = Field({})
     """Further sources by name, for use in a mixture: traces:math, prompts:math."""
 
-    def named(self, name: str | None) -> TraceSettings:
+    def named(self, name: str | None) -> Self:
         """Return the settings of a declared source or of a name that is one (RacError: neither)."""
         if name is None:
             return self

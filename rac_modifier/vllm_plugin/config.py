@@ -3,12 +3,10 @@
 Modules that need vLLM's layers are imported in functions: at registration vLLM has not loaded them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from vllm import envs
@@ -91,7 +89,7 @@ class RacConfig(QuantizationConfig):
         return METHOD if recorded and not user_quant and _runs_codes(hf_quant_cfg) else None
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> RacConfig:
+    def from_config(cls, config: dict[str, Any]) -> Self:
         """Read the checkpoint's `quantization_config` (RacError: it has no effect)."""
         if layouts.is_packed(config):
             return cls(layouts.PackedLayout(config), requested=False)
@@ -115,7 +113,7 @@ class RacConfig(QuantizationConfig):
             logger.info("this checkpoint is pruned and stored dense; `rac pack` makes it sparse")
         self.int8_activations = record.int8_activations
 
-    def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: "WeightsMapper") -> None:
         """Rename modules as vLLM does."""
 
         def renamed(entries: Iterable[str]) -> tuple[str, ...]:
@@ -214,7 +212,7 @@ class RacConfig(QuantizationConfig):
         return []
 
     @staticmethod
-    def get_checkpoint_weight_mapper() -> WeightsMapper:
+    def get_checkpoint_weight_mapper() -> "WeightsMapper":
         """Pass on `g_idx`, the column order of GPTQ, which vLLM's own mapper drops."""
         from vllm.model_executor.models.utils import WeightsMapper
 

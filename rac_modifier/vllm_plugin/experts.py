@@ -4,8 +4,6 @@ Tensors are collected while weights are loaded. Afterwards they are checked, the
 out, and all experts of the layer run on a kernel, in one opaque torch operator, or dense.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -32,7 +30,7 @@ _GATES: dict[MoEActivation, Callable[[Tensor], Tensor]] = {
     MoEActivation.GELU: torch.nn.functional.gelu,
     MoEActivation.GELU_TANH: lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
 }
-_SERVED: WeakValueDictionary[str, PackedExperts] = WeakValueDictionary()
+_SERVED: WeakValueDictionary[str, "PackedExperts"] = WeakValueDictionary()
 
 
 class PackedExperts(torch.nn.Module):

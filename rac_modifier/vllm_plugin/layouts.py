@@ -3,8 +3,6 @@
 A reader checks the tensors of a module as untrusted input.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any

@@ -4,8 +4,6 @@
 layer runs on a kernel, or dense.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -21,7 +19,7 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.parameter import BasevLLMParameter, ModelWeightParameter
 
 from rac_modifier.checkpoint.stored_weight import StoredWeight, stack
-from rac_modifier.errors import RacError
+from rac_modifier.errors import RacError, refusing
 from rac_modifier.kernels.choose import choose
 from rac_modifier.kernels.interface import Backend, Decision, Layer, stay_dense
 from rac_modifier.vllm_plugin.layouts import Weight, WeightReader
@@ -101,17 +99,15 @@ class Shards:
                     f"config.json has [{expected or '?'}, {layer.input_size}]; they do not match"
                 )
             shard_rows = torch.arange(first, first + n)[:, None]
-            try:
+            problem = f"{self.name(shard)}: {n} rows cannot be sharded as this model's"
+            step = "serve it with another --tensor-parallel-size"
+            with refusing(problem, step, RuntimeError, AssertionError):
                 if columns < layer.input_size:  # row parallel: a rank has some columns of all rows
                     numbers.data.copy_(shard_rows)
                 elif shard is None:  # loaders of layers that are not fused have no shard argument
                     load(numbers, shard_rows)
                 else:
                     load(numbers, shard_rows, shard)
-            except (RuntimeError, AssertionError) as error:
-                raise RacError(
-                    f"{self.name(shard)}: {n} rows cannot be sharded as this model's ({error})"
-                ) from error
             first += n
         if bool((numbers.data < 0).any()):
             raise RacError(

@@ -1,7 +1,5 @@
 """The light entry point `vllm.general_plugins`: vLLM calls `register` in every process."""
 
-from __future__ import annotations
-
 import logging
 from typing import get_args
 

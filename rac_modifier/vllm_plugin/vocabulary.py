@@ -3,8 +3,6 @@
 An embedding looks rows up in the packed form that a head multiplies. Tied, they share one copy.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

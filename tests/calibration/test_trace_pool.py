@@ -1,7 +1,5 @@
 """Which traces are held out, what a draw takes, and how long is collected."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from types import SimpleNamespace
 

@@ -124,8 +124,8 @@ def test_entries_of_older_versions():
     ("changes", "message"),
     [
         ({"format": "new"}, "format is 'new': Input should be 'sparse-24-bitmask' or"),
-        ({"targets": "Linear"}, "targets is 'Linear': Input should be a valid tuple; save the"),
-        ({"ignore": ["re:("]}, r"ignore is .*: has a name: 're:\(' is no regular expression"),
+        ({"targets": "Linear"}, "targets is 'Linear': .*write a list of names or .*; save the"),
+        ({"ignore": ["re:("]}, r"ignore is .*: ignore: 're:\(' is no regular expression"),
         ({"version": 2}, "version is 2: .*; a newer version wrote it: pip install -U rac-mod"),
     ],
 )

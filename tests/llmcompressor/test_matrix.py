@@ -1,7 +1,5 @@
 """llm-compressor on our traces. `python -m tests.llmcompressor.test_matrix` writes the table."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path

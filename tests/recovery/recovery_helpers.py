@@ -77,7 +77,7 @@ class LiveTeacher:
 def run(model, dense, settings=SETTINGS, counts=(40, 10), **options):
     """Recover `model` on so many random training and held-out sequences."""
     traces = {"training": sequences(counts[0], seed=1), "held_out": sequences(counts[1], seed=2)}
-    options = {**traces, "progress": False, **options}
+    options = traces | options
     return recover(model, LiveTeacher(dense), settings=settings, **options)
 
 

@@ -169,10 +169,10 @@ def test_a_state_of_another_run_is_not_used(tmp_path, monkeypatch, changes):
     dense, sparse = dense_and_sparse()
     traces = {"training": sequences(40, seed=1), "held_out": sequences(10, seed=2)}
     options = {"teacher": LiveTeacher(dense), "settings": SETTINGS, "state": tmp_path, **traces}
-    distill.recover(sparse, **options, progress=False)
+    distill.recover(sparse, **options)
     steps, step = [], TrainingLoop.step
     monkeypatch.setattr(TrainingLoop, "step", lambda *args: (steps.append(1), step(*args))[1])
     _, other = dense_and_sparse()
     other.model.norm.weight.data.mul_(changes.pop("weights", 1.0))
-    result = distill.recover(other, **{**options, **changes}, progress=False)
+    result = distill.recover(other, **{**options, **changes})
     assert len(steps) == result.steps > 0

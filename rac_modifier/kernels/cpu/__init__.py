@@ -1,7 +1,5 @@
 """The CPU backend: whether its C++ kernels (csrc/) run a layer, packing, and the matmul."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass

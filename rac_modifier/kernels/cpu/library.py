@@ -1,7 +1,5 @@
 """The compiled library and its functions, with torch tensors; each is passed with its bytes."""
 
-from __future__ import annotations
-
 import ctypes
 from collections.abc import Sequence
 from ctypes import c_char_p, c_int32, c_int64, c_void_p
@@ -61,19 +59,15 @@ _NEXT_STEPS = {
 
 @dataclass(frozen=True)
 class Kernel:
-    """What the library says about the kernel of an instruction set.
-
-    multiplies_bytes: x may be rounded to 8 bits, not only to 16. dense_bf16: torch's dense matmuls
-    are faster in bfloat16 than in float32. floats, int8, int4: most tokens of the kernel; -1: any.
-    """
+    """What the library says about the kernel of an instruction set."""
 
     number: int
     name: str
     title: str
     runs: bool
-    multiplies_bytes: bool
-    dense_bf16: bool
-    floats: int
+    multiplies_bytes: bool  # x may be rounded to 8 bits, not only to 16
+    dense_bf16: bool  # torch's dense matmuls are faster in bfloat16 than in float32
+    floats: int  # most tokens of the kernel, by type of the values; -1: any
     int8: int
     int4: int
 

@@ -5,8 +5,6 @@ packed panels. For many (prefill), chunks of panels are expanded into a buffer t
 multiplies. `packed_rows` expands a panel of 16 rows to take one row of an embedding.
 """
 
-from __future__ import annotations
-
 import math
 import threading
 
@@ -15,7 +13,7 @@ from torch import Tensor
 
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.cpu.library import BITS, INT8, PANEL, TYPES, VALUE_TYPES, Library
-from rac_modifier.kernels.cpu.support import TOKENS, cpp_operator, library_and_isa
+from rac_modifier.kernels.cpu.support import TOKENS, library_and_isa
 
 SCRATCH_BYTES = 8 << 20  # of expanded panels at a time: they about fit into the last-level cache
 batch_invariant = False  # whether the kernel multiplies any number of tokens, which rounds alike
@@ -37,8 +35,6 @@ def sparse_linear(
     a scale per token and 512 columns or group, which is more accurate than bfloat16. RacError:
     other dtypes, or shapes that do not fit.
     """
-    if not cpp_operator.active:
-        return torch.ops.rac_modifier.sparse_linear(x, data, rows, columns, bias, scale)
     try:
         return torch.ops.rac_modifier.native_linear(x, data, rows, columns, bias, scale)
     except RuntimeError:  # Python raises what the C++ operator can only print

@@ -4,8 +4,6 @@ RAC_KERNEL=NAME uses another kernel than the best, RAC_KERNEL=off none. csrc/tor
 multiplies few tokens without entering Python, through torch's stable C interface (`FUNCTIONS`).
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 from dataclasses import dataclass
@@ -85,15 +83,13 @@ def forget() -> None:
         cached.cache_clear()
     if cpp_operator.registered is not None:
         cpp_operator.registered.use_operator(None, 0)
-    cpp_operator.active = False
 
 
 class _CppOperator:
-    """The library whose operator torch has, or the reason why torch refused; `active`: in use."""
+    """The library whose operator torch has, or the reason why torch refused."""
 
     registered: Library | None = None
     refused: str | None = None
-    active = False
 
 
 cpp_operator = _CppOperator()
@@ -107,7 +103,6 @@ def _activate(library: Library, isa: str) -> None:
         state.registered = library if state.refused is None else None
     if state.registered is not None and state.registered.handle == library.handle:
         library.use_operator(isa, TOKENS)
-        state.active = True
 
 
 def _register(library: Library) -> str | None:

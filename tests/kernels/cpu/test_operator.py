@@ -175,7 +175,7 @@ def active(best):
     if sys.platform != "linux" and cpp_operator.refused is not None:
         pytest.skip(cpp_operator.refused)
     assert cpp_operator.refused is None  # every torch that pyproject.toml allows has the interface
-    if not cpp_operator.active:
+    if cpp_operator.registered.handle != library_and_isa()[0].handle:
         pytest.skip("this process has given torch the operator of another library")
 
 
@@ -253,6 +253,4 @@ def test_without_it_all_is_in_python(active, in_python):
     cpp_operator.registered.use_operator(None, 0)
     for op in (operator.sparse_linear, torch.ops.rac_modifier.native_linear):
         assert torch.equal(op(x, data, 40, 96, None, scale), expected)
-    cpp_operator.active = False
-    assert torch.equal(operator.sparse_linear(x, data, 40, 96, None, scale), expected)
-    assert len(in_python) == 3
+    assert len(in_python) == 2
