@@ -1,7 +1,5 @@
 """`rac inspect`: the content of a checkpoint, how it would run, the bits of activations."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -109,7 +107,7 @@ def _choose_activations(
     typer.echo(f"written into config.json of {folder}")
 
 
-def render_report(report: CheckpointReport) -> str:
+def render_report(report: "CheckpointReport") -> str:
     """Return a table with a row per matrix, and the totals; lines are not broken."""
     table = options.render_table(_HEAD, [_cells(row) for row in report.modules], text_columns=5)
     return "\n".join(
@@ -117,7 +115,7 @@ def render_report(report: CheckpointReport) -> str:
     )
 
 
-def _cells(row: ModuleRow) -> tuple[str, ...]:
+def _cells(row: "ModuleRow") -> tuple[str, ...]:
     return (
         row.name,
         f"{row.rows}x{row.columns}" if row.rows else "?",
@@ -130,7 +128,7 @@ def _cells(row: ModuleRow) -> tuple[str, ...]:
     )
 
 
-def totals(report: CheckpointReport) -> list[str]:
+def totals(report: "CheckpointReport") -> list[str]:
     """Return the lines below the table."""
     stored, dense = report.stored_bytes, report.dense_bytes
     lines = [f"all tensors: {stored:,} bytes, {dense:,} with every matrix dense"]
