@@ -2,8 +2,8 @@
 
 `quantization_config.sparsity_config` means packed weights. `quant_method` next to it is
 "compressed-tensors", which vLLM without this package refuses. transformers without it refuses
-`NOT_A_SCHEME`; without that, 5.23 and later would only warn, and start the weights at random, as
-every version does where the method is "rac", which is read and not written. Our own entry is
+`REFUSAL`; without that, 5.23 and later would only warn, and start the weights at random, as every
+version does where the method is "rac", which is read and not written. Our own entry is
 `rac_sparsity`: the mask structure of each pruned module, and the modules with 8-bit activations.
 """
 
@@ -23,7 +23,7 @@ METHOD = "compressed-tensors"
 RAC_METHOD = "rac"  # of packed checkpoints, which are read under both names
 FORMAT_24, FORMAT_BITMASK = "sparse-24-bitmask", "sparse-bitmask"
 PACK_QUANTIZED = "pack-quantized"
-NOT_A_SCHEME = {"packed sparse weights: install rac-modifier, then import rac_modifier": True}
+REFUSAL = {"packed sparse: import rac_modifier": True}  # shown by pydantic up to 50 characters
 BITS = (2, 3, 4)  # of dense weights that a kernel reads
 _INT8_FORMATS = (PACK_QUANTIZED, "int-quantized", "naive-quantized")
 VERSION = 1  # of the packed layouts; raised with every change that an older reader would misread
@@ -116,12 +116,13 @@ def with_packed(
 ) -> dict[str, Any]:
     """Return a copy of the config for packed weights; what quantization wrote there is kept."""
     check_method(config)
-    unquantized = {"format": "dense", "kv_cache_scheme": NOT_A_SCHEME}
     quantization = {
-        **(config.get(QUANTIZATION_KEY) or unquantized),
+        **(config.get(QUANTIZATION_KEY) or {"format": "dense"}),
         "quant_method": METHOD,
         "sparsity_config": {"format": format, "targets": ["Linear"], "ignore": sorted(ignore)},
     }
+    quantized = quantization.get("config_groups") or quantization.get("kv_cache_scheme")
+    quantization["global_compression_ratio" if quantized else "kv_cache_scheme"] = REFUSAL
     record = {"storage": "packed", "modules": structures}
     return {**config, QUANTIZATION_KEY: quantization, RAC_KEY: record}
 
@@ -129,9 +130,9 @@ def with_packed(
 def without_sparsity(quantization: Mapping[str, Any]) -> dict[str, Any]:
     """Return a copy of a `quantization_config` without what packing wrote there."""
     return {
-        key: value
+        key: None if value == REFUSAL else value
         for key, value in quantization.items()
-        if key != "sparsity_config" and value != NOT_A_SCHEME
+        if key != "sparsity_config"
     }
 
 

@@ -68,11 +68,13 @@ def test_what_is_not_read_from_files_whole_is_refused(saved, monkeypatch):
         AutoModelForCausalLM.from_pretrained(folder, config=config)
 
 
-def test_stock_transformers_refuses_a_packed_folder(saved):
-    """A property of transformers: nobody gets random weights without an error."""
-    folder, _, _ = saved()
-    with pytest.raises(Exception):  # noqa: B017, PT011
-        stock(folder)
+def test_stock_transformers_refuses_a_packed_folder(saved, tmp_path):
+    """Nobody gets random weights without an error."""
+    quantized = tmp_path / "quantized"
+    pack_checkpoint(quantized, save_quantized(quantized, "2:4", "w8"), ["lm_head"])
+    for folder in (saved()[0], quantized):
+        with pytest.raises(ValueError, match="packed sparse: import rac_modifier"):
+            stock(folder)
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,11 @@ def test_int8_in_words_beside_plain_int8_is_refused():
         int8_in_words(weight_schemes(quantization(words, W8A8)))
 
 
-INT8 = {"config_groups": {"group_0": {"weights": {"num_bits": 8}}}, "format": "int-quantized"}
+INT8 = {
+    "config_groups": {"group_0": {"weights": {"num_bits": 8}}},
+    "format": "int-quantized",
+    "global_compression_ratio": None,
+}
 
 
 def test_modules_with_activations_of_8_bits():

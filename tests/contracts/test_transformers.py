@@ -37,7 +37,7 @@ assert "rac_modifier" not in sys.modules
 try:
     AutoModelForCausalLM.from_pretrained(sys.argv[1])
 except ValueError as error:
-    assert "install rac-modifier, then import rac_modifier" in str(error)
+    assert "packed sparse: import rac_modifier" in str(error)
     print("refused")
 loaded = AutoModelForCausalLM.from_pretrained(sys.argv[2])
 print(bool((loaded.model.layers[0].mlp.up_proj.weight == 0).any()))
@@ -47,7 +47,7 @@ print(bool((loaded.model.layers[0].mlp.up_proj.weight == 0).any()))
 def test_seam_an_unknown_method_is_skipped_with_a_warning(tmp_path):
     """Why packed checkpoints say "compressed-tensors": "rac" would start the weights at random.
 
-    With "compressed-tensors" they are refused for an entry that is no scheme of a KV cache.
+    With "compressed-tensors" they are refused for an entry of a type that upstream does not take.
     """
     model = tiny_model()
     model.model.layers[0].mlp.up_proj.weight.data[:, ::2] = 0
