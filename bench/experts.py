@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from bench.common import ROOT, save, spread
-from bench.grid import CALIBRATIONS, calibrated_on, run_grid
+from bench.grid import CALIBRATIONS, OURS, calibrated_on, run_grid
 from bench.models import Subject, reasoner
 from rac_modifier.reasoner import reasoner_path
 
@@ -34,7 +34,20 @@ EXPERTS, ACTIVE = 16, 4
 STEPS, STEP_TOKENS, RATE = 200, 2048, 2e-4
 HALVES = "half traces, half prompts"
 CORRECT = "correct traces"
-COLUMNS = {"experts": "", "KL": ".4f", "right answers, %": ".1f", "truncated, %": ".1f"}
+INT4 = {"config_groups": {"w": {"weights": {"num_bits": 4, "group_size": 64, "strategy": "group"}}}}
+SPARSE = {"mask_structure": "2:4", "quantization": INT4}
+AFTERWARDS: dict[str, dict[str, Any]] = {  # settings of the pruning entry, on half of the experts
+    "int4": {"solver": "none", "quantization": INT4},
+    "2:4 + int4": SPARSE,
+    "2:4 + int4, recovered": {**SPARSE, "recover": {"tokens": 81920}},
+}
+COLUMNS = {
+    "experts": "",
+    "MB": ".1f",
+    "KL": ".4f",
+    "right answers, %": ".1f",
+    "truncated, %": ".1f",
+}
 TINY = "--steps 1 --shares 0.5 --calibrations prompts --seeds 0 --tokens 512 --problems 2 --cap 24"
 
 
@@ -74,6 +87,15 @@ def run(options: argparse.Namespace) -> None:
         )
         if name != "prompts" or seed == options.seeds[0]
     ]
+    if "traces" in options.calibrations:
+        rows += [
+            {
+                "label": f"50% removed, traces, then {name}",
+                "group": f"50% removed, traces, then {name}",
+                "recipe": {"REAPPruningModifier": {"sparsity": 0.5}, OURS: settings},
+            }
+            for name, settings in AFTERWARDS.items()
+        ]
     out = options.work / "experts-rows"
     finished = run_grid(
         subject, rows, out, tokens=options.tokens, problems=options.problems, cap=options.cap
@@ -86,7 +108,9 @@ def run(options: argparse.Namespace) -> None:
         kl = [row["divergence"]["kl"] for row in of_seeds if row["divergence"]]
         right = [100 * row["accuracy"]["accuracy"] for row in of_seeds]
         truncated = [100 * row["truncated"] for row in of_seeds]
-        table.append([label, spread(kl) if kl else None, spread(right), spread(truncated)])
+        megabytes = of_seeds[0]["bytes"]["total"] / 1e6
+        divergence = spread(kl) if kl else None
+        table.append([label, megabytes, divergence, spread(right), spread(truncated)])
     save(options.out, "experts_reap", subject.name, COLUMNS, table)
 
 
