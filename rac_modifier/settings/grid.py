@@ -210,10 +210,13 @@ def _run(row: GridRow, grid: Grid, label: str, seed: int | None) -> PlannedRow:
         raise RacError(
             f"calibrates on {evaluated.source}, the problems of the evaluation; name another source"
         )
+    modifiers = {m for groups in recipe.values() for group in groups.values() for m in group}
+    others = modifiers - {name, "REAPPruningModifier"}
+    quantizes = others or getattr(checked, "quantization", None)
     if name == NAME and getattr(checked, "prunes", True):
-        modifiers = [m for groups in recipe.values() for group in groups.values() for m in group]
-        quantizes = getattr(checked, "quantization", None) or len(modifiers) > 1
         group = "sparse + quantized" if quantizes else "sparse"
+    elif not quantizes:
+        group = "fewer experts"
     prompts = tuple(PromptSettings.of(part.sampling) for part in asking)
     return PlannedRow(label, row.label, row.group or group, seed, recipe, prompts)
 

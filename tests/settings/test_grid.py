@@ -60,9 +60,17 @@ def test_a_row_with_seeds_is_run_once_per_seed():
 
 def test_a_row_without_a_group_is_in_that_of_what_it_does():
     quantized = {NAME: {"sparsity": 0.5, "quantization": {"scheme": "W4A16"}}}
-    rows = ({}, {"recipe": quantized}, {"recipe": GPTQ}, {"recipe": GPTQ, "group": "upstream"})
+    reap = {"REAPPruningModifier": {"sparsity": 0.5}}
+    recipes = (
+        quantized,
+        GPTQ,
+        {"ReasoningAwareCalibrationModifier": {}, **reap},
+        {**reap, NAME: {"sparsity": 0.5}},
+    )
+    rows = ({}, *({"recipe": recipe} for recipe in recipes), {"recipe": GPTQ, "group": "upstream"})
     groups = [run.group for run in plan_rows(grid(*rows), "grid")]
-    assert groups == ["sparse", "sparse + quantized", "dense quantized", "upstream"]
+    sparse, quantized, dense = "sparse", "sparse + quantized", "dense quantized"
+    assert groups == [sparse, quantized, dense, "fewer experts", sparse, "upstream"]
 
 
 def test_all_mistakes_are_in_one_message_with_the_rows_that_could_run():
