@@ -8,8 +8,6 @@ Cells are medians over seeds, with the lowest and the highest value. Every seed 
 its own and draws its own text; all prompts are one set.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import sys

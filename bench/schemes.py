@@ -7,8 +7,6 @@ text. KL is in thousandths of a nat per token. A served checkpoint passes if `ra
 would accept the server for the model that transformers loads. A finished row is not run again.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import re

@@ -11,8 +11,6 @@ reported and skipped. The logs and the table are in build/matrix/. A row takes 5
 where PyPI's torch is the CUDA build, 8 GB of disk until it is done.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import re

@@ -1,7 +1,5 @@
 """The chat protocol: questions as text, answers as text with the server's token counts."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The completions protocol without network: requests, and checks of the answers."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

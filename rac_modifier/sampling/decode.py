@@ -4,8 +4,6 @@ Two copies of the key-value cache are avoided: `grouped_sdpa` does not repeat it
 and `RoomyLayer` does not copy it at every step.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager

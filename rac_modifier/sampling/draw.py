@@ -4,8 +4,6 @@ The noise of a token is a function of (seed, key of the row, position, token) al
 draw depends neither on the batch nor on a resume. A whole vocabulary is never sorted.
 """
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Prompts, completions, the record of an engine, and the engine on the model in memory."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Batched sampling from a transformers model; a completion does not depend on its neighbours."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 

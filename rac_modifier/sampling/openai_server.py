@@ -1,7 +1,5 @@
 """The engine on OpenAI-compatible servers: concurrent completions on one or several."""
 
-from __future__ import annotations
-
 import asyncio
 import threading
 from collections.abc import Iterable, Iterator, Sequence

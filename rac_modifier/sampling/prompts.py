@@ -1,7 +1,5 @@
 """Questions as token ids: chat template, generation prompt, thinking on."""
 
-from __future__ import annotations
-
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 

@@ -3,8 +3,6 @@
 Every request has a deadline and a limit on the bytes of its answer.
 """
 
-from __future__ import annotations
-
 import asyncio
 import os
 import random

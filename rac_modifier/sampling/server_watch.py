@@ -4,8 +4,6 @@
 of standard input: however it ends, the system closes that.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import select

@@ -1,7 +1,5 @@
 """Collect traces: sample a model's own chains of thought until a token budget is stored."""
 
-from __future__ import annotations
-
 import contextlib
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Tokens that each expert of a mixture of experts reads from traces."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 

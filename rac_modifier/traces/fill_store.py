@@ -4,8 +4,6 @@ The store holds the traces in the order of their problems. A trace that is finis
 earlier one goes to a second store (`x.pending.jsonl`), so that a kill does not lose it.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

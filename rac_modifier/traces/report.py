@@ -1,7 +1,5 @@
 """Describe a trace store, for `rac traces inspect`."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any

@@ -1,7 +1,5 @@
 """Choose traces of a store, by their answers too; by default all, but without tails that repeat."""
 
-from __future__ import annotations
-
 import hashlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
