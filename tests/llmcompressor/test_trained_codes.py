@@ -58,7 +58,7 @@ def recovered(folder: Path, monkeypatch: pytest.MonkeyPatch, rate: float) -> Any
     for name in checkpoint.pruned:
         masks[f"{name}.weight"] = _mask(model.get_submodule(name), codes[name])
     traces = (sequences(80, seed=1), HELD_OUT)
-    options = {"masks": masks, "quantized": codes, "progress": False}
+    options = {"masks": masks, "quantized": codes}
     result = recover(model, LiveTeacher(dense()), *traces, settings, **options)
     checkpoint.encode()
     model.save_pretrained(folder.parent / "out")
