@@ -105,7 +105,7 @@ class PairedDifference:
     first: str
     second: str
     problems: int
-    difference: float | None  # accuracy of the second minus that of the first; None: not graded
+    difference: float | None  # second accuracy minus first accuracy; None: not graded
     ci_low: float | None  # 95 %, of `intervals.difference_interval`
     ci_high: float | None
     only_first: int | None  # problems that the first model alone solves; None: several answers

@@ -105,8 +105,9 @@ class ReasoningAwareSequentialPipeline(SequentialPipeline):
             run.use_order(order, why)
             forecast = Forecast.of(run, model, ours.loader, by_layer=order == "layer")
             forecast.check(onload, offload, run.processes.count)
-            removed = {"saliency": ours.saliency} if ours.saliency else {}
-            run.resume.begin({"order": order, **ours.calibration.identity(), **removed})
+            experts = {"modules": len(run.names), "saliency": ours.saliency}  # of REAP
+            about = {"order": order, "choice of experts": experts}
+            run.resume.begin({**about, **ours.calibration.identity()})
             run_stages(model, ours.loader, stages, run, onload, offload)
             return
         loader = ours.loader.unpadded()

@@ -195,3 +195,20 @@ def test_the_first_character_of_a_loop():
     pieces = ["so: ", "Wait, ", "", "again. ", "Wait, "]
     assert Loop(1, 2, "tokens").character(pieces) == 4
     assert Loop(4, 3, "words").character(pieces) == len("so: Wait, ")
+
+
+@pytest.mark.parametrize(
+    ("text", "finish", "kind"),
+    [
+        ("The answer is \\boxed{42}.", "stop", "finished"),
+        ("The answer is 42. But wait, let me", "length", "going"),
+        ("again and " * 64, "length", "looping"),
+    ],
+)
+def test_an_answer_without_a_reference_is_not_graded(text, finish, kind):
+    problem = Problem("p", "6 * 7?", None, None)
+    row = row_of_text(problem, text, finish=finish, tokens=9, thinking_tokens=9)
+    assert (row.correct, row.ending.kind) == (None, kind)
+    shares = summary({"p": [row.ending]}, graded=False)
+    assert [name for name, share in shares.items() if share == 1.0] == [kind]
+    assert row.ending.truncated is (finish == "length")

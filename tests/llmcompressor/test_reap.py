@@ -1,10 +1,14 @@
 """REAPPruningModifier before ours: its record, and the experts that it leaves."""
 
+import pytest
 import torch
 import yaml
 from llmcompressor import oneshot
 
 import rac_modifier
+from rac_modifier.errors import RacError
+from rac_modifier.llmcompressor.run import Run
+from tests.llmcompressor.conftest import record_of
 from tests.llmcompressor.modifier_helpers import INT8
 from tests.llmcompressor.test_resume import result
 from tests.tiny import EXPERTS, NAME, calibration_entry, entry, recipe, save_tiny_experts
@@ -56,3 +60,36 @@ def test_experts_left_by_reap_are_pruned_as_in_a_run_of_its_own(tmp_path):
     ids = torch.arange(5, 35)[None]
     with torch.no_grad():  # grouped and looped experts add in another order
         torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_killed_run_goes_on_with_the_same_share_of_experts_only(tmp_path, monkeypatch):
+    """With one layer, the saliency is the same for any share; None: no expert is removed."""
+    save_tiny_experts(tmp_path / "dense", num_hidden_layers=1)
+
+    def run(share):
+        reap = {"REAPPruningModifier": {"sparsity": share}}
+        stages = {
+            **({"reap_stage": {"reap_modifiers": reap}} if share else {}),
+            "pruning_stage": {"pruning_modifiers": {NAME: entry(tmp_path / "traces.jsonl")}},
+        }
+        recipe = yaml.safe_dump(stages, sort_keys=False)
+        out = str(tmp_path / "out")
+        oneshot(model=str(tmp_path / "dense"), recipe=recipe, output_dir=out, precision="float32")
+        return record_of(tmp_path / "out")
+
+    original, calls = Run.prune, []
+
+    def killed(self, groups, per_call=None):
+        calls.append(groups)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        original(self, groups, per_call)
+
+    monkeypatch.setattr(Run, "prune", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(0.5)
+    monkeypatch.undo()
+    for other in (0.25, None):
+        with pytest.raises(RacError, match=r"another choice of experts has pruned \(modules: 10"):
+            run(other)
+    assert len(run(0.5)["modules"]) == 4 + 3 * EXPERTS // 2
