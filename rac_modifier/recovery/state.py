@@ -83,6 +83,7 @@ def load_state(
     folder: Path, key: str, student: Student, optimizer: torch.optim.Optimizer
 ) -> Progress:
     """Restore weights and moments (RacError); without this state return a new `Progress`."""
+    student.processes.wait()  # the first may still write the state of a run that ended here
     path = folder / _FILE
     if not path.exists():
         return Progress(key)

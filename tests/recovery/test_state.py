@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -41,6 +42,15 @@ def test_what_is_saved_comes_back_bit_for_bit_and_only_for_its_run(tmp_path):
         assert torch.equal(other.parameters[name], parameter)
         for part, value in optimizer.state[parameter].items():
             assert torch.equal(other_optimizer.state[other.parameters[name]][part], value), part
+
+
+def test_a_process_waits_until_the_first_has_written(tmp_path):
+    save_state(tmp_path, Progress("key", 2), *trained(2))
+    third, (student, optimizer) = trained(3), trained(0)
+    student.processes = SimpleNamespace(
+        count=1, wait=lambda: save_state(tmp_path, Progress("key", 3), *third)
+    )
+    assert load_state(tmp_path, "key", student, optimizer).step == 3
 
 
 def test_a_damaged_state_is_an_error_that_names_the_file(tmp_path):
