@@ -101,12 +101,12 @@ def collection(server: Server, options: argparse.Namespace) -> tuple[float, floa
     started, cpu = time.perf_counter(), time.process_time()
     with suppress(RacError):  # the problems are used up before the budget is reached
         collect_traces(identity, tokenizer, settings, 10**9)
-    return rates(TraceStore.read(path).counts.completion_tokens, started, cpu)
-
-
-def rates(tokens: int, started: float, cpu: float) -> tuple[float, float]:
-    """Return tokens per second and CPU ms per 1,000 tokens since `started` and `cpu`."""
     seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
+    return rates(TraceStore.read(path).counts.completion_tokens, seconds, cpu)
+
+
+def rates(tokens: int, seconds: float, cpu: float) -> tuple[float, float]:
+    """Return tokens per second and CPU ms per 1,000 tokens."""
     return tokens / seconds, 1e6 * cpu / tokens
 
 
@@ -142,7 +142,8 @@ def bare_load(server: Server, options: argparse.Namespace) -> tuple[float, float
         return tokens
 
     started, cpu = time.perf_counter(), time.process_time()
-    return rates(asyncio.run(load()), started, cpu)
+    tokens = asyncio.run(load())
+    return rates(tokens, time.perf_counter() - started, time.process_time() - cpu)
 
 
 @torch.no_grad()
@@ -158,7 +159,7 @@ def generate(options: argparse.Namespace) -> tuple[float, float]:
         output = model.generate(**batch, **SAMPLING, do_sample=True, max_new_tokens=CAP)
         for row in output[:, batch["input_ids"].shape[1] :].tolist():
             tokens += row.index(eos) + 1 if eos in row else len(row)
-    return rates(tokens, started, cpu)
+    return rates(tokens, time.perf_counter() - started, time.process_time() - cpu)
 
 
 def run(options: argparse.Namespace) -> None:

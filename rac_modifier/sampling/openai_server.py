@@ -3,9 +3,10 @@
 import asyncio
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import Future
 from itertools import chain, islice
 from pathlib import PurePath
+from queue import SimpleQueue
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -84,21 +85,24 @@ class ServerEngine:
 
         Batches are taken in the caller's thread, only when they can be worked on.
         """
-        prompts = enumerate(chain.from_iterable(batches))
-        under_way: dict[Future[Generation | Failure], tuple[int, Prompt]] = {}
+        prompts = chain.from_iterable(batches)
+        under_way: dict[Future[Generation | Failure], Prompt] = {}
+        ended: SimpleQueue[Future[Generation | Failure]] = SimpleQueue()
         while True:
-            for numbered in islice(prompts, self._settings.concurrency - len(under_way)):
-                coroutine = self._complete(numbered[1])
-                under_way[asyncio.run_coroutine_threadsafe(coroutine, self._loop)] = numbered
+            for prompt in islice(prompts, self._settings.concurrency - len(under_way)):
+                future = asyncio.run_coroutine_threadsafe(self._complete(prompt), self._loop)
+                under_way[future] = prompt
+                future.add_done_callback(ended.put)
             if not under_way:
                 return
-            ended, _ = wait(under_way, return_when=FIRST_COMPLETED)
+            futures = [ended.get()]
+            while not ended.empty():
+                futures.append(ended.get())
             completions: list[tuple[Prompt, Generation | Failure]] = []
             stop: RacError | None = None
-            for future in sorted(ended, key=lambda future: under_way[future][0]):
-                _, prompt = under_way.pop(future)
+            for future in futures:
                 try:
-                    completions.append((prompt, future.result()))
+                    completions.append((under_way.pop(future), future.result()))
                 except RacError as error:
                     stop = error
             if completions:
