@@ -17,6 +17,7 @@ SUITES = (
     "serving",
     "peers",
     "recovery",
+    "stopping",
     "traces",
     "scale",
 )

@@ -71,7 +71,7 @@ def run(options: argparse.Namespace) -> None:
         tokenizer = AutoTokenizer.from_pretrained(subject.model)
         answers = [Answers(dense, tokenizer, subject, options, name) for name in ANSWERS]
     for label in missing:
-        folder = options.work / "formats" / options.model / label.replace(" ", "-").replace("%", "")
+        folder = folder_of(options, label)
         if label in GGUF:
             texts = traces(subject) if IMATRIX in label else []
             pruned, bits = quantized_by_llama_cpp(label, Path(subject.model), folder, texts)
@@ -88,6 +88,12 @@ def run(options: argparse.Namespace) -> None:
     names = ("sampled", "sampled outside", "greedy")
     rows = [[label, row["bits"], *(row[name] for name in names)] for label, row in finished.items()]
     save(options.out, f"formats_{options.model}", subject.name, COLUMNS, rows)
+
+
+def folder_of(options: argparse.Namespace, label: str) -> Path:
+    """Return the folder of a row's checkpoint."""
+    name: Path = options.work / "formats" / options.model / label.replace(" ", "-").replace("%", "")
+    return name
 
 
 def recipes_of(

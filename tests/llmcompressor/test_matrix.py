@@ -1,8 +1,13 @@
-"""llm-compressor on our traces. `python -m tests.llmcompressor.test_matrix` writes the table."""
+"""llm-compressor on our traces. `python -m tests.llmcompressor.test_matrix` writes the table.
 
+`python -m tests.llmcompressor.test_matrix .venv-serve/bin/vllm` serves every checkpoint first.
+"""
+
+import json
+import sys
 from dataclasses import dataclass, field
-from itertools import groupby
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -11,13 +16,15 @@ import yaml
 from llmcompressor import oneshot
 from llmcompressor.modifiers.utils.hooks import HooksMixin
 from llmcompressor.pipelines.sequential.pipeline import SequentialPipeline
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rac_modifier import RacError, load_model
 from tests.llmcompressor.conftest import record_of
 from tests.tiny import calibration_entry, save_tiny, save_tiny_experts
 
-PAGE = Path(__file__).parents[2] / "docs" / "quantization.md"
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "quantization.md"
+SERVED = ROOT / "results" / "matrix_served.json"
 MARKS = "<!-- matrix: python -m tests.llmcompressor.test_matrix -->\n", "<!-- end of matrix -->\n"
 TOKENS = 400
 ALL = "all"
@@ -25,12 +32,14 @@ ROWS = "all but an incomplete last row"  # AutoRound's
 READS_NOTHING = "calibrates nothing"
 SAME = "with the same logits"
 REFUSED = "refused: transformers applies no rotation to activations"
+# vLLM's attention on a CPU takes no smaller heads, and `bench schemes` asks for this length.
+SERVABLE = {"head_dim": 32, "max_position_embeddings": 1024}
 # Multiples of 128, the largest group of the schemes.
 WIDE = {
     "hidden_size": 128,
     "intermediate_size": 256,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 8,
+    "num_key_value_heads": 4,
+    **SERVABLE,
 }
 KV = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
 
@@ -53,10 +62,11 @@ class Case:
         names = [f"{name}Modifier" for name in self.modifiers.split(", ")]
         return dict(zip(names, self.settings, strict=True))
 
-    def outcome(self) -> tuple[str, str, str]:
+    def outcome(self, served: dict[str, str]) -> tuple[str, str, str, str]:
         if self.refused:
-            return self.modifiers, f"refused: {self.refused}", ""
-        return self.modifiers, self.seen, SAME if self.loads else REFUSED
+            return self.modifiers, f"refused: {self.refused}", "", ""
+        loads = SAME if self.loads else REFUSED
+        return self.modifiers, self.seen, loads, served.get(str(self), "")
 
 
 def cases(
@@ -137,12 +147,22 @@ def marked(case: Case) -> Any:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
+    return dense_models(tmp_path_factory.mktemp("matrix"))
+
+
+def dense_models(folder: Path) -> dict[bool, Path]:
     """A dense model and a mixture of experts in bfloat16, which loaded FP4 weights need."""
-    folder = tmp_path_factory.mktemp("matrix")
-    made = {False: save_tiny(folder / "dense", **WIDE), True: save_tiny_experts(folder / "experts")}
-    for path in made.values():
+    experts = save_tiny_experts(folder / "experts", **SERVABLE)
+    models = {False: save_tiny(folder / "dense", **WIDE), True: experts}
+    for path in models.values():
         AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).save_pretrained(path)
-    return made
+    return models
+
+
+def recipe_of(case: Case, store: Path) -> str:
+    ours = calibration_entry(store, calibration={"tokens": TOKENS, "batch_tokens": 512})
+    modifiers = {"ReasoningAwareCalibrationModifier": ours, **case.recipe()}
+    return yaml.safe_dump({"a_stage": {"a_modifiers": modifiers}}, sort_keys=False)
 
 
 class Pass:
@@ -171,9 +191,7 @@ def test_a_modifier_runs_on_our_traces(case, folders, tmp_path, monkeypatch):
     store, out = folder.with_suffix(".jsonl"), tmp_path / "out"
     if case.refused:
         store = tmp_path / "unused.jsonl"
-    ours = calibration_entry(store, calibration={"tokens": TOKENS, "batch_tokens": 512})
-    modifiers = {"ReasoningAwareCalibrationModifier": ours, **case.recipe()}
-    recipe = yaml.safe_dump({"a_stage": {"a_modifiers": modifiers}}, sort_keys=False)
+    recipe = recipe_of(case, store)
     model = AutoModelForCausalLM.from_pretrained(folder)
     calibration = Pass(model.model.layers[0].self_attn.q_proj, monkeypatch)
     if case.refused:
@@ -220,10 +238,14 @@ def test_a_modifier_runs_on_our_traces(case, folders, tmp_path, monkeypatch):
 
 def table() -> str:
     """One row per run of cases with one outcome."""
-    rows = ["| modifiers | schemes | tokens that they read | loads back |", "|---|---|---|---|"]
-    for (modifiers, seen, loads), alike in groupby(CASES, key=Case.outcome):
-        rows.append(f"| {modifiers} | {'; '.join(c.scheme for c in alike)} | {seen} | {loads} |")
-    return "\n".join(rows) + "\n"
+    columns = ["modifiers", "schemes", "tokens that they read", "loads back", "vLLM on a CPU"]
+    served = dict(json.loads(SERVED.read_text())["rows"])
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for case in CASES:
+        rows.setdefault(case.outcome(served), []).append(case.scheme)
+    lines = [columns, ["---"] * len(columns)]
+    lines += [[modifiers, "; ".join(of), *rest] for (modifiers, *rest), of in rows.items()]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def test_the_page_has_the_table():
@@ -231,6 +253,30 @@ def test_the_page_has_the_table():
     assert table() == PAGE.read_text().partition(MARKS[0])[2].partition(MARKS[1])[0]
 
 
+def serve_all(vllm: Path) -> None:
+    """Serve the checkpoint of each case, and write whether vLLM answers as transformers."""
+    from bench.common import RESULTS, save
+    from bench.schemes import served
+
+    rows: list[list[str]] = []
+    with TemporaryDirectory() as folder:
+        models = dense_models(Path(folder))
+        for case in CASES:
+            if case.refused or not case.loads:
+                continue
+            dense, out = models[case.modifiers == "REAPPruning"], Path(folder) / str(len(rows))
+            model = AutoModelForCausalLM.from_pretrained(dense)
+            recipe = recipe_of(case, dense.with_suffix(".jsonl"))
+            oneshot(model=model, recipe=recipe, output_dir=str(out))
+            tokenizer = AutoTokenizer.from_pretrained(dense)
+            rows.append([str(case), served(load_model(out), tokenizer, out, vllm)])
+            print(*rows[-1], flush=True)
+            columns = {"case": "", "served": ""}
+            save(RESULTS, SERVED.stem, "tiny models", columns, rows)
+
+
 if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        serve_all(Path(sys.argv[1]))
     before, _, rest = PAGE.read_text().partition(MARKS[0])
     PAGE.write_text(before + MARKS[0] + table() + MARKS[1] + rest.partition(MARKS[1])[2])
