@@ -1,10 +1,9 @@
 """Recovery: divergence, accuracy and endings by calibration tokens and recovery tokens.
 
 python -m bench recovery --patterns 0.8 0.9 2:4+int4+paper --recover 0 640000
-python -m bench recovery --model smollm2 --patterns 0.6 2:4 --tokens 65536 --recover 0 131072
 
-All models are float32, because a CPU multiplies these faster than bfloat16. Every checkpoint
-answers the same held-out problems greedily, and at temperature 0.6 where they can be graded.
+The model is the embedded reasoner in float32, because a CPU multiplies that faster than bfloat16.
+Every checkpoint answers the same held-out problems greedily and at temperature 0.6.
 """
 
 import argparse
@@ -13,7 +12,7 @@ from typing import Any
 
 from bench.common import save
 from bench.grid import COLUMNS, OURS, cells, pattern, run_grid
-from bench.models import SUBJECTS, float32_copy
+from bench.models import float32_copy, reasoner
 from rac_modifier.evaluation.results import EvalResult
 
 TINY = "--patterns 0.9 --tokens 512 --recover 512 --seeds 0 --problems 2 --cap 24"
@@ -31,7 +30,6 @@ STOPPING = {
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this suite."""
-    parser.add_argument("--model", choices=SUBJECTS, default="reasoner")
     example = "such as 2:4 or 0.5+int4+paper"
     parser.add_argument("--patterns", nargs="+", default=["0.8", "0.9"], help=example)
     parser.add_argument("--tokens", nargs="+", type=int, default=[32768], help="of calibration")
@@ -74,8 +72,8 @@ def entry_of(text: str) -> dict[str, Any]:
 
 def run(options: argparse.Namespace) -> None:
     """Run the rows and write the tables."""
-    cap = options.cap or SUBJECTS[options.model](options.work).evaluation["cap"]
-    subject = float32_copy(options.model, options.work, cap)
+    cap = options.cap or reasoner(options.work).evaluation["cap"]
+    subject = float32_copy("reasoner", options.work, cap)
     rows = []
     axes = (options.patterns, options.tokens, options.recover)
     for text, tokens, recover in itertools.product(*axes):
@@ -85,16 +83,13 @@ def run(options: argparse.Namespace) -> None:
         label = f"{text}, {tokens:,} + {recover:,} tokens"
         row = {"label": label, "recipe": {OURS: entry_of(text)}, "set": changes}
         rows.append(row | {"seeds": options.seeds})
-    out = options.work / f"recovery-{options.model}"
+    out = options.work / "recovery-reasoner"
     shared: dict[str, Any] = {"tokens": max(options.tokens), "cap": cap}
     shared["problems"] = options.problems
     greedy = run_grid(subject, rows, out / "greedy", **shared, remove_models=False)
     columns = {**COLUMNS, "seconds of compressing": ".0f"}
     table = [[*cells(row), row["compressing"]] for row in greedy]
-    save(options.out, f"recovery_{options.model}", subject.name, columns, table)
-    if greedy[0]["accuracy"] is None:
-        return
-
+    save(options.out, "recovery_reasoner", subject.name, columns, table)
     if (models := out / "greedy" / "models").exists():
         (out / "sampled").mkdir(exist_ok=True)
         models.rename(out / "sampled" / "models")  # these are not compressed again
@@ -102,4 +97,4 @@ def run(options: argparse.Namespace) -> None:
     table = []
     for row, at_temperature in zip(greedy, sampled, strict=True):
         table += [stopping(row, "0"), stopping(at_temperature, "0.6")]
-    save(options.out, f"stopping_{options.model}", subject.name, STOPPING, table)
+    save(options.out, "stopping_reasoner", subject.name, STOPPING, table)
