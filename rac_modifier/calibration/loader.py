@@ -121,14 +121,14 @@ class CalibrationLoader(DataLoader):
     def _shards(self) -> list[list[int]]:
         """Divide the numbers of the batches into shards of similar size, the largest first."""
         sizes = [weights.numel() for weights in self.token_weights]
-        count = min(SHARDS, len(sizes))
-        loads = [0] * count
-        shards: list[list[int]] = [[] for _ in range(count)]
-        for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-            least = loads.index(min(loads))
-            shards[least].append(index)
-            loads[least] += sizes[index]
-        return [sorted(shards[i]) for i in sorted(range(count), key=lambda i: -loads[i])]
+        shards: list[list[int]] = [[] for _ in range(min(SHARDS, len(sizes)))]
+
+        def load(shard: list[int]) -> int:
+            return sum(sizes[index] for index in shard)
+
+        for index in sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True):
+            min(shards, key=load).append(index)
+        return [sorted(shard) for shard in sorted(shards, key=load, reverse=True)]
 
     def sha256(self) -> str:
         """Hash (64 hex digits) the batches and their token weights."""

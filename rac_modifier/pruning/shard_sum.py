@@ -122,6 +122,6 @@ class ShardSum:
     def _pieces(self) -> Iterator[tuple[int, int, int]]:
         """Yield the pieces of an exchange: number of a block, first row in it, last row + 1."""
         for number, (first, last, columns) in enumerate(self._blocks):
-            step = max(_PIECE // columns, 1)
+            step = -(-_PIECE // columns)
             for start in range(0, last - first, step):
                 yield number, start, min(start + step, last - first)

@@ -204,7 +204,7 @@ def rate_at(step: int, steps: int) -> float:
     rising = max(1, round(_WARM_UP * steps))
     if step < rising:
         return (step + 1) / rising
-    return 1.0 - (1.0 - _LAST) * (step - rising + 1) / max(1, steps - rising)
+    return 1.0 - (1.0 - _LAST) * (step - rising + 1) / (steps - rising)
 
 
 def plan_steps(

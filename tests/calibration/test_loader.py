@@ -60,6 +60,7 @@ def test_a_batch_may_fill_its_limit_exactly_and_the_seed_decides_the_order():
 def test_unpadded_and_joined_have_the_same_tokens_in_order(lengths):
     chosen = sequences(lengths)
     alone = loader(chosen).unpadded()
+    assert alone.shards_ended == [0] * len(chosen)
     assert [tuple(b["input_ids"][0].tolist()) for b in alone] == [s.ids for s in chosen]
     assert all(row.prompt_tokens == 0 for row in loader(chosen).joined().sequences)
     rows = [batch["input_ids"] for batch in loader(chosen).joined()]
@@ -143,6 +144,17 @@ def test_shards_are_the_same_with_any_number_of_processes(batches, count):
     for share in shares:
         assert content(share) == [batches_alone[number] for number in share.numbers]
     assert sorted(row for share in shares for row in content(share)) == sorted(content(whole))
+
+
+def test_shards_have_like_sizes_the_largest_first():
+    """Batches of 18 to 63 tokens make pairs of 81 tokens; one of 80 is alone, and the last."""
+    lengths = [80, *range(18, 64)]
+    whole = loader(sequences(lengths), batch_tokens=16)
+    share = whole.share(0, 1)
+    tokens = [weights.numel() for weights in share.token_weights]
+    places = dict(zip(share.numbers, tokens, strict=True))
+    sizes = [sum(places[number] for number in shard) for shard in shards_of(share)]
+    assert sizes == [81] * 23 + [80]
 
 
 def test_more_processes_than_shards_are_refused():

@@ -237,6 +237,33 @@ def test_a_selection_that_keeps_nothing_ends_with_an_error(collect, monkeypatch)
         collect({"select": {"answers": "correct"}}, tokens=300)
 
 
+@pytest.mark.parametrize(
+    ("judged", "tokens", "refused"), [(255, 0, False), (256, 19, True), (256, 20, False)]
+)
+def test_a_selection_of_less_than_a_fiftieth_of_256_traces_is_refused(
+    monkeypatch, judged, tokens, refused
+):
+    store, usable = SimpleNamespace(header=HEADER, counts=SimpleNamespace(tokens=1000)), [99, 9]
+    pool = SimpleNamespace(
+        store=store,
+        selection=SimpleNamespace(kept=judged, total=judged, describe=lambda: "kept few"),
+        lengths={"0#0": tokens},
+        usable_tokens=lambda: usable.pop(),
+        kept_out_tokens=0,
+        repeated_tokens=0,
+    )
+    monkeypatch.setattr(trace_pool, "collect_traces", lambda *args: store)
+    monkeypatch.setattr(trace_pool, "TracePool", lambda *args: pool)
+    monkeypatch.setattr(trace_pool, "_store_tokens", lambda *args: 2000)
+    settings = TraceSettings(), CalibrationSettings(tokens=99, held_out_tokens=0)
+    if refused:
+        with pytest.raises(RacError, match=r"kept few, 1\.9% of the tokens sampled"):
+            collect_for_calibration(None, byte_tokenizer(), *settings)
+        return
+    assert collect_for_calibration(None, byte_tokenizer(), *settings) == {"traces": pool}
+    assert not usable, "a second round"
+
+
 def test_problems_that_end_before_a_selection_is_met_say_so(collect):
     traces = {"select": {"answers": "correct"}, "problems": {"limit": 20}}
     with pytest.raises(RacError, match=r"used up.* kept 0 of \d+: \d+ wrong, 0 tokens of 300"):

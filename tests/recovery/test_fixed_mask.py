@@ -45,6 +45,14 @@ def test_no_pruned_weight_moves_inside_and_they_do_afterwards(optimizer):
     assert bool((model[0].weight[:, ::2] != 0).any())
 
 
+def test_a_layer_with_a_twentieth_of_zeros_is_sparse():
+    model = torch.nn.Sequential(torch.nn.Linear(20, 1), torch.nn.Linear(21, 1))
+    for layer in model:
+        layer.weight.data.fill_(1.0)
+        layer.weight.data[0, 3] = 0.0
+    assert list(sparse_masks(model)) == ["0.weight"]
+
+
 def test_moments_of_an_earlier_training_do_not_move_pruned_weights():
     """Adam's momentum from before the mask would: the weights are masked after each step too."""
     model = small()

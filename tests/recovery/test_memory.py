@@ -1,13 +1,17 @@
 """The forecast against bytes that live in a real run, and what is refused before sampling."""
 
+from types import SimpleNamespace
+
 import psutil
 import pytest
 import torch
 
 from rac_modifier.errors import RacError
 from rac_modifier.processes import Processes
+from rac_modifier.recovery import memory
 from rac_modifier.recovery.memory import (
     Batch,
+    RecoveryNeed,
     check_recovery_memory,
     largest_batch,
     recovery_need,
@@ -58,6 +62,8 @@ def test_what_is_counted_per_weight(monkeypatch):
     assert alone.host == 4 * COUNT
     assert four.host - two.host == 2 * 2 * 4 * COUNT
     assert four.device < two.device
+    on_gpus = recovery_need(DENSE, SETTINGS, batch, torch.device("cuda"), processes=2)
+    assert two.host == on_gpus.host == (4 + 12 + 4 + 2 * 2 * 4) * COUNT
 
 
 def test_the_largest_batch_is_one_that_is_trained_on():
@@ -68,19 +74,37 @@ def test_the_largest_batch_is_one_that_is_trained_on():
 
 
 def test_too_little_memory_is_refused_with_what_would_help(monkeypatch):
-    memory = type("Memory", (), {"available": 1 << 40})
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    need = check_recovery_memory(DENSE, SETTINGS)
-    total = need.device + need.host
-    memory.available = int(total / 0.9) + 10
-    assert check_recovery_memory(DENSE, SETTINGS) == need
-    memory.available = int(total / 0.9) - 1000
     says = r"needs about .* GiB on the CPU .* 1 x 400 tokens.* are free; set recover.activ"
     with pytest.raises(RacError, match=says):
         check_recovery_memory(DENSE, SETTINGS)
-    with pytest.raises(RacError, match="GiB on the CPU"):
-        check_recovery_memory(DENSE, SETTINGS, Processes(0, 2, CPU))
+
+
+@pytest.mark.parametrize(
+    ("device", "count", "need", "refused"),
+    [
+        ("cpu", 1, (800, 100), None),
+        ("cpu", 1, (800, 101), "the CPU"),
+        ("cpu", 2, (400, 100), None),
+        ("cpu", 2, (400, 101), "the CPU"),
+        ("cuda", 2, (900, 900), None),
+        ("cuda", 2, (901, 900), "the GPU"),
+        ("cuda", 2, (900, 901), "the CPU"),
+    ],
+)
+def test_nine_tenths_of_the_free_memory_are_used(device, count, need, refused, monkeypatch):
+    """Processes on a CPU share its memory; each has a GPU of its own."""
+    need = RecoveryNeed(*need, 0)
+    monkeypatch.setattr(memory, "recovery_need", lambda *args, **options: need)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 2000))
+    args = DENSE, SETTINGS, Processes(0, count, torch.device(device))
+    if refused is None:
+        assert check_recovery_memory(*args) == need
+        return
+    with pytest.raises(RacError, match=f"GiB on {refused}"):
+        check_recovery_memory(*args)
 
 
 def test_shapes_that_depend_on_data_are_not_counted(monkeypatch):

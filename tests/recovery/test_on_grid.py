@@ -107,7 +107,10 @@ def test_forward_value_and_gradients_are_those_of_the_formulas(zero):
     grid = Grid("int", 2, 32, symmetric=zero is None)
     scale = torch.tensor([[0.5, 0.25], [1.0, 0.5]]).to(torch.bfloat16)
     points, wide = spread(torch.zeros(2, 2) if zero is None else zero), spread(scale)
-    master, outer = torch.randn(2, 64).requires_grad_(), torch.randn(2, 64)
+    master, outer = torch.randn(2, 64), torch.randn(2, 64)
+    for column, end in enumerate((-2.0, 1.0)):  # an end of the grid itself is not clamped
+        master[:, column] = ((end - points) * wide)[:, column]
+    master.requires_grad_()
     form = OnGrid(QuantizedWeight(grid, scale, zero=zero))
     value = form(master)
     x = master.detach() / wide

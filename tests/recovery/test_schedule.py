@@ -27,7 +27,7 @@ def test_the_rate_rises_for_a_tenth_and_falls_to_a_tenth():
     assert [rates[0], rates[9], rates[99]] == pytest.approx([0.1, 1.0, 0.1])
     assert rates.index(max(rates)) == 9
     assert rates[54] == pytest.approx(0.55, abs=0.01)  # half-way down
-    assert [rate_at(0, 1), rate_at(0, 2)] == [1.0, 1.0]
+    assert [rate_at(0, 1), rate_at(0, 2), rate_at(1, 2)] == pytest.approx([1.0, 1.0, 0.1])
 
 
 def test_steps_cover_each_pass_in_another_order_and_are_not_sorted_by_length():
@@ -55,12 +55,21 @@ def test_a_longer_sequence_begins_a_batch_where_padding_would_cost_more():
     for device, processes in ((torch.device("cuda"), 1), (CPU, 2)):
         (step,) = planned(data, device, processes, **settings)
         assert lengths(step) == [[10, 12, 80, 100, 130]]
+    for longer, batches in ((74, [[10, 74]]), (75, [[10], [75]])):
+        (step,) = planned([(list(range(n)), 2) for n in (10, longer)], **settings)
+        assert lengths(step) == batches
 
 
 def test_a_batch_may_have_exactly_batch_tokens():
     data = [(list(range(30)), 2)] * 6
     (step,) = planned(data, step_tokens=1000, batch_tokens=90)
     assert lengths(step) == [[30, 30, 30], [30, 30, 30]]
+
+
+@pytest.mark.parametrize(("step_tokens", "steps"), [(64, 6), (128, 3), (256, 2), (257, 1)])
+def test_a_step_has_exactly_its_tokens_and_half_a_step_is_one(step_tokens, steps):
+    data = [(list(range(64)), 2)] * 6
+    assert len(planned(data, step_tokens=step_tokens)) == steps
 
 
 def test_a_small_set_makes_one_step():

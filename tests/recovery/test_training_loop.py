@@ -1,16 +1,31 @@
 """The loop's state on a full disk and after the end, and how often it checks."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 from loguru import logger
 
 from rac_modifier.errors import RacError
+from rac_modifier.processes import Processes
 from rac_modifier.recovery import training_loop
-from rac_modifier.recovery.training_loop import TrainingLoop
+from rac_modifier.recovery.state import Progress
+from rac_modifier.recovery.student import Student
+from rac_modifier.recovery.training_loop import TrainingLoop, plan_steps
 from rac_modifier.settings.recovery import RecoverySettings
-from tests.recovery.recovery_helpers import SETTINGS, assert_same_weights, dense_and_sparse, run
+from tests.meeting import together
+from tests.recovery.recovery_helpers import (
+    SETTINGS,
+    LiveTeacher,
+    assert_same_weights,
+    dense_and_sparse,
+    kl_of,
+    run,
+    sequences,
+)
+
+HELD_OUT = sequences(1, seed=2)
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +84,31 @@ def test_checks_take_about_a_tenth_of_the_time(counts, checks):
     dense, model = dense_and_sparse()
     result = run(model, dense, RecoverySettings(learning_rate=3e-3, step_tokens=64), counts)
     assert len(result.curve) == 1 + min(checks, result.steps)
+
+
+def gradients(dense, model, processes):
+    """The loss of a step on one sequence, its gradient, and the held-out KL on the same."""
+    student, seen = Student(model, dict(model.named_parameters()), processes), []
+    (step,) = plan_steps(HELD_OUT, SETTINGS, torch.device("cpu"), 1)
+    loop = TrainingLoop(student, LiveTeacher(dense), HELD_OUT, {}, None, [step], [1e-3], None, 9.0)
+    loop.optimizer = SimpleNamespace(
+        step=lambda: seen.extend(p.grad.clone() for p in model.model.layers.parameters()),
+        zero_grad=lambda **options: None,
+    )
+    loss = loop.step(step)
+    return loss, seen, loop.check(Progress("key"))
+
+
+def test_a_rank_without_a_sequence_adds_nothing(monkeypatch):
+    """The gradient of the other one is doubled, since FSDP takes the mean over both."""
+    monkeypatch.setattr(training_loop, "_CLIP", 1e9)
+    alone, *pairs = (dense_and_sparse() for _ in range(3))
+    expected, alone = kl_of(*alone, HELD_OUT), gradients(*alone, Processes())
+    first, second = together(2, lambda processes: gradients(*pairs[processes.rank], processes))
+    for loss, _, kl in (alone, first, second):
+        assert [loss, kl] == pytest.approx([expected, expected], rel=1e-4)
+    torch.testing.assert_close([x / 2 for x in first[1]], alone[1])
+    assert not any(bool(x.any()) for x in second[1])
 
 
 def test_the_gradient_of_a_step_is_clipped(monkeypatch):
