@@ -149,8 +149,6 @@ class Student:
 
     def shard(self, full: Tensor) -> Tensor:
         """Return this process's equal chunk of rows; the last chunks may be smaller or empty."""
-        if self.processes.count == 1:
-            return full
         chunks = full.chunk(self.processes.count)
         return chunks[self.processes.rank] if self.processes.rank < len(chunks) else full[:0]
 

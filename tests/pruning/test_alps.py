@@ -73,7 +73,9 @@ def test_the_factor_and_the_inverse_agree(pattern, bf16, monkeypatch):
 
 
 @pytest.mark.parametrize("repeats", [1, 4])
-@pytest.mark.parametrize(("inputs", "rows"), [(64, 8), (600, 40), (1536, 576), (8960, 1536)])
+@pytest.mark.parametrize(
+    ("inputs", "rows"), [(6, 2), (64, 8), (64, 22), (600, 40), (1536, 576), (8960, 1536)]
+)
 def test_the_inverse_is_formed_where_it_takes_fewer_multiply_adds(inputs, rows, repeats):
     b = min(cholesky.BLOCK, inputs)
     corners, before = inputs * b, (inputs**2 - inputs * b) / 2

@@ -9,8 +9,8 @@ from rac_modifier.pruning.hessian import Hessian, Statistics, blocks_of_triangle
 from rac_modifier.pruning.shard_sum import ShardSum
 from tests.meeting import together
 
-SHARDS, ROWS, COLUMNS = 7, 5, 6
-BLOCKS = [(0, 2, 3), (2, 5, 6)]
+SHARDS, ROWS, COLUMNS = 7, 6, 6
+BLOCKS = [(0, 2, 3), (2, 5, 6), (5, 6, 6)]
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def run(count, function):
 @pytest.mark.parametrize("blocks", [None, BLOCKS], ids=["whole", "blocks"])
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
 def test_any_number_of_processes_gives_the_same_bits(shards, monkeypatch, count, blocks):
-    monkeypatch.setattr(shard_sum, "_PIECE", 2 * COLUMNS + 1)  # pieces of two rows and of one
+    monkeypatch.setattr(shard_sum, "_PIECE", 2 * COLUMNS)  # pieces of two rows and of one
     expected = by_definition(shards)
     if blocks is not None:
         expected[:2, 3:] = 0.0  # in no block

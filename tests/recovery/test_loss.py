@@ -50,17 +50,23 @@ def oracle(hidden, dense, weight):
 
 
 @pytest.mark.parametrize(
-    ("elements", "cached", "chunks"), [(1 << 25, 1 << 19, 1), (44, 11, 2), (1 << 25, 22, 1)]
+    ("elements", "cached", "chunks"),
+    [(1 << 25, 1 << 19, 1), (44, 22, 2), (1 << 25, 11, 1), (5, 11, 7)],
 )
 def test_loss_and_gradient_are_those_of_the_definition(elements, cached, chunks, monkeypatch):
     """In one chunk, in chunks of four tokens with a shorter last one, by one token or two."""
     monkeypatch.setattr(loss, "_CHUNK_ELEMENTS", elements)
     monkeypatch.setattr(loss, "_CACHED_ELEMENTS", cached)
-    products = []
+    products, sizes, softmax = [], [], torch.Tensor.softmax
     monkeypatch.setattr(loss, "matmul", lambda a, b: products.append(len(a)) or a @ b)
     hidden, dense, head = case()
-    kl = head_kl(hidden, dense, head)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            torch.Tensor, "softmax", lambda x, d: sizes.append(x.numel()) or softmax(x, d)
+        )
+        kl = head_kl(hidden, dense, head)
     assert len(products) == 3 * chunks
+    assert max(sizes) <= cached
     (3.0 * kl).backward()
     total, gradient = oracle(hidden, dense, head.weight.detach())
     assert kl.item() == pytest.approx(total, rel=1e-5)
