@@ -16,7 +16,6 @@ from rac_modifier.platform import add_matmul_
 from rac_modifier.pruning import linalg
 from rac_modifier.pruning.linalg import Dampening
 
-STEPS = 20
 # Largest residual of a finished row, relative to its target. 5e-3 leaves the error of some rows
 # 5 % above the least possible.
 TOLERANCE = 1e-3
@@ -33,7 +32,7 @@ def refit(
     hessian: Tensor,
     dampening: Dampening,
     *,
-    steps: int = STEPS,
+    steps: int,
     tolerance: float = TOLERANCE,
     gain: float = GAIN,
     bf16: bool = False,

@@ -17,7 +17,7 @@ def routed_rows(chosen: Tensor, counted: Tensor, experts: int) -> list[Tensor]:
     """
     chosen = chosen.masked_fill(~counted.unsqueeze(1), experts).flatten()
     order = chosen.sort(stable=True).indices // (chosen.numel() // max(counted.numel(), 1) or 1)
-    counts: list[int] = chosen.bincount(minlength=experts + 1).tolist()
+    counts: list[int] = chosen.bincount(minlength=experts).tolist()
     return list(order.split(counts)[:experts])
 
 

@@ -60,13 +60,13 @@ class Solution:
     weight: Tensor
     mask: Tensor
     target: Tensor
-    error: float = 0.0
-    relative_error: float = 0.0
-    dampening_used: float = 0.0
-    retries: int = 0
-    dead_inputs: int = 0
-    refit_steps: int = 0
-    factor: Factor | None = None
+    error: float
+    relative_error: float
+    dampening_used: float
+    retries: int
+    dead_inputs: int
+    refit_steps: int
+    factor: Factor | None
 
     def record(self) -> dict[str, Any]:
         """Return the entry of this module in the run record."""

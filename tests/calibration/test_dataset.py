@@ -23,24 +23,25 @@ def dataset(model, trace_store, **options):
 
 
 def test_rows_are_the_ids_of_the_store_and_completions_are_marked(tiny_folder, trace_store):
-    table = dataset(tiny_folder, trace_store)
+    whole = TraceStore.read(trace_store).counts.tokens  # nothing is held out
+    table = dataset(tiny_folder, trace_store, tokens=whole)
     assert table.column_names == ["input_ids", "attention_mask", "loss_mask"]
     stored = {(*t.prompt_ids, *t.completion_ids): t for t in TraceStore.read(trace_store)}
     for row in table:
         trace = stored[tuple(row["input_ids"])]
         assert row["loss_mask"] == [0] * len(trace.prompt_ids) + [1] * len(trace.completion_ids)
         assert row["attention_mask"] == [1] * trace.tokens
-    lengths = [len(row["input_ids"]) for row in table]
-    assert sum(lengths[:-1]) < 400 <= sum(lengths)
     record = json.loads(table.info.description)
     assert record["sha256"] == TraceStore.read(trace_store).sha256()
-    assert (record["rows"], record["tokens"]) == (len(table), sum(lengths))
+    assert (record["rows"], record["tokens"]) == (len(stored), whole)
     assert record["store"] == trace_store.name
 
 
 def test_rows_of_one_length_hold_the_same_tokens(tiny_folder, trace_store):
     ragged, rows = (dataset(tiny_folder, trace_store, length=length) for length in (None, 64))
     assert {len(row["input_ids"]) for row in rows} == {64}
+    lengths = [len(ids) for ids in ragged["input_ids"]]
+    assert sum(lengths[:-1]) < 400 <= sum(lengths)
     for column in ("input_ids", "loss_mask"):
         tokens, cut = ([i for row in table[column] for i in row] for table in (ragged, rows))
         assert tokens[: len(cut)] == cut

@@ -96,6 +96,16 @@ def test_torch_still_names_the_bfloat16_units():
     assert "avx512_bf16" in capabilities or capabilities["architecture"] != "x86_64"
 
 
+@pytest.mark.parametrize(("device", "rows"), [("cpu", 9), ("meta", 99)])
+def test_slices_are_whole_groups_that_stay_in_the_caches(device, rows, monkeypatch):
+    for name, size in (("CACHED_ON_CPU", 100), ("_CACHED_ON_GPU", 1000)):
+        monkeypatch.setattr(linalg, name, size)
+    matrix = torch.empty(205, 10, device=device)
+    expected = [slice(start, min(start + rows, 205)) for start in range(0, 205, rows)]
+    assert linalg.cached_slices(matrix, group=3) == expected
+    assert linalg.cached_slices(matrix.view(10, 205), group=5) == [slice(0, 5), slice(5, 10)]
+
+
 @pytest.mark.parametrize("d", [1, 127, 128, 600])
 def test_quadratic_form(d, monkeypatch):
     """In several blocks, of sums and of vectors too."""

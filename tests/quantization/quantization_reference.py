@@ -23,7 +23,7 @@ def problem(rows=12, d=48, seed=0, sparsity=0.5, dtype=torch.float32):
 def solved(
     weight: torch.Tensor, keep: torch.Tensor, target: torch.Tensor, name: str = "w"
 ) -> Solution:
-    return Solution(name=name, weight=weight, mask=keep, target=target)
+    return Solution(name, weight, keep, target, 0.0, 0.0, 0.0, 0, 0, 0, None)
 
 
 def nearest_code(scaled: torch.Tensor, name: str) -> torch.Tensor:

@@ -31,10 +31,14 @@ HELD_OUT = sequences(1, seed=2)
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory):
     """The result of a run, its model, its folder, and the lines of its log."""
-    folder, lines = tmp_path_factory.mktemp("ended"), []
+    folder, lines, saves = tmp_path_factory.mktemp("ended"), [], []
+    save = training_loop.save_state
     handler = logger.add(lambda message: lines.append(message.record["message"]), level="INFO")
     dense, model = dense_and_sparse()
-    result = run(model, dense, state=folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training_loop, "save_state", lambda *args: saves.append(save(*args)))
+        result = run(model, dense, state=folder)
+    assert len(saves) == 1, "at the end: the run was shorter than `save_seconds`"
     logger.remove(handler)
     return result, model, folder, lines
 
