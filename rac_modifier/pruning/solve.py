@@ -238,7 +238,6 @@ def _choose(method: Method, state: _State, iterations: int) -> None:
         state.pruned = torch.zeros_like(working, dtype=torch.bool)
     else:
         state.pruned = stacked(problem.weights, hessian) == 0
-        working.masked_fill_(state.pruned, 0.0)
 
 
 def _finish(method: Method, state: _State, refit_steps: int | None) -> list[Solution]:

@@ -38,8 +38,9 @@ def test_rows_are_the_ids_of_the_store_and_completions_are_marked(tiny_folder, t
 
 
 def test_rows_of_one_length_hold_the_same_tokens(tiny_folder, trace_store):
-    ragged, rows = (dataset(tiny_folder, trace_store, length=length) for length in (None, 64))
+    ragged, ones, rows = (dataset(tiny_folder, trace_store, length=n) for n in (None, 1, 64))
     assert {len(row["input_ids"]) for row in rows} == {64}
+    assert ones["input_ids"] == [[i] for row in ragged["input_ids"] for i in row]
     lengths = [len(ids) for ids in ragged["input_ids"]]
     assert sum(lengths[:-1]) < 400 <= sum(lengths)
     for column in ("input_ids", "loss_mask"):

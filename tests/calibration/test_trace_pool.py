@@ -104,7 +104,7 @@ def test_repeated_tails_are_cut_from_what_is_held_out_reserved_and_drawn(pool_of
 def test_a_draw_is_as_many_whole_traces_as_make_up_the_tokens(pool_of):
     traces = [trace(str(i)) for i in range(50)]
     pool = pool_of(traces)
-    drawn = pool.draw("traces", 95)
+    drawn = pool.draw("traces", 91)
     assert len(drawn) == 10
     assert len({s.ids for s in drawn}) == 10
     whole = {(*t.prompt_ids, *t.completion_ids) for t in traces}

@@ -1,3 +1,5 @@
+import contextlib
+
 import pytest
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM
@@ -31,6 +33,18 @@ def test_a_plain_head_is_accepted_a_capped_one_and_a_bias_are_refused():
     dense.set_output_embeddings(torch.nn.Linear(64, 300, bias=True))
     with pytest.raises(RacError, match="no plain linear output head"):
         output_head(dense)
+
+
+@pytest.mark.parametrize(("factor", "refused"), [(1.015, False), (1.03, True)])
+def test_logits_may_differ_by_two_hundredths_of_the_largest(factor, refused):
+    def scaled(_model, _args, output):
+        output.logits = factor * output.logits
+
+    dense, _ = dense_and_sparse()
+    dense.lm_head.weight.data.mul_(10)
+    dense.register_forward_hook(scaled)
+    with pytest.raises(RacError) if refused else contextlib.nullcontext():
+        check_head(dense, sequences(1)[0])
 
 
 def case(tokens: int = 7, d: int = 5, vocabulary: int = 11):

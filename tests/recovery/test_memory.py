@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from rac_modifier.errors import RacError
+from rac_modifier.platform import HEAP_GAPS
 from rac_modifier.processes import Processes
 from rac_modifier.recovery import memory
 from rac_modifier.recovery.memory import (
@@ -57,13 +58,23 @@ def test_what_is_counted_per_weight(monkeypatch):
     codes = recovery_need(DENSE, SETTINGS, SMALL, CPU, quantizes=True)
     coded = sum(p.numel() for name, p in DENSE.named_parameters() if "proj" in name)
     assert codes.device - alone.device == (9 + 8) * coded
-    batch = Batch(4, 40, 150)
-    two, four = (recovery_need(DENSE, SETTINGS, batch, CPU, processes=n) for n in (2, 4))
     assert alone.host == 4 * COUNT
-    assert four.host - two.host == 2 * 2 * 4 * COUNT
-    assert four.device < two.device
-    on_gpus = recovery_need(DENSE, SETTINGS, batch, torch.device("cuda"), processes=2)
-    assert two.host == on_gpus.host == (4 + 12 + 4 + 2 * 2 * 4) * COUNT
+
+
+def test_what_is_counted_with_several_processes(monkeypatch):
+    """Each has a part of weights, state and gradients, and of a batch, and three whole layers."""
+    parts = []
+    monkeypatch.setattr(memory, "bf16_is_fast", lambda device: True)
+    monkeypatch.setattr(memory, "step_bytes", lambda _, part, *a, **o: parts.append(part) or 1000)
+    layer = sum(p.numel() for p in DENSE.model.layers[0].parameters())
+    frozen = sum(p.nbytes for p in DENSE.parameters()) - 4 * COUNT
+    for device, step in (("cpu", int(1000 * HEAP_GAPS)), ("cuda", 1000 + frozen)):
+        args = DENSE, SETTINGS, Batch(5, 40, 150), torch.device(device)
+        for count in (2, 4):
+            need = recovery_need(*args, processes=count)
+            assert need.device == (4 + 8 + 1 + 4) * COUNT // count + 3 * 4 * layer + step
+            assert need.host == (4 + 12 + 4 + 2 * 4 * count) * COUNT
+    assert parts == [Batch(3, 40, 90), Batch(2, 40, 60)] * 2
 
 
 def test_the_largest_batch_is_one_that_is_trained_on():
