@@ -1,7 +1,8 @@
-"""`vllm serve` with random weights, Qwen2-1.5B's shape: tokens per second, latency, memory.
+"""`vllm serve` with random weights: tokens per second, latency, memory.
 
     .venv-serve/bin/python -m bench serving --forms bf16 w8a8 int4 50%-int8
     .venv-serve/bin/python -m bench serving --forms bf16 int4-8 --prompts 512 2048
+    .venv-serve/bin/python -m bench serving --shape 30B-A3B --layers 2 --forms bf16 int4
     .venv-serve/bin/python -m bench serving --soak demo/served
 
 bf16 and w8a8 run on vLLM's own kernels, all other forms on ours; int4-8 has 8-bit
@@ -40,6 +41,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this suite."""
     forms = ["bf16", "w8a8", "int4", "50%-bf16", "50%-int8"]
     parser.add_argument("--forms", nargs="+", default=forms)
+    parser.add_argument("--shape", choices=("1.5B", "30B-A3B"), default="1.5B")
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--vocab", type=int, default=151936)
     parser.add_argument("--rounds", type=int, default=2)
@@ -62,7 +64,7 @@ def serve_options(form: Form, length: int) -> list[str]:
 
 def run_form(form: Form, options: argparse.Namespace) -> Run:
     """Start a server of one form, measure it, and end it."""
-    folder = random_model(options.work, form, options.layers, options.vocab)
+    folder = random_model(options.work, form, options.layers, options.vocab, options.shape)
     lengths = [options.prompt_tokens + options.output_tokens, *(n + 2 for n in options.prompts)]
     arguments = [*serve_options(form, max(lengths)), *shlex.split(options.serve_options)]
     with serving(folder, arguments, folder.with_suffix(".log")) as server:
@@ -86,7 +88,8 @@ def run(options: argparse.Namespace) -> None:
     forms = [Form.parse(text) for text in options.forms]
     runs = in_turn({form.text: partial(run_form, form, options) for form in forms}, options.rounds)
     base = next(iter(runs.values()))
-    model = f"shape of Qwen2-1.5B with {options.layers} layers, random weights"
+    name = "Qwen3-30B-A3B" if options.shape == "30B-A3B" else "Qwen2-1.5B"
+    model = f"shape of {name} with {options.layers} layers, random weights"
     rows, prompts, memory = [], [], []
     for name, values in runs.items():
         for count in options.concurrency:
@@ -102,7 +105,8 @@ def run(options: argparse.Namespace) -> None:
             first = [run.first_ms[length] for run in values]
             ratio = ratios(first, [run.first_ms[length] for run in base])
             prompts.append([length, name, statistics.median(first), ratio])
-        folder = random_model(options.work, Form.parse(name), options.layers, options.vocab)
+        form = Form.parse(name)
+        folder = random_model(options.work, form, options.layers, options.vocab, options.shape)
         disk = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         memory.append([name, disk / 1e9, statistics.median(run.resident for run in values) / 1e9])
     columns = {

@@ -1,4 +1,4 @@
-"""Models in the shape of Qwen2 with random weights, stored in any form that we serve."""
+"""Models in the shape of Qwen2 or Qwen3-MoE with random weights, in any form that we serve."""
 
 import json
 import re
@@ -10,8 +10,9 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from huggingface_hub import save_torch_state_dict
 from torch import Tensor
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig, Qwen2Config, Qwen3MoeConfig
 
 from bench.common import RAC
 from rac_modifier.checkpoint.quantization_config import with_int8_activations
@@ -24,6 +25,16 @@ _SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_va
 QWEN2: dict[str, dict[str, int]] = {
     "1.5B": dict(zip(_SIZES, (1536, 8960, 12, 2), strict=True)),
     "7B": dict(zip(_SIZES, (3584, 18944, 28, 4), strict=True)),
+}
+MIXTURE = {  # Qwen3-30B-A3B
+    "hidden_size": 2048,
+    "moe_intermediate_size": 768,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
 }
 GROUP = {4: 128, 3: 64}  # columns that share a scale, by bits
 CHUNK = 1 << 13  # rows that are packed at a time
@@ -98,29 +109,36 @@ def packed_words(values: Tensor, bits: int) -> Tensor:
     return torch.cat(words)
 
 
-def random_model(folder: Path, form: Form, layers: int, vocab: int) -> Path:
-    """Save a model of Qwen2-1.5B's shape with random weights, stored in a form; return its folder.
+def config_of(shape: str, **common: Any) -> PreTrainedConfig:
+    """Return the config of Qwen2-1.5B ("1.5B") or Qwen3-30B-A3B ("30B-A3B")."""
+    if shape == "30B-A3B":
+        return Qwen3MoeConfig(architectures=["Qwen3MoeForCausalLM"], **MIXTURE, **common)
+    return Qwen2Config(architectures=["Qwen2ForCausalLM"], **QWEN2[shape], **common)
+
+
+def random_model(folder: Path, form: Form, layers: int, vocab: int, shape: str = "1.5B") -> Path:
+    """Save a model with random weights, stored in a form; return its folder.
 
     Integer forms have a head of the same bits (int3: 4). Nothing is done if the folder exists.
     """
-    out = folder / f"{re.sub('[^a-z0-9]', '-', form.text)}-{layers}-layers-{vocab}"
+    out = folder / f"{shape}-{re.sub('[^a-z0-9]', '-', form.text)}-{layers}-layers-{vocab}"
     if out.exists():
         return out
     torch.manual_seed(0)
     integers = form.bits < 16
     own_head = integers and not form.vllm
-    config = Qwen2Config(
+    config = config_of(
+        shape,
         vocab_size=vocab,
         num_hidden_layers=layers,
         max_position_embeddings=4096,
         tie_word_embeddings=not own_head,
-        architectures=["Qwen2ForCausalLM"],
-        **QWEN2["1.5B"],
     )
-    model = Qwen2ForCausalLM._from_config(config, dtype=torch.bfloat16)
-    state = dict(model.state_dict())
-    modules = model.named_modules()
-    linears = [n for n, m in modules if isinstance(m, torch.nn.Linear) and n != "lm_head"]
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    state = split_experts(model.state_dict())
+    if not own_head:
+        del state["lm_head.weight"]
+    linears = [name.removesuffix(".weight") for name in state if name.endswith("proj.weight")]
     for name in linears:
         weight = state[f"{name}.weight"]
         state[f"{name}.weight"] = weight * random_mask(*weight.shape, form.pruned)
@@ -130,9 +148,10 @@ def random_model(folder: Path, form: Form, layers: int, vocab: int) -> Path:
         bits = max(form.bits, 4)
         state |= stored("lm_head", state.pop("lm_head.weight"), bits, GROUP.get(bits))
     if integers:
-        model.config.quantization_config = quantization(form)
+        config.quantization_config = quantization(form)
     unfinished = out.with_name(out.name + ".unfinished")
-    model.save_pretrained(unfinished, state_dict=state, max_shard_size="1GB")
+    config.save_pretrained(unfinished)
+    save_torch_state_dict(state, unfinished, max_shard_size="1GB", metadata={"format": "pt"})
     if form.pruned:
         command = [*RAC, "pack", str(unfinished), str(out)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
@@ -144,6 +163,21 @@ def random_model(folder: Path, form: Form, layers: int, vocab: int) -> Path:
         content = with_int8_activations(json.loads(path.read_text()), linears)
         path.write_text(json.dumps(content))
     return out
+
+
+def split_experts(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of each expert on its own, as checkpoints have them."""
+    split: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        layer, _, kind = name.rpartition(".")
+        if tensor.dim() < 3:
+            split[name] = tensor
+            continue
+        for number, expert in enumerate(tensor):
+            names = ["gate_proj", "up_proj"] if kind == "gate_up_proj" else [kind]
+            for part, weight in zip(names, expert.chunk(len(names)), strict=True):
+                split[f"{layer}.{number}.{part}.weight"] = weight.clone()
+    return split
 
 
 def stored(name: str, weight: Tensor, bits: int, group: int | None) -> dict[str, Tensor]:
@@ -174,5 +208,5 @@ def quantization(form: Form) -> dict[str, Any]:
         "format": "int-quantized" if form.bits == 8 else "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": ["lm_head"] if form.vllm else [],
+        "ignore": ["lm_head"] if form.vllm else [r"re:.*mlp\.gate$"],
     }

@@ -159,7 +159,7 @@ class RacConfig(QuantizationConfig):
         return RacLinearMethod(Shards(prefix, modules, reader), self.report.add, bits)
 
     def _experts(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:
-        reader = self.layout.experts_reader()
+        reader = self.layout.experts_reader(layer, prefix)
         if reader is None or isinstance(reader, str):
             return self._vllms(layer, prefix, reader)
         from rac_modifier.vllm_plugin.experts import RacExpertsMethod

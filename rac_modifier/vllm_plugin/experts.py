@@ -190,7 +190,9 @@ class RacExpertsMethod(FusedMoEMethodBase):
         if self._unpacked:
             return f"its experts have {self._unpacked[0][0]}, which is not packed"
         if any(isinstance(weight, Tensor) for weight in loaded.values()):
-            return "some of its experts are stored dense"
+            return "some of its experts are stored in floats"
+        if any(weight.order is not None for weight in loaded.values()):
+            return "the columns of its experts are reordered (desc_act)"
         if layer.activation not in _GATES or layer.swiglu_limit is not None:
             return f"experts with the activation {layer.activation.value} have no kernel"
         weighted, balanced = layer.apply_router_weight_on_input, moe.moe_parallel_config.enable_eplb

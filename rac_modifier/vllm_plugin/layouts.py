@@ -80,7 +80,7 @@ class Layout(WeightReader):
         """Return what reads these modules, or why vLLM's method runs them; None: dense."""
         return self if any(self.holds(module) for module in modules) else None
 
-    def experts_reader(self) -> WeightReader | str | None:
+    def experts_reader(self, layer: Any, prefix: str) -> WeightReader | str | None:
         """Return what reads routed experts; a text and None like `reader`."""
         return self
 
@@ -153,16 +153,25 @@ class CodesLayout(Layout):
 
     def reader(self, layer: Any, modules: list[str]) -> WeightReader | str | None:
         """Return a reader of codes; vLLM runs other schemes."""
+        return self._codes_reader(layer, modules)
+
+    def experts_reader(self, layer: Any, prefix: str) -> WeightReader | str | None:
+        """Return a reader of codes; vLLM runs other schemes."""
+        names = (layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name, layer.ckpt_down_proj_name)
+        modules = [
+            f"{prefix}.{number}.{name}"
+            for number in range(layer.global_num_experts)
+            for name in names
+        ]
+        return self._codes_reader(torch.nn.Linear(1, 1, device="meta"), modules)
+
+    def _codes_reader(self, layer: Any, modules: list[str]) -> WeightReader | str | None:
         schemes = {module: self._scheme(layer, module) for module in modules}
         quantized = [scheme for scheme in schemes.values() if scheme is not None]
         for scheme in quantized:
             if reason := scheme.why_no_kernel():
                 return reason
         return CodesReader(schemes) if quantized else None
-
-    def experts_reader(self) -> str:
-        """Leave experts to vLLM."""
-        return "dense experts of few bits have no kernel"
 
 
 class WordsLayout(Layout):
@@ -176,10 +185,6 @@ class WordsLayout(Layout):
     def __init__(self, config: Mapping[str, Any]) -> None:
         gptq = config["quant_method"] == "gptq"
         self.format = (gptq_awq.Gptq if gptq else gptq_awq.Awq).of(config)
-
-    def experts_reader(self) -> WeightReader:
-        """Refuse experts."""
-        raise no_effect("experts of this format have no kernel")
 
     def vocabulary_reader(self, layer: Any, prefix: str) -> WeightReader | None:
         """Return the layout itself for a head that config.json quantizes."""

@@ -20,8 +20,16 @@ from rac_modifier.kernels.choose import BACKENDS
 from rac_modifier.kernels.cpu.support import support
 from rac_modifier.vllm_plugin import experts
 from rac_modifier.vllm_plugin.experts import RacExpertsMethod
-from rac_modifier.vllm_plugin.layouts import PackedLayout
-from tests.vllm_plugin.stored_forms import quantize, quantized_sparse
+from rac_modifier.vllm_plugin.layouts import CodesLayout, PackedLayout, WordsLayout
+from tests.vllm_plugin.stored_forms import (
+    GROUP,
+    int4,
+    quantization,
+    quantize,
+    quantized_sparse,
+    stored_words,
+    words_config,
+)
 from tests.vllm_plugin.test_layouts import packed
 
 pytestmark = pytest.mark.skipif(support().isa is None, reason=support().reason)
@@ -151,6 +159,30 @@ def test_quantized_experts_with_their_scales(scheme):
     check(method.apply(layer, *routing), meant, routing, 1e-2)
 
 
+@pytest.mark.parametrize("form", ["int4", "int3", "int2", "gptq", "awq"])
+def test_dense_experts_of_few_bits(form):
+    layer, meant, named = FakeLayer(), {}, []
+    for name, weight in weights_of().items():
+        if form.startswith("int"):
+            stored, meant[name] = int4(weight, bits=int(form[-1]))
+        else:
+            stored, meant[name] = stored_words(weight, GROUP, symmetric=True, form=form)
+        named += [(f"{name}.{part}", tensor) for part, tensor in stored.items()]
+    if form.startswith("int"):
+        layout = CodesLayout(quantization(bits=int(form[-1])))
+    else:
+        layout = WordsLayout(words_config(form, GROUP, True))
+    reader = layout.experts_reader(layer, "a.experts")
+    decisions: dict[str, Any] = {}
+    method = RacExpertsMethod(layer, "a.experts", reader, decisions.__setitem__)
+    method.create_weights(layer, EXPERTS, HIDDEN, WIDTH, torch.float32, weight_loader=None)
+    assert [*layer.load_weights(named)] == []
+    method.process_weights_after_loading(layer)
+    assert decisions["a.experts"].sparse, decisions
+    routing = routed(6)
+    check(method.apply(layer, *routing), meant, routing, 1e-2)
+
+
 @pytest.mark.parametrize(
     "layers",
     [
@@ -192,7 +224,7 @@ class Dense:
         ("kernels", "switched off by a test"),
         ("activation", "experts with the activation relu2 have no kernel"),
         ("router", "experts with biases, LoRA, weighted inputs or load balancing have no kernel"),
-        ("one stored dense", "some of its experts are stored dense"),
+        ("one in floats", "some of its experts are stored in floats"),
         ("too dense", "it is more than half stored"),
     ],
 )
@@ -209,7 +241,7 @@ def test_where_they_cannot_run_sparse_all_are_expanded_for_vllm(monkeypatch, why
         monkeypatch.setitem(BACKENDS, "cpu", fake_backend)
         weights["4.down_proj"] = torch.ones(HIDDEN, WIDTH)
     method = method_of(layer, FORMAT_BITMASK)
-    alone = {"2.up_proj": weights.pop("2.up_proj")} if why == "one stored dense" else {}
+    alone = {"2.up_proj": weights.pop("2.up_proj")} if why == "one in floats" else {}
     load(layer, weights, FORMAT_BITMASK)
     [*layer.load_weights((f"{name}.weight", weight) for name, weight in alone.items())]
     method.process_weights_after_loading(layer)

@@ -1,5 +1,6 @@
 """Which checkpoints are ours, which of their layers are compressed, and how readers read them."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -52,7 +53,7 @@ def test_what_packing_writes_is_packed(format, method):
     written["quant_method"] = method
     assert is_packed(written)
     layout = PackedLayout(written)
-    assert layout.experts_reader() is layout
+    assert layout.experts_reader(EXPERTS, "a.experts") is layout
     assert (layout.targets, layout.ignore) == (("Linear",), ("lm_head",))
     assert layout.format.name == format
     assert layout.inner is None
@@ -73,11 +74,6 @@ def test_a_config_that_lost_its_entry():
         PackedLayout({"quant_method": "rac"})
 
 
-def test_experts_of_gptq_are_refused():
-    with pytest.raises(RacError, match="experts of this format have no kernel; leave it out"):
-        WordsLayout(gptq_config()).experts_reader()
-
-
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -92,11 +88,21 @@ def test_a_checkpoint_on_which_the_option_has_no_effect(changes, reason):
         CodesLayout(quantization(**changes))
 
 
+EXPERTS = SimpleNamespace(
+    ckpt_gate_proj_name="w1",
+    ckpt_up_proj_name="w3",
+    ckpt_down_proj_name="w2",
+    global_num_experts=2,
+)
+
+
 def test_what_reads_each_layer_of_codes():
     groups = {
         "a": group(["re:.*column", "re:.*row"]),
         "b": group(["a.q", "a.v"], bits=3, symmetric=False, strategy="channel", group_size=None),
         "c": group(["a.gate", "a.up"], bits=8),
+        "d": group(["re:.*experts.*w1"], bits=2),
+        "e": group(["re:.*experts.*w3"]),
     }
     layout = CodesLayout(quantization(config_groups=groups, ignore=["a.row"]))
     assert layout.reader(LINEAR, ["a.row"]) is None
@@ -108,7 +114,15 @@ def test_what_reads_each_layer_of_codes():
     assert isinstance(qkv, CodesReader)
     assert qkv.schemes["a.k"] is None  # in floats
     assert qkv.schemes["a.q"].bits == 3
-    assert layout.experts_reader() == "dense experts of few bits have no kernel"
+    experts = layout.experts_reader(EXPERTS, "a.experts")
+    assert isinstance(experts, CodesReader)
+    schemes = {name: scheme and scheme.bits for name, scheme in experts.schemes.items()}
+    assert schemes == {
+        f"a.experts.{number}.{name}": bits
+        for number in range(2)
+        for name, bits in (("w1", 2), ("w3", 4), ("w2", None))
+    }
+    assert layout.experts_reader(EXPERTS, "a.others") is None
 
 
 @pytest.mark.parametrize(("bits", "inputs", "read"), [(8, True, True), (3, False, False)])

@@ -150,6 +150,22 @@ def test_greedy_tokens_of_codes(tmp_path, said, form, group, symmetric, reorder)
     assert summary(said).startswith(SUMMARY)
 
 
+@pytest.mark.parametrize("form", ["compressed-tensors", "gptq"])
+def test_dense_experts_of_int4(tmp_path, said, form):
+    folder, meant, option = tmp_path / "model", tmp_path / "meant", {"quantization": "rac"}
+    if form == "gptq":
+        store = partial(stored_words, group=32, symmetric=True)
+        save_codes(folder, meant, words_config("gptq", 32, True), store, "qwen3_moe")
+    else:
+        save_codes(folder, meant, quantization(), int4, "qwen3_moe")
+        mark_dense(folder, {})
+        option = {}
+    tokens, methods = serve(folder, TOKENS, **option)
+    assert tokens == reference(meant, TOKENS)
+    assert [method for name, method in methods.items() if "experts" in name] == [EXPERTS] * 2
+    assert "experts: 2" in summary(said) or not KERNELS
+
+
 def test_a_stored_embedding_and_head(tmp_path):
     """The embedding in int4 and an untied head in int8, in a packed sparse checkpoint."""
     from tests.vllm_plugin.test_vocabulary import scheme_of, stored

@@ -162,14 +162,14 @@ def save_quantized(
     set_entry(folder, meant, quantized_sparse(format, scheme, ignored))
 
 
-def save_codes(folder, meant, entry, store, **changes):
-    """A tiny Qwen3 whose linear layers but one are stored by `store`; `meant` gets them dense."""
-    shutil.copytree(save_model(folder, "qwen3", "unstructured", packed=False, **changes), meant)
-    modules = sorted(set(saved_linears(folder)) - {_IGNORED})
+def save_codes(folder, meant, entry, store, kind="qwen3", **changes):
+    """A tiny model whose linear layers but one are stored by `store`; `meant` gets them dense."""
+    shutil.copytree(save_model(folder, kind, "unstructured", packed=False, **changes), meant)
+    modules = sorted(set(saved_linears(folder, _PRUNED)) - {_IGNORED})
     # pruned weights make groups of few values; these are not
     rewrite(folder, meant, modules, lambda weight: store(torch.randn(weight.shape) * 0.2))
     if "ignore" in entry:
-        entry = {**entry, "ignore": [_IGNORED, "lm_head"]}
+        entry = {**entry, "ignore": [_IGNORED, "lm_head", r"re:.*mlp\.gate$"]}
     set_entry(folder, meant, entry)
 
 
