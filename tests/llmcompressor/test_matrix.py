@@ -32,7 +32,7 @@ ROWS = "all but an incomplete last row"  # AutoRound's
 READS_NOTHING = "calibrates nothing"
 SAME = "with the same logits"
 REFUSED = "refused: transformers applies no rotation to activations"
-# vLLM's attention on a CPU takes no smaller heads, and `bench schemes` asks for this length.
+# The smallest heads of vLLM's attention on a CPU, and the length that `bench schemes` serves.
 SERVABLE = {"head_dim": 32, "max_position_embeddings": 1024}
 # Multiples of 128, the largest group of the schemes.
 WIDE = {
