@@ -86,8 +86,13 @@ def run(options: argparse.Namespace) -> None:
         with path.open("a") as file:
             file.write(json.dumps(row) + "\n")
     names = ("sampled", "sampled outside", "greedy")
-    rows = [[label, row["bits"], *(row[name] for name in names)] for label, row in finished.items()]
-    save(options.out, f"formats_{options.model}", subject.name, COLUMNS, rows)
+    unit, factor = (", thousandths", 1000) if options.model == "reasoner" else ("", 1)
+    columns = {name + unit * name.startswith("KL"): form for name, form in COLUMNS.items()}
+    rows = [
+        [label, row["bits"], *([factor * number for number in row[name]] for name in names)]
+        for label, row in finished.items()
+    ]
+    save(options.out, f"formats_{options.model}", subject.name, columns, rows)
 
 
 def folder_of(options: argparse.Namespace, label: str) -> Path:

@@ -206,7 +206,7 @@ class WeightScheme:
 
     def describe(self) -> str:
         """Describe the scheme in a few words, such as `int4 in groups of 128 (pack-quantized)`."""
-        groups = self.strategy == "group"
+        groups = self.strategy in ("group", "tensor_group")
         scales = f"in groups of {self.group_size}" if groups else f"one scale per {self.strategy}"
         asymmetric = "" if self.symmetric else ", asymmetric"
         text = f"{self.kind}{self.bits} {scales}{asymmetric} ({self.format})"

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rac_modifier.errors import RacError, refusing
-from rac_modifier.quantization.grid import Grid
+from rac_modifier.quantization.grid import Grid, used_scale
 from rac_modifier.quantization.schemes import describe_scheme, grid_of
 from rac_modifier.recovery.on_grid import QuantizedWeight
 from rac_modifier.settings.pruning import QuantizationSettings
@@ -90,10 +90,13 @@ class Quantizer:
         weight: Tensor,
         scale: Tensor,
         zero_point: Tensor | None = None,
+        global_scale: Tensor | None = None,
     ) -> None:
         """Put a rounded weight, scales and zero points (None: 0) into a module."""
         update_offload_parameter(module, "weight", weight)
         update_offload_parameter(module, "weight_scale", scale)
+        if global_scale is not None:
+            update_offload_parameter(module, "weight_global_scale", global_scale)
         zeros = module.get_parameter("weight_zero_point").detach()
         zeros = torch.zeros_like(zeros) if zero_point is None else zero_point.to(zeros.dtype)
         update_offload_parameter(module, "weight_zero_point", zeros)
@@ -104,7 +107,7 @@ class Quantizer:
         """Return by name what training through codes starts from; it takes `masters`."""
         weights = {}
         for module, grid in self.grids.items():
-            scale, zero = module.get_parameter("weight_scale").detach().clone(), None
+            scale, zero = scale_in_use(module).clone(), None
             if not grid.symmetric:
                 zero = module.get_parameter("weight_zero_point").detach().clone()
             weights[names[module]] = QuantizedWeight(grid, scale, masters.pop(names[module]), zero)
@@ -114,6 +117,12 @@ class Quantizer:
         """Compress as llm-compressor does, with the codes that were measured."""
         for module in self.grids:
             compress_exactly(module)
+
+
+def scale_in_use(module: torch.nn.Module) -> Tensor:
+    """Return what a module's codes are multiplied by, [rows, groups]."""
+    scale = module.get_parameter("weight_scale").detach()
+    return used_scale(scale, getattr(module, "weight_global_scale", None))
 
 
 def compress_exactly(module: Any) -> None:

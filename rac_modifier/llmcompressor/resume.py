@@ -29,7 +29,7 @@ from rac_modifier.model_tools import accelerator
 _ABOUT = "about.json"
 _CALIBRATION = "calibration set"
 _STORES = "trace stores"  # may have grown; named if the calibration set differs
-_PARAMETERS = ("weight", "weight_scale", "weight_zero_point")
+_PARAMETERS = ("weight", "weight_scale", "weight_zero_point", "weight_global_scale")
 _MASTER = "master"  # the weight before it was rounded
 
 

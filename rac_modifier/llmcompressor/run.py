@@ -162,7 +162,8 @@ class Run:
         if result.scale is None:
             update_offload_parameter(module, "weight", result.weight)
         else:
-            self.quantizer.store(module, result.weight, result.scale, result.zero_point)
+            scales = (result.scale, result.zero_point, result.global_scale)
+            self.quantizer.store(module, result.weight, *scales)
         if result.master is not None:
             self.masters[name] = result.master
         self._progress.step(name)

@@ -12,7 +12,7 @@ from torch import Tensor
 from rac_modifier.llmcompressor.quantizer import Quantizer
 from rac_modifier.llmcompressor.statistics import InputGroup
 from rac_modifier.pruning.solve import Problem, Solution, solve_many
-from rac_modifier.quantization.grid import Grid
+from rac_modifier.quantization.grid import Grid, used_scale
 from rac_modifier.quantization.solve import Quantized, quantize_many
 from rac_modifier.recovery.on_grid import codes_of, master_in_cell
 from rac_modifier.settings.entries import PruningEntry
@@ -27,6 +27,7 @@ class Pruned:
     weight: Tensor  # [rows, columns] in the dtype of the module
     scale: Tensor | None = None  # of a rounded weight
     zero_point: Tensor | None = None  # int8, of an asymmetric grid
+    global_scale: Tensor | None = None  # float32 [1], of NVFP4
     master: Tensor | None = None  # float32 [rows, columns] on the CPU
 
     @property
@@ -121,6 +122,8 @@ def _pruned(
     master = None
     if entry.recover is not None:
         grid = quantizer.grids[module]
-        codes = codes_of(result.weight, result.scale, grid, result.zero_point)
-        master = master_in_cell(codes, result.scale, grid, solution.weight).cpu()
-    return Pruned(record, result.weight, result.scale, result.zero_point, master)
+        scale = used_scale(result.scale, result.global_scale)
+        codes = codes_of(result.weight, scale, grid, result.zero_point)
+        master = master_in_cell(codes, scale, grid, solution.weight).cpu()
+    of_result = (result.weight, result.scale, result.zero_point, result.global_scale)
+    return Pruned(record, *of_result, master)

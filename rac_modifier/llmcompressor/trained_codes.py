@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from rac_modifier.checkpoint.dense_codes import WORDS, ZEROS
 from rac_modifier.checkpoint.stored_weight import SCALE
 from rac_modifier.errors import RacError
-from rac_modifier.llmcompressor.quantizer import compress_exactly
+from rac_modifier.llmcompressor.quantizer import compress_exactly, scale_in_use
 from rac_modifier.quantization.grid import Grid
 from rac_modifier.quantization.schemes import stored_grid
 from rac_modifier.recovery.on_grid import QuantizedWeight, codes_of, master_in_cell, pruned_share
@@ -99,7 +99,7 @@ class QuantizedCheckpoint:
     def packs(self) -> bool:
         """Return whether the codes of all pruned modules can be stored sparse."""
         grids = [self.quantized[name].grid for name in self.pruned]
-        return all(grid.bits in (4, 8) and grid.symmetric for grid in grids)
+        return all(g.bits in (4, 8) and g.symmetric and not g.is_fp4 for g in grids)
 
 
 class LaterCodes:
@@ -145,7 +145,7 @@ def _decoded(
 ) -> tuple[QuantizedWeight, Tensor]:
     """Return how a module is quantized, its master on the side of `dense`; and its codes."""
     weight = module.get_parameter("weight").data
-    scale = checked_scale(module.get_parameter(SCALE).data, weight, grid, name).clone()
+    scale = checked_scale(scale_in_use(module), weight, grid, name).clone()
     zero = None
     if not grid.symmetric:
         zero = module.get_parameter(ZEROS).data if hasattr(module, ZEROS) else torch.empty(0)

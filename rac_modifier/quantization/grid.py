@@ -2,6 +2,11 @@
 
 A symmetric grid has no zero points: they are 0. Weights are transposed here, [d, rows], as in the
 solvers; scales and zero points are [groups, rows]. All may have a leading dimension: problems.
+
+A code is an integer, or a float of 8 bits (e4m3) or 4 (e2m1: 0, .5, 1, 1.5, 2, 3, 4, 6). Codes of
+e2m1 in groups of 16 are NVFP4: a scale is a value of e4m3 over one `global_scale`, float32, of all
+modules that read the same input (a server multiplies these together). In groups of 32 they are
+MXFP4 (OCP Microscaling Formats 1.0): a scale is a power of two.
 """
 
 from dataclasses import dataclass
@@ -10,12 +15,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-_E4M3_MAX = 448.0
+# By bits of a float: the largest value, bits of the mantissa, the least exponent.
+_FLOATS = {8: (448.0, 3, -6), 4: (6.0, 1, 0)}
+_E4M3, _EXPONENT_BITS = torch.float8_e4m3fn, 0x7F800000
+_LARGEST_CODE = 4.0  # of the group with the largest weight, whose scale is the largest of e4m3
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Integers of `bits` bits, or the 8-bit floats e4m3.
+    """Integers of `bits` bits, or floats of 8 or 4.
 
     `group_size` columns share a scale; None: a row does. Without `symmetric` (integers only) they
     share a zero point too: the code that means zero.
@@ -29,7 +37,7 @@ class Grid:
     @property
     def half_range(self) -> float:
         """Return the largest weight over its scale, as in compressed-tensors: (max - min) / 2."""
-        return _E4M3_MAX if self.kind == "float" else ((1 << self.bits) - 1) / 2
+        return _FLOATS[self.bits][0] if self.kind == "float" else ((1 << self.bits) - 1) / 2
 
     @property
     def lowest(self) -> int:
@@ -40,6 +48,11 @@ class Grid:
     def is_lopsided(self) -> bool:
         """Return whether the extra negative code is worth a search for the sign (below 8 bits)."""
         return self.kind == "int" and self.symmetric and self.bits < 8
+
+    @property
+    def is_fp4(self) -> bool:
+        """Return whether codes are of e2m1, whose scales have few values."""
+        return (self.kind, self.bits) == ("float", 4)
 
     def groups(self, columns: int) -> int:
         """Return the number of scales of a row of `columns` weights."""
@@ -58,9 +71,38 @@ class Grid:
         if zero is not None:
             return self.codes_(scaled.add_(zero)).sub_(zero)
         if self.kind == "float":
-            scaled.clamp_(-_E4M3_MAX, _E4M3_MAX)
-            return scaled.copy_(scaled.to(torch.float8_e4m3fn))
+            gaps = self.gaps(scaled.clamp_(-self.half_range, self.half_range))
+            return scaled.div_(gaps).round_().mul_(gaps)
         return scaled.clamp_(self.lowest, -self.lowest - 1).round_()
+
+    def gaps(self, scaled: Tensor) -> Tensor:
+        """Return the distance between the two codes around each value; at a code, away from 0."""
+        if self.kind == "int":
+            return torch.ones_like(scaled)
+        _, mantissa, least = _FLOATS[self.bits]
+        return _power_of_two(scaled).clamp_(min=2.0**least).mul_(2.0**-mantissa).to(scaled)
+
+    def global_scale(self, weight: Tensor) -> Tensor | None:
+        """Return what the scales of a weight [d, rows] are multiplied by: float32 [1], or None."""
+        if not self.is_fp4 or self.group_size != 16:
+            return None
+        largest = weight.abs().amax(dim=(-2, -1)).unsqueeze(-1)
+        largest = torch.where(largest == 0, 1.0, largest)
+        return (torch.finfo(_E4M3).max * _LARGEST_CODE / largest).float()
+
+    def stored(
+        self, scales: Tensor, dtype: torch.dtype, global_scale: Tensor | None = None
+    ) -> Tensor:
+        """Round scales to those that a module of `dtype` stores, away from 0; the sign stays."""
+        tiny = torch.finfo(dtype).tiny
+        if global_scale is not None:
+            # float16 tells codes apart down to a 64th of its least normal number
+            local = local_scale(scales.clamp(min=tiny / 64), global_scale)
+            return used_scale(local, global_scale).to(scales)
+        if self.is_fp4:
+            return _power_of_two(scales * 2**0.5).clamp_(min=tiny).to(scales)
+        sizes = scales.abs().to(dtype).clamp(min=tiny).to(scales.dtype)
+        return torch.where(scales < 0, -sizes, sizes)
 
 
 @dataclass(frozen=True)
@@ -81,7 +123,17 @@ class Steps:
         return self.scale.select(-2, column), zero
 
 
-def stored(scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round scales to `dtype`, in which they are stored, away from 0; the sign stays."""
-    sizes = scales.abs().to(dtype).clamp(min=torch.finfo(dtype).tiny).to(scales.dtype)
-    return torch.where(scales < 0, -sizes, sizes)
+def local_scale(scales: Tensor, global_scale: Tensor) -> Tensor:
+    """Return what is stored of scales next to `global_scale`: values of e4m3, float32."""
+    local, limits = scales.float() * global_scale, torch.finfo(_E4M3)
+    return local.clamp(limits.tiny * limits.eps, limits.max).to(_E4M3).float()
+
+
+def used_scale(local: Tensor, global_scale: Tensor | None) -> Tensor:
+    """Return what codes are multiplied by, as compressed-tensors computes it."""
+    return local if global_scale is None else local.float() / global_scale
+
+
+def _power_of_two(values: Tensor) -> Tensor:
+    """Return the powers of two at or below the sizes of values, float32."""
+    return (values.float().view(torch.int32) & _EXPONENT_BITS).view(torch.float32)

@@ -10,30 +10,42 @@ The search chooses scales from the weights alone; the fit uses the whole Hessian
 optimisation (arXiv 2602.02126) does the same for GPTQ. Weights are transposed, as in grid.py.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from rac_modifier.pruning.linalg import Dampening
-from rac_modifier.quantization.grid import Grid, Steps, stored
+from rac_modifier.quantization.grid import Grid, Steps
 
 # Symmetric: shares of the largest weight over the half range.
 _FACTORS = tuple(0.4 + 0.02 * step for step in range(41))
+# The same for 4-bit floats, whose scales are an eighth apart or a power of two: at a share of 1.5
+# the largest weight has the code 4.
+_FP4_FACTORS = tuple(0.5 + 0.05 * step for step in range(23))
 # Asymmetric: shares, down to the least, of the scale that covers the group, for each zero point
 # near the one of the finest steps: all four of 2 bits, three on either side of others.
 _LEAST_SHARE, _SHARES, _NEAR = 0.25, 31, 3
 _LARGEST_CHANGE = 3.0  # a scale that moves further belongs to a group with hardly any codes
+_Store = Callable[[Tensor], Tensor]  # rounds scales to what is stored
 _ROWS = 256  # solved per call; bounds the memory of A, [rows, groups, groups] in float64
 
 
-def search_steps(weight: Tensor, grid: Grid, importance: Tensor, dtype: torch.dtype) -> Steps:
+def search_steps(
+    weight: Tensor,
+    grid: Grid,
+    importance: Tensor,
+    dtype: torch.dtype,
+    global_scale: Tensor | None = None,
+) -> Steps:
     """Search scales, exact in `dtype`, and zero points [groups, rows] with the least error.
 
     Minimise sum_j importance_j (w_j - (c_j - z) s)^2 over the candidates of each group, for a
     weight [d, rows] with zeros where pruned. `importance` [d] is the diagonal of the Hessian.
     """
     *batch, d, rows = weight.shape
+    store = partial(grid.stored, dtype=dtype, global_scale=global_scale)
     size, candidates = grid.group_size or d, _symmetric if grid.symmetric else _asymmetric
     scales, zeros = (weight.new_zeros(*batch, grid.groups(d), rows) for _ in range(2))
     for group, start in enumerate(range(0, d, size)):
@@ -41,7 +53,7 @@ def search_steps(weight: Tensor, grid: Grid, importance: Tensor, dtype: torch.dt
         part, weights = weight[..., columns, :], importance[..., columns].unsqueeze(-1)
         best_scale, best_zero = scales[..., group, :], zeros[..., group, :]
         least = torch.full_like(best_scale, torch.inf)
-        for scale, zero in candidates(part, grid, dtype):
+        for scale, zero in candidates(part, grid, store):
             spread = None if zero is None else zero.unsqueeze(-2)
             rounded = grid.round_(part.clone(), scale.unsqueeze(-2), spread)
             error = rounded.sub_(part).square_().mul_(weights).sum(dim=-2)
@@ -53,17 +65,17 @@ def search_steps(weight: Tensor, grid: Grid, importance: Tensor, dtype: torch.dt
     return Steps(scales, None if grid.symmetric else zeros)
 
 
-def _symmetric(part: Tensor, grid: Grid, dtype: torch.dtype) -> Iterator[tuple[Tensor, None]]:
+def _symmetric(part: Tensor, grid: Grid, store: _Store) -> Iterator[tuple[Tensor, None]]:
     """Yield scales [rows] of a group of columns, `part` [columns, rows]."""
     largest = part.abs().amax(dim=-2) / grid.half_range
     largest = torch.where(largest == 0, 1.0, largest)  # only zeros: every scale is right
-    for factor in _FACTORS:
+    for factor in _FP4_FACTORS if grid.is_fp4 else _FACTORS:
         # With the right sign of the scale, the extra code below zero serves the larger weights.
         for sign in (1, -1) if grid.is_lopsided else (1,):
-            yield stored(largest * (sign * factor), dtype), None
+            yield store(largest * (sign * factor)), None
 
 
-def _asymmetric(part: Tensor, grid: Grid, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
+def _asymmetric(part: Tensor, grid: Grid, store: _Store) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield scales and zero points [rows] of a group of columns, `part` [columns, rows]."""
     lowest, highest = grid.lowest, -grid.lowest - 1
     low, high = part.amin(dim=-2).clamp_(max=0.0), part.amax(dim=-2).clamp_(min=0.0)
@@ -78,7 +90,7 @@ def _asymmetric(part: Tensor, grid: Grid, dtype: torch.dtype) -> Iterator[tuple[
         covering = torch.maximum(above.where(zero < highest, 0.0), below.where(zero > lowest, 0.0))
         covering = torch.where(covering == 0, finest, covering)
         for step in range(_SHARES):
-            yield stored(covering * (1 - (1 - _LEAST_SHARE) * step / (_SHARES - 1)), dtype), zero
+            yield store(covering * (1 - (1 - _LEAST_SHARE) * step / (_SHARES - 1))), zero
 
 
 def refit_scales(
@@ -111,7 +123,7 @@ def refit_scales(
         chunk = slice(first, first + _ROWS)
         old = scale[:, chunk].T
         new = _solve(gram[chunk].double(), right[chunk].double(), old.double())
-        result[:, chunk] = stored(new.to(old), dtype).T
+        result[:, chunk] = grid.stored(new.to(old), dtype).T
     before, after = (_error(gram, right, s.T) for s in (scale, result))
     return torch.where(after < before, result, scale)
 

@@ -2,10 +2,15 @@
 
 from typing import Literal
 
+import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
 from rac_modifier.errors import RacError
 from rac_modifier.quantization.grid import Grid
+
+_GROUPED = ("group", "tensor_group")
+# strategy, group size and dtype of the scales of NVFP4, and of MXFP4
+_FP4 = (("tensor_group", 16, torch.float8_e4m3fn), ("group", 32, torch.uint8))
 
 
 def grid_of(scheme: QuantizationScheme, name: str, *, prunes: bool) -> Grid:
@@ -20,20 +25,22 @@ def grid_of(scheme: QuantizationScheme, name: str, *, prunes: bool) -> Grid:
             f"{name}: weights {_describe(weights)}, which no kernel multiplies with a mask or with "
             "quantized activations; set symmetric: true (W4A16 instead of W4A16_ASYM)"
         )
-    # integers that are stored with a mask, and without one
+    # what is stored with a mask, and without one
     bits = ((4, 8) if prunes else range(2, 9)) if weights.type == "int" else (8,)
-    plain = weights.actorder is None and weights.scale_dtype is None and not weights.dynamic
-    if not _is_stored_form(weights) or weights.num_bits not in bits or not plain:
+    plain = weights.scale_dtype is None and not weights.dynamic and weights.num_bits in bits
+    usable = _is_stored_form(weights) and (plain or (_is_fp4(weights) and not prunes))
+    if not usable or weights.actorder is not None:
         integers = "4 or 8 bits" if prunes else "2 to 8 bits (2 to 7 with zero points)"
+        unpruned = "" if prunes else ", or NVFP4A16 or MXFP4A16"
         raise RacError(
             f"{name}: weights {_describe(weights)} cannot be rounded; use int of {integers}, or "
-            "float of 8 (e4m3), symmetric, a scale per channel or group (W4A16)"
+            f"float of 8 (e4m3), symmetric, a scale per channel or group (W4A16){unpruned}"
         )
     for args in (scheme.input_activations, scheme.output_activations):
         if args is not None and args.dynamic is not True:
             raise RacError(
                 f"{name}: activations with static scales are not calibrated here; set dynamic: "
-                "true (FP8_DYNAMIC instead of FP8)"
+                "true (FP8_DYNAMIC instead of FP8), or leave them out (NVFP4A16 instead of NVFP4)"
             )
     return _grid(weights)
 
@@ -45,8 +52,8 @@ def stored_grid(scheme: QuantizationScheme, name: str) -> Grid:
     if not _is_stored_form(weights):
         raise RacError(
             f"{name}: weights {_describe(weights)} cannot be trained through their codes; recovery "
-            "knows int of 2 to 8 bits (2 to 7 with zero points) and float of 8 (e4m3), one scale "
-            "per channel or group. Recover the model before it is quantized"
+            "knows int of 2 to 8 bits (2 to 7 with zero points), float of 8 (e4m3), one scale per "
+            "channel or group, NVFP4 and MXFP4. Recover the model before it is quantized"
         )
     return _grid(weights)
 
@@ -59,7 +66,7 @@ def describe_scheme(scheme: QuantizationScheme) -> str:
 
 
 def _grid(weights: QuantizationArgs) -> Grid:
-    group = weights.group_size if weights.strategy == "group" else None
+    group = weights.group_size if weights.strategy in _GROUPED else None
     kind: Literal["int", "float"] = "float" if weights.type == "float" else "int"
     return Grid(kind, weights.num_bits, group, bool(weights.symmetric))
 
@@ -70,11 +77,19 @@ def _is_stored_form(weights: QuantizationArgs) -> bool:
         fits = weights.num_bits == 8 and weights.symmetric
     else:
         fits = 2 <= weights.num_bits <= (8 if weights.symmetric else 7)
-    return bool(fits and weights.strategy in ("channel", "group"))
+    plain = weights.scale_dtype is None or weights.scale_dtype.itemsize > 1
+    return _is_fp4(weights) or bool(fits and plain and weights.strategy in ("channel", "group"))
+
+
+def _is_fp4(weights: QuantizationArgs) -> bool:
+    """Return whether weights are NVFP4 or MXFP4; a dynamic scale is not stored."""
+    form = (weights.strategy, weights.group_size, weights.scale_dtype)
+    is_e2m1 = weights.type == "float" and weights.num_bits == 4 and weights.symmetric
+    return bool(is_e2m1 and form in _FP4 and not weights.dynamic)
 
 
 def _describe(weights: QuantizationArgs) -> str:
-    grouped = weights.strategy == "group"
+    grouped = weights.strategy in _GROUPED
     scales = f" in groups of {weights.group_size}"
     return "".join(
         (

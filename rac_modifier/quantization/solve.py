@@ -9,7 +9,7 @@ from torch import Tensor
 from rac_modifier.pruning.checks import check_problem, is_finite, refuse
 from rac_modifier.pruning.linalg import Dampening, factorise, quadratic_form, stacked
 from rac_modifier.pruning.solve import Solution
-from rac_modifier.quantization.grid import Grid, Steps
+from rac_modifier.quantization.grid import Grid, Steps, local_scale
 from rac_modifier.quantization.rounding import descend, gptq
 from rac_modifier.quantization.scales import refit_scales, search_steps
 
@@ -23,6 +23,7 @@ class Quantized:
 
     Attributes:
         scale: [rows, groups], as compressed-tensors' `weight_scale`; per row: 1 group.
+        global_scale: float32 [1], as its `weight_global_scale`, by which `scale` is divided first.
         zero_point: int8 [rows, groups], as its `weight_zero_point`; None on a symmetric grid.
         relative_error: trace((T - Q) H (T - Q)^T) / trace(T H T^T) for the target T, or 0.
     """
@@ -31,6 +32,7 @@ class Quantized:
     scale: Tensor
     relative_error: float
     zero_point: Tensor | None = None
+    global_scale: Tensor | None = None
 
 
 @torch.no_grad()
@@ -119,10 +121,13 @@ def _on_one_grid(
     target = batch(lambda s: s.target)
     working = batch(lambda s: s.weight).mul_(keep)
     importance = torch.stack([dampening.diagonal for dampening in dampenings])
-    steps = search_steps(working, grid, importance, dtype)
+    global_scale = grid.global_scale(working)
+    steps = search_steps(working, grid, importance, dtype, global_scale)
     spread = steps.spread(grid, d)
     gptq(working, keep, spread, grid, factors)
-    descend(working, target, keep, spread, grid, hessians, dampenings, sweeps)
+    # scales of 4-bit floats have too few values for a fit
+    more = _REFITS if grid.is_fp4 and sweeps else 0
+    descend(working, target, keep, spread, grid, hessians, dampenings, sweeps + more)
     for _ in range(_REFITS if grid.kind == "int" and sweeps else 0):
         codes, scale = working.div_(spread.scale).round_(), torch.empty_like(steps.scale)
         for number, (hessian, dampening) in enumerate(zip(hessians, dampenings, strict=True)):
@@ -133,11 +138,13 @@ def _on_one_grid(
         working.mul_(spread.scale)
         descend(working, target, keep, spread, grid, hessians, dampenings, 1)
     working.add_(0.0)  # -0.0 becomes 0.0: the sparse layouts would store it, and e4m3 has it
-    zeros = [None] * len(problems) if steps.zero is None else steps.zero.to(torch.int8)
+    absent = [None] * len(problems)
+    zeros = absent if steps.zero is None else steps.zero.to(torch.int8)
+    global_scales = absent if global_scale is None else global_scale
     return [
         _results(solutions, hessian, dtype, dampening_frac, *tensors)
         for solutions, hessian, *tensors in zip(
-            problems, hessians, working, target, steps.scale, zeros, strict=True
+            problems, hessians, working, target, steps.scale, zeros, global_scales, strict=True
         )
     ]
 
@@ -151,6 +158,7 @@ def _results(
     target: Tensor,
     scales: Tensor,
     zeros: Tensor | None,
+    global_scale: Tensor | None,
 ) -> list[Quantized]:
     """Return the modules of one problem; weights and `target`, overwritten, are [d, rows]."""
     totals = quadratic_form(target, hessian)
@@ -164,7 +172,8 @@ def _results(
         refuse(not is_finite(weight), f"{solution.name}: {why}")
         error, total = float(errors[rows].sum()), float(totals[rows].sum())
         relative = max(error, 0.0) / total if total > 0 else 0.0
-        scale = scales[:, rows].T.contiguous().to(dtype)
+        scale = scales[:, rows].T.contiguous()
+        scale = (scale if global_scale is None else local_scale(scale, global_scale)).to(dtype)
         zero_point = None if zeros is None else zeros[:, rows].T.contiguous()
-        results.append(Quantized(weight, scale, relative, zero_point))
+        results.append(Quantized(weight, scale, relative, zero_point, global_scale))
     return results

@@ -8,6 +8,8 @@ c = round(clamp(w / s)), the forward pass uses c s, and gradients pass straight 
 
 (LSQ, arXiv 1902.08153). A pruned weight is 0, so its code is 0 whatever its scale is.
 
+Scales of 4-bit floats have few values (grid.py), so they are not trained.
+
 Master weights start in the cell of their code, which holds all values that round to it, on the side
 of the dense weight: from its middle, a code changes after many steps of training.
 """
@@ -21,10 +23,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
 
-from rac_modifier.quantization.grid import Grid, stored
+from rac_modifier.quantization.grid import Grid
 
 _WIDTH = 0.45  # of a step of the grid to each side: a border itself may round either way
-_MANTISSA, _LEAST_EXPONENT = 3, -6  # of e4m3
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class QuantizedWeight:
     """How a module's weight is quantized, and what training starts from."""
 
     grid: Grid
-    scale: Tensor  # [rows, groups], in the dtype that is stored
+    scale: Tensor  # [rows, groups], in the dtype that is stored; float32 if it is not trained
     master: Tensor | None = None  # with the same codes and zeros; None: code times scale
     zero: Tensor | None = None  # [rows, groups], of an asymmetric grid; it is not trained
 
@@ -66,14 +67,8 @@ def _spread(part: Tensor, grid: Grid, like: Tensor) -> Tensor:
 
 
 def _step(codes: Tensor, grid: Grid) -> Tensor:
-    """Return the distance from each code to its nearest neighbour."""
-    if grid.kind == "int":
-        return torch.ones_like(codes)
-    mantissa, exponent = torch.frexp(codes.abs())  # 0.5 <= mantissa < 1
-    # below a power of two the step is half as large
-    exponent = torch.where(mantissa == 0.5, exponent - 1, exponent) - 1
-    exponent = exponent.clamp(min=_LEAST_EXPONENT).masked_fill(codes == 0, _LEAST_EXPONENT)
-    return torch.exp2((exponent - _MANTISSA).float())
+    """Return the distance from each code to its nearest neighbour, the next one towards 0."""
+    return grid.gaps(codes * 0.99)
 
 
 class OnGrid(torch.nn.Module):
@@ -81,18 +76,22 @@ class OnGrid(torch.nn.Module):
 
     start: Tensor
     zero: Tensor | None
+    log_change: Tensor | None
 
     def __init__(self, quantized: QuantizedWeight):
         super().__init__()
         self.grid, self.dtype, zero = quantized.grid, quantized.scale.dtype, quantized.zero
         self.register_buffer("start", quantized.scale.detach().float())
         self.register_buffer("zero", None if zero is None else zero.detach().float())
-        self.log_change = torch.nn.Parameter(torch.zeros_like(self.start))
+        change = None if self.grid.is_fp4 else torch.nn.Parameter(torch.zeros_like(self.start))
+        self.register_parameter("log_change", change)
 
     def scale(self) -> Tensor:
         """Return the scales [rows, groups] as they would be stored; gradients pass the rounding."""
+        if self.log_change is None:
+            return self.start
         exact = self.start * self.log_change.exp()
-        return exact + (stored(exact.detach(), self.dtype) - exact).detach()
+        return exact + (self.grid.stored(exact.detach(), self.dtype) - exact).detach()
 
     def forward(self, master: Tensor) -> Tensor:
         """Return code times scale."""
@@ -143,7 +142,7 @@ def on_grid(model: torch.nn.Module, quantized: Mapping[str, QuantizedWeight]) ->
             form = module.parametrizations.weight[0]
             scale = form.scale().detach().to(form.dtype)
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
-            if hasattr(module, "weight_scale"):
+            if hasattr(module, "weight_scale") and form.log_change is not None:
                 module.weight_scale.data.copy_(scale.reshape(module.weight_scale.shape))
         for module, value in enabled.items():
             module.quantization_enabled = value

@@ -70,7 +70,7 @@ def save_rounded(model: PreTrainedModel, folder: Path, scheme: dict, ignore=("lm
     """Round to the nearest codes of a config group, and save in upstream's dense layout."""
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
-    from compressed_tensors.quantization.utils import calculate_qparams
+    from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 
     groups = {"group_0": {"targets": ["Linear"], **scheme}}
     apply_quantization_config(model, QuantizationConfig(config_groups=groups, ignore=list(ignore)))
@@ -79,7 +79,13 @@ def save_rounded(model: PreTrainedModel, folder: Path, scheme: dict, ignore=("lm
             continue
         args, weight = module.quantization_scheme.weights, module.weight.float()
         parts = weight.view(len(weight), -1, args.group_size or weight.shape[1])
-        scale, zero = calculate_qparams(parts.amin(dim=2), parts.amax(dim=2), args)
+        whole = None
+        if args.strategy == "tensor_group":
+            whole = generate_gparam(weight.amin(), weight.amax())
+            module.weight_global_scale.data.copy_(whole)
+        if hasattr(module, "input_global_scale"):
+            module.input_global_scale.data.copy_(torch.rand(1) + 1)
+        scale, zero = calculate_qparams(parts.amin(dim=2), parts.amax(dim=2), args, whole)
         scale = scale.amax() if args.strategy == "tensor" else scale
         module.weight_scale.data.copy_(scale.to(torch.bfloat16))
         if hasattr(module, "weight_zero_point"):

@@ -4,11 +4,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from compressed_tensors.quantization import preset_name_to_scheme
 from safetensors.torch import load_file
 
 from tests.checkpoint.checkpoint_helpers import SCHEMES as STORED
 from tests.checkpoint.checkpoint_helpers import grouped, save_rounded
 from tests.tiny import linears, tiny_model
+
+
+def preset(name: str) -> dict[str, Any]:
+    """A config group as upstream's preset has it."""
+    return preset_name_to_scheme(name, ["Linear"]).model_dump(exclude={"targets", "format"})
+
 
 SCHEMES: dict[str, dict[str, Any]] = {
     "int4": STORED["w4"],
@@ -17,7 +24,10 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "asymmetric int2": grouped(2, symmetric=False),
     "int8": STORED["w8a8"],
     "fp8": STORED["fp8"],
+    "NVFP4": preset("NVFP4"),  # with activations
+    "MXFP4": preset("MXFP4A16"),
 }
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 
 
 def saved(
@@ -39,8 +49,15 @@ def decoded(folder: Path, bits: int) -> dict[str, tuple[torch.Tensor, torch.Tens
     actual, least = {}, 2 ** (bits - 1)
     for key in sorted(key for key in tensors if key.endswith(".weight_scale")):
         name = key.removesuffix(".weight_scale")
+        scale = tensors[key].float()
         if f"{name}.weight" in tensors:
             codes = tensors[f"{name}.weight"].float()
+        elif tensors[f"{name}.weight_packed"].dtype == torch.uint8:
+            codes = fp4_codes(tensors[f"{name}.weight_packed"])
+            if tensors[key].dtype == torch.uint8:
+                scale = 2.0 ** (scale - 127)
+            else:
+                scale = scale / tensors[f"{name}.weight_global_scale"]
         else:
             shape = tensors[f"{name}.weight_shape"].tolist()
             codes = (_unpacked(tensors[f"{name}.weight_packed"], *shape, bits) - least).float()
@@ -48,10 +65,15 @@ def decoded(folder: Path, bits: int) -> dict[str, tuple[torch.Tensor, torch.Tens
             zeros = tensors[f"{name}.weight_zero_point"].T
             zeros = (_unpacked(zeros, len(zeros), len(codes), bits) - least).T
             codes -= zeros.repeat_interleave(codes.shape[1] // zeros.shape[1], dim=1)
-        scale = tensors[key].float()
         wide = scale.repeat_interleave(codes.shape[1] // scale.shape[1], dim=1)
         actual[name] = codes, codes * wide
     return actual
+
+
+def fp4_codes(packed: torch.Tensor) -> torch.Tensor:
+    """Codes [lines, 2 n] of uint8 [lines, n]: the lower half first, its highest bit the sign."""
+    halves = torch.stack([packed & 15, packed >> 4], dim=2).flatten(1).long()
+    return E2M1[halves & 7] * (1 - 2 * (halves >> 3))
 
 
 def _unpacked(words: torch.Tensor, lines: int, count: int, bits: int) -> torch.Tensor:

@@ -4,6 +4,7 @@ checkpoint."""
 import pytest
 import torch
 from llmcompressor.modifiers.quantization import GPTQModifier
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import rac_modifier
@@ -183,9 +184,9 @@ def test_closer_to_the_dense_model_than_upstreams_gptq_on_the_same_traces(prune,
 def test_recovery_trains_every_weight_through_its_code(prune, tmp_path, monkeypatch, evaluated):
     zeros, kept, store, compress = {}, [], Quantizer.store, Quantizer.compress
 
-    def stored(self, module, weight, scale, zero_point=None):
+    def stored(self, module, weight, scale, zero_point, *more):
         zeros[module] = zero_point
-        store(self, module, weight, scale, zero_point)
+        store(self, module, weight, scale, zero_point, *more)
 
     def compressed(self):
         kept.extend(torch.equal(m.weight_zero_point, zeros[m]) for m in self.grids)
@@ -203,3 +204,41 @@ def test_recovery_trains_every_weight_through_its_code(prune, tmp_path, monkeypa
     assert all(not torch.equal(before[name][0], after[name][0]) for name in before)
     assert all(torch.equal(values, evaluated[name].float()) for name, (_, values) in after.items())
     assert kept == [True] * 28  # the zero points of both runs
+
+
+@pytest.mark.parametrize("name", ["NVFP4", "MXFP4"])
+def test_4_bit_floats_are_stored_as_they_were_chosen_and_trained(
+    prune, dense, tmp_path, evaluated, off_policy, name
+):
+    """In upstream's layout: stock transformers reads each weight that was measured."""
+    settings = {"solver": "none", "mask_structure": None, "traces": off_policy}
+    settings["quantization"] = {"scheme": f"{name}A16"}
+    recover = {"tokens": 4000, "passes": 4, "held_out_tokens": 600, "step_tokens": 200}
+    recover |= {"learning_rate": 3e-4, "folder": str(tmp_path / "state")}
+    for folder, more in (("before", {}), ("after", {"recover": recover})):
+        out = tmp_path / folder
+        prune(output_dir=out, oneshot_options={"precision": "bfloat16"}, **settings, **more)
+        config = quantization_config(out)
+        assert (config["format"], config["ignore"]) == (
+            f"{name.lower()}-pack-quantized",
+            ["lm_head"],
+        )
+        loaded = AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16)
+        hidden(loaded)  # decompresses
+        stored = decoded(out, 4)
+        assert stored.keys() == linears(dense).keys() == evaluated.keys()
+        for module, (codes, values) in stored.items():
+            assert len(codes.unique()) == 15
+            assert torch.equal(values.bfloat16(), evaluated[module]), module
+            assert torch.equal(loaded.get_submodule(module).weight, evaluated[module]), module
+            original = dense.get_submodule(module).weight.float()
+            assert torch.corrcoef(torch.stack([values.flatten(), original.flatten()]))[0, 1] > 0.95
+        together: dict[float, str] = {}  # the first letters of modules with the same global scale
+        for key, value in sorted(load_file(out / "model.safetensors").items()):
+            if key.endswith("weight_global_scale"):
+                together[float(value)] = together.get(float(value), "") + key.split(".")[-2][0]
+        shared = sorted(["kqv", "o", "gu", "d"] * 2)  # a server multiplies these in one call
+        assert sorted(together.values()) == (shared if name == "NVFP4" else [])
+    record = record_of(tmp_path / "after")["recovery"]
+    assert record["kl_after"] < record["kl_before"]
+    assert inspect_checkpoint(tmp_path / "after").sound

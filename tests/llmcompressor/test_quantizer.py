@@ -40,6 +40,10 @@ def uneven():
         (uneven(), "q_proj: 64 inputs are no multiple of group_size 48"),
         (int4(targets=("re:.*experts.*",)), "targets match no module of this entry"),
         (int4(symmetric=False), "which no kernel multiplies with a mask .* set symm"),
+        (
+            {"scheme": "NVFP4A16"},
+            r"weights float4 in groups of 16.* cannot .* use int of 4 or 8 bits",
+        ),
         *((int4(bits), rf"weights int{bits} .* use int of 4 or 8 bits") for bits in (2, 3, 5, 7)),
     ],
 )

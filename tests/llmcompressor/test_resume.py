@@ -27,6 +27,7 @@ SETTINGS = {
     "dense target": {"solver": "sparsegpt"},
     "layer by layer": {"preset": "paper"},
     "recovered int8": {"solver": "sparsegpt", **RECOVERED},
+    "NVFP4": {"solver": "none", "mask_structure": None, "quantization": {"scheme": "NVFP4A16"}},
 }
 
 

@@ -74,6 +74,8 @@ def recovered(folder: Path, monkeypatch: pytest.MonkeyPatch, rate: float) -> Any
         ("int3", False, 1.5e-3),
         ("asymmetric int4", True, 3e-3),
         ("asymmetric int2", False, 3e-3),
+        ("NVFP4", True, 3e-3),
+        ("MXFP4", False, 5e-4),
     ],
 )
 def test_divergence_falls_zeros_stay_and_the_file_holds_what_was_measured(
@@ -96,10 +98,13 @@ def test_divergence_falls_zeros_stay_and_the_file_holds_what_was_measured(
         moved += int((codes != before[name][0]).sum())
     assert moved > 0
     assert opened == 0 if pruned else opened > 0
-    asymmetric = scheme.startswith("asymmetric")
-    assert checkpoint.packs is (not asymmetric or not pruned)
+    asymmetric, floats = scheme.startswith("asymmetric"), scheme.endswith("FP4")
+    assert checkpoint.packs is (not (asymmetric or floats) or not pruned)
     zeros = [q.zero for q in checkpoint.quantized.values()]
     assert all((zero is not None and bool(zero.any())) == asymmetric for zero in zeros)
+    files = [load_file(path / "model.safetensors") for path in (folder, tmp_path / "out")]
+    for name in (name for name in files[0] if name.endswith("_scale") and floats):
+        assert torch.equal(*(tensors[name] for tensors in files)), name  # also of activations
     groups = [quantization_config(path)["config_groups"] for path in (tmp_path / "out", folder)]
     assert groups[0] == groups[1]
     if scheme == "int4":  # without activations that are quantized on the way
@@ -117,13 +122,15 @@ def test_a_module_that_is_recorded_as_pruned_keeps_its_zeros(tmp_path):
     assert bool((checkpoint.quantized[UP].master[codes[UP][0] == 0] != 0).any())
 
 
-def test_codes_that_are_not_trained_are_written_back_bit_for_bit(tmp_path):
-    model = loaded(tmp_path, pruned=True)
+@pytest.mark.parametrize("scheme", ["int4", "NVFP4", "MXFP4"])
+def test_codes_that_are_not_trained_are_written_back_bit_for_bit(tmp_path, scheme):
+    model = loaded(tmp_path, scheme, pruned=True)
     QuantizedCheckpoint(model, dense(), ()).encode()
     model.save_pretrained(tmp_path / "out")
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("in", "out"))
     assert before.keys() == after.keys()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert f"{UP}.input_global_scale" in after or scheme != "NVFP4"
 
 
 def test_negative_scales_are_trained_and_stay_negative(tmp_path):

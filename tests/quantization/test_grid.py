@@ -6,7 +6,7 @@ from compressed_tensors.quantization import QuantizationArgs, preset_name_to_sch
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.lifecycle.forward import quantize as their_quantize
 
-from rac_modifier.quantization.grid import Grid, Steps, stored
+from rac_modifier.quantization.grid import Grid, Steps
 from tests.quantization.quantization_reference import GRIDS, HALF_RANGE
 
 TYPES = {"int4": torch.int8, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -74,7 +74,7 @@ def test_each_group_of_columns_has_a_scale(group_size, groups):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_stored_scale_is_never_zero(dtype):
     scales = torch.tensor([0.0, 1e-30, 0.1, -0.1])
-    rounded = stored(scales, dtype)
+    rounded = GRIDS["int4"].stored(scales, dtype)
     assert rounded.dtype == scales.dtype
     assert torch.equal(rounded, rounded.to(dtype).to(scales.dtype))
     assert (rounded > 0).tolist() == [True, True, True, False]

@@ -78,8 +78,32 @@ def test_zero_points_where_nothing_is_pruned(bits):
     assert describe_scheme(asymmetric) == f"int{bits} in groups of 64, with zero points"
 
 
+@pytest.mark.parametrize(("preset", "size"), [("NVFP4", 16), ("MXFP4", 32)])
+def test_4_bit_floats_where_nothing_is_pruned(preset, size):
+    upstream = preset_name_to_scheme(f"{preset}A16", ["Linear"])
+    assert grid_of(upstream, "x", prunes=False) == stored_grid(upstream, "x")
+    assert stored_grid(upstream, "x") == Grid("float", 4, size)
+    assert describe_scheme(upstream).startswith(f"float4 in groups of {size}, scales of")
+    activations = preset_name_to_scheme(preset, ["Linear"])
+    if preset == "NVFP4":
+        with pytest.raises(RacError, match=r"static scales .* \(NVFP4A16 instead of NVFP4"):
+            grid_of(activations, "x", prunes=False)
+    else:
+        assert grid_of(activations, "x", prunes=False) == Grid("float", 4, size)
+    for changes in ({"group_size": 64}, {"scale_dtype": None}, {"actorder": "static"}):
+        other = upstream.model_copy(update={"weights": upstream.weights.model_copy(update=changes)})
+        with pytest.raises(RacError, match=r"weights float4 .* or NVFP4A16 or MXFP4A16"):
+            grid_of(other, "x", prunes=False)
+
+
 @pytest.mark.parametrize(
-    "weights", [ASYMMETRIC, {"strategy": "tensor"}, {"num_bits": 4, "type": "float"}]
+    "weights",
+    [
+        {**GROUP, "type": "float", "scale_dtype": "uint8"},
+        ASYMMETRIC,
+        {"strategy": "tensor"},
+        {"num_bits": 4, "type": "float"},
+    ],
 )
 def test_codes_that_cannot_be_trained_are_refused(weights):
     with pytest.raises(RacError, match=r"q_proj: .* cannot be trained through their codes"):
