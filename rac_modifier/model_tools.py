@@ -55,6 +55,14 @@ def accelerator() -> torch.device | None:
     return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
 
 
+def main_device() -> torch.device:
+    """Return the device of this process: its accelerator with its number, or the CPU."""
+    device = accelerator()
+    if device is None:
+        return torch.device("cpu")
+    return torch.device(device.type, torch.accelerator.current_device_index())
+
+
 def is_placed(model: PreTrainedModel) -> bool:
     """Return whether the weights are placed: by device_map, offloading, or on another device."""
     from compressed_tensors.offload.cache import OffloadCache  # takes a second

@@ -1,25 +1,31 @@
 """The processes that one run shares: those that torchrun started, or this one alone.
 
-Decisions go as JSON through a gloo group, tensors through the default group (NCCL on GPUs).
+Decisions go as JSON through a gloo group, tensors through the default group (NCCL on GPUs). On
+several machines the first process alone reads and writes the files of the run; others ask for them.
 """
 
 import contextlib
 import datetime
 import json
 import os
-import stat
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from loguru import logger
 from torch import Tensor, distributed
 
-from rac_modifier.errors import RacError
+from rac_modifier import machines
+from rac_modifier.errors import RacError, refusing
 
 _PATIENCE = datetime.timedelta(days=7)  # the first rank may sample for hours while others wait
 _ANSWER = datetime.timedelta(hours=1)  # ranks that work on the same end within this time
+_CLOCKS = 300.0  # seconds by which the clocks of two machines may differ
+_CHUNK = 1 << 26  # bytes of a file that are sent together
 _FAILED = "rac_modifier/failed"  # key of the store with the message of the rank that failed first
 
 
@@ -35,21 +41,18 @@ class Processes:
     count: int = 1
     device: torch.device | None = None
     _group: Any = field(default=None, repr=False, compare=False)  # gloo, with `_PATIENCE`
+    machine: int = 0  # rank of the first process on this machine
+    _local: int | None = None
 
     @property
     def is_first(self) -> bool:
         """Return whether this process samples, logs and writes."""
         return self.rank == 0
 
-    @contextlib.contextmanager
-    def first_before_others(self) -> Iterator[None]:
-        """Run the body on the first rank, then on the others, which read what it has written."""
-        if not self.is_first:
-            self.wait()
-        yield
-        if self.is_first:
-            self.wait()
-        self.wait()
+    @property
+    def local(self) -> int:
+        """Return how many of the processes share the memory of this machine."""
+        return self._local or self.count
 
     def wait(self) -> None:
         """Wait for all ranks, for days if need be."""
@@ -99,15 +102,79 @@ class Processes:
             distributed.all_gather(received, sent)
         return torch.cat(received).to(tensor.device)
 
-    def send(self, tensor: Tensor, source: int) -> Tensor:
-        """Return the tensor of rank `source`; others' `tensor` gives shape, dtype and device."""
+    def send(self, tensor: Tensor | None, source: int = 0) -> Tensor:
+        """Return the tensor of rank `source`, elsewhere on this rank's device.
+
+        The `tensor` of another rank is not read.
+        """
+        form = tensor if tensor is None else [list(tensor.shape), str(tensor.dtype)]
+        shape, dtype = self.from_all(form)[source]
+        if tensor is None or self.rank != source:
+            kind = getattr(torch, dtype.removeprefix("torch."))
+            tensor = torch.empty(shape, dtype=kind, device=self.device)
         if self.count == 1:
             return tensor
-        sent = tensor.detach() if self.rank == source else torch.empty_like(tensor)
-        sent = sent.to(self.device).contiguous()
-        with self._answered():
-            distributed.broadcast(sent, source)
-        return sent.to(tensor.device)
+        sent = tensor.detach().to(self.device).contiguous()
+        with self._answered():  # as bytes: gloo and NCCL do not send every dtype
+            distributed.broadcast(sent.view(-1).view(torch.uint8), source)
+        return tensor.detach() if self.rank == source else sent
+
+    def check_same(self, facts: Mapping[str, Any]) -> None:
+        """Refuse a rank whose `facts`, which are JSON, are not the first's (RacError)."""
+        (host, expected), *others = self.from_all([socket.gethostname(), dict(facts)])
+        for rank, (other, actual) in enumerate(others, 1):
+            for name, value in actual.items():
+                if value != expected[name]:
+                    values = (
+                        f" ({value}, not {expected[name]})" if not isinstance(value, dict) else ""
+                    )
+                    raise RacError(
+                        f"process {rank} on {other} has another {name} than process 0 on {host}"
+                        f"{values}: make them the same, then start all again"
+                    )
+
+    def check_clocks(self) -> None:
+        """Refuse a rank whose clock is far from the first's (RacError)."""
+        self.wait()
+        (host, now), *others = self.from_all([socket.gethostname(), time.time()])
+        for rank, (other, seconds) in enumerate(others, 1):
+            if abs(seconds - now) > _CLOCKS:
+                raise RacError(
+                    f"the clock of process {rank} on {other} differs by {seconds - now:+,.0f} s "
+                    f"from that of process 0 on {host}: set both by NTP, then start all again"
+                )
+
+    def copy(self, folder: Path, to: Path, *, needed: bool) -> None:
+        """Write the files of the first rank's `folder` to a folder `to` where it is `needed`.
+
+        config.json comes last, without which it is no model. RacError: not readable or writable.
+        """
+        if not any(self.from_all(needed)):
+            return
+        step = "make room, or make it readable, then start all again"
+        with refusing(f"{folder} of the first machine cannot be copied", step, OSError):
+            files = []
+            if self.is_first:
+                paths = [path for path in folder.iterdir() if path.is_file()]
+                paths.sort(key=lambda path: (path.name == "config.json", path.name))
+                files = [[path.name, path.stat().st_size] for path in paths]
+            if needed:
+                to.mkdir(parents=True, exist_ok=True)
+            for name, size in self.from_first(files):
+                self._copy_file(folder / name, to / Path(name).name, size, needed=needed)
+        self.wait()
+
+    def _copy_file(self, path: Path, to: Path, size: int, *, needed: bool) -> None:
+        with contextlib.ExitStack() as stack:
+            source = stack.enter_context(path.open("rb")) if self.is_first else None
+            target = stack.enter_context(to.open("wb")) if needed else None
+            for start in range(0, size, _CHUNK):
+                chunk = torch.empty(min(_CHUNK, size - start), dtype=torch.uint8)
+                if source is not None and source.readinto(chunk.numpy()) < len(chunk):
+                    raise OSError(f"{path} became shorter")
+                chunk = self.send(chunk)
+                if target is not None:
+                    target.write(chunk.cpu().numpy())
 
     @contextlib.contextmanager
     def _answered(self) -> Iterator[None]:
@@ -153,7 +220,6 @@ def present_processes() -> Processes:
     """Return the processes that this one has joined (RacError: they have not, or cannot)."""
     global _joined
     count = started_processes()
-    local = int(os.environ.get("LOCAL_WORLD_SIZE") or count)
     if not (distributed.is_available() and distributed.is_initialized()):
         if count > 1:
             raise RacError(
@@ -161,18 +227,14 @@ def present_processes() -> Processes:
                 "torch.distributed.init_process_group() first"
             )
         return Processes()
-    if local != count:
-        raise RacError(
-            f"torchrun started {count} processes, {local} of them on this machine: pruning shares "
-            "the model in the memory of one machine; start it with --nnodes 1"
-        )
     if _joined is None or _joined[0] is not distributed.group.WORLD:
         _joined = (distributed.group.WORLD, _join())
     return _joined[1]
 
 
 def _join() -> Processes:
-    device = torch.device("cpu")
+    """Connect the processes (RacError: another version, or a clock that is far off)."""
+    rank, count, device = distributed.get_rank(), distributed.get_world_size(), torch.device("cpu")
     if distributed.get_backend() == "nccl":
         device = torch.device("cuda", torch.cuda.current_device())
     group = distributed.new_group(backend="gloo", timeout=_PATIENCE)
@@ -180,33 +242,49 @@ def _join() -> Processes:
     # connect now
     distributed.barrier(group=group)
     distributed.all_reduce(torch.zeros(1, device=device))
-    _keep_sockets()
-    return Processes(distributed.get_rank(), distributed.get_world_size(), device, group)
-
-
-def _keep_sockets() -> None:
-    """Let no child program inherit the sockets: torch's outlives a killed rank, and others wait."""
-    for name in os.listdir("/dev/fd"):
-        with contextlib.suppress(OSError):  # the descriptor of the folder itself, closed by now
-            if stat.S_ISSOCK(os.fstat(int(name)).st_mode):
-                os.set_inheritable(int(name), False)
+    # torch's program for shared memory outlives a killed rank: with its sockets others would wait
+    for descriptor in machines.open_sockets().values():
+        os.set_inheritable(descriptor, False)
+    local_rank = int(os.environ.get("LOCAL_RANK") or rank)
+    processes = Processes(rank, count, device, group, rank - local_rank)
+    local = processes.from_all(processes.machine).count(processes.machine)
+    processes = replace(processes, _local=local)
+    processes.check_same(machines.environment())
+    processes.check_clocks()
+    return processes
 
 
 @contextlib.contextmanager
 def joined_processes() -> Iterator[Processes]:
-    """Join the processes that torchrun started (NCCL on GPUs, else gloo); the first rank logs."""
+    """Join the processes that torchrun started (NCCL on GPUs, else gloo); the first rank logs.
+
+    RacError: they cannot join. A process ends in the body when another machine has died.
+    """
     global _joined
-    if started_processes() == 1:
+    count = started_processes()
+    if count == 1:
         yield Processes()
         return
-    if torch.cuda.is_available():
+    several = int(os.environ.get("LOCAL_WORLD_SIZE") or count) < count  # machines
+    if several:
+        machines.choose_interface(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if backend == "nccl":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK") or 0))
-    distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=_ANSWER)
-    processes = _join()
-    _joined = (distributed.group.WORLD, processes)
-    if not processes.is_first:
-        logger.disable("rac_modifier")
+    step = "see the errors of the others (GLOO_SOCKET_IFNAME names the network interface)"
+    with refusing("the processes cannot join", step, RuntimeError):
+        distributed.init_process_group(backend, timeout=_ANSWER)
+    processes = Processes(distributed.get_rank(), distributed.get_world_size())
+    watch = None
     try:
+        before = machines.open_sockets()
+        processes = _join()
+        _joined = (distributed.group.WORLD, processes)
+        if several:
+            watch = machines.Watch(before, lambda: str(processes.lost(TimeoutError("no answer"))))
+            watch.start()
+        if not processes.is_first:
+            logger.disable("rac_modifier")
         yield processes
     except BaseException as error:
         of_library = isinstance(error, distributed.DistError) or "gloo" in str(error)
@@ -219,6 +297,8 @@ def joined_processes() -> Iterator[Processes]:
         _joined = None
         logger.enable("rac_modifier")
         distributed.destroy_process_group()
+        if watch is not None:
+            watch.stop()
 
 
 def _tell(rank: int, error: BaseException) -> None:

@@ -45,8 +45,9 @@ class Threads(Processes):
     def joined(self, tensor: torch.Tensor) -> torch.Tensor:
         return torch.cat(self._exchange(tensor))
 
-    def send(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
-        return self._exchange(tensor)[source]
+    def send(self, tensor: torch.Tensor | None, source: int = 0) -> torch.Tensor:
+        sent = self._exchange(tensor)[source]
+        return sent if self.rank == source else sent.clone()
 
 
 def together(count: int, run: Callable[[Threads], Any]) -> list[Any]:

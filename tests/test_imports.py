@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "rac_modifier"
 # do not know each other.
 FLOORS = [
     ["errors", "platform", "rehearsal"],
-    ["files"],
+    ["files", "machines"],
     ["settings", "reasoner", "model_tools", "processes", "progress"],
     ["problems"],
     ["sampling"],

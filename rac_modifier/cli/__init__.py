@@ -87,12 +87,7 @@ def main() -> None:
     try:
         app()
     except RacError as error:
-        printed: bool | None = getattr(error, "said", None)
-        if not printed:  # else another process prints it
-            _print(str(error))
-        if printed is not None:  # the other process is gone, and gloo would wait for it
-            sys.stderr.flush()
-            os._exit(1)
+        _print(str(error))
         sys.exit(1)
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]

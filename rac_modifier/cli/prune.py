@@ -26,29 +26,29 @@ def prune(
 
     Example: rac prune reasoner reasoner-2of4 --recipe rac_2of4 --set calibration.tokens=32768
     """
+    from rac_modifier.processes import joined_processes
     from rac_modifier.settings.recipe import load_recipe
 
-    content, source = load_recipe(recipe, set_ or []), resolve(model)
-    check_model(source)
-    check_output(output, source, keeps_groups=True)
-    check_loading(source)
-    if check:
-        typer.echo(f"{recipe}, {model} and {output} are fine; run the command without --check")
-        return
-    with options.resumable(lambda: _how_to_go_on(output)):
+    # joined first: a machine that refuses the command ends the others
+    with options.resumable(lambda: _how_to_go_on(output)), joined_processes() as processes:
+        content, source = load_recipe(recipe, set_ or []), resolve(model)
+        check_model(source)
+        if processes.machine == 0:
+            check_output(output, source, keeps_groups=True)
+        check_loading(source)
+        if check:
+            typer.echo(f"{recipe}, {model} and {output} are fine; run the command without --check")
+            return
         import yaml
         from llmcompressor import oneshot
 
-        from rac_modifier.processes import joined_processes
-
-        with joined_processes() as processes:
-            oneshot(
-                model=unpacked(source, precision),
-                recipe=yaml.safe_dump(content, sort_keys=False),
-                precision=precision.value,
-                output_dir=str(output),
-            )
-            processes.wait()
+        oneshot(
+            model=unpacked(source, precision),
+            recipe=yaml.safe_dump(content, sort_keys=False),
+            precision=precision.value,
+            output_dir=str(output),
+        )
+        processes.wait()
     if processes.is_first:
         typer.echo(f"saved to {output}; look at it with: rac inspect {output}")
 

@@ -63,35 +63,36 @@ def recover(
 
     Example: rac recover reasoner reasoner-90 recovered --max-new-tokens 512 --set tokens=80000
     """
+    from rac_modifier.processes import joined_processes
     from rac_modifier.settings.check import check_settings
     from rac_modifier.settings.recipe import apply_overrides
     from rac_modifier.settings.recovery import RecoverySettings
 
-    entry: dict[str, Any] = {}
-    apply_overrides(entry, set_ or [])
-    settings = check_settings(RecoverySettings, entry, "--set")
-    source, sampling = _asked(store, problems, column, max_new_tokens)
-    check_model(resolve(dense))
-    check_model(resolve(str(sparse)))
-    check_output(output, str(sparse))
     kept = "the traces, and training up to its last state, are kept and will be used"
-    with resumable(lambda: saving_step(output, kept)):
+    # joined first: a machine that refuses the command ends the others
+    with resumable(lambda: saving_step(output, kept)), joined_processes() as processes:
+        entry: dict[str, Any] = {}
+        apply_overrides(entry, set_ or [])
+        settings = check_settings(RecoverySettings, entry, "--set")
+        source, sampling = _asked(store, problems, column, max_new_tokens)
+        check_model(resolve(dense))
+        if processes.machine == 0:  # the others get the checkpoint
+            check_model(resolve(str(sparse)))
+            check_output(output, str(sparse))
         from rac_modifier.llmcompressor.recover_checkpoint import recover_checkpoint
-        from rac_modifier.processes import joined_processes
 
-        with joined_processes() as processes:
-            divergence = recover_checkpoint(
-                resolve(dense),
-                sparse,
-                output,
-                settings,
-                processes,
-                partial(load, precision=precision),
-                store,
-                source,
-                sampling,
-            )
-            processes.wait()
+        divergence = recover_checkpoint(
+            resolve(dense),
+            sparse,
+            output,
+            settings,
+            processes,
+            partial(load, precision=precision),
+            store,
+            source,
+            sampling,
+        )
+        processes.wait()
     if divergence is None:  # the first process says so
         return
     before, after = divergence

@@ -20,6 +20,7 @@ from rac_modifier.llmcompressor.pipeline import SessionRun, put_in_place, take_a
 from rac_modifier.llmcompressor.reap import experts_record
 from rac_modifier.llmcompressor.recovery_stage import RecoveryStage
 from rac_modifier.llmcompressor.run import Run
+from rac_modifier.llmcompressor.shared_weights import share_on_each_machine
 from rac_modifier.llmcompressor.trained_codes import LaterCodes
 from rac_modifier.model_tools import streamed_to_accelerator
 from rac_modifier.platform import keep_freed_memory
@@ -79,6 +80,8 @@ class CalibratingModifier(CalibrationEntry, Modifier):
         name, modifiers = type(self).__name__, self.other_modifiers()
         checks.check_autoround(modifiers)
         self._processes = present_processes()
+        if self._processes.local < self._processes.count:
+            share_on_each_machine()
         alone = not any(modifier.requires_calibration_data for modifier in modifiers)
         if self._processes.count > 1 and not (prunes and alone):
             names = ", ".join(type(m).__name__ for m in modifiers) or "nothing"
@@ -96,6 +99,8 @@ class CalibratingModifier(CalibrationEntry, Modifier):
             checks.check_arguments(self._oneshot, name, prunes=prunes)
             model = state.model.config._name_or_path
             self._given_tokenizer = checks.given_tokenizer(self._oneshot, self.tokenizer, model)
+            if not self._processes.is_first:
+                self._oneshot.model_args.processor = None  # the first rank saves it
         if state.data.calib is not None:
             raise RacError(
                 f"{name} brings its own calibration data: leave calib_data out, or name the data "

@@ -20,7 +20,6 @@ from llmcompressor.core import CompressionSession, active_session
 from llmcompressor.pipelines.cache import IntermediatesCache
 from llmcompressor.pipelines.registry import CalibrationPipeline
 from llmcompressor.pipelines.sequential.pipeline import SequentialPipeline
-from llmcompressor.utils.dev import get_main_device
 from loguru import logger
 from torch.fx import _symbolic_trace
 from transformers import PreTrainedModel
@@ -33,6 +32,7 @@ from rac_modifier.llmcompressor.loop import run_stages
 from rac_modifier.llmcompressor.plan import make_plan
 from rac_modifier.llmcompressor.reap import recorded_saliency
 from rac_modifier.llmcompressor.run import Run
+from rac_modifier.model_tools import main_device
 
 _NAME = "sequential"
 
@@ -95,7 +95,7 @@ class ReasoningAwareSequentialPipeline(SequentialPipeline):
         session, ours, run = active_session(), self._ours, self._ours.run
         modifiers = session.lifecycle.recipe.modifiers
         if run is not None and any(modifier is run.entry for modifier in modifiers):
-            onload = get_main_device()
+            onload = main_device()
             offload = torch.device(dataset_args.sequential_offload_device)
             set_onload_device(model, onload)
             run.follow_names(model)
@@ -104,10 +104,10 @@ class ReasoningAwareSequentialPipeline(SequentialPipeline):
             stages, order, why = plan
             run.use_order(order, why)
             forecast = Forecast.of(run, model, ours.loader, by_layer=order == "layer")
-            forecast.check(onload, offload, run.processes.count)
+            forecast.check(onload, offload, run.processes.local)
             experts = {"modules": len(run.names), "saliency": ours.saliency}  # of REAP
             about = {"order": order, "choice of experts": experts}
-            run.resume.begin({**about, **ours.calibration.identity()})
+            run.go_on({**about, **ours.calibration.identity()})
             run_stages(model, ours.loader, stages, run, onload, offload)
             return
         loader = ours.loader.unpadded()

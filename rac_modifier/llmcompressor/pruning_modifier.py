@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from compressed_tensors.offload import remove_dispatch
 from llmcompressor.core import Event, State, active_session
-from llmcompressor.utils.dev import get_main_device
 from loguru import logger
 from pydantic import PrivateAttr
 from transformers import PreTrainedModel
@@ -19,9 +18,11 @@ from rac_modifier.llmcompressor.checks import check_other_modifiers
 from rac_modifier.llmcompressor.experts import find_experts
 from rac_modifier.llmcompressor.forecast import Forecast
 from rac_modifier.llmcompressor.quantizer import Quantizer
-from rac_modifier.llmcompressor.resume import Resume, check_disk, made_with
+from rac_modifier.llmcompressor.resume import Resume, check_disk
 from rac_modifier.llmcompressor.run import Run
 from rac_modifier.llmcompressor.targets import find_targets, patterns_of
+from rac_modifier.machines import environment
+from rac_modifier.model_tools import main_device
 from rac_modifier.sampling.model_identity import model_fingerprint
 from rac_modifier.settings.entries import PruningEntry
 from rac_modifier.settings.pruning import EXPERT_FLOOR
@@ -59,7 +60,7 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
         loader = self._calibration.loader if self._calibration else None  # None: to be sampled
         offload = oneshot.dataset_args.sequential_offload_device if oneshot else "cpu"
         forecast = Forecast.of(run, state.model, loader, by_layer=self.order == "layer")
-        forecast.check(get_main_device(), torch.device(offload), self._processes.count)
+        forecast.check(main_device(), torch.device(offload), self._processes.local)
         self.prepare(state, quantizes=quantizes)
         run.quantizer.attach(state.model)
         save_with_record(state.model, self._save_plan)
@@ -82,12 +83,14 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
                 f"expert_floor: {self.expert_floor} has no effect here: no routed expert of this "
                 "model is pruned; leave it out"
             )
+        recipe = self.model_dump(mode="json", exclude={"traces", "tokenizer"})
+        about = {"recipe": recipe, "model": model_fingerprint(model)}
+        self._processes.check_same(about)
         resume = Resume()
-        if oneshot is not None and oneshot.output_dir is not None:
+        if self._processes.is_first and oneshot is not None and oneshot.output_dir is not None:
             masters = self.recover is not None and self.quantization is not None
             check_disk(Path(oneshot.output_dir), model, names, masters=masters)
-            recipe = self.model_dump(mode="json", exclude={"traces", "tokenizer"})
-            about = {"recipe": recipe, "model": model_fingerprint(model), **made_with()}
+            about["environment"] = environment()
             resume = Resume(unfinished(oneshot.output_dir), about)
         return Run(self, names, patterns, quantizer, self._processes, experts, resume)
 

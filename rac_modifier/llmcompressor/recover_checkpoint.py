@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Collection
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,13 @@ from rac_modifier.llmcompressor.targets import sparse_modules
 from rac_modifier.model_tools import on_accelerator
 from rac_modifier.processes import Processes
 from rac_modifier.recovery.teacher import check_dense, check_made_from
+from rac_modifier.sampling.model_identity import model_fingerprint
 from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.recovery import RecoverySettings
 from rac_modifier.settings.sampling import PromptSettings, SamplingSettings
 from rac_modifier.settings.traces import TraceSettings
 from rac_modifier.traces.collect import collect_traces
+from rac_modifier.traces.records import trace_of
 from rac_modifier.traces.selection import fresh_traces, used_traces
 from rac_modifier.traces.store import TraceStore
 
@@ -51,13 +54,20 @@ def recover_checkpoint(
 ) -> tuple[float, float] | None:
     """Train the checkpoint `sparse` towards the model `dense`, and save it to `output` (RacError).
 
-    Missing traces are sampled into `store`. Return the held-out KL before and after; None on ranks
+    Missing traces are sampled into `store`. A machine without `sparse` gets it from the first
+    machine. Return the held-out KL before and after; None on ranks
     other than the first.
     """
+    here = (sparse / CONFIG_FILE).is_file()
+    lacks = processes.from_first(here) and not here and processes.rank == processes.machine
+    processes.copy(sparse, sparse, needed=lacks)
     stored = _quantized_modules(sparse)
     model, tokenizer = load(dense)
     check_dense(model, dense)
     pruned, _ = load(str(sparse))
+    models = {"dense model": model_fingerprint(model), "sparse model": model_fingerprint(pruned)}
+    asked = settings.model_dump(mode="json", exclude={"folder"})
+    processes.check_same({**models, "settings": asked})
     trained_codes.check_layers(pruned, stored)
     check_made_from(pruned, model)
     structures = SparsityRecord.of(pruned.config.to_dict()).modules
@@ -68,18 +78,23 @@ def recover_checkpoint(
     path = sparse / RUN_RECORD_NAME
     before = read_json(path) if path.is_file() else {}
     stores = before.get("trace_stores") or {}
-    hashes = {str(entry.get("sha256")) for entry in stores.values()}
-    tokens = settings.reserved_tokens
-    traces = collect_unused(model, tokenizer, store, problems, sampling, tokens, hashes, processes)
-    stage.read_dense(model, fresh_traces(traces, used_traces(traces, hashes), tokens))
+    collected, fresh = None, []
+    if processes.is_first:
+        hashes = {str(entry.get("sha256")) for entry in stores.values()}
+        tokens = settings.reserved_tokens
+        collected = collect_unused(model, tokenizer, store, problems, sampling, tokens, hashes)
+        fresh = fresh_traces(collected, used_traces(collected, hashes), tokens)
+    traces = [trace_of(sent) for sent in processes.from_first([asdict(trace) for trace in fresh])]
+    stage.read_dense(model, traces)
     del model
     recovery = stage.run(pruned, modules, checkpoint.quantized)
-    if not processes.is_first:
+    if collected is None:
         return None
 
     name = "recovery" if "recovery" not in stores else f"recovery {len(stores)}"
-    about = {"path": str(traces.path), "sha256": traces.sha256(), "model": traces.header.model}
-    prompt = PromptSettings.of(traces.header.sampling).model_dump()
+    header = collected.header
+    about = {"path": str(collected.path), "sha256": collected.sha256(), "model": header.model}
+    prompt = PromptSettings.of(header.sampling).model_dump()
     record = {
         "method": "recover",
         "recovered_from": str(sparse),
@@ -122,11 +137,8 @@ def collect_unused(
     sampling: SamplingSettings,
     tokens: int,
     hashes: Collection[str],
-    processes: Processes,
 ) -> TraceStore:
     """Return a store of the dense model with `tokens` tokens that no run of `hashes` used."""
-    if not processes.is_first:
-        return TraceStore.read(processes.from_first())
     settings = TraceSettings(
         store=None if path is None else str(path), problems=problems, sampling=sampling
     )
@@ -139,7 +151,6 @@ def collect_unused(
             budget = store.counts.tokens + missing
     if used:
         logger.info(f"{store.path}: its first {used:,} traces were used before; others are taken")
-    processes.from_first(str(store.path))
     return store
 
 

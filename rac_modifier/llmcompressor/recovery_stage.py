@@ -54,10 +54,20 @@ class RecoveryStage:
         fingerprint = model_fingerprint(model)
         self.folder = Path(settings.folder or f"rac_recovery/{fingerprint[:16]}")
         self._lock = hold(self.folder) if processes.is_first else None
-        with processes.first_before_others(), on_accelerator(model):
-            self._teacher = StoredTeacher.write(
-                model, [*self._held_out, *self._training], self.folder / "teacher", key=fingerprint
-            )
+        states = self.folder / "teacher"
+        if processes.is_first:
+            sequences = [*self._held_out, *self._training]
+            with on_accelerator(model):
+                StoredTeacher.write(model, sequences, states, key=fingerprint)
+        # other machines have copies, each another name: they may share the folder
+        self._states = states.with_name(f"teacher-{processes.machine}")
+        if not processes.machine:
+            self._states = states
+        self._receives = processes.rank == processes.machine > 0
+        if self._receives:
+            remove_folder(self._states)
+        processes.copy(states, self._states, needed=self._receives)
+        self._teacher = StoredTeacher(self._states)
         logger.info(
             f"recovery: {len(self._training)} traces to train on, and {len(self._held_out)} other "
             "traces that decide what is kept"
@@ -85,17 +95,19 @@ class RecoveryStage:
                 autocast=torch.bfloat16 if bf16_is_fast(device or model.device) else None,
                 processes=self._processes,
             )
-        if not self._keep and self._processes.is_first:
+        if self._receives or (self._processes.is_first and not self._keep):
             self.remove()
         trained_on = "the model's own traces, KL to the dense model"
         return {**result.as_dict(), "trained_on": trained_on}
 
     def remove(self) -> None:
-        """Remove the hidden states and the state of training, when all is saved."""
-        remove_folder(self.folder)
+        """Remove the hidden states and, on the first machine, the state of training."""
+        remove_folder(self._states if self._receives else self.folder)
         if self._lock is not None:
             self._lock.close()
         with contextlib.suppress(OSError):  # another run's folder is next to it
+            if self._receives:
+                self.folder.rmdir()
             self.folder.parent.rmdir()
 
 

@@ -7,15 +7,14 @@ same weights. The model, the recipe, the calibration set, versions and threads a
 import contextlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from importlib.metadata import version
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from compressed_tensors.offload import disable_onloading
-from compressed_tensors.utils import align_module_device, update_offload_parameter
+from compressed_tensors.utils import align_module_device
 from loguru import logger
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -24,22 +23,13 @@ from rac_modifier.checkpoint.files import write_tensors_atomic
 from rac_modifier.checkpoint.output_folder import check_room
 from rac_modifier.errors import RacError, refusing
 from rac_modifier.files import read_json, remove_folder, write_json_atomic
-from rac_modifier.model_tools import accelerator
+from rac_modifier.llmcompressor.solving import Pruned
 
 _ABOUT = "about.json"
 _CALIBRATION = "calibration set"
 _STORES = "trace stores"  # may have grown; named if the calibration set differs
 _PARAMETERS = ("weight", "weight_scale", "weight_zero_point", "weight_global_scale")
 _MASTER = "master"  # the weight before it was rounded
-
-
-def made_with() -> dict[str, Any]:
-    """Return versions, and without an accelerator threads, that the bits of a run depend on."""
-    packages = ("rac-modifier", "torch", "transformers", "llmcompressor", "compressed-tensors")
-    environment: dict[str, Any] = {name: version(name) for name in packages}
-    if accelerator() is None:
-        environment["threads (OMP_NUM_THREADS)"] = torch.get_num_threads()
-    return {"environment": environment}
 
 
 def check_disk(
@@ -80,15 +70,9 @@ class Resume:
                 f"{len(self.names)} modules were pruned until the last run stopped ({self._folder})"
             )
 
-    def has(self, names: Sequence[str]) -> bool:
-        """Return whether all of these modules were pruned."""
-        return bool(names) and all(name in self.names for name in names)
-
-    def restore(
-        self, name: str, module: torch.nn.Module, masters: dict[str, Tensor]
-    ) -> dict[str, Any]:
-        """Restore a module, and into `masters` its master; return its record."""
-        path = self.names[name]
+    def restored(self, name: str, module: torch.nn.Module) -> Pruned:
+        """Return what an earlier run has pruned of a module."""
+        path, tensors = self.names[name], {}
         with self._reading(path), safe_open(path, framework="pt") as file:
             record: dict[str, Any] = json.loads(file.metadata()[name])
             for key in file.keys():  # noqa: SIM118 - no mapping
@@ -96,13 +80,10 @@ class Resume:
                 if owner != name:
                     continue
                 tensor = file.get_tensor(key)
-                if part == _MASTER:
-                    masters[name] = tensor
-                    continue
-                if module.get_parameter(part).shape != tensor.shape:
+                if part != _MASTER and module.get_parameter(part).shape != tensor.shape:
                     raise ValueError(f"{key} has the shape {tuple(tensor.shape)}")
-                update_offload_parameter(module, part, tensor)
-        return record
+                tensors[part.removeprefix("weight_")] = tensor
+            return Pruned(record, **tensors)
 
     def add(
         self,

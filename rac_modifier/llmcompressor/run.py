@@ -1,7 +1,7 @@
 """Hold what a pruning run shares: the modifier makes it, the loop prunes through it."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -41,6 +41,7 @@ class Run:
     masters: dict[str, Tensor] = field(default_factory=dict)
     plan: dict[str, str] = field(default_factory=dict)  # the order of the run, and why
     experts: dict[str, Any] = field(default_factory=dict)  # tokens that calibrate them, by layer
+    _restored: set[str] = field(default_factory=set)  # modules that a killed run has pruned
     _progress: Any = None
     _start: float = 0.0
     _seconds: float = 0.0
@@ -76,29 +77,37 @@ class Run:
         self.quantizer.follow_names(new_names, names)
         self.names = names
 
+    def go_on(self, about: Mapping[str, Any]) -> None:
+        """Go on from what a killed run has pruned, on all ranks (RacError: of another run)."""
+        self.resume.begin(about)
+        self._restored = set(self.processes.from_first(sorted(self.resume.names)))
+
     def begin(self) -> None:
         """Begin the times and the progress bar."""
         self._start = time.monotonic()
-        shown, restored = self.processes.is_first, len(self.resume.names)
+        shown, restored = self.processes.is_first, len(self._restored)
         doing = "pruning" if self.entry.prunes else "quantizing"
         self._progress = StepProgress(doing, len(self.names), restored, shown=shown)
 
     def has_pruned(self, modules: Sequence[torch.nn.Module]) -> bool:
         """Return whether a killed run has pruned all of these modules."""
-        return self.resume.has([self.names[module] for module in modules])
+        return bool(modules) and all(self.names[module] in self._restored for module in modules)
 
     def restore(self, modules: Sequence[torch.nn.Module]) -> None:
-        """Restore the pruned weights of these modules from the earlier run."""
+        """Restore the pruned weights of these modules, which the first rank reads and sends."""
         self.processes.wait()  # until now, ranks with shared memory may read dense weights
         for module in modules:
-            name = self.names[module]
-            self.records[name] = self.resume.restore(name, module, self.masters)
+            pruned = None
+            if self.processes.is_first:
+                pruned = self.resume.restored(self.names[module], module)
+            self._store(module, _broadcast([pruned], 0, self.processes)[0])
 
     def prune(self, groups: Sequence[InputGroup], per_call: int | None = None) -> None:
         """Prune, and quantize if asked for, independent groups; `per_call` in a solver call."""
         for group, pruned in self.solve_on_all_ranks(groups, per_call):
             for module, result in zip(group.modules, pruned, strict=True):
                 self._store(module, result)
+                self._progress.step(self.names[module])
         if self.processes.is_first:
             modules = {self.names[module]: module for group in groups for module in group.modules}
             self.resume.add(modules, self.records, self.masters)
@@ -166,7 +175,6 @@ class Run:
             self.quantizer.store(module, result.weight, *scales)
         if result.master is not None:
             self.masters[name] = result.master
-        self._progress.step(name)
 
     def end(self) -> None:
         """End pruning; RacError for a module that no calibration token reached."""
@@ -195,17 +203,11 @@ class Run:
 
 def _broadcast(results: Sequence[Pruned | None], source: int, processes: Processes) -> list[Pruned]:
     """Return on every rank the results of the rank `source`."""
-    about = [
-        result and [result.record, {n: [*t.shape, str(t.dtype)] for n, t in result.tensors.items()}]
-        for result in results
-    ]
+    about = [result and [result.record, list(result.tensors)] for result in results]
     received = []
-    for result, (record, forms) in zip(results, processes.from_all(about)[source], strict=True):
-        tensors: dict[str, Tensor] = {}
-        for name, (*shape, dtype) in forms.items():
-            kind = getattr(torch, dtype.removeprefix("torch."))
-            empty = torch.empty(shape, dtype=kind, device=processes.device)
-            tensor = processes.send(getattr(result, name, empty), source)
-            tensors[name] = tensor.cpu() if name == "master" else tensor
+    for result, (record, names) in zip(results, processes.from_all(about)[source], strict=True):
+        tensors = {name: processes.send(getattr(result, name, None), source) for name in names}
+        if "master" in tensors:
+            tensors["master"] = tensors["master"].cpu()
         received.append(Pruned(record, **tensors))
     return received

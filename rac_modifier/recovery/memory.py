@@ -61,7 +61,8 @@ def check_recovery_memory(
     if training is not None:
         batch = largest_batch(training, settings, device, count)
     need = recovery_need(model, settings, batch, device, processes=count, quantizes=quantizes)
-    on_cpu = need.host + (0 if on_gpu else count * need.device)
+    host = need.host * processes.local // count
+    on_cpu = host + (0 if on_gpu else processes.local * need.device)
     places = [("the CPU", on_cpu, psutil.virtual_memory().available)]
     if on_gpu:
         places.append(("the GPU", need.device, torch.cuda.mem_get_info(device)[0]))

@@ -3,11 +3,12 @@
 All processes gather it and the first writes it, so a run may go on with another number of them.
 """
 
+import contextlib
 import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -82,25 +83,31 @@ def save_state(
 def load_state(
     folder: Path, key: str, student: Student, optimizer: torch.optim.Optimizer
 ) -> Progress:
-    """Restore weights and moments (RacError); without this state return a new `Progress`."""
-    student.processes.wait()  # the first may still write the state of a run that ended here
-    path = folder / _FILE
-    if not path.exists():
-        return Progress(key)
+    """Restore weights and moments, which the first rank reads and sends (RacError).
+
+    Without this state return a new `Progress`.
+    """
+    path, processes = folder / _FILE, student.processes
     problem = f"{path}: the state of a recovery run cannot be read"
-    damage = (OSError, SafetensorError, KeyError, ValueError, TypeError)
+    damage = (OSError, SafetensorError, KeyError, json.JSONDecodeError, TypeError)
     with (
         refusing(problem, "remove it to start anew", *damage),
-        safe_open(path, framework="pt") as file,
+        contextlib.ExitStack() as stack,
     ):
-        about: dict[str, Any] = json.loads(file.metadata()["about"])
-        if about.pop("key") != key:
+        file, about = None, {}
+        if processes.is_first and path.exists():
+            file = stack.enter_context(safe_open(path, framework="pt"))
+            about = json.loads(file.metadata()["about"]) | {"names": list(file.keys())}
+        about = processes.from_first(about)
+        if about.pop("key", None) != key:
             return Progress(key)
+        names = about.pop("names")
         about["curve"] = [(step, kl) for step, kl in about["curve"]]
         progress = Progress(key, **about)
-        for name in file.keys():  # noqa: SIM118 - not a dict
+        for name in names:
             part, _, of = name.partition("/")
-            tensor, parameter = file.get_tensor(name), student.parameters[of]
+            tensor = processes.send(file.get_tensor(name) if file is not None else None).cpu()
+            parameter = student.parameters[of]
             if part == "step":
                 optimizer.state[parameter][part] = tensor.to(parameter.device)
             elif part == "best":

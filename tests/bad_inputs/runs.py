@@ -1,6 +1,7 @@
 """Mistakes about a run: oneshot's arguments, folders, memory, processes, resuming, recovery."""
 
 from tests.bad_inputs.bench import Bench, Cases
+from tests.meeting import Threads, together
 from tests.tiny import NAME, entry
 
 CASES = Cases()
@@ -25,14 +26,27 @@ def _(b: Bench) -> None:
     b.prune()
 
 
-@CASES.case("processes on several machines", "start it with --nnodes 1")
+@CASES.case("a machine with another version of torch", "has another torch than process 0 on")
 def _(b: Bench) -> None:
-    from rac_modifier.processes import present_processes
+    together(2, lambda processes: processes.check_same({"torch": f"2.{processes.rank}"}))
 
-    b.monkeypatch.setenv("WORLD_SIZE", "4")
-    b.monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    b.monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
-    present_processes()
+
+@CASES.case("a machine with another model", "has another model than process 0 on")
+def _(b: Bench) -> None:
+    together(2, lambda processes: processes.check_same({"model": f"{processes.rank}a7f"}))
+
+
+@CASES.case("a machine whose clock is an hour ahead", "differs by +3,600 s from that of process 0")
+def _(b: Bench) -> None:
+    import threading
+
+    def ahead(processes: Threads) -> None:
+        hours.rank = processes.rank
+        processes.check_clocks()
+
+    hours = threading.local()
+    b.monkeypatch.setattr("time.time", lambda: 3600.0 * getattr(hours, "rank", 0))
+    together(2, ahead)
 
 
 @CASES.case("torchrun with other modifiers that calibrate", "GPTQModifier runs in one process")

@@ -3,7 +3,6 @@
 from transformers import AutoModelForCausalLM
 
 from rac_modifier.llmcompressor.recover_checkpoint import collect_unused
-from rac_modifier.processes import ALONE
 from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.sampling import SamplingSettings
 from rac_modifier.traces import selection
@@ -20,11 +19,11 @@ def test_as_many_tokens_are_collected_as_are_left_without_repeated_tails(
     )  # of each completion that was cut at 12 tokens
     sampling = SamplingSettings(max_new_tokens=12, batch_size=4, temperature=1.0)
     asked = (model, tokenizer, tmp_path / "store.jsonl", ProblemSource(), sampling, 300)
-    store = collect_unused(*asked, set(), ALONE)
+    store = collect_unused(*asked, set())
     assert store.counts.tokens > 300 + 6
     assert sum(trace.tokens for trace in fresh_traces(store, 0, 10**6)) >= 300
     used, whole = len(store), store.counts.tokens
-    more = collect_unused(*asked, {store.sha256()}, ALONE)
+    more = collect_unused(*asked, {store.sha256()})
     assert len(more) > used
     assert more.counts.tokens >= whole + 300
     assert sum(trace.tokens for trace in fresh_traces(more, used, 10**6)) >= 300

@@ -1,6 +1,5 @@
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +8,7 @@ from rac_modifier.checkpoint import files
 from rac_modifier.errors import RacError
 from rac_modifier.recovery.state import Progress, hold, load_state, save_state
 from rac_modifier.recovery.student import Student
+from tests.meeting import together
 
 
 def trained(steps: int):
@@ -44,13 +44,28 @@ def test_what_is_saved_comes_back_bit_for_bit_and_only_for_its_run(tmp_path):
             assert torch.equal(other_optimizer.state[other.parameters[name]][part], value), part
 
 
-def test_a_process_waits_until_the_first_has_written(tmp_path):
-    save_state(tmp_path, Progress("key", 2), *trained(2))
-    third, (student, optimizer) = trained(3), trained(0)
-    student.processes = SimpleNamespace(
-        count=1, wait=lambda: save_state(tmp_path, Progress("key", 3), *third)
-    )
-    assert load_state(tmp_path, "key", student, optimizer).step == 3
+def test_every_process_gets_its_shard_of_the_state_in_the_folder_of_the_first(tmp_path):
+    """The second has another state in its folder, as after a run in which it was the first."""
+    student, optimizer = trained(3)
+    save_state(tmp_path / "0", Progress("key", 3, {"w": torch.ones(4, 3)}), student, optimizer)
+    save_state(tmp_path / "1", Progress("key", 2), *trained(2))
+
+    def load(processes):
+        cut = Student(None, {}, processes)
+        weights = {n: torch.nn.Parameter(torch.zeros(SHAPES[n])) for n in SHAPES}
+        cut.parameters = {n: torch.nn.Parameter(cut.shard(w.data)) for n, w in weights.items()}
+        moments = torch.optim.AdamW(cut.parameters.values())
+        return load_state(tmp_path / str(processes.rank), "key", cut, moments), cut, moments
+
+    for progress, cut, moments in together(2, load):
+        assert progress.step == 3
+        assert torch.equal(progress.best["w"], torch.ones(2, 3))
+        for name, parameter in student.parameters.items():
+            state = optimizer.state[parameter]
+            mine = moments.state[cut.parameters[name]]
+            assert torch.equal(cut.parameters[name], cut.shard(parameter))
+            assert torch.equal(mine["exp_avg_sq"], cut.shard(state["exp_avg_sq"]))
+            assert mine["step"] == state["step"] == 3
 
 
 def test_a_damaged_state_is_an_error_that_names_the_file(tmp_path):
