@@ -8,12 +8,11 @@ from transformers import PreTrainedModel
 
 from rac_modifier.errors import RacError
 from rac_modifier.pruning.masks import holds
-from rac_modifier.recovery.fixed_mask import masks_of_zeros, sparse_masks
+from rac_modifier.recovery.fixed_mask import LEAST_ZEROS, masks_of_zeros, sparse_masks
 from rac_modifier.settings.pattern import Pattern
 from rac_modifier.settings.pruning import PruningSettings
 
 ROUTERS = (r"re:.*\.gate$", r"re:.*router.*", r"re:.*\.shared_expert_gate$")
-_LEAST_ZEROS = 0.05  # share of zeros of a sparse module; rounding makes a few
 _2OF4 = Pattern.n_of_m(2, 4)
 
 
@@ -92,7 +91,7 @@ def patterns_of_zeros(
             count = weight.numel() - int(weight.count_nonzero())
             held = required is None or holds(weight, required)
             structured = structured and weight.shape[1] % 4 == 0 and holds(weight, _2OF4)
-        if not held or not _LEAST_ZEROS <= count / weight.numel() < 1:
+        if not held or not LEAST_ZEROS <= count / weight.numel() < 1:
             lacking = f"{count:,} of its {weight.numel():,} weights are zero"
             raise RacError(
                 f"{name}: solver: keep keeps a model's zeros, and this module lacks them "
@@ -111,7 +110,7 @@ def sparse_modules(
     model: torch.nn.Module, quantized: Collection[str], pruned: Collection[str]
 ) -> tuple[dict[str, torch.nn.Linear], dict[str, Pattern]]:
     """Return the linear layers of a sparse model by name, `quantized` if `pruned`, and patterns."""
-    masks = masks_of_zeros(model, _LEAST_ZEROS) if quantized else sparse_masks(model, _LEAST_ZEROS)
+    masks = masks_of_zeros(model) if quantized else sparse_masks(model)
     sparse = {mask.removesuffix(".weight") for mask in masks} - (set(quantized) - set(pruned))
     linears = ((n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear))
     modules = {name: module for name, module in linears if name in sparse}

@@ -15,9 +15,9 @@ def routed_rows(chosen: Tensor, counted: Tensor, experts: int) -> list[Tensor]:
     `chosen` [tokens, k] has the numbers of each token's experts, beyond the experts where it is
     dropped; `counted` [tokens] is False for padding.
     """
-    chosen = chosen.masked_fill(~counted.unsqueeze(1), experts).flatten()
-    order = chosen.sort(stable=True).indices // (chosen.numel() // max(counted.numel(), 1) or 1)
-    counts: list[int] = chosen.bincount(minlength=experts).tolist()
+    numbers = chosen.masked_fill(~counted.unsqueeze(1), experts).flatten()
+    order = numbers.sort(stable=True).indices // chosen.shape[1]
+    counts: list[int] = numbers.bincount(minlength=experts).tolist()
     return list(order.split(counts)[:experts])
 
 

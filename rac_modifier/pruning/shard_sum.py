@@ -123,5 +123,6 @@ class ShardSum:
         """Yield the pieces of an exchange: number of a block, first row in it, last row + 1."""
         for number, (first, last, columns) in enumerate(self._blocks):
             step = -(-_PIECE // columns)
-            for start in range(0, last - first, step):
-                yield number, start, min(start + step, last - first)
+            rows = range(last - first)
+            for start in rows[::step]:
+                yield number, start, min(start + step, len(rows))

@@ -24,10 +24,12 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from rac_modifier.errors import RacError
 
+LEAST_ZEROS = 0.05  # share of zeros of a sparse layer; rounding makes a few
 
-def sparse_masks(model: torch.nn.Module, least_sparsity: float = 0.05) -> dict[str, Tensor]:
-    """Return masks, True = kept, of linear layers with `least_sparsity` zeros (RacError: none)."""
-    if masks := masks_of_zeros(model, least_sparsity):
+
+def sparse_masks(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Return masks, True = kept, of linear layers with `LEAST_ZEROS` (RacError: none)."""
+    if masks := masks_of_zeros(model):
         return masks
     name = type(model).__name__
     if any(getattr(m, "quantization_scheme", None) is not None for m in model.modules()):
@@ -36,12 +38,12 @@ def sparse_masks(model: torch.nn.Module, least_sparsity: float = 0.05) -> dict[s
             "recover it with rac recover, or train it before it is quantized"
         )
     raise RacError(
-        f"no linear layer of this {name} has {least_sparsity:.0%} of zeros or more, so there is no "
+        f"no linear layer of this {name} has {LEAST_ZEROS:.0%} of zeros or more, so there is no "
         "mask to hold; prune the model first, or load the pruned checkpoint"
     )
 
 
-def masks_of_zeros(model: torch.nn.Module, least_sparsity: float) -> dict[str, Tensor]:
+def masks_of_zeros(model: torch.nn.Module) -> dict[str, Tensor]:
     """Return what `sparse_masks` does, or nothing where no matrix is sparse."""
     masks, adapters = {}, inside_adapters(model)
     for name, module in model.named_modules():
@@ -49,7 +51,7 @@ def masks_of_zeros(model: torch.nn.Module, least_sparsity: float) -> dict[str, T
         is_linear = isinstance(module, torch.nn.Linear) and module not in adapters
         if is_linear and isinstance(weight, torch.nn.Parameter):
             mask = weight.detach() != 0
-            if float(mask.sum()) <= (1 - least_sparsity) * mask.numel():
+            if float(mask.sum()) <= (1 - LEAST_ZEROS) * mask.numel():
                 masks[f"{name}.weight"] = mask
     return masks
 

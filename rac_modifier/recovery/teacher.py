@@ -105,7 +105,7 @@ def name_of(sequence: TokenSequence) -> str:
 
 def check_dense(model: Any, name: str) -> None:
     """Refuse a teacher that is compressed: the two models may be swapped (RacError)."""
-    sparse = len(masks_of_zeros(model, least_sparsity=0.05))
+    sparse = len(masks_of_zeros(model))
     linears = sum(isinstance(module, torch.nn.Linear) for module in model.modules())
     how = f"sparse ({sparse} of its {linears} linear layers)" if 2 * sparse > linears else ""
     if any(getattr(module, "quantization_scheme", None) is not None for module in model.modules()):

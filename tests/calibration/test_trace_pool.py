@@ -183,6 +183,9 @@ def test_traces_are_held_out_of_each_part_next_to_its_share(collect):
         assert pool.kept_out_tokens >= 200
         assert pool.usable_tokens() >= 300
         assert pool.selection.total == len(pool.store) - len(pool.held_out)
+    of_another = {"mixture": "traces:arithmetic@1", "tokens": 60, "held_out_tokens": 400}
+    (pool,) = collect({"allow_off_policy": True}, **of_another).values()
+    assert pool.held_out == (), "KL is measured on traces of the dense model"
 
 
 def test_an_unknown_name_is_refused_before_anything_is_sampled(collect, tmp_path):
@@ -243,13 +246,13 @@ def test_a_selection_that_keeps_nothing_ends_with_an_error(collect, monkeypatch)
 def test_a_selection_of_less_than_a_fiftieth_of_256_traces_is_refused(
     monkeypatch, judged, tokens, refused
 ):
-    store, usable = SimpleNamespace(header=HEADER, counts=SimpleNamespace(tokens=1000)), [99, 9]
+    store, usable = SimpleNamespace(header=HEADER, counts=SimpleNamespace(tokens=1500)), [99, 9]
     pool = SimpleNamespace(
         store=store,
         selection=SimpleNamespace(kept=judged, total=judged, describe=lambda: "kept few"),
         lengths={"0#0": tokens},
         usable_tokens=lambda: usable.pop(),
-        kept_out_tokens=0,
+        kept_out_tokens=500,
         repeated_tokens=0,
     )
     monkeypatch.setattr(trace_pool, "collect_traces", lambda *args: store)

@@ -110,11 +110,12 @@ def test_nine_tenths_of_the_free_memory_are_used(device, count, need, refused, m
     monkeypatch.setattr(memory, "recovery_need", lambda *args, **options: need)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 2000))
-    args = DENSE, SETTINGS, Processes(0, count, torch.device(device))
+    settings = RecoverySettings(step_tokens=300, batch_tokens=4096)
+    args = DENSE, settings, Processes(0, count, torch.device(device))
     if refused is None:
         assert check_recovery_memory(*args) == need
         return
-    with pytest.raises(RacError, match=f"GiB on {refused}"):
+    with pytest.raises(RacError, match=rf"GiB on {refused} .* a step on 1 x 600 tokens"):
         check_recovery_memory(*args)
 
 
