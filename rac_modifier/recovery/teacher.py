@@ -85,7 +85,7 @@ def _remove_states(folder: Path) -> None:
 def _write_states(dense: Any, sequences: Sequence[TokenSequence], folder: Path) -> None:
     """Write a file per batch: the states [completion tokens, d] of each sequence by its name."""
     batches = list(batches_of_like_length(sequences, _BATCH_TOKENS))
-    progress, tokens = StepProgress("the dense model's states", len(batches)), 0
+    progress = StepProgress("the dense model's states", len(batches))
     with evaluating(dense), contextlib.closing(progress):
         for number, batch in enumerate(batches):
             states = predicting_states(dense, batch).cpu()
@@ -93,8 +93,7 @@ def _write_states(dense: Any, sequences: Sequence[TokenSequence], folder: Path) 
             # clone: a view would be written with its whole batch
             by_name = {name_of(s): share.clone() for s, share in zip(batch, shares, strict=True)}
             save_file(by_name, folder / f"states-{number:05}.safetensors")
-            tokens += len(states)
-            progress.step(f"{tokens:,} tokens")
+            progress.step(f"batch of {len(states):,} tokens")
 
 
 def name_of(sequence: TokenSequence) -> str:

@@ -137,6 +137,7 @@ def test_a_batch_of_problems_gets_what_each_would_get_alone(patterns, refit, mon
             assert a.relative_error == pytest.approx(b.relative_error, rel=1e-6)
             for field in ("name", "retries", "dead_inputs", "dampening_used"):
                 assert getattr(a, field) == getattr(b, field)
+    assert calls[1:] == [(72, 20)] * 4, "one problem is not a batch"
 
 
 def test_problems_of_other_shapes_or_patterns_are_solved_one_after_the_other():

@@ -67,7 +67,7 @@ def test_a_batch_of_problems_gets_the_bits_that_each_gets_alone(grid, pruned, mo
         return inner(weight, *args)
 
     monkeypatch.setattr(solve, "gptq", counted)
-    for seed in range(3):
+    for seed in range(2):
         tensors = problem(rows=50, d=176, seed=seed, sparsity=0.5 * pruned)
         hessian, factor = tensors[3], None
         if pruned:
@@ -76,7 +76,7 @@ def test_a_batch_of_problems_gets_the_bits_that_each_gets_alone(grid, pruned, mo
         solutions = [replace(solved(w, k, t, name), factor=factor) for name, w, k, t in modules]
         problems.append((solutions, hessian, grids))
     batch = quantize_many(*zip(*problems, strict=True), dtype=torch.bfloat16)
-    assert calls == [(3, 176, 37), (3, 176, 13)]
+    assert calls == [(2, 176, 37), (2, 176, 13)]
     for arguments, results in zip(problems, batch, strict=True):
         alone = quantize(*arguments, dtype=torch.bfloat16)
         for a, b in zip(alone, results, strict=True):
