@@ -56,6 +56,22 @@ def test_upstream_saves_exactly_the_codes_that_were_chosen(name, dtype):
     assert codes[keep].any()
 
 
+@pytest.mark.parametrize(
+    ("grid", "sweeps", "expected"),
+    [
+        (INT4, 3, [3, 1, 1]), (GRIDS["fp8"], 3, [3]), (Grid("float", 4, 16), 3, [5]),
+        (INT4, 0, [0]), (Grid("float", 4, 16), 0, [0]),
+    ],
+)  # fmt: skip
+def test_integers_get_two_refits_and_floats_of_4_bits_two_more_sweeps(
+    grid, sweeps, expected, monkeypatch
+):
+    calls, modules = [], problem()
+    monkeypatch.setattr(solve, "descend", lambda *args: calls.append(args[-1]))
+    quantize([solved(*modules[:3])], modules[3], [grid], dtype=FLOAT32, sweeps=sweeps)
+    assert calls == expected
+
+
 @pytest.mark.parametrize("pruned", [True, False], ids=["pruned", "in the order of rounding alone"])
 @pytest.mark.parametrize("grid", [*GRIDS.values(), Grid("int", 4, 16, symmetric=False)], ids=str)
 def test_a_batch_of_problems_gets_the_bits_that_each_gets_alone(grid, pruned, monkeypatch):
