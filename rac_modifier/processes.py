@@ -169,12 +169,15 @@ class Processes:
             source = stack.enter_context(path.open("rb")) if self.is_first else None
             target = stack.enter_context(to.open("wb")) if needed else None
             for start in range(0, size, _CHUNK):
-                chunk = torch.empty(min(_CHUNK, size - start), dtype=torch.uint8)
-                if source is not None and source.readinto(chunk.numpy()) < len(chunk):
-                    raise OSError(f"{path} became shorter")
+                chunk = None
+                if source is not None:
+                    data = bytearray(source.read(min(_CHUNK, size - start)))
+                    if not data:
+                        raise OSError(f"{path} became shorter")
+                    chunk = torch.frombuffer(data, dtype=torch.uint8)
                 chunk = self.send(chunk)
                 if target is not None:
-                    target.write(chunk.cpu().numpy())
+                    target.write(chunk.cpu().numpy().tobytes())
 
     @contextlib.contextmanager
     def _answered(self) -> Iterator[None]:

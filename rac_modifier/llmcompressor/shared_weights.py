@@ -15,7 +15,7 @@ from rac_modifier.processes import present_processes
 
 def share_on_each_machine() -> None:
     """Let compressed-tensors keep a copy of the weights on each machine of the run."""
-    DistributedCPUCache.offload = _offload  # type: ignore[method-assign]
+    DistributedCPUCache.offload = _offload
 
 
 @torch.no_grad()
@@ -26,6 +26,8 @@ def _offload(cache: DistributedCPUCache, tensor: Tensor | None) -> Tensor | None
     processes = present_processes()
     values = processes.send(tensor, get_source_rank()).cpu().contiguous()
     shape = values.shape
+    if values.untyped_storage().nbytes() > values.nbytes:  # a part of merged experts
+        values = values.clone()
     place = None
     if processes.rank == processes.machine:
         manager, name, size = values.share_memory_().untyped_storage()._share_filename_cpu_()

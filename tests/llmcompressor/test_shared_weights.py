@@ -15,13 +15,14 @@ def test_each_machine_has_one_copy_of_the_first_rank_s_weight(monkeypatch):
     monkeypatch.setattr(shared_weights, "present_processes", lambda: mine.processes)
     monkeypatch.setattr(DistributedCPUCache, "offload", DistributedCPUCache.offload)
     shared_weights.share_on_each_machine()
-    expected = torch.arange(6, dtype=torch.bfloat16).view(2, 3)
+    merged = torch.arange(12, dtype=torch.bfloat16).view(2, 2, 3)
+    expected = merged[1].clone()
 
     def offload(processes: Threads) -> torch.nn.Parameter:
         object.__setattr__(processes, "machine", 2 * (processes.rank == 2))
         mine.processes = processes
         weight = torch.empty(2, 3, device="meta" if processes.rank == 2 else "cpu")
-        weight = expected.clone() if processes.rank == 0 else weight
+        weight = merged[1] if processes.rank == 0 else weight
         parameter = torch.nn.Parameter(weight, requires_grad=False)
         return DistributedCPUCache("cpu").offload(parameter)
 
@@ -32,3 +33,4 @@ def test_each_machine_has_one_copy_of_the_first_rank_s_weight(monkeypatch):
     weights[1].zero_()
     assert not weights[0].any()
     assert torch.equal(weights[2], expected)
+    assert merged.any()
