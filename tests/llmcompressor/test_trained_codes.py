@@ -230,6 +230,23 @@ def test_the_file_holds_the_codes_that_were_trained_and_the_divergence_falls(
     assert not (tmp_path / "rac_recovery").exists()
 
 
+def test_nvfp4_of_another_modifier_is_trained_next_to_the_scales_of_its_activations(
+    calibrate, tmp_path, monkeypatch, off_policy
+):
+    monkeypatch.chdir(tmp_path)
+    settings = {"tokens": 4000, "passes": 2, "held_out_tokens": 600, "step_tokens": 200}
+    settings |= {"batch_tokens": 400, "learning_rate": 3e-4}
+    later = QuantizationModifier(scheme="NVFP4", targets=["Linear"], ignore=["lm_head"])
+    calibrate(later=[later], output_dir=tmp_path / "out", recover=settings)
+    record = record_of(tmp_path / "out")["recovery"]
+    assert record["kl_after"] < 0.9 * record["kl_before"]
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    stored = {name.removeprefix(f"{UP}.") for name in tensors if name.startswith(UP)}
+    scales = {"weight_scale", "weight_global_scale", "input_global_scale"}
+    assert stored == {"weight_packed", *scales}
+    assert 0 < float(tensors[f"{UP}.input_global_scale"]) < float("inf")
+
+
 @pytest.mark.parametrize(
     ("modifiers", "says"),
     [
