@@ -189,9 +189,10 @@ class RacExpertsMethod(FusedMoEMethodBase):
         moe = layer.moe_config
         if self._unpacked:
             return f"its experts have {self._unpacked[0][0]}, which is not packed"
-        if any(isinstance(weight, Tensor) for weight in loaded.values()):
+        stored = [weight for weight in loaded.values() if isinstance(weight, StoredWeight)]
+        if len(stored) < len(loaded):
             return "some of its experts are stored in floats"
-        if any(weight.order is not None for weight in loaded.values()):
+        if any(weight.order is not None for weight in stored):
             return "the columns of its experts are reordered (desc_act)"
         if layer.activation not in _GATES or layer.swiglu_limit is not None:
             return f"experts with the activation {layer.activation.value} have no kernel"

@@ -66,7 +66,7 @@ class Case:
         if self.refused:
             return self.modifiers, f"refused: {self.refused}", "", ""
         loads = SAME if self.loads else REFUSED
-        return self.modifiers, self.seen, loads, served.get(str(self), "")
+        return self.modifiers, self.seen, loads, served.get(str(self), "").partition(":")[0]
 
 
 def cases(
@@ -258,11 +258,11 @@ def serve_all(vllm: Path) -> None:
     from bench.common import RESULTS, save
     from bench.schemes import served
 
-    rows: list[list[str]] = []
+    rows: list[list[str]] = json.loads(SERVED.read_text())["rows"] if SERVED.exists() else []
     with TemporaryDirectory() as folder:
         models = dense_models(Path(folder))
         for case in CASES:
-            if case.refused or not case.loads:
+            if case.refused or not case.loads or str(case) in dict(rows):
                 continue
             dense, out = models[case.modifiers == "REAPPruning"], Path(folder) / str(len(rows))
             model = AutoModelForCausalLM.from_pretrained(dense)
