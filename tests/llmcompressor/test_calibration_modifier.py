@@ -76,6 +76,7 @@ def test_what_is_not_measured_says_why_and_costs_no_model(
 def accelerator(monkeypatch):
     """The CPU in the part of an accelerator without room for the model as a whole."""
     monkeypatch.setattr(model_tools, "accelerator", lambda: torch.device("cpu"))
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: None)
     monkeypatch.setattr(model_tools, "free_bytes", lambda device: 0)
     monkeypatch.setattr(
         PreTrainedModel, "to", lambda self, device: pytest.fail(f"moved to {device}")

@@ -24,7 +24,7 @@ from tests.tiny import calibration_entry, save_tiny, save_tiny_experts
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "quantization.md"
-SERVED = ROOT / "results" / "matrix_served.json"
+SERVED = Path(__file__).with_name("matrix_served.json")
 MARKS = "<!-- matrix: python -m tests.llmcompressor.test_matrix -->\n", "<!-- end of matrix -->\n"
 TOKENS = 400
 ALL = "all"
@@ -255,7 +255,7 @@ def test_the_page_has_the_table():
 
 def serve_all(vllm: Path) -> None:
     """Serve the checkpoint of each case, and write whether vLLM answers as transformers."""
-    from bench.common import RESULTS, save
+    from bench.common import save
     from bench.schemes import served
 
     rows: list[list[str]] = json.loads(SERVED.read_text())["rows"] if SERVED.exists() else []
@@ -272,7 +272,7 @@ def serve_all(vllm: Path) -> None:
             rows.append([str(case), served(load_model(out), tokenizer, out, vllm)])
             print(*rows[-1], flush=True)
             columns = {"case": "", "served": ""}
-            save(RESULTS, SERVED.stem, "tiny models", columns, rows)
+            save(SERVED.parent, SERVED.stem, "tiny models", columns, rows)
 
 
 if __name__ == "__main__":
