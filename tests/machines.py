@@ -17,6 +17,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from rac_modifier import cli, machines
@@ -135,6 +136,7 @@ def main() -> None:
 
 def work(*words: str) -> None:
     """Run `rac` with these words; after "dies-1" the second machine dies on the way."""
+    torch.set_num_threads(1)  # a fork makes its thread pool anew, and no two threads may do it
     machines._SILENCE = int(os.environ["SILENCE"])
     if words[0].startswith("dies"):
         if words[0].endswith(os.environ["MACHINE"]):
