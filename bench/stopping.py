@@ -37,7 +37,7 @@ TINY = "--model reasoner --labels --temperatures 0 --answers 2 --cap 16"
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this suite."""
     parser.add_argument("--model", default="smollm2", choices=("smollm2", "reasoner"))
-    parser.add_argument("--labels", nargs="*", required=True, help="finished rows of bench formats")
+    parser.add_argument("--labels", nargs="*", default=["int4"], help="finished bench formats rows")
     parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0, 0.6])
     parser.add_argument("--answers", type=int, default=64, help="held-out prompts")
     parser.add_argument("--cap", type=int, default=512, help="most tokens of an answer")
@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> None:
     """Sample what is missing, and write the table."""
     subject = float32_copy(options.model, options.work, options.cap)
     work = options.work.resolve() / "stopping"
-    work.mkdir(exist_ok=True)
+    work.mkdir(parents=True, exist_ok=True)
     models = {"dense": Path(subject.model).resolve()}
     models |= {label: folder_of(options, label).resolve() for label in options.labels}
     rows = []

@@ -73,7 +73,7 @@ class Watch(threading.Thread):
 
     A process that dies closes its connections. A machine that dies does not, and its connections
     are lost after `_SILENCE` seconds. Watched are sockets that are not among those `before` the
-    processes connected. `last_words` says why this process ends.
+    processes connected. `last_words` returns the reason that is printed.
     """
 
     def __init__(self, before: Mapping[int, int], last_words: Callable[[], str]):

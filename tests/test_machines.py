@@ -75,7 +75,7 @@ def test_two_machines_end_as_one_and_go_on_after_one_has_died(tiny_folder, trace
 
 
 def differences(difference: str, words: list[str], folder: Path) -> set[str]:
-    """The errors of two processes, of which the second differs; both must end with exit code 1."""
+    """The errors of two processes. The second differs, and both must end with exit code 1."""
     ends = started_forks(differ, [difference, *words], folder)
     assert [code for code, _ in ends] == [1, 1], ends
     return {line for _, said in ends for line in errors(said)}

@@ -22,6 +22,7 @@ from bench.grid import CALIBRATIONS, OURS, VARIANTS, calibrated_on, pattern
 from bench.models import reasoner, smollm2
 from bench.recovery import entry_of
 from bench.shapes import Form, random_mask, random_model
+from bench.stopping import is_detected
 from rac_modifier.reasoner import reasoner_path
 from rac_modifier.settings.grid import Grid, plan_rows
 
@@ -39,6 +40,14 @@ def test_a_suite_has_options_and_a_tiny_mode(name, capsys):
         main([name, "--tiny", "--help"])  # the options of the tiny mode are parsed before the help
     assert stop.value.code == 0
     assert "--tiny" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("length", "copies", "detected"), [(8, 3, True), (8, 2, False), (7, 3, False), (129, 3, False)]
+)
+def test_copies_of_a_pattern_are_detected(length, copies, detected):
+    answer = [500, 501, *(list(range(length)) * copies), 502]
+    assert is_detected(tuple(answer)) == detected
 
 
 def test_what_a_suite_imports_late_exists():
