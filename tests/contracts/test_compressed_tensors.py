@@ -1,7 +1,11 @@
 """What the settings know of compressed-tensors and llm-compressor without importing them."""
 
+from inspect import signature
+
 import pytest
+import torch
 import yaml
+from compressed_tensors.offload.cache.dist_cpu import DistributedCPUCache
 from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES as UPSTREAM
 from llmcompressor.modifiers import Modifier
 from llmcompressor.recipe import Recipe
@@ -20,6 +24,15 @@ def test_the_names_of_preset_schemes():
     """If this fails: write upstream's names into settings/pruning.py."""
     later = {"MXFP4XFP8", "MXFP6A16", "MXFP6A8"}  # of 0.20, which llm-compressor 0.14 refuses
     assert UPSTREAM.keys() - later == PRESET_SCHEMES
+
+
+def test_seam_the_cache_of_several_processes_offloads_one_tensor():
+    """If this fails: llmcompressor/shared_weights.py replaces this method."""
+    assert [*signature(DistributedCPUCache.offload).parameters] == ["self", "tensor"]
+    storage = torch.ones(3).share_memory_().untyped_storage()
+    manager, name, size = storage._share_filename_cpu_()
+    same = torch.UntypedStorage._new_shared_filename_cpu(manager, name, size)
+    assert torch.empty(0).set_(same).tolist() == [1.0, 1.0, 1.0]
 
 
 def test_no_setting_has_the_name_of_something_that_upstreams_modifier_has():
