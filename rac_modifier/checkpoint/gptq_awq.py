@@ -170,6 +170,9 @@ class Awq(_Entries):
         return with_zeros(codes, scale, zeros if self.zero_point else None, 4, name)
 
 
+FORMATS: dict[str, type[Gptq] | type[Awq]] = {"gptq": Gptq, "awq": Awq}
+
+
 def _words(
     tensors: Mapping[str, Tensor], name: str, part: str, shape: list[int] | None = None
 ) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rac_modifier.checkpoint import stored_weight
+from rac_modifier.checkpoint import gptq_awq, stored_weight
 from rac_modifier.checkpoint.bitmask import DTYPES
 from rac_modifier.checkpoint.dense_codes import WORDS, WORDS_SHAPE, ZEROS, PackQuantized
 from rac_modifier.checkpoint.files import TensorFiles
@@ -26,7 +26,7 @@ _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|wpe)$
 class ModuleRow:
     """One weight matrix.
 
-    stored: a packed format, "dense", or "words" (int32 that hold several values each).
+    stored: a packed format, "gptq", "awq", "dense", or "words" (int32 with several values each).
     stored_bytes: bytes with masks, offsets, scales and zero points.
     scale_bytes: of the scales and zero points.
     structure: the recorded mask structure, None without a record.
@@ -52,7 +52,10 @@ class ModuleRow:
 
 @dataclass(frozen=True)
 class CheckpointReport:
-    """What a folder holds; `format`: a packed one or "dense"; `stored_bytes`: of all tensors."""
+    """What a folder holds; `stored_bytes`: of all tensors.
+
+    format: a packed one, "gptq", "awq", or "dense" for all others.
+    """
 
     folder: Path
     format: str
@@ -95,6 +98,11 @@ class Matrices:
         self.files, self.config = files, config
         self.packed = PackedFiles(files, config)
         self.record = SparsityRecord.of(config)
+        quantization = config.get("quantization_config") or {}
+        self.format = "dense" if self.packed.format is None else self.packed.format.name
+        self.of_words: gptq_awq.Gptq | gptq_awq.Awq | None = None
+        if (method := quantization.get("quant_method")) in gptq_awq.FORMATS:
+            self.format, self.of_words = method, gptq_awq.FORMATS[method].of(quantization)
 
     def rows(self) -> list[ModuleRow]:
         """List all matrices, before their values are read; layer 10 comes after layer 9."""
@@ -103,12 +111,14 @@ class Matrices:
             format = self.packed.format
             for module in self.packed.modules:
                 rows.append(self._row(module, format.name, format.parts, format.structure))
+        kinds = {"weight": ("dense", ("weight",)), WORDS: ("words", (WORDS, WORDS_SHAPE))}
+        if self.of_words is not None:
+            kinds[gptq_awq.WORDS] = (self.format, gptq_awq.PARTS)
         for name in self.files.where:
             module, _, part = name.rpartition(".")
             shape = self.files.shape(name)
-            if part in ("weight", WORDS) and len(shape) == 2 and min(shape) > 0:
-                stored = "dense" if part == "weight" else "words"
-                row = self._row(module, stored, (part, WORDS_SHAPE))
+            if part in kinds and len(shape) == 2 and min(shape) > 0:
+                row = self._row(module, *kinds[part])
                 dtype = self.files.dtype_name(name)
                 row = replace(row, rows=shape[0], columns=shape[1], dtype=dtype)
                 rows.append(replace(row, dense_bytes=row.stored_bytes))
@@ -123,6 +133,10 @@ class Matrices:
             if weight is not None:
                 rows, columns = weight.shape
                 row = replace(row, rows=rows, columns=columns, dtype=f"I{weight.bits}")
+        elif self.of_words is not None and row.stored == self.format:
+            weight = self.of_words.check(self.files.tensors(row.name, gptq_awq.PARTS), row.name)
+            rows, columns = weight.shape
+            row = replace(row, rows=rows, columns=columns, dtype=f"I{weight.bits}")
         elif row.stored != "dense":
             weight = self.packed.weight(row.name)
             (rows, columns), bits = weight.shape, weight.bits
@@ -164,9 +178,7 @@ def inspect_checkpoint(
         matrices = Matrices(files, read_json(folder / CONFIG_FILE))
         rows = [_inspected(matrices, row, visit) for row in matrices.rows()]
         total = sum(map(files.nbytes, files.where))
-    format = matrices.packed.format
-    name = "dense" if format is None else format.name
-    return CheckpointReport(folder, name, tuple(rows), total, matrices.packed.schemes)
+    return CheckpointReport(folder, matrices.format, tuple(rows), total, matrices.packed.schemes)
 
 
 def _inspected(

@@ -47,6 +47,7 @@ def inspect(
 
     Example: rac inspect Qwen3-1.7B-W4A16 --activations 0.01 --dense Qwen/Qwen3-1.7B
     """
+    from rac_modifier.checkpoint.formats import FORMATS
     from rac_modifier.checkpoint.output_folder import local_folder
     from rac_modifier.kernels.choose import plan_checkpoint, render_plan
 
@@ -65,7 +66,7 @@ def inspect(
         raise RacError(f"{folder}: not sound, see the notes of its matrices; copy it again")
     if rows and not as_json:
         option = " (with --quantization rac if another tool saved it)"
-        option = option if report.format == "dense" else ""
+        option = "" if report.format in FORMATS else option
         typer.echo(f"\nServed with vLLM on this machine's CPU{option}:\n{render_plan(rows)}")
 
 

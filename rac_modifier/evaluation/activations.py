@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rac_modifier.checkpoint.card import RUN_RECORD_NAME
 from rac_modifier.checkpoint.dense_codes import OF_VOCABULARY
+from rac_modifier.checkpoint.gptq_awq import FORMATS as GPTQ_AWQ
 from rac_modifier.checkpoint.quantization_config import CONFIG_FILE
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.divergence import DenseReference
@@ -53,10 +54,15 @@ def layers_of(folder: Path, *, recorded: bool = True) -> list[IntegerLayer]:
         raise RacError(f"{folder}: no such folder; hf download ID --local-dir FOLDER makes one")
     report, rows = plan_checkpoint(folder)
     rounds = any(scheme.activations is not None for scheme in report.quantization)
-    if report.format == "dense" and rounds:
+    why = None
+    if report.format in GPTQ_AWQ:
+        why = f"the format {report.format} has no place for the choice"
+    elif report.format == "dense" and rounds:
+        why = "its activations are quantized already, and no kernel takes them"
+    if why is not None:
         raise RacError(
-            f"{folder}: its activations are quantized already, and no kernel takes them; give "
-            "the folder of a packed int8 or int4 checkpoint, or of a dense W4A16 one"
+            f"{folder}: {why}; give the folder of a packed int8 or int4 checkpoint, or of a dense "
+            "W4A16 one"
         )
     blocks = {}
     for row in rows:

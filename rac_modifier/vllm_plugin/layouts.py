@@ -183,8 +183,7 @@ class WordsLayout(Layout):
     }
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        gptq = config["quant_method"] == "gptq"
-        self.format = (gptq_awq.Gptq if gptq else gptq_awq.Awq).of(config)
+        self.format = gptq_awq.FORMATS[config["quant_method"]].of(config)
 
     def vocabulary_reader(self, layer: Any, prefix: str) -> WeightReader | None:
         """Return the layout itself for a head that config.json quantizes."""

@@ -15,6 +15,7 @@ from tests.checkpoint.checkpoint_helpers import (
     save_quantized,
     write,
 )
+from tests.checkpoint.gptq_awq_tensors import awq, drawn, gptq
 
 NONSENSE = "model.layers.0.self_attn.k_proj"
 
@@ -100,6 +101,33 @@ def test_layouts_whose_zeros_are_not_counted(tmp_path):
     d = report.modules[-1]
     assert (d.rows, d.columns, d.stored_bytes) == (4, 32, 48 + 16 + 16 + 4)
     assert report.stored_bytes == sum(tensor.nbytes for tensor in tensors.values())
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_modules_of_gptq_and_awq_have_their_shape_zeros_and_bytes(tmp_path, method):
+    """A code of zero is a zero, also where its scale is not 1."""
+    weight = drawn(16, 64, 32, symmetric=True)
+    tensors = gptq(weight) if method == "gptq" else awq(weight)
+    named = {f"a.{part}": tensor for part, tensor in tensors.items()}
+    entries = {"bits": 4, "group_size": 32, "sym": True, "zero_point": False}
+    write(tmp_path, named, quantization_config={"quant_method": method, **entries})
+    report = inspect_checkpoint(tmp_path)
+    (row,) = report.modules
+    assert (report.format, row.stored, row.dtype) == (method, method, "I4")
+    assert (row.rows, row.columns) == (16, 64)
+    assert row.sparsity == float((weight.meant == 0).float().mean())
+    assert row.stored_bytes == sum(tensor.nbytes for tensor in tensors.values())
+
+
+def test_a_damaged_module_of_gptq_is_one_bad_row(tmp_path):
+    tensors = gptq(drawn(16, 64, 32, symmetric=True))
+    named = {f"{name}.{part}": x.clone() for name in "ab" for part, x in tensors.items()}
+    named["b.qzeros"] += 1
+    entries = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True}
+    write(tmp_path, named, quantization_config=entries)
+    intact, damaged = inspect_checkpoint(tmp_path).modules
+    assert intact.problem is None
+    assert "b.qzeros" in damaged.problem
 
 
 @pytest.mark.parametrize(("scheme", "dtype", "per_weight"), [("w4", "I4", 0.5), ("w8", "I8", 1.0)])

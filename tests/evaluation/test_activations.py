@@ -105,6 +105,9 @@ def test_checkpoints_without_such_layers_are_refused(tmp_path):
         layers_of(folder_of(tmp_path, head))
     with pytest.raises(RacError, match="its activations are quantized already"):
         layers_of(folder_of(tmp_path, head, quantization_config=quantization(inputs=FP8)))
+    entries = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True}
+    with pytest.raises(RacError, match="the format gptq has no place for the choice"):
+        layers_of(folder_of(tmp_path, head, quantization_config=entries))
 
 
 @pytest.mark.parametrize(
