@@ -15,7 +15,6 @@ SUITES = (
     "time",
     "kernels",
     "serving",
-    "peers",
     "recovery",
     "stopping",
     "traces",

@@ -47,11 +47,17 @@ def commit() -> str:
 
 
 def save(
-    folder: Path, name: str, model: str, columns: Mapping[str, str], rows: Sequence[Sequence[Any]]
+    folder: Path,
+    name: str,
+    model: str,
+    columns: Mapping[str, str],
+    rows: Sequence[Sequence[Any]],
+    gaps: Mapping[str, str] | None = None,
 ) -> Path:
     """Write `folder/name.json`, which `bench.render` turns into a table.
 
-    `columns` has the name of each column, and the format of its cells, such as ".2f".
+    `columns` has the name of each column, and the format of its cells, such as ".2f". `gaps` has
+    the reasons why contenders are missing.
     """
     about = {
         "model": model,
@@ -59,6 +65,7 @@ def save(
         "date": date.today().isoformat(),
         "commit": commit(),
         "command": "python -m bench " + shlex.join(sys.argv[1:]),
+        **({"gaps": dict(gaps)} if gaps else {}),
         "columns": dict(columns),
         "rows": "ROWS",
     }
@@ -83,13 +90,16 @@ def ratios(values: Sequence[float], base: Sequence[float]) -> list[float] | floa
     return spread([value / of_base for value, of_base in zip(values, base, strict=False)])
 
 
-def in_turn(runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[Any]]:
+def in_turn(
+    runs: Mapping[str, Callable[[], Any]], rounds: int, gaps: dict[str, str] | None = None
+) -> dict[str, list[Any]]:
     """Run each contender once per round, every second round reversed; return results by name.
 
     A contender that fails is reported and not run again; it has the results of the rounds before.
+    `gaps` gets the reason.
     """
     results: dict[str, list[Any]] = {name: [] for name in runs}
-    failed: set[str] = set()
+    failed = {} if gaps is None else gaps
     for turn in range(rounds):
         for name in list(runs)[:: 1 if turn % 2 == 0 else -1]:
             if name in failed:
@@ -98,9 +108,8 @@ def in_turn(runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, lis
             try:
                 results[name].append(runs[name]())
             except (Exception, SystemExit) as error:  # one must not end hours of work
-                failed.add(name)
-                fault = f"{name} failed: {type(error).__name__}: {error}"
-                print(fault, file=sys.stderr, flush=True)
+                failed[name] = f"{type(error).__name__}: {error}".removeprefix("SystemExit: ")
+                print(f"{name} failed: {failed[name]}", file=sys.stderr, flush=True)
                 continue
             print(f"round {turn + 1}: {name}, {time.monotonic() - started:.0f} s", flush=True)
     return {name: values for name, values in results.items() if values}

@@ -3,8 +3,9 @@
     python -m bench kernels --forms 50%-bf16 50%-int8 int4 --tokens 1 4 16 64
 
 A step runs every linear of so many layers that --gigabytes of our weights are read, so that
-no cache helps. Contenders run in turn, one step each; medians count. "of the probe" is the
-share of the memory's reading speed that our kernel reaches.
+no cache helps. Contenders run in turn, one step each; medians count. vLLM and torchao take part
+where they are installed. "of the probe" is the share of the memory's reading speed that our
+kernel reaches.
 """
 
 import argparse
@@ -89,6 +90,14 @@ def vllm_w8a8(weight: Tensor) -> Linear:
     return linear
 
 
+def torchao_int4(weight: Tensor) -> Linear:
+    """Return torchao's linear of int4 weights in groups of 128."""
+    from torchao.prototype.quantization.int4.int4_opaque_tensor import Int4OpaqueTensor
+
+    packed = Int4OpaqueTensor.from_hp(weight, [1, 128])
+    return lambda x: torch.nn.functional.linear(x, packed)
+
+
 def read_speed(repeats: int = 3) -> float:
     """Return the bytes per second that a sum over half a gigabyte of float32 reads."""
     block, times = torch.ones(1 << 14, 1 << 13), []
@@ -121,6 +130,8 @@ def measure(form: Form, options: argparse.Namespace) -> list[list[Any]]:
     makers = {"torch": torch_bf16}
     if importlib.util.find_spec("vllm") is not None:
         makers |= {"vLLM bfloat16": vllm_bf16, "vLLM W8A8": vllm_w8a8}
+    if importlib.util.find_spec("torchao") is not None:
+        makers["torchao int4"] = torchao_int4
     for name, make in makers.items():
         contenders[name] = [make(weight) for _ in range(layers) for weight in weights]
     rows = []
@@ -135,7 +146,7 @@ def measure(form: Form, options: argparse.Namespace) -> list[list[Any]]:
         speed = size / median["ours"]
         ratios = [
             median[name] / median["ours"] if name in median else None
-            for name in ("torch", "vLLM bfloat16", "vLLM W8A8")
+            for name in ("torch", "vLLM bfloat16", "vLLM W8A8", "torchao int4")
         ]
         rows.append([form.text, tokens, 1e3 * median["ours"], 100 * speed / read_speed(), *ratios])
         print(*rows[-1], flush=True)
@@ -157,6 +168,7 @@ def run(options: argparse.Namespace) -> None:
         "torch over it": ".2f",
         "vLLM bfloat16 over it": ".2f",
         "vLLM W8A8 over it": ".2f",
+        "torchao int4 over it": ".2f",
     }
     model = f"{options.shape} shapes, random weights, {options.threads} threads"
     save(options.out, "kernels", model, columns, rows)

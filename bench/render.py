@@ -34,7 +34,9 @@ def table(result: dict[str, Any]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     keys = ("model", "machine", "date", "commit")
     about = f"*{', '.join(result[key] for key in keys)}:* `{result['command']}`"
-    return "\n".join([*lines, "", about])
+    gaps = [f"- {name}: {reason}" for name, reason in result.get("gaps", {}).items()]
+    missing = ["Not measured:", "", *gaps, ""] if gaps else []
+    return "\n".join([*lines, "", *missing, about])
 
 
 def render(text: str, folder: Path = RESULTS) -> str:

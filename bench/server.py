@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import random
+import re
 import socket
 import statistics
 import subprocess
@@ -22,6 +23,9 @@ import psutil
 from rac_modifier.sampling.server_watch import end_group
 
 NAME = "model"
+READY_SECONDS = 900
+SILENT_SECONDS = 600  # after which a client gives a server up
+EXCEPTION = re.compile(r"(?:^|\] )([\w.]+(?:Error|Exception): .*(?:\n {2}\S.*)?)", re.MULTILINE)
 # vLLM's "auto" binding leaves a core out.
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -69,30 +73,51 @@ def serving(
 
     `vllm` is the command of another Python environment: it runs without this one's PYTHONPATH.
     """
+    executable = vllm.absolute() if vllm else Path(sys.executable).with_name("vllm")
+    command = [str(executable), "serve", str(checkpoint), "--host", "127.0.0.1"]
+    command += ["--served-model-name", NAME, *options, "--port"]
+    inherited = {k: value for k, value in os.environ.items() if not (vllm and k == "PYTHONPATH")}
+    with running(command, log, ENVIRONMENT | inherited | (environment or {})) as server:
+        yield server
+
+
+@contextmanager
+def running(command: Sequence[str], log: Path, environment: dict[str, str]) -> Iterator[Server]:
+    """Run a server inside the context; its command ends with the port, which is appended.
+
+    Raises SystemExit with the first error of the log if the server ends or is not ready in time,
+    and RuntimeError with that error if a request fails.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
-    executable = vllm.absolute() if vllm else Path(sys.executable).with_name("vllm")
-    command = [str(executable), "serve", str(checkpoint), "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--served-model-name", NAME, *options]
-    inherited = {k: value for k, value in os.environ.items() if not (vllm and k == "PYTHONPATH")}
     with open(log, "wb") as output:
         process = subprocess.Popen(
-            command,
-            env=ENVIRONMENT | inherited | (environment or {}),
+            [*command, str(port)],
+            env=environment,
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+    deadline = time.monotonic() + READY_SECONDS
     try:
         while not is_ready(url):
-            if process.poll() is not None:
-                raise SystemExit(f"the server ended; {log} ends with\n{log.read_text()[-3000:]}")
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise SystemExit(f"no server; {log.name}: {first_error(log)}")
             time.sleep(0.2)
         yield Server(url, process.pid)
+    except aiohttp.ClientError as error:
+        raise RuntimeError(f"{error}; {log.name}: {first_error(log)}") from error
     finally:
         end_group(process)  # the next server needs cores and memory
+
+
+def first_error(log: Path) -> str:
+    """Return the first exception that a log names, or else its last line, in 300 characters."""
+    text = log.read_text(errors="replace").strip()
+    match = EXCEPTION.search(text)
+    return " ".join((match[1] if match else text.split("\n")[-1]).split())[:300]
 
 
 def is_ready(url: str) -> bool:
@@ -130,8 +155,9 @@ def measure(
             times.append(await stream(session, url, prompts.pop(), output_tokens))
 
     async def load() -> float:
-        timeout = aiohttp.ClientTimeout(total=None)
-        async with aiohttp.ClientSession(timeout=timeout) as session:
+        timeout = aiohttp.ClientTimeout(total=None, sock_read=SILENT_SECONDS)
+        connector = aiohttp.TCPConnector(force_close=True)  # llama.cpp closes what it streamed on
+        async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
             started = time.perf_counter()
             await asyncio.gather(*(worker(session) for _ in range(concurrency)))
             return time.perf_counter() - started
@@ -162,11 +188,15 @@ async def stream(
         async for line in reply.content:
             if not line.startswith(b"data: {"):
                 continue
-            choices = json.loads(line[6:])["choices"]
-            if ids := sum(len(choice.get("token_ids") or ()) for choice in choices):
+            choices = json.loads(line[6:]).get("choices", ())
+            # llama.cpp sends a text per token
+            ids = sum(
+                len(choice.get("token_ids") or choice.get("text", "")[:1]) for choice in choices
+            )
+            if ids:
                 count += ids
                 last = time.perf_counter() - started
                 first = first or last
     if count != tokens:
-        raise RuntimeError(f"asked for {tokens} tokens, got {count}")
+        raise aiohttp.ClientError(f"asked for {tokens} tokens, got {count}")
     return first, last

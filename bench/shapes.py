@@ -56,14 +56,13 @@ class Form:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read "bf16", "w8a8" (vLLM's), "int4", "50%-bf16", "2:4-int8", "50%-int8-8" (x int8)."""
-        if text in ("bf16", "w8a8"):
-            return cls(text, bits=16 if text == "bf16" else 8, vllm=True)
+        """Read "bf16", "w8a8", "w4a16" (vLLM's), "int4", "50%-bf16", "50%-int8-8" (x int8)."""
+        if bits := {"bf16": 16, "w8a8": 8, "w4a16": 4}.get(text):
+            return cls(text, bits=bits, vllm=True)
         match = re.fullmatch(r"(?:(\d+%|\d+:\d+)-)?(bf16|int8|int4|int3)(-8)?", text)
         if match is None or (match[1] is None and match[2] in ("bf16", "int8")):
-            raise SystemExit(
-                f'form "{text}": write bf16, w8a8, int4, int3, 50%-bf16, 2:4-int8 or 50%-int4-8'
-            )
+            known = "bf16, w8a8, w4a16, int4, int3, 50%-bf16, 2:4-int8 or 50%-int4-8"
+            raise SystemExit(f'form "{text}": write {known}')
         pruned: float | str = 0.0
         if match[1]:
             pruned = match[1] if ":" in match[1] else int(match[1][:-1]) / 100
@@ -197,8 +196,10 @@ def quantization(form: Form) -> dict[str, Any]:
         weights = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "channel"}
         if bits in GROUP:
             weights |= {"strategy": "group", "group_size": GROUP[bits]}
-        inputs = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True}
-        return {"weights": weights, "input_activations": inputs if form.vllm else None}
+        inputs = None
+        if form.vllm and bits == 8:
+            inputs = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True}
+        return {"weights": weights, "input_activations": inputs}
 
     groups = {"layers": {"targets": ["Linear"], **scheme(form.bits)}}
     if not form.vllm:
@@ -208,5 +209,5 @@ def quantization(form: Form) -> dict[str, Any]:
         "format": "int-quantized" if form.bits == 8 else "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": ["lm_head"] if form.vllm else [r"re:.*mlp\.gate$"],
+        "ignore": [r"re:.*mlp\.gate$", *(["lm_head"] if form.vllm else [])],
     }

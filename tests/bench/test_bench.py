@@ -5,8 +5,10 @@ import ast
 import importlib
 import itertools
 import json
+import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -15,12 +17,15 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from bench import serving
 from bench.__main__ import SUITES, main
 from bench.experts import with_experts
 from bench.formats import FORMATS
+from bench.gguf_file import type_of
 from bench.grid import CALIBRATIONS, OURS, VARIANTS, calibrated_on, pattern
 from bench.models import reasoner, smollm2
 from bench.recovery import entry_of
+from bench.render import table
 from bench.shapes import Form, random_mask, random_model
 from bench.stopping import is_detected
 from rac_modifier.reasoner import reasoner_path
@@ -123,3 +128,85 @@ def test_the_mixture_is_the_dense_model_where_a_token_meets_every_quarter():
         )
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, dense(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+SERVER = """
+import http.server, json, os, sys
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+
+    def do_POST(self):
+        if FAULT == "crash":
+            print("[core.py:1] AttributeError: no cpu_gemm", flush=True)
+            os._exit(1)
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.send_response(200)
+        self.end_headers()
+        for token in range(body["max_tokens"] - (FAULT == "short")):
+            line = json.dumps({"choices": [CHOICE]})
+            self.wfile.write(f"data: {line}\\n\\n".encode())
+
+if FAULT == "refuse":
+    sys.exit("ValueError: no such model")
+http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[-1])), Handler).serve_forever()
+"""
+
+
+def test_a_contender_that_is_missing_refuses_or_crashes_is_a_named_gap(tmp_path, monkeypatch):
+    tokens, text = {"token_ids": [7]}, {"text": "t7"}  # vLLM's answers and llama.cpp's
+    servers = {"refuse": tokens, "crash": tokens, "short": text, "int4": tokens, "Q4_0": text}
+
+    def prepare(name, options):
+        lines = f"FAULT, CHOICE = {name!r}, {servers[name]!r}\n{SERVER}"
+        log = tmp_path / f"{name}.log"
+        return tmp_path, serving.running([sys.executable, "-c", lines], log, dict(os.environ))
+
+    monkeypatch.setattr(serving, "prepare", prepare)
+    monkeypatch.setattr(serving, "split", lambda name: ("", name))
+    options = ["--concurrency", "1", "2", "--output-tokens", "3", "--prompts", "8"]
+    main(["serving", "--rounds", "2", "--out", str(tmp_path), "--forms", *servers, *options])
+    result = json.loads((tmp_path / "serving.json").read_text())
+    assert [row[0] for row in result["rows"]] == ["int4", "Q4_0", "refuse", "crash", "short"]
+    columns = list(result["columns"])
+    for row in result["rows"]:
+        speeds = [row[columns.index(f"tokens/s, {count} at a time")] for count in (1, 2)]
+        assert all(speeds) == (row[0] in ("int4", "Q4_0"))
+    reasons = result["gaps"]
+    assert "no such model" in reasons["refuse"]
+    assert "no cpu_gemm" in reasons["crash"]
+    assert "asked for 8 tokens, got 7" in reasons["short"]
+    assert f"- refuse: {reasons['refuse']}" in table(result)
+
+
+def test_a_project_that_is_not_installed_is_a_gap(tmp_path):
+    folders = ["--work", str(tmp_path), "--out", str(tmp_path), "--packages", str(tmp_path)]
+    main(["serving", "--tiny", "--forms", "openvino-Q4_0", "zentorch-bf16", *folders])
+    gaps = json.loads((tmp_path / "serving.json").read_text())["gaps"]
+    assert "No module named" in gaps["openvino-Q4_0"]
+    assert "No module named 'zentorch'" in gaps["zentorch-bf16"]
+
+
+def test_a_name_says_who_serves_which_form():
+    assert serving.split("Q3_K_M") == ("llama", "Q3_K_M")
+    assert serving.split("openvino-Q4_0") == ("openvino", "Q4_0")
+    assert serving.split("zentorch-w4a16") == ("zentorch", "w4a16")
+    assert serving.split("50%-int4") == ("vllm", "50%-int4")
+    for name in ("Q5_0", "openvino-int4", "zentorch-int4"):
+        with pytest.raises(SystemExit, match=f'form "{name}"'):
+            serving.split(name)
+
+
+def test_the_types_of_a_gguf_file_are_those_that_llama_cpp_chooses():
+    """Counts of a Qwen2-1.5B quantized by llama-quantize: 28 layers, a tied head."""
+    matrices = ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"]
+    counts = {}
+    for kind in ("Q4_0", "Q4_K_M", "Q3_K_M", "IQ2_XXS"):
+        types = [type_of(kind, name, layer, 28) for layer in range(28) for name in matrices]
+        counts[kind] = dict(Counter(types))
+    assert counts["Q4_0"] == {"Q4_0": 196}
+    assert counts["Q4_K_M"] == {"Q4_K": 168, "Q6_K": 28}
+    assert counts["Q3_K_M"] == {"Q3_K": 112, "Q4_K": 81, "Q5_K": 3}
+    assert counts["IQ2_XXS"] == {"IQ2_XXS": 165, "Q4_K": 28, "Q2_K": 3}
