@@ -1,8 +1,8 @@
-"""Thousands of requests to a served checkpoint, some abandoned: is the memory flat?
+"""Thousands of requests to a served checkpoint, some abandoned or bad: is the memory flat?
 
 Memory is what the server's processes have allocated, sampled every 100 requests. The cache
 for keys and values has few blocks, so that the first requests touch all of its pages; a
-larger one looks like a leak.
+larger one looks like a leak. Root's server logs to a disk of 1 MB, full after half of the requests.
 """
 
 import argparse
@@ -10,7 +10,13 @@ import asyncio
 import json
 import random
 import shlex
-from contextlib import suppress
+import statistics
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import aiohttp
@@ -22,9 +28,10 @@ OPTIONS = ["--max-model-len", "512", "--gpu-memory-utilization", "0.2", "--enfor
 OPTIONS += ["--num-gpu-blocks-override", "256", "--dtype", "float32"]
 EVERY = 100  # requests from one sample of memory to the next
 LEAVING = 0.2  # share of the clients
+BAD = 0.05  # share of the requests
 LONG = 200  # tokens that a leaving client requests
 PROBE = list(range(10, 40))  # the prompt that is asked before and after
-CONCURRENCY = 32
+CONCURRENCY = 64
 TOLERANCE = 0.03  # of memory, relative
 
 
@@ -60,43 +67,81 @@ async def in_the_engine(session: aiohttp.ClientSession, url: str) -> float:
     return sum(float(line.split()[-1]) for line in lines if line.startswith(counts))
 
 
-async def load(
-    server: Server, vocab: int, options: argparse.Namespace
-) -> tuple[list[str], list[int], int]:
-    """Send the requests; return what went wrong, memory in bytes, and how many clients left."""
-    draw, wrong, samples = random.Random(0), [], []
-    ended, departed, waiting = 0, 0, options.requests
+@contextmanager
+def small_disk(folder: Path) -> Iterator[bool]:
+    """Mount 1 MB of memory at a folder inside the context; without the right to, say so."""
+    folder.mkdir(exist_ok=True)
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "log", str(folder)]
+    mounted = subprocess.run(command, capture_output=True).returncode == 0
+    try:
+        yield mounted
+    finally:
+        if mounted:
+            subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def fill(folder: Path) -> None:
+    """Write until the disk is full."""
+    with suppress(OSError), open(folder / "filler", "wb", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
+
+
+@dataclass
+class Load:
+    """What the clients saw: faults, memory in bytes, seconds of whole answers, counted events."""
+
+    wrong: list[str] = field(default_factory=list)
+    samples: list[int] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+
+
+async def load(server: Server, vocab: int, requests: int, disk: Path | None) -> Load:
+    """Send the requests; fill the disk of the server's log after half of them."""
+    draw, seen, waiting = random.Random(0), Load(), requests
+    bad = ([vocab], [-1], [], [[]], [2**40], [7] * 513)
 
     async def request(session: aiohttp.ClientSession) -> None:
-        nonlocal departed
         prompt = [draw.randrange(vocab) for _ in range(draw.randint(1, 256))]
-        kind = draw.random() / LEAVING
-        if kind < 0.5:
+        kind = draw.random()
+        if kind < BAD:
+            faulty = draw.choice(bad)
+            async with session.post(f"{server.url}/v1/completions", json=body(faulty, 4)) as reply:
+                seen.counts["refused"] += 400 <= reply.status < 500
+                if not 400 <= reply.status < 500:
+                    seen.wrong.append(f"the prompt {str(faulty)[:20]} got status {reply.status}")
+        elif kind < BAD + LEAVING / 2:
             await leave_in_stream(session, server.url, prompt, draw.randint(1, 20))
-        elif kind < 1:
+            seen.counts["left"] += 1
+        elif kind < BAD + LEAVING:
             call = answer(session, server.url, prompt, LONG)
-            with suppress(TimeoutError):
+            try:
                 await asyncio.wait_for(call, draw.uniform(0.001, 0.05))
-                return
+            except TimeoutError:
+                seen.counts["left"] += 1
         else:
+            started = time.perf_counter()
             await answer(session, server.url, prompt, draw.randint(1, 32))
-            return
-        departed += 1
+            seen.seconds.append(time.perf_counter() - started)
 
     async def worker(session: aiohttp.ClientSession) -> None:
-        nonlocal ended, waiting
+        nonlocal waiting
         while waiting:
             waiting -= 1
             try:
                 await request(session)
             except aiohttp.ClientError as error:
-                wrong.append(f"a request failed: {type(error).__name__}: {error}")
-            ended += 1
-            if ended % EVERY == 0:
-                samples.append(await asyncio.to_thread(server.allocated))
+                seen.wrong.append(f"a request failed: {type(error).__name__}: {error}")
+            seen.counts["ended"] += 1
+            if seen.counts["ended"] % EVERY == 0:
+                seen.samples.append(await asyncio.to_thread(server.allocated))
+            if disk and seen.counts["ended"] == requests // 2:
+                fill(disk)
 
     timeout = aiohttp.ClientTimeout(total=3600)
-    async with aiohttp.ClientSession(timeout=timeout) as session:
+    connector = aiohttp.TCPConnector(limit=CONCURRENCY)
+    async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
         before = await answer(session, server.url, PROBE, 16)
         await asyncio.gather(*(worker(session) for _ in range(CONCURRENCY)))
         for _ in range(300):
@@ -104,33 +149,53 @@ async def load(
                 break
             await asyncio.sleep(0.1)
         else:
-            wrong.append(f"{running:.0f} requests of clients that left are in the engine")
+            seen.wrong.append(f"{running:.0f} requests of clients that left are in the engine")
         if await answer(session, server.url, PROBE, 16) != before:
-            wrong.append("one prompt was answered differently before and after")
-    return wrong, samples, departed
+            seen.wrong.append("one prompt was answered differently before and after")
+    return seen
 
 
 def soak(options: argparse.Namespace) -> int:
     """Soak `options.soak`, write the table, and return the exit status."""
     folder: Path = options.soak
     vocab = json.loads((folder / "config.json").read_text())["vocab_size"]
-    log = options.work / "soak.log"
-    with serving(folder, [*OPTIONS, *shlex.split(options.serve_options)], log) as server:
-        wrong, samples, departed = asyncio.run(load(server, vocab, options))
-    settled = samples[len(samples) // 10 :]
+    disk = options.work / "soak"
+    with small_disk(disk) as small:
+        arguments = [*OPTIONS, *shlex.split(options.serve_options)]
+        with serving(folder, arguments, disk / "server.log") as server:
+            seen = asyncio.run(load(server, vocab, options.requests, disk if small else None))
+    settled = seen.samples[len(seen.samples) // 10 :]
     furthest = max((sample / settled[0] for sample in settled), key=lambda ratio: abs(ratio - 1))
     if abs(furthest - 1) > TOLERANCE:
-        wrong.append(f"memory is not flat: {furthest:.3f} of that after a tenth of the requests")
+        seen.wrong.append(
+            f"memory is not flat: {furthest:.3f} of that after a tenth of the requests"
+        )
     columns = {
         "requests": ",.0f",
         "clients that left": ",.0f",
+        "bad prompts refused": ",.0f",
         "failed": ".0f",
+        "disk of the log": "",
+        "answer, median, ms": ",.0f",
+        "answer, 99 %, ms": ",.0f",
         "MB, settled": ",.1f",
         "MB at the end": ",.1f",
         "furthest over settled": ".4f",
     }
-    failed = sum(text.startswith("a request failed") for text in wrong)
-    row = [options.requests, departed, failed, settled[0] / 1e6, settled[-1] / 1e6, furthest]
+    failed = sum(text.startswith("a request failed") for text in seen.wrong)
+    milliseconds = [1e3 * value for value in sorted(seen.seconds)]
+    row = [
+        options.requests,
+        seen.counts["left"],
+        seen.counts["refused"],
+        failed,
+        "full after half" if small else "not filled: mount needs root",
+        statistics.median(milliseconds),
+        milliseconds[int(0.99 * len(milliseconds))],
+        settled[0] / 1e6,
+        settled[-1] / 1e6,
+        furthest,
+    ]
     save(options.out, "serving_soak", folder.name, columns, [row])
-    print("\n".join(wrong) or "memory is flat and no request failed")
-    return int(bool(wrong))
+    print("\n".join(seen.wrong) or "memory is flat and no request failed")
+    return int(bool(seen.wrong))
