@@ -25,6 +25,8 @@ COLUMNS = {
     "temperature": "",
     "truncated, %": ".1f",
     "looping, %": ".1f",
+    "truncated, alone and dense alone": "",
+    "McNemar p": ".2f",
     "token inflation, both finish": ".2f",
     "token inflation, all at the cap": ".2f",
     "detected of the truncated": "",
@@ -59,7 +61,7 @@ def run(options: argparse.Namespace) -> None:
         command += ["--precision", "float32", "--batch-size", "64"]
         subprocess.run(command, check=True, cwd=work)
         report_of = json.loads(report.read_text())
-        inflations = {pair["second"]: pair["inflation"] for pair in report_of.get("paired", [])}
+        pairs = {pair["second"]: pair for pair in report_of.get("paired", [])}
         stores = map(TraceStore.read, (work / "rac_answers").glob("*.jsonl"))
         detected = {
             store.header.fingerprint: detections(store)
@@ -68,7 +70,9 @@ def run(options: argparse.Namespace) -> None:
         }
         results = zip(models, report_of["results"], report_of["stopping"], strict=True)
         for label, result, ends in results:
-            inflation = inflations.get(result["label"], {})
+            pair = pairs.get(result["label"], {})
+            inflation = pair.get("inflation", {})
+            alone = [pair.get(f"truncated_only_{which}") for which in ("second", "first")]
             fingerprint = ModelIdentity.of_files(str(models[label])).fingerprint
             rows.append(
                 [
@@ -76,6 +80,8 @@ def run(options: argparse.Namespace) -> None:
                     f"{temperature:g}",
                     100 * result["unfinished_share"],
                     100 * ends["looping"],
+                    f"{alone[0]}, {alone[1]}" if pair else None,
+                    pair.get("truncated_p_value"),
                     ratio(inflation.get("both_finish")),
                     ratio(inflation.get("at_cap")),
                     *detected[fingerprint],

@@ -209,4 +209,5 @@ def _accuracy_lines(answered: list[EvalResult], pairs: list[PairedDifference]) -
         *(line for r in answered for line in describe_loops(r.label, r.endings)),
         *(f"{text}." for pair in pairs if (text := pair.describe())),
         *(f"{pair.inflation.describe(pair.first, pair.second)}." for pair in pairs),
+        *(f"{text}." for pair in pairs if (text := pair.describe_truncated())),
     ]

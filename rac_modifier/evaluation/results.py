@@ -112,6 +112,19 @@ class PairedDifference:
     only_second: int | None
     p_value: float | None  # McNemar's exact two-sided test
     inflation: TokenInflation
+    truncated_only_first: int | None  # answers that the first model alone does not finish
+    truncated_only_second: int | None
+    truncated_p_value: float | None  # as `p_value`
+
+    def describe_truncated(self) -> str | None:
+        """Describe the difference of truncated answers in a line, if there is one."""
+        if not self.truncated_only_first and not self.truncated_only_second:
+            return None
+        return (
+            f"truncated: {self.truncated_only_second} answers of {self.second} alone, "
+            f"{self.truncated_only_first} of {self.first} alone "
+            f"(McNemar p = {self.truncated_p_value:.2g})"
+        )
 
     def describe(self) -> str | None:
         """Describe the difference in a line, if the answers were graded."""
@@ -152,8 +165,13 @@ def paired_difference(first: EvalResult, second: EvalResult) -> PairedDifference
         difference = fmean(b - a for a, b in pairs)
         low, high = intervals.difference_interval([b - a for a, b in pairs])
     if pairs and samples == 1:
-        lost, gained = sum(a > b for a, b in pairs), sum(b > a for a, b in pairs)
-        p_value = intervals.mcnemar(lost, gained)
+        lost, gained, p_value = discordant(pairs)
+    ended = [
+        (a.truncated, b.truncated)
+        for problem, answers in first.endings.items()
+        for a, b in zip(answers, second.endings[problem], strict=True)
+    ]
+    only_first, only_second, truncated_p = discordant(ended) if samples == 1 else (None,) * 3
     return PairedDifference(
         first=first.label,
         second=second.label,
@@ -165,7 +183,16 @@ def paired_difference(first: EvalResult, second: EvalResult) -> PairedDifference
         only_second=gained,
         p_value=p_value,
         inflation=token_inflation(first.endings, second.endings, first.cap),
+        truncated_only_first=only_first,
+        truncated_only_second=only_second,
+        truncated_p_value=truncated_p,
     )
+
+
+def discordant(pairs: Sequence[tuple[float, float]]) -> tuple[int, int, float]:
+    """Count the pairs whose first and whose second value is larger; with McNemar's p value."""
+    first, second = sum(a > b for a, b in pairs), sum(b > a for a, b in pairs)
+    return first, second, intervals.mcnemar(first, second)
 
 
 def read_results(path: Path) -> list[EvalResult]:

@@ -1,5 +1,6 @@
 import itertools
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -95,6 +96,28 @@ def test_a_difference_is_paired():
     )
 
 
+def test_truncated_answers_are_paired():
+    """Two coins of eleven fall one way: no difference beyond chance."""
+
+    def of(truncated, label):
+        rows = [
+            row(kind="looping" if f"q{i}" in truncated else "right", name=f"q{i}")
+            for i in range(12)
+        ]
+        return result(rows, label=label)
+
+    dense = of({"q0", "q1", "q2"}, "dense")
+    pair = paired_difference(dense, of({"q2", *(f"q{i}" for i in range(3, 12))}, "2:4"))
+    counts = (pair.truncated_only_first, pair.truncated_only_second)
+    assert counts == (2, 9)
+    chance = sum(math.comb(11, i) for i in range(3)) / 2**11  # at most 2 of 11 coins
+    assert pair.truncated_p_value == pytest.approx(2 * chance)
+    assert pair.describe_truncated() == (
+        "truncated: 9 answers of 2:4 alone, 2 of dense alone (McNemar p = 0.065)"
+    )
+    assert paired_difference(dense, dense).describe_truncated() is None
+
+
 def test_several_answers_per_problem_are_paired_by_their_share():
     def of(counts, label):
         rows = [
@@ -105,6 +128,7 @@ def test_several_answers_per_problem_are_paired_by_their_share():
     found = paired_difference(of([4, 2, 0], "dense"), of([2, 2, 1], "2:4"))
     assert found.difference == pytest.approx((-2 + 0 + 1) / 12)
     assert found.p_value is None
+    assert found.describe_truncated() is None
     assert "paired over 3 problems" in found.describe()
 
 
