@@ -14,6 +14,7 @@ FLOORS = [
     ["errors", "platform", "rehearsal"],
     ["files", "machines"],
     ["settings", "reasoner", "model_tools", "processes", "progress"],
+    ["torchrun"],
     ["problems"],
     ["sampling"],
     ["traces"],

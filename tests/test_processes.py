@@ -4,7 +4,8 @@ import sys
 import pytest
 import torch
 
-from rac_modifier.processes import Processes, joined_processes, refuse_processes, started_processes
+from rac_modifier.processes import Processes
+from rac_modifier.torchrun import joined_processes, refuse_processes, started_processes
 from tests.started import started
 
 SCRIPT = """
@@ -12,7 +13,7 @@ import json
 from pathlib import Path
 import torch
 from loguru import logger
-from rac_modifier.processes import joined_processes, present_processes
+from rac_modifier.torchrun import joined_processes, present_processes
 with joined_processes() as processes:
     rank = processes.rank
     if processes.is_first:
@@ -70,7 +71,8 @@ def test_two_processes_exchange_and_copy_what_the_first_has_written(tmp_path):
 FAILS = """
 import sys
 from rac_modifier.errors import RacError
-from rac_modifier.processes import ProcessFailedError, joined_processes
+from rac_modifier.processes import ProcessFailedError
+from rac_modifier.torchrun import joined_processes
 try:
     with joined_processes() as processes:
         if processes.rank == 1:
@@ -92,7 +94,8 @@ def test_an_error_in_one_reaches_the_others(tmp_path):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from rac_modifier.processes import ProcessFailedError, joined_processes
+from rac_modifier.processes import ProcessFailedError
+from rac_modifier.torchrun import joined_processes
 try:
     with joined_processes() as processes:
         if processes.is_first:  # with all that is open, as torch's program for shared memory

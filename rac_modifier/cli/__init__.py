@@ -34,7 +34,7 @@ class Commands(typer.core.TyperGroup):
         """Return the command that was named; under torchrun only those that are distributed."""
         command = super().resolve_command(ctx, args)
         if _is_distributed() and command[0] not in ("prune", "recover"):
-            from rac_modifier.processes import refuse_processes
+            from rac_modifier.torchrun import refuse_processes
 
             refuse_processes(f"rac {command[0]}")
         return command

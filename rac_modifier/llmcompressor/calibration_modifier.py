@@ -24,8 +24,9 @@ from rac_modifier.llmcompressor.shared_weights import share_on_each_machine
 from rac_modifier.llmcompressor.trained_codes import LaterCodes
 from rac_modifier.model_tools import streamed_to_accelerator
 from rac_modifier.platform import keep_freed_memory
-from rac_modifier.processes import Processes, present_processes
+from rac_modifier.processes import Processes
 from rac_modifier.settings.entries import CalibrationEntry
+from rac_modifier.torchrun import present_processes
 
 # Fields of upstream's Modifier are its state; it sets two itself when it reads a recipe.
 _UPSTREAM_STATE = Modifier.model_fields.keys()
