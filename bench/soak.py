@@ -134,10 +134,10 @@ async def load(server: Server, vocab: int, requests: int, disk: Path | None) -> 
             except aiohttp.ClientError as error:
                 seen.wrong.append(f"a request failed: {type(error).__name__}: {error}")
             seen.counts["ended"] += 1
-            if seen.counts["ended"] % EVERY == 0:
-                seen.samples.append(await asyncio.to_thread(server.allocated))
             if disk and seen.counts["ended"] == requests // 2:
                 fill(disk)
+            if seen.counts["ended"] % EVERY == 0:
+                seen.samples.append(await asyncio.to_thread(server.allocated))
 
     timeout = aiohttp.ClientTimeout(total=3600)
     connector = aiohttp.TCPConnector(limit=CONCURRENCY)

@@ -2,6 +2,7 @@
 models are what their forms say."""
 
 import ast
+import asyncio
 import importlib
 import itertools
 import json
@@ -10,14 +11,17 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from bench import serving
+from bench import serving, soak
 from bench.__main__ import SUITES, main
 from bench.experts import with_experts
 from bench.formats import FORMATS
@@ -210,3 +214,41 @@ def test_the_types_of_a_gguf_file_are_those_that_llama_cpp_chooses():
     assert counts["Q4_K_M"] == {"Q4_K": 168, "Q6_K": 28}
     assert counts["Q3_K_M"] == {"Q3_K": 112, "Q4_K": 81, "Q5_K": 3}
     assert counts["IQ2_XXS"] == {"IQ2_XXS": 165, "Q4_K": 28, "Q2_K": 3}
+
+
+@pytest.mark.parametrize("careless", [False, True])
+def test_the_soak_names_a_bad_prompt_that_is_answered(tmp_path, monkeypatch, careless):
+    async def complete(request):
+        body = await request.json()
+        prompt = body["prompt"]
+        valid = prompt and all(isinstance(at, int) and 0 <= at < 64 for at in prompt)
+        if not (valid and len(prompt) < 512) and not (careless and prompt == [-1]):
+            raise web.HTTPBadRequest
+        if not body["stream"]:
+            return web.json_response({"choices": [{"token_ids": [7] * body["max_tokens"]}]})
+        lines = "data: {}\n\n" * body["max_tokens"]
+        return web.Response(text=lines)
+
+    async def metrics(_):
+        return web.Response(text="vllm:num_requests_running{} 0.0\n")
+
+    async def soaked():
+        app = web.Application()
+        app.add_routes([web.post("/v1/completions", complete), web.get("/metrics", metrics)])
+        async with TestServer(app) as fake:
+            server = SimpleNamespace(url=str(fake.make_url("")), allocated=lambda: 1)
+            return await soak.load(server, 64, 400, tmp_path)
+
+    filled = []
+    monkeypatch.setattr(soak, "fill", filled.append)
+    monkeypatch.setattr(soak, "PROBE", [10])
+    seen = asyncio.run(soaked())
+    assert filled == [tmp_path]  # once
+    assert seen.counts["ended"] == 400
+    assert len(seen.samples) == 4
+    assert len(seen.seconds) > 200
+    if careless:
+        assert set(seen.wrong) == {"the prompt [-1] got status 200"}
+    else:
+        assert seen.wrong == []
+        assert 5 < seen.counts["refused"] < 40
