@@ -16,8 +16,8 @@ All other forms run on our kernels; int4-8 has 8-bit activations. A project has 
 
 Each round starts a server per form, in reverse order every second round. Ratios are to the
 first form. A form whose project is missing, or whose server fails, is listed with the reason.
---soak sends thousands of requests; some clients leave, to a checkpoint, and exits with 1 where
-memory is not flat or a request fails.
+--soak sends thousands of requests to a checkpoint: some clients leave, some prompts are bad. It
+exits with 1 where memory is not flat, a request fails or a bad prompt is answered.
 """
 
 import argparse
@@ -74,8 +74,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--output-tokens", type=int, default=64)
-    lengths = {"default": [512, 2048], "help": "lengths, one by one"}
-    parser.add_argument("--prompts", type=int, nargs="*", **lengths)
+    parser.add_argument("--prompts", type=int, nargs="*", default=[512, 2048], help="lengths")
     parser.add_argument("--packages", type=Path, default=Path("build/peers"), help="of projects")
     parser.add_argument("--serve-options", default="", help="of `vllm serve`, in one text")
     parser.add_argument("--soak", type=Path, metavar="FOLDER", help="a checkpoint to soak")
