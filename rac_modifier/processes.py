@@ -35,7 +35,7 @@ class Processes:
     rank: int = 0
     count: int = 1
     device: torch.device | None = None
-    _group: Any = field(default=None, repr=False, compare=False)  # gloo; it waits for days
+    _group: Any = field(default=None, repr=False, compare=False)  # gloo, with a timeout of days
     machine: int = 0  # rank of the first process on this machine
     _local: int | None = None
 

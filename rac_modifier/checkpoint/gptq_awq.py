@@ -60,6 +60,7 @@ class GptqRule(_Entries):
 class Gptq(_Entries):
     """The format GPTQ: the entries of config.json that weights are read by, and their check."""
 
+    method: ClassVar[str] = "gptq"
     bits: Literal[2, 3, 4, 8]
     group_size: int
     sym: bool
@@ -133,6 +134,7 @@ class Gptq(_Entries):
 class Awq(_Entries):
     """The format AWQ: the entries of config.json that weights are read by, and their check."""
 
+    method: ClassVar[str] = "awq"
     lm_head: ClassVar[bool] = False  # never quantized
     bits: Literal[4] = Field(validation_alias=AliasChoices("w_bit", "bits"))
     group_size: int = Field(validation_alias=AliasChoices("q_group_size", "group_size"))
@@ -170,7 +172,19 @@ class Awq(_Entries):
         return with_zeros(codes, scale, zeros if self.zero_point else None, 4, name)
 
 
-FORMATS: dict[str, type[Gptq] | type[Awq]] = {"gptq": Gptq, "awq": Awq}
+FORMATS: dict[str, type[Gptq] | type[Awq]] = {Gptq.method: Gptq, Awq.method: Awq}
+
+
+def format_of(quantization: object) -> Gptq | Awq | None:
+    """Return the entries of a `quantization_config` of GPTQ or AWQ, None for any other value.
+
+    RacError: an entry is missing or malformed.
+    """
+    if not isinstance(quantization, Mapping):
+        return None
+    method = quantization.get("quant_method")
+    known = FORMATS.get(method) if isinstance(method, str) else None
+    return None if known is None else known.of(quantization)
 
 
 def _words(

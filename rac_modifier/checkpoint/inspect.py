@@ -14,7 +14,12 @@ from rac_modifier.checkpoint.bitmask import DTYPES
 from rac_modifier.checkpoint.dense_codes import WORDS, WORDS_SHAPE, ZEROS, PackQuantized
 from rac_modifier.checkpoint.files import TensorFiles
 from rac_modifier.checkpoint.formats import PackedFiles, structure_of
-from rac_modifier.checkpoint.quantization_config import CONFIG_FILE, SparsityRecord, WeightScheme
+from rac_modifier.checkpoint.quantization_config import (
+    CONFIG_FILE,
+    QUANTIZATION_KEY,
+    SparsityRecord,
+    WeightScheme,
+)
 from rac_modifier.checkpoint.stored_weight import StoredWeight
 from rac_modifier.errors import RacError
 from rac_modifier.files import read_json
@@ -98,11 +103,10 @@ class Matrices:
         self.files, self.config = files, config
         self.packed = PackedFiles(files, config)
         self.record = SparsityRecord.of(config)
-        quantization = config.get("quantization_config") or {}
         self.format = "dense" if self.packed.format is None else self.packed.format.name
-        self.of_words: gptq_awq.Gptq | gptq_awq.Awq | None = None
-        if (method := quantization.get("quant_method")) in gptq_awq.FORMATS:
-            self.format, self.of_words = method, gptq_awq.FORMATS[method].of(quantization)
+        self.of_words = gptq_awq.format_of(config.get(QUANTIZATION_KEY))
+        if self.of_words is not None:
+            self.format = self.of_words.method
 
     def rows(self) -> list[ModuleRow]:
         """List all matrices, before their values are read; layer 10 comes after layer 9."""

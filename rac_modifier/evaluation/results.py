@@ -171,7 +171,7 @@ def paired_difference(first: EvalResult, second: EvalResult) -> PairedDifference
         for problem, answers in first.endings.items()
         for a, b in zip(answers, second.endings[problem], strict=True)
     ]
-    only_first, only_second, truncated_p = discordant(ended) if samples == 1 else (None,) * 3
+    truncated = discordant(ended) if samples == 1 else (None, None, None)
     return PairedDifference(
         first=first.label,
         second=second.label,
@@ -183,9 +183,9 @@ def paired_difference(first: EvalResult, second: EvalResult) -> PairedDifference
         only_second=gained,
         p_value=p_value,
         inflation=token_inflation(first.endings, second.endings, first.cap),
-        truncated_only_first=only_first,
-        truncated_only_second=only_second,
-        truncated_p_value=truncated_p,
+        truncated_only_first=truncated[0],
+        truncated_only_second=truncated[1],
+        truncated_p_value=truncated[2],
     )
 
 

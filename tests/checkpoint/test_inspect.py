@@ -119,6 +119,12 @@ def test_modules_of_gptq_and_awq_have_their_shape_zeros_and_bytes(tmp_path, meth
     assert row.stored_bytes == sum(tensor.nbytes for tensor in tensors.values())
 
 
+@pytest.mark.parametrize("quantization", ["gptq", {"quant_method": ["gptq"]}, None])
+def test_a_method_that_is_no_text_is_no_format(tmp_path, quantization):
+    write(tmp_path, {"a.weight": torch.ones(2, 2)}, quantization_config=quantization)
+    assert inspect_checkpoint(tmp_path).format == "dense"
+
+
 def test_a_damaged_module_of_gptq_is_one_bad_row(tmp_path):
     tensors = gptq(drawn(16, 64, 32, symmetric=True))
     named = {f"{name}.{part}": x.clone() for name in "ab" for part, x in tensors.items()}
