@@ -24,7 +24,7 @@ from bench.common import called_in_child, save
 from bench.gguf_rows import GGUF, IMATRIX, quantized_by_llama_cpp
 from bench.models import Subject, float32_copy
 from rac_modifier import trace_dataset
-from rac_modifier.evaluation.divergence import divergence_per_token
+from rac_modifier.evaluation.divergence import DenseReference
 from rac_modifier.evaluation.intervals import mean_over_tokens
 from rac_modifier.evaluation.teacher_forcing import sample_sequences
 from rac_modifier.problems.source import load_problems
@@ -190,7 +190,7 @@ class Answers:
     def __init__(
         self, dense: Any, tokenizer: Any, subject: Subject, options: argparse.Namespace, name: str
     ) -> None:
-        self.name, self.dense = name, dense
+        self.name, self.eos = name, dense.config.eos_token_id
         path = options.work / f"answers-{options.model}-{name}-{options.answers}-{options.cap}.json"
         if not path.exists():
             source = ProblemSource(source=subject.evaluation["source"])
@@ -200,13 +200,14 @@ class Answers:
             )
             path.write_text(json.dumps(sample_sequences(dense, tokenizer, problems, sampling)))
         self.sequences = json.loads(path.read_text())
+        self.reference = DenseReference(dense, self.sequences)
 
     def divergence(self, pruned: Any) -> dict[str, tuple[float, float | None]]:
         """Return mean KL per token, in nats, with its standard error over answers."""
-        rows = divergence_per_token(self.dense, pruned, self.sequences, self.name)
+        rows = self.reference.divergence_per_token(pruned, self.name)
         outside = []
         for (ids, start), row in zip(self.sequences, rows, strict=True):
-            reason = "length" if ids[-1] != self.dense.config.eos_token_id else "stop"
+            reason = "length" if ids[-1] != self.eos else "stop"
             tail = repeated_tail(tuple(ids[start:]), reason)
             outside.append(row.kl[: len(row.kl) - tail])
         overall = mean_over_tokens([row.kl for row in rows])

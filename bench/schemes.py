@@ -43,6 +43,7 @@ SCHEMES = (
     "GPTQ int2",
     "int2 with zero points",
 )
+CELLS = [*((kind, "sampled") for kind in CALIBRATIONS), ("traces", "greedy")]
 OPTIONS = ["--dtype", "bfloat16", "--max-model-len", "1024", "--enforce-eager"]
 TINY = "--tokens 512 --answers 2 --cap 16 --labels FP8 --calibrations prompts"
 
@@ -79,17 +80,17 @@ def run(options: argparse.Namespace) -> None:
             model = load(folder, dense_folder)
             result[kind] = {}
             for dense_answers in answers:
-                result[kind] |= dense_answers.divergence(model)
+                if (kind, dense_answers.name) in CELLS:
+                    result[kind] |= dense_answers.divergence(model)
             if kind == "traces":
                 result["bits"] = bits_per_weight(folder, model)
                 result["served"] = options.vllm and served(model, tokenizer, folder, options.vllm)
             path.write_text(json.dumps(finished, indent=1))
     columns = {"scheme": "", "bits per weight": ".2f", "vLLM serves it": ""}
-    cells = [*((kind, "sampled") for kind in CALIBRATIONS), ("traces", "greedy")]
-    columns |= dict.fromkeys((f"KL, {kind}, {name}" for kind, name in cells), ".3f")
+    columns |= dict.fromkeys((f"KL, {kind}, {name}" for kind, name in CELLS), ".3f")
     table = []
     for label, result in finished.items():
-        values = [result.get(kind, {}).get(name) for kind, name in cells]
+        values = [result.get(kind, {}).get(name) for kind, name in CELLS]
         kl = [
             value and [1000 * number for number in value if number is not None] for value in values
         ]

@@ -90,7 +90,14 @@ def divergence_per_token(
             width = max(1, WINDOW_ELEMENTS // (len(batch) * vocabulary(dense)))
             both = zip(windows(dense, ids, width), windows(pruned, ids, width), strict=True)
             rows += compare(batch, ((start, p, q) for (start, p), (_, q) in both), label)
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i][0]))  # of the batches
+    return _in_order(rows, sequences)
+
+
+def _in_order(
+    rows: list[TokenDivergence], sequences: Sequence[TokenSequence]
+) -> list[TokenDivergence]:
+    """Return rows of batches of like length in the order of `sequences`."""
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i][0]))
     return [row for _, row in sorted(zip(order, rows, strict=True), key=lambda pair: pair[0])]
 
 
@@ -177,6 +184,7 @@ class DenseReference:
     def __init__(self, model: Any, sequences: Sequence[TokenSequence]):
         """Run the dense model up to its head (RacError: it has none, or unfit sequences)."""
         check_sequences(sequences, model)
+        self._sequences = sequences
         self._batches = list(batches_of_like_length(sequences, BATCH_TOKENS))
         self._head = _probe(output_head(model))
         with evaluating(model):
@@ -184,18 +192,22 @@ class DenseReference:
                 input_of_head(model, padded(batch)[0][:, :-1]).cpu() for batch in self._batches
             ]
 
-    @torch.no_grad()
     def divergence(self, pruned: Any, *, label: str) -> DivergenceResult:
         """Measure what `divergence` does (RacError: the head changed, logits are not finite)."""
+        return summarise_divergence(self.divergence_per_token(pruned, label), label)
+
+    @torch.no_grad()
+    def divergence_per_token(self, pruned: Any, label: str) -> list[TokenDivergence]:
+        """Return the values of each completion, in the order of the sequences."""
         head = output_head(pruned)
         quantized = getattr(head, "quantization_scheme", None) is not None
         if quantized or not torch.equal(_probe(head), self._head):
             raise RacError("the output head changed too, and with it what the dense model predicts")
-        rows = []
+        rows: list[TokenDivergence] = []
         with evaluating(pruned):
             for batch, entering in zip(self._batches, self._entering, strict=True):
                 rows += compare(batch, _windows_of_both(pruned, head, batch, entering), label)
-        return summarise_divergence(rows, label)
+        return _in_order(rows, self._sequences)
 
 
 def _windows_of_both(
