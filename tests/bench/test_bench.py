@@ -21,7 +21,7 @@ from aiohttp.test_utils import TestServer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from bench import serving, soak
+from bench import server, serving, soak
 from bench.__main__ import SUITES, main
 from bench.experts import with_experts
 from bench.formats import FORMATS
@@ -135,7 +135,7 @@ def test_the_mixture_is_the_dense_model_where_a_token_meets_every_quarter():
 
 
 SERVER = """
-import http.server, json, os, sys
+import http.server, json, os, sys, threading
 
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
@@ -147,6 +147,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             print("[core.py:1] AttributeError: no cpu_gemm", flush=True)
             os._exit(1)
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if FAULT == "hang":
+            threading.Event().wait()
         self.send_response(200)
         self.end_headers()
         for token in range(body["max_tokens"] - (FAULT == "short")):
@@ -183,6 +185,17 @@ def test_a_contender_that_is_missing_refuses_or_crashes_is_a_named_gap(tmp_path,
     assert "no cpu_gemm" in reasons["crash"]
     assert "asked for 8 tokens, got 7" in reasons["short"]
     assert f"- refuse: {reasons['refuse']}" in table(result)
+
+
+def test_a_contender_that_never_answers_is_a_named_gap(tmp_path, monkeypatch):
+    lines = f"FAULT, CHOICE = 'hang', None\n{SERVER}"
+    command, log = [sys.executable, "-c", lines], tmp_path / "hang.log"
+    context = serving.running(command, log, dict(os.environ))
+    monkeypatch.setattr(serving, "prepare", lambda name, options: (tmp_path, context))
+    monkeypatch.setattr(server, "SILENT_SECONDS", 0.1)
+    main(["serving", "--rounds", "1", "--out", str(tmp_path), "--forms", "int4"])
+    gaps = json.loads((tmp_path / "serving.json").read_text())["gaps"]
+    assert "Timeout" in gaps["int4"]
 
 
 def test_a_project_that_is_not_installed_is_a_gap(tmp_path):
@@ -236,8 +249,8 @@ def test_the_soak_names_a_bad_prompt_that_is_answered(tmp_path, monkeypatch, car
         app = web.Application()
         app.add_routes([web.post("/v1/completions", complete), web.get("/metrics", metrics)])
         async with TestServer(app) as fake:
-            server = SimpleNamespace(url=str(fake.make_url("")), allocated=lambda: 1)
-            return await soak.load(server, 64, 400, tmp_path)
+            soaked = SimpleNamespace(url=str(fake.make_url("")), allocated=lambda: 1)
+            return await soak.load(soaked, 64, 400, tmp_path)
 
     filled = []
     monkeypatch.setattr(soak, "fill", filled.append)
