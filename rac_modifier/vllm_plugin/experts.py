@@ -21,8 +21,8 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
 from rac_modifier.checkpoint.stored_weight import StoredWeight, stack
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.choose import choose
-from rac_modifier.kernels.interface import Backend, Decision, Layer, stay_dense
-from rac_modifier.vllm_plugin.layouts import Weight, WeightReader
+from rac_modifier.kernels.interface import Decision, Layer, stay_dense
+from rac_modifier.vllm_plugin.layouts import WeightReader
 from rac_modifier.vllm_plugin.linear import AddDecision, PackedWeight, loaded_again, to_floats
 
 _GATES: dict[MoEActivation, Callable[[Tensor], Tensor]] = {
@@ -36,25 +36,21 @@ _SERVED: WeakValueDictionary[str, "PackedExperts"] = WeakValueDictionary()
 class PackedExperts(torch.nn.Module):
     """Experts, each with the weights [2 width, hidden] (gate and up, stacked) and [hidden, width].
 
-    The operator finds them by their layer's `name`; their packed weights are parameters of
-    this module. `local`, int [experts], has numbers on this rank or -1; None: the same.
+    The operator finds them by their layer's `name`. `pairs`: the packed weights of expert after
+    expert, each with the module that holds its parameters. `local`, int [experts], has numbers on
+    this rank or -1; None: the same.
     """
 
     def __init__(
         self,
         name: str,
-        weights: Sequence[tuple[Backend, StoredWeight]],
+        pairs: Sequence[tuple[PackedWeight, torch.nn.Module]],
         gate: Callable[[Tensor], Tensor],
-        served: torch.dtype,
         local: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.gate, self.local = gate, local
-        self.holders = torch.nn.ModuleList(torch.nn.Module() for _ in weights)
-        pairs = [
-            (PackedWeight(holder, backend, weight, served), holder)
-            for holder, (backend, weight) in zip(self.holders, weights, strict=True)
-        ]
+        self.holders = torch.nn.ModuleList(holder for _, holder in pairs)
         self.up, self.down = pairs[::2], pairs[1::2]
         self.name, number = name, 1
         while self.name in _SERVED:  # another model in this process has a layer of this name
@@ -149,15 +145,12 @@ class RacExpertsMethod(FusedMoEMethodBase):
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Check what was collected (RacError), and keep it in one form, packed or dense."""
-        tensors, self._tensors, self._finished = self._tensors, {}, True
-        loaded = {
-            name: self.reader.read(stored, f"{self.prefix}.{name}")
-            for name, stored in tensors.items()
-        }
-        reason = self._unsupported(layer, loaded)
-        decision = stay_dense(reason, self.dtype) if reason else self._pack(layer, loaded)
+        self._finished = True
+        reason = self._unsupported(layer)
+        decision = stay_dense(reason, self.dtype) if reason else self._pack(layer)
         if not decision.sparse:
-            self._expand(layer, loaded)
+            self._expand(layer)
+        self._tensors = {}
         self.add(self.prefix, decision)
 
     def apply(
@@ -184,16 +177,11 @@ class RacExpertsMethod(FusedMoEMethodBase):
                 self._unpacked.append((name, tensor))
         return iter(())
 
-    def _unsupported(self, layer: Any, loaded: dict[str, Weight]) -> str | None:
-        """Return why this layer cannot run on any kernel; None where it can."""
+    def _unsupported(self, layer: Any) -> str | None:
+        """Return why no kernel runs experts of such a layer; None where one can."""
         moe = layer.moe_config
         if self._unpacked:
             return f"its experts have {self._unpacked[0][0]}, which is not packed"
-        stored = [weight for weight in loaded.values() if isinstance(weight, StoredWeight)]
-        if len(stored) < len(loaded):
-            return "some of its experts are stored in floats"
-        if any(weight.order is not None for weight in stored):
-            return "the columns of its experts are reordered (desc_act)"
         if layer.activation not in _GATES or layer.swiglu_limit is not None:
             return f"experts with the activation {layer.activation.value} have no kernel"
         weighted, balanced = layer.apply_router_weight_on_input, moe.moe_parallel_config.enable_eplb
@@ -201,22 +189,27 @@ class RacExpertsMethod(FusedMoEMethodBase):
             return "experts with biases, LoRA, weighted inputs or load balancing have no kernel"
         return None
 
-    def _pack(self, layer: Any, loaded: dict[str, Weight]) -> Decision:
-        """Decide for the rank's experts, and pack them if a kernel runs all."""
-        packable = []
+    def _pack(self, layer: Any) -> Decision:
+        """Decide for the rank's experts, and pack one after the other while a kernel runs all.
+
+        Read for packing, a weight takes several times its bytes on disk.
+        """
+        pairs = []
         for number in self._numbers(layer):
-            for share in self._shares(layer, loaded, number):
+            weights = self._weights(layer, number)
+            if not all(isinstance(weight, StoredWeight) for weight in weights):
+                return stay_dense("some of its experts are stored in floats", self.dtype)
+            if any(weight.order is not None for weight in weights):
+                reason = "the columns of its experts are reordered (desc_act)"
+                return stay_dense(reason, self.dtype)
+            for share in self._shares(layer, weights, number):
                 decision, backend = choose(Layer.of(share, self.dtype), self.device.type)
                 if backend is None:
                     return decision
-                packable.append((backend, share))
-        layer.sparse_experts = PackedExperts(
-            self.prefix,
-            packable,
-            _GATES[layer.activation],
-            self.dtype,
-            layer.expert_map_manager.expert_map,
-        )
+                holder = torch.nn.Module()
+                pairs.append((PackedWeight(holder, backend, share, self.dtype), holder))
+        gate, local = _GATES[layer.activation], layer.expert_map_manager.expert_map
+        layer.sparse_experts = PackedExperts(self.prefix, pairs, gate, local)
         return replace(decision, kernel=f"{decision.kernel}, experts")
 
     def _numbers(self, layer: Any) -> list[int]:
@@ -227,32 +220,37 @@ class RacExpertsMethod(FusedMoEMethodBase):
         numbers = torch.nonzero(local >= 0).flatten()
         return numbers[local[numbers].argsort()].tolist()
 
-    def _shares(
-        self, layer: Any, loaded: dict[str, Weight], number: int
-    ) -> tuple[StoredWeight, StoredWeight]:
-        """Return this rank's rows of gate and up, stacked, and its columns of down."""
+    def _weights(self, layer: Any, number: int) -> list[Any]:
+        """Return an expert's gate, up and down, read from the checkpoint (RacError: unfit)."""
         moe = layer.moe_config
         wide = [moe.intermediate_size, moe.hidden_dim]
         shapes = dict.fromkeys((layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name), wide)
         shapes[layer.ckpt_down_proj_name] = wide[::-1]
         weights = []
         for name, shape in shapes.items():
-            module, weight = f"{self.prefix}.{number}.{name}", loaded.get(f"{number}.{name}")
-            if not isinstance(weight, StoredWeight):
+            module, stored = f"{self.prefix}.{number}.{name}", f"{number}.{name}"
+            if stored not in self._tensors:
                 raise RacError(f"{module}: missing from the checkpoint; copy or save it again")
+            weight = self.reader.read(self._tensors[stored], module)
             if list(weight.shape) != shape:
                 raise RacError(
                     f"{module}: the checkpoint has a weight {list(weight.shape)}, the model's "
                     f"config.json has {shape}; they do not belong together"
                 )
             weights.append(weight)
+        return weights
+
+    def _shares(
+        self, layer: Any, weights: Sequence[StoredWeight], number: int
+    ) -> tuple[StoredWeight, StoredWeight]:
+        """Return this rank's rows of gate and up, stacked, and its columns of down."""
         gate, up, down = weights
-        first = moe.tp_rank * self.width
+        first = layer.moe_config.tp_rank * self.width
         rows = torch.arange(first, first + self.width)
         gate_up = stack([gate.select_rows(rows), up.select_rows(rows)], f"{self.prefix}.{number}")
         return gate_up, down.select_columns(first, self.width)
 
-    def _expand(self, layer: Any, loaded: dict[str, Weight]) -> None:
+    def _expand(self, layer: Any) -> None:
         """Have vLLM's own method run the experts, dense, created with the sizes that it needs."""
         method, moe = UnquantizedFusedMoEMethod(layer.moe_config), layer.moe_config
         sizes = method.maybe_roundup_sizes(
@@ -268,7 +266,11 @@ class RacExpertsMethod(FusedMoEMethodBase):
             method.create_weights(
                 layer, hidden_size=sizes[0], intermediate_size_per_partition=sizes[1], **self.sizes
             )
-        dense = ((f"{name}.weight", to_floats(w, self.dtype)) for name, w in loaded.items())
+        weights = (
+            (name, self.reader.read(stored, f"{self.prefix}.{name}"))
+            for name, stored in self._tensors.items()
+        )
+        dense = ((f"{name}.weight", to_floats(weight, self.dtype)) for name, weight in weights)
         for _ in self._load(chain(self._unpacked, dense)):  # expands one expert at a time
             pass
         method.process_weights_after_loading(layer)
