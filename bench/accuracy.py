@@ -1,15 +1,28 @@
-"""Accuracy, divergence and bytes of pruned models, by pattern, preset and calibration set.
+"""Accuracy and divergence of pruned models, by pattern, preset and calibration set.
 
-python -m bench accuracy --variants paper quality --patterns 0.5 0.7 2:4
+    python -m bench accuracy --variants paper --calibrations traces prompts generic
+    python -m bench accuracy --variants paper quality --patterns 0.5 0.7 2:4
+
+Each seed draws its own calibration set. Three values are the median of the seeds, the lowest and
+the highest.
 """
 
 import argparse
 import itertools
+from typing import Any
 
 from bench import grid
-from bench.common import save
+from bench.common import save, spread
 from bench.models import SUBJECTS
 
+COLUMNS = {
+    "pattern": "",
+    "preset": "",
+    "calibration": "",
+    "KL, nats per token": ".4f",
+    "right answers, %": ".1f",
+    "truncated answers, %": ".1f",
+}
 TINY = "--variants paper --patterns 2:4 --seeds 0 --tokens 512 --problems 2 --cap 24"
 
 
@@ -43,5 +56,16 @@ def run(options: argparse.Namespace) -> None:
     ]
     out = options.work / f"accuracy-{options.model}"
     budgets = {name: getattr(options, name) for name in ("tokens", "problems", "cap")}
-    table = [grid.cells(row) for row in grid.run_grid(subject, rows, out, **budgets)]
-    save(options.out, f"accuracy_{options.model}", subject.name, grid.COLUMNS, table)
+    by_row: dict[str, list[list[Any]]] = {}
+    for row in grid.run_grid(subject, rows, out, **budgets):
+        by_row.setdefault(row["row"], []).append(grid.cells(row))
+    table = []
+    for label, of_seeds in by_row.items():
+        pattern, preset, calibration = label.split(", ") if ", " in label else (label, None, None)
+        _, _, kl, right, truncated, _ = of_seeds[0]
+        if preset:
+            kl, right = (spread([cells[at][0] for cells in of_seeds]) for at in (2, 3))
+            truncated = spread([cells[4] for cells in of_seeds])
+        shown = pattern if ":" in pattern or not preset else f"{float(pattern):.0%}"
+        table.append([shown, preset, calibration, kl, right, truncated])
+    save(options.out, f"accuracy_{options.model}", subject.name, COLUMNS, table)

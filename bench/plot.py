@@ -8,27 +8,35 @@ import altair as alt
 
 from bench.common import RESULTS, ROOT
 
-# calibration set or preset: label and colour
+# calibration set and preset: label and colour
 LINES = {
-    "prompts only": ("prompts without the thinking, paper", "#9a9a9a"),
-    "generic text": ("generic text, paper", "#d98c3f"),
-    "paper": ("own thinking (RAC), paper", "#3f7fbf"),
-    "quality": ("own thinking (RAC), quality", "#1d4f8a"),
+    ("prompts", "paper"): ("prompts without the thinking, paper", "#9a9a9a"),
+    ("generic", "paper"): ("generic text, paper", "#d98c3f"),
+    ("traces", "paper"): ("own thinking (RAC), paper", "#3f7fbf"),
+    ("traces", "quality"): ("own thinking (RAC), quality", "#1d4f8a"),
 }
 PATTERNS = ["50%", "60%", "70%", "80%", "2:4"]
 
 
 def points() -> list[dict[str, Any]]:
     """Return a point per line, pattern and figure, with its lowest and highest value."""
-    figures = ("right", "truncated")
+    rows = {}  # of both tables, which share some
+    for file in ("accuracy_calibration", "accuracy_presets"):
+        for pattern, *line, _, right, truncated in read(file):
+            if line[0]:
+                rows[pattern, *line] = {"right": right, "truncated": truncated}
     return [
-        {"line": LINES[name][0], "pattern": pattern, "figure": figure}
-        | dict(zip(("mean", "low", "high"), value, strict=True))
-        for file in ("accuracy_calibration", "accuracy_presets")
-        for pattern, name, *values in json.loads((RESULTS / f"{file}.json").read_text())["rows"]
-        if name in LINES and pattern in PATTERNS
-        for figure, value in zip(figures, values, strict=True)
+        {"line": LINES[calibration, preset][0], "pattern": pattern, "figure": figure}
+        | dict(zip(("median", "low", "high"), value, strict=True))
+        for (pattern, preset, calibration), figures in rows.items()
+        for figure, value in figures.items()
     ]
+
+
+def read(file: str) -> list[Any]:
+    """Return the rows of a result."""
+    rows: list[Any] = json.loads((RESULTS / f"{file}.json").read_text())["rows"]
+    return rows
 
 
 def draw(path: Path) -> None:
@@ -43,7 +51,7 @@ def draw(path: Path) -> None:
             x=alt.X("pattern:N", sort=PATTERNS, title="pruned weights", axis=flat),
             color=alt.Color("line:N", title=None, scale=scale, legend=alt.Legend(columns=2)),
         )
-        y = alt.Y("mean:Q", title=None, scale=alt.Scale(domain=[0, 100]))
+        y = alt.Y("median:Q", title=None, scale=alt.Scale(domain=[0, 100]))
         line = base.mark_line().encode(y=y).transform_filter("datum.pattern != '2:4'")
         interval = base.mark_rule().encode(y="low:Q", y2="high:Q")
         return line + interval + base.mark_point(filled=True, size=40, opacity=1).encode(y=y)
