@@ -3,8 +3,8 @@
     python -m bench accuracy --variants paper --calibrations traces prompts generic
     python -m bench accuracy --variants paper quality --patterns 0.5 0.7 2:4
 
-Each seed draws its own calibration set. Three values are the median of the seeds, the lowest and
-the highest.
+Each seed draws its own calibration set. Three values are the median of several seeds, the lowest
+and the highest; of one seed, right answers have a 95 % interval and KL has a standard error.
 """
 
 import argparse
@@ -19,7 +19,7 @@ COLUMNS = {
     "pattern": "",
     "preset": "",
     "calibration": "",
-    "KL, nats per token": ".4f",
+    "KL, nats per token": ".5f",
     "right answers, %": ".1f",
     "truncated answers, %": ".1f",
 }
@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> None:
     for label, of_seeds in by_row.items():
         pattern, preset, calibration = label.split(", ") if ", " in label else (label, None, None)
         _, _, kl, right, truncated, _ = of_seeds[0]
-        if preset:
+        if len(of_seeds) > 1:
             kl, right = (spread([cells[at][0] for cells in of_seeds]) for at in (2, 3))
             truncated = spread([cells[4] for cells in of_seeds])
         shown = pattern if ":" in pattern or not preset else f"{float(pattern):.0%}"

@@ -21,16 +21,21 @@ PATTERNS = ["50%", "60%", "70%", "80%", "2:4"]
 def points() -> list[dict[str, Any]]:
     """Return a point per line, pattern and figure, with its lowest and highest value."""
     rows = {}  # of both tables, which share some
-    for file in ("accuracy_calibration", "accuracy_presets"):
+    for file in ("accuracy_presets", "accuracy_calibration"):  # the latter has three seeds
         for pattern, *line, _, right, truncated in read(file):
             if line[0]:
                 rows[pattern, *line] = {"right": right, "truncated": truncated}
     return [
         {"line": LINES[calibration, preset][0], "pattern": pattern, "figure": figure}
-        | dict(zip(("median", "low", "high"), value, strict=True))
+        | dict(zip(("median", "low", "high"), limits(value), strict=True))
         for (pattern, preset, calibration), figures in rows.items()
         for figure, value in figures.items()
     ]
+
+
+def limits(value: Any) -> list[float]:
+    """Return a value with its lowest and highest one; a single value is all three."""
+    return value if isinstance(value, list) else [value] * 3
 
 
 def read(file: str) -> list[Any]:
