@@ -172,7 +172,7 @@ def test_torch_checks_the_operators_and_compiles_them_for_any_number_of_tokens(a
 
 @pytest.fixture
 def active(best, monkeypatch):
-    """Use the library whose operator torch has; torch takes that of one library per process."""
+    """Use the library that registered the operator: torch accepts one per process."""
     if cpp_operator.registered is not None:  # perhaps another test's
         take(Path(cpp_operator.registered._calls._name), None, monkeypatch)
     library_and_isa()
