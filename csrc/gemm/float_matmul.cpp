@@ -133,18 +133,21 @@ bool panels(const Matmul& matmul, const Dots<X>& dots, int64_t first, int64_t la
 Status linear(const Matmul& out, const void* x, const Scale& scale, const Kernel& kernel, int threads) {
     const int64_t m = out.m, columns = out.weight.columns;
     const bool integers = out.weight.type >= INT8, bf16_x = out.out_type == BF16, units = kernel.bf16 && has_avx512_bf16();
+    if (integers) RAC_TRY(check_scale(out.weight, scale));
     Matmul matmul = out;
     matmul.store = kernel.floats->store;
+    // Vectors multiply a single token of a weight of bf16 faster, and few tokens of integers.
+    const int64_t few = integers ? MOST_SLOTS * (out.weight.byte_x ? 2 : 1) : 1;
+    const bool tiles = kernel.tiles && bf16_x && m > few && out.weight.type != FP32 &&
+                       (scale.groups == 1 || columns / scale.groups % TILE_COLUMNS == 0);
     // Integers of 8 bits are exact in bf16. From more tokens than QUADS interleaves on, that is faster than two planes of bytes.
-    const bool as_bf16 = integers && !has_codes(out.weight.type) && bf16_x && units && !kernel.tiles && m > MOST_SLOTS &&
-                         scale.groups == 1 && scale.data && !out.weight.byte_x;
-    if (integers && !as_bf16) return int_linear(matmul, x, scale, kernel, threads);
-    if (scale.data && scale.groups != 1) return fail(BAD_ARGUMENT, "scale: only weights of integers have scales in groups");
-    if (scale.data && scale.type != FP32) return fail(BAD_ARGUMENT, "scale: only codes have one that is not fp32");
-    matmul.scale = static_cast<const float*>(scale.data);
-    const bool both_bf16 = out.weight.type == BF16 && bf16_x;
-    const bool tiles = kernel.tiles && both_bf16 && m > 1;  // vdpbf16ps multiplies a single token faster
-    const Type type = as_bf16 || (both_bf16 && units) ? BF16 : FP32;
+    const bool as_bf16 = integers && !has_codes(out.weight.type) && bf16_x && units && m > MOST_SLOTS && scale.groups == 1 &&
+                         !out.weight.byte_x;
+    if (integers && !as_bf16 && !tiles) return int_linear(matmul, x, scale, kernel, threads);
+    if (!integers && scale.data && scale.groups != 1) return fail(BAD_ARGUMENT, "scale: only weights of integers have scales in groups");
+    if (!integers && scale.data && scale.type != FP32) return fail(BAD_ARGUMENT, "scale: only codes have one that is not fp32");
+    if (scale.groups == 1 && scale.type == FP32) matmul.scale = static_cast<const float*>(scale.data);
+    const Type type = tiles || as_bf16 || (out.weight.type == BF16 && bf16_x && units) ? BF16 : FP32;
     matmul.x_type = type;
     matmul.stride = (columns + TILE_COLUMNS - 1) / TILE_COLUMNS * TILE_COLUMNS;
     void* copy = nullptr;
@@ -155,8 +158,9 @@ Status linear(const Matmul& out, const void* x, const Scale& scale, const Kernel
         if (!copy) return fail(NO_MEMORY, "no memory for the activations");
         matmul.x = copy;
     }
+    const IntMatmul ints = integers ? in_blocks(matmul, scale) : IntMatmul{};
     const bool done = in_shares(out.weight.panels, threads, m <= FEW_TOKENS ? 1 : SHARE_PAIRS, [&](int64_t first, int64_t last) {
-        if (tiles) return kernel.tiles->floats(matmul, first, last);
+        if (tiles) return integers ? kernel.tiles->integers(ints, first, last) : kernel.tiles->floats(matmul, first, last);
         return type == BF16 ? panels(matmul, *kernel.bf16, first, last) : panels(matmul, kernel.floats->dots, first, last);
     });
     std::free(copy);

@@ -17,6 +17,8 @@ constexpr int64_t PANELS_PER_CHUNK = 8;   // panels that the same tokens multipl
 // out[m][rows] = x[m][columns] W^T + bias: `out` holds all but x, the scale and `store`. x is contiguous and has the type of out.
 // Integers need a scale, floats may have a scale of a single group. The scale is fp32, of codes also bf16.
 Status linear(const Matmul& out, const void* x, const Scale& scale, const Kernel& kernel, int threads);
+Status check_scale(const Weight& weight, const Scale& scale);  // of integers
+IntMatmul in_blocks(const Matmul& out, const Scale& scale);
 Status int_linear(const Matmul& out, const void* x, const Scale& scale, const Kernel& kernel, int threads);
 
 // Panels [first, last) as dense columns without scale: out[columns][16 * (last - first)].

@@ -1,15 +1,39 @@
 // build: x86_64 -mamx-tile -mamx-bf16 -mavx512f -mavx512bw -mavx512vl -mavx512vbmi2 -mpopcnt
-// AMX, bf16 times bf16: vpexpandw spreads a mask word's weights into a row of a weight tile (16 pairs x 16 rows x 2), and tdpbf16ps
-// multiplies the tile.
+// AMX, bf16 times bf16: tdpbf16ps multiplies a tile of weights, 16 pairs x 16 rows x 2. For weights of bf16 vpexpandw spreads a mask
+// word's weights into a row of the tile. Integers become bf16: times the scale of their group, or exactly where a row has one scale.
 //
 // Two panels and up to 32 tokens at a time: tiles 0-3 hold the sums [half of the tokens][panel], 4-5 hold x, 6-7 the weights.
 // Up to 32 tokens, the sums stay in their tiles over all columns, and each tile of weights is expanded just before it is
 // multiplied. For more tokens, 512 columns of the two panels are expanded once and used by every block of 32 tokens of a chunk;
 // 16 panels use these columns of x in turn, so that they are in the second-level cache.
-#include "isa/amx.h"
+#include <cstdlib>
+
+#include "isa/avx512.h"
 
 namespace rac {
 namespace {
+
+// Tokens that several panels use in turn, and these panels. With 512 columns of x they take 640 KiB of a second-level cache of 2 MiB,
+// and with the sums another 384.
+constexpr int64_t AMX_TOKENS = 384, AMX_PANELS = 16;
+
+int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Chunks of nearly equal height, so that the last chunk is not a token or two; whole blocks of 32.
+int64_t tokens_of_chunk(int64_t m) {
+    const int64_t chunks = (m + AMX_TOKENS - 1) / AMX_TOKENS;
+    return ((m + chunks - 1) / chunks + 31) / 32 * 32;
+}
+
+// GCC does not know which memory its tile intrinsics read. Without this it may drop or move the stores before them.
+RAC_INLINE void finish_stores(const void* memory) { __asm__ volatile("" : : "r"(memory) : "memory"); }
+
+struct alignas(64) TileConfig {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
+};
+static_assert(sizeof(TileConfig) == 64, "the operand of ldtilecfg");
 
 constexpr int64_t AHEAD = 16;                 // tiles expanded before they are multiplied, at most
 constexpr int64_t TILE = TILE_WORDS * 32;     // bf16 values of a weight tile
@@ -19,7 +43,14 @@ constexpr int64_t BLOCK_TOKENS = 32;                 // tokens, and rows of the 
 void configure(int64_t m) {
     const uint8_t first = static_cast<uint8_t>(m < 16 ? m : 16);
     const uint8_t second = static_cast<uint8_t>(m <= 16 ? 1 : m < BLOCK_TOKENS ? m - 16 : 16);
-    configure_tiles({first, first, second, second, first, second, 16, 16});
+    const uint8_t heights[8] = {first, first, second, second, first, second, 16, 16};
+    TileConfig config;
+    for (int tile = 0; tile < 8; tile++) {
+        config.row_bytes[tile] = 64;
+        config.rows[tile] = heights[tile];
+    }
+    finish_stores(&config);
+    _tile_loadconfig(&config);
 }
 
 // `two_halves`: there are more than 16 tokens here. `two_panels`: there is a second panel. The sums are [32][32] fp32.
@@ -73,15 +104,57 @@ template <bool two_halves, bool two_panels>
 constexpr Steps steps_of = {load_sums<two_halves, two_panels>, multiply<two_halves, two_panels>,
                          store_sums<two_halves, two_panels>};
 
-const char* expand_tile(const uint32_t* masks, const char* values, uint16_t* tile) {
-    for (int row = 0; row < TILE_WORDS; row++) {
-        const uint32_t mask = masks[row];
-        _mm_prefetch(values + 2048, _MM_HINT_T0);
-        _mm512_store_si512(tile + 32 * row, _mm512_maskz_expand_epi16(mask, _mm512_loadu_si512(values)));
-        values += 2 * RAC_COUNT(mask);
+// The weight tiles of a weight of bf16.
+struct FloatTiles {
+    const Matmul& matmul;
+
+    // Write tile number `at` of a panel. Returns the address after its values.
+    const char* expand(int64_t panel, int64_t at, const char* values, uint16_t* tile) const {
+        const uint32_t* masks = matmul.weight.masks_of(panel) + at * TILE_WORDS;
+        for (int row = 0; row < TILE_WORDS; row++) {
+            const uint32_t mask = masks[row];
+            _mm_prefetch(values + 2048, _MM_HINT_T0);
+            _mm512_store_si512(tile + 32 * row, _mm512_maskz_expand_epi16(mask, _mm512_loadu_si512(values)));
+            values += 2 * RAC_COUNT(mask);
+        }
+        return values;
     }
-    return values;
-}
+};
+
+// The same of a weight of integers. A group of columns is whole tiles.
+struct IntTiles {
+    const IntMatmul& ints;
+    const Matmul& matmul = ints.out;
+
+    const char* expand(int64_t panel, int64_t at, const char* values, uint16_t* tile) const {
+        const Weight& weight = matmul.weight;
+        const int64_t column = at * TILE_COLUMNS, left = weight.columns - column, block = static_cast<uint32_t>(column) / static_cast<uint32_t>(ints.block);
+        const int64_t quads = left < TILE_COLUMNS ? (left + 3) / 4 : TILE_COLUMNS / 4;
+        alignas(64) int8_t codes[TILE_COLUMNS * PANEL];
+        const char* end = avx512_integers.expand[weight.type - INT8](weight.masks_from(panel, column), values,
+                                                                     weight.zeros_of(panel, block), quads, codes);
+        for (int64_t q = quads; q < TILE_COLUMNS / 4; q++) _mm512_store_si512(codes + QUAD * q, _mm512_setzero_si512());
+        // A code becomes the highest byte of a lane, so it is 2^24 times too large.
+        const __m512 scale = matmul.scale ? _mm512_set1_ps(1) : scale_of_rows(ints, panel, block);
+        const __m512 factor = _mm512_mul_ps(scale, _mm512_set1_ps(1.0f / (1 << 24)));
+        for (int64_t q = 0; q < TILE_COLUMNS / 4; q++)
+            for (int pair = 0; pair < 2; pair++) {
+                const __m512i quad = _mm512_load_si512(codes + QUAD * q);
+                const __m512i first = rounded(quad, 2 * pair, factor), second = rounded(quad, 2 * pair + 1, factor);
+                _mm512_store_si512(tile + 64 * q + 32 * pair, _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(first, 16), second));
+            }
+        return end;
+    }
+
+private:
+    // Column k of a quad times `factor`, as fp32 whose high halves are rounded to bf16.
+    RAC_INLINE static __m512i rounded(__m512i quad, int k, __m512 factor) {
+        const int lane = k << 24 | 0x00808080;  // byte k as the highest, which has the sign, and zeros
+        const __m512i highest = _mm512_set4_epi32(lane + 0x0c000000, lane + 0x08000000, lane + 0x04000000, lane);
+        const __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_shuffle_epi8(quad, highest)), factor);
+        return _mm512_add_epi32(_mm512_castps_si512(product), _mm512_set1_epi32(0x8000));
+    }
+};
 
 // Up to AHEAD tiles of columns of two panels: what is expanded and multiplied at a time.
 struct Slice {
@@ -92,11 +165,12 @@ struct Slice {
 };
 
 // The slices of a group of panels, one after the other: all panels of some columns, then of the next ones. It expands them.
+template <class WeightTiles>
 class Slices {
 public:
-    Slices(const Weight& weight, int64_t first, int64_t count, int64_t ahead)
-        : weight_(weight), first_(first), count_(count), ahead_(ahead), last_(weight.words / TILE_WORDS) {
-        for (int64_t p = 0; p < count; p++) values_[p] = weight.values_of(first + p);
+    Slices(const WeightTiles& weight, int64_t tiles, int64_t first, int64_t count, int64_t ahead)
+        : weight_(weight), first_(first), count_(count), ahead_(ahead), last_(tiles) {
+        for (int64_t p = 0; p < count; p++) values_[p] = weight.matmul.weight.values_of(first + p);
         begin(0, 0);
     }
     const Slice& slice() const { return slice_; }
@@ -109,8 +183,7 @@ public:
     void expand(int64_t tiles, uint16_t* to) {
         for (; done_ < tiles; done_++) {
             const int64_t tile = slice_.at + done_ / slice_.panels, p = slice_.panel + done_ % slice_.panels;
-            values_[p] = expand_tile(weight_.masks_of(first_ + p) + tile * TILE_WORDS, values_[p],
-                                     to + (2 * (done_ / slice_.panels) + done_ % slice_.panels) * TILE);
+            values_[p] = weight_.expand(first_ + p, tile, values_[p], to + (2 * (done_ / slice_.panels) + done_ % slice_.panels) * TILE);
         }
     }
 
@@ -119,7 +192,7 @@ private:
         slice_ = {at, smaller(at + ahead_, last_), panel, panel + 1 < count_ ? 2 : 1};
         done_ = 0;
     }
-    const Weight& weight_;
+    const WeightTiles& weight_;
     int64_t first_, count_, ahead_, last_, done_ = 0;
     Slice slice_;
     const char* values_[AMX_PANELS];
@@ -127,11 +200,13 @@ private:
 
 // Tokens [token, token + m) times `count` panels from `first` on. `acc` holds m tokens, rounded up to blocks, of these panels.
 // While a slice is multiplied, which takes the tile unit, the next slice is expanded, which takes the vector units.
-void multiply_tokens(const Matmul& matmul, int64_t first, int64_t count, int64_t token, int64_t m, float* acc) {
+template <class WeightTiles>
+void multiply_tokens(const WeightTiles& weight, int64_t first, int64_t count, int64_t token, int64_t m, float* acc) {
+    const Matmul& matmul = weight.matmul;
     const uint16_t* x = static_cast<const uint16_t*>(matmul.x) + token * matmul.stride;
-    const int64_t tiles = matmul.weight.words / TILE_WORDS, blocks = (m + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
+    const int64_t tiles = matmul.stride / TILE_COLUMNS, blocks = (m + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
     alignas(64) uint16_t expanded[2][AHEAD * 2 * TILE];
-    Slices next(matmul.weight, first, count, blocks == 1 ? 1 : AHEAD);
+    Slices<WeightTiles> next(weight, tiles, first, count, blocks == 1 ? 1 : AHEAD);
     next.expand(next.slice().tiles(), expanded[0]);
     for (int turn = 0; !next.ended(); turn ^= 1) {
         const Slice slice = next.slice();
@@ -154,7 +229,9 @@ void multiply_tokens(const Matmul& matmul, int64_t first, int64_t count, int64_t
     matmul.store(matmul, first, count, token, m, {acc, blocks * BLOCK_TOKENS * BLOCK_TOKENS, PANEL, BLOCK_TOKENS});
 }
 
-bool float_panels(const Matmul& matmul, int64_t first, int64_t last) {
+template <class WeightTiles>
+bool panels(const WeightTiles& weight, int64_t first, int64_t last) {
+    const Matmul& matmul = weight.matmul;
     const int64_t chunk = tokens_of_chunk(matmul.m), group = matmul.m <= BLOCK_TOKENS ? 2 : AMX_PANELS;
     const int64_t blocks = (smaller(matmul.m, chunk) + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
     float* acc = static_cast<float*>(std::aligned_alloc(64, group / 2 * blocks * BLOCK_TOKENS * BLOCK_TOKENS * sizeof(float)));
@@ -163,17 +240,20 @@ bool float_panels(const Matmul& matmul, int64_t first, int64_t last) {
         const int64_t tokens = smaller(matmul.m - token, chunk);
         configure(tokens);
         for (int64_t panel = first; panel < last; panel += group)
-            multiply_tokens(matmul, panel, smaller(last - panel, group), token, tokens, acc);
+            multiply_tokens(weight, panel, smaller(last - panel, group), token, tokens, acc);
     }
     _tile_release();
     std::free(acc);
     return true;
 }
 
-constexpr Tiles tiles = {float_panels, amx_int_panels};
+bool float_panels(const Matmul& matmul, int64_t first, int64_t last) { return panels(FloatTiles{matmul}, first, last); }
+bool int_panels(const IntMatmul& matmul, int64_t first, int64_t last) { return panels(IntTiles{matmul}, first, last); }
+
+constexpr Tiles tiles = {float_panels, int_panels};
 
 }  // namespace
 
-extern const Kernel amx_kernel = {"amx", "AMX", &avx512_floats, &avx512_bf16, &avx512_integers, &tiles, {-1, -1, 512}};
+extern const Kernel amx_kernel = {"amx", "AMX", &avx512_floats, &avx512_bf16, &avx512_integers, &tiles, {-1, -1, -1}};
 
 }  // namespace rac

@@ -16,7 +16,7 @@ from rac_modifier.kernels.cpu.library import BITS, INT8, PANEL, TYPES, VALUE_TYP
 from rac_modifier.kernels.cpu.support import TOKENS, library_and_isa
 
 SCRATCH_BYTES = 8 << 20  # of expanded panels at a time: they about fit into the last-level cache
-batch_invariant = False  # whether the kernel multiplies any number of tokens, which rounds alike
+batch_invariant = False  # whether one way multiplies any number of tokens, so that all round alike
 _scratch = threading.local()
 
 
@@ -32,8 +32,8 @@ def sparse_linear(
 
     x and bias are bfloat16 or float32, whatever the weight's dtype. `scale`, from `pack_scale`:
     integers need one, floats may have one group. For integers x is rounded to 16-bit integers with
-    a scale per token and 512 columns or group, which is more accurate than bfloat16. RacError:
-    other dtypes, or shapes that do not fit.
+    a scale per token and 512 columns or group, which is more accurate than bfloat16; for many
+    tokens AMX multiplies in bfloat16. RacError: other dtypes, or shapes that do not fit.
     """
     try:
         return torch.ops.rac_modifier.native_linear(x, data, rows, columns, bias, scale)
@@ -92,6 +92,8 @@ def _forward(
     x = x.reshape(-1, columns).contiguous()
     bias = None if bias is None else bias.contiguous()
     out = torch.empty((x.shape[0], rows), dtype=x.dtype)
+    if batch_invariant and isa == "amx" and library.value_type(data) >= INT8:
+        isa = "avx512"  # AMX multiplies few tokens of integers with it, more of them in bfloat16
     if x.shape[0] <= TOKENS or x.shape[0] <= _most_tokens(library, data, isa):
         library.linear(data, rows, columns, x, scale, bias, out, isa)
     else:

@@ -38,6 +38,10 @@ inline To rac_load(const void* from) {
     return to;
 }
 inline __m512i _mm512_loadu_si512(const void* from) { return rac_load<__m512i>(from); }
+inline __m512i _mm512_load_si512(const void* from) {
+    RAC_REQUIRE(reinterpret_cast<uintptr_t>(from) % 64 == 0);
+    return rac_load<__m512i>(from);
+}
 inline __m512 _mm512_loadu_ps(const void* from) { return rac_load<__m512>(from); }
 inline void _mm512_storeu_ps(void* to, __m512 value) { std::memcpy(to, &value, 64); }
 inline void _mm512_store_si512(void* to, __m512i value) {
@@ -81,6 +85,9 @@ inline __m512i _mm512_set1_epi32(int value) {
 }
 RAC_INTEGERS(_mm512_and_si512, (__m512i a, __m512i b), a.lane[i] & b.lane[i])
 RAC_INTEGERS(_mm512_slli_epi32, (__m512i a, unsigned count), a.lane[i] << count)
+RAC_INTEGERS(_mm512_mask_blend_epi16, (__mmask32 mask, __m512i a, __m512i b),
+             ((mask >> 2 * i & 1 ? b : a).lane[i] & 0xffffu) | ((mask >> (2 * i + 1) & 1 ? b : a).lane[i] & 0xffff0000u))
+RAC_INTEGERS(_mm512_set4_epi32, (int d, int c, int b, int a), static_cast<uint32_t>(i % 4 == 0 ? a : i % 4 == 1 ? b : i % 4 == 2 ? c : d))
 RAC_INTEGERS(_mm512_srli_epi32, (__m512i a, unsigned count), a.lane[i] >> count)
 RAC_INTEGERS(_mm512_srai_epi32, (__m512i a, unsigned count), static_cast<uint32_t>(static_cast<int32_t>(a.lane[i]) >> count))
 RAC_INTEGERS(_mm512_or_si512, (__m512i a, __m512i b), a.lane[i] | b.lane[i])
@@ -145,6 +152,13 @@ inline Register rac_expand(Register rest, uint64_t mask, const Register& from) {
 inline __m512i _mm512_mask_expand_epi8(__m512i rest, uint64_t mask, __m512i from) {
     return rac_expand<uint8_t>(rest, mask, from);
 }
+inline __m512i _mm512_shuffle_epi8(__m512i a, __m512i order) {
+    uint8_t from[64], at[64], to[64];
+    std::memcpy(from, &a, 64);
+    std::memcpy(at, &order, 64);
+    for (int i = 0; i < 64; i++) to[i] = at[i] & 0x80 ? 0 : from[i / 16 * 16 + at[i] % 16];
+    return rac_load<__m512i>(to);
+}
 inline void _mm512_storeu_si512(void* to, __m512i value) { std::memcpy(to, &value, 64); }
 inline __m512i _mm512_maskz_expand_epi8(uint64_t mask, __m512i from) {
     return rac_expand<uint8_t>(__m512i{}, mask, from);
@@ -208,34 +222,20 @@ inline void _tile_stored(int tile, void* to, int64_t stride) {
     for (int row = 0; row < tiles.rows[tile]; row++)
         std::memcpy(static_cast<char*>(to) + row * stride, tiles.data[tile][row], tiles.bytes[tile]);
 }
-// acc[m][n] += the sums of `dot` over four bytes of a[m] and four of b[group][n]
-template <class Number, class Dot>
-inline void rac_multiply_tiles(int acc, int a, int b, Dot dot) {
+// acc[m][n] += a[m][pair] b[pair][n] of both numbers of a pair
+inline void _tile_dpbf16ps(int acc, int a, int b) {
     RacTiles& tiles = rac_configured(acc);
     RAC_REQUIRE(rac_configured(a).bytes[a] == 4 * rac_configured(b).rows[b]);
     RAC_REQUIRE(tiles.rows[acc] == tiles.rows[a] && tiles.bytes[acc] == tiles.bytes[b]);
     RAC_REQUIRE(acc != a && acc != b && a != b);
     for (int m = 0; m < tiles.rows[acc]; m++)
         for (int n = 0; n < tiles.bytes[acc] / 4; n++) {
-            Number sum = rac_load<Number>(tiles.data[acc][m] + 4 * n);
-            for (int group = 0; group < tiles.rows[b]; group++)
-                sum = dot(sum, tiles.data[a][m] + 4 * group, tiles.data[b][group] + 4 * n);
+            float sum = rac_load<float>(tiles.data[acc][m] + 4 * n);
+            for (int k = 0; k < 2 * tiles.rows[b]; k++)
+                sum += rac_bf16_of(rac_load<uint16_t>(tiles.data[a][m] + 2 * k)) *
+                       rac_bf16_of(rac_load<uint16_t>(tiles.data[b][k / 2] + 4 * n + 2 * (k % 2)));
             std::memcpy(tiles.data[acc][m] + 4 * n, &sum, 4);
         }
-}
-inline void _tile_dpbf16ps(int acc, int a, int b) {
-    rac_multiply_tiles<float>(acc, a, b, [](float sum, const uint8_t* left, const uint8_t* right) {
-        for (int k = 0; k < 4; k += 2)
-            sum += rac_bf16_of(rac_load<uint16_t>(left + k)) * rac_bf16_of(rac_load<uint16_t>(right + k));
-        return sum;
-    });
-}
-inline void _tile_dpbssd(int acc, int a, int b) {
-    rac_multiply_tiles<uint32_t>(acc, a, b, [](uint32_t sum, const uint8_t* left, const uint8_t* right) {
-        for (int k = 0; k < 4; k++)
-            sum += static_cast<uint32_t>(static_cast<int8_t>(left[k]) * static_cast<int8_t>(right[k]));
-        return sum;
-    });
 }
 
 // The functions of csrc/isa/avx512.h that are assembly.
