@@ -143,7 +143,9 @@ def run_one(name: str, options: argparse.Namespace) -> Run:
         }
         first = {length: ask(length, 2, 1, 1).first_ms for length in options.prompts}
     weights = [file] if file.is_file() else file.glob("*.safetensors")
-    return Run(sum(path.stat().st_size for path in weights), resident, speeds, first)
+    result = Run(sum(path.stat().st_size for path in weights), resident, speeds, first)
+    print(name, result, flush=True)  # a round that is ended early has its figures in the log
+    return result
 
 
 def table(
