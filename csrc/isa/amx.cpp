@@ -128,9 +128,11 @@ struct IntTiles {
 
     const char* expand(int64_t panel, int64_t at, const char* values, uint16_t* tile) const {
         const Weight& weight = matmul.weight;
-        const int64_t column = at * TILE_COLUMNS, left = weight.columns - column, block = static_cast<uint32_t>(column) / static_cast<uint32_t>(ints.block);
+        const int64_t column = at * TILE_COLUMNS, left = weight.columns - column;
+        const int64_t block = static_cast<uint32_t>(column) / static_cast<uint32_t>(ints.block);  // a division of 64 bits is slow
         const int64_t quads = left < TILE_COLUMNS ? (left + 3) / 4 : TILE_COLUMNS / 4;
         alignas(64) int8_t codes[TILE_COLUMNS * PANEL];
+        for (int line = 0; line < 4; line++) _mm_prefetch(values + 2048 + 64 * line, _MM_HINT_T0);
         const char* end = avx512_integers.expand[weight.type - INT8](weight.masks_from(panel, column), values,
                                                                      weight.zeros_of(panel, block), quads, codes);
         for (int64_t q = quads; q < TILE_COLUMNS / 4; q++) _mm512_store_si512(codes + QUAD * q, _mm512_setzero_si512());
@@ -141,7 +143,8 @@ struct IntTiles {
             for (int pair = 0; pair < 2; pair++) {
                 const __m512i quad = _mm512_load_si512(codes + QUAD * q);
                 const __m512i first = rounded(quad, 2 * pair, factor), second = rounded(quad, 2 * pair + 1, factor);
-                _mm512_store_si512(tile + 64 * q + 32 * pair, _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(first, 16), second));
+                const __m512i both = _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(first, 16), second);
+                _mm512_store_si512(tile + 64 * q + 32 * pair, both);
             }
         return end;
     }
@@ -183,7 +186,8 @@ public:
     void expand(int64_t tiles, uint16_t* to) {
         for (; done_ < tiles; done_++) {
             const int64_t tile = slice_.at + done_ / slice_.panels, p = slice_.panel + done_ % slice_.panels;
-            values_[p] = weight_.expand(first_ + p, tile, values_[p], to + (2 * (done_ / slice_.panels) + done_ % slice_.panels) * TILE);
+            uint16_t* at = to + (2 * (done_ / slice_.panels) + done_ % slice_.panels) * TILE;
+            values_[p] = weight_.expand(first_ + p, tile, values_[p], at);
         }
     }
 
