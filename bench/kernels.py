@@ -20,13 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.common import save
-from bench.shapes import SHAPES, Form, random_mask, rounded
+from bench.common import machine, save
+from bench.shapes import GROUP, SHAPES, Form, packed_words, random_mask, rounded
 from rac_modifier.checkpoint.stored_weight import all_stored, from_dense
 from rac_modifier.kernels import cpu
 from rac_modifier.kernels.cpu.support import support
 
 Linear = Callable[[Tensor], Tensor]
+OTHERS = ("torch", "vLLM bfloat16", "vLLM W8A8", "vLLM W4A16", "torchao int4")
 TINY = "--forms 50%-bf16 int4 --tokens 1 --gigabytes 0.001 --repeats 1"
 
 
@@ -90,6 +91,30 @@ def vllm_w8a8(weight: Tensor) -> Linear:
     return linear
 
 
+def vllm_w4a16(weight: Tensor) -> Linear:
+    """Return vLLM's linear of int4 weights in groups of 128.
+
+    With AMX it rounds activations to 8 bits, unless VLLM_CPU_INT4_W4A8=0.
+    """
+    from vllm.model_executor.kernels.linear.mixed_precision import MPLinearKernel, cpu
+    from vllm.scalar_type import scalar_types
+
+    values, scale = rounded(weight, 4, GROUP[4])
+    shape = (weight.shape[1], weight.shape[0])
+    config = MPLinearKernel.MPLinearLayerConfig(
+        shape, shape, scalar_types.uint4b8, weight.dtype, GROUP[4], zero_points=False
+    )
+    layer = torch.nn.Module()
+    layer.bias = None
+    for name, tensor in (("codes", packed_words(values, 4)), ("scale", scale)):
+        parameter = torch.nn.Parameter(tensor, requires_grad=False)
+        parameter.input_dim, parameter.packed_dim, parameter.output_dim = 1, 1, 0
+        setattr(layer, name, parameter)
+    kernel = cpu.CPUWNA16LinearKernel(config, "codes", "scale", "zeros")
+    kernel.process_weights_after_loading(layer)
+    return lambda x: kernel.apply_weights(layer, x)
+
+
 def torchao_int4(weight: Tensor) -> Linear:
     """Return torchao's linear of int4 weights in groups of 128."""
     from torchao.prototype.quantization.int4.int4_opaque_tensor import Int4OpaqueTensor
@@ -130,6 +155,8 @@ def measure(form: Form, options: argparse.Namespace) -> list[list[Any]]:
     makers = {"torch": torch_bf16}
     if importlib.util.find_spec("vllm") is not None:
         makers |= {"vLLM bfloat16": vllm_bf16, "vLLM W8A8": vllm_w8a8}
+        if "avx512f" in machine():
+            makers["vLLM W4A16"] = vllm_w4a16
     if importlib.util.find_spec("torchao") is not None:
         makers["torchao int4"] = torchao_int4
     for name, make in makers.items():
@@ -144,10 +171,7 @@ def measure(form: Form, options: argparse.Namespace) -> list[list[Any]]:
                 times[name] += [seconds] if turn else []
         median = {name: statistics.median(values) for name, values in times.items()}
         speed = size / median["ours"]
-        ratios = [
-            median[name] / median["ours"] if name in median else None
-            for name in ("torch", "vLLM bfloat16", "vLLM W8A8", "torchao int4")
-        ]
+        ratios = [median[name] / median["ours"] if name in median else None for name in OTHERS]
         rows.append([form.text, tokens, 1e3 * median["ours"], 100 * speed / read_speed(), *ratios])
         print(*rows[-1], flush=True)
     return rows
@@ -165,10 +189,7 @@ def run(options: argparse.Namespace) -> None:
         "tokens": ".0f",
         "ours, ms": ".2f",
         "of the probe, %": ".0f",
-        "torch over it": ".2f",
-        "vLLM bfloat16 over it": ".2f",
-        "vLLM W8A8 over it": ".2f",
-        "torchao int4 over it": ".2f",
+        **{f"{name} over it": ".2f" for name in OTHERS},
     }
     model = f"{options.shape} shapes, random weights, {options.threads} threads"
     save(options.out, "kernels", model, columns, rows)

@@ -39,8 +39,8 @@ bool cpuid_bit(unsigned leaf, unsigned subleaf, Register from, int bit) {
 
 bool ask_for_amx() {
 #if defined(__linux__)
-    const bool bf16 = cpuid_bit(7, 0, EDX, 22), tile = cpuid_bit(7, 0, EDX, 24);
-    return bf16 && tile && syscall(SYS_arch_prctl, 0x1023, 18) == 0;  // ARCH_REQ_XCOMP_PERM for XFEATURE_XTILEDATA
+    const bool bf16 = cpuid_bit(7, 0, EDX, 22), tile = cpuid_bit(7, 0, EDX, 24), int8 = cpuid_bit(7, 0, EDX, 25);
+    return bf16 && tile && int8 && syscall(SYS_arch_prctl, 0x1023, 18) == 0;  // ARCH_REQ_XCOMP_PERM for XFEATURE_XTILEDATA
 #else
     return false;
 #endif

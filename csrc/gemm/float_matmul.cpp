@@ -136,17 +136,17 @@ Status linear(const Matmul& out, const void* x, const Scale& scale, const Kernel
     if (integers) RAC_TRY(check_scale(out.weight, scale));
     Matmul matmul = out;
     matmul.store = kernel.floats->store;
-    // Vectors multiply a single token of a weight of bf16 faster, and few tokens of integers.
-    const int64_t few = integers ? MOST_SLOTS * (out.weight.byte_x ? 2 : 1) : 1;
-    const bool tiles = kernel.tiles && bf16_x && m > few && out.weight.type != FP32 &&
-                       (scale.groups == 1 || columns / scale.groups % TILE_COLUMNS == 0);
+    // A single token of a weight of bf16 is faster with vectors. Up to 64 tokens of codes are faster with bytes.
+    const bool codes = has_codes(out.weight.type) && !out.weight.byte_x && columns / scale.groups % TILE_COLUMNS == 0;
+    const bool tiles = kernel.tiles && bf16_x && (codes ? m > 64 : out.weight.type == BF16 && m > 1);
     // Integers of 8 bits are exact in bf16. From more tokens than QUADS interleaves on, that is faster than two planes of bytes.
-    const bool as_bf16 = integers && !has_codes(out.weight.type) && bf16_x && units && m > MOST_SLOTS && scale.groups == 1 &&
-                         !out.weight.byte_x;
+    const bool as_bf16 = integers && !has_codes(out.weight.type) && bf16_x && units && !kernel.tiles && m > MOST_SLOTS &&
+                         scale.groups == 1 && !out.weight.byte_x;
     if (integers && !as_bf16 && !tiles) return int_linear(matmul, x, scale, kernel, threads);
-    if (!integers && scale.data && scale.groups != 1) return fail(BAD_ARGUMENT, "scale: only weights of integers have scales in groups");
+    if (!integers && scale.data && scale.groups != 1)
+        return fail(BAD_ARGUMENT, "scale: only weights of integers have scales in groups");
     if (!integers && scale.data && scale.type != FP32) return fail(BAD_ARGUMENT, "scale: only codes have one that is not fp32");
-    if (scale.groups == 1 && scale.type == FP32) matmul.scale = static_cast<const float*>(scale.data);
+    if (!codes) matmul.scale = static_cast<const float*>(scale.data);
     const Type type = tiles || as_bf16 || (out.weight.type == BF16 && bf16_x && units) ? BF16 : FP32;
     matmul.x_type = type;
     matmul.stride = (columns + TILE_COLUMNS - 1) / TILE_COLUMNS * TILE_COLUMNS;
@@ -158,9 +158,9 @@ Status linear(const Matmul& out, const void* x, const Scale& scale, const Kernel
         if (!copy) return fail(NO_MEMORY, "no memory for the activations");
         matmul.x = copy;
     }
-    const IntMatmul ints = integers ? in_blocks(matmul, scale) : IntMatmul{};
+    const IntMatmul of_codes = codes ? in_blocks(matmul, scale) : IntMatmul{};
     const bool done = in_shares(out.weight.panels, threads, m <= FEW_TOKENS ? 1 : SHARE_PAIRS, [&](int64_t first, int64_t last) {
-        if (tiles) return integers ? kernel.tiles->integers(ints, first, last) : kernel.tiles->floats(matmul, first, last);
+        if (tiles) return codes ? kernel.tiles->codes(of_codes, first, last) : kernel.tiles->floats(matmul, first, last);
         return type == BF16 ? panels(matmul, *kernel.bf16, first, last) : panels(matmul, kernel.floats->dots, first, last);
     });
     std::free(copy);

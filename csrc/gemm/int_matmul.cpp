@@ -22,20 +22,29 @@ struct Rounded {
     int8_t bytes[2][BLOCK_ROOM];  // of integers; with x of bytes, bytes[1] alone
 };
 
+// Copy both bytes of `columns` integers, COUNT columns at a time to places `step` bytes apart, the second bytes SECOND behind.
+template <int COUNT, int SECOND>
+void place_bytes(const Rounded& from, bool bytes, int64_t columns, int64_t step, char* to) {
+    for (int64_t k = 0; k < columns; k += COUNT, to += step) {
+        if (!bytes) std::memcpy(to, from.bytes[0] + k, COUNT);
+        std::memcpy(to + (bytes ? 0 : SECOND), from.bytes[1] + k, COUNT);
+    }
+}
+
 // Copy `columns` integers of a token from column `first` on to their places in the XFormat.
 void place(const IntMatmul& matmul, XFormat format, const Rounded& from, int64_t token, int64_t first, int64_t columns, char* out) {
     const int64_t stride = matmul.stride, per_slot = matmul.per_slot(), slots = matmul.slots(matmul.out.m);
     if (format == INTEGERS) {
         std::memcpy(out + offset_of(format, token, 1, stride, first), from.integers, columns * sizeof *from.integers);
+    } else if (format == TILES) {
+        const int64_t tokens = 16 * per_slot, row = token % tokens;
+        char* to = out + 2 * (token / tokens * 16 * stride + 16 * first) + 1024 * (row / 16) + 64 * (row % 16);
+        place_bytes<64, 1024>(from, matmul.bytes, columns, 2048, to);
     } else {
         const int64_t slot = token / per_slot, first_slot = slot / MOST_SLOTS * MOST_SLOTS;
         const int64_t together = std::min<int64_t>(slots - first_slot, MOST_SLOTS);
         char* to = out + offset_of(format, first_slot, together, stride, first) + 8 * (slot - first_slot);
-        if (matmul.bytes) to += 4 * (token % 2);
-        for (int64_t k = 0; k < columns; k += 4, to += 8 * together) {
-            if (!matmul.bytes) std::memcpy(to, from.bytes[0] + k, 4);
-            std::memcpy(matmul.bytes ? to : to + 4, from.bytes[1] + k, 4);
-        }
+        place_bytes<4, 4>(from, matmul.bytes, columns, 8 * together, matmul.bytes ? to + 4 * (token % 2) : to);
     }
 }
 
@@ -90,18 +99,23 @@ Status int_linear(const Matmul& out, const void* x, const Scale& scale, const Ke
     const int64_t columns = out.weight.columns;
     IntMatmul matmul = in_blocks(out, scale);
     matmul.stride = (columns + 63) / 64 * 64;
+    const bool whole_tiles = kernel.tiles && matmul.block % 64 == 0;
     matmul.bytes = out.weight.byte_x && multiplies_bytes(kernel);
     const int64_t slots = matmul.slots(out.m);
-    const XFormat format = multiplies_codes(matmul, integers) ? integers.few_format[out.weight.type - INT4] : integers.format;
+    const bool tiles = whole_tiles && slots > MOST_SLOTS;  // for fewer, vectors expand in registers, which is faster
+    const XFormat format = tiles                                ? TILES
+                           : multiplies_codes(matmul, integers) ? integers.few_format[out.weight.type - INT4]
+                                                                : integers.format;
+    const int64_t together = tiles ? 16 : MOST_SLOTS, room = tiles ? (slots + 15) / 16 * 16 : slots;
     const int64_t slot_bytes = 2 * matmul.stride, numbers = slots * matmul.per_slot() * matmul.blocks;
-    const Activations to = {static_cast<char*>(std::aligned_alloc(64, slots * slot_bytes)),
+    const Activations to = {static_cast<char*>(std::aligned_alloc(64, room * slot_bytes)),
                             static_cast<float*>(std::calloc(numbers, sizeof(float))),
                             static_cast<int32_t*>(std::calloc(numbers, sizeof(int32_t)))};
     bool done = to.integers && to.scales && to.sums;
     if (done) {
-        // Interleaved slots of which one holds a single token.
-        const int64_t whole = out.m / matmul.per_slot() / MOST_SLOTS * MOST_SLOTS;
-        if (slots * matmul.per_slot() > out.m) std::memset(to.integers + whole * slot_bytes, 0, (slots - whole) * slot_bytes);
+        // Slots of tiles, or of interleaved ones, that hold no token.
+        const int64_t whole = out.m / matmul.per_slot() / together * together;
+        if (room * matmul.per_slot() > out.m) std::memset(to.integers + whole * slot_bytes, 0, (room - whole) * slot_bytes);
         (void)threads;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && out.m * columns > 32768)
         for (int64_t block = 0; block < matmul.blocks; block++)
@@ -110,7 +124,7 @@ Status int_linear(const Matmul& out, const void* x, const Scale& scale, const Ke
         matmul.x_scale = to.scales;
         matmul.x_sums = to.sums;
         done = in_shares(out.weight.panels, threads, out.m <= FEW_TOKENS ? 1 : SHARE_PAIRS, [&](int64_t first, int64_t last) {
-            return int_panels(matmul, integers, first, last);
+            return tiles ? kernel.tiles->integers(matmul, first, last) : int_panels(matmul, integers, first, last);
         });
     }
     std::free(to.integers);

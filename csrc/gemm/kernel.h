@@ -118,9 +118,10 @@ constexpr int BYTE_LEVELS = 127;
 constexpr int MOST_SLOTS = 8;  // interleaved in QUADS
 
 // How a kernel reads x. INTEGERS: int16 [m][stride]. The others are for instructions that multiply bytes, x = 256 first + second.
-// QUADS: up to 8 slots interleaved, [stride / 4][slots][2][4]. With x of bytes, first and second belong to two neighbouring tokens. Zeros
-// multiply what comes after the last column; stride is a multiple of 64.
-enum XFormat { INTEGERS, QUADS };
+// TILES: [m / 16][stride / 64][2][16][64]. QUADS: up to 8 slots interleaved, [stride / 4][slots][2][4]. With x of bytes, first and
+// second belong to two tokens: neighbours in QUADS, 16 apart in TILES. Zeros multiply what comes after the last column; stride is
+// a multiple of 64.
+enum XFormat { INTEGERS, TILES, QUADS };
 
 // Some slots in a block of columns. `sums`: the sum of each token's integers, `sums_stride` apart. `bytes`: x has a byte per number.
 struct Slots {
@@ -145,7 +146,7 @@ struct IntMatmul {
     const float* x_scale;   // [m][blocks]
     const int32_t* x_sums;  // [m][blocks], the sums of the integers; with `bytes`, these and x_scale have an even number of tokens
     bool bytes;             // x has a byte per number
-    int64_t block, blocks;  // columns of a block, a multiple of 4, for AMX of 32; number of blocks
+    int64_t block, blocks;  // columns of a block, a multiple of 4, for AMX of 64; number of blocks
     const void* scale;      // [panels][groups][16]
     Type scale_type;        // FP32, or BF16 for codes
     int64_t groups;         // 1, or as many as blocks
@@ -212,10 +213,11 @@ struct Integers {
 
 // ---- AMX: whole panels on tiles ----
 
-// Panels [first, last) times x of bf16, summed in fp32. False if there is not enough memory.
+// Panels [first, last). False if there is not enough memory.
 struct Tiles {
-    bool (*floats)(const Matmul& matmul, int64_t first, int64_t last);  // the weight is bf16
-    bool (*integers)(const IntMatmul& matmul, int64_t first, int64_t last);  // each weight is rounded to bf16, unless out.scale is set
+    bool (*floats)(const Matmul& matmul, int64_t first, int64_t last);  // x and the weight are bf16
+    bool (*integers)(const IntMatmul& matmul, int64_t first, int64_t last);
+    bool (*codes)(const IntMatmul& matmul, int64_t first, int64_t last);  // out.x is bf16; each weight is rounded to bf16
 };
 
 // Up to how many tokens the kernel is faster than a dense matmul of torch with expanded panels; -1: always.
@@ -237,5 +239,6 @@ struct Kernel {
 extern const Floats portable_floats, avx2_floats, avx512_floats, neon_floats;
 extern const Dots<uint16_t> avx512_bf16;
 extern const Integers portable_integers, avx2_integers, avx512_integers;
+bool amx_int_panels(const IntMatmul& matmul, int64_t first, int64_t last);
 
 }  // namespace rac

@@ -1,39 +1,15 @@
 // build: x86_64 -mamx-tile -mamx-bf16 -mavx512f -mavx512bw -mavx512vl -mavx512vbmi2 -mpopcnt
 // AMX, bf16 times bf16: tdpbf16ps multiplies a tile of weights, 16 pairs x 16 rows x 2. For weights of bf16 vpexpandw spreads a mask
-// word's weights into a row of the tile. Integers become bf16: times the scale of their group, or exactly where a row has one scale.
+// word's weights into a row of the tile. Codes are multiplied by their scales and rounded to bf16.
 //
 // Two panels and up to 32 tokens at a time: tiles 0-3 hold the sums [half of the tokens][panel], 4-5 hold x, 6-7 the weights.
 // Up to 32 tokens, the sums stay in their tiles over all columns, and each tile of weights is expanded just before it is
 // multiplied. For more tokens, 512 columns of the two panels are expanded once and used by every block of 32 tokens of a chunk;
 // 16 panels use these columns of x in turn, so that they are in the second-level cache.
-#include <cstdlib>
-
-#include "isa/avx512.h"
+#include "isa/amx.h"
 
 namespace rac {
 namespace {
-
-// Tokens that several panels use in turn, and these panels. With 512 columns of x they take 640 KiB of a second-level cache of 2 MiB,
-// and with the sums another 384.
-constexpr int64_t AMX_TOKENS = 384, AMX_PANELS = 16;
-
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// Chunks of nearly equal height, so that the last chunk is not a token or two; whole blocks of 32.
-int64_t tokens_of_chunk(int64_t m) {
-    const int64_t chunks = (m + AMX_TOKENS - 1) / AMX_TOKENS;
-    return ((m + chunks - 1) / chunks + 31) / 32 * 32;
-}
-
-// GCC does not know which memory its tile intrinsics read. Without this it may drop or move the stores before them.
-RAC_INLINE void finish_stores(const void* memory) { __asm__ volatile("" : : "r"(memory) : "memory"); }
-
-struct alignas(64) TileConfig {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {};
-    uint8_t rows[16] = {};
-};
-static_assert(sizeof(TileConfig) == 64, "the operand of ldtilecfg");
 
 constexpr int64_t AHEAD = 16;                 // tiles expanded before they are multiplied, at most
 constexpr int64_t TILE = TILE_WORDS * 32;     // bf16 values of a weight tile
@@ -43,14 +19,7 @@ constexpr int64_t BLOCK_TOKENS = 32;                 // tokens, and rows of the 
 void configure(int64_t m) {
     const uint8_t first = static_cast<uint8_t>(m < 16 ? m : 16);
     const uint8_t second = static_cast<uint8_t>(m <= 16 ? 1 : m < BLOCK_TOKENS ? m - 16 : 16);
-    const uint8_t heights[8] = {first, first, second, second, first, second, 16, 16};
-    TileConfig config;
-    for (int tile = 0; tile < 8; tile++) {
-        config.row_bytes[tile] = 64;
-        config.rows[tile] = heights[tile];
-    }
-    finish_stores(&config);
-    _tile_loadconfig(&config);
+    configure_tiles({first, first, second, second, first, second, 16, 16});
 }
 
 // `two_halves`: there are more than 16 tokens here. `two_panels`: there is a second panel. The sums are [32][32] fp32.
@@ -121,8 +90,8 @@ struct FloatTiles {
     }
 };
 
-// The same of a weight of integers. A group of columns is whole tiles.
-struct IntTiles {
+// The same of a weight of codes. A group of columns is whole tiles.
+struct CodeTiles {
     const IntMatmul& ints;
     const Matmul& matmul = ints.out;
 
@@ -137,8 +106,7 @@ struct IntTiles {
                                                                      weight.zeros_of(panel, block), quads, codes);
         for (int64_t q = quads; q < TILE_COLUMNS / 4; q++) _mm512_store_si512(codes + QUAD * q, _mm512_setzero_si512());
         // A code becomes the highest byte of a lane, so it is 2^24 times too large.
-        const __m512 scale = matmul.scale ? _mm512_set1_ps(1) : scale_of_rows(ints, panel, block);
-        const __m512 factor = _mm512_mul_ps(scale, _mm512_set1_ps(1.0f / (1 << 24)));
+        const __m512 factor = _mm512_mul_ps(scale_of_rows(ints, panel, block), _mm512_set1_ps(1.0f / (1 << 24)));
         for (int64_t q = 0; q < TILE_COLUMNS / 4; q++)
             for (int pair = 0; pair < 2; pair++) {
                 const __m512i quad = _mm512_load_si512(codes + QUAD * q);
@@ -252,9 +220,9 @@ bool panels(const WeightTiles& weight, int64_t first, int64_t last) {
 }
 
 bool float_panels(const Matmul& matmul, int64_t first, int64_t last) { return panels(FloatTiles{matmul}, first, last); }
-bool int_panels(const IntMatmul& matmul, int64_t first, int64_t last) { return panels(IntTiles{matmul}, first, last); }
+bool codes_as_bf16(const IntMatmul& matmul, int64_t first, int64_t last) { return panels(CodeTiles{matmul}, first, last); }
 
-constexpr Tiles tiles = {float_panels, int_panels};
+constexpr Tiles tiles = {float_panels, amx_int_panels, codes_as_bf16};
 
 }  // namespace
 

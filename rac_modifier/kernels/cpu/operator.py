@@ -32,8 +32,9 @@ def sparse_linear(
 
     x and bias are bfloat16 or float32, whatever the weight's dtype. `scale`, from `pack_scale`:
     integers need one, floats may have one group. For integers x is rounded to 16-bit integers with
-    a scale per token and 512 columns or group, which is more accurate than bfloat16; for many
-    tokens AMX multiplies in bfloat16. RacError: other dtypes, or shapes that do not fit.
+    a scale per token and 512 columns or group, which is more accurate than bfloat16; many tokens
+    of 4 bits and fewer AMX multiplies in bfloat16. RacError: other dtypes, or shapes that do not
+    fit.
     """
     try:
         return torch.ops.rac_modifier.native_linear(x, data, rows, columns, bias, scale)
@@ -93,7 +94,7 @@ def _forward(
     bias = None if bias is None else bias.contiguous()
     out = torch.empty((x.shape[0], rows), dtype=x.dtype)
     if batch_invariant and isa == "amx" and library.value_type(data) >= INT8:
-        isa = "avx512"  # AMX multiplies few tokens of integers with it, more of them in bfloat16
+        isa = "avx512"  # which rounds as AMX does for few tokens; AMX takes bfloat16 for many
     if x.shape[0] <= TOKENS or x.shape[0] <= _most_tokens(library, data, isa):
         library.linear(data, rows, columns, x, scale, bias, out, isa)
     else:

@@ -222,20 +222,34 @@ inline void _tile_stored(int tile, void* to, int64_t stride) {
     for (int row = 0; row < tiles.rows[tile]; row++)
         std::memcpy(static_cast<char*>(to) + row * stride, tiles.data[tile][row], tiles.bytes[tile]);
 }
-// acc[m][n] += a[m][pair] b[pair][n] of both numbers of a pair
-inline void _tile_dpbf16ps(int acc, int a, int b) {
+// acc[m][n] += the sums of `dot` over four bytes of a[m] and four of b[group][n]
+template <class Number, class Dot>
+inline void rac_multiply_tiles(int acc, int a, int b, Dot dot) {
     RacTiles& tiles = rac_configured(acc);
     RAC_REQUIRE(rac_configured(a).bytes[a] == 4 * rac_configured(b).rows[b]);
     RAC_REQUIRE(tiles.rows[acc] == tiles.rows[a] && tiles.bytes[acc] == tiles.bytes[b]);
     RAC_REQUIRE(acc != a && acc != b && a != b);
     for (int m = 0; m < tiles.rows[acc]; m++)
         for (int n = 0; n < tiles.bytes[acc] / 4; n++) {
-            float sum = rac_load<float>(tiles.data[acc][m] + 4 * n);
-            for (int k = 0; k < 2 * tiles.rows[b]; k++)
-                sum += rac_bf16_of(rac_load<uint16_t>(tiles.data[a][m] + 2 * k)) *
-                       rac_bf16_of(rac_load<uint16_t>(tiles.data[b][k / 2] + 4 * n + 2 * (k % 2)));
+            Number sum = rac_load<Number>(tiles.data[acc][m] + 4 * n);
+            for (int group = 0; group < tiles.rows[b]; group++)
+                sum = dot(sum, tiles.data[a][m] + 4 * group, tiles.data[b][group] + 4 * n);
             std::memcpy(tiles.data[acc][m] + 4 * n, &sum, 4);
         }
+}
+inline void _tile_dpbf16ps(int acc, int a, int b) {
+    rac_multiply_tiles<float>(acc, a, b, [](float sum, const uint8_t* left, const uint8_t* right) {
+        for (int k = 0; k < 4; k += 2)
+            sum += rac_bf16_of(rac_load<uint16_t>(left + k)) * rac_bf16_of(rac_load<uint16_t>(right + k));
+        return sum;
+    });
+}
+inline void _tile_dpbssd(int acc, int a, int b) {
+    rac_multiply_tiles<uint32_t>(acc, a, b, [](uint32_t sum, const uint8_t* left, const uint8_t* right) {
+        for (int k = 0; k < 4; k++)
+            sum += static_cast<uint32_t>(static_cast<int8_t>(left[k]) * static_cast<int8_t>(right[k]));
+        return sum;
+    });
 }
 
 // The functions of csrc/isa/avx512.h that are assembly.

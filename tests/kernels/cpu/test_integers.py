@@ -140,19 +140,18 @@ def test_chunks_of_tokens_and_groups_of_panels_on_threads(kernel, monkeypatch, f
 
 @pytest.mark.parametrize("kernel", ["amx"], indirect=True)
 @pytest.mark.parametrize("groups", [1, 3])
-@FORM
-def test_tiles_multiply_bf16_x_by_weights_rounded_to_bf16(kernel, form, groups):
-    """One-hot tokens read each weight, with a scale per row and per group; others test the sums."""
+@pytest.mark.parametrize("form", [form for form, (bits, _) in FORMS.items() if bits < 8])
+def test_tiles_multiply_many_tokens_by_codes_rounded_to_bf16(kernel, form, groups):
+    """One-hot tokens read each weight; others test the sums, more of them than AMX uses at once."""
     dense, weight = integers(form, 16 * 17 + 3, 96, groups, True)
     scale = torch.rand(len(dense), groups, generator=torch.Generator().manual_seed(1)) + 0.01
     exact = (dense * scale.repeat_interleave(96 // groups, dim=1)).bfloat16()
     y = multiply(torch.eye(96).bfloat16(), weight, None, pack_scale(scale))
     assert torch.equal(y, exact.T)
-    for m in (17, 401):
+    for m in (65, 401):
         x, bias = torch.randn(m, 96).bfloat16(), torch.randn(len(dense))
-        times = exact.double() if groups > 1 else scaled(dense, scale)
         y = multiply(x, weight, bias, pack_scale(scale))
-        assert_product(y, x, times, bias)
+        assert_product(y, x, exact, bias)
         with threads(3):
             assert torch.equal(multiply(x, weight, bias, pack_scale(scale)), y)
 
@@ -162,7 +161,7 @@ def test_batch_invariance_has_one_way_for_integers(best, monkeypatch):
     _, weight = integers("dense4", 40, 512, 4, True)
     x, scale = torch.randn(600, 512).bfloat16(), pack_scale(torch.rand(40, 4))
     y = multiply(x, weight, None, scale)
-    for m in (1, 8, 9, 33):
+    for m in (1, 8, 9, 33, 65):
         assert torch.equal(multiply(x[:m], weight, None, scale), y[:m])
 
 
