@@ -96,12 +96,12 @@ def vllm_w4a16(weight: Tensor) -> Linear:
 
     With AMX it rounds activations to 8 bits, unless VLLM_CPU_INT4_W4A8=0.
     """
-    from vllm.model_executor.kernels.linear.mixed_precision import MPLinearKernel, cpu
+    from vllm.model_executor.kernels.linear.mixed_precision import MPLinearLayerConfig, cpu
     from vllm.scalar_type import scalar_types
 
     values, scale = rounded(weight, 4, GROUP[4])
     shape = (weight.shape[1], weight.shape[0])
-    config = MPLinearKernel.MPLinearLayerConfig(
+    config = MPLinearLayerConfig(
         shape, shape, scalar_types.uint4b8, weight.dtype, GROUP[4], zero_points=False
     )
     layer = torch.nn.Module()
