@@ -238,7 +238,7 @@ struct Kernel {
 // Kernels share the tables of lower instruction sets.
 extern const Floats portable_floats, avx2_floats, avx512_floats, neon_floats;
 extern const Dots<uint16_t> avx512_bf16;
-extern const Integers portable_integers, avx2_integers, avx512_integers;
+extern const Integers portable_integers, avx2_integers, avx512_integers, amx_integers;
 bool amx_int_panels(const IntMatmul& matmul, int64_t first, int64_t last);
 
 }  // namespace rac

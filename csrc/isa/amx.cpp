@@ -226,6 +226,6 @@ constexpr Tiles tiles = {float_panels, amx_int_panels, codes_as_bf16};
 
 }  // namespace
 
-extern const Kernel amx_kernel = {"amx", "AMX", &avx512_floats, &avx512_bf16, &avx512_integers, &tiles, {-1, -1, -1}};
+extern const Kernel amx_kernel = {"amx", "AMX", &avx512_floats, &avx512_bf16, &amx_integers, &tiles, {-1, -1, -1}};
 
 }  // namespace rac

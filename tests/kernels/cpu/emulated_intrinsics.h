@@ -17,6 +17,7 @@
     } while (0)
 
 #define _MM_HINT_T0 3
+#define _MM_HINT_T2 1
 #define _mm_prefetch(address, hint) ((void)(address))
 
 using __mmask16 = uint16_t;
