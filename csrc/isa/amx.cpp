@@ -11,9 +11,9 @@
 namespace rac {
 namespace {
 
-constexpr int64_t AHEAD = 16;                 // tiles expanded before they are multiplied, at most
-constexpr int64_t TILE = TILE_WORDS * 32;     // bf16 values of a weight tile
-constexpr int64_t BLOCK_TOKENS = 32;                 // tokens, and rows of the weight, in a set of sums
+constexpr int64_t AHEAD = 16;              // tiles expanded before they are multiplied, at most
+constexpr int64_t TILE = TILE_WORDS * 32;  // bf16 values of a weight tile
+constexpr int64_t BLOCK_TOKENS = 32;       // tokens, and rows of the weight, in a set of sums
 
 // The tiles of x and of the sums have as many rows as there are tokens.
 void configure(int64_t m) {
@@ -90,24 +90,22 @@ struct FloatTiles {
     }
 };
 
-// The same of a weight of codes. A group of columns is whole tiles.
+// The same of a weight of codes, whose groups of columns are whole tiles.
 struct CodeTiles {
     const IntMatmul& ints;
     const Matmul& matmul = ints.out;
 
     const char* expand(int64_t panel, int64_t at, const char* values, uint16_t* tile) const {
         const Weight& weight = matmul.weight;
-        const int64_t column = at * TILE_COLUMNS, left = weight.columns - column;
+        const int64_t column = at * TILE_COLUMNS, quads = TILE_COLUMNS / 4;
         const int64_t block = static_cast<uint32_t>(column) / static_cast<uint32_t>(ints.block);  // a division of 64 bits is slow
-        const int64_t quads = left < TILE_COLUMNS ? (left + 3) / 4 : TILE_COLUMNS / 4;
         alignas(64) int8_t codes[TILE_COLUMNS * PANEL];
         for (int line = 0; line < 4; line++) _mm_prefetch(values + 2048 + 64 * line, _MM_HINT_T0);
         const char* end = avx512_integers.expand[weight.type - INT8](weight.masks_from(panel, column), values,
                                                                      weight.zeros_of(panel, block), quads, codes);
-        for (int64_t q = quads; q < TILE_COLUMNS / 4; q++) _mm512_store_si512(codes + QUAD * q, _mm512_setzero_si512());
         // A code becomes the highest byte of a lane, so it is 2^24 times too large.
         const __m512 factor = _mm512_mul_ps(scale_of_rows(ints, panel, block), _mm512_set1_ps(1.0f / (1 << 24)));
-        for (int64_t q = 0; q < TILE_COLUMNS / 4; q++)
+        for (int64_t q = 0; q < quads; q++)
             for (int pair = 0; pair < 2; pair++) {
                 const __m512i quad = _mm512_load_si512(codes + QUAD * q);
                 const __m512i first = rounded(quad, 2 * pair, factor), second = rounded(quad, 2 * pair + 1, factor);
