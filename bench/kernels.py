@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.common import machine, save
+from bench.common import save
 from bench.shapes import GROUP, SHAPES, Form, packed_words, random_mask, rounded
 from rac_modifier.checkpoint.stored_weight import all_stored, from_dense
 from rac_modifier.kernels import cpu
@@ -155,7 +155,7 @@ def measure(form: Form, options: argparse.Namespace) -> list[list[Any]]:
     makers = {"torch": torch_bf16}
     if importlib.util.find_spec("vllm") is not None:
         makers |= {"vLLM bfloat16": vllm_bf16, "vLLM W8A8": vllm_w8a8}
-        if "avx512f" in machine():
+        if torch.backends.cpu.get_cpu_capability() == "AVX512":
             makers["vLLM W4A16"] = vllm_w4a16
     if importlib.util.find_spec("torchao") is not None:
         makers["torchao int4"] = torchao_int4

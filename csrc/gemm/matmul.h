@@ -18,7 +18,7 @@ constexpr int64_t PANELS_PER_CHUNK = 8;   // panels that the same tokens multipl
 // Integers need a scale, floats may have a scale of a single group. The scale is fp32, of codes also bf16.
 Status linear(const Matmul& out, const void* x, const Scale& scale, const Kernel& kernel, int threads);
 Status check_scale(const Weight& weight, const Scale& scale);  // of integers
-IntMatmul in_blocks(const Matmul& out, const Scale& scale);
+IntMatmul in_blocks(const Matmul& out, const Scale& scale);    // without x: its columns in blocks of one scale
 Status int_linear(const Matmul& out, const void* x, const Scale& scale, const Kernel& kernel, int threads);
 
 // Panels [first, last) as dense columns without scale: out[columns][16 * (last - first)].

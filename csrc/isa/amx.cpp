@@ -1,6 +1,6 @@
 // build: x86_64 -mamx-tile -mamx-bf16 -mavx512f -mavx512bw -mavx512vl -mavx512vbmi2 -mpopcnt
-// AMX, bf16 times bf16: tdpbf16ps multiplies a tile of weights, 16 pairs x 16 rows x 2. For weights of bf16 vpexpandw spreads a mask
-// word's weights into a row of the tile. Codes are multiplied by their scales and rounded to bf16.
+// AMX, bf16 times bf16: tdpbf16ps multiplies a tile of weights, 16 pairs x 16 rows x 2. For weights of bf16 vpexpandw spreads a
+// mask word's weights into a row of the tile. Codes are multiplied by their scales and rounded to bf16.
 //
 // Two panels and up to 32 tokens at a time: tiles 0-3 hold the sums [half of the tokens][panel], 4-5 hold x, 6-7 the weights.
 // Up to 32 tokens, the sums stay in their tiles over all columns, and each tile of weights is expanded just before it is

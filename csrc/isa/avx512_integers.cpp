@@ -200,17 +200,17 @@ RAC_INLINE const char* load_lines(const char* codes, __m512i (&lines)[lines_wide
     return codes + QUAD * FROM;
 }
 
-// Fetch a line that is multiplied later. `intel`: as measured on a Xeon with AMX, where it takes 10 to 25 % less time.
-template <bool intel>
+// Fetch a line that is multiplied later. `far`: as is faster on a Xeon with AMX (results/log.md).
+template <bool far>
 RAC_INLINE void fetch(const char* codes) {
-    if (intel)
+    if (far)
         _mm_prefetch(codes + 8192, _MM_HINT_T2);
     else
         _mm_prefetch(codes + 4096, _MM_HINT_T0);
 }
 
 // Quads of codes of a block, from `codes` on, times M slots.
-template <int form, int M, bool intel>
+template <int form, int M, bool far>
 RAC_INLINE const char* multiply_quads(SumsOfQuads<M>& sums, const uint32_t* masks, const char* codes, __m512i zeros, int64_t quads,
                                   const char* x) {
     constexpr int SECOND = SumsOfQuads<M>::SETS - 1;
@@ -218,7 +218,7 @@ RAC_INLINE const char* multiply_quads(SumsOfQuads<M>& sums, const uint32_t* mask
         constexpr int LINES = lines_widened(form), FROM = lines_stored(form);
         const __m512i of_code = _mm512_set1_epi32(0x01010101 * code_mask(form));
         for (int64_t q = 0; q < quads; q += 2 * LINES) {
-            for (int i = 0; i < FROM; i++) fetch<intel>(codes + QUAD * i);
+            for (int i = 0; i < FROM; i++) fetch<far>(codes + QUAD * i);
             __m512i lines[LINES];
             codes = load_lines<form>(codes, lines);
             RAC_UNROLL for (int i = 0; i < LINES; i++, x += 16 * M) {
@@ -249,7 +249,7 @@ RAC_INLINE const char* multiply_quads(SumsOfQuads<M>& sums, const uint32_t* mask
 }
 
 // A FewTokens.
-template <int form, int M, bool intel>
+template <int form, int M, bool far>
 void few_tokens(const IntMatmul& matmul, int64_t panel, float* acc) {
     constexpr int SECOND = SumsOfQuads<M>::SETS - 1;
     const Weight& weight = matmul.out.weight;
@@ -272,7 +272,7 @@ void few_tokens(const IntMatmul& matmul, int64_t panel, float* acc) {
                                     : _mm512_setzero_si512();
             if (SECOND) sums.of[SECOND][m][0] = sums.of[SECOND][m][1] = _mm512_setzero_si512();
         }
-        codes = multiply_quads<form, M, intel>(sums, weight.masks_from(panel, column), codes, zeros.bytes, matmul.quads_of(block),
+        codes = multiply_quads<form, M, far>(sums, weight.masks_from(panel, column), codes, zeros.bytes, matmul.quads_of(block),
                                         x.data);
         const auto add = [&](int64_t token, __m512i sum) __attribute__((always_inline)) {
             const __m512 x_scale = _mm512_set1_ps(matmul.x_scale[token * matmul.blocks + block]);
@@ -317,25 +317,25 @@ const char* expand_codes(const uint32_t* masks, const char* codes, const uint8_t
     return codes;
 }
 
-template <int M, bool intel>
+template <int M, bool far>
 constexpr void put_slots(Integers& integers) {
     integers.dot[0][M - 1] = dot<INT8, M>;
     integers.dot[1][M - 1] = dot<DENSE8, M>;
     integers.dot_expanded[M - 1] = dot<EXPANDED, M>;
     integers.pair[M - 1] = pair<M>;
-    const FewTokens of_codes[] = {few_tokens<INT4, M, intel>, few_tokens<DENSE4, M, intel>, few_tokens<DENSE3, M, intel>,
-                                   few_tokens<DENSE2, M, intel>};
+    const FewTokens of_codes[] = {few_tokens<INT4, M, far>, few_tokens<DENSE4, M, far>, few_tokens<DENSE3, M, far>,
+                                   few_tokens<DENSE2, M, far>};
     for (int type = 0; type < CODE_TYPES; type++) integers.few_tokens[type][M - 1] = of_codes[type];
-    if constexpr (M > 1) put_slots<M - 1, intel>(integers);
+    if constexpr (M > 1) put_slots<M - 1, far>(integers);
 }
 
-template <bool intel>
+template <bool far>
 constexpr Integers integers() {
     Integers integers = {
         QUADS, quantize, add_scaled_vectors, MOST_SLOTS, MOST_SLOTS, {}, {},
         {expand8<INT8>, expand8<DENSE8>, expand_codes<INT4>, expand_codes<DENSE4>, expand_codes<DENSE3>, expand_codes<DENSE2>},
         true, {}, {}, {QUADS, QUADS, QUADS, QUADS}};
-    put_slots<MOST_SLOTS, intel>(integers);
+    put_slots<MOST_SLOTS, far>(integers);
     return integers;
 }
 

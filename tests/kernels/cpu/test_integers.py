@@ -142,7 +142,7 @@ def test_chunks_of_tokens_and_groups_of_panels_on_threads(kernel, monkeypatch, f
 @pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("form", [form for form, (bits, _) in FORMS.items() if bits < 8])
 def test_tiles_multiply_many_tokens_by_codes_rounded_to_bf16(kernel, form, groups):
-    """One-hot tokens read each weight; others test the sums, more of them than AMX uses at once."""
+    """One-hot tokens read each weight. The others test the sums; 401 tokens take two chunks."""
     dense, weight = integers(form, 16 * 17 + 3, 96, groups, True)
     scale = torch.rand(len(dense), groups, generator=torch.Generator().manual_seed(1)) + 0.01
     exact = (dense * scale.repeat_interleave(96 // groups, dim=1)).bfloat16()
