@@ -24,6 +24,7 @@ from bench.common import called_in_child, save
 from bench.gguf_rows import GGUF, IMATRIX, quantized_by_llama_cpp
 from bench.models import Subject, float32_copy
 from rac_modifier import trace_dataset
+from rac_modifier.checkpoint.card import RUN_RECORD_NAME
 from rac_modifier.evaluation.divergence import DenseReference
 from rac_modifier.evaluation.intervals import mean_over_tokens
 from rac_modifier.evaluation.teacher_forcing import sample_sequences
@@ -42,6 +43,7 @@ COLUMNS = {
     "KL, sampled, outside repetitions": ".4f",
     "KL, greedy": ".4f",
 }
+CHECKS = 8  # of the held-out KL while it recovers, after equally many tokens
 TINY = "--model reasoner --tokens 512 --answers 2 --cap 16 --labels int4"
 
 
@@ -93,6 +95,18 @@ def run(options: argparse.Namespace) -> None:
         for label, row in finished.items()
     ]
     save(options.out, f"formats_{options.model}", subject.name, columns, rows)
+    curves = [[label, *curve(folder_of(options, label) / RUN_RECORD_NAME)] for label in labels]
+    columns = {"format": "", "tokens": ",d", "KL before": ".3f"}
+    columns |= {f"after {check}/{CHECKS}": ".3f" for check in range(1, CHECKS + 1)}
+    recovered = [row for row in curves if len(row) == len(columns)]
+    if recovered:
+        save(options.out, f"recovery_{options.model}", subject.name, columns, recovered)
+
+
+def curve(record: Path) -> list[float]:
+    """Return the tokens of recovery and its held-out KL at each check; [] without recovery."""
+    recovery = json.loads(record.read_text()).get("recovery", {}) if record.exists() else {}
+    return [recovery["tokens"], *(kl for _, kl in recovery["curve"])] if recovery else []
 
 
 def folder_of(options: argparse.Namespace, label: str) -> Path:

@@ -1,11 +1,11 @@
 """Traces: how fast a collection is, and which changes of the calibration set matter.
 
-    python -m bench traces rates --vllm .venv-serve/bin/vllm     # a server against `generate`
+    python -m bench traces rates --vllm .venv-serve/bin/vllm     # a server, or the process itself
     python -m bench traces client --vllm .venv-serve/bin/vllm    # against a bare load generator
     python -m bench traces changes --patterns 2:4 0.6            # a change of the set at a time
 
-The model is the embedded reasoner in float32. Each round completes other problems, in the
-same order for both contenders.
+The model is the embedded reasoner in float32, or SmolLM2 in bfloat16 (`--model smollm2`). Each
+round completes other problems, in the same order for both contenders.
 """
 
 import argparse
@@ -37,8 +37,9 @@ from rac_modifier.settings.traces import TraceSettings
 from rac_modifier.traces.collect import collect_traces
 from rac_modifier.traces.store import TraceStore
 
-OPTIONS = ["--dtype", "float32", "--max-model-len", "1024", "--gpu-memory-utilization", "0.3"]
-BATCH = 8  # of transformers' generate
+DTYPES = {"reasoner": "float32", "smollm2": "bfloat16"}
+# vLLM 0.32 on a CPU fails if it reads the prompt of a request with a seed in chunks
+OPTIONS = ["--max-model-len", "1024", "--no-enable-chunked-prefill"]
 CAP = 512  # most new tokens
 SAMPLING: dict[str, Any] = {"temperature": 0.6, "top_p": 0.95, "top_k": 0}
 CHANGES: dict[str, dict[str, Any]] = {  # changed settings of the pruning entry
@@ -59,6 +60,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     what = ["rates", "client", "changes"]
     parser.add_argument("what", nargs="?", choices=what, default="changes")
     parser.add_argument("--vllm", type=Path, help="the `vllm` of a serving environment")
+    parser.add_argument("--model", default="reasoner", choices=SUBJECTS, help="of rates and client")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--concurrency", type=int, default=128, help="requests in progress")
     parser.add_argument("--problems", type=int, default=200, help="per round or evaluation")
@@ -87,22 +89,38 @@ def changes(options: argparse.Namespace) -> None:
     save(options.out, "traces_changes", subject.name, COLUMNS, [cells(row) for row in finished])
 
 
-def collection(server: Server, options: argparse.Namespace) -> tuple[float, float]:
-    """Collect a round of problems; return tokens per second, CPU ms per 1,000 tokens."""
+def collection(server: Server | None, options: argparse.Namespace) -> tuple[float, float]:
+    """Collect a round of problems, from a server or in this process.
+
+    Returns tokens per second, and CPU ms of this process per 1,000 tokens.
+    """
     path = options.work / f"rate-{time.time_ns()}.jsonl"
-    model = reasoner_path()
     settings = TraceSettings(
         store=str(path),
-        problems=ProblemSource(limit=options.problems),
-        sampling=SamplingSettings(**SAMPLING, max_new_tokens=CAP, seed=options.round),
-        engine=EngineSettings(base_urls=[f"{server.url}/v1"], concurrency=options.concurrency),
+        problems=problems_of(options),
+        sampling=SamplingSettings(
+            **SAMPLING, max_new_tokens=CAP, seed=options.round, batch_size=options.concurrency
+        ),
+        engine=server
+        and EngineSettings(base_urls=[f"{server.url}/v1"], concurrency=options.concurrency),
     )
-    identity, tokenizer = ModelIdentity.of_files(str(model)), AutoTokenizer.from_pretrained(model)
+    model: Any = ModelIdentity.of_files(str(options.folder))
+    if server is None:
+        dtype = getattr(torch, DTYPES[options.model])
+        model = AutoModelForCausalLM.from_pretrained(options.folder, dtype=dtype)
+    tokenizer = AutoTokenizer.from_pretrained(options.folder)
     started, cpu = time.perf_counter(), time.process_time()
     with suppress(RacError):  # the problems are used up before the budget is reached
-        collect_traces(identity, tokenizer, settings, 10**9)
+        collect_traces(model, tokenizer, settings, 10**9)
     seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
     return rates(TraceStore.read(path).counts.completion_tokens, seconds, cpu)
+
+
+def problems_of(options: argparse.Namespace) -> ProblemSource:
+    """Return the problems that the model's calibration samples first."""
+    traces = options.subject.shared["traces"]
+    first = next(iter(traces.get("sources", {"": traces}).values()))
+    return ProblemSource(**first["problems"], limit=options.problems)
 
 
 def rates(tokens: int, seconds: float, cpu: float) -> tuple[float, float]:
@@ -112,8 +130,8 @@ def rates(tokens: int, seconds: float, cpu: float) -> tuple[float, float]:
 
 def round_prompts(options: argparse.Namespace) -> list[list[int]]:
     """Return the prompts of a round as token ids."""
-    tokenizer = AutoTokenizer.from_pretrained(reasoner_path())
-    problems = islice(load_problems(ProblemSource(), options.round), options.problems)
+    tokenizer = AutoTokenizer.from_pretrained(options.folder)
+    problems = islice(load_problems(problems_of(options), options.round), options.problems)
     return [render_question(tokenizer, problem.question) for problem in problems]
 
 
@@ -146,36 +164,22 @@ def bare_load(server: Server, options: argparse.Namespace) -> tuple[float, float
     return rates(tokens, time.perf_counter() - started, time.process_time() - cpu)
 
 
-@torch.no_grad()
-def generate(options: argparse.Namespace) -> tuple[float, float]:
-    """Sample with transformers in batches; only the first 48 prompts of a round."""
-    tokenizer = AutoTokenizer.from_pretrained(reasoner_path(), padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(reasoner_path(), dtype=torch.float32)
-    prompts, eos, tokens = round_prompts(options)[:48], model.generation_config.eos_token_id, 0
-    torch.manual_seed(options.round)
-    started, cpu = time.perf_counter(), time.process_time()
-    for start in range(0, len(prompts), BATCH):
-        batch = tokenizer.pad({"input_ids": prompts[start : start + BATCH]}, return_tensors="pt")
-        output = model.generate(**batch, **SAMPLING, do_sample=True, max_new_tokens=CAP)
-        for row in output[:, batch["input_ids"].shape[1] :].tolist():
-            tokens += row.index(eos) + 1 if eos in row else len(row)
-    return rates(tokens, time.perf_counter() - started, time.process_time() - cpu)
-
-
 def run(options: argparse.Namespace) -> None:
     """Measure and write the table."""
     options.work.mkdir(parents=True, exist_ok=True)
     if options.what == "changes":
         changes(options)
         return
-    log = options.work / "traces.log"
-    with serving(reasoner_path(), OPTIONS, log, vllm=options.vllm) as server:
+    subject = options.subject = SUBJECTS[options.model](options.work)
+    options.folder = reasoner_path() if subject.model == "reasoner" else Path(subject.model)
+    log, flags = options.work / "traces.log", [*OPTIONS, "--dtype", DTYPES[options.model]]
+    with serving(options.folder, flags, log, vllm=options.vllm) as server:
         results: dict[str, list[tuple[float, float]]] = {}
         for number in range(options.rounds):
             options.round = number
             runs: dict[str, Any] = {"collection": partial(collection, server, options)}
             if options.what == "rates":
-                runs[f"transformers generate, batch {BATCH}"] = partial(generate, options)
+                runs["collection in one process"] = partial(collection, None, options)
             else:
                 runs["bare load generator"] = partial(bare_load, server, options)
             for name, values in in_turn(runs, 1).items():
@@ -190,5 +194,5 @@ def run(options: argparse.Namespace) -> None:
         "ratio to the last row": ".3f",
         "CPU ms per 1,000 tokens": ".1f",
     }
-    name = SUBJECTS["reasoner"](options.work).name
-    save(options.out, f"traces_{options.what}", name, columns, rows)
+    name = f"traces_{options.what}" + "_smollm2" * (options.model == "smollm2")
+    save(options.out, name, subject.name, columns, rows)

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 from bench import server, serving, soak
 from bench.__main__ import SUITES, main
 from bench.experts import with_experts
-from bench.formats import FORMATS
+from bench.formats import FORMATS, curve
 from bench.gguf_file import type_of
 from bench.grid import CALIBRATIONS, OURS, VARIANTS, calibrated_on, pattern
 from bench.models import reasoner, smollm2
@@ -109,6 +109,15 @@ def test_a_pattern_names_bits_and_preset():
     assert (entry["mask_structure"], entry["preset"]) == ("2:4", "paper")
     row = {"label": "x", "recipe": {OURS: entry}}
     assert plan_rows(Grid.model_validate({"rows": [row]}), "bench")
+
+
+def test_the_curve_of_a_recovery_is_in_the_run_record(tmp_path):
+    record = tmp_path / "rac_run.json"
+    assert curve(record) == []
+    record.write_text(json.dumps({"method": "prune"}))
+    assert curve(record) == []
+    record.write_text(json.dumps({"recovery": {"tokens": 900, "curve": [[0, 0.5], [7, 0.25]]}}))
+    assert curve(record) == [900, 0.5, 0.25]
 
 
 def test_a_random_model_has_the_form_that_was_asked_for(tmp_path):
