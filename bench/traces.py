@@ -177,9 +177,11 @@ def run(options: argparse.Namespace) -> None:
         results: dict[str, list[tuple[float, float]]] = {}
         for number in range(options.rounds):
             options.round = number
-            runs: dict[str, Any] = {"collection": partial(collection, server, options)}
+            runs: dict[str, Any] = {
+                "collection from the server": partial(collection, server, options)
+            }
             if options.what == "rates":
-                runs["collection in one process"] = partial(collection, None, options)
+                runs["collection in this process"] = partial(collection, None, options)
             else:
                 runs["bare load generator"] = partial(bare_load, server, options)
             for name, values in in_turn(runs, 1).items():
