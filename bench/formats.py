@@ -43,7 +43,6 @@ COLUMNS = {
     "KL, sampled, outside repetitions": ".4f",
     "KL, greedy": ".4f",
 }
-CHECKS = 8  # of the held-out KL while it recovers, after equally many tokens
 TINY = "--model reasoner --tokens 512 --answers 2 --cap 16 --labels int4"
 
 
@@ -91,22 +90,21 @@ def run(options: argparse.Namespace) -> None:
     unit, factor = (", thousandths", 1000) if options.model == "reasoner" else ("", 1)
     columns = {name + unit * name.startswith("KL"): form for name, form in COLUMNS.items()}
     rows = [
-        [label, row["bits"], *([factor * number for number in row[name]] for name in names)]
+        [label, row["bits"], *([factor * n for n in row[name] if n is not None] for name in names)]
         for label, row in finished.items()
     ]
     save(options.out, f"formats_{options.model}", subject.name, columns, rows)
-    curves = [[label, *curve(folder_of(options, label) / RUN_RECORD_NAME)] for label in labels]
-    columns = {"format": "", "tokens": ",d", "KL before": ".3f"}
-    columns |= {f"after {check}/{CHECKS}": ".3f" for check in range(1, CHECKS + 1)}
-    recovered = [row for row in curves if len(row) == len(columns)]
-    if recovered:
-        save(options.out, f"recovery_{options.model}", subject.name, columns, recovered)
+    records = {label: folder_of(options, label) / RUN_RECORD_NAME for label in labels}
+    checks = [[label, *check] for label, record in records.items() for check in curve(record)]
+    if checks:
+        columns = {"format": "", "step": "", "held-out KL": ".3f"}
+        save(options.out, f"curve_{options.model}", subject.name, columns, checks)
 
 
-def curve(record: Path) -> list[float]:
-    """Return the tokens of recovery and its held-out KL at each check; [] without recovery."""
-    recovery = json.loads(record.read_text()).get("recovery", {}) if record.exists() else {}
-    return [recovery["tokens"], *(kl for _, kl in recovery["curve"])] if recovery else []
+def curve(record: Path) -> list[tuple[str, float | None]]:
+    """Return step and held-out KL of each check while a row was recovered; [] without recovery."""
+    run = json.loads(record.read_text()) if record.exists() else {}
+    return [(str(step), kl) for step, kl in run.get("recovery", {}).get("curve", [])]
 
 
 def folder_of(options: argparse.Namespace, label: str) -> Path:

@@ -95,19 +95,22 @@ def collection(server: Server | None, options: argparse.Namespace) -> tuple[floa
     Returns tokens per second, and CPU ms of this process per 1,000 tokens.
     """
     path = options.work / f"rate-{time.time_ns()}.jsonl"
+    model: Any
+    if server is None:
+        engine, dtype = None, getattr(torch, DTYPES[options.model])
+        model = AutoModelForCausalLM.from_pretrained(options.folder, dtype=dtype)
+    else:
+        urls = [f"{server.url}/v1"]
+        engine = EngineSettings(base_urls=urls, concurrency=options.concurrency)
+        model = ModelIdentity.of_files(str(options.folder))
     settings = TraceSettings(
         store=str(path),
         problems=problems_of(options),
         sampling=SamplingSettings(
             **SAMPLING, max_new_tokens=CAP, seed=options.round, batch_size=options.concurrency
         ),
-        engine=server
-        and EngineSettings(base_urls=[f"{server.url}/v1"], concurrency=options.concurrency),
+        engine=engine,
     )
-    model: Any = ModelIdentity.of_files(str(options.folder))
-    if server is None:
-        dtype = getattr(torch, DTYPES[options.model])
-        model = AutoModelForCausalLM.from_pretrained(options.folder, dtype=dtype)
     tokenizer = AutoTokenizer.from_pretrained(options.folder)
     started, cpu = time.perf_counter(), time.process_time()
     with suppress(RacError):  # the problems are used up before the budget is reached

@@ -116,8 +116,8 @@ def test_the_curve_of_a_recovery_is_in_the_run_record(tmp_path):
     assert curve(record) == []
     record.write_text(json.dumps({"method": "prune"}))
     assert curve(record) == []
-    record.write_text(json.dumps({"recovery": {"tokens": 900, "curve": [[0, 0.5], [7, 0.25]]}}))
-    assert curve(record) == [900, 0.5, 0.25]
+    record.write_text(json.dumps({"recovery": {"tokens": 900, "curve": [[0, 0.5], [7, None]]}}))
+    assert curve(record) == [("0", 0.5), ("7", None)]
 
 
 def test_a_random_model_has_the_form_that_was_asked_for(tmp_path):
