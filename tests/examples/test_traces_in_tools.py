@@ -67,6 +67,26 @@ def test_autoround(store, dense, tmp_path):
     assert json.loads(config.read_text())["quantization_config"]["bits"] == 4
 
 
+def test_rows_for_gptqmodel(store):
+    """Lists of ids, as `GPTQModel.quantize` takes them."""
+    rows = example("traces_in_gptqmodel")["rows"](str(reasoner_path()), str(store), TOKENS)
+    stored = {(*t.prompt_ids, *t.completion_ids) for t in TraceStore.read(store)}
+    assert {tuple(row["input_ids"]) for row in rows} <= stored
+    assert sum(len(row["input_ids"]) for row in rows) >= TOKENS
+    assert all(row["attention_mask"] == [1] * len(row["input_ids"]) for row in rows)
+
+
+def test_gptqmodel(store, dense, tmp_path, monkeypatch):
+    """Not part of `make test`: needs an environment with gptqmodel, which builds from source."""
+    monkeypatch.setenv("GPTQMODEL_CPU_WORKERS", "2")
+    gptqmodel = pytest.importorskip("gptqmodel")
+    output = tmp_path / "gptqmodel"
+    example("traces_in_gptqmodel")["main"]("", str(output), str(store), tokens=TOKENS)
+    assert json.loads((output / "config.json").read_text())["quantization_config"]["bits"] == 4
+    quantized = gptqmodel.GPTQModel.load(str(output), backend="torch", device="cpu").model
+    assert loss(quantized, store) < loss(dense, store) + 0.3
+
+
 def test_sft_trainer_of_trl(store, dense, tmp_path):
     output = tmp_path / "sft"
     mean = example("traces_in_trl")["main"]("", str(output), str(store), tokens=TOKENS, steps=2)
