@@ -70,6 +70,27 @@ def run(options: argparse.Namespace) -> None:
     subject = Subject(
         "embedded reasoner with 16 experts", str(folder), dense.shared, dense.evaluation
     )
+    rows = planned(options, subject)
+    out = options.work / "experts-rows"
+    finished = run_grid(
+        subject, rows, out, tokens=options.tokens, problems=options.problems, cap=options.cap
+    )
+    by_label: dict[str, list[dict[str, Any]]] = {}
+    for row in finished:
+        by_label.setdefault(row["group"], []).append(row)
+    table = []
+    for label, of_seeds in by_label.items():
+        kl = [row["divergence"]["kl"] for row in of_seeds if row["divergence"]]
+        right = [100 * row["accuracy"]["accuracy"] for row in of_seeds]
+        truncated = [100 * row["truncated"] for row in of_seeds]
+        megabytes = of_seeds[0]["bytes"]["total"] / 1e6
+        divergence = spread(kl) if kl else None
+        table.append([label, megabytes, divergence, spread(right), spread(truncated)])
+    save(options.out, "experts_reap", subject.name, COLUMNS, table)
+
+
+def planned(options: argparse.Namespace, subject: Subject) -> list[dict[str, Any]]:
+    """Return the rows of the grid."""
     rows = [
         {
             "label": f"{share:.0%} removed, {name}, seed {seed}",
@@ -88,28 +109,13 @@ def run(options: argparse.Namespace) -> None:
     if "traces" in options.calibrations:
         rows += [
             {
-                "label": f"50% removed, traces, then {name}",
-                "group": f"50% removed, traces, then {name}",
+                "label": f"half, traces, then {name}",
+                "group": f"half, traces, then {name}",
                 "recipe": {"REAPPruningModifier": {"sparsity": 0.5}, OURS: settings},
             }
             for name, settings in AFTERWARDS.items()
         ]
-    out = options.work / "experts-rows"
-    finished = run_grid(
-        subject, rows, out, tokens=options.tokens, problems=options.problems, cap=options.cap
-    )
-    by_label: dict[str, list[dict[str, Any]]] = {}
-    for row in finished:
-        by_label.setdefault(row["group"], []).append(row)
-    table = []
-    for label, of_seeds in by_label.items():
-        kl = [row["divergence"]["kl"] for row in of_seeds if row["divergence"]]
-        right = [100 * row["accuracy"]["accuracy"] for row in of_seeds]
-        truncated = [100 * row["truncated"] for row in of_seeds]
-        megabytes = of_seeds[0]["bytes"]["total"] / 1e6
-        divergence = spread(kl) if kl else None
-        table.append([label, megabytes, divergence, spread(right), spread(truncated)])
-    save(options.out, "experts_reap", subject.name, COLUMNS, table)
+    return rows
 
 
 def calibration(name: str, seed: int, subject: Subject) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Smoke tests of bench/: the suites import, the tables of docs/ are those of results/, random
 models are what their forms say."""
 
+import argparse
 import ast
 import asyncio
 import importlib
@@ -21,9 +22,8 @@ from aiohttp.test_utils import TestServer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from bench import server, serving, soak
+from bench import experts, server, serving, soak
 from bench.__main__ import SUITES, main
-from bench.experts import with_experts
 from bench.formats import FORMATS, curve
 from bench.gguf_file import type_of
 from bench.grid import CALIBRATIONS, OURS, VARIANTS, calibrated_on, pattern
@@ -96,7 +96,10 @@ def test_rows_of_the_grids_are_settings_that_exist(tmp_path):
     (tmp_path / "smollm2").mkdir()
     (tmp_path / "smollm2" / "config.json").touch()  # the model is there
     chat = smollm2(tmp_path)
-    for subject, its_rows in ((small, rows), (chat, formats)):
+    options = argparse.ArgumentParser()
+    experts.add_options(options)
+    mixture = experts.planned(options.parse_args([]), small)
+    for subject, its_rows in ((small, rows), (chat, formats), (small, mixture)):
         calibration = {**subject.shared.get("calibration", {}), "tokens": 512}
         shared = {**subject.shared, "calibration": calibration}
         grid = {"shared": shared, "evaluation": subject.evaluation, "rows": its_rows}
@@ -132,7 +135,7 @@ def test_a_random_model_has_the_form_that_was_asked_for(tmp_path):
 
 def test_the_mixture_is_the_dense_model_where_a_token_meets_every_quarter():
     dense = AutoModelForCausalLM.from_pretrained(reasoner_path(), dtype=torch.float32).eval()
-    model = with_experts(dense).eval()
+    model = experts.with_experts(dense).eval()
     ids = torch.arange(4, 24)[None]
     chosen = torch.tensor([[0, 5, 10, 15]]).expand(ids.numel(), 4)  # of each quarter a copy
     for layer in model.model.layers:
