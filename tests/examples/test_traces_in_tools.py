@@ -79,6 +79,7 @@ def test_rows_for_gptqmodel(store):
 def test_gptqmodel(store, dense, tmp_path, monkeypatch):
     """Not part of `make test`: needs an environment with gptqmodel, which builds from source."""
     monkeypatch.setenv("GPTQMODEL_CPU_WORKERS", "2")
+    monkeypatch.chdir(tmp_path)  # it writes logs/ there
     gptqmodel = pytest.importorskip("gptqmodel")
     output = tmp_path / "gptqmodel"
     example("traces_in_gptqmodel")["main"]("", str(output), str(store), tokens=TOKENS)
