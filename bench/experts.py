@@ -109,8 +109,8 @@ def planned(options: argparse.Namespace, subject: Subject) -> list[dict[str, Any
     if "traces" in options.calibrations:
         rows += [
             {
-                "label": f"half, traces, then {name}",
-                "group": f"half, traces, then {name}",
+                "label": f"50%, traces, then {name}",
+                "group": f"50%, traces, then {name}",
                 "recipe": {"REAPPruningModifier": {"sparsity": 0.5}, OURS: settings},
             }
             for name, settings in AFTERWARDS.items()

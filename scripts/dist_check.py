@@ -84,7 +84,9 @@ rows = rac_modifier.trace_dataset(
     str(rac_modifier.reasoner_path()), tokens=300, store="traces.jsonl",
     server={"base_urls": [server.url], "verify_model": False}, sampling={"max_new_tokens": 20},
 )
-print("COLLECTED", sum(map(len, rows["input_ids"])), "tokens")
+tokens = sum(map(len, rows["input_ids"]))
+assert tokens >= 300
+print("COLLECTED", tokens, "tokens")
 server.close()
 """
 SERVE = """
@@ -202,8 +204,6 @@ def collect(environment: Environment, python: str, wheel: Path) -> None:
     environment.install(python, f"{wheel}[traces]")
     output = environment.python(FAKE_SERVER.read_text() + COLLECT)
     print(*[line for line in output.splitlines() if "COLLECTED" in line])
-    if "COLLECTED" not in output:
-        sys.exit(f"nothing was collected:\n{output[-5000:]}")
 
 
 def step(text: str) -> None:
