@@ -23,8 +23,8 @@ from rac_modifier.rehearsal import LiveBytes, without_data
 from rac_modifier.settings.recovery import RecoverySettings
 
 # Bytes per trained weight. The state is the weight and AdamW's moments, of a GPU copied to the CPU
-# to be written. Of a weight with codes there are two masters, and code, scaled weight and clamp.
-_FLOAT32, _STATE, _MASK, _BEST, _CODE, _MASTERS = 4, 12, 1, 4, 9, 8
+# to be written. Of a weight with codes there are two masters, and a float32 matmul keeps its value.
+_FLOAT32, _STATE, _MASK, _BEST, _VALUE, _MASTERS = 4, 12, 1, 4, 4, 8
 _MARGIN = 0.9  # of the free memory
 _GIB = 2**30
 
@@ -110,9 +110,9 @@ def recovery_need(
     count, on_cpu, alone = sum(p.numel() for p in trained), device.type == "cpu", processes == 1
     rows, step = -(-batch.rows // processes), None
     part = batch._replace(rows=rows, predicted=batch.predicted * rows // batch.rows)
-    recomputes = settings.activation_checkpointing
+    recomputes, bf16 = settings.activation_checkpointing, bf16_is_fast(device)
     try:
-        step = step_bytes(model, part, recomputes, bf16=bf16_is_fast(device), frees=not alone)
+        step = step_bytes(model, part, recomputes, bf16=bf16, frees=not alone)
     except RuntimeError as error:  # of torch: a shape depends on data, as with routed experts
         name = type(model).__name__
         logger.warning(f"recovery: activations of {name} are not counted in its memory ({error})")
@@ -128,7 +128,7 @@ def recovery_need(
         host += (2 * _FLOAT32 * processes + _BEST + (_STATE if on_cpu else 0)) * count
     if quantizes:
         coded = sum(p.numel() for p in trained if p.dim() == 2)
-        on_device += coded * (_MASTERS + (0 if recomputes else _CODE))
+        on_device += coded * (_MASTERS + (0 if recomputes or bf16 else _VALUE))
     on_device += int((step or 0) * (HEAP_GAPS if on_cpu else 1))
     if not on_cpu:
         on_device += sum(p.nbytes for p in parameters if id(p) in frozen)

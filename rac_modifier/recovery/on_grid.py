@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
 
+from rac_modifier.pruning.linalg import cached_slices
 from rac_modifier.quantization.grid import Grid
 
 _WIDTH = 0.45  # of a step of the grid to each side: a border itself may round either way
@@ -95,29 +96,50 @@ class OnGrid(torch.nn.Module):
 
     def forward(self, master: Tensor) -> Tensor:
         """Return code times scale."""
-        zero = None if self.zero is None else _spread(self.zero, self.grid, master)
-        return _CodeTimesScale.apply(
-            master, _spread(self.scale(), self.grid, master), zero, self.grid
-        )
+        return _CodeTimesScale.apply(master, self.scale(), self.zero, self.grid)
 
 
 class _CodeTimesScale(torch.autograd.Function):
+    """The backward pass rounds again, so that only the inputs are kept, which exist anyway."""
+
     @staticmethod
     def forward(ctx: Any, master: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> Tensor:
-        scaled = master / scale
-        codes = grid.codes_(scaled.clone(), zero)
-        lowest, highest = grid.codes_(scaled.new_tensor([-torch.inf, torch.inf]))
-        if zero is not None:
-            lowest, highest = lowest - zero, highest - zero
-        clamped = (scaled < lowest) | (scaled > highest)
-        ctx.save_for_backward(scaled, codes, clamped)
-        return codes * scale
+        ctx.save_for_backward(master, scale, zero)
+        ctx.grid = grid
+        value = torch.empty_like(master)
+        for rows in cached_slices(master):
+            scales, zeros = _of_rows(scale, rows, grid, master), _of_rows(zero, rows, grid, master)
+            torch.mul(grid.codes_(master[rows] / scales, zeros), scales, out=value[rows])
+        return value
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        scaled, codes, clamped = ctx.saved_tensors
-        for_scale = outer[0] * torch.where(clamped, codes, codes - scaled)
-        return outer[0].masked_fill(clamped, 0.0), for_scale, None, None
+        (master, scale, zero), grid = ctx.saved_tensors, ctx.grid
+        for_master, for_scale = torch.empty_like(master), torch.empty_like(scale)
+        lowest, highest = grid.codes_(scale.new_tensor([-torch.inf, torch.inf]))
+        most = torch.finfo(master.dtype).max
+        for rows in cached_slices(master):
+            scales, zeros = _of_rows(scale, rows, grid, master), _of_rows(zero, rows, grid, master)
+            scaled = (master[rows] / scales).clamp_(-most, most)
+            codes = grid.codes_(scaled.clone(), zeros)
+            stored = scaled if zeros is None else scaled + zeros
+            inside = stored.clamp(lowest, highest).eq_(stored)  # 1.0 or 0.0: a CPU is slow at bools
+            torch.mul(outer[0][rows], inside, out=for_master[rows])
+            change = codes.sub_(scaled.mul_(inside)).mul_(outer[0][rows])
+            for_scale[rows] = _sum_of_groups(change, grid, scale.shape[1])
+        return for_master, for_scale, None, None
+
+
+def _of_rows(part: Tensor | None, rows: slice, grid: Grid, like: Tensor) -> Any:
+    return None if part is None else _spread(part[rows], grid, like)
+
+
+def _sum_of_groups(values: Tensor, grid: Grid, groups: int) -> Tensor:
+    """Sum [rows, columns] by group: [rows, groups]; the last group may have fewer columns."""
+    columns = values.shape[1]
+    size = grid.group_size or columns
+    whole = torch.nn.functional.pad(values, (0, groups * size - columns))
+    return whole.unflatten(1, (groups, size)).sum(-1)
 
 
 @contextlib.contextmanager

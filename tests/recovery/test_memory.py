@@ -9,6 +9,7 @@ import torch
 from rac_modifier.errors import RacError
 from rac_modifier.platform import HEAP_GAPS
 from rac_modifier.processes import Processes
+from rac_modifier.quantization.grid import Grid
 from rac_modifier.recovery import memory
 from rac_modifier.recovery.memory import (
     Batch,
@@ -18,9 +19,11 @@ from rac_modifier.recovery.memory import (
     recovery_need,
     step_bytes,
 )
+from rac_modifier.recovery.on_grid import QuantizedWeight
 from rac_modifier.rehearsal import LiveBytes
 from rac_modifier.settings.recovery import RecoverySettings
 from tests.recovery.recovery_helpers import SETTINGS, dense_and_sparse, run, sequences
+from tests.tiny import linears
 
 CPU, SMALL = torch.device("cpu"), Batch(1, 40, 39)
 DENSE, _ = dense_and_sparse()
@@ -29,22 +32,31 @@ COUNT = sum(
 )
 
 
+@pytest.mark.parametrize("codes", [False, True])
 @pytest.mark.parametrize(
     ("checkpointing", "autocast"), [(False, None), (False, torch.bfloat16), (True, None)]
 )
-def test_the_forecast_is_what_lives_in_a_run(checkpointing, autocast, monkeypatch):
+def test_the_forecast_is_what_lives_in_a_run(checkpointing, autocast, codes, monkeypatch):
     """Nearly, of tensors that operators made: float32 weights are not among them."""
     fast = autocast is not None
     monkeypatch.setattr("rac_modifier.recovery.memory.bf16_is_fast", lambda device: fast)
     dense, sparse = dense_and_sparse()
     settings = SETTINGS.model_copy(update={"activation_checkpointing": checkpointing})
     batch = largest_batch(sequences(60, seed=1), settings, CPU, 1)
-    need = recovery_need(dense, settings, batch, CPU)
+    need = recovery_need(dense, settings, batch, CPU, quantizes=codes)
+    coded = [name for name in linears(sparse) if codes and name != "lm_head"]
     with LiveBytes() as live:
-        run(sparse, dense, settings, (60, 5), autocast=autocast)
+        weights = {name: sparse.get_submodule(name).weight.detach() for name in coded}
+        quantized = {name: with_codes(weight) for name, weight in weights.items()}
+        run(sparse, dense, settings, (60, 5), autocast=autocast, quantized=quantized)
     gaps = int(0.15 * need.step)  # of the process, not of tensors
     share = (need.device + need.host - gaps) / live.peak
     assert 0.9 < share < 1.15
+
+
+def with_codes(weight: torch.Tensor) -> QuantizedWeight:
+    scale = weight.unflatten(1, (-1, 32)).abs().amax(-1).clamp(min=1e-6) / 7.5
+    return QuantizedWeight(Grid("int", 4, 32), scale.bfloat16(), weight.clone())
 
 
 def test_what_is_counted_per_weight(monkeypatch):
@@ -57,7 +69,10 @@ def test_what_is_counted_per_weight(monkeypatch):
     alone = recovery_need(DENSE, SETTINGS, SMALL, CPU)
     codes = recovery_need(DENSE, SETTINGS, SMALL, CPU, quantizes=True)
     coded = sum(p.numel() for name, p in DENSE.named_parameters() if "proj" in name)
-    assert codes.device - alone.device == (9 + 8) * coded
+    assert codes.device - alone.device == 8 * coded
+    monkeypatch.setattr("rac_modifier.recovery.memory.bf16_is_fast", lambda device: False)
+    both = [recovery_need(DENSE, SETTINGS, SMALL, CPU, quantizes=q).device for q in (False, True)]
+    assert both[1] - both[0] == (4 + 8) * coded
     assert alone.host == 4 * COUNT
 
 
