@@ -15,6 +15,7 @@ SUITES = (
     "time",
     "kernels",
     "serving",
+    "runtimes",
     "recovery",
     "stopping",
     "traces",

