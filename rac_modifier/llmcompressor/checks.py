@@ -20,6 +20,7 @@ from loguru import logger
 from pydantic import ValidationError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from rac_modifier.checkpoint.dense_codes import OF_VOCABULARY
 from rac_modifier.checkpoint.output_folder import check_output_folder
 from rac_modifier.errors import RacError
 from rac_modifier.llmcompressor.quantizer import Quantizer
@@ -116,7 +117,12 @@ def check_other_modifiers(
                 "set quantization: {scheme: W4A16} (or its scheme) in the pruning entry"
             )
         if quantizes and isinstance(modifier, QuantizationMixin):
-            raise RacError(f"{name} after {type(ours).__name__} quantizes twice; leave one out")
+            groups = modifier.resolved_config.config_groups.values()
+            if not all(OF_VOCABULARY.search(name) for group in groups for name in group.targets):
+                raise RacError(
+                    f"{name} after {type(ours).__name__} quantizes twice; leave one out, or set "
+                    "targets: [lm_head] for the head"
+                )
 
 
 def is_autoround(modifier: Modifier) -> bool:

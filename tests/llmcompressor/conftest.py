@@ -87,6 +87,13 @@ def fp8() -> QuantizationModifier:
     return QuantizationModifier(targets=["Linear"], ignore=["lm_head"], scheme="FP8_DYNAMIC")
 
 
+def int8_head() -> QuantizationModifier:
+    weights = {"num_bits": 8, "strategy": "channel"}
+    return QuantizationModifier(
+        ignore=[], config_groups={"h": {"targets": ["lm_head"], "weights": weights}}
+    )
+
+
 @pytest.fixture
 def off_policy(trace_store):
     """Trace settings that take the float32 model's traces for a model made of it."""

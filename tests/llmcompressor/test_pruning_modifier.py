@@ -10,8 +10,8 @@ from torch.nn import Parameter
 from transformers import AutoModelForCausalLM
 
 from rac_modifier import RacError, ReasoningAwareSparseGPTModifier
-from tests.llmcompressor.conftest import BUILD, fp8
-from tests.llmcompressor.modifier_helpers import gptq_w4
+from tests.llmcompressor.conftest import BUILD, fp8, int8_head
+from tests.llmcompressor.modifier_helpers import gptq_w4, int4
 from tests.tiny import entry
 
 
@@ -44,6 +44,7 @@ def refused_or_sampled(tiny_folder, trace_store, monkeypatch):
         ([gptq_w4], [], {}, None),
         ([fp8, gptq_w4], [fp8], {}, None),
         ([], [fp8], {"quantization": {"scheme": "W8A16"}}, "after .* quantizes twice"),
+        ([], [int8_head], {"quantization": int4()}, None),
         ([], [fp8], {"pipeline": "sequential"}, "pruning needs its own; use pipeline='independ"),
         ([], [], {"pipeline": "sequential"}, None),
     ],

@@ -7,17 +7,19 @@ import torch
 import yaml
 from llmcompressor import oneshot
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rac_modifier
 from rac_modifier import RacError, ReasoningAwareSparseGPTModifier, cli
 from rac_modifier.settings.sampling import PromptSettings
 from rac_modifier.traces.store import TraceStore
-from tests.llmcompressor.conftest import fp8, quantization_config, record_of
+from tests.llmcompressor.conftest import fp8, int8_head, quantization_config, record_of
 from tests.llmcompressor.modifier_helpers import (
     assert_same_weights,
     generic_loader,
     gptq_w4,
+    int4,
     weights,
 )
 from tests.tiny import TOKENS, entry, is_2of4, linears, recipe, save_tiny
@@ -150,3 +152,21 @@ def test_round_to_nearest_fp8_keeps_2of4_and_is_packed(prune, tmp_path):
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
         assert file.get_tensor("model.layers.0.mlp.up_proj.compressed").dtype == torch.float8_e4m3fn
     torch.testing.assert_close(logits(rac_modifier.load_model(tmp_path / "out")), logits(model))
+
+
+def test_a_head_is_quantized_next_to_ours(prune, tmp_path):
+    """In codes of its own bits; the layers are those without it."""
+    with_head, without = tmp_path / "with", tmp_path / "without"
+    prune(quantization=int4(), later=[int8_head()], output_dir=with_head)
+    prune(quantization=int4(), output_dir=without)
+    groups = quantization_config(with_head)["config_groups"].values()
+    bits = {tuple(group["targets"]): group["weights"]["num_bits"] for group in groups}
+    assert bits == {("Linear",): 4, ("lm_head",): 8}
+    tensors, alone = (load_file(f / "model.safetensors") for f in (with_head, without))
+    head = {name: tensors.pop(name) for name in list(tensors) if name.startswith("lm_head")}
+    exact = alone.pop("lm_head.weight")
+    assert_same_weights(tensors, alone)
+    words = head["lm_head.weight_packed"]
+    codes = torch.stack([words >> 8 * at & 255 for at in range(4)], -1).flatten(1) - 128
+    error = (codes * head["lm_head.weight_scale"] - exact).abs()
+    assert 0 < float((error / head["lm_head.weight_scale"]).max()) < 0.51
