@@ -108,14 +108,14 @@ def serve(form: str, model: Path, options: argparse.Namespace) -> AbstractContex
     log = options.work / f"runtimes-{form.replace(' ', '-')}.log"
     if form in FILE_TYPES:
         packages = str(options.packages.resolve() / "llama")
-        paths = [packages, os.environ.get("PYTHONPATH", "")]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+        os.environ["PYTHONPATH"] = os.pathsep.join([packages, os.environ.get("PYTHONPATH", "")])
         sys.path.append(packages)
         (options.work / "gguf").mkdir(exist_ok=True)
         file = gguf_file(model, options.work / "gguf", form)
         # shape, layers and vocabulary of the file are its own
         command = [sys.executable, "-m", "bench.peer_server", "llama", str(file), form]
-        return running([*command, "-", "0", "0", "4", str(options.cap + 512)], log, environment)
+        command += ["-", "0", "0", "4", str(options.cap + 512)]
+        return running(command, log, dict(os.environ))
     label, choice = CHECKPOINTS[form]
     folder = model if label is None else folder_of(options, label)
     serve_options = ["--dtype", "bfloat16", "--max-model-len", str(options.cap + 512), *choice]
