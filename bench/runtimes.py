@@ -41,6 +41,7 @@ CHECKPOINTS: dict[str, tuple[str | None, list[str]]] = {  # row of bench formats
     "int4, int4 head": ("int4, int4 head", RAC),
     "int3": ("int3 with zero points", RAC),
 }
+FORMS = [*FILE_TYPES, *CHECKPOINTS]
 LISTED = 512  # tokens of a distribution that a server lists
 COLUMNS = {"runtime": "", "form": "", "KL": ".4f", "same first token, %": ".1f"}
 TINY = "--model reasoner --forms bf16 --answers 2 --cap 16"
@@ -49,7 +50,7 @@ TINY = "--model reasoner --forms bf16 --answers 2 --cap 16"
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this suite."""
     parser.add_argument("--model", default="smollm2", choices=("smollm2", "reasoner"))
-    parser.add_argument("--forms", nargs="+", default=[*FILE_TYPES, *CHECKPOINTS])
+    parser.add_argument("--forms", nargs="+", default=FORMS)
     parser.add_argument("--answers", type=int, default=64, help="held-out prompts")
     parser.add_argument("--cap", type=int, default=512, help="most tokens of an answer")
     parser.add_argument("--stride", type=int, default=16, help="tokens from one to the next")
@@ -58,8 +59,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Ask each server in turn, and write the table."""
-    if unknown := set(options.forms) - {*FILE_TYPES, *CHECKPOINTS}:
-        raise SystemExit(f"--forms: {sorted(unknown)}; there are {[*FILE_TYPES, *CHECKPOINTS]}")
+    if unknown := set(options.forms) - set(FORMS):
+        raise SystemExit(f"--forms: {sorted(unknown)} are no forms; there are {FORMS}")
     subject = float32_copy(options.model, options.work, options.cap)
     dense = load(Path(subject.model), Path(subject.model))
     tokenizer = AutoTokenizer.from_pretrained(subject.model)

@@ -107,8 +107,7 @@ class _CodeTimesScale(torch.autograd.Function):
         ctx.save_for_backward(master, scale, zero)
         ctx.grid = grid
         value = torch.empty_like(master)
-        for rows in cached_slices(master):
-            scales, zeros = _of_rows(scale, rows, grid, master), _of_rows(zero, rows, grid, master)
+        for rows, scales, zeros in _blocks(master, scale, zero, grid):
             torch.mul(grid.codes_(master[rows] / scales, zeros), scales, out=value[rows])
         return value
 
@@ -118,8 +117,7 @@ class _CodeTimesScale(torch.autograd.Function):
         for_master, for_scale = torch.empty_like(master), torch.empty_like(scale)
         lowest, highest = grid.codes_(scale.new_tensor([-torch.inf, torch.inf]))
         most = torch.finfo(master.dtype).max
-        for rows in cached_slices(master):
-            scales, zeros = _of_rows(scale, rows, grid, master), _of_rows(zero, rows, grid, master)
+        for rows, scales, zeros in _blocks(master, scale, zero, grid):
             scaled = (master[rows] / scales).clamp_(-most, most)
             codes = grid.codes_(scaled.clone(), zeros)
             stored = scaled if zeros is None else scaled + zeros
@@ -130,8 +128,13 @@ class _CodeTimesScale(torch.autograd.Function):
         return for_master, for_scale, None, None
 
 
-def _of_rows(part: Tensor | None, rows: slice, grid: Grid, like: Tensor) -> Any:
-    return None if part is None else _spread(part[rows], grid, like)
+def _blocks(
+    master: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid
+) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    """Yield rows that stay in the cache, with the scales and zero points of their weights."""
+    for rows in cached_slices(master):
+        zeros = None if zero is None else _spread(zero[rows], grid, master)
+        yield rows, _spread(scale[rows], grid, master), zeros
 
 
 def _sum_of_groups(values: Tensor, grid: Grid, groups: int) -> Tensor:

@@ -101,15 +101,18 @@ def rounded(weight: torch.Tensor, scale: torch.Tensor, bits: int = 4) -> torch.T
     return rounds_to(weight, scale, grid) * spread(scale, weight.shape[1])
 
 
+@pytest.mark.parametrize("cached", [1 << 17, 64], ids=["one block", "a block per row"])
 @pytest.mark.parametrize("zero", [None, torch.tensor([[-2, 1], [0, -1]], dtype=torch.int8)])
-def test_forward_value_and_gradients_are_those_of_the_formulas(zero):
+def test_forward_value_and_gradients_are_those_of_the_formulas(zero, cached, monkeypatch):
     """Element by element: LSQ, with a clamped code where the weight is beyond the grid."""
+    monkeypatch.setattr("rac_modifier.pruning.linalg.CACHED_ON_CPU", cached)
     grid = Grid("int", 2, 32, symmetric=zero is None)
     scale = torch.tensor([[0.5, 0.25], [1.0, 0.5]]).to(torch.bfloat16)
     points, wide = spread(torch.zeros(2, 2) if zero is None else zero), spread(scale)
     master, outer = torch.randn(2, 64), torch.randn(2, 64)
     for column, end in enumerate((-2.0, 1.0)):  # an end of the grid itself is not clamped
         master[:, column] = ((end - points) * wide)[:, column]
+    master[0, 40] = 3e38  # over its scale, 0.25, it is infinite
     master.requires_grad_()
     form = OnGrid(QuantizedWeight(grid, scale, zero=zero))
     value = form(master)
