@@ -25,7 +25,7 @@ from bench.gguf_rows import GGUF, IMATRIX, quantized_by_llama_cpp
 from bench.models import Subject, float32_copy
 from rac_modifier import trace_dataset
 from rac_modifier.checkpoint.card import RUN_RECORD_NAME
-from rac_modifier.evaluation.divergence import DenseReference, divergence_per_token
+from rac_modifier.evaluation.divergence import DenseReference
 from rac_modifier.evaluation.intervals import mean_over_tokens
 from rac_modifier.evaluation.teacher_forcing import TokenSequence, sample_sequences
 from rac_modifier.problems.source import load_problems
@@ -218,17 +218,13 @@ class Answers:
     def __init__(
         self, dense: Any, tokenizer: Any, subject: Subject, options: argparse.Namespace, name: str
     ) -> None:
-        self.name, self.dense, self.eos = name, dense, dense.config.eos_token_id
+        self.name, self.eos = name, dense.config.eos_token_id
         self.sequences = answers_of(dense, tokenizer, subject, options, name)
         self.reference = DenseReference(dense, self.sequences)
 
     def divergence(self, pruned: Any) -> dict[str, tuple[float, float | None]]:
         """Return mean KL per token, in nats, with its standard error over answers."""
-        heads = [model.get_output_embeddings().weight for model in (self.dense, pruned)]
-        if torch.equal(*heads):
-            rows = self.reference.divergence_per_token(pruned, self.name)
-        else:  # a quantized head: the dense model runs again
-            rows = divergence_per_token(self.dense, pruned, self.sequences, self.name)
+        rows = self.reference.divergence_per_token(pruned, self.name)
         outside = []
         for (ids, start), row in zip(self.sequences, rows, strict=True):
             reason = "length" if ids[-1] != self.eos else "stop"

@@ -1,6 +1,6 @@
 """KL of runtimes: the dense model's next-token distribution against the one each server answers.
 
-    .venv/bin/python -m bench formats --labels int4 "int4, int4 head" "int3 with zero points"
+    .venv/bin/python -m bench formats --labels int4 "int4, int8 head" "int3 with zero points"
     .venv-serve/bin/python -m bench runtimes
 
 Each server gets the model in the form that it would serve, and the dense model's greedy answers
@@ -38,6 +38,7 @@ CHECKPOINTS: dict[str, tuple[str | None, list[str]]] = {  # row of bench formats
     "bf16": (None, []),
     "w4a16": ("int4", OWN),
     "int4": ("int4", RAC),
+    "int4, int8 head": ("int4, int8 head", RAC),
     "int4, int4 head": ("int4, int4 head", RAC),
     "int3": ("int3 with zero points", RAC),
 }

@@ -74,6 +74,11 @@ class Form:
         """Columns that share a scale; None: one scale per row."""
         return GROUP.get(self.bits)
 
+    @property
+    def head_group(self) -> int | None:
+        """Columns of the int8 head that share a scale: stored as int8 layers are, if there are."""
+        return None if self.bits == 8 else 128
+
 
 def random_mask(rows: int, columns: int, pruned: float | str) -> Tensor:
     """Return a bool mask [rows, columns], True where a weight is kept."""
@@ -118,7 +123,7 @@ def config_of(shape: str, **common: Any) -> PreTrainedConfig:
 def random_model(folder: Path, form: Form, layers: int, vocab: int, shape: str = "1.5B") -> Path:
     """Save a model with random weights, stored in a form; return its folder.
 
-    Integer forms have a head of the same bits (int3: 4). Nothing is done if the folder exists.
+    Integer forms of ours have the int8 head of `rac_w4a16`. Nothing is done if the folder exists.
     """
     out = folder / f"{shape}-{re.sub('[^a-z0-9]', '-', form.text)}-{layers}-layers-{vocab}"
     if out.exists():
@@ -144,8 +149,7 @@ def random_model(folder: Path, form: Form, layers: int, vocab: int, shape: str =
         if integers:
             state |= stored(name, state.pop(f"{name}.weight"), form.bits, form.group)
     if own_head:
-        bits = max(form.bits, 4)
-        state |= stored("lm_head", state.pop("lm_head.weight"), bits, GROUP.get(bits))
+        state |= stored("lm_head", state.pop("lm_head.weight"), 8, form.head_group)
     if integers:
         config.quantization_config = quantization(form)
     unfinished = out.with_name(out.name + ".unfinished")
@@ -182,7 +186,7 @@ def split_experts(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def stored(name: str, weight: Tensor, bits: int, group: int | None) -> dict[str, Tensor]:
     """Return a weight as compressed-tensors stores it: int8 values or words, and scales."""
     values, scale = rounded(weight, bits, group)
-    if bits == 8:
+    if group is None:
         return {f"{name}.weight": values, f"{name}.weight_scale": scale}
     tensors = {"packed": packed_words(values, bits), "scale": scale}
     tensors["shape"] = torch.tensor(weight.shape)
@@ -192,21 +196,23 @@ def stored(name: str, weight: Tensor, bits: int, group: int | None) -> dict[str,
 def quantization(form: Form) -> dict[str, Any]:
     """Return the `quantization_config` of a form."""
 
-    def scheme(bits: int) -> dict[str, Any]:
+    def scheme(bits: int, group: int | None) -> dict[str, Any]:
         weights = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "channel"}
-        if bits in GROUP:
-            weights |= {"strategy": "group", "group_size": GROUP[bits]}
+        if group is not None:
+            weights |= {"strategy": "group", "group_size": group}
         inputs = None
         if form.vllm and bits == 8:
             inputs = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True}
-        return {"weights": weights, "input_activations": inputs}
+        format = "int-quantized" if group is None else "pack-quantized"
+        return {"weights": weights, "input_activations": inputs, "format": format}
 
-    groups = {"layers": {"targets": ["Linear"], **scheme(form.bits)}}
+    layers = scheme(form.bits, form.group)
+    groups = {"layers": {"targets": ["Linear"], **layers}}
     if not form.vllm:
-        groups["head"] = {"targets": ["re:.*lm_head"], **scheme(max(form.bits, 4))}
+        groups["head"] = {"targets": ["re:.*lm_head"], **scheme(8, form.head_group)}
     return {
         "quant_method": "compressed-tensors",
-        "format": "int-quantized" if form.bits == 8 else "pack-quantized",
+        "format": layers["format"],
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": [r"re:.*mlp\.gate$", *(["lm_head"] if form.vllm else [])],

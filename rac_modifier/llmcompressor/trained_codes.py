@@ -46,7 +46,7 @@ def _trainable_grid(model: Any, name: str, module: Any, scheme: QuantizationSche
     if module is model.get_input_embeddings() or module is model.get_output_embeddings():
         raise RacError(
             f"recover: {name} is quantized; embeddings and head are not trained and have to be the "
-            f"dense model's: add {name} to ignore where the model is quantized"
+            f"dense model's: quantize without it ({name} in ignore, no modifier that targets it)"
         )
     return stored_grid(scheme, name)
 

@@ -11,8 +11,8 @@ from rac_modifier import RacError, ReasoningAwareSparseGPTModifier, model_tools
 from rac_modifier.calibration.trace_pool import HoldOut
 from rac_modifier.evaluation.divergence import DenseReference, divergence
 from rac_modifier.traces.store import TraceStore
-from tests.llmcompressor.conftest import fp8, record_of
-from tests.llmcompressor.modifier_helpers import generic_loader
+from tests.llmcompressor.conftest import fp8, int8_head, record_of
+from tests.llmcompressor.modifier_helpers import generic_loader, int4
 from tests.tiny import TOKENS, entry, is_2of4, linears
 
 
@@ -56,6 +56,14 @@ def test_the_record_holds_what_measuring_again_measures(held, dense):
     assert measured["sequences"] == len(hold_out.held)
     card = (folder / "out" / "README.md").read_text()
     assert f"{measured['kl']:.4f} nats per token" in card
+
+
+def test_a_rounded_head_counts(prune, held, tmp_path):
+    kl = []
+    for folder, later in ((tmp_path / "dense", []), (tmp_path / "int8", [int8_head()])):
+        prune(quantization=int4(), later=later, output_dir=folder, **held[2])
+        kl.append(record_of(folder)["divergence"]["kl"])
+    assert kl[0] != kl[1]
 
 
 def test_what_is_not_measured_says_why_and_costs_no_model(

@@ -251,7 +251,7 @@ def test_nvfp4_of_another_modifier_is_trained_next_to_the_scales_of_its_activati
     ("modifiers", "says"),
     [
         ([SmoothQuantModifier(), gptq_w4()], "recover next to SmoothQuantModifier: it trains what"),
-        ([GPTQModifier(**int4())], "lm_head is quantized; .* add lm_head to ignore where the mod"),
+        ([GPTQModifier(**int4())], "lm_head is quantized; .* without it .lm_head in ignore"),
         ([gptq(8, False)], "with zero points.*cannot be trained through their codes"),
         (
             [QuantizationModifier(targets=["re:none"], scheme="FP8_DYNAMIC")],
