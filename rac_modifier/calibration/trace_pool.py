@@ -52,7 +52,8 @@ class HoldOut:
 class TracePool:
     """The traces that a selection keeps of a store: their `lengths` by id, not their tokens.
 
-    `held_out` are the first traces of the store, `reserved` the next ones, for recovery.
+    `held_out` are the first traces of the store, `reserved` the next ones, for recovery, which
+    cuts their repeating tails itself.
     """
 
     def __init__(
@@ -70,7 +71,10 @@ class TracePool:
         self.repeated_tokens = store.counts.tokens
         candidates = reserve.others(hold_out.others(self._without_repeats()))
         self.lengths = {t.id: t.tokens for t in self.selection.keep(candidates, judge)}
-        self.held_out, self.reserved = tuple(hold_out.held), tuple(reserve.held)
+        self.held_out = tuple(hold_out.held)
+        self.kept_out_tokens = sum(trace.tokens for trace in (*hold_out.held, *reserve.held))
+        names = {trace.id for trace in reserve.held}
+        self.reserved = tuple(trace for trace in store if trace.id in names) if names else ()
 
     def _without_repeats(self) -> Iterator[Trace]:
         for trace in map(without_repeats, self.store):
@@ -80,11 +84,6 @@ class TracePool:
     def usable_tokens(self) -> int:
         """Count the tokens of all selected traces, each cut to `max_sequence_tokens`."""
         return sum(map(self._cut_length, self.lengths.values()))
-
-    @property
-    def kept_out_tokens(self) -> int:
-        """Return the tokens of the traces that are held out or reserved."""
-        return sum(trace.tokens for trace in (*self.held_out, *self.reserved))
 
     def draw(self, part: str, tokens: int) -> list[CalibrationSequence]:
         """Draw traces of `tokens` tokens over the whole pool, or all; only these are in memory.

@@ -188,10 +188,9 @@ class DenseReference:
         self._sequences = sequences
         self._batches = list(batches_of_like_length(sequences, BATCH_TOKENS))
         head = output_head(model)
-        self._head = [
-            None if p is None else p.detach().to("cpu", copy=True)
-            for p in (head.weight, getattr(head, "bias", None))
-        ]
+        self._weight: Tensor = head.weight.detach().to("cpu", copy=True)
+        bias = getattr(head, "bias", None)
+        self._bias = None if bias is None else bias.detach().to("cpu", copy=True)
         with evaluating(model):
             self._entering = [
                 input_of_head(model, padded(batch)[0][:, :-1]).cpu() for batch in self._batches
@@ -204,13 +203,13 @@ class DenseReference:
     @torch.no_grad()
     def divergence_per_token(self, pruned: Any, label: str) -> list[TokenDivergence]:
         """Return the values of each completion, in the order of the sequences."""
-        weight, bias = (None if p is None else p.to(pruned.device) for p in self._head)
+        weight = self._weight.to(pruned.device)
+        bias = None if self._bias is None else self._bias.to(pruned.device)
+        dense_head = partial(F.linear, weight=weight, bias=bias)
         rows: list[TokenDivergence] = []
         with evaluating(pruned):
             for batch, entering in zip(self._batches, self._entering, strict=True):
-                both = _windows_of_both(
-                    pruned, partial(F.linear, weight=weight, bias=bias), batch, entering
-                )
+                both = _windows_of_both(pruned, dense_head, batch, entering)
                 rows += compare(batch, both, label)
         return _in_order(rows, self._sequences)
 

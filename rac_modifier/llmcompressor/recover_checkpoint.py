@@ -1,7 +1,7 @@
 """Recover a saved checkpoint: `rac recover`, with the stage that a recipe trains in."""
 
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,14 @@ from rac_modifier.checkpoint.quantization_config import (
 )
 from rac_modifier.checkpoint.saving import SavePlan, save_with_record
 from rac_modifier.errors import RacError
+from rac_modifier.evaluation.teacher_forcing import TokenSequence
 from rac_modifier.files import read_json
 from rac_modifier.llmcompressor import trained_codes
 from rac_modifier.llmcompressor.recovery_stage import RecoveryStage
 from rac_modifier.llmcompressor.targets import sparse_modules
 from rac_modifier.model_tools import on_accelerator
 from rac_modifier.processes import Processes
+from rac_modifier.recovery.own_answers import copying_answers
 from rac_modifier.recovery.teacher import check_dense, check_made_from
 from rac_modifier.sampling.model_identity import model_fingerprint
 from rac_modifier.settings.problems import ProblemSource
@@ -35,7 +37,7 @@ from rac_modifier.settings.sampling import PromptSettings, SamplingSettings
 from rac_modifier.settings.traces import TraceSettings
 from rac_modifier.traces.collect import collect_traces
 from rac_modifier.traces.records import trace_of
-from rac_modifier.traces.selection import fresh_traces, used_traces
+from rac_modifier.traces.selection import fresh_traces, used_traces, without_repeats
 from rac_modifier.traces.store import TraceStore
 
 Load = Callable[[str], tuple[Any, Any]]  # a model and its tokenizer
@@ -85,7 +87,13 @@ def recover_checkpoint(
         collected = collect_unused(model, tokenizer, store, problems, sampling, tokens, hashes)
         fresh = fresh_traces(collected, used_traces(collected, hashes), tokens)
     traces = [trace_of(sent) for sent in processes.from_first([asdict(trace) for trace in fresh])]
-    stage.read_dense(model, traces)
+
+    def own(training: Sequence[TokenSequence], kept: Path) -> list[TokenSequence]:
+        assert collected is not None  # the first process samples
+        with on_accelerator(pruned):
+            return copying_answers(pruned, tokenizer, training, collected.header.sampling, kept)
+
+    stage.read_dense(model, traces, own)
     del model
     recovery = stage.run(pruned, modules, checkpoint.quantized)
     if collected is None:
@@ -147,7 +155,8 @@ def collect_unused(
         while missing > 0:
             store = collect_traces(model, tokenizer, settings, budget)
             used = used_traces(store, hashes)
-            missing = tokens - sum(trace.tokens for trace in fresh_traces(store, used, tokens))
+            fresh = map(without_repeats, fresh_traces(store, used, tokens))
+            missing = tokens - sum(trace.tokens for trace in fresh)
             budget = store.counts.tokens + missing
     if used:
         logger.info(f"{store.path}: its first {used:,} traces were used before; others are taken")

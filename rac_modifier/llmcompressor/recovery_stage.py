@@ -1,7 +1,7 @@
 """Recover in a recipe or a checkpoint: prepare on the dense model, then train."""
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,12 @@ from rac_modifier.recovery.teacher import StoredTeacher
 from rac_modifier.sampling.model_identity import model_fingerprint
 from rac_modifier.settings.recovery import RecoverySettings
 from rac_modifier.traces.records import Trace
+from rac_modifier.traces.selection import loop_at_end, with_copies, without_repeats
+
+# The compressed model's answers to the prompts of training traces, kept in a file.
+OwnAnswers = Callable[[Sequence[TokenSequence], Path], list[TokenSequence]]
+_OWN = "own_answers.json"
+_OF_OWN = 5  # one in so many decides what is kept, with the traces that are held out
 
 
 class RecoveryStage:
@@ -44,16 +50,23 @@ class RecoveryStage:
         self._quantizes, self._keep = quantizes, keep
         check_recovery_memory(model, settings, processes, quantizes=quantizes)
 
-    def read_dense(self, model: Any, traces: Sequence[Trace]) -> None:
-        """Store the dense model's hidden states on its traces (RacError)."""
+    def read_dense(
+        self, model: Any, traces: Sequence[Trace], own: OwnAnswers | None = None
+    ) -> None:
+        """Store the dense model's hidden states on its traces and on `own` answers (RacError)."""
         settings, processes = self._settings, self._processes
         self._held_out, self._training = split_traces(traces, settings.held_out_tokens)
-        check_recovery_memory(
-            model, settings, processes, training=self._training, quantizes=self._quantizes
-        )
         fingerprint = model_fingerprint(model)
         self.folder = Path(settings.folder or f"rac_recovery/{fingerprint[:16]}")
         self._lock = hold(self.folder) if processes.is_first else None
+        if own is not None:
+            answers = own(self._training, self.folder / _OWN) if processes.is_first else []
+            answers = processes.from_first(answers)
+            self._held_out += answers[::_OF_OWN]
+            self._training += [a for i, a in enumerate(answers) if i % _OF_OWN]
+        check_recovery_memory(
+            model, settings, processes, training=self._training, quantizes=self._quantizes
+        )
         states = self.folder / "teacher"
         if processes.is_first:
             sequences = [*self._held_out, *self._training]
@@ -97,8 +110,9 @@ class RecoveryStage:
             )
         if self._receives or (self._processes.is_first and not self._keep):
             self.remove()
+        copying = sum(loop_at_end(ids[prompt:]) is not None for ids, prompt in self._training)
         trained_on = "the model's own traces, KL to the dense model"
-        return {**result.as_dict(), "trained_on": trained_on}
+        return {**result.as_dict(), "ending_in_copies": copying, "trained_on": trained_on}
 
     def remove(self) -> None:
         """Remove the hidden states and, on the first machine, the state of training."""
@@ -114,7 +128,10 @@ class RecoveryStage:
 def split_traces(
     traces: Sequence[Trace], held_out_tokens: int
 ) -> tuple[list[TokenSequence], list[TokenSequence]]:
-    """Return problems of `held_out_tokens`, which decide what is kept, and others to train on."""
+    """Return problems of `held_out_tokens`, which decide what is kept, and others to train on.
+
+    Repeating tails are cut: of traces to train on, behind a few copies.
+    """
     held_out: list[TokenSequence] = []
     training: list[TokenSequence] = []
     problems: set[tuple[str, str]] = set()
@@ -123,10 +140,11 @@ def split_traces(
         problem = (trace.problem_id, str(trace.prompt_ids))
         if tokens < held_out_tokens or problem in problems:
             problems.add(problem)
-            tokens += trace.tokens
-            held_out.append(sequence_of(trace))
+            once = without_repeats(trace)
+            tokens += once.tokens
+            held_out.append(sequence_of(once))
         else:
-            training.append(sequence_of(trace))
+            training.append(sequence_of(with_copies(trace)))
     if not training:
         raise RacError(
             f"recover: {len(held_out)} traces of {tokens:,} tokens are all held out, none "

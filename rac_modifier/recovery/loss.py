@@ -9,6 +9,7 @@ needed. It is computed with the loss, in chunks of tokens: logits of 2,048 token
 a vocabulary of 150,000. A CPU takes fewer tokens per softmax, so that they stay in its cache.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +20,9 @@ from rac_modifier.errors import RacError
 from rac_modifier.evaluation.teacher_forcing import TokenSequence, input_of_head, padded
 from rac_modifier.evaluation.teacher_forcing import output_head as any_head
 from rac_modifier.platform import matmul
+from rac_modifier.traces.selection import loop_at_end
 
+_COPY = math.log(0.1)  # added to the dense model's logit of a copied token
 _CHUNK_ELEMENTS = 1 << 25  # logits of a model held in memory
 _CACHED_ELEMENTS = 1 << 19  # of these in float32 per softmax on a CPU: 2 MiB
 
@@ -60,17 +63,41 @@ def check_head(model: Any, sequence: TokenSequence) -> None:
         )
 
 
-def head_kl(hidden: Tensor, dense_hidden: Tensor, head: torch.nn.Module) -> Tensor:
+def targets(batch: Sequence[TokenSequence]) -> tuple[Tensor, Tensor]:
+    """Return, by completion token of a batch, the row of its target and the token that it copies.
+
+    A token's target is the dense model's prediction at its own place. Where a completion ends in
+    copies, it is the prediction at the same place of the first copy, so that a copy is no reason
+    for another. Tokens that copy nothing have -1.
+    """
+    rows: list[int] = []
+    copied: list[int] = []
+    for ids, prompt in batch:
+        completion, first = ids[prompt:], len(rows)
+        begin, period = loop_at_end(completion) or (len(completion), 1)
+        for place, token in enumerate(completion):
+            copies = place >= begin + period
+            rows.append(first + (begin + (place - begin) % period if copies else place))
+            copied.append(token if copies else -1)
+    return torch.tensor(rows), torch.tensor(copied)
+
+
+def head_kl(
+    hidden: Tensor, dense_hidden: Tensor, head: torch.nn.Module, copied: Tensor | None = None
+) -> Tensor:
     """Return the sum over tokens of KL(dense || student), in nats, with a gradient for `hidden`.
 
-    `hidden` and `dense_hidden`, on any device, are inputs [tokens, d] of the `head` of both.
+    `hidden` and `dense_hidden`, on any device, are inputs [tokens, d] of the `head` of both. The
+    dense model's odds of a `copied` token, an id or -1, are a tenth.
     """
-    return _HeadKL.apply(hidden, dense_hidden, head)
+    return _HeadKL.apply(hidden, dense_hidden, head, copied)
 
 
 class _HeadKL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, dense_hidden: Tensor, head: Any) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, dense_hidden: Tensor, head: Any, copied: Tensor | None
+    ) -> Tensor:
         weight = head.weight
         step = max(1, _CHUNK_ELEMENTS // weight.shape[0])
         trained = ctx.needs_input_grad[0]
@@ -79,6 +106,9 @@ class _HeadKL(torch.autograd.Function):
         for start in range(0, len(hidden), step):
             part = slice(start, start + step)
             dense = matmul(dense_hidden[part].to(weight), weight.T)
+            if copied is not None:
+                places = (copied[part] >= 0).nonzero()[:, 0].to(dense.device)
+                dense[places, copied[part].to(dense.device)[places]] += _COPY
             student = matmul(hidden[part].to(weight.dtype), weight.T)
             total += _kl_(student, dense, trained)
             if gradient is not None:
@@ -87,9 +117,9 @@ class _HeadKL(torch.autograd.Function):
         return total.float()
 
     @staticmethod
-    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * outer[0], None, None
+        return gradient * outer[0], None, None, None
 
 
 def _kl_(student: Tensor, dense: Tensor, trained: bool) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.teacher_forcing import TokenSequence, batches_of_like_length
 from rac_modifier.progress import StepProgress
-from rac_modifier.recovery.loss import head_kl, output_head, predicting_states
+from rac_modifier.recovery.loss import head_kl, output_head, predicting_states, targets
 from rac_modifier.recovery.state import Progress, load_state, save_state
 from rac_modifier.recovery.student import Batch, Student
 from rac_modifier.recovery.teacher import StoredTeacher
@@ -183,7 +183,9 @@ class TrainingLoop:
         dtype, device = self.autocast, self.model.device.type
         with torch.autocast(device, dtype=dtype) if dtype else contextlib.nullcontext():
             states = predicting_states(self.model, batch)
-        return head_kl(states, self.teacher.states(batch), output_head(self.model)), len(states)
+        rows, copied = targets(batch)
+        dense = self.teacher.states(batch)[rows]
+        return head_kl(states, dense, output_head(self.model), copied), len(states)
 
 
 # The best of three rates at two sizes, 1e-3 at 3.4 M parameters and 2e-4 at 135 M; a power law.

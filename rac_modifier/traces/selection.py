@@ -45,6 +45,21 @@ def without_repeats(trace: Trace) -> Trace:
     return replace(trace, completion_ids=trace.completion_ids[:-tail]) if tail else trace
 
 
+def end_of_copies(ids: Sequence[int]) -> int | None:
+    """Return where a repeating end may be cut and still repeats; None if no end repeats.
+
+    Three copies are left, and 64 tokens behind the first.
+    """
+    loop = loop_at_end(ids)
+    return None if loop is None else loop[0] + max(COPIES * loop[1], TAIL + loop[1])
+
+
+def with_copies(trace: Trace) -> Trace:
+    """Cut a repeating tail to a few copies, on which recovery trains."""
+    end = end_of_copies(trace.completion_ids) if trace.finish_reason == "length" else None
+    return trace if end is None else replace(trace, completion_ids=trace.completion_ids[:end])
+
+
 class Judge:
     """Judges traces and caches each verdict; an answer that takes too long to check is wrong."""
 
@@ -128,11 +143,11 @@ def used_traces(store: TraceStore, hashes: Collection[str]) -> int:
 
 
 def fresh_traces(store: TraceStore, used: int, tokens: int) -> list[Trace]:
-    """Return traces of `tokens` tokens after the first `used`; tails that repeat are cut."""
+    """Return whole traces of `tokens` tokens, without repeating tails, after the first `used`."""
     chosen: list[Trace] = []
-    for trace in map(without_repeats, islice(store, used, None)):
+    for trace in islice(store, used, None):
         if tokens <= 0:
             break
         chosen.append(trace)
-        tokens -= trace.tokens
+        tokens -= without_repeats(trace).tokens
     return chosen

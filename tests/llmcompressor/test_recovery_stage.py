@@ -8,6 +8,7 @@ from rac_modifier import RacError
 from rac_modifier.llmcompressor import calibration_modifier, recovery_stage
 from rac_modifier.llmcompressor.recovery_stage import split_traces
 from rac_modifier.recovery import memory
+from rac_modifier.traces.records import Trace
 from rac_modifier.traces.store import TraceStore
 from tests.llmcompressor.conftest import record_of
 from tests.llmcompressor.modifier_helpers import gptq_w4
@@ -67,6 +68,15 @@ def test_traces_are_split_by_problem(trace_store):
     assert sum(len(ids) for ids, _ in held_out[:-1]) < 200 <= sum(len(ids) for ids, _ in held_out)
     with pytest.raises(RacError, match=r"none is left to train on; raise recover\.tokens"):
         split_traces(traces, 10**9)
+
+
+def test_what_decides_has_no_copies_and_what_is_trained_on_a_few():
+    traces = [
+        Trace(f"{i}#0", str(i), (1, i), (i, *(7, 8) * 99), "length", 0, "?", None) for i in range(3)
+    ]
+    held_out, training = split_traces(traces, 8)
+    assert held_out == [((1, i, i, 7, 8), 2) for i in (0, 1)]
+    assert training == [((1, 2, 2, *(7, 8) * 33), 2)]
 
 
 @pytest.mark.parametrize("entry", ["prune", "calibrate"])

@@ -6,7 +6,13 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from rac_modifier.errors import RacError
 from rac_modifier.recovery import loss
-from rac_modifier.recovery.loss import check_head, head_kl, output_head, predicting_states
+from rac_modifier.recovery.loss import (
+    check_head,
+    head_kl,
+    output_head,
+    predicting_states,
+    targets,
+)
 from tests.recovery.recovery_helpers import dense_and_sparse, sequences
 
 
@@ -99,3 +105,27 @@ def test_logits_that_are_large_cost_no_precision():
     student, dense = (torch.cat([x, ones], 1) for x in (hidden, hidden.flip(0)))
     total, _ = oracle(student, dense, weight)
     assert head_kl(student, dense, head).item() == pytest.approx(total, rel=1e-3)
+
+
+def test_a_copy_is_trained_towards_the_first_one_with_a_tenth_of_its_odds():
+    """Prompt (1, 2), then 3 and 22 times (4, 5, 6): rows of the first copy, ids of all others."""
+    copying = ((1, 2, 3, *(4, 5, 6) * 22), 2)
+    plain = ((1, 9, 8, 7), 1)
+    rows, copied = targets([plain, copying])
+    assert rows.tolist() == [0, 1, 2, 3, *(4, 5, 6) * 22]
+    assert copied.tolist() == [-1] * 7 + [4, 5, 6] * 21
+
+    hidden, dense, head = case()
+    copied = torch.tensor([-1, 3, -1, 0, 10, -1, -1])
+    probabilities = (dense.double() @ head.weight.detach().double().T).softmax(-1)
+    for row, token in enumerate(copied.tolist()):
+        if token >= 0:
+            probabilities[row, token] /= 10
+    expected = probabilities / probabilities.sum(-1, keepdim=True)
+    q = (hidden.detach().double() @ head.weight.detach().double().T).softmax(-1)
+    kl = head_kl(hidden, dense, head, copied)
+    total = (expected * (expected.log() - q.log())).sum()
+    assert kl.item() == pytest.approx(float(total), rel=1e-5)
+    kl.backward()
+    gradient = (q - expected) @ head.weight.detach().double()
+    torch.testing.assert_close(hidden.grad, gradient.float(), rtol=1e-4, atol=1e-5)

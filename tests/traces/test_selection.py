@@ -15,8 +15,10 @@ from rac_modifier.traces.selection import (
     Judge,
     Selection,
     fresh_traces,
+    loop_at_end,
     repeated_tail,
     used_traces,
+    with_copies,
     without_repeats,
 )
 from rac_modifier.traces.store import TraceStore
@@ -97,6 +99,18 @@ def test_only_a_truncated_completion_loses_its_end():
     assert without_repeats(ended) is ended
 
 
+@pytest.mark.parametrize(("period", "kept"), [(3, 67), (20, 84), (40, 120), (128, 384)])
+def test_as_many_copies_are_kept_as_show_that_it_repeats(period, kept):
+    """Three copies, and 64 tokens behind the first."""
+    ids = tuple(range(1000, 1010)) + tuple(range(period)) * 30
+    trace = Trace("a#0", "a", (5, 6), ids, "length", 0, "?", None)
+    cut = with_copies(trace)
+    assert cut.completion_ids == ids[: 10 + kept]
+    assert loop_at_end(cut.completion_ids) == loop_at_end(ids) == (10, period)
+    for other in replace(trace, finish_reason="stop"), replace(trace, completion_ids=ids[:50]):
+        assert with_copies(other) is other
+
+
 def test_used_traces_are_told_by_the_hash_of_the_store_as_it_was(trace_store, tmp_path):
     lines = trace_store.read_bytes().splitlines(keepends=True)
     stores = {}
@@ -111,7 +125,7 @@ def test_used_traces_are_told_by_the_hash_of_the_store_as_it_was(trace_store, tm
     assert used_traces(stores[5], [hashes[9]]) == 0
 
 
-def test_fresh_traces_are_those_after_them_without_repeating_ends(trace_store, tmp_path):
+def test_fresh_traces_are_those_after_them_counted_without_repeating_ends(trace_store, tmp_path):
     store = TraceStore.read(trace_store)
     traces = list(store)
     fresh = fresh_traces(store, 5, 100)
@@ -122,7 +136,7 @@ def test_fresh_traces_are_those_after_them_without_repeating_ends(trace_store, t
     with TraceStore.open_append(tmp_path / "loops.jsonl", store.header) as repeating:
         repeating.append_many(loops)
     fresh = fresh_traces(repeating, 1, 7)
-    assert [t.completion_ids for t in fresh] == [(0, 5, 6), (0, 1, 5, 6)]
+    assert fresh == loops[1:3]
 
 
 def answered(problem, text, answer="5", sample=0):

@@ -1,0 +1,63 @@
+"""Answers of the compressed model itself that end in copies: recovery trains on the copies."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from loguru import logger
+from transformers import PreTrainedTokenizerBase
+
+from rac_modifier.evaluation.teacher_forcing import TokenSequence
+from rac_modifier.files import read_json, write_text_atomic
+from rac_modifier.sampling.generate import generate
+from rac_modifier.sampling.model_identity import model_fingerprint
+from rac_modifier.settings.sampling import SamplingSettings
+from rac_modifier.traces.selection import end_of_copies
+
+_SHARE = 4  # of the training tokens at most one in so many is of these answers
+_LONGEST = 2  # times the mean completion of the training traces
+_ASKED = 2  # one in so many prompts at most
+
+
+def copying_answers(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    training: Sequence[TokenSequence],
+    sampling: SamplingSettings,
+    path: Path,
+) -> list[TokenSequence]:
+    """Answer training prompts greedily; return the answers that end in copies, cut behind a few.
+
+    They are kept in `path`, and not sampled again for the same model and prompts.
+    """
+    prompts = list(dict.fromkeys(tuple(ids[:prompt]) for ids, prompt in training))
+    prompts = prompts[: -(-len(prompts) // _ASKED)]
+    tokens = sum(len(ids) for ids, _ in training)
+    completed = tokens - sum(prompt for _, prompt in training)
+    cap = min(sampling.max_new_tokens, _LONGEST * completed // len(training))
+    about = {"model": model_fingerprint(model), "cap": cap, "prompts": list(map(list, prompts))}
+    kept = read_json(path) if path.exists() else {}
+    if about.items() <= kept.items():
+        return [(tuple(ids), prompt) for ids, prompt in kept["answers"]]
+    greedy = sampling.model_copy(
+        update={"temperature": 0.0, "max_new_tokens": cap, "samples_per_problem": 1}
+    )
+    answers: list[TokenSequence] = []
+    asked = 0
+    while asked < len(prompts) and sum(len(ids) for ids, _ in answers) < tokens // _SHARE:
+        batch = [list(ids) for ids in prompts[asked : asked + sampling.batch_size]]
+        keys = [str(asked + row) for row in range(len(batch))]
+        asked += len(batch)
+        for prompt, answer in zip(
+            batch, generate(model, tokenizer, batch, greedy, keys), strict=True
+        ):
+            end = end_of_copies(answer.ids) if answer.finish_reason == "length" else None
+            if end is not None:
+                answers.append(((*prompt, *answer.ids[:end]), len(prompt)))
+    logger.info(
+        f"{len(answers)} of {asked} greedy answers of the compressed model end in copies within "
+        f"{cap:,} tokens; recovery trains on these too"
+    )
+    write_text_atomic(path, json.dumps({**about, "answers": answers}))
+    return answers

@@ -1,0 +1,73 @@
+"""Greedy answers of a tiny model that end in copies of what they said before."""
+
+import pytest
+import torch
+
+from rac_modifier.recovery import own_answers
+from rac_modifier.recovery.own_answers import copying_answers
+from rac_modifier.settings.sampling import SamplingSettings
+from tests.recovery.recovery_helpers import sequences
+from tests.tiny import tiny_model, tiny_tokenizer
+
+SAMPLING = SamplingSettings(max_new_tokens=400, batch_size=4, temperature=1.0)
+TRAINING = [([*ids, *range(5, 205)], prompt) for ids, prompt in sequences(24)]
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Its next token depends on the last one alone, so greedy answers soon repeat."""
+    model = tiny_model()
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.data.zero_()
+    return model
+
+
+def greedy(model, prompt, count):
+    ids = list(prompt)
+    with torch.no_grad():
+        while len(ids) < len(prompt) + count and ids[-1] != 1:
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids
+
+
+def test_greedy_answers_are_cut_behind_a_few_copies(model, tmp_path):
+    answers = copying_answers(model, tiny_tokenizer(), TRAINING, SAMPLING, tmp_path / "own.json")
+    assert answers
+    prompts = [tuple(ids[:n]) for ids, n in TRAINING]
+    for ids, prompt in answers:
+        assert tuple(ids[:prompt]) in prompts[:12]  # half of the prompts are asked
+        assert list(ids) == greedy(model, ids[:prompt], len(ids) - prompt)
+        completion = list(ids[prompt:])
+        period = next(p for p in range(1, 129) if completion[-p:] == completion[-2 * p : -p])
+        assert completion[-64:] == completion[-64 - period : -period]
+        assert len(completion) < 400
+
+
+def test_they_are_a_quarter_of_the_training_tokens_and_a_batch_at_most(model, tmp_path):
+    training = TRAINING[:12]
+    answers = copying_answers(model, tiny_tokenizer(), training, SAMPLING, tmp_path / "own.json")
+    tokens = sum(len(ids) for ids, _ in training)
+    assert sum(len(ids) for ids, _ in answers[:-4]) < tokens // 4
+
+
+def test_a_run_that_was_killed_samples_them_once(model, tmp_path, monkeypatch):
+    path, tokenizer = tmp_path / "own.json", tiny_tokenizer()
+    answers = copying_answers(model, tokenizer, TRAINING, SAMPLING, path)
+    calls = []
+    inner = own_answers.generate
+    monkeypatch.setattr(own_answers, "generate", lambda *a: calls.append(1) or inner(*a))
+    assert copying_answers(model, tokenizer, TRAINING, SAMPLING, path) == answers
+    assert not calls
+    assert copying_answers(tiny_model(1), tokenizer, TRAINING, SAMPLING, path) != answers
+    assert calls
+
+
+def test_a_model_whose_answers_end_adds_nothing(tmp_path):
+    model = tiny_model()
+    model.lm_head.weight.data.zero_()  # then the end comes first
+    model.lm_head.weight.data[1] = 1.0
+    model.model.norm.weight.data.abs_()
+    monotone = torch.ones_like(model.model.embed_tokens.weight)
+    model.model.embed_tokens.weight.data.copy_(monotone)
+    path = tmp_path / "own.json"
+    assert copying_answers(model, tiny_tokenizer(), TRAINING, SAMPLING, path) == []
