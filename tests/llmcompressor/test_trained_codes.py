@@ -182,7 +182,7 @@ PER_TENSOR = {"weights": {**CHANNEL, "strategy": "tensor"}, "input_activations":
 @pytest.mark.parametrize(
     ("scheme", "options", "stored", "says"),
     [
-        (SCHEMES["int4"], {"ignore": ()}, (), r"lm_head is quantized; .*add lm_head to ignore"),
+        (SCHEMES["int4"], {"ignore": ()}, (), r"lm_head is quantized; .*lm_head in ignore"),
         (SCHEMES["int4"], {}, ("a.experts.0.up",), "is quantized and no linear layer once"),
         ({"weights": {**CHANNEL, "symmetric": False}}, {}, (), "zero points cannot be trained"),
         (PER_TENSOR, {}, (), "per tensor cannot be trained"),
