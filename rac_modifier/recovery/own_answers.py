@@ -15,6 +15,7 @@ from rac_modifier.sampling.model_identity import model_fingerprint
 from rac_modifier.settings.sampling import SamplingSettings
 from rac_modifier.traces.selection import end_of_copies
 
+_LEAST = 0.1  # of the answers asked for; where fewer end in copies, there is nothing to mend
 _SHARE = 4  # of the training tokens at most one in so many is of these answers
 _LONGEST = 2  # times the mean completion of the training traces
 _ASKED = 2  # one in so many prompts at most
@@ -29,7 +30,8 @@ def copying_answers(
 ) -> list[TokenSequence]:
     """Answer training prompts greedily; return the answers that end in copies, cut behind a few.
 
-    They are kept in `path`, and not sampled again for the same model and prompts.
+    Where fewer than a tenth end so, none is returned, and no further batch is asked for. They are
+    kept in `path`, and not sampled again for the same model and prompts.
     """
     prompts = list(dict.fromkeys(tuple(ids[:prompt]) for ids, prompt in training))
     prompts = prompts[: -(-len(prompts) // _ASKED)]
@@ -44,20 +46,21 @@ def copying_answers(
         update={"temperature": 0.0, "max_new_tokens": cap, "samples_per_problem": 1}
     )
     answers: list[TokenSequence] = []
-    asked = 0
-    while asked < len(prompts) and sum(len(ids) for ids, _ in answers) < tokens // _SHARE:
+    asked, seldom, most = 0, False, tokens // _SHARE
+    while not seldom and asked < len(prompts) and sum(len(ids) for ids, _ in answers) < most:
         batch = [list(ids) for ids in prompts[asked : asked + sampling.batch_size]]
         keys = [str(asked + row) for row in range(len(batch))]
         asked += len(batch)
-        for prompt, answer in zip(
-            batch, generate(model, tokenizer, batch, greedy, keys), strict=True
-        ):
+        generations = generate(model, tokenizer, batch, greedy, keys)
+        for prompt, answer in zip(batch, generations, strict=True):
             end = end_of_copies(answer.ids) if answer.finish_reason == "length" else None
             if end is not None:
                 answers.append(((*prompt, *answer.ids[:end]), len(prompt)))
+        seldom = len(answers) < _LEAST * asked
     logger.info(
         f"{len(answers)} of {asked} greedy answers of the compressed model end in copies within "
-        f"{cap:,} tokens; recovery trains on these too"
+        f"{cap:,} tokens; recovery trains on {'none of these' if seldom else 'these too'}"
     )
+    answers = [] if seldom else answers
     write_text_atomic(path, json.dumps({**about, "answers": answers}))
     return answers

@@ -5,6 +5,7 @@ import torch
 
 from rac_modifier.recovery import own_answers
 from rac_modifier.recovery.own_answers import copying_answers
+from rac_modifier.sampling.generate import Generation
 from rac_modifier.settings.sampling import SamplingSettings
 from tests.recovery.recovery_helpers import sequences
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -60,6 +61,27 @@ def test_a_run_that_was_killed_samples_them_once(model, tmp_path, monkeypatch):
     assert not calls
     assert copying_answers(tiny_model(1), tokenizer, TRAINING, SAMPLING, path) != answers
     assert calls
+
+
+@pytest.mark.parametrize(("looping", "expected", "batches"), [(0, 0, [5]), (1, 2, [5, 5])])
+def test_copies_that_are_seldom_are_left_alone(
+    looping, expected, batches, model, tmp_path, monkeypatch
+):
+    """Twenty prompts: without a loop in the first batch, nothing more is sampled."""
+    calls = []
+
+    def generate(model, tokenizer, prompts, settings, keys):
+        calls.append(len(prompts))
+        ends = [Generation((7,) * 300, "length")] * looping
+        return [*ends, *[Generation((8, 1), "stop")] * (len(prompts) - looping)]
+
+    monkeypatch.setattr(own_answers, "generate", generate)
+    sampling = SAMPLING.model_copy(update={"batch_size": 5})
+    training = [([*range(5, 205), n], 4) for n in range(5)]
+    training = [([n, *ids], prompt) for n in range(5, 9) for ids, prompt in training]
+    training = [([n, *ids], prompt) for n in range(5, 10) for ids, prompt in training]
+    answers = copying_answers(model, tiny_tokenizer(), training, sampling, tmp_path / "own.json")
+    assert (len(answers), calls) == (expected, batches)
 
 
 def test_a_model_whose_answers_end_adds_nothing(tmp_path):
