@@ -28,7 +28,7 @@ from rac_modifier.traces.selection import loop_at_end, with_copies, without_repe
 # The compressed model's answers to the prompts of training traces, kept in a file.
 OwnAnswers = Callable[[Sequence[TokenSequence], Path], list[TokenSequence]]
 _OWN = "own_answers.json"
-_OF_OWN = 5  # one in so many decides what is kept, with the traces that are held out
+_OF_OWN = 5  # every fifth own answer is held out, next to held-out traces
 
 
 class RecoveryStage:

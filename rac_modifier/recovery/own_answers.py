@@ -1,6 +1,7 @@
 """Answers of the compressed model itself that end in copies: recovery trains on the copies."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,10 @@ from rac_modifier.sampling.model_identity import model_fingerprint
 from rac_modifier.settings.sampling import SamplingSettings
 from rac_modifier.traces.selection import end_of_copies
 
-_LEAST = 0.1  # of the answers asked for; where fewer end in copies, there is nothing to mend
-_SHARE = 4  # of the training tokens at most one in so many is of these answers
-_LONGEST = 2  # times the mean completion of the training traces
-_ASKED = 2  # one in so many prompts at most
+_LEAST = 0.1  # share of the answers that end in copies, below which none is trained on
+_SHARE = 0.25  # of the training tokens, at which no further batch is asked for
+_LONGEST = 2  # cap of an answer: times the mean completion of the training traces
+_ASKED = 0.5  # share of the prompts at most
 
 
 def copying_answers(
@@ -30,11 +31,11 @@ def copying_answers(
 ) -> list[TokenSequence]:
     """Answer training prompts greedily; return the answers that end in copies, cut behind a few.
 
-    Where fewer than a tenth end so, none is returned, and no further batch is asked for. They are
-    kept in `path`, and not sampled again for the same model and prompts.
+    Where fewer than a tenth end so, none is returned, and no further batch is asked for. What is
+    returned is kept in `path`, and not sampled again for the same model and prompts.
     """
     prompts = list(dict.fromkeys(tuple(ids[:prompt]) for ids, prompt in training))
-    prompts = prompts[: -(-len(prompts) // _ASKED)]
+    prompts = prompts[: math.ceil(_ASKED * len(prompts))]
     tokens = sum(len(ids) for ids, _ in training)
     completed = tokens - sum(prompt for _, prompt in training)
     cap = min(sampling.max_new_tokens, _LONGEST * completed // len(training))
@@ -46,7 +47,7 @@ def copying_answers(
         update={"temperature": 0.0, "max_new_tokens": cap, "samples_per_problem": 1}
     )
     answers: list[TokenSequence] = []
-    asked, seldom, most = 0, False, tokens // _SHARE
+    asked, seldom, most = 0, False, _SHARE * tokens
     while not seldom and asked < len(prompts) and sum(len(ids) for ids, _ in answers) < most:
         batch = [list(ids) for ids in prompts[asked : asked + sampling.batch_size]]
         keys = [str(asked + row) for row in range(len(batch))]

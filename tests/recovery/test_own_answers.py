@@ -44,11 +44,13 @@ def test_greedy_answers_are_cut_behind_a_few_copies(model, tmp_path):
         assert len(completion) < 400
 
 
-def test_they_are_a_quarter_of_the_training_tokens_and_a_batch_at_most(model, tmp_path):
-    training = TRAINING[:12]
-    answers = copying_answers(model, tiny_tokenizer(), training, SAMPLING, tmp_path / "own.json")
-    tokens = sum(len(ids) for ids, _ in training)
-    assert sum(len(ids) for ids, _ in answers[:-4]) < tokens // 4
+def test_no_batch_follows_when_the_share_of_the_training_tokens_is_reached(
+    model, tmp_path, monkeypatch
+):
+    asked = (model, tiny_tokenizer(), TRAINING, SAMPLING)
+    assert len(copying_answers(*asked, tmp_path / "a.json")) > 4
+    monkeypatch.setattr(own_answers, "_SHARE", 0.01)
+    assert 1 <= len(copying_answers(*asked, tmp_path / "b.json")) <= 4  # of the first batch
 
 
 def test_a_run_that_was_killed_samples_them_once(model, tmp_path, monkeypatch):
