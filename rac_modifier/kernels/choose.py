@@ -12,6 +12,7 @@ from typing import cast
 
 import torch
 
+from rac_modifier.checkpoint.dense_codes import OF_VOCABULARY
 from rac_modifier.checkpoint.inspect import CheckpointReport, inspect_checkpoint
 from rac_modifier.checkpoint.quantization_config import BITS, CONFIG_FILE, SparsityRecord
 from rac_modifier.checkpoint.stored_weight import FLOATS, StoredWeight
@@ -55,7 +56,7 @@ class PlanRow:
 
 
 def plan_checkpoint(folder: str | Path) -> tuple[CheckpointReport, list[PlanRow]]:
-    """Inspect a checkpoint, and plan its packed modules and dense codes of 2 to 4 bits.
+    """Inspect a checkpoint; plan packed modules, dense codes of 2 to 4 bits, an int8 head.
 
     vLLM decides for fused layers by the same rules. Damaged modules are in the report alone.
     """
@@ -67,7 +68,7 @@ def plan_checkpoint(folder: str | Path) -> tuple[CheckpointReport, list[PlanRow]
         bits = 8 if weight.name in int8 else 16
         served = dtype if dtype in FLOATS else torch.bfloat16
         layer = Layer.of(replace(weight, activation_bits=bits), served)
-        if weight.density < 1.0 or weight.bits in BITS:
+        if weight.density < 1.0 or weight.bits in BITS or OF_VOCABULARY.search(weight.name):
             rows.append(PlanRow(weight.name, layer, choose(layer, "cpu")[0]))
 
     return inspect_checkpoint(folder, plan), rows

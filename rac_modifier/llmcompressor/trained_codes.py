@@ -32,7 +32,8 @@ def check_layers(model: Any, stored: Collection[str]) -> None:
     """Refuse a model whose codes cannot be trained (RacError); its files quantize `stored`."""
     modules = _modules_with_codes(model)
     for name, module in modules.items():
-        _trainable_grid(model, name, module, module.quantization_scheme)
+        if module is not model.get_output_embeddings():  # a head is written back as it was
+            _trainable_grid(model, name, module, module.quantization_scheme)
     if len(stored) > len(modules):  # names may differ: transformers renames modules of some models
         missing = sorted(set(stored) - set(modules))
         raise RacError(
@@ -64,7 +65,8 @@ class QuantizedCheckpoint:
     """Make a loaded model's quantized linear layers hold code times scale, until `encode`.
 
     `recorded`: modules that config.json says are pruned. `quantized` has grid, scales and masters
-    by module name, and `pruned` the modules whose zeros have to stay.
+    by module name, and `pruned` the modules whose zeros have to stay. A quantized head is the
+    dense model's until `encode`, which writes its stored codes.
     """
 
     def __init__(self, model: Any, dense: Any, recorded: Collection[str]):
@@ -72,10 +74,15 @@ class QuantizedCheckpoint:
         originals = dict(dense.named_modules())
         self.quantized: dict[str, QuantizedWeight] = {}
         self.pruned: set[str] = set()
+        self._heads: list[tuple[Any, torch.nn.Parameter]] = []  # one or none, as stored
         for name, module in self._modules.items():
             grid = stored_grid(module.quantization_scheme, name)
             decompress_module(module)
             original = originals[name].weight.detach()
+            if module is model.get_output_embeddings():
+                self._heads.append((module, module.weight))
+                module.weight = torch.nn.Parameter(original.clone(), requires_grad=False)
+                continue
             weight, codes = _decoded(module, grid, name, original)
             zeros = pruned_share(codes, weight.scale, grid, original.to(codes.device))
             if name in recorded or zeros >= _PRUNED:
@@ -91,6 +98,8 @@ class QuantizedCheckpoint:
 
     def encode(self) -> None:
         """Compress the modules again, to the codes that code times scale was made of."""
+        for head, stored in self._heads:
+            head.weight = stored
         for module in self._modules.values():
             module.quantization_status = QuantizationStatus.FROZEN
             compress_exactly(module)

@@ -117,12 +117,15 @@ def check_dense(model: Any, name: str) -> None:
 
 
 def check_made_from(pruned: Any, dense: Any) -> None:
-    """Refuse a compressed model with another type, embedding or head than the dense (RacError)."""
+    """Refuse a compressed model with another type, embedding or head than the dense (RacError).
+
+    A quantized head is not compared.
+    """
     same = type(pruned) is type(dense)
     for end in ("get_input_embeddings", "get_output_embeddings"):
         modules = [getattr(m, end)() for m in (pruned, dense)]
-        if None in modules:  # a model without a head is refused later
-            continue
+        if None in modules or hasattr(modules[0], "quantization_scheme"):
+            continue  # a model without a head is refused later
         ours, theirs = (module.weight for module in modules)
         same = same and ours.shape == theirs.shape and torch.equal(ours.float(), theirs.float())
     if not same:

@@ -13,9 +13,10 @@ from rac_modifier import cli
 from rac_modifier.errors import RacError
 from rac_modifier.llmcompressor import recovery_stage
 from rac_modifier.recovery.training_loop import TrainingLoop
+from rac_modifier.traces.selection import end_of_copies
 from rac_modifier.traces.store import TraceStore
 from tests import tiny
-from tests.checkpoint.checkpoint_helpers import dense_tensors
+from tests.checkpoint.checkpoint_helpers import dense_tensors, save_rounded
 from tests.cli.conftest import OPTIONS
 from tests.llmcompressor.quantized_helpers import SCHEMES, saved
 from tests.started import started_forks
@@ -106,23 +107,52 @@ def test_two_processes_write_one_checkpoint(tiny_folder, sparse_folder, tmp_path
 
 
 def test_a_dense_int3_checkpoint_stays_dense_and_is_trained_too(rac, tmp_path):
+    """All but its head, which is written back."""
     folder = save_tiny(tmp_path / "dense")
     AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
     shutil.copytree(folder, tmp_path / "int3")
-    saved(tmp_path / "int3", SCHEMES["int3"], pruned=False)
+    saved(tmp_path / "int3", SCHEMES["int3"], pruned=False, ignore=())
     rac.output("recover", "dense", "int3", "out", *OPTIONS)
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("int3", "out"))
     shapes = [{name: t.shape for name, t in tensors.items()} for tensors in (before, after)]
     assert shapes[0] == shapes[1]
     packed = [name for name in before if name.endswith("weight_packed")]
-    assert len(packed) == 14
-    assert any(not torch.equal(before[name], after[name]) for name in packed)
+    assert len(packed) == 15
+    changed = [name for name in packed if not torch.equal(before[name], after[name])]
+    assert changed
+    assert "lm_head.weight_packed" not in changed
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["rac_sparsity"]["modules"] == {}
     record = json.loads((tmp_path / "out" / "rac_run.json").read_text())
     assert record["quantization"] == ["int3 in groups of 32 (pack-quantized)"]
     assert "pattern" not in record
     assert "quantized" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_answers_of_the_checkpoint_that_end_in_copies_are_trained_on(rac, tmp_path, seen):
+    """The next token of these models depends on the last one alone: greedy answers repeat."""
+    for name in ("dense", "int3"):
+        model = tiny.tiny_model().to(torch.bfloat16)
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.data.zero_()
+        if name == "dense":
+            model.save_pretrained(name)
+        else:
+            save_rounded(model, tmp_path / name, SCHEMES["int3"])
+        tiny.tiny_tokenizer().save_pretrained(name)
+    rac.output("recover", "dense", "int3", "out", *OPTIONS, "--max-new-tokens", "300")
+    model = rac_modifier.load_model("int3", dtype="auto")
+    own = []
+    for part in ("training", "held_out"):
+        for ids, prompt in seen[part]:
+            row = torch.tensor([ids])
+            with torch.no_grad():
+                predicted = model(row).logits[0, prompt - 1 : -1].argmax(-1)
+            if torch.equal(predicted, row[0, prompt:]):
+                own.append((part, end_of_copies(ids[prompt:]) is not None))
+    assert set(own) == {("training", True), ("held_out", True)}
+    record = json.loads((tmp_path / "out" / "rac_run.json").read_text())["recovery"]
+    assert record["ending_in_copies"] >= own.count(("training", True))
 
 
 @pytest.fixture

@@ -73,9 +73,11 @@ def test_quantized_weights(tmp_path, two_of_four, bits, groups, kernel):
 
 
 def test_dense_codes(tmp_path):
-    """Groups of 64 columns with a bfloat16 scale; reordered ones and 8 bits have no kernel."""
+    """Groups of 64 columns with a bfloat16 scale; reordered ones, and 8 bits but in a head, have no
+    kernel."""
     tensors = {}
-    for name, words in (("a", 16), ("reordered", 16), ("eight_bits", 32), ("three", 12)):
+    widths = {"a": 16, "reordered": 16, "eight_bits": 32, "three": 12, "lm_head": 32}
+    for name, words in widths.items():
         tensors[f"{name}.weight_packed"] = torch.zeros(64, words, dtype=torch.int32)
         tensors[f"{name}.weight_scale"] = torch.ones(64, 2, dtype=torch.bfloat16)
         tensors[f"{name}.weight_shape"] = torch.tensor([64, 128])
@@ -87,8 +89,8 @@ def test_dense_codes(tmp_path):
     config = {"rac_sparsity": record, "quantization_config": entry}
     (tmp_path / "config.json").write_text(json.dumps(config))
     rows = {row.module: row for row in plan(tmp_path)}
-    assert rows.keys() == {"a", "three"}
+    assert rows.keys() == {"a", "three", "lm_head"}
     assert [rows[name].layer.activation_bits for name in ("a", "three")] == [16, 8]
-    for name, bits in (("a", 4), ("three", 3)):
+    for name, bits in (("a", 4), ("three", 3), ("lm_head", 8)):
         assert rows[name].decision.bytes_per_weight == bits / 8 + 2 / 64
         assert rows[name].decision.reason.startswith(f"int{bits} kernel avx2")

@@ -122,6 +122,22 @@ def test_a_module_that_is_recorded_as_pruned_keeps_its_zeros(tmp_path):
     assert bool((checkpoint.quantized[UP].master[codes[UP][0] == 0] != 0).any())
 
 
+def test_a_quantized_head_is_dense_in_training_and_written_back_as_it_was(tmp_path):
+    model, ids = loaded(tmp_path, ignore=()), torch.tensor([[5, 6, 7, 8, 9]])
+    check_layers(model, quantized_names(load_file(tmp_path / "in" / "model.safetensors")))
+    checkpoint = QuantizedCheckpoint(model, dense(), ())
+    assert checkpoint.quantized.keys() == linears(dense()).keys()
+    with torch.no_grad():
+        states = model.model(ids).last_hidden_state
+        assert torch.equal(model(ids).logits, states @ dense().lm_head.weight.T)
+    checkpoint.encode()
+    model.save_pretrained(tmp_path / "out")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("in", "out"))
+    assert before.keys() == after.keys()
+    assert "lm_head.weight_packed" in after
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
 @pytest.mark.parametrize("scheme", ["int4", "NVFP4", "MXFP4"])
 def test_codes_that_are_not_trained_are_written_back_bit_for_bit(tmp_path, scheme):
     model = loaded(tmp_path, scheme, pruned=True)
@@ -180,16 +196,15 @@ PER_TENSOR = {"weights": {**CHANNEL, "strategy": "tensor"}, "input_activations":
 
 
 @pytest.mark.parametrize(
-    ("scheme", "options", "stored", "says"),
+    ("scheme", "stored", "says"),
     [
-        (SCHEMES["int4"], {"ignore": ()}, (), r"lm_head is quantized; .*lm_head in ignore"),
-        (SCHEMES["int4"], {}, ("a.experts.0.up",), "is quantized and no linear layer once"),
-        ({"weights": {**CHANNEL, "symmetric": False}}, {}, (), "zero points cannot be trained"),
-        (PER_TENSOR, {}, (), "per tensor cannot be trained"),
+        (SCHEMES["int4"], ("a.experts.0.up",), "is quantized and no linear layer once"),
+        ({"weights": {**CHANNEL, "symmetric": False}}, (), "zero points cannot be trained"),
+        (PER_TENSOR, (), "per tensor cannot be trained"),
     ],
 )
-def test_layers_that_are_not_trained_are_refused(tmp_path, scheme, options, stored, says):
-    model = load_model(saved(tmp_path / "in", scheme, pruned=False, **options), dtype="auto")
+def test_layers_that_are_not_trained_are_refused(tmp_path, scheme, stored, says):
+    model = load_model(saved(tmp_path / "in", scheme, pruned=False), dtype="auto")
     with pytest.raises(RacError, match=says):
         check_layers(model, {*linears(model), *stored})
 

@@ -79,6 +79,8 @@ def test_another_embedding_head_or_architecture_is_another_model(part):
     other.get_submodule(part).weight.data[3, 3] += 1
     with pytest.raises(RacError, match="their embeddings or heads differ"):
         check_made_from(other, dense)
+    other.get_submodule(part).quantization_scheme = "as compressed-tensors marks it"
+    check_made_from(other, dense)
     other.load_state_dict(dense.state_dict())
     other.__class__ = type("Other", (type(dense),), {})
     with pytest.raises(RacError, match="the Other to recover was not made from this Qwen3For"):
