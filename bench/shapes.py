@@ -37,6 +37,7 @@ MIXTURE = {  # Qwen3-30B-A3B
     "norm_topk_prob": True,
 }
 GROUP = {4: 128, 3: 64}  # columns that share a scale, by bits
+HEAD_GROUP = 128
 CHUNK = 1 << 13  # rows that are packed at a time
 
 
@@ -73,11 +74,6 @@ class Form:
     def group(self) -> int | None:
         """Columns that share a scale; None: one scale per row."""
         return GROUP.get(self.bits)
-
-    @property
-    def head_group(self) -> int | None:
-        """Columns of the int8 head that share a scale: stored as int8 layers are, if there are."""
-        return None if self.bits == 8 else 128
 
 
 def random_mask(rows: int, columns: int, pruned: float | str) -> Tensor:
@@ -144,12 +140,14 @@ def random_model(folder: Path, form: Form, layers: int, vocab: int, shape: str =
         del state["lm_head.weight"]
     linears = [name.removesuffix(".weight") for name in state if name.endswith("proj.weight")]
     for name in linears:
-        weight = state[f"{name}.weight"]
-        state[f"{name}.weight"] = weight * random_mask(*weight.shape, form.pruned)
+        weight = state.pop(f"{name}.weight")
+        weight = weight * random_mask(*weight.shape, form.pruned)
         if integers:
-            state |= stored(name, state.pop(f"{name}.weight"), form.bits, form.group)
+            state |= stored(name, weight, form.bits, form.group, words=form.text != "w8a8")
+        else:
+            state[f"{name}.weight"] = weight
     if own_head:
-        state |= stored("lm_head", state.pop("lm_head.weight"), 8, form.head_group)
+        state |= stored("lm_head", state.pop("lm_head.weight"), 8, HEAD_GROUP)
     if integers:
         config.quantization_config = quantization(form)
     unfinished = out.with_name(out.name + ".unfinished")
@@ -183,10 +181,12 @@ def split_experts(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return split
 
 
-def stored(name: str, weight: Tensor, bits: int, group: int | None) -> dict[str, Tensor]:
-    """Return a weight as compressed-tensors stores it: int8 values or words, and scales."""
+def stored(
+    name: str, weight: Tensor, bits: int, group: int | None, words: bool = True
+) -> dict[str, Tensor]:
+    """Return a weight as compressed-tensors stores it: in words or int8 values, and scales."""
     values, scale = rounded(weight, bits, group)
-    if group is None:
+    if not words:
         return {f"{name}.weight": values, f"{name}.weight_scale": scale}
     tensors = {"packed": packed_words(values, bits), "scale": scale}
     tensors["shape"] = torch.tensor(weight.shape)
@@ -203,13 +203,13 @@ def quantization(form: Form) -> dict[str, Any]:
         inputs = None
         if form.vllm and bits == 8:
             inputs = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True}
-        format = "int-quantized" if group is None else "pack-quantized"
+        format = "int-quantized" if inputs else "pack-quantized"
         return {"weights": weights, "input_activations": inputs, "format": format}
 
     layers = scheme(form.bits, form.group)
     groups = {"layers": {"targets": ["Linear"], **layers}}
     if not form.vllm:
-        groups["head"] = {"targets": ["re:.*lm_head"], **scheme(8, form.head_group)}
+        groups["head"] = {"targets": ["re:.*lm_head"], **scheme(8, HEAD_GROUP)}
     return {
         "quant_method": "compressed-tensors",
         "format": layers["format"],

@@ -39,8 +39,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=3)
 
 
-def model_and_rows(case: str, layers: int, tokens: int) -> tuple[Any, list[list[int]]]:
-    """Return a float32 model and rows of token ids: random, or solutions for the reasoner."""
+def model_and_rows(
+    case: str, layers: int, tokens: int, folder: Path
+) -> tuple[Any, list[list[int]]]:
+    """Return a float32 model and rows of token ids: random, or solutions for the reasoner.
+
+    `oneshot` reads the config and tokenizer of a random model in `folder`.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
     import rac_modifier
@@ -48,12 +53,16 @@ def model_and_rows(case: str, layers: int, tokens: int) -> tuple[Any, list[list[
     from training.arithmetic_thinking import thinking_of
 
     torch.manual_seed(0)
+    path = rac_modifier.reasoner_path()
+    tokenizer = AutoTokenizer.from_pretrained(path)
     if case != "reasoner":
         config = Qwen2Config(vocab_size=4096, num_hidden_layers=layers, **QWEN2[case])
         ids = torch.randint(0, 4096, (tokens // ROW, ROW)).tolist()
-        return Qwen2ForCausalLM(config), ids
-    path = rac_modifier.reasoner_path()
-    tokenizer = AutoTokenizer.from_pretrained(path)
+        model = Qwen2ForCausalLM(config)
+        for part in (config, tokenizer):
+            part.save_pretrained(folder)
+        model.config.name_or_path = str(folder)
+        return model, ids
     stream: list[int] = []
     for problem in arithmetic.generate("bench", "calibration"):
         text = f"{problem.question}\n{thinking_of(problem)}"
@@ -64,7 +73,9 @@ def model_and_rows(case: str, layers: int, tokens: int) -> tuple[Any, list[list[
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), ids
 
 
-def prune(case: str, layers: int, pattern: str, who: str, tokens: int) -> dict[str, float]:
+def prune(
+    case: str, layers: int, pattern: str, who: str, tokens: int, folder: Path
+) -> dict[str, float]:
     """Prune in this process; return seconds, CPU seconds, the error and the added memory."""
     from llmcompressor import oneshot
     from llmcompressor.modifiers.pruning import SparseGPTModifier
@@ -75,7 +86,7 @@ def prune(case: str, layers: int, pattern: str, who: str, tokens: int) -> dict[s
     from rac_modifier.calibration.mixture import CalibrationSequence
     from rac_modifier.settings.calibration import CalibrationSettings
 
-    model, ids = model_and_rows(case, layers, tokens)
+    model, ids = model_and_rows(case, layers, tokens, folder)
     dense = copy.deepcopy(model)
     sequences = [CalibrationSequence(tuple(row), 0, "traces") for row in ids]
     settings = CalibrationSettings(batch_tokens=4096)
@@ -114,7 +125,8 @@ def run(options: argparse.Namespace) -> None:
     for case in options.cases:
         for pattern in options.patterns:
             call = partial(called_in_child, prune, case, options.layers, pattern)
-            runs = {who: partial(call, who, options.tokens) for who in options.who}
+            folder = options.work / f"time-{case}"
+            runs = {who: partial(call, who, options.tokens, folder) for who in options.who}
             results = in_turn(runs, options.rounds)
             share = "50 %" if pattern == "0:0" else pattern
             label = f"{case}, {share}, {options.tokens:,} tokens"
