@@ -209,6 +209,13 @@ def test_layers_that_are_not_trained_are_refused(tmp_path, scheme, stored, says)
         check_layers(model, {*linears(model), *stored})
 
 
+def test_a_quantized_embedding_is_refused(tmp_path):
+    model = loaded(tmp_path)
+    model.model.embed_tokens.quantization_scheme = model.get_submodule(UP).quantization_scheme
+    with pytest.raises(RacError, match=r"embed_tokens is quantized; .*embed_tokens in ignore"):
+        check_layers(model, ())
+
+
 # codes of other modifiers
 
 
