@@ -46,10 +46,23 @@ def copying_answers(
     greedy = sampling.model_copy(
         update={"temperature": 0.0, "max_new_tokens": cap, "samples_per_problem": 1}
     )
+    answers = _copying(model, tokenizer, prompts, greedy, _SHARE * tokens)
+    write_text_atomic(path, json.dumps({**about, "answers": answers}))
+    return answers
+
+
+def _copying(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[tuple[int, ...]],
+    greedy: SamplingSettings,
+    most: float,
+) -> list[TokenSequence]:
+    """Answer batches of prompts until `most` tokens end in copies, or fewer than a tenth do."""
     answers: list[TokenSequence] = []
-    asked, seldom, most = 0, False, _SHARE * tokens
+    asked, seldom = 0, False
     while not seldom and asked < len(prompts) and sum(len(ids) for ids, _ in answers) < most:
-        batch = [list(ids) for ids in prompts[asked : asked + sampling.batch_size]]
+        batch = [list(ids) for ids in prompts[asked : asked + greedy.batch_size]]
         keys = [str(asked + row) for row in range(len(batch))]
         asked += len(batch)
         generations = generate(model, tokenizer, batch, greedy, keys)
@@ -60,8 +73,7 @@ def copying_answers(
         seldom = len(answers) < _LEAST * asked
     logger.info(
         f"{len(answers)} of {asked} greedy answers of the compressed model end in copies within "
-        f"{cap:,} tokens; recovery trains on {'none of these' if seldom else 'these too'}"
+        f"{greedy.max_new_tokens:,} tokens; recovery trains on "
+        f"{'none of these' if seldom else 'these too'}"
     )
-    answers = [] if seldom else answers
-    write_text_atomic(path, json.dumps({**about, "answers": answers}))
-    return answers
+    return [] if seldom else answers
