@@ -7,7 +7,8 @@
 
 bf16, w8a8 and w4a16 run on vLLM's own kernels. GGUF types run on llama.cpp's server,
 openvino-Q4_0 on OpenVINO GenAI; zentorch-w4a16 and torchao-int4 on vLLM with these packages.
-All other forms run on our kernels; int4-8 has 8-bit activations. A project has its own folder:
+All other forms run on our kernels; int4-8 has 8-bit activations but in q, k and v. Projects have
+folders of their own:
 
     pip install --no-deps --target build/peers/llama xllamacpp gguf
     pip install --no-deps --target build/peers/openvino openvino openvino-genai gguf

@@ -39,6 +39,7 @@ MIXTURE = {  # Qwen3-30B-A3B
 GROUP = {4: 128, 3: 64}  # columns that share a scale, by bits
 HEAD_GROUP = 128
 CHUNK = 1 << 13  # rows that are packed at a time
+KEEP_16_BITS = ("q_proj", "k_proj", "v_proj")  # as a run chose on SmolLM2 in int4
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,8 @@ def random_model(folder: Path, form: Form, layers: int, vocab: int, shape: str =
         unfinished.rename(out)
     if form.activations == 8:
         path = out / "config.json"
-        content = with_int8_activations(json.loads(path.read_text()), linears)
+        eight = [name for name in linears if name.rpartition(".")[2] not in KEEP_16_BITS]
+        content = with_int8_activations(json.loads(path.read_text()), eight)
         path.write_text(json.dumps(content))
     return out
 

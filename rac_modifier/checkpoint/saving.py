@@ -60,6 +60,7 @@ class SavePlan:
     # called with the model and `save_compressed` before saving
     prepare: Callable[[PreTrainedModel, bool], None] = lambda *_: None
     after: Sequence[Callable[[], None]] = ()  # called when everything is written
+    activations: Mapping[str, Any] | None = None  # bits by layer, as the run record has them
     processes: Processes = field(default_factory=Processes)  # all save, the first one writes
 
 
@@ -102,6 +103,10 @@ def save_with_record(model: PreTrainedModel, plan: Callable[[], SavePlan]) -> No
             else:  # by this record the vLLM plugin also knows a checkpoint that is only quantized
                 mark_dense(staging, structures)
             _write_record(model, staging, current, packed)
+            if current.activations and save_compressed:
+                bits = {name: row["bits"] for name, row in current.activations["layers"].items()}
+                eight = [saved[name] for name in bits if bits[name] == 8]
+                card.record_activations(staging, eight, current.activations)
             move_into_place(staging, folder)
             logger.info(f"saved the model to {folder}")
             for step in current.after:

@@ -27,8 +27,10 @@ from rac_modifier.kernels.choose import plan_checkpoint
 from rac_modifier.kernels.cpu import MOST_GROUP, encoding_of
 from rac_modifier.kernels.interface import EXPERT
 from rac_modifier.model_tools import evaluating
+from rac_modifier.quantization.grid import Grid
 
 LEVELS = {8: 127, 16: 127 * 256 + 127}  # the largest integer of x (csrc/gemm/kernel.h)
+LIMIT = 0.1  # the share of a layer's own error that 8 bits may add in a run
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,25 @@ def layers_of(folder: Path, *, recorded: bool = True) -> list[IntegerLayer]:
     return [IntegerLayer(name, block, errors.get(name)) for name, block in blocks.items()]
 
 
+def layers_of_run(
+    grids: Mapping[str, tuple[Grid, int]], own_errors: Mapping[str, float]
+) -> list[IntegerLayer]:
+    """Return the layers of a run that the CPU kernels will multiply as integers.
+
+    `grids`: of each quantized module, with the columns of its weight. Experts, heads and embeddings
+    keep 16 bits.
+    """
+    layers = []
+    for name, (grid, columns) in grids.items():
+        if grid.kind != "int" or EXPERT.search(name) or OF_VOCABULARY.search(name):
+            continue
+        stored = torch.int8 if grid.bits == 8 else torch.int32
+        block = activation_block(stored, grid.group_size or columns, columns, grid.bits)
+        if block is not None:
+            layers.append(IntegerLayer(name, block, own_errors[name]))
+    return layers
+
+
 def activation_block(
     stored: torch.dtype, group: int, columns: int, word_bits: int = 4
 ) -> int | None:
@@ -119,12 +140,17 @@ def choose_activations(
     chosen = [layer for layer in measured if layer.bits(limit) == 8]
     with _hooks(model, chosen, lambda layer, _, x: (rounded(x, layer.block, 8).to(x.dtype),)):
         divergence = asdict(reference.divergence(model, label="8 bits"))
+    names = ("sequences", "tokens", "kl", "kl_stderr", "agreement")
+    return activations_entry(measured, limit) | {name: divergence[name] for name in names}
+
+
+def activations_entry(measured: Sequence[IntegerLayer], limit: float) -> dict[str, Any]:
+    """Return the choice of bits as the run record has it."""
     rows = {
         x.module: {"error": x.error, "own_error": x.own_error, "bits": x.bits(limit)}
         for x in measured
     }
-    names = ("sequences", "tokens", "kl", "kl_stderr", "agreement")
-    return {"limit": limit, "layers": rows, **{name: divergence[name] for name in names}}
+    return {"limit": limit, "layers": rows}
 
 
 def activations_table(entry: Mapping[str, Any]) -> ResultTable:
@@ -155,7 +181,7 @@ def measure_activations(
     originals: Mapping[str, Any] = {} if dense is None else dict(dense.named_modules())
 
     def add(layer: IntegerLayer, module: Any, x: Tensor) -> None:
-        weight = module.weight.float()
+        weight = module.weight.to(x.device).float()
         eight, sixteen = rounded(x, layer.block, 8), rounded(x, layer.block, 16)
         outputs = [F.linear(eight - sixteen, weight), F.linear(sixteen, weight)]
         if layer.own_error is None:

@@ -148,12 +148,17 @@ class CalibratingModifier(CalibrationEntry, Modifier):
             self.after_pruning(state.model)
             if self._divergence is not None:
                 self._measured = self._divergence.measure(state.model)
+                if "kl" in self._measured:
+                    self.after_measuring(state.model)
             self._processes.wait()  # the first rank measures
         self._divergence = self._oneshot = None
         return True
 
     def after_pruning(self, model: PreTrainedModel) -> None:
         """Follow the recipe's modifiers, before the model is measured."""
+
+    def after_measuring(self, model: PreTrainedModel) -> None:
+        """Follow the measurement on held-out traces, on the first rank."""
 
     def run_record(self, method: str, more: Mapping[str, Any]) -> dict[str, Any]:
         """Return the run record, with `more` entries."""

@@ -68,6 +68,18 @@ def test_stored_dense_and_marked(tmp_path, plan):
     assert config["rac_sparsity"]["storage"] == "dense"
 
 
+@pytest.mark.parametrize("compressed", [True, False])
+def test_layers_with_8_bit_activations_are_recorded_where_codes_are_saved(tmp_path, compressed):
+    first, second, *_ = linears(tiny_model())
+    rows = {first: {"bits": 8}, second: {"bits": 16}}
+    entry = {"limit": 0.1, "layers": rows}
+    pruned(activations=entry).save_pretrained(tmp_path / "out", save_compressed=compressed)
+    chosen = config_of(tmp_path / "out")["rac_sparsity"].get("int8_activations", [])
+    assert chosen == ([first] if compressed else [])
+    record = json.loads((tmp_path / "out" / "rac_run.json").read_text())
+    assert record.get("activations") == (entry if compressed else None)
+
+
 def test_what_is_not_pruned_is_recorded_without_the_activations_of_the_model_before(tmp_path):
     """They were measured with other weights. The vLLM plugin knows our checkpoints by the entry."""
     model = pruned(patterns={}, modules={})

@@ -20,11 +20,13 @@ from rac_modifier.evaluation.activations import (
     check_original,
     choose_activations,
     layers_of,
+    layers_of_run,
     measure_activations,
     rounded,
 )
 from rac_modifier.kernels import cpu
 from rac_modifier.kernels.cpu.support import support
+from rac_modifier.quantization.grid import Grid
 from tests.evaluation.test_divergence import sequences
 from tests.tiny import tiny_model
 
@@ -63,6 +65,24 @@ def folder_of(folder: Path, modules, own: dict[str, float] | None = None, **conf
         modules = [{"name": name, "relative_error": error} for name, error in own.items()]
         (folder / "rac_run.json").write_text(json.dumps({"modules": modules}))
     return folder
+
+
+def test_the_layers_of_a_run():
+    """Their blocks are the groups, at most 512 columns; others keep 16 bits."""
+    grids = {
+        UP: (Grid("int", 4, 32), 64),
+        DOWN: (Grid("int", 3), 1056),
+        "model.layers.0.mlp.gate_proj": (Grid("int", 8), 64),
+        # those below keep 16 bits: floats, experts, the vocabulary's, groups without a kernel
+        "model.layers.1.mlp.up_proj": (Grid("float", 8), 64),
+        "model.layers.1.mlp.experts.0.up_proj": (Grid("int", 4, 32), 64),
+        "lm_head": (Grid("int", 8), 64),
+        "model.layers.2.mlp.up_proj": (Grid("int", 4, 30), 60),
+    }
+    found = layers_of_run(grids, dict.fromkeys(grids, 0.5))
+    blocks = {x.module: (x.block, x.own_error) for x in found}
+    expected = {UP: 32, DOWN: 512, "model.layers.0.mlp.gate_proj": 64}
+    assert blocks == {name: (block, 0.5) for name, block in expected.items()}
 
 
 def test_the_layers_of_a_dense_checkpoint(tmp_path):

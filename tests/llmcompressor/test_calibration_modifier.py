@@ -1,5 +1,7 @@
 """Calibration for other modifiers' sake, and what both modifiers share."""
 
+import json
+
 import pytest
 import torch
 from accelerate import dispatch_model
@@ -10,6 +12,7 @@ from transformers import PreTrainedModel
 from rac_modifier import RacError, ReasoningAwareSparseGPTModifier, model_tools
 from rac_modifier.calibration.trace_pool import HoldOut
 from rac_modifier.evaluation.divergence import DenseReference, divergence
+from rac_modifier.llmcompressor import pruning_modifier
 from rac_modifier.traces.store import TraceStore
 from tests.llmcompressor.conftest import fp8, int8_head, record_of
 from tests.llmcompressor.modifier_helpers import generic_loader, int4
@@ -64,6 +67,60 @@ def test_a_rounded_head_counts(prune, held, tmp_path):
         prune(quantization=int4(), later=later, output_dir=folder, **held[2])
         kl.append(record_of(folder)["divergence"]["kl"])
     assert kl[0] != kl[1]
+
+
+@pytest.fixture(scope="module")
+def mixed(prune, held):
+    """Rounded, attention to int8 and the others to int4; the model is not compressed."""
+    int8 = {"targets": ["re:.*self_attn.*"], "weights": {"num_bits": 8, "strategy": "channel"}}
+    groups = {"int8": int8, **int4(targets=("re:.*mlp.*",))["config_groups"]}
+    settings = {"solver": "none", "mask_structure": None, "quantization": {"config_groups": groups}}
+    return prune(**settings, **held[2])
+
+
+def test_activations_get_8_bits_where_these_cost_a_tenth_of_what_rounding_costs(
+    mixed, held, tmp_path
+):
+    """Worked out again on the inputs of each layer, in float64."""
+    hold_out, inputs = HoldOut(300), {}
+    list(hold_out.others(TraceStore.read(held[0] / "own.jsonl")))
+    for name, module in linears(mixed).items():
+        rows = inputs[name] = []
+        module.register_forward_pre_hook(lambda _, args, rows=rows: rows.append(args[0][0]))
+    weights = {name: module.weight.detach().double() for name, module in linears(mixed).items()}
+    with torch.no_grad():
+        for trace in hold_out.held:
+            mixed(torch.tensor([[*trace.prompt_ids, *trace.completion_ids]]))
+    mixed.save_pretrained(tmp_path / "out")
+
+    record, chosen = record_of(tmp_path / "out"), set()
+    own = {module["name"]: module["relative_error"] for module in record["modules"]}
+    for name, weight in weights.items():
+        x = torch.cat(inputs[name]).double()
+        groups = x.unflatten(1, (-1, 32 if "mlp" in name else x.shape[1]))
+        step = groups.abs().amax(2, keepdim=True).clamp_min(1e-30) / 127
+        change = (torch.round(groups / step) * step - groups).flatten(1)
+        error = float((change @ weight.T).square().sum() / (x @ weight.T).square().sum())
+        measured = record["activations"]["layers"][name]
+        assert measured["error"] == pytest.approx(error, rel=0.02), name
+        assert measured["own_error"] == own[name]
+        chosen |= {name} if error <= 0.1 * own[name] else set()
+    assert chosen == {name for name in weights if "mlp" in name}
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert set(config["rac_sparsity"]["int8_activations"]) == chosen
+
+
+def test_activations_keep_16_bits_where_8_cannot_be_measured(prune, held, monkeypatch, tmp_path):
+    def fails(*arguments):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(pruning_modifier, "measure_activations", fails)
+    prune(quantization=int4(), output_dir=tmp_path / "out", **held[2])
+    record = record_of(tmp_path / "out")
+    assert "activations" not in record
+    assert record["divergence"]["kl"] > 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "int8_activations" not in config["rac_sparsity"]
 
 
 def test_what_is_not_measured_says_why_and_costs_no_model(
