@@ -155,6 +155,10 @@ def test_a_model_larger_than_the_accelerator_is_measured_as_any_other(
     prune(output_dir=tmp_path / "streamed", **held[2])
     streamed, plain = (record_of(path) for path in (tmp_path / "streamed", held[0] / "out"))
     assert streamed["divergence"] == plain["divergence"]
+    prune(output_dir=tmp_path / "rounded", quantization=int4(), **held[2])
+    assert record_of(tmp_path / "rounded")["activations"]["layers"].keys() == {
+        module["name"] for module in streamed["modules"]
+    }
 
 
 @pytest.mark.usefixtures("accelerator")
