@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from loguru import logger
 from torch import Tensor
 
 from rac_modifier.checkpoint.card import RUN_RECORD_NAME
@@ -142,6 +143,25 @@ def choose_activations(
         divergence = asdict(reference.divergence(model, label="8 bits"))
     names = ("sequences", "tokens", "kl", "kl_stderr", "agreement")
     return activations_entry(measured, limit) | {name: divergence[name] for name in names}
+
+
+def choose_in_run(
+    model: Any, layers: Sequence[IntegerLayer], sequences: Sequence[TokenSequence]
+) -> dict[str, Any] | None:
+    """Return the entry of the run record for the limit `LIMIT`; None where no layer gets 8 bits.
+
+    A failure is logged and costs no run.
+    """
+    try:
+        measured = measure_activations(model, layers, sequences) if layers else []
+    except (RacError, RuntimeError) as error:
+        logger.warning(f"activations keep 16 bits, 8 were not measured: {error}")
+        return None
+    eight = sum(layer.bits(LIMIT) == 8 for layer in measured)
+    if not eight:
+        return None
+    logger.info(f"activations of 8 bits in {eight} of {len(measured)} layers, on a CPU")
+    return activations_entry(measured, LIMIT)
 
 
 def activations_entry(measured: Sequence[IntegerLayer], limit: float) -> dict[str, Any]:

@@ -13,12 +13,7 @@ from transformers import PreTrainedModel
 from rac_modifier.checkpoint.output_folder import unfinished
 from rac_modifier.checkpoint.saving import SavePlan, save_with_record
 from rac_modifier.errors import RacError
-from rac_modifier.evaluation.activations import (
-    LIMIT,
-    activations_entry,
-    layers_of_run,
-    measure_activations,
-)
+from rac_modifier.evaluation.activations import choose_in_run, layers_of_run
 from rac_modifier.evaluation.teacher_forcing import sequence_of
 from rac_modifier.llmcompressor.calibration_modifier import CalibratingModifier
 from rac_modifier.llmcompressor.checks import check_other_modifiers
@@ -124,24 +119,15 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
         self._recovered = self._recovery.run(model, weights, quantized)
 
     def after_measuring(self, model: PreTrainedModel) -> None:
-        """Choose the layers whose activations a CPU rounds to 8 bits; a failure keeps 16."""
+        """Choose the layers whose activations a CPU rounds to 8 bits."""
         run = self.run
         grids = {
             run.names[module]: (grid, module.get_parameter("weight").shape[1])
             for module, grid in run.quantizer.grids.items()
         }
         errors = {name: record["relative_error"] for name, record in run.records.items()}
-        layers = layers_of_run(grids, errors)
         sequences = list(map(sequence_of, self.calibration_set.held_out))
-        try:
-            measured = measure_activations(model, layers, sequences) if layers else []
-        except (RacError, RuntimeError) as error:
-            logger.warning(f"activations keep 16 bits, 8 were not measured: {error}")
-            return
-        eight = sum(layer.bits(LIMIT) == 8 for layer in measured)
-        if eight:
-            logger.info(f"activations of 8 bits in {eight} of {len(measured)} layers, on a CPU")
-            self._activations = activations_entry(measured, LIMIT)
+        self._activations = choose_in_run(model, layers_of_run(grids, errors), sequences)
 
     def _save_plan(self) -> SavePlan:
         run = self.run

@@ -21,6 +21,7 @@ from rac_modifier.checkpoint.quantization_config import (
 )
 from rac_modifier.checkpoint.saving import SavePlan, save_with_record
 from rac_modifier.errors import RacError
+from rac_modifier.evaluation.activations import choose_in_run, layers_of_run
 from rac_modifier.evaluation.teacher_forcing import TokenSequence
 from rac_modifier.files import read_json
 from rac_modifier.llmcompressor import trained_codes
@@ -80,6 +81,8 @@ def recover_checkpoint(
     path = sparse / RUN_RECORD_NAME
     before = read_json(path) if path.is_file() else {}
     stores = before.get("trace_stores") or {}
+    rows = (before.get("activations") or {}).get("layers", {})
+    errors = {name: float(row["own_error"]) for name, row in rows.items()}
     collected, fresh = None, []
     if processes.is_first:
         hashes = {str(entry.get("sha256")) for entry in stores.values()}
@@ -98,6 +101,15 @@ def recover_checkpoint(
     recovery = stage.run(pruned, modules, checkpoint.quantized)
     if collected is None:
         return None
+
+    modules_of = dict(pruned.named_modules())
+    grids = {
+        name: (quantized.grid, modules_of[name].get_parameter("weight").shape[1])
+        for name, quantized in checkpoint.quantized.items()
+        if name in errors
+    }
+    with on_accelerator(pruned):
+        activations = choose_in_run(pruned, layers_of_run(grids, errors), stage.held_out)
 
     name = "recovery" if "recovery" not in stores else f"recovery {len(stores)}"
     header = collected.header
@@ -120,6 +132,7 @@ def recover_checkpoint(
         modules=modules,
         storage="packed" if checkpoint.packs else "dense",
         prepare=lambda *_: checkpoint.encode(),
+        activations=activations,
         after=[stage.remove],
     )
     pruned.config._name_or_path = dense

@@ -55,21 +55,21 @@ class RecoveryStage:
     ) -> None:
         """Store the dense model's hidden states on its traces and on `own` answers (RacError)."""
         settings, processes = self._settings, self._processes
-        self._held_out, self._training = split_traces(traces, settings.held_out_tokens)
+        self.held_out, self._training = split_traces(traces, settings.held_out_tokens)
         fingerprint = model_fingerprint(model)
         self.folder = Path(settings.folder or f"rac_recovery/{fingerprint[:16]}")
         self._lock = hold(self.folder) if processes.is_first else None
         if own is not None:
             answers = own(self._training, self.folder / _OWN) if processes.is_first else []
             answers = processes.from_first(answers)
-            self._held_out += answers[::_OF_OWN]
+            self.held_out += answers[::_OF_OWN]
             self._training += [a for i, a in enumerate(answers) if i % _OF_OWN]
         check_recovery_memory(
             model, settings, processes, training=self._training, quantizes=self._quantizes
         )
         states = self.folder / "teacher"
         if processes.is_first:
-            sequences = [*self._held_out, *self._training]
+            sequences = [*self.held_out, *self._training]
             with on_accelerator(model):
                 StoredTeacher.write(model, sequences, states, key=fingerprint)
         # other machines have copies, each another name: they may share the folder
@@ -82,7 +82,7 @@ class RecoveryStage:
         processes.copy(states, self._states, needed=self._receives)
         self._teacher = StoredTeacher(self._states)
         logger.info(
-            f"recovery: {len(self._training)} traces to train on, and {len(self._held_out)} other "
+            f"recovery: {len(self._training)} traces to train on, and {len(self.held_out)} other "
             "traces that decide what is kept"
         )
 
@@ -100,7 +100,7 @@ class RecoveryStage:
                 model,
                 self._teacher,
                 self._training,
-                self._held_out,
+                self.held_out,
                 self._settings,
                 masks=masks,
                 quantized=quantized,

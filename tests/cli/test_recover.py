@@ -29,8 +29,8 @@ def test_a_sparse_int4_checkpoint_is_trained_through_its_codes_and_packed_again(
     weights = {"num_bits": 4, "strategy": "group", "group_size": 32, "symmetric": True}
     quantization = {"config_groups": {"g": {"weights": weights}}}
     (tmp_path / "recipe.yaml").write_text(recipe(entry(trace_store, quantization=quantization)))
-    prune = ("prune", tiny_folder, "sparse", "-r", "recipe.yaml", "-s", "calibration.tokens=500")
-    assert rac(*prune)[0] == 0
+    changed = ("-s", "calibration.tokens=500", "-s", "calibration.held_out_tokens=200")
+    assert rac("prune", tiny_folder, "sparse", "-r", "recipe.yaml", *changed)[0] == 0
     rac.output("recover", tiny_folder, "sparse", "out", *OPTIONS)
     before, after = (dense_tensors(tmp_path / folder) for folder in ("sparse", "out"))
     assert before.keys() == after.keys()
@@ -45,6 +45,14 @@ def test_a_sparse_int4_checkpoint_is_trained_through_its_codes_and_packed_again(
     assert record["quantization"] == ["int4 in groups of 32 (pack-quantized)"]
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["quantization_config"]["sparsity_config"]["format"] == "sparse-24-bitmask"
+    sparse = json.loads((tmp_path / "sparse" / "rac_run.json").read_text())
+    layers = [run["activations"]["layers"] for run in (sparse, record)]
+    assert [row["own_error"] for row in layers[0].values()] == [
+        row["own_error"] for row in layers[1].values()
+    ]
+    eight = [name for name, row in layers[1].items() if row["bits"] == 8]
+    assert config["rac_sparsity"]["int8_activations"] == sorted(eight)
+    assert eight
 
 
 def test_the_result_keeps_every_zero_and_an_output_that_cannot_be_written_costs_no_training(

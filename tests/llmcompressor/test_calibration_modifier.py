@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from rac_modifier import RacError, ReasoningAwareSparseGPTModifier, model_tools
 from rac_modifier.calibration.trace_pool import HoldOut
+from rac_modifier.evaluation import activations
 from rac_modifier.evaluation.divergence import DenseReference, divergence
-from rac_modifier.llmcompressor import pruning_modifier
 from rac_modifier.traces.store import TraceStore
 from tests.llmcompressor.conftest import fp8, int8_head, record_of
 from tests.llmcompressor.modifier_helpers import generic_loader, int4
@@ -114,7 +114,7 @@ def test_activations_keep_16_bits_where_8_cannot_be_measured(prune, held, monkey
     def fails(*arguments):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(pruning_modifier, "measure_activations", fails)
+    monkeypatch.setattr(activations, "measure_activations", fails)
     prune(quantization=int4(), output_dir=tmp_path / "out", **held[2])
     record = record_of(tmp_path / "out")
     assert "activations" not in record
