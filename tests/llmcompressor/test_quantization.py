@@ -214,7 +214,7 @@ def test_4_bit_floats_are_stored_as_they_were_chosen_and_trained(
     settings = {"solver": "none", "mask_structure": None, "traces": off_policy}
     settings["quantization"] = {"scheme": f"{name}A16"}
     recover = {"tokens": 4000, "passes": 4, "held_out_tokens": 600, "step_tokens": 200}
-    recover |= {"learning_rate": 3e-4, "folder": str(tmp_path / "state")}
+    recover |= {"learning_rate": 1e-4, "folder": str(tmp_path / "state")}
     for folder, more in (("before", {}), ("after", {"recover": recover})):
         out = tmp_path / folder
         prune(output_dir=out, oneshot_options={"precision": "bfloat16"}, **settings, **more)
