@@ -45,7 +45,7 @@ def inspect(
 
     Example: rac inspect packed-model
 
-    Example: rac inspect Qwen3-1.7B-W4A16 --activations 0.01 --dense Qwen/Qwen3-1.7B
+    Example: rac inspect Qwen3-1.7B-W4A16 --activations 0.1 --dense Qwen/Qwen3-1.7B
     """
     from rac_modifier.checkpoint.formats import FORMATS
     from rac_modifier.checkpoint.output_folder import local_folder

@@ -69,10 +69,9 @@ def layers_of(folder: Path, *, recorded: bool = True) -> list[IntegerLayer]:
         )
     blocks = {}
     for row in rows:
-        of_16_bits = EXPERT.search(row.module) or OF_VOCABULARY.search(row.module)
         layer = row.layer
         block = activation_block(layer.stored, layer.group, layer.columns, layer.word_bits)
-        if block is not None and not of_16_bits:
+        if block is not None and not _keeps_16_bits(row.module):
             blocks[row.module] = block
     if not blocks:
         raise RacError(
@@ -81,6 +80,11 @@ def layers_of(folder: Path, *, recorded: bool = True) -> list[IntegerLayer]:
         )
     errors = _recorded_errors(folder, blocks) if recorded else {}
     return [IntegerLayer(name, block, errors.get(name)) for name, block in blocks.items()]
+
+
+def _keeps_16_bits(name: str) -> bool:
+    """Return whether a module is an expert, a head or an embedding."""
+    return bool(EXPERT.search(name) or OF_VOCABULARY.search(name))
 
 
 def layers_of_run(
@@ -93,7 +97,7 @@ def layers_of_run(
     """
     layers = []
     for name, (grid, columns) in grids.items():
-        if grid.kind != "int" or EXPERT.search(name) or OF_VOCABULARY.search(name):
+        if grid.kind != "int" or _keeps_16_bits(name):
             continue
         stored = torch.int8 if grid.bits == 8 else torch.int32
         block = activation_block(stored, grid.group_size or columns, columns, grid.bits)
@@ -201,7 +205,7 @@ def measure_activations(
     originals: Mapping[str, Any] = {} if dense is None else dict(dense.named_modules())
 
     def add(layer: IntegerLayer, module: Any, x: Tensor) -> None:
-        weight = module.weight.to(x.device).float()
+        weight = module.weight.float()
         eight, sixteen = rounded(x, layer.block, 8), rounded(x, layer.block, 16)
         outputs = [F.linear(eight - sixteen, weight), F.linear(sixteen, weight)]
         if layer.own_error is None:

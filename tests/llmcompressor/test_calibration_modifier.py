@@ -94,6 +94,7 @@ def test_activations_get_8_bits_where_these_cost_a_tenth_of_what_rounding_costs(
     mixed.save_pretrained(tmp_path / "out")
 
     record, chosen = record_of(tmp_path / "out"), set()
+    assert record["activations"]["limit"] == 0.1
     own = {module["name"]: module["relative_error"] for module in record["modules"]}
     for name, weight in weights.items():
         x = torch.cat(inputs[name]).double()
