@@ -53,15 +53,23 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=16384, help="of calibration")
     parser.add_argument("--answers", type=int, default=64, help="held-out prompts")
     parser.add_argument("--cap", type=int, default=512, help="most tokens of an answer or trace")
+    parser.add_argument("--seed", type=int, default=0, help="of the traces; else part of the label")
 
 
 def run(options: argparse.Namespace) -> None:
     """Measure the rows that are missing, and write the table of all rows."""
     subject = float32_copy(options.model, options.work, options.cap)
-    recipes = recipes_of(subject, options.tokens, yaml.safe_load(FORMATS.read_text())["rows"])
-    labels = options.labels or [*recipes, *GGUF]
-    if unknown := set(labels) - {*recipes, *GGUF}:
-        raise SystemExit(f"--labels: {sorted(unknown)} are no rows; there are {[*recipes, *GGUF]}")
+    subject.shared["traces"]["sampling"]["seed"] = options.seed
+    rows_of = yaml.safe_load(FORMATS.read_text())["rows"]
+    draw = f", seed {options.seed}" if options.seed else ""
+    recipes = {
+        label + draw: recipe
+        for label, recipe in recipes_of(subject, options.tokens, rows_of).items()
+    }
+    known = [*recipes, *GGUF]
+    labels = [label + draw for label in options.labels] if options.labels else known
+    if unknown := set(labels) - set(known):
+        raise SystemExit(f"--labels: {sorted(unknown)} are no rows; there are {known}")
     path = options.work / f"formats-{options.model}.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     finished = {row["label"]: row for row in map(json.loads, lines)}

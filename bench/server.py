@@ -34,6 +34,13 @@ ENVIRONMENT = {
 }
 
 
+IS_ZEN = """
+import zentorch
+from vllm.platforms import current_platform
+assert current_platform.is_zen_cpu(), "vLLM takes zentorch on AMD processors with AVX-512 only"
+"""
+
+
 @dataclass(frozen=True)
 class Server:
     """A running server."""
@@ -111,6 +118,14 @@ def running(command: Sequence[str], log: Path, environment: dict[str, str]) -> I
         raise RuntimeError(f"{error}; {log.name}: {first_error(log)}") from error
     finally:
         end_group(process)  # the next server needs cores and memory
+
+
+def check_zentorch(environment: dict[str, str]) -> None:
+    """Refuse a machine on which `vllm serve` would leave zentorch out (SystemExit)."""
+    command = [sys.executable, "-c", IS_ZEN]
+    check = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if check.returncode:
+        raise SystemExit(check.stderr.splitlines()[-1])
 
 
 def first_error(log: Path) -> str:

@@ -26,7 +26,6 @@ import json
 import os
 import shlex
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -37,7 +36,7 @@ from typing import Any
 
 from bench.common import in_turn, ratios, save
 from bench.gguf_file import KINDS
-from bench.server import Server, Speed, measure, running, serving
+from bench.server import Server, Speed, check_zentorch, measure, running, serving
 from bench.shapes import Form, random_model
 from bench.soak import soak
 
@@ -48,11 +47,6 @@ WARM_UP = (32, 8)  # tokens in and out
 TINY = "--forms 50%-int4 --layers 2 --vocab 4096 --rounds 1 --concurrency 1 --output-tokens 4"
 TINY += " --prompts 8"
 TORCHAO = {"_type": "PrototypeInt4WeightOnlyConfig", "_data": {"group_size": 128}}
-IS_ZEN = """
-import zentorch
-from vllm.platforms import current_platform
-assert current_platform.is_zen_cpu(), "vLLM takes zentorch on AMD processors with AVX-512 only"
-"""
 
 
 @dataclass(frozen=True)
@@ -113,10 +107,7 @@ def prepare(name: str, options: argparse.Namespace) -> tuple[Path, AbstractConte
         command = [sys.executable, "-m", "bench.peer_server", *arguments]
         return file, running(command, log, environment)
     if project == "zentorch":
-        command = [sys.executable, "-c", IS_ZEN]
-        check = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if check.returncode:
-            raise SystemExit(check.stderr.splitlines()[-1])
+        check_zentorch(environment)
     kind = Form.parse(form)
     folder = random_model(options.work, kind, options.layers, options.vocab, options.shape)
     serve = ["--dtype", "bfloat16", "--skip-tokenizer-init", "--max-model-len", str(length)]
