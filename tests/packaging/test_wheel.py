@@ -51,7 +51,8 @@ def unpacked(sdist, tmp_path_factory) -> Path:
     """The sdist's source tree."""
     folder = tmp_path_factory.mktemp("unpacked")
     with tarfile.open(sdist) as archive:
-        archive.extractall(folder, filter="data")
+        filters = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # since 3.11.4
+        archive.extractall(folder, **filters)
     (tree,) = folder.iterdir()
     return tree
 
