@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> None:
         label + draw: recipe
         for label, recipe in recipes_of(subject, options.tokens, rows_of).items()
     }
-    known = [*recipes, *GGUF]
+    known = [*recipes, *(GGUF if not draw else ())]
     labels = [label + draw for label in options.labels] if options.labels else known
     if unknown := set(labels) - set(known):
         raise SystemExit(f"--labels: {sorted(unknown)} are no rows; there are {known}")

@@ -19,7 +19,7 @@ import tempfile
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from bench.common import in_turn, save
 from bench.formats import answers_of, folder_of, load
 from bench.gguf_rows import FILE_TYPES, gguf_file
 from bench.models import float32_copy
-from bench.server import NAME, check_zentorch, running, serving
+from bench.server import NAME, check_zentorch, running, serving, with_packages
 from rac_modifier.evaluation.intervals import mean_over_tokens
 
 OWN, RAC = ["--quantization", "compressed-tensors"], ["--quantization", "rac"]
@@ -111,28 +111,27 @@ def measured(
     return mean_over_tokens(divergences), 100 * sum(agreed) / len(agreed)
 
 
-@contextmanager
-def runtime(form: str, model: Path, options: argparse.Namespace) -> Iterator[Ask]:
-    """Run the runtime of a form inside the context, and yield the function that asks it."""
+def runtime(form: str, model: Path, options: argparse.Namespace) -> AbstractContextManager[Ask]:
+    """Return the context in which the runtime of a form runs; it gives the function that asks."""
     log = options.work / f"runtimes-{form.replace(' ', '-')}.log"
-    if form not in CHECKPOINTS:
-        os.environ["PYTHONPATH"] = packages("llama", options)
-        sys.path.append(str(options.packages.resolve() / "llama"))
-        (options.work / "gguf").mkdir(exist_ok=True)
-        file = gguf_file(model, options.work / "gguf", form.removeprefix("openvino-"))
-        if form not in FILE_TYPES:
-            sys.path.append(str(options.packages.resolve() / "openvino"))
-            yield openvino(file)
-            return
-        # shape, layers and vocabulary of the file are its own
-        command = [sys.executable, "-m", "bench.peer_server", "llama", str(file), form]
-        command += ["-", "0", "0", "4", str(options.cap + 512)]
-        with running(command, log, dict(os.environ)) as server:
-            yield partial(llama_cpp, server.url)
-        return
+    if form in CHECKPOINTS:
+        return of_checkpoint(form, model, options, log)
+    os.environ["PYTHONPATH"] = with_packages(options.packages / "llama")
+    sys.path.append(str(options.packages.resolve() / "llama"))
+    (options.work / "gguf").mkdir(exist_ok=True)
+    file = gguf_file(model, options.work / "gguf", form.removeprefix("openvino-"))
+    if form in FILE_TYPES:
+        return of_llama_cpp(form, file, options, log)
+    sys.path.append(str(options.packages.resolve() / "openvino"))
+    return nullcontext(openvino(file))
+
+
+@contextmanager
+def of_checkpoint(form: str, model: Path, options: argparse.Namespace, log: Path) -> Iterator[Ask]:
+    """Serve a checkpoint of `bench formats`, or the dense model, by vLLM."""
     environment = dict(os.environ)
     if form == "zentorch-w4a16":
-        environment["PYTHONPATH"] = packages("zentorch", options)
+        environment["PYTHONPATH"] = with_packages(options.packages / "zentorch")
         check_zentorch(environment)
     label, choice = CHECKPOINTS[form]
     folder = model if label is None else folder_of(options, label)
@@ -142,11 +141,13 @@ def runtime(form: str, model: Path, options: argparse.Namespace) -> Iterator[Ask
         yield partial(vllm, server.url)
 
 
-def packages(project: str, options: argparse.Namespace) -> str:
-    """Return a PYTHONPATH with the packages of a project."""
-    return os.pathsep.join(
-        [str(options.packages.resolve() / project), os.environ.get("PYTHONPATH", "")]
-    )
+@contextmanager
+def of_llama_cpp(form: str, file: Path, options: argparse.Namespace, log: Path) -> Iterator[Ask]:
+    """Serve a GGUF file by llama.cpp; its shape, layers and vocabulary are its own."""
+    command = [sys.executable, "-m", "bench.peer_server", "llama", str(file), form]
+    command += ["-", "0", "0", "4", str(options.cap + 512)]
+    with running(command, log, dict(os.environ)) as server:
+        yield partial(llama_cpp, server.url)
 
 
 def listed_kl(dense: Tensor, served: dict[int, float]) -> float:

@@ -120,6 +120,11 @@ def running(command: Sequence[str], log: Path, environment: dict[str, str]) -> I
         end_group(process)  # the next server needs cores and memory
 
 
+def with_packages(folder: Path) -> str:
+    """Return a PYTHONPATH that has the packages in a folder."""
+    return os.pathsep.join([str(folder.resolve()), os.environ.get("PYTHONPATH", "")])
+
+
 def check_zentorch(environment: dict[str, str]) -> None:
     """Refuse a machine on which `vllm serve` would leave zentorch out (SystemExit)."""
     command = [sys.executable, "-c", IS_ZEN]

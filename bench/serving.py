@@ -36,7 +36,15 @@ from typing import Any
 
 from bench.common import in_turn, ratios, save
 from bench.gguf_file import KINDS
-from bench.server import Server, Speed, check_zentorch, measure, running, serving
+from bench.server import (
+    Server,
+    Speed,
+    check_zentorch,
+    measure,
+    running,
+    serving,
+    with_packages,
+)
 from bench.shapes import Form, random_model
 from bench.soak import soak
 
@@ -98,8 +106,7 @@ def prepare(name: str, options: argparse.Namespace) -> tuple[Path, AbstractConte
     log = options.work / f"{options.shape}-{name}.log"
     environment = dict(os.environ)
     if project != "vllm":
-        paths = [str(options.packages.resolve() / project), os.environ.get("PYTHONPATH", "")]
-        environment["PYTHONPATH"] = os.pathsep.join(paths)
+        environment["PYTHONPATH"] = with_packages(options.packages / project)
     if project in ("llama", "openvino"):
         file = options.work / f"{options.shape}-{form}-{options.layers}-{options.vocab}.gguf"
         sizes = (options.layers, options.vocab, max(options.concurrency), length)

@@ -30,7 +30,7 @@ from bench.grid import CALIBRATIONS, OURS, VARIANTS, calibrated_on, pattern
 from bench.models import reasoner, smollm2
 from bench.recovery import entry_of
 from bench.render import table
-from bench.runtimes import listed_kl
+from bench.runtimes import listed_kl, of_form
 from bench.shapes import Form, random_mask, random_model
 from bench.stopping import is_detected
 from rac_modifier.reasoner import reasoner_path
@@ -292,3 +292,16 @@ def test_the_soak_names_a_bad_prompt_that_is_answered(tmp_path, monkeypatch, car
     else:
         assert seen.wrong == []
         assert 5 < seen.counts["refused"] < 40
+
+
+def test_another_draw_of_the_traces_has_rows_of_its_own(tmp_path):
+    options = ["--model", "reasoner", "--work", str(tmp_path), "--seed", "3"]
+    with pytest.raises(SystemExit, match=r"'Q4_0, seed 3'.* are no rows; .*'int4, seed 3'"):
+        main(["formats", *options, "--labels", "Q4_0"])
+
+
+def test_rows_of_runtimes_name_the_runtime_and_the_form():
+    assert of_form("openvino-Q4_0") == ("OpenVINO", "Q4_0")
+    assert of_form("zentorch-w4a16") == ("vLLM with zentorch", "w4a16")
+    assert of_form("w4a16") == ("vLLM", "w4a16")
+    assert of_form("int4") == ("vLLM with our kernels", "int4")
