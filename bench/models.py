@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from bench.offgrid import build
 from rac_modifier.problems.held_out import held_out_problems
 from rac_modifier.reasoner import reasoner_path
+from rac_modifier.settings.problems import ARITHMETIC
 
 PROMPTS = Path(__file__).with_name("prompts.yaml")
 
@@ -28,6 +29,7 @@ class Subject:
     model: str  # hub id, folder, or "reasoner"
     shared: dict[str, Any]  # traces and calibration
     evaluation: dict[str, Any]
+    endings: str = ARITHMETIC  # source of the prompts of `bench stopping`
 
 
 def reasoner(work: Path) -> Subject:
@@ -45,11 +47,11 @@ def smollm2(work: Path) -> Subject:
         build(folder)
     train, held_out = work.resolve() / "train.jsonl", work.resolve() / "held_out.jsonl"
     write_prompts(train, list(islice(prompts(held_out=False), 6000)))
-    questions = [
-        *islice(prompts(held_out=True), 32),
-        *(problem.question for problem in held_out_problems("arithmetic", 32, seed=1)),
-    ]
-    write_prompts(held_out, questions)
+    chat = list(islice(prompts(held_out=True), 128))
+    sums = [problem.question for problem in held_out_problems("arithmetic", 128, seed=1)]
+    write_prompts(held_out, [*chat[:32], *sums[:32]])
+    endings = work.resolve() / "held_out_256.jsonl"
+    write_prompts(endings, [*chat[:32], *sums[:32], *chat[32:], *sums[32:]])
     sampling = {"max_new_tokens": 1024, "batch_size": 64, "seed": 0}
     named = {"instructions": str(train), "arithmetic": "arithmetic"}
     sources = {name: {"problems": {"source": source}} for name, source in named.items()}
@@ -57,7 +59,8 @@ def smollm2(work: Path) -> Subject:
     traces = {"sampling": sampling, "sources": sources}
     shared = {"traces": traces, "calibration": {"mixture": mixture}}
     evaluation = {"source": str(held_out), "problems": 64, "cap": 1024}
-    return Subject("SmolLM2-135M off its grid", str(folder), shared, evaluation)
+    name = "SmolLM2-135M off its grid"
+    return Subject(name, str(folder), shared, evaluation, str(endings))
 
 
 SUBJECTS: dict[str, Callable[[Path], Subject]] = {"reasoner": reasoner, "smollm2": smollm2}

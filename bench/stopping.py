@@ -41,7 +41,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="smollm2", choices=("smollm2", "reasoner"))
     parser.add_argument("--labels", nargs="*", default=["int4"], help="finished bench formats rows")
     parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0, 0.6])
-    parser.add_argument("--answers", type=int, default=64, help="held-out prompts")
+    parser.add_argument("--answers", type=int, default=256, help="held-out prompts")
     parser.add_argument("--cap", type=int, default=512, help="most tokens of an answer")
 
 
@@ -56,7 +56,7 @@ def run(options: argparse.Namespace) -> None:
     for temperature in options.temperatures:
         report = work / f"{temperature}.json"
         command = [*RAC, "eval", *map(str, models.values()), "--stopping", "--json", str(report)]
-        command += ["--source", subject.evaluation["source"], "--problems", str(options.answers)]
+        command += ["--source", subject.endings, "--problems", str(options.answers)]
         command += ["--cap", str(options.cap), "--temperature", str(temperature)]
         command += ["--precision", "float32", "--batch-size", "64"]
         subprocess.run(command, check=True, cwd=work)

@@ -67,8 +67,8 @@ def targets(batch: Sequence[TokenSequence]) -> tuple[Tensor, Tensor]:
     """Return, by completion token of a batch, the row of its target and the token that it copies.
 
     A token's target is the dense model's prediction at its own place. Where a completion ends in
-    copies, it is the prediction at the same place of the first copy, so that a copy is no reason
-    for another. Tokens that copy nothing have -1.
+    copies, from the third copy on it is the prediction at the same place of the first, so that
+    copies are no reason for another. A second copy may be meant. All other tokens have -1.
     """
     rows: list[int] = []
     copied: list[int] = []
@@ -76,7 +76,7 @@ def targets(batch: Sequence[TokenSequence]) -> tuple[Tensor, Tensor]:
         completion, first = ids[prompt:], len(rows)
         begin, period = loop_at_end(completion) or (len(completion), 1)
         for place, token in enumerate(completion):
-            copies = place >= begin + period
+            copies = place >= begin + 2 * period
             rows.append(first + (begin + (place - begin) % period if copies else place))
             copied.append(token if copies else -1)
     return torch.tensor(rows), torch.tensor(copied)

@@ -1,7 +1,6 @@
 """Answers of the compressed model itself that end in copies: recovery trains on the copies."""
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,7 @@ from rac_modifier.settings.sampling import SamplingSettings
 from rac_modifier.traces.selection import end_of_copies
 
 _LEAST = 0.1  # share of the answers that end in copies, below which none is trained on
-_SHARE = 0.25  # of the training tokens, at which no further batch is asked for
 _LONGEST = 2  # cap of an answer: times the mean completion of the training traces
-_ASKED = 0.5  # share of the prompts at most
 
 
 def copying_answers(
@@ -35,9 +32,7 @@ def copying_answers(
     returned is kept in `path`, and not sampled again for the same model and prompts.
     """
     prompts = list(dict.fromkeys(tuple(ids[:prompt]) for ids, prompt in training))
-    prompts = prompts[: math.ceil(_ASKED * len(prompts))]
-    tokens = sum(len(ids) for ids, _ in training)
-    completed = tokens - sum(prompt for _, prompt in training)
+    completed = sum(len(ids) - prompt for ids, prompt in training)
     cap = min(sampling.max_new_tokens, _LONGEST * completed // len(training))
     about = {"model": model_fingerprint(model), "cap": cap, "prompts": list(map(list, prompts))}
     kept = read_json(path) if path.exists() else {}
@@ -46,7 +41,7 @@ def copying_answers(
     greedy = sampling.model_copy(
         update={"temperature": 0.0, "max_new_tokens": cap, "samples_per_problem": 1}
     )
-    answers = _copying(model, tokenizer, prompts, greedy, _SHARE * tokens)
+    answers = _copying(model, tokenizer, prompts, greedy)
     write_text_atomic(path, json.dumps({**about, "answers": answers}))
     return answers
 
@@ -56,12 +51,11 @@ def _copying(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[tuple[int, ...]],
     greedy: SamplingSettings,
-    most: float,
 ) -> list[TokenSequence]:
-    """Answer batches of prompts until `most` tokens end in copies, or fewer than a tenth do."""
+    """Answer batches of prompts until all are answered, or fewer than a tenth end in copies."""
     answers: list[TokenSequence] = []
     asked, seldom = 0, False
-    while not seldom and asked < len(prompts) and sum(len(ids) for ids, _ in answers) < most:
+    while not seldom and asked < len(prompts):
         batch = [list(ids) for ids in prompts[asked : asked + greedy.batch_size]]
         keys = [str(asked + row) for row in range(len(batch))]
         asked += len(batch)

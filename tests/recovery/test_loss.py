@@ -107,13 +107,13 @@ def test_logits_that_are_large_cost_no_precision():
     assert head_kl(student, dense, head).item() == pytest.approx(total, rel=1e-3)
 
 
-def test_a_copy_is_trained_towards_the_first_one_with_a_tenth_of_its_odds():
-    """Prompt (1, 2), then 3 and 22 times (4, 5, 6): rows of the first copy, ids of all others."""
+def test_a_third_copy_is_trained_towards_the_first_one_with_a_tenth_of_its_odds():
+    """Prompt (1, 2), then 3 and 22 times (4, 5, 6): twenty copies have rows of the first one."""
     copying = ((1, 2, 3, *(4, 5, 6) * 22), 2)
     plain = ((1, 9, 8, 7), 1)
     rows, copied = targets([plain, copying])
-    assert rows.tolist() == [0, 1, 2, 3, *(4, 5, 6) * 22]
-    assert copied.tolist() == [-1] * 7 + [4, 5, 6] * 21
+    assert rows.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, *(4, 5, 6) * 20]
+    assert copied.tolist() == [-1] * 10 + [4, 5, 6] * 20
 
     hidden, dense, head = case()
     copied = torch.tensor([-1, 3, -1, 0, 10, -1, -1])
