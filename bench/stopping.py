@@ -48,7 +48,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Sample what is missing, and write the table."""
     subject = float32_copy(options.model, options.work, options.cap)
-    work = options.work.resolve() / "stopping"
+    work = options.work.resolve() / f"stopping-{options.answers}"
     work.mkdir(parents=True, exist_ok=True)
     models = {"dense": Path(subject.model).resolve()}
     models |= {label: folder_of(options, label).resolve() for label in options.labels}
