@@ -29,7 +29,7 @@ class Subject:
     model: str  # hub id, folder, or "reasoner"
     shared: dict[str, Any]  # traces and calibration
     evaluation: dict[str, Any]
-    endings: str = ARITHMETIC  # source of the prompts of `bench stopping`
+    endings: str = ARITHMETIC  # source of more held-out prompts
 
 
 def reasoner(work: Path) -> Subject:

@@ -26,7 +26,7 @@ COLUMNS = {
     "truncated, %": ".1f",
     "looping, %": ".1f",
     "truncated, alone and dense alone": "",
-    "McNemar p": ".2f",
+    "McNemar p": ".2g",
     "token inflation, both finish": ".2f",
     "token inflation, all at the cap": ".2f",
     "detected of the truncated": "",
@@ -48,6 +48,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Sample what is missing, and write the table."""
     subject = float32_copy(options.model, options.work, options.cap)
+    few = options.answers <= subject.evaluation["problems"]
+    source = subject.evaluation["source"] if few else subject.endings
     work = options.work.resolve() / f"stopping-{options.answers}"
     work.mkdir(parents=True, exist_ok=True)
     models = {"dense": Path(subject.model).resolve()}
@@ -56,7 +58,7 @@ def run(options: argparse.Namespace) -> None:
     for temperature in options.temperatures:
         report = work / f"{temperature}.json"
         command = [*RAC, "eval", *map(str, models.values()), "--stopping", "--json", str(report)]
-        command += ["--source", subject.endings, "--problems", str(options.answers)]
+        command += ["--source", source, "--problems", str(options.answers)]
         command += ["--cap", str(options.cap), "--temperature", str(temperature)]
         command += ["--precision", "float32", "--batch-size", "64"]
         subprocess.run(command, check=True, cwd=work)
@@ -87,7 +89,7 @@ def run(options: argparse.Namespace) -> None:
                     *detected[fingerprint],
                 ]
             )
-    save(options.out, f"stopping_{options.model}", subject.name, COLUMNS, rows)
+    save(options.out, f"stopping_{options.model}_{options.answers}", subject.name, COLUMNS, rows)
 
 
 def ratio(inflation: dict[str, Any] | None) -> list[float] | None:
