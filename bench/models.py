@@ -29,7 +29,7 @@ class Subject:
     model: str  # hub id, folder, or "reasoner"
     shared: dict[str, Any]  # traces and calibration
     evaluation: dict[str, Any]
-    endings: str = ARITHMETIC  # source of more held-out prompts
+    more_held_out: str = ARITHMETIC  # source of prompts, for answers that are not graded
 
 
 def reasoner(work: Path) -> Subject:
@@ -50,8 +50,8 @@ def smollm2(work: Path) -> Subject:
     chat = list(islice(prompts(held_out=True), 128))
     sums = [problem.question for problem in held_out_problems("arithmetic", 128, seed=1)]
     write_prompts(held_out, [*chat[:32], *sums[:32]])
-    endings = work.resolve() / "held_out_256.jsonl"
-    write_prompts(endings, [*chat[:32], *sums[:32], *chat[32:], *sums[32:]])
+    more = work.resolve() / "held_out_256.jsonl"
+    write_prompts(more, [*chat[:32], *sums[:32], *chat[32:], *sums[32:]])
     sampling = {"max_new_tokens": 1024, "batch_size": 64, "seed": 0}
     named = {"instructions": str(train), "arithmetic": "arithmetic"}
     sources = {name: {"problems": {"source": source}} for name, source in named.items()}
@@ -60,7 +60,7 @@ def smollm2(work: Path) -> Subject:
     shared = {"traces": traces, "calibration": {"mixture": mixture}}
     evaluation = {"source": str(held_out), "problems": 64, "cap": 1024}
     name = "SmolLM2-135M off its grid"
-    return Subject(name, str(folder), shared, evaluation, str(endings))
+    return Subject(name, str(folder), shared, evaluation, str(more))
 
 
 SUBJECTS: dict[str, Callable[[Path], Subject]] = {"reasoner": reasoner, "smollm2": smollm2}

@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> None:
     """Sample what is missing, and write the table."""
     subject = float32_copy(options.model, options.work, options.cap)
     few = options.answers <= subject.evaluation["problems"]
-    source = subject.evaluation["source"] if few else subject.endings
+    source = subject.evaluation["source"] if few else subject.more_held_out
     work = options.work.resolve() / f"stopping-{options.answers}"
     work.mkdir(parents=True, exist_ok=True)
     models = {"dense": Path(subject.model).resolve()}
