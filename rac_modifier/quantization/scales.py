@@ -29,7 +29,7 @@ _FP4_FACTORS = tuple(0.5 + 0.05 * step for step in range(23))
 _LEAST_SHARE, _SHARES, _NEAR = 0.25, 31, 3
 _LARGEST_CHANGE = 3.0  # a scale that moves further belongs to a group with hardly any codes
 _Store = Callable[[Tensor], Tensor]  # rounds scales to what is stored
-_ROWS = 256  # solved per call; bounds the memory of A, [rows, groups, groups] in float64
+_ROWS = 256  # fitted at a time: bounds the memory of A, [rows, groups, groups]
 
 
 def search_steps(
@@ -108,6 +108,20 @@ def refit_scales(
     [d, d] is undamped. A scale stays as it is where its solution is not finite, changes sign, or
     changes by more than a factor of 3; a row keeps its scales where rounding loses the gain.
     """
+    parts = (tensor.split(_ROWS, dim=1) for tensor in (codes, target, scale))
+    fitted = [_refit(*rows, grid, hessian, dampening, dtype) for rows in zip(*parts, strict=True)]
+    return torch.cat(fitted, dim=1)
+
+
+def _refit(
+    codes: Tensor,
+    target: Tensor,
+    scale: Tensor,
+    grid: Grid,
+    hessian: Tensor,
+    dampening: Dampening,
+    dtype: torch.dtype,
+) -> Tensor:
     d, rows = codes.shape
     size, groups = grid.group_size or d, grid.groups(d)
     gram = codes.new_empty(rows, groups, groups)
@@ -118,12 +132,8 @@ def refit_scales(
         gram[:, :, group] = _group_sums(image.mul_(codes), groups, size).T
     image = torch.addcmul(hessian @ target, dampening.added[:, None], target)
     right = _group_sums(image.mul_(codes), groups, size).T
-    result = scale.clone()
-    for first in range(0, rows, _ROWS):
-        chunk = slice(first, first + _ROWS)
-        old = scale[:, chunk].T
-        new = _solve(gram[chunk].double(), right[chunk].double(), old.double())
-        result[:, chunk] = grid.stored(new.to(old), dtype).T
+    new = _solve(gram.double(), right.double(), scale.T.double())
+    result = grid.stored(new.to(scale), dtype).T
     before, after = (_error(gram, right, s.T) for s in (scale, result))
     return torch.where(after < before, result, scale)
 

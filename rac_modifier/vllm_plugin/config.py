@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from vllm import envs
 from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
@@ -20,7 +19,6 @@ from rac_modifier.checkpoint.files import INDEX_FILE, TensorFiles
 from rac_modifier.checkpoint.quantization_config import METHOD as COMPRESSED_TENSORS
 from rac_modifier.checkpoint.quantization_config import RAC_KEY, SparsityRecord
 from rac_modifier.errors import RacError
-from rac_modifier.kernels.cpu import operator
 from rac_modifier.kernels.cpu.support import support
 from rac_modifier.kernels.interface import Decision
 from rac_modifier.vllm_plugin import METHOD, OLD_METHOD, layouts
@@ -137,7 +135,6 @@ class RacConfig(QuantizationConfig):
         from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
         prefix = prefix.removeprefix(f"{DRAFT}.")  # the checkpoint's name of the layer
-        operator.batch_invariant = envs.VLLM_BATCH_INVARIANT
         if self.layout.inner is not None:  # the model has set the mapping
             self.layout.inner.packed_modules_mapping = self.packed_modules_mapping
         if isinstance(layer, VocabParallelEmbedding):

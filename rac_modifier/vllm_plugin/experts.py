@@ -202,7 +202,11 @@ class RacExpertsMethod(FusedMoEMethodBase):
             if any(weight.order is not None for weight in weights):
                 reason = "the columns of its experts are reordered (desc_act)"
                 return stay_dense(reason, self.dtype)
-            for share in self._shares(layer, weights, number):
+            try:
+                shares = self._shares(layer, weights, number)
+            except RacError as error:  # gate and up differ
+                return stay_dense(str(error), self.dtype)
+            for share in shares:
                 decision, backend = choose(Layer.of(share, self.dtype), self.device.type)
                 if backend is None:
                     return decision

@@ -12,7 +12,13 @@ from torch import Tensor
 
 from rac_modifier.checkpoint import gptq_awq
 from rac_modifier.checkpoint.bitmask import damaged, part_of
-from rac_modifier.checkpoint.dense_codes import OF_VOCABULARY, ORDER, ZEROS, PackQuantized
+from rac_modifier.checkpoint.dense_codes import (
+    OF_VOCABULARY,
+    ORDER,
+    WORDS,
+    ZEROS,
+    PackQuantized,
+)
 from rac_modifier.checkpoint.formats import FORMAT_BITMASK, FORMATS
 from rac_modifier.checkpoint.quantization_config import METHOD as COMPRESSED_TENSORS
 from rac_modifier.checkpoint.quantization_config import (
@@ -114,11 +120,19 @@ class PackedLayout(Layout):
         names = [*self.format.parts, "weight"]  # an ignored shard of a fused layer has a weight
         if self.quantized:
             self.inner = _compressed_tensors(config)
-            names += [SCALE, *_UNUSED, ZEROS, ORDER]
+            stored |= {**PackQuantized.dtypes}
+            names += [*PackQuantized.dtypes, *_UNUSED]
         self.dtypes = {name: stored.get(name) for name in names}
 
     def read(self, tensors: Mapping[str, Tensor], module: str) -> Weight:
-        """Return the sparse weight; a tensor where it is stored dense."""
+        """Return the weight, sparse or of dense codes; a tensor where it is stored in floats."""
+        if WORDS in tensors:  # packing this part of a fused layer would have gained nothing
+            scheme = self._scheme(torch.nn.Linear(1, 1, device="meta"), module)
+            if scheme is None:
+                raise RacError(
+                    f"{module}.{WORDS}: config.json does not quantize this module; {_RESTORE}"
+                )
+            return PackQuantized.check(tensors, module, scheme)
         for part in (ZEROS, ORDER):
             if part in tensors:
                 raise RacError(

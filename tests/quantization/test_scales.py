@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from rac_modifier.pruning.linalg import Dampening
+from rac_modifier.quantization import scales
 from rac_modifier.quantization.grid import Grid
 from rac_modifier.quantization.scales import refit_scales, search_steps
+from rac_modifier.rehearsal import LiveBytes
 from tests.quantization.quantization_reference import (
     GRIDS,
     HALF_RANGE,
@@ -138,8 +140,11 @@ def least_squares(codes: np.ndarray, target: np.ndarray, hessian: np.ndarray) ->
     return np.linalg.lstsq(root @ columns, root @ target, rcond=None)[0]
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_fitted_scales_are_the_least_squares_solution_of_the_damped_problem(seed):
+@pytest.mark.parametrize(("seed", "rows"), [(0, 256), (1, 4)])
+def test_fitted_scales_are_the_least_squares_solution_of_the_damped_problem(
+    monkeypatch, seed, rows
+):
+    monkeypatch.setattr(scales, "_ROWS", rows)
     codes, target, scale, hessian = coded(seed)
     dampening = Dampening.of(hessian, 0.01)
     damped = (hessian + torch.diag(dampening.added)).numpy()
@@ -148,6 +153,15 @@ def test_fitted_scales_are_the_least_squares_solution_of_the_damped_problem(seed
     for row in range(ROWS):
         expected = least_squares(codes[:, row].numpy(), target[:, row].numpy(), damped)
         assert refitted[:, row].numpy() == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_memory_of_a_fit_does_not_grow_with_the_rows():
+    codes = torch.ones(512, 4096)
+    grid, identity = Grid("int", 4, 8), torch.eye(512)
+    dampening = Dampening.of(identity, 0.01)
+    with LiveBytes() as live:
+        refit_scales(codes, codes, torch.ones(64, 4096), grid, identity, dampening, torch.float32)
+    assert live.peak < 4 * 4096 * 64 * 64  # of the matrices of all rows
 
 
 def test_unusable_solutions_leave_the_scale():

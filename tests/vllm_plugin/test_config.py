@@ -25,7 +25,6 @@ from vllm.model_executor.models.utils import WeightsMapper
 
 from rac_modifier.checkpoint.quantization_config import with_int8_activations, with_packed
 from rac_modifier.errors import RacError
-from rac_modifier.kernels.cpu import operator
 from rac_modifier.kernels.cpu.support import Support
 from rac_modifier.kernels.interface import Decision, stay_dense
 from rac_modifier.vllm_plugin import config as plugin_config
@@ -169,14 +168,6 @@ def test_the_record_of_config_json(monkeypatch, tmp_path):
     assert bits == {"qkv": 8, "row": 16}
     with pytest.raises(RacError, match=r"int8_activations is 'a': Input should be a valid tuple"):
         config.maybe_update_config(str(tmp_path), recorded(int8_activations="a"))
-
-
-@pytest.mark.parametrize("invariant", [False, True])
-def test_batch_invariance_reaches_the_kernels(monkeypatch, invariant):
-    monkeypatch.setattr(operator, "batch_invariant", not invariant)
-    monkeypatch.setenv("VLLM_BATCH_INVARIANT", str(int(invariant)))
-    RacConfig.from_config(PACKED).get_quant_method(torch.nn.Module(), "a")
-    assert operator.batch_invariant == invariant
 
 
 def test_the_order_of_columns_reaches_the_layers():

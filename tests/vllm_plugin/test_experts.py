@@ -226,6 +226,11 @@ class Dense:
         ("router", "experts with biases, LoRA, weighted inputs or load balancing have no kernel"),
         ("one in floats", "some of its experts are stored in floats"),
         ("too dense", "it is more than half stored"),
+        (
+            "two dtypes",
+            "a.experts.2.up_proj cannot be fused with a.experts.2.gate_proj: their columns, their "
+            "order, dtypes, bits, groups or zero points differ; quantize both in the same way",
+        ),
     ],
 )
 def test_where_they_cannot_run_sparse_all_are_expanded_for_vllm(monkeypatch, why, reason):
@@ -240,13 +245,15 @@ def test_where_they_cannot_run_sparse_all_are_expanded_for_vllm(monkeypatch, why
     elif why == "too dense":
         monkeypatch.setitem(BACKENDS, "cpu", fake_backend)
         weights["4.down_proj"] = torch.ones(HIDDEN, WIDTH)
+    elif why == "two dtypes":
+        weights["2.up_proj"] = weights["2.up_proj"].float()
     method = method_of(layer, FORMAT_BITMASK)
     alone = {"2.up_proj": weights.pop("2.up_proj")} if why == "one in floats" else {}
     load(layer, weights, FORMAT_BITMASK)
     [*layer.load_weights((f"{name}.weight", weight) for name, weight in alone.items())]
     method.process_weights_after_loading(layer)
     assert method.decisions["a.experts"].reason == f"dense because {reason}"
-    expected = {f"{name}.weight": weight for name, weight in (weights | alone).items()}
+    expected = {f"{name}.weight": weight.float() for name, weight in (weights | alone).items()}
     assert layer.loaded.keys() == expected.keys()
     assert all(torch.equal(layer.loaded[name], weight) for name, weight in expected.items())
     assert layer.quant_method.sizes == (EXPERTS, HIDDEN, 128)

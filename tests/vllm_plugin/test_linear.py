@@ -31,7 +31,7 @@ from tests.vllm_plugin.layer_kinds import (
     weights_of,
     words,
 )
-from tests.vllm_plugin.stored_forms import quantize
+from tests.vllm_plugin.stored_forms import int4, quantize
 
 needs_kernel = pytest.mark.skipif(support().isa in (None, "portable"), reason=support().reason)
 
@@ -154,6 +154,23 @@ def test_a_fused_layer_with_one_shard_of_another_kind(monkeypatch, other, reason
     finish(mixed, dense)
     assert config.report.decisions["a.qkv"].reason.startswith(reason)
     check(mixed, dense, K, 1e-4)
+
+
+@needs_kernel
+def test_a_part_that_packing_left_in_words_of_int4(monkeypatch):
+    on_rank(monkeypatch, 0, 1)
+    config = config_of(FORMAT_BITMASK, "int4")
+    dense, mixed = make("qkv", None), make("qkv", config)
+    for shard, module, weight in weights_of("qkv", False):
+        values, scale, meant = quantize(weight, "int4")
+        parts = {**PACKED[FORMAT_BITMASK].compress(values, module, 4), "weight_scale": scale}
+        if shard == "k":
+            parts, meant = int4(torch.randn_like(weight))
+        load(dense, shard, {"weight": meant})
+        load(mixed, shard, parts)
+    finish(mixed, dense)
+    assert config.report.decisions["a.qkv"].sparse
+    check(mixed, dense, K, 5e-3)
 
 
 def test_a_layer_in_floats_of_a_gptq_checkpoint_is_not_in_the_report(monkeypatch):

@@ -16,7 +16,6 @@ from rac_modifier.kernels.cpu.library import BITS, INT8, PANEL, TYPES, VALUE_TYP
 from rac_modifier.kernels.cpu.support import TOKENS, library_and_isa
 
 SCRATCH_BYTES = 8 << 20  # of expanded panels at a time: they about fit into the last-level cache
-batch_invariant = False  # whether one way multiplies any number of tokens, so that all round alike
 _scratch = threading.local()
 
 
@@ -93,8 +92,6 @@ def _forward(
     x = x.reshape(-1, columns).contiguous()
     bias = None if bias is None else bias.contiguous()
     out = torch.empty((x.shape[0], rows), dtype=x.dtype)
-    if batch_invariant and isa == "amx" and library.value_type(data) >= INT8:
-        isa = "avx512"  # which rounds as AMX does for few tokens; AMX takes bfloat16 for many
     if x.shape[0] <= TOKENS or x.shape[0] <= _most_tokens(library, data, isa):
         library.linear(data, rows, columns, x, scale, bias, out, isa)
     else:
@@ -108,7 +105,7 @@ def _most_tokens(library: Library, data: Tensor, isa: str) -> float:
     tokens = kernel.int4 if value_type in BITS else kernel.int8
     if value_type < INT8:
         tokens = kernel.floats
-    return math.inf if batch_invariant or tokens < 0 else tokens
+    return math.inf if tokens < 0 else tokens
 
 
 def _buffer(size: int) -> Tensor:
