@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Mapping
 from typing import Any, Self
 
+from compressed_tensors.offload import remove_dispatch
 from llmcompressor.core import CompressionSession, State, active_session
 from llmcompressor.entrypoints.oneshot import Oneshot
 from llmcompressor.modifiers import Modifier
@@ -145,17 +146,22 @@ class CalibratingModifier(CalibrationEntry, Modifier):
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         """Take the pipeline away, and measure the result of a run that has not failed."""
         if self._session is not None and take_away(self._session) and self.ended_:
-            self.after_pruning(state.model)
+            if self._recovery is not None:
+                self._processes.wait()
+                remove_dispatch(state.model)  # an onloaded weight is a copy, and is not trained
+                self._recovered = self.recover_with(self._recovery, state.model)
             if self._divergence is not None:
-                self._measured = self._divergence.measure(state.model)
-                if "kl" in self._measured:
-                    self.after_measuring(state.model)
+                with streamed_to_accelerator(state.model):
+                    self._measured = self._divergence.measure(state.model)
+                    if "kl" in self._measured:
+                        self.after_measuring(state.model)
             self._processes.wait()  # the first rank measures
         self._divergence = self._oneshot = None
         return True
 
-    def after_pruning(self, model: PreTrainedModel) -> None:
-        """Follow the recipe's modifiers, before the model is measured."""
+    def recover_with(self, recovery: RecoveryStage, model: PreTrainedModel) -> dict[str, Any]:
+        """Train what the recipe's modifiers have left; return the run record's entry."""
+        raise NotImplementedError
 
     def after_measuring(self, model: PreTrainedModel) -> None:
         """Follow the measurement on held-out traces, on the first rank."""
@@ -211,10 +217,10 @@ class ReasoningAwareCalibrationModifier(CalibratingModifier):
         self.calibrate_session(state)
         return True
 
-    def after_pruning(self, model: PreTrainedModel) -> None:
-        """Train the codes, if the recipe has `recover`."""
-        if self._recovery is not None and self._codes is not None:
-            self._recovered = self._recovery.run(model, {}, self._codes.quantized())
+    def recover_with(self, recovery: RecoveryStage, model: PreTrainedModel) -> dict[str, Any]:
+        """Train the codes."""
+        assert self._codes is not None
+        return recovery.run(model, {}, self._codes.quantized())
 
     def _save_plan(self) -> SavePlan:
         def prepare(model: PreTrainedModel, save_compressed: bool) -> None:

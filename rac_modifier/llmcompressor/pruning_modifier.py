@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compressed_tensors.offload import remove_dispatch
 from llmcompressor.core import Event, State, active_session
 from loguru import logger
 from pydantic import PrivateAttr
@@ -20,6 +19,7 @@ from rac_modifier.llmcompressor.checks import check_other_modifiers
 from rac_modifier.llmcompressor.experts import find_experts
 from rac_modifier.llmcompressor.forecast import Forecast
 from rac_modifier.llmcompressor.quantizer import Quantizer
+from rac_modifier.llmcompressor.recovery_stage import RecoveryStage
 from rac_modifier.llmcompressor.resume import Resume, check_disk
 from rac_modifier.llmcompressor.run import Run
 from rac_modifier.llmcompressor.targets import find_targets, patterns_of
@@ -106,17 +106,12 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
         self.run.end()
         self.run.quantizer.finish(state.model)
 
-    def after_pruning(self, model: PreTrainedModel) -> None:
-        """Train the kept weights, if the recipe has `recover`."""
-        if self._recovery is None:
-            return
-        if self._processes.count > 1:
-            self._processes.wait()
-            remove_dispatch(model)  # FSDP places the weights itself
+    def recover_with(self, recovery: RecoveryStage, model: PreTrainedModel) -> dict[str, Any]:
+        """Train the kept weights."""
         run = self.run
         quantized = run.quantizer.take_masters(run.names, run.masters)
         weights = {name: module for module, name in run.names.items()}
-        self._recovered = self._recovery.run(model, weights, quantized)
+        return recovery.run(model, weights, quantized)
 
     def after_measuring(self, model: PreTrainedModel) -> None:
         """Choose the layers whose activations a CPU rounds to 8 bits."""

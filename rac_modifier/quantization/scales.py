@@ -108,8 +108,8 @@ def refit_scales(
     [d, d] is undamped. A scale stays as it is where its solution is not finite, changes sign, or
     changes by more than a factor of 3; a row keeps its scales where rounding loses the gain.
     """
-    parts = (tensor.split(_ROWS, dim=1) for tensor in (codes, target, scale))
-    fitted = [_refit(*rows, grid, hessian, dampening, dtype) for rows in zip(*parts, strict=True)]
+    blocks = zip(codes.split(_ROWS, 1), target.split(_ROWS, 1), scale.split(_ROWS, 1), strict=True)
+    fitted = [_refit(*block, grid, hessian, dampening, dtype) for block in blocks]
     return torch.cat(fitted, dim=1)
 
 

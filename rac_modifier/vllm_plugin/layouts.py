@@ -116,11 +116,15 @@ class PackedLayout(Layout):
             raise RacError(f"config.json: quantization_config has no sparsity_config; {_RESTORE}")
         self.targets, self.ignore = sparsity.targets, sparsity.ignore
         self.format, self.quantized = FORMATS[sparsity.format], bool(config.get("config_groups"))
-        stored = {"bitmask": torch.uint8, "row_offsets": torch.int64, "shape": torch.int64}
+        stored: dict[str, torch.dtype | None] = {
+            "bitmask": torch.uint8,
+            "row_offsets": torch.int64,
+            "shape": torch.int64,
+        }
         names = [*self.format.parts, "weight"]  # an ignored shard of a fused layer has a weight
         if self.quantized:
             self.inner = _compressed_tensors(config)
-            stored |= {**PackQuantized.dtypes}
+            stored.update(PackQuantized.dtypes)
             names += [*PackQuantized.dtypes, *_UNUSED]
         self.dtypes = {name: stored.get(name) for name in names}
 

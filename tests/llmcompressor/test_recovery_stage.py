@@ -3,6 +3,8 @@
 from types import SimpleNamespace
 
 import pytest
+from compressed_tensors.offload.cache import CPUCache
+from compressed_tensors.offload.utils import send_tensors
 
 from rac_modifier import RacError
 from rac_modifier.llmcompressor import calibration_modifier, recovery_stage
@@ -59,6 +61,22 @@ def test_no_trace_is_trained_on_and_held_out_and_none_was_calibrated_on(prune, s
     for name, module in linears(model).items():
         groups = (module.weight == 0).reshape(module.weight.shape[0], -1, 4).sum(-1)
         assert bool((groups >= 2).all()), name
+
+
+@pytest.mark.parametrize("entry", ["prune", "calibrate"])
+def test_recovery_trains_where_an_onloaded_weight_is_a_copy(
+    request, monkeypatch, tmp_path, seen, entry
+):
+    """As on a GPU: a copy has no gradient, and what is written to it is lost."""
+
+    def onload(cache, offloaded):
+        return send_tensors(offloaded, device=cache.onload_device, copy=True)
+
+    monkeypatch.setattr(CPUCache, "onload", onload)
+    later = [gptq_w4()] if entry == "calibrate" else ()
+    request.getfixturevalue(entry)(later=later, recover=RECOVER, output_dir=tmp_path / "out")
+    curve = record_of(tmp_path / "out")["recovery"]["curve"]
+    assert len({kl for _, kl in curve}) == len(curve)
 
 
 def test_traces_are_split_by_problem(trace_store):
