@@ -1,7 +1,8 @@
 """From settings to the calibration loader: collect the traces, mix, record the mixture."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import accumulate
 from typing import Any
 
 from loguru import logger
@@ -46,8 +47,8 @@ class CalibrationSet:
 
     @property
     def reserved(self) -> tuple[Trace, ...]:
-        """Return the traces of all parts that are reserved for training after pruning."""
-        return (*(trace for pool in self.pools.values() for trace in pool.reserved), *self.received)
+        """Return the traces that are reserved for training after pruning, parts in turn."""
+        return (*in_turn([pool.reserved for pool in self.pools.values()]), *self.received)
 
     def identity(self) -> dict[str, Any]:
         """Return what identifies the set: its hash, and the hash of each trace store."""
@@ -64,6 +65,16 @@ class CalibrationSet:
             "prompts": {part: prompt.model_dump() for part, prompt in self.prompts.items()},
             "trace_stores": {key: _store_record(pool) for key, pool in self.pools.items()},
         }
+
+
+def in_turn(parts: Iterable[Sequence[Trace]]) -> Iterator[Trace]:
+    """Merge traces, so that a beginning holds the same share of the tokens of each part."""
+    placed: list[tuple[float, Trace]] = []
+    for traces in parts:
+        tokens = [trace.tokens for trace in traces]
+        ends = (end / sum(tokens) for end in accumulate(tokens))
+        placed += zip(ends, traces, strict=True)
+    return (trace for _, trace in sorted(placed, key=lambda pair: pair[0]))
 
 
 def build_calibration_set(
@@ -83,9 +94,10 @@ def build_calibration_set(
         return _received(processes.from_first(), calibration)
     by_part: dict[str, Iterable[CalibrationSequence]] = {}
     prompts: dict[str, PromptSettings] = {}
+    kept_out: set[tuple[int, ...]] = set()  # prompts; complete when the first is drawn
     for part in calibration.parts("prompts"):
         settings = traces.named(part.name)
-        by_part[part.key] = _prompts(tokenizer, settings)
+        by_part[part.key] = _prompts(tokenizer, settings, kept_out)
         prompts[part.key] = PromptSettings.of(settings.sampling)
     for part in calibration.parts("generic"):
         ids = generic_token_sequences(tokenizer, calibration.text(part.name), calibration.seed)
@@ -93,6 +105,7 @@ def build_calibration_set(
     pools: dict[str, TracePool] = {}
     if calibration.parts("traces"):
         pools = collect_for_calibration(model, tokenizer, traces, calibration, reserved_tokens)
+    kept_out |= {t.prompt_ids for p in pools.values() for t in (*p.held_out, *p.reserved)}
     budgets = part_tokens(calibration.mixture, calibration.tokens)
     for key, pool in pools.items():
         by_part[key] = pool.draw(key, budgets[key])
@@ -143,11 +156,12 @@ def _received(sent: dict[str, Any], settings: CalibrationSettings) -> Calibratio
 
 
 def _prompts(
-    tokenizer: PreTrainedTokenizerBase, traces: TraceSettings
+    tokenizer: PreTrainedTokenizerBase, traces: TraceSettings, kept_out: Container[tuple[int, ...]]
 ) -> Iterator[CalibrationSequence]:
     for problem in load_problems(traces.problems, traces.sampling.seed):
-        ids = render_question(tokenizer, problem.question, traces.sampling)
-        yield CalibrationSequence(tuple(ids), len(ids), "prompts")
+        ids = tuple(render_question(tokenizer, problem.question, traces.sampling))
+        if ids not in kept_out:
+            yield CalibrationSequence(ids, len(ids), "prompts")
 
 
 def _store_record(pool: TracePool) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from rac_modifier.errors import RacError
 from rac_modifier.evaluation.results import EvalResult, summarise
 from rac_modifier.evaluation.stopping import Row, row_of_text
 from rac_modifier.problems.answer_checker import check_installed
-from rac_modifier.problems.answers import Verifier, thinking_length
+from rac_modifier.problems.answers import Verifier, completion_text, thinking_length
 from rac_modifier.problems.source import Problem
 from rac_modifier.sampling.generate import Generation
 from rac_modifier.sampling.model_identity import ModelIdentity
@@ -123,18 +123,21 @@ def check_problems(
 
 
 def row_of(
-    tokenizer: Any, problem: Problem, generation: Generation, verifier: Verifier | None
+    tokenizer: Any,
+    problem: Problem,
+    prompt_ids: Sequence[int],
+    generation: Generation,
+    verifier: Verifier | None,
 ) -> Row:
     """Check the answer in a completion of token ids, and classify its ending."""
     ids = generation.ids
-    # The thinking tags of R1 and Qwen3 are ordinary tokens, so they stay in the text.
     return row_of_text(
         problem,
-        tokenizer.decode(list(ids), skip_special_tokens=True),
+        completion_text(tokenizer, ids),
         verifier,
         finish=generation.finish_reason,
         tokens=len(ids),
-        thinking_tokens=thinking_length(tokenizer, ids),
+        thinking_tokens=thinking_length(tokenizer, prompt_ids, ids),
         ids=ids,
     )
 
@@ -159,5 +162,5 @@ def _stored_rows(
     for trace in store:
         if problem := expected.get(trace.id):
             answer = Generation(trace.completion_ids, trace.finish_reason)
-            rows[trace.id] = row_of(tokenizer, problem, answer, verifier)
+            rows[trace.id] = row_of(tokenizer, problem, trace.prompt_ids, answer, verifier)
     return [rows[name] for name in expected]

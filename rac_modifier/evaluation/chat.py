@@ -23,7 +23,7 @@ from rac_modifier.evaluation.accuracy import check_problems
 from rac_modifier.evaluation.results import EvalResult, summarise
 from rac_modifier.evaluation.stopping import row_of_text
 from rac_modifier.files import lock, public_name
-from rac_modifier.problems.answers import Verifier
+from rac_modifier.problems.answers import THINK_END, Verifier
 from rac_modifier.problems.source import Problem
 from rac_modifier.sampling import completions_api
 from rac_modifier.sampling.chat_api import ChatAnswer, chat_body, read_chat
@@ -59,6 +59,10 @@ def evaluate_chat(
     started = time.monotonic()
     label, answers, tokens = asyncio.run(_answers(asked, engine, sampling, path))
     seconds = time.monotonic() - started
+
+    def thinks(answer: ChatAnswer) -> bool:
+        return sampling.thinking or THINK_END in answer.text
+
     rows = [
         row_of_text(
             problem,
@@ -66,7 +70,7 @@ def evaluate_chat(
             verifier,
             finish=answer.finish_reason,
             tokens=answer.tokens,
-            thinking_tokens=answer.thinking_tokens,
+            thinking_tokens=answer.thinking_tokens if thinks(answer) else 0,
         )
         for (problem, _), answer in zip(asked, answers, strict=True)
     ]

@@ -80,7 +80,7 @@ def ratio_interval(above: Sequence[float], below: Sequence[float]) -> Interval:
 def mcnemar(lost: int, gained: int) -> float:
     """Return the two-sided exact p value of McNemar's test, a binomial test with chance 1/2."""
     discordant, fewer = lost + gained, min(lost, gained)
-    tail = math.fsum(math.comb(discordant, i) for i in range(fewer + 1)) / 2**discordant
+    tail = sum(math.comb(discordant, i) for i in range(fewer + 1)) / 2**discordant
     return min(1.0, 2 * tail)
 
 

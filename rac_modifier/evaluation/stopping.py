@@ -10,7 +10,7 @@ from rac_modifier.evaluation.intervals import Interval, ratio_interval
 from rac_modifier.evaluation.statements import states_answer
 from rac_modifier.problems.answers import THINK_END, Verifier, is_correct
 from rac_modifier.problems.source import Problem
-from rac_modifier.traces.selection import loop_at_end
+from rac_modifier.traces.selection import COPIES, loop_at_end
 
 # The model ended its answer: right, wrong, or not graded. The cap truncated it: after a right
 # statement of the answer, while its end repeated itself, or neither.
@@ -44,7 +44,7 @@ class Ending:
     kind: Kind
     tokens: int  # with EOS
     thinking_tokens: int  # up to and including </think>; all tokens where that is missing
-    closes: bool  # the text holds </think>
+    closes: bool  # the text holds </think>, or the prompt did
     loop: Loop | None = None  # of a truncated answer, "reached" included
 
     @property
@@ -165,7 +165,7 @@ def row_of_text(
     """Check the answer in a completion, and classify its ending; `finish` "length": truncated.
 
     Without `ids` of its tokens, a loop is counted in words. A problem without an answer is not
-    graded.
+    graded. No `thinking_tokens`: the prompt closed the thinking.
     """
     reference, loop, correct = problem.answer, None, None
     kind: Kind = "finished"
@@ -179,7 +179,8 @@ def row_of_text(
             correct or states_answer(before_counting, reference, verifier, problem.question)
         ):
             kind = "reached"
-    ending = Ending(kind, tokens, thinking_tokens, THINK_END in text, loop)
+    closes = THINK_END in text or not thinking_tokens
+    ending = Ending(kind, tokens, thinking_tokens, closes, loop)
     return Row(problem.id, problem.task, correct, ending)
 
 
@@ -192,9 +193,11 @@ def _loop(text: str, ids: Sequence[int]) -> tuple[Loop | None, str]:
     if repeated := loop_at_end(words):
         return Loop(*repeated, "words"), text
     if repeated := loop_at_end(["0" if word.isdecimal() else word for word in words]):
-        begin, period = repeated
-        counters = (i for i in range(begin + 2 * period, len(words)) if words[i].isdecimal())
-        steps = ([int(words[i - k * period]) for k in (0, 1, 2)] for i in counters)
-        if all(last - middle == middle - first for last, middle, first in steps):
-            return Loop(begin, period, "words", counts=True), text[: matches[begin].start()]
+        begin, shortest = repeated
+        for period in (shortest, 2 * shortest):  # one number may alternate while another counts
+            counters = (i for i in range(begin + 2 * period, len(words)) if words[i].isdecimal())
+            steps = ([int(words[i - k * period]) for k in (0, 1, 2)] for i in counters)
+            copies = (len(words) - begin) // period
+            if copies >= COPIES and all(last - mid == mid - first for last, mid, first in steps):
+                return Loop(begin, period, "words", counts=True), text[: matches[begin].start()]
     return None, text

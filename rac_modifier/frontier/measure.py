@@ -82,22 +82,23 @@ def _answer(
     """Return answers, figures, and a row per answer (None: not graded)."""
     sampling, started = held_out.sampling, time.monotonic()
     ends = set(eos_token_ids(model, tokenizer))
-    answers = []
+    prompts, answers = [], []
     for ids, start in sample_sequences(model, tokenizer, held_out.problems, sampling):
         stopped = ids[start:] and ids[-1] in ends
+        prompts.append(ids[:start])
         answers.append(Generation(tuple(ids[start:]), "stop" if stopped else "length"))
+    asked = list(zip(held_out.problems, prompts, answers, strict=True))
     seconds = time.monotonic() - started
     figures: dict[str, Any] = {
-        "thinking": fmean(thinking_length(tokenizer, answer.ids) for answer in answers),
+        "thinking": fmean(
+            thinking_length(tokenizer, prompt, answer.ids) for _, prompt, answer in asked
+        ),
         "truncated": fmean(answer.finish_reason != "stop" for answer in answers),
         **dict.fromkeys(("accuracy", "divergence", "paired")),
     }
     if not held_out.graded:
         return answers, figures, [None] * len(answers)
-    rows = [
-        row_of(tokenizer, problem, answer, None)
-        for problem, answer in zip(held_out.problems, answers, strict=True)
-    ]
+    rows = [row_of(tokenizer, *one, None) for one in asked]
     result = summarise(rows, label=label, seconds=seconds, sampling=sampling)
     figures["accuracy"] = result.model_dump()
     return answers, figures, rows

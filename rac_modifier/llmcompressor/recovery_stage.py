@@ -130,16 +130,17 @@ def split_traces(
 ) -> tuple[list[TokenSequence], list[TokenSequence]]:
     """Return problems of `held_out_tokens`, which decide what is kept, and others to train on.
 
-    Repeating tails are cut: of traces to train on, behind a few copies.
+    Traces with the id or the prompt of a held-out one are held out too. Repeating tails are cut: of
+    traces to train on, behind a few copies.
     """
     held_out: list[TokenSequence] = []
     training: list[TokenSequence] = []
-    problems: set[tuple[str, str]] = set()
+    problems: set[str | tuple[int, ...]] = set()
     tokens = 0
     for trace in traces:
-        problem = (trace.problem_id, str(trace.prompt_ids))
-        if tokens < held_out_tokens or problem in problems:
-            problems.add(problem)
+        problem: set[str | tuple[int, ...]] = {trace.problem_id, trace.prompt_ids}
+        if tokens < held_out_tokens or problem & problems:
+            problems |= problem
             once = without_repeats(trace)
             tokens += once.tokens
             held_out.append(sequence_of(once))

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 THINK_END = "</think>"
+_END_OF_PROMPT = 16  # tokens that hold the tag and the white space behind it
 _BOX_OR_BRACE = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
 _INTEGER = re.compile(r"([+-]?)0*([0-9]+)")
 
@@ -12,8 +13,23 @@ Verifier = Callable[[str, str], bool]
 """Tells whether the model's answer is right, given the problem's reference answer."""
 
 
-def thinking_length(tokenizer: Any, ids: Sequence[int]) -> int:
-    """Count the tokens up to and including `</think>`; all tokens of a completion without it."""
+def completion_text(tokenizer: Any, ids: Sequence[int]) -> str:
+    """Decode a completion without special tokens, but with the first `</think>`."""
+    tag = tokenizer.encode(THINK_END, add_special_tokens=False)
+    parts = [list(ids)]
+    if len(tag) == 1 and tag[0] in tokenizer.all_special_ids and tag[0] in ids:
+        end = ids.index(tag[0])
+        parts = [list(ids[:end]), list(ids[end + 1 :])]
+    return THINK_END.join(tokenizer.decode(part, skip_special_tokens=True) for part in parts)
+
+
+def thinking_length(tokenizer: Any, prompt_ids: Sequence[int], ids: Sequence[int]) -> int:
+    """Count a completion's tokens up to and including `</think>`; all tokens without it.
+
+    0 where the prompt ends in `</think>`, as templates write it with thinking off.
+    """
+    if tokenizer.decode(list(prompt_ids[-_END_OF_PROMPT:])).rstrip().endswith(THINK_END):
+        return 0
     tag = tokenizer.encode(THINK_END, add_special_tokens=False)
     if len(tag) == 1:
         return ids.index(tag[0]) + 1 if tag[0] in ids else len(ids)

@@ -71,11 +71,10 @@ class FixedMask:
             if parameter is None or parameter.shape != mask.shape:
                 problem = "no such parameter" if parameter is None else "another shape"
                 raise RacError(f"mask of {name} {list(mask.shape)}: {problem}; use this model's")
-            self.masks[name] = mask.to(parameter.device)
         self.check()
         self._hooks: list[Any] = [
-            self._parameters[name].register_hook(partial(_masked, mask))
-            for name, mask in self.masks.items()
+            self._parameters[name].register_hook(partial(self._masked, name))
+            for name in self.masks
             if self._parameters[name].requires_grad
         ]
         self._hooks.append(register_optimizer_step_post_hook(lambda *_: self.apply()))
@@ -94,19 +93,29 @@ class FixedMask:
     @torch.no_grad()
     def apply(self) -> None:
         """Zero pruned weights, which an optimizer may move without a gradient (noise, momentum)."""
-        for name, mask in self.masks.items():
+        for _, parameter, mask in self._placed():
             # as uint8: a CPU multiplies bool half as fast
-            self._parameters[name].mul_(mask.view(torch.uint8))
+            parameter.mul_(mask.view(torch.uint8))
 
     @torch.no_grad()
     def check(self) -> None:
         """Refuse weights outside the mask that are not zero (RacError)."""
-        for name, mask in self.masks.items():
-            moved = int((self._parameters[name].ne(0) & ~mask).sum())
+        for name, parameter, mask in self._placed():
+            moved = int((parameter.ne(0) & ~mask).sum())
             if moved:
                 raise RacError(
                     f"{name}: {moved} weights outside the mask are not zero; use this model's mask"
                 )
+
+    def _masked(self, name: str, gradient: Tensor) -> Tensor:
+        return gradient * self.masks[name].to(gradient.device).view(torch.uint8)
+
+    def _placed(self) -> Iterator[tuple[str, torch.nn.Parameter, Tensor]]:
+        """Yield each parameter with its mask, which follows it to another device."""
+        for name, mask in self.masks.items():
+            parameter = self._parameters[name]
+            self.masks[name] = mask.to(parameter.device)
+            yield name, parameter, self.masks[name]
 
     def release(self) -> None:
         """Stop holding the zeros."""
@@ -135,10 +144,6 @@ def fixed_mask(
         held.check()
     finally:
         held.release()
-
-
-def _masked(mask: Tensor, gradient: Tensor) -> Tensor:
-    return gradient * mask.to(gradient.device).view(torch.uint8)
 
 
 _MASKED = "_rac_masked"

@@ -6,6 +6,7 @@ All processes gather it and the first writes it, so a run may go on with another
 import contextlib
 import json
 import os
+import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -21,6 +22,7 @@ from rac_modifier.recovery.student import Student
 
 _FILE = "recovery.safetensors"
 _LOCK = ".lock"
+_TOKEN = uuid.uuid4().hex
 
 
 @dataclass
@@ -46,14 +48,21 @@ def hold(folder: Path) -> IO[str]:
     file.seek(0)
     holder = file.read()
     if not lock(file.fileno(), folder, patience=0):
-        if holder == str(os.getpid()):  # an earlier run of this process, which failed
+        if holder == _process():  # an earlier run of this process, which failed
             return file
         file.close()
-        raise RacError(f"{folder} is in use by process {holder}; wait for it, or {step}")
+        raise RacError(
+            f"{folder} is in use by process {holder.partition(' ')[0]}; wait for it, or {step}"
+        )
     file.truncate(0)
-    file.write(str(os.getpid()))
+    file.write(_process())
     file.flush()
     return file
+
+
+def _process() -> str:
+    """Return what no other process has: containers that share a folder repeat process ids."""
+    return f"{os.getpid()} {_TOKEN}"
 
 
 def save_state(

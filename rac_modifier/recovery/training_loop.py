@@ -64,7 +64,7 @@ class TrainingLoop:
         self.model, self.parameters = self.student.model, self.student.parameters
 
     def train(self, key: str) -> Progress:
-        """Train at the first rate, and from the start at the next where the held-out KL rises."""
+        """Train at the first rate; where the held-out KL rises, at the next from the best."""
         self.optimizer, run = self._new_optimizer(), Progress(key)
         if self.state is not None:
             run = load_state(self.state, key, self.student, self.optimizer)
@@ -84,7 +84,8 @@ class TrainingLoop:
                 return run
             logger.warning(f"recovery starts again at a lower learning rate: {run.stopped}")
             run.tries, run.step, run.stopped = run.tries + 1, 0, ""
-            self._start_from(self.masters)
+            if run.best_step == 0:
+                self._start_from(self.masters)
             self.optimizer = self._new_optimizer()
 
     @torch.no_grad()

@@ -56,12 +56,16 @@ def generate(
 
 
 def eos_token_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return every token id that ends a completion of a model, or of its `ModelIdentity`."""
+    """Return every token id that ends a completion of a model, or of its `ModelIdentity`.
+
+    They are those of its generation_config and the tokenizer's, at which vLLM ends one too.
+    """
     named = model.generation_config.eos_token_id if model.generation_config is not None else None
-    ids = named if isinstance(named, list) else [tokenizer.eos_token_id if named is None else named]
-    if not ids or ids[0] is None:
+    ids = [*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id]
+    ids = [int(i) for i in dict.fromkeys(ids) if i is not None]
+    if not ids:
         raise RacError("the model has no EOS token; set model.generation_config.eos_token_id")
-    return [int(i) for i in ids]
+    return ids
 
 
 def _completion_limits(

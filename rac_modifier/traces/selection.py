@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rac_modifier.errors import RacError
 from rac_modifier.problems.answer_checker import WORKERS, check_answer
-from rac_modifier.problems.answers import equal_answers, extract_answer
+from rac_modifier.problems.answers import completion_text, equal_answers, extract_answer
 from rac_modifier.problems.source import gym_item
 from rac_modifier.settings.traces import SelectSettings
 from rac_modifier.traces.records import StoreHeader, Trace
@@ -84,8 +84,7 @@ class Judge:
                 f"trace {trace.id!r} has no reference answer: name the column of the answers "
                 "(problems.answer_column) in a new store, or select without answers"
             )
-        text = self._tokenizer.decode(list(trace.completion_ids), skip_special_tokens=True)
-        answer = extract_answer(str(text))
+        answer = extract_answer(completion_text(self._tokenizer, trace.completion_ids))
         if answer is None:
             return False
         if item := gym_item(self._header.problems, self._header.sampling.seed, trace.problem_id):

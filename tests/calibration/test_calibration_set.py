@@ -3,10 +3,11 @@ import json
 import pytest
 from loguru import logger
 
-from rac_modifier.calibration.calibration_set import build_calibration_set
+from rac_modifier.calibration.calibration_set import build_calibration_set, in_turn
 from rac_modifier.processes import Processes
 from rac_modifier.settings.calibration import CalibrationSettings
 from rac_modifier.settings.traces import TraceSettings
+from rac_modifier.traces.records import Trace
 from rac_modifier.traces.store import TraceStore
 from tests.meeting import together
 from tests.tiny import entry
@@ -43,6 +44,34 @@ def test_the_sequences_are_the_stored_ids(build, trace_store):
     stores = {f"traces: {trace_store}": f"sha256 {store.sha256()[:12]}"}
     assert first["trace stores"] == other["trace stores"] == stores
     assert prompts.identity()["trace stores"] == {}
+
+
+def test_no_prompt_of_a_held_out_trace_is_calibrated_on(build):
+    built = build(mixture="traces@0.5, prompts@0.5", held_out_tokens=100)
+    held_out = {trace.prompt_ids for trace in built.held_out}
+    prompts = {s.ids for s in built.loader.sequences if s.kind == "prompts"}
+    assert held_out
+    assert prompts
+    assert not held_out & prompts
+
+
+def test_a_beginning_of_parts_in_turn_holds_the_same_share_of_each():
+    lengths = {"a": [10] * 30, "b": [5, 25] * 10, "c": []}
+    parts = [
+        [
+            Trace(f"{i}#0", part, (1,), (2,) * (n - 1), "stop", 0, "?", None)
+            for i, n in enumerate(ns)
+        ]
+        for part, ns in lengths.items()
+    ]
+    merged = list(in_turn(parts))
+    assert len(merged) == 50
+    for part in parts:
+        assert [trace for trace in merged if trace in part] == part
+    tokens = dict.fromkeys(lengths, 0)
+    for trace in merged[:-1]:
+        tokens[trace.problem_id] += trace.tokens
+        assert abs(tokens["a"] - tokens["b"]) <= 25
 
 
 def test_the_parts_are_counted_in_real_tokens_and_recorded(build, tmp_path, monkeypatch):

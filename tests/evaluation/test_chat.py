@@ -66,6 +66,14 @@ def test_two_servers_are_compared_by_address_and_name(servers, tmp_path):
     assert {body["model"] for body in servers[1].bodies} == {"2of4"}
 
 
+def test_with_thinking_off_a_text_without_the_tag_is_an_answer(servers, tmp_path):
+    choice = {"message": {"content": "So \\boxed{1}."}, "finish_reason": "stop"}
+    servers[0].chat = lambda body: {"choices": [choice], "usage": {"completion_tokens": 6}}
+    result = ask(servers[0], tmp_path / "a.jsonl", SUMS[:1], thinking=False)
+    (ending,) = result.endings["q0"]
+    assert (ending.closes, ending.tokens, ending.thinking_tokens) == (True, 6, 0)
+
+
 def test_a_killed_evaluation_goes_on(servers, tmp_path):
     path, server = tmp_path / "a.jsonl", servers[0]
     result = ask(server, path, samples=2, temperature=0.6)

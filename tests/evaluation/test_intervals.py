@@ -3,6 +3,7 @@
 import itertools
 import math
 import statistics
+from fractions import Fraction
 
 import pytest
 from hypothesis import given
@@ -107,6 +108,11 @@ def test_mcnemar_is_the_share_of_all_coin_tosses_that_are_as_uneven(lost, gained
     tosses = list(itertools.product((0, 1), repeat=lost + gained))
     as_uneven = [abs(2 * sum(t) - len(t)) >= abs(lost - gained) for t in tosses]
     assert mcnemar(lost, gained) == pytest.approx(sum(as_uneven) / len(tosses))
+
+
+def test_mcnemar_of_more_pairs_than_a_float_has_powers_of_two():
+    tail = sum(math.comb(1100, i) for i in range(501))
+    assert mcnemar(600, 500) == pytest.approx(float(Fraction(2 * tail, 2**1100)), rel=1e-9)
 
 
 @given(

@@ -131,6 +131,11 @@ def test_a_truncated_answer_that_accuracy_counts_as_right_had_reached_it():
         ("好:" + LOOPS["{chinese}"], (), Loop(2, 10, "words")),
         (LOOPS["{counter}"], (), Loop(0, 11, "words", counts=True)),
         ("", (5, 6, *(1, 2, 3) * 30, 1), Loop(2, 3, "tokens")),
+        (
+            "".join(f"Check {n}: {n % 2}. " for n in range(10, 50)),
+            (),
+            Loop(0, 10, "words", counts=True),
+        ),
         ("".join(f"{n}: {n * n}, " for n in range(40)), (), None),  # squares: no constant step
     ],
 )

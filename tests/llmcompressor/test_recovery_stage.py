@@ -88,6 +88,18 @@ def test_traces_are_split_by_problem(trace_store):
         split_traces(traces, 10**9)
 
 
+def test_a_question_under_another_id_and_in_another_mode_is_held_out_too():
+    def trace(problem, prompt):
+        return Trace(f"{problem}#0", problem, prompt, (7, 8, 9), "stop", 0, "?", None)
+
+    first, twice, other_mode, free = (
+        trace("row0", (1, 2)), trace("row9", (1, 2)), trace("row0", (1, 3)), trace("row1", (1, 4)),
+    )  # fmt: skip
+    held_out, training = split_traces([first, free, twice, other_mode], 1)
+    assert [ids[:prompt] for ids, prompt in held_out] == [(1, 2), (1, 2), (1, 3)]
+    assert [ids[:prompt] for ids, prompt in training] == [(1, 4)]
+
+
 def test_what_decides_has_no_copies_and_what_is_trained_on_a_few():
     traces = [
         Trace(f"{i}#0", str(i), (1, i), (i, *(7, 8) * 99), "length", 0, "?", None) for i in range(3)

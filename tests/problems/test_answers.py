@@ -3,7 +3,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rac_modifier.problems import answer_checker
-from rac_modifier.problems.answers import equal_answers, extract_answer, is_correct, thinking_length
+from rac_modifier.problems.answers import (
+    completion_text,
+    equal_answers,
+    extract_answer,
+    is_correct,
+    thinking_length,
+)
 from tests.tiny import byte_tokenizer
 
 
@@ -93,4 +99,17 @@ def test_thinking_ends_with_its_tag(before, closed, after, one_token):
     ids = tokenizer.encode(text + after, add_special_tokens=False)
     prefix = tokenizer.encode(text, add_special_tokens=False)
     closes = "</think>" in text + after
-    assert thinking_length(tokenizer, ids) == (len(prefix) if closes else len(ids))
+    assert thinking_length(tokenizer, [7], ids) == (len(prefix) if closes else len(ids))
+    assert completion_text(tokenizer, ids) == text + after
+    for prompt in ("<think></think>", "1?</think>\n\n"):
+        prompt_ids = tokenizer.encode(prompt, add_special_tokens=False)
+        assert thinking_length(tokenizer, prompt_ids, ids) == 0
+
+
+def test_the_tag_stays_in_the_text_where_it_is_a_special_token():
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["</think>"]})
+    ids = tokenizer.encode("no</think>yes<|end|>", add_special_tokens=False)
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "noyes"
+    assert completion_text(tokenizer, ids) == "no</think>yes"
+    assert completion_text(tokenizer, ids[3:]) == "yes"

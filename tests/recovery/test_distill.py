@@ -103,7 +103,7 @@ def test_what_cannot_be_trained_is_refused():
 
 
 def test_a_default_learning_rate_that_diverges_is_lowered(monkeypatch):
-    """From the start again, with the same steps; the best weights of all tries are kept."""
+    """With the same steps; the best weights of all tries are kept."""
     monkeypatch.setattr(distill, "default_learning_rate", lambda parameters: 0.3)
     dense, sparse = dense_and_sparse()
     result = run(sparse, dense, changed(learning_rate=None), counts=COUNTS)
@@ -112,6 +112,26 @@ def test_a_default_learning_rate_that_diverges_is_lowered(monkeypatch):
     assert [step for step, _ in result.curve].count(0) == 1
     assert result.kl_after == pytest.approx(kl_of(dense, sparse, HELD_OUT), rel=1e-4)
     assert result.kl_after == min(kl for _, kl in result.curve)
+
+
+def test_the_next_learning_rate_goes_on_from_the_best_weights(monkeypatch):
+    dense, sparse = dense_and_sparse()
+    step, train, begins = TrainingLoop.step, TrainingLoop._train_at, []
+
+    def broken(self, *args):
+        loss = step(self, *args)
+        return math.nan if len(begins) == 1 and args[0] is self.steps[-1] else loss
+
+    def begun(self, rate, progress):
+        begins.append((kl_of(dense, self.model, HELD_OUT), progress.best_kl))
+        train(self, rate, progress)
+
+    monkeypatch.setattr(TrainingLoop, "step", broken)
+    monkeypatch.setattr(TrainingLoop, "_train_at", begun)
+    assert run(sparse, dense, changed(learning_rate=None), counts=COUNTS).tries == 1
+    (first, _), (second, best) = begins
+    assert second == pytest.approx(best, rel=1e-4)
+    assert second < first
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_best(undisturbed, monkeypatch):

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rac_modifier.errors import RacError
 from rac_modifier.recovery.fixed_mask import FixedMask, fixed_mask, sparse_masks
@@ -43,6 +44,16 @@ def test_no_pruned_weight_moves_inside_and_they_do_afterwards(optimizer):
     assert bool((model[0].weight[:, 1::2] != start[:, 1::2]).all())
     train(model, optimizer(model.parameters()))
     assert bool((model[0].weight[:, ::2] != 0).any())
+
+
+def test_masks_follow_a_model_that_a_trainer_moves():
+    model = small()
+    held = FixedMask(model)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        held._parameters["0.weight"] = torch.nn.Parameter(torch.empty(8, 8, device="cuda"))
+        held.apply()
+    assert held.masks["0.weight"].device.type == "cuda"
+    held.release()
 
 
 def test_a_layer_with_a_twentieth_of_zeros_is_sparse():

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -90,21 +91,25 @@ def test_a_full_disk_leaves_the_old_state(tmp_path, monkeypatch):
 
 
 HOLDER = """
-import sys
+import os, sys
 from pathlib import Path
 from rac_modifier.recovery.state import hold
+if sys.argv[2:]:
+    os.getpid = lambda: int(sys.argv[2])
 lock = hold(Path(sys.argv[1]))
 print("held", flush=True)
 sys.stdin.read()
 """
 
 
-def test_another_process_keeps_this_one_out_of_a_folder_until_it_ends(tmp_path):
+@pytest.mark.parametrize("same_id", [False, True], ids=["", "with the process id of this one"])
+def test_another_process_keeps_this_one_out_of_a_folder_until_it_ends(tmp_path, same_id):
+    """Containers that share a folder repeat process ids."""
     folder, pipe = tmp_path / "rac_recovery" / "model", subprocess.PIPE
-    command = [sys.executable, "-c", HOLDER, str(folder)]
+    command = [sys.executable, "-c", HOLDER, str(folder), *[str(os.getpid())] * same_id]
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as other:
         assert other.stdout.readline() == "held\n"
-        says = rf"process {other.pid}.*recover\.folder"
+        says = rf"process {os.getpid() if same_id else other.pid};.*recover\.folder"
         with pytest.raises(RacError, match=says):
             hold(folder)
         other.kill()

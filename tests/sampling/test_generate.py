@@ -47,6 +47,9 @@ def test_what_cannot_be_sampled_is_refused(model, tokenizer):
     endless, tokenizer = tiny_model(vocab_size=128), tiny_tokenizer()
     endless.generation_config.eos_token_id = None
     assert eos_token_ids(endless, tokenizer) == [1]
+    endless.generation_config.eos_token_id = [7, 9]
+    assert eos_token_ids(endless, tokenizer) == [7, 9, 1]  # the tokenizer's ends an answer too
+    endless.generation_config.eos_token_id = None
     tokenizer.eos_token = None
     with pytest.raises(RacError, match="EOS"):
         generate(endless, tokenizer, PROMPTS, GREEDY, KEYS)
