@@ -48,7 +48,7 @@ def generate(
             prompts,
             limits=limits,
             eos=eos,
-            pad=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0],
+            pad=eos[0],  # a tokenizer's may be beyond the embedding
             draw=Draw(settings.temperature or 0.0, settings.top_k or 0, top_p),
             rows=row_keys(settings.seed, keys, model.device),
         )

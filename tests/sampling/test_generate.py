@@ -26,6 +26,15 @@ def test_every_eos_ends_a_completion_and_is_kept_without_pads():
         assert sum(i in ends for i in g.ids) == (g.finish_reason == "stop") == (g.ids[-1] in ends)
 
 
+def test_a_padding_token_may_be_beyond_the_embedding():
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(vocab_size=len(tokenizer))
+    expected = generate(model, tokenizer, PROMPTS, GREEDY, KEYS)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert tokenizer.pad_token_id == model.config.vocab_size
+    assert generate(model, tokenizer, PROMPTS, GREEDY, KEYS) == expected
+
+
 def test_the_context_caps_each_row_by_its_own_prompt(tokenizer):
     model = tiny_model(vocab_size=128, max_position_embeddings=16)
     model.generation_config.eos_token_id = 127
