@@ -30,7 +30,9 @@ from rac_modifier.checkpoint.packing import mark_dense, pack_checkpoint
 from rac_modifier.checkpoint.quantization_config import (
     CONFIG_FILE,
     QUANTIZATION_KEY,
+    packed_format,
     weight_schemes,
+    with_dense_mark,
 )
 from rac_modifier.errors import RacError
 from rac_modifier.processes import Processes
@@ -95,6 +97,7 @@ def save_with_record(model: PreTrainedModel, plan: Callable[[], SavePlan]) -> No
         keep_expert_names(model)
         inner(str(staging), *args, save_compressed=save_compressed, **kwargs)
         if current.processes.is_first:
+            _forget_packing(staging)
             packed = bool(current.modules) and current.storage == "packed" and save_compressed
             saved = names_on_disk(model, [*current.modules, *dense])
             structures = {saved[n]: current.patterns[n].mask_structure for n in current.modules}
@@ -119,6 +122,13 @@ def save_with_record(model: PreTrainedModel, plan: Callable[[], SavePlan]) -> No
     # llm-compressor reads this before it wraps save_pretrained once more
     save_pretrained._overridden = getattr(inner, "_overridden", False)  # type: ignore[attr-defined]
     model.save_pretrained = save_pretrained  # type: ignore[method-assign, assignment]
+
+
+def _forget_packing(folder: Path) -> None:
+    """Leave out that the source is packed: llm-compressor copies that from its config.json."""
+    config = files.read_json(folder / CONFIG_FILE)
+    if packed_format(config):  # what was just saved is dense
+        files.write_json_atomic(folder / CONFIG_FILE, with_dense_mark(config, {}))
 
 
 def _write_record(model: PreTrainedModel, folder: Path, plan: SavePlan, packed: bool) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny import entry, recipe
+from rac_modifier.checkpoint.hf_quantizer import load_model
+from tests.tiny import entry, is_2of4, linears, recipe
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,6 +44,22 @@ def test_a_whole_command_is_checked(rac, tiny_folder, recipe_file, tmp_path):
     code, _, stderr = rac(*command, "-s", "preset=paper", "-s", "iterations=4")
     assert code == 1
     assert "iterations: 4 has no effect with solver: sparsegpt" in stderr
+
+
+@pytest.mark.parametrize("storage", ["packed", "dense"])
+def test_a_packed_checkpoint_is_pruned_again(rac, sparse_folder, tmp_path, storage):
+    """llm-compressor copies the source's config.json, which says that the weights are packed."""
+    settings = entry(tmp_path / "own.jsonl", storage=storage)
+    (tmp_path / "recipe.yaml").write_text(recipe(settings))
+    words = ("prune", sparse_folder, "again", "-r", "recipe.yaml", "-s", "calibration.tokens=300")
+    rac.output(*words)
+    config = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert ("quantization_config" in config) == (storage == "packed")
+    assert config["rac_sparsity"]["storage"] == storage
+    before, after = (load_model(folder) for folder in (sparse_folder, tmp_path / "again"))
+    for name, linear in linears(after).items():
+        assert is_2of4(linear.weight), name
+        assert (linear.weight[before.get_submodule(name).weight == 0] == 0).all()
 
 
 @pytest.mark.slow
