@@ -19,7 +19,7 @@ from rac_modifier.sampling.model_identity import ModelIdentity
 from rac_modifier.settings.calibration import CalibrationSettings
 from rac_modifier.settings.check import check_settings
 from rac_modifier.settings.traces import SelectSettings, TraceSettings
-from rac_modifier.traces.records import Trace
+from rac_modifier.traces.records import Trace, is_store
 from rac_modifier.traces.selection import Judge, Selection, without_repeats
 from rac_modifier.traces.store import TraceStore
 
@@ -121,12 +121,14 @@ def export_store(
     """Write the traces of a store as a Parquet or JSON Lines file; return the number of rows.
 
     The tokenizer is needed for `text`, and for a selection by answers. RacError for another suffix,
-    no trace to write, or a file that cannot be written.
+    a trace store in the place of the file, no trace to write, or a file that cannot be written.
     """
     if output.suffix not in SUFFIXES:
         raise RacError(f"{str(output)!r}: name a file that ends in {' or '.join(SUFFIXES)}")
     if not output.absolute().parent.is_dir():
         raise RacError(f"{str(output)!r}: its folder does not exist; create it first")
+    if is_store(output):
+        raise RacError(f"{str(output)!r} is a trace store, and stays as it is; name another file")
     selection = Selection(settings or SelectSettings())
     judge = Judge(tokenizer, store.header)
     columns = [*_TRACE_COLUMNS, *(("prompt", "completion") if text else ())]

@@ -26,6 +26,7 @@ from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.sampling import SamplingSettings
 
 LONGEST_LINE = 1 << 25  # bytes, about four million tokens
+_BEGINNING = b'{"crc32":"'  # of every store, of other versions too
 
 TokenIds = tuple[Annotated[int, Field(ge=0)], ...]
 
@@ -171,9 +172,17 @@ def read_header(path: str | os.PathLike[str]) -> StoreHeader | None:
             f"{str(path)!r} is no trace store of this version ({reason}); name another path"
         ) from error
     # Only what looks like our own beginning may be overwritten.
-    if line and not line.startswith(b'{"crc32":"'[: len(line)]) and line.strip(b"\0"):
+    if line and not line.startswith(_BEGINNING[: len(line)]) and line.strip(b"\0"):
         raise RacError(f"{str(path)!r} is no trace store; name another path")
     return None
+
+
+def is_store(path: Path) -> bool:
+    """Tell whether a file begins as a trace store does, of whatever version."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(_BEGINNING)) == _BEGINNING
 
 
 def read_line(file: BinaryIO, path: Path) -> bytes:

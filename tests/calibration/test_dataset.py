@@ -127,6 +127,13 @@ def test_what_cannot_be_exported(store, tmp_path, monkeypatch):
         export_store(store, tmp_path / "out.csv")
     with pytest.raises(RacError, match="its folder does not exist"):
         export_store(store, tmp_path / "none" / "out.parquet")
+    other, link = fill(tmp_path / "s.jsonl", byte_tokenizer(), 3), tmp_path / "link.parquet"
+    link.symlink_to(other.path)
+    before = other.path.read_bytes()
+    for path in (other.path, link):
+        with pytest.raises(RacError, match="is a trace store, and stays as it is; name another"):
+            export_store(store, path)
+    assert other.path.read_bytes() == before
     with (
         TraceStore.open_append(tmp_path / "e.jsonl", HEADER) as empty,
         pytest.raises(RacError, match="kept 0 of 0, and no row to write"),
