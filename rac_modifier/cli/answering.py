@@ -85,6 +85,9 @@ class Answering:
             "--divergence asks the model in this process; leave --server and --serve out": (
                 divergence and (self.serve or served)
             ),
+            "--divergence compares with the first model named; leave --baseline out": (
+                divergence and "baseline" in written
+            ),
             "--serve starts a server, and --server names one; leave one of them out": (
                 self.serve and served
             ),

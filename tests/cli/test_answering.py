@@ -25,6 +25,7 @@ def answering(**changes) -> Answering:
     ("changes", "options", "message"),
     [
         (SERVER, {"divergence": True}, "--divergence asks .* leave --server and --serve out"),
+        ({}, {"divergence": True, "written": {"baseline"}}, "named; leave --baseline out"),
         ({"serve": True, **SERVER}, {}, "--serve starts a server, and --server"),
         (SERVER, {"models": ("a", "b")}, "--server and --answers are for one model; evaluate"),
         (SERVER, {"written": {"precision"}}, "--precision is for a model that is loaded here"),
