@@ -114,7 +114,12 @@ def evaluate(
     from rac_modifier.checkpoint.card import add_measured, card_folder
     from rac_modifier.evaluation.accuracy import check_problems
     from rac_modifier.evaluation.calibrated_prompt import choose_prompt, recorded_prompts
-    from rac_modifier.evaluation.results import divergence_table, paired_difference, read_results
+    from rac_modifier.evaluation.results import (
+        check_json_out,
+        divergence_table,
+        paired_difference,
+        read_results,
+    )
     from rac_modifier.files import write_json_atomic
 
     sources = {name: context.get_parameter_source(name) for name in context.params}
@@ -131,9 +136,9 @@ def evaluate(
     if divergence and len(models) < 2:
         raise RacError("--divergence compares models with the first one; name at least two")
     to_stdout = json_out == Path("-")
-    if json_out is not None and not to_stdout and not json_out.absolute().parent.is_dir():
-        raise RacError(f"--json {json_out}: its folder does not exist; create it first")
-    paired_with = [] if baseline is None or divergence else read_results(baseline)
+    if json_out is not None and not to_stdout:
+        check_json_out(json_out)
+    paired_with = [] if baseline is None else read_results(baseline)
     carded = models if len(models) == 1 or paired_with else models[1:]
     folders = [card_folder(name) for name in carded] if card else []
     for name in models:

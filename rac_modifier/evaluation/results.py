@@ -1,6 +1,8 @@
 """Results of an evaluation: a row per answer, their summary, two models compared, tables."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -199,7 +201,7 @@ def read_results(path: Path) -> list[EvalResult]:
     """Read the file that `rac eval --json FILE` wrote (RacError: none, or of another version)."""
     results = read_json(path, "write it with: rac eval DENSE --json FILE").get("results")
     if not isinstance(results, list) or not results:
-        raise RacError(f"{path} holds no accuracies; write it with: rac eval DENSE --json {path}")
+        raise RacError(f"{path} holds no accuracies; write it with: rac eval DENSE --json FILE")
     try:
         return list(map(EvalResult.model_validate, results))
     except ValidationError as error:
@@ -208,6 +210,22 @@ def read_results(path: Path) -> list[EvalResult]:
         raise RacError(
             f"{path}: no evaluation result ({field}: {first['msg']}); evaluate with this version"
         ) from error
+
+
+def check_json_out(path: Path) -> None:
+    """Refuse a file that cannot be written, or that holds something else (RacError)."""
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise RacError(f"--json {path}: its folder does not exist; create it first")
+    if not os.access(folder, os.W_OK):
+        raise RacError(f"--json {path}: its folder cannot be written to; name another one")
+    if not path.exists() or (path.is_file() and not path.stat().st_size):
+        return
+    keys: Collection[str] = ()
+    with suppress(RacError):  # a folder, or no JSON
+        keys = read_json(path).keys()
+    if "prompt" not in keys or not {"results", "divergence"} & set(keys):
+        raise RacError(f"--json {path}: is there, and not of an earlier rac eval; name a new file")
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,22 @@ def test_prompts_without_answers_are_measured_by_how_their_answers_end(
     assert "leave --divergence and --card out" in rac(*asking, "--stopping", "--card")[2]
 
 
+def test_what_is_wrong_with_the_file_of_results_is_said_before_the_work(
+    rac, tiny_folder, asked, tmp_path, trace_store
+):
+    model, store = tmp_path / "model", tmp_path / "traces.jsonl"
+    shutil.copytree(tiny_folder, model)
+    shutil.copy(trace_store, store)
+    files = (model / "config.json", store)
+    before = [file.read_bytes() for file in files]
+    for out in (*files, model):
+        for kind in ((tiny_folder,), (tiny_folder, model, "--divergence")):
+            code, _, err = rac("eval", *kind, *FEW, "--json", out)
+            assert (code, "not of an earlier rac eval; name a new file" in err) == (1, True), out
+    assert [file.read_bytes() for file in files] == before
+    assert not asked
+
+
 def test_eval_compares_models(rac, tiny_folder, sparse_folder, tmp_path):
     results = tmp_path / "eval.json"
     options = ("--problems", 4, "--cap", 8, "--json", results)

@@ -8,7 +8,13 @@ import pytest
 
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.intervals import ratio_interval, tango_interval, wilson_interval
-from rac_modifier.evaluation.results import Row, paired_difference, read_results, summarise
+from rac_modifier.evaluation.results import (
+    Row,
+    check_json_out,
+    paired_difference,
+    read_results,
+    summarise,
+)
 from rac_modifier.evaluation.stopping import Ending, Loop
 from rac_modifier.settings.sampling import SamplingSettings
 
@@ -58,8 +64,27 @@ def test_results_come_back_from_a_file_and_those_of_another_version_are_named(tm
     for damaged in ({"cap": "x"}, {"limit": 3}, {"endings": {"a": [{"loop": 1}]}}):
         with pytest.raises(RacError, match=r"dense\.json: no evaluation result \("):
             read({"results": [values | damaged]})
-    with pytest.raises(RacError, match="holds no accuracies; write it with: rac eval DENSE"):
+    with pytest.raises(RacError, match=r"no accuracies; write it with: rac eval DENSE --json FILE$"):
         read({"divergence": []})
+
+
+def test_only_earlier_results_may_be_overwritten(tmp_path, monkeypatch):
+    new, file = tmp_path / "new.json", tmp_path / "r.json"
+    for text in ("", '{"prompt": {}, "results": []}', '{"prompt": {}, "divergence": []}'):
+        file.write_text(text)
+        check_json_out(file)
+    for text in ('{"model_type": "qwen3"}', '{"divergence": 1}', "notes", "[1]"):
+        file.write_text(text)
+        with pytest.raises(RacError, match="r.json: is there, and not of an earlier rac eval"):
+            check_json_out(file)
+    with pytest.raises(RacError, match="is there, and not of an earlier rac eval; name a new file"):
+        check_json_out(tmp_path)
+    with pytest.raises(RacError, match="its folder does not exist; create it first"):
+        check_json_out(tmp_path / "none" / "r.json")
+    check_json_out(new)
+    monkeypatch.setattr("os.access", lambda folder, mode: folder != tmp_path)
+    with pytest.raises(RacError, match="new.json: its folder cannot be written to"):
+        check_json_out(new)
 
 
 def test_several_answers_per_problem():
