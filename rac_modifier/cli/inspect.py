@@ -18,6 +18,7 @@ _SAMPLES, _CAP = 64, 256  # own answers on which activations are measured, and t
 
 
 def inspect(
+    context: typer.Context,
     checkpoint: Annotated[str, typer.Argument(help="a checkpoint, sparse or not: folder or id")],
     activations: Annotated[
         float | None,
@@ -51,6 +52,10 @@ def inspect(
     from rac_modifier.checkpoint.output_folder import local_folder
     from rac_modifier.kernels.choose import plan_checkpoint, render_plan
 
+    for name in ("dense", "source", "column"):
+        given = context.get_parameter_source(name)
+        if activations is None and given is not None and given.name != "DEFAULT":
+            raise RacError(f"--{name} needs --activations LIMIT; add it, or leave --{name} out")
     folder = local_folder(resolve(checkpoint))
     if activations is not None:
         _choose_activations(folder, activations, dense, source, column, as_json)

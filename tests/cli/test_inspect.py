@@ -73,6 +73,13 @@ def test_the_command(tmp_path, capsys):
     assert gains or "dense because" in printed
 
 
+@pytest.mark.parametrize("option", ["--dense", "--source", "--column"])
+def test_options_of_activations_alone_are_refused(rac, sparse_folder, option):
+    code, out, error = rac("inspect", sparse_folder, option, "x")
+    assert (code, out) == (1, "")
+    assert f"{option} needs --activations LIMIT; add it, or leave {option} out" in error
+
+
 def test_dense_weights_of_few_bits(tmp_path, capsys):
     grid = {"num_bits": 4, "strategy": "group", "group_size": 64}
     quantization = {
