@@ -95,6 +95,9 @@ def collect(
             "tokens": pool.store.counts.tokens,
             "selected": pool.selection.kept,
             "usable_tokens": pool.usable_tokens(),
+            "not_selected": pool.selection.total - pool.selection.kept,
+            "held_out": len(pool.held_out),
+            "for_recovery": len(pool.reserved),
         }
         for part, pool in pools.items()
     }
@@ -104,7 +107,10 @@ def collect(
     for part, row in figures.items():
         typer.echo(f"{row['store']}: {row['traces']:,} traces, {row['tokens']:,} tokens")
         if row["selected"] < row["traces"]:
-            typer.echo(f"{part}: {row['selected']:,} selected, {row['usable_tokens']:,} tokens")
+            others = ("held_out", "for_recovery", "not_selected")
+            rest = (f", {row[name]:,} {name.replace('_', ' ')}" for name in others if row[name])
+            used = f"{row['selected']:,} for calibration ({row['usable_tokens']:,} tokens)"
+            typer.echo(f"{part}: {used}{''.join(rest)}")
 
 
 @app.command("inspect", short_help="Print what a trace store holds.")

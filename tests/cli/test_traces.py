@@ -45,6 +45,26 @@ def test_traces_collect_and_inspect(rac, tiny_folder, recipe_file, tmp_path):
     assert next(iter(held)).question.replace(" ", "") in stdout.replace(" ", "")
 
 
+def test_collect_says_what_traces_are_for(rac, tiny_folder, recipe_file):
+    """Calibration gets what is neither held out, nor recovery's, nor left out by the selection."""
+    collect = ("traces", "collect", tiny_folder, "-r", recipe_file, "-s", "traces.store=new.jsonl")
+    assert rac.output(*collect, "-s", "calibration.tokens=100").count("\n") == 1
+    rest = ("calibration.held_out_tokens=100", "recover.tokens=400", "recover.held_out_tokens=200")
+    rest = [word for setting in rest for word in ("-s", setting)]
+    chosen = ("-s", "traces.select.finished=true")
+    for settings in ((), chosen):
+        words = (*collect, "-s", "calibration.tokens=60", *rest, *settings)
+        part = json.loads(rac.output(*words, "--json"))["parts"]["traces"]
+        names = ("selected", "not_selected", "held_out", "for_recovery")
+        assert part["traces"] == sum(part[name] for name in names)
+        assert part["held_out"] >= 4
+        assert part["for_recovery"] > 4
+        used = f"{part['selected']} for calibration ({part['usable_tokens']:,} tokens)"
+        others = f"{part['held_out']} held out, {part['for_recovery']} for recovery"
+        others += f", {part['not_selected']} not selected" if settings else ""
+        assert rac.output(*words).splitlines()[1:] == [f"traces: {used}, {others}"]
+
+
 def test_traces_inspect_without_the_model(rac, trace_store, tiny_folder, tmp_path):
     from rac_modifier.traces.records import encode
 
