@@ -88,8 +88,8 @@ def _read_off_policy(
         raise RacError(
             f"{name} holds traces of another model ({stored.model!r}, fingerprint "
             f"{stored.fingerprint[:12]}), not of {header.model!r} ({header.fingerprint[:12]}): "
-            "name another path to collect its own, on which it is best calibrated, or set "
-            "allow_off_policy=True to use this store as it is"
+            "name another path to collect its own, on which it is best calibrated. In a recipe, "
+            "traces.allow_off_policy: true uses this store as it is"
         )
     if stored.tokenizer != header.tokenizer:
         raise RacError(

@@ -82,7 +82,7 @@ def test_another_models_store_is_refused_with_the_reason(run, tmp_path):
     run()
     before = (tmp_path / "store.jsonl").read_bytes()
     off_policy = {"model": tiny_model(seed=1), "allow_off_policy": True}
-    with pytest.raises(RacError, match=r"another model.*collect its own.*allow_off_policy"):
+    with pytest.raises(RacError, match=r"collect its own.*traces\.allow_off_policy: true"):
         run(model=off_policy["model"])
     assert run(**off_policy).counts.tokens >= 500
     with pytest.raises(
