@@ -53,8 +53,8 @@ class SamplingSettings(Settings):
     def _fits_together(self) -> Self:
         if self.temperature == 0 and self.samples_per_problem > 1:
             raise RacError(
-                f"samples_per_problem={self.samples_per_problem} at temperature 0 would give the "
-                "same completion each time; use samples_per_problem=1 or a temperature above 0"
+                f"{self.samples_per_problem} samples per problem at temperature 0 would be the "
+                "same completion each time; ask for one, or set a temperature above 0"
             )
         if self.template == "none" and self.system_prompt is not None:
             raise RacError("template='none' has no system_prompt; drop it or use template='chat'")

@@ -88,14 +88,14 @@ class StoreHeader(BaseModel, extra="forbid", frozen=True):
 
 
 def header_differences(stored: StoreHeader, current: StoreHeader) -> list[str]:
-    """List what keeps two runs from sharing a store: "seed: 0 in the store, 1 asked for"."""
+    """List what keeps two runs from sharing a store: "seed: 0 in the file, 1 asked for"."""
     names = ("fingerprint", "tokenizer", "chat_template")
     pairs = [(name, getattr(stored, name), getattr(current, name)) for name in names]
     before, now = (_deciding(header.sampling, header.problems) for header in (stored, current))
     for section, values in before.items():
         pairs += [(f"{section}.{name}", old, now[section][name]) for name, old in values.items()]
     return [
-        f"{name}: {_short(old)} in the store, {_short(new)} asked for"
+        f"{name}: {_short(old)} in the file, {_short(new)} asked for"
         for name, old, new in pairs
         if old != new
     ]
@@ -160,7 +160,7 @@ def read_header(path: str | os.PathLike[str]) -> StoreHeader | None:
     if not path.exists():
         return None
     try:
-        with regular_file(path, "trace store").open("rb") as file:
+        with regular_file(path, "file of traces or answers").open("rb") as file:
             line = read_line(file, path)
         if line.endswith(b"\n"):
             return StoreHeader(**decode("header", line[:-1]))
@@ -169,11 +169,12 @@ def read_header(path: str | os.PathLike[str]) -> StoreHeader | None:
             raise
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
         raise RacError(
-            f"{str(path)!r} is no trace store of this version ({reason}); name another path"
+            f"{str(path)!r} is no file of traces or answers of this version ({reason}); name "
+            "another file"
         ) from error
     # Only what looks like our own beginning may be overwritten.
     if line and not line.startswith(_BEGINNING[: len(line)]) and line.strip(b"\0"):
-        raise RacError(f"{str(path)!r} is no trace store; name another path")
+        raise RacError(f"{str(path)!r} is no file of traces or answers; name another file")
     return None
 
 
@@ -190,7 +191,8 @@ def read_line(file: BinaryIO, path: Path) -> bytes:
     line = file.readline(LONGEST_LINE + 1)
     if len(line) > LONGEST_LINE:
         raise RacError(
-            f"{str(path)!r} is no trace store: a line of it has more than {LONGEST_LINE:,} bytes"
+            f"{str(path)!r} is no file of traces or answers: a line of it has more than "
+            f"{LONGEST_LINE:,} bytes"
         )
     return line
 

@@ -82,21 +82,19 @@ class TraceStore(AbstractContextManager["TraceStore"]):
         """
         path = Path(path)
         if path.exists():
-            regular_file(path, "trace store")
+            regular_file(path, "file of traces or answers")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         except (OSError, ValueError) as error:  # ValueError: a NUL byte in the path
             raise RacError(
-                f"trace store {str(path)!r} cannot be opened for writing "
+                f"{str(path)!r} cannot be opened for writing "
                 f"({getattr(error, 'strerror', error)}); name a file that can be written"
             ) from error
         store = cls(path, header, fd)
         try:
             if not lock(fd, path, _PATIENCE):
-                raise RacError(
-                    f"trace store {str(path)!r} is in use by another process; wait for it to end"
-                )
+                raise RacError(f"{str(path)!r} is in use by another process; wait for it to end")
             store._open_locked(header)
         except BaseException:
             store.close()
@@ -155,14 +153,14 @@ class TraceStore(AbstractContextManager["TraceStore"]):
             return
         if differences := header_differences(stored, header):
             raise RacError(
-                f"trace store {str(self.path)!r} was filled under other settings "
-                f"({'; '.join(differences)}); use these, or name another path (traces.store)"
+                f"{str(self.path)!r} was filled under other settings "
+                f"({'; '.join(differences)}); use these, or name another file"
             )
         self.header = stored
         torn = self._scan()
         if torn:
             logger.warning(
-                f"trace store {str(self.path)!r}: a killed run left a last line of {torn} bytes: "
+                f"{str(self.path)!r}: a killed run left a last line of {torn} bytes: "
                 f"removed it, {len(self)} traces kept"
             )
             self._truncate()
@@ -187,8 +185,8 @@ class TraceStore(AbstractContextManager["TraceStore"]):
                 raise ValueError(f"trace {trace.id!r} is there twice")
         except ValueError as error:
             raise RacError(
-                f"trace store {str(self.path)!r}, line {number} is corrupt: {error}. Remove that "
-                f"line (`sed -i {number}d {self.path}`) and collect again"
+                f"{str(self.path)!r}, line {number} is corrupt: {error}. Remove that "
+                f"line (`sed -i {number}d {self.path}`) and run the command again"
             ) from error
         return trace
 
@@ -209,7 +207,7 @@ class TraceStore(AbstractContextManager["TraceStore"]):
         except OSError as error:
             self._truncate()
             raise RacError(
-                f"trace store {str(self.path)!r} cannot be written ({error.strerror}); the "
+                f"{str(self.path)!r} cannot be written ({error.strerror}); the "
                 f"{len(self)} traces stored before are kept: make room, then run again"
             ) from error
         self._end += len(data)

@@ -49,6 +49,13 @@ def _(b: Bench) -> None:
     together(2, ahead)
 
 
+@CASES.case("`rac eval --json` onto a file of a model", "is there, and not of an earlier rac eval")
+def _(b: Bench) -> None:
+    config = b.tmp / "config.json"
+    config.write_text('{"model_type": "qwen3"}')
+    b.rac("eval", b.folder, "--json", config)
+
+
 @CASES.case("torchrun with other modifiers that calibrate", "GPTQModifier runs in one process")
 def _(b: Bench) -> None:
     from llmcompressor.modifiers.quantization import GPTQModifier

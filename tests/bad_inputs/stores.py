@@ -11,15 +11,16 @@ CASES = Cases()
 
 @CASES.case(
     "a store that was filled under other settings",
-    "sampling.max_new_tokens: 40 in the store, 41 asked for); use these, or name "
-    "another path (traces.store)",
+    "sampling.max_new_tokens: 40 in the file, 41 asked for); use these, or name another file",
 )
 def _(b: Bench) -> None:
     sampling = {"temperature": 1.0, "max_new_tokens": 41}
     b.prune_with(traces={"store": str(b.store), "sampling": sampling})
 
 
-@CASES.case("another file in the place of the store", "is no trace store; name another path")
+@CASES.case(
+    "another file in the place of the store", "is no file of traces or answers; name another"
+)
 def _(b: Bench) -> None:
     b.store.write_text("my diary")
     b.prune()
@@ -41,6 +42,11 @@ def _(b: Bench) -> None:
     sampling = {"temperature": 1.0, "max_new_tokens": 4, "batch_size": 64}
     store = str(b.tmp / "new.jsonl")
     b.prune_with(traces={"store": store, "sampling": sampling, "select": {"answers": "correct"}})
+
+
+@CASES.case("`rac traces export` onto a trace store", "is a trace store, and stays as it is")
+def _(b: Bench) -> None:
+    b.rac("traces", "export", b.store, b.store)
 
 
 @CASES.case("a text that is no selection in a command", "--select 'correct' is not a selection")

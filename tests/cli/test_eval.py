@@ -103,6 +103,26 @@ def test_what_is_wrong_with_the_file_of_results_is_said_before_the_work(
     assert not asked
 
 
+def test_errors_of_the_file_of_answers_and_of_samples_are_in_the_words_of_the_command(
+    rac, tiny_folder, tmp_path
+):
+    words = ("eval", tiny_folder, "--problems", 2, "--answers", "a.jsonl", "--cap")
+    rac.output(*words, 4)
+    errors = [rac(*words, 5)[2], rac(*words, 4, "--samples", 3)[2]]
+    assert "4 in the file, 5 asked for); use these, or name another file" in errors[0]
+    assert "3 samples per problem at temperature 0 would be the same completion" in errors[1]
+    (tmp_path / "a.jsonl").open("a").write("{}\n")
+    errors.append(rac(*words, 4)[2])
+    assert "a.jsonl', line 4 is corrupt" in errors[2]
+    assert "and run the command again" in errors[2]
+    (tmp_path / "a.jsonl").write_text("my diary")
+    errors.append(rac(*words, 4)[2])
+    assert "is no file of traces or answers; name another file" in errors[3]
+    for error in errors:
+        for word in ("trace store", "traces.", "samples_per_problem"):
+            assert word not in error
+
+
 def test_eval_compares_models(rac, tiny_folder, sparse_folder, tmp_path):
     results = tmp_path / "eval.json"
     options = ("--problems", 4, "--cap", 8, "--json", results)

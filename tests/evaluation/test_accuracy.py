@@ -196,7 +196,7 @@ def test_another_models_answers_are_refused_and_kept(server, tokenizer, model, t
     served(server, tokenizer, model, tmp_path / "a.jsonl")
     with pytest.raises(RacError, match=r"under other settings.*fingerprint"):
         served(server, tokenizer, tiny_model(seed=1), tmp_path / "a.jsonl")
-    with pytest.raises(RacError, match=r"max_new_tokens: 24 in the store, 25 asked for"):
+    with pytest.raises(RacError, match=r"max_new_tokens: 24 in the file, 25 asked for"):
         served(server, tokenizer, model, tmp_path / "a.jsonl", max_new_tokens=25)
     with pytest.raises(RacError, match=r"answers of openai, not of transformers"):
         run(model, tokenizer, tmp_path / "a.jsonl")

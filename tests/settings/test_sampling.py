@@ -11,7 +11,7 @@ from rac_modifier.settings.sampling import EngineSettings, PromptSettings, Sampl
     [
         ({"temperature": float("nan")}, "finite number"),
         ({"top_p": 1.5}, "less than or equal to 1"),
-        ({"temperature": 0, "samples_per_problem": 2}, "samples_per_problem=2 at temperature 0"),
+        ({"temperature": 0, "samples_per_problem": 2}, "2 samples per problem at temperature 0"),
         ({"template": "none", "system_prompt": "x"}, "has no system_prompt"),
     ],
 )

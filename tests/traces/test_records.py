@@ -83,7 +83,7 @@ def test_what_keeps_two_runs_from_sharing_a_store():
         }
     )
     assert header_differences(HEADER, other) == [
-        f"fingerprint: '{'f' * 56}... in the store, '{'0' * 56}... asked for",
-        "sampling.seed: 0 in the store, 1 asked for",
-        "problems.source: 'arithmetic' in the store, 'a.jsonl' asked for",
+        f"fingerprint: '{'f' * 56}... in the file, '{'0' * 56}... asked for",
+        "sampling.seed: 0 in the file, 1 asked for",
+        "problems.source: 'arithmetic' in the file, 'a.jsonl' asked for",
     ]

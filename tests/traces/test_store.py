@@ -101,7 +101,7 @@ def test_only_one_writer(filled, monkeypatch):
             TraceStore.open_append(filled, HEADER)
         assert len(TraceStore.read(filled)) == 3
     with pytest.raises(
-        RacError, match=r"other settings \(sampling\.seed: 0 in the store, 1 asked for"
+        RacError, match=r"other settings \(sampling\.seed: 0 in the file, 1 asked for"
     ):
         TraceStore.open_append(filled, with_settings(seed=1))
     TraceStore.open_append(filled, HEADER).close()  # a failed open leaves no lock
@@ -125,14 +125,14 @@ def test_no_room_on_the_disk_keeps_what_was_stored(filled):
 
 def test_files_that_are_no_store(tmp_path, filled):
     filled.write_bytes(encode("header", HEADER.model_copy(update={"version": 2})))
-    with pytest.raises(RacError, match="no trace store of this version"):
+    with pytest.raises(RacError, match="no file of traces or answers of this version"):
         TraceStore.read(filled)
     with pytest.raises(RacError, match="does not exist or holds no header"):
         TraceStore.read(tmp_path / "none.jsonl")
     for text in ('{"problem": "x"}\n', "notes", '{"crc32":"00000000","header":{}}\n'):
         other = tmp_path / "other.jsonl"
         other.write_text(text)
-        with pytest.raises(RacError, match="no trace store"):
+        with pytest.raises(RacError, match="no file of traces or answers"):
             TraceStore.open_append(other, HEADER)
         assert other.read_text() == text
     with pytest.raises(RacError, match="no regular file is there"):
