@@ -78,7 +78,7 @@ def test_a_generator_of_problems_and_a_wrong_range_are_refused():
         asked("gsm8k", source="reasoning-gym:gcd").load()
     with pytest.raises(RacError, match=r"rac eval: top_p: must be .* 1"):
         sampled(asked("gsm8k", top_p=1.5))
-    with pytest.raises(RacError, match="samples_per_problem=4 at temperature 0"):
+    with pytest.raises(RacError, match="4 samples per problem at temperature 0"):
         sampled(asked(samples=4))
 
 
