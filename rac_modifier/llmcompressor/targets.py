@@ -33,10 +33,11 @@ def find_targets(
             if any(t in (name, type(module).__name__) for t in targets):
                 raise RacError(f"targets: {name} is a {type(module).__name__}; name Linear layers")
             continue
-        if not module.weight.is_floating_point():
-            raise RacError(f"{name} has a {module.weight.dtype} weight; prune before quantization")
+        weight = getattr(module, "weight", None)  # none: codes of compressed-tensors
+        if weight is None or not weight.is_floating_point():
+            raise RacError(f"{name} is quantized already; start from the dense checkpoint")
         if pattern is not None:
-            pattern.check_shape(name, *module.weight.shape)
+            pattern.check_shape(name, *weight.shape)
         targeted[module] = name
     linears = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
     example = ", ".join(linears[:3]) or "no Linear at all"

@@ -38,9 +38,13 @@ def test_a_tied_head_stays_tied(tmp_path):
     assert_same_weights(weights(loaded), weights(model))
 
 
-def quantized(model):
+def quantized(*, packed):
+    """A model with a module of codes; compressed-tensors' packed ones are no `weight`."""
+    model = tiny_model()
     module = model.model.layers[0].mlp.up_proj
-    module.weight = torch.nn.Parameter(module.weight.to(torch.int8), requires_grad=False)
+    codes = torch.nn.Parameter(module.weight.to(torch.int8), requires_grad=False)
+    del module.weight
+    module.register_parameter("weight_packed" if packed else "weight", codes)
     return model
 
 
@@ -51,7 +55,8 @@ def quantized(model):
         (tiny_model, ["model.norm"], "targets: model.norm is a Qwen3RMSNorm; name Linear layers"),
         (tiny_model, ["Linear", "no_such"], "targets: 'no_such' has no effect: it match"),
         (lambda: tiny_model(tie_word_embeddings=True), ["lm_head"], "shares its weight with the"),
-        (lambda: quantized(tiny_model()), ["Linear"], "up_proj has a torch.int8 weight; prune"),
+        (lambda: quantized(packed=False), ["Linear"], "up_proj is quantized already; start from"),
+        (lambda: quantized(packed=True), ["Linear"], "up_proj is quantized already; start from"),
     ],
 )
 def test_targets_that_cannot_be_pruned_are_refused(model, targets, says):
