@@ -1,6 +1,6 @@
 """Quantize in the pruning pass: upstream has the schemes, rounding is ours."""
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from compressed_tensors.quantization import QuantizationScheme, QuantizationStat
 from compressed_tensors.utils import (
     get_direct_state_dict,
     match_named_modules,
+    match_targets,
     replace_direct_state_dict,
     update_offload_parameter,
 )
@@ -18,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rac_modifier.errors import RacError, refusing
+from rac_modifier.llmcompressor.targets import has_merged_experts
 from rac_modifier.quantization.grid import Grid, used_scale
 from rac_modifier.quantization.schemes import describe_scheme, grid_of
 from rac_modifier.recovery.on_grid import QuantizedWeight
@@ -43,24 +45,26 @@ class Quantizer:
         self._upstream: QuantizationModifier | None = None
         if settings is None:
             return
-        linears = {n for n, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+        quantizable = torch.nn.Linear, torch.nn.Embedding
+        every = {name for name, module in model.named_modules() if isinstance(module, quantizable)}
         self._upstream = QuantizationModifier(
             scheme=settings.scheme,
             config_groups=_checked_groups(settings),
-            ignore=sorted(linears - set(names.values())),
+            ignore=sorted(every - set(names.values())),
         )
-        for scheme in self._upstream.resolved_config.config_groups.values():
-            for name, module in match_named_modules(model, scheme.targets, self._upstream.ignore):
-                if module not in names:
-                    continue
-                grid = self.grids[module] = grid_of(scheme, name, prunes=prunes)
-                self.described[name] = describe_scheme(scheme)
-                columns = module.weight.shape[1]
-                if grid.group_size and columns % grid.group_size:
-                    raise RacError(
-                        f"{name}: {columns} inputs are no multiple of group_size "
-                        f"{grid.group_size}; set one that divides them, or add the module to ignore"
-                    )
+        groups = self._upstream.resolved_config.config_groups
+        _check_targets(groups, model, names)
+        for name, module, scheme in scheme_of_each(model, groups, self._upstream.ignore):
+            if module not in names:
+                continue
+            grid = self.grids[module] = grid_of(scheme, name, prunes=prunes)
+            self.described[name] = describe_scheme(scheme)
+            columns = module.get_parameter("weight").shape[1]
+            if grid.group_size and columns % grid.group_size:
+                raise RacError(
+                    f"{name}: {columns} inputs are no multiple of group_size "
+                    f"{grid.group_size}; set one that divides them, or add the module to ignore"
+                )
         if not self.grids:
             raise RacError(
                 "quantization: targets match no module of this entry; leave targets out for all"
@@ -117,6 +121,34 @@ class Quantizer:
         """Compress as llm-compressor does, with the codes that were measured."""
         for module in self.grids:
             compress_exactly(module)
+
+
+def scheme_of_each(
+    model: PreTrainedModel, groups: Mapping[str, QuantizationScheme], ignore: list[str]
+) -> Iterator[tuple[str, torch.nn.Module, QuantizationScheme]]:
+    """Yield each matched module with the scheme that compressed-tensors gives it.
+
+    Of several targets that match, that is the scheme of the most specific: name, pattern, class.
+    """
+    by_target = {target: scheme for scheme in groups.values() for target in scheme.targets}
+    for name, module in match_named_modules(model, list(by_target), ignore):
+        yield name, module, by_target[match_targets(name, module, by_target)[0]]
+
+
+def _check_targets(
+    groups: Mapping[str, QuantizationScheme],
+    model: PreTrainedModel,
+    names: Mapping[torch.nn.Module, str],
+) -> None:
+    """Refuse a target that matches none of the modules `names` (RacError)."""
+    targets = [target for scheme in groups.values() for target in scheme.targets]
+    for target in targets:
+        matched = any(match_targets(name, module, [target]) for module, name in names.items())
+        if not matched and not has_merged_experts(model):
+            raise RacError(
+                f"quantization: the target {target!r} matches no module of this entry; correct it, "
+                "or leave targets out for all"
+            )
 
 
 def scale_in_use(module: torch.nn.Module) -> Tensor:

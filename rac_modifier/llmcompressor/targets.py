@@ -46,9 +46,17 @@ def find_targets(
         raise RacError(f"targets {targets} with ignore {ignore} match no linear layer {has}")
     for setting, patterns in {"targets": targets, "ignore": ignore}.items():
         for name in patterns:
-            matched = any(True for _ in match_named_modules(model, [name]))
-            if not matched and not _has_merged_experts(model):
+            matched = list(match_named_modules(model, [name]))
+            if not matched and not has_merged_experts(model):
                 raise RacError(f"{setting}: {name!r} has no effect: it matches no module {has}")
+            linear = any(isinstance(module, torch.nn.Linear) for _, module in matched)
+            holders = [n for n, module in matched if _holds_linears(module)]
+            if holders and not linear:
+                inside = f"re:{holders[0]}[.].*"
+                raise RacError(
+                    f"{setting}: {name!r} matches {holders[0]}, and not the linear layers in it; "
+                    f"write {inside!r}"
+                )
     if head in targeted and model.get_input_embeddings().weight is head.weight:
         raise RacError(
             f"{targeted[head]} shares its weight with the input embedding, so pruning prunes the "
@@ -57,13 +65,14 @@ def find_targets(
     return targeted
 
 
-def _has_merged_experts(model: PreTrainedModel) -> bool:
+def _holds_linears(module: torch.nn.Module) -> bool:
+    return any(isinstance(child, torch.nn.Linear) for child in module.modules())
+
+
+def has_merged_experts(model: PreTrainedModel) -> bool:
     """Return whether experts are one module, as transformers loads them."""
     experts = [module for name, module in model.named_modules() if name.endswith(".experts")]
-    return any(
-        not any(isinstance(child, torch.nn.Linear) for child in module.modules())
-        for module in experts
-    )
+    return any(not _holds_linears(module) for module in experts)
 
 
 def patterns_of(

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from compressed_tensors.compressors.base import decompress_module
 from compressed_tensors.quantization import QuantizationScheme, QuantizationStatus
-from compressed_tensors.utils import align_module_device, match_named_modules
+from compressed_tensors.utils import align_module_device
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
 from torch import Tensor
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from rac_modifier.checkpoint.dense_codes import WORDS, ZEROS
 from rac_modifier.checkpoint.stored_weight import SCALE
 from rac_modifier.errors import RacError
-from rac_modifier.llmcompressor.quantizer import compress_exactly, scale_in_use
+from rac_modifier.llmcompressor.quantizer import compress_exactly, scale_in_use, scheme_of_each
 from rac_modifier.quantization.grid import Grid
 from rac_modifier.quantization.schemes import stored_grid
 from rac_modifier.recovery.on_grid import QuantizedWeight, codes_of, master_in_cell, pruned_share
@@ -125,14 +125,15 @@ class LaterCodes:
                     f"recover next to {kind}: it trains what GPTQModifier or QuantizationModifier "
                     "has rounded; leave it out, and run `rac recover` on the checkpoint"
                 )
-            for scheme in modifier.resolved_config.config_groups.values():
-                matched = match_named_modules(model, scheme.targets, modifier.ignore)
-                for name, module in matched if scheme.weights is not None else ():
-                    self._grids[name] = _trainable_grid(model, name, module, scheme)
-                    self._modules[name] = module
-                    with align_module_device(module):
-                        weight = module.get_parameter("weight").detach()
-                        self._dense[name] = weight.to("cpu", copy=True)
+            groups = modifier.resolved_config.config_groups
+            for name, module, scheme in scheme_of_each(model, groups, modifier.ignore):
+                if scheme.weights is None:
+                    continue
+                self._grids[name] = _trainable_grid(model, name, module, scheme)
+                self._modules[name] = module
+                with align_module_device(module):
+                    weight = module.get_parameter("weight").detach()
+                    self._dense[name] = weight.to("cpu", copy=True)
         if not self._grids:
             raise RacError("recover: other modifiers quantize no trainable weight; leave it out")
 

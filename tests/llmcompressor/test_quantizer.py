@@ -1,5 +1,7 @@
 """Schemes on the modules that are pruned, how codes are stored, and 8-bit activations."""
 
+from typing import Any
+
 import pytest
 import torch
 from compressed_tensors.quantization import QuantizationStatus
@@ -34,11 +36,44 @@ def uneven():
     return groups
 
 
+def two_groups(*targets: str) -> dict[str, Any]:
+    """int8 for all linear layers, and int4 for `targets`, before or behind it."""
+    eight, four = (int4(bits)["config_groups"]["group_0"] for bits in (8, 4))
+    return {"config_groups": {"rest": eight, "special": {**four, "targets": [*targets]}}}
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_of_two_groups_the_more_specific_target_counts_in_any_order(last):
+    """As in compressed-tensors, which stores what was rounded."""
+    settings = two_groups("re:.*up_proj$", "model.layers.0.mlp.down_proj")
+    if not last:
+        settings["config_groups"] = dict(reversed(settings["config_groups"].items()))
+    model = tiny_model()
+    quantizer = made(model, **settings)
+    quantizer.attach(model)
+    names = {module: name for name, module in model.named_modules()}
+    bits = {names[module]: grid.bits for module, grid in quantizer.grids.items()}
+    assert [name for name, of in bits.items() if of == 4] == [
+        "model.layers.0.mlp.up_proj",
+        "model.layers.0.mlp.down_proj",
+        "model.layers.1.mlp.up_proj",
+    ]
+    for name, module in linears(model).items():
+        assert module.quantization_scheme.weights.num_bits == bits[name]
+
+
+def test_a_target_that_matches_the_embedding_too_leaves_it_dense():
+    model = tiny_model()
+    made(model, **int4(targets=("re:model.*",))).attach(model)
+    assert not hasattr(model.model.embed_tokens, "quantization_scheme")
+
+
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
         (uneven(), "q_proj: 64 inputs are no multiple of group_size 48"),
-        (int4(targets=("re:.*experts.*",)), "targets match no module of this entry"),
+        (int4(targets=("re:.*experts.*",)), "the target 're:.*experts.*' matches no module of"),
+        (two_groups("re:.*down_porj$"), "the target 're:.*down_porj.' matches no module of"),
         (int4(symmetric=False), "which no kernel multiplies with a mask .* set symm"),
         (
             {"scheme": "NVFP4A16"},

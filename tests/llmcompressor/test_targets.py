@@ -48,6 +48,19 @@ def quantized(*, packed):
     return model
 
 
+@pytest.mark.parametrize("name", ["model.layers.0", "re:.*layers.0$", "Qwen3MLP"])
+def test_ignoring_a_module_that_holds_linear_layers_is_refused(name):
+    """llm-compressor would leave out the module itself, and prune what it holds."""
+    model = tiny_model()
+    with pytest.raises(RacError, match=r"ignore: .* matches model\.layers\.0.*; write") as error:
+        find_targets(model, ["Linear"], [name], TWO_OF_FOUR)
+    advised = str(error.value).split("'")[-2]
+    left = find_targets(model, ["Linear"], [advised], TWO_OF_FOUR).values()
+    assert {name for name in linears(model) if name not in left} == {
+        name for name in linears(model) if name.startswith(advised[3:-5])
+    }
+
+
 @pytest.mark.parametrize(
     ("model", "targets", "says"),
     [
