@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -74,6 +75,16 @@ def is_placed(model: PreTrainedModel) -> bool:
     )
 
 
+def devices_of(model: PreTrainedModel) -> set[str]:
+    """Return where the weights are kept, such as "cpu", "cuda:1" or "disk"."""
+    from compressed_tensors.offload.cache.base import OffloadCache
+
+    stores = [module._parameters for module in model.modules()]
+    cached = {str(s.offload_device) for s in stores if isinstance(s, OffloadCache) and len(s)}
+    plain = (p for s in stores if not isinstance(s, OffloadCache) for p in s.values())
+    return cached | {str(p.device) for p in plain if p is not None}
+
+
 @contextlib.contextmanager
 def on_accelerator(model: PreTrainedModel, next_step: str = _OTHER_DEVICE) -> Iterator[None]:
     """Move a model that is not placed to the accelerator, and afterwards back to the CPU."""
@@ -106,12 +117,41 @@ def streamed_to_accelerator(model: PreTrainedModel) -> Iterator[None]:
         remove_dispatch(model)
 
 
+@contextlib.contextmanager
+def onloaded_once(model: PreTrainedModel) -> Iterator[None]:
+    """Run each module with a quantization scheme on one copy of its weights.
+
+    compressed-tensors rounds the weight that it reads, and torch reads it again: where weights are
+    onloaded, that is another copy, which is not rounded.
+    """
+    from compressed_tensors.offload import disable_offloading
+    from compressed_tensors.utils import patch_attr
+
+    def once(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with disable_offloading():
+            return forward(*args, **kwargs)
+
+    with contextlib.ExitStack() as stack:
+        for module in model.modules():
+            if getattr(module, "quantization_scheme", None) is not None:
+                stack.enter_context(patch_attr(module, "forward", partial(once, module.forward)))
+        yield
+
+
 def check_fits(
     model: PreTrainedModel, device: torch.device, next_step: str = _OTHER_DEVICE
 ) -> None:
-    """Refuse to move a model to a device without memory for it (RacError; ends in `next_step`)."""
+    """Refuse to move a model to a device without memory for it (RacError; ends in `next_step`).
+
+    Compressed weights are counted dense: the first forward pass decompresses them.
+    """
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
     weights = sum(t.numel() * t.element_size() for t in tensors.values())
+    for module in model.modules():
+        if getattr(module, "quantization_status", None) == "compressed":
+            compressed = sum(p.numel() * p.element_size() for p in module.parameters(False))
+            values = getattr(module, "in_features", 0) * getattr(module, "out_features", 0)
+            weights += max(values * model.dtype.itemsize - compressed, 0)
     free = free_bytes(device)
     # A forward pass needs 5 % of the weights as well, and at least 1 GB (compressed-tensors).
     if free is not None and weights + max(weights // 20, 10**9) > free:

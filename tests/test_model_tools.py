@@ -1,6 +1,7 @@
 import pytest
 import torch
 from compressed_tensors.offload import set_onload_device
+from compressed_tensors.quantization import QuantizationStatus
 
 from rac_modifier import model_tools
 from rac_modifier.errors import RacError
@@ -74,6 +75,22 @@ def test_room_for_a_forward_pass_is_left(monkeypatch, gigabytes, room):
         check_fits(model, torch.device("cuda"))
     monkeypatch.setattr(model_tools, "free_bytes", lambda device: None)  # not known: not checked
     check_fits(model, torch.device("cuda"))
+
+
+def test_compressed_weights_are_counted_dense(monkeypatch):
+    model = tiny_model()
+    tensors = (*model.parameters(), *model.buffers())
+    before = sum(t.numel() * t.element_size() for t in tensors)
+    module = model.model.layers[0].mlp.up_proj
+    codes = torch.zeros(module.out_features, module.in_features // 8, dtype=torch.int32)
+    del module.weight
+    module.register_parameter("weight_packed", torch.nn.Parameter(codes, requires_grad=False))
+    module.quantization_status = QuantizationStatus.COMPRESSED
+    monkeypatch.setattr(model_tools, "free_bytes", lambda device: before + 10**9)
+    check_fits(model, torch.device("cuda"))
+    monkeypatch.setattr(model_tools, "free_bytes", lambda device: before + 10**9 - 1)
+    with pytest.raises(RacError, match="are free on cuda"):
+        check_fits(model, torch.device("cuda"))
 
 
 def test_weights_are_streamed_module_by_module_and_stay_where_they_are(monkeypatch):

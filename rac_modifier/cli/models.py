@@ -1,5 +1,6 @@
 """Find and load the models that a command names, and refuse early what cannot work."""
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,7 @@ def load_on_accelerator(model: str, precision: Dtype) -> tuple[Any, Any]:
     """Load a model and move it to the accelerator, where there is one (RacError: too large)."""
     from rac_modifier.model_tools import accelerator, check_fits
 
+    gc.collect()  # a quantized model refers to itself, and a dropped one would stay on the device
     loaded, tokenizer = load(model, precision)
     if (device := accelerator()) is not None:
         step = "use a device with more memory, or CUDA_VISIBLE_DEVICES= to compute on the CPU"

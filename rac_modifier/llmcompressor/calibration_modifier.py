@@ -23,7 +23,7 @@ from rac_modifier.llmcompressor.recovery_stage import RecoveryStage
 from rac_modifier.llmcompressor.run import Run
 from rac_modifier.llmcompressor.shared_weights import share_on_each_machine
 from rac_modifier.llmcompressor.trained_codes import LaterCodes
-from rac_modifier.model_tools import streamed_to_accelerator
+from rac_modifier.model_tools import onloaded_once, streamed_to_accelerator
 from rac_modifier.platform import keep_freed_memory
 from rac_modifier.processes import Processes
 from rac_modifier.settings.entries import CalibrationEntry
@@ -151,7 +151,7 @@ class CalibratingModifier(CalibrationEntry, Modifier):
                 remove_dispatch(state.model)  # an onloaded weight is a copy, and is not trained
                 self._recovered = self.recover_with(self._recovery, state.model)
             if self._divergence is not None:
-                with streamed_to_accelerator(state.model):
+                with streamed_to_accelerator(state.model), onloaded_once(state.model):
                     self._measured = self._divergence.measure(state.model)
                     if "kl" in self._measured:
                         self.after_measuring(state.model)

@@ -12,7 +12,7 @@ from torch import Tensor
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.teacher_forcing import TokenSequence, sequence_of
 from rac_modifier.files import remove_folder
-from rac_modifier.model_tools import on_accelerator
+from rac_modifier.model_tools import devices_of, on_accelerator
 from rac_modifier.processes import Processes
 from rac_modifier.pruning.linalg import bf16_is_fast
 from rac_modifier.recovery.distill import recover
@@ -46,6 +46,12 @@ class RecoveryStage:
         quantizes: bool,
         keep: bool,
     ):
+        places = sorted(devices_of(model))
+        if len(places) > 1 or places in (["disk"], ["meta"]):
+            raise RacError(
+                f"recover: the weights are on {', '.join(places)}, and training needs them on one "
+                "device; load the model without device_map"
+            )
         self._settings, self._processes = settings, processes
         self._quantizes, self._keep = quantizes, keep
         check_recovery_memory(model, settings, processes, quantizes=quantizes)

@@ -13,6 +13,7 @@ from loguru import logger
 
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.teacher_forcing import TokenSequence, input_of_head
+from rac_modifier.model_tools import free_bytes
 from rac_modifier.platform import HEAP_GAPS
 from rac_modifier.processes import ALONE, Processes
 from rac_modifier.pruning.linalg import bf16_is_fast
@@ -64,8 +65,8 @@ def check_recovery_memory(
     host = need.host * processes.local // count
     on_cpu = host + (0 if on_gpu else processes.local * need.device)
     places = [("the CPU", on_cpu, psutil.virtual_memory().available)]
-    if on_gpu:
-        places.append(("the GPU", need.device, torch.cuda.mem_get_info(device)[0]))
+    if on_gpu and (unused := free_bytes(device)) is not None:
+        places.append(("the GPU", need.device, unused))
     for where, needed, free in places:
         message = (
             f"recover: training needs about {needed / _GIB:.1f} GiB on {where} next to the model "

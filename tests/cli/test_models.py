@@ -1,4 +1,6 @@
 import shutil
+import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -68,6 +70,11 @@ def test_a_model_is_put_on_the_accelerator_if_it_fits(tiny_folder, monkeypatch):
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("meta"))
     model, _ = models.load_on_accelerator(str(tiny_folder), Dtype.AUTO)
     assert model.device.type == "meta"
+    dropped = torch.nn.Linear(1, 1)
+    dropped.forward, alive = partial(dropped.forward), weakref.ref(dropped)  # refers to itself
+    del dropped
+    models.load_on_accelerator(str(tiny_folder), Dtype.AUTO)
+    assert alive() is None, "a quantized model would stay on the device"
     monkeypatch.setattr(model_tools, "accelerator", lambda: torch.device("cuda"))
     monkeypatch.setattr(model_tools, "free_bytes", lambda device: 10**6)
     with pytest.raises(RacError, match=r"are free on cuda, .*: use a device with more memory"):

@@ -6,6 +6,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from compressed_tensors.offload.cache import CPUCache
+from compressed_tensors.offload.utils import send_tensors
 from llmcompressor import oneshot
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from transformers import AutoModelForCausalLM
@@ -92,6 +94,16 @@ def int8_head() -> QuantizationModifier:
     return QuantizationModifier(
         ignore=[], config_groups={"h": {"targets": ["lm_head"], "weights": weights}}
     )
+
+
+@pytest.fixture
+def copies(monkeypatch):
+    """As on a GPU, each read of an offloaded weight gives a copy of its own, without a gradient."""
+
+    def onload(cache, offloaded):
+        return send_tensors(offloaded, device=cache.onload_device, copy=True)
+
+    monkeypatch.setattr(CPUCache, "onload", onload)
 
 
 @pytest.fixture

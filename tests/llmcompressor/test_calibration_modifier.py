@@ -7,6 +7,7 @@ import torch
 from accelerate import dispatch_model
 from llmcompressor.core import create_session
 from llmcompressor.core.state import State
+from llmcompressor.modifiers.quantization import QuantizationModifier
 from transformers import PreTrainedModel
 
 from rac_modifier import RacError, ReasoningAwareSparseGPTModifier, model_tools
@@ -136,6 +137,14 @@ def test_what_is_not_measured_says_why_and_costs_no_model(
     model = prune(output_dir=tmp_path / "out", **held[2])
     assert record_of(tmp_path / "out")["divergence"] == {"not_measured": "out of memory"}
     assert all(is_2of4(m.weight) for m in linears(model).values())
+
+
+def test_rounding_counts_where_an_onloaded_weight_is_a_copy(prune, held, copies, tmp_path):
+    """compressed-tensors rounds the copy that it reads, and torch reads another."""
+    rounding = QuantizationModifier(ignore=["lm_head"], **int4(3))
+    prune(output_dir=tmp_path / "out", later=[rounding], storage="dense", **held[2])
+    kl = record_of(tmp_path / "out")["divergence"]["kl"]
+    assert kl > 1.05 * record_of(held[0] / "out")["divergence"]["kl"]
 
 
 @pytest.fixture

@@ -3,18 +3,18 @@
 from types import SimpleNamespace
 
 import pytest
-from compressed_tensors.offload.cache import CPUCache
-from compressed_tensors.offload.utils import send_tensors
 
 from rac_modifier import RacError
 from rac_modifier.llmcompressor import calibration_modifier, recovery_stage
-from rac_modifier.llmcompressor.recovery_stage import split_traces
+from rac_modifier.llmcompressor.recovery_stage import RecoveryStage, split_traces
+from rac_modifier.processes import ALONE
 from rac_modifier.recovery import memory
+from rac_modifier.settings.recovery import RecoverySettings
 from rac_modifier.traces.records import Trace
 from rac_modifier.traces.store import TraceStore
 from tests.llmcompressor.conftest import record_of
 from tests.llmcompressor.modifier_helpers import gptq_w4
-from tests.tiny import linears
+from tests.tiny import linears, tiny_model
 
 RECOVER = {"tokens": 600, "held_out_tokens": 150, "step_tokens": 100, "batch_tokens": 400}
 RECOVER["learning_rate"] = 1e-3
@@ -64,19 +64,19 @@ def test_no_trace_is_trained_on_and_held_out_and_none_was_calibrated_on(prune, s
 
 
 @pytest.mark.parametrize("entry", ["prune", "calibrate"])
-def test_recovery_trains_where_an_onloaded_weight_is_a_copy(
-    request, monkeypatch, tmp_path, seen, entry
-):
-    """As on a GPU: a copy has no gradient, and what is written to it is lost."""
-
-    def onload(cache, offloaded):
-        return send_tensors(offloaded, device=cache.onload_device, copy=True)
-
-    monkeypatch.setattr(CPUCache, "onload", onload)
+@pytest.mark.usefixtures("seen", "copies")
+def test_recovery_trains_where_an_onloaded_weight_is_a_copy(request, tmp_path, entry):
     later = [gptq_w4()] if entry == "calibrate" else ()
     request.getfixturevalue(entry)(later=later, recover=RECOVER, output_dir=tmp_path / "out")
     curve = record_of(tmp_path / "out")["recovery"]["curve"]
     assert len({kl for _, kl in curve}) == len(curve)
+
+
+def test_a_model_on_two_devices_is_refused():
+    model = tiny_model()
+    model.lm_head.to("meta")
+    with pytest.raises(RacError, match="the weights are on cpu, meta, and training needs them on"):
+        RecoveryStage(model, RecoverySettings(**RECOVER), ALONE, quantizes=False, keep=False)
 
 
 def test_traces_are_split_by_problem(trace_store):
