@@ -15,10 +15,12 @@ from loguru import logger
 from rac_modifier.checkpoint.card import RUN_RECORD_NAME
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.results import EvalResult
-from rac_modifier.files import read_json, remove_folder, without_paths
+from rac_modifier.files import read_json, remove_folder, without_paths, write_json_atomic
 from rac_modifier.frontier.folder import FrontierFolder
 from rac_modifier.frontier.measure import HeldOut, checkpoint_bytes, measure, measure_dense
 from rac_modifier.settings.grid import DENSE, PlannedRow
+
+RECIPE_NAME = "frontier_recipe.json"  # in a checkpoint: the recipe that it was compressed with
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Tools:
 
 
 def check_finished(folder: FrontierFolder, planned: Sequence[PlannedRow]) -> None:
-    """Refuse a grid in which a finished row has another recipe now (RacError: naming the rows)."""
+    """Refuse a grid in which a row or its checkpoint has another recipe now (RacError: names)."""
     changed = [
         run.label
         for run in planned
@@ -43,6 +45,16 @@ def check_finished(folder: FrontierFolder, planned: Sequence[PlannedRow]) -> Non
             f"{folder.folder} has rows that were run with another recipe: {', '.join(changed)}; "
             "give the new ones another label, or name another folder"
         )
+    for run in planned:
+        model = folder.model(run.label)
+        if folder.row(run.label) or not model.exists():
+            continue
+        path = model / RECIPE_NAME
+        if not path.exists() or read_json(path, f"remove {model}") != without_paths(run.recipe):
+            raise RacError(
+                f"{model} is not known to be compressed with the recipe of {run.label!r}; remove "
+                "it, or give the row another label"
+            )
 
 
 def run_grid(
@@ -101,7 +113,10 @@ def _finish(folder: FrontierFolder, run: PlannedRow, held_out: HeldOut, tools: T
 
 
 def _compress(model_folder: Path, recipe: dict[str, Any], tools: Tools) -> float | None:
-    """Write the checkpoint of a row under its name when it is whole; return the seconds, if any."""
+    """Write the checkpoint of a row under its name when it is whole; return the seconds, if any.
+
+    One that is there has this recipe (`check_finished`).
+    """
     if model_folder.exists():
         return None
     started = time.monotonic()
@@ -110,6 +125,7 @@ def _compress(model_folder: Path, recipe: dict[str, Any], tools: Tools) -> float
     if new.exists():
         shutil.rmtree(new)
     tools.compress(recipe, new)
+    write_json_atomic(new / RECIPE_NAME, without_paths(recipe))
     os.rename(new, model_folder)
     return time.monotonic() - started
 

@@ -125,6 +125,27 @@ def test_a_new_row_is_added_and_a_changed_one_is_refused(bench):
     assert "compress d" not in bench.did
 
 
+def test_a_checkpoint_of_another_recipe_is_not_measured(bench):
+    """The run is stopped between compressing and measuring, and the grid changes."""
+    bench.stop_at = "load a"
+    with pytest.raises(KeyboardInterrupt):
+        bench.run([planned("a", sparsity=0.5)])
+    bench.did.clear()
+    refused = "is not known to be compressed with the recipe of 'a'; remove it, or give the row"
+    with pytest.raises(RacError, match=refused):
+        bench.run([planned("b"), planned("a", sparsity=0.7)])
+    assert bench.did == []
+    (model,) = (bench.out / "models").iterdir()
+    recipe = (model / "frontier_recipe.json").read_bytes()
+    (model / "frontier_recipe.json").unlink()  # as of an earlier version
+    with pytest.raises(RacError, match=refused):
+        bench.run([planned("a", sparsity=0.5)])
+    (model / "frontier_recipe.json").write_bytes(recipe)
+    _, row = bench.run([planned("a", sparsity=0.5)])
+    assert row["recipe"] == {"recipe": "a", "sparsity": 0.5}
+    assert bench.did == ["load a", "load dense"]
+
+
 def result(label: str) -> EvalResult:
     rows = [Row("p", None, True, Ending("right", 2, 2, True))]
     sampling = SamplingSettings(max_new_tokens=9, temperature=0.6)
