@@ -50,7 +50,7 @@ Precision = Annotated[
 Source = Annotated[
     str,
     typer.Option(
-        help="problems: arithmetic (held out), reasoning-gym:TASK, a file, or a dataset id"
+        help="problems: arithmetic or reasoning-gym:TASK (held out), a file, or a dataset id"
     ),
 ]
 Column = Annotated[str | None, typer.Option(help="column of the question (file or dataset)")]

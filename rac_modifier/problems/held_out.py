@@ -22,9 +22,9 @@ _LETTER = re.compile(r"\(?([A-Za-z])(?:\)?\s*[.:)]?|\)?\s*[.:)]\s.*)", re.DOTALL
 def held_out_problems(
     source: str, count: int, seed: int = 0, **fields: str | None
 ) -> list[Problem]:
-    """Return `count` problems: the test split of "arithmetic", or the first of another source.
+    """Return `count` problems: a generator's own for tests, or the first of a file or dataset.
 
-    Only "arithmetic" is disjoint from calibration. `fields` are others of `ProblemSource`.
+    Only those of generators are held out of calibration. `fields` are others of `ProblemSource`.
     """
     checked = check_settings(ProblemSource, {"source": source, **fields}, "problems")
     if source == ARITHMETIC:
@@ -33,7 +33,7 @@ def held_out_problems(
             for s in islice(generate_distinct(seed, "test"), count)
         ]
     else:
-        problems = list(islice(load_problems(checked, seed), count))
+        problems = list(islice(load_problems(checked, seed, held_out=True), count))
     _check_count(problems, count, source)
     return problems
 

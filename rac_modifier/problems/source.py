@@ -15,6 +15,7 @@ from rac_modifier.settings.problems import ARITHMETIC, GYM_PREFIX, ProblemSource
 
 QUESTION_COLUMNS = ("problem", "question", "prompt")
 _GYM_CHUNK = 500
+_GYM_TEST = "test/"  # before the number, in the id of a held-out item
 _EXACT_FLOATS = 2.0**53  # integers below are exact in the float64 that larger JSON integers become
 
 
@@ -28,20 +29,23 @@ class Problem:
     task: str | None
 
 
-def load_problems(source: ProblemSource, seed: int) -> Iterator[Problem]:
-    """Open a source (RacError), and return its problems in the seed's order."""
+def load_problems(source: ProblemSource, seed: int, *, held_out: bool = False) -> Iterator[Problem]:
+    """Open a source (RacError), and return its problems in the seed's order.
+
+    `held_out`: of reasoning-gym, other problems than those for calibration.
+    """
     problems: Iterator[Problem]
     if source.source == ARITHMETIC:
         solved = generate_distinct(seed, "calibration")
         problems = (Problem(s.identity, s.question, s.answer, s.task) for s in solved)
     elif source.source.startswith(GYM_PREFIX):
-        problems = _reasoning_gym(source.source.removeprefix(GYM_PREFIX), seed)
+        problems = _reasoning_gym(source.source.removeprefix(GYM_PREFIX), seed, held_out)
     else:
         problems = _from_table(source, seed)
     return islice(problems, source.limit)
 
 
-def _reasoning_gym(names: str, seed: int) -> Iterator[Problem]:
+def _reasoning_gym(names: str, seed: int, held_out: bool) -> Iterator[Problem]:
     try:
         import reasoning_gym
         from reasoning_gym.factory import DATASETS
@@ -49,6 +53,7 @@ def _reasoning_gym(names: str, seed: int) -> Iterator[Problem]:
         raise RacError(
             f"source {GYM_PREFIX + names!r} needs `pip install 'rac-modifier[reasoning-gym]'`"
         ) from error
+    split = _GYM_TEST if held_out else ""
     tasks = [name.strip() for name in names.split(",")]
     for name in tasks:
         if name not in DATASETS:
@@ -58,11 +63,12 @@ def _reasoning_gym(names: str, seed: int) -> Iterator[Problem]:
     def of_task(name: str) -> Iterator[Problem]:
         # reasoning-gym seeds item i with seed + i: neighbouring seeds would share nearly all items.
         for chunk in count():
-            chunk_seed = _gym_seed(name, seed, chunk)
+            chunk_seed = _gym_seed(split, name, seed, chunk)
             items = reasoning_gym.create_dataset(name, seed=chunk_seed, size=_GYM_CHUNK)
             for index in range(_GYM_CHUNK):
                 item, number = items[index], chunk * _GYM_CHUNK + index
-                yield Problem(f"{name}:{number}", item["question"], str(item["answer"]), name)
+                identity = f"{name}:{split}{number}"
+                yield Problem(identity, item["question"], str(item["answer"]), name)
 
     def in_turn() -> Iterator[Problem]:
         streams = [of_task(name) for name in tasks]
@@ -72,8 +78,8 @@ def _reasoning_gym(names: str, seed: int) -> Iterator[Problem]:
     return in_turn()
 
 
-def _gym_seed(name: str, seed: int, chunk: int) -> int:
-    return _hash_int(f"{seed}/{name}/{chunk}") % 2**31
+def _gym_seed(split: str, name: str, seed: int, chunk: int) -> int:
+    return _hash_int(f"{split}{seed}/{name}/{chunk}") % 2**31
 
 
 def gym_item(source: ProblemSource, seed: int, problem_id: str) -> tuple[str, int, int, int] | None:
@@ -81,8 +87,9 @@ def gym_item(source: ProblemSource, seed: int, problem_id: str) -> tuple[str, in
     if not source.source.startswith(GYM_PREFIX):
         return None
     name, _, number = problem_id.rpartition(":")
-    chunk, index = divmod(int(number), _GYM_CHUNK)
-    return name, _gym_seed(name, seed, chunk), _GYM_CHUNK, index
+    split = _GYM_TEST if number.startswith(_GYM_TEST) else ""
+    chunk, index = divmod(int(number.removeprefix(split)), _GYM_CHUNK)
+    return name, _gym_seed(split, name, seed, chunk), _GYM_CHUNK, index
 
 
 def _from_table(source: ProblemSource, seed: int) -> Iterator[Problem]:

@@ -2,10 +2,12 @@
 
 import json
 from dataclasses import replace
+from itertools import islice
 
 import pytest
 
 from rac_modifier.errors import RacError
+from rac_modifier.problems.answer_checker import check_answer
 from rac_modifier.problems.answers import is_correct
 from rac_modifier.problems.held_out import (
     Preset,
@@ -14,7 +16,7 @@ from rac_modifier.problems.held_out import (
     same_letter,
     with_choices,
 )
-from rac_modifier.problems.source import load_problems
+from rac_modifier.problems.source import gym_item, load_problems
 from rac_modifier.settings.problems import ProblemSource
 
 PLAIN = Preset("plain", "problem", "answer", "Use a box.")
@@ -53,6 +55,23 @@ def test_held_out_problems_are_distinct_and_never_calibrated_on():
     assert not calibration & {identity(p) for p in held_out}
     assert held_out[:100] == held_out_problems("arithmetic", 100)
     assert held_out[:100] != held_out_problems("arithmetic", 100, seed=1)
+
+
+def test_held_out_problems_of_reasoning_gym_are_not_those_of_calibration():
+    """Also in the second chunk of items, and by their ids: a file of answers never mixes both."""
+    source = "reasoning-gym:spell_backward,chain_sum"
+    held_out = held_out_problems(source, 1004)
+    calibration = list(islice(load_problems(ProblemSource(source=source), seed=0), 1004))
+    assert not {p.id for p in held_out} & {p.id for p in calibration}
+    sums = [{p.question for p in side if p.task == "chain_sum"} for side in (held_out, calibration)]
+    assert len(sums[0]) > 490
+    assert len(sums[0] & sums[1]) < 25  # two sums of two digits are sometimes the same
+    assert held_out[:5] == held_out_problems(source, 5)
+    assert held_out[:5] != held_out_problems(source, 5, seed=1)
+    for problem in (held_out[0], held_out[1002], calibration[1002]):
+        item = gym_item(ProblemSource(source=source), 0, problem.id)
+        assert check_answer("reasoning-gym", problem.answer, *item)
+        assert not check_answer("reasoning-gym", "nonsense", *item)
 
 
 def test_a_file_with_answers(tmp_path):
