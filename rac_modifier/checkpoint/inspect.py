@@ -31,7 +31,7 @@ _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|wpe)$
 class ModuleRow:
     """One weight matrix.
 
-    stored: a packed format, "gptq", "awq", "dense", or "words" (int32 with several values each).
+    stored: a packed format, "gptq", "awq", "dense", or "words" (integers with several values each).
     stored_bytes: bytes with masks, offsets, scales and zero points.
     scale_bytes: of the scales and zero points.
     structure: the recorded mask structure, None without a record.
@@ -96,6 +96,13 @@ def is_embedding(module: str) -> bool:
     return bool(_EMBEDDING.search(module))
 
 
+def is_fp4(files: TensorFiles, name: str) -> bool:
+    """Tell whether a tensor holds two values per byte, as NVFP4 and MXFP4 do, without a shape."""
+    module, _, part = name.rpartition(".")
+    has_shape = f"{module}.{WORDS_SHAPE}" in files
+    return part == WORDS and files.dtype_name(name) == "U8" and not has_shape
+
+
 class Matrices:
     """The matrices in the files of a checkpoint, and what its config.json says of them."""
 
@@ -123,8 +130,10 @@ class Matrices:
             shape = self.files.shape(name)
             if part in kinds and len(shape) == 2 and min(shape) > 0:
                 row = self._row(module, *kinds[part])
-                dtype = self.files.dtype_name(name)
-                row = replace(row, rows=shape[0], columns=shape[1], dtype=dtype)
+                dtype, columns = self.files.dtype_name(name), shape[1]
+                if is_fp4(self.files, name):
+                    dtype, columns = "F4", 2 * columns
+                row = replace(row, rows=shape[0], columns=columns, dtype=dtype)
                 rows.append(replace(row, dense_bytes=row.stored_bytes))
         return sorted(rows, key=_natural_order)
 

@@ -1,5 +1,6 @@
 """A model of a frontier measured: bytes, answers to the held-out problems, and divergence."""
 
+import math
 import re
 import time
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from rac_modifier.checkpoint.files import TensorFiles
-from rac_modifier.checkpoint.inspect import is_embedding
+from rac_modifier.checkpoint.inspect import is_embedding, is_fp4
 from rac_modifier.evaluation.accuracy import row_of
 from rac_modifier.evaluation.divergence import (
     TokenDivergence,
@@ -29,7 +30,9 @@ MOST_TRACES = 300  # problems whose traces are kept; figures are of all problems
 _BROKEN = "\ufffd"  # what a decoder writes for a part of a character
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output)$")
 # Last part of the names of a matrix that is packed or quantized.
-_PART = re.compile(r"compressed|bitmask|row_offsets|weight_(packed|scale|zero_point|g_idx)")
+_PART = re.compile(
+    r"compressed|bitmask|row_offsets|weight_(packed|scale|global_scale|zero_point|g_idx)"
+)
 
 
 @dataclass(frozen=True)
@@ -168,6 +171,8 @@ def checkpoint_bytes(folder: str | Path) -> dict[str, int | float]:
                 weights += shape[0] * shape[1]
             elif _PART.fullmatch(part):
                 matrices += size
+                if is_fp4(files, name):
+                    weights += 2 * math.prod(shape)
             elif part in ("shape", "weight_shape"):
                 rows, columns = files.tensor(name).flatten().tolist()
                 weights += rows * columns

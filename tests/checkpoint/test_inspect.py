@@ -103,6 +103,20 @@ def test_layouts_whose_zeros_are_not_counted(tmp_path):
     assert report.stored_bytes == sum(tensor.nbytes for tensor in tensors.values())
 
 
+def test_nvfp4_has_the_shape_of_its_weight(tmp_path):
+    tensors = {
+        "a.weight_packed": torch.zeros(4, 32, dtype=torch.uint8),
+        "a.weight_scale": torch.ones(4, 4).to(torch.float8_e4m3fn),
+        "a.weight_global_scale": torch.ones(1),
+    }
+    weights = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
+    config = {"format": "nvfp4-pack-quantized", "config_groups": {"w": {"weights": weights}}}
+    write(tmp_path, tensors, quantization_config=config)
+    (row,) = inspect_checkpoint(tmp_path).modules
+    assert (row.rows, row.columns, row.dtype, row.sparsity) == (4, 64, "F4", None)
+    assert row.problem is None
+
+
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 def test_modules_of_gptq_and_awq_have_their_shape_zeros_and_bytes(tmp_path, method):
     """A code of zero is a zero, also where its scale is not 1."""

@@ -153,3 +153,17 @@ def test_every_tensor_is_counted_once_and_by_what_it_holds(tmp_path):
     }
     save_file({"norm.weight": torch.zeros(3)}, tmp_path / "model.safetensors")
     assert checkpoint_bytes(tmp_path)["bits_per_weight"] == 0
+
+
+@pytest.mark.parametrize(("group", "dtype"), [(16, torch.float8_e4m3fn), (32, torch.uint8)])
+def test_nvfp4_and_mxfp4_have_two_weights_per_byte(tmp_path, group, dtype):
+    """Their files have no `weight_shape`. 4 bits, a scale per group, and NVFP4's one float32."""
+    tensors = {
+        "model.layers.0.a.weight_packed": torch.zeros(8, 32, dtype=torch.uint8),
+        "model.layers.0.a.weight_scale": torch.zeros(8, 64 // group).to(dtype),
+    }
+    if group == 16:
+        tensors["model.layers.0.a.weight_global_scale"] = torch.ones(1)
+    save_file(tensors, tmp_path / "model.safetensors")
+    bits = checkpoint_bytes(tmp_path)["bits_per_weight"]
+    assert bits == 4 + 8 / group + (32 / (8 * 64) if group == 16 else 0)
