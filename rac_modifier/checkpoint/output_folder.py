@@ -168,5 +168,4 @@ def cached_file(model: str, name: str) -> Path | None:
 
 def unfinished(output: str | Path) -> Path:
     """Return where a pruning run keeps what it has pruned until its result is saved."""
-    folder = Path(output)
-    return folder.with_name(f"{folder.name}.unfinished")
+    return Path(f"{os.path.abspath(output)}.unfinished")  # "." and ".." have no name

@@ -79,6 +79,18 @@ def test_what_can_be_written_to(tmp_path, monkeypatch):
         check_room(tmp_path / "new", 7 * 2**29)
 
 
+def test_folders_without_a_name_of_their_own(tmp_path, monkeypatch):
+    here = tmp_path / "out"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    for folder in (".", "", "../out", "deep/.."):
+        check_output_folder(Path(folder))
+        check_room(Path(folder), 1, 1)
+        assert unfinished(folder) == tmp_path / "out.unfinished"
+    check_room(Path("/"), 1)
+    assert unfinished("new") == here / "new.unfinished"
+
+
 def test_groups_that_are_kept_need_space_until_they_are_there(tmp_path, monkeypatch):
     out, free = tmp_path / "out", shutil._ntuple_diskusage(0, 0, 5 * 2**30)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
