@@ -80,7 +80,7 @@ def model_card(record: Mapping[str, Any], license: Mapping[str, str], packed: bo
     front_matter = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        **({"base_model": base} if _HUB_ID.fullmatch(base or "") else {}),  # the hub refuses others
+        **({"base_model": base} if _is_hub_id(base or "") else {}),  # the hub refuses others
         **license,
         "tags": tags,
     }
@@ -166,13 +166,21 @@ def add_measured(folder: Path, lines: Iterable[str], content: Mapping[str, Any])
 
 
 def _with_part(card: str, marks: tuple[str, str], text: str) -> str:
-    """Return a card with the text between the marks replaced, or appended; "" removes it."""
+    """Return a card with the text between the marks replaced, or appended; "" removes it.
+
+    Without the mark at its end, what is old cannot be told from what is not: all is kept.
+    """
     begin, end = marks
     before, _, rest = card.partition(begin)
-    after = rest.partition(end)[2].strip() if end in rest else ""
+    after = (rest.partition(end)[2] if end in rest else rest).strip()
     part = f"{begin}\n{text}\n{end}" if text else ""
     sections = (section for section in (before.rstrip(), part, after) if section)
     return "\n\n".join(sections) + "\n"
+
+
+def _is_hub_id(model: str) -> bool:
+    """Return whether a model may be one of the hub; a folder that is there comes first."""
+    return bool(_HUB_ID.fullmatch(model)) and not Path(model).is_dir()
 
 
 def _how_to_use(packed: bool) -> str:

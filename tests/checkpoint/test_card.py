@@ -60,6 +60,16 @@ def test_the_front_matter_is_what_the_hub_parses():
     assert "| Base model | Model: 1B |" in local.text
 
 
+def test_a_local_folder_is_no_base_model_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    record = {**RECORD, "base_model": "checkpoints/step-100"}
+    assert "\nbase_model: checkpoints/step-100\n" in model_card(record, MIT)
+    (tmp_path / "checkpoints" / "step-100").mkdir(parents=True)
+    card = model_card(record, MIT)
+    assert "base_model:" not in card
+    assert "| Base model | checkpoints/step-100 |" in card
+
+
 def test_kl_with_its_interval():
     """95 % of a normal distribution: 1.96 standard errors to both sides."""
     measured = {"kl": 0.01, "agreement": 0.99, "tokens": 2100, "kl_stderr": 0.001}
@@ -128,6 +138,22 @@ def test_a_second_run_replaces_its_own_kind_and_keeps_the_other(folder):
     assert record["evaluation"] == {"accuracy": figures, "divergence": figures}
     assert record["method"] == "alps"
     assert "a line" in converted_card(record, folder, packed=False)  # the weights are the same
+
+
+def test_text_behind_a_part_that_lost_its_end_is_kept(folder):
+    card, model = folder / "README.md", {"label": "own", "kl": 0.02}
+    for _ in range(2):
+        for content in ({"results": [model]}, {"divergence": [model]}):
+            add_measured(folder, ["a line"], content)
+        text = card.read_text()
+        assert "A note of the owner." in text
+        assert text.count("<!-- divergence by rac eval -->") == 1
+        card.write_text(text.replace("<!-- end of accuracy by rac eval -->\n", ""))
+    card.write_text(card.read_text().replace("<!-- end of how to use these weights -->\n", ""))
+    for packed in (True, False):
+        text = converted_card({"base_model": "org/dense"}, folder, packed)
+        assert "A note of the owner." in text
+        assert text.count("<!-- divergence by rac eval -->") == 1
 
 
 def test_only_folders_with_a_run_record_have_a_card(folder, monkeypatch):
