@@ -49,10 +49,18 @@ def _suggestion(name: str) -> str:
 class _PlainLoader(yaml.SafeLoader):
     """Each key once, integers of bounded size, and 2:4 is a text."""
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """Return the value of a node; a text that its tag does not fit is refused."""
+        try:
+            return super().construct_object(node, deep)
+        except (AttributeError, LookupError, TypeError) as error:  # of !!timestamp foo, !!int ''
+            kind = node.tag.rpartition(":")[2]
+            raise _refused(f"{str(node.value)[:80]!r} is no {kind}", node) from error
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Return the mapping of a node; a key that is written twice is refused."""
         seen = set()
-        for key, _ in node.value:
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             if not isinstance(key, yaml.ScalarNode):
                 raise _refused("a key is no text", key)
             if (key.tag, key.value) in seen:

@@ -81,6 +81,10 @@ def test_plain_data():
         ("a: 0x" + "f" * 5000, "an integer is too large"),
         ("!!python/name:os.system", "could not determine a constructor"),
         ("a: \x00", "unacceptable character"),
+        ("a: 1\nb: !!timestamp foo", "'foo' is no timestamp.*line 2"),
+        ("a: !!int ''", "'' is no int.*line 1"),
+        ("a: !!bool maybe", "'maybe' is no bool.*line 1"),
+        ("a: !!map [1]", "expected a mapping node"),
     ],
 )
 def test_what_is_refused(text, message):
