@@ -10,7 +10,8 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+from weakref import WeakValueDictionary
 
 import torch
 from compressed_tensors.offload import disable_onloading
@@ -22,7 +23,7 @@ from torch import Tensor
 from rac_modifier.checkpoint.files import write_tensors_atomic
 from rac_modifier.checkpoint.output_folder import check_room
 from rac_modifier.errors import RacError, refusing
-from rac_modifier.files import read_json, remove_folder, write_json_atomic
+from rac_modifier.files import lock, read_json, remove_folder, write_json_atomic
 from rac_modifier.llmcompressor.solving import Pruned
 
 _ABOUT = "about.json"
@@ -30,6 +31,8 @@ _CALIBRATION = "calibration set"
 _STORES = "trace stores"  # may have grown; named if the calibration set differs
 _PARAMETERS = ("weight", "weight_scale", "weight_zero_point", "weight_global_scale")
 _MASTER = "master"  # the weight before it was rounded
+_LOCK = ".lock"
+_held: WeakValueDictionary[Path, IO[str]] = WeakValueDictionary()  # by folder, in this process
 
 
 def check_disk(
@@ -44,21 +47,31 @@ def check_disk(
 
 
 class Resume:
-    """Write each pruned group to a file of `folder`, if there is one; restore a killed run."""
+    """Write each pruned group to a file of `folder`, if there is one; restore a killed run.
+
+    The folder is locked until `remove`. A run that failed yields it to the next of its process.
+    """
 
     def __init__(self, folder: Path | None = None, about: Mapping[str, Any] | None = None):
         self.names: dict[str, Path] = {}
         self._folder, self._about, self._begun = folder, dict(about or {}), False
+        self._lock: IO[str] | None = None
         if folder is not None:
-            self._check(self._about)
             place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
             if not (place.is_dir() and os.access(place, os.W_OK)):
                 raise self._unwritable(f"{place} is not a folder that can be written to")
+            self._lock = self._hold(folder)
+            try:
+                self._check(self._about)
+            except BaseException:
+                self._lock.close()
+                raise
 
     def begin(self, about: Mapping[str, Any]) -> None:
         """Write and restore groups from here on; `about` was not known before sampling."""
         if self._folder is None:
             return
+        self._check_held()
         self._check(about)
         self._about |= about
         self._begun = True
@@ -94,6 +107,7 @@ class Resume:
         """Write groups that were solved in one call to one file: alone they have other bits."""
         if self._folder is None or not self._begun:
             return
+        self._check_held()
         tensors: dict[str, Tensor] = {}
         for name, module in modules.items():
             with align_module_device(module):
@@ -115,8 +129,38 @@ class Resume:
 
     def remove(self) -> None:
         """Remove the folder, when the result of the run is saved."""
-        if self._folder is not None:
+        if self._folder is not None and self._lock is not None and not self._lock.closed:
             remove_folder(self._folder)
+            self._lock.close()
+
+    def _hold(self, folder: Path) -> IO[str]:
+        """Lock the folder until the file is closed (RacError: another process has it)."""
+        key = folder.resolve()
+        if earlier := _held.pop(key, None):
+            earlier.close()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = (folder / _LOCK).open("a")
+        except OSError as error:
+            raise self._unwritable(error) from error
+        try:
+            if not lock(file.fileno(), folder, patience=0):
+                raise self._in_use()
+        except BaseException:
+            file.close()
+            raise
+        _held[key] = file
+        return file
+
+    def _check_held(self) -> None:
+        """Refuse to go on where a later run of this process has the folder (RacError)."""
+        if self._lock is None or self._lock.closed:
+            raise self._in_use()
+
+    def _in_use(self) -> RacError:
+        return RacError(
+            f"{self._folder} is in use by another run; wait for its end, or name another output_dir"
+        )
 
     def _check(self, about: Mapping[str, Any]) -> None:
         """Refuse a folder of another run."""

@@ -1,5 +1,6 @@
 """What a run that was killed goes on from, what it refuses, and where it writes."""
 
+import fcntl
 import shutil
 from hashlib import sha256
 from pathlib import Path
@@ -77,7 +78,7 @@ def stopped(prune, solved, tmp_path, trace_store):
         prune(output_dir=tmp_path / "out", traces=entry(tmp_path / "own.jsonl")["traces"])
     solved.lives = 10**6
     files = everything(tmp_path / "out.unfinished")
-    assert len(files) == 2 + 1  # and about.json
+    assert len(files) == 2 + 2  # and about.json and .lock
     return files
 
 
@@ -132,6 +133,41 @@ def test_a_killed_run_goes_on_only_as_it_was(prune, solved, stopped, dense, tmp_
     assert not (tmp_path / "out").exists()
 
 
+# two runs at once
+
+IN_USE = r"out\.unfinished is in use by another run; wait for its end, or name another output_dir"
+
+
+def test_a_folder_in_which_another_run_works_is_refused(prune, solved, stopped, tmp_path):
+    solved.clear()
+    for held in list(resume._held.values()):  # by the failed run of this process
+        held.close()
+    with (tmp_path / "out.unfinished" / ".lock").open() as other:
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with pytest.raises(RacError, match=IN_USE):
+            prune(output_dir=tmp_path / "out")
+    assert not solved
+    assert everything(tmp_path / "out.unfinished") == stopped
+
+
+def test_two_runs_never_mix_their_groups(tmp_path):
+    folder, linear = tmp_path / "out.unfinished", torch.nn.Linear(4, 4)
+    first = resume.Resume(folder, {"recipe": {"sparsity": 0.5}})
+    second = resume.Resume(folder, {"recipe": {"sparsity": 0.7}})
+    second.begin({})
+    second.add({"q": linear}, {"q": {"sparsity": 0.7}}, {})
+    with pytest.raises(RacError, match=IN_USE):
+        first.begin({})
+    first.remove()
+    with pytest.raises(RacError, match=r"another recipe has pruned \(sparsity: 0\.7 there, 0\.5"):
+        resume.Resume(folder, {"recipe": {"sparsity": 0.5}})
+    again = resume.Resume(folder, {"recipe": {"sparsity": 0.7}})
+    again.begin({})
+    assert list(again.names) == ["q"]
+    again.remove()
+    assert not folder.exists()
+
+
 # a disk without room
 
 
@@ -165,7 +201,7 @@ def test_a_full_disk_loses_nothing(prune, pruned, solved, tmp_path, monkeypatch)
     monkeypatch.setattr(files, "save_file", full)
     with pytest.raises(RacError, match=r"cannot be kept .*No space left.*make room"):
         prune(output_dir=tmp_path / "out")
-    assert len(list((tmp_path / "out.unfinished").iterdir())) == 3 + 1  # and about.json
+    assert len(list((tmp_path / "out.unfinished").iterdir())) == 3 + 2  # and about.json and .lock
     prune(output_dir=tmp_path / "out")
     assert len(solved) == 4 + GROUPS - 3
     assert result(tmp_path / "out") == result(pruned.folder)
