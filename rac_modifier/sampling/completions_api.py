@@ -36,6 +36,14 @@ class UnusableError(Exception):
     """No answer, or one that fails a check; asking again may help."""
 
 
+class UnavailableError(UnusableError):
+    """The server's state is the reason, not the prompt; it asks to be left alone for `pause` s."""
+
+    def __init__(self, message: str, pause: float = 0.0):
+        super().__init__(message)
+        self.pause = pause
+
+
 class RefusedError(Exception):
     """A server will not complete this prompt, however often it is asked."""
 

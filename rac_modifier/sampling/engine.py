@@ -33,6 +33,7 @@ class Failure:
     """Why an engine could not complete a prompt, after all its tries."""
 
     reason: str
+    of_servers: bool = False  # their state is the reason, not the prompt
 
 
 Completions = Sequence[tuple[Prompt, Generation | Failure]]

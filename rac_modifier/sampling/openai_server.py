@@ -18,6 +18,7 @@ from rac_modifier.sampling.completions_api import (
     PROBE_TOKENS,
     RefusedError,
     Request,
+    UnavailableError,
     UnusableError,
     check_limit,
     check_name,
@@ -188,7 +189,7 @@ class ServerEngine:
         try:
             return await self._ask(self._servers, request, self._sampling)
         except (UnusableError, RefusedError) as error:
-            return Failure(str(error))
+            return Failure(str(error), of_servers=isinstance(error, UnavailableError))
 
     async def _ask(
         self, servers: Sequence[ServerClient], request: Request, sampling: SamplingSettings

@@ -16,12 +16,18 @@ import aiohttp
 from loguru import logger
 
 from rac_modifier.errors import RacError
-from rac_modifier.sampling.completions_api import RefusedError, UnusableError, error_text
+from rac_modifier.sampling.completions_api import (
+    RefusedError,
+    UnavailableError,
+    UnusableError,
+    error_text,
+)
 from rac_modifier.settings.sampling import EngineSettings
 
 Answer = TypeVar("Answer")
 TRIES = 9  # requests per completion
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 8.0  # seconds between two tries; each pause doubles the last one
+_LONGEST_RETRY_AFTER = 60.0  # seconds of a server's Retry-After that are waited
 _TRANSIENT = frozenset({408, 409, 425, 429})  # and every 5xx; other statuses stay the same
 _REFUSALS = frozenset({400, 413, 422})  # of this prompt, not of the next
 _SETUP_TIMEOUT = 30.0
@@ -53,7 +59,9 @@ class ServerClient:
     async def list_models(self) -> bytes:
         """Return the body of the answer to GET /v1/models."""
         try:
-            status, content = await self._send("GET", "/models", None, _LIST_BYTES, _SETUP_TIMEOUT)
+            status, content, _ = await self._send(
+                "GET", "/models", None, _LIST_BYTES, _SETUP_TIMEOUT
+            )
         except UnusableError as error:
             raise RacError(
                 f"no server answers at {self.url} ({error}); start it, or correct its address "
@@ -67,28 +75,28 @@ class ServerClient:
     async def post(self, path: str, body: dict[str, Any], tokens: int) -> bytes:
         """Return the body of the answer with status 200 to a request of up to `tokens` tokens.
 
-        UnusableError if another try may succeed, RefusedError if the server rejects the prompt,
-        RacError if it rejects every prompt.
+        UnusableError if another try may succeed (UnavailableError: when the server is back),
+        RefusedError if the server rejects the prompt, RacError if it rejects every prompt.
         """
         most = _ANSWER_BYTES + _BYTES_PER_TOKEN * tokens
         self.under_way += 1
         try:
-            status, content = await self._send("POST", path, body, most, self._deadline)
+            status, content, pause = await self._send("POST", path, body, most, self._deadline)
         finally:
             self.under_way -= 1
         if status == 200:
             return content
         message = f"answers {status}: {error_text(content)}"
         if status in _TRANSIENT or status >= 500:
-            raise UnusableError(message)
+            raise UnavailableError(message, pause)
         if status in _REFUSALS:
             raise RefusedError(f"{self.url} {message}")
         raise RacError(f"{self.url} {message}; {_next_step(status)}")
 
     async def _send(
         self, method: str, path: str, body: dict[str, Any] | None, most: int, seconds: float
-    ) -> tuple[int, bytes]:
-        """Return status and body, from which the API key is cut: a server may echo it."""
+    ) -> tuple[int, bytes, float]:
+        """Return status, body and Retry-After; the API key, which may be echoed, is cut."""
         if self._session is None:
             self._session = self._open_session()
         content, url = bytearray(), f"{self.url}{path}"
@@ -103,14 +111,14 @@ class ServerClient:
                     if len(content) > most:
                         raise UnusableError(f"an answer of more than {most:,} bytes")
         except (aiohttp.ClientError, ConnectionError) as error:
-            raise UnusableError(f"{type(error).__name__}: {error}".rstrip(": ")) from error
+            raise UnavailableError(f"{type(error).__name__}: {error}".rstrip(": ")) from error
         except TimeoutError as error:
-            raise UnusableError(
+            raise UnavailableError(
                 f"no answer within timeout={seconds:g} s; set a longer one"
             ) from error
         if self._key and (answer.status != 200 or method == "GET"):
             content = content.replace(self._key.encode(), b"***")
-        return answer.status, bytes(content)
+        return answer.status, bytes(content), _seconds(answer.headers.get("Retry-After"))
 
     def _open_session(self) -> aiohttp.ClientSession:
         headers = {"Accept-Encoding": "identity"}  # a compressed body could expand without limit
@@ -134,8 +142,9 @@ async def ask(
 ) -> Answer:
     """Post a request until `read` takes the answer, of which it gets body and address.
 
-    Each try goes to the least busy server that has not been tried, and waits longer than the last.
-    UnusableError after `TRIES` failures; other errors are those of `ServerClient.post` and `read`.
+    Each try goes to the least busy server that has not been tried, and waits longer than the last,
+    or as long as the only one left wants. After `TRIES` failures the error is the last one's;
+    others are those of `ServerClient.post` and `read`.
     """
     pause, failures = FIRST_PAUSE, 0
     tried: list[ServerClient] = []
@@ -149,6 +158,7 @@ async def ask(
             key=lambda server: (server.failing and server.under_way > 0, server.under_way),
         )
         tried.append(server)
+        wanted = 0.0
         try:
             content = await server.post(path, {"model": server.model, **body}, tokens)
             answer = read(content, server.url)
@@ -158,13 +168,22 @@ async def ask(
                 logger.warning(f"{server.url}: {error}")
             server.failing = True
             if failures == TRIES:
-                raise UnusableError(f"{server.url}: {error} (tried {TRIES} times)") from error
+                message = f"{server.url}: {error} (tried {TRIES} times)"
+                raise type(error)(message) from error
+            if isinstance(error, UnavailableError) and len(tried) == len(servers):
+                wanted = error.pause
         else:
             server.failing = False
             return answer
         jitter = 1 - random.random() / 4  # so that many requests do not return together
-        await asyncio.sleep(pause * jitter)
+        await asyncio.sleep(max(pause * jitter, wanted))
         pause = min(2 * pause, LONGEST_PAUSE)
+
+
+def _seconds(retry_after: str | None) -> float:
+    """Read a Retry-After in seconds, 0 without one; a date is not read."""
+    text = (retry_after or "").strip()
+    return min(float(text), _LONGEST_RETRY_AFTER) if re.fullmatch(r"[0-9]{1,9}", text) else 0.0
 
 
 def _proxy_of(url: str) -> str | None:

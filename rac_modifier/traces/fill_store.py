@@ -147,13 +147,15 @@ class FillStore:
             if (sample := self._asked.pop(prompt.key, None)) is None:
                 continue  # stored before; sampled again for the shape of its batch
             if isinstance(outcome, Failure):
-                sample.reason = outcome.reason
-                self._doubtful.append(sample)
-                if len(self._doubtful) >= _FAILURES_OF_AN_OUTAGE:
+                sample.reason, problem = outcome.reason, "the servers could not complete a prompt"
+                if not outcome.of_servers:
+                    self._doubtful.append(sample)
+                    count = len(self._doubtful)
+                    problem = f"{count} completions in a row failed, the last one"
+                if outcome.of_servers or len(self._doubtful) >= _FAILURES_OF_AN_OUTAGE:
                     outage = RacError(
-                        f"{len(self._doubtful)} completions in a row failed, the last one: "
-                        f"{outcome.reason}. Earlier ones are kept in {str(self._store.path)!r}: "
-                        "see to the servers, then run again"
+                        f"{problem}: {outcome.reason}. Earlier completions are kept in "
+                        f"{str(self._store.path)!r}: see to the servers, then run again"
                     )
                 continue
             self._record_doubtful()  # a success: earlier failures were bad problems, not an outage

@@ -48,6 +48,7 @@ class FakeServer:
         ]
         self.list_status = 200
         self.key: str | None = None  # the API key that every request must have
+        self.retry_after: str | None = None  # sent with every answer
         self.delay: Callable[[dict[str, Any]], float] = lambda body: 0.0
         self.bodies: list[dict[str, Any]] = []
         self.faults: Counter[str] = Counter()
@@ -169,6 +170,8 @@ class _Handler(BaseHTTPRequestHandler):
     def send(self, status: int, content: Any, cut: bool = False) -> None:
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
+        if self.fake.retry_after is not None:
+            self.send_header("Retry-After", self.fake.retry_after)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data[: len(data) // 2] if cut else data)

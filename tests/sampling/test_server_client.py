@@ -5,7 +5,13 @@ import asyncio
 import pytest
 
 from rac_modifier.errors import RacError
-from rac_modifier.sampling.completions_api import RefusedError, Request, UnusableError, read_answer
+from rac_modifier.sampling.completions_api import (
+    RefusedError,
+    Request,
+    UnavailableError,
+    UnusableError,
+    read_answer,
+)
 from rac_modifier.sampling.server_client import ServerClient, ask
 from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
 from tests.sampling.fake_server import NAME, rule
@@ -78,6 +84,38 @@ def test_tries_are_counted_whatever_the_faults(server, kinds, words):
     late = {"timeout": 0.3} if {"hang", "drip"} & {*kinds} else {}
     with pytest.raises(UnusableError, match=rf"^{server.url}.*{words}"):
         complete(server, **late)
+
+
+@pytest.mark.parametrize("kind", ["500", "503", "429", "reset", "truncate", "hang"])
+def test_the_state_of_a_server_is_told_from_a_bad_prompt(server, kind):
+    faults(server, *[kind] * 3)
+    with pytest.raises(UnavailableError, match=r"\(tried 3 times\)"):
+        complete(server, timeout=0.3)
+    faults(server, *[None] * 3, *["garbage"] * 3)
+    with pytest.raises(UnusableError) as caught:
+        complete(server)
+    assert not isinstance(caught.value, UnavailableError)
+
+
+@pytest.mark.parametrize(
+    ("retry_after", "waited"),
+    [("7", 7), ("3600", 60), ("Wed, 21 Oct 2026 07:28:00 GMT", 0), ("-1", 0), ("", 0), (None, 0)],
+)
+def test_retry_after_is_waited_for_up_to_a_minute(server, monkeypatch, retry_after, waited):
+    pauses = []
+    sleep = asyncio.sleep
+
+    async def noted(seconds):
+        pauses.append(seconds)
+        await sleep(0)
+
+    server.retry_after = retry_after
+    faults(server, "503", "429")
+    with monkeypatch.context() as patched:
+        patched.setattr("rac_modifier.sampling.server_client.asyncio.sleep", noted)
+        assert complete(server).ids == EXPECTED
+    pauses = [seconds for seconds in pauses if seconds]
+    assert pauses == [waited] * 2 if waited else len(pauses) == 2 and max(pauses) <= 1
 
 
 @pytest.mark.parametrize(

@@ -22,9 +22,10 @@ class Script:
 
     kind = "openai"
 
-    def __init__(self, together=1, batch_size=1, failing=(), fatal=()):
+    def __init__(self, together=1, batch_size=1, failing=(), fatal=(), of_servers=False):
         self.together, self.batch_size = together, batch_size
         self.failing, self.fatal = set(failing), set(fatal)
+        self.of_servers = of_servers  # whether failures are
         self.asked = []  # batches of keys
 
     def connect(self):
@@ -44,7 +45,7 @@ class Script:
 
     def outcome(self, prompt):
         return (
-            Failure("broken")
+            Failure("broken", self.of_servers)
             if prompt.key in self.failing
             else Generation((*prompt.ids, *range(6)), "stop")
         )
@@ -145,6 +146,17 @@ def test_sixteen_failures_in_a_row_are_an_outage_and_no_problems_failed(fill, fa
     assert not failures_path(fill.path).exists()
     fill(Script(), 5 * TOKENS)
     assert stored(fill.path) == ids(*range(5))
+
+
+def test_a_failure_of_the_servers_ends_the_run_and_its_problem_is_asked_again(fill):
+    engine = Script(together=3, failing=ids(1), of_servers=True)
+    with pytest.raises(RacError, match=r"could not complete a prompt: broken\. .*run again"):
+        fill(engine, 4 * TOKENS)
+    assert not failures_path(fill.path).exists()
+    engine = Script()
+    assert fill(engine, 4 * TOKENS) == (4 * TOKENS, 0)
+    assert ids(1)[0] in engine.keys
+    assert stored(fill.path) == ids(*range(4))
 
 
 def test_prompts_that_are_too_long_are_recorded_and_not_asked(fill, monkeypatch):
