@@ -111,6 +111,8 @@ def read_answer(request: Request, content: bytes, vocab_size: int, server: str) 
             f"token_ids {str(ids)[:60]} are not ids of the model's vocabulary of {vocab_size}"
         )
     prompt = choice.get("prompt_token_ids")
+    if prompt is not None and not isinstance(prompt, list):
+        raise UnusableError(f"prompt_token_ids {str(prompt)[:60]} are no list")
     if prompt is not None and prompt != list(request.prompt_ids):
         raise RacError(
             f"{server} read another prompt than it was sent ({len(prompt)} tokens, not "
