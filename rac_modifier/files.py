@@ -123,10 +123,14 @@ def text_without_paths(text: str, parsed: Any) -> str:
 
 
 def _is_absolute(text: str) -> bool:
-    """Return whether a string is an absolute path of two names or more, unlike "/no_think"."""
+    """Return whether a string is an absolute path of two names or more, unlike "/no_think".
+
+    A prompt is none either: "/no_think Answer in SI/metric units." has spaces in its first name.
+    """
     path = PureWindowsPath(text)  # splits at both kinds of slash
     rooted = text.startswith(("/", "~/", "file:///")) or bool(path.drive and path.root)
-    named = len(path.parts) > 2 or (len(path.parts) == 2 and Path(text).exists())
+    worded = text.startswith("/") and " " in text.split("/")[1]
+    named = (len(path.parts) > 2 and not worded) or (len(path.parts) >= 2 and os.path.exists(text))
     return rooted and named and "\n" not in text
 
 

@@ -122,6 +122,9 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
         lock(file.fileno(), tmp_path / "a", 0.0)
 
 
+PROMPT = "/no_think You are a careful math/physics tutor."
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
@@ -134,6 +137,10 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
         ("/home/me/hub/models--Qwen--Qwen3-8B/snapshots/b968826d", "Qwen/Qwen3-8B"),
         ("/venv/lib/rac_modifier/reasoner/assets", "reasoner"),
         ("/no_think", "/no_think"),
+        ("/no_think " + "word " * 99, "/no_think " + "word " * 99),
+        (PROMPT, PROMPT),
+        ("/home/A User/models/a", "a"),
+        ("C:\\My models\\a", "a"),
         ("https://host/v1/models", "https://host/v1/models"),
     ],
 )
@@ -146,15 +153,23 @@ def test_a_record():
         "base_model": "/home/me/models/a",
         "modifier": {"store": "/home/me/models/a/traces.jsonl", "seed": 3, "suffix": "/no_think"},
         "notes": ["traces of /home/me/models/a/traces.jsonl", None, 0.5, True],
+        "prompts": {"template": "chat", "system_prompt": PROMPT},
         "/home/me/models/a": ("x",),
     }
     assert without_paths(record) == {
         "base_model": "a",
         "modifier": {"store": "traces.jsonl", "seed": 3, "suffix": "/no_think"},
         "notes": ["traces of traces.jsonl", None, 0.5, True],
+        "prompts": {"template": "chat", "system_prompt": PROMPT},
         "a": ["x"],
     }
     assert record["modifier"]["store"].startswith("/home")
+
+
+def test_a_folder_with_a_space_in_its_first_name_is_a_path_where_it_exists(monkeypatch):
+    assert public_name("/My drive/models/a") == "/My drive/models/a"
+    monkeypatch.setattr(os.path, "exists", lambda path: True)
+    assert public_name("/My drive/models/a") == "a"
 
 
 def test_a_text_keeps_its_form():

@@ -66,7 +66,7 @@ def test_answers_to_ask_for_again(content):
 
 @pytest.mark.parametrize("ids", [2, True, "34", {"ids": [3, 4]}])
 def test_ids_of_the_prompt_that_are_no_list(ids):
-    with pytest.raises(UnusableError, match="prompt_token_ids .* are no list"):
+    with pytest.raises(UnusableError, match=r"prompt_token_ids .* are no list"):
         read_answer(REQUEST, answer(prompt_token_ids=ids), 10, "s")
 
 
