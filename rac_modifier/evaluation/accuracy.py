@@ -23,7 +23,7 @@ from rac_modifier.sampling.prompts import render_question
 from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
 from rac_modifier.traces.fill_store import FillStore
-from rac_modifier.traces.records import StoreHeader, settings_path
+from rac_modifier.traces.records import StoreHeader, read_header, settings_path
 from rac_modifier.traces.store import TraceStore, failures_path, read_failures
 
 # At a temperature above 0; the reference evaluation has 0.6 and 0.95 (arXiv 2509.12464).
@@ -71,7 +71,7 @@ def evaluate(
     with contextlib.closing(
         engine_for(engine, identity, in_memory, tokenizer, sampling, evaluates=True)
     ) as chosen:
-        if not path.exists():
+        if read_header(path) is None:
             header = header.model_copy(update={"engine": chosen.connect()})
         with TraceStore.open_append(path, header) as store:
             if (filled := store.header.engine.kind) != chosen.kind:

@@ -178,6 +178,14 @@ def test_a_failed_answer_is_named_and_asked_again(server, tokenizer, model, tmp_
     assert served(server, tokenizer, model, path, SUMS[:5]).correct == 3  # the file holds more
 
 
+@pytest.mark.parametrize("content", [b"", b'{"crc32":"0'], ids=["empty", "cut"])
+def test_a_file_without_a_whole_header_is_filled(server, tokenizer, model, tmp_path, content):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(content)
+    assert served(server, tokenizer, model, path, SUMS[:2]).problems == 2
+    assert TraceStore.read(path).header.engine.kind == "openai"
+
+
 def test_several_answers_differ_and_are_counted_per_problem(tokenizer, model, tmp_path):
     """A model in this process: its completions, with the seed of each answer's id."""
     path = tmp_path / "a.jsonl"
