@@ -34,6 +34,7 @@ from rac_modifier.checkpoint.quantization_config import (
     int8_in_words,
     weight_schemes,
     with_dense_mark,
+    with_int8_activations,
     with_packed,
 )
 from rac_modifier.checkpoint.stored_weight import count_broken_groups
@@ -94,6 +95,7 @@ def pack_model(plan: PackPlan, out: str | Path, base_model: str) -> PackSummary:
             "negative_zeros": "dropped" if dropped else "kept",
         }
         run = {"base_model": base_model, "packing": figures, "versions": environment()}
+        _keep_int8_activations(source, new)
         _write_record(source, new, _record(source) or run, packed=True)
     return summary
 
@@ -109,6 +111,7 @@ def unpack_model(source: str | Path, out: str | Path) -> PackSummary:
             raise RacError(f"{source}: is not packed; stock loaders read it as it is")
         before, after = _rewrite(files, new, packed.format.parts, packed.modules, packed.dense)
         write_json_atomic(new / CONFIG_FILE, with_dense_mark(config, recorded))
+        _keep_int8_activations(source, new)
         if record := _record(source):
             _write_record(source, new, record, packed=False)
     structures = {**dict.fromkeys(packed.modules, packed.format.structure), **recorded}
@@ -233,6 +236,13 @@ def _check_links(folder: Path) -> None:
             raise RacError(
                 f"{path}: links to {target}, outside the model; copy that file, or remove the link"
             )
+
+
+def _keep_int8_activations(source: Path, new: Path) -> None:
+    """Record the modules with 8-bit activations: their weights are the same, unlike in a run."""
+    if modules := SparsityRecord.of(read_json(source / CONFIG_FILE)).int8_activations:
+        config = with_int8_activations(read_json(new / CONFIG_FILE), modules)
+        write_json_atomic(new / CONFIG_FILE, config)
 
 
 def _record(folder: Path) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from tests.checkpoint.checkpoint_helpers import (
     assert_same_state,
     config_of,
     contents,
+    edited_config,
     same_bits,
     save_quantized,
     stock,
@@ -102,6 +103,18 @@ def test_a_quantized_model_of_others(tmp_path, scheme, structure):
     before.pop("sparsity_config", None)
     assert config_of(tmp_path / "dense")["quantization_config"] == before
     assert_same_state(stock(tmp_path / "dense"), expected)
+
+
+def test_the_layers_with_8_bit_activations_stay_recorded(tmp_path):
+    modules = save_quantized(tmp_path / "model", "2:4", "w4")
+    eight = sorted(modules)[:2]
+    with edited_config(tmp_path / "model") as config:
+        config["rac_sparsity"] = {"storage": "dense", "int8_activations": eight}
+    out = packed(tmp_path / "model", tmp_path / "out")
+    unpack_model(out, tmp_path / "dense")
+    for folder in (out, tmp_path / "dense"):
+        record = config_of(folder)["rac_sparsity"]
+        assert (record["modules"].keys(), record["int8_activations"]) == (modules.keys(), eight)
 
 
 def test_negative_zeros_are_kept_or_dropped_as_asked(tmp_path):
