@@ -43,6 +43,7 @@ from rac_modifier.files import read_json, without_paths, write_json_atomic, writ
 
 # Weights in other files than those that are packed: they would stay dense, or twice in the folder.
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+_TEMPLATES = "additional_chat_templates"  # transformers' folder for a second chat template
 _SMALL_FILES = 1 << 20  # bytes
 
 
@@ -129,8 +130,10 @@ def _new_folder(source: Path, out: Path, need: int) -> Iterator[tuple[TensorFile
             yield files, new
             weights = [*files.where.values(), *([INDEX_FILE] if files.index else [])]
             for path in {*(source / name for name in weights), *_others(source)}:
-                if not (new / path.name).exists():
-                    shutil.copyfile(path, new / path.name)
+                copy = new / path.relative_to(source)
+                if not copy.exists():
+                    copy.parent.mkdir(exist_ok=True)
+                    shutil.copyfile(path, copy)
 
 
 def _write_packed(
@@ -222,7 +225,8 @@ def _rewrite(
 def _others(folder: Path) -> list[Path]:
     """List the files next to the weights: tokenizer, generation settings, licence, ..."""
     excluded = (*_WEIGHTS, ".index.json")
-    files = (path for path in sorted(folder.iterdir()) if path.is_file() and path.name[0] != ".")
+    paths = [*sorted(folder.iterdir()), *sorted(folder.glob(f"{_TEMPLATES}/*"))]
+    files = (path for path in paths if path.is_file() and path.name[0] != ".")
     return [p for p in files if p.name != CONFIG_FILE and not p.name.endswith(excluded)]
 
 
@@ -232,7 +236,7 @@ def _check_links(folder: Path) -> None:
     homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
     for path in [*_others(folder), folder / CONFIG_FILE, folder / INDEX_FILE]:
         target = path.resolve()
-        if path.is_symlink() and not any(target.is_relative_to(place) for place in homes):
+        if not any(target.is_relative_to(place) for place in homes):
             raise RacError(
                 f"{path}: links to {target}, outside the model; copy that file, or remove the link"
             )

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rac_modifier.checkpoint.files import TensorFiles
 from rac_modifier.checkpoint.hf_quantizer import load_model
@@ -143,6 +143,28 @@ def test_files_that_are_no_part_of_a_checkpoint_are_left(saved, tmp_path):
     names = {path.name for path in packed(folder, tmp_path / "out").iterdir()}
     assert {"LICENSE", "vocab.txt", "generation_config.json"} <= names
     assert not names & {*left, "original"}
+
+
+def test_further_chat_templates_go_along(saved, tmp_path):
+    folder, _, _ = saved(packed=False)
+    tokenizer = tiny_tokenizer()
+    templates = {"default": "{{ 1 }}", "tool_use": "{{ 2 }}"}
+    tokenizer.chat_template = templates
+    tokenizer.save_pretrained(folder)
+    assert (folder / "additional_chat_templates").is_dir()
+    out = packed(folder, tmp_path / "out")
+    unpack_model(out, tmp_path / "dense")
+    for copy in (out, tmp_path / "dense"):
+        assert AutoTokenizer.from_pretrained(copy).chat_template == templates
+
+
+def test_a_folder_of_chat_templates_of_elsewhere_is_not_copied(saved, tmp_path):
+    folder, _, _ = saved(packed=False)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "a.jinja").write_text("mine")
+    (folder / "additional_chat_templates").symlink_to(tmp_path / "mine")
+    with pytest.raises(RacError, match=r"a\.jinja: links to .*mine/a\.jinja, outside"):
+        packed(folder, tmp_path / "out")
 
 
 def test_a_link_to_a_file_of_elsewhere_is_not_copied(saved, tmp_path):
