@@ -60,7 +60,7 @@ def run_stages(
                 dense.enter(stage, after)
                 if not stage.modules:
                     pass  # as before the first group
-                elif run.has_pruned(stage.modules):
+                elif stage.experts is None and run.has_pruned(stage.modules):  # experts are counted
                     dense.advance_all(stage)
                     run.restore(stage.modules)
                 elif stage.experts is not None:

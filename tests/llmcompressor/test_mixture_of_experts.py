@@ -125,21 +125,25 @@ def test_a_part_of_the_experts_can_be_left_dense_whatever_upstreams_switch_says(
             assert torch.equal(module.weight, base[1].get_submodule(name).weight), name
 
 
-def test_a_run_killed_among_experts_ends_with_the_same_bytes(base, monkeypatch):
-    """Solved in one call, no expert counts until all are there: alone it would have other bits."""
+@pytest.mark.parametrize(("call", "last"), [(4, "layers.0.mlp"), (7, "layers.1.mlp")])
+def test_a_run_killed_among_experts_ends_with_the_same_bytes(base, monkeypatch, call, last):
+    """Solved in one call, no expert counts until all are there: alone it would have other bits.
+
+    The record has the tokens of each layer's experts, also where all of them are restored.
+    """
     original, calls = Run.prune, []
 
     def killed(self, groups, per_call=None):
         calls.append([self.names[module] for group in groups for module in group.modules])
-        if len(calls) == 4:
+        if len(calls) == call:
             raise KeyboardInterrupt
         original(self, groups, per_call)
 
     monkeypatch.setattr(Run, "prune", killed)
     with pytest.raises(KeyboardInterrupt):
-        run(base[0], name="killed")
-    assert len(calls[-1]) == EXPERTS
-    assert all("down_proj" in name for name in calls[-1])
-    resumed, _ = run(base[0], name="killed")
-    assert calls[4] == calls[3], "it goes on with what was not written"
+        run(base[0], name=f"killed-{call}")
+    assert len(calls[-1]) == EXPERTS * (1 if call == 4 else 2)
+    assert all(last in name and ("down_proj" in name) == (call == 4) for name in calls[-1])
+    resumed, _ = run(base[0], name=f"killed-{call}")
+    assert calls[call] == calls[call - 1], "it goes on with what was not written"
     assert result(resumed) == result(base[0] / "out")
