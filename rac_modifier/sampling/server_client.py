@@ -87,8 +87,10 @@ class ServerClient:
         if status == 200:
             return content
         message = f"answers {status}: {error_text(content)}"
-        if status in _TRANSIENT or status >= 500:
+        if status in _TRANSIENT or status > 500:
             raise UnavailableError(message, pause)
+        if status == 500:  # the prompt may be the reason
+            raise UnusableError(message)
         if status in _REFUSALS:
             raise RefusedError(f"{self.url} {message}")
         raise RacError(f"{self.url} {message}; {_next_step(status)}")
@@ -113,7 +115,7 @@ class ServerClient:
         except (aiohttp.ClientError, ConnectionError) as error:
             raise UnavailableError(f"{type(error).__name__}: {error}".rstrip(": ")) from error
         except TimeoutError as error:
-            raise UnavailableError(
+            raise UnusableError(
                 f"no answer within timeout={seconds:g} s; set a longer one"
             ) from error
         if self._key and (answer.status != 200 or method == "GET"):
