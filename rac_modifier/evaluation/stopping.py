@@ -165,7 +165,7 @@ def row_of_text(
     """Check the answer in a completion, and classify its ending; `finish` "length": truncated.
 
     Without `ids` of its tokens, a loop is counted in words. A problem without an answer is not
-    graded. No `thinking_tokens`: the prompt closed the thinking.
+    graded. `thinking_tokens` 0: the prompt closed the thinking.
     """
     reference, loop, correct = problem.answer, None, None
     kind: Kind = "finished"

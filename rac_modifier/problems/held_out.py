@@ -24,7 +24,7 @@ def held_out_problems(
 ) -> list[Problem]:
     """Return `count` problems: a generator's own for tests, or the first of a file or dataset.
 
-    Only those of generators are held out of calibration. `fields` are others of `ProblemSource`.
+    Calibration never samples a generator's test problems. `fields`: of `ProblemSource`, by name.
     """
     checked = check_settings(ProblemSource, {"source": source, **fields}, "problems")
     if source == ARITHMETIC:

@@ -64,7 +64,7 @@ class TrainingLoop:
         self.model, self.parameters = self.student.model, self.student.parameters
 
     def train(self, key: str) -> Progress:
-        """Train at the first rate; where the held-out KL rises, at the next from the best."""
+        """Train at one rate; where the held-out KL rises, at the next from the best weights."""
         self.optimizer, run = self._new_optimizer(), Progress(key)
         if self.state is not None:
             run = load_state(self.state, key, self.student, self.optimizer)

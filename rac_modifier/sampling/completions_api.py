@@ -37,7 +37,7 @@ class UnusableError(Exception):
 
 
 class UnavailableError(UnusableError):
-    """The server's state is the reason, not the prompt; it asks to be left alone for `pause` s."""
+    """The server is away or overloaded; the prompt is not the reason. `pause`: Retry-After, s."""
 
     def __init__(self, message: str, pause: float = 0.0):
         super().__init__(message)

@@ -58,7 +58,7 @@ def generate(
 def eos_token_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return every token id that ends a completion of a model, or of its `ModelIdentity`.
 
-    They are those of its generation_config and the tokenizer's, at which vLLM ends one too.
+    generation_config and the tokenizer name them. vLLM stops at both, too.
     """
     named = model.generation_config.eos_token_id if model.generation_config is not None else None
     ids = [*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id]

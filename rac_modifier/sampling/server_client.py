@@ -144,9 +144,9 @@ async def ask(
 ) -> Answer:
     """Post a request until `read` takes the answer, of which it gets body and address.
 
-    Each try goes to the least busy server that has not been tried, and waits longer than the last,
-    or as long as the only one left wants. After `TRIES` failures the error is the last one's;
-    others are those of `ServerClient.post` and `read`.
+    Each try goes to the least busy server that has not been tried. The pause before it doubles.
+    Where every server has failed, it is at least the last one's Retry-After. After `TRIES` failures
+    the last error is raised. Other errors of `ServerClient.post` and `read` are raised at once.
     """
     pause, failures = FIRST_PAUSE, 0
     tried: list[ServerClient] = []
