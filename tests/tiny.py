@@ -8,6 +8,8 @@ import yaml
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3Config,
+    Gemma3TextConfig,
     MixtralConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -79,6 +81,20 @@ def tiny_model(seed: int = 0, **changes: Any) -> PreTrainedModel:
     torch.manual_seed(seed)
     settings = {**_SIZES, "intermediate_size": 128, **changes}
     model = Qwen3ForCausalLM(Qwen3Config(**settings)).eval()
+    model.generation_config.eos_token_id = 1
+    return model
+
+
+def tiny_gemma(seed: int = 0, *, sees: bool = False) -> PreTrainedModel:
+    """A Gemma 3, whose norms return the dtype that they read; with a vision tower if it `sees`."""
+    torch.manual_seed(seed)
+    text = {**_SIZES, "intermediate_size": 128, "sliding_window": 64}
+    config = Gemma3TextConfig(**text)
+    if sees:
+        tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+        tower |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+        config = Gemma3Config(text_config=text, vision_config=tower, mm_tokens_per_image=4)
+    model = AutoModelForCausalLM.from_config(config).eval()
     model.generation_config.eos_token_id = 1
     return model
 

@@ -125,8 +125,7 @@ def build_calibration_set(
             f"every prompt has thinking {mode}, and this model also answers with thinking {other}: "
             "give that mode a source of traces (docs/traces.md), or measure it with rac eval"
         )
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    loader = CalibrationLoader(sequences, calibration, pad)
+    loader = CalibrationLoader(sequences, calibration)
     calibration_set = CalibrationSet(loader, counts, pools, prompts)
     if processes.count > 1:
         processes.from_first(_sent(calibration_set))
@@ -139,7 +138,6 @@ def _sent(calibration_set: CalibrationSet) -> dict[str, Any]:
     return {
         "sequences": [asdict(sequence) for sequence in loader.sequences],
         "counts": dict(calibration_set.counts),
-        "pad_token_id": loader.pad_token_id,
         "reserved": [asdict(trace) for trace in calibration_set.reserved],
     }
 
@@ -150,7 +148,7 @@ def _received(sent: dict[str, Any], settings: CalibrationSettings) -> Calibratio
         CalibrationSequence(**{**fields, "ids": tuple(fields["ids"])})
         for fields in sent["sequences"]
     ]
-    loader = CalibrationLoader(sequences, settings, sent["pad_token_id"])
+    loader = CalibrationLoader(sequences, settings)
     received = tuple(map(trace_of, sent["reserved"]))
     return CalibrationSet(loader, sent["counts"], received=received)
 

@@ -43,17 +43,16 @@ def batches_of_like_length(
 
 
 class CalibrationLoader(DataLoader):
-    """Yields `{"input_ids": int64 [rows, length]}`, padded on the right, without attention mask."""
+    """Yields `{"input_ids": int64 [rows, length]}`, padded on the right with 0, without mask."""
 
     def __init__(
         self,
         sequences: list[CalibrationSequence],
         settings: CalibrationSettings,
-        pad_token_id: int,
         batches: list[list[CalibrationSequence]] | None = None,
     ):
         """Take `batches` of the sequences; default: of at most `settings.batch_tokens` each."""
-        self.sequences, self.settings, self.pad_token_id = sequences, settings, pad_token_id
+        self.sequences, self.settings = sequences, settings
         if batches is None:
             limit = settings.batch_tokens
             batches = list(batches_of_like_length(sequences, limit, lambda s: len(s.ids)))
@@ -63,7 +62,7 @@ class CalibrationLoader(DataLoader):
         inputs: list[dict[str, torch.Tensor]] = []
         for batch in self._batches:
             length = max(len(s.ids) for s in batch)
-            ids = torch.full((len(batch), length), pad_token_id)
+            ids = torch.zeros(len(batch), length, dtype=torch.int64)  # any token pads
             weights = torch.zeros(len(batch), length)
             for row, sequence in enumerate(batch):
                 ids[row, : len(sequence.ids)] = torch.tensor(sequence.ids)
@@ -80,7 +79,7 @@ class CalibrationLoader(DataLoader):
 
     def _with(self, batches: list[list[CalibrationSequence]]) -> Self:
         sequences = [sequence for batch in batches for sequence in batch]
-        return type(self)(sequences, self.settings, self.pad_token_id, batches)
+        return type(self)(sequences, self.settings, batches)
 
     def unpadded(self) -> Self:
         """Return the same sequences, one per batch, for modifiers that read no token weights."""

@@ -21,7 +21,7 @@ from rac_modifier.errors import RacError
 CARD_NAME = "README.md"
 # The lines before and behind a part of a card that is replaced.
 _USE = ("<!-- how to use these weights -->", "<!-- end of how to use these weights -->")
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _LICENSE_KEYS = ("license", "license_name", "license_link")
 
 _RUN = """\

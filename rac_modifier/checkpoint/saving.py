@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 import torch
 import yaml
+from compressed_tensors.utils import patch_attr
 from loguru import logger
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -95,7 +96,8 @@ def save_with_record(model: PreTrainedModel, plan: Callable[[], SavePlan]) -> No
         current.prepare(model, save_compressed)
         kwargs.setdefault("max_shard_size", _LARGEST_FILE)
         keep_expert_names(model)
-        inner(str(staging), *args, save_compressed=save_compressed, **kwargs)
+        with patch_attr(GenerationConfig, "validate", lambda *_, **__: None):  # as it was loaded
+            inner(str(staging), *args, save_compressed=save_compressed, **kwargs)
         if current.processes.is_first:
             _forget_packing(staging)
             packed = bool(current.modules) and current.storage == "packed" and save_compressed

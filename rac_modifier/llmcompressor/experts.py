@@ -13,6 +13,7 @@ from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
 from loguru import logger
 from torch import Tensor
 
+from rac_modifier.errors import RacError
 from rac_modifier.model_tools import input_of
 from rac_modifier.pruning.routed_tokens import ExpertTokens
 
@@ -54,6 +55,16 @@ class RoutedExperts:
     def modules(self) -> list[torch.nn.Module]:
         """Return all modules that are pruned."""
         return [module for expert in self.experts for group in expert.groups for module in group]
+
+
+def check_experts(model: torch.nn.Module) -> None:
+    """Refuse experts with biases, whose saved names no loader of transformers knows (RacError)."""
+    for name, module in model.named_modules():
+        if isinstance(module, LinearExperts2D) and module.has_bias:
+            raise RacError(
+                f"{name}: experts with biases, as gpt-oss has them, are saved under names that "
+                "transformers cannot load; quantize this model with llm-compressor alone"
+            )
 
 
 def find_experts(

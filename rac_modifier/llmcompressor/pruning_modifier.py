@@ -16,7 +16,7 @@ from rac_modifier.evaluation.activations import choose_in_run, layers_of_run
 from rac_modifier.evaluation.teacher_forcing import sequence_of
 from rac_modifier.llmcompressor.calibration_modifier import CalibratingModifier
 from rac_modifier.llmcompressor.checks import check_other_modifiers
-from rac_modifier.llmcompressor.experts import find_experts
+from rac_modifier.llmcompressor.experts import check_experts, find_experts
 from rac_modifier.llmcompressor.forecast import Forecast
 from rac_modifier.llmcompressor.quantizer import Quantizer
 from rac_modifier.llmcompressor.recovery_stage import RecoveryStage
@@ -73,6 +73,7 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
     def _make_run(self, model: PreTrainedModel) -> Run:
         """Resolve targets, patterns and schemes, and open the folder of finished groups."""
         oneshot = self._oneshot
+        check_experts(model)
         names = find_targets(model, self.targets, self.ignore, self.pattern)
         patterns, self._described = patterns_of(self, names)
         quantizer = Quantizer(self.quantization, model, names, prunes=self.prunes)

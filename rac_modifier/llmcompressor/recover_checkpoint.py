@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from llmcompressor.modeling.moe.linearize import linearize_moe
 from loguru import logger
 from safetensors import SafetensorError
 
@@ -73,6 +74,8 @@ def recover_checkpoint(
     processes.check_same({**models, "settings": asked})
     trained_codes.check_layers(pruned, stored)
     check_made_from(pruned, model)
+    for loaded in (model, pruned):  # as `oneshot` does: each expert has layers of its own
+        linearize_moe(loaded)
     structures = SparsityRecord.of(pruned.config.to_dict()).modules
     checkpoint = trained_codes.QuantizedCheckpoint(pruned, model, structures)
     modules, patterns = sparse_modules(pruned, checkpoint.quantized, checkpoint.pruned)

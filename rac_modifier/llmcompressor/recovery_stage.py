@@ -16,6 +16,7 @@ from rac_modifier.model_tools import devices_of, on_accelerator
 from rac_modifier.processes import Processes
 from rac_modifier.pruning.linalg import bf16_is_fast
 from rac_modifier.recovery.distill import recover
+from rac_modifier.recovery.loss import check_head
 from rac_modifier.recovery.memory import check_recovery_memory
 from rac_modifier.recovery.on_grid import QuantizedWeight
 from rac_modifier.recovery.state import hold
@@ -52,6 +53,7 @@ class RecoveryStage:
                 f"recover: the weights are on {', '.join(places)}, and training needs them on one "
                 "device; load the model without device_map"
             )
+        check_head(model, (tuple(range(1, 9)), 7))
         self._settings, self._processes = settings, processes
         self._quantizes, self._keep = quantizes, keep
         check_recovery_memory(model, settings, processes, quantizes=quantizes)

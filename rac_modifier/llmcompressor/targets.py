@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping
 
 import torch
 from compressed_tensors.utils import align_module_device, match_named_modules
+from loguru import logger
 from transformers import PreTrainedModel
 
 from rac_modifier.errors import RacError
@@ -21,13 +22,19 @@ def find_targets(
 ) -> dict[torch.nn.Module, str]:
     """Return the linear modules to prune, in model order, with their names (RacError: not these).
 
-    The output head and router gates are left out unless `targets` has their exact names.
+    The output head, router gates and layers that no token reaches, such as those of a vision tower,
+    are left out unless `targets` has their exact names.
     """
     head = model.get_output_embeddings()
+    decoder = set(model.get_decoder().modules())
+    outside: list[str] = []
     protected = {module for _, module in match_named_modules(model, list(ROUTERS))} | {head}
     targeted: dict[torch.nn.Module, str] = {}
     for name, module in match_named_modules(model, targets, ignore):
         if module in protected and name not in targets:
+            continue
+        if module not in decoder and name not in targets:
+            outside.append(name)
             continue
         if not isinstance(module, torch.nn.Linear):
             if any(t in (name, type(module).__name__) for t in targets):
@@ -62,6 +69,8 @@ def find_targets(
             f"{targeted[head]} shares its weight with the input embedding, so pruning prunes the "
             "embedding; leave it out of targets, or load the model with tie_word_embeddings=False"
         )
+    if outside:
+        logger.info(f"{len(outside)} layers outside of the decoder are left out, as {outside[0]}")
     return targeted
 
 

@@ -28,7 +28,7 @@ LEAST_ZEROS = 0.05  # share of zeros of a sparse layer; rounding makes a few
 
 
 def sparse_masks(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Return masks, True = kept, of linear layers with `LEAST_ZEROS` (RacError: none)."""
+    """Return masks, True = kept, of layers and experts with `LEAST_ZEROS` (RacError: none)."""
     if masks := masks_of_zeros(model):
         return masks
     name = type(model).__name__
@@ -47,12 +47,15 @@ def masks_of_zeros(model: torch.nn.Module) -> dict[str, Tensor]:
     """Return what `sparse_masks` does, or nothing where no matrix is sparse."""
     masks, adapters = {}, inside_adapters(model)
     for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        is_linear = isinstance(module, torch.nn.Linear) and module not in adapters
-        if is_linear and isinstance(weight, torch.nn.Parameter):
-            mask = weight.detach() != 0
-            if float(mask.sum()) <= (1 - LEAST_ZEROS) * mask.numel():
-                masks[f"{name}.weight"] = mask
+        if module in adapters:
+            continue
+        for part, weight in module.named_parameters(name, recurse=False):
+            is_linear = isinstance(module, torch.nn.Linear) and part == f"{name}.weight"
+            merged_experts = name.endswith("experts") and weight.dim() == 3
+            if is_linear or merged_experts:
+                mask = weight.detach() != 0
+                if float(mask.sum()) <= (1 - LEAST_ZEROS) * mask.numel():
+                    masks[part] = mask
     return masks
 
 

@@ -30,7 +30,8 @@ Batch = Sequence[TokenSequence]
 def in_float32(model: Any) -> Iterator[None]:
     """Train all weights but embeddings and head, in float32, inside this context.
 
-    Buffers are not changed: rotary frequencies would lose precision in bfloat16.
+    Without autocast the first layer reads float32 too: norms such as Gemma's return the dtype that
+    they read. Buffers are not changed: rotary frequencies would lose precision in bfloat16.
     """
     frozen = frozen_parameters(model)
     before = {name: (p.dtype, p.requires_grad) for name, p in model.named_parameters()}
@@ -41,9 +42,15 @@ def in_float32(model: Any) -> Iterator[None]:
         parameter.requires_grad_(id(parameter) not in frozen and is_weight)
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+
+    def embedded(module: torch.nn.Module, args: Any, output: Tensor) -> Tensor:
+        return output if torch.is_autocast_enabled(output.device.type) else output.float()
+
+    hook = model.get_input_embeddings().register_forward_hook(embedded)
     try:
         yield
     finally:
+        hook.remove()
         for name, parameter in model.named_parameters():
             dtype, requires_grad = before[name]
             parameter.grad = None
@@ -52,9 +59,11 @@ def in_float32(model: Any) -> Iterator[None]:
 
 
 def frozen_parameters(model: Any) -> set[int]:
-    """Return the ids of the parameters of embeddings and head."""
+    """Return the ids of the parameters of embeddings, head and all outside of the decoder."""
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    return {id(p) for end in ends for p in end.parameters()}
+    frozen = {id(p) for end in ends for p in end.parameters()}
+    decoder = {id(p) for p in model.get_decoder().parameters()}
+    return frozen | ({id(p) for p in model.parameters()} - decoder)
 
 
 def decoder_layers(model: torch.nn.Module, setting: str) -> list[torch.nn.Module]:

@@ -13,7 +13,7 @@ from rac_modifier.sampling.completions_api import (
     trace_seed,
 )
 from rac_modifier.sampling.generate import FinishReason
-from rac_modifier.sampling.prompts import messages_of
+from rac_modifier.sampling.prompts import messages_of, thinking_switches
 from rac_modifier.settings.sampling import SamplingSettings
 
 _TEXTS = ("reasoning_content", "reasoning", "content")  # vLLM: the second
@@ -35,7 +35,7 @@ def chat_body(question: str, key: str, sampling: SamplingSettings) -> dict[str, 
     return {
         **sampling_fields(sampling, sampling.max_new_tokens, trace_seed(sampling.seed, key)),
         "messages": messages_of(question, sampling.system_prompt),
-        "chat_template_kwargs": {"enable_thinking": sampling.thinking},
+        "chat_template_kwargs": thinking_switches(sampling.thinking),
     }
 
 

@@ -1,5 +1,7 @@
 """Questions as token ids: chat template, generation prompt, thinking on."""
 
+from typing import Any
+
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
@@ -29,8 +31,8 @@ def render_question(
             ids = tokenizer.apply_chat_template(
                 messages_of(question, sampling.system_prompt),
                 add_generation_prompt=True,
-                enable_thinking=sampling.thinking,
                 return_dict=False,
+                **thinking_switches(sampling.thinking),
             )
         except TemplateError as error:
             hint = "it may not take a system prompt: leave system_prompt out"
@@ -41,6 +43,11 @@ def render_question(
     if not ids:
         raise RacError(f"the question {question[:80]!r} gives an empty prompt; leave it out")
     return [int(i) for i in ids]
+
+
+def thinking_switches(on: bool) -> dict[str, Any]:
+    """Return the variables of chat templates: Qwen's switch, and that of Granite and DeepSeek."""
+    return {"enable_thinking": on, "thinking": on}
 
 
 def has_thinking_switch(tokenizer: PreTrainedTokenizerBase) -> bool:

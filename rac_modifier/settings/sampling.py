@@ -47,7 +47,7 @@ class SamplingSettings(Settings):
     """chat: the tokenizer's chat template; none: the question alone, for a model without one."""
 
     thinking: bool = True
-    """The enable_thinking of the chat template; a template without this switch ignores it."""
+    """The enable_thinking or thinking of the chat template; one without a switch ignores it."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

@@ -24,7 +24,7 @@ def sequences(lengths: list[int]) -> list[CalibrationSequence]:
 
 def loader(chosen: list[CalibrationSequence], **changes) -> CalibrationLoader:
     options = CalibrationSettings(**{"batch_tokens": 64, **changes})
-    return CalibrationLoader(chosen, options, PAD)
+    return CalibrationLoader(chosen, options)
 
 
 def content(batches: CalibrationLoader) -> list[tuple]:

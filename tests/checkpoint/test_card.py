@@ -68,6 +68,8 @@ def test_a_local_folder_is_no_base_model_of_the_hub(tmp_path, monkeypatch):
     card = model_card(record, MIT)
     assert "base_model:" not in card
     assert "| Base model | checkpoints/step-100 |" in card
+    shortened = model_card({**RECORD, "base_model": "step-100"}, MIT)  # of an absolute path
+    assert "base_model:" not in shortened
 
 
 def test_kl_with_its_interval():

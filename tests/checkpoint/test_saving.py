@@ -204,3 +204,16 @@ def test_an_upload_is_refused_with_the_next_step_once_the_model_is_saved(tmp_pat
     with pytest.raises(RacError, match=r"out: saved, and not uploaded; hf upload OWNER/NAME"):
         model.save_pretrained(tmp_path / "out", push_to_hub=True)
     assert_same_state(load_model(tmp_path / "out"), model.state_dict())
+
+
+def test_sampling_defaults_that_transformers_would_not_save_are_saved_as_they_were(tmp_path):
+    """Models of the hub have a temperature without do_sample, or a pad token of -1."""
+    model = pruned()
+    model.generation_config.temperature, model.generation_config.pad_token_id = 0.9, -1
+    with pytest.raises(ValueError, match="do_sample"):
+        model.generation_config.validate(strict=True)
+    model.save_pretrained(tmp_path / "out")
+    saved = json.loads((tmp_path / "out/generation_config.json").read_text())
+    assert (saved["temperature"], saved["pad_token_id"]) == (0.9, -1)
+    with pytest.raises(ValueError, match="do_sample"):
+        model.generation_config.validate(strict=True)

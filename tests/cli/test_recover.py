@@ -20,7 +20,7 @@ from tests.checkpoint.checkpoint_helpers import dense_tensors, save_rounded
 from tests.cli.conftest import OPTIONS
 from tests.llmcompressor.quantized_helpers import SCHEMES, saved
 from tests.started import started_forks
-from tests.tiny import entry, linears, recipe, save_tiny
+from tests.tiny import EXPERTS, entry, linears, recipe, save_tiny, save_tiny_experts
 
 
 def test_a_sparse_int4_checkpoint_is_trained_through_its_codes_and_packed_again(
@@ -225,3 +225,19 @@ def test_models_that_do_not_belong_together_are_refused(
     assert says in " ".join(stderr.split())
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "rac_traces").exists()
+
+
+def test_sparse_experts_are_trained_and_stay_sparse(rac, tmp_path):
+    save_tiny_experts(tmp_path / "dense")
+    (tmp_path / "recipe.yaml").write_text(recipe(entry(tmp_path / "traces.jsonl")))
+    rac.output("prune", "dense", "sparse", "-r", "recipe.yaml", "-s", "calibration.tokens=500")
+    rac.output("recover", "dense", "sparse", "out", *OPTIONS)
+    before, after = (dense_tensors(tmp_path / folder) for folder in ("sparse", "out"))
+    assert before.keys() == after.keys()
+    experts = [name for name in before if ".experts." in name]
+    assert len(experts) == 2 * 3 * EXPERTS
+    for name in experts:
+        assert tiny.is_2of4(after[name]), name
+        assert not torch.equal(after[name], before[name]), name
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"]["sparsity_config"]["format"] == "sparse-24-bitmask"

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from llmcompressor.modeling.moe.linearize import linearize_moe
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GptOssConfig
 
 from rac_modifier import RacError
-from rac_modifier.llmcompressor.experts import find_experts, report_tokens
+from rac_modifier.llmcompressor.experts import check_experts, find_experts, report_tokens
 from rac_modifier.pruning.routed_tokens import ExpertTokens
 from tests.tiny import EXPERTS, linears, save_tiny_experts
 
@@ -66,3 +66,15 @@ def test_starved_experts_are_named():
 def test_a_floor_without_experts_is_refused(prune):
     with pytest.raises(RacError, match="expert_floor: 64 has no effect here: no routed expert"):
         prune(expert_floor=64)
+
+
+def test_experts_with_biases_are_refused():
+    """llm-compressor saves those of gpt-oss under names that transformers does not know."""
+    sizes = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 32, "head_dim": 16}
+    heads = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    model = AutoModelForCausalLM.from_config(GptOssConfig(**sizes, **heads, **experts))
+    check_experts(model)
+    linearize_moe(model)
+    with pytest.raises(RacError, match=r"layers\.0\.mlp\.experts: experts with biases, as gpt-oss"):
+        check_experts(model)

@@ -79,6 +79,17 @@ def test_a_model_on_two_devices_is_refused():
         RecoveryStage(model, RecoverySettings(**RECOVER), ALONE, quantizes=False, keep=False)
 
 
+def test_logits_that_are_scaled_after_the_head_are_refused_before_anything_is_sampled():
+    def scaled(_model, _args, output):
+        output.logits = output.logits / 8  # as Granite does
+        return output
+
+    model = tiny_model()
+    model.register_forward_hook(scaled)
+    with pytest.raises(RacError, match="changes its logits after the output head"):
+        RecoveryStage(model, RecoverySettings(**RECOVER), ALONE, quantizes=False, keep=False)
+
+
 def test_traces_are_split_by_problem(trace_store):
     traces = list(TraceStore.read(trace_store))[:40]
     held_out, training = split_traces(traces, 200)

@@ -11,7 +11,7 @@ from rac_modifier.llmcompressor.targets import find_targets
 from rac_modifier.settings.pattern import Pattern
 from tests.llmcompressor.conftest import record_of
 from tests.llmcompressor.modifier_helpers import assert_same_weights, weights
-from tests.tiny import entry, is_2of4, linears, save_tiny, tiny_model
+from tests.tiny import entry, is_2of4, linears, save_tiny, tiny_gemma, tiny_model
 
 TWO_OF_FOUR = Pattern.n_of_m(2, 4)
 
@@ -109,3 +109,13 @@ def test_keep_keeps_exactly_the_zeros_with_or_without_a_pattern(prune, tmp_path,
     record = record_of(tmp_path / "uneven")
     assert record["pattern"].startswith("the zeros that the model had, 2")
     assert len({round(module["sparsity"], 2) for module in record["modules"]}) > 1
+
+
+def test_layers_that_no_token_reaches_are_left_out():
+    """llm-compressor's `oneshot` loads Gemma 3 from 4B on with its vision tower."""
+    model = tiny_gemma(sees=True)
+    tower = [name for name in linears(model) if "vision_tower" in name]
+    assert tower
+    names = set(find_targets(model, ["Linear"], [], TWO_OF_FOUR).values())
+    assert names == {name for name in linears(model) if "language_model" in name}
+    assert list(find_targets(model, [tower[0]], [], TWO_OF_FOUR).values()) == tower[:1]

@@ -21,6 +21,7 @@ from tests.recovery.recovery_helpers import (
     run,
     sequences,
 )
+from tests.tiny import linears, tiny_gemma
 
 COUNTS = (120, 20)
 HELD_OUT = sequences(20, seed=2)
@@ -199,3 +200,14 @@ def test_a_state_of_another_run_is_not_used(tmp_path, monkeypatch, changes):
     other.model.norm.weight.data.mul_(changes.pop("weights", 1.0))
     result = distill.recover(other, **{**options, **changes})
     assert len(steps) == result.steps > 0
+
+
+def test_a_model_in_bfloat16_whose_norms_keep_their_dtype_is_recovered():
+    dense = tiny_gemma().to(torch.bfloat16)
+    sparse = copy.deepcopy(dense)
+    for linear in linears(sparse).values():
+        weight = linear.weight.data
+        weight[weight.abs() < weight.abs().median()] = 0.0
+    result = run(sparse, dense, counts=(30, 5))
+    assert result.kl_after < result.kl_before
+    assert {p.dtype for p in sparse.parameters()} == {torch.bfloat16}

@@ -1,10 +1,12 @@
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM
 
 from rac_modifier.errors import RacError
 from rac_modifier.recovery.fixed_mask import FixedMask, fixed_mask, sparse_masks
 from tests.recovery.recovery_helpers import dense_and_sparse
+from tests.tiny import save_tiny_experts
 
 
 def small() -> torch.nn.Sequential:
@@ -111,3 +113,15 @@ def test_dense_models_codes_and_masks_of_another_model_are_refused():
     model[0].quantization_scheme = "int4"
     with pytest.raises(RacError, match="hold codes, which no trainer of weights can train"):
         FixedMask(model)
+
+
+def test_zeros_of_merged_experts_stay_zero(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(save_tiny_experts(tmp_path / "experts"))
+    experts = model.model.layers[0].mlp.experts
+    experts.down_proj.data[:, :, ::2] = 0.0
+    start = experts.down_proj.detach().clone()
+    with fixed_mask(model):
+        model(torch.arange(40).view(2, 20)).logits.square().mean().backward()
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+    assert torch.equal(experts.down_proj == 0, start == 0)
+    assert not torch.equal(experts.down_proj, start)

@@ -14,7 +14,7 @@ from rac_modifier.recovery.student import Student, in_float32, recomputing
 from tests.recovery import sharded_run
 from tests.recovery.recovery_helpers import dense_and_sparse, sequences
 from tests.started import started_forks
-from tests.tiny import tiny_model
+from tests.tiny import tiny_gemma, tiny_model
 
 IDS = torch.arange(5, 37).view(2, 16)
 NAME = "model.layers.1.mlp.up_proj"
@@ -159,3 +159,11 @@ def test_each_process_holds_half_and_a_killed_run_goes_on(folder):
     result, model = sharded_run.run("plain", Processes(), folder / "state")
     assert [kl for _, kl in result.curve] == plain["curve"].tolist()
     assert torch.equal(model.get_parameter(f"{NAME}.weight"), plain[f"{NAME}.weight"])
+
+
+def test_nothing_outside_of_the_decoder_is_trained():
+    model = tiny_gemma(sees=True)
+    with in_float32(model):
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained
+    assert all(".language_model.layers." in n or "language_model.norm" in n for n in trained)

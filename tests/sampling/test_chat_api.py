@@ -84,5 +84,5 @@ def test_a_request_has_the_settings_of_the_completions_protocol_and_no_token_ids
         {"role": "user", "content": "1+1?"},
     ]
     assert (sent["max_tokens"], sent["temperature"], sent["top_k"]) == (5, 0.6, -1)
-    assert sent["chat_template_kwargs"] == {"enable_thinking": False}
+    assert sent["chat_template_kwargs"] == {"enable_thinking": False, "thinking": False}
     assert sent["seed"] != chat_body("1+1?", "q#1", sampling)["seed"]

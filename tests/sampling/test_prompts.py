@@ -1,7 +1,7 @@
 import pytest
 
 from rac_modifier.errors import RacError
-from rac_modifier.sampling.prompts import render_question
+from rac_modifier.sampling.prompts import has_thinking_switch, render_question
 from rac_modifier.settings.sampling import SamplingSettings
 from tests.tiny import tiny_tokenizer
 
@@ -40,3 +40,10 @@ def test_a_prompt_that_cannot_be_rendered_is_refused():
     )
     with pytest.raises(RacError, match=r"rejects.*no system role.*leave system_prompt out"):
         render_question(picky, "q", SamplingSettings(system_prompt="s"))
+
+
+def test_a_switch_is_called_thinking_by_granite_and_deepseek():
+    tokenizer = tiny_tokenizer("{{ messages[0].content }}{% if thinking %}<think>{% endif %}")
+    assert text(render_question(tokenizer, "2+2?")) == "2+2?<think>"
+    assert text(render_question(tokenizer, "2+2?", SamplingSettings(thinking=False))) == "2+2?"
+    assert has_thinking_switch(tokenizer)
