@@ -53,7 +53,7 @@ def evaluate(
         source: of the problems, for the header of the file.
         path: a .jsonl file; default: `default_path`.
         engine: servers; None is the model in this process.
-        verifier: compares answers instead of math-verify.
+        verifier: compares answers; default: the scorer of a reasoning-gym task, or math-verify.
 
     Raises:
         RacError: problems that cannot be graded; a file of another model, engine or other

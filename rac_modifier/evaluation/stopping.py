@@ -168,6 +168,7 @@ def row_of_text(
     graded. `thinking_tokens` 0: the prompt closed the thinking.
     """
     reference, loop, correct = problem.answer, None, None
+    verifier = verifier or problem.verifier
     kind: Kind = "finished"
     if reference is not None:
         correct = is_correct(text, reference, verifier)

@@ -9,6 +9,7 @@ from itertools import count, islice
 from typing import Any
 
 from rac_modifier.errors import RacError
+from rac_modifier.problems.answers import Verifier
 from rac_modifier.problems.arithmetic import generate_distinct
 from rac_modifier.problems.tables import open_table
 from rac_modifier.settings.problems import ARITHMETIC, GYM_PREFIX, ProblemSource
@@ -27,6 +28,16 @@ class Problem:
     question: str
     answer: str | None
     task: str | None
+    item: tuple[str, int, int, int] | None = None  # task, seed, size and index in reasoning-gym
+
+    @property
+    def verifier(self) -> Verifier | None:
+        """Return the scorer of a reasoning-gym task; None: answers are compared as mathematics."""
+        if (item := self.item) is None:
+            return None
+        from rac_modifier.problems.answer_checker import check_answer  # needs loguru
+
+        return lambda answer, _: check_answer("reasoning-gym", answer, *item)
 
 
 def load_problems(source: ProblemSource, seed: int, *, held_out: bool = False) -> Iterator[Problem]:
@@ -67,8 +78,9 @@ def _reasoning_gym(names: str, seed: int, held_out: bool) -> Iterator[Problem]:
             items = reasoning_gym.create_dataset(name, seed=chunk_seed, size=_GYM_CHUNK)
             for index in range(_GYM_CHUNK):
                 item, number = items[index], chunk * _GYM_CHUNK + index
+                where = (name, chunk_seed, _GYM_CHUNK, index)
                 identity = f"{name}:{split}{number}"
-                yield Problem(identity, item["question"], str(item["answer"]), name)
+                yield Problem(identity, item["question"], str(item["answer"]), name, where)
 
     def in_turn() -> Iterator[Problem]:
         streams = [of_task(name) for name in tasks]

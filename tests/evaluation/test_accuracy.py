@@ -8,6 +8,7 @@ from rac_modifier.evaluation import accuracy
 from rac_modifier.evaluation.accuracy import default_path, evaluate
 from rac_modifier.evaluation.results import Row, summarise
 from rac_modifier.evaluation.stopping import Loop
+from rac_modifier.problems.held_out import held_out_problems
 from rac_modifier.problems.source import Problem
 from rac_modifier.sampling.generate import Generation, generate
 from rac_modifier.sampling.model_identity import ModelIdentity
@@ -109,6 +110,20 @@ def test_the_loop_of_a_truncated_answer_is_located_in_its_tokens(scripted, rows)
     scripted(script, max_new_tokens=200)
     assert [r.ending.loop for r in rows] == [Loop(0, len("and on "), "tokens"), None, None, None]
     assert [r.ending.kind for r in rows] == ["looping", "wrong", "wrong", "right"]
+
+
+def test_reasoning_gym_judges_its_own_tasks(scripted, rows):
+    """Countdown wants an expression. Its value alone is equal as mathematics."""
+    problems = held_out_problems("reasoning-gym:countdown", 3)
+    written, value, other = (problem.answer for problem in problems)
+    answers = [f"({written})", f"{eval(value):g}", f"{other} + 0"]
+    script = {p.id: f"</think>\\boxed{{{a}}}" for p, a in zip(problems, answers, strict=True)}
+    scripted(script, problems, max_new_tokens=200)
+    assert [(r.correct, r.ending.kind) for r in rows] == [
+        (True, "right"),
+        (False, "wrong"),
+        (False, "wrong"),
+    ]
 
 
 def test_problems_that_cannot_be_graded(scripted, monkeypatch):
