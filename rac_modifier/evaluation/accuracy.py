@@ -88,10 +88,11 @@ def evaluate(
                 iter(problems),
                 lambda problem: render_question(tokenizer, problem.question, sampling),
             ).run(None)
+    seconds = time.monotonic() - started
     return summarise(
         _stored_rows(store, tokenizer, problems, sampling.samples_per_problem, verifier),
         label=label,
-        seconds=time.monotonic() - started,
+        seconds=seconds,
         sampling=sampling,
         generated=store.counts.completion_tokens - before,
     )

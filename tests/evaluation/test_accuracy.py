@@ -1,5 +1,7 @@
 """Answers of this process and of servers, matched to problems; kills, and files of others."""
 
+import time
+
 import pytest
 import torch
 
@@ -110,6 +112,21 @@ def test_the_loop_of_a_truncated_answer_is_located_in_its_tokens(scripted, rows)
     scripted(script, max_new_tokens=200)
     assert [r.ending.loop for r in rows] == [Loop(0, len("and on "), "tokens"), None, None, None]
     assert [r.ending.kind for r in rows] == ["looping", "wrong", "wrong", "right"]
+
+
+def test_the_time_of_checking_answers_does_not_count(scripted, monkeypatch):
+    """Checking takes an hour here."""
+    clock, hour = time.monotonic, 0.0
+    monkeypatch.setattr("time.monotonic", lambda: clock() + hour)
+
+    def slowly(answer, reference):
+        nonlocal hour
+        hour = 3600.0
+        return answer == reference
+
+    result = scripted(verifier=slowly)
+    assert hour
+    assert 0 < result.seconds < 60
 
 
 def test_reasoning_gym_judges_its_own_tasks(scripted, rows):
