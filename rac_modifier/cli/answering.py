@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Iterator, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -125,8 +127,26 @@ class Answering:
             engine = nullcontext(engine_of(self.servers, self.concurrency, cap, *self.served_as))
         served = self.serve or self.servers
         model = subject_of(name) if served else load_on_accelerator(name, self.precision)
+        setup = self.setup_of(name) if served else None
         with engine as settings:
-            return evaluate(*model, problems, label=name, engine=settings, path=self.path, **how)
+            how |= {"engine": settings, "setup": setup, "path": self.path}
+            return evaluate(*model, problems, label=name, **how)
+
+    def setup_of(self, name: str) -> str:
+        """Return a hash of what decides how servers run the model."""
+        from transformers.utils.hub import cached_file
+
+        from rac_modifier.checkpoint.quantization_config import CONFIG_FILE, SparsityRecord
+        from rac_modifier.files import read_json
+
+        if self.serve:
+            variables = [os.environ.get(key, "") for key in ("RAC_VLLM_OPTIONS", "RAC_KERNEL")]
+            setup = [self.precision.value, *variables]
+        else:
+            setup = [*sorted(engine_of(self.servers, 1, 1).base_urls), *self.served_as]
+        config = read_json(cached_file(resolve(name), CONFIG_FILE) or "")
+        text = json.dumps([setup, SparsityRecord.of(config).int8_activations])
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def _ask_servers(self, problems: Sequence[Problem], **how: Any) -> list[EvalResult]:
         from rac_modifier.evaluation.chat import evaluate_chat

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from loguru import logger
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -40,6 +39,7 @@ def evaluate(
     sampling: SamplingSettings,
     path: Path | None = None,
     engine: EngineSettings | None = None,
+    setup: str | None = None,
     verifier: Verifier | None = None,
 ) -> EvalResult:
     """Measure accuracy, thinking length, endings and speed over `problems`.
@@ -53,6 +53,7 @@ def evaluate(
         source: of the problems, for the header of the file.
         path: a .jsonl file; default: `default_path`.
         engine: servers; None is the model in this process.
+        setup: a name for how the servers run the model. It is part of the name of the file.
         verifier: compares answers; default: the scorer of a reasoning-gym task, or math-verify.
 
     Raises:
@@ -65,18 +66,27 @@ def evaluate(
     identity = model if isinstance(model, ModelIdentity) else ModelIdentity.of_model(model)
     sampling = sampling.resolved(identity.generation_config)
     header = StoreHeader.of(identity, tokenizer, sampling, source)
-    dtype = None if engine is not None or in_memory is None else in_memory.dtype
-    path = path or default_path(header, dtype)
+    if engine is None and in_memory is not None:
+        setup = str(in_memory.dtype).removeprefix("torch.")
+    path = path or default_path(header, setup)
     started = time.monotonic()
     with contextlib.closing(
         engine_for(engine, identity, in_memory, tokenizer, sampling, evaluates=True)
     ) as chosen:
         if read_header(path) is None:
-            header = header.model_copy(update={"engine": chosen.connect()})
+            record = chosen.connect().model_copy(update={"setup": setup})
+            header = header.model_copy(update={"engine": record})
         with TraceStore.open_append(path, header) as store:
-            if (filled := store.header.engine.kind) != chosen.kind:
+            filled = store.header.engine
+            if filled.kind != chosen.kind:
                 raise RacError(
-                    f"{path} holds answers of {filled}, not of {chosen.kind}; name another file"
+                    f"{path} holds answers of {filled.kind}, not of {chosen.kind}; name another "
+                    "file"
+                )
+            if filled.setup not in (None, setup):
+                raise RacError(
+                    f"{path} holds answers of this model run otherwise (its precision, server, "
+                    "RAC_VLLM_OPTIONS, RAC_KERNEL or 8-bit activations); name another file"
                 )
             before = store.counts.completion_tokens
             if len(store):
@@ -98,10 +108,10 @@ def evaluate(
     )
 
 
-def default_path(header: StoreHeader, dtype: torch.dtype | None = None) -> Path:
-    """Return rac_answers/<fingerprint>-<hash of the settings>.jsonl, or with the model's dtype."""
+def default_path(header: StoreHeader, setup: str | None = None) -> Path:
+    """Return rac_answers/<fingerprint>-<hash of the settings>.jsonl, or with the setup's name."""
     path = settings_path("rac_answers", header.fingerprint, header.sampling, header.problems)
-    return path if dtype is None else path.with_stem(f"{path.stem}-{str(dtype)[6:]}")
+    return path if setup is None else path.with_stem(f"{path.stem}-{setup}")
 
 
 def check_problems(

@@ -53,6 +53,7 @@ class EngineRecord(BaseModel, extra="forbid", frozen=True):
     served_model: str | None = None
     root: str | None = None  # last name of what the server loaded, as it reports
     probes: tuple[Probe, ...] = ()  # empty without a server, or without the check
+    setup: str | None = None  # of an evaluation: how the model ran
 
 
 class InProcessEngine:

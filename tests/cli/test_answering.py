@@ -2,6 +2,7 @@
 one."""
 
 import json
+import shutil
 
 import pytest
 
@@ -133,6 +134,45 @@ def test_each_model_is_served_in_turn_by_a_server_that_is_stopped(
     assert [start["argv"][1] for start in fake_vllm.starts(vllm)] == models
     assert {start["argv"][-1] for start in fake_vllm.starts(vllm)} == {"float32"}
     assert fake_vllm.left_over(vllm) == []
+
+
+def test_answers_of_a_model_that_is_served_otherwise_are_not_taken(
+    rac, tiny_folder, tmp_path, vllm, monkeypatch
+):
+    """Each change begins a file of its own; the command without changes finds its file again."""
+    model = shutil.copytree(tiny_folder, tmp_path / "model")
+    command = ("eval", model, "--serve", *FEW)
+    rac.output(*command)
+    (first,) = (tmp_path / "rac_answers").iterdir()
+    content = first.read_bytes()
+
+    def files_after(*options):
+        rac.output(*command, *options)
+        return len(list((tmp_path / "rac_answers").iterdir()))
+
+    assert files_after("--precision", "float32") == 2
+    for number, variable in enumerate(("RAC_VLLM_OPTIONS", "RAC_KERNEL"), 3):
+        with monkeypatch.context() as patch:
+            patch.setenv(variable, "--seed=1")
+            assert files_after() == number
+    assert files_after() == 4
+    assert first.read_bytes() == content
+    config = json.loads((model / "config.json").read_text())
+    record = {"storage": "dense", "modules": {}, "int8_activations": ["lm_head"]}
+    (model / "config.json").write_text(json.dumps(config | {"rac_sparsity": record}))
+    assert files_after() == 5
+
+
+def test_each_address_has_a_file_of_answers(rac, tiny_folder, tmp_path, server):
+    other = FakeServer()
+    for fake in (server, other):
+        fake.cards = [{"id": "tiny", "root": str(tiny_folder), "max_model_len": 512}]
+        rac.output("eval", tiny_folder, *FEW, "--server", fake.url)
+    other.close()
+    assert len(list((tmp_path / "rac_answers").iterdir())) == 2
+    asked = len(server.bodies)
+    rac.output("eval", tiny_folder, *FEW, "--server", server.url.removesuffix("/v1"))
+    assert len(server.bodies) == asked
 
 
 def test_a_server_that_fails_is_an_error_with_its_last_lines_and_keeps_the_answers_so_far(

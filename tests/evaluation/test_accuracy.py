@@ -53,10 +53,10 @@ def sampling(**changes):
     return SamplingSettings(**values | changes)
 
 
-def run(model, tokenizer, path, problems=SUMS, verifier=None, engine=None, **changes):
+def run(model, tokenizer, path, problems=SUMS, verifier=None, engine=None, setup=None, **changes):
     return evaluate(
         model, tokenizer, problems, label="x", source=SOURCE, sampling=sampling(**changes),
-        path=path, engine=engine, verifier=verifier,
+        path=path, engine=engine, setup=setup, verifier=verifier,
     )  # fmt: skip
 
 
@@ -243,12 +243,25 @@ def test_another_models_answers_are_refused_and_kept(server, tokenizer, model, t
     assert len(TraceStore.read(tmp_path / "a.jsonl")) == 12
 
 
+def test_answers_of_a_model_that_ran_otherwise_are_refused(server, tokenizer, model, tmp_path):
+    refused = pytest.raises(RacError, match=r"a\.jsonl holds answers of this model run otherwise")
+    path = tmp_path / "a.jsonl"
+    served(server, tokenizer, model, path, setup="int8")
+    with refused:
+        served(server, tokenizer, model, path, setup="int4")
+    assert served(server, tokenizer, model, path, setup="int8").problems == 12
+    path.unlink()
+    run(model, tokenizer, path)
+    with refused:
+        run(tiny_model().to(torch.bfloat16), tokenizer, path)
+
+
 def test_the_default_file_is_named_after_the_model_and_the_settings(tokenizer, model):
-    def path(model=model, source=SOURCE, dtype=None, **changes):
+    def path(model=model, source=SOURCE, setup=None, **changes):
         identity = ModelIdentity.of_model(model)
-        return default_path(StoreHeader.of(identity, tokenizer, sampling(**changes), source), dtype)
+        return default_path(StoreHeader.of(identity, tokenizer, sampling(**changes), source), setup)
 
     other = path(source=ProblemSource(source="other.jsonl"))
-    names = {path(), path(seed=1), path(dtype=torch.bfloat16), path(tiny_model(seed=1)), other}
+    names = {path(), path(seed=1), path(setup="bfloat16"), path(tiny_model(seed=1)), other}
     assert len(names) == 5
     assert {path.parent.name for path in names} == {"rac_answers"}
