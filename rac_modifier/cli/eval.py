@@ -138,8 +138,7 @@ def evaluate(
     to_stdout = json_out == Path("-")
     if json_out is not None and not to_stdout:
         check_json_out(json_out)
-    paired_with = [] if baseline is None else read_results(baseline)
-    carded = models if len(models) == 1 or paired_with else models[1:]
+    carded = models if len(models) == 1 or baseline else models[1:]
     folders = [card_folder(name) for name in carded] if card else []
     for name in models:
         check_model(resolve(name))
@@ -149,6 +148,7 @@ def evaluate(
         system_prompt=system_prompt,
         thinking=thinking,
     )
+    paired_with = [] if baseline is None else read_results(baseline, prompt)
     sampling = protocol.sampling(prompt, batch_size, divergence=divergence)
     asked = protocol.load()
     if stopping:

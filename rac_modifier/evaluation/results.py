@@ -14,7 +14,7 @@ from rac_modifier.errors import RacError
 from rac_modifier.evaluation import intervals
 from rac_modifier.evaluation.stopping import Ending, Row, TokenInflation, summary, token_inflation
 from rac_modifier.files import read_json
-from rac_modifier.settings.sampling import SamplingSettings
+from rac_modifier.settings.sampling import PromptSettings, SamplingSettings
 
 if TYPE_CHECKING:  # a table of results needs no torch
     from rac_modifier.evaluation.divergence import DivergenceResult
@@ -144,8 +144,8 @@ class PairedDifference:
 
 
 def paired_difference(first: EvalResult, second: EvalResult) -> PairedDifference:
-    """Compare two results on the same problems (RacError: other problems, samples or caps)."""
-    for name in ("cap", "samples"):
+    """Compare two results on the same problems (RacError: asked otherwise, or other problems)."""
+    for name in ("cap", "samples", "temperature", "seed"):
         if getattr(first, name) != getattr(second, name):
             raise RacError(
                 f"{first.label} and {second.label} cannot be paired: {name} "
@@ -197,12 +197,22 @@ def discordant(pairs: Sequence[tuple[float, float]]) -> tuple[int, int, float]:
     return first, second, intervals.mcnemar(first, second)
 
 
-def read_results(path: Path) -> list[EvalResult]:
-    """Read the file that `rac eval --json FILE` wrote (RacError: none, or of another version)."""
-    results = read_json(path, "write it with: rac eval DENSE --json FILE").get("results")
+def read_results(path: Path, prompt: PromptSettings) -> list[EvalResult]:
+    """Read the file that `rac eval --json FILE` wrote, to pair it with answers to `prompt`.
+
+    RacError: there is none, it is of another version, or its models were asked another prompt.
+    """
+    content = read_json(path, "write it with: rac eval DENSE --json FILE")
+    results = content.get("results")
     if not isinstance(results, list) or not results:
         raise RacError(f"{path} holds no accuracies; write it with: rac eval DENSE --json FILE")
     try:
+        asked = PromptSettings.model_validate(content.get("prompt"))
+        if asked != prompt:
+            raise RacError(
+                f"{path} cannot be paired: {asked.describe()} there, and {prompt.describe()} here; "
+                "evaluate both alike (--template, --system-prompt, --thinking)"
+            )
         return list(map(EvalResult.model_validate, results))
     except ValidationError as error:
         first = error.errors()[0]

@@ -16,7 +16,7 @@ from rac_modifier.evaluation.results import (
     summarise,
 )
 from rac_modifier.evaluation.stopping import Ending, Loop
-from rac_modifier.settings.sampling import SamplingSettings
+from rac_modifier.settings.sampling import PromptSettings, SamplingSettings
 
 NUMBERS = itertools.count()
 
@@ -27,8 +27,8 @@ def row(correct=True, kind=None, tokens=10, thinking=8, task="addition", name=No
     return Row(name or f"p{next(NUMBERS)}", task, correct, ending)
 
 
-def result(rows, label="dense", cap=64, temperature=0.0, generated=None):
-    sampling = SamplingSettings(max_new_tokens=cap, temperature=temperature)
+def result(rows, label="dense", cap=64, temperature=0.0, generated=None, seed=0):
+    sampling = SamplingSettings(max_new_tokens=cap, temperature=temperature, seed=seed)
     return summarise(rows, label=label, seconds=2.0, sampling=sampling, generated=generated)
 
 
@@ -54,10 +54,11 @@ def test_results_come_back_from_a_file_and_those_of_another_version_are_named(tm
     ending = replace(looping.ending, loop=Loop(3, 2, "tokens"))
     found = result([row(), replace(looping, ending=ending)])
     path = tmp_path / "dense.json"
+    prompt = {"template": "chat", "system_prompt": "Be brief.", "thinking": True}
 
     def read(content):
-        path.write_text(json.dumps(content))
-        return read_results(path)
+        path.write_text(json.dumps({"prompt": prompt, **content}))
+        return read_results(path, PromptSettings(system_prompt="Be brief."))
 
     values = found.model_dump()
     assert read({"results": [values]}) == [found]
@@ -66,6 +67,11 @@ def test_results_come_back_from_a_file_and_those_of_another_version_are_named(tm
             read({"results": [values | damaged]})
     with pytest.raises(RacError, match=r"accuracies; write it with: rac eval DENSE --json FILE$"):
         read({"divergence": []})
+    with pytest.raises(RacError, match="no evaluation result"):
+        read({"results": [values], "prompt": None})
+    for change, says in (({"thinking": False}, "thinking off"), ({"system_prompt": None}, "no sy")):
+        with pytest.raises(RacError, match=rf"be paired: .*{says}.* there, and .* here; evaluate"):
+            read({"results": [values], "prompt": prompt | change})
 
 
 def test_only_earlier_results_may_be_overwritten(tmp_path, monkeypatch):
@@ -163,6 +169,10 @@ def test_what_cannot_be_paired_is_refused():
         paired_difference(dense, answers([1, 0, 1], "2:4"))
     with pytest.raises(RacError, match="cap 64 and 128"):
         paired_difference(dense, answers([1, 0], "2:4", cap=128))
+    with pytest.raises(RacError, match=r"temperature 0\.0 and 0\.6; evaluate both alike"):
+        paired_difference(dense, answers([1, 0], "2:4", temperature=0.6))
+    with pytest.raises(RacError, match="seed 0 and 1; evaluate both alike"):
+        paired_difference(dense, answers([1, 0], "2:4", seed=1))
 
 
 def test_the_interval_of_several_answers_is_that_of_all_resamples_of_problems():
