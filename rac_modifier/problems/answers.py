@@ -8,6 +8,7 @@ THINK_END = "</think>"
 _END_OF_PROMPT = 16  # tokens that hold the tag and the white space behind it
 _BOX_OR_BRACE = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
 _INTEGER = re.compile(r"([+-]?)0*([0-9]+)")
+_WORD = re.compile(r"[A-Za-z]{3,}")  # two letters may be a product: xy = yx
 
 Verifier = Callable[[str, str], bool]
 """Tells whether the model's answer is right, given the problem's reference answer."""
@@ -72,7 +73,7 @@ def is_correct(text: str, answer: str, verifier: Verifier | None = None) -> bool
 
 
 def equal_answers(answer: str, reference: str) -> bool:
-    """Tell whether answers are equal as text, as integers of any length, or as mathematics."""
+    """Tell whether answers are equal as text, words, integers of any length, or as mathematics."""
     answer, reference = _bare(answer), _bare(reference)
     if not answer or not reference:
         return False
@@ -81,6 +82,10 @@ def equal_answers(answer: str, reference: str) -> bool:
     first, second = _INTEGER.fullmatch(answer), _INTEGER.fullmatch(reference)
     if first and second:
         return _canonical(first) == _canonical(second)
+    if _WORD.fullmatch(answer) and _WORD.fullmatch(reference):
+        word, other = answer.casefold(), reference.casefold()
+        if sorted(word) == sorted(other):  # math-verify multiplies the letters
+            return word == other
     from rac_modifier.problems import answer_checker  # loguru: a serving environment may lack it
 
     return answer_checker.check_answer("mathematics", answer, reference)

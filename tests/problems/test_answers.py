@@ -64,6 +64,8 @@ def test_many_open_boxes_take_linear_time():
         ("9" * 5000, "9" * 5000, True),
         ("9" * 5000, "9" * 4999 + "8", False),
         ("yes", "yes", True),
+        ("Yes", "yes", True),
+        ("star", "rats", False),
         ("", "0", False),
         ("$7$", r"\boxed{7}", True),
     ],
@@ -80,6 +82,13 @@ def test_everything_else_is_compared_as_mathematics_without_its_wrapping(monkeyp
     )
     assert equal_answers("$0.5$", r"\boxed{\frac{1}{2}}")
     assert asked == [("mathematics", "0.5", r"\frac{1}{2}")]
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference"), [("xy", "yx"), ("inf", "infinity"), ("10 cm", "10")]
+)
+def test_products_names_and_units_are_mathematics(answer, reference):
+    assert equal_answers(answer, reference)
 
 
 def test_is_correct_looks_behind_the_thinking():
