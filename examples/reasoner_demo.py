@@ -48,8 +48,10 @@ def main() -> None:
     )
     parser.add_argument("--problems", type=int, default=200)
     parser.add_argument("--tokens", type=int, default=32768)
-    parser.add_argument("--out", type=Path, default=Path("demo"))
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="a new folder")
     args = parser.parse_args()
+    if args.out.exists() and args.out != parser.get_default("out"):
+        parser.error(f"--out {args.out} is there, and would be removed; name a new folder")
     logger.remove()
     logger.add(sys.stderr, level="INFO", format="{message}", filter="rac_modifier")
 
