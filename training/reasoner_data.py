@@ -78,8 +78,8 @@ def batches(
 ) -> Iterator[torch.Tensor]:
     """Length-bucketed batches of about `tokens` tokens from step `start`: `[rows, length]`.
 
-    A pool of problems is drawn, sorted by length and cut; pool k depends only on (seed, k),
-    so a resumed run skips ahead without drawing what came before within earlier pools.
+    A pool of problems is drawn, sorted by length and cut. Pool k depends only on (seed, k). A
+    resumed run draws the earlier pools again, and yields nothing before `start`.
     """
     text = generic_text()
     step = 0
