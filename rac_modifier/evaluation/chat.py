@@ -36,7 +36,7 @@ class _Line(ChatAnswer):
     """A line of the file of answers."""
 
     id: str  # "<problem id>#<sample>"
-    asked: str  # a digest of server, model, sampling and question
+    asked: str  # a digest of server, model as the server describes it, sampling and question
 
 
 _LINE = TypeAdapter(_Line)
@@ -90,13 +90,18 @@ async def _answers(
         completions_api.check_limit(card, None, sampling.max_new_tokens, server.url)
         server.model = str(card["id"])
         name = public_name(server.model)
-        settings = [server.url, name, sampling.model_dump(exclude={"batch_size"})]
+        # what the server loaded: vLLM gives its name as `root`, llama.cpp its size in `meta`
+        loaded = [server.url, name, card.get("root"), card.get("meta")]
+        settings = [*loaded, sampling.model_dump(exclude={"batch_size"})]
         keys = [_digest([*settings, problem.id, problem.question, i]) for problem, i in asked]
         path = path or Path("rac_answers") / f"chat-{_digest([server.url, name])[:12]}.jsonl"
         with _open_answers(path) as (file, answers):
             missing = {k: pair for k, pair in zip(keys, asked, strict=True) if k not in answers}
             if before := len(asked) - len(missing):
-                logger.info(f"{path} holds {before} answers already: going on from there")
+                logger.warning(
+                    f"{path} holds {before} answers of {name} at {server.url} already: going on "
+                    "from there; if another model answers there now, remove the file"
+                )
             await _ask(server, missing, sampling, engine.concurrency, file, answers)
         tokens = sum(answers[key].tokens for key in missing)
         return name, [answers[key] for key in keys], tokens

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+from loguru import logger
 
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.chat import evaluate_chat
@@ -126,3 +127,24 @@ def test_another_server_seed_or_question_is_asked_anew_and_answers_stay(servers,
     assert [len(server.bodies) for server in servers] == [3, 1]
     ask(servers[0], path, SUMS[:1])
     assert len(path.read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize("change", [{"root": "/models/other"}, {"meta": {"size": 7}}])
+def test_another_model_behind_the_same_address_and_name_is_asked_anew(servers, tmp_path, change):
+    server, path = servers[0], tmp_path / "a.jsonl"
+    ask(server, path)
+    server.cards = [server.cards[0] | change]
+    ask(server, path)
+    assert len(server.bodies) == 24
+
+
+def test_answers_that_are_there_are_taken_with_a_warning(servers, tmp_path):
+    """No server tells apart two models that it loaded from one folder."""
+    lines = []
+    sink = logger.add(lines.append, level="WARNING", format="{message}")
+    for _ in range(2):
+        ask(servers[0], tmp_path / "a.jsonl", SUMS[:2])
+    logger.remove(sink)
+    (line,) = lines
+    assert f"a.jsonl holds 2 answers of tiny at {servers[0].url} already" in line
+    assert "if another model answers there now, remove the file" in line
