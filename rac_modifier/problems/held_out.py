@@ -16,7 +16,8 @@ LETTERS = "ABCDEFGH"
 _CHOICES_SEED = "choices/0"  # fixed: all runs show a question's choices in the same order
 _LAST_LINE = re.compile(r"(?<!#)####(?!#)([^\n]*)\s*\Z")
 _MARKUP = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|boxed)\s*\{(.*)\}", re.DOTALL)
-_LETTER = re.compile(r"\(?([A-Za-z])(?:\)?\s*[.:)]?|\)?\s*[.:)]\s.*)", re.DOTALL)
+_ANOTHER = r"\s*(?:(?i:or|and)\b|[,/])\s*\(?[A-Za-z]\b"  # names a second letter: (C) or (A)
+_LETTER = re.compile(rf"\(?([A-Za-z])(?:\)?\s*[.:)]?|\)?\s*[.:)](?!{_ANOTHER})\s.*)", re.DOTALL)
 
 
 def held_out_problems(
@@ -166,6 +167,8 @@ def with_choices(question: str, choices: list[str]) -> tuple[str, str]:
 
 def same_letter(answer: str, reference: str) -> bool:
     r"""Tell whether an answer names the reference's letter; the text of a choice alone is wrong.
+
+    Two letters are wrong too.
 
     >>> same_letter(r"\text{(C)}", "C"), same_letter("C. 12 nm", "C"), same_letter("Carbon", "C")
     (True, True, False)

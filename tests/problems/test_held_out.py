@@ -155,8 +155,10 @@ def test_missing_columns_and_rows_are_named(tmp_path):
 
 
 def test_a_letter():
-    for answer in (" c ", "(C)", "C.", "$C$", r"\textbf{(C)}", "(C) 12 nm", r"\mathrm{\text{C}}"):
+    right = (" c ", "(C)", "C.", "$C$", r"\textbf{(C)}", "(C) 12 nm", r"\mathrm{\text{C}}")
+    for answer in (*right, "C) and so on"):
         text = rf"\boxed{{A}}? no.</think>The answer is \boxed{{{answer}}}."
         assert is_correct(text, "C", same_letter), answer
-    for answer in ("D", "A, C", "C or A", "Carbon", "12 nm", "CC", "", "()"):
+    wrong = ("D", "A, C", "C or A", "Carbon", "12 nm", "CC", "", "()")
+    for answer in (*wrong, "(C) or (A)", "C) and D)", "(C) , (D)", "(C) / D", "C. OR A."):
         assert not same_letter(answer, "C"), answer
