@@ -205,10 +205,11 @@ def _run(row: GridRow, grid: Grid, label: str, seed: int | None) -> PlannedRow:
     asking = [
         checked.traces.named(part.name) for part in checked.calibration.parts("traces", "prompts")
     ]
-    evaluated = ProblemSource(source=grid.evaluation.source)
-    if not evaluated.is_generator and any(p.problems.source == evaluated.source for p in asking):
+    evaluated = ProblemSource(**grid.evaluation.where())
+    if not evaluated.is_generator and any(_are_same(p.problems, evaluated) for p in asking):
+        step = "source" if evaluated.is_file else "source or split"
         raise RacError(
-            f"calibrates on {evaluated.source}, the problems of the evaluation; name another source"
+            f"calibrates on {evaluated.source}, the problems of the evaluation; name another {step}"
         )
     modifiers = {m for groups in recipe.values() for group in groups.values() for m in group}
     others = modifiers - {name, "REAPPruningModifier"}
@@ -219,6 +220,16 @@ def _run(row: GridRow, grid: Grid, label: str, seed: int | None) -> PlannedRow:
         group = "fewer experts"
     prompts = tuple(PromptSettings.of(part.sampling) for part in asking)
     return PlannedRow(label, row.label, row.group or group, seed, recipe, prompts)
+
+
+def _are_same(first: ProblemSource, second: ProblemSource) -> bool:
+    """Tell whether two sources are the same file, or the same split of a dataset.
+
+    An evaluation names no configuration, so configurations are not compared.
+    """
+    if first.is_file and second.is_file:
+        return Path(first.source).resolve() == Path(second.source).resolve()
+    return (first.source, first.split) == (second.source, second.split)
 
 
 def _whole(row: GridRow) -> Any:

@@ -116,6 +116,25 @@ def test_a_file_that_is_calibrated_on_is_not_evaluated_on():
     assert plan_rows(grid({}), "grid"), "the evaluation has problems of its own"
 
 
+def test_a_file_is_the_same_by_another_path_and_a_split_is_another_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    columns = {"column": "question", "answer_column": "answer"}
+    data = {"source": "openai/gsm8k", "config": "main", "split": "train"}
+    for calibrated, evaluated, refused in (
+        ({"source": "./q.jsonl"}, {"source": "q.jsonl"}, True),
+        ({"source": "q.jsonl"}, {"source": str(tmp_path / "q.jsonl")}, True),
+        (data, {"source": "openai/gsm8k"}, True),
+        (data, {"source": "openai/gsm8k", "split": "test"}, False),
+    ):
+        shared = {"traces": {"problems": calibrated | columns}}
+        given = grid({}, shared=shared, evaluation=evaluated | columns)
+        if refused:
+            with pytest.raises(RacError, match=r"calibrates on .*, the problems of"):
+                plan_rows(given, "grid")
+        else:
+            assert plan_rows(given, "grid")
+
+
 def test_all_models_are_asked_with_the_prompt_of_the_rows():
     def asked(*rows, **evaluation):
         planned = plan_rows(grid(*rows), "grid")
