@@ -116,8 +116,10 @@ def _asked(
         source, sampling = header.problems, header.sampling
     elif store is not None:
         logger.warning(f"no trace store at {store} yet: all traces are sampled, and kept there")
-    if problems is not None or column is not None:
-        source = ProblemSource(source=problems or source.source, column=column)
+    if problems is not None:
+        source = ProblemSource(source=problems)
+    if column is not None:  # checked again: a generator has none
+        source = ProblemSource(**source.model_dump() | {"column": column})
     if max_new_tokens is not None:
         sampling = sampling.model_copy(update={"max_new_tokens": max_new_tokens})
     return source, sampling

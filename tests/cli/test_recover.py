@@ -13,6 +13,7 @@ from rac_modifier import cli
 from rac_modifier.errors import RacError
 from rac_modifier.llmcompressor import recovery_stage
 from rac_modifier.recovery.training_loop import TrainingLoop
+from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.traces.selection import end_of_copies
 from rac_modifier.traces.store import TraceStore
 from tests import tiny
@@ -196,6 +197,35 @@ def test_what_calibration_or_an_earlier_recovery_used_is_neither_trained_on_nor_
     record = json.loads((tmp_path / "twice" / "rac_run.json").read_text())
     assert list(record["trace_stores"]) == ["traces", "recovery", "recovery 2"]
     assert record["prompts"].keys() == {"traces"}
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ((), {"column": "problem"}),
+        (("--column", "question"), {"column": "question"}),
+        (("--problems", "a/c"), None),
+    ],
+)
+def test_a_column_changes_no_more_than_the_column_of_the_stores_problems(
+    rac, tiny_folder, sparse_folder, trace_store, tmp_path, monkeypatch, words, expected
+):
+    problems = {
+        "source": "a/b", "split": "test", "config": "main", "column": "problem",
+        "answer_column": "answer", "limit": 7,
+    }  # fmt: skip
+    header = TraceStore.read(trace_store).header
+    header = header.model_copy(update={"problems": ProblemSource(**problems)})
+    with TraceStore.open_append(tmp_path / "store.jsonl", header):
+        pass
+    asked = []
+    monkeypatch.setattr(
+        "rac_modifier.llmcompressor.recover_checkpoint.recover_checkpoint",
+        lambda *given: asked.append(given[7]),
+    )
+    rac.output("recover", tiny_folder, sparse_folder, "out", "--traces", "store.jsonl", *words)
+    new = {"source": "a/c"} if expected is None else problems | expected
+    assert asked == [ProblemSource(**new)]
 
 
 @pytest.mark.parametrize(
