@@ -130,7 +130,8 @@ def _recipe(row: Mapping[str, Any]) -> str:
     recipe = "the dense model"
     if row["recipe"]:
         recipe = yaml.safe_dump(row["recipe"], sort_keys=False, allow_unicode=True, width=100)
-    text = "\n".join([recipe.strip(), *(f"# {note}" for note in row["notes"])])
+    notes = (f"# {line}" for note in row["notes"] for line in note.splitlines())
+    text = "\n".join([recipe.strip(), *notes])
     return f'<pre data-label="{escape(row["label"])}" hidden>{escape(text)}</pre>'
 
 

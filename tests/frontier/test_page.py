@@ -6,16 +6,18 @@ import hashlib
 import json
 import random
 import re
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from rac_modifier.errors import RacError
 from rac_modifier.frontier.folder import FrontierFolder
 from rac_modifier.frontier.page import MOST_BYTES, kl_digit, page
-from tests.frontier.sample import ABOUT, HOSTILE, ROWS, row, write_sample
+from tests.frontier.sample import ABOUT, HOSTILE, ROWS, own_trace, row, write_sample
 
 
 class Parsed(HTMLParser):
@@ -79,6 +81,16 @@ def test_figures_and_answers_are_those_of_the_folder(tmp_path):
     own = study["traces"]["rows"]["50 %"][1]
     assert own["kl"] == "001qz000"
     assert (own["same_tokens"], own["kind"], own["loop"], own["tokens"]) == (3, "looping", 12, 4)
+
+
+def test_a_recipe_that_is_shown_with_a_note_of_several_lines_stays_yaml(tmp_path):
+    served = row(*ROWS[1]) | {"served": {"not_measured": "vllm stopped. Its last lines:\na: [\n}"}}
+    folder = write_sample(tmp_path, rows=ROWS[:1])
+    with FrontierFolder(folder) as results:
+        results.add(served, [own_trace(i, equal=True) for i in range(1, 5)])
+    (text,) = re.findall(r'<pre data-label="50 %" hidden>(.*?)</pre>', page([folder], 1), re.DOTALL)
+    assert text.endswith("# not served: vllm stopped. Its last lines:\n# a: [\n# }")
+    assert yaml.safe_load(unescape(text)) == served["recipe"]
 
 
 def test_digits_of_divergence():
