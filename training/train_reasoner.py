@@ -11,20 +11,11 @@ and picked up again; a resumed run equals an uninterrupted one bit by bit.
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 from pathlib import Path
 
+from reasoner_training import train
 
-def keep_freed_memory() -> None:
-    """Restart under a malloc that keeps large blocks: page faults cost a fifth of a step."""
-    settings = {
-        "MALLOC_MMAP_THRESHOLD_": str(2**32),
-        "MALLOC_TRIM_THRESHOLD_": str(2**33),
-        "MALLOC_TOP_PAD_": str(2**28),
-    }
-    if not settings.keys() <= os.environ.keys():
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **settings})
+from rac_modifier.platform import keep_freed_memory
 
 
 def main() -> None:
@@ -51,11 +42,7 @@ def main() -> None:
     parser.add_argument(
         "--no-compile", dest="compile", action="store_false", help="skip torch.compile"
     )
-    args = parser.parse_args()
-
-    from reasoner_training import train  # after the restart, since importing torch takes seconds
-
-    train(args)
+    train(parser.parse_args())
 
 
 if __name__ == "__main__":

@@ -129,15 +129,12 @@ def test_missing_assets_are_an_error_with_the_command_that_makes_them(monkeypatc
 
 
 SETTINGS = ["--steps", "4", "--tokens", "1024", "--threads", "1", "--no-compile"]
-# With these, the script does not restart itself to have them.
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": "0", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_TOP_PAD_": "0"}
 
 
 def train(folder, *options):
-    """In a fork, whose malloc is as it was."""
     folder.mkdir(exist_ok=True)
     words = ["--out", str(folder / "out"), "--work", str(folder / "work"), *SETTINGS, *options]
-    process = forked.run(training_run.main, words, folder, MALLOC)
+    process = forked.run(training_run.main, words, folder)
     assert process.returncode == 0, process.stderr
 
 
