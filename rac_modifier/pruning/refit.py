@@ -33,16 +33,14 @@ def refit(
     dampening: Dampening,
     *,
     steps: int,
-    tolerance: float = TOLERANCE,
-    gain: float = GAIN,
     bf16: bool = False,
 ) -> int:
     """Refit `weight` [d, rows] (transposed, modules side by side) in place towards `target`.
 
     The error under the damped Hessian falls with each step; its diagonal D is the preconditioner.
     The relative residual of a row with gradient g and target t is ||D^-1/2 g|| / ||D^1/2 t||. The
-    refit ends when all rows are below `tolerance`, after a step that lowered the errors of the
-    rows by less than `gain` of each on average, or after `steps`.
+    refit ends when all rows are below `TOLERANCE`, after a step that lowered the errors of the
+    rows by less than `GAIN` of each on average, or after `steps`.
 
     `pruned` is True for what stays zero; `target` is overwritten; `hessian` is undamped. `bf16`
     rounds the matmuls of the steps, and with `LARGE` inputs the first gradient: 0.2 % of the error.
@@ -70,9 +68,9 @@ def refit(
         torch.mul(residual[part], inverse[part], out=direction[part])
         energy += (residual[part] * direction[part]).sum(0)
     product = torch.empty_like(weight)
-    goal = tolerance**2 * norms
+    goal = TOLERANCE**2 * norms
     step, gained = 0, math.inf
-    while step < steps and gained >= gain and bool((energy > goal).any()):
+    while step < steps and gained >= GAIN and bool((energy > goal).any()):
         factor = direction.bfloat16() if bf16 else direction
         curvature, remaining = torch.zeros_like(energy), torch.zeros_like(energy)
         for block in linalg.row_blocks(weight):

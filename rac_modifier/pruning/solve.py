@@ -129,7 +129,6 @@ def solve_many(
     method: Method,
     problems: Sequence[Problem],
     *,
-    block_size: int = 128,
     dampening_frac: float = 0.01,
     refit: bool = False,
     iterations: int = ITERATIONS,
@@ -144,9 +143,8 @@ def solve_many(
     wanda and magnitude change kept weights only with `refit`. keep prunes what is zero in `weights`
     already, and none nothing, so that the result is the target.
 
-    `block_size` is of sparsegpt, `iterations` of alps, `dampening_frac` lambda / mean(diag H), and
-    `refit_steps` the most steps of the refit. With `keep_factor` solutions have their factor, which
-    takes the memory of a Hessian.
+    `iterations` is of alps, `dampening_frac` lambda / mean(diag H), `refit_steps` the most steps of
+    the refit. With `keep_factor` solutions have their factor, which takes the memory of a Hessian.
 
     Raises:
         RacError: shapes, values or a pattern that cannot work, or a Hessian without a factor.
@@ -155,7 +153,7 @@ def solve_many(
     refuse(method not in known, f"pruning method {method!r}: choose from {', '.join(known)}")
     states = [_aim(method, problem, dampening_frac) for problem in problems]  # steps 1 and 2
     if method == "sparsegpt":
-        _sparsegpt(states, block_size)
+        _sparsegpt(states)
     for state in states:
         state.factor = state.factor if keep_factor else None
         if method != "sparsegpt":
@@ -210,14 +208,14 @@ def _aim(method: Method, problem: Problem, dampening_frac: float) -> _State:
     return _State(problem, dampening, damped, factor, targets, working, totals, dead, pruned)
 
 
-def _sparsegpt(states: Sequence[_State], block_size: int) -> None:
+def _sparsegpt(states: Sequence[_State]) -> None:
     """Step 3 by SparseGPT: a batch, if all have the same shapes and patterns."""
     problems = [state.problem for state in states]
     kinds = {(p.hessian.shape, *p.rows, *p.patterns) for p in problems}
     for batch in [states] if len(kinds) == 1 else [[state] for state in states]:
         problem, factors = batch[0].problem, [w.factor for w in batch if w.factor is not None]
         results = sparsegpt.prune_batch(
-            [w.working for w in batch], factors, problem.rows, problem.patterns, block_size
+            [w.working for w in batch], factors, problem.rows, problem.patterns
         )
         for state, (working, pruned, errors) in zip(batch, results, strict=True):
             state.working, state.pruned, state.errors = working, pruned, errors

@@ -25,7 +25,7 @@ from rac_modifier.pruning.linalg import Factor, diagonal_blocks
 from rac_modifier.pruning.masks import lowest, lowest_along
 from rac_modifier.settings.pattern import Pattern
 
-_SUB_BLOCK = 32
+_BLOCK, _SUB_BLOCK = 128, 32  # inputs
 # Most weights of a batch of problems: on a CPU what fits into its caches, on a GPU, where calls
 # take longer, 256 MB per buffer (results/log.md).
 _BATCH_ON_CPU, _BATCH_ON_GPU = 1 << 21, 1 << 26
@@ -42,15 +42,13 @@ def prune_batch(
     factors: Sequence[Factor],
     rows: Sequence[int],
     patterns: Sequence[Pattern],
-    block_size: int,
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Prune problems of one shape with the same patterns; return weights, mask, errors of each."""
     lower, uniform = [f.reversed_lower for f in factors], [f.dampening.uniform for f in factors]
-    settings = rows, patterns, block_size
     if len(weights) == 1:
-        return [(weights[0], *prune(weights[0], lower[0], uniform[0], *settings))]
+        return [(weights[0], *prune(weights[0], lower[0], uniform[0], rows, patterns))]
     batch = torch.stack(list(weights))
-    results = prune(batch, torch.stack(lower), torch.stack(uniform), *settings)
+    results = prune(batch, torch.stack(lower), torch.stack(uniform), rows, patterns)
     return list(zip(batch, *results, strict=True))
 
 
@@ -60,7 +58,6 @@ def prune(
     uniform: Tensor,
     rows: Sequence[int],
     patterns: Sequence[Pattern],
-    block_size: int,
 ) -> tuple[Tensor, Tensor]:
     """Prune `weight` [..., d, sum(rows)] (transposed) in place, modules side by side.
 
@@ -76,9 +73,9 @@ def prune(
         The mask of the pruned weights, [..., d, sum(rows)], and the error d H d^T of each row,
         float64 [..., sum(rows)], accurate to about 1e-5 of the dampened error.
     """
-    d, pattern, step = weight.shape[-2], patterns[0], block_size
+    d, pattern, step = weight.shape[-2], patterns[0], _BLOCK
     if pattern.is_structured:
-        step = max(block_size - block_size % pattern.m, pattern.m)
+        step = max(step - step % pattern.m, pattern.m)
     change = torch.empty_like(weight)  # D of the inputs before, reversed like the factor
     pruned = torch.empty_like(weight, dtype=torch.bool)
     uniform = uniform[..., None, None]

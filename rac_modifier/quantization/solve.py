@@ -13,7 +13,7 @@ from rac_modifier.quantization.grid import Grid, Steps, local_scale
 from rac_modifier.quantization.rounding import descend, gptq
 from rac_modifier.quantization.scales import refit_scales, search_steps
 
-SWEEPS = 3  # passes of coordinate descent; six lower the error by another 0.2 %
+_SWEEPS = 3  # passes of coordinate descent; six lower the error by another 0.2 %
 _REFITS = 2  # fits of the scales to the codes, each with a sweep after it
 
 
@@ -43,7 +43,6 @@ def quantize_many(
     *,
     dtype: torch.dtype,
     dampening_frac: float = 0.01,
-    sweeps: int = SWEEPS,
 ) -> list[list[Quantized | None]]:
     """Round the pruned modules of each problem to their grids; one with None is left as it is.
 
@@ -52,8 +51,7 @@ def quantize_many(
     nonzero. Problems of one shape with the same grids are rounded as a batch, with the bits that
     they get alone.
 
-    Weights and scales are exact in `dtype`. `dampening_frac` is of a Hessian without a factor,
-    `sweeps` of coordinate descent.
+    Weights and scales are exact in `dtype`. `dampening_frac` is of a Hessian without a factor.
 
     Raises:
         RacError: shapes or numbers that cannot work, or a result that `dtype` cannot hold.
@@ -75,9 +73,8 @@ def quantize_many(
         for grid in dict.fromkeys(grid for grid in of_modules if grid is not None):
             members = [i for i, g in enumerate(of_modules) if g == grid]
             modules = [[problems[n][i] for i in members] for n in batch]
-            rounded = _on_one_grid(
-                modules, [hessians[n] for n in batch], grid, dtype, dampening_frac, sweeps
-            )
+            of_batch = [hessians[n] for n in batch]
+            rounded = _on_one_grid(modules, of_batch, grid, dtype, dampening_frac)
             for number, quantized in zip(batch, rounded, strict=True):
                 for i, result in zip(members, quantized, strict=True):
                     results[number][i] = result
@@ -90,7 +87,6 @@ def _on_one_grid(
     grid: Grid,
     dtype: torch.dtype,
     dampening_frac: float,
-    sweeps: int,
 ) -> list[list[Quantized]]:
     """Round the modules of problems of one shape."""
     d = len(hessians[0])
@@ -126,9 +122,9 @@ def _on_one_grid(
     spread = steps.spread(grid, d)
     gptq(working, keep, spread, grid, factors)
     # scales of 4-bit floats have too few values for a fit
-    more = _REFITS if grid.is_fp4 and sweeps else 0
-    descend(working, target, keep, spread, grid, hessians, dampenings, sweeps + more)
-    for _ in range(_REFITS if grid.kind == "int" and sweeps else 0):
+    sweeps = _SWEEPS + (_REFITS if grid.is_fp4 else 0)
+    descend(working, target, keep, spread, grid, hessians, dampenings, sweeps)
+    for _ in range(_REFITS if grid.kind == "int" else 0):
         codes, scale = working.div_(spread.scale).round_(), torch.empty_like(steps.scale)
         for number, (hessian, dampening) in enumerate(zip(hessians, dampenings, strict=True)):
             args = (codes[number], target[number], steps.scale[number])

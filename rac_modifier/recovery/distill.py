@@ -25,7 +25,6 @@ from rac_modifier.recovery.training_loop import TrainingLoop, default_learning_r
 from rac_modifier.settings.recovery import RecoverySettings
 
 _LOWER, _TRIES = 3.0, 3  # factor by which the default learning rate is lowered; most tries
-_SAVE_SECONDS = 300.0
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,6 @@ def recover(
     state: Path | None = None,
     autocast: torch.dtype | None = None,
     processes: Processes = ALONE,
-    save_seconds: float = _SAVE_SECONDS,
 ) -> Recovery:
     """Train `model` in place towards the dense model; it ends with the lowest held-out KL.
 
@@ -76,10 +74,9 @@ def recover(
         held_out: traces of other problems, which decide what is kept.
         masks: bool by parameter name, True = kept; default: the nonzero weights of linear layers.
         quantized: by module name; trained through codes, these end as code times scale.
-        state: folder that a killed run goes on from, written each `save_seconds`; None: no state.
+        state: folder that a killed run goes on from, written every 5 minutes; None: no state.
         autocast: dtype of matmuls in forward and backward passes; None: the weights' dtype.
         processes: train together, each with the same arguments.
-        save_seconds: how often the state is written.
 
     Raises:
         RacError: sequences, a head, logits or a state that cannot be used.
@@ -118,7 +115,6 @@ def recover(
             steps=steps,
             rates=rates,
             state=state,
-            save_seconds=save_seconds,
         )
         with recomputing(student.model, settings.activation_checkpointing):
             run = loop.train(key)

@@ -26,6 +26,7 @@ _CLIP = 1.0
 _FEWEST_CHECKS, _MOST_CHECKS = 2, 8  # of the held-out KL after the first step
 _CHECK_SHARE = 0.1  # of the training time
 _EVALUATION_TOKENS = 4096
+_SAVE_SECONDS = 300.0  # between two states on disk
 _TOO_HIGH = 1.5  # times the KL before: the learning rate is too high
 
 
@@ -58,7 +59,6 @@ class TrainingLoop:
     steps: Sequence[Step]
     rates: Sequence[float]  # learning rates, tried one after another
     state: Path | None  # folder
-    save_seconds: float
 
     def __post_init__(self) -> None:
         self.model, self.parameters = self.student.model, self.student.parameters
@@ -127,7 +127,7 @@ class TrainingLoop:
                     f"loss {loss:.4f}, held-out KL {run.curve[-1][1]:.4f} (before: {before:.4f})"
                 )
                 # the first process decides for all
-                late = processes.is_first and time.monotonic() - saved >= self.save_seconds
+                late = processes.is_first and time.monotonic() - saved >= _SAVE_SECONDS
                 if self.state is not None and processes.sums(float(late))[0] > 0:
                     self._save(run)
                     saved = time.monotonic()

@@ -1,6 +1,5 @@
 """A run of `rac` that waits for Ctrl-C at a certain moment."""
 
-import functools
 import os
 import signal
 from typing import Any
@@ -22,7 +21,7 @@ def main() -> None:
 
     os.replace = replace_and_wait  # type: ignore[assignment]
     if end == "recovery.safetensors":
-        from rac_modifier.llmcompressor import recovery_stage
+        from rac_modifier.recovery import training_loop
 
-        recovery_stage.recover = functools.partial(recovery_stage.recover, save_seconds=0.0)
+        training_loop._SAVE_SECONDS = 0.0
     cli.main()

@@ -1,4 +1,3 @@
-import importlib
 import itertools
 
 import pytest
@@ -7,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rac_modifier.pruning import Pattern, solve
+from rac_modifier.pruning import refit as module
 from rac_modifier.pruning.linalg import Dampening
 from rac_modifier.pruning.refit import refit
 from tests.pruning.pruning_reference import (
@@ -23,12 +23,14 @@ from tests.pruning.pruning_reference import (
 )
 
 
-def refitted(start, kept, target, hessian, frac=0.01, **options):
+def refitted(start, kept, target, hessian, frac=0.01, steps=20, bf16=False, **constants):
     """The refitted weight [rows, d], and the steps taken."""
     weight, target = (x.T.clone(memory_format=torch.contiguous_format) for x in (start, target))
-    pruned = ~kept.T.contiguous()
-    options = {"steps": 20, **options}
-    steps = refit(weight, pruned, target, hessian, Dampening.of(hessian, frac), **options)
+    args = weight, ~kept.T.contiguous(), target, hessian, Dampening.of(hessian, frac)
+    with pytest.MonkeyPatch.context() as patched:
+        for name, value in constants.items():
+            patched.setattr(module, name, value)
+        steps = refit(*args, steps=steps, bf16=bf16)
     return weight.T, steps
 
 
@@ -44,7 +46,7 @@ def test_values_are_the_least_squares_of_each_row(rows, columns, share, seed):
     kept, h = random_mask(rows, columns, share=1 - share, seed=seed), dampened(hessian, 0.01)
     best = rowwise_refit(kept, weight, h)
     residual = 1e-9  # relative: the values are then off by at most the condition times it
-    exact = {"steps": 1000, "tolerance": residual, "gain": 0.0}
+    exact = {"steps": 1000, "TOLERANCE": residual, "GAIN": 0.0}
     ours, _ = refitted(weight, kept, weight, hessian, **exact)
     assert not ours[~kept].any()
     if kept.any():
@@ -59,7 +61,7 @@ def test_no_step_increases_the_error(problem, frac):
     kept = random_mask(7, 90, share=0.4, seed=1)
     h = dampened(hessian, frac)
     noise = quadratic_tolerance(weight, h, torch.float64)
-    exact = {"tolerance": 0.0, "gain": 0.0}
+    exact = {"TOLERANCE": 0.0, "GAIN": 0.0}
     for start in (weight, torch.zeros_like(weight)):
         errors = []
         for steps in range(30):
@@ -75,16 +77,16 @@ def test_it_stops_when_every_row_has_converged():
     kept, h = random_mask(5, 96, share=0.5), dampened(hessian, 0.01)
     diagonal = torch.diag(gaussian(96, seed=1).abs() + 0.1).double()
     assert refitted(0 * weight, kept, weight, diagonal)[1] == 1
-    assert refitted(weight, kept, weight, hessian, steps=2, tolerance=0.0)[1] == 2
+    assert refitted(weight, kept, weight, hessian, steps=2, TOLERANCE=0.0)[1] == 2
 
     def residual(steps):
-        ours, _ = refitted(weight, kept, weight, hessian, steps=steps, tolerance=0.0, gain=0.0)
+        ours, _ = refitted(weight, kept, weight, hessian, steps=steps, TOLERANCE=0.0, GAIN=0.0)
         gradient = (weight - ours) @ h * kept
         root = h.diagonal().sqrt()
         return float(((gradient / root).norm(dim=1) / (weight * root).norm(dim=1)).max())
 
     expected = next(steps for steps in range(99) if residual(steps) <= 1e-3)
-    assert refitted(weight, kept, weight, hessian, steps=99, gain=0.0)[1] == expected > 3
+    assert refitted(weight, kept, weight, hessian, steps=99, GAIN=0.0)[1] == expected > 3
 
 
 def test_finished_rows_do_not_move_and_do_not_stop_the_others():
@@ -94,7 +96,7 @@ def test_finished_rows_do_not_move_and_do_not_stop_the_others():
     kept = random_mask(5, 96, share=0.5)
     start = rowwise_refit(kept, weight, dampened(hessian, 0.01)) * (1 + 1e-6)
     start[2:] = 0.0
-    ours, steps = refitted(start, kept, weight, hessian, steps=3, gain=0.0)
+    ours, steps = refitted(start, kept, weight, hessian, steps=3, GAIN=0.0)
     assert steps == 3
     assert torch.equal(ours[:2], start[:2])
 
@@ -105,22 +107,22 @@ def test_it_stops_when_a_step_gains_little_whatever_the_rows_sizes():
     kept, h = random_mask(20, 96, share=0.5, seed=1), dampened(hessian, 0.01)
 
     def errors(steps):
-        ours, _ = refitted(weight, kept, weight, hessian, steps=steps, gain=0.0)
+        ours, _ = refitted(weight, kept, weight, hessian, steps=steps, GAIN=0.0)
         return torch.tensor([trace_error(row[None], h) for row in weight - ours])
 
     gains = [float((errors(s) / errors(s + 1) - 1).mean()) for s in range(15)]
     assert not any(0.019 < gain < 0.021 for gain in gains)  # rounding does not decide
-    _, steps = refitted(weight, kept, weight, hessian, gain=0.02)
+    _, steps = refitted(weight, kept, weight, hessian, GAIN=0.02)
     assert 1 < steps == next(i for i, gain in enumerate(gains, 1) if gain < 0.02)
 
 
 def test_the_first_gradient_of_many_inputs_is_rounded(monkeypatch):
     weight, hessian = correlated_problem(24, 256, 900)
     kept, h = random_mask(24, 256, share=0.5), dampened(hessian, 0.01)
-    exact, _ = refitted(weight, kept, weight, hessian, gain=0.0)
+    exact, _ = refitted(weight, kept, weight, hessian, GAIN=0.0)
     for large in (257, 256):
-        monkeypatch.setattr(importlib.import_module(refit.__module__), "LARGE", large)
-        ours, _ = refitted(weight, kept, weight, hessian, bf16=True, gain=0.0)
+        monkeypatch.setattr(module, "LARGE", large)
+        ours, _ = refitted(weight, kept, weight, hessian, bf16=True, GAIN=0.0)
         assert trace_error(weight - ours, h) < 1.005 * trace_error(weight - exact, h)
 
 

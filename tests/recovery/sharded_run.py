@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 from rac_modifier.processes import Processes
 from rac_modifier.quantization.grid import Grid
+from rac_modifier.recovery import training_loop
 from rac_modifier.recovery.on_grid import QuantizedWeight
 from rac_modifier.recovery.training_loop import TrainingLoop
 from rac_modifier.settings.recovery import RecoverySettings
@@ -33,13 +34,14 @@ def run(kind: str, processes: Processes, state: Path | None = None) -> tuple[Any
         weight = linear.weight.detach()
         scale = (weight.unflatten(1, (-1, 32)).abs().amax(-1) / 7.5).clamp(min=1e-6)
         quantized[name] = QuantizedWeight(Grid("int", 4, 32), scale, weight.clone())
-    options = {"quantized": quantized, "processes": processes, "state": state, "save_seconds": 0.0}
+    options = {"quantized": quantized, "processes": processes, "state": state}
     return recovery_helpers.run(model, dense, settings, (24, 5), **options), model
 
 
 def main() -> None:
     """FOLDER: run every kind, and a run that is killed and goes on."""
     folder, step = Path(sys.argv[1]), TrainingLoop.step
+    training_loop._SAVE_SECONDS = 0.0
     with joined_processes() as processes:
         for kind in ("plain", "recomputed", "quantized"):
             result, model = run(kind, processes)

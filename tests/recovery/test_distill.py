@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rac_modifier.errors import RacError
-from rac_modifier.recovery import distill
+from rac_modifier.recovery import distill, training_loop
 from rac_modifier.recovery.training_loop import TrainingLoop
 from tests.recovery.recovery_helpers import (
     SETTINGS,
@@ -162,7 +162,8 @@ def test_killed_runs_end_as_an_undisturbed_one(undisturbed, tmp_path, monkeypatc
         return step(self, *args)
 
     monkeypatch.setattr(TrainingLoop, "step", counted)
-    options = {"counts": COUNTS, "state": tmp_path, "save_seconds": 0.0}
+    monkeypatch.setattr(training_loop, "_SAVE_SECONDS", 0.0)
+    options = {"counts": COUNTS, "state": tmp_path}
     for kill_at in kills:  # noqa: B007 - read in `counted`
         calls.clear()
         with pytest.raises(Killed):

@@ -38,7 +38,7 @@ def ended(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training_loop, "save_state", lambda *args: saves.append(save(*args)))
         result = run(model, dense, state=folder)
-    assert len(saves) == 1, "at the end: the run was shorter than `save_seconds`"
+    assert len(saves) == 1, "at the end: the run was shorter than 5 minutes"
     logger.remove(handler)
     return result, model, folder, lines
 
@@ -60,8 +60,9 @@ def test_a_disk_that_is_full_for_a_while_does_not_end_the_training(ended, tmp_pa
         save(*args)
 
     monkeypatch.setattr(training_loop, "save_state", full_at_first)
+    monkeypatch.setattr(training_loop, "_SAVE_SECONDS", 0.0)
     dense, model = dense_and_sparse()
-    result = run(model, dense, state=tmp_path, save_seconds=0.0)
+    result = run(model, dense, state=tmp_path)
     assert len(calls) > 3
     assert result.curve == ended[0].curve
     assert_same_weights(model, ended[1])
@@ -94,7 +95,7 @@ def gradients(dense, model, processes):
     """The loss of a step on one sequence, its gradient, and the held-out KL on the same."""
     student, seen = Student(model, dict(model.named_parameters()), processes), []
     (step,) = plan_steps(HELD_OUT, SETTINGS, torch.device("cpu"), 1)
-    loop = TrainingLoop(student, LiveTeacher(dense), HELD_OUT, {}, None, [step], [1e-3], None, 9.0)
+    loop = TrainingLoop(student, LiveTeacher(dense), HELD_OUT, {}, None, [step], [1e-3], None)
     loop.optimizer = SimpleNamespace(
         step=lambda: seen.extend(p.grad.clone() for p in model.model.layers.parameters()),
         zero_grad=lambda **options: None,
