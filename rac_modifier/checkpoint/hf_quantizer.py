@@ -26,7 +26,6 @@ from rac_modifier.checkpoint.quantization_config import (
     CONFIG_FILE,
     METHOD,
     RAC_KEY,
-    RAC_METHOD,
     SparsityConfig,
     weight_schemes,
     without_sparsity,
@@ -119,12 +118,6 @@ class CompressedTensorsConfig(upstream.CompressedTensorsConfig):
         if self.sparsity is not None:
             weight_schemes(kwargs)  # before upstream matches the patterns in it
             kwargs = without_sparsity(kwargs)
-        elif kwargs.get("quant_method") == RAC_METHOD:
-            raise RacError(
-                "config.json has no sparsity_config; restore the one saved with the weights"
-            )
-        if kwargs.get("quant_method") == RAC_METHOD:  # to upstream it is a model of its own
-            kwargs["quant_method"] = METHOD
         super().__init__(*args, **kwargs)
 
     def post_init(self) -> None:
@@ -275,5 +268,4 @@ def _check_complete(info: Mapping[str, Iterable[Any]], folder: str | Path) -> No
 
 
 auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = CompressedTensorsConfig
-auto.AUTO_QUANTIZATION_CONFIG_MAPPING[RAC_METHOD] = CompressedTensorsConfig
 auto.AUTO_QUANTIZER_MAPPING[METHOD] = SparseHfQuantizer

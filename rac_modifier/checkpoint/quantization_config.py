@@ -2,9 +2,9 @@
 
 `quantization_config.sparsity_config` means packed weights. `quant_method` next to it is
 "compressed-tensors", which vLLM without this package refuses. transformers without it refuses
-`REFUSAL`; without that, 5.23 and later would only warn, and start the weights at random, as every
-version does where the method is "rac", which is read and not written. Our own entry is
-`rac_sparsity`: the mask structure of each pruned module, and the modules with 8-bit activations.
+`REFUSAL`; without that, 5.23 and later would only warn, and start the weights at random. Our own
+entry is `rac_sparsity`: the mask structure of each pruned module, and the modules with 8-bit
+activations.
 """
 
 from collections.abc import Iterable, Mapping
@@ -20,7 +20,6 @@ from rac_modifier.settings.check import check_names
 QUANTIZATION_KEY = "quantization_config"
 RAC_KEY = "rac_sparsity"
 METHOD = "compressed-tensors"
-RAC_METHOD = "rac"  # of packed checkpoints, which are read under both names
 FORMAT_24, FORMAT_BITMASK = "sparse-24-bitmask", "sparse-bitmask"
 PACK_QUANTIZED = "pack-quantized"
 REFUSAL = {"packed sparse: import rac_modifier": True}  # shown by pydantic up to 50 characters
@@ -63,7 +62,7 @@ class SparsityConfig(BaseModel, frozen=True):
         """Return the sparsity of a `quantization_config` (any value); None: nothing is packed."""
         if not isinstance(quantization, Mapping):
             return None
-        if quantization.get("quant_method", METHOD) not in (METHOD, RAC_METHOD):
+        if quantization.get("quant_method", METHOD) != METHOD:
             return None
         sparsity = quantization.get("sparsity_config")
         if not sparsity or (isinstance(sparsity, Mapping) and sparsity.get("format") == "dense"):
@@ -140,9 +139,8 @@ def with_dense_mark(config: dict[str, Any], structures: dict[str, str]) -> dict[
     """Return a copy of the config for sparse weights that are stored dense."""
     marked = {**config, RAC_KEY: {"storage": "dense", "modules": structures}}
     quantization = config.get(QUANTIZATION_KEY)
-    if isinstance(quantization, dict) and quantization.get("quant_method") in (METHOD, RAC_METHOD):
-        base = without_sparsity(quantization)
-        marked[QUANTIZATION_KEY] = {**base, "quant_method": METHOD}
+    if isinstance(quantization, dict) and quantization.get("quant_method") == METHOD:
+        base = marked[QUANTIZATION_KEY] = without_sparsity(quantization)
         if not any(map(base.get, ("config_groups", "kv_cache_scheme", "transform_config"))):
             del marked[QUANTIZATION_KEY]  # it held only sparsity
     return marked

@@ -16,7 +16,6 @@ from rac_modifier.checkpoint.quantization_config import (
     CONFIG_FILE,
     METHOD,
     QUANTIZATION_KEY,
-    RAC_METHOD,
     SparsityRecord,
     weight_schemes,
 )
@@ -184,7 +183,7 @@ def _quantized_modules(sparse: Path) -> set[str]:
     if not sparse.is_dir():
         return set()
     quantization = read_json(sparse / CONFIG_FILE).get(QUANTIZATION_KEY) or {}
-    if (method := quantization.get("quant_method", METHOD)) not in (METHOD, RAC_METHOD):
+    if (method := quantization.get("quant_method", METHOD)) != METHOD:
         raise RacError(
             f"{sparse}: quantized by {method!r}; recovery reads and writes {METHOD} alone: "
             "quantize with llm-compressor"

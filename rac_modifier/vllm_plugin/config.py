@@ -21,7 +21,7 @@ from rac_modifier.checkpoint.quantization_config import RAC_KEY, SparsityRecord
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.cpu.support import support
 from rac_modifier.kernels.interface import Decision
-from rac_modifier.vllm_plugin import METHOD, OLD_METHOD, layouts
+from rac_modifier.vllm_plugin import METHOD, layouts
 from rac_modifier.vllm_plugin.layouts import Layout
 
 if TYPE_CHECKING:
@@ -79,9 +79,7 @@ class RacConfig(QuantizationConfig):
         cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
     ) -> str | None:
         """Claim checkpoints that this package wrote, and on request those of other tools."""
-        if user_quant == OLD_METHOD:
-            logger.warning_once("--quantization %s is now called %s", OLD_METHOD, METHOD)
-        if layouts.is_packed(hf_quant_cfg) or user_quant in (METHOD, OLD_METHOD):
+        if layouts.is_packed(hf_quant_cfg) or user_quant == METHOD:
             return METHOD
         recorded = getattr(hf_config, RAC_KEY, None) is not None
         return METHOD if recorded and not user_quant and _runs_codes(hf_quant_cfg) else None

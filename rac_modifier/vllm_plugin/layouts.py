@@ -112,8 +112,7 @@ class PackedLayout(Layout):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         sparsity = SparsityConfig.of(config)
-        if sparsity is None:
-            raise RacError(f"config.json: quantization_config has no sparsity_config; {_RESTORE}")
+        assert sparsity is not None  # `is_packed`
         self.targets, self.ignore = sparsity.targets, sparsity.ignore
         self.format, self.quantized = FORMATS[sparsity.format], bool(config.get("config_groups"))
         stored: dict[str, torch.dtype | None] = {
@@ -222,8 +221,7 @@ def is_packed(quantization: object) -> bool:
         return False
     method, sparsity = quantization.get("quant_method"), quantization.get("sparsity_config")
     format = sparsity.get("format") if isinstance(sparsity, Mapping) else None
-    ours = isinstance(format, str) and format in FORMATS
-    return method == METHOD or (method == COMPRESSED_TENSORS and ours)  # of older files
+    return method == COMPRESSED_TENSORS and isinstance(format, str) and format in FORMATS
 
 
 def no_effect(reason: str) -> RacError:

@@ -3,7 +3,7 @@
 import logging
 from typing import get_args
 
-from rac_modifier.vllm_plugin import METHOD, OLD_METHOD
+from rac_modifier.vllm_plugin import METHOD
 
 _logger = logging.getLogger(f"vllm.{__name__}")  # below "vllm", so that vLLM's handlers print it
 
@@ -30,5 +30,4 @@ def _register() -> None:
         return
     from rac_modifier.vllm_plugin.config import RacConfig
 
-    for name in (METHOD, OLD_METHOD):
-        quantization.register_quantization_config(name)(RacConfig)
+    quantization.register_quantization_config(METHOD)(RacConfig)

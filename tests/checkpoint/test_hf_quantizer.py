@@ -9,12 +9,10 @@ from transformers import AutoModel, AutoModelForCausalLM
 from transformers.utils.quantization_config import CompressedTensorsConfig
 
 from rac_modifier.checkpoint.packing import pack_checkpoint
-from rac_modifier.errors import RacError
 from tests.checkpoint.checkpoint_helpers import (
     Q,
     assert_same_state,
     config_of,
-    edited_config,
     save_quantized,
     stock,
     tiny_model,
@@ -127,14 +125,3 @@ def test_the_loaded_model_is_an_ordinary_one_and_saved_dense(saved, tmp_path):
     pack_checkpoint(tmp_path / "again", modules, [])
     assert_same_state(AutoModelForCausalLM.from_pretrained(tmp_path / "again"), expected)
     model.half().float()
-
-
-def test_the_method_of_our_own_is_read_too(saved):
-    folder, expected, _ = saved()
-    with edited_config(folder) as config:
-        config["quantization_config"]["quant_method"] = "rac"
-    assert_same_state(AutoModelForCausalLM.from_pretrained(folder), expected)
-    del config["quantization_config"]["sparsity_config"]
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(RacError, match="no sparsity_config; restore"):
-        AutoModelForCausalLM.from_pretrained(folder)

@@ -14,6 +14,7 @@ from vllm.model_executor.layers.linear import (
 )
 
 from rac_modifier.checkpoint.formats import FORMAT_24, FORMAT_BITMASK, FORMATS
+from rac_modifier.checkpoint.quantization_config import with_packed
 from rac_modifier.vllm_plugin.config import RacConfig
 from tests.checkpoint.test_stored_weight import random_weight
 from tests.vllm_plugin import stored_forms
@@ -149,8 +150,7 @@ def config_of(format: str, scheme: str | None = None) -> RacConfig:
     """The config of packed weights, quantized or not."""
     if scheme is not None:
         return RacConfig.from_config(quantized_sparse(format, scheme, []))
-    sparsity = {"format": format, "targets": ["Linear"], "ignore": []}
-    return RacConfig.from_config({"quant_method": "rac", "sparsity_config": sparsity})
+    return RacConfig.from_config(with_packed({}, format, {}, [])["quantization_config"])
 
 
 def finish(*layers: LinearBase) -> None:

@@ -57,7 +57,6 @@ def bare(kind: type) -> torch.nn.Module:
         (gptq_config(), WordsLayout),
         (awq_config(), WordsLayout),
         (PACKED, PackedLayout),
-        ({**PACKED, "quant_method": "rac"}, PackedLayout),
     ],
 )
 def test_others_are_ours_on_request_only(config, layout):
@@ -65,8 +64,7 @@ def test_others_are_ours_on_request_only(config, layout):
     ours = layout is PackedLayout
     assert (RacConfig.override_quantization_method(config, None) == "rac") == ours
     assert (RacConfig.override_quantization_method(config, config["quant_method"]) == "rac") == ours
-    for name in ("rac", "rac-sparse"):  # its former name
-        assert RacConfig.override_quantization_method(config, name) == "rac"
+    assert RacConfig.override_quantization_method(config, "rac") == "rac"
     made = RacConfig.from_config(config)
     assert type(made.layout) is layout
     assert made.report.requested != ours

@@ -34,8 +34,9 @@ INPUTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", 
 LINEAR = torch.nn.Linear(96, 64)
 
 
-def packed(method: str = "compressed-tensors", **sparsity: Any) -> dict[str, Any]:
-    return {"quant_method": method, "sparsity_config": {"format": "sparse-bitmask", **sparsity}}
+def packed(**sparsity: Any) -> dict[str, Any]:
+    sparsity = {"format": "sparse-bitmask", **sparsity}
+    return {"quant_method": "compressed-tensors", "sparsity_config": sparsity}
 
 
 def group(targets, bits=4, inputs=None, **changes):
@@ -45,12 +46,9 @@ def group(targets, bits=4, inputs=None, **changes):
     return {**first, "targets": targets, "input_activations": inputs}
 
 
-@pytest.mark.parametrize(
-    ("format", "method"), [("sparse-24-bitmask", "compressed-tensors"), ("sparse-bitmask", "rac")]
-)
-def test_what_packing_writes_is_packed(format, method):
+@pytest.mark.parametrize("format", ["sparse-24-bitmask", "sparse-bitmask"])
+def test_what_packing_writes_is_packed(format):
     written = with_packed({}, format, {"a.b": "2:4"}, ["lm_head"])["quantization_config"]
-    written["quant_method"] = method
     assert is_packed(written)
     layout = PackedLayout(written)
     assert layout.experts_reader(EXPERTS, "a.experts") is layout
@@ -67,11 +65,6 @@ def test_names_patterns_and_classes():
     assert layout.reader(LINEAR, ["a.q", "lm_head"]) is layout  # one of them is
     named = PackedLayout(packed(targets=["a.b", "re:c"]))
     assert [name for name in ("a.b", "a.bc", "c.d", "x.c") if named.holds(name)] == ["a.b", "c.d"]
-
-
-def test_a_config_that_lost_its_entry():
-    with pytest.raises(RacError, match=r"no sparsity_config; restore"):
-        PackedLayout({"quant_method": "rac"})
 
 
 @pytest.mark.parametrize(

@@ -49,8 +49,7 @@ def test_the_versions_of_this_environment_are_those_that_doctor_calls_tested():
 def test_register_quantization_config_twice():
     register()
     assert quantization.QUANTIZATION_METHODS.count(METHOD) == 1
-    for name in (METHOD, "rac-sparse"):  # its former name
-        assert issubclass(quantization.get_quantization_config(name), RacConfig)
+    assert issubclass(quantization.get_quantization_config(METHOD), RacConfig)
     assert METHOD not in get_args(quantization.QuantizationMethods)
 
 
