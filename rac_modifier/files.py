@@ -9,7 +9,8 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PureWindowsPath
-from typing import Any
+from typing import IO, Any
+from weakref import WeakValueDictionary
 
 from rac_modifier.errors import RacError, refusing
 
@@ -94,6 +95,36 @@ def lock(descriptor: int, path: Path, patience: float) -> bool:
         except OSError as error:
             next_step = "name one on a file system that has locks"
             raise RacError(f"{path} cannot be locked ({error.strerror}); {next_step}") from error
+
+
+_held: WeakValueDictionary[Path, IO[str]] = WeakValueDictionary()  # by folder, in this process
+
+
+def hold(folder: Path, next_step: str, *, take_over: bool = False) -> IO[str]:
+    """Lock a folder until the file is closed (RacError: another process has it, not writable).
+
+    `take_over`: from an earlier run of this process, whose file is closed; it has failed.
+    """
+    place, process = folder.resolve(), str(os.getpid())
+    if take_over and (earlier := _held.get(place)):
+        earlier.close()
+    with refusing(f"{folder}: cannot be written to", next_step, OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("a+")
+    try:
+        file.seek(0)
+        holder = file.read()
+        if not lock(file.fileno(), folder, patience=0):
+            raise RacError(f"{folder} is in use by process {holder}; wait for it, or {next_step}")
+        if holder != process:
+            file.truncate(0)
+            file.write(process)
+            file.flush()
+    except BaseException:
+        file.close()
+        raise
+    _held[place] = file
+    return file
 
 
 _REASONER = ("rac_modifier", "reasoner", "assets")  # the embedded model; its name is "reasoner"

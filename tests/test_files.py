@@ -2,12 +2,15 @@ import fcntl
 import os
 import shutil
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from rac_modifier.errors import RacError
 from rac_modifier.files import (
+    hold,
     lock,
     public_name,
     read_json,
@@ -120,6 +123,46 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
     words = r"/a cannot be locked \(No locks available\); name one on a file system that has locks"
     with (tmp_path / "a").open("w") as file, pytest.raises(RacError, match=words):
         lock(file.fileno(), tmp_path / "a", 0.0)
+
+
+HOLDER = """
+import os, sys
+from pathlib import Path
+from rac_modifier.files import hold
+if sys.argv[2:]:
+    os.getpid = lambda: int(sys.argv[2])
+lock = hold(Path(sys.argv[1]), "")
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("same_id", [False, True], ids=["", "with the process id of this one"])
+def test_another_process_keeps_this_one_out_of_a_folder_until_it_ends(tmp_path, same_id):
+    """Containers that share a folder repeat process ids."""
+    folder, pipe = tmp_path / "rac_recovery" / "model", subprocess.PIPE
+    command = [sys.executable, "-c", HOLDER, str(folder), *[str(os.getpid())] * same_id]
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        says = rf"process {os.getpid() if same_id else other.pid}; wait for it, or name another$"
+        with pytest.raises(RacError, match=says):
+            hold(folder, "name another", take_over=True)
+        other.kill()
+        other.wait()
+        hold(folder, "").close()  # a killed process holds nothing
+
+
+def test_a_run_yields_a_folder_to_a_later_run_of_its_process_if_that_asks(tmp_path):
+    first = hold(tmp_path, "")
+    with pytest.raises(RacError, match=f"in use by process {os.getpid()}; wait"):
+        hold(tmp_path, "")
+    written = (tmp_path / ".lock").stat().st_mtime_ns
+    second = hold(tmp_path, "", take_over=True)
+    assert (first.closed, second.closed) == (True, False)
+    assert (tmp_path / ".lock").stat().st_mtime_ns == written
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RacError, match=r"cannot be written to \(.*\); name another$"):
+        hold(tmp_path / "file" / "state", "name another")
 
 
 PROMPT = "/no_think You are a careful math/physics tutor."

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from rac_modifier.errors import RacError, refusing
-from rac_modifier.files import lock, read_json, write_json_atomic, write_text_atomic
+from rac_modifier.files import hold, read_json, write_json_atomic, write_text_atomic
 
 VERSION = 2  # changes when a reader of the old files would misread the new ones
 ROWS, ABOUT, TRACES, MODELS = "rows.jsonl", "frontier.json", "traces", "models"
@@ -88,14 +88,11 @@ class FrontierFolder:
         return self.folder / TRACES / f"{slug(label)}.json"
 
     def __enter__(self) -> Self:
-        with refusing(f"{self.folder}: cannot be written to", "name another folder", OSError):
+        step = "name another folder"
+        with refusing(f"{self.folder}: cannot be written to", step, OSError):
             (self.folder / TRACES).mkdir(parents=True, exist_ok=True)
-            self._lock = (self.folder / ".lock").open("w")
+        self._lock = hold(self.folder, step)
         try:
-            if not lock(self._lock.fileno(), self.folder, patience=0):
-                raise RacError(
-                    f"{self.folder} is in use by another rac frontier; wait, or name another folder"
-                )
             self._read()  # another rac frontier may have added rows until it released the lock
         except BaseException:
             self._lock.close()

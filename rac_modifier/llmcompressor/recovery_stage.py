@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.teacher_forcing import TokenSequence, sequence_of
-from rac_modifier.files import remove_folder
+from rac_modifier.files import hold, remove_folder
 from rac_modifier.model_tools import devices_of, on_accelerator
 from rac_modifier.processes import Processes
 from rac_modifier.pruning.linalg import bf16_is_fast
@@ -19,7 +19,6 @@ from rac_modifier.recovery.distill import recover
 from rac_modifier.recovery.loss import check_head
 from rac_modifier.recovery.memory import check_recovery_memory
 from rac_modifier.recovery.on_grid import QuantizedWeight
-from rac_modifier.recovery.state import hold
 from rac_modifier.recovery.teacher import StoredTeacher
 from rac_modifier.sampling.model_identity import model_fingerprint
 from rac_modifier.settings.recovery import RecoverySettings
@@ -66,7 +65,8 @@ class RecoveryStage:
         self.held_out, self._training = split_traces(traces, settings.held_out_tokens)
         fingerprint = model_fingerprint(model)
         self.folder = Path(settings.folder or f"rac_recovery/{fingerprint[:16]}")
-        self._lock = hold(self.folder) if processes.is_first else None
+        step = "name another folder (recover.folder)"
+        self._lock = hold(self.folder, step, take_over=True) if processes.is_first else None
         if own is not None:
             answers = own(self._training, self.folder / _OWN) if processes.is_first else []
             answers = processes.from_first(answers)

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
-from weakref import WeakValueDictionary
 
 import torch
 from compressed_tensors.offload import disable_onloading
@@ -23,7 +22,7 @@ from torch import Tensor
 from rac_modifier.checkpoint.files import write_tensors_atomic
 from rac_modifier.checkpoint.output_folder import check_room
 from rac_modifier.errors import RacError, refusing
-from rac_modifier.files import lock, read_json, remove_folder, write_json_atomic
+from rac_modifier.files import hold, read_json, remove_folder, write_json_atomic
 from rac_modifier.llmcompressor.solving import Pruned
 
 _ABOUT = "about.json"
@@ -31,8 +30,7 @@ _CALIBRATION = "calibration set"
 _STORES = "trace stores"  # may have grown; named if the calibration set differs
 _PARAMETERS = ("weight", "weight_scale", "weight_zero_point", "weight_global_scale")
 _MASTER = "master"  # the weight before it was rounded
-_LOCK = ".lock"
-_held: WeakValueDictionary[Path, IO[str]] = WeakValueDictionary()  # by folder, in this process
+_ELSEWHERE = "name another output_dir"
 
 
 def check_disk(
@@ -60,7 +58,7 @@ class Resume:
             place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
             if not (place.is_dir() and os.access(place, os.W_OK)):
                 raise self._unwritable(f"{place} is not a folder that can be written to")
-            self._lock = self._hold(folder)
+            self._lock = hold(folder, _ELSEWHERE, take_over=True)
             try:
                 self._check(self._about)
             except BaseException:
@@ -133,34 +131,11 @@ class Resume:
             remove_folder(self._folder)
             self._lock.close()
 
-    def _hold(self, folder: Path) -> IO[str]:
-        """Lock the folder until the file is closed (RacError: another process has it)."""
-        key = folder.resolve()
-        if earlier := _held.pop(key, None):
-            earlier.close()
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            file = (folder / _LOCK).open("a")
-        except OSError as error:
-            raise self._unwritable(error) from error
-        try:
-            if not lock(file.fileno(), folder, patience=0):
-                raise self._in_use()
-        except BaseException:
-            file.close()
-            raise
-        _held[key] = file
-        return file
-
     def _check_held(self) -> None:
         """Refuse to go on where a later run of this process has the folder (RacError)."""
         if self._lock is None or self._lock.closed:
-            raise self._in_use()
-
-    def _in_use(self) -> RacError:
-        return RacError(
-            f"{self._folder} is in use by another run; wait for its end, or name another output_dir"
-        )
+            why = "is in use by a later run of this process; wait for it"
+            raise RacError(f"{self._folder} {why}, or {_ELSEWHERE}")
 
     def _check(self, about: Mapping[str, Any]) -> None:
         """Refuse a folder of another run."""

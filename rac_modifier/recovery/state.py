@@ -5,24 +5,18 @@ All processes gather it and the first writes it, so a run may go on with another
 
 import contextlib
 import json
-import os
-import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rac_modifier.checkpoint.files import write_tensors_atomic
-from rac_modifier.errors import RacError, refusing
-from rac_modifier.files import lock
+from rac_modifier.errors import refusing
 from rac_modifier.recovery.student import Student
 
 _FILE = "recovery.safetensors"
-_LOCK = ".lock"
-_TOKEN = uuid.uuid4().hex
 
 
 @dataclass
@@ -37,32 +31,6 @@ class Progress:
     curve: list[tuple[int, float]] = field(default_factory=list)  # step and KL of every check
     stopped: str = ""  # why the present try ended early
     tries: int = 0  # how often the learning rate was lowered
-
-
-def hold(folder: Path) -> IO[str]:
-    """Lock a folder until the file is closed (RacError: another process has it, not writable)."""
-    step = "name another folder (recover.folder)"
-    with refusing(f"{folder}: cannot be written to", step, OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / _LOCK).open("a+")
-    file.seek(0)
-    holder = file.read()
-    if not lock(file.fileno(), folder, patience=0):
-        if holder == _process():  # an earlier run of this process, which failed
-            return file
-        file.close()
-        raise RacError(
-            f"{folder} is in use by process {holder.partition(' ')[0]}; wait for it, or {step}"
-        )
-    file.truncate(0)
-    file.write(_process())
-    file.flush()
-    return file
-
-
-def _process() -> str:
-    """Return what no other process has: containers that share a folder repeat process ids."""
-    return f"{os.getpid()} {_TOKEN}"
 
 
 def save_state(

@@ -65,7 +65,7 @@ def test_a_folder_of_another_evaluation_is_refused(tmp_path):
 def test_a_second_writer_is_refused_and_one_that_waited_keeps_all_rows(tmp_path):
     late = FrontierFolder(tmp_path)
     filled(tmp_path)
-    with FrontierFolder(tmp_path), pytest.raises(RacError, match="in use by another rac frontier"):
+    with FrontierFolder(tmp_path), pytest.raises(RacError, match=r"in use by process \d+; wait"):
         late.__enter__()
     with late:
         late.add({"label": "late"}, [])

@@ -1,13 +1,9 @@
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from rac_modifier.checkpoint import files
 from rac_modifier.errors import RacError
-from rac_modifier.recovery.state import Progress, hold, load_state, save_state
+from rac_modifier.recovery.state import Progress, load_state, save_state
 from rac_modifier.recovery.student import Student
 from tests.meeting import together
 
@@ -88,40 +84,3 @@ def test_a_full_disk_leaves_the_old_state(tmp_path, monkeypatch):
         save_state(tmp_path, Progress("key", 4), *trained(4))
     assert (tmp_path / "recovery.safetensors").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["recovery.safetensors"]
-
-
-HOLDER = """
-import os, sys
-from pathlib import Path
-from rac_modifier.recovery.state import hold
-if sys.argv[2:]:
-    os.getpid = lambda: int(sys.argv[2])
-lock = hold(Path(sys.argv[1]))
-print("held", flush=True)
-sys.stdin.read()
-"""
-
-
-@pytest.mark.parametrize("same_id", [False, True], ids=["", "with the process id of this one"])
-def test_another_process_keeps_this_one_out_of_a_folder_until_it_ends(tmp_path, same_id):
-    """Containers that share a folder repeat process ids."""
-    folder, pipe = tmp_path / "rac_recovery" / "model", subprocess.PIPE
-    command = [sys.executable, "-c", HOLDER, str(folder), *[str(os.getpid())] * same_id]
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as other:
-        assert other.stdout.readline() == "held\n"
-        says = rf"process {os.getpid() if same_id else other.pid};.*recover\.folder"
-        with pytest.raises(RacError, match=says):
-            hold(folder)
-        other.kill()
-        other.wait()
-        hold(folder).close()  # a killed process holds nothing
-
-
-def test_a_failed_run_does_not_keep_out_the_next_run_of_its_process(tmp_path):
-    first, second = hold(tmp_path), hold(tmp_path)
-    assert not first.closed
-    first.close()
-    second.close()
-    (tmp_path / "file").write_text("")
-    with pytest.raises(RacError, match=r"name another folder \(recover\.folder\)"):
-        hold(tmp_path / "file" / "state")
