@@ -62,7 +62,7 @@ def load_model(
     Example:
         model = load_model("Qwen3-8B-rac-2of4", dtype="auto", device_map="auto")
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, PreTrainedConfig
 
     config: dict[str, Any] = {}
     if local := Path(model).is_dir():
@@ -72,6 +72,8 @@ def load_model(
     else:
         check_is_id(model)
     try:
+        if not local:
+            config, _ = PreTrainedConfig.get_config_dict(str(model), **from_pretrained_kwargs)
         _check_rotations(model, config)
         loading: Any = AutoModelForCausalLM.from_pretrained(
             str(model),

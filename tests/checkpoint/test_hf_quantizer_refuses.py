@@ -1,6 +1,7 @@
 """What `load_model` and transformers' `from_pretrained` refuse."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -123,21 +124,24 @@ def test_a_checkpoint_of_older_compressed_tensors(saved):
     assert_same_state(load_model(folder), expected)
 
 
-def test_a_model_of_the_hub(saved, monkeypatch):
+def test_a_model_of_the_hub(saved, tmp_path):
+    """It is in the hub's cache, as revision v1."""
     folder, expected, _ = saved()
-    asked: list[tuple] = []
-    inner = AutoModelForCausalLM.from_pretrained
-
-    def from_pretrained(model: str, **kwargs: object) -> object:
-        asked.append((model, kwargs.pop("revision")))
-        return inner(folder, **kwargs)
-
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
-    assert_same_state(load_model("owner/name", revision="v1"), expected)
-    assert asked == [("owner/name", "v1")]
-    monkeypatch.undo()
+    cached = tmp_path / "cache" / "models--owner--name"
+    snapshot = cached / "snapshots" / ("1" * 40)
+    shutil.copytree(folder, snapshot)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "v1").write_text(snapshot.name)
+    of_cache = {"cache_dir": tmp_path / "cache", "local_files_only": True}
+    assert_same_state(load_model("owner/name", revision="v1", **of_cache), expected)
     with pytest.raises(RacError, match=r"^owner/none: neither a folder nor a model that can be"):
-        load_model("owner/none", local_files_only=True)
+        load_model("owner/none", **of_cache)
+    rotation = {"type": "hadamard", "apply": [{"location": "input", "targets": ["Linear"]}]}
+    with edited_config(snapshot) as config:
+        transforms = {"config_groups": {"r": rotation}}
+        config["quantization_config"]["transform_config"] = transforms
+    with pytest.raises(RacError, match=r"^owner/name: its config\.json has rotations"):
+        load_model("owner/name", revision="v1", **of_cache)
 
 
 def test_code_that_the_checkpoint_brings_is_not_run_unasked(saved):
