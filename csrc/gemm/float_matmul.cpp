@@ -113,10 +113,10 @@ bool panels(const Matmul& matmul, const Dots<X>& dots, int64_t first, int64_t la
     const int64_t most = std::min(matmul.m, CHUNK<X>) * step * PANEL * static_cast<int64_t>(sizeof(float));
     float* acc = static_cast<float*>(std::malloc(most));
     if (!acc) return false;
-    // Chunks of nearly equal height, so that the last one is not a token or two.
-    const int64_t chunks = (matmul.m + CHUNK<X> - 1) / CHUNK<X>, chunk = (matmul.m + chunks - 1) / chunks;
-    for (int64_t token = 0; token < matmul.m; token += chunk) {
-        const int64_t tokens = std::min(matmul.m - token, chunk);
+    // The heights of chunks differ by a token at most: expand_and_multiply reads block_tokens tokens, however few a chunk has.
+    const int64_t chunks = (matmul.m + CHUNK<X> - 1) / CHUNK<X>;
+    for (int64_t chunk = 0; chunk < chunks; chunk++) {
+        const int64_t token = matmul.m * chunk / chunks, tokens = matmul.m * (chunk + 1) / chunks - token;
         for (int64_t panel = first; panel < last; panel += step) {
             const int64_t count = std::min(last - panel, step);
             std::memset(acc, 0, count * tokens * PANEL * sizeof(float));

@@ -202,16 +202,15 @@ void multiply_tokens(const WeightTiles& weight, int64_t first, int64_t count, in
 template <class WeightTiles>
 bool panels(const WeightTiles& weight, int64_t first, int64_t last) {
     const Matmul& matmul = weight.matmul;
-    const int64_t chunk = tokens_of_chunk(matmul.m), group = matmul.m <= BLOCK_TOKENS ? 2 : AMX_PANELS;
-    const int64_t blocks = (smaller(matmul.m, chunk) + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
+    const int64_t group = matmul.m <= BLOCK_TOKENS ? 2 : AMX_PANELS;
+    const int64_t blocks = (smaller(matmul.m, AMX_TOKENS) + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
     float* acc = static_cast<float*>(std::aligned_alloc(64, group / 2 * blocks * BLOCK_TOKENS * BLOCK_TOKENS * sizeof(float)));
     if (!acc) return false;
-    for (int64_t token = 0; token < matmul.m; token += chunk) {
-        const int64_t tokens = smaller(matmul.m - token, chunk);
+    in_chunks(matmul.m, [&](int64_t token, int64_t tokens) {
         configure(tokens);
         for (int64_t panel = first; panel < last; panel += group)
             multiply_tokens(weight, panel, smaller(last - panel, group), token, tokens, acc);
-    }
+    });
     _tile_release();
     std::free(acc);
     return true;

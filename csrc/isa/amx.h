@@ -14,10 +14,15 @@ constexpr int64_t AMX_TOKENS = 384, AMX_PANELS = 16;
 
 RAC_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Chunks of nearly equal height, so that the last chunk is not a token or two; whole blocks of 32.
-RAC_INLINE int64_t tokens_of_chunk(int64_t m) {
-    const int64_t chunks = (m + AMX_TOKENS - 1) / AMX_TOKENS;
-    return ((m + chunks - 1) / chunks + 31) / 32 * 32;
+// Call work(token, tokens) for each chunk of m tokens. Chunks are whole blocks of 32 tokens, but for the last block; their heights
+// differ by a block at most.
+template <class Work>
+RAC_INLINE void in_chunks(int64_t m, const Work& work) {
+    const int64_t blocks = (m + 31) / 32, chunks = (m + AMX_TOKENS - 1) / AMX_TOKENS;
+    for (int64_t chunk = 0; chunk < chunks; chunk++) {
+        const int64_t token = blocks * chunk / chunks * 32, end = blocks * (chunk + 1) / chunks * 32;
+        work(token, smaller(m, end) - token);
+    }
 }
 
 // GCC does not know which memory its tile intrinsics read. Without this it may drop or move the stores before them.

@@ -129,18 +129,19 @@ void multiply_tokens(const IntMatmul& matmul, int64_t first, int64_t count, int6
 }  // namespace
 
 bool amx_int_panels(const IntMatmul& matmul, int64_t first, int64_t last) {
-    const int64_t m = matmul.out.m, chunk = tokens_of_chunk(m), group = m <= 32 ? 2 : AMX_PANELS;
+    const int64_t m = matmul.out.m, group = m <= 32 ? 2 : AMX_PANELS;
     Buffers buffers;
-    buffers.acc = static_cast<float*>(std::malloc(group * smaller(m, chunk) * PANEL * sizeof(float)));
+    buffers.acc = static_cast<float*>(std::malloc(group * smaller(m, AMX_TOKENS) * PANEL * sizeof(float)));
     buffers.expanded = static_cast<int8_t*>(std::aligned_alloc(64, 2 * MOST_TILES * TILE));
     const bool memory = buffers.acc && buffers.expanded;
-    for (int64_t token = 0; memory && token < m; token += chunk) {
-        const int64_t tokens = smaller(m - token, chunk);
-        configure(tokens);
-        for (int64_t panel = first; panel < last; panel += group)
-            multiply_tokens(matmul, panel, smaller(last - panel, group), token, tokens, buffers);
+    if (memory) {
+        in_chunks(m, [&](int64_t token, int64_t tokens) {
+            configure(tokens);
+            for (int64_t panel = first; panel < last; panel += group)
+                multiply_tokens(matmul, panel, smaller(last - panel, group), token, tokens, buffers);
+        });
+        _tile_release();
     }
-    if (memory) _tile_release();
     std::free(buffers.acc);
     std::free(buffers.expanded);
     return memory;

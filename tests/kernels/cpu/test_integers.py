@@ -8,6 +8,7 @@ from torch import Tensor
 
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.cpu import operator, pack_scale, pack_values
+from rac_modifier.kernels.cpu.library import Library
 from rac_modifier.kernels.cpu.support import library_and_isa, support
 from tests.kernels.cpu.kernel_helpers import (
     BLOCK,
@@ -25,6 +26,7 @@ from tests.kernels.cpu.kernel_helpers import (
     scaled,
     set_activation_bits,
     sparse,
+    take,
     threads,
 )
 
@@ -138,6 +140,18 @@ def test_chunks_of_tokens_and_groups_of_panels_on_threads(kernel, monkeypatch, f
         assert_integer_product(y, x, scaled(dense, scale), 3, bias)
         with threads(3):
             assert torch.equal(multiply(x, weight, bias, pack_scale(scale)), y)
+
+
+def test_no_chunk_has_fewer_tokens_than_are_multiplied_at_a_time(native_path, monkeypatch):
+    """230,401 tokens in chunks of 480 would leave one; what follows x in memory is not a number."""
+    m, scale = 230_401, pack_scale(torch.ones(32, 1))
+    memory = torch.ones(m + 8, 32, dtype=torch.bfloat16)
+    memory[m:] = math.nan
+    for name in Library(native_path).runs:
+        take(native_path, name, monkeypatch)
+        data = pack_dense(torch.ones(32, 32, dtype=torch.int8))
+        y = multiply(memory[:m], Packed(data, 32, 32), None, scale)
+        assert bool((y == 32).all()), name
 
 
 @pytest.mark.parametrize("kernel", ["amx"], indirect=True)
