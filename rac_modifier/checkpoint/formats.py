@@ -28,6 +28,7 @@ from rac_modifier.checkpoint.quantization_config import FORMAT_24 as FORMAT_24
 from rac_modifier.checkpoint.quantization_config import FORMAT_BITMASK as FORMAT_BITMASK
 from rac_modifier.checkpoint.quantization_config import (
     QUANTIZATION_KEY,
+    has_block_scales,
     int8_in_words,
     packed_format,
     weight_schemes,
@@ -41,6 +42,7 @@ from rac_modifier.checkpoint.stored_weight import (
     check_scale,
     check_scale_values,
     from_dense,
+    is_per_block,
     row_starts,
 )
 from rac_modifier.errors import RacError
@@ -83,9 +85,9 @@ class SparseBitmask:
     ) -> StoredWeight:
         """Check the tensors of a module as untrusted input and return its weight.
 
-        `tensors`: by part, and `weight_scale` where the values are quantized. `block_scales`: they
-        are per block of rows and columns; the result has none. RacError names `{module}.{part}`,
-        which is missing, malformed or contradicts others.
+        `tensors`: by part, and `weight_scale` where the values are quantized. `block_scales`: it
+        may be per block of rows and columns; the result has none then. RacError names
+        `{module}.{part}`, which is missing, malformed or contradicts others.
         """
         compressed = part_of(tensors, module, "compressed")
         bitmask, rows, columns = _mask_of(tensors, module)
@@ -103,9 +105,11 @@ class SparseBitmask:
             raise damaged(f"{module}.compressed", f"{fault} {expected}")
         values = (unpack_words(compressed, 4, count) if in_words else compressed).reshape(-1)
         check_finite(values, f"{module}.compressed")
-        scale = None
-        if block_scales and SCALE in tensors and values.dtype not in FLOATS:
-            check_scale_values(tensors[SCALE], f"{module}.{SCALE}")
+        scale = tensors.get(SCALE)
+        block_scales = block_scales and values.dtype not in FLOATS
+        if block_scales and scale is not None and is_per_block(scale.shape, rows):
+            check_scale_values(scale, f"{module}.{SCALE}")
+            scale = None
         else:
             scale = check_scale(tensors, values.dtype, rows, columns, module)
         return replace(weight, values=values, scale=scale, bits=4 if in_words else 8)
@@ -195,8 +199,7 @@ class PackedFiles:
         """Read and check a packed module (RacError)."""
         assert self.format is not None
         tensors = self.files.tensors(module, (*self.format.parts, SCALE))
-        blocks = any(scheme.strategy == "block" for scheme in self.schemes)
-        return self.format.check(tensors, module, blocks)
+        return self.format.check(tensors, module, has_block_scales(self.schemes))
 
     def in_words(self, module: str) -> bool:
         """Return whether upstream stores the dense form of a packed module as int32 words."""

@@ -22,12 +22,15 @@ from rac_modifier.checkpoint.formats import (
 from rac_modifier.checkpoint.inspect import Matrices, ModuleRow, is_embedding
 from rac_modifier.checkpoint.quantization_config import CONFIG_FILE, check_method, packed_format
 from rac_modifier.checkpoint.stored_weight import (
+    PER_BLOCK,
+    SCALE,
     UNSTRUCTURED,
     StoredWeight,
     check_finite,
     count_broken_groups,
     count_zeros,
     from_dense,
+    is_per_block,
 )
 from rac_modifier.errors import RacError
 from rac_modifier.files import read_json
@@ -119,6 +122,14 @@ def asymmetric_part(files: TensorFiles, module: str) -> str | None:
     return next((part for part in _ASYMMETRIC if f"{module}.{part}" in files), None)
 
 
+def in_blocks(files: TensorFiles, module: str) -> bool:
+    """Return whether a module has a scale per block of rows and columns."""
+    weight, scale = f"{module}.weight", f"{module}.{SCALE}"
+    if weight not in files or scale not in files:
+        return False
+    return is_per_block(files.shape(scale), files.shape(weight)[0])
+
+
 def _plan(matrices: Matrices, row: ModuleRow, drop: bool) -> MatrixPlan:
     """Read a matrix; return its plan without `packed_bytes`. `drop`: store -0.0 as +0.0."""
     row, stored_weight = matrices.read(row)
@@ -148,6 +159,8 @@ def _unreadable(
     """Say why the zeros of a matrix cannot be left out, None where they can."""
     if part := asymmetric_part(files, row.name):
         return f"quantized with a {part}: its zeros are not stored as zeros"
+    if in_blocks(files, row.name):
+        return PER_BLOCK
     if row.stored == "dense":
         return f"stored as {row.dtype}, which cannot be packed" if weight is None else None
     if isinstance(weight, StoredWeight) and weight.bits in PACKED_BITS:

@@ -37,7 +37,7 @@ from rac_modifier.checkpoint.quantization_config import (
     with_int8_activations,
     with_packed,
 )
-from rac_modifier.checkpoint.stored_weight import count_broken_groups
+from rac_modifier.checkpoint.stored_weight import PER_BLOCK, count_broken_groups
 from rac_modifier.errors import RacError
 from rac_modifier.files import read_json, without_paths, write_json_atomic, write_text_atomic
 
@@ -155,6 +155,11 @@ def _write_packed(
             raise RacError(
                 f"{module}: has a {part}, so its zeros cannot be left out; quantize with a "
                 "symmetric scheme (W4A16 instead of W4A16_ASYM), or set storage: dense"
+            )
+        if pack_plan.in_blocks(files, module):
+            raise RacError(
+                f"{module}: {PER_BLOCK}; quantize with a scale per row (FP8_DYNAMIC instead of "
+                "FP8_BLOCK), or set storage: dense"
             )
         name, bits = f"{module}.weight", None
         if name in files:

@@ -245,6 +245,11 @@ def weight_schemes(quantization: object) -> tuple[WeightScheme, ...]:
     return tuple(dict.fromkeys(schemes))
 
 
+def has_block_scales(schemes: Iterable[WeightScheme]) -> bool:
+    """Tell whether scales may be per block of rows and columns."""
+    return any(scheme.strategy == "block" for scheme in schemes)
+
+
 def int8_in_words(schemes: Iterable[WeightScheme]) -> bool:
     """Tell whether upstream stores dense int8 weights in int32 words.
 

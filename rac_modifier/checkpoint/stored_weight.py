@@ -14,6 +14,7 @@ from rac_modifier.settings.pattern import Pattern
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 SCALE = "weight_scale"
 UNSTRUCTURED = "unstructured"
+PER_BLOCK = "its scales are per block of rows and columns, which no sparse kernel reads"
 _CHUNK = 1 << 22  # values
 
 
@@ -57,6 +58,11 @@ class StoredWeight:
     def density(self) -> float:
         """Return the share of the weights that are stored."""
         return self.values.numel() / math.prod(self.shape)
+
+    @property
+    def per_block(self) -> bool:
+        """Return whether the scales are per block of rows and columns, which are not kept."""
+        return self.scale is None and self.values.dtype not in FLOATS
 
     @property
     def group(self) -> int:
@@ -146,6 +152,11 @@ def check_scale(
         fault = f"shape {list(scale.shape)} does not fit a weight [{rows}, {columns}], which has"
         raise layout.damaged(name, f"{fault} {shapes}")
     return scale.float().contiguous()
+
+
+def is_per_block(shape: Sequence[int], rows: int) -> bool:
+    """Tell by their shape whether the scales of a weight of N `rows` are per block."""
+    return len(shape) == 2 and math.prod(shape) > 1 and shape[0] != rows
 
 
 def check_scale_values(scale: Tensor, name: str) -> None:

@@ -15,7 +15,7 @@ import torch
 from rac_modifier.checkpoint.dense_codes import OF_VOCABULARY
 from rac_modifier.checkpoint.inspect import CheckpointReport, inspect_checkpoint
 from rac_modifier.checkpoint.quantization_config import BITS, CONFIG_FILE, SparsityRecord
-from rac_modifier.checkpoint.stored_weight import FLOATS, StoredWeight
+from rac_modifier.checkpoint.stored_weight import FLOATS, PER_BLOCK, StoredWeight
 from rac_modifier.files import read_json
 from rac_modifier.kernels import cpu
 from rac_modifier.kernels.interface import Backend, Decision, Layer, stay_dense
@@ -69,7 +69,10 @@ def plan_checkpoint(folder: str | Path) -> tuple[CheckpointReport, list[PlanRow]
         served = dtype if dtype in FLOATS else torch.bfloat16
         layer = Layer.of(replace(weight, activation_bits=bits), served)
         if weight.density < 1.0 or weight.bits in BITS or OF_VOCABULARY.search(weight.name):
-            rows.append(PlanRow(weight.name, layer, choose(layer, "cpu")[0]))
+            decision = choose(layer, "cpu")[0]
+            if weight.per_block:
+                decision = stay_dense(PER_BLOCK, served, "refused by vLLM")
+            rows.append(PlanRow(weight.name, layer, decision))
 
     return inspect_checkpoint(folder, plan), rows
 

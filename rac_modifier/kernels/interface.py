@@ -69,11 +69,10 @@ class Decision:
     dense_bytes: float
 
 
-def stay_dense(reason: str, served: torch.dtype) -> Decision:
-    """Return the decision "dense" for a reason that no backend was asked about."""
-    return Decision(
-        False, "dense", f"dense because {reason}", float(served.itemsize), float(served.itemsize)
-    )
+def stay_dense(reason: str, served: torch.dtype, instead: str = "dense") -> Decision:
+    """Return the decision "dense" for a reason that no backend was asked about, or `instead`."""
+    nbytes = float(served.itemsize)
+    return Decision(False, instead, f"{instead} because {reason}", nbytes, nbytes)
 
 
 class Backend(Protocol):

@@ -24,10 +24,13 @@ from rac_modifier.checkpoint.quantization_config import METHOD as COMPRESSED_TEN
 from rac_modifier.checkpoint.quantization_config import (
     SparsityConfig,
     WeightScheme,
+    has_block_scales,
+    weight_schemes,
     without_sparsity,
 )
 from rac_modifier.checkpoint.stored_weight import (
     FLOATS,
+    PER_BLOCK,
     SCALE,
     StoredWeight,
     check_scale,
@@ -115,6 +118,7 @@ class PackedLayout(Layout):
         assert sparsity is not None  # `is_packed`
         self.targets, self.ignore = sparsity.targets, sparsity.ignore
         self.format, self.quantized = FORMATS[sparsity.format], bool(config.get("config_groups"))
+        self.block_scales = has_block_scales(weight_schemes(config))
         stored: dict[str, torch.dtype | None] = {
             "bitmask": torch.uint8,
             "row_offsets": torch.int64,
@@ -143,7 +147,10 @@ class PackedLayout(Layout):
                     "not zero, so it cannot be sparse; quantize it symmetrically"
                 )
         if "weight" not in tensors:
-            return self.format.check(tensors, module)
+            sparse = self.format.check(tensors, module, self.block_scales)
+            if sparse.per_block:
+                raise RacError(f"{module}.{SCALE}: {PER_BLOCK}; rac unpack writes the model dense")
+            return sparse
         weight = _matrix_of(tensors, module)
         if tensors.keys() & {*FORMATS[FORMAT_BITMASK].parts}:
             raise RacError(f"{module}.weight: stored both dense and packed; save the model again")

@@ -105,6 +105,18 @@ def test_a_weight_with_zero_points_stays_dense(tmp_path):
     assert reason == "quantized with a weight_zero_point: its zeros are not stored as zeros"
 
 
+def test_a_weight_with_a_scale_per_block_stays_dense(tmp_path):
+    weights = {"type": "float", "strategy": "block", "block_structure": [128, 128]}
+    weight = torch.zeros(160, 256, dtype=torch.float8_e4m3fn)
+    tensors = {"up.weight": weight, "up.weight_scale": torch.ones(2, 2)}
+    config = {"format": "float-quantized", "config_groups": {"g": {"weights": weights}}}
+    write(tmp_path, tensors, quantization_config={"quant_method": "compressed-tensors", **config})
+    reason = "its scales are per block of rows and columns, which no sparse kernel reads"
+    assert by_name(plan_packing(tmp_path))["up"].reason == reason
+    with pytest.raises(RacError, match=f"^up: {reason}; .*FP8_DYNAMIC instead of FP8_BLOCK"):
+        pack_checkpoint(tmp_path, {"up": "2:4"})
+
+
 def test_negative_zeros(tmp_path):
     kept = two_of_four() != 0
     folder = saved_with(tmp_path, {"up": -torch.rand(32, 64) * kept})

@@ -76,8 +76,10 @@ def test_quantized_values_come_with_their_scales():
     assert FORMATS["sparse-bitmask"].check(scaled, "x").dequantized(torch.float32).tolist() == [
         [1.5, 0, 0, -3.5, 0, 2, 4, 0]
     ]
-    blocks = {**tensors, "weight_scale": torch.ones(1, 3)}
-    assert FORMATS["sparse-bitmask"].check(blocks, "x", block_scales=True).scale is None
+    three = FORMATS["sparse-bitmask"].compress(weight.repeat(3, 1), "x")
+    for scale, per_block in ((torch.ones(2, 3), True), (torch.ones(3, 2), False)):
+        read = FORMATS["sparse-bitmask"].check({**three, "weight_scale": scale}, "x", True)
+        assert (read.scale is None) == read.per_block == per_block
     with pytest.raises(RacError, match=r"x\.weight_scale: missing"):
         FORMATS["sparse-bitmask"].check(tensors, "x")
 

@@ -72,6 +72,19 @@ def test_quantized_weights(tmp_path, two_of_four, bits, groups, kernel):
     assert stored <= row.layer.density * 32 * 44 < stored + 8
 
 
+def test_scales_per_block_have_no_sparse_kernel(tmp_path):
+    """Packed by an older version."""
+    weight = random_weight(160, 128, 0, False).to(torch.float8_e4m3fn)
+    parts = FORMATS["sparse-bitmask"].compress(weight, "a")
+    folder = saved(tmp_path, {**parts, "weight_scale": torch.ones(2, 1)}, "sparse-bitmask")
+    config = json.loads((folder / "config.json").read_text())
+    weights = {"type": "float", "strategy": "block"}
+    config["quantization_config"]["config_groups"] = {"g": {"weights": weights}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (row,) = plan(folder)
+    assert row.decision.reason.startswith("refused by vLLM because its scales are per block")
+
+
 def test_dense_codes(tmp_path):
     """Groups of 64 columns with a bfloat16 scale; reordered ones, and 8 bits but in a head, have no
     kernel."""

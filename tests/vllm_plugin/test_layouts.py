@@ -16,6 +16,7 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import (
 )
 from vllm.scalar_type import scalar_types
 
+from rac_modifier.checkpoint.formats import FORMATS
 from rac_modifier.checkpoint.quantization_config import with_packed
 from rac_modifier.errors import RacError
 from rac_modifier.vllm_plugin.layouts import (
@@ -28,7 +29,12 @@ from rac_modifier.vllm_plugin.layouts import (
 )
 from tests.checkpoint.gptq_awq_tensors import awq, drawn, gptq
 from tests.vllm_plugin.layer_kinds import FORMS, K
-from tests.vllm_plugin.stored_forms import awq_config, gptq_config, quantization
+from tests.vllm_plugin.stored_forms import (
+    awq_config,
+    gptq_config,
+    quantization,
+    quantized_sparse,
+)
 
 INPUTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
 LINEAR = torch.nn.Linear(96, 64)
@@ -155,6 +161,19 @@ def test_what_is_damaged_is_named(form, change, message):
     tensors = {**FORMS[form].store(weight)[0], **change}
     with pytest.raises(RacError, match=f"^m.{message}"):
         reader_of(form).read({k: v for k, v in tensors.items() if v is not None}, "m")
+
+
+def test_scales_per_block_have_no_sparse_kernel():
+    """Packed by an older version."""
+    config = quantized_sparse("sparse-bitmask", "fp8", [])
+    weights = config["config_groups"]["group_0"]["weights"]
+    weights |= {"strategy": "block", "block_structure": [128, 128]}
+    tensors = FORMATS["sparse-bitmask"].compress(torch.eye(160, K).to(torch.float8_e4m3fn), "m")
+    layout = PackedLayout(config)
+    with pytest.raises(RacError, match=r"^m\.weight_scale: its scales are per block .*rac unpack"):
+        layout.read({**tensors, "weight_scale": torch.ones(2, 1)}, "m")
+    with pytest.raises(RacError, match=r"^m\.weight_scale: .* is damaged"):
+        layout.read({**tensors, "weight_scale": torch.ones(2)}, "m")
 
 
 def test_codes_in_floats_where_config_json_quantizes_them():
