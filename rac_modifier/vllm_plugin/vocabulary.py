@@ -104,7 +104,8 @@ class VocabularyMethod(QuantizeMethodBase):
         shard = layer.shard_indices
         rows = torch.arange(shard.org_vocab_start_index, shard.org_vocab_end_index)
         backend = None
-        if isinstance(weight, StoredWeight) and weight.order is None:
+        # a rank may have nothing but rows that pad the vocabulary
+        if isinstance(weight, StoredWeight) and weight.order is None and len(rows):
             share = weight.select_rows(rows)
             decision, backend = choose(Layer.of(share, self.dtype), self.device.type)
             stored = (self.prefix, share.bits, decision.reason)

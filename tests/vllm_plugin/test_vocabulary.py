@@ -112,6 +112,16 @@ def test_a_rank_has_its_rows(monkeypatch, rank):
     torch.testing.assert_close(head.quant_method.apply(head, x), expected, rtol=1e-3, atol=1e-2)
 
 
+@needs_kernel
+def test_a_rank_may_have_nothing_but_padding(monkeypatch):
+    """The rank has rows 96 to 127 of 128; the vocabulary ends at 70."""
+    tensors, _ = stored(torch.randn(ROWS, COLUMNS), "int8")
+    head = made(monkeypatch, ParallelLMHead, "int8", 3, 4)
+    fill(head, tensors)
+    logits = head.quant_method.apply(head, torch.randn(2, COLUMNS))
+    assert torch.equal(logits, torch.zeros(2, 32))
+
+
 @pytest.mark.parametrize(
     ("kernels", "named"),
     [
