@@ -103,6 +103,11 @@ class PackQuantized:
                 "reads; leave out --quantization rac, or quantize with actorder: static"
             )
         bits = scheme.bits
+        if bits == 8 and not scheme.symmetric:  # a code less its code of zero may not fit int8
+            raise RacError(
+                f"{module}.{ZEROS}: asymmetric weights of 8 bits have no kernel; quantize them "
+                "symmetrically"
+            )
         if bits == 8 and WORDS not in tensors:
             codes = part_of(tensors, module, "weight")
             if codes.dtype != torch.int8 or codes.dim() != 2 or not codes.numel():
@@ -146,8 +151,10 @@ class PackQuantized:
             raise contradicts(f"{module}.{WORDS}", f"{fault} {allowed} bits")
         per_row = scale.shape[1] if scale is not None and scale.dim() == 2 else 1
         group = columns // max(per_row, 1)
-        symmetric = ZEROS not in tensors
-        scheme = WeightScheme("int", fitting[0], "group", group, symmetric, PACK_QUANTIZED)
+        bits, symmetric = fitting[0], ZEROS not in tensors
+        if bits == 8 and not symmetric:
+            return None
+        scheme = WeightScheme("int", bits, "group", group, symmetric, PACK_QUANTIZED)
         return cls.check(tensors, module, scheme)
 
 

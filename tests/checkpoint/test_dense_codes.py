@@ -197,6 +197,14 @@ def test_the_width_follows_from_the_number_of_words(schemes):
         assert PackQuantized.read(one_word_for_both | SCALE, "a") is None
 
 
+def test_eight_bits_with_zero_points_are_not_read():
+    """A code less its code of zero, -255 to 255, does not fit int8."""
+    tensors, _ = drawn(4, 32, 2, bits=8)
+    assert PackQuantized.read(tensors, "a") is None
+    with pytest.raises(RacError, match=r"^a\.weight_zero_point: asymmetric weights of 8 bits have"):
+        check_codes(tensors, "a", 16, False, bits=8)
+
+
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
