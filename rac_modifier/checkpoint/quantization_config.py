@@ -24,6 +24,7 @@ FORMAT_24, FORMAT_BITMASK = "sparse-24-bitmask", "sparse-bitmask"
 PACK_QUANTIZED = "pack-quantized"
 REFUSAL = {"packed sparse: import rac_modifier": True}  # shown by pydantic up to 50 characters
 BITS = (2, 3, 4)  # of dense weights that a kernel reads
+TRANSFORMED = "its inputs or outputs are transformed"  # why none does
 _INT8_FORMATS = (PACK_QUANTIZED, "int-quantized", "naive-quantized")
 VERSION = 1  # of the packed layouts; raised with every change that an older reader would misread
 
@@ -243,6 +244,22 @@ def weight_schemes(quantization: object) -> tuple[WeightScheme, ...]:
         if group.weights is not None:
             schemes.append(WeightScheme.of(group, parsed.format))
     return tuple(dict.fromkeys(schemes))
+
+
+def why_left_to_vllm(quantization: object, bits: int, vocabulary: bool) -> str | None:
+    """Say why vLLM's own method runs dense codes of `bits` bits; None where a kernel may.
+
+    `vocabulary`: of a head or embedding. Of several schemes with these bits, one that a kernel
+    reads counts. Next to packed modules, codes of every scheme are read.
+    """
+    packed = SparsityConfig.of(quantization) is not None
+    if packed and not vocabulary:
+        return None
+    if isinstance(quantization, Mapping) and quantization.get("transform_config") and not packed:
+        return TRANSFORMED
+    schemes = (scheme for scheme in weight_schemes(quantization) if scheme.bits == bits)
+    reasons = [scheme.why_no_kernel(vocabulary) for scheme in schemes]
+    return None if None in reasons else next(iter(reasons), None)
 
 
 def has_block_scales(schemes: Iterable[WeightScheme]) -> bool:

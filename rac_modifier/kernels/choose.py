@@ -14,11 +14,25 @@ import torch
 
 from rac_modifier.checkpoint.dense_codes import OF_VOCABULARY
 from rac_modifier.checkpoint.inspect import CheckpointReport, inspect_checkpoint
-from rac_modifier.checkpoint.quantization_config import BITS, CONFIG_FILE, SparsityRecord
+from rac_modifier.checkpoint.quantization_config import (
+    BITS,
+    CONFIG_FILE,
+    QUANTIZATION_KEY,
+    SparsityRecord,
+    why_left_to_vllm,
+)
 from rac_modifier.checkpoint.stored_weight import FLOATS, PER_BLOCK, StoredWeight
 from rac_modifier.files import read_json
 from rac_modifier.kernels import cpu
-from rac_modifier.kernels.interface import Backend, Decision, Layer, stay_dense
+from rac_modifier.kernels.interface import (
+    EXPERT,
+    REORDERED,
+    VLLMS,
+    Backend,
+    Decision,
+    Layer,
+    stay_dense,
+)
 
 GROUP = "rac_modifier.kernel_backends"
 """Entry points: the name is a device type of torch, the value a backend module."""
@@ -60,7 +74,8 @@ def plan_checkpoint(folder: str | Path) -> tuple[CheckpointReport, list[PlanRow]
 
     vLLM decides for fused layers by the same rules. Damaged modules are in the report alone.
     """
-    int8 = SparsityRecord.of(read_json(Path(folder) / CONFIG_FILE)).int8_activations
+    config = read_json(Path(folder) / CONFIG_FILE)
+    int8 = SparsityRecord.of(config).int8_activations
     rows: list[PlanRow] = []
 
     def plan(weight: StoredWeight) -> None:
@@ -69,12 +84,23 @@ def plan_checkpoint(folder: str | Path) -> tuple[CheckpointReport, list[PlanRow]
         served = dtype if dtype in FLOATS else torch.bfloat16
         layer = Layer.of(replace(weight, activation_bits=bits), served)
         if weight.density < 1.0 or weight.bits in BITS or OF_VOCABULARY.search(weight.name):
-            decision = choose(layer, "cpu")[0]
-            if weight.per_block:
-                decision = stay_dense(PER_BLOCK, served, "refused by vLLM")
+            decision = _decide(weight, layer, config.get(QUANTIZATION_KEY))
             rows.append(PlanRow(weight.name, layer, decision))
 
     return inspect_checkpoint(folder, plan), rows
+
+
+def _decide(weight: StoredWeight, layer: Layer, quantization: object) -> Decision:
+    """Decide as the vLLM plugin does for a layer that is not fused."""
+    vocabulary = bool(OF_VOCABULARY.search(weight.name))
+    if weight.per_block:
+        return stay_dense(PER_BLOCK, layer.served, "refused by vLLM")
+    reason = why_left_to_vllm(quantization, weight.bits, vocabulary)
+    if reason is not None and weight.density == 1.0:
+        return stay_dense(reason, layer.served, VLLMS)
+    if weight.order is not None and (vocabulary or EXPERT.search(weight.name)):
+        return stay_dense(REORDERED, layer.served)
+    return choose(layer, "cpu")[0]
 
 
 def render_plan(rows: Sequence[PlanRow]) -> str:

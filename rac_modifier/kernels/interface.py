@@ -10,6 +10,8 @@ from torch import Tensor
 
 from rac_modifier.checkpoint.stored_weight import StoredWeight
 
+VLLMS = "vLLM's own method"  # what runs a layer instead of a backend
+REORDERED = "its columns are reordered (desc_act)"  # why a layer stays dense
 EXPERT = re.compile(r"\.experts\.\d+\.")  # in the name of a module of a routed expert
 
 

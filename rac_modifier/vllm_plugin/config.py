@@ -20,7 +20,7 @@ from rac_modifier.checkpoint.quantization_config import METHOD as COMPRESSED_TEN
 from rac_modifier.checkpoint.quantization_config import RAC_KEY, SparsityRecord
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.cpu.support import support
-from rac_modifier.kernels.interface import Decision
+from rac_modifier.kernels.interface import VLLMS, Decision, stay_dense
 from rac_modifier.vllm_plugin import METHOD, layouts
 from rac_modifier.vllm_plugin.layouts import Layout
 
@@ -184,8 +184,8 @@ class RacConfig(QuantizationConfig):
         inner = self.layout.inner
         if reason is not None:
             self.report.expected += 1
-            reason = f"vLLM's own method because {reason}"
-            self.report.decisions[prefix] = Decision(False, "vLLM", reason, 1.0, 1.0)
+            decision = stay_dense(reason, torch.get_default_dtype(), VLLMS)
+            self.report.decisions[prefix] = decision
         return None if inner is None else inner.get_quant_method(layer, prefix)
 
     def get_name(self) -> str:

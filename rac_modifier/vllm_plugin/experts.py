@@ -21,7 +21,7 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
 from rac_modifier.checkpoint.stored_weight import StoredWeight, stack
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.choose import choose
-from rac_modifier.kernels.interface import Decision, Layer, stay_dense
+from rac_modifier.kernels.interface import REORDERED, Decision, Layer, stay_dense
 from rac_modifier.vllm_plugin.layouts import WeightReader
 from rac_modifier.vllm_plugin.linear import AddDecision, PackedWeight, loaded_again, to_floats
 
@@ -200,8 +200,7 @@ class RacExpertsMethod(FusedMoEMethodBase):
             if not all(isinstance(weight, StoredWeight) for weight in weights):
                 return stay_dense("some of its experts are stored in floats", self.dtype)
             if any(weight.order is not None for weight in weights):
-                reason = "the columns of its experts are reordered (desc_act)"
-                return stay_dense(reason, self.dtype)
+                return stay_dense(REORDERED, self.dtype)
             try:
                 shares = self._shares(layer, weights, number)
             except RacError as error:  # gate and up differ

@@ -22,6 +22,7 @@ from rac_modifier.checkpoint.dense_codes import (
 from rac_modifier.checkpoint.formats import FORMAT_BITMASK, FORMATS
 from rac_modifier.checkpoint.quantization_config import METHOD as COMPRESSED_TENSORS
 from rac_modifier.checkpoint.quantization_config import (
+    TRANSFORMED,
     SparsityConfig,
     WeightScheme,
     has_block_scales,
@@ -171,7 +172,7 @@ class CodesLayout(Layout):
             vocabulary = bool(OF_VOCABULARY.search(target))
             reasons.append(_scheme_of(scheme, self.inner.quant_format).why_no_kernel(vocabulary))
         if config.get("transform_config"):
-            reasons = ["its inputs or outputs are transformed"]
+            reasons = [TRANSFORMED]
         if None not in reasons:
             raise no_effect(str(reasons[0]) if reasons else "it quantizes nothing")
 

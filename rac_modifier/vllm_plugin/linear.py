@@ -21,7 +21,7 @@ from vllm.model_executor.parameter import BasevLLMParameter, ModelWeightParamete
 from rac_modifier.checkpoint.stored_weight import StoredWeight, stack
 from rac_modifier.errors import RacError, refusing
 from rac_modifier.kernels.choose import choose
-from rac_modifier.kernels.interface import Backend, Decision, Layer, stay_dense
+from rac_modifier.kernels.interface import REORDERED, Backend, Decision, Layer, stay_dense
 from rac_modifier.vllm_plugin.layouts import Weight, WeightReader
 
 AddDecision = Callable[[str, Decision | None], None]
@@ -216,7 +216,7 @@ class RacLinearMethod(LinearMethodBase):
         except RacError as error:
             return str(error)
         if share.order is not None and self.columns < self.all_columns:
-            return "its columns are reordered (desc_act), and ranks share them"
+            return f"{REORDERED}, and ranks share them"
         share = share.select_columns(first, self.columns)
         return replace(share, activation_bits=self.activation_bits)
 

@@ -13,6 +13,7 @@ from rac_modifier.checkpoint.packing import pack_checkpoint
 from rac_modifier.kernels import cpu
 from rac_modifier.kernels.choose import PlanRow, plan_checkpoint, render_plan
 from rac_modifier.kernels.cpu.support import Support
+from tests.checkpoint.gptq_awq_tensors import drawn, gptq
 from tests.checkpoint.test_stored_weight import random_weight
 
 
@@ -96,7 +97,8 @@ def test_dense_codes(tmp_path):
         tensors[f"{name}.weight_shape"] = torch.tensor([64, 128])
     tensors["reordered.weight_g_idx"] = torch.zeros(128, dtype=torch.int32)
     save_file(tensors, tmp_path / "model.safetensors")
-    groups = {str(bits): {"weights": {"num_bits": bits}} for bits in (3, 4, 8)}
+    weights = {"strategy": "group", "group_size": 64}
+    groups = {str(bits): {"weights": {"num_bits": bits, **weights}} for bits in (3, 4, 8)}
     entry = {"format": "pack-quantized", "config_groups": groups}
     record = {"int8_activations": ["three"]}
     config = {"rac_sparsity": record, "quantization_config": entry}
@@ -107,3 +109,48 @@ def test_dense_codes(tmp_path):
     for name, bits in (("a", 4), ("three", 3), ("lm_head", 8)):
         assert rows[name].decision.bytes_per_weight == bits / 8 + 2 / 64
         assert rows[name].decision.reason.startswith(f"int{bits} kernel avx2")
+
+
+INT8_INPUTS = {"input_activations": {"num_bits": 8, "strategy": "token"}}
+ROTATED = {"config_groups": {"r": {"type": "hadamard", "apply": []}}}
+
+
+@pytest.mark.parametrize(
+    ("module", "bits", "scheme", "transforms", "reason"),
+    [
+        ("a", 4, INT8_INPUTS, None, "its activations are quantized too"),
+        ("lm_head", 3, {}, None, "its weights are int3"),
+        ("lm_head", 2, {}, None, "its weights are int2"),
+        ("a", 4, {}, ROTATED, "its inputs or outputs are transformed"),
+    ],
+)
+def test_what_vllm_runs_itself(tmp_path, module, bits, scheme, transforms, reason):
+    weights = {"num_bits": bits, "strategy": "group", "group_size": 64}
+    tensors = {
+        f"{module}.weight_packed": torch.zeros(64, 128 * bits // 32, dtype=torch.int32),
+        f"{module}.weight_scale": torch.ones(64, 2),
+        f"{module}.weight_shape": torch.tensor([64, 128]),
+    }
+    entry = {
+        "format": "pack-quantized",
+        "config_groups": {"g": {"weights": weights, **scheme}},
+        "transform_config": transforms,
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": entry}))
+    (row,) = plan(tmp_path)
+    assert not row.decision.sparse
+    assert row.decision.reason == f"vLLM's own method because {reason}"
+
+
+def test_experts_with_reordered_columns_run_dense(tmp_path):
+    names, tensors = ("a.q_proj", "a.experts.0.up_proj"), {}
+    for name in names:
+        stored = gptq(drawn(64, 128, 64, True), 1, torch.randperm(128))
+        tensors |= {f"{name}.{part}": tensor for part, tensor in stored.items()}
+    entry = {"quant_method": "gptq", "bits": 4, "group_size": 64, "sym": True, "desc_act": True}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": entry}))
+    reasons = {row.module: row.decision.reason for row in plan(tmp_path)}
+    assert reasons["a.q_proj"].startswith("int4 kernel avx2")
+    assert reasons["a.experts.0.up_proj"] == "dense because its columns are reordered (desc_act)"
