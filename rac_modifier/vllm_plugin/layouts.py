@@ -178,7 +178,12 @@ class CodesLayout(Layout):
 
     def reader(self, layer: Any, modules: list[str]) -> WeightReader | str | None:
         """Return a reader of codes; vLLM runs other schemes."""
-        return self._codes_reader(layer, modules)
+        schemes = {module: self._scheme(layer, module) for module in modules}
+        quantized = [scheme for scheme in schemes.values() if scheme is not None]
+        for scheme in quantized:
+            if reason := scheme.why_no_kernel():
+                return reason
+        return CodesReader(schemes) if quantized else None
 
     def experts_reader(self, layer: Any, prefix: str) -> WeightReader | str | None:
         """Return a reader of codes; vLLM runs other schemes."""
@@ -188,15 +193,7 @@ class CodesLayout(Layout):
             for number in range(layer.global_num_experts)
             for name in names
         ]
-        return self._codes_reader(torch.nn.Linear(1, 1, device="meta"), modules)
-
-    def _codes_reader(self, layer: Any, modules: list[str]) -> WeightReader | str | None:
-        schemes = {module: self._scheme(layer, module) for module in modules}
-        quantized = [scheme for scheme in schemes.values() if scheme is not None]
-        for scheme in quantized:
-            if reason := scheme.why_no_kernel():
-                return reason
-        return CodesReader(schemes) if quantized else None
+        return self.reader(torch.nn.Linear(1, 1, device="meta"), modules)
 
 
 class WordsLayout(Layout):
