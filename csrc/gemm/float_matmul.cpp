@@ -148,7 +148,6 @@ Status linear(const Matmul& out, const void* x, const Scale& scale, const Kernel
     if (!integers && scale.data && scale.type != FP32) return fail(BAD_ARGUMENT, "scale: only codes have one that is not fp32");
     if (!codes) matmul.scale = static_cast<const float*>(scale.data);
     const Type type = tiles || as_bf16 || (out.weight.type == BF16 && bf16_x && units) ? BF16 : FP32;
-    matmul.x_type = type;
     matmul.stride = (columns + TILE_COLUMNS - 1) / TILE_COLUMNS * TILE_COLUMNS;
     void* copy = nullptr;
     matmul.x = x;

@@ -89,7 +89,6 @@ struct Floats {
 struct Matmul {
     Weight weight;
     const void* x;       // [m][stride], zeros after the last column; for AMX [m / 16][stride / 32][16][32]
-    Type x_type;         // FP32, or BF16 where the kernel reads bf16
     int64_t m, stride;   // m: tokens
     const float* scale;  // [panels * 16], or null: a factor per row
     const void* bias;    // [rows] or null
