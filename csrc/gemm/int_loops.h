@@ -1,7 +1,8 @@
 // The loops of an instruction set over the quads of integer weights. Included by isa/ISA.cpp alone.
 //
 // Its struct IntIsa has
-//     FORMAT of x; SLOTS, that are multiplied at a time; CODE_SLOTS, of which FewTokens multiplies INT4 and other codes
+//     FORMAT of x; SLOTS, that are multiplied at a time; SIGNED_BYTES, as in Integers; MULTIPLIES_LINES, whether FewTokens takes
+//         codes without masks too
 //     Quad, a quad in registers, and Zeros, the 16 codes of zero, with zeros_of_rows(zeros)
 //     load<form>(masks, values, zeros, quad): the next quad; where no code is stored, its code of zero. Moves `values` on
 //     store(out, q, quad): into the dense form that load<EXPANDED> reads; less(quad, zeros): codes less their codes of zero

@@ -75,7 +75,7 @@ struct IntIsa : Avx2Quads, SingleQuads<IntIsa> {
         }
     };
 
-    // The sums of 16 bits, of two columns each, fit: 16 products of at most 15 * 127.
+    // The sums of 16 bits, of two columns each, fit: 16 products of at most 15 * 128.
     template <int M>
     struct Parts {
         __m256i of[M][2];

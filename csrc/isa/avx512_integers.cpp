@@ -192,7 +192,7 @@ RAC_INLINE const char* load_lines(const char* codes, __m512i (&lines)[lines_wide
     constexpr int FROM = lines_stored(form);
     for (int i = 0; i < FROM; i++) lines[i] = _mm512_loadu_si512(codes + QUAD * i);
     if constexpr (form == DENSE2) lines[1] = _mm512_srli_epi32(lines[0], 2);
-    if constexpr (form == DENSE3) {  // by tables, the second number where the third has a one, else the first
+    if constexpr (form == DENSE3) {  // by tables, the first number where the third has a one, else the second
         const __m512i low = _mm512_set1_epi32(0x11111111), high = _mm512_set1_epi32(0x44444444);
         const __m512i two = _mm512_ternarylogic_epi32(_mm512_srli_epi32(lines[0], 3), _mm512_srli_epi32(lines[1], 2), low, 0xe4);
         lines[3] = _mm512_ternarylogic_epi32(_mm512_srli_epi32(lines[2], 1), two, high, 0xe4);

@@ -1,8 +1,9 @@
 """Values of few bits in int32 words, as compressed-tensors' format pack-quantized holds them.
 
 A value v is stored as the code v + 2^(bits-1), lowest bits first, one code after the other; of
-3 bits some are in two words, as of compressed-tensors 0.19. compressed-tensors' own functions give
-the same words, but importing them imports transformers, which serving and `rac inspect` do not.
+3 bits some are in two words, as of compressed-tensors 0.19. compressed-tensors' own functions fill
+up the last word with other bits, which nobody reads. Importing them would import transformers,
+which serving and `rac inspect` do not.
 
 A dense weight is (code - code of zero) * scale. Its codes are in words along the columns; the
 codes of zero, one per row and group of columns, are in words along the rows.
