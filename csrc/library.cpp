@@ -4,11 +4,10 @@
 #include <cstdio>
 
 #include "gemm/matmul.h"
-#include "processor.h"
 
 // Raised by one with every change of the functions below. Python refuses a library with another number.
 #ifndef RAC_ABI
-#define RAC_ABI 8
+#define RAC_ABI 9
 #endif
 #define RAC_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -58,9 +57,8 @@ Status check_float(const char* name, int32_t type) {
 
 RAC_EXPORT int32_t rac_abi() { return RAC_ABI; }
 
-// The kernels of this library, a line each: number, name, title, and 0 or 1 whether this processor runs the kernel, whether the kernel
-// multiplies bytes of x, and whether torch's dense matmuls are faster in bf16 than in fp32 on such a processor; then the crossover of
-// floats, int8 and int4 (Crossover). The last kernel that runs is the best.
+// The kernels of this library, a line each: number, name, title, 0 or 1 whether this processor runs the kernel and whether the kernel
+// multiplies bytes of x, and the crossover of floats, int8 and int4 (Crossover). The last kernel that runs is the best.
 RAC_EXPORT const char* rac_kernels() {
     static thread_local char text[1024];
     int length = 0;
@@ -68,9 +66,9 @@ RAC_EXPORT const char* rac_kernels() {
         const Kernel* kernel = kernel_at(number);
         if (!kernel) continue;
         const Crossover& crossover = kernel->crossover;
-        length += std::snprintf(text + length, sizeof text - length, "%d %s %s %d %d %d %d %d %d\n", number, kernel->name,
-                                kernel->title, runs(number), multiplies_bytes(*kernel), kernel->bf16 && has_avx512_bf16(),
-                                crossover.floats, crossover.int8, crossover.int4);
+        length += std::snprintf(text + length, sizeof text - length, "%d %s %s %d %d %d %d %d\n", number, kernel->name,
+                                kernel->title, runs(number), multiplies_bytes(*kernel), crossover.floats, crossover.int8,
+                                crossover.int4);
     }
     return text;
 }
@@ -144,22 +142,18 @@ RAC_EXPORT int32_t rac_activation_bits(const void* data, int64_t bytes, int32_t 
     return weight.type < INT8 ? 0 : weight.byte_x && multiplies_bytes(*kernel) ? 8 : 16;
 }
 
-// Panels [first, last) as dense columns, without scale: out[columns][16 * (last - first)].
+// Panels [first, last) as dense columns of fp32, without scale: out[columns][16 * (last - first)].
 RAC_EXPORT int32_t rac_expand_panels(const void* data, int64_t bytes, int64_t rows, int64_t columns, int64_t first,
-                                     int64_t last, void* out, int64_t out_bytes, int32_t out_type, int32_t number,
-                                     int32_t threads) {
+                                     int64_t last, float* out, int64_t out_bytes, int32_t number, int32_t threads) {
     Weight weight;
     const Kernel* kernel;
     RAC_TRY(view_of_shape(data, bytes, rows, columns, &weight));
     RAC_TRY(find_kernel(number, &kernel));
-    RAC_TRY(check_float("out", out_type));
-    if (out_type == BF16 && weight.type == FP32) return fail(BAD_ARGUMENT, "out: bf16 cannot hold fp32 values exactly");
     if (first < 0 || first > last || last > weight.panels)
         return fail(BAD_ARGUMENT, "there are no panels [%lld, %lld) in a weight of %lld", (long long)first,
                     (long long)last, (long long)weight.panels);
-    const Type type = static_cast<Type>(out_type);
-    RAC_TRY(check_buffer("out", out, out_bytes, columns, PANEL * (last - first), size_of(type)));
-    return expand(weight, first, last, out, type, *kernel, threads < 1 ? 1 : threads);
+    RAC_TRY(check_buffer("out", out, out_bytes, columns, PANEL * (last - first), sizeof *out));
+    return expand(weight, first, last, out, *kernel, threads < 1 ? 1 : threads);
 }
 
 // out[m][rows] = x[m][columns] W^T + bias[rows] by a kernel, all contiguous; out is of x's type.

@@ -5,7 +5,7 @@
 //     Sums<form, M>, set to zero, of M tokens: add<keep>(mask, values, x, stride, block) adds the weights of a mask word times
 //         x[m * stride] and x[m * stride + 1], and with `keep` writes the weights to `block`; add_to(out) adds the sums to out[m][16]
 //     columns<type>(mask, values): the two columns of a mask word, w[0] and w[1]; moves `values` on
-//     store(to, column): a column as 16 fp32 numbers, or as bf16, which holds it exactly
+//     store(to, column): a column as 16 fp32 numbers
 #pragma once
 #include "gemm/epilogue.h"
 
@@ -31,13 +31,12 @@ const char* dot(const uint32_t* masks, const char* values, int64_t pairs, const 
 }
 
 // An ExpandColumns.
-template <class Isa, Type type, class Number>
-const char* expand(const uint32_t* masks, const char* values, int64_t columns, void* out, int64_t stride) {
-    Number* to = static_cast<Number*>(out);
-    for (int64_t column = 0; column < columns; column += 2, to += 2 * stride) {
+template <class Isa, Type type>
+const char* expand(const uint32_t* masks, const char* values, int64_t columns, float* out, int64_t stride) {
+    for (int64_t column = 0; column < columns; column += 2, out += 2 * stride) {
         const auto two = Isa::template columns<type>(masks[column / 2], values);
-        Isa::store(to, two.w[0]);
-        if (column + 1 < columns) Isa::store(to + stride, two.w[1]);
+        Isa::store(out, two.w[0]);
+        if (column + 1 < columns) Isa::store(out + stride, two.w[1]);
     }
     return values;
 }
@@ -46,7 +45,7 @@ const char* expand(const uint32_t* masks, const char* values, int64_t columns, v
 template <class Isa, Type type>
 const char* expand_and_multiply(const uint32_t* masks, const char* values, int64_t pairs, const float* x, int64_t stride,
                                 float* out, float* block) {
-    values = expand<Isa, type, float>(masks, values, 2 * pairs, block, PANEL);
+    values = expand<Isa, type>(masks, values, 2 * pairs, block, PANEL);
     dot<Isa, BLOCK, Isa::TOKENS>(nullptr, reinterpret_cast<const char*>(block), pairs, x, stride, out);
     return values;
 }
@@ -63,7 +62,7 @@ template <class Isa>
 constexpr Floats floats_of() {
     Floats floats = {
         {Isa::TOKENS, Isa::TOKENS, {}, {expand_and_multiply<Isa, BF16>, expand_and_multiply<Isa, FP32>}, {}},
-        {expand<Isa, BF16, float>, expand<Isa, FP32, float>}, expand<Isa, BF16, uint16_t>, store};
+        {expand<Isa, BF16>, expand<Isa, FP32>}, store};
     put_dots<Isa, Isa::TOKENS>(floats.dots);
     return floats;
 }

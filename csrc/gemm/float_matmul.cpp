@@ -166,18 +166,16 @@ Status linear(const Matmul& out, const void* x, const Scale& scale, const Kernel
     return done ? OK : fail(NO_MEMORY, "no memory for the accumulators");
 }
 
-Status expand(const Weight& weight, int64_t first, int64_t last, void* out, Type out_type, const Kernel& kernel, int threads) {
-    const Floats& floats = *kernel.floats;
+Status expand(const Weight& weight, int64_t first, int64_t last, float* out, const Kernel& kernel, int threads) {
     const int64_t stride = PANEL * (last - first);
     (void)threads;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t panel = first; panel < last; panel++) {
-        char* to = static_cast<char*>(out) + (panel - first) * PANEL * size_of(out_type);
+        float* to = out + (panel - first) * PANEL;
         if (weight.type >= INT8)
-            int_expand(weight, panel, kernel, to, out_type, stride);
+            int_expand(weight, panel, kernel, to, stride);
         else
-            (out_type == FP32 ? floats.to_fp32[weight.type] : floats.bf16_to_bf16)(
-                weight.masks_of(panel), weight.values_of(panel), weight.columns, to, stride);
+            kernel.floats->expand[weight.type](weight.masks_of(panel), weight.values_of(panel), weight.columns, to, stride);
     }
     return OK;
 }

@@ -135,23 +135,20 @@ Status int_linear(const Matmul& out, const void* x, const Scale& scale, const Ke
 
 namespace {
 
-// `count` columns of quads [16 rows][4 columns] of bytes as numbers, which hold them exactly; columns are `stride` apart.
-template <class Number>
-void write_columns(const int8_t* quads, int64_t count, Number* out, int64_t stride) {
+// `count` columns of quads [16 rows][4 columns] of bytes as floats; columns are `stride` apart.
+void write_columns(const int8_t* quads, int64_t count, float* out, int64_t stride) {
     for (int64_t k = 0; k < count; k++, out += stride) {
         int32_t words[PANEL];
         std::memcpy(words, quads + k / 4 * QUAD, sizeof words);
         const int left = 24 - 8 * static_cast<int>(k % 4);
-        for (int n = 0; n < PANEL; n++) {
-            const float value = static_cast<float>(static_cast<int32_t>(static_cast<uint32_t>(words[n]) << left) >> 24);
-            out[n] = sizeof(Number) == 2 ? static_cast<Number>(bits_of(value) >> 16) : static_cast<Number>(value);
-        }
+        for (int n = 0; n < PANEL; n++)
+            out[n] = static_cast<float>(static_cast<int32_t>(static_cast<uint32_t>(words[n]) << left) >> 24);
     }
 }
 
 }  // namespace
 
-void int_expand(const Weight& weight, int64_t panel, const Kernel& kernel, void* out, Type out_type, int64_t stride) {
+void int_expand(const Weight& weight, int64_t panel, const Kernel& kernel, float* out, int64_t stride) {
     const Integers& integers = kernel.integers->signed_bytes ? *kernel.integers : portable_integers;
     const char* values = weight.values_of(panel);
     const int64_t group = weight.zero_groups > 1 ? weight.columns / weight.zero_groups : weight.columns;
@@ -160,10 +157,7 @@ void int_expand(const Weight& weight, int64_t panel, const Kernel& kernel, void*
         count = std::min({BLOCK_MOST, weight.columns - first, group - first % group});
         values = integers.expand[weight.type - INT8](weight.masks_from(panel, first), values,
                                                      weight.zeros_of(panel, first / group), (count + 3) / 4, block);
-        if (out_type == BF16)
-            write_columns(block, count, static_cast<uint16_t*>(out) + first * stride, stride);
-        else
-            write_columns(block, count, static_cast<float*>(out) + first * stride, stride);
+        write_columns(block, count, out + first * stride, stride);
     }
 }
 

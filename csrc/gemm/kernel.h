@@ -45,7 +45,7 @@ template <class X>
 using Dot = const char* (*)(const uint32_t* masks, const char* values, int64_t pairs, const X* x, int64_t stride, float* acc);
 
 // A panel as dense columns: out[k * stride + n] for k < columns and n < 16.
-using ExpandColumns = const char* (*)(const uint32_t* masks, const char* values, int64_t columns, void* out, int64_t stride);
+using ExpandColumns = const char* (*)(const uint32_t* masks, const char* values, int64_t columns, float* out, int64_t stride);
 
 // For the first `block_tokens` tokens: expand some columns of a panel into `block`, 16 weights per column in the order that
 // dot[BLOCK] reads, and multiply them as Dot does.
@@ -81,8 +81,7 @@ using Store = void (*)(const Matmul& matmul, int64_t panel, int64_t count, int64
 
 struct Floats {
     Dots<float> dots;
-    ExpandColumns to_fp32[2];  // by Type
-    ExpandColumns bf16_to_bf16;
+    ExpandColumns expand[2];  // by Type
     Store store;
 };
 

@@ -22,8 +22,8 @@ IntMatmul in_blocks(const Matmul& out, const Scale& scale);    // without x: its
 Status int_linear(const Matmul& out, const void* x, const Scale& scale, const Kernel& kernel, int threads);
 
 // Panels [first, last) as dense columns without scale: out[columns][16 * (last - first)].
-Status expand(const Weight& weight, int64_t first, int64_t last, void* out, Type out_type, const Kernel& kernel, int threads);
-void int_expand(const Weight& weight, int64_t panel, const Kernel& kernel, void* out, Type out_type, int64_t stride);
+Status expand(const Weight& weight, int64_t first, int64_t last, float* out, const Kernel& kernel, int threads);
+void int_expand(const Weight& weight, int64_t panel, const Kernel& kernel, float* out, int64_t stride);
 
 // Panels [first, last) by the kernel's vector instructions. False if there is not enough memory.
 bool int_panels(const IntMatmul& matmul, const Integers& kernel, int64_t first, int64_t last);

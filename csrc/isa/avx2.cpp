@@ -85,12 +85,6 @@ struct FloatIsa {
     RAC_INLINE static void store(float* to, const __m256 (&column)[2]) {
         RAC_UNROLL for (int half = 0; half < 2; half++) _mm256_storeu_ps(to + 8 * half, column[half]);
     }
-    RAC_INLINE static void store(uint16_t* to, const __m256 (&column)[2]) {
-        const __m256i low = _mm256_srli_epi32(_mm256_castps_si256(column[0]), 16);
-        const __m256i high = _mm256_srli_epi32(_mm256_castps_si256(column[1]), 16);
-        const __m256i both = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, high), 0xd8);
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), both);
-    }
 
     // By pairs of columns, of BF16 and BLOCK.
     template <int form, int M>

@@ -38,10 +38,6 @@ struct FloatIsa {
     RAC_INLINE static Rows zero() { return _mm512_setzero_ps(); }
     RAC_INLINE static Rows load(const float* from) { return _mm512_loadu_ps(from); }
     RAC_INLINE static void store(float* to, Rows rows) { _mm512_storeu_ps(to, rows); }
-    RAC_INLINE static void store(uint16_t* to, Rows rows) {
-        const __m512i bf16 = _mm512_srli_epi32(_mm512_castps_si512(rows), 16);
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(bf16));
-    }
     RAC_INLINE static Rows add(Rows a, Rows b) { return _mm512_add_ps(a, b); }
     RAC_INLINE static Rows multiply_add(Rows w, float x, Rows sums) { return _mm512_fmadd_ps(w, _mm512_set1_ps(x), sums); }
 

@@ -55,9 +55,6 @@ struct FloatIsa {
     RAC_INLINE static void store(float* to, const Rows& rows) {
         for (int i = 0; i < 4; i++) vst1q_f32(to + 4 * i, rows.of[i]);
     }
-    RAC_INLINE static void store(uint16_t* to, const Rows& rows) {
-        for (int i = 0; i < 4; i++) vst1_u16(to + 4 * i, vshrn_n_u32(vreinterpretq_u32_f32(rows.of[i]), 16));
-    }
     RAC_INLINE static Rows add(const Rows& a, const Rows& b) {
         return rows_of([&](int i) { return vaddq_f32(a.of[i], b.of[i]); });
     }

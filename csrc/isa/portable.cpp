@@ -28,9 +28,6 @@ struct FloatIsa {
         return two;
     }
     static void store(float* to, const float (&column)[PANEL]) { std::memcpy(to, column, sizeof column); }
-    static void store(uint16_t* to, const float (&column)[PANEL]) {
-        for (int n = 0; n < PANEL; n++) to[n] = static_cast<uint16_t>(bits_of(column[n]) >> 16);
-    }
 
     template <int form, int M>
     struct Sums {

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rac_modifier.errors import RacError
 
-ABI = 8  # of csrc/library.cpp; raised with every change of the functions
+ABI = 9  # of csrc/library.cpp; raised with every change of the functions
 TYPES = {torch.bfloat16: 0, torch.float32: 1}  # of x, bias and results
 VALUE_TYPES = {**TYPES, torch.int8: 2}  # of stored values with masks
 INT8, INT4 = 2, 4
@@ -35,7 +35,7 @@ _SIGNATURES = {
     "rac_value_type": "i B",
     "rac_activation_bits": "i B i",
     "rac_set_activation_bits": "i B i",
-    "rac_expand_panels": "i Bqq qq Bi ii",  # data, shape; panels; out, type; kernel, threads
+    "rac_expand_panels": "i Bqq qq B ii",  # data, shape; panels; out; kernel, threads
     # data, shape; x, type, tokens; scale, type, groups; bias, type; out; kernel, threads
     "rac_sparse_linear": "i Bqq Biq Biq Bi B ii",
     "rac_register_operator": "i pi",
@@ -66,7 +66,6 @@ class Kernel:
     title: str
     runs: bool
     multiplies_bytes: bool  # x may be rounded to 8 bits, not only to 16
-    dense_bf16: bool  # torch's dense matmuls are faster in bfloat16 than in float32
     floats: int  # most tokens of the kernel, by type of the values; -1: any
     int8: int
     int4: int
@@ -92,8 +91,8 @@ class Library:
         self.kernels: dict[str, Kernel] = {}
         for line in self._calls.rac_kernels().decode().splitlines():
             number, name, title, *numbers = line.split()
-            runs, multiplies_bytes, dense_bf16, *crossovers = map(int, numbers)
-            flags = (runs == 1, multiplies_bytes == 1, dense_bf16 == 1)
+            runs, multiplies_bytes, *crossovers = map(int, numbers)
+            flags = (runs == 1, multiplies_bytes == 1)
             self.kernels[name] = Kernel(int(number), name, title, *flags, *crossovers)
 
     @property
@@ -147,9 +146,9 @@ class Library:
     def expand(
         self, data: Tensor, rows: int, columns: int, first: int, last: int, out: Tensor, isa: str
     ) -> None:
-        """Write panels [first, last) of 16 rows to `out` [columns, 16 (last - first)]."""
+        """Write panels [first, last) of 16 rows to `out` float32 [columns, 16 (last - first)]."""
         status = self._calls.rac_expand_panels(
-            *(*_buffer(data), rows, columns, first, last, *_buffer(out), TYPES[out.dtype]),
+            *(*_buffer(data), rows, columns, first, last, *_buffer(out)),
             *(self.kernels[isa].number, torch.get_num_threads()),
         )
         self._raise_if(status, f"packed weight [{rows}, {columns}]: cannot be expanded")

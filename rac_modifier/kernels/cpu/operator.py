@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rac_modifier.errors import RacError
-from rac_modifier.kernels.cpu.library import BITS, INT8, PANEL, TYPES, VALUE_TYPES, Library
+from rac_modifier.kernels.cpu.library import BITS, INT8, PANEL, TYPES, Library
 from rac_modifier.kernels.cpu.support import TOKENS, library_and_isa
 
 SCRATCH_BYTES = 8 << 20  # of expanded panels at a time: they about fit into the last-level cache
@@ -51,15 +51,12 @@ def expand_and_multiply(
     bias: Tensor | None,
     out: Tensor,
 ) -> None:
-    """Fill `out` by dense matmuls with chunks of the weight, where exact and fast in bfloat16."""
-    rows, columns, value_type = out.shape[1], x.shape[1], library.value_type(data)
-    in_bf16 = value_type >= INT8 or (value_type == VALUE_TYPES[torch.bfloat16] and scale is None)
-    fast = x.dtype == torch.bfloat16 and in_bf16 and library.kernels[isa].dense_bf16
-    dtype = torch.bfloat16 if fast else torch.float32
-    x, bias = x.to(dtype), bias if bias is None else bias.to(dtype)
+    """Fill `out` by dense matmuls in float32 with chunks of the weight."""
+    rows, columns = out.shape[1], x.shape[1]
+    x, bias = x.float(), bias if bias is None else bias.float()
     panels = -(-rows // PANEL)
-    step = min(panels, max(1, SCRATCH_BYTES // (columns * PANEL * dtype.itemsize)))
-    buffer = _buffer(columns * step * PANEL * dtype.itemsize).view(dtype)
+    step = min(panels, max(1, SCRATCH_BYTES // (columns * PANEL * x.itemsize)))
+    buffer = _buffer(columns * step * PANEL)
     for first in range(0, panels, step):
         last = min(first + step, panels)
         width = PANEL * (last - first)
@@ -67,7 +64,7 @@ def expand_and_multiply(
         library.expand(data, rows, columns, first, last, transposed, isa)
         if scale is not None:
             # [groups, columns of a group, panels, 16] times [groups, 1, panels, 16]
-            factors = scale[first:last].transpose(0, 1).to(dtype).contiguous()
+            factors = scale[first:last].transpose(0, 1).float().contiguous()
             transposed.view(scale.shape[1], -1, last - first, PANEL).mul_(factors[:, None])
         low, high = first * PANEL, min(last * PANEL, rows)
         transposed = transposed[:, : high - low]
@@ -109,10 +106,11 @@ def _most_tokens(library: Library, data: Tensor, isa: str) -> float:
 
 
 def _buffer(size: int) -> Tensor:
-    """Return the thread's buffer: a new one would cost a page fault per 4 KiB at every call."""
+    """Return `size` floats of the thread: new ones would cost a page fault per 4 KiB at a call."""
     buffer = getattr(_scratch, "buffer", None)
     if buffer is None or buffer.numel() < size:
-        buffer = _scratch.buffer = torch.empty(size, dtype=torch.uint8)
+        with torch.inference_mode(False):  # later calls may be outside of it
+            buffer = _scratch.buffer = torch.empty(size, dtype=torch.float32)
     return buffer[:size]
 
 

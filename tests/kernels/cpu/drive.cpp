@@ -147,15 +147,12 @@ static void multiply_and_expand(const Case& c, const uint8_t* data, bool compare
 
         const int64_t panels = (c.rows + 15) / 16, first = below(panels), last = first + 1 + below(panels - first);
         const int64_t stride = 16 * (last - first);
-        const int32_t out_type = c.type != 1 ? static_cast<int32_t>(below(2)) : 1;
-        std::vector<uint8_t> columns(c.columns * stride * size_of(out_type));
-        require(rac_expand_panels(data, c.bytes, c.rows, c.columns, first, last, columns.data(), columns.size(), out_type,
-                                  isa, 1) == OK,
+        std::vector<float> columns(c.columns * stride);
+        require(rac_expand_panels(data, c.bytes, c.rows, c.columns, first, last, columns.data(), 4 * columns.size(), isa, 1) == OK,
                 "expand");
         for (int64_t k = 0; compare && k < c.columns; k++)
             for (int64_t n = 0; n < stride && 16 * first + n < c.rows; n++)
-                require(get(columns.data(), out_type, k * stride + n) == c.dense[(16 * first + n) * c.columns + k],
-                        "expanded value");
+                require(columns[k * stride + n] == c.dense[(16 * first + n) * c.columns + k], "expanded value");
     }
 }
 
@@ -185,9 +182,9 @@ static void wrong_sizes(const Case& c) {
                 require(call() == BAD_ARGUMENT, "refuse an impossible size");
             }
         }
-    std::vector<uint8_t> out(c.columns * 16 * panels * 4 - 4);
-    require(rac_expand_panels(c.data.get(), c.bytes, c.rows, c.columns, 0, panels, out.data(), out.size(), 1, isa,
-                              1) == BAD_ARGUMENT,
+    std::vector<float> out(c.columns * 16 * panels - 1);
+    require(rac_expand_panels(c.data.get(), c.bytes, c.rows, c.columns, 0, panels, out.data(), 4 * out.size(), isa, 1) ==
+                BAD_ARGUMENT,
             "refuse a short buffer for panels");
 }
 
@@ -231,20 +228,20 @@ static void extremes() {
                     rac_check_weight(nullptr, n, a, b, type);
                     rac_sparse_linear(nullptr, n, a, b, nullptr, n, type, n, nullptr, n, type, n, nullptr, n, type, nullptr, n,
                                       type, type);
-                    rac_expand_panels(nullptr, n, a, b, a, b, nullptr, n, type, type, type);
+                    rac_expand_panels(nullptr, n, a, b, a, b, nullptr, n, type, type);
                     uint8_t none[1] = {0};
                     require(rac_pack_weight(nullptr, n, nullptr, n, nullptr, n, a, a, b, type, nullptr, n, 1) != OK, "no addresses");
                     require(rac_pack_weight(none, n, none, a, none, a, n, b, n, type, none, b, 1) != OK, "impossible sizes");
                 }
     Case c = random_case();
-    alignas(4) uint8_t out[4];
+    float out[1];
     for (int64_t a : extreme)
         for (int64_t b : extreme) {
             if (a != b)
-                require(rac_expand_panels(c.data.get(), c.bytes, c.rows, c.columns, a, b, out, 4, 1, 0, 1) != OK,
+                require(rac_expand_panels(c.data.get(), c.bytes, c.rows, c.columns, a, b, out, 4, 0, 1) != OK,
                         "panels");
             if (a != c.rows || b != c.columns)
-                require(rac_expand_panels(c.data.get(), c.bytes, a, b, 0, 0, out, 0, 1, 0, 1) != OK, "another shape");
+                require(rac_expand_panels(c.data.get(), c.bytes, a, b, 0, 0, out, 0, 0, 1) != OK, "another shape");
             require(rac_sparse_linear(c.data.get(), c.bytes, c.rows, c.columns, out, a, 1, b, nullptr, 0, 1, 1, nullptr, 0, 1,
                                       out, a, 0, 1) != OK || (a == 0 && b == 0), "sizes");
             if (a != c.rows || b != c.columns)
@@ -257,13 +254,13 @@ static void extremes() {
 static void missing_instruction_sets() {
     const Case c = random_case();
     const std::vector<KernelLine> running = running_kernels();
-    std::vector<uint8_t> x(c.columns * 4), out(c.rows * 4);
+    std::vector<float> x(c.columns), out(c.rows);
     for (int32_t isa = -1; isa <= NUMBERS; isa++) {
         if (std::any_of(running.begin(), running.end(), [=](const KernelLine& kernel) { return kernel.number == isa; })) continue;
-        require(rac_sparse_linear(c.data.get(), c.bytes, c.rows, c.columns, x.data(), x.size(), 1, 1, nullptr, 0, 1, 1, nullptr, 0, 1,
-                                  out.data(), out.size(), isa, 1) == NO_SUCH_ISA,
+        require(rac_sparse_linear(c.data.get(), c.bytes, c.rows, c.columns, x.data(), 4 * x.size(), 1, 1, nullptr, 0, 1, 1, nullptr, 0,
+                                  1, out.data(), 4 * out.size(), isa, 1) == NO_SUCH_ISA,
                 "a product on an instruction set that is missing");
-        require(rac_expand_panels(c.data.get(), c.bytes, c.rows, c.columns, 0, 0, out.data(), 0, 1, isa, 1) == NO_SUCH_ISA,
+        require(rac_expand_panels(c.data.get(), c.bytes, c.rows, c.columns, 0, 0, out.data(), 0, isa, 1) == NO_SUCH_ISA,
                 "panels on an instruction set that is missing");
     }
 }

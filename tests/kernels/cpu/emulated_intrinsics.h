@@ -54,7 +54,6 @@ inline To rac_bits(const From& from) {
     static_assert(sizeof(To) == sizeof from, "same bits");
     return rac_load<To>(&from);
 }
-inline void _mm256_storeu_si256(__m256i* to, __m256i value) { std::memcpy(to, &value, 32); }
 inline __m512 _mm512_castsi512_ps(__m512i value) { return rac_bits<__m512>(value); }
 
 template <class Operation>
@@ -95,11 +94,6 @@ RAC_INTEGERS(_mm512_or_si512, (__m512i a, __m512i b), a.lane[i] | b.lane[i])
 RAC_INTEGERS(_mm512_xor_si512, (__m512i a, __m512i b), a.lane[i] ^ b.lane[i])
 RAC_FLOATS(_mm512_cvtepi32_ps, (__m512i a), static_cast<float>(static_cast<int32_t>(a.lane[i])))
 inline __m512i _mm512_castps_si512(__m512 value) { return rac_bits<__m512i>(value); }
-inline __m256i _mm512_cvtepi32_epi16(__m512i a) {
-    __m256i to;
-    for (int i = 0; i < 16; i++) to.lane[i] = static_cast<uint16_t>(a.lane[i]);
-    return to;
-}
 using __m512bh = __m512i;  // 32 of bf16
 inline float rac_bf16_of(uint32_t bits) { return rac_bits<float>(bits << 16); }
 // acc[i] += a[2i + 1] b[2i + 1] + a[2i] b[2i]

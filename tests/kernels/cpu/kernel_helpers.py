@@ -179,10 +179,12 @@ def unpacked(weight: Packed) -> Tensor:
     used.check(*weight, value_type)
     dtype = next((d for d, number in VALUE_TYPES.items() if number == value_type), torch.int8)
     panels = -(-weight.rows // 16)
-    expanded = torch.float32 if dtype == torch.int8 else dtype
-    transposed = torch.empty(weight.columns, 16 * panels, dtype=expanded)
+    transposed = torch.empty(weight.columns, 16 * panels)
     used.expand(*weight, 0, panels, transposed, isa)
-    return transposed.t()[: weight.rows].to(dtype)
+    dense = transposed.t()[: weight.rows]
+    if dtype == torch.bfloat16:  # the upper halves: a conversion may change the bits of a NaN
+        return (dense.contiguous().view(torch.int32) >> 16).to(torch.int16).view(dtype)
+    return dense.to(dtype)
 
 
 def check_form(weight: Packed, form: str) -> None:

@@ -18,8 +18,7 @@ int32_t rac_check_weight(const void*, int64_t, int64_t, int64_t, int32_t);
 int32_t rac_value_type(const void*, int64_t);
 int32_t rac_activation_bits(const void*, int64_t, int32_t);
 int32_t rac_set_activation_bits(void*, int64_t, int32_t);
-int32_t rac_expand_panels(const void*, int64_t, int64_t, int64_t, int64_t, int64_t, void*, int64_t, int32_t, int32_t,
-                          int32_t);
+int32_t rac_expand_panels(const void*, int64_t, int64_t, int64_t, int64_t, int64_t, float*, int64_t, int32_t, int32_t);
 int32_t rac_sparse_linear(const void*, int64_t, int64_t, int64_t, const void*, int64_t, int32_t, int64_t, const void*,
                           int64_t, int32_t, int64_t, const void*, int64_t, int32_t, void*, int64_t, int32_t, int32_t);
 }
