@@ -133,15 +133,6 @@ RAC_EXPORT int32_t rac_set_activation_bits(void* data, int64_t bytes, int32_t bi
     return set_byte_x(data, bytes, bits == 8);
 }
 
-// The bits that a kernel rounds x to in matmuls with a packed weight of integers; 0 for floats, -1 where the header is damaged or there
-// is no such kernel.
-RAC_EXPORT int32_t rac_activation_bits(const void* data, int64_t bytes, int32_t number) {
-    Weight weight;
-    const Kernel* kernel = kernel_at(number);
-    if (!kernel || view(data, bytes, &weight) != OK) return -1;
-    return weight.type < INT8 ? 0 : weight.byte_x && multiplies_bytes(*kernel) ? 8 : 16;
-}
-
 // Panels [first, last) as dense columns of fp32, without scale: out[columns][16 * (last - first)].
 RAC_EXPORT int32_t rac_expand_panels(const void* data, int64_t bytes, int64_t rows, int64_t columns, int64_t first,
                                      int64_t last, float* out, int64_t out_bytes, int32_t number, int32_t threads) {

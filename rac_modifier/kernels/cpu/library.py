@@ -33,7 +33,6 @@ _SIGNATURES = {
     "rac_pack_weight": "i BBBq qqi Bi",  # values, bitmask, zeros, groups; shape, type; data
     "rac_check_weight": "i B qqi",
     "rac_value_type": "i B",
-    "rac_activation_bits": "i B i",
     "rac_set_activation_bits": "i B i",
     "rac_expand_panels": "i Bqq qq B ii",  # data, shape; panels; out; kernel, threads
     # data, shape; x, type, tokens; scale, type, groups; bias, type; out; kernel, threads
@@ -133,10 +132,6 @@ class Library:
     def value_type(self, data: Tensor) -> int:
         """Return the type of the values, from the header; -1 where it is damaged."""
         return self._calls.rac_value_type(*_buffer(data))
-
-    def activation_bits(self, data: Tensor, isa: str) -> int:
-        """Return the bits that x is rounded to; 0 for floats, -1 where the header is damaged."""
-        return self._calls.rac_activation_bits(*_buffer(data), self.kernels[isa].number)
 
     def set_activation_bits(self, data: Tensor, bits: int) -> None:
         """Have x rounded to `bits`, 8 or 16, in matmuls with these packed integers."""

@@ -141,7 +141,8 @@ static void multiply_and_expand(const Case& c, const uint8_t* data, bool compare
                 sum += get(x.data(), x_type, line * c.columns + k) * weight;
                 terms += 2 * std::fabs(weight);  // 2: the largest x
             }
-            const float rounding = (x_type == 0 ? std::fabs(sum) / 128 : 0) + (integers ? terms / (rac_activation_bits(data, c.bytes, isa) == 8 ? 127 : 32639) : 0);
+            const float levels = kernel.bytes && c.activation_bits == 8 ? 127 : 32639;
+            const float rounding = (x_type == 0 ? std::fabs(sum) / 128 : 0) + (integers ? terms / levels : 0);
             require(std::fabs(get(out.data(), x_type, i) - sum) <= rounding, "product");
         }
 

@@ -165,6 +165,12 @@ def set_activation_bits(weight: Packed, bits: int) -> None:
     support.library_and_isa()[0].set_activation_bits(weight.data, bits)
 
 
+def activation_bits(data: Tensor) -> int:
+    """Return the bits that the kernel in use rounds x to with packed integers, by their header."""
+    used, isa = support.library_and_isa()
+    return 8 if data[12] and used.kernels[isa].multiplies_bytes else 16
+
+
 def multiply(
     x: Tensor, weight: Packed, bias: Tensor | None = None, scale: Tensor | None = None
 ) -> Tensor:

@@ -16,7 +16,6 @@ int32_t rac_pack_weight(const void*, int64_t, const uint8_t*, int64_t, const uin
                         int32_t, void*, int64_t, int32_t);
 int32_t rac_check_weight(const void*, int64_t, int64_t, int64_t, int32_t);
 int32_t rac_value_type(const void*, int64_t);
-int32_t rac_activation_bits(const void*, int64_t, int32_t);
 int32_t rac_set_activation_bits(void*, int64_t, int32_t);
 int32_t rac_expand_panels(const void*, int64_t, int64_t, int64_t, int64_t, int64_t, float*, int64_t, int32_t, int32_t);
 int32_t rac_sparse_linear(const void*, int64_t, int64_t, int64_t, const void*, int64_t, int32_t, int64_t, const void*,
@@ -26,15 +25,17 @@ int32_t rac_sparse_linear(const void*, int64_t, int64_t, int64_t, const void*, i
 struct KernelLine {
     int32_t number;
     std::string name;
+    bool bytes;  // it multiplies bytes of x
 };
 
 // The kernels that this processor runs, the best one last.
 static inline std::vector<KernelLine> running_kernels() {
     std::vector<KernelLine> running;
     for (const char* line = rac_kernels(); *line; line = std::strchr(line, '\n') + 1) {
-        int number, runs;
+        int number, runs, bytes;
         char name[32];
-        if (std::sscanf(line, "%d %31s %*s %d", &number, name, &runs) == 3 && runs) running.push_back({number, name});
+        if (std::sscanf(line, "%d %31s %*s %d %d", &number, name, &runs, &bytes) == 4 && runs)
+            running.push_back({number, name, bytes == 1});
     }
     return running;
 }

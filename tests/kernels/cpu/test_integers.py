@@ -9,12 +9,13 @@ from torch import Tensor
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.cpu import operator, pack_scale, pack_values
 from rac_modifier.kernels.cpu.library import Library
-from rac_modifier.kernels.cpu.support import library_and_isa, support
+from rac_modifier.kernels.cpu.support import support
 from tests.kernels.cpu.kernel_helpers import (
     BLOCK,
     FORMS,
     LEVELS,
     Packed,
+    activation_bits,
     assert_integer_product,
     assert_product,
     bitmask_of,
@@ -38,8 +39,7 @@ TOKENS = (1, 2, 3, 4, 5, 8, 9, 15, 16, 17, 32, 33, 65, 72, 81)
 
 def levels_of(weight: Packed) -> int:
     """Return the largest integer of x on the kernel in use."""
-    library, isa = library_and_isa()
-    return LEVELS[library.activation_bits(weight.data, isa)]
+    return LEVELS[activation_bits(weight.data)]
 
 
 def exact_product(x: Tensor, dense: Tensor) -> Tensor:
@@ -188,12 +188,11 @@ def test_expanded_panels(kernel, form, groups, monkeypatch):
 
 def test_which_kernels_multiply_bytes(kernel):
     _, weight = integers("int8", 20, 64)
-    library, isa = library_and_isa()
     takes_bytes = kernel in ("avxvnni", "avx512", "amx", "i8mm")
     assert support().multiplies_bytes == takes_bytes
     for bits, rounded_to in ((16, 16), (8, 8 if takes_bytes else 16), (16, 16)):
         set_activation_bits(weight, bits)
-        assert library.activation_bits(weight.data, isa) == rounded_to
+        assert activation_bits(weight.data) == rounded_to
         check_form(weight, "int8")
     with pytest.raises(RacError, match="activations of 4 bits; 8 and 16 are possible"):
         set_activation_bits(weight, 4)
