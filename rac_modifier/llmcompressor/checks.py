@@ -2,7 +2,7 @@
 
 import inspect
 import reprlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from rac_modifier.checkpoint.dense_codes import OF_VOCABULARY
 from rac_modifier.checkpoint.output_folder import check_output_folder
+from rac_modifier.checkpoint.stored_weight import PER_BLOCK
 from rac_modifier.errors import RacError
 from rac_modifier.llmcompressor.quantizer import Quantizer
 from rac_modifier.llmcompressor.targets import find_targets
@@ -125,6 +126,33 @@ def check_other_modifiers(
                 )
 
 
+def check_packing(
+    ours: PruningEntry,
+    modifiers: Sequence[Modifier],
+    model: PreTrainedModel,
+    pruned: Container[torch.nn.Module],
+) -> None:
+    """Refuse schemes of pruned modules that packing would refuse when all is done (RacError)."""
+    if not ours.prunes or ours.storage != "packed":
+        return
+    for modifier in modifiers:
+        if not isinstance(modifier, QuantizationMixin):
+            continue
+        for group in modifier.resolved_config.config_groups.values():
+            weights = group.weights
+            if weights is None or (weights.symmetric and weights.strategy != "block"):
+                continue
+            why, instead = "zeros would become zero points", "quantize symmetrically (W4A16)"
+            if weights.symmetric:
+                why, instead = PER_BLOCK, "quantize with a scale per row (FP8_DYNAMIC)"
+            for name, module in match_named_modules(model, group.targets, modifier.ignore):
+                if module in pruned:
+                    raise RacError(
+                        f"{type(modifier).__name__}: {name} is pruned and cannot be packed, since "
+                        f"{why}; {instead}, or set storage: dense"
+                    )
+
+
 def is_autoround(modifier: Modifier) -> bool:
     """Return whether a modifier is AutoRoundModifier, without importing auto-round."""
     return type(modifier).__name__ == "AutoRoundModifier"
@@ -181,6 +209,7 @@ def check_recipe(recipe: dict[str, Any], model: PreTrainedModel) -> None:
             names = find_targets(model, modifier.targets, modifier.ignore, modifier.pattern)
             quantizes = modifier.quantization is not None
             check_other_modifiers(modifier, modifiers, quantizes=quantizes)
+            check_packing(modifier, modifiers, model, names)
             Quantizer(modifier.quantization, model, names, prunes=modifier.prunes)
     for modifier, of_modifier in zip(quantizing, schemes, strict=True):
         _check_groups(modifier, of_modifier, model)

@@ -15,7 +15,7 @@ from rac_modifier.errors import RacError
 from rac_modifier.evaluation.activations import choose_in_run, layers_of_run
 from rac_modifier.evaluation.teacher_forcing import sequence_of
 from rac_modifier.llmcompressor.calibration_modifier import CalibratingModifier
-from rac_modifier.llmcompressor.checks import check_other_modifiers
+from rac_modifier.llmcompressor.checks import check_other_modifiers, check_packing
 from rac_modifier.llmcompressor.experts import check_experts, find_experts
 from rac_modifier.llmcompressor.forecast import Forecast
 from rac_modifier.llmcompressor.quantizer import Quantizer
@@ -75,6 +75,7 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
         oneshot = self._oneshot
         check_experts(model)
         names = find_targets(model, self.targets, self.ignore, self.pattern)
+        check_packing(self, self.other_modifiers(), model, names)
         patterns, self._described = patterns_of(self, names)
         quantizer = Quantizer(self.quantization, model, names, prunes=self.prunes)
         if not self.prunes:  # what no scheme matches stays as it is

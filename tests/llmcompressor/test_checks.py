@@ -17,7 +17,7 @@ from rac_modifier.llmcompressor.checks import (
     skeleton_of,
 )
 from tests.llmcompressor.modifier_helpers import gptq_w4, int4
-from tests.tiny import save_tiny_experts
+from tests.tiny import save_tiny_experts, tiny_model
 
 NAME = "ReasoningAwareSparseGPTModifier"
 CALIBRATES = "ReasoningAwareCalibrationModifier"
@@ -191,3 +191,23 @@ def test_what_does_not_fit_is_refused(skeleton, modifiers, says):
     with pytest.raises(RacError) as caught:
         check_recipe(recipe(modifiers), skeleton)
     assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("weights", "why"),
+    [
+        ({"num_bits": 4, "strategy": "group", "group_size": 32, "symmetric": False}, "zero points"),
+        ({"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [8, 8]}, "block"),
+    ],
+)
+def test_a_later_scheme_that_cannot_be_packed_is_refused_before_anything_is_sampled(weights, why):
+    def check(targets="re:.*mlp.*", **changes):
+        later = {"ignore": ["lm_head"], "config_groups": {"g": {"targets": [targets]}}}
+        later["config_groups"]["g"]["weights"] = weights
+        modifiers = {NAME: {"mask_structure": "2:4", **changes}, "QuantizationModifier": later}
+        check_recipe(recipe(modifiers), tiny_model())
+
+    with pytest.raises(RacError, match=rf"layers\.0\.mlp\.gate_proj is pruned .* {why}.*storage"):
+        check()
+    check(storage="dense")
+    check(targets="re:.*self_attn.*", ignore=["re:.*self_attn.*"])
