@@ -44,7 +44,6 @@ CAP = 512  # most new tokens
 SAMPLING: dict[str, Any] = {"temperature": 0.6, "top_p": 0.95, "top_k": 0}
 CHANGES: dict[str, dict[str, Any]] = {  # changed settings of the pruning entry
     "baseline: whole traces": {},
-    "prompt tokens weigh 0": {"calibration.prompt_weight": 0.0},
     "a quarter in bare prompts": {"calibration.mixture": {"traces": 0.75, "prompts": 0.25}},
     "half in bare prompts": {"calibration.mixture": {"traces": 0.5, "prompts": 0.5}},
     "a quarter in generic text": {"calibration.mixture": {"traces": 0.75, "generic": 0.25}},

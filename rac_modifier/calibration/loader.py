@@ -66,9 +66,7 @@ class CalibrationLoader(DataLoader):
             weights = torch.zeros(len(batch), length)
             for row, sequence in enumerate(batch):
                 ids[row, : len(sequence.ids)] = torch.tensor(sequence.ids)
-                weights[row, : len(sequence.ids)] = torch.tensor(
-                    sequence.weights(settings.prompt_weight)
-                )
+                weights[row, : len(sequence.ids)] = 1.0
             inputs.append({"input_ids": ids})
             self.token_weights.append(weights)
         # Of each batch of a `share`: how many shards end with it (pruning/shard_sum.py), and its

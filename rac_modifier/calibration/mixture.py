@@ -28,11 +28,6 @@ class CalibrationSequence:
         prompt = min(self.prompt_tokens, length)
         return replace(self, ids=self.ids[:length], prompt_tokens=prompt, finished=False)
 
-    def weights(self, prompt_weight: float) -> list[float]:
-        """Return the weight of each token in the Hessian; generic text weighs 1 like traces."""
-        prompt = 0 if self.kind == "generic" else self.prompt_tokens
-        return [prompt_weight] * prompt + [1.0] * (len(self.ids) - prompt)
-
 
 def mix(
     by_part: Mapping[str, Iterable[CalibrationSequence]], settings: CalibrationSettings

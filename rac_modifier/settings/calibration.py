@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, WithJsonSchema, field_validator, model_validator
 
 from rac_modifier.errors import RacError
-from rac_modifier.settings.check import Count, Seed, Settings, Weight
+from rac_modifier.settings.check import Count, Seed, Settings
 
 Kind = Literal["traces", "prompts", "generic"]
 KINDS: tuple[Kind, ...] = ("traces", "prompts", "generic")
@@ -134,9 +134,6 @@ class CalibrationSettings(Settings):
 
     batch_tokens: _Sequence = 16_384
     """Sequences times length of a padded batch at most."""
-
-    prompt_weight: Weight = 1.0
-    """Weight of a prompt token in the Hessian; generated tokens and generic text weigh 1."""
 
     @field_validator("mixture")
     @classmethod

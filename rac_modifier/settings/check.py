@@ -13,7 +13,6 @@ from rac_modifier.errors import RacError, refusing
 Count = Annotated[int, Field(ge=1, le=10**9)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]  # as numpy takes it
 Batch = Annotated[int, Field(ge=1, le=65_536)]
-Weight = Annotated[float, Field(ge=0, le=1e6)]
 
 # The text below a field is its description, on the command line, in the JSON Schema and in docs/.
 CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)

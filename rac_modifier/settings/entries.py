@@ -74,7 +74,6 @@ class CalibrationEntry(BaseModel):
         sampled = {part.name for part in calibration.parts("traces")}
         prompted = {part.name for part in calibration.parts("traces", "prompts")}
         generic = calibration.parts("generic")
-        alike = not sampled and not (calibration.parts("prompts") and generic)
         selects = [
             name is not None and name in traces.sources and traces.sources[name].select is not None
             for name in sampled
@@ -90,10 +89,9 @@ class CalibrationEntry(BaseModel):
             self,
             (
                 not self.weighs_tokens,
-                "calibration.batch_tokens calibration.prompt_weight",
-                "on the recipe's other modifiers, which weigh tokens alike, one sequence per batch",
+                "calibration.batch_tokens",
+                "on the recipe's other modifiers, which get one sequence per batch",
             ),
-            (alike, "calibration.prompt_weight", "with a mixture whose tokens all weigh the same"),
             (
                 all(part.name for part in generic),
                 "calibration.generic",

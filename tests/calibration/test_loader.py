@@ -35,15 +35,13 @@ def content(batches: CalibrationLoader) -> list[tuple]:
 @given(lengths=LENGTHS, batch_tokens=st.integers(16, 200))
 def test_every_sequence_is_there_once_padded_on_the_right_with_weight_zero(lengths, batch_tokens):
     chosen, ids_of_rows = sequences(lengths), []
-    for rows, weights in content(loader(chosen, batch_tokens=batch_tokens, prompt_weight=0.5)):
+    for rows, weights in content(loader(chosen, batch_tokens=batch_tokens)):
         longest = max(sum(w > 0 for w in weight) for weight in weights)
         assert {len(row) for row in (*rows, *weights)} == {longest}
         assert longest * len(rows) <= batch_tokens or len(rows) == 1
         for row, weight in zip(rows, weights, strict=True):
             real = sum(w > 0 for w in weight)
-            assert weight == [0.5] * (real // 3) + [1.0] * (real - real // 3) + [0] * (
-                longest - real
-            )
+            assert weight == [1.0] * real + [0.0] * (longest - real)
             assert set(row[real:]) <= {PAD}
             ids_of_rows.append(tuple(row[:real]))
     assert sorted(ids_of_rows) == sorted(s.ids for s in chosen)
@@ -76,10 +74,10 @@ def test_rows_of_long_sequences_have_2048_tokens():
     assert [b["input_ids"].shape[1] for b in rows] == [2048] * 4
 
 
-def test_the_weight_of_prompts_reaches_a_real_models_hessian():
-    """Against a reference that sums weighted outer products token by token."""
+def test_padding_reaches_no_real_models_hessian():
+    """Against a reference that sums outer products token by token."""
     model, chosen = tiny_model(), sequences([20, 9, 33])
-    built = loader(chosen, batch_tokens=128, prompt_weight=0.25)
+    built = loader(chosen, batch_tokens=128)
     name, module = next((n, m) for n, m in linears(model).items() if "down_proj" in n)
     size = module.in_features
     hessian, total, sums = Hessian(size), 0.0, torch.zeros(size, size).double()
@@ -95,20 +93,19 @@ def test_the_weight_of_prompts_reaches_a_real_models_hessian():
     for batch, weights in zip(built, built.token_weights, strict=True):
         hessian.add(seen(batch["input_ids"]), weights)
     for sequence in chosen:
-        for position, x in enumerate(seen(torch.tensor([sequence.ids]))[0].double()):
-            weight = 0.25 if position < sequence.prompt_tokens else 1.0
-            total += weight
-            sums += weight * torch.outer(x, x)
+        for x in seen(torch.tensor([sequence.ids]))[0].double():
+            total += 1.0
+            sums += torch.outer(x, x)
     expected = 2 * sums / total
     torch.testing.assert_close(hessian.take(name).double(), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_the_hash_changes_with_tokens_weights_and_order():
+def test_the_hash_changes_with_tokens_and_order():
     chosen = sequences([9, 20, 31, 12])
     assert loader(chosen).sha256() == loader(list(chosen)).sha256()
     other_token = [replace(chosen[0], ids=(99, *chosen[0].ids[1:])), *chosen[1:]]
-    others = [loader(other_token), loader(chosen, prompt_weight=0.5), loader(chosen, seed=3)]
-    assert len({loader(chosen).sha256(), *(other.sha256() for other in others)}) == 4
+    others = [loader(other_token), loader(chosen, seed=3)]
+    assert len({loader(chosen).sha256(), *(other.sha256() for other in others)}) == 3
 
 
 def shards_of(share: CalibrationLoader) -> list[list[int]]:

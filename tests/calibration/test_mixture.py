@@ -133,12 +133,6 @@ def test_truncated_and_unfinished_are_counted():
     assert (cut.ids, cut.prompt_tokens, cut.finished) == ((1, 1), 2, False)
 
 
-def test_weights_by_token():
-    assert trace(0, 2, 3).weights(0.25) == [0.25, 0.25, 1.0, 1.0, 1.0]
-    assert sequence([1, 2]).weights(0.25) == [0.25, 0.25]
-    assert sequence([1, 2], "generic").weights(0.25) == [1.0, 1.0]
-
-
 def test_a_set_without_any_trace_token_is_not_called_reasoning_aware():
     prompts_alone = {"traces": [trace(i, 20, 7) for i in range(9)]}
     with pytest.raises(RacError, match="no token of a chain"):

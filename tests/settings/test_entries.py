@@ -109,7 +109,6 @@ REFUSED = [
     ("traces.sampling.top_p", 0.3, {"traces": {"sampling": {"temperature": 0}}}),
     ("traces.select.finished", True, PROMPTS),
     ("traces.engine", ENGINE, PROMPTS),
-    ("calibration.prompt_weight", 0.5, PROMPTS),
     ("calibration.generic.sequence_tokens", 64, {}),
 ]
 
@@ -142,4 +141,4 @@ def test_what_has_an_effect_is_not_refused():
     selected = {"traces": {"select": {"finished": True}}}
     check_entry({"sparsity": 0.5, "traces": {"problems": {"limit": 3}}, **PROMPTS}, "r")
     check_entry({"sparsity": 0.5, **selected, **mixture("traces@0.5, traces:arithmetic@0.5")}, "r")
-    check_entry({"sparsity": 0.5, **mixture("prompts@0.5, text@0.5", prompt_weight=0.5)}, "r")
+    check_entry({"sparsity": 0.5, **mixture("prompts@0.5, text@0.5")}, "r")

@@ -135,7 +135,7 @@ def test_overrides_that_cannot_be(tmp_path, override, message):
 SAMPLED = {
     "sparsity": 0.5,
     "traces": {"store": "a.jsonl", "sampling": {"temperature": 1.0, "seed": 3}},
-    "calibration": {"tokens": 100, "prompt_weight": 0.5},
+    "calibration": {"tokens": 100},
 }
 
 
@@ -151,7 +151,6 @@ def test_a_mixture_that_is_set_drops_what_it_does_not_use_and_says_so(tmp_path):
         "calibration": {"tokens": 100, "mixture": "text@1"},
     }
     said = "".join(lines)
-    assert "calibration.prompt_weight: 0.5 has no effect" in said
     assert "with a mixture without traces and prompts; it is dropped" in said
     with pytest.raises(RacError, match=r"traces\.sampling\.temperature: 0.3 has no effect"):
         load_recipe(path, ["calibration.mixture=prompts@1", "traces.sampling.temperature=0.3"])
