@@ -142,10 +142,7 @@ def check_packing(
             weights = group.weights
             if weights is None or (weights.symmetric and weights.strategy != "block"):
                 continue
-            why, instead = (
-                "zeros would become zero points",
-                "quantize with a symmetric scheme (W4A16)",
-            )
+            why, instead = "zeros become zero points", "quantize with a symmetric scheme"
             if weights.symmetric:
                 why, instead = PER_BLOCK, "quantize with a scale per row (FP8_DYNAMIC)"
             for name, module in match_named_modules(model, group.targets, modifier.ignore):
