@@ -25,8 +25,10 @@ from rac_modifier.checkpoint.output_folder import check_is_id
 from rac_modifier.checkpoint.quantization_config import (
     CONFIG_FILE,
     METHOD,
+    QUANTIZATION_KEY,
     RAC_KEY,
     SparsityConfig,
+    rotates_activations,
     weight_schemes,
     without_sparsity,
 )
@@ -99,13 +101,7 @@ def load_model(
 
 def _check_rotations(model: str | Path, config: Mapping[str, Any]) -> None:
     """Refuse rotations of activations, which transformers 5.17 leaves out (RacError)."""
-    from compressed_tensors.transform import TransformConfig, TransformLocation
-
-    transforms = (config.get("quantization_config") or {}).get("transform_config")
-    if not transforms:
-        return
-    schemes = TransformConfig.model_validate(transforms).config_groups.values()
-    if any(TransformLocation(a.location).is_online() for s in schemes for a in s.apply):
+    if rotates_activations(config.get(QUANTIZATION_KEY) or {}):
         raise RacError(
             f"{model}: its config.json has rotations of activations (QuIPModifier, or R3 and R4 of "
             "SpinQuantModifier), which transformers does not apply; serve it with vLLM"

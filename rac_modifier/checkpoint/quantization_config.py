@@ -262,6 +262,17 @@ def why_left_to_vllm(quantization: object, bits: int, vocabulary: bool) -> str |
     return None if None in reasons else next(iter(reasons), None)
 
 
+def rotates_activations(quantization: Mapping[str, Any]) -> bool:
+    """Tell whether inputs or outputs of layers are rotated while the model runs."""
+    transforms = quantization.get("transform_config")
+    if not transforms:
+        return False
+    from compressed_tensors.transform import TransformConfig, TransformLocation
+
+    schemes = TransformConfig.model_validate(transforms).config_groups.values()
+    return any(TransformLocation(a.location).is_online() for s in schemes for a in s.apply)
+
+
 def has_block_scales(schemes: Iterable[WeightScheme]) -> bool:
     """Tell whether scales may be per block of rows and columns."""
     return any(scheme.strategy == "block" for scheme in schemes)

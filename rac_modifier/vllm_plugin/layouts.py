@@ -26,6 +26,7 @@ from rac_modifier.checkpoint.quantization_config import (
     SparsityConfig,
     WeightScheme,
     has_block_scales,
+    rotates_activations,
     weight_schemes,
     without_sparsity,
 )
@@ -117,6 +118,11 @@ class PackedLayout(Layout):
     def __init__(self, config: Mapping[str, Any]) -> None:
         sparsity = SparsityConfig.of(config)
         assert sparsity is not None  # `is_packed`
+        if rotates_activations(config):
+            raise RacError(
+                "config.json has rotations of activations, which packed weights do not get; "
+                "rac unpack, and serve the dense checkpoint"
+            )
         self.targets, self.ignore = sparsity.targets, sparsity.ignore
         self.format, self.quantized = FORMATS[sparsity.format], bool(config.get("config_groups"))
         self.block_scales = has_block_scales(weight_schemes(config))

@@ -221,3 +221,15 @@ def test_the_bits_of_a_module_are_those_of_its_rule():
     torch.testing.assert_close(result.dequantized(torch.float32), weight.meant, rtol=0, atol=0)
     with pytest.raises(RacError, match=r"^a\.up\."):
         layout.read(gptq(weight), "a.up")
+
+
+@pytest.mark.parametrize(("location", "refused"), [("input", True), ("weight_input", False)])
+def test_packed_weights_with_rotated_activations_are_refused(location, refused):
+    apply = [{"location": location, "targets": ["Linear"]}]
+    rotation = {"config_groups": {"r": {"type": "hadamard", "apply": apply}}}
+    config = packed() | {"transform_config": rotation}
+    if refused:
+        with pytest.raises(RacError, match=r"has rotations of activations.*rac unpack"):
+            PackedLayout(config)
+    else:
+        PackedLayout(config)
