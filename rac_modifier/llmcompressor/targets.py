@@ -22,8 +22,8 @@ def find_targets(
 ) -> dict[torch.nn.Module, str]:
     """Return the linear modules to prune, in model order, with their names (RacError: not these).
 
-    The output head, router gates and layers that no token reaches, such as those of a vision tower,
-    are left out unless `targets` has their exact names.
+    The output head, router gates and layers that no token reaches, as in a vision tower, are left
+    out unless `targets` has their exact names.
     """
     head = model.get_output_embeddings()
     decoder = set(model.get_decoder().modules())

@@ -46,7 +46,7 @@ def render_question(
 
 
 def thinking_switches(on: bool) -> dict[str, Any]:
-    """Return the variables of chat templates: Qwen's switch, and that of Granite and DeepSeek."""
+    """Return the switches of chat templates: Qwen's name, then Granite's and DeepSeek's."""
     return {"enable_thinking": on, "thinking": on}
 
 

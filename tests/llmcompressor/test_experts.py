@@ -69,7 +69,7 @@ def test_a_floor_without_experts_is_refused(prune):
 
 
 def test_experts_with_biases_are_refused():
-    """llm-compressor saves those of gpt-oss under names that transformers does not know."""
+    """llm-compressor saves gpt-oss under names that transformers does not know."""
     sizes = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 32, "head_dim": 16}
     heads = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
     experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
