@@ -146,7 +146,7 @@ async def ask(
 
     Each try goes to the least busy server that has not been tried. The pause before it doubles.
     Where every server has failed, it is at least the last one's Retry-After. After `TRIES` failures
-    the last error is raised. Other errors of `ServerClient.post` and `read` are raised at once.
+    the last error is raised. No other error of `ServerClient.post` and `read` is tried again.
     """
     pause, failures = FIRST_PAUSE, 0
     tried: list[ServerClient] = []
