@@ -175,7 +175,9 @@ def test_the_order_of_columns_reaches_the_layers():
     assert RacConfig.get_checkpoint_weight_mapper().map_name("a.q.g_idx") == "a.q.g_idx"
 
 
-def test_the_report_comes_with_the_last_layer_and_has_every_decision(said):
+def test_the_report_comes_with_the_last_layer_and_has_every_decision(said, monkeypatch):
+    kept: list[int] = []
+    monkeypatch.setattr(plugin_config, "keep_freed_memory", lambda: kept.append(len(said)))
     report = LoadReport(expected=6)
     report.add("e", Decision(False, "vLLM", "vLLM's own method", 1.0, 1.0))
     report.add("a", Decision(True, "sparse kernel avx2", "", 1.1, 1.98))
@@ -191,8 +193,10 @@ def test_the_report_comes_with_the_last_layer_and_has_every_decision(said):
         "  sparse kernel avx2: 2, such as a",
         "  dense because it is small: 2, such as f",
     ]
+    assert kept == [1]  # when all is loaded
 
 
-def test_a_request_without_effect_is_said(said):
+def test_a_request_without_effect_is_said(said, monkeypatch):
+    monkeypatch.delattr(plugin_config, "keep_freed_memory")  # not called: vLLM's own kernels run
     LoadReport(True, expected=1).add("a", stay_dense("it is small", torch.bfloat16))
     assert said[0].endswith("--quantization rac has no effect on this model here; leave it out")
