@@ -139,8 +139,8 @@ Status linear(const Matmul& out, const void* x, const Scale& scale, const Kernel
     // A single token of a weight of bf16 is faster with vectors. Up to 64 tokens of codes are faster with bytes.
     const bool codes = has_codes(out.weight.type) && columns / scale.groups % TILE_COLUMNS == 0;
     const bool tiles = kernel.tiles && bf16_x && (codes ? m > 64 : out.weight.type == BF16 && m > 1);
-    // Integers of 8 bits are exact in bf16. From more tokens than QUADS interleaves on, that is faster than two planes of bytes.
-    const bool as_bf16 = integers && !has_codes(out.weight.type) && bf16_x && units && !kernel.tiles && m > MOST_SLOTS &&
+    // Integers of 8 bits are exact in bf16. For more than a few tokens that is faster than two planes of bytes.
+    const bool as_bf16 = integers && !has_codes(out.weight.type) && bf16_x && units && !kernel.tiles && m > FEW_TOKENS &&
                          scale.groups == 1 && !out.weight.byte_x;
     if (integers && !as_bf16 && !tiles) return int_linear(matmul, x, scale, kernel, threads);
     if (!integers && scale.data && scale.groups != 1)
