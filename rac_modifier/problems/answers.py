@@ -9,6 +9,10 @@ _END_OF_PROMPT = 16  # tokens that hold the tag and the white space behind it
 _BOX_OR_BRACE = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
 _INTEGER = re.compile(r"([+-]?)0*([0-9]+)")
 _WORD = re.compile(r"[A-Za-z]{3,}")  # two letters may be a product: xy = yx
+# What math-verify does not read: the space between thousands, and what follows the answer.
+_THOUSANDS = re.compile(r"(?<=\d)(?:\\[,;: ]|~|[\u00a0\u2009\u202f])(?=\d{3}(?!\d))")
+_TAIL = re.compile(r"(?:(?<!\.)[.。]|°)\s*\Z")
+_STYLE = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf)\s*\{([^{}]*)\}")
 
 Verifier = Callable[[str, str], bool]
 """Tells whether the model's answer is right, given the problem's reference answer."""
@@ -43,7 +47,7 @@ def thinking_length(tokenizer: Any, prompt_ids: Sequence[int], ids: Sequence[int
 
 
 def extract_answer(text: str) -> str | None:
-    r"""Return the content of the last `\boxed{...}` after the thinking, or None.
+    r"""Return the content of the last `\boxed{...}` that is not empty after the thinking, or None.
 
     Thinking ends at the first `</think>`; a text without that is searched as a whole.
     Escaped braces (`\{`) do not count, and of nested boxes the inner one is the answer.
@@ -61,7 +65,8 @@ def extract_answer(text: str) -> str | None:
             open_braces.append((token != "{", match.end()))
         elif token == "}" and open_braces:
             is_box, start = open_braces.pop()
-            if is_box and (last is None or start > last[0]):
+            is_later = is_box and (last is None or start > last[0])
+            if is_later and answer_text[start : match.start()].strip():
                 last = (start, match.start())
     return None if last is None else answer_text[slice(*last)].strip()
 
@@ -77,13 +82,14 @@ def equal_answers(answer: str, reference: str) -> bool:
     answer, reference = _bare(answer), _bare(reference)
     if not answer or not reference:
         return False
-    if answer == reference:
+    text, other_text = (_STYLE.sub(r"\1", value).strip() for value in (answer, reference))
+    if text == other_text:
         return True
-    first, second = _INTEGER.fullmatch(answer), _INTEGER.fullmatch(reference)
+    first, second = _INTEGER.fullmatch(text), _INTEGER.fullmatch(other_text)
     if first and second:
         return _canonical(first) == _canonical(second)
-    if _WORD.fullmatch(answer) and _WORD.fullmatch(reference):
-        word, other = answer.casefold(), reference.casefold()
+    if _WORD.fullmatch(text) and _WORD.fullmatch(other_text):
+        word, other = text.casefold(), other_text.casefold()
         if sorted(word) == sorted(other):  # math-verify multiplies the letters
             return word == other
     from rac_modifier.problems import answer_checker  # loguru: a serving environment may lack it
@@ -92,10 +98,11 @@ def equal_answers(answer: str, reference: str) -> bool:
 
 
 def _bare(answer: str) -> str:
-    r"""Remove the `\boxed{}` or `$` that data sets leave around an answer."""
+    r"""Remove `\boxed{}` or `$` around an answer, a period or ° behind it, and `\,` in 1\,234."""
     boxed = extract_answer(answer)
-    bare = (answer if boxed is None else boxed).strip()
-    return bare.strip("$").strip() if bare.startswith("$") and bare.endswith("$") else bare
+    bare = _TAIL.sub("", (answer if boxed is None else boxed).strip())
+    bare = bare.strip("$").strip() if bare.startswith("$") and bare.endswith("$") else bare
+    return _THOUSANDS.sub("", _TAIL.sub("", bare))
 
 
 def _canonical(integer: re.Match[str]) -> str:

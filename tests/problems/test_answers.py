@@ -22,7 +22,8 @@ from tests.tiny import byte_tokenizer
         (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
         (r"\boxed{5} and then cut at \boxed{1", "5"),
         (r"x} { \boxed{5}", "5"),
-        (r"\boxed{}", ""),
+        (r"\boxed{}", None),
+        (r"\boxed{5}. I have put it within \boxed{ }.", "5"),
         (r"\boxed{3} no</think> so \boxed{4}", "4"),
         (r"\boxed{3} is only a thought</think> it is 4", None),
         (r"</think>\boxed{3}</think> and on", "3"),
@@ -40,7 +41,10 @@ def scan_from_the_right(tokens):
         for end in range(start + 1, len(tokens)):
             depth += {"\\boxed{": 1, "{": 1, "}": -1}.get(tokens[end], 0)
             if depth == 0:
-                return "".join(tokens[start + 1 : end]).strip()
+                content = "".join(tokens[start + 1 : end]).strip()
+                if content:
+                    return content
+                break
     return None
 
 
@@ -68,6 +72,14 @@ def test_many_open_boxes_take_linear_time():
         ("star", "rats", False),
         ("", "0", False),
         ("$7$", r"\boxed{7}", True),
+        ("25.", "25", True),
+        ("25。", "25", True),
+        ("90°", "90", True),
+        (r"12\,345", "12345", True),
+        ("12~345", "12345", True),
+        (r"\text{June 20}", "June 20", True),
+        (r"\textbf{North}", "north", True),
+        (r"\text{silent}", "listen", False),
     ],
 )
 def test_text_and_integers_need_no_math_verify(monkeypatch, answer, reference, expected):
@@ -85,7 +97,14 @@ def test_everything_else_is_compared_as_mathematics_without_its_wrapping(monkeyp
 
 
 @pytest.mark.parametrize(
-    ("answer", "reference"), [("xy", "yx"), ("inf", "infinity"), ("10 cm", "10")]
+    ("answer", "reference"),
+    [
+        ("xy", "yx"),
+        ("inf", "infinity"),
+        ("10 cm", "10"),
+        (r"1\,234\text{ km}", "1234"),
+        ("5\\%.", "5"),
+    ],
 )
 def test_products_names_and_units_are_mathematics(answer, reference):
     assert equal_answers(answer, reference)
