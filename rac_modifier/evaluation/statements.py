@@ -18,9 +18,15 @@ _LINK = (
     r"(?:\b(?:is|be|equals|ist|sei|lautet|beträgt|est|vaut)\b|应该是|应为|等于|就是|是|为|[:：=])"
 )
 _VERB_BEFORE_NOUN = r"\b(?:ist|lautet|beträgt|obtient|trouve)\b"
-# Words between noun and verb, without a number and without a negation: "to this problem".
-_BETWEEN = r"(?:(?!not\b|n't|nicht\b|pas\b|不)[^\n.,;?!。，；？！\d]){0,30}?"
-_ADVERB = r"\b(?:simply|thus|therefore|option|choice|also|somit|daher|donc|bien|alors)\b"
+# Words between noun and verb, without a number, a negation or a doubt: "to this problem".
+_BETWEEN = (
+    r"(?:(?!not\b|n't|nicht\b|pas\b|不|(?:may|might|could)\b|可能|也许|或许)"
+    r"[^\n.,;?!。，；？！\d]){0,30}?"
+)
+_ADVERB = (
+    r"(?:\b(?:simply|thus|therefore|indeed|exactly|just|equal to|option|choice"
+    r"|also|somit|daher|genau|donc|bien|alors|exactement)\b|\bégale? à(?=\s))"
+)
 _FILLER = rf"(?:[\s*:：]|{_ADVERB}){{0,20}}"
 # A formula or a parenthesis may hold the marks that otherwise end the clause.
 _CLAUSE = (
@@ -33,17 +39,21 @@ _PHRASE = re.compile(
     re.IGNORECASE,
 )
 _LINE_END = r"(?P<clause>[^=＝\n]{1,200})\n"
-_EQUATION = re.compile(rf"(?:[=＝→⇒]|[-=]>|####){_FILLER}{_LINE_END}", re.IGNORECASE)
+_EQUATION = re.compile(rf"(?:[-=]>|(?<![<>!])[=＝]|[→⇒]|####){_FILLER}{_LINE_END}", re.IGNORECASE)
 _NO_CLAIM = re.compile(
-    r"(?:\b(?:if|whether|suppose|maybe|perhaps|says|claims|wenn|falls|ob|vielleicht|sagt"
-    r"|si|peut-être|dit)\b|如果|若|假设|可能|也许|是否)[^\n.?!。？！]*$",
+    r"(?:\b(?:if|whether|unless|suppose|assum(?:e|ing)|doubt|unlikely|maybe|perhaps|says|claims"
+    r"|wenn|falls|ob|angenommen|vielleicht|sagt"
+    r"|si|peut-être|dit)\b|如果|若|假设|假如|可能|也许|是否)[^\n.?!。？！]*$",
     re.IGNORECASE,
 )
 _VALUE = re.compile(r"\d|\\[a-z]|^\(?[A-Z]\)?$")
 _FIRST_VALUE = re.compile(
     r"(?:[A-Za-z]\s*=\s*)?(?P<value>\$[^$\n]+\$|\\\(.+?\\\)|\([^()]+\)|[^\s\u3000-\u9fff\uff00-\uffef]+)"
 )
-_ALTERNATIVE = re.compile(r"\s*(?:\b(?:or|oder|ou)\b|或|还是)")
+# Another value follows, so the first is not the answer: "5 or 6", "5 to 6", "5 + 6".
+_GOES_ON = re.compile(
+    r"\s*(?:\b(?:or|oder|ou)\b|或|还是|(?:\b(?:to|bis|plus)\b|[-+*/×·÷^])\s*[\d(\\])"
+)
 
 
 def states_answer(
@@ -79,7 +89,7 @@ def _matches(
         first = _FIRST_VALUE.match(clause)
         if in_words:
             yield match.start("clause"), _bare(clause)
-        elif first and not _ALTERNATIVE.match(clause, first.end()):
+        elif first and not _GOES_ON.match(clause, first.end()):
             value = _bare(first["value"])
             is_article = value == "A" and clause[first.end() :].strip()
             if _VALUE.search(value) and not is_article:
@@ -88,7 +98,7 @@ def _matches(
 
 def _bare(value: str) -> str:
     r"""Return a value without Markdown, LaTeX and `x =`; (A) becomes A, 3,5 becomes 3.5."""
-    value = value.strip("*$€£ ").rstrip("*$.,:").removesuffix("\\)").removeprefix("\\(").strip()
+    value = value.strip("*$€£` ").rstrip("*$`.,:").removesuffix("\\)").removeprefix("\\(").strip()
     value = re.sub(r"^[A-Za-z]\s*=\s*", "", value)
     if re.fullmatch(r"-?\d+,\d{1,2}", value):
         return value.replace(",", ".")

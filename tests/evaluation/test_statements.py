@@ -21,6 +21,11 @@ from rac_modifier.evaluation.statements import states_answer
         "On obtient donc le résultat 42. Mais",
         "因此，答案就是 \\(42\\)。不过",
         "the answer is 42</think>",
+        "The answer is exactly 42 to the nearest integer. But",
+        "The answer is `42`. But",
+        "Die Antwort ist genau 42. Aber",
+        "Le résultat est égal à 42. Mais",
+        "=> 42\nWait",
     ],
 )
 def test_the_answer_is_stated(text):
@@ -44,6 +49,16 @@ def test_the_answer_is_stated(text):
         "the answer is \\boxed{42",
         "The answer is 42. Wait, the answer is 41. So",
         "= 42\n= 41\n",
+        "The answer might be 42. Let",
+        "Assume the answer is 42. Then",
+        "It is unlikely that the answer is 42. So",
+        "Angenommen, die Antwort ist 42. Dann",
+        "答案可能是42。不过",
+        "假如答案是42，",
+        "x <= 42\n",
+        "x != 42\n",
+        "= 42 + 1\n",
+        "the answer is 42 to 43. So",
     ],
 )
 def test_the_answer_is_not_stated(text):
