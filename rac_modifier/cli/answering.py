@@ -72,6 +72,9 @@ class Answering:
             "no model is named; give a model folder, a Hugging Face id, or --server URL": (
                 not models and not served
             ),
+            "--served-as names the model of a server; add --server URL, or leave it out": (
+                count > 0 and not served
+            ),
             "--served-as names several models; give the one of the model folder": (
                 bool(models) and count > 1
             ),

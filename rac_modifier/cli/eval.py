@@ -79,7 +79,9 @@ def evaluate(
         bool,
         typer.Option("--serve", help="start vllm serve for each model, and stop it at the end"),
     ] = False,
-    concurrency: Annotated[int, typer.Option(min=1, help="answers of a server in progress")] = 64,
+    concurrency: Annotated[
+        int, typer.Option(min=1, max=4096, help="answers of a server in progress")
+    ] = 64,
     answers: Annotated[
         Path | None, typer.Option(help="file of the answers; default: in rac_answers/")
     ] = None,
@@ -148,8 +150,8 @@ def evaluate(
         system_prompt=system_prompt,
         thinking=thinking,
     )
-    paired_with = [] if baseline is None else read_results(baseline, prompt)
     sampling = protocol.sampling(prompt, batch_size, divergence=divergence)
+    paired_with = [] if baseline is None else read_results(baseline, sampling)
     asked = protocol.load()
     if stopping:
         asked = [replace(problem, answer=None) for problem in asked]

@@ -197,11 +197,12 @@ def discordant(pairs: Sequence[tuple[float, float]]) -> tuple[int, int, float]:
     return first, second, intervals.mcnemar(first, second)
 
 
-def read_results(path: Path, prompt: PromptSettings) -> list[EvalResult]:
-    """Read the file that `rac eval --json FILE` wrote, to pair it with answers to `prompt`.
+def read_results(path: Path, sampling: SamplingSettings) -> list[EvalResult]:
+    """Read the file that `rac eval --json FILE` wrote, to pair it with answers sampled so.
 
-    RacError: there is none, it is of another version, or its models were asked another prompt.
+    RacError: there is none, it is of another version, or has another prompt or top-p.
     """
+    prompt = PromptSettings.of(sampling)
     content = read_json(path, "write it with: rac eval DENSE --json FILE")
     results = content.get("results")
     if not isinstance(results, list) or not results:
@@ -212,6 +213,12 @@ def read_results(path: Path, prompt: PromptSettings) -> list[EvalResult]:
             raise RacError(
                 f"{path} cannot be paired: {asked.describe()} there, and {prompt.describe()} here; "
                 "evaluate both alike (--template, --system-prompt, --thinking)"
+            )
+        top_p = (content.get("protocol") or {}).get("top_p")
+        if sampling.temperature and top_p != sampling.top_p:
+            raise RacError(
+                f"{path} cannot be paired: top-p {top_p} there, and {sampling.top_p} here; "
+                "evaluate both alike (--top-p)"
             )
         return list(map(EvalResult.model_validate, results))
     except ValidationError as error:

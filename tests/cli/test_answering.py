@@ -32,6 +32,8 @@ def answering(**changes) -> Answering:
         (SERVER, {"written": {"precision"}}, "--precision is for a model that is loaded here"),
         ({"servers": ("a",)}, {}, "--server: base_urls: 'a' is no address of a server"),
         ({}, NO_MODEL, "no model is named; give a model folder"),
+        ({"served_as": ("m",)}, {}, "names the model of a server; add --server URL"),
+        ({"served_as": ("m",), "serve": True}, {}, "names the model of a server; add --server URL"),
         (TWO | {"served_as": ("m",)}, NO_MODEL, "--served-as names 1 models for 2 servers; give"),
         (SERVER | {"served_as": ("m", "n")}, {}, "--served-as names several models; give the one"),
         (SERVER, {"models": (), "written": {"card"}}, "--card and --template need a model folder"),
@@ -41,6 +43,11 @@ def test_what_cannot_be_is_refused(changes, options, message):
     given = {"models": ("a",), "written": frozenset(), "divergence": False, **options}
     with pytest.raises(RacError, match=message):
         answering(**changes).check(**given)
+
+
+def test_too_many_answers_in_progress_are_refused_before_a_server_starts(rac, monkeypatch):
+    monkeypatch.setattr("rac_modifier.cli.eval.Answering", None)
+    assert rac("eval", "reasoner", "--serve", "--concurrency", 5000)[0] == 2
 
 
 def test_a_long_answer_has_time():

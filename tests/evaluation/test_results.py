@@ -16,7 +16,7 @@ from rac_modifier.evaluation.results import (
     summarise,
 )
 from rac_modifier.evaluation.stopping import Ending, Loop
-from rac_modifier.settings.sampling import PromptSettings, SamplingSettings
+from rac_modifier.settings.sampling import SamplingSettings
 
 NUMBERS = itertools.count()
 
@@ -58,10 +58,15 @@ def test_results_come_back_from_a_file_and_those_of_another_version_are_named(tm
 
     def read(content):
         path.write_text(json.dumps({"prompt": prompt, **content}))
-        return read_results(path, PromptSettings(system_prompt="Be brief."))
+        return read_results(path, SamplingSettings(system_prompt="Be brief.", **sampled))
 
+    sampled = {"temperature": 0.6, "top_p": 0.95}
     values = found.model_dump()
-    assert read({"results": [values]}) == [found]
+    assert read({"results": [values], "protocol": sampled}) == [found]
+    with pytest.raises(RacError, match=r"top-p 0\.9 there, and 0\.95 here; .*\(--top-p\)"):
+        read({"results": [values], "protocol": {"top_p": 0.9}})
+    sampled = {"temperature": 0.0}
+    assert read({"results": [values], "protocol": {"top_p": 0.9}}) == [found]
     for damaged in ({"cap": "x"}, {"limit": 3}, {"endings": {"a": [{"loop": 1}]}}):
         with pytest.raises(RacError, match=r"dense\.json: no evaluation result \("):
             read({"results": [values | damaged]})
