@@ -31,7 +31,7 @@ from rac_modifier.sampling.server_client import ServerClient, ask
 from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Line(ChatAnswer):
     """A line of the file of answers."""
 
@@ -61,7 +61,7 @@ def evaluate_chat(
     seconds = time.monotonic() - started
 
     def thinks(answer: ChatAnswer) -> bool:
-        return sampling.thinking or THINK_END in answer.text
+        return sampling.thinking or answer.only_thinking or THINK_END in answer.text
 
     rows = [
         row_of_text(

@@ -28,6 +28,7 @@ class ChatAnswer:
     finish_reason: FinishReason
     tokens: int
     thinking_tokens: int
+    only_thinking: bool = False  # the server returned its reasoning and no content
 
 
 def chat_body(question: str, key: str, sampling: SamplingSettings) -> dict[str, Any]:
@@ -85,4 +86,4 @@ def read_chat(content: bytes, cap: int, server: str) -> ChatAnswer:
         counted = tokens
     elif type(counted) is not int or not 0 < counted <= tokens:
         counted = round(tokens * len(before + tag) / len(text))  # without a count, by characters
-    return ChatAnswer(text, finish, tokens, counted)
+    return ChatAnswer(text, finish, tokens, counted, bool(thinking) and not answer)

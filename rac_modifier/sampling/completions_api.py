@@ -161,9 +161,10 @@ def only_choice(content: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
         if not isinstance(choice, dict) or not isinstance(usage, dict):
             raise TypeError("no object")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UnusableError(
-            f"no completion in the answer ({type(error).__name__}: {str(error)[:80]})"
-        ) from error
+        reason = f"{type(error).__name__}: {str(error)[:80]}"
+        if b'"choices"' not in content:  # an error with status 200
+            reason = error_text(content)
+        raise UnusableError(f"no completion in the answer ({reason})") from error
     return choice, usage
 
 

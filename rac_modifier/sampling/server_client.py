@@ -118,7 +118,8 @@ class ServerClient:
             raise UnusableError(
                 f"no answer within timeout={seconds:g} s; set a longer one"
             ) from error
-        if self._key and (answer.status != 200 or method == "GET"):
+        is_answer = method == "POST" and answer.status == 200 and b'"choices"' in content
+        if self._key and not is_answer:
             content = content.replace(self._key.encode(), b"***")
         return answer.status, bytes(content), _seconds(answer.headers.get("Retry-After"))
 
@@ -207,6 +208,8 @@ def _api_key(variable: str | None) -> str | None:
 
 
 def _next_step(status: int) -> str:
+    if status in _TRANSIENT or status >= 500:
+        return "wait until the server is ready, then run again"
     if status in (401, 403):
         return (
             "the server wants a key: export it as OPENAI_API_KEY for rac eval, or in a recipe name "

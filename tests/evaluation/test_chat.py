@@ -75,6 +75,25 @@ def test_with_thinking_off_a_text_without_the_tag_is_an_answer(servers, tmp_path
     assert (ending.closes, ending.tokens, ending.thinking_tokens) == (True, 6, 0)
 
 
+def test_reasoning_without_content_is_no_closed_thinking_with_thinking_off(servers, tmp_path):
+    choice = {"message": {"reasoning": "So \\boxed{1}", "content": None}, "finish_reason": "length"}
+    usage = {"completion_tokens": CAP}
+    servers[0].chat = lambda body: {"choices": [choice], "usage": usage}
+    for _ in range(2):  # asked, and read from the file
+        result = ask(servers[0], tmp_path / "a.jsonl", SUMS[:1], thinking=False)
+        (ending,) = result.endings["q0"]
+        assert (ending.closes, ending.thinking_tokens) == (False, CAP)
+
+
+def test_an_error_with_status_200_is_shown_without_the_key(servers, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAC_TEST_KEY", "sk-1234")
+    servers[0].chat = lambda body: {"error": {"message": "over quota of sk-1234"}}
+    engine = EngineSettings(base_urls=(servers[0].url,), api_key_env="RAC_TEST_KEY")
+    sampling = SamplingSettings(temperature=0.0, max_new_tokens=CAP)
+    with pytest.raises(RacError, match=r"no completion in the answer \(over quota of \*\*\*\)"):
+        evaluate_chat(SUMS[:1], engine=engine, sampling=sampling, path=tmp_path / "a.jsonl")
+
+
 def test_a_killed_evaluation_goes_on(servers, tmp_path):
     path, server = tmp_path / "a.jsonl", servers[0]
     result = ask(server, path, samples=2, temperature=0.6)

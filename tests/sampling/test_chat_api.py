@@ -33,7 +33,8 @@ def read(*args, **changes) -> ChatAnswer:
 def test_thinking_is_joined_to_the_answer_and_tokens_are_divided_by_characters(
     message, text, thinking_tokens
 ):
-    assert read(message) == ChatAnswer(text, "stop", 10, thinking_tokens)
+    only_thinking = "content" in message and "reasoning" in message
+    assert read(message) == ChatAnswer(text, "stop", 10, thinking_tokens, only_thinking)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +59,7 @@ def test_an_empty_answer_is_its_end_alone():
         ({"finish": "tool_calls"}, UnusableError, "'tool_calls' is neither stop nor length"),
         ({"usage": {"completion_tokens": True}}, UnusableError, "no count of at most 10"),
         ({"usage": {"completion_tokens": 11}}, UnusableError, "'11' is no count of at most 10"),
-        ({"choices": []}, UnusableError, "no completion in the answer"),
+        ({"choices": []}, UnusableError, r"no completion in the answer \(ValueError"),
         ({"finish": "length", "usage": {"completion_tokens": 7}}, RefusedError, "7 of 10 tokens"),
         ({"message": {"content": None}}, RefusedError, "10 tokens without a text"),
         ({"usage": {}}, RacError, "http://a counts no tokens .*name the model folder"),
@@ -67,6 +68,12 @@ def test_an_empty_answer_is_its_end_alone():
 def test_a_field_that_is_missing_or_wrong_is_refused(changes, error, message):
     with pytest.raises(error, match=message):
         read(**changes)
+
+
+def test_an_error_with_status_200_is_shown():
+    content = json.dumps({"error": {"message": "over quota", "code": 429}}).encode()
+    with pytest.raises(UnusableError, match=r"no completion in the answer \(over quota\)"):
+        read_chat(content, 10, "http://a")
 
 
 def test_a_request_has_the_settings_of_the_completions_protocol_and_no_token_ids():

@@ -139,7 +139,11 @@ def test_what_does_not_change_is_asked_once(server, kind, error, words):
 
 def test_the_list_of_models(server):
     assert f'"id": "{NAME}"'.encode() in models(server.url)
-    for status, words in ((403, r"engine\.api_key_env"), (404, "it ends in /v1")):
+    for status, words in (
+        (403, r"engine\.api_key_env"),
+        (404, "it ends in /v1"),
+        (503, "wait until"),
+    ):
         server.list_status = status
         with pytest.raises(RacError, match=rf"/v1/models answers {status} .*{words}"):
             models(server.url)
