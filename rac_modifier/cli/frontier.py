@@ -89,8 +89,8 @@ def frontier(
 
 
 def held_out_of(evaluation: GridEvaluation, prompt: PromptSettings) -> HeldOut:
-    """Return the problems that all rows answer (RacError: served without answers)."""
-    from rac_modifier.evaluation.accuracy import TOP_P
+    """Return the problems that all rows answer (RacError: some or, if served, all lack answers)."""
+    from rac_modifier.evaluation.accuracy import TOP_P, check_problems
     from rac_modifier.frontier.measure import HeldOut
     from rac_modifier.problems.held_out import held_out_problems
     from rac_modifier.settings.sampling import SamplingSettings
@@ -105,6 +105,7 @@ def held_out_of(evaluation: GridEvaluation, prompt: PromptSettings) -> HeldOut:
         **prompt.model_dump(),
     )
     problems = held_out_problems(count=evaluation.problems, **evaluation.where())
+    check_problems(problems, None, ungraded=True)
     held_out = HeldOut(problems, sampling)
     if evaluation.serve and not held_out.graded:
         raise RacError(

@@ -126,8 +126,8 @@ def check_problems(
     if without:
         raise RacError(
             f"{len(without)} of {len(problems)} problems have no answer (first: {without[0]!r}); "
-            "name the column of answers (answer_column), or measure without grading (rac eval "
-            "--stopping)"
+            "complete them, name the column of answers (answer_column), or measure without grading "
+            "(rac eval --stopping; in a grid without answer_column)"
         )
     if verifier is None:
         check_installed("mathematics")

@@ -123,7 +123,8 @@ def _tag(name: str, text: str) -> str:
 
 
 def _options(names: Iterable[str]) -> str:
-    return "".join(_tag("option", name) for name in names)
+    # with a value: the text of an option loses its double spaces
+    return "".join(f'<option value="{escape(n)}">{escape(n)}</option>' for n in names)
 
 
 def _recipe(row: Mapping[str, Any]) -> str:

@@ -120,6 +120,17 @@ def test_a_served_evaluation_needs_answers(tmp_path):
         held_out_of(evaluation, PromptSettings())
 
 
+def test_problems_of_which_some_lack_an_answer_are_refused(tmp_path):
+    """Nothing would be graded, in no row, and no message would say so."""
+    file = tmp_path / "q.jsonl"
+    file.write_text('{"problem": "1+1?", "a": "2"}\n{"problem": "1+2?", "a": null}\n')
+    evaluation = GridEvaluation(source=str(file), answer_column="a", problems=2)
+    with pytest.raises(RacError, match=r"1 of 2 problems have no answer .*; complete them, name"):
+        held_out_of(evaluation, PromptSettings())
+    evaluation = evaluation.model_copy(update={"answer_column": None})
+    assert not held_out_of(evaluation, PromptSettings()).graded
+
+
 def test_a_model_is_served_and_timed(tiny_folder, tmp_path, vllm):
     evaluation = GridEvaluation(serve=True, concurrency=3, problems=2, cap=6)
     held_out = held_out_of(evaluation, PromptSettings())

@@ -93,6 +93,12 @@ def test_a_recipe_that_is_shown_with_a_note_of_several_lines_stays_yaml(tmp_path
     assert yaml.safe_load(unescape(text)) == served["recipe"]
 
 
+def test_a_label_with_two_spaces_can_be_chosen(tmp_path):
+    """A browser joins the spaces of an option's text, and takes its value as it is."""
+    folder = write_sample(tmp_path, rows=[ROWS[0], ("2:4  <a>", *ROWS[1][1:])])
+    assert '<option value="2:4  &lt;a&gt;">2:4  &lt;a&gt;</option>' in page([folder], 1)
+
+
 def test_digits_of_divergence():
     digits = [kl_digit(kl) for kl in (0.0, 0.00099, 0.001, 0.01, 0.1, 1.0, 10.0, 1e9)]
     assert digits == list("0019irzz")
