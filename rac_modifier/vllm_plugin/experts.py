@@ -17,6 +17,7 @@ from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEM
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
     UnquantizedFusedMoEMethod,
 )
+from vllm.model_executor.utils import set_weight_attrs
 
 from rac_modifier.checkpoint.stored_weight import StoredWeight, stack
 from rac_modifier.errors import RacError
@@ -133,7 +134,16 @@ class RacExpertsMethod(FusedMoEMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """Allocate nothing: the tensors stay mapped from the files until they are packed."""
+        """Allocate nothing: the tensors stay mapped from the files until they are packed.
+
+        Models that load experts themselves, such as DeepSeek's, look parameters up by name.
+        """
+        for part, stored in self.reader.dtypes.items():
+            for name in (f"w13_{part}", f"w2_{part}"):
+                empty = torch.empty(0, dtype=stored or params_dtype)
+                parameter = torch.nn.Parameter(empty, requires_grad=False)
+                set_weight_attrs(parameter, {"weight_loader": self._collector(layer, part)})
+                layer.register_parameter(name, parameter)
         sizes = {"num_experts": num_experts, "params_dtype": params_dtype}
         self.sizes = sizes | extra_weight_attrs
         self.width, self.dtype = intermediate_size_per_partition, params_dtype
@@ -146,6 +156,9 @@ class RacExpertsMethod(FusedMoEMethodBase):
     def process_weights_after_loading(self, layer: Any) -> None:
         """Check what was collected (RacError), and keep it in one form, packed or dense."""
         self._finished = True
+        for part in self.reader.dtypes:
+            delattr(layer, f"w13_{part}")
+            delattr(layer, f"w2_{part}")
         reason = self._unsupported(layer)
         decision = stay_dense(reason, self.dtype) if reason else self._pack(layer)
         if not decision.sparse:
@@ -176,6 +189,22 @@ class RacExpertsMethod(FusedMoEMethodBase):
             else:
                 self._unpacked.append((name, tensor))
         return iter(())
+
+    def _collector(self, layer: Any, part: str) -> Callable[..., bool]:
+        def collect(
+            param: Tensor,
+            loaded_weight: Tensor,
+            weight_name: str,
+            shard_id: str,
+            expert_id: int,
+            return_success: bool = False,
+        ) -> bool:
+            names = (layer.ckpt_gate_proj_name, layer.ckpt_down_proj_name, layer.ckpt_up_proj_name)
+            module = f"{expert_id}.{names[int(shard_id[1]) - 1]}"
+            self._collect([(f"{module}.{part}", loaded_weight)])
+            return True
+
+        return collect
 
     def _unsupported(self, layer: Any) -> str | None:
         """Return why no kernel runs experts of such a layer; None where one can."""

@@ -144,6 +144,26 @@ def test_tokens_go_through_their_experts(format, tokens):
         load(layer, weights, format)
 
 
+def test_models_that_load_experts_by_the_names_of_parameters():
+    """As DeepSeek's `load_weights`: w1 is the gate, w2 the down projection, w3 up."""
+    layer, weights, routing = FakeLayer(), weights_of(), routed(4)
+    method = method_of(layer, FORMAT_BITMASK)
+    parameters, shards = (
+        dict(layer.named_parameters()),
+        dict(zip(SHAPES, ("w1", "w3", "w2"), strict=True)),
+    )
+    for module, weight in weights.items():
+        expert, _, name = module.partition(".")
+        prefix = "w2_" if name == "down_proj" else "w13_"
+        for part, tensor in FORMATS[FORMAT_BITMASK].compress(weight, module).items():
+            parameter = parameters[f"{prefix}{part}"]
+            options = {"shard_id": shards[name], "expert_id": int(expert), "return_success": True}
+            assert parameter.weight_loader(parameter, tensor, f"{prefix}{part}", **options)
+    method.process_weights_after_loading(layer)
+    assert {name.partition(".")[0] for name, _ in layer.named_parameters()} == {"sparse_experts"}
+    check(layer.sparse_experts(*routing), weights, routing)
+
+
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
 def test_quantized_experts_with_their_scales(scheme):
     layer, meant, named = FakeLayer(), {}, []
