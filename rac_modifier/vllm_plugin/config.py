@@ -102,7 +102,14 @@ class RacConfig(QuantizationConfig):
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None
     ) -> None:
-        """Read what config.json records, before vLLM loads the folder `model_name`."""
+        """Read what config.json records, before vLLM loads the folder `model_name` (RacError)."""
+        falcon = getattr(hf_config, "model_type", None) == "falcon"
+        if falcon and (hf_config.new_decoder_architecture or not hf_config.multi_query):
+            raise RacError(
+                f"{model_name}: vLLM reorders the rows of Falcon's query_key_value while it loads "
+                "dense weights, and not those of this checkpoint; rac unpack writes it dense, and "
+                "--quantization compressed-tensors serves codes"
+            )
         if (Path(model_name) / INDEX_FILE).is_file():
             with TensorFiles(model_name):  # vLLM misses tensors of unquantized models only
                 pass

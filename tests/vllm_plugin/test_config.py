@@ -1,6 +1,7 @@
 """The config: whose checkpoints, the method of each layer, what is read before loading."""
 
 import copy
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -103,6 +104,20 @@ def test_apply_vllm_mapper_renames_modules():
     assert config.layout.ignore == ("language_model.v.a", "x.b")
     assert config.layout.targets == ("Linear",)
     assert config.int8_activations == ("language_model.v.c",)
+
+
+@pytest.mark.parametrize(
+    ("new", "multi_query", "refused"),
+    [(True, True, True), (False, False, True), (False, True, False)],
+)
+def test_rows_of_falcon_that_vllm_reorders_are_refused(tmp_path, new, multi_query, refused):
+    """With a single head of keys, as Falcon-7B has, the order stays."""
+    falcon = SimpleNamespace(
+        model_type="falcon", new_decoder_architecture=new, multi_query=multi_query
+    )
+    config = RacConfig.from_config(PACKED)
+    with pytest.raises(RacError, match="reorders the rows") if refused else nullcontext():
+        config.maybe_update_config(str(tmp_path), hf_config=falcon)
 
 
 @pytest.mark.parametrize("within", ["", "draft_model."])
