@@ -44,6 +44,7 @@ from rac_modifier.files import read_json, without_paths, write_json_atomic, writ
 # Weights in other files than those that are packed: they would stay dense, or twice in the folder.
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 _TEMPLATES = "additional_chat_templates"  # transformers' folder for a second chat template
+_MODULES = "[0-9]_*/*"  # files of sentence-transformers, such as 1_Pooling/config.json
 _SMALL_FILES = 1 << 20  # bytes
 
 
@@ -228,11 +229,12 @@ def _rewrite(
 
 
 def _others(folder: Path) -> list[Path]:
-    """List the files next to the weights: tokenizer, generation settings, licence, ..."""
+    """List the files next to the weights: tokenizer, generation settings, pooling, licence, ..."""
     excluded = (*_WEIGHTS, ".index.json")
     paths = [*sorted(folder.iterdir()), *sorted(folder.glob(f"{_TEMPLATES}/*"))]
     files = (path for path in paths if path.is_file() and path.name[0] != ".")
-    return [p for p in files if p.name != CONFIG_FILE and not p.name.endswith(excluded)]
+    kept = [p for p in files if p.name != CONFIG_FILE and not p.name.endswith(excluded)]
+    return kept + sorted(path for path in folder.glob(_MODULES) if path.is_file())
 
 
 def _check_links(folder: Path) -> None:

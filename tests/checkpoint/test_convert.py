@@ -158,6 +158,24 @@ def test_further_chat_templates_go_along(saved, tmp_path):
         assert AutoTokenizer.from_pretrained(copy).chat_template == templates
 
 
+def test_the_pooling_and_projection_of_an_embedding_model_go_along(saved, tmp_path):
+    """Without 1_Pooling vLLM pools in another way, and without 2_Dense it does not project."""
+    folder, _, _ = saved(packed=False)
+    names = (
+        "modules.json",
+        "1_Pooling/config.json",
+        "2_Dense/config.json",
+        "2_Dense/model.safetensors",
+    )
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(f'{{"name": "{name}"}}')
+    out = packed(folder, tmp_path / "out")
+    unpack_model(out, tmp_path / "dense")
+    for copy in (out, tmp_path / "dense"):
+        assert all((copy / name).read_text() == (folder / name).read_text() for name in names)
+
+
 def test_a_folder_of_chat_templates_of_elsewhere_is_not_copied(saved, tmp_path):
     folder, _, _ = saved(packed=False)
     (tmp_path / "mine").mkdir()
