@@ -70,6 +70,7 @@ class VocabularyMethod(QuantizeMethodBase):
         for name in method.packed.names:
             layer.register_parameter(name, self.tied.get_parameter(name))
         self.packed = method.packed
+        self._stand_in(layer)
 
     def tie_weights(self, layer: torch.nn.Module, embed_tokens: torch.nn.Module) -> torch.nn.Module:
         """Tie a head to an embedding. A packed weight is shared after both have been loaded."""
@@ -112,10 +113,15 @@ class VocabularyMethod(QuantizeMethodBase):
             logger.info("%s: int%d from the checkpoint: %s", *stored)
         if backend is not None:
             self.packed = PackedWeight(layer, backend, share, self.dtype)
+            self._stand_in(layer)
             return
         floats = to_floats(weight, self.dtype)[rows]
         padding = (0, 0, 0, self.rows - len(floats))
         self._keep_floats(layer, torch.nn.functional.pad(floats, padding).to(self.device))
+
+    def _stand_in(self, layer: torch.nn.Module) -> None:
+        """Give LoRA and drafts the dtype, device and width that they read of a `weight`."""
+        layer.weight = torch.empty(0, self.columns, dtype=self.dtype, device=self.device)
 
     def _keep_floats(self, layer: torch.nn.Module, weight: Tensor | None = None) -> None:
         """Leave the weight to vLLM's method: `weight`, the tied embedding's, or the layer's own."""

@@ -1,5 +1,7 @@
 """Heads and embeddings that a checkpoint has in int8 or int4: alone, and as shards of ranks."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -145,6 +147,30 @@ def test_a_head_that_is_tied_to_a_stored_embedding_shares_it(monkeypatch, kernel
     shared = "weight_packed" if kernels else "weight"
     assert getattr(head, shared) is getattr(embedding, shared)
     check_logits(head, meant)
+
+
+@needs_kernel
+def test_lora_wraps_a_stored_head_and_embedding(monkeypatch):
+    """With --enable-lora vLLM wraps both, and reads dtype and device of their `weight`."""
+    from vllm.config.lora import LoRAConfig
+    from vllm.lora.layers import VocabParallelEmbeddingWithLoRA
+    from vllm.lora.utils import from_layer_logits_processor
+
+    tensors, _ = stored(torch.randn(ROWS, COLUMNS), "int8")
+    head = made(monkeypatch, ParallelLMHead, "int8")
+    embedding = made(monkeypatch, VocabParallelEmbedding, "int8")
+    fill(head, tensors)
+    fill(embedding, tensors)
+    lora = LoRAConfig(max_lora_rank=8, lora_dtype=torch.float32)
+    ranks = "vllm.lora.layers.logits_processor.get_tensor_model_parallel"
+    monkeypatch.setattr(f"{ranks}_rank", lambda: 0)
+    monkeypatch.setattr(f"{ranks}_world_size", lambda: 1)
+    logits = from_layer_logits_processor(SimpleNamespace(vocab_size=ROWS), head, 1, lora)
+    assert (logits.dtype, logits.device.type) == (torch.float32, "cpu")
+    wrapped = VocabParallelEmbeddingWithLoRA(embedding)
+    wrapped.create_lora_weights(1, lora)
+    assert wrapped.lora_a_stacked.shape == (1, ROWS, 8)
+    assert embedding.weight.shape == (0, COLUMNS)  # a draft compares its width
 
 
 FEWER = torch.zeros(60, COLUMNS, dtype=torch.int8), torch.ones(60, 1)

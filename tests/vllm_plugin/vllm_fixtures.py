@@ -240,7 +240,8 @@ def methods_of(model: torch.nn.Module) -> dict[str, str]:
         experts = isinstance(module, RoutedExperts)
         if experts or isinstance(module, (LinearBase, ParallelLMHead)):
             packed = hasattr(module, "sparse_experts" if experts else "weight_packed")
-            dense = hasattr(module, "w2_weight" if experts else "weight")
+            weight = getattr(module, "w2_weight" if experts else "weight", None)
+            dense = weight is not None and weight.numel() > 0
             assert not (packed and dense), f"{name}: two copies"
             methods[name] = "packed" if packed else type(module.quant_method).__name__
     return methods
