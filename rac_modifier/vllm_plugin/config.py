@@ -119,6 +119,11 @@ class RacConfig(QuantizationConfig):
             logger.info("this checkpoint is pruned and stored dense; `rac pack` makes it sparse")
         self.int8_activations = record.int8_activations
 
+    @property
+    def kv_cache_scheme(self) -> dict[str, Any] | None:
+        """Return how keys and values are stored, which vLLM's attention asks for."""
+        return getattr(self.layout.inner, "kv_cache_scheme", None)
+
     def apply_vllm_mapper(self, hf_to_vllm_mapper: "WeightsMapper") -> None:
         """Rename modules as vLLM does."""
 

@@ -132,8 +132,9 @@ class PackedLayout(Layout):
             "shape": torch.int64,
         }
         names = [*self.format.parts, "weight"]  # an ignored shard of a fused layer has a weight
-        if self.quantized:
+        if self.quantized or without_sparsity(config).get("kv_cache_scheme"):
             self.inner = _compressed_tensors(config)
+        if self.quantized:
             stored.update(PackQuantized.dtypes)
             names += [*PackQuantized.dtypes, *_UNUSED]
         self.dtypes = {name: stored.get(name) for name in names}

@@ -12,7 +12,9 @@ from tests.vllm_plugin.vllm_fixtures import needs_vllm, on_rank
 needs_vllm()
 
 from vllm.model_executor.layers import linear
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
+    CompressedTensorsKVCacheMethod,
     CompressedTensorsLinearMethod,
 )
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
@@ -118,6 +120,18 @@ def test_rows_of_falcon_that_vllm_reorders_are_refused(tmp_path, new, multi_quer
     config = RacConfig.from_config(PACKED)
     with pytest.raises(RacError, match="reorders the rows") if refused else nullcontext():
         config.maybe_update_config(str(tmp_path), hf_config=falcon)
+
+
+def test_a_quantized_kv_cache_next_to_packed_weights_in_floats():
+    """vLLM's attention asks the config for the scheme, and the method for the scales."""
+    scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True}
+    entry = {"quant_method": "compressed-tensors", "config_groups": {}, "kv_cache_scheme": scheme}
+    packed = with_packed({"quantization_config": entry}, "sparse-bitmask", {}, [])
+    config = RacConfig.from_config(packed["quantization_config"])
+    assert config.kv_cache_scheme == scheme
+    method = config.get_quant_method(bare(Attention), "model.layers.0.self_attn.attn")
+    assert type(method) is CompressedTensorsKVCacheMethod
+    assert RacConfig.from_config(PACKED).kv_cache_scheme is None
 
 
 @pytest.mark.parametrize("within", ["", "draft_model."])
