@@ -35,9 +35,12 @@ class Settings(BaseModel):
     model_config = ConfigDict(**CONFIG, frozen=True)
 
 
-def idle_settings(settings: BaseModel, *rules: tuple[bool, str, str]) -> dict[str, str]:
-    """Return a line per changed setting without effect; a rule: (holds, "key.sub other", why)."""
-    lines = {}
+def refuse_idle(settings: BaseModel, *rules: tuple[bool, str, str]) -> None:
+    """Refuse changed settings that have no effect (RacError: all of them).
+
+    A rule: (holds, "key.sub other", why).
+    """
+    lines = []
     for holds, names, why in rules:
         for name in names.split() if holds else ():
             *groups, last = name.split(".")
@@ -47,14 +50,9 @@ def idle_settings(settings: BaseModel, *rules: tuple[bool, str, str]) -> dict[st
                 continue
             if isinstance(value, BaseModel):
                 value = value.model_dump(mode="json", exclude_defaults=True)
-            lines[name] = f"{name}: {value!r} has no effect {why}; leave it out"
-    return lines
-
-
-def refuse_idle(settings: BaseModel, *rules: tuple[bool, str, str]) -> None:
-    """Refuse settings that have no effect (RacError: all of them)."""
-    if lines := idle_settings(settings, *rules):
-        raise RacError("\n".join(lines.values()))
+            lines.append(f"{name}: {value!r} has no effect {why}; leave it out")
+    if lines:
+        raise RacError("\n".join(lines))
 
 
 def check_settings(settings: type[S], values: Any, where: str) -> S:

@@ -5,17 +5,15 @@ Refused is what a user could believe to have shaped the result, not each harmles
 
 from typing import ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationInfo, model_validator
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from rac_modifier.errors import RacError
 from rac_modifier.settings.calibration import CalibrationSettings
-from rac_modifier.settings.check import CONFIG, idle_settings
+from rac_modifier.settings.check import CONFIG, refuse_idle
 from rac_modifier.settings.pruning import PruningSettings
 from rac_modifier.settings.recovery import RecoverySettings
 from rac_modifier.settings.traces import TraceSettings
 
-KEEP_IDLE = {"keep_idle": True}
-"""Validation context in which settings that the mixture does not use are not refused."""
 _OF_TRACES = (
     "traces.store traces.engine traces.select traces.sampling.temperature "
     "traces.sampling.max_new_tokens traces.sampling.samples_per_problem"
@@ -63,13 +61,7 @@ class CalibrationEntry(BaseModel):
         return self
 
     @model_validator(mode="after")
-    def _mixture_uses_what_is_set(self, info: ValidationInfo) -> Self:
-        if info.context is not KEEP_IDLE and (lines := self.idle()):
-            raise RacError("\n".join(lines.values()))
-        return self
-
-    def idle(self) -> dict[str, str]:
-        """Return a line by setting that the mixture does not use."""
+    def _mixture_uses_what_is_set(self) -> Self:
         traces, calibration = self.traces, self.calibration
         sampled = {part.name for part in calibration.parts("traces")}
         prompted = {part.name for part in calibration.parts("traces", "prompts")}
@@ -79,13 +71,13 @@ class CalibrationEntry(BaseModel):
             for name in sampled
         ]
         named = "since each part of the mixture has its own"
-        unnamed = {
-            f"traces.sources.{name}": f"traces.sources.{name} has no effect unless the mixture "
-            f"names it, as in traces:{name}@0.5; leave it out"
-            for name in traces.sources
-            if name not in prompted
-        }
-        return unnamed | idle_settings(
+        for name in traces.sources:
+            if name not in prompted:
+                raise RacError(
+                    f"traces.sources.{name} has no effect unless the mixture names it, as in "
+                    f"traces:{name}@0.5; leave it out"
+                )
+        refuse_idle(
             self,
             (
                 not self.weighs_tokens,
@@ -104,6 +96,7 @@ class CalibrationEntry(BaseModel):
             (bool(prompted) and None not in prompted, "traces.problems", named),
             (traces.sampling.temperature == 0, "traces.sampling.top_p", "with temperature: 0"),
         )
+        return self
 
 
 class PruningEntry(CalibrationEntry, PruningSettings):

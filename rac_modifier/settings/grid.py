@@ -10,13 +10,14 @@ from pydantic import Field, model_validator
 
 from rac_modifier.errors import RacError
 from rac_modifier.settings.check import Batch, Count, Seed, Settings, check_settings, refuse_idle
+from rac_modifier.settings.entries import ENTRIES
 from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.recipe import (
     NAME,
     check_entry,
     check_layout,
     find_named_entry,
-    has_entry,
+    modifiers_of,
     read_recipe,
     set_values,
 )
@@ -190,7 +191,8 @@ def _run(row: GridRow, grid: Grid, label: str, seed: int | None) -> PlannedRow:
     check_layout(recipe, "its recipe")
     values = {**row.set, **({} if seed is None else {"calibration.seed": seed})}
     group = "dense quantized"
-    if not has_entry(recipe):
+    modifiers = {name for name, _ in modifiers_of(recipe)}
+    if not modifiers & ENTRIES.keys():
         if values:
             raise RacError(
                 f"{', '.join(values)} changes an entry of ours, and its recipe has none; leave set "
@@ -211,7 +213,6 @@ def _run(row: GridRow, grid: Grid, label: str, seed: int | None) -> PlannedRow:
         raise RacError(
             f"calibrates on {evaluated.source}, the problems of the evaluation; name another {step}"
         )
-    modifiers = {m for groups in recipe.values() for group in groups.values() for m in group}
     others = modifiers - {name, "REAPPruningModifier"}
     quantizes = others or getattr(checked, "quantization", None)
     if name == NAME and getattr(checked, "prunes", True):

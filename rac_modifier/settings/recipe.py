@@ -6,12 +6,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from loguru import logger
-from pydantic import ValidationError
-
 from rac_modifier.errors import RacError
 from rac_modifier.settings.check import check_settings
-from rac_modifier.settings.entries import ENTRIES, KEEP_IDLE, CalibrationEntry
+from rac_modifier.settings.entries import ENTRIES, CalibrationEntry
 from rac_modifier.settings.recipe_files import find_recipe, parse_yaml, read_yaml
 
 NAME = "ReasoningAwareSparseGPTModifier"
@@ -31,7 +28,7 @@ def load_recipe(named: str | Path, overrides: Sequence[str] = ()) -> dict[str, A
     """
     recipe = read_recipe(named)
     name, entry = find_named_entry(recipe, str(named))
-    apply_overrides(entry, overrides, name)
+    apply_overrides(entry, overrides)
     check_entry(entry, str(named), name)
     return dict(recipe)
 
@@ -61,28 +58,21 @@ def _groups_of(recipe: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any] | N
             yield f"{stage}: {group}", modifiers if is_read else None
 
 
+def modifiers_of(recipe: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Return name and settings of each modifier of a recipe, in its order."""
+    return [item for _, modifiers in _groups_of(recipe) for item in (modifiers or {}).items()]
+
+
 def find_named_entry(recipe: Any, where: str) -> tuple[str, dict[str, Any]]:
     """Return name and settings, to be changed in place, of our one modifier inside a recipe."""
     check_layout(recipe, where)
-    entries = [
-        (name, settings)
-        for _, modifiers in _groups_of(recipe)
-        for name, settings in (modifiers or {}).items()
-        if name in ENTRIES
-    ]
+    entries = [(name, settings) for name, settings in modifiers_of(recipe) if name in ENTRIES]
     if len(entries) > 1:
         names = " and ".join(sorted(name for name, _ in entries))
         raise RacError(f"{where} has {names}; leave one out: one calibrates the whole recipe")
     if not entries:
         raise RacError(f"{where} has no {' or '.join(ENTRIES)}; {_LAYOUT}")
     return entries[0]
-
-
-def has_entry(recipe: Any) -> bool:
-    """Tell whether one of our modifiers is anywhere in a recipe."""
-    if not isinstance(recipe, dict):
-        return False
-    return bool(ENTRIES.keys() & recipe.keys()) or any(map(has_entry, recipe.values()))
 
 
 def check_layout(recipe: Any, where: str) -> None:
@@ -117,21 +107,9 @@ def schema(name: str = NAME) -> str:
     return json.dumps(ENTRIES[name].model_json_schema(), indent=2) + "\n"
 
 
-def apply_overrides(entry: dict[str, Any], overrides: Sequence[str], name: str = NAME) -> None:
-    """Set each `key.sub=value` in place; a new mixture drops, and logs, what it does not use."""
-    changes = dict(map(_read_override, overrides))
-    set_values(entry, changes)
-    if ("calibration", "mixture") not in changes:
-        return
-    try:
-        idle = ENTRIES[name].model_validate(entry, context=KEEP_IDLE).idle()
-    except ValidationError:  # `check_entry` reports it
-        return
-    for setting, line in idle.items():
-        path = tuple(setting.split("."))
-        if not any(changed[: len(path)] == path for changed in changes):
-            set_values(entry, {path: None})
-            logger.warning(f"{line.removesuffix('leave it out')}it is dropped")
+def apply_overrides(entry: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Set each `key.sub=value` in place."""
+    set_values(entry, dict(map(_read_override, overrides)))
 
 
 def set_values(entry: dict[str, Any], changes: dict[tuple[str, ...], Any]) -> None:

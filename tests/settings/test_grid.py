@@ -51,6 +51,12 @@ def test_shared_settings_replace_those_of_a_recipe_and_a_row_replaces_both():
     assert generic == {"sparsity": 0.5, "calibration": calibration}
 
 
+def test_the_arguments_of_a_recipe_are_no_modifiers():
+    recipe = {"args": {"share": 0.5}, "a_stage": {"a_modifiers": SPARSE}}
+    (planned,) = plan_rows(grid({"recipe": recipe}), "grid")
+    assert (planned.group, planned.recipe) == ("sparse", recipe)
+
+
 def test_a_row_with_seeds_is_run_once_per_seed():
     one, two = plan_rows(grid({"label": "50 %", "seeds": [0, 7]}), "grid")
     assert (one.label, one.row, one.seed) == ("50 %, seed 0", "50 %", 0)
