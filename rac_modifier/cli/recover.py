@@ -10,8 +10,7 @@ from rac_modifier.cli.models import check_model, check_output, load, resolve
 from rac_modifier.cli.options import Column, Dtype, Precision, resumable, saving_step
 
 if TYPE_CHECKING:
-    from rac_modifier.settings.problems import ProblemSource
-    from rac_modifier.settings.sampling import SamplingSettings
+    from rac_modifier.settings.traces import TraceSettings
 
 
 def recover(
@@ -74,23 +73,16 @@ def recover(
         entry: dict[str, Any] = {}
         apply_overrides(entry, set_ or [])
         settings = check_settings(RecoverySettings, entry, "--set")
-        source, sampling = _asked(store, problems, column, max_new_tokens)
+        traces = _traces(store, problems, column, max_new_tokens)
         check_model(resolve(dense))
         if processes.machine == 0:  # the others get the checkpoint
             check_model(resolve(str(sparse)))
             check_output(output, str(sparse))
         from rac_modifier.llmcompressor.recover_checkpoint import recover_checkpoint
 
+        loading = partial(load, precision=precision)
         divergence = recover_checkpoint(
-            resolve(dense),
-            sparse,
-            output,
-            settings,
-            processes,
-            partial(load, precision=precision),
-            store,
-            source,
-            sampling,
+            resolve(dense), sparse, output, settings, traces, processes, loading
         )
         processes.wait()
     if divergence is None:  # the first process says so
@@ -99,14 +91,15 @@ def recover(
     typer.echo(f"saved to {output}; held-out KL {before:.4f} -> {after:.4f} nats per token")
 
 
-def _asked(
+def _traces(
     store: Path | None, problems: str | None, column: str | None, max_new_tokens: int | None
-) -> "tuple[ProblemSource, SamplingSettings]":
+) -> "TraceSettings":
     """Return problems and sampling: the store's, where there is one, with the options' changes."""
     from loguru import logger
 
     from rac_modifier.settings.problems import ProblemSource
     from rac_modifier.settings.sampling import SamplingSettings
+    from rac_modifier.settings.traces import TraceSettings
     from rac_modifier.traces.store import TraceStore
 
     # another seed than calibration's default gives other traces
@@ -122,4 +115,5 @@ def _asked(
         source = ProblemSource(**source.model_dump() | {"column": column})
     if max_new_tokens is not None:
         sampling = sampling.model_copy(update={"max_new_tokens": max_new_tokens})
-    return source, sampling
+    path = None if store is None else str(store)
+    return TraceSettings(store=path, problems=source, sampling=sampling)

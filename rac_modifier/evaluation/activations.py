@@ -88,17 +88,17 @@ def _keeps_16_bits(name: str) -> bool:
 
 
 def layers_of_run(
-    grids: Mapping[str, tuple[Grid, int]], own_errors: Mapping[str, float]
+    model: Any, grids: Mapping[str, Grid], own_errors: Mapping[str, float]
 ) -> list[IntegerLayer]:
-    """Return the layers of a run that the CPU kernels will multiply as integers.
+    """Return the layers with own errors that the CPU kernels will multiply as integers.
 
-    `grids`: of each quantized module, with the columns of its weight. Experts, heads and embeddings
-    keep 16 bits.
+    `grids`: of the quantized modules by name. Experts, heads and embeddings keep 16 bits.
     """
     layers = []
-    for name, (grid, columns) in grids.items():
-        if grid.kind != "int" or _keeps_16_bits(name):
+    for name, grid in grids.items():
+        if name not in own_errors or grid.kind != "int" or _keeps_16_bits(name):
             continue
+        columns = model.get_submodule(name).weight.shape[1]
         stored = torch.int8 if grid.bits == 8 else torch.int32
         block = activation_block(stored, grid.group_size or columns, columns, grid.bits)
         if block is not None:

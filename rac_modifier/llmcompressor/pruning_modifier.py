@@ -118,13 +118,10 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
     def after_measuring(self, model: PreTrainedModel) -> None:
         """Choose the layers whose activations a CPU rounds to 8 bits."""
         run = self.run
-        grids = {
-            run.names[module]: (grid, module.get_parameter("weight").shape[1])
-            for module, grid in run.quantizer.grids.items()
-        }
+        grids = {run.names[module]: grid for module, grid in run.quantizer.grids.items()}
         errors = {name: record["relative_error"] for name, record in run.records.items()}
         sequences = list(map(sequence_of, self.calibration_set.held_out))
-        self._activations = choose_in_run(model, layers_of_run(grids, errors), sequences)
+        self._activations = choose_in_run(model, layers_of_run(model, grids, errors), sequences)
 
     def _save_plan(self) -> SavePlan:
         run = self.run

@@ -32,9 +32,8 @@ from rac_modifier.processes import Processes
 from rac_modifier.recovery.own_answers import copying_answers
 from rac_modifier.recovery.teacher import check_dense, check_made_from
 from rac_modifier.sampling.model_identity import model_fingerprint
-from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.recovery import RecoverySettings
-from rac_modifier.settings.sampling import PromptSettings, SamplingSettings
+from rac_modifier.settings.sampling import PromptSettings
 from rac_modifier.settings.traces import TraceSettings
 from rac_modifier.traces.collect import collect_traces
 from rac_modifier.traces.records import trace_of
@@ -49,17 +48,14 @@ def recover_checkpoint(
     sparse: Path,
     output: Path,
     settings: RecoverySettings,
+    traces: TraceSettings,
     processes: Processes,
     load: Load,
-    store: Path | None,
-    problems: ProblemSource,
-    sampling: SamplingSettings,
 ) -> tuple[float, float] | None:
     """Train the checkpoint `sparse` towards the model `dense`, and save it to `output` (RacError).
 
-    Missing traces are sampled into `store`. A machine without `sparse` gets it from the first
-    machine. Return the held-out KL before and after; None on ranks
-    other than the first.
+    Missing `traces` are sampled. A machine without `sparse` gets it from the first machine. Return
+    the held-out KL before and after; None on ranks other than the first.
     """
     here = (sparse / CONFIG_FILE).is_file()
     lacks = processes.from_first(here) and not here and processes.rank == processes.machine
@@ -89,29 +85,24 @@ def recover_checkpoint(
     if processes.is_first:
         hashes = {str(entry.get("sha256")) for entry in stores.values()}
         tokens = settings.reserved_tokens
-        collected = collect_unused(model, tokenizer, store, problems, sampling, tokens, hashes)
+        collected = collect_unused(model, tokenizer, traces, tokens, hashes)
         fresh = fresh_traces(collected, used_traces(collected, hashes), tokens)
-    traces = [trace_of(sent) for sent in processes.from_first([asdict(trace) for trace in fresh])]
+    fresh = [trace_of(sent) for sent in processes.from_first([asdict(trace) for trace in fresh])]
 
     def own(training: Sequence[TokenSequence], kept: Path) -> list[TokenSequence]:
         assert collected is not None  # the first process samples
         with on_accelerator(pruned):
             return copying_answers(pruned, tokenizer, training, collected.header.sampling, kept)
 
-    stage.read_dense(model, traces, own)
+    stage.read_dense(model, fresh, own)
     del model
     recovery = stage.run(pruned, modules, checkpoint.quantized)
     if collected is None:
         return None
 
-    modules_of = dict(pruned.named_modules())
-    grids = {
-        name: (quantized.grid, modules_of[name].get_parameter("weight").shape[1])
-        for name, quantized in checkpoint.quantized.items()
-        if name in errors
-    }
+    grids = {name: quantized.grid for name, quantized in checkpoint.quantized.items()}
     with on_accelerator(pruned):
-        activations = choose_in_run(pruned, layers_of_run(grids, errors), stage.held_out)
+        activations = choose_in_run(pruned, layers_of_run(pruned, grids, errors), stage.held_out)
 
     name = "recovery" if "recovery" not in stores else f"recovery {len(stores)}"
     header = collected.header
@@ -153,18 +144,9 @@ def recover_checkpoint(
 
 
 def collect_unused(
-    model: Any,
-    tokenizer: Any,
-    path: Path | None,
-    problems: ProblemSource,
-    sampling: SamplingSettings,
-    tokens: int,
-    hashes: Collection[str],
+    model: Any, tokenizer: Any, settings: TraceSettings, tokens: int, hashes: Collection[str]
 ) -> TraceStore:
     """Return a store of the dense model with `tokens` tokens that no run of `hashes` used."""
-    settings = TraceSettings(
-        store=None if path is None else str(path), problems=problems, sampling=sampling
-    )
     budget, missing, used = tokens, 1, 0
     with on_accelerator(model):
         while missing > 0:

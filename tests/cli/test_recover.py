@@ -221,7 +221,7 @@ def test_a_column_changes_no_more_than_the_column_of_the_stores_problems(
     asked = []
     monkeypatch.setattr(
         "rac_modifier.llmcompressor.recover_checkpoint.recover_checkpoint",
-        lambda *given: asked.append(given[7]),
+        lambda *given: asked.append(given[4].problems),
     )
     rac.output("recover", tiny_folder, sparse_folder, "out", "--traces", "store.jsonl", *words)
     new = {"source": "a/c"} if expected is None else problems | expected

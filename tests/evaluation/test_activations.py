@@ -4,6 +4,7 @@ choice."""
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -79,8 +80,13 @@ def test_the_layers_of_a_run():
         "lm_head": (Grid("int", 8), 64),
         "model.layers.2.mlp.up_proj": (Grid("int", 4, 30), 60),
     }
-    found = layers_of_run(grids, dict.fromkeys(grids, 0.5))
-    blocks = {x.module: (x.block, x.own_error) for x in found}
+    linears = {name: torch.nn.Linear(columns, 2) for name, (_, columns) in grids.items()}
+    model = SimpleNamespace(get_submodule=linears.__getitem__)
+    own_errors = dict.fromkeys(grids, 0.5)
+    all_grids = {name: grid for name, (grid, _) in grids.items()}
+    all_grids["not.measured"] = Grid("int", 4, 32)
+    layers = layers_of_run(model, all_grids, own_errors)
+    blocks = {x.module: (x.block, x.own_error) for x in layers}
     expected = {UP: 32, DOWN: 512, "model.layers.0.mlp.gate_proj": 64}
     assert blocks == {name: (block, 0.5) for name, block in expected.items()}
 

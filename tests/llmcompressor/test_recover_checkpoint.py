@@ -3,8 +3,8 @@
 from transformers import AutoModelForCausalLM
 
 from rac_modifier.llmcompressor.recover_checkpoint import collect_unused
-from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.sampling import SamplingSettings
+from rac_modifier.settings.traces import TraceSettings
 from rac_modifier.traces import selection
 from rac_modifier.traces.selection import fresh_traces
 from tests import tiny
@@ -22,7 +22,8 @@ def test_as_many_tokens_are_collected_as_are_left_without_repeated_tails(
         selection, "repeated_tail", lambda ids, finish_reason: 6 * (finish_reason == "length")
     )  # of each completion that was cut at 12 tokens
     sampling = SamplingSettings(max_new_tokens=12, batch_size=4, temperature=1.0)
-    asked = (model, tokenizer, tmp_path / "store.jsonl", ProblemSource(), sampling, 300)
+    settings = TraceSettings(store=str(tmp_path / "store.jsonl"), sampling=sampling)
+    asked = (model, tokenizer, settings, 300)
     store = collect_unused(*asked, set())
     assert store.counts.tokens > 300 + 6
     assert tokens_once(fresh_traces(store, 0, 10**6)) >= 300
