@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rac_modifier.cli.answering import own_server
-from rac_modifier.cli.models import check_model, load_on_accelerator, resolve, subject_of, unpacked
+from rac_modifier.cli.models import check_model, compress, load_on_accelerator, resolve, subject_of
 from rac_modifier.cli.options import Dtype, Model, Precision, resumable
 from rac_modifier.errors import RacError
 
@@ -143,8 +143,6 @@ def tools_of(
     model: str, evaluation: GridEvaluation, held_out: HeldOut, out: Path, precision: Dtype
 ) -> Tools:
     """Return what compresses, loads and serves the models of a grid."""
-    import yaml
-
     from rac_modifier.checkpoint.output_folder import local_folder
     from rac_modifier.evaluation.accuracy import evaluate
     from rac_modifier.frontier.folder import slug
@@ -152,16 +150,6 @@ def tools_of(
     from rac_modifier.settings.problems import ProblemSource
 
     source = local_folder(resolve(model))
-
-    def compress(recipe: dict[str, Any], folder: Path) -> None:
-        from llmcompressor import oneshot
-
-        oneshot(
-            model=unpacked(str(source), Dtype.AUTO),
-            recipe=yaml.safe_dump(recipe, sort_keys=False),
-            precision=Dtype.AUTO.value,
-            output_dir=str(folder),
-        )
 
     def serve(folder: Path, label: str) -> EvalResult:
         answers = out / "served" / f"{slug(label)}.jsonl"
@@ -182,7 +170,7 @@ def tools_of(
     return Tools(
         source=source,
         load=lambda folder: load_on_accelerator(str(folder), precision),
-        compress=compress,
+        compress=lambda recipe, folder: compress(recipe, str(source), folder, Dtype.AUTO),
         serve=serve if evaluation.serve else None,
     )
 

@@ -106,6 +106,19 @@ def unpacked(source: str, precision: Dtype) -> Any:
     return load_model(source, dtype=precision.value) if packed else source
 
 
+def compress(recipe: dict[str, Any], source: str, output: Path, precision: Dtype) -> None:
+    """Apply a recipe to a model with llm-compressor, and save the result to `output`."""
+    import yaml
+    from llmcompressor import oneshot
+
+    oneshot(
+        model=unpacked(source, precision),
+        recipe=yaml.safe_dump(recipe, sort_keys=False),
+        precision=precision.value,
+        output_dir=str(output),
+    )
+
+
 def check_loading(source: str) -> None:
     """Refuse weights that do not fit into the host's memory, where they are cached (RacError)."""
     import psutil

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from rac_modifier.cli import options
-from rac_modifier.cli.models import check_loading, check_model, check_output, resolve, unpacked
+from rac_modifier.cli.models import check_loading, check_model, check_output, compress, resolve
 
 
 def prune(
@@ -39,15 +39,7 @@ def prune(
         if check:
             typer.echo(f"{recipe}, {model} and {output} are fine; run the command without --check")
             return
-        import yaml
-        from llmcompressor import oneshot
-
-        oneshot(
-            model=unpacked(source, precision),
-            recipe=yaml.safe_dump(content, sort_keys=False),
-            precision=precision.value,
-            output_dir=str(output),
-        )
+        compress(content, source, output, precision)
         processes.wait()
     if processes.is_first:
         typer.echo(f"saved to {output}; look at it with: rac inspect {output}")
