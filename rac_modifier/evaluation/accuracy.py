@@ -18,7 +18,6 @@ from rac_modifier.problems.source import Problem
 from rac_modifier.sampling.generate import Generation
 from rac_modifier.sampling.model_identity import ModelIdentity
 from rac_modifier.sampling.openai_server import engine_for
-from rac_modifier.sampling.prompts import render_question
 from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
 from rac_modifier.traces.fill_store import FillStore
@@ -92,12 +91,7 @@ def evaluate(
             if len(store):
                 logger.info(f"{path} holds {len(store)} answers already: going on from there")
             failures_path(path).unlink(missing_ok=True)
-            FillStore(
-                store,
-                chosen,
-                iter(problems),
-                lambda problem: render_question(tokenizer, problem.question, sampling),
-            ).run(None)
+            FillStore(store, chosen, iter(problems), tokenizer).run(None)
     seconds = time.monotonic() - started
     return summarise(
         _stored_rows(store, tokenizer, problems, sampling.samples_per_problem, verifier),

@@ -11,7 +11,6 @@ from rac_modifier.problems.source import load_problems
 from rac_modifier.sampling.completions_api import check_probes
 from rac_modifier.sampling.model_identity import ModelIdentity
 from rac_modifier.sampling.openai_server import engine_for
-from rac_modifier.sampling.prompts import render_question
 from rac_modifier.settings.traces import TraceSettings
 from rac_modifier.traces.fill_store import FillStore
 from rac_modifier.traces.records import StoreHeader, read_header, settings_path
@@ -58,13 +57,7 @@ def collect_traces(
                 logger.info(
                     f"trace store {str(path)!r} holds {store.counts.tokens:,} tokens already"
                 )
-            filling = FillStore(
-                store,
-                sampler,
-                questions,
-                lambda problem: render_question(tokenizer, problem.question, sampling),
-                longest,
-            )
+            filling = FillStore(store, sampler, questions, tokenizer, longest)
             total = filling.run(tokens)
     # A store that was filled with a larger limit can hold enough although these problems do not.
     held = max(total, store.counts.tokens)

@@ -5,17 +5,19 @@ earlier one goes to a second store (`x.pending.jsonl`), so that a kill does not 
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 
 from loguru import logger
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from rac_modifier.errors import RacError
 from rac_modifier.problems.source import Problem
 from rac_modifier.sampling.engine import Completions, Failure, Prompt
 from rac_modifier.sampling.openai_server import Engine
+from rac_modifier.sampling.prompts import render_question
 from rac_modifier.traces.records import Trace
 from rac_modifier.traces.store import (
     FailedProblem,
@@ -44,7 +46,7 @@ class _Sample:
 class FillStore:
     """Fills a store, open to append to, from an engine, which is connected when it is needed.
 
-    `render` returns the token ids of a problem's prompt; longer ones than `longest` fail.
+    Problems with prompts of more than `longest` tokens fail.
     """
 
     def __init__(
@@ -52,10 +54,11 @@ class FillStore:
         store: TraceStore,
         engine: Engine,
         problems: Iterator[Problem],
-        render: Callable[[Problem], list[int]],
+        tokenizer: PreTrainedTokenizerBase,
         longest: int | None = None,
     ):
-        self._store, self._engine, self._render, self._longest = store, engine, render, longest
+        self._store, self._engine, self._tokenizer = store, engine, tokenizer
+        self._longest = longest
         samples = store.header.sampling.samples_per_problem
         self._samples = (
             (f"{problem.id}#{i}", problem) for problem in problems for i in range(samples)
@@ -130,7 +133,8 @@ class FillStore:
         prompts: list[Prompt] = []
         refused: list[_Sample] = []
         for sample in batch:
-            ids = self._render(sample.problem)
+            sampling = self._store.header.sampling
+            ids = render_question(self._tokenizer, sample.problem.question, sampling)
             if self._longest is None or len(ids) <= self._longest:
                 prompts.append(Prompt(sample.id, tuple(ids)))
                 if not sample.settled:

@@ -9,6 +9,7 @@ from rac_modifier.errors import RacError
 from rac_modifier.problems.source import Problem
 from rac_modifier.sampling.engine import EngineRecord, Failure
 from rac_modifier.sampling.generate import Generation
+from rac_modifier.traces import fill_store
 from rac_modifier.traces.fill_store import FillStore
 from rac_modifier.traces.store import TraceStore, failures_path, pending_path, read_failures
 from tests.traces.long_store import HEADER
@@ -55,19 +56,20 @@ class Script:
         return [key for batch in self.asked for key in batch]
 
 
-def prompt_of(problem):
-    return [3, int(problem.question[:-1])]
+def prompt_of(tokenizer, question, sampling):
+    return [3, int(question[:-1])]
 
 
 @pytest.fixture
-def fill(tmp_path):
+def fill(tmp_path, monkeypatch):
     path = tmp_path / "s.jsonl"
+    monkeypatch.setattr(fill_store, "render_question", prompt_of)
 
     def fill(engine, tokens, *, longest=None):
         header = HEADER.model_copy(update={"engine": EngineRecord(kind="openai")})
         problems = (Problem(f"p{i}", f"{i}?", str(i), None) for i in range(100))
         with TraceStore.open_append(path, header) as store:
-            filling = FillStore(store, engine, problems, prompt_of, longest)
+            filling = FillStore(store, engine, problems, None, longest)
             return filling.run(tokens), len(filling.failed)
 
     fill.path = path
@@ -161,8 +163,9 @@ def test_a_failure_of_the_servers_ends_the_run_and_its_problem_is_asked_again(fi
 
 def test_prompts_that_are_too_long_are_recorded_and_not_asked(fill, monkeypatch):
     monkeypatch.setattr(
-        "tests.traces.test_fill_store.prompt_of",
-        lambda problem: [3, int(problem.id[1:]), *([4] * (problem.id == "p1"))],
+        fill_store,
+        "render_question",
+        lambda tokenizer, question, sampling: [3, int(question[:-1]), *([4] * (question == "1?"))],
     )
     engine = Script(batch_size=3)
     assert fill(engine, 3 * TOKENS, longest=2) == (3 * TOKENS, 1)
