@@ -23,30 +23,21 @@ _ENOUGH_TO_JUDGE = 256  # traces after which the share that a selection keeps is
 _GROWTH = 4.0  # largest growth of the judged traces between two checks
 
 
-class HoldOut:
-    """Keeps the first prompts of a store out of calibration: four or more, with all samples.
+def hold_out(traces: Iterable[Trace], tokens: int, held: list[Trace]) -> Iterator[Trace]:
+    """Yield traces without the first prompts: four or more, with all samples, go to `held`.
 
-    They have at least `tokens` tokens; 0 tokens hold out nothing.
+    These have at least `tokens` tokens; 0 tokens hold out nothing.
     """
-
-    def __init__(self, tokens: int):
-        self.held: list[Trace] = []
-        self._tokens = tokens
-
-    def others(self, traces: Iterable[Trace]) -> Iterator[Trace]:
-        """Yield the traces that are not held out; `held` is complete when all have been read."""
-        prompts: set[tuple[int, ...]] = set()
-        count = 0
-        for trace in traces:
-            enough = count >= self._tokens and (
-                len(prompts) >= _HELD_OUT_PROMPTS or not self._tokens
-            )
-            if enough and trace.prompt_ids not in prompts:
-                yield trace
-                continue
-            prompts.add(trace.prompt_ids)
-            self.held.append(trace)
-            count += trace.tokens
+    prompts: set[tuple[int, ...]] = set()
+    count = 0
+    for trace in traces:
+        enough = count >= tokens and (len(prompts) >= _HELD_OUT_PROMPTS or not tokens)
+        if enough and trace.prompt_ids not in prompts:
+            yield trace
+            continue
+        prompts.add(trace.prompt_ids)
+        held.append(trace)
+        count += trace.tokens
 
 
 class TracePool:
@@ -67,13 +58,15 @@ class TracePool:
     ):
         self.store, self._calibration = store, calibration
         self.selection = Selection(settings)
-        hold_out, reserve = HoldOut(held_out_tokens), HoldOut(reserved_tokens)
+        held_out: list[Trace] = []
+        reserved: list[Trace] = []
         self.repeated_tokens = store.counts.tokens
-        candidates = reserve.others(hold_out.others(self._without_repeats()))
+        others = hold_out(self._without_repeats(), held_out_tokens, held_out)
+        candidates = hold_out(others, reserved_tokens, reserved)
         self.lengths = {t.id: t.tokens for t in self.selection.keep(candidates, judge)}
-        self.held_out = tuple(hold_out.held)
-        self.kept_out_tokens = sum(trace.tokens for trace in (*hold_out.held, *reserve.held))
-        names = {trace.id for trace in reserve.held}
+        self.held_out = tuple(held_out)
+        self.kept_out_tokens = sum(trace.tokens for trace in (*held_out, *reserved))
+        names = {trace.id for trace in reserved}
         self.reserved = tuple(trace for trace in store if trace.id in names) if names else ()
 
     def _without_repeats(self) -> Iterator[Trace]:

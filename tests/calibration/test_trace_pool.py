@@ -8,7 +8,7 @@ import torch
 
 from rac_modifier import model_tools
 from rac_modifier.calibration import trace_pool
-from rac_modifier.calibration.trace_pool import HoldOut, TracePool, collect_for_calibration
+from rac_modifier.calibration.trace_pool import TracePool, collect_for_calibration, hold_out
 from rac_modifier.errors import RacError
 from rac_modifier.settings.calibration import CalibrationSettings
 from rac_modifier.settings.traces import SelectSettings, TraceSettings
@@ -28,9 +28,9 @@ def trace(problem: str, sample: int = 0, length: int = 10, answer: str | None = 
 
 
 def split(traces: list[Trace], tokens: int) -> tuple[list[Trace], list[Trace]]:
-    hold_out = HoldOut(tokens)
-    others = list(hold_out.others(traces))
-    return hold_out.held, others
+    held: list[Trace] = []
+    others = list(hold_out(traces, tokens, held))
+    return held, others
 
 
 def ids(traces: list[Trace]) -> list[str]:

@@ -11,7 +11,7 @@ from llmcompressor.modifiers.quantization import QuantizationModifier
 from transformers import PreTrainedModel
 
 from rac_modifier import RacError, ReasoningAwareSparseGPTModifier, model_tools
-from rac_modifier.calibration.trace_pool import HoldOut
+from rac_modifier.calibration.trace_pool import hold_out
 from rac_modifier.evaluation import activations
 from rac_modifier.evaluation.divergence import DenseReference, divergence
 from rac_modifier.traces.store import TraceStore
@@ -50,14 +50,14 @@ def held(prune, tmp_path_factory):
 def test_the_record_holds_what_measuring_again_measures(held, dense):
     folder, model, _ = held
     measured = record_of(folder / "out")["divergence"]
-    hold_out = HoldOut(300)
-    others = list(hold_out.others(TraceStore.read(folder / "own.jsonl")))
+    held_out = []
+    others = list(hold_out(TraceStore.read(folder / "own.jsonl"), 300, held_out))
     assert sum(t.tokens for t in others) >= TOKENS
-    sequences = [((*t.prompt_ids, *t.completion_ids), len(t.prompt_ids)) for t in hold_out.held]
+    sequences = [((*t.prompt_ids, *t.completion_ids), len(t.prompt_ids)) for t in held_out]
     expected = divergence(dense, model, sequences, label="x")
     assert measured["kl"] == pytest.approx(expected.kl, rel=1e-3)
     assert measured["agreement"] == pytest.approx(expected.agreement)
-    assert measured["sequences"] == len(hold_out.held)
+    assert measured["sequences"] == len(held_out)
     card = (folder / "out" / "README.md").read_text()
     assert f"{measured['kl']:.4f} nats per token" in card
 
@@ -83,14 +83,14 @@ def test_activations_get_8_bits_where_these_cost_a_tenth_of_what_rounding_costs(
     mixed, held, tmp_path
 ):
     """Worked out again on the inputs of each layer, in float64."""
-    hold_out, inputs = HoldOut(300), {}
-    list(hold_out.others(TraceStore.read(held[0] / "own.jsonl")))
+    held_out, inputs = [], {}
+    list(hold_out(TraceStore.read(held[0] / "own.jsonl"), 300, held_out))
     for name, module in linears(mixed).items():
         rows = inputs[name] = []
         module.register_forward_pre_hook(lambda _, args, rows=rows: rows.append(args[0][0]))
     weights = {name: module.weight.detach().double() for name, module in linears(mixed).items()}
     with torch.no_grad():
-        for trace in hold_out.held:
+        for trace in held_out:
             mixed(torch.tensor([[*trace.prompt_ids, *trace.completion_ids]]))
     mixed.save_pretrained(tmp_path / "out")
 
