@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Self, TypeVar
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
 from rac_modifier.calibration.mixture import CalibrationSequence
@@ -61,14 +62,10 @@ class CalibrationLoader(DataLoader):
         self.token_weights: list[torch.Tensor] = []  # float32 [rows, length]: 0 for padding
         inputs: list[dict[str, torch.Tensor]] = []
         for batch in self._batches:
-            length = max(len(s.ids) for s in batch)
-            ids = torch.zeros(len(batch), length, dtype=torch.int64)  # any token pads
-            weights = torch.zeros(len(batch), length)
-            for row, sequence in enumerate(batch):
-                ids[row, : len(sequence.ids)] = torch.tensor(sequence.ids)
-                weights[row, : len(sequence.ids)] = 1.0
-            inputs.append({"input_ids": ids})
-            self.token_weights.append(weights)
+            rows = [torch.tensor(sequence.ids) for sequence in batch]
+            weights = [torch.ones(len(sequence.ids)) for sequence in batch]
+            inputs.append({"input_ids": pad_sequence(rows, batch_first=True)})  # any token pads
+            self.token_weights.append(pad_sequence(weights, batch_first=True))
         # Of each batch of a `share`: how many shards end with it (pruning/shard_sum.py), and its
         # place in the share of one process alone.
         self.shards_ended, self.numbers = [0] * len(inputs), list(range(len(inputs)))

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from rac_modifier.calibration import loader
@@ -70,13 +71,9 @@ def check_sequences(sequences: Sequence[TokenSequence], *models: Any) -> None:
 
 def padded(batch: Sequence[TokenSequence]) -> tuple[Tensor, Tensor]:
     """Return ids, int64 [rows, length], padded with 0 on the right, and the completion mask."""
-    length = max(len(ids) for ids, _ in batch)
-    ids = torch.zeros(len(batch), length, dtype=torch.long)
-    completion = torch.zeros(len(batch), length, dtype=torch.bool)
-    for row, (sequence, prompt_length) in enumerate(batch):
-        ids[row, : len(sequence)] = torch.tensor(sequence)
-        completion[row, prompt_length : len(sequence)] = True
-    return ids, completion
+    rows = [torch.tensor(ids) for ids, _ in batch]
+    completions = [torch.arange(len(ids)) >= prompt_length for ids, prompt_length in batch]
+    return pad_sequence(rows, batch_first=True), pad_sequence(completions, batch_first=True)
 
 
 def output_head(model: Any) -> Any:
