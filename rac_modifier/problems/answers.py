@@ -2,12 +2,13 @@
 
 import re
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 from typing import Any
 
 THINK_END = "</think>"
 _END_OF_PROMPT = 16  # tokens that hold the tag and the white space behind it
 _BOX_OR_BRACE = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
-_INTEGER = re.compile(r"([+-]?)0*([0-9]+)")
+_INTEGER = re.compile(r"[+-]?[0-9]+")
 _WORD = re.compile(r"[A-Za-z]{3,}")  # two letters may be a product: xy = yx
 # What math-verify does not read: the space between thousands, and what follows the answer.
 _THOUSANDS = re.compile(r"(?<=\d)(?:\\[,;: ]|~|[\u00a0\u2009\u202f])(?=\d{3}(?!\d))")
@@ -85,9 +86,8 @@ def equal_answers(answer: str, reference: str) -> bool:
     text, other_text = (_STYLE.sub(r"\1", value).strip() for value in (answer, reference))
     if text == other_text:
         return True
-    first, second = _INTEGER.fullmatch(text), _INTEGER.fullmatch(other_text)
-    if first and second:
-        return _canonical(first) == _canonical(second)
+    if _INTEGER.fullmatch(text) and _INTEGER.fullmatch(other_text):
+        return Decimal(text) == Decimal(other_text)  # int refuses more than 4,300 digits
     if _WORD.fullmatch(text) and _WORD.fullmatch(other_text):
         word, other = text.casefold(), other_text.casefold()
         if sorted(word) == sorted(other):  # math-verify multiplies the letters
@@ -103,9 +103,3 @@ def _bare(answer: str) -> str:
     bare = _TAIL.sub("", (answer if boxed is None else boxed).strip())
     bare = bare.strip("$").strip() if bare.startswith("$") and bare.endswith("$") else bare
     return _THOUSANDS.sub("", _TAIL.sub("", bare))
-
-
-def _canonical(integer: re.Match[str]) -> str:
-    """Return an integer as text: Python refuses to convert more than 4,300 digits."""
-    sign, digits = integer.groups()
-    return "-" + digits if sign == "-" and digits != "0" else digits
