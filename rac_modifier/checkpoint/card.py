@@ -73,6 +73,8 @@ def model_card(record: Mapping[str, Any], license: Mapping[str, str], packed: bo
     `license` is the base model's (`license_of`). Not `packed`: stock loaders read the weights.
     """
     base, schemes = record.get("base_model"), record.get("quantization") or ()
+    # a folder that is there comes first
+    is_hub_id = bool(_HUB_ID.fullmatch(base or "")) and not Path(str(base)).is_dir()
     words = ["pruned"] * (record.get("pattern") is not None) + ["quantized"] * bool(schemes)
     verb = " and ".join(words) or "compressed"
     tags = [*words, *(["sparse"] if "pruned" in words else [])]
@@ -80,7 +82,7 @@ def model_card(record: Mapping[str, Any], license: Mapping[str, str], packed: bo
     front_matter = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        **({"base_model": base} if _is_hub_id(base or "") else {}),  # the hub refuses others
+        **({"base_model": base} if is_hub_id else {}),  # the hub refuses others
         **license,
         "tags": tags,
     }
@@ -176,11 +178,6 @@ def _with_part(card: str, marks: tuple[str, str], text: str) -> str:
     part = f"{begin}\n{text}\n{end}" if text else ""
     sections = (section for section in (before.rstrip(), part, after) if section)
     return "\n\n".join(sections) + "\n"
-
-
-def _is_hub_id(model: str) -> bool:
-    """Return whether a model may be one of the hub; a folder that is there comes first."""
-    return bool(_HUB_ID.fullmatch(model)) and not Path(model).is_dir()
 
 
 def _how_to_use(packed: bool) -> str:

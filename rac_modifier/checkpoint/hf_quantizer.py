@@ -76,7 +76,11 @@ def load_model(
     try:
         if not local:
             config, _ = PreTrainedConfig.get_config_dict(str(model), **from_pretrained_kwargs)
-        _check_rotations(model, config)
+        if rotates_activations(config.get(QUANTIZATION_KEY) or {}):
+            raise RacError(
+                f"{model}: its config.json has rotations of activations (QuIPModifier, or R3 and "
+                "R4 of SpinQuantModifier), which transformers does not apply; serve it with vLLM"
+            )
         loading: Any = AutoModelForCausalLM.from_pretrained(
             str(model),
             trust_remote_code=trust_remote_code,
@@ -97,15 +101,6 @@ def load_model(
     loaded, info = loading
     _check_complete(info, model)
     return cast("PreTrainedModel", loaded)
-
-
-def _check_rotations(model: str | Path, config: Mapping[str, Any]) -> None:
-    """Refuse rotations of activations, which transformers 5.17 leaves out (RacError)."""
-    if rotates_activations(config.get(QUANTIZATION_KEY) or {}):
-        raise RacError(
-            f"{model}: its config.json has rotations of activations (QuIPModifier, or R3 and R4 of "
-            "SpinQuantModifier), which transformers does not apply; serve it with vLLM"
-        )
 
 
 class CompressedTensorsConfig(upstream.CompressedTensorsConfig):
