@@ -108,34 +108,22 @@ def refit_scales(
     [d, d] is undamped. A scale stays as it is where its solution is not finite, changes sign, or
     changes by more than a factor of 3; a row keeps its scales where rounding loses the gain.
     """
-    blocks = zip(codes.split(_ROWS, 1), target.split(_ROWS, 1), scale.split(_ROWS, 1), strict=True)
-    fitted = [_refit(*block, grid, hessian, dampening, dtype) for block in blocks]
+    size, groups = grid.group_size or len(codes), grid.groups(len(codes))
+    fitted = []
+    for c, t, s in zip(*(x.split(_ROWS, dim=1) for x in (codes, target, scale)), strict=True):
+        gram = c.new_empty(c.shape[1], groups, groups)
+        for group in range(groups):
+            columns = slice(group * size, (group + 1) * size)
+            image = hessian[:, columns] @ c[columns]  # H C_g, [d, rows]
+            image[columns].addcmul_(dampening.added[columns, None], c[columns])
+            gram[:, :, group] = _group_sums(image.mul_(c), groups, size).T
+        image = torch.addcmul(hessian @ t, dampening.added[:, None], t)
+        right = _group_sums(image.mul_(c), groups, size).T
+        new = _solve(gram.double(), right.double(), s.T.double())
+        stored = grid.stored(new.to(s), dtype).T
+        before, after = (_error(gram, right, x.T) for x in (s, stored))
+        fitted.append(torch.where(after < before, stored, s))
     return torch.cat(fitted, dim=1)
-
-
-def _refit(
-    codes: Tensor,
-    target: Tensor,
-    scale: Tensor,
-    grid: Grid,
-    hessian: Tensor,
-    dampening: Dampening,
-    dtype: torch.dtype,
-) -> Tensor:
-    d, rows = codes.shape
-    size, groups = grid.group_size or d, grid.groups(d)
-    gram = codes.new_empty(rows, groups, groups)
-    for group in range(groups):
-        columns = slice(group * size, (group + 1) * size)
-        image = hessian[:, columns] @ codes[columns]  # H C_g, [d, rows]
-        image[columns].addcmul_(dampening.added[columns, None], codes[columns])
-        gram[:, :, group] = _group_sums(image.mul_(codes), groups, size).T
-    image = torch.addcmul(hessian @ target, dampening.added[:, None], target)
-    right = _group_sums(image.mul_(codes), groups, size).T
-    new = _solve(gram.double(), right.double(), scale.T.double())
-    result = grid.stored(new.to(scale), dtype).T
-    before, after = (_error(gram, right, s.T) for s in (scale, result))
-    return torch.where(after < before, result, scale)
 
 
 def _solve(gram: Tensor, right: Tensor, old: Tensor) -> Tensor:
