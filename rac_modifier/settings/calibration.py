@@ -57,21 +57,6 @@ def read_mixture(value: Any) -> Any:
     return mixture
 
 
-def check_mixture(mixture: Mapping[str, float]) -> dict[str, float]:
-    """Return the parts with a share, by kind (RacError: no such kind; shares do not sum to 1)."""
-    shares: dict[Part, float] = {}
-    for key, share in mixture.items():
-        if not 0 <= share <= 1:
-            raise RacError(f"mixture gives {key} the share {share}; use a number from 0 to 1")
-        part = Part.parse(key)
-        shares[part] = shares.get(part, 0.0) + share
-    total = sum(shares.values())
-    if abs(total - 1) > 1e-6:
-        raise RacError(f"shares of mixture {dict(mixture)} sum to {total:g}; make them sum to 1")
-    ordered = sorted(shares, key=lambda part: KINDS.index(part.kind))
-    return {part.key: shares[part] for part in ordered if shares[part] > 0}
-
-
 def part_tokens(mixture: Mapping[str, float], tokens: int) -> dict[str, int]:
     """Return the budget of each part, rounded so that all of them sum to `tokens`."""
     budgets = {key: round(tokens * share) for key, share in mixture.items()}
@@ -138,7 +123,17 @@ class CalibrationSettings(Settings):
     @field_validator("mixture")
     @classmethod
     def _known_shares(cls, mixture: dict[str, float]) -> dict[str, float]:
-        return check_mixture(mixture)
+        shares: dict[Part, float] = {}
+        for key, share in mixture.items():
+            if not 0 <= share <= 1:
+                raise RacError(f"mixture gives {key} the share {share}; use a number from 0 to 1")
+            part = Part.parse(key)
+            shares[part] = shares.get(part, 0.0) + share
+        total = sum(shares.values())
+        if abs(total - 1) > 1e-6:
+            raise RacError(f"shares of mixture {mixture} sum to {total:g}; make them sum to 1")
+        by_kind = sorted(shares, key=lambda part: KINDS.index(part.kind))
+        return {part.key: shares[part] for part in by_kind if shares[part] > 0}
 
     @model_validator(mode="after")
     def _texts_are_known(self) -> Self:
