@@ -30,43 +30,38 @@ def open_table(
     source: str, *, label: str, config: str | None = None, split: str = "train"
 ) -> "Dataset":
     """Open a .jsonl, .json, .parquet or .txt file, or a Hugging Face dataset; rows stay on disk."""
-    with _named(source, label, config, split):
-        return _load(source, label, config, split, streaming=False)
+    with _opened(source, label, config, split, streaming=False) as table:
+        return table
 
 
 def stream_rows(
     source: str, *, label: str, config: str | None = None, split: str = "train"
 ) -> Iterator[Mapping[str, Any]]:
     """Yield the rows of a source, read (and downloaded) only as far as the iterator advances."""
-    with _named(source, label, config, split):
-        yield from _load(source, label, config, split, streaming=True)
+    with _opened(source, label, config, split, streaming=True) as rows:
+        yield from rows
 
 
-def _load(source: str, label: str, config: str | None, split: str, *, streaming: bool) -> Any:
+@contextmanager
+def _opened(
+    source: str, label: str, config: str | None, split: str, *, streaming: bool
+) -> Iterator[Any]:
+    """Open a table; errors of `datasets` depend on format, hub and network, and name the source."""
     path = Path(source).expanduser()
     if is_file(source):
         if not path.exists():
             raise RacError(f"{label} {source!r}: no such file (paths are relative to {Path.cwd()})")
         if regular_file(path, label).stat().st_size == 0:
             raise RacError(f"{label} {source!r} is empty; name another file")
-    import datasets  # takes half a second, and most runs read neither file nor dataset
-
-    if not is_file(source):
-        return datasets.load_dataset(source, config, split=split, streaming=streaming)
-    loader, options, _ = _LOADERS[path.suffix]
-    files = glob.escape(str(path.absolute()))  # data_files takes patterns
-    return datasets.load_dataset(
-        loader, data_files=files, split="train", streaming=streaming, **options
-    )
-
-
-@contextmanager
-def _named(source: str, label: str, config: str | None, split: str) -> Iterator[None]:
-    """Name the source in errors of `datasets`, which depend on format, hub and network."""
     try:
-        yield
-    except RacError:
-        raise
+        import datasets  # takes half a second, and most runs read neither file nor dataset
+
+        if is_file(source):
+            loader, options, _ = _LOADERS[path.suffix]
+            options = {**options, "data_files": glob.escape(str(path.absolute()))}  # no pattern
+            yield datasets.load_dataset(loader, split="train", streaming=streaming, **options)
+        else:
+            yield datasets.load_dataset(source, config, split=split, streaming=streaming)
     except Exception as error:
         cause = error.__cause__ or error
         words = " ".join(f"{type(cause).__name__}: {cause}".split())[:500]
