@@ -203,7 +203,7 @@ def export(
     from rac_modifier.traces.store import TraceStore
 
     settings = report.read_select(select)
-    needs_tokenizer = text or (settings is not None and settings.checks_answers)
+    needs_tokenizer = text or (settings is not None and settings.answers == "correct")
     if model is not None and not needs_tokenizer:
         raise RacError(f"--model {model} has no effect without --text; leave it out, or add --text")
     opened = TraceStore.read(store)

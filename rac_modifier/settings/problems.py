@@ -53,12 +53,6 @@ class ProblemSource(Settings):
         """Return whether `source` is a path to a file of problems."""
         return not self.is_generator and self.source.endswith(FILE_SUFFIXES)
 
-    @classmethod
-    def looks_like(cls, name: str) -> bool:
-        """Return whether a name is a source of problems by itself, not a declared one."""
-        source = cls(source=name)
-        return source.is_generator or source.is_file or "/" in name
-
     @field_validator("source")
     @classmethod
     def _is_read(cls, source: str) -> str:

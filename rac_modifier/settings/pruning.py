@@ -223,16 +223,11 @@ class PruningSettings(BaseModel):
         return self.solver != "none"
 
     @property
-    def refits(self) -> bool:
-        """Return whether the kept weights are fitted again, which alps and keep do in any case."""
-        return self.refit or self.solver in ("alps", "keep")
-
-    @property
     def fits_weights(self) -> bool:
         """Return whether any weight is computed with the Hessian, rather than only selected."""
         return (
-            self.refits
-            or self.solver == "sparsegpt"
+            self.refit
+            or self.solver in ("alps", "keep", "sparsegpt")
             or self.reconstruct == "dense"
             or self.quantization is not None
         )

@@ -25,11 +25,6 @@ class SelectSettings(Settings):
     max_tokens: Count | None = None
     """Keep traces with at most this many completion tokens."""
 
-    @property
-    def checks_answers(self) -> bool:
-        """Return whether every answer has to be checked."""
-        return self.answers == "correct"
-
 
 class TraceSource(Settings):
     """A named source of traces, with a store of its own under rac_traces/."""
@@ -77,13 +72,14 @@ class TraceSettings(Settings):
         if name is None:
             return self
         if (source := self.sources.get(name)) is None:
-            if not ProblemSource.looks_like(name):
+            problems = ProblemSource(source=name)
+            if not (problems.is_generator or problems.is_file or "/" in name):
                 declared = ", ".join(self.sources) or "none"
                 raise RacError(
                     f"mixture names traces:{name}, which is not among traces.sources ({declared}) "
                     "and no source itself (arithmetic, reasoning-gym:<task>, a file, a dataset id)"
                 )
-            source = TraceSource(problems=ProblemSource(source=name))
+            source = TraceSource(problems=problems)
         prompt = source.model_dump(include={"thinking", "system_prompt"}, exclude_none=True)
         update: dict[str, Any] = {"store": None, "sources": {}, "problems": source.problems}
         written = {**self.sampling.model_dump(exclude_unset=True), **prompt}

@@ -104,7 +104,7 @@ class Selection:
     def keep(self, traces: Iterable[Trace], judge: Judge) -> Iterator[Trace]:
         """Yield the selected traces in order; answers are judged only if the settings need it."""
         judged: Iterable[tuple[Trace, bool]] = ((trace, True) for trace in traces)
-        if self.settings.checks_answers:
+        if self.settings.answers == "correct":
             judged = judge(traces)
         longest = self.settings.max_tokens
         for trace, right in judged:

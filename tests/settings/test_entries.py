@@ -63,7 +63,7 @@ def test_a_dump_is_plain_and_can_be_run_again(settings, mode):
     assert yaml.safe_load(yaml.safe_dump(dump)) == json.loads(json.dumps(dump)) == dump
     again = PruningEntry(**dump)
     assert again.model_dump(mode=mode) == dump
-    for name in ("solver", "refits", "reconstruct", "order", "pattern", "traces", "calibration"):
+    for name in ("solver", "refit", "reconstruct", "order", "pattern", "traces", "calibration"):
         assert getattr(again, name) == getattr(entry, name), name
 
 

@@ -1,7 +1,9 @@
 import pytest
 from pydantic import ValidationError
 
+from rac_modifier.errors import RacError
 from rac_modifier.settings.problems import ProblemSource
+from rac_modifier.settings.traces import TraceSettings
 
 
 @pytest.mark.parametrize(
@@ -16,8 +18,9 @@ from rac_modifier.settings.problems import ProblemSource
 def test_kinds_of_sources(source, generator, file):
     made = ProblemSource(source=source)
     assert (made.is_generator, made.is_file) == (generator, file)
-    assert ProblemSource.looks_like(source)
-    assert not ProblemSource.looks_like("math")
+    assert TraceSettings().named(source).problems == made
+    with pytest.raises(RacError, match="traces:math, which is not among"):
+        TraceSettings().named("math")
 
 
 @pytest.mark.parametrize(
