@@ -12,7 +12,6 @@ from compressed_tensors.utils import (
     match_named_modules,
     match_targets,
     replace_direct_state_dict,
-    update_offload_parameter,
 )
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from torch import Tensor
@@ -87,23 +86,6 @@ class Quantizer:
         """Let forward passes quantize, also activations if a scheme has them."""
         if self._upstream is not None:
             self._upstream.end_calibration(model)
-
-    def store(
-        self,
-        module: torch.nn.Module,
-        weight: Tensor,
-        scale: Tensor,
-        zero_point: Tensor | None = None,
-        global_scale: Tensor | None = None,
-    ) -> None:
-        """Put a rounded weight, scales and zero points (None: 0) into a module."""
-        update_offload_parameter(module, "weight", weight)
-        update_offload_parameter(module, "weight_scale", scale)
-        if global_scale is not None:
-            update_offload_parameter(module, "weight_global_scale", global_scale)
-        zeros = module.get_parameter("weight_zero_point").detach()
-        zeros = torch.zeros_like(zeros) if zero_point is None else zero_point.to(zeros.dtype)
-        update_offload_parameter(module, "weight_zero_point", zeros)
 
     def take_masters(
         self, names: Mapping[torch.nn.Module, str], masters: dict[str, Tensor]

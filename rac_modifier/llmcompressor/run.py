@@ -166,13 +166,17 @@ class Run:
         return solve_groups(self.entry, call, self.names, self.patterns, self.quantizer)
 
     def _store(self, module: torch.nn.Module, result: Pruned) -> None:
+        """Put a pruned weight, and its scales and zero points (None: 0), into a module."""
         name = self.names[module]
         self.records[name] = result.record
-        if result.scale is None:
-            update_offload_parameter(module, "weight", result.weight)
-        else:
-            scales = (result.scale, result.zero_point, result.global_scale)
-            self.quantizer.store(module, result.weight, *scales)
+        update_offload_parameter(module, "weight", result.weight)
+        if result.scale is not None:
+            update_offload_parameter(module, "weight_scale", result.scale)
+            zeros = torch.zeros_like(module.get_parameter("weight_zero_point").detach())
+            zeros = zeros if result.zero_point is None else result.zero_point.to(zeros.dtype)
+            update_offload_parameter(module, "weight_zero_point", zeros)
+        if result.global_scale is not None:
+            update_offload_parameter(module, "weight_global_scale", result.global_scale)
         if result.master is not None:
             self.masters[name] = result.master
 
