@@ -24,15 +24,6 @@ def started_processes() -> int:
     return int(os.environ.get("WORLD_SIZE") or 1)
 
 
-def refuse_processes(feature: str) -> None:
-    """Refuse to run under torchrun what is not distributed (RacError)."""
-    if started_processes() > 1:
-        raise RacError(
-            f"{feature} runs in one process, and torchrun started {started_processes()}: start it "
-            "without torchrun; only rac prune and rac recover are distributed"
-        )
-
-
 _joined: tuple[Any, Processes] | None = None  # with the default group that it belongs to
 
 

@@ -33,15 +33,16 @@ class Commands(typer.core.TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Return the command that was named; under torchrun only those that are distributed."""
         command = super().resolve_command(ctx, args)
-        if _is_distributed() and command[0] not in ("prune", "recover"):
-            from rac_modifier.torchrun import refuse_processes
-
-            refuse_processes(f"rac {command[0]}")
+        if _processes() > 1 and command[0] not in ("prune", "recover"):
+            raise RacError(
+                f"rac {command[0]} runs in one process, and torchrun started {_processes()}: start "
+                "it without torchrun; only rac prune and rac recover are distributed"
+            )
         return command
 
 
-def _is_distributed() -> bool:
-    return os.environ.get("WORLD_SIZE", "1") not in ("", "1")
+def _processes() -> int:
+    return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 app = typer.Typer(
@@ -82,7 +83,7 @@ def main() -> None:
         # no progress bars in a file or a pipe; libraries read these when they are imported
         os.environ.setdefault("TQDM_DISABLE", "1")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    if _is_distributed():  # its warnings are of what our errors say better
+    if _processes() > 1:  # torch's warnings are of what our errors say better
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         app()
