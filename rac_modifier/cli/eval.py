@@ -192,15 +192,17 @@ def _divergences(
     models: list[str], problems: list[Problem], sampling: SamplingSettings, precision: options.Dtype
 ) -> list[DivergenceResult]:
     """Compare the other models with the first, on samples of the first."""
-    from rac_modifier.evaluation.divergence import divergence
+    from rac_modifier.evaluation.divergence import DenseReference
     from rac_modifier.evaluation.teacher_forcing import sample_sequences
 
     first, *compressed = models
     with options.resumable("nothing is kept; run the same command again"):
         dense, tokenizer = load_on_accelerator(first, precision)
         sequences = sample_sequences(dense, tokenizer, problems, sampling)
+        reference = DenseReference(dense, sequences)
+        del dense  # models are in memory one after the other
         return [
-            divergence(dense, load_on_accelerator(name, precision)[0], sequences, label=name)
+            reference.divergence(load_on_accelerator(name, precision)[0], label=name)
             for name in compressed
         ]
 

@@ -62,46 +62,6 @@ class DivergenceResult:
     agreement_stderr: float | None
 
 
-def divergence(
-    dense: Any, pruned: Any, sequences: Sequence[TokenSequence], *, label: str
-) -> DivergenceResult:
-    """Measure KL(dense || pruned) per completion token and top-1 agreement.
-
-    Both are causal LMs of one vocabulary, on any devices; `sequences` are samples of the dense one.
-    Memory next to them: a window of logits per model, the key-value caches of a batch of several
-    windows, and about 256 MiB.
-
-    Raises:
-        RacError: unfit sequences, vocabularies of different sizes, or logits that are not finite.
-    """
-    return summarise_divergence(divergence_per_token(dense, pruned, sequences, label), label)
-
-
-@torch.no_grad()
-def divergence_per_token(
-    dense: Any, pruned: Any, sequences: Sequence[TokenSequence], label: str
-) -> list[TokenDivergence]:
-    """Return the values of each completion, in the order of `sequences`; see `divergence`."""
-    check_sequences(sequences, dense, pruned)
-    rows: list[TokenDivergence] = []
-    batches = list(batches_of_like_length(sequences, BATCH_TOKENS))
-    with evaluating(dense, pruned):
-        for batch in tqdm(batches, desc=label, unit="batch", disable=None):
-            ids = padded(batch)[0][:, :-1]
-            width = max(1, WINDOW_ELEMENTS // (len(batch) * vocabulary(dense)))
-            both = zip(windows(dense, ids, width), windows(pruned, ids, width), strict=True)
-            rows += compare(batch, ((start, p, q) for (start, p), (_, q) in both), label)
-    return _in_order(rows, sequences)
-
-
-def _in_order(
-    rows: list[TokenDivergence], sequences: Sequence[TokenSequence]
-) -> list[TokenDivergence]:
-    """Return rows of batches of like length in the order of `sequences`."""
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i][0]))
-    return [row for _, row in sorted(zip(order, rows, strict=True), key=lambda pair: pair[0])]
-
-
 def token_divergence(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     """Return KL(p || q), float64 [n] in nats, and top-1 agreement, bool [n], of logits [n, V]."""
     step = max(1, _STEP_ELEMENTS // p.shape[-1])
@@ -122,11 +82,6 @@ def compare(batch: list[TokenSequence], logits: Windows, label: str) -> list[Tok
     kl = torch.zeros(predicts.shape, dtype=torch.float64)
     agrees = torch.zeros(predicts.shape, dtype=torch.bool)
     for start, p, q in logits:
-        if p.shape[-1] != q.shape[-1]:
-            raise RacError(
-                f"{label}: a vocabulary of {q.shape[-1]} tokens, the dense model has "
-                f"{p.shape[-1]}; compare a pruned model with the model that it was made from"
-            )
         window = slice(start, start + p.shape[1])
         mask = predicts[:, window]
         if not mask.any():
@@ -142,20 +97,6 @@ def compare(batch: list[TokenSequence], logits: Windows, label: str) -> list[Tok
         TokenDivergence(k[mask].tolist(), a[mask].tolist())
         for k, a, mask in zip(kl, agrees, predicts, strict=True)
     ]
-
-
-def windows(model: Any, ids: Tensor, width: int) -> Iterator[tuple[int, Tensor]]:
-    """Yield the first position of each window, and its logits [rows, up to width, vocabulary]."""
-    cache = None
-    several = ids.shape[1] > width
-    for start in range(0, ids.shape[1], width):
-        output = model(
-            input_ids=ids[:, start : start + width].to(model.device),
-            past_key_values=cache,
-            use_cache=several,
-        )
-        cache = output.past_key_values
-        yield start, output.logits
 
 
 def summarise_divergence(rows: Sequence[TokenDivergence], label: str) -> DivergenceResult:
@@ -176,64 +117,76 @@ def summarise_divergence(rows: Sequence[TokenDivergence], label: str) -> Diverge
 class DenseReference:
     """Inputs of a dense model's output head on its samples, [tokens, d], on the CPU.
 
-    For a model that is compressed in place: logits would take gigabytes. A copy of the head, V x d
-    values, is kept for the case that the head is quantized too. Logits of both models leave the
-    head in one batch, so that scales and soft caps of logits apply to both.
+    Logits would take gigabytes. The dense model is not needed any more, so it may be compressed in
+    place. A copy of its head, V x d values, is kept. Logits of both models leave the head in one
+    batch, so that scales and soft caps of logits apply to both.
     """
 
     @torch.no_grad()
     def __init__(self, model: Any, sequences: Sequence[TokenSequence]):
         """Run the dense model up to its head (RacError: it has none, or unfit sequences)."""
         check_sequences(sequences, model)
-        self._sequences = sequences
+        self._sequences, self._vocabulary = sequences, vocabulary(model)
         self._batches = list(batches_of_like_length(sequences, BATCH_TOKENS))
-        head = output_head(model)
-        self._weight: Tensor = head.weight.detach().to("cpu", copy=True)
-        bias = getattr(head, "bias", None)
-        self._bias = None if bias is None else bias.detach().to("cpu", copy=True)
         with evaluating(model):
             self._entering = [
                 input_of_head(model, padded(batch)[0][:, :-1]).cpu() for batch in self._batches
             ]
+        head = output_head(model)
+        self._weight: Tensor = head.weight.detach().to("cpu", copy=True)
+        bias = getattr(head, "bias", None)
+        self._bias = None if bias is None else bias.detach().to("cpu", copy=True)
 
     def divergence(self, pruned: Any, *, label: str) -> DivergenceResult:
-        """Measure what `divergence` does (RacError: logits that are not finite)."""
+        """Measure KL(dense || pruned) per completion token, and top-1 agreement.
+
+        Memory next to the model: a window of logits of both models, and its key-value cache.
+        RacError: another vocabulary, or logits that are not finite.
+        """
         return summarise_divergence(self.divergence_per_token(pruned, label), label)
 
     @torch.no_grad()
     def divergence_per_token(self, pruned: Any, label: str) -> list[TokenDivergence]:
         """Return the values of each completion, in the order of the sequences."""
+        if vocabulary(pruned) != self._vocabulary:
+            raise RacError(
+                f"{label}: a vocabulary of {vocabulary(pruned)} tokens, the dense model has "
+                f"{self._vocabulary}; compare a pruned model with the model that it was made from"
+            )
         weight = self._weight.to(pruned.device)
         bias = None if self._bias is None else self._bias.to(pruned.device)
         dense_head = partial(F.linear, weight=weight, bias=bias)
         rows: list[TokenDivergence] = []
+        batches = tqdm(self._batches, desc=label, unit="batch", disable=None)
         with evaluating(pruned):
-            for batch, entering in zip(self._batches, self._entering, strict=True):
-                both = _windows_of_both(pruned, dense_head, batch, entering)
-                rows += compare(batch, both, label)
-        return _in_order(rows, self._sequences)
+            for batch, entering in zip(batches, self._entering, strict=True):
+                rows += compare(batch, _windows(pruned, dense_head, batch, entering), label)
+        order = sorted(range(len(rows)), key=lambda i: len(self._sequences[i][0]))
+        return [row for _, row in sorted(zip(order, rows, strict=True), key=lambda pair: pair[0])]
 
 
-def _windows_of_both(
+def _windows(
     pruned: Any,
     dense_head: Callable[[Tensor], Tensor],
     batch: list[TokenSequence],
     entering: Tensor,
 ) -> Windows:
     """Yield windows of logits of the dense model, by its input of the head, and of the pruned."""
-    ids, position = padded(batch)[0][:, :-1], 0
+    ids, start = padded(batch)[0][:, :-1].to(pruned.device), 0
+    cache: Any = None
+    width = max(1, WINDOW_ELEMENTS // (2 * len(batch) * vocabulary(pruned)))
 
     def append_dense(module: Any, args: Any, logits: Tensor) -> Tensor:
-        nonlocal position
-        dense = entering[:, position : position + logits.shape[1]].to(args[0])
-        position += logits.shape[1]
-        return torch.cat([dense_head(dense), logits])
+        dense = dense_head(entering[:, start : start + width].to(logits.device))
+        return torch.cat([dense.float(), logits.float()])
 
-    width = max(1, WINDOW_ELEMENTS // (2 * len(batch) * vocabulary(pruned)))
     hook = output_head(pruned).register_forward_hook(append_dense)
     try:
-        for start, logits in windows(pruned, ids, width):
-            of_dense, of_pruned = logits.chunk(2)
+        for start in range(0, ids.shape[1], width):
+            window, several = ids[:, start : start + width], ids.shape[1] > width
+            output = pruned(input_ids=window, past_key_values=cache, use_cache=several)
+            cache = output.past_key_values
+            of_dense, of_pruned = output.logits.chunk(2)
             yield start, of_dense, of_pruned
     finally:
         hook.remove()

@@ -13,11 +13,7 @@ from typing import Any
 from rac_modifier.checkpoint.files import TensorFiles
 from rac_modifier.checkpoint.inspect import is_embedding, is_fp4
 from rac_modifier.evaluation.accuracy import row_of
-from rac_modifier.evaluation.divergence import (
-    TokenDivergence,
-    divergence_per_token,
-    summarise_divergence,
-)
+from rac_modifier.evaluation.divergence import DenseReference, TokenDivergence, summarise_divergence
 from rac_modifier.evaluation.results import EvalResult, Row, paired_difference, summarise
 from rac_modifier.evaluation.teacher_forcing import sample_sequences
 from rac_modifier.problems.answers import thinking_length
@@ -69,7 +65,7 @@ def measure(
     for problem, answer in zip(held_out.problems, dense_answers, strict=True):
         prompt = render_question(tokenizer, problem.question, held_out.sampling)
         sequences.append(((*prompt, *answer.ids), len(prompt)))
-    tokens = divergence_per_token(dense, model, sequences, label)
+    tokens = DenseReference(dense, sequences).divergence_per_token(model, label)
     figures["divergence"] = asdict(summarise_divergence(tokens, label))
     if held_out.graded:
         both = (dense_figures, figures)
@@ -101,7 +97,7 @@ def _answer(
     }
     if not held_out.graded:
         return answers, figures, [None] * len(answers)
-    rows = [row_of(tokenizer, *one, None) for one in asked]
+    rows = [row_of(tokenizer, *answered, None) for answered in asked]
     result = summarise(rows, label=label, seconds=seconds, sampling=sampling)
     figures["accuracy"] = result.model_dump()
     return answers, figures, rows
