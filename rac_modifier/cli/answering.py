@@ -33,7 +33,7 @@ def own_server(
     """Run `vllm serve` with the model in the context; an answer has at most `cap` tokens."""
     from rac_modifier.sampling.own_server import VllmCommand, vllm_server
 
-    with vllm_server(VllmCommand.from_environment(), resolve(model), precision.value) as url:
+    with vllm_server(VllmCommand.from_environment(), resolve(model), precision) as url:
         yield engine_of((url,), concurrency, cap)
 
 
@@ -144,7 +144,7 @@ class Answering:
 
         if self.serve:
             variables = [os.environ.get(key, "") for key in ("RAC_VLLM_OPTIONS", "RAC_KERNEL")]
-            setup = [self.precision.value, *variables]
+            setup = [self.precision, *variables]
         else:
             setup = [*sorted(engine_of(self.servers, 1, 1).base_urls), *self.served_as]
         config = read_json(cached_file(resolve(name), CONFIG_FILE) or "")

@@ -88,7 +88,7 @@ def evaluate(
     baseline: Annotated[
         Path | None, typer.Option(help="the dense model's --json FILE, to pair accuracies with")
     ] = None,
-    precision: options.Precision = options.Dtype.AUTO,
+    precision: options.Precision = "auto",
     divergence: Annotated[
         bool,
         typer.Option("--divergence", help="instead: KL and top-1 agreement with the dense model"),

@@ -36,7 +36,7 @@ def frontier(
         Path,
         typer.Option(help="folder of the results; a folder with finished rows is gone on with"),
     ],
-    precision: Precision = Dtype.AUTO,
+    precision: Precision = "auto",
     remove_models: Annotated[
         bool, typer.Option("--remove-models", help="remove each checkpoint when it is measured")
     ] = False,
@@ -133,7 +133,7 @@ def _about(
         "fingerprint": ModelIdentity.of_files(str(local_folder(resolve(model)))).fingerprint,
         "evaluation": {**evaluation.model_dump(exclude={"thinking"}), "seed": 0, "source": source},
         "prompt": prompt.model_dump(),
-        "precision": precision.value,
+        "precision": precision,
         # questions and answers: a folder is not gone on with after they change
         "problems": hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16],
     }
@@ -170,7 +170,7 @@ def tools_of(
     return Tools(
         source=source,
         load=lambda folder: load_on_accelerator(str(folder), precision),
-        compress=lambda recipe, folder: compress(recipe, str(source), folder, Dtype.AUTO),
+        compress=lambda recipe, folder: compress(recipe, str(source), folder, "auto"),
         serve=serve if evaluation.serve else None,
     )
 

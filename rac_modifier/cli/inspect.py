@@ -95,9 +95,9 @@ def _choose_activations(
     original = None
     if dense is not None:
         check_model(resolve(dense))
-    model, tokenizer = load_on_accelerator(str(folder), options.Dtype.FLOAT32)
+    model, tokenizer = load_on_accelerator(str(folder), "float32")
     if dense is not None:
-        original, _ = load_on_accelerator(dense, options.Dtype.FLOAT32)
+        original, _ = load_on_accelerator(dense, "float32")
         check_original(model, original, layers)
     problems = held_out_problems(source, _SAMPLES, column=column)
     prompt, _ = choose_prompt({str(folder): recorded_prompts(str(folder))})

@@ -72,7 +72,7 @@ def load(model: str, precision: Dtype) -> tuple[Any, Any]:
     source = resolve(model)
     check_model(source)
     tokenizer = load_tokenizer(source)
-    return load_model(source, dtype=precision.value), tokenizer
+    return load_model(source, dtype=precision), tokenizer
 
 
 def load_on_accelerator(model: str, precision: Dtype) -> tuple[Any, Any]:
@@ -103,7 +103,7 @@ def unpacked(source: str, precision: Dtype) -> Any:
         )
     config = folder / CONFIG_FILE
     packed = config.is_file() and packed_format(read_json(config)) is not None
-    return load_model(source, dtype=precision.value) if packed else source
+    return load_model(source, dtype=precision) if packed else source
 
 
 def compress(recipe: dict[str, Any], source: str, output: Path, precision: Dtype) -> None:
@@ -114,7 +114,7 @@ def compress(recipe: dict[str, Any], source: str, output: Path, precision: Dtype
     oneshot(
         model=unpacked(source, precision),
         recipe=yaml.safe_dump(recipe, sort_keys=False),
-        precision=precision.value,
+        precision=precision,
         output_dir=str(output),
     )
 

@@ -3,9 +3,8 @@
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -35,15 +34,7 @@ Overrides = Annotated[
 ]
 
 
-class Dtype(StrEnum):
-    """What `--precision` takes."""
-
-    AUTO = "auto"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-    FLOAT32 = "float32"
-
-
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Precision = Annotated[
     Dtype, typer.Option(metavar="DTYPE", help="auto (as stored), bfloat16, float16 or float32")
 ]

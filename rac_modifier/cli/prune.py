@@ -14,7 +14,7 @@ def prune(
     output: Annotated[Path, typer.Argument(help="folder for the checkpoint; new or empty")],
     recipe: options.Recipe,
     set_: options.Overrides = None,
-    precision: options.Precision = options.Dtype.AUTO,
+    precision: options.Precision = "auto",
     check: Annotated[
         bool, typer.Option("--check", help="only check the command: nothing is written")
     ] = False,

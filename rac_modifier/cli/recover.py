@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rac_modifier.cli.models import check_model, check_output, load, resolve
-from rac_modifier.cli.options import Column, Dtype, Precision, resumable, saving_step
+from rac_modifier.cli.options import Column, Precision, resumable, saving_step
 
 if TYPE_CHECKING:
     from rac_modifier.settings.traces import TraceSettings
@@ -52,7 +52,7 @@ def recover(
             help="a setting of `recover:` in a recipe, e.g. --set tokens=200000 (repeatable)",
         ),
     ] = None,
-    precision: Precision = Dtype.AUTO,
+    precision: Precision = "auto",
 ) -> None:
     """Recover a sparse or quantized model: train its kept weights on the dense model's own traces.
 

@@ -51,7 +51,7 @@ def collect(
     concurrency: Annotated[
         int, typer.Option(min=1, max=4096, help="with --serve: traces in progress at once")
     ] = _CONCURRENCY,
-    precision: options.Precision = options.Dtype.AUTO,
+    precision: options.Precision = "auto",
     as_json: options.AsJson = False,
 ) -> None:
     """Sample the traces that a recipe will calibrate on, and with `recover:` train on.
@@ -156,7 +156,7 @@ def inspect(
         from rac_modifier.traces.experts import describe_experts, tokens_per_expert
         from rac_modifier.traces.selection import without_repeats
 
-        loaded, _ = load(model or opened.header.model, options.Dtype.AUTO)
+        loaded, _ = load(model or opened.header.model, "auto")
         read = tokens_per_expert(loaded, map(without_repeats, opened), _EXPERT_TOKENS)
     if as_json:
         figures = {

@@ -7,7 +7,6 @@ import shutil
 import pytest
 
 from rac_modifier.cli.answering import Answering, engine_of
-from rac_modifier.cli.options import Dtype
 from rac_modifier.errors import RacError
 from tests.sampling import fake_vllm
 from tests.sampling.fake_server import FakeServer
@@ -19,7 +18,7 @@ FEW = ("--problems", 3, "--cap", 8)
 
 def answering(**changes) -> Answering:
     values = {"servers": (), "served_as": (), "serve": False, "concurrency": 4, "path": None}
-    return Answering(**{**values, "precision": Dtype.AUTO, **changes})
+    return Answering(**{**values, "precision": "auto", **changes})
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 
 from rac_modifier import cli
 from rac_modifier.cli.frontier import held_out_of, tools_of
-from rac_modifier.cli.options import Dtype
 from rac_modifier.errors import RacError
 from rac_modifier.settings.grid import GridEvaluation
 from rac_modifier.settings.sampling import PromptSettings
@@ -137,7 +136,7 @@ def test_a_model_is_served_and_timed(tiny_folder, tmp_path, vllm):
     stale = tmp_path / "served" / "a-ca978112.jsonl"  # of the label "a", of a killed run
     stale.parent.mkdir()
     stale.write_text("its seconds would be lost\n")
-    tools = tools_of(str(tiny_folder), evaluation, held_out, tmp_path, Dtype.FLOAT32)
+    tools = tools_of(str(tiny_folder), evaluation, held_out, tmp_path, "float32")
     result = tools.serve(tiny_folder, "a")
     assert (result.label, result.problems) == ("a", 2)
     assert result.tokens_per_second > 0

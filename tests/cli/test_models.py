@@ -7,7 +7,6 @@ import torch
 
 from rac_modifier import model_tools
 from rac_modifier.cli import models
-from rac_modifier.cli.options import Dtype
 from rac_modifier.errors import RacError
 from rac_modifier.reasoner import reasoner_path
 
@@ -25,9 +24,9 @@ def test_a_missing_tokenizer_ends_in_the_next_step(tiny_folder, tmp_path, kept):
         models.load_tokenizer(str(tmp_path), "do this")
 
 
-@pytest.mark.parametrize("precision", [Dtype.AUTO, Dtype.BFLOAT16])
+@pytest.mark.parametrize("precision", ["auto", "bfloat16"])
 def test_a_model_is_loaded_with_its_tokenizer_packed_or_not(tiny_folder, sparse_folder, precision):
-    dtype = torch.float32 if precision is Dtype.AUTO else torch.bfloat16
+    dtype = torch.float32 if precision == "auto" else torch.bfloat16
     for folder in (tiny_folder, sparse_folder):
         model, tokenizer = models.load(str(folder), precision)
         assert {p.dtype for p in model.parameters()} == {dtype}
@@ -37,9 +36,9 @@ def test_a_model_is_loaded_with_its_tokenizer_packed_or_not(tiny_folder, sparse_
 
 
 def test_oneshot_gets_the_path_unless_the_weights_are_packed(tiny_folder, sparse_folder):
-    assert models.unpacked(str(tiny_folder), Dtype.AUTO) == str(tiny_folder)
-    assert models.unpacked("org/model", Dtype.AUTO) == "org/model"
-    assert isinstance(models.unpacked(str(sparse_folder), Dtype.AUTO), torch.nn.Module)
+    assert models.unpacked(str(tiny_folder), "auto") == str(tiny_folder)
+    assert models.unpacked("org/model", "auto") == "org/model"
+    assert isinstance(models.unpacked(str(sparse_folder), "auto"), torch.nn.Module)
 
 
 @pytest.mark.parametrize(("keeps_groups", "sizes"), [(False, 2), (True, 3)])
@@ -68,14 +67,14 @@ def test_a_model_that_does_not_fit_into_memory_is_refused(tiny_folder, monkeypat
 def test_a_model_is_put_on_the_accelerator_if_it_fits(tiny_folder, monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("meta"))
-    model, _ = models.load_on_accelerator(str(tiny_folder), Dtype.AUTO)
+    model, _ = models.load_on_accelerator(str(tiny_folder), "auto")
     assert model.device.type == "meta"
     dropped = torch.nn.Linear(1, 1)
     dropped.forward, alive = partial(dropped.forward), weakref.ref(dropped)  # refers to itself
     del dropped
-    models.load_on_accelerator(str(tiny_folder), Dtype.AUTO)
+    models.load_on_accelerator(str(tiny_folder), "auto")
     assert alive() is None, "a quantized model would stay on the device"
     monkeypatch.setattr(model_tools, "accelerator", lambda: torch.device("cuda"))
     monkeypatch.setattr(model_tools, "free_bytes", lambda device: 10**6)
     with pytest.raises(RacError, match=r"are free on cuda, .*: use a device with more memory"):
-        models.load_on_accelerator(str(tiny_folder), Dtype.AUTO)
+        models.load_on_accelerator(str(tiny_folder), "auto")
