@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from rac_modifier.cli.doctor import TESTED, Finding, _extras, _kernels, _plugin, _tested
-from rac_modifier.kernels.cpu import library, support
+from rac_modifier.kernels.cpu import library
+from tests.kernels.cpu.kernel_helpers import forget
 
 REQUIRES = [
     "torch<2.15,>=2.10",
@@ -47,10 +48,10 @@ def named(name: str) -> Finding:
 @pytest.fixture
 def kernels(monkeypatch) -> pytest.MonkeyPatch:
     """Whatever was decided of the compiled library is forgotten before and after."""
-    support.forget()
+    forget()
     yield monkeypatch
     monkeypatch.undo()
-    support.forget()
+    forget()
 
 
 def test_this_environment_is_usable(rac):
@@ -114,7 +115,7 @@ def test_a_compiled_library_that_is_missing_or_does_not_load(kernels, tmp_path, 
     kernels.setattr(library, "built_libraries", list)
     assert named("compiled library").status == "missing"
     assert "install a C++ compiler" in named("compiled library").detail
-    support.forget()
+    forget()
     broken = tmp_path / "_native_kernels.abi3.so"
     broken.write_bytes(b"no library")
     kernels.setattr(library, "built_libraries", lambda: [broken])
@@ -122,5 +123,5 @@ def test_a_compiled_library_that_is_missing_or_does_not_load(kernels, tmp_path, 
     assert (finding.status, "does not load" in finding.detail) == ("broken", True)
     assert rac("doctor")[0] == 1
     kernels.setenv("RAC_KERNEL", "avx1024")
-    support.forget()
+    forget()
     assert named("compiled library").install == "unset RAC_KERNEL"

@@ -77,14 +77,6 @@ def library_and_isa() -> tuple[Library, str]:
     return library, available.isa
 
 
-def forget() -> None:
-    """Decide anew at the next use. For tests that change RAC_KERNEL or the library."""
-    for cached in (native.load, support, library_and_isa):
-        cached.cache_clear()
-    if cpp_operator.registered is not None:
-        cpp_operator.registered.use_operator(None, 0)
-
-
 class _CppOperator:
     """The library whose operator torch has, or the reason why torch refused."""
 

@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from rac_modifier.kernels.cpu.library import Library
-from rac_modifier.kernels.cpu.support import forget
-from tests.kernels.cpu.kernel_helpers import emulated_library, setup_library, take
+from tests.kernels.cpu.kernel_helpers import emulated_library, forget, setup_library, take
 
 X86 = ["portable", "avx2", "avx512", "amx"]
 CPU = Path("/proc/cpuinfo")

@@ -124,7 +124,15 @@ def take(path: Path | None, isa: str | None, patch: pytest.MonkeyPatch) -> None:
     """Make the package use this library and this RAC_KERNEL."""
     patch.setattr(library, "built_libraries", lambda: [path] if path else [])
     patch.setenv("RAC_KERNEL", isa or "")
-    support.forget()
+    forget()
+
+
+def forget() -> None:
+    """Decide anew at the next use which library and kernel run."""
+    for cached in (library.load, support.support, support.library_and_isa):
+        cached.cache_clear()
+    if support.cpp_operator.registered is not None:
+        support.cpp_operator.registered.use_operator(None, 0)
 
 
 @contextmanager

@@ -7,8 +7,8 @@ import pytest
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.cpu import support as support_module
 from rac_modifier.kernels.cpu.library import Library
-from rac_modifier.kernels.cpu.support import forget, library_and_isa, support
-from tests.kernels.cpu.kernel_helpers import take
+from rac_modifier.kernels.cpu.support import library_and_isa, support
+from tests.kernels.cpu.kernel_helpers import forget, take
 
 X86 = {"portable": False, "avx2": False, "avxvnni": True, "avx512": True, "amx": True}
 ARM = {"portable": False, "neon": False, "i8mm": True}
