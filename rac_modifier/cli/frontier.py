@@ -74,7 +74,7 @@ def frontier(
     written = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     check_room(out, ((1 if remove_models else len(planned)) + 1) * size - written)
     held_out = held_out_of(grid.evaluation, prompt)
-    about = _about(model, grid.evaluation, held_out, prompt, precision)
+    about = _about(model, grid.evaluation, held_out, precision)
     folder = FrontierFolder(out)
     folder.begin(about, check=True)
     check_finished(folder, planned)
@@ -115,16 +115,13 @@ def held_out_of(evaluation: GridEvaluation, prompt: PromptSettings) -> HeldOut:
 
 
 def _about(
-    model: str,
-    evaluation: GridEvaluation,
-    held_out: HeldOut,
-    prompt: PromptSettings,
-    precision: Dtype,
+    model: str, evaluation: GridEvaluation, held_out: HeldOut, precision: Dtype
 ) -> dict[str, Any]:
     """Return what all rows of a folder share."""
     from rac_modifier.checkpoint.output_folder import local_folder
     from rac_modifier.files import public_name
     from rac_modifier.sampling.model_identity import ModelIdentity
+    from rac_modifier.settings.sampling import PromptSettings
 
     source = public_name(evaluation.source)
     asked = [[problem.id, problem.question, problem.answer] for problem in held_out.problems]
@@ -132,7 +129,7 @@ def _about(
         "model": public_name(model),
         "fingerprint": ModelIdentity.of_files(str(local_folder(resolve(model)))).fingerprint,
         "evaluation": {**evaluation.model_dump(exclude={"thinking"}), "seed": 0, "source": source},
-        "prompt": prompt.model_dump(),
+        "prompt": PromptSettings.of(held_out.sampling).model_dump(),
         "precision": precision,
         # questions and answers: a folder is not gone on with after they change
         "problems": hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16],

@@ -21,7 +21,7 @@ from rac_modifier.sampling.openai_server import engine_for
 from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
 from rac_modifier.traces.fill_store import FillStore
-from rac_modifier.traces.records import StoreHeader, read_header, settings_path
+from rac_modifier.traces.records import StoreHeader, read_header
 from rac_modifier.traces.store import TraceStore, failures_path, read_failures
 
 # At a temperature above 0; the reference evaluation has 0.6 and 0.95 (arXiv 2509.12464).
@@ -50,7 +50,7 @@ def evaluate(
         problems: each with an answer, or none with one: then endings and lengths are measured;
             ids distinct.
         source: of the problems, for the header of the file.
-        path: a .jsonl file; default: `default_path`.
+        path: a .jsonl file; default: `StoreHeader.path` in rac_answers/.
         engine: servers; None is the model in this process.
         setup: a name for how the servers run the model. It is part of the name of the file.
         verifier: compares answers; default: the scorer of a reasoning-gym task, or math-verify.
@@ -67,7 +67,7 @@ def evaluate(
     header = StoreHeader.of(identity, tokenizer, sampling, source)
     if engine is None and in_memory is not None:
         setup = str(in_memory.dtype).removeprefix("torch.")
-    path = path or default_path(header, setup)
+    path = path or header.path("rac_answers", setup)
     started = time.monotonic()
     with contextlib.closing(
         engine_for(engine, identity, in_memory, tokenizer, sampling, evaluates=True)
@@ -94,18 +94,12 @@ def evaluate(
             FillStore(store, chosen, iter(problems), tokenizer).run(None)
     seconds = time.monotonic() - started
     return summarise(
-        _stored_rows(store, tokenizer, problems, sampling.samples_per_problem, verifier),
+        _stored_rows(store, tokenizer, problems, verifier),
         label=label,
         seconds=seconds,
         sampling=sampling,
         generated=store.counts.completion_tokens - before,
     )
-
-
-def default_path(header: StoreHeader, setup: str | None = None) -> Path:
-    """Return rac_answers/<fingerprint>-<hash of the settings>.jsonl, or with the setup's name."""
-    path = settings_path("rac_answers", header.fingerprint, header.sampling, header.problems)
-    return path if setup is None else path.with_stem(f"{path.stem}-{setup}")
 
 
 def check_problems(
@@ -148,13 +142,10 @@ def row_of(
 
 
 def _stored_rows(
-    store: TraceStore,
-    tokenizer: Any,
-    problems: Sequence[Problem],
-    samples: int,
-    verifier: Verifier | None,
+    store: TraceStore, tokenizer: Any, problems: Sequence[Problem], verifier: Verifier | None
 ) -> list[Row]:
     """Check the answers of these problems, in their order; the file may hold more."""
+    samples = store.header.sampling.samples_per_problem
     expected = {f"{problem.id}#{i}": problem for problem in problems for i in range(samples)}
     missing = [name for name in expected if name not in store]
     if missing:

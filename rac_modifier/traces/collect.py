@@ -13,7 +13,7 @@ from rac_modifier.sampling.model_identity import ModelIdentity
 from rac_modifier.sampling.openai_server import engine_for
 from rac_modifier.settings.traces import TraceSettings
 from rac_modifier.traces.fill_store import FillStore
-from rac_modifier.traces.records import StoreHeader, read_header, settings_path
+from rac_modifier.traces.records import StoreHeader, read_header
 from rac_modifier.traces.store import TraceStore
 
 
@@ -36,8 +36,7 @@ def collect_traces(
     problems, engine = settings.problems, settings.engine
     sampling = settings.sampling.resolved(identity.generation_config)
     header = StoreHeader.of(identity, tokenizer, sampling, problems)
-    path = settings_path("rac_traces", identity.fingerprint, sampling, problems)
-    path = path if settings.store is None else Path(settings.store)
+    path = header.path("rac_traces") if settings.store is None else Path(settings.store)
     stored = read_header(path)
     if stored is not None and stored.fingerprint != header.fingerprint:
         return _read_off_policy(path, stored, header, tokens, settings.allow_off_policy)

@@ -86,36 +86,30 @@ class StoreHeader(BaseModel, extra="forbid", frozen=True):
             problems=problems,
         )
 
+    def deciding(self) -> dict[str, dict[str, Any]]:
+        """Return the settings that decide a trace; batch_size and limit do not."""
+        exclude = {"sampling": {"batch_size"}, "problems": {"limit"}}
+        return self.model_dump(include={"sampling", "problems"}, exclude=exclude)
+
+    def path(self, folder: str, setup: str | None = None) -> Path:
+        """Return folder/<fingerprint>-<hash of what decides a trace>.jsonl, or with the setup."""
+        text = json.dumps(self.deciding(), sort_keys=True)
+        names = [self.fingerprint[:12], hashlib.sha256(text.encode()).hexdigest()[:12]]
+        return Path(folder, "-".join(names if setup is None else [*names, setup]) + ".jsonl")
+
 
 def header_differences(stored: StoreHeader, current: StoreHeader) -> list[str]:
     """List what keeps two runs from sharing a store: "seed: 0 in the file, 1 asked for"."""
     names = ("fingerprint", "tokenizer", "chat_template")
     pairs = [(name, getattr(stored, name), getattr(current, name)) for name in names]
-    before, now = (_deciding(header.sampling, header.problems) for header in (stored, current))
-    for section, values in before.items():
+    now = current.deciding()
+    for section, values in stored.deciding().items():
         pairs += [(f"{section}.{name}", old, now[section][name]) for name, old in values.items()]
     return [
         f"{name}: {_short(old)} in the file, {_short(new)} asked for"
         for name, old, new in pairs
         if old != new
     ]
-
-
-def _deciding(sampling: SamplingSettings, problems: ProblemSource) -> dict[str, dict[str, Any]]:
-    """Return the settings that decide a trace; batch_size and limit do not."""
-    return {
-        "sampling": sampling.model_dump(exclude={"batch_size"}),
-        "problems": problems.model_dump(exclude={"limit"}),
-    }
-
-
-def settings_path(
-    folder: str, fingerprint: str, sampling: SamplingSettings, problems: ProblemSource
-) -> Path:
-    """Return folder/<fingerprint>-<hash of the settings that decide a trace>.jsonl."""
-    text = json.dumps(_deciding(sampling, problems), sort_keys=True)
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    return Path(folder) / f"{fingerprint[:12]}-{digest[:12]}.jsonl"
 
 
 def encode(kind: Literal["header", "trace"], value: StoreHeader | Trace) -> bytes:

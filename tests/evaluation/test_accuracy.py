@@ -7,7 +7,7 @@ import torch
 
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation import accuracy
-from rac_modifier.evaluation.accuracy import default_path, evaluate
+from rac_modifier.evaluation.accuracy import evaluate
 from rac_modifier.evaluation.results import Row, summarise
 from rac_modifier.evaluation.stopping import Loop
 from rac_modifier.problems.held_out import held_out_problems
@@ -259,7 +259,8 @@ def test_answers_of_a_model_that_ran_otherwise_are_refused(server, tokenizer, mo
 def test_the_default_file_is_named_after_the_model_and_the_settings(tokenizer, model):
     def path(model=model, source=SOURCE, setup=None, **changes):
         identity = ModelIdentity.of_model(model)
-        return default_path(StoreHeader.of(identity, tokenizer, sampling(**changes), source), setup)
+        header = StoreHeader.of(identity, tokenizer, sampling(**changes), source)
+        return header.path("rac_answers", setup)
 
     other = path(source=ProblemSource(source="other.jsonl"))
     names = {path(), path(seed=1), path(setup="bfloat16"), path(tiny_model(seed=1)), other}

@@ -12,7 +12,6 @@ from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.sampling import SamplingSettings
 from rac_modifier.settings.traces import TraceSettings
 from rac_modifier.traces.collect import collect_traces
-from rac_modifier.traces.records import settings_path
 from rac_modifier.traces.store import read_failures
 from tests.sampling.fake_server import NAME, rule
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -115,7 +114,9 @@ def test_the_default_path_follows_what_decides_the_sampling(run, tmp_path, monke
 
     def path(fingerprint=store.header.fingerprint, limit=None, **sampling):
         settings = SAMPLING.resolved(None).model_copy(update=sampling)
-        return settings_path("rac_traces", fingerprint, settings, ProblemSource(limit=limit))
+        changes = {"sampling": settings, "problems": ProblemSource(limit=limit)}
+        header = store.header.model_copy(update={"fingerprint": fingerprint, **changes})
+        return header.path("rac_traces")
 
     assert store.path == path() == path(limit=4, batch_size=99)
     assert path().exists()
