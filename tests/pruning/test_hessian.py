@@ -198,3 +198,13 @@ def test_a_massive_token_counts_as_a_hundred_medians():
     assert uncapped.capped == 0
     assert torch.equal(uncapped.hessian.take(), accumulated(x, w).take())
     assert uncapped.take_cross_moment() is None
+
+
+def test_no_weight_is_capped_by_a_median_of_zero_or_for_an_input_that_is_not_finite():
+    """`Hessian.add` says that an input is not finite; with a weight of 0 it would not be read."""
+    zeros, overflown = torch.zeros(5, 4), gaussian(5, 4)
+    zeros[0], overflown[2, 1] = 3.0, torch.inf
+    for x in (zeros, overflown):
+        weights, capped = module.cap_weights(torch.ones(5), x)
+        assert weights.tolist() == [1.0] * 5
+        assert capped == 0
