@@ -60,6 +60,8 @@ def test_the_sparse_model_moves_towards_the_dense_one_and_no_zero_moves(undistur
         assert torch.equal(after[name] == 0, weight == 0), name
         assert torch.equal(after[name], weight) == ("embed" in name or "lm_head" in name), name
     assert all(p.grad is None and p.requires_grad for p in sparse.parameters())
+    tokens = sum(len(ids) for ids, _ in sequences(COUNTS[0], seed=1))
+    assert tokens - SETTINGS.step_tokens / 2 < result.tokens <= tokens  # less the rest of a pass
     json.dumps(result.as_dict(), allow_nan=False)
 
 
@@ -104,11 +106,26 @@ def test_what_cannot_be_trained_is_refused():
 
 
 def test_a_default_learning_rate_that_diverges_is_lowered(monkeypatch):
-    """With the same steps; the best weights of all tries are kept."""
+    """With the same steps and a new AdamW; the best weights of all tries are kept."""
+    tries, step = [], torch.optim.AdamW.step
+
+    def recorded(optimizer):
+        (group,) = optimizer.param_groups
+        assert (group["betas"], group["weight_decay"]) == ((0.9, 0.95), 0.0)
+        if not optimizer.state:
+            tries.append([])
+        tries[-1].append(group["lr"])
+        step(optimizer)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
     monkeypatch.setattr(distill, "default_learning_rate", lambda parameters: 0.3)
     dense, sparse = dense_and_sparse()
     result = run(sparse, dense, changed(learning_rate=None), counts=COUNTS)
     assert result.tries == 2
+    assert len(tries[2]) == result.steps
+    for rate, taken in zip((0.3, 0.1, 0.1 / 3), tries, strict=True):
+        expected = [rate * (1 - 0.1 * step) for step in range(10)]  # of ten steps
+        assert taken == pytest.approx(expected[: len(taken)])
     assert result.learning_rate == pytest.approx(0.3 / 9)
     assert [step for step, _ in result.curve].count(0) == 1
     assert result.kl_after == pytest.approx(kl_of(dense, sparse, HELD_OUT), rel=1e-4)
@@ -133,6 +150,19 @@ def test_the_next_learning_rate_goes_on_from_the_best_weights(monkeypatch):
     (first, _), (second, best) = begins
     assert second == pytest.approx(best, rel=1e-4)
     assert second < first
+
+
+@pytest.mark.parametrize(("rise", "stopped"), [(1.49, False), (1.51, True)])
+def test_a_rate_is_too_high_where_the_kl_rises_by_more_than_a_half(monkeypatch, rise, stopped):
+    def check(self, progress):
+        kl = 0.2 * (rise if progress.curve else 1.0)
+        progress.curve.append((progress.step, kl))
+        progress.best_kl = min(progress.best_kl, kl)
+        return kl
+
+    monkeypatch.setattr(TrainingLoop, "check", check)
+    dense, sparse = dense_and_sparse()
+    assert bool(run(sparse, dense, counts=(9, 3)).stopped) == stopped
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_best(undisturbed, monkeypatch):

@@ -52,24 +52,38 @@ def test_a_run_that_was_killed_samples_them_once(model, tmp_path, monkeypatch):
     monkeypatch.setattr(own_answers, "generate", lambda *a: calls.append(1) or inner(*a))
     assert copying_answers(model, tokenizer, TRAINING, SAMPLING, path) == answers
     assert not calls
-    assert copying_answers(tiny_model(1), tokenizer, TRAINING, SAMPLING, path) != answers
+    other = tiny_model(1)
+    assert copying_answers(other, tokenizer, TRAINING, SAMPLING, path) != answers
     assert calls
+    ended = Generation((8, 1), "stop")
+    monkeypatch.setattr(
+        own_answers, "generate", lambda m, t, prompts, *a: calls.append(1) or [ended] * len(prompts)
+    )
+    for tokens in (400, 90):  # other prompts, and then another cap
+        calls.clear()
+        sampling = SAMPLING.model_copy(update={"max_new_tokens": tokens})
+        copying_answers(other, tokenizer, TRAINING[1:], sampling, path)
+        assert calls, tokens
 
 
-@pytest.mark.parametrize(("looping", "expected", "batches"), [(0, 0, [5]), (1, 4, [5, 5, 5, 5])])
+@pytest.mark.parametrize(
+    ("size", "looping", "expected", "batches"),
+    [(5, 0, 0, [5]), (5, 1, 4, [5] * 4), (10, 1, 2, [10, 10]), (11, 1, 0, [11])],
+)
 def test_copies_that_are_seldom_are_left_alone(
-    looping, expected, batches, model, tmp_path, monkeypatch
+    size, looping, expected, batches, model, tmp_path, monkeypatch
 ):
-    """Twenty prompts: without a loop in the first batch, nothing more is sampled."""
+    """Of twenty prompts; where fewer than a tenth of a batch loops, nothing more is sampled."""
     calls = []
 
     def generate(model, tokenizer, prompts, settings, keys):
+        assert settings.max_new_tokens == 398  # twice the tokens of a completion
         calls.append(len(prompts))
         ends = [Generation((7,) * 300, "length")] * looping
         return [*ends, *[Generation((8, 1), "stop")] * (len(prompts) - looping)]
 
     monkeypatch.setattr(own_answers, "generate", generate)
-    sampling = SAMPLING.model_copy(update={"batch_size": 5})
+    sampling = SAMPLING.model_copy(update={"batch_size": size})
     training = [([*range(5, 205), n], 4) for n in range(5)]
     training = [([n, *ids], prompt) for n in range(5, 9) for ids, prompt in training]
     training = [([n, *ids], prompt) for n in range(5, 10) for ids, prompt in training]

@@ -72,6 +72,15 @@ def test_a_step_has_exactly_its_tokens_and_half_a_step_is_one(step_tokens, steps
     assert len(planned(data, step_tokens=step_tokens)) == steps
 
 
+def test_each_pass_has_an_order_of_its_own():
+    data = [([n] * 64, 2) for n in range(12)]
+    steps = planned(data, step_tokens=64, passes=2)
+    trained = [ids[0] for step in steps for ((ids, _),) in step.batches]
+    first, second = trained[:12], trained[12:]
+    assert sorted(first) == sorted(second) == list(range(12))
+    assert len({tuple(order) for order in (first, second, range(12))}) == 3
+
+
 def test_a_small_set_makes_one_step():
     (step,) = planned(sequences(2), step_tokens=10_000)
     assert sum(map(len, step.batches)) == 2
