@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 from loguru import logger
@@ -38,6 +39,12 @@ def test_the_sequences_are_the_stored_ids(build, trace_store):
     prompts = build(mixture={"prompts": 1.0})
     rendered = {s.ids for s in prompts.loader.sequences}
     assert len(rendered & {t.prompt_ids for t in store}) >= len(rendered) - 1, "as of traces"
+    traces = entry(trace_store)["traces"]
+    reseeded = {**traces, "sampling": {**traces["sampling"], "seed": 1}}
+    other = build(reseeded, mixture={"prompts": 1.0})
+    assert len(rendered & {s.ids for s in other.loader.sequences}) < len(rendered) / 2
+    generic = [build(mixture={"generic": 1.0}, seed=seed).loader.sequences for seed in (0, 1)]
+    assert {s.ids for s in generic[0]} != {s.ids for s in generic[1]}
     first, again, other = (build(seed=seed).identity() for seed in (0, 0, 1))
     assert first == again
     assert first["calibration set"] != other["calibration set"]
@@ -129,8 +136,23 @@ def test_a_mode_of_the_template_that_no_prompt_has_is_warned_of(build, trace_sto
     build({**entry(trace_store)["traces"], "sources": sources}, mixture="traces@.7, prompts:off@.3")
     assert "thinking" not in str(warnings)
     build({"sources": sources}, mixture="prompts:off@1")
-    logger.remove(sink)
     assert "every prompt has thinking off, and this model also answers with" in str(warnings)
+    warnings.clear()
+    build({"sampling": {"template": "none"}}, mixture="prompts@1")
+    assert "thinking" not in str(warnings)
+    logger.remove(sink)
+
+
+def test_a_warning_says_that_half_of_the_traces_were_cut(build, trace_store, tmp_path):
+    warnings, finished, store = [], tmp_path / "finished.jsonl", TraceStore.read(trace_store)
+    with TraceStore.open_append(finished, store.header) as copy:
+        copy.append_many([replace(trace, finish_reason="stop") for trace in store])
+    sink = logger.add(warnings.append, format="{message}", level="WARNING")
+    build(entry(finished)["traces"])
+    assert "few endings of answers" not in str(warnings)
+    build(entry(trace_store)["traces"])
+    assert "few endings of answers" in str(warnings)
+    logger.remove(sink)
 
 
 def test_several_processes_get_the_set_of_one(model, tokenizer, tmp_path):

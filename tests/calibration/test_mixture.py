@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rac_modifier.calibration import mixture as module
 from rac_modifier.calibration.mixture import (
     CalibrationSequence,
     describe_counts,
@@ -163,6 +164,21 @@ def test_text_of_a_file_is_cut_into_sequences(tokenizer, tmp_path):
     assert list(generic_token_sequences(tokenizer, text, 0)) == [whole]
     ids = [i for sequence in read(tokenizer, source=str(tmp_path / "t.txt")) for i in sequence]
     assert ids == whole[: len(ids)]
+
+
+@pytest.mark.parametrize("buffer", [3, 100])
+def test_each_document_is_read_once_in_an_order_of_the_seed(
+    tokenizer, tmp_path, monkeypatch, buffer
+):
+    monkeypatch.setattr(module, "_BUFFER", buffer)
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in TEXTS))
+    documents = [tokenizer(text)["input_ids"] for text in TEXTS]
+    text = GenericText(
+        source=str(tmp_path / "t.jsonl"), column="body", sequence_tokens=len(documents[0])
+    )
+    orders = [list(generic_token_sequences(tokenizer, text, seed)) for seed in (0, 1)]
+    assert sorted(orders[0]) == sorted(orders[1]) == sorted(documents)
+    assert documents != orders[0] != orders[1]
 
 
 @pytest.mark.parametrize(

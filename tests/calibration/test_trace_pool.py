@@ -63,7 +63,7 @@ def test_the_same_question_in_two_rows_lies_on_one_side():
 
 @pytest.fixture
 def pool_of(tmp_path):
-    def pool_of(traces, select=None, held_out_tokens=0, **calibration):
+    def pool_of(traces, select=None, held_out_tokens=0, reserved_tokens=0, **calibration):
         path = tmp_path / "store.jsonl"
         if not path.exists():
             with TraceStore.open_append(path, HEADER) as store:
@@ -71,7 +71,7 @@ def pool_of(tmp_path):
         settings = CalibrationSettings(held_out_tokens=0).model_copy(update=calibration)
         judge, store = Judge(byte_tokenizer(), HEADER), TraceStore.read(path)
         selection = SelectSettings(**(select or {}))
-        return TracePool(store, selection, judge, settings, held_out_tokens)
+        return TracePool(store, selection, judge, settings, held_out_tokens, reserved_tokens)
 
     return pool_of
 
@@ -87,16 +87,17 @@ def test_the_pool_counts_what_the_selection_keeps_and_what_is_held_out(pool_of):
     assert pool_of(traces, {"max_tokens": 12}, 30, max_sequence_tokens=15).usable_tokens() == 44
 
 
-def test_repeated_tails_are_cut_from_what_is_held_out_reserved_and_drawn(pool_of):
+def test_repeated_tails_are_cut_from_what_is_held_out_and_drawn_not_from_what_is_reserved(pool_of):
     def looping(number: int) -> Trace:
         ids = (*range(20), *(number, number + 1) * 40)
         return Trace(f"{number}#0", str(number), (1, 1, 1, number), ids, "length", 0, "?", None)
 
     traces = [looping(100 + number) for number in range(20)]
-    pool = pool_of(traces, {"max_tokens": 30}, held_out_tokens=30)
+    pool = pool_of(traces, {"max_tokens": 30}, held_out_tokens=30, reserved_tokens=30)
     assert pool.repeated_tokens == 20 * 78
+    assert [t.completion_ids for t in pool.reserved] == [t.completion_ids for t in traces[4:8]]
     assert [t.completion_ids for t in pool.held_out] == [t.completion_ids[:22] for t in traces[:4]]
-    assert pool.usable_tokens() == 16 * 26
+    assert pool.usable_tokens() == 12 * 26
     assert {len(s.ids) for s in pool.draw("traces", 1000)} == {26}
     assert not any(s.finished for s in pool.draw("traces", 1000))
 
@@ -131,10 +132,10 @@ def test_the_seed_and_the_part_decide_the_draw_and_a_longer_draw_begins_with_a_s
 def collect(model, tokenizer, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where stores are written by default
 
-    def collect(traces, **calibration):
+    def collect(traces, reserved=0, **calibration):
         settings = CalibrationSettings(**{"tokens": 600, "held_out_tokens": 0, **calibration})
         traces = TraceSettings(**{"sampling": SAMPLING, **traces})
-        return collect_for_calibration(model, tokenizer, traces, settings)
+        return collect_for_calibration(model, tokenizer, traces, settings, reserved)
 
     return collect
 
@@ -171,18 +172,19 @@ def test_a_model_that_does_not_fit_is_refused_before_it_samples(collect, trace_s
         assert (path.read_bytes() if path.exists() else None) == content
 
 
-def test_traces_are_held_out_of_each_part_next_to_its_share(collect):
+def test_traces_are_held_out_and_reserved_of_each_part_next_to_its_share(collect):
     """Each part has a store of its own."""
-    pools = collect(
-        {}, mixture="traces:arithmetic@0.5, traces:reasoning-gym:gcd@0.5", held_out_tokens=400
-    )
+    mixture = "traces:arithmetic@0.5, traces:reasoning-gym:gcd@0.5"
+    pools = collect({}, 600, mixture=mixture, held_out_tokens=400)
     assert len({pool.store.path for pool in pools.values()}) == 2
     for pool in pools.values():
         assert pool.usable_tokens() < 600
         assert len(pool.held_out) >= 4
-        assert pool.kept_out_tokens >= 200
+        held_out, reserved = (sum(t.tokens for t in t) for t in (pool.held_out, pool.reserved))
+        assert held_out >= 200
+        assert 300 <= reserved < 600
         assert pool.usable_tokens() >= 300
-        assert pool.selection.total == len(pool.store) - len(pool.held_out)
+        assert pool.selection.total == len(pool.store) - len(pool.held_out) - len(pool.reserved)
     of_another = {"mixture": "traces:arithmetic@1", "tokens": 60, "held_out_tokens": 400}
     (pool,) = collect({"allow_off_policy": True}, **of_another).values()
     assert pool.held_out == (), "KL is measured on traces of the dense model"
