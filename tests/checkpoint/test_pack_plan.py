@@ -76,6 +76,18 @@ def test_each_module_has_a_pattern_of_its_own(tmp_path):
     assert plan.ignore == sorted([*dense, "lm_head"])
 
 
+@pytest.mark.parametrize(("more", "structure"), [(256, "2:4"), (257, "unstructured")])
+def test_zeros_that_2of4_explains_less_than_four_fifths_of_are_unstructured(
+    tmp_path, more, structure
+):
+    """2:4 leaves 1024 zeros of 2048 weights; the limit is 1280."""
+    weight = two_of_four()
+    kept = weight.view(-1).nonzero()[:more, 0]
+    weight.view(-1)[kept] = 0.0
+    plan = plan_packing(saved_with(tmp_path, {"model.up": weight}))
+    assert plan.structures == {"model.up": structure}
+
+
 def test_the_reasons_of_what_stays_dense(tmp_path):
     few = torch.randn(32, 64).masked_fill(torch.rand(32, 64) < 0.02, 0.0)
     names = ("model.up", "model.embed_tokens", "lm_head", "model.mlp.gate")

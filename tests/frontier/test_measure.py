@@ -7,6 +7,7 @@ from safetensors.torch import save_file
 from rac_modifier.evaluation.divergence import TokenDivergence
 from rac_modifier.evaluation.results import Row
 from rac_modifier.evaluation.stopping import Ending, Loop
+from rac_modifier.frontier import measure as module
 from rac_modifier.frontier.measure import (
     HeldOut,
     checkpoint_bytes,
@@ -67,7 +68,8 @@ def test_divergence_is_measured_on_the_dense_answers_and_answers_are_graded(mode
     assert kinds == [trace["kind"] for trace in traces]
 
 
-def test_answers_say_whether_they_ended_and_without_a_reference_nothing_is_graded():
+def test_answers_say_whether_they_ended_and_without_a_reference_nothing_is_graded(monkeypatch):
+    monkeypatch.setattr(module, "MOST_TRACES", 5)
     sampling = SamplingSettings(temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=40, seed=1)
     problems = [Problem(str(i), f"{i}?", None, None) for i in range(12)]
     model, tokenizer = tiny_model(), tiny_tokenizer()
@@ -77,7 +79,8 @@ def test_answers_say_whether_they_ended_and_without_a_reference_nothing_is_grade
         assert (trace["ids"][-1] == 1) == (trace["finish"] == "stop")
         assert len(trace["ids"]) == 40 or trace["finish"] == "stop"
         assert trace["correct"] is trace["kind"] is trace["loop"] is None
-    other, _ = measure("other", model, model, tokenizer, HeldOut(problems, sampling), result)
+    other, shown = measure("other", model, model, tokenizer, HeldOut(problems, sampling), result)
+    assert [trace["id"] for trace in shown] == ["0", "1", "2", "3", "4"]
     assert other["accuracy"] is other["paired"] is None
     assert other["divergence"]["sequences"] == 12
 

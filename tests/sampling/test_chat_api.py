@@ -76,6 +76,11 @@ def test_an_error_with_status_200_is_shown():
         read_chat(content, 10, "http://a")
 
 
+def test_a_count_of_a_truncated_answer_may_miss_the_cap_by_two():
+    found = read(finish="length", usage={"completion_tokens": 8})
+    assert (found.finish_reason, found.tokens) == ("length", 8)
+
+
 def test_a_request_has_the_settings_of_the_completions_protocol_and_no_token_ids():
     sampling = SamplingSettings(
         temperature=0.6,

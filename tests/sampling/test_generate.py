@@ -47,6 +47,15 @@ def test_the_context_caps_each_row_by_its_own_prompt(tokenizer):
         generate(model, tokenizer, [[2] * 16], GREEDY, ["k"])
 
 
+def test_the_seed_decides_the_draw_and_top_k_and_top_p_narrow_it(model, tokenizer):
+    def drawn(**changes):
+        return generate(model, tokenizer, PROMPTS, HOT.model_copy(update=changes), KEYS)
+
+    greedy = generate(model, tokenizer, PROMPTS, GREEDY, KEYS)
+    assert len({str(answers) for answers in (greedy, drawn(), drawn(seed=1))}) == 3
+    assert drawn(top_k=1) == drawn(top_p=1e-6) == greedy
+
+
 def test_what_cannot_be_sampled_is_refused(model, tokenizer):
     assert generate(model, tokenizer, [], GREEDY, []) == []
     with pytest.raises(RacError, match="no tokens"):

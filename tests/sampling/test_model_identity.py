@@ -23,9 +23,16 @@ def test_other_weights_or_another_architecture_differ():
     weight[:, 0::4] = 0
     weight[:, 1::4] = 0
     assert model_fingerprint(pruned) != before
-    stretched = copy.deepcopy(model)
-    stretched.config.rope_parameters = {"rope_type": "default", "rope_theta": 5.0}
-    assert model_fingerprint(stretched) != before
+    for name, value in {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5.0},
+        "hidden_act": "gelu",
+        "rms_norm_eps": 1e-3,
+        "sliding_window": 7,
+        "num_attention_heads": 1,
+    }.items():
+        other = copy.deepcopy(model)
+        setattr(other.config, name, value)
+        assert model_fingerprint(other) != before, name
 
     narrow = copy.deepcopy(model)
     narrow.model.layers[0].mlp.up_proj.weight.data[:, 1:] = 0  # samples spread over the columns

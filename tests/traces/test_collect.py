@@ -58,6 +58,17 @@ def test_the_budget_is_reached_by_the_shortest_run_of_problems(run, model, token
     assert list(run("b.jsonl", sampling=SAMPLING.model_copy(update={"batch_size": 7}))) == traces
 
 
+def test_prompts_over_the_limit_and_prompts_that_fill_the_context_are_skipped(run, tokenizer):
+    problems = load_problems(ProblemSource(limit=40), 0)
+    lengths = [len(render_question(tokenizer, problem.question)) for problem in problems]
+    longest = max(length for length in lengths if length + 1 in lengths)
+    limited = run("a.jsonl", problems=ProblemSource(max_prompt_tokens=longest), tokens=1200)
+    small = tiny_model(max_position_embeddings=longest + 1)  # one token is left for an answer
+    short = run("b.jsonl", model=small, tokens=1200)
+    for store in (limited, short):
+        assert max(len(trace.prompt_ids) for trace in store) == longest
+
+
 def test_enough_already_samples_nothing(run, sampled):
     """Neither for a smaller budget or limit, nor for the same checkpoint in another precision."""
     model = tiny_model().to(torch.bfloat16)

@@ -1,5 +1,7 @@
 """A store in words."""
 
+from statistics import median
+
 import pytest
 
 from rac_modifier.errors import RacError
@@ -13,7 +15,8 @@ def test_a_store_in_words(long_store):
     text = describe_store(long_store)
     assert "chat template abc, no system prompt, thinking on" in text
     assert "ended by    stop 332, length 167" in text
-    assert f"tokens (median), {max(len(t.completion_ids) for t in long_store):,} (longest)" in text
+    lengths = [len(t.completion_ids) for t in long_store]
+    assert f"{median(lengths):,} tokens (median), {max(lengths):,} (longest)" in text
 
 
 def test_cut_traces_that_repeat_themselves_are_counted(tmp_path, long_store):
