@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, Qwen3NextConfig
 from transformers.cache_utils import DynamicLayer
 
 from rac_modifier.sampling import decode as decoding
@@ -42,6 +43,25 @@ def test_each_row_is_what_it_is_alone(model, temperature):
     assert [len(row) for row in rows] == LIMITS
     if temperature:
         assert len({len(e) for e in expected}) > 3  # rows do end at different times
+
+
+def test_ended_rows_of_a_model_with_linear_attention_are_taken_out_too():
+    """Qwen3-Next, Qwen3.5 and Granite 4 have layers whose cache is a state."""
+    torch.manual_seed(0)
+    sizes = dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 2)
+    sizes |= dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "head_dim"), 16)
+    sizes |= {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 64}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    kinds = {"layer_types": ["linear_attention", "full_attention"], "mlp_only_layers": [0, 1]}
+    config = Qwen3NextConfig(**sizes, **kinds, initializer_range=0.1)
+    hybrid = AutoModelForCausalLM.from_config(config).eval()
+    keys = row_keys(5, [f"k{i}" for i in range(len(PROMPTS))])
+    rows = decode(hybrid, PROMPTS, limits=LIMITS, eos=EOS, pad=0, draw=Draw(1.0), rows=keys)
+    with torch.no_grad():
+        expected = [
+            alone(hybrid, *each, 1.0) for each in zip(PROMPTS, LIMITS, keys, strict=True)
+        ]
+    assert [row[: len(e)] for row, e in zip(rows, expected, strict=True)] == expected
 
 
 def test_ended_rows_are_not_computed(model, monkeypatch):
