@@ -12,7 +12,6 @@ from pydantic import PrivateAttr, SerializerFunctionWrapHandler, model_serialize
 from transformers import AutoTokenizer, PreTrainedModel
 
 from rac_modifier.calibration.calibration_set import CalibrationSet, build_calibration_set
-from rac_modifier.calibration.loader import CalibrationLoader
 from rac_modifier.checkpoint.saving import SavePlan, save_with_record
 from rac_modifier.errors import RacError, refusing
 from rac_modifier.evaluation.divergence import RunDivergence
@@ -91,7 +90,7 @@ class CalibratingModifier(CalibrationEntry, Modifier):
                 f"{name} next to {names} runs in one process, not in {self._processes.count}: "
                 "others calibrate on a share of the data; start without torchrun"
             )
-        if isinstance(state.data.calib, CalibrationLoader):
+        if any(isinstance(modifier, CalibrationEntry) for modifier in modifiers):
             raise RacError(
                 f"{name} has no effect next to another modifier that calibrates the whole "
                 "recipe: write one, with targets that cover both"

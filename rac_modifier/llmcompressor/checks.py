@@ -15,6 +15,8 @@ from llmcompressor.args import DatasetArguments
 from llmcompressor.entrypoints.oneshot import Oneshot
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.quantization import QuantizationMixin
+from llmcompressor.modifiers.transform import AWQModifier
+from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 from llmcompressor.recipe import Recipe
 from loguru import logger
 from pydantic import ValidationError
@@ -42,6 +44,9 @@ HONOURED = {
 # These configure upstream's sequential pipeline, which other modifiers run in.
 _OF_UPSTREAMS_LOOP = {"propagate_error", "sequential_prefetch"}
 _CALIBRATES = "ReasoningAwareCalibrationModifier"
+# What modifiers do to weights that were pruned or rounded before.
+_UNDOES = {"REAPPruningModifier": "removes its work", "SpinQuantModifier": "rotates its weights"}
+_OF_ACTIVATIONS = ("R3", "R4", "u", "v")  # rotations
 
 
 def find_oneshot() -> Oneshot | None:
@@ -103,25 +108,38 @@ def check_first(modifiers: Sequence[Modifier]) -> None:
         raise RacError(f"{_CALIBRATES} is behind {before}, which changes the model; write it first")
 
 
-def check_other_modifiers(
-    ours: Modifier, modifiers: Sequence[Modifier], *, quantizes: bool
-) -> None:
+def check_other_modifiers(ours: PruningEntry, modifiers: Sequence[Modifier]) -> None:
     """Refuse modifiers of the recipe that would undo the work of `ours`, or spoil it (RacError)."""
-    names = [type(modifier).__name__ for modifier in modifiers]
-    place = next((i for i, modifier in enumerate(modifiers) if modifier is ours), -1)
-    for name, modifier in zip(names[place + 1 :], modifiers[place + 1 :], strict=True):
-        if name == "REAPPruningModifier":
-            raise RacError(f"{name} after {type(ours).__name__} removes its work; write it first")
-        if name == "GPTQModifier":  # llm-compressor #2860
+    kind, quantizes, behind = type(ours).__name__, ours.quantization is not None, False
+    for modifier in modifiers:
+        name, behind = type(modifier).__name__, behind or modifier is ours
+        if turned := [r for r in _OF_ACTIVATIONS if r in getattr(modifier, "rotations", ())]:
             raise RacError(
-                f"{name} after {type(ours).__name__} fills pruned weights again; leave it out and "
+                f"{name} with rotations: {', '.join(turned)} rotates activations, and {kind} "
+                "calibrates on those before it; leave it out, or use R1 and R2 of SpinQuantModifier"
+            )
+        if name == "SpinQuantModifier" and ours.recover is not None:
+            raise RacError(
+                f"recover next to {name}, which rotates the head: it trains towards the dense "
+                "model's hidden states; leave one out"
+            )
+        if behind and name in _UNDOES:
+            raise RacError(f"{name} after {kind} {_UNDOES[name]}; write it first")
+        if behind and name == "GPTQModifier":  # llm-compressor #2860
+            raise RacError(
+                f"{name} after {kind} fills pruned weights again; leave it out and "
                 "set quantization: {scheme: W4A16} (or its scheme) in the pruning entry"
             )
-        if quantizes and isinstance(modifier, QuantizationMixin):
+        if behind and quantizes and isinstance(modifier, AWQModifier | SmoothQuantModifier):
+            raise RacError(
+                f"{name} after {kind} scales weights that are rounded; leave it out, or quantize "
+                "behind it with QuantizationModifier, not in the pruning entry"
+            )
+        if behind and quantizes and isinstance(modifier, QuantizationMixin):
             groups = modifier.resolved_config.config_groups.values()
             if not all(OF_VOCABULARY.search(name) for group in groups for name in group.targets):
                 raise RacError(
-                    f"{name} after {type(ours).__name__} quantizes twice; leave one out, or set "
+                    f"{name} after {kind} quantizes twice; leave one out, or set "
                     "targets: [lm_head] for the head"
                 )
 
@@ -207,8 +225,7 @@ def check_recipe(recipe: dict[str, Any], model: PreTrainedModel) -> None:
     for modifier in modifiers:
         if isinstance(modifier, PruningEntry):
             names = find_targets(model, modifier.targets, modifier.ignore, modifier.pattern)
-            quantizes = modifier.quantization is not None
-            check_other_modifiers(modifier, modifiers, quantizes=quantizes)
+            check_other_modifiers(modifier, modifiers)
             check_packing(modifier, modifiers, model, names)
             Quantizer(modifier.quantization, model, names, prunes=modifier.prunes)
     for modifier, of_modifier in zip(quantizing, schemes, strict=True):

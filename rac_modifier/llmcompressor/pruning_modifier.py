@@ -56,9 +56,7 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
                 f"pipeline={oneshot.dataset_args.pipeline!r} runs all modifiers in one "
                 "pass, and pruning needs its own; use pipeline='independent'"
             )
-        check_other_modifiers(
-            self, active_session().lifecycle.recipe.modifiers, quantizes=quantizes
-        )
+        check_other_modifiers(self, active_session().lifecycle.recipe.modifiers)
         run = self._run = self._make_run(state.model)
         loader = self._calibration.loader if self._calibration else None  # None: to be sampled
         offload = oneshot.dataset_args.sequential_offload_device if oneshot else "cpu"

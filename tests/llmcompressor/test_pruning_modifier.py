@@ -5,6 +5,8 @@ import warnings
 
 import pytest
 from llmcompressor import oneshot
+from llmcompressor.modifiers.transform import QuIPModifier, SpinQuantModifier
+from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 from torch import Tensor
 from torch.nn import Parameter
 from transformers import AutoModelForCausalLM
@@ -35,6 +37,14 @@ def refused_or_sampled(tiny_folder, trace_store, monkeypatch):
     return run
 
 
+def spin(*rotations: str) -> SpinQuantModifier:
+    return SpinQuantModifier(rotations=list(rotations) or ["R1", "R2"])
+
+
+INT4 = {"quantization": int4()}
+RECOVER = {"recover": {"tokens": 600, "held_out_tokens": 150}}
+
+
 @pytest.mark.parametrize(
     ("before", "later", "settings", "says"),
     [
@@ -44,7 +54,15 @@ def refused_or_sampled(tiny_folder, trace_store, monkeypatch):
         ([gptq_w4], [], {}, None),
         ([fp8, gptq_w4], [fp8], {}, None),
         ([], [fp8], {"quantization": {"scheme": "W8A16"}}, "after .* quantizes twice"),
-        ([], [int8_head], {"quantization": int4()}, None),
+        ([], [int8_head], INT4, None),
+        ([], [SmoothQuantModifier, fp8], {}, None),
+        ([], [SmoothQuantModifier], INT4, "SmoothQuantModifier after .* that are rounded"),
+        ([spin], [], INT4, None),
+        ([], [spin], {}, "SpinQuantModifier after .* rotates its weights; write it first"),
+        ([lambda: spin("R1", "R4")], [], {}, "rotations: R4 rotates activations"),
+        ([], [QuIPModifier], {}, "QuIPModifier with rotations: v rotates activations"),
+        ([spin], [], RECOVER, "recover next to SpinQuantModifier, which rotates the head"),
+        ([], [lambda: ReasoningAwareSparseGPTModifier(**entry())], {}, "write one, with targets"),
         ([], [fp8], {"pipeline": "sequential"}, "pruning needs its own; use pipeline='independ"),
         ([], [], {"pipeline": "sequential"}, None),
     ],

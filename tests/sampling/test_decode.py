@@ -58,9 +58,7 @@ def test_ended_rows_of_a_model_with_linear_attention_are_taken_out_too():
     keys = row_keys(5, [f"k{i}" for i in range(len(PROMPTS))])
     rows = decode(hybrid, PROMPTS, limits=LIMITS, eos=EOS, pad=0, draw=Draw(1.0), rows=keys)
     with torch.no_grad():
-        expected = [
-            alone(hybrid, *each, 1.0) for each in zip(PROMPTS, LIMITS, keys, strict=True)
-        ]
+        expected = [alone(hybrid, *each, 1.0) for each in zip(PROMPTS, LIMITS, keys, strict=True)]
     assert [row[: len(e)] for row, e in zip(rows, expected, strict=True)] == expected
 
 
