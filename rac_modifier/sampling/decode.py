@@ -76,7 +76,8 @@ def decode(
         mask = torch.cat([mask, torch.ones_like(inputs)], dim=1)
         if count <= _COMPACT_BELOW * len(running):
             active = running.nonzero().squeeze(1)
-            cache.reorder_cache(active)  # batch_select_indices lacks linear attention
+            # batch_select_indices lacks linear attention
+            cache.reorder_cache(active)  # type: ignore[arg-type]
             inputs, positions, mask = inputs[active], positions[active], mask[active]
             present, rows, running = present[active], rows[active], running[active]
     return [row[:limit] for row, limit in zip(output.tolist(), limits, strict=True)]
