@@ -119,6 +119,15 @@ def collect_for_calibration(
         raise RacError(
             f"the mixture {calibration.mixture} gives traces no share: nothing to collect"
         )
+    for part, settings in by_part.items():  # a store's columns cannot be changed later
+        problems = settings.problems
+        answered = problems.is_generator or problems.answer_column is not None
+        if settings.select.checks_answers and not answered and not settings.allow_off_policy:
+            raise RacError(
+                f"{part.key}: traces.select.answers: correct needs reference answers; name the "
+                f"column that has them in {problems.source!r} (problems.answer_column), or select "
+                "without answers"
+            )
     budgets = part_tokens(calibration.mixture, calibration.tokens)
     pools: dict[str, TracePool] = {}
     for part, settings in by_part.items():

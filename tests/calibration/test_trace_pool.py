@@ -269,6 +269,15 @@ def test_a_selection_of_less_than_a_fiftieth_of_256_traces_is_refused(
     assert not usable, "a second round"
 
 
+def test_answers_are_selected_only_if_their_column_is_named_before_anything_is_sampled(monkeypatch):
+    monkeypatch.setattr(trace_pool, "collect_traces", None)
+    source = {"problems": {"source": "p.jsonl"}, "select": {"answers": "correct"}}
+    calibration = CalibrationSettings(mixture="traces:p@1")
+    traces = TraceSettings(sources={"p": source})
+    with pytest.raises(RacError, match=r"needs reference answers; .* 'p\.jsonl' \(pro"):
+        collect_for_calibration(None, byte_tokenizer(), traces, calibration)
+
+
 def test_problems_that_end_before_a_selection_is_met_say_so(collect):
     traces = {"select": {"answers": "correct"}, "problems": {"limit": 20}}
     with pytest.raises(RacError, match=r"used up.* kept 0 of \d+: \d+ wrong, 0 tokens of 300"):
