@@ -118,8 +118,9 @@ def build_calibration_set(
             f"{unfinished:,} traces were cut at traces.sampling.max_new_tokens: calibration sees "
             "few endings of answers; raise it"
         )
-    modes = {prompt.thinking for prompt in prompts.values() if prompt.template == "chat"}
-    if len(modes) == 1 and has_thinking_switch(tokenizer):
+    chats = [prompt for prompt in prompts.values() if prompt.template == "chat"]
+    modes = {prompt.thinking for prompt in chats}
+    if len(modes) == 1 and has_thinking_switch(tokenizer, chats[0].system_prompt):
         mode, other = ("on", "off") if modes == {True} else ("off", "on")
         logger.warning(
             f"every prompt has thinking {mode}, and this model also answers with thinking {other}: "

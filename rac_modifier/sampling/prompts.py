@@ -50,10 +50,19 @@ def thinking_switches(on: bool) -> dict[str, Any]:
     return {"enable_thinking": on, "thinking": on}
 
 
-def has_thinking_switch(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Return whether the chat template gives another prompt with thinking off."""
-    on, off = (SamplingSettings(thinking=value) for value in (True, False))
-    return render_question(tokenizer, "1 + 1?", on) != render_question(tokenizer, "1 + 1?", off)
+def has_thinking_switch(
+    tokenizer: PreTrainedTokenizerBase, system_prompt: str | None = None
+) -> bool:
+    """Return whether the chat template gives another prompt with thinking off; False: no template.
+
+    A template that rejects a question with this system prompt has none either.
+    """
+    modes = (SamplingSettings(thinking=on, system_prompt=system_prompt) for on in (True, False))
+    try:
+        on, off = (render_question(tokenizer, "1 + 1?", mode) for mode in modes)
+    except RacError:
+        return False
+    return on != off
 
 
 def messages_of(question: str, system_prompt: str | None) -> list[dict[str, str]]:
