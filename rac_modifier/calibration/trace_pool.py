@@ -120,9 +120,9 @@ def collect_for_calibration(
             f"the mixture {calibration.mixture} gives traces no share: nothing to collect"
         )
     for part, settings in by_part.items():  # a store's columns cannot be changed later
-        problems = settings.problems
+        problems, correct = settings.problems, settings.select.answers == "correct"
         answered = problems.is_generator or problems.answer_column is not None
-        if settings.select.checks_answers and not answered and not settings.allow_off_policy:
+        if correct and not answered and not settings.allow_off_policy:
             raise RacError(
                 f"{part.key}: traces.select.answers: correct needs reference answers; name the "
                 f"column that has them in {problems.source!r} (problems.answer_column), or select "
