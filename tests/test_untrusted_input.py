@@ -15,7 +15,6 @@ ALLOWED = {
     ("__init__.py", "import_module("): "one of the literals of _LAZY, or that `_import_after` is "
         "given",
     ("__main__.py", "runpy"): "the module that the user names on the command line",
-    ("llmcompressor/__init__.py", "import_module("): "a literal name of this package",
     ("kernels/choose.py", "entry_points"): "names packages that the user installed, and loads one "
         "of them",
     ("cli/doctor.py", "entry_points"): "only looked at: is our plugin registered",

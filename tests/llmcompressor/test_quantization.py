@@ -11,6 +11,7 @@ import rac_modifier
 from rac_modifier import ReasoningAwareSparseGPTModifier, cli
 from rac_modifier.checkpoint.inspect import inspect_checkpoint
 from rac_modifier.llmcompressor.quantizer import Quantizer
+from rac_modifier.llmcompressor.run import Run
 from tests.checkpoint.checkpoint_helpers import dense_tensors
 from tests.llmcompressor.conftest import quantization_config, record_of
 from tests.llmcompressor.modifier_helpers import INT8, assert_same_weights, int4, weights
@@ -182,17 +183,17 @@ def test_closer_to_the_dense_model_than_upstreams_gptq_on_the_same_traces(prune,
 
 
 def test_recovery_trains_every_weight_through_its_code(prune, tmp_path, monkeypatch, evaluated):
-    zeros, kept, store, compress = {}, [], Quantizer.store, Quantizer.compress
+    zeros, kept, store, compress = {}, [], Run._store, Quantizer.compress
 
-    def stored(self, module, weight, scale, zero_point, *more):
-        zeros[module] = zero_point
-        store(self, module, weight, scale, zero_point, *more)
+    def stored(self, module, result):
+        zeros[module] = result.zero_point
+        store(self, module, result)
 
     def compressed(self):
         kept.extend(torch.equal(m.weight_zero_point, zeros[m]) for m in self.grids)
         compress(self)
 
-    monkeypatch.setattr(Quantizer, "store", stored)
+    monkeypatch.setattr(Run, "_store", stored)
     monkeypatch.setattr(Quantizer, "compress", compressed)
     recover = {"tokens": 4000, "passes": 4, "held_out_tokens": 600, "step_tokens": 200}
     recover |= {"learning_rate": 3e-4, "folder": str(tmp_path / "state")}

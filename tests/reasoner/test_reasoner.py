@@ -19,6 +19,7 @@ from rac_modifier.reasoner import reasoner_path
 from rac_modifier.sampling.prompts import render_question
 from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.sampling import SamplingSettings
+from rac_modifier.traces import fill_store
 from tests import forked
 from tests.reasoner import training_run
 from tests.reasoner.training_run import TRAINING
@@ -87,7 +88,7 @@ def test_it_fails_without_thinking(reasoner, tmp_path, monkeypatch):
         prompt = tokenizer.decode(render_question(tokenizer, question))
         return tokenizer.encode(f"{prompt}</think>\n", add_special_tokens=False)
 
-    monkeypatch.setattr(accuracy, "render_question", closed)
+    monkeypatch.setattr(fill_store, "render_question", closed)
     assert evaluated(reasoner, 80, 64, tmp_path / "a.jsonl").accuracy < 0.2
 
 
