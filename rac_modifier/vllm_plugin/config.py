@@ -121,7 +121,7 @@ class RacConfig(QuantizationConfig):
 
     @property
     def kv_cache_scheme(self) -> dict[str, Any] | None:
-        """Return how keys and values are stored, which vLLM's attention asks for."""
+        """Return how vLLM's attention stores keys and values."""
         return getattr(self.layout.inner, "kv_cache_scheme", None)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: "WeightsMapper") -> None:
