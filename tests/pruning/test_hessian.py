@@ -201,7 +201,7 @@ def test_a_massive_token_counts_as_a_hundred_medians():
 
 
 def test_no_weight_is_capped_by_a_median_of_zero_or_for_an_input_that_is_not_finite():
-    """`Hessian.add` says that an input is not finite; with a weight of 0 it would not be read."""
+    """A weight of 0 would hide an input that is not finite, which `Hessian.take` refuses."""
     zeros, overflown = torch.zeros(5, 4), gaussian(5, 4)
     zeros[0], overflown[2, 1] = 3.0, torch.inf
     for x in (zeros, overflown):

@@ -142,6 +142,16 @@ def test_chunks_of_tokens_and_groups_of_panels_on_threads(kernel, monkeypatch, f
             assert torch.equal(multiply(x, weight, bias, pack_scale(scale)), y)
 
 
+def test_bfloat16_tokens_of_8_bit_weights(kernel):
+    """With AVX512-BF16 up to 32 tokens become integers, and more stay bfloat16."""
+    dense, weight = integers("int8", 37, 600)
+    scale = torch.rand(37, 1) + 0.01
+    for m in (8, 9, 32, 33):
+        x, bias = torch.randn(m, 600).bfloat16(), torch.randn(37)
+        y = multiply(x, weight, bias, pack_scale(scale))
+        assert_integer_product(y, x, scaled(dense, scale), 1, bias)
+
+
 def test_no_chunk_has_fewer_tokens_than_are_multiplied_at_a_time(native_path, monkeypatch):
     """230,401 tokens in chunks of 480 would leave one; what follows x in memory is not a number."""
     m, scale = 230_401, pack_scale(torch.ones(32, 1))
