@@ -42,6 +42,7 @@ _LINE_END = r"(?P<clause>[^=＝\n]{1,200})\n"
 _EQUATION = re.compile(rf"(?:[-=]>|(?<![<>!])[=＝]|[→⇒]|####){_FILLER}{_LINE_END}", re.IGNORECASE)
 _NO_CLAIM = re.compile(
     r"(?:\b(?:if|whether|unless|suppose|assum(?:e|ing)|doubt|unlikely|maybe|perhaps|says|claims"
+    r"|(?:false|wrong|incorrect|not true) that|(?:don't|not) think"
     r"|wenn|falls|ob|angenommen|vielleicht|sagt"
     r"|si|peut-être|dit)\b|如果|若|假设|假如|可能|也许|是否)[^\n.?!。？！]*$",
     re.IGNORECASE,

@@ -9,8 +9,12 @@ THINK_END = "</think>"
 _END_OF_PROMPT = 16  # tokens that hold the tag and the white space behind it
 _BOX_OR_BRACE = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
 _INTEGER = re.compile(r"[+-]?[0-9]+")
-_WORD = re.compile(r"[A-Za-z]{3,}")  # two letters may be a product: xy = yx
-# What math-verify does not read: the space between thousands, and what follows the answer.
+# Two other letters may be a product: xy = yx.
+_WORD = re.compile(r"[A-Za-z]{3,}|no|on", re.IGNORECASE)
+# What math-verify does not read: a plural behind a number, 1 1/2, the space between thousands,
+# and what follows the answer.
+_UNIT = re.compile(r"(?<=\d)\s+[A-Za-z]{3,}s\Z")
+_MIXED_NUMBER = re.compile(r"(?<![\d.])(\d+)\s+(\d+)/(\d+)\Z")
 _THOUSANDS = re.compile(r"(?<=\d)(?:\\[,;: ]|~|[\u00a0\u2009\u202f])(?=\d{3}(?!\d))")
 _TAIL = re.compile(r"(?:(?<!\.)[.。]|°)\s*\Z")
 _STYLE = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf)\s*\{([^{}]*)\}")
@@ -92,6 +96,9 @@ def equal_answers(answer: str, reference: str) -> bool:
         word, other = text.casefold(), other_text.casefold()
         if sorted(word) == sorted(other):  # math-verify multiplies the letters
             return word == other
+    if not (_UNIT.search(answer) and _UNIT.search(reference)):
+        answer, reference = _UNIT.sub("", answer), _UNIT.sub("", reference)
+    answer, reference = (_MIXED_NUMBER.sub(r"\1\\frac{\2}{\3}", x) for x in (answer, reference))
     from rac_modifier.problems import answer_checker  # loguru: a serving environment may lack it
 
     return answer_checker.check_answer("mathematics", answer, reference)

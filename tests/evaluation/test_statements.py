@@ -26,6 +26,8 @@ from rac_modifier.evaluation.statements import states_answer
         "Die Antwort ist genau 42. Aber",
         "Le résultat est égal à 42. Mais",
         "=> 42\nWait",
+        "That is wrong, and the answer is 42. But",
+        "It is true that the answer is 42. But",
     ],
 )
 def test_the_answer_is_stated(text):
@@ -52,6 +54,8 @@ def test_the_answer_is_stated(text):
         "The answer might be 42. Let",
         "Assume the answer is 42. Then",
         "It is unlikely that the answer is 42. So",
+        "It is false that the answer is 42. So",
+        "I don't think the answer is 42. So",
         "Angenommen, die Antwort ist 42. Dann",
         "答案可能是42。不过",
         "假如答案是42，",

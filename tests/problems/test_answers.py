@@ -70,6 +70,7 @@ def test_many_open_boxes_take_linear_time():
         ("yes", "yes", True),
         ("Yes", "yes", True),
         ("star", "rats", False),
+        ("no", "on", False),
         ("", "0", False),
         ("$7$", r"\boxed{7}", True),
         ("25.", "25", True),
@@ -104,10 +105,21 @@ def test_everything_else_is_compared_as_mathematics_without_its_wrapping(monkeyp
         ("10 cm", "10"),
         (r"1\,234\text{ km}", "1234"),
         ("5\\%.", "5"),
+        ("18 dollars", "18"),
+        ("18", "18 dollars"),
+        ("-1 1/2 pies", "-1.5"),
+        ("5/4", "1 1/4"),
     ],
 )
-def test_products_names_and_units_are_mathematics(answer, reference):
+def test_products_names_units_and_mixed_numbers_are_mathematics(answer, reference):
     assert equal_answers(answer, reference)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference"), [("18 dollars", "18 euros"), ("1 1/2", "1"), ("19 dollars", "18")]
+)
+def test_other_units_and_numbers_are_wrong(answer, reference):
+    assert not equal_answers(answer, reference)
 
 
 def test_is_correct_looks_behind_the_thinking():
