@@ -28,7 +28,7 @@ from rac_modifier.checkpoint.inspect import inspect_checkpoint
 from rac_modifier.cli.inspect import render_report
 from rac_modifier.cli.options import render_results
 from rac_modifier.evaluation.accuracy import evaluate
-from rac_modifier.evaluation.results import accuracy_table
+from rac_modifier.evaluation.tables import accuracy_table
 from rac_modifier.problems.held_out import held_out_problems
 from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.sampling import SamplingSettings

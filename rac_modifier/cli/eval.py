@@ -116,12 +116,9 @@ def evaluate(
     from rac_modifier.checkpoint.card import add_measured, card_folder
     from rac_modifier.evaluation.accuracy import check_problems
     from rac_modifier.evaluation.calibrated_prompt import choose_prompt, recorded_prompts
-    from rac_modifier.evaluation.results import (
-        check_json_out,
-        divergence_table,
-        paired_difference,
-        read_results,
-    )
+    from rac_modifier.evaluation.results import paired_difference
+    from rac_modifier.evaluation.results_file import check_json_out, read_results
+    from rac_modifier.evaluation.tables import divergence_table
     from rac_modifier.files import write_json_atomic
 
     sources = {name: context.get_parameter_source(name) for name in context.params}
@@ -209,8 +206,8 @@ def _divergences(
 
 def _accuracy_lines(answered: list[EvalResult], pairs: list[PairedDifference]) -> list[str]:
     """Return the tables, and lines on loops, differences and token inflation."""
-    from rac_modifier.evaluation.results import accuracy_table, stopping_table
     from rac_modifier.evaluation.stopping import describe_loops
+    from rac_modifier.evaluation.tables import accuracy_table, stopping_table
 
     return [
         options.render_results(accuracy_table(answered)),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 if TYPE_CHECKING:
-    from rac_modifier.evaluation.results import ResultTable
+    from rac_modifier.evaluation.tables import ResultTable
 
 Model = Annotated[
     str,

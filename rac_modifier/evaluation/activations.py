@@ -21,7 +21,7 @@ from rac_modifier.checkpoint.gptq_awq import FORMATS as GPTQ_AWQ
 from rac_modifier.checkpoint.quantization_config import CONFIG_FILE
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.divergence import DenseReference
-from rac_modifier.evaluation.results import ResultTable
+from rac_modifier.evaluation.tables import ResultTable
 from rac_modifier.evaluation.teacher_forcing import TokenSequence, check_sequences
 from rac_modifier.files import read_json
 from rac_modifier.kernels.choose import plan_checkpoint

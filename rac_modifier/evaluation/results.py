@@ -1,23 +1,15 @@
-"""Results of an evaluation: a row per answer, their summary, two models compared, tables."""
+"""Results of an evaluation: the summary of a model's answers, and two models compared."""
 
-import os
-from collections.abc import Collection, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation import intervals
 from rac_modifier.evaluation.stopping import Ending, Row, TokenInflation, summary, token_inflation
-from rac_modifier.files import read_json
-from rac_modifier.settings.sampling import PromptSettings, SamplingSettings
-
-if TYPE_CHECKING:  # a table of results needs no torch
-    from rac_modifier.evaluation.divergence import DivergenceResult
+from rac_modifier.settings.sampling import SamplingSettings
 
 
 class EvalResult(BaseModel):
@@ -156,24 +148,21 @@ def paired_difference(first: EvalResult, second: EvalResult) -> PairedDifference
             f"{first.label} and {second.label} were asked other problems ({len(differing)} "
             f"differ, the first is {differing[0]!r}); evaluate both on the same"
         )
-    samples = first.samples
-    difference = low = high = lost = gained = p_value = None
-    pairs = [
-        (first.correct_answers[name] / samples, count / samples)
-        for name, count in second.correct_answers.items()
-        if name in first.correct_answers
+    right, differences = second.correct_answers, []
+    if right:  # graded
+        differences = [
+            (right[name] - count) / first.samples for name, count in first.correct_answers.items()
+        ]
+    longer = [
+        b.truncated - a.truncated
+        for name, answers in first.endings.items()
+        for a, b in zip(answers, second.endings[name], strict=True)
     ]
-    if pairs:
-        difference = fmean(b - a for a, b in pairs)
-        low, high = intervals.difference_interval([b - a for a, b in pairs])
-    if pairs and samples == 1:
-        lost, gained, p_value = discordant(pairs)
-    ended = [
-        (a.truncated, b.truncated)
-        for problem, answers in first.endings.items()
-        for a, b in zip(answers, second.endings[problem], strict=True)
-    ]
-    truncated = discordant(ended) if samples == 1 else (None, None, None)
+    difference = low = high = None
+    if differences:
+        difference, (low, high) = fmean(differences), intervals.difference_interval(differences)
+    lost, gained, p_value = _one_sided(differences, first.samples)
+    fewer, more, truncated_p_value = _one_sided(longer, first.samples)
     return PairedDifference(
         first=first.label,
         second=second.label,
@@ -185,136 +174,17 @@ def paired_difference(first: EvalResult, second: EvalResult) -> PairedDifference
         only_second=gained,
         p_value=p_value,
         inflation=token_inflation(first.endings, second.endings, first.cap),
-        truncated_only_first=truncated[0],
-        truncated_only_second=truncated[1],
-        truncated_p_value=truncated[2],
+        truncated_only_first=fewer,
+        truncated_only_second=more,
+        truncated_p_value=truncated_p_value,
     )
 
 
-def discordant(pairs: Sequence[tuple[float, float]]) -> tuple[int, int, float]:
-    """Count the pairs whose first and whose second value is larger; with McNemar's p value."""
-    first, second = sum(a > b for a, b in pairs), sum(b > a for a, b in pairs)
+def _one_sided(
+    differences: Sequence[float], samples: int
+) -> tuple[int, int, float] | tuple[None, None, None]:
+    """Count negative and positive differences of single answers; with McNemar's p value."""
+    if samples > 1 or not differences:
+        return None, None, None
+    first, second = sum(d < 0 for d in differences), sum(d > 0 for d in differences)
     return first, second, intervals.mcnemar(first, second)
-
-
-def read_results(path: Path, sampling: SamplingSettings) -> list[EvalResult]:
-    """Read the file that `rac eval --json FILE` wrote, to pair it with answers sampled so.
-
-    RacError: there is none, it is of another version, or has another prompt or top-p.
-    """
-    prompt = PromptSettings.of(sampling)
-    content = read_json(path, "write it with: rac eval DENSE --json FILE")
-    results = content.get("results")
-    if not isinstance(results, list) or not results:
-        raise RacError(f"{path} holds no accuracies; write it with: rac eval DENSE --json FILE")
-    try:
-        asked = PromptSettings.model_validate(content.get("prompt"))
-        if asked != prompt:
-            raise RacError(
-                f"{path} cannot be paired: {asked.describe()} there, and {prompt.describe()} here; "
-                "evaluate both alike (--template, --system-prompt, --thinking)"
-            )
-        top_p = (content.get("protocol") or {}).get("top_p")
-        if sampling.temperature and top_p != sampling.top_p:
-            raise RacError(
-                f"{path} cannot be paired: top-p {top_p} there, and {sampling.top_p} here; "
-                "evaluate both alike (--top-p)"
-            )
-        return list(map(EvalResult.model_validate, results))
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"]))
-        raise RacError(
-            f"{path}: no evaluation result ({field}: {first['msg']}); evaluate with this version"
-        ) from error
-
-
-def check_json_out(path: Path) -> None:
-    """Refuse a file that cannot be written, or that holds something else (RacError)."""
-    folder = path.absolute().parent
-    if not folder.is_dir():
-        raise RacError(f"--json {path}: its folder does not exist; create it first")
-    if not os.access(folder, os.W_OK):
-        raise RacError(f"--json {path}: its folder cannot be written to; name another one")
-    if not path.exists() or (path.is_file() and not path.stat().st_size):
-        return
-    keys: Collection[str] = ()
-    with suppress(RacError):  # a folder, or no JSON
-        keys = read_json(path).keys()
-    if "prompt" not in keys or not {"results", "divergence"} & set(keys):
-        raise RacError(f"--json {path}: is there, and not of an earlier rac eval; name a new file")
-
-
-@dataclass(frozen=True)
-class ResultTable:
-    """A head, a row per model, and a line on what all rows share."""
-
-    head: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    note: str
-
-
-def accuracy_table(results: Sequence[EvalResult]) -> ResultTable:
-    """Return a row per result of one cap, temperature and number of answers per problem."""
-    first = results[0]
-    columns = {"model": [r.label for r in results]}
-    if first.accuracy is not None:
-        bounds = [(100 * (r.ci_low or 0), 100 * (r.ci_high or 0)) for r in results]
-        columns["accuracy"] = [f"{r.accuracy:.1%}" for r in results]
-        columns["95 % CI"] = [f"{low:.1f}-{high:.1f}" for low, high in bounds]
-    columns |= {
-        "thinking": [f"{r.mean_thinking_tokens:.0f}" for r in results],
-        "tokens": [f"{r.mean_completion_tokens:.0f}" for r in results],
-        "unfinished": [f"{r.unfinished_share:.1%}" for r in results],
-        "tokens/s": [f"{r.tokens_per_second:.0f}" if r.tokens_per_second else "-" for r in results],
-        "minutes": [f"{r.seconds / 60:.1f}" for r in results],
-        "problems": [str(r.problems) for r in results],
-    }
-    sampled = f"temperature {first.temperature:g}" if first.temperature else "greedy"
-    note = f"At most {first.cap} new tokens per answer; {sampled}"
-    if first.samples > 1:
-        if first.accuracy is not None:
-            columns[f"pass@{first.samples}"] = [f"{r.pass_at[str(r.samples)]:.1%}" for r in results]
-        note += f"; {first.samples} answers per problem"
-    return ResultTable(tuple(columns), tuple(zip(*columns.values(), strict=True)), f"{note}.")
-
-
-def stopping_table(results: Sequence[EvalResult]) -> ResultTable:
-    """Return the share of each kind of ending and the mean lengths, a row per result."""
-    rows = []
-    for result in results:
-        *shares, thinking, answer = result.stopping().values()
-        percentages = (f"{share:.1%}" for share in shares)
-        rows.append((result.label, *percentages, f"{thinking:.0f}", f"{answer:.0f}"))
-    looping, going = "truncated: looping", "truncated: going"
-    kinds: tuple[str, ...] = ("finished", looping, going)
-    note = "No answer was compared with a reference."
-    if results[0].accuracy is not None:
-        kinds = ("right", "wrong", "truncated: reached", looping, going)
-        note = (
-            "Reached: the last answer stated before the cap is right. Accuracy counts it if boxed."
-        )
-    head = ("model", *kinds, "closes thinking", "thinking", "answer")
-    return ResultTable(head, tuple(rows), note)
-
-
-def divergence_table(results: "Sequence[DivergenceResult]") -> ResultTable:
-    """Return divergences with standard errors, on the same sequences, a row per result."""
-
-    def with_error(mean: float, error: float | None, form: str) -> str:
-        return f"{mean:{form}}" if error is None else f"{mean:{form}} ± {error:{form}}"
-
-    rows = tuple(
-        (
-            r.label,
-            with_error(r.kl, r.kl_stderr, ".3f"),
-            with_error(r.agreement, r.agreement_stderr, ".1%"),
-        )
-        for r in results
-    )
-    return ResultTable(
-        ("model", "KL, nats per token", "top-1 agreement"),
-        rows,
-        f"KL(dense || model) on {results[0].tokens:,} completion tokens of "
-        f"{results[0].sequences:,} sequences; ± one standard error over sequences, from 16 on.",
-    )
