@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import takewhile
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from rac_modifier.checkpoint.files import TensorFiles
@@ -16,7 +15,6 @@ from rac_modifier.evaluation.accuracy import row_of
 from rac_modifier.evaluation.divergence import DenseReference, TokenDivergence, summarise_divergence
 from rac_modifier.evaluation.results import EvalResult, Row, paired_difference, summarise
 from rac_modifier.evaluation.teacher_forcing import sample_sequences
-from rac_modifier.problems.answers import thinking_length
 from rac_modifier.problems.source import Problem
 from rac_modifier.sampling.generate import Generation, eos_token_ids
 from rac_modifier.sampling.prompts import render_question
@@ -50,8 +48,8 @@ Measured = tuple[dict[str, Any], list[dict[str, Any]]]  # figures for a row, and
 def measure_dense(model: Any, tokenizer: Any, held_out: HeldOut) -> Measured:
     """Measure the dense model's answers, which all other models are compared with."""
     answers, figures, rows = _answer(model, tokenizer, held_out, "dense")
-    pairs = zip(held_out.problems, answers, rows, strict=True)
-    return figures, [trace_of(tokenizer, *pair) for pair in pairs]
+    answered = zip(held_out.problems, answers, rows, strict=True)
+    return figures, [trace_of(tokenizer, *values) for values in answered]
 
 
 def measure(
@@ -77,8 +75,8 @@ def measure(
 
 def _answer(
     model: Any, tokenizer: Any, held_out: HeldOut, label: str
-) -> tuple[list[Generation], dict[str, Any], Sequence[Row | None]]:
-    """Return answers, figures, and a row per answer (None: not graded)."""
+) -> tuple[list[Generation], dict[str, Any], list[Row]]:
+    """Return answers, figures, and a row per answer."""
     sampling, started = held_out.sampling, time.monotonic()
     ends = set(eos_token_ids(model, tokenizer))
     prompts, answers = [], []
@@ -86,20 +84,17 @@ def _answer(
         stopped = ids[start:] and ids[-1] in ends
         prompts.append(ids[:start])
         answers.append(Generation(tuple(ids[start:]), "stop" if stopped else "length"))
-    asked = list(zip(held_out.problems, prompts, answers, strict=True))
     seconds = time.monotonic() - started
-    figures: dict[str, Any] = {
-        "thinking": fmean(
-            thinking_length(tokenizer, prompt, answer.ids) for _, prompt, answer in asked
-        ),
-        "truncated": fmean(answer.finish_reason != "stop" for answer in answers),
-        **dict.fromkeys(("accuracy", "divergence", "paired")),
-    }
-    if not held_out.graded:
-        return answers, figures, [None] * len(answers)
+    asked = zip(held_out.problems, prompts, answers, strict=True)
     rows = [row_of(tokenizer, *answered, None) for answered in asked]
     result = summarise(rows, label=label, seconds=seconds, sampling=sampling)
-    figures["accuracy"] = result.model_dump()
+    figures = {
+        "thinking": result.mean_thinking_tokens,
+        "truncated": result.unfinished_share,
+        "accuracy": result.model_dump() if held_out.graded else None,
+        "divergence": None,
+        "paired": None,
+    }
     return answers, figures, rows
 
 
@@ -107,20 +102,20 @@ def trace_of(
     tokenizer: Any,
     problem: Problem,
     answer: Generation,
-    row: Row | None,
+    row: Row,
     dense: Generation | None = None,
     divergence: TokenDivergence | None = None,
 ) -> dict[str, Any]:
     """Return a trace in plain values; `divergence` is on the answer `dense`."""
     pieces = pieces_of(tokenizer, answer.ids)
-    loop = row and row.ending.loop
+    loop = row.ending.loop
     trace: dict[str, Any] = {
         "id": problem.id,
         "ids": list(answer.ids),
         "text": "".join(pieces),
-        "correct": row and row.correct,
+        "correct": row.correct,
         "finish": answer.finish_reason,
-        "kind": row and row.ending.kind,
+        "kind": row.ending.kind,
         "loop": loop and loop.character(pieces),
     }
     if dense is None:
