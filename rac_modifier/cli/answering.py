@@ -68,6 +68,8 @@ class Answering:
     def check(self, models: Sequence[str], written: Set[str], *, divergence: bool) -> None:
         """Refuse contradictions, also among the options `written` by the user (RacError)."""
         served, count = bool(self.servers), len(self.served_as)
+        on_servers = zip(self.servers, self.served_as or self.servers, strict=False)
+        named: Sequence[object] = models or list(on_servers)
         contradictions = {
             "no model is named; give a model folder, a Hugging Face id, or --server URL": (
                 not models and not served
@@ -84,6 +86,8 @@ class Answering:
             "--card and --template need a model folder; leave them out": (
                 not models and bool(written & {"card", "template"})
             ),
+            "a model is named twice and would be compared with itself; leave it out, or name "
+            "another (of one server: --served-as)": len(set(named)) < len(named),
             "--precision is for a model that is loaded here; leave it out with --server": (
                 served and "precision" in written
             ),

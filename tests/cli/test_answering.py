@@ -35,6 +35,8 @@ def answering(**changes) -> Answering:
         ({"served_as": ("m",), "serve": True}, {}, "names the model of a server; add --server URL"),
         (TWO | {"served_as": ("m",)}, NO_MODEL, "--served-as names 1 models for 2 servers; give"),
         (SERVER | {"served_as": ("m", "n")}, {}, "--served-as names several models; give the one"),
+        ({"servers": ("http://a",) * 2}, NO_MODEL, "twice and would be compared with itself"),
+        ({}, {"models": ("a", "a")}, "twice and would be compared with itself; leave it"),
         (SERVER, {"models": (), "written": {"card"}}, "--card and --template need a model folder"),
     ],
 )
