@@ -118,15 +118,13 @@ def trace_of(
         "kind": row.ending.kind,
         "loop": loop and loop.character(pieces),
     }
-    if dense is None:
+    if dense is None or divergence is None:
         question = {"question": problem.question, "answer": problem.answer}
         return trace | question | {"pieces": [len(piece) for piece in pieces]}
     pairs = zip(answer.ids, dense.ids, strict=False)
     same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-    trace |= {"same_tokens": same, "same_characters": sum(map(len, pieces[:same]))}
-    if divergence is not None:
-        trace["kl"] = [round(value, 4) for value in divergence.kl]
-    return trace
+    characters, kl = sum(map(len, pieces[:same])), [round(value, 4) for value in divergence.kl]
+    return trace | {"same_tokens": same, "same_characters": characters, "kl": kl}
 
 
 def pieces_of(tokenizer: Any, ids: Sequence[int]) -> list[str]:

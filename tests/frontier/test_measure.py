@@ -127,7 +127,7 @@ def test_where_two_answers_part_and_where_a_loop_begins():
     assert trace["kl"] == [0.1235] * 7
     assert (trace["finish"], trace["correct"], trace["kind"]) == ("length", False, "looping")
     assert trace["loop"] == len("<think>ü1")
-    equal = trace_of(tokenizer, PROBLEM, dense, ended, dense)
+    equal = trace_of(tokenizer, PROBLEM, dense, ended, dense, kl)
     assert equal["same_tokens"] == len(dense.ids)
     assert equal["loop"] is None
 
