@@ -33,6 +33,7 @@ from rac_modifier.llmcompressor.plan import make_plan
 from rac_modifier.llmcompressor.reap import recorded_saliency
 from rac_modifier.llmcompressor.run import Run
 from rac_modifier.model_tools import main_device
+from rac_modifier.sampling.model_identity import model_fingerprint
 
 _NAME = "sequential"
 
@@ -105,8 +106,7 @@ class ReasoningAwareSequentialPipeline(SequentialPipeline):
             run.use_order(order, why)
             forecast = Forecast.of(run, model, ours.loader, by_layer=order == "layer")
             forecast.check(onload, offload, run.processes.local)
-            experts = {"modules": len(run.names), "saliency": ours.saliency}  # of REAP
-            about = {"order": order, "choice of experts": experts}
+            about = {"order": order, "result of earlier modifiers": model_fingerprint(model)}
             run.go_on({**about, **ours.calibration.identity()})
             run_stages(model, ours.loader, stages, run, onload, offload)
             return

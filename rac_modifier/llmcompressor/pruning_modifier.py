@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from llmcompressor.core import Event, State, active_session
+from llmcompressor.modifiers import Modifier
 from loguru import logger
 from pydantic import PrivateAttr
 from transformers import PreTrainedModel
@@ -87,7 +88,16 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
                 "model is pruned; leave it out"
             )
         recipe = self.model_dump(mode="json", exclude={"traces", "tokenizer"})
-        about = {"recipe": recipe, "model": model_fingerprint(model)}
+        before = {
+            type(modifier).__name__: _settings(modifier)
+            for modifier in active_session().lifecycle.recipe.modifiers
+            if modifier is not self and modifier.initialized
+        }
+        about = {
+            "recipe": recipe,
+            "choice of earlier modifiers": before,
+            "model": model_fingerprint(model),
+        }
         self._processes.check_same(about)
         resume = Resume()
         if self._processes.is_first and oneshot is not None and oneshot.output_dir is not None:
@@ -147,3 +157,9 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
             activations=self._activations,
             record=self.run_record(method, {**pattern, **run.record()}),
         )
+
+
+def _settings(modifier: Modifier) -> dict[str, str]:
+    """Return another modifier's settings as text; names of its state end in an underscore."""
+    values = modifier.model_dump().items()
+    return {name: str(value) for name, value in values if not name.endswith("_")}

@@ -23,10 +23,10 @@ class Killed(BaseException):
     """Ends a run as a kill does: nothing more is pruned or written."""
 
 
-def _oneshot(folder, ours, model, later, pipeline, output_dir, oneshot_options):
+def _oneshot(folder, recipe, model, pipeline, output_dir, oneshot_options):
     return oneshot(
         model=str(folder) if model is None else model,
-        recipe=[ours, *later],
+        recipe=recipe,
         pipeline=pipeline,
         output_dir=None if output_dir is None else str(output_dir),
         **(oneshot_options or {}),
@@ -39,6 +39,7 @@ def prune(tiny_folder, trace_store):
 
     def prune(
         model=None,
+        earlier=(),
         later=(),
         pipeline="independent",
         output_dir=None,
@@ -46,7 +47,8 @@ def prune(tiny_folder, trace_store):
         **settings,
     ):
         ours = ReasoningAwareSparseGPTModifier(**entry(trace_store, **settings))
-        return _oneshot(tiny_folder, ours, model, later, pipeline, output_dir, oneshot_options)
+        recipe = [*earlier, ours, *later]
+        return _oneshot(tiny_folder, recipe, model, pipeline, output_dir, oneshot_options)
 
     return prune
 
@@ -59,7 +61,8 @@ def calibrate(tiny_folder, trace_store):
         later=(), pipeline="independent", output_dir=None, oneshot_options=None, **settings
     ):
         ours = ReasoningAwareCalibrationModifier(**calibration_entry(trace_store, **settings))
-        return _oneshot(tiny_folder, ours, None, later, pipeline, output_dir, oneshot_options)
+        recipe = [ours, *later]
+        return _oneshot(tiny_folder, recipe, None, pipeline, output_dir, oneshot_options)
 
     return calibrate
 

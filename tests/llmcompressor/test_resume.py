@@ -1,5 +1,6 @@
 """What a run that was killed goes on from, what it refuses, and where it writes."""
 
+import copy
 import fcntl
 import shutil
 from hashlib import sha256
@@ -8,6 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from llmcompressor.core import Event, State
+from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers.pruning import WandaPruningModifier
+from pydantic import PrivateAttr
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
@@ -132,6 +137,58 @@ def test_a_killed_run_goes_on_only_as_it_was(prune, solved, stopped, dense, tmp_
     assert not solved
     assert everything(tmp_path / "out.unfinished") == stopped
     assert not (tmp_path / "out").exists()
+
+
+class Scaling(Modifier):
+    """Scales a weight by a factor that is no setting."""
+
+    requires_calibration_data: bool = True
+    _factor: float = PrivateAttr(default=1.0)
+
+    def on_initialize(self, state: State, **kwargs: Any) -> bool:
+        return True
+
+    def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
+        with torch.no_grad():
+            state.model.get_submodule("model.layers.1.mlp.up_proj").weight.mul_(self._factor)
+
+
+def scaling(factor: float) -> Scaling:
+    modifier = Scaling()
+    modifier._factor = factor
+    return modifier
+
+
+def wanda(sparsity: float) -> WandaPruningModifier:
+    return WandaPruningModifier(sparsity=sparsity, targets=["Linear"], ignore=["lm_head"])
+
+
+# by id: the modifiers before ours of the killed run and of the next, and why that is refused
+BEFORE = {
+    "removed": ([wanda(0.3)], [], r"of earlier modifiers has pruned \(WandaPruningModifier: "),
+    "changed": ([wanda(0.3)], [wanda(0.2)], r"Modifier\.sparsity: '0\.3' there, '0\.2' here"),
+    "weights": ([scaling(1.1)], [scaling(1.2)], r"another result of earlier modifiers has pruned;"),
+}
+
+
+@pytest.mark.parametrize(("first", "second", "why"), BEFORE.values(), ids=BEFORE)
+def test_a_killed_run_goes_on_only_behind_the_same_modifiers(
+    prune, solved, tmp_path, first, second, why
+):
+    """Changed before ours, it is refused before anything is pruned; the same recipe goes on."""
+    out, first, second = tmp_path / "out", *copy.deepcopy((first, second))
+    prune(output_dir=tmp_path / "undisturbed", earlier=copy.deepcopy(first))
+    solved.clear()
+    solved.lives = 2
+    with pytest.raises(Killed):
+        prune(output_dir=out, earlier=copy.deepcopy(first))
+    solved.lives = 10**6
+    with pytest.raises(RacError, match=why):
+        prune(output_dir=out, earlier=second)
+    assert len(solved) == 2
+    prune(output_dir=out, earlier=first)
+    assert len(solved) == GROUPS
+    assert result(out) == result(tmp_path / "undisturbed")
 
 
 # two runs at once
