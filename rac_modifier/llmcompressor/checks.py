@@ -135,13 +135,14 @@ def check_other_modifiers(ours: PruningEntry, modifiers: Sequence[Modifier]) -> 
                 f"{name} after {kind} scales weights that are rounded; leave it out, or quantize "
                 "behind it with QuantizationModifier, not in the pruning entry"
             )
-        if behind and quantizes and isinstance(modifier, QuantizationMixin):
+        if behind and (quantizes or ours.recover) and isinstance(modifier, QuantizationMixin):
             groups = modifier.resolved_config.config_groups.values()
             if not all(OF_VOCABULARY.search(name) for group in groups for name in group.targets):
-                raise RacError(
-                    f"{name} after {kind} quantizes twice; leave one out, or set "
-                    "targets: [lm_head] for the head"
-                )
+                why = "quantizes twice; leave one out"
+                if not quantizes:
+                    why = "takes its scales before recover trains the weights; leave it out and "
+                    why += "set quantization: {scheme: ...} in the pruning entry"
+                raise RacError(f"{name} after {kind} {why}, or set targets: [lm_head] for the head")
 
 
 def check_packing(
