@@ -87,6 +87,8 @@ class ReasoningAwareSequentialPipeline(SequentialPipeline):
             self._calibrate(model, dataset_args)
         except BaseException:
             take_away(active_session())
+            if self._ours.run is not None:
+                self._ours.run.resume.leave()
             raise
         finally:  # what upstream registers with `torch.fx.wrap` holds the model for ever
             for key in wrapped.keys() - before:

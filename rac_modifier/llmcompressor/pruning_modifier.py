@@ -59,14 +59,18 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
             )
         check_other_modifiers(self, active_session().lifecycle.recipe.modifiers)
         run = self._run = self._make_run(state.model)
-        loader = self._calibration.loader if self._calibration else None  # None: to be sampled
-        offload = oneshot.dataset_args.sequential_offload_device if oneshot else "cpu"
-        forecast = Forecast.of(run, state.model, loader, by_layer=self.order == "layer")
-        forecast.check(main_device(), torch.device(offload), self._processes.local)
-        self.prepare(state, quantizes=quantizes)
-        run.quantizer.attach(state.model)
-        save_with_record(state.model, self._save_plan)
-        self.calibrate_session(state, run)
+        try:
+            loader = self._calibration.loader if self._calibration else None  # None: to be sampled
+            offload = oneshot.dataset_args.sequential_offload_device if oneshot else "cpu"
+            forecast = Forecast.of(run, state.model, loader, by_layer=self.order == "layer")
+            forecast.check(main_device(), torch.device(offload), self._processes.local)
+            self.prepare(state, quantizes=quantizes)
+            run.quantizer.attach(state.model)
+            save_with_record(state.model, self._save_plan)
+            self.calibrate_session(state, run)
+        except BaseException:
+            run.resume.leave()
+            raise
         return True
 
     def _make_run(self, model: PreTrainedModel) -> Run:

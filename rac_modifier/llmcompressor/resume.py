@@ -131,6 +131,11 @@ class Resume:
             remove_folder(self._folder)
             self._lock.close()
 
+    def leave(self) -> None:
+        """Remove the folder of a run that failed, if it holds no group."""
+        if self._folder is not None and not (self._folder / _ABOUT).exists():
+            self.remove()
+
     def _check_held(self) -> None:
         """Refuse to go on where a later run of this process has the folder (RacError)."""
         if self._lock is None or self._lock.closed:

@@ -3,7 +3,7 @@
 Refused is what a user could believe to have shaped the result, not each harmless setting.
 """
 
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
@@ -58,6 +58,20 @@ class CalibrationEntry(BaseModel):
                 f"recover: it trains on traces, and the mixture {self.calibration.mixture} has "
                 "none; give traces a share of calibration.mixture, or leave recover out"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _parts_have_traces_of_their_own(self) -> Self:
+        decides: Any = {"problems": {"source", "column", "config", "split"}, "sampling": True}
+        parts: dict[str, str] = {}  # by what decides their traces
+        for part in self.calibration.parts("traces"):
+            sampled = self.traces.named(part.name).model_dump_json(include=decides)
+            if other := parts.get(sampled):
+                raise RacError(
+                    f"{other} and {part.key} have the same traces, so one calibrates on what the "
+                    "other holds out; leave one out, or give it other problems"
+                )
+            parts[sampled] = part.key
         return self
 
     @model_validator(mode="after")

@@ -139,6 +139,25 @@ def test_a_killed_run_goes_on_only_as_it_was(prune, solved, stopped, dense, tmp_
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("refused", "why"),
+    [
+        ({"traces": entry("another.jsonl")["traces"]}, "another.jsonl' is no file of traces"),
+        (
+            {"order": "group", "oneshot_options": {"sequential_targets": ["Qwen3MLP"]}},
+            "order: group is not possible",
+        ),
+    ],
+)
+def test_a_run_that_is_refused_leaves_nothing_behind(prune, tmp_path, monkeypatch, refused, why):
+    """While it is prepared, or when its plan is made."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "another.jsonl").write_text("{}\n")
+    with pytest.raises(RacError, match=why):
+        prune(output_dir=tmp_path / "new" / "out", **refused)
+    assert list((tmp_path / "new").iterdir()) == []
+
+
 class Scaling(Modifier):
     """Scales a weight by a factor that is no setting."""
 

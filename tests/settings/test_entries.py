@@ -140,5 +140,25 @@ def test_all_of_them_are_in_one_message_with_their_values_and_why():
 def test_what_has_an_effect_is_not_refused():
     selected = {"traces": {"select": {"finished": True}}}
     check_entry({"sparsity": 0.5, "traces": {"problems": {"limit": 3}}, **PROMPTS}, "r")
-    check_entry({"sparsity": 0.5, **selected, **mixture("traces@0.5, traces:arithmetic@0.5")}, "r")
+    check_entry({"sparsity": 0.5, **selected, **mixture("traces@0.5, traces:a.jsonl@0.5")}, "r")
     check_entry({"sparsity": 0.5, **mixture("prompts@0.5, text@0.5")}, "r")
+
+
+@pytest.mark.parametrize(
+    ("line", "other", "says"),
+    [
+        ("traces@0.6, traces:s@0.4", {}, "traces and traces:s have the same traces"),
+        ("traces:s@0.6, traces:arithmetic@0.4", {}, "traces:s and traces:arithmetic have the same"),
+        ("traces@0.6, traces:s@0.4", {"thinking": False}, None),
+        ("traces@0.6, prompts:s@0.4", {"select": None}, None),
+    ],
+)
+def test_two_parts_with_the_same_traces_are_refused(line, other, says):
+    """Each holds out another share of them, so one would calibrate on what is held out."""
+    source = {"problems": {"limit": 99}, "select": {"finished": True}, **other}
+    settings = {"sparsity": 0.5, "traces": {"sources": {"s": source}}, **mixture(line)}
+    if says is None:
+        check_entry(settings, "r")
+        return
+    with pytest.raises(RacError, match=f"{says}.*; leave one out, or give it other problems"):
+        check_entry(settings, "r")
