@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
+from vllm.config import get_current_vllm_config_or_none
 from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
@@ -23,13 +24,22 @@ from rac_modifier.kernels.cpu.support import support
 from rac_modifier.kernels.interface import VLLMS, Decision, stay_dense
 from rac_modifier.platform import keep_freed_memory
 from rac_modifier.vllm_plugin import METHOD, layouts
-from rac_modifier.vllm_plugin.layouts import Layout
+from rac_modifier.vllm_plugin.layouts import CodesReader, Layout, WeightReader
 
 if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper
 
 logger = init_logger(f"vllm.{__name__}")
 DRAFT = "draft_model"  # vLLM's prefix of all layers of a draft (vllm.v1.spec_decode.draft_model)
+# Modules whose rows a model of vLLM reorders in `load_weights`, by model type.
+_LLAMA4 = ("q_proj", "k_proj")
+_REORDERED = {
+    "bloom": ("query_key_value",),
+    "falcon": ("query_key_value",),
+    "llama4": _LLAMA4,
+    "llama4_text": _LLAMA4,
+    "telechat": ("key_value",),
+}
 
 
 @dataclass
@@ -74,6 +84,7 @@ class RacConfig(QuantizationConfig):
             raise layouts.no_effect("it is not quantized; if pruned, rac pack makes it sparse")
         self.layout = layout
         self.int8_activations: tuple[str, ...] = ()  # modules whose inputs may be rounded to 8 bits
+        self.reordered: tuple[str, ...] = ()  # last names of modules, from `_REORDERED`
         self.report = LoadReport(requested)
         self.embedding_is_stored = False
 
@@ -103,13 +114,10 @@ class RacConfig(QuantizationConfig):
         self, model_name: str, hf_config: Any = None, revision: str | None = None
     ) -> None:
         """Read what config.json records, before vLLM loads the folder `model_name` (RacError)."""
-        falcon = getattr(hf_config, "model_type", None) == "falcon"
-        if falcon and (hf_config.new_decoder_architecture or not hf_config.multi_query):
-            raise RacError(
-                f"{model_name}: vLLM reorders the rows of Falcon's query_key_value while it loads "
-                "dense weights, and not those of this checkpoint; rac unpack writes it dense, and "
-                "--quantization compressed-tensors serves codes"
-            )
+        model = getattr(hf_config, "model_type", "")
+        one_key = model == "falcon" and hf_config.multi_query  # as Falcon-7B: the order stays
+        if not one_key or hf_config.new_decoder_architecture:
+            self.reordered = _REORDERED.get(model, ())
         if (Path(model_name) / INDEX_FILE).is_file():
             with TensorFiles(model_name):  # vLLM misses tensors of unquantized models only
                 pass
@@ -147,6 +155,9 @@ class RacConfig(QuantizationConfig):
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
         from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
+        current = get_current_vllm_config_or_none()
+        if current is not None and current.load_config.load_format == "dummy":
+            raise RacError("--load-format dummy: random weights cannot be packed; leave it out")
         prefix = prefix.removeprefix(f"{DRAFT}.")  # the checkpoint's name of the layer
         if self.layout.inner is not None:  # the model has set the mapping
             self.layout.inner.packed_modules_mapping = self.packed_modules_mapping
@@ -162,11 +173,24 @@ class RacConfig(QuantizationConfig):
         reader = self.layout.reader(layer, modules)
         if reader is None or isinstance(reader, str):
             return self._vllms(layer, prefix, reader) or UnquantizedLinearMethod()
+        self._check_order(modules, reader)
         from rac_modifier.vllm_plugin.linear import RacLinearMethod, Shards
 
         bits = 8 if set(modules) <= set(self.int8_activations) else 16
         self.report.expected += 1
         return RacLinearMethod(Shards(prefix, modules, reader), self.report.add, bits)
+
+    def _check_order(self, modules: list[str], reader: WeightReader) -> None:
+        """Refuse rows that vLLM reorders in dense weights, and not in these (RacError)."""
+        if self.reordered == _LLAMA4 and isinstance(reader, CodesReader) and reader.symmetric:
+            return  # vLLM reorders weight_packed and weight_scale, too
+        for module in modules:
+            if module.rpartition(".")[2] in self.reordered and reader.holds(module):
+                raise RacError(
+                    f"{module}: vLLM reorders its rows while it loads dense weights, and not those "
+                    "of this checkpoint; rac unpack writes it dense, and "
+                    "--quantization compressed-tensors serves codes"
+                )
 
     def _experts(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:
         reader = self.layout.experts_reader(layer, prefix)

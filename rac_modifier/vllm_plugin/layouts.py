@@ -57,6 +57,10 @@ class WeightReader:
         """Check the tensors of `module`; return its weight (RacError names a damaged one)."""
         raise NotImplementedError
 
+    def holds(self, module: str) -> bool:
+        """Return whether the weight of a linear module, by its name on disk, is compressed."""
+        raise NotImplementedError
+
 
 class CodesReader(WeightReader):
     """Dense weights of compressed-tensors; `schemes` by module, None for a module in floats."""
@@ -65,6 +69,11 @@ class CodesReader(WeightReader):
 
     def __init__(self, schemes: Mapping[str, WeightScheme | None]) -> None:
         self.schemes = schemes
+        self.symmetric = all(scheme is None or scheme.symmetric for scheme in schemes.values())
+
+    def holds(self, module: str) -> bool:
+        """Return whether the module has a scheme."""
+        return self.schemes.get(module) is not None
 
     def read(self, tensors: Mapping[str, Tensor], module: str) -> Weight:
         """Return the weight with every value stored; a tensor where nothing is quantized."""

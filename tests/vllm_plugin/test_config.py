@@ -1,6 +1,7 @@
 """The config: whose checkpoints, the method of each layer, what is read before loading."""
 
 import copy
+import pickle
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ from tests.vllm_plugin.vllm_fixtures import needs_vllm, on_rank
 
 needs_vllm()
 
+from vllm.config import set_current_vllm_config
 from vllm.model_executor.layers import linear
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
@@ -108,18 +110,52 @@ def test_apply_vllm_mapper_renames_modules():
     assert config.int8_activations == ("language_model.v.c",)
 
 
+def model(model_type: str, **settings: bool) -> SimpleNamespace:
+    return SimpleNamespace(model_type=model_type, **settings)
+
+
 @pytest.mark.parametrize(
-    ("new", "multi_query", "refused"),
-    [(True, True, True), (False, False, True), (False, True, False)],
-)
-def test_rows_of_falcon_that_vllm_reorders_are_refused(tmp_path, new, multi_query, refused):
-    """With a single head of keys, as Falcon-7B has, the order stays."""
-    falcon = SimpleNamespace(
-        model_type="falcon", new_decoder_architecture=new, multi_query=multi_query
-    )
-    config = RacConfig.from_config(PACKED)
-    with pytest.raises(RacError, match="reorders the rows") if refused else nullcontext():
-        config.maybe_update_config(str(tmp_path), hf_config=falcon)
+    ("hf_config", "name", "entry", "refused"),
+    [
+        (model("falcon", new_decoder_architecture=True, multi_query=True), "query_key_value",
+         PACKED, "query_key_value"),
+        (model("falcon", new_decoder_architecture=False, multi_query=False), "query_key_value",
+         quantization(), "query_key_value"),
+        # a single head of keys, as Falcon-7B has: the order stays
+        (model("falcon", new_decoder_architecture=False, multi_query=True), "query_key_value",
+         PACKED, None),
+        (model("falcon", new_decoder_architecture=True, multi_query=True), "dense", PACKED, None),
+        (model("bloom"), "query_key_value", PACKED, "query_key_value"),
+        (model("telechat"), "key_value", gptq_config(), "key_value"),
+        (model("llama4"), "qkv_proj", PACKED, "q_proj"),
+        (model("llama4_text"), "qkv_proj", awq_config(), "q_proj"),
+        (model("llama4_text"), "qkv_proj", quantization(symmetric=False), "q_proj"),
+        (model("llama4_text"), "qkv_proj", quantization(), None),  # vLLM reorders these codes
+        (model("llama4_text"), "qkv_proj",
+         {**PACKED, "sparsity_config": {**PACKED["sparsity_config"],
+                                        "ignore": ["re:.*q_proj", "re:.*k_proj"]}}, None),
+        (model("llama"), "qkv_proj", PACKED, None),
+    ],
+)  # fmt: skip
+def test_rows_that_vllm_reorders_in_dense_weights_alone_are_refused(
+    tmp_path, hf_config, name, entry, refused
+):
+    config = RacConfig.from_config(entry)
+    config.maybe_update_config(str(tmp_path), hf_config=hf_config)
+    config = pickle.loads(pickle.dumps(config))  # vLLM sends it to its workers
+    config.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+    layer = bare(linear.ColumnParallelLinear)
+    says = rf"^a\.{refused}: vLLM reorders its rows"
+    with pytest.raises(RacError, match=says) if refused else nullcontext():
+        assert type(config.get_quant_method(layer, f"a.{name}")) is RacLinearMethod
+
+
+def test_random_weights_are_refused():
+    random = SimpleNamespace(load_config=SimpleNamespace(load_format="dummy"))
+    layer = bare(linear.ColumnParallelLinear)
+    refused = pytest.raises(RacError, match=r"^--load-format dummy: random weights cannot")
+    with set_current_vllm_config(random), refused:
+        RacConfig.from_config(PACKED).get_quant_method(layer, "a.b")
 
 
 def test_a_quantized_kv_cache_next_to_packed_weights_in_floats():
