@@ -1,14 +1,13 @@
-"""The packed experts of a mixture-of-experts layer, each run on the tokens that are routed to it.
+"""The experts of a mixture-of-experts layer whose weights are compressed in the checkpoint.
 
 Tensors are collected while weights are loaded. Afterwards they are checked, the rank's share is cut
-out, and all experts of the layer run on a kernel, in one opaque torch operator, or dense.
+out, and all experts of the layer run on a kernel, or dense.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from itertools import chain
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -23,95 +22,15 @@ from rac_modifier.checkpoint.stored_weight import StoredWeight, stack
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.choose import choose
 from rac_modifier.kernels.interface import REORDERED, Decision, Layer, stay_dense
-from rac_modifier.vllm_plugin.layouts import WeightReader
-from rac_modifier.vllm_plugin.linear import AddDecision, PackedWeight, loaded_again, to_floats
+from rac_modifier.vllm_plugin.layouts import Weight, WeightReader
+from rac_modifier.vllm_plugin.linear import AddDecision, check_shape, loaded_again, to_floats
+from rac_modifier.vllm_plugin.packed_experts import PackedExperts, PackedLinear
 
 _GATES: dict[MoEActivation, Callable[[Tensor], Tensor]] = {
     MoEActivation.SILU: torch.nn.functional.silu,
     MoEActivation.GELU: torch.nn.functional.gelu,
     MoEActivation.GELU_TANH: lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
 }
-_SERVED: WeakValueDictionary[str, "PackedExperts"] = WeakValueDictionary()
-
-
-class PackedExperts(torch.nn.Module):
-    """Experts, each with the weights [2 width, hidden] (gate and up, stacked) and [hidden, width].
-
-    The operator finds them by their layer's `name`. `pairs`: the packed weights of expert after
-    expert, each with the module that holds its parameters. `local`, int [experts], has numbers on
-    this rank or -1; None: the same.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        pairs: Sequence[tuple[PackedWeight, torch.nn.Module]],
-        gate: Callable[[Tensor], Tensor],
-        local: Tensor | None = None,
-    ) -> None:
-        super().__init__()
-        self.gate, self.local = gate, local
-        self.holders = torch.nn.ModuleList(holder for _, holder in pairs)
-        self.up, self.down = pairs[::2], pairs[1::2]
-        self.name, number = name, 1
-        while self.name in _SERVED:  # another model in this process has a layer of this name
-            number += 1
-            self.name = f"{name}#{number}"
-        _SERVED[self.name] = self
-
-    def forward(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
-        """Run x [T, hidden] through the experts `topk_ids` [T, k], weighted by `topk_weights`."""
-        return torch.ops.rac_modifier.sparse_experts(x, topk_weights, topk_ids, self.name)
-
-    def _forward(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
-        # Sort the pairs of a token and an expert by expert.
-        k = topk_ids.shape[1]
-        ids = (topk_ids if self.local is None else self.local[topk_ids.long()]).flatten()
-        order = ids.argsort(stable=True)
-        numbers, counts = (
-            column.tolist() for column in torch.unique_consecutive(ids[order], return_counts=True)
-        )
-        # Run each expert on its tokens.
-        gate_up = _matmuls(x[order // k], numbers, counts, self.up)
-        gate, up = gate_up.float().chunk(2, dim=1)
-        results = _matmuls((self.gate(gate) * up).to(x.dtype), numbers, counts, self.down)
-        # Sum by token, in float32 and in the token's order.
-        by_token = torch.empty_like(results)
-        by_token[order] = results
-        out = torch.zeros(x.shape, dtype=torch.float32)
-        for place, shares in enumerate(topk_weights.float().unbind(1)):
-            out += by_token[place::k] * shares[:, None]
-        return out.to(x.dtype)
-
-
-def _matmuls(
-    x: Tensor,
-    numbers: list[int],
-    counts: list[int],
-    packed: Sequence[tuple[PackedWeight, torch.nn.Module]],
-) -> Tensor:
-    """Multiply each expert with its rows of `x`, which follow each other; zeros for number -1."""
-    out = x.new_zeros(len(x), packed[0][0].rows)
-    first = 0
-    for number, count in zip(numbers, counts, strict=True):
-        last = first + count
-        if number >= 0:
-            weight, holder = packed[number]
-            out[first:last] = weight.linear(holder, x[first:last], None)
-        first = last
-    return out
-
-
-def _run(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, name: str) -> Tensor:
-    return _SERVED[name]._forward(x, topk_weights, topk_ids)
-
-
-_OPERATOR = "rac_modifier::sparse_experts"
-if not hasattr(torch.ops.rac_modifier, "sparse_experts"):  # once per process
-    arguments = "Tensor x, Tensor topk_weights, Tensor topk_ids, str name"
-    torch.library.define(_OPERATOR, f"({arguments}) -> Tensor")
-    torch.library.impl(_OPERATOR, "cpu", _run)
-    torch.library.register_fake(_OPERATOR, lambda x, weights, ids, name: torch.empty_like(x))
 
 
 class RacExpertsMethod(FusedMoEMethodBase):
@@ -223,25 +142,19 @@ class RacExpertsMethod(FusedMoEMethodBase):
 
         Read for packing, a weight takes several times its bytes on disk.
         """
-        pairs = []
+        up: list[PackedLinear] = []
+        down: list[PackedLinear] = []
         for number in self._numbers(layer):
-            weights = self._weights(layer, number)
-            if not all(isinstance(weight, StoredWeight) for weight in weights):
-                return stay_dense("some of its experts are stored in floats", self.dtype)
-            if any(weight.order is not None for weight in weights):
-                return stay_dense(REORDERED, self.dtype)
-            try:
-                shares = self._shares(layer, weights, number)
-            except RacError as error:  # gate and up differ
-                return stay_dense(str(error), self.dtype)
-            for share in shares:
+            shares = self._shares(layer, number)
+            if isinstance(shares, str):
+                return stay_dense(shares, self.dtype)
+            for share, linears in zip(shares, (up, down), strict=True):
                 decision, backend = choose(Layer.of(share, self.dtype), self.device.type)
                 if backend is None:
                     return decision
-                holder = torch.nn.Module()
-                pairs.append((PackedWeight(holder, backend, share, self.dtype), holder))
+                linears.append(PackedLinear(backend, share, self.dtype))
         gate, local = _GATES[layer.activation], layer.expert_map_manager.expert_map
-        layer.sparse_experts = PackedExperts(self.prefix, pairs, gate, local)
+        layer.sparse_experts = PackedExperts(self.prefix, up, down, gate, local)
         return replace(decision, kernel=f"{decision.kernel}, experts")
 
     def _numbers(self, layer: Any) -> list[int]:
@@ -252,35 +165,43 @@ class RacExpertsMethod(FusedMoEMethodBase):
         numbers = torch.nonzero(local >= 0).flatten()
         return numbers[local[numbers].argsort()].tolist()
 
-    def _weights(self, layer: Any, number: int) -> list[Any]:
-        """Return an expert's gate, up and down, read from the checkpoint (RacError: unfit)."""
-        moe = layer.moe_config
-        wide = [moe.intermediate_size, moe.hidden_dim]
-        shapes = dict.fromkeys((layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name), wide)
-        shapes[layer.ckpt_down_proj_name] = wide[::-1]
-        weights = []
-        for name, shape in shapes.items():
-            module, stored = f"{self.prefix}.{number}.{name}", f"{number}.{name}"
-            if stored not in self._tensors:
-                raise RacError(f"{module}: missing from the checkpoint; copy or save it again")
-            weight = self.reader.read(self._tensors[stored], module)
-            if list(weight.shape) != shape:
-                raise RacError(
-                    f"{module}: the checkpoint has a weight {list(weight.shape)}, the model's "
-                    f"config.json has {shape}; they do not belong together"
-                )
-            weights.append(weight)
-        return weights
+    def _shares(self, layer: Any, number: int) -> tuple[StoredWeight, StoredWeight] | str:
+        """Return this rank's rows of gate and up, stacked, and its columns of down (RacError).
 
-    def _shares(
-        self, layer: Any, weights: Sequence[StoredWeight], number: int
-    ) -> tuple[StoredWeight, StoredWeight]:
-        """Return this rank's rows of gate and up, stacked, and its columns of down."""
-        gate, up, down = weights
-        first = layer.moe_config.tp_rank * self.width
+        A text is the reason why the experts run dense.
+        """
+        moe = layer.moe_config
+        wide = (moe.intermediate_size, moe.hidden_dim)
+        weights = [
+            self._weight(f"{number}.{name}", shape)
+            for name, shape in (
+                (layer.ckpt_gate_proj_name, wide),
+                (layer.ckpt_up_proj_name, wide),
+                (layer.ckpt_down_proj_name, wide[::-1]),
+            )
+        ]
+        packed = [weight for weight in weights if isinstance(weight, StoredWeight)]
+        if len(packed) < len(weights):
+            return "some of its experts are stored in floats"
+        if any(weight.order is not None for weight in packed):
+            return REORDERED
+        gate, up, down = packed
+        first = moe.tp_rank * self.width
         rows = torch.arange(first, first + self.width)
-        gate_up = stack([gate.select_rows(rows), up.select_rows(rows)], f"{self.prefix}.{number}")
-        return gate_up, down.select_columns(first, self.width)
+        try:
+            both = stack([gate.select_rows(rows), up.select_rows(rows)], f"{self.prefix}.{number}")
+            return both, down.select_columns(first, self.width)
+        except RacError as error:  # gate and up differ
+            return str(error)
+
+    def _weight(self, name: str, shape: tuple[int, int]) -> Weight:
+        """Read a weight, such as "3.up_proj", of a shape (RacError: missing, or unfit)."""
+        module = f"{self.prefix}.{name}"
+        if name not in self._tensors:
+            raise RacError(f"{module}: missing from the checkpoint; copy or save it again")
+        weight = self.reader.read(self._tensors[name], module)
+        check_shape(module, weight, *shape)
+        return weight
 
     def _expand(self, layer: Any) -> None:
         """Have vLLM's own method run the experts, dense, created with the sizes that it needs."""

@@ -91,13 +91,8 @@ class Shards:
         columns = getattr(layer, "input_size_per_partition", layer.input_size)
         first = 0
         for shard, weight in loaded.items():
-            n, k = weight.shape
-            expected = _expected_rows(layer, shard)
-            if k != layer.input_size or n != (expected or n):
-                raise RacError(
-                    f"{self.name(shard)}: the checkpoint has a weight [{n}, {k}], the model's "
-                    f"config.json has [{expected or '?'}, {layer.input_size}]; they do not match"
-                )
+            check_shape(self.name(shard), weight, _expected_rows(layer, shard), layer.input_size)
+            n = weight.shape[0]
             shard_rows = torch.arange(first, first + n)[:, None]
             problem = f"{self.name(shard)}: {n} rows cannot be sharded as this model's"
             step = "serve it with another --tensor-parallel-size"
@@ -227,6 +222,15 @@ def to_floats(weight: Weight, dtype: torch.dtype) -> Tensor:
         return weight.to(dtype)
     dense = weight.dequantized(dtype)
     return dense if weight.order is None else dense[:, weight.order.argsort()]
+
+
+def check_shape(module: str, weight: Weight, rows: int | None, columns: int) -> None:
+    """Compare a weight of the checkpoint with the model's shape; `rows` None: any (RacError)."""
+    if weight.shape[1] != columns or (rows is not None and weight.shape[0] != rows):
+        raise RacError(
+            f"{module}: the checkpoint has a weight {list(weight.shape)}, the model's "
+            f"config.json has [{rows or '?'}, {columns}]; they do not match"
+        )
 
 
 def loaded_again(prefix: str) -> RacError:

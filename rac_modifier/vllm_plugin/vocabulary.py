@@ -18,7 +18,7 @@ from rac_modifier.kernels.choose import choose
 from rac_modifier.kernels.cpu import lookup
 from rac_modifier.kernels.interface import Layer
 from rac_modifier.vllm_plugin.layouts import Weight, WeightReader
-from rac_modifier.vllm_plugin.linear import PackedWeight, Shards, to_floats
+from rac_modifier.vllm_plugin.linear import PackedWeight, Shards, check_shape, to_floats
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -97,11 +97,7 @@ class VocabularyMethod(QuantizeMethodBase):
 
     def _pack(self, layer: Any, weight: Weight) -> None:
         """Pack this rank's rows of a stored weight, or expand them to floats."""
-        if weight.shape != (layer.org_vocab_size, self.columns):
-            raise RacError(
-                f"{self.prefix}: the checkpoint has a weight {list(weight.shape)}, the model's "
-                f"config.json has [{layer.org_vocab_size}, {self.columns}]; they do not match"
-            )
+        check_shape(self.prefix, weight, layer.org_vocab_size, self.columns)
         shard = layer.shard_indices
         rows = torch.arange(shard.org_vocab_start_index, shard.org_vocab_end_index)
         backend = None

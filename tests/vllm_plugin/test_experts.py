@@ -296,27 +296,3 @@ def test_a_missing_expert_and_one_of_another_size_are_named(name, replacement, s
         weights[name] = replacement
     with pytest.raises(RacError, match=rf"^a\.experts\.{says}"):
         finished(FakeLayer(), weights)
-
-
-def test_a_token_gets_the_same_alone_in_a_batch_and_compiled():
-    layer, (x, shares, ids) = FakeLayer(), routed(6)
-    finished(layer, weights_of())
-    packed = layer.sparse_experts
-    batch = packed(x, shares, ids)
-    alone = [packed(x[at, None], shares[at, None], ids[at, None]) for at in range(6)]
-    torch.testing.assert_close(batch, torch.cat(alone), rtol=1e-5, atol=1e-5)
-    compiled = torch.compile(packed, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(x, shares, ids), batch)
-    nobody = torch.zeros(0, CHOSEN)
-    assert packed(torch.zeros(0, HIDDEN), nobody, nobody.int()).shape == (0, HIDDEN)
-
-
-def test_two_models_in_one_process_keep_their_experts():
-    weights, routing = weights_of(), routed(5)
-    doubled = {name: 2 * weight for name, weight in weights.items()}
-    layers = [FakeLayer(), FakeLayer()]
-    for layer, own in zip(layers, (weights, doubled), strict=True):
-        finished(layer, own)
-    assert layers[0].sparse_experts.name != layers[1].sparse_experts.name
-    check(layers[0].sparse_experts(*routing), weights, routing)
-    check(layers[1].sparse_experts(*routing), doubled, routing, 1e-3)
