@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from rac_modifier.traces.store import TraceStore
 
 _CONCURRENCY = 64  # the default
-_EXPERT_TOKENS = 1 << 17  # tokens that --experts reads at most
 
 app = typer.Typer(
     help="Collect a model's own chain-of-thought traces, inspect and export them.\n\n"
@@ -122,12 +121,6 @@ def inspect(
     ] = None,
     select: Select = None,
     model: StoresModel = None,
-    experts: Annotated[
-        bool,
-        typer.Option(
-            "--experts", help="count the tokens that each expert reads; this runs the model"
-        ),
-    ] = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Print what a trace store holds: model, problems, settings, counts, lengths, first traces.
@@ -151,13 +144,6 @@ def inspect(
         if settings is not None:
             selected = report.selected_figures(opened, tokenizer, settings)
         shown = [_sample(trace, tokenizer) for trace in islice(opened, count)]
-    read: tuple[Any, int] | None = None
-    if experts:
-        from rac_modifier.traces.experts import describe_experts, tokens_per_expert
-        from rac_modifier.traces.selection import without_repeats
-
-        loaded, _ = load(model or opened.header.model, "auto")
-        read = tokens_per_expert(loaded, map(without_repeats, opened), _EXPERT_TOKENS)
     if as_json:
         figures = {
             "store": opened.path,
@@ -165,14 +151,10 @@ def inspect(
             "counts": asdict(opened.counts),
             "endings": report.count_endings(opened),
         }
-        if read is not None:
-            figures["tokens_per_expert"] = read[0].tolist()
         options.print_json(figures | selected | ({"samples": shown} if shown else {}))
         return
     if selected:
         typer.echo(f"selection   {selected['selection']}; {selected['selected_tokens']:,} tokens")
-    if read is not None:
-        typer.echo("\n".join(describe_experts(*read)))
     for sample in shown:
         typer.echo(f"\n--- {sample['id']} ({sample['finish_reason']}, answer: {sample['answer']})")
         typer.echo(sample["text"])

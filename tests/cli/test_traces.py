@@ -3,7 +3,6 @@ from collections import Counter
 
 from rac_modifier.traces.store import TraceStore
 from tests.sampling import fake_vllm
-from tests.tiny import save_tiny_experts
 
 
 def test_traces_collect_and_inspect(rac, tiny_folder, recipe_file, tmp_path):
@@ -97,13 +96,3 @@ def test_traces_of_a_server_of_our_own_are_kept_and_compared_with_the_model(
     code, _, error = rac("traces", "collect", tiny_folder, *options)
     assert code == 1
     assert "holds another model" in error, "the tokens of the fake server are not this model's"
-
-
-def test_the_command_counts_experts(rac, trace_store, tiny_folder, tmp_path):
-    options = ("traces", "inspect", trace_store, "--samples", 0, "--experts", "--model")
-    code, stdout, _ = rac(*options, save_tiny_experts(tmp_path / "experts"))
-    assert code == 0
-    assert "experts     4 in each of 2 layers; an expert reads " in stdout
-    code, _, stderr = rac(*options, tiny_folder)
-    assert code == 1
-    assert "returns no router logits; leave --experts out" in stderr
