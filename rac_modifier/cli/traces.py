@@ -85,7 +85,7 @@ def collect(
             tokenizer,
             traces.model_copy(update={"engine": engine}),
             settings.calibration,
-            reserved_tokens=settings.recover.reserved_tokens if settings.recover else 0,
+            reserved_tokens=settings.reserved_tokens,
         )
     figures: dict[str, dict[str, Any]] = {
         part: {

@@ -4,7 +4,6 @@ import contextlib
 from collections.abc import Mapping
 from typing import Any, Self
 
-from compressed_tensors.offload import remove_dispatch
 from llmcompressor.core import CompressionSession, State, active_session
 from llmcompressor.entrypoints.oneshot import Oneshot
 from llmcompressor.modifiers import Modifier
@@ -18,10 +17,8 @@ from rac_modifier.evaluation.divergence import RunDivergence
 from rac_modifier.llmcompressor import checks
 from rac_modifier.llmcompressor.pipeline import SessionRun, put_in_place, take_away
 from rac_modifier.llmcompressor.reap import experts_record
-from rac_modifier.llmcompressor.recovery_stage import RecoveryStage
 from rac_modifier.llmcompressor.run import Run
 from rac_modifier.llmcompressor.shared_weights import share_on_each_machine
-from rac_modifier.llmcompressor.trained_codes import LaterCodes
 from rac_modifier.model_tools import onloaded_once, streamed_to_accelerator
 from rac_modifier.platform import keep_freed_memory
 from rac_modifier.processes import Processes
@@ -44,8 +41,6 @@ class CalibratingModifier(CalibrationEntry, Modifier):
     _divergence: RunDivergence | None = PrivateAttr(default=None)
     _measured: dict[str, Any] = PrivateAttr(default_factory=dict)
     _saliency: dict[str, list[float]] = PrivateAttr(default_factory=dict)  # of experts, by layer
-    _recovery: RecoveryStage | None = PrivateAttr(default=None)
-    _recovered: dict[str, Any] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="after")
     def _upstream_state_is_not_set(self) -> Self:
@@ -108,14 +103,9 @@ class CalibratingModifier(CalibrationEntry, Modifier):
                 "in the recipe (traces.problems, calibration.generic)"
             )
 
-    def prepare(self, state: State, *, quantizes: bool) -> None:
-        """Build the calibration set, measure the dense model, and prepare recovery."""
-        model, recover, processes = state.model, self.recover, self._processes
-        if recover is not None:
-            keep = self._oneshot is not None and self._oneshot.output_dir is not None
-            self._recovery = RecoveryStage(
-                model, recover, processes, quantizes=quantizes, keep=keep
-            )
+    def prepare(self, state: State) -> None:
+        """Build the calibration set, and measure the dense model."""
+        model, processes = state.model, self._processes
         keep_freed_memory()
         if self._calibration is None:
             self._calibration = build_calibration_set(
@@ -123,7 +113,7 @@ class CalibratingModifier(CalibrationEntry, Modifier):
                 self._load_tokenizer(model),
                 self.traces,
                 self.calibration,
-                reserved_tokens=recover.reserved_tokens if recover else 0,
+                reserved_tokens=self.reserved_tokens,
                 processes=processes,
             )
         off_policy = self.traces.allow_off_policy
@@ -132,8 +122,6 @@ class CalibratingModifier(CalibrationEntry, Modifier):
             if processes.is_first:
                 self._divergence = RunDivergence(model, self._calibration, off_policy=off_policy)
             processes.wait()
-        if self._recovery is not None:
-            self._recovery.read_dense(model, self._calibration.reserved)
 
     def calibrate_session(self, state: State, run: Run | None = None) -> None:
         """Calibrate the session's modifiers on our set; `run` is this one's, if it prunes."""
@@ -145,10 +133,7 @@ class CalibratingModifier(CalibrationEntry, Modifier):
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         """Take the pipeline away, and measure the result of a run that has not failed."""
         if self._session is not None and take_away(self._session) and self.ended_:
-            if self._recovery is not None:
-                self._processes.wait()
-                remove_dispatch(state.model)  # an onloaded weight is a copy, and is not trained
-                self._recovered = self.recover_with(self._recovery, state.model)
+            self.before_measuring(state.model)
             if self._divergence is not None:
                 with streamed_to_accelerator(state.model), onloaded_once(state.model):
                     self._measured = self._divergence.measure(state.model)
@@ -158,9 +143,8 @@ class CalibratingModifier(CalibrationEntry, Modifier):
         self._divergence = self._oneshot = None
         return True
 
-    def recover_with(self, recovery: RecoveryStage, model: PreTrainedModel) -> dict[str, Any]:
-        """Train what the recipe's modifiers have left; return the run record's entry."""
-        raise NotImplementedError
+    def before_measuring(self, model: PreTrainedModel) -> None:
+        """Follow the recipe's modifiers, on all ranks."""
 
     def after_measuring(self, model: PreTrainedModel) -> None:
         """Follow the measurement on held-out traces, on the first rank."""
@@ -179,8 +163,6 @@ class CalibratingModifier(CalibrationEntry, Modifier):
         }
         if count > 1:
             record["processes"] = count
-        if self._recovered:
-            record["recovery"] = self._recovered
         return record
 
     def _load_tokenizer(self, model: Any) -> Any:
@@ -196,8 +178,6 @@ class CalibratingModifier(CalibrationEntry, Modifier):
 class ReasoningAwareCalibrationModifier(CalibratingModifier):
     """Calibrate llm-compressor's own modifiers; `CalibrationEntry` has the settings."""
 
-    _codes: LaterCodes | None = PrivateAttr(default=None)
-
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """Check that some modifier calibrates, then build the calibration set."""
         self.check_run(state, prunes=False)
@@ -209,30 +189,17 @@ class ReasoningAwareCalibrationModifier(CalibratingModifier):
                 f"ReasoningAwareCalibrationModifier calibrates nothing: the recipe has {names}; "
                 "add one that calibrates, such as GPTQModifier or AWQModifier"
             )
-        if self.recover is not None:
-            self._codes = LaterCodes(modifiers, state.model)
-        self.prepare(state, quantizes=True)
+        self.prepare(state)
         save_with_record(state.model, self._save_plan)
         self.calibrate_session(state)
         return True
-
-    def recover_with(self, recovery: RecoveryStage, model: PreTrainedModel) -> dict[str, Any]:
-        """Train the codes."""
-        assert self._codes is not None
-        return recovery.run(model, {}, self._codes.quantized())
 
     def _save_plan(self) -> SavePlan:
         def prepare(model: PreTrainedModel, save_compressed: bool) -> None:
             for module in model.modules():  # AutoRound leaves it, and loaders refuse it
                 if hasattr(module, "act_max_scale"):
                     del module.act_max_scale
-            if self._codes is not None and save_compressed:
-                self._codes.compress()
 
         calibrating = [m for m in self.other_modifiers() if m.requires_calibration_data]
         method = ", ".join(type(modifier).__name__ for modifier in calibrating)
-        return SavePlan(
-            prepare=prepare,
-            after=[] if self._recovery is None else [self._recovery.remove],
-            record=self.run_record(method, {}),
-        )
+        return SavePlan(prepare=prepare, record=self.run_record(method, {}))

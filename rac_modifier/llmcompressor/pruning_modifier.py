@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from compressed_tensors.offload import remove_dispatch
 from llmcompressor.core import Event, State, active_session
 from llmcompressor.modifiers import Modifier
 from loguru import logger
@@ -38,6 +39,8 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
 
     _run: Run | None = PrivateAttr(default=None)
     _described: str = PrivateAttr(default="")  # the patterns in words
+    _recovery: RecoveryStage | None = PrivateAttr(default=None)
+    _recovered: dict[str, Any] = PrivateAttr(default_factory=dict)  # the run record's entry
     _activations: dict[str, Any] | None = PrivateAttr(default=None)  # `activations_entry`
 
     @property
@@ -49,8 +52,7 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """Check all that can be checked, then build the calibration set."""
         self.check_run(state, prunes=True)
-        quantizes = self.quantization is not None
-        oneshot = self._oneshot
+        oneshot, quantizes = self._oneshot, self.quantization is not None
         shared = oneshot and str(oneshot.dataset_args.pipeline).lower() != "independent"
         if oneshot and shared and self.other_modifiers():
             raise RacError(
@@ -64,7 +66,14 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
             offload = oneshot.dataset_args.sequential_offload_device if oneshot else "cpu"
             forecast = Forecast.of(run, state.model, loader, by_layer=self.order == "layer")
             forecast.check(main_device(), torch.device(offload), self._processes.local)
-            self.prepare(state, quantizes=quantizes)
+            if self.recover is not None:
+                keep = oneshot is not None and oneshot.output_dir is not None
+                self._recovery = RecoveryStage(
+                    state.model, self.recover, self._processes, quantizes=quantizes, keep=keep
+                )
+            self.prepare(state)
+            if self._recovery is not None:
+                self._recovery.read_dense(state.model, self.calibration_set.reserved)
             run.quantizer.attach(state.model)
             save_with_record(state.model, self._save_plan)
             self.calibrate_session(state, run)
@@ -120,12 +129,16 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
         self.run.end()
         self.run.quantizer.finish(state.model)
 
-    def recover_with(self, recovery: RecoveryStage, model: PreTrainedModel) -> dict[str, Any]:
-        """Train the kept weights."""
+    def before_measuring(self, model: PreTrainedModel) -> None:
+        """Train the kept weights, if the recipe says so."""
+        if self._recovery is None:
+            return
+        self._processes.wait()
+        remove_dispatch(model)  # an onloaded weight is a copy, and is not trained
         run = self.run
         quantized = run.quantizer.take_masters(run.names, run.masters)
         weights = {name: module for module, name in run.names.items()}
-        return recovery.run(model, weights, quantized)
+        self._recovered = self._recovery.run(model, weights, quantized)
 
     def after_measuring(self, model: PreTrainedModel) -> None:
         """Choose the layers whose activations a CPU rounds to 8 bits."""
@@ -143,6 +156,7 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
                 run.quantizer.compress()
 
         method: str = self.solver
+        recovery = {"recovery": self._recovered} if self._recovered else {}
         pruned: dict[str, torch.nn.Linear] = {}
         pattern: dict[str, Any] = {}
         if self.prunes:
@@ -159,7 +173,7 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
             after=[run.resume.remove, *([self._recovery.remove] if self._recovery else [])],
             processes=self._processes,
             activations=self._activations,
-            record=self.run_record(method, {**pattern, **run.record()}),
+            record=self.run_record(method, {**pattern, **run.record(), **recovery}),
         )
 
 

@@ -1,21 +1,17 @@
-"""Hold codes that recovery trains: of other modifiers, or of a checkpoint."""
+"""Hold the codes of a checkpoint that recovery trains."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from compressed_tensors.compressors.base import decompress_module
 from compressed_tensors.quantization import QuantizationScheme, QuantizationStatus
-from compressed_tensors.utils import align_module_device
-from llmcompressor.modifiers import Modifier
-from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from rac_modifier.checkpoint.dense_codes import WORDS, ZEROS
 from rac_modifier.checkpoint.stored_weight import SCALE
 from rac_modifier.errors import RacError
-from rac_modifier.llmcompressor.quantizer import compress_exactly, scale_in_use, scheme_of_each
+from rac_modifier.llmcompressor.quantizer import compress_exactly, scale_in_use
 from rac_modifier.quantization.grid import Grid
 from rac_modifier.quantization.schemes import stored_grid
 from rac_modifier.recovery.on_grid import QuantizedWeight, codes_of, master_in_cell, pruned_share
@@ -32,24 +28,19 @@ def check_layers(model: Any, stored: Collection[str]) -> None:
     """Refuse a model whose codes cannot be trained (RacError); its files quantize `stored`."""
     modules = _modules_with_codes(model)
     for name, module in modules.items():
+        if module is model.get_input_embeddings():
+            raise RacError(
+                f"recover: {name} is quantized; embeddings are not trained and have to be the "
+                f"dense model's: quantize again, with {name} in ignore"
+            )
         if module is not model.get_output_embeddings():  # a head is written back as it was
-            _trainable_grid(model, name, module, module.quantization_scheme)
+            stored_grid(module.quantization_scheme, name)
     if len(stored) > len(modules):  # names may differ: transformers renames modules of some models
         missing = sorted(set(stored) - set(modules))
         raise RacError(
             f"{missing[0]} ({len(missing)} in all) is quantized and no linear layer once loaded "
             "(merged experts), so its codes are not trained; recover before quantization"
         )
-
-
-def _trainable_grid(model: Any, name: str, module: Any, scheme: QuantizationScheme) -> Grid:
-    """Return the grid of a module (RacError: an embedding or head, or it cannot be trained)."""
-    if module is model.get_input_embeddings() or module is model.get_output_embeddings():
-        raise RacError(
-            f"recover: {name} is quantized; embeddings and head are not trained and have to be the "
-            f"dense model's: quantize without it ({name} in ignore, no modifier that targets it)"
-        )
-    return stored_grid(scheme, name)
 
 
 def _modules_with_codes(model: torch.nn.Module) -> dict[str, Any]:
@@ -109,45 +100,6 @@ class QuantizedCheckpoint:
         """Return whether the codes of all pruned modules can be stored sparse."""
         grids = [self.quantized[name].grid for name in self.pruned]
         return all(g.bits in (4, 8) and g.symmetric and not g.is_fp4 for g in grids)
-
-
-class LaterCodes:
-    """Hold the dense weights that other `modifiers` quantize later (RacError: not trainable)."""
-
-    def __init__(self, modifiers: Sequence[Modifier], model: PreTrainedModel):
-        self._grids: dict[str, Grid] = {}
-        self._modules: dict[str, torch.nn.Module] = {}
-        self._dense: dict[str, Tensor] = {}
-        for modifier in modifiers:
-            kind = type(modifier).__name__
-            if not isinstance(modifier, GPTQModifier | QuantizationModifier):
-                raise RacError(
-                    f"recover next to {kind}: it trains what GPTQModifier or QuantizationModifier "
-                    "has rounded; leave it out, and run `rac recover` on the checkpoint"
-                )
-            groups = modifier.resolved_config.config_groups
-            for name, module, scheme in scheme_of_each(model, groups, modifier.ignore):
-                if scheme.weights is None:
-                    continue
-                self._grids[name] = _trainable_grid(model, name, module, scheme)
-                self._modules[name] = module
-                with align_module_device(module):
-                    weight = module.get_parameter("weight").detach()
-                    self._dense[name] = weight.to("cpu", copy=True)
-        if not self._grids:
-            raise RacError("recover: other modifiers quantize no trainable weight; leave it out")
-
-    def quantized(self) -> dict[str, QuantizedWeight]:
-        """Return grid, scales and masters by name; the dense copies are freed."""
-        return {
-            name: _decoded(module, self._grids[name], name, self._dense.pop(name))[0]
-            for name, module in self._modules.items()
-        }
-
-    def compress(self) -> None:
-        """Compress as llm-compressor does, with the codes that were trained."""
-        for module in self._modules.values():
-            compress_exactly(module)
 
 
 def _decoded(

@@ -24,9 +24,7 @@ class CalibrationEntry(BaseModel):
     """Calibrate the recipe's other modifiers, such as GPTQModifier, on the model's own traces.
 
     The traces are sampled (or read from a store) and given to every modifier of the recipe that
-    calibrates, one sequence per batch, so that no padding is counted. It changes no weight itself,
-    except with `recover`: the weights are then trained through their codes once they are quantized
-    (quantization-aware distillation).
+    calibrates, one sequence per batch, so that no padding is counted. It changes no weight itself.
 
         quantization_stage:
           quantization_modifiers:
@@ -46,18 +44,15 @@ class CalibrationEntry(BaseModel):
     calibration: CalibrationSettings = CalibrationSettings()
     """What is calibrated on, how much of it, and what each token weighs."""
 
-    recover: RecoverySettings | None = None
-    """Train the weights after the modifiers of the recipe; default: no training."""
+    @property
+    def reserved_tokens(self) -> int:
+        """Return the tokens of traces that are kept for recovery."""
+        return 0
 
     @model_validator(mode="after")
     def _parts_exist(self) -> Self:
         for part in self.calibration.parts("traces", "prompts"):
             self.traces.named(part.name)
-        if self.recover is not None and not self.calibration.parts("traces"):
-            raise RacError(
-                f"recover: it trains on traces, and the mixture {self.calibration.mixture} has "
-                "none; give traces a share of calibration.mixture, or leave recover out"
-            )
         return self
 
     @model_validator(mode="after")
@@ -130,6 +125,23 @@ class PruningEntry(CalibrationEntry, PruningSettings):
 
     model_config = ConfigDict(**CONFIG, title="ReasoningAwareSparseGPTModifier")
     weighs_tokens: ClassVar[bool] = True
+
+    recover: RecoverySettings | None = None
+    """Train the kept weights after pruning; default: no training."""
+
+    @property
+    def reserved_tokens(self) -> int:
+        """Return the tokens of traces that are kept for recovery."""
+        return 0 if self.recover is None else self.recover.reserved_tokens
+
+    @model_validator(mode="after")
+    def _recovery_has_traces(self) -> Self:
+        if self.recover is not None and not self.calibration.parts("traces"):
+            raise RacError(
+                f"recover: it trains on traces, and the mixture {self.calibration.mixture} has "
+                "none; give traces a share of calibration.mixture, or leave recover out"
+            )
+        return self
 
 
 ENTRIES: dict[str, type[CalibrationEntry]] = {

@@ -13,7 +13,6 @@ from rac_modifier.settings.recovery import RecoverySettings
 from rac_modifier.traces.records import Trace
 from rac_modifier.traces.store import TraceStore
 from tests.llmcompressor.conftest import record_of
-from tests.llmcompressor.modifier_helpers import gptq_w4
 from tests.tiny import linears, tiny_model
 
 RECOVER = {"tokens": 600, "held_out_tokens": 150, "step_tokens": 100, "batch_tokens": 400}
@@ -63,11 +62,9 @@ def test_no_trace_is_trained_on_and_held_out_and_none_was_calibrated_on(prune, s
         assert bool((groups >= 2).all()), name
 
 
-@pytest.mark.parametrize("entry", ["prune", "calibrate"])
 @pytest.mark.usefixtures("seen", "copies")
-def test_recovery_trains_where_an_onloaded_weight_is_a_copy(request, tmp_path, entry):
-    later = [gptq_w4()] if entry == "calibrate" else ()
-    request.getfixturevalue(entry)(later=later, recover=RECOVER, output_dir=tmp_path / "out")
+def test_recovery_trains_where_an_onloaded_weight_is_a_copy(prune, tmp_path):
+    prune(recover=RECOVER, output_dir=tmp_path / "out")
     curve = record_of(tmp_path / "out")["recovery"]["curve"]
     assert len({kl for _, kl in curve}) == len(curve)
 
@@ -120,14 +117,10 @@ def test_what_decides_has_no_copies_and_what_is_trained_on_a_few():
     assert training == [((1, 2, 2, *(7, 8) * 33), 2)]
 
 
-@pytest.mark.parametrize("entry", ["prune", "calibrate"])
-def test_too_little_memory_is_refused_before_anything_is_sampled(
-    entry, request, tmp_path, monkeypatch
-):
+def test_too_little_memory_is_refused_before_anything_is_sampled(prune, tmp_path, monkeypatch):
     few = SimpleNamespace(virtual_memory=lambda: SimpleNamespace(available=10**6))
     monkeypatch.setattr(memory, "psutil", few)
-    later = (gptq_w4(),) if entry == "calibrate" else ()
     store = {"store": str(tmp_path / "new.jsonl")}
     with pytest.raises(RacError, match=r"recover: training needs about .* 0\.0 GiB are free"):
-        request.getfixturevalue(entry)(later=later, recover=RECOVER, traces=store)
+        prune(recover=RECOVER, traces=store)
     assert not (tmp_path / "new.jsonl").exists()

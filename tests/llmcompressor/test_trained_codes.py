@@ -1,19 +1,16 @@
-"""Codes that recovery trains: of a checkpoint, and of other modifiers."""
+"""Codes of a checkpoint that recovery trains."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
-from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 from safetensors.torch import load_file
 
 from rac_modifier import load_model
 from rac_modifier.errors import RacError
 from rac_modifier.llmcompressor.recovery_stage import _mask
 from rac_modifier.llmcompressor.trained_codes import (
-    LaterCodes,
     QuantizedCheckpoint,
     check_layers,
     quantized_names,
@@ -24,8 +21,7 @@ from rac_modifier.recovery.student import in_float32
 from rac_modifier.recovery.training_loop import TrainingLoop
 from rac_modifier.settings.recovery import RecoverySettings
 from tests.checkpoint.checkpoint_helpers import CHANNEL, TOKEN
-from tests.llmcompressor.conftest import quantization_config, record_of
-from tests.llmcompressor.modifier_helpers import gptq_w4, int4
+from tests.llmcompressor.conftest import quantization_config
 from tests.llmcompressor.quantized_helpers import SCHEMES, decoded, saved
 from tests.recovery.recovery_helpers import LiveTeacher, kl_of, sequences
 from tests.tiny import linears, tiny_model
@@ -214,73 +210,3 @@ def test_a_quantized_embedding_is_refused(tmp_path):
     model.model.embed_tokens.quantization_scheme = model.get_submodule(UP).quantization_scheme
     with pytest.raises(RacError, match=r"embed_tokens is quantized; .*embed_tokens in ignore"):
         check_layers(model, ())
-
-
-# codes of other modifiers
-
-
-def gptq(bits: int, symmetric: bool = True) -> GPTQModifier:
-    return GPTQModifier(ignore=["lm_head"], **int4(bits, symmetric))
-
-
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_the_file_holds_the_codes_that_were_trained_and_the_divergence_falls(
-    calibrate, tmp_path, monkeypatch, symmetric
-):
-    monkeypatch.chdir(tmp_path)
-    settings = {"tokens": 4000, "passes": 3, "held_out_tokens": 600, "step_tokens": 200}
-    settings |= {"batch_tokens": 400, "learning_rate": 3e-4}
-    calibrate(later=[gptq(3, symmetric)], output_dir=tmp_path / "without")
-    later = [gptq(3, symmetric)]
-    model = calibrate(later=later, output_dir=tmp_path / "out", recover=settings)
-    record = record_of(tmp_path / "out")
-    assert record["recovery"]["kl_after"] < 0.97 * record["recovery"]["kl_before"]
-    assert record["method"] == "GPTQModifier"
-    before, after = decoded(tmp_path / "without", 3), decoded(tmp_path / "out", 3)
-    assert before.keys() == after.keys() == linears(model).keys()
-    assert sum(int((codes != before[name][0]).sum()) for name, (codes, _) in after.items()) > 0
-    assert all(codes.abs().max() <= (4 if symmetric else 7) for codes, _ in after.values())
-    # recovery was measured last on these weights: the file, decoded by itself, predicts the same
-    ids, plain = torch.tensor([[5, 6, 7, 8, 9]]), tiny_model()
-    model = load_model(tmp_path / "out", dtype="float32")
-    state = model.state_dict()
-    plain.load_state_dict({n: state.get(n, value) for n, value in plain.state_dict().items()})
-    for name, module in linears(plain).items():
-        module.weight.data = after[name][1]
-    with torch.no_grad():
-        torch.testing.assert_close(model(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-5)
-    assert not (tmp_path / "rac_recovery").exists()
-
-
-def test_nvfp4_of_another_modifier_is_trained_next_to_the_scales_of_its_activations(
-    calibrate, tmp_path, monkeypatch, off_policy
-):
-    monkeypatch.chdir(tmp_path)
-    settings = {"tokens": 4000, "passes": 2, "held_out_tokens": 600, "step_tokens": 200}
-    settings |= {"batch_tokens": 400, "learning_rate": 3e-4}
-    later = QuantizationModifier(scheme="NVFP4", targets=["Linear"], ignore=["lm_head"])
-    calibrate(later=[later], output_dir=tmp_path / "out", recover=settings)
-    record = record_of(tmp_path / "out")["recovery"]
-    assert record["kl_after"] < 0.9 * record["kl_before"]
-    tensors = load_file(tmp_path / "out" / "model.safetensors")
-    stored = {name.removeprefix(f"{UP}.") for name in tensors if name.startswith(UP)}
-    scales = {"weight_scale", "weight_global_scale", "input_global_scale"}
-    assert stored == {"weight_packed", *scales}
-    assert 0 < float(tensors[f"{UP}.input_global_scale"]) < float("inf")
-
-
-@pytest.mark.parametrize(
-    ("modifiers", "says"),
-    [
-        ([SmoothQuantModifier(), gptq_w4()], "recover next to SmoothQuantModifier: it trains what"),
-        ([GPTQModifier(**int4())], "lm_head is quantized; .* without it .lm_head in ignore"),
-        ([gptq(8, False)], "with zero points.*cannot be trained through their codes"),
-        (
-            [QuantizationModifier(targets=["re:none"], scheme="FP8_DYNAMIC")],
-            "no trainable weight",
-        ),
-    ],
-)
-def test_what_cannot_be_trained_is_refused_before_anything_is_sampled(modifiers, says):
-    with pytest.raises(RacError, match=says):
-        LaterCodes(modifiers, tiny_model())

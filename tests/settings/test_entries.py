@@ -74,15 +74,17 @@ def test_a_dump_is_plain_and_can_be_run_again(settings, mode):
         ({"sparsity": 0.5}, "Extra inputs"),
         ({"start": 0}, "Extra inputs"),  # of upstream's Modifier
         ({"calibration": {"mixture": "traces:maths@1"}}, "traces:maths, which is not among"),
-        (
-            {"recover": {}, "calibration": {"mixture": {"generic": 1.0}}},
-            "give traces a share of calibration.mixture, or leave recover out",
-        ),
+        ({"recover": {}}, "Extra inputs"),
     ],
 )
 def test_what_calibration_alone_does_not_take(settings, message):
     with pytest.raises(ValidationError, match=message):
         CalibrationEntry(**settings)
+
+
+def test_recovery_without_traces_is_refused():
+    with pytest.raises(ValidationError, match=r"give traces a share of calibration\.mixture, or"):
+        PruningEntry(sparsity=0.5, recover={}, calibration={"mixture": {"generic": 1.0}})
 
 
 ALONE = {"solver": "none", "mask_structure": None, "quantization": {"scheme": "W4A16"}}
