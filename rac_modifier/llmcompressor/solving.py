@@ -43,7 +43,6 @@ def solver_settings(entry: PruningEntry) -> dict[str, Any]:
         "dampening_frac": entry.dampening_frac,
         "refit": entry.refit,
         "iterations": entry.iterations,
-        "refit_steps": entry.refit_steps,
         "keep_factor": entry.quantization is not None,
     }
 

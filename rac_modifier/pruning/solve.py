@@ -107,23 +107,6 @@ class Problem:
         return ", ".join(self.names)
 
 
-def solve(
-    method: Method,
-    weights: Sequence[Tensor],
-    hessian: Tensor,
-    pattern: Pattern | Sequence[Pattern],
-    *,
-    names: Sequence[str] | None = None,
-    cross_moment: Sequence[Tensor] | None = None,
-    **settings: Any,
-) -> list[Solution]:
-    """Prune the modules of one problem, with a pattern for all or one per module."""
-    names = [f"weight {i}" for i in range(len(weights))] if names is None else names
-    patterns = [pattern] * len(weights) if isinstance(pattern, Pattern) else list(pattern)
-    problem = Problem(weights, hessian, patterns, names, cross_moment)
-    return solve_many(method, [problem], **settings)[0]
-
-
 @torch.no_grad()
 def solve_many(
     method: Method,

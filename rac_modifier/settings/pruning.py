@@ -5,7 +5,7 @@ the modifier starts (llmcompressor/quantizer.py).
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -98,7 +98,6 @@ class PruningSettings(BaseModel):
     """The settings of ReasoningAwareSparseGPTModifier apart from calibration."""
 
     model_config = ConfigDict(**CONFIG)
-    refit_steps: ClassVar[int] = REFIT_STEPS
 
     sparsity: float | None = None
     """Share of the weights to prune, anywhere; not with an N:M mask_structure, or solver: keep

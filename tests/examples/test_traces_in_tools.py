@@ -9,10 +9,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rac_modifier.pruning import Pattern, solve
 from rac_modifier.reasoner import reasoner_path
+from rac_modifier.settings.pattern import Pattern
 from rac_modifier.traces.store import TraceStore
 from tests.pruning.pruning_reference import correlated_problem
+from tests.pruning.solving import solve
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 TOKENS = 2048

@@ -5,8 +5,8 @@ from llmcompressor import oneshot
 from transformers import AutoModelForCausalLM
 
 from rac_modifier import ReasoningAwareSparseGPTModifier
-from rac_modifier.pruning.solve import solve
 from rac_modifier.settings.pattern import Pattern
+from tests.pruning.solving import solve
 from tests.tiny import entry
 
 QKV, O_PROJ = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["self_attn.o_proj"]

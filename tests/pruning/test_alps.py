@@ -3,7 +3,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from rac_modifier.pruning import Pattern, alps, cholesky, holds, linalg, solve
+from rac_modifier.pruning import alps, cholesky, linalg
+from rac_modifier.pruning.masks import holds
+from rac_modifier.settings.pattern import Pattern
 from tests.pruning.pruning_reference import (
     assert_near,
     correlated_problem,
@@ -12,6 +14,7 @@ from tests.pruning.pruning_reference import (
     random_problem,
     solve_tolerance,
 )
+from tests.pruning.solving import solve
 
 TWO, SHARE = Pattern.n_of_m(2, 4), Pattern.unstructured(0.6)
 

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from rac_modifier.errors import RacError
-from rac_modifier.pruning import Method, Pattern, solve
 from rac_modifier.pruning.checks import is_finite
+from rac_modifier.settings.pattern import Pattern
+from rac_modifier.settings.pruning import Method
+from tests.pruning.solving import solve
 
 TWO, SHARE = Pattern.n_of_m(2, 4), Pattern.unstructured(0.5)
 NOT_FINITE, TOGETHER = "is not finite everywhere", "the same N:M, or are all unstructured"

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rac_modifier.errors import RacError
-from rac_modifier.pruning import Hessian, Statistics, linalg
 from rac_modifier.pruning import hessian as module
+from rac_modifier.pruning import linalg
+from rac_modifier.pruning.hessian import Hessian, Statistics
 from tests.pruning.pruning_reference import assert_near, gaussian
 
 EPS = torch.finfo(torch.float32).eps

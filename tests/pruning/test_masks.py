@@ -5,14 +5,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rac_modifier.pruning import Pattern, holds
 from rac_modifier.pruning.masks import (
+    holds,
     lowest,
     lowest_along,
     ranks_in_groups,
     sampled_places,
     sampled_threshold,
 )
+from rac_modifier.settings.pattern import Pattern
 from tests.pruning.pruning_reference import best_group
 
 

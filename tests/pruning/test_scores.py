@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from rac_modifier.pruning import Pattern, solve
+from rac_modifier.settings.pattern import Pattern
 from tests.pruning.pruning_reference import best_group, random_problem
+from tests.pruning.solving import solve
 
 
 @pytest.mark.parametrize("method", ["wanda", "magnitude"])

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from rac_modifier.errors import RacError
-from rac_modifier.pruning import Method, Pattern, linalg, solve
+from rac_modifier.pruning import linalg
+from rac_modifier.settings.pattern import Pattern
+from rac_modifier.settings.pruning import Method
 from tests.pruning.pruning_reference import (
     assert_near,
     correlated_problem,
@@ -18,6 +20,7 @@ from tests.pruning.pruning_reference import (
     solve_tolerance,
     trace_error,
 )
+from tests.pruning.solving import solve
 
 PATTERN = Pattern.n_of_m(2, 4)
 METHODS = get_args(Method)

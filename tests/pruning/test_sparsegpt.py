@@ -5,8 +5,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from rac_modifier.pruning import Pattern, solve, sparsegpt
+from rac_modifier.pruning import sparsegpt
 from rac_modifier.pruning.solve import Problem, solve_many
+from rac_modifier.settings.pattern import Pattern
 from tests.pruning.pruning_reference import (
     assert_near,
     column_loop,
@@ -15,6 +16,7 @@ from tests.pruning.pruning_reference import (
     solve_tolerance,
     trace_error,
 )
+from tests.pruning.solving import solve
 
 TWO, HALF = Pattern.n_of_m(2, 4), Pattern.unstructured(0.5)
 

@@ -1,0 +1,27 @@
+"""The solvers on one problem, with defaults."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from rac_modifier.pruning.solve import Problem, Solution, solve_many
+from rac_modifier.settings.pattern import Pattern
+from rac_modifier.settings.pruning import Method
+
+
+def solve(
+    method: Method,
+    weights: Sequence[Tensor],
+    hessian: Tensor,
+    pattern: Pattern | Sequence[Pattern],
+    *,
+    names: Sequence[str] | None = None,
+    cross_moment: Sequence[Tensor] | None = None,
+    **settings: Any,
+) -> list[Solution]:
+    """Prune the modules of one problem, with a pattern for all or one per module."""
+    names = [f"weight {i}" for i in range(len(weights))] if names is None else names
+    patterns = [pattern] * len(weights) if isinstance(pattern, Pattern) else list(pattern)
+    problem = Problem(weights, hessian, patterns, names, cross_moment)
+    return solve_many(method, [problem], **settings)[0]
