@@ -18,7 +18,7 @@ from rac_modifier.calibration.mixture import (
 from rac_modifier.calibration.trace_pool import TracePool, collect_for_calibration
 from rac_modifier.problems.source import load_problems
 from rac_modifier.processes import ALONE, Processes
-from rac_modifier.sampling.prompts import has_thinking_switch, render_question
+from rac_modifier.sampling.prompts import render_question
 from rac_modifier.settings.calibration import CalibrationSettings, part_tokens
 from rac_modifier.settings.sampling import PromptSettings
 from rac_modifier.settings.traces import TraceSettings
@@ -117,14 +117,6 @@ def build_calibration_set(
         logger.warning(
             f"{unfinished:,} traces were cut at traces.sampling.max_new_tokens: calibration sees "
             "few endings of answers; raise it"
-        )
-    chats = [prompt for prompt in prompts.values() if prompt.template == "chat"]
-    modes = {prompt.thinking for prompt in chats}
-    if len(modes) == 1 and has_thinking_switch(tokenizer, chats[0].system_prompt):
-        mode, other = ("on", "off") if modes == {True} else ("off", "on")
-        logger.warning(
-            f"every prompt has thinking {mode}, and this model also answers with thinking {other}: "
-            "give that mode a source of traces (docs/traces.md), or measure it with rac eval"
         )
     loader = CalibrationLoader(sequences, calibration)
     calibration_set = CalibrationSet(loader, counts, pools, prompts)

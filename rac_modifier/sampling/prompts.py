@@ -50,21 +50,6 @@ def thinking_switches(on: bool) -> dict[str, Any]:
     return {"enable_thinking": on, "thinking": on}
 
 
-def has_thinking_switch(
-    tokenizer: PreTrainedTokenizerBase, system_prompt: str | None = None
-) -> bool:
-    """Return whether the chat template gives another prompt with thinking off; False: no template.
-
-    A template that rejects a question with this system prompt has none either.
-    """
-    modes = (SamplingSettings(thinking=on, system_prompt=system_prompt) for on in (True, False))
-    try:
-        on, off = (render_question(tokenizer, "1 + 1?", mode) for mode in modes)
-    except RacError:
-        return False
-    return on != off
-
-
 def messages_of(question: str, system_prompt: str | None) -> list[dict[str, str]]:
     """Return a question as a chat."""
     system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]

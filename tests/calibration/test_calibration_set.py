@@ -129,20 +129,6 @@ def test_traces_with_and_without_thinking_fill_their_shares(build, tmp_path, mon
     }
 
 
-def test_a_mode_of_the_template_that_no_prompt_has_is_warned_of(build, trace_store):
-    warnings = []
-    sink = logger.add(warnings.append, format="{message}", level="WARNING")
-    sources = {"off": {"problems": {"source": "arithmetic"}, "thinking": False}}
-    build({**entry(trace_store)["traces"], "sources": sources}, mixture="traces@.7, prompts:off@.3")
-    assert "thinking" not in str(warnings)
-    build({"sources": sources}, mixture="prompts:off@1")
-    assert "every prompt has thinking off, and this model also answers with" in str(warnings)
-    warnings.clear()
-    build({"sampling": {"template": "none"}}, mixture="prompts@1")
-    assert "thinking" not in str(warnings)
-    logger.remove(sink)
-
-
 def test_a_warning_says_that_half_of_the_traces_were_cut(build, trace_store, tmp_path):
     warnings, finished, store = [], tmp_path / "finished.jsonl", TraceStore.read(trace_store)
     with TraceStore.open_append(finished, store.header) as copy:

@@ -1,7 +1,7 @@
 import pytest
 
 from rac_modifier.errors import RacError
-from rac_modifier.sampling.prompts import has_thinking_switch, render_question
+from rac_modifier.sampling.prompts import render_question
 from rac_modifier.settings.sampling import SamplingSettings
 from tests.tiny import tiny_tokenizer
 
@@ -46,13 +46,3 @@ def test_a_switch_is_called_thinking_by_granite_and_deepseek():
     tokenizer = tiny_tokenizer("{{ messages[0].content }}{% if thinking %}<think>{% endif %}")
     assert text(render_question(tokenizer, "2+2?")) == "2+2?<think>"
     assert text(render_question(tokenizer, "2+2?", SamplingSettings(thinking=False))) == "2+2?"
-    assert has_thinking_switch(tokenizer)
-
-
-def test_a_switch_is_looked_for_with_the_system_prompt_and_without_a_template_there_is_none():
-    """Else a run would end when all is sampled: some templates need a system prompt."""
-    needs = "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}"
-    tokenizer = tiny_tokenizer(f"{needs}x{{% if enable_thinking %}}<think>{{% endif %}}")
-    assert has_thinking_switch(tokenizer, "s")
-    assert not has_thinking_switch(tokenizer)
-    assert not has_thinking_switch(tiny_tokenizer(chat_template=None))
