@@ -99,9 +99,9 @@ def build_calibration_set(
         settings = traces.named(part.name)
         by_part[part.key] = _prompts(tokenizer, settings, kept_out)
         prompts[part.key] = PromptSettings.of(settings.sampling)
-    for part in calibration.parts("generic"):
-        ids = generic_token_sequences(tokenizer, calibration.text(part.name), calibration.seed)
-        by_part[part.key] = (CalibrationSequence(tuple(i), len(i), "generic") for i in ids)
+    if calibration.parts("generic"):
+        ids = generic_token_sequences(tokenizer, calibration.generic, calibration.seed)
+        by_part["generic"] = (CalibrationSequence(tuple(i), len(i), "generic") for i in ids)
     pools: dict[str, TracePool] = {}
     if calibration.parts("traces"):
         pools = collect_for_calibration(model, tokenizer, traces, calibration, reserved_tokens)

@@ -74,7 +74,6 @@ class CalibrationEntry(BaseModel):
         traces, calibration = self.traces, self.calibration
         sampled = {part.name for part in calibration.parts("traces")}
         prompted = {part.name for part in calibration.parts("traces", "prompts")}
-        generic = calibration.parts("generic")
         selects = [
             name is not None and name in traces.sources and traces.sources[name].select is not None
             for name in sampled
@@ -84,7 +83,7 @@ class CalibrationEntry(BaseModel):
             if name not in prompted:
                 raise RacError(
                     f"traces.sources.{name} has no effect unless the mixture names it, as in "
-                    f"traces:{name}@0.5; leave it out"
+                    f"traces:{name}: 0.5; leave it out"
                 )
         refuse_idle(
             self,
@@ -94,7 +93,7 @@ class CalibrationEntry(BaseModel):
                 "on the recipe's other modifiers, which get one sequence per batch",
             ),
             (
-                all(part.name for part in generic),
+                not calibration.parts("generic"),
                 "calibration.generic",
                 "unless the mixture names it: generic",
             ),

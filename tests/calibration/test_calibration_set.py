@@ -54,7 +54,7 @@ def test_the_sequences_are_the_stored_ids(build, trace_store):
 
 
 def test_no_prompt_of_a_held_out_trace_is_calibrated_on(build):
-    built = build(mixture="traces@0.5, prompts@0.5", held_out_tokens=100)
+    built = build(mixture={"traces": 0.5, "prompts": 0.5}, held_out_tokens=100)
     held_out = {trace.prompt_ids for trace in built.held_out}
     prompts = {s.ids for s in built.loader.sequences if s.kind == "prompts"}
     assert held_out
@@ -90,9 +90,13 @@ def test_the_parts_are_counted_in_real_tokens_and_recorded(build, tmp_path, monk
     sampling = {"temperature": 1.0, "max_new_tokens": 20, "system_prompt": "Be brief."}
     built = build(
         {"sampling": sampling},
-        mixture="traces:arithmetic@0.5, traces:code.jsonl@0.2, prompts:code.jsonl@0.1, "
-        "text:c4.txt@0.2",
-        generic={"sequence_tokens": 40},
+        mixture={
+            "traces:arithmetic": 0.5,
+            "traces:code.jsonl": 0.2,
+            "prompts:code.jsonl": 0.1,
+            "generic": 0.2,
+        },
+        generic={"source": "c4.txt", "sequence_tokens": 40},
     )
     record = built.as_dict()
     tokens = {name: part["tokens"] for name, part in record["calibration"]["parts"].items()}
@@ -100,7 +104,7 @@ def test_the_parts_are_counted_in_real_tokens_and_recorded(build, tmp_path, monk
         "traces:arithmetic": 300,
         "traces:code.jsonl": 120,
         "prompts:code.jsonl": 60,
-        "generic:c4.txt": 120,
+        "generic": 120,
     }
     assert record["calibration"]["tokens"] == 600
     assert set(record["trace_stores"]) == {"traces:arithmetic", "traces:code.jsonl"}
@@ -120,7 +124,7 @@ def test_traces_with_and_without_thinking_fill_their_shares(build, tmp_path, mon
         for name in ("on", "off")
     }
     traces = {"sampling": {"temperature": 1.0, "max_new_tokens": 20}, "sources": sources}
-    built = build(traces, mixture="traces:on@0.75, traces:off@0.25")
+    built = build(traces, mixture={"traces:on": 0.75, "traces:off": 0.25})
     thought = sum(len(s.ids) for s in built.loader.sequences if 4 in s.ids[: s.prompt_tokens])
     assert 450 - 20 < thought <= 450, "the last prompt is cut to fit"
     assert {part: prompt.thinking for part, prompt in built.prompts.items()} == {
@@ -144,7 +148,7 @@ def test_a_warning_says_that_half_of_the_traces_were_cut(build, trace_store, tmp
 def test_several_processes_get_the_set_of_one(model, tokenizer, tmp_path):
     """The first one samples; the store is that of one process, too."""
     calibration = CalibrationSettings(
-        tokens=300, held_out_tokens=60, mixture="traces@0.8, generic@0.2"
+        tokens=300, held_out_tokens=60, mixture={"traces": 0.8, "generic": 0.2}
     )
 
     def build(store, processes):

@@ -174,7 +174,7 @@ def test_a_model_that_does_not_fit_is_refused_before_it_samples(collect, trace_s
 
 def test_traces_are_held_out_and_reserved_of_each_part_next_to_its_share(collect):
     """Each part has a store of its own."""
-    mixture = "traces:arithmetic@0.5, traces:reasoning-gym:gcd@0.5"
+    mixture = {"traces:arithmetic": 0.5, "traces:reasoning-gym:gcd": 0.5}
     pools = collect({}, 600, mixture=mixture, held_out_tokens=400)
     assert len({pool.store.path for pool in pools.values()}) == 2
     for pool in pools.values():
@@ -185,17 +185,17 @@ def test_traces_are_held_out_and_reserved_of_each_part_next_to_its_share(collect
         assert 300 <= reserved < 600
         assert pool.usable_tokens() >= 300
         assert pool.selection.total == len(pool.store) - len(pool.held_out) - len(pool.reserved)
-    of_another = {"mixture": "traces:arithmetic@1", "tokens": 60, "held_out_tokens": 400}
+    of_another = {"mixture": {"traces:arithmetic": 1}, "tokens": 60, "held_out_tokens": 400}
     (pool,) = collect({"allow_off_policy": True}, **of_another).values()
     assert pool.held_out == (), "KL is measured on traces of the dense model"
 
 
 def test_an_unknown_name_is_refused_before_anything_is_sampled(collect, tmp_path):
     with pytest.raises(RacError, match="traces:maths, which is not among"):
-        collect({}, mixture="traces@0.5, traces:maths@0.5")
+        collect({}, mixture={"traces": 0.5, "traces:maths": 0.5})
     assert not (tmp_path / "rac_traces").exists()
     with pytest.raises(RacError, match="gives traces no share: nothing to collect"):
-        collect({}, mixture="prompts@1")
+        collect({}, mixture={"prompts": 1})
 
 
 def test_collection_continues_until_what_is_selected_fills_the_budget(collect):
@@ -272,7 +272,7 @@ def test_a_selection_of_less_than_a_fiftieth_of_256_traces_is_refused(
 def test_answers_are_selected_only_if_their_column_is_named_before_anything_is_sampled(monkeypatch):
     monkeypatch.setattr(trace_pool, "collect_traces", None)
     source = {"problems": {"source": "p.jsonl"}, "select": {"answers": "correct"}}
-    calibration = CalibrationSettings(mixture="traces:p@1")
+    calibration = CalibrationSettings(mixture={"traces:p": 1})
     traces = TraceSettings(sources={"p": source})
     with pytest.raises(RacError, match=r"needs reference answers; .* 'p\.jsonl' \(pro"):
         collect_for_calibration(None, byte_tokenizer(), traces, calibration)

@@ -31,8 +31,9 @@ def nested(path: str, value: Any) -> dict[str, Any]:
     return dict(value)
 
 
-def mixture(line: str, **settings: Any) -> dict[str, Any]:
-    return {"calibration": {"mixture": line, **settings}}
+def mixture(*parts: str) -> dict[str, Any]:
+    """Equal shares of these parts."""
+    return {"calibration": {"mixture": {part: 1 / len(parts) for part in parts}}}
 
 
 ENGINE = {"base_urls": ["http://127.0.0.1:9/v1"]}
@@ -40,7 +41,7 @@ SETTINGS = [
     {"mask_structure": "2:4"},
     {"sparsity": 0.6, "preset": "paper", "solver": "magnitude"},
     {"solver": "keep", "quantization": {"scheme": "W4A16"}},
-    {"sparsity": 0.5, "calibration": {"mixture": "text:python-docs@1", "seed": 5}},
+    {"sparsity": 0.5, "calibration": {"mixture": {"generic": 1.0}, "seed": 5}},
     {
         "sparsity": 0.5,
         "traces": {
@@ -73,7 +74,7 @@ def test_a_dump_is_plain_and_can_be_run_again(settings, mode):
         ({"calibration": {"batch_tokens": 64}}, "has no effect on the recipe's other modifiers"),
         ({"sparsity": 0.5}, "Extra inputs"),
         ({"start": 0}, "Extra inputs"),  # of upstream's Modifier
-        ({"calibration": {"mixture": "traces:maths@1"}}, "traces:maths, which is not among"),
+        ({"calibration": {"mixture": {"traces:maths": 1}}}, "traces:maths, which is not among"),
         ({"recover": {}}, "Extra inputs"),
     ],
 )
@@ -90,8 +91,8 @@ def test_recovery_without_traces_is_refused():
 ALONE = {"solver": "none", "mask_structure": None, "quantization": {"scheme": "W4A16"}}
 KEEP = {"solver": "keep", "mask_structure": None}
 PAPER = {"preset": "paper"}
-PROMPTS, TEXT = mixture("prompts@1"), mixture("text@1")
-NAMED = {"traces": {"sources": {"s": {"problems": {}, "select": {}}}}, **mixture("traces:s@1")}
+PROMPTS, TEXT = mixture("prompts"), mixture("generic")
+NAMED = {"traces": {"sources": {"s": {"problems": {}, "select": {}}}}, **mixture("traces:s")}
 
 # What is refused with what: path, value, and the other settings of the entry.
 REFUSED = [
@@ -142,23 +143,23 @@ def test_all_of_them_are_in_one_message_with_their_values_and_why():
 def test_what_has_an_effect_is_not_refused():
     selected = {"traces": {"select": {"finished": True}}}
     check_entry({"sparsity": 0.5, "traces": {"problems": {"limit": 3}}, **PROMPTS}, "r")
-    check_entry({"sparsity": 0.5, **selected, **mixture("traces@0.5, traces:a.jsonl@0.5")}, "r")
-    check_entry({"sparsity": 0.5, **mixture("prompts@0.5, text@0.5")}, "r")
+    check_entry({"sparsity": 0.5, **selected, **mixture("traces", "traces:a.jsonl")}, "r")
+    check_entry({"sparsity": 0.5, **mixture("prompts", "generic")}, "r")
 
 
 @pytest.mark.parametrize(
-    ("line", "other", "says"),
+    ("parts", "other", "says"),
     [
-        ("traces@0.6, traces:s@0.4", {}, "traces and traces:s have the same traces"),
-        ("traces:s@0.6, traces:arithmetic@0.4", {}, "traces:s and traces:arithmetic have the same"),
-        ("traces@0.6, traces:s@0.4", {"thinking": False}, None),
-        ("traces@0.6, prompts:s@0.4", {"select": None}, None),
+        (("traces", "traces:s"), {}, "traces and traces:s have the same traces"),
+        (("traces:s", "traces:arithmetic"), {}, "traces:s and traces:arithmetic have the same"),
+        (("traces", "traces:s"), {"thinking": False}, None),
+        (("traces", "prompts:s"), {"select": None}, None),
     ],
 )
-def test_two_parts_with_the_same_traces_are_refused(line, other, says):
+def test_two_parts_with_the_same_traces_are_refused(parts, other, says):
     """Each holds out another share of them, so one would calibrate on what is held out."""
     source = {"problems": {"limit": 99}, "select": {"finished": True}, **other}
-    settings = {"sparsity": 0.5, "traces": {"sources": {"s": source}}, **mixture(line)}
+    settings = {"sparsity": 0.5, "traces": {"sources": {"s": source}}, **mixture(*parts)}
     if says is None:
         check_entry(settings, "r")
         return

@@ -139,13 +139,13 @@ SAMPLED = {
 
 
 def test_a_mixture_that_is_set_is_refused_next_to_what_it_does_not_use(tmp_path):
-    path, text = tmp_path / "r.yaml", "calibration.mixture=text@1"
+    path, text = tmp_path / "r.yaml", "calibration.mixture={generic: 1}"
     path.write_text(recipe(SAMPLED))
     with pytest.raises(RacError, match=r"traces: .* has no effect"):
         load_recipe(path, [text])
     assert find_named_entry(load_recipe(path, [text, "traces=null"]), "r")[1] == {
         "sparsity": 0.5,
-        "calibration": {"tokens": 100, "mixture": "text@1"},
+        "calibration": {"tokens": 100, "mixture": {"generic": 1}},
     }
 
 
