@@ -90,11 +90,6 @@ def _on_one_grid(
 ) -> list[list[Quantized]]:
     """Round the modules of problems of one shape."""
     d = len(hessians[0])
-    refuse(
-        grid.group_size is not None and d % grid.group_size != 0,
-        f"{problems[0][0].name}: {d} inputs are no multiple of the group_size {grid.group_size}; "
-        "set a group_size that divides them (config_groups), or add the module to ignore",
-    )
     factors = [
         solutions[0].factor
         or factorise(

@@ -106,8 +106,6 @@ def test_no_token_is_an_error():
     [
         (torch.ones(3, 7), None, "do not end in the 8 inputs"),
         (torch.ones(3, 8), torch.ones(2), "2 token weights for 3 tokens"),
-        (torch.ones(3, 8), torch.tensor([1.0, -1.0, 1.0]), "must be finite and >= 0"),
-        (torch.ones(3, 8), torch.tensor([1.0, math.nan, 1.0]), "must be finite and >= 0"),
     ],
 )
 def test_refuses_bad_batches_and_keeps_nothing_of_them(x, weights, says):
