@@ -2,14 +2,7 @@ import sys
 
 import pytest
 
-from rac_modifier.torchrun import started_processes
 from tests.started import started
-
-
-def test_without_torchrun_there_is_one_process(monkeypatch):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert started_processes() == 1
-
 
 FAILS = """
 import sys

@@ -116,21 +116,6 @@ def test_the_parts_are_counted_in_real_tokens_and_recorded(build, tmp_path, monk
     assert record["prompts"] == dict.fromkeys(names, prompt)
 
 
-def test_traces_with_and_without_thinking_fill_their_shares(build, tmp_path, monkeypatch):
-    """The tiny template ends a prompt with <think> (id 4), or with thinking off it does not."""
-    monkeypatch.chdir(tmp_path)
-    sources = {
-        name: {"problems": {"source": "arithmetic"}, "thinking": name == "on"}
-        for name in ("on", "off")
-    }
-    traces = {"sampling": {"temperature": 1.0, "max_new_tokens": 20}, "sources": sources}
-    built = build(traces, mixture={"traces:on": 0.75, "traces:off": 0.25})
-    thought = sum(len(s.ids) for s in built.loader.sequences if 4 in s.ids[: s.prompt_tokens])
-    assert 450 - 20 < thought <= 450, "the last prompt is cut to fit"
-    assert {part: prompt.thinking for part, prompt in built.prompts.items()} == {
-        "traces:on": True,
-        "traces:off": False,
-    }
 
 
 def test_a_warning_says_that_half_of_the_traces_were_cut(build, trace_store, tmp_path):

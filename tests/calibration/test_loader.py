@@ -8,9 +8,7 @@ from hypothesis import strategies as st
 from rac_modifier.calibration.loader import SHARDS, CalibrationLoader
 from rac_modifier.calibration.mixture import CalibrationSequence
 from rac_modifier.errors import RacError
-from rac_modifier.pruning.hessian import Hessian
 from rac_modifier.settings.calibration import CalibrationSettings
-from tests.tiny import linears, tiny_model
 
 PAD = 0
 LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=20)
@@ -72,32 +70,6 @@ def test_unpadded_and_joined_have_the_same_tokens_in_order(lengths):
 def test_rows_of_long_sequences_have_2048_tokens():
     rows = loader(sequences([3000, 5000, 200])).joined()
     assert [b["input_ids"].shape[1] for b in rows] == [2048] * 4
-
-
-def test_padding_reaches_no_real_models_hessian():
-    """Against a reference that sums outer products token by token."""
-    model, chosen = tiny_model(), sequences([20, 9, 33])
-    built = loader(chosen, batch_tokens=128)
-    name, module = next((n, m) for n, m in linears(model).items() if "down_proj" in n)
-    size = module.in_features
-    hessian, total, sums = Hessian(size), 0.0, torch.zeros(size, size).double()
-
-    def seen(ids: torch.Tensor) -> torch.Tensor:
-        inputs = []
-        handle = module.register_forward_pre_hook(lambda _module, args: inputs.append(args[0]))
-        with torch.no_grad():
-            model(input_ids=ids)
-        handle.remove()
-        return inputs[0]
-
-    for batch, weights in zip(built, built.token_weights, strict=True):
-        hessian.add(seen(batch["input_ids"]), weights)
-    for sequence in chosen:
-        for x in seen(torch.tensor([sequence.ids]))[0].double():
-            total += 1.0
-            sums += torch.outer(x, x)
-    expected = 2 * sums / total
-    torch.testing.assert_close(hessian.take(name).double(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_hash_changes_with_tokens_and_order():

@@ -160,19 +160,6 @@ def test_words_are_compressed_tensors_own_of_the_values_filled_up_with_zeros(
     assert torch.equal(unpack_words(pack_words(values[0], bits), bits, columns), values[0])
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.integers(1, 5), st.integers(1, 70), st.sampled_from([2, 3]), st.integers(0, 100))
-def test_words_of_few_bits_are_read_as_compressed_tensors_writes_them(rows, columns, bits, seed):
-    helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
-    values = random_values(rows, columns, bits, seed)
-    words = helpers.pack_to_int32(values, bits)
-    if helpers.pack_to_int32(torch.zeros(1, 96, dtype=torch.int8), 3).shape[1] != 9:
-        pytest.skip("compressed-tensors 0.17 has ten values of 3 bits in each word")
-    assert torch.equal(unpack_words(words, bits, columns), values)
-    with pytest.raises(RacError, match=f"does not hold {columns + 90} values of {bits} bits"):
-        unpack_words(words, bits, columns + 90)
-
-
 def test_what_cannot_be_packed_is_refused():
     for values, message in ((torch.tensor([8], dtype=torch.int8), "outside"), ([1.0], "int8")):
         with pytest.raises(RacError, match=message):

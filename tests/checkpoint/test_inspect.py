@@ -4,10 +4,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rac_modifier.checkpoint.hf_quantizer import load_model
 from rac_modifier.checkpoint.inspect import inspect_checkpoint
 from rac_modifier.checkpoint.packing import mark_dense, pack_checkpoint
-from rac_modifier.errors import RacError
 from tests.checkpoint.checkpoint_helpers import (
     Q,
     edited,
@@ -200,12 +198,3 @@ def test_a_damaged_dense_matrix_is_named(tmp_path, name, index, value):
     assert not report.sound
     (problem,) = (row.problem for row in report.modules if row.problem)
     assert problem.startswith(f"{name}: ")
-
-
-def test_packed_weights_of_a_config_that_lost_its_entry_are_refused(saved):
-    folder, _, _ = saved()
-    with edited_config(folder) as config:
-        del config["quantization_config"]
-    for read in (inspect_checkpoint, load_model):
-        with pytest.raises(RacError, match="is packed but config"):
-            read(folder)

@@ -1,5 +1,4 @@
 import json
-import re
 import shutil
 
 import pytest
@@ -121,21 +120,6 @@ def test_errors_of_the_file_of_answers_and_of_samples_are_in_the_words_of_the_co
     for error in errors:
         for word in ("trace store", "traces.", "samples_per_problem"):
             assert word not in error
-
-
-def test_eval_compares_models(rac, tiny_folder, sparse_folder, tmp_path):
-    results = tmp_path / "eval.json"
-    options = ("--problems", 4, "--cap", 8, "--json", results)
-    stdout = rac.output("eval", tiny_folder, sparse_folder, *options)
-    assert re.search(rf"{re.escape(str(sparse_folder))}\s.*%", stdout)
-    content = json.loads(results.read_text())
-    rows = content["results"]
-    assert [row["label"] for row in rows] == [str(tiny_folder), str(sparse_folder)]
-    assert {row["problems"] for row in rows} == {4}
-    # at a cap of 8 a model with random weights finishes nothing
-    assert f"tokens of {sparse_folder} over {tiny_folder}: x1.00 (1.00 to 1.00) on all 4" in stdout
-    assert [row["going"] for row in content["stopping"]] == [1.0, 1.0]
-    assert content["paired"][0]["inflation"]["both_finish"] is None
 
 
 def test_figures_on_the_card(rac, tiny_folder, sparse_folder, tmp_path):

@@ -7,7 +7,6 @@ import pytest
 
 from rac_modifier.cli.protocol import Protocol
 from rac_modifier.errors import RacError
-from rac_modifier.problems.held_out import PRESETS
 from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.sampling import PromptSettings
 
@@ -35,20 +34,6 @@ def test_without_a_preset_the_options_count():
     assert sampled(asked(), divergence=True) == (512, None, None, None), "the model's own"
     assert (protocol.describe(), protocol.verifier) == ([], None)
     assert len(protocol.load()) == 4
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_sets_all_of_it(name):
-    preset, protocol = PRESETS[name], asked(name)
-    assert (protocol.problems, protocol.samples) == (preset.problems, preset.samples)
-    assert sampled(protocol) == (32768, 0.6, 0.95, 0)
-    assert protocol.problem_source == ProblemSource(
-        source=preset.source, config=preset.config, split=preset.split,
-        column=preset.column, answer_column=preset.answer_column,
-    )  # fmt: skip
-    (line,) = protocol.describe()
-    assert line.startswith(f"Preset {name}: {preset.problems} problems, {preset.samples} answer")
-    assert "Not as published" not in line
 
 
 def test_options_replace_it_and_are_named():

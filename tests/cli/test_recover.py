@@ -9,7 +9,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import rac_modifier
-from rac_modifier import cli
 from rac_modifier.errors import RacError
 from rac_modifier.llmcompressor import recovery_stage
 from rac_modifier.recovery.training_loop import TrainingLoop
@@ -20,7 +19,6 @@ from tests import tiny
 from tests.checkpoint.checkpoint_helpers import dense_tensors, save_rounded
 from tests.cli.conftest import OPTIONS
 from tests.llmcompressor.quantized_helpers import SCHEMES, saved
-from tests.started import started_forks
 from tests.tiny import EXPERTS, entry, linears, recipe, save_tiny, save_tiny_experts
 
 
@@ -92,27 +90,6 @@ def test_the_result_keeps_every_zero_and_an_output_that_cannot_be_written_costs_
     for name, module in after.items():
         assert torch.equal(module.weight == 0, before[name].weight == 0), name
     assert any(not torch.equal(m.weight, before[name].weight) for name, m in after.items())
-
-
-@pytest.mark.slow
-def test_two_processes_write_one_checkpoint(tiny_folder, sparse_folder, tmp_path):
-    """As torchrun starts them; the divergence is that of one process."""
-    words = ["recover", str(tiny_folder), str(sparse_folder)]
-    ends = started_forks(cli.main, [*words, "out", *OPTIONS], tmp_path)
-    assert [code for code, _ in ends] == [0, 0], ends
-    alone = started_forks(cli.main, [*words, "alone", *OPTIONS], tmp_path, count=1)
-    assert alone[0][0] == 0, alone
-    two, one = (
-        json.loads((tmp_path / name / "rac_run.json").read_text())["recovery"]
-        for name in ("out", "alone")
-    )
-    assert (two["processes"], one["processes"]) == (2, 1)
-    # where the processor multiplies bfloat16 fast, training runs in it, and sums depend on
-    # the batches, of which one process has more; in float32 both agree closely
-    # (tests/recovery/test_sharded_processes.py)
-    assert two["kl_before"] == pytest.approx(one["kl_before"], rel=1e-3)
-    assert two["kl_after"] == pytest.approx(one["kl_after"], rel=4e-3)
-    assert not (tmp_path / "rac_recovery").exists()
 
 
 def test_a_dense_int3_checkpoint_stays_dense_and_is_trained_too(rac, tmp_path):

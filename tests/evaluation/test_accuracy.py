@@ -17,7 +17,6 @@ from rac_modifier.sampling.model_identity import ModelIdentity
 from rac_modifier.sampling.prompts import render_question
 from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
-from rac_modifier.traces.records import StoreHeader
 from rac_modifier.traces.store import TraceStore
 from tests.sampling.fake_server import FakeServer
 from tests.tiny import byte_tokenizer, tiny_model
@@ -210,14 +209,6 @@ def test_a_failed_answer_is_named_and_asked_again(server, tokenizer, model, tmp_
     assert served(server, tokenizer, model, path, SUMS[:5]).correct == 3  # the file holds more
 
 
-@pytest.mark.parametrize("content", [b"", b'{"crc32":"0'], ids=["empty", "cut"])
-def test_a_file_without_a_whole_header_is_filled(server, tokenizer, model, tmp_path, content):
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(content)
-    assert served(server, tokenizer, model, path, SUMS[:2]).problems == 2
-    assert TraceStore.read(path).header.engine.kind == "openai"
-
-
 def test_several_answers_differ_and_are_counted_per_problem(tokenizer, model, tmp_path):
     """A model in this process: its completions, with the seed of each answer's id."""
     path = tmp_path / "a.jsonl"
@@ -254,15 +245,3 @@ def test_answers_of_a_model_that_ran_otherwise_are_refused(server, tokenizer, mo
     run(model, tokenizer, path)
     with refused:
         run(tiny_model().to(torch.bfloat16), tokenizer, path)
-
-
-def test_the_default_file_is_named_after_the_model_and_the_settings(tokenizer, model):
-    def path(model=model, source=SOURCE, setup=None, **changes):
-        identity = ModelIdentity.of_model(model)
-        header = StoreHeader.of(identity, tokenizer, sampling(**changes), source)
-        return header.path("rac_answers", setup)
-
-    other = path(source=ProblemSource(source="other.jsonl"))
-    names = {path(), path(seed=1), path(setup="bfloat16"), path(tiny_model(seed=1)), other}
-    assert len(names) == 5
-    assert {path.parent.name for path in names} == {"rac_answers"}

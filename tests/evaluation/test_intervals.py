@@ -36,18 +36,6 @@ def test_wilson_interval_against_published_values(correct, total, low, high):
     assert wilson_interval(correct, total) == pytest.approx((low, high), abs=6e-5)
 
 
-@given(st.integers(1, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
-def test_wilson_bounds_solve_the_score_equation(counts):
-    correct, total = counts
-    low, high = wilson_interval(correct, total)
-    share = correct / total
-    assert 0 <= low <= share <= high <= 1
-    for bound in (low, high):
-        if 0 < bound < 1 and bound != share:
-            error = 1.959964 * math.sqrt(bound * (1 - bound) / total)
-            assert abs(share - bound) == pytest.approx(error, rel=1e-6)
-
-
 KL = st.floats(0, 50)
 
 

@@ -1,7 +1,6 @@
 import itertools
 import math
 
-import numpy as np
 import pytest
 
 from rac_modifier.errors import RacError
@@ -121,16 +120,3 @@ def test_what_cannot_be_paired_is_refused():
         paired_difference(dense, answers([1, 0], "2:4", temperature=0.6))
     with pytest.raises(RacError, match="seed 0 and 1; evaluate both alike"):
         paired_difference(dense, answers([1, 0], "2:4", seed=1))
-
-
-def test_the_interval_of_several_answers_is_that_of_all_resamples_of_problems():
-    """Answers of a problem are alike: an interval over single answers is too narrow."""
-    right = [4, 4, 3, 0, 0, 1]
-    rows = [row(correct=i < count, name=f"q{q}") for q, count in enumerate(right) for i in range(4)]
-    found = result(rows)
-    means = [sum(counts) / 24 for counts in itertools.product(right, repeat=6)]
-    expected = np.quantile(means, [0.025, 0.975])
-    assert (found.ci_low, found.ci_high) == pytest.approx(expected, abs=0.5 / 24)
-    narrow = wilson_interval(12, 24)
-    assert found.ci_low < narrow[0] - 0.1
-    assert found.ci_high > narrow[1] + 0.1

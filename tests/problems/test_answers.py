@@ -7,7 +7,6 @@ from rac_modifier.problems.answers import (
     completion_text,
     equal_answers,
     extract_answer,
-    is_correct,
     thinking_length,
 )
 from tests.tiny import byte_tokenizer
@@ -120,14 +119,6 @@ def test_products_names_units_and_mixed_numbers_are_mathematics(answer, referenc
 )
 def test_other_units_and_numbers_are_wrong(answer, reference):
     assert not equal_answers(answer, reference)
-
-
-def test_is_correct_looks_behind_the_thinking():
-    assert is_correct(r"maybe \boxed{3}</think>\boxed{4}", "4")
-    assert not is_correct(r"maybe \boxed{4}</think>\boxed{3}", "4")
-    assert not is_correct("4", "4")
-    assert not is_correct(r"\boxed{}", "4")
-    assert is_correct(r"\boxed{b, a}", "a, b", lambda *pair: len({*map(len, pair)}) == 1)
 
 
 @settings(max_examples=50)

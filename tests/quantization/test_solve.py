@@ -218,19 +218,6 @@ def test_dense_weights_are_rounded_in_the_order_of_falling_second_moments(cross,
     assert_near(result.weight[:, order].double(), left, 1e-6)
 
 
-def test_sweeps_lower_the_error_and_without_them_the_values_are_codes_already(monkeypatch):
-    """GPTQ alone rounds; descent would round what it leaves."""
-    weight, keep, _, hessian = problem(rows=24)
-    args = ([solved(weight, keep, weight)], hessian, [GRIDS["int8"]])
-    (swept,) = quantize(*args, dtype=FLOAT32)
-    gptq_alone(monkeypatch)
-    (result,) = quantize(*args, dtype=FLOAT32)
-    assert swept.relative_error < result.relative_error < 0.1
-    codes = result.weight.double() / result.scale.double()
-    assert float((codes - codes.round()).abs().max()) < 1e-3
-    assert len(codes.round().unique()) > 20
-
-
 def test_rows_without_a_kept_weight_dead_inputs_and_targets_of_zeros_stay_zero():
     weight, keep, target, hessian = problem()
     keep[3] = False

@@ -13,7 +13,7 @@ from rac_modifier.recovery.on_grid import (
     pruned_share,
 )
 from rac_modifier.settings.recovery import RecoverySettings
-from tests.recovery.recovery_helpers import dense_and_sparse, kl_of, run, sequences
+from tests.recovery.recovery_helpers import dense_and_sparse, run
 from tests.tiny import linears
 
 GRIDS = [Grid("int", 4, 32), Grid("int", 3, 32), Grid("int", 8, None), Grid("float", 8, None)]
@@ -133,37 +133,12 @@ def test_forward_value_and_gradients_are_those_of_the_formulas(zero, cached, mon
     assert torch.equal(form(master), codes * changed)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_recovery_ends_on_the_grid_with_every_zero(bits):
-    dense, sparse = dense_and_sparse()
-    layers = {name: layer for name, layer in linears(sparse).items() if name != "lm_head"}
-    quantized, zeros = {}, {}
-    for name, linear in layers.items():
-        scale = scales(linear.weight.detach()) / (1 if bits == 4 else 16)
-        quantized[name] = QuantizedWeight(Grid("int", bits, 32), scale)
-        zeros[name] = linear.weight.detach() == 0
-        linear.weight_scale = torch.nn.Parameter(scale.clone(), requires_grad=False)
-    sparse.model.layers[0].mlp.up_proj.quantization_enabled = True
-    result = run(sparse, dense, counts=(120, 20), quantized=quantized)
-    stored = kl_of(dense, sparse, sequences(20, seed=2))
-    assert result.kl_before > result.kl_after == pytest.approx(stored, rel=1e-4)
-    moved = 0
-    for name, linear in layers.items():
-        weight, scale = linear.weight.detach(), linear.weight_scale.detach()
-        assert scale.dtype == torch.bfloat16
-        moved += int((scale != quantized[name].scale).sum())
-        assert torch.equal(weight, rounded(weight, scale, bits))
-        assert bool((weight == 0)[zeros[name]].all())
-    assert moved > 0  # scales are trained too
-    assert not any("parametrizations" in name for name, _ in sparse.named_parameters())
-    assert sparse.model.layers[0].mlp.up_proj.quantization_enabled is True
-
-
 def test_fake_quantization_is_off_inside():
     _, sparse = dense_and_sparse()
     sparse.lm_head.quantization_enabled = True
     with on_grid(sparse, {}):
         assert sparse.lm_head.quantization_enabled is False
+    assert sparse.lm_head.quantization_enabled is True
 
 
 @pytest.mark.parametrize("worse", ["master", "stored"])

@@ -91,21 +91,6 @@ def test_a_layout_in_which_llm_compressor_finds_nothing_is_refused(text, tmp_pat
         load_recipe(tmp_path / "r.yaml")
 
 
-def test_a_recipe_cannot_name_code(tmp_path, monkeypatch):
-    """Not as a YAML tag, in the file nor in an override."""
-    called = []
-    monkeypatch.setattr("os.getcwd", lambda: called.append(1))
-    path = tmp_path / "r.yaml"
-    for value in ("!!python/name:os.getcwd", "!!python/object/apply:os.getcwd []"):
-        path.write_text(f"p_stage: {{p_modifiers: {{{NAME}: {{sparsity: {value}}}}}}}")
-        with pytest.raises(RacError, match="is not YAML"):
-            load_recipe(path)
-        path.write_text(recipe({"sparsity": 0.5}))
-        with pytest.raises(RacError, match="is not YAML"):
-            load_recipe(path, [f"sparsity={value}"])
-    assert not called
-
-
 def test_a_recipe_has_one_of_our_modifiers(tmp_path):
     path, second = tmp_path / "r.yaml", "ReasoningAwareCalibrationModifier"
     modifiers = f"{{a_modifiers: {{{NAME}: {{sparsity: 0.5}}}}, b_modifiers: {{{second}: }}}}"
@@ -129,24 +114,6 @@ def test_overrides_that_cannot_be(tmp_path, override, message):
     path.write_text(recipe({"sparsity": 0.5}))
     with pytest.raises(RacError, match=message):
         load_recipe(path, [override])
-
-
-SAMPLED = {
-    "sparsity": 0.5,
-    "traces": {"store": "a.jsonl", "sampling": {"temperature": 1.0, "seed": 3}},
-    "calibration": {"tokens": 100},
-}
-
-
-def test_a_mixture_that_is_set_is_refused_next_to_what_it_does_not_use(tmp_path):
-    path, text = tmp_path / "r.yaml", "calibration.mixture={generic: 1}"
-    path.write_text(recipe(SAMPLED))
-    with pytest.raises(RacError, match=r"traces: .* has no effect"):
-        load_recipe(path, [text])
-    assert find_named_entry(load_recipe(path, [text, "traces=null"]), "r")[1] == {
-        "sparsity": 0.5,
-        "calibration": {"tokens": 100, "mixture": {"generic": 1}},
-    }
 
 
 @pytest.mark.parametrize(

@@ -6,15 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from tests.vllm_plugin.vllm_fixtures import needs_vllm, on_rank
+from tests.vllm_plugin.vllm_fixtures import needs_vllm
 
 needs_vllm()
 
-from vllm.model_executor.layers.quantization import auto_awq
-from vllm.model_executor.layers.quantization.utils.quant_utils import (
-    unpack_quantized_values_into_int32,
-)
-from vllm.scalar_type import scalar_types
 
 from rac_modifier.checkpoint.formats import FORMATS
 from rac_modifier.checkpoint.quantization_config import with_packed
@@ -27,10 +22,9 @@ from rac_modifier.vllm_plugin.layouts import (
     WordsLayout,
     is_packed,
 )
-from tests.checkpoint.gptq_awq_tensors import awq, drawn, gptq
+from tests.checkpoint.gptq_awq_tensors import drawn, gptq
 from tests.vllm_plugin.layer_kinds import FORMS, K
 from tests.vllm_plugin.stored_forms import (
-    awq_config,
     gptq_config,
     quantization,
     quantized_sparse,
@@ -183,35 +177,6 @@ def test_codes_in_floats_where_config_json_quantizes_them():
     assert reader.read({"weight": weight}, "a.k") is weight
     with pytest.raises(RacError, match=r"a\.k\.weight: torch.int8 next to"):
         reader.read({"weight": weight.to(torch.int8)}, "a.k")
-
-
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_awq_as_vllm_reads_it(monkeypatch, symmetric):
-    """vLLM's own conversion gives the same codes and codes of zero."""
-    on_rank(monkeypatch, 0, 1)
-    parts = awq(drawn(32, 64, 32, symmetric))
-    layer = torch.nn.Module()
-    for part, tensor in parts.items():
-        layer.register_parameter(part, torch.nn.Parameter(tensor.clone(), requires_grad=False))
-    auto_awq._convert_awq_to_standard_format(layer, "qweight", "qzeros", 4)
-    codes = unpack_quantized_values_into_int32(layer.qweight.data, scalar_types.uint4, 0).T
-    zeros = unpack_quantized_values_into_int32(layer.qzeros.data, scalar_types.uint4, 0)
-    meant = (codes.view(32, 2, 32) - zeros[:, :, None]) * parts["scales"].T.float()[:, :, None]
-    result = WordsLayout(awq_config(32, symmetric)).read(parts, "m")
-    dense = result.dequantized(torch.float32)
-    torch.testing.assert_close(dense, meant.view(32, 64), rtol=0, atol=0)
-
-
-def test_gptq_as_vllm_reads_it():
-    """vLLM's own unpacking, with the code of zero of its type for symmetric weights."""
-    parts = gptq(drawn(32, 64, 32, True))
-    bias = scalar_types.uint4b8.bias
-    words = unpack_quantized_values_into_int32(parts["qweight"], scalar_types.uint4b8, 0)
-    codes = words.T - bias
-    meant = codes.reshape(32, 2, 32) * parts["scales"].T.float()[:, :, None]
-    result = WordsLayout(gptq_config()).read(parts, "m")
-    dense = result.dequantized(torch.float32)
-    torch.testing.assert_close(dense, meant.view(32, 64), rtol=0, atol=0)
 
 
 def test_the_bits_of_a_module_are_those_of_its_rule():
