@@ -116,8 +116,6 @@ def test_the_parts_are_counted_in_real_tokens_and_recorded(build, tmp_path, monk
     assert record["prompts"] == dict.fromkeys(names, prompt)
 
 
-
-
 def test_a_warning_says_that_half_of_the_traces_were_cut(build, trace_store, tmp_path):
     warnings, finished, store = [], tmp_path / "finished.jsonl", TraceStore.read(trace_store)
     with TraceStore.open_append(finished, store.header) as copy:

@@ -1,4 +1,4 @@
-"""60 completions in four languages by hand; ratios and intervals by brute force."""
+"""Kinds of endings in four languages; ratios and intervals by brute force."""
 
 import pytest
 
@@ -18,73 +18,36 @@ from rac_modifier.problems.source import Problem
 TEXTS = {
     "right": [
         "6 * 7</think>It is \\boxed{42}.",
-        "6 mal 7</think>Es ist \\boxed{42}.",
-        "6 fois 7</think>C'est \\boxed{42}.",
         "六乘七</think>答案是 \\boxed{42}。",
         "\\boxed{41}? No.</think>\\boxed{42}",
-        "The answer is 41.</think>\\boxed{42}",
     ],
     "wrong": [
-        "6 * 7</think>It is \\boxed{41}.",
         "6 mal 7 = 42</think>Die Antwort lautet 42.",  # accuracy needs a box
         "\\boxed{42}</think>C'est \\boxed{41}.",
-        "答案是42。</think>答案是 \\boxed{41}。",
         "\\boxed{42} or rather \\boxed{41}",
         "{loop}</think>\\boxed{41}",
     ],
     "reached": [
         "6 * 7, so the answer is 42. But wait, let me check",
         "So the final answer is \\boxed{42}.</think>The product of",
-        "Answer: 42\n\nLet me verify. 7 + 7 is 14, and",
         "The answer is 42. {loop}",
-        "The answer is 41. No, I forgot one. The answer is 42. Hmm, let me",
         "\\boxed{41} is wrong, so \\boxed{42}. Let me verify that",
-        "First, 6 * 7\n= 42\nLet me think about",
-        "Also, die Antwort lautet 42. Moment, ich prüfe",
-        "Das Ergebnis ist somit **42**.\nZur Probe rechnen",
-        "Die Lösung beträgt $42$, denn 6 mal",
-        "Damit gilt 6 * 7 = 42\nIch rechne noch",
         "Antwort: \\boxed{42}\n{loop}",
-        "La réponse est donc 42. Attendez, je vérifie",
-        "Le résultat vaut 42, parce que",
-        "Réponse finale : 42\nVérifions encore",
-        "La solution de ce problème est \\(42\\). Mais",
-        "On trouve 6 * 7 = 42\nReprenons le calcul",
-        "所以答案是42。等一下，让我再检查",
-        "最终答案为：42。\n验证一下",
-        "答案应该是 $42$，因为",
-        "因此 6 * 7 = 42\n我们再",
         "结果等于42。{loop}",
     ],
     "looping": [
         "{loop}",
-        "We need 42 apples. {loop}",
         "Is the answer 42? {loop}",
         "The answer is 41. {loop}",
-        "{counter}",
         "Let me count. {counter}",
-        "\\boxed{42} or rather \\boxed{41}. {loop}",
-        "Warte, ich rechne noch einmal nach. {german}",
         "Wenn die Antwort 42 wäre. {german}",
         "Attendez, 42 est dans la question. {french}",
-        "等等，让我再想一想。{chinese}",
         "题目里有42。{chinese}",
     ],
     "going": [
-        "The question asks whether 42 of 50 apples are",
         "If the answer is 42, then 42 / 6 is",
-        "The answer is not 42, since",
         "I wrote \\boxed{42}, but the carry is lost: \\boxed{41}. Now",
         "The answer is 42. Wait, the answer is 43. Let me",
-        "Let me try 40, 41, 42, 43, and then",
-        "Die Frage ist, ob 42 von 50 Äpfeln",
-        "Vielleicht ist die Antwort 42, aber",
-        "Die Antwort ist nicht 42, sondern",
-        "On a 42 pommes, et on en prend",
-        "Si la réponse est 42, alors 42 / 6",
-        "La réponse n'est pas 42, car",
-        "题目说有42个苹果，然后",
-        "如果答案是42，那么",
     ],
 }
 LOOPS = {

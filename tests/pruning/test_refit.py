@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from rac_modifier.pruning import refit as module
 from rac_modifier.pruning.linalg import Dampening
 from rac_modifier.pruning.refit import refit
-from rac_modifier.settings.pattern import Pattern
 from tests.pruning.pruning_reference import (
     assert_near,
     correlated_problem,
@@ -21,7 +20,6 @@ from tests.pruning.pruning_reference import (
     solve_tolerance,
     trace_error,
 )
-from tests.pruning.solving import solve
 
 
 def refitted(start, kept, target, hessian, frac=0.01, steps=20, bf16=False, **constants):

@@ -4,41 +4,25 @@ import pytest
 
 from rac_modifier.problems.source import load_problems
 from rac_modifier.sampling.completions_api import trace_seed
-from rac_modifier.sampling.model_identity import ModelIdentity
 from rac_modifier.sampling.prompts import render_question
 from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
 from rac_modifier.settings.traces import TraceSettings
 from rac_modifier.traces.collect import collect_traces
 from tests import tiny
-from tests.sampling.fake_server import FakeServer, rule, shorten_pauses
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.sampling import conftest as sampling
+from tests.sampling.fake_server import rule
+from tests.tiny import tiny_model
 from tests.traces.long_store import fill
 
+identity, server, tokenizer = sampling.identity, sampling.server, sampling.tokenizer
+short_pauses = sampling.short_pauses
 LONGEST = 20  # tokens of a completion
 
 
 @pytest.fixture(scope="module")
 def model():
     return tiny_model()
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def identity():
-    return ModelIdentity.of_model(tiny_model())
-
-
-@pytest.fixture
-def server(monkeypatch):
-    shorten_pauses(monkeypatch)
-    server = FakeServer()
-    yield server
-    server.close()
 
 
 @pytest.fixture

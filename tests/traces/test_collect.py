@@ -12,7 +12,6 @@ from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.sampling import SamplingSettings
 from rac_modifier.settings.traces import TraceSettings
 from rac_modifier.traces.collect import collect_traces
-from rac_modifier.traces.store import read_failures
 from tests.sampling.fake_server import NAME, rule
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -173,19 +172,3 @@ def test_two_kinds_of_engines_do_not_fill_one_store(collect, model):
     words = r"another engine \(openai, not transformers\).*traces.engine"
     with pytest.raises(RacError, match=words):
         collect(of=model, engine=False, tokens=5000)
-
-
-def test_twenty_faults_leave_the_same_file(collect, server, is_exact):
-    quiet = collect("a.jsonl")
-    kinds = ["500", "429", "reset", "truncate", "garbage", "503", "short", "miscount"]
-    first = len(server.bodies)
-    server.fault = lambda number, body: (
-        kinds[(number - first) // 3 % 8]
-        if (number - first) % 3 == 1 and number < first + 60
-        else None
-    )
-    noisy = collect("b.jsonl")
-    assert server.faults.total() == 20
-    assert noisy.sha256() == quiet.sha256()
-    assert is_exact(noisy)
-    assert read_failures(noisy.path) == []
