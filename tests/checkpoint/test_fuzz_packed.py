@@ -18,7 +18,7 @@ from rac_modifier.kernels.choose import plan_checkpoint
 from tests.checkpoint.checkpoint_helpers import PRUNERS, save_quantized, tiny_model
 from tests.tiny import linears
 
-MUTATIONS = 75  # of each of the four checkpoints
+MUTATIONS = 40  # of each of the four checkpoints
 VALUES = [None, True, -1, 0, 2**62, 1e400, "", "x", "re:(", [], [1], {}, {"a": 1}]
 
 

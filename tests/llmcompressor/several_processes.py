@@ -16,7 +16,6 @@ from torch import distributed
 import rac_modifier  # noqa: F401 - registers the modifier
 from rac_modifier import cli
 from rac_modifier.checkpoint import files, saving
-from rac_modifier.errors import RacError
 from rac_modifier.llmcompressor.run import Run
 
 Before = Callable[[], None]
@@ -25,10 +24,6 @@ Before = Callable[[], None]
 def die(*_: Any) -> None:
     """End as the system kills a process for which there is no memory."""
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-def full_disk(*_: Any) -> None:
-    raise RacError("the disk of this process is full; make room")
 
 
 def half_written(tensors: Any, path: Path, *_: Any) -> None:
@@ -55,7 +50,6 @@ def at(owner: Any, name: str, call: int, how: Callable[..., None]) -> Before:
 
 # By scenario: the rank to which it happens, and what.
 FAULTS: dict[str, tuple[int, Before]] = {
-    "full disk": (1, at(Run, "solve_on_all_ranks", 3, full_disk)),
     "before the first file": (1, at(Run, "solve_on_all_ranks", 1, die)),
     "between two files": (0, at(Run, "solve_on_all_ranks", 3, die)),
     "while a file is written": (0, at(files, "save_file", 3, half_written)),

@@ -80,35 +80,16 @@ def mixed(prune, held):
     return prune(**settings, **held[2])
 
 
-def test_activations_get_8_bits_where_these_cost_a_tenth_of_what_rounding_costs(
-    mixed, held, tmp_path
-):
-    """Worked out again on the inputs of each layer, in float64."""
-    held_out, inputs = [], {}
-    list(hold_out(TraceStore.read(held[0] / "own.jsonl"), 300, held_out))
-    for name, module in linears(mixed).items():
-        rows = inputs[name] = []
-        module.register_forward_pre_hook(lambda _, args, rows=rows: rows.append(args[0][0]))
-    weights = {name: module.weight.detach().double() for name, module in linears(mixed).items()}
-    with torch.no_grad():
-        for trace in held_out:
-            mixed(torch.tensor([[*trace.prompt_ids, *trace.completion_ids]]))
+def test_activations_get_8_bits_where_these_cost_a_tenth_of_what_rounding_costs(mixed, tmp_path):
+    """Of the own errors of the run; tests/evaluation/test_activations.py has the errors."""
     mixed.save_pretrained(tmp_path / "out")
-
     record, chosen = record_of(tmp_path / "out"), set()
     assert record["activations"]["limit"] == 0.1
     own = {module["name"]: module["relative_error"] for module in record["modules"]}
-    for name, weight in weights.items():
-        x = torch.cat(inputs[name]).double()
-        groups = x.unflatten(1, (-1, 32 if "mlp" in name else x.shape[1]))
-        step = groups.abs().amax(2, keepdim=True).clamp_min(1e-30) / 127
-        change = (torch.round(groups / step) * step - groups).flatten(1)
-        error = float((change @ weight.T).square().sum() / (x @ weight.T).square().sum())
-        measured = record["activations"]["layers"][name]
-        assert measured["error"] == pytest.approx(error, rel=0.02), name
+    for name, measured in record["activations"]["layers"].items():
         assert measured["own_error"] == own[name]
-        chosen |= {name} if error <= 0.1 * own[name] else set()
-    assert chosen == {name for name in weights if "mlp" in name}
+        chosen |= {name} if measured["error"] <= 0.1 * own[name] else set()
+    assert chosen == {name for name in own if "mlp" in name}
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert set(config["rac_sparsity"]["int8_activations"]) == chosen
 

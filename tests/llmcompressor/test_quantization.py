@@ -34,7 +34,7 @@ def hidden(model):
 
 @pytest.mark.parametrize(
     ("scheme", "pattern"),
-    [*((scheme, "2:4") for scheme in SCHEMES), ("int4", "0:0"), ("fp8", "0:0")],
+    [*((scheme, "2:4") for scheme in SCHEMES), ("int4", "0:0")],
 )
 def test_one_entry_prunes_and_quantizes_and_the_checkpoint_gives_the_same_model(
     prune, tmp_path, scheme, pattern
@@ -76,7 +76,7 @@ def test_one_entry_prunes_and_quantizes_and_the_checkpoint_gives_the_same_model(
     ReasoningAwareSparseGPTModifier(**record["modifier"])  # the record can be run again
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", ["w8a8", "fp8"])
 def test_in_bfloat16_no_weight_is_rounded_anew_when_it_is_saved(
     prune, tmp_path, scheme, off_policy
 ):

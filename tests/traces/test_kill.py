@@ -11,7 +11,7 @@ from tests.sampling.fake_server import FakeServer
 from tests.traces.killed_collection import collect
 
 ENDLESS = 10**7  # tokens
-KILLS = 8
+KILLS = 5
 SETTINGS = {"temperature": 1.0, "max_new_tokens": 10, "batch_size": 6, "samples_per_problem": 2}
 
 
