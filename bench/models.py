@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bench.offgrid import build
 from rac_modifier.problems.held_out import held_out_problems
+from rac_modifier.problems.source import load_problems
 from rac_modifier.reasoner import reasoner_path
-from rac_modifier.settings.problems import ARITHMETIC
+from rac_modifier.settings.problems import ARITHMETIC, ProblemSource
 
 PROMPTS = Path(__file__).with_name("prompts.yaml")
 
@@ -46,12 +47,17 @@ def smollm2(work: Path) -> Subject:
     if not (folder / "config.json").exists():
         build(folder)
     train, held_out = work.resolve() / "train.jsonl", work.resolve() / "held_out.jsonl"
-    write_prompts(train, list(islice(prompts(held_out=False), 6000)))
+    instructions = list(islice(prompts(held_out=False), 6000))
+    write_prompts(train, instructions)
     chat = list(islice(prompts(held_out=True), 128))
     sums = [problem.question for problem in held_out_problems("arithmetic", 128, seed=1)]
     write_prompts(held_out, [*chat[:32], *sums[:32]])
     more = work.resolve() / "held_out_256.jsonl"
     write_prompts(more, [*chat[:32], *sums[:32], *chat[32:], *sums[32:]])
+    fresh = islice(load_problems(ProblemSource(source="arithmetic"), seed=7), 4000)
+    others = [text for text in dict.fromkeys(p.question for p in fresh) if text not in sums]
+    in_turn = zip(instructions[3000:], others[:2500], strict=False)
+    write_prompts(work.resolve() / "in_turn.jsonl", [text for pair in in_turn for text in pair])
     sampling = {"max_new_tokens": 1024, "batch_size": 64, "seed": 0}
     named = {"instructions": str(train), "arithmetic": "arithmetic"}
     sources = {name: {"problems": {"source": source}} for name, source in named.items()}
