@@ -12,6 +12,7 @@ from compressed_tensors.utils import (
     match_named_modules,
     match_targets,
     replace_direct_state_dict,
+    update_offload_parameter,
 )
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from torch import Tensor
@@ -78,9 +79,16 @@ class Quantizer:
         self.described = {new: self.described[old] for old, new in kept if old in self.described}
 
     def attach(self, model: PreTrainedModel) -> None:
-        """Give the modules schemes and empty scales; no forward pass quantizes yet."""
+        """Give the modules schemes and scales of zero; no forward pass quantizes yet.
+
+        Upstream's scales are uninitialized, and the key of a run has the model's fingerprint.
+        """
         if self._upstream is not None:
             self._upstream.initialize_quantization(model)
+        for module in self.grids:
+            for name, scale in dict(module.named_parameters(recurse=False)).items():
+                if name not in ("weight", "bias"):
+                    update_offload_parameter(module, name, torch.zeros_like(scale))
 
     def finish(self, model: PreTrainedModel) -> None:
         """Let forward passes quantize, also activations if a scheme has them."""

@@ -30,6 +30,18 @@ def test_a_scheme_covers_the_modules_that_its_targets_match():
     assert Quantizer(None, model, {}, prunes=True).grids == {}
 
 
+@pytest.mark.parametrize("scheme", ["W8A8", "NVFP4A16"])
+def test_no_scale_is_uninitialized_memory(scheme, request):
+    """A killed run is known by a hash of all parameters. Deterministic torch.empty holds NaN."""
+    request.addfinalizer(lambda: torch.use_deterministic_algorithms(False))
+    torch.use_deterministic_algorithms(True)
+    model = tiny_model()
+    made(model, prunes=False, scheme=scheme).attach(model)
+    scales = {n: p for n, p in model.named_parameters() if n.endswith("_scale")}
+    assert len(scales) >= len(linears(model))
+    assert not any(scale.float().count_nonzero() for scale in scales.values())
+
+
 def uneven():
     groups = int4()
     groups["config_groups"]["group_0"]["weights"]["group_size"] = 48
