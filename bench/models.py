@@ -55,8 +55,8 @@ def smollm2(work: Path) -> Subject:
     more = work.resolve() / "held_out_256.jsonl"
     write_prompts(more, [*chat[:32], *sums[:32], *chat[32:], *sums[32:]])
     fresh = islice(load_problems(ProblemSource(source="arithmetic"), seed=7), 4000)
-    others = [text for text in dict.fromkeys(p.question for p in fresh) if text not in sums]
-    in_turn = zip(instructions[3000:], others[:2500], strict=False)
+    more_sums = [text for text in dict.fromkeys(p.question for p in fresh) if text not in sums]
+    in_turn = zip(instructions[3000:], more_sums[:2500], strict=False)
     write_prompts(work.resolve() / "in_turn.jsonl", [text for pair in in_turn for text in pair])
     sampling = {"max_new_tokens": 1024, "batch_size": 64, "seed": 0}
     named = {"instructions": str(train), "arithmetic": "arithmetic"}

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator
 
@@ -91,6 +91,13 @@ class CalibrationSettings(Settings):
 
     batch_tokens: _Sequence = 16_384
     """Sequences times length of a padded batch at most."""
+
+    @field_validator("mixture", mode="before")
+    @classmethod
+    def _is_a_mapping(cls, mixture: Any) -> Any:
+        if not isinstance(mixture, Mapping):
+            raise RacError(f"mixture {mixture!r} is no valid dictionary; {_EXAMPLE}")
+        return mixture
 
     @field_validator("mixture")
     @classmethod
