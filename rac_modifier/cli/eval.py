@@ -136,7 +136,7 @@ def evaluate(
         raise RacError("--divergence compares models with the first one; name at least two")
     to_stdout = json_out == Path("-")
     if json_out is not None and not to_stdout:
-        check_json_out(json_out)
+        check_json_out(json_out, baseline)
     carded = models if len(models) == 1 or baseline else models[1:]
     folders = [card_folder(name) for name in carded] if card else []
     for name in models:

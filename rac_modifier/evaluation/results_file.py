@@ -45,8 +45,10 @@ def read_results(path: Path, sampling: SamplingSettings) -> list[EvalResult]:
         ) from error
 
 
-def check_json_out(path: Path) -> None:
-    """Refuse a file that cannot be written, or that holds something else (RacError)."""
+def check_json_out(path: Path, baseline: Path | None = None) -> None:
+    """Refuse a file that cannot be written, is the baseline or holds other content (RacError)."""
+    if baseline is not None and path.resolve() == baseline.resolve():
+        raise RacError(f"--json {path}: --baseline reads this file; name a new one")
     folder = path.absolute().parent
     if not folder.is_dir():
         raise RacError(f"--json {path}: its folder does not exist; create it first")

@@ -56,6 +56,8 @@ def test_only_earlier_results_may_be_overwritten(tmp_path, monkeypatch):
     with pytest.raises(RacError, match="its folder does not exist; create it first"):
         check_json_out(tmp_path / "none" / "r.json")
     check_json_out(new)
+    with pytest.raises(RacError, match=r"r\.json: --baseline reads this file; name a new one"):
+        check_json_out(tmp_path / "." / "r.json", tmp_path / "r.json")
     monkeypatch.setattr("os.access", lambda folder, mode: folder != tmp_path)
     with pytest.raises(RacError, match=r"new\.json: its folder cannot be written to"):
         check_json_out(new)
