@@ -1,6 +1,7 @@
 """KL of runtimes: the dense model's next-token distribution against the one each server answers.
 
-    .venv/bin/python -m bench formats --labels int4 "int4, int8 head" "int3 with zero points"
+    .venv/bin/python -m bench formats --labels int4 W8A8 "int3 with zero points" \
+        "int4, int8 head" "int4, int8 head, 8-bit activations"
     .venv-serve/bin/python -m bench runtimes
 
 Each server gets the model in the form that it would serve, and the dense model's greedy answers
@@ -38,11 +39,13 @@ from rac_modifier.evaluation.intervals import mean_over_tokens
 OWN, RAC = ["--quantization", "compressed-tensors"], ["--quantization", "rac"]
 CHECKPOINTS: dict[str, tuple[str | None, list[str]]] = {  # row of bench formats, options
     "bf16": (None, []),
+    "w8a8": ("W8A8", OWN),
     "w4a16": ("int4", OWN),
+    "zentorch-bf16": (None, []),
     "zentorch-w4a16": ("int4", OWN),
     "int4": ("int4", RAC),
     "int4, int8 head": ("int4, int8 head", RAC),
-    "int4, int4 head": ("int4, int4 head", RAC),
+    "int4, int8 head, 8-bit activations": ("int4, int8 head, 8-bit activations", RAC),
     "int3": ("int3 with zero points", RAC),
 }
 FORMS = [*FILE_TYPES, "openvino-Q4_0", *CHECKPOINTS]
@@ -89,8 +92,8 @@ def of_form(form: str) -> tuple[str, str]:
         return "llama.cpp", form
     if form == "openvino-Q4_0":
         return "OpenVINO", "Q4_0"
-    if form == "zentorch-w4a16":
-        return "vLLM with zentorch", "w4a16"
+    if form.startswith("zentorch-"):
+        return "vLLM with zentorch", form.removeprefix("zentorch-")
     return ("vLLM with our kernels" if CHECKPOINTS[form][1] == RAC else "vLLM"), form
 
 
@@ -130,7 +133,7 @@ def runtime(form: str, model: Path, options: argparse.Namespace) -> AbstractCont
 def of_checkpoint(form: str, model: Path, options: argparse.Namespace, log: Path) -> Iterator[Ask]:
     """Serve a checkpoint of `bench formats`, or the dense model, by vLLM."""
     environment = dict(os.environ)
-    if form == "zentorch-w4a16":
+    if form.startswith("zentorch-"):
         environment["PYTHONPATH"] = with_packages(options.packages / "zentorch")
         check_zentorch(environment)
     label, choice = CHECKPOINTS[form]
