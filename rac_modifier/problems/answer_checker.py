@@ -6,6 +6,7 @@ timeout has an effect. The limit counts CPU time: a busy machine does not change
 
 import importlib
 import importlib.util
+import math
 import os
 import signal
 import sys
@@ -25,6 +26,7 @@ from rac_modifier.errors import RacError
 SECONDS_PER_ANSWER = 5.0  # of CPU time
 WORKERS = min(4, os.cpu_count() or 1)
 _WALL_FACTOR = 12  # a worker that hangs without computing is ended by the clock, after 60 s
+_SMALL = 1e-4  # math-verify rounds to six decimals, so that 2e-7 is equal to 1e-7
 Check = Literal["mathematics", "reasoning-gym"]
 # By check: the module that it needs, for what, and the extra that installs it.
 _NEEDS: dict[Check, tuple[str, str, str]] = {
@@ -144,7 +146,18 @@ def _equal(answer: str, reference: str) -> bool:
     gold, guess = (
         parse(f"\\boxed{{{x}}}", targets, parsing_timeout=0) for x in (reference, answer)
     )
-    return bool(verify(gold, guess, timeout_seconds=0))
+    return bool(verify(gold, guess, timeout_seconds=0)) and _alike(gold[0], guess[0])
+
+
+def _alike(gold: Any, guess: Any) -> bool:
+    """Tell whether two numbers that round to the same six decimals are the same in size too."""
+    if not all(getattr(x, "is_number", False) and x.is_real for x in (gold, guess)):
+        return True
+    value, other = float(gold), float(guess)
+    if abs(value) > _SMALL:
+        return True
+    percent = (1, 100, 0.01)  # 5 is equal to 5 %
+    return any(math.isclose(value, factor * other, rel_tol=0.01) for factor in percent)
 
 
 def _solves(answer: str, task: str, seed: int, size: int, index: int) -> bool:

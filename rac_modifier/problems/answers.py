@@ -12,10 +12,12 @@ _INTEGER = re.compile(r"[+-]?[0-9]+")
 # Two other letters may be a product: xy = yx.
 _WORD = re.compile(r"[A-Za-z]{3,}|no|on", re.IGNORECASE)
 # What math-verify does not read: a plural behind a number, 1 1/2, the space between thousands,
-# and what follows the answer.
+# a currency other than the dollar, 1e-5, and what follows the answer.
 _UNIT = re.compile(r"(?<=\d)\s+[A-Za-z]{3,}s\Z")
 _MIXED_NUMBER = re.compile(r"(?<![\d.])(\d+)\s+(\d+)/(\d+)\Z")
 _THOUSANDS = re.compile(r"(?<=\d)(?:\\[,;: ]|~|[\u00a0\u2009\u202f])(?=\d{3}(?!\d))")
+_CURRENCY = re.compile(r"[€£¥](?=\s*\d)|(?<=\d)\s*[€£¥]")
+_EXPONENT = re.compile(r"([+-]?\d*\.?\d+)[eE]([+-]?\d+)\Z")
 _TAIL = re.compile(r"(?:(?<!\.)[.。]|°)\s*\Z")
 _STYLE = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf)\s*\{([^{}]*)\}")
 
@@ -99,14 +101,21 @@ def equal_answers(answer: str, reference: str) -> bool:
     if not (_UNIT.search(answer) and _UNIT.search(reference)):
         answer, reference = _UNIT.sub("", answer), _UNIT.sub("", reference)
     answer, reference = (_MIXED_NUMBER.sub(r"\1\\frac{\2}{\3}", x) for x in (answer, reference))
+    answer, reference = (_scientific(x) for x in (answer, reference))
     from rac_modifier.problems import answer_checker  # loguru: a serving environment may lack it
 
     return answer_checker.check_answer("mathematics", answer, reference)
 
 
+def _scientific(text: str) -> str:
+    """Return 1.5e-5 as a product, other text as it is: math-verify reads e as Euler's number."""
+    number = _EXPONENT.match(text)
+    return rf"{number[1]} \times 10^{{{number[2]}}}" if number else text
+
+
 def _bare(answer: str) -> str:
-    r"""Remove `\boxed{}` or `$` around an answer, a period or ° behind it, and `\,` in 1\,234."""
+    r"""Remove `\boxed{}` or `$` around an answer, a period, € or ° behind it, `\,` in 1\,234."""
     boxed = extract_answer(answer)
     bare = _TAIL.sub("", (answer if boxed is None else boxed).strip())
     bare = bare.strip("$").strip() if bare.startswith("$") and bare.endswith("$") else bare
-    return _THOUSANDS.sub("", _TAIL.sub("", bare))
+    return _THOUSANDS.sub("", _CURRENCY.sub("", _TAIL.sub("", bare)).strip())
