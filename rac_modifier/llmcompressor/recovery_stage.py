@@ -1,6 +1,7 @@
 """Recover in a recipe or a checkpoint: prepare on the dense model, then train."""
 
 import contextlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,15 @@ from rac_modifier.traces.selection import loop_at_end, with_copies, without_repe
 OwnAnswers = Callable[[Sequence[TokenSequence], Path], list[TokenSequence]]
 _OWN = "own_answers.json"
 _OF_OWN = 5  # every fifth own answer is held out, next to held-out traces
+# What a run, or a killed one, has in its folder.
+_FILES = re.compile(r"teacher(-\d+)?|recovery\.safetensors|own_answers\.json|\.lock|\..+\.tmp")
 
 
 class RecoveryStage:
     """Train a compressed model towards the dense `model`, on traces that calibration does not use.
 
-    With `keep` the state is left to `remove`. RacError for too little memory.
+    With `keep` the state is left to `remove`. RacError for too little memory, and for a folder
+    with files of others.
     """
 
     def __init__(
@@ -53,6 +57,8 @@ class RecoveryStage:
                 "device; load the model without device_map"
             )
         check_head(model, (tuple(range(1, 9)), 7))
+        if settings.folder is not None and processes.is_first:
+            _check_folder(Path(settings.folder))
         self._settings, self._processes = settings, processes
         self._quantizes, self._keep = quantizes, keep
         check_recovery_memory(model, settings, processes, quantizes=quantizes)
@@ -69,7 +75,8 @@ class RecoveryStage:
         self._lock = hold(self.folder, step, take_over=True) if processes.is_first else None
         if own is not None:
             answers = own(self._training, self.folder / _OWN) if processes.is_first else []
-            answers = processes.from_first(answers)
+            trained = set(self._training)  # a dense model that is asked greedily wrote the same
+            answers = processes.from_first([a for a in answers if a not in trained])
             self.held_out += answers[::_OF_OWN]
             self._training += [a for i, a in enumerate(answers) if i % _OF_OWN]
         check_recovery_memory(
@@ -131,6 +138,16 @@ class RecoveryStage:
             if self._receives:
                 self.folder.rmdir()
             self.folder.parent.rmdir()
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse a folder with files of others, which would be removed with it (RacError)."""
+    others = [path.name for path in folder.glob("*") if not _FILES.fullmatch(path.name)]
+    if others:
+        raise RacError(
+            f"recover.folder {folder} holds other files ({min(others)!r}), and it is removed at "
+            "the end; name a new or empty folder"
+        )
 
 
 def split_traces(

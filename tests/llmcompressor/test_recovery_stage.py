@@ -76,6 +76,27 @@ def test_a_model_on_two_devices_is_refused():
         RecoveryStage(model, RecoverySettings(**RECOVER), ALONE, quantizes=False, keep=False)
 
 
+def test_a_folder_with_other_files_is_refused_since_it_would_be_removed(tmp_path):
+    settings = RecoverySettings(**RECOVER, folder=str(tmp_path))
+    for ours in ("recovery.safetensors", "own_answers.json", ".lock", ".recovery.x1.tmp"):
+        (tmp_path / ours).touch()
+    (tmp_path / "teacher").mkdir()
+    RecoveryStage(tiny_model(), settings, ALONE, quantizes=False, keep=False)
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(RacError, match=r"holds other files \('thesis.tex'\), and it is removed"):
+        RecoveryStage(tiny_model(), settings, ALONE, quantizes=False, keep=False)
+
+
+def test_an_own_answer_that_is_a_training_trace_is_left_out(trace_store, tmp_path):
+    """A quantized model gives many of the dense model's greedy answers."""
+    settings, model = RecoverySettings(**RECOVER, folder=str(tmp_path / "kept")), tiny_model()
+    stage = RecoveryStage(model, settings, ALONE, quantizes=False, keep=False)
+    stage.read_dense(
+        model, list(TraceStore.read(trace_store))[:20], lambda training, _: [*training[:2]]
+    )
+    assert not set(stage.held_out) & set(stage._training)
+
+
 def test_logits_that_are_scaled_after_the_head_are_refused_before_anything_is_sampled():
     def scaled(_model, _args, output):
         output.logits = output.logits / 8  # as Granite does
