@@ -143,7 +143,11 @@ class Answering:
         """Return a hash of what decides how servers run the model."""
         from transformers.utils.hub import cached_file
 
-        from rac_modifier.checkpoint.quantization_config import CONFIG_FILE, SparsityRecord
+        from rac_modifier.checkpoint.quantization_config import (
+            CONFIG_FILE,
+            QUANTIZATION_KEY,
+            SparsityRecord,
+        )
         from rac_modifier.files import read_json
 
         if self.serve:
@@ -152,8 +156,10 @@ class Answering:
         else:
             setup = [*sorted(engine_of(self.servers, 1, 1).base_urls), *self.served_as]
         config = read_json(cached_file(resolve(name), CONFIG_FILE) or "")
-        text = json.dumps([setup, SparsityRecord.of(config).int8_activations])
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        decides = [setup, SparsityRecord.of(config).int8_activations]
+        if quantization := config.get(QUANTIZATION_KEY):  # of the key-value cache: no weight has it
+            decides.append(quantization)
+        return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:12]
 
     def _ask_servers(self, problems: Sequence[Problem], **how: Any) -> list[EvalResult]:
         from rac_modifier.evaluation.chat import evaluate_chat

@@ -15,7 +15,7 @@ from rac_modifier.evaluation.stopping import Row, row_of_text
 from rac_modifier.problems.answer_checker import check_installed
 from rac_modifier.problems.answers import Verifier, completion_text, thinking_length
 from rac_modifier.problems.source import Problem
-from rac_modifier.sampling.generate import Generation
+from rac_modifier.sampling.generate import Generation, eos_token_ids
 from rac_modifier.sampling.model_identity import ModelIdentity
 from rac_modifier.sampling.openai_server import engine_for
 from rac_modifier.settings.problems import ProblemSource
@@ -85,21 +85,36 @@ def evaluate(
             if filled.setup not in (None, setup):
                 raise RacError(
                     f"{path} holds answers of this model run otherwise (its precision, server, "
-                    "RAC_VLLM_OPTIONS, RAC_KERNEL or 8-bit activations); name another file"
+                    "quantization, RAC_VLLM_OPTIONS, RAC_KERNEL or 8-bit activations); name "
+                    "another file"
                 )
-            before = store.counts.completion_tokens
+            _check_endings(store, set(eos_token_ids(identity, tokenizer)))
             if len(store):
                 logger.info(f"{path} holds {len(store)} answers already: going on from there")
             failures_path(path).unlink(missing_ok=True)
-            FillStore(store, chosen, iter(problems), tokenizer).run(None)
+            filling = FillStore(store, chosen, iter(problems), tokenizer)
+            before = store.counts.completion_tokens + filling.early_tokens
+            filling.run(None)
     seconds = time.monotonic() - started
     return summarise(
         _stored_rows(store, tokenizer, problems, verifier),
         label=label,
         seconds=seconds,
         sampling=sampling,
-        generated=store.counts.completion_tokens - before,
+        generated=store.counts.completion_tokens + filling.early_tokens - before,
     )
+
+
+def _check_endings(store: TraceStore, eos: set[int]) -> None:
+    """Refuse answers that did not end at the first EOS, since the model had others (RacError)."""
+    for trace in store:
+        ids, stopped = trace.completion_ids, trace.finish_reason == "stop"
+        if not eos.isdisjoint(ids[:-1]) or eos.isdisjoint(ids[-1:]) == stopped:
+            raise RacError(
+                f"{store.path} holds answers from before the model's EOS tokens were changed (now "
+                f"{', '.join(map(str, sorted(eos)))}; the first is {trace.id!r}); remove the file "
+                "to ask again, or name another"
+            )
 
 
 def check_problems(

@@ -77,6 +77,11 @@ class FillStore:
             self._pending = TraceStore.open_append(pending_path(store.path), store.header)
             self._early = {trace.id: trace for trace in self._pending if trace.id not in store}
 
+    @property
+    def early_tokens(self) -> int:
+        """Count the completion tokens that a killed run finished and this one has not stored."""
+        return sum(len(trace.completion_ids) for trace in self._early.values())
+
     def run(self, tokens: int | None) -> int:
         """Store the shortest run of problems with `tokens` (None: all); return their tokens."""
         goal, tokens = tokens, 2**62 if tokens is None else tokens

@@ -169,6 +169,9 @@ def test_answers_of_a_model_that_is_served_otherwise_are_not_taken(
     record = {"storage": "dense", "modules": {}, "int8_activations": ["lm_head"]}
     (model / "config.json").write_text(json.dumps(config | {"rac_sparsity": record}))
     assert files_after() == 5
+    cache = {"quant_method": "compressed-tensors", "kv_cache_scheme": {"num_bits": 8}}
+    (model / "config.json").write_text(json.dumps(config | {"quantization_config": cache}))
+    assert files_after() == 6
 
 
 def test_each_address_has_a_file_of_answers(rac, tiny_folder, tmp_path, server):

@@ -17,7 +17,7 @@ from rac_modifier.sampling.model_identity import ModelIdentity
 from rac_modifier.sampling.prompts import render_question
 from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
-from rac_modifier.traces.store import TraceStore
+from rac_modifier.traces.store import TraceStore, pending_path
 from tests.sampling.fake_server import FakeServer
 from tests.tiny import byte_tokenizer, tiny_model
 
@@ -195,6 +195,31 @@ def test_a_server_is_asked_each_problem_once_and_after_a_kill_what_is_missing(
     assert served(server, tokenizer, model, path).correct_answers == result.correct_answers
     assert len(server.bodies) == 12 - 5
     assert path.read_bytes() == b"".join(lines)
+
+
+def test_the_speed_after_a_kill_is_that_of_the_answers_that_were_missing(
+    server, tokenizer, model, tmp_path
+):
+    """Four answers had finished before an earlier one."""
+    path = tmp_path / "a.jsonl"
+    served(server, tokenizer, model, path)
+    header, *lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([header, *lines[:5]]))
+    pending_path(path).write_bytes(b"".join([header, *lines[8:]]))
+    server.bodies.clear()
+    result = served(server, tokenizer, model, path)
+    assert len(server.bodies) == 3
+    tokens = sum(len(trace.completion_ids) for trace in list(TraceStore.read(path))[5:8])
+    assert round(result.tokens_per_second * result.seconds) == tokens
+
+
+def test_answers_from_before_an_eos_was_added_are_refused(model, tokenizer, tmp_path, monkeypatch):
+    path = tmp_path / "a.jsonl"
+    run(model, tokenizer, path)
+    first = next(iter(TraceStore.read(path)))
+    monkeypatch.setattr(model.generation_config, "eos_token_id", [1, first.completion_ids[0]])
+    with pytest.raises(RacError, match=r"before the model's EOS tokens were changed .*'q0#0'"):
+        run(model, tokenizer, path)
 
 
 def test_a_failed_answer_is_named_and_asked_again(server, tokenizer, model, tmp_path):
