@@ -2,9 +2,11 @@
 
 import difflib
 import hashlib
+import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from itertools import count, islice
 from typing import Any
 
@@ -142,14 +144,18 @@ class TableRow:
         return question
 
     def answer(self, column: str) -> str | None:
-        """Return the answer as text, None for null (RacError: not text, or digits were lost)."""
+        """Return the answer as text, None for null and NaN (RacError: not text, lost digits)."""
         answer = self.values[column]
+        if isinstance(answer, float) and math.isnan(answer):
+            answer = None  # as pandas writes a missing number
         inexact = isinstance(answer, float) and abs(answer) >= _EXACT_FLOATS
         if inexact or not isinstance(answer, str | int | float | None):
             raise RacError(
                 f"{self.where}: column {column!r} holds the {type(answer).__name__} "
                 f"{repr(answer)[:80]}, maybe not as written; write answers as text, in quotes"
             )
+        if isinstance(answer, float):
+            return f"{Decimal(str(answer)):f}"  # 0.00001, not 1e-05
         return None if answer is None else str(answer)
 
     def problem(self, question: str, answer: str | None, task: str | None = None) -> Problem:

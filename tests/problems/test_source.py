@@ -1,7 +1,9 @@
 import json
+import math
 from itertools import islice
 
 import pytest
+from datasets import Dataset
 
 from rac_modifier.errors import RacError
 from rac_modifier.problems.arithmetic import Solved
@@ -73,6 +75,19 @@ def test_an_answer_that_is_not_read_as_it_was_written_is_refused(tmp_path, answe
     path = write(tmp_path / "a.jsonl", [{"problem": "x", "answer": answer}])
     with pytest.raises(RacError, match=words):
         take(1, source=path, answer_column="answer")
+
+
+def test_a_missing_number_is_no_answer(tmp_path):
+    """pandas writes an integer column with a gap as floats with NaN."""
+    frame = {"problem": ["1 + 1?", "1 + 2?"], "answer": [2.0, math.nan]}
+    Dataset.from_dict(frame).to_parquet(tmp_path / "a.parquet")
+    problems = take(2, source=str(tmp_path / "a.parquet"), answer_column="answer")
+    assert {p.question: p.answer for p in problems} == {"1 + 1?": "2.0", "1 + 2?": None}
+
+
+def test_a_small_number_is_no_product_with_e(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"problem": "x", "answer": 0.00001}])
+    assert take(1, source=path, answer_column="answer")[0].answer == "0.00001"
 
 
 def test_reasoning_gym_takes_its_tasks_in_turn():
