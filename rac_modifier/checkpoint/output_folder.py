@@ -153,8 +153,10 @@ def bytes_of_weights(model: str) -> int | None:
     config = Path(model, CONFIG_FILE) if Path(model).is_dir() else cached_file(model, CONFIG_FILE)
     if config is None:
         return None
-    files = list(config.parent.glob("*.safetensors")) or list(config.parent.glob("*.bin"))
-    return sum(file.stat().st_size for file in files) or None
+    for pattern in ("model*.safetensors", "*.safetensors", "*.bin"):  # the first one is loaded
+        if size := sum(file.stat().st_size for file in config.parent.glob(pattern)):
+            return size
+    return None
 
 
 def cached_file(model: str, name: str) -> Path | None:

@@ -112,6 +112,7 @@ def test_the_bytes_of_weights_are_those_of_the_folder_or_in_the_cache(cached, tm
         assert bytes_of_weights(name) == 70
         for number in (1, 2):
             (folder / f"model-{number}.safetensors").write_bytes(bytes(20))
+        (folder / "consolidated.safetensors").write_bytes(bytes(40))  # as Mistral's models have it
         assert bytes_of_weights(name) == 40  # the same weights in another format are not read
 
 
