@@ -40,7 +40,7 @@ _ASYMMETRIC = ("weight_zero_point", "weight_g_idx", "weight_global_scale")
 # Names of modules that vLLM serves dense, next to embeddings: the output matrix, and routers.
 _SERVED_DENSE = re.compile(r"(^|\.)(lm_head|embed_out|gate|router|shared_expert_gate)$")
 _TRANSPOSED = ("gpt2", "openai-gpt")  # models whose linear layers are stored [inputs, outputs]
-_MOST_ZEROS_24 = 0.625  # with more, 2:4 explains less than 80 % of the zeros
+MOST_ZEROS_24 = 0.625  # with more, 2:4 explains less than 80 % of the zeros
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def _structure(row: ModuleRow, kept: StoredWeight, zeros: int) -> str:
                 return structure
         except RacError:
             pass  # a record that does not fit the weight
-    is_24 = zeros <= _MOST_ZEROS_24 * row.rows * row.columns and kept.two_of_four
+    is_24 = zeros <= MOST_ZEROS_24 * row.rows * row.columns and kept.two_of_four
     return "2:4" if is_24 else UNSTRUCTURED
 
 

@@ -7,6 +7,7 @@ from compressed_tensors.utils import align_module_device, match_named_modules
 from loguru import logger
 from transformers import PreTrainedModel
 
+from rac_modifier.checkpoint.pack_plan import MOST_ZEROS_24
 from rac_modifier.errors import RacError
 from rac_modifier.pruning.masks import holds
 from rac_modifier.recovery.fixed_mask import LEAST_ZEROS, masks_of_zeros, sparse_masks
@@ -100,7 +101,8 @@ def patterns_of_zeros(
 ) -> tuple[dict[str, Pattern], str]:
     """Return the pattern of each module that `solver: keep` keeps, and all in words (RacError).
 
-    That is `required`, with `detect` 2:4 if every module holds it, or the share of zeros of each.
+    That is `required`, with `detect` 2:4 if every module holds it without many more zeros, or the
+    share of zeros of each.
     """
     shares: dict[str, Pattern] = {}
     zeros, total, structured = 0, 0, detect
@@ -109,7 +111,8 @@ def patterns_of_zeros(
             weight = module.get_parameter("weight")
             count = weight.numel() - int(weight.count_nonzero())
             held = required is None or holds(weight, required)
-            structured = structured and weight.shape[1] % 4 == 0 and holds(weight, _2OF4)
+            few = count <= MOST_ZEROS_24 * weight.numel()  # 3:4 holds 2:4 too
+            structured = structured and few and weight.shape[1] % 4 == 0 and holds(weight, _2OF4)
         if not held or not LEAST_ZEROS <= count / weight.numel() < 1:
             lacking = f"{count:,} of its {weight.numel():,} weights are zero"
             raise RacError(

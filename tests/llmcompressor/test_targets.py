@@ -88,13 +88,14 @@ def test_keep_refuses_a_module_without_the_zeros(prune, mask_structure):
 
 
 def test_keep_keeps_exactly_the_zeros_with_or_without_a_pattern(prune, tmp_path, off_policy):
-    """Where all modules hold 2:4 it is stored as 2:4, if not asked otherwise."""
+    """Where all modules hold 2:4 it is stored as 2:4, if not asked otherwise; 3:4 is not."""
     settings = {"solver": "keep", "traces": off_policy}
     two_of_four = {"solver": "magnitude", "reconstruct": "pruned"}
     cases = {
         "structured": (two_of_four, None, "2:4", "2:4"),
         "free": (two_of_four, "0:0", "0:0", "unstructured"),
         "uneven": (two_of_four | {"mask_structure": "1:4"}, None, "0:0", "unstructured"),
+        "sparser": (two_of_four | {"mask_structure": "3:4"}, None, "0:0", "unstructured"),
     }
     for name, (before, asked, structure, stored) in cases.items():
         sparse, folder = prune(**before), tmp_path / name
