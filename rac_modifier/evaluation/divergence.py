@@ -185,7 +185,12 @@ def _windows(
         for start in range(0, ids.shape[1], width):
             window, several = ids[:, start : start + width], ids.shape[1] > width
             output = pruned(input_ids=window, past_key_values=cache, use_cache=several)
-            cache = output.past_key_values
+            cache = getattr(output, "past_key_values", None)  # state-space models have none
+            if several and cache is None:
+                raise RacError(
+                    f"{type(pruned).__name__} keeps no key-value cache, so sequences of more than "
+                    f"{width:,} tokens cannot be compared; give shorter ones"
+                )
             of_dense, of_pruned = output.logits.chunk(2)
             yield start, of_dense, of_pruned
     finally:

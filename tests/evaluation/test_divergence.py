@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import Gemma2Config, Gemma2ForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, MambaConfig, MambaForCausalLM
 
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation import divergence as module
@@ -143,6 +143,19 @@ def test_a_row_per_sequence_in_their_order(make, elements, monkeypatch):
     assert dense.training
     assert pruned.training
     assert not pruned.get_output_embeddings()._forward_hooks
+
+
+def test_a_model_without_a_key_value_cache_is_measured_in_one_window(monkeypatch):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "state_size": 4, "num_hidden_layers": 1}
+    dense = MambaForCausalLM(MambaConfig(**sizes)).eval()
+    pruned = shaken(dense)
+    kls, _ = reference(dense, pruned, SEQUENCES)
+    result = divergence(dense, pruned, SEQUENCES)
+    assert result.kl == pytest.approx(torch.cat(kls).mean().item(), rel=1e-3)
+    monkeypatch.setattr(module, "WINDOW_ELEMENTS", 4000)
+    with pytest.raises(RacError, match="MambaForCausalLM keeps no key-value cache, so sequences"):
+        divergence(dense, pruned, SEQUENCES)
 
 
 @pytest.mark.parametrize("make", [tiny_model, softcapped])
