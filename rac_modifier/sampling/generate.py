@@ -1,5 +1,6 @@
 """Batched sampling from a transformers model; a completion does not depend on its neighbours."""
 
+import inspect
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -34,7 +35,8 @@ def generate(
 
     A draw depends on (seed, key, position) alone, logits on the batch's shape too, by rounding. A
     completion that would leave the model's context ends there with finish_reason "length". RacError
-    for an empty prompt, one that fills the context, unknown token ids, or no EOS token.
+    for an empty prompt, one that fills the context, unknown token ids, no EOS token, or a model
+    that does not read `past_key_values`.
     """
     if not prompts:
         return []
@@ -71,7 +73,13 @@ def eos_token_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def _completion_limits(
     model: PreTrainedModel, prompts: list[list[int]], max_new_tokens: int
 ) -> list[int]:
-    """Check the prompts; return the number of tokens that each row may add."""
+    """Check model and prompts; return the number of tokens that each row may add."""
+    reads = inspect.signature(model.forward).parameters
+    if "cache_params" in reads and "past_key_values" not in reads:  # Mamba: it would be ignored
+        raise RacError(
+            f"{type(model).__name__} keeps its state in cache_params, which is not passed on here; "
+            "sample with a server (traces.engine, or rac eval --server)"
+        )
     vocab = cast(torch.nn.Embedding, model.get_input_embeddings()).num_embeddings
     for prompt in prompts:
         if not prompt:

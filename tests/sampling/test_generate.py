@@ -1,5 +1,5 @@
 import pytest
-from transformers import GenerationConfig
+from transformers import GenerationConfig, MambaConfig, MambaForCausalLM
 
 from rac_modifier.errors import RacError
 from rac_modifier.sampling.generate import eos_token_ids, generate
@@ -71,3 +71,11 @@ def test_what_cannot_be_sampled_is_refused(model, tokenizer):
     tokenizer.eos_token = None
     with pytest.raises(RacError, match="EOS"):
         generate(endless, tokenizer, PROMPTS, GREEDY, KEYS)
+
+
+def test_a_model_whose_state_would_be_lost_between_tokens_is_refused(tokenizer):
+    """Mamba takes `past_key_values`, and does not read it."""
+    sizes = {"vocab_size": 128, "hidden_size": 16, "state_size": 4, "num_hidden_layers": 1}
+    model = MambaForCausalLM(MambaConfig(**sizes))
+    with pytest.raises(RacError, match="MambaForCausalLM keeps its state in cache_params"):
+        generate(model, tokenizer, PROMPTS, GREEDY, KEYS)
