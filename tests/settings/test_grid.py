@@ -113,22 +113,14 @@ def test_all_mistakes_are_in_one_message_with_the_rows_that_could_run():
         assert part in message
 
 
-def test_a_file_that_is_calibrated_on_is_not_evaluated_on():
-    shared = {"traces": {"problems": {"source": "questions.jsonl"}}}
-    same, other = ({"source": name} for name in ("questions.jsonl", "other.jsonl"))
-    with pytest.raises(RacError, match=r"row 0: calibrates on questions\.jsonl, the problems"):
-        plan_rows(grid({}, shared=shared, evaluation=same), "grid")
-    assert plan_rows(grid({}, shared=shared, evaluation=other), "grid")
-    assert plan_rows(grid({}), "grid"), "the evaluation has problems of its own"
-
-
-def test_a_file_is_the_same_by_another_path_and_a_split_is_another_one(tmp_path, monkeypatch):
+def test_problems_that_are_calibrated_on_are_not_evaluated_on(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     columns = {"column": "question", "answer_column": "answer"}
     data = {"source": "openai/gsm8k", "config": "main", "split": "train"}
     for calibrated, evaluated, refused in (
         ({"source": "./q.jsonl"}, {"source": "q.jsonl"}, True),
         ({"source": "q.jsonl"}, {"source": str(tmp_path / "q.jsonl")}, True),
+        ({"source": "q.jsonl"}, {"source": "other.jsonl"}, False),
         (data, {"source": "openai/gsm8k"}, True),
         (data, {"source": "openai/gsm8k", "split": "test"}, False),
     ):
