@@ -55,7 +55,7 @@ def run_stages(
         for stage, after in zip(stages, [*stages[1:], None], strict=True):
             with disable_offloading():
                 return_freed_memory()
-                if stage.modules and by_group and run.dense_target and not dense.carries:
+                if stage.modules and by_group and run.dense_target and dense.cache is None:
                     dense = DenseStream(model, cache, loader)
                 dense.enter(stage, after)
                 if not stage.modules:

@@ -30,7 +30,6 @@ from rac_modifier.pruning.hessian import Statistics
 class NoStream:
     """Hold nothing: no target needs the dense model's activations."""
 
-    carries = False
     cache: IntermediatesCache | None = None
 
     def enter(self, stage: Stage, after: Stage | None) -> None:
@@ -52,7 +51,6 @@ class NoStream:
 class DenseStream(NoStream):
     """Hold the dense model's inputs of a stage; made with a copy of `cache` of the dense model."""
 
-    carries = True
     cache: IntermediatesCache
 
     def __init__(
