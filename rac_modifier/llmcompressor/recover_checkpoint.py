@@ -36,7 +36,7 @@ from rac_modifier.settings.recovery import RecoverySettings
 from rac_modifier.settings.sampling import PromptSettings
 from rac_modifier.settings.traces import TraceSettings
 from rac_modifier.traces.collect import collect_traces
-from rac_modifier.traces.records import trace_of
+from rac_modifier.traces.records import Trace, trace_of
 from rac_modifier.traces.selection import fresh_traces, used_traces, without_repeats
 from rac_modifier.traces.store import TraceStore
 
@@ -81,12 +81,12 @@ def recover_checkpoint(
     stores = before.get("trace_stores") or {}
     rows = (before.get("activations") or {}).get("layers", {})
     errors = {name: float(row["own_error"]) for name, row in rows.items()}
-    collected, fresh = None, []
+    collected = None
+    fresh: list[Trace] = []
     if processes.is_first:
         hashes = {str(entry.get("sha256")) for entry in stores.values()}
         tokens = settings.reserved_tokens
-        collected = collect_unused(model, tokenizer, traces, tokens, hashes)
-        fresh = fresh_traces(collected, used_traces(collected, hashes), tokens)
+        collected, fresh = collect_unused(model, tokenizer, traces, tokens, hashes)
     fresh = [trace_of(sent) for sent in processes.from_first([asdict(trace) for trace in fresh])]
 
     def own(training: Sequence[TokenSequence], kept: Path) -> list[TokenSequence]:
@@ -145,19 +145,19 @@ def recover_checkpoint(
 
 def collect_unused(
     model: Any, tokenizer: Any, settings: TraceSettings, tokens: int, hashes: Collection[str]
-) -> TraceStore:
-    """Return a store of the dense model with `tokens` tokens that no run of `hashes` used."""
+) -> tuple[TraceStore, list[Trace]]:
+    """Return a store of the dense model, and `tokens` tokens that no run of `hashes` used."""
     budget, missing, used = tokens, 1, 0
     with on_accelerator(model):
         while missing > 0:
             store = collect_traces(model, tokenizer, settings, budget)
             used = used_traces(store, hashes)
-            fresh = map(without_repeats, fresh_traces(store, used, tokens))
-            missing = tokens - sum(trace.tokens for trace in fresh)
+            fresh = fresh_traces(store, used, tokens)
+            missing = tokens - sum(without_repeats(trace).tokens for trace in fresh)
             budget = store.counts.tokens + missing
     if used:
         logger.info(f"{store.path}: its first {used:,} traces were used before; others are taken")
-    return store
+    return store, fresh
 
 
 def _quantized_modules(sparse: Path) -> set[str]:

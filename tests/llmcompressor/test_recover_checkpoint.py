@@ -6,7 +6,6 @@ from rac_modifier.llmcompressor.recover_checkpoint import collect_unused
 from rac_modifier.settings.sampling import SamplingSettings
 from rac_modifier.settings.traces import TraceSettings
 from rac_modifier.traces import selection
-from rac_modifier.traces.selection import fresh_traces
 from tests import tiny
 
 
@@ -24,11 +23,11 @@ def test_as_many_tokens_are_collected_as_are_left_without_repeated_tails(
     sampling = SamplingSettings(max_new_tokens=12, batch_size=4, temperature=1.0)
     settings = TraceSettings(store=str(tmp_path / "store.jsonl"), sampling=sampling)
     asked = (model, tokenizer, settings, 300)
-    store = collect_unused(*asked, set())
+    store, fresh = collect_unused(*asked, set())
     assert store.counts.tokens > 300 + 6
-    assert tokens_once(fresh_traces(store, 0, 10**6)) >= 300
-    used, whole = len(store), store.counts.tokens
-    more = collect_unused(*asked, {store.sha256()})
-    assert len(more) > used
+    assert tokens_once(fresh) >= 300
+    whole = store.counts.tokens
+    more, others = collect_unused(*asked, {store.sha256()})
     assert more.counts.tokens >= whole + 300
-    assert tokens_once(fresh_traces(more, used, 10**6)) >= 300
+    assert tokens_once(others) >= 300
+    assert not {trace.id for trace in fresh} & {trace.id for trace in others}
