@@ -1,11 +1,8 @@
-import json
-
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from rac_modifier.checkpoint.files import INDEX_FILE
 from rac_modifier.checkpoint.hf_quantizer import load_model
 from rac_modifier.checkpoint.packing import mark_dense, pack_checkpoint
 from rac_modifier.errors import RacError
@@ -21,21 +18,6 @@ from tests.checkpoint.checkpoint_helpers import (
     tiny_model,
 )
 from tests.tiny import linears
-
-
-def test_a_packed_folder_of_shards(saved):
-    folder, expected, modules = saved("unstructured", shard="60KB")
-    where, size = {}, 0
-    for file in folder.glob("*.safetensors"):
-        for name, tensor in load_file(file).items():
-            where[name], size = file.name, size + tensor.nbytes
-    assert len(set(where.values())) > 1
-    parts = {"compressed", "bitmask", "row_offsets", "shape"}
-    for name in modules:
-        assert {key.rpartition(".")[2] for key in where if key.startswith(f"{name}.")} == parts
-    assert_restores(folder, expected)
-    index = json.loads((folder / INDEX_FILE).read_text())
-    assert (index["weight_map"], index["metadata"]["total_size"]) == (where, size)
 
 
 def test_one_format_for_a_mixed_checkpoint(tmp_path):
