@@ -18,6 +18,7 @@ from rac_modifier.problems.source import Problem
 from rac_modifier.sampling.generate import Generation, eos_token_ids
 from rac_modifier.sampling.model_identity import ModelIdentity
 from rac_modifier.sampling.openai_server import engine_for
+from rac_modifier.sampling.prompts import render_question
 from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
 from rac_modifier.traces.fill_store import FillStore
@@ -56,14 +57,15 @@ def evaluate(
         verifier: compares answers; default: the scorer of a reasoning-gym task, or math-verify.
 
     Raises:
-        RacError: problems that cannot be graded; a file of another model, engine or other
-            settings, or in use; servers that cannot be reached, hold another model, or left
-            problems without an answer. Answers so far are kept.
+        RacError: problems that cannot be graded; a prompt that fills the model's context; a file of
+            another model, engine or other settings, or in use; servers that cannot be reached,
+            hold another model, or left problems without an answer. Answers so far are kept.
     """
     check_problems(problems, verifier, ungraded=True)
     in_memory = None if isinstance(model, ModelIdentity) else model
     identity = model if isinstance(model, ModelIdentity) else ModelIdentity.of_model(model)
     sampling = sampling.resolved(identity.generation_config)
+    _check_lengths(problems, tokenizer, sampling, identity.context)
     header = StoreHeader.of(identity, tokenizer, sampling, source)
     if engine is None and in_memory is not None:
         setup = str(in_memory.dtype).removeprefix("torch.")
@@ -103,6 +105,22 @@ def evaluate(
         sampling=sampling,
         generated=store.counts.completion_tokens + filling.early_tokens - before,
     )
+
+
+def _check_lengths(
+    problems: Sequence[Problem],
+    tokenizer: PreTrainedTokenizerBase,
+    sampling: SamplingSettings,
+    context: int | None,
+) -> None:
+    """Refuse a problem whose prompt leaves no token of the model's context (RacError)."""
+    for problem in problems:
+        length = len(render_question(tokenizer, problem.question, sampling))
+        if context is not None and length >= context:
+            raise RacError(
+                f"the prompt of problem {problem.id!r} has {length} tokens and fills the model's "
+                f"context of {context}; leave the problem out of its source"
+            )
 
 
 def _check_endings(store: TraceStore, eos: set[int]) -> None:

@@ -142,6 +142,10 @@ class RecoveryStage:
 
 def _check_folder(folder: Path) -> None:
     """Refuse a folder with files of others, which would be removed with it (RacError)."""
+    if folder.name in ("", ".."):
+        raise RacError(
+            f"recover.folder {str(folder)!r} could not be removed at the end; name a new folder"
+        )
     others = [path.name for path in folder.glob("*") if not _FILES.fullmatch(path.name)]
     if others:
         raise RacError(

@@ -234,6 +234,16 @@ def test_a_failed_answer_is_named_and_asked_again(server, tokenizer, model, tmp_
     assert served(server, tokenizer, model, path, SUMS[:5]).correct == 3  # the file holds more
 
 
+def test_a_prompt_that_fills_the_context_is_refused_before_any_is_asked(
+    server, tokenizer, model, tmp_path
+):
+    problems = [*SUMS, Problem("long", "1" * model.config.max_position_embeddings, "1", "sum")]
+    with pytest.raises(RacError, match=r"problem 'long' has \d+ tokens and fills .* \d+; leave"):
+        served(server, tokenizer, model, tmp_path / "a.jsonl", problems)
+    assert not server.bodies
+    assert not list(tmp_path.iterdir())
+
+
 def test_several_answers_differ_and_are_counted_per_problem(tokenizer, model, tmp_path):
     """A model in this process: its completions, with the seed of each answer's id."""
     path = tmp_path / "a.jsonl"

@@ -87,6 +87,14 @@ def test_a_folder_with_other_files_is_refused_since_it_would_be_removed(tmp_path
         RecoveryStage(tiny_model(), settings, ALONE, quantizes=False, keep=False)
 
 
+def test_a_folder_that_cannot_be_removed_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in (".", "a/..", "/"):
+        settings = RecoverySettings(**RECOVER, folder=folder)
+        with pytest.raises(RacError, match=f"'{folder}' could not be removed at the end"):
+            RecoveryStage(tiny_model(), settings, ALONE, quantizes=False, keep=False)
+
+
 def test_an_own_answer_that_is_a_training_trace_is_left_out(trace_store, tmp_path):
     """A quantized model gives many of the dense model's greedy answers."""
     settings, model = RecoverySettings(**RECOVER, folder=str(tmp_path / "kept")), tiny_model()
