@@ -79,7 +79,7 @@ def run(options: argparse.Namespace) -> None:
     for text, tokens, recover in itertools.product(*axes):
         changes: dict[str, Any] = {"calibration.tokens": tokens}
         if recover:
-            changes["recover"] = {"tokens": recover, "step_tokens": min(512, recover)}
+            changes["recover"] = {"tokens": recover}
         label = f"{text}, {tokens:,} + {recover:,} tokens"
         row = {"label": label, "recipe": {OURS: entry_of(text)}, "set": changes}
         rows.append(row | {"seeds": options.seeds})

@@ -21,8 +21,8 @@ class RecoverySettings(Settings):
     learning_rate: float | None = Field(None, gt=0, le=1)
     """The highest learning rate; default: by model size, 2e-4 at 135 M, 3.6e-5 at 7 B."""
 
-    step_tokens: _Tokens = 2048
-    """Tokens per optimizer step, about."""
+    step_tokens: _Tokens = 512
+    """Tokens per optimizer step, about. Processes share them: raise it with their number."""
 
     batch_tokens: _Tokens = 4096
     """Padded tokens per forward and backward pass at most."""
