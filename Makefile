@@ -37,7 +37,7 @@ test-compress: $(VENV)/.installed ## all tests of the compressing environment
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal
 
 # the files that tests/conftest.py (SERVING_TESTS) lets through; named, so that no other folder's conftest.py is loaded
-SERVING_TESTS = tests/vllm_plugin tests/kernels/test_plan.py tests/checkpoint/test_dense_codes.py tests/checkpoint/test_stored_weight.py tests/checkpoint/test_fuzz_stored_weight.py
+SERVING_TESTS = tests/vllm_plugin tests/kernels/test_plan.py tests/formats/test_words.py tests/formats/test_stored_weight.py tests/formats/test_fuzz_stored_weight.py
 
 test-plugin: $(SERVE_VENV)/.installed ## the quick tests of the serving environment
 	OMP_NUM_THREADS=1 $(SERVE_BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal $(SERVING_TESTS) -m "not slow"

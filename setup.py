@@ -15,12 +15,26 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError, LinkError
 from setuptools.modified import newer_group
 
 # The first line of a source that needs instructions of its own: "// build: x86_64 -mavx2",
 # the processor and the flags.
 BUILD_LINE = re.compile(r"// build: (\w+)(.*)")
+
+
+class BuildPackage(build_py):
+    """build_py that carries the clone's recipes/ as rac_modifier/recipes."""
+
+    def run(self) -> None:
+        """Copy the modules, then the recipes; an editable installation reads the clone's."""
+        super().run()
+        if not self.editable_mode:
+            recipes = Path(self.build_lib) / "rac_modifier" / "recipes"
+            self.mkpath(str(recipes))
+            for path in Path("recipes").glob("*.yaml"):
+                self.copy_file(str(path), str(recipes / path.name))
 
 
 class BuildKernels(build_ext):
@@ -108,6 +122,6 @@ setup(
             optional=True,
         )
     ],
-    cmdclass={"build_ext": BuildKernels, "bdist_wheel": BuildWheel},
+    cmdclass={"build_py": BuildPackage, "build_ext": BuildKernels, "bdist_wheel": BuildWheel},
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

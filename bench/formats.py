@@ -25,9 +25,9 @@ from bench.gguf_rows import GGUF, IMATRIX, quantized_by_llama_cpp
 from bench.models import Subject, float32_copy
 from rac_modifier import trace_dataset
 from rac_modifier.checkpoint.card import RUN_RECORD_NAME
-from rac_modifier.evaluation.divergence import DenseReference
-from rac_modifier.evaluation.intervals import mean_over_tokens
-from rac_modifier.evaluation.teacher_forcing import TokenSequence, sample_sequences
+from rac_modifier.measure.divergence import DenseReference
+from rac_modifier.measure.intervals import mean_over_tokens
+from rac_modifier.measure.teacher_forcing import TokenSequence, sample_sequences
 from rac_modifier.problems.source import load_problems
 from rac_modifier.settings.grid import Grid, plan_rows
 from rac_modifier.settings.problems import ProblemSource

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bench.common import save
 from bench.shapes import GROUP, SHAPES, Form, packed_words, random_mask, rounded
-from rac_modifier.checkpoint.stored_weight import all_stored, from_dense
+from rac_modifier.formats.stored_weight import all_stored, from_dense
 from rac_modifier.kernels import cpu
 from rac_modifier.kernels.cpu.support import support
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 
 from bench.common import save
-from rac_modifier.evaluation.divergence import token_divergence
+from rac_modifier.measure.divergence import token_divergence
 
 BLOCK, ANGLE, SEED = 4, 0.15, 0
 READERS = {  # by the norm whose output they read

@@ -34,7 +34,7 @@ from bench.formats import answers_of, folder_of, load
 from bench.gguf_rows import FILE_TYPES, gguf_file
 from bench.models import float32_copy
 from bench.server import NAME, check_zentorch, running, serving, with_packages
-from rac_modifier.evaluation.intervals import mean_over_tokens
+from rac_modifier.measure.intervals import mean_over_tokens
 
 OWN, RAC = ["--quantization", "compressed-tensors"], ["--quantization", "rac"]
 CHECKPOINTS: dict[str, tuple[str | None, list[str]]] = {  # row of bench formats, options

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, Qwen2Config, Qwen3MoeConfig
 
 from bench.common import RAC
-from rac_modifier.checkpoint.quantization_config import with_int8_activations
+from rac_modifier.formats.quantization_config import with_int8_activations
 
 SHAPES = {  # rows and columns of qkv, o, gate_up and down, as vLLM fuses them
     "1.5B": [(2048, 1536), (1536, 1536), (17920, 1536), (1536, 8960)],

@@ -23,9 +23,9 @@ TESTS = Path(__file__).parent
 SERVING_TESTS = (
     "vllm_plugin",
     "kernels/test_plan.py",
-    "checkpoint/test_dense_codes.py",
-    "checkpoint/test_stored_weight.py",
-    "checkpoint/test_fuzz_stored_weight.py",
+    "formats/test_words.py",
+    "formats/test_stored_weight.py",
+    "formats/test_fuzz_stored_weight.py",
 )
 
 

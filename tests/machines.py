@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from rac_modifier import cli, machines
+from rac_modifier import cli
+from rac_modifier.distributed import machines
 from rac_modifier.llmcompressor import pruning_modifier, recover_checkpoint
 from rac_modifier.llmcompressor.run import Run
 from tests import forked

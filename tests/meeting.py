@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from rac_modifier.processes import Processes
+from rac_modifier.distributed.processes import Processes
 
 
 class Meeting:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from reasoner_training import train
 
-from rac_modifier.platform import keep_freed_memory
+from rac_modifier.runtime.cpu_tuning import keep_freed_memory
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from rac_modifier.calibration.trace_pool import collect_for_calibration
 from rac_modifier.errors import RacError, refusing
-from rac_modifier.files import public_name, replacing
+from rac_modifier.runtime.files import public_name, replacing
 from rac_modifier.sampling.model_identity import ModelIdentity
 from rac_modifier.settings.calibration import CalibrationSettings
 from rac_modifier.settings.check import check_settings

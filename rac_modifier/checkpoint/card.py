@@ -12,11 +12,11 @@ from typing import Any
 import yaml
 from huggingface_hub import metadata_load
 
-from rac_modifier import files
 from rac_modifier.checkpoint.files import CONFIG_FILE
 from rac_modifier.checkpoint.output_folder import cached_file
-from rac_modifier.checkpoint.quantization_config import with_int8_activations
 from rac_modifier.errors import RacError
+from rac_modifier.formats.quantization_config import with_int8_activations
+from rac_modifier.runtime import files
 
 CARD_NAME = "README.md"
 # The lines before and behind a part of a card that is replaced.

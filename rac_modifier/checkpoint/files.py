@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rac_modifier.errors import RacError, refusing
-from rac_modifier.files import read_json, regular_file, replacing
+from rac_modifier.formats.quantization_config import CONFIG_FILE as CONFIG_FILE
+from rac_modifier.runtime.files import read_json, regular_file, replacing
 
-CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _UNREADABLE = ("copy the model again", SafetensorError, OSError)

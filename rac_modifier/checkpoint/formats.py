@@ -14,26 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rac_modifier.checkpoint import bitmask as layout
-from rac_modifier.checkpoint.bitmask import damaged, part_of
-from rac_modifier.checkpoint.dense_codes import (
-    WORDS,
-    PackQuantized,
-    pack_words,
-    unpack_words,
-    word_count,
-)
 from rac_modifier.checkpoint.files import TensorFiles
-from rac_modifier.checkpoint.quantization_config import FORMAT_24 as FORMAT_24
-from rac_modifier.checkpoint.quantization_config import FORMAT_BITMASK as FORMAT_BITMASK
-from rac_modifier.checkpoint.quantization_config import (
+from rac_modifier.errors import RacError
+from rac_modifier.formats import bitmask as layout
+from rac_modifier.formats.bitmask import damaged, part_of
+from rac_modifier.formats.quantization_config import FORMAT_24 as FORMAT_24
+from rac_modifier.formats.quantization_config import FORMAT_BITMASK as FORMAT_BITMASK
+from rac_modifier.formats.quantization_config import (
     QUANTIZATION_KEY,
     has_block_scales,
     int8_in_words,
     packed_format,
     weight_schemes,
 )
-from rac_modifier.checkpoint.stored_weight import (
+from rac_modifier.formats.stored_weight import (
     FLOATS,
     SCALE,
     UNSTRUCTURED,
@@ -45,7 +39,13 @@ from rac_modifier.checkpoint.stored_weight import (
     is_per_block,
     row_starts,
 )
-from rac_modifier.errors import RacError
+from rac_modifier.formats.words import (
+    WORDS,
+    PackQuantized,
+    pack_words,
+    unpack_words,
+    word_count,
+)
 from rac_modifier.settings.pattern import Pattern
 
 # A tensor with such a name shows that its module is packed, even where other parts are missing.

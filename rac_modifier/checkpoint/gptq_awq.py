@@ -15,11 +15,11 @@ import torch
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
-from rac_modifier.checkpoint.bitmask import contradicts, damaged, part_of
-from rac_modifier.checkpoint.dense_codes import unpack_words, with_zeros, word_count
-from rac_modifier.checkpoint.quantization_config import parse_entries
-from rac_modifier.checkpoint.stored_weight import FLOATS, StoredWeight
 from rac_modifier.errors import RacError
+from rac_modifier.formats.bitmask import contradicts, damaged, part_of
+from rac_modifier.formats.quantization_config import parse_entries
+from rac_modifier.formats.stored_weight import FLOATS, StoredWeight
+from rac_modifier.formats.words import unpack_words, with_zeros, word_count
 from rac_modifier.settings.check import check_names
 
 WORDS, ZEROS, SCALES, ORDER = "qweight", "qzeros", "scales", "g_idx"

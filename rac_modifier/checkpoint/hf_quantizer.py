@@ -18,11 +18,11 @@ from transformers.quantizers import auto
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 from transformers.utils import quantization_config as upstream
 
-from rac_modifier.checkpoint.dense_codes import WORDS, WORDS_SHAPE
 from rac_modifier.checkpoint.files import TensorFiles
 from rac_modifier.checkpoint.formats import PackedFiles
 from rac_modifier.checkpoint.output_folder import check_is_id
-from rac_modifier.checkpoint.quantization_config import (
+from rac_modifier.errors import RacError
+from rac_modifier.formats.quantization_config import (
     CONFIG_FILE,
     METHOD,
     QUANTIZATION_KEY,
@@ -32,9 +32,9 @@ from rac_modifier.checkpoint.quantization_config import (
     weight_schemes,
     without_sparsity,
 )
-from rac_modifier.checkpoint.stored_weight import FLOATS
-from rac_modifier.errors import RacError
-from rac_modifier.files import read_json
+from rac_modifier.formats.stored_weight import FLOATS
+from rac_modifier.formats.words import WORDS, WORDS_SHAPE
+from rac_modifier.runtime.files import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

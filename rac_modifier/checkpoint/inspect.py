@@ -9,20 +9,21 @@ from typing import Any
 
 from torch import Tensor
 
-from rac_modifier.checkpoint import gptq_awq, stored_weight
-from rac_modifier.checkpoint.bitmask import DTYPES
-from rac_modifier.checkpoint.dense_codes import WORDS, WORDS_SHAPE, ZEROS, PackQuantized
+from rac_modifier.checkpoint import gptq_awq
 from rac_modifier.checkpoint.files import TensorFiles
 from rac_modifier.checkpoint.formats import PackedFiles, structure_of
-from rac_modifier.checkpoint.quantization_config import (
+from rac_modifier.errors import RacError
+from rac_modifier.formats import stored_weight
+from rac_modifier.formats.bitmask import DTYPES
+from rac_modifier.formats.quantization_config import (
     CONFIG_FILE,
     QUANTIZATION_KEY,
     SparsityRecord,
     WeightScheme,
 )
-from rac_modifier.checkpoint.stored_weight import StoredWeight
-from rac_modifier.errors import RacError
-from rac_modifier.files import read_json
+from rac_modifier.formats.stored_weight import StoredWeight
+from rac_modifier.formats.words import WORDS, WORDS_SHAPE, ZEROS, PackQuantized
+from rac_modifier.runtime.files import read_json
 
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|wpe)$")
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 from rac_modifier.checkpoint.files import CONFIG_FILE
 from rac_modifier.errors import RacError, refusing
-from rac_modifier.files import lock
+from rac_modifier.runtime.files import lock
 
 STAGING = ".rac_saving"
 # What a checkpoint of safetensors consists of; the weights in other formats are not downloaded.

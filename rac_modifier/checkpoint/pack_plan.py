@@ -8,8 +8,6 @@ from typing import Any
 
 from torch import Tensor
 
-from rac_modifier.checkpoint.bitmask import as_integers, nonzero, row_chunks
-from rac_modifier.checkpoint.dense_codes import PACKED_BITS
 from rac_modifier.checkpoint.files import TensorFiles
 from rac_modifier.checkpoint.formats import (
     FORMAT_24,
@@ -20,8 +18,10 @@ from rac_modifier.checkpoint.formats import (
     structure_of,
 )
 from rac_modifier.checkpoint.inspect import Matrices, ModuleRow, is_embedding
-from rac_modifier.checkpoint.quantization_config import CONFIG_FILE, check_method, packed_format
-from rac_modifier.checkpoint.stored_weight import (
+from rac_modifier.errors import RacError
+from rac_modifier.formats.bitmask import as_integers, nonzero, row_chunks
+from rac_modifier.formats.quantization_config import CONFIG_FILE, check_method, packed_format
+from rac_modifier.formats.stored_weight import (
     PER_BLOCK,
     SCALE,
     UNSTRUCTURED,
@@ -32,8 +32,8 @@ from rac_modifier.checkpoint.stored_weight import (
     from_dense,
     is_per_block,
 )
-from rac_modifier.errors import RacError
-from rac_modifier.files import read_json
+from rac_modifier.formats.words import PACKED_BITS
+from rac_modifier.runtime.files import read_json
 
 # Tensors that no symmetric scheme has: with them a zero weight is not stored as the value 0.
 _ASYMMETRIC = ("weight_zero_point", "weight_g_idx", "weight_global_scale")

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from rac_modifier.checkpoint import pack_plan
 from rac_modifier.checkpoint.card import CARD_NAME, RUN_RECORD_NAME, converted_card, environment
-from rac_modifier.checkpoint.dense_codes import PACKED_BITS, WORDS, WORDS_SHAPE, PackQuantized
 from rac_modifier.checkpoint.files import CONFIG_FILE, INDEX_FILE, TensorFiles, write_tensors_atomic
 from rac_modifier.checkpoint.formats import (
     FORMAT_24,
@@ -28,7 +27,8 @@ from rac_modifier.checkpoint.formats import (
 )
 from rac_modifier.checkpoint.output_folder import check_output_folder, check_room, new_files
 from rac_modifier.checkpoint.pack_plan import PackPlan
-from rac_modifier.checkpoint.quantization_config import (
+from rac_modifier.errors import RacError
+from rac_modifier.formats.quantization_config import (
     QUANTIZATION_KEY,
     SparsityRecord,
     int8_in_words,
@@ -37,9 +37,14 @@ from rac_modifier.checkpoint.quantization_config import (
     with_int8_activations,
     with_packed,
 )
-from rac_modifier.checkpoint.stored_weight import PER_BLOCK, count_broken_groups
-from rac_modifier.errors import RacError
-from rac_modifier.files import read_json, without_paths, write_json_atomic, write_text_atomic
+from rac_modifier.formats.stored_weight import PER_BLOCK, count_broken_groups
+from rac_modifier.formats.words import PACKED_BITS, WORDS, WORDS_SHAPE, PackQuantized
+from rac_modifier.runtime.files import (
+    read_json,
+    without_paths,
+    write_json_atomic,
+    write_text_atomic,
+)
 
 # Weights in other files than those that are packed: they would stay dense, or twice in the folder.
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")

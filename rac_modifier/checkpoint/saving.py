@@ -22,22 +22,22 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from rac_modifier import files
 from rac_modifier.checkpoint import card
-from rac_modifier.checkpoint.bitmask import nonzero
-from rac_modifier.checkpoint.dense_codes import WORDS, PackQuantized
 from rac_modifier.checkpoint.output_folder import STAGING, move_into_place
 from rac_modifier.checkpoint.packing import mark_dense, pack_checkpoint
-from rac_modifier.checkpoint.quantization_config import (
+from rac_modifier.distributed.processes import Processes
+from rac_modifier.errors import RacError
+from rac_modifier.formats.bitmask import nonzero
+from rac_modifier.formats.quantization_config import (
     CONFIG_FILE,
     QUANTIZATION_KEY,
     packed_format,
     weight_schemes,
     with_dense_mark,
 )
-from rac_modifier.errors import RacError
-from rac_modifier.processes import Processes
+from rac_modifier.formats.words import WORDS, PackQuantized
 from rac_modifier.pruning.masks import holds
+from rac_modifier.runtime import files
 from rac_modifier.settings.pattern import Pattern
 
 _RECIPE_NAME = "recipe.yaml"  # llm-compressor's

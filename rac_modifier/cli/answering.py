@@ -143,12 +143,12 @@ class Answering:
         """Return a hash of what decides how servers run the model."""
         from transformers.utils.hub import cached_file
 
-        from rac_modifier.checkpoint.quantization_config import (
+        from rac_modifier.formats.quantization_config import (
             CONFIG_FILE,
             QUANTIZATION_KEY,
             SparsityRecord,
         )
-        from rac_modifier.files import read_json
+        from rac_modifier.runtime.files import read_json
 
         if self.serve:
             variables = [os.environ.get(key, "") for key in ("RAC_VLLM_OPTIONS", "RAC_KERNEL")]

@@ -15,8 +15,8 @@ from rac_modifier.cli.protocol import Protocol
 from rac_modifier.errors import RacError
 
 if TYPE_CHECKING:
-    from rac_modifier.evaluation.divergence import DivergenceResult
     from rac_modifier.evaluation.results import EvalResult, PairedDifference
+    from rac_modifier.measure.divergence import DivergenceResult
     from rac_modifier.problems.source import Problem
     from rac_modifier.settings.sampling import SamplingSettings
 
@@ -119,7 +119,7 @@ def evaluate(
     from rac_modifier.evaluation.results import paired_difference
     from rac_modifier.evaluation.results_file import check_json_out, read_results
     from rac_modifier.evaluation.tables import divergence_table
-    from rac_modifier.files import write_json_atomic
+    from rac_modifier.runtime.files import write_json_atomic
 
     sources = {name: context.get_parameter_source(name) for name in context.params}
     written = {name for name, source in sources.items() if source and source.name != "DEFAULT"}
@@ -189,8 +189,8 @@ def _divergences(
     models: list[str], problems: list[Problem], sampling: SamplingSettings, precision: options.Dtype
 ) -> list[DivergenceResult]:
     """Compare the other models with the first, on samples of the first."""
-    from rac_modifier.evaluation.divergence import DenseReference
-    from rac_modifier.evaluation.teacher_forcing import sample_sequences
+    from rac_modifier.measure.divergence import DenseReference
+    from rac_modifier.measure.teacher_forcing import sample_sequences
 
     first, *compressed = models
     with options.resumable("nothing is kept; run the same command again"):

@@ -119,7 +119,7 @@ def _about(
 ) -> dict[str, Any]:
     """Return what all rows of a folder share."""
     from rac_modifier.checkpoint.output_folder import local_folder
-    from rac_modifier.files import public_name
+    from rac_modifier.runtime.files import public_name
     from rac_modifier.sampling.model_identity import ModelIdentity
     from rac_modifier.settings.sampling import PromptSettings
 
@@ -195,8 +195,8 @@ def report(
 
     Example: rac report reasoner-frontier -o report.html
     """
-    from rac_modifier.files import write_text_atomic
     from rac_modifier.frontier.page import page
+    from rac_modifier.runtime.files import write_text_atomic
 
     if output.suffix not in (".html", ".htm"):
         raise RacError(f"{output} is not the name of a page; use a name that ends in .html")

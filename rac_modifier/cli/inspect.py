@@ -87,7 +87,7 @@ def _choose_activations(
         layers_of,
     )
     from rac_modifier.evaluation.calibrated_prompt import choose_prompt, recorded_prompts
-    from rac_modifier.evaluation.teacher_forcing import sample_sequences
+    from rac_modifier.measure.teacher_forcing import sample_sequences
     from rac_modifier.problems.held_out import held_out_problems
     from rac_modifier.settings.sampling import SamplingSettings
 

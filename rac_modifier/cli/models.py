@@ -66,7 +66,7 @@ def _first_line(error: Exception) -> str:
 def load(model: str, precision: Dtype) -> tuple[Any, Any]:
     """Return a model, packed or not, with its tokenizer."""
     from rac_modifier.checkpoint.hf_quantizer import load_model
-    from rac_modifier.platform import keep_freed_memory
+    from rac_modifier.runtime.cpu_tuning import keep_freed_memory
 
     keep_freed_memory()
     source = resolve(model)
@@ -77,7 +77,7 @@ def load(model: str, precision: Dtype) -> tuple[Any, Any]:
 
 def load_on_accelerator(model: str, precision: Dtype) -> tuple[Any, Any]:
     """Load a model and move it to the accelerator, where there is one (RacError: too large)."""
-    from rac_modifier.model_tools import accelerator, check_fits
+    from rac_modifier.runtime.models import accelerator, check_fits
 
     gc.collect()  # a quantized model refers to itself, and a dropped one would stay on the device
     loaded, tokenizer = load(model, precision)
@@ -91,8 +91,8 @@ def load_on_accelerator(model: str, precision: Dtype) -> tuple[Any, Any]:
 def unpacked(source: str, precision: Dtype) -> Any:
     """Return what oneshot takes: the source, or the loaded model where its weights are packed."""
     from rac_modifier.checkpoint.hf_quantizer import load_model
-    from rac_modifier.checkpoint.quantization_config import CONFIG_FILE, packed_format
-    from rac_modifier.files import read_json
+    from rac_modifier.formats.quantization_config import CONFIG_FILE, packed_format
+    from rac_modifier.runtime.files import read_json
 
     folder = Path(source)
     if folder.is_dir() and not any(

@@ -26,8 +26,8 @@ def prune(
 
     Example: rac prune reasoner reasoner-2of4 --recipe rac_2of4 --set calibration.tokens=32768
     """
+    from rac_modifier.distributed.torchrun import joined_processes
     from rac_modifier.settings.recipe import load_recipe
-    from rac_modifier.torchrun import joined_processes
 
     # joined first: a machine that refuses the command ends the others
     with options.resumable(lambda: _how_to_go_on(output)), joined_processes() as processes:

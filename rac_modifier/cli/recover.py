@@ -62,10 +62,10 @@ def recover(
 
     Example: rac recover reasoner reasoner-90 recovered --max-new-tokens 512 --set tokens=80000
     """
+    from rac_modifier.distributed.torchrun import joined_processes
     from rac_modifier.settings.check import check_settings
     from rac_modifier.settings.recipe import apply_overrides
     from rac_modifier.settings.recovery import RecoverySettings
-    from rac_modifier.torchrun import joined_processes
 
     kept = "the traces, and training up to its last state, are kept and will be used"
     # joined first: a machine that refuses the command ends the others

@@ -16,19 +16,19 @@ from loguru import logger
 from torch import Tensor
 
 from rac_modifier.checkpoint.card import RUN_RECORD_NAME
-from rac_modifier.checkpoint.dense_codes import OF_VOCABULARY
 from rac_modifier.checkpoint.gptq_awq import FORMATS as GPTQ_AWQ
-from rac_modifier.checkpoint.quantization_config import CONFIG_FILE
 from rac_modifier.errors import RacError
-from rac_modifier.evaluation.divergence import DenseReference
 from rac_modifier.evaluation.tables import ResultTable
-from rac_modifier.evaluation.teacher_forcing import TokenSequence, check_sequences
-from rac_modifier.files import read_json
+from rac_modifier.formats.grid import Grid
+from rac_modifier.formats.quantization_config import CONFIG_FILE
+from rac_modifier.formats.words import OF_VOCABULARY
 from rac_modifier.kernels.choose import plan_checkpoint
 from rac_modifier.kernels.cpu import MOST_GROUP, encoding_of
 from rac_modifier.kernels.interface import EXPERT
-from rac_modifier.model_tools import evaluating
-from rac_modifier.quantization.grid import Grid
+from rac_modifier.measure.divergence import DenseReference
+from rac_modifier.measure.teacher_forcing import TokenSequence, check_sequences
+from rac_modifier.runtime.files import read_json
+from rac_modifier.runtime.models import evaluating
 
 LEVELS = {8: 127, 16: 127 * 256 + 127}  # the largest integer of x (csrc/gemm/kernel.h)
 LIMIT = 0.1  # the share of a layer's own error that 8 bits may add in a run

@@ -8,7 +8,7 @@ from transformers.utils.hub import cached_file
 
 from rac_modifier.checkpoint.card import RUN_RECORD_NAME
 from rac_modifier.errors import RacError
-from rac_modifier.files import read_json
+from rac_modifier.runtime.files import read_json
 from rac_modifier.settings.sampling import PromptSettings, Template
 
 # Of one model, by part of its calibration set.

@@ -22,9 +22,9 @@ from rac_modifier.errors import RacError, refusing
 from rac_modifier.evaluation.accuracy import check_problems
 from rac_modifier.evaluation.results import EvalResult, summarise
 from rac_modifier.evaluation.stopping import row_of_text
-from rac_modifier.files import lock, public_name
 from rac_modifier.problems.answers import THINK_END, Verifier
 from rac_modifier.problems.source import Problem
+from rac_modifier.runtime.files import lock, public_name
 from rac_modifier.sampling import completions_api
 from rac_modifier.sampling.chat_api import ChatAnswer, chat_body, read_chat
 from rac_modifier.sampling.server_client import ServerClient, ask

@@ -7,8 +7,8 @@ from statistics import fmean
 from pydantic import BaseModel, ConfigDict
 
 from rac_modifier.errors import RacError
-from rac_modifier.evaluation import intervals
 from rac_modifier.evaluation.stopping import Ending, Row, TokenInflation, summary, token_inflation
+from rac_modifier.measure import intervals
 from rac_modifier.settings.sampling import SamplingSettings
 
 

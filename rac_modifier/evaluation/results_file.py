@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.results import EvalResult
-from rac_modifier.files import read_json
+from rac_modifier.runtime.files import read_json
 from rac_modifier.settings.sampling import PromptSettings, SamplingSettings
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Literal, Self
 
-from rac_modifier.evaluation.intervals import Interval, ratio_interval
 from rac_modifier.evaluation.statements import states_answer
+from rac_modifier.measure.intervals import Interval, ratio_interval
 from rac_modifier.problems.answers import THINK_END, Verifier, is_correct
 from rac_modifier.problems.source import Problem
 from rac_modifier.traces.selection import COPIES, loop_at_end

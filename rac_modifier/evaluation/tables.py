@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rac_modifier.evaluation.results import EvalResult
 
 if TYPE_CHECKING:  # a table of results needs no torch
-    from rac_modifier.evaluation.divergence import DivergenceResult
+    from rac_modifier.measure.divergence import DivergenceResult
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from rac_modifier.errors import RacError, refusing
-from rac_modifier.files import hold, read_json, write_json_atomic, write_text_atomic
+from rac_modifier.runtime.files import hold, read_json, write_json_atomic, write_text_atomic
 
 VERSION = 2  # changes when a reader of the old files would misread the new ones
 ROWS, ABOUT, TRACES, MODELS = "rows.jsonl", "frontier.json", "traces", "models"

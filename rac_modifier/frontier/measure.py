@@ -12,9 +12,9 @@ from typing import Any
 from rac_modifier.checkpoint.files import TensorFiles
 from rac_modifier.checkpoint.inspect import is_embedding, is_fp4
 from rac_modifier.evaluation.accuracy import row_of
-from rac_modifier.evaluation.divergence import DenseReference, TokenDivergence, summarise_divergence
 from rac_modifier.evaluation.results import EvalResult, Row, paired_difference, summarise
-from rac_modifier.evaluation.teacher_forcing import sample_sequences
+from rac_modifier.measure.divergence import DenseReference, TokenDivergence, summarise_divergence
+from rac_modifier.measure.teacher_forcing import sample_sequences
 from rac_modifier.problems.source import Problem
 from rac_modifier.sampling.generate import Generation, eos_token_ids
 from rac_modifier.sampling.prompts import render_question

@@ -15,9 +15,9 @@ from loguru import logger
 from rac_modifier.checkpoint.card import RUN_RECORD_NAME
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.results import EvalResult
-from rac_modifier.files import read_json, remove_folder, without_paths, write_json_atomic
 from rac_modifier.frontier.folder import FrontierFolder
 from rac_modifier.frontier.measure import HeldOut, checkpoint_bytes, measure, measure_dense
+from rac_modifier.runtime.files import read_json, remove_folder, without_paths, write_json_atomic
 from rac_modifier.settings.grid import DENSE, PlannedRow
 
 RECIPE_NAME = "frontier_recipe.json"  # in a checkpoint: the recipe that it was compressed with

@@ -12,17 +12,16 @@ from typing import cast
 
 import torch
 
-from rac_modifier.checkpoint.dense_codes import OF_VOCABULARY
 from rac_modifier.checkpoint.inspect import CheckpointReport, inspect_checkpoint
-from rac_modifier.checkpoint.quantization_config import (
+from rac_modifier.formats.quantization_config import (
     BITS,
     CONFIG_FILE,
     QUANTIZATION_KEY,
     SparsityRecord,
     why_left_to_vllm,
 )
-from rac_modifier.checkpoint.stored_weight import FLOATS, PER_BLOCK, StoredWeight
-from rac_modifier.files import read_json
+from rac_modifier.formats.stored_weight import FLOATS, PER_BLOCK, StoredWeight
+from rac_modifier.formats.words import OF_VOCABULARY
 from rac_modifier.kernels import cpu
 from rac_modifier.kernels.interface import (
     EXPERT,
@@ -33,6 +32,7 @@ from rac_modifier.kernels.interface import (
     Layer,
     stay_dense,
 )
+from rac_modifier.runtime.files import read_json
 
 GROUP = "rac_modifier.kernel_backends"
 """Entry points: the name is a device type of torch, the value a backend module."""

@@ -8,7 +8,7 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
-from rac_modifier.checkpoint.stored_weight import StoredWeight
+from rac_modifier.formats.stored_weight import StoredWeight
 
 VLLMS = "vLLM's own method"  # what runs a layer instead of a backend
 REORDERED = "its columns are reordered (desc_act)"  # why a layer stays dense

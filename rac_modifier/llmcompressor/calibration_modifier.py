@@ -12,18 +12,18 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from rac_modifier.calibration.calibration_set import CalibrationSet, build_calibration_set
 from rac_modifier.checkpoint.saving import SavePlan, save_with_record
+from rac_modifier.distributed.processes import Processes
+from rac_modifier.distributed.torchrun import present_processes
 from rac_modifier.errors import RacError, refusing
-from rac_modifier.evaluation.divergence import RunDivergence
 from rac_modifier.llmcompressor import checks
 from rac_modifier.llmcompressor.pipeline import SessionRun, put_in_place, take_away
 from rac_modifier.llmcompressor.reap import experts_record
 from rac_modifier.llmcompressor.run import Run
 from rac_modifier.llmcompressor.shared_weights import share_on_each_machine
-from rac_modifier.model_tools import onloaded_once, streamed_to_accelerator
-from rac_modifier.platform import keep_freed_memory
-from rac_modifier.processes import Processes
+from rac_modifier.measure.divergence import RunDivergence
+from rac_modifier.runtime.cpu_tuning import keep_freed_memory
+from rac_modifier.runtime.models import onloaded_once, streamed_to_accelerator
 from rac_modifier.settings.entries import CalibrationEntry
-from rac_modifier.torchrun import present_processes
 
 # Fields of upstream's Modifier are its state; it sets two itself when it reads a recipe.
 _UPSTREAM_STATE = Modifier.model_fields.keys()

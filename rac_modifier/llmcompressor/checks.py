@@ -22,10 +22,10 @@ from loguru import logger
 from pydantic import ValidationError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from rac_modifier.checkpoint.dense_codes import OF_VOCABULARY
 from rac_modifier.checkpoint.output_folder import check_output_folder
-from rac_modifier.checkpoint.stored_weight import PER_BLOCK
 from rac_modifier.errors import RacError
+from rac_modifier.formats.stored_weight import PER_BLOCK
+from rac_modifier.formats.words import OF_VOCABULARY
 from rac_modifier.llmcompressor.quantizer import Quantizer
 from rac_modifier.llmcompressor.targets import find_targets
 from rac_modifier.settings.entries import CalibrationEntry, PruningEntry

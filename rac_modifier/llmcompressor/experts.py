@@ -14,8 +14,8 @@ from loguru import logger
 from torch import Tensor
 
 from rac_modifier.errors import RacError
-from rac_modifier.model_tools import input_of
 from rac_modifier.pruning.routed_tokens import ExpertTokens
+from rac_modifier.runtime.models import input_of
 
 _FIRST, _LAST = ("gate_proj", "up_proj"), "down_proj"
 

@@ -18,15 +18,15 @@ from transformers import PreTrainedModel
 
 from rac_modifier.calibration.loader import CalibrationLoader
 from rac_modifier.errors import RacError
-from rac_modifier.evaluation.teacher_forcing import input_of_head
+from rac_modifier.formats.grid import Grid
 from rac_modifier.llmcompressor.run import Run
 from rac_modifier.llmcompressor.solving import solve_problems, solver_settings
-from rac_modifier.model_tools import free_bytes
-from rac_modifier.platform import HEAP_GAPS, expect_growth
+from rac_modifier.measure.teacher_forcing import input_of_head
 from rac_modifier.pruning.hessian import ROWS, Statistics, numbers_of_shard
 from rac_modifier.pruning.solve import Problem
-from rac_modifier.quantization.grid import Grid
-from rac_modifier.rehearsal import LiveBytes, widened_peak, without_data
+from rac_modifier.runtime.cpu_tuning import HEAP_GAPS, expect_growth
+from rac_modifier.runtime.models import free_bytes
+from rac_modifier.runtime.rehearsal import LiveBytes, widened_peak, without_data
 from rac_modifier.settings.entries import PruningEntry
 from rac_modifier.settings.pattern import Pattern
 

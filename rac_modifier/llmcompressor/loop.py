@@ -28,7 +28,7 @@ from rac_modifier.llmcompressor.statistics import (
     NoStream,
     check_same_groups,
 )
-from rac_modifier.platform import FasterLinears, onednn_is_faster, return_freed_memory
+from rac_modifier.runtime.cpu_tuning import FasterLinears, onednn_is_faster, return_freed_memory
 
 
 def run_stages(

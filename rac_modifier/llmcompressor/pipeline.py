@@ -32,7 +32,7 @@ from rac_modifier.llmcompressor.loop import run_stages
 from rac_modifier.llmcompressor.plan import make_plan
 from rac_modifier.llmcompressor.reap import recorded_saliency
 from rac_modifier.llmcompressor.run import Run
-from rac_modifier.model_tools import main_device
+from rac_modifier.runtime.models import main_device
 from rac_modifier.sampling.model_identity import model_fingerprint
 
 _NAME = "sequential"

@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 
 from rac_modifier.checkpoint.output_folder import unfinished
 from rac_modifier.checkpoint.saving import SavePlan, save_with_record
+from rac_modifier.distributed.machines import environment
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.activations import choose_in_run, layers_of_run
-from rac_modifier.evaluation.teacher_forcing import sequence_of
 from rac_modifier.llmcompressor.calibration_modifier import CalibratingModifier
 from rac_modifier.llmcompressor.checks import check_other_modifiers, check_packing
 from rac_modifier.llmcompressor.experts import check_experts, find_experts
@@ -25,8 +25,8 @@ from rac_modifier.llmcompressor.recovery_stage import RecoveryStage
 from rac_modifier.llmcompressor.resume import Resume, check_disk
 from rac_modifier.llmcompressor.run import Run
 from rac_modifier.llmcompressor.targets import find_targets, patterns_of
-from rac_modifier.machines import environment
-from rac_modifier.model_tools import main_device
+from rac_modifier.measure.teacher_forcing import sequence_of
+from rac_modifier.runtime.models import main_device
 from rac_modifier.sampling.model_identity import model_fingerprint
 from rac_modifier.settings.entries import PruningEntry
 from rac_modifier.settings.pruning import EXPERT_FLOOR

@@ -19,9 +19,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rac_modifier.errors import RacError, refusing
+from rac_modifier.formats.grid import Grid, used_scale
+from rac_modifier.formats.schemes import describe_scheme, grid_of
 from rac_modifier.llmcompressor.targets import has_merged_experts
-from rac_modifier.quantization.grid import Grid, used_scale
-from rac_modifier.quantization.schemes import describe_scheme, grid_of
 from rac_modifier.recovery.on_grid import QuantizedWeight
 from rac_modifier.settings.pruning import QuantizationSettings
 

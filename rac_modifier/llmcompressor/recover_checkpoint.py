@@ -12,25 +12,25 @@ from safetensors import SafetensorError
 
 from rac_modifier.checkpoint.card import RUN_RECORD_NAME
 from rac_modifier.checkpoint.files import TensorFiles
-from rac_modifier.checkpoint.quantization_config import (
+from rac_modifier.checkpoint.saving import SavePlan, save_with_record
+from rac_modifier.distributed.processes import Processes
+from rac_modifier.errors import RacError
+from rac_modifier.evaluation.activations import choose_in_run, layers_of_run
+from rac_modifier.formats.quantization_config import (
     CONFIG_FILE,
     METHOD,
     QUANTIZATION_KEY,
     SparsityRecord,
     weight_schemes,
 )
-from rac_modifier.checkpoint.saving import SavePlan, save_with_record
-from rac_modifier.errors import RacError
-from rac_modifier.evaluation.activations import choose_in_run, layers_of_run
-from rac_modifier.evaluation.teacher_forcing import TokenSequence
-from rac_modifier.files import read_json
 from rac_modifier.llmcompressor import trained_codes
 from rac_modifier.llmcompressor.recovery_stage import RecoveryStage
 from rac_modifier.llmcompressor.targets import sparse_modules
-from rac_modifier.model_tools import on_accelerator
-from rac_modifier.processes import Processes
+from rac_modifier.measure.teacher_forcing import TokenSequence
 from rac_modifier.recovery.own_answers import copying_answers
 from rac_modifier.recovery.teacher import check_dense, check_made_from
+from rac_modifier.runtime.files import read_json
+from rac_modifier.runtime.models import on_accelerator
 from rac_modifier.sampling.model_identity import model_fingerprint
 from rac_modifier.settings.recovery import RecoverySettings
 from rac_modifier.settings.sampling import PromptSettings

@@ -10,17 +10,17 @@ import torch
 from loguru import logger
 from torch import Tensor
 
+from rac_modifier.distributed.processes import Processes
 from rac_modifier.errors import RacError
-from rac_modifier.evaluation.teacher_forcing import TokenSequence, sequence_of
-from rac_modifier.files import hold, remove_folder
-from rac_modifier.model_tools import devices_of, on_accelerator
-from rac_modifier.processes import Processes
+from rac_modifier.measure.teacher_forcing import TokenSequence, sequence_of
 from rac_modifier.pruning.linalg import bf16_is_fast
 from rac_modifier.recovery.distill import recover
 from rac_modifier.recovery.loss import check_head
 from rac_modifier.recovery.memory import check_recovery_memory
 from rac_modifier.recovery.on_grid import QuantizedWeight
 from rac_modifier.recovery.teacher import StoredTeacher
+from rac_modifier.runtime.files import hold, remove_folder
+from rac_modifier.runtime.models import devices_of, on_accelerator
 from rac_modifier.sampling.model_identity import model_fingerprint
 from rac_modifier.settings.recovery import RecoverySettings
 from rac_modifier.traces.records import Trace

@@ -22,8 +22,8 @@ from torch import Tensor
 from rac_modifier.checkpoint.files import write_tensors_atomic
 from rac_modifier.checkpoint.output_folder import check_room
 from rac_modifier.errors import RacError, refusing
-from rac_modifier.files import hold, read_json, remove_folder, write_json_atomic
 from rac_modifier.llmcompressor.solving import Pruned
+from rac_modifier.runtime.files import hold, read_json, remove_folder, write_json_atomic
 
 _ABOUT = "about.json"
 _CALIBRATION = "calibration set"

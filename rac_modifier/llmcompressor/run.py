@@ -12,15 +12,15 @@ from compressed_tensors.utils import update_offload_parameter
 from loguru import logger
 from torch import Tensor
 
+from rac_modifier.distributed.processes import Processes
 from rac_modifier.errors import RacError
 from rac_modifier.llmcompressor.quantizer import Quantizer
 from rac_modifier.llmcompressor.resume import Resume
 from rac_modifier.llmcompressor.solving import Pruned, solve_groups
 from rac_modifier.llmcompressor.statistics import InputGroup, check_same_groups
-from rac_modifier.platform import return_freed_memory
-from rac_modifier.processes import Processes
-from rac_modifier.progress import StepProgress
 from rac_modifier.pruning import sparsegpt
+from rac_modifier.runtime.cpu_tuning import return_freed_memory
+from rac_modifier.runtime.progress import StepProgress
 from rac_modifier.settings.entries import PruningEntry
 from rac_modifier.settings.pattern import Pattern
 

@@ -10,7 +10,7 @@ from compressed_tensors.offload.cache.dist_cpu import DistributedCPUCache
 from compressed_tensors.offload.utils import to_tensor
 from torch import Tensor
 
-from rac_modifier.torchrun import present_processes
+from rac_modifier.distributed.torchrun import present_processes
 
 
 def share_on_each_machine() -> None:

@@ -9,10 +9,10 @@ import torch
 from compressed_tensors.utils import align_module_device
 from torch import Tensor
 
+from rac_modifier.formats.grid import Grid, used_scale
 from rac_modifier.llmcompressor.quantizer import Quantizer
 from rac_modifier.llmcompressor.statistics import InputGroup
 from rac_modifier.pruning.solve import Problem, Solution, solve_many
-from rac_modifier.quantization.grid import Grid, used_scale
 from rac_modifier.quantization.solve import Quantized, quantize_many
 from rac_modifier.recovery.on_grid import codes_of, master_in_cell
 from rac_modifier.settings.entries import PruningEntry

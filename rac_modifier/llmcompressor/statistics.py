@@ -20,11 +20,11 @@ from llmcompressor.pipelines.cache import IntermediatesCache
 from torch import Tensor
 
 from rac_modifier.calibration.loader import CalibrationLoader
+from rac_modifier.distributed.processes import Processes
 from rac_modifier.errors import RacError
 from rac_modifier.llmcompressor.plan import Stage
-from rac_modifier.platform import return_freed_memory
-from rac_modifier.processes import Processes
 from rac_modifier.pruning.hessian import Statistics
+from rac_modifier.runtime.cpu_tuning import return_freed_memory
 
 
 class NoStream:

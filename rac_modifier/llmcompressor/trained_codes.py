@@ -8,12 +8,12 @@ from compressed_tensors.compressors.base import decompress_module
 from compressed_tensors.quantization import QuantizationScheme, QuantizationStatus
 from torch import Tensor
 
-from rac_modifier.checkpoint.dense_codes import WORDS, ZEROS
-from rac_modifier.checkpoint.stored_weight import SCALE
 from rac_modifier.errors import RacError
+from rac_modifier.formats.grid import Grid
+from rac_modifier.formats.schemes import stored_grid
+from rac_modifier.formats.stored_weight import SCALE
+from rac_modifier.formats.words import WORDS, ZEROS
 from rac_modifier.llmcompressor.quantizer import compress_exactly, scale_in_use
-from rac_modifier.quantization.grid import Grid
-from rac_modifier.quantization.schemes import stored_grid
 from rac_modifier.recovery.on_grid import QuantizedWeight, codes_of, master_in_cell, pruned_share
 
 _PRUNED = 0.05  # least share of zeros, without rounded ones, of a pruned module

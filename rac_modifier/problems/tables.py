@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rac_modifier.errors import RacError
-from rac_modifier.files import regular_file
+from rac_modifier.runtime.files import regular_file
 
 if TYPE_CHECKING:
     from datasets import Dataset

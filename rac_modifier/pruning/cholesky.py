@@ -7,7 +7,7 @@ nearly all matmuls: 1.3 times as fast as LAPACK, whose matmuls would be MKL's.
 import torch
 from torch import Tensor
 
-from rac_modifier.platform import add_matmul_, matmul, onednn_is_faster
+from rac_modifier.runtime.cpu_tuning import add_matmul_, matmul, onednn_is_faster
 
 BLOCK = 512  # columns of a block of a factor
 _CHUNK = 1024  # rows of a matmul that is added to a matrix; bounds its temporary memory

@@ -5,12 +5,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rac_modifier.platform import add_matmul_, matmul, onednn_is_faster, padded_size, with_zero_rows
-from rac_modifier.processes import ALONE, Processes
+from rac_modifier.distributed.processes import ALONE, Processes
 from rac_modifier.pruning import linalg
 from rac_modifier.pruning.checks import refuse
 from rac_modifier.pruning.cholesky import mirror_lower_
 from rac_modifier.pruning.shard_sum import Block, ShardSum
+from rac_modifier.runtime.cpu_tuning import (
+    add_matmul_,
+    matmul,
+    onednn_is_faster,
+    padded_size,
+    with_zero_rows,
+)
 
 CAP = 100.0  # times the median squared norm; `cap_weights`
 ROWS = 4096  # tokens per float32 copy of the inputs

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from rac_modifier.errors import RacError
-from rac_modifier.platform import add_matmul_, matmul
 from rac_modifier.pruning.cholesky import cholesky_, cholesky_solve
+from rac_modifier.runtime.cpu_tuning import add_matmul_, matmul
 
 # Each retry multiplies the dampening by ten, up to the mean of the diagonal. With more, H would
 # hardly matter, and the result would be magnitude pruning under another name.

@@ -12,9 +12,9 @@ import math
 import torch
 from torch import Tensor
 
-from rac_modifier.platform import add_matmul_
 from rac_modifier.pruning import linalg
 from rac_modifier.pruning.linalg import Dampening
+from rac_modifier.runtime.cpu_tuning import add_matmul_
 
 # Largest residual of a finished row, relative to its target. 5e-3 leaves the error of some rows
 # 5 % above the least possible.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rac_modifier.processes import Processes
+from rac_modifier.distributed.processes import Processes
 
 
 def routed_rows(chosen: Tensor, counted: Tensor, experts: int) -> list[Tensor]:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from rac_modifier.processes import ALONE, Processes
+from rac_modifier.distributed.processes import ALONE, Processes
 
 Block = tuple[int, int, int]  # first row, last row + 1, number of columns
 _PIECE = 1 << 22  # elements per exchange

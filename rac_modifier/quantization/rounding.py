@@ -23,8 +23,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from rac_modifier.formats.grid import Grid, Steps
 from rac_modifier.pruning.linalg import Dampening, Factor, diagonal_blocks
-from rac_modifier.quantization.grid import Grid, Steps
 
 _BLOCK = 128
 _SUB_BLOCK = 32

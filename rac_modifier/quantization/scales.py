@@ -16,8 +16,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from rac_modifier.formats.grid import Grid, Steps
 from rac_modifier.pruning.linalg import Dampening
-from rac_modifier.quantization.grid import Grid, Steps
 
 # Symmetric: shares of the largest weight over the half range.
 _FACTORS = tuple(0.4 + 0.02 * step for step in range(41))

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rac_modifier.formats.grid import Grid, Steps, local_scale
 from rac_modifier.pruning.checks import check_problem, is_finite, refuse
 from rac_modifier.pruning.linalg import Dampening, factorise, quadratic_form, stacked
 from rac_modifier.pruning.solve import Solution
-from rac_modifier.quantization.grid import Grid, Steps, local_scale
 from rac_modifier.quantization.rounding import descend, gptq
 from rac_modifier.quantization.scales import refit_scales, search_steps
 

@@ -12,16 +12,16 @@ import torch
 from loguru import logger
 from torch import Tensor
 
+from rac_modifier.distributed.processes import ALONE, Processes
 from rac_modifier.errors import RacError
-from rac_modifier.evaluation.teacher_forcing import TokenSequence, check_sequences
-from rac_modifier.model_tools import evaluating
-from rac_modifier.processes import ALONE, Processes
+from rac_modifier.measure.teacher_forcing import TokenSequence, check_sequences
 from rac_modifier.recovery.fixed_mask import fixed_mask, sparse_masks
 from rac_modifier.recovery.loss import check_head
 from rac_modifier.recovery.on_grid import QuantizedWeight, on_grid, trained_name
 from rac_modifier.recovery.student import Student, in_float32, recomputing
 from rac_modifier.recovery.teacher import StoredTeacher, name_of
 from rac_modifier.recovery.training_loop import TrainingLoop, default_learning_rate, plan_steps
+from rac_modifier.runtime.models import evaluating
 from rac_modifier.settings.recovery import RecoverySettings
 
 _LOWER, _TRIES = 3.0, 3  # factor by which the default learning rate is lowered; most tries

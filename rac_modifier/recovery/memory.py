@@ -11,16 +11,16 @@ import psutil
 import torch
 from loguru import logger
 
+from rac_modifier.distributed.processes import ALONE, Processes
 from rac_modifier.errors import RacError
-from rac_modifier.evaluation.teacher_forcing import TokenSequence, input_of_head
-from rac_modifier.model_tools import free_bytes
-from rac_modifier.platform import HEAP_GAPS
-from rac_modifier.processes import ALONE, Processes
+from rac_modifier.measure.teacher_forcing import TokenSequence, input_of_head
 from rac_modifier.pruning.linalg import bf16_is_fast
 from rac_modifier.recovery.loss import head_kl, output_head
 from rac_modifier.recovery.student import decoder_layers, frozen_parameters, recomputing
 from rac_modifier.recovery.training_loop import plan_steps
-from rac_modifier.rehearsal import LiveBytes, without_data
+from rac_modifier.runtime.cpu_tuning import HEAP_GAPS
+from rac_modifier.runtime.models import free_bytes
+from rac_modifier.runtime.rehearsal import LiveBytes, without_data
 from rac_modifier.settings.recovery import RecoverySettings
 
 # Bytes per trained weight. The state is the weight and AdamW's moments, of a GPU copied to the CPU

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
 
+from rac_modifier.formats.grid import Grid
 from rac_modifier.pruning.linalg import cached_slices
-from rac_modifier.quantization.grid import Grid
 
 _WIDTH = 0.45  # of a step of the grid to each side: a border itself may round either way
 

@@ -8,8 +8,8 @@ from typing import Any
 from loguru import logger
 from transformers import PreTrainedTokenizerBase
 
-from rac_modifier.evaluation.teacher_forcing import TokenSequence
-from rac_modifier.files import read_json, write_text_atomic
+from rac_modifier.measure.teacher_forcing import TokenSequence
+from rac_modifier.runtime.files import read_json, write_text_atomic
 from rac_modifier.sampling.generate import generate
 from rac_modifier.sampling.model_identity import model_fingerprint
 from rac_modifier.settings.sampling import SamplingSettings

@@ -18,9 +18,9 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from rac_modifier.distributed.processes import ALONE, Processes
 from rac_modifier.errors import RacError
-from rac_modifier.evaluation.teacher_forcing import TokenSequence
-from rac_modifier.processes import ALONE, Processes
+from rac_modifier.measure.teacher_forcing import TokenSequence
 from rac_modifier.recovery.fixed_mask import FixedMask
 
 Batch = Sequence[TokenSequence]

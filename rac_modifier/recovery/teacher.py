@@ -16,11 +16,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rac_modifier.errors import RacError, refusing
-from rac_modifier.evaluation.teacher_forcing import TokenSequence, batches_of_like_length
-from rac_modifier.model_tools import evaluating
-from rac_modifier.progress import StepProgress
+from rac_modifier.measure.teacher_forcing import TokenSequence, batches_of_like_length
 from rac_modifier.recovery.fixed_mask import masks_of_zeros
 from rac_modifier.recovery.loss import predicting_states
+from rac_modifier.runtime.models import evaluating
+from rac_modifier.runtime.progress import StepProgress
 
 _BATCH_TOKENS = 4096  # padded
 _INDEX = "index.json"

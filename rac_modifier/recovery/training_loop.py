@@ -13,12 +13,12 @@ from loguru import logger
 from torch import Tensor
 
 from rac_modifier.errors import RacError
-from rac_modifier.evaluation.teacher_forcing import TokenSequence, batches_of_like_length
-from rac_modifier.progress import StepProgress
+from rac_modifier.measure.teacher_forcing import TokenSequence, batches_of_like_length
 from rac_modifier.recovery.loss import head_kl, output_head, predicting_states, targets
 from rac_modifier.recovery.state import Progress, load_state, save_state
 from rac_modifier.recovery.student import Batch, Student
 from rac_modifier.recovery.teacher import StoredTeacher
+from rac_modifier.runtime.progress import StepProgress
 from rac_modifier.settings.recovery import RecoverySettings
 
 _BETAS = (0.9, 0.95)

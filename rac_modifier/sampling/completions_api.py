@@ -12,8 +12,8 @@ import torch
 from transformers import PreTrainedModel
 
 from rac_modifier.errors import RacError
-from rac_modifier.files import public_name
-from rac_modifier.model_tools import evaluating
+from rac_modifier.runtime.files import public_name
+from rac_modifier.runtime.models import evaluating
 from rac_modifier.sampling.engine import Probe
 from rac_modifier.sampling.generate import Generation
 from rac_modifier.settings.sampling import SamplingSettings

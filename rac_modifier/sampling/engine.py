@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import BaseModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rac_modifier.model_tools import on_accelerator
+from rac_modifier.runtime.models import on_accelerator
 from rac_modifier.sampling.generate import Generation, generate
 from rac_modifier.settings.sampling import SamplingSettings
 

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rac_modifier.errors import RacError
-from rac_modifier.model_tools import evaluating
+from rac_modifier.runtime.models import evaluating
 from rac_modifier.sampling.decode import decode, grouped_attention
 from rac_modifier.sampling.draw import Draw, row_keys
 from rac_modifier.settings.sampling import SamplingSettings

@@ -23,7 +23,7 @@ from transformers import (
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from rac_modifier.errors import RacError
-from rac_modifier.files import public_name
+from rac_modifier.runtime.files import public_name
 
 _ELEMENTS = 64
 _IF_THERE = {"_raise_exceptions_for_missing_entries": False}

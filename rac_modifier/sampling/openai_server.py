@@ -11,7 +11,7 @@ from queue import SimpleQueue
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rac_modifier.errors import RacError
-from rac_modifier.files import public_name
+from rac_modifier.runtime.files import public_name
 from rac_modifier.sampling.completions_api import (
     PROBE_QUESTIONS,
     PROBE_SAMPLING,

@@ -7,9 +7,14 @@ from typing import Any
 import yaml
 
 from rac_modifier.errors import RacError, refusing
-from rac_modifier.files import regular_file
+from rac_modifier.runtime.files import regular_file
 
-FOLDER = Path(__file__).parents[1] / "recipes"
+# beside the modules in a wheel (setup.py), beside the package in a clone
+FOLDER = next(
+    folder
+    for folder in (Path(__file__).parents[1] / "recipes", Path(__file__).parents[2] / "recipes")
+    if folder.is_dir()
+)
 _BYTES = 1 << 20
 _NODES = 100_000  # with the target of an alias counted at each alias
 _INTEGER_BITS = 63

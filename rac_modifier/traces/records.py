@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from transformers import PreTrainedTokenizerBase
 
 from rac_modifier.errors import RacError
-from rac_modifier.files import regular_file
+from rac_modifier.runtime.files import regular_file
 from rac_modifier.sampling.engine import EngineRecord
 from rac_modifier.sampling.generate import FinishReason
 from rac_modifier.sampling.model_identity import ModelIdentity, tokenizer_fingerprint

@@ -17,7 +17,7 @@ from pathlib import Path
 from loguru import logger
 
 from rac_modifier.errors import RacError
-from rac_modifier.files import lock, regular_file
+from rac_modifier.runtime.files import lock, regular_file
 from rac_modifier.traces.records import (
     StoreHeader,
     Trace,

@@ -17,12 +17,12 @@ from vllm.model_executor.layers.quantization.base_config import (
 )
 
 from rac_modifier.checkpoint.files import INDEX_FILE, TensorFiles
-from rac_modifier.checkpoint.quantization_config import METHOD as COMPRESSED_TENSORS
-from rac_modifier.checkpoint.quantization_config import RAC_KEY, SparsityRecord
 from rac_modifier.errors import RacError
+from rac_modifier.formats.quantization_config import METHOD as COMPRESSED_TENSORS
+from rac_modifier.formats.quantization_config import RAC_KEY, SparsityRecord
 from rac_modifier.kernels.cpu.support import support
 from rac_modifier.kernels.interface import VLLMS, Decision, stay_dense
-from rac_modifier.platform import keep_freed_memory
+from rac_modifier.runtime.cpu_tuning import keep_freed_memory
 from rac_modifier.vllm_plugin import METHOD, layouts
 from rac_modifier.vllm_plugin.layouts import CodesReader, Layout, WeightReader
 

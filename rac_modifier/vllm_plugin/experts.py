@@ -18,8 +18,8 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
 )
 from vllm.model_executor.utils import set_weight_attrs
 
-from rac_modifier.checkpoint.stored_weight import StoredWeight, stack
 from rac_modifier.errors import RacError
+from rac_modifier.formats.stored_weight import StoredWeight, stack
 from rac_modifier.kernels.choose import choose
 from rac_modifier.kernels.interface import REORDERED, Decision, Layer, stay_dense
 from rac_modifier.vllm_plugin.layouts import Weight, WeightReader

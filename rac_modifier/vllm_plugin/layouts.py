@@ -11,17 +11,11 @@ import torch
 from torch import Tensor
 
 from rac_modifier.checkpoint import gptq_awq
-from rac_modifier.checkpoint.bitmask import damaged, part_of
-from rac_modifier.checkpoint.dense_codes import (
-    OF_VOCABULARY,
-    ORDER,
-    WORDS,
-    ZEROS,
-    PackQuantized,
-)
 from rac_modifier.checkpoint.formats import FORMAT_BITMASK, FORMATS
-from rac_modifier.checkpoint.quantization_config import METHOD as COMPRESSED_TENSORS
-from rac_modifier.checkpoint.quantization_config import (
+from rac_modifier.errors import RacError
+from rac_modifier.formats.bitmask import damaged, part_of
+from rac_modifier.formats.quantization_config import METHOD as COMPRESSED_TENSORS
+from rac_modifier.formats.quantization_config import (
     TRANSFORMED,
     SparsityConfig,
     WeightScheme,
@@ -30,7 +24,7 @@ from rac_modifier.checkpoint.quantization_config import (
     weight_schemes,
     without_sparsity,
 )
-from rac_modifier.checkpoint.stored_weight import (
+from rac_modifier.formats.stored_weight import (
     FLOATS,
     PER_BLOCK,
     SCALE,
@@ -38,7 +32,13 @@ from rac_modifier.checkpoint.stored_weight import (
     check_scale,
     dequantize,
 )
-from rac_modifier.errors import RacError
+from rac_modifier.formats.words import (
+    OF_VOCABULARY,
+    ORDER,
+    WORDS,
+    ZEROS,
+    PackQuantized,
+)
 from rac_modifier.vllm_plugin import METHOD
 
 _RESTORE = "restore the config.json that was saved with the checkpoint"

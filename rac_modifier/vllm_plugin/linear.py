@@ -18,8 +18,8 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.parameter import BasevLLMParameter, ModelWeightParameter
 
-from rac_modifier.checkpoint.stored_weight import StoredWeight, stack
 from rac_modifier.errors import RacError, refusing
+from rac_modifier.formats.stored_weight import StoredWeight, stack
 from rac_modifier.kernels.choose import choose
 from rac_modifier.kernels.interface import REORDERED, Backend, Decision, Layer, stay_dense
 from rac_modifier.vllm_plugin.layouts import Weight, WeightReader

@@ -7,7 +7,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from rac_modifier.checkpoint.stored_weight import StoredWeight
+from rac_modifier.formats.stored_weight import StoredWeight
 from rac_modifier.kernels.interface import Backend
 from rac_modifier.vllm_plugin.linear import PackedWeight
 

@@ -12,8 +12,8 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
-from rac_modifier.checkpoint.stored_weight import StoredWeight
 from rac_modifier.errors import RacError
+from rac_modifier.formats.stored_weight import StoredWeight
 from rac_modifier.kernels.choose import choose
 from rac_modifier.kernels.cpu import lookup
 from rac_modifier.kernels.interface import Layer

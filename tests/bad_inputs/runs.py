@@ -60,8 +60,8 @@ def _(b: Bench) -> None:
 def _(b: Bench) -> None:
     from llmcompressor.modifiers.quantization import GPTQModifier
 
+    from rac_modifier.distributed.processes import Processes
     from rac_modifier.llmcompressor import calibration_modifier
-    from rac_modifier.processes import Processes
 
     b.monkeypatch.setattr(calibration_modifier, "present_processes", lambda: Processes(0, 2))
     b.prune(later=(GPTQModifier(scheme="W4A16", ignore=["lm_head"]),))

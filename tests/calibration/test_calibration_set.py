@@ -5,7 +5,7 @@ import pytest
 from loguru import logger
 
 from rac_modifier.calibration.calibration_set import build_calibration_set, in_turn
-from rac_modifier.processes import Processes
+from rac_modifier.distributed.processes import Processes
 from rac_modifier.settings.calibration import CalibrationSettings
 from rac_modifier.settings.traces import TraceSettings
 from rac_modifier.traces.records import Trace

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rac_modifier import model_tools
 from rac_modifier.calibration import trace_pool
 from rac_modifier.calibration.trace_pool import TracePool, collect_for_calibration, hold_out
 from rac_modifier.errors import RacError
+from rac_modifier.runtime import models as model_tools
 from rac_modifier.settings.calibration import CalibrationSettings
 from rac_modifier.settings.traces import SelectSettings, TraceSettings
 from rac_modifier.traces.records import Trace

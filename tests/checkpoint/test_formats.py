@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from rac_modifier.checkpoint import bitmask
 from rac_modifier.checkpoint.files import TensorFiles
 from rac_modifier.checkpoint.formats import (
     FORMAT_24,
@@ -18,8 +17,9 @@ from rac_modifier.checkpoint.formats import (
     packed_modules,
     structure_of,
 )
-from rac_modifier.checkpoint.stored_weight import FLOATS
 from rac_modifier.errors import RacError
+from rac_modifier.formats import bitmask
+from rac_modifier.formats.stored_weight import FLOATS
 from tests.checkpoint.checkpoint_helpers import PRUNERS, same_bits
 
 BITMASK, TWO_OF_FOUR = FORMATS[FORMAT_BITMASK], FORMATS[FORMAT_24]

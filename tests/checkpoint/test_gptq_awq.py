@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from rac_modifier.checkpoint.gptq_awq import Awq, Gptq
-from rac_modifier.checkpoint.stored_weight import StoredWeight
 from rac_modifier.errors import RacError
+from rac_modifier.formats.stored_weight import StoredWeight
 from tests.checkpoint.gptq_awq_tensors import Rounded, awq, drawn, gptq, words
 
 Tensors = dict[str, torch.Tensor]

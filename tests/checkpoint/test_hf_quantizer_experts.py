@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from rac_modifier.checkpoint.dense_codes import PackQuantized
 from rac_modifier.checkpoint.packing import pack_checkpoint
 from rac_modifier.errors import RacError
+from rac_modifier.formats.words import PackQuantized
 from tests.checkpoint.checkpoint_helpers import (
     SCHEMES,
     assert_same_state,

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from rac_modifier import cli
 from rac_modifier.checkpoint.hf_quantizer import load_model
 from rac_modifier.checkpoint.inspect import CheckpointReport, ModuleRow
-from rac_modifier.checkpoint.quantization_config import SparsityRecord, WeightScheme
 from rac_modifier.cli.inspect import render_report, totals
+from rac_modifier.formats.quantization_config import SparsityRecord, WeightScheme
 from rac_modifier.kernels.cpu.support import support
 from tests.cli.conftest import prune
 from tests.tiny import entry

@@ -5,10 +5,10 @@ from functools import partial
 import pytest
 import torch
 
-from rac_modifier import model_tools
 from rac_modifier.cli import models
 from rac_modifier.errors import RacError
 from rac_modifier.reasoner import reasoner_path
+from rac_modifier.runtime import models as model_tools
 
 
 def test_the_reasoner_has_a_name_and_all_else_is_a_path_or_id():

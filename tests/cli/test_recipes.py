@@ -4,7 +4,7 @@ from pathlib import Path
 
 from tests.tiny import NAME, entry, recipe
 
-FOLDER = Path(__file__).parents[2] / "rac_modifier" / "recipes"
+FOLDER = Path(__file__).parents[2] / "recipes"
 
 
 def test_a_line_for_each_recipe_with_its_name_and_what_it_does(rac):
@@ -45,5 +45,5 @@ def test_check_names_each_valid_recipe_and_every_mistake_of_the_others(rac, tmp_
 
 
 def test_schema_prints_the_published_file_and_nothing_else(rac):
-    published = FOLDER.parents[1] / "docs" / "recipe.schema.json"
+    published = FOLDER.parent / "docs" / "recipe.schema.json"
     assert rac.output("schema") == published.read_text()

@@ -18,7 +18,7 @@ from rac_modifier.settings.recipe import find_named_entry
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-RECIPES = {path.stem for path in (ROOT / "rac_modifier" / "recipes").glob("*.yaml")}
+RECIPES = {path.stem for path in (ROOT / "recipes").glob("*.yaml")}
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
 COMMANDS = typer.main.get_command(app)
 each_page = pytest.mark.parametrize("page", PAGES, ids=IDS)

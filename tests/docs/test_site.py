@@ -16,7 +16,7 @@ import typer
 from rac_modifier.cli import app
 
 ROOT = Path(__file__).parents[2]
-RECIPES = ROOT / "rac_modifier" / "recipes"
+RECIPES = ROOT / "recipes"
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from rac_modifier.checkpoint.stored_weight import all_stored
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.activations import (
     LEVELS,
@@ -25,10 +24,11 @@ from rac_modifier.evaluation.activations import (
     measure_activations,
     rounded,
 )
+from rac_modifier.formats.grid import Grid
+from rac_modifier.formats.stored_weight import all_stored
 from rac_modifier.kernels import cpu
 from rac_modifier.kernels.cpu.support import support
-from rac_modifier.quantization.grid import Grid
-from tests.evaluation.test_divergence import sequences
+from tests.measure.test_divergence import sequences
 from tests.tiny import tiny_model
 
 DOWN = "model.layers.0.mlp.down_proj"

@@ -4,9 +4,9 @@ import math
 import pytest
 
 from rac_modifier.errors import RacError
-from rac_modifier.evaluation.intervals import ratio_interval, tango_interval, wilson_interval
 from rac_modifier.evaluation.results import Row, paired_difference, summarise
 from rac_modifier.evaluation.stopping import Ending
+from rac_modifier.measure.intervals import ratio_interval, tango_interval, wilson_interval
 from rac_modifier.settings.sampling import SamplingSettings
 
 NUMBERS = itertools.count()

@@ -2,7 +2,6 @@
 
 import pytest
 
-from rac_modifier.evaluation.intervals import ratio_interval
 from rac_modifier.evaluation.stopping import (
     Ending,
     Inflation,
@@ -12,6 +11,7 @@ from rac_modifier.evaluation.stopping import (
     summary,
     token_inflation,
 )
+from rac_modifier.measure.intervals import ratio_interval
 from rac_modifier.problems.source import Problem
 
 # the answer of each text is 42; {loop} and {counter} are replaced by `text_of`

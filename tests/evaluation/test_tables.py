@@ -1,7 +1,7 @@
 """Tables of results."""
 
-from rac_modifier.evaluation.divergence import TokenDivergence, summarise_divergence
 from rac_modifier.evaluation.tables import accuracy_table, divergence_table, stopping_table
+from rac_modifier.measure.divergence import TokenDivergence, summarise_divergence
 from tests.evaluation.test_results import result, row
 
 

@@ -4,7 +4,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from rac_modifier.evaluation.divergence import TokenDivergence
 from rac_modifier.evaluation.results import Row
 from rac_modifier.evaluation.stopping import Ending, Loop
 from rac_modifier.frontier import measure as module
@@ -16,6 +15,7 @@ from rac_modifier.frontier.measure import (
     pieces_of,
     trace_of,
 )
+from rac_modifier.measure.divergence import TokenDivergence
 from rac_modifier.problems.source import Problem
 from rac_modifier.sampling.generate import Generation
 from rac_modifier.sampling.prompts import render_question

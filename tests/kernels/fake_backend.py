@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from rac_modifier.checkpoint.stored_weight import StoredWeight
+from rac_modifier.formats.stored_weight import StoredWeight
 from rac_modifier.kernels.interface import Decision, Layer
 
 

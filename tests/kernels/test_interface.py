@@ -2,7 +2,7 @@
 
 import torch
 
-from rac_modifier.checkpoint.stored_weight import from_dense
+from rac_modifier.formats.stored_weight import from_dense
 from rac_modifier.kernels.interface import Decision, Layer, stay_dense
 
 

@@ -14,7 +14,7 @@ from rac_modifier.kernels import cpu
 from rac_modifier.kernels.choose import PlanRow, plan_checkpoint, render_plan
 from rac_modifier.kernels.cpu.support import Support
 from tests.checkpoint.gptq_awq_tensors import drawn, gptq
-from tests.checkpoint.test_stored_weight import random_weight
+from tests.formats.test_stored_weight import random_weight
 
 
 @pytest.fixture(autouse=True)

@@ -10,14 +10,15 @@ from llmcompressor.core.state import State
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from transformers import PreTrainedModel
 
-from rac_modifier import RacError, ReasoningAwareSparseGPTModifier, model_tools
+from rac_modifier import RacError, ReasoningAwareSparseGPTModifier
 from rac_modifier.calibration.trace_pool import hold_out
 from rac_modifier.evaluation import activations
-from rac_modifier.evaluation.divergence import DenseReference
+from rac_modifier.measure.divergence import DenseReference
+from rac_modifier.runtime import models as model_tools
 from rac_modifier.traces.store import TraceStore
-from tests.evaluation.test_divergence import reference
 from tests.llmcompressor.conftest import fp8, int8_head, record_of
 from tests.llmcompressor.modifier_helpers import generic_loader, int4
+from tests.measure.test_divergence import reference
 from tests.tiny import TOKENS, entry, is_2of4, linears
 
 

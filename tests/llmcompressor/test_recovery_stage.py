@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 
 from rac_modifier import RacError
+from rac_modifier.distributed.processes import ALONE
 from rac_modifier.llmcompressor import calibration_modifier, recovery_stage
 from rac_modifier.llmcompressor.recovery_stage import RecoveryStage, split_traces
-from rac_modifier.processes import ALONE
 from rac_modifier.recovery import memory
 from rac_modifier.settings.recovery import RecoverySettings
 from rac_modifier.traces.records import Trace

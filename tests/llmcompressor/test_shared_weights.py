@@ -1,4 +1,4 @@
-"""Weights in the memory of each machine; tests/test_machines.py has a whole run."""
+"""Weights in the memory of each machine; tests/distributed/test_machines.py has a whole run."""
 
 import threading
 

@@ -5,17 +5,17 @@ import random
 import pytest
 import torch
 
+from rac_modifier.distributed.processes import ALONE
 from rac_modifier.errors import RacError
+from rac_modifier.formats.grid import Grid
 from rac_modifier.llmcompressor import run as pruning_run
 from rac_modifier.llmcompressor.quantizer import Quantizer
 from rac_modifier.llmcompressor.resume import Resume
 from rac_modifier.llmcompressor.run import Run
 from rac_modifier.llmcompressor.solving import Pruned, solve_groups
 from rac_modifier.llmcompressor.statistics import InputGroup
-from rac_modifier.processes import ALONE
 from rac_modifier.pruning import sparsegpt
 from rac_modifier.pruning.hessian import Statistics
-from rac_modifier.quantization.grid import Grid
 from rac_modifier.settings.entries import PruningEntry
 from rac_modifier.settings.pattern import Pattern
 from tests.llmcompressor.modifier_helpers import int4

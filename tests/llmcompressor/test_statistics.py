@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from rac_modifier import RacError
+from rac_modifier.distributed.processes import ALONE
 from rac_modifier.llmcompressor.statistics import Collector
-from rac_modifier.processes import ALONE
 
 ONES = torch.ones(1, 5)
 

@@ -138,7 +138,7 @@ def test_recipes_and_the_reasoner_are_found_away_from_the_clone(installed, tmp_p
     assert all(Path(path).is_relative_to(installed) and Path(path).exists() for path in paths)
     listed = run(installed, tmp_path, "-m", "rac_modifier.cli", "recipes").stdout
     assert [line.split()[0] for line in listed.splitlines()] == sorted(
-        path.stem for path in (ROOT / "rac_modifier" / "recipes").iterdir()
+        path.stem for path in (ROOT / "recipes").iterdir()
     )
     words = "-m rac_modifier.cli recipes check rac_2of4 rac_gptq_w4a16"
     checked = run(installed, tmp_path, *words.split())

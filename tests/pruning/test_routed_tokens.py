@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rac_modifier.processes import Processes
+from rac_modifier.distributed.processes import Processes
 from rac_modifier.pruning.routed_tokens import ExpertTokens, filled_up, routed_rows
 from tests.meeting import together
 

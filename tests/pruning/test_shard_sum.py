@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rac_modifier.processes import Processes
+from rac_modifier.distributed.processes import Processes
 from rac_modifier.pruning import shard_sum
 from rac_modifier.pruning.hessian import Hessian, Statistics, blocks_of_triangle, numbers_of_shard
 from rac_modifier.pruning.shard_sum import ShardSum

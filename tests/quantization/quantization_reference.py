@@ -2,8 +2,8 @@
 
 import torch
 
+from rac_modifier.formats.grid import Grid
 from rac_modifier.pruning.solve import Solution
-from rac_modifier.quantization.grid import Grid
 from rac_modifier.quantization.solve import quantize_many
 
 GRIDS = {"int4": Grid("int", 4, 16), "int8": Grid("int", 8), "fp8": Grid("float", 8)}

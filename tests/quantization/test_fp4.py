@@ -7,7 +7,7 @@ import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import preset_name_to_scheme
 
-from rac_modifier.quantization.grid import Grid
+from rac_modifier.formats.grid import Grid
 from rac_modifier.quantization.scales import search_steps
 from tests.quantization.quantization_reference import error_of, problem, quantize, solved
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from rac_modifier.formats.grid import Grid, Steps
 from rac_modifier.pruning.linalg import Dampening, factorise
-from rac_modifier.quantization.grid import Grid, Steps
 from rac_modifier.quantization.rounding import descend, gptq
 from rac_modifier.quantization.scales import search_steps
 from tests.pruning.pruning_reference import assert_near, dampened, solve_tolerance

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from rac_modifier.formats.grid import Grid
 from rac_modifier.pruning.linalg import Dampening
 from rac_modifier.quantization import scales
-from rac_modifier.quantization.grid import Grid
 from rac_modifier.quantization.scales import refit_scales, search_steps
-from rac_modifier.rehearsal import LiveBytes
+from rac_modifier.runtime.rehearsal import LiveBytes
 from tests.quantization.quantization_reference import (
     GRIDS,
     HALF_RANGE,

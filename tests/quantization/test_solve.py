@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rac_modifier.errors import RacError
+from rac_modifier.formats.grid import Grid
 from rac_modifier.pruning.linalg import Dampening, factorise
 from rac_modifier.quantization import solve
-from rac_modifier.quantization.grid import Grid
 from rac_modifier.quantization.solve import quantize_many
 from rac_modifier.settings.pattern import Pattern
 from tests.pruning.pruning_reference import assert_near, dampened, quadratic_tolerance

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from rac_modifier.processes import Processes
-from rac_modifier.quantization.grid import Grid
+from rac_modifier.distributed.processes import Processes
+from rac_modifier.distributed.torchrun import joined_processes
+from rac_modifier.formats.grid import Grid
 from rac_modifier.recovery import training_loop
 from rac_modifier.recovery.on_grid import QuantizedWeight
 from rac_modifier.recovery.training_loop import TrainingLoop
 from rac_modifier.settings.recovery import RecoverySettings
-from rac_modifier.torchrun import joined_processes
 from tests.recovery import recovery_helpers
 from tests.recovery.recovery_helpers import Killed, dense_and_sparse
 from tests.tiny import linears

@@ -6,10 +6,9 @@ import psutil
 import pytest
 import torch
 
+from rac_modifier.distributed.processes import Processes
 from rac_modifier.errors import RacError
-from rac_modifier.platform import HEAP_GAPS
-from rac_modifier.processes import Processes
-from rac_modifier.quantization.grid import Grid
+from rac_modifier.formats.grid import Grid
 from rac_modifier.recovery import memory
 from rac_modifier.recovery.memory import (
     Batch,
@@ -20,7 +19,8 @@ from rac_modifier.recovery.memory import (
     step_bytes,
 )
 from rac_modifier.recovery.on_grid import QuantizedWeight
-from rac_modifier.rehearsal import LiveBytes
+from rac_modifier.runtime.cpu_tuning import HEAP_GAPS
+from rac_modifier.runtime.rehearsal import LiveBytes
 from rac_modifier.settings.recovery import RecoverySettings
 from tests.recovery.recovery_helpers import SETTINGS, dense_and_sparse, run, sequences
 from tests.tiny import linears

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rac_modifier.quantization.grid import Grid
+from rac_modifier.formats.grid import Grid
 from rac_modifier.recovery.on_grid import (
     OnGrid,
     QuantizedWeight,

@@ -7,8 +7,8 @@ import torch
 from compressed_tensors.offload import offload_module
 from safetensors.torch import load_file
 
+from rac_modifier.distributed.processes import Processes
 from rac_modifier.errors import RacError
-from rac_modifier.processes import Processes
 from rac_modifier.recovery.fixed_mask import FixedMask
 from rac_modifier.recovery.student import Student, in_float32, recomputing
 from tests.recovery import sharded_run

@@ -7,8 +7,8 @@ import pytest
 import torch
 from loguru import logger
 
+from rac_modifier.distributed.processes import Processes
 from rac_modifier.errors import RacError
-from rac_modifier.processes import Processes
 from rac_modifier.recovery import training_loop
 from rac_modifier.recovery.state import Progress
 from rac_modifier.recovery.student import Student

@@ -14,7 +14,7 @@ from rac_modifier.settings.recipe import check_entry, find_named_entry, load_rec
 from tests.tiny import NAME, entry, recipe
 
 ROOT = Path(__file__).parents[2]
-RECIPES = sorted((ROOT / "rac_modifier" / "recipes").glob("*.yaml"))
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
 
 def test_the_published_schemas_are_the_entries():

@@ -16,7 +16,7 @@ from rac_modifier.settings.recipe_files import (
     recipe_names,
 )
 
-FOLDER = Path(__file__).parents[2] / "rac_modifier" / "recipes"
+FOLDER = Path(__file__).parents[2] / "recipes"
 NINE = ", ".join(["*{}"] * 9)
 LAUGHS = "a: &a [x]\n" + "".join(
     f"{name}: &{name} [{NINE.replace('{}', below)}]\n"

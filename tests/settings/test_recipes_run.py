@@ -12,7 +12,7 @@ from rac_modifier.checkpoint.inspect import inspect_checkpoint
 from rac_modifier.settings.recipe import find_named_entry, load_recipe
 from tests.tiny import is_2of4, linears, save_tiny, save_tiny_experts
 
-RECIPES = sorted((Path(__file__).parents[2] / "rac_modifier" / "recipes").glob("*.yaml"))
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 SMALL = ["calibration.tokens=400"]
 SMALL += ["traces.sampling.max_new_tokens=20", "traces.sampling.temperature=1.0"]
 SMALL_RECOVERY = ["recover.tokens=2000", "recover.held_out_tokens=400"]

@@ -14,9 +14,9 @@ from vllm.model_executor.layers.linear import (
 )
 
 from rac_modifier.checkpoint.formats import FORMAT_24, FORMAT_BITMASK, FORMATS
-from rac_modifier.checkpoint.quantization_config import with_packed
+from rac_modifier.formats.quantization_config import with_packed
 from rac_modifier.vllm_plugin.config import RacConfig
-from tests.checkpoint.test_stored_weight import random_weight
+from tests.formats.test_stored_weight import random_weight
 from tests.vllm_plugin import stored_forms
 from tests.vllm_plugin.stored_forms import Stored, quantize, quantized_sparse
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from rac_modifier.checkpoint.formats import FORMAT_BITMASK
-from rac_modifier.checkpoint.quantization_config import with_packed
+from rac_modifier.formats.quantization_config import with_packed
 from tests.checkpoint.gptq_awq_tensors import awq, gptq, pack_quantized, rounded
 
 _WRITTEN = with_packed({}, FORMAT_BITMASK, {"model.a": "unstructured"}, ["lm_head"])

@@ -28,8 +28,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 from vllm.model_executor.models.utils import WeightsMapper
 
-from rac_modifier.checkpoint.quantization_config import with_int8_activations, with_packed
 from rac_modifier.errors import RacError
+from rac_modifier.formats.quantization_config import with_int8_activations, with_packed
 from rac_modifier.kernels.cpu.support import Support
 from rac_modifier.kernels.interface import Decision, stay_dense
 from rac_modifier.vllm_plugin import config as plugin_config

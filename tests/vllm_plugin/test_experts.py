@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.checkpoint.test_stored_weight import random_weight
+from tests.formats.test_stored_weight import random_weight
 from tests.kernels import fake_backend
 from tests.vllm_plugin.vllm_fixtures import needs_vllm, without_kernels
 

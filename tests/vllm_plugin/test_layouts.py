@@ -12,8 +12,8 @@ needs_vllm()
 
 
 from rac_modifier.checkpoint.formats import FORMATS
-from rac_modifier.checkpoint.quantization_config import with_packed
 from rac_modifier.errors import RacError
+from rac_modifier.formats.quantization_config import with_packed
 from rac_modifier.vllm_plugin.layouts import (
     CodesLayout,
     CodesReader,

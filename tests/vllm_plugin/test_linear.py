@@ -5,7 +5,7 @@ import inspect
 import pytest
 import torch
 
-from tests.checkpoint.test_stored_weight import random_weight
+from tests.formats.test_stored_weight import random_weight
 from tests.kernels import fake_backend
 from tests.vllm_plugin.vllm_fixtures import needs_vllm, on_rank, without_kernels
 

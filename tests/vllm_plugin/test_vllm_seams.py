@@ -15,7 +15,7 @@ from vllm.model_executor.layers import linear, quantization
 
 from rac_modifier.cli.doctor import TESTED
 from rac_modifier.errors import RacError
-from rac_modifier.files import read_json
+from rac_modifier.runtime.files import read_json
 from rac_modifier.vllm_plugin.config import RacConfig
 from rac_modifier.vllm_plugin.register import METHOD, register
 from tests.vllm_plugin.stored_forms import PACKED

@@ -13,8 +13,8 @@ from torch import Tensor
 from rac_gpu import cusparselt, library, operator, prompts
 from rac_gpu import layout as layouts
 from rac_gpu.unstructured import MOST_COLUMNS
-from rac_modifier.checkpoint.stored_weight import StoredWeight
 from rac_modifier.errors import RacError
+from rac_modifier.formats.stored_weight import StoredWeight
 from rac_modifier.kernels.interface import Decision, Layer
 
 DATA = "weight_packed"  # vLLM's LoRA looks for this name

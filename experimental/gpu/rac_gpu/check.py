@@ -27,8 +27,8 @@ from rac_gpu.formats import FORMATS, TIMED_FORMATS, Linear, packed_linear, rando
 from rac_gpu.layout import ALL
 from rac_gpu.operator import run_program
 from rac_gpu.programs import Program, all_programs, expand_program, most_tokens
-from rac_modifier.checkpoint.stored_weight import StoredWeight
 from rac_modifier.errors import RacError
+from rac_modifier.formats.stored_weight import StoredWeight
 
 PROGRAMS_SHAPE = (200, 4104)  # every ring of shared memory goes round more than once
 SHAPES = ((16, 128), (37, 200), (70, 1032), (4096, 4096))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import rac_gpu
-from rac_modifier.checkpoint.stored_weight import StoredWeight, from_dense
+from rac_modifier.formats.stored_weight import StoredWeight, from_dense
 
 # Bits of a value; columns that share a scale, 0 for all; whether the weight is 2:4; whether values are floats of 8 bits; whether
 # bfloat16 does not hold the scales. Of any pattern, half is stored.

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn.functional import pad as pad_zeros
 
 from rac_gpu import schedule, unstructured
-from rac_modifier.checkpoint.stored_weight import FLOATS, StoredWeight
 from rac_modifier.errors import RacError
+from rac_modifier.formats.stored_weight import FLOATS, StoredWeight
 
 TILE = 16  # rows
 GROUPS = (64, 128)  # columns that may share a scale

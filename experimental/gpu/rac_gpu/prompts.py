@@ -15,8 +15,8 @@ from torch import Tensor
 from rac_gpu import cusparselt, operator
 from rac_gpu.layout import ALL, TILE, Layout, pack
 from rac_gpu.library import Device
-from rac_modifier.checkpoint.stored_weight import StoredWeight, from_dense
 from rac_modifier.errors import RacError
+from rac_modifier.formats.stored_weight import StoredWeight, from_dense
 
 TOKENS = 2048  # of the prompt that is timed
 _ROUNDS = 7

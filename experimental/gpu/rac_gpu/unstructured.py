@@ -27,9 +27,9 @@ from rac_gpu.schedule import (
     Streams,
     plan_of,
 )
-from rac_modifier.checkpoint.bitmask import row_counts
-from rac_modifier.checkpoint.stored_weight import FLOATS, StoredWeight
 from rac_modifier.errors import RacError
+from rac_modifier.formats.bitmask import row_counts
+from rac_modifier.formats.stored_weight import FLOATS, StoredWeight
 
 TILE = 32  # rows
 SORTED = 512  # rows that are sorted together, so that a part of a weight, which is expanded, has whole ones of these

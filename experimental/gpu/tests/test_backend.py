@@ -10,8 +10,8 @@ import torch
 from rac_gpu import backend, library
 from rac_gpu.library import Device
 
-from rac_modifier.checkpoint.stored_weight import StoredWeight
 from rac_modifier.errors import RacError
+from rac_modifier.formats.stored_weight import StoredWeight
 from rac_modifier.kernels.interface import Layer
 from tests.fake_gpu import FakeDriver, Status
 from tests.weights import (

@@ -24,8 +24,8 @@ from rac_gpu.layout import (
 from rac_gpu.programs import expand_grid, expand_program, program, tiles_of
 from torch import Tensor
 
-from rac_modifier.checkpoint.stored_weight import StoredWeight, from_dense
 from rac_modifier.errors import RacError
+from rac_modifier.formats.stored_weight import StoredWeight, from_dense
 from tests.emulate import emulate, product
 from tests.test_unstructured_int8 import check_schedule, unpack_slowly
 from tests.weights import (

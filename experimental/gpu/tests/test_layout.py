@@ -18,8 +18,8 @@ from rac_gpu.layout import (
 from torch import Tensor
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
 
-from rac_modifier.checkpoint.stored_weight import StoredWeight, from_dense
 from rac_modifier.errors import RacError
+from rac_modifier.formats.stored_weight import StoredWeight, from_dense
 from tests.weights import (
     bf16_weight,
     grouped_weight,

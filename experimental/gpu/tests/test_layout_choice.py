@@ -30,8 +30,8 @@ from rac_gpu.layout import (
 )
 from torch import Tensor
 
-from rac_modifier.checkpoint.stored_weight import StoredWeight, from_dense
 from rac_modifier.errors import RacError
+from rac_modifier.formats.stored_weight import StoredWeight, from_dense
 from tests.weights import (
     fp8_weight,
     grouped_weight,

@@ -22,8 +22,8 @@ from rac_gpu.programs import expand_grid, expand_program, program, tiles_of
 from rac_gpu.unstructured import expected_bytes, least_bytes
 from torch import Tensor
 
-from rac_modifier.checkpoint.stored_weight import StoredWeight
 from rac_modifier.errors import RacError
+from rac_modifier.formats.stored_weight import StoredWeight
 from tests.emulate import emulate, product
 from tests.test_unstructured_int8 import check_schedule, segments_of, unpack_slowly
 from tests.weights import (

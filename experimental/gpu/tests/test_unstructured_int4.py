@@ -16,8 +16,8 @@ from rac_gpu.programs import expand_grid, expand_program, program, tiles_of
 from rac_gpu.unstructured import expected_bytes, least_bytes
 from torch import Tensor
 
-from rac_modifier.checkpoint.stored_weight import StoredWeight, from_dense
 from rac_modifier.errors import RacError
+from rac_modifier.formats.stored_weight import StoredWeight, from_dense
 from tests.emulate import emulate, product
 from tests.weights import AWKWARD, assert_product, int4_any_weight, skewed
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from rac_modifier.checkpoint.stored_weight import StoredWeight, from_dense
+from rac_modifier.formats.stored_weight import StoredWeight, from_dense
 
 
 def kept_of_four(rows: int, columns: int, most: int = 2) -> Tensor:

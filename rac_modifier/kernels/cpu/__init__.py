@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rac_modifier.checkpoint.stored_weight import FLOATS, StoredWeight
 from rac_modifier.errors import RacError
+from rac_modifier.formats.stored_weight import FLOATS, StoredWeight
 from rac_modifier.kernels.cpu import operator
 from rac_modifier.kernels.cpu.library import DENSE_TYPES, INT4, MOST_GROUP, PANEL, VALUE_TYPES
 from rac_modifier.kernels.cpu.support import library_and_isa

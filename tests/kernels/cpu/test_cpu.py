@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rac_modifier.checkpoint.stored_weight import StoredWeight, all_stored, from_dense
 from rac_modifier.errors import RacError
+from rac_modifier.formats.stored_weight import StoredWeight, all_stored, from_dense
 from rac_modifier.kernels import cpu
 from rac_modifier.kernels.cpu import ValueEncoding, encoding_of
 from rac_modifier.kernels.cpu.support import Support

@@ -1,0 +1,1 @@
+"""The ranks of a run, and the connections between machines."""

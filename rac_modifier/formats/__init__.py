@@ -1,0 +1,1 @@
+"""Number formats: grids, words, bitmasks, stored weights."""

@@ -1,0 +1,1 @@
+"""Teacher forcing, KL divergence and intervals."""

@@ -1,0 +1,1 @@
+"""Files, models, and what speeds up a CPU: below everything else."""
