@@ -82,6 +82,10 @@ class Grid:
         _, mantissa, least = _FLOATS[self.bits]
         return _power_of_two(scaled).clamp_(min=2.0**least).mul_(2.0**-mantissa).to(scaled)
 
+    def gap_towards_zero(self, codes: Tensor) -> Tensor:
+        """Return the distance from each code to the next one towards 0."""
+        return self.gaps(torch.nextafter(codes, torch.zeros_like(codes)))
+
     def global_scale(self, weight: Tensor) -> Tensor | None:
         """Return what the scales of a weight [d, rows] are multiplied by: float32 [1], or None."""
         if not self.is_fp4 or self.group_size != 16:

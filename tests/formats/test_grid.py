@@ -80,3 +80,18 @@ def test_a_stored_scale_is_never_zero(dtype):
     assert (rounded > 0).tolist() == [True, True, True, False]
     assert float(rounded[3]) == -float(rounded[2])
     assert float(rounded[2]) == pytest.approx(0.1, rel=float(torch.finfo(dtype).eps))
+
+
+@pytest.mark.parametrize(
+    ("grid", "codes"),
+    [
+        (Grid("int", 4), [float(code) for code in range(-8, 8)]),
+        (Grid("float", 4, 16), [0, 0.5, 1, 1.5, 2, 3, 4, 6]),
+        (Grid("float", 8), [c.float().item() for c in torch.arange(127, dtype=torch.uint8).view(
+            torch.float8_e4m3fn)]),
+    ],
+)  # fmt: skip
+def test_the_gap_towards_zero_leads_to_the_next_code(grid, codes):
+    nearer = {code: max((c for c in codes if c < code), default=0.0) for code in codes if code > 0}
+    gaps = grid.gap_towards_zero(torch.tensor([*nearer]))
+    assert gaps.tolist() == [code - before for code, before in nearer.items()]
