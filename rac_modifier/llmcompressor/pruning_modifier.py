@@ -41,7 +41,7 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
     _described: str = PrivateAttr(default="")  # the patterns in words
     _recovery: RecoveryStage | None = PrivateAttr(default=None)
     _recovered: dict[str, Any] = PrivateAttr(default_factory=dict)  # the run record's entry
-    _activations: dict[str, Any] | None = PrivateAttr(default=None)  # `activations_entry`
+    _activations: dict[str, Any] | None = PrivateAttr(default=None)  # of `choose_in_run`
 
     @property
     def run(self) -> Run:

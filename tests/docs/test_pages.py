@@ -38,22 +38,6 @@ def command_lines(page: Path) -> Iterator[str]:
     yield from (" ".join(code.split()) for code in in_text)
 
 
-def test_the_readme_takes_a_minute():
-    """About 250 words per minute; a table and code are skimmed."""
-    text = re.sub(r"\]\([^)]*\)", "]", (ROOT / "README.md").read_text())
-    text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
-    prose = [line for line in text.splitlines() if not line.startswith("|")]
-    assert len(" ".join(prose).split()) < 400
-    assert text.count("![") == 1, "one picture"
-
-
-def test_the_readme_has_seven_lines_of_python_and_two_of_serving():
-    (python,) = blocks(ROOT / "README.md", "python")
-    assert len([line for line in python.splitlines() if line.strip()]) <= 7
-    serving = next(block for block in blocks(ROOT / "README.md", "bash") if "vllm serve" in block)
-    assert len(serving.splitlines()) == 2
-
-
 @each_page
 def test_python_compiles(page):
     for block in blocks(page, "python"):
