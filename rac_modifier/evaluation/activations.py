@@ -15,7 +15,7 @@ from loguru import logger
 from torch import Tensor
 
 from rac_modifier.errors import RacError
-from rac_modifier.formats.grid import Grid
+from rac_modifier.formats.encoding import Encoding
 from rac_modifier.formats.words import OF_VOCABULARY
 from rac_modifier.kernels.cpu import MOST_GROUP, encoding_of
 from rac_modifier.kernels.interface import EXPERT
@@ -46,7 +46,7 @@ def _keeps_16_bits(name: str) -> bool:
 
 
 def layers_of_run(
-    model: Any, grids: Mapping[str, Grid], own_errors: Mapping[str, float]
+    model: Any, grids: Mapping[str, Encoding], own_errors: Mapping[str, float]
 ) -> list[IntegerLayer]:
     """Return the layers with own errors that the CPU kernels will multiply as integers.
 

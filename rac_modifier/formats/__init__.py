@@ -1,1 +1,1 @@
-"""Number formats: grids, words, bitmasks, stored weights."""
+"""Number formats: encodings, words, bitmasks, stored weights."""

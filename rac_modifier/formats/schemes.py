@@ -1,19 +1,20 @@
 """llm-compressor's quantization schemes, and the grid of each scheme that can be rounded here."""
 
-from typing import Literal
-
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
 from rac_modifier.errors import RacError
-from rac_modifier.formats.grid import Grid
+from rac_modifier.formats.encoding import MXFP4, NVFP4, Encoding
 
 _GROUPED = ("group", "tensor_group")
-# strategy, group size and dtype of the scales of NVFP4, and of MXFP4
-_FP4 = (("tensor_group", 16, torch.float8_e4m3fn), ("group", 32, torch.uint8))
+# The encodings with coarse scales, by strategy, group size and dtype of the scales.
+_COARSE = {
+    ("tensor_group", 16, torch.float8_e4m3fn): NVFP4,
+    ("group", 32, torch.uint8): MXFP4,
+}
 
 
-def grid_of(scheme: QuantizationScheme, name: str, *, prunes: bool) -> Grid:
+def encoding_of(scheme: QuantizationScheme, name: str, *, prunes: bool) -> Encoding:
     """Return the grid of a scheme's weights (RacError); `prunes`: stored with a mask."""
     weights = scheme.weights
     if weights is None:
@@ -25,11 +26,10 @@ def grid_of(scheme: QuantizationScheme, name: str, *, prunes: bool) -> Grid:
             f"{name}: weights {_describe(weights)}, which no kernel multiplies with a mask or with "
             "quantized activations; set symmetric: true (W4A16 instead of W4A16_ASYM)"
         )
-    # what is stored with a mask, and without one
-    bits = ((4, 8) if prunes else range(2, 9)) if weights.type == "int" else (8,)
-    plain = weights.scale_dtype is None and not weights.dynamic and weights.num_bits in bits
-    usable = _is_stored_form(weights) and (plain or (_is_fp4(weights) and not prunes))
-    if not usable or weights.actorder is not None:
+    encoding = _encoding(weights)
+    usable = encoding is not None and (encoding.can_be_sparse or not prunes)
+    rounded = encoding in _COARSE.values() or (weights.scale_dtype is None and not weights.dynamic)
+    if encoding is None or not usable or not rounded or weights.actorder is not None:
         integers = "4 or 8 bits" if prunes else "2 to 8 bits (2 to 7 with zero points)"
         unpruned = "" if prunes else ", or NVFP4A16 or MXFP4A16"
         raise RacError(
@@ -42,20 +42,21 @@ def grid_of(scheme: QuantizationScheme, name: str, *, prunes: bool) -> Grid:
                 f"{name}: activations with static scales are not calibrated here; set dynamic: "
                 "true (FP8_DYNAMIC instead of FP8), or leave them out (NVFP4A16 instead of NVFP4)"
             )
-    return _grid(weights)
+    return encoding
 
 
-def stored_grid(scheme: QuantizationScheme, name: str) -> Grid:
+def stored_encoding(scheme: QuantizationScheme, name: str) -> Encoding:
     """Return the grid of quantized weights, to train them through their codes (RacError: none)."""
     weights = scheme.weights
     assert weights is not None
-    if not _is_stored_form(weights):
+    encoding = _encoding(weights)
+    if encoding is None:
         raise RacError(
             f"{name}: weights {_describe(weights)} cannot be trained through their codes; recovery "
             "knows int of 2 to 8 bits (2 to 7 with zero points), float of 8 (e4m3), one scale per "
             "channel or group, NVFP4 and MXFP4. Recover the model before it is quantized"
         )
-    return _grid(weights)
+    return encoding
 
 
 def describe_scheme(scheme: QuantizationScheme) -> str:
@@ -65,27 +66,20 @@ def describe_scheme(scheme: QuantizationScheme) -> str:
     return _describe(weights) + (f", activations {_describe(inputs)}" if inputs else "")
 
 
-def _grid(weights: QuantizationArgs) -> Grid:
-    group = weights.group_size if weights.strategy in _GROUPED else None
-    kind: Literal["int", "float"] = "float" if weights.type == "float" else "int"
-    return Grid(kind, weights.num_bits, group, bool(weights.symmetric))
-
-
-def _is_stored_form(weights: QuantizationArgs) -> bool:
-    """Return whether a checkpoint can hold these codes: zero points of 8 bits are not exact."""
-    if weights.type == "float":
-        fits = weights.num_bits == 8 and weights.symmetric
-    else:
-        fits = 2 <= weights.num_bits <= (8 if weights.symmetric else 7)
+def _encoding(weights: QuantizationArgs) -> Encoding | None:
+    """Return the encoding that a checkpoint holds; None: it has none for these weights."""
+    form = (_text(weights.strategy), weights.group_size, weights.scale_dtype)
+    if weights.type == "float" and weights.num_bits == 4:  # a dynamic scale is not stored
+        return None if weights.dynamic or not weights.symmetric else _COARSE.get(form)
     plain = weights.scale_dtype is None or weights.scale_dtype.itemsize > 1
-    return _is_fp4(weights) or bool(fits and plain and weights.strategy in ("channel", "group"))
-
-
-def _is_fp4(weights: QuantizationArgs) -> bool:
-    """Return whether weights are NVFP4 or MXFP4; a dynamic scale is not stored."""
-    form = (weights.strategy, weights.group_size, weights.scale_dtype)
-    is_e2m1 = weights.type == "float" and weights.num_bits == 4 and weights.symmetric
-    return bool(is_e2m1 and form in _FP4 and not weights.dynamic)
+    if not plain or weights.strategy not in ("channel", "group"):
+        return None
+    group = weights.group_size if weights.strategy == "group" else None
+    if weights.type == "float":
+        return Encoding("float", 8, group) if weights.num_bits == 8 and weights.symmetric else None
+    # zero points of 8 bits are not exact
+    fits = 2 <= weights.num_bits <= (8 if weights.symmetric else 7)
+    return Encoding("int", weights.num_bits, group, bool(weights.symmetric)) if fits else None
 
 
 def _describe(weights: QuantizationArgs) -> str:

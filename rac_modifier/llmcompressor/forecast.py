@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from rac_modifier.calibration.loader import CalibrationLoader
 from rac_modifier.errors import RacError
-from rac_modifier.formats.grid import Grid
+from rac_modifier.formats.encoding import Encoding
 from rac_modifier.llmcompressor.run import Run
 from rac_modifier.llmcompressor.solving import solve_problems, solver_settings
 from rac_modifier.measure.teacher_forcing import input_of_head
@@ -42,7 +42,7 @@ class Group:
     layer: int
     columns: int
     rows: tuple[int, ...]
-    grids: tuple[Grid | None, ...]
+    grids: tuple[Encoding | None, ...]
 
     def weights(self, width: int, dtype: torch.dtype) -> list[Tensor]:
         """Return weights of the group's shapes, scaled to `width` inputs, with 2:4 zeros."""

@@ -19,8 +19,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rac_modifier.errors import RacError, refusing
-from rac_modifier.formats.grid import Grid, used_scale
-from rac_modifier.formats.schemes import describe_scheme, grid_of
+from rac_modifier.formats.encoding import Encoding, used_scale
+from rac_modifier.formats.schemes import describe_scheme, encoding_of
 from rac_modifier.llmcompressor.targets import has_merged_experts
 from rac_modifier.recovery.on_grid import QuantizedWeight
 from rac_modifier.settings.pruning import QuantizationSettings
@@ -40,7 +40,7 @@ class Quantizer:
         *,
         prunes: bool,
     ):
-        self.grids: dict[torch.nn.Module, Grid] = {}
+        self.grids: dict[torch.nn.Module, Encoding] = {}
         self.described: dict[str, str] = {}
         self._upstream: QuantizationModifier | None = None
         if settings is None:
@@ -57,7 +57,7 @@ class Quantizer:
         for name, module, scheme in scheme_of_each(model, groups, self._upstream.ignore):
             if module not in names:
                 continue
-            grid = self.grids[module] = grid_of(scheme, name, prunes=prunes)
+            grid = self.grids[module] = encoding_of(scheme, name, prunes=prunes)
             self.described[name] = describe_scheme(scheme)
             columns = module.get_parameter("weight").shape[1]
             if grid.group_size and columns % grid.group_size:

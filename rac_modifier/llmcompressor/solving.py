@@ -9,7 +9,7 @@ import torch
 from compressed_tensors.utils import align_module_device
 from torch import Tensor
 
-from rac_modifier.formats.grid import Grid, used_scale
+from rac_modifier.formats.encoding import Encoding, used_scale
 from rac_modifier.llmcompressor.quantizer import Quantizer
 from rac_modifier.llmcompressor.statistics import InputGroup
 from rac_modifier.pruning.solve import Problem, Solution, solve_many
@@ -50,7 +50,7 @@ def solver_settings(entry: PruningEntry) -> dict[str, Any]:
 def solve_problems(
     entry: PruningEntry,
     problems: Sequence[Problem],
-    grids: Sequence[Sequence[Grid | None]],
+    grids: Sequence[Sequence[Encoding | None]],
     dtype: torch.dtype,
 ) -> list[list[tuple[Solution, Quantized | None]]]:
     """Prune the modules of each problem; round those with a grid to `dtype`."""

@@ -9,8 +9,8 @@ from compressed_tensors.quantization import QuantizationScheme, QuantizationStat
 from torch import Tensor
 
 from rac_modifier.errors import RacError
-from rac_modifier.formats.grid import Grid
-from rac_modifier.formats.schemes import stored_grid
+from rac_modifier.formats.encoding import Encoding
+from rac_modifier.formats.schemes import stored_encoding
 from rac_modifier.formats.stored_weight import SCALE
 from rac_modifier.formats.words import WORDS, ZEROS
 from rac_modifier.llmcompressor.quantizer import compress_exactly, scale_in_use
@@ -34,7 +34,7 @@ def check_layers(model: Any, stored: Collection[str]) -> None:
                 f"dense model's: quantize again, with {name} in ignore"
             )
         if module is not model.get_output_embeddings():  # a head is written back as it was
-            stored_grid(module.quantization_scheme, name)
+            stored_encoding(module.quantization_scheme, name)
     if len(stored) > len(modules):  # names may differ: transformers renames modules of some models
         missing = sorted(set(stored) - set(modules))
         raise RacError(
@@ -67,7 +67,7 @@ class QuantizedCheckpoint:
         self.pruned: set[str] = set()
         self._heads: list[tuple[Any, torch.nn.Parameter]] = []  # one or none, as stored
         for name, module in self._modules.items():
-            grid = stored_grid(module.quantization_scheme, name)
+            grid = stored_encoding(module.quantization_scheme, name)
             decompress_module(module)
             original = originals[name].weight.detach()
             if module is model.get_output_embeddings():
@@ -98,12 +98,11 @@ class QuantizedCheckpoint:
     @property
     def packs(self) -> bool:
         """Return whether the codes of all pruned modules can be stored sparse."""
-        grids = [self.quantized[name].grid for name in self.pruned]
-        return all(g.bits in (4, 8) and g.symmetric and not g.is_fp4 for g in grids)
+        return all(self.quantized[name].grid.can_be_sparse for name in self.pruned)
 
 
 def _decoded(
-    module: torch.nn.Module, grid: Grid, name: str, dense: Tensor
+    module: torch.nn.Module, grid: Encoding, name: str, dense: Tensor
 ) -> tuple[QuantizedWeight, Tensor]:
     """Return how a module is quantized, its master on the side of `dense`; and its codes."""
     weight = module.get_parameter("weight").data
@@ -121,7 +120,7 @@ def _decoded(
     return QuantizedWeight(grid, scale, master, zero), codes
 
 
-def checked_scale(scale: Tensor, weight: Tensor, grid: Grid, name: str) -> Tensor:
+def checked_scale(scale: Tensor, weight: Tensor, grid: Encoding, name: str) -> Tensor:
     """Return usable scales [rows, groups]; RacError if a used one is zero or infinite."""
     groups = grid.groups(weight.shape[1])
     if scale.numel() != weight.shape[0] * groups:

@@ -23,14 +23,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from rac_modifier.formats.grid import Grid, Steps
+from rac_modifier.formats.encoding import Encoding, Steps
 from rac_modifier.pruning.linalg import Dampening, Factor, diagonal_blocks
 
 _BLOCK = 128
 _SUB_BLOCK = 32
 
 
-def gptq(weight: Tensor, keep: Tensor, steps: Steps, grid: Grid, factors: Sequence[Factor]) -> None:
+def gptq(
+    weight: Tensor, keep: Tensor, steps: Steps, grid: Encoding, factors: Sequence[Factor]
+) -> None:
     """Round `weight` [problems, d, rows] in place; `keep`: 1.0 = kept; `steps`: one per weight."""
     orders = [factor.order for factor in factors if factor.order is not None]
     if orders:
@@ -74,7 +76,7 @@ def descend(
     target: Tensor,
     keep: Tensor,
     steps: Steps,
-    grid: Grid,
+    grid: Encoding,
     hessians: Sequence[Tensor],
     dampenings: Sequence[Dampening],
     sweeps: int,

@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from rac_modifier.formats.grid import Grid, Steps
+from rac_modifier.formats.encoding import Encoding, Steps
 from rac_modifier.pruning.linalg import Dampening
 
 # Symmetric: shares of the largest weight over the half range.
@@ -34,7 +34,7 @@ _ROWS = 256  # fitted at a time: bounds the memory of A, [rows, groups, groups]
 
 def search_steps(
     weight: Tensor,
-    grid: Grid,
+    grid: Encoding,
     importance: Tensor,
     dtype: torch.dtype,
     global_scale: Tensor | None = None,
@@ -65,17 +65,17 @@ def search_steps(
     return Steps(scales, None if grid.symmetric else zeros)
 
 
-def _symmetric(part: Tensor, grid: Grid, store: _Store) -> Iterator[tuple[Tensor, None]]:
+def _symmetric(part: Tensor, grid: Encoding, store: _Store) -> Iterator[tuple[Tensor, None]]:
     """Yield scales [rows] of a group of columns, `part` [columns, rows]."""
     largest = part.abs().amax(dim=-2) / grid.half_range
     largest = torch.where(largest == 0, 1.0, largest)  # only zeros: every scale is right
-    for factor in _FP4_FACTORS if grid.is_fp4 else _FACTORS:
+    for factor in _FP4_FACTORS if grid.has_coarse_scales else _FACTORS:
         # With the right sign of the scale, the extra code below zero serves the larger weights.
         for sign in (1, -1) if grid.is_lopsided else (1,):
             yield store(largest * (sign * factor)), None
 
 
-def _asymmetric(part: Tensor, grid: Grid, store: _Store) -> Iterator[tuple[Tensor, Tensor]]:
+def _asymmetric(part: Tensor, grid: Encoding, store: _Store) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield scales and zero points [rows] of a group of columns, `part` [columns, rows]."""
     lowest, highest = grid.lowest, -grid.lowest - 1
     low, high = part.amin(dim=-2).clamp_(max=0.0), part.amax(dim=-2).clamp_(min=0.0)
@@ -97,7 +97,7 @@ def refit_scales(
     codes: Tensor,
     target: Tensor,
     scale: Tensor,
-    grid: Grid,
+    grid: Encoding,
     hessian: Tensor,
     dampening: Dampening,
     dtype: torch.dtype,

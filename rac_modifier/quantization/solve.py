@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rac_modifier.formats.grid import Grid, Steps, local_scale
+from rac_modifier.formats.encoding import Encoding, Steps, local_scale
 from rac_modifier.pruning.checks import check_problem, is_finite, refuse
 from rac_modifier.pruning.linalg import Dampening, factorise, quadratic_form, stacked
 from rac_modifier.pruning.solve import Solution
@@ -39,7 +39,7 @@ class Quantized:
 def quantize_many(
     problems: Sequence[Sequence[Solution]],
     hessians: Sequence[Tensor],
-    grids: Sequence[Sequence[Grid | None]],
+    grids: Sequence[Sequence[Encoding | None]],
     *,
     dtype: torch.dtype,
     dampening_frac: float = 0.01,
@@ -84,7 +84,7 @@ def quantize_many(
 def _on_one_grid(
     problems: Sequence[Sequence[Solution]],
     hessians: Sequence[Tensor],
-    grid: Grid,
+    grid: Encoding,
     dtype: torch.dtype,
     dampening_frac: float,
 ) -> list[list[Quantized]]:
@@ -117,7 +117,7 @@ def _on_one_grid(
     spread = steps.spread(grid, d)
     gptq(working, keep, spread, grid, factors)
     # scales of 4-bit floats have too few values for a fit
-    sweeps = _SWEEPS + (_REFITS if grid.is_fp4 else 0)
+    sweeps = _SWEEPS + (_REFITS if grid.has_coarse_scales else 0)
     descend(working, target, keep, spread, grid, hessians, dampenings, sweeps)
     for _ in range(_REFITS if grid.kind == "int" else 0):
         codes, scale = working.div_(spread.scale).round_(), torch.empty_like(steps.scale)

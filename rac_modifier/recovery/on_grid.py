@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
 
-from rac_modifier.formats.grid import Grid
+from rac_modifier.formats.encoding import Encoding
 from rac_modifier.pruning.linalg import cached_slices
 
 _WIDTH = 0.45  # of a step of the grid to each side: a border itself may round either way
@@ -33,13 +33,13 @@ _WIDTH = 0.45  # of a step of the grid to each side: a border itself may round e
 class QuantizedWeight:
     """How a module's weight is quantized, and what training starts from."""
 
-    grid: Grid
+    grid: Encoding
     scale: Tensor  # [rows, groups], in the dtype that is stored; float32 if it is not trained
     master: Tensor | None = None  # with the same codes and zeros; None: code times scale
     zero: Tensor | None = None  # [rows, groups], of an asymmetric grid; it is not trained
 
 
-def codes_of(weight: Tensor, scale: Tensor, grid: Grid, zero: Tensor | None = None) -> Tensor:
+def codes_of(weight: Tensor, scale: Tensor, grid: Encoding, zero: Tensor | None = None) -> Tensor:
     """Return the codes [rows, columns], float32, of code times scale, counted from zero points.
 
     Exact also for weights that were rounded to bfloat16 or float16, by less than half a step.
@@ -48,26 +48,26 @@ def codes_of(weight: Tensor, scale: Tensor, grid: Grid, zero: Tensor | None = No
     return grid.codes_(weight.float() / _spread(scale.float(), grid, weight), points)
 
 
-def master_in_cell(codes: Tensor, scale: Tensor, grid: Grid, target: Tensor) -> Tensor:
+def master_in_cell(codes: Tensor, scale: Tensor, grid: Encoding, target: Tensor) -> Tensor:
     """Return the float32 weight nearest to `target` [rows, columns] that rounds to `codes`."""
     scales = _spread(scale.float(), grid, codes)
     reach = _WIDTH * _step(codes, grid)
     return torch.clamp(target.float() / scales, codes - reach, codes + reach) * scales
 
 
-def pruned_share(codes: Tensor, scale: Tensor, grid: Grid, dense: Tensor) -> float:
+def pruned_share(codes: Tensor, scale: Tensor, grid: Encoding, dense: Tensor) -> float:
     """Return the share of zeros whose dense weight is above 3/4 of a step: pruned, not rounded."""
     least = 0.75 * _spread(scale.float().abs(), grid, codes) * _step(codes, grid)
     return float(((codes == 0) & (dense.float().abs() > least)).float().mean())
 
 
-def _spread(part: Tensor, grid: Grid, like: Tensor) -> Tensor:
+def _spread(part: Tensor, grid: Encoding, like: Tensor) -> Tensor:
     """Repeat [rows, groups] for every weight of `like` [rows, columns]."""
     columns = like.shape[1]
     return part.repeat_interleave(grid.group_size or columns, dim=1)[:, :columns]
 
 
-def _step(codes: Tensor, grid: Grid) -> Tensor:
+def _step(codes: Tensor, grid: Encoding) -> Tensor:
     """Return the distance from each code to its nearest neighbour, the next one towards 0."""
     return grid.gaps(codes * 0.99)
 
@@ -84,7 +84,8 @@ class OnGrid(torch.nn.Module):
         self.grid, self.dtype, zero = quantized.grid, quantized.scale.dtype, quantized.zero
         self.register_buffer("start", quantized.scale.detach().float())
         self.register_buffer("zero", None if zero is None else zero.detach().float())
-        change = None if self.grid.is_fp4 else torch.nn.Parameter(torch.zeros_like(self.start))
+        coarse = self.grid.has_coarse_scales
+        change = None if coarse else torch.nn.Parameter(torch.zeros_like(self.start))
         self.register_parameter("log_change", change)
 
     def scale(self) -> Tensor:
@@ -103,7 +104,9 @@ class _CodeTimesScale(torch.autograd.Function):
     """The backward pass rounds again, so that only the inputs are kept, which exist anyway."""
 
     @staticmethod
-    def forward(ctx: Any, master: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> Tensor:
+    def forward(
+        ctx: Any, master: Tensor, scale: Tensor, zero: Tensor | None, grid: Encoding
+    ) -> Tensor:
         ctx.save_for_backward(master, scale, zero)
         ctx.grid = grid
         value = torch.empty_like(master)
@@ -129,7 +132,7 @@ class _CodeTimesScale(torch.autograd.Function):
 
 
 def _blocks(
-    master: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid
+    master: Tensor, scale: Tensor, zero: Tensor | None, grid: Encoding
 ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
     """Yield rows that stay in the cache, with the scales and zero points of their weights."""
     for rows in cached_slices(master):
@@ -137,7 +140,7 @@ def _blocks(
         yield rows, _spread(scale[rows], grid, master), zeros
 
 
-def _sum_of_groups(values: Tensor, grid: Grid, groups: int) -> Tensor:
+def _sum_of_groups(values: Tensor, grid: Encoding, groups: int) -> Tensor:
     """Sum [rows, columns] by group: [rows, groups]; the last group may have fewer columns."""
     columns = values.shape[1]
     size = grid.group_size or columns

@@ -16,7 +16,7 @@ from rac_modifier.evaluation.activations import (
     measure_activations,
     rounded,
 )
-from rac_modifier.formats.grid import Grid
+from rac_modifier.formats.encoding import Encoding
 from rac_modifier.formats.stored_weight import all_stored
 from rac_modifier.kernels import cpu
 from rac_modifier.kernels.cpu.support import support
@@ -34,20 +34,20 @@ def layer(module: str = DOWN, own_error: float = 0.1) -> IntegerLayer:
 def test_the_layers_of_a_run():
     """Their blocks are the groups, at most 512 columns; others keep 16 bits."""
     grids = {
-        UP: (Grid("int", 4, 32), 64),
-        DOWN: (Grid("int", 3), 1056),
-        "model.layers.0.mlp.gate_proj": (Grid("int", 8), 64),
+        UP: (Encoding("int", 4, 32), 64),
+        DOWN: (Encoding("int", 3), 1056),
+        "model.layers.0.mlp.gate_proj": (Encoding("int", 8), 64),
         # those below keep 16 bits: floats, experts, the vocabulary's, groups without a kernel
-        "model.layers.1.mlp.up_proj": (Grid("float", 8), 64),
-        "model.layers.1.mlp.experts.0.up_proj": (Grid("int", 4, 32), 64),
-        "lm_head": (Grid("int", 8), 64),
-        "model.layers.2.mlp.up_proj": (Grid("int", 4, 30), 60),
+        "model.layers.1.mlp.up_proj": (Encoding("float", 8), 64),
+        "model.layers.1.mlp.experts.0.up_proj": (Encoding("int", 4, 32), 64),
+        "lm_head": (Encoding("int", 8), 64),
+        "model.layers.2.mlp.up_proj": (Encoding("int", 4, 30), 60),
     }
     linears = {name: torch.nn.Linear(columns, 2) for name, (_, columns) in grids.items()}
     model = SimpleNamespace(get_submodule=linears.__getitem__)
     own_errors = dict.fromkeys(grids, 0.5)
     all_grids = {name: grid for name, (grid, _) in grids.items()}
-    all_grids["not.measured"] = Grid("int", 4, 32)
+    all_grids["not.measured"] = Encoding("int", 4, 32)
     layers = layers_of_run(model, all_grids, own_errors)
     blocks = {x.module: (x.block, x.own_error) for x in layers}
     expected = {UP: 32, DOWN: 512, "model.layers.0.mlp.gate_proj": 64}

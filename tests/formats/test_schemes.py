@@ -6,8 +6,8 @@ from compressed_tensors.quantization import (
 )
 
 from rac_modifier.errors import RacError
-from rac_modifier.formats.grid import Grid
-from rac_modifier.formats.schemes import describe_scheme, grid_of, stored_grid
+from rac_modifier.formats.encoding import MXFP4, NVFP4, Encoding
+from rac_modifier.formats.schemes import describe_scheme, encoding_of, stored_encoding
 
 
 def scheme(weights: dict | None, **parts) -> QuantizationScheme:
@@ -26,17 +26,17 @@ CHANNEL, TOKEN = "one scale per channel", "one scale per token"
 @pytest.mark.parametrize(
     ("preset", "grid", "text"),
     [
-        ("W4A16", Grid("int", 4, 128), "int4 in groups of 128"),
-        ("W8A16", Grid("int", 8), f"int8, {CHANNEL}"),
-        ("W8A8", Grid("int", 8), f"int8, {CHANNEL}, activations int8, {TOKEN}"),
-        ("FP8_DYNAMIC", Grid("float", 8), f"float8, {CHANNEL}, activations float8, {TOKEN}"),
+        ("W4A16", Encoding("int", 4, 128), "int4 in groups of 128"),
+        ("W8A16", Encoding("int", 8), f"int8, {CHANNEL}"),
+        ("W8A8", Encoding("int", 8), f"int8, {CHANNEL}, activations int8, {TOKEN}"),
+        ("FP8_DYNAMIC", Encoding("float", 8), f"float8, {CHANNEL}, activations float8, {TOKEN}"),
     ],
 )
 def test_presets(preset, grid, text):
     upstream = preset_name_to_scheme(preset, ["Linear"])
     if preset == "W8A16":  # a channel or a group, by the version of compressed-tensors
         upstream.weights.strategy, upstream.weights.group_size = "channel", None
-    assert grid_of(upstream, "x", prunes=True) == grid
+    assert encoding_of(upstream, "x", prunes=True) == grid
     assert describe_scheme(upstream) == text
 
 
@@ -67,33 +67,36 @@ REFUSED = [
 @pytest.mark.parametrize(("weights", "parts", "prunes", "message"), REFUSED)
 def test_what_cannot_be_rounded_is_refused(weights, parts, prunes, message):
     with pytest.raises(RacError, match=message):
-        grid_of(scheme(weights, **parts), "q_proj", **prunes)
+        encoding_of(scheme(weights, **parts), "q_proj", **prunes)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 7])
 def test_zero_points_where_nothing_is_pruned(bits):
     asymmetric = scheme({"num_bits": bits, "strategy": "group", "group_size": 64, **ASYMMETRIC})
-    grid = Grid("int", bits, 64, symmetric=False)
-    assert grid_of(asymmetric, "x", prunes=False) == stored_grid(asymmetric, "x") == grid
+    grid = Encoding("int", bits, 64, symmetric=False)
+    assert encoding_of(asymmetric, "x", prunes=False) == stored_encoding(asymmetric, "x") == grid
     assert describe_scheme(asymmetric) == f"int{bits} in groups of 64, with zero points"
+
+
+ENCODINGS = {"NVFP4": NVFP4, "MXFP4": MXFP4}
 
 
 @pytest.mark.parametrize(("preset", "size"), [("NVFP4", 16), ("MXFP4", 32)])
 def test_4_bit_floats_where_nothing_is_pruned(preset, size):
     upstream = preset_name_to_scheme(f"{preset}A16", ["Linear"])
-    assert grid_of(upstream, "x", prunes=False) == stored_grid(upstream, "x")
-    assert stored_grid(upstream, "x") == Grid("float", 4, size)
+    assert encoding_of(upstream, "x", prunes=False) == stored_encoding(upstream, "x")
+    assert stored_encoding(upstream, "x") == ENCODINGS[preset]
     assert describe_scheme(upstream).startswith(f"float4 in groups of {size}, scales of")
     activations = preset_name_to_scheme(preset, ["Linear"])
     if preset == "NVFP4":
         with pytest.raises(RacError, match=r"static scales .* \(NVFP4A16 instead of NVFP4"):
-            grid_of(activations, "x", prunes=False)
+            encoding_of(activations, "x", prunes=False)
     else:
-        assert grid_of(activations, "x", prunes=False) == Grid("float", 4, size)
+        assert encoding_of(activations, "x", prunes=False) == ENCODINGS[preset]
     for changes in ({"group_size": 64}, {"scale_dtype": None}, {"actorder": "static"}):
         other = upstream.model_copy(update={"weights": upstream.weights.model_copy(update=changes)})
         with pytest.raises(RacError, match=r"weights float4 .* or NVFP4A16 or MXFP4A16"):
-            grid_of(other, "x", prunes=False)
+            encoding_of(other, "x", prunes=False)
 
 
 @pytest.mark.parametrize(
@@ -107,4 +110,4 @@ def test_4_bit_floats_where_nothing_is_pruned(preset, size):
 )
 def test_codes_that_cannot_be_trained_are_refused(weights):
     with pytest.raises(RacError, match=r"q_proj: .* cannot be trained through their codes"):
-        stored_grid(scheme(weights), "q_proj")
+        stored_encoding(scheme(weights), "q_proj")

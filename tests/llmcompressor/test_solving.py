@@ -7,7 +7,7 @@ import torch
 
 from rac_modifier.distributed.processes import ALONE
 from rac_modifier.errors import RacError
-from rac_modifier.formats.grid import Grid
+from rac_modifier.formats.encoding import Encoding
 from rac_modifier.llmcompressor import run as pruning_run
 from rac_modifier.llmcompressor.quantizer import Quantizer
 from rac_modifier.llmcompressor.resume import Resume
@@ -185,7 +185,7 @@ class Rounding:
     """A quantizer of all modules to 4 bits in groups of 8."""
 
     def __init__(self, modules, symmetric=True):
-        self.grids = dict.fromkeys(modules, Grid("int", 4, 8, symmetric))
+        self.grids = dict.fromkeys(modules, Encoding("int", 4, 8, symmetric))
         self.described = dict.fromkeys(ROWS, "int4")
 
 

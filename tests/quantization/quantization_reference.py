@@ -2,11 +2,11 @@
 
 import torch
 
-from rac_modifier.formats.grid import Grid
+from rac_modifier.formats.encoding import Encoding
 from rac_modifier.pruning.solve import Solution
 from rac_modifier.quantization.solve import quantize_many
 
-GRIDS = {"int4": Grid("int", 4, 16), "int8": Grid("int", 8), "fp8": Grid("float", 8)}
+GRIDS = {"int4": Encoding("int", 4, 16), "int8": Encoding("int", 8), "fp8": Encoding("float", 8)}
 HALF_RANGE = {"int4": 7.5, "int8": 127.5, "fp8": 448.0}  # (max - min) / 2 of the codes
 
 

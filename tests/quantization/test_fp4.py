@@ -7,13 +7,13 @@ import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import preset_name_to_scheme
 
-from rac_modifier.formats.grid import Grid
+from rac_modifier.formats.encoding import MXFP4, NVFP4
 from rac_modifier.quantization.scales import search_steps
 from tests.quantization.quantization_reference import error_of, problem, quantize, solved
 
 VALUES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)
 SIGNED = torch.cat([-VALUES.flip(0), VALUES])
-GRIDS = {"nvfp4": Grid("float", 4, 16), "mxfp4": Grid("float", 4, 32)}
+GRIDS = {"nvfp4": NVFP4, "mxfp4": MXFP4}
 names = pytest.mark.parametrize("name", GRIDS)
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rac_modifier.formats.grid import Grid, Steps
+from rac_modifier.formats.encoding import Encoding, Steps
 from rac_modifier.pruning.linalg import Dampening, factorise
 from rac_modifier.quantization.rounding import descend, gptq
 from rac_modifier.quantization.scales import search_steps
@@ -11,7 +11,7 @@ from tests.pruning.pruning_reference import assert_near, dampened, solve_toleran
 from tests.quantization.quantization_reference import GRIDS, error_of, problem
 
 D = 176  # more than one block of 128, and no multiple of a sub-block
-WITH_ZERO_POINTS = {f"int{n} asymmetric": Grid("int", n, 16, symmetric=False) for n in (2, 4)}
+WITH_ZERO_POINTS = {f"int{n} asymmetric": Encoding("int", n, 16, symmetric=False) for n in (2, 4)}
 ALL = {**GRIDS, **WITH_ZERO_POINTS}
 
 
@@ -27,7 +27,7 @@ def alone(steps: Steps) -> Steps:
     return Steps(steps.scale[None], None if steps.zero is None else steps.zero[None])
 
 
-def point(grid: Grid, column: torch.Tensor, steps: Steps, j: int) -> torch.Tensor:
+def point(grid: Encoding, column: torch.Tensor, steps: Steps, j: int) -> torch.Tensor:
     """The nearest points to a column [rows], by codes from 0 where there are zero points."""
     if steps.zero is None:
         return grid.round_(column.clone(), steps.scale[j])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from rac_modifier.formats.grid import Grid
+from rac_modifier.formats.encoding import Encoding
 from rac_modifier.pruning.linalg import Dampening
 from rac_modifier.quantization import scales
 from rac_modifier.quantization.scales import refit_scales, search_steps
@@ -82,7 +82,7 @@ def test_zero_points_have_nearly_the_least_weighted_error(bits, dtype):
     weight, _, _, hessian = problem(rows=ROWS, sparsity=0.0, dtype=torch.float64)
     weight[:, :SIZE] = weight[:, :SIZE].abs() + 0.5
     weight[:, SIZE : 2 * SIZE] = -weight[:, SIZE : 2 * SIZE].exp()
-    grid, importance = Grid("int", bits, SIZE, symmetric=False), hessian.diagonal()
+    grid, importance = Encoding("int", bits, SIZE, symmetric=False), hessian.diagonal()
     steps = search_steps(weight.T.contiguous(), grid, importance, dtype)
     assert steps.scale.shape == steps.zero.shape == (3, ROWS)
     assert torch.equal(steps.scale, steps.scale.to(dtype).double())
@@ -105,7 +105,7 @@ def test_weights_on_an_asymmetric_grid_are_exact(bits):
     scales, zeros = torch.tensor([0.5, 0.25, 2.0]), torch.tensor([0.0, 1.0, 2.0**bits - 1])
     weight = ((codes[:, None] - zeros) * scales).double()
     importance = torch.ones(len(codes)).double()
-    grid = Grid("int", bits, None, symmetric=False)
+    grid = Encoding("int", bits, None, symmetric=False)
     steps = search_steps(weight, grid, importance, torch.float32)
     assert (steps.zero[0] + 2 ** (bits - 1)).tolist() == zeros.tolist()
     assert torch.allclose(steps.scale[0], scales.double(), rtol=1e-6)
@@ -113,7 +113,7 @@ def test_weights_on_an_asymmetric_grid_are_exact(bits):
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_a_group_of_zeros_has_a_scale(symmetric):
-    grid = Grid("int", 2, 16, symmetric=symmetric)
+    grid = Encoding("int", 2, 16, symmetric=symmetric)
     steps = search_steps(torch.zeros(48, 3), grid, torch.ones(48), torch.float16)
     assert steps.scale.shape == (3, 3)
     first = torch.full((3, 3), 0.4 if symmetric else 1.0).half()
@@ -148,7 +148,7 @@ def test_fitted_scales_are_the_least_squares_solution_of_the_damped_problem(
     codes, target, scale, hessian = coded(seed)
     dampening = Dampening.of(hessian, 0.01)
     damped = (hessian + torch.diag(dampening.added)).numpy()
-    args = (Grid("int", 4, SIZE), hessian, dampening, torch.float64)
+    args = (Encoding("int", 4, SIZE), hessian, dampening, torch.float64)
     refitted = refit_scales(codes, target, scale, *args)
     for row in range(ROWS):
         expected = least_squares(codes[:, row].numpy(), target[:, row].numpy(), damped)
@@ -157,7 +157,7 @@ def test_fitted_scales_are_the_least_squares_solution_of_the_damped_problem(
 
 def test_the_memory_of_a_fit_does_not_grow_with_the_rows():
     codes = torch.ones(512, 4096)
-    grid, identity = Grid("int", 4, 8), torch.eye(512)
+    grid, identity = Encoding("int", 4, 8), torch.eye(512)
     dampening = Dampening.of(identity, 0.01)
     with LiveBytes() as live:
         refit_scales(codes, codes, torch.ones(64, 4096), grid, identity, dampening, torch.float32)
@@ -170,7 +170,7 @@ def test_unusable_solutions_leave_the_scale():
     codes[:SIZE, 0] = 0
     target[:, 1] *= -1
     target[:, 2] *= 5
-    args = (Grid("int", 4, SIZE), hessian, Dampening.of(hessian, 0.01), torch.float64)
+    args = (Encoding("int", 4, SIZE), hessian, Dampening.of(hessian, 0.01), torch.float64)
     refitted = refit_scales(codes, target, scale, *args)
     assert refitted[0, 0] == scale[0, 0]
     assert torch.equal(refitted[:, 1:3], scale[:, 1:3])
@@ -180,7 +180,7 @@ def test_unusable_solutions_leave_the_scale():
 @pytest.mark.parametrize(("old", "new"), [(1.0, 3.0), (3.0, 1.0)])
 def test_a_scale_that_would_change_by_a_factor_of_three_stays(old, new):
     one = torch.ones(1, 1, dtype=torch.float64)
-    args = (Grid("int", 4), one, Dampening.of(one, 0.0), torch.float64)
+    args = (Encoding("int", 4), one, Dampening.of(one, 0.0), torch.float64)
     assert float(refit_scales(one, new * one, old * one, *args)) == old
 
 
@@ -189,7 +189,7 @@ def test_a_row_whose_gain_is_lost_in_rounding_keeps_its_scales():
     codes, _, scale, hessian = coded(1)
     scale = scale.bfloat16().double()
     target = codes * (scale * 1.0005).repeat_interleave(SIZE, 0)
-    args = (Grid("int", 4, SIZE), hessian, Dampening.of(hessian, 0.01), torch.bfloat16)
+    args = (Encoding("int", 4, SIZE), hessian, Dampening.of(hessian, 0.01), torch.bfloat16)
     assert torch.equal(refit_scales(codes, target, scale, *args), scale)
 
 
@@ -197,10 +197,10 @@ def test_a_row_whose_gain_is_lost_in_rounding_keeps_its_scales():
 def test_signs_and_refits_lower_the_error_of_a_layer(bits, share, monkeypatch):
     """At least 10, 18 and 20 % at 4, 3 and 2 bits, against positive scales that stay."""
     weight, keep, target, hessian = problem(rows=64, d=128, sparsity=0.0)
-    args = ([solved(weight, keep, target)], hessian, [Grid("int", bits, 32)])
+    args = ([solved(weight, keep, target)], hessian, [Encoding("int", bits, 32)])
     ours = quantize(*args, dtype=torch.float32)[0]
     assert bool((ours.scale < 0).any())
     monkeypatch.setattr("rac_modifier.quantization.solve._REFITS", 0)
-    monkeypatch.setattr(Grid, "is_lopsided", False)
+    monkeypatch.setattr(Encoding, "is_lopsided", False)
     plain = quantize(*args, dtype=torch.float32)[0]
     assert error_of(ours.weight, target, hessian) < share * error_of(plain.weight, target, hessian)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rac_modifier.errors import RacError
-from rac_modifier.formats.grid import Grid
+from rac_modifier.formats.encoding import NVFP4, Encoding
 from rac_modifier.pruning.linalg import Dampening, factorise
 from rac_modifier.quantization import solve
 from rac_modifier.quantization.solve import quantize_many
@@ -32,7 +32,7 @@ from tests.quantization.quantization_reference import (
 INT4, FLOAT32 = GRIDS["int4"], torch.float32
 
 
-def their_args(grid: Grid):
+def their_args(grid: Encoding):
     """compressed-tensors' scheme of the same grid."""
     preset = {4: "W4A16", 8: "W8A8"}[grid.bits] if grid.kind == "int" else "FP8_DYNAMIC"
     args = preset_name_to_scheme(preset, ["Linear"]).weights
@@ -57,7 +57,7 @@ def test_upstream_saves_exactly_the_codes_that_were_chosen(name, dtype):
 
 
 @pytest.mark.parametrize(
-    ("grid", "expected"), [(INT4, [3, 1, 1]), (GRIDS["fp8"], [3]), (Grid("float", 4, 16), [5])]
+    ("grid", "expected"), [(INT4, [3, 1, 1]), (GRIDS["fp8"], [3]), (NVFP4, [5])]
 )
 def test_integers_get_two_refits_and_floats_of_4_bits_two_more_sweeps(grid, expected, monkeypatch):
     calls, modules = [], problem()
@@ -67,10 +67,12 @@ def test_integers_get_two_refits_and_floats_of_4_bits_two_more_sweeps(grid, expe
 
 
 @pytest.mark.parametrize("pruned", [True, False], ids=["pruned", "in the order of rounding alone"])
-@pytest.mark.parametrize("grid", [*GRIDS.values(), Grid("int", 4, 16, symmetric=False)], ids=str)
+@pytest.mark.parametrize(
+    "grid", [*GRIDS.values(), Encoding("int", 4, 16, symmetric=False)], ids=str
+)
 def test_a_batch_of_problems_gets_the_bits_that_each_gets_alone(grid, pruned, monkeypatch):
     """Each has two modules of an odd number of rows, on two grids; weights do not matter."""
-    grids, problems, calls, inner = [grid, Grid("int", 8, 16)], [], [], solve.gptq
+    grids, problems, calls, inner = [grid, Encoding("int", 8, 16)], [], [], solve.gptq
 
     def counted(weight, *args):
         calls.append(weight.shape)
@@ -119,7 +121,7 @@ def test_zero_points_survive_upstreams_packing_bit_for_bit(bits, dtype, size):
     """What was measured is what compressed-tensors decompresses from its int32 words."""
     weight, keep, target, hessian = problem(rows=40, sparsity=0.0)
     keep[:, 5] = False  # a dead input, whose weights are zero: codes of the zero point
-    grid = Grid("int", bits, size, symmetric=False)
+    grid = Encoding("int", bits, size, symmetric=False)
     solution = solved(weight + 0.3, keep, target + 0.3)
     (result,) = quantize([solution], hessian, [grid], dtype=dtype)
     assert result.zero_point.dtype == torch.int8

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from rac_modifier.distributed.processes import Processes
 from rac_modifier.distributed.torchrun import joined_processes
-from rac_modifier.formats.grid import Grid
+from rac_modifier.formats.encoding import Encoding
 from rac_modifier.recovery import training_loop
 from rac_modifier.recovery.on_grid import QuantizedWeight
 from rac_modifier.recovery.training_loop import TrainingLoop
@@ -33,7 +33,7 @@ def run(kind: str, processes: Processes, state: Path | None = None) -> tuple[Any
     for name, linear in linears(model).items() if kind == "quantized" else ():
         weight = linear.weight.detach()
         scale = (weight.unflatten(1, (-1, 32)).abs().amax(-1) / 7.5).clamp(min=1e-6)
-        quantized[name] = QuantizedWeight(Grid("int", 4, 32), scale, weight.clone())
+        quantized[name] = QuantizedWeight(Encoding("int", 4, 32), scale, weight.clone())
     options = {"quantized": quantized, "processes": processes, "state": state}
     return recovery_helpers.run(model, dense, settings, (24, 5), **options), model
 

@@ -8,7 +8,7 @@ import torch
 
 from rac_modifier.distributed.processes import Processes
 from rac_modifier.errors import RacError
-from rac_modifier.formats.grid import Grid
+from rac_modifier.formats.encoding import Encoding
 from rac_modifier.recovery import memory
 from rac_modifier.recovery.memory import (
     Batch,
@@ -56,7 +56,7 @@ def test_the_forecast_is_what_lives_in_a_run(checkpointing, autocast, codes, mon
 
 def with_codes(weight: torch.Tensor) -> QuantizedWeight:
     scale = weight.unflatten(1, (-1, 32)).abs().amax(-1).clamp(min=1e-6) / 7.5
-    return QuantizedWeight(Grid("int", 4, 32), scale.bfloat16(), weight.clone())
+    return QuantizedWeight(Encoding("int", 4, 32), scale.bfloat16(), weight.clone())
 
 
 def test_what_is_counted_per_weight(monkeypatch):

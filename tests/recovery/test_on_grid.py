@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rac_modifier.formats.grid import Grid
+from rac_modifier.formats.encoding import Encoding
 from rac_modifier.recovery.on_grid import (
     OnGrid,
     QuantizedWeight,
@@ -16,14 +16,19 @@ from rac_modifier.settings.recovery import RecoverySettings
 from tests.recovery.recovery_helpers import dense_and_sparse, run
 from tests.tiny import linears
 
-GRIDS = [Grid("int", 4, 32), Grid("int", 3, 32), Grid("int", 8, None), Grid("float", 8, None)]
+GRIDS = [
+    Encoding("int", 4, 32),
+    Encoding("int", 3, 32),
+    Encoding("int", 8, None),
+    Encoding("float", 8, None),
+]
 
 
 def spread(part: torch.Tensor, columns: int = 64) -> torch.Tensor:
     return part.float().repeat_interleave(columns // part.shape[1], dim=1)
 
 
-def drawn(grid: Grid, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, torch.Tensor]:
+def drawn(grid: Encoding, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes [12, 64] that occur in the grid, and scales [12, groups] of both signs."""
     shape = 12, 64 // (grid.group_size or 64)
     scale = ((torch.rand(shape) * 0.02 + 1e-3) * (1 - 2 * torch.randint(2, shape))).to(dtype)
@@ -34,7 +39,7 @@ def drawn(grid: Grid, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor
     return torch.randint(-high, high, (12, 64)).float(), scale
 
 
-def rounds_to(weight: torch.Tensor, scale: torch.Tensor, grid: Grid) -> torch.Tensor:
+def rounds_to(weight: torch.Tensor, scale: torch.Tensor, grid: Encoding) -> torch.Tensor:
     scaled = weight / spread(scale, weight.shape[1])
     if grid.kind == "float":
         return scaled.to(torch.float8_e4m3fn).float()
@@ -57,7 +62,7 @@ def test_codes_come_back_and_a_master_weight_is_in_their_cell_near_the_dense_wei
 
 
 def test_codes_are_counted_from_their_zero_points():
-    grid, zero = Grid("int", 2, 32, symmetric=False), torch.randint(-2, 2, (12, 2))
+    grid, zero = Encoding("int", 2, 32, symmetric=False), torch.randint(-2, 2, (12, 2))
     stored, scale = torch.randint(-2, 2, (12, 64)).float(), torch.rand(12, 2) * 0.02 + 1e-3
     codes, scale = stored - spread(zero), scale.to(torch.bfloat16)
     weight = codes * spread(scale)
@@ -69,11 +74,11 @@ def test_codes_are_counted_from_their_zero_points():
 def test_a_master_weight_reaches_almost_half_way_to_the_nearer_neighbour_of_its_code():
     """Of every code of float8 and of int4, towards a dense weight far above and far below."""
     scale, codes = torch.full((1, 1), 0.5), torch.tensor([[2.0, 0.0, -3.0]])
-    master = master_in_cell(codes, scale, Grid("int", 4), torch.tensor([[1.1, -0.2, -1.9]]))
+    master = master_in_cell(codes, scale, Encoding("int", 4), torch.tensor([[1.1, -0.2, -1.9]]))
     torch.testing.assert_close(master, torch.tensor([[1.1, -0.2, -1.725]]))
     bytes_ = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     floats = bytes_[bytes_.isfinite()].unique()
-    for grid, codes in ((GRIDS[3], floats), (Grid("int", 4), torch.arange(-8.0, 8.0))):
+    for grid, codes in ((GRIDS[3], floats), (Encoding("int", 4), torch.arange(-8.0, 8.0))):
         gaps = codes.diff()
         nearer = torch.minimum(torch.cat([gaps[:1], gaps]), torch.cat([gaps, gaps[-1:]]))
         for away in (-1e4, 1e4):
@@ -83,7 +88,7 @@ def test_a_master_weight_reaches_almost_half_way_to_the_nearer_neighbour_of_its_
             assert bool((move * away > 0).all())
 
 
-@pytest.mark.parametrize(("grid", "step"), [(Grid("int", 4), 1.0), (GRIDS[3], 2.0**-9)])
+@pytest.mark.parametrize(("grid", "step"), [(Encoding("int", 4), 1.0), (GRIDS[3], 2.0**-9)])
 def test_a_zero_is_pruned_where_the_dense_weight_is_above_three_quarters_of_a_step(grid, step):
     scale = torch.tensor([[0.5]])
     dense = torch.tensor([[0.7, 0.75, 0.8, -0.8]]) * step * 0.5
@@ -97,7 +102,7 @@ def scales(weight: torch.Tensor) -> torch.Tensor:
 
 
 def rounded(weight: torch.Tensor, scale: torch.Tensor, bits: int = 4) -> torch.Tensor:
-    grid, scale = Grid("int", bits, 32), scale.float()
+    grid, scale = Encoding("int", bits, 32), scale.float()
     return rounds_to(weight, scale, grid) * spread(scale, weight.shape[1])
 
 
@@ -106,7 +111,7 @@ def rounded(weight: torch.Tensor, scale: torch.Tensor, bits: int = 4) -> torch.T
 def test_forward_value_and_gradients_are_those_of_the_formulas(zero, cached, monkeypatch):
     """Element by element: LSQ, with a clamped code where the weight is beyond the grid."""
     monkeypatch.setattr("rac_modifier.pruning.linalg.CACHED_ON_CPU", cached)
-    grid = Grid("int", 2, 32, symmetric=zero is None)
+    grid = Encoding("int", 2, 32, symmetric=zero is None)
     scale = torch.tensor([[0.5, 0.25], [1.0, 0.5]]).to(torch.bfloat16)
     points, wide = spread(torch.zeros(2, 2) if zero is None else zero), spread(scale)
     master, outer = torch.randn(2, 64), torch.randn(2, 64)
@@ -150,7 +155,7 @@ def test_training_starts_from_the_master_weights_and_keeps_the_better_ones(worse
     good = rounded(weight, scale)
     bad = good.roll(1, 0) * (weight != 0)
     linear.weight.data.copy_(bad if worse == "stored" else good)
-    quantized = QuantizedWeight(Grid("int", 4, 32), scale, weight if worse == "stored" else bad)
+    quantized = QuantizedWeight(Encoding("int", 4, 32), scale, weight if worse == "stored" else bad)
     settings = RecoverySettings(learning_rate=1e-12, step_tokens=300, batch_tokens=400)
     masks = {f"{name}.weight": weight != 0}
     result = run(sparse, dense, settings, masks=masks, quantized={name: quantized})

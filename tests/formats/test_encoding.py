@@ -6,7 +6,7 @@ from compressed_tensors.quantization import QuantizationArgs, preset_name_to_sch
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.lifecycle.forward import quantize as their_quantize
 
-from rac_modifier.formats.grid import Grid, Steps
+from rac_modifier.formats.encoding import NVFP4, Encoding, Steps
 from tests.quantization.quantization_reference import GRIDS, HALF_RANGE
 
 TYPES = {"int4": torch.int8, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -55,7 +55,7 @@ def test_points_with_zero_points_are_those_of_compressed_tensors(bits):
     weight[0, :4] = torch.tensor([0.5, 1.5, -0.5, -2.5]) * scale[0, 0]  # halves go to even codes
     args = QuantizationArgs(num_bits=bits, strategy="group", group_size=32, symmetric=False)
     theirs = fake_quantize(weight, scale, zero.to(torch.int8), args)
-    grid = Grid("int", bits, 32, symmetric=False)
+    grid = Encoding("int", bits, 32, symmetric=False)
     steps = Steps(scale.T, zero.T.float()).spread(grid, 96)
     assert torch.equal(grid.round_(weight.T.clone(), steps.scale, steps.zero).T, theirs)
     by_column = [grid.round_(weight[:, j].clone(), *steps.of(j)) for j in range(96)]
@@ -64,7 +64,7 @@ def test_points_with_zero_points_are_those_of_compressed_tensors(bits):
 
 @pytest.mark.parametrize(("group_size", "groups"), [(None, 1), (16, 3), (20, 3), (48, 1)])
 def test_each_group_of_columns_has_a_scale(group_size, groups):
-    grid = Grid("int", 4, group_size)
+    grid = Encoding("int", 4, group_size)
     assert grid.groups(48) == groups
     expected = [float(column // (group_size or 48)) for column in range(48)]
     scales = torch.arange(float(groups)).unsqueeze(1)
@@ -85,9 +85,9 @@ def test_a_stored_scale_is_never_zero(dtype):
 @pytest.mark.parametrize(
     ("grid", "codes"),
     [
-        (Grid("int", 4), [float(code) for code in range(-8, 8)]),
-        (Grid("float", 4, 16), [0, 0.5, 1, 1.5, 2, 3, 4, 6]),
-        (Grid("float", 8), [c.float().item() for c in torch.arange(127, dtype=torch.uint8).view(
+        (Encoding("int", 4), [float(code) for code in range(-8, 8)]),
+        (NVFP4, [0, 0.5, 1, 1.5, 2, 3, 4, 6]),
+        (Encoding("float", 8), [c.float().item() for c in torch.arange(127, dtype=torch.uint8).view(
             torch.float8_e4m3fn)]),
     ],
 )  # fmt: skip

@@ -22,17 +22,19 @@ _LARGEST_CODE = 4.0  # of the group with the largest weight, whose scale is the 
 
 
 @dataclass(frozen=True)
-class Grid:
-    """Integers of `bits` bits, or floats of 8 or 4.
+class Encoding:
+    """How a weight is written: codes, integers of `bits` bits or floats, times scales.
 
     `group_size` columns share a scale; None: a row does. Without `symmetric` (integers only) they
-    share a zero point too: the code that means zero.
+    share a zero point too: the code that means zero. `scale_type`: a float of the model's dtype, a
+    value of e4m3 over a `global_scale`, or a power of two (e8m0).
     """
 
     kind: Literal["int", "float"]
     bits: int
     group_size: int | None = None
     symmetric: bool = True
+    scale_type: Literal["float", "e4m3", "e8m0"] = "float"
 
     @property
     def half_range(self) -> float:
@@ -41,7 +43,7 @@ class Grid:
 
     @property
     def lowest(self) -> int:
-        """Return the lowest code of an integer grid."""
+        """Return the lowest code of integers."""
         return -(1 << (self.bits - 1))
 
     @property
@@ -50,9 +52,15 @@ class Grid:
         return self.kind == "int" and self.symmetric and self.bits < 8
 
     @property
-    def is_fp4(self) -> bool:
-        """Return whether codes are of e2m1, whose scales have few values."""
-        return (self.kind, self.bits) == ("float", 4)
+    def has_coarse_scales(self) -> bool:
+        """Return whether a scale has few values, so that it is searched and never trained."""
+        return self.scale_type != "float"
+
+    @property
+    def can_be_sparse(self) -> bool:
+        """Return whether a checkpoint stores these codes with a mask, and leaves zeros out."""
+        codes = (self.kind, self.bits) in (("int", 4), ("int", 8), ("float", 8))
+        return codes and self.symmetric and not self.has_coarse_scales
 
     def groups(self, columns: int) -> int:
         """Return the number of scales of a row of `columns` weights."""
@@ -88,7 +96,7 @@ class Grid:
 
     def global_scale(self, weight: Tensor) -> Tensor | None:
         """Return what the scales of a weight [d, rows] are multiplied by: float32 [1], or None."""
-        if not self.is_fp4 or self.group_size != 16:
+        if self.scale_type != "e4m3":
             return None
         largest = weight.abs().amax(dim=(-2, -1)).unsqueeze(-1)
         largest = torch.where(largest == 0, 1.0, largest)
@@ -103,7 +111,7 @@ class Grid:
             # float16 tells codes apart down to a 64th of its least normal number
             local = local_scale(scales.clamp(min=tiny / 64), global_scale)
             return used_scale(local, global_scale).to(scales)
-        if self.is_fp4:
+        if self.scale_type == "e8m0":
             return _power_of_two(scales * 2**0.5).clamp_(min=tiny).to(scales)
         sizes = scales.abs().to(dtype).clamp(min=tiny).to(scales.dtype)
         return torch.where(scales < 0, -sizes, sizes)
@@ -116,7 +124,7 @@ class Steps:
     scale: Tensor
     zero: Tensor | None = None
 
-    def spread(self, grid: Grid, columns: int) -> "Steps":
+    def spread(self, grid: Encoding, columns: int) -> "Steps":
         """Repeat them for every weight."""
         zero = None if self.zero is None else grid.column_scales(self.zero, columns)
         return Steps(grid.column_scales(self.scale, columns), zero)
@@ -125,6 +133,10 @@ class Steps:
         """Return scale and zero point, [rows], of one column."""
         zero = None if self.zero is None else self.zero.select(-2, column)
         return self.scale.select(-2, column), zero
+
+
+NVFP4 = Encoding("float", 4, 16, scale_type="e4m3")
+MXFP4 = Encoding("float", 4, 32, scale_type="e8m0")
 
 
 def local_scale(scales: Tensor, global_scale: Tensor) -> Tensor:
