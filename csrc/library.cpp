@@ -4,12 +4,12 @@
 #include <cstdio>
 
 #include "gemm/matmul.h"
+#include "interface.h"
 
 // Raised by one with every change of the functions below. Python refuses a library with another number.
 #ifndef RAC_ABI
 #define RAC_ABI 9
 #endif
-#define RAC_EXPORT extern "C" __attribute__((visibility("default")))
 
 using namespace rac;
 

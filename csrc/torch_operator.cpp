@@ -8,14 +8,7 @@
 #include <string>
 
 #include "format/layout.h"
-
-#define RAC_EXPORT extern "C" __attribute__((visibility("default")))
-
-RAC_EXPORT int32_t rac_sparse_linear(const void* data, int64_t bytes, int64_t rows, int64_t columns, const void* x,
-                                     int64_t x_bytes, int32_t x_type, int64_t m, const void* scale,
-                                     int64_t scale_bytes, int32_t scale_type, int64_t groups, const void* bias,
-                                     int64_t bias_bytes, int32_t bias_type, void* out, int64_t out_bytes, int32_t isa,
-                                     int32_t threads);
+#include "interface.h"
 
 using namespace rac;
 

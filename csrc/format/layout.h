@@ -1,6 +1,14 @@
 // The packed layout of a sparse matrix [rows, columns]. Every sparsity pattern uses the same layout.
 //
-// A panel is 16 rows, a pair is two neighbouring columns, a quad is four. A mask word has a bit for each of the 16 x 2 weights of a
+// Words of all files:
+//     row    of the weight, an output. Token: a row of x
+//     panel  16 neighbouring rows. Of its columns, a pair is two neighbours and a quad is four
+//     line   64 bytes of codes without masks: two quads or more
+//     group  columns of the weight that share a scale. Block: columns of x that share one, a group or 512
+//     slot   two bytes per column of x: a number of 16 bits of a token, or the bytes of two tokens
+//     form   how a loop reads weights: a Type, or what a kernel expanded (FLOAT_FORMS and INT_FORMS of gemm/kernel.h)
+//
+// A mask word has a bit for each of the 16 x 2 weights of a
 // panel and a pair; the bit is set where the weight is stored. The stored values of a panel follow the order of its mask words and,
 // within a word, of the bits. For row n of the panel and column k of the pair:
 //     BF16: bit 2n + k   (the operand order of AMX and vdpbf16ps; a shift or an AND turns it into fp32 lanes)

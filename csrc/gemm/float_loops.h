@@ -61,8 +61,9 @@ constexpr void put_dots(Dots<float>& dots) {
 template <class Isa>
 constexpr Floats floats_of() {
     Floats floats = {
-        {Isa::TOKENS, Isa::TOKENS, {}, {expand_and_multiply<Isa, BF16>, expand_and_multiply<Isa, FP32>}, {}},
-        {expand<Isa, BF16>, expand<Isa, FP32>}, store};
+        .dots = {.tokens = Isa::TOKENS, .block_tokens = Isa::TOKENS,
+                 .expand_and_multiply = {expand_and_multiply<Isa, BF16>, expand_and_multiply<Isa, FP32>}},
+        .expand = {expand<Isa, BF16>, expand<Isa, FP32>}, .store = store};
     put_dots<Isa, Isa::TOKENS>(floats.dots);
     return floats;
 }

@@ -81,7 +81,7 @@ void multiply_panels(const Matmul& matmul, const Dots<X>& dots, int64_t first, i
         const int64_t pairs = (std::min(weight.columns - column, BLOCK_COLUMNS) + 1) / 2;
         const X* from = x + column;
         for (int64_t p = 0; p < count;) {
-            const int64_t panels = dots.dot_two_panels[0] && p + 1 < count ? 2 : 1;
+            const int64_t panels = dots.two_panels && p + 1 < count ? 2 : 1;
             float* sums = acc + p * tokens * PANEL;
             for (int64_t i = 0; i < panels; i++, p++) {
                 const uint32_t* masks = weight.masks_from(first + p, column);

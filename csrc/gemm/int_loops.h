@@ -16,9 +16,6 @@
 namespace rac {
 namespace {
 
-// Forms next to those of a Type. EXPANDED: what store wrote. CODES: what widen_codes wrote, a byte per code. LOW and HIGH: the two
-// quads of a line of DENSE4.
-constexpr int EXPANDED = TYPES, CODES = TYPES + 1, LOW = TYPES + 2, HIGH = TYPES + 3;
 constexpr int first_of(int form) { return form == DENSE4 ? LOW : form; }
 constexpr int second_of(int form) { return form == DENSE4 ? HIGH : form; }
 
@@ -163,6 +160,7 @@ template <class Isa, int form>
 constexpr void put_few_tokens(Integers& integers) {
     integers.few_tokens[form - INT4][0] = few_tokens<Isa, form, 1>;
     integers.few_tokens[form - INT4][1] = few_tokens<Isa, form, 2>;
+    integers.few_slots[form - INT4] = 2;
     integers.few_format[form - INT4] = Isa::FORMAT;
 }
 
@@ -171,9 +169,10 @@ constexpr Integers integers_of() {
     constexpr int EXPANDED_SLOTS = Isa::FORMAT == QUADS ? MOST_SLOTS : Isa::SLOTS;
     constexpr ExpandQuads dense4 = expand_dense4<Isa>;
     Integers integers = {
-        Isa::FORMAT, quantize, add_scaled, Isa::SLOTS, EXPANDED_SLOTS, {}, {},
-        {expand8<Isa, INT8>, expand8<Isa, DENSE8>, expand_int4<Isa>, dense4, expand_narrow<DENSE3, dense4>, expand_narrow<DENSE2, dense4>},
-        Isa::SIGNED_BYTES, {}, {}, {}};
+        .format = Isa::FORMAT, .quantize = quantize, .add_scaled = add_scaled,
+        .slots = Isa::SLOTS, .expanded_slots = EXPANDED_SLOTS, .direct_slots = Isa::SLOTS, .signed_bytes = Isa::SIGNED_BYTES,
+        .expand = {expand8<Isa, INT8>, expand8<Isa, DENSE8>, expand_int4<Isa>, dense4, expand_narrow<DENSE3, dense4>,
+                   expand_narrow<DENSE2, dense4>}};
     put_dots<Isa, INT8, Isa::SLOTS>(integers.dot[0]);
     put_dots<Isa, DENSE8, Isa::SLOTS>(integers.dot[1]);
     put_dots<Isa, EXPANDED, EXPANDED_SLOTS>(integers.dot_expanded);

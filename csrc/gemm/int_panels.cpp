@@ -10,13 +10,9 @@ namespace {
 
 constexpr int64_t CHUNK_BYTES = 360 * 1024;  // of a block of some tokens and of their sums: a part of a second-level cache
 
-// Up to how many slots a kernel spreads values for each group of slots anew, and does not write them: more than a group where it
-// multiplies a whole group of QUADS as it spreads.
-int64_t direct_slots(const Integers& kernel) { return kernel.slots == MOST_SLOTS ? 4 * MOST_SLOTS : kernel.slots; }
-
 // Whether a kernel spreads 8-bit weights anew for each group of slots.
 bool multiplies_stored(const IntMatmul& matmul, const Integers& kernel) {
-    return matmul.slots(matmul.out.m) <= direct_slots(kernel) && !has_codes(matmul.out.weight.type);
+    return matmul.slots(matmul.out.m) <= kernel.direct_slots && !has_codes(matmul.out.weight.type);
 }
 
 // Tokens that several panels use in turn, in whole groups of QUADS.
@@ -104,9 +100,8 @@ void few_tokens(const IntMatmul& matmul, const Integers& kernel, int64_t first, 
 }  // namespace
 
 bool multiplies_codes(const IntMatmul& matmul, const Integers& kernel) {
-    const int64_t slots = matmul.slots(matmul.out.m), most = std::max<int64_t>(direct_slots(kernel), MOST_SLOTS);
-    if (!has_codes(matmul.out.weight.type) || slots > most) return false;
-    return kernel.few_tokens[matmul.out.weight.type - INT4][std::min<int64_t>(slots, MOST_SLOTS) - 1];
+    const Type type = matmul.out.weight.type;
+    return has_codes(type) && matmul.slots(matmul.out.m) <= kernel.few_slots[type - INT4];
 }
 
 bool int_panels(const IntMatmul& matmul, const Integers& kernel, int64_t first, int64_t last) {
@@ -124,7 +119,7 @@ bool int_panels(const IntMatmul& matmul, const Integers& kernel, int64_t first, 
             const char* values[PANELS_PER_CHUNK];
             for (int64_t p = 0; p < count; p++) values[p] = matmul.out.weight.values_of(panel + p);
             std::memset(acc, 0, count * tokens * PANEL * sizeof(float));
-            const int64_t pairs = kernel.pair[0] && !multiplies_stored(matmul, kernel) ? count / 2 : 0;
+            const int64_t pairs = kernel.pairs && !multiplies_stored(matmul, kernel) ? count / 2 : 0;
             for (int64_t block = 0; block < matmul.blocks; block++) {
                 for (int64_t p = 0; p < 2 * pairs; p += 2)
                     multiply_pair(matmul, kernel, panel + p, block, values + p, token, tokens, acc + p * tokens * PANEL);

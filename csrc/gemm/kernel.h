@@ -1,6 +1,6 @@
 // What an instruction set (ISA) provides for out = x W^T + bias, summed in fp32: a Kernel of function tables, made by isa/ISA.cpp.
+// format/layout.h says what a panel, a pair, a quad, a slot and a form are.
 //
-// A `row` is a row of the weight, a `token` is a row of x. A pair is two neighbouring columns, a quad is four.
 // Each function that walks over a panel returns the address after the values that it read.
 #pragma once
 #include "format/layout.h"
@@ -35,7 +35,7 @@ RAC_INLINE float read(const void* from, Type type, int64_t index) {
 
 // ---- Floats: weights of BF16 and FP32 ----
 
-// BLOCK is the form of columns that ExpandAndMultiply expanded.
+// Forms next to BF16 and FP32. BLOCK: columns that ExpandAndMultiply expanded.
 constexpr int BLOCK = 2, FLOAT_FORMS = 3;
 constexpr int MOST_TOKENS = 12;  // that a Dot multiplies at a time
 
@@ -61,10 +61,12 @@ using DotTwoPanels = void (*)(const X* first, const X* second, int64_t pairs, co
 // How x of a type is multiplied: fp32, or bf16 as uint16_t.
 template <class X>
 struct Dots {
-    int tokens, block_tokens;                     // entries of `dot` for each Type, and for BLOCK
-    Dot<X> dot[FLOAT_FORMS][MOST_TOKENS];         // by form, and by the number of tokens minus one
-    ExpandAndMultiply<X> expand_and_multiply[4];  // by Type; null where the ISA does not multiply the Type as floats
-    DotTwoPanels<X> dot_two_panels[MOST_TOKENS];  // by the number of tokens minus one; null where the ISA has none
+    int tokens;                                        // entries of `dot` for each Type that it multiplies
+    int block_tokens;                                  // entries of `dot` for BLOCK
+    bool two_panels = false;                           // there is `dot_two_panels`
+    Dot<X> dot[FLOAT_FORMS][MOST_TOKENS] = {};         // by form, and by the number of tokens minus one
+    ExpandAndMultiply<X> expand_and_multiply[4] = {};  // by Type, for those that are multiplied as floats
+    DotTwoPanels<X> dot_two_panels[MOST_TOKENS] = {};  // by the number of tokens minus one
 };
 
 // The sums of some panels: pairs of panels are `pair` numbers apart, the second of a pair is `second` after the first, tokens are
@@ -106,14 +108,18 @@ struct Matmul {
 // less than about 500 times larger, 16 bits are more accurate than bf16. The sums of a block fit 32 bits: 512 products of at most
 // 128 * 32639. A value that is not finite makes its token of the result NaN.
 //
-// Where the weight has byte_x, x is rounded to bytes. A `slot` holds the two bytes per column of a token, or the bytes of two
-// tokens: a kernel that multiplies bytes then needs half of the instructions per token.
+// Where the weight has byte_x, x is rounded to bytes. With two tokens per slot, a kernel that multiplies bytes needs half of the
+// instructions per token.
 
 constexpr int64_t BLOCK_MOST = 512;              // columns of a block
 constexpr int64_t BLOCK_ROOM = BLOCK_MOST + 64;  // the last block of a token includes its padding
 constexpr int LEVELS = 127 * 256 + 127;  // the largest integer of x: both its bytes, signed, are within -127..127
 constexpr int BYTE_LEVELS = 127;
 constexpr int MOST_SLOTS = 8;  // interleaved in QUADS
+
+// INT_FORMS next to INT8 and the Types after it. EXPANDED: what ExpandQuads wrote. CODES: what widen_codes wrote, a byte per code.
+// LOW and HIGH: the two quads of a line of DENSE4.
+constexpr int EXPANDED = TYPES, CODES = TYPES + 1, LOW = TYPES + 2, HIGH = TYPES + 3;
 
 // How a kernel reads x. INTEGERS: int16 [m][stride]. The others are for instructions that multiply bytes, x = 256 first + second.
 // TILES: [m / 16][stride / 64][2][16][64]. QUADS: up to 8 slots interleaved, [stride / 4][slots][2][4]. With x of bytes, first and
@@ -199,14 +205,19 @@ struct Integers {
     XFormat format;
     Quantize quantize;
     AddScaled add_scaled;
-    int slots, expanded_slots;  // entries of `dot` and of `dot_expanded`
-    IntDot dot[2][MOST_SLOTS];  // weights as stored: INT8, DENSE8; by the number of slots minus one
-    IntDot dot_expanded[MOST_SLOTS];
-    ExpandQuads expand[TYPES - INT8];
-    bool signed_bytes;         // `expand` writes [16 rows][4 columns] of signed bytes
-    DotPair pair[MOST_SLOTS];  // null where the ISA multiplies panels one by one
-    FewTokens few_tokens[CODE_TYPES][MOST_SLOTS];  // by Type and number of slots minus one; null, or more slots: `expand` is used
-    XFormat few_format[CODE_TYPES];                // of x, for `few_tokens`
+    int slots;                            // entries of `dot`
+    int expanded_slots;                   // entries of `dot_expanded`
+    int direct_slots;                     // so many slots multiply 8-bit weights as stored, a group of `slots` after the other
+    bool signed_bytes = false;            // `expand` writes [16 rows][4 columns] of signed bytes
+    bool pairs = false;                   // there is `pair`: panels are multiplied two by two
+    int few_slots[CODE_TYPES] = {};       // by Type: so many slots are multiplied by `few_tokens`, MOST_SLOTS at a time
+    XFormat few_format[CODE_TYPES] = {};  // of x, for `few_tokens`
+
+    ExpandQuads expand[TYPES - INT8] = {};
+    IntDot dot[2][MOST_SLOTS] = {};  // weights as stored: INT8, DENSE8; by the number of slots minus one
+    IntDot dot_expanded[MOST_SLOTS] = {};
+    DotPair pair[MOST_SLOTS] = {};
+    FewTokens few_tokens[CODE_TYPES][MOST_SLOTS] = {};
 };
 
 // ---- AMX: whole panels on tiles ----
@@ -220,17 +231,17 @@ struct Tiles {
 
 // Up to how many tokens the kernel is faster than a dense matmul of torch with expanded panels; -1: always.
 struct Crossover {
-    int32_t floats, int8, int4;
+    int32_t floats = -1, int8 = -1, int4 = -1;
 };
 
 struct Kernel {
     const char* name;   // RAC_KERNEL=name selects the kernel
     const char* title;  // for people
     const Floats* floats;
-    const Dots<uint16_t>* bf16;  // of x and weights in bf16, where has_avx512_bf16(); or null
+    const Dots<uint16_t>* bf16 = nullptr;  // of x and weights in bf16, where has_avx512_bf16(); or null
     const Integers* integers;
-    const Tiles* tiles;  // or null
-    Crossover crossover;
+    const Tiles* tiles = nullptr;  // or null
+    Crossover crossover = {};
 };
 
 // Kernels share the tables of lower instruction sets.

@@ -219,10 +219,11 @@ bool panels(const WeightTiles& weight, int64_t first, int64_t last) {
 bool float_panels(const Matmul& matmul, int64_t first, int64_t last) { return panels(FloatTiles{matmul}, first, last); }
 bool codes_as_bf16(const IntMatmul& matmul, int64_t first, int64_t last) { return panels(CodeTiles{matmul}, first, last); }
 
-constexpr Tiles tiles = {float_panels, amx_int_panels, codes_as_bf16};
+constexpr Tiles tiles = {.floats = float_panels, .integers = amx_int_panels, .codes = codes_as_bf16};
 
 }  // namespace
 
-extern const Kernel amx_kernel = {"amx", "AMX", &avx512_floats, &avx512_bf16, &amx_integers, &tiles, {-1, -1, -1}};
+extern const Kernel amx_kernel = {
+    .name = "amx", .title = "AMX", .floats = &avx512_floats, .bf16 = &avx512_bf16, .integers = &amx_integers, .tiles = &tiles};
 
 }  // namespace rac

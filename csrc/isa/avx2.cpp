@@ -175,6 +175,6 @@ constexpr Floats floats() {
 }  // namespace
 
 extern const Floats avx2_floats = floats();
-extern const Kernel avx2_kernel = {"avx2", "AVX2", &avx2_floats, nullptr, &avx2_integers, nullptr, {-1, -1, -1}};
+extern const Kernel avx2_kernel = {.name = "avx2", .title = "AVX2", .floats = &avx2_floats, .integers = &avx2_integers};
 
 }  // namespace rac

@@ -263,6 +263,7 @@ constexpr void put_line_tokens(Integers& integers) {
     integers.few_tokens[form - INT4][M - 1] = line_tokens<Isa, form, M>;
     integers.few_format[form - INT4] = QUADS;
     if constexpr (M > 1) put_line_tokens<Isa, form, M - 1>(integers);
+    integers.few_slots[form - INT4] = M;
 }
 
 template <class Isa>

@@ -166,8 +166,10 @@ constexpr void put_bf16_dots(Dots<uint16_t>& dots) {
 }
 
 constexpr Dots<uint16_t> bf16_dots() {
-    Dots<uint16_t> dots = {
-        MOST_TOKENS, BF16_TOKENS, {}, {expand_and_multiply_bf16, nullptr, expand_and_multiply8<INT8>, expand_and_multiply8<DENSE8>}, {}};
+    Dots<uint16_t> dots = {.tokens = MOST_TOKENS, .block_tokens = BF16_TOKENS, .two_panels = true};
+    dots.expand_and_multiply[BF16] = expand_and_multiply_bf16;
+    dots.expand_and_multiply[INT8] = expand_and_multiply8<INT8>;
+    dots.expand_and_multiply[DENSE8] = expand_and_multiply8<DENSE8>;
     put_bf16_dots<MOST_TOKENS>(dots);
     return dots;
 }
@@ -176,6 +178,7 @@ constexpr Dots<uint16_t> bf16_dots() {
 
 extern const Floats avx512_floats = floats_of<FloatIsa>();
 extern const Dots<uint16_t> avx512_bf16 = bf16_dots();
-extern const Kernel avx512_kernel = {"avx512", "AVX512", &avx512_floats, &avx512_bf16, &avx512_integers, nullptr, {-1, -1, -1}};
+extern const Kernel avx512_kernel = {
+    .name = "avx512", .title = "AVX512", .floats = &avx512_floats, .bf16 = &avx512_bf16, .integers = &avx512_integers};
 
 }  // namespace rac

@@ -12,8 +12,6 @@
 namespace rac {
 namespace {
 
-constexpr int EXPANDED = TYPES;  // a form: expanded quads, in the first-level cache
-
 template <int form>
 RAC_INLINE __m512i expand_quad(const uint32_t* masks, const char*& values) {
     if (form != INT8) {
@@ -331,10 +329,13 @@ constexpr void put_slots(Integers& integers) {
 
 template <bool far>
 constexpr Integers integers() {
+    constexpr int DIRECT = 4 * MOST_SLOTS;  // spreading a weight four times takes less than writing it
     Integers integers = {
-        QUADS, quantize, add_scaled_vectors, MOST_SLOTS, MOST_SLOTS, {}, {},
-        {expand8<INT8>, expand8<DENSE8>, expand_codes<INT4>, expand_codes<DENSE4>, expand_codes<DENSE3>, expand_codes<DENSE2>},
-        true, {}, {}, {QUADS, QUADS, QUADS, QUADS}};
+        .format = QUADS, .quantize = quantize, .add_scaled = add_scaled_vectors,
+        .slots = MOST_SLOTS, .expanded_slots = MOST_SLOTS, .direct_slots = DIRECT, .signed_bytes = true, .pairs = true,
+        .few_slots = {DIRECT, DIRECT, DIRECT, DIRECT}, .few_format = {QUADS, QUADS, QUADS, QUADS},
+        .expand = {expand8<INT8>, expand8<DENSE8>, expand_codes<INT4>, expand_codes<DENSE4>, expand_codes<DENSE3>,
+                   expand_codes<DENSE2>}};
     put_slots<MOST_SLOTS, far>(integers);
     return integers;
 }

@@ -111,6 +111,7 @@ constexpr Integers integers = avx2_integers_of<IntIsa>();
 
 }  // namespace
 
-extern const Kernel avxvnni_kernel = {"avxvnni", "AVX-VNNI", &avx2_floats, nullptr, &integers, nullptr, {-1, 512, 512}};
+extern const Kernel avxvnni_kernel = {
+    .name = "avxvnni", .title = "AVX-VNNI", .floats = &avx2_floats, .integers = &integers, .crossover = {.int8 = 512, .int4 = 512}};
 
 }  // namespace rac

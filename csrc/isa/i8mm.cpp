@@ -76,6 +76,7 @@ constexpr Integers integers = integers_of<IntIsa>();
 
 }  // namespace
 
-extern const Kernel i8mm_kernel = {"i8mm", "SMMLA", &neon_floats, nullptr, &integers, nullptr, {-1, 512, 512}};
+extern const Kernel i8mm_kernel = {
+    .name = "i8mm", .title = "SMMLA", .floats = &neon_floats, .integers = &integers, .crossover = {.int8 = 512, .int4 = 512}};
 
 }  // namespace rac

@@ -140,6 +140,7 @@ constexpr Integers integers = integers_of<IntIsa>();
 }  // namespace
 
 extern const Floats neon_floats = floats_of<FloatIsa>();
-extern const Kernel neon_kernel = {"neon", "NEON", &neon_floats, nullptr, &integers, nullptr, {-1, 512, 512}};
+extern const Kernel neon_kernel = {
+    .name = "neon", .title = "NEON", .floats = &neon_floats, .integers = &integers, .crossover = {.int8 = 512, .int4 = 512}};
 
 }  // namespace rac

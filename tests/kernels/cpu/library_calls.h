@@ -6,21 +6,7 @@
 #include <string>
 #include <vector>
 
-extern "C" {
-int32_t rac_abi();
-const char* rac_kernels();
-const char* rac_compiler();
-const char* rac_last_error();
-int64_t rac_packed_bytes(int64_t, int64_t, int64_t, int32_t, const uint8_t*, int64_t, int64_t);
-int32_t rac_pack_weight(const void*, int64_t, const uint8_t*, int64_t, const uint8_t*, int64_t, int64_t, int64_t, int64_t,
-                        int32_t, void*, int64_t, int32_t);
-int32_t rac_check_weight(const void*, int64_t, int64_t, int64_t, int32_t);
-int32_t rac_value_type(const void*, int64_t);
-int32_t rac_set_activation_bits(void*, int64_t, int32_t);
-int32_t rac_expand_panels(const void*, int64_t, int64_t, int64_t, int64_t, int64_t, float*, int64_t, int32_t, int32_t);
-int32_t rac_sparse_linear(const void*, int64_t, int64_t, int64_t, const void*, int64_t, int32_t, int64_t, const void*,
-                          int64_t, int32_t, int64_t, const void*, int64_t, int32_t, void*, int64_t, int32_t, int32_t);
-}
+#include "interface.h"
 
 struct KernelLine {
     int32_t number;
