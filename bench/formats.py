@@ -27,12 +27,13 @@ from rac_modifier import trace_dataset
 from rac_modifier.checkpoint.card import RUN_RECORD_NAME
 from rac_modifier.measure.divergence import DenseReference
 from rac_modifier.measure.intervals import mean_over_tokens
-from rac_modifier.measure.teacher_forcing import TokenSequence, sample_sequences
+from rac_modifier.measure.repeats import repeated_tail
+from rac_modifier.measure.teacher_forcing import TokenSequence
 from rac_modifier.problems.source import load_problems
+from rac_modifier.sampling.generate import sample_sequences
 from rac_modifier.settings.grid import Grid, plan_rows
 from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.sampling import SamplingSettings
-from rac_modifier.traces.selection import repeated_tail
 
 FORMATS = Path(__file__).with_name("formats.yaml")
 ANSWERS = {"sampled": 0.6, "greedy": 0.0}  # temperatures

@@ -90,7 +90,7 @@ def prune(
     dense = copy.deepcopy(model)
     sequences = [CalibrationSequence(tuple(row), 0, "traces") for row in ids]
     settings = CalibrationSettings(batch_tokens=4096)
-    loader = CalibrationLoader(sequences, settings)
+    loader = CalibrationLoader.of(sequences, settings)
     if who == UPSTREAM:
         recipe = SparseGPTModifier(sparsity=0.5, mask_structure=pattern, ignore=["re:.*lm_head"])
         batches = [dict(batch) for batch in loader]

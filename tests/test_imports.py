@@ -13,12 +13,11 @@ PACKAGE = Path(__file__).parents[1] / "rac_modifier"
 FLOORS = [
     ["errors"],
     ["runtime", "reasoner"],
-    ["distributed", "settings"],
+    ["distributed", "settings", "measure"],
     ["problems"],
     ["sampling"],
     ["traces"],
     ["calibration"],
-    ["measure"],
     ["formats"],
     ["pruning"],
     ["quantization"],
@@ -116,15 +115,31 @@ def test_imports_run_one_way():
     assert wrong == []
 
 
-def test_no_modules_import_each_other_in_a_circle():
-    """Inside functions too."""
+def imports_by_module() -> dict[str, set[str]]:
     modules = {
         ".".join(p.relative_to(PACKAGE).with_suffix("").parts): p for p in PACKAGE.rglob("*.py")
     }
-    edges = {
+    return {
         name: {m for n, _ in imported(path) for m in modules if f"{n}.".startswith(f"{m}.")}
         for name, path in modules.items()
     }
+
+
+def test_measuring_and_training_need_few_modules():
+    """They read token ids, and know no trace, problem or calibration set."""
+    edges = imports_by_module()
+    for start in (name for name in edges if name.startswith(("measure.", "recovery."))):
+        reached, remaining = set(), [start]
+        while remaining:
+            fresh = edges[remaining.pop()] - reached
+            reached |= fresh
+            remaining += fresh
+        assert len(reached) <= 22, f"{start} imports {sorted(reached)}"
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    """Inside functions too."""
+    edges = imports_by_module()
     while ends := [name for name, targets in edges.items() if not targets - {name}]:
         for name in ends:
             del edges[name]

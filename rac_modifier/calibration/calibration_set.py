@@ -11,7 +11,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rac_modifier.calibration.loader import CalibrationLoader
 from rac_modifier.calibration.mixture import (
     CalibrationSequence,
-    describe_counts,
     generic_token_sequences,
     mix,
 )
@@ -48,7 +47,7 @@ class CalibrationSet:
     @property
     def reserved(self) -> tuple[Trace, ...]:
         """Return the traces that are reserved for training after pruning, parts in turn."""
-        return (*in_turn([pool.reserved for pool in self.pools.values()]), *self.received)
+        return (*_in_turn([pool.reserved for pool in self.pools.values()]), *self.received)
 
     def identity(self) -> dict[str, Any]:
         """Return what identifies the set: its hash, and the hash of each trace store."""
@@ -67,7 +66,7 @@ class CalibrationSet:
         }
 
 
-def in_turn(parts: Iterable[Sequence[Trace]]) -> Iterator[Trace]:
+def _in_turn(parts: Iterable[Sequence[Trace]]) -> Iterator[Trace]:
     """Merge traces, so that a beginning holds the same share of the tokens of each part."""
     placed: list[tuple[float, Trace]] = []
     for traces in parts:
@@ -111,18 +110,28 @@ def build_calibration_set(
         by_part[key] = pool.draw(key, budgets[key])
         prompts[key] = PromptSettings.of(pool.store.header.sampling)
     sequences, counts = mix(by_part, calibration)
-    logger.info(describe_counts(counts))
+    logger.info(_described(counts))
     unfinished = counts["unfinished_traces"]
     if unfinished >= _MANY_UNFINISHED * sum(s.kind == "traces" for s in sequences) > 0:
         logger.warning(
             f"{unfinished:,} traces were cut at traces.sampling.max_new_tokens: calibration sees "
             "few endings of answers; raise it"
         )
-    loader = CalibrationLoader(sequences, calibration)
+    loader = CalibrationLoader.of(sequences, calibration)
     calibration_set = CalibrationSet(loader, counts, pools, prompts)
     if processes.count > 1:
         processes.from_first(_sent(calibration_set))
     return calibration_set
+
+
+def _described(counts: Mapping[str, Any]) -> str:
+    """Describe the counts of `mix` in a sentence for the log."""
+    return (
+        f"calibrating on {counts['tokens']:,} tokens in {counts['sequences']:,} sequences: "
+        f"{counts['trace_tokens']:,} of chain of thought, {counts['prompt_tokens']:,} of prompts, "
+        f"{counts['generic_tokens']:,} of generic text; {counts['unfinished_traces']:,} traces hit "
+        f"the sampling cap, {counts['truncated_sequences']:,} sequences were cut to fit"
+    )
 
 
 def _sent(calibration_set: CalibrationSet) -> dict[str, Any]:
@@ -141,7 +150,7 @@ def _received(sent: dict[str, Any], settings: CalibrationSettings) -> Calibratio
         CalibrationSequence(**{**fields, "ids": tuple(fields["ids"])})
         for fields in sent["sequences"]
     ]
-    loader = CalibrationLoader(sequences, settings)
+    loader = CalibrationLoader.of(sequences, settings)
     received = tuple(map(trace_of, sent["reserved"]))
     return CalibrationSet(loader, sent["counts"], received=received)
 

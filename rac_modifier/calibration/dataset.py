@@ -20,7 +20,7 @@ from rac_modifier.settings.calibration import CalibrationSettings
 from rac_modifier.settings.check import check_settings
 from rac_modifier.settings.traces import SelectSettings, TraceSettings
 from rac_modifier.traces.records import Trace, is_store
-from rac_modifier.traces.selection import Judge, Selection, without_repeats
+from rac_modifier.traces.selection import Judge, Selection
 from rac_modifier.traces.store import TraceStore
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def trace_dataset(
         raise RacError("trace_dataset: a model in memory needs its tokenizer; give tokenizer=")
     pool = collect_for_calibration(subject, tokenizer, settings, calibration)["traces"]
     drawn = (_row(sequence.ids, sequence.prompt_tokens) for sequence in pool.draw("traces", tokens))
-    rows = list(packed(drawn, length) if length else drawn)
+    rows = list(_packed(drawn, length) if length else drawn)
     if not rows:
         raise RacError(f"the traces do not fill a row of length={length}; give a shorter length")
     from datasets import Dataset, DatasetInfo
@@ -134,7 +134,7 @@ def export_store(
     columns = [*_TRACE_COLUMNS, *(("prompt", "completion") if text else ())]
 
     def rows() -> Iterator[Row]:
-        for trace in selection.keep(map(without_repeats, store), judge):
+        for trace in selection.keep((t.without_repeats() for t in store), judge):
             yield _described(trace, tokenizer if text else None)
 
     step = "make room, or name another file"
@@ -155,7 +155,7 @@ def export_store(
     return selection.kept
 
 
-def packed(rows: Iterable[Row], length: int) -> Iterator[Row]:
+def _packed(rows: Iterable[Row], length: int) -> Iterator[Row]:
     """Join rows and cut them into rows of `length` tokens; tokens that fill no row are left out."""
     ids: list[int] = []
     loss: list[int] = []

@@ -1,10 +1,9 @@
 """Calibration batches with a weight per token; padding weighs 0 and reaches no Hessian."""
 
 import hashlib
-import math
 import random
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Self, TypeVar
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -12,73 +11,56 @@ from torch.utils.data import DataLoader
 
 from rac_modifier.calibration.mixture import CalibrationSequence
 from rac_modifier.errors import RacError
+from rac_modifier.measure.teacher_forcing import batches_of_like_length
 from rac_modifier.settings.calibration import CalibrationSettings
 
-S = TypeVar("S")
 # Shards of the batches, which processes share evenly if they are 2, 3, 4, 6, 8 or 12.
 SHARDS = 24
 # Tokens of a row of `joined()`: the length of a sequence that AutoRound takes by default.
 ROW_TOKENS = 2048
 
 
-def batches_of_like_length(
-    sequences: Iterable[S],
-    most_tokens: int,
-    length: Callable[[S], int],
-    most_padding: float = math.inf,
-) -> Iterator[list[S]]:
-    """Yield batches of at most `most_tokens` padded tokens, shortest sequences first.
+@dataclass(frozen=True)
+class Share:
+    """The batches of a process, and how they make up shards."""
 
-    A longer sequence is a batch. None adds more than `most_padding` tokens to the sequences before.
-    """
-    batch: list[S] = []
-    for sequence in sorted(sequences, key=length):
-        size = length(sequence)
-        padding = len(batch) * (size - length(batch[-1])) if batch else 0
-        if batch and ((len(batch) + 1) * size > most_tokens or padding > most_padding):
-            yield batch
-            batch = []
-        batch.append(sequence)
-    if batch:
-        yield batch
+    batches: list[list[CalibrationSequence]]
+    shards_ended: list[int]  # by batch: how many shards end with it (pruning/shard_sum.py)
+    numbers: list[int]  # by batch: its place in the share of one process alone
+
+    @classmethod
+    def whole(cls, batches: list[list[CalibrationSequence]]) -> Self:
+        """Return all batches, not divided into shards."""
+        return cls(batches, [0] * len(batches), list(range(len(batches))))
 
 
 class CalibrationLoader(DataLoader):
     """Yields `{"input_ids": int64 [rows, length]}`, padded on the right with 0, without mask."""
 
-    def __init__(
-        self,
-        sequences: list[CalibrationSequence],
-        settings: CalibrationSettings,
-        batches: list[list[CalibrationSequence]] | None = None,
-    ):
-        """Take `batches` of the sequences; default: of at most `settings.batch_tokens` each."""
-        self.sequences, self.settings = sequences, settings
-        if batches is None:
-            limit = settings.batch_tokens
-            batches = list(batches_of_like_length(sequences, limit, lambda s: len(s.ids)))
-            random.Random(settings.seed).shuffle(batches)
-        self._batches = batches
+    def __init__(self, sequences: list[CalibrationSequence], share: Share):
+        self.sequences, self._batches = sequences, share.batches
+        self.shards_ended, self.numbers = share.shards_ended, share.numbers
         self.token_weights: list[torch.Tensor] = []  # float32 [rows, length]: 0 for padding
         inputs: list[dict[str, torch.Tensor]] = []
-        for batch in self._batches:
+        for batch in share.batches:
             rows = [torch.tensor(sequence.ids) for sequence in batch]
             weights = [torch.ones(len(sequence.ids)) for sequence in batch]
             inputs.append({"input_ids": pad_sequence(rows, batch_first=True)})  # any token pads
             self.token_weights.append(pad_sequence(weights, batch_first=True))
-        # Of each batch of a `share`: how many shards end with it (pruning/shard_sum.py), and its
-        # place in the share of one process alone.
-        self.shards_ended, self.numbers = [0] * len(inputs), list(range(len(inputs)))
         dataset: Any = inputs  # a list has what torch needs of a Dataset
         super().__init__(dataset, batch_size=None, shuffle=False)
 
-    def _with(self, batches: list[list[CalibrationSequence]]) -> Self:
-        sequences = [sequence for batch in batches for sequence in batch]
-        return type(self)(sequences, self.settings, batches)
+    @classmethod
+    def of(cls, sequences: list[CalibrationSequence], settings: CalibrationSettings) -> Self:
+        """Make batches of at most `settings.batch_tokens`, in an order of the seed's."""
+        limit = settings.batch_tokens
+        batches = list(batches_of_like_length(sequences, limit, lambda s: len(s.ids)))
+        random.Random(settings.seed).shuffle(batches)
+        return cls(sequences, Share.whole(batches))
 
     def unpadded(self) -> Self:
         """Return the same sequences, one per batch, for modifiers that read no token weights."""
-        return self._with([[sequence] for sequence in self.sequences])
+        return type(self)(self.sequences, Share.whole([[s] for s in self.sequences]))
 
     def joined(self) -> Self:
         """Return the same tokens in rows of equal length, one per batch; the remainder is left out.
@@ -89,7 +71,7 @@ class CalibrationLoader(DataLoader):
         ids = [token for sequence in self.sequences for token in sequence.ids]
         starts = range(0, len(ids) - length + 1, length)
         rows = [CalibrationSequence(tuple(ids[i : i + length]), 0, "joined") for i in starts]
-        return self._with([[row] for row in rows])
+        return type(self)(rows, Share.whole([[row] for row in rows]))
 
     def share(self, rank: int, count: int) -> Self:
         """Return the batches of process `rank` of `count`: every `count`-th of the shards.
@@ -106,11 +88,12 @@ class CalibrationLoader(DataLoader):
         places = iter(range(len(self._batches)))
         numbers = [[next(places) for _ in shard] for shard in shards]
         mine = shards[rank::count]
-        share = self._with([self._batches[index] for shard in mine for index in shard])
-        share.numbers = [number for shard in numbers[rank::count] for number in shard]
-        share.shards_ended = [int(i + 1 == len(shard)) for shard in mine for i in range(len(shard))]
-        share.shards_ended[-1] += -(-len(shards) // count) - len(mine)
-        return share
+        batches = [self._batches[index] for shard in mine for index in shard]
+        ended = [int(i + 1 == len(shard)) for shard in mine for i in range(len(shard))]
+        ended[-1] += -(-len(shards) // count) - len(mine)
+        mine_numbers = [number for shard in numbers[rank::count] for number in shard]
+        sequences = [sequence for batch in batches for sequence in batch]
+        return type(self)(sequences, Share(batches, ended, mine_numbers))
 
     def _shards(self) -> list[list[int]]:
         """Divide the numbers of the batches into shards of similar size, the largest first."""

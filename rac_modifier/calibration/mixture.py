@@ -78,16 +78,6 @@ def mix(
     }
 
 
-def describe_counts(counts: Mapping[str, Any]) -> str:
-    """Describe the counts of `mix` in a sentence for the log."""
-    return (
-        f"calibrating on {counts['tokens']:,} tokens in {counts['sequences']:,} sequences: "
-        f"{counts['trace_tokens']:,} of chain of thought, {counts['prompt_tokens']:,} of prompts, "
-        f"{counts['generic_tokens']:,} of generic text; {counts['unfinished_traces']:,} traces hit "
-        f"the sampling cap, {counts['truncated_sequences']:,} sequences were cut to fit"
-    )
-
-
 def generic_token_sequences(tokenizer: Any, source: GenericText, seed: int) -> Iterator[list[int]]:
     """Yield `source.sequence_tokens` ids at a time; documents are shuffled by seed in a buffer."""
     ids: list[int] = []

@@ -14,7 +14,7 @@ from rac_modifier.settings.calibration import CalibrationSettings, part_tokens
 from rac_modifier.settings.traces import SelectSettings, TraceSettings
 from rac_modifier.traces.collect import collect_traces
 from rac_modifier.traces.records import Trace
-from rac_modifier.traces.selection import Judge, Selection, without_repeats
+from rac_modifier.traces.selection import Judge, Selection
 from rac_modifier.traces.store import TraceStore
 
 _HELD_OUT_PROMPTS = 4  # at least, so that an unusual trace does not decide the result
@@ -70,7 +70,7 @@ class TracePool:
         self.reserved = tuple(trace for trace in store if trace.id in names) if names else ()
 
     def _without_repeats(self) -> Iterator[Trace]:
-        for trace in map(without_repeats, self.store):
+        for trace in (t.without_repeats() for t in self.store):
             self.repeated_tokens -= trace.tokens
             yield trace
 
@@ -90,12 +90,11 @@ class TracePool:
                 break
             drawn[name] = None
             tokens -= self._cut_length(self.lengths[name])
-        for trace in map(without_repeats, self.store):
+        for trace in self.store:
             if trace.id in drawn:
-                ids, finished = (*trace.prompt_ids, *trace.completion_ids), trace.finish_reason
-                drawn[trace.id] = CalibrationSequence(
-                    ids, len(trace.prompt_ids), "traces", finished == "stop"
-                )
+                sequence = trace.without_repeats().sequence
+                finished = trace.finish_reason == "stop"
+                drawn[trace.id] = CalibrationSequence(*sequence, "traces", finished)
         return [sequence for sequence in drawn.values() if sequence is not None]
 
     def _cut_length(self, length: int) -> int:

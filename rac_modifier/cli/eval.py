@@ -190,7 +190,7 @@ def _divergences(
 ) -> list[DivergenceResult]:
     """Compare the other models with the first, on samples of the first."""
     from rac_modifier.measure.divergence import DenseReference
-    from rac_modifier.measure.teacher_forcing import sample_sequences
+    from rac_modifier.sampling.generate import sample_sequences
 
     first, *compressed = models
     with options.resumable("nothing is kept; run the same command again"):

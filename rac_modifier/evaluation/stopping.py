@@ -8,9 +8,9 @@ from typing import Literal, Self
 
 from rac_modifier.evaluation.statements import states_answer
 from rac_modifier.measure.intervals import Interval, ratio_interval
+from rac_modifier.measure.repeats import COPIES, loop_at_end
 from rac_modifier.problems.answers import THINK_END, Verifier, is_correct
 from rac_modifier.problems.source import Problem
-from rac_modifier.traces.selection import COPIES, loop_at_end
 
 # The model ended its answer: right, wrong, or not graded. The cap truncated it: after a right
 # statement of the answer, while its end repeated itself, or neither.

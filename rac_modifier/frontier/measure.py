@@ -13,10 +13,9 @@ from rac_modifier.checkpoint.files import TensorFiles
 from rac_modifier.checkpoint.inspect import is_embedding, is_fp4
 from rac_modifier.evaluation.accuracy import row_of
 from rac_modifier.evaluation.results import EvalResult, Row, paired_difference, summarise
-from rac_modifier.measure.divergence import DenseReference, TokenDivergence, summarise_divergence
-from rac_modifier.measure.teacher_forcing import sample_sequences
+from rac_modifier.measure.divergence import DenseReference, DivergenceResult, TokenDivergence
 from rac_modifier.problems.source import Problem
-from rac_modifier.sampling.generate import Generation, eos_token_ids
+from rac_modifier.sampling.generate import Generation, eos_token_ids, sample_sequences
 from rac_modifier.sampling.prompts import render_question
 from rac_modifier.settings.sampling import SamplingSettings
 
@@ -64,7 +63,7 @@ def measure(
         prompt = render_question(tokenizer, problem.question, held_out.sampling)
         sequences.append(((*prompt, *answer.ids), len(prompt)))
     tokens = DenseReference(dense, sequences).divergence_per_token(model, label)
-    figures["divergence"] = asdict(summarise_divergence(tokens, label))
+    figures["divergence"] = asdict(DivergenceResult.of(tokens, label))
     if held_out.graded:
         both = (dense_figures, figures)
         first, second = (EvalResult.model_validate(row["accuracy"]) for row in both)

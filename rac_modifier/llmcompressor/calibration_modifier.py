@@ -117,10 +117,11 @@ class CalibratingModifier(CalibrationEntry, Modifier):
                 processes=processes,
             )
         off_policy = self.traces.allow_off_policy
-        measures = processes.from_first(bool(self._calibration.held_out) and not off_policy)
+        held_out = [trace.sequence for trace in self._calibration.held_out]
+        measures = processes.from_first(bool(held_out) and not off_policy)
         with streamed_to_accelerator(model) if measures else contextlib.nullcontext():
             if processes.is_first:
-                self._divergence = RunDivergence(model, self._calibration, off_policy=off_policy)
+                self._divergence = RunDivergence(model, held_out, off_policy=off_policy)
             processes.wait()
 
     def calibrate_session(self, state: State, run: Run | None = None) -> None:

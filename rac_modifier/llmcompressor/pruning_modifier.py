@@ -25,7 +25,6 @@ from rac_modifier.llmcompressor.recovery_stage import RecoveryStage
 from rac_modifier.llmcompressor.resume import Resume, check_disk
 from rac_modifier.llmcompressor.run import Run
 from rac_modifier.llmcompressor.targets import find_targets, patterns_of
-from rac_modifier.measure.teacher_forcing import sequence_of
 from rac_modifier.runtime.models import main_device
 from rac_modifier.sampling.model_identity import model_fingerprint
 from rac_modifier.settings.entries import PruningEntry
@@ -145,7 +144,7 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
         run = self.run
         grids = {run.names[module]: grid for module, grid in run.quantizer.grids.items()}
         errors = {name: record["relative_error"] for name, record in run.records.items()}
-        sequences = list(map(sequence_of, self.calibration_set.held_out))
+        sequences = [trace.sequence for trace in self.calibration_set.held_out]
         self._activations = choose_in_run(model, layers_of_run(model, grids, errors), sequences)
 
     def _save_plan(self) -> SavePlan:

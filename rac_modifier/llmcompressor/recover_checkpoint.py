@@ -37,7 +37,6 @@ from rac_modifier.settings.sampling import PromptSettings
 from rac_modifier.settings.traces import TraceSettings
 from rac_modifier.traces.collect import collect_traces
 from rac_modifier.traces.records import Trace, trace_of
-from rac_modifier.traces.selection import fresh_traces, used_traces, without_repeats
 from rac_modifier.traces.store import TraceStore
 
 Load = Callable[[str], tuple[Any, Any]]  # a model and its tokenizer
@@ -151,9 +150,9 @@ def collect_unused(
     with on_accelerator(model):
         while missing > 0:
             store = collect_traces(model, tokenizer, settings, budget)
-            used = used_traces(store, hashes)
-            fresh = fresh_traces(store, used, tokens)
-            missing = tokens - sum(without_repeats(trace).tokens for trace in fresh)
+            used = store.used(hashes)
+            fresh = store.fresh(used, tokens)
+            missing = tokens - sum(trace.without_repeats().tokens for trace in fresh)
             budget = store.counts.tokens + missing
     if used:
         logger.info(f"{store.path}: its first {used:,} traces were used before; others are taken")

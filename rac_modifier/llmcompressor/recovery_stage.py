@@ -12,7 +12,8 @@ from torch import Tensor
 
 from rac_modifier.distributed.processes import Processes
 from rac_modifier.errors import RacError
-from rac_modifier.measure.teacher_forcing import TokenSequence, sequence_of
+from rac_modifier.measure.repeats import loop_at_end
+from rac_modifier.measure.teacher_forcing import TokenSequence
 from rac_modifier.pruning.linalg import bf16_is_fast
 from rac_modifier.recovery.distill import recover
 from rac_modifier.recovery.loss import check_head
@@ -24,7 +25,6 @@ from rac_modifier.runtime.models import devices_of, on_accelerator
 from rac_modifier.sampling.model_identity import model_fingerprint
 from rac_modifier.settings.recovery import RecoverySettings
 from rac_modifier.traces.records import Trace
-from rac_modifier.traces.selection import loop_at_end, with_copies, without_repeats
 
 # The compressed model's answers to the prompts of training traces, kept in a file.
 OwnAnswers = Callable[[Sequence[TokenSequence], Path], list[TokenSequence]]
@@ -170,11 +170,11 @@ def split_traces(
         problem: set[str | tuple[int, ...]] = {trace.problem_id, trace.prompt_ids}
         if tokens < held_out_tokens or problem & problems:
             problems |= problem
-            once = without_repeats(trace)
+            once = trace.without_repeats()
             tokens += once.tokens
-            held_out.append(sequence_of(once))
+            held_out.append(once.sequence)
         else:
-            training.append(sequence_of(with_copies(trace)))
+            training.append(trace.with_copies().sequence)
     if not training:
         raise RacError(
             f"recover: {len(held_out)} traces of {tokens:,} tokens are all held out, none "

@@ -9,7 +9,7 @@ distribution p over the vocabulary is compared with the pruned model's, q:
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,6 @@ from loguru import logger
 from torch import Tensor
 from tqdm import tqdm
 
-from rac_modifier.calibration.calibration_set import CalibrationSet
 from rac_modifier.errors import RacError
 from rac_modifier.measure.intervals import mean_over_tokens
 from rac_modifier.measure.teacher_forcing import (
@@ -27,7 +26,6 @@ from rac_modifier.measure.teacher_forcing import (
     input_of_head,
     output_head,
     padded,
-    sequence_of,
     vocabulary,
 )
 from rac_modifier.runtime.models import evaluating
@@ -61,6 +59,14 @@ class DivergenceResult:
     agreement: float  # share of tokens where both models rank the same token first
     agreement_stderr: float | None
 
+    @classmethod
+    def of(cls, rows: Sequence[TokenDivergence], label: str) -> Self:
+        """Summarise completions, none of them empty."""
+        kl, kl_stderr = mean_over_tokens([row.kl for row in rows])
+        agreement, agreement_stderr = mean_over_tokens([row.agrees for row in rows])
+        tokens = sum(len(row.kl) for row in rows)
+        return cls(label, len(rows), tokens, kl, kl_stderr, agreement, agreement_stderr)
+
 
 def token_divergence(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     """Return KL(p || q), float64 [n] in nats, and top-1 agreement, bool [n], of logits [n, V]."""
@@ -76,7 +82,7 @@ def token_divergence(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(kl), torch.cat(agrees)
 
 
-def compare(batch: list[TokenSequence], logits: Windows, label: str) -> list[TokenDivergence]:
+def _compare(batch: list[TokenSequence], logits: Windows, label: str) -> list[TokenDivergence]:
     """Return the divergence at every completion token of a batch, a row per sequence."""
     predicts = padded(batch)[1][:, 1:]  # the logits at a position predict the next token
     kl = torch.zeros(predicts.shape, dtype=torch.float64)
@@ -97,21 +103,6 @@ def compare(batch: list[TokenSequence], logits: Windows, label: str) -> list[Tok
         TokenDivergence(k[mask].tolist(), a[mask].tolist())
         for k, a, mask in zip(kl, agrees, predicts, strict=True)
     ]
-
-
-def summarise_divergence(rows: Sequence[TokenDivergence], label: str) -> DivergenceResult:
-    """Summarise completions, none of them empty."""
-    kl, kl_stderr = mean_over_tokens([row.kl for row in rows])
-    agreement, agreement_stderr = mean_over_tokens([row.agrees for row in rows])
-    return DivergenceResult(
-        label=label,
-        sequences=len(rows),
-        tokens=sum(len(row.kl) for row in rows),
-        kl=kl,
-        kl_stderr=kl_stderr,
-        agreement=agreement,
-        agreement_stderr=agreement_stderr,
-    )
 
 
 class DenseReference:
@@ -143,7 +134,7 @@ class DenseReference:
         Memory next to the model: a window of logits of both models, and its key-value cache.
         RacError: another vocabulary, or logits that are not finite.
         """
-        return summarise_divergence(self.divergence_per_token(pruned, label), label)
+        return DivergenceResult.of(self.divergence_per_token(pruned, label), label)
 
     @torch.no_grad()
     def divergence_per_token(self, pruned: Any, label: str) -> list[TokenDivergence]:
@@ -160,7 +151,7 @@ class DenseReference:
         batches = tqdm(self._batches, desc=label, unit="batch", disable=None)
         with evaluating(pruned):
             for batch, entering in zip(batches, self._entering, strict=True):
-                rows += compare(batch, _windows(pruned, dense_head, batch, entering), label)
+                rows += _compare(batch, _windows(pruned, dense_head, batch, entering), label)
         order = sorted(range(len(rows)), key=lambda i: len(self._sequences[i][0]))
         return [row for _, row in sorted(zip(order, rows, strict=True), key=lambda pair: pair[0])]
 
@@ -200,19 +191,18 @@ def _windows(
 class RunDivergence:
     """KL and top-1 agreement on held-out traces, or the reason why they are not measured."""
 
-    def __init__(self, model: Any, calibration: CalibrationSet, *, off_policy: bool):
+    def __init__(self, model: Any, held_out: Sequence[TokenSequence], *, off_policy: bool):
         """Run the dense model over these traces, unless another model wrote them (`off_policy`)."""
         self._reference: DenseReference | str
-        if not calibration.held_out:
+        if not held_out:
             self._reference = (
                 "no traces were held out (calibration.held_out_tokens, or a mixture without traces)"
             )
         elif off_policy:
             self._reference = "the traces may be another model's (traces.allow_off_policy)"
         else:
-            sequences = list(map(sequence_of, calibration.held_out))
             try:
-                self._reference = DenseReference(model, sequences)
+                self._reference = DenseReference(model, held_out)
             except RacError as error:
                 self._reference = str(error)
         if isinstance(self._reference, str):

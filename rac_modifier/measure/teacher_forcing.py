@@ -1,48 +1,45 @@
-"""Sequences of prompt and completion: sampled from a model, checked, batched, padded."""
+"""Sequences of prompt and completion: checked, batched, padded, and read by a model."""
 
-from collections.abc import Sequence
-from functools import partial
-from typing import Any
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
-from rac_modifier.calibration import loader
 from rac_modifier.errors import RacError
-from rac_modifier.problems.source import Problem
 from rac_modifier.runtime.models import input_of
-from rac_modifier.sampling.generate import generate
-from rac_modifier.sampling.prompts import render_question
-from rac_modifier.settings.sampling import SamplingSettings
-from rac_modifier.traces.records import Trace
 
+S = TypeVar("S")
 # Token ids, and the length of the prompt.
 TokenSequence = tuple[Sequence[int], int]
-batches_of_like_length = partial(loader.batches_of_like_length, length=lambda s: len(s[0]))
 
 
-def sequence_of(trace: Trace) -> TokenSequence:
-    """Return the prompt and completion of a stored trace."""
-    return (*trace.prompt_ids, *trace.completion_ids), len(trace.prompt_ids)
+def _length(sequence: Any) -> int:
+    return len(sequence[0])
 
 
-def sample_sequences(
-    model: Any, tokenizer: Any, problems: Sequence[Problem], sampling: SamplingSettings
-) -> list[TokenSequence]:
-    """Complete each problem `samples_per_problem` times, as traces are sampled."""
-    requests = [
-        (f"{p.id}#{i}", p.question) for p in problems for i in range(sampling.samples_per_problem)
-    ]
-    size = sampling.batch_size
-    batches = [requests[i : i + size] for i in range(0, len(requests), size)]
-    sequences: list[TokenSequence] = []
-    for batch in tqdm(batches, desc="samples", unit="batch", disable=None):
-        prompts = [render_question(tokenizer, question, sampling) for _, question in batch]
-        generations = generate(model, tokenizer, prompts, sampling, [key for key, _ in batch])
-        sequences.extend(((*p, *g.ids), len(p)) for p, g in zip(prompts, generations, strict=True))
-    return sequences
+def batches_of_like_length(
+    sequences: Iterable[S],
+    most_tokens: int,
+    length: Callable[[S], int] = _length,
+    most_padding: float = math.inf,
+) -> Iterator[list[S]]:
+    """Yield batches of at most `most_tokens` padded tokens, shortest sequences first.
+
+    A longer sequence is a batch. None adds more than `most_padding` tokens to the sequences before.
+    """
+    batch: list[S] = []
+    for sequence in sorted(sequences, key=length):
+        size = length(sequence)
+        padding = len(batch) * (size - length(batch[-1])) if batch else 0
+        if batch and ((len(batch) + 1) * size > most_tokens or padding > most_padding):
+            yield batch
+            batch = []
+        batch.append(sequence)
+    if batch:
+        yield batch
 
 
 def vocabulary(model: Any) -> int:

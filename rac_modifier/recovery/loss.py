@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from rac_modifier.errors import RacError
+from rac_modifier.measure.repeats import loop_at_end
 from rac_modifier.measure.teacher_forcing import TokenSequence, input_of_head, padded
 from rac_modifier.measure.teacher_forcing import output_head as any_head
 from rac_modifier.runtime.cpu_tuning import matmul
-from rac_modifier.traces.selection import loop_at_end
 
 _COPY = math.log(0.1)  # added to the dense model's logit of a copied token
 _CHUNK_ELEMENTS = 1 << 25  # logits of a model held in memory

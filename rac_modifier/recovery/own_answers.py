@@ -8,12 +8,12 @@ from typing import Any
 from loguru import logger
 from transformers import PreTrainedTokenizerBase
 
+from rac_modifier.measure.repeats import end_of_copies
 from rac_modifier.measure.teacher_forcing import TokenSequence
 from rac_modifier.runtime.files import read_json, write_text_atomic
 from rac_modifier.sampling.generate import generate
 from rac_modifier.sampling.model_identity import model_fingerprint
 from rac_modifier.settings.sampling import SamplingSettings
-from rac_modifier.traces.selection import end_of_copies
 
 _LEAST = 0.1  # share of the answers that end in copies, below which none is trained on
 _LONGEST = 2  # cap of an answer: times the mean completion of the training traces

@@ -1,16 +1,20 @@
 """Batched sampling from a transformers model; a completion does not depend on its neighbours."""
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rac_modifier.errors import RacError
+from rac_modifier.problems.source import Problem
 from rac_modifier.runtime.models import evaluating
 from rac_modifier.sampling.decode import decode, grouped_attention
 from rac_modifier.sampling.draw import Draw, row_keys
+from rac_modifier.sampling.prompts import render_question
 from rac_modifier.settings.sampling import SamplingSettings
 
 FinishReason = Literal["stop", "length"]
@@ -55,6 +59,26 @@ def generate(
             rows=row_keys(settings.seed, keys, model.device),
         )
     return [_cut(row, set(eos)) for row in rows]
+
+
+def sample_sequences(
+    model: Any, tokenizer: Any, problems: Sequence[Problem], sampling: SamplingSettings
+) -> list[tuple[tuple[int, ...], int]]:
+    """Complete each problem `samples_per_problem` times, as traces are sampled.
+
+    Return the token ids of prompt and completion, and the length of the prompt.
+    """
+    requests = [
+        (f"{p.id}#{i}", p.question) for p in problems for i in range(sampling.samples_per_problem)
+    ]
+    size = sampling.batch_size
+    batches = [requests[i : i + size] for i in range(0, len(requests), size)]
+    sequences: list[tuple[tuple[int, ...], int]] = []
+    for batch in tqdm(batches, desc="samples", unit="batch", disable=None):
+        prompts = [render_question(tokenizer, question, sampling) for _, question in batch]
+        generations = generate(model, tokenizer, prompts, sampling, [key for key, _ in batch])
+        sequences.extend(((*p, *g.ids), len(p)) for p, g in zip(prompts, generations, strict=True))
+    return sequences
 
 
 def eos_token_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:

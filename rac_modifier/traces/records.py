@@ -10,14 +10,15 @@ import hashlib
 import json
 import os
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, ClassVar, Literal
+from typing import Annotated, Any, BinaryIO, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from transformers import PreTrainedTokenizerBase
 
 from rac_modifier.errors import RacError
+from rac_modifier.measure.repeats import end_of_copies, repeated_tail
 from rac_modifier.runtime.files import regular_file
 from rac_modifier.sampling.engine import EngineRecord
 from rac_modifier.sampling.generate import FinishReason
@@ -49,6 +50,26 @@ class Trace:
     def tokens(self) -> int:
         """Return prompt and completion tokens together."""
         return len(self.prompt_ids) + len(self.completion_ids)
+
+    @property
+    def sequence(self) -> tuple[tuple[int, ...], int]:
+        """Return all token ids, and the length of the prompt."""
+        return (*self.prompt_ids, *self.completion_ids), len(self.prompt_ids)
+
+    @property
+    def repeated_tokens(self) -> int:
+        """Count the repeated tokens at the end of a truncated completion; 0 if it ended."""
+        return repeated_tail(self.completion_ids, self.finish_reason)
+
+    def without_repeats(self) -> Self:
+        """Cut a repeating tail down to its first copy; without one return this trace."""
+        tail = self.repeated_tokens
+        return replace(self, completion_ids=self.completion_ids[:-tail]) if tail else self
+
+    def with_copies(self) -> Self:
+        """Cut a repeating tail to a few copies, on which recovery trains."""
+        end = end_of_copies(self.completion_ids) if self.finish_reason == "length" else None
+        return self if end is None else replace(self, completion_ids=self.completion_ids[:end])
 
 
 _TRACE = TypeAdapter(Trace)

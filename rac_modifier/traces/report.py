@@ -10,7 +10,7 @@ from rac_modifier.settings.recipe_files import parse_yaml
 from rac_modifier.settings.sampling import PromptSettings
 from rac_modifier.settings.traces import SelectSettings
 from rac_modifier.traces.records import Trace
-from rac_modifier.traces.selection import Judge, Selection, repeated_tail, without_repeats
+from rac_modifier.traces.selection import Judge, Selection
 from rac_modifier.traces.store import TraceStore, read_failures
 
 _PROMPT = {"template", "thinking", "system_prompt"}
@@ -22,7 +22,7 @@ def count_endings(traces: Iterable[Trace]) -> dict[str, Any]:
     ended_by: Counter[str] = Counter()
     for trace in traces:
         lengths.append(len(trace.completion_ids))
-        tails.append(repeated_tail(trace.completion_ids, trace.finish_reason))
+        tails.append(trace.repeated_tokens)
         ended_by[trace.finish_reason] += 1
     return {
         "ended_by": ended_by,
@@ -68,7 +68,7 @@ def describe_store(store: TraceStore) -> str:
 def selected_figures(store: TraceStore, tokenizer: Any, settings: SelectSettings) -> dict[str, Any]:
     """Count the traces and tokens that a selection keeps, and describe what it drops."""
     selection = Selection(settings)
-    traces = selection.keep(map(without_repeats, store), Judge(tokenizer, store.header))
+    traces = selection.keep((t.without_repeats() for t in store), Judge(tokenizer, store.header))
     tokens = sum(trace.tokens for trace in traces)
     description = selection.describe()
     return {"selected": selection.kept, "selected_tokens": tokens, "selection": description}

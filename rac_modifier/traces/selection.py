@@ -1,10 +1,8 @@
-"""Choose traces of a store, by their answers too; by default all, but without tails that repeat."""
+"""Choose traces of a store, by their answers too; by default all."""
 
-import hashlib
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from itertools import islice
 
 from transformers import PreTrainedTokenizerBase
@@ -15,49 +13,8 @@ from rac_modifier.problems.answers import completion_text, equal_answers, extrac
 from rac_modifier.problems.source import gym_item
 from rac_modifier.settings.traces import SelectSettings
 from rac_modifier.traces.records import StoreHeader, Trace
-from rac_modifier.traces.store import TraceStore
 
 _TOGETHER = 256  # traces in memory while their answers are checked
-LONGEST_PERIOD = 128  # tokens of a repeated stretch
-COPIES, TAIL = 3, 64  # copies and tokens that a repeating tail has at least
-
-
-def loop_at_end(items: Sequence[int] | Sequence[str]) -> tuple[int, int] | None:
-    """Return the index where the repeating end begins, and its period; None if no end repeats."""
-    for period in range(1, min(LONGEST_PERIOD, len(items) // COPIES) + 1):
-        same = 0
-        while period + same < len(items) and items[-1 - same] == items[-1 - same - period]:
-            same += 1
-        if same >= (COPIES - 1) * period and same + period >= TAIL:
-            return len(items) - same - period, period
-    return None
-
-
-def repeated_tail(ids: Sequence[int], finish_reason: str) -> int:
-    """Count the repeated tokens at the end of a truncated completion; 0 if it ended."""
-    loop = loop_at_end(ids) if finish_reason == "length" else None
-    return 0 if loop is None else len(ids) - sum(loop)
-
-
-def without_repeats(trace: Trace) -> Trace:
-    """Cut a repeating tail down to its first copy; a trace that ended by itself stays as it is."""
-    tail = repeated_tail(trace.completion_ids, trace.finish_reason)
-    return replace(trace, completion_ids=trace.completion_ids[:-tail]) if tail else trace
-
-
-def end_of_copies(ids: Sequence[int]) -> int | None:
-    """Return where a repeating end may be cut and still repeats; None if no end repeats.
-
-    Three copies are left, and 64 tokens behind the first.
-    """
-    loop = loop_at_end(ids)
-    return None if loop is None else loop[0] + max(COPIES * loop[1], TAIL + loop[1])
-
-
-def with_copies(trace: Trace) -> Trace:
-    """Cut a repeating tail to a few copies, on which recovery trains."""
-    end = end_of_copies(trace.completion_ids) if trace.finish_reason == "length" else None
-    return trace if end is None else replace(trace, completion_ids=trace.completion_ids[:end])
 
 
 class Judge:
@@ -127,26 +84,3 @@ class Selection:
     def as_dict(self) -> dict[str, int | dict[str, int]]:
         """Return the counts for the run record."""
         return {"kept": self.kept, "of": self.total, "dropped": dict(self.dropped.most_common())}
-
-
-def used_traces(store: TraceStore, hashes: Collection[str]) -> int:
-    """Count the first traces of a store, of which an earlier run recorded one of the hashes."""
-    digest, used = hashlib.sha256(), 0
-    with store.path.open("rb") as file:
-        digest.update(file.readline())  # the header
-        for number in range(1, len(store) + 1):
-            digest.update(file.readline())
-            if digest.hexdigest() in hashes:
-                used = number
-    return used
-
-
-def fresh_traces(store: TraceStore, used: int, tokens: int) -> list[Trace]:
-    """Return whole traces of `tokens` tokens, without repeating tails, after the first `used`."""
-    chosen: list[Trace] = []
-    for trace in islice(store, used, None):
-        if tokens <= 0:
-            break
-        chosen.append(trace)
-        tokens -= without_repeats(trace).tokens
-    return chosen

@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Collection, Container, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 
 from loguru import logger
@@ -141,6 +142,27 @@ class TraceStore(AbstractContextManager["TraceStore"]):
             while block := file.read(min(self._end - file.tell(), 1 << 20)):
                 digest.update(block)
         return digest.hexdigest()
+
+    def used(self, hashes: Collection[str]) -> int:
+        """Count the first traces, of which an earlier run recorded one of the hashes."""
+        digest, used = hashlib.sha256(), 0
+        with self.path.open("rb") as file:
+            digest.update(file.readline())  # the header
+            for number in range(1, len(self) + 1):
+                digest.update(file.readline())
+                if digest.hexdigest() in hashes:
+                    used = number
+        return used
+
+    def fresh(self, used: int, tokens: int) -> list[Trace]:
+        """Return whole traces of `tokens` tokens, counted without repeating tails, after `used`."""
+        chosen: list[Trace] = []
+        for trace in islice(self, used, None):
+            if tokens <= 0:
+                break
+            chosen.append(trace)
+            tokens -= trace.without_repeats().tokens
+        return chosen
 
     def _open_locked(self, header: StoreHeader) -> None:
         stored = read_header(self.path)

@@ -1,10 +1,11 @@
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from loguru import logger
 
-from rac_modifier.calibration.calibration_set import build_calibration_set, in_turn
+from rac_modifier.calibration.calibration_set import CalibrationSet, build_calibration_set
 from rac_modifier.distributed.processes import Processes
 from rac_modifier.settings.calibration import CalibrationSettings
 from rac_modifier.settings.traces import TraceSettings
@@ -71,7 +72,10 @@ def test_a_beginning_of_parts_in_turn_holds_the_same_share_of_each():
         ]
         for part, ns in lengths.items()
     ]
-    merged = list(in_turn(parts))
+    pools = {
+        name: SimpleNamespace(reserved=part) for name, part in zip(lengths, parts, strict=True)
+    }
+    merged = CalibrationSet(None, pools=pools).reserved
     assert len(merged) == 50
     for part in parts:
         assert [trace for trace in merged if trace in part] == part

@@ -9,7 +9,7 @@ import datasets
 import pytest
 
 import rac_modifier
-from rac_modifier.calibration.dataset import export_store, packed
+from rac_modifier.calibration.dataset import export_store
 from rac_modifier.errors import RacError
 from rac_modifier.traces.store import TraceStore
 from tests.tiny import byte_tokenizer, entry
@@ -47,12 +47,6 @@ def test_rows_of_one_length_hold_the_same_tokens(tiny_folder, trace_store):
         tokens, cut = ([i for row in table[column] for i in row] for table in (ragged, rows))
         assert tokens[: len(cut)] == cut
         assert len(tokens) - len(cut) < 64
-
-
-def test_rows_that_fill_a_length_exactly_are_whole():
-    rows = [{"input_ids": [n, n], "attention_mask": [1, 1], "loss_mask": [0, 1]} for n in (1, 2)]
-    assert list(packed(rows, 2)) == rows
-    assert [row["input_ids"] for row in packed(rows, 4)] == [[1, 1, 2, 2]]
 
 
 def test_a_model_in_memory_samples_what_is_missing(model, tokenizer, tmp_path):

@@ -22,7 +22,7 @@ def sequences(lengths: list[int]) -> list[CalibrationSequence]:
 
 def loader(chosen: list[CalibrationSequence], **changes) -> CalibrationLoader:
     options = CalibrationSettings(**{"batch_tokens": 64, **changes})
-    return CalibrationLoader(chosen, options)
+    return CalibrationLoader.of(chosen, options)
 
 
 def content(batches: CalibrationLoader) -> list[tuple]:

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 import rac_modifier
 from rac_modifier.errors import RacError
 from rac_modifier.llmcompressor import recovery_stage
+from rac_modifier.measure.repeats import end_of_copies
 from rac_modifier.recovery.training_loop import TrainingLoop
 from rac_modifier.settings.problems import ProblemSource
-from rac_modifier.traces.selection import end_of_copies
 from rac_modifier.traces.store import TraceStore
 from tests import tiny
 from tests.checkpoint.checkpoint_helpers import dense_tensors, save_rounded

@@ -1,7 +1,7 @@
 """Tables of results."""
 
 from rac_modifier.evaluation.tables import accuracy_table, divergence_table, stopping_table
-from rac_modifier.measure.divergence import TokenDivergence, summarise_divergence
+from rac_modifier.measure.divergence import DivergenceResult, TokenDivergence
 from tests.evaluation.test_results import result, row
 
 
@@ -35,7 +35,7 @@ def test_several_answers_have_a_column_for_the_largest_k():
 def test_divergence_with_its_standard_error():
     def row(label, rows):
         completions = [TokenDivergence(kl, [kl[0] < 0.2] * len(kl)) for kl in rows]
-        return summarise_divergence(completions, label)
+        return DivergenceResult.of(completions, label)
 
     rows = ((0.1, 0.2), (0.5, 0.3)) * 8
     table = divergence_table([row("2:4", rows), row("one sequence", rows[:1])])

@@ -5,12 +5,12 @@ from transformers import AutoModelForCausalLM
 from rac_modifier.llmcompressor.recover_checkpoint import collect_unused
 from rac_modifier.settings.sampling import SamplingSettings
 from rac_modifier.settings.traces import TraceSettings
-from rac_modifier.traces import selection
+from rac_modifier.traces import records
 from tests import tiny
 
 
 def tokens_once(traces):
-    return sum(selection.without_repeats(trace).tokens for trace in traces)
+    return sum(trace.without_repeats().tokens for trace in traces)
 
 
 def test_as_many_tokens_are_collected_as_are_left_without_repeated_tails(
@@ -18,7 +18,7 @@ def test_as_many_tokens_are_collected_as_are_left_without_repeated_tails(
 ):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_folder), tiny.tiny_tokenizer()
     monkeypatch.setattr(
-        selection, "repeated_tail", lambda ids, finish_reason: 6 * (finish_reason == "length")
+        records, "repeated_tail", lambda ids, finish_reason: 6 * (finish_reason == "length")
     )  # of each completion that was cut at 12 tokens
     sampling = SamplingSettings(max_new_tokens=12, batch_size=4, temperature=1.0)
     settings = TraceSettings(store=str(tmp_path / "store.jsonl"), sampling=sampling)

@@ -1,5 +1,4 @@
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,12 +10,11 @@ from rac_modifier.errors import RacError
 from rac_modifier.measure import divergence as module
 from rac_modifier.measure.divergence import (
     DenseReference,
+    DivergenceResult,
     RunDivergence,
     TokenDivergence,
-    summarise_divergence,
     token_divergence,
 )
-from rac_modifier.traces.records import Trace
 from tests.tiny import linears, tiny_model
 
 VOCABULARY = 300
@@ -111,7 +109,7 @@ def test_bad_input(dense, pruned):
 
 def test_the_summary_is_over_tokens_not_over_sequences():
     rows = [TokenDivergence([0.5, 0.1, 0.3], [True, True, False]), TokenDivergence([0.2], [True])]
-    actual = summarise_divergence(rows, "2:4")
+    actual = DivergenceResult.of(rows, "2:4")
     assert (actual.sequences, actual.tokens, actual.agreement) == (2, 4, 0.75)
     assert actual.kl == pytest.approx(1.1 / 4)
     assert actual.kl_stderr is None  # of two completions
@@ -190,23 +188,14 @@ def test_a_model_that_does_not_call_its_head_is_refused():
         DenseReference(model, sequences())
 
 
-def held_out(count: int = 4) -> SimpleNamespace:
-    """As much of a calibration set as is read here."""
-    traces = [
-        Trace(f"{i}#0", str(i), tuple(ids[:prompt]), tuple(ids[prompt:]), "stop", 0, "?", None)
-        for i, (ids, prompt) in enumerate(sequences())
-    ]
-    return SimpleNamespace(held_out=tuple(traces[:count]))
-
-
 def test_a_run_that_measures_nothing_says_why_and_goes_on():
-    def reason(calibration, model, off_policy=False):
-        record = RunDivergence(model, calibration, off_policy=off_policy).measure(model)
+    def reason(held_out, model, off_policy=False):
+        record = RunDivergence(model, held_out, off_policy=off_policy).measure(model)
         assert record.keys() == {"not_measured"}
         return record["not_measured"]
 
-    assert "no traces were held out" in reason(held_out(0), tiny_model())
-    assert "may be another model's" in reason(held_out(), tiny_model(), off_policy=True)
+    assert "no traces were held out" in reason([], tiny_model())
+    assert "may be another model's" in reason(sequences(), tiny_model(), off_policy=True)
     headless = tiny_model()
     headless.get_output_embeddings = lambda: None
-    assert "no output embeddings" in reason(held_out(), headless)
+    assert "no output embeddings" in reason(sequences(), headless)

@@ -1,8 +1,11 @@
 import pytest
+import torch
 from transformers import GenerationConfig, MambaConfig, MambaForCausalLM
 
 from rac_modifier.errors import RacError
-from rac_modifier.sampling.generate import eos_token_ids, generate
+from rac_modifier.problems.held_out import held_out_problems
+from rac_modifier.sampling.generate import eos_token_ids, generate, sample_sequences
+from rac_modifier.sampling.prompts import render_question
 from rac_modifier.settings.sampling import SamplingSettings
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -79,3 +82,17 @@ def test_a_model_whose_state_would_be_lost_between_tokens_is_refused(tokenizer):
     model = MambaForCausalLM(MambaConfig(**sizes))
     with pytest.raises(RacError, match="MambaForCausalLM keeps its state in cache_params"):
         generate(model, tokenizer, PROMPTS, GREEDY, KEYS)
+
+
+@torch.no_grad()
+def test_samples_are_the_models_completions_of_the_rendered_problems():
+    model, tokenizer, problems = tiny_model(), tiny_tokenizer(), held_out_problems("arithmetic", 5)
+    values = {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 12, "batch_size": 2, "seed": 3}
+    settings = SamplingSettings(**values, samples_per_problem=2)
+    samples = sample_sequences(model, tokenizer, problems, settings)
+    prompts = [render_question(tokenizer, p.question) for p in problems for _ in range(2)]
+    keys = [f"{p.id}#{i}" for p in problems for i in range(2)]
+    expected = generate(model, tokenizer, prompts, settings, keys)
+    assert [list(ids[:n]) for ids, n in samples] == prompts
+    assert [ids[n:] for ids, n in samples] == [g.ids for g in expected]
+    assert len({tuple(ids) for ids, _ in samples}) == 10

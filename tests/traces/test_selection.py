@@ -6,21 +6,13 @@ from itertools import islice
 import pytest
 
 from rac_modifier.errors import RacError
+from rac_modifier.measure.repeats import loop_at_end
 from rac_modifier.problems.source import load_problems
 from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.traces import SelectSettings
 from rac_modifier.traces import selection
 from rac_modifier.traces.records import Trace
-from rac_modifier.traces.selection import (
-    Judge,
-    Selection,
-    fresh_traces,
-    loop_at_end,
-    repeated_tail,
-    used_traces,
-    with_copies,
-    without_repeats,
-)
+from rac_modifier.traces.selection import Judge, Selection
 from rac_modifier.traces.store import TraceStore
 from tests.tiny import byte_tokenizer
 from tests.traces.long_store import HEADER
@@ -67,36 +59,13 @@ def test_each_reason_is_counted_once():
     assert chosen.describe() == "kept 2 of 5: 1 wrong, 1 unfinished, 1 too long"
 
 
-@pytest.mark.parametrize(
-    ("ids", "repeated"),
-    [
-        ([], 0),
-        (WHOLE, 0),
-        ([7] * 63, 0),  # too short to be called a loop
-        ([7] * 64, 63),
-        (WHOLE + [1, 2, 3] * 22, 63),
-        (WHOLE + [1, 2, 3] * 22 + [1], 64),  # the last copy need not be whole
-        (WHOLE + [1, 2, 3] * 22 + [9], 0),  # it left the loop
-        (WHOLE + [*range(60)] * 2, 0),  # two copies alone
-        (WHOLE + [*range(60)] * 3, 120),
-        (WHOLE + [*range(60)] * 2 + [*range(59)], 0),
-        ([*range(128)] * 3, 256),
-        ([*range(129)] * 4, 0),  # longer than what is looked for
-        ([1, 1, 2] * 40, 117),  # the stretch is three tokens, not the one that stands twice
-    ],
-)
-def test_how_many_tokens_repeat(ids, repeated):
-    assert repeated_tail(ids, "length") == repeated
-    assert repeated_tail(ids, "stop") == 0
-
-
 def test_only_a_truncated_completion_loses_its_end():
     trace = Trace("a#0", "a", (5, 6), tuple(WHOLE + [1, 2, 3] * 30), "length", 0, "?", None)
-    shorter = without_repeats(trace)
+    shorter = trace.without_repeats()
     assert shorter == replace(trace, completion_ids=(*WHOLE, 1, 2, 3))
-    assert without_repeats(shorter) is shorter
+    assert shorter.without_repeats() is shorter
     ended = replace(trace, finish_reason="stop")
-    assert without_repeats(ended) is ended
+    assert ended.without_repeats() is ended
 
 
 @pytest.mark.parametrize(("period", "kept"), [(3, 67), (20, 84), (40, 120), (128, 384)])
@@ -104,11 +73,11 @@ def test_as_many_copies_are_kept_as_show_that_it_repeats(period, kept):
     """Three copies, and 64 tokens behind the first."""
     ids = tuple(range(1000, 1010)) + tuple(range(period)) * 30
     trace = Trace("a#0", "a", (5, 6), ids, "length", 0, "?", None)
-    cut = with_copies(trace)
+    cut = trace.with_copies()
     assert cut.completion_ids == ids[: 10 + kept]
     assert loop_at_end(cut.completion_ids) == loop_at_end(ids) == (10, period)
     for other in replace(trace, finish_reason="stop"), replace(trace, completion_ids=ids[:50]):
-        assert with_copies(other) is other
+        assert other.with_copies() is other
 
 
 def test_used_traces_are_told_by_the_hash_of_the_store_as_it_was(trace_store, tmp_path):
@@ -119,23 +88,23 @@ def test_used_traces_are_told_by_the_hash_of_the_store_as_it_was(trace_store, tm
         stores[count] = TraceStore.read(tmp_path / f"{count}.jsonl")
     store = TraceStore.read(trace_store)
     hashes = {count: before.sha256() for count, before in stores.items()}
-    assert used_traces(store, [hashes[9], hashes[5]]) == 9
-    assert used_traces(store, [store.sha256()]) == len(store)
-    assert used_traces(store, [hashes[0], "another"]) == 0
-    assert used_traces(stores[5], [hashes[9]]) == 0
+    assert store.used([hashes[9], hashes[5]]) == 9
+    assert store.used([store.sha256()]) == len(store)
+    assert store.used([hashes[0], "another"]) == 0
+    assert stores[5].used([hashes[9]]) == 0
 
 
 def test_fresh_traces_are_those_after_them_counted_without_repeating_ends(trace_store, tmp_path):
     store = TraceStore.read(trace_store)
     traces = list(store)
-    fresh = fresh_traces(store, 5, 100)
+    fresh = store.fresh(5, 100)
     assert fresh == traces[5 : 5 + len(fresh)]
     assert sum(t.tokens for t in fresh[:-1]) < 100 <= sum(t.tokens for t in fresh)
-    assert fresh_traces(store, len(traces), 100) == []
+    assert store.fresh(len(traces), 100) == []
     loops = [trace(str(i), tokens=[*range(i), *(5, 6) * 50], finish="length") for i in range(4)]
     with TraceStore.open_append(tmp_path / "loops.jsonl", store.header) as repeating:
         repeating.append_many(loops)
-    fresh = fresh_traces(repeating, 1, 7)
+    fresh = repeating.fresh(1, 7)
     assert fresh == loops[1:3]
 
 
