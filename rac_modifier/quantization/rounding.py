@@ -88,14 +88,14 @@ def descend(
         for name in ("added", "diagonal")
     )
     inverse = diagonal.double().reciprocal().to(weight).unsqueeze(2)
+    error = weight - target  # Q - T, renewed block by block
     for _ in range(sweeps):
         for start in range(0, d, _BLOCK):
             block = slice(start, min(start + _BLOCK, d))
-            change = weight[:, block] - target[:, block]
-            gradient, moves = torch.empty_like(change), torch.empty_like(change)
+            gradient, moves = torch.empty_like(weight[:, block]), torch.empty_like(weight[:, block])
             for number, hessian in enumerate(hessians):
-                torch.mm(hessian[block], weight[number] - target[number], out=gradient[number])
-            gradient.addcmul_(added[:, block, None], change)
+                torch.mm(hessian[block], error[number], out=gradient[number])
+            gradient.addcmul_(added[:, block, None], error[:, block])
             local = torch.stack([hessian[block, block] for hessian in hessians])
             inputs = (*(x[:, block] for x in (weight, keep, inverse)), gradient, moves)
             rows, mask, step, slope, moves_of = (x.unbind(1) for x in inputs)
@@ -110,6 +110,7 @@ def descend(
                 for number in range(len(hessians)):
                     later = local[number, first:last, last:].T
                     gradient[number, last:].addmm_(later, moves[number, first:last])
+            error[:, block] = weight[:, block] - target[:, block]
 
 
 def _sorted(x: Tensor, orders: Sequence[Tensor]) -> Tensor:
