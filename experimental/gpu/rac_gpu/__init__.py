@@ -1,7 +1,6 @@
-"""Sparse kernels for NVIDIA GPUs, a backend of rac_modifier that never ran on a GPU.
+"""A sparse CUDA kernel, a backend of rac_modifier that never ran on a GPU.
 
-CUDA C++ (source/) for 2:4 weights and weights of any pattern, in bfloat16, int8, fp8 and int4. NVRTC
-compiles it for the card while weights load.
+CUDA C++ (source/) for 2:4 weights of int4. NVRTC compiles it for the card while weights load.
 """
 
 from rac_gpu.backend import can_run, linear, pack

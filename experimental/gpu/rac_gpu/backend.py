@@ -1,181 +1,188 @@
-"""The three functions of the GPU backend: `can_run`, `pack` and `linear`.
+"""The three functions of the GPU backend, `can_run`, `pack` and `linear`, and the operator of torch behind `linear`.
 
-The kernels were compiled and emulated, but never run on a GPU. Installing this package asks for them.
+The kernels were compiled and emulated, but never run on a GPU. Installing this package asks for them. An operator, so
+that torch.compile keeps the product whole and CUDA graphs capture its launches.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from rac_gpu import cusparselt, library, operator, prompts
-from rac_gpu import layout as layouts
-from rac_gpu.unstructured import MOST_COLUMNS
+from rac_gpu import layout, library
+from rac_gpu.library import Device
+from rac_gpu.programs import EXPAND, MOST_TOKENS, Program, decode_program, expand_grid
 from rac_modifier.errors import RacError
 from rac_modifier.formats.stored_weight import StoredWeight
 from rac_modifier.kernels.interface import Decision, Layer
 
 DATA = "weight_packed"  # vLLM's LoRA looks for this name
-PROMPTS = "weight_for_prompts"  # of a layer whose prompts go through cuSPARSELt
-# [0, number of the layout]: a number in a shape is read without waiting for the GPU
-LAYOUT = "weight_packed_layout"
+GROUP = "weight_packed_group"  # [0, group]: a number in a shape is read without waiting for the GPU
+_SCRATCH_BYTES = 64 << 20  # of expanded rows at a time
 _LEAST_CAPABILITY = (8, 0)
-_LEAST_CEILING = 1.1  # below this, a kernel would have to be perfect to gain anything
-_SUPPORTED = (
-    "bfloat16, and int8, float8_e4m3fn and int4 with one scale per row or in groups of a "
-    "multiple of 64"
-)
+_ALIGNMENT = 16  # bytes; what cp.async copies
 
 
 def can_run(layer: Layer) -> Decision:
-    """Decide sparse where a layout holds the weight and its kernels compile and load.
-
-    With RAC_GPU_PROMPTS=cusparselt, the first 2:4 layer of a layout and shape times cuSPARSELt.
-
-    Raises:
-        RacError: RAC_GPU_PROMPTS has another value, or cuSPARSELt does not work on this machine.
-    """
+    """Decide sparse where the layout holds the weight and its kernels compile and load."""
     dense_bytes = float(layer.served.itemsize)
-    layout, problem = fit(layer)
-    size = dense_bytes if layout is None else bytes_per_weight(layer, layout)
-    if problem is None:
-        assert layout is not None
-        problem = _device_problem(layout)
-    if problem is not None:
-        return Decision(False, "dense", f"dense because {problem}", size, dense_bytes)
-    assert layout is not None
-    kernel = f"sparse GPU kernel {layout.title}"
-    about = "about " if layout.any_pattern else ""
-    reason = (
-        f"{kernel}, never run on a GPU: {about}{size:.2f} bytes per weight instead of "
-        f"{dense_bytes:.0f}"
-    )
-    device = library.current_device()
-    if device is not None and cusparselt.requested() and not layout.any_pattern:
-        chosen = _prompts(device, layout, layer.rows, layer.columns)
-        kernel, reason = kernel + chosen.kernel, f"{reason}; {chosen.reason}"
-    return Decision(True, kernel, reason, size, dense_bytes)
+    problem, group = _problem(layer), layout.group_of(layer.group, layer.columns)
+    if problem is not None or group is None:
+        return Decision(False, "dense", f"dense because {problem}", dense_bytes, dense_bytes)
+    size = layout.packed_bytes(layer.rows, layer.columns, group) / (layer.rows * layer.columns)
+    reason = f"never run on a GPU: {size:.2f} bytes per weight instead of {dense_bytes:.0f}"
+    kernel = "sparse GPU kernel 2:4 int4"
+    return Decision(True, kernel, f"{kernel}, {reason}", size, dense_bytes)
 
 
-def pack(weight: StoredWeight, served: torch.dtype) -> dict[str, Tensor]:
-    """`weight_packed` in the kernels' layout (rac_gpu/source/), and `weight_packed_layout`, which tells it, on the current GPU.
-
-    `weight_for_prompts` too, in cuSPARSELt's layout, where that is asked for and faster.
-
-    Raises:
-        RacError: a weight that no layout holds, no kernels for it here, or too little memory.
-    """
-    bits = torch.int32 if weight.bits == 4 else weight.values.dtype
-    layout = layouts.layout_of(
-        bits, weight.group, weight.columns, weight.two_of_four, weight.group_bytes
-    )
-    device = library.current_device()
-    if layout is None or served != torch.bfloat16 or device is None:
-        raise RacError(
-            f"{weight.name}: {weight.values.dtype} served in {served} has no GPU kernel here; keep it dense"
-        )
-    problem = library.prepare(device, layout)
-    if problem is not None:
-        raise RacError(f"{weight.name}: {problem}")
-    packed = layouts.pack(weight, layout)
-    try:
-        there = packed.to(torch_device(device))
-    except torch.OutOfMemoryError as error:
-        raise RacError(
-            f"{weight.name}: {packed.nbytes >> 20} MB do not fit into the GPU's memory beside what is there; use more GPUs "
-            "(--tensor-parallel-size) or a larger one"
-        ) from error
-    parts = {DATA: there, LAYOUT: there.new_empty(0, layouts.ALL.index(layout), dtype=torch.uint8)}
-    if (
-        cusparselt.requested()
-        and not layout.any_pattern
-        and _prompts(device, layout, weight.rows, weight.columns).by_cusparselt
-    ):
-        parts[PROMPTS] = cusparselt.compress(
-            weight.dequantized(torch.bfloat16), torch_device(device)
-        )
-    return parts
-
-
-def _prompts(
-    device: library.Device, layout: layouts.Layout, rows: int, columns: int
-) -> prompts.PromptChoice:
-    """Choose what multiplies prompts of a 2:4 weight."""
-    return prompts.choose(device, torch_device(device), layout, rows, columns)
-
-
-def linear(
-    x: Tensor, packed: Mapping[str, Tensor], rows: int, columns: int, bias: Tensor | None = None
-) -> Tensor:
-    """X [..., columns] times the transposed weight, plus bias [rows]: [..., rows] in bfloat16, summed in fp32.
-
-    Raises:
-        RacError: other dtypes, or shapes that do not fit the packed weight.
-    """
-    return operator.sparse_linear(
-        x, packed[DATA], packed[LAYOUT].shape[1], rows, columns, bias, packed.get(PROMPTS)
-    )
-
-
-def torch_device(device: library.Device) -> torch.device:
-    """The device as torch names it."""
-    return torch.device("cuda", device.index)
-
-
-def bytes_per_weight(layer: Layer, layout: layouts.Layout) -> float:
-    """Of the packed layer, padding included; an expectation where it has any pattern."""
-    return layout.nbytes(layer.rows, layer.columns, layer.density) / (layer.rows * layer.columns)
-
-
-def _layout_of(layer: Layer) -> layouts.Layout | None:
-    scale_bytes = layer.group_bytes - layer.zero_points
-    return layouts.layout_of(
-        layer.stored, layer.group, layer.columns, layer.two_of_four, scale_bytes
-    )
-
-
-def fit(layer: Layer) -> tuple[layouts.Layout | None, str | None]:
-    """The layout, and why no GPU runs the layer on a kernel; from numbers alone."""
-    layout = _layout_of(layer)
-    if layer.word_bits != 4:
-        layout = None
+def _problem(layer: Layer) -> str | None:
+    """Return why no kernel runs the layer on the current GPU."""
+    group = layout.group_of(layer.group, layer.columns)
     if layer.served != torch.bfloat16:
-        return layout, f"it is served in {layer.served}; the GPU kernels multiply bfloat16"
-    if layer.zero_points:
-        return None, "its values have zero points; the GPU kernels take symmetric int4 and int8"
-    if layout is None:
-        name = (
-            f"int{layer.word_bits}"
-            if layer.stored == torch.int32
-            else str(layer.stored).removeprefix("torch.")
+        return f"it is served in {layer.served}; the GPU kernel multiplies bfloat16"
+    int4 = layer.stored == torch.int32 and layer.word_bits == 4 and not layer.zero_points
+    if not (int4 and layer.two_of_four and layer.group_bytes == 2 and group is not None):
+        return (
+            "the GPU kernel takes 2:4 weights of symmetric int4, with scales of bfloat16, one per row or in groups of a "
+            "multiple of 64"
         )
-        groups = f" in groups of {layer.group}" if layer.group != layer.columns else ""
-        return None, f"there is no GPU kernel for {name}{groups}; the kernels take {_SUPPORTED}"
     if layer.columns % 8:
-        return (
-            layout,
-            f"its {layer.columns} columns are no multiple of 8, so rows of x do not start at 16 bytes",
-        )
-    size, dense_bytes = bytes_per_weight(layer, layout), layer.served.itemsize
-    if layout.any_pattern and layer.columns > MOST_COLUMNS:
-        return (
-            layout,
-            f"its {layer.columns} columns are more than the {MOST_COLUMNS} of the GPU kernel for any pattern",
-        )
-    if layout.any_pattern and (gain := dense_bytes / size) < _LEAST_CEILING:
-        return layout, (
-            f"packed it takes about {size:.2f} bytes per weight instead of {dense_bytes}: at most {gain:.2f}x faster"
-        )
-    return layout, None
-
-
-def _device_problem(layout: layouts.Layout) -> str | None:
-    """Prepare the kernels of a layout on the current GPU; return why that is impossible."""
+        return f"its {layer.columns} columns are no multiple of 8, so rows of x do not start at 16 bytes"
     device = library.current_device()
     if device is None:
         return "torch finds no CUDA device"
     if device.capability < _LEAST_CAPABILITY:
         return f"{device.architecture} has no cp.async and no mma.sp; sm_80 is the first that has"
-    return library.prepare(device, layout)
+    return library.prepare(device, group)
+
+
+def pack(weight: StoredWeight, served: torch.dtype) -> dict[str, Tensor]:
+    """Pack a weight that `can_run` on the current GPU, and the group of its kernels, as `linear` reads them.
+
+    Raises:
+        RacError: a weight that the layout does not hold, or no kernels for it here.
+    """
+    group, device = layout.group_of(weight.group, weight.columns), library.current_device()
+    if group is None or served != torch.bfloat16 or device is None:
+        raise RacError(
+            f"{weight.name}: groups of {weight.group} served in {served} have no GPU kernel here; keep it dense"
+        )
+    problem = library.prepare(device, group)
+    if problem is not None:
+        raise RacError(f"{weight.name}: {problem}")
+    there = layout.pack(weight, group).to(_torch_device(device))
+    return {DATA: there, GROUP: there.new_empty(0, group)}
+
+
+def _torch_device(device: Device) -> torch.device:
+    return torch.device("cuda", device.index)
+
+
+def linear(
+    x: Tensor, packed: Mapping[str, Tensor], rows: int, columns: int, bias: Tensor | None = None
+) -> Tensor:
+    """Multiply x [..., columns] by the transposed weight, plus bias [rows]: bfloat16 [..., rows], summed in fp32.
+
+    Raises:
+        RacError: other dtypes, or shapes that do not fit the packed weight.
+    """
+    return torch.ops.rac_modifier.sparse_linear_gpu(
+        x, packed[DATA], packed[GROUP].shape[1], rows, columns, bias
+    )
+
+
+def _forward(
+    x: Tensor, data: Tensor, group: int, rows: int, columns: int, bias: Tensor | None
+) -> Tensor:
+    _check(x, data, group, rows, columns, bias)
+    flat = x.reshape(-1, columns).contiguous()
+    flat = flat.clone() if flat.data_ptr() % _ALIGNMENT else flat
+    out = x.new_empty(flat.shape[0], rows)
+    if not flat.shape[0]:
+        return out.view(*x.shape[:-1], rows)
+    device = Device.of(x.device)
+    same_order = os.environ.get("VLLM_BATCH_INVARIANT", "0") not in ("", "0")
+    with torch.cuda.device(x.device):
+        if len(flat) <= MOST_TOKENS or same_order:
+            program = decode_program(group, rows, columns, len(flat), device.processors, same_order)
+            run_program(device, program, flat, data, bias, out)
+        else:
+            _expand_and_multiply(device, group, flat, data, bias, out)
+    return out.view(*x.shape[:-1], rows)
+
+
+def run_program(
+    device: Device, program: Program, x: Tensor, data: Tensor, bias: Tensor | None, out: Tensor
+) -> None:
+    """Launch one program: out [tokens, rows] of x [tokens, columns]. Nothing is checked; `linear` does that."""
+    (tokens, columns), rows = x.shape, out.shape[1]
+    bias = None if bias is None else bias.contiguous()
+    pointers = data.data_ptr(), x.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr()
+    arguments = (*pointers, rows, columns, tokens, layout.units(columns), 0)
+    stream = torch.cuda.current_stream(x.device).cuda_stream
+    kernels = library.module(device, program.group)
+    kernels.launch(program.name, program.grid(rows, tokens), program.threads, stream, arguments)
+
+
+def _expand_and_multiply(
+    device: Device, group: int, x: Tensor, data: Tensor, bias: Tensor | None, out: Tensor
+) -> None:
+    """Write dense rows into scratch memory, and let torch multiply them."""
+    columns, rows = x.shape[1], out.shape[1]
+    step = max(layout.TILE, _SCRATCH_BYTES // (2 * columns) // layout.TILE * layout.TILE)
+    dense = x.new_empty(min(step, rows), columns)
+    kernels, stream = library.module(device, group), torch.cuda.current_stream(x.device).cuda_stream
+    for first in range(0, rows, step):
+        part = dense[: min(step, rows - first)]
+        pointers, units = (data.data_ptr(), 0, 0, part.data_ptr()), layout.units(columns)
+        arguments = (*pointers, rows, columns, 0, units, first // layout.TILE)
+        kernels.launch(EXPAND, expand_grid(len(part), columns), 128, stream, arguments)
+        here = slice(first, first + len(part))
+        if bias is None:
+            torch.mm(x, part.T, out=out[:, here])
+        else:
+            torch.addmm(bias[here], x, part.T, out=out[:, here])
+
+
+def _check(
+    x: Tensor, data: Tensor, group: int, rows: int, columns: int, bias: Tensor | None
+) -> None:
+    """Refuse what a kernel would read out of range."""
+    if x.dtype != torch.bfloat16 or x.dim() < 1 or x.shape[-1] != columns or columns % 8:
+        raise RacError(
+            f"x: {x.dtype} {list(x.shape)}; the sparse GPU kernel takes bfloat16 with the weight's {columns} columns, a "
+            "multiple of 8"
+        )
+    nbytes = layout.packed_bytes(rows, columns, group) if group in layout.GROUPS else None
+    if data.dtype != torch.uint8 or data.shape != (nbytes,) or data.data_ptr() % _ALIGNMENT:
+        raise RacError(
+            f"data: {data.dtype} {list(data.shape)} does not fit a weight [{rows}, {columns}] with groups of {group}; pass "
+            "what `pack` returned"
+        )
+    if bias is not None and (bias.dtype != torch.bfloat16 or bias.shape != (rows,)):
+        raise RacError(
+            f"bias: {bias.dtype} {list(bias.shape)}; the weight's {rows} rows need bfloat16 [{rows}]"
+        )
+    others = [data] if bias is None else [data, bias]
+    if any(other.device != x.device for other in others) or not data.is_contiguous():
+        raise RacError(
+            f"x is on {x.device}; the weight and the bias must be there too, and contiguous"
+        )
+
+
+def _fake(
+    x: Tensor, data: Tensor, group: int, rows: int, columns: int, bias: Tensor | None
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], rows)
+
+
+if not hasattr(torch.ops.rac_modifier, "sparse_linear_gpu"):  # once per process
+    torch.library.define(
+        "rac_modifier::sparse_linear_gpu",
+        "(Tensor x, Tensor data, int group, int rows, int columns, Tensor? bias) -> Tensor",
+    )
+    torch.library.impl("rac_modifier::sparse_linear_gpu", "cuda", _forward)
+    torch.library.register_fake("rac_modifier::sparse_linear_gpu", _fake)

@@ -17,18 +17,10 @@ from rac_modifier.errors import RacError
 INSTALL = "pip install cuda-bindings"
 # weight, x, bias, out; rows, columns, tokens, units, first tile: the parameters of every kernel (rac_gpu/source/decode.h).
 PARAMETERS = (ctypes.c_void_p,) * 4 + (ctypes.c_int,) * 5
-_INVALID_CONTEXT = 201
 # What the driver answers to machine code that it does not know: invalid image, no binary for this GPU, unsupported PTX version.
 _CODE_REFUSED = (200, 209, 222)
 _UPDATE = "the driver is older than the NVRTC in use: update the driver, or install an older nvidia-cuda-nvrtc"
-_MEMORY = "free some of the GPU's memory, or give vLLM less of it (--gpu-memory-utilization)"
 _REPORT = "uninstall rac-modifier-gpu to run dense, and report this"
-# The same call may succeed later: out of memory, not initialized, invalid context, context is destroyed.
-_ADVICE_FOR_NOW = {2: _MEMORY, 3: _REPORT, _INVALID_CONTEXT: _REPORT, 709: _REPORT}
-
-
-class TryAgainError(RacError):
-    """The driver refused a call for a reason that may pass, such as too little memory."""
 
 
 def bindings() -> Any:
@@ -75,15 +67,10 @@ class Module:
         attribute = (
             self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         )
-        function = self._call("cuModuleGetFunction", self._module, name.encode(), what=name)
+        function = self._call("cuModuleGetFunction", self._module, name.encode())
         if shared_bytes:
-            self._call("cuFuncSetAttribute", function, attribute, shared_bytes, what=name)
-        # Otherwise the first launch would load it. Drivers before CUDA 12.4 do not have it: the binding has the name, and raises.
-        try:
-            load, answer = "cuFuncLoad", self._driver.cuFuncLoad(function)
-        except (AttributeError, RuntimeError):
-            return function
-        self._check(name, load, answer)
+            self._call("cuFuncSetAttribute", function, attribute, shared_bytes)
+        self._call("cuFuncLoad", function)  # otherwise the first launch would load it
         return function
 
     def launch(
@@ -92,40 +79,20 @@ class Module:
         """Queue a kernel on a stream; `arguments` are those of PARAMETERS, pointers as integers."""
         function, shared_bytes = self._functions[name]
         parameters = (tuple(arguments), PARAMETERS)
+        self._call("cuCtxSetCurrent", self._context)  # this thread may not have used a GPU yet
         launch = (function, *grid, 1, threads, 1, 1, shared_bytes, stream, parameters, 0)
-        answer = self._answer(name, "cuLaunchKernel", launch)
-        if int(answer[0]) == _INVALID_CONTEXT:  # of a thread that has not used a GPU yet
-            self._call("cuCtxSetCurrent", self._context)
-            answer = self._answer(name, "cuLaunchKernel", launch)
-        self._check(name, "cuLaunchKernel", answer)
+        self._call("cuLaunchKernel", *launch)
 
-    def _call(self, function: str, *arguments: Any, what: str = "") -> Any:
-        """What a function of the driver returns."""
-        return self._check(what, function, self._answer(what, function, arguments))
-
-    def _answer(self, what: str, function: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _call(self, function: str, *arguments: Any) -> Any:
+        """Return what a function of the driver returns."""
         try:
-            answer: tuple[Any, ...] = getattr(self._driver, function)(*arguments)
-        except (
-            AttributeError,
-            RuntimeError,
-        ) as error:  # the binding, the driver or a function of it is missing
+            status, *values = getattr(self._driver, function)(*arguments)
+        except (AttributeError, RuntimeError) as error:  # the driver or a function of it is missing
             raise RacError(
-                f"{_named(what, function)} cannot be called ({error}); install or update NVIDIA's driver, and see that "
-                "`nvidia-smi` lists the GPU"
+                f"{function} cannot be called ({error}); install or update NVIDIA's driver, and see that `nvidia-smi` lists "
+                "the GPU"
             ) from error
-        return answer
-
-    def _check(self, what: str, function: str, answer: tuple[Any, ...]) -> Any:
-        status, *values = answer
-        number, name = int(status), getattr(status, "name", str(status))
-        if number:
-            text = f"{_named(what, function)}: the GPU's driver answers {name}; "
-            if number in _ADVICE_FOR_NOW:
-                raise TryAgainError(text + _ADVICE_FOR_NOW[number])
-            raise RacError(text + (_UPDATE if number in _CODE_REFUSED else _REPORT))
+        if status:
+            advice = _UPDATE if status in _CODE_REFUSED else _REPORT
+            raise RacError(f"{function}: the GPU's driver answers {status}; {advice}")
         return values[0] if values else None
-
-
-def _named(what: str, function: str) -> str:
-    return f"{what}: {function}" if what else function

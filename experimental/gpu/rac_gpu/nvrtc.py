@@ -11,17 +11,14 @@ from pathlib import Path
 from rac_modifier.errors import RacError
 
 INSTALL = "pip install nvidia-cuda-nvrtc"
-_SONAMES = ("libnvrtc.so.13", "libnvrtc.so.12")
+_NAME = "libnvrtc.so.13"
 
 
 class Compiler:
-    """A loaded NVRTC library. `version` is (major, minor)."""
+    """A loaded NVRTC library."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
-        major, minor = ctypes.c_int(), ctypes.c_int()
-        self._call("nvrtcVersion", ctypes.byref(major), ctypes.byref(minor))
-        self.version = (major.value, minor.value)
 
     def build(
         self, sources: Mapping[str, str], name: str, options: Sequence[str]
@@ -50,9 +47,7 @@ class Compiler:
                 .decode(errors="replace")
             )
             if status:
-                raise RacError(
-                    f"{name}: {self._error(status)} with NVRTC {self.version} and {list(options)}: {log[:2000]}"
-                )
+                raise RacError(f"{name}: {self._error(status)} with {list(options)}: {log[:2000]}")
             return self._text("nvrtcGetCUBINSize", "nvrtcGetCUBIN", program), log
         finally:
             self._library.nvrtcDestroyProgram(ctypes.byref(program))
@@ -77,33 +72,20 @@ class Compiler:
 
 @lru_cache(maxsize=1)
 def load() -> Compiler:
-    """The compiler of this environment: the newest of the nvidia packages that are installed, else the system's.
+    """The compiler of this environment: that of nvidia-cuda-nvrtc, else the system's.
 
     Raises:
         RacError: there is none, or it does not load.
     """
-    reasons = []
-    for path in [*_packaged(), *_SONAMES]:
-        try:
-            if isinstance(path, Path):  # NVRTC opens its other library by name only
-                for builtins in sorted(path.parent.glob("libnvrtc-builtins.so*")):
-                    ctypes.CDLL(str(builtins), ctypes.RTLD_GLOBAL)
-            return Compiler(ctypes.CDLL(str(path)))
-        except OSError as error:
-            reasons.append(str(error))
-    raise RacError(f"NVRTC is not installed ({reasons[0]}); {INSTALL}")
-
-
-def _packaged() -> list[Path]:
-    """Libraries of nvidia-cuda-nvrtc (nvidia/cu13/lib) and nvidia-cuda-nvrtc-cu12 (nvidia/cuda_nvrtc/lib), newest first."""
-    folders = [Path(entry) / "nvidia" for entry in sys.path if entry]
-    found = [
-        path
-        for folder in folders
-        for path in folder.glob("*/lib/libnvrtc.so.*")
-        if "alt" not in path.name
-    ]
-    return sorted(found, key=lambda path: path.name, reverse=True)
+    folders = (Path(entry) / "nvidia/cu13/lib" for entry in sys.path if entry)
+    found = next((path for path in folders if (path / _NAME).is_file()), None)
+    try:
+        if found is not None:  # NVRTC opens its other library by name only
+            for builtins in found.glob("libnvrtc-builtins.so*"):
+                ctypes.CDLL(str(builtins), ctypes.RTLD_GLOBAL)
+        return Compiler(ctypes.CDLL(_NAME if found is None else str(found / _NAME)))
+    except OSError as error:
+        raise RacError(f"NVRTC is not installed ({error}); {INSTALL}") from error
 
 
 def _strings(texts: Sequence[str]) -> ctypes.Array[ctypes.c_char_p]:

@@ -201,27 +201,6 @@ inline u32 to_bf16(float value) {
     return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
-// mma.m16n8k16 for bf16, PTX ISA "Matrix fragments for mma.m16n8k16 with floating point type". Operands: two registers of b.
-inline void mma_of_warp(int first) {
-    float a[16][16], b[16][8];
-    for (int lane = 0; lane < 32; lane++) {
-        const Operands& own = operands[first + lane];
-        const int g = lane / 4, t = lane % 4;
-        const u32 registers[4] = {own.a.x, own.a.y, own.a.z, own.a.w};
-        for (int half = 0; half < 2; half++) {
-            for (int r = 0; r < 4; r++) a[g + 8 * (r % 2)][2 * t + half + 8 * (r / 2)] = bf16(registers[r] >> (16 * half) & 0xffff);
-            for (int r = 0; r < 2; r++) b[2 * t + half + 8 * r][g] = bf16(own.b[r] >> (16 * half) & 0xffff);
-        }
-    }
-    for (int lane = 0; lane < 32; lane++)
-        for (int i = 0; i < 4; i++) {
-            const int row = lane / 4 + 8 * (i / 2), column = 2 * (lane % 4) + i % 2;
-            double sum = operands[first + lane].d[i];
-            for (int k = 0; k < 16; k++) sum += double(a[row][k]) * b[k][column];
-            operands[first + lane].d[i] = float(sum);
-        }
-}
-
 // mma.sp::ordered_metadata.m16n8k32 for bf16, PTX ISA "Matrix fragments for sparse mma.m16n8k32".
 inline void mma_sparse_of_warp(int first, int selector) {
     float a[16][32] = {}, b[32][8];
@@ -260,7 +239,6 @@ inline void mma_sparse_of_warp(int first, int selector) {
 
 inline u32 thread_index() { return emulator::self; }
 inline u32 warp_index() { return emulator::self / 32; }
-inline u32 kept(u32 value) { return value; }
 inline int block_x() { return emulator::block_number[0]; }
 inline int block_y() { return emulator::block_number[1]; }
 
@@ -284,13 +262,6 @@ inline void cp_async_commit() {
 }
 
 inline uint4 shared_load16(u32 at) { uint4 v; memcpy(&v, emulator::shared_read(at, 16), 16); return v; }
-inline u32 shared_load1(u32 at) { return emulator::shared_read(at / 4 * 4, 4)[at % 4]; }
-inline u32 shared_load2(u32 at) {
-    if (at % 2) emulator::fail("misaligned access of 2 bytes to shared memory at " + std::to_string(at));
-    uint16_t v;
-    memcpy(&v, emulator::shared_read(at / 4 * 4, 4) + at % 4, 2);
-    return v;
-}
 inline u32 shared_load4(u32 at) { u32 v; memcpy(&v, emulator::shared_read(at, 4), 4); return v; }
 inline uint2 shared_load8(u32 at) { uint2 v; memcpy(&v, emulator::shared_read(at, 8), 8); return v; }
 inline float shared_load_float(u32 at) { float v; memcpy(&v, emulator::shared_read(at, 4), 4); return v; }
@@ -315,16 +286,6 @@ inline void ldmatrix(u32 (&b)[4], u32 at) {
     });
 }
 
-inline void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-    using namespace emulator;
-    Operands& own = operands[self];
-    own.a = {a[0], a[1], a[2], a[3]};
-    own.d = d;
-    own.b[0] = b0;
-    own.b[1] = b1;
-    meet(warp(), "mma", [&] { mma_of_warp(self / 32 * 32); });
-}
-
 template <int SELECTOR>
 void mma_sparse(float (&d)[4], uint4 a, const u32 (&b)[4], u32 metadata) {
     using namespace emulator;
@@ -338,23 +299,6 @@ void mma_sparse(float (&d)[4], uint4 a, const u32 (&b)[4], u32 metadata) {
 
 inline u32 and_or(u32 a, u32 b, u32 c) { return (a & b) | c; }
 
-inline u32 two_halves(u32 low, u32 high) { return (low & 0xffff) | high << 16; }
-
-// prmt.b32 without a mode: bit 3 of a nibble repeats the sign of the byte that its other bits choose.
-inline u32 choose_bytes(u32 low, u32 high, u32 which) {
-    u32 d = 0;
-    for (int k = 0; k < 4; k++) {
-        const u32 nibble = which >> 4 * k & 15, byte = (uint64_t(high) << 32 | low) >> 8 * (nibble & 7) & 0xff;
-        d |= (nibble & 8 ? byte & 0x80 ? 0xff : 0 : byte) << 8 * k;
-    }
-    return d;
-}
-
-// shf.r.wrap.b32
-inline u32 funnel_shift(u32 low, u32 high, u32 bits) { return u32((uint64_t(high) << 32 | low) >> (bits & 31)); }
-
-inline u32 count_bits(u32 word) { return __builtin_popcount(word); }
-
 inline u32 fma_bf16x2(u32 a, u32 b, u32 c) {
     using namespace emulator;
     u32 d = 0;
@@ -365,12 +309,8 @@ inline u32 fma_bf16x2(u32 a, u32 b, u32 c) {
 
 inline u32 global_load2(const u8* at) { uint16_t v; memcpy(&v, emulator::global_read(at, 2), 2); return v; }
 inline u32 global_load4(const u8* at) { u32 v; memcpy(&v, emulator::global_read(at, 4), 4); return v; }
-inline uint4 global_load16(const u8* at) { uint4 v; memcpy(&v, emulator::global_read(at, 16), 16); return v; }
-inline float as_float(u32 bits) { float v; memcpy(&v, &bits, 4); return v; }
 inline float bf16_value(u32 bits) { return emulator::bf16(bits); }
 inline u32 bf16_bits(float value) { return emulator::to_bf16(value); }
-inline float global_load_float(const u8* at) { float v; memcpy(&v, emulator::global_read(at, 4), 4); return v; }
 inline float global_load_bf16(const u8* at) { return emulator::bf16(global_load2(at)); }
 inline void global_store_bf16(u8* at, float value) { const uint16_t v = emulator::to_bf16(value); emulator::global_write(at, &v, 2); }
-inline void global_store16(u8* at, uint4 value) { emulator::global_write(at, &value, 16); }
 inline void global_store8(u8* at, uint2 value) { emulator::global_write(at, &value, 8); }

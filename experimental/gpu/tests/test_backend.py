@@ -1,241 +1,153 @@
-"""The three functions of the GPU backend: decisions with their reasons, and products end to end on the fake GPU."""
+"""The three functions of the backend: decisions with their reasons, and products end to end on the emulator."""
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import tomllib
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import rac_gpu
 import torch
-from rac_gpu import backend, library
+from rac_gpu import backend, check, library
+from rac_gpu.check import random_weight
 from rac_gpu.library import Device
 
 from rac_modifier.errors import RacError
-from rac_modifier.formats.stored_weight import StoredWeight
-from rac_modifier.kernels.interface import Layer
-from tests.fake_gpu import FakeDriver, Status
-from tests.weights import (
-    assert_product,
-    bf16_weight,
-    fp8_weight,
-    grouped_weight,
-    int4_any_weight,
-    int4_weight,
-    int8_weight,
-    kept_of_four,
-    unstructured_weight,
-)
+from rac_modifier.kernels import choose
+from rac_modifier.kernels.interface import Backend, Layer
+from tests.conftest import H100, STREAM, assert_product
 
 BF16 = torch.bfloat16
-HALF = Layer(4096, 4096, 0.5, BF16, BF16, 4096, two_of_four=True)
-EIGHT_BITS = replace(HALF, stored=torch.int8)
-FOUR_BITS = replace(HALF, stored=torch.int32, group=128, group_bytes=2)
-FP8 = replace(HALF, stored=torch.float8_e4m3fn)
+LAYER = Layer(4096, 4096, 0.5, torch.int32, BF16, 128, group_bytes=2, two_of_four=True)
 
 
-def int8_24_weight(rows: int, columns: int):
-    return int8_weight(rows, columns, kept_of_four(rows, columns).float())
-
-
-ANY = replace(HALF, two_of_four=False)
-
-
-@pytest.mark.parametrize(
-    ("layer", "kernel", "size"),
-    [
-        (HALF, "2:4", 1.125),
-        (FOUR_BITS, "2:4 int4", 0.390625),
-        (replace(FOUR_BITS, group_bytes=4), "2:4 int4 with fp32 scales", 0.40625),
-        (EIGHT_BITS, "2:4 int8", 0.625 + 4 / 4096),
-        (FP8, "2:4 fp8", 0.625 + 4 / 4096),
-        (replace(EIGHT_BITS, group=128), "2:4 int8", 0.65625),
-        (replace(FP8, group=64), "2:4 fp8", 0.6875),
-        (replace(FP8, group=192), "2:4 fp8", 0.6875),
-    ],
-)
-def test_it_says_that_it_was_not_measured(gpu, layer, kernel, size):
-    decision = rac_gpu.can_run(layer)
-    assert decision.sparse
-    assert decision.kernel == f"sparse GPU kernel {kernel}"
+def test_rac_modifier_finds_it_and_its_functions_have_the_parameters_of_the_protocol(
+    gpu, monkeypatch
+):
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    assert importlib.import_module(project["entry-points"][choose.GROUP]["cuda"]) is rac_gpu
+    for name in ("can_run", "pack", "linear"):
+        expected = list(inspect.signature(getattr(Backend, name)).parameters)[1:]
+        assert list(inspect.signature(getattr(rac_gpu, name)).parameters) == expected
+    monkeypatch.setitem(choose.BACKENDS, "cuda", rac_gpu)
+    decision, found = choose.choose(LAYER, "cuda")
+    assert found is rac_gpu
     assert "never run on a GPU" in decision.reason
-    assert (decision.bytes_per_weight, decision.dense_bytes) == (size, 2.0)
+    assert decision.bytes_per_weight == 4 / 8 / 2 + 2 / 8 / 2 + 2 / 128
 
 
 @pytest.mark.parametrize(
-    ("layer", "reason"),
+    "changed",
     [
-        (
-            replace(HALF, served=torch.float16),
-            "it is served in torch.float16; the GPU kernels multiply bfloat16",
-        ),
-        (
-            replace(FOUR_BITS, two_of_four=False, group=96),
-            "there is no GPU kernel for int4 in groups of 96; the kernels take bfloat16, and int8, float8_e4m3fn and int4 "
-            "with one scale per row or in groups of a multiple of 64",
-        ),
-        (replace(FOUR_BITS, density=1.0, word_bits=3), "there is no GPU kernel for int3"),
-        (
-            replace(ANY, stored=torch.int8, group=96),
-            "there is no GPU kernel for int8 in groups of 96; the kernels",
-        ),
-        (
-            replace(ANY, stored=torch.int8, zero_points=True),
-            "its values have zero points; the GPU kernels take symmetric",
-        ),
-        (
-            replace(ANY, stored=torch.int8, columns=70400, group=70400),
-            "its 70400 columns are more than the 65536",
-        ),
-        (
-            replace(ANY, density=0.9),
-            r"packed it takes about 2.01 bytes per weight instead of 2: at most 1.00x faster",
-        ),
-        (
-            replace(ANY, columns=70400),
-            "its 70400 columns are more than the 65536 of the GPU kernel for any pattern",
-        ),
-        (
-            replace(ANY, served=torch.float16),
-            "it is served in torch.float16; the GPU kernels multiply bfloat16",
-        ),
-        (
-            replace(FOUR_BITS, zero_points=True),
-            "its values have zero points; the GPU kernels take symmetric int4 and int8",
-        ),
-        (replace(FOUR_BITS, group=32), "there is no GPU kernel for int4 in groups of 32"),
-        (
-            replace(HALF, stored=torch.int8, group=32),
-            "there is no GPU kernel for int8 in groups of 32",
-        ),
-        (
-            replace(HALF, stored=torch.float8_e5m2),
-            "there is no GPU kernel for float8_e5m2; the kernels take",
-        ),
-        (replace(FP8, group=32), "there is no GPU kernel for float8_e4m3fn in groups of 32"),
-        (
-            replace(FP8, served=torch.float16),
-            "it is served in torch.float16; the GPU kernels multiply bfloat16",
-        ),
-        (replace(HALF, columns=100), "its 100 columns are no multiple of 8"),
+        {"served": torch.float16},
+        {"group": 32},
+        {"group_bytes": 4},
+        {"two_of_four": False},
+        {"zero_points": True},
+        {"word_bits": 3},
+        {"stored": torch.int8},
+        {"columns": 100, "group": 100},
     ],
 )
-def test_dense_has_its_reason(gpu, layer, reason):
-    decision = rac_gpu.can_run(layer)
-    assert not decision.sparse
-    assert decision.kernel == "dense"
-    assert decision.reason.startswith(f"dense because {reason}")
-    assert gpu.calls == []
+def test_a_layer_that_no_kernel_takes_stays_dense(gpu, changed):
+    decision = rac_gpu.can_run(replace(LAYER, **changed))
+    assert (decision.sparse, decision.kernel) == (False, "dense")
+    assert decision.reason.startswith("dense because ")
 
 
-@pytest.mark.parametrize(
-    ("device", "reason"),
-    [
-        (None, "torch finds no CUDA device"),
-        (Device(0, (7, 5), 40), "sm_75 has no cp.async and no mma.sp; sm_80 is the first that has"),
-    ],
-)
-def test_a_device_that_cannot(gpu, monkeypatch, device, reason):
-    monkeypatch.setattr(library, "current_device", lambda: device)
-    assert rac_gpu.can_run(HALF).reason == f"dense because {reason}"
+def test_a_device_that_cannot_leaves_the_layer_dense(monkeypatch):
+    for device in (None, Device(0, (7, 5), 40)):
+        monkeypatch.setattr(library, "current_device", lambda device=device: device)
+        assert not rac_gpu.can_run(LAYER).sparse
+
+    def refuse(*arguments: object) -> None:
+        raise RacError("no compiler")
+
+    monkeypatch.setattr(library, "current_device", lambda: H100)
+    monkeypatch.setattr(library, "compiled", refuse)
+    monkeypatch.setattr(library, "_loaded", {})
+    assert rac_gpu.can_run(LAYER).reason == "dense because no compiler"
+    with pytest.raises(RacError, match=r"no GPU kernels are loaded on device 0 \(no compiler\)"):
+        library.module(H100, 128)
 
 
-def test_what_does_not_load_stays_dense(gpu):
-    gpu.refuses = Status.CUDA_ERROR_NO_BINARY_FOR_GPU
-    reason = rac_gpu.can_run(HALF).reason
-    assert reason.startswith(
-        "dense because cuModuleLoadData: the GPU's driver answers CUDA_ERROR_NO_BINARY_FOR_GPU"
-    )
-    with pytest.raises(RacError, match="layer: cuModuleLoadData"):
-        rac_gpu.pack(bf16_weight(16, 64), BF16)
-
-
-@pytest.mark.parametrize("tokens", [1, 9, 40, 257])
-@pytest.mark.parametrize(
-    "make",
-    [
-        bf16_weight,
-        lambda rows, columns: int4_weight(rows, columns, 64),
-        lambda rows, columns: int4_weight(rows, columns, 64, scales=torch.float16),
-        unstructured_weight,
-        int8_weight,
-        lambda rows, columns: int4_any_weight(64, rows, columns),
-        int8_24_weight,
-        lambda rows, columns: grouped_weight(
-            int8_weight, 64, rows, columns, kept_of_four(rows, columns).float()
-        ),
-        lambda rows, columns: grouped_weight(fp8_weight, 64, rows, columns, 0.4),
-        lambda rows, columns: fp8_weight(rows, columns, kept_of_four(rows, columns).float()),
-    ],
-    ids=[
-        "bf16",
-        "int4",
-        "int4 with scales of float16",
-        "unstructured",
-        "unstructured int8",
-        "unstructured int4",
-        "int8",
-        "int8 in groups",
-        "unstructured fp8 in groups",
-        "fp8",
-    ],
-)
-def test_packed_and_multiplied_as_the_dense_weight(gpu: FakeDriver, make, tokens):
-    weight = make(50, 192)
-    check_product(weight, tokens)
-
-
-def test_without_a_driver_or_a_function_of_it_a_layer_stays_dense_with_the_reason(gpu, monkeypatch):
-    """`cuda-bindings` has every name, and raises RuntimeErrors of its own at the call."""
-
-    def missing(*arguments: object) -> None:
-        raise RuntimeError(
-            '"cuda" is an NVIDIA driver library and can only be found via system search'
-        )
-
-    monkeypatch.setattr(FakeDriver, "cuInit", missing)
-    decision = rac_gpu.can_run(HALF)
-    assert not decision.sparse
-    assert decision.reason == (
-        'dense because cuInit cannot be called ("cuda" is an NVIDIA driver library and can only be found via system search); '
-        "install or update NVIDIA's driver, and see that `nvidia-smi` lists the GPU"
-    )
-    with pytest.raises(RacError, match="layer: cuInit cannot be called"):
-        rac_gpu.pack(bf16_weight(16, 64), BF16)
-
-
-def check_product(weight: StoredWeight, tokens: int) -> None:
+@pytest.mark.parametrize("tokens", [1, 9, 40, 140])
+def test_packed_and_multiplied_as_the_dense_weight(gpu, monkeypatch, tokens):
+    monkeypatch.setattr(backend, "_SCRATCH_BYTES", 2 * 192 * 40)  # 40 rows: two tiles at a time
+    weight = random_weight(50, 192, 64)
     packed = rac_gpu.pack(weight, BF16)
     x, bias = torch.randn(tokens, 192).to(BF16), torch.randn(50).to(BF16)
-    y = rac_gpu.linear(x, packed, 50, 192, bias)
-    assert y.dtype == BF16
-    dense = weight.dequantized(BF16 if tokens >= 129 else torch.float64)  # expanded, it is rounded
-    assert_product(y, x, dense.double(), bias)
+    dense = weight.dequantized(BF16 if tokens > 64 else torch.float64)  # expanded, it is rounded
+    assert_product(rac_gpu.linear(x, packed, 50, 192, bias), x, dense.double(), bias)
+    assert {launch.stream for launch in gpu} == {STREAM}
+    assert [launch.values[-1] for launch in gpu] == ([0, 2] if tokens > 64 else [0])
     assert rac_gpu.linear(x.view(1, tokens, 192), packed, 50, 192).shape == (1, tokens, 50)
+    assert rac_gpu.linear(x[:0], packed, 50, 192).shape == (0, 50)
+    wide = torch.cat([x, x], dim=1)[:, 1:193]  # a view at any address
+    assert torch.equal(
+        rac_gpu.linear(wide, packed, 50, 192), rac_gpu.linear(wide.clone(), packed, 50, 192)
+    )
 
 
-def test_what_no_kernel_reads_is_refused(gpu):
-    with pytest.raises(
-        RacError, match=r"layer: torch\.bfloat16 served in torch\.float16 has no GPU kernel here"
-    ):
-        rac_gpu.pack(bf16_weight(16, 64), torch.float16)
-
-
-def test_too_little_memory_is_said(gpu, monkeypatch):
-    def full(device: Device) -> torch.device:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(backend, "torch_device", full)
-    with pytest.raises(
-        RacError, match=r"layer: 9 MB do not fit into the GPU's memory .*--tensor-parallel-size"
-    ):
-        rac_gpu.pack(bf16_weight(2048, 4096), BF16)
+def test_a_batch_invariant_server_gets_the_same_bits_alone_and_among_others(gpu, monkeypatch):
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    packed, x = rac_gpu.pack(random_weight(48, 128, 128), BF16), torch.randn(140, 128).to(BF16)
+    every = rac_gpu.linear(x, packed, 48, 128)
+    assert torch.equal(rac_gpu.linear(x[3:4], packed, 48, 128), every[3:4])
 
 
 def test_under_torch_compile(gpu):
-    weight = bf16_weight(32, 128)
-    packed = rac_gpu.pack(weight, BF16)
+    packed = rac_gpu.pack(random_weight(32, 128, 128), BF16)
     step = torch.compile(
         lambda x: rac_gpu.linear(x, packed, 32, 128) * 2, fullgraph=True, backend="aot_eager"
     )
     x = torch.randn(3, 128).to(BF16)
     assert torch.equal(step(x), rac_gpu.linear(x, packed, 32, 128) * 2)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"x": torch.zeros(1, 128)},
+        {"x": torch.zeros(1, 64, dtype=BF16)},
+        {"x": torch.zeros(1, 100, dtype=BF16), "columns": 100},
+        {"rows": 64},
+        {"data": torch.zeros(4, dtype=torch.uint8)},
+        {"group": 64},
+        {"group": 96},
+        {"bias": torch.zeros(47, dtype=BF16)},
+        {"bias": torch.zeros(48)},
+        {"bias": torch.zeros(48, dtype=BF16, device="meta")},
+    ],
+)
+def test_what_does_not_fit_is_refused_before_a_launch(gpu, changed):
+    data = rac_gpu.pack(random_weight(48, 128, 128), BF16)["weight_packed"]
+    x = torch.zeros(1, 128, dtype=BF16)
+    arguments = {"x": x, "data": data, "group": 128, "rows": 48, "columns": 128, "bias": None}
+    backend._forward(**arguments)
+    with pytest.raises(RacError):
+        backend._forward(**arguments | changed)
+    assert len(gpu) == 1
+
+
+def test_what_cannot_be_packed_is_refused(gpu):
+    with pytest.raises(RacError, match=r"served in torch\.float16 have no GPU kernel here"):
+        rac_gpu.pack(random_weight(32, 128, 128), torch.float16)
+
+
+def test_the_check_launches_every_program_and_stops_at_a_wrong_result(gpu, monkeypatch):
+    rows = [*check.check_programs("cpu", 24, 136), *check.check_linear("cpu", [(37, 200)], [1, 90])]
+    assert {row["program"] for row in rows[:18]} <= {launch.name for launch in gpu}
+    assert all(0 < row["error"] <= 1 for row in rows)
+    right = backend.run_program
+
+    def wrong(device, program, x, data, bias, out):
+        right(device, program, x, data, bias, out)
+        out[-1, 3] *= 1.03
+
+    monkeypatch.setattr(check, "run_program", wrong)
+    with pytest.raises(RacError, match=r"rac_24_int4_r1_t1 .*\[16, 128\].*: wrong by"):
+        list(check.check_programs("cpu", 16, 128))

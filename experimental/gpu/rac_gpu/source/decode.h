@@ -5,7 +5,6 @@
 // products. At the end the warps' sums are added in a fixed order: the same input gives the same bits.
 //
 // FORMAT says what a unit is: the weights of 16 rows and FORMAT::COLUMNS columns, FORMAT::BYTES, in the order that lanes read.
-// ROW_SCALES: 0, or what sums are multiplied by, times the scale of their row.
 // Lane l of a warp: g = l / 4, t = l % 4. Sums d[0], d[1] are row g, tokens 2t, 2t + 1; d[2], d[3] are row g + 8.
 #pragma once
 
@@ -13,10 +12,9 @@
 
 // The end of a kernel: adds the sums of all warps in their order, and the bias, and stores the result. Warp w has WARP_BYTES of shared
 // memory from w WARP_BYTES on, in which a lane writes words whose number is its own plus a multiple of 32: no other lane may still read
-// them. `row`: number thread_index() % (16 ROW_TILES) of the block's rows, where it is in the result; `scale`: that its sums are multiplied by.
+// them. `row`: number thread_index() % (16 ROW_TILES) of the block's rows, where it is in the result.
 template <int ROW_TILES, int TOKEN_TILES, int WARPS, int WARP_BYTES>
-DEVICE void add_warps(const float (&sum)[ROW_TILES][TOKEN_TILES][4], const u8* bias, u8* out, int row, int rows, int token0, int tokens,
-                      float scale = 1.0f) {
+DEVICE void add_warps(const float (&sum)[ROW_TILES][TOKEN_TILES][4], const u8* bias, u8* out, int row, int rows, int token0, int tokens) {
   static_assert(WARPS * 32 % (ROW_TILES * 16) == 0, "a thread's outputs are of one row");
   const u32 lane = thread_index() % 32, own = warp_index() * WARP_BYTES;
   UNROLL
@@ -34,18 +32,11 @@ DEVICE void add_warps(const float (&sum)[ROW_TILES][TOKEN_TILES][4], const u8* b
     float total = shared_load_float(at);
     UNROLL
     for (int w = 1; w < WARPS; w++) total += shared_load_float(w * WARP_BYTES + at);
-    total *= scale;
-    if (u32(row) < u32(rows) && token < tokens) {  // also of a damaged order of rows
+    if (u32(row) < u32(rows) && token < tokens) {
       if (bias != nullptr) total += global_load_bf16(bias + row * 2);
       global_store_bf16(out + (static_cast<long long>(token) * rows + row) * 2, total);
     }
   }
-}
-
-// Where the scale of a row is, of FORMATs with ROW_SCALES.
-template <class FORMAT>
-DEVICE const u8* row_scale(const u8* weight, int rows, int units, int row) {
-  return weight + static_cast<long long>((rows + 15) / 16) * units * FORMAT::BYTES + row * 4ll;
 }
 
 template <class FORMAT_, int ROW_TILES_, int TOKEN_TILES_, int UNITS_, int STAGES_, int WARPS_>
@@ -76,8 +67,8 @@ struct Decode {
   u32 lane, x_to;
   int columns, tokens, next_column;
 
-  // Starts the copies of the weights of this warp's next chunk.
-  DEVICE void load_weights(u32 to) {
+  // Starts the copies of this warp's next chunk to a stage: the weights, and rows of x.
+  DEVICE void load(u32 to) {
     UNROLL
     for (int r = 0; r < ROW_TILES; r++)
       UNROLL
@@ -86,24 +77,14 @@ struct Decode {
     for (int i = 0; i < OTHER_COPIES; i++)
       if (32 * i + 32 <= ALL_OTHERS || 32 * i + lane < ALL_OTHERS) cp_async(to + other_to[i], weight + other_from[i]);
     weight += WARPS * TILE_BYTES;
-  }
-
-  // Starts the copies of TOKENS rows of x of the same chunk.
-  template <int TOKENS>
-  DEVICE void load_x(u32 to) {
     const bool inside = next_column < columns;
     UNROLL
-    for (int i = 0; i < TOKENS; i += TOKENS_AT_ONCE) {
-      const u32 row = to + (x_to ^ (i % 8 * 16)) + i * PIECES * 16;
+    for (int i = 0; i < TOKEN_TILES * 8; i += TOKENS_AT_ONCE) {
+      const u32 row = to + WEIGHT_BYTES + (x_to ^ (i % 8 * 16)) + i * PIECES * 16;
       cp_async(row, x + static_cast<long long>(i) * columns * 2, inside && i + int(lane / PIECES) < tokens ? 16 : 0);
     }
     x += WARPS * COLUMNS * 2;
     next_column += WARPS * COLUMNS;
-  }
-
-  DEVICE void load(u32 stage) {
-    load_weights(stage);
-    load_x<TOKEN_TILES * 8>(stage + WEIGHT_BYTES);
   }
 
   DEVICE void multiply(u32 weights_at, u32 x_at, float (&sum)[ROW_TILES][TOKEN_TILES][4]) {
@@ -170,11 +151,6 @@ struct Decode {
         UNROLL
         for (int i = 0; i < 4; i++) sum[r][n][i] = 0.0f;
 
-    float scale = 1.0f;
-    if (FORMAT::ROW_SCALES) {
-      const int own = tile * 16 + thread_index() % (ROW_TILES * 16), scaled = own < rows ? own : 0;
-      scale = global_load_float(row_scale<FORMAT>(weight, rows, units, scaled)) * FORMAT::ROW_SCALES;
-    }
     const u32 ring = warp * RING_BYTES, end = ring + RING_BYTES;
     UNROLL
     for (int s = 0; s < STAGES - 1; s++) {
@@ -194,7 +170,7 @@ struct Decode {
 
     SYNC_WARP();
     const int row = tile * 16 + thread_index() % (ROW_TILES * 16);
-    add_warps<ROW_TILES, TOKEN_TILES, WARPS, RING_BYTES>(sum, bias, out, row, rows, token0, tokens, scale);
+    add_warps<ROW_TILES, TOKEN_TILES, WARPS, RING_BYTES>(sum, bias, out, row, rows, token0, tokens);
   }
 };
 

@@ -25,7 +25,6 @@ extern __shared__ __align__(128) u8 rac_shared[];
 
 DEVICE u32 thread_index() { return threadIdx.x; }
 DEVICE u32 warp_index() { return __shfl_sync(0xffffffff, threadIdx.x / 32, 0); }  // the compiler sees that it is one per warp
-DEVICE u32 kept(u32 value) { return __shfl_sync(0xffffffff, value, threadIdx.x % 32); }  // the compiler does not compute it again
 DEVICE int block_x() { return blockIdx.x; }
 DEVICE int block_y() { return blockIdx.y; }
 
@@ -43,8 +42,6 @@ DEVICE void cp_async(u32 shared, const u8* global) {
 DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 DEVICE uint4 shared_load16(u32 at) { return *reinterpret_cast<const uint4*>(rac_shared + at); }
-DEVICE u32 shared_load1(u32 at) { return rac_shared[at]; }
-DEVICE u32 shared_load2(u32 at) { return *reinterpret_cast<const unsigned short*>(rac_shared + at); }
 DEVICE u32 shared_load4(u32 at) { return *reinterpret_cast<const u32*>(rac_shared + at); }
 DEVICE uint2 shared_load8(u32 at) { return *reinterpret_cast<const uint2*>(rac_shared + at); }
 DEVICE float shared_load_float(u32 at) { return *reinterpret_cast<const float*>(rac_shared + at); }
@@ -69,35 +66,12 @@ DEVICE void mma_sparse(float (&d)[4], uint4 a, const u32 (&b)[4], u32 metadata) 
       : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(metadata), "n"(SELECTOR));
 }
 
-// d += A B for A [16, 16], B [16, 8], bf16, summed in fp32.
-DEVICE void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
 // (a & b) | c. nvcc makes two instructions of it where b and c are constants.
 DEVICE u32 and_or(u32 a, u32 b, u32 c) {
   u32 d;
   asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
   return d;
 }
-
-// The low halves of two registers as one.
-DEVICE u32 two_halves(u32 low, u32 high) { return __byte_perm(low, high, 0x5410); }
-
-// Four of the eight bytes of low and high; nibble k of `which` says which is byte k, plus 8: eight times that byte's sign. The upper half of
-// `which` is not read.
-DEVICE u32 choose_bytes(u32 low, u32 high, u32 which) {
-  u32 d;
-  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(low), "r"(high), "r"(which));  // __byte_perm masks `which`
-  return d;
-}
-
-// The low word of 64 bits, shifted to the right by the low five bits of `bits`.
-DEVICE u32 funnel_shift(u32 low, u32 high, u32 bits) { return __funnelshift_r(low, high, bits); }
-
-DEVICE u32 count_bits(u32 word) { return __popc(word); }
 
 // a * b + c for two bf16 each, rounded once; numbers below 2^-126 too.
 DEVICE u32 fma_bf16x2(u32 a, u32 b, u32 c) {
@@ -108,9 +82,6 @@ DEVICE u32 fma_bf16x2(u32 a, u32 b, u32 c) {
 
 DEVICE u32 global_load2(const u8* at) { return *reinterpret_cast<const unsigned short*>(at); }
 DEVICE u32 global_load4(const u8* at) { return *reinterpret_cast<const u32*>(at); }
-DEVICE uint4 global_load16(const u8* at) { return *reinterpret_cast<const uint4*>(at); }
-DEVICE float global_load_float(const u8* at) { return *reinterpret_cast<const float*>(at); }
-DEVICE float as_float(u32 bits) { return __uint_as_float(bits); }
 DEVICE float bf16_value(u32 bits) { return __uint_as_float(bits << 16); }
 // Rounded to nearest even.
 DEVICE u32 bf16_bits(float value) {
@@ -120,7 +91,6 @@ DEVICE u32 bf16_bits(float value) {
 }
 DEVICE float global_load_bf16(const u8* at) { return bf16_value(global_load2(at)); }
 DEVICE void global_store_bf16(u8* at, float value) { *reinterpret_cast<unsigned short*>(at) = bf16_bits(value); }
-DEVICE void global_store16(u8* at, uint4 value) { *reinterpret_cast<uint4*>(at) = value; }
 DEVICE void global_store8(u8* at, uint2 value) { *reinterpret_cast<uint2*>(at) = value; }
 
 #endif

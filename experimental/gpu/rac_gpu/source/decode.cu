@@ -1,10 +1,11 @@
-// 2:4 weights of four bits, with a scale per row and GROUP columns; compiled for each GROUP, 64 or 128, and type of scale. A unit is 16 rows and 128 columns: four products of 32.
-//   bytes 16 l + 4 j: lane l's values of product j, eight nibbles. Nibble r + 4 b is value b of register r (sparse24_bf16.cu
-//     says which weights these are), plus 8.
-//   bytes 512 + 128 p + 4 l: lane l's metadata of products 2p and 2p + 1, as in sparse24_bf16.cu.
-//   from byte 768 on, the scales of columns s GROUP to (s + 1) GROUP of the unit. With BF16_SCALES, bytes 768 + 32 s + 4 g: bf16, those of rows
-//     g and g + 8. Otherwise bytes 768 + 64 s + 4 i: fp32, that of row i.
-#include "wide.h"
+// 2:4 weights of four bits, with a scale per row and GROUP columns, 64 or 128; compiled for each GROUP. A unit is 16 rows and 128
+// columns: four products of 32. Lane l of a warp: g = l / 4, t = l % 4.
+//   bytes 16 l + 4 j: lane l's values of product j, eight nibbles. Nibble r + 4 b is value b of register r, plus 8: one of the two that
+//     are stored of columns 4 t to 4 t + 3 (r < 2) or 16 + 4 t to 16 + 4 t + 3 of row g + 8 (r % 2).
+//   bytes 512 + 128 p + 4 l: lane l's metadata of products 2 p and 2 p + 1. The lanes with t < 2 serve the first one, the others the
+//     second; with t even columns 0 to 15, with t odd 16 to 31. Bits 16 h + 4 k: i0 | i1 << 2 of columns 4 k to 4 k + 3, of row g + 8 h.
+//   bytes 768 + 32 s + 4 g: bf16, the scales of rows g and g + 8 of columns s GROUP to (s + 1) GROUP.
+#include "decode.h"
 
 // Values b = 0 and b = 1 of register r, as bf16: 0x4300 is 128, whose last mantissa bit is worth 1, so 0x4300 | n is 128 + n.
 // Subtracting 136 is exact.
@@ -18,19 +19,9 @@ DEVICE uint4 eight_values(u32 word) {
   return a;
 }
 
-#ifndef GROUP
-#define GROUP 128
-#endif
-#ifdef BF16_SCALES
-constexpr int SCALE_BYTES = 2;
-#else
-constexpr int SCALE_BYTES = 4;
-#endif
-
 struct Int4 {
-  static constexpr int COLUMNS = 128, SCALES = COLUMNS / GROUP, BYTES = 768 + 16 * SCALE_BYTES * SCALES, PRODUCTS = 4;
+  static constexpr int COLUMNS = 128, SCALES = COLUMNS / GROUP, BYTES = 768 + 32 * SCALES, PRODUCTS = 4;
   static constexpr int PRODUCTS_PER_SCALE = GROUP / 32;
-  static constexpr float ROW_SCALES = 0.0f;
   u32 unit, lane, words[4], metadata[2];
 
   DEVICE void open(u32 unit_, u32 lane_) {
@@ -63,15 +54,13 @@ struct Int4 {
       if (product % 2 == 1) mma_sparse<1>(part[n], a, b[n], metadata[product / 2]);
     }
     if ((product + 1) % PRODUCTS_PER_SCALE == 0) {
-      const u32 at = unit + 768 + product / PRODUCTS_PER_SCALE * 16 * SCALE_BYTES + lane / 4 * 4;
-      const u32 word = shared_load4(at);  // of rows g and g + 8, or of row g
-      if (SCALE_BYTES == 2) add_scaled(sum, part, bf16_value(word), bf16_value(word >> 16));
-      if (SCALE_BYTES == 4) add_scaled(sum, part, as_float(word), shared_load_float(at + 32));
+      const u32 word = shared_load4(unit + 768 + product / PRODUCTS_PER_SCALE * 32 + lane / 4 * 4);  // of rows g and g + 8
+      add_scaled(sum, part, bf16_value(word), bf16_value(word >> 16));
     }
   }
 };
 
-// Dense rows, scaled and rounded to bf16, as rac_24_bf16_expand writes them.
+// Dense rows, scaled and rounded to bf16.
 KERNEL(rac_24_int4_expand, 128)
 (const u8* weight, const u8*, const u8*, u8* out, int rows, int columns, int, int units, int first_tile) {
   const u32 lane = thread_index() % 32, g = lane / 4, t = lane % 4;
@@ -86,8 +75,7 @@ KERNEL(rac_24_int4_expand, 128)
       const int in_tile = g + 8 * (r % 2), row = block_x() * 16 + in_tile, column = unit * 128 + j * 32 + r / 2 * 16 + t * 4;
       const u32 metadata = global_load4(from + 512 + j / 2 * 128 + (g * 4 + j % 2 * 2 + r / 2) * 4);
       const u32 places = metadata >> (16 * (r % 2) + 4 * t) & 15;
-      const u8* scales = from + 768 + j * 32 / GROUP * 16 * SCALE_BYTES;
-      const float scale = SCALE_BYTES == 2 ? global_load_bf16(scales + g * 4 + r % 2 * 2) : global_load_float(scales + in_tile * 4);
+      const float scale = global_load_bf16(from + 768 + j * 32 / GROUP * 32 + g * 4 + r % 2 * 2);
       const u32 values = two_values(word, r);
       const u32 low = bf16_bits(scale * bf16_value(values & 0xffff)), high = bf16_bits(scale * bf16_value(values >> 16));
       if (first_tile * 16 + row < rows && column < columns) {
@@ -107,6 +95,3 @@ DECODE_KERNEL(rac_24_int4_r2_t4, Int4, 2, 4, 1, 4, 2)
 DECODE_KERNEL(rac_24_int4_r4_t1, Int4, 4, 1, 1, 4, 4)
 DECODE_KERNEL(rac_24_int4_r4_t2, Int4, 4, 2, 1, 3, 4)
 DECODE_KERNEL(rac_24_int4_r4_t4, Int4, 4, 4, 1, 3, 2)
-// 128 rows: token tiles, units per chunk, stages.
-WIDE_KERNEL(rac_24_int4_r8_t4, Int4, 4, 1, 5)
-WIDE_KERNEL(rac_24_int4_r8_t8, Int4, 8, 1, 4)
