@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from rac_modifier.calibration.trace_pool import collect_for_calibration
 from rac_modifier.errors import RacError, refusing
+from rac_modifier.reasoner import reasoner_path
 from rac_modifier.runtime.files import public_name, replacing
 from rac_modifier.sampling.model_identity import ModelIdentity
 from rac_modifier.settings.calibration import CalibrationSettings
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from datasets import Dataset, Features
 
 Row = dict[str, Any]
-SUFFIXES = (".parquet", ".jsonl")
+FORMATS = ("parquet", "jsonl", "imatrix")
 _TRACE_COLUMNS = ("id", "problem_id", "finish_reason", "question", "answer")
 _BATCH = 1000  # rows that are written at a time
 
@@ -51,8 +52,8 @@ def trace_dataset(
     for a wrong setting, and as `collect_traces`.
 
     Args:
-        model: a folder, a Hugging Face id, or a model in memory. With `server`, the weights of a
-            folder or id are not loaded.
+        model: a folder, a Hugging Face id, "reasoner", or a model in memory. With `server`, the
+            weights of a folder or id are not loaded.
         tokens: prompt and completion tokens, at least. Sampling stops at this budget.
         problems: `traces.problems` of a recipe, or its `source` alone.
         server: addresses of OpenAI-compatible servers, or `traces.engine` of a recipe; default: the
@@ -82,13 +83,20 @@ def trace_dataset(
     calibration = check_settings(CalibrationSettings, budget, "trace_dataset")
     subject: Any = model  # a model or, if a server samples, its identity
     if not isinstance(model, PreTrainedModel):
-        source = str(model)
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        subject = (
-            AutoModelForCausalLM.from_pretrained(source, dtype="auto", trust_remote_code=False)
-            if server is None
-            else ModelIdentity.of_files(source)
-        )
+        source = str(reasoner_path() if str(model) == "reasoner" else model)
+        try:
+            tokenizer = tokenizer or AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+            subject = (
+                AutoModelForCausalLM.from_pretrained(source, dtype="auto", trust_remote_code=False)
+                if server is None
+                else ModelIdentity.of_files(source)
+            )
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise RacError(
+                f"trace_dataset: {source!r} cannot be loaded ({reason}); give a model folder with "
+                'its tokenizer, a Hugging Face id, or "reasoner"'
+            ) from error
     elif tokenizer is None:
         raise RacError("trace_dataset: a model in memory needs its tokenizer; give tokenizer=")
     pool = collect_for_calibration(subject, tokenizer, settings, calibration)["traces"]
@@ -117,14 +125,21 @@ def export_store(
     settings: SelectSettings | None = None,
     tokenizer: Any = None,
     text: bool = False,
+    file_format: str | None = None,
 ) -> int:
-    """Write the traces of a store as a Parquet or JSON Lines file; return the number of rows.
+    """Write the traces of a store to a file; return the number of traces.
 
-    The tokenizer is needed for `text`, and for a selection by answers. RacError for another suffix,
-    a trace store in the place of the file, no trace to write, or a file that cannot be written.
+    Formats are "parquet", "jsonl" (the default is the suffix) and "imatrix": the text with its
+    special tokens, as llama.cpp's llama-imatrix reads it with --parse-special. The tokenizer is
+    needed for text, and for a selection by answers. RacError for another format, a trace store in
+    the place of the file, no trace to write, or a file that cannot be written.
     """
-    if output.suffix not in SUFFIXES:
-        raise RacError(f"{str(output)!r}: name a file that ends in {' or '.join(SUFFIXES)}")
+    file_format = file_format or output.suffix.removeprefix(".")
+    if file_format not in FORMATS:
+        raise RacError(
+            f"{str(output)!r}: name a file that ends in .parquet or .jsonl, or give --format "
+            f"{FORMATS[-1]}"
+        )
     if not output.absolute().parent.is_dir():
         raise RacError(f"{str(output)!r}: its folder does not exist; create it first")
     if is_store(output):
@@ -133,13 +148,18 @@ def export_store(
     judge = Judge(tokenizer, store.header)
     columns = [*_TRACE_COLUMNS, *(("prompt", "completion") if text else ())]
 
+    def chosen() -> Iterator[Trace]:
+        return selection.keep((trace.without_repeats() for trace in store), judge)
+
     def rows() -> Iterator[Row]:
-        for trace in selection.keep((t.without_repeats() for t in store), judge):
-            yield _described(trace, tokenizer if text else None)
+        return (_described(trace, tokenizer if text else None) for trace in chosen())
 
     step = "make room, or name another file"
     with refusing(f"{str(output)!r} cannot be written", step, OSError), replacing(output) as new:
-        if output.suffix == ".jsonl":
+        if file_format == "imatrix":
+            with new.open("w", encoding="utf-8") as file:
+                file.writelines(f"{tokenizer.decode(trace.sequence[0])}\n" for trace in chosen())
+        elif file_format == "jsonl":
             with new.open("w", encoding="utf-8") as file:
                 file.writelines(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows())
         else:

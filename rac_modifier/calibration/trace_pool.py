@@ -2,17 +2,21 @@
 
 import math
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Self
 
 from loguru import logger
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rac_modifier.calibration.mixture import CalibrationSequence
 from rac_modifier.errors import RacError
+from rac_modifier.problems.source import load_problems
 from rac_modifier.sampling.model_identity import ModelIdentity
-from rac_modifier.settings.calibration import CalibrationSettings, part_tokens
+from rac_modifier.sampling.prompts import render_question
+from rac_modifier.settings.calibration import CalibrationSettings, Part, part_tokens
 from rac_modifier.settings.traces import SelectSettings, TraceSettings
-from rac_modifier.traces.collect import collect_traces
+from rac_modifier.traces.collect import collect_traces, used_up
 from rac_modifier.traces.records import Trace
 from rac_modifier.traces.selection import Judge, Selection
 from rac_modifier.traces.store import TraceStore
@@ -101,6 +105,69 @@ class TracePool:
         return min(length, self._calibration.max_sequence_tokens or length)
 
 
+@dataclass(frozen=True)
+class _Goal:
+    """What a part of the mixture needs of its traces, in tokens."""
+
+    part: Part
+    settings: TraceSettings
+    budget: int  # to calibrate on
+    held_out: int
+    reserved: int  # for recovery
+
+    @property
+    def tokens(self) -> int:
+        """Return how many tokens a store must hold at least."""
+        return self.budget + self.held_out + self.reserved
+
+    @classmethod
+    def all(
+        cls, traces: TraceSettings, calibration: CalibrationSettings, reserved_tokens: int
+    ) -> list[Self]:
+        """Return the goal of each part of traces (RacError: an unknown name, or no part)."""
+        parts = [(part, traces.named(part.name)) for part in calibration.parts("traces")]
+        if not parts:
+            raise RacError(
+                f"the mixture {calibration.mixture} gives traces no share: nothing to collect"
+            )
+        budgets, goals = part_tokens(calibration.mixture, calibration.tokens), []
+        for part, settings in parts:
+            # Divergence is measured on the dense model's traces: nothing is held out of another's.
+            off_policy = part.name is not None and settings.allow_off_policy
+            share = calibration.mixture[part.key] / calibration.share("traces")
+            held_out = math.ceil((0 if off_policy else calibration.held_out_tokens) * share)
+            reserved = math.ceil(reserved_tokens * share)
+            goals.append(cls(part, settings, budgets[part.key], held_out, reserved))
+        return goals
+
+
+def describe_need(
+    tokenizer: PreTrainedTokenizerBase,
+    traces: TraceSettings,
+    calibration: CalibrationSettings,
+    reserved_tokens: int = 0,
+) -> Iterator[str]:
+    """Yield what each part of traces needs, and the most that its problems can give."""
+    for goal in _Goal.all(traces, calibration, reserved_tokens):
+        sampling, most, asked = goal.settings.sampling, 0, 0
+        for problem in load_problems(goal.settings.problems, sampling.seed):
+            prompt = len(render_question(tokenizer, problem.question, sampling))
+            if prompt <= (goal.settings.problems.max_prompt_tokens or prompt):
+                most += sampling.samples_per_problem * (prompt + sampling.max_new_tokens)
+            asked += 1
+            if most >= 2 * goal.tokens:
+                break
+        need = (
+            f"{goal.part.key}: {goal.tokens:,} tokens of traces are needed ({goal.budget:,} to "
+            f"calibrate on, {goal.held_out:,} held out, {goal.reserved:,} for recovery)"
+        )
+        if most >= 2 * goal.tokens:
+            yield f"{need}; {asked:,} problems give twice as many if every completion is cut"
+        else:
+            few = "too few: " if most < goal.tokens else ""
+            yield f"{need}; {few}all {asked:,} problems give at most {most:,}, repetitions included"
+
+
 def collect_for_calibration(
     model: PreTrainedModel | ModelIdentity,
     tokenizer: PreTrainedTokenizerBase,
@@ -112,58 +179,77 @@ def collect_for_calibration(
 
     RacError as `collect_traces`, and for a selection of almost nothing.
     """
-    # an unknown name is an early error
-    by_part = {part: traces.named(part.name) for part in calibration.parts("traces")}
-    if not by_part:
-        raise RacError(
-            f"the mixture {calibration.mixture} gives traces no share: nothing to collect"
-        )
-    for part, settings in by_part.items():  # a store's columns cannot be changed later
+    goals = _Goal.all(traces, calibration, reserved_tokens)  # an unknown name is an early error
+    for goal in goals:  # a store's columns cannot be changed later
+        settings = goal.settings
         problems, correct = settings.problems, settings.select.answers == "correct"
         answered = problems.is_generator or problems.answer_column is not None
         if correct and not answered and not settings.allow_off_policy:
             raise RacError(
-                f"{part.key}: traces.select.answers: correct needs reference answers; name the "
-                f"column that has them in {problems.source!r} (problems.answer_column), or select "
-                "without answers"
+                f"{goal.part.key}: traces.select.answers: correct needs reference answers; name "
+                f"the column that has them in {problems.source!r} (problems.answer_column), or "
+                "select without answers"
             )
-    budgets = part_tokens(calibration.mixture, calibration.tokens)
     pools: dict[str, TracePool] = {}
-    for part, settings in by_part.items():
-        # Divergence is measured on traces of the dense model, so nothing is held out of another's.
-        off_policy = part.name is not None and settings.allow_off_policy
-        share = calibration.mixture[part.key] / calibration.share("traces")
-        held_out = math.ceil((0 if off_policy else calibration.held_out_tokens) * share)
-        reserved = math.ceil(reserved_tokens * share)
-        budget = budgets[part.key]
-        goal = budget + held_out + reserved
-        judge: Judge | None = None  # the same for all rounds, since it remembers its verdicts
-        selected = ""  # for the message when the problems end
-        while True:
-            try:
-                store = collect_traces(model, tokenizer, settings, goal)
-            except RacError as error:
-                raise RacError(f"{error}{selected}") from error
-            judge = judge or Judge(tokenizer, store.header)
-            pool = TracePool(store, settings.select, judge, calibration, held_out, reserved)
-            usable, described = pool.usable_tokens(), pool.selection.describe()
-            if pool.selection.kept < pool.selection.total:
-                logger.info(f"{part.key}: {described}")
-                tokens = f"{usable:,} tokens of {budget:,}"
-                selected = f". For {part.key}, traces.select {described}, {tokens}"
-            if usable >= budget:
-                break
-            share = sum(pool.lengths.values()) / max(store.counts.tokens - pool.kept_out_tokens, 1)
-            if pool.selection.total >= _ENOUGH_TO_JUDGE and share < _LEAST_SHARE:
-                raise RacError(
-                    f"{part.key}: traces.select {described}, {share:.1%} of the tokens sampled: "
-                    "loosen the selection, or choose other problems"
-                )
-            goal = max(store.counts.tokens + 1, _store_tokens(pool, budget, held_out + reserved))
+    for goal in goals:
+        pool = _collect_part(model, tokenizer, goal, calibration)
         if pool.repeated_tokens:
-            logger.info(f"{part.key}: {pool.repeated_tokens:,} tokens of repeating tails are cut")
-        pools[part.key] = pool
+            logger.info(
+                f"{goal.part.key}: {pool.repeated_tokens:,} tokens of repeating tails are cut"
+            )
+        pools[goal.part.key] = pool
     return pools
+
+
+def _collect_part(
+    model: PreTrainedModel | ModelIdentity,
+    tokenizer: PreTrainedTokenizerBase,
+    goal: _Goal,
+    calibration: CalibrationSettings,
+) -> TracePool:
+    """Sample until the pool holds the budget; a round estimates what the next one needs."""
+    key, settings, tokens = goal.part.key, goal.settings, goal.tokens
+    judge: Judge | None = None  # the same for all rounds, since it remembers its verdicts
+    while True:
+        again = tokens > goal.tokens
+        store = collect_traces(model, tokenizer, settings, tokens, again=again, may_fall_short=True)
+        judge = judge or Judge(tokenizer, store.header)
+        select = settings.select
+        pool = TracePool(store, select, judge, calibration, goal.held_out, goal.reserved)
+        described = pool.selection.describe()
+        if pool.selection.kept < pool.selection.total:
+            logger.info(f"{key}: {described}")
+        if pool.usable_tokens() >= goal.budget:
+            return pool
+        if store.counts.tokens < tokens:
+            left = _left(pool, goal, calibration.mixture)
+            raise RacError(f"{used_up(store, settings, tokens)}. {left}")
+        share = sum(pool.lengths.values()) / max(store.counts.tokens - pool.kept_out_tokens, 1)
+        if pool.selection.total >= _ENOUGH_TO_JUDGE and share < _LEAST_SHARE:
+            raise RacError(
+                f"{key}: traces.select {described}, {share:.1%} of the tokens sampled: "
+                "loosen the selection, or choose other problems"
+            )
+        kept_out = goal.held_out + goal.reserved
+        tokens = max(store.counts.tokens + 1, _store_tokens(pool, goal.budget, kept_out))
+
+
+def _left(pool: TracePool, goal: _Goal, mixture: Mapping[str, float]) -> str:
+    """Describe what is left to calibrate on of problems that are used up, and what would do."""
+    usable = pool.usable_tokens()
+    parts = [
+        f"{pool.kept_out_tokens:,} tokens are held out to measure on or reserved for recovery",
+        f"{pool.repeated_tokens:,} repeat themselves and are cut",
+        f"{usable:,} of {goal.budget:,} are left to calibrate on",
+    ]
+    if pool.selection.kept < pool.selection.total:
+        parts.insert(2, f"traces.select {pool.selection.describe()}")
+    works = int(usable / mixture[goal.part.key]) + 1 - len(mixture)  # parts are rounded
+    steps = [f"set calibration.tokens={works}"] if works > 0 else []
+    if pool.kept_out_tokens:
+        steps.append("lower calibration.held_out_tokens or recover.tokens")
+    steps.append("give more problems (a larger limit, another source, more samples_per_problem)")
+    return f"For {goal.part.key}, {', '.join(parts)}: {', '.join(steps)}"
 
 
 def _store_tokens(pool: TracePool, budget: int, kept_out: int) -> int:

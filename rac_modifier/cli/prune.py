@@ -1,12 +1,20 @@
 """`rac prune`: a recipe applied to a model."""
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from rac_modifier.cli import options
-from rac_modifier.cli.models import check_loading, check_model, check_output, compress, resolve
+from rac_modifier.cli.models import (
+    check_loading,
+    check_model,
+    check_output,
+    compress,
+    load_tokenizer,
+    resolve,
+)
 
 
 def prune(
@@ -37,12 +45,26 @@ def prune(
             check_output(output, source, keeps_groups=True)
         check_loading(source)
         if check:
+            for line in _need_of_traces(content, str(recipe), source):
+                typer.echo(line)
             typer.echo(f"{recipe}, {model} and {output} are fine; run the command without --check")
             return
         compress(content, source, output, precision)
         processes.wait()
     if processes.is_first:
         typer.echo(f"saved to {output}; look at it with: rac inspect {output}")
+
+
+def _need_of_traces(content: Any, recipe: str, source: str) -> Iterator[str]:
+    from rac_modifier.calibration.trace_pool import describe_need
+    from rac_modifier.settings.recipe import check_entry, find_named_entry
+
+    name, entry = find_named_entry(content, recipe)
+    settings = check_entry(entry, recipe, name)
+    if settings.calibration.parts("traces"):
+        need = settings.reserved_tokens
+        tokenizer = load_tokenizer(source)
+        yield from describe_need(tokenizer, settings.traces, settings.calibration, need)
 
 
 def _how_to_go_on(output: Path) -> str:

@@ -172,11 +172,18 @@ def export(
     output: Annotated[Path, typer.Argument(help="file to write, .parquet or .jsonl")],
     select: Select = None,
     text: Annotated[bool, typer.Option("--text", help="add prompt and completion as text")] = False,
+    file_format: Annotated[
+        str | None,
+        typer.Option(
+            "--format", help="parquet, jsonl, or imatrix (text for llama.cpp); default: the suffix"
+        ),
+    ] = None,
     model: StoresModel = None,
 ) -> None:
     """Write a store with the columns input_ids, attention_mask and loss_mask (1 for completions).
 
-    Repeating tails are cut, as for calibration.
+    Repeating tails are cut, as for calibration. `llama-imatrix -f FILE --parse-special` reads what
+    `--format imatrix` writes.
 
     Example: rac traces export traces.jsonl traces.parquet --text
     """
@@ -185,13 +192,17 @@ def export(
     from rac_modifier.traces.store import TraceStore
 
     settings = report.read_select(select)
-    needs_tokenizer = text or (settings is not None and settings.answers == "correct")
+    needs_tokenizer = (
+        text or file_format == "imatrix" or (settings is not None and settings.answers == "correct")
+    )
     if model is not None and not needs_tokenizer:
         raise RacError(f"--model {model} has no effect without --text; leave it out, or add --text")
     opened = TraceStore.read(store)
     tokenizer = _tokenizer_of(opened, model, "or leave --text out") if needs_tokenizer else None
-    rows = export_store(opened, output, settings=settings, tokenizer=tokenizer, text=text)
-    typer.echo(f"{output}: {rows:,} rows")
+    rows = export_store(
+        opened, output, settings=settings, tokenizer=tokenizer, text=text, file_format=file_format
+    )
+    typer.echo(f"{output}: {rows:,} {'traces' if file_format == 'imatrix' else 'rows'}")
 
 
 def _tokenizer_of(store: "TraceStore", model: str | None, otherwise: str) -> Any:

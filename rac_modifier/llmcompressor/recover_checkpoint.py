@@ -149,7 +149,8 @@ def collect_unused(
     budget, missing, used = tokens, 1, 0
     with on_accelerator(model):
         while missing > 0:
-            store = collect_traces(model, tokenizer, settings, budget)
+            again = budget > tokens
+            store = collect_traces(model, tokenizer, settings, budget, again=again)
             used = store.used(hashes)
             fresh = store.fresh(used, tokens)
             missing = tokens - sum(trace.without_repeats().tokens for trace in fresh)

@@ -136,10 +136,10 @@ class TableRow:
     def question(self, column: str) -> str:
         """Return the question; a row without text there is a RacError."""
         question = self.values[column]
-        if not isinstance(question, str) or not question.strip():
+        if not isinstance(question, str) or not question.strip() or _is_broken(question):
             raise RacError(
-                f"{self.where}: column {column!r} must hold the question as text, it holds "
-                f"{repr(question)[:80]}; choose another column"
+                f"{self.where}: column {column!r} must hold the question as text in Unicode, it "
+                f"holds {repr(question)[:80]}; choose another column"
             )
         return question
 
@@ -149,7 +149,8 @@ class TableRow:
         if isinstance(answer, float) and math.isnan(answer):
             answer = None  # as pandas writes a missing number
         inexact = isinstance(answer, float) and abs(answer) >= _EXACT_FLOATS
-        if inexact or not isinstance(answer, str | int | float | None):
+        broken = isinstance(answer, str) and _is_broken(answer)
+        if inexact or broken or not isinstance(answer, str | int | float | None):
             raise RacError(
                 f"{self.where}: column {column!r} holds the {type(answer).__name__} "
                 f"{repr(answer)[:80]}, maybe not as written; write answers as text, in quotes"
@@ -187,6 +188,11 @@ class ProblemTable:
         order = list(range(len(rows)))
         random.Random(f"{seed}").shuffle(order)
         return (TableRow(i, f"{self.name}, row {i}", rows[i]) for i in order)
+
+
+def _is_broken(text: str) -> bool:
+    """Tell whether a text has lone surrogates, which no tokenizer and no file takes."""
+    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _hash_int(text: str) -> int:

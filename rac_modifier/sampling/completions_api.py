@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import PurePath
 from typing import Any
 
@@ -30,6 +31,7 @@ PROBE_SAMPLING = SamplingSettings(temperature=0, top_p=1, top_k=0, max_new_token
 # Nats by which a token may be less likely than the model's own choice. The maximum over 96 tokens
 # of the embedded reasoner is 0.5 if served in int4 (round to nearest), and 4.9 if half pruned.
 _REGRET = 1.0
+_LONGEST_SHOWN, _MOST_SHOWN = 300, 10  # characters of a text, names of a list in a message
 
 
 class UnusableError(Exception):
@@ -149,7 +151,13 @@ def error_text(content: bytes) -> str:
             message = message.get(name, message) if isinstance(message, dict) else message
     except (ValueError, RecursionError):  # no JSON: the text as it is
         pass
-    return " ".join(str(message or "no reason given").split())[:300]
+    return shown(" ".join(str(message or "no reason given").split())[:300])
+
+
+def shown(text: str) -> str:
+    """Return a text of a server or a file for a message: at most 300 printable characters."""
+    text = text if len(text) <= _LONGEST_SHOWN else f"{text[: _LONGEST_SHOWN - 3]}..."
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def only_choice(content: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -176,7 +184,11 @@ def served_model(content: bytes, named: str | None, server: str) -> dict[str, An
         raise RacError(
             f"{server}/models is not a list of models; is this an OpenAI-compatible server?"
         ) from error
-    names = ", ".join(map(repr, cards)) or "none"
+    for name in cards:
+        if len(name) > _LONGEST_SHOWN or shown(name) != name:
+            raise RacError(f"{server} has a model with a name that cannot be used: {shown(name)!r}")
+    names = ", ".join(map(repr, islice(cards, _MOST_SHOWN))) or "none"
+    names += f" and {len(cards) - _MOST_SHOWN:,} others" * (len(cards) > _MOST_SHOWN)
     bases = [name for name, card in cards.items() if not card.get("parent")]
     if (named is None and len(bases) != 1) or (named is not None and named not in cards):
         serves = f"serves {names}" if named is None else f"does not serve {named!r}, but {names}"

@@ -4,6 +4,7 @@ Every request has a deadline and a limit on the bytes of its answer.
 """
 
 import asyncio
+import json
 import os
 import random
 import re
@@ -34,6 +35,7 @@ _SETUP_TIMEOUT = 30.0
 _CONNECT_TIMEOUT = 10.0
 _IDLE = 4.0  # seconds that a connection is kept; uvicorn closes it after 5
 _LIST_BYTES = 1 << 22
+_SHORTEST_KEY = 12  # characters; a shorter one, such as EMPTY, may be a word of an answer
 _ANSWER_BYTES = 1 << 20  # of an answer, and for each token of prompt and completion:
 _BYTES_PER_TOKEN = 256
 
@@ -119,8 +121,9 @@ class ServerClient:
                 f"no answer within timeout={seconds:g} s; set a longer one"
             ) from error
         is_answer = method == "POST" and answer.status == 200 and b'"choices"' in content
-        if self._key and not is_answer:
-            content = content.replace(self._key.encode(), b"***")
+        if self._key and not (is_answer and len(self._key) < _SHORTEST_KEY):
+            for key in (self._key, json.dumps(self._key)[1:-1]):
+                content = content.replace(key.encode(), b"***")
         return answer.status, bytes(content), _seconds(answer.headers.get("Retry-After"))
 
     def _open_session(self) -> aiohttp.ClientSession:
@@ -204,7 +207,13 @@ def _api_key(variable: str | None) -> str | None:
         raise RacError(
             f"api_key_env names {variable!r}, which is not set; export it, or leave api_key_env out"
         )
-    return None if variable is None else os.environ[variable]
+    key = None if variable is None else os.environ[variable]
+    if key is not None and not (key.isascii() and key.isprintable()):
+        raise RacError(
+            f"{variable} (api_key_env) holds a line break or another character that no request "
+            "takes; export the key alone"
+        )
+    return key
 
 
 def _next_step(status: int) -> str:

@@ -159,7 +159,9 @@ def decode(kind: Literal["header", "trace"], line: bytes) -> dict[str, Any]:
 def trace_of(fields: dict[str, Any]) -> Trace:
     """Return the trace with these fields, as JSON has them."""
     try:
-        return _TRACE.validate_python(fields)
+        trace = _TRACE.validate_python(fields)
+        f"{trace.id}{trace.problem_id}{trace.question}{trace.answer}".encode()  # no lone surrogate
+        return trace
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"]))

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from rac_modifier.errors import RacError
+from rac_modifier.sampling.completions_api import shown
 from rac_modifier.settings.check import check_settings
 from rac_modifier.settings.recipe_files import parse_yaml
 from rac_modifier.settings.sampling import PromptSettings
@@ -39,11 +40,11 @@ def describe_store(store: TraceStore) -> str:
     template = f"template {header.chat_template}" if header.chat_template else "template"
     prompt = PromptSettings.of(sampling).describe().replace("template", template, 1)
     lines = [
-        f"model       {header.model} (fingerprint {header.fingerprint[:12]})",
+        f"model       {shown(header.model)} (fingerprint {header.fingerprint[:12]})",
         f"problems    {header.problems.model_dump_json(exclude_none=True)}",
         f"prompt      {prompt}",
         f"sampling    {sampling.model_dump_json(exclude_none=True, exclude=_PROMPT)}",
-        f"engine      {header.engine.kind} {header.engine.served_model or ''}".rstrip(),
+        f"engine      {header.engine.kind} {shown(header.engine.served_model or '')}".rstrip(),
         f"traces      {counts.traces:,} ({counts.finished:,} finished), {counts.prompt_tokens:,} "
         f"prompt and {counts.completion_tokens:,} completion tokens",
     ]

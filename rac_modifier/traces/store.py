@@ -59,6 +59,7 @@ class TraceStore(AbstractContextManager["TraceStore"]):
         self._fd, self._end = fd, 0
         self.tokens_by_id: dict[str, int] = {}
         self.counts = TraceCounts()
+        self.largest_id = -1  # of all token ids
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> TraceStore:
@@ -218,6 +219,7 @@ class TraceStore(AbstractContextManager["TraceStore"]):
         self.counts.prompt_tokens += len(trace.prompt_ids)
         self.counts.completion_tokens += len(trace.completion_ids)
         self.counts.finished += trace.finish_reason == "stop"
+        self.largest_id = max(self.largest_id, *trace.prompt_ids, *trace.completion_ids)
 
     def _write(self, data: bytes) -> None:
         assert self._fd is not None, "open the store with TraceStore.open_append"

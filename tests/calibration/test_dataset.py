@@ -116,9 +116,30 @@ def test_a_file_holds_the_traces_and_what_is_known_about_them(store, tmp_path, s
     assert [file.name for file in tmp_path.glob("out*")] == [path.name]
 
 
+def test_a_text_for_llama_imatrix_has_the_tokens_of_the_traces(store, tmp_path):
+    path, tokenizer = tmp_path / "calibration.txt", byte_tokenizer()
+    assert export_store(store, path, tokenizer=tokenizer, file_format="imatrix") == len(store)
+    ids = tokenizer(path.read_text(), add_special_tokens=False)["input_ids"]
+    (line_break,) = tokenizer("\n", add_special_tokens=False)["input_ids"]
+    assert ids == [i for trace in store for i in (*trace.sequence[0], line_break)]
+
+
+def test_names_that_the_commands_take_work_and_a_wrong_one_is_refused(tmp_path, monkeypatch):
+    sampling = {"max_new_tokens": 16, "batch_size": 4}
+    table = rac_modifier.trace_dataset(
+        "reasoner", tokens=60, store=tmp_path / "s.jsonl", sampling=sampling
+    )
+    assert json.loads(table.info.description)["model"] == "reasoner"
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(RacError, match=r"'reasner' cannot be loaded .*give a model folder"):
+        rac_modifier.trace_dataset("reasner", tokens=60)
+
+
 def test_what_cannot_be_exported(store, tmp_path, monkeypatch):
     with pytest.raises(RacError, match=r"name a file that ends in \.parquet or \.jsonl"):
         export_store(store, tmp_path / "out.csv")
+    with pytest.raises(RacError, match="or give --format imatrix"):
+        export_store(store, tmp_path / "out.jsonl", file_format="gguf")
     with pytest.raises(RacError, match="its folder does not exist"):
         export_store(store, tmp_path / "none" / "out.parquet")
     other, link = fill(tmp_path / "s.jsonl", byte_tokenizer(), 3), tmp_path / "link.parquet"

@@ -1,6 +1,8 @@
 """Which traces are held out, what a draw takes, and how long is collected."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -257,7 +259,7 @@ def test_a_selection_of_less_than_a_fiftieth_of_256_traces_is_refused(
         kept_out_tokens=500,
         repeated_tokens=0,
     )
-    monkeypatch.setattr(trace_pool, "collect_traces", lambda *args: store)
+    monkeypatch.setattr(trace_pool, "collect_traces", lambda *args, **options: store)
     monkeypatch.setattr(trace_pool, "TracePool", lambda *args: pool)
     monkeypatch.setattr(trace_pool, "_store_tokens", lambda *args: 2000)
     settings = TraceSettings(), CalibrationSettings(tokens=99, held_out_tokens=0)
@@ -280,5 +282,33 @@ def test_answers_are_selected_only_if_their_column_is_named_before_anything_is_s
 
 def test_problems_that_end_before_a_selection_is_met_say_so(collect):
     traces = {"select": {"answers": "correct"}, "problems": {"limit": 20}}
-    with pytest.raises(RacError, match=r"used up.* kept 0 of \d+: \d+ wrong, 0 tokens of 300"):
+    with pytest.raises(RacError, match=r"used up.* kept 0 of \d+: \d+ wrong, 0 of 300 are left"):
         collect(traces, tokens=300)
+
+
+def test_the_budget_that_an_error_names_works_and_checking_says_what_is_needed(collect, tokenizer):
+    """Held-out traces and tails that repeat count: the tokens of a store are more than fit."""
+    traces = {"store": "s.jsonl", "problems": {"limit": 40}}
+    asked = {"held_out_tokens": 150, "reserved": 100}
+    with pytest.raises(RacError, match=r"held out to measure on.*samples_per_problem") as caught:
+        collect(traces, tokens=5000, **asked)
+    works = int(re.search(r"set calibration\.tokens=(\d+)", str(caught.value))[1])
+    assert works > 200
+    before = Path("s.jsonl").read_bytes()
+    (pool,) = collect(traces, tokens=works, **asked).values()
+    assert pool.usable_tokens() == works
+    assert Path("s.jsonl").read_bytes() == before
+    with pytest.raises(RacError, match="used up"):
+        collect(traces, tokens=works + 1, **asked)
+    settings = TraceSettings(sampling=SAMPLING, **traces)
+
+    def need(tokens):
+        calibration = CalibrationSettings(tokens=tokens, held_out_tokens=150)
+        (line,) = trace_pool.describe_need(tokenizer, settings, calibration, 100)
+        return line
+
+    most = int(re.search(r"all 40 problems give at most ([\d,]+)", need(2000))[1].replace(",", ""))
+    assert most >= pool.store.counts.tokens
+    assert "5,250 tokens of traces are needed" in need(5000)
+    assert f"too few: all 40 problems give at most {most:,}" in need(5000)
+    assert "give twice as many" in need(100)

@@ -33,7 +33,6 @@ TEXTS = {
         "The answer is 42. {loop}",
         "\\boxed{41} is wrong, so \\boxed{42}. Let me verify that",
         "Antwort: \\boxed{42}\n{loop}",
-        "结果等于42。{loop}",
     ],
     "looping": [
         "{loop}",

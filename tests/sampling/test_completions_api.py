@@ -118,6 +118,13 @@ def test_the_only_model_or_the_named_one_is_sampled():
         (listed(BASE), "x", "s does not serve 'x', but 'a'; set engine.model"),
         (listed(), None, "s serves none; set engine.model"),
         (listed(BASE, {"id": "c"}), None, "s serves 'a', 'c'; set engine.model"),
+        (
+            listed(*({"id": f"m{i}"} for i in range(10**5))),
+            None,
+            r"\As serves 'm0'.* 'm9' and 99,990 o.{,70}\Z",
+        ),
+        (listed({"id": "x" * 10**6}), None, r"\As has a model with a name .{,350}\Z"),
+        (listed({"id": "\ud800\x1b[2J"}), None, r"cannot be used: '\\+ud800\\+x1b\[2J'"),
         (listed(BASE, ADAPTER), "b", "'b' is an adapter on 'a'"),
         (b"<html>", None, "s/models is not a list of models"),
         (b"[" * 100_000, None, "s/models is not a list of models"),

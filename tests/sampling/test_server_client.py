@@ -1,6 +1,7 @@
 """One server: tries, faults, limits, keys."""
 
 import asyncio
+import json
 
 import pytest
 
@@ -168,6 +169,20 @@ def test_only_a_key_that_the_settings_name_is_sent_and_it_is_cut_from_errors(ser
         complete(server, **key)
     assert b"sk-1234" not in models(server.url, **key)
     assert [headers["authorization"] for headers in server.headers] == ["Bearer sk-1234"] * 4
+    monkeypatch.setenv("RAC_TEST_KEY", "sk-1234\nX-Other: 1")
+    with pytest.raises(RacError, match=r"RAC_TEST_KEY \(api_key_env\) holds a line break"):
+        complete(server, **key)
+
+
+def test_a_key_in_an_answer_is_cut_and_a_placeholder_is_not(server, monkeypatch):
+    key = 'sk-"0123456789'  # JSON escapes the quotation mark
+    server.chat = lambda body: {"choices": [{"message": {"content": f"Bearer {key}, EMPTY"}}]}
+    for value, content in ((key, "Bearer ***, EMPTY"), ("EMPTY", f"Bearer {key}, EMPTY")):
+        monkeypatch.setenv("RAC_TEST_KEY", value)
+        reply = run(
+            server.url, lambda c: c.post("/chat/completions", {}, 9), api_key_env="RAC_TEST_KEY"
+        )
+        assert json.loads(reply)["choices"][0]["message"]["content"] == content
 
 
 def test_prompts_for_this_machine_never_reach_a_proxy(server, monkeypatch):

@@ -1,7 +1,11 @@
 """Collecting up to a budget, in this process and from servers, also from servers that fail."""
 
+import dataclasses
+import re
+
 import pytest
 import torch
+from loguru import logger
 
 from rac_modifier.errors import RacError
 from rac_modifier.problems.source import load_problems
@@ -12,6 +16,7 @@ from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.sampling import SamplingSettings
 from rac_modifier.settings.traces import TraceSettings
 from rac_modifier.traces.collect import collect_traces
+from rac_modifier.traces.store import TraceStore
 from tests.sampling.fake_server import NAME, rule
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -20,11 +25,11 @@ SAMPLING = SamplingSettings(temperature=1.0, max_new_tokens=10, batch_size=4)
 
 @pytest.fixture
 def run(model, tokenizer, tmp_path):
-    def run(name="store.jsonl", *, model=model, tokenizer=tokenizer, **options):
+    def run(name="store.jsonl", *, model=model, tokenizer=tokenizer, again=False, **options):
         options = {"problems": ProblemSource(), "sampling": SAMPLING, "tokens": 500, **options}
         tokens = options.pop("tokens")
         settings = TraceSettings(store=name and str(tmp_path / name), **options)
-        return collect_traces(model, tokenizer, settings, tokens)
+        return collect_traces(model, tokenizer, settings, tokens, again=again)
 
     return run
 
@@ -80,10 +85,12 @@ def test_enough_already_samples_nothing(run, sampled):
 
 
 def test_problems_that_end_too_early_say_how_far_they_go(run, sampled):
-    words = r"used up: (\d+) tokens in 6 traces, of 5,000 asked for.*ask for tokens=\1"
+    words = r"used up: ([\d,]+) tokens in 6 traces, of 5,000 asked for.*ask for tokens=(\d+)"
     with pytest.raises(RacError, match=words) as caught:
         run(problems=ProblemSource(limit=6), tokens=5000)
-    assert "problems failed" not in str(caught.value)
+    held, works = re.search(words, str(caught.value)).groups()
+    assert int(held.replace(",", "")) == int(works)
+    assert "failed" not in str(caught.value)
     assert sampled == [4, 2]
 
 
@@ -172,3 +179,29 @@ def test_two_kinds_of_engines_do_not_fill_one_store(collect, model):
     words = r"another engine \(openai, not transformers\).*traces.engine"
     with pytest.raises(RacError, match=words):
         collect(of=model, engine=False, tokens=5000)
+
+
+def test_token_ids_beyond_the_vocabulary_are_refused_before_they_are_read(run, tmp_path, sampled):
+    store = run()
+    trace = dataclasses.replace(next(iter(store)), id="x#0", completion_ids=(10**9,))
+    with TraceStore.open_append(store.path, store.header) as changed:
+        changed.append_many([trace])
+    sampled.clear()
+    for model in (tiny_model(), tiny_model(seed=1)):
+        with pytest.raises(RacError, match="token id 1000000000, beyond the vocabulary of 300"):
+            run(model=model, allow_off_policy=True, tokens=100)
+    assert sampled == []
+
+
+def test_what_a_run_says_of_its_store_and_of_the_models_context(run):
+    said = []
+    sink = logger.add(said.append, format="{message}")
+    sampling = SAMPLING.model_copy(update={"max_new_tokens": 99_999})
+    model = tiny_model(max_position_embeddings=64)
+    try:
+        for again in (False, True, False):
+            run("long.jsonl", model=model, sampling=sampling, again=again)
+    finally:
+        logger.remove(sink)
+    assert len([text for text in said if "more than the model's context of 64 tokens" in text]) == 2
+    assert len([text for text in said if "tokens already" in text]) == 1
