@@ -20,10 +20,12 @@ from rac_modifier.calibration.loader import CalibrationLoader
 from rac_modifier.errors import RacError
 from rac_modifier.formats.encoding import Encoding
 from rac_modifier.llmcompressor.run import Run
-from rac_modifier.llmcompressor.solving import solve_problems, solver_settings
+from rac_modifier.llmcompressor.solving import solver_options
 from rac_modifier.measure.teacher_forcing import input_of_head
-from rac_modifier.pruning.hessian import ROWS, Statistics, numbers_of_shard
-from rac_modifier.pruning.solve import Problem
+from rac_modifier.pruning.hessian import ROWS, Hessian, Statistics
+from rac_modifier.pruning.problem import Problem
+from rac_modifier.pruning.solve import solve_many
+from rac_modifier.quantization.solve import quantize_many
 from rac_modifier.runtime.cpu_tuning import HEAP_GAPS, expect_growth
 from rac_modifier.runtime.models import free_bytes
 from rac_modifier.runtime.rehearsal import LiveBytes, widened_peak, without_data
@@ -122,7 +124,7 @@ class Forecast:
         if self.by_layer:  # the statistics of a layer's groups live together
             widths = [g.columns for g in self.groups if g.layer == group.layer and g is not group]
         hessians = _FLOAT32 * sum(width**2 for width in widths)
-        summed = _FLOAT32 * sum(map(numbers_of_shard, widths))
+        summed = _FLOAT32 * sum(map(Hessian.numbers_of_shard, widths))
         sizes = [grid.group_size or 1 for grid in group.grids if grid is not None]
         pattern = self.entry.pattern
         multiple = math.lcm(*sizes, pattern.m if pattern and pattern.m else 1)
@@ -133,7 +135,7 @@ class Forecast:
             return peaks[key]
 
         shape = group.columns, group.rows, group.grids
-        solver = (*solver_settings(self.entry).values(), pattern, self.dtype, self.dense_target)
+        solver = (solver_options(self.entry), pattern, self.dtype, self.dense_target)
         statistics = peak(self._statistics_peaks, shape, self._statistics)
         solving = peak(_SOLVER_PEAKS, (shape, solver), self._solver)
         return hessians + max(summed + statistics + self.forward, solving)
@@ -159,7 +161,9 @@ class Forecast:
                 [f"rehearsal of {group.name}"] * len(weights),
                 [torch.zeros(len(w), width) for w in weights] if self.dense_target else None,
             )
-            solve_problems(self.entry, [problem], [group.grids], self.dtype)
+            solved = solve_many([problem], solver_options(self.entry))
+            if self.entry.quantization:
+                quantize_many(solved, [problem.hessian], [group.grids], dtype=self.dtype)
         return live.peak
 
     def check(self, onload: torch.device, offload: torch.device, processes: int = 1) -> None:

@@ -23,6 +23,7 @@ from rac_modifier.runtime.cpu_tuning import return_freed_memory
 from rac_modifier.runtime.progress import StepProgress
 from rac_modifier.settings.entries import PruningEntry
 from rac_modifier.settings.pattern import Pattern
+from rac_modifier.settings.solvers import SOLVERS
 
 
 @dataclass
@@ -157,7 +158,7 @@ class Run:
 
     def problems_per_call(self, modules: Sequence[torch.nn.Module], device: torch.device) -> int:
         """Return how many groups of this shape a solver call takes; SparseGPT and rounding gain."""
-        if self.entry.solver != "sparsegpt" and self.entry.quantization is None:
+        if not SOLVERS[self.entry.solver].batches and self.entry.quantization is None:
             return 1
         shapes = [module.get_parameter("weight").shape for module in modules]
         return sparsegpt.problems_per_batch(shapes[0][1], sum(s[0] for s in shapes), device)

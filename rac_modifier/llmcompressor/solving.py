@@ -9,10 +9,11 @@ import torch
 from compressed_tensors.utils import align_module_device
 from torch import Tensor
 
-from rac_modifier.formats.encoding import Encoding, used_scale
+from rac_modifier.formats.encoding import used_scale
 from rac_modifier.llmcompressor.quantizer import Quantizer
 from rac_modifier.llmcompressor.statistics import InputGroup
-from rac_modifier.pruning.solve import Problem, Solution, solve_many
+from rac_modifier.pruning.problem import Problem, SolverOptions
+from rac_modifier.pruning.solve import Solution, solve_many
 from rac_modifier.quantization.solve import Quantized, quantize_many
 from rac_modifier.recovery.on_grid import codes_of, master_in_cell
 from rac_modifier.settings.entries import PruningEntry
@@ -36,32 +37,15 @@ class Pruned:
         return {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
 
 
-def solver_settings(entry: PruningEntry) -> dict[str, Any]:
-    """Return the arguments of `solve_many`; they decide what its work takes."""
-    return {
-        "method": entry.solver,
-        "dampening_frac": entry.dampening_frac,
-        "refit": entry.refit,
-        "iterations": entry.iterations,
-        "keep_factor": entry.quantization is not None,
-    }
-
-
-def solve_problems(
-    entry: PruningEntry,
-    problems: Sequence[Problem],
-    grids: Sequence[Sequence[Encoding | None]],
-    dtype: torch.dtype,
-) -> list[list[tuple[Solution, Quantized | None]]]:
-    """Prune the modules of each problem; round those with a grid to `dtype`."""
-    solved = solve_many(problems=problems, **solver_settings(entry))
-    if entry.quantization is None:
-        return [[(solution, None) for solution in solutions] for solutions in solved]
-    hessians = [problem.hessian for problem in problems]
-    rounded = quantize_many(
-        solved, hessians, grids, dtype=dtype, dampening_frac=entry.dampening_frac
+def solver_options(entry: PruningEntry) -> SolverOptions:
+    """Return what the recipe says of the solver; it decides what the solver's work takes."""
+    return SolverOptions(
+        entry.solver,
+        entry.dampening_frac,
+        entry.refit,
+        entry.iterations,
+        keep_factor=entry.quantization is not None,
     )
-    return [list(zip(*pair, strict=True)) for pair in zip(solved, rounded, strict=True)]
 
 
 def solve_groups(
@@ -86,14 +70,18 @@ def solve_groups(
             cross_moment = group.statistics.take_cross_moment()
             pattern = [patterns[label] for label in labels]
             problems.append(Problem(weights, hessian, pattern, labels, cross_moment))
-        grids = [[quantizer.grids.get(module) for module in group.modules] for group in groups]
-        solved = solve_problems(entry, problems, grids, dtype)
+        solved = solve_many(problems, solver_options(entry))
+        rounded: list[list[Quantized | None]] = [[None] * len(group.modules) for group in groups]
+        if entry.quantization is not None:
+            grids = [[quantizer.grids.get(module) for module in group.modules] for group in groups]
+            hessians, frac = [problem.hessian for problem in problems], entry.dampening_frac
+            rounded = quantize_many(solved, hessians, grids, dtype=dtype, dampening_frac=frac)
         return [
             [
                 _pruned(entry, solution, result, group, quantizer, module)
-                for module, (solution, result) in zip(group.modules, solutions, strict=True)
+                for module, solution, result in zip(group.modules, s, r, strict=True)
             ]
-            for group, solutions in zip(groups, solved, strict=True)
+            for group, s, r in zip(groups, solved, rounded, strict=True)
         ]
 
 

@@ -35,6 +35,7 @@ def cholesky_(matrix: Tensor) -> Tensor | None:
     for start in range(0, d, BLOCK):
         stop = min(start + BLOCK, d)
         block, below = slice(start, stop), slice(stop, d)
+        # A_k <- A_k - L_left L_k,left^T
         rows, right = matrix[start:], matrix[block, :start].T
         add_matmul_(rows[:, block], rows[:, :start], right, alpha=-1, chunk=_CHUNK)
         corner = matrix[block, block]
@@ -42,7 +43,7 @@ def cholesky_(matrix: Tensor) -> Tensor | None:
         if int(info):
             return None
         corner.copy_(lower)
-        inverse = _inverse_of_triangle(lower).T
+        inverse = _inverse_of_triangle(lower).T  # L_below,k = A_below,k L_kk^-T
         for rows in matrix[below, block].split(_CHUNK):
             rows.copy_(matmul(rows, inverse))
     return matrix.tril_()
@@ -51,11 +52,13 @@ def cholesky_(matrix: Tensor) -> Tensor | None:
 def cholesky_solve(b: Tensor, lower: Tensor) -> Tensor:
     """Return (`lower` `lower`^T)^-1 `b` [d, rows]; torch.cholesky_solve would copy `lower`."""
     if not _in_blocks(lower):
-        solved = torch.linalg.solve_triangular(lower, b, upper=False)
-        return torch.linalg.solve_triangular(lower.mT, solved, upper=True)
+        half: Tensor = torch.linalg.solve_triangular(lower, b, upper=False)  # L y = b
+        solved: Tensor = torch.linalg.solve_triangular(lower.mT, half, upper=True)  # L^T x = y
+        return solved
     x, d = b.T.clone(memory_format=torch.contiguous_format), len(b)
     starts = range(0, d, BLOCK)
     corners = [_inverse_of_triangle(lower[s : s + BLOCK, s : s + BLOCK]) for s in starts]
+    # forward, L y = b: y_k = L_kk^-1 (b_k - L_k,left y_left); then L^T x = y from the last block
     for start, corner in zip(starts, corners, strict=True):
         block = slice(start, start + BLOCK)
         add_matmul_(x[:, block], x[:, :start], lower[block, :start].T, alpha=-1)
@@ -77,6 +80,7 @@ def invert_corners_(lower: Tensor) -> Tensor:
 def solve_with_corners_(b: Tensor, lower: Tensor) -> Tensor:
     """Compute (L L^T)^-1 `b` in the memory of b [d, rows], for L after `invert_corners_`."""
     starts = range(0, len(b), BLOCK)
+    # y_k = L_kk^-1 (b_k - L_k,left y_left), then x_k = L_kk^-T (y_k - L_below,k^T x_below)
     for start in starts:
         block = slice(start, start + BLOCK)
         b[block] = lower[block, block] @ (b[block] - lower[block, :start] @ b[:start])

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from rac_modifier.distributed.processes import ALONE, Processes
+from rac_modifier.errors import RacError
 from rac_modifier.pruning import linalg
-from rac_modifier.pruning.checks import refuse
 from rac_modifier.pruning.cholesky import mirror_lower_
 from rac_modifier.pruning.shard_sum import Block, ShardSum
 from rac_modifier.runtime.cpu_tuning import (
@@ -18,25 +18,8 @@ from rac_modifier.runtime.cpu_tuning import (
     with_zero_rows,
 )
 
-CAP = 100.0  # times the median squared norm; `cap_weights`
+CAP = 100.0  # times the median squared norm; `_cap_weights`
 ROWS = 4096  # tokens per float32 copy of the inputs
-
-
-def block_columns(columns: int) -> int:
-    """Return the columns of a block row of the lower triangle."""
-    return min(1024, max(64, columns // 4))
-
-
-def blocks_of_triangle(columns: int) -> list[Block]:
-    """Return the blocks of the lower triangle of [columns, columns] (shard_sum.py)."""
-    block = block_columns(columns)
-    ends = [min(start + block, columns) for start in range(0, columns, block)]
-    return list(zip(range(0, columns, block), ends, ends, strict=True))
-
-
-def numbers_of_shard(columns: int) -> int:
-    """Return how many numbers a shard holds of the `columns`^2 of a Hessian."""
-    return sum((last - first) * width for first, last, width in blocks_of_triangle(columns))
 
 
 class Hessian:
@@ -53,11 +36,23 @@ class Hessian:
     ):
         self.columns, self.tokens, self.weight_sum = columns, 0, 0.0
         self.device = torch.device(device)
-        self._blocks = blocks_of_triangle(columns)
+        self._blocks = self.blocks(columns)
         self._sums = ShardSum(columns, columns, device, self._blocks, processes)
         self._processes = processes
         self._shard = (0, 0.0)  # tokens and weight of the present shard
         self._shards: list[tuple[int, float]] = []
+
+    @staticmethod
+    def blocks(columns: int) -> list[Block]:
+        """Return the blocks of the lower triangle of [columns, columns] (shard_sum.py)."""
+        block = min(1024, max(64, columns // 4))
+        ends = [min(start + block, columns) for start in range(0, columns, block)]
+        return list(zip(range(0, columns, block), ends, ends, strict=True))
+
+    @staticmethod
+    def numbers_of_shard(columns: int) -> int:
+        """Return how many numbers a shard holds of the `columns`^2 of a Hessian."""
+        return sum((last - first) * width for first, last, width in Hessian.blocks(columns))
 
     @torch.no_grad()
     def add(self, x: Tensor, weights: Tensor | None = None) -> None:
@@ -65,13 +60,16 @@ class Hessian:
 
         Rows with weight 0 (padding) are removed first, so they may hold any value, even nan.
         """
-        width = f"the {self.columns} inputs of this module"
-        refuse(x.shape[-1] != self.columns, f"activations {list(x.shape)} do not end in {width}")
+        count = x.shape[:-1].numel()
+        if x.shape[-1] != self.columns or (weights is not None and weights.numel() != count):
+            given = "one each" if weights is None else f"{weights.numel()} token weights"
+            raise RacError(
+                f"activations {list(x.shape)} and {given}: a Hessian of {self.columns} inputs "
+                f"takes [..., {self.columns}] and a weight per token"
+            )
         x = x.reshape(-1, self.columns).to(self.device)
         weights = x.new_ones(len(x)) if weights is None else weights
         weights = weights.reshape(-1).to(self.device, torch.float32)
-        one_each = len(weights) == len(x)
-        refuse(not one_each, f"{len(weights)} token weights for {len(x)} tokens; give one each")
         counted = weights > 0
         tokens, weight = int(counted.sum()), float(weights.sum(dtype=torch.float64))
         self.tokens, self.weight_sum = self.tokens + tokens, self.weight_sum + weight
@@ -91,9 +89,11 @@ class Hessian:
             inputs[:, : len(x)] = x.T
         else:
             inputs = x.T.to(torch.float32)
+        # X^T diag(w) X = Y^T Y with Y = diag(sqrt w) X
         if not bool((weights == 1).all()):
             missing = inputs.shape[1] - len(weights)
             inputs = inputs * torch.nn.functional.pad(weights.sqrt(), (0, missing))
+        # S[first:last, :columns] += X[:, first:last]^T X[:, :columns]
         for (first, last, columns), total in zip(self._blocks, self._sums.shard, strict=True):
             add_matmul_(total, inputs[first:last], inputs[:columns].T)
 
@@ -114,19 +114,23 @@ class Hessian:
 
     def take(self, name: str = "this module") -> Tensor:
         """Return the symmetric Hessian [columns, columns], and drop the sum (RacError: no sum)."""
-        unused = "use more traces, or add it to ignore (an unused expert)"
-        refuse(self.weight_sum == 0.0, f"{name}: no calibration token reached it; {unused}")
-        bad = int((~self._sums.total.diagonal().isfinite()).sum())  # an inf makes its square inf
-        refuse(
-            bad > 0,
-            f"{name}: activations of {bad} of {self.columns} inputs are not finite; run the model "
-            "in bfloat16 or float32, or find the layer that overflows",
-        )
+        if self.weight_sum == 0.0:
+            raise RacError(
+                f"{name}: no calibration token reached it; use more traces, or add it to ignore "
+                "(an unused expert)"
+            )
+        # an inf or nan makes the square on the diagonal one
+        if bad := int((~self._sums.total.diagonal().isfinite()).sum()):
+            raise RacError(
+                f"{name}: activations of {bad} of {self.columns} inputs are not finite; run the "
+                "model in bfloat16 or float32, or find the layer that overflows"
+            )
+        # 2 / sum(w) X^T diag(w) X, of which the sum has the lower triangle
         scaled = self._sums.take().mul_(2.0 / self.weight_sum)
-        return mirror_lower_(scaled, block_columns(self.columns))
+        return mirror_lower_(scaled, self._blocks[0][1])
 
 
-def cap_weights(weights: Tensor, x: Tensor) -> tuple[Tensor, int]:
+def _cap_weights(weights: Tensor, x: Tensor) -> tuple[Tensor, int]:
     """Cap the weights [...] of tokens whose input `x` [..., columns] is far larger than usual.
 
     The first token of a sequence can have an input whose squared norm is 10^5 times the median
@@ -142,6 +146,7 @@ def cap_weights(weights: Tensor, x: Tensor) -> tuple[Tensor, int]:
     norms = norms.reshape(weights.shape)
     weights = weights.to(norms.device)
     counted = norms[weights > 0]
+    # w_t min(1, limit / ||x_t||^2); a norm that is not finite stays for `Hessian.take` to refuse
     limit = CAP * counted.median() if counted.numel() else norms.new_zeros(())
     over = (weights > 0) & (norms > limit) & norms.isfinite() & (limit > 0)
     return torch.where(over, weights * (limit / norms), weights), int(over.sum())
@@ -160,7 +165,7 @@ class Statistics:
     bfloat16 matmuls where these are fast: they change C by less than a hundredth of what other
     tokens would. The Hessian takes float32, to stay positive definite.
 
-    Token weights are then capped (`cap_weights`), in the Hessian too; `capped` counts these tokens.
+    Token weights are then capped (`_cap_weights`), in the Hessian too; `capped` counts the tokens.
     """
 
     def __init__(
@@ -186,7 +191,7 @@ class Statistics:
     def add(self, x: Tensor, token_weights: Tensor, dense: Tensor | None = None) -> None:
         """Add inputs `x` of the pruned and `dense` of the dense model, [..., d], weighted [...]."""
         if self._weights is not None:
-            token_weights, capped = cap_weights(token_weights, x)
+            token_weights, capped = _cap_weights(token_weights, x)
             self.capped += capped
         self.hessian.add(x, token_weights)
         if self._sums is None:
@@ -201,12 +206,13 @@ class Statistics:
         if not bool((w == 1).all()):
             counted = w > 0
             x, dense, w = x[counted], dense[counted], w[counted]
-        difference = (dense - x).mul_(w.unsqueeze(1))
+        difference = (dense - x).mul_(w.unsqueeze(1))  # diag(w) (X_d - X_p)
         if self._bf16:
             difference, x = difference.bfloat16(), x.bfloat16()
             if x.device.type == "cpu":  # oneDNN multiplies them
                 difference, x = with_zero_rows(difference), with_zero_rows(x)
         if not self._before:
+            # one row per output: diag(w) (X_d - X_p) W^T
             images = [difference @ w.to(difference).T for w in self._weights or ()]
             difference = torch.cat(images, dim=1)
         if self._bf16:
@@ -232,6 +238,7 @@ class Statistics:
         """Return C of each module, [rows, d] float32, and drop the sum; None without weights."""
         if self._sums is None:
             return None
+        # 2 / sum(w) times (X_d - X_p)^T diag(w) X_p [d, d], or W times that [rows, d]
         scaled = self._sums.take().mul_(2.0 / self.hessian.weight_sum)
         if self._before:
             return [matmul(weight.to(scaled), scaled) for weight in self._weights or ()]

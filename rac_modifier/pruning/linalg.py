@@ -43,20 +43,25 @@ class Dampening:
         added = torch.where(diagonal == 0, mean, torch.zeros_like(mean)) + uniform
         return cls(frac, retries, uniform, added, diagonal + added)
 
+    @property
+    def larger(self) -> str:
+        """Return the next step for results that overflow."""
+        return f"raise dampening_frac ({self.frac:.4g})"
 
-def raise_until_it_works(
-    attempt: Callable[[Dampening], T | None], hessian: Tensor, dampening: Dampening, label: str
-) -> tuple[T, Dampening]:
-    """Return the result of `attempt` and its dampening, raised tenfold while the result is None."""
-    while (result := attempt(dampening)) is None:
-        larger = max(dampening.frac * 10, _FIRST_RETRY)
-        if larger > MAX_DAMPENING * (1 + 1e-9):
-            raise RacError(
-                f"{label}: the Hessian is not positive definite, even with dampening_frac "
-                f"{dampening.frac:.4g}; use more calibration tokens, or look for overflows"
-            )
-        dampening = Dampening.of(hessian, larger, dampening.retries + 1)
-    return result, dampening
+    def raise_until(
+        self, attempt: Callable[[Self], T | None], hessian: Tensor, label: str
+    ) -> tuple[T, Self]:
+        """Return the result of `attempt` and its dampening, raised tenfold while that is None."""
+        dampening = self
+        while (result := attempt(dampening)) is None:
+            larger = max(dampening.frac * 10, _FIRST_RETRY)
+            if larger > MAX_DAMPENING * (1 + 1e-9):
+                raise RacError(
+                    f"{label}: the Hessian is not positive definite, even with dampening_frac "
+                    f"{dampening.frac:.4g}; use more calibration tokens, or look for overflows"
+                )
+            dampening = self.of(hessian, larger, dampening.retries + 1)
+        return result, dampening
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,7 @@ class Factor:
 
     def solve(self, b: Tensor) -> Tensor:
         """Return `b` [rows, d] times the inverse of the damped Hessian."""
+        # b H'^-1 = (H'^-1 b^T)^T, and L L^T is H' with the inputs read backwards
         if self.order is None:
             return cholesky_solve(b.T.flip(0), self.reversed_lower).flip(0).T
         back = self.order.flip(0)
@@ -81,33 +87,41 @@ class Factor:
         solved[:, back] = cholesky_solve(b.T[back], self.reversed_lower).T
         return solved
 
+    @classmethod
+    def of(
+        cls, hessian: Tensor, dampening: Dampening, label: str, *, largest_first: bool = False
+    ) -> Self:
+        """Factor H with this dampening, or a larger one where it needs it (RacError: `label`).
 
-def diagonal_blocks(reversed_lower: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """Return the diagonal blocks of U and of R at inputs [start, stop), of factors [..., d, d]."""
-    d = reversed_lower.shape[-1]
-    block = slice(d - stop, d - start)
-    u = reversed_lower[..., block, block].flip(-2, -1)
-    identity = torch.eye(stop - start).to(u).expand_as(u)
-    return u, torch.linalg.solve_triangular(u, identity, upper=True)
+        `largest_first` orders the inputs by the diagonal of H, falling.
+        """
+        order = dampening.diagonal.argsort(descending=True, stable=True) if largest_first else None
+        inputs = torch.arange(len(hessian), device=hessian.device) if order is None else order
+        back = inputs.flip(0)
+
+        def attempt(dampening: Dampening) -> Tensor | None:
+            damped = hessian[back.unsqueeze(1), back]
+            damped.diagonal().copy_(dampening.diagonal[back])
+            return cholesky_(damped)
+
+        return cls(*dampening.raise_until(attempt, hessian, label), order)
+
+    @staticmethod
+    def diagonal_blocks(reversed_lower: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Return the diagonal blocks of U and R at inputs [start, stop), of factors [..., d, d]."""
+        d = reversed_lower.shape[-1]
+        block = slice(d - stop, d - start)
+        u = reversed_lower[..., block, block].flip(-2, -1)
+        identity = torch.eye(stop - start).to(u).expand_as(u)
+        # R = U^-1 is triangular too, so its diagonal block is the inverse of the block of U
+        return u, torch.linalg.solve_triangular(u, identity, upper=True)
 
 
-def factorise(
-    hessian: Tensor, dampening: Dampening, label: str, *, largest_first: bool = False
-) -> Factor:
-    """Factor H with this dampening, or a larger one where it needs it (RacError names `label`).
-
-    `largest_first` orders the inputs by the diagonal of H, falling.
-    """
-    order = dampening.diagonal.argsort(descending=True, stable=True) if largest_first else None
-    inputs = torch.arange(len(hessian), device=hessian.device) if order is None else order
-    back = inputs.flip(0)
-
-    def attempt(dampening: Dampening) -> Tensor | None:
-        damped = hessian[back.unsqueeze(1), back]
-        damped.diagonal().copy_(dampening.diagonal[back])
-        return cholesky_(damped)
-
-    return Factor(*raise_until_it_works(attempt, hessian, dampening, label), order)
+def check_finite(x: Tensor, name: str, what: str, step: str) -> None:
+    """Refuse values of a module that are not finite, with the next step (RacError)."""
+    # a finite sum proves it in one pass, but a sum can overflow
+    if not (bool(x.sum().isfinite()) or bool(x.isfinite().all())):
+        raise RacError(f"{name}: the {what} is not finite everywhere; {step}")
 
 
 def bf16_is_fast(device: torch.device) -> bool:
@@ -150,6 +164,7 @@ def quadratic_form(vectors: Tensor, hessian: Tensor, *, bf16: bool = False) -> T
         rounded = rows.bfloat16() if bf16 else rows
         for start in range(0, len(hessian), BLOCK):
             block, leading = slice(start, start + BLOCK), slice(0, start + BLOCK)
+            # v^T H v = sum_B v_B^T (H_BB v_B + 2 H_B,before v_before)
             if bf16:
                 weight = hessian[block, leading].bfloat16()
                 weight[:, :start] *= 2  # exact

@@ -32,6 +32,7 @@ def lowest(scores: Tensor, count: int) -> Tensor:
     if count == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
     flat = scores.flatten()
+    # all below the count-th score, and of those that equal it the first ones
     threshold = flat.kthvalue(count).values
     mask = flat < threshold
     missing = count - int(mask.sum())
@@ -54,6 +55,7 @@ def ranks_in_groups(scores: Tensor, m: int) -> Tensor:
     groups = scores.view(-1, m, scores.shape[1])
     if m > _RANKED_BY_PAIRS:
         return groups.argsort(dim=1, stable=True).argsort(dim=1).to(scores.dtype).view(scores.shape)
+    # rank_i = number of j < i with s_j <= s_i, and of j > i with s_j < s_i
     ranks = torch.zeros_like(groups)
     for i in range(m):
         for j in range(i + 1, m):
@@ -64,15 +66,16 @@ def ranks_in_groups(scores: Tensor, m: int) -> Tensor:
     return ranks.view(scores.shape)
 
 
-def sampled_places(rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return rows and columns of about 32,768 entries of a matrix; of a smaller one, of all."""
-    step = max(rows * columns // _SAMPLE, 1)
+def sampled_threshold(weight: Tensor, scale: Tensor, share: float) -> float:
+    """Return what about a `share` of the scores |W_ij| s_i, [d, rows] and [d, 1], do not exceed.
+
+    It is a quantile of about 32,768 of them; of a smaller matrix, of all.
+    """
+    columns = weight.shape[1]
+    step = max(weight.numel() // _SAMPLE, 1)
     while math.gcd(step, columns) > 1 < step:  # a common divisor would leave columns out
         step += 1
-    places = torch.arange(0, rows * columns, step, device=device)
-    return places // columns, places % columns
-
-
-def sampled_threshold(sample: Tensor, share: float) -> float:
-    """Return what about a `share` of the scores do not exceed, from those at `sampled_places`."""
+    places = torch.arange(0, weight.numel(), step, device=weight.device)
+    rows = places // columns
+    sample = weight[rows, places % columns].mul_(scale[rows, 0]).abs_()
     return float(sample.kthvalue(max(int(sample.numel() * share), 1)).values)

@@ -52,8 +52,9 @@ def refit(
     added, inverse = dampening.added.unsqueeze(1), dampening.diagonal.reciprocal().unsqueeze(1)
     slices = linalg.cached_slices(weight)
     norms, error, energy = (weight.new_zeros(weight.shape[1]) for _ in range(3))
-    for part in slices:
+    for part in slices:  # t D t^T
         norms += (target[part] * target[part]).mul_(dampening.diagonal[part].unsqueeze(1)).sum(0)
+    # r = H' (t - w), the negative gradient: the dampening's share, then that of H
     direction = target.sub_(weight)
     residual, rounded = torch.mul(direction, added), hessian.bfloat16() if bf16 else hessian
     if bf16 and len(hessian) >= LARGE:
@@ -63,7 +64,8 @@ def refit(
     else:
         add_matmul_(residual, hessian, direction)
     for part in slices:
-        error += (direction[part] * residual[part]).sum(0)
+        error += (direction[part] * residual[part]).sum(0)  # (t - w) H' (t - w)^T
+        # only the kept columns S move: r <- r_S, p = D^-1 r, and r D^-1 r^T
         residual[part].masked_fill_(pruned[part], 0.0)
         torch.mul(residual[part], inverse[part], out=direction[part])
         energy += (residual[part] * direction[part]).sum(0)
@@ -71,6 +73,7 @@ def refit(
     goal = TOLERANCE**2 * norms
     step, gained = 0, math.inf
     while step < steps and gained >= GAIN and bool((energy > goal).any()):
+        # q = (H' p)_S and p H' p^T
         factor = direction.bfloat16() if bf16 else direction
         curvature, remaining = torch.zeros_like(energy), torch.zeros_like(energy)
         for block in linalg.row_blocks(weight):
@@ -80,16 +83,19 @@ def refit(
                 torch.mul(direction[part], added[part], out=product[part]).add_(image[inner])
                 product[part].masked_fill_(pruned[part], 0.0)
                 curvature += (direction[part] * product[part]).sum(0)
-        # finished rows do not move, nor do rows that an indefinite Hessian would let diverge
+        # a = r D^-1 r^T / p H' p^T, which lowers the error by a r D^-1 r^T; finished rows do not
+        # move, nor do rows that an indefinite Hessian would let diverge
         length = torch.where((energy > goal) & (curvature > 0), energy / curvature, 0.0)
         lowered = length * energy
         error -= lowered
         gained = float(torch.where(error > 0, lowered / error, 0.0).mean())
         for part in slices:
+            # w <- w + a p, r <- r - a q
             weight[part].addcmul_(direction[part], length)
             residual[part].addcmul_(product[part], length, value=-1)
             scaled = torch.mul(residual[part], inverse[part], out=product[part])
-            remaining += scaled.mul_(residual[part]).sum(0)
+            remaining += scaled.mul_(residual[part]).sum(0)  # of the new r
+        # p <- D^-1 r + b p, with b the new r D^-1 r^T over the old one
         ratio = torch.where(energy > 0, remaining / energy, 0.0)
         for part in slices:
             direction[part].mul_(ratio).addcmul_(residual[part], inverse[part])

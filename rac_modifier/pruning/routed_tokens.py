@@ -15,6 +15,7 @@ def routed_rows(chosen: Tensor, counted: Tensor, experts: int) -> list[Tensor]:
     `chosen` [tokens, k] has the numbers of each token's experts, beyond the experts where it is
     dropped; `counted` [tokens] is False for padding.
     """
+    # a stable sort by expert keeps the tokens of each in ascending order
     numbers = chosen.masked_fill(~counted.unsqueeze(1), experts).flatten()
     order = numbers.sort(stable=True).indices // chosen.shape[1]
     counts: list[int] = numbers.bincount(minlength=experts).tolist()
@@ -68,6 +69,7 @@ def _nearest(
 ) -> list[list[int]]:
     """Pick the places of the highest values of each batch; ties by batch and place."""
     sizes, values = torch.tensor([len(x) for x in near]), torch.cat(list(near))
+    # the nearest `missing` of all ranks are among the nearest `missing` of each
     best = values.sort(descending=True, stable=True).indices[:missing]
     keys, best = (-values[best]).tolist(), best.cpu()
     batches = torch.arange(len(near)).repeat_interleave(sizes)[best]

@@ -109,6 +109,7 @@ class ShardSum:
         for number, (block, start, stop) in enumerate(self._pieces()):
             piece = shard[block][start:stop].flatten()
             padding = -len(piece) % count
+            # this rank's part of the piece from all ranks, added in the order of shard numbers
             first, *later = self._processes.exchanged(torch.nn.functional.pad(piece, (0, padding)))
             if number == len(self._parts):
                 self._parts.append(first.clone())

@@ -25,19 +25,22 @@ modules, with s steps of the refit and i iterations, the multiply-adds are about
     alps i d^3 / 24 + (i + 2) d^2 r    refit (s + 1) d^2 r
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, get_args
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rac_modifier.pruning import alps, linalg, scores, sparsegpt
-from rac_modifier.pruning.checks import check_problem, is_finite, refuse
-from rac_modifier.pruning.linalg import Dampening, Factor, factorise, quadratic_form, stacked
-from rac_modifier.pruning.refit import refit as refit_kept
-from rac_modifier.settings.pattern import Pattern
-from rac_modifier.settings.pruning import ITERATIONS, REFIT_STEPS, Method
+from rac_modifier.pruning import linalg
+from rac_modifier.pruning.linalg import Dampening, Factor, check_finite, quadratic_form, stacked
+from rac_modifier.pruning.problem import Masked, Problem, SolverOptions, Target
+from rac_modifier.pruning.refit import refit
+from rac_modifier.settings.solvers import SOLVERS, Solver
+
+Prune = Callable[[Sequence[Target], SolverOptions], list[Masked]]
+"""Step 3, the function `prune` of a solver's module; it leaves the targets as they are."""
 
 
 @dataclass(frozen=True)
@@ -82,186 +85,94 @@ class Solution:
         }
 
 
-@dataclass(frozen=True)
-class Problem:
-    """Modules that read the same input: weights [rows_i, d], Hessian [d, d] in float32, names.
-
-    patterns: one per module: the same N:M, or unstructured with a sparsity per module.
-    cross_moment: C of each module (hessian.py); without it the target is `weights`.
-    """
-
-    weights: Sequence[Tensor]
-    hessian: Tensor
-    patterns: Sequence[Pattern]
-    names: Sequence[str]
-    cross_moment: Sequence[Tensor] | None = None
-
-    @property
-    def rows(self) -> list[int]:
-        """Return the rows of each module."""
-        return [w.shape[0] for w in self.weights]
-
-    @property
-    def label(self) -> str:
-        """Return the names, for messages about the Hessian."""
-        return ", ".join(self.names)
-
-
 @torch.no_grad()
-def solve_many(
-    method: Method,
-    problems: Sequence[Problem],
-    *,
-    dampening_frac: float = 0.01,
-    refit: bool = False,
-    iterations: int = ITERATIONS,
-    refit_steps: int = REFIT_STEPS,
-    keep_factor: bool = True,
-) -> list[list[Solution]]:
+def solve_many(problems: Sequence[Problem], options: SolverOptions) -> list[list[Solution]]:
     """Prune the modules of each problem.
 
     Each module gets what it would get alone, except that the refit ends for all modules of a
     problem together. SparseGPT solves problems of one shape (routed experts) as a batch. ALPS and
-    the refit use bfloat16 matmuls where those are fast. alps and keep always end with a refit;
-    wanda and magnitude change kept weights only with `refit`. keep prunes what is zero in `weights`
-    already, and none nothing, so that the result is the target.
-
-    `iterations` is of alps, `dampening_frac` lambda / mean(diag H), `refit_steps` the most steps of
-    the refit. With `keep_factor` solutions have their factor, which takes the memory of a Hessian.
+    the refit use bfloat16 matmuls where those are fast.
 
     Raises:
         RacError: shapes, values or a pattern that cannot work, or a Hessian without a factor.
     """
-    known = get_args(Method)
-    refuse(method not in known, f"pruning method {method!r}: choose from {', '.join(known)}")
-    states = [_aim(method, problem, dampening_frac) for problem in problems]  # steps 1 and 2
-    if method == "sparsegpt":
-        _sparsegpt(states)
-    for state in states:
-        state.factor = state.factor if keep_factor else None
-        if method != "sparsegpt":
-            _choose(method, state, iterations)
-    steps = refit_steps if refit or method in ("alps", "keep") else None
-    return [_finish(method, state, steps) for state in states]
+    solver = SOLVERS[options.solver]
+    prune: Prune = import_module(f"rac_modifier.pruning.{solver.module}").prune
+    masked = prune([_prepare(solver, options, problem) for problem in problems], options)  # step 3
+    if not options.keep_factor:
+        masked = [replace(m, target=replace(m.target, factor=None)) for m in masked]
+    return [_refit(solver, options, m) for m in masked]
 
 
-@dataclass
-class _State:
-    """A problem between the steps: `working` is W'^T of all modules, `pruned` its mask."""
-
-    problem: Problem
-    dampening: Dampening
-    damped: bool
-    factor: Factor | None
-    targets: list[Tensor]
-    working: Tensor
-    totals: Tensor
-    dead: Tensor
-    pruned: Tensor
-    errors: Tensor | None = None
-
-
-def _aim(method: Method, problem: Problem, dampening_frac: float) -> _State:
+def _prepare(solver: Solver, options: SolverOptions, problem: Problem) -> Target:
     """Run steps 1 and 2."""
+    problem.check()
     hessian, cross_moment = problem.hessian, problem.cross_moment
-    check_problem(problem.weights, hessian, problem.names, problem.patterns, cross_moment or ())
 
     # 1. Damped Hessian. Where a step needs the factor U of H' = U U^T, lambda is raised until it
     #    exists. Rounding alone takes the inputs in the order of the factor.
-    dampening, factor = Dampening.of(hessian, dampening_frac), None
-    if cross_moment is not None or method == "sparsegpt":
-        factor = factorise(hessian, dampening, problem.label, largest_first=method == "none")
+    dampening, factor = Dampening.of(hessian, options.dampening_frac), None
+    if cross_moment is not None or solver.needs_factor:
+        factor = Factor.of(hessian, dampening, problem.label, largest_first=not solver.prunes)
         dampening = factor.dampening
 
     # 2. Target: W* = W + C H'^-1, or W itself without a cross moment.
-    targets = list(problem.weights)
+    weights = list(problem.weights)
     if cross_moment is not None and factor is not None:
+        # C H'^-1 of all modules at once: they share the factor
         moves = factor.solve(torch.cat([c.to(hessian) for c in cross_moment]))
-        targets = [w.to(m) + m for w, m in zip(targets, moves.split(problem.rows), strict=True)]
-        for name, target in zip(problem.names, targets, strict=True):
-            raised = f"raise dampening_frac ({dampening.frac:.4g})"
-            refuse(not is_finite(target), f"{name}: the dense target overflows; {raised}")
+        weights = [w.to(m) + m for w, m in zip(weights, moves.split(problem.rows), strict=True)]
+        for name, weight in zip(problem.names, weights, strict=True):
+            check_finite(weight, name, "dense target", dampening.larger)
 
-    # Weights of dead inputs are pruned too: they never matter. Scores do not change kept weights.
-    working, dead = stacked(targets, hessian), hessian.diagonal() == 0
-    totals = quadratic_form(working, hessian, bf16=linalg.bf16_is_fast(hessian.device))
-    if method not in scores.MASKS:
-        working[dead] = 0.0
-    damped, pruned = factor is not None, dead.unsqueeze(1)
-    return _State(problem, dampening, damped, factor, targets, working, totals, dead, pruned)
+    if not (solver.needs_factor or options.keep_factor):
+        factor = None  # a solver has its memory
+    bf16 = linalg.bf16_is_fast(hessian.device)
+    totals = quadratic_form(stacked(weights, hessian), hessian, bf16=bf16)
+    return Target(problem, weights, totals, dampening, factor, solver.only_scores)
 
 
-def _sparsegpt(states: Sequence[_State]) -> None:
-    """Step 3 by SparseGPT: a batch, if all have the same shapes and patterns."""
-    problems = [state.problem for state in states]
-    kinds = {(p.hessian.shape, *p.rows, *p.patterns) for p in problems}
-    for batch in [states] if len(kinds) == 1 else [[state] for state in states]:
-        problem, factors = batch[0].problem, [w.factor for w in batch if w.factor is not None]
-        results = sparsegpt.prune_batch(
-            [w.working for w in batch], factors, problem.rows, problem.patterns
-        )
-        for state, (working, pruned, errors) in zip(batch, results, strict=True):
-            state.working, state.pruned, state.errors = working, pruned, errors
-
-
-def _choose(method: Method, state: _State, iterations: int) -> None:
-    """Step 3 by any other method."""
-    problem, working = state.problem, state.working
-    rows, patterns, hessian = problem.rows, problem.patterns, problem.hessian
-    if method == "alps":
-        weight = (working, hessian, rows, patterns, state.dampening)
-        state.pruned, state.dampening = alps.prune(
-            *weight, iterations=iterations, label=problem.label
-        )
-    elif method in scores.MASKS:
-        state.pruned = scores.prune(method, working, hessian, rows, patterns)
-    elif method == "none":
-        state.pruned = torch.zeros_like(working, dtype=torch.bool)
-    else:
-        state.pruned = stacked(problem.weights, hessian) == 0
-
-
-def _finish(method: Method, state: _State, refit_steps: int | None) -> list[Solution]:
-    """Step 4, unless `refit_steps` is None, and what the result loses."""
-    problem, working, pruned = state.problem, state.working, state.pruned
-    hessian, dampening = problem.hessian, state.dampening
-    if method not in scores.MASKS:
-        pruned[state.dead] = True
+def _refit(solver: Solver, options: SolverOptions, masked: Masked) -> list[Solution]:
+    """Run step 4 where it is asked for, and measure what the result loses."""
+    target, weight, pruned = masked.target, masked.weight, masked.pruned
+    problem, dampening, hessian = target.problem, masked.dampening, target.problem.hessian
+    dead = target.dead
+    if not solver.only_scores:
+        pruned[dead] = True  # their weights never matter; scores keep to the pattern
 
     # 4. Refit.
-    steps = None
-    if refit_steps is not None:
-        target, bf16 = stacked(state.targets, hessian), linalg.bf16_is_fast(hessian.device)
-        steps = refit_kept(
-            working, pruned, target, hessian, dampening, steps=refit_steps, bf16=bf16
-        )
+    steps, refits = 0, options.refit or solver.always_refits
+    if refits:
+        goal, bf16 = stacked(target.weights, hessian), linalg.bf16_is_fast(hessian.device)
+        most = options.refit_steps
+        steps = refit(weight, pruned, goal, hessian, dampening, steps=most, bf16=bf16)
 
     # SparseGPT's own errors are without a refit and before rounding.
-    dtype, errors = problem.weights[0].dtype, state.errors
-    if errors is None or steps is not None or dtype != working.dtype:
-        change = stacked(state.targets, hessian).sub_(working.to(dtype))
+    dtype, errors = problem.weights[0].dtype, masked.errors
+    if errors is None or refits or dtype != weight.dtype:
+        change = stacked(target.weights, hessian).sub_(weight.to(dtype))  # W* - W'
         errors = quadratic_form(change, hessian)
+    damped = refits or solver.needs_factor or problem.cross_moment is not None
     solutions, first = [], 0
-    for name, original, target in zip(problem.names, problem.weights, state.targets, strict=True):
+    for name, original, aim in zip(problem.names, problem.weights, target.weights, strict=True):
         rows = slice(first, first + len(original))
         first = rows.stop
-        weight = working[:, rows].T.contiguous().to(original)
-        raised = f"raise dampening_frac ({dampening.frac})"
-        refuse(not is_finite(weight), f"{name}: the pruned weight overflows {dtype}; {raised}")
+        stored = weight[:, rows].T.contiguous().to(original)
+        check_finite(stored, name, f"pruned weight in {dtype}", dampening.larger)
         error = max(float(errors[rows].sum()), 0.0)  # rounding: 0 may be < 0
-        total = float(state.totals[rows].sum())
+        total = float(target.totals[rows].sum())
         solution = Solution(
             name=name,
-            weight=weight,
+            weight=stored,
             mask=pruned[:, rows].T.logical_not().contiguous().to(original.device),
-            target=target,
+            target=aim,
             error=error,
             relative_error=error / total if total > 0 else 0.0,
-            dampening_used=dampening.frac if state.damped or steps is not None else 0.0,
+            dampening_used=dampening.frac if damped else 0.0,
             retries=dampening.retries,
-            dead_inputs=int(state.dead.sum()),
-            refit_steps=steps or 0,
-            factor=state.factor,
+            dead_inputs=int(dead.sum()),
+            refit_steps=steps,
+            factor=target.factor,
         )
         solutions.append(solution)
     return solutions

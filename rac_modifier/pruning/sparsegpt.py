@@ -21,8 +21,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rac_modifier.pruning.linalg import Factor, diagonal_blocks
+from rac_modifier.pruning.linalg import Factor
 from rac_modifier.pruning.masks import lowest, lowest_along
+from rac_modifier.pruning.problem import Masked, SolverOptions, Target
 from rac_modifier.settings.pattern import Pattern
 
 _BLOCK, _SUB_BLOCK = 128, 32  # inputs
@@ -37,22 +38,28 @@ def problems_per_batch(columns: int, rows: int, device: torch.device) -> int:
     return max(most // (columns * rows), 1)
 
 
-def prune_batch(
-    weights: Sequence[Tensor],
-    factors: Sequence[Factor],
-    rows: Sequence[int],
-    patterns: Sequence[Pattern],
-) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Prune problems of one shape with the same patterns; return weights, mask, errors of each."""
-    lower, uniform = [f.reversed_lower for f in factors], [f.dampening.uniform for f in factors]
-    if len(weights) == 1:
-        return [(weights[0], *prune(weights[0], lower[0], uniform[0], rows, patterns))]
-    batch = torch.stack(list(weights))
-    results = prune(batch, torch.stack(lower), torch.stack(uniform), rows, patterns)
-    return list(zip(batch, *results, strict=True))
+def prune(targets: Sequence[Target], options: SolverOptions) -> list[Masked]:
+    """Prune problems; those of one shape with the same patterns as a batch."""
+    problems = [target.problem for target in targets]
+    if len({(p.hessian.shape, *p.rows, *p.patterns) for p in problems}) > 1:
+        return [masked for target in targets for masked in prune([target], options)]
+    factors = [target.factor for target in targets if target.factor is not None]
+    lower = [factor.reversed_lower for factor in factors]
+    uniform = [factor.dampening.uniform for factor in factors]
+    weights = [target.start() for target in targets]
+    rows, patterns = problems[0].rows, problems[0].patterns
+    if len(targets) == 1:
+        pruned, errors = _prune_columns(weights[0], lower[0], uniform[0], rows, patterns)
+        return [Masked(targets[0], weights[0], pruned, targets[0].dampening, errors)]
+    batch = torch.stack(weights)
+    results = _prune_columns(batch, torch.stack(lower), torch.stack(uniform), rows, patterns)
+    return [
+        Masked(target, weight, pruned, target.dampening, errors)
+        for target, weight, pruned, errors in zip(targets, batch, *results, strict=True)
+    ]
 
 
-def prune(
+def _prune_columns(
     weight: Tensor,
     lower: Tensor,
     uniform: Tensor,
@@ -76,24 +83,28 @@ def prune(
     d, pattern, step = weight.shape[-2], patterns[0], _BLOCK
     if pattern.is_structured:
         step = max(step - step % pattern.m, pattern.m)
-    change = torch.empty_like(weight)  # D of the inputs before, reversed like the factor
+    change = torch.empty_like(weight)  # D^T of the inputs before, reversed like the factor
     pruned = torch.empty_like(weight, dtype=torch.bool)
     uniform = uniform[..., None, None]
     error = torch.zeros_like(weight[..., 0, :], dtype=torch.float64)
     for start in range(0, d, step):
         stop = min(start + step, d)
         reversed_block, before = slice(d - stop, d - start), slice(d - start, d)
-        u, r = diagonal_blocks(lower, start, stop)
+        u, r = Factor.diagonal_blocks(lower, start, stop)  # U_BB, R_BB = U_BB^-1
+        # (D_before U_before,B)^T
         passed_on = (lower[..., before, reversed_block].mT @ change[..., before, :]).flip(-2)
+        # W_B^T <- W_B^T + R_BB^T (D_before U_before,B)^T: all earlier errors have arrived
         block = weight[..., start:stop, :].clone()
         _add_matmul(block, r.mT, passed_on)
         if pattern.is_structured:
             mask = _settle_groups(block, r, pattern)
         else:
             mask = _settle_lowest(block, r, rows, patterns)
-        block.masked_fill_(mask, 0.0)
-        moved = weight[..., start:stop, :] - block
+        block.masked_fill_(mask, 0.0)  # the pruned weights of these inputs
+        moved = weight[..., start:stop, :] - block  # D_B^T
+        # E_B = (D U)_B = D_before U_before,B + D_B U_BB
         _add_matmul(passed_on, u.mT, moved)
+        # trace(D H D^T) = ||E||^2 - lambda ||D||^2
         error += passed_on.square_().addcmul_(moved, moved * uniform, value=-1).sum(-2)
         change[..., reversed_block, :] = moved.flip(-2)
         weight[..., start:stop, :] = block
@@ -130,6 +141,7 @@ def _settle_lowest(
 
 
 def _scores(block: Tensor, r: Tensor) -> Tensor:
+    # (w_j / R_jj)^2: what pruning w_j adds to the error while later inputs correct it
     return (block / r.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)).square_()
 
 
@@ -140,8 +152,10 @@ def _settle(block: Tensor, r: Tensor, mask: Tensor, start: int, stop: int) -> No
     errors = torch.empty_like(inverse)
     for j in range(start, stop):
         error = errors[..., j - start, :]
+        # e_j = w_j / R_jj; w_k <- w_k - e_j R_jk for the later inputs k of the sub-block
         torch.mul(block[..., j, :], inverse[..., j - start, :], out=error)
         _subtract_outer(block[..., j + 1 : stop, :], r[..., j, j + 1 : stop], error)
+    # the same for the inputs after the sub-block, of all its errors at once
     _add_matmul(block[..., stop:, :], r[..., start:stop, stop:].mT, errors, alpha=-1)
 
 

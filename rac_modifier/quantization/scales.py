@@ -55,6 +55,7 @@ def search_steps(
         least = torch.full_like(best_scale, torch.inf)
         for scale, zero in candidates(part, grid, store):
             spread = None if zero is None else zero.unsqueeze(-2)
+            # sum_j h_j (w_j - q_j)^2, and the least of it so far
             rounded = grid.round_(part.clone(), scale.unsqueeze(-2), spread)
             error = rounded.sub_(part).square_().mul_(weights).sum(dim=-2)
             better = error < least
@@ -77,6 +78,8 @@ def _symmetric(part: Tensor, grid: Encoding, store: _Store) -> Iterator[tuple[Te
 
 def _asymmetric(part: Tensor, grid: Encoding, store: _Store) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield scales and zero points [rows] of a group of columns, `part` [columns, rows]."""
+    # Codes c in [lowest, highest] with the zero point z reach from (lowest - z) s to
+    # (highest - z) s. The finest s that covers all weights puts z at lowest - low / s.
     lowest, highest = grid.lowest, -grid.lowest - 1
     low, high = part.amin(dim=-2).clamp_(max=0.0), part.amax(dim=-2).clamp_(min=0.0)
     finest = (high - low) / (highest - lowest)
@@ -113,10 +116,12 @@ def refit_scales(
     for c, t, s in zip(*(x.split(_ROWS, dim=1) for x in (codes, target, scale)), strict=True):
         gram = c.new_empty(c.shape[1], groups, groups)
         for group in range(groups):
+            # A_gh = C_h H' C_g^T for each group h of the row
             columns = slice(group * size, (group + 1) * size)
-            image = hessian[:, columns] @ c[columns]  # H C_g, [d, rows]
+            image = hessian[:, columns] @ c[columns]  # H C_g^T, [d, rows]
             image[columns].addcmul_(dampening.added[columns, None], c[columns])
             gram[:, :, group] = _group_sums(image.mul_(c), groups, size).T
+        # b_h = C_h H' t^T
         image = torch.addcmul(hessian @ t, dampening.added[:, None], t)
         right = _group_sums(image.mul_(c), groups, size).T
         new = _solve(gram.double(), right.double(), s.T.double())
@@ -128,7 +133,7 @@ def refit_scales(
 
 def _solve(gram: Tensor, right: Tensor, old: Tensor) -> Tensor:
     """Solve A s = b per row; [rows, groups, groups], [rows, groups] and the old scales, float64."""
-    gram = (gram + gram.mT) / 2
+    gram = (gram + gram.mT) / 2  # float32 sums are symmetric but for rounding
     empty = gram.diagonal(dim1=1, dim2=2) <= 0  # a group without a code
     gram = gram + torch.diag_embed(empty.to(gram))
     factor, failed = torch.linalg.cholesky_ex(gram)
@@ -140,6 +145,7 @@ def _solve(gram: Tensor, right: Tensor, old: Tensor) -> Tensor:
 
 def _error(gram: Tensor, right: Tensor, scale: Tensor) -> Tensor:
     """Return s A s - 2 b s per row, [rows]: the error without its constant."""
+    # q H' q^T = s A s and q H' t^T = b s, for q = sum_g s_g C_g
     image = torch.bmm(gram, scale.unsqueeze(2)).squeeze(2)
     return ((image - 2 * right) * scale).sum(dim=1)
 

@@ -7,10 +7,15 @@ import torch
 from torch import Tensor
 
 from rac_modifier.formats.encoding import Encoding, Steps, local_scale
-from rac_modifier.pruning.checks import check_problem, is_finite, refuse
-from rac_modifier.pruning.linalg import Dampening, factorise, quadratic_form, stacked
+from rac_modifier.pruning.linalg import (
+    Dampening,
+    Factor,
+    check_finite,
+    quadratic_form,
+    stacked,
+)
 from rac_modifier.pruning.solve import Solution
-from rac_modifier.quantization.rounding import descend, gptq
+from rac_modifier.quantization.rounding import Rounding
 from rac_modifier.quantization.scales import refit_scales, search_steps
 
 _SWEEPS = 3  # passes of coordinate descent; six lower the error by another 0.2 %
@@ -54,12 +59,11 @@ def quantize_many(
     Weights and scales are exact in `dtype`. `dampening_frac` is of a Hessian without a factor.
 
     Raises:
-        RacError: shapes or numbers that cannot work, or a result that `dtype` cannot hold.
+        RacError: a Hessian without a factor, or a result that `dtype` cannot hold.
     """
-    for solutions, hessian in zip(problems, hessians, strict=True):
-        check_problem([s.weight for s in solutions], hessian, [s.name for s in solutions])
     results: list[list[Quantized | None]] = [[None] * len(solutions) for solutions in problems]
     numbers = range(len(problems))
+    # a factor made here has its own order of inputs, one of the pruning has none
     kinds = {
         (
             *(s.weight.shape for s in solutions),
@@ -92,7 +96,7 @@ def _on_one_grid(
     d = len(hessians[0])
     factors = [
         solutions[0].factor
-        or factorise(
+        or Factor.of(
             hessian,
             Dampening.of(hessian, dampening_frac),
             ", ".join(s.name for s in solutions),
@@ -100,7 +104,6 @@ def _on_one_grid(
         )
         for solutions, hessian in zip(problems, hessians, strict=True)
     ]
-    dampenings = [factor.dampening for factor in factors]
 
     def batch(part: Callable[[Solution], Tensor]) -> Tensor:
         """Stack a part of all solutions, [problems, d, rows]; of one problem, without a copy."""
@@ -110,32 +113,41 @@ def _on_one_grid(
 
     keep = batch(lambda s: s.mask.to(hessians[0].dtype))
     target = batch(lambda s: s.target)
-    working = batch(lambda s: s.weight).mul_(keep)
-    importance = torch.stack([dampening.diagonal for dampening in dampenings])
+    working = batch(lambda s: s.weight).mul_(keep)  # W of the refit, zero where pruned
+    importance = torch.stack([factor.dampening.diagonal for factor in factors])  # diag H'
     global_scale = grid.global_scale(working)
     steps = search_steps(working, grid, importance, dtype, global_scale)
     spread = steps.spread(grid, d)
-    gptq(working, keep, spread, grid, factors)
+    rounding = Rounding(working, keep, target, grid, hessians, factors)
+    rounding.gptq(spread)
     # scales of 4-bit floats have too few values for a fit
-    sweeps = _SWEEPS + (_REFITS if grid.has_coarse_scales else 0)
-    descend(working, target, keep, spread, grid, hessians, dampenings, sweeps)
+    rounding.descend(spread, _SWEEPS + (_REFITS if grid.has_coarse_scales else 0))
     for _ in range(_REFITS if grid.kind == "int" else 0):
+        # Q = (codes - zero) s; s <- argmin of the error for these codes (scales.py)
         codes, scale = working.div_(spread.scale).round_(), torch.empty_like(steps.scale)
-        for number, (hessian, dampening) in enumerate(zip(hessians, dampenings, strict=True)):
+        for number, (hessian, factor) in enumerate(zip(hessians, factors, strict=True)):
             args = (codes[number], target[number], steps.scale[number])
-            scale[number] = refit_scales(*args, grid, hessian, dampening, dtype)
+            scale[number] = refit_scales(*args, grid, hessian, factor.dampening, dtype)
         steps = Steps(scale, steps.zero)
         spread = steps.spread(grid, d)
         working.mul_(spread.scale)
-        descend(working, target, keep, spread, grid, hessians, dampenings, 1)
+        rounding.descend(spread, 1)
     working.add_(0.0)  # -0.0 becomes 0.0: the sparse layouts would store it, and e4m3 has it
     absent = [None] * len(problems)
     zeros = absent if steps.zero is None else steps.zero.to(torch.int8)
     global_scales = absent if global_scale is None else global_scale
     return [
-        _results(solutions, hessian, dtype, dampening_frac, *tensors)
-        for solutions, hessian, *tensors in zip(
-            problems, hessians, working, target, steps.scale, zeros, global_scales, strict=True
+        _results(solutions, hessian, factor.dampening, dtype, *tensors)
+        for solutions, hessian, factor, *tensors in zip(
+            problems,
+            hessians,
+            factors,
+            working,
+            target,
+            steps.scale,
+            zeros,
+            global_scales,
+            strict=True,
         )
     ]
 
@@ -143,8 +155,8 @@ def _on_one_grid(
 def _results(
     solutions: Sequence[Solution],
     hessian: Tensor,
+    dampening: Dampening,
     dtype: torch.dtype,
-    dampening_frac: float,
     working: Tensor,
     target: Tensor,
     scales: Tensor,
@@ -152,15 +164,14 @@ def _results(
     global_scale: Tensor | None,
 ) -> list[Quantized]:
     """Return the modules of one problem; weights and `target`, overwritten, are [d, rows]."""
-    totals = quadratic_form(target, hessian)
-    errors = quadratic_form(target.sub_(working), hessian)
+    totals = quadratic_form(target, hessian)  # t H t^T of each row
+    errors = quadratic_form(target.sub_(working), hessian)  # (t - q) H (t - q)^T
     results, first = [], 0
     for solution in solutions:
         rows = slice(first, first + solution.weight.shape[0])
         first = rows.stop
         weight = working[:, rows].T.contiguous().to(dtype)
-        why = f"the quantized weight overflows {dtype}; raise dampening_frac ({dampening_frac})"
-        refuse(not is_finite(weight), f"{solution.name}: {why}")
+        check_finite(weight, solution.name, f"quantized weight in {dtype}", dampening.larger)
         error, total = float(errors[rows].sum()), float(totals[rows].sum())
         relative = max(error, 0.0) / total if total > 0 else 0.0
         scale = scales[:, rows].T.contiguous()

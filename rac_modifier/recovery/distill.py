@@ -166,5 +166,6 @@ def _key(
     digest = hashlib.blake2b("".join((context, *names, changing)).encode(), digest_size=16)
     for name, parameter in parameters.items():
         digest.update(name.encode())
+        # the weights themselves: another pruned model has the same names
         digest.update(parameter.detach().cpu().numpy().tobytes())
     return digest.hexdigest()

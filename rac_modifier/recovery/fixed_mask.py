@@ -51,6 +51,7 @@ def masks_of_zeros(model: torch.nn.Module) -> dict[str, Tensor]:
             continue
         for part, weight in module.named_parameters(name, recurse=False):
             is_linear = isinstance(module, torch.nn.Linear) and part == f"{name}.weight"
+            # [experts, rows, columns], as transformers keeps them
             merged_experts = name.endswith("experts") and weight.dim() == 3
             if is_linear or merged_experts:
                 mask = weight.detach() != 0
@@ -175,6 +176,7 @@ def _mask(layer: Any, mask: Tensor) -> None:
     unmasked = layer.get_delta_weight  # what an adapter adds to the weight, [rows, columns]
 
     def delta(adapter: str) -> Tensor:
+        # M o s B A: what a merge adds
         weight: Tensor = unmasked(adapter)
         return weight * mask.to(weight.device)
 
@@ -183,6 +185,7 @@ def _mask(layer: Any, mask: Tensor) -> None:
             return output
         for adapter in layer.active_adapters:
             if adapter in layer.lora_A:
+                # (not M o s B A) x, subtracted from what PEFT added
                 weight: Tensor = unmasked(adapter)
                 part = weight.masked_fill(mask.to(weight.device), 0.0)
                 output = output - functional.linear(args[0].to(part.dtype), part).to(output.dtype)

@@ -76,6 +76,7 @@ def targets(batch: Sequence[TokenSequence]) -> tuple[Tensor, Tensor]:
         completion, first = ids[prompt:], len(rows)
         begin, period = loop_at_end(completion) or (len(completion), 1)
         for place, token in enumerate(completion):
+            # the first two copies keep their own targets
             copies = place >= begin + 2 * period
             rows.append(first + (begin + (place - begin) % period if copies else place))
             copied.append(token if copies else -1)
@@ -105,13 +106,14 @@ class _HeadKL(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         for start in range(0, len(hidden), step):
             part = slice(start, start + step)
-            dense = matmul(dense_hidden[part].to(weight), weight.T)
+            dense = matmul(dense_hidden[part].to(weight), weight.T)  # t = h_d W^T
             if copied is not None:
                 places = (copied[part] >= 0).nonzero()[:, 0].to(dense.device)
                 dense[places, copied[part].to(dense.device)[places]] += _COPY
-            student = matmul(hidden[part].to(weight.dtype), weight.T)
+            student = matmul(hidden[part].to(weight.dtype), weight.T)  # s = h W^T
             total += _kl_(student, dense, trained)
             if gradient is not None:
+                # dKL/dh = (q - p) W; the logits are not kept for the backward pass
                 gradient[part] = matmul(student, weight).to(gradient.dtype)
         ctx.save_for_backward(gradient)
         return total.float()
@@ -135,7 +137,9 @@ def _kl_(student: Tensor, dense: Tensor, trained: bool) -> Tensor:
     for student_rows, dense_rows in zip(student.split(rows), dense.split(rows), strict=True):
         s, t = student_rows.float(), dense_rows.float()
         q, p = s.softmax(-1), t.softmax(-1)
+        # lse(t) - lse(s): max(p) = exp(max(t) - lse(t)), so no second pass over the vocabulary
         sums = (t.amax(-1) - p.amax(-1).log()) - (s.amax(-1) - q.amax(-1).log())
+        # sum_v p_v (t_v - s_v) - lse(t) + lse(s)
         total += (torch.linalg.vecdot(p, t.sub_(s)) - sums).sum(dtype=torch.float64)
         if trained:
             student_rows.copy_(q.sub_(p))

@@ -8,7 +8,7 @@ c = round(clamp(w / s)), the forward pass uses c s, and gradients pass straight 
 
 (LSQ, arXiv 1902.08153). A pruned weight is 0, so its code is 0 whatever its scale is.
 
-Scales of 4-bit floats have few values (grid.py), so they are not trained.
+Scales of 4-bit floats have few values (encoding.py), so they are not trained.
 
 Master weights start in the cell of their code, which holds all values that round to it, on the side
 of the dense weight: from its middle, a code changes after many steps of training.
@@ -51,13 +51,14 @@ def codes_of(weight: Tensor, scale: Tensor, grid: Encoding, zero: Tensor | None 
 def master_in_cell(codes: Tensor, scale: Tensor, grid: Encoding, target: Tensor) -> Tensor:
     """Return the float32 weight nearest to `target` [rows, columns] that rounds to `codes`."""
     scales = _spread(scale.float(), grid, codes)
-    reach = _WIDTH * _step(codes, grid)
+    reach = _WIDTH * grid.gap_towards_zero(codes)
     return torch.clamp(target.float() / scales, codes - reach, codes + reach) * scales
 
 
 def pruned_share(codes: Tensor, scale: Tensor, grid: Encoding, dense: Tensor) -> float:
     """Return the share of zeros whose dense weight is above 3/4 of a step: pruned, not rounded."""
-    least = 0.75 * _spread(scale.float().abs(), grid, codes) * _step(codes, grid)
+    # half a step rounds to zero, and corrections of other weights move some beyond that
+    least = 0.75 * _spread(scale.float().abs(), grid, codes) * grid.gap_towards_zero(codes)
     return float(((codes == 0) & (dense.float().abs() > least)).float().mean())
 
 
@@ -65,11 +66,6 @@ def _spread(part: Tensor, grid: Encoding, like: Tensor) -> Tensor:
     """Repeat [rows, groups] for every weight of `like` [rows, columns]."""
     columns = like.shape[1]
     return part.repeat_interleave(grid.group_size or columns, dim=1)[:, :columns]
-
-
-def _step(codes: Tensor, grid: Encoding) -> Tensor:
-    """Return the distance from each code to its nearest neighbour, the next one towards 0."""
-    return grid.gaps(codes * 0.99)
 
 
 class OnGrid(torch.nn.Module):
@@ -92,7 +88,7 @@ class OnGrid(torch.nn.Module):
         """Return the scales [rows, groups] as they would be stored; gradients pass the rounding."""
         if self.log_change is None:
             return self.start
-        exact = self.start * self.log_change.exp()
+        exact = self.start * self.log_change.exp()  # the sign stays, and steps are relative
         return exact + (self.grid.stored(exact.detach(), self.dtype) - exact).detach()
 
     def forward(self, master: Tensor) -> Tensor:
@@ -121,10 +117,12 @@ class _CodeTimesScale(torch.autograd.Function):
         lowest, highest = grid.codes_(scale.new_tensor([-torch.inf, torch.inf]))
         most = torch.finfo(master.dtype).max
         for rows, scales, zeros in _blocks(master, scale, zero, grid):
+            # w / s, and c - zero; a scale near 0 must not make an inf, whose 0 multiple is nan
             scaled = (master[rows] / scales).clamp_(-most, most)
             codes = grid.codes_(scaled.clone(), zeros)
             stored = scaled if zeros is None else scaled + zeros
             inside = stored.clamp(lowest, highest).eq_(stored)  # 1.0 or 0.0: a CPU is slow at bools
+            # dL/dw = dL/d(c s) inside; dL/ds = sum dL/d(c s) (c - w / s), or of c outside
             torch.mul(outer[0][rows], inside, out=for_master[rows])
             change = codes.sub_(scaled.mul_(inside)).mul_(outer[0][rows])
             for_scale[rows] = _sum_of_groups(change, grid, scale.shape[1])

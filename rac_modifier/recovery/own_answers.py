@@ -61,9 +61,11 @@ def _copying(
         asked += len(batch)
         generations = generate(model, tokenizer, batch, greedy, keys)
         for prompt, answer in zip(batch, generations, strict=True):
+            # an answer that ended by itself has left its copies
             end = end_of_copies(answer.ids) if answer.finish_reason == "length" else None
             if end is not None:
                 answers.append(((*prompt, *answer.ids[:end]), len(prompt)))
+        # a model that seldom copies is not worth the sampling
         seldom = len(answers) < _LEAST * asked
     logger.info(
         f"{len(answers)} of {asked} greedy answers of the compressed model end in copies within "

@@ -76,6 +76,7 @@ def load_state(
             file = stack.enter_context(safe_open(path, framework="pt"))
             about = json.loads(file.metadata()["about"]) | {"names": list(file.keys())}
         about = processes.from_first(about)
+        # a state of other weights, sequences or settings would train something else
         if about.pop("key", None) != key:
             return Progress(key)
         names = about.pop("names")

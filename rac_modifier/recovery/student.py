@@ -129,7 +129,7 @@ class Student:
     ) -> Self:
         """Return a sharded copy of `model` (RacError: it cannot be sharded by its layers)."""
         assert processes.device is not None
-        mask.release()
+        mask.release()  # its hooks hold whole parameters; `mask` does their work
         student = copy.deepcopy(model)
         layers = decoder_layers(student, "torchrun")
         frozen = {p for p in student.parameters() if not p.requires_grad}
@@ -150,6 +150,7 @@ class Student:
     def share(self, batches: Sequence[Batch]) -> list[tuple[Batch, float]]:
         """Return this rank's sequences of each batch, and their weight: 0 if it has none."""
         shares = [(b[self.processes.rank :: self.processes.count], b[:1]) for b in batches]
+        # FSDP gathers layers in each forward pass, so no rank may leave one out
         return [(share, 1.0) if share else (first, 0.0) for share, first in shares]
 
     def local(self, tensor: Tensor) -> Tensor:
@@ -163,6 +164,7 @@ class Student:
 
     def like(self, name: str, shard: Tensor) -> Tensor:
         """Return a tensor like the parameter `name` from the shards of all processes."""
+        # shape and stride are of the whole: the last shards may be smaller or empty
         p: Any = self.parameters[name]
         if not isinstance(p, DTensor):
             return shard.to(p.device)

@@ -145,13 +145,14 @@ class TrainingLoop:
         """Take an optimizer step; return the mean KL per completion token."""
         total, processes = 0.0, self.student.processes
         for batch, counts in self.student.share(step.batches):
+            # every token of a step weighs the same, however the step is cut into batches
             loss = self._kl(batch)[0] / step.completion_tokens
             (loss * (counts * processes.count)).backward()  # FSDP takes the mean over the processes
             total += loss.item() * counts
         total = processes.sums(total)[0]
         self.student.mask()
         torch.nn.utils.clip_grad_norm_(self.parameters.values(), _CLIP)
-        if math.isfinite(total):
+        if math.isfinite(total):  # else Adam's moments would stay nan
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.student.mask()
@@ -185,6 +186,7 @@ class TrainingLoop:
         with torch.autocast(device, dtype=dtype) if dtype else contextlib.nullcontext():
             states = predicting_states(self.model, batch)
         rows, copied = targets(batch)
+        # the dense model's states at the targets' places, not always at the tokens' own
         dense = self.teacher.states(batch)[rows]
         return head_kl(states, dense, output_head(self.model), copied), len(states)
 
@@ -204,6 +206,7 @@ def default_learning_rate(parameters: int) -> float:
 
 def rate_at(step: int, steps: int) -> float:
     """Return the share of the highest rate at `step` of `steps`: linear up, then down."""
+    # (t + 1) / n_up, then 1 - 0.9 (t + 1 - n_up) / (n - n_up): a tenth at the last step
     rising = max(1, round(_WARM_UP * steps))
     if step < rising:
         return (step + 1) / rising
@@ -241,6 +244,7 @@ def plan_steps(
             if tokens >= settings.step_tokens:
                 steps.append(step(chosen))
                 chosen, tokens = [], 0
+        # a last step with less than half of the tokens would have a noisy gradient
         if chosen and (not steps or 2 * tokens >= settings.step_tokens):
             steps.append(step(chosen))
     return steps

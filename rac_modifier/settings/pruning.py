@@ -20,6 +20,7 @@ from pydantic import (
 from rac_modifier.errors import RacError
 from rac_modifier.settings.check import CONFIG, Settings, check_names, refuse_idle
 from rac_modifier.settings.pattern import Pattern
+from rac_modifier.settings.solvers import SOLVERS, Method
 
 # compressed-tensors' names, compared by tests/contracts/test_compressed_tensors.py.
 PRESET_SCHEMES = frozenset((
@@ -79,7 +80,6 @@ def _check_arguments(arguments: Mapping[str, Any], where: str) -> None:
 
 Preset = Literal["quality", "fast", "paper"]
 Order = Literal["auto", "group", "layer"]
-Method = Literal["sparsegpt", "alps", "wanda", "magnitude", "keep", "none"]
 UNSTRUCTURED = "0:0"
 PRESETS: dict[str, dict[str, Any]] = {
     "quality": {"solver": "alps", "refit": False, "reconstruct": "dense", "order": "auto"},
@@ -186,7 +186,8 @@ class PruningSettings(BaseModel):
 
     @model_validator(mode="after")
     def _settings_fit(self) -> Self:
-        if self.solver == "none":
+        solver = SOLVERS[self.solver]
+        if not solver.prunes:
             if self.quantization is None:
                 raise RacError(
                     "solver: none without quantization does nothing; set quantization, such as "
@@ -205,7 +206,7 @@ class PruningSettings(BaseModel):
             self,
             (self.solver == "keep", "sparsity", "with solver: keep, the model's zeros"),
             (self.solver == "none", "sparsity mask_structure", "with solver: none"),
-            (self.solver != "alps", "iterations", f"with solver: {self.solver}; alps uses it"),
+            (not solver.iterates, "iterations", f"with solver: {self.solver}; alps uses it"),
             (not self.fits_weights, "dampening_frac", "with a solver that fits no weight"),
             (self.order == "layer", "expert_floor", "with order: layer"),
         )
@@ -219,14 +220,14 @@ class PruningSettings(BaseModel):
     @property
     def prunes(self) -> bool:
         """Return whether any weight is pruned, or was: else the modules are only quantized."""
-        return self.solver != "none"
+        return SOLVERS[self.solver].prunes
 
     @property
     def fits_weights(self) -> bool:
         """Return whether any weight is computed with the Hessian, rather than only selected."""
         return (
             self.refit
-            or self.solver in ("alps", "keep", "sparsegpt")
+            or not SOLVERS[self.solver].only_scores
             or self.reconstruct == "dense"
             or self.quantization is not None
         )

@@ -5,13 +5,13 @@ from typing import Any
 
 from torch import Tensor
 
-from rac_modifier.pruning.solve import Problem, Solution, solve_many
+from rac_modifier.pruning.problem import Problem, SolverOptions
+from rac_modifier.pruning.solve import Solution, solve_many
 from rac_modifier.settings.pattern import Pattern
-from rac_modifier.settings.pruning import Method
 
 
 def solve(
-    method: Method,
+    solver: str,
     weights: Sequence[Tensor],
     hessian: Tensor,
     pattern: Pattern | Sequence[Pattern],
@@ -24,4 +24,4 @@ def solve(
     names = [f"weight {i}" for i in range(len(weights))] if names is None else names
     patterns = [pattern] * len(weights) if isinstance(pattern, Pattern) else list(pattern)
     problem = Problem(weights, hessian, patterns, names, cross_moment)
-    return solve_many(method, [problem], **settings)[0]
+    return solve_many([problem], SolverOptions(solver, **settings))[0]

@@ -151,7 +151,7 @@ def test_ties_and_equal_scores():
 @pytest.mark.parametrize("iterations", [1, 3, 4, 5, 30])
 def test_stages_add_up_and_rho_rises(iterations):
     stages = alps._stages(iterations)
-    assert sum(repeats for _, repeats in stages) == iterations + alps.SETTLING
+    assert sum(repeats for _, repeats in stages) == iterations + alps._SETTLING
     assert [rho for rho, _ in stages] == sorted(rho for rho, _ in stages)
     (solution,) = solve("alps", [gaussian(3, 8)], torch.eye(8), TWO, iterations=iterations)
     assert holds(solution.weight, TWO)

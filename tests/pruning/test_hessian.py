@@ -104,8 +104,8 @@ def test_no_token_is_an_error():
 @pytest.mark.parametrize(
     ("x", "weights", "says"),
     [
-        (torch.ones(3, 7), None, "do not end in the 8 inputs"),
-        (torch.ones(3, 8), torch.ones(2), "2 token weights for 3 tokens"),
+        (torch.ones(3, 7), None, r"activations \[3, 7\] and one each: a Hessian of 8"),
+        (torch.ones(3, 8), torch.ones(2), r"activations \[3, 8\] and 2 token weights"),
     ],
 )
 def test_refuses_bad_batches_and_keeps_nothing_of_them(x, weights, says):
@@ -204,6 +204,6 @@ def test_no_weight_is_capped_by_a_median_of_zero_or_for_an_input_that_is_not_fin
     zeros, overflown = torch.zeros(5, 4), gaussian(5, 4)
     zeros[0], overflown[2, 1] = 3.0, torch.inf
     for x in (zeros, overflown):
-        weights, capped = module.cap_weights(torch.ones(5), x)
+        weights, capped = module._cap_weights(torch.ones(5), x)
         assert weights.tolist() == [1.0] * 5
         assert capped == 0

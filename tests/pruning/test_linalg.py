@@ -5,7 +5,7 @@ import torch
 
 from rac_modifier.errors import RacError
 from rac_modifier.pruning import linalg
-from rac_modifier.pruning.linalg import Dampening, factorise, quadratic_form, raise_until_it_works
+from rac_modifier.pruning.linalg import Dampening, Factor, quadratic_form
 from tests.pruning.pruning_reference import (
     assert_near,
     dampened,
@@ -46,12 +46,12 @@ def test_dampening_is_raised_tenfold_up_to_the_mean_of_the_diagonal(start, neede
         seen.append(dampening.frac)
         return "result" if dampening.frac >= needed else None
 
-    args = (attempt, hessian, Dampening.of(hessian, start, retries=1), "q_proj")
+    first = Dampening.of(hessian, start, retries=1)
     if tried is None:
         with pytest.raises(RacError, match=r"q_proj: .*, even with dampening_frac 0\.3;"):
-            raise_until_it_works(*args)
+            first.raise_until(attempt, hessian, "q_proj")
         return
-    result, dampening = raise_until_it_works(*args)
+    result, dampening = first.raise_until(attempt, hessian, "q_proj")
     assert result == "result"
     assert seen == pytest.approx(tried)
     assert (dampening.frac, dampening.retries) == (seen[-1], len(tried))
@@ -64,7 +64,7 @@ def test_the_factor_gives_the_damped_hessian_its_inverse_and_its_blocks(d, large
     if d > 1:  # an input that is 0 on every token: the mean is added to it
         hessian[d // 2], hessian[:, d // 2] = 0.0, 0.0
     damped = dampened(hessian, 0.01)
-    factor = factorise(hessian, Dampening.of(hessian, 0.01), "x", largest_first=largest_first)
+    factor = Factor.of(hessian, Dampening.of(hessian, 0.01), "x", largest_first=largest_first)
     order = list(range(d))
     if largest_first:
         order.sort(key=lambda j: -float(damped[j, j]))
@@ -74,7 +74,7 @@ def test_the_factor_gives_the_damped_hessian_its_inverse_and_its_blocks(d, large
     assert_near(u @ u.T, damped[order][:, order], tolerance)
     assert_near(factor.solve(weight), weight @ torch.linalg.inv(damped), tolerance)
     start, stop = d // 3, d // 3 + (d + 1) // 2
-    block, inverse = linalg.diagonal_blocks(factor.reversed_lower, start, stop)
+    block, inverse = Factor.diagonal_blocks(factor.reversed_lower, start, stop)
     assert torch.equal(block, u[start:stop, start:stop])
     assert_near(inverse, torch.linalg.inv(u)[start:stop, start:stop], tolerance)
 

@@ -10,7 +10,6 @@ from rac_modifier.pruning.masks import (
     lowest,
     lowest_along,
     ranks_in_groups,
-    sampled_places,
     sampled_threshold,
 )
 from rac_modifier.settings.pattern import Pattern
@@ -68,7 +67,7 @@ def test_ranks_are_those_of_a_stable_sort(m, groups, columns, random):
 
 
 def threshold(scores: torch.Tensor, share: float) -> float:
-    return sampled_threshold(scores[sampled_places(*scores.shape, scores.device)], share)
+    return sampled_threshold(scores, torch.ones(len(scores), 1), share)
 
 
 @given(st.integers(1, 50), st.integers(1, 50), st.floats(0.0, 1.0), st.integers(0, 99))

@@ -5,7 +5,7 @@ import torch
 
 from rac_modifier.distributed.processes import Processes
 from rac_modifier.pruning import shard_sum
-from rac_modifier.pruning.hessian import Hessian, Statistics, blocks_of_triangle, numbers_of_shard
+from rac_modifier.pruning.hessian import Hessian, Statistics
 from rac_modifier.pruning.shard_sum import ShardSum
 from tests.meeting import together
 
@@ -61,9 +61,9 @@ def test_any_number_of_processes_gives_the_same_bits(shards, monkeypatch, count,
 
 def test_a_shard_has_no_memory_outside_of_its_blocks():
     """A Hessian of four block rows: 1 + 2 + 3 + 4 of 16 blocks; a block has 64 to 1024 columns."""
-    sums = ShardSum(256, 256, "cpu", blocks=blocks_of_triangle(256))
+    sums = ShardSum(256, 256, "cpu", blocks=Hessian.blocks(256))
     assert sum(part.numel() for part in sums.shard) == 256**2 * 10 // 16
-    shares = [numbers_of_shard(columns) / columns**2 for columns in (128, 1024, 8192)]
+    shares = [Hessian.numbers_of_shard(columns) / columns**2 for columns in (128, 1024, 8192)]
     assert shares == [3 / 4, 5 / 8, 9 / 16]
 
 

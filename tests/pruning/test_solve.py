@@ -1,14 +1,12 @@
 """What holds for every method, and the steps that they share: target, refit, dampening, record."""
 
-from typing import get_args
-
 import pytest
 import torch
 
 from rac_modifier.errors import RacError
 from rac_modifier.pruning import linalg
 from rac_modifier.settings.pattern import Pattern
-from rac_modifier.settings.pruning import Method
+from rac_modifier.settings.solvers import SOLVERS
 from tests.pruning.pruning_reference import (
     assert_near,
     correlated_problem,
@@ -23,11 +21,11 @@ from tests.pruning.pruning_reference import (
 from tests.pruning.solving import solve
 
 PATTERN = Pattern.n_of_m(2, 4)
-METHODS = get_args(Method)
+METHODS = tuple(SOLVERS)
 PRUNING = tuple(method for method in METHODS if method != "none")
 
 
-def few_tokens(method: Method) -> tuple[torch.Tensor, torch.Tensor]:
+def few_tokens(method: str) -> tuple[torch.Tensor, torch.Tensor]:
     """128 inputs and 60 tokens: without dampening no weight is best. "keep" has its zeros."""
     weight, hessian = correlated_problem(12, 128, 60)
     if method == "keep":
@@ -39,7 +37,7 @@ def test_overflow_of_the_stored_dtype_is_an_error():
     # pruning the first input doubles the other's weight
     hessian = torch.tensor([[1.0, -0.99], [-0.99, 1.0]])
     weight = torch.tensor([[-5e4, 6e4]]).half()
-    with pytest.raises(RacError, match=r"weight 0: the pruned weight overflows torch\.float16"):
+    with pytest.raises(RacError, match=r"weight 0: the pruned weight in torch\.float16"):
         solve("sparsegpt", [weight], hessian, Pattern.n_of_m(1, 2))
 
 
@@ -174,7 +172,7 @@ def test_the_dense_target_brings_a_pruned_layer_nearer_to_the_dense_output():
 def test_a_target_that_overflows_names_the_module_and_the_dampening():
     weights, moments = [torch.ones(3, 8)] * 2, [torch.ones(3, 8), torch.full((3, 8), 3e38)]
     options = {"names": ["a", "b"], "cross_moment": moments}
-    with pytest.raises(RacError, match=r"b: the dense target overflows.*dampening_frac \(0\.01\)"):
+    with pytest.raises(RacError, match=r"b: the dense target is not.*dampening_frac \(0\.01\)"):
         solve("wanda", weights, torch.eye(8) * 1e-3, PATTERN, **options)
 
 

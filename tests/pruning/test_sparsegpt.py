@@ -6,7 +6,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rac_modifier.pruning import sparsegpt
-from rac_modifier.pruning.solve import Problem, solve_many
+from rac_modifier.pruning.problem import Problem, SolverOptions
+from rac_modifier.pruning.solve import solve_many
 from rac_modifier.settings.pattern import Pattern
 from tests.pruning.pruning_reference import (
     assert_near,
@@ -118,18 +119,18 @@ def problems_with_a_hessian_each(patterns: list[Pattern]) -> list[Problem]:
     "patterns", [[Pattern.n_of_m(1, 3)] * 2, [HALF, Pattern.unstructured(0.8)]], ids=str
 )
 def test_a_batch_of_problems_gets_what_each_would_get_alone(patterns, refit, monkeypatch):
-    problems, inner, calls = problems_with_a_hessian_each(patterns), sparsegpt.prune, []
+    problems, inner, calls = problems_with_a_hessian_each(patterns), sparsegpt._prune_columns, []
 
     def counted(weight, *args):
         calls.append(weight.shape)
         return inner(weight, *args)
 
-    monkeypatch.setattr(sparsegpt, "prune", counted)
-    batch = solve_many("sparsegpt", problems, refit=refit)
+    monkeypatch.setattr(sparsegpt, "_prune_columns", counted)
+    batch = solve_many(problems, SolverOptions("sparsegpt", refit=refit))
     assert calls == [(4, 144, 20)]
     assert batch[2][0].retries > 0 == batch[0][0].retries
     for problem, solutions in zip(problems, batch, strict=True):
-        (alone,) = solve_many("sparsegpt", [problem], refit=refit)
+        (alone,) = solve_many([problem], SolverOptions("sparsegpt", refit=refit))
         for a, b in zip(solutions, alone, strict=True):
             assert torch.equal(a.mask, b.mask)
             torch.testing.assert_close(a.weight, b.weight, rtol=1e-9, atol=1e-12)
@@ -142,9 +143,9 @@ def test_a_batch_of_problems_gets_what_each_would_get_alone(patterns, refit, mon
 def test_problems_of_other_shapes_or_patterns_are_solved_one_after_the_other():
     first, second, *_ = problems_with_a_hessian_each([HALF] * 2)
     other = replace(second, patterns=[HALF, Pattern.unstructured(0.7)])
-    solved = solve_many("sparsegpt", [first, other])
+    solved = solve_many([first, other], SolverOptions("sparsegpt"))
     for problem, solutions in zip((first, other), solved, strict=True):
-        (alone,) = solve_many("sparsegpt", [problem])
+        (alone,) = solve_many([problem], SolverOptions("sparsegpt"))
         assert all(torch.equal(a.weight, b.weight) for a, b in zip(alone, solutions, strict=True))
 
 

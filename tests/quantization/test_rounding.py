@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from rac_modifier.formats.encoding import Encoding, Steps
-from rac_modifier.pruning.linalg import Dampening, factorise
-from rac_modifier.quantization.rounding import descend, gptq
+from rac_modifier.pruning.linalg import Dampening, Factor
+from rac_modifier.quantization.rounding import Rounding
 from rac_modifier.quantization.scales import search_steps
 from tests.pruning.pruning_reference import assert_near, dampened, solve_tolerance
 from tests.quantization.quantization_reference import GRIDS, error_of, problem
@@ -57,8 +57,9 @@ def test_gptq_is_the_papers_column_loop(name, largest_first):
     grid, weight, keep, _, hessian, steps = wide_problem(name)
     working = weight.T.clone()
     damped = dampened(hessian, 0.01)
-    factor = factorise(hessian, Dampening.of(hessian, 0.01), "w", largest_first=largest_first)
-    gptq(working[None], keep.T.double()[None], alone(steps), grid, [factor])
+    factor = Factor.of(hessian, Dampening.of(hessian, 0.01), "w", largest_first=largest_first)
+    kept = keep.T.double()[None]
+    Rounding(working[None], kept, kept, grid, [hessian], [factor]).gptq(alone(steps))
     falling = sorted(range(D), key=lambda j: -float(hessian[j, j]))
     order = falling if largest_first else list(range(D))
     ordered = Steps(steps.scale[order], None if steps.zero is None else steps.zero[order])
@@ -85,10 +86,9 @@ def test_a_sweep_is_coordinate_descent_over_the_kept_weights(name):
     slow = start.T
     for sweeps in (1, 2):
         working = start.clone()
-        kept, dampening = keep.T.double()[None], Dampening.of(hessian, 0.01)
-        descend(
-            working[None], target.T[None], kept, alone(steps), grid, [hessian], [dampening], sweeps
-        )
+        kept, factor = keep.T.double()[None], Factor.of(hessian, Dampening.of(hessian, 0.01), "w")
+        rounding = Rounding(working[None], kept, target.T[None], grid, [hessian], [factor])
+        rounding.descend(alone(steps), sweeps)
         slow = slow_sweep(slow, target, keep, steps, grid, damped)
         assert_near(working.T, slow, solve_tolerance(damped, torch.float64))
         assert not working.T[~keep].any()

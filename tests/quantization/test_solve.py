@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from rac_modifier.errors import RacError
 from rac_modifier.formats.encoding import NVFP4, Encoding
-from rac_modifier.pruning.linalg import Dampening, factorise
+from rac_modifier.pruning.linalg import Dampening, Factor
 from rac_modifier.quantization import solve
 from rac_modifier.quantization.solve import quantize_many
 from rac_modifier.settings.pattern import Pattern
@@ -61,7 +61,7 @@ def test_upstream_saves_exactly_the_codes_that_were_chosen(name, dtype):
 )
 def test_integers_get_two_refits_and_floats_of_4_bits_two_more_sweeps(grid, expected, monkeypatch):
     calls, modules = [], problem()
-    monkeypatch.setattr(solve, "descend", lambda *args: calls.append(args[-1]))
+    monkeypatch.setattr(solve.Rounding, "descend", lambda *args: calls.append(args[-1]))
     quantize([solved(*modules[:3])], modules[3], [grid], dtype=FLOAT32)
     assert calls == expected
 
@@ -72,18 +72,18 @@ def test_integers_get_two_refits_and_floats_of_4_bits_two_more_sweeps(grid, expe
 )
 def test_a_batch_of_problems_gets_the_bits_that_each_gets_alone(grid, pruned, monkeypatch):
     """Each has two modules of an odd number of rows, on two grids; weights do not matter."""
-    grids, problems, calls, inner = [grid, Encoding("int", 8, 16)], [], [], solve.gptq
+    grids, problems, calls, inner = [grid, Encoding("int", 8, 16)], [], [], solve.Rounding
 
     def counted(weight, *args):
         calls.append(weight.shape)
         return inner(weight, *args)
 
-    monkeypatch.setattr(solve, "gptq", counted)
+    monkeypatch.setattr(solve, "Rounding", counted)
     for seed in range(2):
         tensors = problem(rows=50, d=176, seed=seed, sparsity=0.5 * pruned)
         hessian, factor = tensors[3], None
         if pruned:
-            factor = factorise(hessian, Dampening.of(hessian, 0.01 * (1 + seed)), "w")
+            factor = Factor.of(hessian, Dampening.of(hessian, 0.01 * (1 + seed)), "w")
         modules = zip("ab", *(t.split([37, 13]) for t in tensors[:3]), strict=True)
         solutions = [replace(solved(w, k, t, name), factor=factor) for name, w, k, t in modules]
         problems.append((solutions, hessian, grids))
@@ -181,7 +181,7 @@ def test_the_factor_of_the_pruning_is_used_again_with_its_dampening():
     def rounded(frac=None, **options):
         factor = None
         if frac is not None:
-            factor = factorise(hessian, Dampening.of(hessian, frac), "w")
+            factor = Factor.of(hessian, Dampening.of(hessian, frac), "w")
         solution = replace(pruned, factor=factor)
         return quantize([solution], hessian, [GRIDS["int8"]], dtype=FLOAT32, **options)[0].weight
 
@@ -236,9 +236,6 @@ def test_rows_without_a_kept_weight_dead_inputs_and_targets_of_zeros_stay_zero()
 
 def test_what_cannot_work_is_refused():
     weight, keep, target, hessian = problem()
-    solution, args = solved(weight, keep, target), {"grids": [INT4], "dtype": FLOAT32}
-    with pytest.raises(RacError, match=r"w: weight .* and Hessian \[44, 44\] do not fit"):
-        quantize([solution], hessian[:44, :44], **args)
     large = solved(weight * 1e6, keep, target * 1e6)
-    with pytest.raises(RacError, match=r"w: the quantized weight overflows torch\.float16"):
+    with pytest.raises(RacError, match=r"w: the quantized weight in torch\.float16 is not finite"):
         quantize([large], hessian, [GRIDS["fp8"]], dtype=torch.float16)
