@@ -147,7 +147,7 @@ def of_checkpoint(form: str, model: Path, options: argparse.Namespace, log: Path
 @contextmanager
 def of_llama_cpp(form: str, file: Path, options: argparse.Namespace, log: Path) -> Iterator[Ask]:
     """Serve a GGUF file by llama.cpp; its shape, layers and vocabulary are its own."""
-    command = [sys.executable, "-m", "bench.peer_server", "llama", str(file), form]
+    command = [sys.executable, "-m", "bench.server", "llama", str(file), form]
     command += ["-", "0", "0", "4", str(options.cap + 512)]
     with running(command, log, dict(os.environ)) as server:
         yield partial(llama_cpp, server.url)
@@ -189,7 +189,7 @@ def openvino(file: Path) -> Ask:
 
     cache = genai.SchedulerConfig()
     cache.cache_size = 1
-    with tempfile.TemporaryDirectory() as empty:  # as in bench.peer_server
+    with tempfile.TemporaryDirectory() as empty:  # as in bench.server
         tokenizer = genai.Tokenizer(empty)
     genai.ContinuousBatchingPipeline(str(file), tokenizer, cache, "CPU", enable_save_ov_model=True)
     model = ov.Core().compile_model(file.with_name("openvino_model.xml"), "CPU")

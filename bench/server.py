@@ -1,16 +1,24 @@
-"""`vllm serve` on the loopback interface, and a client that streams token ids."""
+"""Servers on the loopback interface, and a client that streams token ids.
+
+llama.cpp and OpenVINO GenAI are started by `bench serving` with
+
+    python -m bench.server PROJECT FILE KIND SHAPE LAYERS VOCAB REQUESTS LENGTH PORT
+
+FILE is written first if it is missing. The server holds REQUESTS sequences of LENGTH tokens.
+"""
 
 import asyncio
 import json
 import os
 import random
 import re
-import socket
+import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-import urllib.request
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,21 +27,17 @@ from typing import Any
 
 import aiohttp
 import psutil
+from aiohttp import web
 
-from rac_modifier.sampling.server_watch import end_group
+from bench.common import called_in_child
+from bench.gguf_file import write_gguf
+from rac_modifier.errors import RacError
+from rac_modifier.sampling.own_server import on_few_cores, running_server
 
 NAME = "model"
 READY_SECONDS = 900
 SILENT_SECONDS = 600  # after which a client gives a server up
 EXCEPTION = re.compile(r"(?:^|\] )([\w.]+(?:Error|Exception): .*(?:\n {2}\S.*)?)", re.MULTILINE)
-# vLLM's "auto" binding leaves a core out.
-ENVIRONMENT = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0)))),
-    "VLLM_NO_USAGE_STATS": "1",
-}
-
-
 IS_ZEN = """
 import zentorch
 from vllm.platforms import current_platform
@@ -62,9 +66,8 @@ class Server:
         return total
 
     def processes(self) -> list[psutil.Process]:
-        """Return the server's process and those that it started."""
-        server = psutil.Process(self.pid)
-        return [server, *server.children(recursive=True)]
+        """Return the server's process and those that it started, without the one that watches."""
+        return psutil.Process(self.pid).children(recursive=True)
 
 
 @contextmanager
@@ -84,7 +87,8 @@ def serving(
     command = [str(executable), "serve", str(checkpoint), "--host", "127.0.0.1"]
     command += ["--served-model-name", NAME, *options, "--port"]
     inherited = {k: value for k, value in os.environ.items() if not (vllm and k == "PYTHONPATH")}
-    with running(command, log, ENVIRONMENT | inherited | (environment or {})) as server:
+    variables = {**on_few_cores(), "VLLM_NO_USAGE_STATS": "1", **inherited, **(environment or {})}
+    with running(command, log, variables) as server:
         yield server
 
 
@@ -95,29 +99,13 @@ def running(command: Sequence[str], log: Path, environment: dict[str, str]) -> I
     Raises SystemExit with the first error of the log if the server ends or is not ready in time,
     and RuntimeError with that error if a request fails.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    with open(log, "wb") as output:
-        process = subprocess.Popen(
-            [*command, str(port)],
-            env=environment,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    deadline = time.monotonic() + READY_SECONDS
     try:
-        while not is_ready(url):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit(f"no server; {log.name}: {first_error(log)}")
-            time.sleep(0.2)
-        yield Server(url, process.pid)
+        with running_server(command, environment, log=log, timeout=READY_SECONDS) as server:
+            yield Server(*server)
+    except RacError as error:
+        raise SystemExit(f"no server; {log.name}: {first_error(log)}") from error
     except aiohttp.ClientError as error:
         raise RuntimeError(f"{error}; {log.name}: {first_error(log)}") from error
-    finally:
-        end_group(process)  # the next server needs cores and memory
 
 
 def with_packages(folder: Path) -> str:
@@ -138,15 +126,6 @@ def first_error(log: Path) -> str:
     text = log.read_text(errors="replace").strip()
     match = EXCEPTION.search(text)
     return " ".join((match[1] if match else text.split("\n")[-1]).split())[:300]
-
-
-def is_ready(url: str) -> bool:
-    """Return whether the server's health check succeeds."""
-    try:
-        with urllib.request.urlopen(f"{url}/health", timeout=5) as reply:
-            return reply.status == 200
-    except OSError:
-        return False
 
 
 @dataclass(frozen=True)
@@ -220,3 +199,96 @@ async def stream(
     if count != tokens:
         raise aiohttp.ClientError(f"asked for {tokens} tokens, got {count}")
     return first, last
+
+
+CORES = len(os.sched_getaffinity(0))
+ENDLESS = {"ignore_eos": True, "eos_token_id": 0, "stop_token_ids": {0}}  # an id is required
+
+
+def llama(path: Path, requests: int, length: int, port: int) -> None:
+    """Start llama.cpp's own server."""
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = str(path)
+    params.port, params.n_parallel, params.n_ctx = port, requests, requests * length
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = CORES
+    params.cache_prompt, params.cache_ram_mib = False, 0
+    server = xllamacpp.Server(params)
+    print(server.listening_address, flush=True)
+    signal.pause()
+
+
+def stop(engine: asyncio.Task[None]) -> None:
+    """End the process when the engine has failed: its clients would wait."""
+    traceback.print_exception(engine.exception())
+    os._exit(1)
+
+
+def openvino(path: Path, requests: int, length: int, port: int) -> None:
+    """Serve OpenVINO GenAI's continuous batching: its package has no server."""
+    import numpy as np
+    import openvino
+    import openvino_genai as genai
+
+    scheduler = genai.SchedulerConfig()
+    scheduler.cache_size, scheduler.enable_prefix_caching = 1, False  # GB, as vLLM has here
+    scheduler.max_num_seqs, scheduler.max_num_batched_tokens = requests, max(2048, length)
+    with tempfile.TemporaryDirectory() as empty:  # the tokenizer of our file does not compile
+        tokenizer = genai.Tokenizer(empty)
+    pipeline = genai.ContinuousBatchingPipeline(
+        str(path), tokenizer, scheduler, "CPU", INFERENCE_NUM_THREADS=CORES
+    )
+    arrived: asyncio.Queue[tuple[dict[str, Any], asyncio.Queue[list[int]]]] = asyncio.Queue()
+
+    async def generate() -> None:
+        running: dict[int, tuple[Any, asyncio.Queue[list[int]]]] = {}
+        number = 0
+        while True:
+            while not running or not arrived.empty():
+                asked, tokens = await arrived.get()
+                config = genai.GenerationConfig(**ENDLESS, max_new_tokens=asked["max_tokens"])
+                ids = openvino.Tensor(np.array([asked["prompt"]], np.int64))
+                number += 1
+                running[number] = pipeline.add_request(number, ids, config), tokens
+            await asyncio.to_thread(pipeline.step)
+            for number_of, (handle, tokens) in list(running.items()):
+                if handle.can_read():
+                    for output in handle.read().values():
+                        tokens.put_nowait(output.generated_ids)
+                if handle.get_status() != genai.GenerationStatus.RUNNING:
+                    del running[number_of]
+            await asyncio.sleep(0)  # send before the next step
+
+    async def complete(request: web.Request) -> web.StreamResponse:
+        asked, tokens = await request.json(), asyncio.Queue[list[int]]()
+        arrived.put_nowait((asked, tokens))
+        response = web.StreamResponse()
+        await response.prepare(request)
+        count = 0
+        while count < asked["max_tokens"]:
+            ids = await tokens.get()
+            count += len(ids)
+            line = json.dumps({"choices": [{"token_ids": list(ids)}]})
+            await response.write(f"data: {line}\n\n".encode())
+        return response
+
+    async def healthy(_: web.Request) -> web.Response:
+        return web.Response()
+
+    async def start(running: web.Application) -> None:
+        running["engine"] = asyncio.create_task(generate())
+        running["engine"].add_done_callback(stop)
+
+    app = web.Application()
+    app.add_routes([web.get("/health", healthy), web.post("/v1/completions", complete)])
+    app.on_startup.append(start)
+    web.run_app(app, host="127.0.0.1", port=port)
+
+
+if __name__ == "__main__":
+    project, file, kind, shape, *numbers = sys.argv[1:]
+    layers, vocab, *rest = map(int, numbers)
+    if not Path(file).exists():
+        called_in_child(write_gguf, Path(file), kind, shape, layers, vocab)
+    {"llama": llama, "openvino": openvino}[project](Path(file), *rest)

@@ -111,7 +111,7 @@ def prepare(name: str, options: argparse.Namespace) -> tuple[Path, AbstractConte
         file = options.work / f"{options.shape}-{form}-{options.layers}-{options.vocab}.gguf"
         sizes = (options.layers, options.vocab, max(options.concurrency), length)
         arguments = map(str, [project, file, form, options.shape, *sizes])
-        command = [sys.executable, "-m", "bench.peer_server", *arguments]
+        command = [sys.executable, "-m", "bench.server", *arguments]
         return file, running(command, log, environment)
     if project == "zentorch":
         check_zentorch(environment)

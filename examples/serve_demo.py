@@ -8,87 +8,20 @@ server at the end. vLLM loads the plugin by its entry point.
 """
 
 import argparse
-import os
-import signal
-import socket
-import subprocess
 import sys
 import time
-import urllib.request
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from urllib.error import URLError
 
 from openai import OpenAI
 
 from rac_modifier.problems.answers import is_correct
 from rac_modifier.problems.arithmetic import Solved, generate_distinct
+from rac_modifier.sampling.own_server import VllmCommand, on_few_cores
 
 NAME = "pruned"
 EPILOG = "Other options, such as --enforce-eager, are passed to vllm serve."
-# For a small machine: little memory for the cache, all cores (vLLM's "auto" leaves one
-# out), threads that sleep while they wait.
-CORES = sorted(os.sched_getaffinity(0))
-ENVIRONMENT = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, CORES)),
-    "OMP_WAIT_POLICY": "PASSIVE",
-    "VLLM_NO_USAGE_STATS": "1",
-}
-
-
-@contextmanager
-def served(checkpoint: Path, options: list[str], log: Path, seconds: float = 600) -> Iterator[str]:
-    """Run `vllm serve` inside the context, which gets its URL; print its log if it fails."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(checkpoint)]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", NAME, *options]
-    with open(log, "wb") as output:
-        server = subprocess.Popen(
-            command,
-            env=os.environ | ENVIRONMENT,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
-        deadline = time.monotonic() + seconds
-        while not is_ready(url):
-            if server.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit(
-                    f"the server did not become ready; the end of {log}:\n{log.read_text()[-3000:]}"
-                )
-            time.sleep(1)
-        yield url
-    finally:
-        stop(server)
-
-
-def is_ready(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{url}/health", timeout=5) as reply:
-            return reply.status == 200
-    except (URLError, OSError):
-        return False
-
-
-def stop(server: subprocess.Popen[bytes]) -> None:
-    """Stop the server and the processes that it started."""
-    for kind, seconds in ((signal.SIGTERM, 30), (signal.SIGKILL, 10)):
-        try:
-            os.killpg(server.pid, kind)
-            server.wait(seconds)
-        except ProcessLookupError:
-            break
-        except subprocess.TimeoutExpired:
-            continue
-    server.wait(10)
 
 
 def ask(client: OpenAI, problem: Solved, max_tokens: int) -> tuple[bool, int]:
@@ -121,20 +54,15 @@ def main() -> None:
     )
     parser.add_argument("--log", type=Path, help="the server's log; default: beside the checkpoint")
     args, serve_options = parser.parse_known_args()
-    options = [
-        "--dtype",
-        args.dtype,
-        "--max-model-len",
-        "1024",
-        "--gpu-memory-utilization",
-        "0.3",
-        *serve_options,
-    ]
+    options = ("--served-model-name", NAME, "--max-model-len", "1024")
+    options += ("--gpu-memory-utilization", "0.3", *serve_options)
+    vllm = VllmCommand(str(Path(sys.executable).with_name("vllm")), options, timeout=600)
+    variables = {**on_few_cores(), "OMP_WAIT_POLICY": "PASSIVE"}  # threads sleep while they wait
     log = args.log or args.checkpoint.absolute().with_name(f"{args.checkpoint.absolute().name}.log")
     problems = list(islice(generate_distinct(0, "test"), args.problems))
 
     started = time.monotonic()
-    with served(args.checkpoint, options, log) as url:
+    with vllm.serve(str(args.checkpoint), args.dtype, log=log, variables=variables) as url:
         print(
             f"vllm serve {args.checkpoint}: ready after {time.monotonic() - started:.0f} s at {url}"
         )

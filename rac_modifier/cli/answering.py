@@ -31,9 +31,9 @@ def own_server(
     model: str, precision: Dtype, concurrency: int, cap: int
 ) -> Iterator[EngineSettings]:
     """Run `vllm serve` with the model in the context; an answer has at most `cap` tokens."""
-    from rac_modifier.sampling.own_server import VllmCommand, vllm_server
+    from rac_modifier.sampling.own_server import VllmCommand
 
-    with vllm_server(VllmCommand.from_environment(), resolve(model), precision) as url:
+    with VllmCommand.from_environment().serve(resolve(model), precision) as url:
         yield engine_of((url,), concurrency, cap)
 
 

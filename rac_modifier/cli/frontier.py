@@ -56,7 +56,7 @@ def frontier(
     from rac_modifier.checkpoint.output_folder import check_room
     from rac_modifier.frontier.folder import FrontierFolder
     from rac_modifier.frontier.run import check_finished, run_grid
-    from rac_modifier.sampling.own_server import check_serving
+    from rac_modifier.sampling.own_server import VllmCommand
     from rac_modifier.settings.grid import load_grid, plan_rows, shared_prompt
 
     grid = load_grid(recipe_grid)
@@ -68,7 +68,7 @@ def frontier(
     planned = plan_rows(grid, recipe_grid, lambda recipe: check_recipe(recipe, skeleton))
     prompt = shared_prompt(planned, grid.evaluation, recipe_grid)
     if grid.evaluation.serve:
-        check_serving()
+        VllmCommand.from_environment().check_plugin()
     # dense checkpoints, and one more while a row is packed; what is there already counts
     size = sum(p.numel() * p.element_size() for p in skeleton.parameters())
     written = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())

@@ -1,4 +1,4 @@
-"""Start a `vllm serve` on loopback, wait for it, and stop it, also when this process is killed."""
+"""Start a server on loopback, wait for it, and stop it, also when this process is killed."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from loguru import logger
 
@@ -53,15 +53,15 @@ class VllmCommand:
             raise RacError(f"RAC_VLLM_OPTIONS: {error}; write them as for a shell") from error
         return cls(path, options)
 
-    def arguments(self, model: str, dtype: str, port: int) -> list[str]:
-        """Return the whole command line."""
-        command = [self.path, "serve", model, "--host", HOST, "--port", str(port), "--dtype", dtype]
+    def arguments(self, model: str, dtype: str) -> list[str]:
+        """Return the command line, which ends where its port follows."""
+        command = [self.path, "serve", model, "--host", HOST, "--dtype", dtype]
         names = {option.split("=")[0].replace("--no-", "--") for option in self.options}
         # On a CPU, vLLM 0.32 fails if it reads the prompt of a request with a seed in chunks.
         is_cpu_build = (self.version_of("vllm") or "").endswith("+cpu")
         if "--enable-chunked-prefill" not in names and is_cpu_build:
             command.append("--no-enable-chunked-prefill")
-        return [*command, *self.options]
+        return [*command, *self.options, "--port"]
 
     def python(self) -> Path | None:
         """Return the python of the command's environment; None if it is not next to the command."""
@@ -84,64 +84,94 @@ class VllmCommand:
             variables.pop("PYTHONPATH", None)
         return variables
 
+    def check_plugin(self) -> None:
+        """Refuse an environment without this package, before hours of work (RacError)."""
+        if self.python() is not None and self.version_of("rac-modifier") is None:
+            raise RacError(
+                f"the environment of {self.path} lacks rac-modifier, whose plugin reads packed "
+                f"checkpoints; {self.python()} -m pip install 'rac-modifier[serve]'"
+            )
 
-def check_serving() -> None:
-    """Refuse a missing vLLM, or one without this package, before hours of work (RacError)."""
-    command = VllmCommand.from_environment()
-    if command.python() is not None and command.version_of("rac-modifier") is None:
-        raise RacError(
-            f"the environment of {command.path} lacks rac-modifier, whose plugin reads packed "
-            f"checkpoints; {command.python()} -m pip install 'rac-modifier[serve]'"
-        )
+    @contextmanager
+    def serve(
+        self,
+        model: str,
+        dtype: str = "auto",
+        *,
+        log: Path | None = None,
+        variables: dict[str, str] | None = None,
+    ) -> Iterator[str]:
+        """Run `vllm serve` in the context, and yield its address; `dtype` as vLLM names it.
+
+        `variables` are further ones of its environment. RacError as `running_server`.
+        """
+        command, environment = self.arguments(model, dtype), self.environment() | (variables or {})
+        with running_server(command, environment, log=log, timeout=self.timeout) as server:
+            yield server.url
+
+
+def on_few_cores() -> dict[str, str]:
+    """Return variables for vLLM on a small machine: 1 GB of cache, and all cores.
+
+    Its "auto" binding leaves a core out.
+    """
+    cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
+    return {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": cores}
+
+
+class RunningServer(NamedTuple):
+    """The address of a server, and the process `server_watch`, of which it is a child."""
+
+    url: str
+    pid: int
 
 
 @contextmanager
-def vllm_server(command: VllmCommand, model: str, dtype: str = "auto") -> Iterator[str]:
-    """Run `vllm serve` inside the context, and yield its address; `dtype` as vLLM names it.
+def running_server(
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    *,
+    log: Path | None = None,
+    timeout: float = 1800.0,
+) -> Iterator[RunningServer]:
+    """Run a command, which a free port is appended to, in the context; `log` gets its output.
 
     It ends with the context, and with this process (see `server_watch`). RacError, with its last
-    lines, if it stops or is not ready in time.
+    lines, if it stops or does not answer /health within `timeout` seconds.
     """
     with socket.socket() as free:
         free.bind((HOST, 0))
         port = int(free.getsockname()[1])
-    with tempfile.TemporaryFile() as log:
-        logger.info(f"starting {command.path} serve {model} on http://{HOST}:{port}")
+    name = " ".join([Path(command[0]).name, *command[1:2]])
+    with tempfile.TemporaryFile() if log is None else log.open("w+b") as output:
+        logger.info(f"starting {' '.join(command[:3])} on http://{HOST}:{port}")
         watcher = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(_WATCHER), *command.arguments(model, dtype, port)],
+            [sys.executable, "-I", "-S", str(_WATCHER), *command, str(port)],
             stdin=subprocess.PIPE,
-            stdout=log,
+            stdout=output,
             stderr=subprocess.STDOUT,
-            env=command.environment(),
+            env=environment,
             start_new_session=True,  # Ctrl-C is for this process, which then stops the server
         )
         try:
-            _wait_until_ready(command, watcher, port, log)
+            started = time.monotonic()
+            while watcher.poll() is None and not _is_healthy(port):
+                if time.monotonic() - started > timeout:
+                    raise RacError(f"{name} was not ready after {timeout:g} s. {_end_of(output)}")
+                time.sleep(_LOOK_EVERY)
+            if watcher.poll() is not None:  # also if another program answers at this port
+                raise RacError(_stopped(name, watcher, output))
+            logger.info(f"{name} is ready after {time.monotonic() - started:.0f} s")
             try:
-                yield f"http://{HOST}:{port}"
+                yield RunningServer(f"http://{HOST}:{port}", watcher.pid)
             except RacError as error:
                 if watcher.poll() is None:
                     raise
-                raise RacError(f"{error}. {_stopped(watcher, log)}") from error
+                raise RacError(f"{error}. {_stopped(name, watcher, output)}") from error
         finally:
             assert watcher.stdin is not None
             watcher.stdin.close()
             watcher.wait()
-
-
-def _wait_until_ready(
-    command: VllmCommand, watcher: subprocess.Popen[bytes], port: int, log: BinaryIO
-) -> None:
-    started = time.monotonic()
-    while not _is_healthy(port):
-        if watcher.poll() is not None:
-            break
-        if time.monotonic() - started > command.timeout:
-            raise RacError(f"vllm serve was not ready after {command.timeout:g} s. {_end_of(log)}")
-        time.sleep(_LOOK_EVERY)
-    if watcher.poll() is not None:  # also if another program answers at this port
-        raise RacError(_stopped(watcher, log))
-    logger.info(f"vllm serve is ready after {time.monotonic() - started:.0f} s")
 
 
 def _is_healthy(port: int) -> bool:
@@ -153,11 +183,10 @@ def _is_healthy(port: int) -> bool:
         return False
 
 
-def _stopped(watcher: subprocess.Popen[bytes], log: BinaryIO) -> str:
-    return (
-        f"vllm serve stopped with exit code {watcher.returncode}; its options (such as "
-        f"--max-model-len 8192) are set in RAC_VLLM_OPTIONS. {_end_of(log)}"
-    )
+def _stopped(name: str, watcher: subprocess.Popen[bytes], log: BinaryIO) -> str:
+    options = "; its options (such as --max-model-len 8192) are set in RAC_VLLM_OPTIONS"
+    hint = options if name == "vllm serve" else ""
+    return f"{name} stopped with exit code {watcher.returncode}{hint}. {_end_of(log)}"
 
 
 def _end_of(log: BinaryIO) -> str:

@@ -11,16 +11,16 @@ import urllib.request
 import pytest
 
 from rac_modifier.errors import RacError
-from rac_modifier.sampling.own_server import VllmCommand, check_serving, vllm_server
+from rac_modifier.sampling.own_server import VllmCommand
 from tests.sampling import fake_vllm
 
 HOLDER = """
 import signal, sys
-from rac_modifier.sampling.own_server import VllmCommand, vllm_server
+from rac_modifier.sampling.own_server import VllmCommand
 # a job in the background of a script inherits ignored signals
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
-with vllm_server(VllmCommand(sys.argv[1]), "m"):
+with VllmCommand(sys.argv[1]).serve("m"):
     print("ready", flush=True)
     signal.pause()
 """
@@ -44,7 +44,7 @@ def test_a_vllm_for_cpus_reads_prompts_whole(tmp_path, version, options, added):
     python = tmp_path / "python"
     python.write_text(f"#!/bin/sh\necho {version}\n")
     python.chmod(0o700)
-    command = VllmCommand(str(tmp_path / "vllm"), options).arguments("model", "auto", 1)
+    command = VllmCommand(str(tmp_path / "vllm"), options).arguments("model", "auto")[:-1]
     assert ("--no-enable-chunked-prefill" in command) is added
     assert command[len(command) - len(options) :] == list(options)
 
@@ -73,28 +73,27 @@ def test_wrong_variables_are_named(variables, message):
         VllmCommand.from_environment({"PATH": "/nowhere", **variables})
 
 
-def test_an_environment_without_our_plugin_is_refused(vllm, tmp_path, monkeypatch):
-    monkeypatch.setenv("RAC_VLLM", vllm.path)
-    check_serving()  # there is no python next to it to ask
+def test_an_environment_without_our_plugin_is_refused(vllm, tmp_path):
+    vllm.check_plugin()  # there is no python next to it to ask
     python = tmp_path / "python"
     python.write_text('#!/bin/sh\n[ "$1" = -I ] && exit 1\n')
     python.chmod(0o755)
     with pytest.raises(RacError, match=r"lacks rac-modifier, .*python -m pip install"):
-        check_serving()
+        vllm.check_plugin()
 
 
 def test_it_serves_inside_the_context_and_is_gone_after_it(vllm, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "/of/this/environment")
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
     command = VllmCommand(vllm.path, ("--max-model-len", "512"))
-    with vllm_server(command, "some/model", "float32") as url:
+    with command.serve("some/model", "float32") as url:
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         assert opener.open(f"{url}/health").status == 200
         (start,) = fake_vllm.starts(tmp_path)
         port = url.rpartition(":")[2]
         assert start["argv"] == [
-            "serve", "some/model", "--host", "127.0.0.1", "--port", port, "--dtype", "float32",
-            "--max-model-len", "512",
+            "serve", "some/model", "--host", "127.0.0.1", "--dtype", "float32",
+            "--max-model-len", "512", "--port", port,
         ]  # fmt: skip
         assert "PYTHONPATH" not in start["variables"]  # it is another environment
         assert start["variables"]["VLLM_NO_USAGE_STATS"] == "1"
@@ -114,7 +113,7 @@ def test_it_serves_inside_the_context_and_is_gone_after_it(vllm, tmp_path, monke
 )
 def test_a_failed_start_shows_its_last_lines(vllm, monkeypatch, fault, words):
     monkeypatch.setenv(fake_vllm.FAULT, fault)
-    with pytest.raises(RacError, match=words), vllm_server(vllm, "m"):
+    with pytest.raises(RacError, match=words), vllm.serve("m"):
         pass
 
 
@@ -126,7 +125,7 @@ def test_a_start_that_takes_too_long_is_ended(vllm, tmp_path, monkeypatch):
     )
     late = VllmCommand(vllm.path, timeout=0.0)
     message = r"not ready after 0 s\. Its last lines:\nstill loading\Z"
-    with pytest.raises(RacError, match=message), vllm_server(late, "m"):
+    with pytest.raises(RacError, match=message), late.serve("m"):
         pass
     assert fake_vllm.left_over(tmp_path) == []
 
