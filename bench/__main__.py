@@ -10,6 +10,7 @@ from bench.common import add_common
 SUITES = (
     "accuracy",
     "formats",
+    "steps",
     "schemes",
     "experts",
     "time",

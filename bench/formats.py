@@ -54,6 +54,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=16384, help="of calibration")
     parser.add_argument("--answers", type=int, default=64, help="held-out prompts")
     parser.add_argument("--cap", type=int, default=512, help="most tokens of an answer or trace")
+    parser.add_argument("--kinds", nargs="+", choices=ANSWERS, default=list(ANSWERS))
     parser.add_argument("--seed", type=int, default=0, help="of the traces; else part of the label")
 
 
@@ -79,7 +80,7 @@ def run(options: argparse.Namespace) -> None:
     if missing:
         dense = load(Path(subject.model), Path(subject.model))
         tokenizer = AutoTokenizer.from_pretrained(subject.model)
-        answers = [Answers(dense, tokenizer, subject, options, name) for name in ANSWERS]
+        answers = [Answers(dense, tokenizer, subject, options, name) for name in options.kinds]
         del dense  # room for the compressed one
     for label in missing:
         folder = folder_of(options, label)
@@ -96,9 +97,11 @@ def run(options: argparse.Namespace) -> None:
         finished[label] = row
         with path.open("a") as file:
             file.write(json.dumps(row) + "\n")
-    names = ("sampled", "sampled outside", "greedy")
+    names = [n for n in ("sampled", "sampled outside", "greedy") if n.split()[0] in options.kinds]
     unit, factor = (", thousandths", 1000) if options.model == "reasoner" else ("", 1)
-    columns = {name + unit * name.startswith("KL"): form for name, form in COLUMNS.items()}
+    shown = [name for name in COLUMNS if not name.startswith("KL")]
+    shown += [name for name in COLUMNS if name.removeprefix("KL, ").split(",")[0] in options.kinds]
+    columns = {name + unit * name.startswith("KL"): COLUMNS[name] for name in shown}
     rows = [
         [label, row["bits"], *([factor * n for n in row[name] if n is not None] for name in names)]
         for label, row in finished.items()

