@@ -7,6 +7,7 @@ line of the log. A silence is the time between two lines, as they would be in a 
 """
 
 import argparse
+import os
 import re
 import subprocess
 import time
@@ -61,10 +62,11 @@ def run(options: argparse.Namespace) -> None:
 
 def timed(command: list[str], log: Path) -> list[list[Any]]:
     """Run a command, log its lines with their times, and return a row per step that it took."""
+    environment = {**os.environ, "LLM_COMPRESSOR_LOG_LEVEL": "INFO"}
     started = since = last = time.monotonic()
     rows: list[list[Any]] = []
     left, silence, peak = dict(STEPS), 0.0, 0.0
-    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "env": environment}
     with log.open("w") as file, subprocess.Popen(command, text=True, **output) as process:
         assert process.stdout is not None
         for line in process.stdout:
