@@ -11,7 +11,7 @@
 
 The model, the prompts of OpenR1-Math-220k and the benchmarks come from the Hugging Face hub. Run
 the same command again after a kill: what is finished is not done again. The grid is
-rac_modifier/grids/r1_distill_1_5b.yaml; --grid FILE takes a changed copy. --dry-run takes all steps
+beside this file; --grid FILE takes a changed copy. --dry-run takes all steps
 with few small numbers on the embedded reasoner: on a CPU, without server and without download.
 """
 
@@ -26,9 +26,10 @@ import yaml
 from rac_modifier import RacError
 from rac_modifier.cli import app
 from rac_modifier.problems.held_out import held_out_problems
-from rac_modifier.settings.grid import FOLDER, load_grid, plan_rows
+from rac_modifier.settings.grid import load_grid, plan_rows
 
-MODEL, GRID = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", "r1_distill_1_5b"
+MODEL = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
+GRID = Path(__file__).with_suffix(".yaml")
 PRESETS = ("math-500", "aime24")
 MOST_TRACES = (
     8  # answers per model on the page; answers of 4,096 tokens are long, and 1.5 MB the most
@@ -44,7 +45,7 @@ def rac(*words: object) -> None:
 
 def small_grid(out: Path) -> Path:
     """Return the grid's rows with numbers for the reasoner."""
-    content = yaml.safe_load((FOLDER / f"{GRID}.yaml").read_text())
+    content = yaml.safe_load(GRID.read_text())
     content["shared"] = {
         "traces": {"problems": {"source": "arithmetic"}, "sampling": {"max_new_tokens": 48}},
         "calibration": {"tokens": 1024, "held_out_tokens": 0},

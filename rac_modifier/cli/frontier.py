@@ -29,7 +29,7 @@ def frontier(
         typer.Option(
             "--recipe-grid",
             metavar="GRID",
-            help="a YAML file, or a shipped grid: small, paper, contenders, ...",
+            help="a YAML file, or a shipped grid: small, paper or contenders",
         ),
     ],
     out: Annotated[

@@ -1,15 +1,22 @@
 """What several commands share: arguments and options, tables and JSON, and what Ctrl-C prints."""
 
+import functools
+import inspect
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_type_hints
 
 import typer
+from pydantic import BaseModel
+
+from rac_modifier.settings.check import check_settings
 
 if TYPE_CHECKING:
     from rac_modifier.evaluation.tables import ResultTable
+
+S = TypeVar("S", bound=BaseModel)
 
 Model = Annotated[
     str,
@@ -23,13 +30,14 @@ Recipe = Annotated[
         help="a file, or the name of a shipped recipe, such as rac_2of4 (see: rac recipes)",
     ),
 ]
+DEFAULT_RECIPE = "rac_w4a16"
 Overrides = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
         "-s",
-        help="change one setting of the recipe, e.g. --set calibration.tokens=32768; null takes it "
-        "out (repeatable)",
+        help="change one setting of the recipe, e.g. --set calibration.tokens=32768 or "
+        "GPTQModifier.scheme=W8A8; null takes it out (repeatable)",
     ),
 ]
 
@@ -48,6 +56,37 @@ Column = Annotated[str | None, typer.Option(help="column of the question (file o
 AsJson = Annotated[
     bool, typer.Option("--json", help="print JSON on standard output, and nothing else there")
 ]
+
+
+def takes(settings: type[S]) -> Callable[[Callable[[S], None]], Callable[..., None]]:
+    """Make a command of a function of `settings`: each field is an option of its name.
+
+    Only what the user wrote is passed on, so that `model_fields_set` names it.
+    """
+
+    def command_of(run: Callable[[S], None]) -> Callable[..., None]:
+        @functools.wraps(run)
+        def command(context: typer.Context, **given: Any) -> None:
+            sources = {name: context.get_parameter_source(name) for name in given}
+            written = {n: given[n] for n, s in sources.items() if s and s.name != "DEFAULT"}
+            run(check_settings(settings, written, context.command_path))
+
+        hints = get_type_hints(settings, include_extras=True)
+        fields = {name: hints[name] for name in settings.model_fields}
+        command.__annotations__ = {"context": typer.Context, **fields}
+        kind = inspect.Parameter.KEYWORD_ONLY
+        command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [
+                inspect.Parameter("context", kind, annotation=typer.Context),
+                *(
+                    inspect.Parameter(name, kind, default=field.default, annotation=fields[name])
+                    for name, field in settings.model_fields.items()
+                ),
+            ]
+        )
+        return command
+
+    return command_of
 
 
 def print_json(obj: Any) -> None:

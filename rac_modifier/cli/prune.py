@@ -16,11 +16,17 @@ from rac_modifier.cli.models import (
     resolve,
 )
 
+_ABOUT_DEFAULT = f"""\
+no --recipe: taking {options.DEFAULT_RECIPE}, int4 with an int8 head (others: rac recipes)
+it samples 262,144 tokens of the model's own answers to arithmetic problems, and calibrates on them
+your problems: --set traces.problems.source=FILE; a shorter run: --set calibration.tokens=65536"""
+
 
 def prune(
+    context: typer.Context,
     model: options.Model,
     output: Annotated[Path, typer.Argument(help="folder for the checkpoint; new or empty")],
-    recipe: options.Recipe,
+    recipe: options.Recipe = Path(options.DEFAULT_RECIPE),
     set_: options.Overrides = None,
     precision: options.Precision = "auto",
     check: Annotated[
@@ -35,11 +41,14 @@ def prune(
     Example: rac prune reasoner reasoner-2of4 --recipe rac_2of4 --set calibration.tokens=32768
     """
     from rac_modifier.distributed.torchrun import joined_processes
-    from rac_modifier.settings.recipe import load_recipe
+    from rac_modifier.settings.recipe import CheckedRecipe
 
     # joined first: a machine that refuses the command ends the others
     with options.resumable(lambda: _how_to_go_on(output)), joined_processes() as processes:
-        content, source = load_recipe(recipe, set_ or []), resolve(model)
+        given = context.get_parameter_source("recipe")
+        if processes.is_first and given is not None and given.name == "DEFAULT":
+            typer.echo(_ABOUT_DEFAULT)
+        content, source = CheckedRecipe.load(recipe, set_ or []).content, resolve(model)
         check_model(source)
         if processes.machine == 0:
             check_output(output, source, keeps_groups=True)

@@ -5,16 +5,27 @@ from typing import Annotated
 
 import typer
 
-from rac_modifier.cli.options import Overrides
+from rac_modifier.cli.options import DEFAULT_RECIPE, Overrides
 from rac_modifier.errors import RacError
 from rac_modifier.settings.recipe_files import recipe, recipe_names
 
 app = typer.Typer()
+# By the beginning of their names; the first group that fits.
+_GROUPS: dict[str, str | tuple[str, ...]] = {
+    "start here, and what rac prune takes without --recipe": DEFAULT_RECIPE,
+    "fewer bits, still dense": "rac_w3a16",
+    "sparse": ("rac_2of4", "rac_unstructured"),
+    "fewer experts": "rac_reap",
+    "methods of llm-compressor, on the model's own traces": "rac_",
+}
 
 
 @app.callback(invoke_without_command=True)
 def recipes(context: typer.Context) -> None:
     """List the recipes that ship with rac-modifier; each name can be given to --recipe.
+
+    --set changes one setting of a recipe, also of another modifier in it, such as
+    REAPPruningModifier.sparsity=0.5.
 
     Example: rac recipes
 
@@ -22,11 +33,13 @@ def recipes(context: typer.Context) -> None:
     """
     if context.invoked_subcommand is not None:
         return
-    names = recipe_names()
-    width = max(map(len, names))
-    for name in names:
-        first = Path(recipe(name)).read_text(encoding="utf-8").partition("\n")[0]
-        typer.echo(f"{name:<{width}}  {first.removeprefix('#').strip()}")
+    left = recipe_names()
+    for title, prefixes in _GROUPS.items():
+        typer.echo(f"\n{title}" if len(left) < len(recipe_names()) else title)
+        for name in [name for name in left if name.startswith(prefixes)]:
+            left.remove(name)
+            first = Path(recipe(name)).read_text(encoding="utf-8").partition("\n")[0]
+            typer.echo(f"  {name}\n      {first.removeprefix('#').strip()}")
 
 
 @app.command()
@@ -53,12 +66,12 @@ def check(
 
     Example: rac recipes check my_recipe.yaml rac_2of4
     """
-    from rac_modifier.settings.recipe import find_named_entry, load_recipe
+    from rac_modifier.settings.recipe import CheckedRecipe
 
     wrong = []
     for path in recipes:
         try:
-            name, _ = find_named_entry(load_recipe(path, set_ or []), str(path))
+            name, _ = CheckedRecipe.load(path, set_ or []).entry
             typer.echo(f"{path}: valid ({name})")
         except RacError as error:
             wrong.append(str(error))

@@ -64,14 +64,14 @@ def recover(
     """
     from rac_modifier.distributed.torchrun import joined_processes
     from rac_modifier.settings.check import check_settings
-    from rac_modifier.settings.recipe import apply_overrides
+    from rac_modifier.settings.recipe import set_values
     from rac_modifier.settings.recovery import RecoverySettings
 
     kept = "the traces, and training up to its last state, are kept and will be used"
     # joined first: a machine that refuses the command ends the others
     with resumable(lambda: saving_step(output, kept)), joined_processes() as processes:
         entry: dict[str, Any] = {}
-        apply_overrides(entry, set_ or [])
+        set_values(entry, set_ or [])
         settings = check_settings(RecoverySettings, entry, "--set")
         traces = _traces(store, problems, column, max_new_tokens)
         check_model(resolve(dense))

@@ -61,10 +61,9 @@ def collect(
     Example: rac traces collect reasoner --recipe rac_2of4 --set calibration.tokens=32768
     """
     from rac_modifier.calibration.trace_pool import collect_for_calibration
-    from rac_modifier.settings.recipe import check_entry, find_named_entry, load_recipe
+    from rac_modifier.settings.recipe import CheckedRecipe
 
-    name, entry = find_named_entry(load_recipe(recipe, set_ or []), str(recipe))
-    settings = check_entry(entry, str(recipe), name)
+    settings = CheckedRecipe.load(recipe, set_ or []).check()
     traces = settings.traces
     if serve and traces.engine:
         raise RacError(

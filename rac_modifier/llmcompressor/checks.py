@@ -29,7 +29,7 @@ from rac_modifier.formats.words import OF_VOCABULARY
 from rac_modifier.llmcompressor.quantizer import Quantizer
 from rac_modifier.llmcompressor.targets import find_targets
 from rac_modifier.settings.entries import CalibrationEntry, PruningEntry
-from rac_modifier.settings.recipe import check_layout, read_recipe
+from rac_modifier.settings.recipe import CheckedRecipe
 
 # Arguments of `oneshot` that our loops read, or upstream around them.
 HONOURED = {
@@ -81,7 +81,7 @@ def check_arguments(oneshot: Oneshot, modifier: str, *, prunes: bool) -> None:
     arguments = oneshot.recipe_args
     if arguments and isinstance(arguments.recipe, str | Path):
         try:
-            check_layout(read_recipe(arguments.recipe), "recipe")
+            CheckedRecipe.read(arguments.recipe)
         except RacError as error:  # upstream reads other layouts too, and may have more modifiers
             logger.warning(str(error))
     if oneshot.output_dir is not None:  # upstream saves a stage to a folder of its name

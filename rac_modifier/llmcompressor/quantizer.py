@@ -1,12 +1,18 @@
 """Quantize in the pruning pass: upstream has the schemes, rounding is ours."""
 
 from collections.abc import Container, Iterator, Mapping
+from math import gcd
 from typing import Any
 
 import torch
 from compressed_tensors.compressors.base import BaseCompressor
 from compressed_tensors.compressors.format import infer_module_format
-from compressed_tensors.quantization import QuantizationScheme, QuantizationStatus
+from compressed_tensors.quantization import (
+    QuantizationScheme,
+    QuantizationStatus,
+    QuantizationStrategy,
+    preset_name_to_scheme,
+)
 from compressed_tensors.utils import (
     get_direct_state_dict,
     match_named_modules,
@@ -48,7 +54,7 @@ class Quantizer:
         quantizable = torch.nn.Linear, torch.nn.Embedding
         every = {name for name, module in model.named_modules() if isinstance(module, quantizable)}
         self._upstream = QuantizationModifier(
-            scheme=settings.scheme,
+            scheme=settings.scheme if settings.group_size is None else None,
             config_groups=_checked_groups(settings),
             ignore=sorted(every - set(names.values())),
         )
@@ -62,8 +68,9 @@ class Quantizer:
             columns = module.get_parameter("weight").shape[1]
             if grid.group_size and columns % grid.group_size:
                 raise RacError(
-                    f"{name}: {columns} inputs are no multiple of group_size "
-                    f"{grid.group_size}; set one that divides them, or add the module to ignore"
+                    f"{name}: {columns} inputs are no multiple of group_size {grid.group_size}; "
+                    f"set quantization.group_size={gcd(columns, grid.group_size)} (in config_groups"
+                    " that of the group), or add the module to ignore"
                 )
         if not self.grids:
             raise RacError(
@@ -161,8 +168,23 @@ def compress_exactly(module: Any) -> None:
     module.quantization_status = QuantizationStatus.COMPRESSED
 
 
-def _checked_groups(settings: QuantizationSettings) -> dict[str, dict[str, Any]] | None:
-    """Return the config groups with targets; RacError for one that is no scheme."""
+def _checked_groups(settings: QuantizationSettings) -> dict[str, Any] | None:
+    """Return the config groups with targets; RacError for one that is no scheme.
+
+    A preset whose group size is changed becomes a group; RacError for one without groups.
+    """
+    if settings.config_groups is None and settings.group_size is not None:
+        scheme = settings.scheme or {}
+        targets = {scheme: ["Linear"]} if isinstance(scheme, str) else scheme
+        presets = {name: preset_name_to_scheme(name, to) for name, to in targets.items()}
+        for name, preset in presets.items():
+            if preset.weights is None or preset.weights.strategy != QuantizationStrategy.GROUP:
+                raise RacError(
+                    f"quantization.group_size: {settings.group_size} has no effect on {name}, "
+                    "which has no groups of a free size; leave it out"
+                )
+            preset.weights.group_size = settings.group_size
+        return presets
     if settings.config_groups is None:
         return None
     groups = {

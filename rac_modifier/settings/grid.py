@@ -12,15 +12,7 @@ from rac_modifier.errors import RacError
 from rac_modifier.settings.check import Batch, Count, Seed, Settings, check_settings, refuse_idle
 from rac_modifier.settings.entries import ENTRIES
 from rac_modifier.settings.problems import ProblemSource
-from rac_modifier.settings.recipe import (
-    NAME,
-    check_entry,
-    check_layout,
-    find_named_entry,
-    modifiers_of,
-    read_recipe,
-    set_values,
-)
+from rac_modifier.settings.recipe import NAME, CheckedRecipe, set_values
 from rac_modifier.settings.recipe_files import read_yaml
 from rac_modifier.settings.sampling import PromptSettings
 
@@ -188,22 +180,21 @@ def shared_prompt(
 def _run(row: GridRow, grid: Grid, label: str, seed: int | None) -> PlannedRow:
     """Return a run whose recipe has what is shared, what the row sets, and the seed."""
     recipe = _whole(row)
-    check_layout(recipe, "its recipe")
     values = {**row.set, **({} if seed is None else {"calibration.seed": seed})}
     group = "dense quantized"
-    modifiers = {name for name, _ in modifiers_of(recipe)}
+    modifiers = {name for name, _ in recipe.modifiers}
     if not modifiers & ENTRIES.keys():
         if values:
             raise RacError(
                 f"{', '.join(values)} changes an entry of ours, and its recipe has none; leave set "
                 "and seeds out"
             )
-        return PlannedRow(label, row.label, row.group or group, None, recipe)
-    name, entry = find_named_entry(recipe, "its recipe")
+        return PlannedRow(label, row.label, row.group or group, None, recipe.content)
+    name, entry = recipe.entry
     for part, shared in grid.shared.items():
         entry[part] = _merged(entry.get(part), shared)
-    set_values(entry, {tuple(key.split(".")): value for key, value in values.items()})
-    checked = check_entry(entry, "its recipe", name)
+    set_values(entry, values)
+    checked = recipe.check()
     asking = [
         checked.traces.named(part.name) for part in checked.calibration.parts("traces", "prompts")
     ]
@@ -220,7 +211,7 @@ def _run(row: GridRow, grid: Grid, label: str, seed: int | None) -> PlannedRow:
     elif not quantizes:
         group = "fewer experts"
     prompts = tuple(PromptSettings.of(part.sampling) for part in asking)
-    return PlannedRow(label, row.label, row.group or group, seed, recipe, prompts)
+    return PlannedRow(label, row.label, row.group or group, seed, recipe.content, prompts)
 
 
 def _are_same(first: ProblemSource, second: ProblemSource) -> bool:
@@ -233,14 +224,13 @@ def _are_same(first: ProblemSource, second: ProblemSource) -> bool:
     return (first.source, first.split) == (second.source, second.split)
 
 
-def _whole(row: GridRow) -> Any:
+def _whole(row: GridRow) -> CheckedRecipe:
     """Return the recipe of a row in the layout that llm-compressor reads."""
     if isinstance(row.recipe, str):
-        return read_recipe(row.recipe)
+        return CheckedRecipe.read(row.recipe)
     has_stages = any(str(key).endswith("_stage") for key in row.recipe)
-    return copy.deepcopy(
-        row.recipe if has_stages else {"frontier_stage": {"frontier_modifiers": row.recipe}}
-    )
+    content = row.recipe if has_stages else {"frontier_stage": {"frontier_modifiers": row.recipe}}
+    return CheckedRecipe(copy.deepcopy(content), "its recipe")
 
 
 def _merged(below: Any, above: Mapping[str, Any]) -> dict[str, Any]:

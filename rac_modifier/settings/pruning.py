@@ -48,10 +48,16 @@ class QuantizationSettings(Settings):
     config_groups: dict[str, dict[str, Any]] | None = None
     """Instead of a preset: compressed-tensors' schemes by name, each with its targets."""
 
+    group_size: int | None = Field(None, ge=1, le=65_536)
+    """Inputs that share a scale, for a preset with groups; default: the preset's, 128 of W4A16."""
+
     @model_validator(mode="after")
     def _names_are_known(self) -> Self:
         if (self.scheme is None) == (self.config_groups is None):
             raise RacError("quantization: set scheme or config_groups, for example scheme: W4A16")
+        refuse_idle(
+            self, (self.scheme is None, "group_size", "beside config_groups, which have their own")
+        )
         for name in [self.scheme] if isinstance(self.scheme, str) else self.scheme or ():
             if name.upper() not in PRESET_SCHEMES:
                 raise RacError(

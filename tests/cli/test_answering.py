@@ -1,4 +1,4 @@
-"""`rac eval` with answers in a file: what is refused early, and a served model paired with a dense
+"""`rac eval` with answers in a file: a served model paired with a dense
 one."""
 
 import json
@@ -6,49 +6,11 @@ import shutil
 
 import pytest
 
-from rac_modifier.cli.answering import Answering, engine_of
-from rac_modifier.errors import RacError
+from rac_modifier.cli.answering import engine_of
 from tests.sampling import fake_vllm
 from tests.sampling.fake_server import FakeServer
 
-SERVER = {"servers": ("http://a",)}
-TWO, NO_MODEL = {"servers": ("http://a", "http://b")}, {"models": ()}
 FEW = ("--problems", 3, "--cap", 8)
-
-
-def answering(**changes) -> Answering:
-    values = {"servers": (), "served_as": (), "serve": False, "concurrency": 4, "path": None}
-    return Answering(**{**values, "precision": "auto", **changes})
-
-
-@pytest.mark.parametrize(
-    ("changes", "options", "message"),
-    [
-        (SERVER, {"divergence": True}, "--divergence asks .* leave --server and --serve out"),
-        ({}, {"divergence": True, "written": {"baseline"}}, "named; leave --baseline out"),
-        ({"serve": True, **SERVER}, {}, "--serve starts a server, and --server"),
-        (SERVER, {"models": ("a", "b")}, "--server and --answers are for one model; evaluate"),
-        (SERVER, {"written": {"precision"}}, "--precision is for a model that is loaded here"),
-        ({"servers": ("a",)}, {}, "--server: base_urls: 'a' is no address of a server"),
-        ({}, NO_MODEL, "no model is named; give a model folder"),
-        ({"served_as": ("m",)}, {}, "names the model of a server; add --server URL"),
-        ({"served_as": ("m",), "serve": True}, {}, "names the model of a server; add --server URL"),
-        (TWO | {"served_as": ("m",)}, NO_MODEL, "--served-as names 1 models for 2 servers; give"),
-        (SERVER | {"served_as": ("m", "n")}, {}, "--served-as names several models; give the one"),
-        ({"servers": ("http://a",) * 2}, NO_MODEL, "twice and would be compared with itself"),
-        ({}, {"models": ("a", "a")}, "twice and would be compared with itself; leave it"),
-        (SERVER, {"models": (), "written": {"card"}}, "--card and --template need a model folder"),
-    ],
-)
-def test_what_cannot_be_is_refused(changes, options, message):
-    given = {"models": ("a",), "written": frozenset(), "divergence": False, **options}
-    with pytest.raises(RacError, match=message):
-        answering(**changes).check(**given)
-
-
-def test_too_many_answers_in_progress_are_refused_before_a_server_starts(rac, monkeypatch):
-    monkeypatch.setattr("rac_modifier.cli.eval.Answering", None)
-    assert rac("eval", "reasoner", "--serve", "--concurrency", 5000)[0] == 2
 
 
 def test_a_long_answer_has_time():

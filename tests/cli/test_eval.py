@@ -83,7 +83,6 @@ def test_prompts_without_answers_are_measured_by_how_their_answers_end(
         assert shares["finished"] + shares["looping"] + shares["going"] == pytest.approx(1)
     (paired,) = content["paired"]
     assert (paired["problems"], paired["difference"], paired["p_value"]) == (3, None, None)
-    assert "leave --divergence and --card out" in rac(*asking, "--stopping", "--card")[2]
 
 
 def test_what_is_wrong_with_the_file_of_results_is_said_before_the_work(

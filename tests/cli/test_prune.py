@@ -46,6 +46,15 @@ def test_a_whole_command_is_checked(rac, tiny_folder, recipe_file, tmp_path):
     assert "iterations: 4 has no effect with solver: sparsegpt" in stderr
 
 
+def test_without_a_recipe_the_recommended_one_is_taken_and_said(rac, tiny_folder):
+    out = rac.output("prune", tiny_folder, "out", "--check")
+    chosen, traces, own, checked = out.splitlines()
+    assert chosen.startswith("no --recipe: taking rac_w4a16, ")
+    assert "262,144 tokens" in traces
+    assert "--set traces.problems.source=FILE" in own
+    assert checked.startswith("rac_w4a16, ")
+
+
 @pytest.mark.parametrize("storage", ["packed", "dense"])
 def test_a_packed_checkpoint_is_pruned_again(rac, sparse_folder, tmp_path, storage):
     """llm-compressor copies the source's config.json, which says that the weights are packed."""

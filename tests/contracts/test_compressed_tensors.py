@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from rac_modifier import ReasoningAwareSparseGPTModifier
 from rac_modifier.settings.entries import ENTRIES
 from rac_modifier.settings.pruning import PRESET_SCHEMES
-from rac_modifier.settings.recipe import check_entry, find_named_entry
+from rac_modifier.settings.recipe import CheckedRecipe
 from tests.tiny import NAME
 
 CALIBRATES = "ReasoningAwareCalibrationModifier"
@@ -48,11 +48,12 @@ def test_a_modifiers_dump_is_a_recipe_entry(name, settings):
     """What llm-compressor writes into recipe.yaml beside a checkpoint."""
     recipe = Recipe.create_instance(yaml.safe_dump({"a_stage": {"a_modifiers": {name: settings}}}))
     written = yaml.safe_load(recipe.yaml())
-    actual, entry = find_named_entry(written, "recipe.yaml")
+    ours = CheckedRecipe(written, "recipe.yaml")
+    actual, entry = ours.entry
     whole = ENTRIES[name](**settings).model_dump()
     assert actual == name
     assert entry == {key: value for key, value in whole.items() if value is not None}
-    check_entry(entry, "recipe.yaml", name)
+    ours.check()
     Recipe.create_instance(yaml.safe_dump(written))
 
 

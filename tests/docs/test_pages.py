@@ -14,7 +14,7 @@ import yaml
 from rac_modifier.cli import app
 from rac_modifier.settings.entries import ENTRIES
 from rac_modifier.settings.grid import Grid, plan_rows
-from rac_modifier.settings.recipe import find_named_entry
+from rac_modifier.settings.recipe import CheckedRecipe
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -53,7 +53,7 @@ def test_yaml_holds_settings_that_exist(page):
             assert plan_rows(Grid.model_validate(content), page.name)
             continue
         if any(str(key).endswith("_stage") for key in content):
-            name, entry = find_named_entry(content, page.name)
+            name, entry = CheckedRecipe(content, page.name).entry
         else:
             name = "ReasoningAwareSparseGPTModifier"
             entry = content.get(name, content)
@@ -63,7 +63,8 @@ def test_yaml_holds_settings_that_exist(page):
 
 @each_page
 def test_named_recipes_exist(page):
-    named = set(re.findall(r"\brac_(?:2of4|unstructured|gptq)\w*", page.read_text()))
+    kinds = r"\brac_(?:2of4|unstructured|gptq|awq|fp8|w\d|reap|kv|nvfp4)\w*"
+    named = set(re.findall(kinds, page.read_text()))
     assert named <= RECIPES
 
 

@@ -27,6 +27,8 @@ def test_a_scheme_covers_the_modules_that_its_targets_match():
     some = made(tiny_model(), **int4(targets=(r"re:.*mlp.*",)))
     assert set(some.described) == {name for name in linears(model) if ".mlp." in name}
     assert all(grid.bits == 4 and grid.group_size == 32 for grid in some.grids.values())
+    other = made(tiny_model(), scheme="w4a16", group_size=16)
+    assert {(grid.bits, grid.group_size) for grid in other.grids.values()} == {(4, 16)}
     assert Quantizer(None, model, {}, prunes=True).grids == {}
 
 
@@ -83,7 +85,8 @@ def test_a_target_that_matches_the_embedding_too_leaves_it_dense():
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        (uneven(), "q_proj: 64 inputs are no multiple of group_size 48"),
+        (uneven(), "no multiple of group_size 48; set quantization.group_size=16"),
+        ({"scheme": "W8A8", "group_size": 32}, "group_size: 32 has no effect on W8A8"),
         (int4(targets=("re:.*experts.*",)), "the target 're:.*experts.*' matches no module of"),
         (two_groups("re:.*down_porj$"), "the target 're:.*down_porj.' matches no module of"),
         (int4(symmetric=False), "which no kernel multiplies with a mask .* set symm"),

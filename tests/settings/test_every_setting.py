@@ -28,6 +28,7 @@ PRUNED: dict[str, tuple[Any, dict[str, Any]]] = {
     "mask_structure": ("1:4", {}),
     "quantization.scheme": ("W8A8", {"quantization": {"scheme": "FP8_DYNAMIC"}}),
     "quantization.config_groups": (INT4_16, {"quantization": INT4}),
+    "quantization.group_size": (16, {"quantization": {"scheme": "W4A16", "group_size": 32}}),
     "preset": ("paper", {}),
     "solver": ("magnitude", {}),
     "refit": (True, {"preset": "paper", **PLAIN}),

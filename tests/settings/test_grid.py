@@ -175,7 +175,6 @@ def test_what_has_no_effect_on_such_a_row_is_refused():
 def test_shipped_grids_can_be_run(name):
     planned = plan_rows(load_grid(name), name)
     assert len({run.label for run in planned}) == len(planned) >= 4
-    assert load_grid(name).evaluation.serve == (name in ("r1_distill_1_5b", "served"))
 
 
 ROW = "rows: [{label: a, recipe: b}]"
@@ -198,5 +197,5 @@ def test_a_file_that_is_no_grid(tmp_path, text, says):
     with pytest.raises(RacError) as caught:
         load_grid(tmp_path / "grid.yaml")
     assert says in str(caught.value)
-    with pytest.raises(RacError, match="name a YAML file, or one of contenders, paper, quant"):
+    with pytest.raises(RacError, match="name a YAML file, or one of contenders, paper, small"):
         load_grid(tmp_path / "none.yaml")

@@ -10,7 +10,7 @@ import yaml
 
 from rac_modifier.errors import RacError
 from rac_modifier.settings.entries import ENTRIES
-from rac_modifier.settings.recipe import check_entry, find_named_entry, load_recipe, schema
+from rac_modifier.settings.recipe import CheckedRecipe, schema
 from tests.tiny import NAME, entry, recipe
 
 ROOT = Path(__file__).parents[2]
@@ -38,11 +38,10 @@ def test_the_schema_is_a_json_schema_that_knows_no_other_keys():
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_a_shipped_recipe_is_valid(path):
-    name, settings = find_named_entry(load_recipe(path), str(path))
+    loaded = CheckedRecipe.load(path)
+    name, settings = loaded.entry
     jsonschema.validate(settings, json.loads(schema(name)))
-    mixture = check_entry(settings, str(path), name).calibration.mixture
-    assert next(iter(mixture)) == "traces"
-    assert (mixture == {"traces": 1.0}) is ("mixture" not in path.stem)
+    assert loaded.check().calibration.mixture == {"traces": 1.0}
 
 
 def test_overrides_reach_any_depth_and_leave_the_rest(tmp_path):
@@ -54,22 +53,23 @@ def test_overrides_reach_any_depth_and_leave_the_rest(tmp_path):
         "traces.sampling.batch_size=null",
         "sparsity=null",
     ]  # fmt: skip
-    content = load_recipe(path, overrides)
-    _, settings = find_named_entry(content, "r")
+    loaded = CheckedRecipe.load(path, [*overrides, "QuantizationModifier.targets=[x]"])
+    _, settings = loaded.entry
     assert settings["calibration"] == {**entry()["calibration"], "tokens": 7}
     assert settings["traces"]["store"] == "a.jsonl"
     assert settings["traces"]["sampling"]["max_new_tokens"] == 40
     assert settings["ignore"] == ["x", "re:y.*"]
     assert "batch_size" not in settings["traces"]["sampling"]  # null takes a setting out
     assert "sparsity" not in settings
-    assert content["quant_stage"]["quant_modifiers"]["QuantizationModifier"] == later
+    changed = {**later, "targets": ["x"]}
+    assert dict(loaded.modifiers)["QuantizationModifier"] == changed
 
 
 def test_patterns_need_no_quotes_and_missing_groups_can_be_set(tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text(recipe({"sparsity": 0.5}))
     overrides = ["mask_structure=1:4", "sparsity=null", "calibration.seed=4", "traces.store=s"]
-    _, settings = find_named_entry(load_recipe(path, overrides), "r")
+    _, settings = CheckedRecipe.load(path, overrides).entry
     groups = {"calibration": {"seed": 4}, "traces": {"store": "s"}}
     assert settings == {"mask_structure": "1:4", **groups}
 
@@ -88,7 +88,7 @@ def test_patterns_need_no_quotes_and_missing_groups_can_be_set(tmp_path):
 def test_a_layout_in_which_llm_compressor_finds_nothing_is_refused(text, tmp_path):
     (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(RacError, match="write it as pruning_stage: pruning_modifiers: "):
-        load_recipe(tmp_path / "r.yaml")
+        CheckedRecipe.load(tmp_path / "r.yaml")
 
 
 def test_a_recipe_has_one_of_our_modifiers(tmp_path):
@@ -96,7 +96,7 @@ def test_a_recipe_has_one_of_our_modifiers(tmp_path):
     modifiers = f"{{a_modifiers: {{{NAME}: {{sparsity: 0.5}}}}, b_modifiers: {{{second}: }}}}"
     path.write_text(f"a_stage: {modifiers}")
     with pytest.raises(RacError, match=f"has .*{NAME}.*leave one out"):
-        load_recipe(path)
+        CheckedRecipe.load(path)
 
 
 @pytest.mark.parametrize(
@@ -107,13 +107,16 @@ def test_a_recipe_has_one_of_our_modifiers(tmp_path):
         ("sparsity=[", "the value is not YAML"),
         ("sparsity.x=1", "sparsity is not a group of settings"),
         ("solver.x=1", "must be"),
+        (".".join("a" * 2000) + "=1", "is not key=value"),
+        ("GPTQModifier.scheme=W8A8", f"with a modifier of .*r.yaml: {NAME}$"),
+        ("SmoothQuantModifier=1", "write MODIFIER.setting=value"),
     ],
 )
 def test_overrides_that_cannot_be(tmp_path, override, message):
     path = tmp_path / "r.yaml"
     path.write_text(recipe({"sparsity": 0.5}))
     with pytest.raises(RacError, match=message):
-        load_recipe(path, [override])
+        CheckedRecipe.load(path, [override])
 
 
 @pytest.mark.parametrize(
@@ -129,9 +132,9 @@ def test_what_llm_compressor_would_not_run_is_refused(tmp_path, later, says):
     path = tmp_path / "r.yaml"
     path.write_text(recipe({"sparsity": 0.5}) + f"\n{later}\n")
     with pytest.raises(RacError, match=says):
-        load_recipe(path)
+        CheckedRecipe.load(path)
     path.write_text(recipe({"sparsity": 0.5}) + "\nq_stage: {q_modifiers: {SmoothQuantModifier: }}")
-    assert load_recipe(path)["q_stage"] == {"q_modifiers": {"SmoothQuantModifier": {}}}
+    assert CheckedRecipe.load(path).modifiers[1] == ("SmoothQuantModifier", {})
 
 
 VALUES = [
@@ -160,6 +163,6 @@ def test_a_mutated_recipe_is_refused_with_an_error_of_ours(tmp_path):
             node[key] = copy.deepcopy(rng.choice(VALUES))
         path.write_text(yaml.safe_dump(content, allow_unicode=True))
         with contextlib.suppress(RacError):
-            load_recipe(path)
+            CheckedRecipe.load(path)
             accepted += 1
     assert 0 < accepted < 150

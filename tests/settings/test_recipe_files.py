@@ -48,8 +48,8 @@ def test_a_file_of_the_user_comes_before_a_shipped_recipe_and_a_folder_does_not(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rac_2of4").mkdir()  # such as the output of an earlier run
     assert find_recipe("rac_2of4") == FOLDER / "rac_2of4.yaml"
-    (tmp_path / "rac_2of4_w8").write_text("mine")
-    assert find_recipe("rac_2of4_w8").read_text() == "mine"
+    (tmp_path / "rac_fp8").write_text("mine")
+    assert find_recipe("rac_fp8").read_text() == "mine"
 
 
 def test_upstream_reads_what_the_public_function_returns():

@@ -9,7 +9,7 @@ from llmcompressor import oneshot
 
 from rac_modifier.checkpoint.hf_quantizer import load_model
 from rac_modifier.checkpoint.inspect import inspect_checkpoint
-from rac_modifier.settings.recipe import find_named_entry, load_recipe
+from rac_modifier.settings.recipe import CheckedRecipe
 from tests.tiny import is_2of4, linears, save_tiny, save_tiny_experts
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
@@ -19,7 +19,7 @@ SMALL_RECOVERY = ["recover.tokens=2000", "recover.held_out_tokens=400"]
 
 
 def is_offline(path: Path) -> bool:
-    _, entry = find_named_entry(yaml.safe_load(path.read_text()), path.name)
+    _, entry = CheckedRecipe.read(path).entry
     problems = entry["traces"]["problems"]
     return problems["source"] == "arithmetic" or problems["source"].startswith("reasoning-gym:")
 
@@ -40,7 +40,7 @@ def test_some_recipes_need_no_download():
 @pytest.mark.parametrize("path", [p for p in RECIPES if is_offline(p)], ids=lambda p: p.stem)
 def test_a_shipped_recipe_runs_without_download(path, wide_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where relative stores go
-    content = load_recipe(path, SMALL + SMALL_RECOVERY * ("recover" in path.stem))
+    content = CheckedRecipe.load(path, SMALL + SMALL_RECOVERY * ("recover" in path.stem)).content
     for stage in content.values():
         for modifiers in stage.values():
             if "AutoRoundModifier" in modifiers:

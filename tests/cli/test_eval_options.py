@@ -1,29 +1,59 @@
-"""`rac eval --preset`: what the preset sets, what an option replaces, and that the output says
-so."""
+"""The options of `rac eval`: contradictions, what a preset sets, and what an option replaces."""
 
 import json
 
 import pytest
 
-from rac_modifier.cli.protocol import Protocol
+from rac_modifier.cli.eval_options import EvalOptions
 from rac_modifier.errors import RacError
+from rac_modifier.settings.check import check_settings
 from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.sampling import PromptSettings
 
-DEFAULTS = {
-    "source": "arithmetic", "column": None, "answer_column": None, "problems": 300, "samples": 1,
-    "cap": 512, "temperature": None, "top_p": None, "seed": 0,
-}  # fmt: skip
+
+def asked(preset=None, **written) -> EvalOptions:
+    given = {"models": ["m"], **({} if preset is None else {"preset": preset}), **written}
+    return check_settings(EvalOptions, given, "rac eval")
 
 
-def asked(preset=None, **written) -> Protocol:
-    return Protocol(**{**DEFAULTS, **written}).with_preset(preset, set(written))
-
-
-def sampled(protocol, **options):
+def sampled(options):
     """Cap, temperature, top-p and top-k."""
-    sampling = protocol.sampling(PromptSettings(), 4, **options)
+    sampling = options.sampling(PromptSettings())
     return sampling.max_new_tokens, sampling.temperature, sampling.top_p, sampling.top_k
+
+
+SERVER, SERVERS = {"server": ["http://a"]}, {"server": ["http://a", "http://b"]}
+NO_MODEL, TWO = {"models": []}, {"models": ["a", "b"]}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (TWO | SERVER | {"divergence": True}, "--divergence asks .* leave --server and --serve"),
+        (TWO | {"divergence": True, "baseline": "b"}, "named; leave --baseline out"),
+        ({"divergence": True}, "--divergence compares models with the first one; name at least"),
+        (SERVER | {"serve": True}, "--serve starts a server, and --server"),
+        (SERVER | TWO, "--server and --answers are for one model; evaluate"),
+        (SERVER | {"precision": "auto"}, "--precision is for a model that is loaded here"),
+        ({"server": ["a"]}, "--server: base_urls: 'a' is no address of a server"),
+        (NO_MODEL, "no model is named; give a model folder"),
+        ({"served_as": ["m"]}, "names the model of a server; add --server URL"),
+        ({"served_as": ["m"], "serve": True}, "names the model of a server; add --server URL"),
+        (SERVERS | NO_MODEL | {"served_as": ["m"]}, "--served-as names 1 models for 2 servers"),
+        (SERVER | {"served_as": ["m", "n"]}, "--served-as names several models; give the one"),
+        (NO_MODEL | {"server": ["http://a"] * 2}, "twice and would be compared with itself"),
+        ({"models": ["a", "a"]}, "twice and would be compared with itself; leave it"),
+        (SERVER | NO_MODEL | {"card": True}, "--card and --template need a model folder"),
+        ({"stopping": True, "card": True}, "leave --divergence and --card out"),
+    ],
+)
+def test_what_cannot_be_is_refused(given, message):
+    with pytest.raises(RacError, match=message):
+        asked(**given)
+
+
+def test_too_many_answers_in_progress_are_refused_before_a_server_starts(rac):
+    assert rac("eval", "reasoner", "--serve", "--concurrency", 5000)[0] == 2
 
 
 def test_without_a_preset_the_options_count():
@@ -31,15 +61,17 @@ def test_without_a_preset_the_options_count():
     assert protocol.problem_source == ProblemSource(source="arithmetic")
     assert sampled(protocol) == (512, 0.7, 0.95, 0)
     assert sampled(asked()) == (512, 0.0, 0.95, 0)
-    assert sampled(asked(), divergence=True) == (512, None, None, None), "the model's own"
-    assert (protocol.describe(), protocol.verifier) == ([], None)
-    assert len(protocol.load()) == 4
+    assert sampled(asked(models=["m", "n"], divergence=True)) == (512, None, None, None), (
+        "the model's own"
+    )
+    assert (protocol.describe_preset(), protocol.verifier) == ([], None)
+    assert len(protocol.load_problems()) == 4
 
 
 def test_options_replace_it_and_are_named():
     protocol = asked("math-500", samples=2, cap=512, temperature=0.1, top_p=0.9, problems=7)
     assert sampled(protocol) == (512, 0.1, 0.9, 0)
-    (line,) = protocol.describe()
+    (line,) = protocol.describe_preset()
     assert line == (
         "Preset math-500: 7 problems, 2 answers each, temperature 0.1, top-p 0.9, at most 512 new "
         "tokens. Not as published (samples is 4, cap is 32768, temperature is 0.6, top-p is 0.95, "
@@ -60,7 +92,7 @@ def test_a_copy_is_read_without_the_datasets_configuration():
 
 def test_a_generator_of_problems_and_a_wrong_range_are_refused():
     with pytest.raises(RacError, match="source 'reasoning-gym:gcd' generates its problems"):
-        asked("gsm8k", source="reasoning-gym:gcd").load()
+        asked("gsm8k", source="reasoning-gym:gcd").load_problems()
     with pytest.raises(RacError, match=r"rac eval: top_p: must be .* 1"):
         sampled(asked("gsm8k", top_p=1.5))
     with pytest.raises(RacError, match="4 samples per problem at temperature 0"):
@@ -73,7 +105,7 @@ def test_a_dataset_that_cannot_be_loaded_says_what_to_do(monkeypatch):
 
     monkeypatch.setattr("datasets.load_dataset", offline)
     with pytest.raises(RacError, match=r"--preset gpqa-diamond: .*no network.*--source FILE"):
-        asked("gpqa-diamond").load()
+        asked("gpqa-diamond").load_problems()
 
 
 def test_the_command_asks_a_copy_and_checks_letters_as_letters(
