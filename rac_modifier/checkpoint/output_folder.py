@@ -14,8 +14,8 @@ from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 
-from rac_modifier.checkpoint.files import CONFIG_FILE
 from rac_modifier.errors import RacError, refusing
+from rac_modifier.formats.quantization_config import CONFIG_FILE  # a module without torch
 from rac_modifier.runtime.files import lock
 
 STAGING = ".rac_saving"

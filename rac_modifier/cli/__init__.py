@@ -15,11 +15,13 @@ from rac_modifier.cli.doctor import doctor
 from rac_modifier.cli.eval import evaluate
 from rac_modifier.cli.frontier import frontier, report
 from rac_modifier.cli.inspect import inspect
-from rac_modifier.cli.options import resumable
+from rac_modifier.cli.options import printable, processes, resumable
 from rac_modifier.cli.pack import pack, unpack
 from rac_modifier.cli.prune import prune
 from rac_modifier.cli.recover import recover
 from rac_modifier.errors import RacError
+
+_MOST_PRINTED = 8000  # characters of an error
 
 
 class Commands(typer.core.TyperGroup):
@@ -33,16 +35,12 @@ class Commands(typer.core.TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Return the command that was named; under torchrun only those that are distributed."""
         command = super().resolve_command(ctx, args)
-        if _processes() > 1 and command[0] not in ("prune", "recover"):
+        if processes() > 1 and command[0] not in ("prune", "recover"):
             raise RacError(
-                f"rac {command[0]} runs in one process, and torchrun started {_processes()}: start "
+                f"rac {command[0]} runs in one process, and torchrun started {processes()}: start "
                 "it without torchrun; only rac prune and rac recover are distributed"
             )
         return command
-
-
-def _processes() -> int:
-    return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 app = typer.Typer(
@@ -83,7 +81,7 @@ def main() -> None:
         # no progress bars in a file or a pipe; libraries read these when they are imported
         os.environ.setdefault("TQDM_DISABLE", "1")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    if _processes() > 1:  # torch's warnings are of what our errors say better
+    if processes() > 1:  # torch's warnings are of what our errors say better
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         app()
@@ -104,4 +102,7 @@ def main() -> None:
 
 
 def _print(message: str) -> None:
-    typer.secho(f"error: {message}", fg="red", err=True)
+    if len(message) > _MOST_PRINTED:
+        message = f"{message[:_MOST_PRINTED]} ... ({len(message):,} characters in all)"
+    text = printable(message, keep="\n")
+    typer.secho(f"error: {text}", fg="red", err=True)

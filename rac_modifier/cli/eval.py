@@ -11,7 +11,7 @@ import typer
 from rac_modifier.cli import options
 from rac_modifier.cli.answering import ask
 from rac_modifier.cli.eval_options import EvalOptions
-from rac_modifier.cli.models import check_model, load_on_accelerator, resolve
+from rac_modifier.cli.models import check_model, check_paths, load_on_accelerator, resolve
 
 if TYPE_CHECKING:
     from rac_modifier.measure.divergence import DivergenceResult
@@ -27,12 +27,19 @@ def evaluate(asked: EvalOptions) -> None:
 
     Example: rac eval reasoner reasoner-2of4 --problems 300 --cap 512
     """
+    from rac_modifier.evaluation.results import check_problems
     from rac_modifier.evaluation.results_file import check_json_out
 
     to_stdout = asked.json_out == Path("-")
     if asked.json_out is not None and not to_stdout:
         check_json_out(asked.json_out, asked.baseline)
     models = asked.models
+    check_paths(models)
+    problems = asked.load_problems()
+    if asked.stopping:
+        problems = [replace(problem, answer=None) for problem in problems]
+    elif not asked.divergence:
+        check_problems(problems, asked.verifier)
     for name in models:
         check_model(resolve(name))
     if asked.serve:
@@ -52,7 +59,7 @@ def evaluate(asked: EvalOptions) -> None:
         thinking=asked.thinking,
     )
     measure = _divergence if asked.divergence else _accuracy
-    measured, lines = measure(asked, asked.sampling(prompt))
+    measured, lines = measure(asked, problems, asked.sampling(prompt))
     content = {"prompt": prompt.model_dump(), **measured}
     described += asked.describe_preset()
     if to_stdout:
@@ -68,11 +75,13 @@ def evaluate(asked: EvalOptions) -> None:
         typer.echo(f"written into the model card of {', '.join(carded)}", err=to_stdout)
 
 
-def _divergence(asked: EvalOptions, sampling: SamplingSettings) -> tuple[dict[str, Any], list[str]]:
+def _divergence(
+    asked: EvalOptions, problems: list[Problem], sampling: SamplingSettings
+) -> tuple[dict[str, Any], list[str]]:
     """Compare the other models with the first, on samples of the first: values and a table."""
     from rac_modifier.evaluation.tables import divergence_table
 
-    compared = _divergences(asked, asked.load_problems(), sampling)
+    compared = _divergences(asked, problems, sampling)
     values = {"divergence": list(map(asdict, compared))}
     return values, [options.render_results(divergence_table(compared))]
 
@@ -95,20 +104,16 @@ def _divergences(
         ]
 
 
-def _accuracy(asked: EvalOptions, sampling: SamplingSettings) -> tuple[dict[str, Any], list[str]]:
+def _accuracy(
+    asked: EvalOptions, problems: list[Problem], sampling: SamplingSettings
+) -> tuple[dict[str, Any], list[str]]:
     """Ask the models: values, and tables with lines on loops, differences and token inflation."""
-    from rac_modifier.evaluation.accuracy import check_problems
     from rac_modifier.evaluation.results import paired_difference
     from rac_modifier.evaluation.results_file import read_results
     from rac_modifier.evaluation.stopping import describe_loops
     from rac_modifier.evaluation.tables import accuracy_table, stopping_table
 
     baseline = [] if asked.baseline is None else read_results(asked.baseline, sampling)
-    problems = asked.load_problems()
-    if asked.stopping:
-        problems = [replace(problem, answer=None) for problem in problems]
-    else:
-        check_problems(problems, asked.verifier)
     answered = ask(asked, problems, sampling)
     first, *others = [*baseline[:1], *answered]
     pairs = [paired_difference(first, result) for result in others]

@@ -53,14 +53,15 @@ def frontier(
 
     Example: rac frontier reasoner --recipe-grid small --out reasoner-frontier
     """
-    from rac_modifier.checkpoint.output_folder import check_room
-    from rac_modifier.frontier.folder import FrontierFolder
-    from rac_modifier.frontier.run import check_finished, run_grid
-    from rac_modifier.sampling.own_server import VllmCommand
     from rac_modifier.settings.grid import load_grid, plan_rows, shared_prompt
 
     grid = load_grid(recipe_grid)
+    plan_rows(grid, recipe_grid)
     check_model(resolve(model))
+    from rac_modifier.checkpoint.output_folder import check_room
+    from rac_modifier.frontier.folder import FrontierFolder
+    from rac_modifier.frontier.run import check_finished, run_grid
+
     # registers the modifiers
     from rac_modifier.llmcompressor.checks import check_recipe, skeleton_of
 
@@ -68,6 +69,8 @@ def frontier(
     planned = plan_rows(grid, recipe_grid, lambda recipe: check_recipe(recipe, skeleton))
     prompt = shared_prompt(planned, grid.evaluation, recipe_grid)
     if grid.evaluation.serve:
+        from rac_modifier.sampling.own_server import VllmCommand
+
         VllmCommand.from_environment().check_plugin()
     # dense checkpoints, and one more while a row is packed; what is there already counts
     size = sum(p.numel() * p.element_size() for p in skeleton.parameters())
@@ -90,7 +93,8 @@ def frontier(
 
 def held_out_of(evaluation: GridEvaluation, prompt: PromptSettings) -> HeldOut:
     """Return the problems that all rows answer (RacError: some or, if served, all lack answers)."""
-    from rac_modifier.evaluation.accuracy import TOP_P, check_problems
+    from rac_modifier.evaluation.accuracy import TOP_P
+    from rac_modifier.evaluation.results import check_problems
     from rac_modifier.frontier.measure import HeldOut
     from rac_modifier.problems.held_out import held_out_problems
     from rac_modifier.settings.sampling import SamplingSettings

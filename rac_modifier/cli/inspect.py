@@ -23,11 +23,12 @@ def inspect(
 
     Example: rac inspect packed-model
     """
-    from rac_modifier.checkpoint.formats import FORMATS
     from rac_modifier.checkpoint.output_folder import local_folder
-    from rac_modifier.kernels.choose import plan_checkpoint, render_plan
 
     folder = local_folder(resolve(checkpoint))
+    from rac_modifier.checkpoint.formats import FORMATS
+    from rac_modifier.kernels.choose import plan_checkpoint, render_plan
+
     report, rows = plan_checkpoint(folder)
     if as_json:
         computed = {name: getattr(report, name) for name in ("dense_bytes", "sparsity", "sound")}

@@ -1,6 +1,7 @@
 """Find and load the models that a command names, and refuse early what cannot work."""
 
 import gc
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,32 @@ def resolve(model: str) -> str:
     return str(reasoner_path()) if model == "reasoner" else model
 
 
-def check_model(source: str) -> None:
-    """Refuse a model that does not exist, before hours of work (RacError)."""
+def check_paths(models: Iterable[str], output: Path | None = None) -> None:
+    """Refuse folders that are no models, or an output folder in use (RacError).
+
+    This takes no second: neither torch nor transformers is imported.
+    """
     from rac_modifier.checkpoint import output_folder
 
-    def refused(why: object, next_step: str = _NAMES) -> RacError:
-        return RacError(f"no model at {source!r} ({why}); {next_step}")
+    for source in map(resolve, models):
+        folder = Path(source)
+        is_path = folder.exists() or source.count("/") > 1 or source[:1] in ("", ".", "/", "~")
+        if is_path and (problem := output_folder.folder_problem(folder)):
+            raise _no_model(source, problem)
+        if output is not None:
+            output_folder.check_output_folder(output, folder)
+
+
+def _no_model(source: str, why: object, next_step: str = _NAMES) -> RacError:
+    return RacError(f"no model at {source!r} ({why}); {next_step}")
+
+
+def check_model(source: str) -> None:
+    """Refuse a model that does not exist, before hours of work (RacError)."""
+    check_paths([source])
+    from transformers import AutoConfig, __version__  # takes seconds
 
     folder = Path(source)
-    is_path = folder.exists() or source.count("/") > 1 or source[0] in "./~"
-    if is_path and (problem := output_folder.folder_problem(folder)):
-        raise refused(problem)
-    from transformers import AutoConfig, __version__  # takes seconds
 
     try:
         AutoConfig.from_pretrained(source, trust_remote_code=False)
@@ -40,8 +55,9 @@ def check_model(source: str) -> None:
             ) from error
         if folder.is_dir():
             step = f"transformers {__version__} must be able to read its config.json"
-            raise refused(_first_line(error), step) from error
-        raise refused(f"no folder here, and from the hub: {_first_line(error)}") from error
+            raise _no_model(source, _first_line(error), step) from error
+        why = f"no folder here, and from the hub: {_first_line(error)}"
+        raise _no_model(source, why) from error
 
 
 def load_tokenizer(source: str, next_step: str = "save the model's next to it") -> Any:

@@ -3,6 +3,8 @@
 import functools
 import inspect
 import json
+import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_type_hin
 import typer
 from pydantic import BaseModel
 
+from rac_modifier.errors import RacError
 from rac_modifier.settings.check import check_settings
 
 if TYPE_CHECKING:
@@ -91,12 +94,26 @@ def takes(settings: type[S]) -> Callable[[Callable[[S], None]], Callable[..., No
 
 def print_json(obj: Any) -> None:
     """Print one JSON object; paths become text, and NaN is refused."""
-    typer.echo(json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False, default=str))
+    text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False, default=str)
+    typer.echo(re.sub(r"[\x7f-\x9f]", lambda c: f"\\u{ord(c[0]):04x}", text))
 
 
-def printable(text: str) -> str:
+def processes() -> int:
+    """Return how many processes torchrun started (RacError: no number); 1 without it."""
+    count = os.environ.get("WORLD_SIZE") or "1"
+    if not count.isdecimal():
+        raise RacError(f"WORLD_SIZE is {count!r}, and no number; unset it, or start with torchrun")
+    return int(count)
+
+
+def printable(text: str, keep: str = "") -> str:
     """Return `text` with control characters escaped, which a terminal would obey."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+    return "".join(c if c.isprintable() or c in keep else repr(c)[1:-1] for c in text)
+
+
+def echo(text: str) -> None:
+    """Print lines that may hold a stranger's text; line ends and tabs are kept."""
+    typer.echo(printable(text, keep="\n\t"))
 
 
 def render_table(head: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int = 1) -> str:

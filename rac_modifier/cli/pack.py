@@ -51,14 +51,15 @@ def pack(
             "name the folder to write, or look only: rac pack MODEL --check", param_hint="OUT"
         )
     from rac_modifier.checkpoint.output_folder import check_output_folder, local_folder
-    from rac_modifier.checkpoint.pack_plan import plan_packing
-    from rac_modifier.checkpoint.packing import pack_model
 
     target = None if check else out
     with resumable(lambda: saving_step(target)):
         source = local_folder(resolve(model))
         if target is not None:
             check_output_folder(target, source)
+        from rac_modifier.checkpoint.pack_plan import plan_packing
+        from rac_modifier.checkpoint.packing import pack_model
+
         plan = plan_packing(source, drop_negative_zeros)
         summary = None if target is None else asdict(pack_model(plan, target, model))
     if as_json:
@@ -89,10 +90,12 @@ def unpack(
     Example: rac unpack packed-model dense-model
     """
     from rac_modifier.checkpoint.output_folder import local_folder
-    from rac_modifier.checkpoint.packing import unpack_model
 
     with resumable(lambda: saving_step(out)):
-        summary = unpack_model(local_folder(resolve(packed)), out)
+        source = local_folder(resolve(packed))
+        from rac_modifier.checkpoint.packing import unpack_model
+
+        summary = unpack_model(source, out)
     typer.echo(
         f"{len(summary.modules)} modules unpacked, {summary.packed_bytes:,} -> "
         f"{summary.dense_bytes:,} bytes; {out} loads without rac_modifier"

@@ -11,6 +11,7 @@ from rac_modifier.cli.models import (
     check_loading,
     check_model,
     check_output,
+    check_paths,
     compress,
     load_tokenizer,
     resolve,
@@ -40,8 +41,12 @@ def prune(
 
     Example: rac prune reasoner reasoner-2of4 --recipe rac_2of4 --set calibration.tokens=32768
     """
-    from rac_modifier.distributed.torchrun import joined_processes
     from rac_modifier.settings.recipe import CheckedRecipe
+
+    if options.processes() == 1:
+        CheckedRecipe.load(recipe, set_ or [])
+        check_paths([model], output)
+    from rac_modifier.distributed.torchrun import joined_processes
 
     # joined first: a machine that refuses the command ends the others
     with options.resumable(lambda: _how_to_go_on(output)), joined_processes() as processes:

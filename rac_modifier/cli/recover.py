@@ -1,13 +1,14 @@
 """`rac recover`: train the weights of a checkpoint towards its dense model."""
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rac_modifier.cli.models import check_model, check_output, load, resolve
-from rac_modifier.cli.options import Column, Precision, resumable, saving_step
+from rac_modifier.cli.models import check_model, check_output, check_paths, load, resolve
+from rac_modifier.cli.options import Column, Precision, processes, resumable, saving_step
 
 if TYPE_CHECKING:
     from rac_modifier.settings.traces import TraceSettings
@@ -62,29 +63,32 @@ def recover(
 
     Example: rac recover reasoner reasoner-90 recovered --max-new-tokens 512 --set tokens=80000
     """
-    from rac_modifier.distributed.torchrun import joined_processes
     from rac_modifier.settings.check import check_settings
     from rac_modifier.settings.recipe import set_values
     from rac_modifier.settings.recovery import RecoverySettings
 
+    entry: dict[str, Any] = {}
+    set_values(entry, set_ or [])
+    settings = check_settings(RecoverySettings, entry, "--set")
+    if processes() == 1:
+        check_paths([dense, os.path.join(".", sparse)], output)  # a folder, no hub id
+    from rac_modifier.distributed.torchrun import joined_processes
+
     kept = "the traces, and training up to its last state, are kept and will be used"
     # joined first: a machine that refuses the command ends the others
-    with resumable(lambda: saving_step(output, kept)), joined_processes() as processes:
-        entry: dict[str, Any] = {}
-        set_values(entry, set_ or [])
-        settings = check_settings(RecoverySettings, entry, "--set")
+    with resumable(lambda: saving_step(output, kept)), joined_processes() as joined:
         traces = _traces(store, problems, column, max_new_tokens)
         check_model(resolve(dense))
-        if processes.machine == 0:  # the others get the checkpoint
+        if joined.machine == 0:  # the others get the checkpoint
             check_model(resolve(str(sparse)))
             check_output(output, str(sparse))
         from rac_modifier.llmcompressor.recover_checkpoint import recover_checkpoint
 
         loading = partial(load, precision=precision)
         divergence = recover_checkpoint(
-            resolve(dense), sparse, output, settings, traces, processes, loading
+            resolve(dense), sparse, output, settings, traces, joined, loading
         )
-        processes.wait()
+        joined.wait()
     if divergence is None:  # the first process says so
         return
     before, after = divergence

@@ -9,7 +9,7 @@ import typer
 
 from rac_modifier.cli import options
 from rac_modifier.cli.answering import own_server
-from rac_modifier.cli.models import load, load_tokenizer, resolve, subject_of
+from rac_modifier.cli.models import check_paths, load, load_tokenizer, resolve, subject_of
 from rac_modifier.errors import RacError
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Store = Annotated[Path, typer.Argument(help="trace store, a .jsonl file")]
+Store = Annotated[Path, typer.Argument(exists=True, help="trace store, a .jsonl file")]
 StoresModel = Annotated[
     str | None,
     typer.Option(
@@ -60,10 +60,12 @@ def collect(
 
     Example: rac traces collect reasoner --recipe rac_2of4 --set calibration.tokens=32768
     """
-    from rac_modifier.calibration.trace_pool import collect_for_calibration
     from rac_modifier.settings.recipe import CheckedRecipe
 
     settings = CheckedRecipe.load(recipe, set_ or []).check()
+    check_paths([model])
+    from rac_modifier.calibration.trace_pool import collect_for_calibration
+
     traces = settings.traces
     if serve and traces.engine:
         raise RacError(
@@ -135,7 +137,7 @@ def inspect(
     settings = report.read_select(select)
     count = (0 if as_json else 1) if samples is None else samples
     if not as_json:  # before the tokenizer is loaded, which may be missing
-        typer.echo(report.describe_store(opened))
+        options.echo(report.describe_store(opened))
     selected: dict[str, Any] = {}
     shown: list[dict[str, Any]] = []
     if count or settings is not None:
@@ -155,8 +157,10 @@ def inspect(
     if selected:
         typer.echo(f"selection   {selected['selection']}; {selected['selected_tokens']:,} tokens")
     for sample in shown:
-        typer.echo(f"\n--- {sample['id']} ({sample['finish_reason']}, answer: {sample['answer']})")
-        typer.echo(sample["text"])
+        options.echo(
+            f"\n--- {sample['id']} ({sample['finish_reason']}, answer: {sample['answer']})"
+        )
+        options.echo(sample["text"])
 
 
 def _sample(trace: "Trace", tokenizer: Any) -> dict[str, Any]:

@@ -10,9 +10,8 @@ from loguru import logger
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rac_modifier.errors import RacError
-from rac_modifier.evaluation.results import EvalResult, summarise
+from rac_modifier.evaluation.results import EvalResult, check_problems, summarise
 from rac_modifier.evaluation.stopping import Row, row_of_text
-from rac_modifier.problems.answer_checker import check_installed
 from rac_modifier.problems.answers import Verifier, completion_text, thinking_length
 from rac_modifier.problems.source import Problem
 from rac_modifier.sampling.generate import Generation, eos_token_ids
@@ -133,25 +132,6 @@ def _check_endings(store: TraceStore, eos: set[int]) -> None:
                 f"{', '.join(map(str, sorted(eos)))}; the first is {trace.id!r}); remove the file "
                 "to ask again, or name another"
             )
-
-
-def check_problems(
-    problems: Sequence[Problem], verifier: Verifier | None, *, ungraded: bool = False
-) -> None:
-    """Refuse problems that cannot be graded by `verifier`, or without one by math-verify."""
-    if not problems:
-        raise RacError("no problems to evaluate on; check the problem source and its limit")
-    if ungraded and all(problem.answer is None for problem in problems):
-        return
-    without = [p.id for p in problems if p.answer is None or not p.answer.strip()]
-    if without:
-        raise RacError(
-            f"{len(without)} of {len(problems)} problems have no answer (first: {without[0]!r}); "
-            "complete them, name the column of answers (answer_column), or measure without grading "
-            "(rac eval --stopping; in a grid without answer_column)"
-        )
-    if verifier is None:
-        check_installed("mathematics")
 
 
 def row_of(

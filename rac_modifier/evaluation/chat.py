@@ -19,8 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from tqdm import tqdm
 
 from rac_modifier.errors import RacError, refusing
-from rac_modifier.evaluation.accuracy import check_problems
-from rac_modifier.evaluation.results import EvalResult, summarise
+from rac_modifier.evaluation.results import EvalResult, check_problems, summarise
 from rac_modifier.evaluation.stopping import row_of_text
 from rac_modifier.problems.answers import THINK_END, Verifier
 from rac_modifier.problems.source import Problem

@@ -9,6 +9,9 @@ from pydantic import BaseModel, ConfigDict
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.stopping import Ending, Row, TokenInflation, summary, token_inflation
 from rac_modifier.measure import intervals
+from rac_modifier.problems.answer_checker import check_installed
+from rac_modifier.problems.answers import Verifier
+from rac_modifier.problems.source import Problem
 from rac_modifier.settings.sampling import SamplingSettings
 
 
@@ -44,6 +47,25 @@ class EvalResult(BaseModel):
     def stopping(self) -> dict[str, float]:
         """Return `stopping.summary` of the endings."""
         return summary(self.endings, graded=self.accuracy is not None)
+
+
+def check_problems(
+    problems: Sequence[Problem], verifier: Verifier | None, *, ungraded: bool = False
+) -> None:
+    """Refuse problems that cannot be graded by `verifier`, or without one by math-verify."""
+    if not problems:
+        raise RacError("no problems to evaluate on; check the problem source and its limit")
+    if ungraded and all(problem.answer is None for problem in problems):
+        return
+    without = [p.id for p in problems if p.answer is None or not p.answer.strip()]
+    if without:
+        raise RacError(
+            f"{len(without)} of {len(problems)} problems have no answer (first: {without[0]!r}); "
+            "complete them, name the column of answers (answer_column), or measure without grading "
+            "(rac eval --stopping; in a grid without answer_column)"
+        )
+    if verifier is None:
+        check_installed("mathematics")
 
 
 def summarise(

@@ -91,7 +91,7 @@ class FrontierFolder:
         step = "name another folder"
         with refusing(f"{self.folder}: cannot be written to", step, OSError):
             (self.folder / TRACES).mkdir(parents=True, exist_ok=True)
-        self._lock = hold(self.folder, step)
+            self._lock = hold(self.folder, step)
         try:
             self._read()  # another rac frontier may have added rows until it released the lock
         except BaseException:

@@ -1,5 +1,6 @@
 """`rac recipes` and `rac recipes show NAME`."""
 
+from itertools import pairwise
 from pathlib import Path
 
 from tests.tiny import NAME, entry, recipe
@@ -12,7 +13,7 @@ def test_the_recipes_are_listed_in_groups_the_recommended_first(rac):
     names = [line.strip() for line in lines if line.startswith("  rac_")]
     assert sorted(names) == sorted(path.stem for path in FOLDER.glob("*.yaml"))
     assert (lines[0][:10], names[0], len(names) <= 14) == ("start here", "rac_w4a16", True)
-    for name, text in zip(lines, lines[1:], strict=False):
+    for name, text in pairwise(lines):
         if name.startswith("  rac_"):
             assert (FOLDER / f"{name.strip()}.yaml").read_text().startswith(f"# {text.strip()}\n")
 
