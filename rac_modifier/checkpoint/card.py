@@ -214,13 +214,14 @@ def _divergence(measured: Mapping[str, Any]) -> str:
     """Return KL with its 95 % interval, and agreement; "" where they were not measured."""
     if "kl" not in measured:
         return ""
-    kl, error, interval = measured["kl"], measured.get("kl_stderr"), ""
+    kl, error = measured["kl"], measured.get("kl_stderr")
+    interval = f" ({measured.get('sequences')} sequences are too few for an interval)"
     if error is not None:
         low, high = max(0.0, kl - 1.96 * error), kl + 1.96 * error
-        interval = f" (95 % interval {low:.4f} to {high:.4f})"
+        interval = f" (95 % interval {low:.3f} to {high:.3f})"
     return (
         f"On {measured['tokens']:,} tokens that the base model generated and that were not used "
-        f"for calibration: KL divergence from the base model {kl:.4f} nats per token{interval}; "
+        f"for calibration: KL divergence from the base model {kl:.3f} nats per token{interval}; "
         f"the most likely token is the same for {measured['agreement']:.1%} of the tokens."
     )
 

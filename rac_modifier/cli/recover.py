@@ -92,7 +92,7 @@ def recover(
     if divergence is None:  # the first process says so
         return
     before, after = divergence
-    typer.echo(f"saved to {output}; held-out KL {before:.4f} -> {after:.4f} nats per token")
+    typer.echo(f"saved to {output}; held-out KL {before:.3f} -> {after:.3f} nats per token")
 
 
 def _traces(

@@ -7,11 +7,72 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
+from pydantic import BaseModel
+
 from rac_modifier.errors import RacError, refusing
+from rac_modifier.evaluation.results import PairedDifference
 from rac_modifier.runtime.files import hold, read_json, write_json_atomic, write_text_atomic
 
 VERSION = 2  # changes when a reader of the old files would misread the new ones
 ROWS, ABOUT, TRACES, MODELS = "rows.jsonl", "frontier.json", "traces", "models"
+
+
+class _Bytes(BaseModel):
+    total: int
+    matrices: int
+    bits_per_weight: float
+
+
+class _Ending(BaseModel):
+    kind: str
+
+
+class _Accuracy(BaseModel):
+    accuracy: float
+    ci_low: float
+    ci_high: float
+    endings: dict[str, list[_Ending]]
+
+
+class _Divergence(BaseModel):
+    kl: float
+    kl_stderr: float | None
+    agreement: float
+
+
+class _Experts(BaseModel):
+    kept: list[list[int]]
+    saliency: list[list[float]]
+
+
+class _Row(BaseModel):
+    """What the page and the next rows read of a line; it may hold more."""
+
+    label: str
+    group: str
+    recipe: dict[str, Any] | None
+    bytes: _Bytes
+    thinking: float
+    truncated: float
+    accuracy: _Accuracy | None
+    divergence: _Divergence | None
+    paired: PairedDifference | None
+    served: dict[str, float | str] | None
+    experts_removed: _Experts | None = None
+
+
+class _Evaluation(BaseModel):
+    source: str
+    problems: int
+    cap: int
+    temperature: float
+
+
+class _About(BaseModel):
+    """What the page reads of frontier.json; it may hold more."""
+
+    model: str
+    evaluation: _Evaluation
 
 
 class FrontierFolder:
@@ -45,6 +106,9 @@ class FrontierFolder:
             raise RacError(
                 f"{folder} holds no results; make them with: rac frontier MODEL --out {folder} ..."
             )
+        step = "put it back, or run the grid anew"
+        with refusing(f"{folder / ABOUT}: damaged", step, ValueError):
+            _About.model_validate(results.about)
         return results
 
     def begin(self, about: Mapping[str, Any], *, check: bool = False) -> None:
@@ -118,8 +182,7 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
     step = "remove this line, and run the grid again"
     for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else (), 1):
         problem = f"{path}, line {number}: no row of rac frontier"
-        with refusing(problem, step, ValueError, TypeError, LookupError, RecursionError):
+        with refusing(problem, step, ValueError, RecursionError):
             rows.append(json.loads(line))
-            if not isinstance(rows[-1]["label"], str):
-                raise ValueError("its label is no text")
+            _Row.model_validate(rows[-1])
     return rows

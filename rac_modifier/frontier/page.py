@@ -21,9 +21,9 @@ from typing import Any
 
 import yaml
 
-from rac_modifier.errors import RacError
+from rac_modifier.errors import RacError, refusing
 from rac_modifier.evaluation.results import PairedDifference
-from rac_modifier.frontier.folder import FrontierFolder
+from rac_modifier.frontier.folder import TRACES, FrontierFolder
 from rac_modifier.settings.grid import DENSE
 
 MOST_BYTES = 1_500_000  # of a page; more is slow to open and to send
@@ -93,7 +93,7 @@ def _study(folder: FrontierFolder, most_traces: int, number: int) -> tuple[str, 
     """Return the markup of a folder, and what its script reads."""
     from rac_modifier.frontier.charts import AXES, charts
 
-    about, traces = folder.about, shown_traces(folder, most_traces)
+    about, traces = folder.about, _shown_traces(folder, most_traces)
     rows = [row | _described(row) for row in folder.rows]
     evaluation = about["evaluation"]
     sampling = (
@@ -151,7 +151,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
 def _cells(row: Mapping[str, Any]) -> dict[str, str | None]:
     sizes, divergence = row["bytes"], row["divergence"] or {}
     error, speed = divergence.get("kl_stderr"), (row["served"] or {}).get("tokens_per_second")
-    kl = divergence and f"{divergence['kl']:.2g}" + (f" ± {error:.1g}" if error else "")
+    kl = divergence and _nats(divergence["kl"]) + (f" ± {_nats(error)}" if error else "")
     right = None
     if row["interval"]:
         mean, low, high = row["interval"]
@@ -170,21 +170,29 @@ def _cells(row: Mapping[str, Any]) -> dict[str, str | None]:
     }
 
 
-def shown_traces(folder: FrontierFolder, most: int) -> dict[str, Any]:
+def _shown_traces(folder: FrontierFolder, most: int) -> dict[str, Any]:
     """Return the answers of the dense model, and by label the answers of each row."""
-    rows = {
-        row["label"]: [
-            _trace(trace, "same_tokens", "same_characters")
-            | {"kl": "".join(map(kl_digit, trace["kl"]))}
-            for trace in folder.traces(row["label"])[:most]
+    step = "remove the lines of its rows, and run the grid again"
+    with refusing(f"{folder.folder / TRACES}: damaged traces", step, LookupError, TypeError):
+        rows = {
+            row["label"]: [
+                _trace(trace, "same_tokens", "same_characters")
+                | {"kl": "".join(map(_kl_digit, trace["kl"]))}
+                for trace in folder.traces(row["label"])[:most]
+            ]
+            for row in folder.rows
+            if row["label"] != DENSE
+        }
+        dense = [
+            _trace(trace, "id", "question", "answer", "pieces")
+            for trace in folder.traces(DENSE)[:most]
         ]
-        for row in folder.rows
-        if row["label"] != DENSE
-    }
-    dense = [
-        _trace(trace, "id", "question", "answer", "pieces") for trace in folder.traces(DENSE)[:most]
-    ]
     return {"dense": dense, "rows": rows}
+
+
+def _nats(kl: float) -> str:
+    """Return KL with three decimals; below them with one digit."""
+    return f"{kl:.3f}" if kl >= 0.0005 else f"{kl:.0e}"
 
 
 def _trace(trace: Mapping[str, Any], *more: str) -> dict[str, Any]:
@@ -192,7 +200,7 @@ def _trace(trace: Mapping[str, Any], *more: str) -> dict[str, Any]:
     return {name: trace[name] for name in names} | {"tokens": len(trace["ids"])}
 
 
-def kl_digit(kl: float) -> str:
+def _kl_digit(kl: float) -> str:
     """Return KL in nats as a digit of base 36, on a logarithmic scale."""
     if kl < _SMALLEST:
         return _DIGITS[0]

@@ -106,7 +106,7 @@ def _finish(folder: FrontierFolder, run: PlannedRow, held_out: HeldOut, tools: T
     folder.add(without_paths(row), traces)
     words = [f"{run.label}: {row['bytes']['total'] / 1e6:,.2f} MB"]
     if divergence := row["divergence"]:
-        words.append(f"KL {divergence['kl']:.3g}, top-1 {divergence['agreement']:.1%}")
+        words.append(f"KL {divergence['kl']:.3f}, top-1 {divergence['agreement']:.1%}")
     if row["accuracy"]:
         words.append(f"accuracy {row['accuracy']['accuracy']:.1%}")
     logger.info(", ".join(words))

@@ -77,10 +77,11 @@ def test_kl_with_its_interval():
     measured = {"kl": 0.01, "agreement": 0.99, "tokens": 2100, "kl_stderr": 0.001}
     card = model_card({**RECORD, "divergence": measured}, MIT)
     assert "On 2,100 tokens" in card
-    assert "0.0100 nats per token (95 % interval 0.0080 to 0.0120)" in card
+    assert "0.010 nats per token (95 % interval 0.008 to 0.012)" in card
     assert "99.0% of the tokens." in card
-    alone = {**measured, "kl_stderr": None}
-    assert "interval" not in model_card({**RECORD, "divergence": alone}, MIT)
+    alone = {**measured, "kl_stderr": None, "sequences": 13}
+    card = model_card({**RECORD, "divergence": alone}, MIT)
+    assert "0.010 nats per token (13 sequences are too few for an interval);" in card
     assert "nats" not in model_card({**RECORD, "divergence": {"not_measured": "no traces"}}, MIT)
 
 

@@ -1,20 +1,30 @@
 """The folder of a frontier survives kills, and refuses what cannot be compared."""
 
+import json
+import resource
 from pathlib import Path
 
 import pytest
 
 from rac_modifier.errors import RacError
 from rac_modifier.frontier.folder import FrontierFolder, slug
+from tests.frontier import sample
 
-ABOUT = {"model": "m", "evaluation": {"problems": 3}}
+ABOUT = {
+    "model": "m",
+    "evaluation": {"problems": 3, "source": "arithmetic", "cap": 50, "temperature": 0.0},
+}
+
+
+def row(label: str) -> dict:
+    return sample.row(label, "sparse", 1.0, 0.5, 0.1)
 
 
 def filled(path: Path) -> FrontierFolder:
     with FrontierFolder(path) as folder:
         folder.begin(ABOUT)
-        folder.add({"label": "a"}, [{"id": "1", "text": "ä"}])
-        folder.add({"label": "b/ü"}, [])
+        folder.add(row("a"), [{"id": "1", "text": "ä"}])
+        folder.add(row("b/ü"), [])
     return folder
 
 
@@ -23,7 +33,7 @@ def test_rows_and_traces_come_back(tmp_path):
     actual = FrontierFolder.read(tmp_path / "new" / "out")
     assert actual.about == {"version": 2, **ABOUT}
     assert [row["label"] for row in actual.rows] == ["a", "b/ü"]
-    assert actual.row("b/ü") == {"version": 2, "label": "b/ü"}
+    assert actual.row("b/ü") == {"version": 2, **row("b/ü")}
     assert actual.row("c") is None
     assert actual.traces("a") == [{"id": "1", "text": "ä"}]
 
@@ -36,13 +46,41 @@ def test_results_of_another_version_are_refused(tmp_path):
         FrontierFolder(tmp_path)
 
 
-@pytest.mark.parametrize("line", ["{", '{"version": 2, "label": 5}'])
-def test_a_damaged_line_is_named(tmp_path, line):
+DAMAGED = {
+    "bytes": {"total": "x", "matrices": 1, "bits_per_weight": 1.0},
+    "paired": {"x": 1},
+    "label": 5,
+    "accuracy": {"accuracy": 1.0},
+    "served": [],
+    "thinking": None,
+}
+
+
+@pytest.mark.parametrize("name", [*DAMAGED, None])
+def test_a_damaged_line_is_named(tmp_path, name):
     filled(tmp_path)
     path = tmp_path / "rows.jsonl"
+    line = "{" if name is None else json.dumps({"version": 2, **row("c"), name: DAMAGED[name]})
     path.write_text(path.read_text() + line + "\n")
-    with pytest.raises(RacError, match=r"line 3: .* remove this line"):
+    with pytest.raises(RacError, match=r"(?s)line 3: .* remove this line"):
         FrontierFolder(tmp_path)
+
+
+def test_what_all_rows_share_is_checked(tmp_path):
+    filled(tmp_path)
+    (tmp_path / "frontier.json").write_text('{"version": 2, "model": "m"}')
+    with pytest.raises(RacError, match=r"(?s)frontier\.json: damaged .*evaluation"):
+        FrontierFolder.read(tmp_path)
+
+
+def test_a_full_disk_is_no_raw_error(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))  # no file may grow
+    try:
+        with pytest.raises(RacError, match=r"cannot be written to .*File too large"):
+            FrontierFolder(tmp_path).__enter__()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_damaged_traces_are_named(tmp_path):
@@ -54,7 +92,7 @@ def test_damaged_traces_are_named(tmp_path):
 
 def test_a_folder_of_another_evaluation_is_refused(tmp_path):
     filled(tmp_path)
-    words = r'another evaluation \(\{"problems": 3\} there, \{"problems": 4\} now\)'
+    words = r'another evaluation \(\{"problems": 3, .* there, \{"problems": 4\} now\)'
     with FrontierFolder(tmp_path) as folder, pytest.raises(RacError, match=words):
         folder.begin({**ABOUT, "evaluation": {"problems": 4}})
     (tmp_path / "frontier.json").unlink()
@@ -68,7 +106,7 @@ def test_a_second_writer_is_refused_and_one_that_waited_keeps_all_rows(tmp_path)
     with FrontierFolder(tmp_path), pytest.raises(RacError, match=r"in use by process \d+; wait"):
         late.__enter__()
     with late:
-        late.add({"label": "late"}, [])
+        late.add(row("late"), [])
     assert [row["label"] for row in FrontierFolder(tmp_path).rows] == ["a", "b/ü", "late"]
 
 

@@ -16,7 +16,7 @@ import yaml
 
 from rac_modifier.errors import RacError
 from rac_modifier.frontier.folder import FrontierFolder
-from rac_modifier.frontier.page import MOST_BYTES, kl_digit, page
+from rac_modifier.frontier.page import MOST_BYTES, _kl_digit, page
 from tests.frontier.sample import ABOUT, HOSTILE, ROWS, own_trace, row, write_sample
 
 
@@ -100,7 +100,7 @@ def test_a_label_with_two_spaces_can_be_chosen(tmp_path):
 
 
 def test_digits_of_divergence():
-    digits = [kl_digit(kl) for kl in (0.0, 0.00099, 0.001, 0.01, 0.1, 1.0, 10.0, 1e9)]
+    digits = [_kl_digit(kl) for kl in (0.0, 0.00099, 0.001, 0.01, 0.1, 1.0, 10.0, 1e9)]
     assert digits == list("0019irzz")
 
 
