@@ -24,7 +24,7 @@ from rac_modifier.errors import RacError
 _MOST_PRINTED = 8000  # characters of an error
 
 
-class Commands(typer.core.TyperGroup):
+class _Commands(typer.core.TyperGroup):
     """The commands; Ctrl-C ends each in one line and exit code 130."""
 
     def invoke(self, ctx: Any) -> Any:
@@ -44,7 +44,7 @@ class Commands(typer.core.TyperGroup):
 
 
 app = typer.Typer(
-    cls=Commands,
+    cls=_Commands,
     help="Make reasoning models sparse without breaking how they think.\n\n"
     "Example: rac prune --help",
     no_args_is_help=True,

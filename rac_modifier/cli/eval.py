@@ -108,7 +108,7 @@ def _accuracy(
     asked: EvalOptions, problems: list[Problem], sampling: SamplingSettings
 ) -> tuple[dict[str, Any], list[str]]:
     """Ask the models: values, and tables with lines on loops, differences and token inflation."""
-    from rac_modifier.evaluation.results import paired_difference
+    from rac_modifier.evaluation.results import PairedDifference
     from rac_modifier.evaluation.results_file import read_results
     from rac_modifier.evaluation.stopping import describe_loops
     from rac_modifier.evaluation.tables import accuracy_table, stopping_table
@@ -116,7 +116,7 @@ def _accuracy(
     baseline = [] if asked.baseline is None else read_results(asked.baseline, sampling)
     answered = ask(asked, problems, sampling)
     first, *others = [*baseline[:1], *answered]
-    pairs = [paired_difference(first, result) for result in others]
+    pairs = [PairedDifference.of(first, result) for result in others]
     values = {
         "results": [result.model_dump() for result in answered],
         "protocol": asked.record(sampling),

@@ -76,7 +76,7 @@ def frontier(
     size = sum(p.numel() * p.element_size() for p in skeleton.parameters())
     written = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     check_room(out, ((1 if remove_models else len(planned)) + 1) * size - written)
-    held_out = held_out_of(grid.evaluation, prompt)
+    held_out = _held_out_of(grid.evaluation, prompt)
     about = _about(model, grid.evaluation, held_out, precision)
     folder = FrontierFolder(out)
     folder.begin(about, check=True)
@@ -84,14 +84,14 @@ def frontier(
     if check:
         typer.echo("\n".join(f"{run.label}: {run.group}" for run in planned))
         return
-    tools = tools_of(model, grid.evaluation, held_out, out, precision)
+    tools = _tools_of(model, grid.evaluation, held_out, out, precision)
     with resumable("finished rows are kept; run the same command again to go on"), folder:
         folder.begin(about)
         run_grid(folder, planned, held_out, tools, remove_models=remove_models)
     typer.echo(f"{len(planned) + 1} rows in {out}; see them with: rac report {out} -o report.html")
 
 
-def held_out_of(evaluation: GridEvaluation, prompt: PromptSettings) -> HeldOut:
+def _held_out_of(evaluation: GridEvaluation, prompt: PromptSettings) -> HeldOut:
     """Return the problems that all rows answer (RacError: some or, if served, all lack answers)."""
     from rac_modifier.evaluation.accuracy import TOP_P
     from rac_modifier.evaluation.results import check_problems
@@ -140,7 +140,7 @@ def _about(
     }
 
 
-def tools_of(
+def _tools_of(
     model: str, evaluation: GridEvaluation, held_out: HeldOut, out: Path, precision: Dtype
 ) -> Tools:
     """Return what compresses, loads and serves the models of a grid."""

@@ -45,10 +45,10 @@ def inspect(
 
 
 def render_report(report: "CheckpointReport") -> str:
-    """Return a table with a row per matrix, and the totals; lines are not broken."""
+    """Return a table with a row per matrix, and the _totals; lines are not broken."""
     table = options.render_table(_HEAD, [_cells(row) for row in report.modules], text_columns=5)
     return "\n".join(
-        [f"{report.folder}: {report.format}", table, *map(options.printable, totals(report))]
+        [f"{report.folder}: {report.format}", table, *map(options.printable, _totals(report))]
     )
 
 
@@ -65,7 +65,7 @@ def _cells(row: "ModuleRow") -> tuple[str, ...]:
     )
 
 
-def totals(report: "CheckpointReport") -> list[str]:
+def _totals(report: "CheckpointReport") -> list[str]:
     """Return the lines below the table."""
     stored, dense = report.stored_bytes, report.dense_bytes
     lines = [f"all tensors: {stored:,} bytes, {dense:,} with every matrix dense"]

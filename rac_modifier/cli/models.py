@@ -104,7 +104,7 @@ def load_on_accelerator(model: str, precision: Dtype) -> tuple[Any, Any]:
     return loaded, tokenizer
 
 
-def unpacked(source: str, precision: Dtype) -> Any:
+def _unpacked(source: str, precision: Dtype) -> Any:
     """Return what oneshot takes: the source, or the loaded model where its weights are packed."""
     from rac_modifier.checkpoint.hf_quantizer import load_model
     from rac_modifier.formats.quantization_config import CONFIG_FILE, packed_format
@@ -128,7 +128,7 @@ def compress(recipe: dict[str, Any], source: str, output: Path, precision: Dtype
     from llmcompressor import oneshot
 
     oneshot(
-        model=unpacked(source, precision),
+        model=_unpacked(source, precision),
         recipe=yaml.safe_dump(recipe, sort_keys=False),
         precision=precision,
         output_dir=str(output),

@@ -67,7 +67,7 @@ def pack(
         about = {"model": source, "format": plan.format, "out": target, "summary": summary}
         print_json({**about, "matrices": matrices})
     else:
-        typer.echo(render_plan(plan))
+        typer.echo(_render_plan(plan))
     if target is None:
         plan.check_gain()
     elif not as_json:
@@ -102,7 +102,7 @@ def unpack(
     )
 
 
-def render_plan(plan: "PackPlan") -> str:
+def _render_plan(plan: "PackPlan") -> str:
     """Return a row per matrix and the totals."""
     counts = Counter(row.structure for row in plan.packed)
     patterns = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items(), key=str))

@@ -42,8 +42,8 @@ def recipes(context: typer.Context) -> None:
             typer.echo(f"  {name}\n      {first.removeprefix('#').strip()}")
 
 
-@app.command()
-def show(
+@app.command("show")
+def _show(
     name: Annotated[
         str, typer.Argument(metavar="NAME", help="name of a recipe, as `rac recipes` lists it")
     ],
@@ -55,8 +55,8 @@ def show(
     typer.echo(Path(recipe(name)).read_text(encoding="utf-8"), nl=False)
 
 
-@app.command()
-def check(
+@app.command("check")
+def _check(
     recipes: Annotated[
         list[Path], typer.Argument(metavar="RECIPE...", help="files, or names of shipped recipes")
     ],

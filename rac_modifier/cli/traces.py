@@ -40,7 +40,7 @@ Select = Annotated[
 
 
 @app.command("collect", short_help="Sample the traces that a recipe will calibrate on.")
-def collect(
+def _collect(
     model: options.Model,
     recipe: options.Recipe,
     set_: options.Overrides = None,
@@ -114,7 +114,7 @@ def collect(
 
 
 @app.command("inspect", short_help="Print what a trace store holds.")
-def inspect(
+def _inspect(
     store: Store,
     samples: Annotated[
         int | None,
@@ -170,7 +170,7 @@ def _sample(trace: "Trace", tokenizer: Any) -> dict[str, Any]:
 
 
 @app.command("export", short_help="Write a store as Parquet or JSON Lines.")
-def export(
+def _export(
     store: Store,
     output: Annotated[Path, typer.Argument(help="file to write, .parquet or .jsonl")],
     select: Select = None,

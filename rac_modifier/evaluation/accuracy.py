@@ -10,7 +10,7 @@ from loguru import logger
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rac_modifier.errors import RacError
-from rac_modifier.evaluation.results import EvalResult, check_problems, summarise
+from rac_modifier.evaluation.results import EvalResult, check_problems
 from rac_modifier.evaluation.stopping import Row, row_of_text
 from rac_modifier.problems.answers import Verifier, completion_text, thinking_length
 from rac_modifier.problems.source import Problem
@@ -97,7 +97,7 @@ def evaluate(
             before = store.counts.completion_tokens + filling.early_tokens
             filling.run(None)
     seconds = time.monotonic() - started
-    return summarise(
+    return EvalResult.of(
         _stored_rows(store, tokenizer, problems, verifier),
         label=label,
         seconds=seconds,

@@ -27,7 +27,7 @@ LIMIT = 0.1  # the share of a layer's own error that 8 bits may add in a run
 
 
 @dataclass(frozen=True)
-class IntegerLayer:
+class _IntegerLayer:
     """A layer that the CPU kernels multiply as integers, with weights W, pruned and rounded Q."""
 
     module: str
@@ -45,9 +45,9 @@ def _keeps_16_bits(name: str) -> bool:
     return bool(EXPERT.search(name) or OF_VOCABULARY.search(name))
 
 
-def layers_of_run(
+def _layers_of_run(
     model: Any, grids: Mapping[str, Encoding], own_errors: Mapping[str, float]
-) -> list[IntegerLayer]:
+) -> list[_IntegerLayer]:
     """Return the layers with own errors that the CPU kernels will multiply as integers.
 
     `grids`: of the quantized modules by name. Experts, heads and embeddings keep 16 bits.
@@ -60,7 +60,7 @@ def layers_of_run(
         stored = torch.int8 if grid.bits == 8 else torch.int32
         block = _activation_block(stored, grid.group_size or columns, columns, grid.bits)
         if block is not None:
-            layers.append(IntegerLayer(name, block, own_errors[name]))
+            layers.append(_IntegerLayer(name, block, own_errors[name]))
     return layers
 
 
@@ -75,14 +75,18 @@ def _activation_block(
 
 
 def choose_in_run(
-    model: Any, layers: Sequence[IntegerLayer], sequences: Sequence[TokenSequence]
+    model: Any,
+    grids: Mapping[str, Encoding],
+    own_errors: Mapping[str, float],
+    sequences: Sequence[TokenSequence],
 ) -> dict[str, Any] | None:
     """Return the entry of the run record for the limit `LIMIT`; None where no layer gets 8 bits.
 
-    A failure is logged and costs no run.
+    `grids` and `own_errors` are by module. A failure is logged and costs no run.
     """
+    layers = _layers_of_run(model, grids, own_errors)
     try:
-        measured = measure_activations(model, layers, sequences) if layers else []
+        measured = _measure_activations(model, layers, sequences) if layers else []
     except (RacError, RuntimeError) as error:
         logger.warning(f"activations keep 16 bits, 8 were not measured: {error}")
         return None
@@ -98,13 +102,13 @@ def choose_in_run(
 
 
 @torch.no_grad()
-def measure_activations(
-    model: Any, layers: Sequence[IntegerLayer], sequences: Sequence[TokenSequence]
-) -> list[IntegerLayer]:
+def _measure_activations(
+    model: Any, layers: Sequence[_IntegerLayer], sequences: Sequence[TokenSequence]
+) -> list[_IntegerLayer]:
     """Return the layers with their errors on all tokens of `sequences`, in float32."""
     sums = {layer.module: [0.0, 0.0] for layer in layers}
 
-    def add(layer: IntegerLayer, module: Any, x: Tensor) -> None:
+    def add(layer: _IntegerLayer, module: Any, x: Tensor) -> None:
         weight = module.weight.float()
         eight, sixteen = rounded(x, layer.block, 8), rounded(x, layer.block, 16)
         outputs = [F.linear(eight - sixteen, weight), F.linear(sixteen, weight)]
@@ -136,7 +140,7 @@ def rounded(x: Tensor, block: int, bits: int) -> Tensor:
 
 @contextlib.contextmanager
 def _hooks(
-    model: Any, layers: Iterable[IntegerLayer], call: Callable[[IntegerLayer, Any, Tensor], Any]
+    model: Any, layers: Iterable[_IntegerLayer], call: Callable[[_IntegerLayer, Any, Tensor], Any]
 ) -> Iterator[None]:
     modules: Mapping[str, Any] = dict(model.named_modules())
     with contextlib.ExitStack() as stack:
@@ -147,7 +151,7 @@ def _hooks(
                     "transformers names them, so it cannot be measured"
                 )
 
-            def hook(module: Any, args: tuple[Tensor, ...], layer: IntegerLayer = layer) -> Any:
+            def hook(module: Any, args: tuple[Tensor, ...], layer: _IntegerLayer = layer) -> Any:
                 return call(layer, module, args[0])
 
             stack.callback(modules[layer.module].register_forward_pre_hook(hook).remove)

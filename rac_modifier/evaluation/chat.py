@@ -19,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from tqdm import tqdm
 
 from rac_modifier.errors import RacError, refusing
-from rac_modifier.evaluation.results import EvalResult, check_problems, summarise
+from rac_modifier.evaluation.results import EvalResult, check_problems
 from rac_modifier.evaluation.stopping import row_of_text
 from rac_modifier.problems.answers import THINK_END, Verifier
 from rac_modifier.problems.source import Problem
@@ -73,7 +73,7 @@ def evaluate_chat(
         )
         for (problem, _), answer in zip(asked, answers, strict=True)
     ]
-    return summarise(rows, label=label, seconds=seconds, sampling=sampling, generated=tokens)
+    return EvalResult.of(rows, label=label, seconds=seconds, sampling=sampling, generated=tokens)
 
 
 async def _answers(

@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Self
 
 from pydantic import BaseModel, ConfigDict
 
 from rac_modifier.errors import RacError
-from rac_modifier.evaluation.stopping import Ending, Row, TokenInflation, summary, token_inflation
+from rac_modifier.evaluation.stopping import Ending, Row, TokenInflation, summary
 from rac_modifier.measure import intervals
 from rac_modifier.problems.answer_checker import check_installed
 from rac_modifier.problems.answers import Verifier
@@ -48,6 +49,54 @@ class EvalResult(BaseModel):
         """Return `stopping.summary` of the endings."""
         return summary(self.endings, graded=self.accuracy is not None)
 
+    @classmethod
+    def of(
+        cls,
+        rows: Sequence[Row],
+        *,
+        label: str,
+        seconds: float,
+        sampling: SamplingSettings,
+        generated: int | None = None,
+    ) -> Self:
+        """Summarise rows, as many per problem; `generated` tokens took `seconds` (None: all)."""
+        by_problem: dict[str, list[Row]] = {}
+        for row in rows:
+            by_problem.setdefault(row.id, []).append(row)
+        (samples,) = {len(answers) for answers in by_problem.values()}
+        graded = [row for row in rows if row.correct is not None]
+        correct = {row.id: 0 for row in graded}
+        for row in graded:
+            correct[row.id] += bool(row.correct)
+        shares = [count / samples for count in correct.values()]
+        low, high = intervals.share_interval(shares) if graded else (None, None)
+        tasks = sorted({row.task for row in graded if row.task is not None})
+        tokens = sum(row.ending.tokens for row in rows) if generated is None else generated
+        return cls(
+            label=label,
+            problems=len(by_problem),
+            samples=samples,
+            correct=sum(correct.values()) if graded else None,
+            accuracy=fmean(shares) if graded else None,
+            ci_low=low,
+            ci_high=high,
+            pass_at=intervals.mean_pass_at(list(correct.values()), samples) if graded else {},
+            mean_thinking_tokens=fmean(row.ending.thinking_tokens for row in rows),
+            mean_completion_tokens=fmean(row.ending.tokens for row in rows),
+            unfinished_share=fmean(row.ending.truncated for row in rows),
+            tokens_per_second=tokens / seconds if tokens else 0.0,
+            seconds=seconds,
+            cap=sampling.max_new_tokens,
+            temperature=sampling.temperature or 0.0,
+            seed=sampling.seed,
+            per_task={
+                task: fmean(bool(row.correct) for row in graded if row.task == task)
+                for task in tasks
+            },
+            correct_answers=correct,
+            endings={name: [row.ending for row in answers] for name, answers in by_problem.items()},
+        )
+
 
 def check_problems(
     problems: Sequence[Problem], verifier: Verifier | None, *, ungraded: bool = False
@@ -66,52 +115,6 @@ def check_problems(
         )
     if verifier is None:
         check_installed("mathematics")
-
-
-def summarise(
-    rows: Sequence[Row],
-    *,
-    label: str,
-    seconds: float,
-    sampling: SamplingSettings,
-    generated: int | None = None,
-) -> EvalResult:
-    """Summarise rows, as many per problem; `generated` tokens took `seconds` (None: all)."""
-    by_problem: dict[str, list[Row]] = {}
-    for row in rows:
-        by_problem.setdefault(row.id, []).append(row)
-    (samples,) = {len(answers) for answers in by_problem.values()}
-    graded = [row for row in rows if row.correct is not None]
-    correct = {row.id: 0 for row in graded}
-    for row in graded:
-        correct[row.id] += bool(row.correct)
-    shares = [count / samples for count in correct.values()]
-    low, high = intervals.share_interval(shares) if graded else (None, None)
-    tasks = sorted({row.task for row in graded if row.task is not None})
-    tokens = sum(row.ending.tokens for row in rows) if generated is None else generated
-    return EvalResult(
-        label=label,
-        problems=len(by_problem),
-        samples=samples,
-        correct=sum(correct.values()) if graded else None,
-        accuracy=fmean(shares) if graded else None,
-        ci_low=low,
-        ci_high=high,
-        pass_at=intervals.mean_pass_at(list(correct.values()), samples) if graded else {},
-        mean_thinking_tokens=fmean(row.ending.thinking_tokens for row in rows),
-        mean_completion_tokens=fmean(row.ending.tokens for row in rows),
-        unfinished_share=fmean(row.ending.truncated for row in rows),
-        tokens_per_second=tokens / seconds if tokens else 0.0,
-        seconds=seconds,
-        cap=sampling.max_new_tokens,
-        temperature=sampling.temperature or 0.0,
-        seed=sampling.seed,
-        per_task={
-            task: fmean(bool(row.correct) for row in graded if row.task == task) for task in tasks
-        },
-        correct_answers=correct,
-        endings={name: [row.ending for row in answers] for name, answers in by_problem.items()},
-    )
 
 
 @dataclass(frozen=True)
@@ -156,50 +159,51 @@ class PairedDifference:
             f"alone, {self.only_second} by {self.second} alone (McNemar p = {self.p_value:.2g})"
         )
 
-
-def paired_difference(first: EvalResult, second: EvalResult) -> PairedDifference:
-    """Compare two results on the same problems (RacError: asked otherwise, or other problems)."""
-    for name in ("cap", "samples", "temperature", "seed"):
-        if getattr(first, name) != getattr(second, name):
+    @classmethod
+    def of(cls, first: EvalResult, second: EvalResult) -> Self:
+        """Compare two results on the same problems (RacError: asked otherwise, or other problems)."""
+        for name in ("cap", "samples", "temperature", "seed"):
+            if getattr(first, name) != getattr(second, name):
+                raise RacError(
+                    f"{first.label} and {second.label} cannot be paired: {name} "
+                    f"{getattr(first, name)} and {getattr(second, name)}; evaluate both alike"
+                )
+        if differing := sorted(first.endings.keys() ^ second.endings.keys()):
             raise RacError(
-                f"{first.label} and {second.label} cannot be paired: {name} "
-                f"{getattr(first, name)} and {getattr(second, name)}; evaluate both alike"
+                f"{first.label} and {second.label} were asked other problems ({len(differing)} "
+                f"differ, the first is {differing[0]!r}); evaluate both on the same"
             )
-    if differing := sorted(first.endings.keys() ^ second.endings.keys()):
-        raise RacError(
-            f"{first.label} and {second.label} were asked other problems ({len(differing)} "
-            f"differ, the first is {differing[0]!r}); evaluate both on the same"
-        )
-    right, differences = second.correct_answers, []
-    if right:  # graded
-        differences = [
-            (right[name] - count) / first.samples for name, count in first.correct_answers.items()
+        right, differences = second.correct_answers, []
+        if right:  # graded
+            differences = [
+                (right[name] - count) / first.samples
+                for name, count in first.correct_answers.items()
+            ]
+        longer = [
+            b.truncated - a.truncated
+            for name, answers in first.endings.items()
+            for a, b in zip(answers, second.endings[name], strict=True)
         ]
-    longer = [
-        b.truncated - a.truncated
-        for name, answers in first.endings.items()
-        for a, b in zip(answers, second.endings[name], strict=True)
-    ]
-    difference = low = high = None
-    if differences:
-        difference, (low, high) = fmean(differences), intervals.difference_interval(differences)
-    lost, gained, p_value = _one_sided(differences, first.samples)
-    fewer, more, truncated_p_value = _one_sided(longer, first.samples)
-    return PairedDifference(
-        first=first.label,
-        second=second.label,
-        problems=len(first.endings),
-        difference=difference,
-        ci_low=low,
-        ci_high=high,
-        only_first=lost,
-        only_second=gained,
-        p_value=p_value,
-        inflation=token_inflation(first.endings, second.endings, first.cap),
-        truncated_only_first=fewer,
-        truncated_only_second=more,
-        truncated_p_value=truncated_p_value,
-    )
+        difference = low = high = None
+        if differences:
+            difference, (low, high) = fmean(differences), intervals.difference_interval(differences)
+        lost, gained, p_value = _one_sided(differences, first.samples)
+        fewer, more, truncated_p_value = _one_sided(longer, first.samples)
+        return cls(
+            first=first.label,
+            second=second.label,
+            problems=len(first.endings),
+            difference=difference,
+            ci_low=low,
+            ci_high=high,
+            only_first=lost,
+            only_second=gained,
+            p_value=p_value,
+            inflation=TokenInflation.of(first.endings, second.endings, first.cap),
+            truncated_only_first=fewer,
+            truncated_only_second=more,
+            truncated_p_value=truncated_p_value,
+        )
 
 
 def _one_sided(

@@ -110,18 +110,18 @@ class TokenInflation:
             text += f"{finished.describe()} on {finished.answers} answers that both finish; "
         return f"{text}{self.at_cap.describe()} on all {self.at_cap.answers} (truncated: the cap)"
 
-
-def token_inflation(first: Endings, second: Endings, cap: int) -> TokenInflation:
-    """Compare the lengths of answers to the same problems, sample by sample."""
-    finished, everything = [], []
-    for problem in first:
-        pairs = list(zip(first[problem], second[problem], strict=True))
-        everything.append([(a.at_cap(cap), b.at_cap(cap)) for a, b in pairs])
-        finished.append(
-            [(a.tokens, b.tokens) for a, b in pairs if not (a.truncated or b.truncated)]
-        )
-    clusters = [cluster for cluster in finished if cluster]
-    return TokenInflation(Inflation.of(clusters) if clusters else None, Inflation.of(everything))
+    @classmethod
+    def of(cls, first: Endings, second: Endings, cap: int) -> Self:
+        """Compare the lengths of answers to the same problems, sample by sample."""
+        finished, everything = [], []
+        for problem in first:
+            pairs = list(zip(first[problem], second[problem], strict=True))
+            everything.append([(a.at_cap(cap), b.at_cap(cap)) for a, b in pairs])
+            finished.append(
+                [(a.tokens, b.tokens) for a, b in pairs if not (a.truncated or b.truncated)]
+            )
+        clusters = [cluster for cluster in finished if cluster]
+        return cls(Inflation.of(clusters) if clusters else None, Inflation.of(everything))
 
 
 def summary(endings: Endings, *, graded: bool = True) -> dict[str, float]:

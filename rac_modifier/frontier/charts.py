@@ -36,9 +36,9 @@ def charts(
     """Return specifications by caption; `start` holds the parameters of the opened page."""
     groups = list(dict.fromkeys(row["group"] for row in rows))
     drawn = {
-        "Accuracy": _against(points(rows, lambda row: row["interval"], 1), groups, "%", log=False),
+        "Accuracy": _against(_points(rows, lambda row: row["interval"], 1), groups, "%", log=False),
         "KL from the dense model, nats per token": _against(
-            points(rows, _kl, -1), groups, ".2~g", log=True
+            _points(rows, _kl, -1), groups, ".2~g", log=True
         ),
         "How answers end": _stopping(rows),
         "Tokens per answer: the chosen row against the dense model": _tokens(traces),
@@ -65,7 +65,7 @@ def _kl(row: Mapping[str, Any]) -> list[float] | None:
     return [kl, max(kl - error, kl / 10), kl + error]
 
 
-def points(rows: Sequence[Mapping[str, Any]], value: Any, better: int) -> list[dict[str, Any]]:
+def _points(rows: Sequence[Mapping[str, Any]], value: Any, better: int) -> list[dict[str, Any]]:
     """Return a point per row and axis; `value` gives [mean, low, high]; `better` is 1 or -1."""
     shown = []
     for axis, (place, more) in AXES.items():
@@ -84,7 +84,7 @@ def points(rows: Sequence[Mapping[str, Any]], value: Any, better: int) -> list[d
 
 
 def _against(values: list[dict[str, Any]], groups: list[str], form: str, *, log: bool) -> Any:
-    """Draw points with intervals, and the line of the rows that no other row beats."""
+    """Draw _points with intervals, and the line of the rows that no other row beats."""
     if not values:
         return None
     picked = alt.selection_point(fields=["group"], bind="legend")

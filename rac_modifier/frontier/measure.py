@@ -12,7 +12,7 @@ from typing import Any
 from rac_modifier.checkpoint.files import TensorFiles
 from rac_modifier.checkpoint.inspect import is_embedding, is_fp4
 from rac_modifier.evaluation.accuracy import row_of
-from rac_modifier.evaluation.results import EvalResult, Row, paired_difference, summarise
+from rac_modifier.evaluation.results import EvalResult, PairedDifference, Row
 from rac_modifier.measure.divergence import DenseReference, DivergenceResult, TokenDivergence
 from rac_modifier.problems.source import Problem
 from rac_modifier.sampling.generate import Generation, eos_token_ids, sample_sequences
@@ -48,7 +48,7 @@ def measure_dense(model: Any, tokenizer: Any, held_out: HeldOut) -> Measured:
     """Measure the dense model's answers, which all other models are compared with."""
     answers, figures, rows = _answer(model, tokenizer, held_out, "dense")
     answered = zip(held_out.problems, answers, rows, strict=True)
-    return figures, [trace_of(tokenizer, *values) for values in answered]
+    return figures, [_trace_of(tokenizer, *values) for values in answered]
 
 
 def measure(
@@ -67,9 +67,9 @@ def measure(
     if held_out.graded:
         both = (dense_figures, figures)
         first, second = (EvalResult.model_validate(row["accuracy"]) for row in both)
-        figures["paired"] = asdict(paired_difference(first, second))
+        figures["paired"] = asdict(PairedDifference.of(first, second))
     shown = list(zip(held_out.problems, answers, rows, dense_answers, tokens, strict=True))
-    return figures, [trace_of(tokenizer, *values) for values in shown[:MOST_TRACES]]
+    return figures, [_trace_of(tokenizer, *values) for values in shown[:MOST_TRACES]]
 
 
 def _answer(
@@ -86,7 +86,7 @@ def _answer(
     seconds = time.monotonic() - started
     asked = zip(held_out.problems, prompts, answers, strict=True)
     rows = [row_of(tokenizer, *answered, None) for answered in asked]
-    result = summarise(rows, label=label, seconds=seconds, sampling=sampling)
+    result = EvalResult.of(rows, label=label, seconds=seconds, sampling=sampling)
     figures = {
         "thinking": result.mean_thinking_tokens,
         "truncated": result.unfinished_share,
@@ -97,7 +97,7 @@ def _answer(
     return answers, figures, rows
 
 
-def trace_of(
+def _trace_of(
     tokenizer: Any,
     problem: Problem,
     answer: Generation,
@@ -106,7 +106,7 @@ def trace_of(
     divergence: TokenDivergence | None = None,
 ) -> dict[str, Any]:
     """Return a trace in plain values; `divergence` is on the answer `dense`."""
-    pieces = pieces_of(tokenizer, answer.ids)
+    pieces = _pieces_of(tokenizer, answer.ids)
     loop = row.ending.loop
     trace: dict[str, Any] = {
         "id": problem.id,
@@ -126,7 +126,7 @@ def trace_of(
     return trace | {"same_tokens": same, "same_characters": characters, "kl": kl}
 
 
-def pieces_of(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+def _pieces_of(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     """Return the text of each token; a character of several tokens belongs to the last of them."""
     pieces, before, read = [], 0, 0
     for i in range(len(ids)):

@@ -15,7 +15,7 @@ from rac_modifier.checkpoint.output_folder import unfinished
 from rac_modifier.checkpoint.saving import SavePlan, save_with_record
 from rac_modifier.distributed.machines import environment
 from rac_modifier.errors import RacError
-from rac_modifier.evaluation.activations import choose_in_run, layers_of_run
+from rac_modifier.evaluation.activations import choose_in_run
 from rac_modifier.llmcompressor.calibration_modifier import CalibratingModifier
 from rac_modifier.llmcompressor.checks import check_other_modifiers, check_packing
 from rac_modifier.llmcompressor.experts import check_experts, find_experts
@@ -145,7 +145,7 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
         grids = {run.names[module]: grid for module, grid in run.quantizer.grids.items()}
         errors = {name: record["relative_error"] for name, record in run.records.items()}
         sequences = [trace.sequence for trace in self.calibration_set.held_out]
-        self._activations = choose_in_run(model, layers_of_run(model, grids, errors), sequences)
+        self._activations = choose_in_run(model, grids, errors, sequences)
 
     def _save_plan(self) -> SavePlan:
         run = self.run

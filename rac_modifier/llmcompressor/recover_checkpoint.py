@@ -15,7 +15,7 @@ from rac_modifier.checkpoint.files import TensorFiles
 from rac_modifier.checkpoint.saving import SavePlan, save_with_record
 from rac_modifier.distributed.processes import Processes
 from rac_modifier.errors import RacError
-from rac_modifier.evaluation.activations import choose_in_run, layers_of_run
+from rac_modifier.evaluation.activations import choose_in_run
 from rac_modifier.formats.quantization_config import (
     CONFIG_FILE,
     METHOD,
@@ -101,7 +101,7 @@ def recover_checkpoint(
 
     grids = {name: quantized.grid for name, quantized in checkpoint.quantized.items()}
     with on_accelerator(pruned):
-        activations = choose_in_run(pruned, layers_of_run(pruned, grids, errors), stage.held_out)
+        activations = choose_in_run(pruned, grids, errors, stage.held_out)
 
     name = "recovery" if "recovery" not in stores else f"recovery {len(stores)}"
     header = collected.header

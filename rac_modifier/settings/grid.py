@@ -68,7 +68,7 @@ class GridEvaluation(Settings):
         return self.model_dump(include={"source", "column", "answer_column", "split"})
 
 
-class GridRow(Settings):
+class _GridRow(Settings):
     """One recipe of the grid."""
 
     label: str = Field(min_length=1, max_length=80)
@@ -96,7 +96,7 @@ class Grid(Settings):
     evaluation: GridEvaluation = GridEvaluation()
     """How all rows are measured."""
 
-    rows: list[GridRow] = Field(min_length=1)
+    rows: list[_GridRow] = Field(min_length=1)
     """The recipes."""
 
 
@@ -115,15 +115,15 @@ class PlannedRow:
     prompts: tuple[PromptSettings, ...] = ()
 
 
-def grid_names() -> list[str]:
+def _grid_names() -> list[str]:
     """Return the names of the grids that ship with the package."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
 def load_grid(named: str | Path) -> Grid:
     """Return the grid of a path or of a shipped grid's name (RacError: it is no grid)."""
-    path = FOLDER / f"{named}.yaml" if str(named) in grid_names() else Path(named)
-    content = read_yaml(path, "grid", f"name a YAML file, or one of {', '.join(grid_names())}")
+    path = FOLDER / f"{named}.yaml" if str(named) in _grid_names() else Path(named)
+    content = read_yaml(path, "grid", f"name a YAML file, or one of {', '.join(_grid_names())}")
     return check_settings(Grid, content, str(path))
 
 
@@ -177,7 +177,7 @@ def shared_prompt(
     return prompts[0] if prompts else PromptSettings(**asked)
 
 
-def _run(row: GridRow, grid: Grid, label: str, seed: int | None) -> PlannedRow:
+def _run(row: _GridRow, grid: Grid, label: str, seed: int | None) -> PlannedRow:
     """Return a run whose recipe has what is shared, what the row sets, and the seed."""
     recipe = _whole(row)
     values = {**row.set, **({} if seed is None else {"calibration.seed": seed})}
@@ -224,7 +224,7 @@ def _are_same(first: ProblemSource, second: ProblemSource) -> bool:
     return (first.source, first.split) == (second.source, second.split)
 
 
-def _whole(row: GridRow) -> CheckedRecipe:
+def _whole(row: _GridRow) -> CheckedRecipe:
     """Return the recipe of a row in the layout that llm-compressor reads."""
     if isinstance(row.recipe, str):
         return CheckedRecipe.read(row.recipe)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from rac_modifier.cli.doctor import TESTED, Finding, _extras, _kernels, _plugin, _tested
+from rac_modifier.cli.doctor import TESTED, _extras, _Finding, _kernels, _plugin, _tested
 from rac_modifier.kernels.cpu import library
 from tests.kernels.cpu.kernel_helpers import forget
 
@@ -40,7 +40,7 @@ def installed(monkeypatch) -> dict[str, str]:
     return versions
 
 
-def named(name: str) -> Finding:
+def named(name: str) -> _Finding:
     (finding,) = [finding for finding in (*_extras(), *_kernels()) if finding.name == name]
     return finding
 

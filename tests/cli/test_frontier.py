@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from rac_modifier.cli.frontier import held_out_of, tools_of
+from rac_modifier.cli.frontier import _held_out_of, _tools_of
 from rac_modifier.errors import RacError
 from rac_modifier.settings.grid import GridEvaluation
 from rac_modifier.settings.sampling import PromptSettings
@@ -89,7 +89,7 @@ def test_a_served_evaluation_needs_answers(tmp_path):
     (tmp_path / "open.jsonl").write_text('{"question": "why?"}\n')
     evaluation = GridEvaluation(source=str(tmp_path / "open.jsonl"), problems=1, serve=True)
     with pytest.raises(RacError, match="name their column"):
-        held_out_of(evaluation, PromptSettings())
+        _held_out_of(evaluation, PromptSettings())
 
 
 def test_problems_of_which_some_lack_an_answer_are_refused(tmp_path):
@@ -98,19 +98,19 @@ def test_problems_of_which_some_lack_an_answer_are_refused(tmp_path):
     file.write_text('{"problem": "1+1?", "a": "2"}\n{"problem": "1+2?", "a": null}\n')
     evaluation = GridEvaluation(source=str(file), answer_column="a", problems=2)
     with pytest.raises(RacError, match=r"1 of 2 problems have no answer .*; complete them, name"):
-        held_out_of(evaluation, PromptSettings())
+        _held_out_of(evaluation, PromptSettings())
     evaluation = evaluation.model_copy(update={"answer_column": None})
-    assert not held_out_of(evaluation, PromptSettings()).graded
+    assert not _held_out_of(evaluation, PromptSettings()).graded
 
 
 def test_a_model_is_served_and_timed(tiny_folder, tmp_path, vllm):
     evaluation = GridEvaluation(serve=True, concurrency=3, problems=2, cap=6)
-    held_out = held_out_of(evaluation, PromptSettings())
+    held_out = _held_out_of(evaluation, PromptSettings())
     stale = tmp_path / "served" / "a-ca978112.jsonl"  # of the label "a", of a killed run
     stale.parent.mkdir()
     for path in (stale, pending_path(stale)):
         path.write_text("its seconds would be lost\n")
-    tools = tools_of(str(tiny_folder), evaluation, held_out, tmp_path, "float32")
+    tools = _tools_of(str(tiny_folder), evaluation, held_out, tmp_path, "float32")
     result = tools.serve(tiny_folder, "a")
     assert (result.label, result.problems) == ("a", 2)
     assert result.tokens_per_second > 0

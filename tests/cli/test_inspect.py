@@ -1,4 +1,4 @@
-"""`rac inspect`: the table, the totals, and what is printed of speed."""
+"""`rac inspect`: the table, the _totals, and what is printed of speed."""
 
 import json
 import re
@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from rac_modifier import cli
 from rac_modifier.checkpoint.inspect import CheckpointReport, ModuleRow
-from rac_modifier.cli.inspect import render_report, totals
+from rac_modifier.cli.inspect import _totals, render_report
 from rac_modifier.formats.quantization_config import WeightScheme
 from rac_modifier.kernels.cpu.support import support
 
@@ -41,12 +41,12 @@ def test_the_table_has_a_row_per_matrix_and_whole_lines():
 
 def test_totals():
     scheme = WeightScheme("int", 8, "channel", None, True, "int-quantized", "int8 per token")
-    assert totals(report(matrix(), EMBEDDING, quantization=(scheme,))) == [
+    assert _totals(report(matrix(), EMBEDDING, quantization=(scheme,))) == [
         "all tensors: 613,500 bytes, 801,000 with every matrix dense",
         "quantized weights: int8 one scale per channel (int-quantized), activations int8 per token",
         "1 pruned matrices, 50.00% of their weights are zero",
     ]
-    assert "no matrix is recorded as pruned" in totals(report(EMBEDDING))
+    assert "no matrix is recorded as pruned" in _totals(report(EMBEDDING))
 
 
 def test_dense_weights_of_few_bits(tmp_path, capsys):

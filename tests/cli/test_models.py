@@ -36,9 +36,9 @@ def test_a_model_is_loaded_with_its_tokenizer_packed_or_not(tiny_folder, sparse_
 
 
 def test_oneshot_gets_the_path_unless_the_weights_are_packed(tiny_folder, sparse_folder):
-    assert models.unpacked(str(tiny_folder), "auto") == str(tiny_folder)
-    assert models.unpacked("org/model", "auto") == "org/model"
-    assert isinstance(models.unpacked(str(sparse_folder), "auto"), torch.nn.Module)
+    assert models._unpacked(str(tiny_folder), "auto") == str(tiny_folder)
+    assert models._unpacked("org/model", "auto") == "org/model"
+    assert isinstance(models._unpacked(str(sparse_folder), "auto"), torch.nn.Module)
 
 
 @pytest.mark.parametrize(("keeps_groups", "sizes"), [(False, 2), (True, 3)])

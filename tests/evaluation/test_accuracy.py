@@ -8,7 +8,7 @@ import torch
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation import accuracy
 from rac_modifier.evaluation.accuracy import evaluate
-from rac_modifier.evaluation.results import Row, summarise
+from rac_modifier.evaluation.results import EvalResult, Row
 from rac_modifier.evaluation.stopping import Loop
 from rac_modifier.problems.held_out import held_out_problems
 from rac_modifier.problems.source import Problem
@@ -86,7 +86,7 @@ def rows(monkeypatch):
 
     def summarised(given, **options):
         checked[:] = given
-        return summarise(given, **options)
+        return EvalResult.of(given, **options)
 
     monkeypatch.setattr(accuracy, "summarise", summarised)
     return checked

@@ -10,10 +10,10 @@ import torch
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.activations import (
     LEVELS,
-    IntegerLayer,
     _activation_block,
-    layers_of_run,
-    measure_activations,
+    _IntegerLayer,
+    _layers_of_run,
+    _measure_activations,
     rounded,
 )
 from rac_modifier.formats.encoding import Encoding
@@ -27,8 +27,8 @@ DOWN = "model.layers.0.mlp.down_proj"
 UP = "model.layers.0.mlp.up_proj"
 
 
-def layer(module: str = DOWN, own_error: float = 0.1) -> IntegerLayer:
-    return IntegerLayer(module, 48, own_error)
+def layer(module: str = DOWN, own_error: float = 0.1) -> _IntegerLayer:
+    return _IntegerLayer(module, 48, own_error)
 
 
 def test_the_layers_of_a_run():
@@ -48,7 +48,7 @@ def test_the_layers_of_a_run():
     own_errors = dict.fromkeys(grids, 0.5)
     all_grids = {name: grid for name, (grid, _) in grids.items()}
     all_grids["not.measured"] = Encoding("int", 4, 32)
-    layers = layers_of_run(model, all_grids, own_errors)
+    layers = _layers_of_run(model, all_grids, own_errors)
     blocks = {x.module: (x.block, x.own_error) for x in layers}
     expected = {UP: 32, DOWN: 512, "model.layers.0.mlp.gate_proj": 64}
     assert blocks == {name: (block, 0.5) for name, block in expected.items()}
@@ -99,15 +99,15 @@ def test_the_error_of_a_layer():
     after = weight.double().T
     eight, sixteen = (rounded(seen[0], 48, bits).double() @ after for bits in (8, 16))
     error = float((eight - sixteen).square().sum() / sixteen.square().sum())
-    (measured,) = measure_activations(model, [layer(own_error=0.25)], [(ids, prompt)])
+    (measured,) = _measure_activations(model, [layer(own_error=0.25)], [(ids, prompt)])
     assert measured.error == pytest.approx(error, rel=1e-3)
     assert (measured.own_error, 1e-6 < error < 1e-3) == (0.25, True)
     assert not model.get_submodule(DOWN)._forward_pre_hooks
 
 
 def test_the_limit_is_a_share_of_the_layers_own_error():
-    layers = [IntegerLayer("a", 48, 0.1, 5e-3), IntegerLayer("b", 48, 0.4, 8e-3)]
-    layers.append(IntegerLayer("c", 48, 0.0, 1e-9))
+    layers = [_IntegerLayer("a", 48, 0.1, 5e-3), _IntegerLayer("b", 48, 0.4, 8e-3)]
+    layers.append(_IntegerLayer("c", 48, 0.0, 1e-9))
     assert [layer.bits(0.01) for layer in layers] == [16, 16, 16]
     assert [layer.bits(0.03) for layer in layers] == [16, 8, 16]
 
@@ -115,10 +115,10 @@ def test_the_limit_is_a_share_of_the_layers_own_error():
 def test_layers_that_cannot_be_measured():
     model = tiny_model()
     with pytest.raises(RacError, match=r"model\.layers\.7\.x: quantized in the checkpoint, but no"):
-        measure_activations(model, [layer("model.layers.7.x")], sequences())
+        _measure_activations(model, [layer("model.layers.7.x")], sequences())
     model.get_submodule(UP).weight.data[0] = float("inf")
     with pytest.raises(RacError, match=f"{DOWN}: activations are not finite"):
-        measure_activations(model, [layer()], sequences())
+        _measure_activations(model, [layer()], sequences())
 
 
 @pytest.mark.skipif(support().isa in (None, "portable"), reason=support().reason)

@@ -8,7 +8,7 @@ from loguru import logger
 
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.chat import evaluate_chat
-from rac_modifier.evaluation.results import paired_difference
+from rac_modifier.evaluation.results import PairedDifference
 from rac_modifier.problems.source import Problem
 from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
 from tests.sampling.fake_server import FakeServer, shorten_pauses
@@ -61,7 +61,7 @@ def test_two_servers_are_compared_by_address_and_name(servers, tmp_path):
     assert (loop.begin, loop.period, loop.unit) == (3, 4, "words")
     assert [ending.closes for ending in sparse.endings["q0"]] == [True]
     assert 0 < sparse.endings["q0"][0].thinking_tokens < 20
-    inflation = paired_difference(dense, sparse).inflation
+    inflation = PairedDifference.of(dense, sparse).inflation
     assert (inflation.both_finish.answers, inflation.both_finish.ratio) == (6, 2.0)
     assert inflation.at_cap.ratio == (6 * 20 + 6 * CAP) / (12 * 10)
     assert {body["model"] for body in servers[1].bodies} == {"2of4"}

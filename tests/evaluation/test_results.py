@@ -4,7 +4,7 @@ import math
 import pytest
 
 from rac_modifier.errors import RacError
-from rac_modifier.evaluation.results import Row, paired_difference, summarise
+from rac_modifier.evaluation.results import EvalResult, PairedDifference, Row
 from rac_modifier.evaluation.stopping import Ending
 from rac_modifier.measure.intervals import ratio_interval, tango_interval, wilson_interval
 from rac_modifier.settings.sampling import SamplingSettings
@@ -20,7 +20,7 @@ def row(correct=True, kind=None, tokens=10, thinking=8, task="addition", name=No
 
 def result(rows, label="dense", cap=64, temperature=0.0, generated=None, seed=0):
     sampling = SamplingSettings(max_new_tokens=cap, temperature=temperature, seed=seed)
-    return summarise(rows, label=label, seconds=2.0, sampling=sampling, generated=generated)
+    return EvalResult.of(rows, label=label, seconds=2.0, sampling=sampling, generated=generated)
 
 
 def test_summary():
@@ -62,7 +62,7 @@ def answers(outcomes, label, **changes):
 def test_a_difference_is_paired():
     """Unpaired, an interval of 4 of 200 problems would hold 0."""
     dense, sparse = [1] * 180 + [0] * 20, [1] * 172 + [0] * 28
-    found = paired_difference(answers(dense, "dense"), answers(sparse, "2:4"))
+    found = PairedDifference.of(answers(dense, "dense"), answers(sparse, "2:4"))
     assert (found.only_first, found.only_second, found.problems) == (8, 0, 200)
     assert found.difference == pytest.approx(-0.04)
     assert (found.ci_low, found.ci_high) == tango_interval(8, 0, 200)
@@ -85,7 +85,7 @@ def test_truncated_answers_are_paired():
         return result(rows, label=label)
 
     dense = of({"q0", "q1", "q2"}, "dense")
-    pair = paired_difference(dense, of({"q2", *(f"q{i}" for i in range(3, 12))}, "2:4"))
+    pair = PairedDifference.of(dense, of({"q2", *(f"q{i}" for i in range(3, 12))}, "2:4"))
     counts = (pair.truncated_only_first, pair.truncated_only_second)
     assert counts == (2, 9)
     chance = sum(math.comb(11, i) for i in range(3)) / 2**11  # at most 2 of 11 coins
@@ -93,7 +93,7 @@ def test_truncated_answers_are_paired():
     assert pair.describe_truncated() == (
         "truncated: 9 answers of 2:4 alone, 2 of dense alone (McNemar p = 0.065)"
     )
-    assert paired_difference(dense, dense).describe_truncated() is None
+    assert PairedDifference.of(dense, dense).describe_truncated() is None
 
 
 def test_several_answers_per_problem_are_paired_by_their_share():
@@ -103,7 +103,7 @@ def test_several_answers_per_problem_are_paired_by_their_share():
         ]
         return result(rows, label=label)
 
-    found = paired_difference(of([4, 2, 0], "dense"), of([2, 2, 1], "2:4"))
+    found = PairedDifference.of(of([4, 2, 0], "dense"), of([2, 2, 1], "2:4"))
     assert found.difference == pytest.approx((-2 + 0 + 1) / 12)
     assert found.p_value is None
     assert found.describe_truncated() is None
@@ -113,10 +113,10 @@ def test_several_answers_per_problem_are_paired_by_their_share():
 def test_what_cannot_be_paired_is_refused():
     dense = answers([1, 0], "dense")
     with pytest.raises(RacError, match=r"other problems \(1 differ, the first is 'q2'\)"):
-        paired_difference(dense, answers([1, 0, 1], "2:4"))
+        PairedDifference.of(dense, answers([1, 0, 1], "2:4"))
     with pytest.raises(RacError, match="cap 64 and 128"):
-        paired_difference(dense, answers([1, 0], "2:4", cap=128))
+        PairedDifference.of(dense, answers([1, 0], "2:4", cap=128))
     with pytest.raises(RacError, match=r"temperature 0\.0 and 0\.6; evaluate both alike"):
-        paired_difference(dense, answers([1, 0], "2:4", temperature=0.6))
+        PairedDifference.of(dense, answers([1, 0], "2:4", temperature=0.6))
     with pytest.raises(RacError, match="seed 0 and 1; evaluate both alike"):
-        paired_difference(dense, answers([1, 0], "2:4", seed=1))
+        PairedDifference.of(dense, answers([1, 0], "2:4", seed=1))

@@ -6,10 +6,10 @@ from rac_modifier.evaluation.stopping import (
     Ending,
     Inflation,
     Loop,
+    TokenInflation,
     describe_loops,
     row_of_text,
     summary,
-    token_inflation,
 )
 from rac_modifier.measure.intervals import ratio_interval
 from rac_modifier.problems.source import Problem
@@ -114,7 +114,7 @@ def answers(*lengths: int, truncated: int | None = None) -> list[Ending]:
 def test_inflation_pairs_answers_and_counts_truncated_ones_at_the_cap():
     first = {"a": answers(10, 20), "b": answers(30, 40, truncated=1), "c": answers(5, 5)}
     second = {"a": answers(20, 20), "b": answers(60, 9), "c": answers(90, 15, truncated=0)}
-    found = token_inflation(first, second, cap=100)
+    found = TokenInflation.of(first, second, cap=100)
     both, everything = found.both_finish, found.at_cap
     assert (both.answers, both.ratio) == (4, (40 + 60 + 15) / (30 + 30 + 5))
     assert (both.ci_low, both.ci_high) == ratio_interval([40, 60, 15], [30, 30, 5])
@@ -126,7 +126,7 @@ def test_inflation_pairs_answers_and_counts_truncated_ones_at_the_cap():
 
 
 def test_without_a_common_finish_and_with_one_problem_there_is_no_interval():
-    found = token_inflation({"a": answers(4, truncated=0)}, {"a": answers(6)}, cap=8)
+    found = TokenInflation.of({"a": answers(4, truncated=0)}, {"a": answers(6)}, cap=8)
     assert found.both_finish is None
     assert found.at_cap == Inflation(1, 6 / 8, None, None)
     assert found.at_cap.describe() == "x0.75"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rac_modifier.frontier.charts import AXES, charts, points
+from rac_modifier.frontier.charts import AXES, _points, charts
 from tests.frontier.sample import ROWS, row
 
 MB, MATRICES, SPEED = AXES
@@ -29,7 +29,7 @@ def values_of(spec):
 
 def test_the_rows_that_no_other_row_beats():
     """Fewer MB and more accuracy: 50 % and 2:4 are beaten; against speed the faster row wins."""
-    drawn = points(rows(), lambda row: row["interval"], 1)
+    drawn = _points(rows(), lambda row: row["interval"], 1)
 
     def front(axis):
         return [p["label"][:9] for p in drawn if p["axis"] == axis and p["front"]]
@@ -49,7 +49,7 @@ def test_the_rows_that_no_other_row_beats():
 )
 def test_a_row_that_is_equal_in_one_direction_and_better_in_the_other_beats(places, better, front):
     made = [row("x", "g", x, 0.5, None) | {"y": y} for x, y in places]
-    drawn = points(made, lambda row: [row["y"]] * 3, better)
+    drawn = _points(made, lambda row: [row["y"]] * 3, better)
     assert [(p["x"], p["y"]) for p in drawn if p["axis"] == MB and p["front"]] == front
 
 

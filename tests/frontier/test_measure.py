@@ -9,11 +9,11 @@ from rac_modifier.evaluation.stopping import Ending, Loop
 from rac_modifier.frontier import measure as module
 from rac_modifier.frontier.measure import (
     HeldOut,
+    _pieces_of,
+    _trace_of,
     checkpoint_bytes,
     measure,
     measure_dense,
-    pieces_of,
-    trace_of,
 )
 from rac_modifier.measure.divergence import TokenDivergence
 from rac_modifier.problems.source import Problem
@@ -105,9 +105,9 @@ def test_the_pieces_are_the_text_token_by_token():
     for text in ("", "abc", "naïve 漢字 🙂!", "🙂🙂"):
         ids = tokenizer.encode(text, add_special_tokens=False)
         expected = [p for c in text for p in [""] * (len(c.encode()) - 1) + [c]]
-        assert pieces_of(tokenizer, ids) == expected
-    assert "".join(pieces_of(tokenizer, ids[:-1])) == "🙂\ufffd"
-    assert pieces_of(DropsTheFirstSpace(), [0, 1, 2, 1]) == ["a", " b", "c", " b"]
+        assert _pieces_of(tokenizer, ids) == expected
+    assert "".join(_pieces_of(tokenizer, ids[:-1])) == "🙂\ufffd"
+    assert _pieces_of(DropsTheFirstSpace(), [0, 1, 2, 1]) == ["a", " b", "c", " b"]
 
 
 def test_where_two_answers_part_and_where_a_loop_begins():
@@ -117,17 +117,17 @@ def test_where_two_answers_part_and_where_a_loop_begins():
     own = Generation(tuple(tokenizer.encode("<think>ü12222")), "length")
     ended = Row("p", None, True, Ending("right", 7, 5, True))
     looping = Row("p", None, False, Ending("looping", 7, 7, False, Loop(4, 1, "tokens")))
-    of_dense = trace_of(tokenizer, PROBLEM, dense, ended)
+    of_dense = _trace_of(tokenizer, PROBLEM, dense, ended)
     assert of_dense["text"] == "<think>ü1</think>2<|end|>"
     assert of_dense["pieces"] == [7, 0, 1, 1, 8, 1, 7]
     assert (of_dense["kind"], of_dense["question"], of_dense["answer"]) == ("right", "1 + 1?", "2")
     kl = TokenDivergence([0.123456] * 7, [True] * 7)
-    trace = trace_of(tokenizer, PROBLEM, own, looping, dense, kl)
+    trace = _trace_of(tokenizer, PROBLEM, own, looping, dense, kl)
     assert (trace["same_tokens"], trace["same_characters"]) == (4, len("<think>ü1"))
     assert trace["kl"] == [0.1235] * 7
     assert (trace["finish"], trace["correct"], trace["kind"]) == ("length", False, "looping")
     assert trace["loop"] == len("<think>ü1")
-    equal = trace_of(tokenizer, PROBLEM, dense, ended, dense, kl)
+    equal = _trace_of(tokenizer, PROBLEM, dense, ended, dense, kl)
     assert equal["same_tokens"] == len(dense.ids)
     assert equal["loop"] is None
 

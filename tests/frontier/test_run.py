@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rac_modifier.errors import RacError
-from rac_modifier.evaluation.results import EvalResult, Row, summarise
+from rac_modifier.evaluation.results import EvalResult, Row
 from rac_modifier.evaluation.stopping import Ending
 from rac_modifier.frontier.folder import FrontierFolder
 from rac_modifier.frontier.measure import HeldOut
@@ -149,7 +149,7 @@ def test_a_checkpoint_of_another_recipe_is_not_measured(bench):
 def result(label: str) -> EvalResult:
     rows = [Row("p", None, True, Ending("right", 2, 2, True))]
     sampling = SamplingSettings(max_new_tokens=9, temperature=0.6)
-    return summarise(rows, label=label, seconds=1.0, sampling=sampling)
+    return EvalResult.of(rows, label=label, seconds=1.0, sampling=sampling)
 
 
 def test_a_compressed_model_that_cannot_be_served_has_a_reason_and_a_dense_one_stops_the_run(bench):

@@ -8,7 +8,7 @@ from rac_modifier.errors import RacError
 from rac_modifier.settings.grid import (
     Grid,
     GridEvaluation,
-    grid_names,
+    _grid_names,
     load_grid,
     plan_rows,
     shared_prompt,
@@ -171,7 +171,7 @@ def test_what_has_no_effect_on_such_a_row_is_refused():
             plan_rows(grid({"recipe": NEAREST, **row}), "grid")
 
 
-@pytest.mark.parametrize("name", grid_names())
+@pytest.mark.parametrize("name", _grid_names())
 def test_shipped_grids_can_be_run(name):
     planned = plan_rows(load_grid(name), name)
     assert len({run.label for run in planned}) == len(planned) >= 4
