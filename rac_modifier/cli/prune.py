@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,6 +16,9 @@ from rac_modifier.cli.models import (
     load_tokenizer,
     resolve,
 )
+
+if TYPE_CHECKING:
+    from rac_modifier.settings.entries import CalibrationEntry
 
 _ABOUT_DEFAULT = f"""\
 no --recipe: taking {options.DEFAULT_RECIPE}, int4 with an int8 head (others: rac recipes)
@@ -53,28 +56,25 @@ def prune(
         given = context.get_parameter_source("recipe")
         if processes.is_first and given is not None and given.name == "DEFAULT":
             typer.echo(_ABOUT_DEFAULT)
-        content, source = CheckedRecipe.load(recipe, set_ or []).content, resolve(model)
+        loaded, source = CheckedRecipe.load(recipe, set_ or []), resolve(model)
         check_model(source)
         if processes.machine == 0:
             check_output(output, source, keeps_groups=True)
         check_loading(source)
         if check:
-            for line in _need_of_traces(content, str(recipe), source):
+            for line in _need_of_traces(loaded.check(), source):
                 typer.echo(line)
             typer.echo(f"{recipe}, {model} and {output} are fine; run the command without --check")
             return
-        compress(content, source, output, precision)
+        compress(loaded.content, source, output, precision)
         processes.wait()
     if processes.is_first:
         typer.echo(f"saved to {output}; look at it with: rac inspect {output}")
 
 
-def _need_of_traces(content: Any, recipe: str, source: str) -> Iterator[str]:
+def _need_of_traces(settings: "CalibrationEntry", source: str) -> Iterator[str]:
     from rac_modifier.calibration.trace_pool import describe_need
-    from rac_modifier.settings.recipe import check_entry, find_named_entry
 
-    name, entry = find_named_entry(content, recipe)
-    settings = check_entry(entry, recipe, name)
     if settings.calibration.parts("traces"):
         need = settings.reserved_tokens
         tokenizer = load_tokenizer(source)

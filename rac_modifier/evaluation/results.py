@@ -161,7 +161,7 @@ class PairedDifference:
 
     @classmethod
     def of(cls, first: EvalResult, second: EvalResult) -> Self:
-        """Compare two results on the same problems (RacError: asked otherwise, or other problems)."""
+        """Compare two results on the same problems (RacError: others, or asked otherwise)."""
         for name in ("cap", "samples", "temperature", "seed"):
             if getattr(first, name) != getattr(second, name):
                 raise RacError(

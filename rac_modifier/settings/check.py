@@ -26,7 +26,8 @@ _CHARACTER = re.compile(r"\[\^?\]?(?:\\.|[^]\\])*\]|\\[^1-9]")
 # A group without groups inside. Comments, conditions and flags do not match.
 _GROUP = re.compile(r"\((?:\?(?:[:=!>]|<[=!]|P<\w+>)|(?!\?))([^()]*)\)([*+{]?)")
 _QUANTIFIER = re.compile(r"[*+{]|(?<![*+}])\?")
-_SHOWN = 100  # characters of a wrong value in a message
+_SHOWN = 100  # characters of a wrong key or value in a message
+_MOST_SHOWN = 20  # mistakes in a message
 
 
 class Settings(BaseModel):
@@ -65,8 +66,8 @@ def check_settings(settings: type[S], values: Any, where: str) -> S:
 
 def describe_errors(error: ValidationError, settings: type[BaseModel] | None = None) -> str:
     """Return a line `key.sub: what is wrong` per mistake; `settings` offer names that are close."""
-    lines = []
-    for item in error.errors():
+    lines, errors = [], error.errors()
+    for item in errors[:_MOST_SHOWN]:
         key = ".".join(str(part) for part in item["loc"])
         message = item["msg"].removeprefix("Value error, ")
         value = repr(item["input"])
@@ -82,7 +83,9 @@ def describe_errors(error: ValidationError, settings: type[BaseModel] | None = N
             message = f"{message.replace('Input should be', 'must be')}{meant} (value {value})"
         elif item["loc"]:
             message = message.removeprefix(f"{item['loc'][-1]}: ")  # the key names it
-        lines.append(f"{key}: {message}" if key else message)
+        lines.append(f"{key[:_SHOWN]}: {message}" if key else message)
+    if len(errors) > _MOST_SHOWN:
+        lines.append(f"and {len(errors) - _MOST_SHOWN:,} more")
     return "\n".join(lines)
 
 

@@ -48,7 +48,7 @@ def test_a_whole_command_is_checked(rac, tiny_folder, recipe_file, tmp_path):
 
 def test_without_a_recipe_the_recommended_one_is_taken_and_said(rac, tiny_folder):
     out = rac.output("prune", tiny_folder, "out", "--check")
-    chosen, traces, own, checked = out.splitlines()
+    chosen, traces, own, *_, checked = out.splitlines()
     assert chosen.startswith("no --recipe: taking rac_w4a16, ")
     assert "262,144 tokens" in traces
     assert "--set traces.problems.source=FILE" in own
