@@ -6,7 +6,16 @@ from pathlib import Path
 import pytest
 
 from rac_modifier.errors import RacError
-from tests.bad_inputs import checkpoints, packing, problems, recipes, runs, stores
+from tests.bad_inputs import (
+    checkpoints,
+    commands,
+    packing,
+    problems,
+    recipes,
+    runs,
+    settings,
+    stores,
+)
 from tests.bad_inputs.bench import Bench
 
 TABLE = Path(__file__).parents[1] / "docs" / "errors.md"
@@ -19,7 +28,7 @@ command line the message is printed without a traceback, with exit code 1.
 | mistake | the message contains |
 |---|---|
 """
-MODULES = (recipes, problems, stores, runs, checkpoints, packing)
+MODULES = (recipes, settings, problems, stores, runs, checkpoints, packing, commands)
 CASES = [case for module in MODULES for case in module.CASES]
 
 

@@ -24,24 +24,18 @@ from transformers import AutoModelForCausalLM
 
 from bench import experts, server, serving, soak
 from bench.__main__ import SUITES, main
-from bench.formats import FORMATS, curve
+from bench.formats import FORMATS
 from bench.gguf_file import type_of
 from bench.grid import CALIBRATIONS, OURS, VARIANTS, calibrated_on, pattern
 from bench.models import reasoner, smollm2
-from bench.recovery import entry_of
 from bench.render import table
-from bench.runtimes import listed_kl, of_form
+from bench.runtimes import listed_kl
 from bench.shapes import Form, random_mask, random_model
 from bench.stopping import is_detected
 from rac_modifier.reasoner import reasoner_path
 from rac_modifier.settings.grid import Grid, plan_rows
 
 ROOT = Path(__file__).parents[2]
-
-
-def test_the_list_names_every_suite(capsys):
-    assert main(["--list"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == len(SUITES)
 
 
 @pytest.mark.parametrize("name", SUITES)
@@ -119,23 +113,6 @@ def test_rows_of_the_grids_are_settings_that_exist(tmp_path):
         shared = {**subject.shared, "calibration": calibration}
         grid = {"shared": shared, "evaluation": subject.evaluation, "rows": its_rows}
         assert len(plan_rows(Grid.model_validate(grid), "bench")) == len(its_rows)
-
-
-def test_a_pattern_names_bits_and_preset():
-    """The settings are those of a recipe."""
-    entry = entry_of("2:4+int4+paper")
-    assert (entry["mask_structure"], entry["preset"]) == ("2:4", "paper")
-    row = {"label": "x", "recipe": {OURS: entry}}
-    assert plan_rows(Grid.model_validate({"rows": [row]}), "bench")
-
-
-def test_the_curve_of_a_recovery_is_in_the_run_record(tmp_path):
-    record = tmp_path / "rac_run.json"
-    assert curve(record) == []
-    record.write_text(json.dumps({"method": "prune"}))
-    assert curve(record) == []
-    record.write_text(json.dumps({"recovery": {"tokens": 900, "curve": [[0, 0.5], [7, None]]}}))
-    assert curve(record) == [("0", 0.5), ("7", None)]
 
 
 def test_a_random_model_has_the_form_that_was_asked_for(tmp_path):
@@ -233,16 +210,6 @@ def test_a_project_that_is_not_installed_is_a_gap(tmp_path):
     assert "No module named 'zentorch'" in gaps["zentorch-bf16"]
 
 
-def test_a_name_says_who_serves_which_form():
-    assert serving.split("Q3_K_M") == ("llama", "Q3_K_M")
-    assert serving.split("openvino-Q4_0") == ("openvino", "Q4_0")
-    assert serving.split("zentorch-w4a16") == ("zentorch", "w4a16")
-    assert serving.split("50%-int4") == ("vllm", "50%-int4")
-    for name in ("Q5_0", "openvino-int4", "zentorch-int4"):
-        with pytest.raises(SystemExit, match=f'form "{name}"'):
-            serving.split(name)
-
-
 def test_the_types_of_a_gguf_file_are_those_that_llama_cpp_chooses():
     """Counts of a Qwen2-1.5B quantized by llama-quantize: 28 layers, a tied head."""
     matrices = ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"]
@@ -292,16 +259,3 @@ def test_the_soak_names_a_bad_prompt_that_is_answered(tmp_path, monkeypatch, car
     else:
         assert seen.wrong == []
         assert 5 < seen.counts["refused"] < 40
-
-
-def test_another_draw_of_the_traces_has_rows_of_its_own(tmp_path):
-    options = ["--model", "reasoner", "--work", str(tmp_path), "--seed", "3"]
-    with pytest.raises(SystemExit, match=r"'Q4_0, seed 3'.* are no rows; .*'int4, seed 3'"):
-        main(["formats", *options, "--labels", "Q4_0"])
-
-
-def test_rows_of_runtimes_name_the_runtime_and_the_form():
-    assert of_form("openvino-Q4_0") == ("OpenVINO", "Q4_0")
-    assert of_form("zentorch-w4a16") == ("vLLM with zentorch", "w4a16")
-    assert of_form("w4a16") == ("vLLM", "w4a16")
-    assert of_form("int4") == ("vLLM with our kernels", "int4")

@@ -85,22 +85,6 @@ def test_prompts_without_answers_are_measured_by_how_their_answers_end(
     assert (paired["problems"], paired["difference"], paired["p_value"]) == (3, None, None)
 
 
-def test_what_is_wrong_with_the_file_of_results_is_said_before_the_work(
-    rac, tiny_folder, asked, tmp_path, trace_store
-):
-    model, store = tmp_path / "model", tmp_path / "traces.jsonl"
-    shutil.copytree(tiny_folder, model)
-    shutil.copy(trace_store, store)
-    files = (model / "config.json", store)
-    before = [file.read_bytes() for file in files]
-    for out in (*files, model):
-        for kind in ((tiny_folder,), (tiny_folder, model, "--divergence")):
-            code, _, err = rac("eval", *kind, *FEW, "--json", out)
-            assert (code, "not of an earlier rac eval; name a new file" in err) == (1, True), out
-    assert [file.read_bytes() for file in files] == before
-    assert not asked
-
-
 def test_errors_of_the_file_of_answers_and_of_samples_are_in_the_words_of_the_command(
     rac, tiny_folder, tmp_path
 ):
@@ -144,10 +128,3 @@ def test_figures_on_the_card(rac, tiny_folder, sparse_folder, tmp_path):
     again = (own / "README.md").read_text()
     assert again.count("Measured with rac eval") == 2
     assert f"\nown against {tiny_folder.name}: +0.0 points (" in again
-
-
-def test_the_card_of_another_model_is_not_touched(rac, tiny_folder, sparse_folder, asked):
-    for models in ((tiny_folder,), (sparse_folder, tiny_folder), ("reasoner",)):
-        code, _, err = rac("eval", *models, *FEW, "--card")
-        assert (code, "is not the folder of a model that rac wrote" in err) == (1, True)
-    assert not asked

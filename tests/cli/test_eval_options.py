@@ -22,36 +22,6 @@ def sampled(options):
     return sampling.max_new_tokens, sampling.temperature, sampling.top_p, sampling.top_k
 
 
-SERVER, SERVERS = {"server": ["http://a"]}, {"server": ["http://a", "http://b"]}
-NO_MODEL, TWO = {"models": []}, {"models": ["a", "b"]}
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        (TWO | SERVER | {"divergence": True}, "--divergence asks .* leave --server and --serve"),
-        (TWO | {"divergence": True, "baseline": "b"}, "named; leave --baseline out"),
-        ({"divergence": True}, "--divergence compares models with the first one; name at least"),
-        (SERVER | {"serve": True}, "--serve starts a server, and --server"),
-        (SERVER | TWO, "--server and --answers are for one model; evaluate"),
-        (SERVER | {"precision": "auto"}, "--precision is for a model that is loaded here"),
-        ({"server": ["a"]}, "--server: base_urls: 'a' is no address of a server"),
-        (NO_MODEL, "no model is named; give a model folder"),
-        ({"served_as": ["m"]}, "names the model of a server; add --server URL"),
-        ({"served_as": ["m"], "serve": True}, "names the model of a server; add --server URL"),
-        (SERVERS | NO_MODEL | {"served_as": ["m"]}, "--served-as names 1 models for 2 servers"),
-        (SERVER | {"served_as": ["m", "n"]}, "--served-as names several models; give the one"),
-        (NO_MODEL | {"server": ["http://a"] * 2}, "twice and would be compared with itself"),
-        ({"models": ["a", "a"]}, "twice and would be compared with itself; leave it"),
-        (SERVER | NO_MODEL | {"card": True}, "--card and --template need a model folder"),
-        ({"stopping": True, "card": True}, "leave --divergence and --card out"),
-    ],
-)
-def test_what_cannot_be_is_refused(given, message):
-    with pytest.raises(RacError, match=message):
-        asked(**given)
-
-
 def test_too_many_answers_in_progress_are_refused_before_a_server_starts(rac):
     assert rac("eval", "reasoner", "--serve", "--concurrency", 5000)[0] == 2
 
@@ -88,15 +58,6 @@ def test_a_copy_is_read_without_the_datasets_configuration():
     for source, config in (("me/mirror", None), ("openai/gsm8k", "main")):
         actual = asked("gsm8k", source=source).problem_source
         assert (actual.split, actual.config) == ("test", config)
-
-
-def test_a_generator_of_problems_and_a_wrong_range_are_refused():
-    with pytest.raises(RacError, match="source 'reasoning-gym:gcd' generates its problems"):
-        asked("gsm8k", source="reasoning-gym:gcd").load_problems()
-    with pytest.raises(RacError, match=r"rac eval: top_p: must be .* 1"):
-        sampled(asked("gsm8k", top_p=1.5))
-    with pytest.raises(RacError, match="4 samples per problem at temperature 0"):
-        sampled(asked(samples=4))
 
 
 def test_a_dataset_that_cannot_be_loaded_says_what_to_do(monkeypatch):

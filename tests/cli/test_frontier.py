@@ -14,7 +14,6 @@ from rac_modifier.errors import RacError
 from rac_modifier.settings.grid import GridEvaluation
 from rac_modifier.settings.sampling import PromptSettings
 from rac_modifier.traces.store import pending_path
-from tests.frontier.sample import write_sample
 from tests.sampling import fake_vllm
 from tests.tiny import NAME, entry
 
@@ -85,13 +84,6 @@ def test_round_to_nearest_is_a_row_too(rac, grid, tiny_folder, tmp_path):
         assert "was measured with another precision" in error
 
 
-def test_a_served_evaluation_needs_answers(tmp_path):
-    (tmp_path / "open.jsonl").write_text('{"question": "why?"}\n')
-    evaluation = GridEvaluation(source=str(tmp_path / "open.jsonl"), problems=1, serve=True)
-    with pytest.raises(RacError, match="name their column"):
-        _held_out_of(evaluation, PromptSettings())
-
-
 def test_problems_of_which_some_lack_an_answer_are_refused(tmp_path):
     """Nothing would be graded, in no row, and no message would say so."""
     file = tmp_path / "q.jsonl"
@@ -116,20 +108,3 @@ def test_a_model_is_served_and_timed(tiny_folder, tmp_path, vllm):
     assert result.tokens_per_second > 0
     assert [start["argv"][1] for start in fake_vllm.starts(tmp_path)] == [str(tiny_folder)]
     assert fake_vllm.left_over(tmp_path) == []
-
-
-@pytest.mark.parametrize(
-    ("folder", "output", "says"),
-    [
-        ("a", "report.txt", "use a name that ends in .html"),
-        ("a", "no/report.html", "no/report.html: cannot be written"),
-        ("b", "report.html", "b holds no results; make them with: rac frontier"),
-    ],
-)
-def test_a_page_that_cannot_be_written(rac, tmp_path, monkeypatch, folder, output, says):
-    monkeypatch.chdir(tmp_path)
-    write_sample(tmp_path / "a")
-    code, _, error = rac("report", folder, "-o", output)
-    assert code == 1
-    assert says in error
-    assert not list(tmp_path.glob("report*"))

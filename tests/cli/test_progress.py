@@ -1,36 +1,9 @@
 """Progress bars are for a terminal: in a file there is none."""
 
-import ast
 import subprocess
 import sys
-from pathlib import Path
 
 from tests.tiny import entry, recipe
-
-PACKAGE = Path(__file__).parents[2] / "rac_modifier"
-
-
-def bars() -> list[tuple[str, ast.Call]]:
-    """Every progress bar that the package makes."""
-    return [
-        (f"{path.relative_to(PACKAGE)}:{node.lineno}", node)
-        for path in sorted(PACKAGE.rglob("*.py"))
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "tqdm"
-    ]
-
-
-def test_no_bar_is_forced_on():
-    """tqdm shows a bar everywhere unless `disable` is None, or a variable or expression that can be
-    None."""
-    shown = bars()
-    assert shown
-    for where, call in shown:
-        given = [keyword.value for keyword in call.keywords if keyword.arg == "disable"]
-        assert given, f"{where}: no disable=None"
-        nodes = [node for value in given for node in ast.walk(value)]
-        may_be_none = any(isinstance(node, ast.Constant) and node.value is None for node in nodes)
-        assert may_be_none or isinstance(given[0], ast.Name), f"{where}: shown in a pipe too"
 
 
 def test_collecting_traces_shows_none_in_a_file(tiny_folder, tmp_path):

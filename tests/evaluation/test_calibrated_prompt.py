@@ -37,12 +37,6 @@ def test_a_hub_id_without_a_connection_is_taken_for_a_model_without_a_record(mon
     assert recorded_prompts("org/not-here") is None
 
 
-@pytest.mark.parametrize("prompts", ["chat", {"traces": 3}, {"traces": {"a": 1}}])
-def test_a_damaged_record_is_an_error(tmp_path, prompts):
-    with pytest.raises(RacError, match=r"rac_run\.json: unreadable prompt settings"):
-        recorded(tmp_path, {"prompts": prompts})
-
-
 def test_the_compressed_models_decide_and_the_dense_one_follows():
     known = {"dense": None, "a": {"traces": BRIEF}, "b": {"traces": BRIEF}, "text": {}}
     line = "Prompt: chat template, system prompt 'Be brief.', thinking off."

@@ -3,7 +3,6 @@ import math
 
 import pytest
 
-from rac_modifier.errors import RacError
 from rac_modifier.evaluation.results import EvalResult, PairedDifference, Row
 from rac_modifier.evaluation.stopping import Ending
 from rac_modifier.measure.intervals import ratio_interval, tango_interval, wilson_interval
@@ -108,15 +107,3 @@ def test_several_answers_per_problem_are_paired_by_their_share():
     assert found.p_value is None
     assert found.describe_truncated() is None
     assert "paired over 3 problems" in found.describe()
-
-
-def test_what_cannot_be_paired_is_refused():
-    dense = answers([1, 0], "dense")
-    with pytest.raises(RacError, match=r"other problems \(1 differ, the first is 'q2'\)"):
-        PairedDifference.of(dense, answers([1, 0, 1], "2:4"))
-    with pytest.raises(RacError, match="cap 64 and 128"):
-        PairedDifference.of(dense, answers([1, 0], "2:4", cap=128))
-    with pytest.raises(RacError, match=r"temperature 0\.0 and 0\.6; evaluate both alike"):
-        PairedDifference.of(dense, answers([1, 0], "2:4", temperature=0.6))
-    with pytest.raises(RacError, match="seed 0 and 1; evaluate both alike"):
-        PairedDifference.of(dense, answers([1, 0], "2:4", seed=1))

@@ -71,7 +71,7 @@ def test_figures_and_answers_are_those_of_the_folder(tmp_path):
     head, *lines = [re.findall(r"<t[hd]>(.*?)</t[hd]>", line) for line in table.split("<tr")[1:]]
     sparse = dict(zip(head, lines[1], strict=True))
     assert sparse["row"] == "50 %"
-    assert sparse["KL"] == "0.01 ± 0.001"
+    assert sparse["KL"] == "0.010 ± 0.001"
     assert sparse["right"] == "85.0% (80.0 to 90.0)"
     assert (sparse["tokens/s"], sparse["truncated"]) == ("500", "25.0%")
     assert dict(zip(head, lines[0], strict=True))["KL"] == "-"

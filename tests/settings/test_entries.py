@@ -83,11 +83,6 @@ def test_what_calibration_alone_does_not_take(settings, message):
         CalibrationEntry(**settings)
 
 
-def test_recovery_without_traces_is_refused():
-    with pytest.raises(ValidationError, match=r"give traces a share of calibration\.mixture, or"):
-        PruningEntry(sparsity=0.5, recover={}, calibration={"mixture": {"generic": 1.0}})
-
-
 ALONE = {"solver": "none", "mask_structure": None, "quantization": {"scheme": "W4A16"}}
 KEEP = {"solver": "keep", "mask_structure": None}
 PAPER = {"preset": "paper"}

@@ -91,34 +91,6 @@ def test_a_layout_in_which_llm_compressor_finds_nothing_is_refused(text, tmp_pat
         CheckedRecipe.load(tmp_path / "r.yaml")
 
 
-def test_a_recipe_has_one_of_our_modifiers(tmp_path):
-    path, second = tmp_path / "r.yaml", "ReasoningAwareCalibrationModifier"
-    modifiers = f"{{a_modifiers: {{{NAME}: {{sparsity: 0.5}}}}, b_modifiers: {{{second}: }}}}"
-    path.write_text(f"a_stage: {modifiers}")
-    with pytest.raises(RacError, match=f"has .*{NAME}.*leave one out"):
-        CheckedRecipe.load(path)
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("sparsity", "is not key=value"),
-        ("=5", "is not key=value"),
-        ("sparsity=[", "the value is not YAML"),
-        ("sparsity.x=1", "sparsity is not a group of settings"),
-        ("solver.x=1", "must be"),
-        (".".join("a" * 2000) + "=1", "is not key=value"),
-        ("GPTQModifier.scheme=W8A8", f"with a modifier of .*r.yaml: {NAME}$"),
-        ("SmoothQuantModifier=1", "write MODIFIER.setting=value"),
-    ],
-)
-def test_overrides_that_cannot_be(tmp_path, override, message):
-    path = tmp_path / "r.yaml"
-    path.write_text(recipe({"sparsity": 0.5}))
-    with pytest.raises(RacError, match=message):
-        CheckedRecipe.load(path, [override])
-
-
 @pytest.mark.parametrize(
     ("later", "says"),
     [
