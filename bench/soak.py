@@ -2,7 +2,7 @@
 
 Memory is what the server's processes have allocated, sampled every 100 requests. The cache
 for keys and values has few blocks, so that the first requests touch all of its pages; a
-larger one looks like a leak. Root's server logs to a disk of 1 MB, full after half of the requests.
+larger one looks like a leak.
 """
 
 import argparse
@@ -11,11 +11,8 @@ import json
 import random
 import shlex
 import statistics
-import subprocess
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -67,26 +64,6 @@ async def in_the_engine(session: aiohttp.ClientSession, url: str) -> float:
     return sum(float(line.split()[-1]) for line in lines if line.startswith(counts))
 
 
-@contextmanager
-def small_disk(folder: Path) -> Iterator[bool]:
-    """Mount 1 MB of memory at a folder inside the context; without the right to, say so."""
-    folder.mkdir(exist_ok=True)
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "log", str(folder)]
-    mounted = subprocess.run(command, capture_output=True).returncode == 0
-    try:
-        yield mounted
-    finally:
-        if mounted:
-            subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
-def fill(folder: Path) -> None:
-    """Write until the disk is full."""
-    with suppress(OSError), open(folder / "filler", "wb", buffering=0) as file:
-        while file.write(bytes(4096)):
-            pass
-
-
 @dataclass
 class Load:
     """What the clients saw: faults, memory in bytes, seconds of whole answers, counted events."""
@@ -97,8 +74,8 @@ class Load:
     counts: Counter[str] = field(default_factory=Counter)
 
 
-async def load(server: Server, vocab: int, requests: int, disk: Path | None) -> Load:
-    """Send the requests; fill the disk of the server's log after half of them."""
+async def load(server: Server, vocab: int, requests: int) -> Load:
+    """Send the requests."""
     draw, seen, waiting = random.Random(0), Load(), requests
     bad = ([vocab], [-1], [], [[]], [2**40], [7] * 513)
 
@@ -134,8 +111,6 @@ async def load(server: Server, vocab: int, requests: int, disk: Path | None) -> 
             except aiohttp.ClientError as error:
                 seen.wrong.append(f"a request failed: {type(error).__name__}: {error}")
             seen.counts["ended"] += 1
-            if disk and seen.counts["ended"] == requests // 2:
-                fill(disk)
             if seen.counts["ended"] % EVERY == 0:
                 seen.samples.append(await asyncio.to_thread(server.allocated))
 
@@ -159,11 +134,9 @@ def soak(options: argparse.Namespace) -> int:
     """Soak `options.soak`, write the table, and return the exit status."""
     folder: Path = options.soak
     vocab = json.loads((folder / "config.json").read_text())["vocab_size"]
-    disk = options.work / "soak"
-    with small_disk(disk) as small:
-        arguments = [*OPTIONS, *shlex.split(options.serve_options)]
-        with serving(folder, arguments, disk / "server.log") as server:
-            seen = asyncio.run(load(server, vocab, options.requests, disk if small else None))
+    arguments = [*OPTIONS, *shlex.split(options.serve_options)]
+    with serving(folder, arguments, options.work / "soak.log") as server:
+        seen = asyncio.run(load(server, vocab, options.requests))
     settled = seen.samples[len(seen.samples) // 10 :]
     furthest = max((sample / settled[0] for sample in settled), key=lambda ratio: abs(ratio - 1))
     if abs(furthest - 1) > TOLERANCE:
@@ -175,7 +148,6 @@ def soak(options: argparse.Namespace) -> int:
         "clients that left": ",.0f",
         "bad prompts refused": ",.0f",
         "failed": ".0f",
-        "disk of the log": "",
         "answer, median, ms": ",.0f",
         "answer, 99 %, ms": ",.0f",
         "MB, settled": ",.1f",
@@ -189,7 +161,6 @@ def soak(options: argparse.Namespace) -> int:
         seen.counts["left"],
         seen.counts["refused"],
         failed,
-        "full after half" if small else "not filled: mount needs root",
         statistics.median(milliseconds),
         milliseconds[int(0.99 * len(milliseconds))],
         settled[0] / 1e6,

@@ -68,7 +68,7 @@ def byte_tokenizer(*, thinking_tags: bool = True) -> PreTrainedTokenizerFast:
     )
 
 
-_SIZES: dict[str, Any] = {
+SIZES: dict[str, Any] = {
     "vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512,
     "tie_word_embeddings": False, "eos_token_id": 1, "pad_token_id": 0, "bos_token_id": None,
@@ -79,7 +79,7 @@ _SIZES: dict[str, Any] = {
 def tiny_model(seed: int = 0, **changes: Any) -> PreTrainedModel:
     """In evaluation mode; `changes` to its config. Head and embedding are tied only if told to."""
     torch.manual_seed(seed)
-    settings = {**_SIZES, "intermediate_size": 128, **changes}
+    settings = {**SIZES, "intermediate_size": 128, **changes}
     model = Qwen3ForCausalLM(Qwen3Config(**settings)).eval()
     model.generation_config.eos_token_id = 1
     return model
@@ -88,7 +88,7 @@ def tiny_model(seed: int = 0, **changes: Any) -> PreTrainedModel:
 def tiny_gemma(seed: int = 0, *, sees: bool = False) -> PreTrainedModel:
     """A Gemma 3, whose norms return the dtype that they read; with a vision tower if it `sees`."""
     torch.manual_seed(seed)
-    text = {**_SIZES, "intermediate_size": 128, "sliding_window": 64}
+    text = {**SIZES, "intermediate_size": 128, "sliding_window": 64}
     config = Gemma3TextConfig(**text)
     if sees:
         tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
@@ -113,7 +113,7 @@ def save_tiny_experts(folder: Path, kind: str = "qwen3", seed: int = 0, **change
     """A tiny mixture of experts with its tokenizer: two of four experts per token."""
     torch.manual_seed(seed)
     config, sizes = _OF_EXPERTS[kind]
-    settings = {**_SIZES, "num_experts_per_tok": 2, **sizes, **changes}
+    settings = {**SIZES, "num_experts_per_tok": 2, **sizes, **changes}
     model = AutoModelForCausalLM.from_config(config(**settings))
     model.generation_config.eos_token_id = 1
     model.save_pretrained(folder)

@@ -124,7 +124,8 @@ def check_output_folder(folder: Path, source: Path | None = None) -> None:
             f"output folder {folder} is the model itself, which is left as it is; name another"
         )
     if existing == folder.absolute() and any(path.name != STAGING for path in folder.iterdir()):
-        raise RacError(f"output folder {folder} is in use; name an empty or a new one")
+        what = "holds a model" if (folder / CONFIG_FILE).exists() else "is in use"
+        raise RacError(f"output folder {folder} {what}; name an empty or a new one")
 
 
 def check_room(folder: Path, need: int, groups: int = 0) -> None:

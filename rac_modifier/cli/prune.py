@@ -84,7 +84,7 @@ def _need_of_traces(settings: "CalibrationEntry", source: str) -> Iterator[str]:
 def _how_to_go_on(output: Path) -> str:
     from rac_modifier.checkpoint.output_folder import unfinished
 
-    results = "the traces that were collected"
+    results = "traces that were collected so far"
     if unfinished(output).is_dir():
         results += f" and what is pruned so far ({unfinished(output)})"
     return options.saving_step(output, f"{results} are kept and will be used")

@@ -45,21 +45,21 @@ class Pattern:
     def parse(cls, mask_structure: str, sparsity: float | None) -> Self:
         """Return the pattern of a recipe: "N:M" (N pruned), or "0:0" with a `sparsity`."""
         match = re.fullmatch(r"([0-9]{1,6}):([0-9]{1,6})", mask_structure)
+        n, m = (int(match[1]), int(match[2])) if match else (-1, -1)
+        problem = None
         if match is None:
-            raise RacError(
+            problem = (
                 f'mask_structure {mask_structure!r}: not "N:M"; use "2:4", or "0:0" with a sparsity'
             )
-        n, m = int(match[1]), int(match[2])
-        if n == m == 0:
-            if sparsity is None:
-                raise RacError('mask_structure "0:0" with no sparsity: add "sparsity: 0.5"')
-            return cls.unstructured(sparsity)
-        pattern = cls.n_of_m(n, m)
-        if sparsity is not None:
-            raise RacError(
+        elif n == m == 0 and sparsity is None:
+            problem = 'mask_structure "0:0" with no sparsity: add "sparsity: 0.5"'
+        elif m > 0 and 0 < n < m and sparsity is not None:
+            problem = (
                 f'sparsity: {sparsity} has no effect with mask_structure "{n}:{m}"; leave one out'
             )
-        return pattern
+        if problem is not None:
+            raise RacError(problem)
+        return cls.unstructured(sparsity or 0.0) if n == m == 0 else cls.n_of_m(n, m)
 
     @property
     def is_structured(self) -> bool:

@@ -167,12 +167,13 @@ class PruningSettings(BaseModel):
     @field_validator("mask_structure", mode="before")
     @classmethod
     def _is_text(cls, value: Any) -> Any:
+        text = 'no pattern; write "2:4", or sparsity: 0.5 for a share'
         if isinstance(value, int) and value >= 60:
             # in YAML 1.1, colons separate digits of base 60
             text = ":".join(map(str, divmod(value, 60)))
-            raise RacError(f'{value} is what YAML reads {text} as; write "{text}", in quotes')
+            text = f'what YAML reads {text} as; write "{text}", in quotes'
         if isinstance(value, int | float):
-            raise RacError(f'{value} is no pattern; write "2:4", or sparsity: 0.5 for a share')
+            raise RacError(f"{value} is {text}")
         return value
 
     @field_validator("targets", "ignore", mode="before")

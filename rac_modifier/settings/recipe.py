@@ -42,18 +42,17 @@ class CheckedRecipe:
         object.__setattr__(self, "content", content)
         object.__setattr__(self, "where", where)
         for group, modifiers in self._groups():
-            if modifiers is None:
-                raise RacError(f"{where}: llm-compressor would overlook {group}; {_LAYOUT}")
-            for name, settings in modifiers.items():
+            wrong = None if modifiers else f"llm-compressor would overlook {group}; {_LAYOUT}"
+            for name, settings in (modifiers or {}).items():
                 if name not in MODIFIERS:
                     close = get_close_matches(str(name), MODIFIERS, 1, 0.6)
                     known = f"did you mean {close[0]}?" if close else f"it has {sorted(MODIFIERS)}"
-                    raise RacError(
-                        f"{where}, {group}: llm-compressor has no modifier {name!r}; {known}"
-                    )
-                if not isinstance(settings, dict | None):
-                    raise RacError(f"{where}: {name} holds {settings!r}, not settings; {_LAYOUT}")
-                modifiers[name] = settings or {}
+                    wrong = f"{group}: llm-compressor has no modifier {name!r}; {known}"
+                elif not isinstance(settings, dict | None):
+                    wrong = f"{name} holds {settings!r:.80}, not settings; {_LAYOUT}"
+            if modifiers is None or wrong is not None:
+                raise RacError(f"{where}: {wrong}")
+            modifiers.update({name: settings or {} for name, settings in modifiers.items()})
 
     @classmethod
     def read(cls, named: str | Path) -> Self:

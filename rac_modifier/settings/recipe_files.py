@@ -30,25 +30,26 @@ def recipe(name: str) -> str:
 
     oneshot("path/or/id", recipe=rac_modifier.recipe("rac_2of4"), output_dir="out")
     """
-    if name not in recipe_names():
-        raise RacError(f"no recipe is named {name!r}; {_suggestion(name)}")
-    return str(FOLDER / f"{name}.yaml")
+    return str(_shipped(name))
 
 
 def find_recipe(named: str | Path) -> Path:
     """Return the user's file, or else the shipped recipe of this name (RacError: neither)."""
     path = Path(named)
-    if not path.is_file() and str(named) in recipe_names():
-        return FOLDER / f"{named}.yaml"
-    if not path.exists():
-        raise RacError(f"no recipe at {named}; {_suggestion(path.stem)}")
-    return path
+    shipped = not path.is_file() and str(named) in recipe_names()
+    return path if path.exists() and not shipped else _shipped(str(named))
 
 
-def _suggestion(name: str) -> str:
-    close = difflib.get_close_matches(name, recipe_names(), n=3, cutoff=0.5)
-    meant = f"did you mean {' or '.join(close)}? Or " if close else ""
-    return f"{meant}name a YAML file, or one of the recipes that `rac recipes` lists"
+def _shipped(name: str) -> Path:
+    """Return the path of a shipped recipe (RacError: no such recipe)."""
+    if name not in recipe_names():
+        close = difflib.get_close_matches(Path(name).stem, recipe_names(), n=3, cutoff=0.5)
+        meant = f"did you mean {' or '.join(close)}? Or " if close else ""
+        raise RacError(
+            f"no recipe {name!r}; {meant}name a YAML file, or one of the recipes that "
+            "`rac recipes` lists"
+        )
+    return FOLDER / f"{name}.yaml"
 
 
 class _PlainLoader(yaml.SafeLoader):

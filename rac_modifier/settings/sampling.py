@@ -132,10 +132,11 @@ def _normal(url: str) -> str:
     except ValueError:
         valid = False
     # urlsplit reads over line ends, which would end a header
+    problem = None
     if not valid or address.query or address.fragment or not url.isprintable() or " " in url:
-        raise RacError(f"base_urls: {url!r} is no address of a server; write it like {_EXAMPLE}")
-    if address.username or address.password:
-        raise RacError(
-            "base_urls: an address holds a user name or password; name a variable with api_key_env"
-        )
+        problem = f"{url!r} is no address of a server; write it like {_EXAMPLE}"
+    elif address.username or address.password:
+        problem = "an address holds a user name or password; name a variable with api_key_env"
+    if problem is not None:
+        raise RacError(f"base_urls: {problem}")
     return url.rstrip("/") + ("/v1" if not address.path.strip("/") else "")

@@ -224,7 +224,7 @@ def test_the_types_of_a_gguf_file_are_those_that_llama_cpp_chooses():
 
 
 @pytest.mark.parametrize("careless", [False, True])
-def test_the_soak_names_a_bad_prompt_that_is_answered(tmp_path, monkeypatch, careless):
+def test_the_soak_names_a_bad_prompt_that_is_answered(monkeypatch, careless):
     async def complete(request):
         body = await request.json()
         prompt = body["prompt"]
@@ -244,13 +244,10 @@ def test_the_soak_names_a_bad_prompt_that_is_answered(tmp_path, monkeypatch, car
         app.add_routes([web.post("/v1/completions", complete), web.get("/metrics", metrics)])
         async with TestServer(app) as fake:
             soaked = SimpleNamespace(url=str(fake.make_url("")), allocated=lambda: 1)
-            return await soak.load(soaked, 64, 400, tmp_path)
+            return await soak.load(soaked, 64, 400)
 
-    filled = []
-    monkeypatch.setattr(soak, "fill", filled.append)
     monkeypatch.setattr(soak, "PROBE", [10])
     seen = asyncio.run(soaked())
-    assert filled == [tmp_path]  # once
     assert seen.counts["ended"] == 400
     assert len(seen.samples) == 4
     assert len(seen.seconds) > 200

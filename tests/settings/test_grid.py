@@ -102,7 +102,7 @@ def test_all_mistakes_are_in_one_message_with_the_rows_that_could_run():
         "my.yaml: nothing was started",
         "\n- too sparse: its recipe: ",
         "1.5",
-        "\n- unknown: no recipe at rac_2of5; did you mean rac_2of4",
+        "\n- unknown: no recipe 'rac_2of5'; did you mean rac_2of4",
         "\n- typo: ",
         "there is no such setting",
         "\n- twice: this label is used twice; give each row its own",
