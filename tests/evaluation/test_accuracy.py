@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from rac_modifier.errors import RacError
-from rac_modifier.evaluation import accuracy
 from rac_modifier.evaluation.accuracy import evaluate
 from rac_modifier.evaluation.results import EvalResult, Row
 from rac_modifier.evaluation.stopping import Loop
@@ -83,12 +82,13 @@ def scripted(model, tokenizer, tmp_path, monkeypatch):
 def rows(monkeypatch):
     """The rows of the last evaluation."""
     checked: list[Row] = []
+    of = EvalResult.of
 
     def summarised(given, **options):
         checked[:] = given
-        return EvalResult.of(given, **options)
+        return of(given, **options)
 
-    monkeypatch.setattr(accuracy, "summarise", summarised)
+    monkeypatch.setattr(EvalResult, "of", summarised)
     return checked
 
 

@@ -60,7 +60,7 @@ class Bench:
         with FrontierFolder(self.out) as folder:
             folder.begin({"model": "tiny"})
             run_grid(folder, rows, HELD_OUT, options.pop("tools", self.tools()), **options)
-        return FrontierFolder.read(self.out).rows
+        return FrontierFolder(self.out).rows
 
 
 @pytest.fixture

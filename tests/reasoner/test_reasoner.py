@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import rac_modifier.reasoner
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation import accuracy
-from rac_modifier.evaluation.results import EvalResult, Row
+from rac_modifier.evaluation.results import Row
 from rac_modifier.problems.held_out import held_out_problems
 from rac_modifier.reasoner import reasoner_path
 from rac_modifier.sampling.prompts import render_question
@@ -51,13 +51,14 @@ def evaluated(reasoner, count, cap, path):
 def answered(reasoner, tmp_path_factory):
     """Greedy answers to held-out problems: the result and its rows."""
     rows: list[Row] = []
+    of = EvalResult.of
 
     def summarised(given, **options):
         rows.extend(given)
-        return EvalResult.of(given, **options)
+        return of(given, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(accuracy, "summarise", summarised)
+        patch.setattr(EvalResult, "of", summarised)
         path = tmp_path_factory.mktemp("answers") / "a.jsonl"
         result = evaluated(reasoner, PROBLEMS, 512, path)
     return result, rows
