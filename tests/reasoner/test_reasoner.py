@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import rac_modifier.reasoner
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation import accuracy
-from rac_modifier.evaluation.results import Row
+from rac_modifier.evaluation.results import EvalResult, Row
 from rac_modifier.problems.held_out import held_out_problems
 from rac_modifier.reasoner import reasoner_path
 from rac_modifier.sampling.prompts import render_question
