@@ -101,6 +101,7 @@ def _(b: Bench) -> None:
     (b.tmp / "q.jsonl").write_text('{"question": "why?"}\n')
     grid = "evaluation: {source: q.jsonl, problems: 1, serve: true}\n"
     (b.tmp / "grid.yaml").write_text(f"{grid}rows: [{{label: a, recipe: rac_2of4}}]")
+    b.monkeypatch.setenv("RAC_VLLM", "sh")
     check = "rac_modifier.sampling.own_server.VllmCommand.check_plugin"
     b.monkeypatch.setattr(check, lambda self: None)
     b.rac("frontier", b.folder, "--recipe-grid", "grid.yaml", "--out", "o")

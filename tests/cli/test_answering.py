@@ -102,7 +102,7 @@ def test_each_model_is_served_in_turn_by_a_server_that_is_stopped(
     out = rac.output("eval", *models, "--serve", *FEW, "--precision", "float32", "--json", "-")
     assert [result["label"] for result in json.loads(out)["results"]] == models
     assert [start["argv"][1] for start in fake_vllm.starts(vllm)] == models
-    assert {start["argv"][-1] for start in fake_vllm.starts(vllm)} == {"float32"}
+    assert all("float32" in start["argv"] for start in fake_vllm.starts(vllm))
     assert fake_vllm.left_over(vllm) == []
 
 
