@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,14 +14,21 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from rac_modifier.cli import options
-from rac_modifier.cli.answering import ask
+from rac_modifier.cli.answering import engine_of, own_server
 from rac_modifier.cli.eval_options import EvalOptions
-from rac_modifier.cli.models import check_model, check_paths, load_on_accelerator, resolve
+from rac_modifier.cli.models import (
+    check_model,
+    check_paths,
+    load_on_accelerator,
+    resolve,
+    subject_of,
+)
 
 if TYPE_CHECKING:
+    from rac_modifier.evaluation.results import EvalResult
     from rac_modifier.measure.divergence import DivergenceResult
     from rac_modifier.problems.source import Problem
-    from rac_modifier.settings.sampling import SamplingSettings
+    from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
 
 
 @options.takes(EvalOptions)
@@ -114,7 +126,7 @@ def _accuracy(
     from rac_modifier.evaluation.tables import accuracy_table, stopping_table
 
     baseline = [] if asked.baseline is None else read_results(asked.baseline, sampling)
-    answered = ask(asked, problems, sampling)
+    answered = _ask(asked, problems, sampling)
     first, *others = [*baseline[:1], *answered]
     pairs = [PairedDifference.of(first, result) for result in others]
     values = {
@@ -132,3 +144,89 @@ def _accuracy(
         *(f"{pair.inflation.describe(pair.first, pair.second)}." for pair in pairs),
         *(f"{text}." for pair in pairs if (text := pair.describe_truncated())),
     ]
+
+
+def _ask(
+    asked: EvalOptions, problems: Sequence[Problem], sampling: SamplingSettings
+) -> list[EvalResult]:
+    """Evaluate the models, or without models the servers."""
+    with options.resumable("the answers so far are kept; run the same command again to go on"):
+        if asked.models:
+            return [_ask_model(name, asked, problems, sampling) for name in asked.models]
+        return _ask_servers(asked, problems, sampling)
+
+
+def _ask_model(
+    name: str, asked: EvalOptions, problems: Sequence[Problem], sampling: SamplingSettings
+) -> EvalResult:
+    from rac_modifier.evaluation.accuracy import evaluate
+
+    engine: AbstractContextManager[EngineSettings | None] = nullcontext()
+    if asked.serve:
+        engine = own_server(name, asked.precision, asked.concurrency, asked.cap)
+    elif asked.server:
+        engine = nullcontext(
+            engine_of(asked.server, asked.concurrency, asked.cap, *asked.served_as)
+        )
+    served = asked.serve or asked.server
+    model = subject_of(name) if served else load_on_accelerator(name, asked.precision)
+    setup = _setup_of(name, asked) if served else None
+    with engine as settings:
+        return evaluate(
+            *model,
+            problems,
+            label=name,
+            source=asked.problem_source,
+            sampling=sampling,
+            path=asked.answers,
+            engine=settings,
+            setup=setup,
+            verifier=asked.verifier,
+        )
+
+
+def _setup_of(name: str, asked: EvalOptions) -> str:
+    """Return a hash of what decides how servers run the model."""
+    from transformers.utils.hub import cached_file
+
+    from rac_modifier.formats.quantization_config import (
+        CONFIG_FILE,
+        QUANTIZATION_KEY,
+        SparsityRecord,
+    )
+    from rac_modifier.runtime.files import read_json
+
+    if asked.serve:
+        variables = [os.environ.get(key, "") for key in ("RAC_VLLM_OPTIONS", "RAC_KERNEL")]
+        setup = [asked.precision, *variables]
+    else:
+        setup = [*sorted(engine_of(asked.server, 1, 1).base_urls), *asked.served_as]
+    config = read_json(cached_file(resolve(name), CONFIG_FILE) or "")
+    decides = [setup, SparsityRecord.of(config).int8_activations]
+    if quantization := config.get(QUANTIZATION_KEY):  # of the key-value cache: no weight has it
+        decides.append(quantization)
+    return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:12]
+
+
+def _ask_servers(
+    asked: EvalOptions, problems: Sequence[Problem], sampling: SamplingSettings
+) -> list[EvalResult]:
+    from rac_modifier.evaluation.chat import evaluate_chat
+
+    names: Sequence[str | None] = asked.served_as or [None] * len(asked.server)
+    results = []
+    for url, name in zip(asked.server, names, strict=True):
+        engine = engine_of((url,), asked.concurrency, asked.cap, name)
+        results.append(
+            evaluate_chat(
+                problems,
+                engine=engine,
+                sampling=sampling,
+                path=asked.answers,
+                verifier=asked.verifier,
+            )
+        )
+    if len({result.label for result in results}) == len(results):
+        return results
+    pairs = zip(results, asked.server, strict=True)
+    return [r.model_copy(update={"label": f"{r.label} at {url}"}) for r, url in pairs]
