@@ -39,6 +39,7 @@ class Dampening:
         """Dampen a Hessian whose diagonal is nowhere negative and somewhere positive."""
         diagonal = hessian.diagonal()
         mean = diagonal.mean()
+        # lambda; a dead input gets the mean too, so that even without lambda H' has a factor
         uniform = frac * mean
         added = torch.where(diagonal == 0, mean, torch.zeros_like(mean)) + uniform
         return cls(frac, retries, uniform, added, diagonal + added)
@@ -111,7 +112,7 @@ class Factor:
         """Return the diagonal blocks of U and R at inputs [start, stop), of factors [..., d, d]."""
         d = reversed_lower.shape[-1]
         block = slice(d - stop, d - start)
-        u = reversed_lower[..., block, block].flip(-2, -1)
+        u = reversed_lower[..., block, block].flip(-2, -1)  # back to the order of the inputs
         identity = torch.eye(stop - start).to(u).expand_as(u)
         # R = U^-1 is triangular too, so its diagonal block is the inverse of the block of U
         return u, torch.linalg.solve_triangular(u, identity, upper=True)

@@ -43,6 +43,7 @@ def _scored(mask: Callable[[Tensor, Tensor, Pattern], Tensor], target: Target) -
     """Prune by a `mask` of weight [rows, d], Hessian and pattern: True = pruned, [rows, d]."""
     weight, problem = target.start(), target.problem
     columns = weight.split(problem.rows, dim=1)
+    # modules by rows: Wanda compares within an output, magnitude within a module
     masks = [
         mask(module.T.contiguous(), problem.hessian, pattern)
         for module, pattern in zip(columns, problem.patterns, strict=True)

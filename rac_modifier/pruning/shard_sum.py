@@ -79,6 +79,7 @@ class ShardSum:
             self.end_shard()
         assert not self._open, "the last shard was not ended"
         self._shard = None
+        # each rank has added its part of every piece; joined, all have the same bits
         if self._parts:
             self._total = self._zeros(self.rows, self.columns)
             for (block, start, stop), part in zip(self._pieces(), self._parts, strict=True):

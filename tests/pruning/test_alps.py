@@ -75,18 +75,6 @@ def test_the_factor_and_the_inverse_agree(pattern, bf16, monkeypatch):
     assert solutions[1].error == pytest.approx(solutions[0].error, rel=0.01)
 
 
-@pytest.mark.parametrize("repeats", [1, 4])
-@pytest.mark.parametrize(
-    ("inputs", "rows"), [(6, 2), (64, 8), (64, 22), (600, 40), (1536, 576), (8960, 1536)]
-)
-def test_the_inverse_is_formed_where_it_takes_fewer_multiply_adds(inputs, rows, repeats):
-    b = min(cholesky.BLOCK, inputs)
-    corners, before = inputs * b, (inputs**2 - inputs * b) / 2
-    factor = inputs**3 / 6 + repeats * rows * 2 * (corners + before)
-    inverse = inputs**3 / 2 + repeats * rows * inputs**2
-    assert alps._forms_inverse(inputs, rows, repeats) == (inverse < factor)
-
-
 @pytest.mark.parametrize("pattern", [Pattern.n_of_m(3, 6), SHARE])
 def test_slices_of_the_inputs_are_as_good_as_all(pattern, monkeypatch):
     """Slices end between groups of a pattern."""
@@ -107,21 +95,6 @@ def test_never_above_sparsegpt_with_a_refit(pattern, seed):
     (plain,) = solve("sparsegpt", [weight], hessian, pattern)
     assert ours.error <= refitted.error
     assert ours.error <= 0.6 * plain.error
-
-
-@settings(max_examples=25, deadline=None)
-@given(
-    rows=st.integers(1, 9),
-    groups=st.integers(1, 30),
-    structure=st.sampled_from([(1, 2), (2, 4), (1, 4), (3, 4), (4, 8), (1, 3), (7, 16)]),
-    seed=st.integers(0, 50),
-)
-def test_groups_are_exact(rows, groups, structure, seed):
-    n, m = structure
-    weight, hessian = random_problem(rows, groups * m, 100, seed)
-    (solution,) = solve("alps", [weight], hessian, Pattern.n_of_m(n, m))
-    assert (~solution.mask).view(rows, groups, m).sum(2).eq(n).all()
-    assert holds(solution.weight, Pattern.n_of_m(n, m))
 
 
 @settings(max_examples=25, deadline=None)

@@ -91,12 +91,6 @@ def test_agrees_with_llmcompressor(pattern):
     assert solution.error <= trace_error(weight - plain, hessian) * 1.001
 
 
-def test_its_own_errors_leave_the_share_of_the_dampening_out():
-    weight, hessian = random_problem(40, 300, 120, dtype=torch.float64)
-    (solution,) = solve("sparsegpt", [weight], hessian, Pattern.unstructured(0.02))
-    assert solution.error == pytest.approx(trace_error(weight - solution.weight, hessian), rel=1e-9)
-
-
 def problems_with_a_hessian_each(patterns: list[Pattern]) -> list[Problem]:
     """Two modules each; the second has a dead input, the third needs more dampening."""
     problems = []
@@ -147,10 +141,3 @@ def test_problems_of_other_shapes_or_patterns_are_solved_one_after_the_other():
     for problem, solutions in zip((first, other), solved, strict=True):
         (alone,) = solve_many([problem], SolverOptions("sparsegpt"))
         assert all(torch.equal(a.weight, b.weight) for a, b in zip(alone, solutions, strict=True))
-
-
-def test_as_many_small_problems_in_a_batch_as_stay_in_caches():
-    cpu = torch.device("cpu")
-    assert sparsegpt.problems_per_batch(256, 512, cpu) == 16
-    assert sparsegpt.problems_per_batch(1 << 16, 1 << 16, cpu) == 1
-    assert sparsegpt.problems_per_batch(1024, 4096, torch.device("cuda")) == 16  # of 16 MiB each

@@ -127,18 +127,3 @@ def test_the_error_is_far_below_rounding_to_nearest_and_the_search_has_its_share
     monkeypatch.setattr("rac_modifier.quantization.scales._FP4_FACTORS", (1.0,))
     (largest,) = quantize(*args, dtype=torch.float32)
     assert searched.relative_error < 0.93 * largest.relative_error
-
-
-@pytest.mark.parametrize("exponent", [-120, -14, 0, 14])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_power_of_two_is_stored_as_its_exponent(exponent, dtype):
-    """Also where a logarithm of it is computed on the way."""
-    scale = (
-        GRIDS["mxfp4"].stored(torch.tensor([1.3 * 2.0**exponent]).expand(64, 1), dtype).to(dtype)
-    )
-    scheme = preset_name_to_scheme("MXFP4A16", ["Linear"])
-    compressor = BaseCompressor.get_value_from_registry("mxfp4-pack-quantized")
-    stored = compressor.compress({"weight": torch.zeros(64, 32), "weight_scale": scale}, scheme)
-    assert torch.equal(
-        stored["weight_scale"], torch.full((64, 1), exponent + 127, dtype=torch.uint8)
-    )
