@@ -39,6 +39,7 @@ def test_the_message_says_what_is_wrong(case, tiny_folder, trace_store, tmp_path
     with pytest.raises(RacError) as caught:
         case.run(bench)
     assert case.says in str(caught.value)
+    assert len(str(caught.value)) < 10_000
 
 
 def errors_table() -> str:
