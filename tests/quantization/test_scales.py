@@ -111,6 +111,16 @@ def test_weights_on_an_asymmetric_grid_are_exact(bits):
     assert torch.allclose(steps.scale[0], scales.double(), rtol=1e-6)
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_group_of_zeros_has_a_scale(symmetric):
+    grid = Encoding("int", 2, 16, symmetric=symmetric)
+    steps = search_steps(torch.zeros(48, 3), grid, torch.ones(48), torch.float16)
+    assert steps.scale.shape == (3, 3)
+    first = torch.full((3, 3), 0.4 if symmetric else 1.0).half()
+    assert torch.equal(steps.scale.half(), first), "the first of equal shares of 1"
+    assert symmetric or bool(((steps.zero >= -2) & (steps.zero <= 1)).all())
+
+
 def coded(seed: int) -> tuple[torch.Tensor, ...]:
     """Codes [d, rows] for scales that are a fifth off, the target, the scales and the Hessian."""
     _, _, target, hessian = problem(rows=ROWS, d=D, seed=seed, dtype=torch.float64)
