@@ -21,7 +21,7 @@ from rac_modifier.sampling.prompts import render_question
 from rac_modifier.settings.calibration import CalibrationSettings, part_tokens
 from rac_modifier.settings.sampling import PromptSettings
 from rac_modifier.settings.traces import TraceSettings
-from rac_modifier.traces.records import Trace, trace_of
+from rac_modifier.traces.records import Trace
 
 _MANY_UNFINISHED = 0.5  # of the traces: then a warning says so
 
@@ -151,7 +151,7 @@ def _received(sent: dict[str, Any], settings: CalibrationSettings) -> Calibratio
         for fields in sent["sequences"]
     ]
     loader = CalibrationLoader.of(sequences, settings)
-    received = tuple(map(trace_of, sent["reserved"]))
+    received = tuple(map(Trace.of, sent["reserved"]))
     return CalibrationSet(loader, sent["counts"], received=received)
 
 

@@ -20,7 +20,7 @@ from rac_modifier.sampling.model_identity import ModelIdentity
 from rac_modifier.settings.calibration import CalibrationSettings
 from rac_modifier.settings.check import check_settings
 from rac_modifier.settings.traces import SelectSettings, TraceSettings
-from rac_modifier.traces.records import Trace, is_store
+from rac_modifier.traces.records import StoreHeader, Trace
 from rac_modifier.traces.selection import Judge, Selection
 from rac_modifier.traces.store import TraceStore
 
@@ -142,7 +142,7 @@ def export_store(
         )
     if not output.absolute().parent.is_dir():
         raise RacError(f"{str(output)!r}: its folder does not exist; create it first")
-    if is_store(output):
+    if StoreHeader.is_in(output):
         raise RacError(f"{str(output)!r} is a trace store, and stays as it is; name another file")
     selection = Selection(settings or SelectSettings())
     judge = Judge(tokenizer, store.header)

@@ -27,7 +27,7 @@ _ENOUGH_TO_JUDGE = 256  # traces after which the share that a selection keeps is
 _GROWTH = 4.0  # largest growth of the judged traces between two checks
 
 
-def hold_out(traces: Iterable[Trace], tokens: int, held: list[Trace]) -> Iterator[Trace]:
+def _hold_out(traces: Iterable[Trace], tokens: int, held: list[Trace]) -> Iterator[Trace]:
     """Yield traces without the first prompts: four or more, with all samples, go to `held`.
 
     These have at least `tokens` tokens; 0 tokens hold out nothing.
@@ -65,8 +65,8 @@ class TracePool:
         held_out: list[Trace] = []
         reserved: list[Trace] = []
         self.repeated_tokens = store.counts.tokens
-        others = hold_out(self._without_repeats(), held_out_tokens, held_out)
-        candidates = hold_out(others, reserved_tokens, reserved)
+        others = _hold_out(self._without_repeats(), held_out_tokens, held_out)
+        candidates = _hold_out(others, reserved_tokens, reserved)
         self.lengths = {t.id: t.tokens for t in self.selection.keep(candidates, judge)}
         self.held_out = tuple(held_out)
         self.kept_out_tokens = sum(trace.tokens for trace in (*held_out, *reserved))

@@ -149,14 +149,14 @@ def _tools_of(
     from rac_modifier.frontier.folder import slug
     from rac_modifier.frontier.run import Tools
     from rac_modifier.settings.problems import ProblemSource
-    from rac_modifier.traces.store import pending_path
+    from rac_modifier.traces.store import TraceStore
 
     source = local_folder(resolve(model))
 
     def serve(folder: Path, label: str) -> EvalResult:
         answers = out / "served" / f"{slug(label)}.jsonl"
         # answers of a killed run would be counted without the seconds that they took
-        for path in (answers, pending_path(answers)):
+        for path in (answers, TraceStore.pending_path(answers)):
             path.unlink(missing_ok=True)
         concurrency = evaluation.concurrency or evaluation.batch_size
         with own_server(str(folder), precision, concurrency, evaluation.cap) as engine:

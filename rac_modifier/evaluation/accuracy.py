@@ -21,8 +21,8 @@ from rac_modifier.sampling.prompts import render_question
 from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
 from rac_modifier.traces.fill_store import FillStore
-from rac_modifier.traces.records import StoreHeader, read_header
-from rac_modifier.traces.store import TraceStore, failures_path, read_failures
+from rac_modifier.traces.records import StoreHeader
+from rac_modifier.traces.store import FailedProblem, TraceStore
 
 # At a temperature above 0; the reference evaluation has 0.6 and 0.95 (arXiv 2509.12464).
 TOP_P = 0.95
@@ -73,7 +73,7 @@ def evaluate(
     with contextlib.closing(
         engine_for(engine, identity, in_memory, tokenizer, sampling, evaluates=True)
     ) as chosen:
-        if read_header(path) is None:
+        if StoreHeader.read(path) is None:
             record = chosen.connect().model_copy(update={"setup": setup})
             header = header.model_copy(update={"engine": record})
         with TraceStore.open_append(path, header) as store:
@@ -92,7 +92,7 @@ def evaluate(
             _check_endings(store, set(eos_token_ids(identity, tokenizer)))
             if len(store):
                 logger.info(f"{path} holds {len(store)} answers already: going on from there")
-            failures_path(path).unlink(missing_ok=True)
+            FailedProblem.path(path).unlink(missing_ok=True)
             filling = FillStore(store, chosen, iter(problems), tokenizer)
             before = store.counts.completion_tokens + filling.early_tokens
             filling.run(None)
@@ -162,7 +162,7 @@ def _stored_rows(
     expected = {f"{problem.id}#{i}": problem for problem in problems for i in range(samples)}
     missing = [name for name in expected if name not in store]
     if missing:
-        reasons = {failed.id: failed.reason for failed in read_failures(store.path)}
+        reasons = {failed.id: failed.reason for failed in FailedProblem.read(store.path)}
         raise RacError(
             f"{len(missing)} of {len(expected)} answers are missing (first: {missing[0]!r}, "
             f"{reasons.get(missing[0], 'not asked')}); others are kept in {store.path}: run again"

@@ -36,7 +36,7 @@ from rac_modifier.settings.recovery import RecoverySettings
 from rac_modifier.settings.sampling import PromptSettings
 from rac_modifier.settings.traces import TraceSettings
 from rac_modifier.traces.collect import collect_traces
-from rac_modifier.traces.records import Trace, trace_of
+from rac_modifier.traces.records import Trace
 from rac_modifier.traces.store import TraceStore
 
 Load = Callable[[str], tuple[Any, Any]]  # a model and its tokenizer
@@ -86,7 +86,7 @@ def recover_checkpoint(
         hashes = {str(entry.get("sha256")) for entry in stores.values()}
         tokens = settings.reserved_tokens
         collected, fresh = collect_unused(model, tokenizer, traces, tokens, hashes)
-    fresh = [trace_of(sent) for sent in processes.from_first([asdict(trace) for trace in fresh])]
+    fresh = [Trace.of(sent) for sent in processes.from_first([asdict(trace) for trace in fresh])]
 
     def own(training: Sequence[TokenSequence], kept: Path) -> list[TokenSequence]:
         assert collected is not None  # the first process samples

@@ -18,7 +18,7 @@ def share_interval(shares: Sequence[float]) -> Interval:
     A bootstrap over problems. With an answer per problem, or equal shares: Wilson's interval.
     """
     if set(shares) <= {0.0, 1.0} or len(set(shares)) == 1:
-        return wilson_interval(math.fsum(shares), len(shares))
+        return _wilson_interval(math.fsum(shares), len(shares))
     return ratio_interval(shares, [1.0] * len(shares))
 
 
@@ -30,11 +30,11 @@ def difference_interval(differences: Sequence[float]) -> Interval:
     if set(differences) <= {-1.0, 0.0, 1.0} or len(set(differences)) == 1:
         lost = -math.fsum(min(value, 0.0) for value in differences)
         gained = math.fsum(max(value, 0.0) for value in differences)
-        return tango_interval(lost, gained, len(differences))
+        return _tango_interval(lost, gained, len(differences))
     return ratio_interval(differences, [1.0] * len(differences))
 
 
-def wilson_interval(correct: float, total: int) -> Interval:
+def _wilson_interval(correct: float, total: int) -> Interval:
     """Return Wilson's score interval of a proportion, which is valid near 0 and 1 too."""
     share, spread = correct / total, Z * Z / total
     centre = (share + spread / 2) / (1 + spread)
@@ -43,7 +43,7 @@ def wilson_interval(correct: float, total: int) -> Interval:
     return min(max(0.0, centre - half), share), max(min(1.0, centre + half), share)
 
 
-def tango_interval(lost: float, gained: float, total: int) -> Interval:
+def _tango_interval(lost: float, gained: float, total: int) -> Interval:
     """Return Tango's score interval of (gained - lost) / total (Statistics in Medicine 17, 1998).
 
     |gained - lost - total d| = Z sqrt(total (2 p + d (1 - d))) at its bounds d, where p is the
@@ -84,7 +84,7 @@ def mcnemar(lost: int, gained: int) -> float:
     return min(1.0, 2 * tail)
 
 
-def pass_at_k(correct: int, samples: int, k: int) -> float:
+def _pass_at_k(correct: int, samples: int, k: int) -> float:
     """Estimate the chance that one of k answers is right (arXiv 2107.03374, eq. 1)."""
     return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
 
@@ -92,7 +92,7 @@ def pass_at_k(correct: int, samples: int, k: int) -> float:
 def mean_pass_at(counts: Sequence[int], samples: int) -> dict[str, float]:
     """Return pass@k over problems for k = 1, 2, 4 ... `samples`; `counts` are right answers."""
     ks = sorted({min(2**power, samples) for power in range(samples.bit_length() + 1)})
-    return {str(k): fmean(pass_at_k(count, samples, k) for count in counts) for k in ks}
+    return {str(k): fmean(_pass_at_k(count, samples, k) for count in counts) for k in ks}
 
 
 def mean_over_tokens(rows: Sequence[Sequence[float]]) -> tuple[float, float | None]:

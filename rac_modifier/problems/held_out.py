@@ -143,7 +143,7 @@ def benchmark_problems(
             answer = last[1].strip().replace(",", "")  # thousands
         elif preset.answers == "choices":
             choices = [answer, *(_filled(row, name) for name in preset.wrong_columns)]
-            question, answer = with_choices(question, choices)
+            question, answer = _with_choices(question, choices)
         text = f"{question.strip()}\n\n{preset.instruction}"
         problems.append(row.problem(text, answer, preset.name))
     _check_count(problems, count, table.name)
@@ -157,7 +157,7 @@ def _filled(row: TableRow, column: str) -> str:
     return text
 
 
-def with_choices(question: str, choices: list[str]) -> tuple[str, str]:
+def _with_choices(question: str, choices: list[str]) -> tuple[str, str]:
     """Return a question with its choices, shuffled by it alone, and the letter of `choices[0]`."""
     order = list(range(len(choices)))
     random.Random(f"{_CHOICES_SEED}/{question}").shuffle(order)

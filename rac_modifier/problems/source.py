@@ -138,7 +138,7 @@ class TableRow:
         question = self.values[column]
         if not isinstance(question, str) or not question.strip() or _is_broken(question):
             raise RacError(
-                f"{self.where}: column {column!r} must hold the question as text in Unicode, it "
+                f"{self.where}: column {column!r} must hold the question as text, it "
                 f"holds {repr(question)[:80]}; choose another column"
             )
         return question

@@ -45,7 +45,7 @@ def sparse_masks(model: torch.nn.Module) -> dict[str, Tensor]:
 
 def masks_of_zeros(model: torch.nn.Module) -> dict[str, Tensor]:
     """Return what `sparse_masks` does, or nothing where no matrix is sparse."""
-    masks, adapters = {}, inside_adapters(model)
+    masks, adapters = {}, _inside_adapters(model)
     for name, module in model.named_modules():
         if module in adapters:
             continue
@@ -92,7 +92,7 @@ class FixedMask:
         ]
 
     def _mask_adapters(self, model: torch.nn.Module) -> None:
-        mask_adapters(model, {self._parameters[name]: mask for name, mask in self.masks.items()})
+        _mask_adapters(model, {self._parameters[name]: mask for name, mask in self.masks.items()})
 
     @torch.no_grad()
     def apply(self) -> None:
@@ -153,7 +153,7 @@ def fixed_mask(
 _MASKED = "_rac_masked"
 
 
-def inside_adapters(model: torch.nn.Module) -> set[torch.nn.Module]:
+def _inside_adapters(model: torch.nn.Module) -> set[torch.nn.Module]:
     """Return the modules that PEFT added: their zeros are initial values, not pruned weights."""
     added: set[torch.nn.Module] = set()
     for layer in _tuner_layers(model).values():
@@ -161,7 +161,7 @@ def inside_adapters(model: torch.nn.Module) -> set[torch.nn.Module]:
     return added
 
 
-def mask_adapters(model: torch.nn.Module, masks: Mapping[torch.nn.Parameter, Tensor]) -> None:
+def _mask_adapters(model: torch.nn.Module, masks: Mapping[torch.nn.Parameter, Tensor]) -> None:
     """Mask the adapters of `model`, also when they are merged (RacError: no plain LoRA)."""
     for name, layer in _tuner_layers(model).items():
         weight: Any = getattr(layer.get_base_layer(), "weight", None)

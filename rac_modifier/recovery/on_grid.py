@@ -68,7 +68,7 @@ def _spread(part: Tensor, grid: Encoding, like: Tensor) -> Tensor:
     return part.repeat_interleave(grid.group_size or columns, dim=1)[:, :columns]
 
 
-class OnGrid(torch.nn.Module):
+class _OnGrid(torch.nn.Module):
     """Parametrize a weight [rows, columns] by a master weight and changes of its scales."""
 
     start: Tensor
@@ -159,7 +159,7 @@ def on_grid(model: torch.nn.Module, quantized: Mapping[str, QuantizedWeight]) ->
     for module in faked:
         module.quantization_enabled = False
     for name, module in modules.items():
-        form = OnGrid(quantized[name]).to(module.weight.device)
+        form = _OnGrid(quantized[name]).to(module.weight.device)
         parametrize.register_parametrization(module, "weight", form)
     try:
         yield

@@ -7,6 +7,7 @@ import contextlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -32,67 +33,64 @@ class Progress:
     stopped: str = ""  # why the present try ended early
     tries: int = 0  # how often the learning rate was lowered
 
+    def save(self, folder: Path, student: Student, optimizer: torch.optim.Optimizer) -> None:
+        """Write a new file, and replace the old one, which remains on an error (RacError)."""
+        entries = [("best", name, tensor) for name, tensor in self.best.items()]
+        for name, parameter in student.parameters.items():
+            entries.append(("weight", name, parameter))
+            entries += [(part, name, value) for part, value in optimizer.state[parameter].items()]
+        tensors = {}
+        for part, name, tensor in entries:
+            gathered = student.whole(name, student.local(tensor)) if tensor.dim() else tensor.cpu()
+            if student.processes.is_first:
+                tensors[f"{part}/{name}"] = gathered.contiguous()
+        if not student.processes.is_first:
+            return
+        about = {name: value for name, value in vars(self).items() if name != "best"}
+        problem = f"{folder}: the state of the recovery run cannot be written"
+        step = "make room, then start the same command again: it goes on after the last state"
+        with refusing(problem, step, OSError, SafetensorError):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_tensors_atomic(folder / _FILE, tensors, {"about": json.dumps(about)})
 
-def save_state(
-    folder: Path, progress: Progress, student: Student, optimizer: torch.optim.Optimizer
-) -> None:
-    """Write a new file, and replace the old one, which remains on an error (RacError)."""
-    entries = [("best", name, tensor) for name, tensor in progress.best.items()]
-    for name, parameter in student.parameters.items():
-        entries.append(("weight", name, parameter))
-        entries += [(part, name, value) for part, value in optimizer.state[parameter].items()]
-    tensors = {}
-    for part, name, tensor in entries:
-        gathered = student.whole(name, student.local(tensor)) if tensor.dim() else tensor.cpu()
-        if student.processes.is_first:
-            tensors[f"{part}/{name}"] = gathered.contiguous()
-    if not student.processes.is_first:
-        return
-    about = {name: value for name, value in vars(progress).items() if name != "best"}
-    problem = f"{folder}: the state of the recovery run cannot be written"
-    step = "make room, then start the same command again: it goes on after the last state"
-    with refusing(problem, step, OSError, SafetensorError):
-        folder.mkdir(parents=True, exist_ok=True)
-        write_tensors_atomic(folder / _FILE, tensors, {"about": json.dumps(about)})
+    @classmethod
+    @torch.no_grad()
+    def load(
+        cls, folder: Path, key: str, student: Student, optimizer: torch.optim.Optimizer
+    ) -> Self:
+        """Restore weights and moments, which the first rank reads and sends (RacError).
 
-
-@torch.no_grad()
-def load_state(
-    folder: Path, key: str, student: Student, optimizer: torch.optim.Optimizer
-) -> Progress:
-    """Restore weights and moments, which the first rank reads and sends (RacError).
-
-    Without this state return a new `Progress`.
-    """
-    path, processes = folder / _FILE, student.processes
-    problem = f"{path}: the state of a recovery run cannot be read"
-    damage = (OSError, SafetensorError, KeyError, json.JSONDecodeError, TypeError)
-    with (
-        refusing(problem, "remove it to start anew", *damage),
-        contextlib.ExitStack() as stack,
-    ):
-        file, about = None, {}
-        if processes.is_first and path.exists():
-            file = stack.enter_context(safe_open(path, framework="pt"))
-            about = json.loads(file.metadata()["about"]) | {"names": list(file.keys())}
-        about = processes.from_first(about)
-        # a state of other weights, sequences or settings would train something else
-        if about.pop("key", None) != key:
-            return Progress(key)
-        names = about.pop("names")
-        about["curve"] = [(step, kl) for step, kl in about["curve"]]
-        progress = Progress(key, **about)
-        for name in names:
-            part, _, of = name.partition("/")
-            tensor = processes.send(file.get_tensor(name) if file is not None else None).cpu()
-            parameter = student.parameters[of]
-            if part == "step":
-                optimizer.state[parameter][part] = tensor.to(parameter.device)
-            elif part == "best":
-                progress.best[of] = student.shard(tensor).clone()
-            elif part == "weight":
-                student.local(parameter).copy_(student.shard(tensor))
-            else:
-                moment = student.shard(tensor).clone()
-                optimizer.state[parameter][part] = student.like(of, moment)
-    return progress
+        Without this state return a new `Progress`.
+        """
+        path, processes = folder / _FILE, student.processes
+        problem = f"{path}: the state of a recovery run cannot be read"
+        damage = (OSError, SafetensorError, KeyError, json.JSONDecodeError, TypeError)
+        with (
+            refusing(problem, "remove it to start anew", *damage),
+            contextlib.ExitStack() as stack,
+        ):
+            file, about = None, {}
+            if processes.is_first and path.exists():
+                file = stack.enter_context(safe_open(path, framework="pt"))
+                about = json.loads(file.metadata()["about"]) | {"names": list(file.keys())}
+            about = processes.from_first(about)
+            # a state of other weights, sequences or settings would train something else
+            if about.pop("key", None) != key:
+                return cls(key)
+            names = about.pop("names")
+            about["curve"] = [(step, kl) for step, kl in about["curve"]]
+            progress = cls(key, **about)
+            for name in names:
+                part, _, of = name.partition("/")
+                tensor = processes.send(file.get_tensor(name) if file is not None else None).cpu()
+                parameter = student.parameters[of]
+                if part == "step":
+                    optimizer.state[parameter][part] = tensor.to(parameter.device)
+                elif part == "best":
+                    progress.best[of] = student.shard(tensor).clone()
+                elif part == "weight":
+                    student.local(parameter).copy_(student.shard(tensor))
+                else:
+                    moment = student.shard(tensor).clone()
+                    optimizer.state[parameter][part] = student.like(of, moment)
+        return progress

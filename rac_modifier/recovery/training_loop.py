@@ -15,7 +15,7 @@ from torch import Tensor
 from rac_modifier.errors import RacError
 from rac_modifier.measure.teacher_forcing import TokenSequence, batches_of_like_length
 from rac_modifier.recovery.loss import head_kl, output_head, predicting_states, targets
-from rac_modifier.recovery.state import Progress, load_state, save_state
+from rac_modifier.recovery.state import Progress
 from rac_modifier.recovery.student import Batch, Student
 from rac_modifier.recovery.teacher import StoredTeacher
 from rac_modifier.runtime.progress import StepProgress
@@ -67,7 +67,7 @@ class TrainingLoop:
         """Train at one rate; where the held-out KL rises, at the next from the best weights."""
         self.optimizer, run = self._new_optimizer(), Progress(key)
         if self.state is not None:
-            run = load_state(self.state, key, self.student, self.optimizer)
+            run = Progress.load(self.state, key, self.student, self.optimizer)
         if not run.curve:
             kl = self.check(run)
             if not math.isfinite(kl):
@@ -113,7 +113,7 @@ class TrainingLoop:
         with contextlib.closing(progress):
             while run.step < len(self.steps) and not run.stopped:
                 for group in self.optimizer.param_groups:
-                    group["lr"] = rate * rate_at(run.step, len(self.steps))
+                    group["lr"] = rate * _rate_at(run.step, len(self.steps))
                 loss = self.step(self.steps[run.step])
                 run.step += 1
                 at = f"at learning rate {rate:.2g}"
@@ -137,7 +137,7 @@ class TrainingLoop:
         if self.state is None:
             return
         try:
-            save_state(self.state, run, self.student, self.optimizer)
+            run.save(self.state, self.student, self.optimizer)
         except RacError as error:
             logger.warning(f"training goes on without a new state: {error}")
 
@@ -204,7 +204,7 @@ def default_learning_rate(parameters: int) -> float:
     return _RATE * (parameters / _PARAMETERS) ** _EXPONENT
 
 
-def rate_at(step: int, steps: int) -> float:
+def _rate_at(step: int, steps: int) -> float:
     """Return the share of the highest rate at `step` of `steps`: linear up, then down."""
     # (t + 1) / n_up, then 1 - 0.9 (t + 1 - n_up) / (n - n_up): a tenth at the last step
     rising = max(1, round(_WARM_UP * steps))

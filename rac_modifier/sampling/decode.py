@@ -1,7 +1,7 @@
 """Decode a batch whose rows end at different times: ended rows are taken out of the batch.
 
-Two copies of the key-value cache are avoided: `grouped_sdpa` does not repeat it per query head,
-and `RoomyLayer` does not copy it at every step.
+Two copies of the key-value cache are avoided: `_grouped_sdpa` does not repeat it per query head,
+and `_RoomyLayer` does not copy it at every step.
 """
 
 import inspect
@@ -49,7 +49,7 @@ def decode(
     inputs = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     positions = (mask.cumsum(1) - 1).clamp_min(0)
-    cache = roomy_cache(model.config)
+    cache = _roomy_cache(model.config)
     keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
     only_last = {"logits_to_keep": 1} if keeps else {}
     ends, longest = torch.tensor(eos, device=device), torch.tensor(limits, device=device)
@@ -83,7 +83,7 @@ def decode(
     return [row[:limit] for row, limit in zip(output.tolist(), limits, strict=True)]
 
 
-def grouped_sdpa(
+def _grouped_sdpa(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -114,11 +114,11 @@ def grouped_sdpa(
 
 @contextmanager
 def grouped_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Decode with `grouped_sdpa` inside the context, if the model uses "sdpa"."""
+    """Decode with `_grouped_sdpa` inside the context, if the model uses "sdpa"."""
     if model.config._attn_implementation != "sdpa":
         yield
         return
-    AttentionInterface.register(_ATTENTION, grouped_sdpa)
+    AttentionInterface.register(_ATTENTION, _grouped_sdpa)
     AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
     model.set_attn_implementation(_ATTENTION)
     try:
@@ -127,7 +127,7 @@ def grouped_attention(model: PreTrainedModel) -> Iterator[None]:
         model.set_attn_implementation("sdpa")
 
 
-class RoomyLayer(DynamicLayer):
+class _RoomyLayer(DynamicLayer):
     """A `DynamicLayer` whose `keys` and `values` are views into longer tensors."""
 
     def __init__(self) -> None:
@@ -161,10 +161,10 @@ class RoomyLayer(DynamicLayer):
         return room[..., :end, :]
 
 
-def roomy_cache(config: PreTrainedConfig) -> DynamicCache:
-    """Return a `DynamicCache` with `RoomyLayer`s; sliding windows stay as they are."""
+def _roomy_cache(config: PreTrainedConfig) -> DynamicCache:
+    """Return a `DynamicCache` with `_RoomyLayer`s; sliding windows stay as they are."""
     cache = DynamicCache(config=config)
     cache.layers = [
-        RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers
+        _RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers
     ]
     return cache

@@ -35,9 +35,9 @@ class Draw:
         vocabulary = scores.shape[-1]
         if not self.top_k and self.top_p >= 1.0:
             everything = torch.arange(vocabulary, device=scores.device)
-            return (scores + gumbel_noise(rows, position, everything)).argmax(-1)
+            return (scores + _gumbel_noise(rows, position, everything)).argmax(-1)
         values, ids = self._candidates(scores)
-        chosen = (values + gumbel_noise(rows, position, ids)).argmax(-1, keepdim=True)
+        chosen = (values + _gumbel_noise(rows, position, ids)).argmax(-1, keepdim=True)
         return ids.gather(1, chosen).squeeze(1)
 
     def _candidates(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,7 +70,7 @@ def row_keys(seed: int, keys: list[str], device: torch.device | str = "cpu") -> 
     )
 
 
-def gumbel_noise(rows: torch.Tensor, position: int, tokens: torch.Tensor) -> torch.Tensor:
+def _gumbel_noise(rows: torch.Tensor, position: int, tokens: torch.Tensor) -> torch.Tensor:
     """Compute standard Gumbel noise [rows, tokens], float32, of (row key, position, token).
 
     `rows` are int64 keys [rows], `tokens` ids [tokens], or [rows, tokens] if each row has its own.

@@ -13,8 +13,8 @@ from rac_modifier.sampling.model_identity import ModelIdentity
 from rac_modifier.sampling.openai_server import engine_for
 from rac_modifier.settings.traces import TraceSettings
 from rac_modifier.traces.fill_store import FillStore
-from rac_modifier.traces.records import StoreHeader, read_header
-from rac_modifier.traces.store import TraceStore, read_failures
+from rac_modifier.traces.records import StoreHeader
+from rac_modifier.traces.store import FailedProblem, TraceStore
 
 
 def collect_traces(
@@ -42,7 +42,7 @@ def collect_traces(
     sampling = settings.sampling.resolved(identity.generation_config)
     header = StoreHeader.of(identity, tokenizer, sampling, problems)
     path = header.path("rac_traces") if settings.store is None else Path(settings.store)
-    stored = read_header(path)
+    stored = StoreHeader.read(path)
     if stored is not None and stored.fingerprint != header.fingerprint:
         store = _read_off_policy(path, stored, header, tokens, settings.allow_off_policy)
         _check_ids(store, identity)
@@ -83,7 +83,7 @@ def collect_traces(
 
 def used_up(store: TraceStore, settings: TraceSettings, tokens: int) -> str:
     """Describe problems that gave less than `tokens`, and which of them failed."""
-    failed = len(read_failures(store.path))
+    failed = len(FailedProblem.read(store.path))
     again = "remove the .failed.jsonl file to try them again"
     return (
         f"the problems of {settings.problems.source!r} are used up: {store.counts.tokens:,} tokens "

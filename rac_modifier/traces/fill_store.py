@@ -19,14 +19,7 @@ from rac_modifier.sampling.engine import Completions, Failure, Prompt
 from rac_modifier.sampling.openai_server import Engine
 from rac_modifier.sampling.prompts import render_question
 from rac_modifier.traces.records import Trace
-from rac_modifier.traces.store import (
-    FailedProblem,
-    TraceStore,
-    append_failures,
-    failures_path,
-    pending_path,
-    read_failures,
-)
+from rac_modifier.traces.store import FailedProblem, TraceStore
 
 _FAILURES_OF_AN_OUTAGE = 16  # without a success between them; fewer are bad problems
 
@@ -67,14 +60,16 @@ class FillStore:
         self._asked: dict[str, _Sample] = {}
         self._total = 0  # tokens of the samples that have left the queue
         self._known = 0  # the same, plus the known tokens of samples in the queue
-        self.failed = {failed.id for failed in read_failures(store.path)}
+        self.failed = {failed.id for failed in FailedProblem.read(store.path)}
         # Failures since the last success are not written yet: they may be an outage, which must not
         # change the order. They hold up later samples.
         self._doubtful: list[_Sample] = []
         self._pending: TraceStore | None = None
         self._early: dict[str, Trace] = {}
-        if pending_path(store.path).exists():
-            self._pending = TraceStore.open_append(pending_path(store.path), store.header)
+        if TraceStore.pending_path(store.path).exists():
+            self._pending = TraceStore.open_append(
+                TraceStore.pending_path(store.path), store.header
+            )
             self._early = {trace.id: trace for trace in self._pending if trace.id not in store}
 
     @property
@@ -193,11 +188,11 @@ class FillStore:
         if not samples:
             return
         failed = [FailedProblem(s.id, s.problem.question, s.reason) for s in samples]
-        append_failures(self._store.path, failed)
+        FailedProblem.append(self._store.path, failed)
         self.failed.update(sample.id for sample in samples)
         for sample in samples:
             sample.settled = True
-        path = str(failures_path(self._store.path))
+        path = str(FailedProblem.path(self._store.path))
         logger.warning(f"{len(samples)} problems failed ({samples[-1].reason}); see {path!r}")
 
     def _store_in_order(self, tokens: int) -> None:
@@ -213,7 +208,7 @@ class FillStore:
         """Write traces that wait for an earlier one to the second store."""
         early = [sample.trace for sample in self._queue if sample.trace is not None]
         if self._pending is None and early and not self._queue[0].settled:
-            path = pending_path(self._store.path)
+            path = TraceStore.pending_path(self._store.path)
             self._pending = TraceStore.open_append(path, self._store.header)
         if self._pending is not None:
             self._pending.append_many([trace for trace in early if trace.id not in self._pending])

@@ -46,6 +46,19 @@ class Trace:
     question: str  # for review only: calibration reads the ids
     answer: str | None  # the reference answer, if the source has it
 
+    @staticmethod
+    def of(fields: dict[str, Any]) -> Trace:
+        """Return the trace with these fields, as JSON has them."""
+        try:
+            trace = _TRACE.validate_python(fields)
+            # a lone surrogate is an error
+            f"{trace.id}{trace.problem_id}{trace.question}{trace.answer}".encode()
+            return trace
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(map(str, first["loc"]))
+            raise ValueError(f"not the fields of a trace: {field}: {first['msg']}") from error
+
     @property
     def tokens(self) -> int:
         """Return prompt and completion tokens together."""
@@ -118,19 +131,55 @@ class StoreHeader(BaseModel, extra="forbid", frozen=True):
         names = [self.fingerprint[:12], hashlib.sha256(text.encode()).hexdigest()[:12]]
         return Path(folder, "-".join(names if setup is None else [*names, setup]) + ".jsonl")
 
+    def differences(self, current: StoreHeader) -> list[str]:
+        """List what keeps two runs from sharing a store: "seed: 0 in the file, 1 asked for"."""
+        names = ("fingerprint", "tokenizer", "chat_template")
+        pairs = [(name, getattr(self, name), getattr(current, name)) for name in names]
+        now = current.deciding()
+        for section, values in self.deciding().items():
+            pairs += [
+                (f"{section}.{name}", old, now[section][name]) for name, old in values.items()
+            ]
+        return [
+            f"{name}: {_short(old)} in the file, {_short(new)} asked for"
+            for name, old, new in pairs
+            if old != new
+        ]
 
-def header_differences(stored: StoreHeader, current: StoreHeader) -> list[str]:
-    """List what keeps two runs from sharing a store: "seed: 0 in the file, 1 asked for"."""
-    names = ("fingerprint", "tokenizer", "chat_template")
-    pairs = [(name, getattr(stored, name), getattr(current, name)) for name in names]
-    now = current.deciding()
-    for section, values in stored.deciding().items():
-        pairs += [(f"{section}.{name}", old, now[section][name]) for name, old in values.items()]
-    return [
-        f"{name}: {_short(old)} in the file, {_short(new)} asked for"
-        for name, old, new in pairs
-        if old != new
-    ]
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> Self | None:
+        """Read the header of a store; None if the file is missing, or ends within its first line.
+
+        RacError if the file is no trace store of this version.
+        """
+        path = Path(path)
+        if not path.exists():
+            return None
+        try:
+            with regular_file(path, "file of traces or answers").open("rb") as file:
+                line = read_line(file, path)
+            if line.endswith(b"\n"):
+                return cls(**decode("header", line[:-1]))
+        except (OSError, ValueError) as error:
+            if isinstance(error, RacError):
+                raise
+            reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+            raise RacError(
+                f"{str(path)!r} is no file of traces or answers of this version ({reason}); name "
+                "another file"
+            ) from error
+        # Only what looks like our own beginning may be overwritten.
+        if line and not line.startswith(_BEGINNING[: len(line)]) and line.strip(b"\0"):
+            raise RacError(f"{str(path)!r} is no file of traces or answers; name another file")
+        return None
+
+    @staticmethod
+    def is_in(path: Path) -> bool:
+        """Tell whether a file begins as a trace store does, of whatever version."""
+        if not path.is_file():
+            return False
+        with path.open("rb") as file:
+            return file.read(len(_BEGINNING)) == _BEGINNING
 
 
 def encode(kind: Literal["header", "trace"], value: StoreHeader | Trace) -> bytes:
@@ -154,53 +203,6 @@ def decode(kind: Literal["header", "trace"], line: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"a {kind} must be an object")
     return value
-
-
-def trace_of(fields: dict[str, Any]) -> Trace:
-    """Return the trace with these fields, as JSON has them."""
-    try:
-        trace = _TRACE.validate_python(fields)
-        f"{trace.id}{trace.problem_id}{trace.question}{trace.answer}".encode()  # no lone surrogate
-        return trace
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"]))
-        raise ValueError(f"not the fields of a trace: {field}: {first['msg']}") from error
-
-
-def read_header(path: str | os.PathLike[str]) -> StoreHeader | None:
-    """Read the header of a store; None if the file is missing, or ends within its first line.
-
-    RacError if the file is no trace store of this version.
-    """
-    path = Path(path)
-    if not path.exists():
-        return None
-    try:
-        with regular_file(path, "file of traces or answers").open("rb") as file:
-            line = read_line(file, path)
-        if line.endswith(b"\n"):
-            return StoreHeader(**decode("header", line[:-1]))
-    except (OSError, ValueError) as error:
-        if isinstance(error, RacError):
-            raise
-        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
-        raise RacError(
-            f"{str(path)!r} is no file of traces or answers of this version ({reason}); name "
-            "another file"
-        ) from error
-    # Only what looks like our own beginning may be overwritten.
-    if line and not line.startswith(_BEGINNING[: len(line)]) and line.strip(b"\0"):
-        raise RacError(f"{str(path)!r} is no file of traces or answers; name another file")
-    return None
-
-
-def is_store(path: Path) -> bool:
-    """Tell whether a file begins as a trace store does, of whatever version."""
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return file.read(len(_BEGINNING)) == _BEGINNING
 
 
 def read_line(file: BinaryIO, path: Path) -> bytes:

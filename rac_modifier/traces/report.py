@@ -12,7 +12,7 @@ from rac_modifier.settings.sampling import PromptSettings
 from rac_modifier.settings.traces import SelectSettings
 from rac_modifier.traces.records import Trace
 from rac_modifier.traces.selection import Judge, Selection
-from rac_modifier.traces.store import TraceStore, read_failures
+from rac_modifier.traces.store import FailedProblem, TraceStore
 
 _PROMPT = {"template", "thinking", "system_prompt"}
 
@@ -48,7 +48,7 @@ def describe_store(store: TraceStore) -> str:
         f"traces      {counts.traces:,} ({counts.finished:,} finished), {counts.prompt_tokens:,} "
         f"prompt and {counts.completion_tokens:,} completion tokens",
     ]
-    if failed := len(read_failures(store.path)):
+    if failed := len(FailedProblem.read(store.path)):
         again = "remove the .failed.jsonl file to try them again"
         lines.append(f"failed      {failed:,} problems, skipped ({again})")
     endings = count_endings(store)

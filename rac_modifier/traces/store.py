@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Self
 
 from loguru import logger
 
@@ -24,10 +25,7 @@ from rac_modifier.traces.records import (
     Trace,
     decode,
     encode,
-    header_differences,
-    read_header,
     read_line,
-    trace_of,
 )
 
 _PATIENCE = 10.0  # seconds that another process may hold the lock: it may only read the traces
@@ -68,7 +66,7 @@ class TraceStore(AbstractContextManager["TraceStore"]):
         RacError if there is no such file, it is no store, or a line is corrupt.
         """
         path = Path(path)
-        header = read_header(path)
+        header = StoreHeader.read(path)
         if header is None:
             raise RacError(f"trace store {str(path)!r} does not exist or holds no header")
         store = cls(path, header)
@@ -136,6 +134,11 @@ class TraceStore(AbstractContextManager["TraceStore"]):
                 number += 1
                 yield self._decode(read_line(file, self.path), number)
 
+    @staticmethod
+    def pending_path(store: Path) -> Path:
+        """Return traces.pending.jsonl for traces.jsonl."""
+        return store.with_name(f"{store.stem}.pending.jsonl")
+
     def sha256(self) -> str:
         """Hash the file's valid part, for the run record."""
         digest = hashlib.sha256()
@@ -166,7 +169,7 @@ class TraceStore(AbstractContextManager["TraceStore"]):
         return chosen
 
     def _open_locked(self, header: StoreHeader) -> None:
-        stored = read_header(self.path)
+        stored = StoreHeader.read(self.path)
         if stored is None:
             self._truncate()  # a header cut short by a kill: no trace was stored yet
             self._write(encode("header", header))
@@ -174,7 +177,7 @@ class TraceStore(AbstractContextManager["TraceStore"]):
             os.fsync(directory)  # the name of the new file
             os.close(directory)
             return
-        if differences := header_differences(stored, header):
+        if differences := stored.differences(header):
             raise RacError(
                 f"{str(self.path)!r} was filled under other settings "
                 f"({'; '.join(differences)}); use these, or name another file"
@@ -203,7 +206,7 @@ class TraceStore(AbstractContextManager["TraceStore"]):
 
     def _decode(self, line: bytes, number: int, seen: Container[str] = ()) -> Trace:
         try:
-            trace = trace_of(decode("trace", line.rstrip(b"\n")))
+            trace = Trace.of(decode("trace", line.rstrip(b"\n")))
             if trace.id in seen:
                 raise ValueError(f"trace {trace.id!r} is there twice")
         except ValueError as error:
@@ -249,39 +252,36 @@ class FailedProblem:
     question: str
     reason: str
 
+    @staticmethod
+    def path(store: Path) -> Path:
+        """Return traces.failed.jsonl for traces.jsonl."""
+        return store.with_name(f"{store.stem}.failed.jsonl")
 
-def pending_path(store: Path) -> Path:
-    """Return traces.pending.jsonl for traces.jsonl."""
-    return store.with_name(f"{store.stem}.pending.jsonl")
+    @classmethod
+    def read(cls, store: Path) -> list[Self]:
+        """Read the failed problems of a store, without a line that a kill cut short."""
+        path = cls.path(store)
+        if not path.exists():
+            return []
+        try:
+            text = regular_file(path, "list of failed problems").read_bytes()
+            lines = text[: text.rfind(b"\n") + 1].splitlines()
+            return [cls(**json.loads(line)) for line in lines if line.strip()]
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            raise RacError(f"{str(path)!r} is not a list of failed problems ({error})") from error
 
-
-def failures_path(store: Path) -> Path:
-    """Return traces.failed.jsonl for traces.jsonl."""
-    return store.with_name(f"{store.stem}.failed.jsonl")
-
-
-def read_failures(store: Path) -> list[FailedProblem]:
-    """Read the failed problems of a store, without a line that a kill cut short."""
-    path = failures_path(store)
-    if not path.exists():
-        return []
-    try:
-        text = regular_file(path, "list of failed problems").read_bytes()
-        lines = text[: text.rfind(b"\n") + 1].splitlines()
-        return [FailedProblem(**json.loads(line)) for line in lines if line.strip()]
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise RacError(f"{str(path)!r} is not a list of failed problems ({error})") from error
-
-
-def append_failures(store: Path, failed: Sequence[FailedProblem]) -> None:
-    """Append failed problems of a locked store; they are on the disk when this returns."""
-    path = failures_path(store)
-    try:
-        with path.open("ab+") as file:
-            file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)
-            file.write("".join(json.dumps(asdict(problem)) + "\n" for problem in failed).encode())
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise RacError(f"{str(path)!r} cannot be written: {error}; make room") from error
+    @classmethod
+    def append(cls, store: Path, failed: Sequence[Self]) -> None:
+        """Append failed problems of a locked store; they are on the disk when this returns."""
+        path = cls.path(store)
+        try:
+            with path.open("ab+") as file:
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
+                file.write(
+                    "".join(json.dumps(asdict(problem)) + "\n" for problem in failed).encode()
+                )
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise RacError(f"{str(path)!r} cannot be written: {error}; make room") from error

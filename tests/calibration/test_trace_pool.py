@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rac_modifier.calibration import trace_pool
-from rac_modifier.calibration.trace_pool import TracePool, collect_for_calibration, hold_out
+from rac_modifier.calibration.trace_pool import TracePool, _hold_out, collect_for_calibration
 from rac_modifier.errors import RacError
 from rac_modifier.runtime import models as model_tools
 from rac_modifier.settings.calibration import CalibrationSettings
@@ -31,7 +31,7 @@ def trace(problem: str, sample: int = 0, length: int = 10, answer: str | None = 
 
 def split(traces: list[Trace], tokens: int) -> tuple[list[Trace], list[Trace]]:
     held: list[Trace] = []
-    others = list(hold_out(traces, tokens, held))
+    others = list(_hold_out(traces, tokens, held))
     return held, others
 
 

@@ -13,7 +13,7 @@ from rac_modifier.cli.frontier import _held_out_of, _tools_of
 from rac_modifier.errors import RacError
 from rac_modifier.settings.grid import GridEvaluation
 from rac_modifier.settings.sampling import PromptSettings
-from rac_modifier.traces.store import pending_path
+from rac_modifier.traces.store import TraceStore
 from tests.sampling import fake_vllm
 from tests.tiny import NAME, entry
 
@@ -100,7 +100,7 @@ def test_a_model_is_served_and_timed(tiny_folder, tmp_path, vllm):
     held_out = _held_out_of(evaluation, PromptSettings())
     stale = tmp_path / "served" / "a-ca978112.jsonl"  # of the label "a", of a killed run
     stale.parent.mkdir()
-    for path in (stale, pending_path(stale)):
+    for path in (stale, TraceStore.pending_path(stale)):
         path.write_text("its seconds would be lost\n")
     tools = _tools_of(str(tiny_folder), evaluation, held_out, tmp_path, "float32")
     result = tools.serve(tiny_folder, "a")

@@ -16,7 +16,7 @@ from rac_modifier.sampling.model_identity import ModelIdentity
 from rac_modifier.sampling.prompts import render_question
 from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
-from rac_modifier.traces.store import TraceStore, pending_path
+from rac_modifier.traces.store import TraceStore
 from tests.sampling.fake_server import FakeServer
 from tests.tiny import byte_tokenizer, tiny_model
 
@@ -193,7 +193,7 @@ def test_the_speed_after_a_kill_is_that_of_the_answers_that_were_missing(
     served(server, tokenizer, model, path)
     header, *lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join([header, *lines[:5]]))
-    pending_path(path).write_bytes(b"".join([header, *lines[8:]]))
+    TraceStore.pending_path(path).write_bytes(b"".join([header, *lines[8:]]))
     server.bodies.clear()
     result = served(server, tokenizer, model, path)
     assert len(server.bodies) == 3

@@ -5,7 +5,7 @@ import pytest
 
 from rac_modifier.evaluation.results import EvalResult, PairedDifference, Row
 from rac_modifier.evaluation.stopping import Ending
-from rac_modifier.measure.intervals import ratio_interval, tango_interval, wilson_interval
+from rac_modifier.measure.intervals import _tango_interval, _wilson_interval, ratio_interval
 from rac_modifier.settings.sampling import SamplingSettings
 
 NUMBERS = itertools.count()
@@ -34,7 +34,7 @@ def test_summary():
     assert (found.mean_completion_tokens, found.mean_thinking_tokens) == (30, 21)
     assert (found.unfinished_share, found.tokens_per_second) == (0.25, 60)
     assert found.per_task == {"addition": 0.5, "gcd": 1.0}
-    assert (found.ci_low, found.ci_high) == wilson_interval(3, 4)
+    assert (found.ci_low, found.ci_high) == _wilson_interval(3, 4)
     assert result(rows, generated=30).tokens_per_second == 15  # of this run, in 2 s
     assert result(rows, generated=0).tokens_per_second == 0.0
 
@@ -64,7 +64,7 @@ def test_a_difference_is_paired():
     found = PairedDifference.of(answers(dense, "dense"), answers(sparse, "2:4"))
     assert (found.only_first, found.only_second, found.problems) == (8, 0, 200)
     assert found.difference == pytest.approx(-0.04)
-    assert (found.ci_low, found.ci_high) == tango_interval(8, 0, 200)
+    assert (found.ci_low, found.ci_high) == _tango_interval(8, 0, 200)
     assert found.p_value == pytest.approx(2 / 2**8)
     assert found.inflation.at_cap.ratio == 1.0
     assert found.describe() == (

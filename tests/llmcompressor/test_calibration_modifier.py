@@ -11,7 +11,7 @@ from llmcompressor.modifiers.quantization import QuantizationModifier
 from transformers import PreTrainedModel
 
 from rac_modifier import RacError, ReasoningAwareSparseGPTModifier
-from rac_modifier.calibration.trace_pool import hold_out
+from rac_modifier.calibration.trace_pool import _hold_out
 from rac_modifier.evaluation import activations
 from rac_modifier.measure.divergence import DenseReference
 from rac_modifier.runtime import models as model_tools
@@ -53,7 +53,7 @@ def test_the_record_holds_what_measuring_again_measures(held, dense):
     folder, model, _ = held
     measured = record_of(folder / "out")["divergence"]
     held_out = []
-    others = list(hold_out(TraceStore.read(folder / "own.jsonl"), 300, held_out))
+    others = list(_hold_out(TraceStore.read(folder / "own.jsonl"), 300, held_out))
     assert sum(t.tokens for t in others) >= TOKENS
     sequences = [((*t.prompt_ids, *t.completion_ids), len(t.prompt_ids)) for t in held_out]
     kls, agrees = map(torch.cat, reference(dense, model, sequences))

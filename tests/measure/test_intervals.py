@@ -10,15 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rac_modifier.measure.intervals import (
+    _pass_at_k,
+    _tango_interval,
+    _wilson_interval,
     difference_interval,
     mcnemar,
     mean_over_tokens,
     mean_pass_at,
-    pass_at_k,
     ratio_interval,
     share_interval,
-    tango_interval,
-    wilson_interval,
 )
 
 
@@ -33,7 +33,7 @@ from rac_modifier.measure.intervals import (
     ],
 )
 def test_wilson_interval_against_published_values(correct, total, low, high):
-    assert wilson_interval(correct, total) == pytest.approx((low, high), abs=6e-5)
+    assert _wilson_interval(correct, total) == pytest.approx((low, high), abs=6e-5)
 
 
 KL = st.floats(0, 50)
@@ -61,7 +61,7 @@ DISCORDANT = [(8, 0, 200), (2, 12, 50), (5, 5, 30), (1, 0, 10)]
 
 @pytest.mark.parametrize(("lost", "gained", "total"), DISCORDANT)
 def test_tango_bounds_solve_the_score_equation_with_a_searched_likelihood(lost, gained, total):
-    low, high = tango_interval(lost, gained, total)
+    low, high = _tango_interval(lost, gained, total)
     assert low < (gained - lost) / total < high
     assert searched_score(lost, gained, total, low) == pytest.approx(1.959964, abs=1e-3)
     assert searched_score(lost, gained, total, high) == pytest.approx(-1.959964, abs=1e-3)
@@ -70,7 +70,7 @@ def test_tango_bounds_solve_the_score_equation_with_a_searched_likelihood(lost, 
 def test_without_a_discordant_pair_tango_is_the_rule_of_four():
     """The score is n d / sqrt(n |d| (1 - |d|)) there, so |d| = z^2 / (n + z^2)."""
     bound = 1.959964**2 / (60 + 1.959964**2)
-    assert tango_interval(0, 0, 60) == pytest.approx((-bound, bound), abs=1e-9)
+    assert _tango_interval(0, 0, 60) == pytest.approx((-bound, bound), abs=1e-9)
 
 
 @pytest.mark.parametrize("interval", [share_interval, difference_interval])
@@ -110,7 +110,7 @@ def test_pass_at_k_is_the_share_of_all_choices_of_k_answers_that_hold_a_right_on
     correct, samples, k = counts
     answers = [True] * correct + [False] * (samples - correct)
     choices = list(itertools.combinations(answers, k))
-    assert pass_at_k(correct, samples, k) == pytest.approx(sum(map(any, choices)) / len(choices))
+    assert _pass_at_k(correct, samples, k) == pytest.approx(sum(map(any, choices)) / len(choices))
 
 
 def test_pass_at_is_reported_for_powers_of_two_and_all():

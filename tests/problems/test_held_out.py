@@ -11,10 +11,10 @@ from rac_modifier.problems.answer_checker import check_answer
 from rac_modifier.problems.answers import is_correct
 from rac_modifier.problems.held_out import (
     Preset,
+    _with_choices,
     benchmark_problems,
     held_out_problems,
     same_letter,
-    with_choices,
 )
 from rac_modifier.problems.source import gym_item, load_problems
 from rac_modifier.settings.problems import ProblemSource
@@ -130,7 +130,7 @@ def test_choices_are_lettered_in_an_order_of_the_question_alone(tmp_path):
         assert sorted(line[3:] for line in lines[2:6]) == sorted(str(10 * i + k) for k in range(4))
         assert f"{problem.answer}) {10 * i}" in lines
         assert again[question] == replace(problem, id=again[question].id)
-    question, letter = with_choices("What is 2 + 2?", ["4", "3", "5", "22"])  # in every version
+    question, letter = _with_choices("What is 2 + 2?", ["4", "3", "5", "22"])  # in every version
     assert (question, letter) == ("What is 2 + 2?\n\nA) 4\nB) 5\nC) 3\nD) 22", "A")
 
 

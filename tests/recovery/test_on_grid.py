@@ -5,8 +5,8 @@ import torch
 
 from rac_modifier.formats.encoding import Encoding
 from rac_modifier.recovery.on_grid import (
-    OnGrid,
     QuantizedWeight,
+    _OnGrid,
     codes_of,
     master_in_cell,
     on_grid,
@@ -119,7 +119,7 @@ def test_forward_value_and_gradients_are_those_of_the_formulas(zero, cached, mon
         master[:, column] = ((end - points) * wide)[:, column]
     master[0, 40] = 3e38  # over its scale, 0.25, it is infinite
     master.requires_grad_()
-    form = OnGrid(QuantizedWeight(grid, scale, zero=zero))
+    form = _OnGrid(QuantizedWeight(grid, scale, zero=zero))
     value = form(master)
     x = master.detach() / wide
     codes = (x + points).clamp(-2, 1).round() - points

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from rac_modifier.recovery.training_loop import default_learning_rate, plan_steps, rate_at
+from rac_modifier.recovery.training_loop import _rate_at, default_learning_rate, plan_steps
 from rac_modifier.settings.recovery import RecoverySettings
 from tests.recovery.recovery_helpers import sequences
 
@@ -23,11 +23,11 @@ def test_the_default_learning_rate_goes_through_what_was_measured():
 
 
 def test_the_rate_rises_for_a_tenth_and_falls_to_a_tenth():
-    rates = [rate_at(step, 100) for step in range(100)]
+    rates = [_rate_at(step, 100) for step in range(100)]
     assert [rates[0], rates[9], rates[99]] == pytest.approx([0.1, 1.0, 0.1])
     assert rates.index(max(rates)) == 9
     assert rates[54] == pytest.approx(0.55, abs=0.01)  # half-way down
-    assert [rate_at(0, 1), rate_at(0, 2), rate_at(1, 2)] == pytest.approx([1.0, 1.0, 0.1])
+    assert [_rate_at(0, 1), _rate_at(0, 2), _rate_at(1, 2)] == pytest.approx([1.0, 1.0, 0.1])
 
 
 def test_steps_cover_each_pass_in_another_order_and_are_not_sorted_by_length():

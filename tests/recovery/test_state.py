@@ -3,7 +3,7 @@ import torch
 
 from rac_modifier.checkpoint import files
 from rac_modifier.errors import RacError
-from rac_modifier.recovery.state import Progress, load_state, save_state
+from rac_modifier.recovery.state import Progress
 from rac_modifier.recovery.student import Student
 from tests.meeting import together
 
@@ -26,13 +26,13 @@ def test_what_is_saved_comes_back_bit_for_bit_and_only_for_its_run(tmp_path):
     student, optimizer = trained(3)
     curve = [(0, 0.5), (2, 0.25)]
     progress = Progress("key", 3, {"w": torch.ones(4, 3)}, 2, 0.25, curve)
-    save_state(tmp_path, progress, student, optimizer)
+    progress.save(tmp_path, student, optimizer)
     other, other_optimizer = trained(0)
     start = other.parameters["w"].detach().clone()
-    assert load_state(tmp_path, "other", other, other_optimizer) == Progress("other")
+    assert Progress.load(tmp_path, "other", other, other_optimizer) == Progress("other")
     assert torch.equal(other.parameters["w"], start)
     assert not other_optimizer.state
-    progress = load_state(tmp_path, "key", other, other_optimizer)
+    progress = Progress.load(tmp_path, "key", other, other_optimizer)
     assert torch.equal(progress.best.pop("w"), torch.ones(4, 3))
     assert progress == Progress("key", 3, {}, 2, 0.25, curve)
     for name, parameter in student.parameters.items():
@@ -44,15 +44,15 @@ def test_what_is_saved_comes_back_bit_for_bit_and_only_for_its_run(tmp_path):
 def test_every_process_gets_its_shard_of_the_state_in_the_folder_of_the_first(tmp_path):
     """The second has another state in its folder, as after a run in which it was the first."""
     student, optimizer = trained(3)
-    save_state(tmp_path / "0", Progress("key", 3, {"w": torch.ones(4, 3)}), student, optimizer)
-    save_state(tmp_path / "1", Progress("key", 2), *trained(2))
+    Progress("key", 3, {"w": torch.ones(4, 3)}).save(tmp_path / "0", student, optimizer)
+    Progress("key", 2).save(tmp_path / "1", *trained(2))
 
     def load(processes):
         cut = Student(None, {}, processes)
         weights = {n: torch.nn.Parameter(torch.zeros(SHAPES[n])) for n in SHAPES}
         cut.parameters = {n: torch.nn.Parameter(cut.shard(w.data)) for n, w in weights.items()}
         moments = torch.optim.AdamW(cut.parameters.values())
-        return load_state(tmp_path / str(processes.rank), "key", cut, moments), cut, moments
+        return Progress.load(tmp_path / str(processes.rank), "key", cut, moments), cut, moments
 
     for progress, cut, moments in together(2, load):
         assert progress.step == 3
@@ -68,11 +68,11 @@ def test_every_process_gets_its_shard_of_the_state_in_the_folder_of_the_first(tm
 def test_a_damaged_state_is_an_error_that_names_the_file(tmp_path):
     (tmp_path / "recovery.safetensors").write_bytes(b"cut")
     with pytest.raises(RacError, match=r"recovery\.safetensors: the state of a recovery run"):
-        load_state(tmp_path, "key", *trained(0))
+        Progress.load(tmp_path, "key", *trained(0))
 
 
 def test_a_full_disk_leaves_the_old_state(tmp_path, monkeypatch):
-    save_state(tmp_path, Progress("key", 3), *trained(3))
+    Progress("key", 3).save(tmp_path, *trained(3))
     before = (tmp_path / "recovery.safetensors").read_bytes()
 
     def full(tensors, path, metadata):
@@ -81,6 +81,6 @@ def test_a_full_disk_leaves_the_old_state(tmp_path, monkeypatch):
 
     monkeypatch.setattr(files, "save_file", full)
     with pytest.raises(RacError, match=r"cannot be written \(.*No space left.*start the same"):
-        save_state(tmp_path, Progress("key", 4), *trained(4))
+        Progress("key", 4).save(tmp_path, *trained(4))
     assert (tmp_path / "recovery.safetensors").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["recovery.safetensors"]

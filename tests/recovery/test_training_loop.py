@@ -32,11 +32,11 @@ HELD_OUT = sequences(1, seed=2)
 def ended(tmp_path_factory):
     """The result of a run, its model, its folder, and the lines of its log."""
     folder, lines, saves = tmp_path_factory.mktemp("ended"), [], []
-    save = training_loop.save_state
+    save = Progress.save
     handler = logger.add(lambda message: lines.append(message.record["message"]), level="INFO")
     dense, model = dense_and_sparse()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training_loop, "save_state", lambda *args: saves.append(save(*args)))
+        patch.setattr(Progress, "save", lambda *args: saves.append(save(*args)))
         result = run(model, dense, state=folder)
     assert len(saves) == 1, "at the end: the run was shorter than 5 minutes"
     logger.remove(handler)
@@ -51,7 +51,7 @@ def test_a_log_file_shows_step_loss_and_time_left(ended):
 
 
 def test_a_disk_that_is_full_for_a_while_does_not_end_the_training(ended, tmp_path, monkeypatch):
-    calls, save = [], training_loop.save_state
+    calls, save = [], Progress.save
 
     def full_at_first(*args):
         calls.append(1)
@@ -59,7 +59,7 @@ def test_a_disk_that_is_full_for_a_while_does_not_end_the_training(ended, tmp_pa
             raise RacError("no room")
         save(*args)
 
-    monkeypatch.setattr(training_loop, "save_state", full_at_first)
+    monkeypatch.setattr(Progress, "save", full_at_first)
     monkeypatch.setattr(training_loop, "_SAVE_SECONDS", 0.0)
     dense, model = dense_and_sparse()
     result = run(model, dense, state=tmp_path)

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, Qwen3NextConfig
 from transformers.cache_utils import DynamicLayer
 
 from rac_modifier.sampling import decode as decoding
-from rac_modifier.sampling.decode import RoomyLayer, decode, grouped_attention, grouped_sdpa
-from rac_modifier.sampling.draw import Draw, gumbel_noise, row_keys
+from rac_modifier.sampling.decode import _grouped_sdpa, _RoomyLayer, decode, grouped_attention
+from rac_modifier.sampling.draw import Draw, _gumbel_noise, row_keys
 
 EOS = [1, *range(118, 128)]
 PROMPTS = [[2, 40, 50], [2, 60], [2, *range(10, 17)], [2, 33, 34, 35, 36], [2, 9], [2, 71, 72]]
@@ -25,7 +25,7 @@ def alone(model, prompt, limit, key, temperature):
         scores = model(torch.tensor([ids])).logits[:, -1]
         if temperature:
             scores = scores / temperature
-            scores = scores + gumbel_noise(key[None], step, torch.arange(128))
+            scores = scores + _gumbel_noise(key[None], step, torch.arange(128))
         ids.append(int(scores.argmax()))
         if ids[-1] in EOS:
             break
@@ -106,7 +106,7 @@ def test_it_is_attention_in_which_neighbouring_heads_share_keys(heads, shared):
     mask[..., -1] = True
     module = torch.nn.Module()
     module.num_key_value_groups = heads // shared
-    output, _ = grouped_sdpa(module, query, key, value, mask, scaling=0.3)
+    output, _ = _grouped_sdpa(module, query, key, value, mask, scaling=0.3)
     expected = written_out(query, key, value, mask, 0.3)
     torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-6)
 
@@ -116,9 +116,9 @@ def test_models_decode_the_same_tokens_and_keep_their_attention(model, monkeypat
 
     def counted(*args, **options):
         used.append(args[1].shape[2])
-        return grouped_sdpa(*args, **options)
+        return _grouped_sdpa(*args, **options)
 
-    monkeypatch.setattr(decoding, "grouped_sdpa", counted)
+    monkeypatch.setattr(decoding, "_grouped_sdpa", counted)
     prompts = [[2, 40, 50], [2, 60], [2, *range(10, 30)]]
     rows = row_keys(0, ["a", "b", "c"])
     options = {"limits": [20] * 3, "eos": [], "pad": 0, "draw": Draw(1.0), "rows": rows}
@@ -139,7 +139,7 @@ def states(rows: int, tokens: int, seed: int) -> tuple[torch.Tensor, torch.Tenso
 
 
 def test_the_cache_holds_what_transformers_holds_also_where_rows_are_taken_out():
-    ours, theirs = RoomyLayer(), DynamicLayer()
+    ours, theirs = _RoomyLayer(), DynamicLayer()
     ours.update(*states(4, 5, 0))
     theirs.update(*states(4, 5, 0))
     first, rows, places = ours.keys, 4, set()

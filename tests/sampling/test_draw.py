@@ -11,7 +11,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from rac_modifier.sampling.draw import Draw, gumbel_noise, row_keys
+from rac_modifier.sampling.draw import Draw, _gumbel_noise, row_keys
 
 VOCABULARY = 5000
 ROWS = row_keys(1, [f"r{i}" for i in range(64)])
@@ -49,7 +49,7 @@ def test_tokens_equal_those_of_a_full_sort(shape, temperature, top_k, top_p):
     draw = Draw(temperature, top_k, top_p)
     for position in range(4):
         scores = logits(SHAPES[shape], seed=position)
-        whole = warped(scores, temperature, top_k, top_p) + gumbel_noise(
+        whole = warped(scores, temperature, top_k, top_p) + _gumbel_noise(
             ROWS, position, torch.arange(VOCABULARY)
         )
         assert torch.equal(draw.tokens(scores, ROWS, position), whole.argmax(-1))
@@ -82,10 +82,10 @@ def reference(row, position, token):
 def test_equals_the_reference_in_plain_integers():
     rows = row_keys(3, ["a#0", "b#1"])
     for position in (0, 1, 511, 100_000):
-        noise = gumbel_noise(rows, position, torch.arange(40))
+        noise = _gumbel_noise(rows, position, torch.arange(40))
         expected = [
             [reference(row, position, token) for token in range(40)] for row in rows.tolist()
         ]
         torch.testing.assert_close(noise, torch.tensor(expected), rtol=1e-4, atol=1e-5)
         ids = torch.tensor([[4, 39, 0], [17, 4, 30]])
-        assert torch.equal(gumbel_noise(rows, position, ids), noise.gather(1, ids))
+        assert torch.equal(_gumbel_noise(rows, position, ids), noise.gather(1, ids))

@@ -11,7 +11,7 @@ from rac_modifier.sampling.engine import EngineRecord, Failure
 from rac_modifier.sampling.generate import Generation
 from rac_modifier.traces import fill_store
 from rac_modifier.traces.fill_store import FillStore
-from rac_modifier.traces.store import TraceStore, failures_path, pending_path, read_failures
+from rac_modifier.traces.store import FailedProblem, TraceStore
 from tests.traces.long_store import HEADER
 
 TOKENS = 10  # of each trace: 2 of the prompt and 8 of the completion
@@ -107,28 +107,28 @@ def test_what_is_finished_before_an_earlier_one_is_kept_beside_the_store(fill):
     with pytest.raises(RacError, match="no server will do it"):
         fill(Script(together=4, fatal=ids(1)), 9 * TOKENS)
     assert stored(fill.path) == []
-    assert stored(pending_path(fill.path)) == ids(3, 2)
+    assert stored(TraceStore.pending_path(fill.path)) == ids(3, 2)
     engine = Script(together=2)
     fill(engine, 4 * TOKENS)
     assert engine.keys == ids(0, 1)
     assert stored(fill.path) == ids(0, 1, 2, 3)
-    assert not pending_path(fill.path).exists()
+    assert not TraceStore.pending_path(fill.path).exists()
 
 
 def test_what_is_finished_beyond_the_budget_is_kept_for_a_larger_one(fill):
     fill(Script(together=4), 2 * TOKENS)
     assert stored(fill.path) == ids(0, 1)
-    assert stored(pending_path(fill.path)) == ids(3, 2, 1)
+    assert stored(TraceStore.pending_path(fill.path)) == ids(3, 2, 1)
     engine = Script()
     fill(engine, 4 * TOKENS)
     assert engine.asked == []
-    assert not pending_path(fill.path).exists()
+    assert not TraceStore.pending_path(fill.path).exists()
 
 
 def test_a_problem_that_fails_is_recorded_once_another_one_succeeds(fill):
     assert fill(Script(together=3, failing=ids(1)), 4 * TOKENS) == (4 * TOKENS, 1)
     assert stored(fill.path) == ids(0, 2, 3, 4)
-    (failed,) = read_failures(fill.path)
+    (failed,) = FailedProblem.read(fill.path)
     assert (failed.id, failed.question, failed.reason) == ("p1#0", "1?", "broken")
     engine = Script()
     fill(engine, 6 * TOKENS)
@@ -145,7 +145,7 @@ def test_sixteen_failures_in_a_row_are_an_outage_and_no_problems_failed(fill, fa
         return
     with pytest.raises(RacError, match=r"16 completions in a row failed, .* broken\. .*run again"):
         fill(engine, 5 * TOKENS)
-    assert not failures_path(fill.path).exists()
+    assert not FailedProblem.path(fill.path).exists()
     fill(Script(), 5 * TOKENS)
     assert stored(fill.path) == ids(*range(5))
 
@@ -154,7 +154,7 @@ def test_a_failure_of_the_servers_ends_the_run_and_its_problem_is_asked_again(fi
     engine = Script(together=3, failing=ids(1), of_servers=True)
     with pytest.raises(RacError, match=r"could not complete a prompt: broken\. .*run again"):
         fill(engine, 4 * TOKENS)
-    assert not failures_path(fill.path).exists()
+    assert not FailedProblem.path(fill.path).exists()
     engine = Script()
     assert fill(engine, 4 * TOKENS) == (4 * TOKENS, 0)
     assert ids(1)[0] in engine.keys
@@ -171,6 +171,6 @@ def test_prompts_that_are_too_long_are_recorded_and_not_asked(fill, monkeypatch)
     assert fill(engine, 3 * TOKENS, longest=2) == (3 * TOKENS, 1)
     assert engine.asked == [ids(0, 2), ids(3, 4, 5)]
     assert stored(fill.path) == ids(0, 2, 3)
-    assert [(failed.id, failed.reason) for failed in read_failures(fill.path)] == [
+    assert [(failed.id, failed.reason) for failed in FailedProblem.read(fill.path)] == [
         ("p1#0", "a prompt of 3 tokens; the limit is 2")
     ]

@@ -5,7 +5,8 @@ from itertools import count
 
 import pytest
 
-from rac_modifier.traces.store import TraceStore, pending_path, read_header
+from rac_modifier.traces.records import StoreHeader
+from rac_modifier.traces.store import TraceStore
 from tests.fork_server import fork_server
 from tests.sampling.fake_server import FakeServer
 from tests.traces.killed_collection import collect
@@ -30,12 +31,12 @@ def test_kills_lose_and_double_nothing(tmp_path, served):
         child.start()
         child.join()
         assert child.exitcode == -9, "the collection ended before it was killed"
-        files = [p for p in (path, pending_path(path)) if p.exists()]
+        files = [p for p in (path, TraceStore.pending_path(path)) if p.exists()]
         assert any(not p.read_bytes().endswith(b"\n") for p in files), "a torn line"
-        stored = {trace.id for p in files if read_header(p) for trace in TraceStore.read(p)}
+        stored = {trace.id for p in files if StoreHeader.read(p) for trace in TraceStore.read(p)}
         assert finished <= stored
         finished = stored
-    tokens = 500 + sum(TraceStore.read(p).counts.tokens for p in files if read_header(p))
+    tokens = 500 + sum(TraceStore.read(p).counts.tokens for p in files if StoreHeader.read(p))
     for name in ("killed.jsonl", "undisturbed.jsonl"):
         collect(str(tmp_path / name), SETTINGS, tokens, url)
     if server:

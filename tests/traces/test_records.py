@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rac_modifier.settings.problems import ProblemSource
-from rac_modifier.traces.records import Trace, decode, encode, header_differences, trace_of
+from rac_modifier.traces.records import Trace, decode, encode
 from tests.traces.long_store import HEADER
 
 
@@ -27,7 +27,7 @@ def test_a_line_is_a_json_object_with_the_checksum_of_its_value():
     line = b'{"crc32":"%08x","trace":%s}\n' % (zlib.crc32(payload), payload)
     assert encode("trace", trace(1)) == line
     assert list(json.loads(line)) == ["crc32", "trace"]
-    assert trace_of(decode("trace", line[:-1])) == trace(1)
+    assert Trace.of(decode("trace", line[:-1])) == trace(1)
 
 
 IDS = st.lists(st.integers(0, 2**31)).map(tuple)
@@ -39,7 +39,7 @@ IDS = st.lists(st.integers(0, 2**31)).map(tuple)
 def test_any_trace_survives_its_line(one):
     line = encode("trace", one)
     assert line.count(b"\n") == 1
-    assert trace_of(decode("trace", line[:-1])) == one
+    assert Trace.of(decode("trace", line[:-1])) == one
 
 
 @given(st.data())
@@ -48,7 +48,7 @@ def test_any_changed_byte_is_noticed(data):
     line = bytearray(encode("trace", trace(5))[:-1])
     line[data.draw(st.integers(0, len(line) - 1))] ^= data.draw(st.integers(1, 255))
     with pytest.raises(ValueError):  # noqa: PT011
-        trace_of(decode("trace", bytes(line)))
+        Trace.of(decode("trace", bytes(line)))
 
 
 FIELDS = json.loads(encode("trace", trace(1)))["trace"]
@@ -70,11 +70,11 @@ def test_a_line_that_is_no_trace(value):
     text = value if isinstance(value, str) else json.dumps(value)
     line = f'{{"crc32":"{zlib.crc32(text.encode()):08x}","trace":{text}}}'.encode()
     with pytest.raises(ValueError, match=r"an object|not the fields of a trace|nested too deeply"):
-        trace_of(decode("trace", line))
+        Trace.of(decode("trace", line))
 
 
 def test_what_keeps_two_runs_from_sharing_a_store():
-    assert header_differences(HEADER, HEADER.model_copy(update={"model": "copy"})) == []
+    assert HEADER.differences(HEADER.model_copy(update={"model": "copy"})) == []
     other = HEADER.model_copy(
         update={
             "fingerprint": "0" * 64,
@@ -82,7 +82,7 @@ def test_what_keeps_two_runs_from_sharing_a_store():
             "problems": ProblemSource(source="a.jsonl", limit=5),
         }
     )
-    assert header_differences(HEADER, other) == [
+    assert HEADER.differences(other) == [
         f"fingerprint: '{'f' * 56}... in the file, '{'0' * 56}... asked for",
         "sampling.seed: 0 in the file, 1 asked for",
         "problems.source: 'arithmetic' in the file, 'a.jsonl' asked for",

@@ -8,17 +8,8 @@ import pytest
 
 from rac_modifier.errors import RacError
 from rac_modifier.traces import store as stores
-from rac_modifier.traces.records import encode
-from rac_modifier.traces.store import (
-    FailedProblem,
-    Trace,
-    TraceCounts,
-    TraceStore,
-    append_failures,
-    failures_path,
-    read_failures,
-    read_header,
-)
+from rac_modifier.traces.records import StoreHeader, encode
+from rac_modifier.traces.store import FailedProblem, Trace, TraceCounts, TraceStore
 from tests.traces.long_store import HEADER
 
 
@@ -75,7 +66,7 @@ def test_a_header_cut_anywhere_means_a_new_store(filled):
     whole = filled.read_bytes()
     for end in range(0, whole.index(b"\n") + 1, 23):
         filled.write_bytes(whole[:end])
-        assert read_header(filled) is None
+        assert StoreHeader.read(filled) is None
         with TraceStore.open_append(filled, HEADER) as store:
             store.append_many([trace(0), trace(1, "length"), trace(2)])
         assert filled.read_bytes() == whole
@@ -178,14 +169,14 @@ def test_the_hash_is_of_what_was_read_also_when_another_process_appends(filled):
 
 def test_failures_come_back_and_a_torn_line_does_not(tmp_path):
     store = tmp_path / "s.jsonl"
-    assert read_failures(store) == []
+    assert FailedProblem.read(store) == []
     first, second = FailedProblem("a#0", "1+1?", "why"), FailedProblem("b#0", "ü", "wegen")
-    append_failures(store, [first])
-    with failures_path(store).open("ab") as file:
+    FailedProblem.append(store, [first])
+    with FailedProblem.path(store).open("ab") as file:
         file.write(b'{"id": "x')
-    assert read_failures(store) == [first]
-    append_failures(store, [second])
-    assert read_failures(store) == [first, second]
-    failures_path(store).write_text("notes\n")
+    assert FailedProblem.read(store) == [first]
+    FailedProblem.append(store, [second])
+    assert FailedProblem.read(store) == [first, second]
+    FailedProblem.path(store).write_text("notes\n")
     with pytest.raises(RacError, match="not a list of failed problems"):
-        read_failures(store)
+        FailedProblem.read(store)
