@@ -25,7 +25,7 @@ from rac_modifier.problems.answers import THINK_END, Verifier
 from rac_modifier.problems.source import Problem
 from rac_modifier.runtime.files import lock, public_name
 from rac_modifier.sampling import completions_api
-from rac_modifier.sampling.chat_api import ChatAnswer, chat_body, read_chat
+from rac_modifier.sampling.chat_api import ChatAnswer, chat_body
 from rac_modifier.sampling.server_client import ServerClient, ask
 from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
 
@@ -85,8 +85,11 @@ async def _answers(
     """Return the model's public name, the answers in order, and the tokens of this run."""
     server = ServerClient(engine.base_urls[0], engine)
     try:
-        card = completions_api.served_model(await server.list_models(), engine.model, server.url)
-        completions_api.check_limit(card, None, sampling.max_new_tokens, server.url)
+        served = completions_api.ServedModel.of(
+            await server.list_models(), engine.model, server.url
+        )
+        served.check_limit(None, sampling.max_new_tokens)
+        card = served.card
         server.model = str(card["id"])
         name = public_name(server.model)
         # what the server loaded: vLLM gives its name as `root`, llama.cpp its size in `meta`
@@ -120,7 +123,7 @@ async def _ask(
     cap, queue = sampling.max_new_tokens, iter(missing.items())
 
     def read(content: bytes, url: str) -> ChatAnswer:
-        return read_chat(content, cap, url)
+        return ChatAnswer.read(content, cap, url)
 
     async def work() -> None:
         for key, (problem, sample) in queue:

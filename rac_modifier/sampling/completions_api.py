@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import PurePath
-from typing import Any
+from typing import Any, Self
 
 import torch
 from transformers import PreTrainedModel
@@ -68,6 +68,56 @@ class Request:
             "return_token_ids": True,
         }
 
+    def read(self, content: bytes, vocab_size: int, server: str) -> Generation:
+        """Return the completion in the body of an answer with status 200.
+
+        UnusableError if it is truncated or contradicts itself; RacError for no token ids, another
+        prompt, or no EOS: asking again would not help.
+        """
+        choice, usage = only_choice(content)
+        ids, reason, eos = choice.get("token_ids"), choice.get("finish_reason"), set(self.eos)
+        if ids is None:
+            raise RacError(
+                f"{server} returned text without token ids: it must have `return_token_ids`, as "
+                "vllm serve; rac eval without the model folder reads text"
+            )
+        if not (
+            isinstance(ids, list)
+            and ids
+            and all(type(i) is int and 0 <= i < vocab_size for i in ids)
+        ):
+            raise UnusableError(
+                f"token_ids {str(ids)[:60]} are not ids of the model's vocabulary of {vocab_size}"
+            )
+        prompt = choice.get("prompt_token_ids")
+        if prompt is not None and not isinstance(prompt, list):
+            raise UnusableError(f"prompt_token_ids {str(prompt)[:60]} are no list")
+        if prompt is not None and prompt != list(self.prompt_ids):
+            raise RacError(
+                f"{server} read another prompt than it was sent ({len(prompt)} tokens, not "
+                f"{len(self.prompt_ids)}): switch off whatever cuts or extends prompts there"
+            )
+        counted = usage.get("completion_tokens", len(ids))
+        if counted != len(ids) or len(ids) > self.max_tokens:
+            raise UnusableError(
+                f"{len(ids)} token ids, {counted} counted, at most {self.max_tokens} asked for"
+            )
+        if reason == "stop" and ids[-1] not in eos:
+            raise RacError(
+                f"{server} ended a completion on token {ids[-1]}, which is no EOS "
+                f"({', '.join(map(str, self.eos))}): let it return the EOS, and use no stop words"
+            )
+        if eos.intersection(ids[:-1]):
+            raise RacError(
+                f"{server} continued a completion after an EOS; switch off `ignore_eos` there"
+            )
+        if reason != "stop" and (reason != "length" or len(ids) < self.max_tokens):
+            raise UnusableError(
+                f"finish_reason {reason!r} after {len(ids)} of {self.max_tokens} tokens"
+            )
+        # Servers report either reason for an EOS that is the last token that fits.
+        return Generation(tuple(ids), "stop" if ids[-1] in eos else "length")
+
 
 def sampling_fields(sampling: SamplingSettings, max_tokens: int, seed: int) -> dict[str, Any]:
     """Return every setting that a server would take from the model's generation_config."""
@@ -91,55 +141,6 @@ def trace_seed(seed: int, key: str) -> int:
     """Return the seed of one trace, a function of (seed, key); 31 bits, which all servers take."""
     digest = hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") % 2**31
-
-
-def read_answer(request: Request, content: bytes, vocab_size: int, server: str) -> Generation:
-    """Return the completion in the body of an answer with status 200.
-
-    UnusableError if it is truncated or contradicts itself; RacError for no token ids, another
-    prompt, or no EOS: asking again would not help.
-    """
-    choice, usage = only_choice(content)
-    ids, reason, eos = choice.get("token_ids"), choice.get("finish_reason"), set(request.eos)
-    if ids is None:
-        raise RacError(
-            f"{server} returned text without token ids: it must have `return_token_ids`, as vllm "
-            "serve; rac eval without the model folder reads text"
-        )
-    if not (
-        isinstance(ids, list) and ids and all(type(i) is int and 0 <= i < vocab_size for i in ids)
-    ):
-        raise UnusableError(
-            f"token_ids {str(ids)[:60]} are not ids of the model's vocabulary of {vocab_size}"
-        )
-    prompt = choice.get("prompt_token_ids")
-    if prompt is not None and not isinstance(prompt, list):
-        raise UnusableError(f"prompt_token_ids {str(prompt)[:60]} are no list")
-    if prompt is not None and prompt != list(request.prompt_ids):
-        raise RacError(
-            f"{server} read another prompt than it was sent ({len(prompt)} tokens, not "
-            f"{len(request.prompt_ids)}): switch off whatever cuts or extends prompts there"
-        )
-    counted = usage.get("completion_tokens", len(ids))
-    if counted != len(ids) or len(ids) > request.max_tokens:
-        raise UnusableError(
-            f"{len(ids)} token ids, {counted} counted, at most {request.max_tokens} asked for"
-        )
-    if reason == "stop" and ids[-1] not in eos:
-        raise RacError(
-            f"{server} ended a completion on token {ids[-1]}, which is no EOS "
-            f"({', '.join(map(str, request.eos))}): let it return the EOS, and use no stop words"
-        )
-    if eos.intersection(ids[:-1]):
-        raise RacError(
-            f"{server} continued a completion after an EOS; switch off `ignore_eos` there"
-        )
-    if reason != "stop" and (reason != "length" or len(ids) < request.max_tokens):
-        raise UnusableError(
-            f"finish_reason {reason!r} after {len(ids)} of {request.max_tokens} tokens"
-        )
-    # Servers report either reason for an EOS that is the last token that fits.
-    return Generation(tuple(ids), "stop" if ids[-1] in eos else "length")
 
 
 def error_text(content: bytes) -> str:
@@ -176,56 +177,64 @@ def only_choice(content: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
     return choice, usage
 
 
-def served_model(content: bytes, named: str | None, server: str) -> dict[str, Any]:
-    """Return the entry of GET /v1/models to sample from: `named`, or the only base model."""
-    try:
-        cards = {str(card["id"]): dict(card) for card in json.loads(content)["data"]}
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise RacError(
-            f"{server}/models is not a list of models; is this an OpenAI-compatible server?"
-        ) from error
-    for name in cards:
-        if len(name) > _LONGEST_SHOWN or shown(name) != name:
-            raise RacError(f"{server} has a model with a name that cannot be used: {shown(name)!r}")
-    names = ", ".join(map(repr, islice(cards, _MOST_SHOWN))) or "none"
-    names += f" and {len(cards) - _MOST_SHOWN:,} others" * (len(cards) > _MOST_SHOWN)
-    bases = [name for name, card in cards.items() if not card.get("parent")]
-    if (named is None and len(bases) != 1) or (named is not None and named not in cards):
-        serves = f"serves {names}" if named is None else f"does not serve {named!r}, but {names}"
-        raise RacError(f"{server} {serves}; set engine.model (rac eval: --served-as)")
-    card = cards[bases[0] if named is None else named]
-    if card.get("parent"):
-        raise RacError(
-            f"{server}: {card['id']!r} is an adapter on {card['parent']!r}, not a model of "
-            "its own; merge it, and serve and compress the merged model"
-        )
-    return card
+@dataclass(frozen=True)
+class ServedModel:
+    """The entry of a server's GET /v1/models to sample from."""
 
+    server: str
+    card: dict[str, Any]
 
-def check_limit(
-    card: dict[str, Any], context: int | None, max_new_tokens: int, server: str
-) -> None:
-    """Refuse a server whose longest sequence is too short for the completions (RacError)."""
-    limit = card.get("max_model_len")
-    if isinstance(limit, int) and limit <= max_new_tokens and limit < (context or limit + 1):
-        raise RacError(
-            f"{server} takes sequences of up to {limit} tokens, and max_new_tokens="
-            f"{max_new_tokens} does not fit: start it with a larger --max-model-len"
-        )
+    @classmethod
+    def of(cls, content: bytes, named: str | None, server: str) -> Self:
+        """Return the entry of GET /v1/models to sample from: `named`, or the only base model."""
+        try:
+            cards = {str(card["id"]): dict(card) for card in json.loads(content)["data"]}
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise RacError(
+                f"{server}/models is not a list of models; is this an OpenAI-compatible server?"
+            ) from error
+        for name in cards:
+            if len(name) > _LONGEST_SHOWN or shown(name) != name:
+                raise RacError(
+                    f"{server} has a model with a name that cannot be used: {shown(name)!r}"
+                )
+        names = ", ".join(map(repr, islice(cards, _MOST_SHOWN))) or "none"
+        names += f" and {len(cards) - _MOST_SHOWN:,} others" * (len(cards) > _MOST_SHOWN)
+        bases = [name for name, card in cards.items() if not card.get("parent")]
+        if (named is None and len(bases) != 1) or (named is not None and named not in cards):
+            serves = (
+                f"serves {names}" if named is None else f"does not serve {named!r}, but {names}"
+            )
+            raise RacError(f"{server} {serves}; set engine.model (rac eval: --served-as)")
+        card = cards[bases[0] if named is None else named]
+        if card.get("parent"):
+            raise RacError(
+                f"{server}: {card['id']!r} is an adapter on {card['parent']!r}, not a model of "
+                "its own; merge it, and serve and compress the merged model"
+            )
+        return cls(server, card)
 
+    def check_limit(self, context: int | None, max_new_tokens: int) -> None:
+        """Refuse a server whose longest sequence is too short for the completions (RacError)."""
+        limit = self.card.get("max_model_len")
+        if isinstance(limit, int) and limit <= max_new_tokens and limit < (context or limit + 1):
+            raise RacError(
+                f"{self.server} takes sequences of up to {limit} tokens, and max_new_tokens="
+                f"{max_new_tokens} does not fit: start it with a larger --max-model-len"
+            )
 
-def check_name(card: dict[str, Any], model: str, server: str) -> None:
-    """Refuse a server whose model has another last name (RacError), if both names are known."""
-    root = card.get("root")
-    if not isinstance(root, str) or not model:
-        return
-    served, local = (public_name(name) for name in (root, os.path.abspath(model)))
-    if PurePath(served).name.lower() != PurePath(local).name.lower():
-        raise RacError(
-            f"{server} serves {served!r}, and the model is {local!r}; name the model that is "
-            "served, or, if they are the same under two names, set engine.model (rac eval: "
-            f"--served-as) to {card['id']!r}"
-        )
+    def check_name(self, model: str) -> None:
+        """Refuse a server whose model has another last name (RacError), if both names are known."""
+        root = self.card.get("root")
+        if not isinstance(root, str) or not model:
+            return
+        served, local = (public_name(name) for name in (root, os.path.abspath(model)))
+        if PurePath(served).name.lower() != PurePath(local).name.lower():
+            raise RacError(
+                f"{self.server} serves {served!r}, and the model is {local!r}; name the model that "
+                "is served, or, if they are the same under two names, set engine.model (rac eval: "
+                f"--served-as) to {self.card['id']!r}"
+            )
 
 
 @torch.no_grad()

@@ -18,13 +18,10 @@ from rac_modifier.sampling.completions_api import (
     PROBE_TOKENS,
     RefusedError,
     Request,
+    ServedModel,
     UnavailableError,
     UnusableError,
-    check_limit,
-    check_name,
     check_probes,
-    read_answer,
-    served_model,
     trace_seed,
 )
 from rac_modifier.sampling.engine import (
@@ -132,11 +129,12 @@ class ServerEngine:
         settings, cards, probes = self._settings, [], []
         for server in self._servers:
             url = server.url
-            card = served_model(await server.list_models(), settings.model, url)
-            check_limit(card, self._identity.context, self._sampling.max_new_tokens, url)
+            served = ServedModel.of(await server.list_models(), settings.model, url)
+            served.check_limit(self._identity.context, self._sampling.max_new_tokens)
+            card = served.card
             compares = self._evaluates or settings.verify_model
             if compares and self._model is None and settings.model is None:
-                check_name(card, self._identity.source, url)
+                served.check_name(self._identity.source)
             server.model = str(card["id"])
             if isinstance(limit := card.get("max_model_len"), int):
                 self._server_limit = min(limit, self._server_limit or limit)
@@ -195,7 +193,7 @@ class ServerEngine:
         self, servers: Sequence[ServerClient], request: Request, sampling: SamplingSettings
     ) -> Generation:
         def read(content: bytes, url: str) -> Generation:
-            return read_answer(request, content, self._identity.vocab_size, url)
+            return request.read(content, self._identity.vocab_size, url)
 
         tokens = len(request.prompt_ids) + request.max_tokens
         return await ask(servers, "/completions", request.body(sampling), tokens, read)

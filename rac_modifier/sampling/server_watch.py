@@ -15,7 +15,7 @@ _LOOK_EVERY = 0.1  # seconds
 GRACE = 20.0  # seconds between SIGTERM and SIGKILL
 
 
-def main(command: list[str]) -> int:
+def _main(command: list[str]) -> int:
     """Run `command` in a session of its own; return its exit code, 128 + n after signal n."""
     terminated: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: terminated.append(number))
@@ -38,4 +38,4 @@ def end_group(leader: subprocess.Popen[bytes], grace: float = GRACE) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(_main(sys.argv[1:]))

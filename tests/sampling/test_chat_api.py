@@ -5,7 +5,7 @@ import json
 import pytest
 
 from rac_modifier.errors import RacError
-from rac_modifier.sampling.chat_api import ChatAnswer, chat_body, read_chat
+from rac_modifier.sampling.chat_api import ChatAnswer, chat_body
 from rac_modifier.sampling.completions_api import RefusedError, UnusableError
 from rac_modifier.settings.sampling import SamplingSettings
 
@@ -17,7 +17,7 @@ def body(message=None, finish="stop", usage=None, **changes) -> bytes:
 
 
 def read(*args, **changes) -> ChatAnswer:
-    return read_chat(body(*args, **changes), 10, "http://a")
+    return ChatAnswer.read(body(*args, **changes), 10, "http://a")
 
 
 @pytest.mark.parametrize(
@@ -54,8 +54,8 @@ def test_an_empty_answer_is_its_end_alone():
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"message": "text"}, UnusableError, "message 'text' is no object"),
-        ({"message": {"content": ["4"]}}, UnusableError, "is no text"),
+        ({"message": "text"}, UnusableError, "has no text in reasoning_content"),
+        ({"message": {"content": ["4"]}}, UnusableError, "has no text in"),
         ({"finish": "tool_calls"}, UnusableError, "'tool_calls' is neither stop nor length"),
         ({"usage": {"completion_tokens": True}}, UnusableError, "no count of at most 10"),
         ({"usage": {"completion_tokens": 11}}, UnusableError, "'11' is no count of at most 10"),
@@ -73,7 +73,7 @@ def test_a_field_that_is_missing_or_wrong_is_refused(changes, error, message):
 def test_an_error_with_status_200_is_shown():
     content = json.dumps({"error": {"message": "over quota", "code": 429}}).encode()
     with pytest.raises(UnusableError, match=r"no completion in the answer \(over quota\)"):
-        read_chat(content, 10, "http://a")
+        ChatAnswer.read(content, 10, "http://a")
 
 
 def test_a_count_of_a_truncated_answer_may_miss_the_cap_by_two():

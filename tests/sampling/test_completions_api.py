@@ -9,12 +9,9 @@ import torch
 from rac_modifier.errors import RacError
 from rac_modifier.sampling.completions_api import (
     Request,
+    ServedModel,
     UnusableError,
-    check_limit,
-    check_name,
     check_probes,
-    read_answer,
-    served_model,
     trace_seed,
 )
 from rac_modifier.sampling.engine import Probe
@@ -40,7 +37,7 @@ def answer(*, usage=None, **choice):
     ],
 )
 def test_an_answer_is_taken_as_it_is(content, ids, reason):
-    completion = read_answer(REQUEST, content, 10, "s")
+    completion = REQUEST.read(content, 10, "s")
     assert (completion.ids, completion.finish_reason) == (ids, reason)
 
 
@@ -62,7 +59,7 @@ def test_an_answer_is_taken_as_it_is(content, ids, reason):
 )
 def test_answers_to_ask_for_again(content):
     with pytest.raises(UnusableError):
-        read_answer(REQUEST, content, 10, "s")
+        REQUEST.read(content, 10, "s")
 
 
 @pytest.mark.parametrize(
@@ -76,7 +73,7 @@ def test_answers_to_ask_for_again(content):
 )
 def test_answers_that_another_try_does_not_mend(content, words):
     with pytest.raises(RacError, match=words):
-        read_answer(REQUEST, content, 10, "s")
+        REQUEST.read(content, 10, "s")
 
 
 def test_the_request_leaves_nothing_to_the_servers_defaults():
@@ -108,8 +105,8 @@ BASE, ADAPTER = {"id": "a", "root": "/m"}, {"id": "b", "parent": "a"}
 
 
 def test_the_only_model_or_the_named_one_is_sampled():
-    assert served_model(listed(BASE, ADAPTER), None, "s") == BASE
-    assert served_model(listed(BASE, {"id": "c"}), "c", "s") == {"id": "c"}
+    assert ServedModel.of(listed(BASE, ADAPTER), None, "s").card == BASE
+    assert ServedModel.of(listed(BASE, {"id": "c"}), "c", "s").card == {"id": "c"}
 
 
 @pytest.mark.parametrize(
@@ -132,7 +129,7 @@ def test_the_only_model_or_the_named_one_is_sampled():
 )
 def test_a_list_without_the_model(content, wanted, words):
     with pytest.raises(RacError, match=words):
-        served_model(content, wanted, "s")
+        ServedModel.of(content, wanted, "s")
 
 
 @pytest.mark.parametrize(
@@ -149,19 +146,19 @@ def test_a_list_without_the_model(content, wanted, words):
 def test_a_model_of_another_name_is_refused(root, model, same):
     card = {"id": "a", "root": root}
     if same:
-        check_name(card, model, "s")
+        ServedModel("s", card).check_name(model)
         return
     words = r"s serves '.+', and the model is '.+'; .* set engine\.model .*--served-as\) to 'a'"
     with pytest.raises(RacError, match=words):
-        check_name(card, model, "s")
+        ServedModel("s", card).check_name(model)
 
 
 def test_the_servers_limit_must_hold_a_chain_of_thought():
     for limit, context, wanted in ((512, 512, 1000), (101, 512, 100), (None, 9, 9)):
-        check_limit({"max_model_len": limit}, context, wanted, "s")
+        ServedModel("s", {"max_model_len": limit}).check_limit(context, wanted)
     for context in (512, None):
         with pytest.raises(RacError, match="s takes sequences of up to 100 tokens, and"):
-            check_limit({"max_model_len": 100}, context, 100, "s")
+            ServedModel("s", {"max_model_len": 100}).check_limit(context, 100)
 
 
 PROMPT = list(range(3, 20))

@@ -11,7 +11,6 @@ from rac_modifier.sampling.completions_api import (
     Request,
     UnavailableError,
     UnusableError,
-    read_answer,
 )
 from rac_modifier.sampling.server_client import ServerClient, ask
 from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
@@ -43,7 +42,7 @@ def three_tries(monkeypatch):
 def complete(server, **settings):
     def use(client):
         def read(content, url):
-            return read_answer(REQUEST, content, 102, url)
+            return REQUEST.read(content, 102, url)
 
         client.model = NAME
         return ask([client], "/completions", REQUEST.body(SAMPLING), 23, read)
