@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 API_KEY = "OPENAI_API_KEY"  # as in OpenAI's own client
 _TIMEOUT = 600.0  # seconds per answer, at least
-_SECONDS_PER_TOKEN = 0.25  # of one answer among many, on a slow server
+_LONGEST_TIMEOUT = 1e6
+_TOKENS_PER_SECOND = 10.0  # of all answers in progress together, on a slow server
 
 
 @contextmanager
@@ -36,11 +37,12 @@ def engine_of(
     from rac_modifier.settings.check import check_settings
     from rac_modifier.settings.sampling import EngineSettings
 
+    slowest = cap * concurrency / _TOKENS_PER_SECOND
     values = {
         "base_urls": urls,
         "model": served_as,
         "concurrency": concurrency,
-        "timeout": max(_TIMEOUT, cap * _SECONDS_PER_TOKEN),
+        "timeout": min(max(_TIMEOUT, slowest), _LONGEST_TIMEOUT),
         "api_key_env": API_KEY if os.environ.get(API_KEY) else None,
     }
     return check_settings(EngineSettings, values, "--server")

@@ -13,9 +13,9 @@ from tests.sampling.fake_server import FakeServer
 FEW = ("--problems", 3, "--cap", 8)
 
 
-def test_a_long_answer_has_time():
-    for cap, seconds in ((100, 600), (32768, 8192)):
-        assert engine_of(("http://127.0.0.1:1",), 4, cap).timeout == seconds
+def test_a_long_answer_among_many_has_time():
+    for at_once, cap, seconds in ((4, 100, 600), (64, 512, 3276.8), (4096, 32768, 1e6)):
+        assert engine_of(("http://127.0.0.1:1",), at_once, cap).timeout == seconds
 
 
 @pytest.fixture
