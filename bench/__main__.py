@@ -10,6 +10,7 @@ from bench.common import add_common
 SUITES = (
     "accuracy",
     "formats",
+    "activation_sparsity",
     "steps",
     "schemes",
     "experts",
@@ -29,7 +30,7 @@ def main(arguments: list[str]) -> int:
     if arguments[:1] == ["--list"]:
         for name in SUITES:
             summary = (importlib.import_module(f"bench.{name}").__doc__ or "").partition("\n")[0]
-            print(f"{name:10} {summary}")
+            print(f"{name:20} {summary}")
         return 0
     if not arguments or arguments[0] not in SUITES:
         print(f"usage: python -m bench SUITE [options]; --list explains {', '.join(SUITES)}")

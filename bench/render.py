@@ -1,18 +1,20 @@
 """`python -m bench.render` writes the tables of results/*.json into docs/ (`make results`).
 
 A page has `<!-- table NAME -->` and `<!-- end -->`; between them is the table of
-results/NAME.json. With --check nothing is written, and the exit status is 1 if a page would change.
+results/NAME.json; `<!-- table NAME without A; B -->` leaves columns out. With --check nothing is written, and the exit status is 1 if a page would change.
 """
 
 import json
 import re
 import sys
+from collections.abc import Collection
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
 from bench.common import RESULTS, ROOT
 
-_MARKED = re.compile(r"<!-- table (\w+) -->\n.*?<!-- end -->", re.DOTALL)
+_MARKED = re.compile(r"<!-- table (\w+)(?: without (.+?))? -->\n.*?<!-- end -->", re.DOTALL)
 
 
 def cell(value: Any, form: str) -> str:
@@ -25,13 +27,17 @@ def cell(value: Any, form: str) -> str:
     return ("{}", "{} ± {}", "{} ({}-{})")[len(numbers) - 1].format(*numbers)
 
 
-def table(result: dict[str, Any]) -> str:
+def table(result: dict[str, Any], without: Collection[str] = ()) -> str:
     """Return a result as a Markdown table with a line on how it was measured."""
     columns: dict[str, str] = result["columns"]
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    if unknown := set(without) - set(columns):
+        raise SystemExit(f"no columns {sorted(unknown)}; there are {list(columns)}")
+    shown = [name not in without for name in columns]
+    names = list(compress(columns, shown))
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for row in result["rows"]:
         cells = [cell(value, form) for value, form in zip(row, columns.values(), strict=True)]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(f"| {' | '.join(compress(cells, shown))} |")
     keys = ("model", "machine", "date", "commit")
     about = f"*{', '.join(result[key] for key in keys)}:* `{result['command']}`"
     gaps = [f"- {name}: {reason}" for name, reason in result.get("gaps", {}).items()]
@@ -44,7 +50,9 @@ def render(text: str, folder: Path = RESULTS) -> str:
 
     def replace(match: re.Match[str]) -> str:
         result = json.loads((folder / f"{match[1]}.json").read_text(encoding="utf-8"))
-        return f"<!-- table {match[1]} -->\n\n{table(result)}\n\n<!-- end -->"
+        without = match[2].split("; ") if match[2] else []
+        head = match[0].partition("\n")[0]
+        return f"{head}\n\n{table(result, without)}\n\n<!-- end -->"
 
     return _MARKED.sub(replace, text)
 
