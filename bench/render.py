@@ -1,7 +1,8 @@
 """`python -m bench.render` writes the tables of results/*.json into docs/ (`make results`).
 
 A page has `<!-- table NAME -->` and `<!-- end -->`; between them is the table of
-results/NAME.json; `<!-- table NAME without A; B -->` leaves columns out. With --check nothing is written, and the exit status is 1 if a page would change.
+results/NAME.json. `<!-- table NAME without A; B -->` leaves columns out. With --check nothing is
+written, and the exit status is 1 if a page would change.
 """
 
 import json
