@@ -40,7 +40,7 @@ from rac_modifier.settings.sampling import SamplingSettings
 READERS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 STEPS = 64  # candidate shares of a site
 RULES = {  # weight of |x_j| in its score, and what decides the share of each site
-    "uniform, |x|": ("one", "uniform"),
+    "uniform, magnitude": ("one", "uniform"),
     "uniform, column norm": ("norm", "uniform"),
     "output error, column norm": ("norm", "output"),
     "fisher, column norm": ("norm", "fisher"),
