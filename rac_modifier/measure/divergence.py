@@ -168,7 +168,9 @@ def _windows(
     width = max(1, WINDOW_ELEMENTS // (2 * len(batch) * vocabulary(pruned)))
 
     def append_dense(module: Any, args: Any, logits: Tensor) -> Tensor:
-        dense = dense_head(entering[:, start : start + width].to(logits.device))
+        # a slice would be multiplied as a batch, in bfloat16 17 times as slowly
+        entered = entering[:, start : start + width].contiguous()
+        dense = dense_head(entered.to(logits.device))
         return torch.cat([dense.float(), logits.float()])
 
     hook = output_head(pruned).register_forward_hook(append_dense)
