@@ -15,7 +15,7 @@ DIST_BIN = $(DIST_VENV)/bin
 export OMP_WAIT_POLICY = PASSIVE
 TEST_PROCESSES ?= 2
 
-.PHONY: help api demo serve-demo test test-compress test-plugin test-serve test-processors sanitize lighteval arm-tools lint schema docs results dist test-dist test-matrix clean
+.PHONY: help api demo serve-demo test test-compress test-plugin test-serve test-processors sanitize lighteval arm-tools lint schema docs results dist wheels test-dist test-matrix clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -76,16 +76,17 @@ results: $(VENV)/.installed ## write the tables of results/*.json into docs/; `p
 dist: $(DIST_VENV)/.installed ## wheel (with compiled kernels where there is a compiler) and sdist in dist/
 	$(DIST_BIN)/python scripts/dist.py
 
+wheels: $(DIST_VENV)/.installed ## the wheel of this processor in dist/, built in a manylinux container; needs Docker
+	$(DIST_BIN)/python -m cibuildwheel --output-dir dist
+
 test-dist: dist ## install the wheel in fresh environments, without a compiler and without write access, and use it; 10 minutes, 6 GB
 	$(DIST_BIN)/python scripts/dist_check.py dist
 
 test-matrix: $(DIST_VENV)/.installed ## test with Python 3.11 to 3.13 and both ends of every version range; an hour; ROW="3.12 newest" alone
 	$(DIST_BIN)/python scripts/matrix.py $(if $(ROW),--only "$(ROW)")
 
-# griffe comes with mkdocstrings
-api: $(VENV)/.installed ## compare the public API with that of the newest tag
-	@tag=$$(git describe --tags --abbrev=0 2>/dev/null); if [ -z "$$tag" ]; then echo "no tag yet: nothing to compare with"; \
-	else $(BIN)/griffe check rac_modifier --against "$$tag"; fi
+api: $(VENV)/.installed ## compare the stable names (docs/support.md) with those of the newest version tag
+	$(BIN)/python scripts/api.py
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
