@@ -22,8 +22,9 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from rac_modifier import cli
 from rac_modifier.distributed import machines
-from rac_modifier.llmcompressor import pruning_modifier, recover_checkpoint
+from rac_modifier.llmcompressor import pruning_modifier
 from rac_modifier.llmcompressor.run import Run
+from rac_modifier.recovery import checkpoint
 from tests import forked
 from tests.llmcompressor.several_processes import at
 
@@ -158,7 +159,7 @@ DIFFERENCES: dict[str, tuple[Any, str, Any]] = {
     "torch": (machines, "environment", lambda: {"torch": "0.1"}),
     "clock": (time, "time", lambda now=time.time: now() + 3600),
     "model": (pruning_modifier, "model_fingerprint", lambda model: "another"),
-    "dense model": (recover_checkpoint, "model_fingerprint", lambda model: "another"),
+    "dense model": (checkpoint, "model_fingerprint", lambda model: "another"),
 }
 
 

@@ -82,11 +82,13 @@ def recover(
         if joined.machine == 0:  # the others get the checkpoint
             check_model(resolve(str(sparse)))
             check_output(output, str(sparse))
-        from rac_modifier.llmcompressor.recover_checkpoint import recover_checkpoint
+        from llmcompressor.modeling.moe.linearize import linearize_moe
+
+        from rac_modifier.recovery.checkpoint import recover_checkpoint
 
         loading = partial(load, precision=precision)
         divergence = recover_checkpoint(
-            resolve(dense), sparse, output, settings, traces, joined, loading
+            resolve(dense), sparse, output, settings, traces, joined, loading, linearize_moe
         )
         joined.wait()
     if divergence is None:  # the first process says so

@@ -21,10 +21,10 @@ from rac_modifier.llmcompressor.checks import check_other_modifiers, check_packi
 from rac_modifier.llmcompressor.experts import check_experts, find_experts
 from rac_modifier.llmcompressor.forecast import Forecast
 from rac_modifier.llmcompressor.quantizer import Quantizer
-from rac_modifier.llmcompressor.recovery_stage import RecoveryStage
 from rac_modifier.llmcompressor.resume import Resume, check_disk
 from rac_modifier.llmcompressor.run import Run
 from rac_modifier.llmcompressor.targets import find_targets, patterns_of
+from rac_modifier.recovery.stage import RecoveryStage
 from rac_modifier.runtime.models import main_device
 from rac_modifier.sampling.model_identity import model_fingerprint
 from rac_modifier.settings.entries import PruningEntry

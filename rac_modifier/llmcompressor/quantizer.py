@@ -5,30 +5,22 @@ from math import gcd
 from typing import Any
 
 import torch
-from compressed_tensors.compressors.base import BaseCompressor
-from compressed_tensors.compressors.format import infer_module_format
 from compressed_tensors.quantization import (
     QuantizationScheme,
-    QuantizationStatus,
     QuantizationStrategy,
     preset_name_to_scheme,
 )
-from compressed_tensors.utils import (
-    get_direct_state_dict,
-    match_named_modules,
-    match_targets,
-    replace_direct_state_dict,
-    update_offload_parameter,
-)
+from compressed_tensors.utils import match_named_modules, match_targets, update_offload_parameter
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from rac_modifier.errors import RacError, refusing
-from rac_modifier.formats.encoding import Encoding, used_scale
+from rac_modifier.formats.encoding import Encoding
 from rac_modifier.formats.schemes import describe_scheme, encoding_of
 from rac_modifier.llmcompressor.targets import has_merged_experts
 from rac_modifier.recovery.on_grid import QuantizedWeight
+from rac_modifier.recovery.trained_codes import compress_exactly, scale_in_use
 from rac_modifier.settings.pruning import QuantizationSettings
 
 
@@ -146,26 +138,6 @@ def _check_targets(
                 f"quantization: the target {target!r} matches no module of this entry; correct it, "
                 "or leave targets out for all"
             )
-
-
-def scale_in_use(module: torch.nn.Module) -> Tensor:
-    """Return what a module's codes are multiplied by, [rows, groups]."""
-    scale = module.get_parameter("weight_scale").detach()
-    return used_scale(scale, getattr(module, "weight_global_scale", None))
-
-
-def compress_exactly(module: Any) -> None:
-    """Compress a module as llm-compressor does, but divide in float32: bfloat16 changes codes."""
-    if module.quantization_status >= QuantizationStatus.COMPRESSED:
-        return
-    scheme = module.quantization_scheme
-    scheme.format = scheme.format or infer_module_format(type(module), scheme)
-    state = get_direct_state_dict(module)
-    name = str(getattr(scheme.format, "value", scheme.format))
-    compressor = BaseCompressor.get_value_from_registry(name)
-    exact = {**state, "weight": state["weight"].float()}
-    replace_direct_state_dict(module, compressor.compress(exact, scheme))
-    module.quantization_status = QuantizationStatus.COMPRESSED
 
 
 def _checked_groups(settings: QuantizationSettings) -> dict[str, Any] | None:

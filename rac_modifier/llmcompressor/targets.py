@@ -1,21 +1,18 @@
 """Choose the modules to prune, and the pattern of each: the recipe's, or a model's zeros."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 import torch
-from compressed_tensors.utils import align_module_device, match_named_modules
+from compressed_tensors.utils import match_named_modules
 from loguru import logger
 from transformers import PreTrainedModel
 
-from rac_modifier.checkpoint.pack_plan import MOST_ZEROS_24
 from rac_modifier.errors import RacError
-from rac_modifier.pruning.masks import holds
-from rac_modifier.recovery.fixed_mask import LEAST_ZEROS, masks_of_zeros, sparse_masks
+from rac_modifier.recovery.checkpoint import patterns_of_zeros
 from rac_modifier.settings.pattern import Pattern
 from rac_modifier.settings.pruning import PruningSettings
 
 ROUTERS = (r"re:.*\.gate$", r"re:.*router.*", r"re:.*\.shared_expert_gate$")
-_2OF4 = Pattern.n_of_m(2, 4)
 
 
 def find_targets(
@@ -94,47 +91,3 @@ def patterns_of(
     assert entry.pattern is not None, "PruningSettings has checked it"
     described = entry.pattern.describe() if entry.prunes else ""
     return dict.fromkeys(names.values(), entry.pattern), described
-
-
-def patterns_of_zeros(
-    names: Mapping[torch.nn.Module, str], required: Pattern | None, *, detect: bool
-) -> tuple[dict[str, Pattern], str]:
-    """Return the pattern of each module that `solver: keep` keeps, and all in words (RacError).
-
-    That is `required`, with `detect` 2:4 if every module holds it without many more zeros, or the
-    share of zeros of each.
-    """
-    shares: dict[str, Pattern] = {}
-    zeros, total, structured = 0, 0, detect
-    for module, name in names.items():
-        with align_module_device(module):
-            weight = module.get_parameter("weight")
-            count = weight.numel() - int(weight.count_nonzero())
-            held = required is None or holds(weight, required)
-            few = count <= MOST_ZEROS_24 * weight.numel()  # 3:4 holds 2:4 too
-            structured = structured and few and weight.shape[1] % 4 == 0 and holds(weight, _2OF4)
-        if not held or not LEAST_ZEROS <= count / weight.numel() < 1:
-            lacking = f"{count:,} of its {weight.numel():,} weights are zero"
-            raise RacError(
-                f"{name}: solver: keep keeps a model's zeros, and this module lacks them "
-                f"({required.describe() if required else lacking}); leave solver out to prune it, "
-                "or add it to ignore"
-            )
-        shares[name] = Pattern.unstructured(count / weight.numel())
-        zeros, total = zeros + count, total + weight.numel()
-    pattern = required or (_2OF4 if structured else None)
-    if pattern is not None:
-        return dict.fromkeys(shares, pattern), pattern.describe()
-    return shares, f"the zeros that the model had, {100 * zeros / total:.4g} % of the weights"
-
-
-def sparse_modules(
-    model: torch.nn.Module, quantized: Collection[str], pruned: Collection[str]
-) -> tuple[dict[str, torch.nn.Linear], dict[str, Pattern]]:
-    """Return the linear layers of a sparse model by name, `quantized` if `pruned`, and patterns."""
-    masks = masks_of_zeros(model) if quantized else sparse_masks(model)
-    sparse = {mask.removesuffix(".weight") for mask in masks} - (set(quantized) - set(pruned))
-    linears = ((n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear))
-    modules = {name: module for name, module in linears if name in sparse}
-    names: dict[torch.nn.Module, str] = {module: name for name, module in modules.items()}
-    return modules, patterns_of_zeros(names, None, detect=True)[0] if names else {}

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 
 import rac_modifier
 from rac_modifier.errors import RacError
-from rac_modifier.llmcompressor import recovery_stage
 from rac_modifier.measure.repeats import end_of_copies
+from rac_modifier.recovery import stage
 from rac_modifier.recovery.training_loop import TrainingLoop
 from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.traces.store import TraceStore
@@ -145,13 +145,13 @@ def test_answers_of_the_checkpoint_that_end_in_copies_are_trained_on(rac, tmp_pa
 def seen(monkeypatch):
     """What a run trained on and held out."""
     sequences = {}
-    train = recovery_stage.recover
+    train = stage.recover
 
     def spy(model, teacher, training, held_out, settings, **options):
         sequences.update(training=training, held_out=held_out)
         return train(model, teacher, training, held_out, settings, **options)
 
-    monkeypatch.setattr(recovery_stage, "recover", spy)
+    monkeypatch.setattr(stage, "recover", spy)
     return sequences
 
 
@@ -197,7 +197,7 @@ def test_a_column_changes_no_more_than_the_column_of_the_stores_problems(
         pass
     asked = []
     monkeypatch.setattr(
-        "rac_modifier.llmcompressor.recover_checkpoint.recover_checkpoint",
+        "rac_modifier.recovery.checkpoint.recover_checkpoint",
         lambda *given: asked.append(given[4].problems),
     )
     rac.output("recover", tiny_folder, sparse_folder, "out", "--traces", "store.jsonl", *words)

@@ -4,16 +4,17 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-from compressed_tensors.compressors.base import decompress_module
+from compressed_tensors.compressors.base import BaseCompressor, decompress_module
+from compressed_tensors.compressors.format import infer_module_format
 from compressed_tensors.quantization import QuantizationScheme, QuantizationStatus
+from compressed_tensors.utils import get_direct_state_dict, replace_direct_state_dict
 from torch import Tensor
 
 from rac_modifier.errors import RacError
-from rac_modifier.formats.encoding import Encoding
+from rac_modifier.formats.encoding import Encoding, used_scale
 from rac_modifier.formats.schemes import stored_encoding
 from rac_modifier.formats.stored_weight import SCALE
 from rac_modifier.formats.words import WORDS, ZEROS
-from rac_modifier.llmcompressor.quantizer import compress_exactly, scale_in_use
 from rac_modifier.recovery.on_grid import QuantizedWeight, codes_of, master_in_cell, pruned_share
 
 _PRUNED = 0.05  # least share of zeros, without rounded ones, of a pruned module
@@ -141,3 +142,23 @@ def checked_scale(scale: Tensor, weight: Tensor, grid: Encoding, name: str) -> T
             f"with normal {str(scale.dtype).removeprefix('torch.')} scales"
         )
     return torch.where(right, scale, torch.ones_like(scale))
+
+
+def scale_in_use(module: torch.nn.Module) -> Tensor:
+    """Return what a module's codes are multiplied by, [rows, groups]."""
+    scale = module.get_parameter("weight_scale").detach()
+    return used_scale(scale, getattr(module, "weight_global_scale", None))
+
+
+def compress_exactly(module: Any) -> None:
+    """Compress a module as llm-compressor does, but divide in float32: bfloat16 changes codes."""
+    if module.quantization_status >= QuantizationStatus.COMPRESSED:
+        return
+    scheme = module.quantization_scheme
+    scheme.format = scheme.format or infer_module_format(type(module), scheme)
+    state = get_direct_state_dict(module)
+    name = str(getattr(scheme.format, "value", scheme.format))
+    compressor = BaseCompressor.get_value_from_registry(name)
+    exact = {**state, "weight": state["weight"].float()}
+    replace_direct_state_dict(module, compressor.compress(exact, scheme))
+    module.quantization_status = QuantizationStatus.COMPRESSED

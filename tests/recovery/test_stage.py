@@ -1,72 +1,17 @@
-"""Recovery inside a recipe: which traces it uses, what it changes, and what is recorded."""
-
-from types import SimpleNamespace
+"""Which traces recovery uses, and what it refuses before it starts."""
 
 import pytest
 
 from rac_modifier import RacError
 from rac_modifier.distributed.processes import ALONE
-from rac_modifier.llmcompressor import calibration_modifier, recovery_stage
-from rac_modifier.llmcompressor.recovery_stage import RecoveryStage, split_traces
-from rac_modifier.recovery import memory
+from rac_modifier.recovery.stage import RecoveryStage, split_traces
 from rac_modifier.settings.recovery import RecoverySettings
 from rac_modifier.traces.records import Trace
 from rac_modifier.traces.store import TraceStore
-from tests.llmcompressor.conftest import record_of
-from tests.tiny import linears, tiny_model
+from tests.tiny import tiny_model
 
 RECOVER = {"tokens": 600, "held_out_tokens": 150, "step_tokens": 100, "batch_tokens": 400}
 RECOVER["learning_rate"] = 1e-3
-
-
-@pytest.fixture
-def seen(monkeypatch, tmp_path):
-    """What recovery is given, and the loader of the calibration set."""
-    made, inner = {}, recovery_stage.recover
-    build = calibration_modifier.build_calibration_set
-
-    def recover(model, teacher, training, held_out, settings, **options):
-        made.update(training=training, held_out=held_out)
-        return inner(model, teacher, training, held_out, settings, **options)
-
-    def built(*args, **options):
-        made["set"] = build(*args, **options)
-        return made["set"]
-
-    monkeypatch.setattr(recovery_stage, "recover", recover)
-    monkeypatch.setattr(calibration_modifier, "build_calibration_set", built)
-    monkeypatch.chdir(tmp_path)
-    return made
-
-
-def test_no_trace_is_trained_on_and_held_out_and_none_was_calibrated_on(prune, seen, tmp_path):
-    """The pattern holds, and the weights moved."""
-    model = prune(recover=RECOVER, output_dir=tmp_path / "out")
-    names = ("training", "held_out")
-    training, held_out = ({tuple(ids) for ids, _ in seen[name]} for name in names)
-    calibrated = {tuple(s.ids) for s in seen["set"].loader.sequences}
-    assert training
-    assert held_out
-    assert calibrated
-    assert not training & held_out
-    for ids in training | held_out:  # the last calibration sequence may be cut
-        assert not any(ids[: len(other)] == other for other in calibrated)
-
-    assert 400 < sum(len(ids) for ids, _ in seen["training"]) < 900
-    record = record_of(tmp_path / "out")["recovery"]
-    assert record["sequences"] == len(seen["training"])
-    assert record["kl_after"] <= record["kl_before"]
-    assert not (tmp_path / "rac_recovery").exists()
-    for name, module in linears(model).items():
-        groups = (module.weight == 0).reshape(module.weight.shape[0], -1, 4).sum(-1)
-        assert bool((groups >= 2).all()), name
-
-
-@pytest.mark.usefixtures("seen", "copies")
-def test_recovery_trains_where_an_onloaded_weight_is_a_copy(prune, tmp_path):
-    prune(recover=RECOVER, output_dir=tmp_path / "out")
-    curve = record_of(tmp_path / "out")["recovery"]["curve"]
-    assert len({kl for _, kl in curve}) == len(curve)
 
 
 def test_a_model_on_two_devices_is_refused():
@@ -144,12 +89,3 @@ def test_what_decides_has_no_copies_and_what_is_trained_on_a_few():
     held_out, training = split_traces(traces, 8)
     assert held_out == [((1, i, i, 7, 8), 2) for i in (0, 1)]
     assert training == [((1, 2, 2, *(7, 8) * 33), 2)]
-
-
-def test_too_little_memory_is_refused_before_anything_is_sampled(prune, tmp_path, monkeypatch):
-    few = SimpleNamespace(virtual_memory=lambda: SimpleNamespace(available=10**6))
-    monkeypatch.setattr(memory, "psutil", few)
-    store = {"store": str(tmp_path / "new.jsonl")}
-    with pytest.raises(RacError, match=r"recover: training needs about .* 0\.0 GiB are free"):
-        prune(recover=RECOVER, traces=store)
-    assert not (tmp_path / "new.jsonl").exists()

@@ -9,15 +9,15 @@ from safetensors.torch import load_file
 
 from rac_modifier import load_model
 from rac_modifier.errors import RacError
-from rac_modifier.llmcompressor.recovery_stage import _mask
-from rac_modifier.llmcompressor.trained_codes import (
+from rac_modifier.recovery.distill import recover
+from rac_modifier.recovery.on_grid import on_grid
+from rac_modifier.recovery.stage import _mask
+from rac_modifier.recovery.student import in_float32
+from rac_modifier.recovery.trained_codes import (
     QuantizedCheckpoint,
     check_layers,
     quantized_names,
 )
-from rac_modifier.recovery.distill import recover
-from rac_modifier.recovery.on_grid import on_grid
-from rac_modifier.recovery.student import in_float32
 from rac_modifier.recovery.training_loop import TrainingLoop
 from rac_modifier.settings.recovery import RecoverySettings
 from tests.checkpoint.checkpoint_helpers import CHANNEL, TOKEN

@@ -1,17 +1,19 @@
 """Recover a saved checkpoint: `rac recover`, with the stage that a recipe trains in."""
 
 import shutil
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from llmcompressor.modeling.moe.linearize import linearize_moe
+import torch
+from compressed_tensors.utils import align_module_device
 from loguru import logger
 from safetensors import SafetensorError
 
 from rac_modifier.checkpoint.card import RUN_RECORD_NAME
 from rac_modifier.checkpoint.files import TensorFiles
+from rac_modifier.checkpoint.pack_plan import MOST_ZEROS_24
 from rac_modifier.checkpoint.saving import SavePlan, save_with_record
 from rac_modifier.distributed.processes import Processes
 from rac_modifier.errors import RacError
@@ -23,15 +25,17 @@ from rac_modifier.formats.quantization_config import (
     SparsityRecord,
     weight_schemes,
 )
-from rac_modifier.llmcompressor import trained_codes
-from rac_modifier.llmcompressor.recovery_stage import RecoveryStage
-from rac_modifier.llmcompressor.targets import sparse_modules
 from rac_modifier.measure.teacher_forcing import TokenSequence
+from rac_modifier.pruning.masks import holds
+from rac_modifier.recovery import trained_codes
+from rac_modifier.recovery.fixed_mask import LEAST_ZEROS, masks_of_zeros, sparse_masks
 from rac_modifier.recovery.own_answers import copying_answers
+from rac_modifier.recovery.stage import RecoveryStage
 from rac_modifier.recovery.teacher import check_dense, check_made_from
 from rac_modifier.runtime.files import read_json
 from rac_modifier.runtime.models import on_accelerator
 from rac_modifier.sampling.model_identity import model_fingerprint
+from rac_modifier.settings.pattern import Pattern
 from rac_modifier.settings.recovery import RecoverySettings
 from rac_modifier.settings.sampling import PromptSettings
 from rac_modifier.settings.traces import TraceSettings
@@ -40,6 +44,7 @@ from rac_modifier.traces.records import Trace
 from rac_modifier.traces.store import TraceStore
 
 Load = Callable[[str], tuple[Any, Any]]  # a model and its tokenizer
+_2OF4 = Pattern.n_of_m(2, 4)
 
 
 def recover_checkpoint(
@@ -50,11 +55,13 @@ def recover_checkpoint(
     traces: TraceSettings,
     processes: Processes,
     load: Load,
+    linearize: Callable[[Any], Any],
 ) -> tuple[float, float] | None:
     """Train the checkpoint `sparse` towards the model `dense`, and save it to `output` (RacError).
 
-    Missing `traces` are sampled. A machine without `sparse` gets it from the first machine. Return
-    the held-out KL before and after; None on ranks other than the first.
+    Missing `traces` are sampled. A machine without `sparse` gets it from the first machine.
+    `linearize` gives the experts of a model layers of their own. Return the held-out KL before and
+    after; None on ranks other than the first.
     """
     here = (sparse / CONFIG_FILE).is_file()
     lacks = processes.from_first(here) and not here and processes.rank == processes.machine
@@ -68,8 +75,8 @@ def recover_checkpoint(
     processes.check_same({**models, "settings": asked})
     trained_codes.check_layers(pruned, stored)
     check_made_from(pruned, model)
-    for loaded in (model, pruned):  # as `oneshot` does: each expert has layers of its own
-        linearize_moe(loaded)
+    for loaded in (model, pruned):  # as `oneshot` does
+        linearize(loaded)
     structures = SparsityRecord.of(pruned.config.to_dict()).modules
     checkpoint = trained_codes.QuantizedCheckpoint(pruned, model, structures)
     modules, patterns = sparse_modules(pruned, checkpoint.quantized, checkpoint.pruned)
@@ -174,3 +181,47 @@ def _quantized_modules(sparse: Path) -> set[str]:
         return set()
     with TensorFiles(sparse) as files:
         return trained_codes.quantized_names(files.where)
+
+
+def patterns_of_zeros(
+    names: Mapping[torch.nn.Module, str], required: Pattern | None, *, detect: bool
+) -> tuple[dict[str, Pattern], str]:
+    """Return the pattern of each module that `solver: keep` keeps, and all in words (RacError).
+
+    That is `required`, with `detect` 2:4 if every module holds it without many more zeros, or the
+    share of zeros of each.
+    """
+    shares: dict[str, Pattern] = {}
+    zeros, total, structured = 0, 0, detect
+    for module, name in names.items():
+        with align_module_device(module):
+            weight = module.get_parameter("weight")
+            count = weight.numel() - int(weight.count_nonzero())
+            held = required is None or holds(weight, required)
+            few = count <= MOST_ZEROS_24 * weight.numel()  # 3:4 holds 2:4 too
+            structured = structured and few and weight.shape[1] % 4 == 0 and holds(weight, _2OF4)
+        if not held or not LEAST_ZEROS <= count / weight.numel() < 1:
+            lacking = f"{count:,} of its {weight.numel():,} weights are zero"
+            raise RacError(
+                f"{name}: solver: keep keeps a model's zeros, and this module lacks them "
+                f"({required.describe() if required else lacking}); leave solver out to prune it, "
+                "or add it to ignore"
+            )
+        shares[name] = Pattern.unstructured(count / weight.numel())
+        zeros, total = zeros + count, total + weight.numel()
+    pattern = required or (_2OF4 if structured else None)
+    if pattern is not None:
+        return dict.fromkeys(shares, pattern), pattern.describe()
+    return shares, f"the zeros that the model had, {100 * zeros / total:.4g} % of the weights"
+
+
+def sparse_modules(
+    model: torch.nn.Module, quantized: Collection[str], pruned: Collection[str]
+) -> tuple[dict[str, torch.nn.Linear], dict[str, Pattern]]:
+    """Return the linear layers of a sparse model by name, `quantized` if `pruned`, and patterns."""
+    masks = masks_of_zeros(model) if quantized else sparse_masks(model)
+    sparse = {mask.removesuffix(".weight") for mask in masks} - (set(quantized) - set(pruned))
+    linears = ((n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear))
+    modules = {name: module for name, module in linears if name in sparse}
+    names: dict[torch.nn.Module, str] = {module: name for name, module in modules.items()}
+    return modules, patterns_of_zeros(names, None, detect=True)[0] if names else {}
