@@ -60,7 +60,7 @@ class PackPlan:
     folder: Path
     format: str | None
     matrices: tuple[MatrixPlan, ...]
-    drop_negative_zeros: bool = False
+    keep_negative_zeros: bool = False
 
     @property
     def packed(self) -> tuple[MatrixPlan, ...]:
@@ -91,8 +91,8 @@ class PackPlan:
         )
 
 
-def plan_packing(folder: str | Path, drop_negative_zeros: bool = False) -> PackPlan:
-    """Look at every matrix of a dense-stored model; `drop_negative_zeros`: -0.0 becomes +0.0.
+def plan_packing(folder: str | Path, keep_negative_zeros: bool = False) -> PackPlan:
+    """Look at every matrix of a dense-stored model; -0.0 becomes +0.0 unless kept.
 
     RacError: it cannot be read, is packed already, holds NaN, or is quantized by another method.
     """
@@ -102,13 +102,13 @@ def plan_packing(folder: str | Path, drop_negative_zeros: bool = False) -> PackP
     with TensorFiles(folder) as files:
         check_unpacked(files, config)
         matrices = Matrices(files, config)
-        rows = [_plan(matrices, row, drop_negative_zeros) for row in matrices.rows()]
+        rows = [_plan(matrices, row, keep_negative_zeros) for row in matrices.rows()]
         planned = {f"{row.name}.weight" for row in rows}
         for name in files.where.keys() - planned:
             if files.dtype(name).is_floating_point:
                 check_finite(files.tensor(name), name)
     format, rows = _choose(rows)
-    return PackPlan(folder, format, tuple(rows), drop_negative_zeros)
+    return PackPlan(folder, format, tuple(rows), keep_negative_zeros)
 
 
 def check_unpacked(files: TensorFiles, config: Mapping[str, Any]) -> None:
@@ -130,8 +130,8 @@ def in_blocks(files: TensorFiles, module: str) -> bool:
     return is_per_block(files.shape(scale), files.shape(weight)[0])
 
 
-def _plan(matrices: Matrices, row: ModuleRow, drop: bool) -> MatrixPlan:
-    """Read a matrix; return its plan without `packed_bytes`. `drop`: store -0.0 as +0.0."""
+def _plan(matrices: Matrices, row: ModuleRow, keep: bool) -> MatrixPlan:
+    """Read a matrix; return its plan without `packed_bytes`. `keep`: -0.0 is a value."""
     row, stored_weight = matrices.read(row)
     reason = _unreadable(matrices.files, row, stored_weight)
     if stored_weight is None or reason is not None:
@@ -139,7 +139,7 @@ def _plan(matrices: Matrices, row: ModuleRow, drop: bool) -> MatrixPlan:
     weight = stored_weight if isinstance(stored_weight, Tensor) else stored_weight.dense()
     kept, zeros = from_dense(weight, row.name), count_zeros(weight)
     negative = zeros + kept.values.numel() - weight.numel()
-    if drop and negative:
+    if negative and not keep:
         kept = from_dense(without_negative_zeros(weight), row.name)
     structure = _structure(row, kept, zeros)
     planned = {
@@ -216,9 +216,4 @@ def _sized(row: MatrixPlan, format: SparseBitmask) -> MatrixPlan:
     if size < row.dense_bytes:
         return replace(row, packed_bytes=size)
     why = f"would take {size:,} bytes packed, and takes {row.dense_bytes:,} dense"
-    if row.negative_zeros:
-        why += (
-            f", as its {row.negative_zeros:,} zeros that are -0.0 are kept "
-            "(see --drop-negative-zeros)"
-        )
     return replace(row, packed_bytes=size, reason=why)

@@ -90,16 +90,16 @@ def mark_dense(folder: str | Path, modules: dict[str, str]) -> None:
 def pack_model(plan: PackPlan, out: str | Path, base_model: str) -> PackSummary:
     """Write a packed checkpoint as planned into `out`, a new or empty folder (RacError)."""
     plan.check_gain()
-    source, dropped = plan.folder, plan.drop_negative_zeros
+    source, kept = plan.folder, plan.keep_negative_zeros
     need = sum(file.stat().st_size for file in source.glob("*.safetensors"))
     with _new_folder(source, Path(out), need) as (files, new):
-        convert = pack_plan.without_negative_zeros if dropped else None
+        convert = None if kept else pack_plan.without_negative_zeros
         format = FORMATS[plan.format or FORMAT_BITMASK]
         summary = _write_packed(files, plan.structures, plan.ignore, format, new, convert)
         figures = {
             **asdict(summary),
             "modules": dict(sorted(Counter(summary.modules.values()).items())),
-            "negative_zeros": "dropped" if dropped else "kept",
+            "negative_zeros": "kept" if kept else "dropped",
         }
         run = {"base_model": base_model, "packing": figures, "versions": environment()}
         _keep_int8_activations(source, new)

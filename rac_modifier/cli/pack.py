@@ -28,11 +28,11 @@ def pack(
             "--check", help="only look: print what would be packed and why not, write nothing"
         ),
     ] = False,
-    drop_negative_zeros: Annotated[
+    keep_negative_zeros: Annotated[
         bool,
         typer.Option(
-            "--drop-negative-zeros",
-            help="store -0.0, which a mask that is multiplied in leaves, as 0.0",
+            "--keep-negative-zeros",
+            help="store -0.0, which a mask that is multiplied in leaves, as a value, not as 0.0",
         ),
     ] = False,
     as_json: AsJson = False,
@@ -40,7 +40,8 @@ def pack(
     """Pack the zeros of a pruned model away, whoever pruned it.
 
     The pattern of each module is found from its weights. A module that would not get smaller
-    stays dense. The model is only read; loaded again, the result is the same to the bit.
+    stays dense. The model is only read; loaded again, the result is the same to the bit, with 0.0
+    for -0.0.
 
     Example: rac pack path/to/pruned-model packed-model
 
@@ -60,7 +61,7 @@ def pack(
         from rac_modifier.checkpoint.pack_plan import plan_packing
         from rac_modifier.checkpoint.packing import pack_model
 
-        plan = plan_packing(source, drop_negative_zeros)
+        plan = plan_packing(source, keep_negative_zeros)
         summary = None if target is None else asdict(pack_model(plan, target, model))
     if as_json:
         matrices = [asdict(row) for row in plan.matrices]
@@ -115,10 +116,11 @@ def _render_plan(plan: "PackPlan") -> str:
         f"all matrices: {before:,} bytes dense, {after:,} packed",
     ]
     negative = sum(row.negative_zeros for row in plan.matrices)
-    if negative and not plan.drop_negative_zeros:
-        lines.append(
-            f"{negative:,} of the zeros are -0.0 and are stored; --drop-negative-zeros saves them"
+    if negative:
+        stored = (
+            "values" if plan.keep_negative_zeros else "0.0; --keep-negative-zeros keeps the sign"
         )
+        lines.append(f"{negative:,} of the zeros are -0.0 and are stored as {stored}")
     return "\n".join(lines)
 
 

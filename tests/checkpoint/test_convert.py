@@ -125,9 +125,9 @@ def test_negative_zeros_are_kept_or_dropped_as_asked(tmp_path):
         kept.view(-1, 4)[:, :2] = True
         linear.weight.data *= kept
     model.save_pretrained(tmp_path / "model")
-    kept = packed(tmp_path / "model", tmp_path / "kept")
+    kept = packed(tmp_path / "model", tmp_path / "kept", keep_negative_zeros=True)
     assert_same_state(load_model(kept), model.state_dict())
-    dropped = packed(tmp_path / "model", tmp_path / "dropped", drop_negative_zeros=True)
+    dropped = packed(tmp_path / "model", tmp_path / "dropped")
     sparsity = config_of(dropped)["quantization_config"]["sparsity_config"]
     assert sparsity["format"] == "sparse-24-bitmask"
     state = load_model(dropped).state_dict()

@@ -132,14 +132,11 @@ def test_a_weight_with_a_scale_per_block_stays_dense(tmp_path):
 def test_negative_zeros(tmp_path):
     kept = two_of_four() != 0
     folder = saved_with(tmp_path, {"up": -torch.rand(32, 64) * kept})
-    (row,) = plan_packing(folder).matrices
-    assert (row.negative_zeros, row.is_24) == (int((~kept).sum()), False)
-    assert row.reason is not None
-    assert row.reason.endswith(
-        f"as its {row.negative_zeros:,} zeros that are -0.0 are kept (see --drop-negative-zeros)"
-    )
-    plan = plan_packing(folder, drop_negative_zeros=True)
+    plan = plan_packing(folder)
     assert (plan.format, plan.structures) == ("sparse-24-bitmask", {"up": "2:4"})
+    (row,) = plan_packing(folder, keep_negative_zeros=True).matrices
+    assert (row.negative_zeros, row.is_24) == (int((~kept).sum()), False)
+    assert row.reason is not None  # every value is stored, and a mask
 
 
 PATTERNS = [("3:5", "3:5"), ("4:5", "2:4"), ("3:7", "2:4"), ("x", "2:4")]
