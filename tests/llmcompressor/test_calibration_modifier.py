@@ -61,7 +61,7 @@ def test_the_record_holds_what_measuring_again_measures(held, dense):
     assert measured["agreement"] == pytest.approx(float(agrees.mean()))
     assert measured["sequences"] == len(held_out)
     card = (folder / "out" / "README.md").read_text()
-    assert f"{measured['kl']:.4f} nats per token" in card
+    assert f"{measured['kl']:.3f} nats per token" in card
 
 
 def test_a_rounded_head_counts(prune, held, tmp_path):
@@ -99,7 +99,7 @@ def test_activations_keep_16_bits_where_8_cannot_be_measured(prune, held, monkey
     def fails(*arguments):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(activations, "measure_activations", fails)
+    monkeypatch.setattr(activations, "_measure_activations", fails)
     prune(quantization=int4(), output_dir=tmp_path / "out", **held[2])
     record = record_of(tmp_path / "out")
     assert "activations" not in record
