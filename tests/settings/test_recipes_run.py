@@ -6,7 +6,9 @@ import pytest
 import torch
 import yaml
 from llmcompressor import oneshot
+from transformers import AutoModelForCausalLM
 
+from rac_modifier import ReasoningAwareSparseGPTModifier
 from rac_modifier.checkpoint.hf_quantizer import load_model
 from rac_modifier.checkpoint.inspect import inspect_checkpoint
 from rac_modifier.settings.recipe import CheckedRecipe
@@ -34,6 +36,26 @@ def wide_folder(tmp_path_factory):
 
 def test_some_recipes_need_no_download():
     assert sum(map(is_offline, RECIPES)) >= 3
+
+
+def test_a_recipe_is_named_by_its_path_in_a_clone(wide_folder, tmp_path, monkeypatch):
+    """The call of README, with budgets that a test can wait for."""
+    prepare = ReasoningAwareSparseGPTModifier.prepare
+
+    def prepare_less(self, state):
+        few = {"max_new_tokens": 20, "temperature": 1.0}
+        sampling = self.traces.sampling.model_copy(update=few)
+        update = {"store": str(tmp_path / "own.jsonl"), "sampling": sampling}
+        self.traces = self.traces.model_copy(update=update)
+        self.calibration = self.calibration.model_copy(update={"tokens": 400})
+        prepare(self, state)
+
+    monkeypatch.setattr(ReasoningAwareSparseGPTModifier, "prepare", prepare_less)
+    monkeypatch.chdir(RECIPES[0].parents[1])
+    model = AutoModelForCausalLM.from_pretrained(wide_folder)
+    oneshot(model, recipe="recipes/rac_2of4.yaml")
+    assert len(linears(model)) == 14
+    assert all(is_2of4(module.weight) for module in linears(model).values())
 
 
 @pytest.mark.slow
