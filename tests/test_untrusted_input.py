@@ -26,6 +26,8 @@ ALLOWED = {
         "shell",
     ("sampling/own_server.py", "subprocess"): "the user's own vllm and the python next to it with "
         "lists of words, without a shell",
+    ("pruning/solve.py", "import_module("): "the module of one of the literals of "
+        "settings/solvers.py",
     ("problems/answer_checker.py", "import_module("): "one of two literals, imported before the "
         "first answer",
 }  # fmt: skip
