@@ -92,6 +92,7 @@ def files_of(folder: Path) -> set[str]:
 
 def test_the_wheel_holds_every_file_of_the_package(names):
     package = files_of(ROOT / "rac_modifier")
+    package |= {f"rac_modifier/{name}" for name in files_of(ROOT / "recipes")}
     assert {name for name in names if ".dist-info/" not in name} == package
 
 
