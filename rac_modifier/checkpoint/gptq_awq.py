@@ -172,9 +172,6 @@ class Awq(_Entries):
         return with_zeros(codes, scale, zeros if self.zero_point else None, 4, name)
 
 
-FORMATS: dict[str, type[Gptq] | type[Awq]] = {Gptq.method: Gptq, Awq.method: Awq}
-
-
 def format_of(quantization: object) -> Gptq | Awq | None:
     """Return the entries of a `quantization_config` of GPTQ or AWQ, None for any other value.
 
@@ -183,8 +180,9 @@ def format_of(quantization: object) -> Gptq | Awq | None:
     if not isinstance(quantization, Mapping):
         return None
     method = quantization.get("quant_method")
-    known = FORMATS.get(method) if isinstance(method, str) else None
-    return None if known is None else known.of(quantization)
+    known = (format for format in (Gptq, Awq) if format.method == method)
+    format = next(known, None)
+    return None if format is None else format.of(quantization)
 
 
 def _words(

@@ -23,8 +23,8 @@ from rac_modifier.checkpoint.formats import PackedFiles
 from rac_modifier.checkpoint.output_folder import check_is_id
 from rac_modifier.errors import RacError
 from rac_modifier.formats.quantization_config import (
+    COMPRESSED_TENSORS,
     CONFIG_FILE,
-    METHOD,
     QUANTIZATION_KEY,
     RAC_KEY,
     SparsityConfig,
@@ -260,5 +260,5 @@ def _check_complete(info: Mapping[str, Iterable[Any]], folder: str | Path) -> No
             raise RacError(f"{', '.join(names[:3])}{more}: {text} {folder}")
 
 
-auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = CompressedTensorsConfig
-auto.AUTO_QUANTIZER_MAPPING[METHOD] = SparseHfQuantizer
+auto.AUTO_QUANTIZATION_CONFIG_MAPPING[COMPRESSED_TENSORS] = CompressedTensorsConfig
+auto.AUTO_QUANTIZER_MAPPING[COMPRESSED_TENSORS] = SparseHfQuantizer

@@ -1,7 +1,6 @@
 """What a checkpoint folder holds: how each matrix is stored, its zeros and their pattern."""
 
 import math
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,8 +23,6 @@ from rac_modifier.formats.quantization_config import (
 from rac_modifier.formats.stored_weight import StoredWeight
 from rac_modifier.formats.words import WORDS, WORDS_SHAPE, ZEROS, PackQuantized
 from rac_modifier.runtime.files import read_json
-
-_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|wpe)$")
 
 
 @dataclass(frozen=True)
@@ -90,11 +87,6 @@ class CheckpointReport:
     def sound(self) -> bool:
         """Return whether no matrix is damaged and every recorded pattern holds."""
         return all(row.problem is None for row in self.modules)
-
-
-def is_embedding(module: str) -> bool:
-    """Tell whether a module is an embedding, by its name."""
-    return bool(_EMBEDDING.search(module))
 
 
 def is_fp4(files: TensorFiles, name: str) -> bool:

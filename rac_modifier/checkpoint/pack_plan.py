@@ -1,6 +1,5 @@
 """What packing a model would do: the pattern of each matrix, and why it stays dense."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,9 +16,10 @@ from rac_modifier.checkpoint.formats import (
     packed_modules,
     structure_of,
 )
-from rac_modifier.checkpoint.inspect import Matrices, ModuleRow, is_embedding
+from rac_modifier.checkpoint.inspect import Matrices, ModuleRow
 from rac_modifier.errors import RacError
 from rac_modifier.formats.bitmask import as_integers, nonzero, row_chunks
+from rac_modifier.formats.module_names import Role
 from rac_modifier.formats.quantization_config import CONFIG_FILE, check_method, packed_format
 from rac_modifier.formats.stored_weight import (
     PER_BLOCK,
@@ -37,8 +37,6 @@ from rac_modifier.runtime.files import read_json
 
 # Tensors that no symmetric scheme has: with them a zero weight is not stored as the value 0.
 _ASYMMETRIC = ("weight_zero_point", "weight_g_idx", "weight_global_scale")
-# Names of modules that vLLM serves dense, next to embeddings: the output matrix, and routers.
-_SERVED_DENSE = re.compile(r"(^|\.)(lm_head|embed_out|gate|router|shared_expert_gate)$")
 _TRANSPOSED = ("gpt2", "openai-gpt")  # models whose linear layers are stored [inputs, outputs]
 MOST_ZEROS_24 = 0.625  # with more, 2:4 explains less than 80 % of the zeros
 
@@ -76,7 +74,7 @@ class PackPlan:
     def ignore(self) -> list[str]:
         """Return the linear modules that stay dense."""
         names = (row.name for row in self.matrices if row.reason is not None)
-        return sorted(name for name in names if not is_embedding(name))
+        return sorted(name for name in names if Role.of(name) is not Role.EMBEDDING)
 
     def check_gain(self) -> None:
         """Refuse a model without a matrix to pack (RacError names the sparsest matrix)."""
@@ -172,7 +170,7 @@ def _served_dense(name: str, config: Mapping[str, Any]) -> str | None:
     """Say why a matrix of this name stays dense, None where it need not."""
     if config.get("model_type") in _TRANSPOSED:
         return "stored as [inputs, outputs], which is served dense"
-    if is_embedding(name) or _SERVED_DENSE.search(name):
+    if Role.of(name) not in (Role.LINEAR, Role.EXPERT):
         return "vLLM serves embeddings, output matrices and routers dense"
     return None
 

@@ -16,13 +16,14 @@ from torch import Tensor
 
 from rac_modifier.errors import RacError
 from rac_modifier.formats.encoding import Encoding
-from rac_modifier.formats.words import OF_VOCABULARY
-from rac_modifier.kernels.cpu import MOST_GROUP, encoding_of
-from rac_modifier.kernels.interface import EXPERT
+from rac_modifier.formats.module_names import Role
+from rac_modifier.kernels.cpu import MOST_GROUP, packed_type
+from rac_modifier.kernels.interface import Layer
 from rac_modifier.measure.teacher_forcing import TokenSequence, check_sequences
 from rac_modifier.runtime.models import evaluating
 
 LEVELS = {8: 127, 16: 127 * 256 + 127}  # the largest integer of x (csrc/gemm/kernel.h)
+_ROUNDED = (Role.LINEAR, Role.ROUTER)  # experts, heads and embeddings keep 16 bits
 LIMIT = 0.1  # the share of a layer's own error that 8 bits may add in a run
 
 
@@ -40,11 +41,6 @@ class _IntegerLayer:
         return 8 if self.own_error and self.error <= limit * self.own_error else 16
 
 
-def _keeps_16_bits(name: str) -> bool:
-    """Return whether a module is an expert, a head or an embedding."""
-    return bool(EXPERT.search(name) or OF_VOCABULARY.search(name))
-
-
 def _layers_of_run(
     model: Any, grids: Mapping[str, Encoding], own_errors: Mapping[str, float]
 ) -> list[_IntegerLayer]:
@@ -54,24 +50,21 @@ def _layers_of_run(
     """
     layers = []
     for name, grid in grids.items():
-        if name not in own_errors or grid.kind != "int" or _keeps_16_bits(name):
+        if name not in own_errors or grid.kind != "int" or Role.of(name) not in _ROUNDED:
             continue
-        columns = model.get_submodule(name).weight.shape[1]
-        stored = torch.int8 if grid.bits == 8 else torch.int32
-        block = _activation_block(stored, grid.group_size or columns, columns, grid.bits)
+        block = _activation_block(grid, model.get_submodule(name).weight.shape[1])
         if block is not None:
             layers.append(_IntegerLayer(name, block, own_errors[name]))
     return layers
 
 
-def _activation_block(
-    stored: torch.dtype, group: int, columns: int, word_bits: int = 4
-) -> int | None:
+def _activation_block(encoding: Encoding, columns: int) -> int | None:
     """Return the columns of x that share a scale; None where the kernels multiply floats."""
-    encoding = encoding_of(stored, group, columns, torch.bfloat16, word_bits)
-    if isinstance(encoding, str) or encoding.dtype != torch.int8:
+    layer = Layer(1, columns, 1.0, encoding, torch.bfloat16)
+    form = packed_type(layer)
+    if isinstance(form, str) or form[0].dtype != torch.int8:
         return None
-    return min(group, MOST_GROUP)
+    return min(layer.group, MOST_GROUP)
 
 
 def choose_in_run(

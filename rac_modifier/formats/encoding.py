@@ -10,7 +10,7 @@ MXFP4 (OCP Microscaling Formats 1.0): a scale is a power of two.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -27,14 +27,28 @@ class Encoding:
 
     `group_size` columns share a scale; None: a row does. Without `symmetric` (integers only) they
     share a zero point too: the code that means zero. `scale_type`: a float of the model's dtype, a
-    value of e4m3 over a `global_scale`, or a power of two (e8m0).
+    value of e4m3 over a `global_scale`, or a power of two (e8m0). Floats of 16 and 32 bits have no
+    scale; "bfloat" tells bfloat16 from float16.
     """
 
-    kind: Literal["int", "float"]
+    kind: Literal["int", "float", "bfloat"]
     bits: int
     group_size: int | None = None
     symmetric: bool = True
     scale_type: Literal["float", "e4m3", "e8m0"] = "float"
+
+    @classmethod
+    def of(cls, dtype: torch.dtype, bits: int, group_size: int | None, symmetric: bool) -> Self:
+        """Return how stored values of `dtype` are written; `bits`: of the codes of int8."""
+        if dtype == torch.int8:
+            return cls("int", bits, group_size, symmetric)
+        kind: Literal["float", "bfloat"] = "bfloat" if dtype == torch.bfloat16 else "float"
+        return cls(kind, 8 * dtype.itemsize, group_size)
+
+    @property
+    def is_scaled(self) -> bool:
+        """Return whether a scale belongs to the codes."""
+        return self.bits <= 8
 
     @property
     def half_range(self) -> float:

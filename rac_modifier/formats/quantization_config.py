@@ -14,17 +14,19 @@ from typing import Any, Literal, Self, TypeVar
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from rac_modifier.errors import RacError
+from rac_modifier.formats.encoding import Encoding
 from rac_modifier.settings.check import check_names
 
 CONFIG_FILE = "config.json"
 QUANTIZATION_KEY = "quantization_config"
 RAC_KEY = "rac_sparsity"
-METHOD = "compressed-tensors"
+COMPRESSED_TENSORS = "compressed-tensors"  # the method that our entries extend
 FORMAT_24, FORMAT_BITMASK = "sparse-24-bitmask", "sparse-bitmask"
 PACK_QUANTIZED = "pack-quantized"
 REFUSAL = {"packed sparse: import rac_modifier": True}  # shown by pydantic up to 50 characters
 BITS = (2, 3, 4)  # of dense weights that a kernel reads
 TRANSFORMED = "its inputs or outputs are transformed"  # why none does
+_GROUPED = ("group", "tensor_group")
 _INT8_FORMATS = (PACK_QUANTIZED, "int-quantized", "naive-quantized")
 VERSION = 1  # of the packed layouts; raised with every change that an older reader would misread
 
@@ -63,7 +65,7 @@ class SparsityConfig(BaseModel, frozen=True):
         """Return the sparsity of a `quantization_config` (any value); None: nothing is packed."""
         if not isinstance(quantization, Mapping):
             return None
-        if quantization.get("quant_method", METHOD) != METHOD:
+        if quantization.get("quant_method", COMPRESSED_TENSORS) != COMPRESSED_TENSORS:
             return None
         sparsity = quantization.get("sparsity_config")
         if not sparsity or (isinstance(sparsity, Mapping) and sparsity.get("format") == "dense"):
@@ -104,8 +106,8 @@ def check_method(config: Mapping[str, Any]) -> None:
     """Refuse a model that is quantized by another method than compressed-tensors (RacError)."""
     quantization = config.get(QUANTIZATION_KEY) or {}
     is_object = isinstance(quantization, dict)
-    method = quantization.get("quant_method", METHOD) if is_object else quantization
-    if not is_object or method != METHOD:
+    method = quantization.get("quant_method", COMPRESSED_TENSORS) if is_object else quantization
+    if not is_object or method != COMPRESSED_TENSORS:
         raise RacError(
             f"{CONFIG_FILE}: quantized by {method!r}; only compressed-tensors models can be packed"
         )
@@ -118,7 +120,7 @@ def with_packed(
     check_method(config)
     quantization = {
         **(config.get(QUANTIZATION_KEY) or {"format": "dense"}),
-        "quant_method": METHOD,
+        "quant_method": COMPRESSED_TENSORS,
         "sparsity_config": {"format": format, "targets": ["Linear"], "ignore": sorted(ignore)},
     }
     quantized = quantization.get("config_groups") or quantization.get("kv_cache_scheme")
@@ -140,7 +142,7 @@ def with_dense_mark(config: dict[str, Any], structures: dict[str, str]) -> dict[
     """Return a copy of the config for sparse weights that are stored dense."""
     marked = {**config, RAC_KEY: {"storage": "dense", "modules": structures}}
     quantization = config.get(QUANTIZATION_KEY)
-    if isinstance(quantization, dict) and quantization.get("quant_method") == METHOD:
+    if isinstance(quantization, dict) and quantization.get("quant_method") == COMPRESSED_TENSORS:
         base = marked[QUANTIZATION_KEY] = without_sparsity(quantization)
         if not any(map(base.get, ("config_groups", "kv_cache_scheme", "transform_config"))):
             del marked[QUANTIZATION_KEY]  # it held only sparsity
@@ -157,7 +159,7 @@ class _Arguments(BaseModel, strict=True):
     """What compressed-tensors' QuantizationArgs hold of weights or activations."""
 
     num_bits: int = Field(8, ge=1, le=64)
-    type: str = "int"
+    type: Literal["int", "float"] = "int"
     strategy: str | None = None
     group_size: int | None = Field(None, ge=-1, lt=1 << 31)
     symmetric: bool = True
@@ -178,13 +180,10 @@ class _Quantization(BaseModel):
 
 @dataclass(frozen=True)
 class WeightScheme:
-    """How a config group stores weights; `group_size` None: a scale per row or tensor."""
+    """How a config group stores weights: scales per `strategy`, tensors of a `format`."""
 
-    kind: str
-    bits: int
+    encoding: Encoding
     strategy: str
-    group_size: int | None
-    symmetric: bool
     format: str
     activations: str | None = None
 
@@ -193,35 +192,39 @@ class WeightScheme:
         """Read a config group with weights; `format`: of the checkpoint, for one without."""
         parsed = _Group.model_validate(group)
         weights, inputs = parsed.weights or _Arguments(), parsed.input_activations
+        strategy = weights.strategy or ("group" if weights.group_size else "tensor")
+        size = weights.group_size if strategy in _GROUPED else None
+        scale: Literal["float", "e4m3", "e8m0"] = "float"
+        if (weights.type, weights.num_bits) == ("float", 4):
+            scale = "e4m3" if strategy == "tensor_group" else "e8m0"
         return cls(
-            weights.type,
-            weights.num_bits,
-            weights.strategy or ("group" if weights.group_size else "tensor"),
-            weights.group_size,
-            weights.symmetric,
+            Encoding(weights.type, weights.num_bits, size, weights.symmetric, scale),
+            strategy,
             str(parsed.format or format),
             f"{inputs.type}{inputs.num_bits} per {inputs.strategy}" if inputs else None,
         )
 
     def describe(self) -> str:
         """Describe the scheme in a few words, such as `int4 in groups of 128 (pack-quantized)`."""
-        groups = self.strategy in ("group", "tensor_group")
-        scales = f"in groups of {self.group_size}" if groups else f"one scale per {self.strategy}"
-        asymmetric = "" if self.symmetric else ", asymmetric"
-        text = f"{self.kind}{self.bits} {scales}{asymmetric} ({self.format})"
+        codes, scales = self.encoding, f"one scale per {self.strategy}"
+        if self.strategy in _GROUPED:
+            scales = f"in groups of {codes.group_size}"
+        asymmetric = "" if codes.symmetric else ", asymmetric"
+        text = f"{codes.kind}{codes.bits} {scales}{asymmetric} ({self.format})"
         return f"{text}, activations {self.activations}" if self.activations else text
 
     def why_no_kernel(self, vocabulary: bool = False) -> str | None:
         """Say why no kernel reads dense weights, of a head if `vocabulary`; None where one does."""
-        if vocabulary and (self.kind, self.bits) == ("int", 8):
-            if not self.symmetric:
+        codes = self.encoding
+        if vocabulary and _is_int8(codes):
+            if not codes.symmetric:
                 return "its weights are asymmetric int8"
             if self.format not in _INT8_FORMATS:
                 return f"its format is {self.format}"
             known = self.strategy in ("group", "channel", "tensor")
             return None if known else f"its scales are {self.strategy}"
-        if self.kind != "int" or self.bits not in ((4,) if vocabulary else BITS):
-            return f"its weights are {self.kind}{self.bits}"
+        if codes.kind != "int" or codes.bits not in ((4,) if vocabulary else BITS):
+            return f"its weights are {codes.kind}{codes.bits}"
         if self.activations is not None:
             return "its activations are quantized too"
         if self.format != PACK_QUANTIZED:
@@ -246,18 +249,19 @@ def weight_schemes(quantization: object) -> tuple[WeightScheme, ...]:
     return tuple(dict.fromkeys(schemes))
 
 
-def why_left_to_vllm(quantization: object, bits: int, vocabulary: bool) -> str | None:
-    """Say why vLLM's own method runs dense codes of `bits` bits; None where a kernel may.
+def why_left_to_vllm(
+    quantization: object, schemes: Iterable[WeightScheme], vocabulary: bool
+) -> str | None:
+    """Say why vLLM's own method runs dense codes of one of `schemes`; None where a kernel may.
 
-    `vocabulary`: of a head or embedding. Of several schemes with these bits, one that a kernel
-    reads counts. Next to packed modules, codes of every scheme are read.
+    `vocabulary`: of a head or embedding. Of several schemes one that a kernel reads counts. Next
+    to packed modules, codes of every scheme are read.
     """
     packed = SparsityConfig.of(quantization) is not None
     if packed and not vocabulary:
         return None
     if isinstance(quantization, Mapping) and quantization.get("transform_config") and not packed:
         return TRANSFORMED
-    schemes = (scheme for scheme in weight_schemes(quantization) if scheme.bits == bits)
     reasons = [scheme.why_no_kernel(vocabulary) for scheme in schemes]
     return None if None in reasons else next(iter(reasons), None)
 
@@ -283,10 +287,14 @@ def int8_in_words(schemes: Iterable[WeightScheme]) -> bool:
 
     RacError: both in words and as plain int8. Packed, both look the same.
     """
-    formats = {scheme.format for scheme in schemes if (scheme.kind, scheme.bits) == ("int", 8)}
+    formats = {scheme.format for scheme in schemes if _is_int8(scheme.encoding)}
     if PACK_QUANTIZED in formats and len(formats) > 1:
         raise RacError(
             f"int8 weights in formats {' and '.join(sorted(formats))} cannot be stored sparse "
             "together; quantize activations in all config groups or none, or set storage: dense"
         )
     return PACK_QUANTIZED in formats
+
+
+def _is_int8(encoding: Encoding) -> bool:
+    return (encoding.kind, encoding.bits) == ("int", 8)

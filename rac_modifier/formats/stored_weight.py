@@ -8,13 +8,25 @@ import torch
 from torch import Tensor
 
 from rac_modifier.errors import RacError
-from rac_modifier.formats import bitmask as layout
+from rac_modifier.formats.bitmask import (
+    as_integers,
+    compress,
+    damaged,
+    dense_blocks,
+    expand,
+    most_of_four,
+    nonzero,
+    row_chunks,
+    row_counts,
+)
+from rac_modifier.formats.encoding import Encoding
 from rac_modifier.settings.pattern import Pattern
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 SCALE = "weight_scale"
 UNSTRUCTURED = "unstructured"
 PER_BLOCK = "its scales are per block of rows and columns, which no sparse kernel reads"
+REORDERED = "its columns are reordered (desc_act)"  # why a layer stays dense
 _CHUNK = 1 << 22  # values
 
 
@@ -65,6 +77,12 @@ class StoredWeight:
         return self.scale is None and self.values.dtype not in FLOATS
 
     @property
+    def encoding(self) -> Encoding:
+        """Return how its values are written."""
+        group = None if self.group == self.columns else self.group
+        return Encoding.of(self.values.dtype, self.bits, group, self.zeros is None)
+
+    @property
     def group(self) -> int:
         """Return the columns that share a scale."""
         return self.columns // (1 if self.scale is None else self.scale.shape[1])
@@ -72,7 +90,7 @@ class StoredWeight:
     @property
     def two_of_four(self) -> bool:
         """Return whether at most two of each four neighbouring columns are stored."""
-        return self.columns % 4 == 0 and layout.most_of_four(self.bitmask) <= 2
+        return self.columns % 4 == 0 and most_of_four(self.bitmask) <= 2
 
     @property
     def group_bytes(self) -> int:
@@ -88,7 +106,7 @@ class StoredWeight:
         """Return the dense weight [N, columns]; quantized values without their scales."""
         if self.density == 1.0:
             return self.values.view(self.shape)
-        return layout.expand(self.values, self.bitmask, self.columns)
+        return expand(self.values, self.bitmask, self.columns)
 
     def select_rows(self, rows: Tensor) -> "StoredWeight":
         """Return the rows of these numbers (int64) in this order; runs are copied together."""
@@ -110,9 +128,14 @@ class StoredWeight:
         )
 
     def select_columns(self, first: int, count: int) -> "StoredWeight":
-        """Return columns `first` to `first + count`; zeros that were stored are left out."""
+        """Return columns `first` to `first + count`; zeros that were stored are left out.
+
+        RacError: some columns of a weight whose columns are reordered.
+        """
         if (first, count) == (0, self.columns):
             return self
+        if self.order is not None:
+            raise RacError(f"{REORDERED}, and ranks share them")
         dense = self.dense()[:, first : first + count].contiguous()
         cut = all_stored(dense, self.name) if self.density == 1.0 else from_dense(dense, self.name)
         cut = replace(cut, bits=self.bits)
@@ -150,7 +173,7 @@ def check_scale(
     if scale.dim() != 2 or scale.shape[0] != rows or not scale.shape[1] or columns % scale.shape[1]:
         shapes = "one scale, one per row, or one per row and group of columns"
         fault = f"shape {list(scale.shape)} does not fit a weight [{rows}, {columns}], which has"
-        raise layout.damaged(name, f"{fault} {shapes}")
+        raise damaged(name, f"{fault} {shapes}")
     return scale.float().contiguous()
 
 
@@ -162,10 +185,10 @@ def is_per_block(shape: Sequence[int], rows: int) -> bool:
 def check_scale_values(scale: Tensor, name: str) -> None:
     """Refuse scales that are zero or not finite (RacError). AutoRound writes negative ones."""
     if scale.dtype not in FLOATS:
-        raise layout.damaged(name, f"{scale.dtype}, not floats")
+        raise damaged(name, f"{scale.dtype}, not floats")
     check_finite(scale, name)
     if bool((scale == 0).any()):
-        raise layout.damaged(name, "a scale is zero")
+        raise damaged(name, "a scale is zero")
 
 
 def check_finite(values: Tensor, name: str) -> None:
@@ -175,7 +198,7 @@ def check_finite(values: Tensor, name: str) -> None:
     for chunk in values.reshape(-1).split(_CHUNK):
         known = chunk.float() if chunk.itemsize == 1 else chunk  # torch tests no 8-bit floats
         if not bool(known.isfinite().all()):
-            raise layout.damaged(name, "holds values that are not finite (NaN or infinite)")
+            raise damaged(name, "holds values that are not finite (NaN or infinite)")
 
 
 def dequantize(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -189,7 +212,7 @@ def dequantize(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tens
 def count_zeros(weight: Tensor | StoredWeight) -> int:
     """Count the weights that are 0.0 or -0.0."""
     values = weight if isinstance(weight, Tensor) else weight.values
-    kept = sum(int(layout.nonzero(chunk).sum()) for chunk in values.reshape(-1).split(_CHUNK))
+    kept = sum(int(nonzero(chunk).sum()) for chunk in values.reshape(-1).split(_CHUNK))
     return math.prod(weight.shape) - kept
 
 
@@ -201,25 +224,25 @@ def count_broken_groups(weight: Tensor | StoredWeight, structure: str, module: s
     pattern.check_shape(module, *weight.shape)
     blocks: Iterable[Tensor]
     if isinstance(weight, Tensor):
-        blocks = (weight[rows] for rows in layout.row_chunks(*weight.shape))
+        blocks = (weight[rows] for rows in row_chunks(*weight.shape))
     else:
-        stored = layout.dense_blocks(weight.values, weight.bitmask, weight.columns)
+        stored = dense_blocks(weight.values, weight.bitmask, weight.columns)
         blocks = (block for _, block in stored)
-    kept = (layout.nonzero(block).view(-1, pattern.m).sum(dim=1) for block in blocks)
+    kept = (nonzero(block).view(-1, pattern.m).sum(dim=1) for block in blocks)
     return sum(int((count > pattern.m - pattern.n).sum()) for count in kept)
 
 
 def from_dense(weight: Tensor, name: str) -> StoredWeight:
     """Return the sparse form of a dense weight [N, columns]: all values but +0.0 are stored."""
-    chunks = layout.row_chunks(*weight.shape)
+    chunks = row_chunks(*weight.shape)
     count = sum(int(_stored(weight[rows]).sum()) for rows in chunks)
-    values, bitmask = layout.compress(weight, count, _stored)
-    starts = row_starts(layout.row_counts(bitmask))
+    values, bitmask = compress(weight, count, _stored)
+    starts = row_starts(row_counts(bitmask))
     return StoredWeight(values, bitmask, weight.shape[1], starts, name)
 
 
 def _stored(weight: Tensor) -> Tensor:
-    return layout.as_integers(weight) != 0
+    return as_integers(weight) != 0
 
 
 def all_stored(weight: Tensor, name: str) -> StoredWeight:
@@ -258,8 +281,7 @@ def stack(weights: Sequence[StoredWeight], name: str) -> StoredWeight:
 
 def _kind(weight: StoredWeight) -> tuple[object, ...]:
     order = None if weight.order is None else tuple(weight.order.tolist())
-    numbers = weight.columns, weight.values.dtype, weight.group, weight.bits
-    return *numbers, weight.zeros is None, order
+    return weight.columns, weight.values.dtype, weight.encoding, order
 
 
 def row_starts(counts: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ A dense weight is (code - code of zero) * scale. Its codes are in words along th
 codes of zero, one per row and group of columns, are in words along the rows.
 """
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from rac_modifier.errors import RacError
 from rac_modifier.formats.bitmask import contradicts, damaged, part_of
+from rac_modifier.formats.encoding import Encoding
 from rac_modifier.formats.quantization_config import BITS, PACK_QUANTIZED, WeightScheme
 from rac_modifier.formats.stored_weight import SCALE, StoredWeight, all_stored, check_scale
 
@@ -25,8 +25,6 @@ from rac_modifier.formats.stored_weight import SCALE, StoredWeight, all_stored, 
 WORDS, WORDS_SHAPE = "weight_packed", "weight_shape"
 ZEROS, ORDER = "weight_zero_point", "weight_g_idx"
 PACKED_BITS = (4, 8)  # of values that are packed here, as sparse weights
-# In the name of a head or an embedding, or of a target for these.
-OF_VOCABULARY = re.compile("lm_head|embed", re.IGNORECASE)
 
 
 def pack_words(values: Tensor, bits: int) -> Tensor:
@@ -103,8 +101,8 @@ class PackQuantized:
                 f"{module}.{ORDER}: its columns are reordered (actorder: group), which no kernel "
                 "reads; leave out --quantization rac, or quantize with actorder: static"
             )
-        bits = scheme.bits
-        if bits == 8 and not scheme.symmetric:  # a code less its code of zero may not fit int8
+        bits, symmetric = scheme.encoding.bits, scheme.encoding.symmetric
+        if bits == 8 and not symmetric:  # a code less its code of zero may not fit int8
             raise RacError(
                 f"{module}.{ZEROS}: asymmetric weights of 8 bits have no kernel; quantize them "
                 "symmetrically"
@@ -119,10 +117,10 @@ class PackQuantized:
             words = part_of(tensors, module, WORDS)
             codes = _unpacked(words, rows, columns, f"{module}.{WORDS}", bits)
         scale = _check_groups(tensors, codes, module, scheme)
-        if scheme.symmetric and ZEROS in tensors:
+        if symmetric and ZEROS in tensors:
             fault = "must not be there, since config.json quantizes it symmetrically"
             raise contradicts(f"{module}.{ZEROS}", fault)
-        if scheme.symmetric:
+        if symmetric:
             return with_zeros(codes, scale, None, bits, module)
         words, (rows, groups) = part_of(tensors, module, ZEROS), scale.shape
         words = words.t() if words.dim() == 2 else words
@@ -140,7 +138,7 @@ class PackQuantized:
         if WORDS_SHAPE not in tensors or ORDER in tensors:
             return None
         _, columns = _shape(tensors, module)
-        stated = {scheme.bits for scheme in schemes if scheme.format == PACK_QUANTIZED}
+        stated = {scheme.encoding.bits for scheme in schemes if scheme.format == PACK_QUANTIZED}
         widths = stated & {*BITS, *PACKED_BITS} if stated else set(PACKED_BITS)
         count = words.shape[-1] if words.dim() else 0
         fitting = [bits for bits in widths if count == word_count(columns, bits)]
@@ -155,8 +153,8 @@ class PackQuantized:
         bits, symmetric = fitting[0], ZEROS not in tensors
         if bits == 8 and not symmetric:
             return None
-        scheme = WeightScheme("int", bits, "group", group, symmetric, PACK_QUANTIZED)
-        return cls.check(tensors, module, scheme)
+        encoding = Encoding("int", bits, group, symmetric)
+        return cls.check(tensors, module, WeightScheme(encoding, "group", PACK_QUANTIZED))
 
 
 def with_zeros(
@@ -177,7 +175,7 @@ def _check_groups(
     rows, columns = codes.shape
     scale = check_scale(tensors, codes.dtype, rows, columns, name)
     assert scale is not None  # since the values are integers
-    group = (scheme.group_size or columns) if scheme.strategy == "group" else columns
+    group = scheme.encoding.group_size or columns
     if scale.shape[1] * group != columns:
         stated = "one per row" if group == columns else f"groups of {group} columns"
         fault = f"{scale.shape[1]} per row of {columns} columns, but config.json has {stated}"

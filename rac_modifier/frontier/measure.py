@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from rac_modifier.checkpoint.files import TensorFiles
-from rac_modifier.checkpoint.inspect import is_embedding, is_fp4
+from rac_modifier.checkpoint.inspect import is_fp4
 from rac_modifier.evaluation.accuracy import row_of
 from rac_modifier.evaluation.results import EvalResult, PairedDifference, Row
+from rac_modifier.formats.module_names import Role
 from rac_modifier.measure.divergence import DenseReference, DivergenceResult, TokenDivergence
 from rac_modifier.problems.source import Problem
 from rac_modifier.sampling.generate import Generation, eos_token_ids, sample_sequences
@@ -21,7 +22,6 @@ from rac_modifier.settings.sampling import SamplingSettings
 
 MOST_TRACES = 300  # problems whose traces are kept; figures are of all problems
 _BROKEN = "\ufffd"  # what a decoder writes for a part of a character
-_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output)$")
 # Last part of the names of a matrix that is packed or quantized.
 _PART = re.compile(
     r"compressed|bitmask|row_offsets|weight_(packed|scale|global_scale|zero_point|g_idx)"
@@ -152,7 +152,7 @@ def checkpoint_bytes(folder: str | Path) -> dict[str, int | float]:
             module, _, part = name.rpartition(".")
             size, shape = files.nbytes(name), files.shape(name)
             total += size
-            if is_embedding(module) or _HEAD.search(module):
+            if Role.of(module).of_vocabulary:
                 continue
             if part == "weight" and len(shape) == 2:
                 matrices += size

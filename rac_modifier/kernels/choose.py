@@ -13,19 +13,18 @@ from typing import cast
 import torch
 
 from rac_modifier.checkpoint.inspect import CheckpointReport, inspect_checkpoint
+from rac_modifier.formats.module_names import Role
 from rac_modifier.formats.quantization_config import (
     BITS,
     CONFIG_FILE,
     QUANTIZATION_KEY,
     SparsityRecord,
+    weight_schemes,
     why_left_to_vllm,
 )
-from rac_modifier.formats.stored_weight import FLOATS, PER_BLOCK, StoredWeight
-from rac_modifier.formats.words import OF_VOCABULARY
+from rac_modifier.formats.stored_weight import FLOATS, PER_BLOCK, REORDERED, StoredWeight
 from rac_modifier.kernels import cpu
 from rac_modifier.kernels.interface import (
-    EXPERT,
-    REORDERED,
     VLLMS,
     Backend,
     Decision,
@@ -46,6 +45,20 @@ def choose(layer: Layer, device: str) -> tuple[Decision, Backend | None]:
         return stay_dense(backend, layer.served), None
     decision = backend.can_run(layer)
     return decision, backend if decision.sparse else None
+
+
+def serve(
+    weight: StoredWeight, layer: Layer, device: str, role: Role = Role.LINEAR
+) -> tuple[Decision, Backend | None]:
+    """Decide how a weight that was read, or a share of it (`layer`), runs.
+
+    `rac inspect` and the vLLM plugin both ask this function.
+    """
+    if weight.per_block:
+        return stay_dense(PER_BLOCK, layer.served, "refused by vLLM"), None
+    if weight.order is not None and role is not Role.LINEAR:
+        return stay_dense(REORDERED, layer.served), None
+    return choose(layer, device)
 
 
 @lru_cache(maxsize=16)
@@ -75,32 +88,27 @@ def plan_checkpoint(folder: str | Path) -> tuple[CheckpointReport, list[PlanRow]
     vLLM decides for fused layers by the same rules. Damaged modules are in the report alone.
     """
     config = read_json(Path(folder) / CONFIG_FILE)
-    int8 = SparsityRecord.of(config).int8_activations
+    quantization, int8 = config.get(QUANTIZATION_KEY), SparsityRecord.of(config).int8_activations
+    schemes = weight_schemes(quantization)
     rows: list[PlanRow] = []
 
     def plan(weight: StoredWeight) -> None:
-        dtype = weight.values.dtype
-        bits = 8 if weight.name in int8 else 16
+        dtype, role = weight.values.dtype, Role.of(weight.name)
         served = dtype if dtype in FLOATS else torch.bfloat16
-        layer = Layer.of(replace(weight, activation_bits=bits), served)
-        if weight.density < 1.0 or weight.bits in BITS or OF_VOCABULARY.search(weight.name):
-            decision = _decide(weight, layer, config.get(QUANTIZATION_KEY))
-            rows.append(PlanRow(weight.name, layer, decision))
+        is_dense = weight.density == 1.0
+        if is_dense and weight.bits not in BITS and not role.of_vocabulary:
+            return
+        weight = replace(weight, activation_bits=8 if weight.name in int8 else 16)
+        layer = Layer.of(weight, served)
+        known = (scheme for scheme in schemes if scheme.encoding.bits == weight.bits)
+        reason = why_left_to_vllm(quantization, known, role.of_vocabulary)
+        if is_dense and not weight.per_block and reason is not None:
+            decision = stay_dense(reason, served, VLLMS)
+        else:
+            decision, _ = serve(weight, layer, "cpu", role)
+        rows.append(PlanRow(weight.name, layer, decision))
 
     return inspect_checkpoint(folder, plan), rows
-
-
-def _decide(weight: StoredWeight, layer: Layer, quantization: object) -> Decision:
-    """Decide as the vLLM plugin does for a layer that is not fused."""
-    vocabulary = bool(OF_VOCABULARY.search(weight.name))
-    if weight.per_block:
-        return stay_dense(PER_BLOCK, layer.served, "refused by vLLM")
-    reason = why_left_to_vllm(quantization, weight.bits, vocabulary)
-    if reason is not None and weight.density == 1.0:
-        return stay_dense(reason, layer.served, VLLMS)
-    if weight.order is not None and (vocabulary or EXPERT.search(weight.name)):
-        return stay_dense(REORDERED, layer.served)
-    return choose(layer, "cpu")[0]
 
 
 def render_plan(rows: Sequence[PlanRow]) -> str:

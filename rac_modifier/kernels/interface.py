@@ -1,6 +1,5 @@
 """A backend: three functions, the layer that they decide on, a decision with its reason."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol, Self
@@ -8,11 +7,10 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
+from rac_modifier.formats.encoding import Encoding
 from rac_modifier.formats.stored_weight import StoredWeight
 
 VLLMS = "vLLM's own method"  # what runs a layer instead of a backend
-REORDERED = "its columns are reordered (desc_act)"  # why a layer stays dense
-EXPERT = re.compile(r"\.experts\.\d+\.")  # in the name of a module of a routed expert
 
 
 @dataclass(frozen=True)
@@ -21,43 +19,36 @@ class Layer:
 
     Attributes:
         density: share of the weights that is stored, 0 to 1.
-        stored: dtype of the stored values; int32 for words of values of `word_bits` bits.
+        encoding: of the stored values.
         served: dtype of the activations, and of the weight if it runs dense.
-        group: columns that share a scale.
         group_bytes: bytes of the scale, and of the zero point if there is one, per row and group.
         two_of_four: at most two of each four neighbouring columns are stored.
         activation_bits: 16 or 8, to which an integer kernel may round activations.
-        word_bits: 4; without a mask also 3 or 2.
     """
 
     rows: int
     columns: int
     density: float
-    stored: torch.dtype
+    encoding: Encoding
     served: torch.dtype
-    group: int
     group_bytes: int = 4
     two_of_four: bool = False
-    zero_points: bool = False
     activation_bits: int = 16
-    word_bits: int = 4
 
     @classmethod
     def of(cls, weight: StoredWeight, served: torch.dtype) -> Self:
         """Read the numbers of a stored weight."""
         return cls(
-            weight.rows,
-            weight.columns,
-            weight.density,
-            torch.int32 if weight.bits < 8 else weight.values.dtype,
-            served,
-            weight.group,
-            weight.group_bytes,
+            *(weight.rows, weight.columns, weight.density, weight.encoding, served),
+            group_bytes=weight.group_bytes,
             two_of_four=weight.two_of_four,
-            zero_points=weight.zeros is not None,
             activation_bits=weight.activation_bits,
-            word_bits=weight.bits if weight.bits < 8 else 4,
         )
+
+    @property
+    def group(self) -> int:
+        """Return the columns that share a scale."""
+        return self.encoding.group_size or self.columns
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from rac_modifier.checkpoint.output_folder import check_output_folder
 from rac_modifier.errors import RacError
+from rac_modifier.formats.module_names import targets_vocabulary
 from rac_modifier.formats.stored_weight import PER_BLOCK
-from rac_modifier.formats.words import OF_VOCABULARY
 from rac_modifier.llmcompressor.quantizer import Quantizer
 from rac_modifier.llmcompressor.targets import find_targets
 from rac_modifier.settings.entries import CalibrationEntry, PruningEntry
@@ -137,7 +137,7 @@ def check_other_modifiers(ours: PruningEntry, modifiers: Sequence[Modifier]) -> 
             )
         if behind and (quantizes or ours.recover) and isinstance(modifier, QuantizationMixin):
             groups = modifier.resolved_config.config_groups.values()
-            if not all(OF_VOCABULARY.search(name) for group in groups for name in group.targets):
+            if not all(targets_vocabulary(name) for group in groups for name in group.targets):
                 why = "quantizes twice; leave one out"
                 if not quantizes:
                     why = "takes its scales before recover trains the weights; leave it out and "

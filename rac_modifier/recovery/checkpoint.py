@@ -19,8 +19,8 @@ from rac_modifier.distributed.processes import Processes
 from rac_modifier.errors import RacError
 from rac_modifier.evaluation.activations import choose_in_run
 from rac_modifier.formats.quantization_config import (
+    COMPRESSED_TENSORS,
     CONFIG_FILE,
-    METHOD,
     QUANTIZATION_KEY,
     SparsityRecord,
     weight_schemes,
@@ -172,10 +172,10 @@ def _quantized_modules(sparse: Path) -> set[str]:
     if not sparse.is_dir():
         return set()
     quantization = read_json(sparse / CONFIG_FILE).get(QUANTIZATION_KEY) or {}
-    if (method := quantization.get("quant_method", METHOD)) != METHOD:
+    if (method := quantization.get("quant_method", COMPRESSED_TENSORS)) != COMPRESSED_TENSORS:
         raise RacError(
-            f"{sparse}: quantized by {method!r}; recovery reads and writes {METHOD} alone: "
-            "quantize with llm-compressor"
+            f"{sparse}: quantized by {method!r}; recovery reads and writes {COMPRESSED_TENSORS} "
+            "alone: quantize with llm-compressor"
         )
     if not weight_schemes(quantization):
         return set()

@@ -18,13 +18,17 @@ from vllm.model_executor.layers.quantization.base_config import (
 
 from rac_modifier.checkpoint.files import INDEX_FILE, TensorFiles
 from rac_modifier.errors import RacError
-from rac_modifier.formats.quantization_config import METHOD as COMPRESSED_TENSORS
-from rac_modifier.formats.quantization_config import RAC_KEY, SparsityRecord
+from rac_modifier.formats.quantization_config import (
+    COMPRESSED_TENSORS,
+    RAC_KEY,
+    SparsityRecord,
+)
 from rac_modifier.kernels.cpu.support import support
 from rac_modifier.kernels.interface import VLLMS, Decision, stay_dense
 from rac_modifier.runtime.cpu_tuning import keep_freed_memory
 from rac_modifier.vllm_plugin import METHOD, layouts
-from rac_modifier.vllm_plugin.layouts import CodesReader, Layout, WeightReader
+from rac_modifier.vllm_plugin.layouts import Layout
+from rac_modifier.vllm_plugin.readers import CodesReader, WeightReader
 
 if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper
@@ -107,7 +111,7 @@ class RacConfig(QuantizationConfig):
         if method == COMPRESSED_TENSORS:
             return cls(layouts.CodesLayout(config))
         if method in ("gptq", "awq"):
-            return cls(layouts.WordsLayout(config))
+            return cls(layouts.GptqAwqLayout(config))
         raise layouts.no_effect(f"it is quantized by {method!r} and not packed sparse")
 
     def maybe_update_config(
@@ -173,19 +177,19 @@ class RacConfig(QuantizationConfig):
         reader = self.layout.reader(layer, modules)
         if reader is None or isinstance(reader, str):
             return self._vllms(layer, prefix, reader) or UnquantizedLinearMethod()
-        self._check_order(modules, reader)
+        self._check_order(layer, modules, reader)
         from rac_modifier.vllm_plugin.linear import RacLinearMethod, Shards
 
         bits = 8 if set(modules) <= set(self.int8_activations) else 16
         self.report.expected += 1
         return RacLinearMethod(Shards(prefix, modules, reader), self.report.add, bits)
 
-    def _check_order(self, modules: list[str], reader: WeightReader) -> None:
+    def _check_order(self, layer: Any, modules: list[str], reader: WeightReader) -> None:
         """Refuse rows that vLLM reorders in dense weights, and not in these (RacError)."""
         if self.reordered == _LLAMA4 and isinstance(reader, CodesReader) and reader.symmetric:
             return  # vLLM reorders weight_packed and weight_scale, too
         for module in modules:
-            if module.rpartition(".")[2] in self.reordered and reader.holds(module):
+            if module.rpartition(".")[2] in self.reordered and self.layout.holds(layer, module):
                 raise RacError(
                     f"{module}: vLLM reorders its rows while it loads dense weights, and not those "
                     "of this checkpoint; rac unpack writes it dense, and "

@@ -19,12 +19,13 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
 from vllm.model_executor.utils import set_weight_attrs
 
 from rac_modifier.errors import RacError
+from rac_modifier.formats.module_names import Role
 from rac_modifier.formats.stored_weight import StoredWeight, stack
-from rac_modifier.kernels.choose import choose
-from rac_modifier.kernels.interface import REORDERED, Decision, Layer, stay_dense
-from rac_modifier.vllm_plugin.layouts import Weight, WeightReader
+from rac_modifier.kernels.choose import serve
+from rac_modifier.kernels.interface import Decision, Layer, stay_dense
 from rac_modifier.vllm_plugin.linear import AddDecision, check_shape, loaded_again, to_floats
 from rac_modifier.vllm_plugin.packed_experts import PackedExperts, PackedLinear
+from rac_modifier.vllm_plugin.readers import Weight, WeightReader
 
 _GATES: dict[MoEActivation, Callable[[Tensor], Tensor]] = {
     MoEActivation.SILU: torch.nn.functional.silu,
@@ -149,7 +150,8 @@ class RacExpertsMethod(FusedMoEMethodBase):
             if isinstance(shares, str):
                 return stay_dense(shares, self.dtype)
             for share, linears in zip(shares, (up, down), strict=True):
-                decision, backend = choose(Layer.of(share, self.dtype), self.device.type)
+                layer_of_share = Layer.of(share, self.dtype)
+                decision, backend = serve(share, layer_of_share, self.device.type, Role.EXPERT)
                 if backend is None:
                     return decision
                 linears.append(PackedLinear(backend, share, self.dtype))
@@ -183,8 +185,6 @@ class RacExpertsMethod(FusedMoEMethodBase):
         packed = [weight for weight in weights if isinstance(weight, StoredWeight)]
         if len(packed) < len(weights):
             return "some of its experts are stored in floats"
-        if any(weight.order is not None for weight in packed):
-            return REORDERED
         gate, up, down = packed
         first = moe.tp_rank * self.width
         rows = torch.arange(first, first + self.width)

@@ -1,117 +1,61 @@
-"""How a checkpoint stores its layers: a layout gives a layer's reader, or why there is none.
-
-A reader checks the tensors of a module as untrusted input.
-"""
+"""How a checkpoint stores its layers: a layout gives a layer's reader, or why there is none."""
 
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from rac_modifier.checkpoint import gptq_awq
-from rac_modifier.checkpoint.formats import FORMAT_BITMASK, FORMATS
+from rac_modifier.checkpoint.formats import FORMATS
 from rac_modifier.errors import RacError
-from rac_modifier.formats.bitmask import damaged, part_of
-from rac_modifier.formats.quantization_config import METHOD as COMPRESSED_TENSORS
+from rac_modifier.formats.module_names import targets_vocabulary
 from rac_modifier.formats.quantization_config import (
-    TRANSFORMED,
+    COMPRESSED_TENSORS,
     SparsityConfig,
     WeightScheme,
-    has_block_scales,
     rotates_activations,
     weight_schemes,
+    why_left_to_vllm,
     without_sparsity,
 )
-from rac_modifier.formats.stored_weight import (
-    FLOATS,
-    PER_BLOCK,
-    SCALE,
-    StoredWeight,
-    check_scale,
-    dequantize,
-)
-from rac_modifier.formats.words import (
-    OF_VOCABULARY,
-    ORDER,
-    WORDS,
-    ZEROS,
-    PackQuantized,
-)
 from rac_modifier.vllm_plugin import METHOD
-
-_RESTORE = "restore the config.json that was saved with the checkpoint"
-# Scales of activations are not used: the kernels round activations less than any scheme does.
-_UNUSED = ("input_scale", "input_zero_point")
-
-Weight = StoredWeight | Tensor  # compressed, or in floats [N, K]
-
-
-class WeightReader:
-    """Reads one module; `dtypes`: its tensors' names and dtypes on disk (None: the model's)."""
-
-    dtypes: Mapping[str, torch.dtype | None]
-
-    def read(self, tensors: Mapping[str, Tensor], module: str) -> Weight:
-        """Check the tensors of `module`; return its weight (RacError names a damaged one)."""
-        raise NotImplementedError
-
-    def holds(self, module: str) -> bool:
-        """Return whether the weight of a linear module, by its name on disk, is compressed."""
-        raise NotImplementedError
+from rac_modifier.vllm_plugin.readers import (
+    CodesReader,
+    GptqAwqReader,
+    PackedReader,
+    WeightReader,
+)
 
 
-class CodesReader(WeightReader):
-    """Dense weights of compressed-tensors; `schemes` by module, None for a module in floats."""
-
-    dtypes = PackQuantized.dtypes
-
-    def __init__(self, schemes: Mapping[str, WeightScheme | None]) -> None:
-        self.schemes = schemes
-        self.symmetric = all(scheme is None or scheme.symmetric for scheme in schemes.values())
-
-    def holds(self, module: str) -> bool:
-        """Return whether the module has a scheme."""
-        return self.schemes.get(module) is not None
-
-    def read(self, tensors: Mapping[str, Tensor], module: str) -> Weight:
-        """Return the weight with every value stored; a tensor where nothing is quantized."""
-        # A layer that is fused on disk, too, has its own name, and the scheme of its shards.
-        scheme = self.schemes.get(module, next(iter(self.schemes.values())))
-        if scheme is None:
-            return _floats_of(tensors, module)
-        if scheme.bits != 8 and "weight" in tensors:
-            raise RacError(
-                f"{module}.weight: not quantized, but config.json says int{scheme.bits}; {_RESTORE}"
-            )
-        return PackQuantized.check(tensors, module, scheme)
-
-
-class Layout(WeightReader):
-    """How a checkpoint stores its layers. Most layouts read all layers themselves."""
+class Layout:
+    """How a checkpoint stores its layers: the reader of each."""
 
     inner: Any = None  # vLLM's config for the layers that no reader reads
     # Names, "re:" patterns or "Linear" for all, of the compressed modules.
     targets: tuple[str, ...] = ("Linear",)
     ignore: tuple[str, ...] = ()
 
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.config = config
+
     def reader(self, layer: Any, modules: list[str]) -> WeightReader | str | None:
         """Return what reads these modules, or why vLLM's method runs them; None: dense."""
-        return self if any(self.holds(module) for module in modules) else None
+        raise NotImplementedError
 
     def experts_reader(self, layer: Any, prefix: str) -> WeightReader | str | None:
         """Return what reads routed experts; a text and None like `reader`."""
-        return self
+        raise NotImplementedError
 
     def vocabulary_reader(self, layer: Any, prefix: str) -> WeightReader | None:
         """Return what reads a head or an embedding; None where vLLM's own method runs it."""
         scheme = self._scheme(layer, prefix)
         if scheme is None or torch.empty(0).device.type != "cpu":
             return None
-        return None if scheme.why_no_kernel(vocabulary=True) else CodesReader({prefix: scheme})
+        left = why_left_to_vllm(self.config, (scheme,), vocabulary=True)
+        return None if left else CodesReader({prefix: scheme})
 
-    def holds(self, module: str) -> bool:
+    def holds(self, layer: Any, module: str) -> bool:
         """Return whether the weight of a linear module, by its name on disk, is compressed."""
         return _matches(module, self.targets) and not _matches(module, self.ignore)
 
@@ -122,9 +66,10 @@ class Layout(WeightReader):
 
 
 class PackedLayout(Layout):
-    """Packed sparse weights of a `quantization_config` with a `sparsity_config`."""
+    """Packed sparse weights of a `quantization_config` with a `sparsity_config`; their reader."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__(config)
         sparsity = SparsityConfig.of(config)
         assert sparsity is not None  # `is_packed`
         if rotates_activations(config):
@@ -133,62 +78,31 @@ class PackedLayout(Layout):
                 "rac unpack, and serve the dense checkpoint"
             )
         self.targets, self.ignore = sparsity.targets, sparsity.ignore
-        self.format, self.quantized = FORMATS[sparsity.format], bool(config.get("config_groups"))
-        self.block_scales = has_block_scales(weight_schemes(config))
-        stored: dict[str, torch.dtype | None] = {
-            "bitmask": torch.uint8,
-            "row_offsets": torch.int64,
-            "shape": torch.int64,
-        }
-        names = [*self.format.parts, "weight"]  # an ignored shard of a fused layer has a weight
-        if self.quantized or without_sparsity(config).get("kv_cache_scheme"):
+        quantized = bool(config.get("config_groups"))
+        if quantized or without_sparsity(config).get("kv_cache_scheme"):
             self.inner = _compressed_tensors(config)
-        if self.quantized:
-            stored.update(PackQuantized.dtypes)
-            names += [*PackQuantized.dtypes, *_UNUSED]
-        self.dtypes = {name: stored.get(name) for name in names}
+        schemes = weight_schemes(config)
+        self.packed = PackedReader(FORMATS[sparsity.format], quantized, schemes, self._scheme)
 
-    def read(self, tensors: Mapping[str, Tensor], module: str) -> Weight:
-        """Return the weight, sparse or of dense codes; a tensor where it is stored in floats."""
-        if WORDS in tensors:  # packing this part of a fused layer would have gained nothing
-            scheme = self._scheme(torch.nn.Linear(1, 1, device="meta"), module)
-            if scheme is None:
-                raise RacError(
-                    f"{module}.{WORDS}: config.json does not quantize this module; {_RESTORE}"
-                )
-            return PackQuantized.check(tensors, module, scheme)
-        for part in (ZEROS, ORDER):
-            if part in tensors:
-                raise RacError(
-                    f"{module}.{part}: zeros of a weight that is not quantized symmetrically are "
-                    "not zero, so it cannot be sparse; quantize it symmetrically"
-                )
-        if "weight" not in tensors:
-            sparse = self.format.check(tensors, module, self.block_scales)
-            if sparse.per_block:
-                raise RacError(f"{module}.{SCALE}: {PER_BLOCK}; rac unpack writes the model dense")
-            return sparse
-        weight = _matrix_of(tensors, module)
-        if tensors.keys() & {*FORMATS[FORMAT_BITMASK].parts}:
-            raise RacError(f"{module}.weight: stored both dense and packed; save the model again")
-        if not self.quantized or (weight.dtype in FLOATS and SCALE not in tensors):
-            return weight
-        rows, columns = weight.shape
-        scale = check_scale(tensors, weight.dtype, rows, columns, module)
-        return dequantize(weight, scale, torch.float32)
+    def reader(self, layer: Any, modules: list[str]) -> WeightReader | None:
+        """Return the reader of packed weights if one of the modules is packed."""
+        return self.packed if any(self.holds(layer, module) for module in modules) else None
+
+    def experts_reader(self, layer: Any, prefix: str) -> WeightReader:
+        """Return the reader of packed weights."""
+        return self.packed
 
 
 class CodesLayout(Layout):
     """Dense weights of 2 to 4 bits (W4A16) of compressed-tensors."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__(config)
         self.inner = _compressed_tensors(config)
         reasons = []
         for target, scheme in self.inner.target_scheme_map.items():
-            vocabulary = bool(OF_VOCABULARY.search(target))
-            reasons.append(_scheme_of(scheme, self.inner.quant_format).why_no_kernel(vocabulary))
-        if config.get("transform_config"):
-            reasons = [TRANSFORMED]
+            known = _scheme_of(scheme, self.inner.quant_format)
+            reasons.append(why_left_to_vllm(config, (known,), targets_vocabulary(target)))
         if None not in reasons:
             raise no_effect(str(reasons[0]) if reasons else "it quantizes nothing")
 
@@ -197,7 +111,7 @@ class CodesLayout(Layout):
         schemes = {module: self._scheme(layer, module) for module in modules}
         quantized = [scheme for scheme in schemes.values() if scheme is not None]
         for scheme in quantized:
-            if reason := scheme.why_no_kernel():
+            if reason := why_left_to_vllm(self.config, (scheme,), vocabulary=False):
                 return reason
         return CodesReader(schemes) if quantized else None
 
@@ -211,29 +125,34 @@ class CodesLayout(Layout):
         ]
         return self.reader(torch.nn.Linear(1, 1, device="meta"), modules)
 
+    def holds(self, layer: Any, module: str) -> bool:
+        """Return whether the module has a scheme."""
+        return self._scheme(layer, module) is not None
 
-class WordsLayout(Layout):
+
+class GptqAwqLayout(Layout):
     """GPTQ of 2, 3, 4 or 8 bits and AWQ of 4; the tensors say which layers are quantized."""
 
-    dtypes: Mapping[str, torch.dtype | None] = {
-        **dict.fromkeys(gptq_awq.PARTS, torch.int32),
-        **dict.fromkeys((gptq_awq.SCALES, "weight")),
-    }
-
     def __init__(self, config: Mapping[str, Any]) -> None:
-        self.format = gptq_awq.FORMATS[config["quant_method"]].of(config)
+        super().__init__(config)
+        format = gptq_awq.format_of(config)
+        assert format is not None  # `RacConfig.from_config`
+        self.format = GptqAwqReader(format)
+
+    def reader(self, layer: Any, modules: list[str]) -> WeightReader:
+        """Return the reader of all layers."""
+        return self.format
+
+    def experts_reader(self, layer: Any, prefix: str) -> WeightReader:
+        """Return the reader of all layers."""
+        return self.format
 
     def vocabulary_reader(self, layer: Any, prefix: str) -> WeightReader | None:
-        """Return the layout itself for a head that config.json quantizes."""
+        """Return the reader for a head that config.json quantizes."""
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-        return self if self.format.lm_head and isinstance(layer, ParallelLMHead) else None
-
-    def read(self, tensors: Mapping[str, Tensor], module: str) -> Weight:
-        """Return the weight with every value stored; a tensor where it is in floats."""
-        if "weight" in tensors:
-            return _floats_of(tensors, module)
-        return self.format.check(tensors, module)
+        quantized = self.format.entries.lm_head and isinstance(layer, ParallelLMHead)
+        return self.format if quantized else None
 
 
 def is_packed(quantization: object) -> bool:
@@ -269,25 +188,6 @@ def _scheme_of(scheme: Mapping[str, Any], format: str | None) -> WeightScheme:
         "format": scheme.get("format"),
     }
     return WeightScheme.of(group, format)
-
-
-def _floats_of(tensors: Mapping[str, Tensor], module: str) -> Tensor:
-    """Return a module's only tensor, `weight` [N, K] in floats."""
-    weight = _matrix_of(tensors, module)
-    if weight.dtype not in FLOATS or len(tensors) > 1:
-        raise RacError(
-            f"{module}.weight: {weight.dtype} next to {sorted(tensors)}, but config.json does not "
-            f"quantize it so; {_RESTORE}"
-        )
-    return weight
-
-
-def _matrix_of(tensors: Mapping[str, Tensor], module: str) -> Tensor:
-    """Return the tensor `weight` [N, K] of a module."""
-    weight = part_of(tensors, module, "weight")
-    if weight.dim() != 2 or not weight.numel():
-        raise damaged(f"{module}.weight", f"shape {list(weight.shape)} is not that of a matrix")
-    return weight
 
 
 def _matches(module: str, entries: Iterable[str]) -> bool:

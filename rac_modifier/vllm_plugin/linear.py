@@ -20,9 +20,9 @@ from vllm.model_executor.parameter import BasevLLMParameter, ModelWeightParamete
 
 from rac_modifier.errors import RacError, refusing
 from rac_modifier.formats.stored_weight import StoredWeight, stack
-from rac_modifier.kernels.choose import choose
-from rac_modifier.kernels.interface import REORDERED, Backend, Decision, Layer, stay_dense
-from rac_modifier.vllm_plugin.layouts import Weight, WeightReader
+from rac_modifier.kernels.choose import serve
+from rac_modifier.kernels.interface import Backend, Decision, Layer, stay_dense
+from rac_modifier.vllm_plugin.readers import Weight, WeightReader
 
 AddDecision = Callable[[str, Decision | None], None]
 ShardId = Any  # None (the whole layer), an index, a tuple of indices, or "q", "k", "v"
@@ -161,7 +161,7 @@ class RacLinearMethod(LinearMethodBase):
         if isinstance(share, str):
             decision, backend = stay_dense(share, self.dtype), None
         else:
-            decision, backend = choose(Layer.of(share, self.dtype), self.device.type)
+            decision, backend = serve(share, Layer.of(share, self.dtype), self.device.type)
         if backend is None:
             dense = self._dense_weight(layer, loaded, rows)
             with self.device:
@@ -208,11 +208,9 @@ class RacLinearMethod(LinearMethodBase):
             return "a part of this fused layer is stored dense"
         try:
             share = stack(compressed, self.shards.prefix).select_rows(rows)
+            share = share.select_columns(first, self.columns)
         except RacError as error:
             return str(error)
-        if share.order is not None and self.columns < self.all_columns:
-            return f"{REORDERED}, and ranks share them"
-        share = share.select_columns(first, self.columns)
         return replace(share, activation_bits=self.activation_bits)
 
 

@@ -13,12 +13,13 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
 from rac_modifier.errors import RacError
+from rac_modifier.formats.module_names import Role
 from rac_modifier.formats.stored_weight import StoredWeight
-from rac_modifier.kernels.choose import choose
+from rac_modifier.kernels.choose import serve
 from rac_modifier.kernels.cpu import lookup
 from rac_modifier.kernels.interface import Layer
-from rac_modifier.vllm_plugin.layouts import Weight, WeightReader
 from rac_modifier.vllm_plugin.linear import PackedWeight, Shards, check_shape, to_floats
+from rac_modifier.vllm_plugin.readers import Weight, WeightReader
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -102,9 +103,10 @@ class VocabularyMethod(QuantizeMethodBase):
         rows = torch.arange(shard.org_vocab_start_index, shard.org_vocab_end_index)
         backend = None
         # a rank may have nothing but rows that pad the vocabulary
-        if isinstance(weight, StoredWeight) and weight.order is None and len(rows):
+        if isinstance(weight, StoredWeight) and len(rows):
             share = weight.select_rows(rows)
-            decision, backend = choose(Layer.of(share, self.dtype), self.device.type)
+            numbers = Layer.of(share, self.dtype)
+            decision, backend = serve(share, numbers, self.device.type, Role.HEAD)
             stored = (self.prefix, share.bits, decision.reason)
             logger.info("%s: int%d from the checkpoint: %s", *stored)
         if backend is not None:

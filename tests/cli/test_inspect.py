@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from rac_modifier import cli
 from rac_modifier.checkpoint.inspect import CheckpointReport, ModuleRow
 from rac_modifier.cli.inspect import _totals, render_report
+from rac_modifier.formats.encoding import Encoding
 from rac_modifier.formats.quantization_config import WeightScheme
 from rac_modifier.kernels.cpu.support import support
 
@@ -40,7 +41,8 @@ def test_the_table_has_a_row_per_matrix_and_whole_lines():
 
 
 def test_totals():
-    scheme = WeightScheme("int", 8, "channel", None, True, "int-quantized", "int8 per token")
+    codes = Encoding("int", 8)
+    scheme = WeightScheme(codes, "channel", "int-quantized", "int8 per token")
     assert _totals(report(matrix(), EMBEDDING, quantization=(scheme,))) == [
         "all tensors: 613,500 bytes, 801,000 with every matrix dense",
         "quantized weights: int8 one scale per channel (int-quantized), activations int8 per token",

@@ -55,18 +55,18 @@ def test_the_layers_of_a_run():
 
 
 @pytest.mark.parametrize(
-    ("stored", "group", "columns", "bits", "block"),
+    ("encoding", "columns", "block"),
     [
-        (torch.int32, 64, 256, 4, 64),
-        (torch.int32, 4096, 4096, 4, 512),  # one scale per row
-        (torch.int8, 340, 2040, 4, 340),
-        (torch.int32, 1024, 4096, 4, None),
-        (torch.int32, 30, 120, 4, None),
-        (torch.float8_e4m3fn, 120, 120, 4, None),
+        (Encoding("int", 4, 64), 256, 64),
+        (Encoding("int", 4), 4096, 512),  # one scale per row
+        (Encoding("int", 8, 340), 2040, 340),
+        (Encoding("int", 4, 1024), 4096, None),
+        (Encoding("int", 4, 30), 120, None),
+        (Encoding("float", 8), 120, None),
     ],
 )
-def test_the_columns_that_share_a_scale_of_x(stored, group, columns, bits, block):
-    assert _activation_block(stored, group, columns, bits) == block
+def test_the_columns_that_share_a_scale_of_x(encoding, columns, block):
+    assert _activation_block(encoding, columns) == block
 
 
 @pytest.mark.parametrize("bits", [8, 16])
@@ -132,7 +132,7 @@ def test_the_kernels_round_so(columns, groups, tokens):
     stored = replace(all_stored(values, "w"), scale=scale, bits=4, activation_bits=8)
     x = torch.randn(tokens, columns, generator=generator)
     result = cpu.linear(x, cpu.pack(stored, torch.float32), 37, columns).double()
-    block = _activation_block(torch.int32, columns // groups, columns)
+    block = _activation_block(Encoding("int", 4, columns // groups), columns)
     weight = stored.dequantized(torch.float32).double()
     eight = rounded(x, block, 8).double()
     shown = eight if support().multiplies_bytes else rounded(x, block, 16).double()

@@ -3,6 +3,7 @@
 import pytest
 
 from rac_modifier.errors import RacError
+from rac_modifier.formats.encoding import Encoding
 from rac_modifier.formats.quantization_config import (
     SparsityConfig,
     SparsityRecord,
@@ -31,8 +32,8 @@ def quantization(*groups: dict, format: str = "pack-quantized") -> dict:
 def test_schemes_in_their_order_each_once():
     activations_only = {"input_activations": {"num_bits": 8}, "weights": None}
     assert weight_schemes(quantization(INT4, W8A8, INT4, activations_only)) == (
-        WeightScheme("int", 4, "group", 128, True, "pack-quantized", None),
-        WeightScheme("int", 8, "channel", None, True, "int-quantized", "int8 per token"),
+        WeightScheme(Encoding("int", 4, 128), "group", "pack-quantized"),
+        WeightScheme(Encoding("int", 8), "channel", "int-quantized", "int8 per token"),
     )
     four, eight = weight_schemes(quantization(INT4, W8A8))
     assert four.describe() == "int4 in groups of 128 (pack-quantized)"

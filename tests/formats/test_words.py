@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rac_modifier.errors import RacError
+from rac_modifier.formats.encoding import Encoding
 from rac_modifier.formats.quantization_config import WeightScheme
 from rac_modifier.formats.words import PackQuantized, pack_words, unpack_words
 from tests.checkpoint import gptq_awq_tensors
@@ -16,7 +17,7 @@ from tests.checkpoint.gptq_awq_tensors import pack_quantized, words
 
 def check_codes(tensors, module, group, symmetric, bits=4):
     strategy = "channel" if group is None else "group"
-    scheme = WeightScheme("int", bits, strategy, group, symmetric, "pack-quantized")
+    scheme = WeightScheme(Encoding("int", bits, group, symmetric), strategy, "pack-quantized")
     return PackQuantized.check(tensors, module, scheme)
 
 
@@ -92,7 +93,9 @@ def test_what_compressed_tensors_compresses(group, symmetric, bits):
 def test_which_schemes_a_kernel_reads(scheme, linear, vocabulary):
     """Heads and embeddings may have int8, too, which linear layers have no kernel for."""
     for expected, of_vocabulary in ((linear, False), (vocabulary, True)):
-        reason = WeightScheme(*scheme).why_no_kernel(of_vocabulary)
+        kind, bits, strategy, group, symmetric, *stored = scheme
+        codes = Encoding(kind, bits, group, symmetric)
+        reason = WeightScheme(codes, strategy, *stored).why_no_kernel(of_vocabulary)
         assert reason is None if expected is None else re.match(expected, str(reason))
 
 
@@ -166,7 +169,7 @@ def test_what_cannot_be_packed_is_refused():
             pack_words(torch.as_tensor(values), 4)
 
 
-INT4 = (WeightScheme("int", 4, "group", 32, True, "pack-quantized"),)
+INT4 = (WeightScheme(Encoding("int", 4, 32), "group", "pack-quantized"),)
 SCALE = {"weight_scale": torch.ones(2, 1)}
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from rac_modifier.formats.encoding import Encoding
 from rac_modifier.kernels import choose as choose_module
 from rac_modifier.kernels import cpu
 from rac_modifier.kernels.choose import BACKENDS, choose
@@ -15,7 +16,7 @@ from rac_modifier.kernels.interface import Backend, Layer
 from tests.kernels import fake_backend
 
 PACKAGE = Path(__file__).parents[2] / "rac_modifier"
-HALF = Layer(64, 128, 0.5, torch.bfloat16, torch.bfloat16, 128)
+HALF = Layer(64, 128, 0.5, Encoding("bfloat", 16), torch.bfloat16)
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS.values(), fake_backend])

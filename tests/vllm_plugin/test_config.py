@@ -34,7 +34,7 @@ from rac_modifier.kernels.cpu.support import Support
 from rac_modifier.kernels.interface import Decision, stay_dense
 from rac_modifier.vllm_plugin import config as plugin_config
 from rac_modifier.vllm_plugin.config import LoadReport, RacConfig
-from rac_modifier.vllm_plugin.layouts import CodesLayout, PackedLayout, WordsLayout
+from rac_modifier.vllm_plugin.layouts import CodesLayout, GptqAwqLayout, PackedLayout
 from rac_modifier.vllm_plugin.linear import RacLinearMethod
 from rac_modifier.vllm_plugin.vocabulary import VocabularyMethod
 from tests.vllm_plugin.layer_kinds import make
@@ -59,8 +59,8 @@ def bare(kind: type) -> torch.nn.Module:
     ("config", "layout"),
     [
         (quantization(), CodesLayout),
-        (gptq_config(), WordsLayout),
-        (awq_config(), WordsLayout),
+        (gptq_config(), GptqAwqLayout),
+        (awq_config(), GptqAwqLayout),
         (PACKED, PackedLayout),
     ],
 )

@@ -20,7 +20,7 @@ from rac_modifier.kernels.choose import BACKENDS
 from rac_modifier.kernels.cpu.support import support
 from rac_modifier.vllm_plugin import experts
 from rac_modifier.vllm_plugin.experts import RacExpertsMethod
-from rac_modifier.vllm_plugin.layouts import CodesLayout, PackedLayout, WordsLayout
+from rac_modifier.vllm_plugin.layouts import CodesLayout, GptqAwqLayout, PackedLayout
 from tests.vllm_plugin.stored_forms import (
     GROUP,
     int4,
@@ -81,7 +81,7 @@ def weights_of(two_of_four: bool = False) -> Weights:
 def method_of(layer: Any, format: str, quantized: bool = False, count: int = EXPERTS) -> Any:
     decisions: dict[str, Any] = {}
     config = quantized_sparse(format, "int8", []) if quantized else packed(format=format)
-    reader = PackedLayout(config)
+    reader = PackedLayout(config).packed
     method = RacExpertsMethod(layer, "a.experts", reader, decisions.__setitem__)
     method.decisions = decisions
     width = layer.moe_config.intermediate_size_per_partition
@@ -191,7 +191,7 @@ def test_dense_experts_of_few_bits(form):
     if form.startswith("int"):
         layout = CodesLayout(quantization(bits=int(form[-1])))
     else:
-        layout = WordsLayout(words_config(form, GROUP, True))
+        layout = GptqAwqLayout(words_config(form, GROUP, True))
     reader = layout.experts_reader(layer, "a.experts")
     decisions: dict[str, Any] = {}
     method = RacExpertsMethod(layer, "a.experts", reader, decisions.__setitem__)

@@ -13,15 +13,16 @@ needs_vllm()
 
 from rac_modifier.checkpoint.formats import FORMATS
 from rac_modifier.errors import RacError
+from rac_modifier.formats.encoding import Encoding
 from rac_modifier.formats.quantization_config import with_packed
 from rac_modifier.vllm_plugin.layouts import (
     CodesLayout,
-    CodesReader,
+    GptqAwqLayout,
     Layout,
     PackedLayout,
-    WordsLayout,
     is_packed,
 )
+from rac_modifier.vllm_plugin.readers import CodesReader
 from tests.checkpoint.gptq_awq_tensors import drawn, gptq
 from tests.vllm_plugin.layer_kinds import FORMS, K
 from tests.vllm_plugin.stored_forms import (
@@ -51,20 +52,23 @@ def test_what_packing_writes_is_packed(format):
     written = with_packed({}, format, {"a.b": "2:4"}, ["lm_head"])["quantization_config"]
     assert is_packed(written)
     layout = PackedLayout(written)
-    assert layout.experts_reader(EXPERTS, "a.experts") is layout
+    assert layout.experts_reader(EXPERTS, "a.experts") is layout.packed
     assert (layout.targets, layout.ignore) == (("Linear",), ("lm_head",))
-    assert layout.format.name == format
+    assert layout.packed.format.name == format
     assert layout.inner is None
 
 
 def test_names_patterns_and_classes():
     layout = PackedLayout(packed(targets=["Linear"], ignore=["lm_head", "re:.*gate$"]))
     names = ("model.layers.0.mlp.up_proj", "lm_head", "model.mlp.gate", "model.mlp.gate_proj")
-    assert [layout.holds(name) for name in names] == [True, False, False, True]
+    assert [layout.holds(LINEAR, name) for name in names] == [True, False, False, True]
     assert layout.reader(LINEAR, ["lm_head"]) is None
-    assert layout.reader(LINEAR, ["a.q", "lm_head"]) is layout  # one of them is
+    assert layout.reader(LINEAR, ["a.q", "lm_head"]) is layout.packed  # one of them is
     named = PackedLayout(packed(targets=["a.b", "re:c"]))
-    assert [name for name in ("a.b", "a.bc", "c.d", "x.c") if named.holds(name)] == ["a.b", "c.d"]
+    assert [name for name in ("a.b", "a.bc", "c.d", "x.c") if named.holds(LINEAR, name)] == [
+        "a.b",
+        "c.d",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -102,14 +106,14 @@ def test_what_reads_each_layer_of_codes():
     assert layout.reader(LINEAR, ["a.gate", "a.up"]) == "its weights are int8"
     column = layout.reader(LINEAR, ["a.column"])
     assert isinstance(column, CodesReader)
-    assert (column.schemes["a.column"].bits, column.schemes["a.column"].group_size) == (4, 32)
+    assert column.schemes["a.column"].encoding == Encoding("int", 4, 32)
     qkv = layout.reader(LINEAR, ["a.q", "a.k", "a.v"])
     assert isinstance(qkv, CodesReader)
     assert qkv.schemes["a.k"] is None  # in floats
-    assert qkv.schemes["a.q"].bits == 3
+    assert qkv.schemes["a.q"].encoding.bits == 3
     experts = layout.experts_reader(EXPERTS, "a.experts")
     assert isinstance(experts, CodesReader)
-    schemes = {name: scheme and scheme.bits for name, scheme in experts.schemes.items()}
+    schemes = {name: scheme and scheme.encoding.bits for name, scheme in experts.schemes.items()}
     assert schemes == {
         f"a.experts.{number}.{name}": bits
         for number in range(2)
@@ -163,11 +167,11 @@ def test_scales_per_block_have_no_sparse_kernel():
     weights = config["config_groups"]["group_0"]["weights"]
     weights |= {"strategy": "block", "block_structure": [128, 128]}
     tensors = FORMATS["sparse-bitmask"].compress(torch.eye(160, K).to(torch.float8_e4m3fn), "m")
-    layout = PackedLayout(config)
+    reader = PackedLayout(config).packed
     with pytest.raises(RacError, match=r"^m\.weight_scale: its scales are per block .*rac unpack"):
-        layout.read({**tensors, "weight_scale": torch.ones(2, 1)}, "m")
+        reader.read({**tensors, "weight_scale": torch.ones(2, 1)}, "m")
     with pytest.raises(RacError, match=r"^m\.weight_scale: .* is damaged"):
-        layout.read({**tensors, "weight_scale": torch.ones(2)}, "m")
+        reader.read({**tensors, "weight_scale": torch.ones(2)}, "m")
 
 
 def test_codes_in_floats_where_config_json_quantizes_them():
@@ -180,12 +184,12 @@ def test_codes_in_floats_where_config_json_quantizes_them():
 
 
 def test_the_bits_of_a_module_are_those_of_its_rule():
-    layout = WordsLayout(gptq_config(dynamic={r"+:a\.down": {"bits": 3}}))
+    reader = GptqAwqLayout(gptq_config(dynamic={r"+:a\.down": {"bits": 3}})).format
     weight = drawn(64, 96, 32, True, 3)
-    result = layout.read(gptq(weight), "a.down")
+    result = reader.read(gptq(weight), "a.down")
     torch.testing.assert_close(result.dequantized(torch.float32), weight.meant, rtol=0, atol=0)
     with pytest.raises(RacError, match=r"^a\.up\."):
-        layout.read(gptq(weight), "a.up")
+        reader.read(gptq(weight), "a.up")
 
 
 @pytest.mark.parametrize(("location", "refused"), [("input", True), ("weight_input", False)])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from rac_gpu import layout, library
 from rac_gpu.library import Device
 from rac_gpu.programs import EXPAND, MOST_TOKENS, Program, decode_program, expand_grid
 from rac_modifier.errors import RacError
+from rac_modifier.formats.encoding import Encoding
 from rac_modifier.formats.stored_weight import StoredWeight
 from rac_modifier.kernels.interface import Decision, Layer
 
@@ -43,7 +45,7 @@ def _problem(layer: Layer) -> str | None:
     group = layout.group_of(layer.group, layer.columns)
     if layer.served != torch.bfloat16:
         return f"it is served in {layer.served}; the GPU kernel multiplies bfloat16"
-    int4 = layer.stored == torch.int32 and layer.word_bits == 4 and not layer.zero_points
+    int4 = replace(layer.encoding, group_size=None) == Encoding("int", 4)
     if not (int4 and layer.two_of_four and layer.group_bytes == 2 and group is not None):
         return (
             "the GPU kernel takes 2:4 weights of symmetric int4, with scales of bfloat16, one per row or in groups of a "

@@ -16,12 +16,13 @@ from rac_gpu.check import random_weight
 from rac_gpu.library import Device
 
 from rac_modifier.errors import RacError
+from rac_modifier.formats.encoding import Encoding
 from rac_modifier.kernels import choose
 from rac_modifier.kernels.interface import Backend, Layer
 from tests.conftest import H100, STREAM, assert_product
 
 BF16 = torch.bfloat16
-LAYER = Layer(4096, 4096, 0.5, torch.int32, BF16, 128, group_bytes=2, two_of_four=True)
+LAYER = Layer(4096, 4096, 0.5, Encoding("int", 4, 128), BF16, group_bytes=2, two_of_four=True)
 
 
 def test_rac_modifier_finds_it_and_its_functions_have_the_parameters_of_the_protocol(
@@ -43,13 +44,13 @@ def test_rac_modifier_finds_it_and_its_functions_have_the_parameters_of_the_prot
     "changed",
     [
         {"served": torch.float16},
-        {"group": 32},
+        {"encoding": Encoding("int", 4, 32)},
         {"group_bytes": 4},
         {"two_of_four": False},
-        {"zero_points": True},
-        {"word_bits": 3},
-        {"stored": torch.int8},
-        {"columns": 100, "group": 100},
+        {"encoding": Encoding("int", 4, 128, symmetric=False)},
+        {"encoding": Encoding("int", 3, 128)},
+        {"encoding": Encoding("int", 8, 128)},
+        {"columns": 100, "encoding": Encoding("int", 4)},
     ],
 )
 def test_a_layer_that_no_kernel_takes_stays_dense(gpu, changed):

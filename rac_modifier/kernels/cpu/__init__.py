@@ -2,77 +2,68 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from rac_modifier.errors import RacError
-from rac_modifier.formats.stored_weight import FLOATS, StoredWeight
+from rac_modifier.formats.stored_weight import StoredWeight
 from rac_modifier.kernels.cpu import operator
-from rac_modifier.kernels.cpu.library import DENSE_TYPES, INT4, MOST_GROUP, PANEL, VALUE_TYPES
-from rac_modifier.kernels.cpu.support import library_and_isa
+from rac_modifier.kernels.cpu.library import MOST_GROUP, PACKED_TYPES, PANEL, PackedType
+from rac_modifier.kernels.cpu.support import Support, library_and_isa
 from rac_modifier.kernels.cpu.support import support as machine_support
 from rac_modifier.kernels.interface import Decision, Layer, stay_dense
 
-# By bits of values: groups have a multiple of this number of columns (csrc/format/layout.h).
-UNIT = {8: 4, 4: 8, 3: 32, 2: 32}
 DATA, SCALE = "weight_packed", "weight_packed_scale"  # vLLM's LoRA looks for the first name
-_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-_DTYPES = (torch.bfloat16, torch.float32, torch.float16, torch.int8)
+_WIDENED = {torch.float16: torch.float32}  # packed as the second, exactly
 _WORD_BYTES = 4  # a mask of 16 rows x 2 columns
 _LEAST_CEILING = 1.1  # below this, a kernel would have to be perfect to gain anything
 
 
-@dataclass(frozen=True)
-class ValueEncoding:
-    """How values are packed: as `dtype`; integers and fp8 with their scales.
-
-    `bits` 4, 3 or 2: int8 values are packed as codes. `note` describes another form than on disk.
-    """
-
-    dtype: torch.dtype
-    note: str = ""
-    bits: int = 8
-
-
-def encoding_of(
-    stored: torch.dtype, group: int, columns: int, served: torch.dtype, word_bits: int = 4
-) -> ValueEncoding | str:
-    """Return the encoding of `stored` values (int32: words), or why no kernel reads them."""
-    if stored in FLOATS:  # float32 activations need no float32 weights: the same numbers
-        narrow = (stored, served) == (torch.bfloat16, torch.float32)
-        return ValueEncoding(stored if narrow else served)
-    in_groups = f"in groups of {group}"
-    if stored in _FP8:
-        exact = ValueEncoding(torch.bfloat16, "fp8 values as bfloat16, exactly")
-        return exact if group == columns else f"no kernel reads fp8 values {in_groups}"
-    if group < columns and (group % 4 or group > MOST_GROUP):
-        return f"no kernel reads values {in_groups} columns, only of a multiple of 4 up to 512"
-    if stored == torch.int8:
-        return ValueEncoding(torch.int8)
-    if group == columns or group % UNIT[word_bits] == 0:
-        return ValueEncoding(torch.int8, bits=word_bits)
-    values = f"int{word_bits} values {in_groups}"
-    if group % UNIT[4] == 0:
-        return ValueEncoding(torch.int8, f"{values}, four bits each", bits=4)
-    return ValueEncoding(torch.int8, f"{values}, one byte each")
+def packed_type(layer: Layer) -> tuple[PackedType, str] | str:
+    """Return how a kernel reads the values, with a note on what differs; or why none does."""
+    encoding, group = layer.encoding, layer.group
+    if encoding.kind != "int":
+        note = ""
+        if encoding.is_scaled:
+            if encoding.group_size is not None:
+                return f"no kernel reads fp8 values in groups of {group}"
+            note = "fp8 values as bfloat16, exactly"
+        narrow = encoding.kind == "bfloat" and layer.served == torch.float32  # the same numbers
+        dtype = torch.bfloat16 if note or narrow else _WIDENED.get(layer.served, layer.served)
+        known = [each for each in PACKED_TYPES if each.dtype == dtype]
+        return (known[0], note) if known else f"no sparse kernel reads {dtype}"
+    if group < layer.columns and (group % 4 or group > MOST_GROUP):
+        few = "only of a multiple of 4 up to 512"
+        return f"no kernel reads values in groups of {group} columns, {few}"
+    wide = [
+        each
+        for each in PACKED_TYPES
+        if each.dtype == torch.int8
+        and each.masked == (layer.density < 1.0)
+        and each.bits >= encoding.bits
+        and (group == layer.columns or group % each.unit == 0)
+    ]
+    chosen = min(wide, key=lambda each: each.bits)
+    if chosen.bits == encoding.bits:
+        return chosen, ""
+    each_takes = {8: "one byte", 4: "four bits"}.get(chosen.bits, f"{chosen.bits} bits")
+    return chosen, f"int{encoding.bits} values in groups of {group}, {each_takes} each"
 
 
 def can_run(layer: Layer) -> Decision:
     """Decide for a kernel if it reads the values and the packed weight is 1.1 times smaller."""
-    encoding = encoding_of(layer.stored, layer.group, layer.columns, layer.served, layer.word_bits)
-    if isinstance(encoding, str):
-        return stay_dense(encoding, layer.served)
-    dense_bytes, bytes_per_weight = layer.served.itemsize, _bytes_per_weight(layer, encoding)
+    form = packed_type(layer)
+    if isinstance(form, str):
+        return stay_dense(form, layer.served)
+    packed, note = form
+    dense_bytes, bytes_per_weight = layer.served.itemsize, _bytes_per_weight(layer, packed)
     ceiling = dense_bytes / bytes_per_weight
     of_dense = f"instead of the {dense_bytes} of dense {str(layer.served).removeprefix('torch.')}"
     available = machine_support()
     reason = ""
     if available.isa is None:
         reason = available.reason
-    elif encoding.dtype not in _DTYPES:
-        reason = f"no sparse kernel reads {encoding.dtype}"
     elif ceiling < _LEAST_CEILING:
         reason = (
             f"packed it takes {bytes_per_weight:.2f} bytes per weight {of_dense}: "
@@ -85,26 +76,26 @@ def can_run(layer: Layer) -> Decision:
         )
     if reason:
         return Decision(False, "dense", f"dense because {reason}", bytes_per_weight, dense_bytes)
-    kernel = _name(layer, encoding, available.isa or "", available.multiplies_bytes)
+    kernel = _name(layer, packed, note, available)
     size = f"{bytes_per_weight:.2f} bytes per weight {of_dense}, at most {ceiling:.2f}x faster"
     return Decision(True, kernel, f"{kernel}: {size}", bytes_per_weight, dense_bytes)
 
 
 def pack(weight: StoredWeight, served: torch.dtype) -> dict[str, Tensor]:
     """Return `weight_packed`, and `weight_packed_scale` of scaled values (RacError: no kernel)."""
-    layer = Layer.of(weight, served)
-    encoding = encoding_of(layer.stored, weight.group, weight.columns, served, layer.word_bits)
-    if isinstance(encoding, str):
-        raise RacError(f"{weight.name}: {encoding}; keep it dense")
-    codes = encoding.bits < 8
+    form = packed_type(Layer.of(weight, served))
+    if isinstance(form, str):
+        raise RacError(f"{weight.name}: {form}; keep it dense")
+    packed, codes = form[0], form[0].bits < 8
+    values = weight.values if packed.dtype == torch.int8 else weight.values.to(served)
     data = pack_values(
-        weight.values.to(encoding.dtype),
-        None if _without_masks(encoding.dtype, weight.density) else weight.bitmask,
+        values.to(packed.dtype),
+        weight.bitmask if packed.masked else None,
         (weight.rows, weight.columns),
-        encoding.bits,
+        packed.bits,
         weight.zeros if codes else None,
     )
-    if encoding.dtype == torch.int8 and weight.activation_bits == 8:
+    if packed.dtype == torch.int8 and weight.activation_bits == 8:
         library_and_isa()[0].set_activation_bits(data, 8)
     if weight.scale is None:
         return {DATA: data}
@@ -129,39 +120,31 @@ def lookup(
     return torch.ops.rac_modifier.packed_rows(ids, packed[DATA], rows, columns, scale, dtype)
 
 
-def _name(layer: Layer, encoding: ValueEncoding, isa: str, multiplies_bytes: bool) -> str:
+def _name(layer: Layer, packed: PackedType, note: str, available: Support) -> str:
     """Return a name such as "sparse int8 kernel avx2", with what is unusual in brackets."""
-    integers = encoding.dtype == torch.int8
-    notes = [encoding.note] if encoding.note else []
+    integers = packed.dtype == torch.int8
+    notes = [note] if note else []
     if integers and layer.activation_bits == 8:
         refused = "activations in 16 bits, since it multiplies no bytes"
-        notes.append("activations in 8 bits" if multiplies_bytes else refused)
-    kernel = f"int{encoding.bits} kernel {isa}" if integers else f"kernel {isa}"
-    if not _without_masks(encoding.dtype, layer.density):
+        notes.append("activations in 8 bits" if available.multiplies_bytes else refused)
+    kernel = f"int{packed.bits} kernel {available.isa}" if integers else f"kernel {available.isa}"
+    if packed.masked:
         kernel = f"sparse {kernel}"
     return f"{kernel} ({'; '.join(notes)})" if notes else kernel
 
 
-def _without_masks(dtype: torch.dtype, density: float) -> bool:
-    """Return whether a weight is packed without masks: integers that are all stored."""
-    return dtype == torch.int8 and density == 1.0
-
-
-def _bytes_per_weight(layer: Layer, encoding: ValueEncoding) -> float:
-    panels, weights = -(-layer.rows // 16), layer.rows * layer.columns
+def _bytes_per_weight(layer: Layer, packed: PackedType) -> float:
+    panels, weights = -(-layer.rows // PANEL), layer.rows * layer.columns
     groups = layer.columns // layer.group
-    scales = layer.group_bytes * panels * 16 * groups if groups > 1 else 0
-    if _without_masks(encoding.dtype, layer.density):
-        values = panels * 16 * -(-layer.columns // 64) * 64 * encoding.bits // 8
+    scales = layer.group_bytes * panels * PANEL * groups if groups > 1 else 0
+    if not packed.masked:
+        values = panels * PANEL * -(-layer.columns // 64) * 64 * packed.bits // 8
         return (scales + values) / weights
     masks = panels * -(-layer.columns // 32) * 16 * _WORD_BYTES
-    # float16 is packed as float32, exactly
-    value_bytes = 4.0 if encoding.dtype == torch.float16 else encoding.dtype.itemsize
     padding = 0.0
-    if encoding.bits == 4:  # half a byte in every second quad, where values are pruned at random
-        value_bytes = 0.5
+    if packed.bits < 8:  # half a byte in every second quad, where values are pruned at random
         padding = 0.25 * panels * -(-layer.columns // 4) if 0 < layer.density < 1 else 0.0
-    return value_bytes * layer.density + (scales + masks + padding) / weights
+    return packed.bits / 8 * layer.density + (scales + masks + padding) / weights
 
 
 def pack_values(
@@ -178,17 +161,17 @@ def pack_values(
     bits: 4 packs int8 values as codes of four bits; 3 and 2 only without a bitmask.
     zeros: codes of zero, uint8 [N, groups], 0 to 15; a value is a code minus its code of zero.
     """
-    if values.dtype == torch.float16:
-        values = values.float()
-    if values.dtype not in VALUE_TYPES:
+    values = values.to(_WIDENED.get(values.dtype, values.dtype))
+    takes = bits if values.dtype == torch.int8 else 8 * values.itemsize
+    wanted = (values.dtype, takes, bitmask is not None)
+    known = (each for each in PACKED_TYPES if (each.dtype, each.bits, each.masked) == wanted)
+    packed = next(known, None)
+    if packed is None:
+        masked = "" if bitmask is not None else " without a mask"
         raise RacError(
-            f"{values.dtype}: the kernels read bfloat16, float32, float16 and int8; keep it dense"
+            f"{values.dtype}{masked}: the kernels read bfloat16, float32, float16 and int8 (also "
+            "without a mask); keep it dense"
         )
-    value_type = VALUE_TYPES[values.dtype]
-    if bitmask is None:
-        value_type = DENSE_TYPES[bits]
-    elif values.dtype == torch.int8 and bits == 4:
-        value_type = INT4
     if zeros is None and bits < 4:  # these always have codes of zero
         zeros = torch.full((shape[0], 1), 1 << (bits - 1), dtype=torch.uint8)
     return library_and_isa()[0].pack(
@@ -196,7 +179,7 @@ def pack_values(
         None if bitmask is None else bitmask.contiguous(),
         None if zeros is None else _panels(zeros),
         shape,
-        value_type,
+        packed.number,
     )
 
 

@@ -13,13 +13,36 @@ from torch import Tensor
 from rac_modifier.errors import RacError
 
 ABI = 9  # of csrc/library.cpp; raised with every change of the functions
-TYPES = {torch.bfloat16: 0, torch.float32: 1}  # of x, bias and results
-VALUE_TYPES = {**TYPES, torch.int8: 2}  # of stored values with masks
-INT8, INT4 = 2, 4
+FLOAT_TYPES = {torch.bfloat16: 0, torch.float32: 1}  # of x, bias, scales and results
 PANEL = 16  # rows
 MOST_GROUP = 512  # columns that share a scale of the weight, where a row has several, or of x
-DENSE_TYPES = {8: 3, 4: 5, 3: 6, 2: 7}  # of int8 without masks, by the bits that a value takes
-BITS = {4: 4, 5: 4, 6: 3, 7: 2}  # of types whose values are codes
+
+
+@dataclass(frozen=True)
+class PackedType:
+    """How values are packed: a `Type` of csrc/format/layout.h.
+
+    `dtype` of the values that are passed, `bits` that each takes. `masked`: zeros are left out.
+    Groups have a multiple of `unit` columns.
+    """
+
+    number: int
+    dtype: torch.dtype
+    bits: int
+    masked: bool
+    unit: int = 1
+
+
+PACKED_TYPES = (
+    PackedType(0, torch.bfloat16, 16, masked=True),
+    PackedType(1, torch.float32, 32, masked=True),
+    PackedType(2, torch.int8, 8, masked=True, unit=4),
+    PackedType(3, torch.int8, 8, masked=False, unit=4),
+    PackedType(4, torch.int8, 4, masked=True, unit=8),
+    PackedType(5, torch.int8, 4, masked=False, unit=8),
+    PackedType(6, torch.int8, 3, masked=False, unit=32),
+    PackedType(7, torch.int8, 2, masked=False, unit=32),
+)
 _REINSTALL = (
     "install a C++ compiler and reinstall rac-modifier "
     "(pip install --force-reinstall --no-deps --no-cache-dir)"
@@ -160,10 +183,15 @@ class Library:
         isa: str,
     ) -> None:
         """Fill `out` [M, rows] with x [M, columns] W^T + bias; `scale` is [panels, groups, 16]."""
-        of_scale = (1, 1) if scale is None else (TYPES[scale.dtype], scale.shape[1])
+        of_scale = (1, 1) if scale is None else (FLOAT_TYPES[scale.dtype], scale.shape[1])
         status = self._calls.rac_sparse_linear(
-            *(*_buffer(data), rows, columns, *_buffer(x), TYPES[x.dtype], x.shape[0]),
-            *(*_buffer(scale), *of_scale, *_buffer(bias), 0 if bias is None else TYPES[bias.dtype]),
+            *(*_buffer(data), rows, columns, *_buffer(x), FLOAT_TYPES[x.dtype], x.shape[0]),
+            *(
+                *_buffer(scale),
+                *of_scale,
+                *_buffer(bias),
+                0 if bias is None else FLOAT_TYPES[bias.dtype],
+            ),
             *(*_buffer(out), self.kernels[isa].number, torch.get_num_threads()),
         )
         self._raise_if(status, f"sparse_linear with a weight [{rows}, {columns}]")

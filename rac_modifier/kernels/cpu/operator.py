@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rac_modifier.errors import RacError
-from rac_modifier.kernels.cpu.library import BITS, INT8, PANEL, TYPES, Library
+from rac_modifier.kernels.cpu.library import FLOAT_TYPES, PACKED_TYPES, PANEL, Library
 from rac_modifier.kernels.cpu.support import TOKENS, library_and_isa
 
 SCRATCH_BYTES = 8 << 20  # of expanded panels at a time: they about fit into the last-level cache
@@ -98,10 +98,8 @@ def _forward(
 
 def _most_tokens(library: Library, data: Tensor, isa: str) -> float:
     """Return up to how many tokens the kernel multiplies this weight itself."""
-    value_type, kernel = library.value_type(data), library.kernels[isa]
-    tokens = kernel.int4 if value_type in BITS else kernel.int8
-    if value_type < INT8:
-        tokens = kernel.floats
+    bits, kernel = PACKED_TYPES[library.value_type(data)].bits, library.kernels[isa]
+    tokens = kernel.floats if bits > 8 else kernel.int8 if bits == 8 else kernel.int4
     return math.inf if tokens < 0 else tokens
 
 
@@ -118,7 +116,7 @@ def _check(
     x: Tensor, data: Tensor, rows: int, columns: int, bias: Tensor | None, scale: Tensor | None
 ) -> None:
     for name, tensor in (("x", x), ("bias", bias), ("scale", scale), ("data", data)):
-        dtypes = (torch.uint8,) if name == "data" else (*TYPES,)
+        dtypes = (torch.uint8,) if name == "data" else (*FLOAT_TYPES,)
         if tensor is not None and (tensor.dtype not in dtypes or not tensor.is_cpu):
             raise RacError(f"{name}: {tensor.dtype} on {tensor.device}; use {dtypes} on the CPU")
     if x.dim() < 1 or x.shape[-1] != columns:

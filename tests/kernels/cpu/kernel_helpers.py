@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from rac_modifier.kernels.cpu import library, pack_values, support
-from rac_modifier.kernels.cpu.library import BITS, DENSE_TYPES, INT4, VALUE_TYPES
+from rac_modifier.kernels.cpu.library import PACKED_TYPES
 from rac_modifier.kernels.cpu.operator import sparse_linear
 
 HERE = Path(__file__).parent
@@ -191,7 +191,7 @@ def unpacked(weight: Packed) -> Tensor:
     used, isa = support.library_and_isa()
     value_type = used.value_type(weight.data)
     used.check(*weight, value_type)
-    dtype = next((d for d, number in VALUE_TYPES.items() if number == value_type), torch.int8)
+    dtype = PACKED_TYPES[value_type].dtype
     panels = -(-weight.rows // 16)
     transposed = torch.empty(weight.columns, 16 * panels)
     used.expand(*weight, 0, panels, transposed, isa)
@@ -203,10 +203,9 @@ def unpacked(weight: Packed) -> Tensor:
 
 def check_form(weight: Packed, form: str) -> None:
     """Check data as a packed weight of a form of `FORMS`, "bf16" or "fp32"."""
-    number = {"bf16": 0, "fp32": 1, "int8": 2, "int4": INT4}.get(form)
-    if number is None:
-        number = DENSE_TYPES[FORMS[form][0]]
-    assert number not in BITS or BITS[number] == FORMS[form][0]
+    number = {"bf16": 0, "fp32": 1, "int8": 2, "int4": 4}.get(form)
+    if number is None:  # without masks
+        number = {8: 3, 4: 5, 3: 6, 2: 7}[FORMS[form][0]]
     support.library_and_isa()[0].check(*weight, number)
 
 

@@ -7,40 +7,43 @@ import pytest
 import torch
 
 from rac_modifier.errors import RacError
+from rac_modifier.formats.encoding import Encoding
 from rac_modifier.formats.stored_weight import StoredWeight, all_stored, from_dense
 from rac_modifier.kernels import cpu
-from rac_modifier.kernels.cpu import ValueEncoding, encoding_of
+from rac_modifier.kernels.cpu import packed_type
 from rac_modifier.kernels.cpu.support import Support
 from rac_modifier.kernels.interface import Layer
 from tests.kernels.cpu.kernel_helpers import random_mask, take
 
 BF16, FP32, FP16, INT8 = torch.bfloat16, torch.float32, torch.float16, torch.int8
-E4M3, WORDS = torch.float8_e4m3fn, torch.int32
-HALF = Layer(64, 64, 0.5, BF16, BF16, 64)
+HALF = Layer(64, 64, 0.5, Encoding("bfloat", 16), BF16)
+CODES = Layer(64, 64, 1.0, Encoding("int", 8), BF16)
 AVX2 = Support("avx2", "")
 
 
 @pytest.mark.parametrize(
-    ("stored", "bits", "group", "dtype", "encoded_bits", "note"),
+    ("encoding", "density", "dtype", "bits", "note"),
     [
-        (BF16, 4, 96, BF16, 8, ""),  # also where it is served in float32
-        (FP32, 4, 96, FP32, 8, ""),
-        (INT8, 4, 96, INT8, 8, ""),
-        (INT8, 4, 32, INT8, 8, ""),
-        (WORDS, 4, 96, INT8, 4, ""),
-        (WORDS, 4, 8, INT8, 4, ""),
-        (WORDS, 4, 12, INT8, 8, "int4 values in groups of 12, one byte each"),
-        (WORDS, 3, 32, INT8, 3, ""),
-        (WORDS, 2, 96, INT8, 2, ""),
-        (WORDS, 3, 24, INT8, 4, "int3 values in groups of 24, four bits each"),
-        (WORDS, 2, 12, INT8, 8, "int2 values in groups of 12, one byte each"),
-        (E4M3, 4, 96, BF16, 8, "fp8 values as bfloat16, exactly"),
+        (("bfloat", 16), 0.5, BF16, 16, ""),  # also where it is served in float32
+        (("float", 32), 0.5, FP32, 32, ""),
+        (("int", 8), 0.5, INT8, 8, ""),
+        (("int", 8, 32), 1.0, INT8, 8, ""),
+        (("int", 4), 0.5, INT8, 4, ""),
+        (("int", 4, 8), 1.0, INT8, 4, ""),
+        (("int", 4, 12), 0.5, INT8, 8, "int4 values in groups of 12, one byte each"),
+        (("int", 3, 32), 1.0, INT8, 3, ""),
+        (("int", 2), 1.0, INT8, 2, ""),
+        (("int", 3, 24), 1.0, INT8, 4, "int3 values in groups of 24, four bits each"),
+        (("int", 2, 12), 1.0, INT8, 8, "int2 values in groups of 12, one byte each"),
+        (("float", 8), 0.5, BF16, 16, "fp8 values as bfloat16, exactly"),
     ],
     ids=str,
 )
-def test_encodings(stored, bits, group, dtype, encoded_bits, note):
-    expected = ValueEncoding(dtype, note, encoded_bits)
-    assert encoding_of(stored, group, 96, FP32, bits) == expected
+def test_packed_types(encoding, density, dtype, bits, note):
+    layer = Layer(64, 96, density, Encoding(*encoding), FP32)
+    packed, said = packed_type(layer)
+    masked = density < 1
+    assert (packed.dtype, packed.bits, packed.masked, said) == (dtype, bits, masked, note)
 
 
 @pytest.mark.parametrize(
@@ -50,23 +53,27 @@ def test_encodings(stored, bits, group, dtype, encoded_bits, note):
                      "bfloat16, at most 1.78x"),
         (replace(HALF, density=0.9), AVX2, "^dense because .* takes 1.93 bytes per weight .*: at "
             "most 1.04x"),
-        (replace(HALF, stored=FP16, served=FP16), AVX2, "^dense because .* 2.12 bytes per weight "
-            ".* 2 of dense float16"),
+        (replace(HALF, encoding=Encoding("float", 16), served=FP16), AVX2,
+         "^dense because .* 2.12 bytes per weight .* 2 of dense float16"),
         (HALF, Support("portable", ""), "^dense because .* slower than a dense matmul; set "
             "RAC_KERNEL=portable"),
         (HALF, Support(None, "no compiled kernel: why"), "^dense because no compiled kernel: why"),
-        (replace(HALF, stored=FP32, served=torch.float64), AVX2, "no sparse kernel reads "
-            "torch.float64"),
-        (replace(HALF, stored=INT8, group=6), AVX2, "^dense because .* in groups of 6 columns, on"),
-        (Layer(64, 2080, 1.0, WORDS, BF16, 1040), AVX2, "^dense because .* in groups of 1040 col"),
-        (replace(HALF, stored=E4M3, group=32), AVX2, "^dense because .* fp8 values in groups of"),
-        (replace(HALF, stored=INT8), AVX2, "^sparse int8 kernel avx2: 0.6"),
-        (replace(HALF, stored=WORDS), AVX2, "^sparse int4 kernel avx2: 0.3"),
-        (replace(HALF, stored=INT8, density=1.0), AVX2, "^int8 kernel avx2: 1.00 .* 2.00x"),
-        (replace(HALF, stored=WORDS, density=1.0, word_bits=3), AVX2, "^int3 kernel avx2: 0.3"),
-        (replace(HALF, stored=INT8, activation_bits=8), Support("amx", "", True),
+        (replace(HALF, encoding=Encoding("float", 32), served=torch.float64), AVX2,
+         "no sparse kernel reads torch.float64"),
+        (replace(CODES, encoding=Encoding("int", 8, 6)), AVX2,
+         "^dense because .* in groups of 6 columns, on"),
+        (Layer(64, 2080, 1.0, Encoding("int", 4, 1040), BF16), AVX2,
+         "^dense because .* in groups of 1040 col"),
+        (replace(HALF, encoding=Encoding("float", 8, 32)), AVX2,
+         "^dense because .* fp8 values in groups of"),
+        (replace(CODES, density=0.5), AVX2, "^sparse int8 kernel avx2: 0.6"),
+        (replace(CODES, encoding=Encoding("int", 4), density=0.5), AVX2,
+         "^sparse int4 kernel avx2: 0.3"),
+        (CODES, AVX2, "^int8 kernel avx2: 1.00 .* 2.00x"),
+        (replace(CODES, encoding=Encoding("int", 3)), AVX2, "^int3 kernel avx2: 0.3"),
+        (replace(CODES, density=0.5, activation_bits=8), Support("amx", "", True),
          r"^sparse int8 kernel amx \(activations in 8 bits\): "),
-        (replace(HALF, stored=INT8, activation_bits=8), AVX2,
+        (replace(CODES, density=0.5, activation_bits=8), AVX2,
          r"^sparse int8 kernel avx2 \(activations in 16 bits, since it multiplies no bytes\): "),
         (replace(HALF, activation_bits=8), Support("amx", "", True), "^sparse kernel amx: "),
     ],
@@ -170,7 +177,7 @@ def test_the_bytes_that_are_announced_are_those_that_are_packed(best, weight, gr
 
 
 def test_what_no_kernel_reads_is_refused(best):
-    with pytest.raises(RacError, match=r"torch\.float64: .*keep it dense"):
+    with pytest.raises(RacError, match=r"torch\.float64; keep it dense"):
         cpu.pack(WEIGHTS["fp32"], torch.float64)
     packed = cpu.pack(WEIGHTS["int8"], FP32)
     none = cpu.lookup(torch.empty(0, dtype=torch.int64), packed, 37, 100, FP32)
