@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rac_modifier.errors import RacError, refusing
-from rac_modifier.formats.quantization_config import CONFIG_FILE as CONFIG_FILE
+from rac_modifier.runtime.files import CONFIG_FILE as CONFIG_FILE
 from rac_modifier.runtime.files import read_json, regular_file, replacing
 
 SINGLE_FILE = "model.safetensors"

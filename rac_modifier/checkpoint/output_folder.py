@@ -15,8 +15,7 @@ from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 
 from rac_modifier.errors import RacError, refusing
-from rac_modifier.formats.quantization_config import CONFIG_FILE  # a module without torch
-from rac_modifier.runtime.files import lock
+from rac_modifier.runtime.files import CONFIG_FILE, lock
 
 STAGING = ".rac_saving"
 # What a checkpoint of safetensors consists of; the weights in other formats are not downloaded.

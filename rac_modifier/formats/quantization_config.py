@@ -15,9 +15,9 @@ from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from rac_modifier.errors import RacError
 from rac_modifier.formats.encoding import Encoding
+from rac_modifier.runtime.files import CONFIG_FILE as CONFIG_FILE
 from rac_modifier.settings.check import check_names
 
-CONFIG_FILE = "config.json"
 QUANTIZATION_KEY = "quantization_config"
 RAC_KEY = "rac_sparsity"
 COMPRESSED_TENSORS = "compressed-tensors"  # the method that our entries extend

@@ -14,6 +14,8 @@ from weakref import WeakValueDictionary
 
 from rac_modifier.errors import RacError, refusing
 
+CONFIG_FILE = "config.json"  # of a model
+
 
 def write_json_atomic(path: str | Path, obj: Any) -> None:
     """Write `obj` as strict JSON (no NaN) by `write_text_atomic` (RacError: it is not JSON)."""
