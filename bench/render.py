@@ -1,8 +1,9 @@
 """`python -m bench.render` writes the tables of results/*.json into docs/ (`make results`).
 
 A page has `<!-- table NAME -->` and `<!-- end -->`; between them is the table of
-results/NAME.json. `<!-- table NAME without A; B -->` leaves columns out. With --check nothing is
-written, and the exit status is 1 if a page would change.
+results/NAME.json. `<!-- table NAME without A; B -->` leaves columns out, and commands are shown
+without their lists of rows. With --check nothing is written, and the exit status is 1 if a page
+would change.
 """
 
 import json
@@ -15,6 +16,7 @@ from typing import Any
 
 from bench.common import RESULTS, ROOT
 
+_ROWS = re.compile(r" --(?:labels|forms) .*?(?= --|$)")  # the rows of the table, once more
 _MARKED = re.compile(r"<!-- table (\w+)(?: without (.+?))? -->\n.*?<!-- end -->", re.DOTALL)
 
 
@@ -36,13 +38,17 @@ def table(result: dict[str, Any], without: Collection[str] = ()) -> str:
     shown = [name not in without for name in columns]
     names = list(compress(columns, shown))
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    gaps = result.get("gaps", {})
     for row in result["rows"]:
+        if row[0] in gaps and not any(row[1:]):
+            continue  # it has its line below
         cells = [cell(value, form) for value, form in zip(row, columns.values(), strict=True)]
         lines.append(f"| {' | '.join(compress(cells, shown))} |")
     keys = ("model", "machine", "date", "commit")
-    about = f"*{', '.join(result[key] for key in keys)}:* `{result['command']}`"
-    gaps = [f"- {name}: {reason}" for name, reason in result.get("gaps", {}).items()]
-    missing = ["Not measured:", "", *gaps, ""] if gaps else []
+    command = _ROWS.sub("", result["command"])
+    about = f"*{', '.join(result[key] for key in keys)}:* `{command}`"
+    reasons = [f"- {name}: {reason}" for name, reason in gaps.items()]
+    missing = ["Not measured:", "", *reasons, ""] if gaps else []
     return "\n".join([*lines, "", *missing, about])
 
 

@@ -94,7 +94,7 @@ def test_every_result_names_its_measurement_and_is_shown():
             continue
         assert {"model", "machine", "date", "commit", "command"} <= result.keys(), path.name
         assert all(len(row) == len(result["columns"]) for row in result["rows"]), path.name
-        assert re.search(rf"<!-- table {path.stem}( without .+)? -->", pages), path.name
+        assert re.search(rf"<!-- table {path.stem}( without .+)? -->|results/{path.name}", pages)
 
 
 def test_rows_of_the_grids_are_settings_that_exist(tmp_path):
