@@ -16,10 +16,9 @@ from rac_modifier.distributed.processes import Processes
 from rac_modifier.distributed.torchrun import present_processes
 from rac_modifier.errors import RacError, refusing
 from rac_modifier.llmcompressor import checks
-from rac_modifier.llmcompressor.pipeline import SessionRun, put_in_place, take_away
-from rac_modifier.llmcompressor.reap import experts_record
+from rac_modifier.llmcompressor.pipeline import SessionRun, install_pipeline, remove_pipeline
 from rac_modifier.llmcompressor.run import Run
-from rac_modifier.llmcompressor.shared_weights import share_on_each_machine
+from rac_modifier.llmcompressor.upstream import calling_oneshot, share_on_each_machine
 from rac_modifier.measure.divergence import RunDivergence
 from rac_modifier.runtime.cpu_tuning import keep_freed_memory
 from rac_modifier.runtime.models import onloaded_once, streamed_to_accelerator
@@ -40,7 +39,7 @@ class CalibratingModifier(CalibrationEntry, Modifier):
     _session: CompressionSession | None = PrivateAttr(default=None)
     _divergence: RunDivergence | None = PrivateAttr(default=None)
     _measured: dict[str, Any] = PrivateAttr(default_factory=dict)
-    _saliency: dict[str, list[float]] = PrivateAttr(default_factory=dict)  # of experts, by layer
+    _reap: dict[str, dict[str, Any]] = PrivateAttr(default_factory=dict)  # of `recorded_experts`
 
     @model_validator(mode="after")
     def _upstream_state_is_not_set(self) -> Self:
@@ -90,7 +89,7 @@ class CalibratingModifier(CalibrationEntry, Modifier):
                 f"{name} has no effect next to another modifier that calibrates the whole "
                 "recipe: write one, with targets that cover both"
             )
-        self._oneshot = checks.find_oneshot()
+        self._oneshot = calling_oneshot()
         if self._oneshot is not None:
             checks.check_arguments(self._oneshot, name, prunes=prunes)
             model = state.model.config._name_or_path
@@ -129,11 +128,11 @@ class CalibratingModifier(CalibrationEntry, Modifier):
         self._session = active_session()
         share = self.calibration_set.loader.share(self._processes.rank, self._processes.count)
         state.data.calib = share
-        put_in_place(self._session, SessionRun(self.calibration_set, share, run, self._saliency))
+        install_pipeline(self._session, SessionRun(self.calibration_set, share, run, self._reap))
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         """Take the pipeline away, and measure the result of a run that has not failed."""
-        if self._session is not None and take_away(self._session) and self.ended_:
+        if self._session is not None and remove_pipeline(self._session) and self.ended_:
             self.before_measuring(state.model)
             if self._divergence is not None:
                 with streamed_to_accelerator(state.model), onloaded_once(state.model):
@@ -145,10 +144,10 @@ class CalibratingModifier(CalibrationEntry, Modifier):
         return True
 
     def before_measuring(self, model: PreTrainedModel) -> None:
-        """Follow the recipe's modifiers, on all ranks."""
+        """Run after the recipe's other modifiers, on all ranks."""
 
     def after_measuring(self, model: PreTrainedModel) -> None:
-        """Follow the measurement on held-out traces, on the first rank."""
+        """Run after the measurement on held-out traces, on the first rank."""
 
     def run_record(self, method: str, more: Mapping[str, Any]) -> dict[str, Any]:
         """Return the run record, with `more` entries."""
@@ -159,7 +158,7 @@ class CalibratingModifier(CalibrationEntry, Modifier):
             "modifier": self.model_dump(mode="json"),
             **self.calibration_set.as_dict(),
             "divergence": self._measured,
-            **experts_record(self.other_modifiers(), self._saliency),
+            **({"experts_removed": self._reap} if self._reap.get("kept") else {}),
             **more,
         }
         if count > 1:

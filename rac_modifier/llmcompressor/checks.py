@@ -1,6 +1,5 @@
 """Refuse what cannot run: `oneshot`'s arguments, a recipe's other modifiers, whole recipes."""
 
-import inspect
 import reprlib
 from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
@@ -47,17 +46,6 @@ _CALIBRATES = "ReasoningAwareCalibrationModifier"
 # What modifiers do to weights that were pruned or rounded before.
 _UNDOES = {"REAPPruningModifier": "removes its work", "SpinQuantModifier": "rotates its weights"}
 _OF_ACTIVATIONS = ("R3", "R4", "u", "v")  # rotations
-
-
-def find_oneshot() -> Oneshot | None:
-    """Return the `Oneshot` among the callers, whose arguments no modifier gets, or None."""
-    frame = inspect.currentframe()
-    while frame is not None:
-        caller = frame.f_locals.get("self")
-        if isinstance(caller, Oneshot):
-            return caller
-        frame = frame.f_back
-    return None
 
 
 def check_arguments(oneshot: Oneshot, modifier: str, *, prunes: bool) -> None:

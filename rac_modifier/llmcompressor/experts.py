@@ -1,14 +1,11 @@
 """Find the routed experts of a model, and report the tokens that calibrate them."""
 
-import contextlib
 import statistics
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from compressed_tensors.utils import patch_attr
-from llmcompressor.modeling.moe import context
 from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
 from loguru import logger
 from torch import Tensor
@@ -103,11 +100,6 @@ def _router(model: torch.nn.Module, name: str, experts: LinearExperts2D) -> torc
         if weight.shape[0] == experts.num_experts:
             return module
     return None
-
-
-def only_routed_tokens() -> contextlib.AbstractContextManager[None]:
-    """Run each expert on its own tokens, against moe_calibrate_all_experts."""
-    return patch_attr(context, "_CALIBRATE_ALL_EXPERTS", False)
 
 
 def report_tokens(layer: str, tokens: Mapping[str, ExpertTokens], floor: int) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from rac_modifier.calibration.loader import CalibrationLoader
 from rac_modifier.llmcompressor.expert_stage import prune_experts, read_router
-from rac_modifier.llmcompressor.experts import only_routed_tokens
 from rac_modifier.llmcompressor.plan import Stage
 from rac_modifier.llmcompressor.run import Run
 from rac_modifier.llmcompressor.statistics import (
@@ -28,6 +27,7 @@ from rac_modifier.llmcompressor.statistics import (
     NoStream,
     check_same_groups,
 )
+from rac_modifier.llmcompressor.upstream import only_routed_tokens
 from rac_modifier.runtime.cpu_tuning import FasterLinears, onednn_is_faster, return_freed_memory
 
 

@@ -7,21 +7,17 @@ fails elsewhere is finalized by the session's next reset, with which each `onesh
 sessions always get upstream's pipeline.
 """
 
-import contextlib
 import weakref
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from compressed_tensors.offload import set_onload_device
-from compressed_tensors.registry.registry import _REGISTRY
 from compressed_tensors.utils import patch_attr
 from llmcompressor.args import DatasetArguments
 from llmcompressor.core import CompressionSession, active_session
-from llmcompressor.pipelines.cache import IntermediatesCache
-from llmcompressor.pipelines.registry import CalibrationPipeline
 from llmcompressor.pipelines.sequential.pipeline import SequentialPipeline
 from loguru import logger
-from torch.fx import _symbolic_trace
 from transformers import PreTrainedModel
 
 from rac_modifier.calibration.calibration_set import CalibrationSet
@@ -30,12 +26,15 @@ from rac_modifier.llmcompressor.checks import is_autoround
 from rac_modifier.llmcompressor.forecast import Forecast
 from rac_modifier.llmcompressor.loop import run_stages
 from rac_modifier.llmcompressor.plan import make_plan
-from rac_modifier.llmcompressor.reap import recorded_saliency
 from rac_modifier.llmcompressor.run import Run
+from rac_modifier.llmcompressor.upstream import (
+    contained_tracing,
+    recorded_experts,
+    use_sequential_pipeline,
+    without_pinning,
+)
 from rac_modifier.runtime.models import main_device
 from rac_modifier.sampling.model_identity import model_fingerprint
-
-_NAME = "sequential"
 
 
 @dataclass(frozen=True)
@@ -45,23 +44,23 @@ class SessionRun:
     calibration: CalibrationSet
     loader: CalibrationLoader  # this rank's share of it
     run: Run | None = None  # None: our modifier prunes nothing
-    saliency: dict[str, list[float]] = field(default_factory=dict)  # of REAP, by layer
+    reap: dict[str, dict[str, Any]] = field(default_factory=dict)  # of `recorded_experts`
 
 
 _runs: weakref.WeakKeyDictionary[CompressionSession, SessionRun] = weakref.WeakKeyDictionary()
 
 
-def put_in_place(session: CompressionSession, run: SessionRun) -> None:
+def install_pipeline(session: CompressionSession, run: SessionRun) -> None:
     """Calibrate this session on `run.loader` from now on."""
     _runs[session] = run
-    _REGISTRY[CalibrationPipeline][_NAME] = _pipeline_of_active_session
+    use_sequential_pipeline(_pipeline_of_active_session)
 
 
-def take_away(session: CompressionSession) -> bool:
+def remove_pipeline(session: CompressionSession) -> bool:
     """Give this session upstream's pipeline again; return whether ours was in place."""
     ours = _runs.pop(session, None)
     if not _runs:
-        _REGISTRY[CalibrationPipeline][_NAME] = SequentialPipeline
+        use_sequential_pipeline(SequentialPipeline)
     return ours is not None
 
 
@@ -81,18 +80,13 @@ class ReasoningAwareSequentialPipeline(SequentialPipeline):
         self, model: PreTrainedModel, dataloader: object, dataset_args: DatasetArguments
     ) -> None:
         """Calibrate; an error takes our pipeline away."""
-        wrapped = _symbolic_trace._wrapped_fns_to_patch
-        before = set(wrapped)
         try:
             self._calibrate(model, dataset_args)
         except BaseException:
-            take_away(active_session())
+            remove_pipeline(active_session())
             if self._ours.run is not None:
                 self._ours.run.resume.leave()
             raise
-        finally:  # what upstream registers with `torch.fx.wrap` holds the model for ever
-            for key in wrapped.keys() - before:
-                del wrapped[key]
 
     def _calibrate(self, model: PreTrainedModel, dataset_args: DatasetArguments) -> None:
         session, ours, run = active_session(), self._ours, self._ours.run
@@ -119,10 +113,10 @@ class ReasoningAwareSequentialPipeline(SequentialPipeline):
                 f"AutoRound counts padding in its loss: {len(ours.loader.sequences):,} "
                 f"sequences are joined to {len(loader):,} rows"
             )
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(patch_attr(session.state.data, "calib", loader))
-            stack.enter_context(recorded_saliency(ours.saliency))
-            if not torch.accelerator.is_available():  # torch refuses to pin, AWQModifier pins
-                no_pin = patch_attr(IntermediatesCache, "pin_memory", lambda *_, **__: None)
-                stack.enter_context(no_pin)
+        with (
+            patch_attr(session.state.data, "calib", loader),
+            recorded_experts(ours.reap),
+            without_pinning(),
+            contained_tracing(model),
+        ):
             SequentialPipeline.__call__(model, loader, dataset_args)

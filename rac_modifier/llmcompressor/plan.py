@@ -4,10 +4,9 @@ By group, a stage begins where modules read one tensor (q/k/v, o, gate/up, down)
 experts of a layer are one stage. By layer, a stage is a decoder layer, as in upstream.
 """
 
-import contextlib
 import operator
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -20,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from rac_modifier.llmcompressor.experts import RoutedExperts, find_experts
+from rac_modifier.llmcompressor.upstream import contained_tracing
 
 
 class UntraceableError(Exception):
@@ -90,7 +90,8 @@ def make_plan(
     by_group = stages is not None
     if stages is None:  # where upstream's sequential pipeline cuts
         where: Any = infer_sequential_targets(model, targets)
-        subgraphs = trace_subgraphs(model, sample, where, arguments.tracing_ignore, count)
+        with contained_tracing(model):
+            subgraphs = trace_subgraphs(model, sample, where, arguments.tracing_ignore, count)
         configs = use_own_configs(model, subgraphs)
         stages = [
             Stage([m for m in subgraph.submodules(model) if m in names], None, [subgraph], configs)
@@ -116,7 +117,7 @@ def trace_groups(
     modules = {name: [module] for module, name in names.items() if module not in inside}
     modules |= {name: layer.modules for name, layer in experts.items()}
     try:
-        with _restoring_after_failure(model):
+        with contained_tracing(model):
             subgraphs = trace_subgraphs(model, sample, list(modules), list(ignore), 1)
     except Exception as error:  # tracing runs the model's own code and may fail in any way
         reason = (str(error).splitlines() or [repr(error)])[0][:200]
@@ -156,19 +157,6 @@ def _argument(node: torch.fx.Node, place: int) -> str:
     if not (isinstance(value, torch.fx.Node) and value.op == "placeholder"):
         raise UntraceableError(f"{node.target} does not get its input as argument {place + 1}")
     return value.name
-
-
-@contextlib.contextmanager
-def _restoring_after_failure(model: PreTrainedModel) -> Iterator[None]:
-    """Restore functions of torch and cache classes, which a failed tracer leaves replaced."""
-    spaces = (vars(torch), *(module.forward.__globals__ for module in model.modules()))
-    before = [(space, dict(space)) for space in {id(s): s for s in spaces}.values()]
-    try:
-        yield
-    except BaseException:
-        for space, values in before:
-            space.update(values)
-        raise
 
 
 def _refuse_changes_in_place(subgraphs: Sequence[Subgraph]) -> None:

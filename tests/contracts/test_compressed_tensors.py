@@ -27,7 +27,7 @@ def test_the_names_of_preset_schemes():
 
 
 def test_seam_the_cache_of_several_processes_offloads_one_tensor():
-    """If this fails: llmcompressor/shared_weights.py replaces this method."""
+    """If this fails: llmcompressor/upstream.py replaces this method."""
     assert [*signature(DistributedCPUCache.offload).parameters] == ["self", "tensor"]
     storage = torch.ones(3).share_memory_().untyped_storage()
     manager, name, size = storage._share_filename_cpu_()

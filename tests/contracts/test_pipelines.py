@@ -1,5 +1,6 @@
 """llm-compressor's calibration pipelines."""
 
+import pytest
 import torch
 from compressed_tensors.registry.registry import _REGISTRY
 from llmcompressor.core import create_session
@@ -10,9 +11,10 @@ from rac_modifier import ReasoningAwareSparseGPTModifier
 from rac_modifier.llmcompressor.pipeline import (
     ReasoningAwareSequentialPipeline,
     SessionRun,
-    put_in_place,
-    take_away,
+    install_pipeline,
+    remove_pipeline,
 )
+from rac_modifier.llmcompressor.upstream import contained_tracing
 from tests.tiny import NAME, entry, linears, tiny_model
 
 
@@ -21,7 +23,7 @@ def test_seam_calibration_pipeline_registry_is_what_from_modifiers_loads():
     names it."""
     ours = ReasoningAwareSparseGPTModifier(**entry())
     with create_session() as session:
-        put_in_place(session, SessionRun(None, None))
+        install_pipeline(session, SessionRun(None, None))
         try:
             for user in (None, "sequential", "Sequential"):
                 made = CalibrationPipeline.from_modifiers([ours], user=user)
@@ -29,7 +31,7 @@ def test_seam_calibration_pipeline_registry_is_what_from_modifiers_loads():
             named = CalibrationPipeline.from_modifiers([ours], user="independent")
             assert type(named).__name__ == "IndependentPipeline"
         finally:
-            take_away(session)
+            remove_pipeline(session)
     assert _REGISTRY[CalibrationPipeline]["sequential"] is SequentialPipeline
 
 
@@ -83,3 +85,29 @@ def test_seam_partition_starts_a_subgraph_at_each_target():
         assert node.target == target
         assert node.args[0].op == "placeholder"
         assert node.args[0].name in subgraph.input_names
+
+
+def test_seam_tracing_leaves_wrapped_functions():
+    """If this fails: tracing cleans up after itself, and nothing of ours has to."""
+    from llmcompressor.args import DatasetArguments
+    from llmcompressor.pipelines.sequential.helpers import trace_subgraphs
+    from torch.fx import _symbolic_trace
+
+    wrapped = _symbolic_trace._wrapped_fns_to_patch
+    model, before = tiny_model(), set(wrapped)
+    sample, ignore = {"input_ids": torch.arange(2, 22).reshape(2, 10)}, DatasetArguments()
+    with contained_tracing(model):
+        trace_subgraphs(model, sample, [*linears(model)], ignore.tracing_ignore, 1)
+        assert wrapped.keys() - before
+    assert set(wrapped) == before
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="memory can be pinned")
+def test_seam_a_cache_pins_memory_without_an_accelerator_too():
+    """If this fails: AWQModifier runs on a CPU as it is."""
+    from llmcompressor.pipelines.cache import IntermediatesCache
+
+    cache = IntermediatesCache([{}], torch.device("cpu"))
+    cache.update(0, {"x": torch.ones(2)})
+    with pytest.raises(RuntimeError, match="accelerator"):
+        cache.pin_memory(0)

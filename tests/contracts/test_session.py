@@ -72,3 +72,13 @@ def test_seam_reset_finalizes_a_modifier_whose_run_failed():
         session.lifecycle.recipe.modifiers = [modifier]
         session.reset()
     assert finalized == [False]
+
+
+def test_seam_oneshot_holds_its_arguments():
+    """What a modifier reads of the caller, before anything is sampled."""
+    from llmcompressor.entrypoints.oneshot import Oneshot
+
+    made = inspect.getsource(Oneshot.__init__)
+    names = ("model_args", "dataset_args", "recipe_args", "output_dir", "processor", "recipe")
+    assert [name for name in names if f"self.{name}" not in made] == []
+    assert list(inspect.signature(Oneshot.__call__).parameters) == ["self"]

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from transformers import PreTrainedModel, Qwen3ForCausalLM
+from transformers import GenerationConfig, PreTrainedModel, Qwen3ForCausalLM
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
@@ -171,3 +171,10 @@ def test_seam_a_state_dict_is_indexed_like_slices_of_files(tmp_path, monkeypatch
     with pytest.raises(LookupError, match="ours"):
         Qwen3ForCausalLM.from_pretrained(tmp_path)
     assert set(indexed) == {...}
+
+
+def test_seam_a_generation_config_is_checked_when_it_is_saved(tmp_path):
+    """If this fails: a model is saved with the config that it was loaded with."""
+    config = GenerationConfig(do_sample=False, temperature=0.6)
+    with pytest.raises(ValueError, match="temperature"):
+        config.save_pretrained(tmp_path)

@@ -13,8 +13,8 @@ from rac_modifier.llmcompressor import plan
 from rac_modifier.llmcompressor.pipeline import (
     ReasoningAwareSequentialPipeline,
     SessionRun,
-    put_in_place,
-    take_away,
+    install_pipeline,
+    remove_pipeline,
 )
 from rac_modifier.llmcompressor.plan import UntraceableError
 from tests.llmcompressor.conftest import BUILD, fp8, record_of
@@ -29,8 +29,8 @@ def loaded() -> type:
 def test_it_is_in_place_for_its_session_only():
     with create_session() as ours, create_session() as second:
         assert loaded() is SequentialPipeline
-        put_in_place(second, SessionRun(None, None))
-        put_in_place(ours, SessionRun(None, None))
+        install_pipeline(second, SessionRun(None, None))
+        install_pipeline(ours, SessionRun(None, None))
         assert loaded() is ReasoningAwareSequentialPipeline
         with create_session():
             assert loaded() is SequentialPipeline
@@ -39,11 +39,11 @@ def test_it_is_in_place_for_its_session_only():
         thread.start()
         thread.join()
         assert seen == [SequentialPipeline]
-        assert take_away(ours)
+        assert remove_pipeline(ours)
         assert loaded() is ReasoningAwareSequentialPipeline, "another run goes on"
-        assert take_away(second)
+        assert remove_pipeline(second)
         assert loaded() is SequentialPipeline
-        assert not take_away(ours)
+        assert not remove_pipeline(ours)
 
 
 def test_an_error_in_the_pipeline_takes_it_away(prune, monkeypatch):

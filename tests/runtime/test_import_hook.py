@@ -19,7 +19,7 @@ def run(tmp_path):
 
     def run(code: str) -> subprocess.CompletedProcess[str]:
         head = f"import importlib.util, inspect, sys; sys.path.insert(0, {str(tmp_path)!r})\n"
-        head += "from rac_modifier import _import_after as import_after\n"
+        head += "from rac_modifier.runtime.import_hook import import_after\n"
         head += "def hooks(name):\n"
         head += "  return [f for f in sys.meta_path if getattr(f, 'trigger', '') == name]\n"
         command = [sys.executable, "-c", head + code]

@@ -5,16 +5,16 @@ import threading
 import torch
 from compressed_tensors.offload.cache.dist_cpu import DistributedCPUCache
 
-from rac_modifier.llmcompressor import shared_weights
+from rac_modifier.llmcompressor import upstream
 from tests.meeting import Threads, together
 
 
 def test_each_machine_has_one_copy_of_the_first_rank_s_weight(monkeypatch):
     """Ranks 0 and 1 are on a machine, rank 2 on another, where the weight is on no device."""
     mine = threading.local()
-    monkeypatch.setattr(shared_weights, "present_processes", lambda: mine.processes)
+    monkeypatch.setattr(upstream, "present_processes", lambda: mine.processes)
     monkeypatch.setattr(DistributedCPUCache, "offload", DistributedCPUCache.offload)
-    shared_weights.share_on_each_machine()
+    upstream.share_on_each_machine()
     merged = torch.arange(12, dtype=torch.bfloat16).view(2, 2, 3)
     expected = merged[1].clone()
 
