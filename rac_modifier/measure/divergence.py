@@ -19,7 +19,6 @@ from tqdm import tqdm
 
 from rac_modifier.errors import RacError
 from rac_modifier.measure.intervals import mean_over_tokens
-from rac_modifier.measure.skipped_inputs import generated_tokens
 from rac_modifier.measure.teacher_forcing import (
     TokenSequence,
     batches_of_like_length,
@@ -164,8 +163,7 @@ def _windows(
     entering: Tensor,
 ) -> Windows:
     """Yield windows of logits of the dense model, by its input of the head, and of the pruned."""
-    ids, completion = padded(batch)
-    ids, start = ids[:, :-1].to(pruned.device), 0
+    ids, start = padded(batch)[0][:, :-1].to(pruned.device), 0
     cache: Any = None
     width = max(1, WINDOW_ELEMENTS // (2 * len(batch) * vocabulary(pruned)))
 
@@ -179,8 +177,7 @@ def _windows(
     try:
         for start in range(0, ids.shape[1], width):
             window, several = ids[:, start : start + width], ids.shape[1] > width
-            with generated_tokens(pruned, completion[:, start : start + window.shape[1]]):
-                output = pruned(input_ids=window, past_key_values=cache, use_cache=several)
+            output = pruned(input_ids=window, past_key_values=cache, use_cache=several)
             cache = getattr(output, "past_key_values", None)  # state-space models have none
             if several and cache is None:
                 raise RacError(

@@ -46,20 +46,20 @@ def predicting_states(model: Any, batch: Sequence[TokenSequence]) -> Tensor:
 
 
 @torch.no_grad()
-def check_head(model: Any, sequence: TokenSequence, setting: str = "recover") -> None:
+def check_head(model: Any, sequence: TokenSequence) -> None:
     """Refuse logits that are not finite, or not the output of the model's head (RacError)."""
     head, ids = output_head(model), torch.tensor([list(sequence[0][:-1])], device=model.device)
     predicted = head(predicting_states(model, [sequence])[-1:]).float()
     expected = model(input_ids=ids, use_cache=False).logits[:, -1].float()
     if not bool(expected.isfinite().all()):
         raise RacError(
-            f"{type(model).__name__} computes logits that are not finite, so it cannot be "
-            f"measured; load it with --precision float32, or leave {setting} out"
+            f"{type(model).__name__} computes logits that are not finite, so recovery cannot "
+            "measure it; load it with --precision float32, or leave recover out"
         )
     if not torch.allclose(predicted, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
         raise RacError(
             f"{type(model).__name__} changes its logits after the output head (a soft cap or a "
-            f"scale), which is not supported; leave {setting} out"
+            "scale), which recovery does not support; leave recover out"
         )
 
 

@@ -77,14 +77,12 @@ def decoder_layers(model: torch.nn.Module, setting: str) -> list[torch.nn.Module
 
 
 @contextlib.contextmanager
-def recomputing(
-    model: torch.nn.Module, enabled: bool = True, setting: str = "recover.activation_checkpointing"
-) -> Iterator[None]:
+def recomputing(model: torch.nn.Module, enabled: bool = True) -> Iterator[None]:
     """Run each layer's forward pass again in the backward pass, with the same bits.
 
     transformers' own switch works in training mode alone, in which dropout is on.
     """
-    layers = decoder_layers(model, setting) if enabled else []
+    layers = decoder_layers(model, "recover.activation_checkpointing") if enabled else []
     before = [vars(layer).get("forward") for layer in layers]  # an offloaded layer has its own
     for layer in layers:
         layer.forward = _twice(layer.forward)
