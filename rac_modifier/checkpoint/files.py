@@ -100,14 +100,6 @@ class TensorFiles:
             tensor: Tensor = file.get_tensor(name)
         return tensor
 
-    def first_row(self, name: str) -> Tensor:
-        """Read the first row of a tensor, or all of one without rows (RacError: as `tensor`)."""
-        if not self.shape(name):
-            return self.tensor(name).reshape(1)
-        with refusing(f"{name}: cannot be read from {self.folder}", *_UNREADABLE):
-            row: Tensor = self._file(name).get_slice(name)[:1]
-        return row.contiguous()
-
     def tensors(self, module: str, parts: Iterable[str]) -> dict[str, Tensor]:
         """Read the tensors `{module}.{part}` that exist, by part (RacError: as `tensor`)."""
         names = {part: f"{module}.{part}" for part in parts}
