@@ -81,7 +81,8 @@ class ReasoningAwareSequentialPipeline(SequentialPipeline):
     ) -> None:
         """Calibrate; an error takes our pipeline away."""
         try:
-            self._calibrate(model, dataset_args)
+            with contained_tracing(model):
+                self._calibrate(model, dataset_args)
         except BaseException:
             remove_pipeline(active_session())
             if self._ours.run is not None:
@@ -117,6 +118,5 @@ class ReasoningAwareSequentialPipeline(SequentialPipeline):
             patch_attr(session.state.data, "calib", loader),
             recorded_experts(ours.reap),
             without_pinning(),
-            contained_tracing(model),
         ):
             SequentialPipeline.__call__(model, loader, dataset_args)
