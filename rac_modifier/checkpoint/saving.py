@@ -39,6 +39,7 @@ from rac_modifier.formats.quantization_config import (
 from rac_modifier.formats.words import WORDS, PackQuantized
 from rac_modifier.pruning.masks import holds
 from rac_modifier.runtime import files
+from rac_modifier.runtime.progress import Phase
 from rac_modifier.settings.pattern import Pattern
 
 _RECIPE_NAME = "recipe.yaml"  # llm-compressor's
@@ -83,7 +84,15 @@ def save_with_record(model: PreTrainedModel, plan: Callable[[], SavePlan]) -> No
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
-        current, folder = plan(), Path(save_directory)
+        with Phase(f"saving to {save_directory}"):
+            write(plan(), Path(save_directory), *args, save_compressed=save_compressed, **kwargs)
+        if push_to_hub:  # upstream would upload the weights before they are packed
+            step = f"hf upload OWNER/NAME {save_directory}"
+            raise RacError(f"{save_directory}: saved, and not uploaded; {step}")
+
+    def write(
+        current: SavePlan, folder: Path, *args: Any, save_compressed: bool, **kwargs: Any
+    ) -> None:
         _check_patterns(current)
         staging = folder / STAGING  # the folder is no model before all of it is written
         if current.processes.is_first:
@@ -118,8 +127,6 @@ def save_with_record(model: PreTrainedModel, plan: Callable[[], SavePlan]) -> No
             for step in current.after:
                 step()
         current.processes.wait()
-        if push_to_hub:  # upstream would upload the weights before they are packed
-            raise RacError(f"{folder}: saved, and not uploaded; hf upload OWNER/NAME {folder}")
 
     save_pretrained._rac_inner = inner  # type: ignore[attr-defined]
     # llm-compressor reads this before it wraps save_pretrained once more

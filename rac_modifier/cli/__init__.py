@@ -20,6 +20,7 @@ from rac_modifier.cli.pack import pack, unpack
 from rac_modifier.cli.prune import prune
 from rac_modifier.cli.recover import recover
 from rac_modifier.errors import RacError
+from rac_modifier.runtime.progress import Phase
 
 _MOST_PRINTED = 8000  # characters of an error
 
@@ -29,7 +30,7 @@ class _Commands(typer.core.TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command that was named."""
-        with resumable("run the same command again"):
+        with resumable("run the same command again"), Phase("this command"):
             return super().invoke(ctx)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:

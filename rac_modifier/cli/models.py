@@ -7,6 +7,7 @@ from typing import Any
 
 from rac_modifier.cli.options import Dtype
 from rac_modifier.errors import RacError
+from rac_modifier.runtime.progress import Phase
 
 _NAMES = 'give a model folder, a Hugging Face id, or "reasoner"'
 
@@ -88,7 +89,8 @@ def load(model: str, precision: Dtype) -> tuple[Any, Any]:
     source = resolve(model)
     check_model(source)
     tokenizer = load_tokenizer(source)
-    return load_model(source, dtype=precision), tokenizer
+    with Phase(f"loading {model}"):
+        return load_model(source, dtype=precision), tokenizer
 
 
 def load_on_accelerator(model: str, precision: Dtype) -> tuple[Any, Any]:

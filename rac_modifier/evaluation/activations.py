@@ -21,6 +21,7 @@ from rac_modifier.kernels.cpu import MOST_GROUP, packed_type
 from rac_modifier.kernels.interface import Layer
 from rac_modifier.measure.teacher_forcing import TokenSequence, check_sequences
 from rac_modifier.runtime.models import evaluating
+from rac_modifier.runtime.progress import Phase
 
 LEVELS = {8: 127, 16: 127 * 256 + 127}  # the largest integer of x (csrc/gemm/kernel.h)
 _ROUNDED = (Role.LINEAR, Role.ROUTER)  # experts, heads and embeddings keep 16 bits
@@ -109,9 +110,11 @@ def _measure_activations(
             sums[layer.module][i] += float(output.square().sum(dtype=torch.float64))
 
     check_sequences(sequences, model)
-    with _hooks(model, layers, add), evaluating(model):
+    phase = Phase("8-bit activations on held-out traces", len(sequences), unit="trace")
+    with phase, _hooks(model, layers, add), evaluating(model):
         for ids, _ in sequences:
             model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False)
+            phase.advance()
     measured = []
     for layer, (change, output) in zip(layers, sums.values(), strict=True):
         error = change / output if output else 0.0

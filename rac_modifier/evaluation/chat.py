@@ -16,7 +16,6 @@ from typing import BinaryIO
 
 from loguru import logger
 from pydantic import TypeAdapter, ValidationError
-from tqdm import tqdm
 
 from rac_modifier.errors import RacError, refusing
 from rac_modifier.evaluation.results import EvalResult, check_problems
@@ -24,6 +23,7 @@ from rac_modifier.evaluation.stopping import row_of_text
 from rac_modifier.problems.answers import THINK_END, Verifier
 from rac_modifier.problems.source import Problem
 from rac_modifier.runtime.files import lock, public_name
+from rac_modifier.runtime.progress import Phase
 from rac_modifier.sampling import completions_api
 from rac_modifier.sampling.chat_api import ChatAnswer, chat_body
 from rac_modifier.sampling.server_client import ServerClient, ask
@@ -142,9 +142,9 @@ async def _ask(
             file.flush()
             os.fsync(file.fileno())
             answers[key] = answer
-            bar.update()
+            phase.advance()
 
-    with tqdm(total=len(missing), desc=server.model, unit="answer", disable=None) as bar:
+    with Phase(f"asking {server.model}", len(missing), unit="answer") as phase:
         await asyncio.gather(*(work() for _ in range(concurrency)))
 
 

@@ -22,6 +22,7 @@ from rac_modifier.llmcompressor.upstream import calling_oneshot, share_on_each_m
 from rac_modifier.measure.divergence import RunDivergence
 from rac_modifier.runtime.cpu_tuning import keep_freed_memory
 from rac_modifier.runtime.models import onloaded_once, streamed_to_accelerator
+from rac_modifier.runtime.progress import Phase
 from rac_modifier.settings.entries import CalibrationEntry
 
 # Fields of upstream's Modifier are its state; it sets two itself when it reads a recipe.
@@ -55,6 +56,16 @@ class CalibratingModifier(CalibrationEntry, Modifier):
         """Dump what a recipe can set, without upstream's state."""
         dump = serialize(self)
         return {name: value for name, value in dump.items() if name not in _UPSTREAM_STATE}
+
+    def initialize(self, state: State, **kwargs: Any) -> None:
+        """Initialize as every modifier; long phases are reported."""
+        with Phase("preparing"):
+            super().initialize(state, **kwargs)
+
+    def finalize(self, state: State, **kwargs: Any) -> None:
+        """Finalize as every modifier; long phases are reported."""
+        with Phase("measuring"):
+            super().finalize(state, **kwargs)
 
     def use_calibration_set(self, calibration: CalibrationSet) -> None:
         """Calibrate on a set that was built elsewhere, instead of the recipe's."""

@@ -28,6 +28,7 @@ from rac_modifier.pruning.solve import solve_many
 from rac_modifier.quantization.solve import quantize_many
 from rac_modifier.runtime.cpu_tuning import HEAP_GAPS, expect_growth
 from rac_modifier.runtime.models import free_bytes
+from rac_modifier.runtime.progress import Phase
 from rac_modifier.runtime.rehearsal import LiveBytes, widened_peak, without_data
 from rac_modifier.settings.entries import PruningEntry
 from rac_modifier.settings.pattern import Pattern
@@ -170,11 +171,12 @@ class Forecast:
         """Refuse a run that takes more memory than is free; `processes` share it (RacError)."""
         for device in dict.fromkeys((onload, offload)):
             gaps, shares = (HEAP_GAPS, processes) if device.type == "cpu" else (1.0, 1)
-            needs = [
-                int(gaps * self.work(i)) * (device == onload)
-                + self.activations(i) * (device == offload)
-                for i in range(len(self.groups))
-            ]
+            needs = []
+            with Phase("forecast of the memory", len(self.groups), unit="group") as phase:
+                for i in range(len(self.groups)):
+                    work = int(gaps * self.work(i)) * (device == onload)
+                    needs.append(work + self.activations(i) * (device == offload))
+                    phase.advance()
             needed = max(needs)
             group = self.groups[needs.index(needed)].name
             message = f"pruning {group} needs {_gib(needed)} on {device} next to the model"

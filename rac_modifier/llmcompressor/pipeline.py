@@ -34,6 +34,7 @@ from rac_modifier.llmcompressor.upstream import (
     without_pinning,
 )
 from rac_modifier.runtime.models import main_device
+from rac_modifier.runtime.progress import Phase
 from rac_modifier.sampling.model_identity import model_fingerprint
 
 
@@ -81,7 +82,7 @@ class ReasoningAwareSequentialPipeline(SequentialPipeline):
     ) -> None:
         """Calibrate; an error takes our pipeline away."""
         try:
-            with contained_tracing(model):
+            with contained_tracing(model), Phase("calibrating"):
                 self._calibrate(model, dataset_args)
         except BaseException:
             remove_pipeline(active_session())

@@ -120,7 +120,7 @@ class ReasoningAwareSparseGPTModifier(PruningEntry, CalibratingModifier):
         return Run(self, names, patterns, quantizer, self._processes, experts, resume)
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
-        """Begin the times and the progress bar."""
+        """Begin the times and the phase that is reported."""
         self.run.begin()
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:

@@ -20,7 +20,7 @@ from rac_modifier.llmcompressor.solving import Pruned, solve_groups
 from rac_modifier.llmcompressor.statistics import InputGroup, check_same_groups
 from rac_modifier.pruning import sparsegpt
 from rac_modifier.runtime.cpu_tuning import return_freed_memory
-from rac_modifier.runtime.progress import StepProgress
+from rac_modifier.runtime.progress import Phase
 from rac_modifier.settings.entries import PruningEntry
 from rac_modifier.settings.pattern import Pattern
 from rac_modifier.settings.solvers import SOLVERS
@@ -43,7 +43,7 @@ class Run:
     plan: dict[str, str] = field(default_factory=dict)  # the order of the run, and why
     experts: dict[str, Any] = field(default_factory=dict)  # tokens that calibrate them, by layer
     _restored: set[str] = field(default_factory=set)  # modules that a killed run has pruned
-    _progress: Any = None
+    _phase: Any = None
     _start: float = 0.0
     _seconds: float = 0.0
 
@@ -84,11 +84,11 @@ class Run:
         self._restored = set(self.processes.from_first(sorted(self.resume.names)))
 
     def begin(self) -> None:
-        """Begin the times and the progress bar."""
+        """Begin the times and the phase that is reported."""
         self._start = time.monotonic()
         shown, restored = self.processes.is_first, len(self._restored)
         doing = "pruning" if self.entry.prunes else "quantizing"
-        self._progress = StepProgress(doing, len(self.names), restored, shown=shown)
+        self._phase = Phase(doing, len(self.names), restored, unit="module", shown=shown)
 
     def has_pruned(self, modules: Sequence[torch.nn.Module]) -> bool:
         """Return whether a killed run has pruned all of these modules."""
@@ -108,7 +108,7 @@ class Run:
         for group, pruned in self.solve_on_all_ranks(groups, per_call):
             for module, result in zip(group.modules, pruned, strict=True):
                 self._store(module, result)
-                self._progress.step(self.names[module])
+                self._phase.advance(self.names[module])
         if self.processes.is_first:
             modules = {self.names[module]: module for group in groups for module in group.modules}
             self.resume.add(modules, self.records, self.masters)
@@ -184,7 +184,7 @@ class Run:
     def end(self) -> None:
         """End pruning; RacError for a module that no calibration token reached."""
         self._seconds = round(time.monotonic() - self._start, 3)
-        self._progress.close()
+        self._phase.close()
         missed = [name for name in self.names.values() if name not in self.records]
         if missed:
             raise RacError(

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from loguru import logger
 from torch import Tensor
-from tqdm import tqdm
 
 from rac_modifier.errors import RacError
 from rac_modifier.measure.intervals import mean_over_tokens
@@ -29,6 +28,7 @@ from rac_modifier.measure.teacher_forcing import (
     vocabulary,
 )
 from rac_modifier.runtime.models import evaluating
+from rac_modifier.runtime.progress import Phase
 
 # Elements of the logits in a window and in a step of the comparison: 256 and 64 MiB in float32.
 WINDOW_ELEMENTS = 1 << 26
@@ -119,10 +119,12 @@ class DenseReference:
         check_sequences(sequences, model)
         self._sequences, self._vocabulary = sequences, vocabulary(model)
         self._batches = list(batches_of_like_length(sequences, BATCH_TOKENS))
-        with evaluating(model):
-            self._entering = [
-                input_of_head(model, padded(batch)[0][:, :-1]).cpu() for batch in self._batches
-            ]
+        self._entering = []
+        title = "the dense model on held-out traces"
+        with evaluating(model), Phase(title, len(self._batches), unit="batch") as phase:
+            for batch in self._batches:
+                self._entering.append(input_of_head(model, padded(batch)[0][:, :-1]).cpu())
+                phase.advance()
         head = output_head(model)
         self._weight: Tensor = head.weight.detach().to("cpu", copy=True)
         bias = getattr(head, "bias", None)
@@ -148,10 +150,11 @@ class DenseReference:
         bias = None if self._bias is None else self._bias.to(pruned.device)
         dense_head = partial(F.linear, weight=weight, bias=bias)
         rows: list[TokenDivergence] = []
-        batches = tqdm(self._batches, desc=label, unit="batch", disable=None)
-        with evaluating(pruned):
-            for batch, entering in zip(batches, self._entering, strict=True):
+        title = f"divergence, {label}"
+        with evaluating(pruned), Phase(title, len(self._batches), unit="batch") as phase:
+            for batch, entering in zip(self._batches, self._entering, strict=True):
                 rows += _compare(batch, _windows(pruned, dense_head, batch, entering), label)
+                phase.advance()
         order = sorted(range(len(rows)), key=lambda i: len(self._sequences[i][0]))
         return [row for _, row in sorted(zip(order, rows, strict=True), key=lambda pair: pair[0])]
 

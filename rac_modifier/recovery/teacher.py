@@ -3,7 +3,6 @@
 They take a hundredth of its logits. The student's head is the dense model's, so nothing is lost.
 """
 
-import contextlib
 import hashlib
 import json
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from rac_modifier.measure.teacher_forcing import TokenSequence, batches_of_like_
 from rac_modifier.recovery.fixed_mask import masks_of_zeros
 from rac_modifier.recovery.loss import predicting_states
 from rac_modifier.runtime.models import evaluating
-from rac_modifier.runtime.progress import StepProgress
+from rac_modifier.runtime.progress import Phase
 
 _BATCH_TOKENS = 4096  # padded
 _INDEX = "index.json"
@@ -85,15 +84,15 @@ def _remove_states(folder: Path) -> None:
 def _write_states(dense: Any, sequences: Sequence[TokenSequence], folder: Path) -> None:
     """Write a file per batch: the states [completion tokens, d] of each sequence by its name."""
     batches = list(batches_of_like_length(sequences, _BATCH_TOKENS))
-    progress = StepProgress("the dense model's states", len(batches))
-    with evaluating(dense), contextlib.closing(progress):
+    phase = Phase("the dense model's states", len(batches), unit="batch")
+    with evaluating(dense), phase:
         for number, batch in enumerate(batches):
             states = predicting_states(dense, batch).cpu()
             shares = states.split([len(ids) - prompt for ids, prompt in batch])
             # clone: a view would be written with its whole batch
             by_name = {name_of(s): share.clone() for s, share in zip(batch, shares, strict=True)}
             save_file(by_name, folder / f"states-{number:05}.safetensors")
-            progress.step(f"batch of {len(states):,} tokens")
+            phase.advance(f"{len(states):,} tokens in the last")
 
 
 def name_of(sequence: TokenSequence) -> str:

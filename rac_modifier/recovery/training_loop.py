@@ -18,7 +18,7 @@ from rac_modifier.recovery.loss import head_kl, output_head, predicting_states, 
 from rac_modifier.recovery.state import Progress
 from rac_modifier.recovery.student import Batch, Student
 from rac_modifier.recovery.teacher import StoredTeacher
-from rac_modifier.runtime.progress import StepProgress
+from rac_modifier.runtime.progress import Phase
 from rac_modifier.settings.recovery import RecoverySettings
 
 _BETAS = (0.9, 0.95)
@@ -108,9 +108,7 @@ class TrainingLoop:
         checks = max(round(3 * _CHECK_SHARE * trained / measured), _FEWEST_CHECKS)
         every = max(1, math.ceil(len(self.steps) / min(checks, _MOST_CHECKS)))
         before, saved, processes = run.curve[0][1], time.monotonic(), self.student.processes
-        shown = processes.is_first
-        progress = StepProgress("recovery", len(self.steps), run.step, shown=shown)
-        with contextlib.closing(progress):
+        with Phase("recovery", len(self.steps), run.step, shown=processes.is_first) as phase:
             while run.step < len(self.steps) and not run.stopped:
                 for group in self.optimizer.param_groups:
                     group["lr"] = rate * _rate_at(run.step, len(self.steps))
@@ -123,7 +121,7 @@ class TrainingLoop:
                     kl = self.check(run)
                     if not kl <= _TOO_HIGH * before:
                         run.stopped = f"held-out KL {kl:.4f} (before: {before:.4f}) {at}"
-                progress.step(
+                phase.advance(
                     f"loss {loss:.4f}, held-out KL {run.curve[-1][1]:.4f} (before: {before:.4f})"
                 )
                 # the first process decides for all
@@ -163,10 +161,13 @@ class TrainingLoop:
         """Measure the held-out KL in nats per completion token; keep the weights of the lowest."""
         total = tokens = 0.0
         batches = list(batches_of_like_length(self.held_out, _EVALUATION_TOKENS))
-        for batch, counts in self.student.share(batches):
-            kl_of_batch, count = self._kl(batch)
-            total += counts * kl_of_batch.item()
-            tokens += counts * count
+        shares, shown = self.student.share(batches), self.student.processes.is_first
+        with Phase("held-out KL of recovery", len(shares), unit="batch", shown=shown) as phase:
+            for batch, counts in shares:
+                kl_of_batch, count = self._kl(batch)
+                total += counts * kl_of_batch.item()
+                tokens += counts * count
+                phase.advance()
         total, tokens = self.student.processes.sums(total, tokens)
         kl = total / tokens
         run.curve.append((run.step, kl))

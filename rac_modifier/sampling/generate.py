@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rac_modifier.errors import RacError
 from rac_modifier.problems.source import Problem
 from rac_modifier.runtime.models import evaluating
+from rac_modifier.runtime.progress import Phase
 from rac_modifier.sampling.decode import decode, grouped_attention
 from rac_modifier.sampling.draw import Draw, row_keys
 from rac_modifier.sampling.prompts import render_question
@@ -74,10 +74,13 @@ def sample_sequences(
     size = sampling.batch_size
     batches = [requests[i : i + size] for i in range(0, len(requests), size)]
     sequences: list[tuple[tuple[int, ...], int]] = []
-    for batch in tqdm(batches, desc="samples", unit="batch", disable=None):
-        prompts = [render_question(tokenizer, question, sampling) for _, question in batch]
-        generations = generate(model, tokenizer, prompts, sampling, [key for key, _ in batch])
-        sequences.extend(((*p, *g.ids), len(p)) for p, g in zip(prompts, generations, strict=True))
+    with Phase("samples", len(batches), unit="batch") as phase:
+        for batch in batches:
+            prompts = [render_question(tokenizer, question, sampling) for _, question in batch]
+            generations = generate(model, tokenizer, prompts, sampling, [key for key, _ in batch])
+            pairs = zip(prompts, generations, strict=True)
+            sequences.extend(((*p, *g.ids), len(p)) for p, g in pairs)
+            phase.advance()
     return sequences
 
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from itertools import islice
 
 from loguru import logger
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from rac_modifier.errors import RacError
 from rac_modifier.problems.source import Problem
+from rac_modifier.runtime.progress import Phase
 from rac_modifier.sampling.engine import Completions, Failure, Prompt
 from rac_modifier.sampling.openai_server import Engine
 from rac_modifier.sampling.prompts import render_question
@@ -82,13 +82,13 @@ class FillStore:
         goal, tokens = tokens, 2**62 if tokens is None else tokens
         completions = self._engine.iter_completions(self._batches(tokens))
         try:
-            with tqdm(total=goal, desc="traces", unit="tok", unit_scale=True, disable=None) as bar:
+            stored = sum(self._store.tokens_by_id.values()) + self.early_tokens
+            with Phase("traces", goal, min(stored, tokens), unit="token") as phase:
                 while self._total < tokens and (batch := next(completions, None)) is not None:
                     self._receive(batch, tokens)
-                    bar.update(min(self._total, tokens) - bar.n)
+                    phase.advance(steps=max(min(self._total, tokens) - phase.done, 0))
                 self._record_doubtful()
                 self._store_in_order(tokens)
-                bar.update(min(self._total, tokens) - bar.n)
             return self._total
         finally:
             if self._pending is not None:
