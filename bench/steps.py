@@ -24,7 +24,7 @@ STEPS = {  # the log line that ends each
     "load the model": r" modules, ",
     "forecast the memory": r"next to the model",
     "read traces, measure the dense model": r"group by group",
-    "quantize": r"step (\d+) of \1,",
+    "quantize": r": ([\d,]+) of \1 modules",
     "head, KL on held-out traces": r"divergence from the dense model on",
     "choose 8-bit activations": r"activations of 8 bits|activations keep",
     "save": r"saved to",

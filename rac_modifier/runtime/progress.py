@@ -17,8 +17,9 @@ _BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {unit}s [{elapsed}
 class Phase:
     """Name what runs until it is closed, and count its steps if their `total` is known.
 
-    A thread reports the innermost phase every 30 seconds, also while a step takes minutes. The
-    time left follows from the mean time of the steps since `done`, which an earlier run took.
+    A thread reports the innermost phase every 30 seconds, also while a step takes minutes. A phase
+    of that length reports its last step. The time left follows from the mean time of the steps
+    since `done`, which an earlier run took.
     """
 
     _running: ClassVar[list["Phase"]] = []  # the innermost is the last
@@ -67,6 +68,9 @@ class Phase:
     def close(self) -> None:
         """End the phase, and those inside that an error has left open."""
         if self in Phase._running:
+            took = time.monotonic() - self._start
+            if self._bar.disable and self.done == self._total and took >= _SECONDS:
+                self.report()
             place = Phase._running.index(self)
             for phase in Phase._running[place:]:
                 phase._bar.close()

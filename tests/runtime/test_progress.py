@@ -55,6 +55,14 @@ def test_steps_of_an_earlier_run_say_nothing_about_the_time(lines, now):
     assert lines == ["recovery: 9 of 10 steps, loss 1, about 00:05 left"]
 
 
+def test_a_phase_of_30_seconds_logs_its_last_step(lines, now):
+    for seconds in (29.0, 30.0):
+        with Phase("pruning", 1, unit="module") as phase:
+            now[0] += seconds
+            phase.advance("q_proj")
+    assert lines == ["pruning: 1 of 1 modules, q_proj, about 00:00 left"]
+
+
 def test_a_phase_that_an_error_left_open_ends_with_the_one_around_it(lines, now):
     with Phase("this command"):
         calibrating = Phase("calibrating")
