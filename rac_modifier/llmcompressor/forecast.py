@@ -161,6 +161,7 @@ class Forecast:
                 [self.entry.pattern or Pattern.unstructured(0.5)] * len(weights),
                 [f"rehearsal of {group.name}"] * len(weights),
                 [torch.zeros(len(w), width) for w in weights] if self.dense_target else None,
+                tokens=1,
             )
             solved = solve_many([problem], solver_options(self.entry))
             if self.entry.quantization:

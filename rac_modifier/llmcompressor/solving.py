@@ -69,7 +69,8 @@ def solve_groups(
             hessian = group.statistics.hessian.take(labels[0])
             cross_moment = group.statistics.take_cross_moment()
             pattern = [patterns[label] for label in labels]
-            problems.append(Problem(weights, hessian, pattern, labels, cross_moment))
+            tokens = group.statistics.hessian.tokens
+            problems.append(Problem(weights, hessian, pattern, labels, cross_moment, tokens))
         solved = solve_many(problems, solver_options(entry))
         rounded: list[list[Quantized | None]] = [[None] * len(group.modules) for group in groups]
         if entry.quantization is not None:

@@ -1,5 +1,6 @@
 """What the steps of solve.py hand on: options, problem, target, masked weights."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -38,6 +39,7 @@ class Problem:
 
     patterns: one per module: the same N:M, or unstructured with a sparsity per module.
     cross_moment: C of each module (hessian.py); without it the target is `weights`.
+    tokens: behind the cross moment; few of them keep the target close to `weights`.
     """
 
     weights: Sequence[Tensor]
@@ -45,6 +47,7 @@ class Problem:
     patterns: Sequence[Pattern]
     names: Sequence[str]
     cross_moment: Sequence[Tensor] | None = None
+    tokens: float = math.inf
 
     @property
     def rows(self) -> list[int]:

@@ -7,7 +7,8 @@ inputs X_d in the dense model (without token weights; hessian.py has them):
     C  = 2/tokens W (X_d - X_p)^T X_p   [rows, d]  cross moment: earlier output error x inputs
 
     1. damped Hessian  H' = H + lambda I,  lambda = dampening_frac * mean(diag H)    linalg.py
-    2. target          W* = W + C H'^-1
+    2. target          W* = W + C (H + rho I)^-1,
+                       rho = max(dampening_frac, d / tokens) * mean(diag H)
     3. mask            minimise trace((W* - W') H' (W* - W')^T) over W' that hold    alps.py
                        the pattern                                  sparsegpt.py, scores.py
     4. refit           minimise the same over the values that the mask keeps:        refit.py
@@ -15,13 +16,17 @@ inputs X_d in the dense model (without token weights; hessian.py has them):
 
 The target is the dense one. Pruning towards W X_p would leave the errors that X_p already has. The
 distance to the dense output W X_d is (W* - W') H (W* - W')^T up to a constant, so every
-solver works with W* (asymmetric calibration, as in GPTAQ, arXiv 2504.02692); lambda keeps
-W* close to W where the inputs carry little information.
+solver works with W* (asymmetric calibration, as in GPTAQ, arXiv 2504.02692).
+
+Step 2 is a regression of what is missing, W (X_d - X_p), on X_p. Without a ridge it fits the noise
+of few tokens: at 1.5 B parameters the down projections got further from the dense outputs on other
+tokens. For coefficients N(0, t^2) and noise s^2 the ridge is 2 s^2 / (tokens t^2). It is rho where
+noise and coefficients explain as much each: s^2 = t^2 d mean(diag H) / 2.
 
 Modules that read the same input share H and are solved together. For d inputs and r rows of all
 modules, with s steps of the refit and i iterations, the multiply-adds are about
 
-    factor of H' d^3 / 6    target d^2 r    sparsegpt d^2 r / 2
+    factors of H' and H + rho I d^3 / 6 each    target d^2 r    sparsegpt d^2 r / 2
     alps i d^3 / 24 + (i + 2) d^2 r    refit (s + 1) d^2 r
 """
 
@@ -109,21 +114,34 @@ def _prepare(solver: Solver, options: SolverOptions, problem: Problem) -> Target
     problem.check()
     hessian, cross_moment = problem.hessian, problem.cross_moment
 
-    # 1. Damped Hessian. Where a step needs the factor U of H' = U U^T, lambda is raised until it
-    #    exists. Rounding alone takes the inputs in the order of the factor.
     dampening, factor = Dampening.of(hessian, options.dampening_frac), None
-    if cross_moment is not None or solver.needs_factor:
-        factor = Factor.of(hessian, dampening, problem.label, largest_first=not solver.prunes)
-        dampening = factor.dampening
 
-    # 2. Target: W* = W + C H'^-1, or W itself without a cross moment.
+    def factored(frac: float) -> Factor:
+        # rounding alone takes the inputs in the order of the factor
+        of = hessian, Dampening.of(hessian, frac), problem.label
+        return Factor.of(*of, largest_first=not solver.prunes)
+
+    # 2. Target: W* = W + C (H + rho I)^-1, or W itself without a cross moment.
     weights = list(problem.weights)
-    if cross_moment is not None and factor is not None:
-        # C H'^-1 of all modules at once: they share the factor
+    if cross_moment is not None:
+        ridge = max(dampening.frac, len(hessian) / problem.tokens)
+        factor = factored(ridge)
+        # C (H + rho I)^-1 of all modules at once: they share the factor
         moves = factor.solve(torch.cat([c.to(hessian) for c in cross_moment]))
         weights = [w.to(m) + m for w, m in zip(weights, moves.split(problem.rows), strict=True)]
         for name, weight in zip(problem.names, weights, strict=True):
-            check_finite(weight, name, "dense target", dampening.larger)
+            check_finite(weight, name, "dense target", factor.dampening.larger)
+        if ridge > dampening.frac:
+            factor = None  # its memory is free before the next one
+
+    # 1. Damped Hessian. Where a step needs the factor U of H' = U U^T, lambda is raised until it
+    #    exists.
+    if factor is None and (
+        solver.needs_factor or (cross_moment is not None and options.keep_factor)
+    ):
+        factor = factored(dampening.frac)
+    if factor is not None:
+        dampening = factor.dampening
 
     if not (solver.needs_factor or options.keep_factor):
         factor = None  # a solver has its memory

@@ -118,12 +118,15 @@ def test_dead_inputs_beyond_the_pattern_stay_zero_in_the_refit(method):
     assert solution.weight[:, 32:].any()
 
 
+@pytest.mark.parametrize(("tokens", "ridge"), [(60, 128 / 60), (64000, 0.01)])
 @pytest.mark.parametrize("method", METHODS)
-def test_the_target_is_that_of_the_cross_moment_and_the_damped_hessian(method):
+def test_the_target_is_that_of_the_cross_moment_and_a_ridge_by_tokens(method, tokens, ridge):
     weight, hessian = (x.double() for x in few_tokens(method))
     cross_moment = gaussian(12, 128, seed=1, dtype=torch.float64)
-    damped = dampened(hessian, 0.01)
-    (solution,) = solve(method, [weight], hessian, PATTERN, cross_moment=[cross_moment])
+    damped = dampened(hessian, ridge)
+    settings = {"cross_moment": [cross_moment], "tokens": tokens}
+    (solution,) = solve(method, [weight], hessian, PATTERN, **settings)
+    assert solution.factor.dampening.frac == 0.01
     expected = weight + cross_moment @ torch.linalg.inv(damped)
     assert_near(solution.target, expected, solve_tolerance(damped, torch.float64))
     error = trace_error(solution.target - solution.weight, hessian)
