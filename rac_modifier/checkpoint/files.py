@@ -1,6 +1,7 @@
 """The safetensors files of a checkpoint folder, read one tensor at a time by name."""
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -16,6 +17,7 @@ from rac_modifier.runtime.files import read_json, regular_file, replacing
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_NAME_LENGTH, _LONG_NUMBER = 256, re.compile(r"\d{20}")
 _UNREADABLE = ("copy the model again", SafetensorError, OSError)
 
 _DTYPES = {
@@ -80,6 +82,11 @@ class TensorFiles:
             if not name.isprintable():  # a terminal would obey an escape sequence
                 raise RacError(
                     f"{path}: tensor name {name!r} holds control characters; copy the model again"
+                )
+            if len(name) > _NAME_LENGTH or _LONG_NUMBER.search(name):  # patterns would take long
+                raise RacError(
+                    f"{path}: tensor name {name[:80]!r}... has {len(name):,} characters, or a "
+                    f"number of 20 digits; a model's names have at most {_NAME_LENGTH}"
                 )
         return names
 

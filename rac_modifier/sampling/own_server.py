@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import os
+import re
 import shlex
 import shutil
 import socket
@@ -25,6 +26,9 @@ from rac_modifier.errors import RacError
 HOST = "127.0.0.1"
 _LOOK_EVERY = 0.2  # seconds
 _LAST_LINES, _LAST_BYTES = 100, 1 << 16  # the error of a worker comes before that of the server
+_FEW_CORES, _BINDING = 4, "VLLM_CPU_OMP_THREADS_BIND"
+_PARALLEL = ("-tp", "-pp", "-dp", "--tensor-parallel", "--pipeline-parallel", "--data-parallel")
+_ERROR = re.compile(r"\b\w*(?:Error|Exception)\b")  # of Python, as vLLM logs it
 _WATCHER = Path(__file__).with_name("server_watch.py")
 
 
@@ -84,6 +88,16 @@ class VllmCommand:
             variables.pop("PYTHONPATH", None)
         return variables
 
+    def _binding(self) -> dict[str, str]:
+        """Return the cores of a vLLM for CPUs on a small machine: all; its "auto" leaves one out.
+
+        Several processes (`_PARALLEL`) need their cores apart.
+        """
+        cores = sorted(os.sched_getaffinity(0))
+        if len(cores) > _FEW_CORES or any(o.startswith(_PARALLEL) for o in self.options):
+            return {}
+        return {_BINDING: ",".join(map(str, cores))}
+
     def check_plugin(self) -> None:
         """Refuse an environment without this package, before hours of work (RacError)."""
         if self.python() is not None and self.version_of("rac-modifier") is None:
@@ -105,18 +119,16 @@ class VllmCommand:
 
         `variables` are further ones of its environment. RacError as `running_server`.
         """
-        command, environment = self.arguments(model, dtype), self.environment() | (variables or {})
+        command = self.arguments(model, dtype)
+        environment = self._binding() | self.environment() | (variables or {})
         with running_server(command, environment, log=log, timeout=self.timeout) as server:
             yield server.url
 
 
 def on_few_cores() -> dict[str, str]:
-    """Return variables for vLLM on a small machine: 1 GB of cache, and all cores.
-
-    Its "auto" binding leaves a core out.
-    """
+    """Return variables for vLLM on a small machine: 1 GB of cache, and all cores."""
     cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
-    return {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": cores}
+    return {"VLLM_CPU_KVCACHE_SPACE": "1", _BINDING: cores}
 
 
 class RunningServer(NamedTuple):
@@ -190,8 +202,19 @@ def _stopped(name: str, watcher: subprocess.Popen[bytes], log: BinaryIO) -> str:
 
 
 def _end_of(log: BinaryIO) -> str:
-    """Describe the last lines that a server printed; the position for writing stays."""
-    start = max(0, os.fstat(log.fileno()).st_size - _LAST_BYTES)
+    """Describe the first error and the last lines of a server; the position for writing stays."""
+    size = os.fstat(log.fileno()).st_size
+    lines = _lines(log, max(0, size - _LAST_BYTES))[-_LAST_LINES:]
+    if not lines:
+        return "It printed nothing"
+    # what follows the first error is often only how the other processes ended
+    errors = (line for line in _lines(log, 0) if _ERROR.search(line))
+    first = next(errors, lines[-1])
+    cause = "" if first in lines else f"Its first error:\n{first}\n"
+    return cause + "Its last lines:\n" + "\n".join(lines)
+
+
+def _lines(log: BinaryIO, start: int) -> list[str]:
+    """Return the lines with text among `_LAST_BYTES` of a log."""
     text = os.pread(log.fileno(), _LAST_BYTES, start).decode("utf-8", "replace")
-    lines = [line.rstrip() for line in text.splitlines() if line.strip()][-_LAST_LINES:]
-    return "Its last lines:\n" + "\n".join(lines) if lines else "It printed nothing"
+    return [line.rstrip() for line in text.splitlines() if line.strip()]

@@ -109,6 +109,13 @@ def test_a_pipe_is_not_waited_for(saved, file):
         inspect_checkpoint(folder)
 
 
+@pytest.mark.parametrize("name", ["a" * 257, "layers." + "1" * 20])
+def test_a_name_on_which_patterns_would_take_long_is_refused(tmp_path, name):
+    save_file({name: torch.ones(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(RacError, match=f"tensor name '{name[:70]}.* has {len(name)} characters"):
+        inspect_checkpoint(tmp_path)
+
+
 def test_control_characters_in_a_name_are_damage(tmp_path):
     """A terminal would obey them: a table with a forged line."""
     save_file({"a\x1b[2Kb": torch.ones(1)}, tmp_path / "model.safetensors")

@@ -55,6 +55,7 @@ def left_over(folder: Path) -> list[int]:
 def main(folder: str) -> None:
     fault = os.environ.get(FAULT)
     if fault == "crash":
+        print("RuntimeError: the engine found no memory")
         print("\n".join(f"loading part {i}" for i in range(149)), flush=True)
         sys.exit("ValueError: the KV cache does not fit")
     if fault == "silent":

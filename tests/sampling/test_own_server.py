@@ -106,6 +106,7 @@ def test_it_serves_inside_the_context_and_is_gone_after_it(vllm, tmp_path, monke
         (
             "crash",
             r"\Avllm serve stopped with exit code 1; its options .* are set in RAC_VLLM_OPTIONS. "
+            r"Its first error:\nRuntimeError: the engine found no memory\n"
             r"Its last lines:\nloading part 50\n(.|\n)*ValueError: the KV cache does not fit\Z",
         ),
         ("silent", r"exit code 7; .* It printed nothing\Z"),
@@ -115,6 +116,28 @@ def test_a_failed_start_shows_its_last_lines(vllm, monkeypatch, fault, words):
     monkeypatch.setenv(fake_vllm.FAULT, fault)
     with pytest.raises(RacError, match=words), vllm.serve("m"):
         pass
+
+
+@pytest.mark.parametrize(
+    ("cores", "options", "own", "bound"),
+    [
+        ({3, 0}, (), None, "0,3"),
+        ({3, 0}, ("--max-model-len=64",), None, "0,3"),
+        ({3, 0}, (), "3", "3"),
+        ({3, 0}, ("--tensor-parallel-size", "2"), None, None),
+        (set(range(5)), (), None, None),
+    ],
+)
+def test_on_few_cores_the_server_has_all_of_them(
+    vllm, tmp_path, monkeypatch, cores, options, own, bound
+):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: cores)
+    monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
+    if own is not None:
+        monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", own)
+    with VllmCommand(vllm.path, options).serve("m"):
+        (start,) = fake_vllm.starts(tmp_path)
+    assert start["variables"].get("VLLM_CPU_OMP_THREADS_BIND") == bound
 
 
 def test_a_start_that_takes_too_long_is_ended(vllm, tmp_path, monkeypatch):

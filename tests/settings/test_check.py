@@ -86,9 +86,10 @@ def test_usual_names_pass():
             for pattern in (
                 "(a+)+$", "(a|a)*$", "(a?a?)*$", "a?" * 40, "(a|aa)" * 33, ".*a" * 8,
                 "(x{1,3}){2,4}", r"(.*)\1", "(?P<a>.)(?P=a)", "(?x)(a+) +", "(?#[)(a+)+](?#)",
-                "((a)+)+", "([\\])]a+)+",
+                "((a)+)+", "([\\])]a+)+", ".*.*.*.*X", r"(\d+)+", r"\d+" * 9,
             )
         ),
+        ([f"re:.*a.*b.*{i}" for i in range(11)], "10' could take too long to match"),
         (["re:("], "is no regular expression"),
         (["re:x{1,99999999999}"], "is no regular expression"),
         (["re:" + "(" * 497], "is no regular expression"),

@@ -9,6 +9,7 @@ from torch import Tensor
 from rac_modifier.errors import RacError
 from rac_modifier.formats.stored_weight import StoredWeight
 from rac_modifier.kernels.cpu import operator
+from rac_modifier.kernels.cpu.huge_pages import in_huge_pages
 from rac_modifier.kernels.cpu.library import MOST_GROUP, PACKED_TYPES, PANEL, PackedType
 from rac_modifier.kernels.cpu.support import Support, library_and_isa
 from rac_modifier.kernels.cpu.support import support as machine_support
@@ -97,6 +98,7 @@ def pack(weight: StoredWeight, served: torch.dtype) -> dict[str, Tensor]:
     )
     if packed.dtype == torch.int8 and weight.activation_bits == 8:
         library_and_isa()[0].set_activation_bits(data, 8)
+    data = in_huge_pages(data)
     if weight.scale is None:
         return {DATA: data}
     return {DATA: data, SCALE: pack_scale(weight.scale, narrow=codes)}
