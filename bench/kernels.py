@@ -13,8 +13,9 @@ import importlib.util
 import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +28,8 @@ from rac_modifier.kernels import cpu
 from rac_modifier.kernels.cpu.support import support
 
 Linear = Callable[[Tensor], Tensor]
-OTHERS = ("torch", "vLLM bfloat16", "vLLM W8A8", "vLLM W4A16", "torchao int4")
+SMALL_PAGES = "ours in 4 KB pages"
+OTHERS = (SMALL_PAGES, "torch", "vLLM bfloat16", "vLLM W8A8", "vLLM W4A16", "torchao int4")
 TINY = "--forms 50%-bf16 int4 --tokens 1 --gigabytes 0.001 --repeats 1"
 
 
@@ -41,8 +43,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=5)
 
 
-def ours(form: Form, weight: Tensor) -> tuple[Linear, int]:
-    """Return our linear of a bfloat16 weight in a form, and its bytes."""
+def ours(form: Form, weight: Tensor) -> tuple[Linear, Linear, int]:
+    """Return our linear of a bfloat16 weight in a form, one in small pages, and their bytes."""
     weight = weight * random_mask(*weight.shape, form.pruned)
     store = from_dense if form.pruned else all_stored
     if form.bits == 16:
@@ -54,7 +56,12 @@ def ours(form: Form, weight: Tensor) -> tuple[Linear, int]:
     packed = cpu.pack(stored, torch.bfloat16)
     rows, columns = weight.shape
     size = sum(tensor.nbytes for tensor in packed.values())
-    return lambda x: cpu.linear(x, packed, rows, columns), size
+
+    def linear(x: Tensor, packed: Mapping[str, Tensor]) -> Tensor:
+        return cpu.linear(x, packed, rows, columns)
+
+    copies = {name: tensor.clone() for name, tensor in packed.items()}  # in malloc's memory
+    return partial(linear, packed=packed), partial(linear, packed=copies), size
 
 
 def torch_bf16(weight: Tensor) -> Linear:
@@ -144,12 +151,13 @@ def step(linears: list[Linear], inputs: list[Tensor]) -> float:
 def measure(form: Form, options: argparse.Namespace) -> list[list[Any]]:
     """Return a row of the table per number of tokens."""
     weights = [torch.randn(shape).bfloat16() for shape in SHAPES[options.shape]]
-    contenders: dict[str, list[Linear]] = {"ours": []}
+    contenders: dict[str, list[Linear]] = {"ours": [], SMALL_PAGES: []}
     size = 0
     while size < options.gigabytes * 1e9:
         for weight in weights:
-            linear, nbytes = ours(form, weight)
+            linear, in_small_pages, nbytes = ours(form, weight)
             contenders["ours"].append(linear)
+            contenders[SMALL_PAGES].append(in_small_pages)
             size += nbytes
     layers = len(contenders["ours"]) // len(weights)
     makers = {"torch": torch_bf16}

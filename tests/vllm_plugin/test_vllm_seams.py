@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.metadata
 import inspect
+from fractions import Fraction
 from typing import get_args
 
 import pytest
@@ -139,3 +140,21 @@ def test_a_draft_model_is_loaded_with_a_prefix():
 
     assert f'prefix="{DRAFT}"' in inspect.getsource(DraftModelProposer._get_model)
     assert "quantization" in {field.name for field in dataclasses.fields(SpeculativeConfig)}
+
+
+@pytest.mark.parametrize("bits", [2, 3, 5, 6, 7])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_vllms_own_scheme_takes_the_words_of_few_bits_as_docs_quantization_says(bits, symmetric):
+    """Codes lie in words without gaps, so K columns take ceil(K bits / 32) of them."""
+    from vllm.model_executor.kernels.linear import HummingLinearKernel
+    from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
+        CompressedTensorsWNA16,
+    )
+
+    scheme = CompressedTensorsWNA16("group", bits, 64, symmetric=symmetric)
+    assert scheme.pack_factor == Fraction(32, bits)
+    assert "input_size_per_partition * self.num_bits / 32" in inspect.getsource(
+        CompressedTensorsWNA16.create_weights
+    )
+    assert HummingLinearKernel.get_min_capability() == 75
+    assert "size_bits" in inspect.getsource(HummingLinearKernel.process_weights_after_loading)

@@ -24,7 +24,10 @@ def in_huge_pages(data: Tensor) -> Tensor:
         return data
     start = -(-_used // _ALIGNED) * _ALIGNED
     if start + data.numel() > len(_chunk):
-        memory = mmap.mmap(-1, max(_CHUNK, -(-data.numel() // _ALIGNED) * _ALIGNED))
+        size = max(_CHUNK, -(-data.numel() // _ALIGNED) * _ALIGNED)
+        memory = mmap.mmap(
+            -1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        )  # Linux has another rule for shared memory
         try:
             memory.madvise(_ADVICE)
         except OSError:  # a kernel without them

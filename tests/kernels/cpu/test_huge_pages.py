@@ -46,6 +46,7 @@ def test_the_memory_is_advised_to_be_in_huge_pages_and_is_given_back():
 
     address = copy.data_ptr()
     assert "hg" in flags(address)[0]
+    assert "sh" not in flags(address)[0]  # shared memory has other rules
     huge_pages._chunk = torch.empty(0, dtype=torch.uint8)
     assert flags(address)
     del copy
