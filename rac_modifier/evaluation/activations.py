@@ -110,7 +110,7 @@ def _measure_activations(
             sums[layer.module][i] += float(output.square().sum(dtype=torch.float64))
 
     check_sequences(sequences, model)
-    phase = Phase("8-bit activations on held-out traces", len(sequences), unit="trace")
+    phase = Phase("8-bit activations on held-out traces", len(sequences), unit="traces")
     with phase, _hooks(model, layers, add), evaluating(model):
         for ids, _ in sequences:
             model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False)

@@ -144,7 +144,7 @@ async def _ask(
             answers[key] = answer
             phase.advance()
 
-    with Phase(f"asking {server.model}", len(missing), unit="answer") as phase:
+    with Phase(f"asking {server.model}", len(missing), unit="answers") as phase:
         await asyncio.gather(*(work() for _ in range(concurrency)))
 
 

@@ -173,7 +173,7 @@ class Forecast:
         for device in dict.fromkeys((onload, offload)):
             gaps, shares = (HEAP_GAPS, processes) if device.type == "cpu" else (1.0, 1)
             needs = []
-            with Phase("forecast of the memory", len(self.groups), unit="group") as phase:
+            with Phase("forecast of the memory", len(self.groups), unit="groups") as phase:
                 for i in range(len(self.groups)):
                     work = int(gaps * self.work(i)) * (device == onload)
                     needs.append(work + self.activations(i) * (device == offload))

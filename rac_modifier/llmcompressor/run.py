@@ -88,7 +88,7 @@ class Run:
         self._start = time.monotonic()
         shown, restored = self.processes.is_first, len(self._restored)
         doing = "pruning" if self.entry.prunes else "quantizing"
-        self._phase = Phase(doing, len(self.names), restored, unit="module", shown=shown)
+        self._phase = Phase(doing, len(self.names), restored, unit="modules", shown=shown)
 
     def has_pruned(self, modules: Sequence[torch.nn.Module]) -> bool:
         """Return whether a killed run has pruned all of these modules."""

@@ -121,7 +121,7 @@ class DenseReference:
         self._batches = list(batches_of_like_length(sequences, BATCH_TOKENS))
         self._entering = []
         title = "the dense model on held-out traces"
-        with evaluating(model), Phase(title, len(self._batches), unit="batch") as phase:
+        with evaluating(model), Phase(title, len(self._batches), unit="batches") as phase:
             for batch in self._batches:
                 self._entering.append(input_of_head(model, padded(batch)[0][:, :-1]).cpu())
                 phase.advance()
@@ -151,7 +151,7 @@ class DenseReference:
         dense_head = partial(F.linear, weight=weight, bias=bias)
         rows: list[TokenDivergence] = []
         title = f"divergence, {label}"
-        with evaluating(pruned), Phase(title, len(self._batches), unit="batch") as phase:
+        with evaluating(pruned), Phase(title, len(self._batches), unit="batches") as phase:
             for batch, entering in zip(self._batches, self._entering, strict=True):
                 rows += _compare(batch, _windows(pruned, dense_head, batch, entering), label)
                 phase.advance()

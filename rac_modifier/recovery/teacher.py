@@ -84,7 +84,7 @@ def _remove_states(folder: Path) -> None:
 def _write_states(dense: Any, sequences: Sequence[TokenSequence], folder: Path) -> None:
     """Write a file per batch: the states [completion tokens, d] of each sequence by its name."""
     batches = list(batches_of_like_length(sequences, _BATCH_TOKENS))
-    phase = Phase("the dense model's states", len(batches), unit="batch")
+    phase = Phase("the dense model's states", len(batches), unit="batches")
     with evaluating(dense), phase:
         for number, batch in enumerate(batches):
             states = predicting_states(dense, batch).cpu()

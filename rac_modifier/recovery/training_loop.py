@@ -162,7 +162,7 @@ class TrainingLoop:
         total = tokens = 0.0
         batches = list(batches_of_like_length(self.held_out, _EVALUATION_TOKENS))
         shares, shown = self.student.share(batches), self.student.processes.is_first
-        with Phase("held-out KL of recovery", len(shares), unit="batch", shown=shown) as phase:
+        with Phase("held-out KL of recovery", len(shares), unit="batches", shown=shown) as phase:
             for batch, counts in shares:
                 kl_of_batch, count = self._kl(batch)
                 total += counts * kl_of_batch.item()

@@ -11,7 +11,7 @@ from loguru import logger
 from tqdm import tqdm
 
 _SECONDS = 30.0  # between two lines
-_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {unit}s [{elapsed}{postfix}]"
+_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {unit} [{elapsed}{postfix}]"
 
 
 class Phase:
@@ -31,7 +31,7 @@ class Phase:
         total: int | None = None,
         done: int = 0,
         *,
-        unit: str = "step",
+        unit: str = "steps",
         shown: bool = True,
     ):
         self._title, self._total, self._unit, self._shown = title, total, unit, shown
@@ -43,7 +43,7 @@ class Phase:
             initial=done,
             desc=title,
             unit=unit,
-            unit_scale=unit == "token",
+            unit_scale=unit == "tokens",
             bar_format=_BAR,
             disable=total is None or not shown or not _fits_a_bar(),
         )
@@ -85,8 +85,8 @@ class Phase:
 
     def _count(self) -> str:
         if self._total is None:
-            return f"{self.done:,} {self._unit}s" if self.done else ""
-        return f"{self.done:,} of {self._total:,} {self._unit}s"
+            return f"{self.done:,} {self._unit}" if self.done else ""
+        return f"{self.done:,} of {self._total:,} {self._unit}"
 
     def _time(self) -> str:
         passed, taken = time.monotonic() - self._start, self.done - self._first

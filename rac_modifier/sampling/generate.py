@@ -74,7 +74,7 @@ def sample_sequences(
     size = sampling.batch_size
     batches = [requests[i : i + size] for i in range(0, len(requests), size)]
     sequences: list[tuple[tuple[int, ...], int]] = []
-    with Phase("samples", len(batches), unit="batch") as phase:
+    with Phase("samples", len(batches), unit="batches") as phase:
         for batch in batches:
             prompts = [render_question(tokenizer, question, sampling) for _, question in batch]
             generations = generate(model, tokenizer, prompts, sampling, [key for key, _ in batch])

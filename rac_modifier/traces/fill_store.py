@@ -83,7 +83,7 @@ class FillStore:
         completions = self._engine.iter_completions(self._batches(tokens))
         try:
             stored = sum(self._store.tokens_by_id.values()) + self.early_tokens
-            with Phase("traces", goal, min(stored, tokens), unit="token") as phase:
+            with Phase("traces", goal, min(stored, tokens), unit="tokens") as phase:
                 while self._total < tokens and (batch := next(completions, None)) is not None:
                     self._receive(batch, tokens)
                     phase.advance(steps=max(min(self._total, tokens) - phase.done, 0))

@@ -29,7 +29,7 @@ def now(monkeypatch):
 
 def test_the_innermost_phase_is_reported_with_the_time_left(lines, now):
     with Phase("calibrating"):
-        with Phase("pruning", 40, unit="module") as phase:
+        with Phase("pruning", 40, unit="modules") as phase:
             now[0] = 30.0
             report_running()  # the first module is not finished
             phase.advance("q_proj")
@@ -57,7 +57,7 @@ def test_steps_of_an_earlier_run_say_nothing_about_the_time(lines, now):
 
 def test_a_phase_of_30_seconds_logs_its_last_step(lines, now):
     for seconds in (29.0, 30.0):
-        with Phase("pruning", 1, unit="module") as phase:
+        with Phase("pruning", 1, unit="modules") as phase:
             now[0] += seconds
             phase.advance("q_proj")
     assert lines == ["pruning: 1 of 1 modules, q_proj, about 00:00 left"]
