@@ -55,6 +55,7 @@ def prune_by_definition(modules, x, x_dense, weights):
         moment(x, weights).float(),
         Pattern.parse("2:4", None),
         cross_moment=moments,
+        tokens=int(used.sum()),
     )
     for module, solution in zip(modules, solutions, strict=True):
         module.weight.data.copy_(solution.weight)
