@@ -70,6 +70,8 @@ class TensorFiles:
                 raise RacError(
                     f"{name}: in the index, but not in {self.folder / file}; copy the model again"
                 )
+        if not isinstance(self.index.get("metadata"), dict):  # transformers fails without
+            raise RacError(f"{index}: has no metadata; save the model again")
         return where
 
     def _open(self, file: str) -> list[str]:
@@ -103,6 +105,7 @@ class TensorFiles:
         """Read one tensor into memory of its own (RacError: it is missing, or cannot be read)."""
         file = self._file(name)
         path = self.folder / self.where[name]
+        self.dtype(name)  # torch has no C64 or F4 of safetensors' own
         with refusing(f"{name}: cannot be read from {path}", *_UNREADABLE):
             tensor: Tensor = file.get_tensor(name)
         return tensor

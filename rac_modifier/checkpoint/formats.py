@@ -22,6 +22,7 @@ from rac_modifier.formats.quantization_config import FORMAT_24 as FORMAT_24
 from rac_modifier.formats.quantization_config import FORMAT_BITMASK as FORMAT_BITMASK
 from rac_modifier.formats.quantization_config import (
     QUANTIZATION_KEY,
+    SparsityRecord,
     has_block_scales,
     int8_in_words,
     packed_format,
@@ -178,6 +179,8 @@ class PackedFiles:
     def __init__(self, files: TensorFiles, config: Mapping[str, Any]) -> None:
         self.files, self.modules = files, packed_modules(files.where)
         self.schemes = weight_schemes(config.get(QUANTIZATION_KEY))
+        for module, structure in SparsityRecord.of(config).modules.items():
+            structure_of(structure, module)
         name = packed_format(config)
         self.format = None if name is None else FORMATS[name]
         if name is None and self.modules:
@@ -199,7 +202,32 @@ class PackedFiles:
         """Read and check a packed module (RacError)."""
         assert self.format is not None
         tensors = self.files.tensors(module, (*self.format.parts, SCALE))
-        return self.format.check(tensors, module, has_block_scales(self.schemes))
+        weight = self.format.check(tensors, module, has_block_scales(self.schemes))
+        if weight.values.dtype not in FLOATS:
+            self._check_schemes(f"{module}.compressed")
+        return weight
+
+    def words(self, module: str) -> StoredWeight | None:
+        """Read and check dense codes in words (RacError); None: of a layout not read here."""
+        self._check_schemes(f"{module}.{WORDS}")
+        return PackQuantized.read(
+            self.files.tensors(module, PackQuantized.dtypes), module, self.schemes
+        )
+
+    def check_words(self) -> None:
+        """Check all dense codes in words (RacError)."""
+        for name in self.files.where:
+            module, _, part = name.rpartition(".")
+            if part == WORDS:
+                self.words(module)
+
+    def _check_schemes(self, name: str) -> None:
+        """Refuse integers where nothing says how they are scaled."""
+        if not self.schemes:
+            raise RacError(
+                f"{name}: holds integers, but config.json quantizes no module; restore the one "
+                "that was saved with the weights"
+            )
 
     def in_words(self, module: str) -> bool:
         """Return whether upstream stores the dense form of a packed module as int32 words."""

@@ -70,7 +70,7 @@ def load_model(
     if local := Path(model).is_dir():
         with TensorFiles(model) as files:
             config = read_json(Path(model) / CONFIG_FILE)
-            PackedFiles(files, config)
+            PackedFiles(files, config).check_words()  # upstream would read them unchecked
     else:
         check_is_id(model)
     try:

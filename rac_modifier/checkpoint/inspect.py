@@ -21,7 +21,7 @@ from rac_modifier.formats.quantization_config import (
     WeightScheme,
 )
 from rac_modifier.formats.stored_weight import StoredWeight
-from rac_modifier.formats.words import WORDS, WORDS_SHAPE, ZEROS, PackQuantized
+from rac_modifier.formats.words import WORDS, WORDS_SHAPE, ZEROS
 from rac_modifier.runtime.files import read_json
 
 
@@ -134,8 +134,7 @@ class Matrices:
         """Return the row with its shape, and the weight (RacError), None where it is not read."""
         weight: StoredWeight | Tensor | None = None
         if row.stored == "words":
-            tensors = self.files.tensors(row.name, PackQuantized.dtypes)
-            weight = PackQuantized.read(tensors, row.name, self.packed.schemes)
+            weight = self.packed.words(row.name)
             if weight is not None:
                 rows, columns = weight.shape
                 row = replace(row, rows=rows, columns=columns, dtype=f"I{weight.bits}")

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -58,13 +59,20 @@ def read_json(path: str | Path, next_step: str = "is this a saved model folder?"
     if not os.path.isfile(path):  # a pipe or a device might never end
         raise RacError(f"{path}: cannot be read as JSON (no regular file is there); {next_step}")
     try:
-        obj = json.loads(Path(path).read_bytes())
+        obj = json.loads(Path(path).read_bytes(), parse_float=_finite, parse_constant=_finite)
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else error  # without the path
         raise RacError(f"{path}: cannot be read as JSON ({reason}); {next_step}") from error
     if not isinstance(obj, dict):
         raise RacError(f"{path}: holds a {type(obj).__name__} where an object is expected")
     return obj
+
+
+def _finite(text: str) -> float:
+    """Return a number of JSON (ValueError: inf or nan, which JSON cannot hold)."""
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text} is not finite")
+    return number
 
 
 def regular_file(path: str | Path, label: str) -> Path:

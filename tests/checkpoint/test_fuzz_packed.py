@@ -1,6 +1,5 @@
 """Random damage to all parts of a checkpoint, with a fixed seed: a RacError, or other numbers."""
 
-import contextlib
 import json
 import random
 import shutil
@@ -46,13 +45,24 @@ def mutated_json(value: Any, rng: random.Random) -> Any:
     return rng.choice(VALUES)
 
 
-def damage(folder: Path, rng: random.Random) -> None:
-    """Damage one file: a value of JSON, or bytes of its text; the header or the data of weights."""
+def damage(folder: Path, rng: random.Random) -> bool:
+    """Damage one file: a value of JSON, or bytes of its text; the header or the data of weights.
+
+    Returns whether our readers must agree; transformers alone reads all of config.json.
+    """
     path = rng.choice(sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")]))
     data = bytearray(path.read_bytes())
     if path.suffix == ".json" and rng.random() < 0.8:
-        path.write_text(json.dumps(mutated_json(json.loads(data), rng)))
-        return
+        config = json.loads(data)
+        if path.name == "config.json" and rng.random() < 0.7:
+            key = rng.choice(
+                [key for key in ("quantization_config", "rac_sparsity") if key in config]
+            )
+            config[key] = mutated_json(config[key], rng)
+            path.write_text(json.dumps(config))
+            return True
+        path.write_text(json.dumps(mutated_json(config, rng)))
+        return path.name != "config.json"
     header = 8 + int.from_bytes(data[:8], "little") if path.suffix == ".safetensors" else len(data)
     kind = rng.randrange(4)
     if kind == 0:
@@ -67,10 +77,14 @@ def damage(folder: Path, rng: random.Random) -> None:
             data[rng.randrange(first, last)] = rng.randrange(256)
     path.unlink()  # a new file: the old one may still be mapped
     path.write_bytes(data)
+    return path.name != "config.json"
 
 
 def inspected(folder: Path) -> None:
-    plan_checkpoint(folder)
+    report, _ = plan_checkpoint(folder)
+    for row in report.modules:
+        if row.problem is not None:
+            raise RacError(row.problem)
 
 
 def packed(folder: Path) -> None:
@@ -85,18 +99,70 @@ READERS: list[Callable[[Path], Any]] = [inspected, packed, unpacked, load_model]
 
 
 @pytest.mark.parametrize("kind", ["floats", "w4", "w8a8", "w4 dense"])
-def test_no_error_but_ours(tmp_path, kind):
+def test_all_readers_refuse_the_same_damage_and_raise_no_error_but_ours(tmp_path, kind):
     clean = checkpoint(tmp_path / "clean", kind)
     rng = random.Random(kind)
+
+    def verdicts(folder: Path, readers: list[Callable[[Path], Any]]) -> dict[str, str]:
+        found = {}
+        for reader in readers:
+            for name in "packed", "unpacked":
+                shutil.rmtree(tmp_path / name, ignore_errors=True)
+            found[reader.__name__] = "sound"
+            try:
+                reader(folder)
+            except RacError as error:
+                found[reader.__name__] = str(error)
+        return found
+
+    # pack takes no packed model, unpack no dense one
+    sound = verdicts(clean, READERS)
+    readers = [reader for reader in READERS if sound[reader.__name__] == "sound"]
+    assert len(readers) == 3
     refused = 0
     for _ in range(MUTATIONS):
         folder = tmp_path / "damaged"
-        for name in "damaged", "packed", "unpacked":
-            shutil.rmtree(tmp_path / name, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(clean, folder)
-        damage(folder, rng)
-        with contextlib.suppress(RacError):
-            rng.choice(READERS)(folder)
-            refused -= 1
-        refused += 1
+        comparable = damage(folder, rng)
+        found = verdicts(folder, readers)
+        refusals = [text for text in found.values() if text != "sound"]
+        refused += bool(refusals)
+        if comparable and not any(" cannot be loaded (" in text for text in refusals):
+            assert len(refusals) in (0, len(readers)), found
     assert MUTATIONS // 4 < refused < MUTATIONS
+
+
+def add_tensor_of_4_bits(folder: Path) -> None:
+    """Add eight values of F4, which safetensors has and torch lacks."""
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    header, values = json.loads(data[8:start]), data[start:]
+    places = [len(values), len(values) + 4]
+    header["extra"] = {"dtype": "F4", "shape": [8], "data_offsets": places}
+    text = json.dumps(header).encode()
+    path.unlink()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + values + bytes(4))
+
+
+def forget_how_to_scale(folder: Path) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    del config["quantization_config"]["config_groups"]
+    path.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (add_tensor_of_4_bits, r"F4 is not supported|not a tensor of the model"),
+        (forget_how_to_scale, r"config\.json quantizes no module|does not quantize this module"),
+    ],
+)
+@pytest.mark.parametrize("reader", [inspected, unpacked, load_model])
+def test_what_one_reader_used_to_take_is_refused_by_all(tmp_path, change, says, reader):
+    folder = checkpoint(tmp_path / "model", "w8a8")
+    change(folder)
+    with pytest.raises(RacError, match=says):
+        reader(folder)
