@@ -15,7 +15,7 @@ DIST_BIN = $(DIST_VENV)/bin
 export OMP_WAIT_POLICY = PASSIVE
 TEST_PROCESSES ?= 2
 
-.PHONY: help api demo serve-demo test test-compress test-plugin test-serve test-processors sanitize lighteval arm-tools lint schema docs results dist wheels test-dist test-matrix clean
+.PHONY: help api demo serve-demo test test-compress test-plugin test-serve test-processors sanitize lighteval arm-tools lint schema docs results dist wheels test-dist newcomer test-matrix clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -81,6 +81,9 @@ wheels: $(DIST_VENV)/.installed ## the wheel of this processor in dist/, built i
 
 test-dist: dist ## install the wheel in fresh environments, without a compiler and without write access, and use it; 10 minutes, 6 GB
 	$(DIST_BIN)/python scripts/dist_check.py dist
+
+newcomer: ## run the commands of README.md and docs/your-model.md in a fresh clone; half an hour, 9 GB
+	$(PYTHON) scripts/newcomer.py
 
 test-matrix: $(DIST_VENV)/.installed ## test with Python 3.11 to 3.13 and both ends of every version range; an hour; ROW="3.12 newest" alone
 	$(DIST_BIN)/python scripts/matrix.py $(if $(ROW),--only "$(ROW)")

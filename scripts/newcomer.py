@@ -3,8 +3,8 @@
     make newcomer      (or: python scripts/newcomer.py FOLDER; half an hour on two cores, 9 GB)
 
 The model is the embedded reasoner without its chat template, and the problems are a file, as a user
-has them. `CHANGED` names the only words of the pages that differ. It fails where a command fails, or
-prints nothing for a minute.
+has them. `CHANGED` names the only words of the pages that differ. It fails where a command fails,
+or prints nothing for a minute.
 """
 
 import json
