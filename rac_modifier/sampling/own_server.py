@@ -19,16 +19,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+import psutil
 from loguru import logger
 
 from rac_modifier.errors import RacError
 
 HOST = "127.0.0.1"
 _LOOK_EVERY = 0.2  # seconds
-_LAST_LINES, _LAST_BYTES = 100, 1 << 16  # the error of a worker comes before that of the server
+_LAST_LINES, _FEW_LINES, _LAST_BYTES = (
+    100,
+    20,
+    1 << 16,
+)  # the error of a worker comes before that of the server
 _FEW_CORES, _BINDING = 4, "VLLM_CPU_OMP_THREADS_BIND"
 _PARALLEL = ("-tp", "-pp", "-dp", "--tensor-parallel", "--pipeline-parallel", "--data-parallel")
-_ERROR = re.compile(r"\b\w*(?:Error|Exception)\b")  # of Python, as vLLM logs it
+_MEMORY = {"--gpu-memory-utilization", "--kv-cache-memory-bytes"}
+_ERROR = re.compile(r"(?:^|\] )[\w.]*(?:Error|Exception): ")  # the last line of a traceback
 _WATCHER = Path(__file__).with_name("server_watch.py")
 
 
@@ -65,6 +71,12 @@ class VllmCommand:
         is_cpu_build = (self.version_of("vllm") or "").endswith("+cpu")
         if "--enable-chunked-prefill" not in names and is_cpu_build:
             command.append("--no-enable-chunked-prefill")
+        # It also wants 92 % of the memory, and fails where other programs have some.
+        cached = "VLLM_CPU_KVCACHE_SPACE" in os.environ
+        if is_cpu_build and not cached and names.isdisjoint(_MEMORY):
+            memory = psutil.virtual_memory()
+            share = 0.8 * memory.available / memory.total
+            command += ["--gpu-memory-utilization", f"{share:.2f}"]
         return [*command, *self.options, "--port"]
 
     def python(self) -> Path | None:
@@ -209,9 +221,9 @@ def _end_of(log: BinaryIO) -> str:
         return "It printed nothing"
     # what follows the first error is often only how the other processes ended
     errors = (line for line in _lines(log, 0) if _ERROR.search(line))
-    first = next(errors, lines[-1])
-    cause = "" if first in lines else f"Its first error:\n{first}\n"
-    return cause + "Its last lines:\n" + "\n".join(lines)
+    if (first := next(errors, None)) is not None and first not in lines[-_FEW_LINES:]:
+        return "\n".join(["Its first error:", first, "Its last lines:", *lines[-_FEW_LINES:]])
+    return "Its last lines:\n" + "\n".join(lines)
 
 
 def _lines(log: BinaryIO, start: int) -> list[str]:

@@ -55,7 +55,8 @@ def left_over(folder: Path) -> list[int]:
 def main(folder: str) -> None:
     fault = os.environ.get(FAULT)
     if fault == "crash":
-        print("RuntimeError: the engine found no memory")
+        print("WARNING 12-03 [utils.py:255] This can cause errors like `OSError: [Errno 24]`")
+        print("ERROR 12-03 [core.py:953] RuntimeError: no memory")
         print("\n".join(f"loading part {i}" for i in range(149)), flush=True)
         sys.exit("ValueError: the KV cache does not fit")
     if fault == "silent":

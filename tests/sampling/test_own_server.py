@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import urllib.request
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from rac_modifier.errors import RacError
@@ -47,6 +49,33 @@ def test_a_vllm_for_cpus_reads_prompts_whole(tmp_path, version, options, added):
     command = VllmCommand(str(tmp_path / "vllm"), options).arguments("model", "auto")[:-1]
     assert ("--no-enable-chunked-prefill" in command) is added
     assert command[len(command) - len(options) :] == list(options)
+    assert ("--gpu-memory-utilization" in command) is version.endswith("+cpu")
+
+
+@pytest.mark.parametrize(
+    ("options", "space", "share"),
+    [
+        ((), None, "0.40"),
+        ((), "2", None),
+        (("--gpu-memory-utilization=0.1",), None, None),
+        (("--kv-cache-memory-bytes", "9"), None, None),
+    ],
+)
+def test_a_vllm_for_cpus_takes_four_fifths_of_the_free_memory(
+    tmp_path, monkeypatch, options, space, share
+):
+    """It would ask for 92 % of all memory and fail."""
+    monkeypatch.setattr(VllmCommand, "version_of", lambda self, package: "0.32.0+cpu")
+    monkeypatch.setattr(
+        psutil, "virtual_memory", lambda: SimpleNamespace(available=1 << 33, total=1 << 34)
+    )
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    if space is not None:
+        monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", space)
+    command = VllmCommand(str(tmp_path / "vllm"), options).arguments("model", "auto")
+    given = command[command.index("--gpu-memory-utilization") + 1] if share else None
+    assert given == share
+    assert command.count("--gpu-memory-utilization") == (share is not None)
 
 
 def test_which_vllm(tmp_path):
@@ -106,8 +135,8 @@ def test_it_serves_inside_the_context_and_is_gone_after_it(vllm, tmp_path, monke
         (
             "crash",
             r"\Avllm serve stopped with exit code 1; its options .* are set in RAC_VLLM_OPTIONS. "
-            r"Its first error:\nRuntimeError: the engine found no memory\n"
-            r"Its last lines:\nloading part 50\n(.|\n)*ValueError: the KV cache does not fit\Z",
+            r"Its first error:\nERROR 12-03 \[core.py:953\] RuntimeError: no memory\n"
+            r"Its last lines:\nloading part 130\n(.|\n)*ValueError: the KV cache does not fit\Z",
         ),
         ("silent", r"exit code 7; .* It printed nothing\Z"),
     ],
