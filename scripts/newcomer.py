@@ -132,8 +132,8 @@ def main() -> None:
             code = changed(block)
             print(f"\n=== {page}\n{code}", flush=True)
             folder = clone if clone.exists() else work
-            if "output_dir=" in code or "rac prune" in code:
-                shutil.rmtree(clone / OUT, ignore_errors=True)
+            if re.search(rf'rac prune \S+ {OUT}\b|output_dir="{OUT}"', code):
+                shutil.rmtree(clone / OUT, ignore_errors=True)  # the page has both ways
             if language == "yaml":  # the recipe that the page copied before, edited
                 (clone / "my_recipe.yaml").write_text(code)
             elif "/vllm serve" in code:
