@@ -77,11 +77,12 @@ def recover(
     kept = "the traces, and training up to its last state, are kept and will be used"
     # joined first: a machine that refuses the command ends the others
     with resumable(lambda: saving_step(output, kept)), joined_processes() as joined:
-        traces = _traces(store, problems, column, max_new_tokens)
         check_model(resolve(dense))
         if joined.machine == 0:  # the others get the checkpoint
             check_model(resolve(str(sparse)))
             check_output(output, str(sparse))
+        prompt = joined.from_first(_prompt_of(str(sparse)) if joined.is_first else None)
+        traces = _traces(store, problems, column, max_new_tokens, prompt)
         from llmcompressor.modeling.moe.linearize import linearize_moe
 
         from rac_modifier.recovery.checkpoint import recover_checkpoint
@@ -97,10 +98,32 @@ def recover(
     typer.echo(f"saved to {output}; held-out KL {before:.3f} -> {after:.3f} nats per token")
 
 
+def _prompt_of(sparse: str) -> dict[str, Any]:
+    """Return the prompt settings that calibrated the checkpoint; {} for several, or none."""
+    from loguru import logger
+
+    from rac_modifier.evaluation.calibrated_prompt import recorded_prompts
+
+    recorded = [
+        prompt.model_dump() for prompt in (recorded_prompts(resolve(sparse)) or {}).values()
+    ]
+    if any(prompt != recorded[0] for prompt in recorded):
+        logger.warning(f"{sparse} was calibrated with several prompts: --traces names others")
+        return {}
+    return recorded[0] if recorded else {}
+
+
 def _traces(
-    store: Path | None, problems: str | None, column: str | None, max_new_tokens: int | None
+    store: Path | None,
+    problems: str | None,
+    column: str | None,
+    max_new_tokens: int | None,
+    prompt: dict[str, Any],
 ) -> "TraceSettings":
-    """Return problems and sampling: the store's, where there is one, with the options' changes."""
+    """Return problems and sampling: the store's, where there is one, with the options' changes.
+
+    `prompt` has the settings of the prompts without a store.
+    """
     from loguru import logger
 
     from rac_modifier.settings.problems import ProblemSource
@@ -109,7 +132,7 @@ def _traces(
     from rac_modifier.traces.store import TraceStore
 
     # another seed than calibration's default gives other traces
-    source, sampling = ProblemSource(), SamplingSettings(seed=1)
+    source, sampling = ProblemSource(), SamplingSettings(seed=1, **prompt)
     if store is not None and store.is_file():
         header = TraceStore.read(store).header
         source, sampling = header.problems, header.sampling

@@ -54,6 +54,19 @@ def test_a_sparse_int4_checkpoint_is_trained_through_its_codes_and_packed_again(
     assert eight
 
 
+def test_prompts_are_those_that_calibrated_the_checkpoint(
+    rac, tiny_folder, sparse_folder, tmp_path
+):
+    """A base model has no chat template, and cannot be asked with one."""
+    sparse = shutil.copytree(sparse_folder, tmp_path / "sparse")
+    record = json.loads((sparse / "rac_run.json").read_text())
+    record["prompts"] = {"traces": {"template": "none", "system_prompt": None, "thinking": True}}
+    (sparse / "rac_run.json").write_text(json.dumps(record))
+    rac.output("recover", tiny_folder, sparse, "out", *OPTIONS)
+    (store,) = (tmp_path / "rac_traces").glob("*.jsonl")
+    assert TraceStore.read(store).header.sampling.template == "none"
+
+
 def test_the_result_keeps_every_zero_and_an_output_that_cannot_be_written_costs_no_training(
     rac, tiny_folder, sparse_folder, tmp_path, monkeypatch
 ):
