@@ -49,6 +49,7 @@ def saved(folder: Path, tensors: dict[str, Any], format: str) -> Path:
     named = {f"a.{name}": tensor for name, tensor in tensors.items()}
     save_file(named, folder / "model.safetensors", {"format": "pt"})
     entry = {"quant_method": "compressed-tensors", "sparsity_config": {"format": format}}
+    entry["config_groups"] = {"g": {"weights": {"type": "int"}}}
     (folder / "config.json").write_text(json.dumps({"quantization_config": entry}))
     return folder
 
