@@ -121,7 +121,8 @@ def _prepare(solver: Solver, options: SolverOptions, problem: Problem) -> Target
         of = hessian, Dampening.of(hessian, frac), problem.label
         return Factor.of(*of, largest_first=not solver.prunes)
 
-    # 2. Target: W* = W + C (H + rho I)^-1, or W itself without a cross moment.
+    # 2. Target: W* = W + C (H + rho I)^-1, or W itself without a cross moment. It comes first, so
+    #    that its factor is gone before that of H'.
     weights = list(problem.weights)
     if cross_moment is not None:
         ridge = max(dampening.frac, len(hessian) / problem.tokens)
@@ -132,7 +133,7 @@ def _prepare(solver: Solver, options: SolverOptions, problem: Problem) -> Target
         for name, weight in zip(problem.names, weights, strict=True):
             check_finite(weight, name, "dense target", factor.dampening.larger)
         if ridge > dampening.frac:
-            factor = None  # its memory is free before the next one
+            factor = None
 
     # 1. Damped Hessian. Where a step needs the factor U of H' = U U^T, lambda is raised until it
     #    exists.
