@@ -41,8 +41,9 @@ def vllm(tmp_path):
         ("0.32.0+cpu", ("--enable-chunked-prefill",), False),
     ],
 )
-def test_a_vllm_for_cpus_reads_prompts_whole(tmp_path, version, options, added):
+def test_a_vllm_for_cpus_reads_prompts_whole(tmp_path, monkeypatch, version, options, added):
     """It would end at the first prompt that it reads in chunks: our requests have seeds."""
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
     python = tmp_path / "python"
     python.write_text(f"#!/bin/sh\necho {version}\n")
     python.chmod(0o700)
