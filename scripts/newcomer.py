@@ -118,7 +118,7 @@ def write_inputs(clone: Path) -> None:
 
 
 def main() -> None:
-    """Run README's section on an own model, then docs/your-model.md."""
+    """Run docs/your-model.md, then README's section on an own model."""
     work = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "build/newcomer").resolve()
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)

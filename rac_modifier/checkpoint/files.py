@@ -88,7 +88,7 @@ class TensorFiles:
             if len(name) > _NAME_LENGTH or _LONG_NUMBER.search(name):  # patterns would take long
                 raise RacError(
                     f"{path}: tensor name {name[:80]!r}... has {len(name):,} characters, or a "
-                    f"number of 20 digits; a model's names have at most {_NAME_LENGTH}"
+                    f"number of 20 digits; save the model with names of at most {_NAME_LENGTH}"
                 )
         return names
 

@@ -108,7 +108,10 @@ def _prompt_of(sparse: str) -> dict[str, Any]:
         prompt.model_dump() for prompt in (recorded_prompts(resolve(sparse)) or {}).values()
     ]
     if any(prompt != recorded[0] for prompt in recorded):
-        logger.warning(f"{sparse} was calibrated with several prompts: --traces names others")
+        logger.warning(
+            f"{sparse} was calibrated with several prompts; recovery asks with the chat template. "
+            "Give a store of other traces with --traces"
+        )
         return {}
     return recorded[0] if recorded else {}
 
