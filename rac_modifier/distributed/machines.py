@@ -53,7 +53,7 @@ def open_sockets() -> dict[int, int]:
     return sockets
 
 
-def kept_alive(descriptor: int) -> socket.socket | None:
+def _kept_alive(descriptor: int) -> socket.socket | None:
     """Return a duplicate of a TCP connection that ends when it is silent; None: it is none."""
     connection = socket.socket(fileno=os.dup(descriptor))
     try:
@@ -81,7 +81,7 @@ class Watch(threading.Thread):
         self._last_words, self._over = last_words, threading.Event()
         self._watched: list[socket.socket] = []
         for inode, descriptor in open_sockets().items():
-            if (connection := kept_alive(descriptor)) is None:
+            if (connection := _kept_alive(descriptor)) is None:
                 continue
             if inode in before:
                 connection.close()

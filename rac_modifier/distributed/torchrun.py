@@ -19,7 +19,7 @@ _PATIENCE = datetime.timedelta(days=7)  # the first rank may sample for hours wh
 _ANSWER = datetime.timedelta(hours=1)  # ranks that work on the same end within this time
 
 
-def started_processes() -> int:
+def _started_processes() -> int:
     """Return how many processes torchrun started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE") or 1)
 
@@ -30,7 +30,7 @@ _joined: tuple[Any, Processes] | None = None  # with the default group that it b
 def present_processes() -> Processes:
     """Return the processes that this one has joined (RacError: they have not, or cannot)."""
     global _joined
-    count = started_processes()
+    count = _started_processes()
     if not (distributed.is_available() and distributed.is_initialized()):
         if count > 1:
             raise RacError(
@@ -72,7 +72,7 @@ def joined_processes() -> Iterator[Processes]:
     RacError: they cannot join. A process ends in the body when another machine has died.
     """
     global _joined
-    count = started_processes()
+    count = _started_processes()
     if count == 1:
         yield Processes()
         return

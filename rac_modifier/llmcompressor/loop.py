@@ -72,7 +72,7 @@ def run_stages(
                     dense.leave(stage)
                     run.prune([group])
                 else:
-                    run.prune(collect_layer(stage, model, cache, loader, run))
+                    run.prune(_collect_layer(stage, model, cache, loader, run))
                 if after is not None:
                     return_freed_memory()
                     for batch in range(len(loader)):
@@ -98,7 +98,7 @@ def collect(
     return group
 
 
-def collect_layer(
+def _collect_layer(
     stage: Stage,
     model: torch.nn.Module,
     cache: IntermediatesCache,

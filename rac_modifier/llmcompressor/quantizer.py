@@ -52,7 +52,7 @@ class Quantizer:
         )
         groups = self._upstream.resolved_config.config_groups
         _check_targets(groups, model, names)
-        for name, module, scheme in scheme_of_each(model, groups, self._upstream.ignore):
+        for name, module, scheme in _scheme_of_each(model, groups, self._upstream.ignore):
             if module not in names:
                 continue
             grid = self.grids[module] = encoding_of(scheme, name, prunes=prunes)
@@ -112,7 +112,7 @@ class Quantizer:
             compress_exactly(module)
 
 
-def scheme_of_each(
+def _scheme_of_each(
     model: PreTrainedModel, groups: Mapping[str, QuantizationScheme], ignore: list[str]
 ) -> Iterator[tuple[str, torch.nn.Module, QuantizationScheme]]:
     """Yield each matched module with the scheme that compressed-tensors gives it.

@@ -79,7 +79,7 @@ def recover_checkpoint(
         linearize(loaded)
     structures = SparsityRecord.of(pruned.config.to_dict()).modules
     checkpoint = trained_codes.QuantizedCheckpoint(pruned, model, structures)
-    modules, patterns = sparse_modules(pruned, checkpoint.quantized, checkpoint.pruned)
+    modules, patterns = _sparse_modules(pruned, checkpoint.quantized, checkpoint.pruned)
     quantizes = bool(checkpoint.quantized)
     stage = RecoveryStage(model, settings, processes, quantizes=quantizes, keep=True)
     path = sparse / RUN_RECORD_NAME
@@ -215,7 +215,7 @@ def patterns_of_zeros(
     return shares, f"the zeros that the model had, {100 * zeros / total:.4g} % of the weights"
 
 
-def sparse_modules(
+def _sparse_modules(
     model: torch.nn.Module, quantized: Collection[str], pruned: Collection[str]
 ) -> tuple[dict[str, torch.nn.Linear], dict[str, Pattern]]:
     """Return the linear layers of a sparse model by name, `quantized` if `pruned`, and patterns."""

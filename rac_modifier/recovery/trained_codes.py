@@ -107,7 +107,7 @@ def _decoded(
 ) -> tuple[QuantizedWeight, Tensor]:
     """Return how a module is quantized, its master on the side of `dense`; and its codes."""
     weight = module.get_parameter("weight").data
-    scale = checked_scale(scale_in_use(module), weight, grid, name).clone()
+    scale = _checked_scale(scale_in_use(module), weight, grid, name).clone()
     zero = None
     if not grid.symmetric:
         zero = module.get_parameter(ZEROS).data if hasattr(module, ZEROS) else torch.empty(0)
@@ -121,7 +121,7 @@ def _decoded(
     return QuantizedWeight(grid, scale, master, zero), codes
 
 
-def checked_scale(scale: Tensor, weight: Tensor, grid: Encoding, name: str) -> Tensor:
+def _checked_scale(scale: Tensor, weight: Tensor, grid: Encoding, name: str) -> Tensor:
     """Return usable scales [rows, groups]; RacError if a used one is zero or infinite."""
     groups = grid.groups(weight.shape[1])
     if scale.numel() != weight.shape[0] * groups:
