@@ -321,8 +321,8 @@ constexpr void put_slots(Integers& integers) {
     integers.dot[1][M - 1] = dot<DENSE8, M>;
     integers.dot_expanded[M - 1] = dot<EXPANDED, M>;
     integers.pair[M - 1] = pair<M>;
-    const FewTokens of_codes[] = {few_tokens<INT4, M, far>, few_tokens<DENSE4, M, far>, few_tokens<DENSE3, M, far>,
-                                   few_tokens<DENSE2, M, far>};
+    const FewTokens of_codes[CODE_TYPES] = {few_tokens<INT4, M, far>, few_tokens<DENSE4, M, far>, few_tokens<DENSE3, M, far>,
+                                             few_tokens<DENSE2, M, far>};
     for (int type = 0; type < CODE_TYPES; type++) integers.few_tokens[type][M - 1] = of_codes[type];
     if constexpr (M > 1) put_slots<M - 1, far>(integers);
 }

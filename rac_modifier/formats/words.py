@@ -45,7 +45,7 @@ def pack_words(values: Tensor, bits: int) -> Tensor:
 
 
 def unpack_words(words: Tensor, bits: int, count: int) -> Tensor:
-    """Return `count` int8 of 2, 3, 4 or 8 bits from int32 [..., ceil(count * bits / 32)]."""
+    """Return `count` int8 of 2 to 8 bits from int32 [..., ceil(count * bits / 32)]."""
     if words.dtype != torch.int32 or not words.dim() or words.shape[-1] != word_count(count, bits):
         raise RacError(
             f"{words.dtype} {list(words.shape)} does not hold {count} values of {bits} bits "
@@ -53,11 +53,13 @@ def unpack_words(words: Tensor, bits: int, count: int) -> Tensor:
         )
     # a copy: a row of a transposed matrix may count as contiguous, and cannot be viewed as bytes
     codes = words.clone(memory_format=torch.contiguous_format).view(torch.uint8)
-    if bits == 3:  # eight codes in three bytes
-        codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % 3))
-        a, b, c = codes[..., ::3], codes[..., 1::3], codes[..., 2::3]
-        eight = [a, a >> 3, a >> 6 | b << 2, b >> 1, b >> 4, b >> 7 | c << 1, c >> 2, c >> 5]
-        codes = torch.stack(eight, dim=-1).flatten(-2) & 7
+    if 8 % bits:  # eight codes in `bits` bytes; some are in two of these
+        codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % bits)).to(torch.int16)
+        each = codes.unflatten(-1, (-1, bits)).unbind(-1)
+        both = [each[at] | each[(at + 1) % bits] << 8 for at in range(bits)]
+        starts, full = range(0, 8 * bits, bits), (1 << bits) - 1
+        eight = [(both[at // 8] >> at % 8 & full).to(torch.uint8) for at in starts]
+        codes = torch.stack(eight, dim=-1).flatten(-2)
     elif bits < 8:
         shifted = [codes >> at for at in range(0, 8, bits)]
         codes = torch.stack(shifted, dim=-1).flatten(-2) & ((1 << bits) - 1)

@@ -163,6 +163,14 @@ def test_words_are_compressed_tensors_own_of_the_values_filled_up_with_zeros(
     assert torch.equal(unpack_words(pack_words(values[0], bits), bits, columns), values[0])
 
 
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_codes_of_2_to_8_bits_are_unpacked(bits):
+    for columns in (1, 7, 32, 45):
+        values = random_values(3, columns, bits, columns)
+        codes = values.long() + (1 << (bits - 1))
+        assert torch.equal(unpack_words(words(codes, bits), bits, columns), values)
+
+
 def test_what_cannot_be_packed_is_refused():
     for values, message in ((torch.tensor([8], dtype=torch.int8), "outside"), ([1.0], "int8")):
         with pytest.raises(RacError, match=message):

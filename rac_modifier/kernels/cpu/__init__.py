@@ -174,7 +174,7 @@ def pack_values(
             f"{values.dtype}{masked}: the kernels read bfloat16, float32, float16 and int8 (also "
             "without a mask); keep it dense"
         )
-    if zeros is None and bits < 4:  # these always have codes of zero
+    if zeros is None and bits < 8 and bits != 4:  # these always have codes of zero
         zeros = torch.full((shape[0], 1), 1 << (bits - 1), dtype=torch.uint8)
     return library_and_isa()[0].pack(
         values.detach().contiguous(),
