@@ -54,12 +54,13 @@ def unpack_words(words: Tensor, bits: int, count: int) -> Tensor:
     # a copy: a row of a transposed matrix may count as contiguous, and cannot be viewed as bytes
     codes = words.clone(memory_format=torch.contiguous_format).view(torch.uint8)
     if 8 % bits:  # eight codes in `bits` bytes; some are in two of these
-        codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % bits)).to(torch.int16)
-        each = codes.unflatten(-1, (-1, bits)).unbind(-1)
-        both = [each[at] | each[(at + 1) % bits] << 8 for at in range(bits)]
-        starts, full = range(0, 8 * bits, bits), (1 << bits) - 1
-        eight = [(both[at // 8] >> at % 8 & full).to(torch.uint8) for at in starts]
-        codes = torch.stack(eight, dim=-1).flatten(-2)
+        codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % bits))
+        byte, eight = codes.unflatten(-1, (-1, bits)).unbind(-1), []
+        for start in range(0, 8 * bits, bits):
+            at, low = divmod(start, 8)
+            ends = low + bits <= 8  # in this byte
+            eight.append(byte[at] >> low if ends else byte[at] >> low | byte[at + 1] << 8 - low)
+        codes = torch.stack(eight, dim=-1).flatten(-2) & ((1 << bits) - 1)
     elif bits < 8:
         shifted = [codes >> at for at in range(0, 8, bits)]
         codes = torch.stack(shifted, dim=-1).flatten(-2) & ((1 << bits) - 1)

@@ -18,7 +18,7 @@ from rac_modifier.pruning.routed_tokens import ExpertTokens, filled_up, routed_r
 
 
 @dataclass(frozen=True)
-class _RouterBatch:
+class RouterBatch:
     """Hold what the router reads in a batch, tokens in rows, on the cache's device."""
 
     x: Tensor  # [tokens, hidden] in the pruned model
@@ -34,7 +34,7 @@ def read_router(
     pruned: IntermediatesCache,
     dense: IntermediatesCache | None,
     loader: CalibrationLoader,
-) -> list[_RouterBatch]:
+) -> list[RouterBatch]:
     """Return what the router of a stage reads, which the caches drop later."""
 
     def value(cache: IntermediatesCache, number: int, name: str | None) -> Tensor:
@@ -42,7 +42,7 @@ def read_router(
         return tensor.reshape(-1, tensor.shape[-1])
 
     return [
-        _RouterBatch(
+        RouterBatch(
             value(pruned, number, stage.reads),
             None if dense is None else value(dense, number, stage.reads),
             value(pruned, number, stage.chosen),
@@ -55,7 +55,7 @@ def read_router(
 
 
 def prune_experts(
-    layer: RoutedExperts, batches: Sequence[_RouterBatch], run: Run, device: torch.device
+    layer: RoutedExperts, batches: Sequence[RouterBatch], run: Run, device: torch.device
 ) -> None:
     """Prune the experts of a layer, each on its tokens: gate and up, then down on their output."""
     tokens = _ExpertTokens(layer, batches, run, device)
@@ -84,7 +84,7 @@ class _ExpertTokens:
     """Choose the tokens of each expert, and collect what its modules read."""
 
     def __init__(
-        self, layer: RoutedExperts, batches: Sequence[_RouterBatch], run: Run, device: torch.device
+        self, layer: RoutedExperts, batches: Sequence[RouterBatch], run: Run, device: torch.device
     ):
         self.counts: dict[str, ExpertTokens] = {}
         self._batches, self._run, self._device = batches, run, device
