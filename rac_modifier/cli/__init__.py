@@ -82,8 +82,8 @@ def main() -> None:
         # no progress bars in a file or a pipe; libraries read these when they are imported
         os.environ.setdefault("TQDM_DISABLE", "1")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    if processes() > 1:  # torch's warnings are of what our errors say better
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if processes() > 1:  # torch's messages are of what our errors say better
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     try:
         app()
     except RacError as error:

@@ -1,6 +1,7 @@
 """What connects the machines of a run, and what has to be the same on each."""
 
 import contextlib
+import datetime
 import os
 import select
 import socket
@@ -13,7 +14,11 @@ from typing import Any
 
 import psutil
 import torch
+from torch import distributed
 
+from rac_modifier.errors import RacError
+
+_JOIN = 600.0  # seconds in which all processes connect; torchrun starts them at the same time
 _SILENCE = 25  # seconds without an answer after which the kernel gives up a connection
 _GRACE = 10.0  # seconds in which a process ends by itself after it lost a connection
 
@@ -40,6 +45,33 @@ def choose_interface(host: str, port: int) -> None:
         for name, addresses in psutil.net_if_addrs().items():
             if local in {item.address for item in addresses}:
                 os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
+def connect() -> tuple[Any, int, int]:
+    """Return torchrun's store, the rank and the count (RacError: not all connect in `_JOIN`).
+
+    The thread is for a peer that accepts the connection and is silent: torch waits without end.
+    """
+    found: list[tuple[Any, int, int]] = []
+    why = ["it accepts connections and does not answer"]
+
+    def join() -> None:
+        try:
+            limit = datetime.timedelta(seconds=_JOIN)
+            found.append(next(distributed.rendezvous("env://", timeout=limit)))
+        except (RuntimeError, ValueError) as error:
+            why[:] = str(error).splitlines()
+
+    thread = threading.Thread(target=join, daemon=True)
+    thread.start()
+    thread.join(2 * _JOIN)
+    if found:
+        return found[0]
+    first = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    raise RacError(
+        f"the processes cannot join at {first} ({why[0]}); see the errors of the others, and "
+        "whether another program has that port: torchrun --master-port names another"
+    )
 
 
 def open_sockets() -> dict[int, int]:

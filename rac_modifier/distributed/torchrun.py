@@ -83,8 +83,12 @@ def joined_processes() -> Iterator[Processes]:
     if backend == "nccl":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK") or 0))
     step = "see the errors of the others (GLOO_SOCKET_IFNAME names the network interface)"
+    store, rank, world = machines.connect()
+    store.set_timeout(_ANSWER)
     with refusing("the processes cannot join", step, RuntimeError):
-        distributed.init_process_group(backend, timeout=_ANSWER)
+        distributed.init_process_group(
+            backend, store=store, rank=rank, world_size=world, timeout=_ANSWER
+        )
     processes = Processes(distributed.get_rank(), distributed.get_world_size())
     watch = None
     try:

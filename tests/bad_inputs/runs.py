@@ -49,6 +49,20 @@ def _(b: Bench) -> None:
     together(2, ahead)
 
 
+@CASES.case("a port on which another program listens", "torchrun --master-port names another")
+def _(b: Bench) -> None:
+    import socket
+
+    from rac_modifier.distributed import machines
+
+    b.monkeypatch.setattr(machines, "_JOIN", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        place = zip(("MASTER_ADDR", "MASTER_PORT"), silent.getsockname(), strict=True)
+        for name, value in [*place, ("RANK", 1), ("WORLD_SIZE", 2)]:
+            b.monkeypatch.setenv(name, str(value))
+        machines.connect()
+
+
 @CASES.case("`rac eval --json` onto a file of a model", "is there, and not of an earlier rac eval")
 def _(b: Bench) -> None:
     config = b.tmp / "config.json"

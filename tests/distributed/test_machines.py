@@ -4,13 +4,14 @@ import contextlib
 import os
 import shutil
 import socket
+import threading
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
 
-from rac_modifier import cli
+from rac_modifier import RacError, cli
 from rac_modifier.distributed import machines
 from tests.checkpoint.checkpoint_helpers import dense_tensors
 from tests.cli.conftest import OPTIONS
@@ -115,3 +116,54 @@ def test_gloo_uses_the_interface_that_leads_to_the_first_machine(monkeypatch):
     machines.choose_interface("127.0.0.1", 29400)
     addresses = psutil.net_if_addrs()[os.environ["GLOO_SOCKET_IFNAME"]]
     assert "127.0.0.1" in {address.address for address in addresses}
+
+
+GARBAGE = {
+    "random": lambda peer: peer.sendall(b"\xa7\x03\x91\x5c" * 99),
+    "half a message": lambda peer: peer.sendall(b"\0\0"),
+    "silence": lambda peer: None,
+    "a flood": lambda peer: [peer.sendall(bytes(1 << 20)) for _ in range(1 << 20)],
+    "closed": socket.socket.close,
+}
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+@pytest.mark.parametrize("send", GARBAGE.values(), ids=GARBAGE)
+def test_garbage_at_the_port_is_refused(monkeypatch, send, rank):
+    """The second process connects to a stranger; the first gets strangers for the second."""
+    monkeypatch.setattr(machines, "_JOIN", 0.2)
+    before, over, peers = set(threading.enumerate()), threading.Event(), []
+    server = socket.create_server(("127.0.0.1", 0))
+    host, port = server.getsockname()
+    place = {"MASTER_ADDR": host, "MASTER_PORT": str(port), "RANK": rank, "WORLD_SIZE": "2"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    if rank == "0":
+        server.close()
+
+    def strangers() -> None:
+        while not over.is_set() and len(peers) < 9:
+            with contextlib.suppress(OSError):  # refused, or ended by the process
+                connect = rank == "0"
+                peers.append(socket.create_connection((host, port)) if connect else accept())
+                send(peers[-1])
+
+    def accept() -> socket.socket:
+        return server.accept()[0]
+
+    threading.Thread(target=strangers).start()
+    try:
+        with pytest.raises(RacError):
+            machines.connect()
+    finally:
+        over.set()
+        with contextlib.suppress(OSError):
+            server.shutdown(socket.SHUT_RDWR)  # which ends `accept`
+        for peer in peers:
+            with contextlib.suppress(OSError):
+                peer.shutdown(socket.SHUT_RDWR)
+            peer.close()
+        for thread in set(threading.enumerate()) - before:
+            thread.join()
+        server.close()
+    assert peers
