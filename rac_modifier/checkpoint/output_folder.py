@@ -7,7 +7,7 @@ leaves it unchanged. Then they are moved up, config.json last, without which it 
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from huggingface_hub import snapshot_download, try_to_load_from_cache
@@ -15,7 +15,7 @@ from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 
 from rac_modifier.errors import RacError, refusing
-from rac_modifier.runtime.files import CONFIG_FILE, lock
+from rac_modifier.runtime.files import CONFIG_FILE, hold, lock
 
 STAGING = ".rac_saving"
 # What a checkpoint of safetensors consists of; the weights in other formats are not downloaded.
@@ -171,3 +171,26 @@ def cached_file(model: str, name: str) -> Path | None:
 def unfinished(output: str | Path) -> Path:
     """Return where a pruning run keeps what it has pruned until its result is saved."""
     return Path(f"{os.path.abspath(output)}.unfinished")  # "." and ".." have no name
+
+
+@contextmanager
+def reserved(output: Path | None, *, writes: bool = True) -> Iterator[None]:
+    """Hold an output folder for one command, by the lock that a pruning run takes over (RacError).
+
+    The lock's folder stays where a pruning run keeps groups in it.
+    """
+    if output is None or not writes:
+        yield
+        return
+    folder = unfinished(output)
+    new = [place for place in (folder, *folder.parents) if not place.exists()]
+    lock_file = hold(folder, "name another output folder")
+    try:
+        yield
+    finally:
+        if [path.name for path in folder.glob("*")] == [".lock"]:
+            (folder / ".lock").unlink()
+        for place in {folder: None, **dict.fromkeys(new)}:
+            with suppress(OSError):  # it is not empty
+                place.rmdir()
+        lock_file.close()

@@ -51,7 +51,7 @@ def pack(
         raise typer.BadParameter(
             "name the folder to write, or look only: rac pack MODEL --check", param_hint="OUT"
         )
-    from rac_modifier.checkpoint.output_folder import check_output_folder, local_folder
+    from rac_modifier.checkpoint.output_folder import check_output_folder, local_folder, reserved
 
     target = None if check else out
     with resumable(lambda: saving_step(target)):
@@ -61,8 +61,9 @@ def pack(
         from rac_modifier.checkpoint.pack_plan import plan_packing
         from rac_modifier.checkpoint.packing import pack_model
 
-        plan = plan_packing(source, keep_negative_zeros)
-        summary = None if target is None else asdict(pack_model(plan, target, model))
+        with reserved(target):
+            plan = plan_packing(source, keep_negative_zeros)
+            summary = None if target is None else asdict(pack_model(plan, target, model))
     if as_json:
         matrices = [asdict(row) for row in plan.matrices]
         about = {"model": source, "format": plan.format, "out": target, "summary": summary}
@@ -90,13 +91,14 @@ def unpack(
 
     Example: rac unpack packed-model dense-model
     """
-    from rac_modifier.checkpoint.output_folder import local_folder
+    from rac_modifier.checkpoint.output_folder import local_folder, reserved
 
     with resumable(lambda: saving_step(out)):
         source = local_folder(resolve(packed))
         from rac_modifier.checkpoint.packing import unpack_model
 
-        summary = unpack_model(source, out)
+        with reserved(out):
+            summary = unpack_model(source, out)
     typer.echo(
         f"{len(summary.modules)} modules unpacked, {summary.packed_bytes:,} -> "
         f"{summary.dense_bytes:,} bytes; {out} loads without rac_modifier"

@@ -49,6 +49,7 @@ def prune(
     if options.processes() == 1:
         CheckedRecipe.load(recipe, set_ or [])
         check_paths([model], output)
+    from rac_modifier.checkpoint.output_folder import reserved
     from rac_modifier.distributed.torchrun import joined_processes
 
     # joined first: a machine that refuses the command ends the others
@@ -66,8 +67,9 @@ def prune(
                 typer.echo(line)
             typer.echo(f"{recipe}, {model} and {output} are fine; run the command without --check")
             return
-        compress(loaded.content, source, output, precision)
-        processes.wait()
+        with reserved(output, writes=processes.is_first):
+            compress(loaded.content, source, output, precision)
+            processes.wait()
     if processes.is_first:
         typer.echo(f"saved to {output}; look at it with: rac inspect {output}")
 

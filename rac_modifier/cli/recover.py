@@ -72,6 +72,7 @@ def recover(
     settings = check_settings(RecoverySettings, entry, "--set")
     if processes() == 1:
         check_paths([dense, os.path.join(".", sparse)], output)  # a folder, no hub id
+    from rac_modifier.checkpoint.output_folder import reserved
     from rac_modifier.distributed.torchrun import joined_processes
 
     kept = "the traces, and training up to its last state, are kept and will be used"
@@ -88,10 +89,11 @@ def recover(
         from rac_modifier.recovery.checkpoint import recover_checkpoint
 
         loading = partial(load, precision=precision)
-        divergence = recover_checkpoint(
-            resolve(dense), sparse, output, settings, traces, joined, loading, linearize_moe
-        )
-        joined.wait()
+        with reserved(output, writes=joined.is_first):
+            divergence = recover_checkpoint(
+                resolve(dense), sparse, output, settings, traces, joined, loading, linearize_moe
+            )
+            joined.wait()
     if divergence is None:  # the first process says so
         return
     before, after = divergence

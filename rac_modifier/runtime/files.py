@@ -127,9 +127,9 @@ def hold(folder: Path, next_step: str, *, take_over: bool = False) -> IO[str]:
         if not lock(file.fileno(), folder, patience=0):
             raise RacError(f"{folder} is in use by process {holder}; wait for it, or {next_step}")
         if holder != process:
-            file.truncate(0)
-            file.write(process)
-            file.flush()
+            with refusing(f"{folder}: cannot be written to", next_step, OSError):
+                file.truncate(0)
+                os.write(file.fileno(), process.encode())  # `close` would write a buffer again
     except BaseException:
         file.close()
         raise
