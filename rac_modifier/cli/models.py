@@ -48,7 +48,7 @@ def check_model(source: str) -> None:
 
     try:
         AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers has many for config.json alone
         if "trust_remote_code" in str(error):
             raise RacError(
                 f"the model {source!r} needs code of its own (auto_map in config.json), which is "
@@ -71,7 +71,7 @@ def load_tokenizer(source: str, next_step: str = "save the model's next to it") 
         # for some model types transformers makes one without a vocabulary out of no files
         if tokenizer("a", add_special_tokens=False)["input_ids"]:
             return tokenizer
-    except (OSError, ValueError) as error:
+    except Exception as error:  # so has tokenizers for damaged files
         why = _first_line(error)
     raise RacError(f"no tokenizer could be loaded from {source!r} ({why}); {next_step}")
 

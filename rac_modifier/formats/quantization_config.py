@@ -175,6 +175,7 @@ class _Group(BaseModel):
 class _Quantization(BaseModel):
     config_groups: dict[str, _Group] | None = None
     format: str | None = None
+    transform_config: dict[str, Any] | None = None
     ignore: list[str] | None = None
 
 
@@ -273,7 +274,11 @@ def rotates_activations(quantization: Mapping[str, Any]) -> bool:
         return False
     from compressed_tensors.transform import TransformConfig, TransformLocation
 
-    schemes = TransformConfig.model_validate(transforms).config_groups.values()
+    step = "restore the config.json that was saved with the weights"
+    parsed = parse_entries(
+        TransformConfig, transforms, f"{QUANTIZATION_KEY}.transform_config", step
+    )
+    schemes = parsed.config_groups.values()
     return any(TransformLocation(a.location).is_online() for s in schemes for a in s.apply)
 
 

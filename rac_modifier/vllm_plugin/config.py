@@ -17,6 +17,7 @@ from vllm.model_executor.layers.quantization.base_config import (
 )
 
 from rac_modifier.checkpoint.files import INDEX_FILE, TensorFiles
+from rac_modifier.checkpoint.formats import structure_of
 from rac_modifier.errors import RacError
 from rac_modifier.formats.quantization_config import (
     COMPRESSED_TENSORS,
@@ -127,6 +128,8 @@ class RacConfig(QuantizationConfig):
                 pass
         self.report.requested &= not hasattr(hf_config, RAC_KEY)
         record = SparsityRecord.of({RAC_KEY: getattr(hf_config, RAC_KEY, None)})
+        for module, structure in record.modules.items():
+            structure_of(structure, module)
         if isinstance(self.layout, layouts.CodesLayout) and record.modules:
             logger.info("this checkpoint is pruned and stored dense; `rac pack` makes it sparse")
         self.int8_activations = record.int8_activations

@@ -9,6 +9,7 @@ import torch
 from rac_modifier.checkpoint import gptq_awq
 from rac_modifier.checkpoint.formats import FORMATS
 from rac_modifier.errors import RacError
+from rac_modifier.formats.bitmask import contradicts
 from rac_modifier.formats.module_names import targets_vocabulary
 from rac_modifier.formats.quantization_config import (
     COMPRESSED_TENSORS,
@@ -171,12 +172,18 @@ def no_effect(reason: str) -> RacError:
 
 
 def _compressed_tensors(config: Mapping[str, Any]) -> Any:
-    """Return vLLM's own config for the weights that compressed-tensors quantizes."""
+    """Return vLLM's own config for the weights that compressed-tensors quantizes (RacError)."""
     from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
         CompressedTensorsConfig,
     )
 
-    return CompressedTensorsConfig.from_config(without_sparsity(config))
+    weight_schemes(config)  # vLLM's errors name no field
+    try:
+        stated = {**without_sparsity(config), "ignore": config.get("ignore") or []}
+        return CompressedTensorsConfig.from_config(stated)
+    except Exception as error:  # vLLM and pydantic have many
+        fault = f"vLLM cannot read it ({type(error).__name__}: {str(error)[:300]})"
+        raise contradicts("config.json: quantization_config", fault) from error
 
 
 def _scheme_of(scheme: Mapping[str, Any], format: str | None) -> WeightScheme:

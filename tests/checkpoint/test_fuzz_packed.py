@@ -1,5 +1,6 @@
 """Random damage to all parts of a checkpoint, with a fixed seed: a RacError, or other numbers."""
 
+import contextlib
 import json
 import random
 import shutil
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from rac_modifier.checkpoint.hf_quantizer import load_model
 from rac_modifier.checkpoint.pack_plan import plan_packing
@@ -15,7 +17,7 @@ from rac_modifier.checkpoint.packing import pack_checkpoint, pack_model, unpack_
 from rac_modifier.errors import RacError
 from rac_modifier.kernels.choose import plan_checkpoint
 from tests.checkpoint.checkpoint_helpers import PRUNERS, save_quantized, tiny_model
-from tests.tiny import linears
+from tests.tiny import linears, tiny_tokenizer
 
 MUTATIONS = 40  # of each of the four checkpoints
 VALUES = [None, True, -1, 0, 2**62, 1e400, "", "x", "re:(", [], [1], {}, {"a": 1}]
@@ -33,6 +35,7 @@ def checkpoint(folder: Path, kind: str) -> Path:
         modules = save_quantized(folder, "2:4", kind.removesuffix(" dense"))
     if not kind.endswith("dense"):
         pack_checkpoint(folder, modules, ["lm_head"])
+    tiny_tokenizer().save_pretrained(folder)
     return folder
 
 
@@ -50,7 +53,8 @@ def damage(folder: Path, rng: random.Random) -> bool:
 
     Returns whether our readers must agree; transformers alone reads all of config.json.
     """
-    path = rng.choice(sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")]))
+    files = [*folder.glob("*.safetensors"), *folder.glob("*.json")]
+    path = rng.choice(sorted(file for file in files if not file.name.startswith("tokenizer")))
     data = bytearray(path.read_bytes())
     if path.suffix == ".json" and rng.random() < 0.8:
         config = json.loads(data)
@@ -95,6 +99,22 @@ def unpacked(folder: Path) -> None:
     unpack_model(folder, folder.with_name("unpacked"))
 
 
+def checked(folder: Path) -> None:
+    """Check as `rac prune --check` does, which reads no weights."""
+    from rac_modifier import cli
+
+    words = ["prune", str(folder), f"{folder}.out", "-r", "rac_2of4", "--check"]
+    cli.app(words, standalone_mode=False)
+
+
+def loaded_by_transformers(folder: Path) -> bool:
+    try:
+        AutoModelForCausalLM.from_pretrained(folder)
+    except Exception:  # it has many
+        return False
+    return True
+
+
 READERS: list[Callable[[Path], Any]] = [inspected, packed, unpacked, load_model]
 
 
@@ -126,10 +146,28 @@ def test_all_readers_refuse_the_same_damage_and_raise_no_error_but_ours(tmp_path
         shutil.copytree(clean, folder)
         comparable = damage(folder, rng)
         found = verdicts(folder, readers)
+        with contextlib.suppress(RacError):
+            checked(folder)
+        # of dense codes it starts missing tensors at random, and checks none
+        if (loads := found["load_model"] == "sound") or not kind.endswith("dense"):
+            assert loaded_by_transformers(folder) == loads, found
         refusals = [text for text in found.values() if text != "sound"]
         refused += bool(refusals)
         if comparable and not any(" cannot be loaded (" in text for text in refusals):
             assert len(refusals) in (0, len(readers)), found
+    assert MUTATIONS // 4 < refused < MUTATIONS
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_damaged_tokenizer_is_no_raw_error(tmp_path, name):
+    folder, rng, refused = checkpoint(tmp_path / "model", "floats"), random.Random(name), 0
+    clean = json.loads((folder / name).read_text())
+    for _ in range(MUTATIONS):
+        (folder / name).write_text(json.dumps(mutated_json(clean, rng)))
+        try:
+            checked(folder)
+        except RacError:
+            refused += 1
     assert MUTATIONS // 4 < refused < MUTATIONS
 
 
