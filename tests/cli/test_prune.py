@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -8,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from rac_modifier.checkpoint.hf_quantizer import load_model
+from tests.cli import stopped_child
+from tests.forked import run
 from tests.tiny import entry, is_2of4, linears, recipe
 
 ROOT = Path(__file__).parents[2]
@@ -69,6 +72,34 @@ def test_a_packed_checkpoint_is_pruned_again(rac, sparse_folder, tmp_path, stora
     for name, linear in linears(after).items():
         assert is_2of4(linear.weight), name
         assert (linear.weight[before.get_submodule(name).weight == 0] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("put", "state"),
+    [
+        ("out/.rac_saving/.rac_saving/config.json", None),
+        ("out/.rac_saving/model.safetensors", None),
+        ("out/.rac_saving/rac_run.json", None),
+        ("out/model.safetensors", "is in use"),
+        ("out/config.json", "holds a model"),
+    ],
+)
+def test_a_kill_while_the_result_is_saved(
+    rac, tiny_folder, recipe_file, sparse_folder, tmp_path, put, state
+):
+    """The same command ends with the same bits, or says what is there."""
+    words = ["prune", str(tiny_folder), "out", "-r", str(recipe_file), "-s"]
+    words += ["calibration.tokens=500"]
+    assert run(stopped_child.killed, words, tmp_path, {"KILL_AT": put}).returncode == -9
+    assert (tmp_path / "out" / "config.json").exists() == (state == "holds a model")
+    if state is not None:
+        code, _, said = rac(*words)
+        assert (code, state in said) == (1, True), said
+        shutil.rmtree("out")
+    rac.output(*words)
+    saved = (folder / "model.safetensors" for folder in (tmp_path / "out", sparse_folder))
+    assert len({path.read_bytes() for path in saved}) == 1
+    assert not (tmp_path / "out.unfinished").exists()
 
 
 @pytest.mark.slow

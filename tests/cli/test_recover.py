@@ -1,7 +1,11 @@
 """`rac recover`: what it trains on, and what it writes."""
 
 import json
+import resource
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -103,6 +107,41 @@ def test_the_result_keeps_every_zero_and_an_output_that_cannot_be_written_costs_
     for name, module in after.items():
         assert torch.equal(module.weight == 0, before[name].weight == 0), name
     assert any(not torch.equal(m.weight, before[name].weight) for name, m in after.items())
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Let no file grow beyond so many bytes, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+# By the largest file that fits: what is there after the refusal.
+FULL = {0: [], 100: ["rac_traces"], 60_000: ["rac_recovery", "rac_traces"]}
+
+
+def test_a_full_disk_costs_nothing(rac, tiny_folder, sparse_folder, tmp_path, monkeypatch):
+    """It is full for the lock, the traces, the dense model's states, and the state of training."""
+    monkeypatch.setattr("rac_modifier.recovery.training_loop._SAVE_SECONDS", 0.0)
+    words = ["recover", tiny_folder, sparse_folder]
+    sparse = (sparse_folder / "model.safetensors").read_bytes()
+    rac.output(*words, "undisturbed", *OPTIONS)
+    shutil.rmtree("rac_traces")
+    for size, left in FULL.items():
+        with largest_file(size):
+            code, _, said = rac(*words, "out", *OPTIONS)
+        assert (code, "error: " in said) == (1, True), said  # a logger may have no room either
+        assert sorted(path.name for path in tmp_path.glob("rac_*")) == left
+        assert not (tmp_path / "out").exists()
+    with largest_file(700_000):  # training goes on without a state
+        rac.output(*words, "out", *OPTIONS)
+    expected, actual = (Path(name, "model.safetensors") for name in ("undisturbed", "out"))
+    assert actual.read_bytes() == expected.read_bytes()
+    assert (sparse_folder / "model.safetensors").read_bytes() == sparse
 
 
 def test_a_dense_int3_checkpoint_stays_dense_and_is_trained_too(rac, tmp_path):
