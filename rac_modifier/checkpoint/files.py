@@ -17,6 +17,7 @@ from rac_modifier.runtime.files import read_json, regular_file, replacing
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_SMALL_HEADER = 1 << 20  # bytes; a longer one is at most a quarter of its file
 _NAME_LENGTH, _LONG_NUMBER = 256, re.compile(r"\d{20}")
 _UNREADABLE = ("copy the model again", SafetensorError, OSError)
 
@@ -78,6 +79,10 @@ class TensorFiles:
         """Open a file, whose header safetensors checks, and return the names of its tensors."""
         path = regular_file(self.folder / file, "safetensors file")
         with refusing(f"{path}: cannot be read as safetensors", *_UNREADABLE):
+            with path.open("rb") as opened:
+                header = int.from_bytes(opened.read(8), "little")
+            if header > max(_SMALL_HEADER, path.stat().st_size // 4):
+                raise OSError(f"a header of {header:,} bytes, more than a quarter of the file")
             self._files[file] = safe_open(path, framework="pt", backend="pread")
         names: list[str] = self._files[file].keys()
         for name in names:

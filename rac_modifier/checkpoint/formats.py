@@ -266,7 +266,8 @@ def _mask_of(tensors: Mapping[str, Tensor], module: str) -> tuple[Tensor, int, i
         raise damaged(f"{module}.shape", fault)
     rows, columns = shape.flatten().tolist()
     expected = (rows, -(-columns // 8))
-    if bitmask.dtype != torch.uint8 or min(rows, columns) < 1 or bitmask.shape != expected:
+    possible = rows > 0 and 0 < columns <= layout.MOST_COLUMNS
+    if bitmask.dtype != torch.uint8 or not possible or bitmask.shape != expected:
         fault = f"{bitmask.dtype} {list(bitmask.shape)} is no uint8 bitmask of a weight"
         raise damaged(f"{module}.bitmask", f"{fault} [{rows}, {columns}], the size in its shape")
     if columns % 8 and bool((bitmask[:, -1] >> (columns % 8)).any()):

@@ -23,6 +23,7 @@ DTYPES = (
 _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # Weights per block; a weight takes a byte in it, and for a moment an int64.
 _BLOCK = 1 << 20
+MOST_COLUMNS = 1 << 22  # of a matrix in a file: a block has a row at least
 
 
 def damaged(name: str, fault: str) -> RacError:
@@ -98,15 +99,20 @@ def as_integers(tensor: Tensor) -> Tensor:
 
 def row_counts(bitmask: Tensor) -> Tensor:
     """Count the set bits of each row, int64 [N]."""
-    counts = _half_byte_counts(bitmask, per_byte=True)
-    # a sum in int64 takes eight times the memory
-    return torch.cat([rows.sum(dim=1, dtype=torch.int64) for rows in counts.split(1024)])
+    counts = (_half_byte_counts(rows, per_byte=True) for rows in _blocks(bitmask))
+    return torch.cat([rows.sum(dim=1, dtype=torch.int64) for rows in counts])
 
 
 def most_of_four(bitmask: Tensor) -> int:
     """Return the most set bits of four neighbouring columns."""
-    counts = _half_byte_counts(bitmask)
-    return max(int((counts & 0x0F).max()), int((counts >> 4).max()))
+    counts = (_half_byte_counts(rows) for rows in _blocks(bitmask))
+    return max(max(int((rows & 0x0F).max()), int((rows >> 4).max())) for rows in counts)
+
+
+def _blocks(bitmask: Tensor) -> tuple[Tensor, ...]:
+    """Cut a mask into rows of about `_BLOCK` bytes: a sum in int64 takes eight times the memory."""
+    blocks: tuple[Tensor, ...] = bitmask.split(max(1, _BLOCK // max(1, bitmask.shape[1])))
+    return blocks
 
 
 def sums_of_four(counts: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ SCALE = "weight_scale"
 UNSTRUCTURED = "unstructured"
 PER_BLOCK = "its scales are per block of rows and columns, which no sparse kernel reads"
 REORDERED = "its columns are reordered (desc_act)"  # why a layer stays dense
-_CHUNK = 1 << 22  # values
+_CHUNK = 1 << 20  # values
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rac_modifier.errors import RacError
-from rac_modifier.formats.bitmask import contradicts, damaged, part_of
+from rac_modifier.formats.bitmask import MOST_COLUMNS, contradicts, damaged, part_of
 from rac_modifier.formats.encoding import Encoding
 from rac_modifier.formats.quantization_config import BITS, PACK_QUANTIZED, WeightScheme
 from rac_modifier.formats.stored_weight import SCALE, StoredWeight, all_stored, check_scale
@@ -24,6 +24,7 @@ from rac_modifier.formats.stored_weight import SCALE, StoredWeight, all_stored, 
 # What a module stores instead of `weight` where its format is pack-quantized.
 WORDS, WORDS_SHAPE = "weight_packed", "weight_shape"
 ZEROS, ORDER = "weight_zero_point", "weight_g_idx"
+_BLOCK = 1 << 16  # multiples of `bits` words that are unpacked together
 PACKED_BITS = (4, 8)  # of values that are packed here, as sparse weights
 
 
@@ -51,6 +52,16 @@ def unpack_words(words: Tensor, bits: int, count: int) -> Tensor:
             f"{words.dtype} {list(words.shape)} does not hold {count} values of {bits} bits "
             f"({word_count(count, bits)} int32); damaged, or of compressed-tensors before 0.19"
         )
+    values = torch.empty(*words.shape[:-1], count, dtype=torch.int8, device=words.device)
+    step = bits * max(1, _BLOCK // max(1, values.numel() // max(1, count)))  # 32 values per `bits`
+    parts = values.split(step * 32 // bits, dim=-1)
+    for part, block in zip(parts, words.split(step, dim=-1), strict=True):
+        part.copy_(_values(block, bits)[..., : part.shape[-1]])
+    return values
+
+
+def _values(words: Tensor, bits: int) -> Tensor:
+    """Return all values of these words, int16."""
     # a copy: a row of a transposed matrix may count as contiguous, and cannot be viewed as bytes
     codes = words.clone(memory_format=torch.contiguous_format).view(torch.uint8)
     if 8 % bits:  # eight codes in `bits` bytes; some are in two of these
@@ -64,7 +75,7 @@ def unpack_words(words: Tensor, bits: int, count: int) -> Tensor:
     elif bits < 8:
         shifted = [codes >> at for at in range(0, 8, bits)]
         codes = torch.stack(shifted, dim=-1).flatten(-2) & ((1 << bits) - 1)
-    return (codes[..., :count].to(torch.int16) - (1 << (bits - 1))).to(torch.int8)
+    return codes.to(torch.int16) - (1 << (bits - 1))
 
 
 def word_count(count: int, bits: int) -> int:
@@ -190,7 +201,7 @@ def _shape(tensors: Mapping[str, Tensor], name: str) -> tuple[int, int]:
     """Return N and K; both are compared with other parts before anything is sized by them."""
     shape = part_of(tensors, name, WORDS_SHAPE)
     is_shape = shape.dtype in (torch.int64, torch.int32) and shape.shape == (2,)
-    if not is_shape or bool((shape < 1).any()):
+    if not is_shape or bool((shape < 1).any()) or int(shape[1]) > MOST_COLUMNS:
         fault = f"{shape.dtype} {shape.flatten()[:4].tolist()} is not the shape of a matrix"
         raise damaged(f"{name}.{WORDS_SHAPE}", fault)
     return int(shape[0]), int(shape[1])

@@ -16,6 +16,8 @@ from weakref import WeakValueDictionary
 from rac_modifier.errors import RacError, refusing
 
 CONFIG_FILE = "config.json"  # of a model
+_FILES_OF_MODELS = (CONFIG_FILE, "model.safetensors.index.json")
+_MOST_VALUES = 500_000  # in one of them: two per tensor of the largest models
 
 
 def write_json_atomic(path: str | Path, obj: Any) -> None:
@@ -59,7 +61,12 @@ def read_json(path: str | Path, next_step: str = "is this a saved model folder?"
     if not os.path.isfile(path):  # a pipe or a device might never end
         raise RacError(f"{path}: cannot be read as JSON (no regular file is there); {next_step}")
     try:
-        obj = json.loads(Path(path).read_bytes(), parse_float=_finite, parse_constant=_finite)
+        data = Path(path).read_bytes()
+        if Path(path).name in _FILES_OF_MODELS:
+            values = sum(map(data.count, (b",", b"[", b"{")))
+            if values > _MOST_VALUES:  # parsed, they would take up to 40 times the file
+                raise ValueError(f"{values:,} values, and no model has over {_MOST_VALUES:,}")
+        obj = json.loads(data, parse_float=_finite, parse_constant=_finite)
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else error  # without the path
         raise RacError(f"{path}: cannot be read as JSON ({reason}); {next_step}") from error

@@ -52,10 +52,12 @@ def test_the_second_is_refused_and_the_first_is_not_harmed(
 
 
 @pytest.mark.parametrize("command", WORK)
-def test_a_command_that_is_interrupted_leaves_no_lock(rac, commands, tmp_path, monkeypatch, command):
-    def full(*given, **options):
+def test_a_command_that_is_interrupted_leaves_no_lock(
+    rac, commands, tmp_path, monkeypatch, command
+):
+    def interrupt(*given, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(WORK[command], full)
+    monkeypatch.setattr(WORK[command], interrupt)
     assert rac(*commands[command])[0] == 130
     assert not (tmp_path / "a").exists()
