@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from rac_modifier.cli import options
-from rac_modifier.cli.answering import engine_of, own_server
 from rac_modifier.cli.eval_options import EvalOptions
 from rac_modifier.cli.models import (
     check_model,
     check_paths,
+    engine_of,
     load_on_accelerator,
+    own_server,
     resolve,
     subject_of,
 )
@@ -39,8 +40,7 @@ def evaluate(asked: EvalOptions) -> None:
 
     Example: rac eval reasoner reasoner-2of4 --problems 300 --cap 512
     """
-    from rac_modifier.evaluation.results import check_problems
-    from rac_modifier.evaluation.results_file import check_json_out
+    from rac_modifier.evaluation.results import check_json_out, check_problems
 
     to_stdout = asked.json_out == Path("-")
     if asked.json_out is not None and not to_stdout:
@@ -120,8 +120,7 @@ def _accuracy(
     asked: EvalOptions, problems: list[Problem], sampling: SamplingSettings
 ) -> tuple[dict[str, Any], list[str]]:
     """Ask the models: values, and tables with lines on loops, differences and token inflation."""
-    from rac_modifier.evaluation.results import PairedDifference
-    from rac_modifier.evaluation.results_file import read_results
+    from rac_modifier.evaluation.results import PairedDifference, read_results
     from rac_modifier.evaluation.stopping import describe_loops
     from rac_modifier.evaluation.tables import accuracy_table, stopping_table
 

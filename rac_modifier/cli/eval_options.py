@@ -9,7 +9,7 @@ import typer
 from pydantic import model_validator
 
 from rac_modifier.cli import options
-from rac_modifier.cli.answering import engine_of
+from rac_modifier.cli.models import engine_of
 from rac_modifier.errors import RacError
 from rac_modifier.settings.check import Settings, check_settings
 from rac_modifier.settings.problems import FILE_SUFFIXES, ProblemSource

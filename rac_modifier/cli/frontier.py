@@ -9,8 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rac_modifier.cli.answering import own_server
-from rac_modifier.cli.models import check_model, compress, load_on_accelerator, resolve, subject_of
+from rac_modifier.cli.models import (
+    check_model,
+    compress,
+    load_on_accelerator,
+    own_server,
+    resolve,
+    subject_of,
+)
 from rac_modifier.cli.options import Dtype, Model, Precision, resumable
 from rac_modifier.errors import RacError
 

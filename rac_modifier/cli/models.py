@@ -1,14 +1,25 @@
-"""Find and load the models that a command names, and refuse early what cannot work."""
+"""Find, load or serve the models that a command names, and refuse early what cannot work."""
+
+from __future__ import annotations
 
 import gc
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rac_modifier.cli.options import Dtype
 from rac_modifier.errors import RacError
 from rac_modifier.runtime.progress import Phase
 
+if TYPE_CHECKING:
+    from rac_modifier.settings.sampling import EngineSettings
+
+API_KEY = "OPENAI_API_KEY"  # as in OpenAI's own client
+_TIMEOUT = 600.0  # seconds per answer, at least
+_LONGEST_TIMEOUT = 1e6
+_TOKENS_PER_SECOND = 10.0  # of all answers in progress together, on a slow server
 _NAMES = 'give a model folder, a Hugging Face id, or "reasoner"'
 
 
@@ -168,3 +179,33 @@ def check_output(output: Path, source: str, *, keeps_groups: bool = False) -> No
     if (size := output_folder.bytes_of_weights(source)) is not None:
         # the dense weights and the packed ones, while they are packed in place
         output_folder.check_room(output, 2 * size, size if keeps_groups else 0)
+
+
+
+@contextmanager
+def own_server(
+    model: str, precision: Dtype, concurrency: int, cap: int
+) -> Iterator[EngineSettings]:
+    """Run `vllm serve` with the model in the context; an answer has at most `cap` tokens."""
+    from rac_modifier.sampling.own_server import VllmCommand
+
+    with VllmCommand.from_environment().serve(resolve(model), precision) as url:
+        yield engine_of((url,), concurrency, cap)
+
+
+def engine_of(
+    urls: Sequence[str], concurrency: int, cap: int, served_as: str | None = None
+) -> EngineSettings:
+    """Return the settings of servers whose answers have at most `cap` tokens."""
+    from rac_modifier.settings.check import check_settings
+    from rac_modifier.settings.sampling import EngineSettings
+
+    slowest = cap * concurrency / _TOKENS_PER_SECOND
+    values = {
+        "base_urls": urls,
+        "model": served_as,
+        "concurrency": concurrency,
+        "timeout": min(max(_TIMEOUT, slowest), _LONGEST_TIMEOUT),
+        "api_key_env": API_KEY if os.environ.get(API_KEY) else None,
+    }
+    return check_settings(EngineSettings, values, "--server")

@@ -8,8 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rac_modifier.cli import options
-from rac_modifier.cli.answering import own_server
-from rac_modifier.cli.models import check_paths, load, load_tokenizer, resolve, subject_of
+from rac_modifier.cli.models import (
+    check_paths,
+    load,
+    load_tokenizer,
+    own_server,
+    resolve,
+    subject_of,
+)
 from rac_modifier.errors import RacError
 
 if TYPE_CHECKING:

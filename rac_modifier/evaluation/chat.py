@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, Self
 
 from loguru import logger
 from pydantic import TypeAdapter, ValidationError
@@ -25,9 +25,91 @@ from rac_modifier.problems.source import Problem
 from rac_modifier.runtime.files import lock, public_name
 from rac_modifier.runtime.progress import Phase
 from rac_modifier.sampling import completions_api
-from rac_modifier.sampling.chat_api import ChatAnswer, chat_body
+from rac_modifier.sampling.completions_api import (
+    RefusedError,
+    UnusableError,
+    only_choice,
+    sampling_fields,
+    trace_seed,
+)
+from rac_modifier.sampling.generate import FinishReason
+from rac_modifier.sampling.prompts import messages_of, thinking_switches
 from rac_modifier.sampling.server_client import ServerClient, ask
 from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
+
+_TEXTS = ("reasoning_content", "reasoning", "content")  # vLLM: the second
+_MISCOUNT = 2  # tokens by which a server's count of a truncated answer may miss the cap
+
+
+@dataclass(frozen=True)
+class ChatAnswer:
+    """An answer of a chat server; its thinking is a part of `text`, up to `</think>`."""
+
+    text: str
+    finish_reason: FinishReason
+    tokens: int
+    thinking_tokens: int
+    only_thinking: bool = False  # the server returned its reasoning and no content
+
+    @classmethod
+    def read(cls, content: bytes, cap: int, server: str) -> Self:
+        """Return the answer in a body with status 200.
+
+        UnusableError for a field of a wrong type or range; RefusedError if the server hides its
+        text, or truncated the answer before the cap; RacError if it does not count tokens.
+        """
+        choice, usage = only_choice(content)
+        message, finish = choice.get("message"), choice.get("finish_reason")
+        found = [message.get(n) for n in _TEXTS] if isinstance(message, dict) else [message, 0]
+        texts = ["" if text is None else text for text in found]
+        if not all(isinstance(text, str) for text in texts):
+            raise UnusableError(f"message {str(message)[:80]!r} has no text in {', '.join(_TEXTS)}")
+        thinking, reasoning, answer = map(str, texts)
+        if finish not in ("stop", "length"):
+            raise UnusableError(f"finish_reason {str(finish)[:60]!r} is neither stop nor length")
+        tokens = usage.get("completion_tokens")
+        if tokens is None:
+            raise RacError(
+                f"{server} counts no tokens (usage.completion_tokens is missing); name the "
+                "model folder too, whose tokenizer counts them"
+            )
+        if type(tokens) is not int or not 0 <= tokens <= cap:
+            raise UnusableError(
+                f"usage.completion_tokens {str(tokens)[:60]!r} is no count of at most {cap}"
+            )
+        if finish == "length" and tokens < cap - _MISCOUNT:
+            raise RefusedError(
+                f"{server} truncated an answer at {tokens} of {cap} tokens; give it a larger "
+                "context, or lower --cap"
+            )
+        details = usage.get("completion_tokens_details")
+        counted = details.get("reasoning_tokens") if isinstance(details, dict) else None
+        thinking = thinking or reasoning
+        if not (thinking or answer) and tokens > 1:
+            raise RefusedError(
+                f"{server} returned {tokens} tokens without a text; let it return its reasoning"
+            )
+        # Thinking counts as closed if content follows it.
+        text = thinking + THINK_END + answer if thinking and answer else thinking or answer
+        text = text.encode("utf-8", "replace").decode()  # a lone surrogate cannot be written
+        tokens = max(tokens, 1)
+        before, tag, _ = text.partition(THINK_END)
+        if not tag:
+            counted = tokens
+        elif type(counted) is not int or not 0 < counted <= tokens:
+            counted = round(
+                tokens * len(before + tag) / len(text)
+            )  # without a count, by characters
+        return cls(text, finish, tokens, counted, bool(thinking) and not answer)
+
+
+def chat_body(question: str, key: str, sampling: SamplingSettings) -> dict[str, Any]:
+    """Return the JSON of /v1/chat/completions without the model; `key` and the seed decide."""
+    return {
+        **sampling_fields(sampling, sampling.max_new_tokens, trace_seed(sampling.seed, key)),
+        "messages": messages_of(question, sampling.system_prompt),
+        "chat_template_kwargs": thinking_switches(sampling.thinking),
+    }
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from rac_modifier.cli.answering import engine_of
+from rac_modifier.cli.models import engine_of
 from tests.sampling import fake_vllm
 from tests.sampling.fake_server import FakeServer
 

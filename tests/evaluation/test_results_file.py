@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from rac_modifier.errors import RacError
-from rac_modifier.evaluation.results_file import check_json_out, read_results
+from rac_modifier.evaluation.results import check_json_out, read_results
 from rac_modifier.evaluation.stopping import Loop
 from rac_modifier.settings.sampling import SamplingSettings
 from tests.evaluation.test_results import result, row

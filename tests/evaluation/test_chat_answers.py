@@ -5,7 +5,7 @@ import json
 import pytest
 
 from rac_modifier.errors import RacError
-from rac_modifier.sampling.chat_api import ChatAnswer, chat_body
+from rac_modifier.evaluation.chat import ChatAnswer, chat_body
 from rac_modifier.sampling.completions_api import RefusedError, UnusableError
 from rac_modifier.settings.sampling import SamplingSettings
 
