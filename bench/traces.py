@@ -29,8 +29,8 @@ from bench.server import NAME, Server, serving
 from rac_modifier.errors import RacError
 from rac_modifier.problems.source import load_problems
 from rac_modifier.reasoner import reasoner_path
+from rac_modifier.sampling.generate import render_question
 from rac_modifier.sampling.model_identity import ModelIdentity
-from rac_modifier.sampling.prompts import render_question
 from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
 from rac_modifier.settings.traces import TraceSettings

@@ -17,7 +17,7 @@ from rac_modifier.calibration.mixture import (
 from rac_modifier.calibration.trace_pool import TracePool, collect_for_calibration
 from rac_modifier.distributed.processes import ALONE, Processes
 from rac_modifier.problems.source import load_problems
-from rac_modifier.sampling.prompts import render_question
+from rac_modifier.sampling.generate import render_question
 from rac_modifier.settings.calibration import CalibrationSettings, part_tokens
 from rac_modifier.settings.sampling import PromptSettings
 from rac_modifier.settings.traces import TraceSettings

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from rac_modifier.errors import RacError
-from rac_modifier.problems.tables import stream_rows
+from rac_modifier.problems.source import stream_rows
 from rac_modifier.settings.calibration import CalibrationSettings, GenericText, part_tokens
 
 _BUFFER = 10_000  # documents

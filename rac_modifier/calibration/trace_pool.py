@@ -12,8 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rac_modifier.calibration.mixture import CalibrationSequence
 from rac_modifier.errors import RacError
 from rac_modifier.problems.source import load_problems
+from rac_modifier.sampling.generate import render_question
 from rac_modifier.sampling.model_identity import ModelIdentity
-from rac_modifier.sampling.prompts import render_question
 from rac_modifier.settings.calibration import CalibrationSettings, Part, part_tokens
 from rac_modifier.settings.traces import SelectSettings, TraceSettings
 from rac_modifier.traces.collect import collect_traces, used_up

@@ -181,7 +181,6 @@ def check_output(output: Path, source: str, *, keeps_groups: bool = False) -> No
         output_folder.check_room(output, 2 * size, size if keeps_groups else 0)
 
 
-
 @contextmanager
 def own_server(
     model: str, precision: Dtype, concurrency: int, cap: int

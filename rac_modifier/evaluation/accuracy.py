@@ -14,10 +14,9 @@ from rac_modifier.evaluation.results import EvalResult, check_problems
 from rac_modifier.evaluation.stopping import Row, row_of_text
 from rac_modifier.problems.answers import Verifier, completion_text, thinking_length
 from rac_modifier.problems.source import Problem
-from rac_modifier.sampling.generate import Generation, eos_token_ids
+from rac_modifier.sampling.generate import Generation, eos_token_ids, render_question
 from rac_modifier.sampling.model_identity import ModelIdentity
 from rac_modifier.sampling.openai_server import engine_for
-from rac_modifier.sampling.prompts import render_question
 from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
 from rac_modifier.traces.fill_store import FillStore

@@ -32,8 +32,7 @@ from rac_modifier.sampling.completions_api import (
     sampling_fields,
     trace_seed,
 )
-from rac_modifier.sampling.generate import FinishReason
-from rac_modifier.sampling.prompts import messages_of, thinking_switches
+from rac_modifier.sampling.generate import FinishReason, messages_of, thinking_switches
 from rac_modifier.sampling.server_client import ServerClient, ask
 from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
 

@@ -16,8 +16,12 @@ from rac_modifier.evaluation.results import EvalResult, PairedDifference, Row
 from rac_modifier.formats.module_names import Role
 from rac_modifier.measure.divergence import DenseReference, DivergenceResult, TokenDivergence
 from rac_modifier.problems.source import Problem
-from rac_modifier.sampling.generate import Generation, eos_token_ids, sample_sequences
-from rac_modifier.sampling.prompts import render_question
+from rac_modifier.sampling.generate import (
+    Generation,
+    eos_token_ids,
+    render_question,
+    sample_sequences,
+)
 from rac_modifier.settings.sampling import SamplingSettings
 
 MOST_TRACES = 300  # problems whose traces are kept; figures are of all problems

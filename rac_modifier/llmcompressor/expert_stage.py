@@ -10,11 +10,17 @@ from llmcompressor.pipelines.cache import IntermediatesCache
 from torch import Tensor
 
 from rac_modifier.calibration.loader import CalibrationLoader
-from rac_modifier.llmcompressor.experts import Expert, RoutedExperts, report_tokens
+from rac_modifier.llmcompressor.experts import (
+    Expert,
+    ExpertTokens,
+    RoutedExperts,
+    filled_up,
+    report_tokens,
+    routed_rows,
+)
 from rac_modifier.llmcompressor.plan import Stage
 from rac_modifier.llmcompressor.run import Run
 from rac_modifier.llmcompressor.statistics import InputGroup
-from rac_modifier.pruning.routed_tokens import ExpertTokens, filled_up, routed_rows
 
 
 @dataclass(frozen=True)

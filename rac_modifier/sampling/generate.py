@@ -1,4 +1,4 @@
-"""Batched sampling from a transformers model; a completion does not depend on its neighbours."""
+"""Questions as token ids, and batched sampling; a completion does not depend on its neighbours."""
 
 import inspect
 from collections.abc import Sequence
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
+from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rac_modifier.errors import RacError
@@ -14,7 +15,6 @@ from rac_modifier.runtime.models import evaluating
 from rac_modifier.runtime.progress import Phase
 from rac_modifier.sampling.decode import decode, grouped_attention
 from rac_modifier.sampling.draw import Draw, row_keys
-from rac_modifier.sampling.prompts import render_question
 from rac_modifier.settings.sampling import SamplingSettings
 
 FinishReason = Literal["stop", "length"]
@@ -131,3 +131,50 @@ def _cut(row: list[int], eos: set[int]) -> Generation:
         if token in eos:
             return Generation(tuple(row[: index + 1]), "stop")
     return Generation(tuple(row), "length")
+
+
+def render_question(
+    tokenizer: PreTrainedTokenizerBase,
+    question: str,
+    sampling: SamplingSettings = SamplingSettings(),  # noqa: B008 - frozen
+) -> list[int]:
+    """Return the token ids of a question's prompt, made by the template, never decoded to text.
+
+    "chat" applies the tokenizer's chat template, "none" tokenizes the bare question with its BOS.
+    """
+    name = tokenizer.name_or_path or type(tokenizer).__name__
+    if sampling.template == "none":
+        ids = tokenizer(question)["input_ids"]
+    elif tokenizer.chat_template is None:
+        raise RacError(
+            f"tokenizer {name!r} has no chat template; give the model the bare question "
+            "(traces.sampling.template: none in a recipe, --template none of rac eval)"
+        )
+    else:
+        try:
+            ids = tokenizer.apply_chat_template(
+                messages_of(question, sampling.system_prompt),
+                add_generation_prompt=True,
+                return_dict=False,
+                **thinking_switches(sampling.thinking),
+            )
+        except TemplateError as error:
+            hint = "it may not take a system prompt: leave system_prompt out"
+            hint = f"; {hint}" if sampling.system_prompt else ""
+            raise RacError(
+                f"the chat template of tokenizer {name!r} rejects the question: {error}{hint}"
+            ) from error
+    if not ids:
+        raise RacError(f"the question {question[:80]!r} gives an empty prompt; leave it out")
+    return [int(i) for i in ids]
+
+
+def thinking_switches(on: bool) -> dict[str, Any]:
+    """Return the switches of chat templates: Qwen's name, then Granite's and DeepSeek's."""
+    return {"enable_thinking": on, "thinking": on}
+
+
+def messages_of(question: str, system_prompt: str | None) -> list[dict[str, str]]:
+    """Return a question as a chat."""
+    system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+    return [*system, {"role": "user", "content": question}]

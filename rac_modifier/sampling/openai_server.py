@@ -33,9 +33,8 @@ from rac_modifier.sampling.engine import (
     Probe,
     Prompt,
 )
-from rac_modifier.sampling.generate import Generation, eos_token_ids
+from rac_modifier.sampling.generate import Generation, eos_token_ids, render_question
 from rac_modifier.sampling.model_identity import ModelIdentity
-from rac_modifier.sampling.prompts import render_question
 from rac_modifier.sampling.server_client import ServerClient, ask
 from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
 

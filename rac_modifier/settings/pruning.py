@@ -30,7 +30,7 @@ PRESET_SCHEMES = frozenset((
     "W5A8", "W5A16", "W6A8", "W6A16", "W7A8", "W7A16", "W8A16",
 ))  # fmt: skip
 _MOST_BITS = 16
-# An observer finds scales while it calibrates; here quantization/grid.py searches for them.
+# An observer finds scales while it calibrates; here quantization/scales.py searches for them.
 _WITHOUT_EFFECT = {
     "observer": "scales are searched for, and no observer runs",
     "observer_kwargs": "scales are searched for, and no observer runs",

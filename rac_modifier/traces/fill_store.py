@@ -16,8 +16,8 @@ from rac_modifier.errors import RacError
 from rac_modifier.problems.source import Problem
 from rac_modifier.runtime.progress import Phase
 from rac_modifier.sampling.engine import Completions, Failure, Prompt
+from rac_modifier.sampling.generate import render_question
 from rac_modifier.sampling.openai_server import Engine
-from rac_modifier.sampling.prompts import render_question
 from rac_modifier.traces.records import Trace
 from rac_modifier.traces.store import FailedProblem, TraceStore
 

@@ -11,9 +11,8 @@ from rac_modifier.evaluation.results import EvalResult, Row
 from rac_modifier.evaluation.stopping import Loop
 from rac_modifier.problems.held_out import held_out_problems
 from rac_modifier.problems.source import Problem
-from rac_modifier.sampling.generate import Generation, generate
+from rac_modifier.sampling.generate import Generation, generate, render_question
 from rac_modifier.sampling.model_identity import ModelIdentity
-from rac_modifier.sampling.prompts import render_question
 from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
 from rac_modifier.traces.store import TraceStore

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rac_modifier.evaluation.statements import states_answer
+from rac_modifier.evaluation.stopping import states_answer
 
 
 @pytest.mark.parametrize(

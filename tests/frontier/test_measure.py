@@ -17,8 +17,7 @@ from rac_modifier.frontier.measure import (
 )
 from rac_modifier.measure.divergence import TokenDivergence
 from rac_modifier.problems.source import Problem
-from rac_modifier.sampling.generate import Generation
-from rac_modifier.sampling.prompts import render_question
+from rac_modifier.sampling.generate import Generation, render_question
 from rac_modifier.settings.sampling import SamplingSettings
 from tests.tiny import byte_tokenizer, tiny_model, tiny_tokenizer
 

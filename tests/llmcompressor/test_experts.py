@@ -6,8 +6,12 @@ from llmcompressor.modeling.moe.linearize import linearize_moe
 from transformers import AutoModelForCausalLM, GptOssConfig
 
 from rac_modifier import RacError
-from rac_modifier.llmcompressor.experts import check_experts, find_experts, report_tokens
-from rac_modifier.pruning.routed_tokens import ExpertTokens
+from rac_modifier.llmcompressor.experts import (
+    ExpertTokens,
+    check_experts,
+    find_experts,
+    report_tokens,
+)
 from tests.tiny import EXPERTS, linears, save_tiny_experts
 
 LAYER = "model.layers.0.mlp.experts"

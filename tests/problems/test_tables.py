@@ -7,7 +7,7 @@ import datasets
 import pytest
 
 from rac_modifier.errors import RacError
-from rac_modifier.problems.tables import is_file, open_table, stream_rows
+from rac_modifier.problems.source import is_file, open_table, stream_rows
 
 ROWS = [
     {"problem": "1 + 1?", "answer": 2, "note": None},

@@ -16,7 +16,7 @@ from rac_modifier.evaluation import accuracy
 from rac_modifier.evaluation.results import EvalResult, Row
 from rac_modifier.problems.held_out import held_out_problems
 from rac_modifier.reasoner import reasoner_path
-from rac_modifier.sampling.prompts import render_question
+from rac_modifier.sampling.generate import render_question
 from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.sampling import SamplingSettings
 from rac_modifier.traces import fill_store

@@ -4,8 +4,12 @@ from transformers import GenerationConfig, MambaConfig, MambaForCausalLM
 
 from rac_modifier.errors import RacError
 from rac_modifier.problems.held_out import held_out_problems
-from rac_modifier.sampling.generate import eos_token_ids, generate, sample_sequences
-from rac_modifier.sampling.prompts import render_question
+from rac_modifier.sampling.generate import (
+    eos_token_ids,
+    generate,
+    render_question,
+    sample_sequences,
+)
 from rac_modifier.settings.sampling import SamplingSettings
 from tests.tiny import tiny_model, tiny_tokenizer
 

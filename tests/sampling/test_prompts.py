@@ -1,7 +1,7 @@
 import pytest
 
 from rac_modifier.errors import RacError
-from rac_modifier.sampling.prompts import render_question
+from rac_modifier.sampling.generate import render_question
 from rac_modifier.settings.sampling import SamplingSettings
 from tests.tiny import tiny_tokenizer
 

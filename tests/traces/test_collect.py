@@ -10,8 +10,7 @@ from loguru import logger
 from rac_modifier.errors import RacError
 from rac_modifier.problems.source import load_problems
 from rac_modifier.sampling import engine as engines
-from rac_modifier.sampling.generate import generate
-from rac_modifier.sampling.prompts import render_question
+from rac_modifier.sampling.generate import generate, render_question
 from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.sampling import SamplingSettings
 from rac_modifier.settings.traces import TraceSettings

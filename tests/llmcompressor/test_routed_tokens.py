@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rac_modifier.distributed.processes import Processes
-from rac_modifier.pruning.routed_tokens import ExpertTokens, filled_up, routed_rows
+from rac_modifier.llmcompressor.experts import ExpertTokens, filled_up, routed_rows
 from tests.meeting import together
 
 ALONE = Processes()
