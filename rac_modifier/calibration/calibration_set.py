@@ -9,11 +9,7 @@ from loguru import logger
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rac_modifier.calibration.loader import CalibrationLoader
-from rac_modifier.calibration.mixture import (
-    CalibrationSequence,
-    generic_token_sequences,
-    mix,
-)
+from rac_modifier.calibration.mixture import CalibrationSequence, generic_token_sequences, mix
 from rac_modifier.calibration.trace_pool import TracePool, collect_for_calibration
 from rac_modifier.distributed.processes import ALONE, Processes
 from rac_modifier.problems.source import load_problems

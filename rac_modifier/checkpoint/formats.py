@@ -40,13 +40,7 @@ from rac_modifier.formats.stored_weight import (
     is_per_block,
     row_starts,
 )
-from rac_modifier.formats.words import (
-    WORDS,
-    PackQuantized,
-    pack_words,
-    unpack_words,
-    word_count,
-)
+from rac_modifier.formats.words import WORDS, PackQuantized, pack_words, unpack_words, word_count
 from rac_modifier.settings.pattern import Pattern
 
 # A tensor with such a name shows that its module is packed, even where other parts are missing.

@@ -7,13 +7,7 @@ import torch
 from torch import Tensor
 
 from rac_modifier.formats.encoding import Encoding, Steps, local_scale
-from rac_modifier.pruning.linalg import (
-    Dampening,
-    Factor,
-    check_finite,
-    quadratic_form,
-    stacked,
-)
+from rac_modifier.pruning.linalg import Dampening, Factor, check_finite, quadratic_form, stacked
 from rac_modifier.pruning.solve import Solution
 from rac_modifier.quantization.rounding import Rounding
 from rac_modifier.quantization.scales import refit_scales, search_steps

@@ -20,13 +20,7 @@ from loguru import logger
 
 from rac_modifier.errors import RacError
 from rac_modifier.runtime.files import lock, regular_file
-from rac_modifier.traces.records import (
-    StoreHeader,
-    Trace,
-    decode,
-    encode,
-    read_line,
-)
+from rac_modifier.traces.records import StoreHeader, Trace, decode, encode, read_line
 
 _PATIENCE = 10.0  # seconds that another process may hold the lock: it may only read the traces
 
