@@ -22,8 +22,8 @@ from bench.grid import CALIBRATIONS, calibrated_on
 from bench.models import float32_copy
 from bench.server import serving
 from rac_modifier.errors import RacError
+from rac_modifier.settings.calibration import TraceSettings
 from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
-from rac_modifier.settings.traces import TraceSettings
 from rac_modifier.traces.collect import collect_traces
 
 SCHEMES = (

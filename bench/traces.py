@@ -31,9 +31,9 @@ from rac_modifier.problems.source import load_problems
 from rac_modifier.reasoner import reasoner_path
 from rac_modifier.sampling.generate import render_question
 from rac_modifier.sampling.model_identity import ModelIdentity
+from rac_modifier.settings.calibration import TraceSettings
 from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
-from rac_modifier.settings.traces import TraceSettings
 from rac_modifier.traces.collect import collect_traces
 from rac_modifier.traces.store import TraceStore
 

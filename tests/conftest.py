@@ -148,7 +148,7 @@ def trace_store(tiny_folder, tmp_path_factory) -> Path:
     """A store of the tiny model's traces, filled as far as most of the tests' recipes need."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from rac_modifier.settings.traces import TraceSettings
+    from rac_modifier.settings.calibration import TraceSettings
     from rac_modifier.traces.collect import collect_traces
     from tests.tiny import entry
 

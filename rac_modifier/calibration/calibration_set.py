@@ -14,9 +14,8 @@ from rac_modifier.calibration.trace_pool import TracePool, collect_for_calibrati
 from rac_modifier.distributed.processes import ALONE, Processes
 from rac_modifier.problems.source import load_problems
 from rac_modifier.sampling.generate import render_question
-from rac_modifier.settings.calibration import CalibrationSettings, part_tokens
+from rac_modifier.settings.calibration import CalibrationSettings, TraceSettings, part_tokens
 from rac_modifier.settings.sampling import PromptSettings
-from rac_modifier.settings.traces import TraceSettings
 from rac_modifier.traces.records import Trace
 
 _MANY_UNFINISHED = 0.5  # of the traces: then a warning says so

@@ -17,9 +17,8 @@ from rac_modifier.errors import RacError, refusing
 from rac_modifier.reasoner import reasoner_path
 from rac_modifier.runtime.files import public_name, replacing
 from rac_modifier.sampling.model_identity import ModelIdentity
-from rac_modifier.settings.calibration import CalibrationSettings
+from rac_modifier.settings.calibration import CalibrationSettings, SelectSettings, TraceSettings
 from rac_modifier.settings.check import check_settings
-from rac_modifier.settings.traces import SelectSettings, TraceSettings
 from rac_modifier.traces.records import StoreHeader, Trace
 from rac_modifier.traces.selection import Judge, Selection
 from rac_modifier.traces.store import TraceStore

@@ -14,8 +14,13 @@ from rac_modifier.errors import RacError
 from rac_modifier.problems.source import load_problems
 from rac_modifier.sampling.generate import render_question
 from rac_modifier.sampling.model_identity import ModelIdentity
-from rac_modifier.settings.calibration import CalibrationSettings, Part, part_tokens
-from rac_modifier.settings.traces import SelectSettings, TraceSettings
+from rac_modifier.settings.calibration import (
+    CalibrationSettings,
+    Part,
+    SelectSettings,
+    TraceSettings,
+    part_tokens,
+)
 from rac_modifier.traces.collect import collect_traces, used_up
 from rac_modifier.traces.records import Trace
 from rac_modifier.traces.selection import Judge, Selection

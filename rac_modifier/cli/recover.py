@@ -11,7 +11,7 @@ from rac_modifier.cli.models import check_model, check_output, check_paths, load
 from rac_modifier.cli.options import Column, Precision, processes, resumable, saving_step
 
 if TYPE_CHECKING:
-    from rac_modifier.settings.traces import TraceSettings
+    from rac_modifier.settings.calibration import TraceSettings
 
 
 def recover(
@@ -131,9 +131,9 @@ def _traces(
     """
     from loguru import logger
 
+    from rac_modifier.settings.calibration import TraceSettings
     from rac_modifier.settings.problems import ProblemSource
     from rac_modifier.settings.sampling import SamplingSettings
-    from rac_modifier.settings.traces import TraceSettings
     from rac_modifier.traces.store import TraceStore
 
     # another seed than calibration's default gives other traces

@@ -136,27 +136,27 @@ def _inspect(
     """
     from dataclasses import asdict
 
-    from rac_modifier.traces import report
+    from rac_modifier.traces import selection
     from rac_modifier.traces.store import TraceStore
 
     opened = TraceStore.read(store)
-    settings = report.read_select(select)
+    settings = selection.read_select(select)
     count = (0 if as_json else 1) if samples is None else samples
     if not as_json:  # before the tokenizer is loaded, which may be missing
-        options.echo(report.describe_store(opened))
+        options.echo(selection.describe_store(opened))
     selected: dict[str, Any] = {}
     shown: list[dict[str, Any]] = []
     if count or settings is not None:
         tokenizer = _tokenizer_of(opened, model, "or give --samples 0 alone for the counts")
         if settings is not None:
-            selected = report.selected_figures(opened, tokenizer, settings)
+            selected = selection.selected_figures(opened, tokenizer, settings)
         shown = [_sample(trace, tokenizer) for trace in islice(opened, count)]
     if as_json:
         figures = {
             "store": opened.path,
             "header": opened.header.model_dump(mode="json"),
             "counts": asdict(opened.counts),
-            "endings": report.count_endings(opened),
+            "endings": selection.count_endings(opened),
         }
         options.print_json(figures | selected | ({"samples": shown} if shown else {}))
         return
@@ -197,10 +197,10 @@ def _export(
     Example: rac traces export traces.jsonl traces.parquet --text
     """
     from rac_modifier.calibration.dataset import export_store
-    from rac_modifier.traces import report
+    from rac_modifier.traces import selection
     from rac_modifier.traces.store import TraceStore
 
-    settings = report.read_select(select)
+    settings = selection.read_select(select)
     needs_tokenizer = (
         text or file_format == "imatrix" or (settings is not None and settings.answers == "correct")
     )

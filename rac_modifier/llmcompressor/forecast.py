@@ -1,7 +1,7 @@
 """Forecast the memory that pruning takes, and refuse a run that does not fit.
 
 Activations are counted: tokens (d + hidden) numbers for a group that reads d columns, layer by
-layer tokens hidden. Statistics, solver and a forward pass are rehearsed (rehearsal.py).
+layer tokens hidden. Statistics, solver and a forward pass are rehearsed (runtime/models.py).
 """
 
 import math
@@ -27,9 +27,8 @@ from rac_modifier.pruning.problem import Problem
 from rac_modifier.pruning.solve import solve_many
 from rac_modifier.quantization.solve import quantize_many
 from rac_modifier.runtime.cpu_tuning import HEAP_GAPS, expect_growth
-from rac_modifier.runtime.models import free_bytes
+from rac_modifier.runtime.models import LiveBytes, free_bytes, widened_peak, without_data
 from rac_modifier.runtime.progress import Phase
-from rac_modifier.runtime.rehearsal import LiveBytes, widened_peak, without_data
 from rac_modifier.settings.entries import PruningEntry
 from rac_modifier.settings.pattern import Pattern
 

@@ -1,7 +1,7 @@
 """Forecast the memory of recovery, and refuse a run that does not fit.
 
-A step is rehearsed (rehearsal.py); bytes per trained weight are counted. Each of several processes
-loads the model and copies it, trains a part of the weights, and holds three whole layers.
+A step is rehearsed (runtime/models.py), and bytes per trained weight are counted. Each of several
+processes loads the model, copies it, trains a part of the weights, and holds three whole layers.
 """
 
 from collections.abc import Sequence
@@ -19,8 +19,7 @@ from rac_modifier.recovery.loss import head_kl, output_head
 from rac_modifier.recovery.student import decoder_layers, frozen_parameters, recomputing
 from rac_modifier.recovery.training_loop import plan_steps
 from rac_modifier.runtime.cpu_tuning import HEAP_GAPS
-from rac_modifier.runtime.models import free_bytes
-from rac_modifier.runtime.rehearsal import LiveBytes, without_data
+from rac_modifier.runtime.models import LiveBytes, free_bytes, without_data
 from rac_modifier.settings.recovery import RecoverySettings
 
 # Bytes per trained weight. The state is the weight and AdamW's moments, of a GPU copied to the CPU

@@ -8,11 +8,10 @@ from typing import Any, ClassVar, Self
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from rac_modifier.errors import RacError
-from rac_modifier.settings.calibration import CalibrationSettings
+from rac_modifier.settings.calibration import CalibrationSettings, TraceSettings
 from rac_modifier.settings.check import CONFIG, refuse_idle
 from rac_modifier.settings.pruning import PruningSettings
 from rac_modifier.settings.recovery import RecoverySettings
-from rac_modifier.settings.traces import TraceSettings
 
 _OF_TRACES = (
     "traces.store traces.engine traces.select traces.sampling.temperature "

@@ -11,7 +11,7 @@ from rac_modifier.problems.source import load_problems
 from rac_modifier.sampling.completions_api import check_probes
 from rac_modifier.sampling.model_identity import ModelIdentity
 from rac_modifier.sampling.openai_server import engine_for
-from rac_modifier.settings.traces import TraceSettings
+from rac_modifier.settings.calibration import TraceSettings
 from rac_modifier.traces.fill_store import FillStore
 from rac_modifier.traces.records import StoreHeader
 from rac_modifier.traces.store import FailedProblem, TraceStore

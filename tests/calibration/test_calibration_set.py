@@ -7,8 +7,7 @@ from loguru import logger
 
 from rac_modifier.calibration.calibration_set import CalibrationSet, build_calibration_set
 from rac_modifier.distributed.processes import Processes
-from rac_modifier.settings.calibration import CalibrationSettings
-from rac_modifier.settings.traces import TraceSettings
+from rac_modifier.settings.calibration import CalibrationSettings, TraceSettings
 from rac_modifier.traces.records import Trace
 from rac_modifier.traces.store import TraceStore
 from tests.meeting import together

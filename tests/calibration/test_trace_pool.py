@@ -12,8 +12,7 @@ from rac_modifier.calibration import trace_pool
 from rac_modifier.calibration.trace_pool import TracePool, _hold_out, collect_for_calibration
 from rac_modifier.errors import RacError
 from rac_modifier.runtime import models as model_tools
-from rac_modifier.settings.calibration import CalibrationSettings
-from rac_modifier.settings.traces import SelectSettings, TraceSettings
+from rac_modifier.settings.calibration import CalibrationSettings, SelectSettings, TraceSettings
 from rac_modifier.traces.records import Trace
 from rac_modifier.traces.selection import Judge
 from rac_modifier.traces.store import TraceStore

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 from rac_modifier import RacError, ReasoningAwareSparseGPTModifier
 from rac_modifier.llmcompressor import forecast
 from rac_modifier.llmcompressor.forecast import Forecast, Group
-from rac_modifier.runtime.rehearsal import LiveBytes
+from rac_modifier.runtime.models import LiveBytes
 from rac_modifier.settings.entries import PruningEntry
 from tests.tiny import entry, save_tiny
 

@@ -20,7 +20,7 @@ from rac_modifier import RacError
 from rac_modifier.checkpoint import files
 from rac_modifier.llmcompressor import resume
 from rac_modifier.runtime.files import hold
-from rac_modifier.settings.traces import TraceSettings
+from rac_modifier.settings.calibration import TraceSettings
 from rac_modifier.traces.collect import collect_traces
 from rac_modifier.traces.store import TraceStore
 from tests.llmcompressor.conftest import Killed, record_of

@@ -10,7 +10,7 @@ from rac_modifier.formats.encoding import Encoding
 from rac_modifier.pruning.linalg import Dampening
 from rac_modifier.quantization import scales
 from rac_modifier.quantization.scales import refit_scales, search_steps
-from rac_modifier.runtime.rehearsal import LiveBytes
+from rac_modifier.runtime.models import LiveBytes
 from tests.quantization.quantization_reference import (
     GRIDS,
     HALF_RANGE,

@@ -3,8 +3,8 @@
 from transformers import AutoModelForCausalLM
 
 from rac_modifier.recovery.checkpoint import collect_unused
+from rac_modifier.settings.calibration import TraceSettings
 from rac_modifier.settings.sampling import SamplingSettings
-from rac_modifier.settings.traces import TraceSettings
 from rac_modifier.traces import records
 from tests import tiny
 

@@ -20,7 +20,7 @@ from rac_modifier.recovery.memory import (
 )
 from rac_modifier.recovery.on_grid import QuantizedWeight
 from rac_modifier.runtime.cpu_tuning import HEAP_GAPS
-from rac_modifier.runtime.rehearsal import LiveBytes
+from rac_modifier.runtime.models import LiveBytes
 from rac_modifier.settings.recovery import RecoverySettings
 from tests.recovery.recovery_helpers import SETTINGS, dense_and_sparse, run, sequences
 from tests.tiny import linears

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from rac_modifier.recovery import own_answers
-from rac_modifier.recovery.own_answers import copying_answers
+from rac_modifier.recovery import checkpoint
+from rac_modifier.recovery.checkpoint import copying_answers
 from rac_modifier.sampling.generate import Generation
 from rac_modifier.settings.sampling import SamplingSettings
 from tests.recovery.recovery_helpers import sequences
@@ -48,8 +48,8 @@ def test_a_run_that_was_killed_samples_them_once(model, tmp_path, monkeypatch):
     path, tokenizer = tmp_path / "own.json", tiny_tokenizer()
     answers = copying_answers(model, tokenizer, TRAINING, SAMPLING, path)
     calls = []
-    inner = own_answers.generate
-    monkeypatch.setattr(own_answers, "generate", lambda *a: calls.append(1) or inner(*a))
+    inner = checkpoint.generate
+    monkeypatch.setattr(checkpoint, "generate", lambda *a: calls.append(1) or inner(*a))
     assert copying_answers(model, tokenizer, TRAINING, SAMPLING, path) == answers
     assert not calls
     other = tiny_model(1)
@@ -57,7 +57,7 @@ def test_a_run_that_was_killed_samples_them_once(model, tmp_path, monkeypatch):
     assert calls
     ended = Generation((8, 1), "stop")
     monkeypatch.setattr(
-        own_answers, "generate", lambda m, t, prompts, *a: calls.append(1) or [ended] * len(prompts)
+        checkpoint, "generate", lambda m, t, prompts, *a: calls.append(1) or [ended] * len(prompts)
     )
     for tokens in (400, 90):  # other prompts, and then another cap
         calls.clear()
@@ -82,7 +82,7 @@ def test_copies_that_are_seldom_are_left_alone(
         ends = [Generation((7,) * 300, "length")] * looping
         return [*ends, *[Generation((8, 1), "stop")] * (len(prompts) - looping)]
 
-    monkeypatch.setattr(own_answers, "generate", generate)
+    monkeypatch.setattr(checkpoint, "generate", generate)
     sampling = SAMPLING.model_copy(update={"batch_size": size})
     training = [([*range(5, 205), n], 4) for n in range(5)]
     training = [([n, *ids], prompt) for n in range(5, 9) for ids, prompt in training]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rac_modifier.measure.teacher_forcing import input_of_head
-from rac_modifier.runtime.rehearsal import LiveBytes, widened_peak, without_data
+from rac_modifier.runtime.models import LiveBytes, widened_peak, without_data
 from tests.tiny import tiny_model
 
 

@@ -4,8 +4,8 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rac_modifier.reasoner import reasoner_path
+from rac_modifier.settings.calibration import TraceSettings
 from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
-from rac_modifier.settings.traces import TraceSettings
 from rac_modifier.traces.collect import collect_traces
 from tests.vllm_server import NEEDS_SERVER, served
 

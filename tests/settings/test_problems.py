@@ -1,7 +1,7 @@
 import pytest
 
+from rac_modifier.settings.calibration import TraceSettings
 from rac_modifier.settings.problems import ProblemSource
-from rac_modifier.settings.traces import TraceSettings
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 import pytest
 
 from rac_modifier.errors import RacError
-from rac_modifier.settings.traces import TraceSettings
+from rac_modifier.settings.calibration import TraceSettings
 
 
 def test_a_named_source_has_its_own_problems_and_store():

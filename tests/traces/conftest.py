@@ -5,9 +5,9 @@ import pytest
 from rac_modifier.problems.source import load_problems
 from rac_modifier.sampling.completions_api import trace_seed
 from rac_modifier.sampling.generate import render_question
+from rac_modifier.settings.calibration import TraceSettings
 from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
-from rac_modifier.settings.traces import TraceSettings
 from rac_modifier.traces.collect import collect_traces
 from tests import tiny
 from tests.sampling import conftest as sampling

@@ -16,8 +16,8 @@ def collect(
     Lines are written in pieces; the process ends by SIGKILL within a line, after `pieces` of them.
     """
     from rac_modifier.sampling.model_identity import ModelIdentity
+    from rac_modifier.settings.calibration import TraceSettings
     from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
-    from rac_modifier.settings.traces import TraceSettings
     from rac_modifier.traces.collect import collect_traces
 
     torch.set_num_threads(1)

@@ -11,9 +11,9 @@ from rac_modifier.errors import RacError
 from rac_modifier.problems.source import load_problems
 from rac_modifier.sampling import engine as engines
 from rac_modifier.sampling.generate import generate, render_question
+from rac_modifier.settings.calibration import TraceSettings
 from rac_modifier.settings.problems import ProblemSource
 from rac_modifier.settings.sampling import SamplingSettings
-from rac_modifier.settings.traces import TraceSettings
 from rac_modifier.traces.collect import collect_traces
 from rac_modifier.traces.store import TraceStore
 from tests.sampling.fake_server import NAME, rule

@@ -5,9 +5,9 @@ from statistics import median
 import pytest
 
 from rac_modifier.errors import RacError
-from rac_modifier.settings.traces import SelectSettings
+from rac_modifier.settings.calibration import SelectSettings
 from rac_modifier.traces.records import Trace
-from rac_modifier.traces.report import describe_store, read_select, selected_figures
+from rac_modifier.traces.selection import describe_store, read_select, selected_figures
 from rac_modifier.traces.store import TraceStore
 
 

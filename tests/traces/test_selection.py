@@ -8,8 +8,8 @@ import pytest
 from rac_modifier.errors import RacError
 from rac_modifier.measure.repeats import loop_at_end
 from rac_modifier.problems.source import load_problems
+from rac_modifier.settings.calibration import SelectSettings
 from rac_modifier.settings.problems import ProblemSource
-from rac_modifier.settings.traces import SelectSettings
 from rac_modifier.traces import selection
 from rac_modifier.traces.records import Trace
 from rac_modifier.traces.selection import Judge, Selection
