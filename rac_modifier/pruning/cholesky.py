@@ -1,7 +1,7 @@
 """Cholesky factors, solves and inverses of symmetric matrices, in place.
 
-Where float32 matmuls go to oneDNN (platform.py), large matrices are factored by blocks of columns,
-nearly all matmuls: 1.3 times as fast as LAPACK, whose matmuls would be MKL's.
+Where float32 matmuls go to oneDNN (cpu_tuning.py), large matrices are factored by blocks of
+columns, nearly all matmuls: 1.3 times as fast as LAPACK, whose matmuls would be MKL's.
 """
 
 import torch

@@ -55,7 +55,7 @@ class Dampening:
         """Return the result of `attempt` and its dampening, raised tenfold while that is None."""
         dampening = self
         while (result := attempt(dampening)) is None:
-            larger = max(dampening.frac * 10, _FIRST_RETRY)
+            larger = max(dampening.frac * 10, _FIRST_RETRY)  # lambda <- 10 lambda
             if larger > MAX_DAMPENING * (1 + 1e-9):
                 raise RacError(
                     f"{label}: the Hessian is not positive definite, even with dampening_frac "

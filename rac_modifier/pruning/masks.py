@@ -23,7 +23,7 @@ def holds(weight: Tensor, pattern: Pattern) -> bool:
         pattern.check_shape("weight", rows, columns)
         zeros = (weight == 0).view(rows, columns // pattern.m, pattern.m).sum(dim=2)
         return bool((zeros >= pattern.n).all())
-    slack = max(rows, math.ceil(columns / _BLOCK))
+    slack = max(rows, math.ceil(columns / _BLOCK))  # one weight per row or per block
     return int((weight == 0).sum()) > weight.numel() * pattern.sparsity - slack
 
 
@@ -33,7 +33,7 @@ def lowest(scores: Tensor, count: int) -> Tensor:
         return torch.zeros_like(scores, dtype=torch.bool)
     flat = scores.flatten()
     # all below the count-th score, and of those that equal it the first ones
-    threshold = flat.kthvalue(count).values
+    threshold = flat.kthvalue(count).values  # the highest score that is pruned
     mask = flat < threshold
     missing = count - int(mask.sum())
     mask[(flat == threshold).nonzero()[:missing, 0]] = True

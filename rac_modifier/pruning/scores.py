@@ -53,7 +53,7 @@ def _scored(mask: Callable[[Tensor, Tensor, Pattern], Tensor], target: Target) -
 
 
 def _zeros_of_the_model(target: Target) -> Masked:
-    pruned = stacked(target.problem.weights, target.problem.hessian) == 0
+    pruned = stacked(target.problem.weights, target.problem.hessian) == 0  # not of the target
     return Masked(target, target.start(), pruned, target.dampening)
 
 

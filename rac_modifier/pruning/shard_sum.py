@@ -69,7 +69,7 @@ class ShardSum:
             self._total, self._shard = self._whole(self._present()), None
         else:
             for (first, last, columns), part in zip(self._blocks, self._present(), strict=True):
-                self._total[first:last, :columns].add_(part)
+                self._total[first:last, :columns].add_(part)  # S += the shard, block by block
                 part.zero_()
         self._open = False
 
@@ -109,7 +109,7 @@ class ShardSum:
         count, shard = self._processes.count, self._present()
         for number, (block, start, stop) in enumerate(self._pieces()):
             piece = shard[block][start:stop].flatten()
-            padding = -len(piece) % count
+            padding = -len(piece) % count  # to equal parts, one per rank
             # this rank's part of the piece from all ranks, added in the order of shard numbers
             first, *later = self._processes.exchanged(torch.nn.functional.pad(piece, (0, padding)))
             if number == len(self._parts):

@@ -82,7 +82,7 @@ class Rounding:
         errors, count = torch.empty_like(block), block.shape[1]
         keep = self.keep[:, start : start + count]
         rows, mask, errors_of = (x.unbind(1) for x in (block, keep, errors))
-        diagonal = r.diagonal(dim1=1, dim2=2).split(1, dim=1)
+        diagonal = r.diagonal(dim1=1, dim2=2).split(1, dim=1)  # R_jj
         for first in range(0, count, _SUB_BLOCK):
             last = min(first + _SUB_BLOCK, count)
             for j in range(first, last):

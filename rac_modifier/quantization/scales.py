@@ -136,8 +136,8 @@ def _solve(gram: Tensor, right: Tensor, old: Tensor) -> Tensor:
     gram = (gram + gram.mT) / 2  # float32 sums are symmetric but for rounding
     empty = gram.diagonal(dim1=1, dim2=2) <= 0  # a group without a code
     gram = gram + torch.diag_embed(empty.to(gram))
-    factor, failed = torch.linalg.cholesky_ex(gram)
-    new = torch.cholesky_solve(right.unsqueeze(2), factor).squeeze(2)
+    factor, failed = torch.linalg.cholesky_ex(gram)  # A = L L^T
+    new = torch.cholesky_solve(right.unsqueeze(2), factor).squeeze(2)  # s = A^-1 b
     ratio = new / old
     usable = (ratio < _LARGEST_CHANGE) & (ratio > 1 / _LARGEST_CHANGE) & ~empty
     return torch.where(usable & (failed == 0).unsqueeze(1), new, old)

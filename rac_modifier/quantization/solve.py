@@ -167,7 +167,7 @@ def _results(
         weight = working[:, rows].T.contiguous().to(dtype)
         check_finite(weight, solution.name, f"quantized weight in {dtype}", dampening.larger)
         error, total = float(errors[rows].sum()), float(totals[rows].sum())
-        relative = max(error, 0.0) / total if total > 0 else 0.0
+        relative = max(error, 0.0) / total if total > 0 else 0.0  # rounding may make it negative
         scale = scales[:, rows].T.contiguous()
         scale = (scale if global_scale is None else local_scale(scale, global_scale)).to(dtype)
         zero_point = None if zeros is None else zeros[:, rows].T.contiguous()

@@ -93,7 +93,7 @@ def recover(
         rates = [settings.learning_rate]
     else:
         highest = default_learning_rate(sum(p.numel() for p in model.parameters()))
-        rates = [highest / _LOWER**n for n in range(_TRIES)]
+        rates = [highest / _LOWER**n for n in range(_TRIES)]  # r, r / 3, r / 9
     trained_masks = {trained_name(name, quantized): mask for name, mask in masks.items()}
     with (
         in_float32(model),

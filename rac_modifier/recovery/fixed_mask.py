@@ -54,7 +54,7 @@ def masks_of_zeros(model: torch.nn.Module) -> dict[str, Tensor]:
             # [experts, rows, columns], as transformers keeps them
             merged_experts = name.endswith("experts") and weight.dim() == 3
             if is_linear or merged_experts:
-                mask = weight.detach() != 0
+                mask = weight.detach() != 0  # M
                 if float(mask.sum()) <= (1 - LEAST_ZEROS) * mask.numel():
                     masks[part] = mask
     return masks
@@ -112,7 +112,7 @@ class FixedMask:
                 )
 
     def _masked(self, name: str, gradient: Tensor) -> Tensor:
-        return gradient * self.masks[name].to(gradient.device).view(torch.uint8)
+        return gradient * self.masks[name].to(gradient.device).view(torch.uint8)  # M o dL/dW
 
     def _placed(self) -> Iterator[tuple[str, torch.nn.Parameter, Tensor]]:
         """Yield each parameter with its mask, which follows it to another device."""

@@ -44,14 +44,14 @@ def codes_of(weight: Tensor, scale: Tensor, grid: Encoding, zero: Tensor | None 
 
     Exact also for weights that were rounded to bfloat16 or float16, by less than half a step.
     """
-    points = None if zero is None else _spread(zero.float(), grid, weight)
-    return grid.codes_(weight.float() / _spread(scale.float(), grid, weight), points)
+    points = None if zero is None else _spread(zero.float(), grid, weight)  # z, or 0
+    return grid.codes_(weight.float() / _spread(scale.float(), grid, weight), points)  # w / s
 
 
 def master_in_cell(codes: Tensor, scale: Tensor, grid: Encoding, target: Tensor) -> Tensor:
     """Return the float32 weight nearest to `target` [rows, columns] that rounds to `codes`."""
     scales = _spread(scale.float(), grid, codes)
-    reach = _WIDTH * grid.gap_towards_zero(codes)
+    reach = _WIDTH * grid.gap_towards_zero(codes)  # of the cell of c, in steps
     return torch.clamp(target.float() / scales, codes - reach, codes + reach) * scales
 
 
@@ -107,7 +107,7 @@ class _CodeTimesScale(torch.autograd.Function):
         ctx.grid = grid
         value = torch.empty_like(master)
         for rows, scales, zeros in _blocks(master, scale, zero, grid):
-            torch.mul(grid.codes_(master[rows] / scales, zeros), scales, out=value[rows])
+            torch.mul(grid.codes_(master[rows] / scales, zeros), scales, out=value[rows])  # c s
         return value
 
     @staticmethod

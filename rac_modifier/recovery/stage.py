@@ -78,7 +78,7 @@ class RecoveryStage:
             trained = set(self._training)  # a dense model that is asked greedily wrote the same
             answers = processes.from_first([a for a in answers if a not in trained])
             self.held_out += answers[::_OF_OWN]
-            self._training += [a for i, a in enumerate(answers) if i % _OF_OWN]
+            self._training += [a for i, a in enumerate(answers) if i % _OF_OWN]  # four in five
         check_recovery_memory(
             model, settings, processes, training=self._training, quantizes=self._quantizes
         )

@@ -159,7 +159,7 @@ class Student:
 
     def shard(self, full: Tensor) -> Tensor:
         """Return this process's equal chunk of rows; the last chunks may be smaller or empty."""
-        chunks = full.chunk(self.processes.count)
+        chunks = full.chunk(self.processes.count)  # as FSDP2 cuts its first dimension
         return chunks[self.processes.rank] if self.processes.rank < len(chunks) else full[:0]
 
     def like(self, name: str, shard: Tensor) -> Tensor:

@@ -88,7 +88,7 @@ def _write_states(dense: Any, sequences: Sequence[TokenSequence], folder: Path) 
     with evaluating(dense), phase:
         for number, batch in enumerate(batches):
             states = predicting_states(dense, batch).cpu()
-            shares = states.split([len(ids) - prompt for ids, prompt in batch])
+            shares = states.split([len(ids) - prompt for ids, prompt in batch])  # by sequence
             # clone: a view would be written with its whole batch
             by_name = {name_of(s): share.clone() for s, share in zip(batch, shares, strict=True)}
             save_file(by_name, folder / f"states-{number:05}.safetensors")
