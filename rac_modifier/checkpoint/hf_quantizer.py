@@ -241,11 +241,8 @@ def _dense_state_dict(packed: PackedFiles) -> dict[str, _LazyTensor]:
         state[name] = _LazyTensor(partial(files.tensor, name), files.dtype_name(name))
     for module in packed.modules:
         compressed = f"{module}.compressed"
-        if not packed.schemes and files.dtype(compressed) not in FLOATS:
-            raise RacError(
-                f"{compressed}: its values are {files.dtype(compressed)}, but config.json does not "
-                "quantize this module; restore the one that was saved with the weights"
-            )
+        if files.dtype(compressed) not in FLOATS:
+            packed.check_schemes(compressed)
         if packed.in_words(module):
             state[f"{module}.{WORDS}"] = _LazyTensor(partial(weight, module, WORDS), "I32")
             state[f"{module}.{WORDS_SHAPE}"] = _LazyTensor(partial(shape, module), "I64")

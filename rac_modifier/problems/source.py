@@ -217,11 +217,6 @@ _LOADERS: dict[str, tuple[str, dict[str, Any], str]] = {
 }
 
 
-def is_file(source: str) -> bool:
-    """Tell by its suffix whether a source is a file instead of the id of a dataset."""
-    return Path(source).suffix in _LOADERS
-
-
 def open_table(
     source: str, *, label: str, config: str | None = None, split: str = "train"
 ) -> "Dataset":
@@ -244,7 +239,8 @@ def _opened(
 ) -> Iterator[Any]:
     """Open a table; errors of `datasets` depend on format, hub and network, and name the source."""
     path = Path(source).expanduser()
-    if is_file(source):
+    is_file = path.suffix in _LOADERS  # else the id of a dataset
+    if is_file:
         if not path.exists():
             raise RacError(f"{label} {source!r}: no such file (paths are relative to {Path.cwd()})")
         if regular_file(path, label).stat().st_size == 0:
@@ -252,7 +248,7 @@ def _opened(
     try:
         import datasets  # takes half a second, and most runs read neither file nor dataset
 
-        if is_file(source):
+        if is_file:
             loader, options, _ = _LOADERS[path.suffix]
             options = {**options, "data_files": glob.escape(str(path.absolute()))}  # no pattern
             yield datasets.load_dataset(loader, split="train", streaming=streaming, **options)
@@ -261,7 +257,7 @@ def _opened(
     except Exception as error:
         cause = error.__cause__ or error
         words = " ".join(f"{type(cause).__name__}: {cause}".split())[:500]
-        if not is_file(source):
+        if not is_file:
             raise RacError(
                 f"{label} {source!r} (config {config!r}, split {split!r}) could not be loaded "
                 f"({words}); check the name, the split and the config, or name a local file or "
@@ -269,5 +265,5 @@ def _opened(
             ) from error
         raise RacError(
             f"{label} {source!r} could not be read ({words}); it must hold "
-            f"{_LOADERS[Path(source).suffix][2]}: repair the file or name another"
+            f"{_LOADERS[path.suffix][2]}: repair the file or name another"
         ) from error

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Self
@@ -23,7 +22,6 @@ _LAYOUT = f"write it as pruning_stage: pruning_modifiers: {NAME}: {{...}}"
 _DEEPEST = 8  # parts of a key; no setting has as many
 
 
-@dataclass(frozen=True)
 class CheckedRecipe:
     """A recipe that llm-compressor reads whole: stages of groups of modifiers, by name.
 
@@ -31,16 +29,16 @@ class CheckedRecipe:
     suffixes without the modifier and without a message; such a recipe is refused here.
     """
 
-    content: dict[str, Any]
-    where: str  # what a message calls it
-
     def __init__(self, content: Any, where: str):
-        """Check the layout (RacError: not this one); settings left empty become {}."""
+        """Check the layout (RacError: not this one); messages call the recipe `where`.
+
+        Settings left empty become {}.
+        """
         if not isinstance(content, dict):
             problem = "is empty" if content is None else f"holds no recipe but {content!r:.80}"
             raise RacError(f"{where} {problem}; {_LAYOUT}")
-        object.__setattr__(self, "content", content)
-        object.__setattr__(self, "where", where)
+        self.content: dict[str, Any] = content
+        self.where = where
         for group, modifiers in self._groups():
             wrong = None if modifiers else f"llm-compressor would overlook {group}; {_LAYOUT}"
             for name, settings in (modifiers or {}).items():
@@ -121,12 +119,7 @@ class CheckedRecipe:
     def check(self) -> CalibrationEntry:
         """Return the settings of our modifier (RacError: all mistakes)."""
         name, entry = self.entry
-        return check_entry(entry, self.where, name)
-
-
-def check_entry(entry: dict[str, Any], where: str, name: str = NAME) -> CalibrationEntry:
-    """Validate the settings of our modifier of this name (RacError: all mistakes)."""
-    return check_settings(ENTRIES[name], entry, where)
+        return check_settings(ENTRIES[name], entry, self.where)
 
 
 def schema(name: str = NAME) -> str:

@@ -30,18 +30,6 @@ def recipe(name: str) -> str:
 
     oneshot("path/or/id", recipe=rac_modifier.recipe("rac_2of4"), output_dir="out")
     """
-    return str(_shipped(name))
-
-
-def find_recipe(named: str | Path) -> Path:
-    """Return the user's file, or else the shipped recipe of this name (RacError: neither)."""
-    path = Path(named)
-    shipped = not path.is_file() and str(named) in recipe_names()
-    return path if path.exists() and not shipped else _shipped(str(named))
-
-
-def _shipped(name: str) -> Path:
-    """Return the path of a shipped recipe (RacError: no such recipe)."""
     if name not in recipe_names():
         close = difflib.get_close_matches(Path(name).stem, recipe_names(), n=3, cutoff=0.5)
         meant = f"did you mean {' or '.join(close)}? Or " if close else ""
@@ -49,7 +37,14 @@ def _shipped(name: str) -> Path:
             f"no recipe {name!r}; {meant}name a YAML file, or one of the recipes that "
             "`rac recipes` lists"
         )
-    return FOLDER / f"{name}.yaml"
+    return str(FOLDER / f"{name}.yaml")
+
+
+def find_recipe(named: str | Path) -> Path:
+    """Return the user's file, or else the shipped recipe of this name (RacError: neither)."""
+    path = Path(named)
+    shipped = not path.is_file() and str(named) in recipe_names()
+    return path if path.exists() and not shipped else Path(recipe(str(named)))
 
 
 class _PlainLoader(yaml.SafeLoader):

@@ -39,9 +39,10 @@ class Bench:
 
     def check(self, **settings: Any) -> None:
         """Validate a recipe entry, as every way in does."""
-        from rac_modifier.settings.recipe import check_entry
+        from rac_modifier.settings.check import check_settings
+        from rac_modifier.settings.entries import PruningEntry
 
-        check_entry({"mask_structure": "2:4", **settings}, "recipe.yaml")
+        check_settings(PruningEntry, {"mask_structure": "2:4", **settings}, "recipe.yaml")
 
     def prune(self, model: Any = None, later: tuple[Any, ...] = (), **options: Any) -> None:
         """Run oneshot with a modifier object; `settings` of ours in `options["settings"]`."""

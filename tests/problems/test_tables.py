@@ -7,7 +7,7 @@ import datasets
 import pytest
 
 from rac_modifier.errors import RacError
-from rac_modifier.problems.source import is_file, open_table, stream_rows
+from rac_modifier.problems.source import open_table, stream_rows
 
 ROWS = [
     {"problem": "1 + 1?", "answer": 2, "note": None},
@@ -83,7 +83,6 @@ def test_a_dataset_is_loaded_by_name_config_and_split(monkeypatch):
         return datasets.Dataset.from_list(ROWS)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert not is_file("some/data")
     assert list(open_table("some/data", label="dataset", config="all", split="test")) == ROWS
     assert list(stream_rows("some/data", label="dataset")) == ROWS
     assert asked == [("some/data", "all", "test", False), ("some/data", None, "train", True)]

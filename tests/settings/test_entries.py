@@ -9,8 +9,8 @@ import yaml
 from pydantic import ValidationError
 
 from rac_modifier.errors import RacError
+from rac_modifier.settings.check import check_settings
 from rac_modifier.settings.entries import CalibrationEntry, PruningEntry
-from rac_modifier.settings.recipe import check_entry
 
 
 def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -29,6 +29,10 @@ def nested(path: str, value: Any) -> dict[str, Any]:
     for name in reversed(path.split(".")):
         value = {name: value}
     return dict(value)
+
+
+def check_entry(entry: dict[str, Any], where: str) -> None:
+    check_settings(PruningEntry, entry, where)
 
 
 def mixture(*parts: str) -> dict[str, Any]:
