@@ -21,7 +21,7 @@ ROW_TOKENS = 2048
 
 
 @dataclass(frozen=True)
-class Share:
+class _Share:
     """The batches of a process, and how they make up shards."""
 
     batches: list[list[CalibrationSequence]]
@@ -37,7 +37,7 @@ class Share:
 class CalibrationLoader(DataLoader):
     """Yields `{"input_ids": int64 [rows, length]}`, padded on the right with 0, without mask."""
 
-    def __init__(self, sequences: list[CalibrationSequence], share: Share):
+    def __init__(self, sequences: list[CalibrationSequence], share: _Share):
         self.sequences, self._batches = sequences, share.batches
         self.shards_ended, self.numbers = share.shards_ended, share.numbers
         self.token_weights: list[torch.Tensor] = []  # float32 [rows, length]: 0 for padding
@@ -56,11 +56,11 @@ class CalibrationLoader(DataLoader):
         limit = settings.batch_tokens
         batches = list(batches_of_like_length(sequences, limit, lambda s: len(s.ids)))
         random.Random(settings.seed).shuffle(batches)
-        return cls(sequences, Share.whole(batches))
+        return cls(sequences, _Share.whole(batches))
 
     def unpadded(self) -> Self:
         """Return the same sequences, one per batch, for modifiers that read no token weights."""
-        return type(self)(self.sequences, Share.whole([[s] for s in self.sequences]))
+        return type(self)(self.sequences, _Share.whole([[s] for s in self.sequences]))
 
     def joined(self) -> Self:
         """Return the same tokens in rows of equal length, one per batch; the remainder is left out.
@@ -71,7 +71,7 @@ class CalibrationLoader(DataLoader):
         ids = [token for sequence in self.sequences for token in sequence.ids]
         starts = range(0, len(ids) - length + 1, length)
         rows = [CalibrationSequence(tuple(ids[i : i + length]), 0, "joined") for i in starts]
-        return type(self)(rows, Share.whole([[row] for row in rows]))
+        return type(self)(rows, _Share.whole([[row] for row in rows]))
 
     def share(self, rank: int, count: int) -> Self:
         """Return the batches of process `rank` of `count`: every `count`-th of the shards.
@@ -93,7 +93,7 @@ class CalibrationLoader(DataLoader):
         ended[-1] += -(-len(shards) // count) - len(mine)
         mine_numbers = [number for shard in numbers[rank::count] for number in shard]
         sequences = [sequence for batch in batches for sequence in batch]
-        return type(self)(sequences, Share(batches, ended, mine_numbers))
+        return type(self)(sequences, _Share(batches, ended, mine_numbers))
 
     def _shards(self) -> list[list[int]]:
         """Divide the numbers of the batches into shards of similar size, the largest first."""

@@ -135,7 +135,7 @@ class SparseBitmask:
         return (stored,)
 
 
-class Sparse24Bitmask(SparseBitmask):
+class _Sparse24Bitmask(SparseBitmask):
     """Two values of each four columns: `compressed` [N, K/2], `shape` [2, 1] as of vLLM 0.18.
 
     A group with fewer than two nonzeros stores zeros, first -0.0, then +0.0 from the left. A -0.0
@@ -164,7 +164,7 @@ class Sparse24Bitmask(SparseBitmask):
         return (rows, columns // 2)
 
 
-FORMATS = {format.name: format for format in (Sparse24Bitmask(), SparseBitmask())}
+FORMATS = {format.name: format for format in (_Sparse24Bitmask(), SparseBitmask())}
 
 
 class PackedFiles:
@@ -198,12 +198,12 @@ class PackedFiles:
         tensors = self.files.tensors(module, (*self.format.parts, SCALE))
         weight = self.format.check(tensors, module, has_block_scales(self.schemes))
         if weight.values.dtype not in FLOATS:
-            self._check_schemes(f"{module}.compressed")
+            self.check_schemes(f"{module}.compressed")
         return weight
 
     def words(self, module: str) -> StoredWeight | None:
         """Read and check dense codes in words (RacError); None: of a layout not read here."""
-        self._check_schemes(f"{module}.{WORDS}")
+        self.check_schemes(f"{module}.{WORDS}")
         return PackQuantized.read(
             self.files.tensors(module, PackQuantized.dtypes), module, self.schemes
         )
@@ -215,7 +215,7 @@ class PackedFiles:
             if part == WORDS:
                 self.words(module)
 
-    def _check_schemes(self, name: str) -> None:
+    def check_schemes(self, name: str) -> None:
         """Refuse integers where nothing says how they are scaled."""
         if not self.schemes:
             raise RacError(

@@ -48,7 +48,7 @@ class _Entries(BaseModel):
         return size
 
 
-class GptqRule(_Entries):
+class _GptqRule(_Entries):
     """A dynamic rule of GPTQModel: what differs in the modules that match its pattern."""
 
     bits: Literal[2, 3, 4, 8] | None = None
@@ -66,7 +66,7 @@ class Gptq(_Entries):
     sym: bool
     desc_act: bool | None = None
     lm_head: bool | None = None
-    dynamic: dict[str, GptqRule] | None = None
+    dynamic: dict[str, _GptqRule] | None = None
     is_marlin_format: Literal[False] | None = None
     checkpoint_format: Literal["gptq", "gptq_v2"] = Field(
         "gptq", validation_alias=AliasChoices("checkpoint_format", "format")
@@ -74,7 +74,7 @@ class Gptq(_Entries):
 
     @field_validator("dynamic")
     @classmethod
-    def _patterns_end(cls, rules: dict[str, GptqRule] | None) -> dict[str, GptqRule] | None:
+    def _patterns_end(cls, rules: dict[str, _GptqRule] | None) -> dict[str, _GptqRule] | None:
         patterns = [rule.removeprefix("-:").removeprefix("+:") for rule in rules or {}]
         check_names([f"re:{pattern}" for pattern in patterns], "has a rule")
         return rules

@@ -24,7 +24,7 @@ from rac_modifier.llmcompressor.statistics import InputGroup
 
 
 @dataclass(frozen=True)
-class RouterBatch:
+class _RouterBatch:
     """Hold what the router reads in a batch, tokens in rows, on the cache's device."""
 
     x: Tensor  # [tokens, hidden] in the pruned model
@@ -40,7 +40,7 @@ def read_router(
     pruned: IntermediatesCache,
     dense: IntermediatesCache | None,
     loader: CalibrationLoader,
-) -> list[RouterBatch]:
+) -> list[_RouterBatch]:
     """Return what the router of a stage reads, which the caches drop later."""
 
     def value(cache: IntermediatesCache, number: int, name: str | None) -> Tensor:
@@ -48,7 +48,7 @@ def read_router(
         return tensor.reshape(-1, tensor.shape[-1])
 
     return [
-        RouterBatch(
+        _RouterBatch(
             value(pruned, number, stage.reads),
             None if dense is None else value(dense, number, stage.reads),
             value(pruned, number, stage.chosen),
@@ -61,7 +61,7 @@ def read_router(
 
 
 def prune_experts(
-    layer: RoutedExperts, batches: Sequence[RouterBatch], run: Run, device: torch.device
+    layer: RoutedExperts, batches: Sequence[_RouterBatch], run: Run, device: torch.device
 ) -> None:
     """Prune the experts of a layer, each on its tokens: gate and up, then down on their output."""
     tokens = _ExpertTokens(layer, batches, run, device)
@@ -90,7 +90,7 @@ class _ExpertTokens:
     """Choose the tokens of each expert, and collect what its modules read."""
 
     def __init__(
-        self, layer: RoutedExperts, batches: Sequence[RouterBatch], run: Run, device: torch.device
+        self, layer: RoutedExperts, batches: Sequence[_RouterBatch], run: Run, device: torch.device
     ):
         self.counts: dict[str, ExpertTokens] = {}
         self._batches, self._run, self._device = batches, run, device

@@ -57,7 +57,7 @@ class Group:
         return weights
 
 
-def groups_of(run: Run) -> list[Group]:
+def _groups_of(run: Run) -> list[Group]:
     """Return the groups of a run, as far as names show them."""
     by_parent: dict[tuple[str, int], list[torch.nn.Module]] = {}
     for module, name in run.names.items():
@@ -101,7 +101,7 @@ class Forecast:
             batches = [(len(weights), weights.shape[1]) for weights in loader.token_weights]
             attention = _attention_numbers(model, batches) * embedding.element_size()
             forward = _forward_bytes(model, *max(batches, key=lambda b: b[0] * b[1] ** 2))
-        hidden, groups = embedding.shape[1], groups_of(run)
+        hidden, groups = embedding.shape[1], _groups_of(run)
         return cls(
             run.entry, groups, hidden, embedding.dtype, by_layer, batches, attention, forward
         )

@@ -68,7 +68,7 @@ def run_stages(
                     dense.advance_all(stage)
                     prune_experts(stage.experts, batches, run, onload)
                 elif by_group:
-                    group = collect(stage, cache, dense, loader, run)
+                    group = _collect(stage, cache, dense, loader, run)
                     dense.leave(stage)
                     run.prune([group])
                 else:
@@ -80,7 +80,7 @@ def run_stages(
         LifecycleCallbacks.calibration_end()
 
 
-def collect(
+def _collect(
     stage: Stage, cache: IntermediatesCache, dense: NoStream, loader: CalibrationLoader, run: Run
 ) -> InputGroup:
     """Collect what the modules of a stage by group read, and advance the dense stream."""

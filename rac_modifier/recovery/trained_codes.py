@@ -80,7 +80,7 @@ class QuantizedCheckpoint:
             if name in recorded or zeros >= _PRUNED:
                 assert weight.master is not None
                 self.pruned.add(name)
-                weight.master.mul_(codes != 0)
+                weight.master.mul_(codes != 0)  # a pruned weight starts at 0
             plain = module.weight.data.to(original.dtype)
             module.weight = torch.nn.Parameter(plain, requires_grad=False)
             self.quantized[name] = weight

@@ -143,7 +143,7 @@ def on_few_cores() -> dict[str, str]:
     return {"VLLM_CPU_KVCACHE_SPACE": "1", _BINDING: cores}
 
 
-class RunningServer(NamedTuple):
+class _RunningServer(NamedTuple):
     """The address of a server, and the process `server_watch`, of which it is a child."""
 
     url: str
@@ -157,7 +157,7 @@ def running_server(
     *,
     log: Path | None = None,
     timeout: float = 1800.0,
-) -> Iterator[RunningServer]:
+) -> Iterator[_RunningServer]:
     """Run a command, which a free port is appended to, in the context; `log` gets its output.
 
     It ends with the context, and with this process (see `server_watch`). RacError, with its last
@@ -187,7 +187,7 @@ def running_server(
                 raise RacError(_stopped(name, watcher, output))
             logger.info(f"{name} is ready after {time.monotonic() - started:.0f} s")
             try:
-                yield RunningServer(f"http://{HOST}:{port}", watcher.pid)
+                yield _RunningServer(f"http://{HOST}:{port}", watcher.pid)
             except RacError as error:
                 if watcher.poll() is None:
                     raise
