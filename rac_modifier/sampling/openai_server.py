@@ -10,7 +10,7 @@ from queue import SimpleQueue
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rac_modifier.errors import RacError
+from rac_modifier.errors import RacError, refusing
 from rac_modifier.runtime.files import public_name
 from rac_modifier.sampling.completions_api import (
     PROBE_QUESTIONS,
@@ -154,14 +154,11 @@ class ServerEngine:
         for question in PROBE_QUESTIONS:
             ids = render_question(self._tokenizer, question, self._sampling)
             requests.append(Request(tuple(ids), PROBE_TOKENS, 0, self._eos))
-        try:
+        problem = f"{server.url} does not answer a short greedy prompt"
+        with refusing(problem, "look at the server's log", UnusableError, RefusedError):
             answers = await asyncio.gather(
                 *(self._ask([server], request, PROBE_SAMPLING) for request in requests)
             )
-        except (UnusableError, RefusedError) as error:
-            raise RacError(
-                f"{server.url} does not answer a short greedy prompt: {error}"
-            ) from error
         probes = [
             Probe(prompt_ids=request.prompt_ids, completion_ids=answer.ids)
             for request, answer in zip(requests, answers, strict=True)

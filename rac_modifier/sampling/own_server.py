@@ -22,15 +22,12 @@ from typing import BinaryIO, NamedTuple
 import psutil
 from loguru import logger
 
-from rac_modifier.errors import RacError
+from rac_modifier.errors import RacError, refusing
 
 HOST = "127.0.0.1"
 _LOOK_EVERY = 0.2  # seconds
-_LAST_LINES, _FEW_LINES, _LAST_BYTES = (
-    100,
-    20,
-    1 << 16,
-)  # the error of a worker comes before that of the server
+# The error of a worker comes before that of the server.
+_LAST_LINES, _FEW_LINES, _LAST_BYTES = 100, 20, 1 << 16
 _FEW_CORES, _BINDING = 4, "VLLM_CPU_OMP_THREADS_BIND"
 _PARALLEL = ("-tp", "-pp", "-dp", "--tensor-parallel", "--pipeline-parallel", "--data-parallel")
 _MEMORY = {"--gpu-memory-utilization", "--kv-cache-memory-bytes"}
@@ -57,11 +54,8 @@ class VllmCommand:
                 f"{problem}; install it in an environment of its own (scripts/serve_cpu_env.sh "
                 "does, for a CPU), and name it with RAC_VLLM=/path/to/environment/bin/vllm"
             )
-        try:
-            options = tuple(shlex.split(variables.get("RAC_VLLM_OPTIONS", "")))
-        except ValueError as error:
-            raise RacError(f"RAC_VLLM_OPTIONS: {error}; write them as for a shell") from error
-        return cls(path, options)
+        with refusing("RAC_VLLM_OPTIONS cannot be read", "write them as for a shell", ValueError):
+            return cls(path, tuple(shlex.split(variables.get("RAC_VLLM_OPTIONS", ""))))
 
     def arguments(self, model: str, dtype: str) -> list[str]:
         """Return the command line, which ends where its port follows."""

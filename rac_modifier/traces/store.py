@@ -18,7 +18,7 @@ from typing import Self
 
 from loguru import logger
 
-from rac_modifier.errors import RacError
+from rac_modifier.errors import RacError, refusing
 from rac_modifier.runtime.files import lock, regular_file
 from rac_modifier.traces.records import StoreHeader, Trace, decode, encode, read_line
 
@@ -257,25 +257,24 @@ class FailedProblem:
         path = cls.path(store)
         if not path.exists():
             return []
-        try:
+        problem = f"{str(path)!r} is not a list of failed problems"
+        damage = (OSError, ValueError, TypeError, RecursionError)
+        with refusing(problem, "remove it to try them again", *damage):
             text = regular_file(path, "list of failed problems").read_bytes()
             lines = text[: text.rfind(b"\n") + 1].splitlines()
             return [cls(**json.loads(line)) for line in lines if line.strip()]
-        except (OSError, ValueError, TypeError, RecursionError) as error:
-            raise RacError(f"{str(path)!r} is not a list of failed problems ({error})") from error
 
     @classmethod
     def append(cls, store: Path, failed: Sequence[Self]) -> None:
         """Append failed problems of a locked store; they are on the disk when this returns."""
         path = cls.path(store)
-        try:
-            with path.open("ab+") as file:
-                file.seek(0)
-                file.truncate(file.read().rfind(b"\n") + 1)
-                file.write(
-                    "".join(json.dumps(asdict(problem)) + "\n" for problem in failed).encode()
-                )
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise RacError(f"{str(path)!r} cannot be written: {error}; make room") from error
+        lines = "".join(json.dumps(asdict(problem)) + "\n" for problem in failed)
+        with (
+            refusing(f"{str(path)!r} cannot be written", "make room", OSError),
+            path.open("ab+") as file,
+        ):
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+            file.write(lines.encode())
+            file.flush()
+            os.fsync(file.fileno())

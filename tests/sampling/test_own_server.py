@@ -94,7 +94,7 @@ def test_which_vllm(tmp_path):
         ({"RAC_VLLM": "/no/vllm"}, "RAC_VLLM='/no/vllm' is no command; .*name it with"),
         (
             {"RAC_VLLM": "sh", "RAC_VLLM_OPTIONS": "--a 'x", "PATH": "/bin:/usr/bin"},
-            "RAC_VLLM_OPTIONS: No closing quotation",
+            r"RAC_VLLM_OPTIONS cannot be read \(No closing quotation\); write",
         ),
     ],
 )
