@@ -17,6 +17,7 @@ SUITES = (
     "time",
     "kernels",
     "serving",
+    "token",
     "runtimes",
     "recovery",
     "stopping",

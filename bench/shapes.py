@@ -37,7 +37,7 @@ MIXTURE = {  # Qwen3-30B-A3B
     "norm_topk_prob": True,
 }
 GROUP = {4: 128, 3: 64}  # columns that share a scale, by bits
-HEAD_GROUP = 128
+HEAD_GROUP = None  # a scale per row
 CHUNK = 1 << 13  # rows that are packed at a time
 KEEP_16_BITS = ("q_proj", "k_proj", "v_proj")  # as a run chose on SmolLM2 in int4
 

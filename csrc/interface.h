@@ -23,5 +23,8 @@ RAC_EXPORT int32_t rac_sparse_linear(const void* data, int64_t bytes, int64_t ro
                                      int64_t scale_bytes, int32_t scale_type, int64_t groups, const void* bias,
                                      int64_t bias_bytes, int32_t bias_type, void* out, int64_t out_bytes, int32_t number,
                                      int32_t threads);
+RAC_EXPORT int32_t rac_add_panels(const void* data, int64_t bytes, int64_t rows, int64_t columns, const float* x, int64_t x_bytes,
+                                  int64_t m, const int64_t* panels, int64_t panel_bytes, int64_t count, const float* scale,
+                                  int64_t scale_bytes, float* out, int64_t out_bytes, int32_t number, int32_t threads);
 RAC_EXPORT int32_t rac_register_operator(const void* const* functions, int32_t count);
 RAC_EXPORT int32_t rac_use_operator(int32_t number, int64_t tokens);

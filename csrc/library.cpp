@@ -8,7 +8,7 @@
 
 // Raised by one with every change of the functions below. Python refuses a library with another number.
 #ifndef RAC_ABI
-#define RAC_ABI 9
+#define RAC_ABI 10
 #endif
 
 using namespace rac;
@@ -184,4 +184,30 @@ RAC_EXPORT int32_t rac_sparse_linear(const void* data, int64_t bytes, int64_t ro
     matmul.out_type = static_cast<Type>(x_type);
     const Scale scales = {scale, static_cast<Type>(scale_type), groups};
     return linear(matmul, x, scales, *kernel, threads < 1 ? 1 : threads);
+}
+
+// out[m][rows] += x[m][columns] W^T in the rows of the panels that `panels` [m][count] has for each token. W has integers and a scale
+// per row, [panels][16]; everything else is fp32 and contiguous.
+RAC_EXPORT int32_t rac_add_panels(const void* data, int64_t bytes, int64_t rows, int64_t columns, const float* x, int64_t x_bytes,
+                                  int64_t m, const int64_t* panels, int64_t panel_bytes, int64_t count, const float* scale,
+                                  int64_t scale_bytes, float* out, int64_t out_bytes, int32_t number, int32_t threads) {
+    Matmul matmul = {};
+    const Kernel* kernel;
+    RAC_TRY(view_of_shape(data, bytes, rows, columns, &matmul.weight));
+    RAC_TRY(find_kernel(number, &kernel));
+    const int64_t last = matmul.weight.panels - 1;
+    if (matmul.weight.type < INT8) return fail(BAD_ARGUMENT, "panels of floats cannot be added");
+    RAC_TRY(check_buffer("x", x, x_bytes, m, columns, sizeof *x));
+    RAC_TRY(check_buffer("panels", panels, panel_bytes, m, count, sizeof *panels));
+    RAC_TRY(check_buffer("scale", scale, scale_bytes, last + 1, PANEL, sizeof *scale));
+    RAC_TRY(check_buffer("out", out, out_bytes, m, rows, sizeof *out));
+    for (int64_t i = 0; i < m * count; i++)
+        if (panels[i] < 0 || panels[i] > last)
+            return fail(BAD_ARGUMENT, "there is no panel %lld after panel %lld", (long long)panels[i], (long long)last);
+    const Scale scales = {scale, FP32, 1};
+    RAC_TRY(check_scale(matmul.weight, scales));
+    matmul.m = m;
+    matmul.out = out;
+    matmul.out_type = FP32;
+    return add_panels(matmul, x, panels, count, scales, *kernel, threads < 1 ? 1 : threads);
 }

@@ -94,10 +94,14 @@ IntMatmul in_blocks(const Matmul& out, const Scale& scale) {
     return matmul;
 }
 
-Status int_linear(const Matmul& out, const void* x, const Scale& scale, const Kernel& kernel, int threads) {
+namespace {
+
+// Round x to integers, then return what `work(tiles)` does; `tiles`: x is in TILES.
+template <class Work>
+Status with_integers(IntMatmul& matmul, const void* x, const Kernel& kernel, int threads, const Work& work) {
+    const Matmul& out = matmul.out;
     const Integers& integers = *kernel.integers;
     const int64_t columns = out.weight.columns;
-    IntMatmul matmul = in_blocks(out, scale);
     matmul.stride = (columns + 63) / 64 * 64;
     const bool whole_tiles = kernel.tiles && matmul.block % 64 == 0;
     matmul.bytes = out.weight.byte_x && multiplies_bytes(kernel);
@@ -123,13 +127,49 @@ Status int_linear(const Matmul& out, const void* x, const Scale& scale, const Ke
         matmul.x = to.integers;
         matmul.x_scale = to.scales;
         matmul.x_sums = to.sums;
-        done = in_shares(out.weight.panels, threads, out.m <= FEW_TOKENS ? 1 : SHARE_PAIRS, [&](int64_t first, int64_t last) {
-            return tiles ? kernel.tiles->integers(matmul, first, last) : int_panels(matmul, integers, first, last);
-        });
+        done = work(tiles);
     }
     std::free(to.integers);
     std::free(to.scales);
     std::free(to.sums);
+    return done ? OK : fail(NO_MEMORY, "no memory for the activations and the accumulators");
+}
+
+// A Store of one token and one panel that adds to fp32.
+void add_to_out(const Matmul& matmul, int64_t panel, int64_t, int64_t, int64_t, const Sums& sums) {
+    const int64_t first = panel * PANEL, rows = std::min<int64_t>(PANEL, matmul.weight.rows - first);
+    for (int64_t n = 0; n < rows; n++) static_cast<float*>(matmul.out)[first + n] += sums.data[n];
+}
+
+}  // namespace
+
+Status int_linear(const Matmul& out, const void* x, const Scale& scale, const Kernel& kernel, int threads) {
+    IntMatmul matmul = in_blocks(out, scale);
+    return with_integers(matmul, x, kernel, threads, [&](bool tiles) {
+        return in_shares(out.weight.panels, threads, out.m <= FEW_TOKENS ? 1 : SHARE_PAIRS, [&](int64_t first, int64_t last) {
+            return tiles ? kernel.tiles->integers(matmul, first, last) : int_panels(matmul, *kernel.integers, first, last);
+        });
+    });
+}
+
+Status add_panels(const Matmul& out, const float* x, const int64_t* panels, int64_t count, const Scale& scale, const Kernel& kernel,
+                  int threads) {
+    const int64_t rows = out.weight.rows, columns = out.weight.columns;
+    bool done = true;
+    (void)threads;
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(&& : done) if (threads > 1 && out.m > 1)
+    for (int64_t token = 0; token < out.m; token++) {
+        Matmul one = out;
+        one.m = 1;
+        one.out = static_cast<float*>(out.out) + token * rows;
+        one.store = add_to_out;
+        IntMatmul matmul = in_blocks(one, scale);
+        const Status status = with_integers(matmul, x + token * columns, kernel, 1, [&](bool) {
+            return std::all_of(panels + token * count, panels + (token + 1) * count,
+                               [&](int64_t panel) { return int_panels(matmul, *kernel.integers, panel, panel + 1); });
+        });
+        done = status == OK && done;
+    }
     return done ? OK : fail(NO_MEMORY, "no memory for the activations and the accumulators");
 }
 

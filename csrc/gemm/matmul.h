@@ -25,6 +25,10 @@ Status int_linear(const Matmul& out, const void* x, const Scale& scale, const Ke
 Status expand(const Weight& weight, int64_t first, int64_t last, float* out, const Kernel& kernel, int threads);
 void int_expand(const Weight& weight, int64_t panel, const Kernel& kernel, float* out, int64_t stride);
 
+// out[token] += x[token] W^T in the rows of the `count` panels that `panels` [m][count] has for a token. All but integers is fp32.
+Status add_panels(const Matmul& out, const float* x, const int64_t* panels, int64_t count, const Scale& scale, const Kernel& kernel,
+                  int threads);
+
 // Panels [first, last) by the kernel's vector instructions. False if there is not enough memory.
 bool int_panels(const IntMatmul& matmul, const Integers& kernel, int64_t first, int64_t last);
 

@@ -24,6 +24,7 @@ from rac_modifier.formats.quantization_config import (
 )
 from rac_modifier.formats.stored_weight import FLOATS, PER_BLOCK, REORDERED, StoredWeight
 from rac_modifier.kernels import cpu
+from rac_modifier.kernels.cpu import head
 from rac_modifier.kernels.interface import (
     VLLMS,
     Backend,
@@ -58,6 +59,9 @@ def serve(
         return stay_dense(PER_BLOCK, layer.served, "refused by vLLM"), None
     if weight.order is not None and role is not Role.LINEAR:
         return stay_dense(REORDERED, layer.served), None
+    if role is Role.HEAD and device == "cpu" and head.can_split(layer):
+        decision = head.can_run(layer)
+        return decision, head if decision.sparse else None
     return choose(layer, device)
 
 

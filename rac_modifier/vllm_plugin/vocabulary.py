@@ -10,7 +10,10 @@ from torch import Tensor
 from torch.nn import Parameter
 from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
-from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+)
 
 from rac_modifier.errors import RacError
 from rac_modifier.formats.module_names import Role
@@ -106,7 +109,8 @@ class VocabularyMethod(QuantizeMethodBase):
         if isinstance(weight, StoredWeight) and len(rows):
             share = weight.select_rows(rows)
             numbers = Layer.of(share, self.dtype)
-            decision, backend = serve(share, numbers, self.device.type, Role.HEAD)
+            role = Role.HEAD if isinstance(layer, ParallelLMHead) else Role.EMBEDDING
+            decision, backend = serve(share, numbers, self.device.type, role)
             stored = (self.prefix, share.bits, decision.reason)
             logger.info("%s: int%d from the checkpoint: %s", *stored)
         if backend is not None:

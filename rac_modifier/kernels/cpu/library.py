@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rac_modifier.errors import RacError
 
-ABI = 9  # of csrc/library.cpp; raised with every change of the functions
+ABI = 10  # of csrc/library.cpp; raised with every change of the functions
 FLOAT_TYPES = {torch.bfloat16: 0, torch.float32: 1}  # of x, bias, scales and results
 PANEL = 16  # rows
 MOST_GROUP = 512  # columns that share a scale of the weight, where a row has several, or of x
@@ -60,6 +60,7 @@ _SIGNATURES = {
     "rac_expand_panels": "i Bqq qq B ii",  # data, shape; panels; out; kernel, threads
     # data, shape; x, type, tokens; scale, type, groups; bias, type; out; kernel, threads
     "rac_sparse_linear": "i Bqq Biq Biq Bi B ii",
+    "rac_add_panels": "i Bqq Bq Bq BB ii",  # data, shape; x, tokens; panels, count; scale, out
     "rac_register_operator": "i pi",
     "rac_use_operator": "i iq",  # kernel, most tokens
 }
@@ -195,6 +196,20 @@ class Library:
             *(*_buffer(out), self.kernels[isa].number, torch.get_num_threads()),
         )
         self._raise_if(status, f"sparse_linear with a weight [{rows}, {columns}]")
+
+    def add_panels(
+        self, data: Tensor, x: Tensor, panels: Tensor, scale: Tensor, out: Tensor, isa: str
+    ) -> None:
+        """Add to `out` [M, rows] what x [M, columns] makes with the panels of each token.
+
+        All are float32 but `panels`, int64 [M, count], distinct. `scale`: [panels, 1, 16].
+        """
+        shape = (out.shape[1], x.shape[1])
+        status = self._calls.rac_add_panels(
+            *(*_buffer(data), *shape, *_buffer(x), x.shape[0], *_buffer(panels), panels.shape[1]),
+            *(*_buffer(scale), *_buffer(out), self.kernels[isa].number, torch.get_num_threads()),
+        )
+        self._raise_if(status, f"panels of a weight {list(shape)}")
 
     @property
     def handle(self) -> int:

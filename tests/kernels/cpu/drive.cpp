@@ -146,7 +146,28 @@ static void multiply_and_expand(const Case& c, const uint8_t* data, bool compare
             require(std::fabs(get(out.data(), x_type, i) - sum) <= rounding, "product");
         }
 
-        const int64_t panels = (c.rows + 15) / 16, first = below(panels), last = first + 1 + below(panels - first);
+        const int64_t panels = (c.rows + 15) / 16;
+        if (integers && c.zero_groups <= 1) {
+            const int64_t count = 1 + below(panels);
+            std::vector<int64_t> chosen(m * count);
+            for (int64_t i = 0; i < m * count; i++) chosen[i] = (i / count + i % count) % panels;
+            std::vector<float> floats(m * c.columns), added(m * c.rows), factors(16 * panels, 2);
+            for (float& value : floats) value = static_cast<float>(below(5) - 2);
+            const auto add = [&](int64_t panel_bytes) {
+                return rac_add_panels(data, c.bytes, c.rows, c.columns, floats.data(), 4 * floats.size(), m, chosen.data(),
+                                      panel_bytes, count, factors.data(), 4 * factors.size(), added.data(), 4 * added.size(), isa,
+                                      1 + static_cast<int32_t>(below(3)));
+            };
+            require(add(8 * chosen.size()) == OK, rac_last_error());
+            require(add(8 * chosen.size() + 8) == BAD_ARGUMENT, "refuse a buffer of panels of a wrong size");
+            for (int64_t bad : {INT64_MIN, int64_t{-1}, panels, INT64_MAX}) {
+                if (!m) break;
+                std::swap(chosen.back(), bad);
+                require(add(8 * chosen.size()) == BAD_ARGUMENT, "refuse a panel that is none");
+                std::swap(chosen.back(), bad);
+            }
+        }
+        const int64_t first = below(panels), last = first + 1 + below(panels - first);
         const int64_t stride = 16 * (last - first);
         std::vector<float> columns(c.columns * stride);
         require(rac_expand_panels(data, c.bytes, c.rows, c.columns, first, last, columns.data(), 4 * columns.size(), isa, 1) == OK,
