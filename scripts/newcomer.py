@@ -131,7 +131,7 @@ def main() -> None:
         for language, block in BLOCK.findall(text):
             code = changed(block)
             print(f"\n=== {page}\n{code}", flush=True)
-            folder = clone if clone.exists() else work
+            folder, started = clone if clone.exists() else work, time.monotonic()
             if re.search(rf'rac prune \S+ {OUT}\b|output_dir="{OUT}"', code):
                 shutil.rmtree(clone / OUT, ignore_errors=True)  # the page has both ways
             if language == "yaml":  # the recipe that the page copied before, edited
@@ -145,6 +145,7 @@ def main() -> None:
                 run([str(clone / ".venv/bin/python"), "-c", code], folder, environment)
             else:
                 run(["bash", "-euo", "pipefail", "-c", code], folder, environment)
+            print(f"--- {time.monotonic() - started:.0f} s", flush=True)
             if "git clone" in code:
                 write_inputs(clone)
 
