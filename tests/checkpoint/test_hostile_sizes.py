@@ -1,4 +1,7 @@
-"""A hostile file takes no more memory than three times its size; codes of four bits, four times."""
+"""A hostile file takes no more memory than three times its size; codes of four bits, four times.
+
+Without the limits that these files try, each takes ten times its size and more.
+"""
 
 import json
 import resource
@@ -17,6 +20,7 @@ from rac_modifier.errors import RacError
 from tests.forked import run
 
 SIZE = 32_000_000
+LATE = 64_000_000  # modules that a reader imports, and freed memory that malloc keeps
 MODULE = "model.layers.0.mlp.up_proj"
 WIDTH = 1 << 13  # bytes of a row
 
@@ -112,7 +116,7 @@ def test_memory_is_bounded_by_the_file(tiny_folder, tmp_path, make, most):
     for reader in READERS:
         end = run(main, [reader, str(folder)], tmp_path)
         assert end.returncode == 0, end.stderr
-        assert int(end.stdout.splitlines()[-1]) < most * size, (reader, end.stderr)
+        assert int(end.stdout.splitlines()[-1]) < most * size + LATE, (reader, end.stderr)
         for path in tmp_path.parent.glob(f"{tmp_path.name}.*"):
             path.unlink()
         shutil.rmtree(f"{folder}.out", ignore_errors=True)
