@@ -21,6 +21,7 @@ SUITES = (
     "runtimes",
     "recovery",
     "stopping",
+    "tasks",
     "traces",
     "scale",
 )
