@@ -4,6 +4,7 @@ import math
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Self
 
 from loguru import logger
@@ -21,6 +22,7 @@ from rac_modifier.settings.calibration import (
     TraceSettings,
     part_tokens,
 )
+from rac_modifier.settings.sampling import SamplingSettings
 from rac_modifier.traces.collect import collect_traces, used_up
 from rac_modifier.traces.records import Trace
 from rac_modifier.traces.selection import Judge, Selection
@@ -29,6 +31,7 @@ from rac_modifier.traces.store import TraceStore
 _HELD_OUT_PROMPTS = 4  # at least, so that an unusual trace does not decide the result
 _LEAST_SHARE = 0.02  # of the sampled tokens; a selection that keeps less takes too long
 _ENOUGH_TO_JUDGE = 256  # traces after which the share that a selection keeps is known
+_FIRST = 256  # problems of each part
 _GROWTH = 4.0  # largest growth of the judged traces between two checks
 
 
@@ -144,6 +147,16 @@ class _Goal:
             reserved = math.ceil(reserved_tokens * share)
             goals.append(cls(part, settings, budgets[part.key], held_out, reserved))
         return goals
+
+
+def first_questions(
+    traces: TraceSettings, calibration: CalibrationSettings
+) -> Iterator[tuple[str, SamplingSettings]]:
+    """Yield the first questions of each part of traces, with how they are asked."""
+    for goal in _Goal.all(traces, calibration, 0):
+        sampling = goal.settings.sampling
+        for problem in islice(load_problems(goal.settings.problems, sampling.seed), _FIRST):
+            yield problem.question, sampling
 
 
 def describe_need(

@@ -162,7 +162,8 @@ def _ask_model(
 
     engine: AbstractContextManager[EngineSettings | None] = nullcontext()
     if asked.serve:
-        engine = own_server(name, asked.precision, asked.concurrency, asked.cap)
+        questions = [(problem.question, sampling) for problem in problems]
+        engine = own_server(name, asked.precision, asked.concurrency, questions)
     elif asked.server:
         engine = nullcontext(
             engine_of(asked.server, asked.concurrency, asked.cap, *asked.served_as)

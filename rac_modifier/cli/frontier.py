@@ -165,7 +165,8 @@ def _tools_of(
         for path in (answers, TraceStore.pending_path(answers)):
             path.unlink(missing_ok=True)
         concurrency = evaluation.concurrency or evaluation.batch_size
-        with own_server(str(folder), precision, concurrency, evaluation.cap) as engine:
+        questions = [(problem.question, held_out.sampling) for problem in held_out.problems]
+        with own_server(str(folder), precision, concurrency, questions) as engine:
             return evaluate(
                 *subject_of(str(folder)),
                 held_out.problems,

@@ -14,12 +14,13 @@ from rac_modifier.errors import RacError
 from rac_modifier.runtime.progress import Phase
 
 if TYPE_CHECKING:
-    from rac_modifier.settings.sampling import EngineSettings
+    from rac_modifier.settings.sampling import EngineSettings, SamplingSettings
 
 API_KEY = "OPENAI_API_KEY"  # as in OpenAI's own client
 _TIMEOUT = 600.0  # seconds per answer, at least
 _LONGEST_TIMEOUT = 1e6
 _TOKENS_PER_SECOND = 10.0  # of all answers in progress together, on a slow server
+_SHORTEST = 1024  # tokens of --max-model-len; what compares models needs fewer
 _NAMES = 'give a model folder, a Hugging Face id, or "reasoner"'
 
 
@@ -183,12 +184,25 @@ def check_output(output: Path, source: str, *, keeps_groups: bool = False) -> No
 
 @contextmanager
 def own_server(
-    model: str, precision: Dtype, concurrency: int, cap: int
+    model: str,
+    precision: Dtype,
+    concurrency: int,
+    questions: Iterable[tuple[str, SamplingSettings]],
 ) -> Iterator[EngineSettings]:
-    """Run `vllm serve` with the model in the context; an answer has at most `cap` tokens."""
+    """Run `vllm serve` with the model in the context, for these or like questions."""
+    from rac_modifier.sampling.generate import render_question
     from rac_modifier.sampling.own_server import VllmCommand
 
-    with VllmCommand.from_environment().serve(resolve(model), precision) as url:
+    command = VllmCommand.from_environment()
+    identity, tokenizer = subject_of(model)
+    cap, longest = 0, _SHORTEST
+    for question, sampling in questions:
+        cap = max(cap, sampling.max_new_tokens)
+        # twice: of many problems only the first were looked at
+        prompt = 2 * len(render_question(tokenizer, question, sampling))
+        longest = max(longest, prompt + sampling.max_new_tokens)
+    fits = identity.context is None or longest < identity.context
+    with command.serve(resolve(model), precision, longest=longest if fits else None) as url:
         yield engine_of((url,), concurrency, cap)
 
 

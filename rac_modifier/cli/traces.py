@@ -70,7 +70,7 @@ def _collect(
 
     settings = CheckedRecipe.load(recipe, set_ or []).check()
     check_paths([model])
-    from rac_modifier.calibration.trace_pool import collect_for_calibration
+    from rac_modifier.calibration.trace_pool import collect_for_calibration, first_questions
 
     traces = settings.traces
     if serve and traces.engine:
@@ -81,7 +81,9 @@ def _collect(
         raise RacError(f"--concurrency {concurrency} is for --serve; set traces.engine.concurrency")
     server: Any = nullcontext(traces.engine)
     if serve:
-        server = own_server(model, precision, concurrency, traces.sampling.max_new_tokens)
+        server = own_server(
+            model, precision, concurrency, first_questions(traces, settings.calibration)
+        )
     with (
         options.resumable("the traces so far are kept; run the same command again to go on"),
         server as engine,

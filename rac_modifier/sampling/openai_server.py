@@ -177,7 +177,8 @@ class ServerEngine:
         if server_limit is not None and length + limit > server_limit:
             return Failure(
                 f"a prompt of {length} and a completion of up to {limit} tokens do not fit the "
-                f"servers' --max-model-len of {server_limit}; serve with a larger one"
+                f"servers' --max-model-len of {server_limit}; serve with a larger one (with "
+                "--serve: in RAC_VLLM_OPTIONS)"
             )
         request = Request(prompt.ids, limit, trace_seed(self._sampling.seed, prompt.key), self._eos)
         try:

@@ -57,14 +57,17 @@ class VllmCommand:
         with refusing("RAC_VLLM_OPTIONS cannot be read", "write them as for a shell", ValueError):
             return cls(path, tuple(shlex.split(variables.get("RAC_VLLM_OPTIONS", ""))))
 
-    def arguments(self, model: str, dtype: str) -> list[str]:
-        """Return the command line, which ends where its port follows."""
+    def arguments(self, model: str, dtype: str, longest: int | None = None) -> list[str]:
+        """Return the command line, which ends where its port follows; `longest` as of `serve`."""
         command = [self.path, "serve", model, "--host", HOST, "--dtype", dtype]
         names = {option.split("=")[0].replace("--no-", "--") for option in self.options}
         # On a CPU, vLLM 0.32 fails if it reads the prompt of a request with a seed in chunks.
         is_cpu_build = (self.version_of("vllm") or "").endswith("+cpu")
         if "--enable-chunked-prefill" not in names and is_cpu_build:
             command.append("--no-enable-chunked-prefill")
+            # Then it warms up on a prompt of --max-model-len tokens: 32,768 take ten minutes.
+            if longest is not None and "--max-model-len" not in names:
+                command += ["--max-model-len", str(longest)]
         # It also wants 92 % of the memory, and fails where other programs have some.
         cached = "VLLM_CPU_KVCACHE_SPACE" in os.environ
         if is_cpu_build and not cached and names.isdisjoint(_MEMORY):
@@ -118,14 +121,16 @@ class VllmCommand:
         model: str,
         dtype: str = "auto",
         *,
+        longest: int | None = None,
         log: Path | None = None,
         variables: dict[str, str] | None = None,
     ) -> Iterator[str]:
         """Run `vllm serve` in the context, and yield its address; `dtype` as vLLM names it.
 
+        `longest` is the most tokens of a prompt and its answer; None: the model's context.
         `variables` are further ones of its environment. RacError as `running_server`.
         """
-        command = self.arguments(model, dtype)
+        command = self.arguments(model, dtype, longest)
         environment = self._binding() | self.environment() | (variables or {})
         with running_server(command, environment, log=log, timeout=self.timeout) as server:
             yield server.url

@@ -3,10 +3,13 @@ one."""
 
 import json
 import shutil
+from contextlib import contextmanager
 
 import pytest
+from transformers import AutoTokenizer
 
-from rac_modifier.cli.models import engine_of
+from rac_modifier.cli.models import engine_of, own_server
+from rac_modifier.settings.sampling import SamplingSettings
 from tests.sampling import fake_vllm
 from tests.sampling.fake_server import FakeServer
 
@@ -164,3 +167,28 @@ def test_a_server_that_fails_is_an_error_with_its_last_lines_and_keeps_the_answe
     assert json.loads(out)["results"][0]["problems"] == 12
     assert (vllm / "a.jsonl").read_bytes().startswith(kept)
     assert fake_vllm.left_over(vllm) == []
+
+
+def test_a_server_of_our_own_has_room_for_twice_the_longest_prompt(
+    monkeypatch, tiny_folder, tmp_path
+):
+    """A CPU warms up on the longest sequence that it is told."""
+    told = []
+
+    @contextmanager
+    def serve(self, model, dtype, *, longest):
+        told.append(longest)
+        yield "http://127.0.0.1:1"
+
+    monkeypatch.setattr("rac_modifier.sampling.own_server.VllmCommand.serve", serve)
+    monkeypatch.setenv("RAC_VLLM", "/bin/true")
+    model = shutil.copytree(tiny_folder, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 4096}))
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    long = "2 + " * 100
+    prompt = len(tokenizer(long)["input_ids"])
+    for cap, expected in ((8, 1024), (2048, 2048 + 2 * prompt), (4096, None)):
+        sampling = SamplingSettings(max_new_tokens=cap, template="none")
+        with own_server(str(model), "auto", 2, [(long, sampling), ("1", sampling)]):
+            assert told.pop() == expected

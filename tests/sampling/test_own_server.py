@@ -47,8 +47,9 @@ def test_a_vllm_for_cpus_reads_prompts_whole(tmp_path, monkeypatch, version, opt
     python = tmp_path / "python"
     python.write_text(f"#!/bin/sh\necho {version}\n")
     python.chmod(0o700)
-    command = VllmCommand(str(tmp_path / "vllm"), options).arguments("model", "auto")[:-1]
+    command = VllmCommand(str(tmp_path / "vllm"), options).arguments("model", "auto", 640)[:-1]
     assert ("--no-enable-chunked-prefill" in command) is added
+    assert ("--max-model-len 640" in " ".join(command)) is (added and not options)
     assert command[len(command) - len(options) :] == list(options)
     assert ("--gpu-memory-utilization" in command) is version.endswith("+cpu")
 
